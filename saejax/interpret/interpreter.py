@@ -113,7 +113,7 @@ class Interpreter:
             features=self.dictionary.config.n_features,
             search_tokens=len(describer.place),
             held_out_tokens=held_out_tokens,
-            found=scored.counts(live, labels),
+            labels=scored.counts(live, labels),
             random=random_scores.counts(np.ones(random.config.n_features, bool), random_scores.labels(random_scores)),
             shuffled_f1=scored.mean_shuffled(live),
             families=scored.families(labels),

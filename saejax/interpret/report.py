@@ -60,7 +60,7 @@ def _categories(members: Sequence[tuple[str, InterpretedDictionary]]) -> list[Ta
 
 def _rows(name: str, member: InterpretedDictionary) -> list[tuple[str, ...]]:
     """Return the dictionary's row and those of its controls."""
-    rows = [_row(name, member.found, member.features, member.shuffled_f1)]
+    rows = [_row(name, member.labels, member.features, member.shuffled_f1)]
     if frozen := member.frozen:
         rows.append(_row(f"{name}: frozen-random", frozen.labels, member.features, frozen.shuffled_f1))
     return [*rows, _row(f"{name}: random directions", member.random, member.random.features, None)]

@@ -51,7 +51,7 @@ class InterpretedDictionary:
     features: int  #: all of them
     search_tokens: int  #: on which labels were searched, sinks left out
     held_out_tokens: int  #: on which they were scored
-    found: LabelCounts  #: of the dictionary
+    labels: LabelCounts  #: of the dictionary
     random: LabelCounts  #: the same of random directions that fire as often
     shuffled_f1: float  #: mean F1 of the label of another feature that fires about as often
     families: Mapping[str, int]  #: labels by what they look at

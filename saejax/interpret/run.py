@@ -95,7 +95,7 @@ def other_layers(
 def line(interpreted: InterpretedDictionary) -> str:
     """Return the figures of a dictionary as a log line."""
     name = f"{interpreted.name}: " if interpreted.name else ""
-    labels, controls = interpreted.found, [("random directions", interpreted.random)]
+    labels, controls = interpreted.labels, [("random directions", interpreted.random)]
     if interpreted.frozen:
         controls.append(("a frozen-random dictionary", interpreted.frozen.labels))
     return (

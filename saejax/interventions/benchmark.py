@@ -362,7 +362,7 @@ def answer_table(
         written = cast(list[GeneratedItem], rows)
         values |= dict(
             strict=[float(row.strict.correct) for row in written],
-            formatted=[float(row.strict.found is not None) for row in written],
+            formatted=[float(row.strict.answer is not None) for row in written],
             cut=[float(row.finished == "length") for row in written],
         )
     block = TableRows()

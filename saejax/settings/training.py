@@ -69,7 +69,7 @@ class TrainConfig(Config):
         low=0.0,
         only=read_by_kind("l1"),
     )
-    own: Mapping[str, Config] = nested(settings_of_kinds)
+    by_kind: Mapping[str, Config] = nested(settings_of_kinds)
     auxk: float = setting(
         0.0, "coefficient of AuxK: dead features learn what the living leave unexplained; 0: off", low=0.0
     )
@@ -249,7 +249,7 @@ class TrainConfig(Config):
 
     def of_kind(self, kind: str) -> Any:
         """Return the settings that only this kind has."""
-        return self.own.get(kind) or KIND_SETTINGS[kind].config()
+        return self.by_kind.get(kind) or KIND_SETTINGS[kind].config()
 
     def also(self, unit: str) -> dict[str, Any]:
         """Return the hash of a plugin's source, so that a changed kind is trained anew."""

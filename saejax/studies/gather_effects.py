@@ -96,7 +96,7 @@ def domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:
             chosen_on=other,
             benchmark=benchmark,
             effect=transferred.effect,
-            own=results.verdict.dictionaries[TESTED][benchmark].ablation["answer_log_prob"].effect,
+            chosen_here=results.verdict.dictionaries[TESTED][benchmark].ablation["answer_log_prob"].effect,
             common=transferred.common,
             random=transferred.random,
             random_sets=transferred.random_sets,
@@ -126,7 +126,7 @@ def transfer(row: str, findings: Findings) -> Iterator[TransferFigures]:
     for results in findings.each(TransferResults).values():
         for pair in results.pairs:
             for measure, both in pair.measures.items():
-                matched, shared = ((getattr(scores, name) for scores in (both.found, both.null)) for name in _COMPARED)
+                matched, shared = ((getattr(scores, name) for scores in (both.scores, both.null)) for name in _COMPARED)
                 yield TransferFigures(row, pair.first, pair.second, measure, *matched, *shared)
 
 

@@ -151,10 +151,10 @@ def group_profiles(profile_KxP: np.ndarray, seed: int) -> tuple[np.ndarray, np.n
     cut = float(np.quantile([tree[tree[:, 3] >= SMALLEST, 2].min() for tree in trees], LEVEL, method="lower"))
     shuffled = float(np.mean([_cut(tree, cut).max() + 1 for tree in trees]))
     group_K = _cut(_tree(profile_KxP), cut)
-    again = [
+    resampled = [
         overlaps(group_K, _cut(_tree(profile_KxP[:, rng.integers(items, size=items)]), cut)) for _ in range(_RESAMPLES)
     ]
-    return group_K, np.mean(again, axis=0), shuffled
+    return group_K, np.mean(resampled, axis=0), shuffled
 
 
 def _tree(profile_KxP: np.ndarray) -> np.ndarray:

@@ -100,7 +100,7 @@ RESULT_SHEETS = (
             "Chosen on": lambda transfer: transfer.chosen_on,
             "Ablated on": lambda transfer: transfer.benchmark,
             "Effect, nats": lambda transfer: interval(transfer.effect),
-            "Features chosen there": lambda transfer: interval(transfer.own),
+            "Features chosen there": lambda transfer: interval(transfer.chosen_here),
             "In common": lambda transfer: str(transfer.common),
             "Random sets": lambda transfer: f"{number(transfer.random)} ({transfer.random_sets})",
             "p (Holm)": lambda transfer: number(transfer.p_holm, 3),

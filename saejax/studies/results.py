@@ -163,7 +163,7 @@ class DomainFigures:
     chosen_on: str  #: benchmark
     benchmark: str  #: whose items judge
     effect: Interval  #: drop of the reference's log-likelihood, nats
-    own: Interval | None  #: the same under the features chosen here
+    chosen_here: Interval | None  #: the same under the features chosen here
     common: int  #: features that both chose
     random: float | None  #: mean drop under random sets at equal dose
     random_sets: int  #: that hold none of the features

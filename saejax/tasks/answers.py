@@ -32,11 +32,11 @@ class Verdict:
     """The answer that one rule extracts from a generated text.
 
     Attributes:
-      found: the final answer as it is written there; None if the rule finds none.
+      answer: the final answer as it is written there; None if the rule finds none.
       correct: whether it is right.
     """
 
-    found: str | None
+    answer: str | None
     correct: bool
 
 

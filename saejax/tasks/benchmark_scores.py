@@ -186,7 +186,7 @@ def summarize(name: str, rows: Sequence[ScoredItem], task: TaskConfig, origin: s
             },
         )
     written, rules = cast(Sequence[GeneratedItem], rows), ("strict", "flexible")
-    unparsed = {rule: [row for row in written if getattr(row, rule).found is None] for rule in rules}
+    unparsed = {rule: [row for row in written if getattr(row, rule).answer is None] for rule in rules}
     # The end of an answer shows why no final answer is found in it.
     shown = (UnparsedExample(row.id, row.output[-_TEXT:]) for row in unparsed["strict"][:_SHOWN])
     return dataclasses.replace(

@@ -67,7 +67,7 @@ class ChosenItem(ScoredItem):
     @property
     def judged(self) -> tuple[str | None, bool | None]:
         """The likeliest choice, and whether it is right."""
-        return self.raw.found, self.raw.correct
+        return self.raw.answer, self.raw.correct
 
 
 @dataclasses.dataclass(frozen=True)

@@ -176,7 +176,7 @@ def _settings_alone(config: TrainConfig, kind: str, member: Member) -> TrainConf
     single = {name: (value,) for name, value in member.settings.items()}
     shared: dict[str, Any] = {name: value for name, value in single.items() if name in fields}
     of_kind = {name: value for name, value in single.items() if name not in fields}
-    inner = {**config.own, kind: dataclasses.replace(config.of_kind(kind), **of_kind)}
+    inner = {**config.by_kind, kind: dataclasses.replace(config.of_kind(kind), **of_kind)}
     return dataclasses.replace(
-        config, kinds=(kind,), sites=(member.site,), expansions=(), l1_by_depth=(), own=inner, **shared
+        config, kinds=(kind,), sites=(member.site,), expansions=(), l1_by_depth=(), by_kind=inner, **shared
     )

@@ -97,8 +97,8 @@ def test_its_labels_stand_beside_the_dictionarys(tmp_path, tiny_llama):
     maps = json.loads((tmp_path / "unit" / "heatmaps.json").read_text())
     assert maps["layers_bar"] == round(layers_bar(24, planted.WIDTH), 3) and len(maps["texts"]) == 4
     frozen = result.frozen
-    assert result.found.labelled >= len(planted.CONCEPTS) and frozen.labels.share < result.found.share
-    for counts in (result.found, frozen.labels, result.random):
+    assert result.labels.labelled >= len(planted.CONCEPTS) and frozen.labels.share < result.labels.share
+    for counts in (result.labels, frozen.labels, result.random):
         assert counts.share_interval.low <= counts.share <= counts.share_interval.high
         assert counts.f1_interval.low <= counts.mean_f1 == counts.f1_interval.mean <= counts.f1_interval.high
     own, made = planted.dictionary(24), frozen_random(store, planted.dictionary(24), 789)
@@ -115,7 +115,7 @@ def test_its_labels_stand_beside_the_dictionarys(tmp_path, tiny_llama):
     assert [row[0] for row in rows] == ["topk", "topk: frozen-random", "topk: random directions"]
     assert "frozen-random dictionary" in _fit("topk", frozen)
     del data["frozen"]  # what an older version wrote
-    for one in ("found", "random"):
+    for one in ("labels", "random"):
         del data[one]["share_interval"], data[one]["f1_interval"]
     older = from_json(InterpretedDictionary, data, "x")
     assert older.frozen is None and [row[3] for row in _rows("topk", older)] == ["–", "–"]

@@ -83,19 +83,19 @@ def test_planted_features_get_their_labels(planted_run):
     assert result.families.keys() >= set(planted.CONCEPTS)
     assert all(0.0 <= one["shuffled_f1"] < 0.3 for one in records[: len(planted.CONCEPTS)])
     shuffled = [one["shuffled_f1"] for one in records if one.get("tokens")]  # of features that fire
-    assert len(shuffled) == result.found.features and result.shuffled_f1 == pytest.approx(np.mean(shuffled), abs=1e-4)
+    assert len(shuffled) == result.labels.features and result.shuffled_f1 == pytest.approx(np.mean(shuffled), abs=1e-4)
 
 
 def test_random_directions_get_no_labels(planted_run):
     result, records = planted_run[0]
     random = records[len(planted.CONCEPTS) + 1 :]
     assert sum("label" in one for one in random) <= 0.05 * len(random)
-    assert result.random.features == result.found.features == 299 and result.random.share <= 0.05
+    assert result.random.features == result.labels.features == 299 and result.random.share <= 0.05
 
 
 def test_held_out_text_scores_labels_and_does_nothing_else(planted_run):
     (_, first), (result, second) = planted_run
-    assert result.found.labelled == 0  # nothing that was learnt holds on noise
+    assert result.labels.labelled == 0  # nothing that was learnt holds on noise
     for one, other in zip(first, second, strict=True):
         pairs = [[(d["family"], d["says"], d["search_f1"]) for d in own["detectors"]] for own in (one, other)]
         assert sorted(pairs[0]) == sorted(pairs[1])

@@ -175,7 +175,7 @@ def test_dead_features_do_not_dilute_decoder_scores(tmp_path):
     made, _ = comparison(tmp_path, [own, copy], measures=("decoder",))
     (pair,) = made.measure("000-d0", 0, lambda done, total: None).results
     scores = pair.measures["decoder"]
-    assert scores.found.matched.mean > 0.999 and scores.found.shared.mean == 1
+    assert scores.scores.matched.mean > 0.999 and scores.scores.shared.mean == 1
     assert scores.compared == (120, 120) and scores.left_out == (80, 80)
 
 

@@ -41,16 +41,18 @@ def test_every_two_members_are_compared(workdir):
     for pair in results.pairs:
         assert pair.measures.keys() == {"decoder", "encoder", "activity"} and pair.tokens > 200
         for both in pair.measures.values():
-            for one in (both.found, both.null):
+            for one in (both.scores, both.null):
                 assert -1 <= one.matched.low <= one.matched.mean <= one.matched.high <= 1.000001
                 assert one.gap <= STEP + 1e-6
         first, second = (load_dictionary(folder / "train" / name) for name in (pair.first, pair.second))
         unit = [np.asarray(one.W_dec_FxD[...]) for one in (first, second)]
         unit = [one / np.linalg.norm(one, axis=1, keepdims=True) for one in unit]
         nearest = (unit[0] @ unit[1].T).max(1).mean()
-        assert abs(pair.measures["decoder"].found.nearest.mean - nearest) < 1e-5
+        assert abs(pair.measures["decoder"].scores.nearest.mean - nearest) < 1e-5
     same = [pair for pair in results.pairs if pair.first.split("/")[1][:12] == pair.second.split("/")[1][:12]]
-    assert all(pair.measures["decoder"].found.matched.low > pair.measures["decoder"].null.matched.high for pair in same)
+    assert all(
+        pair.measures["decoder"].scores.matched.low > pair.measures["decoder"].null.matched.high for pair in same
+    )
     assert [len(chains.dictionaries) for chains in results.chains] == [2]
 
 
@@ -61,9 +63,9 @@ def test_the_pairs_of_features_are_written(workdir):
     table = FeaturePairs.load(path)
     assert sorted(set(table.second.tolist())) == [1, 2, 3] and len(table.feature) == 3 * 128
     own = table.second == 1
-    assert abs(table.value[own].mean() - results.pairs[0].measures["decoder"].found.matched.mean) < 1e-5
+    assert abs(table.value[own].mean() - results.pairs[0].measures["decoder"].scores.matched.mean) < 1e-5
     shared = (table.value[own] >= 0.7).mean()
-    assert abs(shared - results.pairs[0].measures["decoder"].found.shared.mean) < 1e-9
+    assert abs(shared - results.pairs[0].measures["decoder"].scores.shared.mean) < 1e-9
     rows = list(csv.DictReader((folder / "transfer" / "pairs.csv").open()))
     assert len(rows) == 18 and {row["measure"] for row in rows} == {"decoder", "encoder", "activity"}
 
@@ -90,17 +92,17 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
     results = load_results(tmp_path / "work" / "transfer")
     (pair,) = results.pairs
     for measure in ("decoder", "encoder"):
-        found, null = pair.measures[measure].found, pair.measures[measure].null
+        found, null = pair.measures[measure].scores, pair.measures[measure].null
         assert found.matched.mean > 0.9999 and found.shared.mean == found.close.mean == found.mutual == 1
         assert null.shared.mean < 0.2 and null.matched.mean < 0.7
     assert pair.agreeing == 1
     activity = pair.measures["activity"]
-    assert activity.found.shared.mean > 0.9 > activity.null.shared.mean + 0.1 and activity.ceiling > 0.9
+    assert activity.scores.shared.mean > 0.9 > activity.null.shared.mean + 0.1 and activity.ceiling > 0.9
     assert activity.compared[0] + activity.left_out[0] == own.config.n_features and activity.compared[0] > 5
     for onto in (pair.onto_second, pair.onto_first):
         for name in ("explained_variance", "l0"):
-            assert getattr(onto.direct, name) == pytest.approx(getattr(onto.own, name), abs=1e-4)
-        assert onto.own.explained_variance > onto.direct_null.explained_variance + 0.2
+            assert getattr(onto.direct, name) == pytest.approx(getattr(onto.native, name), abs=1e-4)
+        assert onto.native.explained_variance > onto.direct_null.explained_variance + 0.2
         assert onto.affine.explained_variance > onto.affine_null.explained_variance + 0.2
         assert onto.into.rows == onto.back.rows > 100 and onto.into.r2 > 0.99
     assert results.shares[0].everywhere.mean == 1 and results.shares[0].nowhere.mean == 0

@@ -146,7 +146,7 @@ def test_nested_groups_send_one_sum_of_the_width_each(kind):
     """Features over four devices of which the first has three groups of its own, the others parts of two."""
     mesh = make_mesh(MeshConfig(data=2, model=4), jax.devices()[:8])
     own = dict(jumprelu=JumpReLUConfig(nested=(0.0625, 0.125, 0.25, 0.5, 1.0)))
-    changes = dict(train__kinds=(kind,), train__own=own, train__expansion=8, train__batch=1024)
+    changes = dict(train__kinds=(kind,), train__by_kind=own, train__expansion=8, train__batch=1024)
     plan = plan_run(shape("gpt2-medium"), "resid_post.12", **changes)
     (program,) = train_programs(on_mesh(plan, mesh), mesh)
     step = topology.compile_for(program, 2**40, 8)

@@ -82,7 +82,7 @@ def test_gsm8k(smollm2, harness, tmp_path):
         for number, row in enumerate(rows):
             sample = theirs[number]
             assert sample["arguments"][0][0] == row.prompt
-            assert sample["filtered_resps"][0] == (getattr(row, rule).found or "[invalid]"), row.id
+            assert sample["filtered_resps"][0] == (getattr(row, rule).answer or "[invalid]"), row.id
             # The flexible rule compares values where the harness compares text.
             assert sample["exact_match"] <= getattr(row, rule).correct, row.id
             assert rule == "flexible" or sample["exact_match"] == row.strict.correct, row.id
@@ -90,7 +90,7 @@ def test_gsm8k(smollm2, harness, tmp_path):
     right = {rule: sum(getattr(row, rule).correct for row in rows) for rule in ("strict", "flexible")}
     print(f"gsm8k: {same_text // 2} of 20 texts are equal to the character; {right} are right")
     # A model of this size may solve none of 20; that it gives answers to judge is what makes this a test.
-    assert any(row.strict.found for row in rows) and any(row.flexible.found for row in rows)
+    assert any(row.strict.answer for row in rows) and any(row.flexible.answer for row in rows)
 
 
 def test_logic(smollm2, harness, tmp_path):

@@ -58,7 +58,7 @@ def test_numbers_are_found(text, strict, flexible):
 )
 def test_the_flexible_rule_compares_values(found, answer, same):
     verdict = number_verdicts(f"so {found}", answer)["flexible"]
-    assert verdict.found == found and verdict.correct == same
+    assert verdict.answer == found and verdict.correct == same
 
 
 @pytest.mark.parametrize(("found", "same"), [("18", True), ("18.", True), ("1,8", True), ("18.00", False)])
@@ -68,18 +68,18 @@ def test_the_strict_rule_compares_text_as_the_harness_does(found, same):
 
 def test_an_answer_in_a_box_is_right_by_the_flexible_rule():
     verdicts = number_verdicts(r"The answer is \boxed{18}", "18")
-    assert verdicts["flexible"].correct and verdicts["strict"].found is None
+    assert verdicts["flexible"].correct and verdicts["strict"].answer is None
 
 
 def test_a_number_that_is_not_found_is_wrong():
     verdicts = number_verdicts("I cannot say", "0")
-    assert all(verdict.found is None and not verdict.correct for verdict in verdicts.values())
+    assert all(verdict.answer is None and not verdict.correct for verdict in verdicts.values())
 
 
 def test_strict_and_flexible_differ():
     verdicts = number_verdicts("#### 7\nQ: next? 8", "7")
-    assert (verdicts["strict"].found, verdicts["strict"].correct) == ("7", True)
-    assert (verdicts["flexible"].found, verdicts["flexible"].correct) == ("8", False)
+    assert (verdicts["strict"].answer, verdicts["strict"].correct) == ("7", True)
+    assert (verdicts["flexible"].answer, verdicts["flexible"].correct) == ("8", False)
 
 
 @pytest.mark.parametrize(
@@ -138,12 +138,12 @@ def test_formulas_are_compared_by_what_they_mean(text, answer, strict, flexible)
     verdicts = formula_verdicts(text, answer)
     for rule, right in (("strict", strict), ("flexible", flexible)):
         assert verdicts[rule].correct == bool(right), rule
-        assert (verdicts[rule].found is None) == (right is None), rule
+        assert (verdicts[rule].answer is None) == (right is None), rule
 
 
 def test_the_found_formula_is_as_it_was_written():
     verdicts = formula_verdicts(r"first $x = 3$, then \boxed{\frac{6}{8}}", r"\frac{3}{4}")
-    assert verdicts["strict"].found == verdicts["flexible"].found == r"\frac{6}{8}"
+    assert verdicts["strict"].answer == verdicts["flexible"].answer == r"\frac{6}{8}"
 
 
 def test_a_formula_without_end_is_given_up(monkeypatch):

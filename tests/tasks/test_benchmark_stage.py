@@ -63,7 +63,7 @@ def test_generated_numbers_are_judged(lm, task, writes):
     rows = score_items(lm, "gsm8k", items, task)
     assert [row.strict.correct for row in rows] == [True, False, False, False, True, False]
     assert [row.flexible.correct for row in rows] == [True, True, False, False, False, False]
-    assert [row.strict.found for row in rows] == [answers[0], None, "1000000", None, f"{answers[4]},", None]
+    assert [row.strict.answer for row in rows] == [answers[0], None, "1000000", None, f"{answers[4]},", None]
     assert rows[1].prompt == f"Question: {items[1].question}\nAnswer:" and rows[1].reference == answers[1]
     assert [len(tokens.lengths_B) for tokens, *_ in asked] == [4, 2]
     assert asked[0][1:] == (8, ("Question:", "</s>", "<|im_end|>"), ())
@@ -131,10 +131,10 @@ def test_length_normalisation_can_change_the_choice(lm, task, monkeypatch):
     items = [item for item in read_items("logic", dataclasses.replace(task, examples=15)) if item.choices[0] == "True"]
     (row,) = score_items(lm, "logic", items[:1], task)
     # "True" has 4 characters, "False" 5: -4.5/4 is below -4.0/5.
-    assert row.raw.found == row.normalised.found == "False"
+    assert row.raw.answer == row.normalised.answer == "False"
     found[:] = [benchmark_scores.Likelihood(total, 1, 0) for total in (-4.0, -4.5)]
     (row,) = score_items(lm, "logic", items[:1], task)
-    assert row.raw.found == "True" and row.normalised.found == "False"
+    assert row.raw.answer == "True" and row.normalised.answer == "False"
 
 
 def test_solutions_are_scored_by_likelihood(lm, task):

@@ -41,7 +41,7 @@ def make_config(**changes) -> TrainConfig:
         kinds[name] = settings(**{key: value for key, value in given.items() if key in fields})
     unknown = given.keys() - names - {field.name for kind in kinds.values() for field in dataclasses.fields(kind)}
     assert not unknown, unknown
-    return TrainConfig(own=kinds, **{key: value for key, value in given.items() if key in names})
+    return TrainConfig(by_kind=kinds, **{key: value for key, value in given.items() if key in names})
 
 
 def make_stack(kind="topk", mesh=None, scale=0.5, steps=STEPS, **changes) -> TrainStack:

@@ -63,7 +63,7 @@ def test_the_step_of_a_cross_layer_transcoder_compiles_and_fits(quick_compiler, 
     count, d, features, found = 6, 512, 8192, topology.find_slice("v5e:2x4")
     mesh, sites = make_mesh(MeshConfig(model=8), found.devices), tuple(f"mlp_in.{i}" for i in range(count))
     own = dict(jumprelu=JumpReLUConfig(l0_penalty="tanh"))
-    config = TrainConfig(sites=sites, form=FORM, batch=BATCH, matmul="bfloat16", decoder_norm="free", own=own)
+    config = TrainConfig(sites=sites, form=FORM, batch=BATCH, matmul="bfloat16", decoder_norm="free", by_kind=own)
     dictionary = DictionaryConfig(kind="jumprelu", site=sites[0], d_in=d, n_features=features, centred=False)
     scales = [SiteScale(1.0, 1.0, np.zeros(d, np.float32))] * count
     stack = TrainStack(config, dictionary, make_members(config, "jumprelu", sites), scales, 1000, mesh)

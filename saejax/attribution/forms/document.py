@@ -171,13 +171,13 @@ def _resolve_links(
         else:
             as_feature, as_error = place[source], errors[source]
             # Where both are sources of one target, the feature comes first, as in the table of nodes.
-            again = e + 1 < len(links) and any(
+            returns = e + 1 < len(links) and any(
                 later["source"] == source for later in links[e + 1 : e + 1 + len(nodes)] if later["target"] == target
             )
             # An error acts on layers above its own only.
             above = _height(nodes[place[target]]) > _height(nodes[as_error]) if target in place else True
             fits = [previous < candidate < following[e] for candidate in (as_feature, as_error)]
-            is_error = above and not again and (fits[1] or not fits[0])
+            is_error = above and not returns and (fits[1] or not fits[0])
             index = as_error if is_error else as_feature
         previous = index
         node = nodes[index]

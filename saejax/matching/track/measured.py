@@ -141,12 +141,10 @@ class _Ablation:
         site = self.site(target)
         edit, count = self._edit(source)
         output = self._lm(self._tokens, capture=[site], edits=[edit], logits=False)
-        values_RxTxD = np.asarray(output.sites[site], np.float32)[:count]
-        dictionary = self.dictionary(target[0])
-        clean, *edited = (
-            float(activations(self._lm, dictionary, value_TxD[None])[target[1], target[2]])
-            for value_TxD in values_RxTxD
-        )
+        # The rows in place of tokens: of each, only the target's position is encoded.
+        value_1xRxD = output.sites[site][None, :count, target[1]]
+        act_R = activations(self._lm, self.dictionary(target[0]), value_1xRxD)[:, target[2]]
+        clean, *edited = act_R.tolist()
         return [1 - act / clean if clean else 0.0 for act in edited]
 
     def answer_drops(self, node: Node, answer: int) -> list[float]:

@@ -71,11 +71,11 @@ def _pairs_table(pairs: Sequence[ComparedPair]) -> Table:
     for pair in pairs:
         for measure, rows_by in pair.measures.items():
             means = [
-                _with_null(getattr(rows_by.found, name), getattr(rows_by.null, name), number)
+                _with_null(getattr(rows_by.scores, name), getattr(rows_by.null, name), number)
                 for name in ("nearest", "nearest_back", "matched")
             ]
             shared, close = (
-                _with_null(getattr(rows_by.found, name), getattr(rows_by.null, name), lambda share: percent(share, 1))
+                _with_null(getattr(rows_by.scores, name), getattr(rows_by.null, name), lambda share: percent(share, 1))
                 for name in ("shared", "close")
             )
             ceiling = MISSING if rows_by.ceiling is None else percent(rows_by.ceiling, 1)
@@ -106,21 +106,21 @@ def _matrices(results: TransferResults, draw: Draw) -> list[Block]:
     blocks: list[Block] = []
     for measure in dict.fromkeys(name for pair in results.pairs for name in pair.measures):
         values = [pair.measures[measure] for pair in results.pairs if measure in pair.measures]
-        most = max(values, key=lambda rows: rows.found.shared.mean)
+        most = max(values, key=lambda rows: rows.scores.shared.mean)
         caption = (
             f"Share of one-to-one pairs by {_MEASURES[measure]} that are shared, and the same under the null. The "
-            f"largest is {percent(most.found.shared.mean, 1)}, under the null {percent(most.null.shared.mean, 1)}; "
-            f"mean value of its pairs {number(most.found.matched.mean)}, under the null "
+            f"largest is {percent(most.scores.shared.mean, 1)}, under the null {percent(most.null.shared.mean, 1)}; "
+            f"mean value of its pairs {number(most.scores.matched.mean)}, under the null "
             f"{number(most.null.matched.mean)}."
         )
-        shares, null_shares = (_share_matrix(names, results.pairs, measure, side) for side in ("found", "null"))
+        shares, null_shares = (_share_matrix(names, results.pairs, measure, side) for side in ("scores", "null"))
         figure = draw_heatmaps(names, {"shared": shares, "null": null_shares}, "share of pairs")
         blocks.append(draw(f"transfer-{measure}", figure, caption, caption))
     return blocks
 
 
 def _share_matrix(names: Sequence[str], pairs: Sequence[ComparedPair], measure: str, side: str) -> np.ndarray:
-    """Return the shares of pairs by a measure, "found" or under the "null", [N, N]."""
+    """Return the shares of pairs by a measure, "scores" or under the "null", [N, N]."""
 
     def share(pair: ComparedPair) -> tuple[float, float]:
         value = getattr(pair.measures[measure], side).shared.mean if measure in pair.measures else np.nan
@@ -254,5 +254,5 @@ def _transfer_cells(transfer: ReconstructionTransfer) -> tuple[str, ...]:
     def r2(fitted: FittedMap) -> str:
         return number(fitted.r2)
 
-    parts = (transfer.own, transfer.direct, transfer.direct_null, transfer.affine, transfer.affine_null)
+    parts = (transfer.native, transfer.direct, transfer.direct_null, transfer.affine, transfer.affine_null)
     return (*map(cell, parts), f"{r2(transfer.into)}, {r2(transfer.back)}")

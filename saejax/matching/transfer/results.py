@@ -34,7 +34,7 @@ class MatchScores:
 class ComparedRows:
     """Two dictionaries by one measure, with a null."""
 
-    found: MatchScores  #: of the two
+    scores: MatchScores  #: of the two
     #: the same where nothing is shared: random directions with the mean and covariance of the second's rows; for
     #: activity, the second's on text shifted by half
     null: MatchScores
@@ -69,7 +69,7 @@ class FittedMap:
 class ReconstructionTransfer:
     """One dictionary at the site of another."""
 
-    own: Rebuilt  #: the dictionary of that site
+    native: Rebuilt  #: the dictionary of that site
     direct: Rebuilt | None  #: the other one unchanged; None where widths differ
     direct_null: Rebuilt | None  #: the same after a random rotation
     affine: Rebuilt  #: the other one between affine maps to its own site and back

@@ -49,7 +49,7 @@ CLOSE = 0.9
 _FLAG = "--transfer.dictionaries"
 _ROW_BYTES = 1 << 30  # rows of dictionaries kept in memory
 _Z = float(norm.ppf(0.975))
-_FOUND, _NULL, _CEILING = "found", "null", "ceiling"
+_SCORES, _NULL, _CEILING = "scores", "null", "ceiling"
 Key = tuple[str, int, str]  # measure, number of the second dictionary, one of the three above
 
 
@@ -170,7 +170,7 @@ class Comparison:
         pairs = []
         for second, names in measures.items():
             for name in names:
-                table = _table(second, matched_by_key[name, second, _FOUND], matched_by_key[name, second, _NULL])
+                table = _table(second, matched_by_key[name, second, _SCORES], matched_by_key[name, second, _NULL])
                 tables.setdefault(name, []).append(table)
             pairs.append(self._pair(first, second, names, matched_by_key))
         for name, some in tables.items():
@@ -179,7 +179,7 @@ class Comparison:
         return Measured(tuple(pairs), _line(self._compared[first], pairs))
 
     def _sides(self, measure: str) -> tuple[str, ...]:
-        return (_FOUND, _NULL, _CEILING) if measure == "activity" else (_FOUND, _NULL)
+        return (_SCORES, _NULL, _CEILING) if measure == "activity" else (_SCORES, _NULL)
 
     def _problems(
         self, first: int, measures: Mapping[int, Sequence[str]]
@@ -244,9 +244,9 @@ class Comparison:
             if name == "activity" and self._reading:
                 itself = score(matched[name, second, _CEILING], (features[0], features[0]))
                 ceiling = itself.shared.mean
-                rate_matched = self._reading.rate_matched(first, second, matched[name, second, _FOUND].partner_F)
+                rate_matched = self._reading.rate_matched(first, second, matched[name, second, _SCORES].partner_F)
             measures[name] = ComparedRows(
-                score(matched[name, second, _FOUND], features),
+                score(matched[name, second, _SCORES], features),
                 score(matched[name, second, _NULL], features),
                 compared=tuple(int(some.sum()) for some in features),  # type: ignore[arg-type]
                 left_out=tuple(int((~some).sum()) for some in features),  # type: ignore[arg-type]
@@ -256,7 +256,7 @@ class Comparison:
         agreeing = None
         if "decoder" in names and "encoder" in names:
             # Two assignments that know nothing of each other agree on pairs that are more than chance.
-            by_decoder_F, by_encoder_F = (matched[name, second, _FOUND].partner_F for name in ("decoder", "encoder"))
+            by_decoder_F, by_encoder_F = (matched[name, second, _SCORES].partner_F for name in ("decoder", "encoder"))
             paired = by_decoder_F >= 0
             agreeing = float((by_decoder_F == by_encoder_F)[paired].mean()) if paired.any() else None
         transfers: dict[str, ReconstructionTransfer] = {}
@@ -342,11 +342,11 @@ def _line(first: Compared, pairs: Sequence[ComparedPair]) -> str:
     if not pairs:
         return f"{first.name}: no pairs"
     main = [next(iter(pair.measures.values())) for pair in pairs]
-    most = max(range(len(pairs)), key=lambda i: main[i].found.shared.mean)
+    most = max(range(len(pairs)), key=lambda i: main[i].scores.shared.mean)
     line = (
         f"{first.name}, {len(pairs)} pairs: shares most with {pairs[most].second}, "
-        f"{main[most].found.shared.mean:.1%} of the pairs of features (null {main[most].null.shared.mean:.1%}), mean "
-        f"{main[most].found.matched.mean:.3f} ({main[most].null.matched.mean:.3f})"
+        f"{main[most].scores.shared.mean:.1%} of the pairs of features (null {main[most].null.shared.mean:.1%}), mean "
+        f"{main[most].scores.matched.mean:.3f} ({main[most].null.matched.mean:.3f})"
     )
     moved = [transfer for pair in pairs for transfer in (pair.onto_second, pair.onto_first) if transfer]
     if moved:

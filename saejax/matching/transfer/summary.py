@@ -139,8 +139,8 @@ def _csv(pairs: Sequence[ComparedPair]) -> str:
             values = [
                 f"{value:.6g}"
                 for name in figures
-                for value in (*dataclasses.astuple(getattr(both.found, name)), getattr(both.null, name).mean)
+                for value in (*dataclasses.astuple(getattr(both.scores, name)), getattr(both.null, name).mean)
             ]
-            mutual = [f"{scores.mutual:.6g}" for scores in (both.found, both.null)]
+            mutual = [f"{scores.mutual:.6g}" for scores in (both.scores, both.null)]
             table.writerow([pair.first, pair.second, measure, *values, *mutual])
     return out.getvalue()
