@@ -53,7 +53,7 @@ def run_atlas(run: Run) -> AtlasResults:
         by_model, judged = _explained(run, member.name)
         labels = load_labels(source / LABELS) | by_model | hand_labels
         records = _records(source, judged, other_layers(member, interpreted.members))
-        maps = read_json(source / MAPS) if (source / MAPS).exists() else None  # of an older version
+        maps = read_json(source / MAPS)
         top = tested.top if tested and tested.dictionary == name else {}
         write_atlas(run.folder / member.name, name, records, labels, _effects(top), maps)
         wanted = {item.feature for items in top.values() for item in items}

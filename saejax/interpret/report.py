@@ -34,7 +34,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         "fitted decoder, searched and scored in the same way. Its scores owe nothing to training."
     )
     rows = [row for name, member in members for row in _rows(name, member)]
-    fits = [Text(_fit(name, member.frozen)) for name, member in members if member.frozen]
+    fits = [Text(_fit(name, member.frozen)) for name, member in members]
     table = Table("Labels", columns, tuple(rows), note=note)
     return [Section("What features mean", (Text(intro), table, *fits, *_categories(members)))]
 
@@ -60,10 +60,11 @@ def _categories(members: Sequence[tuple[str, InterpretedDictionary]]) -> list[Ta
 
 def _rows(name: str, member: InterpretedDictionary) -> list[tuple[str, ...]]:
     """Return the dictionary's row and those of its controls."""
-    rows = [_row(name, member.labels, member.features, member.shuffled_f1)]
-    if frozen := member.frozen:
-        rows.append(_row(f"{name}: frozen-random", frozen.labels, member.features, frozen.shuffled_f1))
-    return [*rows, _row(f"{name}: random directions", member.random, member.random.features, None)]
+    return [
+        _row(name, member.labels, member.features, member.shuffled_f1),
+        _row(f"{name}: frozen-random", member.frozen.labels, member.features, member.frozen.shuffled_f1),
+        _row(f"{name}: random directions", member.random, member.random.features, None),
+    ]
 
 
 def _row(name: str, counts: LabelCounts, features: int, shuffled_f1: float | None) -> tuple[str, ...]:

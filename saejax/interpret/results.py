@@ -55,7 +55,7 @@ class InterpretedDictionary:
     random: LabelCounts  #: the same of random directions that fire as often
     shuffled_f1: float  #: mean F1 of the label of another feature that fires about as often
     families: Mapping[str, int]  #: labels by what they look at
-    frozen: FrozenControl | None = None  #: the same of a frozen-random dictionary; None: of an older version
+    frozen: FrozenControl  #: the same of a frozen-random dictionary
     categories: CategoryCounts | None = None  #: associations with prompt categories; None: not asked for
 
 

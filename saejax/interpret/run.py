@@ -95,9 +95,8 @@ def other_layers(
 def line(interpreted: InterpretedDictionary) -> str:
     """Return the figures of a dictionary as a log line."""
     name = f"{interpreted.name}: " if interpreted.name else ""
-    labels, controls = interpreted.labels, [("random directions", interpreted.random)]
-    if interpreted.frozen:
-        controls.append(("a frozen-random dictionary", interpreted.frozen.labels))
+    labels = interpreted.labels
+    controls = [("random directions", interpreted.random), ("a frozen-random dictionary", interpreted.frozen.labels)]
     return (
         f"{name}{labels.labelled:,} of {labels.features:,} features that fire have a label "
         f"({labels.share:.1%}; {', '.join(f'{counts.share:.1%} of {of}' for of, counts in controls)}); mean F1 "

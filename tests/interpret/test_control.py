@@ -114,8 +114,3 @@ def test_its_labels_stand_beside_the_dictionarys(tmp_path, tiny_llama):
     rows = _rows("topk", result)
     assert [row[0] for row in rows] == ["topk", "topk: frozen-random", "topk: random directions"]
     assert "frozen-random dictionary" in _fit("topk", frozen)
-    del data["frozen"]  # what an older version wrote
-    for one in ("labels", "random"):
-        del data[one]["share_interval"], data[one]["f1_interval"]
-    older = from_json(InterpretedDictionary, data, "x")
-    assert older.frozen is None and [row[3] for row in _rows("topk", older)] == ["–", "–"]
