@@ -398,7 +398,7 @@ def test_questions_of_benchmarks_are_probed_and_ablated(tmp_path, make_run):
     unit.mkdir()
     rows = [
         dict(id=item.id, task="", prompt=f"Q {n}", reference="7", output="7", finished="eos",
-             strict=dict(found=None, correct=False), flexible=dict(found="7", correct=n % 2 == 0))
+             strict=dict(answer=None, correct=False), flexible=dict(answer="7", correct=n % 2 == 0))
         for n, item in enumerate(stage.read_items("gsm8k", task))
     ]  # fmt: skip
     write_lines(unit / "items.jsonl", rows)
