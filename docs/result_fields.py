@@ -3,6 +3,8 @@
 They are read from the classes of results: the comment (``#:``) beside each field. Every stage has a place in the page,
 ``<!-- results: STAGE -->`` followed by ``<!-- end -->``. A class is described where it first occurs; the place
 "common" has those of several stages, and "manifest" what a store says of itself.
+
+``python docs/result_fields.py STAGE`` prints the fields of a stage's results.
 """
 
 import ast
@@ -10,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -101,3 +104,9 @@ def fill_page(text: str) -> str:
 def documented_stages(text: str) -> set[str]:
     """Return the stages that have a place in the page."""
     return {place[2] for place in _PLACE.finditer(text)} & set(STAGES)
+
+
+if __name__ == "__main__":
+    for stage in sys.argv[1:]:
+        outer = results.results_class(stage)
+        print("\n".join(describe(cls) for cls in dict.fromkeys(every_class(outer))))
