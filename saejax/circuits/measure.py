@@ -24,6 +24,7 @@ from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.readouts import Readouts
 from saejax.circuits.groups import THIRDS, Group, Key
+from saejax.parallel.collectives import to_host
 
 EDITS = ("total", "direct", "swap")
 CONTROLS = ("random", "placebo")
@@ -134,8 +135,23 @@ def measure_prompt(
     if swap is None:
         answer_ExGxS[EDITS.index("swap")] = np.nan
     direct = slice(len(groups) * sets, 2 * len(groups) * sets)
-    act_RxJ = np.maximum(feature_RxJ[direct], 0).astype(np.float64)
+    act_RxJ = activations(local, member_J, feature_RxJ[direct]).astype(np.float64)
     return PromptEffects(answer_ExGxS, _lost_shares(local, owner_A, member_J, act_RxJ, sets, len(groups)), dose_ExGxS)
+
+
+def activations(local: LocalModel, member_J: np.ndarray, pre_RxJ: np.ndarray) -> np.ndarray:
+    """Return the activations [R, J] of some active features, by their indices, from pre-activations in edited runs.
+
+    Of TopK transcoders, whose cut depends on all other features, those below 0 alone count as silent.
+    """
+    layer_J, feature_J = _places(local, member_J)
+    threshold_J = np.zeros(len(member_J), np.float32)
+    for layer in np.unique(layer_J):
+        arrays = local.dictionaries.encoder(int(layer), local.model.mesh).arrays
+        if "threshold_F" in arrays:
+            here = layer_J == layer
+            threshold_J[here] = to_host(arrays["threshold_F"])[feature_J[here]]
+    return np.where(pre_RxJ > threshold_J, pre_RxJ, 0)
 
 
 def _run_rows(

@@ -140,7 +140,8 @@ class BenchmarkAblation(BehaviourAblation):
         self.test_references = self._references(self.items.references(self.test))
         # Train items alone choose features; test items judge them.
         self._train_references = self.items.references(self.train)
-        self.attribution_F = self._attributions(self._train_references)[0].mean(axis=0, dtype=np.float64)
+        self._chosen_by_NxF = self._attributions(self._train_references)[0]
+        self.attribution_F = self._chosen_by_NxF.mean(axis=0, dtype=np.float64)
 
     def _references(self, references: Sequence[Reference]) -> References:
         return References(self.split, references, self.batch_tokens, self.progress.check)
@@ -200,14 +201,23 @@ class BenchmarkAblation(BehaviourAblation):
         references = items.references(items.train[: self.config.attribution_prompts or len(items.train)])
         return leaders(self._attributions(references)[0].mean(axis=0, dtype=np.float64), self.config.top)
 
-    def item_attributions(self, items: Sequence[Item], dictionaries: Sequence[Dictionary] = ()) -> list[np.ndarray]:
-        """Return the attribution of each feature for the answer to each of P items, float32 [P, F].
+    def train_attributions(self, others: Sequence["BenchmarkAblation"] = ()) -> list[np.ndarray]:
+        """Return the attribution of each feature for the answer to each train item, float32 [P, F].
 
         Args:
-          items: P items.
-          dictionaries: others, whose attributions follow those of the tested one.
+          others: other dictionaries on these items, whose attributions follow.
         """
-        return self._attributions(self.items.references(items), [SplitModel(self.lm, each) for each in dictionaries])
+        # Those of the items that chose features are there already.
+        rest = self.items.references(self.items.train[len(self.train) :])
+        every = [self, *others]
+        if not rest:
+            return [each._chosen_by_NxF for each in every]
+        rest_rows = self._attributions(rest, [other.split for other in others])
+        return [np.concatenate([each._chosen_by_NxF, rows]) for each, rows in zip(every, rest_rows, strict=True)]
+
+    def test_attributions(self) -> np.ndarray:
+        """Return the attribution of each feature for the answer to each test item, float32 [P, F]."""
+        return self._attributions(self.items.references(self.test))[0]
 
     def pools(self, features: Sequence[int]) -> dict[int, list[float]]:
         """Return activations of each feature where it fires on train items, from which it is resampled."""
@@ -236,7 +246,7 @@ def measure_benchmark(
     config: StudyConfig,
     repeats: Mapping[str, Dictionary] | None = None,
     on_progress: OnProgress = lambda done, total: None,
-) -> tuple[EffectsTable, BenchmarkAblation]:
+) -> tuple[EffectsTable, BenchmarkAblation, dict[str, BenchmarkAblation]]:
     """Measure log-likelihoods of the reference answers: all that the verdict needs but accuracy.
 
     Args:
@@ -247,7 +257,7 @@ def measure_benchmark(
       on_progress: called with rows done and expected; may raise to stop.
 
     Returns:
-      The table, and the tested dictionary's ablation for further measurements.
+      The table, and the ablations of the tested dictionary and of the repeats, for further measurements.
 
     Raises:
       UserError: a dictionary does not fit the model, or no feature has an attribution above zero.
@@ -270,7 +280,12 @@ def measure_benchmark(
         )
 
     tested = ablation(dictionary)
-    return measure_all(tested, ablation, {items.name: []}, repeats=repeats), tested
+    others = {name: ablation(repeat) for name, repeat in (repeats or {}).items()}
+
+    def ablation_of(basis: Dictionary) -> BenchmarkAblation:
+        return next((each for each in others.values() if each.basis is basis), None) or ablation(basis)
+
+    return measure_all(tested, ablation_of, {items.name: []}, repeats=repeats), tested, others
 
 
 def measure_sets(ablation: BenchmarkAblation, sets: Mapping[str, Sequence[int]]) -> EffectsTable:

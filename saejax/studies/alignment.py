@@ -1,8 +1,9 @@
 """Agreement between two rows of a study on what matters in a benchmark.
 
 Two rankings can be compared between any two models that were asked the same items. *Items*: by the log-likelihood that
-each item loses under a row's top features, without what random sets explain (``item_alignment``). *Features*: by their
-attribution, matched by their activity on the items (``saejax.matching.importance``).
+each item loses under a row's top features, without what its category, the length of its answer and random sets explain
+(``item_alignment``). *Features*: by their attribution, matched by their activity on the items
+(``saejax.matching.importance``).
 
 A correlation is compared with those where one side is shuffled, and with placebos: of items, a random set in the place
 of one row's top features; of features, a rotated dictionary, and the importance for other items' answers.
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.interventions.table import load_effects
+from saejax.interventions.table import PromptDefinition, load_effects
 from saejax.matching.importance import ItemFeatures, align_importance
 from saejax.page.findings import Findings
 from saejax.statistics.ranks import holm_by_key
@@ -29,7 +30,8 @@ RULE = (
     "Two rows are aligned on a benchmark if a rank correlation is at least "
     f"{LEAST:g}, is as large with one side shuffled in at most {100 * LEVEL:g} % of the cases after Holm's correction "
     "over all comparisons, and is above its placebos. Of items it is that of what they lose under the top features, "
-    "without what random sets explain; the placebo is the 95 % quantile with a random set in the place of one row's "
+    "without what their category, the length of their answer and random sets explain, shuffled within categories; the "
+    "placebo is the 95 % quantile with a random set in the place of one row's "
     "top features. Of features it is that of the attributions of those matched by their activity on the items; the "
     "placebos are a rotated dictionary, and the 95 % quantile with the importance for other items' answers."
 )
@@ -67,11 +69,16 @@ def _judge(comparison: AlignmentFigures, p: float) -> AlignmentFigures:
 
 def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -> Iterator[AlignmentFigures]:
     folders = [rows[name].folders[f"study/{benchmark}"] for name in pair]
-    (first_ids, first_losses), (second_ids, second_losses) = (_losses(folder, benchmark) for folder in folders)
-    same = len({rows[name].each(StudyResults)[benchmark].origin for name in pair}) == 1
-    shared = [item for item in first_ids if item in second_ids] if same else []
+    results = [rows[name].each(StudyResults)[benchmark] for name in pair]
+    (first_items, first_losses), (second_items, second_losses) = (_losses(folder, benchmark) for folder in folders)
+    same = results[0].origin == results[1].origin
+    shared = [item for item in first_items if item in second_items] if same else []
     agreement = align_items(
-        first_losses.choose(_indices(first_ids, shared)), second_losses.choose(_indices(second_ids, shared)), _SEED
+        first_losses.choose(_indices(first_items, shared)),
+        second_losses.choose(_indices(second_items, shared)),
+        [results[0].categories.get(item.removeprefix(f"{benchmark}/"), "") for item in shared],
+        [len(first_items[item].correct) for item in shared],
+        _SEED,
     )
     correlation, p, placebo = None, None, None
     if agreement:
@@ -100,16 +107,17 @@ def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -
         )
 
 
-def _indices(ids: Mapping[str, int], items: Sequence[str]) -> np.ndarray:
-    return np.array([ids[item] for item in items], np.int64)
+def _indices(items: Mapping[str, PromptDefinition], chosen: Sequence[str]) -> np.ndarray:
+    place = {item: index for index, item in enumerate(items)}
+    return np.array([place[item] for item in chosen], np.int64)
 
 
-def _losses(folder: Path, benchmark: str) -> tuple[dict[str, int], ItemLosses]:
-    """Return the index of each item, and what items lose under the top features and under random sets, in nats."""
+def _losses(folder: Path, benchmark: str) -> tuple[dict[str, PromptDefinition], ItemLosses]:
+    """Return the items by id, and what they lose under the top features and under random sets, in nats."""
     table = load_effects(folder)
     prompts = table.select_prompts(benchmark)
     top_1xP, random_DxP = (
         table.drops(table.select_whole_edits(benchmark, group), prompts, "answer_log_prob")
         for group in ("top", "random")
     )
-    return {prompt.id: index for index, prompt in enumerate(prompts)}, ItemLosses(top_1xP[0], random_DxP)
+    return {prompt.id: prompt for prompt in prompts}, ItemLosses(top_1xP[0], random_DxP)

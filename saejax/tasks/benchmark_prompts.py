@@ -1,13 +1,20 @@
-"""Prompts of benchmark questions: worked examples first, plain or in the tokenizer's chat template."""
+"""Prompts of benchmark questions: worked examples first, plain or in the tokenizer's chat template.
+
+The examples, in ``data/worked_examples.json``, have the form of the benchmark's items (of gsm8k, every calculation is
+repeated between << and >>). All were written for this project; none is taken from a benchmark. Tests work the answers
+out again.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saejax.errors import UserError
 from saejax.models.tokens import encode
 from saejax.settings import TaskConfig
-from saejax.tasks import exemplars
 from saejax.tasks.benchmark_definitions import Item, definition, final_number, way
 
 _ENDS = "\n\n"  # between worked examples
@@ -79,5 +86,12 @@ def make_prompter(name: str, task: TaskConfig, tokenizer: Any) -> Prompter:
     return Prompter(name, shots, task.chat_template, tokenizer, brief)
 
 
+@functools.cache
+def worked_examples() -> Mapping[str, Sequence[tuple[str, str]]]:
+    """Return questions with their worked solutions or right choices, by benchmark, or task of ``logic``."""
+    text = (importlib.resources.files(__package__) / "data" / "worked_examples.json").read_text("utf-8")
+    return {name: [(row["question"], row["answer"]) for row in rows] for name, rows in json.loads(text).items()}
+
+
 def _examples(name: str, part: str) -> Sequence[tuple[str, str]]:
-    return exemplars.LOGIC[part] if name == "logic" else exemplars.WORKED[name]
+    return worked_examples()[part if name == "logic" else name]

@@ -1,11 +1,17 @@
 """Roles, features that return, proposed groups and their file; edges as a function of the measured arrays."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "attribution"))
+from made_transcoders import made_set
+
 from saejax.attribution.forms.features import FeatureDetails
+from saejax.attribution.local.model import LocalModel
 from saejax.circuits.contexts import name_feature
 from saejax.circuits.edges import ANSWER, judge_edges
 from saejax.circuits.groups import (
@@ -18,7 +24,7 @@ from saejax.circuits.groups import (
     read_groups,
     short_name,
 )  # fmt: skip
-from saejax.circuits.measure import PromptEffects
+from saejax.circuits.measure import PromptEffects, activations
 from saejax.errors import UserError
 
 
@@ -191,6 +197,21 @@ def test_the_level_is_divided_by_the_number_of_edges():
     first, second = (judge_edges(names, some, ["a"] * 20, resamples=500) for names, some in (("g", one), ("gh", both)))
     assert first[0].level == pytest.approx(0.95) and second[0].level == pytest.approx(0.975)
     assert json.dumps([edge.drawn for edge in second]) == "[true, true]"
+
+
+@pytest.mark.parametrize("kind", ["standard", "jumprelu"])
+def test_activations_in_edited_runs_are_those_of_the_encoder(tiny, kind):
+    """A JumpReLU feature below its threshold is silent, although it is above 0."""
+    transcoders = made_set(tiny, kind=kind)
+    local = LocalModel(tiny, transcoders, np.arange(5, 13))
+    member_J = np.flatnonzero(local.active.layer_A == 1)
+    read_RxD = np.random.default_rng(0).normal(size=(400, tiny.config.d_model)).astype(np.float32)
+    arrays = transcoders[1].arrays
+    pre_RxF = read_RxD @ np.asarray(arrays["W_enc_DxF"]) + np.asarray(arrays["b_enc_F"])
+    feature_J = local.active.feature_A[member_J]
+    expected_RxJ = np.asarray(transcoders[1].encode(read_RxD))[:, feature_J]
+    assert kind == "standard" or ((expected_RxJ == 0) & (pre_RxF[:, feature_J] > 0)).any()
+    np.testing.assert_allclose(activations(local, member_J, pre_RxF[:, feature_J]), expected_RxJ, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,14 @@ def fewer_permutations(monkeypatch):
     monkeypatch.setattr("saejax.studies.item_alignment._PERMUTATIONS", 199)
 
 
+KINDS = ["any"] * ITEMS  # of one category
+EQUAL = [1] * ITEMS  # answers of one length
+
+
+def align(first, second, categories=KINDS, lengths=EQUAL):
+    return align_items(first, second, categories, lengths, seed=0)
+
+
 def is_aligned(found):
     return found.correlation >= 0.3 and found.p_value <= 0.05 and found.correlation > found.placebo
 
@@ -47,27 +55,56 @@ def test_fragile_items_make_no_agreement():
     for first, second in pairs(shared=0):
         plain = [losses.top_N - losses.control_DxN.mean(0) for losses in (first, second)]
         beyond += spearmanr(*plain).statistic >= 0.3
-        aligned += is_aligned(align_items(first, second, seed=0))
+        aligned += is_aligned(align(first, second))
     assert aligned <= 1 and beyond >= 5
 
 
+KINDS_OF_TWO = ["sum" if i % 3 else "word" for i in range(ITEMS)]
+
+
+@pytest.mark.parametrize("cause", ["category", "length"])
+def test_the_form_of_answers_makes_no_agreement(cause):
+    """Rows that lose more where the answer is a calculation, or a long one, and share nothing else, are not aligned."""
+    rng, aligned, before = np.random.default_rng(1), 0, 0
+    length_N = rng.integers(3, 30, ITEMS)
+    for rows in pairs(shared=0):
+        if cause == "category":
+            more_N = 4 * (np.array(KINDS_OF_TWO) == "sum")
+            first, second = (ItemLosses(row.top_N + row.top_N.std() * more_N, row.control_DxN) for row in rows)
+        else:
+            first, second = (ItemLosses(row.top_N * length_N / 15, row.control_DxN) for row in rows)
+        aligned += is_aligned(align(first, second, KINDS_OF_TWO if cause == "category" else KINDS, length_N))
+        before += is_aligned(align(first, second))  # without category and length
+    assert aligned <= 1 and before >= 10
+
+
+def test_agreement_within_categories_is_found():
+    """Opposite levels of the categories hide it from a correlation over all items."""
+    sums_N = np.array(KINDS_OF_TWO) == "sum"
+    first, second = next(iter(pairs(shared=1)))
+    first = ItemLosses(first.top_N + 5 * first.top_N.std() * sums_N, first.control_DxN)
+    second = ItemLosses(second.top_N - 5 * second.top_N.std() * sums_N, second.control_DxN)
+    assert align(first, second).correlation < 0.1
+    assert is_aligned(align(first, second, KINDS_OF_TWO))
+
+
 def test_shared_importance_is_found():
-    assert sum(is_aligned(align_items(*pair, seed=0)) for pair in pairs(shared=1)) >= PAIRS - 1
+    assert sum(is_aligned(align(*pair)) for pair in pairs(shared=1)) >= PAIRS - 1
 
 
 def test_a_row_agrees_with_itself_and_not_with_the_other_way_round():
     first, _ = next(iter(pairs(shared=0)))
-    itself = align_items(first, first, seed=0)
+    itself = align(first, first)
     assert itself.correlation == pytest.approx(1) and itself.p_value == 1 / 200 and itself.placebo < 0.5
     turned = ItemLosses(-first.top_N, first.control_DxN)
-    assert align_items(first, turned, seed=0).correlation < -0.5
+    assert align(first, turned).correlation < -0.5
 
 
 def test_items_that_were_not_measured_are_left_out():
     first, second = next(iter(pairs(shared=1)))
-    wanted = align_items(first.choose(np.arange(1, ITEMS)), second.choose(np.arange(1, ITEMS)), seed=0)
+    wanted = align(first.choose(np.arange(1, ITEMS)), second.choose(np.arange(1, ITEMS)), KINDS[1:], EQUAL[1:])
     first.control_DxN[3, 0] = np.nan
-    assert align_items(first, second, seed=0) == wanted
+    assert align(first, second) == wanted
 
 
 def test_items_of_two_rows_are_read_from_their_tables(tmp_path):
@@ -76,15 +113,16 @@ def test_items_of_two_rows_are_read_from_their_tables(tmp_path):
     for name, losses, order in (("a", first, np.arange(ITEMS)), ("b", second, np.arange(ITEMS)[::-1])):
         edits = [EditDefinition("gsm8k", "clean"), EditDefinition("gsm8k", "top", features=(1,))]
         edits += [EditDefinition("gsm8k", "random", index=i, features=(2 + i,)) for i in range(SETS)]
-        prompts = [PromptDefinition(f"test:{i:03d}", "gsm8k") for i in order]
+        prompts = [PromptDefinition(f"test:{i:03d}", "gsm8k", correct="9" * (i % 7)) for i in order]
         value_ExP = -20.0 - np.concatenate([np.zeros((1, ITEMS)), losses.top_N[None], losses.control_DxN])[:, order]
         blocks = [(edits, prompts, ["answer_log_prob"], value_ExP[..., None])]
         save_effects(tmp_path / name, EffectsTable.from_blocks(edits, prompts, blocks))
-        results = {"gsm8k": SimpleNamespace(origin="one file", dictionary="topk")}
+        kinds = {prompt.id: KINDS_OF_TWO[place] for prompt, place in zip(prompts, order, strict=True)}
+        results = {"gsm8k": SimpleNamespace(origin="one file", dictionary="topk", categories=kinds)}
         folders = {"study/gsm8k": tmp_path / name}
         rows[name] = SimpleNamespace(each=lambda cls, results=results: results, folders=folders)
     (found,) = alignment.alignments(rows)
-    wanted = align_items(first, second, seed=alignment._SEED)
+    wanted = align_items(first, second, KINDS_OF_TWO, [i % 7 for i in range(ITEMS)], seed=alignment._SEED)
     assert (found.by, found.n, found.aligned) == ("items", ITEMS, True)
     assert found.rank_correlation == pytest.approx(wanted.correlation) and found.control == pytest.approx(
         wanted.placebo
@@ -94,7 +132,7 @@ def test_items_of_two_rows_are_read_from_their_tables(tmp_path):
 def test_too_little_to_compare():
     first, second = next(iter(pairs(shared=0)))
     few = np.arange(7)
-    assert align_items(first.choose(few), second.choose(few), seed=0) is None
+    assert align(first.choose(few), second.choose(few), KINDS[:7], EQUAL[:7]) is None
     alone = ItemLosses(first.top_N, first.control_DxN[:1])
-    assert align_items(alone, second, seed=0) is None
-    assert align_items(ItemLosses(np.zeros(ITEMS), first.control_DxN), second, seed=0) is None
+    assert align(alone, second) is None
+    assert align(ItemLosses(np.zeros(ITEMS), first.control_DxN), second) is None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from saejax.settings import TaskConfig
-from saejax.tasks import exemplars
+from saejax.tasks.benchmark_prompts import worked_examples
 from saejax.tasks.benchmark_scores import score_items
 from saejax.tasks.benchmarks import read_items
 
@@ -69,7 +69,9 @@ def test_gsm8k(smollm2, harness, tmp_path):
         training_split=None,
         fewshot_split=None,
         num_fewshot=GSM8K_SHOTS,
-        fewshot_config=dict(sampler="first_n", samples=[dict(question=q, answer=a) for q, a in exemplars.GSM8K]),
+        fewshot_config=dict(
+            sampler="first_n", samples=[dict(question=q, answer=a) for q, a in worked_examples()["gsm8k"]]
+        ),
         generation_kwargs=dict(
             until=["Question:", "</s>", "<|im_end|>"], do_sample=False, temperature=0.0, max_gen_toks=NEW_TOKENS
         ),
@@ -112,8 +114,8 @@ def test_logic(smollm2, harness, tmp_path):
                 fewshot_config=dict(
                     sampler="first_n",
                     samples=[
-                        dict(input=q, target=a, options=sorted({b for _, b in exemplars.LOGIC[part]} | {a}))
-                        for q, a in exemplars.LOGIC[part]
+                        dict(input=q, target=a, options=sorted({b for _, b in worked_examples()[part]} | {a}))
+                        for q, a in worked_examples()[part]
                     ],
                 ),
                 metric_list=[

@@ -8,7 +8,7 @@ from benchmark_rows import DATA, NEEDS_DATA, Chat, prompter, read, write_all
 
 from saejax.errors import UserError
 from saejax.settings import TaskConfig
-from saejax.tasks import exemplars
+from saejax.tasks.benchmark_prompts import worked_examples
 from saejax.tasks.benchmarks import read_items
 from saejax.tasks.number_choices import number_choices, plain_number
 
@@ -27,7 +27,7 @@ def test_gsm8k_as_choices(folder):
     assert max(int(choice) / int(item.answer) for item in items for choice in item.choices) < 3, "of like size"
     assert [item.id for item in items] == [item.id for item in read(folder, "gsm8k", examples=12)]
     one = prompter("gsm8k", score="choice", shots=1)
-    (question, _), *_ = exemplars.GSM8K
+    (question, _), *_ = worked_examples()["gsm8k"]
     assert one.prompt(items[0]) == f"Question: {question}\nAnswer: 6\n\nQuestion: {items[0].question}\nAnswer:"
     chat = prompter("gsm8k", Chat(), shots=0, chat_template=True, score="choice").prompt(items[0])
     assert chat.startswith("<user>Answer with a number alone.\n\n")

@@ -11,7 +11,8 @@ import pytest
 
 from saejax.settings import StudyConfig, TaskConfig
 from saejax.studies.benchmark_run import split_items
-from saejax.tasks import benchmarks, exemplars
+from saejax.tasks import benchmarks
+from saejax.tasks.benchmark_prompts import worked_examples
 from saejax.tasks.word_problems import PER_TEMPLATE, evaluate, make_questions, read_data
 
 TASK = TaskConfig(benchmarks=("word_problems",), examples=400, shots=0)
@@ -54,7 +55,7 @@ def test_answers_are_right(items):
     for item in items:
         assert work_out(item.question) == item.answer, item.question
         assert item.answer in item.choices and len(set(item.choices)) == len(item.choices) > 1
-    for question, answer in exemplars.WORD_PROBLEMS:
+    for question, answer in worked_examples()["word_problems"]:
         assert work_out(question) == answer
         assert not set(re.findall(r"Otto|Vera|glims|spoons", question)) & set(json.loads(read_data())["names"])
 

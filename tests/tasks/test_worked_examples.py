@@ -12,13 +12,13 @@ from benchmark_rows import DATA, NEEDS_DATA, Chat, prompter, read, write_lines
 from saejax.errors import UserError
 from saejax.models import source
 from saejax.settings import BENCHMARKS, ModelConfig
-from saejax.tasks import exemplars
 from saejax.tasks.answers import last_boxed
 from saejax.tasks.benchmark_definitions import DEFINITIONS, LOGIC_TASKS, Item
+from saejax.tasks.benchmark_prompts import worked_examples
 
 
 def test_the_calculations_of_gsm8k_examples_are_right():
-    for _, solution in exemplars.GSM8K:
+    for _, solution in worked_examples()["gsm8k"]:
         steps = re.findall(r"<<([0-9.*/+-]+)=([0-9.]+)>>([0-9]+)", solution)
         assert steps and solution.count("<<") == len(steps)
         for calculation, result, repeated in steps:
@@ -27,7 +27,7 @@ def test_the_calculations_of_gsm8k_examples_are_right():
 
 
 def test_the_answers_of_math_examples_are_right():
-    answers = [last_boxed(solution) for _, solution in exemplars.MATH]
+    answers = [last_boxed(solution) for _, solution in worked_examples()["math"]]
     roots = [x for x in range(1, 100) if x * x - 3 * x == 28]
     throws = list(itertools.product("HT", "HT", range(1, 7)))
     share = sum(throw[:2] == ("H", "H") and throw[2] < 3 for throw in throws), len(throws)
@@ -37,9 +37,9 @@ def test_the_answers_of_math_examples_are_right():
 
 
 def test_the_answers_of_true_and_false_examples_are_right():
-    for question, answer in exemplars.LOGIC["boolean_expressions"]:
+    for question, answer in worked_examples()["boolean_expressions"]:
         assert str(eval(question.removesuffix(" is"))) == answer
-    for question, answer in exemplars.LOGIC["web_of_lies"]:
+    for question, answer in worked_examples()["web_of_lies"]:
         sentences = question.removeprefix("Question: ").split(". ")
         truthful = {sentences[0].split()[0]: "tells the truth" in sentences[0]}
         for speaker, other, claim in (re.fullmatch(r"(\w+) says (\w+) (.+)", s).groups() for s in sentences[1:-1]):
@@ -89,7 +89,7 @@ ORDERS = {
 
 def test_the_answers_of_orderings_follow_and_are_the_only_ones():
     tasks = [task for task in LOGIC_TASKS if task.startswith("logical_deduction")]
-    shown = [example for task in tasks for example in exemplars.LOGIC[task]]
+    shown = [example for task in tasks for example in worked_examples()[task]]
     assert len(shown) == len(ORDERS)
     for question, answer in shown:
         objects, holds, place = next(order for start, order in ORDERS.items() if question.startswith(start))
@@ -102,7 +102,7 @@ def test_the_answers_of_orderings_follow_and_are_the_only_ones():
 
 def test_the_answers_of_dates_are_right():
     days = [date(2023, 3, 17 - 2), date.fromordinal(date(2001, 1, 31).toordinal() + 7), date(2008, 6, 10 - 1)]
-    for (question, answer), day in zip(exemplars.LOGIC["date_understanding"], days, strict=True):
+    for (question, answer), day in zip(worked_examples()["date_understanding"], days, strict=True):
         assert f"{answer} {day:%m/%d/%Y}\n" in question + "\n" and question.count(f"{day:%m/%d/%Y}") == 1
     assert date(2023, 3, 17).strftime("%A") == "Friday"
 
@@ -113,7 +113,7 @@ def test_questions_are_asked_as_usual():
     assert prompter("math", shots=0).prompt(item) == "Problem:\nHow many?\n\nSolution:"
     item = dataclasses.replace(item, task="web_of_lies")
     assert prompter("logic", shots=0).prompt(item) == "Q: How many?\nA:"
-    (question, answer), *_ = exemplars.LOGIC["web_of_lies"]
+    (question, answer), *_ = worked_examples()["web_of_lies"]
     assert prompter("logic", shots=1).prompt(item) == f"Q: {question}\nA: {answer}\n\nQ: How many?\nA:"
 
 
@@ -123,18 +123,18 @@ def test_worked_examples_come_first_and_have_the_form_of_items(name):
     for part in known.parts:
         item = Item("a:1", part, "Why?", "", "")
         whole = prompter(name).prompt(item)
-        shown = (exemplars.WORKED | exemplars.LOGIC)[part or name][: known.shots]
+        shown = worked_examples()[part or name][: known.shots]
         assert len(shown) == known.shots == dict(gsm8k=5, math=4).get(name, 3)
         assert whole == "".join(f"{known.question.format(q)} {a}\n\n" for q, a in shown) + known.question.format("Why?")
         assert not any(stop in answer for _, answer in shown for stop in known.stop)
 
 
 def test_examples_are_read_as_items_are(tmp_path):
-    rows = [dict(question=q, answer=a) for q, a in exemplars.GSM8K]
+    rows = [dict(question=q, answer=a) for q, a in worked_examples()["gsm8k"]]
     write_lines(tmp_path / "gsm8k.jsonl", rows)
-    write_lines(tmp_path / "math.jsonl", [dict(problem=q, solution=a) for q, a in exemplars.MATH])
+    write_lines(tmp_path / "math.jsonl", [dict(problem=q, solution=a) for q, a in worked_examples()["math"]])
     for task in LOGIC_TASKS:
-        write_lines(tmp_path / "logic" / f"{task}.jsonl", [dict(input=q, target=a) for q, a in exemplars.LOGIC[task]])
+        write_lines(tmp_path / "logic" / f"{task}.jsonl", [dict(input=q, target=a) for q, a in worked_examples()[task]])
     assert [len(read(tmp_path, name, examples=n)) for name, n in (("gsm8k", 8), ("math", 5), ("logic", 18))] == [
         8,
         5,
@@ -144,7 +144,7 @@ def test_examples_are_read_as_items_are(tmp_path):
 
 def test_the_chat_template_holds_the_examples_as_turns():
     item = Item("a:1", "", "How many?", "", "")
-    (question, answer), *_ = exemplars.GSM8K
+    (question, answer), *_ = worked_examples()["gsm8k"]
     chat = prompter("gsm8k", Chat(), shots=1, chat_template=True)
     start = "<user>Solve the problem step by step. End with a line that holds '#### ' and the answer as a number.\n\n"
     assert chat.prompt(item) == f"{start}{question}<assistant>{answer}<user>How many?<assistant>"
@@ -173,5 +173,5 @@ def test_prompts_that_cannot_be_made_are_refused():
 def test_no_worked_example_is_from_a_benchmark():
     files = [DATA / "gsm8k" / "test.jsonl", *sorted((DATA / "logic").glob("*.jsonl"))]
     real = {value for path in files for line in path.open(encoding="utf-8") for value in json.loads(line).values()}
-    own = {q for q, _ in (*exemplars.GSM8K, *itertools.chain(*exemplars.LOGIC.values()))}
+    own = {q for q, _ in itertools.chain(*worked_examples().values())}
     assert not own & real
