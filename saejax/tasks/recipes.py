@@ -1,115 +1,185 @@
-"""The demo's four behaviours: their content items, their templates, and how a prompt is made of both.
+"""Recipes of behaviours: their templates and content items, and how a prompt is made of both.
 
-==============  ================================================  =======  =======  ==============================
-behaviour       prompt                                            correct  wrong    counterpart
-==============  ================================================  =======  =======  ==============================
-agreement       Everyone knows that the keys near the cabinet     " are"   " is"    the subject's number (key)
-capital         The capital of France is the city of              " Paris" " Rome"  another place (Italy)
-greater_than    The siege lasted from '62 to '                    "75"     "35"     a year of another decade ('22)
-addition        13+24=37, 58+16=74, 21+45=                        "66"     "38"     other numbers (12+26)
-==============  ================================================  =======  =======  ==============================
+===============  ================================================  ==========  ================================
+behaviour        prompt                                            correct     counterpart
+===============  ================================================  ==========  ================================
+agreement        Everyone knows that the keys near the cabinet     " are"      the subject's number (key)
+capital          The capital of France is the city of              " Paris"    another place (Italy)
+greater_than     The siege lasted from '62 to '                    "75"        a year of another decade ('22)
+addition         13+24=37, 58+16=74, 21+45=                        "66"        other numbers (12+26)
+two_hop          The capital of the state where Dallas lies is     " Austin"   another city (Oakland)
+antonym          ... and the opposite of small is                  " big"      another word (hot)
+antonym_french   ... et le contraire de petit est                  " grand"    another word
+antonym_spanish  ... y lo contrario de pequeño es                  " grande"   another word
+rhyme            ... the cat / ... upon the                        " hat"      another word, another rhyme
+acronym          ... the Royal Music Trust has the initials R M    " T"        another last word
+sport            ... Babe Ruth plays the sport of                  " baseball" an athlete of another sport
+===============  ================================================  ==========  ================================
+
+Those from ``two_hop`` on, and ``addition``, are of published work on attribution graphs (Lindsey et al., Ameisen et
+al., 2025). The wrong answer is the counterpart's correct one, so it is as common in these contexts.
 
 Each behaviour has three templates. The last is held out: only test prompts are made of it, so that what train prompts
 teach of their wording cannot pass for the behaviour.
 
-Agreement: the noun beside the verb always has the other number, so following it gives 0 %; half of the subjects are
-singular. Greater-than: an end in the decade after the first year's is correct, one before the first year is wrong; in
-the counterpart it is the other way round as far as it can be: both decades are later, the wrong answer's is the next.
-Other later decades would be right, too, so its top-1 share is low in a model that can do it.
-Addition: two numbers of two digits with a sum below 100, after two worked examples that are used for nothing else,
-in either order. The tens of the sums of a prompt and its counterpart differ by two or more.
+- Agreement: the noun beside the verb always has the other number, so following it gives 0 %; half of the subjects are
+  singular.
+- Greater-than: an end in the decade after the first year's is correct, one before the first year is wrong; in the
+  counterpart it is the other way round as far as it can be: both decades are later, the wrong answer's is the next.
+  Other later decades would be right, too, so its top-1 share is low in a model that can do it.
+- Addition: two numbers of two digits with a sum below 100, after two worked examples that are used for nothing else,
+  in either order. The tens of the sums of a prompt and its counterpart differ by two or more.
+- Two-hop: the city's state or country, the intermediate step, is in no prompt. A city and its counterpart's are both of
+  a state or both of a country, and equally many tokens of SmolLM2.
+- Antonyms come after a worked example, which is used for nothing else.
 
 Before an answer that is a number stands a mark ("'", "="), never a space or a digit: some vocabularies keep a space
 with the digits after it, some do not, and some join digits by twos or threes; so every one of them begins a token where
 the answer begins. Both digits of it are given; a vocabulary of single digits is asked for the first.
 
-The words, in ``data/behaviours.json``, were written for this project. Nouns, events and places (countries and parts of
-some) are those that are one token in SmolLM2, so that the prompts of a template are equally long; none was left out for
-what a model makes of it.
+Templates and words, in ``data/behaviours.json``, were written for this project. Nouns, events, places (countries and
+parts of some), and English antonyms and rhymes are those that are one token in SmolLM2, so that the prompts of a
+template are equally long; none was left out for what a model makes of it.
 """
 
 import functools
 import importlib.resources
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from saejax.tasks.facts import Fact, draw_fact
-from saejax.tasks.published_recipes import published_recipes
-from saejax.tasks.recipe import Draft, Recipe, deal, pick
-
+_Item = TypeVar("_Item")
 _PLACES = ("near", "beside", "behind")
 _VERBS = (" is", " are")
 _LATE_DECADES = range(2, 9)  # leaves two earlier decades and a later one
-_EXAMPLES = ((13, 24), (58, 16))  # of addition
+_EXAMPLES = ((13, 24), (58, 16))  # of addition, in its templates
+_LANGUAGES = dict(antonym="english", antonym_french="french", antonym_spanish="spanish")
+
+
+class Draft(NamedTuple):
+    """A prompt that has no split and template yet; the fields are those of ``behaviours.Prompt``."""
+
+    text: str
+    correct: str
+    counterpart: str
+    counterpart_correct: str
+    items: tuple[str, ...]
+
+
+class Recipe(NamedTuple):
+    """The templates and content from which a behaviour's prompts are made.
+
+    Attributes:
+      templates: texts with the content's places in braces; the last is for test prompts only.
+      pools: its content items, by kind.
+      least: how many of each kind a split needs for a prompt and its counterpart.
+      capacity: from the numbers of items of a split, by kind, how many different prompts they give of a template.
+      drawer: from a random generator and a split's items, by kind, a function that drafts a prompt of a template; of
+        those with an even and an odd number there should be as many.
+    """
+
+    templates: Sequence[str]
+    pools: Mapping[str, Sequence]
+    least: int
+    capacity: Callable[..., int]
+    drawer: Callable[..., Callable[[int, str], Draft]]
+
+    def of_split(self, split: str) -> Sequence[str]:
+        """Return the templates of a split; of test prompts the held-out one first, so that fewest prompts have it."""
+        return self.templates[:-1] if split == "train" else self.templates[::-1]
+
+
+class Fact(NamedTuple):
+    """A content item with the answer to a prompt about it.
+
+    Attributes:
+      item: its name.
+      answer: the answer that a prompt asks for, as it follows the text, with its leading space.
+      fields: values of the template's fields, by name.
+    """
+
+    item: str
+    answer: str
+    fields: Mapping[str, str]
 
 
 @functools.cache
 def recipes() -> Mapping[str, Recipe]:
-    """Return the recipe of every behaviour, those of ``published_recipes`` among them, by name."""
+    """Return the recipe of every behaviour, by name."""
     words = json.loads((importlib.resources.files(__package__) / "data" / "behaviours.json").read_text("utf-8"))
+    templates = words["templates"]
     sums = [pair for pair in itertools.combinations(range(11, 90), 2) if sum(pair) < 100]
-    first, second = (f"{a}+{b}={a + b}" for a, b in _EXAMPLES)
+    places = [Fact(place, f" {city}", dict(place=place)) for place, city in words["places"].items()]
+    cities = {
+        name: [Fact(city, f" {capital}", dict(city=city, kind=name.split()[0])) for city, (_, capital) in items.items()]
+        for name, items in words["cities"].items()
+    }
+    athletes = [
+        Fact(name, f" {sport}", dict(athlete=name)) for sport, names in words["athletes"].items() for name in names
+    ]
+    pairs = {name: words["antonyms"][language] for name, language in _LANGUAGES.items()} | dict(rhyme=words["rhymes"])
     return dict(
         agreement=Recipe(
-            (
-                "Everyone knows that the {subject} {place} the {other}",
-                "In the picture, the {subject} {place} the {other}",
-                "The {subject} that stood {place} the {other}",
-            ),
+            templates["agreement"],
             dict(nouns=list(words["nouns"].items())),
             least=2,
             capacity=lambda nouns: nouns * (nouns - 1) * len(_PLACES) * len(_VERBS),
             drawer=_agreement,
         ),
-        capital=Recipe(
-            (
-                "The capital of {place} is the city of",
-                "The government of {place} sits in its capital,",
-                "They flew to {place} and spent a week in its capital,",
-            ),
-            dict(places=[Fact(place, f" {city}", dict(place=place)) for place, city in words["places"].items()]),
-            least=2,
-            capacity=lambda places: places,
-            drawer=draw_fact,
-        ),
+        capital=Recipe(templates["capital"], dict(places=places), 2, lambda places: places, _fact),
         greater_than=Recipe(
-            (
-                "The {event} lasted from '{year} to '",
-                "The {event} began in '{year} and ended in '",
-                "Our records of the {event} cover the years from '{year} to '",
-            ),
+            templates["greater_than"],
             dict(digits=range(10), events=words["events"]),
             least=1,
             capacity=lambda digits, events: digits * events * len(_LATE_DECADES),
             drawer=_greater_than,
         ),
         addition=Recipe(
-            (
-                f"{first}, {second}, {{a}}+{{b}}=",
-                f"{first}\n{second}\n{{a}}+{{b}}=",
-                f"We know that {first}, that {second} and that {{a}}+{{b}}=",
-            ),
+            templates["addition"],
             dict(pairs=[pair for pair in sums if not {pair, pair[::-1]} & set(_EXAMPLES)]),
             least=366,  # of so many drawn pairs some sums are far from any other
             capacity=lambda pairs: pairs,
             drawer=_addition,
         ),
-        **published_recipes(words),
+        two_hop=Recipe(templates["two_hop"], cities, 2, lambda **counts: sum(counts.values()), _fact),
+        **{
+            name: Recipe(templates[name], dict(pairs=list(some.items())), 2, lambda pairs: 2 * pairs, _partner)
+            for name, some in pairs.items()
+        },
+        acronym=Recipe(
+            templates["acronym"],
+            words["names"],
+            least=5,
+            capacity=lambda first, second, third: first * second * third,
+            drawer=_acronym,
+        ),
+        # Of 12 athletes some have another sport.
+        sport=Recipe(templates["sport"], dict(athletes=athletes), 12, lambda athletes: athletes, _fact),
     )
 
 
+def _deal(rng: np.random.Generator, items: Sequence[_Item]) -> Iterator[_Item]:
+    """Yield every item once in random order, then again in another, without end."""
+    while True:
+        yield from (items[i] for i in rng.permutation(len(items)))
+
+
+def _pick(rng: np.random.Generator, items: Sequence[_Item]) -> _Item:
+    return items[int(rng.integers(len(items)))]
+
+
 def _agreement(rng: np.random.Generator, nouns: list[tuple[str, str]]) -> Callable[[int, str], Draft]:
-    deck = deal(rng, nouns)
+    deck = _deal(rng, nouns)
 
     def draft(i: int, template: str) -> Draft:
         # Alternating, so that singular and plural are equally frequent and always answering one of them scores half.
         number, subject, other = i % 2, next(deck), next(deck)
         while other == subject:
             other = next(deck)
-        place = pick(rng, _PLACES)
+        place = _pick(rng, _PLACES)
         text, counterpart = (
             template.format(subject=subject[n], place=place, other=other[1 - number]) for n in (number, 1 - number)
         )
@@ -120,7 +190,7 @@ def _agreement(rng: np.random.Generator, nouns: list[tuple[str, str]]) -> Callab
 
 def _greater_than(rng: np.random.Generator, digits: list[int], events: list[str]) -> Callable[[int, str], Draft]:
     # A year and its counterpart end in the same digit, so that they differ in the decade's alone.
-    digit_deck, event_deck, decade_deck = deal(rng, digits), deal(rng, events), deal(rng, _LATE_DECADES)
+    digit_deck, event_deck, decade_deck = _deal(rng, digits), _deal(rng, events), _deal(rng, _LATE_DECADES)
 
     def draft(i: int, template: str) -> Draft:
         digit, event, late, end = next(digit_deck), next(event_deck), next(decade_deck), int(rng.integers(10))
@@ -133,11 +203,11 @@ def _greater_than(rng: np.random.Generator, digits: list[int], events: list[str]
 
 
 def _addition(rng: np.random.Generator, pairs: list[tuple[int, int]]) -> Callable[[int, str], Draft]:
-    deck = deal(rng, pairs)
+    deck = _deal(rng, pairs)
 
     def draft(i: int, template: str) -> Draft:
         pair = next(deck)
-        other = pick(rng, [other for other in pairs if abs(sum(other) // 10 - sum(pair) // 10) > 1])
+        other = _pick(rng, [other for other in pairs if abs(sum(other) // 10 - sum(pair) // 10) > 1])
         texts = []
         for a, b in (pair, other):
             # In random order, since pairs have the smaller number first.
@@ -145,5 +215,54 @@ def _addition(rng: np.random.Generator, pairs: list[tuple[int, int]]) -> Callabl
             texts.append(template.format(a=a, b=b))
         items = tuple(f"{a}+{b}" for a, b in (pair, other))  # whatever the order in the text
         return Draft(texts[0], str(sum(pair)), texts[1], str(sum(other)), items)
+
+    return draft
+
+
+def _fact(rng: np.random.Generator, **pools: list[Fact]) -> Callable[[int, str], Draft]:
+    """Return the drafter of prompts whose counterpart asks for a fact of the same pool, with another answer."""
+    deck = _deal(rng, [(fact, pool) for pool in pools.values() for fact in pool])
+
+    def draft(i: int, template: str) -> Draft:
+        fact, pool = next(deck)
+        others = [candidate for candidate in pool if candidate.answer != fact.answer]
+        # Another first letter is another first token in every tokenizer.
+        other = _pick(rng, [candidate for candidate in others if candidate.answer[1] != fact.answer[1]] or others)
+        text, counterpart = template.format(**fact.fields), template.format(**other.fields)
+        return Draft(text, fact.answer, counterpart, other.answer, (fact.item, other.item))
+
+    return draft
+
+
+def _partner(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> Callable[[int, str], Draft]:
+    """Return the drafter of prompts that name one word of a pair and ask for the other."""
+    deck = _deal(rng, pairs)
+
+    def draft(i: int, template: str) -> Draft:
+        pair = next(deck)
+        word, answer = pair[:: 1 if rng.integers(2) else -1]
+        others = [(other, way) for other in pairs if other != pair for way in (1, -1)]
+        # Another first letter is another first token in every tokenizer.
+        other, way = _pick(rng, [each for each in others if each[0][:: each[1]][1][0] != answer[0]] or others)
+        other_word, wrong = other[::way]
+        text, counterpart = template.format(word=word), template.format(word=other_word)
+        return Draft(text, f" {answer}", counterpart, f" {wrong}", (pair[0], other[0]))
+
+    return draft
+
+
+def _acronym(
+    rng: np.random.Generator, first: list[str], second: list[str], third: list[str]
+) -> Callable[[int, str], Draft]:
+    decks = [_deal(rng, words) for words in (first, second, third)]
+
+    def draft(i: int, template: str) -> Draft:
+        first_word, second_word, last = (next(deck) for deck in decks)
+        other = _pick(rng, [word for word in third if word[0] != last[0]])
+        text, counterpart = (
+            template.format(first=first_word, second=second_word, third=word, a=first_word[0], b=second_word[0])
+            for word in (last, other)
+        )
+        return Draft(text, f" {last[0]}", counterpart, f" {other[0]}", (first_word, second_word, last, other))
 
     return draft
