@@ -24,13 +24,14 @@ from saejax.studies.results import (
     ActivationFigures,
     BaselineFigures,
     DictionaryFigures,
-    FailureFigures,
     ModelFigures,
     ResourceFigures,
     StudyFigures,
+    UnitState,
 )
 from saejax.studies.rows import StudyRow
-from saejax.studies.units import ROWS, UnitState
+from saejax.studies.sheet import fill
+from saejax.studies.units import ROWS
 from saejax.tasks.results import BaselineResults, BenchmarkResults
 from saejax.training.metrics import read_metrics
 from saejax.training.results import TrainResults
@@ -82,11 +83,7 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         learned=(),
         criteria=(),
         resources=_collect(_resources, findings),
-        failures=tuple(
-            FailureFigures(state.row, state.unit, state.state, state.reason, state.log)
-            for state in states
-            if state.state != "done"
-        ),
+        failures=tuple(state for state in states if state.state != "done"),
     )
     figures = dataclasses.replace(figures, phases=phases(figures, findings))
     figures = dataclasses.replace(figures, learned=learned(figures))
@@ -155,10 +152,11 @@ def _dictionaries(row: str, findings: Findings) -> Iterator[DictionaryFigures]:
         losses = epoch_losses(findings.folders[f"train/{kind}"], epochs, train.tokens) if train.steps else {}
         for scores in results.members:
             early, end = losses.get((scores.name, criteria.EPOCH)), losses.get((scores.name, epochs))
-            yield DictionaryFigures(
+            yield fill(
+                DictionaryFigures,
+                scores,
                 row=row,
                 dictionary=full_name(kind, scores.name),
-                site=scores.site,
                 features=sum(scores.density_histogram.counts) + scores.density_histogram.never,
                 epochs=epochs,
                 tokens=train.tokens,
@@ -167,9 +165,7 @@ def _dictionaries(row: str, findings: Findings) -> Iterator[DictionaryFigures]:
                 loss_end=end,
                 losses=tuple(loss for (name, _), loss in sorted(losses.items()) if name == scores.name),
                 improvement=1 - end / early if early and end is not None and epochs > criteria.EPOCH else None,
-                l0=scores.l0,
                 dead=scores.dead_fraction,
-                explained_variance=scores.explained_variance,
                 ce_recovered=scores.ce_recovered_mean,
             )
 
@@ -196,21 +192,11 @@ def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
     for results in findings.each(CaptureResults).values():
         for site, statistics in results.sites.items():
             beyond = statistics.sinks.share_beyond
-            yield ActivationFigures(
-                row,
-                "corpus",
-                site,
-                statistics.rows,
-                statistics.median_norm,
-                statistics.largest_norm,
-                beyond,
-                *[None] * 3,
-            )
+            norms = statistics.median_norm, statistics.largest_norm
+            yield ActivationFigures(row, "corpus", site, statistics.rows, *norms, beyond, None, None, None)
     for benchmark, study in findings.each(StudyResults).items():
         if read := study.activations:
-            norms = read.median_norm, read.largest_norm, None
-            scores = read.l0, read.firing, read.explained_variance
-            yield ActivationFigures(row, benchmark, study.site, read.tokens, *norms, *scores)
+            yield fill(ActivationFigures, read, row=row, text=benchmark, site=study.site, beyond_sinks=None)
 
 
 def _resources(row: str, findings: Findings) -> Iterator[ResourceFigures]:
@@ -222,13 +208,12 @@ def _resources(row: str, findings: Findings) -> Iterator[ResourceFigures]:
     for unit, summary in findings.summaries.items():
         planned = flops.get(unit.partition("/")[0], 0.0) / stages[unit.partition("/")[0]]
         used = summary.devices.count if summary.devices else 0
-        yield ResourceFigures(
+        yield fill(
+            ResourceFigures,
+            summary,
             row=row,
             unit=unit,
-            seconds=summary.seconds,
             device_hours=used * summary.seconds / 3600 if used else None,
-            peak_host_bytes=summary.peak_host_bytes,
-            peak_device_bytes=summary.peak_device_bytes,
             disk_bytes=sum(summary.files.values()),
             flops_per_second=planned / summary.seconds if planned and summary.seconds else None,
         )

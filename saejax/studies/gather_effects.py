@@ -21,6 +21,7 @@ from saejax.studies.results import (
     TrackingFigures,
     TransferFigures,
 )
+from saejax.studies.sheet import fill
 
 _COMPARED = ("matched", "shared")  # of ``MatchScores``
 
@@ -91,16 +92,13 @@ def gates(row: str, findings: Findings) -> Iterator[GateFigures]:
 def domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:
     """Return what features chosen on one benchmark do on another; p-values corrected over all of them."""
     figures = [
-        DomainFigures(
+        fill(
+            DomainFigures,
+            transferred,
             row=row,
             chosen_on=other,
             benchmark=benchmark,
-            effect=transferred.effect,
             chosen_here=results.verdict.dictionaries[TESTED][benchmark].ablation["answer_log_prob"].effect,
-            common=transferred.common,
-            random=transferred.random,
-            random_sets=transferred.random_sets,
-            p_value=transferred.p_value,
             p_holm=None,
         )
         for row, findings in rows.items()
@@ -116,9 +114,7 @@ def drivers(row: str, findings: Findings) -> Iterator[DriverFigures]:
     """Yield what drives the features of each benchmark, by group."""
     for benchmark, results in findings.each(StudyResults).items():
         for shares in results.falsification.shares if results.falsification else ():
-            yield DriverFigures(
-                row, benchmark, shares.group, shares.features, shares.tokens, shares.context, shares.undecided
-            )
+            yield fill(DriverFigures, shares, row=row, benchmark=benchmark)
 
 
 def transfer(row: str, findings: Findings) -> Iterator[TransferFigures]:
@@ -135,15 +131,14 @@ def tracking(row: str, findings: Findings) -> Iterator[TrackingFigures]:
     for results in findings.each(TrackResults).values():
         for slug, text in results.texts.items():
             tests = [test for step in text.steps for test in step.tests.values()]
-            yield TrackingFigures(
+            yield fill(
+                TrackingFigures,
+                text,
                 row=row,
                 text=slug,
-                tokens=text.tokens,
                 sites=len(text.sites),
-                links=text.links,
                 tests=sum(test.hurt != "not testable" for test in tests),
                 measured=len(text.chains),
                 holding=sum(chain.holds for chain in text.chains),
-                output=text.output,
                 hurt=sum(test.hurt == "yes" for test in tests),
             )

@@ -15,8 +15,9 @@ from saejax.studies.benchmark_results import StudyResults
 from saejax.studies.benchmark_run import FEATURES_ON_ITEMS, ITEM_ATTRIBUTION
 from saejax.studies.primitives import recurring
 from saejax.studies.results import AssociationFigures, LabelFigures, PrimitiveFigures, ProblemFigures
-from saejax.studies.sheet import quoted
+from saejax.studies.sheet import fill, quoted
 
+_OF_EFFECT = ("items", "effect", "elsewhere", "random", "placebo", "sets", "needed")  # None where it was not ablated
 PROBLEMS, FEATURES, WORDS = 6, 6, 3  # problems of a benchmark that are shown; features of each; words of a feature
 
 
@@ -25,30 +26,15 @@ def associations(row: str, findings: Findings) -> Iterator[AssociationFigures]:
     for benchmark, results in findings.each(StudyResults).items():
         for association in results.associations.top if results.associations else ():
             answers = {association.associated, association.probe, association.causal}
-            yield AssociationFigures(
-                row=row,
-                benchmark=benchmark,
-                feature=association.feature,
-                label=association.label,
-                correlation=association.correlation,
-                p_value=association.p_value,
-                associated=association.associated,
-                auc=association.auc,
-                probe=association.probe,
-                causal_drop=association.causal_drop,
-                p_causal=association.p_causal,
-                causal=association.causal,
-                agree=None if "not tested" in answers else len(answers) == 1,
-            )
+            agree = None if "not tested" in answers else len(answers) == 1
+            yield fill(AssociationFigures, association, row=row, benchmark=benchmark, agree=agree)
 
 
 def labels(row: str, findings: Findings) -> Iterator[LabelFigures]:
     """Yield how many features go with each label."""
     for benchmark, results in findings.each(StudyResults).items():
         for label in results.associations.labels if results.associations else ():
-            yield LabelFigures(
-                row, benchmark, label.label, label.items, label.features, label.associated, label.shuffled
-            )
+            yield fill(LabelFigures, label, row=row, benchmark=benchmark)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,28 +140,19 @@ def primitives(
         others = {name: recurring(some.primitives, each.primitives) for name, each in every.items() if name != row}
         effects = {effect.group: effect for effect in some.effects}
         for number, primitive in enumerate(some.primitives):
-            effect = effects.get(number)
-            here = read.get(row)
-            yield PrimitiveFigures(
+            effect, here = effects.get(number), read.get(row)
+            yield fill(
+                PrimitiveFigures,
+                primitive,
                 row=row,
                 benchmark=benchmark,
-                name=primitive.name,
-                features=primitive.features,
                 words=exciting_words(here, benchmark, primitive.features) if here else (),
-                overlap=primitive.overlap,
-                p_value=primitive.p_value,
                 seeds=len(some.seeds),
                 recurs=sum(same[number] for same in some.seeds.values()),
                 rows=tuple(name for name, same in others.items() if same[number]),
                 partners=_partners(here, primitive.features) if here else (),
-                items=effect.items if effect else None,
-                effect=effect.effect if effect else None,
-                elsewhere=effect.elsewhere if effect else None,
-                random=effect.random if effect else None,
-                placebo=effect.placebo if effect else None,
-                sets=effect.sets if effect else None,
-                needed=effect.needed if effect else None,
                 more=effect.answer if effect else "not testable",
+                **{name: getattr(effect, name, None) for name in _OF_EFFECT},
             )
 
 

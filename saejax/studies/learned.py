@@ -5,40 +5,21 @@ row, so that both share most features; a *stranger* has random weights, so that 
 interpretable.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from saejax.page.tables import interval, number, percent
-from saejax.studies.results import Answered, Asked, DriverFigures, LearnedFigures, PrimitiveFigures, StudyFigures
+from saejax.studies.results import (
+    QUESTIONS,
+    Answered,
+    Asked,
+    DriverFigures,
+    LearnedFigures,
+    PrimitiveFigures,
+    StudyFigures,
+)
 
-
-@dataclasses.dataclass(frozen=True)
-class StudyQuestion:
-    """A question of the first table.
-
-    Attributes:
-      heading: of its column.
-      known: kind of control row -> its known answer.
-    """
-
-    heading: str
-    known: Mapping[str, Answered] = dataclasses.field(default_factory=dict)
-
-
-QUESTIONS: Mapping[Asked, StudyQuestion] = {
-    "solves": StudyQuestion("The model beats guessing", {"stranger": "no"}),
-    "effect": StudyQuestion("Ablation lowers the answers"),
-    "random": StudyQuestion("More than random features"),
-    "placebo": StudyQuestion("Specific to the answers", {"stranger": "no"}),
-    "gate": StudyQuestion("Interpretable, in other seeds too", {"stranger": "no"}),
-    "context": StudyQuestion("More than words", {"stranger": "no"}),
-    "primitives": StudyQuestion("A group of features causes a category's answers", {"stranger": "no"}),
-    "shared": StudyQuestion("Most features are the first row's", {"relative": "yes", "stranger": "no"}),
-    "features": StudyQuestion("The same features matter as there", {"relative": "yes", "stranger": "no"}),
-    "items": StudyQuestion("For the same items as there", {"relative": "yes", "stranger": "no"}),
-}
 #: Answers that contradict each other: (question, answer, question, answer, what that means).
 _CONTRADICTIONS: tuple[tuple[Asked, Answered, Asked, Answered, str], ...] = (
     ("random", "yes", "placebo", "no", "more than random features, but no more than features chosen for other answers"),

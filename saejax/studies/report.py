@@ -31,9 +31,8 @@ from saejax.studies.pictures import (
     draw_primitives,
     draw_trends,
 )
-from saejax.studies.progress import duration
-from saejax.studies.results import StudyFigures
-from saejax.studies.sheets import SHEETS
+from saejax.studies.results import SHEETS, StudyFigures
+from saejax.studies.sheet import duration
 from saejax.studies.units import ROWS
 
 FILE, STAGE = "study.json", "study_run"  # STAGE: of the rules in ``rules.jsonl``
@@ -48,7 +47,7 @@ def write_report(root: Path, figures: StudyFigures) -> None:
     parts, lead = _sections(root, figures), _lead(figures)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
     for name, sheet in SHEETS.items():
-        write_text(root / "tables" / f"{name}.csv", sheet.csv(figures))
+        write_text(root / "tables" / f"{name}.csv", sheet.csv(getattr(figures, name)))
     write_text(root / "study.md", to_markdown(title, lead, parts, footer))
     write_text(root / "index.html", to_html(title, lead, parts, footer))
     write_json(root / FILE, to_json(figures))
@@ -95,9 +94,9 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         Section("The dictionaries", tuple(_dictionaries(root, figures))),
         _section("Activations", figures, "activations", "No row has captured activations."),
         _section("All answers", figures, "learned", "No row ran feature ablation on a benchmark."),
-        Section("Criteria", (SHEETS["criteria"].table(figures), *_rules(root))),
-        Section("Setup", (SHEETS["models"].table(figures), _reports(root, figures))),
-        Section("Resources", (took, SHEETS["resources"].table(figures))),
+        Section("Criteria", (_table(figures, "criteria"), *_rules(root))),
+        Section("Setup", (_table(figures, "models"), _reports(root, figures))),
+        Section("Resources", (took, _table(figures, "resources"))),
         _section("What is not done", figures, "failures", "All units finished."),
     ]
 
@@ -140,7 +139,7 @@ def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
     if ablated:
         caption = "What ablating each group costs, beside control sets at equal dose."
         yield _picture(root, "study_primitives", draw_primitives(ablated), caption)
-    yield SHEETS["primitives"].table(figures)
+    yield _table(figures, "primitives")
 
 
 def _associations(figures: StudyFigures) -> Iterator[Block]:
@@ -151,13 +150,13 @@ def _associations(figures: StudyFigures) -> Iterator[Block]:
     tested = [association for association in figures.associations if association.agree is not None]
     agree = sum(bool(association.agree) for association in tested)
     yield Text(f"For {agree} of {len(tested)} top features correlation, probe and ablation give the same answer.")
-    yield SHEETS["associations"].table(figures)
-    yield SHEETS["labels"].table(figures)
+    yield _table(figures, "associations")
+    yield _table(figures, "labels")
 
 
 def _phases(figures: StudyFigures) -> Iterator[Block]:
     """Yield every test by phase, and where two phases disagree."""
-    yield SHEETS["phases"].table(figures)
+    yield _table(figures, "phases")
     lines = disagreements(figures)
     yield Terms(tuple(("Disagreement", line) for line in lines)) if lines else Text("No two phases disagree.")
 
@@ -172,7 +171,7 @@ def _alignment(root: Path, figures: StudyFigures) -> Iterator[Block]:
         rows = [model.row for model in figures.models if any(model.row in (pair.first, pair.second) for pair in pairs)]
         caption = f"Features of two rows that are active at the same tokens of {benchmark}, and how many by chance."
         yield _picture(root, f"study_models_{benchmark}", draw_models(rows, pairs), caption)
-    yield SHEETS["alignment"].table(figures)
+    yield _table(figures, "alignment")
 
 
 def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
@@ -188,7 +187,7 @@ def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
         caption = "Normalised error (1 - explained variance) of every dictionary on held-out text."
         yield _picture(root, "study_trends", draw_trends(figures.dictionaries, widths), caption)
     yield Text(trend_sentence(figures))
-    yield SHEETS["dictionaries"].table(figures)
+    yield _table(figures, "dictionaries")
 
 
 def trend_sentence(figures: StudyFigures) -> str:
@@ -229,7 +228,11 @@ def _rules(root: Path) -> Iterator[Code]:
 def _section(title: str, figures: StudyFigures, sheet: str, otherwise: str = "") -> Section:
     """Return a table in a section of its own, or why there is none."""
     has_rows = bool(getattr(figures, sheet))
-    return Section(title, (SHEETS[sheet].table(figures) if has_rows else Text(otherwise),))
+    return Section(title, (_table(figures, sheet) if has_rows else Text(otherwise),))
+
+
+def _table(figures: StudyFigures, name: str) -> Table:
+    return SHEETS[name].table(getattr(figures, name))
 
 
 def _reports(root: Path, figures: StudyFigures) -> Links:

@@ -1,143 +1,223 @@
 """The figures of a study's report: a class for a row of each table, and all of them together as ``study.json``."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_type_hints
 
+from saejax.page.tables import MISSING, answer, count, interval, number, percent, significant
 from saejax.results import Interval
+from saejax.studies.sheet import Sheet, column, duration, listed, points, quoted, size, table
 
 Answered = Literal["yes", "no", "cannot tell"]
 Asked = Literal["solves", "effect", "random", "placebo", "gate", "context", "primitives", "shared", "features", "items"]
 Gated = Literal["interpretable", "unstable", "no signal", "cannot tell"]
 
 
+def _digits(digits: int, scale: float = 1.0) -> Any:
+    return lambda value: number(value, digits, scale)
+
+
+def _percent(digits: int = 0) -> Any:
+    return lambda value: percent(value, digits)
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyQuestion:
+    """A question of the first table.
+
+    Attributes:
+      heading: of its column.
+      known: kind of control row -> its known answer.
+    """
+
+    heading: str
+    known: Mapping[str, Answered] = dataclasses.field(default_factory=dict)
+
+
+QUESTIONS: Mapping[Asked, StudyQuestion] = {
+    "solves": StudyQuestion("The model beats guessing", {"stranger": "no"}),
+    "effect": StudyQuestion("Ablation lowers the answers"),
+    "random": StudyQuestion("More than random features"),
+    "placebo": StudyQuestion("Specific to the answers", {"stranger": "no"}),
+    "gate": StudyQuestion("Interpretable, in other seeds too", {"stranger": "no"}),
+    "context": StudyQuestion("More than words", {"stranger": "no"}),
+    "primitives": StudyQuestion("A group of features causes a category's answers", {"stranger": "no"}),
+    "shared": StudyQuestion("Most features are the first row's", {"relative": "yes", "stranger": "no"}),
+    "features": StudyQuestion("The same features matter as there", {"relative": "yes", "stranger": "no"}),
+    "items": StudyQuestion("For the same items as there", {"relative": "yes", "stranger": "no"}),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelFigures:
     """A row of the study: what was run on what."""
 
-    row: str  #: its name
+    row: str = column("Row")  #: its name
     known: str  #: relative or stranger: a control row whose answers are known; "" for others
-    model: str  #: path or hub id
+    model: str = column("Model", words=True)  #: path or hub id
     revision: str  #: of the model
-    dtype: str  #: of weights and products in JAX
-    layers: int | None  #: how many; None, as in what follows, where preflight did not run
-    width: int | None  #: of the residual stream
-    parameters: int | None  #: how many
-    sites: tuple[str, ...]  #: that dictionaries read
-    kinds: tuple[str, ...]  #: of dictionaries
-    behaviours: tuple[str, ...]  #: that are tested
-    benchmarks: tuple[str, ...]  #: that the model is scored on
+    dtype: str = column("In", words=True)  #: of weights and products in JAX
+    parameters: int | None = column("Parameters", count)  #: how many; None, as in the next two: no preflight
+    layers: int | None = column("Layers", count)  #: how many
+    width: int | None = column("Width", count)  #: of the residual stream
+    sites: tuple[str, ...] = column("Sites", listed, words=True)  #: that dictionaries read
+    kinds: tuple[str, ...] = column("Dictionaries", listed, words=True)  #: of dictionaries
+    benchmarks: tuple[str, ...] = column("Benchmarks", listed, words=True)  #: that the model is scored on
+    behaviours: tuple[str, ...] = column("Behaviours", listed, words=True)  #: that are tested
     units: int  #: of the row
-    done: int  #: of them
+    done: int = column("Units done", lambda row: f"{row.done} of {row.units}", whole=True)  #: of them
 
 
 @dataclasses.dataclass(frozen=True)
 class BaselineFigures:
     """The model's score on a task before any intervention."""
 
-    row: str  #: of the study
-    task: str  #: benchmark or behaviour
-    measure: str  #: of the value
-    value: Interval  #: with its 95 % interval
-    chance: float | None  #: value of guessing; None where that is not defined
-    n: int  #: items, or test prompts
+    row: str = column("Row")  #: of the study
+    task: str = column("Task", words=True)  #: benchmark or behaviour
+    measure: str = column("Measure", words=True)  #: of the value
+    #: with its 95 % interval
+    value: Interval = column(
+        "Value",
+        lambda row: interval(row.value, 3) if "nats" in row.measure else f"{points(row.value)} %",
+        whole=True,
+    )
+    chance: float | None = column("By guessing", _percent(1))  #: value of guessing; None where that is not defined
+    n: int = column("Items")  #: items, or test prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class DictionaryFigures:
     """A dictionary: how its training went, and what it is worth on held-out text."""
 
-    row: str  #: of the study
-    dictionary: str  #: its name
-    site: str  #: that it reads
-    features: int  #: how many
+    row: str = column("Row")  #: of the study
+    dictionary: str = column("Dictionary", words=True)  #: its name
+    site: str = column("Reads", words=True)  #: that it reads
+    features: int = column("Features", count)  #: how many
     epochs: int  #: of training
-    tokens: int  #: of training, repeats counted
-    seconds: float  #: of training all members of its stack
-    loss_epoch_4: float | None  #: mean over the recorded steps of the fourth epoch; None with fewer epochs
-    loss_end: float | None  #: the same of the last epoch
-    improvement: float | None  #: 1 - loss_end / loss_epoch_4
+    #: mean over the recorded steps of the fourth epoch; None with fewer epochs
+    loss_epoch_4: float | None = column("Loss, epoch 4", lambda value: significant(value, 4))
+    loss_end: float | None = column("Loss, end", lambda value: significant(value, 4))  #: the same of the last epoch
+    improvement: float | None = column("Improvement", _percent(1))  #: 1 - loss_end / loss_epoch_4
     losses: tuple[float, ...]  #: mean over the recorded steps of each epoch
-    l0: float  #: features active per token, mean
-    dead: float  #: share of features that fire on no held-out token
-    explained_variance: float  #: 1 is perfect
-    ce_recovered: float | None  #: of cross-entropy, against the mean: 1 is as well as untouched
+    l0: float = column("L0", _digits(1))  #: features active per token, mean
+    dead: float = column("Dead", _percent(1))  #: share of features that fire on no held-out token
+    explained_variance: float = column("Explained variance", _digits(3))  #: 1 is perfect
+    #: of cross-entropy, against the mean: 1 is as well as untouched
+    ce_recovered: float | None = column("Cross-entropy recovered", _digits(3))
+    tokens: int = column("Tokens", count)  #: of training, repeats counted
+    seconds: float = column("Seconds", _digits(0))  #: of training all members of its stack
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationFigures:
     """Activations of a site on a text."""
 
-    row: str  #: of the study
-    text: str  #: the corpus, or a benchmark
-    site: str  #: of the model
-    tokens: int  #: that were read; of a benchmark those of its test items, sinks left out
-    median_norm: float  #: of the activations
-    largest_norm: float  #: likewise
-    beyond_sinks: float | None  #: share of tokens after position 0 that the sink rule leaves out; None of a benchmark
-    l0: float | None  #: features of the tested dictionary that are active per token; None of the corpus
-    firing: float | None  #: share of its features that fire at all; likewise
-    explained_variance: float | None  #: by that dictionary; likewise
+    row: str = column("Row")  #: of the study
+    text: str = column("Text", words=True)  #: the corpus, or a benchmark
+    site: str = column("Site", words=True)  #: of the model
+    tokens: int = column("Tokens", count)  #: that were read; of a benchmark those of its test items, sinks left out
+    median_norm: float = column("Median norm", significant)  #: of the activations
+    largest_norm: float = column("Largest norm", significant)  #: likewise
+    #: share of tokens after position 0 that the sink rule leaves out; None of a benchmark
+    beyond_sinks: float | None = column("Sinks beyond position 0", _percent(2))
+    l0: float | None = column("L0", _digits(1))  #: features of the tested dictionary active per token; None: the corpus
+    firing: float | None = column("Features that fire", _percent(1))  #: share of its features that fire; likewise
+    explained_variance: float | None = column("Explained variance", _digits(3))  #: by that dictionary; likewise
 
 
 @dataclasses.dataclass(frozen=True)
 class EffectFigures:
     """Effects of ablating a dictionary's top features on a benchmark, beside random and placebo sets."""
 
-    row: str  #: of the study
-    benchmark: str  #: its name
+    row: str = column("Row")  #: of the study
+    #: its name
+    benchmark: str = column(
+        "Benchmark",
+        lambda row: f"{row.benchmark}, {row.items} items; {row.top} features of {row.dictionary}",
+        words=True,
+        whole=True,
+    )
     dictionary: str  #: whose features
     top: int  #: features that are ablated
     items: int  #: that judge them
     at_chance: bool | None  #: whether accuracy before any edit is that of guessing; None where it was not measured
-    accuracy: float | None  #: before any edit
-    accuracy_drop: Interval | None  #: with features set to zero; None, as in the next, where it was not measured
+    #: before any edit
+    accuracy: float | None = column(
+        "Accuracy before, %",
+        lambda row: percent(row.accuracy, 1) + (" (at chance)" if row.at_chance else ""),
+        whole=True,
+    )
+    #: with features set to zero; None, as in the next, where it was not measured
+    accuracy_drop: Interval | None = column(
+        "Drop; resampled",
+        lambda row: f"{points(row.accuracy_drop)}; {points(row.accuracy_drop_resampled)}",
+        words=True,
+        whole=True,
+    )
     accuracy_drop_resampled: Interval | None  #: with features resampled
-    random_accuracy_drop: float | None  #: mean over random sets
+    #: mean over random sets
+    random_accuracy_drop: float | None = column(
+        "Random; placebo sets",
+        lambda row: f"{number(row.random_accuracy_drop, 1, 100)}; {number(row.placebo_accuracy_drop, 1, 100)}",
+        whole=True,
+    )
     placebo_accuracy_drop: float | None  #: mean over placebo sets
-    nats_drop: Interval | None  #: of the reference's log-likelihood, with features set to zero
+    lowers: str  #: whether the log-likelihood falls with features set to zero
+    #: whether accuracy falls by more than the criterion with features set to zero
+    effect: str = column("Falls", lambda row: f"{row.effect}, {row.effect_resampled}", words=True, whole=True)
+    effect_resampled: str  #: likewise with features resampled
+    #: of the reference's log-likelihood, with features set to zero
+    nats_drop: Interval | None = column(
+        "Nats; resampled",
+        lambda row: f"{interval(row.nats_drop)}; {interval(row.nats_drop_resampled)}",
+        words=True,
+        whole=True,
+    )
     nats_drop_resampled: Interval | None  #: with features resampled
     random_nats: float | None  #: mean drop of the log-likelihood under random sets at equal dose
     placebo_nats: float | None  #: mean drop under placebo sets at equal dose
-    lowers: str  #: whether the log-likelihood falls with features set to zero
-    effect: str  #: whether accuracy falls by more than the criterion with features set to zero
-    effect_resampled: str  #: likewise with features resampled
-    random: str  #: whether the log-likelihood falls more than under random sets at equal dose
-    fooled: float | None  #: share of placebo sets of which the same is true
-    placebo: str  #: whether it is specific to the answers
+    #: whether the log-likelihood falls more than under random sets at equal dose
+    random: str = column("More than random", words=True)
+    fooled: float | None = column("Placebo sets too", _percent())  #: share of placebo sets of which the same is true
+    placebo: str = column("Specific", words=True)  #: whether it is specific to the answers
 
 
 @dataclasses.dataclass(frozen=True)
 class BehaviourFigures:
     """Effects of removing a dictionary's top features on a behaviour."""
 
-    row: str  #: of the study
-    behaviour: str  #: its name
-    dictionary: str  #: whose features
-    drop: Interval | None  #: of the logit difference
-    top1_drop: Interval | None  #: of top-1 accuracy
-    random: str  #: whether it is more than random sets lose at equal dose
-    fooled: float | None  #: share of placebo sets of which the same is true
-    placebo: str  #: whether it is specific to the answer
-    selective: str  #: whether other behaviours and held-out text are spared
+    row: str = column("Row")  #: of the study
+    behaviour: str = column("Behaviour", words=True)  #: its name
+    dictionary: str = column("Dictionary", words=True)  #: whose features
+    drop: Interval | None = column("Logit difference lost", interval)  #: of the logit difference
+    top1_drop: Interval | None = column("Top-1 accuracy lost", points)  #: of top-1 accuracy
+    random: str = column("More than random", words=True)  #: whether it is more than random sets lose at equal dose
+    fooled: float | None = column("Placebo sets too", _percent())  #: share of placebo sets of which the same is true
+    placebo: str = column("Specific", words=True)  #: whether it is specific to the answer
+    selective: str = column("Selective", words=True)  #: whether other behaviours and held-out text are spared
 
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentFigures:
     """Agreement of two rows on which items or features matter in a benchmark."""
 
-    first: str  #: row
+    first: str = column("Rows", lambda row: f"{row.first}, {row.second}", whole=True)  #: row
     second: str  #: row
-    benchmark: str  #: its name
-    by: Literal["items", "features"]  #: what is ranked: items by what they lose, or features by their importance
-    n: int  #: of them in both
-    rank_correlation: float | None  #: of items without what random sets explain; None where it is not defined
+    benchmark: str = column("Benchmark", words=True)  #: its name
+    #: what is ranked: items by what they lose, or features by their importance
+    by: Literal["items", "features"] = column("Ranked", words=True)
+    n: int = column("Number")  #: of them in both
+    rank_correlation: float | None = column("Rank correlation", number)  #: None where it is not defined
     p_value: float | None  #: of rank correlations as large where one side is shuffled
-    p_holm: float | None  #: over all comparisons of the report
+    p_holm: float | None = column("p (Holm)", _digits(4))  #: over all comparisons of the report
     #: of items: the 95 % quantile with a random set in the place of one row's top features; of features: the larger of
     #: that with a rotated dictionary and the 95 % quantile of those with the importance for other items' answers
-    control: float | None
-    aligned: bool | None  #: by the criterion; None where it is not known
-    shared: float | None  #: share of the first row's live features that have a partner by activity; None of items
+    control: float | None = column("Placebo", lambda value: MISSING if value is None else f"up to {number(value)}")
+    aligned: bool | None = column("Aligned", answer, words=True)  #: by the criterion; None where it is not known
+    #: share of the first row's live features that have a partner by activity; None of items
+    shared: float | None = column(
+        "Shared; by chance", lambda row: f"{percent(row.shared)}; {percent(row.shared_null)}", whole=True
+    )
     shared_null: float | None  #: the same with the text shifted by half
 
 
@@ -145,100 +225,131 @@ class AlignmentFigures:
 class GateFigures:
     """The gate's answer, one of four, for a row on a benchmark."""
 
-    row: str  #: of the study
-    benchmark: str  #: its name
-    gate: Gated  #: the answer
-    reason: str  #: in words
+    row: str = column("Row")  #: of the study
+    benchmark: str = column("Benchmark", words=True)  #: its name
+    gate: Gated = column("Gate", words=True)  #: the answer
+    reason: str = column("Why", words=True)  #: in words
     seeds: int  #: dictionaries that differ in their seed, the tested one included
-    agreeing: int  #: of these, those for which questions 1 to 3 are all answered yes
-    items_needed: int | None  #: items that would find the smallest effect; None where none was measured
-    fooled: float | None  #: share of placebo sets that also do more than random sets
+    #: of these, those for which questions 1 to 3 are all answered yes
+    agreeing: int = column("Seeds that agree", lambda row: f"{row.agreeing} of {row.seeds}", whole=True)
+    #: items that would find the smallest effect; None where none was measured
+    items_needed: int | None = column("Items needed", count)
+    #: share of placebo sets that also do more than random sets
+    fooled: float | None = column("Placebo sets beyond random", _percent(1))
 
 
 @dataclasses.dataclass(frozen=True)
 class DomainFigures:
     """Features chosen on one benchmark, ablated on another."""
 
-    row: str  #: of the study
-    chosen_on: str  #: benchmark
-    benchmark: str  #: whose items judge
-    effect: Interval  #: drop of the reference's log-likelihood, nats
-    chosen_here: Interval | None  #: the same under the features chosen here
-    common: int  #: features that both chose
-    random: float | None  #: mean drop under random sets at equal dose
+    row: str = column("Row")  #: of the study
+    chosen_on: str = column("Chosen on", words=True)  #: benchmark
+    benchmark: str = column("Ablated on", words=True)  #: whose items judge
+    effect: Interval = column("Effect, nats", interval)  #: drop of the reference's log-likelihood
+    chosen_here: Interval | None = column("Features chosen there", interval)  #: the same under the features chosen here
+    common: int = column("In common")  #: features that both chose
+    #: mean drop under random sets at equal dose
+    random: float | None = column("Random sets", lambda row: f"{number(row.random)} ({row.random_sets})", whole=True)
     random_sets: int  #: that hold none of the features
     p_value: float | None  #: rank among random sets at equal dose
-    p_holm: float | None  #: over all pairs of benchmarks of the report
+    p_holm: float | None = column("p (Holm)", _digits(3))  #: over all pairs of benchmarks of the report
 
 
 @dataclasses.dataclass(frozen=True)
 class DriverFigures:
     """Shares of the features of a group by what drives them, under injected tokens; see ``saejax.falsify``."""
 
-    row: str  #: of the study
-    benchmark: str  #: its name
+    row: str = column("Row")  #: of the study
+    benchmark: str = column("Benchmark", words=True)  #: its name
     group: str  #: tested, random features or random dictionary
-    features: int  #: of the group
-    tokens: Interval  #: share that fires on words alone
-    context: Interval  #: share that does not
-    undecided: Interval  #: neither is shown
+    features: int = column("Features", lambda row: f"{row.features}, {row.group}", words=True, whole=True)  #: of it
+    tokens: Interval = column("Driven by tokens, %", lambda value: interval(value, 0, 100))  #: fires on words alone
+    context: Interval = column("By context, %", lambda value: interval(value, 0, 100))  #: share that does not
+    undecided: Interval = column("Undecided, %", lambda value: interval(value, 0, 100))  #: neither is shown
+
+
+def _compared(row: "PrimitiveFigures") -> str:
+    if row.more != "not testable" or row.sets is None:
+        return row.more
+    return f"{row.more}: {row.sets} sets of {row.needed}"
 
 
 @dataclasses.dataclass(frozen=True)
 class PrimitiveFigures:
     """A group of features that matter for the same items of a benchmark, and what ablating it does."""
 
-    row: str  #: of the study
+    row: str = column("Row")  #: of the study
     benchmark: str  #: its name
-    name: str  #: category that it is named after; "" where none stands out
-    features: tuple[int, ...]  #: the most important first
+    #: category that it is named after; "" where none stands out
+    name: str = column("Group", lambda name: name or "no category stands out", words=True)
+    #: the most important first
+    features: tuple[int, ...] = column(
+        "Features", lambda row: f"{len(row.features)}: {quoted(row.words)}", words=True, whole=True
+    )
     words: tuple[str, ...]  #: tokens of the items on which they are most active
-    overlap: float  #: mean Jaccard overlap with the most similar group of resampled items
+    #: mean Jaccard overlap with the most similar group of resampled items
+    overlap: float = column(
+        "Stable", lambda row: f"{number(row.overlap)}; {row.recurs} of {row.seeds} seeds", words=True, whole=True
+    )
     p_value: float  #: of its name, corrected for all groups and categories
     seeds: int  #: dictionaries of other seeds
     recurs: int  #: of them, those with a group of the same name
-    rows: tuple[str, ...]  #: other rows with a group of the same name
-    partners: tuple[str, ...]  #: other row and share of its features that have a partner there, by chance in brackets
+    #: other rows with a group of the same name
+    rows: tuple[str, ...] = column("Also named in", lambda names: ", ".join(names) or MISSING, words=True)
+    #: other row and share of its features that have a partner there, by chance in brackets
+    partners: tuple[str, ...] = column("Features with a partner", lambda some: "; ".join(some) or MISSING, words=True)
     items: int | None  #: test items of its category; None, as in what follows, where it was not ablated
-    effect: Interval | None  #: drop of the reference's log-likelihood on these, nats
+    #: drop of the reference's log-likelihood on these, nats
+    effect: Interval | None = column(
+        "Nats lost there; elsewhere", lambda row: f"{interval(row.effect)}; {interval(row.elsewhere)}", whole=True
+    )
     elsewhere: Interval | None  #: on other items
-    random: float | None  #: mean drop under random sets at equal dose
+    #: mean drop under random sets at equal dose
+    random: float | None = column(
+        "Random; placebo sets", lambda row: f"{number(row.random)}; {number(row.placebo)}", whole=True
+    )
     placebo: float | None  #: mean drop under placebo sets at equal dose
     sets: int | None  #: control sets of the kind that has fewer
     needed: int | None  #: sets of each kind that a test of it takes
-    more: str  #: whether it is more than both: yes, no or not testable
+    #: whether it is more than both: yes, no or not testable
+    more: str = column("More than both", _compared, words=True, whole=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelFigures:
     """Numbers of features that are associated with a label of a benchmark's items."""
 
-    row: str  #: of the study
-    benchmark: str  #: its name
-    label: str  #: category, or "answered rightly"
-    items: int  #: test items with it
+    row: str = column("Row")  #: of the study
+    benchmark: str = column("Benchmark", words=True)  #: its name
+    label: str = column("Label", words=True)  #: category, or "answered rightly"
+    items: int = column("Items")  #: test items with it
     features: int  #: that fire on at least 4 test items
-    associated: int  #: of them, after correction for all features and labels
-    shuffled: float  #: the same with labels permuted over items, mean
+    #: of them, after correction for all features and labels
+    associated: int = column("Features that go with it", lambda row: f"{row.associated} of {row.features}", whole=True)
+    shuffled: float = column("With labels permuted", number)  #: the same with labels permuted over items, mean
 
 
 @dataclasses.dataclass(frozen=True)
 class AssociationFigures:
     """A tested feature and the label that it goes with, by three ways of asking."""
 
-    row: str  #: of the study
+    row: str = column("Row")  #: of the study
     benchmark: str  #: its name
-    feature: int  #: its index
+    feature: int = column("Feature", lambda row: f"{row.feature}, {row.label}", words=True, whole=True)  #: its index
     label: str  #: category that it goes with most on train items
-    correlation: Interval  #: of its activation of largest size on a test item with having the label
-    p_value: float  #: corrected for all features and labels
-    associated: str  #: yes or no
-    auc: float  #: of a probe of this feature alone on test items
-    probe: str  #: whether that finds the label: yes or no
-    causal_drop: Interval | None  #: drop where it is ablated alone, on items with the label minus others, nats
-    p_causal: float | None  #: of a difference above zero, corrected for all rows of a benchmark
-    causal: str  #: whether it is above zero, from p: yes, no or not tested
-    agree: bool | None  #: whether all three answers are the same; None where one is missing
+    #: of its activation of largest size on a test item with having the label
+    correlation: Interval = column("Correlation", interval)
+    p_value: float = column("p", _digits(3))  #: corrected for all features and labels
+    associated: str = column("Goes with the label", words=True)  #: yes or no
+    auc: float = column("Probe's AUC", number)  #: of a probe of this feature alone on test items
+    probe: str = column("Probe finds it", words=True)  #: whether that finds the label: yes or no
+    #: drop where it is ablated alone, on items with the label minus others, nats
+    causal_drop: Interval | None = column("Nats more than elsewhere", interval)
+    #: of a difference above zero, corrected for all rows of a benchmark
+    p_causal: float | None = column("Its p", _digits(3))
+    causal: str = column("Causes it", words=True)  #: whether it is above zero, from p: yes, no or not tested
+    #: whether all three answers are the same; None where one is missing
+    agree: bool | None = column("Agree", answer, words=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,104 +359,117 @@ class ProblemFigures:
     benchmark: str  #: its name
     item: str  #: id
     category: str  #: of the item
-    question: str  #: its text
+    question: str = column("Problem", lambda row: f"{row.question} ({row.answer})", words=True, whole=True)  #: its text
     answer: str  #: the right one
-    row: str  #: of the study
-    right: bool | None  #: whether the model's answer is right; None where answers were not scored
-    log_likelihood: float  #: of the right answer, nats
+    row: str = column("Row")  #: of the study
+    #: whether the model's answer is right; None where answers were not scored
+    right: bool | None = column("Right", answer, words=True)
+    log_likelihood: float = column("Nats", number)  #: of the right answer
     #: important features that have a partner in every other row; these three are empty where a row has other items
-    universal: tuple[str, ...]
-    shared: tuple[str, ...]  #: in some other row
-    specific: tuple[str, ...]  #: in none
+    universal: tuple[str, ...] = column("In every row", lambda some: "; ".join(some) or MISSING, words=True)
+    shared: tuple[str, ...] = column("In some", lambda some: "; ".join(some) or MISSING, words=True)  #: other row
+    specific: tuple[str, ...] = column(
+        "In this row alone", lambda some: "; ".join(some) or MISSING, words=True
+    )  #: none
 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseFigures:
     """A test of one of the five phases of the former study, in one row."""
 
-    phase: str  #: 1 to 5, and what it is about
-    test: str  #: in words
-    row: str  #: of the study, and the benchmark where there is one
-    result: str  #: figures, in words
-    control: str  #: figures, in words
-    answer: Answered  #: whether the result is beyond the control
+    phase: str = column("Phase", words=True)  #: 1 to 5, and what it is about
+    test: str = column("Test", words=True)  #: in words
+    row: str = column("Row", words=True)  #: of the study, and the benchmark where there is one
+    result: str = column("Result", words=True)  #: figures, in words
+    control: str = column("Control", words=True)  #: figures, in words
+    answer: Answered = column("Beyond the control", words=True)  #: whether the result is beyond the control
 
 
 @dataclasses.dataclass(frozen=True)
 class LearnedFigures:
     """The answer to a question for a row on a benchmark."""
 
-    row: str  #: of the study
-    benchmark: str  #: its name
-    question: Asked  #: see ``learned.QUESTIONS``
-    answer: Answered  #: as found
-    known: str  #: the known answer of a control row; "" where none is known
-    evidence: str  #: figures, in words
+    row: str = column("Row")  #: of the study
+    benchmark: str = column("Benchmark", words=True)  #: its name
+    question: Asked = column("Question", lambda name: QUESTIONS[name].heading, words=True)  #: see ``QUESTIONS``
+    answer: Answered = column("Answer", words=True)  #: as found
+    #: the known answer of a control row; "" where none is known
+    known: str = column("Known", lambda known: known or MISSING, words=True)
+    evidence: str = column("Evidence", words=True)  #: figures, in words
 
 
 @dataclasses.dataclass(frozen=True)
 class CriterionFigures:
     """A criterion of success."""
 
-    criterion: str  #: in words
-    met: bool | None  #: None: it cannot be asked, because a stage was not run
-    evidence: str  #: figures, in words
-    published: str  #: what the reasoning study reports; "" where it says nothing
+    criterion: str = column("Criterion")  #: in words
+    #: None: it cannot be asked, because a stage was not run
+    met: bool | None = column("Met", lambda met: answer(met, "not tested"), words=True)
+    evidence: str = column("Evidence", words=True)  #: figures, in words
+    #: what the reasoning study reports; "" where it says nothing
+    published: str = column("The reasoning study reports", lambda text: text or MISSING, words=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class TransferFigures:
     """Similarity of two dictionaries by one measure; chance: of random directions, or text shifted by half."""
 
-    row: str  #: of the study
-    first: str  #: dictionary
+    row: str = column("Row")  #: of the study
+    first: str = column("Dictionaries", lambda row: f"{row.first}, {row.second}", words=True, whole=True)  #: dictionary
     second: str  #: dictionary
-    measure: str  #: decoder, encoder or activity
-    matched: Interval  #: mean value of the pairs of the one-to-one assignment with the largest sum
-    matched_null: Interval  #: the same by chance
-    shared: Interval  #: share of these pairs that count as shared
-    shared_null: Interval  #: the same by chance
+    measure: str = column("By", words=True)  #: decoder, encoder or activity
+    #: mean value of the pairs of the one-to-one assignment with the largest sum
+    matched: Interval = column("Pairs", interval)
+    matched_null: Interval = column("By chance", lambda null: number(null.mean))  #: the same by chance
+    shared: Interval = column("Shared", lambda shared: f"{points(shared)} %")  #: share of these pairs that count as it
+    shared_null: Interval = column("Shared by chance", lambda null: percent(null.mean, 1))  #: the same by chance
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackingFigures:
     """A text that was followed through the layers."""
 
-    row: str  #: of the study
-    text: str  #: its slug
-    tokens: int  #: of it
-    sites: int  #: of dictionaries
-    links: int  #: between features that are shown
-    tests: int  #: steps tested, at each site, with enough random sets
-    measured: int  #: chains of features whose links and effect on the answer were measured
+    row: str = column("Row")  #: of the study
+    text: str = column("Text", words=True)  #: its slug
+    tokens: int = column("Tokens")  #: of it
+    sites: int = column("Layers")  #: of dictionaries
+    links: int = column("Links", count)  #: between features that are shown
+    #: what the model writes after the prompt; empty: it was not asked to
+    output: str = column("Output", lambda text: quoted([text] if text else ()), words=True)
+    #: chains of features whose links and effect on the answer were measured
+    measured: int = column("Chains; hold", lambda row: f"{row.measured}; {row.holding}", whole=True)
     holding: int  #: of them: those that hold, each link above five random features at equal dose
-    output: str  #: what the model writes after the prompt; empty: it was not asked to
-    hurt: int  #: of them: those whose features have a larger effect than random sets at equal dose
+    tests: int = column("Steps tested")  #: steps tested, at each site, with enough random sets
+    hurt: int = column("Hurt")  #: of them: those whose features have a larger effect than random sets at equal dose
 
 
 @dataclasses.dataclass(frozen=True)
 class ResourceFigures:
     """Time and memory that a finished unit took."""
 
-    row: str  #: of the study
-    unit: str  #: such as "train/topk"
-    seconds: float  #: in the process that finished it
-    device_hours: float | None  #: seconds x devices; None where no device was used
-    peak_host_bytes: int | None  #: of memory, while it ran; None where the system did not tell
-    peak_device_bytes: int | None  #: of a device's memory; None on CPUs
-    disk_bytes: int  #: of its files
-    flops_per_second: float | None  #: of its matrix products by formula, over its seconds; None where there is none
+    row: str = column("Row")  #: of the study
+    unit: str = column("Unit", words=True)  #: such as "train/topk"
+    seconds: float = column("Time", duration)  #: in the process that finished it
+    #: seconds x devices; None where no device was used
+    device_hours: float | None = column("Device-hours", lambda hours: significant(hours, 2))
+    peak_host_bytes: int | None = column("Host memory", size)  #: while it ran; None where the system did not tell
+    peak_device_bytes: int | None = column("Device memory", size)  #: of a device's memory; None on CPUs
+    disk_bytes: int = column("On disk", size)  #: of its files
+    #: of its matrix products by formula, over its seconds; None where there is none
+    flops_per_second: float | None = column("GFLOP/s", lambda value: significant(value and value / 1e9, 2))
 
 
 @dataclasses.dataclass(frozen=True)
-class FailureFigures:
-    """A unit that is not done."""
+class UnitState:
+    """The final state of a unit of a row."""
 
-    row: str  #: of the study
-    unit: str  #: such as "train/topk"
-    state: str  #: "failed", or "not run" where it reads what is not there
-    reason: str  #: in words
-    log: str  #: file of the study's folder with all it said
+    row: str = column("Row")  #: its name
+    unit: str = column("Unit", words=True)  #: such as "train/topk"
+    state: Literal["done", "failed", "not run"] = column("State", words=True)  #: "not run": it reads what is not there
+    reason: str = column("Why", words=True)  #: why it is not done; "" if it is
+    #: what it said: a file of the study's folder; "" if it never ran
+    log: str = column("Log", lambda log: log or MISSING, words=True)
+    fingerprint: str  #: of its settings and inputs; "" where these could not be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,24 +478,123 @@ class StudyFigures:
 
     fingerprint: str  #: of all units and their states
     rules: tuple[str, ...]  #: the rules of the gate, the alignment and the criteria, in words
-    models: tuple[ModelFigures, ...]  #: the rows
-    baselines: tuple[BaselineFigures, ...]  #: before anything is changed
-    dictionaries: tuple[DictionaryFigures, ...]  #: that were trained
-    activations: tuple[ActivationFigures, ...]  #: by model and text
-    effects: tuple[EffectFigures, ...]  #: on benchmarks
-    behaviours: tuple[BehaviourFigures, ...]  #: effects on them
-    alignment: tuple[AlignmentFigures, ...]  #: between rows
-    gates: tuple[GateFigures, ...]  #: by row and benchmark
-    domains: tuple[DomainFigures, ...]  #: features chosen on one benchmark, ablated on another
-    drivers: tuple[DriverFigures, ...]  #: of features, by row, benchmark and group
-    primitives: tuple[PrimitiveFigures, ...]  #: groups of features, by row and benchmark
-    labels: tuple[LabelFigures, ...]  #: of items, by row and benchmark
-    associations: tuple[AssociationFigures, ...]  #: of tested features with labels
-    problems: tuple[ProblemFigures, ...]  #: the same problem in every row
-    phases: tuple[PhaseFigures, ...]  #: of the former study, by row
-    transfer: tuple[TransferFigures, ...]  #: between dictionaries of a row
-    tracking: tuple[TrackingFigures, ...]  #: of texts
-    learned: tuple[LearnedFigures, ...]  #: by row, benchmark and question
-    criteria: tuple[CriterionFigures, ...]  #: of success
-    resources: tuple[ResourceFigures, ...]  #: of finished units
-    failures: tuple[FailureFigures, ...]  #: units that are not done
+    models: tuple[ModelFigures, ...] = table("The rows")  #: the rows
+    #: before anything is changed
+    baselines: tuple[BaselineFigures, ...] = table(
+        "The models before anything is changed", "Square brackets: 95 % intervals over items or prompts."
+    )
+    #: that were trained
+    dictionaries: tuple[DictionaryFigures, ...] = table(
+        "The dictionaries",
+        "Losses are means over the recorded steps of an epoch, on training batches; a dash: no more than four "
+        "epochs. L0 and what follows it up to the tokens, on held-out text. Tokens: of training, repeats counted. "
+        "Seconds: of training all members of a stack together.",
+    )
+    #: by model and text
+    activations: tuple[ActivationFigures, ...] = table(
+        "Activations by model and text",
+        "Corpus: what dictionaries are trained on. Benchmarks: test items with their reference answers, sinks left "
+        "out; L0, features and explained variance are those of the tested dictionary there.",
+    )
+    #: on benchmarks
+    effects: tuple[EffectFigures, ...] = table(
+        "Benchmarks under ablation",
+        "Top features ablated, or each resampled: where it fires, its activation is drawn from those elsewhere. Drop: "
+        "of accuracy, in percentage points, also under random and placebo sets; nats: drop of the reference's "
+        "log-likelihood; square brackets: 95 % intervals over items. Falls: whether accuracy falls by more than the "
+        "criterion, set to zero and resampled. Placebo sets too: the share of sets chosen for other items' answers "
+        "that also do more than random sets.",
+    )
+    #: effects on them
+    behaviours: tuple[BehaviourFigures, ...] = table(
+        "Behaviours under ablation",
+        "Ablation of each behaviour's top features. Placebo sets too: the share of sets chosen for unrelated tokens "
+        "that also do more than random sets.",
+    )
+    #: between rows
+    alignment: tuple[AlignmentFigures, ...] = table(
+        "Do rows agree on what matters?",
+        "Items: without what their category, the length of their answer and random sets explain. Features: matched by "
+        "their activity on the items. Placebo: of items, a random set in the place of one row's top features; of "
+        "features, a rotated dictionary, and the importance for other answers. Shared: of the first row's features "
+        "that fire. A dash: too few items or features.",
+    )
+    gates: tuple[GateFigures, ...] = table("Interpretable, unstable, no signal, or cannot tell", cards=True)  #: gate
+    #: features chosen on one benchmark, ablated on another
+    domains: tuple[DomainFigures, ...] = table(
+        "Transfer to unseen domains",
+        "Features chosen on the train items of one benchmark, ablated on the test items of another, beside those "
+        "chosen there. Random sets: mean effect at equal dose, of those that hold none of the features, and their "
+        "number.",
+    )
+    #: of features, by row, benchmark and group
+    drivers: tuple[DriverFigures, ...] = table(
+        "Words or context?",
+        "The tokens that excite a feature most are injected into ordinary text. A feature is driven by tokens if that "
+        "brings it more than half of the way to its activation on the benchmark. Square brackets: 95 % intervals over "
+        "features.",
+    )
+    #: groups of features, by row and benchmark
+    primitives: tuple[PrimitiveFigures, ...] = table(
+        "Groups of features that matter for the same items",
+        "Important features are grouped by the items whose answers they matter for, and a group is named after the "
+        "category for which it matters most, if that is more than by chance. In quotation marks: the tokens on which "
+        "its features are most active. Stable: overlap with the groups of resampled items (1: always the same), and "
+        "dictionaries of other seeds with a group of that name. Nats lost: when the whole group is ablated, on test "
+        "items of its category and on others, beside control sets at equal dose. A dash: not ablated. As many groups "
+        "are compared with control sets as their number allows: 19 of each kind for one group, 20 more for each "
+        "further one.",
+        cards=True,
+    )
+    #: of items, by row and benchmark
+    labels: tuple[LabelFigures, ...] = table(
+        "How many features go with a label",
+        "A feature goes with a label if its activation on test items is correlated with it, after correction for all "
+        "features and labels. Labels: categories, and whether the model answers rightly.",
+    )
+    #: of tested features with labels
+    associations: tuple[AssociationFigures, ...] = table(
+        "Three answers for each top feature",
+        "Each top feature with the category that it goes with most on train items, judged on test items. The "
+        "correlation is corrected for all features and labels, the probe (of this feature alone) and the drop for all "
+        "rows of a benchmark. Causes it: ablating the feature alone costs items with the label more than others.",
+    )
+    #: the same problem in every row
+    problems: tuple[ProblemFigures, ...] = table(
+        "The same problems in every row",
+        "The features with the largest attribution for the right answer: number, tokens on which each is most active, "
+        "attribution in nats. In every row: a feature with a partner, by its activity on the items, in each other row; "
+        "dashes alone: a row with other items, which cannot be compared. Nats: log-likelihood of the right answer.",
+        cards=True,
+    )
+    phases: tuple[PhaseFigures, ...] = table("All phases", cards=True)  #: of the former study, by row
+    #: between dictionaries of a row
+    transfer: tuple[TransferFigures, ...] = table(
+        "What dictionaries share",
+        "Pairs: mean cosine or correlation of the one-to-one pairs of features with the largest sum. Square "
+        "brackets: 95 % intervals over features.",
+    )
+    #: of texts
+    tracking: tuple[TrackingFigures, ...] = table(
+        "Texts followed through the layers",
+        "Output: what the model writes after the prompt. The strongest chains of features, from layer to layer to the "
+        "answer, are measured: one holds if setting each feature to zero takes more from the next one than each of "
+        "five random active features does, at equal dose, and more from the answer. A step is hurt if ablating its "
+        "features lowers its log-likelihood more than random sets.",
+    )
+    learned: tuple[LearnedFigures, ...] = table("All answers", cards=True)  #: by row, benchmark and question
+    criteria: tuple[CriterionFigures, ...] = table("Criteria of success", cards=True)  #: of success
+    #: of finished units
+    resources: tuple[ResourceFigures, ...] = table(
+        "What it took",
+        "Time and memory: of the process that finished the unit. GFLOP/s: matrix products by formula, over all of "
+        "its time. A dash: not measured, or none.",
+    )
+    failures: tuple[UnitState, ...] = table("What is not done", cards=True)  #: units that are not done
+
+
+SHEETS = {
+    field.name: Sheet(get_args(get_type_hints(StudyFigures)[field.name])[0], **field.metadata)
+    for field in dataclasses.fields(StudyFigures)
+    if field.metadata
+}

@@ -1,14 +1,54 @@
-"""A table of a study's report: a list of figures, shown on the page, and as CSV beside it."""
+"""A table of a study's report: a list of figures, shown on the page, and as CSV beside it.
+
+The class of a row says how it is shown: a field made by ``column`` is a column of the table, in the order of fields,
+others are in the files alone. A field of ``StudyFigures`` made by ``table`` is a table.
+"""
 
 import csv
 import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from saejax.page.tables import MISSING, Table, interval, significant
 from saejax.results import Interval, to_json
-from saejax.studies.results import StudyFigures
+
+T = TypeVar("T")
+
+
+def column(heading: str, show: Callable[[Any], str] = str, words: bool = False, whole: bool = False) -> Any:
+    """Return a dataclass field that is a column of a table.
+
+    Args:
+      heading: of the column.
+      show: returns a cell's text of the field's value.
+      words: whether the column holds words, which are set flush left.
+      whole: whether ``show`` takes the whole row, for cells that put several fields together.
+    """
+    return dataclasses.field(metadata=dict(heading=heading, show=show, words=words, whole=whole))
+
+
+def table(caption: str, note: str = "", cards: bool = False) -> Any:
+    """Return a dataclass field, a tuple of rows, that is a table.
+
+    Args:
+      caption: what it shows.
+      note: a line below.
+      cards: whether rows become cards on a narrow screen, which suits a few columns of words.
+    """
+    return dataclasses.field(metadata=dict(caption=caption, note=note, cards=cards))
+
+
+def fill(row: type[T], source: Any, **more: Any) -> T:
+    """Return a row whose fields are those of the same name of a result, but for those that are given.
+
+    Args:
+      row: its class.
+      source: the result.
+      **more: the other fields.
+    """
+    names = [field.name for field in dataclasses.fields(row) if field.name not in more]  # type: ignore[arg-type]
+    return row(**{name: getattr(source, name) for name in names}, **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,35 +56,38 @@ class Sheet:
     """A table of a report.
 
     Attributes:
-      name: of its field in ``StudyFigures``, and of its CSV file.
+      row: the class of its rows.
       caption: what it shows.
-      columns: heading -> a cell's text, of a figure.
-      words: headings of the columns that hold words.
       note: a line below.
-      cards: whether rows become cards on a narrow screen, which suits a few columns of words.
+      cards: as in ``table``.
     """
 
-    name: str
+    row: type
     caption: str
-    columns: Mapping[str, Callable[[Any], str]]
-    words: frozenset[str] = frozenset()
-    note: str = ""
-    cards: bool = False
+    note: str
+    cards: bool
 
-    def table(self, figures: StudyFigures) -> Table:
+    def table(self, rows: Sequence[Any]) -> Table:
         """Return the rows as text."""
-        rows = [(figure,) for figure in getattr(figures, self.name)]
-        return Table.of(self.caption, rows, self.columns, self.words, self.cards, self.note)
+        columns, words = {}, set()
+        for field in dataclasses.fields(self.row):
+            if how := field.metadata:
+                columns[how["heading"]] = how["show"] if how["whole"] else _shows(field.name, how["show"])
+                words |= {how["heading"]} if how["words"] else set()
+        return Table.of(self.caption, [(row,) for row in rows], columns, words, self.cards, self.note)
 
-    def csv(self, figures: StudyFigures) -> str:
-        """Return all fields of the figures; an interval is three columns, what is not known is empty."""
-        lines = [_flat(to_json(figure)) for figure in getattr(figures, self.name)]
-        names = list(dict.fromkeys(name for line in lines for name in line))
+    def csv(self, rows: Sequence[Any]) -> str:
+        """Return all fields of the rows; an interval is three columns, what is not known is empty."""
+        lines = [_flat(to_json(row)) for row in rows]
         text = io.StringIO()
-        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
         return text.getvalue()
+
+
+def _shows(name: str, show: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda row: show(getattr(row, name))
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,3 +122,10 @@ def size(value: int | None) -> str:
         return MISSING
     unit, scale = ("GB", 1e9) if value >= 1e9 else ("MB", 1e6) if value >= 1e6 else ("kB", 1e3)
     return f"{significant(value / scale)} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: "50 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

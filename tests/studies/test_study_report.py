@@ -12,8 +12,8 @@ import pytest
 
 from saejax.results import Interval, from_json
 from saejax.studies.report import write_report
-from saejax.studies.results import StudyFigures
-from saejax.studies.sheets import SHEETS
+from saejax.studies.results import SHEETS, StudyFigures
+from saejax.studies.sheet import duration
 
 sys.path.append(str(Path(__file__).parent.parent / "attribution"))
 
@@ -67,6 +67,10 @@ def test_every_table_is_a_file(study):
         for row, told in zip(rows, figures[name], strict=True):
             plain = {key: value for key, value in told.items() if isinstance(value, int | float | str)}
             assert {key: row[key] for key in plain} == {key: str(value) for key, value in plain.items()}
+
+
+def test_times_in_words():
+    assert [duration(seconds) for seconds in (61, 600, 7200)] == ["61 s", "10 min", "2.0 h"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
