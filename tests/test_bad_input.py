@@ -314,5 +314,4 @@ def test_a_template_without_items(refuse, monkeypatch):
     empty = recipes()["capital"]._replace(templates=("Paris lies in", "Rome lies in", "The city lies in"))
     monkeypatch.setattr("saejax.tasks.draw.recipes", lambda: dict(capital=empty))
     line = refuse(["baseline"], task__behaviours="capital")
-    assert "2 of 4 train prompts could be made, and no more of the template 'Paris lies in'" in line
-    assert "the word lists give none" in line
+    assert "the word lists of capital give 2 train prompts of 4, and no more of the template 'Paris lies in'" in line

@@ -13,7 +13,7 @@ The proposal is written to ``groups.json``; an edited copy is read back by ``rea
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -82,15 +82,13 @@ def influence_by_key(graph: Graph, roles: np.ndarray, target: int) -> dict[Key, 
       roles: of its positions.
       target: index of the target.
     """
-    weight_K = np.zeros(len(graph.labels))
-    weight_K[target] = 1.0
     nodes = graph.nodes[graph.slice_of(FEATURE)]
+    weight_K = (np.arange(len(graph.labels)) == target).astype(np.float64)
     influence_F = source_influence(graph, weight_K)[: len(nodes)]
+    columns = nodes.layer_N.tolist(), nodes.index_N.tolist(), roles[nodes.position_N].tolist()
     by_key: dict[Key, float] = defaultdict(float)
-    for layer, position, index, influence in zip(
-        nodes.layer_N.tolist(), nodes.position_N.tolist(), nodes.index_N.tolist(), influence_F.tolist(), strict=True
-    ):
-        by_key[Key(layer, index, str(roles[position]))] += influence
+    for key, influence in zip(map(Key, *columns), influence_F.tolist(), strict=True):
+        by_key[key] += influence
     return dict(by_key)
 
 
@@ -102,18 +100,16 @@ def find_returning(prompts: Sequence[Mapping[Key, float]], top: int, share: floa
       top: a feature counts in a prompt where it is among so many most influential ones.
       share: share of the prompts in which it has to count, and at least in two of several.
     """
-    total: dict[Key, float] = defaultdict(float)
-    count: dict[Key, int] = defaultdict(int)
+    counted: dict[Key, list[float]] = defaultdict(list)
     for influences in prompts:
         least_influence = _LEAST * max(influences.values(), default=0.0)
         # Ties by the key, so that the choice does not depend on the order of the graph's nodes.
         for key in sorted(influences, key=lambda key: (-influences[key], key))[:top]:
             if influences[key] > least_influence:
-                count[key] += 1
-                total[key] += influences[key]
+                counted[key].append(influences[key])
     # In one prompt alone a feature may be about its words.
     least = max(share * len(prompts), min(2, len(prompts)))
-    returning = {key: total[key] / len(prompts) for key in total if count[key] >= least}
+    returning = {key: sum(values) / len(prompts) for key, values in counted.items() if len(values) >= least}
     return dict(sorted(returning.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -135,40 +131,30 @@ def propose_groups(
       labels: (layer, index) -> label; two features or more of one role and label are a group.
       tokens: that tell each feature, with weights; the leading ones name a group without a label.
     """
-    named: dict[str, list[Key]] = defaultdict(list)
-    for key in scores:
-        if label := labels.get((key.layer, key.feature), "").strip():
-            named[f"{label} ({ROLE_WORDS[key.role]})"].append(key)
-    # A label of a single feature makes no group: it goes with the others of its place.
-    groups = [(name, keys) for name, keys in named.items() if len(keys) > 1]
-    grouped = {key for _, keys in groups for key in keys}
-    others: dict[str, list[Key]] = defaultdict(list)
-    for key in scores:
-        if key not in grouped:
-            others[f"{ROLE_WORDS[key.role]}, {third_of(key.layer, n_layers)} layers"].append(key)
-    cut = [
-        (name, sorted(keys, key=lambda key: -scores[key])[:size], not is_labelled)
-        for some, is_labelled in ((groups, True), (others.items(), False))
-        for name, keys in some
-    ]
-    cut.sort(key=lambda group: -sum(scores[key] for key in group[1]))
+    named = {key: f"{label} ({ROLE_WORDS[key.role]})" for key in scores if (label := labels.get(key[:2], "").strip())}
+    counts = Counter(named.values())
+    members: dict[str, list[Key]] = defaultdict(list)
+    for key in sorted(scores, key=lambda key: -scores[key]):
+        place = f"{ROLE_WORDS[key.role]}, {third_of(key.layer, n_layers)} layers"
+        # A label of a single feature makes no group: it goes with the others of its place.
+        members[named[key] if counts[named.get(key, "")] > 1 else place].append(key)
+    groups = [Group(name, tuple(keys[:size])) for name, keys in members.items()]
+    groups.sort(key=lambda group: -sum(scores[key] for key in group.members))
     return [
-        Group(_name_by_tokens(name, keys, scores, tokens) if by_tokens else name, tuple(keys))
-        for name, keys, by_tokens in cut[:most]
+        group if counts[group.name] > 1 else group._replace(name=_name_by_tokens(group, scores, tokens))
+        for group in groups[:most]
     ]
 
 
-def _name_by_tokens(
-    where: str, keys: Sequence[Key], scores: Mapping[Key, float], tokens: Mapping[Key, Mapping[str, float]]
-) -> str:
+def _name_by_tokens(group: Group, scores: Mapping[Key, float], tokens: Mapping[Key, Mapping[str, float]]) -> str:
     """Return the tokens that tell most of a group's influence, before where it stands."""
-    weight: dict[str, float] = defaultdict(float)
-    for key in keys:
+    weight: Counter[str] = Counter()
+    for key in group.members:
         total = sum(tokens.get(key, {}).values())
         for token, value in tokens.get(key, {}).items():
-            weight[token] += scores[key] * value / total
-    leading = sorted(weight, key=lambda token: -weight[token])[:_NAMING]
-    return f"{' '.join(leading)} ({where})" if leading else where
+            weight[token] += scores[key] * value / total  # type: ignore[assignment]
+    leading = " ".join(token for token, _ in weight.most_common(_NAMING))
+    return f"{leading} ({group.name})" if leading else group.name
 
 
 def short_name(name: str) -> str:
@@ -181,13 +167,10 @@ def third_of(layer: int, n_layers: int) -> str:
     return THIRDS[layer * len(THIRDS) // n_layers]
 
 
-def as_json(groups: Mapping[str, Sequence[Group]]) -> str:
-    """Return groups by behaviour as a file that ``read_groups`` reads, a group on a line."""
-    parts = []
-    for behaviour, some in groups.items():
-        lines = ",\n  ".join(json.dumps([group.name, *map(str, group.members)], ensure_ascii=False) for group in some)
-        parts.append(f" {json.dumps(behaviour)}: [\n  {lines}\n ]")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+def as_json(behaviour: str, groups: Sequence[Group]) -> str:
+    """Return the groups of a behaviour as a file that ``read_groups`` reads, a group on a line."""
+    lines = ",\n  ".join(json.dumps([group.name, *map(str, group.members)], ensure_ascii=False) for group in groups)
+    return f"{{\n {json.dumps(behaviour)}: [\n  {lines}\n ]\n}}\n"
 
 
 def read_groups(file: str, behaviours: Iterable[str]) -> dict[str, list[Group]]:

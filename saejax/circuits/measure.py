@@ -16,7 +16,6 @@ answers. Features are added until the dose is reached; then all are edited parti
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -47,38 +46,54 @@ class PromptEffects:
     dose_ExGxS: np.ndarray
 
 
-class EditTable(NamedTuple):
-    """Features of a prompt that an edit may change: layers, positions, indices, activations before and after, [N]."""
+@dataclasses.dataclass(frozen=True)
+class EditTable:
+    """Features of a prompt that an edit may change.
+
+    Attributes:
+      layer_N, position_N, feature_N: layer, position and index of each.
+      old_N, new_N: its activations before and after.
+      keys: of each.
+      owner_N: index of the group that it is in; -1: none.
+    """
 
     layer_N: np.ndarray
     position_N: np.ndarray
     feature_N: np.ndarray
     old_N: np.ndarray
     new_N: np.ndarray
+    keys: Sequence[Key]
+    owner_N: np.ndarray
 
     def changes(self, rows: np.ndarray, fraction: float = 1.0) -> list[Change]:
         """Return the changes of some rows, made to a fraction."""
         value_N = self.old_N[rows] + fraction * (self.new_N[rows] - self.old_N[rows])
-        columns = (column.tolist() for column in (self.layer_N[rows], self.position_N[rows], self.feature_N[rows]))
+        columns = (column[rows].tolist() for column in (self.layer_N, self.position_N, self.feature_N))
         return [Change(*change) for change in zip(*columns, value_N.tolist(), strict=True)]
 
 
-def ablation_table(local: LocalModel) -> EditTable:
-    """Return the table of setting active features to 0."""
-    active = local.active
-    return EditTable(active.layer_A, active.position_A, active.feature_A, active.value_A, np.zeros_like(active.value_A))
+def edit_table(
+    local: LocalModel, roles: np.ndarray, groups: Sequence[Group], other: LocalModel | None = None
+) -> EditTable:
+    """Return the table of setting active features to 0, or to the activations that they have in another prompt.
 
-
-def swap_table(local: LocalModel, other: LocalModel) -> EditTable:
-    """Return the table of giving features the activations that they have in another prompt of the same length."""
-    index_of, other_of = local.active.index_of, other.active.index_of
-    places = sorted(index_of.keys() | other_of.keys())
-    old_N, new_N = (
-        np.array([model.active.value_A[where[place]] if place in where else 0.0 for place in places])
-        for model, where in ((local, index_of), (other, other_of))
-    )
-    layer_N, position_N, feature_N = np.array(places, np.int32).T
-    return EditTable(layer_N, position_N, feature_N, old_N, new_N)
+    Args:
+      local: of the prompt.
+      roles: of its positions.
+      groups: that own features.
+      other: of another prompt of the same length, whose active features are changed, too; None: activations become 0.
+    """
+    here, there = local.active.index_of, other.active.index_of if other else {}
+    places = sorted(here.keys() | there.keys())
+    old_N = np.array([local.active.value_A[here[place]] if place in here else 0 for place in places], np.float32)
+    new_N = np.zeros_like(old_N)
+    if other:
+        new_N[:] = [other.active.value_A[there[place]] if place in there else 0 for place in places]
+    layer_N, position_N, feature_N = np.array(places, np.int32).reshape(-1, 3).T
+    keys = [Key(layer, feature, str(roles[position])) for layer, position, feature in places]
+    group_of = {key: number for number, group in enumerate(groups) for key in group.members}
+    owner_N = np.array([group_of.get(key, -1) for key in keys], np.int64)
+    return EditTable(layer_N, position_N, feature_N, old_N, new_N, keys, owner_N)
 
 
 def measure_prompt(
@@ -104,17 +119,14 @@ def measure_prompt(
       controls: random and placebo sets of each group and edit.
       seed: of the control sets.
     """
-    rng = np.random.default_rng(seed)
-    group_of = {key: number for number, group in enumerate(groups) for key in group.members}
-    ablation = ablation_table(local)
-    swap = swap_table(local, counterpart) if counterpart else None
-    owner_A = _owners(ablation, roles, group_of)
+    rng, sets = np.random.default_rng(seed), 1 + len(CONTROLS) * controls
+    ablation = edit_table(local, roles, groups)
+    swap = edit_table(local, roles, groups, counterpart) if counterpart else None
     # An edit to its own value: the feature is not computed again, and so passes nothing on.
-    held = [ablation._replace(new_N=ablation.old_N).changes(np.flatnonzero(owner_A == g)) for g in range(len(groups))]
-    sets = 1 + len(CONTROLS) * controls
-    shape = len(EDITS), len(groups), sets
+    same = dataclasses.replace(ablation, new_N=ablation.old_N)
+    held = [same.changes(np.flatnonzero(ablation.owner_N == g)) for g in range(len(groups))]
     rows: list[list[Change]] = []
-    dose_ExGxS = np.full(shape, np.nan)
+    dose_ExGxS = np.full((len(EDITS), len(groups), sets), np.nan)
     for e, edit in enumerate(EDITS):
         table = swap if edit == "swap" else ablation
         for g, group in enumerate(groups):
@@ -125,18 +137,18 @@ def measure_prompt(
             lowest = min(key.layer for key in group.members)
             others = [change for h, some in enumerate(held) if h != g for change in some if change.layer >= lowest]
             kept = others if edit == "direct" else []
-            drawn = _Sets(local, table, roles, group_of, group, g)
-            for s, (chosen, fraction, dose) in enumerate(drawn.draw(controls, placebo, rng)):
+            for s, (chosen, fraction, dose) in enumerate(_draw_sets(local, table, group, g, controls, placebo, rng)):
                 rows.append(table.changes(chosen, fraction) + kept)
                 dose_ExGxS[e, g, s] = dose
-    member_J = np.flatnonzero(owner_A >= 0)
+    # The rows of ``ablation`` are the active features, in their order.
+    member_J = np.flatnonzero(ablation.owner_N >= 0)
     readout_R, feature_RxJ = _run_rows(local, rows, answer, member_J)
-    answer_ExGxS = (answer.value_K[0] - readout_R).astype(np.float64).reshape(shape)
+    answer_ExGxS = (answer.value_K[0] - readout_R).astype(np.float64).reshape(dose_ExGxS.shape)
     if swap is None:
         answer_ExGxS[EDITS.index("swap")] = np.nan
-    direct = slice(len(groups) * sets, 2 * len(groups) * sets)
-    act_RxJ = activations(local, member_J, feature_RxJ[direct]).astype(np.float64)
-    return PromptEffects(answer_ExGxS, _lost_shares(local, owner_A, member_J, act_RxJ, sets, len(groups)), dose_ExGxS)
+    act_ExGxSxJ = activations(local, member_J, feature_RxJ).astype(np.float64).reshape(*dose_ExGxS.shape, -1)
+    act_GxSxJ = act_ExGxSxJ[EDITS.index("direct")]
+    return PromptEffects(answer_ExGxS, _lost_shares(local, ablation.owner_N[member_J], member_J, act_GxSxJ), dose_ExGxS)
 
 
 def activations(local: LocalModel, member_J: np.ndarray, pre_RxJ: np.ndarray) -> np.ndarray:
@@ -144,7 +156,7 @@ def activations(local: LocalModel, member_J: np.ndarray, pre_RxJ: np.ndarray) ->
 
     Of TopK transcoders, whose cut depends on all other features, those below 0 alone count as silent.
     """
-    layer_J, feature_J = _places(local, member_J)
+    layer_J, feature_J = local.active.layer_A[member_J], local.active.feature_A[member_J]
     threshold_J = np.zeros(len(member_J), np.float32)
     for layer in np.unique(layer_J):
         arrays = local.dictionaries.encoder(int(layer), local.model.mesh).arrays
@@ -173,24 +185,19 @@ def _run_rows(
     return readout_R, feature_RxJ
 
 
-def _lost_shares(
-    local: LocalModel, owner_A: np.ndarray, member_J: np.ndarray, act_RxJ: np.ndarray, sets: int, count: int
-) -> np.ndarray:
+def _lost_shares(local: LocalModel, owner_J: np.ndarray, member_J: np.ndarray, act_GxSxJ: np.ndarray) -> np.ndarray:
     """Return the share of each group's activation, weighted by what it writes, that vanishes: [G, S, G]."""
     # Weighted by what they write: a large activation with a short decoder row matters little.
-    size_J = np.array([np.linalg.norm(vector) for vector in _written(local, *_places(local, member_J))])
-    lost_GxSxG = np.full((count, sets, count), np.nan)
-    for h in range(count):
-        here = owner_A[member_J] == h
-        clean = float(local.active.value_A[member_J[here]].astype(np.float64) @ size_J[here]) if here.any() else 0.0
-        if clean > 0:
-            lost_GxSxG[:, :, h] = 1 - (act_RxJ[:, here] @ size_J[here] / clean).reshape(count, sets)
+    vectors = _written(local, local.active.layer_A[member_J], local.active.feature_A[member_J])
+    size_J = np.array([np.linalg.norm(vector) for vector in vectors])
+    clean_J = local.active.value_A[member_J].astype(np.float64)
+    lost_GxSxG = np.full((*act_GxSxJ.shape[:2], len(act_GxSxJ)), np.nan)
+    for h in range(len(act_GxSxJ)):
+        here = owner_J == h
+        if (clean := float(clean_J[here] @ size_J[here])) > 0:
+            lost_GxSxG[:, :, h] = 1 - act_GxSxJ[:, :, here] @ size_J[here] / clean
             lost_GxSxG[h, :, h] = np.nan
     return lost_GxSxG
-
-
-def _places(local: LocalModel, index_J: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return local.active.layer_A[index_J], local.active.feature_A[index_J]
 
 
 def _written(local: LocalModel, layer_J: np.ndarray, feature_J: np.ndarray) -> list[np.ndarray]:
@@ -206,73 +213,55 @@ def _written(local: LocalModel, layer_J: np.ndarray, feature_J: np.ndarray) -> l
     return vectors
 
 
-def _owners(table: EditTable, roles: np.ndarray, group_of: Mapping[Key, int]) -> np.ndarray:
-    """Return the group of each row, int [N]; -1: none."""
-    columns = table.layer_N.tolist(), table.feature_N.tolist(), roles[table.position_N].tolist()
-    return np.array([group_of.get(Key(*key), -1) for key in zip(*columns, strict=True)], np.int64)
+def _draw_sets(
+    local: LocalModel,
+    table: EditTable,
+    group: Group,
+    number: int,
+    controls: int,
+    placebo: Mapping[Key, float],
+    rng: np.random.Generator,
+) -> list[tuple[np.ndarray, float, float]]:
+    """Return rows, the fraction to which they are changed, and the dose: of the group, random and placebo sets."""
+    # Features that the edit leaves as they are, such as equal ones in a swap, cannot make up a dose.
+    changed_N = table.old_N != table.new_N
+    layers, roles = [key.layer for key in group.members], {key.role for key in group.members}
+    near_N = (table.layer_N >= min(layers)) & (table.layer_N <= max(layers))
+    near_N &= np.array([key.role in roles for key in table.keys], bool)
+    # Of no group at all, so that a control set cannot hold what another group does.
+    pool_M = np.flatnonzero(near_N & (table.owner_N < 0) & changed_N)
+    # No dose is too large: all of the group's features are taken.
+    drawn = [_reach(local, table, np.flatnonzero((table.owner_N == number) & changed_N), np.inf)]
+    influence_M = np.array([placebo.get(table.keys[row], 0.0) for row in pool_M])
+    for control in CONTROLS:
+        for _ in range(controls):
+            order = rng.permutation(len(pool_M))
+            if control == "placebo":  # the most influential half in random order, so that placebo sets differ
+                ranked = order[np.argsort(-influence_M[order], kind="stable")]
+                # Half of those with any influence; the others follow where these do not reach the dose.
+                first = max((influence_M > 0).sum() // 2, 1)
+                order = np.concatenate([rng.permutation(ranked[:first]), ranked[first:]])
+            drawn.append(_reach(local, table, pool_M[order], drawn[0][2]))
+    return drawn
 
 
-class _Sets:
-    """The rows of a table that one group and its control sets change."""
-
-    def __init__(
-        self,
-        local: LocalModel,
-        table: EditTable,
-        roles: np.ndarray,
-        group_of: Mapping[Key, int],
-        group: Group,
-        number: int,
-    ):
-        self._local, self._table, self._roles = local, table, roles
-        # Features that the edit leaves as they are, such as equal ones in a swap, cannot make up a dose.
-        owner_N, changed_N = _owners(table, roles, group_of), table.old_N != table.new_N
-        layers = [key.layer for key in group.members]
-        near_N = (table.layer_N >= min(layers)) & (table.layer_N <= max(layers))
-        near_N &= np.isin(roles[table.position_N], list({key.role for key in group.members}))
-        self._own = np.flatnonzero((owner_N == number) & changed_N)
-        # Of no group at all, so that a control set cannot hold what another group does.
-        self._pool = np.flatnonzero(near_N & (owner_N < 0) & changed_N)
-
-    def draw(
-        self, controls: int, placebo: Mapping[Key, float], rng: np.random.Generator
-    ) -> list[tuple[np.ndarray, float, float]]:
-        """Return rows, the fraction to which they are changed, and the dose: of the group, random and placebo sets."""
-        # No dose is too large: all of the group's features are taken.
-        dose = self._reach(self._own, np.inf)[2]
-        drawn = [(self._own, 1.0, dose)]
-        table = self._table
-        columns = (table.layer_N, table.feature_N, self._roles[table.position_N])
-        keys = zip(*(column[self._pool].tolist() for column in columns), strict=True)
-        influence_M = np.array([placebo.get(Key(*key), 0.0) for key in keys])
-        for control in CONTROLS:
-            for _ in range(controls):
-                order = rng.permutation(len(self._pool))
-                if control == "placebo":  # the most influential half in random order, so that placebo sets differ
-                    half = np.argsort(-influence_M[order], kind="stable")
-                    # Half of those with any influence; the others follow where these do not reach the dose.
-                    first = order[half][: max((influence_M > 0).sum() // 2, 1)]
-                    order = np.concatenate([rng.permutation(first), order[half][len(first) :]])
-                drawn.append(self._reach(self._pool[order], dose))
-        return drawn
-
-    def _reach(self, rows: np.ndarray, dose: float) -> tuple[np.ndarray, float, float]:
-        """Return as many of the first rows as reach a dose, the fraction of their change that does, and the dose."""
-        table, sums = self._table, dict[tuple[int, int], np.ndarray]()
-        taken, square = 0, 0.0
-        while taken < len(rows) and square < dose**2:
-            block = rows[taken : taken + _BLOCK]
-            vectors = _written(self._local, table.layer_N[block], table.feature_N[block])
-            for row, vector_XxD in zip(block.tolist(), vectors, strict=True):
-                place = int(table.layer_N[row]), int(table.position_N[row])
-                before_XxD = sums.get(place, np.zeros_like(vector_XxD))
-                # Changes at one place are summed as vectors: the dose is the norm of what reaches the stream.
-                sums[place] = before_XxD + (table.new_N[row] - table.old_N[row]) * vector_XxD
-                square += float((sums[place] ** 2).sum() - (before_XxD**2).sum())
-                taken += 1
-                if square >= dose**2:
-                    break
-        reached = max(square, 0.0) ** 0.5
-        # Partially, where the last feature went beyond the dose; never beyond what the features are.
-        fraction = min(dose / reached, 1.0) if reached > 0 else 1.0
-        return rows[:taken], fraction, reached * fraction
+def _reach(local: LocalModel, table: EditTable, rows: np.ndarray, dose: float) -> tuple[np.ndarray, float, float]:
+    """Return as many of the first rows as reach a dose, the fraction of their change that does, and the dose."""
+    sums: dict[tuple[int, int], np.ndarray] = {}
+    taken, square = 0, 0.0
+    while taken < len(rows) and square < dose**2:
+        block = rows[taken : taken + _BLOCK]
+        vectors = _written(local, table.layer_N[block], table.feature_N[block])
+        for row, vector_XxD in zip(block.tolist(), vectors, strict=True):
+            place = int(table.layer_N[row]), int(table.position_N[row])
+            before_XxD = sums.get(place, np.zeros_like(vector_XxD))
+            # Changes at one place are summed as vectors: the dose is the norm of what reaches the stream.
+            sums[place] = before_XxD + (table.new_N[row] - table.old_N[row]) * vector_XxD
+            square += float((sums[place] ** 2).sum() - (before_XxD**2).sum())
+            taken += 1
+            if square >= dose**2:
+                break
+    reached = max(square, 0.0) ** 0.5
+    # Partially, where the last feature went beyond the dose; never beyond what the features are.
+    fraction = min(dose / reached, 1.0) if reached > 0 else 1.0
+    return rows[:taken], fraction, reached * fraction

@@ -102,7 +102,7 @@ def run_circuits(run: Run) -> CircuitsResults:
                 seconds=round(time.monotonic() - start, 1),
             )
             if is_first_process():
-                write_text(part_file(run, name, "-groups.json"), as_json({name: circuit.groups}))
+                write_text(part_file(run, name, "-groups.json"), as_json(name, circuit.groups))
                 write_text(part_file(run, name, "-edges.csv"), edges_csv(circuit.edges))
                 write_page(part_file(run, name, ".html"), name, results, circuit.details, test)
                 review = run.folder / "review" / f"{name}.csv"

@@ -49,7 +49,6 @@ def make_prompts(behaviour: str, train: int, test: int, seed: int, tokenizer: An
     recipe = recipes()[one_of(behaviour, recipes(), "behaviour")]
     if train < 1 or test < 1:
         raise UserError(f"{train} train and {test} test prompts were asked for: expected at least 1 of each")
-    _check_capacity(behaviour, recipe, train, test)
     # By the behaviour's name: its prompts do not depend on which others are drawn; ``hash`` differs by process.
     rng = np.random.default_rng((seed, zlib.crc32(behaviour.encode())))
     pools: dict[str, dict[str, list]] = {split: {} for split in SPLITS}
@@ -99,11 +98,16 @@ def _fitting(
         else:
             # Drafts since the last new prompt count: a long list of prompts takes many drafts without being at its end.
             kept[prompt.text], tries = prompt, 0
+        if tries == _PATIENCE and not replaced:
+            raise UserError(
+                f"the word lists of {prompt.behaviour} give {len(kept)} {prompt.split} prompts of {n}, and no more of "
+                f"the template {prompt.template!r}: lower --task.train_prompts or --task.test_prompts, which share them"
+            )
         if tries == _PATIENCE:
             reasons = "; ".join(f"{why} ({count} drafts)" for why, count in replaced.items())
             raise TooFewPrompts(
                 f"{len(kept)} of {n} {prompt.split} prompts could be made, and no more of the template "
-                f"{prompt.template!r}: {reasons or 'the word lists give none'}"
+                f"{prompt.template!r}: {reasons}"
             )
     return list(kept.values())
 
@@ -112,31 +116,3 @@ def _shares(items: int, train: int, test: int, least: int) -> tuple[int, int]:
     """Return the numbers of a kind's items for train and test: in proportion, but ``least`` to each."""
     for_test = min(max(-(-items * test // (train + test)), least), items - least)
     return items - for_test, for_test
-
-
-def _fits(recipe: Recipe, train: int, test: int) -> bool:
-    shares = {kind: _shares(len(items), train, test, recipe.least) for kind, items in recipe.pools.items()}
-    room = [
-        len(recipe.of_split(split)) * recipe.capacity(**{kind: share[side] for kind, share in shares.items()})
-        for side, split in enumerate(SPLITS)
-    ]
-    return train <= room[0] and test <= room[1]
-
-
-def _check_capacity(behaviour: str, recipe: Recipe, train: int, test: int) -> None:
-    if _fits(recipe, train, test):
-        return
-    most = len(recipe.templates) * recipe.capacity(**{kind: len(items) for kind, items in recipe.pools.items()})
-    # The larger number is the one to lower, unless the smaller one alone is too large.
-    for split, other in (SPLITS, SPLITS[::-1]) if train >= test else (SPLITS[::-1], SPLITS):
-        sizes = dict(train=train, test=test)
-        for n in range(min(sizes[split], most), 0, -1):
-            if _fits(recipe, **sizes | {split: n}):
-                raise UserError(
-                    f"the word lists of {behaviour} give at most {n} {split} prompts beside {sizes[other]} {other} "
-                    f"prompts, but {sizes[split]} were asked for: lower --task.{split}_prompts"
-                )
-    raise UserError(
-        f"the word lists of {behaviour} give at most {most} prompts in all, but {train} train and {test} test prompts "
-        "were asked for: lower --task.train_prompts and --task.test_prompts"
-    )

@@ -76,7 +76,6 @@ class Recipe(NamedTuple):
       templates: texts with the content's places in braces; the last is for test prompts only.
       pools: its content items, by kind.
       least: how many of each kind a split needs for a prompt and its counterpart.
-      capacity: from the numbers of items of a split, by kind, how many different prompts they give of a template.
       drawer: from a random generator and a split's items, by kind, a function that drafts a prompt of a template; of
         those with an even and an odd number there should be as many.
     """
@@ -84,7 +83,6 @@ class Recipe(NamedTuple):
     templates: Sequence[str]
     pools: Mapping[str, Sequence]
     least: int
-    capacity: Callable[..., int]
     drawer: Callable[..., Callable[[int, str], Draft]]
 
     def of_split(self, split: str) -> Sequence[str]:
@@ -126,38 +124,31 @@ def recipes() -> Mapping[str, Recipe]:
             templates["agreement"],
             dict(nouns=list(words["nouns"].items())),
             least=2,
-            capacity=lambda nouns: nouns * (nouns - 1) * len(_PLACES) * len(_VERBS),
             drawer=_agreement,
         ),
-        capital=Recipe(templates["capital"], dict(places=places), 2, lambda places: places, _fact),
+        capital=Recipe(templates["capital"], dict(places=places), 2, _fact),
         greater_than=Recipe(
             templates["greater_than"],
             dict(digits=range(10), events=words["events"]),
             least=1,
-            capacity=lambda digits, events: digits * events * len(_LATE_DECADES),
             drawer=_greater_than,
         ),
         addition=Recipe(
             templates["addition"],
             dict(pairs=[pair for pair in sums if not {pair, pair[::-1]} & set(_EXAMPLES)]),
             least=366,  # of so many drawn pairs some sums are far from any other
-            capacity=lambda pairs: pairs,
             drawer=_addition,
         ),
-        two_hop=Recipe(templates["two_hop"], cities, 2, lambda **counts: sum(counts.values()), _fact),
-        **{
-            name: Recipe(templates[name], dict(pairs=list(some.items())), 2, lambda pairs: 2 * pairs, _partner)
-            for name, some in pairs.items()
-        },
+        two_hop=Recipe(templates["two_hop"], cities, 2, _fact),
+        **{name: Recipe(templates[name], dict(pairs=list(some.items())), 2, _partner) for name, some in pairs.items()},
         acronym=Recipe(
             templates["acronym"],
             words["names"],
             least=5,
-            capacity=lambda first, second, third: first * second * third,
             drawer=_acronym,
         ),
         # Of 12 athletes some have another sport.
-        sport=Recipe(templates["sport"], dict(athletes=athletes), 12, lambda athletes: athletes, _fact),
+        sport=Recipe(templates["sport"], dict(athletes=athletes), 12, _fact),
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "attribution"))
 from made_transcoders import made_set
 
+from saejax import load_model
 from saejax.attribution.forms.features import FeatureDetails
 from saejax.attribution.local.model import LocalModel
 from saejax.circuits.contexts import name_feature
@@ -105,11 +106,11 @@ def test_features_are_named(key, details, name):
 
 def test_a_file_of_groups_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "groups.json"
-    groups = {"two_hop": [Group("places, “here”", (A, B)), Group("late", (D,))], "other": [Group("x", (C,))]}
-    path.write_text(as_json(groups))
-    assert read_groups(str(path), ["two_hop"]) == groups
+    groups = [Group("places, “here”", (A, B)), Group("late", (D,))]
+    path.write_text(as_json("two_hop", groups))
+    assert read_groups(str(path), ["two_hop"]) == {"two_hop": groups}
     assert read_groups("", ["two_hop"]) == {}
-    assert len(path.read_text().splitlines()) == 9  # a group on a line, to be edited
+    assert len(path.read_text().splitlines()) == 6  # a group on a line, to be edited
 
 
 @pytest.mark.parametrize(
@@ -200,8 +201,9 @@ def test_the_level_is_divided_by_the_number_of_edges():
 
 
 @pytest.mark.parametrize("kind", ["standard", "jumprelu"])
-def test_activations_in_edited_runs_are_those_of_the_encoder(tiny, kind):
+def test_activations_in_edited_runs_are_those_of_the_encoder(tiny_llama, one_device, kind):
     """A JumpReLU feature below its threshold is silent, although it is above 0."""
+    tiny = load_model(str(tiny_llama), mesh=one_device)
     transcoders = made_set(tiny, kind=kind)
     local = LocalModel(tiny, transcoders, np.arange(5, 13))
     member_J = np.flatnonzero(local.active.layer_A == 1)
