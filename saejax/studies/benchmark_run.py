@@ -77,7 +77,7 @@ from saejax.tasks import corpora
 from saejax.tasks.benchmark_definitions import Item, way
 from saejax.tasks.benchmarks import origin, read_items
 from saejax.tasks.run_inputs import load_run_dictionary, load_run_model
-from saejax.tasks.scored_items import WAYS, ReferenceItem, ScoredItem
+from saejax.tasks.scored_items import WAYS, ScoredItem
 from saejax.tasks.scoring import wilson
 
 FEATURES, RANKING, FALSIFIED = "features.json", "feature_importance_ranking.json", "falsification.json"
@@ -156,11 +156,10 @@ def run_study(run: Run) -> StudyResults:
             write_json(run.folder / FALSIFIED, to_json(_falsify(items, dictionary, chosen, config)))
 
         run.each([FALSIFIED], lambda name: run.folder / name, refute, last=False)
-    scores = _Answers(run, items, dictionary, chosen, table, score)
     chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0
-    at_chance = scores.measure_all(chance)
+    answers, at_chance = _score_answers(run, items, dictionary, chosen, table, chance)
     run.each([], lambda _: run.folder, lambda _: None)  # the other processes leave the stage here
-    table = table if is_merged else merge_tables([table, *scores.tables])
+    table = table if is_merged else merge_tables([table, *answers])
     judged = verdict(table, study_verdict_config(config))
     if not is_merged:
         save_effects(run.folder, table)
@@ -364,8 +363,10 @@ def split_items(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[
     return [items[i] for i in train], [items[i] for i in order if i not in train]
 
 
-class _Answers:
-    """The scored answers of each condition, kept on disk as soon as they are there.
+def _score_answers(
+    run: Run, items: BenchmarkItems, dictionary: Dictionary, chosen: ChosenFeatures, table: EffectsTable, chance: float
+) -> tuple[list[EffectsTable], bool | None]:
+    """Score the items under every condition; the answers of each are kept on disk as soon as they are there.
 
     Args:
       run: the unit.
@@ -373,69 +374,50 @@ class _Answers:
       dictionary: the tested one.
       chosen: the top features, and from what they are resampled.
       table: measured log-likelihoods.
-      score: how items are scored.
+      chance: the accuracy of guessing; 0 of generated answers.
+
+    Returns:
+      The rows of the effects table, and whether the unedited model is no better than chance; None where accuracy is not
+      measured. At chance, accuracies under edits are not measured.
     """
+    name, config = run.name, run.configs[StudyConfig]
+    usual_way, conditions = way(name, run.configs[TaskConfig]), scored_conditions(table, name, config.scored_sets)
+    pools, length, tables = dict(chosen.pools), items.longest(), list[EffectsTable]()
+    (run.folder / ANSWERS).mkdir(exist_ok=True)
 
-    def __init__(
-        self,
-        run: Run,
-        items: BenchmarkItems,
-        dictionary: Dictionary,
-        chosen: ChosenFeatures,
-        table: EffectsTable,
-        score: str,
-    ):
-        self._run, self._items, self._dictionary, self._chosen, self._table = run, items, dictionary, chosen, table
-        self._way, self._config = score, run.configs[StudyConfig]
-        self.tables: list[EffectsTable] = []
-        self._conditions = scored_conditions(table, run.name, self._config.scored_sets)
-        (run.folder / ANSWERS).mkdir(exist_ok=True)
+    def check_stop() -> None:
+        if run.stopping():
+            raise Interrupted(f"{name}: stopped; conditions that were finished are kept")
 
-    def measure_all(self, chance: float) -> bool | None:
-        """Score the items under every condition; return whether the unedited model is no better than chance.
-
-        Args:
-          chance: the accuracy of guessing; 0 of generated answers.
-
-        Returns:
-          None where accuracy is not measured. At chance, accuracies under edits are not measured.
-        """
-        self._score(["resample"], "likelihood", "likelihood-")
-        if self._way == "likelihood":
-            return None
-        self._score(["clean"], self._way)
-        accuracy = wilson(self.tables[-1].value_N[self.tables[-1].readout_N == _ACCURACY])
-        at_chance = accuracy.low <= chance if chance else accuracy.mean == 0
-        if at_chance:
-            self._run.say(f"{self._run.name}: the unedited model is at chance, so only log-likelihoods are compared")
-        else:
-            self._score([name for name in self._conditions if name != "clean"], self._way)
-        return at_chance
-
-    def _score(self, conditions: Sequence[str], scored: str, prefix: str = "") -> None:
-        """Score conditions, except those that an earlier run kept, and add them to the tables."""
-        pools, length = dict(self._chosen.pools), self._items.longest()
+    def score(names: Sequence[str], scored: str, prefix: str = "") -> None:
+        """Score conditions, except those that an earlier run kept."""
 
         def file(condition: str) -> Path:
-            return self._run.folder / ANSWERS / f"{prefix}{condition}.jsonl"
-
-        def check_stop() -> None:
-            if self._run.stopping():
-                raise Interrupted(f"{self._run.name}: stopped; conditions that were finished are kept")
+            return run.folder / ANSWERS / f"{prefix}{condition}.jsonl"
 
         def make(condition: str) -> None:
-            edit = self._conditions[condition]
-            edits = edits_of(self._dictionary, edit, pools, length, self._config.seed)
-            write_lines(file(condition), map(to_json, self._items.score(edits, scored, check_stop)))
-            self._run.say(f"{self._run.name}: {prefix}{condition}: scored")
+            edits = edits_of(dictionary, conditions[condition], pools, length, config.seed)
+            write_lines(file(condition), map(to_json, items.score(edits, scored, check_stop)))
+            run.say(f"{name}: {prefix}{condition}: scored")
 
-        self._run.each(conditions, file, make, last=False)
-        kind = ReferenceItem if scored == "likelihood" else WAYS[scored]
-        for condition in conditions:
+        run.each(names, file, make, last=False)
+        for condition in names:
             rows: list[ScoredItem] = [
-                from_json(kind, fields, file(condition)) for fields in read_lines(file(condition))
+                from_json(WAYS[scored], fields, file(condition)) for fields in read_lines(file(condition))
             ]
-            self.tables.append(answer_table(self._table, self._run.name, self._conditions[condition], rows))
+            tables.append(answer_table(table, name, conditions[condition], rows))
+
+    score(["resample"], "likelihood", "likelihood-")
+    if usual_way == "likelihood":
+        return tables, None
+    score(["clean"], usual_way)
+    accuracy = wilson(tables[-1].value_N[tables[-1].readout_N == _ACCURACY])
+    at_chance = accuracy.low <= chance if chance else accuracy.mean == 0
+    if at_chance:
+        run.say(f"{name}: the unedited model is at chance, so only log-likelihoods are compared")
+    else:
+        score([condition for condition in conditions if condition != "clean"], usual_way)
+    return tables, at_chance
 
 
 def summarize_scores(table: EffectsTable, name: str) -> tuple[AnswerScores, ...]:
