@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import io
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saejax.attribution.forms.features import Feature, FeatureDetails
@@ -21,8 +21,7 @@ from saejax.attribution.run import open_parts
 from saejax.circuits.contexts import FeatureSearch
 from saejax.circuits.edges import Edge
 from saejax.circuits.groups import Group, as_json, read_groups
-from saejax.circuits.pages import write_page
-from saejax.circuits.report import write_index
+from saejax.circuits.report import write_index, write_page
 from saejax.circuits.results import CircuitResults, CircuitsResults, GroupResults
 from saejax.circuits.study import BehaviourCircuit, find_circuit, words_by_role
 from saejax.dictionaries.labels import names_of_layers
@@ -168,7 +167,13 @@ def _one_line(context: Mapping[str, list]) -> str:
 
 def edges_csv(edges: Sequence[Edge]) -> str:
     """Return every measured effect as a table: its fields, of intervals the mean and both ends."""
-    return _as_csv([dict(_columns(edge)) for edge in edges])
+    rows = []
+    for edge in edges:
+        rows.append(dict[str, Any]())
+        for name, value in vars(edge).items():
+            parts = vars(value).items() if isinstance(value, Interval) else ()
+            rows[-1] |= {f"{name}_{part}": f"{number:.6g}" for part, number in parts} or {name: value}
+    return _as_csv(rows)
 
 
 def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -177,14 +182,6 @@ def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
-
-
-def _columns(edge: Edge) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(edge).items():
-        if isinstance(value, Interval):
-            yield from ((f"{name}_{part}", f"{number:.6g}") for part, number in vars(value).items())
-        else:
-            yield name, value
 
 
 def _message(results: CircuitResults) -> str:
