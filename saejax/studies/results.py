@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from saejax.page.tables import MISSING, answer, count, interval, number, percent, significant
 from saejax.results import Interval
-from saejax.studies.sheet import Sheet, column, duration, listed, points, quoted, size, table
+from saejax.studies.sheet import Sheet, column, duration, joined, listed, points, quoted, size, table
 
 Answered = Literal["yes", "no", "cannot tell"]
 Asked = Literal["solves", "effect", "random", "placebo", "gate", "context", "primitives", "shared", "features", "items"]
@@ -54,18 +54,18 @@ class ModelFigures:
 
     row: str = column("Row")  #: its name
     known: str  #: relative or stranger: a control row whose answers are known; "" for others
-    model: str = column("Model", words=True)  #: path or hub id
+    model: str = column("Model")  #: path or hub id
     revision: str  #: of the model
-    dtype: str = column("In", words=True)  #: of weights and products in JAX
+    dtype: str = column("In")  #: of weights and products in JAX
     parameters: int | None = column("Parameters", count)  #: how many; None, as in the next two: no preflight
     layers: int | None = column("Layers", count)  #: how many
     width: int | None = column("Width", count)  #: of the residual stream
-    sites: tuple[str, ...] = column("Sites", listed, words=True)  #: that dictionaries read
-    kinds: tuple[str, ...] = column("Dictionaries", listed, words=True)  #: of dictionaries
-    benchmarks: tuple[str, ...] = column("Benchmarks", listed, words=True)  #: that the model is scored on
-    behaviours: tuple[str, ...] = column("Behaviours", listed, words=True)  #: that are tested
+    sites: tuple[str, ...] = column("Sites", listed)  #: that dictionaries read
+    kinds: tuple[str, ...] = column("Dictionaries", listed)  #: of dictionaries
+    benchmarks: tuple[str, ...] = column("Benchmarks", listed)  #: that the model is scored on
+    behaviours: tuple[str, ...] = column("Behaviours", listed)  #: that are tested
     units: int  #: of the row
-    done: int = column("Units done", lambda row: f"{row.done} of {row.units}", whole=True)  #: of them
+    done: int = joined("Units done", lambda row: f"{row.done} of {row.units}")  #: of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +73,11 @@ class BaselineFigures:
     """The model's score on a task before any intervention."""
 
     row: str = column("Row")  #: of the study
-    task: str = column("Task", words=True)  #: benchmark or behaviour
-    measure: str = column("Measure", words=True)  #: of the value
+    task: str = column("Task")  #: benchmark or behaviour
+    measure: str = column("Measure")  #: of the value
     #: with its 95 % interval
-    value: Interval = column(
-        "Value",
-        lambda row: interval(row.value, 3) if "nats" in row.measure else f"{points(row.value)} %",
-        whole=True,
+    value: Interval = joined(
+        "Value", lambda row: interval(row.value, 3) if "nats" in row.measure else f"{points(row.value)} %"
     )
     chance: float | None = column("By guessing", _percent(1))  #: value of guessing; None where that is not defined
     n: int = column("Items")  #: items, or test prompts
@@ -90,8 +88,8 @@ class DictionaryFigures:
     """A dictionary: how its training went, and what it is worth on held-out text."""
 
     row: str = column("Row")  #: of the study
-    dictionary: str = column("Dictionary", words=True)  #: its name
-    site: str = column("Reads", words=True)  #: that it reads
+    dictionary: str = column("Dictionary")  #: its name
+    site: str = column("Reads")  #: that it reads
     features: int = column("Features", count)  #: how many
     epochs: int  #: of training
     #: mean over the recorded steps of the fourth epoch; None with fewer epochs
@@ -113,8 +111,8 @@ class ActivationFigures:
     """Activations of a site on a text."""
 
     row: str = column("Row")  #: of the study
-    text: str = column("Text", words=True)  #: the corpus, or a benchmark
-    site: str = column("Site", words=True)  #: of the model
+    text: str = column("Text")  #: the corpus, or a benchmark
+    site: str = column("Site")  #: of the model
     tokens: int = column("Tokens", count)  #: that were read; of a benchmark those of its test items, sinks left out
     median_norm: float = column("Median norm", significant)  #: of the activations
     largest_norm: float = column("Largest norm", significant)  #: likewise
@@ -131,55 +129,45 @@ class EffectFigures:
 
     row: str = column("Row")  #: of the study
     #: its name
-    benchmark: str = column(
+    benchmark: str = joined(
         "Benchmark",
         lambda row: f"{row.benchmark}, {row.items} items; {row.top} features of {row.dictionary}",
         words=True,
-        whole=True,
     )
     dictionary: str  #: whose features
     top: int  #: features that are ablated
     items: int  #: that judge them
     at_chance: bool | None  #: whether accuracy before any edit is that of guessing; None where it was not measured
     #: before any edit
-    accuracy: float | None = column(
-        "Accuracy before, %",
-        lambda row: percent(row.accuracy, 1) + (" (at chance)" if row.at_chance else ""),
-        whole=True,
+    accuracy: float | None = joined(
+        "Accuracy before, %", lambda row: percent(row.accuracy, 1) + (" (at chance)" if row.at_chance else "")
     )
     #: with features set to zero; None, as in the next, where it was not measured
-    accuracy_drop: Interval | None = column(
-        "Drop; resampled",
-        lambda row: f"{points(row.accuracy_drop)}; {points(row.accuracy_drop_resampled)}",
-        words=True,
-        whole=True,
+    accuracy_drop: Interval | None = joined(
+        "Drop; resampled", lambda row: f"{points(row.accuracy_drop)}; {points(row.accuracy_drop_resampled)}", words=True
     )
     accuracy_drop_resampled: Interval | None  #: with features resampled
     #: mean over random sets
-    random_accuracy_drop: float | None = column(
+    random_accuracy_drop: float | None = joined(
         "Random; placebo sets",
         lambda row: f"{number(row.random_accuracy_drop, 1, 100)}; {number(row.placebo_accuracy_drop, 1, 100)}",
-        whole=True,
     )
     placebo_accuracy_drop: float | None  #: mean over placebo sets
     lowers: str  #: whether the log-likelihood falls with features set to zero
     #: whether accuracy falls by more than the criterion with features set to zero
-    effect: str = column("Falls", lambda row: f"{row.effect}, {row.effect_resampled}", words=True, whole=True)
+    effect: str = joined("Falls", lambda row: f"{row.effect}, {row.effect_resampled}", words=True)
     effect_resampled: str  #: likewise with features resampled
     #: of the reference's log-likelihood, with features set to zero
-    nats_drop: Interval | None = column(
-        "Nats; resampled",
-        lambda row: f"{interval(row.nats_drop)}; {interval(row.nats_drop_resampled)}",
-        words=True,
-        whole=True,
+    nats_drop: Interval | None = joined(
+        "Nats; resampled", lambda row: f"{interval(row.nats_drop)}; {interval(row.nats_drop_resampled)}", words=True
     )
     nats_drop_resampled: Interval | None  #: with features resampled
     random_nats: float | None  #: mean drop of the log-likelihood under random sets at equal dose
     placebo_nats: float | None  #: mean drop under placebo sets at equal dose
     #: whether the log-likelihood falls more than under random sets at equal dose
-    random: str = column("More than random", words=True)
+    random: str = column("More than random")
     fooled: float | None = column("Placebo sets too", _percent())  #: share of placebo sets of which the same is true
-    placebo: str = column("Specific", words=True)  #: whether it is specific to the answers
+    placebo: str = column("Specific")  #: whether it is specific to the answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,25 +175,25 @@ class BehaviourFigures:
     """Effects of removing a dictionary's top features on a behaviour."""
 
     row: str = column("Row")  #: of the study
-    behaviour: str = column("Behaviour", words=True)  #: its name
-    dictionary: str = column("Dictionary", words=True)  #: whose features
+    behaviour: str = column("Behaviour")  #: its name
+    dictionary: str = column("Dictionary")  #: whose features
     drop: Interval | None = column("Logit difference lost", interval)  #: of the logit difference
     top1_drop: Interval | None = column("Top-1 accuracy lost", points)  #: of top-1 accuracy
-    random: str = column("More than random", words=True)  #: whether it is more than random sets lose at equal dose
+    random: str = column("More than random")  #: whether it is more than random sets lose at equal dose
     fooled: float | None = column("Placebo sets too", _percent())  #: share of placebo sets of which the same is true
-    placebo: str = column("Specific", words=True)  #: whether it is specific to the answer
-    selective: str = column("Selective", words=True)  #: whether other behaviours and held-out text are spared
+    placebo: str = column("Specific")  #: whether it is specific to the answer
+    selective: str = column("Selective")  #: whether other behaviours and held-out text are spared
 
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentFigures:
     """Agreement of two rows on which items or features matter in a benchmark."""
 
-    first: str = column("Rows", lambda row: f"{row.first}, {row.second}", whole=True)  #: row
+    first: str = joined("Rows", lambda row: f"{row.first}, {row.second}")  #: row
     second: str  #: row
-    benchmark: str = column("Benchmark", words=True)  #: its name
+    benchmark: str = column("Benchmark")  #: its name
     #: what is ranked: items by what they lose, or features by their importance
-    by: Literal["items", "features"] = column("Ranked", words=True)
+    by: Literal["items", "features"] = column("Ranked")
     n: int = column("Number")  #: of them in both
     rank_correlation: float | None = column("Rank correlation", number)  #: None where it is not defined
     p_value: float | None  #: of rank correlations as large where one side is shuffled
@@ -213,11 +201,9 @@ class AlignmentFigures:
     #: of items: the 95 % quantile with a random set in the place of one row's top features; of features: the larger of
     #: that with a rotated dictionary and the 95 % quantile of those with the importance for other items' answers
     control: float | None = column("Placebo", lambda value: MISSING if value is None else f"up to {number(value)}")
-    aligned: bool | None = column("Aligned", answer, words=True)  #: by the criterion; None where it is not known
+    aligned: bool | None = column("Aligned", answer)  #: by the criterion; None where it is not known
     #: share of the first row's live features that have a partner by activity; None of items
-    shared: float | None = column(
-        "Shared; by chance", lambda row: f"{percent(row.shared)}; {percent(row.shared_null)}", whole=True
-    )
+    shared: float | None = joined("Shared; by chance", lambda row: f"{percent(row.shared)}; {percent(row.shared_null)}")
     shared_null: float | None  #: the same with the text shifted by half
 
 
@@ -226,12 +212,12 @@ class GateFigures:
     """The gate's answer, one of four, for a row on a benchmark."""
 
     row: str = column("Row")  #: of the study
-    benchmark: str = column("Benchmark", words=True)  #: its name
-    gate: Gated = column("Gate", words=True)  #: the answer
-    reason: str = column("Why", words=True)  #: in words
+    benchmark: str = column("Benchmark")  #: its name
+    gate: Gated = column("Gate")  #: the answer
+    reason: str = column("Why")  #: in words
     seeds: int  #: dictionaries that differ in their seed, the tested one included
     #: of these, those for which questions 1 to 3 are all answered yes
-    agreeing: int = column("Seeds that agree", lambda row: f"{row.agreeing} of {row.seeds}", whole=True)
+    agreeing: int = joined("Seeds that agree", lambda row: f"{row.agreeing} of {row.seeds}")
     #: items that would find the smallest effect; None where none was measured
     items_needed: int | None = column("Items needed", count)
     #: share of placebo sets that also do more than random sets
@@ -243,13 +229,13 @@ class DomainFigures:
     """Features chosen on one benchmark, ablated on another."""
 
     row: str = column("Row")  #: of the study
-    chosen_on: str = column("Chosen on", words=True)  #: benchmark
-    benchmark: str = column("Ablated on", words=True)  #: whose items judge
+    chosen_on: str = column("Chosen on")  #: benchmark
+    benchmark: str = column("Ablated on")  #: whose items judge
     effect: Interval = column("Effect, nats", interval)  #: drop of the reference's log-likelihood
     chosen_here: Interval | None = column("Features chosen there", interval)  #: the same under the features chosen here
     common: int = column("In common")  #: features that both chose
     #: mean drop under random sets at equal dose
-    random: float | None = column("Random sets", lambda row: f"{number(row.random)} ({row.random_sets})", whole=True)
+    random: float | None = joined("Random sets", lambda row: f"{number(row.random)} ({row.random_sets})")
     random_sets: int  #: that hold none of the features
     p_value: float | None  #: rank among random sets at equal dose
     p_holm: float | None = column("p (Holm)", _digits(3))  #: over all pairs of benchmarks of the report
@@ -260,9 +246,9 @@ class DriverFigures:
     """Shares of the features of a group by what drives them, under injected tokens; see ``saejax.falsify``."""
 
     row: str = column("Row")  #: of the study
-    benchmark: str = column("Benchmark", words=True)  #: its name
+    benchmark: str = column("Benchmark")  #: its name
     group: str  #: tested, random features or random dictionary
-    features: int = column("Features", lambda row: f"{row.features}, {row.group}", words=True, whole=True)  #: of it
+    features: int = joined("Features", lambda row: f"{row.features}, {row.group}", words=True)  #: of it
     tokens: Interval = column("Driven by tokens, %", lambda value: interval(value, 0, 100))  #: fires on words alone
     context: Interval = column("By context, %", lambda value: interval(value, 0, 100))  #: share that does not
     undecided: Interval = column("Undecided, %", lambda value: interval(value, 0, 100))  #: neither is shown
@@ -281,38 +267,34 @@ class PrimitiveFigures:
     row: str = column("Row")  #: of the study
     benchmark: str  #: its name
     #: category that it is named after; "" where none stands out
-    name: str = column("Group", lambda name: name or "no category stands out", words=True)
+    name: str = column("Group", lambda name: name or "no category stands out")
     #: the most important first
-    features: tuple[int, ...] = column(
-        "Features", lambda row: f"{len(row.features)}: {quoted(row.words)}", words=True, whole=True
-    )
+    features: tuple[int, ...] = joined("Features", lambda row: f"{len(row.features)}: {quoted(row.words)}", words=True)
     words: tuple[str, ...]  #: tokens of the items on which they are most active
     #: mean Jaccard overlap with the most similar group of resampled items
-    overlap: float = column(
-        "Stable", lambda row: f"{number(row.overlap)}; {row.recurs} of {row.seeds} seeds", words=True, whole=True
+    overlap: float = joined(
+        "Stable", lambda row: f"{number(row.overlap)}; {row.recurs} of {row.seeds} seeds", words=True
     )
     p_value: float  #: of its name, corrected for all groups and categories
     seeds: int  #: dictionaries of other seeds
     recurs: int  #: of them, those with a group of the same name
     #: other rows with a group of the same name
-    rows: tuple[str, ...] = column("Also named in", lambda names: ", ".join(names) or MISSING, words=True)
+    rows: tuple[str, ...] = column("Also named in", lambda names: ", ".join(names) or MISSING)
     #: other row and share of its features that have a partner there, by chance in brackets
-    partners: tuple[str, ...] = column("Features with a partner", lambda some: "; ".join(some) or MISSING, words=True)
+    partners: tuple[str, ...] = column("Features with a partner", lambda some: "; ".join(some) or MISSING)
     items: int | None  #: test items of its category; None, as in what follows, where it was not ablated
     #: drop of the reference's log-likelihood on these, nats
-    effect: Interval | None = column(
-        "Nats lost there; elsewhere", lambda row: f"{interval(row.effect)}; {interval(row.elsewhere)}", whole=True
+    effect: Interval | None = joined(
+        "Nats lost there; elsewhere", lambda row: f"{interval(row.effect)}; {interval(row.elsewhere)}"
     )
     elsewhere: Interval | None  #: on other items
     #: mean drop under random sets at equal dose
-    random: float | None = column(
-        "Random; placebo sets", lambda row: f"{number(row.random)}; {number(row.placebo)}", whole=True
-    )
+    random: float | None = joined("Random; placebo sets", lambda row: f"{number(row.random)}; {number(row.placebo)}")
     placebo: float | None  #: mean drop under placebo sets at equal dose
     sets: int | None  #: control sets of the kind that has fewer
     needed: int | None  #: sets of each kind that a test of it takes
     #: whether it is more than both: yes, no or not testable
-    more: str = column("More than both", _compared, words=True, whole=True)
+    more: str = joined("More than both", _compared, words=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,12 +302,12 @@ class LabelFigures:
     """Numbers of features that are associated with a label of a benchmark's items."""
 
     row: str = column("Row")  #: of the study
-    benchmark: str = column("Benchmark", words=True)  #: its name
-    label: str = column("Label", words=True)  #: category, or "answered rightly"
+    benchmark: str = column("Benchmark")  #: its name
+    label: str = column("Label")  #: category, or "answered rightly"
     items: int = column("Items")  #: test items with it
     features: int  #: that fire on at least 4 test items
     #: of them, after correction for all features and labels
-    associated: int = column("Features that go with it", lambda row: f"{row.associated} of {row.features}", whole=True)
+    associated: int = joined("Features that go with it", lambda row: f"{row.associated} of {row.features}")
     shuffled: float = column("With labels permuted", number)  #: the same with labels permuted over items, mean
 
 
@@ -335,21 +317,21 @@ class AssociationFigures:
 
     row: str = column("Row")  #: of the study
     benchmark: str  #: its name
-    feature: int = column("Feature", lambda row: f"{row.feature}, {row.label}", words=True, whole=True)  #: its index
+    feature: int = joined("Feature", lambda row: f"{row.feature}, {row.label}", words=True)  #: its index
     label: str  #: category that it goes with most on train items
     #: of its activation of largest size on a test item with having the label
     correlation: Interval = column("Correlation", interval)
     p_value: float = column("p", _digits(3))  #: corrected for all features and labels
-    associated: str = column("Goes with the label", words=True)  #: yes or no
+    associated: str = column("Goes with the label")  #: yes or no
     auc: float = column("Probe's AUC", number)  #: of a probe of this feature alone on test items
-    probe: str = column("Probe finds it", words=True)  #: whether that finds the label: yes or no
+    probe: str = column("Probe finds it")  #: whether that finds the label: yes or no
     #: drop where it is ablated alone, on items with the label minus others, nats
     causal_drop: Interval | None = column("Nats more than elsewhere", interval)
     #: of a difference above zero, corrected for all rows of a benchmark
     p_causal: float | None = column("Its p", _digits(3))
-    causal: str = column("Causes it", words=True)  #: whether it is above zero, from p: yes, no or not tested
+    causal: str = column("Causes it")  #: whether it is above zero, from p: yes, no or not tested
     #: whether all three answers are the same; None where one is missing
-    agree: bool | None = column("Agree", answer, words=True)
+    agree: bool | None = column("Agree", answer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,30 +341,28 @@ class ProblemFigures:
     benchmark: str  #: its name
     item: str  #: id
     category: str  #: of the item
-    question: str = column("Problem", lambda row: f"{row.question} ({row.answer})", words=True, whole=True)  #: its text
+    question: str = joined("Problem", lambda row: f"{row.question} ({row.answer})", words=True)  #: its text
     answer: str  #: the right one
     row: str = column("Row")  #: of the study
     #: whether the model's answer is right; None where answers were not scored
-    right: bool | None = column("Right", answer, words=True)
+    right: bool | None = column("Right", answer)
     log_likelihood: float = column("Nats", number)  #: of the right answer
     #: important features that have a partner in every other row; these three are empty where a row has other items
-    universal: tuple[str, ...] = column("In every row", lambda some: "; ".join(some) or MISSING, words=True)
-    shared: tuple[str, ...] = column("In some", lambda some: "; ".join(some) or MISSING, words=True)  #: other row
-    specific: tuple[str, ...] = column(
-        "In this row alone", lambda some: "; ".join(some) or MISSING, words=True
-    )  #: none
+    universal: tuple[str, ...] = column("In every row", lambda some: "; ".join(some) or MISSING)
+    shared: tuple[str, ...] = column("In some", lambda some: "; ".join(some) or MISSING)  #: other row
+    specific: tuple[str, ...] = column("In this row alone", lambda some: "; ".join(some) or MISSING)  #: none
 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseFigures:
     """A test of one of the five phases of the former study, in one row."""
 
-    phase: str = column("Phase", words=True)  #: 1 to 5, and what it is about
-    test: str = column("Test", words=True)  #: in words
-    row: str = column("Row", words=True)  #: of the study, and the benchmark where there is one
-    result: str = column("Result", words=True)  #: figures, in words
-    control: str = column("Control", words=True)  #: figures, in words
-    answer: Answered = column("Beyond the control", words=True)  #: whether the result is beyond the control
+    phase: str = column("Phase")  #: 1 to 5, and what it is about
+    test: str = column("Test")  #: in words
+    row: str = column("Row")  #: of the study, and the benchmark where there is one
+    result: str = column("Result")  #: figures, in words
+    control: str = column("Control")  #: figures, in words
+    answer: Answered = column("Beyond the control")  #: whether the result is beyond the control
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,12 +370,12 @@ class LearnedFigures:
     """The answer to a question for a row on a benchmark."""
 
     row: str = column("Row")  #: of the study
-    benchmark: str = column("Benchmark", words=True)  #: its name
-    question: Asked = column("Question", lambda name: QUESTIONS[name].heading, words=True)  #: see ``QUESTIONS``
-    answer: Answered = column("Answer", words=True)  #: as found
+    benchmark: str = column("Benchmark")  #: its name
+    question: Asked = column("Question", lambda name: QUESTIONS[name].heading)  #: see ``QUESTIONS``
+    answer: Answered = column("Answer")  #: as found
     #: the known answer of a control row; "" where none is known
-    known: str = column("Known", lambda known: known or MISSING, words=True)
-    evidence: str = column("Evidence", words=True)  #: figures, in words
+    known: str = column("Known", lambda known: known or MISSING)
+    evidence: str = column("Evidence")  #: figures, in words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,10 +384,10 @@ class CriterionFigures:
 
     criterion: str = column("Criterion")  #: in words
     #: None: it cannot be asked, because a stage was not run
-    met: bool | None = column("Met", lambda met: answer(met, "not tested"), words=True)
-    evidence: str = column("Evidence", words=True)  #: figures, in words
+    met: bool | None = column("Met", lambda met: answer(met, "not tested"))
+    evidence: str = column("Evidence")  #: figures, in words
     #: what the reasoning study reports; "" where it says nothing
-    published: str = column("The reasoning study reports", lambda text: text or MISSING, words=True)
+    published: str = column("The reasoning study reports", lambda text: text or MISSING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,9 +395,9 @@ class TransferFigures:
     """Similarity of two dictionaries by one measure; chance: of random directions, or text shifted by half."""
 
     row: str = column("Row")  #: of the study
-    first: str = column("Dictionaries", lambda row: f"{row.first}, {row.second}", words=True, whole=True)  #: dictionary
+    first: str = joined("Dictionaries", lambda row: f"{row.first}, {row.second}", words=True)  #: dictionary
     second: str  #: dictionary
-    measure: str = column("By", words=True)  #: decoder, encoder or activity
+    measure: str = column("By")  #: decoder, encoder or activity
     #: mean value of the pairs of the one-to-one assignment with the largest sum
     matched: Interval = column("Pairs", interval)
     matched_null: Interval = column("By chance", lambda null: number(null.mean))  #: the same by chance
@@ -430,14 +410,14 @@ class TrackingFigures:
     """A text that was followed through the layers."""
 
     row: str = column("Row")  #: of the study
-    text: str = column("Text", words=True)  #: its slug
+    text: str = column("Text")  #: its slug
     tokens: int = column("Tokens")  #: of it
     sites: int = column("Layers")  #: of dictionaries
     links: int = column("Links", count)  #: between features that are shown
     #: what the model writes after the prompt; empty: it was not asked to
-    output: str = column("Output", lambda text: quoted([text] if text else ()), words=True)
+    output: str = column("Output", lambda text: quoted([text] if text else ()))
     #: chains of features whose links and effect on the answer were measured
-    measured: int = column("Chains; hold", lambda row: f"{row.measured}; {row.holding}", whole=True)
+    measured: int = joined("Chains; hold", lambda row: f"{row.measured}; {row.holding}")
     holding: int  #: of them: those that hold, each link above five random features at equal dose
     tests: int = column("Steps tested")  #: steps tested, at each site, with enough random sets
     hurt: int = column("Hurt")  #: of them: those whose features have a larger effect than random sets at equal dose
@@ -448,7 +428,7 @@ class ResourceFigures:
     """Time and memory that a finished unit took."""
 
     row: str = column("Row")  #: of the study
-    unit: str = column("Unit", words=True)  #: such as "train/topk"
+    unit: str = column("Unit")  #: such as "train/topk"
     seconds: float = column("Time", duration)  #: in the process that finished it
     #: seconds x devices; None where no device was used
     device_hours: float | None = column("Device-hours", lambda hours: significant(hours, 2))
@@ -464,11 +444,11 @@ class UnitState:
     """The final state of a unit of a row."""
 
     row: str = column("Row")  #: its name
-    unit: str = column("Unit", words=True)  #: such as "train/topk"
-    state: Literal["done", "failed", "not run"] = column("State", words=True)  #: "not run": it reads what is not there
-    reason: str = column("Why", words=True)  #: why it is not done; "" if it is
+    unit: str = column("Unit")  #: such as "train/topk"
+    state: Literal["done", "failed", "not run"] = column("State")  #: "not run": it reads what is not there
+    reason: str = column("Why")  #: why it is not done; "" if it is
     #: what it said: a file of the study's folder; "" if it never ran
-    log: str = column("Log", lambda log: log or MISSING, words=True)
+    log: str = column("Log", lambda log: log or MISSING)
     fingerprint: str  #: of its settings and inputs; "" where these could not be read
 
 

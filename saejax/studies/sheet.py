@@ -1,31 +1,41 @@
 """A table of a study's report: a list of figures, shown on the page, and as CSV beside it.
 
-The class of a row says how it is shown: a field made by ``column`` is a column of the table, in the order of fields,
-others are in the files alone. A field of ``StudyFigures`` made by ``table`` is a table.
+The class of a row says how it is shown: a field made by ``column`` or ``joined`` is a column of the table, in the order
+of fields; others are in the files alone. A field of ``StudyFigures`` made by ``table`` is a table.
 """
 
 import csv
 import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from saejax.page.tables import MISSING, Table, interval, significant
 from saejax.results import Interval, to_json
 
 T = TypeVar("T")
+_NUMBERS = {int, float, Interval}
 
 
-def column(heading: str, show: Callable[[Any], str] = str, words: bool = False, whole: bool = False) -> Any:
-    """Return a dataclass field that is a column of a table.
+def column(heading: str, show: Callable[[Any], str] = str) -> Any:
+    """Return a dataclass field that is a column of a table; numbers and intervals are set flush right.
 
     Args:
       heading: of the column.
       show: returns a cell's text of the field's value.
-      words: whether the column holds words, which are set flush left.
-      whole: whether ``show`` takes the whole row, for cells that put several fields together.
     """
-    return dataclasses.field(metadata=dict(heading=heading, show=show, words=words, whole=whole))
+    return dataclasses.field(metadata=dict(heading=heading, show=show))
+
+
+def joined(heading: str, show: Callable[[Any], str], words: bool = False) -> Any:
+    """Return a dataclass field whose column puts several fields together.
+
+    Args:
+      heading: of the column.
+      show: returns a cell's text of the whole row.
+      words: whether it is set flush left, as words.
+    """
+    return dataclasses.field(metadata=dict(heading=heading, show=show, words=words))
 
 
 def table(caption: str, note: str = "", cards: bool = False) -> Any:
@@ -69,11 +79,13 @@ class Sheet:
 
     def table(self, rows: Sequence[Any]) -> Table:
         """Return the rows as text."""
-        columns, words = {}, set()
+        columns, words, hints = {}, set(), get_type_hints(self.row)
         for field in dataclasses.fields(self.row):
             if how := field.metadata:
-                columns[how["heading"]] = how["show"] if how["whole"] else _shows(field.name, how["show"])
-                words |= {how["heading"]} if how["words"] else set()
+                is_joined = "words" in how
+                columns[how["heading"]] = how["show"] if is_joined else _shows(field.name, how["show"])
+                if how["words"] if is_joined else not _NUMBERS & {hints[field.name], *get_args(hints[field.name])}:
+                    words.add(how["heading"])
         return Table.of(self.caption, [(row,) for row in rows], columns, words, self.cards, self.note)
 
     def csv(self, rows: Sequence[Any]) -> str:
