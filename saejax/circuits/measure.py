@@ -83,12 +83,14 @@ def edit_table(
       groups: that own features.
       other: of another prompt of the same length, whose active features are changed, too; None: activations become 0.
     """
-    here, there = local.active.index_of, other.active.index_of if other else {}
-    places = sorted(here.keys() | there.keys())
-    old_N = np.array([local.active.value_A[here[place]] if place in here else 0 for place in places], np.float32)
+    index_of, other_of = local.active.index_of, other.active.index_of if other else {}
+    places = sorted(index_of.keys() | other_of.keys())
+    old_N = np.array(
+        [local.active.value_A[index_of[place]] if place in index_of else 0 for place in places], np.float32
+    )
     new_N = np.zeros_like(old_N)
     if other:
-        new_N[:] = [other.active.value_A[there[place]] if place in there else 0 for place in places]
+        new_N[:] = [other.active.value_A[other_of[place]] if place in other_of else 0 for place in places]
     layer_N, position_N, feature_N = np.array(places, np.int32).reshape(-1, 3).T
     keys = [Key(layer, feature, str(roles[position])) for layer, position, feature in places]
     group_of = {key: number for number, group in enumerate(groups) for key in group.members}

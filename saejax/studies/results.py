@@ -374,7 +374,7 @@ class LearnedFigures:
     question: Asked = column("Question", lambda name: QUESTIONS[name].heading)  #: see ``QUESTIONS``
     answer: Answered = column("Answer")  #: as found
     #: the known answer of a control row; "" where none is known
-    known: str = column("Known", lambda known: known or MISSING)
+    known: str = column("Known", lambda text: text or MISSING)
     evidence: str = column("Evidence")  #: figures, in words
 
 
