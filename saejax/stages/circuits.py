@@ -87,7 +87,7 @@ CIRCUITS = Stage(
     name="circuits",
     summary="groups features that return over a behaviour's prompts and measures what each group does, if "
     "--circuits.behaviours is set",
-    revision=2,  # contexts and names of features, groups by label, and sheets
+    revision=3,  # features below their threshold are silent
     run=_run,
     results=_results,
     groups=(ModelConfig, GraphConfig, CircuitsConfig),
