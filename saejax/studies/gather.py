@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -200,20 +199,8 @@ def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
 
 
 def _resources(row: str, findings: Findings) -> Iterator[ResourceFigures]:
-    needs, flops = _needs(findings), dict[str, float]()
-    for program in needs.programs if needs else ():
-        stage = program.name.partition(":")[0]
-        flops[stage] = flops.get(stage, 0.0) + program.runs * program.flops
-    stages = Counter(unit.partition("/")[0] for unit in findings.summaries)
     for unit, summary in findings.summaries.items():
-        planned = flops.get(unit.partition("/")[0], 0.0) / stages[unit.partition("/")[0]]
         used = summary.devices.count if summary.devices else 0
-        yield fill(
-            ResourceFigures,
-            summary,
-            row=row,
-            unit=unit,
-            device_hours=used * summary.seconds / 3600 if used else None,
-            disk_bytes=sum(summary.files.values()),
-            flops_per_second=planned / summary.seconds if planned and summary.seconds else None,
-        )
+        device_hours = used * summary.seconds / 3600 if used else None
+        disk_bytes = sum(summary.files.values())
+        yield fill(ResourceFigures, summary, row=row, unit=unit, device_hours=device_hours, disk_bytes=disk_bytes)

@@ -435,8 +435,6 @@ class ResourceFigures:
     peak_host_bytes: int | None = column("Host memory", size)  #: while it ran; None where the system did not tell
     peak_device_bytes: int | None = column("Device memory", size)  #: of a device's memory; None on CPUs
     disk_bytes: int = column("On disk", size)  #: of its files
-    #: of its matrix products by formula, over its seconds; None where there is none
-    flops_per_second: float | None = column("GFLOP/s", lambda value: significant(value and value / 1e9, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -567,8 +565,7 @@ class StudyFigures:
     #: of finished units
     resources: tuple[ResourceFigures, ...] = table(
         "What it took",
-        "Time and memory: of the process that finished the unit. GFLOP/s: matrix products by formula, over all of "
-        "its time. A dash: not measured, or none.",
+        "Time and memory: of the process that finished the unit. A dash: not measured, or none.",
     )
     failures: tuple[UnitState, ...] = table("What is not done", cards=True)  #: units that are not done
 
