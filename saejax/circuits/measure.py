@@ -234,7 +234,7 @@ def _draw_sets(
     pool_M = np.flatnonzero(near_N & (table.owner_N < 0) & changed_N)
     # No dose is too large: all of the group's features are taken.
     drawn = [_reach(local, table, np.flatnonzero((table.owner_N == number) & changed_N), np.inf)]
-    influence_M = np.array([placebo.get(table.keys[row], 0.0) for row in pool_M])
+    influence_M = np.array([placebo.get(table.keys[row], 0.0) for row in pool_M.tolist()])
     for control in CONTROLS:
         for _ in range(controls):
             order = rng.permutation(len(pool_M))

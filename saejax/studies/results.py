@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_type_hints
 
-from saejax.page.tables import MISSING, answer, count, interval, number, percent, significant
+from saejax.page.tables import MISSING, count, interval, number, percent, significant
+from saejax.page.tables import answer as yes_or_no
 from saejax.results import Interval
-from saejax.studies.sheet import Sheet, column, duration, joined, listed, points, quoted, size, table
+from saejax.studies.sheet import Row, Sheet, column, duration, joined, listed, points, quoted, size, table
 
 Answered = Literal["yes", "no", "cannot tell"]
 Asked = Literal["solves", "effect", "random", "placebo", "gate", "context", "primitives", "shared", "features", "items"]
@@ -48,8 +49,7 @@ QUESTIONS: Mapping[Asked, StudyQuestion] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelFigures:
+class ModelFigures(Row):
     """A row of the study: what was run on what."""
 
     row: str = column("Row")  #: its name
@@ -68,8 +68,7 @@ class ModelFigures:
     done: int = joined("Units done", lambda row: f"{row.done} of {row.units}")  #: of them
 
 
-@dataclasses.dataclass(frozen=True)
-class BaselineFigures:
+class BaselineFigures(Row):
     """The model's score on a task before any intervention."""
 
     row: str = column("Row")  #: of the study
@@ -83,8 +82,7 @@ class BaselineFigures:
     n: int = column("Items")  #: items, or test prompts
 
 
-@dataclasses.dataclass(frozen=True)
-class DictionaryFigures:
+class DictionaryFigures(Row):
     """A dictionary: how its training went, and what it is worth on held-out text."""
 
     row: str = column("Row")  #: of the study
@@ -106,8 +104,7 @@ class DictionaryFigures:
     seconds: float = column("Seconds", _digits(0))  #: of training all members of its stack
 
 
-@dataclasses.dataclass(frozen=True)
-class ActivationFigures:
+class ActivationFigures(Row):
     """Activations of a site on a text."""
 
     row: str = column("Row")  #: of the study
@@ -123,8 +120,7 @@ class ActivationFigures:
     explained_variance: float | None = column("Explained variance", _digits(3))  #: by that dictionary; likewise
 
 
-@dataclasses.dataclass(frozen=True)
-class EffectFigures:
+class EffectFigures(Row):
     """Effects of ablating a dictionary's top features on a benchmark, beside random and placebo sets."""
 
     row: str = column("Row")  #: of the study
@@ -170,8 +166,7 @@ class EffectFigures:
     placebo: str = column("Specific")  #: whether it is specific to the answers
 
 
-@dataclasses.dataclass(frozen=True)
-class BehaviourFigures:
+class BehaviourFigures(Row):
     """Effects of removing a dictionary's top features on a behaviour."""
 
     row: str = column("Row")  #: of the study
@@ -185,8 +180,7 @@ class BehaviourFigures:
     selective: str = column("Selective")  #: whether other behaviours and held-out text are spared
 
 
-@dataclasses.dataclass(frozen=True)
-class AlignmentFigures:
+class AlignmentFigures(Row):
     """Agreement of two rows on which items or features matter in a benchmark."""
 
     first: str = joined("Rows", lambda row: f"{row.first}, {row.second}")  #: row
@@ -201,14 +195,13 @@ class AlignmentFigures:
     #: of items: the 95 % quantile with a random set in the place of one row's top features; of features: the larger of
     #: that with a rotated dictionary and the 95 % quantile of those with the importance for other items' answers
     control: float | None = column("Placebo", lambda value: MISSING if value is None else f"up to {number(value)}")
-    aligned: bool | None = column("Aligned", answer)  #: by the criterion; None where it is not known
+    aligned: bool | None = column("Aligned", yes_or_no)  #: by the criterion; None where it is not known
     #: share of the first row's live features that have a partner by activity; None of items
     shared: float | None = joined("Shared; by chance", lambda row: f"{percent(row.shared)}; {percent(row.shared_null)}")
     shared_null: float | None  #: the same with the text shifted by half
 
 
-@dataclasses.dataclass(frozen=True)
-class GateFigures:
+class GateFigures(Row):
     """The gate's answer, one of four, for a row on a benchmark."""
 
     row: str = column("Row")  #: of the study
@@ -224,8 +217,7 @@ class GateFigures:
     fooled: float | None = column("Placebo sets beyond random", _percent(1))
 
 
-@dataclasses.dataclass(frozen=True)
-class DomainFigures:
+class DomainFigures(Row):
     """Features chosen on one benchmark, ablated on another."""
 
     row: str = column("Row")  #: of the study
@@ -241,8 +233,7 @@ class DomainFigures:
     p_holm: float | None = column("p (Holm)", _digits(3))  #: over all pairs of benchmarks of the report
 
 
-@dataclasses.dataclass(frozen=True)
-class DriverFigures:
+class DriverFigures(Row):
     """Shares of the features of a group by what drives them, under injected tokens; see ``saejax.falsify``."""
 
     row: str = column("Row")  #: of the study
@@ -260,8 +251,7 @@ def _compared(row: "PrimitiveFigures") -> str:
     return f"{row.more}: {row.sets} sets of {row.needed}"
 
 
-@dataclasses.dataclass(frozen=True)
-class PrimitiveFigures:
+class PrimitiveFigures(Row):
     """A group of features that matter for the same items of a benchmark, and what ablating it does."""
 
     row: str = column("Row")  #: of the study
@@ -297,8 +287,7 @@ class PrimitiveFigures:
     more: str = joined("More than both", _compared, words=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelFigures:
+class LabelFigures(Row):
     """Numbers of features that are associated with a label of a benchmark's items."""
 
     row: str = column("Row")  #: of the study
@@ -311,8 +300,7 @@ class LabelFigures:
     shuffled: float = column("With labels permuted", number)  #: the same with labels permuted over items, mean
 
 
-@dataclasses.dataclass(frozen=True)
-class AssociationFigures:
+class AssociationFigures(Row):
     """A tested feature and the label that it goes with, by three ways of asking."""
 
     row: str = column("Row")  #: of the study
@@ -331,11 +319,10 @@ class AssociationFigures:
     p_causal: float | None = column("Its p", _digits(3))
     causal: str = column("Causes it")  #: whether it is above zero, from p: yes, no or not tested
     #: whether all three answers are the same; None where one is missing
-    agree: bool | None = column("Agree", answer)
+    agree: bool | None = column("Agree", yes_or_no)
 
 
-@dataclasses.dataclass(frozen=True)
-class ProblemFigures:
+class ProblemFigures(Row):
     """A problem in one row: what its model makes of it, and the features that matter for its answer."""
 
     benchmark: str  #: its name
@@ -345,7 +332,7 @@ class ProblemFigures:
     answer: str  #: the right one
     row: str = column("Row")  #: of the study
     #: whether the model's answer is right; None where answers were not scored
-    right: bool | None = column("Right", answer)
+    right: bool | None = column("Right", yes_or_no)
     log_likelihood: float = column("Nats", number)  #: of the right answer
     #: important features that have a partner in every other row; these three are empty where a row has other items
     universal: tuple[str, ...] = column("In every row", lambda some: "; ".join(some) or MISSING)
@@ -353,8 +340,7 @@ class ProblemFigures:
     specific: tuple[str, ...] = column("In this row alone", lambda some: "; ".join(some) or MISSING)  #: none
 
 
-@dataclasses.dataclass(frozen=True)
-class PhaseFigures:
+class PhaseFigures(Row):
     """A test of one of the five phases of the former study, in one row."""
 
     phase: str = column("Phase")  #: 1 to 5, and what it is about
@@ -365,8 +351,7 @@ class PhaseFigures:
     answer: Answered = column("Beyond the control")  #: whether the result is beyond the control
 
 
-@dataclasses.dataclass(frozen=True)
-class LearnedFigures:
+class LearnedFigures(Row):
     """The answer to a question for a row on a benchmark."""
 
     row: str = column("Row")  #: of the study
@@ -378,20 +363,18 @@ class LearnedFigures:
     evidence: str = column("Evidence")  #: figures, in words
 
 
-@dataclasses.dataclass(frozen=True)
-class CriterionFigures:
+class CriterionFigures(Row):
     """A criterion of success."""
 
     criterion: str = column("Criterion")  #: in words
     #: None: it cannot be asked, because a stage was not run
-    met: bool | None = column("Met", lambda met: answer(met, "not tested"))
+    met: bool | None = column("Met", lambda met: yes_or_no(met, "not tested"))
     evidence: str = column("Evidence")  #: figures, in words
     #: what the reasoning study reports; "" where it says nothing
     published: str = column("The reasoning study reports", lambda text: text or MISSING)
 
 
-@dataclasses.dataclass(frozen=True)
-class TransferFigures:
+class TransferFigures(Row):
     """Similarity of two dictionaries by one measure; chance: of random directions, or text shifted by half."""
 
     row: str = column("Row")  #: of the study
@@ -405,8 +388,7 @@ class TransferFigures:
     shared_null: Interval = column("Shared by chance", lambda null: percent(null.mean, 1))  #: the same by chance
 
 
-@dataclasses.dataclass(frozen=True)
-class TrackingFigures:
+class TrackingFigures(Row):
     """A text that was followed through the layers."""
 
     row: str = column("Row")  #: of the study
@@ -423,8 +405,7 @@ class TrackingFigures:
     hurt: int = column("Hurt")  #: of them: those whose features have a larger effect than random sets at equal dose
 
 
-@dataclasses.dataclass(frozen=True)
-class ResourceFigures:
+class ResourceFigures(Row):
     """Time and memory that a finished unit took."""
 
     row: str = column("Row")  #: of the study
@@ -437,8 +418,7 @@ class ResourceFigures:
     disk_bytes: int = column("On disk", size)  #: of its files
 
 
-@dataclasses.dataclass(frozen=True)
-class UnitState:
+class UnitState(Row):
     """The final state of a unit of a row."""
 
     row: str = column("Row")  #: its name
@@ -450,8 +430,7 @@ class UnitState:
     fingerprint: str  #: of its settings and inputs; "" where these could not be read
 
 
-@dataclasses.dataclass(frozen=True)
-class StudyFigures:
+class StudyFigures(Row):
     """All figures of a report; ``study.json``."""
 
     fingerprint: str  #: of all units and their states

@@ -8,12 +8,12 @@ import csv
 import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from saejax.page.tables import MISSING, Table, interval, significant
 from saejax.results import Interval, to_json
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Row")
 _NUMBERS = {int, float, Interval}
 
 
@@ -49,16 +49,26 @@ def table(caption: str, note: str = "", cards: bool = False) -> Any:
     return dataclasses.field(metadata=dict(caption=caption, note=note, cards=cards))
 
 
-def fill(row: type[T], source: Any, **more: Any) -> T:
+@dataclass_transform(frozen_default=True, field_specifiers=(column, joined, table))
+class Row:
+    """A row of a table, or all tables together: its subclasses are frozen dataclasses."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(frozen=True)(cls)
+
+
+def fill(cls: type[T], source: Any, /, **more: Any) -> T:
     """Return a row whose fields are those of the same name of a result, but for those that are given.
 
     Args:
-      row: its class.
+      cls: class of the row.
       source: the result.
       **more: the other fields.
     """
-    names = [field.name for field in dataclasses.fields(row) if field.name not in more]  # type: ignore[arg-type]
-    return row(**{name: getattr(source, name) for name in names}, **more)
+    names = [name for name in cls.__dataclass_fields__ if name not in more]
+    return cls(**{name: getattr(source, name) for name in names}, **more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +89,7 @@ class Sheet:
 
     def table(self, rows: Sequence[Any]) -> Table:
         """Return the rows as text."""
-        columns, words, hints = {}, set(), get_type_hints(self.row)
+        columns, words, hints = dict[str, Callable[[Any], str]](), set(), get_type_hints(self.row)
         for field in dataclasses.fields(self.row):
             if how := field.metadata:
                 is_joined = "words" in how
