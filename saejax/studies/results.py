@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from saejax.page.tables import MISSING, count, interval, number, percent, significant
 from saejax.page.tables import answer as yes_or_no
 from saejax.results import Interval
-from saejax.studies.sheet import Row, Sheet, column, duration, joined, listed, points, quoted, size, table
+from saejax.studies.sheet import Figures, Sheet, column, duration, joined, listed, points, quoted, size, table
 
 Answered = Literal["yes", "no", "cannot tell"]
 Asked = Literal["solves", "effect", "random", "placebo", "gate", "context", "primitives", "shared", "features", "items"]
@@ -49,7 +49,7 @@ QUESTIONS: Mapping[Asked, StudyQuestion] = {
 }
 
 
-class ModelFigures(Row):
+class ModelFigures(Figures):
     """A row of the study: what was run on what."""
 
     row: str = column("Row")  #: its name
@@ -68,7 +68,7 @@ class ModelFigures(Row):
     done: int = joined("Units done", lambda row: f"{row.done} of {row.units}")  #: of them
 
 
-class BaselineFigures(Row):
+class BaselineFigures(Figures):
     """The model's score on a task before any intervention."""
 
     row: str = column("Row")  #: of the study
@@ -82,7 +82,7 @@ class BaselineFigures(Row):
     n: int = column("Items")  #: items, or test prompts
 
 
-class DictionaryFigures(Row):
+class DictionaryFigures(Figures):
     """A dictionary: how its training went, and what it is worth on held-out text."""
 
     row: str = column("Row")  #: of the study
@@ -104,7 +104,7 @@ class DictionaryFigures(Row):
     seconds: float = column("Seconds", _digits(0))  #: of training all members of its stack
 
 
-class ActivationFigures(Row):
+class ActivationFigures(Figures):
     """Activations of a site on a text."""
 
     row: str = column("Row")  #: of the study
@@ -120,7 +120,7 @@ class ActivationFigures(Row):
     explained_variance: float | None = column("Explained variance", _digits(3))  #: by that dictionary; likewise
 
 
-class EffectFigures(Row):
+class EffectFigures(Figures):
     """Effects of ablating a dictionary's top features on a benchmark, beside random and placebo sets."""
 
     row: str = column("Row")  #: of the study
@@ -166,7 +166,7 @@ class EffectFigures(Row):
     placebo: str = column("Specific")  #: whether it is specific to the answers
 
 
-class BehaviourFigures(Row):
+class BehaviourFigures(Figures):
     """Effects of removing a dictionary's top features on a behaviour."""
 
     row: str = column("Row")  #: of the study
@@ -180,7 +180,7 @@ class BehaviourFigures(Row):
     selective: str = column("Selective")  #: whether other behaviours and held-out text are spared
 
 
-class AlignmentFigures(Row):
+class AlignmentFigures(Figures):
     """Agreement of two rows on which items or features matter in a benchmark."""
 
     first: str = joined("Rows", lambda row: f"{row.first}, {row.second}")  #: row
@@ -201,7 +201,7 @@ class AlignmentFigures(Row):
     shared_null: float | None  #: the same with the text shifted by half
 
 
-class GateFigures(Row):
+class GateFigures(Figures):
     """The gate's answer, one of four, for a row on a benchmark."""
 
     row: str = column("Row")  #: of the study
@@ -217,7 +217,7 @@ class GateFigures(Row):
     fooled: float | None = column("Placebo sets beyond random", _percent(1))
 
 
-class DomainFigures(Row):
+class DomainFigures(Figures):
     """Features chosen on one benchmark, ablated on another."""
 
     row: str = column("Row")  #: of the study
@@ -233,7 +233,7 @@ class DomainFigures(Row):
     p_holm: float | None = column("p (Holm)", _digits(3))  #: over all pairs of benchmarks of the report
 
 
-class DriverFigures(Row):
+class DriverFigures(Figures):
     """Shares of the features of a group by what drives them, under injected tokens; see ``saejax.falsify``."""
 
     row: str = column("Row")  #: of the study
@@ -251,7 +251,7 @@ def _compared(row: "PrimitiveFigures") -> str:
     return f"{row.more}: {row.sets} sets of {row.needed}"
 
 
-class PrimitiveFigures(Row):
+class PrimitiveFigures(Figures):
     """A group of features that matter for the same items of a benchmark, and what ablating it does."""
 
     row: str = column("Row")  #: of the study
@@ -287,7 +287,7 @@ class PrimitiveFigures(Row):
     more: str = joined("More than both", _compared, words=True)
 
 
-class LabelFigures(Row):
+class LabelFigures(Figures):
     """Numbers of features that are associated with a label of a benchmark's items."""
 
     row: str = column("Row")  #: of the study
@@ -300,7 +300,7 @@ class LabelFigures(Row):
     shuffled: float = column("With labels permuted", number)  #: the same with labels permuted over items, mean
 
 
-class AssociationFigures(Row):
+class AssociationFigures(Figures):
     """A tested feature and the label that it goes with, by three ways of asking."""
 
     row: str = column("Row")  #: of the study
@@ -322,7 +322,7 @@ class AssociationFigures(Row):
     agree: bool | None = column("Agree", yes_or_no)
 
 
-class ProblemFigures(Row):
+class ProblemFigures(Figures):
     """A problem in one row: what its model makes of it, and the features that matter for its answer."""
 
     benchmark: str  #: its name
@@ -340,7 +340,7 @@ class ProblemFigures(Row):
     specific: tuple[str, ...] = column("In this row alone", lambda some: "; ".join(some) or MISSING)  #: none
 
 
-class PhaseFigures(Row):
+class PhaseFigures(Figures):
     """A test of one of the five phases of the former study, in one row."""
 
     phase: str = column("Phase")  #: 1 to 5, and what it is about
@@ -351,7 +351,7 @@ class PhaseFigures(Row):
     answer: Answered = column("Beyond the control")  #: whether the result is beyond the control
 
 
-class LearnedFigures(Row):
+class LearnedFigures(Figures):
     """The answer to a question for a row on a benchmark."""
 
     row: str = column("Row")  #: of the study
@@ -363,7 +363,7 @@ class LearnedFigures(Row):
     evidence: str = column("Evidence")  #: figures, in words
 
 
-class CriterionFigures(Row):
+class CriterionFigures(Figures):
     """A criterion of success."""
 
     criterion: str = column("Criterion")  #: in words
@@ -374,7 +374,7 @@ class CriterionFigures(Row):
     published: str = column("The reasoning study reports", lambda text: text or MISSING)
 
 
-class TransferFigures(Row):
+class TransferFigures(Figures):
     """Similarity of two dictionaries by one measure; chance: of random directions, or text shifted by half."""
 
     row: str = column("Row")  #: of the study
@@ -388,7 +388,7 @@ class TransferFigures(Row):
     shared_null: Interval = column("Shared by chance", lambda null: percent(null.mean, 1))  #: the same by chance
 
 
-class TrackingFigures(Row):
+class TrackingFigures(Figures):
     """A text that was followed through the layers."""
 
     row: str = column("Row")  #: of the study
@@ -405,7 +405,7 @@ class TrackingFigures(Row):
     hurt: int = column("Hurt")  #: of them: those whose features have a larger effect than random sets at equal dose
 
 
-class ResourceFigures(Row):
+class ResourceFigures(Figures):
     """Time and memory that a finished unit took."""
 
     row: str = column("Row")  #: of the study
@@ -418,7 +418,7 @@ class ResourceFigures(Row):
     disk_bytes: int = column("On disk", size)  #: of its files
 
 
-class UnitState(Row):
+class UnitState(Figures):
     """The final state of a unit of a row."""
 
     row: str = column("Row")  #: its name
@@ -430,7 +430,7 @@ class UnitState(Row):
     fingerprint: str  #: of its settings and inputs; "" where these could not be read
 
 
-class StudyFigures(Row):
+class StudyFigures(Figures):
     """All figures of a report; ``study.json``."""
 
     fingerprint: str  #: of all units and their states

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform, get_args, get_ty
 from saejax.page.tables import MISSING, Table, interval, significant
 from saejax.results import Interval, to_json
 
-T = TypeVar("T", bound="Row")
+T = TypeVar("T", bound="Figures")
 _NUMBERS = {int, float, Interval}
 
 
@@ -50,7 +50,7 @@ def table(caption: str, note: str = "", cards: bool = False) -> Any:
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(column, joined, table))
-class Row:
+class Figures:
     """A row of a table, or all tables together: its subclasses are frozen dataclasses."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
