@@ -12,13 +12,14 @@ import json
 from collections.abc import Callable, Mapping
 
 from saejax.circuits.edges import ANSWER, Edge
-from saejax.circuits.groups import THIRDS, third_of
+from saejax.circuits.groups import THIRDS, parse_key, third_of
 from saejax.circuits.results import CircuitResults, CircuitsResults
 from saejax.page.tables import interval, number, percent
 from saejax.page.words import behaviour as title
 
 CONFIRMED, NOT_SEEN, NOT_TESTABLE = "confirmed", "not seen", "not testable"
 _LANGUAGES = ("antonym", "antonym_french", "antonym_spanish")
+_NO_PAIRS = "It takes two languages and an unrelated behaviour that the model has."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +64,13 @@ def compare_claims(results: CircuitsResults) -> list[JudgedClaim]:
 
 
 def _compare(claim: Claim, results: CircuitsResults) -> JudgedClaim:
-    note = f" {claim.note}" if claim.note else ""
     if not claim.test:
         return JudgedClaim(claim, NOT_TESTABLE, claim.note)
     if claim.behaviour not in results.behaviours:
         why = results.left_out.get(claim.behaviour, "the behaviour was not studied in this run")
         return JudgedClaim(claim, NOT_TESTABLE, f"{title(claim.behaviour)}: {why}.")
     outcome, evidence = TESTS[claim.test](results, results.behaviours[claim.behaviour])
-    return JudgedClaim(claim, outcome, evidence + note)
+    return JudgedClaim(claim, outcome, " ".join(filter(None, (evidence, claim.note))))
 
 
 def _has_role(circuit: CircuitResults, name: str, role: str) -> bool:
@@ -79,15 +79,17 @@ def _has_role(circuit: CircuitResults, name: str, role: str) -> bool:
     return sum(member.endswith(f"_{role}") for member in group.members) * 2 > len(group.members)
 
 
-def _say(edge: Edge) -> str:
-    """Return an edge with its effect and controls in words."""
-    if edge.target == ANSWER:
-        target, scale, digits, unit = "the answer", 1.0, 2, "logits"
-    else:
+def _say(*edges: Edge) -> str:
+    """Return edges with their effects and controls in words."""
+    parts = []
+    for edge in edges:
         target, scale, digits, unit = edge.target, 100.0, 0, "% of its activation"
-    random, placebo = (number(value, digits, scale) for value in (edge.random, edge.placebo))
-    effect = interval(edge.effect, digits, scale)
-    return f"{edge.source} to {target}: {effect} {unit} (random {random}, placebo {placebo})"
+        if edge.target == ANSWER:
+            target, scale, digits, unit = "the answer", 1.0, 2, "logits"
+        random, placebo = (number(value, digits, scale) for value in (edge.random, edge.placebo))
+        effect = interval(edge.effect, digits, scale)
+        parts.append(f"{edge.source} to {target}: {effect} {unit} (random {random}, placebo {placebo})")
+    return "; ".join(parts)
 
 
 def _steps(circuit: CircuitResults, role: str) -> dict[str, tuple[Edge, Edge]]:
@@ -107,9 +109,8 @@ def _steps(circuit: CircuitResults, role: str) -> dict[str, tuple[Edge, Edge]]:
 
 
 def _through(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
-    if steps := _steps(circuit, "content"):
-        first, second = next(iter(steps.values()))
-        return CONFIRMED, f"{_say(first)}; {_say(second)}."
+    for edges in _steps(circuit, "content").values():
+        return CONFIRMED, f"{_say(*edges)}."
     return NOT_SEEN, "No drawn path leads from what differs between prompts through another group to the answer."
 
 
@@ -117,18 +118,18 @@ def _through_entity(results: CircuitsResults, circuit: CircuitResults) -> tuple[
     """Judge a step before the answer: a group that carries which answer it is, and is none of those that say it."""
     carrying = {edge.source for edge in circuit.drawn("swap")}
     layer_of = {group.name: group.layer for group in circuit.groups}
-    for name, (first, second) in _steps(circuit, "content").items():
+    for name, edges in _steps(circuit, "content").items():
         # Such a group says the answer; the claim is about a step before it.
         says = _has_role(circuit, name, "last") and third_of(int(layer_of[name]), circuit.layers) == THIRDS[-1]
         if name in carrying and not says:
-            return CONFIRMED, f"{_say(first)}; {_say(second)}; exchanged with the counterpart's, it moves the answer."
+            return CONFIRMED, f"{_say(*edges)}; exchanged with the counterpart's, it moves the answer."
     return NOT_SEEN, "No group before those that say the answer is on a drawn path to it and carries which one it is."
 
 
 def _meeting(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     content, context = _steps(circuit, "content"), _steps(circuit, "context")
     for name in content.keys() & context.keys():
-        return CONFIRMED, f"{_say(content[name][0])}; {_say(context[name][0])}; {_say(content[name][1])}."
+        return CONFIRMED, f"{_say(content[name][0], context[name][0], content[name][1])}."
     return NOT_SEEN, "No group on a drawn path to the answer is fed by both the content and the words around it."
 
 
@@ -142,49 +143,43 @@ def _direct(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str
 def _swap(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     if not circuit.swapped:
         return NOT_TESTABLE, "Prompts and counterparts differ in length, so nothing was exchanged."
-    if drawn := circuit.drawn("swap"):
-        best = max(drawn, key=lambda edge: edge.effect.mean)
-        turned = "which turns the mean answer around" if best.effect.mean > circuit.logit_diff else (
-            f"of a mean logit difference of {circuit.logit_diff:.2f}, which does not turn the answer around"
-        )  # fmt: skip
-        outcome = CONFIRMED if best.effect.mean > circuit.logit_diff else NOT_SEEN
-        return outcome, f"Exchanged with the counterpart's activations, {_say(best)}, {turned}."
-    return NOT_SEEN, "No group moves the answer to the counterpart's when its activations are exchanged."
-
-
-def shared_share(first: CircuitResults, second: CircuitResults, third: str = "") -> float:
-    """Return the shared part of the features that return in two behaviours, of their union, 0 to 1.
-
-    Args:
-      first: a behaviour.
-      second: another behaviour.
-      third: of the layers; "": all.
-    """
-    sets = [
-        {(layer, feature) for layer, feature, _ in (key.split("_") for key in circuit.returning)}
-        for circuit in (first, second)
-    ]
-    if third:
-        sets = [{key for key in keys if third_of(int(key[0]), first.layers) == third} for keys in sets]
-    return len(sets[0] & sets[1]) / max(len(sets[0] | sets[1]), 1)
+    best = max(circuit.drawn("swap"), key=lambda edge: edge.effect.mean, default=None)
+    if best is None:
+        return NOT_SEEN, "No group moves the answer to the counterpart's when its activations are exchanged."
+    evidence = f"Exchanged with the counterpart's activations, {_say(best)}"
+    if best.effect.mean > circuit.logit_diff:
+        return CONFIRMED, f"{evidence}, which turns the mean answer around."
+    of_all = f"of a mean logit difference of {circuit.logit_diff:.2f}"
+    return NOT_SEEN, f"{evidence}, {of_all}, which does not turn the answer around."
 
 
 def _overlaps(results: CircuitsResults, third: str = "") -> tuple[list[float], list[float]]:
-    """Return the shared parts of pairs of languages, and of a language with every unrelated behaviour."""
-    languages = [name for name in _LANGUAGES if name in results.behaviours]
-    others = [name for name in results.behaviours if name not in _LANGUAGES]
-    share = {
-        pair: shared_share(results.behaviours[pair[0]], results.behaviours[pair[1]], third)
-        for pair in [*itertools.combinations(languages, 2), *itertools.product(languages, others)]
-    }
-    related = [value for pair, value in share.items() if pair[1] in languages]
-    return related, [value for pair, value in share.items() if pair[1] not in languages]
+    """Return the shared parts of the features that return, of their union, of pairs of behaviours.
+
+    Args:
+      results: of all behaviours.
+      third: of the layers; "": all.
+
+    Returns:
+      Those of two languages, and of a language with every unrelated behaviour.
+    """
+    features = {}
+    for name, circuit in results.behaviours.items():
+        keys = {parse_key(key)[:2] for key in circuit.returning}
+        features[name] = {key for key in keys if third in ("", third_of(key[0], circuit.layers))}
+    languages = [name for name in _LANGUAGES if name in features]
+    others = [name for name in features if name not in _LANGUAGES]
+    related, unrelated = (
+        [len(features[a] & features[b]) / max(len(features[a] | features[b]), 1) for a, b in pairs]
+        for pairs in (itertools.combinations(languages, 2), itertools.product(languages, others))
+    )
+    return related, unrelated
 
 
 def _shared(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     related, unrelated = _overlaps(results)
     if not related or not unrelated:
-        return NOT_TESTABLE, "It takes two languages and an unrelated behaviour that the model has."
+        return NOT_TESTABLE, _NO_PAIRS
     # The least similar languages must share more than any unrelated pair: of so few pairs there is no test.
     outcome = CONFIRMED if min(related) > max(unrelated) else NOT_SEEN
     return outcome, (
@@ -194,14 +189,13 @@ def _shared(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str
 
 
 def _shared_middle(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
-    parts = {third: _overlaps(results, third) for third in THIRDS}
-    if not parts[THIRDS[1]][0] or not parts[THIRDS[1]][1]:
-        return NOT_TESTABLE, "It takes two languages and an unrelated behaviour that the model has."
-    # Less what unrelated behaviours share there: late layers share features of any text.
-    beyond = {
-        third: sum(languages) / len(languages) - sum(others) / len(others)
-        for third, (languages, others) in parts.items()
-    }
+    beyond = {}
+    for third in THIRDS:
+        related, unrelated = _overlaps(results, third)
+        if not related or not unrelated:
+            return NOT_TESTABLE, _NO_PAIRS
+        # Less what unrelated behaviours share there: late layers share features of any text.
+        beyond[third] = sum(related) / len(related) - sum(unrelated) / len(unrelated)
     outcome = CONFIRMED if beyond["middle"] > max(beyond["early"], beyond["late"], 0.0) else NOT_SEEN
     shares = ", ".join(f"{third} {percent(value)}" for third, value in beyond.items())
     return outcome, f"Shared by languages beyond what unrelated behaviours share, by third of the layers: {shares}."

@@ -126,11 +126,13 @@ class BenchmarkAblation(BehaviourAblation):
 
     Attributes:
       placebo_attribution: attribution of each feature for each placebo target, [F] each, once these were measured.
+      others: the other dictionaries whose placebo sets were chosen with those of this one.
     """
 
     items: BenchmarkItems
     batch_tokens: int
     placebo_attribution: list[np.ndarray] = dataclasses.field(default_factory=list, init=False)
+    others: "list[BenchmarkAblation]" = dataclasses.field(default_factory=list, init=False)
 
     def __post_init__(self):
         config, train = self.config, self.items.train
@@ -140,8 +142,8 @@ class BenchmarkAblation(BehaviourAblation):
         self.test_references = self._references(self.items.references(self.test))
         # Train items alone choose features; test items judge them.
         self._train_references = self.items.references(self.train)
-        self._chosen_by_NxF = self._attributions(self._train_references)[0]
-        self.attribution_F = self._chosen_by_NxF.mean(axis=0, dtype=np.float64)
+        (self._train_rows_NxF,) = self._attributions(self._train_references)
+        self.attribution_F = self._train_rows_NxF.mean(axis=0, dtype=np.float64)
 
     def _references(self, references: Sequence[Reference]) -> References:
         return References(self.split, references, self.batch_tokens, self.progress.check)
@@ -185,10 +187,11 @@ class BenchmarkAblation(BehaviourAblation):
 
     def choose_placebos(self, others: Sequence[BehaviourAblation]) -> None:
         """Choose the placebo sets of this dictionary, and of others with it."""
-        every = [self, *(cast(BenchmarkAblation, other) for other in others)]
+        self.others = [cast(BenchmarkAblation, other) for other in others]
+        every = [self, *self.others]
         targets = placebo_references(self._train_references, self.config.placebo_targets, self.config.seed)
         for target in targets:
-            rows = self._attributions(target, [each.split for each in every[1:]])
+            rows = self._attributions(target, [each.split for each in self.others])
             self.progress.of_call(len(self.train))(1, 1)
             for each, rows_NxF in zip(every, rows, strict=True):
                 each.placebo_attribution.append(rows_NxF.mean(axis=0, dtype=np.float64))
@@ -201,23 +204,23 @@ class BenchmarkAblation(BehaviourAblation):
         references = items.references(items.train[: self.config.attribution_prompts or len(items.train)])
         return leaders(self._attributions(references)[0].mean(axis=0, dtype=np.float64), self.config.top)
 
-    def train_attributions(self, others: Sequence["BenchmarkAblation"] = ()) -> list[np.ndarray]:
-        """Return the attribution of each feature for the answer to each train item, float32 [P, F].
+    def item_attributions(self, items: Sequence[Item], dictionaries: Sequence[Dictionary] = ()) -> list[np.ndarray]:
+        """Return the attribution of each feature for the answer to each of P items, float32 [P, F].
 
         Args:
-          others: other dictionaries on these items, whose attributions follow.
+          items: P items.
+          dictionaries: some of those of ``others``, whose attributions follow those of the tested one.
         """
-        # Those of the items that chose features are there already.
-        rest = self.items.references(self.items.train[len(self.train) :])
-        every = [self, *others]
-        if not rest:
-            return [each._chosen_by_NxF for each in every]
-        rest_rows = self._attributions(rest, [other.split for other in others])
-        return [np.concatenate([each._chosen_by_NxF, rows]) for each, rows in zip(every, rest_rows, strict=True)]
-
-    def test_attributions(self) -> np.ndarray:
-        """Return the attribution of each feature for the answer to each test item, float32 [P, F]."""
-        return self._attributions(self.items.references(self.test))[0]
+        ablation_of = {id(each.basis): each for each in self.others}
+        chosen = [self, *(ablation_of[id(dictionary)] for dictionary in dictionaries)]
+        # Those for the items that chose features are there already.
+        train_ids = {item.id for item in self.train}
+        new = [item for item in items if item.id not in train_ids]
+        rows_of = self._attributions(self.items.references(new), [each.split for each in chosen[1:]])
+        place_of = {item.id: place for place, item in enumerate([*self.train, *new])}
+        order_P = np.array([place_of[item.id] for item in items])
+        pairs = zip(chosen, rows_of, strict=True)
+        return [np.concatenate([each._train_rows_NxF, rows_MxF])[order_P] for each, rows_MxF in pairs]
 
     def pools(self, features: Sequence[int]) -> dict[int, list[float]]:
         """Return activations of each feature where it fires on train items, from which it is resampled."""
@@ -246,7 +249,7 @@ def measure_benchmark(
     config: StudyConfig,
     repeats: Mapping[str, Dictionary] | None = None,
     on_progress: OnProgress = lambda done, total: None,
-) -> tuple[EffectsTable, BenchmarkAblation, dict[str, BenchmarkAblation]]:
+) -> tuple[EffectsTable, BenchmarkAblation]:
     """Measure log-likelihoods of the reference answers: all that the verdict needs but accuracy.
 
     Args:
@@ -257,7 +260,7 @@ def measure_benchmark(
       on_progress: called with rows done and expected; may raise to stop.
 
     Returns:
-      The table, and the ablations of the tested dictionary and of the repeats, for further measurements.
+      The table, and the tested dictionary's ablation for further measurements.
 
     Raises:
       UserError: a dictionary does not fit the model, or no feature has an attribution above zero.
@@ -280,12 +283,7 @@ def measure_benchmark(
         )
 
     tested = ablation(dictionary)
-    others = {name: ablation(repeat) for name, repeat in (repeats or {}).items()}
-
-    def ablation_of(basis: Dictionary) -> BenchmarkAblation:
-        return next((each for each in others.values() if each.basis is basis), None) or ablation(basis)
-
-    return measure_all(tested, ablation_of, {items.name: []}, repeats=repeats), tested, others
+    return measure_all(tested, ablation, {items.name: []}, repeats=repeats), tested
 
 
 def measure_sets(ablation: BenchmarkAblation, sets: Mapping[str, Sequence[int]]) -> EffectsTable:

@@ -120,9 +120,9 @@ def run_study(run: Run) -> StudyResults:
 
     def measure(_: str) -> None:
         on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
-        table, ablation, others = measure_benchmark(items, dictionary, config, repeats, on_progress)
-        attribution_PxF, *of_others = ablation.train_attributions(list(others.values()))
-        of_seeds = dict(zip(others, of_others, strict=True))
+        table, ablation = measure_benchmark(items, dictionary, config, repeats, on_progress)
+        attribution_PxF, *of_repeats = ablation.item_attributions([*train, *test], list(repeats.values()))
+        of_seeds = dict(zip(repeats, of_repeats, strict=True))
         chosen = ChosenFeatures(
             top=describe_top(table, ablation),
             pools={feature: tuple(pool) for feature, pool in ablation.pools(ablation.top()).items()},
@@ -140,8 +140,7 @@ def run_study(run: Run) -> StudyResults:
         if sets:
             table = merge_tables([table, measure_sets(ablation, sets)])
         _save_activity(run.folder, items, ablation, config.seed)
-        every_PxF = np.concatenate([attribution_PxF, ablation.test_attributions()])
-        sparse.save_npz(run.folder / ITEM_ATTRIBUTION, sparse.csr_array(every_PxF))
+        sparse.save_npz(run.folder / ITEM_ATTRIBUTION, sparse.csr_array(attribution_PxF))
         save_effects(run.folder / _MEASURED, table)
         write_json(run.folder / FEATURES, to_json(chosen))  # last: it says that all of it is there
 
@@ -241,14 +240,14 @@ def _find_primitives(
 
     Args:
       train: items that choose.
-      attribution_PxF: attribution of the tested dictionary's features for each train item.
+      attribution_PxF: attribution of the tested dictionary's features, for the train items first.
       of_seeds: the same of the other dictionaries, by name.
       seed: seed of permutations and resampling.
     """
     ids, categories = [item.id for item in train], [item.task for item in train]
 
     def find(attribution_PxF: np.ndarray) -> BenchmarkPrimitives:
-        return find_primitives(attribution_PxF, ids, categories, seed)
+        return find_primitives(attribution_PxF[: len(train)], ids, categories, seed)
 
     tested = find(attribution_PxF)
     seeds = {name: recurring(tested.primitives, find(other_PxF).primitives) for name, other_PxF in of_seeds.items()}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -337,11 +336,11 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
 
 
 def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary, task, monkeypatch):
-    """Items that choose features are attributed once for each dictionary, and a dictionary is placed once."""
+    """Each answer to an item is attributed once for each dictionary, and a dictionary is placed once."""
     seen, placed = [], []
 
     def record(splits, references, *rest):
-        seen.extend((id(split), tuple(reference.context)) for split in splits for reference in references)
+        seen.extend((id(split), *map(tuple, (each.context, each.answer))) for split in splits for each in references)
         return attributions(splits, references, *rest)
 
     def place(lm, basis):
@@ -351,19 +350,16 @@ def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary
     monkeypatch.setattr(benchmark, "attributions", record)
     monkeypatch.setattr(benchmark, "SplitModel", place)
     halves = benchmark_run.split_items(read_items("gsm8k", task), CONFIG, "gsm8k")
-    items = benchmark.BenchmarkItems(tiny, "gsm8k", task, *halves)
+    items, every = benchmark.BenchmarkItems(tiny, "gsm8k", task, *halves), [*halves[0], *halves[1]]
     config = dataclasses.replace(CONFIG, attribution_items=4, baselines=(), placebo_targets=1, repeats=("again",))
     repeat = make_dictionary(SITE, dead=8, seed=9)
-    _, ablation, others = benchmark.measure_benchmark(items, dictionary, config, dict(again=repeat))
-    of_train = ablation.train_attributions(list(others.values()))
-    every = [*halves[0], *halves[1]]
+    _, ablation = benchmark.measure_benchmark(items, dictionary, config, dict(again=repeat))
+    of_both = ablation.item_attributions(every, [repeat])
     together = attributions([SplitModel(tiny, each) for each in (dictionary, repeat)], items.references(every), 4096)
-    for rows_PxF, all_PxF in zip(of_train, together, strict=True):
-        np.testing.assert_allclose(rows_PxF, all_PxF[: len(halves[0])], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(ablation.test_attributions(), together[0][len(halves[0]) :], rtol=1e-4, atol=1e-6)
-    # The placebo target is another answer to the four train items that choose.
-    assert max(Counter(seen).values()) <= 2 and len(seen) == 2 * (6 + 4) + 6
-    assert placed == [id(dictionary), id(repeat)]
+    for rows_PxF, all_PxF in zip(of_both, together, strict=True):
+        np.testing.assert_allclose(rows_PxF, all_PxF, rtol=1e-4, atol=1e-6)
+    # Four train items choose, with a placebo target; the eight others follow.
+    assert len(set(seen)) == len(seen) == 2 * (4 + 4 + 8) and placed == [id(dictionary), id(repeat)]
 
 
 def test_the_power_that_is_said_is_that_of_simulations():
