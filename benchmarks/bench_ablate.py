@@ -2,7 +2,7 @@
 
 Run: python -m benchmarks.bench_ablate [--dictionary runs/demo/train/topk] [--features 200] [--prompts 80]
 Of the features that fire on the prompts of a behaviour, 200 are drawn at random, and 200 are those that fire on most
-prompts. Each is removed from all prompts, in fp32 on both sides: by ``ablation.ablate_sets``, and by a hook on the
+prompts. Each is removed from all prompts, in fp32 on both sides: by ``run_edits``, and by a hook on the
 decoder layer of the transformers model, one forward pass over the batch of prompts for each feature. Both sides must
 give the same effects. They run in one process, ours before the hooks (which compiles, printed apart) and after them
 (median over rounds). Then every feature of the dictionary is measured by ours alone. Prints a table, in which "by work"
@@ -22,6 +22,7 @@ from saejax import load_dictionary, load_model
 from saejax.costs.passes import head_flops, pass_flops
 from saejax.dictionaries import Dictionary
 from saejax.interventions import engine as ablation
+from saejax.interventions.edits import mask
 from saejax.interventions.split_model import SplitModel
 from saejax.models import source
 from saejax.models.sites import Site
@@ -92,7 +93,8 @@ class PlainLoop:
 def measure(split: SplitModel, prompts: Sequence[Prompt], features: Sequence[int]) -> tuple[float, ablation.LogitDiffs]:
     """Return the seconds of the effects of some features one by one, the clean run and compiling included."""
     start = time.perf_counter()
-    diffs = ablation.ablate_sets(split, split.run(prompts), [[int(feature)] for feature in features])
+    edits = mask(split.dictionary, [[int(feature)] for feature in features])
+    diffs = ablation.run_edits(split, split.run(prompts), edits)
     return time.perf_counter() - start, diffs
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from saejax.interventions.ablation import rule as words
+from saejax.interventions.ablation import verdict_config
 from saejax.runner import preregistration
 from saejax.runner.registry import GROUPS, STAGES, default_configs
 from saejax.runner.workspace import Workspace
@@ -18,7 +18,7 @@ def configs(**changes):
 
 
 def describe(root, **changes):
-    return preregistration.describe_rule(root, "ablate", words(AblateConfig(**changes)))
+    return preregistration.describe_rule(root, "ablate", verdict_config(AblateConfig(**changes)).rule)
 
 
 def test_a_rule_is_written_before_the_baseline_and_one_that_changed_after_it(tmp_path):

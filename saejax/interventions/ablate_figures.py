@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from saejax.interventions import sentences
+from saejax.interventions.answers import BASIS_NAMES
 from saejax.interventions.curves import EffectCurve
 from saejax.page import style
 from saejax.page.style import BLUE, GREY, INK, ORANGE, legend, name_rows, panels, point, styled
@@ -61,7 +61,7 @@ def dose_effect(
                 dose_N, drop_N, marker, color=color, markersize=4.2, alpha=0.75, zorder=2, label=f"{len(curves)} {name}"
             )
     # A folder's basis comes after those that any figure may have.
-    order = dict.fromkeys([*sentences.BASES.values(), *bases])
+    order = dict.fromkeys([*BASIS_NAMES.values(), *bases])
     styles = dict(zip(order, itertools.cycle(_STYLES), strict=False))
     for name, curve in bases.items():
         color, dashes = styles[name]

@@ -9,8 +9,15 @@ import numpy as np
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import Label, labels_in
 from saejax.errors import UserError
-from saejax.interventions import ablate_figures, sentences
-from saejax.interventions.answers import AblateResults, BehaviourVerdict, FeatureEffect
+from saejax.interventions import ablate_figures
+from saejax.interventions.answers import (
+    BASIS_NAMES,
+    AblateResults,
+    BehaviourVerdict,
+    CausalAnswer,
+    FeatureEffect,
+    fooled_sentence,
+)
 from saejax.interventions.curves import read_curves
 from saejax.interventions.table import BASIS, TESTED, UNTRAINED, EffectsTable, load_effects
 from saejax.page.blocks import Block, Code, Picture, Terms, Text
@@ -71,13 +78,13 @@ def features(findings: Findings, draw: Draw, shown: int) -> list[Section]:
     )
     sections = [Section("The features", (Text(intro),))]
     labels = labels_in(findings.folders, ablate.dictionary)
-    contexts = _Contexts(findings, labels) if shown and findings.examples else None
+    make_strips = _make_strips(findings, labels) if shown and findings.examples else None
     for name, top in ablate.top.items():
         if not top:
             nothing = "No feature was tested: none has an attribution above zero on the train prompts."
             sections.append(Section(detail_title(name), (Text(nothing, strong=True),), level=3))
             continue
-        strips = [contexts.strips(name, item) for item in top[:shown]] if contexts else []
+        strips = [make_strips(name, item) for item in top[:shown]] if make_strips else []
         blocks: list[Block] = [_singles(name, top, draw), _feature_table(top, labels), *strips]
         importance = (ablate.importance or {}).get(name)
         if importance:
@@ -157,7 +164,7 @@ def _bases_phrase(result: BehaviourVerdict) -> str:
         "contradictory": "contradictory against",
     }
     phrases = [
-        f"{words.get(answer, f'{answer} against')} {', '.join(sentences.BASES.get(basis, basis) for basis in bases)}"
+        f"{words.get(answer, f'{answer} against')} {', '.join(BASIS_NAMES.get(basis, basis) for basis in bases)}"
         for answer, bases in _bases_by_answer(result).items()
     ]
     return "; ".join(phrases) or "not tested"
@@ -205,12 +212,12 @@ def dose_picture(
     bases = {group.removeprefix(BASIS): read_curves(table, key, group)[0] for group in dict.fromkeys(groups)}
     effect = next(iter(result.ablation.values())).effect
     assert effect is not None
-    named = {sentences.BASES.get(basis, basis): curve for basis, curve in bases.items()}
+    named = {BASIS_NAMES.get(basis, basis): curve for basis, curve in bases.items()}
     figure = ablate_figures.dose_effect(title, top, effect, random, placebo, named, unit)
     caption = (
         "Every point is a set of as many features, at the smaller of its dose and that of the top features. Points on "
         "the orange line do as much as the top features at the same dose; points below it do less. "
-        f"{sentences.fooled(result.fooled, result.placebo_sets)}"
+        f"{fooled_sentence(result.fooled, result.placebo_sets)}"
     )
     return draw(f"ablation_{name}", figure, caption, f"{title}. {_described(result)}")
 
@@ -221,14 +228,14 @@ def _described(result: BehaviourVerdict) -> str:
 
 def _answer_table(ablate: AblateResults) -> Table:
     rows = [
-        (behaviour(name) if dictionary == TESTED else f"{behaviour(name)}, {_named(dictionary)}", result)
+        (behaviour(name) + (", untrained dictionary" if dictionary == UNTRAINED else ""), result)
         for dictionary, results in ablate.verdict.dictionaries.items()
         if dictionary in (TESTED, UNTRAINED)
         for name, result in results.items()
     ]
     columns = answer_columns("Behaviour", "1. Effect, logits", ("top1", "Top-1 accuracy, points"))
     if any(result.replication for _, result in rows):
-        columns["In other seeds"] = lambda _, result: _replication_cell(result)
+        columns["In other seeds"] = _replication_cell
     note = (
         "Effect: logit difference lost when the top features are ablated, with its 95 % interval. Questions 2 and 3: "
         "mean effect of the control sets and the corrected p-value. An untrained dictionary answers the same questions "
@@ -246,33 +253,27 @@ def answer_columns(what: str, effect: str, accuracy: tuple[str, str]) -> dict[st
       effect: title of the effect.
       accuracy: the readout of accuracy, and its title.
     """
+
+    def fooled(_: str, result: BehaviourVerdict) -> str:
+        return MISSING if result.fooled is None else f"{result.fooled} of {result.placebo_sets}"
+
     return {
         what: lambda name, _: name,
-        effect: lambda _, result: _effect_cell(result),
-        accuracy[1]: lambda _, result: _accuracy_cell(result, accuracy[0]),
+        effect: lambda _, result: _effect_cell(next(iter(result.ablation.values()))),
+        accuracy[1]: lambda _, result: _effect_cell(result.ablation[accuracy[0]], 0, 100),
         "2. More than random sets": lambda _, result: _set_cell(result.random),
-        "Placebo sets that pass 2": lambda _, result: _fooled_cell(result),
+        "Placebo sets that pass 2": fooled,
         "3. Specific": lambda _, result: _set_cell(result.placebo),
         "4. More than bases": lambda _, result: _bases_cell(result),
         "5. Selective": lambda _, result: result.selective.answer,
     }
 
 
-def _named(dictionary: str) -> str:
-    return "untrained dictionary" if dictionary == UNTRAINED else dictionary
+def _effect_cell(answer: CausalAnswer, digits: int = 2, scale: float = 1) -> str:
+    return f"{answer.answer}: {interval(answer.effect, digits, scale)}" if answer.effect else answer.answer
 
 
-def _effect_cell(result: BehaviourVerdict) -> str:
-    effect = next(iter(result.ablation.values()))
-    return f"{effect.answer}: {interval(effect.effect)}"
-
-
-def _accuracy_cell(result: BehaviourVerdict, readout: str) -> str:
-    accuracy = result.ablation[readout]
-    return f"{accuracy.answer}: {interval(accuracy.effect, 0, 100)}" if accuracy.effect else accuracy.answer
-
-
-def _set_cell(comparison) -> str:
+def _set_cell(comparison: CausalAnswer) -> str:
     if comparison.numbers is None:
         return comparison.answer
     figures = comparison.numbers
@@ -281,19 +282,15 @@ def _set_cell(comparison) -> str:
     return f"{comparison.answer} ({figures['sets']:.0f} sets, {number(figures['mean'])}; p {comparison.p_holm:.2g})"
 
 
-def _fooled_cell(result: BehaviourVerdict) -> str:
-    return MISSING if result.fooled is None else f"{result.fooled} of {result.placebo_sets}"
-
-
 def _bases_cell(result: BehaviourVerdict) -> str:
     listed = [
-        f"{answer}: {', '.join(sentences.BASES.get(basis, basis) for basis in bases)}"
+        f"{answer}: {', '.join(BASIS_NAMES.get(basis, basis) for basis in bases)}"
         for answer, bases in _bases_by_answer(result).items()
     ]
     return "; ".join(listed) or "not tested"
 
 
-def _replication_cell(result: BehaviourVerdict) -> str:
+def _replication_cell(_: str, result: BehaviourVerdict) -> str:
     if result.replication is None or result.replication.numbers is None:
         return MISSING
     counts = result.replication.numbers
@@ -308,7 +305,7 @@ def _detail_items(result: BehaviourVerdict) -> tuple[tuple[str, str], ...]:
         ("1. Effect", ablation),
         (
             "2. More than random sets",
-            f"{result.random.sentence} {sentences.fooled(result.fooled, result.placebo_sets)}",
+            f"{result.random.sentence} {fooled_sentence(result.fooled, result.placebo_sets)}",
         ),
         ("3. Specific to this answer", result.placebo.sentence),
         ("4. More than simpler bases", bases),
@@ -361,14 +358,7 @@ def _feature_table(top: tuple[FeatureEffect, ...], labels: Mapping[int, Label]) 
 
 
 def held_out(findings: Findings, name: str) -> np.ndarray:
-    """Return a statistic of the tested dictionary on held-out text.
-
-    Args:
-      findings: what the report is written from.
-      name: "firing_rate", or "mean_activation" over the tokens on which a feature fires.
-
-    Returns:
-      One number for each feature.
+    """Return the "firing_rate" or "mean_activation" of each of the tested dictionary's features on held-out text.
 
     Raises:
       UserError: the file is missing or damaged.
@@ -383,21 +373,15 @@ def held_out(findings: Findings, name: str) -> np.ndarray:
         ) from None
 
 
-class _Contexts:
-    """The contexts of features and their statistics on held-out text, whose files are read once."""
+def _make_strips(findings: Findings, labels: Mapping[int, Label]) -> Callable[[str, FeatureEffect], Strips]:
+    """Return the function that shows the contexts of a behaviour's top feature, with a note."""
+    rate_F, mean_F = (held_out(findings, name) for name in ("firing_rate", "mean_activation"))
+    tops = {name: {item.feature for item in top} for name, top in findings.first(AblateResults).top.items()}
 
-    def __init__(self, findings: Findings, labels: Mapping[int, Label]):
-        self._examples, self._labels = findings.examples, labels
-        self._rate_F, self._mean_F = (held_out(findings, name) for name in ("firing_rate", "mean_activation"))
-        tops = findings.first(AblateResults).top
-        self._tops = {name: {item.feature for item in top} for name, top in tops.items()}
-
-    def strips(self, name: str, item: FeatureEffect) -> Strips:
-        """Return the contexts of a top feature of a behaviour, with a note."""
-        feature = item.feature
-        shared = [behaviour(other) for other, top in self._tops.items() if other != name and feature in top]
-        rate, mean = float(self._rate_F[feature]), float(self._mean_F[feature])
-        label = self._labels.get(feature)
+    def strips(name: str, item: FeatureEffect) -> Strips:
+        feature, label = item.feature, labels.get(item.feature)
+        shared = [behaviour(other) for other, top in tops.items() if other != name and feature in top]
+        rate, mean = float(rate_F[feature]), float(mean_F[feature])
         note = f"Called {label.label} by {label.by}. " if label else ""
         note += f"Ablating it alone lowers the logit difference by {interval(item.drop)}. "
         note += (
@@ -407,7 +391,9 @@ class _Contexts:
         )
         if shared:
             note += f" It is also among the top features of: {', '.join(shared)}."
-        examples = tuple(self._examples.get(feature, ()))
+        examples = tuple(findings.examples.get(feature, ()))
         if not examples:
             note += " It fires nowhere in the captured text, so there is no context to show."
         return Strips(f"Feature {feature}", note, examples)
+
+    return strips

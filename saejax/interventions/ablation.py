@@ -15,6 +15,7 @@ For the tested dictionary alone: each feature of T, growing sets, on request eve
 simpler basis as many directions, by the same attribution, as reach T's dose, ablated by the same fractions.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,7 @@ from saejax.interventions.table import (
     EditDefinition,
     EffectsTable,
     PromptDefinition,
+    merge_tables,
 )
 from saejax.interventions.text import HeldOutText
 from saejax.models.config import TorchConfig
@@ -55,7 +57,6 @@ MIN_FIRING = 0.05  # share of test prompts on which a feature of a random set fi
 LIKELY = 40  # a placebo token is among this many most likely ones
 TEXT_LENGTH = 32  # tokens of a held-out document
 WIDEST = 8  # directions of a basis, in multiples of k, at most
-_FULL = ("logit_diff", "log_prob", "top1", "two_way", "kl")
 
 
 class RowProgress:
@@ -82,34 +83,6 @@ class RowProgress:
         return lambda done, total: self._on_progress(before + (done * rows // total if total else 0), total_rows)
 
 
-@dataclasses.dataclass
-class TableRows:
-    """The rows of a table while they are measured."""
-
-    edits: list[EditDefinition] = dataclasses.field(default_factory=list)
-    prompts: list[PromptDefinition] = dataclasses.field(default_factory=list)
-    blocks: list = dataclasses.field(default_factory=list)
-
-    def add(
-        self,
-        edits: Sequence[EditDefinition],
-        prompts: Sequence[PromptDefinition],
-        readouts: Sequence[str],
-        values: Sequence[np.ndarray],
-    ) -> None:
-        """Add a block: one array ``[E, P]`` for each readout."""
-        edit_keys = {(edit.behaviour, edit.id) for edit in self.edits}
-        self.edits += [edit for edit in edits if (edit.behaviour, edit.id) not in edit_keys]
-        prompt_ids = {prompt.id for prompt in self.prompts}
-        self.prompts += [prompt for prompt in prompts if prompt.id not in prompt_ids]
-        if len(edits):
-            self.blocks.append((list(edits), list(prompts), tuple(readouts), np.stack(values, axis=-1)))
-
-    def table(self) -> EffectsTable:
-        """Return the table."""
-        return EffectsTable.from_blocks(self.edits, self.prompts, self.blocks)
-
-
 def define_prompts(behaviour: str, prompts: Sequence[Prompt]) -> list[PromptDefinition]:
     """Return the definitions of a behaviour's prompts, train prompts included."""
     trained = {prompt.template for prompt in prompts if prompt.split == "train"}
@@ -130,14 +103,13 @@ def define_prompts(behaviour: str, prompts: Sequence[Prompt]) -> list[PromptDefi
 
 def spread_over_templates(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     """Return ``count`` prompts, or all if that is 0: those of each template in turn."""
-    turns: dict[str, int] = {}
+    turns: collections.Counter[str] = collections.Counter()
     order = []
     for place, prompt in enumerate(prompts):
-        turns[prompt.template] = turns.get(prompt.template, -1) + 1
         order.append((turns[prompt.template], place))
+        turns[prompt.template] += 1
     # Each template in turn, as prompts come template by template: the first ones alone would be of a single wording.
-    chosen = sorted(place for _, place in sorted(order)[: count or len(order)])
-    return [prompts[place] for place in chosen]
+    return [prompts[place] for place in sorted(place for _, place in sorted(order)[: count or len(order)])]
 
 
 @dataclasses.dataclass
@@ -182,7 +154,7 @@ class BehaviourAblation:
         swaps = config.replacement == "counterpart"
         self.train_counterparts = self.split.run_counterparts(self.train) if swaps else []
         self.counterparts = self.split.run_counterparts(self.test) if swaps else []
-        mean_F = activity.means(self.split, self.train_runs) if config.replacement == "mean" else None
+        mean_F = activity.statistics(self.split, self.train_runs).mean_F if config.replacement == "mean" else None
         seed = np.uint32(config.seed) if config.replacement == "random" else None
         self.replacement = ActivationReplacement(config.replacement, mean_F=mean_F, seed=seed)
         self.progress.check()
@@ -212,49 +184,55 @@ class BehaviourAblation:
         if prompts is not None:
             runs = self.split.run(prompts)
             counterparts = self.split.run_counterparts(prompts) if self.counterparts else []
-        count = len(edits) * sum(len(run.index_P) for run in runs)
-        return run_edits(
-            self.split,
-            runs,
-            self.edits(edits),
-            self.config.batch_rows,
-            self.progress.of_call(count),
-            counterparts=counterparts,
-            readouts=readouts,
-        )
+        on_progress = self.progress.of_call(len(edits) * sum(len(run.index_P) for run in runs))
+        options = self.config.batch_rows, on_progress, counterparts, readouts
+        return run_edits(self.split, runs, self.edits(edits), *options)
 
     def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return readouts on the test prompts: by name the clean ones [1, P] and those of each edit [E, P].
+        """Return readouts on the test prompts: by name the clean ones [P] and those of each edit [E, P].
 
         Args:
           edits: what is run.
           full: whether all readouts are measured, which takes the logits of the whole vocabulary.
         """
         diffs = self.run(edits, readouts=full)
-        pairs = dict(logit_diff=(diffs.clean_P, diffs.ablated_SxP), **diffs.readouts)
-        # A clean readout is an edit of no features: two axes, as those of the edits.
-        values = {name: (np.atleast_2d(clean), edited) for name, (clean, edited) in pairs.items()}
+        values = dict(logit_diff=(diffs.clean_P, diffs.ablated_SxP), **diffs.readouts)
         if full:
-            clean, edited = values["logit_diff"]
-            values["two_way"] = (clean > 0).astype(np.float64), (edited > 0).astype(np.float64)
-        return {name: values[name] for name in _FULL if name in values}
+            values["two_way"] = (diffs.clean_P > 0).astype(np.float64), (diffs.ablated_SxP > 0).astype(np.float64)
+        return values
+
+    def table(
+        self, edits: Sequence[EditDefinition], norm_ExP: np.ndarray, full: bool = False, clean: bool = False
+    ) -> EffectsTable:
+        """Return the table of some edits on the test prompts.
+
+        Args:
+          edits: E edits.
+          norm_ExP: the norms of their changes.
+          full: as for ``measure``.
+          clean: whether the unedited model is one more row.
+        """
+        pairs = self.measure(edits, full)
+        values = {name: edited_ExP for name, (_, edited_ExP) in pairs.items()} | dict(change_norm=norm_ExP)
+        if clean:
+            edits = [EditDefinition(self.behaviour, "clean"), *edits]
+            clean_of = {name: clean_P for name, (clean_P, _) in pairs.items()} | dict(change_norm=0 * norm_ExP[0])
+            values = {name: np.stack([clean_of[name], *edited_ExP]) for name, edited_ExP in values.items()}
+        return EffectsTable.block(edits, self.tests, values, self.definitions())
 
     def definitions(self) -> list[PromptDefinition]:
         """Return the definitions of all prompts."""
         return define_prompts(self.behaviour, self.prompts)
 
-    def statistics(self) -> FeatureStatistics:
-        """Return firing statistics on the test prompts."""
-        return self._firings[0]
-
-    def firing_prompts(self) -> np.ndarray:
-        """Return the number of test prompts on which each feature fires at an editable position, int64 [F]."""
-        return self._firings[1]
+    @functools.cached_property
+    def tests(self) -> list[PromptDefinition]:
+        """The definitions of the test prompts."""
+        return [prompt for prompt in self.definitions() if prompt.split == "test"]
 
     @functools.cached_property
-    def _firings(self) -> tuple[FeatureStatistics, np.ndarray]:
-        """Firing statistics on the test prompts, and the number of those on which each feature fires."""
-        return activity.statistics_and_prompts(self.split, self.runs)
+    def statistics(self) -> FeatureStatistics:
+        """Firing statistics on the test prompts."""
+        return activity.statistics(self.split, self.runs)
 
     def site_values(self) -> np.ndarray:
         """Return the site's values at editable positions of the train prompts, [N, D]."""
@@ -276,7 +254,7 @@ class BehaviourAblation:
     def random_sets(self, top: Sequence[int]) -> np.ndarray:
         """Return disjoint random sets of as many features as T has, none of them in T, [m, k]."""
         # Features that hardly fire change nothing, and would make any set look more important than random ones.
-        pool = np.setdiff1d(np.flatnonzero(self.firing_prompts() / len(self.test) >= MIN_FIRING), np.asarray(top))
+        pool = np.setdiff1d(np.flatnonzero(self.statistics.prompts_F / len(self.test) >= MIN_FIRING), np.asarray(top))
         return disjoint_sets(pool, len(top), self.config.random_sets, self.config.seed)
 
     def placebo_sets(self) -> Sequence[tuple[tuple[str, str] | None, list[int]]]:
@@ -397,26 +375,30 @@ def measure_all(
     Raises:
       UserError: no feature has an attribution above zero, or repeats do not go with the settings.
     """
-    config, dictionary, rows = tested.config, tested.basis, TableRows()
+    config, dictionary = tested.config, tested.basis
     keeps_error = config.error == "keep"  # otherwise the clean run is that of the tested dictionary alone
     baselines = config.baselines if keeps_error else ()
     needs_untrained = keeps_error and (config.untrained or "untrained" in baselines)
     if repeats and not keeps_error:
         raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
-    untrained = ablation(_untrained(tested, dictionary)) if needs_untrained else None
+    untrained = None
+    if needs_untrained:
+        # As sparse as the dictionary on these prompts, or it would change more or fewer directions at a time.
+        active = round(tested.statistics.fires_F.sum() / max(tested.statistics.positions, 1))
+        untrained = ablation(bases.untrained(dictionary, active, config.seed))
     others = {name: ablation(other) for name, other in (repeats or {}).items()}
     # Before anything is measured, so that the slopes of placebo targets are computed once for all dictionaries.
     tested.choose_placebos([*([untrained] if untrained and config.untrained else []), *others.values()])
-    dose = _measure_dictionary(tested, TESTED, prompts, text, rows)
+    tables, dose = _measure_dictionary(tested, TESTED, prompts, text)
     if untrained and config.untrained:
-        _measure_dictionary(untrained, UNTRAINED, prompts, text, rows)
+        tables += _measure_dictionary(untrained, UNTRAINED, prompts, text)[0]
     for name in baselines:
         basis = untrained if name == "untrained" else _basis(name, tested, dictionary, ablation)
         if basis is not None:
-            _measure_basis(basis, name, dose, text, rows)
+            tables += _measure_basis(basis, name, dose, text)
     for name, other in others.items():
-        _measure_dictionary(other, name, prompts, text, rows)
-    return rows.table()
+        tables += _measure_dictionary(other, name, prompts, text)[0]
+    return merge_tables(tables)
 
 
 def expected_rows(config: AblateConfig, prompts: Mapping[str, Sequence[Prompt]], behaviour: str, features: int) -> int:
@@ -437,20 +419,14 @@ def measure_text(lm: LanguageModel, text: HeldOutText, dictionary: Dictionary, e
     split = SplitModel(lm, dictionary, error=error)
     # A fraction of 0 changes nothing; the program that measures edits then measures the clean text, too.
     diffs = text.effects(split, mask(dictionary, [[0]], 0.0))
-    clean = EditDefinition(TEXT, "clean")
-    rows = TableRows()
-    rows.add([clean], _documents(text), ("ce",), [(diffs.clean_N / diffs.tokens_N)[None]])
-    return rows.table()
+    values = dict(ce=(diffs.clean_N / diffs.tokens_N)[None])
+    return EffectsTable.block([EditDefinition(TEXT, "clean")], _documents(text), values)
 
 
 def _measure_dictionary(
-    ablation: BehaviourAblation,
-    name: str,
-    prompts: Mapping[str, Sequence[Prompt]],
-    text: HeldOutText | None,
-    rows: TableRows,
-) -> float:
-    """Measure one dictionary; return the dose of T."""
+    ablation: BehaviourAblation, name: str, prompts: Mapping[str, Sequence[Prompt]], text: HeldOutText | None
+) -> tuple[list[EffectsTable], float]:
+    """Measure one dictionary; return its tables and the dose of T."""
     top = ablation.top()
     if not top:
         raise UserError(
@@ -473,12 +449,11 @@ def _measure_dictionary(
         extra += [define("single", [feature], index) for index, feature in enumerate(top)]
         sizes = [2**n for n in range(len(top).bit_length()) if 2**n < len(top)]
         extra += [define("growing", top[:size], index) for index, size in enumerate(sizes)]
-    # Norms of whole edits alone: those of partial ones follow from them.
+    # Norms of whole edits alone: the change is linear in the fraction, and so is its norm.
     whole = [grid[-1], *extra, *controls]
     norm_of = dict(zip(whole, ablation.norms(whole), strict=True))
 
     def norms(edits: Sequence[EditDefinition]) -> np.ndarray:
-        """Return the norms of partial edits: the change is linear in the fraction, and so is its norm."""
         return np.stack([edit.fraction * norm_of[dataclasses.replace(edit, fraction=1.0)] for edit in edits])
 
     dose = root_mean_square(norm_of[grid[-1]])
@@ -487,22 +462,13 @@ def _measure_dictionary(
         dataclasses.replace(edit, fraction=share) for edit, share in zip(controls, shares, strict=True) if share < 1
     ]
 
-    definitions = ablation.definitions()
-    test = [prompt for prompt in definitions if prompt.split == "test"]
-    rows.add([], definitions, (), [])
     edits = [*grid, *extra]
-    pairs = ablation.measure(edits, full=True)
-    rows.add(edits, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norms(edits)])
-    if name == TESTED:
-        clean = EditDefinition(ablation.behaviour, "clean")
-        values = [*(clean_1xP for clean_1xP, _ in pairs.values()), np.zeros((1, len(test)))]
-        rows.add([clean], test, (*pairs, "change_norm"), values)
+    tables = [ablation.table(edits, norms(edits), full=True, clean=name == TESTED)]
     if controls:
         # Controls without the readouts that take the logits of the whole vocabulary: they are compared on the
         # objective.
         edits = [*controls, *reduced]
-        pairs = ablation.measure(edits)
-        rows.add(edits, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norms(edits)])
+        tables.append(ablation.table(edits, norms(edits)))
     others = [(name, theirs) for name, theirs in prompts.items() if name != ablation.behaviour]
     # Together, so that few programs are compiled; but random activations are drawn from all prompts of a call.
     for some in [[each] for each in others] if ablation.config.replacement == "random" else [others]:
@@ -510,33 +476,32 @@ def _measure_dictionary(
         if theirs:
             diffs = ablation.run(grid[-1:], prompts=theirs)
             named = [prompt for each in some for prompt in define_prompts(*each) if prompt.split == "test"]
-            rows.add(grid[-1:], named, ("logit_diff",), [diffs.ablated_SxP])
+            tables.append(EffectsTable.block(grid[-1:], named, dict(logit_diff=diffs.ablated_SxP)))
     if text:
-        _measure_text(ablation, grid, KL_FRACTIONS if name == TESTED else KL_FRACTIONS[-1:], text, rows)
+        tables.append(_measure_text(ablation, grid, KL_FRACTIONS if name == TESTED else KL_FRACTIONS[-1:], text))
     if name == TESTED and ablation.config.effects == "all":
-        _measure_every(ablation, test, rows)
-    return dose
+        tables.append(_measure_every(ablation))
+    return tables, dose
 
 
-def _measure_every(ablation: BehaviourAblation, test: Sequence[PromptDefinition], rows: TableRows) -> None:
+def _measure_every(ablation: BehaviourAblation) -> EffectsTable:
     """Measure every feature that fires on the test prompts, one by one."""
     # The effect of a feature that never fires is known to be 0.
-    live = np.flatnonzero(ablation.firing_prompts() > 0)
+    live = np.flatnonzero(ablation.statistics.prompts_F > 0)
     every = [EditDefinition(ablation.behaviour, "every", int(i), (int(i),)) for i in live]
     diffs = ablation.run(every)
     # All features share one rounding error per prompt, which would make many small effects agree.
     is_rounding_SxP = np.abs(diffs.drop_SxP) <= 4 * diffs.rounding_P[None, :]
-    rows.add(every, test, ("logit_diff",), [np.where(is_rounding_SxP, diffs.clean_P, diffs.ablated_SxP)])
+    values = dict(logit_diff=np.where(is_rounding_SxP, diffs.clean_P, diffs.ablated_SxP))
+    return EffectsTable.block(every, ablation.tests, values)
 
 
-def _measure_basis(
-    ablation: BehaviourAblation, name: str, dose: float, text: HeldOutText | None, rows: TableRows
-) -> None:
+def _measure_basis(ablation: BehaviourAblation, name: str, dose: float, text: HeldOutText | None) -> list[EffectsTable]:
     """Measure the directions of a basis: as many, by attribution, as reach a dose."""
     # Directions are chosen as features are: by attribution on train prompts.
     order = leaders(ablation.attribution_F, WIDEST * ablation.config.top)
     if not order:
-        return
+        return []
 
     def define(size: int, fraction: float = 1.0) -> EditDefinition:
         return EditDefinition(ablation.behaviour, BASIS + name, 0, tuple(order[:size]), fraction)
@@ -548,27 +513,19 @@ def _measure_basis(
     # Down to T's dose exactly, so that the last points of both curves are at one dose.
     most = min(1.0, dose / float(dose_S[size - 1])) if dose_S[size - 1] > 0 else 1.0
     grid = [define(size, fraction * most) for fraction in FRACTIONS]
-    test = [prompt for prompt in ablation.definitions() if prompt.split == "test"]
-    pairs = ablation.measure(grid)
-    norm_AxP = np.array([edit.fraction for edit in grid])[:, None] * norm_SxP[size - 1][None, :]
-    rows.add(grid, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norm_AxP])
-    if text:
-        _measure_text(ablation, grid, KL_FRACTIONS, text, rows)
+    tables = [ablation.table(grid, np.stack([edit.fraction * norm_SxP[size - 1] for edit in grid]))]
+    return tables + ([_measure_text(ablation, grid, KL_FRACTIONS, text)] if text else [])
 
 
 def _measure_text(
-    ablation: BehaviourAblation,
-    grid: Sequence[EditDefinition],
-    fractions: Sequence[float],
-    text: HeldOutText,
-    rows: TableRows,
-) -> None:
+    ablation: BehaviourAblation, grid: Sequence[EditDefinition], fractions: Sequence[float], text: HeldOutText
+) -> EffectsTable:
     """Measure some edits of a grid on held-out text."""
     chosen = [grid[FRACTIONS.index(fraction)] for fraction in fractions]
     diffs = text.effects(ablation.split, ablation.edits(chosen))
     ablation.progress.of_call(len(chosen) * len(text.documents))(1, 1)
-    ce_SxN = (diffs.clean_N[None] + diffs.rise_SxN) / diffs.tokens_N[None]
-    rows.add(chosen, _documents(text), ("ce", "kl"), [ce_SxN, diffs.kl_SxN / diffs.tokens_N[None]])
+    values = dict(ce=(diffs.clean_N[None] + diffs.rise_SxN) / diffs.tokens_N, kl=diffs.kl_SxN / diffs.tokens_N)
+    return EffectsTable.block(chosen, _documents(text), values)
 
 
 def root_mean_square(norm_P: np.ndarray) -> float:
@@ -580,13 +537,6 @@ def _documents(text: HeldOutText) -> list[PromptDefinition]:
     return [PromptDefinition(f"{TEXT}/{number:05d}", TEXT) for number in range(len(text.documents))]
 
 
-def _untrained(tested: BehaviourAblation, dictionary: Dictionary) -> Dictionary:
-    statistics = tested.statistics()
-    # As sparse as the dictionary on these prompts, or it would change more or fewer directions at a time.
-    active = round(statistics.fires_F.sum() / max(statistics.positions, 1))
-    return bases.untrained(dictionary, active, tested.config.seed)
-
-
 def _basis(
     name: str,
     tested: BehaviourAblation,
@@ -594,7 +544,6 @@ def _basis(
     ablation: Callable[[Dictionary], BehaviourAblation],
 ) -> BehaviourAblation | None:
     """Return a basis on the behaviour; None where it cannot be had."""
-    basis: Dictionary | None
     if name not in BASES:
         return ablation(load_dictionary(name))
     if name == "neurons":
@@ -608,12 +557,10 @@ def _basis(
     values_NxD = tested.site_values()
     if not len(values_NxD):
         return None
-    if name == "pca":
-        basis = bases.principal_components(dictionary, values_NxD)
-    else:
-        means_GxD = tested.answer_means()
-        basis = bases.difference_of_means(dictionary, means_GxD, values_NxD) if len(means_GxD) > 1 else None
-    return ablation(basis) if basis is not None else None
+    rows = values_NxD if name == "pca" else tested.answer_means()
+    # Of a single answer there is no difference of means.
+    directions = bases.principal_directions(dictionary, rows, values_NxD) if len(rows) > 1 else None
+    return ablation(directions) if directions is not None else None
 
 
 def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[FeatureEffect, ...]:
@@ -625,7 +572,7 @@ def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[Feat
     config = ablation.config
     weights_SxP = resampling_weights(templates, config.bootstrap, config.seed) if len(prompts) > 1 else None
     intervals = [mean_interval(drop_P, weights_SxP) for drop_P in drop_KxP]
-    statistics = ablation.statistics()
+    statistics = ablation.statistics
     return tuple(
         FeatureEffect(
             feature=(feature := edit.features[0]),
@@ -638,15 +585,6 @@ def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[Feat
     )
 
 
-def rule(config: AblateConfig) -> str:
-    """Return the rule of the verdict in words."""
-    return verdict_config(config).rule
-
-
 def verdict_config(config: AblateConfig) -> VerdictConfig:
     """Return the numbers of the rule."""
-    return VerdictConfig(
-        min_accuracy_drop=config.min_accuracy_drop,
-        resamples=config.bootstrap,
-        seed=config.seed,
-    )
+    return VerdictConfig(min_accuracy_drop=config.min_accuracy_drop, resamples=config.bootstrap, seed=config.seed)

@@ -1,9 +1,8 @@
 """Firing rates and activations of features on prompts, at the positions that an ablation changes."""
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,37 +17,44 @@ from saejax.parallel.mesh import sharding
 _MIN_SPREAD = 1e-4  # logarithms with a smaller standard deviation differ by rounding
 
 
-@dataclasses.dataclass(frozen=True)
-class FeatureStatistics:
-    """Firing rates and activations of features at some positions.
+class FeatureStatistics(NamedTuple):
+    """Sums over some positions, of each feature; totals are int64 and float64.
 
     Attributes:
       positions: number of positions counted.
-      fires_F: at how many of them each feature fires, int64.
-      sum_F: the sizes of each feature's activations summed over those, float64.
+      fires_F: at how many of them the feature fires.
+      sum_F: the sizes of its activations there.
+      nonzero_F: positions at which it is not 0.
+      total_F: its activations at all positions.
+      prompts_F: prompts on which it fires.
     """
 
-    positions: int
-    fires_F: np.ndarray
-    sum_F: np.ndarray
+    positions: Any
+    fires_F: Any
+    sum_F: Any
+    nonzero_F: Any = 0
+    total_F: Any = 0.0
+    prompts_F: Any = 0
 
     @classmethod
-    def total(cls, counts: Iterable["Firings"]) -> "FeatureStatistics":
-        """Add up the counts of disjoint sets of positions, in float64.
+    def total(cls, counts: Iterable["FeatureStatistics"]) -> "FeatureStatistics":
+        """Add up the counts of disjoint sets of positions.
 
         Raises:
           UserError: a feature's activation is not finite.
         """
-        counts = list(counts)
         # int64 and float64 on the host: sums over many prompts leave the exact range of the device's types.
-        fires_F = np.sum([np.asarray(count.fires_F, np.int64) for count in counts], axis=0)
-        sum_F = np.sum([np.asarray(count.size_F, np.float64) for count in counts], axis=0)
-        if not np.isfinite(sum_F).all():
+        wide = [
+            [np.asarray(a, np.float64 if jnp.issubdtype(a.dtype, jnp.floating) else np.int64) for a in each]
+            for each in counts
+        ]
+        total = cls(*(np.sum(arrays, axis=0) for arrays in zip(*wide, strict=True)))
+        if not np.isfinite(total.sum_F).all():
             raise UserError(
-                f"feature {int(np.argmin(np.isfinite(sum_F)))} has an activation that is not finite: the dictionary "
-                "holds NaN or overflows; train it again"
+                f"feature {int(np.argmin(np.isfinite(total.sum_F)))} has an activation that is not finite: the "
+                "dictionary holds NaN or overflows; train it again"
             )
-        return cls(sum(int(count.positions) for count in counts), fires_F, sum_F)
+        return total._replace(positions=int(total.positions))
 
     @property
     def firing_rate_F(self) -> np.ndarray:
@@ -59,6 +65,11 @@ class FeatureStatistics:
     def mean_activation_F(self) -> np.ndarray:
         """Mean activation where the feature fires; 0 for one that never does."""
         return self.sum_F / np.maximum(self.fires_F, 1)
+
+    @property
+    def mean_F(self) -> np.ndarray:
+        """Mean activation over all positions, also those at which the feature is silent; 0 without positions."""
+        return self.total_F / max(self.positions, 1)
 
     def firing(self, features: Sequence[int]) -> list[int]:
         """Return those of some features that fire anywhere."""
@@ -71,30 +82,10 @@ class FeatureStatistics:
         )
 
 
-class Firings(NamedTuple):
-    """Sums over some positions, of each feature.
-
-    Attributes:
-      positions: number of positions.
-      fires_F: positions at which it fires.
-      size_F: the sizes of its activations there.
-      nonzero_F: positions at which it is not 0.
-      total_F: its activations.
-      rows_F: rows in which it fires.
-    """
-
-    positions: jax.Array
-    fires_F: jax.Array
-    size_F: jax.Array
-    nonzero_F: jax.Array
-    total_F: jax.Array
-    rows_F: jax.Array
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def count_firings(
     point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
-) -> Firings:
+) -> FeatureStatistics:
     """Return sums over the editable positions of the kept rows.
 
     Args:
@@ -114,12 +105,12 @@ def count_firings(
         return *(array.sum(axis=1) for array in over_positions), fires_PxTxF.any(axis=1)
 
     per_row = of_features(dictionary, (read_BxTxD, domain_BxT), sums)
-    counts = Firings(domain_BxT.sum(), *(array.sum(axis=0) for array in per_row))
+    counts = FeatureStatistics(domain_BxT.sum(), *(array.sum(axis=0) for array in per_row))
     return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))
 
 
-def _count(split: SplitModel, run: CleanRun) -> Firings:
-    """Return ``count_firings`` of the prompts of a clean run."""
+def count_run(split: SplitModel, run: CleanRun) -> FeatureStatistics:
+    """Return ``count_firings`` of the prompts of a clean run, on the devices."""
     kept_B = np.arange(len(run.last_B)) < len(run.index_P)
     return count_firings(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B)
 
@@ -130,36 +121,7 @@ def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics
     Raises:
       UserError: a feature's activation is not finite.
     """
-    return FeatureStatistics.total(_count(split, run) for run in runs)
-
-
-def statistics_and_prompts(split: SplitModel, runs: Sequence[CleanRun]) -> tuple[FeatureStatistics, np.ndarray]:
-    """Return ``statistics`` and ``firing_prompts`` from one pass over the prompts."""
-    counts = [_count(split, run) for run in runs]
-    return FeatureStatistics.total(counts), _total_rows(counts)
-
-
-def firing_prompts(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
-    """Return the number of prompts on which each feature fires at an editable position, int64 [F]."""
-    return _total_rows(_count(split, run) for run in runs)
-
-
-def _total_rows(counts: Iterable[Firings]) -> np.ndarray:
-    return np.sum([np.asarray(count.rows_F, np.int64) for count in counts], axis=0)
-
-
-def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
-    """Return every feature's mean activation over all editable positions, fp64 [F]; 0 without such positions."""
-    counts = [_count(split, run) for run in runs]
-    total_F = np.sum([np.asarray(count.total_F, np.float64) for count in counts], axis=0)
-    # Positions at which it is silent count, too: the mean replaces its activation everywhere.
-    return total_F / max(sum(int(count.positions) for count in counts), 1)
-
-
-def firing_sums(split: SplitModel, run: CleanRun) -> tuple[jax.Array, jax.Array]:
-    """Return each feature's number of non-zero positions in a clean run, and its summed activations, [F] each."""
-    count = _count(split, run)
-    return count.nonzero_F, count.total_F
+    return FeatureStatistics.total(count_run(split, run) for run in runs)
 
 
 def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:

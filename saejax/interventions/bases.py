@@ -76,44 +76,42 @@ class Neurons(Dictionary):
         return jnp.broadcast_to(jnp.arange(x_BxTxD.shape[-2]) > 0, x_BxTxD.shape[:-1])
 
 
-def principal_components(dictionary: Dictionary, values_NxD: np.ndarray) -> Dictionary | None:
-    """Return the principal components of values at the dictionary's site, as a linear dictionary.
+def linear(like: Dictionary, directions_FxD: np.ndarray, centre_D: np.ndarray | None = None) -> Dictionary:
+    """Return directions as a linear dictionary at the site that another one writes to, with its sink rule.
 
     Args:
-      dictionary: a dictionary that gives the site and its sink rule.
+      like: the other dictionary.
+      directions_FxD: F directions.
+      centre_D: where a value stands from which all directions were removed; None: at 0.
+    """
+    count, width = directions_FxD.shape
+    arrays = dict(
+        W_enc_DxF=directions_FxD.T,
+        b_enc_F=np.zeros(count),
+        W_dec_FxD=directions_FxD,
+        b_dec_D=np.zeros(width) if centre_D is None else centre_D,
+    )
+    config = _like(like, kind="linear", d_in=width, n_features=count)
+    return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
+
+
+def principal_directions(like: Dictionary, rows_RxD: np.ndarray, values_NxD: np.ndarray) -> Dictionary | None:
+    """Return the principal directions of some rows, those of no size left out, around the mean of some values.
+
+    Args:
+      like: a dictionary that gives the site and its sink rule.
+      rows_RxD: centred here.
       values_NxD: at least one.
 
     Returns:
-      None where all values are the same.
+      None where all rows are the same but for rounding.
     """
-    if not len(values_NxD):
-        raise ValueError("there are no values to find principal components of")
-    mean_D = values_NxD.mean(axis=0, dtype=np.float64)
-    return directions(dictionary, values_NxD - mean_D[None, :], mean_D)
-
-
-def directions(dictionary: Dictionary, rows_NxD: np.ndarray, centre_D: np.ndarray) -> Dictionary | None:
-    """Return the principal directions of some rows, those of no size left out, as a linear dictionary around a centre.
-
-    Args:
-      dictionary: a dictionary that gives the site and its sink rule.
-      rows_NxD: not centred here.
-      centre_D: where a value stands from which all directions were removed.
-
-    Returns:
-      None where all rows are 0 but for rounding.
-    """
+    centre_D = values_NxD.mean(axis=0, dtype=np.float64)
     # Of the rows instead of their covariance, which would square small directions into rounding errors.
-    _, size_X, every_XxD = np.linalg.svd(rows_NxD, full_matrices=False)
+    _, size_X, every_XxD = np.linalg.svd(rows_RxD - rows_RxD.mean(axis=0, dtype=np.float64), full_matrices=False)
     # What is left of equal rows is rounding, in directions that mean nothing.
     directions_FxD = every_XxD[size_X > 1e-6 * max(size_X.max(initial=0.0), np.linalg.norm(centre_D), 1e-30)]
-    if not len(directions_FxD):
-        return None
-    config = _like(dictionary, kind="linear", n_features=len(directions_FxD))
-    arrays = dict(
-        W_enc_DxF=directions_FxD.T, b_enc_F=np.zeros(len(directions_FxD)), W_dec_FxD=directions_FxD, b_dec_D=centre_D
-    )
-    return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
+    return linear(like, directions_FxD, centre_D) if len(directions_FxD) else None
 
 
 def untrained(dictionary: Dictionary, active: int, seed: int) -> Dictionary:
@@ -127,12 +125,6 @@ def untrained(dictionary: Dictionary, active: int, seed: int) -> Dictionary:
     # TopK, so that as many are active as in the dictionary, whose own kind has thresholds that only training sets.
     random = Dictionary.initial(_like(dictionary, kind="topk", k=max(active, 1)), jax.random.key(seed))
     return Dictionary(random.config, **random.arrays | dict(b_dec_D=dictionary.b_dec_D[...]))
-
-
-def difference_of_means(dictionary: Dictionary, means_GxD: np.ndarray, values_NxD: np.ndarray) -> Dictionary | None:
-    """Return the principal directions of G answers' mean values around their mean; None if the means are the same."""
-    centre_D = values_NxD.mean(axis=0, dtype=np.float64)
-    return directions(dictionary, means_GxD - means_GxD.mean(axis=0), centre_D)
 
 
 def train_values(runs: Sequence[CleanRun]) -> np.ndarray:

@@ -12,7 +12,7 @@ every item another item's reference of equal length (``placebo_references``). Be
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,16 +22,16 @@ from saejax.interventions.ablation import (
     FRACTIONS,
     BehaviourAblation,
     RowProgress,
-    TableRows,
     expected_rows,
     measure_all,
 )
 from saejax.interventions.activity import FeatureStatistics
+from saejax.interventions.edits import mask
 from saejax.interventions.engine import OnProgress
 from saejax.interventions.references import Reference, References, attributions, placebo_references
 from saejax.interventions.slopes import leaders
 from saejax.interventions.split_model import SplitModel
-from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
+from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition, merge_tables
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.settings import AblateConfig, StudyConfig, TaskConfig
 from saejax.tasks import benchmark_scores
@@ -96,12 +96,9 @@ class BenchmarkItems:
     def score(
         self, edits: Callable[[Sequence[int]], Sequence[Edit]], scored: str, check_stop: Callable[[], None]
     ) -> list[ScoredItem]:
-        """Return the score of every test item.
+        """Return the score of every test item, in the way ``scored`` (generate, choice or likelihood).
 
-        Args:
-          edits: returns the edits of a batch of texts, given the item that each is of.
-          scored: generate, choice or likelihood.
-          check_stop: called now and then; may raise to stop.
+        ``edits`` gives the edits of a batch of texts, given the item that each is of; ``check_stop`` may raise to stop.
         """
         # Few items at a time, so that a run that is asked to stop does so soon.
         step = self.task.batch if scored == "generate" else ITEMS
@@ -153,10 +150,10 @@ class BenchmarkAblation(BehaviourAblation):
         return attributions([self.split, *others], references, self.batch_tokens, self.progress.check)
 
     def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return the log-likelihood of the reference answers, clean [1, P] and under each edit [E, P]."""
+        """Return the log-likelihood of the reference answers, clean [P] and under each edit [E, P]."""
         on_progress = self.progress.of_call(len(edits) * len(self.test))
         clean_P, edited_ExP = self.test_references.log_likelihoods(self.edits(edits), on_progress)
-        return dict(answer_log_prob=(clean_P[None], edited_ExP))
+        return dict(answer_log_prob=(clean_P, edited_ExP))
 
     def definitions(self) -> list[PromptDefinition]:
         """Return the definitions of all items."""
@@ -164,8 +161,6 @@ class BenchmarkAblation(BehaviourAblation):
 
     def edits(self, definitions: Sequence[EditDefinition]):
         """Return the batched edits of some definitions: features are set to zero."""
-        from saejax.interventions.edits import mask
-
         return mask(self.split.dictionary, [edit.features for edit in definitions], [e.fraction for e in definitions])
 
     def norms(self, definitions: Sequence[EditDefinition]) -> np.ndarray:
@@ -173,8 +168,8 @@ class BenchmarkAblation(BehaviourAblation):
         return self.test_references.change_norms(self.edits(definitions))
 
     @functools.cached_property
-    def _firings(self) -> tuple[FeatureStatistics, np.ndarray]:
-        """Firing statistics on the test items with their reference answers, and the number on which each fires."""
+    def statistics(self) -> FeatureStatistics:
+        """Firing statistics on the test items with their reference answers."""
         return self.test_references.statistics()
 
     def site_values(self) -> np.ndarray:
@@ -229,18 +224,9 @@ class BenchmarkAblation(BehaviourAblation):
 
 def ablate_config(config: StudyConfig) -> AblateConfig:
     """Return the settings of an ablation that a study makes."""
-    return AblateConfig(
-        top=config.top,
-        random_sets=config.random_sets,
-        placebo_targets=config.placebo_targets,
-        attribution_prompts=config.attribution_items,
-        untrained=config.untrained,
-        baselines=config.baselines,
-        repeats=config.repeats,
-        min_accuracy_drop=config.min_accuracy_drop,
-        seed=config.seed,
-        bootstrap=config.bootstrap,
-    )
+    names = ("top", "random_sets", "placebo_targets", "untrained", "baselines", "repeats", "min_accuracy_drop", "seed")
+    shared: dict[str, Any] = {name: getattr(config, name) for name in (*names, "bootstrap")}
+    return AblateConfig(attribution_prompts=config.attribution_items, **shared)
 
 
 def measure_benchmark(
@@ -271,16 +257,8 @@ def measure_benchmark(
     progress = RowProgress(on_progress, expected)
 
     def ablation(basis: Dictionary) -> BenchmarkAblation:
-        return BenchmarkAblation(
-            items.lm,
-            basis,
-            items.name,
-            [],
-            settings,
-            progress,
-            items=items,
-            batch_tokens=config.batch_tokens,
-        )
+        options: dict[str, Any] = dict(items=items, batch_tokens=config.batch_tokens)
+        return BenchmarkAblation(items.lm, basis, items.name, [], settings, progress, **options)
 
     tested = ablation(dictionary)
     return measure_all(tested, ablation, {items.name: []}, repeats=repeats), tested
@@ -293,16 +271,12 @@ def measure_sets(ablation: BenchmarkAblation, sets: Mapping[str, Sequence[int]])
       ablation: the tested dictionary on the benchmark.
       sets: group of the edits -> features.
     """
-    rows, definitions = TableRows(), ablation.definitions()
-    test = [prompt for prompt in definitions if prompt.split == "test"]
-    rows.add([], definitions, (), [])
+    tables = []
     for group, features in sets.items():
         whole = EditDefinition(ablation.behaviour, group, features=tuple(map(int, features)))
         edits = [dataclasses.replace(whole, fraction=fraction) for fraction in FRACTIONS]
-        norm_AxP = np.array(FRACTIONS)[:, None] * ablation.norms([whole])
-        pairs = ablation.measure(edits)
-        rows.add(edits, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norm_AxP])
-    return rows.table()
+        tables.append(ablation.table(edits, np.array(FRACTIONS)[:, None] * ablation.norms([whole])))
+    return merge_tables(tables)
 
 
 #: A condition under which answers are scored: its edit, or None for the unedited model.
@@ -378,6 +352,5 @@ def answer_table(
             formatted=[float(row.strict.answer is not None) for row in written],
             cut=[float(row.finished == "length") for row in written],
         )
-    block = TableRows()
-    block.add([edit or EditDefinition(name, "clean")], prompts, tuple(values), [np.array([v]) for v in values.values()])
-    return block.table()
+    block = {name: np.array([value], np.float64) for name, value in values.items()}
+    return EffectsTable.block([edit or EditDefinition(name, "clean")], prompts, block)

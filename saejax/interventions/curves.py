@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.interventions.sentences import RESAMPLED
+from saejax.interventions.answers import RESAMPLED
 from saejax.interventions.table import TESTED, TEXT, EditDefinition, EffectsTable, PromptDefinition
 from saejax.results import Interval
 from saejax.statistics import bootstrap
@@ -111,14 +111,7 @@ class MeasuredBehaviour:
     def read(
         cls, table: EffectsTable, behaviour: str, dictionary: str, resamples: int, seed: int
     ) -> "MeasuredBehaviour":
-        """Read the top features of a behaviour, and check its control sets.
-
-        Args:
-          table: effects table of the run.
-          behaviour: its name.
-          dictionary: the dictionary of the features.
-          resamples: number of bootstrap samples.
-          seed: seed of the bootstrap.
+        """Read the top features of a behaviour, check its control sets, and draw bootstrap samples by ``seed``.
 
         Raises:
           UserError: there are fewer than 2 test prompts, or see ``check_controls`` and ``read_curves``.
@@ -151,7 +144,7 @@ class MeasuredBehaviour:
 
 
 def ablation_readouts(table: EffectsTable, measured: MeasuredBehaviour) -> list[str]:
-    """Return the readouts of question 1 (``sentences.ABLATION_READOUTS``), the objective first."""
+    """Return the readouts of question 1 (``answers.ABLATION_READOUTS``), the objective first."""
     if measured.objective == "logit_diff":
         return ["logit_diff", "log_prob", "two_way", "top1"]
     resampled = table.select_edits(measured.behaviour, "resample", measured.top.edits[-1].dictionary)
@@ -176,36 +169,15 @@ def compare_at_equal_dose(
 def mean_drops_at_equal_dose(
     tested: Sequence[EffectCurve], controls: Sequence[EffectCurve]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean drops of R sets and N control sets for all pairs, each at the smaller of its two doses.
-
-    Returns:
-      The drops of the R sets and those of the controls, both ``[R, N]``.
-    """
-    reach_R, reach_N = (np.array([curve.reach for curve in curves]) for curves in (tested, controls))
-    dose_RxN = np.minimum(reach_R[:, None], reach_N[None, :])
-    tested_RxN = np.stack(
-        [
-            interpolation_weights(curve.dose_A, dose_RxN[r]) @ curve.drop_AxP.mean(axis=1)
-            for r, curve in enumerate(tested)
-        ]
-    )
-    control_RxN = np.stack(
-        [
-            interpolation_weights(curve.dose_A, dose_RxN[:, n]) @ curve.drop_AxP.mean(axis=1)
-            for n, curve in enumerate(controls)
-        ],
-        axis=1,
-    )
-    return tested_RxN, control_RxN
+    """Return the mean drops of R sets and of N control sets, ``[R, N]`` each, a pair at the smaller of its doses."""
+    dose_RxN = np.minimum.outer([curve.reach for curve in tested], [curve.reach for curve in controls])
+    pairs = zip(tested, dose_RxN, strict=True), zip(controls, dose_RxN.T, strict=True)
+    tested_RxN, control_NxR = (np.stack([curve.drop_at(doses).mean(axis=1) for curve, doses in some]) for some in pairs)
+    return tested_RxN, control_NxR.T
 
 
 def check_controls(table: EffectsTable, behaviour: str, dictionary: str) -> None:
-    """Check that the control sets of a behaviour are what the rule says they are.
-
-    Args:
-      table: effects table of the run.
-      behaviour: the behaviour whose sets are checked.
-      dictionary: the dictionary of the features.
+    """Check that the control sets of a behaviour and a dictionary are what the rule says they are.
 
     Raises:
       UserError: a random set shares a feature with the tested set or another random set, or has another size; or a
@@ -225,12 +197,9 @@ def check_controls(table: EffectsTable, behaviour: str, dictionary: str) -> None
             )
         # Sets that share features have similar effects: several of them would count as controls and be one.
         used |= dict.fromkeys(features, f"random set {index}")
-    answers = [answer for prompt in table.prompts if prompt.behaviour == behaviour for answer in _answers(prompt)]
+    prompts = [prompt for prompt in table.prompts if prompt.behaviour == behaviour]
+    answers = {answer for prompt in prompts for answer in (prompt.correct, prompt.wrong) if answer}
     for edit in table.select_edits(behaviour, "placebo", dictionary):
         for token in edit.target or ():
             if any(answer.startswith(token) for answer in answers):
                 raise UserError(f"placebo target {edit.index} of {behaviour} is an answer ({token!r}): {advice}")
-
-
-def _answers(prompt: PromptDefinition) -> list[str]:
-    return [answer for answer in (prompt.correct, prompt.wrong) if answer]

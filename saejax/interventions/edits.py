@@ -29,7 +29,7 @@ its features' changes.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ from saejax.errors import UserError
 Amount = float | Sequence[float] | np.ndarray
 Sets = Sequence[Sequence[int] | np.ndarray]
 
+_LEAST_FEATURES = 512  # to which gathered features are filled up: they take no time, another program does
 
 WORDS = dict(
     zero="its activation is set to zero",
@@ -98,8 +99,8 @@ class ActivationReplacement:
 
         Args:
           f_BxTxK: as for ``changes``, of all prompts of a clean run.
-          other_BxTxK: as for ``changes``, likewise.
-          domain_BxT: as for ``changes``, likewise.
+          other_BxTxK: likewise.
+          domain_BxT: likewise.
           features_K: the features.
           prompts: number of the B rows that are prompts; the others are copies.
         """
@@ -183,6 +184,81 @@ class FeatureEdits:
 
     def __len__(self) -> int:
         return len(self.sets)
+
+    def with_clean_rows(self, count: int) -> "FeatureEdits":
+        """Return the edits with ``count`` more behind them that change nothing."""
+        nothing = (np.zeros(0),) * count
+        return dataclasses.replace(
+            self,
+            sets=self.sets + (np.zeros(0, np.int64),) * count,
+            fractions=self.fractions + nothing,
+            addends=None if self.addends is None else self.addends + nothing,
+        )
+
+    def over(self, chosen: Sequence[int] | np.ndarray, features_K: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return fractions and addends of some edits over K features, fp32 [M, K] each; 0 for those not named.
+
+        Args:
+          chosen: the M edits.
+          features_K: rising features, among them all that the edits name.
+        """
+        fraction_MxK = np.zeros((len(chosen), len(features_K)), np.float32)
+        addend_MxK = None if self.addends is None else np.zeros_like(fraction_MxK)
+        for m, e in enumerate(chosen):
+            column = np.searchsorted(features_K, self.sets[e])
+            fraction_MxK[m, column] = self.fractions[e]
+            if addend_MxK is not None and self.addends is not None:
+                addend_MxK[m, column] = self.addends[e]
+        return fraction_MxK, addend_MxK
+
+    def norms(
+        self,
+        chosen: Sequence[int],
+        features_K: np.ndarray,
+        fall_PxTxK: np.ndarray,
+        W_dec_KxD: np.ndarray,
+        editable_PxT: np.ndarray,
+    ) -> np.ndarray:
+        """Return the norm of the change that some edits make at the site, over all positions, float64 [M, P].
+
+        Args:
+          chosen: the M edits.
+          features_K: as for ``over``.
+          fall_PxTxK: by how much ablation lowers each activation.
+          W_dec_KxD: the features' directions.
+          editable_PxT: True at editable positions.
+        """
+        norm_MxP = np.zeros((len(chosen), len(fall_PxTxK)))
+        for m, e in enumerate(chosen):
+            column = np.searchsorted(features_K, self.sets[e])
+            change_PxTxN = fall_PxTxK[:, :, column].astype(np.float64) * self.fractions[e]
+            if self.addends is not None:
+                change_PxTxN -= editable_PxT[:, :, None] * self.addends[e]
+            # |f W|^2 = f (W W^T) f^T: positions are many, the features of a set are few.
+            gram_NxN = W_dec_KxD[column].astype(np.float64) @ W_dec_KxD[column].T.astype(np.float64)
+            square_P = np.einsum("ptn,nm,ptm->p", change_PxTxN, gram_NxN, change_PxTxN, optimize=True)
+            norm_MxP[m] = np.sqrt(np.maximum(square_P, 0.0))
+        return norm_MxP
+
+    def chunks(self, most: int) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Yield runs of edits that name at most ``most`` features together, and those features, rising, padded."""
+        chosen: list[int] = []
+        together: set[int] = set()
+        for number, members in enumerate([*self.sets, None]):
+            wider = together.union([] if members is None else members.tolist())
+            if chosen and (members is None or len(wider) > most):
+                named = np.array(sorted(together) or [0], np.int64)  # programs have no empty arrays
+                # The last feature is repeated: its column in ``over`` is the first of its number, so copies change
+                # nothing.
+                yield chosen, np.pad(named, (0, filled_features(len(named)) - len(named)), mode="edge")
+                chosen, wider = [], set([] if members is None else members.tolist())
+            chosen.append(number)
+            together = wider
+
+
+def filled_features(count: int) -> int:
+    """Return how many features are gathered for ``count``: few numbers, so that programs are used again."""
+    return max(2 ** (count - 1).bit_length(), _LEAST_FEATURES)
 
 
 def mask(

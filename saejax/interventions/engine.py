@@ -27,10 +27,20 @@ import jax
 import numpy as np
 
 from saejax.errors import UserError, one_of
-from saejax.interventions.edits import ZERO, ActivationReplacement, FeatureEdits
-from saejax.interventions.engine_programs import CleanValues, clean_logp, first_change, gather, run_rows
+from saejax.interventions.edits import ActivationReplacement, FeatureEdits
 from saejax.interventions.references import Reference, References
-from saejax.interventions.rows import Amounts, Prompts, RowBatch, all_different, batches_of, first_changes
+from saejax.interventions.rows import (
+    CleanValues,
+    Prompts,
+    RowBatch,
+    all_different,
+    batches_of,
+    clean_logp,
+    first_change,
+    first_changes,
+    gather,
+    run_rows,
+)
 from saejax.interventions.split_model import GROUP_TOKENS, CleanRun, SplitModel
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SharedPrefixBatch
@@ -148,40 +158,12 @@ class LogitDiffs:
         return self.clean_P[None, :] - self.ablated_SxP
 
 
-def ablate_sets(
-    split: SplitModel,
-    runs: Sequence[CleanRun],
-    sets: Sequence[Sequence[int]],
-    batch_rows: int = BATCH_ROWS,
-    on_progress: OnProgress = lambda done, total: None,
-    plain: bool = False,
-    source: ActivationReplacement = ZERO,
-    counterparts: Sequence[CleanRun] = (),
-) -> LogitDiffs:
-    """Ablate each set of features on each prompt: ``run_edits`` of whole masks.
-
-    Args:
-      split: as for ``run_edits``.
-      runs: as for ``run_edits``.
-      sets: features of each set.
-      batch_rows: as for ``run_edits``.
-      on_progress: as for ``run_edits``.
-      plain: as for ``run_edits``.
-      source: what replaces ablated activations.
-      counterparts: as for ``run_edits``.
-    """
-    members = tuple(np.asarray(s, np.int64) for s in sets)
-    edits = FeatureEdits(split.dictionary, members, tuple(np.ones(len(s)) for s in members), None, source)
-    return run_edits(split, runs, edits, batch_rows, on_progress, plain, counterparts)
-
-
 def run_edits(
     split: SplitModel,
     runs: Sequence[CleanRun],
     edits: FeatureEdits,
     batch_rows: int = BATCH_ROWS,
     on_progress: OnProgress = lambda done, total: None,
-    plain: bool = False,
     counterparts: Sequence[CleanRun] = (),
     readouts: bool = False,
 ) -> LogitDiffs:
@@ -193,7 +175,6 @@ def run_edits(
       edits: edits of the split's dictionary.
       batch_rows: as for ``effects``.
       on_progress: as for ``effects``.
-      plain: run every row on all its tokens, sharing none: a check of what is left out otherwise.
       counterparts: for the replacement ``counterpart``, from ``split.run_counterparts``.
       readouts: whether all of ``READOUTS`` are measured, which takes the logits of the whole vocabulary.
 
@@ -204,13 +185,13 @@ def run_edits(
       UserError: a readout is not finite.
     """
     # Behind the edits stand two clean runs: from all tokens and from the last one alone.
-    amounts = Amounts.of(edits).with_clean_rows(2)
+    planned = edits.with_clean_rows(2)
     pairs = zip(runs, counterparts or runs, strict=True)
     edited = [EditedRun(run, other, edits.replacement.of_run(number)) for number, (run, other) in enumerate(pairs)]
-    plans = [RowPlan.of(split, prompts, amounts, batch_rows, plain) for prompts in edited]
-    batches = [(plan.edited.run.index_P, batch) for plan in plans for batch in plan.batches]
+    plans = [_plan(split, each, planned, batch_rows) for each in edited]
+    batches = [(each.run.index_P, batch) for each, plan in zip(edited, plans, strict=True) for batch in plan]
+    measured = _measure(split, edited, plans, planned, readouts, on_progress)
     names = READOUTS if readouts else READOUTS[:1]
-    measured = _measure(split, plans, amounts, readouts, on_progress)
     count, prompts = len(edits), sum(len(run.index_P) for run in runs)
     # NaN marks rows that are not run, because no readout of a finite run is NaN.
     values_MxExP = np.full((len(names), count + 2, prompts), np.nan)
@@ -233,17 +214,16 @@ def change_norms(
     split: SplitModel, runs: Sequence[CleanRun], edits: FeatureEdits, counterparts: Sequence[CleanRun] = ()
 ) -> np.ndarray:
     """Return the norm of the change at the site, over all positions of each prompt, float64 ``[S, P]``."""
-    amounts = Amounts.of(edits)
     norm_SxP = np.zeros((len(edits), sum(len(run.index_P) for run in runs)))
     for number, (run, other) in enumerate(zip(runs, counterparts or runs, strict=True)):
         edited = EditedRun(run, other, edits.replacement.of_run(number))
         count = len(run.index_P)
         editable_PxT = np.asarray(run.domain_BxT)[:count]
         # In chunks, as activations of all named features at all positions may not fit.
-        for chosen, features_K in amounts.chunks(FEATURES):
+        for chosen, features_K in edits.chunks(FEATURES):
             fall_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *edited.arrays, features_K, count)
             arrays = np.asarray(fall_BxTxK)[:count], np.asarray(W_dec_KxD), editable_PxT
-            norm_SxP[np.array(chosen)[:, None], run.index_P] = amounts.norms(chosen, features_K, *arrays)
+            norm_SxP[np.array(chosen)[:, None], run.index_P] = edits.norms(chosen, features_K, *arrays)
     return norm_SxP
 
 
@@ -263,57 +243,45 @@ class EditedRun(NamedTuple):
         arrays = [array for run in (self.run, self.other) for array in (run.read_BxTxD, run.domain_BxT)]
         return self.source, arrays if self.source.kind == "counterpart" else arrays[:2]
 
-    def shared_prefixes(self) -> np.ndarray:
-        """``prefix_PxT`` of the prompts, as far as what edits change in them is the same."""
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts, and which prefixes are shared: those in which edits change the same."""
         prefix_PxT, other_PxT = self.run.prefix_PxT, self.other.prefix_PxT
         if self.source.kind == "random":  # draws differ from prompt to prompt
-            return all_different(prefix_PxT)
-        both = self.source.kind == "counterpart"
-        return prefix_PxT * (int(other_PxT.max(initial=0)) + 1) + other_PxT if both else prefix_PxT
+            prefix_PxT = all_different(prefix_PxT)
+        elif self.source.kind == "counterpart":
+            prefix_PxT = prefix_PxT * (int(other_PxT.max(initial=0)) + 1) + other_PxT
+        return Prompts(self.run.last_B[: len(prefix_PxT)], prefix_PxT)
 
 
-class RowPlan(NamedTuple):
-    """The edited rows to run on the prompts of one clean run."""
-
-    edited: EditedRun
-    prompts: Prompts
-    batches: list[RowBatch]
-
-    @classmethod
-    def of(cls, split: SplitModel, edited: EditedRun, amounts: Amounts, batch_rows: int, plain: bool) -> "RowPlan":
-        """Plan the rows of some edits, of which the last two, empty, run on all tokens and on the last one.
-
-        Args:
-          split: as for ``run_edits``.
-          edited: the prompts.
-          amounts: amounts of the edits.
-          batch_rows: as for ``run_edits``.
-          plain: as for ``run_edits``.
-        """
-        run, (count, length) = edited.run, edited.run.prefix_PxT.shape
-        prefix_PxT = all_different(run.prefix_PxT) if plain else edited.shared_prefixes()
-        prompts = Prompts(run.last_B[:count], prefix_PxT)
-        if plain:
-            first_SxP = np.zeros((len(amounts.sets), count), np.int64)
-        else:
-            first_BxF = np.asarray(first_change(split.point, split.dictionary, *edited.arrays))
-            first_SxP = first_changes(first_BxF[:count], amounts, np.asarray(run.domain_BxT)[:count])
-            # The two clean rows: from the first token, and from the last.
-            first_SxP[-2], first_SxP[-1] = 0, prompts.last_P
-        shards = split.point.mesh.shape["data"]
-        return cls(edited, prompts, batches_of(first_SxP, prompts, amounts, batch_rows * length, FEATURES, shards))
+def _plan(split: SplitModel, edited: EditedRun, edits: FeatureEdits, batch_rows: int) -> list[RowBatch]:
+    """Plan the rows of some edits, of which the last two, empty, run on all tokens and on the last one."""
+    prompts, domain_BxT = edited.prompts, np.asarray(edited.run.domain_BxT)
+    count, length = prompts.prefix_PxT.shape
+    first_BxF = np.asarray(first_change(split.point, split.dictionary, *edited.arrays))
+    first_SxP = first_changes(first_BxF[:count], edits, domain_BxT[:count])
+    first_SxP[-2], first_SxP[-1] = 0, prompts.last_P
+    return batches_of(first_SxP, prompts, edits, batch_rows * length, FEATURES, split.point.mesh.shape["data"])
 
 
 def _measure(
-    split: SplitModel, plans: Sequence[RowPlan], amounts: Amounts, readouts: bool, on_progress: OnProgress
+    split: SplitModel,
+    edited: Sequence[EditedRun],
+    plans: Sequence[Sequence[RowBatch]],
+    edits: FeatureEdits,
+    readouts: bool,
+    on_progress: OnProgress,
 ) -> list[np.ndarray]:
-    """Run all batches; return the readouts of each, float32 ``[S, R, M]``."""
-    batches = [batch for plan in plans for batch in plan.batches]
+    """Run the batches of all plans; return the readouts of each, float32 ``[S, R, M]``."""
+    batches = [batch for plan in plans for batch in plan]
     done, total = 0, sum(batch.tokens * len(batch.shards) for batch in batches)
     on_progress(0, total)
     values = []
+    started = (
+        array for pair in zip(edited, plans, strict=True) if pair[1] for array in _start(split, *pair, edits, readouts)
+    )
     # Results are fetched some batches later, so that the device has work while the host reads.
-    for batch, device_SxRxM in zip(batches, prefetch(_dispatched(split, plans, amounts, readouts)), strict=True):
+    for batch, device_SxRxM in zip(batches, prefetch(started), strict=True):
         values_SxRxM = np.asarray(device_SxRxM)
         # Rows that fill a batch are not prompts: what they hold is not looked at.
         real_SxR = np.arange(batch.size)[None, :] < np.array([[len(shard.set_N)] for shard in batch.shards])
@@ -328,34 +296,29 @@ def _measure(
     return values
 
 
-def _dispatched(split: SplitModel, plans: Sequence[RowPlan], amounts: Amounts, readouts: bool) -> Iterator[jax.Array]:
-    """Start the program on every batch; yield the readouts of each."""
-    for edited, prompts, batches in plans:
-        if not batches:
-            continue
-        run = edited.run
-        end_BxD, past = split.past(run)
-        logp_BxV = clean_logp(split.point, split.params, end_BxD) if readouts else None
-        # Only addends need it: ablation changes nothing where activations are 0 already.
-        editable_BxT = None if amounts.addends is None else run.domain_BxT
-        clean, features_K = None, None
-        for batch in batches:
-            # Batches of the same features come one after the other and share what is gathered for them.
-            if features_K is not batch.features_K:
-                features_K = batch.features_K
-                fall_BxTxK, W_dec_KxD = gather(
-                    split.point, split.dictionary, *edited.arrays, features_K, len(run.index_P)
-                )
-                clean = CleanValues(
-                    run.stream_BxTxD, run.value_BxTxD, fall_BxTxK, W_dec_KxD, past, logp_BxV, editable_BxT
-                )
-            tree, end_SxR, *row_amounts = batch.filled(prompts, amounts)
-            placed = SharedPrefixBatch(*split.by_row(*tree))
-            end_SxR, answers_SxRx2 = split.by_row(end_SxR, run.answers_Bx2[tree.prompt_SxR])
-            fractions_SxRxK, addends_SxRxK = (a if a is None else split.by_row(a)[0] for a in row_amounts)
-            yield run_rows(
-                split.point, split.params, clean, placed, end_SxR, answers_SxRx2, fractions_SxRxK, addends_SxRxK
-            )
+def _start(
+    split: SplitModel, edited: EditedRun, batches: Sequence[RowBatch], edits: FeatureEdits, readouts: bool
+) -> Iterator[jax.Array]:
+    """Start the program on every batch of one clean run; yield the readouts of each."""
+    run, prompts = edited.run, edited.prompts
+    end_BxD, past = split.past(run)
+    logp_BxV = clean_logp(split.point, split.params, end_BxD) if readouts else None
+    # Only addends need it: ablation changes nothing where activations are 0 already.
+    editable_BxT = None if edits.addends is None else run.domain_BxT
+    features_K = None
+    for batch in batches:
+        # Batches of the same features come one after the other and share what is gathered for them.
+        if features_K is not batch.features_K:
+            features_K = batch.features_K
+            count = len(run.index_P)
+            fall_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *edited.arrays, features_K, count)
+            changes = fall_BxTxK, W_dec_KxD, past, logp_BxV, editable_BxT
+            clean = CleanValues(run.stream_BxTxD, run.value_BxTxD, *changes)
+        tree, end_SxR, *amounts = batch.filled(prompts, edits)
+        placed = SharedPrefixBatch(*split.by_row(*tree))
+        end_SxR, answers_SxRx2 = split.by_row(end_SxR, run.answers_Bx2[tree.prompt_SxR])
+        amounts = [array if array is None else split.by_row(array)[0] for array in amounts]
+        yield run_rows(split.point, split.params, clean, placed, end_SxR, answers_SxRx2, *amounts)
 
 
 def prefetch(items: Iterable) -> Iterator:

@@ -141,8 +141,10 @@ def falsify(
         raise UserError(f"falsify has {counts} texts to choose tokens, to test, and ordinary ones: expected 2 of each")
     count = len(features) if random_features is None else random_features
     rng = np.random.default_rng(seed)
-    groups = [("tested", dictionary, list(features))]
-    groups.append(("random features", dictionary, _draw_live(lm, dictionary, kinds[0], features, count, rng)))
+    groups = [
+        ("tested", dictionary, list(features)),
+        ("random features", dictionary, _draw_live(lm, dictionary, kinds[0], features, count, rng)),
+    ]
     if random_dictionary is not None:
         # Drawn among those that fire: features that never do would be undecided, all of them.
         drawn = _draw_live(lm, random_dictionary, kinds[0], (), count, rng)
@@ -202,14 +204,7 @@ def _test_group(
 ) -> Iterator[FalsifiedFeature]:
     """Yield the test of K features of one dictionary.
 
-    Args:
-      lm: the model.
-      dictionary: of the features.
-      group: of the features.
-      features: their indices.
-      kinds: token ids of training texts, test texts, ordinary texts that give random tokens, and ordinary ones.
-      resamples: bootstrap samples.
-      seed: seed of places, random tokens and the bootstrap.
+    ``kinds`` are token ids of training texts, test texts, ordinary texts that give random tokens, and ordinary ones.
     """
     train, test, drawn_from, ordinary = kinds
     read = functools.partial(_activations, lm, dictionary, np.asarray(features, np.int32))
@@ -264,12 +259,7 @@ def _test_group(
 
 
 def _exciting_snippets(texts: Sequence[list[int]], acts: Sequence[np.ndarray]) -> tuple[list[list[int]], ...]:
-    """Return the tokens that excite a feature most, and the contexts of its strongest activations, best first.
-
-    Args:
-      texts: token ids.
-      acts: the feature's activation at each token of each text.
-    """
+    """Return the tokens that excite a feature most, and the contexts of its strongest activations, best first."""
     ids_A, act_A = np.concatenate(texts), np.concatenate(acts).astype(np.float64)
     token_V, index_A, count_V = np.unique(ids_A, return_inverse=True, return_counts=True)
     # One more in the count: the mean of a token that was seen once says little.

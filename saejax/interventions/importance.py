@@ -90,7 +90,7 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation) -> Impo
     templates = [prompt.template for prompt in prompts]
     weights_SxP = resampling_weights(templates, ablation.config.bootstrap, ablation.config.seed)
     low_N, high_N = np.quantile(drop_NxP @ weights_SxP.T, [0.025, 0.975], axis=1)
-    statistics = ablation.statistics()
+    statistics = ablation.statistics
     largest_NxP = activity.maxima(ablation.split, ablation.runs)[:, feature_N].T.astype(np.float64)
     return Importance(
         feature=feature_N,

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from saejax.interventions import sentences
+from saejax.interventions.answers import fooled_sentence
 from saejax.interventions.patch_run import (
     FeaturePatchResults,
     PatchedSites,
@@ -144,6 +144,6 @@ def _answers(results: FeaturePatchResults) -> dict[str, str]:
     answers = {}
     for name, result in results.verdict.dictionaries[TESTED].items():
         answer = [result.ablation["logit_diff"].sentence, result.random.sentence]
-        answer += [sentences.fooled(result.fooled, result.placebo_sets), result.placebo.sentence]
+        answer += [fooled_sentence(result.fooled, result.placebo_sets), result.placebo.sentence]
         answers[behaviour(name)] = " ".join(answer).replace("Ablating the", "Patching the")
     return answers

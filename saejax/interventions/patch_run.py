@@ -146,15 +146,18 @@ class BehaviourPairs(NamedTuple):
     tests: list[Prompt]
     left_out: Mapping[str, int]
 
-    @property
-    def missing(self) -> str:
-        """The reason why the behaviour cannot be patched; "" if it can."""
-        if self.tests:
-            return ""
-        return (
-            f"of {sum(self.left_out.values())} test prompts {self.left_out['no counterpart']} have no counterpart and "
-            f"{self.left_out['other length']} one of another number of tokens"
-        )
+    def missing(self, chooses_features: bool) -> str:
+        """Return why the behaviour cannot be patched; "" if it can. Features are chosen on train prompts."""
+        if not self.tests:
+            return (
+                f"of {sum(self.left_out.values())} test prompts {self.left_out['no counterpart']} have no counterpart "
+                f"and {self.left_out['other length']} one of another number of tokens"
+            )
+        if chooses_features and not self.train:
+            return "it has no train prompts with counterparts of as many tokens, which choose features"
+        if chooses_features and len(self.tests) < 2:
+            return "it has a single test prompt with a counterpart of as many tokens"
+        return ""
 
 
 def run_patch(run: Run) -> PatchResults:
@@ -176,15 +179,13 @@ def run_patch(run: Run) -> PatchResults:
 
     def begin() -> parts.Measure:
         lm = run_inputs.load_run_model(run)
-        pairs = {name: _fit(lm, each) for name, each in prompts.items()}
+        pairs = {
+            name: BehaviourPairs(fitting_pairs(lm, each, "train")[0], *fitting_pairs(lm, each))
+            for name, each in prompts.items()
+        }
 
         def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
-            missing = pairs[name].missing
-            if dictionary is not None and not missing and not pairs[name].train:
-                missing = "it has no train prompts with counterparts of as many tokens, which choose features"
-            elif dictionary is not None and not missing and len(pairs[name].tests) < 2:
-                missing = "it has a single test prompt with a counterpart of as many tokens"
-            if missing:
+            if missing := pairs[name].missing(chooses_features=dictionary is not None):
                 return parts.Measured(UnpatchedBehaviour(missing), f"not patched: {missing}")
             if dictionary is None:
                 return _measure_sites(run, lm, name, pairs[name], on_progress)
@@ -219,11 +220,6 @@ def positions_of(kind: str, config: PatchConfig) -> str:
     return "all" if config.positions == EACH and kind.startswith("attn_") and kind != "attn_out" else config.positions
 
 
-def _fit(lm: LanguageModel, prompts: Sequence[Prompt]) -> BehaviourPairs:
-    tests, left_out = fitting_pairs(lm, prompts)
-    return BehaviourPairs(fitting_pairs(lm, prompts, "train")[0], tests, left_out)
-
-
 def _measure_sites(
     run: Run, lm: LanguageModel, name: str, pairs: BehaviourPairs, on_progress: parts.OnProgress
 ) -> parts.Measured:
@@ -239,11 +235,8 @@ def _measure_sites(
     grid.save(grid.file(run.folder, name))
     chosen = pairs.train[: len(pairs.tests)]  # as many choose the strongest location as judge it
     strongest = find_strongest(patched, patch(chosen), weight_RxP) if chosen else {}
-    results = PatchedSites(
-        pairs=_describe_pairs(patched.clean_P, patched.corrupted_P, pairs.left_out, weight_RxP),
-        columns=describe_columns(lm, pairs.tests),
-        strongest=strongest,
-    )
+    described = _describe_pairs(patched.clean_P, patched.corrupted_P, pairs.left_out, weight_RxP)
+    results = PatchedSites(described, describe_columns(lm, pairs.tests), strongest)
     line = "; ".join(describe_strongest(direction, best) for direction, best in strongest.items())
     return parts.Measured(
         results, line or "no strongest location: there are no train prompts with counterparts to choose it"
@@ -264,11 +257,11 @@ def _measure_features(
     table, ablation = measure_behaviour(lm, dictionary, name, prompts, settings, on_progress=on_progress)
     save_effects(run.folder / f"{name}-effects", table)
     results = describe_features(lm, table, ablation, pairs[name], config)
-    interchange = results.interchange
-    if interchange is None:
-        return parts.Measured(results, "on no pair is the model right about both the prompt and its counterpart")
-    line = f"answers that become the counterpart's: top features {100 * interchange.top.mean:.0f} %, whole site "
-    return parts.Measured(results, f"{line}{100 * interchange.site.mean:.0f} %")
+    line = "on no pair is the model right about both the prompt and its counterpart"
+    if interchange := results.interchange:
+        line = f"answers that become the counterpart's: top features {100 * interchange.top.mean:.0f} %, "
+        line += f"whole site {100 * interchange.site.mean:.0f} %"
+    return parts.Measured(results, line)
 
 
 def ablate_config(config: PatchConfig) -> AblateConfig:
@@ -356,8 +349,8 @@ class PatchGrid(Columns):
           weight_RxP: weights of the prompts in bootstrap samples; None with fewer than 2 prompts.
         """
         effect_DxLxHxPxC, whole_P = patched.effect_DxLxHxPxC, patched.clean_P - patched.corrupted_P
-        directions, layers, heads, _, columns = effect_DxLxHxPxC.shape
-        values_5xDxLxHxC = np.full((5, directions, layers, heads, columns), np.nan)
+        *shape, _, columns = effect_DxLxHxPxC.shape
+        values_5xDxLxHxC = np.full((5, *shape, columns), np.nan)
         # Where prompt and counterpart hardly differ, a normalised effect divides by noise.
         is_measurable = _is_measurable(whole_P, weight_RxP)
         for column in range(columns):
@@ -373,15 +366,15 @@ class PatchGrid(Columns):
                 rows[1:3] = np.quantile(weight_RxQ @ effect_NxQ.T, [0.025, 0.975], axis=0)
             if is_measurable and whole_P[has_P].mean() > 0:
                 rows[3] = rows[0] / whole_P[has_P].mean()
-            values_5xDxLxHxC[..., column] = rows.reshape(5, directions, layers, heads)
+            values_5xDxLxHxC[..., column] = rows.reshape(5, *shape)
         direction_N, layer_N, head_N, column_N = (index.ravel() for index in np.indices(values_5xDxLxHxC.shape[1:]))
         effect, low, high, normalised, prompts = (values.ravel() for values in values_5xDxLxHxC)
-        is_whole = patched.positions != EACH
+        nowhere_N = np.full(len(column_N), np.nan)
         return cls(
             direction=np.array(DIRECTIONS, object)[direction_N],
             layer=np.array(patched.layers)[layer_N],
-            head=head_N if heads > 1 else np.full(len(head_N), np.nan),
-            position=np.full(len(column_N), np.nan) if is_whole else column_N - columns,
+            head=head_N if shape[-1] > 1 else nowhere_N,
+            position=nowhere_N if patched.positions != EACH else column_N - columns,
             effect=effect,
             low=low,
             high=high,
@@ -390,12 +383,7 @@ class PatchGrid(Columns):
         )
 
     def matrix(self, name: str, direction: str) -> np.ndarray:
-        """Return one of the columns as [L, H x C].
-
-        Args:
-          name: the column.
-          direction: one of ``DIRECTIONS``.
-        """
+        """Return the column of this name, of one direction, as [L, H x C]."""
         chosen = getattr(self, name)[self.direction == direction]
         return chosen.reshape(len(np.unique(self.layer)), -1)
 
@@ -454,22 +442,13 @@ def describe_strongest(direction: str, best: StrongestPatch) -> str:
 
 def _correct(behaviours: Mapping[str, PatchedSites]) -> dict[str, PatchedSites]:
     """Correct the p-values of the strongest locations over behaviours and directions by Holm's method."""
-    p_holm = holm_by_key(
-        {
-            (name, direction): best.p_value
-            for name, patched in behaviours.items()
-            for direction, best in patched.strongest.items()
-            if best.p_value is not None
-        }
-    )
-    corrected = {}
-    for name, patched in behaviours.items():
-        strongest = {
-            direction: dataclasses.replace(best, p_holm=p_holm.get((name, direction)))
-            for direction, best in patched.strongest.items()
-        }
-        corrected[name] = dataclasses.replace(patched, strongest=strongest)
-    return corrected
+    bests = {(name, key): best for name, patched in behaviours.items() for key, best in patched.strongest.items()}
+    p_holm = holm_by_key({key: best.p_value for key, best in bests.items() if best.p_value is not None})
+    bests = {key: dataclasses.replace(best, p_holm=p_holm.get(key)) for key, best in bests.items()}
+    return {
+        name: dataclasses.replace(patched, strongest={key: bests[name, key] for key in patched.strongest})
+        for name, patched in behaviours.items()
+    }
 
 
 def _describe_pairs(

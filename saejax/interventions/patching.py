@@ -28,7 +28,7 @@ import numpy as np
 from saejax.errors import UserError, one_of
 from saejax.interventions.edits import swap
 from saejax.interventions.engine import BATCH_ROWS, OnProgress, prefetch, run_edits
-from saejax.interventions.split_model import SplitModel, editable_positions, groups_by_length, parse_positions
+from saejax.interventions.split_model import SplitModel, editable_positions, fit_ids, groups_by_length, parse_positions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig, TorchConfig
 from saejax.models.decoder import run_layers
@@ -160,25 +160,28 @@ def patch_sites(
     all_rows = 2 * diff_DxLxHxPxC[0, :, :, 0, 0].size * int(lengths_P.sum() if positions == EACH else len(prompts))
     rows = done = 0
     on_progress(0, all_rows)
-    for index_P, rows_B, length in groups_by_length(lengths_P, STEP, GROUP_BYTES // token_bytes(lm.config, kind)):
+    # Bytes that one token takes in the recorded runs of a pair.
+    token_bytes = 2 * 4 * lm.config.n_layers * (lm.config.d_model + point.site.width(lm.config))
+    for index_P, rows_B, length in groups_by_length(lengths_P, STEP, GROUP_BYTES // token_bytes):
         last_B, answers_Bx2 = sides[0].last_B[rows_B], answers_Px2[rows_B]
-        runs = []
-        for tokens in sides:
-            ids_BxT = np.zeros((len(rows_B), length), np.int32)
-            kept = min(length, tokens.ids_BxT.shape[1])
-            ids_BxT[:, :kept] = tokens.ids_BxT[rows_B, :kept]
-            runs.append(record(point, lm.params, *by_row(lm.mesh, ids_BxT, last_B, answers_Bx2)))
+        all_ids = [fit_ids(tokens.ids_BxT[rows_B], length) for tokens in sides]
+        runs = [record(point, lm.params, *by_row(lm.mesh, ids_BxT, last_B, answers_Bx2)) for ids_BxT in all_ids]
         base_2xP[:, index_P] = [to_host(run.diff_B)[: len(index_P)] for run in runs]
         patched, column_R = _rows_to_run(point, runs, positions, layers, last_B[: len(index_P)], length)
-        # Columns are counted from the end, where prompts of other lengths have their answers.
-        column_R = column_R + (columns - lengths_P[index_P][patched.place_R] if positions == EACH else 0)
+        has_column_PxC = np.ones((len(index_P), columns), bool)
+        if positions == EACH:
+            # Columns are counted from the end, where prompts of other lengths have their answers.
+            column_R = column_R + columns - lengths_P[index_P][patched.place_R]
+            has_column_PxC = np.arange(columns)[None, :] >= columns - lengths_P[index_P][:, None]
         places = (np.searchsorted(layers, patched.layer_R), patched.head_R, index_P[patched.place_R], column_R)
-        # A row that is not run changes nothing.
-        known_PxC = _has_column(lengths_P[index_P], columns, positions)
+        every, is_torch = np.arange(len(column_R)), isinstance(lm.config, TorchConfig)
+        # In PyTorch a batch's rows have the same layer, from which it is run.
+        parts = np.split(every, np.flatnonzero(np.diff(patched.layer_R)) + 1) if is_torch else [every]
+        batches = [part[first : first + batch_rows] for part in parts for first in range(0, len(part), batch_rows)]
         for direction, base in enumerate((1, 0)):
-            whole_PxC = np.where(known_PxC, base_2xP[base, index_P][:, None], np.nan)
+            # A row that is not run changes nothing.
+            whole_PxC = np.where(has_column_PxC, base_2xP[base, index_P][:, None], np.nan)
             diff_DxLxHxPxC[direction][:, :, index_P] = whole_PxC
-            batches = _batches(patched, batch_rows, isinstance(lm.config, TorchConfig))
             # The run that is not the base is the source.
             args = point, lm.params, runs[base], runs[1 - base].value_LxBxTxX, last_B, answers_Bx2
             # A generator: a batch is started when an earlier one is fetched, not all at once.
@@ -199,11 +202,6 @@ def count_heads(config: DecoderConfig, kind: str) -> int:
     if kind not in HEAD_KINDS:
         return 1
     return config.n_heads if kind in ("attn_q", "attn_z") else config.n_kv_heads
-
-
-def token_bytes(config: DecoderConfig, kind: str) -> int:
-    """Return the memory, in bytes, that one token takes in the recorded runs of a pair."""
-    return 2 * 4 * config.n_layers * (config.d_model + Site(kind, 0).width(config))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -239,18 +237,10 @@ def _patched_rows(
     last_R: jax.Array,
     answers_Rx2: jax.Array,
 ) -> jax.Array:
-    """Return the logit difference of each row, [R].
+    """Return the logit difference of each row, [R], run from the layer ``start`` on.
 
-    Args:
-      point: a site of the kind, in any layer (static).
-      heads: number of heads of the site (static).
-      start: the first layer that is run; an integer for models that run in PyTorch, whose rows all have this layer.
-      params: parameters of the decoder.
-      stream_LxBxTxD: streams of the base run.
-      source_LxBxTxX: values of the source run.
-      rows: the rows.
-      last_R: index of each row's last token.
-      answers_Rx2: token ids of the correct and the wrong answer.
+    ``start`` is an integer for models that run in PyTorch, whose rows all have this layer. Streams are those of the
+    base run, values those of the source run.
     """
     position_1xT = jnp.arange(stream_LxBxTxD.shape[2])[None, :]
     at_RxT = (position_1xT >= rows.first_R[:, None]) & (position_1xT < rows.stop_R[:, None])
@@ -287,7 +277,6 @@ _patched_rows_of_layer = jax.jit(_patched_rows, static_argnums=(0, 1, 2))
 @functools.partial(jax.jit, static_argnums=0)
 def _differences(heads: int, clean_LxBxTxX: jax.Array, corrupted_LxBxTxX: jax.Array) -> jax.Array:
     """Return where two runs differ, bool [L, H, B, T]."""
-    # A patch of equal values is the base run itself: only rows that differ are run.
     differs_LxBxTxX = clean_LxBxTxX != corrupted_LxBxTxX
     by_head = differs_LxBxTxX.reshape(*differs_LxBxTxX.shape[:3], heads, -1).any(axis=-1)
     return by_head.transpose(0, 3, 1, 2)
@@ -319,20 +308,6 @@ def _rows_to_run(
     layer_R, head_R, place_R, column_R = np.nonzero(changed_LxHxPxC & is_wanted_L[:, None, None, None])
     ends = first_PxC[place_R, column_R], stop_PxC[place_R, column_R]
     return PatchRows(*(array.astype(np.int32) for array in (layer_R, head_R, place_R, *ends))), column_R
-
-
-def _has_column(lengths_P: np.ndarray, columns: int, positions: str) -> np.ndarray:
-    """Return which prompts have a token at each column, bool [P, C]."""
-    if positions != EACH:
-        return np.ones((len(lengths_P), 1), bool)
-    return np.arange(columns)[None, :] >= columns - lengths_P[:, None]
-
-
-def _batches(rows: PatchRows, batch_rows: int, one_layer: bool) -> list[np.ndarray]:
-    """Return the indices of the rows of each batch; with ``one_layer`` a batch's rows have the same layer."""
-    every = np.arange(len(rows.layer_R))
-    parts = np.split(every, np.flatnonzero(np.diff(rows.layer_R)) + 1) if one_layer else [every]
-    return [part[first : first + batch_rows] for part in parts for first in range(0, len(part), batch_rows)]
 
 
 def _start_rows(

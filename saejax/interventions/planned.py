@@ -15,10 +15,9 @@ from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
 from saejax.interventions import slopes
 from saejax.interventions.ablation import expected_rows
-from saejax.interventions.edits import ActivationReplacement
+from saejax.interventions.edits import ActivationReplacement, filled_features
 from saejax.interventions.engine import FEATURES
-from saejax.interventions.engine_programs import CleanValues, gather, run_rows
-from saejax.interventions.rows import few_rows, filled_features, full_batch
+from saejax.interventions.rows import CleanValues, few_rows, full_batch, gather, run_rows
 from saejax.interventions.split_model import GROUP_TOKENS, LENGTH_STEP, PROMPTS, SiteRows, run_head
 from saejax.models.sites import Site
 from saejax.models.split import SharedPrefixBatch, SplitPoint
@@ -93,37 +92,33 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     ranked = behaviours * min(ablate.attribution_prompts or task.train_prompts, task.train_prompts) / PROMPTS
     attributions = ranked * (trainings + len(ablate.baselines))
     size = f"{PROMPTS} prompts of {length} tokens"
+    counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, kept_dtype))
 
-    def placebo_program() -> Program:
-        few, sharing = slopes.TARGET_PROMPTS, trainings if ablate.error == "keep" else 1  # dictionaries of the site
-        row_value, last_B = value(by_row, few), by_row(mesh, (few,), jnp.int32)
-        answers_Bx2 = by_row(mesh, (few, 2), jnp.int32)
-        rows = SiteRows(row_value, row_value, row_value, domain(by_row, few), last_B, answers_Bx2)
-        sums, real_B = [counts if ablate.replacement == "random" else ()] * sharing, whole(mesh, (few,), bool)
-        targets_Cx2, trained = whole(mesh, (slopes.TARGETS, 2), jnp.int32), [dictionary] * sharing
-        arguments = (point, params, trained, [rows] * sharing, real_B, targets_Cx2, source, sums)
-        flops = (1 + slopes.TARGETS) * suffix_flops(few) + sharing * slopes.TARGETS * encode_flops(few)
-        calls = ranked * PROMPTS / few * ablate.placebo_targets / slopes.TARGETS
-        size = f"{few} prompts of {length} tokens"
-        return program("placebo attribution", size, slopes.score_targets, arguments, flops, calls)
+    def attribution_program(name: str, count: int, targets: int, sharing: int, calls: float) -> Program:
+        """Return the attribution of ``sharing`` dictionaries for some targets on some prompts."""
+        row_value, row_domain, last_B = value(by_row, count), domain(by_row, count), by_row(mesh, (count,), jnp.int32)
+        rows = SiteRows(row_value, row_value, row_value, row_domain, last_B, by_row(mesh, (count, 2), jnp.int32))
+        arrays = counts if ablate.replacement == "random" else ()
+        is_sum, targets_CxBx2 = targets > 1, whole(mesh, (targets, count, 2), jnp.int32)
+        if ablate.replacement == "counterpart" and not is_sum:
+            arrays = row_value, row_domain
+        real_B = whole(mesh, (count,), bool) if is_sum else None
+        fixed = point, params, [dictionary] * sharing, [rows] * sharing
+        arguments = (*fixed, real_B, targets_CxBx2, source, [arrays] * sharing)
+        flops = (1 + targets) * (suffix_flops(count) + sharing * encode_flops(count))
+        size = f"{count} prompts of {length} tokens"
+        return program(name, size, slopes.score_targets, arguments, flops, calls)
 
     ids_BxT, last_B = by_row(mesh, (PROMPTS, length), jnp.int32), by_row(mesh, (PROMPTS,), jnp.int32)
     head = (point, ablate.error, params, dictionary, ids_BxT, last_B, domain(by_row, PROMPTS))
     head_flops = pass_flops(plan.model, PROMPTS * length, length, writes.layer + 1)
     programs = [program("head", size, run_head, head, head_flops, 2 * ranked)]
-
-    row_value, row_domain = value(by_row, PROMPTS), domain(by_row, PROMPTS)
-    rows = SiteRows(row_value, row_value, row_value, row_domain, last_B, by_row(mesh, (PROMPTS, 2), jnp.int32))
-    counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, kept_dtype))
-    source_arrays = dict(counterpart=(row_value, row_domain), random=counts).get(ablate.replacement, ())
-    flops = 3.0 * suffix_flops(PROMPTS)
-    programs.append(program("slopes", size, slopes.answer_slopes, (point, params, rows), flops, attributions))
-    scored = (point, dictionary, rows, value(whole, PROMPTS), source, source_arrays)
-    flops = 2.0 * encode_flops(PROMPTS)
-    programs.append(program("attribution", size, slopes.score_features, scored, flops, attributions))
-
+    programs.append(attribution_program("attribution", PROMPTS, 1, 1, attributions))
     if ablate.placebo_targets:
-        programs.append(placebo_program())
+        sharing = trainings if ablate.error == "keep" else 1  # dictionaries of the site
+        calls = ranked * PROMPTS / slopes.TARGET_PROMPTS * ablate.placebo_targets / slopes.TARGETS
+        sizes = slopes.TARGET_PROMPTS, slopes.TARGETS, sharing
+        programs.append(attribution_program("placebo attribution", *sizes, calls))
 
     gathered = filled_features(min(used.n_features, max(FEATURES, ablate.top)))
     sides = [value(whole, prompts), domain(whole, prompts)] * (2 if ablate.replacement == "counterpart" else 1)

@@ -254,10 +254,9 @@ def probe_label(
                 rights.append(right_M)
                 check_stop()
     # The last one is the dense probe, of all raw activations.
-    gaps = [paired_difference(right_M, rights[-1], config.seed) for right_M in rights[:-1]]
-    fits = [
-        dataclasses.replace(fit, against_dense=gap) for fit, gap in zip(fits, [*gaps, None][: len(fits)], strict=True)
-    ]
+    for place, right_M in enumerate(rights[:-1]):
+        gap = paired_difference(right_M, rights[-1], config.seed)
+        fits[place] = dataclasses.replace(fits[place], against_dense=gap)
     return ProbedLabel(
         label=labelled.label,
         behaviour=labelled.behaviour,
@@ -304,23 +303,22 @@ def correct(labels: Sequence[ProbedLabel]) -> tuple[ProbedLabel, ...]:
     p_fits = {(n, fit.input, fit.k): fit.p_value for n, label in enumerate(labels) for fit in label.probes}
     for inputs in {key[1:] for key in p_fits}:
         p_fits |= holm_by_key({key: p for key, p in p_fits.items() if key[1:] == inputs})
-    p_features = {
-        (n, each.feature): each.p_value
+    chosen = {n: label.selected for n, label in enumerate(labels) if label.selected}
+    p_features = holm_by_key(
+        {(n, each.feature): each.p_value for n, selected in chosen.items() for each in selected.features}
+    )
+    for n, selected in chosen.items():
+        features = tuple(dataclasses.replace(each, p_holm=p_features[n, each.feature]) for each in selected.features)
+        chosen[n] = dataclasses.replace(selected, features=features)
+        chosen[n] = dataclasses.replace(chosen[n], sentence=describe_selected(chosen[n]))
+    return tuple(
+        dataclasses.replace(
+            label,
+            probes=tuple(dataclasses.replace(fit, p_holm=p_fits[n, fit.input, fit.k]) for fit in label.probes),
+            selected=chosen.get(n),
+        )
         for n, label in enumerate(labels)
-        for each in (label.selected.features if label.selected else ())
-    }
-    p_features = holm_by_key(p_features)
-    corrected = []
-    for n, label in enumerate(labels):
-        probes = tuple(dataclasses.replace(fit, p_holm=p_fits[n, fit.input, fit.k]) for fit in label.probes)
-        if selected := label.selected:
-            features = tuple(
-                dataclasses.replace(each, p_holm=p_features[n, each.feature]) for each in selected.features
-            )
-            selected = dataclasses.replace(selected, features=features)
-            selected = dataclasses.replace(selected, sentence=describe_selected(selected))
-        corrected.append(dataclasses.replace(label, probes=probes, selected=selected))
-    return tuple(corrected)
+    )
 
 
 def describe_selected(selected: SelectedFeatures) -> str:

@@ -34,15 +34,16 @@ from sklearn.preprocessing import StandardScaler
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions import activity
+from saejax.interventions.answers import mean_interval
 from saejax.interventions.edits import mask
-from saejax.interventions.engine import ablate_sets
+from saejax.interventions.engine import run_edits
 from saejax.interventions.references import Reference, References
 from saejax.interventions.split_model import GROUP_TOKENS, SplitModel, in_order, of_features
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
 from saejax.results import Interval
 from saejax.settings import ProbeConfig
-from saejax.statistics.bootstrap import percentile_interval, resampling_weights
+from saejax.statistics.bootstrap import resampling_weights
 from saejax.statistics.ranks import rank_p
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
@@ -209,13 +210,7 @@ def run_probes(
 
 
 def fit_probe(task: ProbeTask, k: int | None, strength: float) -> ProbeAnswers:
-    """Fit a probe and return its answers on the test prompts.
-
-    Args:
-      task: the inputs and classes.
-      k: number of inputs that the probe sees; None: all.
-      strength: inverse strength of the penalty.
-    """
+    """Fit a probe of ``k`` inputs (None: all) at an inverse strength of the penalty, and answer the test prompts."""
     train_NxR, test_MxR = _prepare(task, k)
     model = _fit(train_NxR, task.train_class_N, strength)
     score_M = model.decision_function(test_MxR) if len(model.classes_) == 2 else None
@@ -255,14 +250,10 @@ def select_inputs(task: ProbeTask, k: int) -> np.ndarray:
 
 
 def mean_differences(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
-    """Return by how much the mean of each input is larger in each class than in the others, [K, C].
+    """Return by how much each input's mean (x_NxC) is larger in each of K classes (class_N) than in the others, [K, C].
 
     Of two classes the absolute value, so that both have the same order. Of more classes it is signed: an input that one
     class raises would otherwise seem to separate each of the others, too.
-
-    Args:
-      x_NxC: the inputs.
-      class_N: the class of each prompt, K in all.
     """
     member_KxN = class_N[None, :] == np.unique(class_N)[:, None]
     weight_KxN = member_KxN / member_KxN.sum(axis=1, keepdims=True)
@@ -272,15 +263,12 @@ def mean_differences(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
 
 
 def match_firing_rates(active_F: np.ndarray, features: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """Return one feature for each given one, drawn from the ``MATCHES`` nearest in firing rate, none twice.
+    """Return for each of some features another one, none twice, drawn from the ``MATCHES`` nearest in firing rate.
 
     Args:
       active_F: number of prompts on which each feature is active.
-      features: the features to match; none of them is drawn.
+      features: the features to match; none of them is drawn. Those for which no candidate is left get none.
       rng: source of the draws.
-
-    Returns:
-      The matched features, fewer than given where no candidates are left.
     """
     is_free_F = np.ones(len(active_F), bool)
     is_free_F[np.asarray(features, np.int64)] = False
@@ -298,33 +286,18 @@ def match_firing_rates(active_F: np.ndarray, features: Sequence[int], rng: np.ra
 def permutation_p(answer_M: np.ndarray, class_M: np.ndarray, draws: int, rng: np.random.Generator) -> float:
     """Return the p-value of the hypothesis that answers have nothing to do with the prompts' classes, one-sided.
 
-    It is the share of permutations of the classes, the true order among them, with at least as many right answers
-    (Phipson and Smyth, 2010).
-
-    Args:
-      answer_M: the answers.
-      class_M: the classes.
-      draws: number of permutations.
-      rng: source of the permutations.
+    It is the share of ``draws`` permutations of ``class_M`` by ``rng``, the true order among them, of which at least as
+    many answers of ``answer_M`` are right (Phipson and Smyth, 2010).
     """
     right_R = (rng.permuted(np.tile(class_M, (draws, 1)), axis=1) == answer_M[None, :]).sum(axis=1)
     return float((1 + (right_R >= (answer_M == class_M).sum()).sum()) / (1 + draws))
 
 
 def paired_difference(right_M: np.ndarray, other_M: np.ndarray, seed: int) -> Interval:
-    """Return how much more often one probe is right than another on the same prompts, 95 % bootstrap interval.
-
-    Args:
-      right_M: where the first is right.
-      other_M: where the second is.
-      seed: seed of the bootstrap.
-    """
+    """Return how much more often one probe is right (right_M) than another (other_M); the seed is the bootstrap's."""
     difference_M = right_M.astype(float) - other_M
-    mean = float(difference_M.mean())
-    if len(difference_M) < 2:
-        return Interval(mean, mean, mean)
-    weight_RxM = resampling_weights(np.zeros(len(difference_M)), _RESAMPLES, seed)
-    return Interval(mean, *percentile_interval(weight_RxM @ difference_M))
+    count = len(difference_M)
+    return mean_interval(difference_M, resampling_weights(np.zeros(count), _RESAMPLES, seed) if count > 1 else None)
 
 
 class FeatureAblation(NamedTuple):
@@ -345,25 +318,23 @@ class FeatureAblation(NamedTuple):
 
 def ablation_on_prompts(split: SplitModel, prompts: Sequence[Prompt]) -> FeatureAblation:
     """Return the ablation of features on prompts with two answers; the readout is the logit difference."""
-    runs = split.run(prompts)
-    return FeatureAblation(
-        LOGIT_DIFFERENCE,
-        activity.firing_prompts(split, runs),
-        [prompt.template for prompt in prompts],
-        lambda features: ablate_sets(split, runs, [[feature] for feature in features]).drop_SxP,
-    )
+    runs, templates = split.run(prompts), [prompt.template for prompt in prompts]
+
+    def measure_drop(features: Sequence[int]) -> np.ndarray:
+        return run_edits(split, runs, mask(split.dictionary, [[feature] for feature in features])).drop_SxP
+
+    return FeatureAblation(LOGIT_DIFFERENCE, activity.statistics(split, runs).prompts_F, templates, measure_drop)
 
 
 def ablation_on_references(split: SplitModel, references: Sequence[Reference]) -> FeatureAblation:
     """Return the ablation of features on reference answers; the readout is their log-likelihood, in nats."""
-    answers = References(split, references, GROUP_TOKENS)
+    answers, templates = References(split, references, GROUP_TOKENS), [""] * len(references)
 
     def measure_drop(features: Sequence[int]) -> np.ndarray:
         clean_N, edited_SxN = answers.log_likelihoods(mask(split.dictionary, [[feature] for feature in features]))
         return clean_N - edited_SxN
 
-    templates = [""] * len(references)
-    return FeatureAblation(LOG_LIKELIHOOD, answers.statistics()[1], templates, measure_drop)
+    return FeatureAblation(LOG_LIKELIHOOD, answers.statistics().prompts_F, templates, measure_drop)
 
 
 def _control_task(task: ProbeTask, k: int, name: str, rng: np.random.Generator) -> ProbeTask:

@@ -25,8 +25,7 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.activity import FeatureStatistics, count_firings
 from saejax.interventions.edits import ZERO, FeatureEdits
-from saejax.interventions.engine_programs import edit_value, gather
-from saejax.interventions.rows import Amounts
+from saejax.interventions.rows import edit_value, gather
 from saejax.interventions.slopes import weighted
 from saejax.interventions.split_model import SplitModel, active_features, run_head
 from saejax.models import decoder
@@ -62,13 +61,10 @@ class ReferenceBatch(NamedTuple):
     """References after the layers below the site; of the B rows some are copies that pad the batch.
 
     Attributes:
-      stream_BxTxD: the stream that enters the layers above.
-      value_BxTxD: the site's value.
-      read_BxTxD: the value that the dictionary reads.
+      stream_BxTxD, value_BxTxD, read_BxTxD: as in ``CleanRun``.
       real_BxT: True at the tokens of references; False in padding and in copies.
       domain_BxT: True where features of the split's dictionary are editable: at real tokens but attention sinks.
-      positions_BxC: where each answer token is predicted; see ``likelihood.align``.
-      targets_BxC: which token it is.
+      positions_BxC, targets_BxC: where each answer token is predicted, and which it is; see ``likelihood.align``.
       weight_BxC: 1 at answer tokens; 0 elsewhere, and in copies.
     """
 
@@ -102,19 +98,20 @@ class References:
         self._split, self._references = split, references
         self._batch_tokens, self._check_stop = batch_tokens, check_stop
 
-    def statistics(self) -> tuple[FeatureStatistics, np.ndarray]:
-        """Return firing statistics of every feature, and the number of references on which it fires, int64 [F].
+    def statistics(self) -> FeatureStatistics:
+        """Return firing statistics of every feature; references are its prompts.
 
         Raises:
           UserError: a feature's activation is not finite.
         """
-        counts = []
-        for batch in self.batches():
-            kept_B = np.ones(len(batch.domain_BxT), bool)  # nothing is editable in copies
-            arrays = batch.read_BxTxD, batch.domain_BxT, kept_B
-            counts.append(count_firings(self._split.point, self._split.dictionary, *arrays))
-        fires_F = np.sum([np.asarray(count.rows_F, np.int64) for count in counts], axis=0)
-        return FeatureStatistics.total(counts), fires_F
+        split = self._split
+        return FeatureStatistics.total(
+            # Nothing is editable in copies, so all rows count.
+            count_firings(
+                split.point, split.dictionary, batch.read_BxTxD, batch.domain_BxT, np.ones(len(batch.domain_BxT), bool)
+            )
+            for batch in self.batches()
+        )
 
     def values(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield what the dictionary reads and the site's value at editable positions, [N, D] each, batch by batch."""
@@ -124,13 +121,7 @@ class References:
             yield read_BxTxD[domain_BxT].astype(np.float32), value_BxTxD[domain_BxT].astype(np.float32)
 
     def pools(self, features: Sequence[int], most: int, seed: int) -> dict[int, list[float]]:
-        """Return activations of each feature where it fires: all, or ``most`` drawn without replacement.
-
-        Args:
-          features: distinct features.
-          most: maximum number of activations of a feature.
-          seed: seed of the draws; each feature has its own.
-        """
+        """Return activations of each feature where it fires: all, or ``most`` drawn by ``seed``, for each by itself."""
         parts: list[list[np.ndarray]] = [[] for _ in features]
         for batch in self.batches() if len(features) else ():
             f_BxTxK, _ = self._gather(batch, np.asarray(features, np.int32))
@@ -148,14 +139,14 @@ class References:
 
     def change_norms(self, edits: FeatureEdits) -> np.ndarray:
         """Return the norm of each edit's change at the site, over all positions, float64 [E, N]."""
-        amounts = _amounts(edits)
+        _check_masks(edits)
         norm_ExN = np.zeros((len(edits), len(self._references)))
         for places_Q, *shape in self.planned():
             batch, count = self.batch(places_Q, *shape), len(places_Q)
-            for chosen, features_K in amounts.chunks(FEATURES):
+            for chosen, features_K in edits.chunks(FEATURES):
                 f_BxTxK, W_dec_KxD = self._gather(batch, features_K)
                 arrays = np.asarray(f_BxTxK)[:count], np.asarray(W_dec_KxD), np.asarray(batch.domain_BxT)[:count]
-                norm_ExN[np.array(chosen)[:, None], places_Q] = amounts.norms(chosen, features_K, *arrays)
+                norm_ExN[np.array(chosen)[:, None], places_Q] = edits.norms(chosen, features_K, *arrays)
         return norm_ExN
 
     def _gather(self, batch: ReferenceBatch, features_K: np.ndarray) -> tuple[jax.Array, jax.Array]:
@@ -164,9 +155,7 @@ class References:
         return gather(self._split.point, self._split.dictionary, ZERO, arrays, features_K, len(batch.domain_BxT))
 
     def log_likelihoods(
-        self,
-        edits: FeatureEdits,
-        on_progress: OnProgress = lambda done, total: None,
+        self, edits: FeatureEdits, on_progress: OnProgress = lambda done, total: None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the log-likelihood of each reference without an edit [N] and with each edit [E, N], in nats.
 
@@ -177,13 +166,14 @@ class References:
         Raises:
           UserError: a log-likelihood is not finite.
         """
-        amounts = _amounts(edits).with_clean_rows(1)  # the last edit changes nothing
-        value_ExN, done = np.full((len(amounts.sets), len(self._references)), np.nan), 0
+        _check_masks(edits)
+        edits = edits.with_clean_rows(1)  # the last edit changes nothing
+        value_ExN, done = np.full((len(edits), len(self._references)), np.nan), 0
         for places_Q, *shape in self.planned():
             batch = self.batch(places_Q, *shape)
-            for chosen, features_K in amounts.chunks(FEATURES):
+            for chosen, features_K in edits.chunks(FEATURES):
                 on_progress(done, value_ExN.size)
-                value_MxQ = self._run(batch, len(places_Q), amounts, chosen, features_K)
+                value_MxQ = self._run(batch, len(places_Q), edits, chosen, features_K)
                 value_ExN[np.array(chosen)[:, None], places_Q] = value_MxQ
                 done += value_MxQ.size
         if not np.isfinite(value_ExN).all():
@@ -195,23 +185,23 @@ class References:
         return clean_N, np.where(value_ExN[:-1] == _NOT_RUN, clean_N, value_ExN[:-1])
 
     def _run(
-        self, batch: ReferenceBatch, count: int, amounts: Amounts, chosen: Sequence[int], features_K: np.ndarray
+        self, batch: ReferenceBatch, count: int, edits: FeatureEdits, chosen: Sequence[int], features_K: np.ndarray
     ) -> np.ndarray:
         """Return the log-likelihood of a batch's first ``count`` references under some edits, float32 [M, N]."""
         split, rows = self._split, len(batch.domain_BxT)
         f_BxTxK, W_dec_KxD = self._gather(batch, features_K)
         fires_NxK = np.asarray((f_BxTxK != 0).any(axis=1))[:count]
-        fraction_MxK, _ = amounts.over(chosen, features_K)
+        fraction_MxK, _ = edits.over(chosen, features_K)
         # An edit of features that are silent on a reference is not run there.
         runs_MxN = (fraction_MxK != 0).astype(np.float32) @ fires_NxK.T.astype(np.float32) > 0
-        runs_MxN |= np.array([not len(amounts.sets[e]) for e in chosen])[:, None]
+        runs_MxN |= np.array([not len(edits.sets[e]) for e in chosen])[:, None]
         value_MxN = np.full(runs_MxN.shape, _NOT_RUN, np.float32)
         edit_R, place_R = np.nonzero(runs_MxN)
         for first in range(0, len(edit_R), rows):
             part = slice(first, first + rows)
             # Filled up with copies to the batch's rows: one program for all parts.
             some_B, which_B = np.resize(place_R[part], rows), np.resize(edit_R[part], rows)
-            total_B = run_answers(split.point, split.params, batch, f_BxTxK, W_dec_KxD, some_B, fraction_MxK[which_B])
+            total_B = _run_answers(split.point, split.params, batch, f_BxTxK, W_dec_KxD, some_B, fraction_MxK[which_B])
             value_MxN[edit_R[part], place_R[part]] = np.asarray(total_B)[: len(edit_R[part])]
         return value_MxN
 
@@ -225,12 +215,7 @@ class References:
         return (self.batch(*planned) for planned in self.planned())
 
     def batch(self, places_N: np.ndarray, rows: int, length: int) -> ReferenceBatch:
-        """Return a planned batch after the layers below the site.
-
-        Args:
-          places_N: the indices of its references.
-          rows: rows of the batch.
-          length: tokens of a row.
+        """Return a planned batch (see ``planned``) after the layers below the site; ``places_N`` are its references.
 
         Raises:
           UserError: the site's value is not finite.
@@ -252,8 +237,8 @@ class References:
                 f"the value of {split.point.site} is not finite on a benchmark's items: the model's weights hold "
                 "NaN or it overflows; try --model.dtype=float32 or another model"
             )
-        ends_Bx1 = np.array([len(reference.answer) for reference in filled])[:, None]
-        is_answer_BxC = np.arange(positions_BxC.shape[1])[None, :] < ends_Bx1
+        length_Bx1 = np.array([len(reference.answer) for reference in filled])[:, None]
+        is_answer_BxC = np.arange(positions_BxC.shape[1])[None, :] < length_Bx1
         weight_BxC = (is_answer_BxC & kept_Bx1).astype(np.float32)
         answers = split.by_row(positions_BxC, targets_BxC, weight_BxC)
         return ReferenceBatch(stream, value, read, wanted_BxT, domain, *answers)
@@ -282,13 +267,15 @@ def attributions(
     for point in dict.fromkeys(split.point for split in splits):
         # The backward pass takes nearly all of the time and does not depend on the dictionary.
         group = [place for place, split in enumerate(splits) if split.point == point]
-        first, keeping_little = splits[group[0]], with_remat(point)
+        first = splits[group[0]]
+        # Rematerialised: what is kept of each layer for the gradient of long prompts would not fit.
+        keeping_little = dataclasses.replace(point, rules=dataclasses.replace(point.rules, remat=True))
         at_site = References(first, references, batch_tokens, check_stop)
         for places_Q, *shape in at_site.planned():
             batch = at_site.batch(places_Q, *shape)
-            slope_BxTxD = answer_slopes(keeping_little, first.params, batch)
+            slope_BxTxD = _answer_slopes(keeping_little, first.params, batch)
             for place in group:
-                rows_BxF = np.asarray(attribute(point, splits[place].dictionary, batch, slope_BxTxD))
+                rows_BxF = np.asarray(_attribute(point, splits[place].dictionary, batch, slope_BxTxD))
                 rows_of[place][places_Q] = rows_BxF[: len(places_Q)]
         if not all(np.isfinite(rows_of[place]).all() for place in group):
             raise UserError(
@@ -327,27 +314,16 @@ def placebo_references(references: Sequence[Reference], count: int, seed: int) -
     return targets
 
 
-def with_remat(point: SplitPoint) -> SplitPoint:
-    """Return the point with rematerialised gradients: what is kept of each layer for long prompts would not fit."""
-    return dataclasses.replace(point, rules=dataclasses.replace(point.rules, remat=True))
-
-
-def _amounts(edits: FeatureEdits) -> Amounts:
+def _check_masks(edits: FeatureEdits) -> None:
     if edits.replacement.kind != "zero" or edits.addends is not None:
         raise ValueError("whole answers are measured under masks that set features to zero")
-    return Amounts.of(edits)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def answer_slopes(point: SplitPoint, params: decoder.Params, batch: ReferenceBatch) -> jax.Array:
+def _answer_slopes(point: SplitPoint, params: decoder.Params, batch: ReferenceBatch) -> jax.Array:
     """Return the slope of each row's log-likelihood with respect to the site's value, [B, T, D].
 
     Logits exist only where answer tokens are predicted, a piece of them at a time; see ``likelihood.token_scores``.
-
-    Args:
-      point: where the model is split (static).
-      params: parameters of the decoder.
-      batch: the references.
     """
 
     def objective(value_BxTxD: jax.Array) -> jax.Array:
@@ -360,16 +336,9 @@ def answer_slopes(point: SplitPoint, params: decoder.Params, batch: ReferenceBat
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attribute(point: SplitPoint, dictionary: Dictionary, batch: ReferenceBatch, slope_BxTxD: jax.Array) -> jax.Array:
-    """Return activation x slope of each row's log-likelihood, [B, F].
-
-    Args:
-      point: where the model is split (static).
-      dictionary: a dictionary of the site; it has attention sinks of its own.
-      batch: the references.
-      slope_BxTxD: from ``answer_slopes``.
-    """
-    # Anew, since the batch's own is that of the first dictionary of the site.
+def _attribute(point: SplitPoint, dictionary: Dictionary, batch: ReferenceBatch, slope_BxTxD: jax.Array) -> jax.Array:
+    """Return activation x slope of each row's log-likelihood, [B, F], for a dictionary of the site."""
+    # Anew, since the batch's own domain is that of the first dictionary of the site.
     domain_BxT = batch.real_BxT & dictionary.is_not_sink(batch.read_BxTxD, batch.value_BxTxD)
     f_BxTxF = active_features(dictionary, batch.read_BxTxD, domain_BxT)
     attribution_BxF = weighted(f_BxTxF, slope_BxTxD, dictionary.W_dec_FxD[...])
@@ -377,7 +346,7 @@ def attribute(point: SplitPoint, dictionary: Dictionary, batch: ReferenceBatch, 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_answers(
+def _run_answers(
     point: SplitPoint,
     params: decoder.Params,
     batch: ReferenceBatch,
@@ -386,17 +355,7 @@ def run_answers(
     some_R: jax.Array,
     fraction_RxK: jax.Array,
 ) -> jax.Array:
-    """Return the log-likelihood of R rows, each a reference of a batch under an edit, [R].
-
-    Args:
-      point: where the model is split (static).
-      params: parameters of the decoder.
-      batch: the references.
-      f_BxTxK: activations from ``engine_programs.gather``.
-      W_dec_KxD: directions from ``engine_programs.gather``.
-      some_R: the reference of each row.
-      fraction_RxK: share of each feature that each row ablates.
-    """
+    """Return the log-likelihood of R rows [R]: some references of a batch, each with fractions of features ablated."""
     # Rows are gathered on the device: the batch stays there for all edits.
     rows = ReferenceBatch(*(array[some_R] for array in batch))
     edited_RxTxD = edit_value(rows.value_BxTxD, f_BxTxK[some_R], W_dec_KxD, fraction_RxK[:, None, :])

@@ -1,98 +1,35 @@
-"""Plans of runs: which (edit, prompt) pairs are run, on which of their tokens, and in which batches.
+"""Rows of the engine: which (edit, prompt) pairs are run, on which of their tokens, in which batches and programs.
 
 A *row* is one such pair: the prompt's tokens from the first that the edit changes to the last. What stands at a token
 depends on the tokens before it and on what was changed there, so rows of one edit whose prompts begin alike share their
 first tokens; each is run once (``SharedPrefixBatch``). The set of an edit are the features that it names.
+
+Letters of the programs: B prompts with padding, P prompts, K gathered features, S shards, R rows of a shard, N tokens
+of a shard.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from saejax.interventions.edits import FeatureEdits
+from saejax.dictionaries import Dictionary
+from saejax.dictionaries.matmul import matmul
+from saejax.interventions.edits import ActivationReplacement, FeatureEdits
+from saejax.interventions.split_model import active_features, of_features
+from saejax.models import decoder
 from saejax.models.lengths import bucket_lengths
-from saejax.models.split import SharedPrefixBatch
+from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
+from saejax.parallel.mesh import fitting_sharding, sharding
 
 _STEP = 8  # rows and tokens are filled up to a multiple of this
 _SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of a full batch's tokens, to which smaller ones are filled up
-_LEAST_FEATURES = 512  # to which a batch's features are filled up: they take no time, another program does
 _PROGRAM = 16384  # tokens whose attention runs in the time in which a program of another shape is compiled, roughly
-
-
-class Amounts(NamedTuple):
-    """Changes of activations by edits: one array per edit, as in ``FeatureEdits``."""
-
-    sets: tuple[np.ndarray, ...]
-    fractions: tuple[np.ndarray, ...]
-    addends: tuple[np.ndarray, ...] | None
-
-    @classmethod
-    def of(cls, edits: FeatureEdits) -> "Amounts":
-        """Return the amounts of some edits."""
-        return cls(edits.sets, edits.fractions, edits.addends)
-
-    def with_clean_rows(self, count: int) -> "Amounts":
-        """Return the amounts with ``count`` edits behind them that change nothing."""
-        nothing = (np.zeros(0),) * count
-        sets = self.sets + (np.zeros(0, np.int64),) * count
-        return Amounts(sets, self.fractions + nothing, None if self.addends is None else self.addends + nothing)
-
-    def over(self, chosen: Sequence[int] | np.ndarray, features_K: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return fractions and addends of some edits over K features, fp32 [M, K] each; 0 for those not named.
-
-        Args:
-          chosen: the M edits.
-          features_K: rising features, among them all that the edits name.
-        """
-        fraction_MxK = np.zeros((len(chosen), len(features_K)), np.float32)
-        addend_MxK = None if self.addends is None else np.zeros_like(fraction_MxK)
-        for m, e in enumerate(chosen):
-            column = np.searchsorted(features_K, self.sets[e])
-            fraction_MxK[m, column] = self.fractions[e]
-            if addend_MxK is not None and self.addends is not None:
-                addend_MxK[m, column] = self.addends[e]
-        return fraction_MxK, addend_MxK
-
-    def norms(
-        self,
-        chosen: Sequence[int],
-        features_K: np.ndarray,
-        fall_PxTxK: np.ndarray,
-        W_dec_KxD: np.ndarray,
-        editable_PxT: np.ndarray,
-    ) -> np.ndarray:
-        """Return the norm of the change that some edits make at the site, over all positions, float64 [M, P].
-
-        Args:
-          chosen: the M edits.
-          features_K: as for ``over``.
-          fall_PxTxK: by how much ablation lowers each activation.
-          W_dec_KxD: the features' directions.
-          editable_PxT: True at editable positions.
-        """
-        norm_MxP = np.zeros((len(chosen), len(fall_PxTxK)))
-        for m, e in enumerate(chosen):
-            column = np.searchsorted(features_K, self.sets[e])
-            change_PxTxN = fall_PxTxK[:, :, column].astype(np.float64) * self.fractions[e]
-            if self.addends is not None:
-                change_PxTxN -= editable_PxT[:, :, None] * self.addends[e]
-            # |f W|^2 = f (W W^T) f^T: positions are many, the features of a set are few.
-            gram_NxN = W_dec_KxD[column].astype(np.float64) @ W_dec_KxD[column].T.astype(np.float64)
-            square_P = np.einsum("ptn,nm,ptm->p", change_PxTxN, gram_NxN, change_PxTxN, optimize=True)
-            norm_MxP[m] = np.sqrt(np.maximum(square_P, 0.0))
-        return norm_MxP
-
-    def chunks(self, most: int) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Yield runs of edits that name at most ``most`` features together, and those features, rising, padded."""
-        for chosen in _chunks(self.sets, most):
-            named = np.unique(np.concatenate([self.sets[s] for s in chosen]))
-            named = named if len(named) else np.zeros(1, np.int64)  # programs have no empty arrays
-            # The last feature is repeated: its column in the amounts is the first of its number, so copies change
-            # nothing.
-            yield chosen, np.pad(named, (0, filled_features(len(named)) - len(named)), mode="edge")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +67,7 @@ class RowBatch:
     features_K: np.ndarray
 
     def filled(
-        self, prompts: "Prompts", amounts: Amounts
+        self, prompts: "Prompts", edits: FeatureEdits
     ) -> tuple[SharedPrefixBatch, np.ndarray, np.ndarray, np.ndarray | None]:
         """Return the tree of the rows, which of its tokens is each row's last [S, R], and their amounts [S, R, K].
 
@@ -140,7 +77,7 @@ class RowBatch:
         tree = SharedPrefixBatch(*(np.zeros(shape, np.int32) for shape in ((s, r), (s, r), (s, r, t), (s, n), (s, n))))
         end_SxR = np.zeros((s, r), np.int32)
         fraction_SxRxK = np.zeros((s, r, len(self.features_K)), np.float32)
-        addend_SxRxK = None if amounts.addends is None else np.zeros_like(fraction_SxRxK)
+        addend_SxRxK = None if edits.addends is None else np.zeros_like(fraction_SxRxK)
         for shard, rows in enumerate(self.shards):
             key_ExT, real_ExT = prompts.keys(rows, t)
             _, at_U, token_M = np.unique(key_ExT[real_ExT], return_index=True, return_inverse=True)
@@ -151,7 +88,7 @@ class RowBatch:
             row_M, column_M = np.nonzero(real_ExT)
             tree.row_SxN[shard, :count], tree.column_SxN[shard, :count] = row_M[at_U], column_M[at_U]
             end_SxR[shard, filled_rows] = token_ExT[np.arange(len(rows.set_N)), real_ExT.sum(axis=1) - 1]
-            fraction_SxRxK[shard, filled_rows], addend_ExK = amounts.over(rows.set_N, self.features_K)
+            fraction_SxRxK[shard, filled_rows], addend_ExK = edits.over(rows.set_N, self.features_K)
             if addend_SxRxK is not None:
                 addend_SxRxK[shard, filled_rows] = addend_ExK
         return tree, end_SxR, fraction_SxRxK, addend_SxRxK
@@ -189,35 +126,35 @@ def all_different(prefix_PxT: np.ndarray) -> np.ndarray:
     return np.arange(prefix_PxT.size).reshape(prefix_PxT.shape)
 
 
-def first_changes(first_PxF: np.ndarray, amounts: Amounts, editable_PxT: np.ndarray) -> np.ndarray:
+def first_changes(first_PxF: np.ndarray, edits: FeatureEdits, editable_PxT: np.ndarray) -> np.ndarray:
     """Return the first position at which each edit changes a prompt, [S, P]; at least the prompt's length if nowhere.
 
     Args:
       first_PxF: the first position that ablating each feature changes.
-      amounts: amounts of S edits.
+      edits: S edits.
       editable_PxT: where features may change.
     """
     nowhere = np.iinfo(first_PxF.dtype).max
-    first_SxP = np.full((len(amounts.sets), len(first_PxF)), nowhere, np.int64)
-    for s, (first_P, members) in enumerate(zip(first_SxP, amounts.sets, strict=True)):
-        changed = members[amounts.fractions[s] != 0]
+    first_SxP = np.full((len(edits.sets), len(first_PxF)), nowhere, np.int64)
+    for s, (first_P, members) in enumerate(zip(first_SxP, edits.sets, strict=True)):
+        changed = members[edits.fractions[s] != 0]
         if len(changed):
             first_P[:] = first_PxF[:, changed].min(axis=1)
-        if amounts.addends is not None and np.any(amounts.addends[s]):
+        if edits.addends is not None and np.any(edits.addends[s]):
             editable_P = np.where(editable_PxT.any(axis=1), editable_PxT.argmax(axis=1), nowhere)
             first_P[:] = np.minimum(first_P, editable_P)
     return first_SxP
 
 
 def batches_of(
-    first_SxP: np.ndarray, prompts: Prompts, amounts: Amounts, most: int, features: int, shards: int = 1
+    first_SxP: np.ndarray, prompts: Prompts, edits: FeatureEdits, most: int, features: int, shards: int = 1
 ) -> list[RowBatch]:
     """Return the rows that have any tokens, in batches of few shapes, the longest first.
 
     Args:
       first_SxP: the first position of each row.
       prompts: P of them.
-      amounts: amounts of S edits.
+      edits: S edits.
       most: tokens of a batch, but for those of one row in each shard.
       features: maximum number of features in a batch's sets together, unless one set alone has more.
       shards: number of shards of each batch.
@@ -225,7 +162,7 @@ def batches_of(
     batches = []
     # Prompts that begin alike come after each other, and so share tokens within a batch.
     place_P = prompts.in_order()
-    for chosen, features_K in amounts.chunks(features):
+    for chosen, features_K in edits.chunks(features):
         number_N, order_N = np.nonzero((first_SxP[chosen] <= prompts.last_P[None, :])[:, place_P])
         set_N, place_N = np.array(chosen)[number_N], place_P[order_N]
         rows = SetRows(set_N, place_N, first_SxP[set_N, place_N])
@@ -267,11 +204,6 @@ def full_batch(most: int, length: int) -> int:
     return _filled(most + length)
 
 
-def filled_features(count: int) -> int:
-    """Return how many features are gathered for ``count``: few numbers, so that programs are used again."""
-    return max(2 ** (count - 1).bit_length(), _LEAST_FEATURES)
-
-
 def _few_tokens(count: int, full: int) -> int:
     """Return ``count`` or more: a share of a full batch, or a little beyond it where parts begin alike."""
     return next((size for share in (*_SHARES, 1) if (size := _filled(share * full)) >= count), _filled(count))
@@ -286,16 +218,139 @@ def _filled(count: float, step: int = _STEP) -> int:
     return max(math.ceil(count / step), 1) * step
 
 
-def _chunks(sets: Sequence[np.ndarray], features: int) -> Iterator[list[int]]:
-    """Yield runs of sets that hold at most ``features`` features together."""
-    chosen: list[int] = []
-    together: set[int] = set()
-    for number, members in enumerate(sets):
-        wider = together | set(members.tolist())
-        if chosen and len(wider) > features:
-            yield chosen
-            chosen, wider = [], set(members.tolist())
-        chosen.append(number)
-        together = wider
-    if chosen:
-        yield chosen
+class CleanValues(NamedTuple):
+    """The parts of which rows' edited values are built: clean values, and the changes of K features.
+
+    ``editable_BxT`` is None where no edit adds anything; ``logp_BxV`` where no readout needs it.
+    """
+
+    stream_BxTxD: jax.Array
+    value_BxTxD: jax.Array
+    fall_BxTxK: jax.Array
+    W_dec_KxD: jax.Array
+    past: PrefixKV
+    logp_BxV: jax.Array | None
+    editable_BxT: jax.Array | None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def first_change(
+    point: SplitPoint, dictionary: Dictionary, source: ActivationReplacement, arrays: Sequence[jax.Array]
+) -> jax.Array:
+    """Return the first position at which ablating each feature changes anything, int32 [B, F]; T where there is none.
+
+    Args:
+      point: where the model is split.
+      dictionary: the dictionary of the features.
+      source: what replaces ablated activations.
+      arrays: what is read [B, T, D] and domains [B, T] of the prompts and, for ``counterpart``, of their counterparts.
+    """
+    length = arrays[1].shape[1]
+    position_T = jnp.arange(length, dtype=jnp.int32)
+
+    def first(f_PxTxF: jax.Array, domain_PxT: jax.Array, *others: jax.Array) -> jax.Array:
+        other_PxTxF = active_features(dictionary, *others) if others else f_PxTxF
+        changes_PxTxF = source.changes(f_PxTxF, other_PxTxF, domain_PxT)
+        return jnp.min(jnp.where(changes_PxTxF, position_T[None, :, None], jnp.int32(length)), axis=1)
+
+    first_BxF = of_features(dictionary, [*arrays[:2], *arrays[1:]], first)
+    return jax.lax.with_sharding_constraint(first_BxF, sharding(point.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gather(
+    point: SplitPoint,
+    dictionary: Dictionary,
+    source: ActivationReplacement,
+    arrays: Sequence[jax.Array],
+    features_K: jax.Array,
+    prompts: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return by how much the activations of ``features_K`` fall, f - r [B, T, K], and their directions [K, D].
+
+    Of the B rows the first ``prompts`` are prompts. Other arguments are as for ``first_change``.
+    """
+
+    def chosen(f_PxTxF: jax.Array) -> jax.Array:
+        return f_PxTxF[:, :, features_K]
+
+    # All features are encoded, in parts, before some are chosen: a TopK's activations depend on the others.
+    f_BxTxK = of_features(dictionary, arrays[:2], chosen)
+    other_BxTxK = of_features(dictionary, arrays[2:], chosen) if arrays[2:] else f_BxTxK
+    fall_BxTxK = source.removed(f_BxTxK, other_BxTxK, arrays[1], features_K, prompts)
+    W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
+    return jax.lax.with_sharding_constraint((fall_BxTxK, W_dec_KxD), sharding(point.mesh))
+
+
+def edit_value(
+    value_xD: jax.Array,
+    fall_xK: jax.Array,
+    W_dec_KxD: jax.Array,
+    fractions: jax.Array,
+    addends: jax.Array | None = None,
+) -> jax.Array:
+    """Return the site's value after an edit, [..., D].
+
+    Args:
+      value_xD: the clean value.
+      fall_xK: by how much ablation lowers the activation of each feature; from ``gather``.
+      W_dec_KxD: directions of the features.
+      fractions: share of each fall that is applied; broadcast to ``fall_xK``.
+      addends: what is added to each activation, likewise; None: nothing.
+    """
+    fractions = fractions.astype(fall_xK.dtype)
+    # Not a plain product: a feature that overflows would reach the rows that do not edit it as 0 x NaN.
+    fall_xK = jnp.where(fractions != 0, fall_xK * fractions, jnp.zeros_like(fall_xK))
+    if addends is not None:
+        fall_xK = fall_xK - addends.astype(fall_xK.dtype)
+    # The fall is subtracted from the clean value: what the dictionary does not explain stays as it is.
+    fall_xD = matmul(fall_xK.astype(W_dec_KxD.dtype), W_dec_KxD)
+    return (value_xD.astype(fall_xD.dtype) - fall_xD).astype(value_xD.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def clean_logp(point: SplitPoint, params: decoder.Params, end_BxD: jax.Array) -> jax.Array:
+    """Return the clean log-probabilities of the next token, fp32 [B, V]."""
+    # A program of its own: all edits of a prompt are compared with the same clean log-probabilities.
+    logp_BxV = jax.nn.log_softmax(decoder.unembed(point.config, params, end_BxD))
+    return jax.lax.with_sharding_constraint(logp_BxV, sharding(point.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_rows(
+    point: SplitPoint,
+    params: decoder.Params,
+    clean: CleanValues,
+    tree: SharedPrefixBatch,
+    end_SxR: jax.Array,
+    answers_SxRx2: jax.Array,
+    fraction_SxRxK: jax.Array,
+    addend_SxRxK: jax.Array | None,
+) -> jax.Array:
+    """Return the rows' readouts [S, R, M]: the logit difference and, given clean log-probabilities, all others.
+
+    Args:
+      point: where the model is split (static).
+      params: parameters of the decoder.
+      clean: the values that rows are built from.
+      tree: the tokens that the rows consist of.
+      end_SxR: index among its shard's tokens of each row's last one.
+      answers_SxRx2: token ids of the correct and the wrong answer.
+      fraction_SxRxK: share of each feature's fall that each row applies; 0 for features that its edit does not name.
+      addend_SxRxK: what is added to each activation; None: nothing.
+    """
+    stream_SxNxD, value_SxNxD, fall_SxNxK = (array[tree.prompt_SxN, tree.position_SxN] for array in clean[:3])
+    addend_SxNxK = None
+    if addend_SxRxK is not None:
+        assert clean.editable_BxT is not None
+        editable_SxN = clean.editable_BxT[tree.prompt_SxN, tree.position_SxN]
+        addend_SxNxK = jnp.where(editable_SxN[..., None], tree.per_token(addend_SxRxK), 0.0)
+    edited_SxNxD = edit_value(value_SxNxD, fall_SxNxK, clean.W_dec_KxD, tree.per_token(fraction_SxRxK), addend_SxNxK)
+    by_shard = fitting_sharding(point.mesh, edited_SxNxD.shape, "data", None, None)
+    stream_SxNxD, edited_SxNxD = jax.lax.with_sharding_constraint((stream_SxNxD, edited_SxNxD), by_shard)
+    x_SxNxD = point.run_shared_suffix(params, clean.past, tree, stream_SxNxD, edited_SxNxD)
+    # Last tokens are picked before the unembedding, the logits of all others are not needed.
+    x_XxD = jnp.take_along_axis(x_SxNxD, end_SxR[..., None], axis=1).reshape(-1, x_SxNxD.shape[-1])
+    logp_XxV = None if clean.logp_BxV is None else clean.logp_BxV[tree.prompt_SxR.reshape(-1)]
+    values_XxM = point.readouts(params, x_XxD, answers_SxRx2.reshape(-1, 2), logp_XxV)
+    return jax.lax.with_sharding_constraint(values_XxM.reshape(*end_SxR.shape, -1), sharding(point.mesh))

@@ -20,9 +20,9 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError, one_of
-from saejax.interventions.activity import firing_sums
+from saejax.interventions.activity import count_run
 from saejax.interventions.edits import ZERO, ActivationReplacement, removed_on_average
-from saejax.interventions.split_model import PROMPTS, CleanRun, SiteRows, SplitModel, active_features, slices
+from saejax.interventions.split_model import PROMPTS, CleanRun, SiteRows, SplitModel, active_features
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
@@ -60,37 +60,35 @@ def slopes(lm: LanguageModel, prompts: Sequence[Prompt], readout: str, site: str
     for first in range(0, len(prompts), PROMPTS):
         # The last batch is padded with copies, so that one program serves all.
         rows_B = np.minimum(np.arange(first, first + PROMPTS), len(prompts) - 1)
-        arrays = tokens.ids_BxT[rows_B], tokens.last_B[rows_B], answers_Px2[rows_B]
-        slope_BxTxD = _site_slopes(point, readout, lm.params, *by_row(lm.mesh, *arrays))
-        parts.append(to_host(slope_BxTxD)[: len(prompts) - first])
-    slope_PxTxD = np.concatenate(parts)
+        arrays = tokens.ids_BxT, tokens.mask_BxT, tokens.last_B, answers_Px2
+        ids_BxT, *others = by_row(lm.mesh, *(array[rows_B] for array in arrays))
+        rows = SiteRows(*_prefix(point, lm.params, ids_BxT), *others)
+        parts.append(to_host(_readout_slopes(point, lm.params, rows, readout))[: len(prompts) - first])
+    slope_PxTxD = np.concatenate(parts).astype(np.float32)
     if not np.isfinite(slope_PxTxD).all():
         raise UserError(_not_finite(point))
     return slope_PxTxD
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _site_slopes(
-    point: SplitPoint,
-    readout: str,
-    params: decoder.Params,
-    ids_BxT: jax.Array,
-    last_B: jax.Array,
-    answers_Bx2: jax.Array,
-) -> jax.Array:
-    stream_BxTxD, value_BxTxD, _ = point.run_prefix(params, ids_BxT)
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _readout_slopes(point: SplitPoint, params: decoder.Params, rows: SiteRows, readout: str) -> jax.Array:
+    """Return the slope of a readout (static) with respect to the site's value, [B, T, D]."""
 
     def total(value_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = point.run_suffix(params, stream_BxTxD, value_BxTxD)
+        x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
+        # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
         if readout == "logit_diff":
-            return point.logit_difference(params, x_BxTxD, last_B, answers_Bx2).sum()
-        last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+            return point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
+        last_BxD = jnp.take_along_axis(x_BxTxD, rows.last_B[:, None, None], axis=1)[:, 0]
         logp_BxV = jax.nn.log_softmax(decoder.unembed(point.config, params, last_BxD, point.rules))
-        return jnp.take_along_axis(logp_BxV, answers_Bx2[:, :1], axis=1).sum()
+        return jnp.take_along_axis(logp_BxV, rows.answers_Bx2[:, :1], axis=1).sum()
 
-    # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
-    slope_BxTxD = jax.grad(total)(value_BxTxD).astype(jnp.float32)
-    return jax.lax.with_sharding_constraint(slope_BxTxD, sharding(point.mesh))
+    return jax.lax.with_sharding_constraint(jax.grad(total)(rows.value_BxTxD), sharding(point.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefix(point: SplitPoint, params: decoder.Params, ids_BxT: jax.Array) -> tuple[jax.Array, ...]:
+    return jax.lax.with_sharding_constraint(point.run_prefix(params, ids_BxT), sharding(point.mesh))
 
 
 def likely_tokens(split: SplitModel, runs: Sequence[CleanRun], most: int) -> np.ndarray:
@@ -112,112 +110,6 @@ def likely_tokens(split: SplitModel, runs: Sequence[CleanRun], most: int) -> np.
 def _likeliest(point: SplitPoint, most: int, params: decoder.Params, end_BxD: jax.Array) -> jax.Array:
     logits_BxV = decoder.unembed(point.config, params, end_BxD, point.rules)
     return jax.lax.with_sharding_constraint(jax.lax.top_k(logits_BxV, most)[1], sharding(point.mesh))
-
-
-def target_attributions(
-    splits: Sequence[SplitModel],
-    runs_of: Sequence[Sequence[CleanRun]],
-    targets_Rx2: np.ndarray,
-    source: ActivationReplacement = ZERO,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[np.ndarray]:
-    """Return each feature's attribution for R pairs of tokens, mean over prompts, float64 [R, F] of each dictionary.
-
-    The attribution is that of ``attribution``, with logit(first token) - logit(second token) as L on every prompt. The
-    slopes, which take nearly all of the time, are computed once for all dictionaries.
-
-    Args:
-      splits: the model, split at one site, with each dictionary.
-      runs_of: for each of them ``split.run`` of the same prompts.
-      targets_Rx2: token ids.
-      source: what replaces activations; not ``counterpart``.
-      on_progress: called with the pairs of a prompt and a target that are done and in total; may raise to stop.
-
-    Raises:
-      UserError: the result is not finite.
-    """
-    if any(split.point != splits[0].point for split in splits):
-        raise ValueError("slopes are shared by dictionaries of one site alone")
-    first_split, count = splits[0], len(targets_Rx2)
-    # Targets are repeated to fill the last group: one program for all.
-    padded = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 2)).astype(np.int32)
-    totals = [np.zeros((len(padded), split.dictionary.config.n_features)) for split in splits]
-    prompts, done = sum(len(run.index_P) for run in runs_of[0]), 0
-    for runs in zip(*runs_of, strict=True):
-        pairs = list(zip(splits, runs, strict=True))
-        sums = [firing_sums(split, run) if source.kind == "random" else () for split, run in pairs]
-        for start in range(0, len(runs[0].index_P), TARGET_PROMPTS):
-            part = slice(start, start + TARGET_PROMPTS)
-            rows = [split.placed(run.rows(part)) for split, run in pairs]
-            real_B = np.arange(part.start, part.stop) < len(runs[0].index_P)
-            for first in range(0, len(padded), TARGETS):
-                on_progress(done, count * prompts)
-                chunk = slice(first, first + TARGETS)
-                dictionaries = [split.dictionary for split in splits]
-                targets_Cx2 = padded[chunk]
-                scores = score_targets(
-                    first_split.point, first_split.params, dictionaries, rows, real_B, targets_Cx2, source, sums
-                )
-                for total, scores_CxF in zip(totals, scores, strict=True):
-                    total[chunk] += to_host(scores_CxF)
-                done += int(real_B.sum()) * min(TARGETS, count - first)
-    if not all(np.isfinite(total).all() for total in totals):
-        raise UserError(_not_finite(first_split.point))
-    return [total[:count] / prompts for total in totals]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def score_targets(
-    point: SplitPoint,
-    params: decoder.Params,
-    dictionaries: Sequence[Dictionary],
-    rows_of: Sequence[SiteRows],
-    real_B: jax.Array,
-    targets_Cx2: jax.Array,
-    source: ActivationReplacement = ZERO,
-    source_arrays_of: Sequence[tuple[jax.Array, ...]] = ((),),
-) -> list[jax.Array]:
-    """Return the attribution of every feature for C targets, summed over the real rows: [C, F] of each dictionary.
-
-    The layers above the site run forward once and backward once per target.
-
-    Args:
-      point: where the model is split (static).
-      params: parameters of the decoder.
-      dictionaries: dictionaries of the site.
-      rows_of: clean values of the same prompts, as each dictionary reads them.
-      real_B: True for the rows that count: not for copies that pad a batch.
-      targets_Cx2: token ids.
-      source: what replaces activations.
-      source_arrays_of: for each dictionary, as for ``score_features``.
-    """
-    first = rows_of[0]
-
-    def end(value_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = point.run_suffix(params, first.stream_BxTxD, value_BxTxD)
-        return jnp.take_along_axis(x_BxTxD, first.last_B[:, None, None], axis=1)[:, 0]
-
-    # One forward pass for all targets; only the pullback is mapped over them.
-    last_BxD, pullback = jax.vjp(end, first.value_BxTxD)
-
-    def difference(last_BxD: jax.Array, target_2: jax.Array) -> jax.Array:
-        target_Bx2 = jnp.broadcast_to(target_2, (len(last_BxD), 2))
-        return point.readouts(params, last_BxD, target_Bx2)[:, 0].sum()
-
-    end_slope_CxBxD = jax.vmap(jax.grad(difference), in_axes=(None, 0))(last_BxD, targets_Cx2)
-    slope_CxBxTxD = jax.vmap(lambda cotangent_BxD: pullback(cotangent_BxD)[0])(end_slope_CxBxD)
-
-    def score(dictionary: Dictionary, rows: SiteRows, source_arrays: tuple[jax.Array, ...]) -> jax.Array:
-        removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)
-        removed_BxTxF = jnp.where(real_B[:, None, None], removed_BxTxF, 0.0)
-        W_dec_FxD = dictionary.W_dec_FxD[...]
-        # One target at a time: [C, B, T, F] would be large.
-        return jax.lax.map(
-            lambda slope_BxTxD: weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD).sum(axis=0), slope_CxBxTxD
-        )
-
-    scores = [score(*each) for each in zip(dictionaries, rows_of, source_arrays_of, strict=True)]
-    return jax.lax.with_sharding_constraint(scores, sharding(point.mesh))
 
 
 def attribution(
@@ -244,19 +136,71 @@ def attribution(
     shape = sum(len(run.index_P) for run in runs), split.dictionary.config.n_features
     attribution_NxF = np.zeros(shape, np.float32)
     for run, other in zip(runs, counterparts or runs, strict=True):
-        sums = firing_sums(split, run) if source.kind == "random" else ()
-        for part in slices(run):
-            rows = split.placed(run.rows(part))
-            source_arrays = (other.read_BxTxD[part], other.domain_BxT[part]) if source.kind == "counterpart" else ()
-            slope_BxTxD = answer_slopes(split.point, split.params, rows)
-            attribution_BxF = score_features(
-                split.point, split.dictionary, rows, slope_BxTxD, source, sums or (*split.by_row(*source_arrays),)
-            )
+        arrays = _random_sums(split, run, source)
+        for part, rows in split.slices(run):
+            if source.kind == "counterpart":
+                arrays = tuple(split.by_row(other.read_BxTxD[part], other.domain_BxT[part]))
+            model, targets_1xBx2 = (split.point, split.params, [split.dictionary]), run.answers_Bx2[None, part]
+            (scores_1xBxF,) = score_targets(*model, [rows], None, targets_1xBx2, source, [arrays])
             index_P = run.index_P[part]
-            attribution_NxF[index_P] = np.asarray(attribution_BxF)[: len(index_P)]
+            attribution_NxF[index_P] = to_host(scores_1xBxF)[0, : len(index_P)]
     if not np.isfinite(attribution_NxF).all():
         raise UserError(_not_finite(split.point))
     return attribution_NxF
+
+
+def target_attributions(
+    splits: Sequence[SplitModel],
+    runs_of: Sequence[Sequence[CleanRun]],
+    targets_Rx2: np.ndarray,
+    source: ActivationReplacement = ZERO,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[np.ndarray]:
+    """Return each feature's attribution for R pairs of tokens, mean over prompts, float64 [R, F] of each dictionary.
+
+    The attribution is that of ``attribution``, with logit(first token) - logit(second token) as L on every prompt. The
+    slopes, which take nearly all of the time, are computed once for all dictionaries.
+
+    Args:
+      splits: the model, split at one site, with each dictionary.
+      runs_of: for each of them ``split.run`` of the same prompts.
+      targets_Rx2: token ids.
+      source: what replaces activations; not ``counterpart``.
+      on_progress: called with the pairs of a prompt and a target that are done and in total; may raise to stop.
+
+    Raises:
+      UserError: the result is not finite.
+    """
+    if any(split.point != splits[0].point for split in splits):
+        raise ValueError("slopes are shared by dictionaries of one site alone")
+    model, count = (splits[0].point, splits[0].params, [split.dictionary for split in splits]), len(targets_Rx2)
+    # Targets are repeated to fill the last group: one program for all.
+    padded = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 1, 2)).astype(np.int32)
+    padded = np.broadcast_to(padded, (len(padded), TARGET_PROMPTS, 2))
+    totals = [np.zeros((len(padded), split.dictionary.config.n_features)) for split in splits]
+    prompts, done = sum(len(run.index_P) for run in runs_of[0]), 0
+    for runs in zip(*runs_of, strict=True):
+        pairs = list(zip(splits, runs, strict=True))
+        sums = [_random_sums(split, run, source) for split, run in pairs]
+        for parts in zip(*(split.slices(run, TARGET_PROMPTS) for split, run in pairs), strict=True):
+            part, rows = parts[0][0], [each for _, each in parts]
+            real_B = np.arange(part.start, part.stop) < len(runs[0].index_P)
+            for first in range(0, len(padded) if real_B.any() else 0, TARGETS):
+                on_progress(done, count * prompts)
+                chunk = slice(first, first + TARGETS)
+                scores = score_targets(*model, rows, real_B, padded[chunk], source, sums)
+                for total, scores_CxF in zip(totals, scores, strict=True):
+                    total[chunk] += to_host(scores_CxF)
+                done += int(real_B.sum()) * min(TARGETS, count - first)
+    if not all(np.isfinite(total).all() for total in totals):
+        raise UserError(_not_finite(splits[0].point))
+    return [total[:count] / prompts for total in totals]
+
+
+def _random_sums(split: SplitModel, run: CleanRun, source: ActivationReplacement) -> tuple[jax.Array, ...]:
+    """Return what ``removed_on_average`` needs of a clean run; nothing unless activations are drawn at random."""
+    counts = count_run(split, run) if source.kind == "random" else None
+    return () if counts is None else (counts.nonzero_F, counts.total_F)
 
 
 def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
@@ -267,43 +211,61 @@ def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def answer_slopes(point: SplitPoint, params: decoder.Params, rows: SiteRows) -> jax.Array:
-    """Return the slope of the logit difference with respect to the site's value, [B, T, D].
-
-    A program of its own, which all dictionaries of the site share.
-    """
-
-    def difference(value_BxTxD: jax.Array) -> jax.Array:
-        # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
-        x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
-        return point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
-
-    return jax.lax.with_sharding_constraint(jax.grad(difference)(rows.value_BxTxD), sharding(point.mesh))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def score_features(
+def score_targets(
     point: SplitPoint,
-    dictionary: Dictionary,
-    rows: SiteRows,
-    slope_BxTxD: jax.Array,
-    source: ActivationReplacement = ZERO,
-    source_arrays: tuple[jax.Array, ...] = (),
-) -> jax.Array:
-    """Return the attribution of every feature on one batch of rows: [B, F].
+    params: decoder.Params,
+    dictionaries: Sequence[Dictionary],
+    rows_of: Sequence[SiteRows],
+    real_B: jax.Array | None,
+    targets_CxBx2: jax.Array,
+    source: ActivationReplacement,
+    source_arrays_of: Sequence[tuple[jax.Array, ...]],
+) -> list[jax.Array]:
+    """Return the attribution of every feature for C targets of each prompt, for each dictionary.
+
+    The layers above the site run forward once and backward once per target.
 
     Args:
       point: where the model is split (static).
-      dictionary: the dictionary of the features.
-      rows: clean values of the prompts.
-      slope_BxTxD: from ``answer_slopes``.
+      params: parameters of the decoder.
+      dictionaries: dictionaries of the site.
+      rows_of: clean values of the same prompts, as each dictionary reads them.
+      real_B: the rows whose sum [C, F] is returned: not copies that pad a batch. None: every row, [C, B, F].
+      targets_CxBx2: token ids.
       source: what replaces activations.
-      source_arrays: for the source ``counterpart``, what is read and the domain of the counterparts; for ``random``, at
-        how many positions of the clean run each feature is not 0, and the sum of its activations.
+      source_arrays_of: for each dictionary and the source ``counterpart`` what is read and the domain of the
+        counterparts; for ``random``, at how many positions of the clean run each feature is not 0, and the sum of its
+        activations.
     """
-    removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)
-    attribution_BxF = weighted(removed_BxTxF, slope_BxTxD, dictionary.W_dec_FxD[...])
-    return jax.lax.with_sharding_constraint(attribution_BxF, sharding(point.mesh))
+    first = rows_of[0]
+
+    def end(value_BxTxD: jax.Array) -> jax.Array:
+        x_BxTxD = point.run_suffix(params, first.stream_BxTxD, value_BxTxD)
+        return jnp.take_along_axis(x_BxTxD, first.last_B[:, None, None], axis=1)[:, 0]
+
+    # One forward pass for all targets; only the pullback is mapped over them.
+    last_BxD, pullback = jax.vjp(end, first.value_BxTxD)
+
+    def difference(last_BxD: jax.Array, target_Bx2: jax.Array) -> jax.Array:
+        # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
+        return point.readouts(params, last_BxD, target_Bx2)[:, 0].sum()
+
+    end_slope_CxBxD = jax.vmap(jax.grad(difference), in_axes=(None, 0))(last_BxD, targets_CxBx2)
+    slope_CxBxTxD = jax.vmap(lambda cotangent_BxD: pullback(cotangent_BxD)[0])(end_slope_CxBxD)
+
+    def score(dictionary: Dictionary, rows: SiteRows, source_arrays: tuple[jax.Array, ...]) -> jax.Array:
+        removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)
+        W_dec_FxD = dictionary.W_dec_FxD[...]
+
+        def one_target(slope_BxTxD: jax.Array) -> jax.Array:
+            score_BxF = weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD)
+            return score_BxF if real_B is None else jnp.where(real_B[:, None], score_BxF, 0.0).sum(axis=0)
+
+        # One target at a time: [C, B, T, F] would be large.
+        return jax.lax.map(one_target, slope_CxBxTxD)
+
+    scores = [score(*each) for each in zip(dictionaries, rows_of, source_arrays_of, strict=True)]
+    return jax.lax.with_sharding_constraint(scores, sharding(point.mesh))
 
 
 def _mean_fall(

@@ -61,10 +61,6 @@ class CleanRun:
     last_B: np.ndarray
     answers_Bx2: np.ndarray
 
-    def rows(self, some: slice) -> SiteRows:
-        """Return some of the rows."""
-        return SiteRows(*(getattr(self, name)[some] for name in SiteRows._fields))
-
 
 class SplitModel:
     """A language model split at the site that a dictionary's features write to.
@@ -118,11 +114,8 @@ class SplitModel:
         answers_Nx2 = first_answer_ids(self._model.tokenizer, prompts)
         runs = []
         for index_P, rows_B, length in groups_by_length(tokens.lengths_B, PROMPTS, GROUP_TOKENS):
-            ids_BxT = np.zeros((len(rows_B), length), np.int32)
-            kept = min(ids_BxT.shape[1], tokens.ids_BxT.shape[1])
-            ids_BxT[:, :kept] = tokens.ids_BxT[rows_B, :kept]
-            last_B = tokens.last_B[rows_B]
-            wanted_BxT = editable_positions(self._positions, last_B, ids_BxT.shape[1])
+            ids_BxT, last_B = fit_ids(tokens.ids_BxT[rows_B], length), tokens.last_B[rows_B]
+            wanted_BxT = editable_positions(self._positions, last_B, length)
             texts = [prompts[index].text for index in rows_B]
             stream, value, read, domain = self._run_head(ids_BxT, last_B, wanted_BxT, texts)
             prefix_PxT = prefixes((2 * ids_BxT + wanted_BxT)[: len(index_P)])  # editable positions are part of it
@@ -151,10 +144,18 @@ class SplitModel:
             )
         return self.run([dataclasses.replace(prompt, text=prompt.counterpart) for prompt in prompts])
 
+    def slices(self, run: CleanRun, size: int = PROMPTS) -> Iterator[tuple[slice, SiteRows]]:
+        """Yield ``size`` rows of a run at a time: which they are, and their arrays, on the devices as by ``by_row``."""
+        for first in range(0, len(run.last_B), size):
+            part = slice(first, first + size)
+            yield part, SiteRows(*self.by_row(*(getattr(run, name)[part] for name in SiteRows._fields)))
+
     def past(self, run: CleanRun) -> tuple[jax.Array, PrefixKV]:
         """Return the stream leaving the last layer at each prompt's end [B, D], and keys and values above the site."""
-        placed = (self.placed(run.rows(part)) for part in slices(run))
-        parts = [record(self.point, self.params, rows.stream_BxTxD, rows.value_BxTxD, rows.last_B) for rows in placed]
+        parts = [
+            record(self.point, self.params, rows.stream_BxTxD, rows.value_BxTxD, rows.last_B)
+            for _, rows in self.slices(run)
+        ]
         if len(parts) == 1:
             return parts[0]
         ends, pasts = zip(*parts, strict=True)
@@ -181,9 +182,10 @@ class SplitModel:
         """Put arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
         return by_row(self.point.mesh, *arrays)
 
-    def placed(self, rows: SiteRows) -> SiteRows:
-        """Return the rows placed by ``by_row``."""
-        return SiteRows(*self.by_row(*rows))
+
+def fit_ids(ids_BxT: np.ndarray, length: int) -> np.ndarray:
+    """Return token ids cut or padded to a length."""
+    return np.pad(ids_BxT[:, :length], ((0, 0), (0, max(length - ids_BxT.shape[1], 0))))
 
 
 def editable_positions(positions: str, last_B: np.ndarray, length: int) -> np.ndarray:
@@ -220,11 +222,6 @@ def in_order(parts: Iterable[np.ndarray], runs: Sequence[CleanRun]) -> np.ndarra
     """Return the rows of some runs, without padding, in the order of the prompts, [P, ...]."""
     rows = np.concatenate([np.asarray(part)[: len(run.index_P)] for part, run in zip(parts, runs, strict=True)])
     return rows[np.argsort(np.concatenate([run.index_P for run in runs]))]
-
-
-def slices(run: CleanRun) -> Iterator[slice]:
-    """Return slices of the rows, ``PROMPTS`` at a time."""
-    return (slice(first, first + PROMPTS) for first in range(0, len(run.last_B), PROMPTS))
 
 
 def groups_by_length(lengths_N: np.ndarray, step: int, most: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:

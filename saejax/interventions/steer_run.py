@@ -15,24 +15,25 @@ from saejax.errors import UserError
 from saejax.interventions import activity
 from saejax.interventions.ablation import root_mean_square, spread_over_templates
 from saejax.interventions.answers import CausalAnswer, VerdictConfig, mean_interval
+from saejax.interventions.edits import FeatureEdits, mask
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.steering import (
     METHODS,
     MIN_TEXTS,
-    TEXT_SWAPS,
     AnswerSwap,
     AnswerTexts,
     Steered,
-    SteeringChange,
     choose_strength,
+    generation_edit,
     group_by_swap,
     map_swaps,
+    place_edits,
     random_directions,
     random_feature_vectors,
-    rise_on_text,
     steer,
-    steering_change,
+    steering_edits,
     strengths_of,
+    vector_edits,
 )
 from saejax.interventions.text import HeldOutText
 from saejax.models.language_model import LanguageModel
@@ -48,6 +49,7 @@ from saejax.tasks.scoring import wilson
 
 MIN_PROMPTS = 5  # prompts of a split; fewer are not steered
 MAX_PROMPTS = 40  # test prompts of a behaviour that the stage steers: 99 controls at 9 strengths are run on each
+TEXT_SWAPS = 4  # answer pairs whose changes are tried on held-out text
 TEXT_DOCUMENTS = 16  # held-out documents on which the rise of cross-entropy is measured
 # Nats per token: a larger rise means that text of any kind has become hard to predict, not that an answer was turned.
 MAX_CE_RISE = 1.0
@@ -166,8 +168,8 @@ class SteeringTest:
             raise UserError("--steer.doses is empty: name at least one, such as 0.4")
         config = dataclasses.replace(config, doses=tuple(sorted(set(config.doses))))
         self._lm, self._split, self._text, self._config, self._on_progress = lm, split, text, config, on_progress
-        train = [prompt for prompt in prompts if prompt.split == "train"]
-        test = [prompt for prompt in prompts if prompt.split == "test"]
+        self._nothing = mask(split.dictionary, [[]])
+        train, test = ([prompt for prompt in prompts if prompt.split == name] for name in ("train", "test"))
         on_progress(0, 0)
         self._texts = AnswerTexts.read(lm, split, train) if train else None
         self._train, _ = self._fitting(train)
@@ -176,22 +178,18 @@ class SteeringTest:
         self._test = spread_over_templates(tests, max_prompts)
         self._left_out[f"beyond {max_prompts} prompts"] = len(tests) - len(self._test)
         self._train_groups, self._groups = group_by_swap(lm, self._train), group_by_swap(lm, self._test)
-        self._tops = {
-            swap: self._texts.top(swap, config.top)
-            for swap in {**self._groups, **self._train_groups}
-            if self._texts is not None
-        }
+        swaps = {**self._groups, **self._train_groups} if self._texts else {}
+        self._tops = {swap: self._texts.top(swap, config.top) for swap in swaps if self._texts}
 
     def results(self) -> BehaviourSteering:
         """Measure every method at every strength, and the controls of the chosen ones."""
         if reason := self._reason():
             return BehaviourSteering(reason, len(self._test), self._left_out, None, "", "", {}, {})
-        weight_RxP = bootstrap.resampling_weights(
-            [prompt.template for prompt in self._test], self._config.bootstrap, self._config.seed
-        )
-        clean = self._steer(self._test, self._groups, lambda swap: [SteeringChange()])
+        templates = [prompt.template for prompt in self._test]
+        weight_RxP = bootstrap.resampling_weights(templates, self._config.bootstrap, self._config.seed)
+        clean_P = self._steer(self._test, self._groups, lambda swap: self._nothing).diff_SxP[0]
         methods = {
-            method: self._measure(method, clean.diff_SxP[0], weight_RxP)
+            method: self._measure(method, clean_P, weight_RxP)
             for method in METHODS
             if method == "mean_difference" or any(self._tops.values())
         }
@@ -200,9 +198,9 @@ class SteeringTest:
             reason=None,
             prompts=len(self._test),
             left_out=self._left_out,
-            clean=mean_interval(clean.diff_SxP[0], weight_RxP),
+            clean=mean_interval(clean_P, weight_RxP),
             example=self._test[0].text,
-            continuation=self._continue(SteeringChange()),
+            continuation=self._continue(self._nothing),
             methods=methods,
             features={
                 " → ".join(decode([token]).strip() for token in swap): tuple(self._tops[swap]) for swap in self._groups
@@ -225,11 +223,10 @@ class SteeringTest:
 
     def _fitting(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], dict[str, int]]:
         """Return prompts answered correctly whose answers the texts have, and the number of others by reason."""
-        swaps = group_by_swap(self._lm, prompts)
-        texts = self._texts
-        covered = sorted(p for swap, places in swaps.items() if texts is not None and texts.knows(swap) for p in places)
+        swaps, texts = group_by_swap(self._lm, prompts), self._texts
+        covered = sorted(p for swap, places in swaps.items() if texts and texts.covers(swap) for p in places)
         chosen = [prompts[place] for place in covered]
-        diff_P = steer(self._lm, self._split, chosen, [SteeringChange()]).diff_SxP[0] if chosen else np.zeros(0)
+        diff_P = steer(self._lm, self._split, chosen, self._nothing).diff_SxP[0] if chosen else np.zeros(0)
         right = [prompt for prompt, diff in zip(chosen, diff_P, strict=True) if diff > 0]
         return right, {"unknown answers": len(prompts) - len(chosen), "answered wrongly": len(chosen) - len(right)}
 
@@ -237,29 +234,22 @@ class SteeringTest:
         self,
         prompts: Sequence[Prompt],
         groups: Mapping[AnswerSwap, Sequence[int]],
-        changes_of: Callable[[AnswerSwap], list[SteeringChange]],
+        edits_of: Callable[[AnswerSwap], FeatureEdits],
     ) -> Steered:
-        """Run the changes that ``changes_of(swap)`` gives, as many for each swap, on the prompts of that swap."""
-        config = self._config
+        """Run the edits that ``edits_of(swap)`` gives, as many for each swap, on the prompts of that swap."""
+        options = self._config.batch_rows, self._on_progress
+        return map_swaps(
+            groups, prompts, lambda swap, group: steer(self._lm, self._split, group, edits_of(swap), *options)
+        )
 
-        def run(swap: AnswerSwap, group: list[Prompt]) -> Steered:
-            return steer(self._lm, self._split, group, changes_of(swap), config.batch_rows, self._on_progress)
-
-        return map_swaps(groups, prompts, run)
-
-    def _changes(self, method: str, swap: AnswerSwap) -> list[SteeringChange]:
+    def _edits(self, method: str, swap: AnswerSwap) -> FeatureEdits:
         assert self._texts
         strengths = strengths_of(method, self._config.doses)
-        return [steering_change(self._texts, method, swap, self._tops[swap], strength) for strength in strengths]
+        return steering_edits(self._texts, self._split.dictionary, method, swap, self._tops[swap], strengths)
 
     def _measure(self, method: str, clean_P: np.ndarray, weight_RxP: np.ndarray) -> SteeringMethod:
-        strengths = strengths_of(method, self._config.doses)
-
-        def changes(swap: AnswerSwap) -> list[SteeringChange]:
-            return self._changes(method, swap)
-
-        steered = self._steer(self._test, self._groups, changes)
-        rises = self._text_rises(method)
+        edits_of = functools.partial(self._edits, method)
+        steered, rises = self._steer(self._test, self._groups, edits_of), self._text_rises(method)
         points = tuple(
             SteeringPoint(
                 strength=strength,
@@ -269,27 +259,27 @@ class SteeringTest:
                 top1=float(steered.top1_SxP[s].mean()),
                 ce_rise=rises[s] if rises else None,
             )
-            for s, strength in enumerate(strengths)
+            for s, strength in enumerate(strengths_of(method, self._config.doses))
         )
         # A strength that breaks the model turns many prompts, too: text has to stay as likely as it was.
         allowed_S = np.array([not p.ce_rise or p.ce_rise.mean <= MAX_CE_RISE for p in points])
         # On train prompts, or the best of several strengths would look better than it is.
-        chosen = choose_strength(self._steer(self._train, self._train_groups, changes).diff_SxP, allowed_S)
+        chosen = choose_strength(self._steer(self._train, self._train_groups, edits_of).diff_SxP, allowed_S)
         controls = self._steer_controls(method, points[chosen].dose)
-        drop_N = (clean_P - controls.diff_SxP).mean(axis=1)
-        effect = points[chosen].drop
-        p_value = rank_p(effect.mean, drop_N) if len(drop_N) else None
+        drop_N, effect = (clean_P - controls.diff_SxP).mean(axis=1), points[chosen].drop
+        has_controls = len(drop_N) > 0
+        p_value = rank_p(effect.mean, drop_N) if has_controls else None
         first = next(swap for swap, places in self._groups.items() if 0 in places)
         return SteeringMethod(
             points=points,
             chosen=chosen,
             control=CONTROLS[method],
             controls=len(drop_N),
-            control_mean=float(drop_N.mean()) if len(drop_N) else None,
-            control_max=float(drop_N.max()) if len(drop_N) else None,
-            control_turned=float((controls.diff_SxP < 0).mean()) if len(drop_N) else None,
+            control_mean=float(drop_N.mean()) if has_controls else None,
+            control_max=float(drop_N.max()) if has_controls else None,
+            control_turned=float((controls.diff_SxP < 0).mean()) if has_controls else None,
             answer=CausalAnswer("not tested", "Not tested: the run has not ended.", effect, p_value),
-            continuation=self._continue(self._changes(method, first)[chosen]),
+            continuation=self._continue(self._edits(method, first), chosen),
         )
 
     def _steer_controls(self, method: str, dose: float) -> Steered:
@@ -307,32 +297,35 @@ class SteeringTest:
         count = min(map(len, drawn.values()), default=0)
         if not count:
             return Steered(*np.zeros((3, 0, len(self._test))))
+
+        def controls(vectors_of: Callable[[AnswerSwap], list[np.ndarray]], count: int) -> Steered:
+            dictionary = self._split.dictionary
+            nothing = mask(dictionary, [[]] * count)
+            return self._steer(
+                self._test,
+                self._groups,
+                lambda swap: vector_edits(dictionary, vectors_of(swap)[:count]) if swap in drawn else nothing,
+            )
+
         # A vector of norm 1 has the dose sqrt(n) on a prompt with n positions that may change.
-        unit = SteeringChange(np.eye(1, texts.value_NxD.shape[1])[0])
-        unit_1xP = self._steer(
-            self._test, self._groups, lambda swap: [unit if swap in drawn else SteeringChange()]
-        ).norm_SxP
-        norm = dose / max(root_mean_square(unit_1xP[0]), 1e-6)
-
-        def changes(swap: AnswerSwap) -> list[SteeringChange]:
-            vectors = drawn.get(swap, [])[:count]
-            return [SteeringChange(norm * vector_D) for vector_D in vectors] or [SteeringChange()] * count
-
-        return self._steer(self._test, self._groups, changes)
+        unit_D = np.eye(1, texts.value_NxD.shape[1])[0]
+        norm = dose / max(root_mean_square(controls(lambda swap: [unit_D], 1).norm_SxP[0]), 1e-6)
+        return controls(lambda swap: [norm * vector_D for vector_D in drawn[swap]], count)
 
     @functools.cached_property
     def _firing_share_F(self) -> np.ndarray:
         """Return the share of the test prompts on which each feature fires."""
-        return activity.firing_prompts(self._split, self._split.run(self._test)) / len(self._test)
+        return activity.statistics(self._split, self._split.run(self._test)).prompts_F / len(self._test)
 
     def _text_rises(self, method: str) -> list[Interval] | None:
         """Return the rise of cross-entropy at each strength, mean over the most frequent swaps; None without text."""
         if self._text is None:
             return None
         swaps = [swap for swap in self._groups if method == "mean_difference" or self._tops[swap]] or list(self._groups)
-        rises = [
-            rise_on_text(self._lm, self._split, self._text, self._changes(method, swap)) for swap in swaps[:TEXT_SWAPS]
-        ]
+        rises = []
+        for swap in swaps[:TEXT_SWAPS]:
+            diffs = self._text.effects(*place_edits(self._lm, self._split, self._edits(method, swap)))
+            rises.append(diffs.rise_SxN / diffs.tokens_N)
         rise_SxN = np.mean(rises, axis=0)
         weight_RxN = None
         if rise_SxN.shape[1] > 1:
@@ -340,14 +333,12 @@ class SteeringTest:
             weight_RxN = bootstrap.resampling_weights(documents, self._config.bootstrap, self._config.seed)
         return [mean_interval(rise_N, weight_RxN) for rise_N in rise_SxN]
 
-    def _continue(self, change: SteeringChange) -> str:
-        """Return what the steered model writes after the first test prompt, greedily."""
+    def _continue(self, edits: FeatureEdits, number: int = 0) -> str:
+        """Return what the model writes greedily after the first test prompt, under one of some edits."""
         tokens = self._lm.tokenize([self._test[0].text])
         room = self._lm.config.context - int(tokens.lengths_B[0])
-        if room < 1:
-            return ""
-        edits = [change.edit(self._split.dictionary)]
-        return self._lm.generate(tokens, min(NEW_TOKENS, room), edits=edits)[0].text
+        edit = generation_edit(edits, number)
+        return self._lm.generate(tokens, min(NEW_TOKENS, room), edits=[edit])[0].text if room >= 1 else ""
 
 
 def judge(behaviours: Mapping[str, BehaviourSteering]) -> dict[str, BehaviourSteering]:
@@ -355,24 +346,15 @@ def judge(behaviours: Mapping[str, BehaviourSteering]) -> dict[str, BehaviourSte
 
     p-values are corrected by Holm's method over the behaviours, for each method by itself.
     """
-    p_values = {
-        (method, name): each.answer.p_value
-        for name, result in behaviours.items()
-        for method, each in result.methods.items()
-        if each.answer.p_value is not None
-    }
-    p_holm: dict[tuple[str, str], float] = {}
+    judged = dict(behaviours)
+    # Methods are not corrected for each other: each is a question by itself.
     for method in METHODS:
-        # Methods are not corrected for each other: each is a question by itself.
-        p_holm |= holm_by_key({key: p for key, p in p_values.items() if key[0] == method})
-    judged = {}
-    for name, result in behaviours.items():
-        methods = {}
-        for method, each in result.methods.items():
-            tests = sum(key[0] == method for key in p_holm)
-            answer = _conclude(each, p_holm.get((method, name)), tests)
-            methods[method] = dataclasses.replace(each, answer=answer)
-        judged[name] = dataclasses.replace(result, methods=methods)
+        measured = {name: result.methods[method] for name, result in behaviours.items() if method in result.methods}
+        p_values = {name: each.answer.p_value for name, each in measured.items() if each.answer.p_value is not None}
+        p_holm = holm_by_key(p_values)
+        for name, each in measured.items():
+            answered = dataclasses.replace(each, answer=_conclude(each, p_holm.get(name), len(p_holm)))
+            judged[name] = dataclasses.replace(judged[name], methods={**judged[name].methods, method: answered})
     return judged
 
 

@@ -17,23 +17,22 @@ Controls are added at the same norm, so that doses are equal:
 - *random directions*: differences of means after the answers were shuffled among the texts. They lie where values of
   these texts differ, and are harder to beat than directions that no value ever takes.
 
-All changes act at the editable positions but attention sinks, and run through ``saejax.interventions.engine``.
+All changes are edits (``saejax.interventions.edits``) at the editable positions but attention sinks.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries import Dictionary
+from saejax.interventions import bases
 from saejax.interventions.ablation import MIN_FIRING
 from saejax.interventions.edits import FeatureEdits, add
 from saejax.interventions.engine import BATCH_ROWS, OnProgress, change_norms, run_edits
 from saejax.interventions.slopes import leaders, slopes
 from saejax.interventions.split_model import SplitModel
-from saejax.interventions.text import HeldOutText
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
 from saejax.statistics.partition import disjoint_sets
@@ -43,7 +42,6 @@ from saejax.tasks.behaviours import Prompt
 METHODS = ("add", "clamp", "mean_difference")
 MIN_TEXTS = 3  # texts of an answer, of which a mean is taken
 FACTORS = (1.0, 2.0, 4.0, 8.0)  # of the activation that features are clamped to
-TEXT_SWAPS = 4  # answer pairs whose changes are tried on held-out text
 
 
 class AnswerSwap(NamedTuple):
@@ -75,38 +73,29 @@ class AnswerTexts:
 
     @classmethod
     def read(cls, lm: LanguageModel, split: SplitModel, prompts: Sequence[Prompt]) -> "AnswerTexts":
-        """Read the texts of train prompts.
-
-        Args:
-          lm: the model.
-          split: the model, split at the dictionary's site.
-          prompts: train prompts; those without a counterpart give one text.
-        """
+        """Read the texts of train prompts; those without a counterpart give one text."""
         turned = [
             dataclasses.replace(p, text=p.counterpart, correct=p.wrong, wrong=p.correct, counterpart=p.text)
             for p in prompts
             if p.counterpart
         ]
         texts = [*prompts, *turned]
-        slope_NxTxD = slopes(lm, texts, "logit_diff", str(split.point.site))
         last_N = lm.tokenize([text.text for text in texts]).last_B
-        slope_NxD = slope_NxTxD[np.arange(len(texts)), last_N]
+        slope_NxD = slopes(lm, texts, "logit_diff", str(split.point.site))[np.arange(len(texts)), last_N]
         answer_N, value_NxD = np.zeros(len(texts), np.int64), np.zeros(slope_NxD.shape, np.float32)
         f_NxF, norms = np.zeros((len(texts), split.dictionary.config.n_features), np.float32), []
         for run in split.run(texts):
             count, rows_B = len(run.index_P), np.arange(len(run.last_B))
             value_BxTxD = to_host(run.value_BxTxD)
-            read_BxD = run.read_BxTxD[rows_B, run.last_B]
             answer_N[run.index_P] = run.answers_Bx2[:count, 0]
             value_NxD[run.index_P] = value_BxTxD[rows_B, run.last_B][:count]
-            f_NxF[run.index_P] = to_host(split.dictionary.encode(read_BxD))[:count]
+            f_NxF[run.index_P] = to_host(split.dictionary.encode(run.read_BxTxD[rows_B, run.last_B]))[:count]
             norm_PxT = np.linalg.norm(value_BxTxD[:count].astype(np.float64), axis=-1)
-            norms.append(norm_PxT[to_host(run.domain_BxT)[:count]])
-        norm = float(np.mean(np.concatenate(norms))) if sum(map(len, norms)) else 0.0
+            norms += norm_PxT[to_host(run.domain_BxT)[:count]].tolist()
         W_dec_FxD = np.asarray(split.dictionary.W_dec_FxD[...], np.float32)
-        return cls(answer_N, value_NxD, slope_NxD, f_NxF, W_dec_FxD, norm)
+        return cls(answer_N, value_NxD, slope_NxD, f_NxF, W_dec_FxD, float(np.mean(norms)) if norms else 0.0)
 
-    def knows(self, swap: AnswerSwap) -> bool:
+    def covers(self, swap: AnswerSwap) -> bool:
         """Return whether there are enough texts of both answers."""
         return all((self.answer_N == answer).sum() >= MIN_TEXTS for answer in swap)
 
@@ -120,62 +109,58 @@ class AnswerTexts:
         slope_D = self.mean_difference(self.slope_NxD, swap) / 2  # texts of either answer have opposite slopes
         return leaders(self.mean_difference(self.f_NxF, swap) * (self.W_dec_FxD @ slope_D), count)
 
-    def shuffled(self, rng: np.random.Generator) -> "AnswerTexts":
-        """Return the same texts with their answers shuffled."""
-        return dataclasses.replace(self, answer_N=rng.permutation(self.answer_N))
-
-
-@dataclasses.dataclass(frozen=True)
-class SteeringChange:
-    """A change of one site: a vector is added, or features are set to values.
-
-    Attributes:
-      vector_D: the vector; None: features are set.
-      features: the features.
-      values: their activations, at every position.
-    """
-
-    vector_D: np.ndarray | None = None
-    features: tuple[int, ...] = ()
-    values: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
-
-    def edit(self, dictionary: Dictionary) -> Any:
-        """Return the change at all positions as an edit for ``lm.generate`` and ``lm(...)``."""
-        if self.vector_D is not None:
-            return _basis(dictionary, [self.vector_D]).steer([0], 1.0)
-        if not self.features:
-            # Features as they are: an edit that changes nothing.
-            return dictionary.scale([0], 1.0)
-        return dictionary.set(list(self.features), self.values)
-
 
 def strengths_of(method: str, doses: Sequence[float]) -> tuple[float, ...]:
     """Return the strengths of a method: factors of activations for ``clamp``, otherwise doses."""
     return FACTORS if method == "clamp" else tuple(doses)
 
 
-def steering_change(
-    texts: AnswerTexts, method: str, swap: AnswerSwap, features: Sequence[int], strength: float
-) -> SteeringChange:
-    """Return the change of a method.
+def steering_edits(
+    texts: AnswerTexts,
+    dictionary: Dictionary,
+    method: str,
+    swap: AnswerSwap,
+    features: Sequence[int],
+    strengths: Sequence[float],
+) -> FeatureEdits:
+    """Return the edits of a method, one for each strength.
 
     Args:
       texts: the texts that it is learned on.
+      dictionary: the dictionary of the features, at whose site the change is made.
       method: one of ``METHODS``.
       swap: the answers.
       features: the top features of the swap.
-      strength: norm of what is added, in mean norms of the site's values; for ``clamp`` the factor of the features'
-        mean activations on texts of the target answer.
+      strengths: norms of what is added, in mean norms of the site's values; for ``clamp`` factors of the features' mean
+        activations on texts of the target answer.
     """
-    chosen = list(features)
+    chosen = np.asarray(features, np.int64)
     if method == "clamp":
         level_K = texts.f_NxF[texts.answer_N == swap.target][:, chosen].mean(axis=0, dtype=np.float64)
-        return SteeringChange(None, tuple(chosen), strength * level_K)
+        count, whole_K = len(strengths), np.ones(len(chosen))
+        levels = tuple(strength * level_K for strength in strengths)
+        return FeatureEdits(dictionary, (chosen,) * count, (whole_K,) * count, levels)
     if method == "add":
         vector_D = texts.mean_difference(texts.f_NxF[:, chosen], swap) @ texts.W_dec_FxD[chosen]
     else:
         vector_D = texts.mean_difference(texts.value_NxD, swap)
-    return SteeringChange(strength * texts.norm * _unit(vector_D))
+    return vector_edits(dictionary, [strength * texts.norm * _unit(vector_D) for strength in strengths])
+
+
+def vector_edits(dictionary: Dictionary, vectors: Sequence[np.ndarray]) -> FeatureEdits:
+    """Return edits that add a vector each at the site that a dictionary writes to."""
+    # With the dictionary's rule for attention sinks, which are left alone.
+    return add(bases.linear(dictionary, np.stack(vectors)), [[number] for number in range(len(vectors))], 1.0)
+
+
+def generation_edit(edits: FeatureEdits, number: int) -> Any:
+    """Return one of ``steering_edits`` as an edit for ``lm.generate`` and ``lm(...)``."""
+    features = edits.sets[number].tolist()
+    if not features or edits.addends is None:
+        # Features as they are: an edit that changes nothing.
+        return edits.dictionary.scale([0], 1.0)
+    change = edits.dictionary.set if edits.fractions[number].all() else edits.dictionary.steer
+    return change(features, edits.addends[number])
 
 
 def random_feature_vectors(
@@ -199,15 +184,9 @@ def random_feature_vectors(
 
 
 def random_directions(texts: AnswerTexts, swap: AnswerSwap, count: int, seed: int) -> list[np.ndarray]:
-    """Return differences of means of texts whose answers were shuffled, of norm 1.
-
-    Args:
-      texts: the texts and their answers.
-      swap: the answers whose means are compared.
-      count: number of directions.
-      seed: seed of the shuffles.
-    """
-    drawn = (texts.shuffled(np.random.default_rng([seed, number])) for number in range(count))
+    """Return ``count`` differences of means of texts whose answers were shuffled by ``seed``, of norm 1."""
+    shuffled = (np.random.default_rng([seed, number]).permutation(texts.answer_N) for number in range(count))
+    drawn = (dataclasses.replace(texts, answer_N=answer_N) for answer_N in shuffled)
     return [_unit(each.mean_difference(each.value_NxD, swap)) for each in drawn]
 
 
@@ -225,73 +204,37 @@ class Steered(NamedTuple):
     norm_SxP: np.ndarray
 
 
+def place_edits(lm: LanguageModel, split: SplitModel, edits: FeatureEdits) -> tuple[SplitModel, FeatureEdits]:
+    """Return the model split for the edits' dictionary, which may be another basis at the site, and edits of it."""
+    edited = split if edits.dictionary is split.dictionary else SplitModel(lm, edits.dictionary)
+    return edited, dataclasses.replace(edits, dictionary=edited.dictionary)
+
+
 def steer(
     lm: LanguageModel,
     split: SplitModel,
     prompts: Sequence[Prompt],
-    changes: Sequence[SteeringChange],
+    edits: FeatureEdits,
     batch_rows: int = BATCH_ROWS,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Steered:
-    """Run every change on every prompt.
+    """Run every edit on every prompt.
 
     Args:
       lm: the model.
       split: the model, split at the dictionary's site.
       prompts: P prompts.
-      changes: S changes.
+      edits: S edits of the dictionary's features, or of other directions at its site.
       batch_rows: as for ``effects``.
       on_progress: called with the tokens done and in total; may raise to stop.
 
     Raises:
       UserError: a logit difference is not finite.
     """
-    values_3xSxP = np.zeros((3, len(changes), len(prompts)))
-    adds_S = np.array([change.vector_D is not None for change in changes])
-    # Vectors and features are edits of different dictionaries, which are run one after the other.
-    for places in (np.flatnonzero(adds_S), np.flatnonzero(~adds_S)):
-        if not len(places):
-            continue
-        edits = make_edits(split.dictionary, [changes[s] for s in places.tolist()])
-        # A vector is an edit of another basis at the same site.
-        edited = SplitModel(lm, edits.dictionary) if adds_S[places[0]] else split
-        runs = edited.run(prompts)
-        edits = dataclasses.replace(edits, dictionary=edited.dictionary)
-        measured = run_edits(edited, runs, edits, batch_rows, on_progress, readouts=True)
-        values = [measured.ablated_SxP, measured.readouts["top1"][1], change_norms(edited, runs, edits)]
-        values_3xSxP[:, places] = values
-    return Steered(*values_3xSxP)
-
-
-def make_edits(dictionary: Dictionary, changes: Sequence[SteeringChange]) -> FeatureEdits:
-    """Return changes as batched edits.
-
-    Args:
-      dictionary: the dictionary at whose site changes act.
-      changes: all of them add a vector, or all set features.
-    """
-    vectors = [change.vector_D for change in changes if change.vector_D is not None]
-    if vectors:
-        return add(_basis(dictionary, vectors), [[number] for number in range(len(vectors))], 1.0)
-    sets = tuple(np.asarray(change.features, np.int64) for change in changes)
-    return FeatureEdits(dictionary, sets, tuple(np.ones(len(s)) for s in sets), tuple(c.values for c in changes))
-
-
-def rise_on_text(
-    lm: LanguageModel, split: SplitModel, text: HeldOutText, changes: Sequence[SteeringChange]
-) -> np.ndarray:
-    """Return by how much each change, at all positions, raises the cross-entropy of documents, nats per token [S, N].
-
-    Args:
-      lm: the model.
-      split: the model, split at the dictionary's site.
-      text: N documents.
-      changes: S changes of one kind, all with a vector or none.
-    """
-    edits = make_edits(split.dictionary, changes)
-    edited = SplitModel(lm, edits.dictionary)
-    diffs = text.effects(edited, dataclasses.replace(edits, dictionary=edited.dictionary))
-    return diffs.rise_SxN / diffs.tokens_N
+    split, edits = place_edits(lm, split, edits)
+    runs = split.run(prompts)
+    measured = run_edits(split, runs, edits, batch_rows, on_progress, readouts=True)
+    return Steered(measured.ablated_SxP, measured.readouts["top1"][1], change_norms(split, runs, edits))
 
 
 def choose_strength(diff_SxP: np.ndarray, is_allowed_S: np.ndarray) -> int:
@@ -329,16 +272,3 @@ def _unit(vector_D: np.ndarray) -> np.ndarray:
     """Return a vector of norm 1, or 0 if it has none."""
     norm = float(np.linalg.norm(vector_D))
     return vector_D / norm if norm > 0 else vector_D
-
-
-def _basis(dictionary: Dictionary, vectors: Sequence[np.ndarray]) -> Dictionary:
-    """Return vectors as a basis at the site that a dictionary writes to, with its rule for attention sinks."""
-    directions_FxD = jnp.asarray(np.stack(vectors), jnp.float32)
-    count, width = directions_FxD.shape
-    used = dictionary.config
-    max_norm = used.target_max_norm if used.target else used.max_norm
-    config = DictionaryConfig(
-        kind="linear", site=used.target or used.site, d_in=width, n_features=count, max_norm=max_norm
-    )
-    zeros = dict(b_enc_F=jnp.zeros(count), b_dec_D=jnp.zeros(width))
-    return Dictionary(config, W_enc_DxF=directions_FxD.T, W_dec_FxD=directions_FxD, **zeros)

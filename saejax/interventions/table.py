@@ -149,17 +149,34 @@ class EffectsTable:
         Returns:
           The table, without the NaN entries.
         """
-        edit_of = {(edit.behaviour, edit.id): e for e, edit in enumerate(edits)}
-        prompt_of = {prompt.id: p for p, prompt in enumerate(prompts)}
+        whole = cls(tuple(edits), tuple(prompts), *np.zeros((4, 0)))
         columns: list[tuple[np.ndarray, ...]] = []
         for block_edits, block_prompts, readouts, values in blocks:
             value_ExPxJ = np.asarray(values, np.float64)
             e_K, p_K, j_K = np.nonzero(~np.isnan(value_ExPxJ))
-            edit_E = np.array([edit_of[edit.behaviour, edit.id] for edit in block_edits], np.int32)
-            prompt_P = np.array([prompt_of[prompt.id] for prompt in block_prompts], np.int32)
+            edit_E, prompt_P = whole.positions(block_edits, block_prompts)
             readout_J = np.array([READOUTS.index(readout) for readout in readouts], np.int8)
             columns.append((edit_E[e_K], prompt_P[p_K], readout_J[j_K], value_ExPxJ[e_K, p_K, j_K]))
-        return cls(tuple(edits), tuple(prompts), *(np.concatenate(column) for column in zip(*columns, strict=True)))
+        return cls(whole.edits, whole.prompts, *(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+    @classmethod
+    def block(
+        cls,
+        edits: Sequence[EditDefinition],
+        prompts: Sequence[PromptDefinition],
+        values: Mapping[str, np.ndarray],
+        defined: Sequence[PromptDefinition] = (),
+    ) -> "EffectsTable":
+        """Return the table of some edits on some prompts.
+
+        Args:
+          edits: E edits.
+          prompts: P prompts.
+          values: ``[E, P]`` of each readout; NaN marks what was not measured.
+          defined: prompts that have no row here.
+        """
+        block = list(edits), list(prompts), tuple(values), np.stack(list(values.values()), axis=-1)
+        return cls.from_blocks(edits, list(dict.fromkeys([*defined, *prompts])), [block])
 
     def select_edits(
         self, behaviour: str, group: str, dictionary: str = TESTED, index: int | None = None
@@ -189,13 +206,20 @@ class EffectsTable:
           Float64 array ``[E, P]``, NaN where nothing was measured.
         """
         key_N, order_N = self._sorted_keys
-        edit_E = np.array([self._edit_positions[edit.behaviour, edit.id] for edit in edits], np.int64)
-        prompt_P = np.array([self._prompt_positions[prompt.id] for prompt in prompts], np.int64)
+        edit_E, prompt_P = self.positions(edits, prompts)
         wanted_ExP = self._keys(edit_E[:, None], prompt_P[None, :], np.array(READOUTS.index(readout)))
         if not len(key_N):
             return np.full(wanted_ExP.shape, np.nan)
         place_ExP = np.minimum(np.searchsorted(key_N, wanted_ExP), len(key_N) - 1)
         return np.where(key_N[place_ExP] == wanted_ExP, self.value_N[order_N[place_ExP]], np.nan)
+
+    def positions(
+        self, edits: Sequence[EditDefinition], prompts: Sequence[PromptDefinition]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions of some edits and prompts among those of the table."""
+        edit_of, prompt_of = self._positions
+        edit_E = np.array([edit_of[edit.behaviour, edit.id] for edit in edits], np.int32)
+        return edit_E, np.array([prompt_of[prompt.id] for prompt in prompts], np.int32)
 
     def clean_values(self, prompts: Sequence[PromptDefinition], readout: str) -> np.ndarray:
         """Return one readout of the unedited model on prompts of one behaviour, ``[P]``; NaN where not measured."""
@@ -212,15 +236,6 @@ class EffectsTable:
         prompts = self.select_prompts(behaviour)
         is_benchmark = bool(prompts) and bool(np.isfinite(self.clean_values(prompts, "answer_log_prob")).all())
         return "answer_log_prob" if is_benchmark else "logit_diff"
-
-    def without_prompts(self, ids: Sequence[str]) -> "EffectsTable":
-        """Return the table without the rows of some prompts."""
-        gone_P = np.array([prompt.id in ids for prompt in self.prompts])
-        kept_N = ~gone_P[self.prompt_N]
-        new_place_P = np.cumsum(~gone_P) - 1
-        prompts = tuple(prompt for prompt in self.prompts if prompt.id not in ids)
-        rows = (self.edit_N[kept_N], new_place_P[self.prompt_N[kept_N]], self.readout_N[kept_N], self.value_N[kept_N])
-        return EffectsTable(self.edits, prompts, *rows)
 
     @functools.cached_property
     def behaviours(self) -> tuple[str, ...]:
@@ -240,12 +255,9 @@ class EffectsTable:
         return groups
 
     @functools.cached_property
-    def _edit_positions(self) -> dict[tuple[str, str], int]:
-        return {(edit.behaviour, edit.id): e for e, edit in enumerate(self.edits)}
-
-    @functools.cached_property
-    def _prompt_positions(self) -> dict[str, int]:
-        return {prompt.id: p for p, prompt in enumerate(self.prompts)}
+    def _positions(self) -> tuple[dict[tuple[str, str], int], dict[str, int]]:
+        edit_of = {(edit.behaviour, edit.id): e for e, edit in enumerate(self.edits)}
+        return edit_of, {prompt.id: p for p, prompt in enumerate(self.prompts)}
 
     def _keys(self, edit: np.ndarray, prompt: np.ndarray, readout: np.ndarray) -> np.ndarray:
         """Return one integer for each edit, prompt and readout, by which rows are found."""
@@ -262,12 +274,10 @@ def merge_tables(tables: Sequence[EffectsTable]) -> EffectsTable:
     """Return the rows of several tables as one; an edit or prompt that several define is the same."""
     edits = tuple({(edit.behaviour, edit.id): edit for table in tables for edit in table.edits}.values())
     prompts = tuple({prompt.id: prompt for table in tables for prompt in table.prompts}.values())
-    edit_of = {(edit.behaviour, edit.id): e for e, edit in enumerate(edits)}
-    prompt_of = {prompt.id: p for p, prompt in enumerate(prompts)}
+    whole = EffectsTable(edits, prompts, *np.zeros((4, 0)))  # which knows the positions of all edits and prompts
     rows = []
     for table in tables:
-        edit_E = np.array([edit_of[edit.behaviour, edit.id] for edit in table.edits], np.int32)
-        prompt_P = np.array([prompt_of[prompt.id] for prompt in table.prompts], np.int32)
+        edit_E, prompt_P = whole.positions(table.edits, table.prompts)
         rows.append((edit_E[table.edit_N], prompt_P[table.prompt_N], table.readout_N, table.value_N))
     return EffectsTable(edits, prompts, *(np.concatenate(column) for column in zip(*rows, strict=True)))
 
@@ -284,17 +294,16 @@ def save_effects(folder: str | Path, table: EffectsTable) -> None:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dictionary_columns = dict(
+    words = dict(
         behaviour=(table.edit_N, [edit.behaviour for edit in table.edits]),
         edit=(table.edit_N, [edit.id for edit in table.edits]),
         prompt=(table.prompt_N, [prompt.id for prompt in table.prompts]),
         readout=(table.readout_N, list(READOUTS)),
     )
-    columns: dict[str, Any] = {}
-    for name, (place_N, words) in dictionary_columns.items():
-        code_of = {word: code for code, word in enumerate(dict.fromkeys(words))}  # behaviours repeat
-        code_N = np.array([code_of[word] for word in words], np.int32)[place_N]
-        columns[name] = pa.DictionaryArray.from_arrays(pa.array(code_N), pa.array(list(code_of), pa.string()))
+    columns: dict[str, Any] = {
+        name: pa.array(np.array(texts, object)[place_N], pa.string()).dictionary_encode()
+        for name, (place_N, texts) in words.items()
+    }
     columns["value"] = pa.array(table.value_N)
     with whole_file(folder / _FILES[0]) as unfinished:
         pq.write_table(pa.table(columns), unfinished)

@@ -7,6 +7,7 @@ attention sinks. Where a counterpart's activations replace others, text has none
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,8 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.evaluation import programs
 from saejax.interventions.edits import ZERO, FeatureEdits
-from saejax.interventions.engine_programs import edit_value, gather
-from saejax.interventions.rows import Amounts
-from saejax.interventions.split_model import SplitModel, run_head
+from saejax.interventions.rows import edit_value, gather
+from saejax.interventions.split_model import SplitModel, fit_ids, run_head
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
@@ -114,22 +114,25 @@ class HeldOutText:
         return self._clean[split.point]
 
     def _run_clean(self, split: SplitModel) -> "list[CleanText]":
-        firsts = range(0, len(self.documents), _AT_ONCE)
-        return [CleanText.of(split, self.documents, slice(first, first + _AT_ONCE)) for first in firsts]
+        """Run the documents, ``_AT_ONCE`` at a time, padded to the length of the longest."""
+        batches, width = [], round_length(max(map(len, self.documents)))
+        for first in range(0, len(self.documents), _AT_ONCE):
+            documents = self.documents[first : first + _AT_ONCE]
+            padded = pad([*documents, *[[0, 0]] * (_AT_ONCE - len(documents))])
+            ids_BxT = fit_ids(padded.ids_BxT, width)
+            arrays = ids_BxT, padded.last_B, np.ones(ids_BxT.shape, bool), padded.lengths_B
+            *rows, lengths_B = split.by_row(*arrays)
+            stream, value, read, domain, _ = run_head(split.point, split.error, split.params, split.dictionary, *rows)
+            end_BxTxD = programs.tail(split.point, split.params, stream, value)
+            clean = rows[0], lengths_B, stream, value, read, domain, end_BxTxD
+            batches.append(CleanText(split.params, len(documents), *clean))
+        return batches
 
 
-@dataclasses.dataclass(frozen=True)
-class CleanText:
-    """A batch of B documents without an edit, of which the first N are real.
+class CleanText(NamedTuple):
+    """A batch of B documents without an edit, of which the first ``documents`` are real.
 
-    Attributes:
-      params: parameters of the decoder that ran them.
-      documents: N.
-      ids_BxT, lengths_B: the tokens, and how many there are.
-      stream_BxTxD, value_BxTxD, read_BxTxD: as in ``CleanRun``.
-      domain_BxT: where features of the dictionary that ran them are editable; None where the error is kept, because the
-        run then serves all dictionaries.
-      end_BxTxD: the stream leaving the last layer.
+    Other fields are as in ``CleanRun``; ``end_BxTxD`` is the stream leaving the last layer.
     """
 
     params: decoder.Params
@@ -139,39 +142,23 @@ class CleanText:
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
     read_BxTxD: jax.Array
-    domain_BxT: jax.Array | None
+    domain_BxT: jax.Array
     end_BxTxD: jax.Array
-
-    @classmethod
-    def of(cls, split: SplitModel, documents: Sequence[Sequence[int]], some: slice) -> "CleanText":
-        """Run some documents, padded to the length of the longest of all."""
-        chosen = documents[some]
-        padded = pad([*chosen, *[[0, 0]] * (_AT_ONCE - len(chosen))])
-        width = round_length(max(map(len, documents)))
-        ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, width - padded.ids_BxT.shape[1])))
-        rows = split.by_row(ids_BxT, padded.last_B, np.ones(ids_BxT.shape, bool))
-        stream, value, read, domain, _ = run_head(split.point, split.error, split.params, split.dictionary, *rows)
-        end_BxTxD = programs.tail(split.point, split.params, stream, value)
-        (lengths_B,) = split.by_row(padded.lengths_B)
-        # Attention sinks are each dictionary's own, but the run serves all dictionaries of the site.
-        domain = None if split.error == "keep" else domain
-        return cls(split.params, len(chosen), rows[0], lengths_B, stream, value, read, domain, end_BxTxD)
 
 
 def _run_edits(split: SplitModel, edits: FeatureEdits, clean: CleanText) -> list[np.ndarray]:
     """Return cross-entropy and divergence of documents, [E, N]: clean ones, then edited."""
-    point = split.point
-    domain_BxT = clean.domain_BxT
-    if domain_BxT is None:
+    point, domain_BxT = split.point, clean.domain_BxT
+    if split.error == "keep":
+        # Attention sinks are each dictionary's, but the run serves all dictionaries of the site.
         domain_BxT = _domain(split.dictionary, clean.read_BxTxD, clean.value_BxTxD, clean.lengths_B)
-    amounts = Amounts.of(edits)
-    ((chosen, features_K),) = amounts.chunks(edits.dictionary.config.n_features)
+    ((chosen, features_K),) = edits.chunks(edits.dictionary.config.n_features)
     # Documents have no counterparts: there a swapped feature is taken away.
     source = ZERO if edits.replacement.kind == "counterpart" else edits.replacement
     arrays = [clean.read_BxTxD, domain_BxT]
     changes = gather(point, split.dictionary, source, arrays, features_K, clean.documents)
     ends = [clean.end_BxTxD]
-    fraction_SxK, addend_SxK = amounts.over(chosen, features_K)
+    fraction_SxK, addend_SxK = edits.over(chosen, features_K)
     addend_SxK = np.zeros_like(fraction_SxK) if addend_SxK is None else addend_SxK
     for fraction_K, addend_K in zip(fraction_SxK, addend_SxK, strict=True):
         value_BxTxD = _edited(point, clean.value_BxTxD, domain_BxT, *changes, fraction_K, addend_K)

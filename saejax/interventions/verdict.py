@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saejax.interventions import sentences
+from saejax.interventions import answers as wording
 from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, CausalVerdict, VerdictConfig
 from saejax.interventions.curves import (
     EffectCurve,
@@ -126,11 +126,10 @@ def _not_tested(reason: str) -> _Test:
 
 def _test_ablation(table: EffectsTable, measured: MeasuredBehaviour, readout: str, config: VerdictConfig) -> _Test:
     """Test question 1: does ablation have an effect on this readout?"""
-    name, edits = readout.removesuffix(sentences.RESAMPLED), measured.top.edits[-1:]
+    name, edits = readout.removesuffix(wording.RESAMPLED), measured.top.edits[-1:]
     if readout != name:
         edits = tuple(table.select_edits(measured.behaviour, "resample", edits[0].dictionary))
-    clean_P = table.clean_values(measured.prompts, name)
-    drop_P = clean_P - table.values(edits, measured.prompts, name)[0]
+    clean_P, drop_P = table.clean_values(measured.prompts, name), table.drops(edits, measured.prompts, name)[0]
     if np.isnan(drop_P).any():
         return _not_tested(f"{name.replace('_', ' ')} was not measured")
     effect, sample_R = measured.interval(drop_P)
@@ -146,7 +145,7 @@ def _test_ablation(table: EffectsTable, measured: MeasuredBehaviour, readout: st
     def conclude(p_holm: float | None) -> CausalAnswer:
         is_sure = p_holm is not None and p_holm <= config.level and effect.low > 0
         answer = "yes" if is_sure and is_large and templates_agree else "no"
-        sentence = sentences.ablation(
+        sentence = wording.ablation_sentence(
             measured.k, readout, effect, float(clean_P.mean()), is_sure, is_large, means if not templates_agree else {}
         )
         return CausalAnswer(answer, sentence, effect, p_value, p_holm)
@@ -174,7 +173,9 @@ def _test_sets(
         # With so few sets even the first rank of all is not significant after correction: "no" would say too much.
         if len(controls) < needed:
             answer = "not testable"
-        sentence = sentences.sets(answer, group, measured.k, numbers, p_value, p_holm, behaviours, measured.objective)
+        sentence = wording.sets_sentence(
+            answer, group, measured.k, numbers, p_value, p_holm, behaviours, measured.objective
+        )
         return CausalAnswer(answer, sentence, effect, p_value, p_holm, numbers)
 
     return _Test(p_value, conclude)
@@ -244,7 +245,7 @@ def _combine_views(basis: str, views: Mapping[str, CausalAnswer], objective: str
     if {view.answer for view in views.values()} == {"more", "less"}:
         answer = "contradictory"
     parts = {dose: view.effect for dose, view in views.items() if view.effect}
-    sentence = sentences.basis(answer, basis, main.numbers or {}, parts, objective)
+    sentence = wording.basis_sentence(answer, basis, main.numbers or {}, parts, objective)
     return dataclasses.replace(main, answer=answer, sentence=sentence, parts=parts)
 
 
@@ -254,9 +255,11 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
     rises: dict[str, tuple[np.ndarray, list[str], float]] = {}
     for other in (name for name in table.behaviours if name != measured.behaviour):
         prompts = table.select_prompts(other)
-        clean_P, edited_P = table.clean_values(prompts, "logit_diff"), table.values(top, prompts, "logit_diff")[0]
-        margin = config.max_other_drop * float(clean_P.mean())
-        rises[other] = (clean_P - edited_P, [prompt.template for prompt in prompts], margin)
+        clean_P = table.clean_values(prompts, "logit_diff")
+        # By size: the margin of a behaviour whose wrong answer the model prefers would be one that nothing keeps.
+        margin = config.max_other_drop * abs(float(clean_P.mean()))
+        drop_P = table.drops(top, prompts, "logit_diff")[0]
+        rises[other] = (drop_P, [prompt.template for prompt in prompts], margin)
     documents = table.select_prompts(TEXT)
     if documents:
         rise_P = table.values(top, documents, "ce")[0] - table.clean_values(documents, "ce")
@@ -273,14 +276,13 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
         parts[name] = Interval(float(value_P.mean()), *bootstrap.percentile_interval(sample_R))
         p_values[name] = bootstrap.non_inferiority_p(sample_R, margin)
     # All parts must pass, so the largest p-value is that of the whole (Berger, 1982).
-    p_value = max(p_values.values())
-    margins = {name: margin for name, (_, _, margin) in rises.items()}
+    p_value, margins = max(p_values.values()), {name: margin for name, (_, _, margin) in rises.items()}
 
     def conclude(p_holm: float | None) -> CausalAnswer:
         assert p_holm is not None
         failing = [name for name, interval in parts.items() if interval.high >= margins[name]]
         answer = "yes" if p_holm <= config.level and not failing else "no"
-        sentence = sentences.selective(answer, parts, margins, failing)
+        sentence = wording.selective_sentence(answer, parts, margins, failing)
         return CausalAnswer(answer, sentence, None, p_value, p_holm, margins, parts)
 
     return _Test(p_value, conclude)
@@ -289,11 +291,8 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
 def _replication(behaviour: str, seeds: Sequence[Mapping[str, BehaviourVerdict]]) -> CausalAnswer:
     """Count the dictionaries of other seeds in which the first three questions are answered yes, too."""
     others = [answers[behaviour] for answers in seeds if behaviour in answers]
-    counts = dict(
-        ablation=sum(next(iter(other.ablation.values())).answer == "yes" for other in others),
-        random=sum(other.random.answer == "yes" for other in others),
-        placebo=sum(other.placebo.answer == "yes" for other in others),
-    )
+    answered = [dict(ablation=next(iter(o.ablation.values())), random=o.random, placebo=o.placebo) for o in others]
+    counts = {key: sum(each[key].answer == "yes" for each in answered) for key in ("ablation", "random", "placebo")}
     numbers = {name: float(count) for name, count in counts.items()} | dict(dictionaries=float(len(others)))
     answer = "yes" if all(count == len(others) for count in counts.values()) else "no"
-    return CausalAnswer(answer, sentences.replication(counts, len(others)), numbers=numbers)
+    return CausalAnswer(answer, wording.replication_sentence(counts, len(others)), numbers=numbers)

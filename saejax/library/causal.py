@@ -9,7 +9,8 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, measure_text, verdict_config
 from saejax.interventions.answers import CausalVerdict, FeatureEffect
-from saejax.interventions.engine import ablate_sets
+from saejax.interventions.edits import mask
+from saejax.interventions.engine import run_edits
 from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.patching import EACH, PatchEffects, fitting_pairs, patch_sites
 from saejax.interventions.probe_run import ProbedLabel, ablation_of, correct, label_all, probe_label
@@ -205,7 +206,7 @@ def probe(
     split = SplitModel(lm, dictionary)
     diffs = [0.0] * len(prompts)
     if "correct" in config.labels:
-        diffs = ablate_sets(split, split.run(prompts), [[]]).clean_P.tolist()
+        diffs = run_edits(split, split.run(prompts), mask(split.dictionary, [[]])).clean_P.tolist()
     probed = []
     for labelled in label_all(config, (prompts, diffs)).values():
         ablation = functools.partial(ablation_of, split, labelled)

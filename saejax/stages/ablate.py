@@ -52,9 +52,9 @@ def _results() -> Any:
 
 
 def _rule(config: Any) -> str:
-    from saejax.interventions.ablation import rule
+    from saejax.interventions.ablation import verdict_config
 
-    return rule(config)
+    return verdict_config(config).rule
 
 
 def _programs(plan: Any, mesh: Any) -> Sequence[Any]:

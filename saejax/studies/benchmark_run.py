@@ -469,7 +469,7 @@ def summarize_scores(table: EffectsTable, name: str) -> tuple[AnswerScores, ...]
 
 def _ranking(ablation: BenchmarkAblation, top: Sequence[FeatureEffect]) -> tuple[BenchmarkFeature, ...]:
     """Return all features that fire on the test items, the largest attribution first."""
-    statistics, drops = ablation.statistics(), {effect.feature: effect.drop for effect in top}
+    statistics, drops = ablation.statistics, {effect.feature: effect.drop for effect in top}
     order_F = np.argsort(-ablation.attribution_F, kind="stable")
     return tuple(
         BenchmarkFeature(

@@ -3,8 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 
-from saejax.interventions.answers import AblateResults, CausalAnswer
-from saejax.interventions.sentences import RESAMPLED
+from saejax.interventions.answers import RESAMPLED, AblateResults, CausalAnswer
 from saejax.interventions.table import TESTED, UNTRAINED
 from saejax.matching.track.results import TrackResults
 from saejax.matching.transfer.results import TransferResults

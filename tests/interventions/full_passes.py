@@ -8,11 +8,24 @@ import numpy as np
 from scipy.special import log_softmax
 
 from saejax.errors import UserError
-from saejax.interventions.edits import FeatureEdits
-from saejax.interventions.split_model import editable_positions
+from saejax.interventions.edits import ZERO, ActivationReplacement, FeatureEdits, mask
+from saejax.interventions.engine import LogitDiffs, run_edits
+from saejax.interventions.split_model import SplitModel, editable_positions
 from saejax.models.edits import SiteEdit
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
+
+
+def ablate_sets(
+    split: SplitModel,
+    runs: Sequence,
+    sets: Sequence[Sequence[int]],
+    *options: Any,
+    source: ActivationReplacement = ZERO,
+    **more: Any,
+) -> LogitDiffs:
+    """Ablate each set of features on the prompts of clean runs; options as those of ``run_edits``."""
+    return run_edits(split, runs, mask(split.dictionary, sets, replacement=source), *options, **more)
 
 
 def effects_by_full_passes(

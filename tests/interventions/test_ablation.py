@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_passes import ablate_sets
 
 from saejax import load_model
 from saejax.dictionaries import Dictionary
@@ -47,24 +48,12 @@ def test_effects_equal_a_plain_loop_with_torch_hooks(tiny, prompts, make_diction
     n = dictionary.config.n_features
     sets = [*sets_of(np.random.default_rng(3), n, singles=5, pairs=2, large=1), list(range(n))]
     few = prompts[:12]
-    diffs = ablation.ablate_sets(split, split.run(few), sets, batch_rows=32)
+    diffs = ablate_sets(split, split.run(few), sets, batch_rows=32)
     for p in range(0, len(few), 3):
         run = plain(dictionary, few[p])
         np.testing.assert_allclose(diffs.clean_P[p], run.ablated([]), atol=1e-4)
         np.testing.assert_allclose(diffs.ablated_SxP[:, p], [run.ablated(s) for s in sets], atol=1e-4)
     assert np.median(np.abs(diffs.drop_SxP[-1])) > 0.05 and len(np.unique(diffs.clean_P)) > 8
-
-
-def test_equal_to_the_edit_of_a_full_forward_pass(tiny, prompts, dictionary, split, runs):
-    sets = np.random.default_rng(4).permutation(dictionary.config.n_features)[:60].reshape(3, 20)
-    diffs = ablation.ablate_sets(split, runs, sets)
-    tokens = tiny.tokenize([prompt.text for prompt in prompts])
-    answers = np.array([[tiny.token_id(prompt.correct), tiny.token_id(prompt.wrong)] for prompt in prompts])
-    for s, features in enumerate(sets):
-        logits_BxTxV = np.asarray(tiny(tokens, edits=[dictionary.ablate(features.tolist())]).logits_BxTxV)
-        last_BxV = logits_BxTxV[np.arange(len(prompts)), tokens.last_B]
-        wanted_P = np.take_along_axis(last_BxV, answers, axis=1) @ [1.0, -1.0]
-        np.testing.assert_allclose(diffs.ablated_SxP[s], wanted_P, atol=1e-4)
 
 
 def of_kind(dictionary, kind):
@@ -83,7 +72,7 @@ def test_other_kinds_equal_the_edit_of_a_full_forward_pass(tiny, prompts, dictio
     other, few = of_kind(dictionary, kind), prompts[:4]
     split = SplitModel(tiny, other)
     features = np.random.default_rng(4).permutation(150)[:40].tolist()
-    diffs = ablation.ablate_sets(split, split.run(few), [features])
+    diffs = ablate_sets(split, split.run(few), [features])
     tokens = tiny.tokenize([prompt.text for prompt in few])
     logits_BxTxV = np.asarray(tiny(tokens, edits=[other.ablate(features)]).logits_BxTxV)
     for p, prompt in enumerate(few):
@@ -111,10 +100,10 @@ def test_a_linear_feature_fires_by_size(tiny, prompts, dictionary):
 def test_what_does_not_fire_has_no_effect_to_the_bit_and_is_not_run(split, runs, dictionary):
     n, prompts = dictionary.config.n_features, sum(len(run.index_P) for run in runs)
     dead = list(range(n - 5, n))
-    diffs = ablation.ablate_sets(split, runs, [[i] for i in dead] + [dead, []])
+    diffs = ablate_sets(split, runs, [[i] for i in dead] + [dead, []])
     assert diffs.rows == prompts
     assert (diffs.drop_SxP == 0.0).all()
-    everything = ablation.ablate_sets(split, runs, [[i] for i in range(n)])
+    everything = ablate_sets(split, runs, [[i] for i in range(n)])
     silent_SxP = np.zeros((n, prompts), bool)
     for run in runs:
         f_BxTxF = np.asarray(dictionary.encode(run.value_BxTxD)) * np.asarray(run.domain_BxT)[:, :, None]
@@ -123,18 +112,6 @@ def test_what_does_not_fire_has_no_effect_to_the_bit_and_is_not_run(split, runs,
     assert everything.rows == prompts + (~silent_SxP).sum()
     assert (everything.drop_SxP[silent_SxP] == 0.0).all()
     assert (everything.drop_SxP[~silent_SxP] != 0.0).mean() > 0.95
-
-
-def test_removing_all_features_leaves_the_error_and_the_bias(split, runs, dictionary):
-    diffs = ablation.ablate_sets(split, runs, [list(range(dictionary.config.n_features))])
-    for run in runs:
-        x_BxTxD = run.value_BxTxD
-        without_bias_BxTxD = dictionary.decode(dictionary.encode(x_BxTxD)) - dictionary.b_dec_D[...][None, None, :]
-        left_BxTxD = jnp.where(run.domain_BxT[:, :, None], x_BxTxD - without_bias_BxTxD, x_BxTxD)
-        end_BxTxD = split.point.run_suffix(split.params, run.stream_BxTxD, left_BxTxD)
-        wanted_B = split.point.logit_difference(split.params, end_BxTxD, run.last_B, run.answers_Bx2)
-        count = len(run.index_P)
-        np.testing.assert_allclose(diffs.ablated_SxP[0, run.index_P], np.asarray(wanted_B)[:count], atol=1e-4)
 
 
 def test_sinks_and_padding_are_never_edited(split, runs, dictionary):
@@ -150,11 +127,11 @@ def test_sinks_and_padding_are_never_edited(split, runs, dictionary):
 
 def test_neither_batch_size_nor_mesh_matter(split, runs, dictionary, prompts, tiny_llama):
     sets = sets_of(np.random.default_rng(5), dictionary.config.n_features)
-    wanted = ablation.ablate_sets(split, runs, sets, batch_rows=64)
-    odd = ablation.ablate_sets(split, runs, sets, batch_rows=7)
+    wanted = ablate_sets(split, runs, sets, batch_rows=64)
+    odd = ablate_sets(split, runs, sets, batch_rows=7)
     over_8 = SplitModel(load_model(str(tiny_llama)), dictionary)
     assert over_8.point.mesh.shape["data"] == 8
-    spread = ablation.ablate_sets(over_8, over_8.run(prompts), sets, batch_rows=64)
+    spread = ablate_sets(over_8, over_8.run(prompts), sets, batch_rows=64)
     for other in (odd, spread):
         assert other.rows == wanted.rows
         np.testing.assert_allclose(other.ablated_SxP, wanted.ablated_SxP, atol=1e-5)
@@ -175,7 +152,7 @@ def test_runs_hold_every_prompt_once_sorted_by_length(split, prompts, tiny, monk
         assert 0 <= length - lengths_P[run.index_P].max() < 2
     assert max(runs[0].last_B) <= min(runs[1].last_B)
     sets = sets_of(np.random.default_rng(6), 100)
-    together, apart = (ablation.ablate_sets(split, own, sets) for own in (runs, split.run(prompts)))
+    together, apart = (ablate_sets(split, own, sets) for own in (runs, split.run(prompts)))
     np.testing.assert_allclose(together.ablated_SxP, apart.ablated_SxP, atol=1e-5)
 
 
@@ -183,19 +160,8 @@ def test_runs_hold_every_prompt_once_sorted_by_length(split, prompts, tiny, monk
 def test_few_programs(split, runs, dictionary):
     before = ablation.run_rows._cache_size()
     n = dictionary.config.n_features
-    ablation.ablate_sets(split, runs, [[i] for i in range(n)] + [list(range(n))], batch_rows=48)
+    ablate_sets(split, runs, [[i] for i in range(n)] + [list(range(n))], batch_rows=48)
     assert ablation.run_rows._cache_size() - before <= 6
-
-
-@pytest.mark.parametrize("site", ["resid_post.1", "mlp_in.1", "attn_out.3"])
-def test_the_plain_way_agrees(tiny, prompts, make_dictionary, site):
-    split = SplitModel(tiny, make_dictionary(site))
-    runs = split.run(prompts)
-    sets = sets_of(np.random.default_rng(7), 150, singles=40)
-    plain, fast = (ablation.ablate_sets(split, runs, sets, plain=plain) for plain in (True, False))
-    assert plain.rows == (len(sets) + 1) * len(prompts) and fast.tokens < 0.9 * plain.tokens
-    np.testing.assert_allclose(fast.ablated_SxP, plain.ablated_SxP, atol=1e-5)
-    np.testing.assert_allclose(fast.clean_P, plain.clean_P, atol=1e-5)
 
 
 def test_statistics_are_those_of_the_positions_that_change(split, runs, dictionary):
@@ -213,7 +179,7 @@ def test_statistics_are_those_of_the_positions_that_change(split, runs, dictiona
 def test_tick_counts_tokens_and_may_stop(split, runs, dictionary):
     sets = [[i] for i in range(dictionary.config.n_features)]
     seen = []
-    diffs = ablation.ablate_sets(split, runs, sets, 32, lambda done, total: seen.append((done, total)))
+    diffs = ablate_sets(split, runs, sets, 32, lambda done, total: seen.append((done, total)))
     assert seen[0] == (0, diffs.tokens) and seen[-1] == (diffs.tokens, diffs.tokens)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
 
@@ -221,12 +187,12 @@ def test_tick_counts_tokens_and_may_stop(split, runs, dictionary):
         raise Interrupted("stopped")
 
     with pytest.raises(Interrupted):
-        ablation.ablate_sets(split, runs, sets, 32, stop)
+        ablate_sets(split, runs, sets, 32, stop)
 
 
 def test_a_feature_twice_in_a_set_is_refused(split, runs):
     with pytest.raises(UserError, match="holds a feature twice"):
-        ablation.ablate_sets(split, runs, [[1, 2, 1]])
+        ablate_sets(split, runs, [[1, 2, 1]])
 
 
 def with_arrays(dictionary, **changes):
@@ -240,7 +206,7 @@ def test_nan_in_the_dictionary(tiny, prompts, dictionary):
     fires = int(np.argmax(activity.statistics(SplitModel(tiny, dictionary), broken.run(prompts)).fires_F))
     broken = SplitModel(tiny, with_arrays(dictionary, W_dec_FxD=dictionary.W_dec_FxD[...].at[fires].set(jnp.inf)))
     with pytest.raises(UserError, match="logit difference after an edit at resid_post.1 is not finite"):
-        ablation.ablate_sets(broken, broken.run(prompts), [[fires]])
+        ablate_sets(broken, broken.run(prompts), [[fires]])
 
 
 def test_nan_in_the_model_names_the_prompt(tiny, prompts, dictionary):
@@ -268,7 +234,7 @@ def test_a_dictionary_of_another_model_site_or_width(tiny, dictionary):
 def test_in_bfloat16_the_effects_are_nearly_the_same(tiny_llama, one_device, prompts, dictionary, split, runs):
     half = SplitModel(load_model(str(tiny_llama), dtype="bfloat16", mesh=one_device), dictionary)
     sets = [list(range(0, dictionary.config.n_features, 2))]
-    wanted_P = ablation.ablate_sets(split, runs, sets).drop_SxP[0]
-    drop_P = ablation.ablate_sets(half, half.run(prompts), sets).drop_SxP[0]
+    wanted_P = ablate_sets(split, runs, sets).drop_SxP[0]
+    drop_P = ablate_sets(half, half.run(prompts), sets).drop_SxP[0]
     assert np.corrcoef(drop_P, wanted_P)[0, 1] > 0.9
     assert jax.tree.leaves(half.params)[0].dtype == jnp.bfloat16

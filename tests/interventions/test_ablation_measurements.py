@@ -100,7 +100,7 @@ def test_draws_of_another_behaviour_do_not_depend_on_a_third(tiny, dictionary, m
 
 def broken_random_sets(self, top):
     """Random sets drawn from a pool that holds the tested features."""
-    pool = np.flatnonzero(self.firing_prompts() / len(self.test) >= 0.05)
+    pool = np.flatnonzero(self.statistics.prompts_F / len(self.test) >= 0.05)
     first = [*top[:1], *np.setdiff1d(pool, top)[: len(top) - 1]]
     rest = disjoint_sets(np.setdiff1d(pool, first), len(top), 12, 0)
     return np.concatenate([[first], rest])

@@ -6,6 +6,7 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_passes import ablate_sets
 
 from saejax.errors import UserError
 from saejax.interventions import activity
@@ -69,38 +70,34 @@ def test_every_kind_is_described():
     assert tuple(WORDS) == REPLACEMENTS
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_means(split, dictionary, pairs, plain):
+def test_means(split, dictionary, pairs):
     (run,) = split.run(pairs)
-    mean_F = activity.means(split, [run])
+    mean_F = activity.statistics(split, [run]).mean_F
     kept = slice(0, len(run.index_P))
     f_BxTxF, domain_BxT = activations(split, dictionary, run), np.asarray(run.domain_BxT)
     np.testing.assert_allclose(mean_F, f_BxTxF[kept].sum((0, 1)) / domain_BxT[kept].sum(), rtol=1e-4)
     changed_BxTxF = (f_BxTxF - mean_F) * domain_BxT[:, :, None]
     wanted_SxP = plain_effects(split, run, np.asarray(dictionary.W_dec_FxD, np.float64), changed_BxTxF, SETS)
-    diffs = ablation.ablate_sets(split, [run], SETS, plain=plain, source=ActivationReplacement("mean", mean_F=mean_F))
+    diffs = ablate_sets(split, [run], SETS, source=ActivationReplacement("mean", mean_F=mean_F))
     np.testing.assert_allclose(diffs.ablated_SxP[:, run.index_P], wanted_SxP, atol=1e-4)
     assert np.abs(diffs.drop_SxP).max() > 0.05
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_counterparts(tiny, split, dictionary, pairs, plain):
+def test_counterparts(tiny, split, dictionary, pairs):
     pairs = same_lengths(tiny, pairs)
     (run,), (other,) = split.run(pairs), split.run_counterparts(pairs)
     changed_BxTxF = activations(split, dictionary, run) - activations(split, dictionary, other)
     changed_BxTxF *= np.asarray(run.domain_BxT)[:, :, None]
     wanted_SxP = plain_effects(split, run, np.asarray(dictionary.W_dec_FxD, np.float64), changed_BxTxF, SETS)
-    diffs = ablation.ablate_sets(
-        split, [run], SETS, plain=plain, source=ActivationReplacement("counterpart"), counterparts=[other]
-    )
+    diffs = ablate_sets(split, [run], SETS, source=ActivationReplacement("counterpart"), counterparts=[other])
     np.testing.assert_allclose(diffs.ablated_SxP[:, run.index_P], wanted_SxP, atol=1e-4)
     assert np.abs(diffs.drop_SxP).max() > 0.05
 
 
 def test_a_prefix_is_shared_where_that_of_the_counterpart_is_too():
     prefix_PxT, other_PxT = np.array([[0, 1, 1], [0, 2, 2], [0, 1, 0]]), np.array([[0, 0, 2], [2, 0, 0], [0, 0, 2]])
-    runs = [types.SimpleNamespace(prefix_PxT=number_PxT) for number_PxT in (prefix_PxT, other_PxT)]
-    shared_PxT = ablation.EditedRun(*runs, ActivationReplacement("counterpart")).shared_prefixes()
+    runs = [types.SimpleNamespace(prefix_PxT=number_PxT, last_B=np.zeros(3)) for number_PxT in (prefix_PxT, other_PxT)]
+    shared_PxT = ablation.EditedRun(*runs, ActivationReplacement("counterpart")).prompts.prefix_PxT
     pairs = list(zip(prefix_PxT.ravel().tolist(), other_PxT.ravel().tolist(), strict=True))
     for a, first in zip(shared_PxT.ravel(), pairs, strict=True):
         assert [a == b for b in shared_PxT.ravel()] == [first == second for second in pairs]
@@ -108,7 +105,7 @@ def test_a_prefix_is_shared_where_that_of_the_counterpart_is_too():
 
 def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(split, pairs):
     (run,) = split.run(pairs)
-    diffs = ablation.ablate_sets(split, [run], SETS, source=ActivationReplacement("counterpart"), counterparts=[run])
+    diffs = ablate_sets(split, [run], SETS, source=ActivationReplacement("counterpart"), counterparts=[run])
     assert (diffs.drop_SxP == 0).all() and diffs.rows == len(pairs)
 
 
@@ -167,17 +164,9 @@ def test_each_clean_run_has_draws_of_its_own():
 def test_two_clean_runs_of_the_same_prompts_are_replaced_differently(split, pairs):
     (run,) = split.run(pairs)
     other = dataclasses.replace(run, index_P=run.index_P + len(pairs))
-    diffs = ablation.ablate_sets(split, [run, other], SETS, source=ActivationReplacement("random", seed=np.uint32(3)))
+    diffs = ablate_sets(split, [run, other], SETS, source=ActivationReplacement("random", seed=np.uint32(3)))
     first_SxP, second_SxP = np.split(diffs.drop_SxP, 2, axis=1)
     assert np.abs(first_SxP - second_SxP).max() > 0.01
-
-
-def test_random_effects_equal_the_plain_way(split, pairs):
-    runs = split.run(pairs)
-    drawn = ActivationReplacement("random", seed=np.uint32(3))
-    fast, plain = (ablation.ablate_sets(split, runs, SETS, plain=plain, source=drawn) for plain in (False, True))
-    np.testing.assert_allclose(fast.ablated_SxP, plain.ablated_SxP, atol=1e-5)
-    assert fast.rows < plain.rows
 
 
 def test_a_feature_that_fires_once_stays():

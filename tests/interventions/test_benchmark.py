@@ -157,7 +157,7 @@ def test_dictionaries_measured_together_have_the_attributions_that_each_has_alon
 def test_log_likelihoods_and_changes_equal_torch_hooks(tiny, tiny_torch, dictionary, plain, prompts, batch_tokens):
     references = random_references([(9, 3), (1, 1), (30, 11), (14, 1)])
     made = References(SplitModel(tiny, dictionary), references, batch_tokens)
-    often = np.argsort(-made.statistics()[1], kind="stable")[:6].tolist()
+    often = np.argsort(-made.statistics().prompts_F, kind="stable")[:6].tolist()
     sets, fractions = [often[:1], often[:4], often[2:6], [159]], np.array([1.0, 0.5, 1.0, 1.0])
     edits = mask(dictionary, sets, fractions)
     clean_N, edited_ExN = made.log_likelihoods(edits)
@@ -195,10 +195,10 @@ def test_statistics_and_pools_are_those_of_the_text(tiny, dictionary, plain, pro
         for values, f_T in zip(firing, f_TxF.T, strict=True):
             values += f_T[f_T > 0].tolist()
     made = References(SplitModel(tiny, dictionary), references, 100)
-    statistics, fires_F = made.statistics()
+    statistics = made.statistics()
     assert statistics.positions == positions < sum(map(len, references))
     assert statistics.fires_F.tolist() == [len(values) for values in firing]
-    assert fires_F.tolist() == in_texts.tolist()
+    assert statistics.prompts_F.tolist() == in_texts.tolist()
     np.testing.assert_allclose(statistics.sum_F, [sum(values) for values in firing], rtol=1e-3, atol=1e-3)
     often = int(np.argmax(statistics.fires_F))
     pools = made.pools([often, 159], 10_000, 1)
@@ -325,6 +325,9 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     assert turned.ids == found.ids and not np.allclose(turned.importance_F, found.importance_F)
     by_item_PxF = sparse.load_npz(run.folder / benchmark_run.ITEM_ATTRIBUTION).toarray()
     np.testing.assert_allclose(by_item_PxF[: len(train)].mean(axis=0), found.importance_F, rtol=1e-4, atol=1e-5)
+    references = benchmark_run.BenchmarkItems(tiny, name, task, train, test).references([*train, *test])
+    (expected_PxF,) = attributions([SplitModel(tiny, dictionary)], references, 4096)
+    np.testing.assert_allclose(by_item_PxF, expected_PxF, rtol=1e-4, atol=1e-5)
     assert results.categories == {item.id: item.task for item in (*train, *test)}
     check_associations(run, tiny, task, name, train, test, results, table, monkeypatch)
     if name == "gsm8k":

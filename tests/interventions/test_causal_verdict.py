@@ -8,8 +8,11 @@ import pytest
 from effect_worlds import attribution, planted_world, top_features, world_table
 
 from saejax.errors import UserError
-from saejax.interventions import sentences
-from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
+from saejax.interventions.answers import (
+    BehaviourVerdict,
+    VerdictConfig,
+    sets_sentence,
+)
 from saejax.interventions.curves import read_curves
 from saejax.interventions.table import (
     TESTED,
@@ -134,7 +137,7 @@ def test_random_and_placebo_sets_by_hand():
 
 def test_a_single_feature_that_raises_the_logit_difference_is_compared_in_words():
     numbers = dict(sets=19.0, needed=19.0, mean=-0.001, max=0.1, top=-0.3)
-    assert sentences.sets("no", "random", 1, numbers, 0.1, 0.2, 2) == (
+    assert sets_sentence("no", "random", 1, numbers, 0.1, 0.2, 2) == (
         "Compared with each of 19 random sets at the smaller of the two doses, the 1 top feature raises the logit "
         "difference by 0.30 on average and the sets by 0.00; 1 of the 19 sets raises it no more (p = 0.1, 0.2 after "
         "correction for 2 behaviours): not significantly more than random sets."
@@ -303,14 +306,16 @@ def selective_rows(other: float, text: float) -> Rows:
     return rows
 
 
+@pytest.mark.parametrize("clean", [CLEAN, -CLEAN])  # also where the model prefers the other behaviour's wrong answer
 @pytest.mark.parametrize(("other", "text", "answer"), [(0.1, 0.01, "yes"), (0.6, 0.01, "no"), (0.1, 0.06, "no")])
-def test_selective(other, text, answer):
+def test_selective(other, text, answer, clean, monkeypatch):
+    monkeypatch.setitem(globals(), "CLEAN", clean)
     result = judge(selective_rows(other, text)).selective
     assert result.answer == answer
     assert result.parts is not None
     assert result.parts["c"].mean == pytest.approx(other)
     assert result.parts[TEXT].mean == pytest.approx(text)
-    assert result.numbers == pytest.approx({"c": 0.1 * CLEAN, TEXT: 0.05})
+    assert result.numbers == pytest.approx({"c": 0.1 * abs(clean), TEXT: 0.05})
 
 
 def test_selective_is_not_tested_without_another_behaviour():
@@ -361,17 +366,27 @@ def test_the_verdict_is_a_pure_function_of_the_saved_table(tmp_path):
     assert verdict(shuffled, CONFIG) == expected
 
 
+def without_prompts(table: EffectsTable, ids: Sequence[str]) -> EffectsTable:
+    """Return the table without the rows of some prompts."""
+    kept_P = np.array([prompt.id not in ids for prompt in table.prompts])
+    kept_N = kept_P[table.prompt_N]
+    place_N = (np.cumsum(kept_P) - 1)[table.prompt_N]
+    prompts = tuple(prompt for prompt in table.prompts if prompt.id not in ids)
+    rows = (column_N[kept_N] for column_N in (table.edit_N, place_N, table.readout_N, table.value_N))
+    return EffectsTable(table.edits, prompts, *rows)
+
+
 def test_a_removed_prompt_changes_what_it_should():
     table = world()
     prompts = table.select_prompts("b")
     (whole,) = read_curves(table, "b", "top")
-    (rest,) = read_curves(table.without_prompts([prompts[3].id]), "b", "top")
+    (rest,) = read_curves(without_prompts(table, [prompts[3].id]), "b", "top")
     kept_P = np.arange(len(prompts)) != 3
     np.testing.assert_allclose(rest.drop_AxP, whole.drop_AxP[:, kept_P])
     norm_P = table.values(table.select_edits("b", "top")[-1:], prompts, "change_norm")[0]
     assert rest.reach == pytest.approx(np.sqrt(np.mean(norm_P[kept_P] ** 2)))
     before, after = (
-        verdict(each, CONFIG).dictionaries[TESTED]["b"] for each in (table, table.without_prompts([prompts[3].id]))
+        verdict(each, CONFIG).dictionaries[TESTED]["b"] for each in (table, without_prompts(table, [prompts[3].id]))
     )
     assert before.ablation["logit_diff"].effect != after.ablation["logit_diff"].effect
     assert before.features == after.features
@@ -413,7 +428,7 @@ def test_one_prompt_is_refused():
     table = world()
     ids = [prompt.id for prompt in table.prompts[1:]]
     with pytest.raises(UserError, match="b has 1 test prompts: expected at least 2"):
-        verdict(table.without_prompts(ids), CONFIG)
+        verdict(without_prompts(table, ids), CONFIG)
 
 
 def test_a_damaged_table_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from saejax.dictionaries import Dictionary
 from saejax.interventions import edits, engine
 from saejax.interventions.edits import ActivationReplacement
-from saejax.interventions.engine_programs import gather
+from saejax.interventions.rows import gather
 from saejax.interventions.split_model import SplitModel
 
 SETS = [[3], [40], [7, 90, 120], list(range(0, 160, 2)), []]

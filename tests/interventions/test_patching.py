@@ -11,7 +11,6 @@ import torch
 import saejax
 from saejax.errors import UserError
 from saejax.interventions.edits import ActivationReplacement
-from saejax.interventions.engine_programs import first_change, gather
 from saejax.interventions.patch_run import PatchGrid, find_strongest
 from saejax.interventions.patching import (
     DIRECTIONS,
@@ -21,6 +20,7 @@ from saejax.interventions.patching import (
     patch_features,
     patch_sites,
 )
+from saejax.interventions.rows import first_change, gather
 from saejax.interventions.split_model import PROMPTS, SplitModel
 from saejax.statistics.bootstrap import resampling_weights
 

@@ -1,9 +1,12 @@
 """Which rows are run, on which tokens and in which batches."""
 
+import types
+
 import numpy as np
 import pytest
 
-from saejax.interventions.rows import Amounts, Prompts, all_different, batches_of, filled_features, first_changes
+from saejax.interventions.edits import FeatureEdits, filled_features
+from saejax.interventions.rows import Prompts, all_different, batches_of, first_changes
 from saejax.interventions.split_model import prefixes
 
 FIRST_PxF = np.array([[3, 9, 1, 4], [9, 9, 2, 0]], np.int32)  # 9: never
@@ -11,11 +14,12 @@ SETS = [np.array(s, np.int64) for s in ([0], [1], [0, 2], [3], [])]
 
 
 NEVER = np.iinfo(np.int32).max
+DICTIONARY = types.SimpleNamespace(config=types.SimpleNamespace(n_features=1000))
 
 
 def amounts(sets, addends=None):
     """Edits that ablate half of each set."""
-    return Amounts(tuple(sets), tuple(np.full(len(members), 0.5) for members in sets), addends)
+    return FeatureEdits(DICTIONARY, tuple(sets), tuple(np.full(len(members), 0.5) for members in sets), addends)
 
 
 def test_an_edit_changes_a_prompt_from_its_first_feature_on():
@@ -32,7 +36,7 @@ def test_an_edit_that_adds_changes_a_prompt_from_its_first_editable_position_on(
 
 
 def test_a_fraction_of_zero_changes_nothing():
-    nothing = Amounts(tuple(SETS), tuple(np.zeros(len(members)) for members in SETS), None)
+    nothing = FeatureEdits(DICTIONARY, tuple(SETS), tuple(np.zeros(len(members)) for members in SETS))
     assert (first_changes(FIRST_PxF, nothing, np.ones((2, 9), bool)) == NEVER).all()
 
 

@@ -1,6 +1,7 @@
 """Steering against a hook in the HF model in fp64, directions and choices by hand, and the stage end to end."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -14,19 +15,20 @@ from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import steer_run as stage
 from saejax.interventions.answers import CausalAnswer
-from saejax.interventions.edits import mask
+from saejax.interventions.edits import FeatureEdits, mask
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.steering import (
     AnswerSwap,
     AnswerTexts,
-    SteeringChange,
     choose_strength,
+    generation_edit,
     group_by_swap,
+    place_edits,
     random_directions,
     random_feature_vectors,
-    rise_on_text,
     steer,
-    steering_change,
+    steering_edits,
+    vector_edits,
 )
 from saejax.interventions.text import HeldOutText
 from saejax.results import Interval, from_json, to_json
@@ -42,72 +44,72 @@ def dictionary(make_dictionary):
     return make_dictionary("resid_post.1")
 
 
-def make_changes(width):
-    rng = np.random.default_rng(0)
-    return [
-        SteeringChange(rng.normal(size=width)),
-        SteeringChange(None, (7, 50), np.array([1.5, 0.3])),
-        SteeringChange(),
-        SteeringChange(rng.normal(size=width)),
-    ]
+def make_edits(dictionary, width):
+    """Edits that add vectors, and edits that set features."""
+    vectors = np.random.default_rng(0).normal(size=(2, width))
+    members, levels = (np.array([7, 50]), np.zeros(0, int)), (np.array([1.5, 0.3]), np.zeros(0))
+    clamps = FeatureEdits(dictionary, members, tuple(np.ones(len(each)) for each in members), levels)
+    return vector_edits(dictionary, list(vectors)), clamps
 
 
-def plain_change(run, change):
+def plain_change(run, edits, number):
     """Return the change of a prompt's value by hand, fp64, not at sinks."""
-    W_dec_FxD = np.asarray(run.dictionary.W_dec_FxD[...], np.float64)
+    addends = edits.addends[number].astype(np.float32)
+    W_dec_NxD = np.asarray(edits.dictionary.W_dec_FxD[...], np.float64)[edits.sets[number]]
 
     def changed(x_1xTxD):
         x_TxD = x_1xTxD[0].numpy()
-        moved_TxD = np.zeros_like(x_TxD) + (0.0 if change.vector_D is None else np.float32(change.vector_D))
-        f_TxF = run.features(x_TxD)
-        for feature, value in zip(change.features, np.float32(change.values), strict=True):
-            moved_TxD += (value - f_TxF[:, feature])[:, None] * W_dec_FxD[feature]
+        fall_TxN = np.zeros((len(x_TxD), len(addends)))
+        if edits.fractions[number].any():
+            fall_TxN = run.features(x_TxD)[:, edits.sets[number]]
         editable_T = np.linalg.norm(x_TxD, axis=1) <= run.dictionary.config.max_norm
-        return x_1xTxD + torch.from_numpy(moved_TxD * editable_T[:, None])[None]
+        return x_1xTxD + torch.from_numpy(((addends - fall_TxN) @ W_dec_NxD) * editable_T[:, None])[None]
 
     return changed
 
 
 def test_steered_prompts_equal_a_hook_in_fp64(tiny, dictionary, prompts, plain):
-    changes, some = make_changes(tiny.config.d_model), prompts[:5]
-    found = steer(tiny, SplitModel(tiny, dictionary), some, changes, batch_rows=8)
-    for s, change in enumerate(changes):
-        for p, prompt in enumerate(some):
+    some = prompts[:5]
+    for edits in make_edits(dictionary, tiny.config.d_model):
+        steered = steer(tiny, SplitModel(tiny, dictionary), some, edits, batch_rows=8)
+        for s, (p, prompt) in itertools.product(range(len(edits)), enumerate(some)):
             with torch.no_grad():
-                wanted = float((run := plain(dictionary, prompt)).run(plain_change(run, change)))
-            assert found.diff_SxP[s, p] == pytest.approx(wanted, abs=2e-5), (s, p)
-    assert (found.norm_SxP[2] == 0).all() and (found.norm_SxP[[0, 1, 3]] > 0).any()
+                wanted = float((run := plain(dictionary, prompt)).run(plain_change(run, edits, s)))
+            assert steered.diff_SxP[s, p] == pytest.approx(wanted, abs=2e-5), (s, p)
+        is_clean_S = np.array([not len(members) for members in edits.sets])
+        assert (steered.norm_SxP[is_clean_S] == 0).all() and (steered.norm_SxP[~is_clean_S] > 0).any()
 
 
 def test_the_edit_for_generation_makes_the_same_change(tiny, dictionary, prompts):
     some, split = prompts[:4], SplitModel(tiny, dictionary)
-    changes = make_changes(tiny.config.d_model)
-    found = steer(tiny, split, some, changes)
     tokens = tiny.tokenize([prompt.text for prompt in some])
-    for s, change in enumerate(changes):
-        logits = np.asarray(tiny(tokens, edits=[change.edit(split.dictionary)]).logits_BxTxV)
-        last_PxV = logits[np.arange(4), tokens.last_B]
-        wanted = [v[tiny.token_id(p.correct)] - v[tiny.token_id(p.wrong)] for v, p in zip(last_PxV, some, strict=True)]
-        np.testing.assert_allclose(found.diff_SxP[s], wanted, atol=2e-5)
+    for edits in make_edits(split.dictionary, tiny.config.d_model):
+        steered = steer(tiny, split, some, edits)
+        for s in range(len(edits)):
+            logits = np.asarray(tiny(tokens, edits=[generation_edit(edits, s)]).logits_BxTxV)
+            last_PxV = logits[np.arange(4), tokens.last_B]
+            pairs = zip(last_PxV, some, strict=True)
+            wanted = [v[tiny.token_id(p.correct)] - v[tiny.token_id(p.wrong)] for v, p in pairs]
+            np.testing.assert_allclose(steered.diff_SxP[s], wanted, atol=2e-5)
 
 
 def test_text_under_a_change_equals_whole_runs(tiny, dictionary):
     split, rng = SplitModel(tiny, dictionary), np.random.default_rng(1)
     documents = [rng.integers(5, 200, size=n).tolist() for n in (7, 12, 2)]
-    changes = [SteeringChange(None, (3, 50), np.array([2.0, -1.0])), SteeringChange(None, (9,), np.array([4.0]))]
-    rise_SxN = rise_on_text(tiny, split, HeldOutText(documents), changes)
-    for n, ids in enumerate(documents):
-        tokens = dataclasses.replace(
-            tiny.tokenize(["x"]), ids_BxT=np.array([ids], np.int32), lengths_B=np.array([len(ids)])
-        )
+    for edits in make_edits(split.dictionary, tiny.config.d_model):
+        diffs = HeldOutText(documents).effects(*place_edits(tiny, split, edits))
+        for n, ids in enumerate(documents):
+            tokens = dataclasses.replace(
+                tiny.tokenize(["x"]), ids_BxT=np.array([ids], np.int32), lengths_B=np.array([len(ids)])
+            )
 
-        def cross_entropy(edits, tokens=tokens, ids=ids):
-            logp = log_softmax(np.asarray(tiny(tokens, edits=edits).logits_BxTxV, np.float64)[0], axis=1)
-            return -np.mean([logp[t, token] for t, token in enumerate(ids[1:])])
+            def cross_entropy(edits, tokens=tokens, ids=ids):
+                logp = log_softmax(np.asarray(tiny(tokens, edits=edits).logits_BxTxV, np.float64)[0], axis=1)
+                return -np.mean([logp[t, token] for t, token in enumerate(ids[1:])])
 
-        for s, change in enumerate(changes):
-            wanted = cross_entropy([change.edit(split.dictionary)]) - cross_entropy([])
-            assert rise_SxN[s, n] == pytest.approx(wanted, abs=2e-5)
+            for s in range(len(edits)):
+                wanted = cross_entropy([generation_edit(edits, s)]) - cross_entropy([])
+                assert diffs.rise_SxN[s, n] / diffs.tokens_N[n] == pytest.approx(wanted, abs=2e-5)
 
 
 def test_a_clean_run_with_the_error_kept_does_not_serve_one_without(tiny, dictionary):
@@ -128,24 +130,29 @@ def made_texts(answers, seed=0, features=30, width=8):
     return AnswerTexts(np.array(answers), *(rng.normal(size=shape) for shape in shapes), norm=3.0)
 
 
-def test_changes_by_hand():
+def test_changes_by_hand(dictionary):
     answers = np.array([5, 5, 7, 7, 7, 9, 5, 9])
-    texts, swap = made_texts(answers), AnswerSwap(5, 7)
-    assert texts.knows(swap) and not texts.knows(AnswerSwap(5, 9))
+    texts, swap = made_texts(answers, width=64), AnswerSwap(5, 7)
+    assert texts.covers(swap) and not texts.covers(AnswerSwap(5, 9))
+
+    def added(method, features, strength):
+        edits = steering_edits(texts, dictionary, method, swap, features, [strength])
+        return np.asarray(edits.dictionary.W_dec_FxD[0]) * edits.addends[0][0]
+
     apart_D = texts.value_NxD[answers == 7].mean(axis=0) - texts.value_NxD[answers == 5].mean(axis=0)
-    change = steering_change(texts, "mean_difference", swap, [], 0.4)
-    np.testing.assert_allclose(change.vector_D, 0.4 * 3.0 * apart_D / np.linalg.norm(apart_D))
+    wanted_D = 0.4 * 3.0 * apart_D / np.linalg.norm(apart_D)
+    np.testing.assert_allclose(added("mean_difference", [], 0.4), wanted_D, rtol=1e-5)
     f_F = texts.f_NxF[answers == 7].mean(axis=0) - texts.f_NxF[answers == 5].mean(axis=0)
     slope_D = (texts.slope_NxD[answers == 7].mean(axis=0) - texts.slope_NxD[answers == 5].mean(axis=0)) / 2
     score_F = f_F * (texts.W_dec_FxD @ slope_D)
     top = texts.top(swap, 3)
     assert top == np.argsort(-score_F)[:3].tolist()
-    change = steering_change(texts, "add", swap, top, 0.2)
     added_D = f_F[top] @ texts.W_dec_FxD[top]
-    np.testing.assert_allclose(change.vector_D, 0.2 * 3.0 * added_D / np.linalg.norm(added_D))
-    change = steering_change(texts, "clamp", swap, top, 2.0)
-    np.testing.assert_allclose(change.values, 2 * texts.f_NxF[answers == 7][:, top].mean(axis=0))
-    assert change.vector_D is None and not steering_change(texts, "add", swap, [], 0.2).vector_D.any()
+    np.testing.assert_allclose(added("add", top, 0.2), 0.2 * 3.0 * added_D / np.linalg.norm(added_D), rtol=1e-5)
+    assert not added("add", [], 0.2).any()
+    edits = steering_edits(texts, dictionary, "clamp", swap, top, [1.0, 2.0])
+    np.testing.assert_allclose(edits.addends[1], 2 * texts.f_NxF[answers == 7][:, top].mean(axis=0))
+    assert edits.sets[1].tolist() == top and edits.fractions[1].tolist() == [1.0] * 3
 
 
 def test_controls_are_disjoint_of_equal_norm_and_without_the_top_features():
@@ -167,7 +174,8 @@ def test_shuffled_directions_are_exchangeable_where_answers_mean_nothing():
     swap, p_values = AnswerSwap(0, 1), []
     for seed in range(300):
         texts = made_texts([0, 1] * 6, seed)
-        true = steering_change(texts, "mean_difference", swap, [], 1 / 3.0).vector_D[0]
+        apart_D = texts.mean_difference(texts.value_NxD, swap)
+        true = apart_D[0] / np.linalg.norm(apart_D)
         p_values.append(rank_p(true, np.array([vector_D[0] for vector_D in random_directions(texts, swap, 39, seed)])))
     for level in (0.05, 0.1, 0.25):
         assert np.mean(np.array(p_values) <= level) <= level + 3 * np.sqrt(level * (1 - level) / 300)

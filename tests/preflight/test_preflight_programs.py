@@ -16,6 +16,7 @@ from saejax.interventions import engine as ablation
 from saejax.interventions import planned
 from saejax.interventions import slopes as screening
 from saejax.interventions import split_model as split
+from saejax.interventions.edits import mask
 from saejax.interventions.planned import kept_prompts, prompt_length
 from saejax.models import decoding, language_model
 from saejax.models.families import read_config
@@ -59,11 +60,9 @@ def programs(plan):
     return {program.name: program for program in stage_programs(plan)}
 
 
-def test_ablation(programs, plan, lm, spy):
+def test_ablation(programs, plan, lm, spy, monkeypatch):
     calls = {
         "ablate: head": spy(split, "run_head"),
-        "ablate: slopes": spy(screening, "answer_slopes"),
-        "ablate: attribution": spy(screening, "score_features"),
         "ablate: placebo attribution": spy(screening, "score_targets"),
         "ablate: features": spy(ablation, "gather"),
         "ablate: tail": spy(ablation, "run_rows"),
@@ -76,10 +75,16 @@ def test_ablation(programs, plan, lm, spy):
     cut_model = split.SplitModel(lm, make_dictionary(lm, plan))
     runs = cut_model.run(prompts)
     screening.attribution(cut_model, runs)
+    calls["ablate: attribution"] = list(calls["ablate: placebo attribution"])
     both = plan.configs[AblateConfig].untrained + 1  # the untrained dictionary, too
     screening.target_attributions([cut_model] * both, [runs] * both, np.array([[3, 4]]))
     rows = plan.configs[AblateConfig].batch_rows
-    ablation.ablate_sets(cut_model, runs, [list(range(K))] * 6, rows, plain=True)
+    # Every row on all its tokens, and none shared: batches are full.
+    batches_of = ablation.batches_of
+    monkeypatch.setattr(ablation, "batches_of", lambda first_SxP, *rest: batches_of(0 * first_SxP, *rest))
+    monkeypatch.setattr(split, "prefixes", lambda ids_PxT: np.arange(ids_PxT.size).reshape(ids_PxT.shape))
+    runs = cut_model.run(prompts)
+    ablation.run_edits(cut_model, runs, mask(cut_model.dictionary, [list(range(K))] * 6), rows)
     for name, seen in calls.items():
         assert_same_call(programs[name], seen[-1])
     assert len(calls) == sum(name.startswith("ablate") for name in programs)

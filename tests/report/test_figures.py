@@ -14,8 +14,8 @@ from saejax.evaluation.results import DensityHistogram
 from saejax.interventions import ablate_figures as figures
 from saejax.interventions import patch_report as patching
 from saejax.interventions import probe_report as probes
-from saejax.interventions import sentences
 from saejax.interventions import steer_report as steering
+from saejax.interventions.answers import BASIS_NAMES
 from saejax.interventions.curves import EffectCurve
 from saejax.interventions.patch_run import PatchGrid
 from saejax.interventions.patching import DIRECTIONS
@@ -202,7 +202,7 @@ def test_sets_are_drawn_at_the_smaller_dose_and_nothing_beyond_that_of_the_top_f
 
 def test_a_basis_has_the_same_style_in_every_figure():
     """The difference of means exists for some behaviours alone."""
-    top, words = curve([30.0], [2.0]), sentences.BASES
+    top, words = curve([30.0], [2.0]), BASIS_NAMES
     for names in ([*words.values()], [words["neurons"], words["untrained"], "runs/other"]):
         (axes,) = figures.dose_effect("b", top, interval(2.0), [], [], dict.fromkeys(names, top)).axes
         styles = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in axes.lines}

@@ -15,6 +15,7 @@ from saejax.dictionaries import Dictionary
 from saejax.evaluation import reconstruction
 from saejax.evaluation.member_data import MemberData
 from saejax.interventions import slopes as screening
+from saejax.interventions.edits import ZERO
 from saejax.interventions.split_model import SiteRows
 from saejax.models import decoder
 from saejax.models.decoder import run_layers
@@ -84,8 +85,8 @@ def test_attribution(tiny_llama, one_device):
     point = SplitPoint(lm.config, site, site, one_device)
     value = jnp.ones((2, 6, lm.config.d_model))
     rows = SiteRows(value, value, value, jnp.ones((2, 6), bool), jnp.array([5, 5]), jnp.ones((2, 2), int))
-    check(lambda params: screening.answer_slopes(point, params, rows), lm.params, least=6)
-    check(lambda dictionary: screening.score_features(point, dictionary, rows, value), dictionary, least=2)
+    fixed = [rows], None, jnp.ones((1, 2, 2), int), ZERO, [()]
+    check(lambda params, each: screening.score_targets(point, params, [each], *fixed), lm.params, dictionary, least=8)
 
 
 def test_a_program_of_nested_bfloat16_products_runs_to_its_end(inputs, tmp_path):
