@@ -29,6 +29,7 @@ def make_stack(
     matmul: str,
     seeds: Sequence[int] = (0,),
     steps: int = 1000,
+    products: str = "auto",
     **settings,
 ) -> TrainStack:
     """Return a stack with a member for each seed, on all devices; top-k kinds have AuxK."""
@@ -44,7 +45,7 @@ def make_stack(
         **by_name(kind).facts(members[0].settings, config.of_kind(kind), features),
     )
     scales = [SiteScale(1.0, 1.0, np.zeros(d))] * len(members)
-    return TrainStack(config, dictionary, members, scales, steps, make_mesh())
+    return TrainStack(config, dictionary, members, scales, steps, make_mesh(), products)
 
 
 def sparse_sums(batches: int, batch: int, d: int, directions: int = 2048, seed: int = 0) -> np.ndarray:

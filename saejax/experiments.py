@@ -51,13 +51,6 @@ def study_run() -> None:
     main()
 
 
-def compare() -> None:
-    """Print the differences between two workdirs."""
-    from saejax.comparison import main
-
-    main()
-
-
 def serve() -> None:
     """Serve the graphs of a folder as interactive pages."""
     from saejax.serving.run import main

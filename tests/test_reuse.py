@@ -42,7 +42,7 @@ PROMPTS = {"baseline", "ablate/topk", "report"}
         (dict(corpus__context=64), {"capture", *DICTIONARIES, *AFTER_TRAINING}),
         (dict(task__test_prompts=4), PROMPTS),
         (dict(task__benchmarks="gsm8k", task__path="items.jsonl"), {"benchmark/gsm8k", "report"}),
-        (dict(evaluate__dense_above=0.2), {"evaluate/topk", "evaluate/standard", "report"}),
+        (dict(evaluate__ce_documents=5), {"evaluate/topk", "evaluate/standard", "report"}),
         (dict(causal__seed=1), {"ablate/topk", "report"}),
         (dict(report__title="Another title"), {"report"}),
         (dict(train__checkpoint_every=7, train__log_every=3, mesh__data=2, capture__batch_tokens=99), set()),

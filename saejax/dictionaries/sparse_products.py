@@ -48,7 +48,7 @@ def choose_form(form: str, mesh: Mesh, matmul_dtype: str, n_features: int, k: in
         return "rows" if one_cpu and n_features >= _WINS_FROM[matmul_dtype] * k else "dense"
     if form == "rows" and not one_cpu:
         devices = f"{mesh.size} of platform {platform}"
-        raise UserError(f"--train.products=rows is for one CPU device, and there are {devices}: use dense or auto")
+        raise UserError(f"products=rows is for one CPU device, and there are {devices}: use dense or auto")
     return form
 
 

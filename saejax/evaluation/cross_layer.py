@@ -82,7 +82,7 @@ def evaluate_layers(run: Run, store: Store, folder: Path) -> EvaluateResults:
     write_array(run.folder / "firing_rate.npy", np.stack([score.firing_rate_F for score in scores]).astype(np.float32))
     active_LxF = np.stack([score.mean_activation_F for score in scores])
     write_array(run.folder / "mean_activation.npy", active_LxF.astype(np.float32))
-    described = _describe(config, scores, losses)
+    described = _describe(scores, losses)
     write_json(run.folder / "scores.json", to_json(described))
     run.say(
         f"explained variance {described.explained_variance:.3f}, L0 {described.l0:.1f}, dead "
@@ -92,11 +92,10 @@ def evaluate_layers(run: Run, store: Store, folder: Path) -> EvaluateResults:
     return EvaluateResults(run.name, (), described)
 
 
-def _describe(config: EvaluateConfig, scores: Sequence[Reconstruction], losses: Losses) -> CrossLayerScores:
-    dense = config.dense_above
+def _describe(scores: Sequence[Reconstruction], losses: Losses) -> CrossLayerScores:
     layers = [
         LayerScores(
-            layer, score.explained_variance, score.cosine, score.l0, score.dead_fraction, score.dense_fraction(dense)
+            layer, score.explained_variance, score.cosine, score.l0, score.dead_fraction, score.dense_fraction()
         )
         for layer, score in enumerate(scores)
     ]

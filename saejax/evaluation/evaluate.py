@@ -168,16 +168,14 @@ def _score_site(
         write_array(folder / "mean_activation.npy", score.mean_activation_F.astype(np.float32))
         # A member that is a unit can be in several stacks, under several names: its unit has none.
         where = dict(name="" if run.stack else name, site=site, target=target, sinks=sinks, target_sinks=target_sinks)
-        described = _describe(config, dictionary, score, loss, parts=of_parts, shared=of_shared, **where)
+        described = _describe(dictionary, score, loss, parts=of_parts, shared=of_shared, **where)
         write_json(folder / SCORES, to_json(described))
         run.say(_line(dataclasses.replace(described, name=name)))
         if conflict := dictionary.config.bos_conflict(store.manifest.bos):
             run.say(f"{name or run.name}: {conflict}")
 
 
-def _describe(
-    config: EvaluateConfig, dictionary: Dictionary, score: Reconstruction, loss: Losses, **where: Any
-) -> DictionaryScores:
+def _describe(dictionary: Dictionary, score: Reconstruction, loss: Losses, **where: Any) -> DictionaryScores:
     return DictionaryScores(
         tokens=score.tokens,
         explained_variance=score.explained_variance,
@@ -185,7 +183,7 @@ def _describe(
         cosine=score.cosine,
         l0=score.l0,
         dead_fraction=score.dead_fraction,
-        dense_fraction=score.dense_fraction(config.dense_above),
+        dense_fraction=score.dense_fraction(),
         decoder_neighbours=neighbours.summary(
             neighbours.neighbour_cosines(dictionary.W_dec_FxD[...]), dictionary.config.n_features
         ),

@@ -12,7 +12,7 @@ from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.evaluation.member_data import MemberData
-from saejax.evaluation.results import DensityHistogram
+from saejax.evaluation.results import DENSE_ABOVE, DensityHistogram
 from saejax.parallel.mesh import fitting_sharding
 
 
@@ -47,7 +47,7 @@ class Reconstruction:
         """Share of features that never fire on these tokens."""
         return float(np.mean(self.firing_rate_F == 0))
 
-    def dense_fraction(self, above: float) -> float:
+    def dense_fraction(self, above: float = DENSE_ABOVE) -> float:
         """Share of features that fire on more than this share of the tokens."""
         return float(np.mean(self.firing_rate_F > above))
 

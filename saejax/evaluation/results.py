@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 from saejax.activations.results import SinkCounts
 
+DENSE_ABOVE = 0.1  # share of tokens: a feature that fires on more counts as dense
+
 
 @dataclasses.dataclass(frozen=True)
 class LeftOutSinks(SinkCounts):
@@ -72,7 +74,7 @@ class DictionaryScores:
     cosine: float  #: of activations and reconstruction, mean over tokens
     l0: float  #: features active per token, mean
     dead_fraction: float  #: of the features, those that fire on no held-out token
-    dense_fraction: float  #: those that fire on more than `evaluate.dense_above` of them
+    dense_fraction: float  #: those that fire on more than 10 % of them
     decoder_neighbours: NeighbourCosines | None  #: None for a single feature
     #: next-token cross-entropy; of a crosscoder, that of the first model with all its parts replaced at once
     ce: StandInMeans
@@ -98,7 +100,7 @@ class LayerScores:
     cosine: float  #: of the two, mean over tokens
     l0: float  #: its own features that are active per token, mean
     dead_fraction: float  #: of its features, those that fire on no held-out token
-    dense_fraction: float  #: those that fire on more than `evaluate.dense_above` of them
+    dense_fraction: float  #: those that fire on more than 10 % of them
 
 
 @dataclasses.dataclass(frozen=True)

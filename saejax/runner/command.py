@@ -20,7 +20,7 @@ from absl import flags
 from saejax.errors import NO_ROOM, CheckFailed, Interrupted, OtherFailed, UserError, out_of_room
 from saejax.parallel.cluster import joined_processes, process_label
 from saejax.runner import command_line, environment
-from saejax.settings import CaptureConfig, MeshConfig, TrainConfig
+from saejax.settings import CaptureConfig, TrainConfig
 
 _signals: list[int] = []  # that came since the handlers were installed
 _DISK = {
@@ -54,7 +54,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         shares_gpu = runs_model and configs[CaptureConfig].backend != "jax"
         # Before JAX is imported: it reads these variables when it first looks for devices.
         environment.for_devices(bool(flag_values["deterministic"].value), shares_gpu)
-        environment.keep_programs(configs[MeshConfig].compile_cache, Path(workdir))
+        environment.keep_programs(Path(workdir))
         # Here, so that --help and bad flags end without it.
         from saejax.runner import pipeline
 

@@ -32,19 +32,15 @@ def for_devices(deterministic: bool, shares_gpu: bool) -> None:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
 
 
-def keep_programs(named: str, folder: Path) -> None:
-    """Make JAX cache programs that took a second or more to compile.
+def keep_programs(folder: Path) -> None:
+    """Make JAX cache in a run's ``folder`` the programs that took a second or more to compile for a GPU or TPU.
 
-    Args:
-      named: the value of ``--mesh.compile_cache``; the variable JAX_COMPILATION_CACHE_DIR takes precedence.
-      folder: the run's folder.
+    Those of CPUs run on one model of processor only. The variable JAX_COMPILATION_CACHE_DIR names another folder.
     """
-    if named == "auto":
-        named = str(folder.absolute() / ".compile_cache") if may_have_accelerators() else "none"
-    if named != "none" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = named
+    if may_have_accelerators() and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache = str(folder.absolute() / ".compile_cache")
         if "jax" in sys.modules:  # by a plugin, or in a notebook: it has read its variables
-            sys.modules["jax"].config.update("jax_compilation_cache_dir", named)
+            sys.modules["jax"].config.update("jax_compilation_cache_dir", cache)
 
 
 def keep_freed_memory() -> None:

@@ -57,12 +57,6 @@ class MeshConfig(Config):
     coordinator: str = setting(
         "", "host:port of process 0; empty: taken from the cluster's environment", changes_results=False
     )
-    compile_cache: str = setting(
-        "auto",
-        "folder in which compiled programs are cached; auto: .compile_cache in the workdir with GPUs or TPUs, and no "
-        "cache on CPUs, whose programs run on one model of processor only; none: no cache",
-        changes_results=False,
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,9 +85,6 @@ class PreflightConfig(Config):
         "devices to compile for: a TPU slice such as v5e:2x4 (needs the package libtpu, but no TPU), or nodes of GPUs "
         "such as a100-40:8, a100-80:8, h100:8 or h100:4x8 (simulated by CPU devices; not in a pipeline); empty: the "
         "devices of this machine",
-    )
-    benchmark_tokens: int = setting(
-        1024, "assumed tokens per benchmark prompt, worked examples included, where answers are generated", low=2
     )
     transcoder_features: int = setting(
         0,

@@ -178,13 +178,6 @@ class TrainConfig(Config):
         "TPUs bfloat16 is several times as fast",
         choices=("float32", "bfloat16"),
     )
-    products: str = setting(
-        "auto",
-        "matrix products of topk: of all features (dense), or of the active ones, in compressed rows on one CPU device "
-        "(rows); auto: rows where they were measured to be faster, else dense. Equal within rounding",
-        choices=("auto", "dense", "rows"),
-        only=("topk",),
-    )
     state_dtype: str = setting(
         "float32", "dtype of parameters and optimizer state; float64 is for checks", choices=("float32", "float64")
     )
@@ -261,8 +254,5 @@ class TrainConfig(Config):
 class EvaluateConfig(Config):
     """Held-out scores of dictionaries."""
 
-    dense_above: float = setting(
-        0.1, "a feature that fires on more than this share of tokens counts as dense", low=0.0, high=1.0
-    )
     ce_documents: int = setting(200, "held-out documents on which cross-entropy is measured; 0: all", low=0)
     batch_tokens: int = shared.analysis_batch_tokens()

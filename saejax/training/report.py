@@ -7,7 +7,7 @@ import numpy as np
 
 from saejax.dictionaries.kinds import KINDS
 from saejax.dictionaries.stacks import full_name
-from saejax.evaluation.results import CrossLayerScores, DictionaryScores, EvaluateResults
+from saejax.evaluation.results import DENSE_ABOVE, CrossLayerScores, DictionaryScores, EvaluateResults
 from saejax.page.blocks import Block, Picture, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
@@ -33,6 +33,20 @@ _MEASURES: dict[str, Callable[[DictionaryScores], str]] = {
     "Cross-entropy recovered (mean)": lambda score: number(score.ce_recovered_mean, 3),
     "KL recovered (mean)": lambda score: number(score.kl_recovered_mean, 3),
 }
+_TERMS = (
+    ("Explained variance", "share of the activations' variance that the reconstruction accounts for; 1 is perfect."),
+    ("Cosine", "similarity of the activations and their reconstruction, mean over tokens; 1 is the same direction."),
+    ("L0", "features active per token, on average."),
+    ("Dead", "share of features that fire on no held-out token."),
+    ("Dense", f"share of features that fire on more than {percent(DENSE_ABOVE)} of the tokens."),
+    ("Nearest neighbour", "cosine of a feature's direction and the closest other one; near 1, the two are copies."),
+    (
+        "Cross-entropy recovered",
+        "how well the model predicts text when the reconstruction stands in for the activations: 1 is as well as "
+        "untouched, 0 as badly as with the activations' mean (or zeros) in their place.",
+    ),
+    ("KL recovered", "the same for the KL divergence of the model's predictions from the untouched model's."),
+)
 _MORE_MEASURES: dict[str, Callable[[DictionaryScores], str]] = {
     "Cross-entropy recovered (zeros)": lambda score: number(score.ce_recovered_zero, 3),
     "Cross-entropy: untouched": lambda score: number(score.ce.clean, 3),
@@ -56,7 +70,7 @@ def section(findings: Findings, draw: Draw, tested: str) -> Section:
       draw: saves a figure.
       tested: name of the dictionary that the causal tests use; "": there are none.
     """
-    dense_above, scores = findings.settings()["evaluate"]["dense_above"], scores_of(findings)
+    scores = scores_of(findings)
     stacks = {kind: members for kind, members in scores.items() if len(members) > 1}
     layers = {
         kind: results.cross_layer for kind, results in findings.each(EvaluateResults).items() if results.cross_layer
@@ -68,14 +82,14 @@ def section(findings: Findings, draw: Draw, tested: str) -> Section:
         if trained.steps  # none of what was there already
     }
     pictures += [_training(curves, draw, bool(stacks or layers))] if curves else []
-    pictures += [_density(scores, draw, dense_above)] if scores else []
+    pictures += [_density(scores, draw)] if scores else []
     tables = [_table(findings, tested)] if scores else []
     tables += [_members_table(kind, members) for kind, members in stacks.items()]
     tables += [_layers_table(kind, results) for kind, results in layers.items()]
     tables += _parts_tables(scores)
     # A cross-layer transcoder has no scores of single dictionaries to introduce.
     intro = _intro(scores, tested) if scores else "Trained: a cross-layer transcoder."
-    blocks: tuple[Block, ...] = (Text(intro), Terms(_terms(dense_above)), *tables, *pictures)
+    blocks: tuple[Block, ...] = (Text(intro), Terms(_TERMS), *tables, *pictures)
     return Section("The dictionaries", blocks)
 
 
@@ -86,32 +100,6 @@ def _intro(scores: Mapping[str, Sequence[DictionaryScores]], tested: str) -> str
         about = "not trained here" if kind == PRETRAINED else f"which {KINDS[kind].about if kind in KINDS else kind}"
         kinds.append(f"{kind}{many}, {about}")
     return f"{'; '.join(kinds)}." + (f" The causal tests use {tested}." if tested else "")
-
-
-def _terms(dense_above: float) -> tuple[tuple[str, str], ...]:
-    return (
-        (
-            "Explained variance",
-            "share of the activations' variance that the reconstruction accounts for; 1 is perfect.",
-        ),
-        (
-            "Cosine",
-            "similarity of the activations and their reconstruction, mean over tokens; 1 is the same direction.",
-        ),
-        ("L0", "features active per token, on average."),
-        ("Dead", "share of features that fire on no held-out token."),
-        ("Dense", f"share of features that fire on more than {percent(dense_above)} of the tokens."),
-        (
-            "Nearest neighbour",
-            "cosine similarity of a feature's direction and the closest other one; near 1, the two are copies.",
-        ),
-        (
-            "Cross-entropy recovered",
-            "how well the model predicts text when the reconstruction stands in for the activations: 1 is as well as "
-            "untouched, 0 as badly as with the activations' mean (or zeros) in their place.",
-        ),
-        ("KL recovered", "the same for the KL divergence of the model's predictions from the untouched model's."),
-    )
 
 
 def _table(findings: Findings, tested: str) -> Table:
@@ -226,7 +214,7 @@ def _training(curves: Mapping[str, Sequence[TrainingCurve]], draw: Draw, stacks:
     return draw("training", report_figures.training(curves), caption, alt)
 
 
-def _density(scores: Mapping[str, Sequence[DictionaryScores]], draw: Draw, dense_above: float) -> Picture:
+def _density(scores: Mapping[str, Sequence[DictionaryScores]], draw: Draw) -> Picture:
     histograms = {kind: [member.density_histogram for member in members] for kind, members in scores.items()}
     never = " ".join(
         f"{kind}: {_range([histogram.never for histogram in histograms_of_kind], 0)} never fire."
@@ -239,7 +227,7 @@ def _density(scores: Mapping[str, Sequence[DictionaryScores]], draw: Draw, dense
     )
     return draw(
         "density",
-        report_figures.density(histograms, dense_above),
+        report_figures.density(histograms),
         f"Feature density: how many features fire on what share of held-out tokens.{mean}",
         f"Histogram of the features' firing rates on held-out tokens. {never}",
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from saejax.evaluation.results import DensityHistogram, DictionaryScores
+from saejax.evaluation.results import DENSE_ABOVE, DensityHistogram, DictionaryScores
 from saejax.page.style import INK, LINES, legend, log_limits, panels, plain_log, styled
 
 
@@ -93,12 +93,11 @@ def frontier(members: Mapping[str, Sequence[Sequence[DictionaryScores]]]) -> Fig
 
 
 @styled
-def density(histograms: Mapping[str, Sequence[DensityHistogram]], dense_above: float) -> Figure:
+def density(histograms: Mapping[str, Sequence[DensityHistogram]]) -> Figure:
     """On what share of held-out tokens features fire.
 
     Args:
       histograms: kind -> of each member, in bins of one width. Of several members the mean is drawn.
-      dense_above: the firing rate above which a feature counts as dense, drawn as a line; 0 to 1.
     """
     figure, (axes,) = panels((2.9,), ("How often each feature fires, on held-out text",))
     reached = []
@@ -111,9 +110,8 @@ def density(histograms: Mapping[str, Sequence[DensityHistogram]], dense_above: f
         axes.stairs(counts, edges, color=color, linestyle=line, linewidth=1.8, label=label)
         axes.stairs(counts, edges, color=color, fill=True, alpha=0.18)
         reached += [*edges[:-1][counts > 0], *edges[1:][counts > 0]]
-    if dense_above > 0:
-        label = f"dense: above {100 * dense_above:g} %"
-        axes.axvline(np.log10(dense_above), color=INK, linewidth=1, linestyle=":", label=label)
+    label = f"dense: above {100 * DENSE_ABOVE:g} %"
+    axes.axvline(np.log10(DENSE_ABOVE), color=INK, linewidth=1, linestyle=":", label=label)
     low, high = min(reached, default=-4.0), max(reached, default=0.0)
     decades = np.arange(np.floor(low), np.ceil(high) + 1)
     decades = decades if len(decades) <= 6 else decades[(len(decades) - 1) % 2 :: 2]

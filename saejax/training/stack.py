@@ -63,9 +63,11 @@ class TrainStack:
       scales: each member's ``SiteScale``.
       steps: length of the whole run, for the schedules.
       mesh: the devices.
+      products: form of the matrix products: "dense", or "rows" for a plain TopK (see ``sparse_products``); "auto"
+        becomes the one that is faster.
 
     Raises:
-      UserError: ``config.products`` is not for these devices, or the members make no cross-layer transcoder.
+      UserError: ``products`` is not for these devices, or the members make no cross-layer transcoder.
     """
 
     config: TrainConfig
@@ -74,12 +76,15 @@ class TrainStack:
     scales: Sequence[SiteScale]
     steps: int
     mesh: Mesh
+    products: str = "auto"
 
     def __post_init__(self):
         if self.is_cross_layer:
             check_cross_layer(self.config, self.dictionary.kind, self.members, self.mesh.shape)
-        # Asked for here, so that a setting that does not fit is refused before any step.
-        self.products  # noqa: B018 (raises if the setting does not fit the devices)
+        products, sizes = "dense", (self.config.matmul, self.dictionary.n_features, self.dictionary.k)
+        if is_plain_topk(self.kind):
+            products = sparse_products.choose_form(self.products, self.mesh, *sizes)
+        object.__setattr__(self, "products", products)
 
     @property
     def is_cross_layer(self) -> bool:
@@ -100,14 +105,6 @@ class TrainStack:
     def sites(self) -> list[tuple[str, str]]:
         """The distinct (input, target) pairs, in the order of a batch."""
         return list(dict.fromkeys((member.site, member.target) for member in self.members))
-
-    @functools.cached_property
-    def products(self) -> str:
-        """Form of the matrix products: "dense", or "rows" for a plain TopK; see ``sparse_products``."""
-        if not is_plain_topk(self.kind):
-            return "dense"
-        shape = self.config.matmul, self.dictionary.n_features, self.dictionary.k
-        return sparse_products.choose_form(self.config.products, self.mesh, *shape)
 
     @functools.cached_property
     def members_at_once(self) -> int:

@@ -9,7 +9,6 @@ from saejax.evaluation import cross_layer, evaluate
 from saejax.evaluation.loss_recovered import VARIANTS, Losses
 from saejax.evaluation.reconstruction import Reconstruction
 from saejax.evaluation.results import LeftOutSinks
-from saejax.settings import EvaluateConfig
 
 CE = dict(clean=2.0, mean_ablated=6.0, zero_ablated=10.0, reconstructed=3.0)
 KL = dict(clean=0.0, mean_ablated=5.0, zero_ablated=20.0, reconstructed=1.0)
@@ -40,10 +39,10 @@ def test_a_dictionary():
     dictionary = Dictionary(config, W_enc_DxF=rows.T, b_enc_F=jnp.zeros(4), W_dec_FxD=rows, b_dec_D=jnp.zeros(2))
     sinks = LeftOutSinks(position_0=3, beyond=1, share_beyond=0.01, max_norm=9.0)
     where = dict(name="k4", site="resid_post.0", target="resid_post.0", sinks=sinks)
-    found = evaluate._describe(EvaluateConfig(dense_above=0.3), dictionary, SCORE, losses(), **where)
+    found = evaluate._describe(dictionary, SCORE, losses(), **where)
     assert {name: getattr(found, name) for name in SHARES} == pytest.approx(SHARES)
     assert (found.tokens, found.explained_variance, found.cosine, found.l0) == (200, 0.4, 0.7, 0.75)
-    assert found.fvu == pytest.approx(0.6) and found.dead_fraction == 0.5 and found.dense_fraction == 0.25
+    assert found.fvu == pytest.approx(0.6) and found.dead_fraction == 0.5 and found.dense_fraction == 0.5
     assert (found.ce.clean, found.ce.reconstructed, found.ce.mean_ablated, found.ce.zero_ablated) == (2, 3, 6, 10)
     assert (found.kl.clean, found.kl.reconstructed, found.kl.mean_ablated, found.kl.zero_ablated) == (0, 1, 5, 20)
     assert found.ce.tokens == 57 and found.sinks == sinks
@@ -67,8 +66,8 @@ def test_the_parts_of_a_crosscoder():
 
 def test_a_cross_layer_transcoder():
     other = Reconstruction(200, 0.8, 0.9, 1.25, np.array([0.5, 0.5, 0.25, 0.0]), np.ones(4))
-    found = cross_layer._describe(EvaluateConfig(dense_above=0.3), [SCORE, other], losses())
+    found = cross_layer._describe([SCORE, other], losses())
     assert found.explained_variance == pytest.approx(0.6) and found.l0 == 2.0 and found.dead_fraction == 0.375
     assert (found.ce_recovered_mean, found.kl_recovered_mean) == pytest.approx((0.75, 0.8))
-    assert [layer.dense_fraction for layer in found.layers] == [0.25, 0.5]
+    assert [layer.dense_fraction for layer in found.layers] == [0.5, 0.75]
     assert [(layer.layer, layer.l0, layer.cosine) for layer in found.layers] == [(0, 0.75, 0.7), (1, 1.25, 0.9)]

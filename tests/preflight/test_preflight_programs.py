@@ -43,7 +43,6 @@ def plan(tiny_llama, mesh):
         train__batch=64,
         train__expansion=4,
         evaluate__batch_tokens=256,
-        preflight__benchmark_tokens=32,
         task__benchmarks=("gsm8k",),
         task__max_new_tokens=32,
         task__batch=4,

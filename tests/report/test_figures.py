@@ -49,7 +49,7 @@ def training_figure(members=1):
 
 def density_figure(edges=(-6, -4, -2, 0), counts=(0, 5, 9)):
     histogram = DensityHistogram(tuple(edges), tuple(counts), never=1234)
-    return dictionary_figures.density({"topk": [histogram], "standard": [histogram]}, 0.1)
+    return dictionary_figures.density({"topk": [histogram], "standard": [histogram]})
 
 
 def point(l0, explained_variance, ce_recovered):
@@ -257,7 +257,7 @@ def test_density_counts_and_axis():
 def test_density_of_a_stack_is_the_mean_bin_by_bin():
     few = DensityHistogram((-4, -2, 0), (4, 6), never=10)
     more = DensityHistogram((-6, -4, -2, 0), (2, 2, 2), never=20)  # more tokens reach further down
-    (axes,) = dictionary_figures.density({"topk": [few, more]}, 0.1).axes
+    (axes,) = dictionary_figures.density({"topk": [few, more]}).axes
     assert list(axes.patches[0].get_data().values) == [1, 3, 4]
     assert axes.get_legend_handles_labels()[1][0] == "topk, mean of 2 (15 never fire)"
 

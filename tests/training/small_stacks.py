@@ -44,7 +44,7 @@ def make_config(**changes) -> TrainConfig:
     return TrainConfig(by_kind=kinds, **{key: value for key, value in given.items() if key in names})
 
 
-def make_stack(kind="topk", mesh=None, scale=0.5, steps=STEPS, **changes) -> TrainStack:
+def make_stack(kind="topk", mesh=None, scale=0.5, steps=STEPS, products="auto", **changes) -> TrainStack:
     """Dictionaries of D -> F; lists among the changes make several members."""
     config = make_config(**changes)
     members = make_members(config, kind, config.sites)
@@ -62,7 +62,7 @@ def make_stack(kind="topk", mesh=None, scale=0.5, steps=STEPS, **changes) -> Tra
         **facts,
     )
     scales = [SiteScale(scale, scale, np.full(D, 0.7))] * len(members)
-    return TrainStack(config, dictionary, members, scales, steps, mesh or first_device())
+    return TrainStack(config, dictionary, members, scales, steps, mesh or first_device(), products)
 
 
 def first_device() -> Mesh:
