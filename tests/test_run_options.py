@@ -75,6 +75,12 @@ def test_failures_are_status_1_and_are_listed(inputs, tmp_path, capsys):
     assert (tmp_path / "run" / "baseline" / "done.json").exists()
 
 
+def test_several_processes_end_with_the_first_that_fails(inputs, tmp_path, capsys):
+    flags = runs.small_flags(*inputs, tmp_path / "run", mesh__processes=2)
+    assert command.run(STAGE_NAMES, "", ["program", *flags, "--keep_going"]) == 2
+    assert "--keep_going is for one process" in capsys.readouterr().err
+
+
 def test_a_profile_of_a_few_steps(tmp_path):
     lines: list[str] = []
     profiler = Profiler(tmp_path / "profile", lambda: False, lines.append)

@@ -15,7 +15,7 @@ from saejax.dictionaries.cross_layer import sum_writes
 from saejax.dictionaries.formats import circuit_tracer
 from saejax.errors import UserError
 from saejax.evaluation import programs
-from saejax.evaluation.loss_recovered import Losses, document_batches, recovered
+from saejax.evaluation.loss_recovered import VARIANTS, Losses, document_batches, recovered
 from saejax.evaluation.member_data import MemberData
 from saejax.evaluation.reconstruction import Reconstruction, Spread, Sums, batches, measures, read_blocks
 from saejax.evaluation.results import CrossLayerScores, EvaluateResults, LayerScores, StandInMeans
@@ -174,22 +174,22 @@ def replaced_losses(
       store: source of the documents, means and sink rules.
       config: the number of documents, and tokens per program.
     """
-    limits = [tuple(np.float32(store.max_norm(site)) for site in pair) for pair in sites]
+    limits = [
+        {kind: np.float32(store.max_norm(site)) for kind, site in zip(("mlp_in", "mlp_out"), pair, strict=True)}
+        for pair in sites
+    ]
     means = [store.mean(target, site).astype(np.float32) for site, target in sites]
     documents = store.documents.of("held_out")
     documents = documents[: config.ce_documents] if config.ce_documents else documents
-    ce_E, kl_E, tokens = np.zeros(4), np.zeros(4), 0
+    ce_E, kl_E, tokens = np.zeros(len(VARIANTS)), np.zeros(len(VARIANTS)), 0
     for ids_BxT, lengths_B, predicted in document_batches(lm, documents, config.batch_tokens):
-        start = decoder.embed(lm.config, lm.params, ids_BxT)
-        streams = [start] * 4  # in the order of ``VARIANTS``
-        below = [jnp.zeros(start.shape, jnp.float32) for _ in layers]
+        start_BxTxD = decoder.embed(lm.config, lm.params, ids_BxT)
+        streams = [start_BxTxD] * len(VARIANTS)
+        below = [jnp.zeros(start_BxTxD.shape, jnp.float32) for _ in layers]
         for layer, member in enumerate(layers):
-            # The layer's number is data of the programs, so that all layers share each of them.
-            layer_arguments = lm.config, lm.params, np.int32(layer)
-            streams[0], inside_BxT = _clean_layer(*layer_arguments, streams[0], limits[layer])
-            for variant, value_D in ((1, means[layer]), (2, np.zeros_like(means[layer]))):
-                streams[variant] = _constant_layer(*layer_arguments, streams[variant], inside_BxT, value_D)
-            streams[3], f_BxTxF = _replaced_layer(*layer_arguments, streams[3], inside_BxT, member, below[layer])
+            # The layer's number is data of the program, so that all layers share it.
+            arguments = np.int32(layer), streams, limits[layer], means[layer], member, below[layer]
+            streams, f_BxTxF = _run_layer(lm.config, lm.params, *arguments)
             below[layer + 1 :] = _add_writes(f_BxTxF, decoders[layer], below[layer + 1 :])
         ce_CxExB, kl_CxExB = programs.compare(lm.config, lm.params, jnp.stack(streams), ids_BxT, lengths_B)
         ce_E += np.asarray(ce_CxExB, np.float64).sum((0, 2))
@@ -198,70 +198,48 @@ def replaced_losses(
     return Losses.of(tokens, ce_E / max(tokens, 1), kl_E / max(tokens, 1))
 
 
-def _layer(
-    config: DecoderConfig, params: decoder.Params, layer: jax.Array, x_BxTxD: jax.Array, hook: SiteHook
-) -> jax.Array:
-    tables = whole_prompt_tables(config, x_BxTxD.shape[1])
-    return decoder.run_layer(config, GRADIENT, params, layer, x_BxTxD, tables, hook)
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def _clean_layer(
-    config: DecoderConfig, params: decoder.Params, layer: jax.Array, x_BxTxD: jax.Array, limits: tuple
-) -> tuple[jax.Array, jax.Array]:
-    """Return the stream leaving a layer, and where its MLP meets no attention sink, bool [B, T]."""
-    inside = []
-
-    def look(kind: str, value_BxTxD: jax.Array) -> jax.Array:
-        if kind in ("mlp_in", "mlp_out"):
-            limit = limits[kind == "mlp_out"]
-            inside.append(jnp.linalg.norm(value_BxTxD.astype(jnp.float32), axis=-1) <= limit)
-        return value_BxTxD
-
-    leaving_BxTxD = _layer(config, params, layer, x_BxTxD, look)
-    return leaving_BxTxD, inside[0] & inside[1]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _constant_layer(
+def _run_layer(
     config: DecoderConfig,
     params: decoder.Params,
     layer: jax.Array,
-    x_BxTxD: jax.Array,
-    inside_BxT: jax.Array,
-    value_D: jax.Array,
-) -> jax.Array:
-    def put(kind: str, value_BxTxD: jax.Array) -> jax.Array:
-        return programs.constant(value_BxTxD, inside_BxT, value_D) if kind == "mlp_out" else value_BxTxD
-
-    return _layer(config, params, layer, x_BxTxD, put)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _replaced_layer(
-    config: DecoderConfig,
-    params: decoder.Params,
-    layer: jax.Array,
-    x_BxTxD: jax.Array,
-    inside_BxT: jax.Array,
+    streams: Sequence[jax.Array],
+    limits: dict[str, jax.Array],
+    mean_D: jax.Array,
     member: MemberData,
     below_BxTxD: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Return the stream leaving a layer whose MLP is replaced, and the activations of its features."""
-    seen: list[jax.Array] = []
+) -> tuple[list[jax.Array], jax.Array]:
+    """Return the streams leaving a layer, [B, T, D] in the order of ``VARIANTS``, and the features' activations."""
+    tables = whole_prompt_tables(config, streams[0].shape[1])
+    is_inside: dict[str, jax.Array] = {}  # where the clean model's MLP reads or adds no attention sink
+    read: dict[str, jax.Array] = {}  # what the replaced MLP reads, and its features' activations
 
-    def put(kind: str, value_BxTxD: jax.Array) -> jax.Array:
+    def run(variant: int, hook: SiteHook) -> jax.Array:
+        return decoder.run_layer(config, GRADIENT, params, layer, streams[variant], tables, hook)
+
+    def look(kind: str, value_BxTxD: jax.Array) -> jax.Array:
+        if kind in limits:
+            is_inside[kind] = jnp.linalg.norm(value_BxTxD.astype(jnp.float32), axis=-1) <= limits[kind]
+        return value_BxTxD
+
+    def put_constant(value_D: jax.Array, kind: str, value_BxTxD: jax.Array) -> jax.Array:
+        return programs.constant(value_BxTxD, inside_BxT, value_D) if kind == "mlp_out" else value_BxTxD
+
+    def put_reconstruction(kind: str, value_BxTxD: jax.Array) -> jax.Array:
         if kind == "mlp_in":
             f_BxTxF = member.encode(value_BxTxD.astype(jnp.float32))
             # No feature is active where the MLP keeps its own output: it writes nothing to later layers from there
             # either.
-            seen.extend((value_BxTxD, jnp.where(inside_BxT[..., None], f_BxTxF, 0.0)))
+            read.update(x=value_BxTxD, f=jnp.where(inside_BxT[..., None], f_BxTxF, 0.0))
         if kind != "mlp_out":
             return value_BxTxD
-        y_hat_BxTxD = member.decode(seen[1], seen[0]) + below_BxTxD
+        y_hat_BxTxD = member.decode(read["f"], read["x"]) + below_BxTxD
         return jnp.where(inside_BxT[..., None], y_hat_BxTxD.astype(value_BxTxD.dtype), value_BxTxD)
 
-    return _layer(config, params, layer, x_BxTxD, put), seen[1]
+    clean_BxTxD = run(0, look)
+    inside_BxT = is_inside["mlp_in"] & is_inside["mlp_out"]
+    constants = [run(i, functools.partial(put_constant, value_D)) for i, value_D in ((1, mean_D), (2, 0 * mean_D))]
+    return [clean_BxTxD, *constants, run(3, put_reconstruction)], read["f"]
 
 
 @jax.jit

@@ -9,6 +9,7 @@ import dataclasses
 import glob
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -122,10 +123,10 @@ def check_devices(devices: "Sequence[jax.Device]", rank: int, gpus: Sequence[int
 
 
 def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | None:
-    """Return which of the GPUs that a process sees are its own.
+    """Return which of the GPUs that a process sees are its own: all of its node's, or one.
 
     JAX by itself gives one GPU to each process that SLURM or Open MPI starts, and leaves the others of a node idle
-    where it starts one a node. Here the processes of a node share all of them equally.
+    where it starts one a node.
 
     Args:
       environment: variables of SLURM and Open MPI, and CUDA_VISIBLE_DEVICES.
@@ -135,39 +136,25 @@ def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | No
       Their numbers among the visible ones; None where there is no GPU or no such launcher.
 
     Raises:
-      UserError: they cannot be shared equally.
+      UserError: the node has several processes, and not as many GPUs.
     """
-    place, seen = _place(environment), visible_gpus(environment, gpus)
-    if place is None or not seen:
+    # SLURM writes "2(x3),1" for two processes on each of three nodes, then one; nodes have to be equal.
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
+    local = environment.get("SLURM_LOCALID") or environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")
+    processes, visible = re.match(r"\d+", tasks), visible_gpus(environment, gpus)
+    if processes is None or not visible:
         return None
-    local, here = place
-    if seen < int(environment.get("SLURM_GPUS_ON_NODE") or 0):  # SLURM has assigned them already
-        return list(range(seen))
-    if seen % here:
+    # SLURM may have assigned them already.
+    if processes[0] == "1" or visible < int(environment.get("SLURM_GPUS_ON_NODE") or 0):
+        return list(range(visible))
+    if visible != int(processes[0]):
         raise UserError(
-            f"{here} processes cannot share the {seen} GPUs of their node equally: start one a node, or one a GPU"
+            f"{processes[0]} processes cannot share the {visible} GPUs of their node: start one a node, or one a GPU"
         )
-    share = seen // here
-    return list(range(local * share, (local + 1) * share))
+    return [int(local)]
 
 
 def visible_gpus(environment: Mapping[str, str], gpus: int) -> int:
     """Return how many of a node's GPUs its environment lets a process see."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     return gpus if visible is None else len([device for device in visible.split(",") if device.strip()])
-
-
-def _place(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """Return this process's index on its node and the number there; None outside of SLURM's and Open MPI's steps."""
-    if "SLURM_STEP_NODELIST" in environment and "SLURM_LOCALID" in environment:
-        # "2(x3),1" is two processes on each of three nodes, then one
-        counts: list[int] = []
-        for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
-            count, _, times = part.partition("(x")
-            counts += [int(count)] * int(times.rstrip(")") or 1)
-        return int(environment["SLURM_LOCALID"]), counts[
-            min(int(environment.get("SLURM_NODEID", "0")), len(counts) - 1)
-        ]
-    if "OMPI_COMM_WORLD_LOCAL_RANK" in environment:
-        return int(environment["OMPI_COMM_WORLD_LOCAL_RANK"]), int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"])
-    return None

@@ -18,7 +18,6 @@ from saejax.errors import Interrupted, OtherFailed, UserError
 _LOOK_EVERY, _SAY_EVERY = 0.1, 300.0  # seconds
 _VISIBLE = 120.0  # seconds within which a file is seen on all hosts that share its folder
 _LAST = 10.0  # seconds for which process 0, having failed, waits for the others to end
-_REGROUP = 60.0  # seconds within which all processes leave a unit in which one of them has failed
 _FAILED = "failed"
 
 
@@ -38,27 +37,7 @@ class Processes:
     def __init__(self, client: Any, rank: int, count: int, say: Callable[[str], None] = lambda line: None):
         self.rank, self.count, self._client, self._say = rank, count, client, say
         self._visits: collections.Counter[str] = collections.Counter()
-        self._unit = ""  # whose failures the run outlives; "": none
         self.stopping: Callable[[], bool] = lambda: False
-
-    def begin_unit(self, unit: str) -> None:
-        """Enter a unit whose failure in any process ends the unit in all of them, and not the run."""
-        self._unit = unit
-        self._visits.clear()  # a failed unit is left by processes that have been to different places
-
-    def regroup(self, status: int) -> bool:
-        """Leave the unit, which has failed, once all processes have; return whether they did within a minute.
-
-        A process that waits for another one in a collective operation of its devices never does.
-        """
-        self._client.key_value_set(f"{self._unit}/{_FAILED}/{self.rank}", str(status), allow_overwrite=True)
-        key, until = self._key("left", "unit"), time.monotonic() + _REGROUP
-        self._client.key_value_set(f"{key}/{self.rank}", "")
-        while late := self._late(key, range(self.count)):
-            if time.monotonic() > until or self.failure():
-                return False
-            time.sleep(_LOOK_EVERY)
-        return not late
 
     def broadcast(self, place: str, value: str) -> str:
         """Return what process 0 gives, in every process; all of them call it equally often."""
@@ -95,18 +74,14 @@ class Processes:
 
     def failure(self) -> tuple[int, int] | None:
         """Return the rank and the exit status of another process that has failed; None if none has."""
-        return self._failure_under(f"{_FAILED}/")
-
-    def _failure_under(self, folder: str) -> tuple[int, int] | None:
-        for name, status in sorted(self._client.key_value_dir_get(folder)):
+        for name, status in sorted(self._client.key_value_dir_get(f"{_FAILED}/")):
             if (rank := int(name.rpartition("/")[2])) != self.rank:
                 return rank, int(status)
         return None
 
     def _key(self, what: str, place: str) -> str:
         self._visits[what + place] += 1
-        # The service drops a leading slash, and would list other names than were set.
-        return f"{self._unit}/{what}/{place}/{self._visits[what + place]}".lstrip("/")
+        return f"{what}/{place}/{self._visits[what + place]}"
 
     def _wait(self, place: str, key: str, ranks: Sequence[int]) -> None:
         last_line = start = time.monotonic()
@@ -114,8 +89,6 @@ class Processes:
             if self.stopping():
                 raise Interrupted(f"stopped while waiting for other processes ({place}); finished work is kept")
             if failure := self.failure():
-                raise OtherFailed(*failure)
-            if self._unit and (failure := self._failure_under(f"{self._unit}/{_FAILED}/")):
                 raise OtherFailed(*failure)
             now = time.monotonic()
             if now - last_line > _SAY_EVERY:

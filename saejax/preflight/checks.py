@@ -7,16 +7,13 @@ from pathlib import Path
 import psutil
 
 from saejax.costs.passes import parameters
-from saejax.costs.peaks import peak_of_kind
 from saejax.costs.plan import PlannedRun
 from saejax.errors import CheckFailed, Interrupted, UserError
 from saejax.parallel.collectives import process_count
 from saejax.parallel.mesh import make_mesh
 from saejax.preflight import parity, rates
-from saejax.preflight.place import Place, find_place
 from saejax.preflight.plan import (
     check_dictionaries,
-    describe_replicated,
     disk_bytes,
     plan_run,
     stage_programs,
@@ -24,7 +21,7 @@ from saejax.preflight.plan import (
 )
 from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResults
 from saejax.preflight.shapes import Shape, named, read_shapes
-from saejax.preflight.topology import compile_for
+from saejax.preflight.topology import Place, compile_for, find_place
 from saejax.results import MeshShape
 from saejax.runner.registry import STAGES
 from saejax.runner.workspace import Run
@@ -72,8 +69,6 @@ def run_preflight(run: Run) -> PreflightResults:
     models = [_check_model(run, plan, place) for plan in plans]
     if unfit := [message for model in models if (message := _misfit(model, place))]:
         raise UserError(f"{'; '.join(unfit)}: {_ADVICE}")
-    for model in models if config.topology else ():
-        _say_least_hours(run, model, config.topology)
     results = PreflightResults(mesh, config.topology, place.limit, tuple(models))
     if runs_here and plans:
         results = _with_resources(run, results, plans[0], place)
@@ -91,7 +86,7 @@ def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bo
     """
     corpus, plans = run.configs[CorpusConfig], []
     documents, tokens = rates.used_text(corpus, run.configs[TaskConfig]) if runs_here else (0, 0)
-    here = dict(documents=documents, tokens=tokens, own_devices=place.per_process, host=place.host)
+    here = dict(documents=documents, tokens=tokens, own_devices=place.own_devices, host=place.host)
     for shape in shapes:
         try:
             name = Path(shape.path).name
@@ -107,9 +102,6 @@ def _check_model(run: Run, plan: PlannedRun, place: Place) -> ModelNeeds:
     """Compile the programs of a model, with a line for each."""
     model = plan.model
     run.say(f"{plan.name}: {parameters(model) / 1e6:,.1f} M parameters, {model.n_layers} layers, {plan.dtype}")
-    split = describe_replicated(plan)
-    for line in split:
-        run.say(f"{plan.name}: {line}")
     check_dictionaries(plan)
     programs = stage_programs(plan)
     if programs:
@@ -133,21 +125,8 @@ def _check_model(run: Run, plan: PlannedRun, place: Place) -> ModelNeeds:
         dtype=plan.dtype,
         peak_bytes=peak,
         fits=all(program.fits for program in compiled),
-        replicated=tuple(split),
         programs=tuple(compiled),
     )
-
-
-def _say_least_hours(run: Run, model: ModelNeeds, topology: str) -> None:
-    """Say how long the programs take at a device's peak, where the number of their calls is known without the text."""
-    flops = sum(program.flops * program.runs for program in model.programs)
-    peaks = {dtype: peak_of_kind(topology.partition(":")[0], dtype) for dtype in ("float32", "bfloat16")}
-    hours = [f"{flops / peak / 3600:.3f} device-hours in {dtype}" for dtype, peak in peaks.items() if peak]
-    if flops and hours:
-        run.say(
-            f"{model.name}: {flops / 1e15:,.2f} PFLOP in programs that do not depend on the text; at the peak of "
-            f"{topology} they take {', '.join(hours)}, a lower bound"
-        )
 
 
 def _program_line(program: CompiledProgram, place: Place) -> str:
@@ -241,10 +220,9 @@ def _parity(run: Run, shape: Shape) -> dict[str, dict[str, float]]:
         run.configs, named(shape.path, run.configs[ModelConfig]), make_mesh(run.configs[MeshConfig])
     )
     for name, errors in errors_by_tokens.items():
-        for error in errors:
-            where = f" (layer {error.layer})" if error.layer >= 0 else ""
-            run.say(f"  {name:<14} {error.kind:<11} {error.value:.2e}{where}")
-    return {name: {error.kind: error.value for error in errors} for name, errors in errors_by_tokens.items()}
+        for kind, (value, layer) in errors.items():
+            run.say(f"  {name:<14} {kind:<11} {value:.2e}{f' (layer {layer})' if layer >= 0 else ''}")
+    return {name: {kind: error.value for kind, error in errors.items()} for name, errors in errors_by_tokens.items()}
 
 
 def _check_parity(errors_by_path: Mapping[str, Mapping[str, Mapping[str, float]]], tolerance: float) -> None:

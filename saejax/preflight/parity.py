@@ -3,10 +3,9 @@
 The relative error of a site is max |a - b| / max |b| over the real positions of all prompts, b being transformers'.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,22 +25,14 @@ _PROMPTS, _LENGTH = 4, 64  # prompts of each kind, and most tokens of one
 _SEED = 789
 
 
-@dataclasses.dataclass(frozen=True)
-class Error:
-    """The largest relative error of a kind of site, or of the logits.
+class Error(NamedTuple):
+    """The largest relative error, infinite where either side is not finite, and its layer; -1 for the logits."""
 
-    Attributes:
-      kind: of site, or ``LOGITS``.
-      layer: where; -1 for the logits.
-      value: it; infinite where either side is not finite.
-    """
-
-    kind: str
-    layer: int
     value: float
+    layer: int
 
 
-def measure(configs: Configs, model: ModelConfig, mesh: Mesh) -> dict[str, list[Error]]:
+def measure(configs: Configs, model: ModelConfig, mesh: Mesh) -> dict[str, dict[str, Error]]:
     """Run a model both ways, in the dtype of its settings.
 
     Args:
@@ -50,7 +41,8 @@ def measure(configs: Configs, model: ModelConfig, mesh: Mesh) -> dict[str, list[
       mesh: the devices of the decoder.
 
     Returns:
-      For "random tokens" and "real text", the largest error of every kind of site and of the logits.
+      For "random tokens" and "real text", the error of every kind of site, in the order of the forward pass, and of the
+      ``LOGITS``.
     """
     lm = load_model(model.path, model.revision, model.dtype, mesh, check=False)
     prompts = {"random tokens": _random(lm), "real text": _real(lm, configs)}
@@ -114,8 +106,8 @@ def _errors(
     tokens: Tokens,
     expected_values: tuple[np.ndarray, dict[Site, np.ndarray]],
     decoder_values: tuple[np.ndarray, dict[Site, np.ndarray]],
-) -> list[Error]:
-    """Return the largest error of every kind, in the order of the forward pass, the logits last."""
+) -> dict[str, Error]:
+    """Return the largest error of every kind."""
     mask_BxT = tokens.mask_BxT
 
     def error(actual_BxTxD: np.ndarray, expected_BxTxD: np.ndarray) -> float:
@@ -124,9 +116,8 @@ def _errors(
             return float("inf")
         return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), np.finfo(np.float64).tiny))
 
-    errors = [
-        Error(site.kind, site.layer, error(decoder_values[1][site], expected_values[1][site]))
-        for site in decoder_values[1]
-    ]
-    worst = [max((e for e in errors if e.kind == kind), key=lambda e: e.value) for kind in KINDS]
-    return [*worst, Error(LOGITS, -1, error(decoder_values[0], expected_values[0]))]
+    errors: dict[str, list[Error]] = {kind: [] for kind in KINDS}
+    for site, values_BxTxD in decoder_values[1].items():
+        errors[site.kind].append(Error(error(values_BxTxD, expected_values[1][site]), site.layer))
+    worst = {kind: max(of_kind) for kind, of_kind in errors.items()}
+    return worst | {LOGITS: Error(error(decoder_values[0], expected_values[0]), -1)}

@@ -10,21 +10,12 @@ from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
-from saejax.models.parameters import LAYERS, parameter_table
 from saejax.models.sites import ModuleSite, decoder_site
-from saejax.parallel.mesh import fitting_spec
 from saejax.preflight.results import CompiledProgram
 from saejax.runner.config import Configs
 from saejax.runner.registry import STAGES
 from saejax.settings import CaptureConfig, TrainConfig
 from saejax.training.planned import checkpoint_bytes, planned_stacks
-
-_DIMENSIONS = {
-    "H": "query heads",
-    "N": "key-value heads",
-    "F": "dimensions of the MLP",
-    "V": "entries of the vocabulary",
-}
 
 
 def plan_run(name: str, model: DecoderConfig, configs: Configs, mesh: Mesh, **more: Any) -> PlannedRun:
@@ -90,25 +81,3 @@ def stage_seconds(programs: Sequence[CompiledProgram], rates: Mapping[str, float
         rate = rates[dtypes.get(stage, "float32")]
         seconds[stage] = seconds.get(stage, 0.0) + program.runs * program.flops / rate
     return seconds
-
-
-def describe_replicated(plan: PlannedRun) -> list[str]:
-    """Return the weights that the mesh does not divide, so that every device holds all of them; a line each."""
-    axes, names = plan.mesh.shape, dict[tuple[int, str], list[str]]()
-    over = axes["model"]
-    for name, (shape, spec) in parameter_table(plan.model).items():
-        label, _, letters = name.rpartition("_")
-        split = fitting_spec(axes, shape, *spec)
-        for size, letter, axis, kept in zip(shape, _letters(letters, len(spec)), spec, split, strict=True):
-            if axis and over > 1 and not kept:
-                names.setdefault((size, letter), []).append(label.removeprefix(LAYERS))
-    return [
-        f"{size:,} {_DIMENSIONS.get(letter, letter)} over {over} devices: {', '.join(sorted(labels))} are replicated"
-        for (size, letter), labels in names.items()
-    ]
-
-
-def _letters(letters: str, count: int) -> list[str]:
-    """Return the letters of "DxHxK", with "" for the layers in front of them."""
-    named = letters.split("x")
-    return [""] * (count - len(named)) + named

@@ -35,7 +35,6 @@ class ModelNeeds:
     dtype: str  #: of weights and products in JAX
     peak_bytes: int  #: of a device, for the largest program
     fits: bool  #: whether a device has them
-    replicated: tuple[str, ...]  #: what the mesh does not divide, in words
     programs: tuple[CompiledProgram, ...]  #: that were compiled
 
 

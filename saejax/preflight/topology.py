@@ -1,4 +1,4 @@
-"""Compiling for devices that need not be there: a TPU slice, or nodes of GPUs.
+"""The devices that programs are compiled for: those at hand, or a TPU slice or nodes of GPUs that need not be there.
 
 libtpu's compiler knows every slice by name. The memory it states is what a device of the slice would need; where a
 program does not fit, compilation fails and says by how much. GPUs are stood in for by as many devices of the host's
@@ -13,17 +13,21 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax.sharding import Mesh, PartitionSpec
 
 from saejax.costs.programs import Program
 from saejax.errors import UserError
+from saejax.parallel.mesh import make_mesh
 from saejax.preflight.collectives import sent_bytes
 from saejax.preflight.results import CompiledProgram
+from saejax.runner.config import Configs
+from saejax.settings import MeshConfig, PreflightConfig
 
 # The first two keep libtpu from asking a metadata server and from taking the machine's one TPU for itself; the
 # others only keep it quiet about not being on a TPU host.
@@ -41,24 +45,54 @@ _NODES = re.compile(r"([\w-]+):(?:(\d+)x)?(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
-    """Devices that exist in name only.
+class Place:
+    """The mesh of a run that is planned.
 
     Attributes:
-      name: name of a TPU slice, as libtpu knows it, such as "v5e:2x4"; or of nodes of GPUs, such as "h100:4x8".
-      devices: the devices.
-      limit: bytes of memory that a program can have on each.
-      of_node: how many of them share a node: all of a slice.
+      mesh: the devices.
+      limit: bytes of memory on each.
+      of_node: how many of them share a node.
+      own_devices, host, stands_for: as in ``PlannedRun``.
     """
 
-    name: str
+    mesh: Mesh
+    limit: int
+    of_node: int
+    own_devices: int = 0
+    host: tuple[jax.Device, ...] = ()
+    stands_for: str = ""
+
+
+def find_place(configs: Configs) -> Place:
+    """Return the devices of ``--preflight.topology``, or those at hand, arranged as a mesh.
+
+    Raises:
+      UserError: the mesh does not fit the number of devices, there is no such slice, or libtpu is not installed.
+    """
+    name, config = configs[PreflightConfig].topology, configs[MeshConfig]
+    if name:
+        devices, limit, of_node = find_slice(name)
+        own, stands_for = of_process(name, len(devices)), "gpu" if name.partition(":")[0] in GPUS else ""
+        host = host_alone(name) if own and not stands_for else ()
+        return Place(make_mesh(config, devices), limit, of_node, own, host, stands_for)
+    device, own = jax.devices()[0], jax.local_device_count() if jax.process_count() > 1 else 0
+    if device.platform == "cpu":  # all of them have the host's memory
+        limit = psutil.virtual_memory().available // jax.device_count()
+        return Place(make_mesh(config), limit, jax.device_count(), own)
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    return Place(make_mesh(config), limit, jax.local_device_count(), own)
+
+
+class Slice(NamedTuple):
+    """Devices that exist in name only, the bytes of memory of each, and how many share a node: all of a TPU slice."""
+
     devices: Sequence[jax.Device]
     limit: int
     of_node: int
 
 
 def find_slice(name: str) -> Slice:
-    """Return the slice or the nodes of this name.
+    """Return the TPU slice, as libtpu knows it, such as "v5e:2x4", or the nodes of GPUs, such as "h100:4x8".
 
     Raises:
       UserError: libtpu is not installed, or knows no such slice; or JAX has begun with fewer devices.
@@ -73,7 +107,7 @@ def find_slice(name: str) -> Slice:
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     devices = _devices(name)
-    return Slice(name, devices, _limit(devices[0]), len(devices))
+    return Slice(devices, _limit(devices[0]), len(devices))
 
 
 def of_process(name: str, devices: int) -> int:
@@ -109,7 +143,7 @@ def _stand_ins(name: str) -> Slice:
     if len(devices) < count:
         begun = f"JAX has begun with {len(devices)} devices"
         raise UserError(f"--preflight.topology={name}: {begun}: run experiments.preflight by itself")
-    return Slice(name, devices[:count], int(_USABLE * GPUS[match[1]]), int(match[3]))
+    return Slice(devices[:count], int(_USABLE * GPUS[match[1]]), int(match[3]))
 
 
 def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:

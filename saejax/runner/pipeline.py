@@ -127,6 +127,8 @@ def run_stages(
         units = [one_of(options.only, units, "unit (--unit)")]
     processes = None
     if configs[MeshConfig].together:
+        if options.keep_going:
+            raise UserError("--keep_going is for one process: of several, one that fails ends the run; leave it out")
         configs |= join(configs[MeshConfig], say)
         processes = joined_processes()
     if processes:
@@ -141,8 +143,6 @@ def run_stages(
             raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
         # Between units, so that what was begun is always finished.
         check_budget(workspace, options.budget_device_hours, prefixed)
-        if processes and options.keep_going:
-            processes.begin_unit(unit)
         try:
             # Of a stack that failed, all members count as failed.
             needs = [split_unit(need)[0] for need in pipeline.plan.needs(unit)] if failed else []
@@ -155,7 +155,7 @@ def run_stages(
         except Exception as error:
             expected = isinstance(error, UserError | CheckFailed | OtherFailed)
             pipeline.log(unit, f"failed: {error}" if expected else traceback.format_exc())
-            if not options.keep_going or (processes and not processes.regroup(1)):
+            if not options.keep_going:
                 raise
             failed[unit] = " ".join(str(error).split()) or type(error).__name__
             pipeline.report(unit, f"{unit}: failed: {failed[unit]}")

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -31,18 +31,6 @@ _PROGRESS_SECONDS = 5.0
 _HEAD = ("step", "tokens", "seconds", "tokens_per_second", "tflop_per_second", "mfu", "member")  # before the metrics
 
 
-class Writer(Protocol):
-    """Takes metrics as they are recorded."""
-
-    def write(self, step: int, member: str, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of a member after a step."""
-        ...
-
-    def close(self) -> None:
-        """Flush and close."""
-        ...
-
-
 class Metrics:
     """Records of one run. Metrics are read one step late, so that reading them never holds up the device.
 
@@ -51,7 +39,7 @@ class Metrics:
       path: ``metrics.jsonl``; lines after ``first_step``, which a killed run wrote, are dropped.
       first_step: step at which training starts or resumes.
       say: logs a progress line.
-      writers: take each record too.
+      wandb: takes each record too.
     """
 
     def __init__(
@@ -60,9 +48,9 @@ class Metrics:
         path: Path,
         first_step: int,
         say: Callable[[str], None],
-        writers: Sequence[Writer] = (),
+        wandb: "Wandb | None" = None,
     ):
-        self._stack, self._path, self._say, self._writers = stack, path, say, writers
+        self._stack, self._path, self._say, self._wandb = stack, path, say, wandb
         self._members, self._steps = [member.name for member in stack.members], stack.steps
         self._step_flops = flops_of_step(stack)
         self._peak_flops = peak_flops(stack.mesh.devices.flat[0], stack.config.matmul)
@@ -142,8 +130,8 @@ class Metrics:
         for index, member in enumerate(self._members):
             metrics = {name: float(value_M[index]) for name, value_M in values.items()}
             self.records.append(head | dict(member=member) | metrics)
-            for writer in self._writers:
-                writer.write(step, member, metrics)
+            if self._wandb:
+                self._wandb.write(step, member, metrics)
         now = time.monotonic()
         if now - self._last_line >= _PROGRESS_SECONDS or step == self._steps:
             self._last_line = now
@@ -261,20 +249,6 @@ def read_metrics(unit: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
             ) from None
 
 
-def make_writers(config: TrainConfig, unit: Path, name: str) -> Sequence[Writer]:
-    """Return the writers that the settings ask for; none in processes other than the first.
-
-    Args:
-      config: the settings.
-      unit: folder of the train unit.
-      name: name of the train unit, such as "topk".
-
-    Raises:
-      UserError: a library is not installed.
-    """
-    return [Wandb(config, unit, name)] if config.wandb and is_first_process() else []
-
-
 class Wandb:
     """A run of Weights & Biases; offline with WANDB_MODE=offline in the environment. Members are prefixes of metrics.
 
@@ -284,6 +258,9 @@ class Wandb:
       config: ``config.wandb`` is the project, or "entity/project".
       unit: folder of the train unit; wandb writes to ``wandb/`` in the workdir, as its files change after the run.
       name: name of the train unit.
+
+    Raises:
+      UserError: the package is not installed.
     """
 
     def __init__(self, config: TrainConfig, unit: Path, name: str):
@@ -312,6 +289,8 @@ class Wandb:
         prefix = f"{member}/" if member else ""
         self._run.log({f"{prefix}{name}": value for name, value in metrics.items()}, step=step)
 
-    def close(self) -> None:
-        """End the run."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._run.finish()

@@ -1,5 +1,6 @@
 """The train stage: a stack of dictionaries of one kind, on a captured store or straight from the model."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -29,7 +30,7 @@ from saejax.training.checkpoints import Checkpoints
 from saejax.training.init_from import state_from_folder
 from saejax.training.inputs import Batches, Source, model_source, store_source
 from saejax.training.members import Member, choose_sites, make_members
-from saejax.training.metrics import METRICS, Metrics, log_folder, make_writers, split_metrics
+from saejax.training.metrics import METRICS, Metrics, Wandb, log_folder, split_metrics
 from saejax.training.pretrained import run_pretrained
 from saejax.training.results import TrainResults
 from saejax.training.scales import estimate_scales
@@ -174,13 +175,10 @@ def _train(run: Run, stack: TrainStack, source: Source, checkpoints: Checkpoints
     )
     batches = source.open(stack)
     checkpoints.record_run(described)
-    writers = make_writers(config, run.folder, run.name)
-    metrics = Metrics(stack, log_folder(run.folder, config) / METRICS, first_step, run.say, writers)
-    try:
+    logs_to_wandb = config.wandb and is_first_process()
+    with Wandb(config, run.folder, run.name) if logs_to_wandb else contextlib.nullcontext() as wandb:
+        metrics = Metrics(stack, log_folder(run.folder, config) / METRICS, first_step, run.say, wandb)
         state = train_loop(stack, state, batches, first_step, metrics, checkpoints, run.stopping)
-    finally:
-        for writer in writers:
-            writer.close()
     return calibrate_thresholds(stack, state, batches), metrics
 
 

@@ -13,7 +13,7 @@ from saejax.activations.planned import recorded_rows, store_bytes
 from saejax.errors import UserError
 from saejax.parallel.mesh import AXES
 from saejax.preflight import rates, topology
-from saejax.preflight.plan import check_dictionaries, describe_replicated, disk_bytes, stage_programs, stage_seconds
+from saejax.preflight.plan import check_dictionaries, disk_bytes, stage_programs, stage_seconds
 from saejax.runner.registry import STAGES
 from saejax.training.planned import host_bytes, resident_bytes, train_programs
 from saejax.training.state import init_state
@@ -106,19 +106,6 @@ def test_devices_of_a_process():
     of |= {"h100:8": 0, "h100:4x8": 8, "h100:2x1": 1}
     for name, own in of.items():
         assert topology.of_process(name, prod(int(n) for n in name.partition(":")[2].split("x"))) == own, name
-
-
-def test_replicated_parts_are_named():
-    def of(name: str, axes) -> list[str]:
-        return describe_replicated(plan_run(shape(name), "", axes))
-
-    assert of("smollm2-135m", axes(1, 8)) == [
-        "9 query heads over 8 devices: o, q are replicated",
-        "3 key-value heads over 8 devices: k, v are replicated",
-    ]
-    assert of("llama-3-8b", axes(1, 8)) == []
-    assert any("50,257 entries of the vocabulary" in line for line in of("gpt2-medium", axes(1, 2)))
-    assert of("gpt2-medium", axes(8, 1)) == []
 
 
 @pytest.mark.parametrize("stage", ["patch", "probe", "steer", "study"])

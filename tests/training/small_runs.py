@@ -57,12 +57,12 @@ def resident(stack, store):
     return ResidentBatches(stack, arrays, ORDER.ranks)
 
 
-def go(folder, stack, make_batches=streamed, store=None, stop_after=None, writers=(), step_fn=None):
+def go(folder, stack, make_batches=streamed, store=None, stop_after=None, wandb=None, step_fn=None):
     """Trains in ``folder`` from where it was; gives the final state."""
     checkpoints = Checkpoints(folder / "checkpoints")
     first = checkpoints.latest_step or 0
     state = checkpoints.restore(abstract_state(stack)) if first else init_state(stack)
-    metrics = Metrics(stack, folder / METRICS, first, lambda line: None, writers)
+    metrics = Metrics(stack, folder / METRICS, first, lambda line: None, wandb)
     asked = []
 
     def stopping():

@@ -8,7 +8,7 @@ from small_runs import STEPS, go, make_stack
 
 from saejax.errors import UserError
 from saejax.settings import TrainConfig
-from saejax.training.metrics import make_writers
+from saejax.training.metrics import Wandb
 
 
 def config(**changes) -> TrainConfig:
@@ -41,12 +41,12 @@ def test_wandb_takes_every_record(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     (tmp_path / "started.json").write_text("{}")
     for _ in range(2):
-        (writer,) = make_writers(config(wandb="people/saes"), tmp_path, "topk")
-        writer.close()
+        with Wandb(config(wandb="people/saes"), tmp_path, "topk") as writer:
+            pass
     (first, again) = wandb.runs
     assert (first["entity"], first["project"], first["name"]) == ("people", "saes", "topk")
     assert first["id"] == again["id"] and first["resume"] == "allow" and first["config"]["k"] == [32]
-    go(tmp_path, make_stack(k=(2, 4), log_every=6), writers=[writer])
+    go(tmp_path, make_stack(k=(2, 4), log_every=6), wandb=writer)
     assert [step for step, _ in wandb.logged] == [6, 6, STEPS, STEPS] and wandb.finished == 2
     assert "k2/loss" in wandb.logged[0][1] and "k4/loss" in wandb.logged[1][1]
 
@@ -58,7 +58,7 @@ def test_each_expansion_is_a_run_of_wandb(tmp_path, monkeypatch):
     unit.mkdir(parents=True)
     (unit / "started.json").write_text("{}")
     for expanded in config(wandb="saes", expansions=(2, 4)).each_expansion():
-        make_writers(expanded, unit, "topk")
+        Wandb(expanded, unit, "topk")
     first, second = wandb.runs
     assert first["id"] != second["id"] and first["dir"] == second["dir"] == str(tmp_path)
 
@@ -66,5 +66,4 @@ def test_each_expansion_is_a_run_of_wandb(tmp_path, monkeypatch):
 def test_a_missing_package_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(UserError, match=r"--train.wandb takes the package wandb, .* pip install 'saejax\[wandb\]'"):
-        make_writers(config(wandb="project"), tmp_path, "topk")
-    assert make_writers(config(), tmp_path, "topk") == []
+        Wandb(config(wandb="project"), tmp_path, "topk")
