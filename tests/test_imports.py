@@ -58,7 +58,7 @@ INSIDE = {
         "results",
         "graph",
     ],
-    "parallel": ["mesh", "collectives", "cluster", "share", "processes"],
+    "parallel": ["mesh", "collectives", "cluster", "processes"],
 }
 TORCH_MAY_BE_IN = {
     "saejax/activations/torch_capture.py",

@@ -155,7 +155,7 @@ def test_differences_are_named_as_flags():
         "capture is another",
         "and 1 more",
     ]
-    assert list(pipeline._changes(depends(), depends(revision=2))) == ["saejax computes it differently"]
+    assert list(pipeline._changes(depends(), depends(revision=2))) == ["saejax's way of computing it is another"]
     assert list(pipeline._changes(depends(), depends())) == []
 
 

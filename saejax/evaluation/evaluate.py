@@ -157,8 +157,9 @@ def _score_site(
         parts = [_parts(site, *of_one) for of_one in zip(variances, all_losses, relative, strict=True)]
     else:
         losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens)
-    sinks = _left_out(store, site)
-    target_sinks = _left_out(store, target) if target != site else None
+    sinks, target_sinks = (
+        LeftOutSinks(**vars(store.sinks(name)), max_norm=store.max_norm(name)) for name in (site, target)
+    )
     for name, dictionary, score, loss, of_parts, of_shared in zip(
         folders, dictionaries, scores, losses, parts, shared, strict=True
     ):
@@ -167,7 +168,8 @@ def _score_site(
         write_array(folder / "firing_rate.npy", score.firing_rate_F.astype(np.float32))
         write_array(folder / "mean_activation.npy", score.mean_activation_F.astype(np.float32))
         # A member that is a unit can be in several stacks, under several names: its unit has none.
-        where = dict(name="" if run.stack else name, site=site, target=target, sinks=sinks, target_sinks=target_sinks)
+        where = dict(name="" if run.stack else name, site=site, target=target, sinks=sinks)
+        where |= dict(target_sinks=target_sinks if target != site else None)
         described = _describe(dictionary, score, loss, parts=of_parts, shared=of_shared, **where)
         write_json(folder / SCORES, to_json(described))
         run.say(_line(dataclasses.replace(described, name=name)))
@@ -187,8 +189,8 @@ def _describe(dictionary: Dictionary, score: Reconstruction, loss: Losses, **whe
         decoder_neighbours=neighbours.summary(
             neighbours.neighbour_cosines(dictionary.W_dec_FxD[...]), dictionary.config.n_features
         ),
-        ce=_means(loss.ce, loss.tokens),
-        kl=_means(loss.kl),
+        ce=StandInMeans(**loss.ce, tokens=loss.tokens),
+        kl=StandInMeans(**loss.kl),
         ce_recovered_mean=recovered(loss.ce, "mean_ablated"),
         ce_recovered_zero=recovered(loss.ce, "zero_ablated"),
         kl_recovered_mean=recovered(loss.kl, "mean_ablated"),
@@ -206,8 +208,8 @@ def _parts(
     return {
         name: PartScores(
             variance,
-            ce=_means(losses[name].ce, losses[name].tokens),
-            kl=_means(losses[name].kl),
+            ce=StandInMeans(**losses[name].ce, tokens=losses[name].tokens),
+            kl=StandInMeans(**losses[name].kl),
             ce_recovered_mean=recovered(losses[name].ce, "mean_ablated"),
             kl_recovered_mean=recovered(losses[name].kl, "mean_ablated"),
             private=int((private_F == part).sum()),
@@ -215,14 +217,6 @@ def _parts(
         )
         for part, (name, variance) in enumerate(zip(site_parts(site), variances, strict=True))
     }
-
-
-def _left_out(store: Store, site: str) -> LeftOutSinks:
-    return LeftOutSinks(**vars(store.sinks(site)), max_norm=store.max_norm(site))
-
-
-def _means(values: dict[str, float], tokens: int | None = None) -> StandInMeans:
-    return StandInMeans(**values, tokens=tokens)
 
 
 def _line(scores: DictionaryScores) -> str:

@@ -3,8 +3,7 @@
 - ``mesh``: the devices of all processes as one mesh; how arrays are split over it; the memory that is free on them.
 - ``collectives``: what all processes do together, such as to gather an array or to agree to stop.
 - ``cluster``: which processes make up a run, and which GPUs of its node each one has.
-- ``processes``: barriers and broadcasts without devices; which process has failed.
-- ``share``: this process's part of the items of a unit.
+- ``processes``: barriers and broadcasts without devices; which process has failed; this one's part of a unit's items.
 
-``processes`` and ``share`` import no JAX, and ``cluster`` does when it joins processes.
+``processes`` imports no JAX, and ``cluster`` does when it joins processes.
 """

@@ -1,4 +1,4 @@
-"""The processes of one run as one of them sees them: barriers, and broadcasts from the first one.
+"""The processes of one run as one of them sees them: barriers, broadcasts from the first one, and the split of items.
 
 Everything goes through the key-value store of JAX's coordination service, which process 0 keeps. No device takes part,
 so that processes may wait for each other as long as they like, hear of a signal meanwhile, and learn within a second
@@ -7,11 +7,12 @@ that another one has failed.
 
 import collections
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from saejax.errors import Interrupted, OtherFailed, UserError
 
@@ -19,6 +20,7 @@ _LOOK_EVERY, _SAY_EVERY = 0.1, 300.0  # seconds
 _VISIBLE = 120.0  # seconds within which a file is seen on all hosts that share its folder
 _LAST = 10.0  # seconds for which process 0, having failed, waits for the others to end
 _FAILED = "failed"
+T = TypeVar("T")
 
 
 class Processes:
@@ -117,3 +119,44 @@ class Processes:
                         "that all hosts share"
                     )
                 time.sleep(_LOOK_EVERY)
+
+
+class ShareDone(BaseException):
+    """End of a stage in a process whose part of the items is done: the first process does the rest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessShare:
+    """This process's part of a unit.
+
+    Attributes:
+      processes: all that work on the unit; None: this one alone.
+    """
+
+    processes: Processes | None = None
+
+    @property
+    def leads(self) -> bool:
+        """True if this process does the work that is done only once."""
+        return self.processes is None or self.processes.rank == 0
+
+    def of(self, items: Sequence[T]) -> Sequence[T]:
+        """Return the items that this process works on."""
+        return items if self.processes is None else items[self.processes.rank :: self.processes.count]
+
+    def join(self, files: Sequence[Path], last: bool = True) -> None:
+        """Wait until all items are done.
+
+        Args:
+          files: files of the items, which exist afterwards.
+          last: whether the first process alone continues.
+
+        Raises:
+          ShareDone: this is not the first one.
+        """
+        if self.processes is None:
+            return
+        self.processes.barrier("items are done")
+        if last and not self.leads:
+            raise ShareDone
+        self.processes.wait_until_visible(files)

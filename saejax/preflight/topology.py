@@ -72,15 +72,15 @@ def find_place(configs: Configs) -> Place:
     name, config = configs[PreflightConfig].topology, configs[MeshConfig]
     if name:
         devices, limit, of_node = find_slice(name)
-        own, stands_for = of_process(name, len(devices)), "gpu" if name.partition(":")[0] in GPUS else ""
-        host = host_alone(name) if own and not stands_for else ()
-        return Place(make_mesh(config, devices), limit, of_node, own, host, stands_for)
-    device, own = jax.devices()[0], jax.local_device_count() if jax.process_count() > 1 else 0
+        own_devices, stands_for = of_process(name, len(devices)), "gpu" if name.partition(":")[0] in GPUS else ""
+        host = host_alone(name) if own_devices and not stands_for else ()
+        return Place(make_mesh(config, devices), limit, of_node, own_devices, host, stands_for)
+    device, own_devices = jax.devices()[0], jax.local_device_count() if jax.process_count() > 1 else 0
     if device.platform == "cpu":  # all of them have the host's memory
         limit = psutil.virtual_memory().available // jax.device_count()
-        return Place(make_mesh(config), limit, jax.device_count(), own)
+        return Place(make_mesh(config), limit, jax.device_count(), own_devices)
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return Place(make_mesh(config), limit, jax.local_device_count(), own)
+    return Place(make_mesh(config), limit, jax.local_device_count(), own_devices)
 
 
 class Slice(NamedTuple):

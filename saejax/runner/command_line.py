@@ -4,7 +4,6 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
@@ -93,7 +92,7 @@ def read_configs(
     """
     environment.for_libraries()
     # Plugins define settings, so they are loaded before flags are defined.
-    _plugins(argv)
+    _load_plugins(argv)
     config.define_flags(GROUPS, flag_values)
     try:
         rest = flag_values(list(argv), known_only=False)
@@ -149,20 +148,12 @@ def named_workdir(flag_values: flags.FlagValues) -> str:
     return workdir
 
 
-def _early(argv: Sequence[str], **defaults: int | str | list[str]) -> dict[str, Any]:
-    """Return the values of some flags, named group__field, before any others are defined; ignore all other flags."""
+def _load_plugins(argv: Sequence[str]) -> None:
+    """Run the files of ``--plugins``, which add flags, before these are defined; ignore all other flags."""
     early = flags.FlagValues()
-    defined: dict[type, Callable[..., Any]] = {int: flags.DEFINE_integer, str: flags.DEFINE_string}
-    names = [name.replace("__", ".") for name in defaults]
-    for name, default in zip(names, defaults.values(), strict=True):
-        defined.get(type(default), flags.DEFINE_multi_string)(name, default, "", flag_values=early)
+    flags.DEFINE_multi_string("plugins", [], "", flag_values=early)
     early(list(argv), known_only=True)
-    return {name: early[name].value for name in names}
-
-
-def _plugins(argv: Sequence[str]) -> None:
-    """Run the files of ``--plugins``, which add flags, before these are defined."""
-    files = [file for value in _early(argv, plugins=[])["plugins"] or [] for file in value.split(",") if file]
+    files = [file for value in early["plugins"].value or [] for file in value.split(",") if file]
     if files:
         from saejax.dictionaries.kinds import plugins
 

@@ -19,12 +19,10 @@ from typing import Any
 from saejax.errors import CheckFailed, Interrupted, OtherFailed, UserError, one_of
 from saejax.files import read_object
 from saejax.parallel.cluster import check_same, join, joined_processes, process_label
-from saejax.parallel.processes import Processes
-from saejax.parallel.share import ProcessShare, ShareDone
+from saejax.parallel.processes import Processes, ProcessShare, ShareDone
 from saejax.results import to_json
 from saejax.runner import config as configuration
 from saejax.runner.config import Configs
-from saejax.runner.logs import log, log_path
 from saejax.runner.preregistration import shows_data, write_rules
 from saejax.runner.profiling import Profiler
 from saejax.runner.registry import STAGES, flag_of, groups_of, with_inputs
@@ -82,7 +80,7 @@ class _Pipeline:
 
     def log(self, unit: str, text: str) -> None:
         """Append text to the unit's log file."""
-        log(log_path(self.workspace.root, unit, self.processes.rank if self.processes else 0), text)
+        self.workspace.log(unit, text, self.processes.rank if self.processes else 0)
 
 
 def run_stages(
@@ -391,49 +389,37 @@ def _input_folder(pipeline: _Pipeline, unit: str, need: str) -> Path:
 
 def _describe_changes(plan: Workplan, unit: str, previous: Path) -> str:
     """Return in words in which settings and inputs a unit differs from an earlier one; "" if that does not say."""
-    before, after = _recorded_dependencies(previous), plan.dependencies(unit)
-    if not before:
-        return ""
-    changes, both = [*_changes(before, after)], [need for need in after["needs"] if need in before.get("needs", {})]
-    is_stack = not split_unit(unit)[1] and plan.members(unit)
-    for member in (need.removeprefix(f"{unit}/") for need in both if is_stack):
-        if details := [
-            *_changes(_recorded_dependencies(member_folder(previous, member)), plan.dependencies(f"{unit}/{member}"))
-        ]:
-            changes = details  # which are mostly the same for all members
-            break
-    return f" ({'; '.join(changes)})" if changes else ""
-
-
-def _recorded_dependencies(folder: Path) -> dict[str, Any]:
-    """Return what a unit's ``started.json`` says that it depends on; empty if that is damaged: it is for people."""
-    try:
-        return read_object(folder / STARTED).get("depends_on") or {}
-    except UserError:
-        return {}
+    # Of a stack what differs in its first member, which is mostly the same for all members.
+    both = [member for member in plan.members(unit) if member_folder(previous, member).is_dir()]
+    place, part = (member_folder(previous, both[0]), f"{unit}/{both[0]}") if both else (previous, unit)
+    with contextlib.suppress(UserError):  # a damaged file: it is for people
+        if before := read_object(place / STARTED).get("depends_on"):
+            changes = [*_changes(before, plan.dependencies(part))]
+            return f" ({'; '.join(changes)})" if changes else ""
+    return ""
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Yield the differences of two ``Dependencies`` of one unit, the first few in words."""
-    differences = []
-    for group in sorted({*old.get("settings", {}), *new["settings"]}):
-        before, after = (data.get("settings", {}).get(group, {}) for data in (old, new))
-        for name in sorted({*before, *after}):
-            if before.get(name) != after.get(name):
-                was, now_is = (_flag_value(data[name]) if name in data else "unread" for data in (before, after))
-                differences.append(f"--{flag_of(group, name)} was {was}, is {now_is}")
-    for kind in ("needs", "sources"):
-        names = sorted({*old.get(kind, {}), *new[kind]})
-        changed = [name for name in names if old.get(kind, {}).get(name) != new[kind].get(name)]
-        differences += [
-            f"{name} is {'new' if name not in old.get(kind, {}) else 'another' if name in new[kind] else 'left out'}"
-            for name in changed
-        ]
-    if old.get("revision") != new["revision"]:
-        differences.append("saejax computes it differently")
-    yield from differences[:_NAMED]
+    before, after = _flat_dependencies(old), _flat_dependencies(new)
+    names = sorted({*before, *after}, key=lambda name: (not name.startswith("--"), name))
+    differences = [name for name in names if before.get(name) != after.get(name)]
+    for name in differences[:_NAMED]:
+        was, now_is = before.get(name, "unread"), after.get(name, "unread")
+        yield f"{name} was {was}, is {now_is}" if name.startswith("--") else f"{name} is another"
     if len(differences) > _NAMED:
         yield f"and {len(differences) - _NAMED} more"
+
+
+def _flat_dependencies(depends: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings by their flags, and the hashes of everything else."""
+    flags = {
+        f"--{flag_of(group, name)}": _flag_value(value)
+        for group, fields in depends.get("settings", {}).items()
+        for name, value in fields.items()
+    }
+    code = {"saejax's way of computing it": str(depends.get("revision"))}
+    return flags | depends.get("needs", {}) | depends.get("sources", {}) | code
 
 
 def _flag_value(value: Any) -> str:

@@ -36,7 +36,7 @@ import psutil
 
 from saejax.errors import UserError
 from saejax.files import read_object, remove_unfinished, write_json, write_text
-from saejax.parallel.share import ProcessShare
+from saejax.parallel.processes import ProcessShare
 from saejax.runner.config import Configs
 
 T = TypeVar("T")
@@ -248,6 +248,20 @@ class Workspace:
         """Link the finished members of a stack from its folder."""
         for member, folder in work.folders.items():
             _link(self.folder(unit, mark) / member, f"../{folder.name}")
+
+    def log(self, unit: str, text: str, rank: int = 0) -> None:
+        """Append a line to ``DIR/logs/<stage>-<name>.log``; a log that cannot be written stops no run.
+
+        Args:
+          unit: such as "train/topk".
+          text: the line, before which the time is written.
+          rank: number of the process; others than the first have files of their own.
+        """
+        path = self.root / "logs" / (unit.replace("/", "-") + (f".{rank}" if rank else "") + ".log")
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(f"{now()} {text}\n")
 
     def units(self) -> dict[str, Path]:
         """Return the folders of the current units by name, such as "train/topk", finished or not."""

@@ -56,23 +56,17 @@ class Checkpoints:
         """Raise a ``UserError`` that lists the differences if the checkpoints belong to another run.
 
         Args:
-          run: description of the run that is to resume from them, JSON data.
+          run: description of the run that is to resume from them, JSON data; recorded where there are none yet.
         """
         path = self._folder / RUN
-        if self.latest_step is None or not path.exists():
-            return
-        recorded = read_json(path)
-        different = list(_differences(recorded, run))
-        if different:
-            raise UserError(
-                f"{self._folder} holds checkpoints of another configuration: {'; '.join(different)}: give those "
-                "settings, or delete the folder to start anew"
-            )
-
-    def record_run(self, run: Mapping[str, Any]) -> None:
-        """Record the description of the run, for ``check_same_run``; the first process does."""
-        if is_first_process():
-            write_json(self._folder / RUN, run)
+        if self.latest_step is not None and path.exists():
+            if different := list(_differences(read_json(path), run)):
+                raise UserError(
+                    f"{self._folder} holds checkpoints of another configuration: {'; '.join(different)}: give those "
+                    "settings, or delete the folder to start anew"
+                )
+        elif is_first_process():
+            write_json(path, run)
 
     def save(self, step: int, state: Any) -> None:
         """Start to save; wait only for the previous save and until the state's buffers may be donated.

@@ -132,7 +132,10 @@ def _check(stack: TrainStack, index: int, dictionary: Dictionary) -> None:
     start, expected = dictionary.config, stack.dictionary
     pairs = dict(
         kind=(start.kind, expected.kind),
-        form=tuple(_form(bool(config.target), config.skip) for config in (start, expected)),
+        form=tuple(
+            ("skip " if config.skip else "") + ("transcoder" if config.target else "SAE")
+            for config in (start, expected)
+        ),
         width=(start.d_in, expected.d_in),
         features=(start.n_features, f"at most {expected.n_features}"),
         model=tuple(_model(config, start.model == expected.model) for config in (start, expected)),
@@ -157,10 +160,6 @@ def _check(stack: TrainStack, index: int, dictionary: Dictionary) -> None:
 def _model(config: DictionaryConfig, twice: bool) -> str:
     """Return the name of a dictionary's model, and its fingerprint if the other model has the same name."""
     return f"{config.model or 'unnamed'}{f' ({config.fingerprint})' if twice and config.fingerprint else ''}"
-
-
-def _form(transcoder: bool, skip: bool) -> str:
-    return ("skip " if skip else "") + ("transcoder" if transcoder else "SAE")
 
 
 def _short(model: str) -> str:

@@ -40,7 +40,6 @@ class Batches(Protocol):
 
         None if the process was asked to stop before the batch was made.
         """
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,22 +110,23 @@ def host_bytes(plan: PlannedRun) -> int:
     The copy is what a checkpoint is written from while training goes on.
     """
     train = plan.configs[TrainConfig]
-    sites = single_sites(site for stack in plan.stacks.values() for m in stack.members for site in (m.site, m.target))
-    width = sum(decoder_site(site).width(plan.model) for site in sites)
     rows = min(train.buffer_rows, recorded_rows(plan) or train.buffer_rows)
     states = [
         3 * WIDTH[train.state_dtype] * len(stack.members) * sum(prod(shape) for shape, _ in table.values())
         for stack, table in ((stack, parameter_table(stack.dictionary)) for stack in plan.stacks.values())
     ]
-    return rows * width * WIDTH[plan.configs[CaptureConfig].store_dtype] + max(states, default=0)
+    return rows * _row_bytes(plan) + max(states, default=0)
 
 
 def resident_bytes(plan: PlannedRun) -> int:
     """Return the bytes of a store on each device if all of its rows are resident there."""
+    return -(-recorded_rows(plan) * _row_bytes(plan) // plan.mesh.shape["data"])
+
+
+def _row_bytes(plan: PlannedRun) -> int:
     sites = single_sites(site for stack in plan.stacks.values() for m in stack.members for site in (m.site, m.target))
     width = sum(decoder_site(site).width(plan.model) for site in sites)
-    total = recorded_rows(plan) * width * WIDTH[plan.configs[CaptureConfig].store_dtype]
-    return -(-total // plan.mesh.shape["data"])
+    return width * WIDTH[plan.configs[CaptureConfig].store_dtype]
 
 
 def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
@@ -140,7 +141,7 @@ def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     programs: list[Program] = []
     for stack in (stack for kind, stack in plan.stacks.items() if kind != PRETRAINED):
         step = _step(plan, stack, mesh)
-        if filled and not _reads_joined_site(stack):
+        if filled and not any(is_joined(site) for member in stack.members for site in (member.site, member.target)):
             fill = _fill(plan, stack, mesh)
             params, parts, norms, *_ = fill.arguments
             state, hyper, _ = step.arguments
@@ -148,10 +149,6 @@ def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
             step = dataclasses.replace(step, kept=(params, parts, norms))
         programs.append(step)
     return programs
-
-
-def _reads_joined_site(stack: PlannedStack) -> bool:
-    return any(is_joined(site) for member in stack.members for site in (member.site, member.target))
 
 
 def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:

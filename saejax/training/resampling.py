@@ -16,7 +16,6 @@ the live columns' mean length, or hardly one would pass a threshold.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -68,12 +67,15 @@ def resample(
     silent_F = state.silent_MxF >= config.dead_tokens
     dead_F, chosen_F = draw_tokens(hyper, state.step_M, loss_B, silent_F)
     # Short encoder columns keep a new feature from disturbing the others at once.
-    length = (1.0 if rows == "errors" else _LENGTH) * _mean_live_length(params["W_enc_DxF"], silent_F)
+    live_F = jnp.where(jnp.all(silent_F), True, ~silent_F)  # all features where none is live
+    length = jnp.sum(jnp.linalg.norm(params["W_enc_DxF"], axis=0) * live_F) / jnp.sum(live_F)
+    length *= 1.0 if rows == "errors" else _LENGTH
     start = kinds.by_name(dictionary.kind).start(config.of_kind(dictionary.kind))
     started = {name: jnp.full_like(value, start.get(name, 0.0)) for name, value in params.items()}
-    started |= dict(
-        W_enc_DxF=length * inputs_BxD[chosen_F].T, W_dec_FxD=_unit_rows(targets_BxD[chosen_F], dictionary.widths)
-    )
+    W_dec_FxD = targets_BxD[chosen_F]
+    if dictionary.widths:  # over the parts of a joined site a row's length is not its norm
+        W_dec_FxD /= jnp.maximum(row_lengths(W_dec_FxD, dictionary.widths), 1e-30)[:, None]
+    started |= dict(W_enc_DxF=length * inputs_BxD[chosen_F].T, W_dec_FxD=W_dec_FxD)
     table = parameter_table(dictionary)
     by_feature = {name: spec.index("model") for name, (_, spec) in table.items() if "model" in spec}
 
@@ -118,14 +120,3 @@ def _directions(values_BxD: jax.Array) -> jax.Array:
     """Return rows of length 1; zero rows stay zero."""
     length_Bx1 = jnp.linalg.norm(values_BxD, axis=-1, keepdims=True)
     return values_BxD / jnp.maximum(length_Bx1, 1e-30)
-
-
-def _unit_rows(rows_FxD: jax.Array, widths: Sequence[int]) -> jax.Array:
-    """Return rows of length 1, which over the parts of a joined site is not their norm, of rows of norm 1."""
-    return rows_FxD / jnp.maximum(row_lengths(rows_FxD, widths), 1e-30)[:, None] if widths else rows_FxD
-
-
-def _mean_live_length(W_enc_DxF: jax.Array, dead_F: jax.Array) -> jax.Array:
-    """Return the mean length of the live features' columns; of all columns where no feature is live."""
-    live_F = jnp.where(jnp.all(dead_F), True, ~dead_F)
-    return jnp.sum(jnp.linalg.norm(W_enc_DxF, axis=0) * live_F) / jnp.sum(live_F)

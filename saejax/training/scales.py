@@ -45,28 +45,22 @@ class ScaledRows(Protocol):
     @property
     def sites(self) -> Sequence[str]:
         """Sites that can be read."""
-        ...
 
     @property
     def model(self) -> CapturedModel:
         """The model."""
-        ...
 
     def d(self, site: str) -> int:
         """Return the width of a site."""
-        ...
 
     def max_norm(self, site: str) -> float:
         """Return the sink rule: rows with a larger norm are attention sinks."""
-        ...
 
     def rows(self, split: str, *sites: str) -> np.ndarray:
         """Return the rows of a split that are sinks at none of the sites, ascending."""
-        ...
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
         """Return the vectors [n, d] of rows at a site."""
-        ...
 
 
 def sample_rows(rows_N: np.ndarray, seed: int) -> np.ndarray:

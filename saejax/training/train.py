@@ -174,7 +174,6 @@ def _train(run: Run, stack: TrainStack, source: Source, checkpoints: Checkpoints
         f"{config.batch} tokens, mesh {axes}"
     )
     batches = source.open(stack)
-    checkpoints.record_run(described)
     logs_to_wandb = config.wandb and is_first_process()
     with Wandb(config, run.folder, run.name) if logs_to_wandb else contextlib.nullcontext() as wandb:
         metrics = Metrics(stack, log_folder(run.folder, config) / METRICS, first_step, run.say, wandb)

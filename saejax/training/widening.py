@@ -22,22 +22,19 @@ _STARTS, _ROUNDS = 2, 4  # starts per feature wanted; rounds, each on the errors
 def alignment(W_enc_DxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
     """Return the sum over features of 1 - cos(column of ``W_enc_DxF``, row of ``W_dec_FxD``); cos(0, x) is 0.
 
-    Of features that overlap, decoder rows take on some of what fires with them and encoder columns what separates them:
-    a feature's own direction lies between.
+    A feature's direction lies between its decoder row (drawn to what fires with it) and encoder column (away from it).
     """
     dots_F = jnp.sum(W_enc_DxF.T * W_dec_FxD, axis=-1)
     squares_F = jnp.sum(jnp.square(W_enc_DxF.T), axis=-1) * jnp.sum(jnp.square(W_dec_FxD), axis=-1)
     return jnp.sum(1 - dots_F * lax.rsqrt(jnp.maximum(squares_F, 1e-24)))  # a root has no gradient at 0
 
 
-def widen(
-    sae: Dictionary, n_features: int, acts_NxD: np.ndarray, seed: int, replace: bool, say: Callable
-) -> Dictionary:
-    """Return an SAE with at most ``n_features``, the new ones found in its errors on raw activations; it is centred.
+def widen(sae: Dictionary, total: int, acts_NxD: np.ndarray, seed: int, replace: bool, say: Callable) -> Dictionary:
+    """Return an SAE with at most ``total`` features, new ones found in its errors on raw activations; it is centred.
 
     Args:
       sae: the SAE; its features keep their indices.
-      n_features: number of features wanted; there are fewer if not as many distinct ones are found.
+      total: number of features wanted; there are fewer if not as many distinct ones are found.
       acts_NxD: some hundred thousand raw activations.
       seed: seed of the tokens at which the search starts.
       replace: first overwrite features that fire on none of these tokens.
@@ -48,15 +45,15 @@ def widen(
     blocks = [_errors(sae, x_BxD) for x_BxD in parts]
     errors_NxD, fires_F = np.concatenate([error for error, _ in blocks]), np.any([fires for _, fires in blocks], axis=0)
     count, decoder_FxD = sae.config.n_features, np.asarray(sae.W_dec_FxD[...])
-    dead = np.flatnonzero(~fires_F) if replace else np.zeros(0, int)
-    wanted = n_features - count + len(dead)
+    dead = np.flatnonzero(~fires_F & replace)
+    wanted = total - count + len(dead)
     rows_CxD, level_C = missing_features(errors_NxD, wanted, np.delete(decoder_FxD, dead, axis=0), seed)
     say(f"found {len(rows_CxD):,} of {wanted:,} features in errors" + f", {len(dead):,} for dead ones" * replace)
-    index_C = np.concatenate([dead, np.arange(count, n_features)])[: len(rows_CxD)]
+    index_C = np.concatenate([dead, np.arange(count, total)])[: len(rows_CxD)]
     total = count + max(len(rows_CxD) - len(dead), 0)
-    length = float(np.linalg.norm(np.asarray(sae.W_enc_DxF[...]), axis=0).mean())
-    new = dict.fromkeys(("b_enc_F", *sae.kind.vectors), 0.0) | dict(W_enc_DxF=length * rows_CxD.T)
-    new |= dict(W_dec_FxD=float(np.linalg.norm(decoder_FxD, axis=1).mean()) * rows_CxD)
+    length, row_length = (np.linalg.norm(a, axis=i).mean() for i, a in enumerate((sae.W_enc_DxF[...], decoder_FxD)))
+    new = dict.fromkeys(("b_enc_F", *sae.kind.vectors), 0.0)
+    new |= dict(W_enc_DxF=length * rows_CxD.T, W_dec_FxD=row_length * rows_CxD)
     new |= dict(threshold_F=length * level_C) if "threshold_F" in new else {}
     arrays = {name: np.array(array, np.float32) for name, array in sae.arrays.items()}
     for name, values in new.items():

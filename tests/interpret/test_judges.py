@@ -11,7 +11,7 @@ from saejax.errors import Interrupted, UserError
 from saejax.interpret.answers import ANSWERS, Answers
 from saejax.interpret.judges import KEY, Answer, Endpoint
 from saejax.interpret.questions import Question, read_judgements, read_label
-from saejax.parallel.share import ProcessShare
+from saejax.parallel.processes import ProcessShare
 from saejax.runner.config import Configs
 from saejax.stages.explain import ExplainConfig
 
