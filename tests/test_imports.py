@@ -15,7 +15,6 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "experiments",
     "studies",
-    "comparison",
     "serving",
     "preflight",
     "ground_truth",

@@ -1,7 +1,7 @@
 """The stage ``preflight``: compile what will run, and say whether it fits and how long it takes."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -73,8 +73,7 @@ def run_preflight(run: Run) -> PreflightResults:
     if runs_here and plans:
         results = _with_resources(run, results, plans[0], place)
     if config.parity:
-        results = dataclasses.replace(results, parity={shape.path: _parity(run, shape) for shape in shapes})
-        _check_parity(results.parity or {}, TOLERANCE[configs[ModelConfig].dtype])
+        results = dataclasses.replace(results, parity={shape.path: _check_parity(run, shape.path) for shape in shapes})
     return results
 
 
@@ -213,24 +212,23 @@ def _check_parity_is_possible(shapes: Sequence[Shape], topology: str) -> None:
             )
 
 
-def _parity(run: Run, shape: Shape) -> dict[str, dict[str, float]]:
-    """Measure and print the largest error of every kind of site, on each kind of tokens."""
-    run.say(f"{shape.path}: decoder against transformers in {run.configs[ModelConfig].dtype}; largest relative error")
-    errors_by_tokens = parity.measure(
-        run.configs, named(shape.path, run.configs[ModelConfig]), make_mesh(run.configs[MeshConfig])
-    )
-    for name, errors in errors_by_tokens.items():
+def _check_parity(run: Run, path: str) -> dict[str, dict[str, float]]:
+    """Return a model's largest error of every kind of site, on each kind of tokens.
+
+    Raises:
+      CheckFailed: one is above ``TOLERANCE``.
+    """
+    model = run.configs[ModelConfig]
+    run.say(f"{path}: decoder against transformers in {model.dtype}; largest relative error")
+    measured = parity.measure(run.configs, named(path, model), make_mesh(run.configs[MeshConfig]))
+    for name, errors in measured.items():
         for kind, (value, layer) in errors.items():
             run.say(f"  {name:<14} {kind:<11} {value:.2e}{f' (layer {layer})' if layer >= 0 else ''}")
-    return {name: {kind: error.value for kind, error in errors.items()} for name, errors in errors_by_tokens.items()}
-
-
-def _check_parity(errors_by_path: Mapping[str, Mapping[str, Mapping[str, float]]], tolerance: float) -> None:
-    for path, by_tokens in errors_by_path.items():
-        for name, errors in by_tokens.items():
-            kind = max(errors, key=errors.__getitem__)
-            if errors[kind] > tolerance:
-                raise CheckFailed(
-                    f"{path} on {name}: {kind} differs from transformers by {errors[kind]:.2e} of its largest value, "
-                    f"more than {tolerance:g}"
-                )
+    for name, errors in measured.items():
+        kind, (value, _) = max(errors.items(), key=lambda item: item[1])
+        if value > TOLERANCE[model.dtype]:
+            raise CheckFailed(
+                f"{path} on {name}: {kind} differs from transformers by {value:.2e} of its largest value, more than "
+                f"{TOLERANCE[model.dtype]:g}"
+            )
+    return {name: {kind: error.value for kind, error in errors.items()} for name, errors in measured.items()}

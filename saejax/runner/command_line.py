@@ -9,7 +9,7 @@ from absl import flags
 
 from saejax.errors import UserError
 from saejax.runner import config, environment
-from saejax.runner.registry import GROUPS, accepted_groups, groups_sharing, stages_of
+from saejax.runner.registry import GROUPS, STAGES, accepted_groups
 
 _OF_BINARIES = (
     "plugins",
@@ -118,12 +118,12 @@ def read_configs(
 def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequence[str]) -> None:
     """Raise a ``UserError`` for a flag of the command line itself that belongs to a stage which is not read."""
     for flag in (argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument.startswith("-")):
-        group = flag.partition(".")[0]
-        # absl writes a false flag as --noNAME.
-        group = group if group in GROUPS else group.removeprefix("no")  # --notrain.zero_optimizer
-        groups = [group] if group in GROUPS else groups_sharing(flag.partition(".")[2], group)
-        if groups and not {*groups} & {*accepted}:
-            owners = dict.fromkeys(stage for each in groups for stage in stages_of(each))
+        names = {flag, flag.removeprefix("no")}  # absl writes a false flag as --noNAME
+        groups = {name for name, group in GROUPS.items() if names & config.flag_fields(name, group).keys()}
+        if groups and not groups & {*accepted}:
+            readers = [stage for stage in STAGES.values()
+                       if groups & {*map(config.group_name, (*stage.groups, *stage.placement))}]  # fmt: skip
+            owners = sorted((stage.name for stage in readers), key=lambda name: name not in groups)
             raise UserError(
                 f"--{flag} belongs to the stage {' or '.join(owners)}, which {stages[0]} does not read: "
                 "leave it out (in a flag file it is ignored)"

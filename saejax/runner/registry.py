@@ -24,7 +24,7 @@ import pkgutil
 from collections.abc import Iterable, Mapping
 
 from saejax import stages
-from saejax.runner.config import Config, Configs, flag_fields, flag_name, group_name
+from saejax.runner.config import Config, Configs, flag_name, group_name
 from saejax.runner.stage import Stage
 from saejax.settings import MeshConfig
 
@@ -89,18 +89,6 @@ def accepted_groups(stages: Iterable[str]) -> list[str]:
         for group in (*STAGES[name].groups, *STAGES[name].placement, MeshConfig)
     }
     return [group for group in GROUPS if group in accepted]
-
-
-def stages_of(group: str) -> list[str]:
-    """Return the names of the stages that a group belongs to, that of its own name first."""
-    groups = {name: {*map(group_name, (*stage.groups, *stage.placement))} for name, stage in STAGES.items()}
-    return sorted((name for name in STAGES if group in groups[name]), key=lambda name: name != group)
-
-
-def groups_sharing(field: str, prefix: str) -> list[str]:
-    """Return the names of the groups that share the flag ``--prefix.field``; none if it is not a shared flag."""
-    flag = f"{prefix}.{field}"
-    return [name for name, group in GROUPS.items() if prefix != name and flag in flag_fields(name, group)]
 
 
 def flag_of(group: str, name: str) -> str:
