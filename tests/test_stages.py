@@ -79,7 +79,7 @@ def test_what_a_stage_imports_when_it_runs_exists(name):
     if declared.results:
         classes = typing.get_args(declared.results()) or (declared.results(),)
         assert all(map(dataclasses.is_dataclass, classes))
-    for function in (declared.run, declared.programs, declared.section, declared.rule):
+    for function in (declared.run, declared.section, declared.rule):
         for module, name in imports_inside(function) if function else ():
             assert hasattr(importlib.import_module(module), name), (module, name)
 

@@ -16,11 +16,19 @@ from saejax.dictionaries.formats import circuit_tracer, read_config
 from saejax.dictionaries.joined import part_norms as decoder_part_norms
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
-from saejax.evaluation import neighbours, part_norms
+from saejax.evaluation import neighbours
 from saejax.evaluation.cross_layer import evaluate_layers
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.member_data import compiled_in
-from saejax.evaluation.parts import part_losses, part_variances, parts_by_model
+from saejax.evaluation.parts import (
+    histogram,
+    is_shared,
+    part_losses,
+    part_variances,
+    parts_by_model,
+    private_part,
+    relative_norms,
+)
 from saejax.evaluation.reconstruction import Reconstruction, read_blocks, reconstruct
 from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores, StandInMeans
 from saejax.files import read_json, write_array, write_json
@@ -147,13 +155,13 @@ def _score_site(
         variances = part_variances(dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens))
         losses = [losses_by_part["+".join(of_models[0].sites)] for losses_by_part in all_losses]
         relative = [
-            part_norms.relative_norms(
+            relative_norms(
                 # Live features only: the row of a feature that never fires says nothing about the parts.
                 decoder_part_norms(dictionary.W_dec_FxD[...], dictionary.config.widths)[:, score.firing_rate_F > 0]
             )
             for dictionary, score in zip(dictionaries, scores, strict=True)
         ]
-        shared = [int(part_norms.is_shared(relative_PxF).sum()) for relative_PxF in relative]
+        shared = [int(is_shared(relative_PxF).sum()) for relative_PxF in relative]
         parts = [_parts(site, *of_one) for of_one in zip(variances, all_losses, relative, strict=True)]
     else:
         losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens)
@@ -204,7 +212,7 @@ def _parts(
     site: str, variances: Sequence[float], losses: Mapping[str, Losses], relative_PxF: np.ndarray
 ) -> dict[str, PartScores]:
     """Return a crosscoder's scores at each part, with the relative norms of its live features."""
-    private_F = part_norms.private_part(relative_PxF)
+    private_F = private_part(relative_PxF)
     return {
         name: PartScores(
             variance,
@@ -213,7 +221,7 @@ def _parts(
             ce_recovered_mean=recovered(losses[name].ce, "mean_ablated"),
             kl_recovered_mean=recovered(losses[name].kl, "mean_ablated"),
             private=int((private_F == part).sum()),
-            relative_norms=part_norms.histogram(relative_PxF[part]),
+            relative_norms=histogram(relative_PxF[part]),
         )
         for part, (name, variance) in enumerate(zip(site_parts(site), variances, strict=True))
     }

@@ -1,4 +1,4 @@
-"""Scores of a crosscoder at each part: explained variance, and losses of the part's model with a reconstruction.
+"""Scores of a crosscoder at each part: explained variance, losses of the part's model, private and shared features.
 
 The values of all parts are read in clean passes of their models; then each part alone is replaced in its model, and
 where a model has several parts all of them at once. All parts of a residual stream at once are no more than the last:
@@ -19,6 +19,9 @@ from saejax.evaluation.loss_recovered import VARIANTS, Losses, document_batches
 from saejax.models.edits import Positions, SiteEdit, Values
 from saejax.models.language_model import LanguageModel, forward
 from saejax.models.sites import OtherSite, Site, decoder_site, site_parts
+
+PRIVATE, SHARED = 0.9, (0.4, 0.6)  # relative norms, as in Minder et al. (2025)
+BINS = 20
 
 
 class Parts(NamedTuple):
@@ -138,3 +141,44 @@ def part_variances(dictionaries: Sequence[Dictionary], blocks: Iterable[Sequence
 @jax.jit
 def _reconstruction(dictionary: Dictionary, x_NxD: jax.Array) -> jax.Array:
     return dictionary(x_NxD)
+
+
+# Norms of decoder rows by part: private and shared features.
+
+
+def relative_norms(norm_PxF: np.ndarray) -> np.ndarray:
+    """Return how much longer a feature's decoder row is in each part than in all others.
+
+        relative_p = (1 + (|d_p| - max_q |d_q|) / max(|d_p|, max_q |d_q|)) / 2,    q all other parts
+
+    With two parts this is the relative norm of Minder et al. (arXiv 2504.02922): 1 is this part alone, 0.5 equally
+    long in both, 0 the other part alone.
+
+    Args:
+      norm_PxF: norms of the rows in each part, of scaled values; at least two parts.
+
+    Returns:
+      Relative norms [P, F], 0 to 1; 0.5 for a feature whose row is zero.
+    """
+    relative = []
+    for part, norm_F in enumerate(norm_PxF):
+        largest_other_F = np.delete(norm_PxF, part, axis=0).max(axis=0)
+        larger_F = np.maximum(norm_F, largest_other_F)
+        relative.append((1 + (norm_F - largest_other_F) / np.where(larger_F > 0, larger_F, 1.0)) / 2)
+    return np.stack(relative)
+
+
+def private_part(relative_PxF: np.ndarray) -> np.ndarray:
+    """Return the part that each feature is private to, int [F]: its relative norm exceeds 0.9 there; -1: to none."""
+    return np.where(relative_PxF.max(axis=0) > PRIVATE, relative_PxF.argmax(axis=0), -1)
+
+
+def is_shared(relative_PxF: np.ndarray) -> np.ndarray:
+    """Return whether a feature's rows are about equally long in the two parts where they are longest, bool [F]."""
+    largest_F = relative_PxF.max(axis=0)
+    return (largest_F >= SHARED[0]) & (largest_F <= SHARED[1])
+
+
+def histogram(relative_F: np.ndarray) -> tuple[int, ...]:
+    """Return counts of relative norms in 20 equal bins from 0 to 1."""
+    return tuple(np.histogram(relative_F, BINS, (0, 1))[0].tolist())

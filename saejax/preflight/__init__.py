@@ -1,6 +1,6 @@
 """Checks before a run: does it fit, and roughly how long does it take?
 
-The stages' own jitted functions (``Stage.programs``) are compiled with shapes in place of arrays, for the devices at
+The jitted functions of stages (``plan.stage_programs``) are compiled with shapes in place of arrays, for the devices at
 hand or for others that need not be there; the compiler says how much memory each takes.
 
 - ``shapes``: models, known by their ``config.json`` alone;

@@ -1,21 +1,37 @@
 """A configuration on a model that is known by its shape: its programs, and the bytes and hours that it takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from saejax.activations.planned import store_bytes
+from saejax.activations.planned import capture_programs, store_bytes
+from saejax.attribution.programs import attribute_programs
+from saejax.circuits.programs import circuit_programs
 from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program
 from saejax.errors import UserError
+from saejax.evaluation.planned import evaluate_programs
+from saejax.interventions.planned import ablate_programs
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import ModuleSite, decoder_site
 from saejax.preflight.results import CompiledProgram
 from saejax.runner.config import Configs
 from saejax.runner.registry import STAGES
 from saejax.settings import CaptureConfig, TrainConfig
-from saejax.training.planned import checkpoint_bytes, planned_stacks
+from saejax.tasks.planned import benchmark_programs
+from saejax.training.planned import checkpoint_bytes, planned_stacks, train_programs
+
+# The large jitted functions of each stage that has any, with shapes in place of arrays.
+_PROGRAMS: Mapping[str, Callable[[PlannedRun, Mesh], Sequence[Program]]] = {
+    "benchmark": benchmark_programs,
+    "capture": capture_programs,
+    "train": train_programs,
+    "evaluate": evaluate_programs,
+    "ablate": ablate_programs,
+    "attribute": attribute_programs,
+    "circuits": circuit_programs,
+}
 
 
 def plan_run(name: str, model: DecoderConfig, configs: Configs, mesh: Mesh, **more: Any) -> PlannedRun:
@@ -49,16 +65,15 @@ def check_dictionaries(plan: PlannedRun) -> None:
 
 
 def stage_programs(plan: PlannedRun) -> list[Program]:
-    """Return the large programs of all stages that have any.
+    """Return the large programs of all stages that have any; those of a benchmark are a study's, too.
 
     Raises:
       UserError: the mesh does not divide the training batch or the features.
     """
-    stages = [stage for stage in STAGES.values() if stage.programs and stage.units(plan.configs)]
-    if STAGES["study"].units(plan.configs) and STAGES["benchmark"] not in stages:
-        stages.append(STAGES["benchmark"])  # its programs are those of a study, too
-    placed = [(stage.programs, plan.placed(stage)) for stage in stages]
-    return [program for programs, where in placed if programs for program in programs(where, where.mesh)]
+    needed = {stage.name for stage in STAGES.values() if stage.units(plan.configs)}
+    needed |= {"benchmark"} if "study" in needed else set()
+    placed = [(list_programs, plan.placed(STAGES[name])) for name, list_programs in _PROGRAMS.items() if name in needed]
+    return [program for list_programs, where in placed for program in list_programs(where, where.mesh)]
 
 
 def disk_bytes(plan: PlannedRun) -> int:

@@ -57,8 +57,6 @@ class Stage:
       unit_identity: the same for what only one unit reads, given that unit's name, too.
       check: a ``UserError`` where settings name what is not there, though no unit makes it: asked for before any stage
         runs, so that no hours are spent first.
-      programs: returns the large jitted functions that it runs, as ``costs.programs.Program``, for a ``PlannedRun`` and
-        a mesh.
       section: writes its part of the report: takes ``Findings`` and ``Draw``, returns sections.
       rule: returns the rule of its verdicts in words, from its own settings; None without verdicts. Runs write it down
         before there are data (``preregistration``).
@@ -89,7 +87,6 @@ class Stage:
     identity: Mapping[str, Callable[[Configs], str]] = dataclasses.field(default_factory=dict)
     unit_identity: Mapping[str, Callable[[Configs, str], str]] = dataclasses.field(default_factory=dict)
     check: Callable[[Configs], None] = lambda configs: None
-    programs: Callable[[Any, Any], Sequence[Any]] | None = None
     section: Callable[[Any, Any], Sequence[Any]] | None = None
     results: Callable[[], Any] | None = None
     rule: Callable[[Any], str] | None = None

@@ -1,6 +1,5 @@
 """The stage ``ablate``."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from saejax.errors import one_of
@@ -57,12 +56,6 @@ def _rule(config: Any) -> str:
     return verdict_config(config).rule
 
 
-def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
-    from saejax.interventions.planned import ablate_programs
-
-    return ablate_programs(plan, mesh)
-
-
 ABLATE = Stage(
     name="ablate",
     summary="ablates top features and control sets, and says whether the features cause the behaviours",
@@ -77,6 +70,5 @@ ABLATE = Stage(
     identity=dict(model=identities.model, corpus=identities.corpus, bases=_bases),
     check=_check,
     rule=_rule,
-    programs=_programs,
     processes="all",
 )

@@ -37,12 +37,6 @@ def _results() -> Any:
     return AttributeResults
 
 
-def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
-    from saejax.attribution.programs import attribute_programs
-
-    return attribute_programs(plan, mesh)
-
-
 def _sections(findings: Any, draw: Any) -> Sequence[Any]:
     from saejax.attribution.report import sections
 
@@ -61,7 +55,6 @@ ATTRIBUTE = Stage(
     needs=lambda configs, name: ("baseline",) if configs[GraphConfig].behaviours else (),
     names=_names,
     identity=dict(model=identities.model, graph=_dictionaries),
-    programs=_programs,
     section=_sections,
     processes="all",
 )

@@ -1,6 +1,5 @@
 """The stages ``baseline`` and ``benchmark``."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from saejax.runner.stage import Stage
@@ -45,12 +44,6 @@ def _results_benchmark() -> Any:
     return BenchmarkResults
 
 
-def _programs_benchmark(plan: Any, mesh: Any) -> Sequence[Any]:
-    from saejax.tasks.planned import benchmark_programs
-
-    return benchmark_programs(plan, mesh)
-
-
 BENCHMARK = Stage(
     name="benchmark",
     summary="scores the model on the benchmarks that --task.benchmarks names, if any",
@@ -62,5 +55,4 @@ BENCHMARK = Stage(
     identity=dict(model=identities.model),
     unit_identity=dict(benchmark=identities.benchmark),
     processes="items",
-    programs=_programs_benchmark,
 )

@@ -1,6 +1,5 @@
 """The stages ``tokenize`` and ``capture``."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from saejax.runner.stage import Stage
@@ -45,12 +44,6 @@ def _results_capture() -> Any:
     return CaptureResults
 
 
-def _programs_capture(plan: Any, mesh: Any) -> Sequence[Any]:
-    from saejax.activations.planned import capture_programs
-
-    return capture_programs(plan, mesh)
-
-
 CAPTURE = Stage(
     name="capture",
     summary="records activations of the model at the wanted sites",
@@ -61,7 +54,6 @@ CAPTURE = Stage(
     reads=("tokenize",),
     needs=lambda configs, name: identities.training_text(configs),
     identity=dict(model=identities.model, corpus=identities.corpus),
-    programs=_programs_capture,
     # --capture.dtype is read in place of the first; the other says which unit is read.
     unread=lambda configs, name: ("model.dtype", "corpus.stream"),
     processes="all",

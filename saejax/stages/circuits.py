@@ -71,12 +71,6 @@ def _results() -> Any:
     return CircuitsResults
 
 
-def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
-    from saejax.circuits.programs import circuit_programs
-
-    return circuit_programs(plan, mesh)
-
-
 def _sections(findings: Any, draw: Any) -> Sequence[Any]:
     from saejax.circuits.report import sections
 
@@ -98,7 +92,6 @@ CIRCUITS = Stage(
     names=_names,
     identity=dict(model=identities.model, graph=_files),
     check=check,
-    programs=_programs,
     section=_sections,
     unread=_unread,
     processes="all",

@@ -1,6 +1,5 @@
 """The stage ``evaluate``."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from saejax.runner.stage import Stage
@@ -22,12 +21,6 @@ def _results() -> Any:
     return EvaluateResults
 
 
-def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
-    from saejax.evaluation.planned import evaluate_programs
-
-    return evaluate_programs(plan, mesh)
-
-
 EVALUATE = Stage(
     name="evaluate",
     summary="scores dictionaries on held-out text: fidelity, sparsity, cross-entropy recovered",
@@ -42,5 +35,4 @@ EVALUATE = Stage(
     identity=dict(model=identities.model),
     members=train_members,
     processes="items",
-    programs=_programs,
 )

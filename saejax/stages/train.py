@@ -113,12 +113,6 @@ def _results() -> Any:
     return TrainResults
 
 
-def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
-    from saejax.training.planned import train_programs
-
-    return train_programs(plan, mesh)
-
-
 TRAIN = Stage(
     name="train",
     summary="trains sparse dictionaries on the captured activations",
@@ -133,7 +127,6 @@ TRAIN = Stage(
     identity=dict(initial=_initial, stream=_stream),
     unit_identity=dict(pretrained=_pretrained),
     check=_check,
-    programs=_programs,
     members=train_members,
     unread=_unread,
     processes="all",

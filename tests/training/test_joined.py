@@ -7,7 +7,7 @@ import pytest
 
 from saejax.dictionaries.joined import row_lengths, row_normals
 from saejax.dictionaries.losses import l1_norm_weighted
-from saejax.evaluation.part_norms import histogram, is_shared, private_part, relative_norms
+from saejax.evaluation.parts import histogram, is_shared, private_part, relative_norms
 from saejax.models.sites import Site, decoder_site, is_joined, parse_site, site_parts
 from saejax.settings import TrainConfig
 from saejax.training.optimizer import apply_constraints, project_out_radial_gradient

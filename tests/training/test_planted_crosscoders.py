@@ -7,7 +7,7 @@ from jax.sharding import AxisType, Mesh
 from planted_models import LABELS, RATE, SITE, WEAK
 
 from saejax.dictionaries.joined import part_norms
-from saejax.evaluation.part_norms import private_part, relative_norms
+from saejax.evaluation.parts import private_part, relative_norms
 from saejax.parallel.mesh import AXES
 
 
