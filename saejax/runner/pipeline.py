@@ -389,13 +389,15 @@ def _input_folder(pipeline: _Pipeline, unit: str, need: str) -> Path:
 
 def _describe_changes(plan: Workplan, unit: str, previous: Path) -> str:
     """Return in words in which settings and inputs a unit differs from an earlier one; "" if that does not say."""
-    # Of a stack what differs in its first member, which is mostly the same for all members.
-    both = [member for member in plan.members(unit) if member_folder(previous, member).is_dir()]
-    place, part = (member_folder(previous, both[0]), f"{unit}/{both[0]}") if both else (previous, unit)
-    with contextlib.suppress(UserError):  # a damaged file: it is for people
-        if before := read_object(place / STARTED).get("depends_on"):
-            changes = [*_changes(before, plan.dependencies(part))]
-            return f" ({'; '.join(changes)})" if changes else ""
+    members = plan.members(unit) if not split_unit(unit)[1] else ()
+    # Of a stack first what differs in one member, which is mostly the same for all.
+    places = [(member_folder(previous, member), f"{unit}/{member}") for member in members]
+    places = [entry for entry in places if entry[0].is_dir()][:1] + [(previous, unit)]
+    for place, part in places:
+        with contextlib.suppress(UserError):  # a damaged file: it is for people
+            before = read_object(place / STARTED).get("depends_on")
+            if before and (changes := [*_changes(before, plan.dependencies(part))]):
+                return f" ({'; '.join(changes)})"
     return ""
 
 
