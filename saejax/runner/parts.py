@@ -105,39 +105,31 @@ class Progress:
 
     def __init__(self, run: Run, unit: str):
         self._run, self._unit, self._stop = run, unit, AgreedStop(run.stopping)
-        self._start = self._said = time.monotonic()
-        self._before = self._of_parts = self._done = 0  # work of earlier counts, of earlier parts, of this count
+        self._said, self._work = time.monotonic(), 0
         self._counted: tuple[float, int] | None = None  # when work was counted first, and how much
 
     def of_part(self, label: str, left: int) -> OnProgress:
         """Return the progress function of the next part, called ``label``; after it ``left`` parts remain."""
-        self._before, self._done = self._before + self._done, 0
-        self._of_parts = self._before
+        work_before, last = self._work, 0
 
         def on_progress(done: int, total: int) -> None:
+            nonlocal last
             if self._stop():
                 raise Interrupted(f"{label}: stopped; what was measured is kept: run the same command to go on")
-            if done < self._done:
-                self._before += self._done
-            self._done = done
-            now = time.monotonic()
+            self._work += done - last if done >= last else done
+            last, now = done, time.monotonic()
             if self._counted is None and done:
-                self._counted = now, self._before + done
+                self._counted = now, self._work
             if self._run.share.leads and now - self._said > _SAY_EVERY and 0 < done < total:
-                speed = self._speed(now)
-                part = self._before - self._of_parts + total
-                seconds = (total - done + left * part) / speed
-                rate = f"{speed:,.0f}/s" if speed >= 1 else f"{60 * speed:.1f}/min"
+                start, work = self._counted or (now, 0)
+                speed_and_time = ""
                 # The first work counted took what is compiled and read once: its speed says nothing.
-                is_known = self._counted is not None and now - self._counted[0] > _SAY_EVERY
-                speed_and_time = f", {rate}, {seconds:.0f} s to go" if is_known else ""
+                if now - start > _SAY_EVERY and self._work > work:
+                    speed = (self._work - work) / (now - start)
+                    whole_part = self._work - work_before + total - done
+                    rate = f"{speed:,.0f}/s" if speed >= 1 else f"{60 * speed:.1f}/min"
+                    speed_and_time = f", {rate}, {(total - done + left * whole_part) / speed:.0f} s to go"
                 self._run.say(f"{label}: {done:,} of {total:,} {self._unit}{speed_and_time}")
                 self._said = now
 
         return on_progress
-
-    def _speed(self, now: float) -> float:
-        """Return the work done per second; over all time before there is a second count."""
-        start, work = self._counted or (self._start, 0)
-        done = self._before + self._done
-        return (done - work) / (now - start) if now > start and done > work else done / (now - self._start)
