@@ -59,19 +59,6 @@ class Source:
     close: Callable[[], None] = lambda: None
 
 
-def store_source(config: TrainConfig, store: Store, parts: Parts, say: Callable[[str], None]) -> Source:
-    """Return a store as a source.
-
-    Args:
-      config: the settings.
-      store: the store, with any joined sites.
-      parts: the sites of every part of a batch.
-      say: logs a line.
-    """
-    per_epoch = len(store.usable("train", *sites_of(parts))) // config.batch
-    return Source(store, per_epoch, lambda stack: open_store(stack, store, say))
-
-
 def open_store(stack: TrainStack, store: Store, say: Callable[[str], None] = lambda line: None) -> Batches:
     """Return the batches of a store as ``--train.input`` asks: streamed, or resident on the devices.
 

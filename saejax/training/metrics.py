@@ -52,7 +52,10 @@ class Metrics:
     ):
         self._stack, self._path, self._say, self._wandb = stack, path, say, wandb
         self._members, self._steps = [member.name for member in stack.members], stack.steps
-        self._step_flops = flops_of_step(stack)
+        # Of all members: XLA counts the body of a scan over members once.
+        count, active = len(stack.members), stack.dictionary.k if stack.products == "rows" else None
+        sizes = stack.config.batch, stack.dictionary.d_in, stack.dictionary.n_features
+        self._step_flops = weights_share(stack.config.form, count) * count * step_flops(*sizes, active)
         self._peak_flops = peak_flops(stack.mesh.devices.flat[0], stack.config.matmul)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         # Records after the checkpoint were of steps that are done again.
@@ -142,7 +145,6 @@ class Metrics:
         rate = self.tokens_per_second(step, seconds)
         if not rate:
             return {}
-        # XLA counts the body of a scan over members once; the formula counts all of them.
         flops = rate / self._stack.config.batch * self._step_flops
         rates = dict(tokens_per_second=rate, tflop_per_second=flops / 1e12)
         if self._peak_flops:
@@ -174,13 +176,6 @@ class Metrics:
         # Two intervals are kept: the last metrics of each member are asked for after the final write.
         del self.records[: self._old]
         self._old, self._new = self._new - self._old, len(self.records)
-
-
-def flops_of_step(stack: TrainStack) -> float:
-    """Return the floating-point operations of a step of all members, by formula."""
-    d_in, features, count = stack.dictionary.d_in, stack.dictionary.n_features, len(stack.members)
-    active = stack.dictionary.k if stack.products == "rows" else None
-    return weights_share(stack.config.form, count) * count * step_flops(stack.config.batch, d_in, features, active)
 
 
 def _progress_line(steps: int, batch: int, head: Mapping[str, float], means: Mapping[str, float]) -> str:

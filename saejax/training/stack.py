@@ -138,20 +138,20 @@ class TrainStack:
             metric_DxD=np.stack(metrics).astype(dtype) if metrics else None,
         )
 
+    def _member_sharding(self, array: np.ndarray) -> NamedSharding:
+        return fitting_sharding(self.mesh, array.shape, "member", *[None] * (array.ndim - 1))
+
     def abstract_hyperparams(self) -> Hyperparams:
         """Return shapes and shardings of the hyperparameters: members over ``member``."""
-
-        def place(array: np.ndarray) -> jax.ShapeDtypeStruct:
-            where = fitting_sharding(self.mesh, array.shape, "member", *[None] * (array.ndim - 1))
-            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
-
-        return jax.tree.map(place, self.host_hyperparams())
+        return jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._member_sharding(array)),
+            self.host_hyperparams(),
+        )
 
     @functools.cached_property
     def hyperparams(self) -> Hyperparams:
         """The hyperparameters, on the devices."""
-        abstract = self.abstract_hyperparams()
-        return jax.tree.map(lambda array, a: jax.device_put(array, a.sharding), self.host_hyperparams(), abstract)
+        return jax.tree.map(lambda array: jax.device_put(array, self._member_sharding(array)), self.host_hyperparams())
 
 
 def choose_members_at_once(

@@ -28,7 +28,7 @@ from saejax.settings.kinds import PRETRAINED
 from saejax.training import cross_layer
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.init_from import state_from_folder
-from saejax.training.inputs import Batches, Source, model_source, store_source
+from saejax.training.inputs import Batches, Source, model_source, open_store
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.metrics import METRICS, Metrics, Wandb, log_folder, split_metrics
 from saejax.training.pretrained import run_pretrained
@@ -80,7 +80,9 @@ def _run_expansion(run: Run) -> TrainResults | None:
     parts = batch_parts(members)
     if store is None:
         return train_stack(run, members, model_source(run, parts))
-    return train_stack(run, members, store_source(config, with_joined(store, sites_of(parts)), parts, run.say))
+    rows = with_joined(store, sites_of(parts))
+    per_epoch = len(rows.usable("train", *sites_of(parts))) // config.batch
+    return train_stack(run, members, Source(rows, per_epoch, lambda stack: open_store(stack, rows, run.say)))
 
 
 def train_stack(run: Run, members: Sequence[Member], source: Source) -> TrainResults:
