@@ -198,7 +198,7 @@ def _describe(dictionary: Dictionary, score: Reconstruction, loss: Losses, **whe
             neighbours.neighbour_cosines(dictionary.W_dec_FxD[...]), dictionary.config.n_features
         ),
         ce=StandInMeans(**loss.ce, tokens=loss.tokens),
-        kl=StandInMeans(**loss.kl),
+        kl=StandInMeans(**loss.kl, tokens=None),
         ce_recovered_mean=recovered(loss.ce, "mean_ablated"),
         ce_recovered_zero=recovered(loss.ce, "zero_ablated"),
         kl_recovered_mean=recovered(loss.kl, "mean_ablated"),
@@ -217,7 +217,7 @@ def _parts(
         name: PartScores(
             variance,
             ce=StandInMeans(**losses[name].ce, tokens=losses[name].tokens),
-            kl=StandInMeans(**losses[name].kl),
+            kl=StandInMeans(**losses[name].kl, tokens=None),
             ce_recovered_mean=recovered(losses[name].ce, "mean_ablated"),
             kl_recovered_mean=recovered(losses[name].kl, "mean_ablated"),
             private=int((private_F == part).sum()),
