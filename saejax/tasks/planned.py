@@ -19,7 +19,7 @@ from saejax.tasks.benchmark_definitions import answer_tokens, definition, way
 from saejax.tasks.own_prompts import count_behaviours
 
 PROMPT = 16  # tokens: the behaviours' prompts have 7 to 32
-_BENCHMARK_PROMPT = 1024  # tokens, worked examples included
+BENCHMARK_PROMPT = 1024  # tokens, worked examples included
 
 
 def benchmark_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
@@ -84,7 +84,7 @@ def generated_batch(plan: PlannedRun) -> tuple[int, int, int]:
     task, context = plan.configs[TaskConfig], plan.model.context
     names = {*task.benchmarks, *plan.configs[StudyConfig].benchmarks}
     new = min(max((answer_tokens(name, task) for name in names), default=1), context - 1)
-    return task.batch, min(_BENCHMARK_PROMPT, context - new), new
+    return task.batch, min(BENCHMARK_PROMPT, context - new), new
 
 
 def count_all_behaviours(task: TaskConfig) -> int:

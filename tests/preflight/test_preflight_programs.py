@@ -24,6 +24,7 @@ from saejax.models.sites import Site
 from saejax.preflight import topology
 from saejax.preflight.plan import stage_programs
 from saejax.settings import AblateConfig
+from saejax.tasks import planned as benchmarks
 from saejax.tasks.behaviours import Prompt
 from saejax.training.state import init_state
 from saejax.training.step import train_step
@@ -51,6 +52,7 @@ def plan(tiny_llama, mesh):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planned, "PROMPT_TOKENS", 5)
+        patch.setattr(benchmarks, "BENCHMARK_PROMPT", 32)
         yield on_mesh(plan, mesh)
 
 
