@@ -20,8 +20,7 @@ import numpy as np
 from saejax.activations.buffers import ShardBuffers
 from saejax.activations.documents import make_documents
 from saejax.activations.jax_capture import DecoderReader
-from saejax.activations.plan import Plan
-from saejax.activations.reader import Reader
+from saejax.activations.plan import Plan, Reader
 from saejax.activations.torch_capture import SiteReader
 from saejax.models import source
 from saejax.models.config import DecoderConfig
@@ -92,7 +91,7 @@ class Capture:
     def run(self, side: Side) -> float:
         """Return the tokens per second of one run over all batches."""
         start = time.perf_counter()
-        self.readers[side].read(self.batches, lambda batch, site, value: self._buffers.take(site, value, batch))
+        self.readers[side].read(self.batches, self._buffers.take)
         return self.tokens / (time.perf_counter() - start)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saejax.activations.buffers import HostBuffers
+from saejax.activations.buffers import ShardBuffers
 from saejax.activations.device_buffers import DeviceBuffers
 from saejax.activations.documents import COLUMNS, Documents
 from saejax.activations.jax_capture import DecoderReader
@@ -102,14 +102,15 @@ def measure(folder: Path, layers: int, shape: Shape, rows: int, pairs: int) -> d
     config = read_config(json.loads((folder / "config.json").read_text()), "random")
     source = resolve(ModelConfig(path=str(folder)))
     reader = DecoderReader(source, config, sites, plan.padded_shape, make_mesh(), shape.dtype, shape.dtype)
-    on_devices, on_host = DeviceBuffers(reader, [part], rows, shape.dtype), HostBuffers(reader, rows, shape.dtype)
+    on_devices = DeviceBuffers(reader, [part], rows, shape.dtype)
+    on_host = ShardBuffers(reader.widths, rows, shape.dtype)
 
     def devices() -> None:
         on_devices.fill(plan.batches(0))
         on_devices.norms()
 
     def host() -> None:
-        on_host.fill(plan.batches(0))
+        reader.read(plan.batches(0), on_host.take)
         held_SxRxD = np.stack([on_host.read(site, np.arange(rows)) for site in part])
         jax.block_until_ready(jax.device_put(held_SxRxD))
 

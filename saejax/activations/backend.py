@@ -4,10 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import cast
 
-import numpy as np
-
-from saejax.activations.plan import Batch, Plan
-from saejax.activations.reader import Reader, Take
+from saejax.activations.plan import Batch, Plan, Reader, Take
 from saejax.activations.request import CaptureRequest
 from saejax.models import source
 from saejax.models.config import DecoderConfig
@@ -46,7 +43,7 @@ class PairReader:
     """A pair of models that read the same batches in turn; sites of the second are ``OtherSite``.
 
     Attributes:
-      widths: as in ``reader.Reader``.
+      widths: as in ``plan.Reader``.
     """
 
     def __init__(self, first: Reader, second: Reader):
@@ -54,7 +51,7 @@ class PairReader:
         self.widths: dict[AnySite, int] = first.widths | {_other_site(site): d for site, d in second.widths.items()}
 
     def read(self, batches: Iterable[Batch], take: Take) -> None:
-        """See ``reader.Reader``."""
+        """See ``plan.Reader``."""
         kept: list[Batch] = []
 
         def keep() -> Iterator[Batch]:
@@ -63,15 +60,11 @@ class PairReader:
                 kept.append(batch)
                 yield batch
 
-        def take_other(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
-            """Hand over a value of the second model."""
-            take(batch, _other_site(site), value_BxTxD)
-
         self._first.read(keep(), take)
-        self._second.read(kept, take_other)
+        self._second.read(kept, lambda batch, site, value_BxTxD: take(batch, _other_site(site), value_BxTxD))
 
     def close(self) -> None:
-        """See ``reader.Reader``."""
+        """See ``plan.Reader``."""
         self._first.close()
         self._second.close()
 

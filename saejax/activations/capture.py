@@ -4,29 +4,36 @@ What is captured, in which batches and where it is stored does not depend on the
 ``torch_capture`` (hooks in the transformers model) or ``jax_capture`` (our decoder, on the mesh).
 """
 
+import contextlib
 import hashlib
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from saejax.activations.backend import load_reader
-from saejax.activations.capture_shards import Missing, ShardCapture, missing_shards
+from saejax.activations.buffers import ShardBuffers
 from saejax.activations.chunker import SPLITS
 from saejax.activations.documents import Documents
 from saejax.activations.manifest import CapturedModel
-from saejax.activations.plan import Plan
+from saejax.activations.plan import Batch, Plan, Reader
+from saejax.activations.progress import TextProgress
 from saejax.activations.request import CaptureRequest, begins_with_bos, read_request
 from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
 from saejax.activations.store import INDEX, ON_DISK
 from saejax.activations.tokenize import text_documents
 from saejax.activations.writer import StoreWriter
-from saejax.errors import UserError
-from saejax.models.sites import OtherSite
+from saejax.errors import Interrupted, UserError
+from saejax.models.sites import AnySite, OtherSite
 from saejax.runner.workspace import Run, fingerprint
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, TaskConfig
 from saejax.tasks import corpora
+
+_POLL_SECONDS = 0.2  # between looks for the shards of other processes
+
+Missing = Mapping[int, tuple[str, ...]]  # the sites, and ``INDEX``, that a shard lacks
 
 
 def run_capture(run: Run) -> CaptureResults:
@@ -48,6 +55,7 @@ def run_capture(run: Run) -> CaptureResults:
     if site_widths is None:  # modules tell their width only when they run
         reader = load_reader(run, request, plan, config)
         site_widths = reader.widths
+    backend = "torch" if request.needs_torch else config.backend
     widths = {str(site): width for site, width in site_widths.items()}
     writer = StoreWriter(run.folder, plan, widths, config.store_dtype, _work(run, request, plan.documents))
     # Shards of other runs are taken before anything is counted as missing, by one process, as they are hard links.
@@ -56,7 +64,7 @@ def run_capture(run: Run) -> CaptureResults:
         for store in sorted(run.folder.parent.glob(f"{run.stage}-*")):
             if store != run.folder:
                 writer.adopt(store)
-    missing = missing_shards(writer, mesh)
+    missing = _missing_shards(writer, mesh)
     _check_disk(run.folder, plan, missing, widths, config)
     if is_first:
         writer.begin((part, shard) for shard, parts in missing.items() for part in parts)
@@ -65,7 +73,12 @@ def run_capture(run: Run) -> CaptureResults:
         f"{len(plan.documents):,} documents, {plan.rows:,} tokens at {', '.join(config.sites)}; "
         f"{plan.shards - len(missing)} of {plan.shards} shards are done"
     )
-    rate = ShardCapture(run, request, plan, writer, site_widths, reader).make(missing) if missing else 0.0
+
+    def make(share: Missing) -> float:
+        """Make shards in this process."""
+        return _make_shards(run, plan, writer, site_widths, reader or load_reader(run, request, plan, config), share)
+
+    rate = _share_shards(plan, writer, mesh, missing, make) if missing else 0.0
     norms = writer.site_norms(config.sink_factor)
     _check_sinks(norms, config)
     if is_first:
@@ -88,10 +101,10 @@ def run_capture(run: Run) -> CaptureResults:
         },
         documents=dict(zip(SPLITS, (train, len(plan.documents) - train), strict=True)),
         tokens=plan.tokens,
-        backend="torch" if request.needs_torch else config.backend,
+        backend=backend,
         dtype=config.dtype,
         tokens_per_second=round(rate, 1),
-        padding_share=plan.padding_share,
+        padding_share=plan.padding_share(_row_multiple(mesh) if backend == "jax" else 0),
     )
 
 
@@ -122,6 +135,94 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> dict[str, 
         captured = request.second if isinstance(site, OtherSite) and request.second else request
         work[str(site)] = fingerprint([*index, *vectors, captured.source.fingerprint])
     return work
+
+
+def _row_multiple(mesh: MeshConfig) -> int:
+    """Return the number of devices over which the decoder splits the rows of a batch."""
+    from saejax.parallel.collectives import alone
+    from saejax.parallel.mesh import make_mesh
+
+    with alone() if mesh.processes > 1 else contextlib.nullcontext():
+        shape = make_mesh(mesh).shape
+    return shape["member"] * shape["data"]
+
+
+def _missing_shards(writer: StoreWriter, mesh: MeshConfig) -> Missing:
+    """Return the shards that are missing or of other work; the first process checks, and broadcasts the result."""
+    shards, parts = range(writer.plan.shards), writer.parts
+    missing_SxP = np.zeros((len(shards), len(parts)), np.int32)
+    # Checking reads every file, and processes must agree on what is missing.
+    if mesh.process_id == 0:
+        missing_SxP[:] = [[not writer.has(part, shard) for part in parts] for shard in shards]
+    if mesh.processes > 1:
+        from saejax.parallel.collectives import from_first_process
+
+        missing_SxP = from_first_process(missing_SxP)
+    return {
+        shard: tuple(part for part, is_missing in zip(parts, row_P, strict=True) if is_missing)
+        for shard, row_P in zip(shards, missing_SxP, strict=True)
+        if row_P.any()
+    }
+
+
+def _share_shards(
+    plan: Plan, writer: StoreWriter, mesh: MeshConfig, missing: Missing, make: Callable[[Missing], float]
+) -> float:
+    """Make the missing shards, each process its share of them; return the speed in tokens per second."""
+    if mesh.processes == 1:
+        return make(missing)
+    from saejax.parallel.collectives import alone, wait_for_all
+
+    wait_for_all("store begun")  # which removes what other runs left half-written
+    start = time.monotonic()
+    share = {shard: missing[shard] for shard in list(missing)[mesh.process_id :: mesh.processes]}
+    with alone():
+        rate = make(share) if share else 0.0
+    # Each process waits for the files themselves, so that nothing of the store is read before it is there.
+    waited_for = [(part, shard) for shard, parts in missing.items() for part in parts]
+    while waited_for := [(part, shard) for part, shard in waited_for if not writer.has(part, shard, read=False)]:
+        time.sleep(_POLL_SECONDS)
+    return sum(map(plan.size, missing)) / (time.monotonic() - start) if rate else 0.0
+
+
+def _make_shards(
+    run: Run, plan: Plan, writer: StoreWriter, widths: Mapping[AnySite, int], reader: Reader, missing: Missing
+) -> float:
+    """Run the model over the batches of shards and write its values; return the speed in tokens per second."""
+    buffers = ShardBuffers(widths, max(map(plan.size, missing)), writer.dtype)
+    progress = TextProgress(run.say, sum(map(plan.size, missing)))
+
+    def take(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
+        """Store a batch's values at a site; refuse what is not finite."""
+        bad = buffers.take(batch, site, value_BxTxD)
+        if bad is not None:
+            place = plan.documents.place(int(batch.documents_B[bad[0]]), bad[1])
+            raise UserError(
+                f"activations at {site} are NaN or infinite: {place}, token id {batch.ids_BxT[bad]}: expected "
+                f"finite numbers; check the model's weights, or use --capture.dtype=float32; nothing of this "
+                "shard was stored"
+            )
+
+    def batches(shard: int, done: int) -> Iterator[Batch]:
+        """Yield the batches of a shard until the run is asked to stop."""
+        for batch in plan.batches(shard):
+            if run.stopping():
+                finished = f"{plan.shards - len(missing) + done} of {plan.shards} shards"
+                raise Interrupted(f"stopped; {finished} are finished and kept: run the same command to go on")
+            yield batch
+            progress.add(batch.rows)
+
+    for done, (shard, parts) in enumerate(missing.items()):
+        buffers.begin(plan.train_size(shard))
+        # The index needs no model: it follows from the documents.
+        if parts != (INDEX,):
+            reader.read(batches(shard, done), take)
+        writer.write_index(shard)
+        for site in widths:
+            if str(site) in parts:  # the other sites' files stay as they are
+                writer.write_site(str(site), shard, buffers.shard(str(site), plan.size(shard)))
+    reader.close()
+    return progress.rate
 
 
 def _check_disk(folder: Path, plan: Plan, missing: Missing, widths: Mapping[str, int], config: CaptureConfig) -> None:

@@ -56,7 +56,8 @@ class DeviceBuffers:
         # Before anything is allocated: an error here names a remedy, XLA's would not.
         each = (math.prod(part.sharding.shard_shape(part.shape)) * part.dtype.itemsize for part in shapes)
         check_room(reader.mesh, self._rows, sum(each))
-        self.parts, self._norms_SxR = jax.tree.map(_zeros, (shapes, norms))
+        zeros = functools.partial(jax.tree.map, lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding))
+        self.parts, self._norms_SxR = zeros((shapes, norms))
         self._places = {site: (i, part.index(site)) for i, part in enumerate(parts) for site in part}
         self._write = buffer_writer(reader.config, reader.mesh, parts, rows, dtype)
         whole = sharding(reader.mesh)
@@ -126,14 +127,7 @@ def buffer_writer(config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dt
     """Return a batch's program: (params, parts, norms, ids_BxT, lengths_B, rows_BxT) -> parts, norms, done.
 
     ``rows_BxT`` says which row of the buffer every token becomes; rows beyond the last are not written. ``done`` is
-    ready when the batch is written.
-
-    Args:
-      config: as for ``buffer_shapes``.
-      mesh: as for ``buffer_shapes``.
-      parts: as for ``buffer_shapes``.
-      rows: as for ``buffer_shapes``.
-      dtype: as for ``buffer_shapes``.
+    ready when the batch is written. Arguments are as for ``buffer_shapes``.
     """
     shapes, norms = buffer_shapes(config, mesh, parts, rows, dtype)
     sites = sites_of(parts)
@@ -142,11 +136,6 @@ def buffer_writer(config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dt
     placements = jax.tree.map(lambda shape: shape.sharding, (shapes, norms, norms))
     # Donated: the buffers take most of the memory, and there is no room for a second copy.
     return jax.jit(write, donate_argnums=(1, 2), out_shardings=placements)
-
-
-def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """Return an array of zeros, placed as its description says."""
-    return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
 
 
 def _write(

@@ -18,7 +18,6 @@ from saejax.tasks.corpora import read_corpus, split
 
 COLUMNS = ("split", "group", "source", "start")
 FILES = ("ids.npy", "starts.npy", "lengths.npy", "table.npy")
-_BLOCK = 2**16  # documents that are counted together
 _SELECTION, _ORDER = 1, 2  # streams of random numbers drawn from one seed, apart from those that split the groups
 
 
@@ -63,15 +62,6 @@ class Documents:
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[document] for document in range(len(self)))
 
-    def length_counts(self) -> np.ndarray:
-        """Return the number of documents of each length, from 0 to the longest; needs little memory."""
-        counts = np.zeros(1, np.int64)
-        for start in range(0, len(self), _BLOCK):
-            block_counts = np.bincount(self.lengths_N[start : start + _BLOCK], minlength=len(counts))
-            block_counts[: len(counts)] += counts
-            counts = block_counts
-        return counts
-
     @property
     def split_N(self) -> np.ndarray:
         """Split of each document, as an index in ``SPLITS``; ascending."""
@@ -102,13 +92,8 @@ class Documents:
         chosen = []
         for name in SPLITS:
             first, stop = self._bounds(name)
-            missing = tokens
-            while first < stop and missing > 0:
-                # In blocks: there may be hundreds of millions of documents.
-                ends = np.cumsum(self.lengths_N[first : min(first + _BLOCK, stop)], dtype=np.int64)
-                count = min(int(np.searchsorted(ends, missing)) + 1, len(ends))
-                chosen.append(np.arange(first, first + count))
-                first, missing = first + count, missing - int(ends[count - 1])
+            ends = np.cumsum(self.lengths_N[first:stop], dtype=np.int64)
+            chosen.append(np.arange(first, min(first + int(np.searchsorted(ends, tokens)) + 1, stop)))
         return self.select(np.concatenate(chosen))
 
     def select(self, chosen_N: np.ndarray) -> "Documents":

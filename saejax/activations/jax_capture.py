@@ -6,8 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.activations.plan import Batch
-from saejax.activations.reader import Take
+from saejax.activations.plan import Batch, Take
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import forward
 from saejax.models.loading import load_model
@@ -57,7 +56,7 @@ class DecoderReader:
         self.params = load_params(source.folder, config, mesh, dtype, layers=1 + max(site.layer for site in sites))
 
     def read(self, batches: Iterable[Batch], take: Take) -> None:
-        """See ``reader.Reader``."""
+        """See ``plan.Reader``."""
         running: tuple[Batch, list[jax.Array]] | None = None
         for batch in batches:
             started = batch, self._start(batch)

@@ -7,12 +7,14 @@ process. A document that is cut between two shards is read for both.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 
 from saejax.activations.documents import Documents
 from saejax.models.lengths import bucket_lengths
+from saejax.models.sites import AnySite
 
 _PERMUTATION = 3  # stream of random numbers, apart from those of the documents
 _PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
@@ -44,6 +46,29 @@ class Batch:
     def rows(self) -> int:
         """Number of recorded tokens."""
         return sum(map(len, self.rows_B))
+
+
+Take = Callable[[Batch, AnySite, np.ndarray], object]
+
+
+class Reader(Protocol):
+    """A backend of capture.
+
+    Attributes:
+      widths: width of the values at every site.
+    """
+
+    widths: dict[AnySite, int]
+
+    def read(self, batches: Iterable[Batch], take: Take) -> None:
+        """Run the batches, in their order, up to the last of the wanted sites.
+
+        This calls ``take(batch, site, value_BxTxD)`` once for every batch and site, batches in order. The value is fp32
+        or bfloat16, may be longer than the batch's T, and is not changed or kept by ``take``.
+        """
+
+    def close(self) -> None:
+        """Give back the devices' memory."""
 
 
 class Plan:
@@ -134,20 +159,29 @@ class Plan:
             batches.append(Batch(ids_BxT, documents_S[chosen], first_S[chosen], stop_S[chosen], taken))
         return batches
 
-    @functools.cached_property
-    def padding_share(self) -> float:
-        """Share of padding in all tokens that go through the model."""
+    def padding_share(self, row_multiple: int = 0) -> float:
+        """Return the share of padding in all tokens that go through the model.
+
+        Args:
+          row_multiple: 0 where batches go through it as they are, each document padded to the longest; otherwise they
+            are filled up to ``padded_shape``, their rows to a multiple of this.
+        """
         real = padded = 0
         for shard in range(self.shards):
             _, _, stop_S = self._spans(shard)
             real += int(stop_S.sum())
-            padded += sum(len(chosen) * int(stop_S[chosen[0]]) for chosen in self._groups(stop_S))
+            for chosen in self._groups(stop_S):
+                rows, length = len(chosen), int(stop_S[chosen[0]])
+                if row_multiple:
+                    rows, length = self.padded_shape(length)
+                    rows += -rows % row_multiple
+                padded += rows * length
         return 1 - real / padded
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
         """The lengths of ``padded_shape``, rising; the last is that of the longest document."""
-        return bucket_lengths(self.documents.length_counts(), _PROGRAM)
+        return bucket_lengths(np.bincount(self.documents.lengths_N), _PROGRAM)
 
     def _spans(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return a shard's documents, in order, with the first and one past the last recorded position of each."""

@@ -17,12 +17,11 @@ import numpy as np
 
 from saejax.activations.backend import load_reader
 from saejax.activations.batches import Parts, sites_of
-from saejax.activations.buffers import HostBuffers
+from saejax.activations.buffers import ShardBuffers
 from saejax.activations.joined import single_sites
 from saejax.activations.manifest import CapturedModel
-from saejax.activations.plan import Batch, Plan
+from saejax.activations.plan import Batch, Plan, Reader
 from saejax.activations.progress import SAY_EVERY
-from saejax.activations.reader import Reader
 from saejax.activations.request import begins_with_bos, read_request
 from saejax.activations.store import DTYPES
 from saejax.activations.tokenize import text_documents
@@ -41,15 +40,15 @@ class _Stopped(Exception):
     """Raised when the process was asked to stop while a buffer was made."""
 
 
-def _buffers(reader: Reader, parts: Parts, rows: int, dtype: str) -> HostBuffers | DeviceBuffers:
-    """Return buffers on the devices where the JAX decoder fills them, else in the host's memory."""
+def _device_buffers(reader: Reader, parts: Parts, rows: int, dtype: str) -> DeviceBuffers | None:
+    """Return buffers on the devices where the JAX decoder fills them; None where values go to the host's memory."""
     from saejax.activations.device_buffers import DeviceBuffers
     from saejax.activations.jax_capture import DecoderReader
 
     # Joined sites are put together on the host, and torch's values are there already.
     if isinstance(reader, DecoderReader) and not any(map(is_joined, sites_of(parts))):
         return DeviceBuffers(reader, parts, rows, dtype)
-    return HostBuffers(reader, rows, dtype)
+    return None
 
 
 class ModelStream:
@@ -80,7 +79,8 @@ class ModelStream:
         self._plan = Plan(documents, rows, config.batch_tokens, config.last, run.configs[CorpusConfig].seed)
         self._reader = load_reader(run, request, self._plan, config)
         self._dtype, largest = config.store_dtype, max(map(self.size, range(len(self))))
-        self._buffers = _buffers(self._reader, parts, largest, self._dtype)
+        self._on_devices = _device_buffers(self._reader, parts, largest, self._dtype)
+        self._buffers = self._on_devices or ShardBuffers(self._reader.widths, largest, self._dtype)
         self._norms: dict[str, np.ndarray] = {}
         self._max_norms: dict[str, float] = {}
         self._last_logged = -math.inf
@@ -106,7 +106,7 @@ class ModelStream:
     @property
     def on_devices(self) -> tuple[jax.Array, ...] | None:
         """The buffer at hand if it is on the devices, of every part [sites, rows, d]; ``fill`` takes their memory."""
-        return self._buffers.parts
+        return self._on_devices.parts if self._on_devices else None
 
     def d(self, site: str) -> int:
         """Return the width of a site."""
@@ -124,7 +124,10 @@ class ModelStream:
         """
         start = time.monotonic()
         try:
-            self._buffers.fill(self._batches(buffer))
+            if isinstance(self._buffers, ShardBuffers):
+                self._reader.read(self._batches(buffer), self._buffers.take)  # norms tell whether values are finite
+            else:
+                self._buffers.fill(self._batches(buffer))
         except _Stopped:
             return False
         self._norms = {site: norm_R[: self.size(buffer)] for site, norm_R in self._buffers.norms().items()}

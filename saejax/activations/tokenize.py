@@ -1,9 +1,10 @@
 """The documents of a run: made in memory, or on disk by the stage ``tokenize``, which never has all text in memory.
 
-Streamed text is written as it comes. What is shuffled are the documents' starts, lengths and table rows, so that the
-token ids themselves are written once.
+Streamed text is written as it comes. What is shuffled are the documents' starts, lengths and table rows, 20 bytes of
+memory for each, so that the token ids themselves are written once.
 """
 
+import array
 import contextlib
 import os
 import zlib
@@ -20,7 +21,7 @@ from saejax.activations.progress import TextProgress
 from saejax.activations.request import CaptureRequest
 from saejax.activations.results import TokenizeResults
 from saejax.errors import Interrupted, UserError
-from saejax.files import WRITING, file_sha256, whole_file
+from saejax.files import file_sha256, whole_file
 from saejax.models import source
 from saejax.results import load_results
 from saejax.runner.workspace import Run
@@ -28,7 +29,6 @@ from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig, TaskConfig
 from saejax.tasks import corpora
 from saejax.tasks.corpora import Document
 
-_BLOCK = 2**16  # documents whose rows are permuted together
 _MAX_GROUPS = 2**31 - 1
 
 
@@ -111,16 +111,14 @@ class _DocumentsWriter:
 
     def __init__(self, folder: Path):
         self._folder = folder
+        self._rows = array.array("i")  # in the order of the text, of each document its length and ``COLUMNS``
         self.documents, self.tokens = [0] * len(SPLITS), [0] * len(SPLITS)
 
     def __enter__(self) -> "_DocumentsWriter":
         with contextlib.ExitStack() as stack:
-            self._ids = self._open(stack, self._folder / FILES[0])
-            # Rows in the order of the text: [length, *COLUMNS], int32.
-            self._rows = self._folder / f".rows.{WRITING}{os.getpid()}"
-            stack.callback(self._rows.unlink, missing_ok=True)
-            self._table = stack.enter_context(open(self._rows, "wb"))
-            # Only now that all files are open: what fails before is closed and removed by the block.
+            self._ids = self._open(stack, FILES[0])
+            self._ids.write(npy_header((0,), np.dtype(np.int32)))
+            # Only now that the file is open: what fails before is closed and removed by the block.
             self._stack = stack.pop_all()
         return self
 
@@ -132,39 +130,31 @@ class _DocumentsWriter:
         # Groups are only compared with one another: two that share a number count as one, which does no harm.
         group = zlib.crc32(piece.group.encode()) % _MAX_GROUPS
         self._ids.write(piece.ids_T.tobytes())
-        row = np.array([len(piece.ids_T), piece.split, group, piece.source, piece.start], np.int32)
-        self._table.write(row.tobytes())
+        self._rows.extend([len(piece.ids_T), piece.split, group, piece.source, piece.start])
         self.documents[piece.split] += 1
         self.tokens[piece.split] += len(piece.ids_T)
 
     def finish(self, seed: int) -> None:
         """Write the arrays of documents in a seeded random order, train before held-out."""
-        self._ids.seek(0)
         # The header has 128 bytes whatever the shape, so that it fits where an empty one was written.
+        self._ids.seek(0)
         self._ids.write(npy_header((sum(self.tokens),), np.dtype(np.int32)))
-        self._table.flush()
-        rows_Nx5 = np.memmap(self._rows, np.int32, "r").reshape(-1, 1 + len(COLUMNS))
+        rows_Nx5 = np.frombuffer(self._rows, np.int32).reshape(-1, 1 + len(COLUMNS))
         starts_N = np.cumsum(rows_Nx5[:, 0], dtype=np.int64) - rows_Nx5[:, 0]
         order_N = shuffled_order(rows_Nx5[:, 1 + COLUMNS.index("split")], seed)
+        arrays = starts_N, rows_Nx5[:, 0], rows_Nx5[:, 1:]
         with contextlib.ExitStack() as stack:
-            shapes = ((len(order_N),), (len(order_N),), (len(order_N), len(COLUMNS)))
-            files = [self._open(stack, self._folder / name) for name in FILES[1:]]
-            for file, shape, dtype in zip(files, shapes, (np.int64, np.int32, np.int32), strict=True):
-                file.seek(0)
-                file.write(npy_header(shape, np.dtype(dtype)))
-            for first in range(0, len(order_N), _BLOCK):
-                chosen = order_N[first : first + _BLOCK]
-                rows = rows_Nx5[chosen]
-                for file, array in zip(files, (starts_N[chosen], rows[:, 0], rows[:, 1:]), strict=True):
-                    file.write(array.tobytes())
+            for name, values in zip(FILES[1:], arrays, strict=True):
+                ordered = values[order_N]
+                file = self._open(stack, name)
+                file.write(npy_header(ordered.shape, ordered.dtype))
+                file.write(ordered.data)
 
-    def _open(self, stack: contextlib.ExitStack, path: Path) -> IO[bytes]:
-        """Open a file that appears whole or not at all, with room for the header of an array of any length."""
+    def _open(self, stack: contextlib.ExitStack, name: str) -> IO[bytes]:
+        """Open a file that appears whole or not at all."""
+        path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = stack.enter_context(whole_file(path))
-        file = stack.enter_context(open(unfinished, "wb"))  # noqa: SIM115, as the stack closes it
-        file.write(npy_header((0,), np.dtype(np.int32)))
-        return file
+        return stack.enter_context(open(stack.enter_context(whole_file(path)), "wb"))
 
 
 def _check_vocabulary(model: source.ModelSource, vocabulary: int | None, ids_T: np.ndarray) -> None:

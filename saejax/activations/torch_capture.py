@@ -11,8 +11,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from saejax.activations.plan import Batch
-from saejax.activations.reader import Take
+from saejax.activations.plan import Batch, Take
 from saejax.models.sites import AnySite, Site
 from saejax.models.torch_hooks import HookedModel
 
@@ -39,7 +38,7 @@ class SiteReader:
         self.widths = self._model.widths(sites)
 
     def read(self, batches: Iterable[Batch], take: Take) -> None:
-        """See ``reader.Reader``. Sites of a batch come in the order of the forward pass."""
+        """See ``plan.Reader``. Sites of a batch come in the order of the forward pass."""
         for batch in batches:
 
             def visit(site: AnySite, value: torch.Tensor, batch: Batch = batch) -> torch.Tensor:

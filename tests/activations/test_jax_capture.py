@@ -53,8 +53,24 @@ def test_both_backends_make_the_same_store(setup, on_one_device, options):
     assert_same_store(stores[1][0], stores[0][0])
     speeds = [results.tokens_per_second for _, results in stores]
     assert min(speeds) > 0
-    counts = [(results.documents, results.tokens, results.padding_share) for _, results in stores]
+    counts = [(results.documents, results.tokens) for _, results in stores]
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("mesh", [dict(), dict(data=2, model=4)], ids=["data 8", "data 2, model 4"])
+def test_the_share_of_padding_is_that_of_all_tokens_that_ran(setup, monkeypatch, mesh):
+    """Rows that only fill up a batch's shape, and the tokens up to its length, run like all others."""
+    real, ran, pad_batch = [], [], DecoderReader.pad_batch
+
+    def counted(reader, batch):
+        padded = pad_batch(reader, batch)
+        real.append(batch.stop_B.sum())
+        ran.append(padded[0].size)
+        return padded
+
+    monkeypatch.setattr(DecoderReader, "pad_batch", counted)
+    _, results = setup.capture("padded", backend="jax", shard_rows=100, mesh=MeshConfig(**mesh))
+    assert sum(real) < sum(ran) and results.padding_share == pytest.approx(1 - sum(real) / sum(ran))
 
 
 @pytest.mark.parametrize("mesh", [dict(), dict(data=2, model=4)], ids=["data 8", "data 2, model 4"])

@@ -44,7 +44,7 @@ def test_hooks_and_modules_mean_sites(hook, site):
 )
 def test_hooks_that_are_no_site_are_refused_by_name(hook):
     with pytest.raises(UserError, match=f"the hook {hook} is none of the sites"):
-        hooks.to_site(hook)
+        hooks.require_sites(hooks.to_site(hook))
 
 
 def test_norms_after_the_mlp_make_its_module_another_place():
@@ -54,7 +54,7 @@ def test_norms_after_the_mlp_make_its_module_another_place():
     assert hooks.to_site("mlp_out_layer_3", "google/gemma-2-2b") == "module:model.layers.3.mlp"
     assert hooks.to_site("attn_layer_3", "google/gemma-3-1b") == "module:model.layers.3.self_attn"
     with pytest.raises(UserError, match="none of the sites"):
-        hooks.to_site("blocks.3.mlp.hook_out", "google/gemma-3-4b")
+        hooks.require_sites(hooks.to_site("blocks.3.mlp.hook_out", "google/gemma-3-4b"))
 
 
 def test_sites_that_have_no_name_elsewhere():

@@ -42,13 +42,12 @@ class Format:
     Attributes:
       name: name of the tool or release.
       matches: whether a folder, or a file, holds a dictionary of it; looks at names, and at settings where it must.
-      parse: describes the dictionary without reading its arrays, given the path, and sites in place of those that its
-        files name ("": as they say).
+      parse: describes the dictionary at a path without reading its arrays.
     """
 
     name: str
     matches: Callable[[Path], Any]
-    parse: Callable[[Path, str, str], Published]
+    parse: Callable[[Path], Published]
 
 
 # The first that matches is taken: those that are told by one name come before those that need a look at settings.
@@ -125,13 +124,7 @@ def load_dictionary(
 
 
 def read_config(path: str | os.PathLike, site: str = "", target: str = "") -> DictionaryConfig:
-    """Return the configuration of the dictionary at a path, without reading its arrays.
-
-    Args:
-      path: as for ``load_dictionary``.
-      site: as for ``load_dictionary``.
-      target: as for ``load_dictionary``.
-    """
+    """Return the configuration that ``load_dictionary`` would give the dictionary, without reading its arrays."""
     return _locate(path, site, target).config
 
 
@@ -255,13 +248,12 @@ def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Locate
     # The folder of a set may hold a file that is a dictionary by itself: the set is asked for by other functions.
     if format is None or (not folder.suffix and circuit_tracer.is_set(folder)):
         raise UserError(f"{folder} holds no dictionary {_hint(folder)}")
-    overrides = registry_overrides(path)
-    if format.parse is saelens.parse:
-        parsed = saelens.parse(folder, site, target, overrides)
-    else:
-        parsed = format.parse(folder, site, target)
-    parsed = dataclasses.replace(parsed, config=_with_sites(parsed.config, site, target))
-    return Located(parsed.config, format.name, parsed.load)
+    # Of SAELens' settings some depend on the site, and some are in its registry.
+    is_saelens = format.parse is saelens.parse
+    parsed = saelens.parse(folder, site, registry_overrides(path)) if is_saelens else format.parse(folder)
+    config = _with_sites(parsed.config, site, target)
+    hooks.require_sites(config.site, config.target)
+    return Located(config, format.name, dataclasses.replace(parsed, config=config).load)
 
 
 def _with_sites(config: DictionaryConfig, site: str, target: str) -> DictionaryConfig:
@@ -276,9 +268,7 @@ def _own_folder(folder: Path) -> Path | None:
 
 def _holds_dictionary(path: Path) -> bool:
     """Return whether a folder or file holds a dictionary of any format."""
-    if _own_folder(path):
-        return True
-    return any(format.matches(path) for format in FORMATS)
+    return bool(_own_folder(path)) or any(format.matches(path) for format in FORMATS)
 
 
 def _find_all(folder: Path) -> list[Path]:

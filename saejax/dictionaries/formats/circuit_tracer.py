@@ -40,6 +40,7 @@ from saejax.parallel.collectives import is_first_process
 
 DESCRIPTION = "config.yaml"
 LAYERS, ENCODERS, DECODERS = "layer_{}.safetensors", "W_enc_{}.safetensors", "W_dec_{}.safetensors"
+_CROSS_FILES = (DESCRIPTION, ENCODERS.format("*"), DECODERS.format("*"))
 PER_LAYER, CROSS_LAYER = "transcoder_set", "cross_layer_transcoder"  # values of model_kind
 FACTS = "saejax"  # key of the description under which our own folders say more
 _LAYER_FILE = re.compile(r"layer_\d+\.safetensors")
@@ -49,6 +50,8 @@ _ACTIVATIONS = {"relu": "standard", "jumprelu": "jumprelu", "jump_relu": "jumpre
 # circuit-tracer's code states k of this set, whose description does not.
 _KNOWN_K = {"crv-8b-instruct-transcoders": 128}
 _SAMPLE = 64  # rows that are looked at
+_LAYOUT = dict(W_enc_DxF="W_enc.T", b_enc_F="b_enc", W_dec_FxD="W_dec", b_dec_D="b_dec")
+_CROSS_LAYOUT = dict(W_enc_DxF="W_enc", b_enc_F="b_enc", W_dec_FxD="W_dec", b_dec_D="b_dec", threshold_F="threshold")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,20 +124,9 @@ def is_layer(file: Path) -> bool:
     return file.is_file() and bool(_LAYER_FILE.fullmatch(file.name))
 
 
-def parse_layer(file: Path, site: str = "", target: str = "") -> tensors.Published:
-    """Describe the transcoder in the file of one layer, whose set's description may lie beside it.
-
-    Args:
-      file: such as ``layer_17.safetensors``.
-      site: the site that it reads, in place of the hook that the description names.
-      target: the site that it predicts, likewise.
-
-    Raises:
-      UserError: the file or the description is damaged.
-    """
-    layer = int(file.stem.rpartition("_")[2])
-    kinds = (name.partition(".")[0] for name in (site, target))
-    return _parse_layer(file.parent, read_settings(file.parent), layer, file, *kinds)
+def parse_layer(file: Path) -> tensors.Published:
+    """Describe the transcoder in the file of one layer, whose set's description may lie beside it."""
+    return _parse_layer(file.parent, read_settings(file.parent), int(file.stem.rpartition("_")[2]), file)
 
 
 def is_cross_layer(folder: Path) -> bool:
@@ -189,7 +181,11 @@ def open_set(folder: Path, site: str = "", target: str = "") -> TranscoderSet:
     if not files:
         raise UserError(f"{folder} holds no layers of a transcoder set: expected {LAYERS.format(0)} and so on")
     layers = [_parse_layer(folder, settings, layer, file, site, target) for layer, file in enumerate(files)]
-    return TranscoderSet(_check_same(folder, layers))
+    hooks.require_sites(layers[0].config.site, layers[0].config.target)
+    if len({(layer.config.d_in, layer.config.n_features) for layer in layers}) > 1:
+        listed = ", ".join(f"{layer.config.d_in} to {layer.config.n_features}" for layer in layers)
+        raise UserError(f"{folder} has layers of different sizes ({listed}): a set has one")
+    return TranscoderSet(tuple(layers))
 
 
 def of_files(files: Sequence[Path]) -> TranscoderSet:
@@ -201,16 +197,15 @@ def of_files(files: Sequence[Path]) -> TranscoderSet:
 
 
 def _parse_layer(
-    folder: Path, settings: Mapping[str, Any], layer: int, file: Path, site: str, target: str
+    folder: Path, settings: Mapping[str, Any], layer: int, file: Path, site: str = "", target: str = ""
 ) -> tensors.Published:
-    """Describe the transcoder of a layer of a set that is not cross-layer."""
+    """Describe the transcoder of a layer of a set that is not cross-layer; see ``_sites``."""
     model = str(settings.get("model_name") or "")
     site, target = _sites(settings, layer, site, target)
     if gemma_scope.is_file_of_set(file):
         return gemma_scope.parse_file(file, site, target, model)
     state = tensors.open_tensors(file)
-    layout = dict(W_enc_DxF="W_enc.T", b_enc_F="b_enc", W_dec_FxD="W_dec", b_dec_D="b_dec")
-    layout |= {"threshold_F": _THRESHOLD} if _THRESHOLD in state else {}
+    layout = _LAYOUT | ({"threshold_F": _THRESHOLD} if _THRESHOLD in state else {})
     layout |= {"W_skip_DxD": "W_skip.T"} if "W_skip" in state else {}
     kind = _kind(folder, settings, layer, _THRESHOLD in state)
     facts = settings.get(FACTS) if isinstance(settings.get(FACTS), dict) else {}
@@ -283,106 +278,72 @@ def _sites(settings: Mapping[str, Any], layer: int, site: str, target: str) -> t
     return site_of(settings[_HOOKS[0]], site), site_of(settings[_HOOKS[1]], target)
 
 
-def _check_same(folder: Path, layers: Sequence[tensors.Published]) -> tuple[tensors.Published, ...]:
-    """Return the layers of a set if they are of one size."""
-    sizes = [(layer.config.d_in, layer.config.n_features) for layer in layers]
-    if len(set(sizes)) > 1:
-        listed = ", ".join(f"{width} to {features}" for width, features in sizes)
-        raise UserError(f"{folder} has layers of different sizes ({listed}): a set has one")
-    return tuple(layers)
-
-
 # --- Cross-layer transcoders
 
 
 def _open_cross_layer(folder: Path, site: str) -> TranscoderSet:
     """Open a cross-layer transcoder of either layout."""
     settings = read_settings(folder)
-    second = gemma_scope.PARAMS.format("*")
     files = _listed_files(folder, settings) or _numbered_files(folder, gemma_scope.PARAMS)
     if files:
-        opened = [(file, tensors.open_tensors(file)) for file in files]
+        states = [tensors.open_tensors(file) for file in files]
     else:
         files = _numbered_files(folder, ENCODERS)
         decoders = [file.with_name(DECODERS.format(layer)) for layer, file in enumerate(files)]
-        opened = [
-            (file, tensors.open_tensors(file) | tensors.open_tensors(d))
-            for file, d in zip(files, decoders, strict=True)
-        ]
+        states = [tensors.open_tensors(e) | tensors.open_tensors(d) for e, d in zip(files, decoders, strict=True)]
         _check_stamps(folder, settings, [*files, *decoders])
-    if not opened:
-        raise UserError(
-            f"{folder} holds no layer of a cross-layer transcoder: expected {ENCODERS.format('*')} or {second}"
-        )
-    all_layers = "w_enc" in opened[0][1]  # whether decoders have a row for layers below their own, too
-    facts = _facts(folder, settings, len(opened))
-    layers, written = [], []
-    for layer, (file, state) in enumerate(opened):
-        names = {re.sub(r"_\d+$", "", name): name for name in state}
-        if all_layers:
-            layout = gemma_scope.layout_of(state)
-        else:
-            layout = {"W_enc_DxF": f"{names.get('W_enc', 'W_enc')}.T", "b_enc_F": names.get("b_enc", "b_enc")}
-            layout |= {"b_dec_D": names.get("b_dec", "b_dec"), "W_dec_FxD": names.get("W_dec", "W_dec")}
-            layout |= {"threshold_F": names["threshold"]} if "threshold" in names else {}
-        layout = {ours: name for ours, name in layout.items() if ours != "threshold_F" or name in state}
-        decoder = tensors.arrange(file, state, {"W_dec_FxD": layout.pop("W_dec_FxD")})[0]["W_dec_FxD"]
-        config = _cross_layer_config(file, state, layout, decoder, (layer, len(opened)), all_layers)
-        config = dataclasses.replace(
-            config,
-            site=_sites(settings, layer, site, "")[0],
-            model=str(settings.get("model_name") or ""),
-            **facts[layer],
-        )
-        arranged, transposed = tensors.arrange(file, state, layout, config)
-        layers.append(_own_layer(config, arranged, transposed, decoder, layer, len(opened)))
-        written.append(decoder)
+    if not states:
+        expected = f"{ENCODERS.format('*')} or {gemma_scope.PARAMS.format('*')}"
+        raise UserError(f"{folder} holds no layer of a cross-layer transcoder: expected {expected}")
+    facts, layers, writes = _facts(folder, settings, len(states)), [], []
+    for layer, (file, state) in enumerate(zip(files, states, strict=True)):
+        read = _sites(settings, layer, site, "")[0]
+        facts[layer] |= dict(site=read, target=f"mlp_out.{layer}", model=str(settings.get("model_name") or ""))
+        parsed, decoder = _parse_cross_layer(file, state, layer, len(states), facts[layer])
+        layers.append(parsed)
+        writes.append(decoder)
     if len({(c.kind, c.d_in, c.n_features, c.skip) for c in (layer.config for layer in layers)}) > 1:
         raise UserError(f"{folder} has layers of different sizes or kinds: a set has one")
-    if all_layers and len(layers) > 1:
-        _check_order(opened[-1][0], written[-1])
-    return TranscoderSet(tuple(layers), tuple(written))
+    if len(layers) > 1 and writes[-1].shape[1] == len(layers):  # with a row for every layer, also those below
+        _check_order(files[-1], writes[-1])
+    return TranscoderSet(tuple(layers), tuple(writes))
 
 
-def _own_layer(
-    config: DictionaryConfig,
-    arranged: dict[str, tensors.Tensor],
-    transposed: frozenset[str],
-    decoder: tensors.Tensor,
-    layer: int,
-    count: int,
-) -> tensors.Published:
-    """Describe a layer with what its features write to the layer itself as its decoder."""
-    own_FxD = decoder.column(decoder.shape[1] - (count - layer))
-    return tensors.Published(config, arranged | dict(W_dec_FxD=own_FxD), transposed)
-
-
-def _cross_layer_config(
-    file: Path,
-    state: Mapping[str, tensors.Tensor],
-    layout: tensors.Layout,
-    decoder: tensors.Tensor,
-    number: tuple[int, int],
-    all_layers: bool,
-) -> DictionaryConfig:
-    """Return a layer's configuration; ``number`` is its own, and the number of layers."""
-    layer, count = number
-    encoder, transposed = tensors.arrange(file, state, {"W_enc_DxF": layout["W_enc_DxF"]})
-    shape = encoder["W_enc_DxF"].shape
-    if len(shape) != 2 or len(decoder.shape) != 3:
-        raise UserError(f"{file} is no layer of a cross-layer transcoder: W_enc is {shape}, W_dec {decoder.shape}")
-    width, features = shape[::-1] if transposed else shape
-    wanted = (features, count if all_layers else count - layer, width)
-    if decoder.shape != wanted:
-        raise UserError(f"{file} does not fit its description: W_dec has the shape {decoder.shape}, expected {wanted}")
-    return DictionaryConfig(
+def _parse_cross_layer(
+    file: Path, state: Mapping[str, tensors.Tensor], layer: int, count: int, facts: Mapping[str, Any]
+) -> tuple[tensors.Published, tensors.Tensor]:
+    """Describe a layer, of ``count``, whose decoder is its write to itself; return all of its writes, too."""
+    if "w_enc" in state:
+        layout, rows = gemma_scope.layout_of(state), count  # its decoder has a row for layers below its own, too
+    else:
+        names = {re.sub(r"_\d+$", "", name): name for name in state}
+        layout = {ours: names.get(name, name) for ours, name in _CROSS_LAYOUT.items()}
+        layout["W_enc_DxF"] += ".T"
+        rows = count - layer
+    layout = {ours: name for ours, name in layout.items() if ours != "threshold_F" or name in state}
+    matrices = {name: layout[name] for name in ("W_enc_DxF", "W_dec_FxD")}
+    arranged, transposed = tensors.arrange(file, state, matrices)
+    encoder, decoder = arranged["W_enc_DxF"].shape, arranged["W_dec_FxD"]
+    if len(encoder) != 2 or len(decoder.shape) != 3:
+        raise UserError(f"{file} is no layer of a cross-layer transcoder: W_enc is {encoder}, W_dec {decoder.shape}")
+    width, features = encoder[::-1] if transposed else encoder
+    if decoder.shape != (features, rows, width):
+        expected = (features, rows, width)
+        raise UserError(
+            f"{file} does not fit its description: W_dec has the shape {decoder.shape}, expected {expected}"
+        )
+    config = DictionaryConfig(
         kind="jumprelu" if "threshold_F" in layout else "standard",
-        target=f"mlp_out.{layer}",
         d_in=width,
         n_features=features,
         skip="W_skip_DxD" in layout,
         centred=False,
+        **facts,
     )
+    del layout["W_dec_FxD"]
+    arranged, transposed = tensors.arrange(file, state, layout, config)
+    own_FxD = decoder.column(rows - (count - layer))
+    return tensors.Published(config, arranged | dict(W_dec_FxD=own_FxD), transposed), decoder
 
 
 def _check_stamps(folder: Path, settings: Mapping[str, Any], files: Sequence[Path]) -> None:
@@ -399,7 +360,7 @@ def _check_stamps(folder: Path, settings: Mapping[str, Any], files: Sequence[Pat
 def _facts(folder: Path, settings: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
     """Return fields of each layer's ``DictionaryConfig`` from the description of a folder of ours."""
     if FACTS not in settings:
-        return [{}] * layers
+        return [{} for _ in range(layers)]
     facts = settings[FACTS]
     limits = facts.get("max_norms") if isinstance(facts, dict) else None
     if (
@@ -450,7 +411,10 @@ def save_each(folder: Path, configs: Sequence[DictionaryConfig], load: Callable[
             if transcoder.kind.jumprelu:
                 transcoder = rescale.as_jumprelu(transcoder)
             # circuit-tracer subtracts no bias from what it reads: the encoder's bias takes it over.
-            named = _file_tensors(rescale.uncentre(transcoder))
+            transcoder = rescale.uncentre(transcoder)
+            named = _file_arrays(transcoder)
+            if "threshold" in named:
+                named[_THRESHOLD] = named.pop("threshold")
             tensors.write(unfinished / LAYERS.format(layer), named)
         write_text(unfinished / DESCRIPTION, yaml.safe_dump(_describe(configs[by_layer[0]]), allow_unicode=True))
 
@@ -477,19 +441,18 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
         return
     configs: list[DictionaryConfig] = []
     stamp = ""
-    with tensors.whole_folder(folder, DESCRIPTION, ENCODERS.format("*"), DECODERS.format("*")) as unfinished:
+    with tensors.whole_folder(folder, *_CROSS_FILES) as unfinished:
         for layer, (dictionary, writes_FxXxD) in enumerate(loaded):
             config = dictionary.config
             if config.kind not in ("standard", "jumprelu") or config.skip:
                 raise UserError(f"circuit-tracer's cross-layer folders hold no {config.kind} layers, or skip paths")
-            arrays = rescale.host_arrays(rescale.uncentre(dictionary))
-            named = {name: arrays[ours] for name, ours in tensors.plain_names(config).items() if name != "W_dec"}
-            named["W_enc"] = named["W_enc"].T
+            named = _file_arrays(rescale.uncentre(dictionary))
+            named.pop("W_dec", None)
             stamp = stamp or _stamp(config, named)
-            encoder = {f"{name}_{layer}": array for name, array in named.items()}
-            tensors.write(unfinished / ENCODERS.format(layer), encoder, stamp)
-            decoder = {f"W_dec_{layer}": writes_FxXxD.astype(named["W_enc"].dtype)}
-            tensors.write(unfinished / DECODERS.format(layer), decoder, stamp)
+            writes_FxXxD = writes_FxXxD.astype(named["W_enc"].dtype)
+            for pattern, of_file in ((ENCODERS, named), (DECODERS, dict(W_dec=writes_FxXxD))):
+                of_layer = {f"{name}_{layer}": array for name, array in of_file.items()}
+                tensors.write(unfinished / pattern.format(layer), of_layer, stamp)
             configs.append(config)
         check(configs)
         facts = dict(revision=configs[0].revision, fingerprint=configs[0].fingerprint)
@@ -501,9 +464,8 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
 def clear_cross_layer(folder: Path) -> None:
     """Remove a cross-layer transcoder, its description first."""
     # Without its description a folder is no set: what is left of a killed removal is never read.
-    for pattern in (DESCRIPTION, ENCODERS.format("*"), DECODERS.format("*")):
-        for path in folder.glob(pattern):
-            path.unlink()
+    for path in (path for pattern in _CROSS_FILES for path in folder.glob(pattern)):
+        path.unlink()
 
 
 def copy_cross_layer(folder: Path, to: Path) -> None:
@@ -512,10 +474,9 @@ def copy_cross_layer(folder: Path, to: Path) -> None:
     Raises:
       UserError: one is there already.
     """
-    with tensors.whole_folder(to, DESCRIPTION, ENCODERS.format("*"), DECODERS.format("*")) as unfinished:
-        for pattern in (ENCODERS.format("*"), DECODERS.format("*"), DESCRIPTION):
-            for path in folder.glob(pattern):
-                shutil.copyfile(path, unfinished / path.name)
+    with tensors.whole_folder(to, *_CROSS_FILES) as unfinished:
+        for path in (path for pattern in _CROSS_FILES for path in folder.glob(pattern)):
+            shutil.copyfile(path, unfinished / path.name)
 
 
 def holds_kind(kind: str) -> bool:
@@ -555,12 +516,12 @@ def check(configs: Sequence[DictionaryConfig]) -> None:
         raise UserError(f"the transcoders of a set must be of one {' and '.join(differ)}, and these are not")
 
 
-def _file_tensors(transcoder: Dictionary) -> dict[str, np.ndarray]:
-    """Return a transcoder's arrays as a layer's file has them."""
-    names = tensors.plain_names(transcoder.config)
+def _file_arrays(transcoder: Dictionary) -> dict[str, np.ndarray]:
+    """Return a transcoder's arrays by the names and in the order of axes of a layer's file."""
     arrays = rescale.host_arrays(transcoder)
     turned = {ours: array.T if ours in ("W_enc_DxF", "W_skip_DxD") else array for ours, array in arrays.items()}
-    return {_THRESHOLD if name == "threshold" else name: turned[ours] for name, ours in names.items()}
+    names = tensors.plain_names(transcoder.config)
+    return {name: turned[ours] for name, ours in names.items() if ours in turned}
 
 
 def _stamp(config: DictionaryConfig, first: Mapping[str, np.ndarray]) -> str:

@@ -65,36 +65,18 @@ def is_file_of_set(file: Path) -> bool:
     return file.suffix == ".npz" or "w_enc" in tensors.open_tensors(file)
 
 
-def parse(folder: Path, site: str = "", target: str = "") -> tensors.Published:
-    """Describe the dictionary in a folder that ``find_file`` finds one in.
-
-    Args:
-      folder: the folder, or the file itself.
-      site: the site that it reads, in place of that in the path.
-      target: the site that it predicts, in place of that in the path.
-
-    Raises:
-      UserError: it is damaged, or reads what is no site here.
-    """
+def parse(folder: Path) -> tensors.Published:
+    """Describe the dictionary in a folder that ``find_file`` finds one in."""
     file = find_file(folder)
     assert file is not None
-    named = (site, target) if site else _sites(file)
-    return parse_file(file, *named, _model(file))
+    return parse_file(file, *_sites(file), _model(file))
 
 
-def parse_file(file: Path, site: str, target: str = "", model: str = "") -> tensors.Published:
-    """Describe the dictionary of a file.
-
-    Args:
-      file: the file with its arrays.
-      site: the site that it reads.
-      target: the site that a transcoder predicts.
-      model: name of the language model.
-    """
+def parse_file(file: Path, site: str, target: str, model: str = "") -> tensors.Published:
+    """Describe the dictionary of a file that reads ``site`` and, if a transcoder, predicts ``target`` of ``model``."""
     state = tensors.open_tensors(file)
-    layout = layout_of(state)
     facts: dict[str, Any] = dict(kind="jumprelu", centred=False, bos="always", model=model)
-    return tensors.describe(file, state, layout, None, site=site, target=target, **facts)
+    return tensors.describe(file, state, layout_of(state), site=site, target=target, **facts)
 
 
 def is_crosscoder(folder: Path) -> bool:
@@ -102,15 +84,10 @@ def is_crosscoder(folder: Path) -> bool:
     return bool(_CROSSCODER.search(folder.name)) and (folder / PARAMS.format(0)).is_file()
 
 
-def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.Published:
-    """Describe a crosscoder as one dictionary of a joined site.
+def parse_crosscoder(folder: Path) -> tensors.Published:
+    """Describe a crosscoder, in a folder named after its layers, as one dictionary of a joined site.
 
     The features of each file read one part of it, so the joint encoder is block-diagonal.
-
-    Args:
-      folder: named after its layers.
-      site: a joined site in place of the one in the folder's name.
-      target: not supported by crosscoders.
 
     Raises:
       UserError: a file is missing, or the files do not make one crosscoder.
@@ -135,7 +112,7 @@ def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.
     count = len(layers)
     config = DictionaryConfig(
         kind="jumprelu",
-        site=site or "+".join(f"resid_post.{layer}" for layer in layers),
+        site="+".join(f"resid_post.{layer}" for layer in layers),
         d_in=count * width,
         n_features=count * features,
         centred=False,
@@ -161,16 +138,8 @@ def _join(parts: Sequence[dict[str, tensors.Tensor]], width: int, features: int)
     return joined | dict(W_enc_DxF=W_enc_DxF, W_dec_FxD=W_dec_FxD)
 
 
-def find_layers(folder: Path, choice: Sequence[str] = ()) -> list[Path]:
-    """Return the files of a folder's transcoders, one of each layer, in order; none if there are none.
-
-    Args:
-      folder: the folder that holds them.
-      choice: see ``choose_layers``.
-
-    Raises:
-      UserError: a layer has no file, or several of which ``choice`` does not leave exactly one.
-    """
+def find_layers(folder: Path, choice: Sequence[str]) -> list[Path]:
+    """Return the files of a folder's transcoders; see ``choose_layers``."""
     files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*.*")) if file.is_file()]
     return [folder / file for file in choose_layers(files, choice, str(folder))]
 

@@ -18,6 +18,7 @@ from saejax.models.sites import KINDS, Site
 
 UNKNOWN = "unknown"  # in place of a site that a file does not name
 MODULE = "module:"  # before the path of a module that is no site of the decoder
+_NO_SITE = "hook:"  # before the name of a hook that is no site
 NORMED = "mlp_normed"  # kind of the site before the gain of the norm before the MLP
 
 _WRITTEN = {
@@ -38,74 +39,35 @@ _SUBMODULE = re.compile(
     r"(resid_pre|resid_mid|resid_post|resid_out|resid|attn_out|attn|attention_out|mlp_out|mlp_in|mlp)"
     r"(?:_layer)?_?(\d+)"
 )
-_SHORT = {
-    "resid": "resid_post",
-    "resid_out": "resid_post",
-    "attn": "attn_out",
-    "attention_out": "attn_out",
-    "mlp": "mlp_out",
-}
+_SHORT = dict(resid="resid_post", resid_out="resid_post", attn="attn_out", attention_out="attn_out", mlp="mlp_out")
 _POST_NORMED = {"attn_out": "self_attn", "mlp_out": "mlp"}  # module of each site that some models normalise
-# Parts of the names of models that normalise what attention and the MLP give before it is added to the stream.
-_POST_NORMS = ("gemma-2", "gemma2", "gemma-3", "gemma3", "olmo-2", "olmo2")
-# Parts of the names of models by their norms, which decide what TransformerLens' centring of weights does.
-_LAYER_NORMS = (
-    "gpt2",
-    "gpt-2",
-    "pythia",
-    "gpt-neo",
-    "gptneo",
-    "gpt-j",
-    "phi-1",
-    "phi-2",
-    "opt-",
-    "bloom",
-    "tinystories",
-    "tiny-stories",
-    "stablelm",
-    "gelu-",
-    "solu-",
-    "attn-only",
-    "redwood",
+# Names of models that normalise what attention and the MLP give before it is added to the stream.
+_POST_NORMS = re.compile("gemma-?[23]|olmo-?2")
+# Names of models by their norms, which decide what TransformerLens' centring of weights does.
+_LAYER_NORMS = re.compile(
+    "gpt-?2|pythia|gpt-?neo|gpt-j|phi-[12]|opt-|bloom|tiny-?stories|stablelm|gelu-|solu-|attn-only|redwood"
 )
-_RMS_NORMS = (
-    "gemma",
-    "llama",
-    "mistral",
-    "mixtral",
-    "qwen",
-    "smollm",
-    "olmo-2",
-    "olmo2",
-    "phi-3",
-    "phi-4",
-    "yi-",
-    "deepseek",
-)
+_RMS_NORMS = re.compile("gemma|llama|mistral|mixtral|qwen|smollm|olmo-?2|phi-[34]|yi-|deepseek")
 
 
 def has_post_norms(model: str) -> bool:
     """Return whether a model of this name normalises what attention and the MLP give before it is added."""
-    return any(part in model.lower() for part in _POST_NORMS)
+    return bool(_POST_NORMS.search(model.lower()))
 
 
 def has_layer_norms(model: str) -> bool | None:
     """Return whether a model of this name has LayerNorms, not RMSNorms; None: the name does not tell."""
-    named = model.lower()
-    if any(part in named for part in _RMS_NORMS):
+    if _RMS_NORMS.search(model.lower()):
         return False
-    return True if any(part in named for part in _LAYER_NORMS) else None
+    return True if _LAYER_NORMS.search(model.lower()) else None
 
 
 def to_site(hook: str | None, model: str = "") -> str:
-    """Return the site that a name means, "module:<path>" for a module that is no site, "unknown" for no name.
+    """Return the site that a name means; for other names "module:<path>", or "hook:<name>", which has to be replaced.
 
     Args:
-      hook: such as "blocks.3.hook_mlp_out", "model.layers.3.mlp" or "mlp_out_layer_3".
+      hook: such as "blocks.3.hook_mlp_out", "model.layers.3.mlp" or "mlp_out_layer_3"; None or "" is "unknown".
       model: name of the model, which decides what the output of its MLPs is.
-
-    Raises:
-      UserError: it is a hook that none of the sites is.
     """
     if not hook:
         return UNKNOWN
@@ -122,12 +84,17 @@ def to_site(hook: str | None, model: str = "") -> str:
         layer, part = match.groups()
         if part is None or not has_post_norms(model):
             return f"{_MODULES[part]}.{layer}"
-    if "hook_" in hook:
-        raise UserError(
-            f"the hook {hook} is none of the sites here ({', '.join(KINDS)}): to load it all the same, say which site "
-            "stands for it (site= or target= of load_dictionary)"
-        )
-    return MODULE + hook
+    return (_NO_SITE if "hook_" in hook else MODULE) + hook
+
+
+def require_sites(*sites: str) -> None:
+    """Raise a ``UserError`` for a site that ``to_site`` made of a hook that is none."""
+    for site in sites:
+        if site.startswith(_NO_SITE):
+            raise UserError(
+                f"the hook {site.removeprefix(_NO_SITE)} is none of the sites here ({', '.join(KINDS)}): to load it "
+                "all the same, say which site stands for it (site= or target= of load_dictionary)"
+            )
 
 
 def to_hook(site: str) -> str | None:
@@ -140,13 +107,11 @@ def to_hook(site: str) -> str | None:
         return None
     if site.startswith(MODULE):
         return site.removeprefix(MODULE)
-    if ":" in site or "+" in site:
-        raise UserError(f"SAELens and circuit-tracer have no name for the site {site}: export sites such as mlp_in.3")
     kind, _, layer = site.partition(".")
+    if kind not in _WRITTEN or ":" in site or "+" in site:
+        raise UserError(f"SAELens and circuit-tracer have no name for the site {site}: export sites such as mlp_in.3")
     if kind != NORMED:
         Site.parse(site)
-    if kind not in _WRITTEN:
-        raise UserError(f"SAELens and circuit-tracer have no name for the site {site}: export sites such as mlp_in.3")
     return f"blocks.{layer}.{_WRITTEN[kind]}"
 
 

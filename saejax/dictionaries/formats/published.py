@@ -29,22 +29,19 @@ _LAYER_SUFFIX = re.compile(r"-l(\d+)\b", re.IGNORECASE)
 # --- sparsify (EleutherAI)
 
 _SPARSIFY = {"W_enc_DxF": "encoder.weight.T", "b_enc_F": "encoder.bias", "W_dec_FxD": "W_dec", "b_dec_D": "b_dec"}
-_MODULE_INPUTS = {
-    "mlp_out": "mlp_in",
-    "mlp_in": "mlp_in",
-    "resid_post": "resid_pre",
-}  # what a module with this output reads
+_MODULE_INPUTS = dict(mlp_out="mlp_in", mlp_in="mlp_in", resid_post="resid_pre")  # what a module with this output reads
 
 
-def parse_sparsify(folder: Path, site: str = "", target: str = "") -> tensors.Published:
+def _input_of(site: str) -> str:
+    """Return the site that the module with this output reads."""
+    kind, _, layer = site.partition(".")
+    return f"{_MODULE_INPUTS[kind]}.{layer}" if kind in _MODULE_INPUTS else hooks.UNKNOWN
+
+
+def parse_sparsify(folder: Path) -> tensors.Published:
     """Describe a folder with ``cfg.json`` and ``sae.safetensors``, named after the module that it reads.
 
     A transcoder predicts that module's output from its input.
-
-    Args:
-      folder: the dictionary's folder.
-      site: the site read, in place of the one that the files name.
-      target: the site predicted, in place of the one that the files name.
     """
     folder = folder.absolute()
     file, weights = folder / "cfg.json", folder / "sae.safetensors"
@@ -55,15 +52,13 @@ def parse_sparsify(folder: Path, site: str = "", target: str = "") -> tensors.Pu
     layout = _SPARSIFY | ({"W_skip_DxD": "W_skip.T"} if skip else {})
     run = folder.parent / "config.json"  # of the run that trained all folders beside this one
     model = str(tensors.read_settings(run).get("model") or "") if run.is_file() else ""
-    output = hooks.to_site(folder.name, model) if "." in folder.name and not site else hooks.UNKNOWN
-    kind, _, layer = output.partition(".")
-    read = f"{_MODULE_INPUTS[kind]}.{layer}" if kind in _MODULE_INPUTS else hooks.UNKNOWN
+    output = hooks.to_site(folder.name, model) if "." in folder.name else hooks.UNKNOWN
     parsed = tensors.describe(
         weights,
         state,
         layout,
         kind="topk",
-        site=read if transcoder else output,
+        site=_input_of(output) if transcoder else output,
         target=output if transcoder else "",
         k=tensors.positive_int(file, "k", settings.get("k")),
         signed=bool(settings.get("signed", False)),
@@ -99,31 +94,27 @@ _WITH_K = ("topk", "batchtopk", "matryoshka")
 _LENGTHS = ("GatedAutoEncoder", "JumpReluAutoEncoder")
 
 
-def parse_dictionary_learning(folder: Path, site: str = "", target: str = "") -> tensors.Published:
-    """Describe a folder with ``ae.pt`` and ``config.json``, whose ``trainer`` says which class it is.
-
-    Args:
-      folder: the dictionary's folder.
-      site: the site read, in place of the one that the files name.
-      target: the site predicted, in place of the one that the files name.
-    """
+def parse_dictionary_learning(folder: Path) -> tensors.Published:
+    """Describe a folder with ``ae.pt`` and ``config.json``, whose ``trainer`` says which class it is."""
     file, weights = folder / "config.json", folder / "ae.pt"
-    trainer = tensors.read_settings(file).get("trainer") if file.is_file() else {}
+    settings = tensors.read_settings(file) if file.is_file() else {}
+    trainer = settings.get("trainer") if settings else {}
     if not isinstance(trainer, dict):
         raise UserError(f"{file} has no trainer: it is not the description of a dictionary_learning folder")
     state = tensors.open_tensors(weights)
     name = str(trainer.get("dict_class") or _class_of(file, state))
     if name.endswith("CrossCoder"):
-        return _parse_crosscoder(weights, state, trainer, site)
+        return _parse_crosscoder(weights, state, trainer)
     if name not in _CLASSES:
         raise UserError(f"{file}: dict_class is {name!r}, which cannot be read: expected one of {', '.join(_CLASSES)}")
     kind, layout, centred = _CLASSES[name]
     if name == "AutoEncoder" and "bias" not in state and "b_dec" in state:
         layout = layout | {"b_dec_D": "b_dec"}
     model = str(trainer.get("lm_name") or "")
-    if not site:
-        site, target = _dictionary_learning_sites(folder, tensors.read_settings(file) if file.is_file() else {}, model)
-    sizes = _group_sizes(trainer, state) if kind == "matryoshka" else ()
+    site, target = _dictionary_learning_sites(folder, settings, model)
+    sizes = ()
+    if kind == "matryoshka":
+        sizes = state["group_sizes"].numbers() if "group_sizes" in state else trainer.get("group_sizes") or ()
 
     def fold(arrays: Arrays) -> Arrays:
         if "threshold_F" in arrays:  # activations are those of a ReLU, whatever the threshold
@@ -141,22 +132,14 @@ def parse_dictionary_learning(folder: Path, site: str = "", target: str = "") ->
         site=site,
         target=target,
         k=_k(weights, trainer, state) if kind in _WITH_K else 0,
-        groups=tuple(int(end) for end in np.cumsum(sizes)),
+        groups=tuple(int(end) for end in np.cumsum(np.asarray(sizes, int))),
         centred=centred,
         model=model,
     )
 
 
 def _class_of(file: Path, state: Mapping[str, Any]) -> str:
-    """Return the class of a folder without a description, by its tensors' names.
-
-    Args:
-      file: the description that is missing, for the message.
-      state: the tensors.
-
-    Raises:
-      UserError: no class has these tensors, or two have them.
-    """
+    """Return the class of a folder without its description ``file``: the only one that has tensors of these names."""
     matching: dict[str, str] = {}  # by kind, as one class has two spellings
     for name, (kind, layout, _) in _CLASSES.items():
         needed = {tensor.removesuffix(".T") for tensor in layout.values()} | ({"k"} if kind in _WITH_K else set())
@@ -179,11 +162,11 @@ def _dictionary_learning_sites(folder: Path, settings: Mapping[str, Any], model:
     else:
         sites = [hooks.to_site(part, model) for part in reversed(folder.absolute().parts) if "hook_" not in part]
         site = next((site for site in sites if not site.startswith(hooks.MODULE)), hooks.UNKNOWN)
-    kind, _, layer = site.partition(".")
     if buffer.get("io") == "in":  # trained on what the submodule reads
-        return (f"{_MODULE_INPUTS[kind]}.{layer}" if kind in _MODULE_INPUTS else hooks.UNKNOWN), ""
+        return _input_of(site), ""
     if buffer.get("io") != "in_and_out":
         return site, ""
+    kind, _, layer = site.partition(".")
     return (f"mlp_in.{layer}", f"mlp_out.{layer}") if kind in ("mlp_in", "mlp_out") else (hooks.UNKNOWN, hooks.UNKNOWN)
 
 
@@ -193,21 +176,9 @@ def _k(file: Path, settings: Mapping[str, Any], state: Mapping[str, tensors.Tens
     return tensors.positive_int(file, "k", int(state["k"].numbers()[0]) if k is None and "k" in state else k)
 
 
-def _group_sizes(trainer: Mapping[str, Any], state: Mapping[str, tensors.Tensor]) -> list[int]:
-    """Return the sizes of the nested groups, from the tensors or the settings."""
-    if "group_sizes" in state:
-        return [int(size) for size in state["group_sizes"].numbers()]
-    return [int(size) for size in trainer.get("group_sizes") or ()]
-
-
 # --- crosscoders of science-of-finetuning, and of dictionary_learning
 
-_CROSSCODER = {
-    "W_enc_DxF": "encoder.weight",
-    "b_enc_F": "encoder.bias",
-    "W_dec_FxD": "decoder.weight",
-    "b_dec_D": "decoder.bias",
-}
+_CROSSCODER = {name: tensor.removesuffix(".T") for name, tensor in (_LINEAR | {"b_dec_D": "decoder.bias"}).items()}
 
 
 def is_crosscoder(folder: Path) -> bool:
@@ -215,22 +186,14 @@ def is_crosscoder(folder: Path) -> bool:
     return (folder / "model.safetensors").is_file() and "num_layers" in tensors.read_settings(folder / "config.json")
 
 
-def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.Published:
-    """Describe a folder with ``model.safetensors`` and ``config.json`` (activation_dim, dict_size, num_layers).
-
-    Args:
-      folder: the dictionary's folder.
-      site: the site read, in place of the one that the files name.
-      target: the site predicted, in place of the one that the files name.
-    """
+def parse_crosscoder(folder: Path) -> tensors.Published:
+    """Describe a folder with ``model.safetensors`` and ``config.json`` (activation_dim, dict_size, num_layers)."""
     weights = folder / "model.safetensors"
-    return _parse_crosscoder(
-        weights, tensors.open_tensors(weights), tensors.read_settings(folder / "config.json"), site
-    )
+    return _parse_crosscoder(weights, tensors.open_tensors(weights), tensors.read_settings(folder / "config.json"))
 
 
 def _parse_crosscoder(
-    weights: Path, state: dict[str, tensors.Tensor], settings: Mapping[str, Any], site: str
+    weights: Path, state: dict[str, tensors.Tensor], settings: Mapping[str, Any]
 ) -> tensors.Published:
     """Describe a crosscoder: encoder.weight [P, d, F], decoder.weight [P, F, d], decoder.bias [P, d].
 
@@ -253,10 +216,8 @@ def _parse_crosscoder(
     normalised = str(settings.get("code_normalization") or "CROSSCODER").rpartition(".")[2].upper()
     if batch_topk and normalised not in ("CROSSCODER", "NONE"):
         raise UserError(f"{weights}: code_normalization is {normalised}, which cannot be followed: expected CROSSCODER")
-    layer = re.findall(r"-L(\d+)(?:-|/)", f"{weights.absolute().as_posix()}")
-    if not site:
-        named = count == 2 and bool(layer)
-        site = f"resid_post.{layer[-1]}+other:resid_post.{layer[-1]}" if named else hooks.UNKNOWN
+    layer = re.findall(r"-L(\d+)(?:-|/)", weights.absolute().as_posix()) if count == 2 else []
+    site = f"resid_post.{layer[-1]}+other:resid_post.{layer[-1]}" if layer else hooks.UNKNOWN
     config = DictionaryConfig(
         kind="batchtopk" if batch_topk else "standard",
         site=site,
@@ -295,28 +256,21 @@ def find_llama_scope(folder: Path) -> str:
     return file.name if file.is_file() and "sae_type" in tensors.read_settings(file) else ""
 
 
-def parse_llama_scope(folder: Path, site: str = "", target: str = "") -> tensors.Published:
+def parse_llama_scope(folder: Path) -> tensors.Published:
     """Describe a folder of any of the three releases.
 
     The arrays are those of training, for inputs and outputs that were scaled to a mean norm of sqrt(d). They become
     those for raw values, with decoder rows of length 1 (unless sparsity_include_decoder_norm is false). The first
     release states one threshold, of activations *then*; Llama-Scope-R1 has thresholds of the scaled activations.
     (SAELens 6 leaves the rows of the first release as they are, hence has other features active.)
-
-    Args:
-      folder: the dictionary's folder.
-      site: the site read, in place of the one that the files name.
-      target: the site predicted, in place of the one that the files name.
     """
     name = find_llama_scope(folder)
     file, weights = folder / name, folder / _LLAMA_SCOPE[name]
     settings, state = tensors.read_settings(file), tensors.open_tensors(weights)
     first_release = name == "hyperparams.json"
-    followed: dict[str, tuple[Any, ...]] = {
-        "use_glu_encoder": (False, None),
-        "norm_activation": ("dataset-wise", "inference"),
-        "sae_type": ("sae", None),
-    }
+    followed: dict[str, tuple[Any, ...]] = dict(
+        use_glu_encoder=(False, None), norm_activation=("dataset-wise", "inference"), sae_type=("sae", None)
+    )
     followed["act_fn"] = ("jumprelu", "topk") if first_release else ("jumprelu", "topk", "relu")
     for key, values in followed.items():
         if (value := settings.get(key, values[0])) not in values:
@@ -331,12 +285,10 @@ def parse_llama_scope(folder: Path, site: str = "", target: str = "") -> tensors
         )
     width, features = tensors.sizes(weights, state, layout)
     read, written = (settings.get(f"hook_point_{side}") for side in ("in", "out"))
-    if not site:
-        site, target = hooks.to_site(read), "" if written in (read, None) else hooks.to_site(written)
     config = DictionaryConfig(
         kind=kind,
-        site=site,
-        target=target,
+        site=hooks.to_site(read),
+        target="" if written in (read, None) else hooks.to_site(written),
         d_in=width,
         n_features=features,
         k=tensors.positive_int(file, "top_k", settings.get("top_k")) if kind == "topk" else 0,
@@ -410,19 +362,14 @@ def find_pickled(path: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def parse_pickled(path: Path, site: str = "", target: str = "") -> tensors.Published:
-    """Describe a dictionary that is one file: of Qwen-Scope, Goodfire, or DeepSeek-R1 by qresearch.
+def parse_pickled(path: Path) -> tensors.Published:
+    """Describe a dictionary that is one file, or alone in its folder: of Qwen-Scope, Goodfire, or qresearch.
 
     layer3.sae.pt            Qwen-Scope: W_enc [F, d], W_dec [d, F], b_enc, b_dec: the k largest of x @ W_enc.T + b_enc,
                              whatever their sign, of the residual stream after layer 3. k is in config.json beside it,
                              or in the repository's name, "...-L0_50".
     NAME-SAE-l19.pth         Goodfire: encoder_linear.weight [F, d], decoder_linear.weight [d, F] and biases; a ReLU
     NAME-SAE-l19.pt          DeepSeek-R1 by qresearch: encoder.weight, decoder.weight and biases; a ReLU
-
-    Args:
-      path: the file, or the folder that holds it alone.
-      site: the site read, in place of the one that the files name.
-      target: the site predicted, in place of the one that the files name.
     """
     file = find_pickled(path)
     assert file is not None
@@ -432,40 +379,22 @@ def parse_pickled(path: Path, site: str = "", target: str = "") -> tensors.Publi
             f"{file} is of Kissane et al., whose SAEs SAELens has in its own format: load those, such as "
             "saelens:gpt2-small-hook-z-kk/blocks.0.hook_z"
         )
+    layers = _LAYER_SUFFIX.findall(file.absolute().as_posix())
+    site = f"resid_post.{layers[-1]}" if layers else hooks.UNKNOWN  # of files whose names end in "-l19"
+    layout = _LINEAR | {"b_dec_D": "decoder.bias"}
+    qwen = _QWEN.fullmatch(file.name)
     if "encoder_linear.weight" in state:
-        layout = {
-            name: tensor.replace("coder.", "coder_linear.")
-            for name, tensor in (_LINEAR | {"b_dec_D": "decoder.bias"}).items()
-        }
-        named_site = _site_of_suffix(file)
-    elif {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"} <= set(state):
-        named_site, layout = _site_of_suffix(file), _LINEAR | {"b_dec_D": "decoder.bias"}
-    elif match := _QWEN.fullmatch(file.name):
-        named_site = f"resid_post.{match[1]}"
-        layout = _PLAIN | {"W_enc_DxF": "W_enc.T", "W_dec_FxD": "W_dec.T"}
-    else:
+        layout = {name: tensor.replace("coder.", "coder_linear.") for name, tensor in layout.items()}
+    elif qwen:
+        site, layout = f"resid_post.{qwen[1]}", _PLAIN | {"W_enc_DxF": "W_enc.T", "W_dec_FxD": "W_dec.T"}
+    elif not set(_CROSSCODER.values()) <= set(state):
         has = ", ".join(sorted(state)) or "no tensors"
         raise UserError(
             f"{file} holds {has}, which no dictionary that can be read has: expected a file of Qwen-Scope, "
             "Goodfire or qresearch, or a folder of dictionary_learning or SAELens"
         )
-    topk = bool(_QWEN.fullmatch(file.name))
-    return tensors.describe(
-        file,
-        state,
-        layout,
-        kind="topk" if topk else "standard",
-        site=site or named_site,
-        k=_qwen_k(file) if topk else 0,
-        signed=topk,
-        centred=False,
-    )
-
-
-def _site_of_suffix(file: Path) -> str:
-    """Return the site of a file whose name ends in its layer, as in "...-l19.pth"."""
-    layers = _LAYER_SUFFIX.findall(file.absolute().as_posix())
-    return f"resid_post.{layers[-1]}" if layers else hooks.UNKNOWN
+    facts = dict(kind="topk", k=_qwen_k(file), signed=True) if qwen else dict(kind="standard")
+    return tensors.describe(file, state, layout, site=site, centred=False, **facts)
 
 
 def _qwen_k(file: Path) -> int:

@@ -61,15 +61,12 @@ _UNIT = 1e-6  # how far from 1 a length is by rounding alone
 _PROCESSING = {"fold_ln": ("mlp_in",), "fold_value_biases": ("attn_z",)}
 
 
-def parse(
-    folder: Path, site: str = "", target: str = "", overrides: Mapping[str, Any] | None = None
-) -> tensors.Published:
+def parse(folder: Path, site: str = "", overrides: Mapping[str, Any] | None = None) -> tensors.Published:
     """Describe the dictionary of a folder.
 
     Args:
       folder: holds ``cfg.json`` and ``sae_weights.safetensors``.
       site: the site read, in place of the one that the folder names.
-      target: the site predicted, in place of the one that the folder names.
       overrides: settings in place of the folder's, as SAELens' registry has them for some releases.
 
     Raises:
@@ -79,7 +76,7 @@ def parse(
     settings = read_settings(file, overrides or {})
     state = tensors.open_tensors(file.with_name(WEIGHTS))
     sizes = tensors.sizes(file.with_name(WEIGHTS), state, _layout("standard", False))
-    config = parse_config(file, settings, sizes, site, target)
+    config = _parse_config(file, settings, sizes, site)
     layout = _layout(config.kind, config.skip)
     layout |= {name: name for name in ("scaling_factor", "finetuning_scaling_factor") if name in state}
     if "log_threshold" in state and "threshold" not in state:  # a checkpoint of training
@@ -104,21 +101,8 @@ def read_settings(file: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def parse_config(
-    file: Path, settings: Mapping[str, Any], sizes: tuple[int, int], site: str = "", target: str = ""
-) -> DictionaryConfig:
-    """Return the configuration of a dictionary with these settings.
-
-    Args:
-      file: the file of the settings, for messages.
-      settings: see ``read_settings``.
-      sizes: width and features of its encoder.
-      site: the site read, in place of the one that the settings name.
-      target: the site predicted, in place of the one that the settings name.
-
-    Raises:
-      UserError: a setting contradicts the arrays, or asks for what no dictionary here does.
-    """
+def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int], site: str) -> DictionaryConfig:
+    """Return the configuration of a dictionary of these sizes, with a site in place of the one that settings name."""
     kind, transcoder, skip = ARCHITECTURES[_architecture(file, settings)]
     width, features = sizes
     for key, size in (("d_in", width), ("d_sae", features), ("d_out", width)):
@@ -127,8 +111,7 @@ def parse_config(
     _check(file, settings, transcoder)
     model = str(settings.get("model_name") or "")
     site = site or hooks.to_site(settings.get("hook_name") or settings.get("hf_hook_name"), model)
-    if transcoder and not target:
-        target = hooks.to_site(settings.get("hook_name_out") or settings.get("hf_hook_name_out"), model)
+    target = hooks.to_site(settings.get("hook_name_out") or settings.get("hf_hook_name_out"), model)
     try:
         facts = _training_facts(settings, features) if kind == "jumprelu" else dict(kind=kind)
         ours = settings.get("saejax") or {}
