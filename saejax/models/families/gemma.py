@@ -10,7 +10,7 @@ from typing import Any
 from saejax.models.config import DecoderConfig, Rope
 from saejax.models.families.llama import FULL, SLIDING, WEIGHTS, read_sliding, rms_decoder
 from saejax.models.families.rotary import make_rope, rope_object
-from saejax.models.families.table import Family, Weight
+from saejax.models.families.table import Family, norm_weights
 from saejax.models.fields import Fields
 
 
@@ -88,11 +88,12 @@ def _read_gemma3(fields: Fields) -> DecoderConfig:
     return dataclasses.replace(_read_gemma3_text(text, "gemma3"), tied=tied)
 
 
-_LATER_WEIGHTS = WEIGHTS | {
-    "layers.attn_post_norm_D": Weight("model.layers.{}.post_attention_layernorm.weight"),
-    "layers.mlp_norm_D": Weight("model.layers.{}.pre_feedforward_layernorm.weight"),
-    "layers.mlp_post_norm_D": Weight("model.layers.{}.post_feedforward_layernorm.weight"),
-}
+_LAYER = "model.layers.{}."
+_LATER_WEIGHTS = WEIGHTS | norm_weights(
+    attn_post_norm=_LAYER + "post_attention_layernorm",
+    mlp_norm=_LAYER + "pre_feedforward_layernorm",
+    mlp_post_norm=_LAYER + "post_feedforward_layernorm",
+)
 
 _SHARED: dict[str, Any] = dict(rms_norm_eps=1e-6, head_dim=256, attention_bias=False, tie_word_embeddings=True)
 _LATER = _SHARED | dict(

@@ -3,7 +3,7 @@
 import numpy as np
 
 from saejax.models.config import DecoderConfig
-from saejax.models.families.table import Family, View, Weight, expect, linear
+from saejax.models.families.table import Family, View, Weight, expect, linear, norm_weights
 from saejax.models.fields import Fields
 
 
@@ -60,29 +60,28 @@ def _heads_out(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 # GPT-2's Conv1D keeps matrices as [in, out]: only the head is a Linear, and is transposed.
-_GPT2_WEIGHTS = {
-    "embed_VxD": Weight("transformer.wte.weight"),
-    "position_CxD": Weight("transformer.wpe.weight"),
-    "final_norm_D": Weight("transformer.ln_f.weight"),
-    "final_norm_bias_D": Weight("transformer.ln_f.bias"),
-    "unembed_DxV": Weight("lm_head.weight", linear),
-    "layers.attn_norm_D": Weight("transformer.h.{}.ln_1.weight"),
-    "layers.attn_norm_bias_D": Weight("transformer.h.{}.ln_1.bias"),
-    "layers.q_DxHxK": Weight("transformer.h.{}.attn.c_attn.weight", _columns(0)),
-    "layers.k_DxNxK": Weight("transformer.h.{}.attn.c_attn.weight", _columns(1)),
-    "layers.v_DxNxK": Weight("transformer.h.{}.attn.c_attn.weight", _columns(2)),
-    "layers.o_HxKxD": Weight("transformer.h.{}.attn.c_proj.weight", _heads_out),
-    "layers.q_bias_HxK": Weight("transformer.h.{}.attn.c_attn.bias", _bias_part(0)),
-    "layers.k_bias_NxK": Weight("transformer.h.{}.attn.c_attn.bias", _bias_part(1)),
-    "layers.v_bias_NxK": Weight("transformer.h.{}.attn.c_attn.bias", _bias_part(2)),
-    "layers.o_bias_D": Weight("transformer.h.{}.attn.c_proj.bias"),
-    "layers.mlp_norm_D": Weight("transformer.h.{}.ln_2.weight"),
-    "layers.mlp_norm_bias_D": Weight("transformer.h.{}.ln_2.bias"),
-    "layers.up_DxF": Weight("transformer.h.{}.mlp.c_fc.weight"),
-    "layers.up_bias_F": Weight("transformer.h.{}.mlp.c_fc.bias"),
-    "layers.down_FxD": Weight("transformer.h.{}.mlp.c_proj.weight"),
-    "layers.down_bias_D": Weight("transformer.h.{}.mlp.c_proj.bias"),
-}
+_LAYER = "transformer.h.{}."
+_GPT2_WEIGHTS = (
+    {"embed_VxD": Weight("transformer.wte.weight"), "position_CxD": Weight("transformer.wpe.weight")}
+    | {"unembed_DxV": Weight("lm_head.weight", linear)}
+    | norm_weights(final_norm="transformer.ln_f", attn_norm=_LAYER + "ln_1", mlp_norm=_LAYER + "ln_2")
+    | {
+        f"layers.{name}": Weight(_LAYER + "attn.c_attn.weight", _columns(part))
+        for part, name in enumerate(("q_DxHxK", "k_DxNxK", "v_DxNxK"))
+    }
+    | {
+        f"layers.{name}": Weight(_LAYER + "attn.c_attn.bias", _bias_part(part))
+        for part, name in enumerate(("q_bias_HxK", "k_bias_NxK", "v_bias_NxK"))
+    }
+    | {
+        "layers.o_HxKxD": Weight(_LAYER + "attn.c_proj.weight", _heads_out),
+        "layers.o_bias_D": Weight(_LAYER + "attn.c_proj.bias"),
+        "layers.up_DxF": Weight(_LAYER + "mlp.c_fc.weight"),
+        "layers.up_bias_F": Weight(_LAYER + "mlp.c_fc.bias"),
+        "layers.down_FxD": Weight(_LAYER + "mlp.c_proj.weight"),
+        "layers.down_bias_D": Weight(_LAYER + "mlp.c_proj.bias"),
+    }
+)
 
 FAMILIES = {
     "gpt2": Family(

@@ -1,7 +1,7 @@
 """GPT-Neo (TinyStories): GPT-2's layers with local attention in some, and scores that are not scaled."""
 
 from saejax.models.config import DecoderConfig
-from saejax.models.families.table import Family, Weight, linear, linear_of_heads
+from saejax.models.families.table import Family, Weight, linear, linear_weights, norm_weights
 from saejax.models.fields import Fields
 
 
@@ -41,26 +41,13 @@ def _read_gpt_neo(fields: Fields) -> DecoderConfig:
 
 
 _LAYER = "transformer.h.{}."
-_GPT_NEO_WEIGHTS = {
-    "embed_VxD": Weight("transformer.wte.weight"),
-    "position_CxD": Weight("transformer.wpe.weight"),
-    "final_norm_D": Weight("transformer.ln_f.weight"),
-    "final_norm_bias_D": Weight("transformer.ln_f.bias"),
-    "unembed_DxV": Weight("lm_head.weight", linear),
-    "layers.attn_norm_D": Weight(_LAYER + "ln_1.weight"),
-    "layers.attn_norm_bias_D": Weight(_LAYER + "ln_1.bias"),
-    "layers.q_DxHxK": Weight(_LAYER + "attn.attention.q_proj.weight", linear),
-    "layers.k_DxNxK": Weight(_LAYER + "attn.attention.k_proj.weight", linear),
-    "layers.v_DxNxK": Weight(_LAYER + "attn.attention.v_proj.weight", linear),
-    "layers.o_HxKxD": Weight(_LAYER + "attn.attention.out_proj.weight", linear_of_heads),
-    "layers.o_bias_D": Weight(_LAYER + "attn.attention.out_proj.bias"),
-    "layers.mlp_norm_D": Weight(_LAYER + "ln_2.weight"),
-    "layers.mlp_norm_bias_D": Weight(_LAYER + "ln_2.bias"),
-    "layers.up_DxF": Weight(_LAYER + "mlp.c_fc.weight", linear),
-    "layers.up_bias_F": Weight(_LAYER + "mlp.c_fc.bias"),
-    "layers.down_FxD": Weight(_LAYER + "mlp.c_proj.weight", linear),
-    "layers.down_bias_D": Weight(_LAYER + "mlp.c_proj.bias"),
-}
+_GPT_NEO_WEIGHTS = (
+    {"embed_VxD": Weight("transformer.wte.weight"), "position_CxD": Weight("transformer.wpe.weight")}
+    | {"unembed_DxV": Weight("lm_head.weight", linear)}
+    | norm_weights(final_norm="transformer.ln_f", attn_norm=_LAYER + "ln_1", mlp_norm=_LAYER + "ln_2")
+    | linear_weights(_LAYER + "attn.attention.", q="q_proj", k="k_proj", v="v_proj", o="out_proj")
+    | linear_weights(_LAYER, up="mlp.c_fc", down="mlp.c_proj")
+)
 
 FAMILIES = {
     "gpt_neo": Family(

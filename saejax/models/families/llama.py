@@ -5,7 +5,7 @@ from typing import Any, TypedDict
 
 from saejax.models.config import DecoderConfig
 from saejax.models.families.rotary import read_rope
-from saejax.models.families.table import Family, Weight, linear, linear_of_heads, vector
+from saejax.models.families.table import Family, Weight, linear, linear_weights, norm_weights
 from saejax.models.fields import Fields
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -116,29 +116,18 @@ def _read_qwen_sliding(fields: Fields) -> SlidingLayers:
     return read_sliding(fields, window, lambda layer: FULL if window is None or layer < first else SLIDING)
 
 
-WEIGHTS = {
-    "embed_VxD": Weight("model.embed_tokens.weight"),
-    "final_norm_D": Weight("model.norm.weight"),
-    "unembed_DxV": Weight("lm_head.weight", linear),
-    "layers.attn_norm_D": Weight("model.layers.{}.input_layernorm.weight"),
-    "layers.q_DxHxK": Weight("model.layers.{}.self_attn.q_proj.weight", linear),
-    "layers.k_DxNxK": Weight("model.layers.{}.self_attn.k_proj.weight", linear),
-    "layers.v_DxNxK": Weight("model.layers.{}.self_attn.v_proj.weight", linear),
-    "layers.o_HxKxD": Weight("model.layers.{}.self_attn.o_proj.weight", linear_of_heads),
-    "layers.q_bias_HxK": Weight("model.layers.{}.self_attn.q_proj.bias", vector),
-    "layers.k_bias_NxK": Weight("model.layers.{}.self_attn.k_proj.bias", vector),
-    "layers.v_bias_NxK": Weight("model.layers.{}.self_attn.v_proj.bias", vector),
-    "layers.o_bias_D": Weight("model.layers.{}.self_attn.o_proj.bias"),
-    "layers.q_norm_K": Weight("model.layers.{}.self_attn.q_norm.weight"),
-    "layers.k_norm_K": Weight("model.layers.{}.self_attn.k_norm.weight"),
-    "layers.mlp_norm_D": Weight("model.layers.{}.post_attention_layernorm.weight"),
-    "layers.gate_DxF": Weight("model.layers.{}.mlp.gate_proj.weight", linear),
-    "layers.up_DxF": Weight("model.layers.{}.mlp.up_proj.weight", linear),
-    "layers.down_FxD": Weight("model.layers.{}.mlp.down_proj.weight", linear),
-    "layers.gate_bias_F": Weight("model.layers.{}.mlp.gate_proj.bias"),
-    "layers.up_bias_F": Weight("model.layers.{}.mlp.up_proj.bias"),
-    "layers.down_bias_D": Weight("model.layers.{}.mlp.down_proj.bias"),
-}
+_LAYER = "model.layers.{}."
+WEIGHTS = (
+    {"embed_VxD": Weight("model.embed_tokens.weight"), "unembed_DxV": Weight("lm_head.weight", linear)}
+    | norm_weights(
+        final_norm="model.norm",
+        attn_norm=_LAYER + "input_layernorm",
+        mlp_norm=_LAYER + "post_attention_layernorm",
+    )
+    | norm_weights("K", q_norm=_LAYER + "self_attn.q_norm", k_norm=_LAYER + "self_attn.k_norm")
+    | linear_weights(_LAYER, q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj")
+    | linear_weights(_LAYER, gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
+)
 
 _SHARED: dict[str, Any] = dict(rms_norm_eps=1e-6, hidden_act="silu", tie_word_embeddings=False)
 _QWEN = _SHARED | dict(

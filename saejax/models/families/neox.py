@@ -6,7 +6,7 @@ import numpy as np
 
 from saejax.models.config import DecoderConfig
 from saejax.models.families.rotary import read_rope
-from saejax.models.families.table import Family, View, Weight, expect, linear, linear_of_heads, vector
+from saejax.models.families.table import Family, View, Weight, expect, linear, linear_weights, norm_weights
 from saejax.models.fields import Fields
 
 
@@ -54,12 +54,11 @@ def _read_gpt_neox(fields: Fields) -> DecoderConfig:
 def _read_phi(fields: Fields) -> DecoderConfig:
     """Read a config of Phi."""
     d_head, context = fields.quotient("hidden_size", "num_attention_heads"), fields.size("max_position_embeddings")
-    share_names = ("partial_rotary_factor",)
     return _layer_norm_decoder(
         fields,
         "phi",
         d_head,
-        rope=read_rope(fields, d_head, context, share_names=share_names, default_share=0.5),
+        rope=read_rope(fields, d_head, context, share_names=("partial_rotary_factor",), default_share=0.5),
         parallel=True,
         shared_norm=True,
         qk_norm=fields.take("qk_layernorm", bool),
@@ -91,54 +90,32 @@ def _interleaved_bias(part: int) -> View:
     return view
 
 
-_NEOX_WEIGHTS = {
-    "embed_VxD": Weight("gpt_neox.embed_in.weight"),
-    "final_norm_D": Weight("gpt_neox.final_layer_norm.weight"),
-    "final_norm_bias_D": Weight("gpt_neox.final_layer_norm.bias"),
-    "unembed_DxV": Weight("embed_out.weight", linear),
-    "layers.attn_norm_D": Weight("gpt_neox.layers.{}.input_layernorm.weight"),
-    "layers.attn_norm_bias_D": Weight("gpt_neox.layers.{}.input_layernorm.bias"),
-    "layers.q_DxHxK": Weight("gpt_neox.layers.{}.attention.query_key_value.weight", _interleaved(0)),
-    "layers.k_DxNxK": Weight("gpt_neox.layers.{}.attention.query_key_value.weight", _interleaved(1)),
-    "layers.v_DxNxK": Weight("gpt_neox.layers.{}.attention.query_key_value.weight", _interleaved(2)),
-    "layers.o_HxKxD": Weight("gpt_neox.layers.{}.attention.dense.weight", linear_of_heads),
-    "layers.q_bias_HxK": Weight("gpt_neox.layers.{}.attention.query_key_value.bias", _interleaved_bias(0)),
-    "layers.k_bias_NxK": Weight("gpt_neox.layers.{}.attention.query_key_value.bias", _interleaved_bias(1)),
-    "layers.v_bias_NxK": Weight("gpt_neox.layers.{}.attention.query_key_value.bias", _interleaved_bias(2)),
-    "layers.o_bias_D": Weight("gpt_neox.layers.{}.attention.dense.bias"),
-    "layers.mlp_norm_D": Weight("gpt_neox.layers.{}.post_attention_layernorm.weight"),
-    "layers.mlp_norm_bias_D": Weight("gpt_neox.layers.{}.post_attention_layernorm.bias"),
-    "layers.up_DxF": Weight("gpt_neox.layers.{}.mlp.dense_h_to_4h.weight", linear),
-    "layers.up_bias_F": Weight("gpt_neox.layers.{}.mlp.dense_h_to_4h.bias"),
-    "layers.down_FxD": Weight("gpt_neox.layers.{}.mlp.dense_4h_to_h.weight", linear),
-    "layers.down_bias_D": Weight("gpt_neox.layers.{}.mlp.dense_4h_to_h.bias"),
-}
-
-_PHI_WEIGHTS = {
-    "embed_VxD": Weight("model.embed_tokens.weight"),
-    "final_norm_D": Weight("model.final_layernorm.weight"),
-    "final_norm_bias_D": Weight("model.final_layernorm.bias"),
-    "unembed_DxV": Weight("lm_head.weight", linear),
-    "unembed_bias_V": Weight("lm_head.bias"),
-    "layers.attn_norm_D": Weight("model.layers.{}.input_layernorm.weight"),
-    "layers.attn_norm_bias_D": Weight("model.layers.{}.input_layernorm.bias"),
-    "layers.q_DxHxK": Weight("model.layers.{}.self_attn.q_proj.weight", linear),
-    "layers.k_DxNxK": Weight("model.layers.{}.self_attn.k_proj.weight", linear),
-    "layers.v_DxNxK": Weight("model.layers.{}.self_attn.v_proj.weight", linear),
-    "layers.o_HxKxD": Weight("model.layers.{}.self_attn.dense.weight", linear_of_heads),
-    "layers.q_bias_HxK": Weight("model.layers.{}.self_attn.q_proj.bias", vector),
-    "layers.k_bias_NxK": Weight("model.layers.{}.self_attn.k_proj.bias", vector),
-    "layers.v_bias_NxK": Weight("model.layers.{}.self_attn.v_proj.bias", vector),
-    "layers.o_bias_D": Weight("model.layers.{}.self_attn.dense.bias"),
-    "layers.q_norm_K": Weight("model.layers.{}.self_attn.q_layernorm.weight"),
-    "layers.q_norm_bias_K": Weight("model.layers.{}.self_attn.q_layernorm.bias"),
-    "layers.k_norm_K": Weight("model.layers.{}.self_attn.k_layernorm.weight"),
-    "layers.k_norm_bias_K": Weight("model.layers.{}.self_attn.k_layernorm.bias"),
-    "layers.up_DxF": Weight("model.layers.{}.mlp.fc1.weight", linear),
-    "layers.up_bias_F": Weight("model.layers.{}.mlp.fc1.bias"),
-    "layers.down_FxD": Weight("model.layers.{}.mlp.fc2.weight", linear),
-    "layers.down_bias_D": Weight("model.layers.{}.mlp.fc2.bias"),
-}
+_NEOX, _PHI = "gpt_neox.layers.{}.", "model.layers.{}."
+_NEOX_WEIGHTS = (
+    {"embed_VxD": Weight("gpt_neox.embed_in.weight"), "unembed_DxV": Weight("embed_out.weight", linear)}
+    | norm_weights(
+        final_norm="gpt_neox.final_layer_norm",
+        attn_norm=_NEOX + "input_layernorm",
+        mlp_norm=_NEOX + "post_attention_layernorm",
+    )
+    | {
+        f"layers.{name}": Weight(_NEOX + "attention.query_key_value.weight", _interleaved(part))
+        for part, name in enumerate(("q_DxHxK", "k_DxNxK", "v_DxNxK"))
+    }
+    | {
+        f"layers.{name}": Weight(_NEOX + "attention.query_key_value.bias", _interleaved_bias(part))
+        for part, name in enumerate(("q_bias_HxK", "k_bias_NxK", "v_bias_NxK"))
+    }
+    | linear_weights(_NEOX, o="attention.dense", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h")
+)
+_PHI_WEIGHTS = (
+    {"embed_VxD": Weight("model.embed_tokens.weight"), "unembed_DxV": Weight("lm_head.weight", linear)}
+    | {"unembed_bias_V": Weight("lm_head.bias")}
+    | norm_weights(final_norm="model.final_layernorm", attn_norm=_PHI + "input_layernorm")
+    | norm_weights("K", q_norm=_PHI + "self_attn.q_layernorm", k_norm=_PHI + "self_attn.k_layernorm")
+    | linear_weights(_PHI, q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.dense")
+    | linear_weights(_PHI, up="mlp.fc1", down="mlp.fc2")
+)
 
 _SHARED: dict[str, Any] = dict(max_position_embeddings=2048, layer_norm_eps=1e-5, tie_word_embeddings=False)
 

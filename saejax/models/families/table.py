@@ -55,6 +55,48 @@ class Weight:
         return self.name.count("{}")
 
 
+# Axes of the projections' matrices and biases; those of attention are split into heads.
+_PROJECTIONS = {
+    "q": ("DxHxK", "HxK"),
+    "k": ("DxNxK", "NxK"),
+    "v": ("DxNxK", "NxK"),
+    "o": ("HxKxD", "D"),
+    "gate": ("DxF", "F"),
+    "up": ("DxF", "F"),
+    "down": ("FxD", "D"),
+}
+
+
+def linear_weights(layer: str, **modules: str) -> dict[str, Weight]:
+    """Return the locations of matrices and biases of torch Linears, whether a model has the biases or not.
+
+    Args:
+      layer: what names of a layer's tensors start with, such as "model.layers.{}.".
+      modules: module in the layer of each projection, such as ``q="self_attn.q_proj"``.
+    """
+    weights = {}
+    for name, module in modules.items():
+        matrix, bias = _PROJECTIONS[name]
+        view = linear_of_heads if name == "o" else linear
+        weights[f"layers.{name}_{matrix}"] = Weight(f"{layer}{module}.weight", view)
+        weights[f"layers.{name}_bias_{bias}"] = Weight(f"{layer}{module}.bias", vector)
+    return weights
+
+
+def norm_weights(letter: str = "D", **modules: str) -> dict[str, Weight]:
+    """Return the locations of norms' parameters, whether a model has the biases or not.
+
+    Args:
+      letter: of the dimension that is normalised, "D" or "K".
+      modules: module of each norm, such as ``final_norm="model.norm"``; with "{}" in its name it is of layers.
+    """
+    weights = {}
+    for name, module in modules.items():
+        name = f"layers.{name}" if "{}" in module else name
+        weights |= {f"{name}_{letter}": Weight(f"{module}.weight"), f"{name}_bias_{letter}": Weight(f"{module}.bias")}
+    return weights
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """Description of one ``model_type``.
