@@ -127,7 +127,7 @@ def buffer_writer(config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dt
     """Return a batch's program: (params, parts, norms, ids_BxT, lengths_B, rows_BxT) -> parts, norms, done.
 
     ``rows_BxT`` says which row of the buffer every token becomes; rows beyond the last are not written. ``done`` is
-    ready when the batch is written. Arguments are as for ``buffer_shapes``.
+    ready when the batch is written. For the arguments see ``buffer_shapes``.
     """
     shapes, norms = buffer_shapes(config, mesh, parts, rows, dtype)
     sites = sites_of(parts)

@@ -136,12 +136,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def not_finite_error(what: str, names: Sequence[str], dtype: str) -> UserError:
-    """Return the error for tensors that hold NaN or infinity, which would reach every result.
+    """Return the error for the tensors ``names`` of ``what``, such as "the weights in FOLDER", with NaN or infinity.
 
-    Args:
-      what: the model or dictionary, such as "the weights in FOLDER".
-      names: the tensors.
-      dtype: the dtype in which they were loaded, which may have a smaller range than the file's.
+    ``dtype`` is that in which they were loaded, which may have a smaller range than the file's.
     """
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return UserError(

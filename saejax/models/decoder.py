@@ -40,11 +40,7 @@ KEYS, VALUES = "keys", "values"  # what ``run_layers`` can collect besides kinds
 def embed(config: DecoderConfig, params: Params, ids_xT: jax.Array, positions_xT: jax.Array | None = None) -> jax.Array:
     """Return the residual stream entering layer 0, [..., T, D].
 
-    Args:
-      config: the decoder.
-      params: parameters of ``parameters.parameter_table``.
-      ids_xT: int32 token ids.
-      positions_xT: for families with learned positions; None: 0 to T-1.
+    Families with learned positions add those at ``positions``, of the tokens ``ids``; None: 0 to T - 1.
     """
     if isinstance(config, TorchConfig):
         return torch_bridge.embed(config, params, ids_xT)
@@ -59,14 +55,7 @@ def embed(config: DecoderConfig, params: Params, ids_xT: jax.Array, positions_xT
 
 
 def unembed(config: DecoderConfig, params: Params, x_xD: jax.Array, rules: RunRules = GRADIENT) -> jax.Array:
-    """Return the fp32 logits [..., V] of the stream leaving the last layer: final norm, unembedding, soft cap.
-
-    Args:
-      config: the decoder.
-      params: parameters of ``parameters.parameter_table``, or of ``restrict_unembedding``.
-      x_xD: the stream, any leading dimensions.
-      rules: rules of differentiation of the norm.
-    """
+    """Return the fp32 logits [..., V] of the stream leaving the last layer: final norm, unembedding, soft cap."""
     if isinstance(config, TorchConfig):
         return torch_bridge.unembed(config, params, x_xD)
     x_xD = norm(config, rules, params, "final_norm", x_xD)
@@ -78,13 +67,7 @@ def unembed(config: DecoderConfig, params: Params, x_xD: jax.Array, rules: RunRu
 
 
 def restrict_unembedding(config: DecoderConfig, params: Params, ids_N: jax.Array) -> Params:
-    """Return parameters with which ``unembed`` computes the logits of these ids only, [B, T, N].
-
-    Args:
-      config: the decoder.
-      params: parameters of ``parameters.parameter_table``.
-      ids_N: token ids.
-    """
+    """Return parameters with which ``unembed`` computes the logits of the token ids ``ids`` only, [B, T, N]."""
     if isinstance(config, TorchConfig):
         return torch_bridge.restrict_unembedding(params, ids_N)
     name, axis = ("embed_VxD", 0) if config.tied else ("unembed_DxV", 1)
@@ -105,22 +88,12 @@ def run_layer(
     function: AttentionFunction | None = None,
     head_sites: bool = False,
 ) -> jax.Array:
-    """Run one layer.
+    """Run one layer, whose number may be an array, on the stream x that enters it; return the stream leaving it.
 
-    Args:
-      config: the decoder.
-      rules: rules of differentiation.
-      params: parameters of the decoder, all layers stacked.
-      layer: its number, which may be an array.
-      x_xTxD: the stream entering it.
-      tables: masks and rotary tables of all layers.
-      hook: called while tracing at each of the layer's sites, in their order, with its kind and its value [B, T, D];
-        what it returns replaces the value.
-      function: the attention function; None: the tokens attend to one another.
-      head_sites: whether the hook is called at queries, keys, values and outputs of heads, too, [B, T, H * K].
-
-    Returns:
-      The stream leaving it, [B, T, D].
+    ``params`` are the decoder's, all layers stacked, and ``tables`` the masks and rotary tables of all layers. The hook
+    is called while tracing at each of the layer's sites, in their order, with its kind and its value [B, T, D]; what it
+    returns replaces the value. With ``head_sites`` it is called at those of heads, too, [B, T, H * K]. The attention
+    function is ``attention.attend`` where none is given.
     """
     if isinstance(config, TorchConfig):
         raise torch_bridge.not_in_torch_error(config)
@@ -214,10 +187,35 @@ def run_layers(
     if isinstance(config, TorchConfig):
         request = (x_xTxD, start, stop, hook, hook_layers, rules, attention, collect, before_hook)
         return LayersOutput(*torch_bridge.run_layers(config, *request), None)
-    attention = attention or AttentionSpec(whole_prompt_tables(config, x_xTxD.shape[-2]))
-    step = functools.partial(_step, config, rules, params, attention, hook, collect, before_hook, head_sites)
+    spec = attention or AttentionSpec(whole_prompt_tables(config, x_xTxD.shape[-2]))
+    with_heads = head_sites or not set(HEAD_KINDS).isdisjoint(collect)
+
+    def step(hooked: bool, carry: tuple[jax.Array, Any], layer: Layer) -> tuple[tuple[jax.Array, Any], dict[str, Any]]:
+        """Run one layer; return the stream leaving it and the attention's carry, and what is collected there."""
+        (x, carried), collected = carry, {}
+
+        def at_site(kind: str, value: jax.Array) -> jax.Array:
+            """Call the hook at a site and collect its value."""
+            new = hook(kind, layer, value) if hook and hooked and (head_sites or kind not in HEAD_KINDS) else value
+            if kind in collect:
+                collected[kind] = value if before_hook else new
+            return new
+
+        def attend_here(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+            """Attend, and collect keys and values."""
+            nonlocal carried
+            collected.update({name: array for name, array in ((KEYS, k), (VALUES, v)) if name in collect})
+            plain = functools.partial(attend, config, rules, tables=tables)
+            if spec.function is None:
+                return plain(q, k, v)
+            attended, carried = spec.function(plain, layer, (q, k, v), carried)
+            return attended
+
+        x = run_layer(config, rules, params, layer, x, spec.tables, at_site, attend_here, with_heads)
+        return (x, carried), collected
+
     body = functools.partial(step, hook_layers is None)
-    carry = x_xTxD, attention.carried
+    carry = x_xTxD, spec.carried
     if not isinstance(start, int):
         x, carried = lax.fori_loop(start, stop, lambda layer, carry: body(carry, layer)[0], carry)
         return LayersOutput(x, {}, carried)
@@ -236,41 +234,3 @@ def run_layers(
         start = layer + 1
     collected = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if len(parts) > 1 else dict(*parts)
     return LayersOutput(carry[0], collected, carry[1])
-
-
-def _step(
-    config: DecoderConfig,
-    rules: RunRules,
-    params: Params,
-    attention: AttentionSpec,
-    hook: Hook | None,
-    collect: Collection[str],
-    before_hook: bool,
-    head_sites: bool,
-    hooked: bool,
-    carry: tuple[jax.Array, Any],
-    layer: Layer,
-) -> tuple[tuple[jax.Array, Any], dict[str, jax.Array]]:
-    """Run one layer; return the stream leaving it and the attention's carry, and what is collected there."""
-    (x, carried), collected = carry, {}
-
-    def at_site(kind: str, value: jax.Array) -> jax.Array:
-        """Call the hook at a site and collect its value."""
-        new = hook(kind, layer, value) if hook and hooked and (head_sites or kind not in HEAD_KINDS) else value
-        if kind in collect:
-            collected[kind] = value if before_hook else new
-        return new
-
-    def attend_here(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
-        """Attend, and collect keys and values."""
-        nonlocal carried
-        collected.update({name: array for name, array in ((KEYS, k), (VALUES, v)) if name in collect})
-        plain = functools.partial(attend, config, rules, tables=tables)
-        if attention.function is None:
-            return plain(q, k, v)
-        attended, carried = attention.function(plain, layer, (q, k, v), carried)
-        return attended
-
-    head_sites = head_sites or not set(HEAD_KINDS).isdisjoint(collect)
-    x = run_layer(config, rules, params, layer, x, attention.tables, at_site, attend_here, head_sites)
-    return (x, carried), collected

@@ -60,13 +60,8 @@ class KVCache:
     def attention(self, config: DecoderConfig, new: int) -> AttentionSpec:
         """Return the attention pattern of the next ``new`` tokens over themselves and the cached ones.
 
-        Args:
-          config: the decoder.
-          new: number of tokens T: the length of the padded prompts at first, 1 while decoding. The caller makes sure
-            that the cache has free slots for them. Values at padding are meaningless.
-
-        Returns:
-          The attention of a run of all layers, whose carry is the extended keys and values; see ``extend``.
+        The caller makes sure that the cache has free slots for them. Values at padding are meaningless. What a run
+        carries out of the last layer are the extended keys and values; see ``extend``.
         """
         slots_S = jnp.arange(self.k_LxBxSxNxK.shape[2])
         relative_position_TxS = (self.length + jnp.arange(new))[:, None] - slots_S[None, :]
@@ -90,26 +85,13 @@ class KVCache:
         return AttentionSpec(tables, function, (self.k_LxBxSxNxK, self.v_LxBxSxNxK))
 
     def extend(self, stores: Any, new: int) -> "KVCache":
-        """Return the cache with more tokens.
-
-        Args:
-          stores: the keys and values that the tokens' run carried out of the last layer.
-          new: number of tokens.
-        """
+        """Return the cache with ``new`` more tokens, whose run carried these ``stores`` out of the last layer."""
         k_LxBxSxNxK, v_LxBxSxNxK = stores
         return KVCache(k_LxBxSxNxK, v_LxBxSxNxK, self.pad_B, self.length + new)
 
 
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, pad_B: jax.Array) -> KVCache:
-    """Return an empty cache.
-
-    Args:
-      config: the decoder.
-      batch: number of prompts B.
-      slots: number of tokens S that fit, padding included.
-      dtype: dtype of the parameters.
-      pad_B: number of padding tokens to the left of each prompt.
-    """
+    """Return an empty cache of ``batch`` prompts and ``slots`` tokens in a dtype; ``pad`` of them are padding in each."""
     shape = (config.n_layers, batch, slots, config.n_kv_heads, config.d_head)
     return KVCache(
         jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.asarray(pad_B, jnp.int32), jnp.zeros((), jnp.int32)
@@ -149,15 +131,10 @@ class SamplingParams:
 
 
 def sampling_params(temperature: float, top_p: float, seed: int) -> SamplingParams:
-    """Return validated sampling parameters.
-
-    Args:
-      temperature: at least 0, which is greedy decoding.
-      top_p: in (0, 1].
-      seed: seed of the random key.
+    """Return sampling parameters with the key of a seed.
 
     Raises:
-      UserError: the temperature is below 0 or not finite, or ``top_p`` is not in (0, 1].
+      UserError: the temperature is below 0 (greedy decoding) or not finite, or ``top_p`` is not in (0, 1].
     """
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature is {temperature}: expected a number of at least 0")
@@ -233,7 +210,7 @@ def prefill(
       pad_B: int32 number of padding tokens of each.
       end_ids_E: ids that end a text.
       edits: made at the prompts' positions.
-      sampling: how tokens are chosen.
+      sampling: parameters of the choice.
     """
     batch, length = ids_BxT.shape
     # The dtype of the parameters, of which every family has an embedding.

@@ -86,14 +86,9 @@ class Positions:
 
     @classmethod
     def parse(cls, positions: str | Span, names: Sequence[str] = ("all", "last")) -> Self:
-        """Return the positions that a user names.
+        """Return the positions that a user names: one of ``names``, or (start, stop); a ``UserError`` for others.
 
-        Args:
-          positions: one of ``names``, or (start, stop) counted from 0; a stop of None is the end of the text.
-          names: names of positions that the edit knows.
-
-        Raises:
-          UserError: anything else.
+        Both are counted from 0; a stop of None is the end of the text.
         """
         first, end = 0, np.iinfo(np.int32).max  # no text is that long: the end of any
         if isinstance(positions, str) and positions in names:
@@ -141,10 +136,7 @@ class Values:
     def for_prompts(cls, values: Any, n: int | None, what: str) -> Self:
         """Return numbers for every position of given prompts; a ``UserError`` about ``what`` unless [B, T, n].
 
-        Args:
-          values: [B, T, n].
-          n: None: any.
-          what: the values' name in messages.
+        An ``n`` of None is any.
         """
         array = jnp.asarray(values)
         if array.ndim != 3 or n not in (None, array.shape[-1]):

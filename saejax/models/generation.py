@@ -38,13 +38,7 @@ def eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
 
 
 def check_limit(lengths_B: np.ndarray, max_new_tokens: int, context: int) -> None:
-    """Raise a ``UserError`` unless prompts and new tokens fit into the context together.
-
-    Args:
-      lengths_B: lengths of the prompts.
-      max_new_tokens: maximum number of new tokens of each, at least 1.
-      context: context of the model, in tokens.
-    """
+    """Raise a ``UserError`` unless prompts of these lengths and ``max_new_tokens``, at least 1, fit into the context."""
     longest = int(lengths_B.max())
     if max_new_tokens < 1 or longest + max_new_tokens > context:
         raise UserError(
@@ -94,13 +88,7 @@ class StopCondition:
 
 
 def collect(chunks: Iterable[np.ndarray], prompts: int, condition: StopCondition) -> list[Generated]:
-    """Collect new tokens until every prompt's continuation has ended or the chunks are used up.
-
-    Args:
-      chunks: int32 new ids of all prompts, [B, n] at a time.
-      prompts: their number B.
-      condition: where a continuation ends.
-    """
+    """Collect new tokens, chunks of [B, n], until the continuation of each of B prompts has ended."""
     rows: list[list[int]] = [[] for _ in range(prompts)]
     ended: list[Generated | None] = [None] * prompts
     for chunk_BxN in chunks:

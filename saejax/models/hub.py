@@ -29,7 +29,7 @@ def hub_folder(
       what: the kind of content, in words, for messages.
 
     Raises:
-      UserError: there is no such repository or revision, or it cannot be reached.
+      UserError: see ``hub_errors``.
     """
     from huggingface_hub import snapshot_download
 
@@ -43,12 +43,8 @@ def hub_folder(
 def hub_errors(name: str, revision: str, what: str, file: str, expected: str) -> Iterator[None]:
     """Turn the errors of the hub into ``UserError``s that say what to do.
 
-    Args:
-      name: name of the repository.
-      revision: branch, tag or commit.
-      what: the kind of content, such as "model".
-      file: the file that has to be there.
-      expected: what the file is part of.
+    ``name`` is the repository, ``what`` its kind, such as "model". At the revision it has to have ``file``, a part of
+    what is ``expected``.
     """
     from huggingface_hub import errors
 

@@ -30,13 +30,7 @@ def norm(
     - "rms_plus_one": the same with ``1 + scale``;
     - "layer": ``(x - mean(x)) / sqrt(var(x) + eps) * scale + bias`` (Ba et al., 2016).
 
-    Args:
-      config: the decoder.
-      rules: rules of differentiation.
-      weights: parameters of the layer.
-      name: name of the norm's parameters.
-      x: [..., letter].
-      letter: letter of that dimension, as in the parameters' names.
+    ``letter`` is that of the last dimension in the parameters' names.
     """
     # bfloat16 has 8 bits of precision: a sum of squares in it would be off by percents.
     y, scale = x.astype(at_least_float32(x)), weights[f"{name}_{letter}"]
@@ -54,17 +48,7 @@ def norm(
 
 
 def mlp_neurons(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTxD: jax.Array) -> jax.Array:
-    """Return activation(up(x)), or activation(gate(x)) * up(x) if gated (Shazeer, 2020).
-
-    Args:
-      config: the decoder.
-      rules: rules of differentiation of the activation function and the product.
-      weights: parameters of the layer.
-      x_xTxD: what the MLP reads.
-
-    Returns:
-      The neurons' activations, [B, T, F], in the dtype of x.
-    """
+    """Return activation(up(x)), [B, T, F] in the dtype of x; activation(gate(x)) * up(x) if gated (Shazeer, 2020)."""
     activation = ACTIVATIONS[config.activation]
     hidden = _project_float32("...td,df->...tf", x_xTxD, weights["up_DxF"], weights.get("up_bias_F"))
     if config.gated:

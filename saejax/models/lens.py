@@ -54,15 +54,10 @@ def read_lens(
     top: int,
     seed: int,
 ) -> LensOutput:
-    """Read streams through the logit lens.
+    """Read the streams x, leaving all layers, through the logit lens.
 
-    Args:
-      config: the decoder.
-      params: its parameters.
-      x_LxBxTxD: the streams leaving all layers.
-      answers: ids of tokens whose log-probabilities and ranks are returned everywhere.
-      top: number of most probable tokens returned.
-      seed: seed of the control's rotation.
+    Returned are the ``top`` most probable tokens, and log-probabilities and ranks of the tokens ``answers``. The seed
+    is that of the control's rotation.
     """
     layers, width = x_LxBxTxD.shape[0], x_LxBxTxD.shape[-1]
     # On the host in fp64: a seed gives the same rotation on every device.
@@ -103,13 +98,7 @@ def read_positions(
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Return the arrays of a ``LensReading`` and of its control for N positions, computed layer by layer.
 
-    Args:
-      config: the decoder (static).
-      top: as for ``read_lens`` (static).
-      params: its parameters.
-      x_LxNxD: the streams.
-      rotation_DxD: the control's.
-      answers_X: ids of tokens whose log-probabilities and ranks are returned.
+    For the arguments see ``read_lens``; ``config`` and ``top`` are static, ``rotation`` is the control's.
     """
     final_NxV = jax.nn.log_softmax(decoder.unembed(config, params, x_LxNxD[-1]))
 

@@ -53,10 +53,7 @@ class ModelSource:
 def resolve(config: ModelConfig, decoder: bool = False) -> ModelSource:
     """Find a model, fetching or converting it if need be.
 
-    Args:
-      config: names the model.
-      decoder: whether our decoder is to run it: then a family that it does not know is refused, before the weights are
-        fetched.
+    If our ``decoder`` is to run it, a family that it does not know is refused before the weights are fetched.
 
     Raises:
       UserError: there is no such model, it cannot be reached or read, or its family is not supported.
@@ -137,11 +134,7 @@ def _local(path: str) -> Path | None:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """Return the fields of a model's ``config.json``.
-
-    Raises:
-      UserError: it is damaged.
-    """
+    """Return the fields of a model's ``config.json``; a ``UserError`` if it is damaged."""
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
@@ -162,11 +155,7 @@ def other_model(config: ModelConfig) -> ModelConfig | None:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """Return the model's tokenizer, a transformers ``PreTrainedTokenizerBase``.
-
-    Raises:
-      UserError: there is none, or as ``find_tokenizer``.
-    """
+    """Return the model's tokenizer, a transformers ``PreTrainedTokenizerBase``; a ``UserError`` if it has none."""
     tokenizer = find_tokenizer(source)
     if tokenizer is None:
         raise UserError(
@@ -267,12 +256,9 @@ def _damaged_parameters(model: Any) -> list[str]:
 
 
 def torch_logits(model: Any, ids_BxT: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
-    """Return the logits of a model from ``load_torch_model``, fp32 [B, T, V].
+    """Return the logits, fp32 [B, T, V], of a model from ``load_torch_model`` for token ids padded on the right.
 
-    Args:
-      model: a transformers model.
-      ids_BxT: token ids, padded on the right.
-      lengths_B: number of tokens of each prompt.
+    ``lengths`` are the numbers of tokens of the prompts ``ids``.
     """
     import torch
 

@@ -52,13 +52,9 @@ class SharedPrefixBatch(NamedTuple):
 
     @classmethod
     def unshared(cls, prompt_X: jax.Array, first_X: jax.Array, length: int, shards: int) -> "SharedPrefixBatch":
-        """Return rows of ``length`` tokens each that share none.
+        """Return ``shards`` times as many rows, of ``length`` tokens each, that share none.
 
-        Args:
-          prompt_X: index of the clean prompt that each row continues.
-          first_X: position of its first token.
-          length: tokens of a row.
-          shards: number of shards S; X is a multiple.
+        Row x continues the clean prompt ``prompt[x]`` from the position ``first[x]`` on.
         """
         count = len(prompt_X) // shards
         token_RxT = jnp.arange(count * length, dtype=jnp.int32).reshape(count, length)
@@ -84,12 +80,8 @@ class SharedPrefixBatch(NamedTuple):
         """Return how tokens attend to the earlier ones of their rows and to the clean prompt before these.
 
         Everything but attention computes each token once, however many rows share it. The result equals full runs of
-        the rows in which nothing before their first tokens is changed.
-
-        Args:
-          config: the decoder.
-          prefix: keys and values of the clean prompts, in the layers of the run at least.
-          first_layer: the layer of the first of them.
+        the rows in which nothing before their first tokens is changed. ``prefix`` is of the layers from ``first_layer``
+        on.
         """
 
         def function(attend: Attend, layer: Layer, qkv: QKV, carried: tuple[()]) -> tuple[jax.Array, tuple[()]]:
@@ -146,7 +138,7 @@ class SplitPoint:
         return self.site.layer + (self.site.kind == "resid_post")
 
     def run_prefix(self, params: decoder.Params, ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Run the prompts up to the site.
+        """Run the prompts, token ids ``ids``, up to the site.
 
         Returns:
           The stream entering the suffix's first layer, the site's value, and what the dictionary reads, all [B, T, D];
@@ -171,25 +163,16 @@ class SplitPoint:
         return seen[stream], seen[self.site], seen[self.reads]
 
     def run_suffix(self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> jax.Array:
-        """Run the rest of the model from a value of the site.
+        """Run the rest of the model from a value of the site, edited or not; return the stream leaving the last layer.
 
-        Args:
-          params: parameters of the decoder.
-          stream_BxTxD: from ``run_prefix``.
-          value_BxTxD: the site's value, edited or not.
-
-        Returns:
-          The stream leaving the last layer, [B, T, D].
+        The ``stream`` is that of ``run_prefix``. All are [B, T, D].
         """
         return self._run_on(params, stream_BxTxD, value_BxTxD).x
 
     def run_suffix_with_kv(
         self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array
     ) -> tuple[jax.Array, PrefixKV]:
-        """Return the result of ``run_suffix`` and the keys and values of its layers.
-
-        ``stream_BxTxD`` and ``value_BxTxD`` are as there.
-        """
+        """Return the result of ``run_suffix`` and the keys and values of its layers; see ``run_suffix``."""
         if isinstance(self.config, TorchConfig):
             clean = torch_bridge.as_prefix(stream_BxTxD, value_BxTxD)
             return self.run_suffix(params, stream_BxTxD, value_BxTxD), PrefixKV(*clean)
@@ -206,15 +189,8 @@ class SplitPoint:
     ) -> jax.Array:
         """Run the rest of the model on edited prompts, from the first changed token of each on.
 
-        Args:
-          params: parameters of the decoder.
-          prefix: from ``run_suffix_with_kv``.
-          batch: which tokens follow which.
-          stream_SxNxD: as for ``run_suffix``, of these tokens.
-          value_SxNxD: likewise.
-
-        Returns:
-          The stream leaving the last layer, [S, N, D].
+        ``stream`` and ``value`` are as for ``run_suffix``, of the batch's tokens; ``prefix`` is the result of
+        ``run_suffix_with_kv``. Returned is the stream leaving the last layer, [S, N, D].
         """
         if isinstance(self.config, TorchConfig):
             run = functools.partial(self.run_suffix, params)
@@ -252,16 +228,9 @@ class SplitPoint:
     def logit_difference(
         self, params: decoder.Params, x_BxTxD: jax.Array, last_B: jax.Array, answers_Bx2: jax.Array
     ) -> jax.Array:
-        """Return the logit difference at each prompt's last position.
+        """Return logit(correct) - logit(wrong) at each prompt's last position ``last``, fp32 [B].
 
-        Args:
-          params: parameters of the decoder.
-          x_BxTxD: the stream leaving the last layer.
-          last_B: index of each prompt's last token.
-          answers_Bx2: token ids of the correct and the wrong answer.
-
-        Returns:
-          logit(correct) - logit(wrong), fp32 [B].
+        Columns of ``answers`` are token ids of the correct and the wrong answer; x is the stream leaving the model.
         """
         last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
         return self.readouts(params, last_BxD, answers_Bx2)[:, 0]

@@ -57,16 +57,10 @@ def pad(sequences: Sequence[Sequence[int]], fill: int = 0) -> Tokens:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], context: int, bos: str = "auto") -> Tokens:
-    """Tokenise texts as the model expects them, special tokens included.
-
-    Args:
-      tokenizer: tokenizer of the model; None: it has none.
-      texts: at least one.
-      context: longest prompt in tokens.
-      bos: see ``encode``.
+    """Tokenise texts as the model expects them, special tokens included; for ``bos`` see ``encode``.
 
     Raises:
-      UserError: there is no tokenizer, or a text is empty or longer than the context; the message says which.
+      UserError: there is no tokenizer, or a text is empty or longer than the context, in tokens.
     """
     if isinstance(texts, str):
         raise TypeError("texts is one string: expected a list of them")
@@ -108,11 +102,7 @@ def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:
 
 
 def bos_tokens(tokenizer: Any, bos: str = "auto") -> list[int]:
-    """Return the special tokens with which every text begins.
-
-    Args:
-      tokenizer: tokenizer of the model.
-      bos: "auto", those that the tokenizer puts in front; "always", the BOS token; "never", none.
+    """Return the special tokens with which every text begins; for ``bos`` see ``encode``.
 
     Raises:
       UserError: there is no BOS token though one is asked for.

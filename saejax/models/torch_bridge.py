@@ -135,28 +135,20 @@ def restrict_unembedding(params: Params, ids_N: jax.Array) -> Params:
 
 
 def as_prefix(stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the parts of clean prompts that ``run_rows`` needs, in the shape [1, P, T, 1, D] of keys and values.
-
-    Args:
-      stream_BxTxD: the stream entering the suffix's first layer.
-      value_BxTxD: the site's value.
-    """
+    """Return the stream and the site's value of clean prompts, for ``run_rows``, in the shape of keys: [1, P, T, 1, D]."""
     return stream_BxTxD[None, :, :, None], value_BxTxD[None, :, :, None]
 
 
 def run_rows(
     run_suffix: Callable[[jax.Array, jax.Array], jax.Array], prefix: Any, rows: Any, values: Sequence[jax.Array]
 ) -> jax.Array:
-    """Run edited prompts whole, where the decoder runs their changed ends only.
+    """Run edited prompts whole, where the decoder runs their changed ends only; return the stream at their tokens.
 
     Args:
       run_suffix: function of the stream and the site's value of whole prompts, [R, T, D].
       prefix: the result of ``as_prefix``.
       rows: ``split.SharedPrefixBatch``: which tokens stand where.
       values: stream and value of its tokens, [S, N, D].
-
-    Returns:
-      The stream leaving the last layer at its tokens, [S, N, D].
     """
     shards, count, length = rows.token_index_SxRxT.shape
 

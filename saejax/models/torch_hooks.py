@@ -30,9 +30,7 @@ from torch import nn
 from saejax.errors import UserError
 from saejax.models.sites import HEAD_KINDS, AnySite, ModuleSite, Site
 
-Visit = Callable[
-    [AnySite, torch.Tensor], torch.Tensor
-]  # of a site and its value: the value that the model goes on with
+Visit = Callable[[AnySite, torch.Tensor], torch.Tensor]  # from a site's value to the one that the model goes on with
 _PROBE_IDS = np.arange(1, 9, dtype=np.int32)[None]  # tokens of the pass that finds where sites are
 _ATTENTION = re.compile(r"attn|attention")
 _MLP = re.compile(r"mlp|ffn|feed_?forward|moe|^fc\d")
@@ -311,11 +309,7 @@ class HookedModel:
             """Record how many parts a layer returns."""
             counts.append(len(output) if isinstance(output, tuple) else 0)
 
-        handles = [layer.register_forward_hook(count) for layer in self._layers]
-        with torch.inference_mode():
-            self.run(_PROBE_IDS, None, (), lambda site, value: value)
-        for handle in handles:
-            handle.remove()
+        self._probe([layer.register_forward_hook(count) for layer in self._layers])
         return counts
 
     @functools.cached_property
@@ -337,11 +331,15 @@ class HookedModel:
             for name, module in (("", layer), *layer.named_children()):
                 for after in (False, True):
                     handles.append(_hook(module, after, functools.partial(record, values, (name, after))))
+        self._probe(handles)
+        return [_resolve(layer, values) for layer, values in zip(self._layers, seen, strict=True)]
+
+    def _probe(self, handles: Sequence[Any]) -> None:
+        """Run a few tokens, and remove the hooks that recorded the pass."""
         with torch.inference_mode():
             self.run(_PROBE_IDS, None, (), lambda site, value: value)
         for handle in handles:
             handle.remove()
-        return [_resolve(layer, values) for layer, values in zip(self._layers, seen, strict=True)]
 
 
 def _layers_path(model: Any) -> str:
@@ -358,9 +356,7 @@ def _layers_path(model: Any) -> str:
 def _resolve(layer: nn.Module, seen: Mapping[tuple[str, bool], torch.Tensor]) -> _Layer:
     """Find the two modules whose outputs, added to ``resid_pre``, give ``resid_post``; see the file's start.
 
-    Args:
-      layer: the module.
-      seen: by name ("" is the layer) and whether it is an output, what the layer and its modules took and returned.
+    ``seen`` is what the layer ("") and its modules took, and returned (True), by name.
     """
     outputs = {name: value for (name, after), value in seen.items() if after and name}  # in the order of the pass
     mlp_input = next((name for name in outputs if _is_mlp(name)), None)
@@ -378,9 +374,8 @@ def _resolve(layer: nn.Module, seen: Mapping[tuple[str, bool], torch.Tensor]) ->
                 return _Layer(_Branch(attention, scale), _Branch(mlp, scale), mlp_input)
         if torch.equal(m, post) and _is_mlp(mlp) and _is_attention(attention):
             for includes, middle in ((False, pre + a), (True, a)):
-                if any(
-                    value.shape == pre.shape and torch.equal(value, middle) for value in seen.values() if value is not a
-                ):
+                others = (value for value in seen.values() if value is not a and value.shape == pre.shape)
+                if any(torch.equal(value, middle) for value in others):
                     branches = _Branch(attention, includes_stream=includes), _Branch(mlp, includes_stream=True)
                     return _Layer(*branches, mlp_input)
     return _Layer(None, None, mlp_input)

@@ -124,7 +124,7 @@ def load_dictionary(
 
 
 def read_config(path: str | os.PathLike, site: str = "", target: str = "") -> DictionaryConfig:
-    """Return the configuration that ``load_dictionary`` would give the dictionary, without reading its arrays."""
+    """Return the configuration of a dictionary without reading its arrays; see ``load_dictionary``."""
     return _locate(path, site, target).config
 
 

@@ -53,12 +53,8 @@ def rope_object(fields: Fields) -> Fields:
 def make_rope(rope: Fields, theta: float, share: float, d_head: int, context: int) -> Rope:
     """Return the rotary embedding that an object such as "rope_parameters" describes.
 
-    Args:
-      rope: the object.
-      theta: base of the frequencies.
-      share: share of a head's dimensions that is rotated.
-      d_head: width of a head.
-      context: the longest prompt in tokens.
+    ``theta`` is the base of the frequencies, and ``share`` of a head's ``d_head`` dimensions is rotated; ``context`` is
+    the longest prompt in tokens.
     """
     old, kind = (rope.take(name, str, "") for name in ("type", "rope_type"))
     kind = kind or old or "default"
