@@ -91,7 +91,7 @@ class KVCache:
 
 
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, pad_B: jax.Array) -> KVCache:
-    """Return an empty cache of ``batch`` prompts and ``slots`` tokens in a dtype; ``pad`` of them are padding in each."""
+    """Return an empty cache of ``batch`` prompts with ``slots`` tokens in a dtype, of which ``pad`` are padding."""
     shape = (config.n_layers, batch, slots, config.n_kv_heads, config.d_head)
     return KVCache(
         jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.asarray(pad_B, jnp.int32), jnp.zeros((), jnp.int32)

@@ -38,7 +38,7 @@ def eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
 
 
 def check_limit(lengths_B: np.ndarray, max_new_tokens: int, context: int) -> None:
-    """Raise a ``UserError`` unless prompts of these lengths and ``max_new_tokens``, at least 1, fit into the context."""
+    """Raise a ``UserError`` unless prompts of the lengths and ``max_new_tokens``, at least 1, fit into the context."""
     longest = int(lengths_B.max())
     if max_new_tokens < 1 or longest + max_new_tokens > context:
         raise UserError(

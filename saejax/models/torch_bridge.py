@@ -135,7 +135,7 @@ def restrict_unembedding(params: Params, ids_N: jax.Array) -> Params:
 
 
 def as_prefix(stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the stream and the site's value of clean prompts, for ``run_rows``, in the shape of keys: [1, P, T, 1, D]."""
+    """Return stream and value of the site of clean prompts, for ``run_rows``, in the shape of keys, [1, P, T, 1, D]."""
     return stream_BxTxD[None, :, :, None], value_BxTxD[None, :, :, None]
 
 
