@@ -33,7 +33,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def stream(model, tmp_path):
+def stream(model, tmp_path, monkeypatch):
     """Tokenizes texts as a stream; gives the run, its results and the documents."""
 
     def run(texts=TEXTS, name="tokenize", stopping=lambda: False, **settings):
