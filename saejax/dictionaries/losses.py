@@ -53,21 +53,14 @@ def whitening(acts_NxD: np.ndarray, power: float) -> np.ndarray:
 def l1_norm_weighted(f_BxF: jax.Array, norms_F: jax.Array) -> jax.Array:
     """Return the mean over tokens of sum_i |f_i| |W_dec_i|: shrinking f and growing the decoder gains nothing.
 
-    Args:
-      f_BxF: activations.
-      norms_F: |W_dec_i|, ``Dictionary.decoder_norms_F``.
+    ``norms`` are |W_dec_i|, ``Dictionary.decoder_norms_F``.
     """
     # The mean comes first: then norms are multiplied with F numbers, not with B F.
     return jnp.sum(jnp.mean(jnp.abs(f_BxF), axis=0) * norms_F)
 
 
 def tanh_norm_weighted(f_BxF: jax.Array, norms_F: jax.Array) -> jax.Array:
-    """Return the mean over tokens of sum_i tanh(4 f_i |W_dec_i|), a smooth L0 (Conerly et al., 2025).
-
-    Args:
-      f_BxF: activations.
-      norms_F: |W_dec_i|.
-    """
+    """Return the mean over tokens of sum_i tanh(4 f_i |W_dec_i|), a smooth L0 (Conerly et al., 2025), norms |W_dec|."""
     return jnp.mean(jnp.sum(jnp.tanh(4.0 * f_BxF * norms_F[None]), axis=-1))
 
 
@@ -133,12 +126,7 @@ def auxk(
 
 
 def dead_columns(features: int, k: int) -> int:
-    """Return how many dead features' columns are gathered at most; 0 where that would save nothing.
-
-    Args:
-      features: number of features of the dictionary.
-      k: number of dead ones that act on each token.
-    """
+    """Return how many dead features' columns are gathered at most, k acting on each token; 0 where it saves nothing."""
     room = -(-max(features // _DEAD_SHARE, k) // _LANES) * _LANES
     return room if 2 * room <= features else 0
 

@@ -25,13 +25,7 @@ def matmul(a_xK: jax.Array, b_KxN: jax.Array, matmul_dtype: str = "float32") -> 
 
 
 def product(a: jax.Array, b: jax.Array, matmul_dtype: str) -> jax.Array:
-    """Return a @ b, for code that defines its own gradients; see ``matmul``.
-
-    Args:
-      a: any leading dimensions.
-      b: a matrix.
-      matmul_dtype: as for ``matmul``.
-    """
+    """Return a @ b, for code that defines its own gradients; see ``matmul``."""
     if matmul_dtype == "bfloat16":
         return jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
     return jnp.matmul(a, b, precision="highest")
@@ -56,16 +50,10 @@ matmul.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def centred_matmul(x_xK: jax.Array, centre_K: jax.Array, b_KxN: jax.Array, matmul_dtype: str = "float32") -> jax.Array:
-    """Return (x - centre) @ b, as ``matmul``.
+    """Return (x - centre) @ b, with a centre subtracted from every row; see ``matmul``.
 
     The centre's gradient is minus the sum over rows of x's. Summed before it is multiplied it costs next to nothing,
     where nobody asks for x's gradient; otherwise a whole product, a sixth of a training step.
-
-    Args:
-      x_xK: any leading dimensions.
-      centre_K: subtracted from every row of x.
-      b_KxN: a matrix.
-      matmul_dtype: as for ``matmul``.
     """
     return product(_centred(x_xK, centre_K), b_KxN, matmul_dtype)
 
@@ -99,10 +87,7 @@ def _rows(a_xK: jax.Array) -> jax.Array:
 def transposed_product(a_BxK: jax.Array, g_BxN: jax.Array, matmul_dtype: str) -> jax.Array:
     """Return a.T @ g; for bfloat16 the narrower is transposed, because on a CPU the transpose is written to memory.
 
-    Args:
-      a_BxK: a matrix.
-      g_BxN: a matrix.
-      matmul_dtype: as for ``matmul``.
+    For ``matmul_dtype`` see ``matmul``.
     """
     if matmul_dtype != "bfloat16" or a_BxK.shape[-1] <= g_BxN.shape[-1]:
         return product(transpose(a_BxK, matmul_dtype), g_BxN, matmul_dtype)
@@ -110,14 +95,10 @@ def transposed_product(a_BxK: jax.Array, g_BxN: jax.Array, matmul_dtype: str) ->
 
 
 def transpose(a_KxN: jax.Array, matmul_dtype: str) -> jax.Array:
-    """Return the transpose, on a CPU written out in memory for bfloat16.
+    """Return the transpose, on a CPU written out in memory for products whose ``matmul_dtype`` is bfloat16.
 
     XLA:CPU multiplies bfloat16 matrices that are stored transposed at half the speed (measured on 1024 x 576 by
     576 x 4608: 50 ms against 27 ms, of which the copy is 4); GPUs and TPUs read either order.
-
-    Args:
-      a_KxN: a matrix.
-      matmul_dtype: as for ``matmul``.
     """
     return _written_transpose(a_KxN.astype(jnp.bfloat16)) if matmul_dtype == "bfloat16" else a_KxN.T
 

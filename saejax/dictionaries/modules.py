@@ -110,11 +110,7 @@ class Dictionary(nnx.Module):
     ) -> "Dictionary":
         """Return a dictionary of random unit directions; the encoder is the decoder's transpose, all else is 0.
 
-        Args:
-          config: what it is.
-          key: random key of the directions.
-          matmul_dtype: dtype of the operands of matrix products.
-          dtype: dtype of the arrays.
+        The arrays are in ``dtype``; operands of matrix products in ``matmul_dtype``.
         """
         directions_FxD = jax.random.normal(key, (config.n_features, config.d_in), dtype)
         directions_FxD /= jnp.linalg.norm(directions_FxD, axis=-1, keepdims=True)
@@ -174,11 +170,9 @@ class Dictionary(nnx.Module):
         return parameter[...].astype(self.b_dec_D.dtype)
 
     def encode(self, x_xD: jax.Array, numbers: Mapping[str, Any] | None = None) -> jax.Array:
-        """Return feature activations [..., F]; 0 or above unless the kind is signed.
+        """Return feature activations [..., F] of the site's values x; 0 or above unless the kind is signed.
 
-        Args:
-          x_xD: values of the site, any leading dimensions.
-          numbers: in place of those of ``config``, such as traced ones.
+        ``numbers`` stand in place of those of ``config``, such as traced ones.
         """
         projected_xF = self.pre_activations(x_xD)
         pre_xF = projected_xF + row(self.b_enc_F[...], x_xD.ndim)
@@ -199,11 +193,7 @@ class Dictionary(nnx.Module):
         return self.restrict(features_K).encode(x_xD)
 
     def restrict(self, features_K: Any) -> "Dictionary":
-        """Return the dictionary of some features alone, which encodes as they do where ``Kind.is_elementwise``.
-
-        Args:
-          features_K: indices of the features.
-        """
+        """Return the dictionary of some features alone, which encodes as they do where ``Kind.is_elementwise``."""
         axes = {
             name: axes.index("model") for name, (_, axes) in parameter_table(self.config).items() if "model" in axes
         }
@@ -315,13 +305,8 @@ class Dictionary(nnx.Module):
     ) -> FeatureEdit:
         """Return the edit g = activations given for every position of the prompts, such as those of counterparts.
 
-        New tokens, in generation, have none and pass unchanged.
-
-        Args:
-          features: distinct indices, K of them.
-          f_BxTxK: T is the prompts' length with padding; values at padding have no effect.
-          positions: see the class.
-          error: see the class.
+        T is the prompts' length with padding; values at padding have no effect. New tokens, in generation, have none
+        and pass unchanged. ``positions`` and ``error`` are as the class says.
         """
         values = Values.for_prompts(f_BxTxK, len(features), "what is patched in")
         return self._edit(features, 0.0, values, positions, error)
@@ -331,12 +316,8 @@ class Dictionary(nnx.Module):
     ) -> FeatureEdit:
         """Return the edit g = f + amount: amount x W_dec_i is added, whether the feature fires there or not.
 
-        Args:
-          features: distinct indices, K of them.
-          amount: in units of activations, a number or one for each feature, [K]. Where decoder rows have unit norm it
-            is the length of what is added.
-          positions: see the class.
-          error: see the class.
+        The amount is in units of activations, a number or one for each feature, [K]. Where decoder rows have unit norm
+        it is the length of what is added. ``positions`` and ``error`` are as the class says.
         """
         return self._edit(features, 1.0, amount, positions, error)
 
@@ -386,9 +367,7 @@ class Dictionary(nnx.Module):
     def patch_error(self, error_BxTxD: Any, positions: str | Span = "all") -> FeatureEdit:
         """Return the edit y' = decode(f) + an error term given for every position of the prompts.
 
-        Args:
-          error_BxTxD: such as ``x - sae(x)`` of counterpart prompts; see ``patch``.
-          positions: see the class.
+        It is such as ``x - sae(x)`` of counterpart prompts; see ``patch``.
         """
         return self._error_edit(Values.for_prompts(error_BxTxD, self.config.d_in, "the error term"), positions)
 

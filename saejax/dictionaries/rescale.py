@@ -37,15 +37,10 @@ def fold_input_scaling(kind: Kind, arrays: Arrays, inputs: float, outputs: float
 
 
 def scale_features(kind: Kind, arrays: Arrays, factor_F: Any) -> Arrays:
-    """Return arrays whose feature activations are ``factor_F`` times as large, and which reconstruct the same.
+    """Return arrays whose feature activations are ``factor`` times as large, above 0, and which reconstruct the same.
 
     Exact for every kind whose choice of active features does not compare features with each other: for topk only
     where all factors are equal, or where the choice was already made between scaled activations.
-
-    Args:
-      kind: the kind of dictionary.
-      arrays: arrays of ``modules.parameter_table``.
-      factor_F: factor of each feature, above 0.
     """
     of_activations = {"b_enc_F", *kind.vectors} - {*kind.unscaled}
     scaled = {name: array * factor_F for name, array in arrays.items() if name in of_activations}
@@ -56,10 +51,7 @@ def scale_features(kind: Kind, arrays: Arrays, factor_F: Any) -> Arrays:
 def unit_rows(kind: Kind, arrays: Arrays, widths: Sequence[int] = ()) -> Arrays:
     """Return JAX arrays with decoder rows of length 1: activations take over the length.
 
-    Args:
-      kind: the kind of dictionary.
-      arrays: arrays of ``modules.parameter_table``.
-      widths: widths of a joined site's parts, over which a row's length is the sum; (): one site.
+    Lengths are sums over the parts of a joined site, of these widths; (): one site.
     """
     W_dec_FxD = arrays["W_dec_FxD"]
     length_F = row_lengths(W_dec_FxD, widths) if widths else jnp.linalg.norm(W_dec_FxD, axis=-1)

@@ -17,9 +17,7 @@ _BLOCK = 16  # features, of which the maximum is taken before the k largest are 
 def batch_threshold(values_BxF: jax.Array, k: int | jax.Array) -> jax.Array:
     """Return a threshold, [1, 1], above which the B k largest of all values lie (all positive ones if fewer).
 
-    Args:
-      values_BxF: not negative.
-      k: number to keep per token on average; may be traced.
+    No value is negative; k, the number to keep per token on average, may be traced.
     """
     highest_1x1 = values_BxF.max(keepdims=True)
     keep = jnp.asarray(k, jnp.int32) * values_BxF.shape[0]
@@ -92,15 +90,11 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, max_k: int | None 
 
 
 def k_largest(pre_BxF: jax.Array, k: int | jax.Array, max_k: int) -> tuple[jax.Array, jax.Array]:
-    """Return the k largest positive values of each row, falling, and their positions, int32; both [B, max_k].
+    """Return the k largest positive pre-activations of each row, falling, and their positions, int32; both [B, max_k].
 
-    Of equal values the first ones are taken. Values are 0, at arbitrary positions, where there are no more. XLA:CPU
-    sorts the values of a few blocks faster than whole rows, and all lie in the blocks of the k largest maxima.
-
-    Args:
-      pre_BxF: pre-activations.
-      k: 1 <= k <= max_k; may be traced.
-      max_k: the largest k there can be, at most F.
+    Of equal values the first ones are taken. Values are 0, at arbitrary positions, where there are no more; k, from 1
+    to ``max_k``, may be traced. XLA:CPU sorts the values of a few blocks faster than whole rows, and all lie in the
+    blocks of the k largest maxima.
     """
     count, features = pre_BxF.shape
     if features % _BLOCK or max_k >= features // _BLOCK:

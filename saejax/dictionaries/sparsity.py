@@ -40,12 +40,8 @@ def topk(pre_xF: jax.Array, k: int | jax.Array, max_k: int | None = None) -> jax
 def signed_topk(pre_xF: jax.Array, k: int | jax.Array, max_k: int) -> jax.Array:
     """Keep the k largest pre-activations of each token whatever their sign, as ``torch.topk`` does; the rest are 0.
 
-    For inference alone: XLA sorts for it, and ties with the k-th largest are all kept.
-
-    Args:
-      pre_xF: pre-activations.
-      k: 1 <= k <= F; may be traced.
-      max_k: the largest k there can be, as a Python number.
+    For inference alone: XLA sorts for it, and ties with the k-th largest are all kept. ``max_k`` is the largest k that
+    there can be, as a Python number, where k is traced.
     """
     largest_xK = lax.top_k(pre_xF, min(max_k, pre_xF.shape[-1]))[0]
     index_x1 = jnp.full((*pre_xF.shape[:-1], 1), jnp.minimum(k, largest_xK.shape[-1]) - 1, jnp.int32)
@@ -81,11 +77,6 @@ def jumprelu(pre_BxF: jax.Array, threshold_F: jax.Array, bandwidth: float) -> ja
 
     Gradients: to ``pre`` where it exceeds the threshold; to the threshold
     -(threshold / bandwidth) sum over tokens of g 1[|pre - threshold| < bandwidth / 2].
-
-    Args:
-      pre_BxF: pre-activations.
-      threshold_F: thresholds, at least 0.
-      bandwidth: width of the kernel, above 0.
     """
     return threshold(pre_BxF, threshold_F)
 

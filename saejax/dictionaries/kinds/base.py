@@ -105,13 +105,9 @@ class Kind:
     # Inference.
 
     def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        """Return activations at inference, [..., F].
+        """Return activations at inference, [..., F], of pre-activations with (``pre``) and without (``projected``) bias.
 
-        Args:
-          dictionary: the dictionary whose arrays are read.
-          pre_xF: pre-activations, with the encoder's bias.
-          projected_xF: the same without the bias.
-          numbers: the fields of ``Kind.numbers``, which may be traced.
+        ``numbers`` are the fields of ``Kind.numbers``, which may be traced.
         """
         return jax.nn.relu(pre_xF)
 
@@ -150,10 +146,7 @@ class Kind:
     def reconstructions(self, dictionary: Dictionary, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
         """Return what is compared with the targets, each [B, D]; the last is the whole dictionary's.
 
-        Args:
-          dictionary: the dictionary that decodes.
-          f_BxF: activations.
-          x_BxD: inputs, which a skip transcoder needs.
+        A skip transcoder needs the inputs x besides the activations f.
         """
         return [dictionary.decode(f_BxF, x_BxD)]
 
@@ -176,15 +169,9 @@ class Kind:
     # Configuration, and the finished dictionary.
 
     def facts(self, values: Numbers, settings: Any, n_features: int) -> Facts:
-        """Return fields of ``DictionaryConfig`` of a dictionary with these settings.
+        """Return fields of ``DictionaryConfig`` of a dictionary with these settings and number of features F.
 
-        Args:
-          values: as for ``encode_in_training``, Python's numbers.
-          settings: the other settings of the kind.
-          n_features: number of features F.
-
-        Raises:
-          UserError: they do not fit the number of features.
+        ``values`` are Python's numbers; a ``UserError`` if they do not fit. See ``encode_in_training``.
         """
         return Facts(k=values["k"]) if "k" in values else Facts()
 
