@@ -25,18 +25,13 @@ READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 @dataclasses.dataclass(frozen=True)
 class RowRange:
-    """The usable rows of a split: a range with some rows excluded.
+    """The usable rows of a split: a range with some rows excluded."""
 
-    Attributes:
-      first, stop: rows first to stop - 1.
-      excluded: int64, ascending, the rows among these that are left out.
-      shard_rows: rows of a shard; row r is in shard r // shard_rows.
-    """
-
+    #: first and stop: rows first to stop - 1.
     first: int
     stop: int
-    excluded: np.ndarray
-    shard_rows: int
+    excluded: np.ndarray  #: int64, ascending, the rows among these that are left out
+    shard_rows: int  #: rows of a shard; row r is in shard r // shard_rows
 
     def __len__(self) -> int:
         return self.stop - self.first - len(self.excluded)

@@ -23,29 +23,23 @@ _SELECTION, _ORDER = 1, 2  # streams of random numbers drawn from one seed, apar
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """Documents and where they come from; ``documents[i]`` is the token ids, int32, of document i.
+    """Documents and where they come from; ``documents[i]`` is the token ids, int32, of document i."""
 
-    Attributes:
-      ids_T: int32 token ids of all documents. In a store they follow the order of the documents, in the output of the
-        stage ``tokenize`` that of the text.
-      starts_N: int64, index in ``ids_T`` of each document's first token.
-      lengths_N: int32, number of tokens of each document.
-      table_Nx4: int32 columns: split (index in ``SPLITS``), group (in ``groups``), source (index of the text in the
-        corpus), start (the piece's first token, counted in the source).
-      groups: names of the groups; those of streamed text have no names, only numbers.
-    """
-
+    #: int32 token ids of all documents. In a store they follow the order of the documents, in the output of the stage
+    #: ``tokenize`` that of the text.
     ids_T: np.ndarray
-    starts_N: np.ndarray
-    lengths_N: np.ndarray
+    starts_N: np.ndarray  #: int64, index in ``ids_T`` of each document's first token
+    lengths_N: np.ndarray  #: int32, number of tokens of each document
+    #: int32 columns: split (index in ``SPLITS``), group (in ``groups``), source (index of the text in the corpus),
+    #: start (the piece's first token, counted in the source).
     table_Nx4: np.ndarray
-    groups: tuple[str, ...]
+    groups: tuple[str, ...]  #: names of the groups; those of streamed text have no names, only numbers
 
     @classmethod
     def contiguous(
         cls, ids_T: np.ndarray, lengths: Sequence[int] | np.ndarray, table_Nx4: np.ndarray, groups: Sequence[str]
     ) -> Self:
-        """Return documents of these lengths, whose token ids follow one another in ``ids_T``."""
+        """Return documents of these lengths, whose token ids follow one another in ``ids``, and rows of the table."""
         lengths_N = np.asarray(lengths, np.int32)
         starts_N = np.cumsum(lengths_N, dtype=np.int64) - lengths_N
         return cls(ids_T, starts_N, lengths_N, table_Nx4, tuple(groups))

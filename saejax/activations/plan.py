@@ -22,19 +22,14 @@ _PROGRAM = 4096  # tokens that run in the time in which a program of another sha
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Documents that go through the model together.
+    """Documents that go through the model together."""
 
-    Attributes:
-      ids_BxT: int32 token ids, padded on the right with 0.
-      documents_B: index of each in the store.
-      first_B, stop_B: the recorded positions of each are first to stop - 1; its tokens here are 0 to stop - 1.
-      rows_B: for each, the rows of the shard, [stop - first], that its recorded positions become.
-    """
-
-    ids_BxT: np.ndarray
-    documents_B: np.ndarray
+    ids_BxT: np.ndarray  #: int32 token ids, padded on the right with 0
+    documents_B: np.ndarray  #: index of each in the store
+    #: first_B and stop_B: the recorded positions of each are first to stop - 1; its tokens here are 0 to stop - 1.
     first_B: np.ndarray
     stop_B: np.ndarray
+    #: for each, the rows of the shard, [stop - first], that its recorded positions become.
     rows_B: tuple[np.ndarray, ...]
 
     @property
@@ -52,13 +47,9 @@ Take = Callable[[Batch, AnySite, np.ndarray], object]
 
 
 class Reader(Protocol):
-    """A backend of capture.
+    """A backend of capture."""
 
-    Attributes:
-      widths: width of the values at every site.
-    """
-
-    widths: dict[AnySite, int]
+    widths: dict[AnySite, int]  #: width of the values at every site
 
     def read(self, batches: Iterable[Batch], take: Take) -> None:
         """Run the batches, in their order, up to the last of the wanted sites.

@@ -18,20 +18,14 @@ _SAMPLE = "In 1732 the captain's 48 men saw it: x = 3*(y+2), \u201cnaïve\u201d 
 
 @dataclasses.dataclass(frozen=True)
 class CaptureRequest:
-    """A request for a capture.
+    """A request for a capture."""
 
-    Attributes:
-      source: the model's files.
-      sites: the sites, in the order given.
-      decoder: the decoder's configuration; None if it does not know the model, or only modules are asked for.
-      context: the longest input in tokens; None: it has no limit.
-      second: the request for the second model, whose sites are also among ``sites``; None: no second model.
-    """
-
-    source: source.ModelSource
-    sites: tuple[AnySite, ...]
+    source: source.ModelSource  #: the model's files
+    sites: tuple[AnySite, ...]  #: the sites, in the order given
+    #: the decoder's configuration; None if it does not know the model, or only modules are asked for.
     decoder: DecoderConfig | None
-    context: int | None
+    context: int | None  #: the longest input in tokens; None: it has no limit
+    #: the request for the second model, whose sites are also among ``sites``; None: no second model.
     second: "CaptureRequest | None" = None
 
     @property

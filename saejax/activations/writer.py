@@ -27,17 +27,11 @@ _BLOCK = 4096  # documents, or rows, that are copied together
 
 @dataclasses.dataclass(frozen=True)
 class SiteShard:
-    """The rows of a shard at a site.
+    """The rows of a shard at a site."""
 
-    Attributes:
-      vectors_RxD: of ``ON_DISK[dtype]``.
-      norms_R: float32 Euclidean norms.
-      train_sum_D: float64 sum of the rows of the train split, sinks included.
-    """
-
-    vectors_RxD: np.ndarray
-    norms_R: np.ndarray
-    train_sum_D: np.ndarray
+    vectors_RxD: np.ndarray  #: of ``ON_DISK[dtype]``
+    norms_R: np.ndarray  #: float32 Euclidean norms
+    train_sum_D: np.ndarray  #: float64 sum of the rows of the train split, sinks included
 
     @classmethod
     def of(cls, values_RxD: np.ndarray, train_rows: int, dtype: str) -> "SiteShard":

@@ -24,15 +24,10 @@ CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
 
 @dataclasses.dataclass(frozen=True)
 class PlannedStack:
-    """Dictionaries that one program will train.
+    """Dictionaries that one program will train."""
 
-    Attributes:
-      dictionary: the configuration that its members share.
-      members: the members, each with its ``name``, ``site`` and ``target``.
-    """
-
-    dictionary: DictionaryConfig
-    members: tuple[Any, ...]
+    dictionary: DictionaryConfig  #: the configuration that its members share
+    members: tuple[Any, ...]  #: the members, each with its ``name``, ``site`` and ``target``
 
     def of(self, member: Any) -> DictionaryConfig:
         """Return the configuration of a member, at its own sites."""
@@ -42,33 +37,20 @@ class PlannedStack:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """A run that has not begun.
+    """A run that has not begun."""
 
-    Attributes:
-      configs: the groups of configuration.
-      name: name of the model, for messages.
-      model: its decoder.
-      sites: sites of the decoder that are captured.
-      stacks: the dictionaries that are trained, by kind.
-      mesh: the devices.
-      documents: number of documents of the text; 0 where it was not looked at.
-      tokens: estimated number of its tokens.
-      own_devices: devices of each process where there are several; otherwise 0.
-      host: devices to compile for in place of a process's own, where the compiler of a slice takes no part of a slice.
-      stands_for: platform that the devices of the mesh stand for, such as "gpu"; "": they are what they are.
-    """
-
-    configs: Configs
-    name: str
-    model: DecoderConfig
-    sites: tuple[Site, ...]
-    stacks: Mapping[str, PlannedStack]
-    mesh: Mesh
-    documents: int = 0
-    tokens: int = 0
-    own_devices: int = 0
+    configs: Configs  #: the groups of configuration
+    name: str  #: name of the model, for messages
+    model: DecoderConfig  #: its decoder
+    sites: tuple[Site, ...]  #: sites of the decoder that are captured
+    stacks: Mapping[str, PlannedStack]  #: the dictionaries that are trained, by kind
+    mesh: Mesh  #: the devices
+    documents: int = 0  #: number of documents of the text; 0 where it was not looked at
+    tokens: int = 0  #: estimated number of its tokens
+    own_devices: int = 0  #: devices of each process where there are several; otherwise 0
+    #: devices to compile for in place of a process's own, where the compiler of a slice takes no part of a slice.
     host: tuple[Device, ...] = ()
-    stands_for: str = ""
+    stands_for: str = ""  #: platform that the devices of the mesh stand for, such as "gpu"; "": they are what they are
 
     def placed(self, stage: Stage) -> "PlannedRun":
         """Return the plan on the devices of a stage: those of one process, unless all processes run it together."""

@@ -20,25 +20,15 @@ from saejax.settings import TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function of a stage: the function that the stage itself calls, not a copy.
+    """A jitted function of a stage: the function that the stage itself calls, not a copy."""
 
-    Attributes:
-      name: stage and function.
-      size: size of its batch, in words.
-      function: the jitted function.
-      arguments: its arguments; arrays are shapes with their shardings.
-      kept: arrays that the stage keeps on the devices besides the arguments.
-      flops: floating-point operations of a call on all devices, by formula.
-      runs: estimated number of calls in the planned run; 0 where the text was not looked at.
-    """
-
-    name: str
-    size: str
-    function: Callable
-    arguments: tuple
-    kept: Any
-    flops: float
-    runs: float = 0.0
+    name: str  #: stage and function
+    size: str  #: size of its batch, in words
+    function: Callable  #: the jitted function
+    arguments: tuple  #: its arguments; arrays are shapes with their shardings
+    kept: Any  #: arrays that the stage keeps on the devices besides the arguments
+    flops: float  #: floating-point operations of a call on all devices, by formula
+    runs: float = 0.0  #: estimated number of calls in the planned run; 0 where the text was not looked at
 
     def lower(self) -> jax.stages.Lowered:
         """Trace the function for the devices of its arguments."""

@@ -24,17 +24,12 @@ _TEXT = (
 
 @dataclasses.dataclass(frozen=True)
 class DictionaryCheck:
-    """Measurements of a dictionary on a sample of text.
+    """Measurements of a dictionary on a sample of text."""
 
-    Attributes:
-      l0: mean number of active features of a token.
-      explained_variance: 1 - squared error / variance of what it reconstructs, summed over tokens and dimensions.
-      tokens: number of tokens measured; attention sinks are left out.
-    """
-
-    l0: float
+    l0: float  #: mean number of active features of a token
+    #: 1 - squared error / variance of what it reconstructs, summed over tokens and dimensions.
     explained_variance: float
-    tokens: int
+    tokens: int  #: number of tokens measured; attention sinks are left out
 
 
 def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:

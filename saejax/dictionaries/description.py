@@ -15,55 +15,48 @@ BOS = ("auto", "always", "never")
 
 @dataclasses.dataclass(frozen=True)
 class DictionaryConfig(Config):
-    """Kind, sites, sizes and conventions of a dictionary.
+    """Kind, sites, sizes and conventions of a dictionary."""
 
-    Attributes:
-      kind: its sparsity, one of ``kinds.KINDS``.
-      site: the site it reads, such as "resid_post.15".
-      target: the site it predicts: a transcoder reads "mlp_in.15" and predicts "mlp_out.15"; "" for an SAE.
-      d_in: width of both.
-      n_features: number of features F.
-      k: active features per token (topk; mean over tokens for batchtopk and matryoshka; else 0).
-      groups: numbers of leading features that reconstruct by themselves, ascending to F (matryoshka, jumprelu).
-      skip: whether a linear map of the input is added to what it predicts (skip transcoder).
-      centred: whether the decoder's bias is subtracted from the input, as in an SAE.
-      fires_above: |f| above which a feature of a linear dictionary counts as firing.
-      max_norm: norm at the site above which a position is an attention sink; None: not known yet.
-      target_max_norm: the same at a transcoder's target.
-      widths: widths of a joined site's parts, which sum to ``d_in``; (): it is one site. See ``dictionaries.joined``.
-      scales: what each part's values are multiplied with before they are put side by side.
-      max_norms: maximum norms of each part, as ``max_norm``, before that; (): not known yet.
-      model, revision, fingerprint: the language model whose activations it was trained on.
-      signed: whether a topk dictionary keeps its k largest pre-activations below 0, too, where fewer are above.
-      input_norm: per-token normalisation of what it reads, one of ``input_norm.NORMS``; "": none.
-      output_units: whether activations are multiplied by the scale of the token's normalisation, so that what a feature
-        adds is its activation times its decoder row, as without a normalisation; stages take dictionaries so.
-      bos: whether texts of its training began with the BOS token: "always", "never", or "auto" (as the tokenizer does).
-      context: tokens of a text of its training; 0: unknown.
-    """
-
-    kind: str = setting("topk", "kind", choices=kind_names)
-    site: str = setting("", "site")
+    kind: str = setting("topk", "kind", choices=kind_names)  #: its sparsity, one of ``kinds.KINDS``
+    site: str = setting("", "site")  #: the site it reads, such as "resid_post.15"
+    #: the site it predicts: a transcoder reads "mlp_in.15" and predicts "mlp_out.15"; "" for an SAE.
     target: str = setting("", "site that it predicts")
-    d_in: int = setting(1, "width", low=1)
-    n_features: int = setting(1, "features", low=1)
+    d_in: int = setting(1, "width", low=1)  #: width of both
+    n_features: int = setting(1, "features", low=1)  #: number of features F
+    #: active features per token (topk; mean over tokens for batchtopk and matryoshka; else 0).
     k: int = setting(0, "active features per token", low=0)
+    #: numbers of leading features that reconstruct by themselves, ascending to F (matryoshka, jumprelu).
     groups: tuple[int, ...] = setting((), "nested numbers of features", low=1)
+    #: whether a linear map of the input is added to what it predicts (skip transcoder).
     skip: bool = setting(False, "linear path from input to output")
+    #: whether the decoder's bias is subtracted from the input, as in an SAE.
     centred: bool = setting(True, "subtract the decoder's bias from the input")
+    #: |f| above which a feature of a linear dictionary counts as firing.
     fires_above: float = setting(0.0, "firing threshold of a linear dictionary", low=0.0)
+    #: norm at the site above which a position is an attention sink; None: not known yet.
     max_norm: float | None = setting(None, "largest norm of a position that is not a sink", low=0.0)
+    #: the same at a transcoder's target.
     target_max_norm: float | None = setting(None, "the same at the site that it predicts", low=0.0)
+    #: widths of a joined site's parts, which sum to ``d_in``; (): it is one site. See ``dictionaries.joined``.
     widths: tuple[int, ...] = setting((), "widths of the parts of a joined site", low=1)
+    #: what each part's values are multiplied with before they are put side by side.
     scales: tuple[float, ...] = setting((), "factors of those parts", low=0.0)
+    #: maximum norms of each part, as ``max_norm``, before that; (): not known yet.
     max_norms: tuple[float, ...] = setting((), "largest norms of those parts", low=0.0)
+    #: model, revision, fingerprint: the language model whose activations it was trained on.
     model: str = setting("", "language model")
     revision: str = setting("", "its revision")
     fingerprint: str = setting("", "its fingerprint")
+    #: whether a topk dictionary keeps its k largest pre-activations below 0, too, where fewer are above.
     signed: bool = setting(False, "keep negative activations of a topk dictionary")
+    #: per-token normalisation of what it reads, one of ``input_norm.NORMS``; "": none.
     input_norm: str = setting("", "normalisation of each token that is read", choices=NORMS)
+    #: whether activations are multiplied by the scale of the token's normalisation, so that what a feature adds is its
+    #: activation times its decoder row, as without a normalisation; stages take dictionaries so.
     output_units: bool = setting(False, "activations in units of the output of a normalised token")
+    #: whether texts of its training began with the BOS token: "always", "never", or "auto" (as the tokenizer does).
     bos: str = setting("auto", "whether texts of its training began with BOS", choices=BOS)
+    #: tokens of a text of its training; 0: unknown.
     context: int = setting(0, "tokens of a text of its training", low=0)
 
     def bos_conflict(self, begins_with_bos: bool) -> str:
@@ -111,7 +104,7 @@ class DictionaryConfig(Config):
     def check_model(self, name: str, fingerprint: str, what: str = "the dictionary") -> None:
         """Raise a ``UserError`` that begins with ``what`` if the dictionary was trained on another model than this.
 
-        Files of other tools say nothing of a model's state: theirs fit any.
+        The model has a name and a fingerprint. Files of other tools say nothing of a model's state: theirs fit any.
         """
         if self.fingerprint and self.fingerprint != fingerprint:
             raise UserError(

@@ -22,25 +22,17 @@ class FeatureEdit:
         y' = decode(f(x) with g in place of f) + e      the error term becomes e
 
     For a sparse autoencoder y is x; for a transcoder it is the value at the site that it predicts.
-
-    Attributes:
-      dictionary: the dictionary whose features are changed.
-      features_K: the feature indices.
-      factor_1x1xK, offset: as above; the offset's N is K.
-      error: e, its N is D; None: the error term stays.
-      positions: where it acts; never at padding and attention sinks.
-      reads: the site of x (static).
-      site: the site of y (static).
     """
 
-    dictionary: Dictionary
-    features_K: jax.Array
+    dictionary: Dictionary  #: the dictionary whose features are changed
+    features_K: jax.Array  #: the feature indices
+    #: factor_1x1xK and offset: as above; the offset's N is K.
     factor_1x1xK: jax.Array
     offset: Values
-    error: Values | None
-    positions: Positions
-    reads: Site = dataclasses.field(metadata=dict(static=True))
-    site: Site = dataclasses.field(metadata=dict(static=True))
+    error: Values | None  #: e, its N is D; None: the error term stays
+    positions: Positions  #: where it acts; never at padding and attention sinks
+    reads: Site = dataclasses.field(metadata=dict(static=True))  #: the site of x (static)
+    site: Site = dataclasses.field(metadata=dict(static=True))  #: the site of y (static)
 
     def with_sink_norms(self, sink_norm: Callable[[str], float]) -> "FeatureEdit":
         """Return the edit with the sink rule of its dictionary's sites; see ``Dictionary.with_sink_norms``."""

@@ -22,17 +22,11 @@ _EPSILON = 1e-5  # SAELens adds it to the standard deviation going in, and leave
 
 
 class Normalised(NamedTuple):
-    """A batch of tokens after normalisation.
+    """A batch of tokens after normalisation."""
 
-    Attributes:
-      x_xD: n(x).
-      scale_x1: what outputs are multiplied with; 1 where the norm leaves scales alone.
-      shift_x1: what is then added to them.
-    """
-
-    x_xD: jax.Array
-    scale_x1: jax.Array
-    shift_x1: jax.Array
+    x_xD: jax.Array  #: n(x)
+    scale_x1: jax.Array  #: what outputs are multiplied with; 1 where the norm leaves scales alone
+    shift_x1: jax.Array  #: what is then added to them
 
 
 def normalise(x_xD: jax.Array, norm: str) -> Normalised:

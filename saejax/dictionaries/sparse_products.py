@@ -53,15 +53,10 @@ def choose_form(form: str, mesh: Mesh, matmul_dtype: str, n_features: int, k: in
 
 
 class FeatureOrder(NamedTuple):
-    """The entries of a code sorted by feature: N = B k of them.
+    """The entries of a code sorted by feature: N = B k of them."""
 
-    Attributes:
-      order_N: their positions in the code, in order of its tokens.
-      starts_X: where each feature's entries begin, and the end of the last; F + 1 numbers.
-    """
-
-    order_N: jax.Array
-    starts_X: jax.Array
+    order_N: jax.Array  #: their positions in the code, in order of its tokens
+    starts_X: jax.Array  #: where each feature's entries begin, and the end of the last; F + 1 numbers
 
     @classmethod
     def of(cls, feature_BxK: jax.Array, n_features: int) -> "FeatureOrder":
@@ -85,17 +80,11 @@ class FeatureOrder(NamedTuple):
 
 
 class SparseCode(NamedTuple):
-    """The active features of B tokens, at most k of each.
+    """The active features of B tokens, at most k of each."""
 
-    Attributes:
-      value_BxK: their activations; 0 where there are no more.
-      feature_BxK: indices of these features, int32; arbitrary where the activation is 0.
-      by_feature: the same sorted by feature.
-    """
-
-    value_BxK: jax.Array
-    feature_BxK: jax.Array
-    by_feature: FeatureOrder
+    value_BxK: jax.Array  #: their activations; 0 where there are no more
+    feature_BxK: jax.Array  #: indices of these features, int32; arbitrary where the activation is 0
+    by_feature: FeatureOrder  #: the same sorted by feature
 
     def dense(self) -> jax.Array:
         """Return the activations of all features, [B, F]."""
@@ -131,19 +120,12 @@ class Encoder(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """A batch encoded by a dictionary.
+    """A batch encoded by a dictionary."""
 
-    Attributes:
-      code: the active features.
-      pre_BxF: pre-activations of all features.
-      pre_for_auxk_BxF: the same, for AuxK, whose gradient is 0 while no feature is dead.
-      residual_BxD: targets minus f @ W_dec.
-    """
-
-    code: SparseCode
-    pre_BxF: jax.Array
-    pre_for_auxk_BxF: jax.Array
-    residual_BxD: jax.Array
+    code: SparseCode  #: the active features
+    pre_BxF: jax.Array  #: pre-activations of all features
+    pre_for_auxk_BxF: jax.Array  #: the same, for AuxK, whose gradient is 0 while no feature is dead
+    residual_BxD: jax.Array  #: targets minus f @ W_dec
 
 
 def explain(

@@ -25,17 +25,12 @@ _ROW_SCORES, _MIN_ROWS = 2**18, 64  # scores of a head that exist at one time th
 
 
 class AttentionTables(NamedTuple):
-    """Inputs of a layer's attention besides queries, keys and values.
+    """Inputs of a layer's attention besides queries, keys and values."""
 
-    Attributes:
-      rope: cosine and sine of each query's angles, [T, R] or [B, T, R] for R pairs of dimensions, fp32; None: none.
-      mask: True where a query attends to a key, [T, S] or [B, T, S].
-      scale: factor on the scores.
-    """
-
+    #: cosine and sine of each query's angles, [T, R] or [B, T, R] for R pairs of dimensions, fp32; None: none.
     rope: tuple[jax.Array, jax.Array] | None
-    mask: jax.Array
-    scale: float | jax.Array
+    mask: jax.Array  #: True where a query attends to a key, [T, S] or [B, T, S]
+    scale: float | jax.Array  #: factor on the scores
 
 
 class TablesByLayer(NamedTuple):
@@ -112,19 +107,14 @@ QKV = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class AttentionSpec(NamedTuple):
-    """The attention pattern of a run's tokens, in all layers.
+    """The attention pattern of a run's tokens, in all layers."""
 
-    Attributes:
-      tables: masks and rotary tables.
-      function: None: tokens attend to one another. Otherwise called with the plain attention function, the layer's
-        number, queries, keys and values, and what the previous layer carried; returns the attended values and what it
-        carries to the next layer.
-      carried: a pytree, the first layer's input.
-    """
-
-    tables: TablesByLayer
+    tables: TablesByLayer  #: masks and rotary tables
+    #: None: tokens attend to one another. Otherwise called with the plain attention function, the layer's number,
+    #: queries, keys and values, and what the previous layer carried; returns the attended values and what it carries to
+    #: the next layer.
     function: Callable[[Attend, Layer, QKV, Any], tuple[jax.Array, Any]] | None = None
-    carried: Any = ()
+    carried: Any = ()  #: a pytree, the first layer's input
 
 
 def attention(

@@ -37,21 +37,13 @@ _FLOAT_DTYPES = {np.dtype(dtype) for dtype in _FLOATS.values()}
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file, whose values are read when they are used.
+    """A tensor in a file, whose values are read when they are used."""
 
-    Attributes:
-      file: where it lies.
-      name: in that file.
-      shape: shape of the values, row-major.
-      dtype: dtype of the values; void where NumPy has none such, as of floats of 8 bits.
-      file_dtype: as the file calls it, such as "BF16" or "U8".
-    """
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    file_dtype: str
+    file: Path  #: where it lies
+    name: str  #: in that file
+    shape: tuple[int, ...]  #: shape of the values, row-major
+    dtype: np.dtype  #: dtype of the values; void where NumPy has none such, as of floats of 8 bits
+    file_dtype: str  #: as the file calls it, such as "BF16" or "U8"
     _values: Callable[[], np.ndarray] = dataclasses.field(repr=False, compare=False)
 
     @property

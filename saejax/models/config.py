@@ -11,125 +11,82 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """A rotary embedding (Su et al., 2021): the rotation per position of each pair of a head's dimensions.
+    """A rotary embedding (Su et al., 2021): the rotation per position of each pair of a head's dimensions."""
 
-    Attributes:
-      frequencies: angle per position of every pair, in radians. The first ``2 * len(frequencies)`` dimensions of a
-        head rotate, dimension i with dimension ``i + len(frequencies)``; the rest do not.
-      attention_scaling: factor on cosine and sine.
-    """
-
+    #: angle per position of every pair, in radians. The first ``2 * len(frequencies)`` dimensions of a head rotate,
+    #: dimension i with dimension ``i + len(frequencies)``; the rest do not.
     frequencies: tuple[float, ...]
-    attention_scaling: float = 1.0
+    attention_scaling: float = 1.0  #: factor on cosine and sine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A causal decoder, whatever its family. Hashable, so that it can be a static argument of ``jax.jit``.
+    """A causal decoder, whatever its family. Hashable, so that it can be a static argument of ``jax.jit``."""
 
-    Attributes:
-      family: ``model_type`` of the checkpoint, a key of ``families.FAMILIES``.
-      n_layers: number of decoder layers (L).
-      d_model: width of the residual stream (D).
-      n_heads: query heads (H).
-      n_kv_heads: key and value heads (N); each serves ``n_heads / n_kv_heads`` query heads (G).
-      d_head: width of a head (K); need not be ``d_model / n_heads``.
-      d_mlp: hidden width of the MLP, or of each expert (F).
-      n_experts: experts of each MLP (E), of which a router chooses some for each token; 0: a plain MLP.
-      experts_per_token: experts that are chosen.
-      normalize_experts: whether the chosen experts' weights sum to 1; otherwise they are probabilities among all.
-      vocab: rows of the embedding and number of logits (V).
-      context: longest prompt in tokens (C).
-      tied: whether the unembedding is the embedding.
-      norm: "rms", "rms_plus_one" or "layer", as ``layers.norm`` says.
-      norm_eps: added to the mean square or the variance inside the norms.
-      activation: a key of ``layers.ACTIVATIONS``.
-      gated: whether the MLP is down(activation(gate(x)) * up(x)); otherwise down(activation(up(x))).
-      parallel: whether the MLP reads the stream entering the layer, in parallel with attention, not the one after it.
-      shared_norm: whether attention and the MLP share one norm.
-      post_norms: whether the outputs of attention and MLP are normalised before they are added to the stream.
-      pre_norms: whether attention and the MLP read the stream after a norm, rather than the stream itself.
-      qk_norm: whether queries and keys are normalised, head by head, before they are rotated.
-      qk_norm_joint: whether that norm is over the values of all heads together.
-      qkv_bias, o_bias, mlp_bias, unembed_bias: whether those projections have biases.
-      learned_positions: whether a learned vector is added to the embedding of every position.
-      rope: rotary embedding; None: none.
-      sliding_rope: rotary embedding of layers with sliding windows; None: ``rope``.
-      sliding_layers: for each layer, whether queries attend to the last ``sliding_window`` tokens only. Empty: none.
-      sliding_window: number of those tokens, the query's own included.
-      score_scale: factor on the products of queries and keys.
-      scale_by_layer: whether that factor is divided by the layer's number, counted from 1.
-      attn_logit_softcap: attention scores s become ``cap * tanh(s / cap)``; None: no cap.
-      final_logit_softcap: the same for the logits.
-      embed_scale: factor on the embeddings that enter the first layer, not on the unembedding.
-    """
-
-    family: str
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_mlp: int
-    vocab: int
-    context: int
-    tied: bool
-    norm: str
-    norm_eps: float
-    activation: str
-    gated: bool
-    score_scale: float
+    family: str  #: ``model_type`` of the checkpoint, a key of ``families.FAMILIES``
+    n_layers: int  #: number of decoder layers (L)
+    d_model: int  #: width of the residual stream (D)
+    n_heads: int  #: query heads (H)
+    n_kv_heads: int  #: key and value heads (N); each serves ``n_heads / n_kv_heads`` query heads (G)
+    d_head: int  #: width of a head (K); need not be ``d_model / n_heads``
+    d_mlp: int  #: hidden width of the MLP, or of each expert (F)
+    vocab: int  #: rows of the embedding and number of logits (V)
+    context: int  #: longest prompt in tokens (C)
+    tied: bool  #: whether the unembedding is the embedding
+    norm: str  #: "rms", "rms_plus_one" or "layer", as ``layers.norm`` says
+    norm_eps: float  #: added to the mean square or the variance inside the norms
+    activation: str  #: a key of ``layers.ACTIVATIONS``
+    gated: bool  #: whether the MLP is down(activation(gate(x)) * up(x)); otherwise down(activation(up(x)))
+    score_scale: float  #: factor on the products of queries and keys
+    #: whether the MLP reads the stream entering the layer, in parallel with attention, not the one after it.
     parallel: bool = False
-    shared_norm: bool = False
+    shared_norm: bool = False  #: whether attention and the MLP share one norm
+    #: whether the outputs of attention and MLP are normalised before they are added to the stream.
     post_norms: bool = False
-    pre_norms: bool = True
-    qk_norm: bool = False
-    qk_norm_joint: bool = False
-    n_experts: int = 0
-    experts_per_token: int = 0
+    pre_norms: bool = True  #: whether attention and the MLP read the stream after a norm, rather than the stream itself
+    qk_norm: bool = False  #: whether queries and keys are normalised, head by head, before they are rotated
+    qk_norm_joint: bool = False  #: whether that norm is over the values of all heads together
+    n_experts: int = 0  #: experts of each MLP (E), of which a router chooses some for each token; 0: a plain MLP
+    experts_per_token: int = 0  #: experts that are chosen
+    #: whether the chosen experts' weights sum to 1; otherwise they are probabilities among all.
     normalize_experts: bool = False
+    #: qkv_bias, o_bias, mlp_bias, unembed_bias: whether those projections have biases.
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     unembed_bias: bool = False
-    learned_positions: bool = False
-    rope: Rope | None = None
-    sliding_rope: Rope | None = None
+    learned_positions: bool = False  #: whether a learned vector is added to the embedding of every position
+    rope: Rope | None = None  #: rotary embedding; None: none
+    sliding_rope: Rope | None = None  #: rotary embedding of layers with sliding windows; None: ``rope``
+    #: for each layer, whether queries attend to the last ``sliding_window`` tokens only. Empty: none.
     sliding_layers: tuple[bool, ...] = ()
-    sliding_window: int | None = None
-    scale_by_layer: bool = False
-    attn_logit_softcap: float | None = None
-    final_logit_softcap: float | None = None
-    embed_scale: float = 1.0
+    sliding_window: int | None = None  #: number of those tokens, the query's own included
+    scale_by_layer: bool = False  #: whether that factor is divided by the layer's number, counted from 1
+    attn_logit_softcap: float | None = None  #: attention scores s become ``cap * tanh(s / cap)``; None: no cap
+    final_logit_softcap: float | None = None  #: the same for the logits
+    embed_scale: float = 1.0  #: factor on the embeddings that enter the first layer, not on the unembedding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TorchConfig(DecoderConfig):
-    """A transformers model that runs in PyTorch: its sizes; fields of formulas mean nothing.
+    """A transformers model that runs in PyTorch: its sizes; fields of formulas mean nothing."""
 
-    Attributes:
-      functions: ``torch_model.TorchFunctions``, which the functions of ``decoder`` call; equal to itself only.
-    """
-
-    functions: Any
+    functions: Any  #: ``torch_model.TorchFunctions``, which the functions of ``decoder`` call; equal to itself only
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRules:
-    """Rules of differentiation, hashable so that they can be static under ``jax.jit``.
+    """Rules of differentiation, hashable so that they can be static under ``jax.jit``."""
 
-    Attributes:
-      backward: "gradient", of the function itself; "relp", by the rules of relevance patching (Jafari et al., 2025,
-        arXiv 2508.21258): norm factors and attention weights are constants, an activation function is a constant
-        multiple of its input, and a gated product passes half of the gradient to each factor.
-      first_fixes: whether all prompts of a batch use the norm factors and attention weights of the first one. The one
-        rule that changes outputs, those of the other prompts.
-      remat: whether a gradient computes each layer again from the stream that enters it, which takes the least
-        memory; otherwise it keeps the matrix products of the forward pass.
-    """
-
+    #: "gradient", of the function itself; "relp", by the rules of relevance patching (Jafari et al., 2025, arXiv
+    #: 2508.21258): norm factors and attention weights are constants, an activation function is a constant multiple of
+    #: its input, and a gated product passes half of the gradient to each factor.
     backward: str = "gradient"
+    #: whether all prompts of a batch use the norm factors and attention weights of the first one. The one rule that
+    #: changes outputs, those of the other prompts.
     first_fixes: bool = False
+    #: whether a gradient computes each layer again from the stream that enters it, which takes the least memory;
+    #: otherwise it keeps the matrix products of the forward pass.
     remat: bool = False
 
     def factor(self, value: jax.Array) -> jax.Array:

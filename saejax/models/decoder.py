@@ -133,18 +133,13 @@ def _layer_of(stacked: jax.Array, layer: int | jax.Array) -> jax.Array:
 
 
 class LayersOutput(NamedTuple):
-    """Result of a run of layers.
+    """Result of a run of layers."""
 
-    Attributes:
-      x: the stream leaving the last of them, [B, T, D].
-      collected: by kind, the values in all layers of the run, [L, B, T, D]; keys (after the rotary embedding) and
-        values are [L, B, T, N, K].
-      carried: what the attention carried out of the last layer.
-    """
-
-    x: jax.Array
+    x: jax.Array  #: the stream leaving the last of them, [B, T, D]
+    #: by kind, the values in all layers of the run, [L, B, T, D]; keys (after the rotary embedding) and values are [L,
+    #: B, T, N, K].
     collected: dict[str, jax.Array]
-    carried: Any
+    carried: Any  #: what the attention carried out of the last layer
 
 
 def run_layers(

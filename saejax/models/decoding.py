@@ -37,19 +37,12 @@ Edits = tuple[Edit, ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens so far, in every layer.
+    """Keys and values of the tokens so far, in every layer."""
 
-    Attributes:
-      k_LxBxSxNxK: keys, after the rotary embedding.
-      v_LxBxSxNxK: values.
-      pad_B: int32 number of slots, from the left, that hold padding.
-      length: int32 number of slots that are written, the same for all prompts.
-    """
-
-    k_LxBxSxNxK: jax.Array
-    v_LxBxSxNxK: jax.Array
-    pad_B: jax.Array
-    length: jax.Array
+    k_LxBxSxNxK: jax.Array  #: keys, after the rotary embedding
+    v_LxBxSxNxK: jax.Array  #: values
+    pad_B: jax.Array  #: int32 number of slots, from the left, that hold padding
+    length: jax.Array  #: int32 number of slots that are written, the same for all prompts
 
     def positions_BxT(self, new: int) -> jax.Array:
         """Return the positions of the next ``new`` tokens, int32 [B, T]; padding is at position 0."""
@@ -101,21 +94,15 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """Parameters of the choice of the next token. Static: ``sampled``, ``nucleus``.
+    """Parameters of the choice of the next token. Static: ``sampled``, ``nucleus``."""
 
-    Attributes:
-      temperature: fp32 scalar by which the logits are divided.
-      top_p: fp32 scalar: sampling is from the smallest set of most probable tokens with this total probability.
-      key: random key; token n of prompt b has its own, folded in.
-      sampled: whether tokens are sampled; otherwise the largest logit is taken.
-      nucleus: whether ``top_p`` is below 1.
-    """
-
-    temperature: jax.Array
+    temperature: jax.Array  #: fp32 scalar by which the logits are divided
+    #: fp32 scalar: sampling is from the smallest set of most probable tokens with this total probability.
     top_p: jax.Array
-    key: jax.Array
+    key: jax.Array  #: random key; token n of prompt b has its own, folded in
+    #: whether tokens are sampled; otherwise the largest logit is taken.
     sampled: bool = dataclasses.field(metadata=dict(static=True))
-    nucleus: bool = dataclasses.field(metadata=dict(static=True))
+    nucleus: bool = dataclasses.field(metadata=dict(static=True))  #: whether ``top_p`` is below 1
 
     def __call__(self, logits_BxV: jax.Array, step: jax.Array) -> jax.Array:
         """Return the ids of new token number ``step`` of every prompt, int32 [B]."""
@@ -158,26 +145,18 @@ def _nucleus(logits_BxV: jax.Array, top_p: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """A batch during decoding.
+    """A batch during decoding."""
 
-    Attributes:
-      cache: keys and values of all tokens but the newest.
-      new_BxN: int32 new ids; columns from ``count`` on are not made yet.
-      count: int32 number of new tokens so far.
-      done_B: whether each prompt's text has ended.
-      finite_B: whether all logits so far were finite.
-    """
-
-    cache: KVCache
-    new_BxN: jax.Array
-    count: jax.Array
-    done_B: jax.Array
-    finite_B: jax.Array
+    cache: KVCache  #: keys and values of all tokens but the newest
+    new_BxN: jax.Array  #: int32 new ids; columns from ``count`` on are not made yet
+    count: jax.Array  #: int32 number of new tokens so far
+    done_B: jax.Array  #: whether each prompt's text has ended
+    finite_B: jax.Array  #: whether all logits so far were finite
 
     def add(
         self, cache: KVCache, logits_BxV: jax.Array, sampling: SamplingParams, end_ids_E: jax.Array
     ) -> "DecodeState":
-        """Return the state after choosing the next tokens; ``end_ids_E`` are the ids that end a text."""
+        """Return the state after choosing the next tokens by the logits; ``end_ids`` are the ids that end a text."""
         next_B = sampling(logits_BxV, self.count)
         return DecodeState(
             cache,

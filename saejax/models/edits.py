@@ -20,16 +20,11 @@ Span = tuple[int, int | None]
 
 @dataclasses.dataclass(frozen=True)
 class ForwardPass:
-    """The forward pass in which edits act.
+    """The forward pass in which edits act."""
 
-    Attributes:
-      position_BxT: int32 position of each token in its text, from 0; -1 at padding.
-      prompt_lengths_B: int32 number of tokens of each prompt; tokens after them were made by ``generate``.
-      values: while tracing, values [B, T, D] at the sites passed so far in layers with hooks, after the edits there.
-    """
-
-    position_BxT: jax.Array
-    prompt_lengths_B: jax.Array
+    position_BxT: jax.Array  #: int32 position of each token in its text, from 0; -1 at padding
+    prompt_lengths_B: jax.Array  #: int32 number of tokens of each prompt; tokens after them were made by ``generate``
+    #: while tracing, values [B, T, D] at the sites passed so far in layers with hooks, after the edits there.
     values: dict[Site, jax.Array] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -72,16 +67,13 @@ class Edit(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """Positions of a text at which an edit acts.
+    """Positions of a text at which an edit acts."""
 
-    Attributes:
-      start, stop: int32, the first and the one after the last.
-      only: "" for all of them; "last": a prompt's last token and every new one; "fires": where the feature that is
-        edited is active (static).
-    """
-
+    #: start and stop: int32, the first and the one after the last.
     start: jax.Array
     stop: jax.Array
+    #: "" for all of them; "last": a prompt's last token and every new one; "fires": where the feature that is edited is
+    #: active (static).
     only: str = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
@@ -111,20 +103,17 @@ class Positions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """N numbers for every position of given prompts, or of any text, or the same N everywhere.
+    """N numbers for every position of given prompts, or of any text, or the same N everywhere."""
 
-    Attributes:
-      values_BxTxN: [1, 1, N] if they are the same everywhere, [1, T, N] if they are for the positions of any text,
-        [B, T, N] if each of B texts has its own.
-      by_position: whether they belong to given prompts (static); new tokens then have none.
-    """
-
+    #: [1, 1, N] if they are the same everywhere, [1, T, N] if they are for the positions of any text, [B, T, N] if each
+    #: of B texts has its own.
     values_BxTxN: jax.Array
+    #: whether they belong to given prompts (static); new tokens then have none.
     by_position: bool = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
     def constant(cls, values: Any, n: int, what: str) -> Self:
-        """Return the same ``n`` finite numbers everywhere, or one number; a ``UserError`` about ``what`` otherwise."""
+        """Return the same ``n`` finite values everywhere, or one number; a ``UserError`` about ``what`` otherwise."""
         array = np.asarray(values, np.float32)
         if array.shape not in ((), (n,)):
             raise UserError(f"{what} has the shape {array.shape}: expected a number or the shape ({n},)")
@@ -134,7 +123,7 @@ class Values:
 
     @classmethod
     def for_prompts(cls, values: Any, n: int | None, what: str) -> Self:
-        """Return numbers for every position of given prompts; a ``UserError`` about ``what`` unless [B, T, n].
+        """Return values for every position of given prompts; a ``UserError`` about ``what`` unless [B, T, n].
 
         An ``n`` of None is any.
         """
@@ -224,18 +213,12 @@ class SiteEdit:
     (start, stop), counted from 0 in each text; a stop of None is the end. Sites are named as in "resid_post.15".
     All methods raise a ``UserError`` for impossible sites, positions and shapes; the width is checked when a model
     runs.
-
-    Attributes:
-      factor: scalar, 0 where x is replaced.
-      offset: what is added, with N = D.
-      positions: where it acts.
-      site: static.
     """
 
-    factor: jax.Array
-    offset: Values
-    positions: Positions
-    site: Site = dataclasses.field(metadata=dict(static=True))
+    factor: jax.Array  #: scalar, 0 where x is replaced
+    offset: Values  #: what is added, with N = D
+    positions: Positions  #: where it acts
+    site: Site = dataclasses.field(metadata=dict(static=True))  #: static
 
     @classmethod
     def ablate(cls, site: str | Site, positions: str | Span = "all") -> Self:

@@ -15,17 +15,12 @@ CHUNK = 16  # new tokens between two looks for stop strings
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """The continuation of one prompt.
+    """The continuation of one prompt."""
 
-    Attributes:
-      ids: new token ids, without the one that ended the text; with a stop string, up to the token that completes it.
-      text: the decoded ids without special tokens, up to the stop string.
-      finished: why it ended: "eos" (the model ended it), "stop" (a stop string) or "length".
-    """
-
+    #: new token ids, without the one that ended the text; with a stop string, up to the token that completes it.
     ids: tuple[int, ...]
-    text: str
-    finished: str
+    text: str  #: the decoded ids without special tokens, up to the stop string
+    finished: str  #: why it ended: "eos" (the model ended it), "stop" (a stop string) or "length"
 
 
 def eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:

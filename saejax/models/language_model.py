@@ -33,17 +33,11 @@ _UNROLLED = 4  # when more layers than this are captured, all go into one scan: 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Result of a forward pass.
+    """Result of a forward pass."""
 
-    Attributes:
-      logits_BxTxV: fp32 logits at every position; None if they were not asked for.
-      sites: value [B, T, D] of every captured site by its name, after the edits there.
-      tokens: the prompts; values beyond a prompt's end are meaningless.
-    """
-
-    logits_BxTxV: jax.Array | None
-    sites: dict[str, jax.Array]
-    tokens: Tokens
+    logits_BxTxV: jax.Array | None  #: fp32 logits at every position; None if they were not asked for
+    sites: dict[str, jax.Array]  #: value [B, T, D] of every captured site by its name, after the edits there
+    tokens: Tokens  #: the prompts; values beyond a prompt's end are meaningless
     _tokenizer: Any = dataclasses.field(repr=False)
 
     def logit(self, answer: str | int) -> np.ndarray:

@@ -22,20 +22,13 @@ _CHUNK = 256  # positions whose logits exist at one time: 50 MB for a vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class LensReading:
-    """Next-token predictions of L layers at each of T positions of B prompts; meaningless beyond a prompt's end.
+    """Next-token predictions of L layers at each of T positions of B prompts; meaningless beyond a prompt's end."""
 
-    Attributes:
-      ids_LxBxTxC: the most probable next tokens, in descending order.
-      logp_LxBxTxC: their log-probabilities, nats.
-      answer_logp_LxBxTxN: log-probabilities of the given answers.
-      answer_rank_LxBxTxN: number of tokens that are more probable than each answer.
-      kl_LxBxT: Kullback-Leibler divergence of the reading from the model's own next-token distribution, nats.
-    """
-
-    ids_LxBxTxC: np.ndarray
-    logp_LxBxTxC: np.ndarray
-    answer_logp_LxBxTxN: np.ndarray
-    answer_rank_LxBxTxN: np.ndarray
+    ids_LxBxTxC: np.ndarray  #: the most probable next tokens, in descending order
+    logp_LxBxTxC: np.ndarray  #: their log-probabilities, nats
+    answer_logp_LxBxTxN: np.ndarray  #: log-probabilities of the given answers
+    answer_rank_LxBxTxN: np.ndarray  #: number of tokens that are more probable than each answer
+    #: Kullback-Leibler divergence of the reading from the model's own next-token distribution, nats.
     kl_LxBxT: np.ndarray
 
 

@@ -88,15 +88,10 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class ModuleSite:
-    """A module of a PyTorch model of any architecture, captured by a hook.
+    """A module of a PyTorch model of any architecture, captured by a hook."""
 
-    Attributes:
-      path: the module's name in ``model.named_modules()``, such as "transformer.h.3.mlp.act".
-      kind: "module", its output, or "module_in", its first input; of several outputs, the first.
-    """
-
-    path: str
-    kind: str = "module"
+    path: str  #: the module's name in ``model.named_modules()``, such as "transformer.h.3.mlp.act"
+    kind: str = "module"  #: "module", its output, or "module_in", its first input; of several outputs, the first
 
     @staticmethod
     def names(text: str) -> bool:

@@ -34,20 +34,14 @@ _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "ma
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A model's files.
+    """A model's files."""
 
-    Attributes:
-      name: the path as it was given: "smollm2", a hub id, a folder or a GGUF file; "random:" before it where the
-        weights are random.
-      revision: the commit of a hub model; "" for others.
-      folder: the files, in the hub's format.
-      fingerprint: 16 hexadecimal digits that change with the configuration, the tokenizer and the weights.
-    """
-
+    #: the path as it was given: "smollm2", a hub id, a folder or a GGUF file; "random:" before it where the weights are
+    #: random.
     name: str
-    revision: str
-    folder: Path
-    fingerprint: str
+    revision: str  #: the commit of a hub model; "" for others
+    folder: Path  #: the files, in the hub's format
+    fingerprint: str  #: 16 hexadecimal digits that change with the configuration, the tokenizer and the weights
 
 
 def resolve(config: ModelConfig, decoder: bool = False) -> ModelSource:

@@ -36,17 +36,13 @@ class SharedPrefixBatch(NamedTuple):
     """Edited prompts as S independent shards of R rows and N tokens, where rows share equal first tokens.
 
     A row is the end of a prompt from its first changed token on, at most T tokens.
-
-    Attributes:
-      prompt_SxR: index of the clean prompt that each row continues.
-      first_SxR: position of the row's first token.
-      token_index_SxRxT: index among the shard's N tokens of the token at each place of a row; any after its end.
-      row_SxN, column_SxN: one of the places at which each token stands.
     """
 
-    prompt_SxR: jax.Array
-    first_SxR: jax.Array
+    prompt_SxR: jax.Array  #: index of the clean prompt that each row continues
+    first_SxR: jax.Array  #: position of the row's first token
+    #: index among the shard's N tokens of the token at each place of a row; any after its end.
     token_index_SxRxT: jax.Array
+    #: row_SxN and column_SxN: one of the places at which each token stands.
     row_SxN: jax.Array
     column_SxN: jax.Array
 
@@ -111,21 +107,13 @@ class SharedPrefixBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SplitPoint:
-    """The site at which a decoder is split, and its settings. Hashable: it can be a static argument of ``jax.jit``.
+    """The site at which a decoder is split, and its settings. Hashable: it can be a static argument of ``jax.jit``."""
 
-    Attributes:
-      config: the decoder.
-      site: the site whose value the suffix starts from.
-      reads: the site that the dictionary reads: the same one, or one before it.
-      mesh: the devices.
-      rules: rules of differentiation.
-    """
-
-    config: DecoderConfig
-    site: Site
-    reads: Site
-    mesh: Mesh
-    rules: RunRules = GRADIENT
+    config: DecoderConfig  #: the decoder
+    site: Site  #: the site whose value the suffix starts from
+    reads: Site  #: the site that the dictionary reads: the same one, or one before it
+    mesh: Mesh  #: the devices
+    rules: RunRules = GRADIENT  #: rules of differentiation
 
     @property
     def in_stream(self) -> bool:

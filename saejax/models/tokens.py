@@ -11,15 +11,10 @@ from saejax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """A batch of prompts, padded on the right.
+    """A batch of prompts, padded on the right."""
 
-    Attributes:
-      ids_BxT: int32 token ids; what stands after a prompt's end is without effect.
-      lengths_B: int32 number of tokens of each prompt, 1 to T.
-    """
-
-    ids_BxT: np.ndarray
-    lengths_B: np.ndarray
+    ids_BxT: np.ndarray  #: int32 token ids; what stands after a prompt's end is without effect
+    lengths_B: np.ndarray  #: int32 number of tokens of each prompt, 1 to T
 
     @property
     def mask_BxT(self) -> np.ndarray:

@@ -27,22 +27,15 @@ RESTRICTED = "restricted_N"  # in the parameters: token ids of the only logits t
 
 
 class LayerSegment(NamedTuple):
-    """A segment of layers, see the module docstring; hashable.
+    """A segment of layers, see the module docstring; hashable."""
 
-    Attributes:
-      config: configuration of the model.
-      start, stop: its layers.
-      put: sites whose values are given, beside the stream.
-      get: sites whose values are wanted, before the stream leaving the segment or the logits.
-      logits: whether logits are wanted in place of that stream.
-    """
-
-    config: TorchConfig
+    config: TorchConfig  #: configuration of the model
+    #: start and stop: its layers.
     start: int
     stop: int
-    put: tuple[Site, ...] = ()
-    get: tuple[Site, ...] = ()
-    logits: bool = False
+    put: tuple[Site, ...] = ()  #: sites whose values are given, beside the stream
+    get: tuple[Site, ...] = ()  #: sites whose values are wanted, before the stream leaving the segment or the logits
+    logits: bool = False  #: whether logits are wanted in place of that stream
 
 
 def embed(config: TorchConfig, params: Params, ids_xT: jax.Array) -> jax.Array:

@@ -45,17 +45,11 @@ class _Stop(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Branch:
-    """A module whose output attention or the MLP adds to the residual stream.
+    """A module whose output attention or the MLP adds to the residual stream."""
 
-    Attributes:
-      name: name of the module in its layer.
-      scale: factor on the output before it is added (Granite).
-      includes_stream: whether the output is the sum already (BLOOM).
-    """
-
-    name: str
-    scale: float = 1.0
-    includes_stream: bool = False
+    name: str  #: name of the module in its layer
+    scale: float = 1.0  #: factor on the output before it is added (Granite)
+    includes_stream: bool = False  #: whether the output is the sum already (BLOOM)
 
     def read(self, output: torch.Tensor, stream: torch.Tensor | None) -> torch.Tensor:
         """Return what is added to ``stream``, which is needed only where the output includes it."""
@@ -72,16 +66,12 @@ class _Branch:
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """Modules at which a layer has its sites; None: not resolved.
+    """Modules at which a layer has its sites; None: not resolved."""
 
-    Attributes:
-      attention, mlp: what is added to the stream.
-      mlp_input: name of the module that reads ``mlp_in``.
-    """
-
+    #: attention and mlp: what is added to the stream.
     attention: _Branch | None
     mlp: _Branch | None
-    mlp_input: str | None
+    mlp_input: str | None  #: name of the module that reads ``mlp_in``
 
 
 class HookedModel:

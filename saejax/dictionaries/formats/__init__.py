@@ -37,17 +37,12 @@ WRITERS = {"saejax": own.save, "saelens": saelens.save}
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A published format of single dictionaries.
+    """A published format of single dictionaries."""
 
-    Attributes:
-      name: name of the tool or release.
-      matches: whether a folder, or a file, holds a dictionary of it; looks at names, and at settings where it must.
-      parse: describes the dictionary at a path without reading its arrays.
-    """
-
-    name: str
+    name: str  #: name of the tool or release
+    #: whether a folder, or a file, holds a dictionary of it; looks at names, and at settings where it must.
     matches: Callable[[Path], Any]
-    parse: Callable[[Path], Published]
+    parse: Callable[[Path], Published]  #: describes the dictionary at a path without reading its arrays
 
 
 # The first that matches is taken: those that are told by one name come before those that need a look at settings.
@@ -71,17 +66,11 @@ def _has_cfg(folder: Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """A dictionary that was found at a path.
+    """A dictionary that was found at a path."""
 
-    Attributes:
-      config: what it is.
-      format: the name of its format.
-      load: reads it, given ``matmul_dtype`` and ``dtype``.
-    """
-
-    config: DictionaryConfig
-    format: str
-    load: Callable[[str, str], Dictionary]
+    config: DictionaryConfig  #: what it is
+    format: str  #: the name of its format
+    load: Callable[[str, str], Dictionary]  #: reads it, given ``matmul_dtype`` and ``dtype``
 
 
 def load_dictionary(

@@ -56,15 +56,12 @@ _CROSS_LAYOUT = dict(W_enc_DxF="W_enc", b_enc_F="b_enc", W_dec_FxD="W_dec", b_de
 
 @dataclasses.dataclass(frozen=True)
 class TranscoderSet:
-    """An open transcoder set.
+    """An open transcoder set."""
 
-    Attributes:
-      layers: each layer's transcoder, described; of a cross-layer one its encoder and its write to its own layer.
-      decoders: for a cross-layer transcoder, what each layer's features write, [F, X, D], of which the last
-        L - layer rows of the middle axis are to this and later layers; (): it is none.
-    """
-
+    #: each layer's transcoder, described; of a cross-layer one its encoder and its write to its own layer.
     layers: tuple[tensors.Published, ...]
+    #: for a cross-layer transcoder, what each layer's features write, [F, X, D], of which the last L - layer rows of
+    #: the middle axis are to this and later layers; (): it is none.
     decoders: tuple[tensors.Tensor, ...] = ()
 
     @property

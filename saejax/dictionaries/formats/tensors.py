@@ -42,18 +42,13 @@ Fold = Callable[[Arrays], Arrays]
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A dictionary in another tool's files: what it is, where its tensors are, and what folds them into our form.
+    """A dictionary in another tool's files: what it is, where its tensors are, and what folds them into our form."""
 
-    Attributes:
-      config: what it is.
-      tensors: those of ``modules.parameter_table``, by our names; without a bias it has none, and it is 0.
-      transposed: our names of those that are stored transposed.
-      fold: makes our arrays of those in the files (which may have further names); None: they are the same.
-    """
-
-    config: DictionaryConfig
+    config: DictionaryConfig  #: what it is
+    #: those of ``modules.parameter_table``, by our names; without a bias it has none, and it is 0.
     tensors: Mapping[str, Tensor]
-    transposed: frozenset[str] = frozenset()
+    transposed: frozenset[str] = frozenset()  #: our names of those that are stored transposed
+    #: makes our arrays of those in the files (which may have further names); None: they are the same.
     fold: Fold | None = None
 
     def load(self, matmul_dtype: str = "float32", dtype: str = "float32") -> Dictionary:
@@ -94,7 +89,7 @@ class Published:
         return placed
 
     def directions(self, name: str, feature_U: np.ndarray) -> np.ndarray:
-        """Return rows of "W_dec" or columns of "W_enc", [U, D], of a dictionary that is not folded."""
+        """Return rows of "W_dec" or columns of "W_enc" (the name), [U, D], of features of a dictionary without a fold."""
         name = {"W_enc": "W_enc_DxF", "W_dec": "W_dec_FxD"}[name]
         tensor = self.tensors[name]
         # What a feature reads is a column of W_enc; files that store the transpose have it as a row.

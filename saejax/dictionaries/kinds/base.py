@@ -31,64 +31,44 @@ class Facts(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class EncodedBatch:
-    """A dictionary on one batch of training, from which its losses are computed.
+    """A dictionary on one batch of training, from which its losses are computed."""
 
-    Attributes:
-      dictionary: the dictionary that is trained. A layer of a cross-layer transcoder has no decoder of its own, only
-        its length, ``decoder_norms_F``.
-      x_BxD, y_BxD: inputs and targets, scaled to a mean norm of sqrt(d).
-      pre_BxF: pre-activations, with the encoder's bias.
-      f_BxF: activations as in training.
-      dead_F: True for features that have been silent for too long.
-      metric_DxD: matrix that errors are multiplied with before they are squared; None: the identity.
-      values: this dictionary's values of the settings that can be swept, scalars by name.
-      settings: the other settings of the kind.
-    """
-
+    #: the dictionary that is trained. A layer of a cross-layer transcoder has no decoder of its own, only its length,
+    #: ``decoder_norms_F``.
     dictionary: Dictionary
+    #: x_BxD and y_BxD: inputs and targets, scaled to a mean norm of sqrt(d).
     x_BxD: jax.Array
     y_BxD: jax.Array
-    pre_BxF: jax.Array
-    f_BxF: jax.Array
-    dead_F: jax.Array
-    metric_DxD: jax.Array | None
-    values: Numbers
-    settings: Any
+    pre_BxF: jax.Array  #: pre-activations, with the encoder's bias
+    f_BxF: jax.Array  #: activations as in training
+    dead_F: jax.Array  #: True for features that have been silent for too long
+    metric_DxD: jax.Array | None  #: matrix that errors are multiplied with before they are squared; None: the identity
+    values: Numbers  #: this dictionary's values of the settings that can be swept, scalars by name
+    settings: Any  #: the other settings of the kind
 
 
 class Kind:
-    """A kind of dictionary; this one is ReLU without a penalty.
+    """A kind of dictionary; this one is ReLU without a penalty."""
 
-    Attributes:
-      name: as in ``--train.kinds`` and ``DictionaryConfig.kind``.
-      about: a line for the report that goes on after "which".
-      Settings, reads: of a registered kind, ``own`` and ``reads`` of its ``settings.kinds.KindSettings``; for the
-        package's kinds both are given there.
-      vectors: names of its arrays beyond the common ones, each [F], 0 at the start.
-      unscaled: those of them that are not in units of activations.
-      numbers: fields of ``DictionaryConfig``, besides shapes, that its inference reads and that members of a stack
-        differ in.
-      signed: whether activations may be below 0.
-      elementwise: whether, at inference, a feature's activation depends on its own column, bias and vectors only, so
-        that some features can be encoded without the others.
-      depends_on_decoder_norms: whether inference compares features with each other, so that the lengths of decoder rows
-        decide which are active.
-      jumprelu: whether at inference it is a JumpReLU dictionary, that of ``as_jumprelu``: so other tools can have it.
-      no_free_decoder: why decoder rows may not grow freely; empty: they may.
-    """
-
-    name: ClassVar[str]
-    about: ClassVar[str]
+    name: ClassVar[str]  #: as in ``--train.kinds`` and ``DictionaryConfig.kind``
+    about: ClassVar[str]  #: a line for the report that goes on after "which"
+    #: Settings and reads: of a registered kind, ``own`` and ``reads`` of its ``settings.kinds.KindSettings``; for the
+    #: package's kinds both are given there.
     Settings: ClassVar[type[Config]] = Config
     reads: ClassVar[Sequence[str]] = ()
-    vectors: ClassVar[Sequence[str]] = ()
-    unscaled: ClassVar[Sequence[str]] = ()
+    vectors: ClassVar[Sequence[str]] = ()  #: names of its arrays beyond the common ones, each [F], 0 at the start
+    unscaled: ClassVar[Sequence[str]] = ()  #: those of them that are not in units of activations
+    #: fields of ``DictionaryConfig``, besides shapes, that its inference reads and that members of a stack differ in.
     numbers: ClassVar[Sequence[str]] = ()
-    signed: ClassVar[bool] = False
+    signed: ClassVar[bool] = False  #: whether activations may be below 0
+    #: whether, at inference, a feature's activation depends on its own column, bias and vectors only, so that some
+    #: features can be encoded without the others.
     elementwise: ClassVar[bool] = False
+    #: whether inference compares features with each other, so that the lengths of decoder rows decide which are active.
     depends_on_decoder_norms: ClassVar[bool] = False
+    #: whether at inference it is a JumpReLU dictionary, that of ``as_jumprelu``: so other tools can have it.
     jumprelu: ClassVar[bool] = False
-    no_free_decoder: ClassVar[str] = ""
+    no_free_decoder: ClassVar[str] = ""  #: why decoder rows may not grow freely; empty: they may
 
     @classmethod
     def is_elementwise(cls) -> bool:
@@ -105,9 +85,10 @@ class Kind:
     # Inference.
 
     def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        """Return activations at inference, [..., F], of pre-activations with (``pre``) and without (``projected``) bias.
+        """Return activations at inference, [..., F].
 
-        ``numbers`` are the fields of ``Kind.numbers``, which may be traced.
+        ``pre`` are the pre-activations and ``projected`` the same without the bias; ``numbers`` are the fields of
+        ``Kind.numbers``, which may be traced.
         """
         return jax.nn.relu(pre_xF)
 

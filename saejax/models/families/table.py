@@ -37,16 +37,13 @@ def linear_of_heads(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """The location of a parameter, or of its slice of one layer, in a checkpoint.
+    """The location of a parameter, or of its slice of one layer, in a checkpoint."""
 
-    Attributes:
-      name: the tensor's name; "{}" stands for the layer, a second one for the expert. Several parameters may be parts
-        of one tensor.
-      view: gives that tensor, or its part, the parameter's shape without copying; a ``ValueError`` if the tensor has
-        another shape than it should.
-    """
-
+    #: the tensor's name; "{}" stands for the layer, a second one for the expert. Several parameters may be parts of one
+    #: tensor.
     name: str
+    #: gives that tensor, or its part, the parameter's shape without copying; a ``ValueError`` if the tensor has another
+    #: shape than it should.
     view: View = expect
 
     @property
@@ -99,14 +96,8 @@ def norm_weights(letter: str = "D", **modules: str) -> dict[str, Weight]:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Description of one ``model_type``.
+    """Description of one ``model_type``."""
 
-    Attributes:
-      read_config: from the fields of its ``config.json``.
-      weights: the place of every parameter of ``parameters.parameter_table``.
-      defaults: what transformers takes for fields that are absent.
-    """
-
-    read_config: Callable[[Fields], DecoderConfig]
-    weights: Mapping[str, Weight]
-    defaults: Mapping[str, Any]
+    read_config: Callable[[Fields], DecoderConfig]  #: from the fields of its ``config.json``
+    weights: Mapping[str, Weight]  #: the place of every parameter of ``parameters.parameter_table``
+    defaults: Mapping[str, Any]  #: what transformers takes for fields that are absent
