@@ -17,47 +17,35 @@ BOS = ("auto", "always", "never")
 class DictionaryConfig(Config):
     """Kind, sites, sizes and conventions of a dictionary."""
 
-    kind: str = setting("topk", "kind", choices=kind_names)  #: its sparsity, one of ``kinds.KINDS``
-    site: str = setting("", "site")  #: the site it reads, such as "resid_post.15"
-    #: the site it predicts: a transcoder reads "mlp_in.15" and predicts "mlp_out.15"; "" for an SAE.
-    target: str = setting("", "site that it predicts")
-    d_in: int = setting(1, "width", low=1)  #: width of both
-    n_features: int = setting(1, "features", low=1)  #: number of features F
-    #: active features per token (topk; mean over tokens for batchtopk and matryoshka; else 0).
-    k: int = setting(0, "active features per token", low=0)
-    #: numbers of leading features that reconstruct by themselves, ascending to F (matryoshka, jumprelu).
-    groups: tuple[int, ...] = setting((), "nested numbers of features", low=1)
-    #: whether a linear map of the input is added to what it predicts (skip transcoder).
-    skip: bool = setting(False, "linear path from input to output")
-    #: whether the decoder's bias is subtracted from the input, as in an SAE.
-    centred: bool = setting(True, "subtract the decoder's bias from the input")
-    #: |f| above which a feature of a linear dictionary counts as firing.
-    fires_above: float = setting(0.0, "firing threshold of a linear dictionary", low=0.0)
-    #: norm at the site above which a position is an attention sink; None: not known yet.
-    max_norm: float | None = setting(None, "largest norm of a position that is not a sink", low=0.0)
-    #: the same at a transcoder's target.
-    target_max_norm: float | None = setting(None, "the same at the site that it predicts", low=0.0)
-    #: widths of a joined site's parts, which sum to ``d_in``; (): it is one site. See ``dictionaries.joined``.
-    widths: tuple[int, ...] = setting((), "widths of the parts of a joined site", low=1)
-    #: what each part's values are multiplied with before they are put side by side.
-    scales: tuple[float, ...] = setting((), "factors of those parts", low=0.0)
-    #: maximum norms of each part, as ``max_norm``, before that; (): not known yet.
-    max_norms: tuple[float, ...] = setting((), "largest norms of those parts", low=0.0)
-    #: model, revision, fingerprint: the language model whose activations it was trained on.
-    model: str = setting("", "language model")
+    kind: str = setting("topk", "sparsity, one of kinds.KINDS", choices=kind_names)
+    site: str = setting("", "site that is read, such as resid_post.15")
+    target: str = setting(
+        "", "site that is predicted: a transcoder reads mlp_in.15 and predicts mlp_out.15; empty: SAE"
+    )
+    d_in: int = setting(1, "width of both", low=1)
+    n_features: int = setting(1, "number of features F", low=1)
+    k: int = setting(0, "active features per token (topk; a mean for batchtopk and matryoshka; else 0)", low=0)
+    groups: tuple[int, ...] = setting((), "numbers of leading features that reconstruct alone, ascending to F", low=1)
+    skip: bool = setting(False, "add a linear map of the input to what is predicted (skip transcoder)")
+    centred: bool = setting(True, "subtract the decoder's bias from the input, as in an SAE")
+    fires_above: float = setting(0.0, "|f| above which a feature of a linear dictionary counts as firing", low=0.0)
+    #: None: not known yet.
+    max_norm: float | None = setting(None, "norm at the site above which a position is an attention sink", low=0.0)
+    target_max_norm: float | None = setting(None, "the same at a transcoder's target", low=0.0)
+    #: (): it is one site. See ``dictionaries.joined``.
+    widths: tuple[int, ...] = setting((), "widths of the parts of a joined site, which sum to d_in", low=1)
+    scales: tuple[float, ...] = setting((), "factors of the parts' values before they are put side by side", low=0.0)
+    max_norms: tuple[float, ...] = setting((), "maximum norm of each part before that; empty: not known yet", low=0.0)
+    model: str = setting("", "language model whose activations it was trained on")
     revision: str = setting("", "its revision")
     fingerprint: str = setting("", "its fingerprint")
-    #: whether a topk dictionary keeps its k largest pre-activations below 0, too, where fewer are above.
-    signed: bool = setting(False, "keep negative activations of a topk dictionary")
-    #: per-token normalisation of what it reads, one of ``input_norm.NORMS``; "": none.
-    input_norm: str = setting("", "normalisation of each token that is read", choices=NORMS)
-    #: whether activations are multiplied by the scale of the token's normalisation, so that what a feature adds is its
-    #: activation times its decoder row, as without a normalisation; stages take dictionaries so.
-    output_units: bool = setting(False, "activations in units of the output of a normalised token")
-    #: whether texts of its training began with the BOS token: "always", "never", or "auto" (as the tokenizer does).
-    bos: str = setting("auto", "whether texts of its training began with BOS", choices=BOS)
-    #: tokens of a text of its training; 0: unknown.
-    context: int = setting(0, "tokens of a text of its training", low=0)
+    signed: bool = setting(False, "keep the k largest pre-activations below 0, too, where fewer are above (topk)")
+    input_norm: str = setting("", "per-token normalisation of what is read; empty: none", choices=NORMS)
+    #: What a feature adds is then its activation times its decoder row; stages take dictionaries so.
+    output_units: bool = setting(False, "multiply activations by the scale of the token's normalisation")
+    #: "auto": as the tokenizer does.
+    bos: str = setting("auto", "whether texts of its training began with the BOS token", choices=BOS)
+    context: int = setting(0, "tokens of a text of its training; 0: unknown", low=0)
 
     def bos_conflict(self, begins_with_bos: bool) -> str:
         """Return in words how texts differ from those of the training; "": they do not, or it is not known.

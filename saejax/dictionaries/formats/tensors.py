@@ -89,7 +89,7 @@ class Published:
         return placed
 
     def directions(self, name: str, feature_U: np.ndarray) -> np.ndarray:
-        """Return rows of "W_dec" or columns of "W_enc" (the name), [U, D], of features of a dictionary without a fold."""
+        """Return rows of "W_dec" or columns of "W_enc", the ``name``, of a ``feature`` each, [U, D]; without a fold."""
         name = {"W_enc": "W_enc_DxF", "W_dec": "W_dec_FxD"}[name]
         tensor = self.tensors[name]
         # What a feature reads is a column of W_enc; files that store the transpose have it as a row.
