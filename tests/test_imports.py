@@ -65,7 +65,7 @@ TORCH_MAY_BE_IN = {
     "saejax/models/torch_model.py",
     "saejax/models/source.py",
     "saejax/models/pickled.py",
-    "saejax/models/randomised.py",
+    "saejax/models/model_cache.py",
 }
 # The runner discovers stages, kinds that plugins add, and whether a model runs in PyTorch.
 RUNNER_MAY_IMPORT = {"saejax.stages", "saejax.dictionaries.kinds", "saejax.models.source"}

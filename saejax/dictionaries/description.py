@@ -19,9 +19,7 @@ class DictionaryConfig(Config):
 
     kind: str = setting("topk", "sparsity, one of kinds.KINDS", choices=kind_names)
     site: str = setting("", "site that is read, such as resid_post.15")
-    target: str = setting(
-        "", "site that is predicted: a transcoder reads mlp_in.15 and predicts mlp_out.15; empty: SAE"
-    )
+    target: str = setting("", "site that a transcoder of mlp_in.15 predicts, such as mlp_out.15; empty: an SAE")
     d_in: int = setting(1, "width of both", low=1)
     n_features: int = setting(1, "number of features F", low=1)
     k: int = setting(0, "active features per token (topk; a mean for batchtopk and matryoshka; else 0)", low=0)

@@ -2,6 +2,9 @@
 
 They are kept in ``identity.cache_folder()``, each in a folder that appears whole or not at all and is used only while
 its content is what was written.
+
+A model with random weights in place of its own is the control for what features owe to training: published dictionaries
+of such models score nearly as well on some measures as those of trained ones (Heap et al., 2025, arXiv 2501.17727).
 """
 
 import json
@@ -13,9 +16,10 @@ from typing import Any
 
 from saejax.errors import UserError
 from saejax.files import locked, read_json, write_json
-from saejax.models.identity import MARK, cache_folder, fingerprint
+from saejax.models.identity import MARK, cache_folder, fingerprint, settings_fingerprint
 
 _LOADING = ("local_files_only", "is_local")
+_SEED, _MAKING = 0, 1  # of random weights; raise _MAKING when what is made changes
 
 
 def cached_model(name: str, origin: str, make: Callable[[Path], None]) -> Path:
@@ -23,7 +27,7 @@ def cached_model(name: str, origin: str, make: Callable[[Path], None]) -> Path:
 
     Args:
       name: name of its folder; names all that its content depends on.
-      origin: what it is made of, noted in the folder.
+      origin: origin of the model, noted in the folder.
       make: writes its files into an empty folder; raises ``OSError`` where there is no room.
 
     Raises:
@@ -90,3 +94,34 @@ def _make(folder: Path, origin: str, make: Callable[[Path], None]) -> None:
         os.rename(writing, folder)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
+
+
+def draw_random_model(folder: Path) -> Path:
+    """Return the model of ``folder``, with its configuration and tokenizer and with weights as transformers draws them.
+
+    Args:
+      folder: in the hub's format; its weights are not read and need not be there.
+
+    Raises:
+      UserError: transformers does not know the architecture, or the cache cannot be written.
+    """
+    name = f"random-{_SEED}-{settings_fingerprint(folder)}-{_MAKING}"
+    return cached_model(name, f"random weights, seed {_SEED}", lambda target: _draw(folder, target))
+
+
+def _draw(folder: Path, target: Path) -> None:
+    """Save the model that transformers initialises for a configuration."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # A generator of its own: the draws of the caller's program stay as they were.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        raise UserError(f"transformers cannot make a random model of {folder} ({error}): use another model") from error
+    save_pretrained(model, tokenizer, target)

@@ -18,7 +18,7 @@ from saejax.models.families import check_family, has_family, read_config
 from saejax.models.gguf import dequantise
 from saejax.models.hub import hub_errors, hub_folder
 from saejax.models.identity import SETTINGS, fingerprint
-from saejax.models.randomised import draw_random_model
+from saejax.models.model_cache import draw_random_model
 from saejax.settings import ModelConfig
 
 SMOLLM2 = "smollm2"
