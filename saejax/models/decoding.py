@@ -292,11 +292,7 @@ def decode_in_chunks(
         """Put an array on the devices, its rows split over ``data``."""
         return jax.device_put(array, fitting_sharding(mesh, array.shape, *("data", None)[: array.ndim]))
 
-    width = decoding_length(int(tokens.lengths_B.max()))
-    ids_BxT = np.zeros((len(tokens.lengths_B), width), np.int32)
-    for row, ids, length in zip(ids_BxT, tokens.ids_BxT, tokens.lengths_B, strict=True):
-        row[width - length :] = ids[:length]
-    pad_B = (width - tokens.lengths_B).astype(np.int32)
+    ids_BxT, pad_B = tokens.pad_left(decoding_length(int(tokens.lengths_B.max())))
     end_ids_E = np.array(end_ids or [-1], np.int32)  # programs take no empty arrays; no token has the id -1
     max_new = decoding_length(max_new_tokens)
     state = prefill(config, max_new, params, place(ids_BxT), place(pad_B), end_ids_E, edits, sampling)

@@ -84,9 +84,8 @@ def runs_in_torch(config: ModelConfig) -> bool:
     """Return whether a model will run in PyTorch; False where its configuration cannot be had."""
     if config.backend != "auto":
         return config.backend == "torch"
-    path = config.path.removeprefix(RANDOM)
     try:
-        return not has_family(read_model_config(_local(path) or _fetch_config(path, config.revision, decoder=False)))
+        return not has_family(read_model_config(_find_config(config, decoder=False)))
     except UserError:  # said by the stage that loads it
         return False
 
@@ -97,9 +96,13 @@ def find_config(config: ModelConfig) -> Path:
     Raises:
       UserError: there is no such model, or it cannot be reached.
     """
+    return _find_config(config, decoder=True) / "config.json"
+
+
+def _find_config(config: ModelConfig, decoder: bool) -> Path:
+    """Return the folder of a model's ``config.json``; of a hub model nothing else is fetched."""
     path = config.path.removeprefix(RANDOM)
-    folder = _local(path) or _fetch_config(path, config.revision, decoder=True)
-    return folder / "config.json"
+    return _local(path) or _fetch_config(path, config.revision, decoder)
 
 
 def _local(path: str) -> Path | None:
@@ -171,7 +174,8 @@ def find_tokenizer(source: ModelSource) -> Any | None:
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        if _needs_sentencepiece(folder):
+        is_sentencepiece = not (folder / "tokenizer.json").exists() and any(folder.glob("*.model"))
+        if is_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
             raise UserError(
                 f"the tokenizer in {folder} is a SentencePiece model (tokenizer.model): run `pip install sentencepiece`"
             ) from None
@@ -185,12 +189,6 @@ def find_tokenizer(source: ModelSource) -> Any | None:
             "the two do not belong together"
         )
     return tokenizer
-
-
-def _needs_sentencepiece(folder: Path) -> bool:
-    """Return whether the tokenizer can only be read with a package that is not installed."""
-    missing = importlib.util.find_spec("sentencepiece") is None
-    return missing and not (folder / "tokenizer.json").exists() and any(folder.glob("*.model"))
 
 
 def _tokenizer_class(folder: Path) -> Any:
@@ -288,22 +286,20 @@ def _fetch_config(name: str, revision: str, decoder: bool) -> Path:
 
 
 def _from_hub(name: str, revision: str, decoder: bool, weights: bool) -> Path:
-    """Return the folder of a hub model, with its configuration, its tokenizer and, if wanted, its weights."""
-    commit = _fetch_config(name, revision, decoder).name
-    folder = hub_folder(name, commit, [*SETTINGS, "*.txt", "*.tiktoken"], ["*/*"])
-    if weights:
-        _fetch_weights(name, commit, folder)
-    return folder
+    """Return the folder of a hub model, with its configuration, its tokenizer and, if wanted, its weights.
 
-
-def _fetch_weights(name: str, commit: str, folder: Path) -> None:
-    """Fetch the weight files that transformers reads of a hub model, and no others."""
+    Of these only the files that transformers reads are fetched.
+    """
     from huggingface_hub import errors, hf_hub_download
 
+    commit = _fetch_config(name, revision, decoder).name
+    folder = hub_folder(name, commit, [*SETTINGS, "*.txt", "*.tiktoken"], ["*/*"])
+    if not weights:
+        return folder
     # What the cache has is not asked for again.
     with contextlib.suppress(UserError):
         weight_files(folder)
-        return
+        return folder
     with hub_errors(name, commit, "model", WEIGHT_FILES[0], "the weights"):
         # In the order in which transformers looks: the first that exists is what it would read.
         for file in WEIGHT_FILES:
@@ -318,3 +314,4 @@ def _fetch_weights(name: str, commit: str, folder: Path) -> None:
     if file.endswith(".index.json"):
         hub_folder(name, commit, list_shards(folder))
     weight_files(folder)
+    return folder

@@ -26,6 +26,13 @@ class Tokens:
         """Index of each prompt's last token."""
         return self.lengths_B - 1
 
+    def pad_left(self, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids padded on the left, int32 [B, width], and the number of padding tokens of each prompt, [B]."""
+        ids_BxT = np.zeros((len(self.lengths_B), width), np.int32)
+        for row, ids, length in zip(ids_BxT, self.ids_BxT, self.lengths_B, strict=True):
+            row[width - length :] = ids[:length]
+        return ids_BxT, (width - self.lengths_B).astype(np.int32)
+
     def check(self, vocab: int, context: int) -> None:
         """Raise a ``UserError`` unless the prompts fit a model with ``vocab`` token ids and this context, in tokens."""
         ids, lengths = self.ids_BxT, self.lengths_B

@@ -4,6 +4,7 @@ It runs in PyTorch, on one device, with edits made in forward hooks by the same 
 the decoder's functions works on it too, through ``torch_bridge``, but for what goes into a layer's attention.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -91,14 +92,12 @@ class TorchModel(LanguageModel):
                 values[site] = jnp.array(_to_jax(value, self.mesh)[:, :length])  # a copy: models may add in place
             return value
 
-        output = None
-        if sites or logits:
-            with torch.inference_mode():
-                stops = not logits
-                output = self.hooked.run(ids_BxT, mask_BxT, {*sites, *pass_edits.sites}, visit, read_only=stops)
         of_tokens = None
-        if output is not None and logits:
-            of_tokens = _to_jax(output.logits[:, :length].float(), self.mesh)
+        if sites or logits:
+            visited = {*sites, *pass_edits.sites}
+            with torch.inference_mode():
+                output = self.hooked.run(ids_BxT, mask_BxT, visited, visit, read_only=not logits)
+            of_tokens = _to_jax(output.logits[:, :length].float(), self.mesh) if logits else None
         return Output(of_tokens, {str(site): values[site] for site in sites}, tokens, self.tokenizer)
 
     def _check_site(self, site: AnySite) -> None:
@@ -118,22 +117,17 @@ class TorchModel(LanguageModel):
         edits: tuple[Edit, ...],
     ) -> Iterator[np.ndarray]:
         """Yield the next token of every prompt, [B, 1]. Prompts are padded on the left, as transformers pads them."""
-        width = int(tokens.lengths_B.max())
-        ids_BxT = np.zeros((len(tokens.lengths_B), width), np.int32)
-        for row, ids, length in zip(ids_BxT, tokens.ids_BxT, tokens.lengths_B, strict=True):
-            row[width - length :] = ids[:length]
-        pad_Bx1 = (width - tokens.lengths_B)[:, None]
-        if pad_Bx1.any() and "attention_mask" not in self.hooked.accepted:
+        ids_BxT, pad_B = tokens.pad_left(int(tokens.lengths_B.max()))
+        if pad_B.any() and "attention_mask" not in self.hooked.accepted:
             raise UserError(
                 f"models of the family {self.config.family!r} know no padding: generate from prompts of one length"
             )
         past: dict[str, Any] = {}
         start = 0
         for number in range(max_new_tokens):
-            position_BxT = (np.maximum(np.arange(ids_BxT.shape[1])[None] - pad_Bx1, -1)).astype(np.int32)
-            options = dict(
-                use_cache=True, position_ids=self.hooked.tensor(np.maximum(position_BxT[:, start:], 0)), **past
-            )
+            position_BxT = np.maximum(np.arange(ids_BxT.shape[1], dtype=np.int32)[None] - pad_B[:, None], -1)
+            position_ids = self.hooked.tensor(np.maximum(position_BxT[:, start:], 0))
+            options = dict(use_cache=True, position_ids=position_ids, **past)
             run = _PassEdits(edits, self.mesh, position_BxT[:, start:], tokens.lengths_B.astype(np.int32))
             with torch.inference_mode():
                 output = self.hooked.run(ids_BxT[:, start:], position_BxT >= 0, run.sites, run.apply, **options)
@@ -166,7 +160,12 @@ class TorchFunctions:
                 "the layers of this architecture hand on more than the residual stream: causal stages need another "
                 "model, though calls with capture and edits work"
             )
-        return tuple(site for kind in KINDS if self._has(site := Site(kind, layer)))
+        sites = []
+        for site in (Site(kind, layer) for kind in KINDS):
+            with contextlib.suppress(UserError):  # a pass does not come by it once
+                self._model.check(site)
+                sites.append(site)
+        return tuple(sites)
 
     def embed(self, out: Sequence[Any], buffers: Sequence[Any]) -> None:
         """Write the stream entering layer 0."""
@@ -220,11 +219,8 @@ class TorchFunctions:
 
     def _read(self, buffers: Sequence[Any]) -> list[torch.Tensor]:
         """Return copies of buffers on the model's device, as [N, T, D]."""
-        tensors = map(_tensor, buffers)
-        return [
-            tensor.reshape(-1, *tensor.shape[-2:])[:, : self._context].to(self._model.device, copy=True)
-            for tensor in tensors
-        ]
+        whole = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in map(_tensor, buffers))
+        return [tensor[:, : self._context].to(self._model.device, copy=True) for tensor in whole]
 
     def _write(self, out: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
         """Copy tensors to the buffers, zeros beyond the context."""
@@ -234,23 +230,16 @@ class TorchFunctions:
             target[:, : self._context].copy_(tensor)
             target[:, self._context :].zero_()
 
-    def _has(self, site: Site) -> bool:
-        """Return whether the model has a site that a pass comes by once."""
-        try:
-            self._model.check(site)
-        except UserError:
-            return False
-        return True
-
     def _layers_share_the_stream_alone(self) -> bool:
         """Return whether the logits are the same when layers run one by one, on other token ids."""
         ids = np.arange(1, 9, dtype=np.int32)[None] % self._model.model.get_input_embeddings().weight.shape[0]
         with torch.inference_mode():
             (x,) = self._visit(ids, (Site("resid_pre", 0),), {}, logits=False)
             expected = self._visit(ids, (), {}, logits=True)[0]
+            config: Any = None  # it is not asked for
             for layer in range(self._model.n_layers):
-                (x,) = self._segment(LayerSegment(None, layer, layer + 1), [x])  # type: ignore[arg-type]
-            last = LayerSegment(None, self._model.n_layers, self._model.n_layers, logits=True)  # type: ignore[arg-type]
+                (x,) = self._segment(LayerSegment(config, layer, layer + 1), [x])
+            last = LayerSegment(config, self._model.n_layers, self._model.n_layers, logits=True)
             logits = self._segment(last, [x])[0]
         return bool((logits - expected).abs().max() <= 1e-2 * expected.abs().max())
 
@@ -320,7 +309,8 @@ def _read_sizes(model: Any, n_layers: int, context: int | None) -> dict[str, Any
         return next((value for name in names if isinstance(value := getattr(config, name, None), int)), default)
 
     d_model, n_heads = config.hidden_size, first("num_attention_heads", default=1)
-    return dict(
+    formulas: dict[str, Any] = dict(tied=False, norm="", norm_eps=0.0, activation="", gated=False, score_scale=1.0)
+    return formulas | dict(
         family=model.config.model_type,
         n_layers=n_layers,
         d_model=d_model,
@@ -330,10 +320,4 @@ def _read_sizes(model: Any, n_layers: int, context: int | None) -> dict[str, Any
         d_mlp=first("intermediate_size", "ffn_dim", "n_inner", default=4 * d_model),
         vocab=first("vocab_size", default=model.get_input_embeddings().weight.shape[0]),
         context=context or _NO_LIMIT,
-        tied=False,
-        norm="",
-        norm_eps=0.0,
-        activation="",
-        gated=False,
-        score_scale=1.0,
     )
