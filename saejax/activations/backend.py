@@ -14,13 +14,9 @@ from saejax.settings import CaptureConfig, MeshConfig
 
 
 def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureConfig) -> Reader:
-    """Load the backend, and import no other: torch takes seconds to import, and JAX takes the devices.
+    """Load the backend that reads the plan's batches, and import no other.
 
-    Args:
-      run: the run, whose mesh is used.
-      request: the models and sites.
-      plan: the plan whose batches are read.
-      config: the backend and its dtype.
+    torch takes seconds to import, and JAX takes the devices.
     """
     if request.second is not None:
         first_sites = tuple(site for site in request.sites if not isinstance(site, OtherSite))

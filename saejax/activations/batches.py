@@ -186,17 +186,7 @@ def make_batches(
     window_rows: int,
     slice_of_batch: slice = slice(None),
 ) -> grain.MapDataset:
-    """Return the training batches as a data set whose element n is batch n.
-
-    Args:
-      rows: a ``Store``, or a ``JoinedRows`` on one.
-      parts: as for ``Store.batches``, like all that follow.
-      batch: rows per batch.
-      seed: seed of the order.
-      epochs: passes over the rows.
-      window_rows: rows that are shuffled together.
-      slice_of_batch: the rows of each batch that are read.
-    """
+    """Return the training batches of a ``Store``, or ``JoinedRows``, as a data set; see ``Store.batches``."""
     order = BatchOrder(rows.usable("train", *sites_of(parts)), batch, seed, epochs, window_rows)
     return grain.MapDataset.source(_Batches(rows, parts, order, slice_of_batch))
 

@@ -63,11 +63,7 @@ class Chunker:
         return self._budgets[self._budget_key(source)] <= 0
 
     def pieces(self, texts: Iterable[Document], held_out: Callable[[Document], bool]) -> Iterator[TextPiece]:
-        """Yield the pieces of texts, in their order.
-
-        Args:
-          texts: texts of the corpus.
-          held_out: whether a text belongs to the held-out split.
+        """Yield the pieces of texts, in their order; ``held_out`` says which texts belong to that split.
 
         Raises:
           UserError: a source has less text than its weight asks for.

@@ -105,12 +105,8 @@ def buffer_shapes(
 ) -> tuple[tuple[jax.ShapeDtypeStruct, ...], jax.ShapeDtypeStruct]:
     """Return shapes and shardings of a buffer's parts, [sites, rows, d], and of its rows' norms, [sites, rows].
 
-    Args:
-      config: the model's configuration.
-      mesh: the model's mesh.
-      parts: the sites of every part.
-      rows: number of rows of the largest buffer, rounded up to a multiple of the ``data`` axis.
-      dtype: dtype of the values, "float32" or "bfloat16".
+    Rows are those of the largest buffer, rounded up to a multiple of the ``data`` axis; values are "float32" or
+    "bfloat16", the ``dtype``.
     """
     rows = -(-rows // mesh.shape["data"]) * mesh.shape["data"]
     shapes = [(len(part), rows, Site.parse(part[0]).width(config)) for part in parts]

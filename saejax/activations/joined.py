@@ -23,13 +23,9 @@ def single_sites(sites: Iterable[str]) -> list[str]:
 
 
 def with_joined(rows: _Rows, sites: Sequence[str], scales: Mapping[str, Sequence[float]] | None = None) -> _Rows:
-    """Return a store or stream that also has the joined sites among ``sites``; itself where there are none.
+    """Return a store, or a stream with its first buffer made, that also has the joined sites among ``sites``.
 
-    Args:
-      rows: the store, or the stream with its first buffer made.
-      sites: the sites to read: its own, and joined sites of these.
-      scales: scales of each joined site's parts; None: those that bring all its parts to one mean norm, estimated on
-        training rows.
+    These are scaled as ``scales`` say; None: so that all their parts get one mean norm, estimated on training rows.
     """
     names = [site for site in dict.fromkeys(sites) if is_joined(site)]
     return cast(_Rows, JoinedRows(rows, names, scales)) if names else rows

@@ -45,24 +45,14 @@ _SUMMED_ROWS = 8192  # that are read together
 
 
 def shard_file(part: str, kind: str, shard: int) -> str:
-    """Return the path in a store of a shard's file.
-
-    Args:
-      part: a site, or ``INDEX``.
-      kind: "shard", "norms" or "record".
-      shard: its number.
-    """
+    """Return the path of a shard's file, "shard", "norms" or "record", of a part of a store: a site or ``INDEX``."""
     return f"{part}/{kind}-{shard:05d}.{'json' if kind == 'record' else 'npy'}"
 
 
 def shard_arrays(part: str, rows: int, d: int, dtype: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Return shape and dtype on disk of a shard's arrays, by the kind of file.
+    """Return shape and dtype on disk of a shard's arrays, by the kind of file, of a part: a site of width d or ``INDEX``.
 
-    Args:
-      part: a site, or ``INDEX``.
-      rows: number of rows of the shard.
-      d: width of the site.
-      dtype: dtype of the store.
+    The shard has so many ``rows``; ``dtype`` is that of the store.
     """
     if part == INDEX:
         return dict(shard=((rows, 3), np.dtype(np.int32)))
@@ -155,12 +145,7 @@ class Store:
         return self._documents
 
     def usable(self, split: str, *sites: str) -> RowRange:
-        """Return a split's rows that are sinks at none of the sites.
-
-        Args:
-          split: "train" or "held_out".
-          sites: sites of this store.
-        """
+        """Return the rows of a split, "train" or "held_out", that are sinks at none of the sites."""
         one_of(split, SPLITS, "split")
         train_rows = self.manifest.tokens["train"]
         first, stop = (0, train_rows) if split == "train" else (train_rows, self.manifest.rows)

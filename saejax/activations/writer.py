@@ -68,8 +68,7 @@ class StoreWriter:
     def adopt(self, folder: Path) -> None:
         """Take shards of the same work from another store, finished or not, as hard links: files are never changed.
 
-        Args:
-          folder: the other store's folder, on the same file system; where that has no hard links, nothing is taken.
+        Where the file system of its folder has no hard links, nothing is taken.
         """
         for part in self.parts:
             for shard in range(self.plan.shards):
@@ -88,8 +87,7 @@ class StoreWriter:
     def begin(self, missing: Iterable[tuple[str, int]] = ()) -> None:
         """Prepare the folder: it is no store until ``finish``, and half-written files are removed.
 
-        Args:
-          missing: parts and shards to make; records of damaged ones are removed, so that no process trusts them.
+        Records of damaged shards, among those to make, are removed, so that no process trusts them.
         """
         (self.folder / MANIFEST).unlink(missing_ok=True)  # first: readers take a folder with one for finished
         for part, shard in missing:
@@ -97,12 +95,9 @@ class StoreWriter:
         remove_unfinished(self.folder)
 
     def has(self, part: str, shard: int, read: bool = True) -> bool:
-        """Return whether a part's shard is there and of this work.
+        """Return whether the shard of a part, a site or ``INDEX``, is there and of this work.
 
-        Args:
-          part: a site, or ``INDEX``.
-          shard: its number.
-          read: whether to read its files and compare checksums; otherwise its record is trusted.
+        Its files are read and compared with their checksums unless ``read`` is False: then its record is trusted.
         """
         try:
             record = json.loads((self.folder / shard_file(part, "record", shard)).read_text(encoding="utf-8"))
@@ -174,14 +169,8 @@ class StoreWriter:
     ) -> None:
         """Write each site's sinks and sum and then, last, the manifest: now the folder is a store.
 
-        Args:
-          norms: the result of ``site_norms``.
-          sink_factor: ratio to the median norm above which a row is a sink.
-          model: the captured model.
-          bos: whether documents begin with a BOS token.
-          corpus: hash of the text; None if it was in memory.
-          last: number of last positions recorded of each document; 0: all.
-          second: the second captured model, if any.
+        ``norms`` are those of ``site_norms``. The other arguments are fields of ``Manifest``; ``second`` is the second
+        captured model, if any.
         """
         documents, plan = self.plan.documents, self.plan
         train = documents.train_count

@@ -36,12 +36,8 @@ def head_flops(model: DecoderConfig, positions: int) -> float:
 def step_flops(tokens: int, d_in: int, features: int, active: int | None = None) -> float:
     """Return the operations of a training step: encoder and decoder, each once forwards and twice backwards.
 
-    Args:
-      tokens: number of tokens.
-      d_in: width of the dictionary.
-      features: number of features.
-      active: with products of the active features only, their number per token: then the encoder's forward product
-        alone is of all features. None: dense products.
+    With products of the ``active`` features of a token only, the encoder's forward product alone is of all
+    ``features``; None: dense products. ``tokens`` counts the batch, ``d_in`` is the dictionary's width.
     """
     return 12.0 * tokens * d_in * features if active is None else tokens * d_in * (2.0 * features + 10.0 * active)
 
@@ -49,11 +45,8 @@ def step_flops(tokens: int, d_in: int, features: int, active: int | None = None)
 def weights_share(form: str, layers: int) -> float:
     """Return the weights of what is trained on some layers, as a share of those of as many dictionaries.
 
-    Of each layer's two matrices a cross-layer transcoder has one encoder, and (layers + 1) / 2 decoders on average.
-
-    Args:
-      form: as in ``--train.form``.
-      layers: number of layers.
+    Of each layer's two matrices a cross-layer transcoder (a ``form`` of ``--train.form``) has one encoder, and
+    (layers + 1) / 2 decoders on average.
     """
     return (layers + 3) / 4 if form == FORM else 1.0
 

@@ -44,10 +44,7 @@ def load_labels(path: Path) -> dict[int, Label]:
 
 
 def labels_of_folders(folders: Iterable[str | Path]) -> dict[tuple[int, int], str]:
-    """Return the labels of features of dictionaries, by layer and number.
-
-    Args:
-      folders: train units of workdirs, such as DIR/train/topk, or members of them; others have no labels.
+    """Return the labels of features of dictionaries, by layer and number; for the folders see ``trained_units``.
 
     Raises:
       UserError: a file of labels, or a unit's summary, is damaged.
@@ -61,11 +58,7 @@ def labels_of_folders(folders: Iterable[str | Path]) -> dict[tuple[int, int], st
 def trained_units(folders: Iterable[str | Path]) -> dict[int, tuple[Path, str]]:
     """Return the dictionaries of train units, or of their members, by layer: workdir and name, as "topk/mlp_in.3".
 
-    Args:
-      folders: such as DIR/train/topk; those that are no such have none.
-
-    Raises:
-      UserError: a unit's summary is damaged.
+    Folders are such as DIR/train/topk; others have none. A damaged summary is a ``UserError``.
     """
     trained: dict[int, tuple[Path, str]] = {}
     for folder in map(Path, folders):
@@ -89,15 +82,7 @@ def labels_in(folders: Mapping[str, Path], dictionary: str) -> Mapping[int, Labe
 def labels_of(workdir: Path | str, dictionary: str) -> Mapping[int, Label]:
     """Return the labels of a dictionary's features: those given by hand if there are any, else those that were found.
 
-    Args:
-      workdir: workdir of the run.
-      dictionary: such as "topk" or "topk/k32".
-
-    Returns:
-      Labels by feature; empty if the dictionary was not interpreted.
-
-    Raises:
-      UserError: the file of labels is damaged.
+    The ``dictionary`` is such as "topk" or "topk/k32". There are none if it was not interpreted.
     """
     for stage in ("atlas", "interpret"):
         path = results_folder(workdir, stage, dictionary) / LABELS
@@ -107,12 +92,7 @@ def labels_of(workdir: Path | str, dictionary: str) -> Mapping[int, Label]:
 
 
 def names_of_layers(folders: Iterable[str | Path], layers: Collection[int]) -> dict[int, str]:
-    """Return the names of the dictionaries of layers, as a sheet has them: "topk/mlp_in.3", or "layer 3" if not ours.
-
-    Args:
-      folders: as for ``trained_units``.
-      layers: that are named.
-    """
+    """Return the names of the dictionaries of layers, as a sheet has them: "topk/mlp_in.3", or "layer 3" if others."""
     trained = trained_units(folders)
     return {layer: trained[layer][1] if layer in trained else f"layer {layer}" for layer in layers}
 

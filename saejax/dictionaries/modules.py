@@ -371,34 +371,6 @@ class Dictionary(nnx.Module):
         """
         return self._error_edit(Values.for_prompts(error_BxTxD, self.config.d_in, "the error term"), positions)
 
-    def resample(self, features: Sequence[int], x_BxTxD: Any, mask_BxT: Any, seed: int = 789) -> np.ndarray:
-        """Return activations to ``patch`` in: where a feature fires, its activation at another position where it does.
-
-        The position is drawn at random from all prompts; a feature that fires at one position only keeps its
-        activation. Draws of a feature do not depend on the others that are named.
-
-        Args:
-          features: distinct indices, K of them.
-          x_BxTxD: the values at the site that the dictionary reads.
-          mask_BxT: True at real positions.
-          seed: seed of the draws.
-
-        Returns:
-          [B, T, K] fp32.
-        """
-        features_K = self._indices(features)
-        f_BxTxK = self.encode_features(jnp.asarray(x_BxTxD), jnp.asarray(features_K))
-        editable_BxT = np.asarray(mask_BxT) & np.asarray(self.is_not_sink(jnp.asarray(x_BxTxD)))
-        fires_BxTxK = np.asarray(self.fires(f_BxTxK)) & editable_BxT[..., None]
-        f_BxTxK = np.array(f_BxTxK)
-        for k, feature in enumerate(features_K.tolist()):
-            f_N = f_BxTxK[..., k][fires_BxTxK[..., k]]
-            if len(f_N) > 1:
-                drawn_N = np.random.default_rng([seed, feature]).integers(len(f_N) - 1, size=len(f_N))
-                drawn_N += drawn_N >= np.arange(len(f_N))  # any position but the same
-                f_BxTxK[..., k][fires_BxTxK[..., k]] = f_N[drawn_N]
-        return f_BxTxK
-
     def _edit(
         self, features: Sequence[int], factor: Any, offset: Any, positions: str | Span, error: str
     ) -> FeatureEdit:

@@ -40,26 +40,19 @@ def full_name(kind: str, member: str) -> str:
 
 
 def results_folder(workdir: Path | str, stage: str, name: str) -> Path:
-    """Return the folder of what a stage made of a dictionary in a workdir, with links or without; it may not exist.
+    """Return the folder of what a stage made of the dictionary ``name``, such as "topk/k16", in a workdir.
 
-    Args:
-      workdir: workdir of the run.
-      stage: such as "interpret".
-      name: the dictionary's, such as "topk" or "topk/k16".
+    Units may be links or not; the folder may not exist.
     """
     kind, member = kind_and_member(name)
     return member_folder(member_folder(Path(workdir) / stage, kind), member)
 
 
 def members(unit: Path, layers: bool = False) -> tuple[TrainedMember, ...]:
-    """Read the train stage's summary of each member, in its order.
-
-    Args:
-      unit: folder of the train unit.
-      layers: accept layers of a cross-layer transcoder, which are no dictionaries by themselves.
+    """Read the train stage's summary of each member of a unit, in its order.
 
     Raises:
-      UserError: the unit is a cross-layer transcoder, and that is not accepted.
+      UserError: the unit is a cross-layer transcoder, whose ``layers`` are no dictionaries and are not accepted.
     """
     if not layers and circuit_tracer.is_cross_layer(Path(unit)):
         raise UserError(
@@ -71,12 +64,7 @@ def members(unit: Path, layers: bool = False) -> tuple[TrainedMember, ...]:
 
 
 def load_member(unit: Path, name: str, flag: str) -> Dictionary:
-    """Load the dictionary that a flag names from the unit of its whole stack.
-
-    Args:
-      unit: folder of the unit.
-      name: in full, such as "topk/k16".
-      flag: for the message, such as "--ablate.dictionary".
+    """Load the dictionary of a full name, such as "topk/k16", that a flag names, from the unit of its whole stack.
 
     Raises:
       UserError: the unit has no such member, or is a stack and the flag names none of its members.
@@ -90,11 +78,8 @@ def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
 
     Args:
       name: such as "topk" or "topk/k16", or a folder that ``load_dictionary`` reads.
-      units: folders of units, such as those of "train/topk" or "train/topk/k16", unless a folder is named.
+      units: folders of units such as "train/topk" or "train/topk/k16", unless a folder is named.
       flag: for the message, such as "--ablate.dictionary".
-
-    Raises:
-      UserError: as ``load_member``, or the folder holds no dictionary.
     """
     if not is_folder(name):
         kind, member = kind_and_member(name)
@@ -111,13 +96,7 @@ def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
 def find_trained(name: str, units: Mapping[str, Path], flag: str) -> dict[str, Path]:
     """Return the folders of the trained dictionaries that a flag names, of a stack all members, by their full names.
 
-    Args:
-      name: such as "topk" or "topk/k16".
-      units: folders of units, such as those of "train/topk" or "train/topk/k16".
-      flag: for the message, such as "--transfer.dictionaries".
-
-    Raises:
-      UserError: there is no such member.
+    For the arguments see ``load_trained``; a ``UserError`` if there is no such member.
     """
     kind, member = kind_and_member(name)
     if member and f"train/{name}" in units:

@@ -183,12 +183,9 @@ def locate_transcoders(folder: Path) -> list[Located]:
 
 
 def save_dictionary(folder: str | os.PathLike, dictionary: Dictionary, format: str = "saejax") -> None:
-    """Write a dictionary; it appears whole or not at all, and nothing is replaced.
+    """Write a dictionary as "saejax" (every process of a run must call it) or "saelens"; nothing is replaced.
 
-    Args:
-      folder: where to; made if missing.
-      dictionary: what to write.
-      format: "saejax" (every process of a run must call it) or "saelens".
+    It appears whole or not at all.
 
     Raises:
       UserError: the folder holds a dictionary already, or the format has nothing like this one.
@@ -199,11 +196,7 @@ def save_dictionary(folder: str | os.PathLike, dictionary: Dictionary, format: s
 
 
 def save_transcoders(folder: str | os.PathLike, transcoders: Sequence[Dictionary]) -> None:
-    """Write a circuit-tracer set; it appears whole or not at all, and nothing is replaced.
-
-    Args:
-      folder: where to; made if missing.
-      transcoders: one for every layer from 0.
+    """Write a circuit-tracer set of one transcoder for every layer from 0; it appears whole or not at all.
 
     Raises:
       UserError: the folder holds a set already, or these do not make one.

@@ -83,29 +83,18 @@ class TranscoderSet:
         return self.layers[layer].load_encoder("auto")
 
     def rows(self, layer: int, name: str, feature_U: np.ndarray) -> np.ndarray:
-        """Return the directions of features.
+        """Return the directions, [U, D], of features of a layer, by their indices ``feature``.
 
-        Args:
-          layer: theirs.
-          name: "W_enc", what they read, or "W_dec", what they write to their own layer.
-          feature_U: indices of the features.
-
-        Returns:
-          [U, D].
+        The ``name`` is "W_enc", what they read, or "W_dec", what they write to their own layer.
         """
         if name == "W_dec" and self.decoders:
             return self.writes(layer, feature_U)[:, 0]
         return self.layers[layer].directions(name, feature_U)
 
     def writes(self, layer: int, feature_U: np.ndarray) -> np.ndarray:
-        """Return what features of a cross-layer transcoder write to their own and each later layer.
+        """Return what features of a layer of a cross-layer transcoder, by their indices ``feature``, write.
 
-        Args:
-          layer: the features' layer.
-          feature_U: indices of the features.
-
-        Returns:
-          [U, L - layer, D].
+        [U, L - layer, D], to their own and each later layer.
         """
         rows = self.decoders[layer].rows(feature_U)
         return rows[:, rows.shape[1] - (len(self.layers) - layer) :]
@@ -160,12 +149,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def open_set(folder: Path, site: str = "", target: str = "") -> TranscoderSet:
-    """Open a folder of any of the layouts.
+    """Open a folder of any of the layouts; see the top of this module.
 
-    Args:
-      folder: see the top of this module.
-      site: kind of the sites read, such as "mlp_in", in place of the hook that the folder names.
-      target: kind of the sites predicted, likewise.
+    ``site`` and ``target`` are kinds of sites, such as "mlp_in", in place of the hooks that the folder names.
 
     Raises:
       UserError: it is damaged, lacks a layer, or is of a kind that is not known here.
@@ -386,11 +372,7 @@ def _check_order(file: Path, decoder: tensors.Tensor) -> None:
 
 
 def save(folder: Path, transcoders: Sequence[Dictionary]) -> None:
-    """Write a set.
-
-    Args:
-      folder: made if missing; ``config.yaml`` is written last.
-      transcoders: one for every layer from 0, in any order.
+    """Write a set of transcoders, one for every layer from 0, in any order; ``config.yaml`` is written last.
 
     Raises:
       UserError: circuit-tracer has no such transcoders, a layer is missing or there twice, or they do not make one set.

@@ -142,11 +142,7 @@ def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int
 
 
 def save(folder: Path, dictionary: Dictionary) -> None:
-    """Write a folder that SAELens loads with ``SAE.load_from_disk``.
-
-    Args:
-      folder: the folder to write to, made if missing; ``cfg.json`` is written last.
-      dictionary: the dictionary.
+    """Write a folder that SAELens loads with ``SAE.load_from_disk``; ``cfg.json`` is written last.
 
     Raises:
       UserError: SAELens has nothing like this dictionary, or the folder holds one already.

@@ -155,11 +155,7 @@ def arrange(
 ) -> tuple[dict[str, Tensor], frozenset[str]]:
     """Return the tensors that a layout names, by our names, and which of these are stored transposed.
 
-    Args:
-      file: for messages.
-      state: the tensors of the file.
-      layout: our names and the file's; shapes of names beyond ``parameter_table`` are not looked at.
-      config: gives the shapes that are expected; None: shapes are not looked at.
+    Shapes are compared with those of the ``config``, if there is one. ``state`` are all tensors of the file.
 
     Raises:
       UserError: tensors are missing or of other shapes; all are listed.
@@ -217,14 +213,9 @@ def check_finite(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def describe(
     file: Path, state: Mapping[str, Tensor], layout: Layout, fold: Fold | None = None, **facts: Any
 ) -> Published:
-    """Return the dictionary whose tensors a layout names.
+    """Return the dictionary whose tensors, the ``state`` of a file, a layout names; for ``fold`` see ``Published``.
 
-    Args:
-      file: the file of the tensors, for messages.
-      state: the tensors of the file.
-      layout: our names and the file's.
-      fold: see ``Published``.
-      facts: fields of ``DictionaryConfig`` besides its sizes and ``skip``, which the tensors tell.
+    ``facts`` are fields of ``DictionaryConfig`` besides its sizes and ``skip``, which the tensors tell.
 
     Raises:
       UserError: tensors are missing or of other shapes, or k is larger than the number of features.
@@ -259,13 +250,7 @@ def plain_names(config: DictionaryConfig) -> dict[str, str]:
 
 
 def write(file: Path, arrays: Mapping[str, np.ndarray], stamp: str = "") -> None:
-    """Write tensors; what lies in another order in memory is written row by row.
-
-    Args:
-      file: where to.
-      arrays: by name.
-      stamp: says which files belong together; see ``stamp_of``.
-    """
+    """Write arrays by name, row by row; ``stamp`` says which files belong together, see ``stamp_of``."""
     named = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     save_file(named, file, metadata={_STAMP: stamp} if stamp else None)
 
@@ -278,15 +263,12 @@ def stamp_of(file: Path) -> str:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path, description: str, *others: str) -> Iterator[Path]:
-    """Yield a folder to write to; its files appear in ``folder`` if the block succeeds, the description last.
+    """Yield a folder to write to; its files appear in ``folder`` if the block succeeds, the ``description`` last.
 
-    Args:
-      folder: made if missing.
-      description: name of the file without which nobody reads the folder.
-      others: patterns of further files that must not be there yet.
+    Without the description nobody reads the folder.
 
     Raises:
-      UserError: the folder holds such files already.
+      UserError: the folder holds a description, or files of the patterns ``others``, already.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

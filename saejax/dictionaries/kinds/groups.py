@@ -64,15 +64,10 @@ def group_counts(groups: Sequence[int]) -> jax.Array:
 
 
 def group_sizes(setting: str, shares: Sequence[float], n_features: int) -> tuple[int, ...]:
-    """Return groups as numbers of features.
-
-    Args:
-      setting: name of their setting in ``--train``, for the message.
-      shares: shares of the features, ascending to 1.
-      n_features: F.
+    """Return groups as numbers of features, of shares that ascend to 1; ``setting`` is their name in ``--train``.
 
     Raises:
-      UserError: they do not ascend to 1, or two have the same size.
+      UserError: the shares do not ascend to 1, or two groups of the ``n_features`` have the same size.
     """
     groups = tuple(round(share * n_features) for share in shares)
     if not groups or sorted(set(groups)) != list(groups) or groups[0] < 1 or groups[-1] != n_features:
