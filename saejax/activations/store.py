@@ -45,14 +45,14 @@ _SUMMED_ROWS = 8192  # that are read together
 
 
 def shard_file(part: str, kind: str, shard: int) -> str:
-    """Return the path of a shard's file, "shard", "norms" or "record", of a part of a store: a site or ``INDEX``."""
+    """Return the path of a shard's file of a kind, "shard", "norms" or "record", and a part: a site or ``INDEX``."""
     return f"{part}/{kind}-{shard:05d}.{'json' if kind == 'record' else 'npy'}"
 
 
 def shard_arrays(part: str, rows: int, d: int, dtype: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Return shape and dtype on disk of a shard's arrays, by the kind of file, of a part: a site of width d or ``INDEX``.
+    """Return shape and dtype on disk of a shard's arrays, by the kind of file.
 
-    The shard has so many ``rows``; ``dtype`` is that of the store.
+    The part is a site of width d, or ``INDEX``; the shard has so many ``rows``; ``dtype`` is that of the store.
     """
     if part == INDEX:
         return dict(shard=((rows, 3), np.dtype(np.int32)))
