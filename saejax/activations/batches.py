@@ -13,7 +13,7 @@ one window only. The order depends neither on the number of processes nor on whe
 import dataclasses
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import grain
 import numpy as np
@@ -135,31 +135,10 @@ class BatchOrder:
         return self._windows[key]
 
 
-class ReadableRows(Protocol):
-    """A ``Store``, or a ``JoinedRows`` on one."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Dtype of the values."""
-        ...
-
-    def d(self, site: str) -> int:
-        """Return the width of a site."""
-        ...
-
-    def usable(self, split: str, *sites: str) -> RowRange:
-        """Return the rows of a split that are sinks at none of the sites."""
-        ...
-
-    def read(self, site: str, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Return vectors [n, d] of rows at a site, written to ``out`` if there is one."""
-        ...
-
-
 class _Batches:
     """Random access to the batches of all epochs; a Grain data source."""
 
-    def __init__(self, rows: ReadableRows, parts: Parts, order: BatchOrder, slice_of_batch: slice):
+    def __init__(self, rows: Any, parts: Parts, order: BatchOrder, slice_of_batch: slice):
         self._rows, self._parts, self._order, self._slice = rows, parts, order, slice_of_batch
 
     def __len__(self) -> int:
@@ -178,7 +157,7 @@ class _Batches:
 
 
 def make_batches(
-    rows: ReadableRows,
+    rows: Any,
     parts: Parts,
     batch: int,
     seed: int,

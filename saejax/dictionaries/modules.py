@@ -194,13 +194,10 @@ class Dictionary(nnx.Module):
 
     def restrict(self, features_K: Any) -> "Dictionary":
         """Return the dictionary of some features alone, which encodes as they do where ``Kind.is_elementwise``."""
-        axes = {
-            name: axes.index("model") for name, (_, axes) in parameter_table(self.config).items() if "model" in axes
-        }
-        arrays = {
-            name: jnp.take(array, features_K, axis=axes[name]) if name in axes else array
-            for name, array in self.arrays.items()
-        }
+        arrays = self.arrays
+        for name, (_, axes) in parameter_table(self.config).items():
+            if name in arrays and "model" in axes:  # which features are split over
+                arrays[name] = jnp.take(arrays[name], features_K, axis=axes.index("model"))
         config = dataclasses.replace(self.config, n_features=len(features_K), groups=())
         return Dictionary(config, self.matmul_dtype, **arrays)
 
@@ -394,10 +391,10 @@ class Dictionary(nnx.Module):
         ordered = isinstance(reads, Site) and isinstance(site, Site) and reads.layer == site.layer
         if reads != site and not (ordered and KINDS.index(reads.kind) <= KINDS.index(site.kind)):
             raise UserError(f"a dictionary from {reads} to {site} cannot be edited: expected a later site of one layer")
-        count = len(features_K)
-        factors = Values.constant(factor, count, "the factor").values_BxTxN
-        offsets = offset if isinstance(offset, Values) else Values.constant(offset, count, "the activation")
-        return FeatureEdit(self, jnp.asarray(features_K), factors, offsets, error, where, reads, site)
+        factors = Values.constant(factor, len(features_K), "the factor").values_BxTxN
+        if not isinstance(offset, Values):
+            offset = Values.constant(offset, len(features_K), "the activation")
+        return FeatureEdit(self, jnp.asarray(features_K), factors, offset, error, where, reads, site)
 
     def _indices(self, features: Sequence[int]) -> np.ndarray:
         """Return feature indices as an array; raise a ``UserError`` unless they exist and are distinct."""

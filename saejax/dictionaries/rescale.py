@@ -92,12 +92,7 @@ def as_jumprelu(dictionary: Dictionary) -> Dictionary:
     return _rebuild(dictionary, dictionary.kind.as_jumprelu(arrays), kind="jumprelu")
 
 
-def uncentre(dictionary: Dictionary) -> Dictionary:
-    """Return the dictionary without the decoder's bias subtracted from the input: the encoder's bias does it."""
-    return centre(dictionary, False)
-
-
-def centre(dictionary: Dictionary, wanted: bool = True) -> Dictionary:
+def centre(dictionary: Dictionary, wanted: bool) -> Dictionary:
     """Return the dictionary with the decoder's bias subtracted from the input, or not: the encoder's bias makes up."""
     if dictionary.config.centred == wanted:
         return dictionary

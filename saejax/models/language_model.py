@@ -227,7 +227,9 @@ class LanguageModel:
         for site in (*sites, *(edit.site for edit in edits)):
             self._check_site(site)
         tokens.check(self.config.vocab, self.config.context)
-        return sites, self._place_edits(fit_values(sinks.resolve_sinks(self, edits), tokens.ids_BxT.shape, length))
+        # Edits of dictionaries that do not know their sink rule yet get that of the model.
+        edits = [edit.with_sink_norms(self.sink_norm) if hasattr(edit, "with_sink_norms") else edit for edit in edits]
+        return sites, self._place_edits(fit_values(edits, tokens.ids_BxT.shape, length))
 
     def _check_site(self, site: AnySite) -> None:
         """Raise a ``UserError`` unless the model has the site."""

@@ -59,7 +59,7 @@ def read_lens(
     positions, chunks = x_LxNxD.shape[1], []
     for start in range(0, positions, _CHUNK):
         chunk_LxNxD = x_LxNxD[:, start : start + _CHUNK]
-        missing = chunk_size(positions) - chunk_LxNxD.shape[1]  # all chunks have one shape, for one program
+        missing = min(_CHUNK, positions) - chunk_LxNxD.shape[1]  # all chunks have one shape, for one program
         chunk_LxNxD = jnp.pad(chunk_LxNxD, ((0, 0), (0, missing), (0, 0)))
         answer_ids = np.asarray(answers, np.int32)
         arrays = read_positions(config, min(top, config.vocab), params, chunk_LxNxD, rotation_DxD, answer_ids)
@@ -73,11 +73,6 @@ def read_lens(
         return {name: array.reshape(*shape, *array.shape[2:]) for name, array in zip(names, joined, strict=True)}
 
     return LensOutput(**join(0), control=LensReading(**join(1)))
-
-
-def chunk_size(positions: int) -> int:
-    """Return how many of so many ``positions`` are read at one time."""
-    return min(_CHUNK, positions)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from saejax.errors import one_of
 from saejax.files import read_json
 from saejax.models import parity, source, weights
-from saejax.models.families import read_config
+from saejax.models.families import has_family, read_config
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import ModelConfig
@@ -40,7 +40,7 @@ def load_model(
     one_of(backend, ("auto", "jax", "torch"), "backend")
     settings = ModelConfig(path=path, revision=revision, dtype=dtype)
     model_source = source.resolve(settings, decoder=backend == "jax")
-    if backend == "torch" or not source.is_decoder_family(model_source):
+    if backend == "torch" or not has_family(source.read_model_config(model_source.folder)):
         from saejax.models.torch_model import TorchModel  # imports torch
 
         logging.info("%s runs in PyTorch: --model.backend is %s", model_source.name, backend)

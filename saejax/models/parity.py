@@ -3,8 +3,8 @@
 A ``config.json`` can hold fields that saejax does not know. Whether they change results is not looked up but measured.
 """
 
+import contextlib
 import gc
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,10 @@ def check_parity(lm: Any, dtype: str) -> float:
             f"{lm.source.name}: logits differ from those of transformers by {error:.2g} of their size on {length} "
             f"tokens, expected at most {TOLERANCE[dtype]:g}{fields}: run it with PyTorch, or use another model"
         )
-    _write_record(_record(lm.source, dtype), error, unread)
+    record = _record(lm.source, dtype)
+    with contextlib.suppress(OSError):  # where the cache cannot be written, the next load compares again
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, dict(error=error, fields=unread, transformers=version("transformers")))
     return error
 
 
@@ -84,12 +87,3 @@ def _unread(model_source: ModelSource) -> list[str]:
 def _record(model_source: ModelSource, dtype: str) -> Path:
     """Return the file that says that a model was compared."""
     return cache_folder() / "parity" / f"{model_source.fingerprint}-{dtype}-{_REVISION}.json"
-
-
-def _write_record(file: Path, error: float, unread: Sequence[str]) -> None:
-    """Record a comparison; where the cache cannot be written, the next load compares again."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, dict(error=error, fields=list(unread), transformers=version("transformers")))
-    except OSError:
-        return

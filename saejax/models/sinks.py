@@ -8,7 +8,6 @@ activations has the median of its training rows; without one it is estimated her
 """
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,11 +62,6 @@ def sink_norm(lm: Any, site: str, factor: float = SINK_FACTOR) -> float:
         medians.update(_median_norms(lm, site))
     # Rounded to float32, in which norms are compared with it.
     return float(np.float32(factor * medians[site]))
-
-
-def resolve_sinks(lm: Any, edits: Sequence[Any]) -> tuple[Any, ...]:
-    """Return edits, those of dictionaries that do not know their sink rule yet with the rule of the model."""
-    return tuple(edit.with_sink_norms(lm.sink_norm) if hasattr(edit, "with_sink_norms") else edit for edit in edits)
 
 
 def _median_norms(lm: Any, site: str) -> dict[str, float]:

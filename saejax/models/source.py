@@ -66,11 +66,6 @@ def resolve(config: ModelConfig, decoder: bool = False) -> ModelSource:
     return ModelSource(config.path, revision, folder, fingerprint(folder))
 
 
-def is_decoder_family(source: ModelSource) -> bool:
-    """Return whether the decoder runs models of this family."""
-    return has_family(read_model_config(source.folder))
-
-
 def longest_input(source: ModelSource) -> int | None:
     """Return the longest input that a model of any family takes, in tokens; None: it has no limit."""
     fields = read_model_config(source.folder)

@@ -89,7 +89,7 @@ class HookedModel:
 
     def __init__(self, model: Any, last_layer: int | None = None):
         self._name = type(model).__name__
-        path = _layers_path(model)
+        self._path = path = _layers_path(model)
         self.n_layers = len(model.get_submodule(path)) if path else 0
         if last_layer is not None and path:
             model.set_submodule(path, model.get_submodule(path)[: last_layer + 1])
@@ -117,20 +117,20 @@ class HookedModel:
         """
         for site in sites:
             self._check_exists(site)
-        seen: list[tuple[AnySite, int]] = []
+        seen: dict[AnySite, list[int]] = {site: [] for site in sites}
 
         def look(site: AnySite, value: torch.Tensor) -> torch.Tensor:
             """Record a site's width."""
-            seen.append((site, value.shape[-1]))
+            seen[site].append(value.shape[-1])
             return value
 
         with torch.inference_mode():
             self.run(_PROBE_IDS[:, :2], None, sites, look)
-        for site in sites:
-            count = sum(site == visited for visited, _ in seen)
-            if count != 1:
-                raise UserError(f"a forward pass runs the module of {site} {count} times, expected once: name another")
-        return {site: dict(seen)[site] for site in sites}
+        for site, widths in seen.items():
+            if len(widths) != 1:
+                times = f"{len(widths)} times"
+                raise UserError(f"a forward pass runs the module of {site} {times}, expected once: name another")
+        return {site: width for site, (width,) in seen.items()}
 
     def run(
         self,
@@ -215,12 +215,8 @@ class HookedModel:
         if site.kind in HEAD_KINDS or (part and getattr(self._resolved[site.layer], part) is None):
             raise UserError(
                 f"the site {site} cannot be resolved in {self._name}: name a module of the layer, as in "
-                f"module:{self._path_of(site.layer)}.<path>"
+                f"module:{self._path}.{site.layer}.<path>"
             )
-
-    def _path_of(self, layer: int) -> str:
-        """Return the path of a layer's module."""
-        return next(name for name, module in self._modules.items() if module is self._layers[layer])
 
     @contextlib.contextmanager
     def _hooked(self, sites: Collection[AnySite], visit: Visit, shape: tuple[int, ...]) -> Iterator[None]:
@@ -349,20 +345,20 @@ def _resolve(layer: nn.Module, seen: Mapping[tuple[str, bool], torch.Tensor]) ->
     ``seen`` is what the layer ("") and its modules took, and returned (True), by name.
     """
     outputs = {name: value for (name, after), value in seen.items() if after and name}  # in the order of the pass
-    mlp_input = next((name for name in outputs if _is_mlp(name)), None)
+    mlp_input = next((name for name in outputs if _is_named(_MLP, name)), None)
     pre, post = seen.get(("", False)), seen.get(("", True))
     if pre is None or post is None:
         return _Layer(None, None, mlp_input)
     candidates = {name: value for name, value in outputs.items() if value.shape == pre.shape}
     for attention, mlp in itertools.permutations(candidates, 2):
-        if _is_mlp(attention) or _is_attention(mlp):
+        if _is_named(_MLP, attention) or _is_named(_ATTENTION, mlp):
             continue
         a, m = candidates[attention], candidates[mlp]
         for scale in dict.fromkeys((1.0, float(getattr(layer, "residual_multiplier", 1.0)))):
             sums = (pre + a * scale) + m * scale, (pre + m * scale) + a * scale, pre + (a * scale + m * scale)
             if any(torch.equal(total, post) for total in sums):
                 return _Layer(_Branch(attention, scale), _Branch(mlp, scale), mlp_input)
-        if torch.equal(m, post) and _is_mlp(mlp) and _is_attention(attention):
+        if torch.equal(m, post) and _is_named(_MLP, mlp) and _is_named(_ATTENTION, attention):
             for includes, middle in ((False, pre + a), (True, a)):
                 others = (value for value in seen.values() if value is not a and value.shape == pre.shape)
                 if any(torch.equal(value, middle) for value in others):
@@ -371,14 +367,9 @@ def _resolve(layer: nn.Module, seen: Mapping[tuple[str, bool], torch.Tensor]) ->
     return _Layer(None, None, mlp_input)
 
 
-def _is_mlp(name: str) -> bool:
-    """Return whether a module is an MLP by its name."""
-    return bool(_MLP.search(name)) and not _HELPER.search(name)
-
-
-def _is_attention(name: str) -> bool:
-    """Return whether a module is attention by its name."""
-    return bool(_ATTENTION.search(name)) and not _HELPER.search(name)
+def _is_named(kind: re.Pattern[str], name: str) -> bool:
+    """Return whether a module is attention, or an MLP, by its name."""
+    return bool(kind.search(name)) and not _HELPER.search(name)
 
 
 def _hook(module: nn.Module, after: bool, use: Callable[[Any], Any]) -> Any:
@@ -388,25 +379,24 @@ def _hook(module: nn.Module, after: bool, use: Callable[[Any], Any]) -> Any:
     """
     thread = threading.get_ident()
 
-    def after_hook(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Change the module's output."""
+    def change(whole: Any) -> Any:
+        """Return what a module takes or returns, changed; None where it is not."""
         if threading.get_ident() != thread:
             return None
-        value = _first(output)
+        value = _first(whole)
         new = use(value)
-        return None if new is value else _with_first(output, new)
+        return None if new is value else _with_first(whole, new)
+
+    def after_hook(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Change the module's output."""
+        return change(output)
 
     def before_hook(module: Any, args: tuple, kwargs: dict) -> Any:
         """Change the module's first input."""
-        if threading.get_ident() != thread:
-            return None
         name = None if args else next(iter(kwargs))
-        arguments = args[0] if name is None else kwargs[name]
-        value = _first(arguments)
-        new = use(value)
-        if new is value:
+        changed = change(args[0] if name is None else kwargs[name])
+        if changed is None:
             return None
-        changed = _with_first(arguments, new)
         return ((changed, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: changed})
 
     if after:

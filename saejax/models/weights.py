@@ -55,27 +55,14 @@ def load_params(
         shape, spec = table[name]
         if name.startswith(LAYERS):
             shape = (min(layers or shape[0], shape[0]), *shape[1:])
-        fill = functools.partial(_fill_and_check, _reader(weights[name], shape, tensors[name]), name, damaged)
-        params[name] = _place(fill, shape, dtype, mesh, spec)
+        params[name], is_finite = _place(_reader(weights[name], shape, tensors[name]), shape, dtype, mesh, spec)
+        if not is_finite:
+            damaged.append(name)
     if damaged:
         # Tensors of the files, where these hold NaN; where they do not, the dtype's range was too small.
         files = {tensor.name for name in damaged for tensor in tensors[name] if not np.isfinite(tensor.map()).all()}
-        raise not_finite_error(f"the weights in {folder}", sorted(files) or list(dict.fromkeys(damaged)), dtype)
+        raise not_finite_error(f"the weights in {folder}", sorted(files) or damaged, dtype)
     return {name: params[name] for name in table}
-
-
-def _fill_and_check(
-    fill: Callable[[tuple[slice, ...], np.ndarray], None],
-    name: str,
-    damaged: list[str],
-    index: tuple[slice, ...],
-    buffer: np.ndarray,
-) -> None:
-    """Fill a buffer, and add the parameter's name to ``damaged`` if it holds NaN or infinity."""
-    fill(index, buffer)
-    flat_N = buffer.reshape(-1)
-    if not all(np.isfinite(flat_N[i : i + _CHECKED]).all() for i in range(0, flat_N.size, _CHECKED)):
-        damaged.append(name)
 
 
 def untie_stored_head(folder: Path, config: DecoderConfig) -> DecoderConfig:
@@ -190,8 +177,8 @@ def _place(
     dtype: str,
     mesh: Mesh,
     spec: tuple[str | None, ...],
-) -> jax.Array:
-    """Return a parameter on the devices of a mesh, each shard read once."""
+) -> tuple[jax.Array, bool]:
+    """Return a parameter on the devices of a mesh, each shard read once, and whether what was read is finite."""
     sharding: NamedSharding = fitting_sharding(mesh, shape, *spec)
     parts: dict[str, np.ndarray] = {}
     arrays = []
@@ -202,7 +189,10 @@ def _place(
             parts[str(index)] = _aligned(sizes, np.dtype(jnp.dtype(dtype)))
             fill(index, parts[str(index)])
         arrays.append(jax.device_put(parts[str(index)], device))
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    # Some numbers at a time, which bounds memory.
+    flat = [part.reshape(-1) for part in parts.values()]
+    finite = all(np.isfinite(p_N[i : i + _CHECKED]).all() for p_N in flat for i in range(0, p_N.size, _CHECKED))
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays), finite
 
 
 def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:

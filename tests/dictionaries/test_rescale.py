@@ -22,8 +22,8 @@ def test_a_gated_dictionary_is_a_jumprelu(form):
 @pytest.mark.parametrize("kind", known.KINDS)
 def test_the_encoders_bias_can_centre_the_input(kind):
     centred, x = known.make(kind), known.activations()
-    uncentred = rescale.uncentre(centred)
-    assert not uncentred.config.centred and rescale.uncentre(uncentred) is uncentred
+    uncentred = rescale.centre(centred, False)
+    assert not uncentred.config.centred and rescale.centre(uncentred, False) is uncentred
     assert known.relative(uncentred.encode(x), centred.encode(x)) < 1e-5
     assert known.relative(uncentred(x), centred(x)) < 1e-5
 

@@ -88,7 +88,7 @@ def test_new_features_read_what_is_beside_the_decoders_bias():
     centred = half_of(directions, threshold=1.8)
     arrays = {**centred.arrays, "b_dec_D": jnp.asarray(mean, jnp.float32)}
     centred = Dictionary(dataclasses.replace(centred.config, centred=True), **arrays)
-    wide = [widen(one, J, acts, 0, False, print) for one in (centred, rescale.uncentre(centred))]
+    wide = [widen(one, J, acts, 0, False, print) for one in (centred, rescale.centre(centred, False))]
     before, *after = (np.square(acts - np.asarray(one(jnp.asarray(acts)))).mean() for one in (centred, *wide))
     assert max(after) < before and after[0] == pytest.approx(after[1], rel=0.01)
 

@@ -390,7 +390,7 @@ def save_each(folder: Path, configs: Sequence[DictionaryConfig], load: Callable[
             if transcoder.kind.jumprelu:
                 transcoder = rescale.as_jumprelu(transcoder)
             # circuit-tracer subtracts no bias from what it reads: the encoder's bias takes it over.
-            transcoder = rescale.uncentre(transcoder)
+            transcoder = rescale.centre(transcoder, False)
             named = _file_arrays(transcoder)
             if "threshold" in named:
                 named[_THRESHOLD] = named.pop("threshold")
@@ -425,7 +425,7 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
             config = dictionary.config
             if config.kind not in ("standard", "jumprelu") or config.skip:
                 raise UserError(f"circuit-tracer's cross-layer folders hold no {config.kind} layers, or skip paths")
-            named = _file_arrays(rescale.uncentre(dictionary))
+            named = _file_arrays(rescale.centre(dictionary, False))
             named.pop("W_dec", None)
             stamp = stamp or _stamp(config, named)
             writes_FxXxD = writes_FxXxD.astype(named["W_enc"].dtype)

@@ -301,7 +301,7 @@ def _as_saelens_has_it(dictionary: Dictionary) -> Dictionary:
     kind, transcoder, _ = ARCHITECTURES[architecture(dictionary.config)]
     if kind != dictionary.config.kind:
         dictionary = rescale.as_jumprelu(dictionary)
-    return rescale.uncentre(dictionary) if transcoder else dictionary  # its transcoders do not centre
+    return rescale.centre(dictionary, False) if transcoder else dictionary  # its transcoders do not centre
 
 
 def _describe(config: DictionaryConfig, centred: bool, dtype: str) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def insert_maps(dictionary: Dictionary, into: AffineMap, back: AffineMap, native
       native: dictionary of the other site, whose site and sink rule are used.
     """
     # Without centring, the maps can be multiplied into the weights: no third kind of dictionary is needed.
-    plain = rescale.uncentre(dictionary)
+    plain = rescale.centre(dictionary, False)
     arrays = {name: np.asarray(array, np.float64) for name, array in plain.arrays.items()}
     moved = plain.kind.move_bias(arrays, into.shift_K @ arrays["W_enc_DxF"])
     moved |= dict(
