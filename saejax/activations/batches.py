@@ -157,13 +157,7 @@ class _Batches:
 
 
 def make_batches(
-    rows: Any,
-    parts: Parts,
-    batch: int,
-    seed: int,
-    epochs: int,
-    window_rows: int,
-    slice_of_batch: slice = slice(None),
+    rows: Any, parts: Parts, batch: int, seed: int, epochs: int, window_rows: int, slice_of_batch: slice = slice(None)
 ) -> grain.MapDataset:
     """Return the training batches of a ``Store``, or ``JoinedRows``, as a data set; see ``Store.batches``."""
     order = BatchOrder(rows.usable("train", *sites_of(parts)), batch, seed, epochs, window_rows)

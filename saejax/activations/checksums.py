@@ -43,12 +43,7 @@ class CheckedArray:
     """
 
     def __init__(
-        self,
-        path: Path,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        checksums: Sequence[int],
-        is_verified: np.ndarray,
+        self, path: Path, shape: tuple[int, ...], dtype: np.dtype, checksums: Sequence[int], is_verified: np.ndarray
     ):
         self._path, self._checksums, self._is_verified = path, checksums, is_verified
         check_size(path, shape, dtype)

@@ -130,11 +130,7 @@ def shuffled_order(split_N: np.ndarray, seed: int) -> np.ndarray:
 
 
 def make_documents(
-    config: CorpusConfig,
-    tokenizer: Any,
-    context: int,
-    task: TaskConfig | None = None,
-    bos: str = "auto",
+    config: CorpusConfig, tokenizer: Any, context: int, task: TaskConfig | None = None, bos: str = "auto"
 ) -> Documents:
     """Read the corpus and cut it into documents.
 

@@ -197,13 +197,7 @@ class Store:
         return total_D / max(len(usable), 1)
 
     def batches(
-        self,
-        parts: Parts,
-        batch: int,
-        seed: int,
-        epochs: int,
-        window_rows: int,
-        slice_of_batch: slice = slice(None),
+        self, parts: Parts, batch: int, seed: int, epochs: int, window_rows: int, slice_of_batch: slice = slice(None)
     ) -> "grain.MapDataset":
         """Return the training batches of all epochs as a ``grain.MapDataset`` whose element n is batch n.
 

@@ -92,11 +92,7 @@ def text_documents(run: Run, request: CaptureRequest) -> Documents:
         return Documents.read(folder)
     config, tokenizer = run.configs[CorpusConfig], source.load_tokenizer(request.source)
     documents = make_documents(
-        config,
-        tokenizer,
-        request.context or config.context,
-        run.configs[TaskConfig],
-        run.configs[CaptureConfig].bos,
+        config, tokenizer, request.context or config.context, run.configs[TaskConfig], run.configs[CaptureConfig].bos
     )
     _check_vocabulary(request.source, source.vocabulary(request.source), documents.ids_T)
     return documents

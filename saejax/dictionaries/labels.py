@@ -35,11 +35,7 @@ class Label:
 
 
 def load_labels(path: Path) -> dict[int, Label]:
-    """Read the labels in a file that a stage wrote, by feature.
-
-    Raises:
-      UserError: it is missing or damaged.
-    """
+    """Read the labels in a file that a stage wrote, by feature; a ``UserError`` if it is missing or damaged."""
     return dict(from_json(dict[int, Label], read_json(path), path))
 
 

@@ -40,12 +40,7 @@ class LensOutput(LensReading):
 
 
 def read_lens(
-    config: DecoderConfig,
-    params: decoder.Params,
-    x_LxBxTxD: jax.Array,
-    answers: tuple[int, ...],
-    top: int,
-    seed: int,
+    config: DecoderConfig, params: decoder.Params, x_LxBxTxD: jax.Array, answers: tuple[int, ...], top: int, seed: int
 ) -> LensOutput:
     """Read the streams x, leaving all layers, through the logit lens.
 

@@ -43,11 +43,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the site that a text such as "resid_post.15" names.
-
-        Raises:
-          UserError: the text names none.
-        """
+        """Return the site that a text such as "resid_post.15" names; a ``UserError`` if the text names none."""
         if is_joined(text) or OtherSite.names(text):
             raise UserError(
                 f"{text} is a site of a crosscoder, which only train and evaluate use: expected one site of "

@@ -217,11 +217,7 @@ def describe(config: DictionaryConfig, format: str) -> str:
 
 
 def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Located:
-    """Find the dictionary at a path or address.
-
-    Raises:
-      UserError: there is none, or its description is damaged.
-    """
+    """Find the dictionary at a path or address; a ``UserError`` if there is none, or its description is damaged."""
     folder = resolve_path(path)
     if ours := _own_folder(folder):
         config = _with_sites(own.read_config(ours), site, target)

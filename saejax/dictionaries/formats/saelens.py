@@ -171,11 +171,7 @@ def check(config: DictionaryConfig) -> None:
 
 
 def architecture(config: DictionaryConfig) -> str:
-    """Return SAELens' name for a dictionary's architecture.
-
-    Raises:
-      UserError: it has nothing like it.
-    """
+    """Return SAELens' name for a dictionary's architecture; a ``UserError`` if it has nothing like it."""
     transcoder, also = bool(config.target), ("jumprelu",) if by_name(config.kind).jumprelu else ()
     names = {described: name for name, described in ARCHITECTURES.items()}
     for kind in (config.kind, *also):

@@ -118,9 +118,5 @@ FAMILIES = {
     ),
     "gemma2": Family(_read_gemma2, _LATER_WEIGHTS, _GEMMA2),
     "gemma3_text": Family(_read_gemma3_text, _LATER_WEIGHTS, _GEMMA3),
-    "gemma3": Family(
-        _read_gemma3,
-        _LATER_WEIGHTS,
-        dict(tie_word_embeddings=True),
-    ),
+    "gemma3": Family(_read_gemma3, _LATER_WEIGHTS, dict(tie_word_embeddings=True)),
 }

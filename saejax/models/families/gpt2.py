@@ -95,5 +95,5 @@ FAMILIES = {
             scale_attn_by_inverse_layer_idx=False,
             tie_word_embeddings=True,
         ),
-    ),
+    )
 }

@@ -63,5 +63,5 @@ FAMILIES = {
             layer_norm_epsilon=1e-5,
             tie_word_embeddings=True,
         ),
-    ),
+    )
 }

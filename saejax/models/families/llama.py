@@ -120,9 +120,7 @@ _LAYER = "model.layers.{}."
 WEIGHTS = (
     {"embed_VxD": Weight("model.embed_tokens.weight"), "unembed_DxV": Weight("lm_head.weight", linear)}
     | norm_weights(
-        final_norm="model.norm",
-        attn_norm=_LAYER + "input_layernorm",
-        mlp_norm=_LAYER + "post_attention_layernorm",
+        final_norm="model.norm", attn_norm=_LAYER + "input_layernorm", mlp_norm=_LAYER + "post_attention_layernorm"
     )
     | norm_weights("K", q_norm=_LAYER + "self_attn.q_norm", k_norm=_LAYER + "self_attn.k_norm")
     | linear_weights(_LAYER, q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj")
@@ -139,9 +137,7 @@ _QWEN = _SHARED | dict(
 )
 FAMILIES = {
     "llama": Family(
-        _read_llama,
-        WEIGHTS,
-        _SHARED | dict(max_position_embeddings=2048, attention_bias=False, mlp_bias=False),
+        _read_llama, WEIGHTS, _SHARED | dict(max_position_embeddings=2048, attention_bias=False, mlp_bias=False)
     ),
     "mistral": Family(
         _read_mistral,

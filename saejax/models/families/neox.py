@@ -125,9 +125,5 @@ FAMILIES = {
         _NEOX_WEIGHTS,
         _SHARED | dict(hidden_act="gelu", attention_bias=True, use_parallel_residual=True),
     ),
-    "phi": Family(
-        _read_phi,
-        _PHI_WEIGHTS,
-        _SHARED | dict(hidden_act="gelu_new", qk_layernorm=False),
-    ),
+    "phi": Family(_read_phi, _PHI_WEIGHTS, _SHARED | dict(hidden_act="gelu_new", qk_layernorm=False)),
 }

@@ -10,14 +10,7 @@ def _read_olmo2(fields: Fields) -> DecoderConfig:
     """Read a config of OLMo 2."""
     bias = fields.take("attention_bias", bool)
     return rms_decoder(
-        fields,
-        "olmo2",
-        pre_norms=False,
-        post_norms=True,
-        qk_norm=True,
-        qk_norm_joint=True,
-        qkv_bias=bias,
-        o_bias=bias,
+        fields, "olmo2", pre_norms=False, post_norms=True, qk_norm=True, qk_norm_joint=True, qkv_bias=bias, o_bias=bias
     )
 
 
@@ -39,5 +32,5 @@ FAMILIES = {
             attention_bias=False,
             tie_word_embeddings=False,
         ),
-    ),
+    )
 }

@@ -101,5 +101,5 @@ FAMILIES = {
             rms_norm_eps=1e-5,
             tie_word_embeddings=False,
         ),
-    ),
+    )
 }

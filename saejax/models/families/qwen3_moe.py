@@ -59,5 +59,5 @@ FAMILIES = {
             norm_topk_prob=False,
             tie_word_embeddings=False,
         ),
-    ),
+    )
 }

@@ -53,5 +53,5 @@ FAMILIES = {
             mlp_bias=False,
             tie_word_embeddings=True,
         ),
-    ),
+    )
 }
