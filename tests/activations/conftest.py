@@ -1,10 +1,7 @@
 """A tiny model captured with the torch backend, for the tests of capture."""
 
 import pytest
-from capture_setup import (
-    Setup,
-    make_setup,
-)
+from capture_setup import Setup, make_setup
 
 from saejax.models import source
 from saejax.settings import ModelConfig

@@ -5,12 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from capture_setup import (
-    check_against_plain_forward,
-    corpus_texts,
-    relative_error,
-    rows_by_place,
-)
+from capture_setup import check_against_plain_forward, corpus_texts, relative_error, rows_by_place
 
 from saejax.activations import progress
 from saejax.activations.documents import Documents

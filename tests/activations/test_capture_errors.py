@@ -5,9 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from capture_setup import (
-    corpus_texts,
-)
+from capture_setup import corpus_texts
 
 from saejax.activations import capture
 from saejax.errors import UserError

@@ -3,10 +3,7 @@
 import dataclasses
 
 import pytest
-from capture_setup import (
-    RESUMED,
-    files,
-)
+from capture_setup import RESUMED, files
 
 from saejax.activations import capture
 from saejax.activations.writer import StoreWriter

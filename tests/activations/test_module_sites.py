@@ -113,10 +113,7 @@ def test_a_pass_ends_after_the_last_module(setup, monkeypatch):
 @pytest.mark.parametrize(
     ("site", "message"),
     [
-        (
-            "module:transformer.h.1.mlp.dense_h_to_5h",
-            "no such module; expected a path such as transformer.h.1.mlp",
-        ),
+        ("module:transformer.h.1.mlp.dense_h_to_5h", "no such module; expected a path such as transformer.h.1.mlp"),
         ("module:", "no such module"),
         ("module:transformer.word_embedings", "such as transformer.word_embeddings"),
         ("module_in:transformer.word_embeddings", "is torch.int64 .*: expected one vector of floating-point numbers"),

@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from capture_setup import (
-    ALL_SITES,
-    check_against_plain_forward,
-    relative_error,
-)
+from capture_setup import ALL_SITES, check_against_plain_forward, relative_error
 
 from saejax.activations import torch_capture
 from saejax.models import source

@@ -227,11 +227,7 @@ def test_refused(fields, message):
         ("gemma2", dict(hidden_act="relu"), "'hidden_act' and 'hidden_activation' contradict"),
         ("gemma2", dict(sliding_window=None), "'sliding_window' .null or switched off. contradict"),
         ("gemma2", dict(layer_types=[SLIDING]), "'layer_types' .1 of them. and 'num_hidden_layers' .4. contradict"),
-        (
-            "gemma2",
-            dict(layer_types=[SLIDING, "linear_attention"] * 2),
-            "layer_types 'linear_attention' is not",
-        ),
+        ("gemma2", dict(layer_types=[SLIDING, "linear_attention"] * 2), "layer_types 'linear_attention' is not"),
         ("gemma2", dict(final_logit_softcapping=0.0), "'final_logit_softcapping' is 0.0, expected above 0"),
         ("gemma2", dict(query_pre_attn_scalar=-1), "'query_pre_attn_scalar' is -1, expected above 0"),
         (

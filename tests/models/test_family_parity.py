@@ -138,10 +138,7 @@ CASES = {
     ),
     "phi3-window": dict(sliding_window=5),
     "phi3-longrope_partial": dict(
-        num_key_value_heads=1,
-        hidden_size=48,
-        original_max_position_embeddings=20,
-        rope_parameters=LONGROPE,
+        num_key_value_heads=1, hidden_size=48, original_max_position_embeddings=20, rope_parameters=LONGROPE
     ),
     "smollm3-every_second_plain": {},
     "smollm3-windows_in_plain_layers": dict(

@@ -147,11 +147,7 @@ def test_a_model_without_weights_on_the_hub(hub):
         ("org/gated", "main", "accept its licence at https://huggingface.co/org/gated, then set the variable HF_TOKEN"),
         ("org/missing", "main", "there is no model 'org/missing'.*HF_TOKEN"),
         ("org/model", "nosuch", "org/model has no revision 'nosuch'"),
-        (
-            "org/renew",
-            "main",
-            r"org/renew could not be fetched \(.*401.*\): .* token in .* HF_TOKEN.*: renew",
-        ),
+        ("org/renew", "main", r"org/renew could not be fetched \(.*401.*\): .* token in .* HF_TOKEN.*: renew"),
         ("org/disabled", "main", r"could not be fetched \(.*disabled.*\): try again, or give a local folder"),
         ("org/busy", "main", r"could not be fetched \(.*429.*\): try again"),
         ("org/broken", "main", r"could not be fetched \(.*500.*\): try again"),

@@ -196,9 +196,7 @@ PUBLISHED = {
     "SmolLM2-135M": Published(LLAMA2 | dict(rope_interleaved=False, is_llama_config=True, tie_word_embeddings=True)),
     "SmolLM3-3B": Published(SMOLLM3 | dict(tie_word_embeddings=True)),
     "TinyStories-33M": Published(
-        GPT_NEO,
-        extra=in_every_layer("transformer.h.{}.attn.attention.masked_bias", torch.tensor(-1e9)),
-        pickled=True,
+        GPT_NEO, extra=in_every_layer("transformer.h.{}.attn.attention.masked_bias", torch.tensor(-1e9)), pickled=True
     ),
     "OLMo-2-0425-1B": Published(OLMO2, dtype="float32"),
     "Phi-3-mini-4k-instruct": Published(PHI3, shards=2, dtype="bfloat16"),
