@@ -64,7 +64,7 @@ TORCH_MAY_BE_IN = {
     "saejax/models/torch_hooks.py",
     "saejax/models/torch_model.py",
     "saejax/models/source.py",
-    "saejax/models/pickled.py",
+    "saejax/models/checkpoint.py",
     "saejax/models/model_cache.py",
 }
 # The runner discovers stages, kinds that plugins add, and whether a model runs in PyTorch.

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.activations.backend import load_reader
 from saejax.activations.buffers import ShardBuffers
 from saejax.activations.chunker import SPLITS
 from saejax.activations.documents import Documents
 from saejax.activations.manifest import CapturedModel
 from saejax.activations.plan import Batch, Plan, Reader
 from saejax.activations.progress import TextProgress
-from saejax.activations.request import CaptureRequest, begins_with_bos, read_request
+from saejax.activations.request import CaptureRequest, begins_with_bos, load_reader, read_request
 from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
 from saejax.activations.store import INDEX, ON_DISK
 from saejax.activations.tokenize import text_documents

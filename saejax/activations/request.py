@@ -1,8 +1,13 @@
-"""Capture requests: the model's files, the sites, and what has to be known of the model beforehand."""
+"""Capture requests: the model's files, the sites, and what has to be known of the model beforehand.
+
+A request is run by one of two backends: hooks in the transformers model, or our decoder on the mesh.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
+from saejax.activations.plan import Batch, Plan, Reader, Take
 from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.config import DecoderConfig
@@ -10,7 +15,8 @@ from saejax.models.families import read_config
 from saejax.models.sites import AnySite, ModuleSite, OtherSite, Site, parse_site
 from saejax.models.tokens import bos_tokens
 from saejax.runner.config import Configs
-from saejax.settings import CaptureConfig, ModelConfig
+from saejax.runner.workspace import Run
+from saejax.settings import CaptureConfig, MeshConfig, ModelConfig
 
 # What tells tokenizers apart that have the same vocabulary.
 _SAMPLE = "In 1732 the captain's 48 men saw it: x = 3*(y+2), \u201cnaïve\u201d \u2014 Ωλ, 東京 \U0001f642\n\tEnd."
@@ -133,3 +139,60 @@ def parse_sites(names: Sequence[str], backend: str) -> tuple[AnySite, ...]:
                 "a site of the decoder, such as resid_post.15"
             )
     return sites
+
+
+def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureConfig) -> Reader:
+    """Load the backend that reads the plan's batches, and import no other.
+
+    torch takes seconds to import, and JAX takes the devices.
+    """
+    if request.second is not None:
+        first_sites = tuple(site for site in request.sites if not isinstance(site, OtherSite))
+        first = dataclasses.replace(request, sites=first_sites, second=None)
+        # Each model by itself: the two may run in different backends.
+        return PairReader(*(load_reader(run, each, plan, config) for each in (first, request.second)))
+    if config.backend == "torch" or request.needs_torch:
+        from saejax.activations.torch_capture import SiteReader
+
+        return SiteReader(source.load_torch_model(request.source, config.dtype), request.sites)
+    from saejax.activations.jax_capture import DecoderReader
+    from saejax.parallel.mesh import make_mesh
+
+    mesh, decoder = make_mesh(run.configs[MeshConfig]), cast(DecoderConfig, request.decoder)
+    sites = [site for site in request.sites if isinstance(site, Site)]  # all of them: modules were refused
+    return DecoderReader(request.source, decoder, sites, plan.padded_shape, mesh, config.dtype, config.store_dtype)
+
+
+class PairReader:
+    """A pair of models that read the same batches in turn; sites of the second are ``OtherSite``.
+
+    Attributes:
+      widths: as in ``plan.Reader``.
+    """
+
+    def __init__(self, first: Reader, second: Reader):
+        self._first, self._second = first, second
+        self.widths: dict[AnySite, int] = first.widths | {_other_site(site): d for site, d in second.widths.items()}
+
+    def read(self, batches: Iterable[Batch], take: Take) -> None:
+        """See ``plan.Reader``."""
+        kept: list[Batch] = []
+
+        def keep() -> Iterator[Batch]:
+            """Yield the batches and keep them for the second model."""
+            for batch in batches:
+                kept.append(batch)
+                yield batch
+
+        self._first.read(keep(), take)
+        self._second.read(kept, lambda batch, site, value_BxTxD: take(batch, _other_site(site), value_BxTxD))
+
+    def close(self) -> None:
+        """See ``plan.Reader``."""
+        self._first.close()
+        self._second.close()
+
+
+def _other_site(site: AnySite) -> OtherSite:
+    """Return the second model's site of this name."""
+    return OtherSite(cast(Site, site))  # modules of a second model were refused

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from saejax.activations.backend import load_reader
 from saejax.activations.batches import Parts, sites_of
 from saejax.activations.buffers import ShardBuffers
 from saejax.activations.joined import single_sites
 from saejax.activations.manifest import CapturedModel
 from saejax.activations.plan import Batch, Plan, Reader
 from saejax.activations.progress import SAY_EVERY
-from saejax.activations.request import begins_with_bos, read_request
+from saejax.activations.request import begins_with_bos, load_reader, read_request
 from saejax.activations.store import DTYPES
 from saejax.activations.tokenize import text_documents
 from saejax.errors import UserError

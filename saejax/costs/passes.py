@@ -1,10 +1,13 @@
-"""Floating-point operations of passes and training steps: the one table of formulas.
+"""Floating-point operations of passes and training steps, and peak rates of accelerators: the one table of each.
 
 Preflight, timing lines and benchmarks use it, because XLA's own count takes the body of a loop over layers once. A
-product of [m, k] and [k, n] is 2 m k n operations; norms, softmax and other elementwise work are left out.
+product of [m, k] and [k, n] is 2 m k n operations; norms, softmax and other elementwise work are left out. Peaks are
+those of matrix products by the vendors' data sheets (dense, without sparsity).
 """
 
 from math import prod
+
+import jax
 
 from saejax.dictionaries.cross_layer import FORM
 from saejax.models.config import DecoderConfig
@@ -54,3 +57,34 @@ def weights_share(form: str, layers: int) -> float:
 def parameters(model: DecoderConfig) -> int:
     """Return the number of parameters of the decoder."""
     return sum(prod(shape) for shape, _ in parameter_table(model).values())
+
+
+# Part of ``device_kind`` -> TFLOP/s with bfloat16 operands, and with float32 operands in full precision where the
+# hardware has such products (TPUs emulate them).
+_PEAKS: dict[str, tuple[float, float | None]] = {
+    "V100": (125.0, 15.7),  # float16
+    "A100": (312.0, 19.5),
+    "A10": (125.0, 31.2),
+    "L40": (362.0, 91.6),
+    "L4": (121.0, 30.3),
+    "H100 PCIe": (756.0, 51.0),
+    "H100": (989.0, 67.0),
+    "H200": (989.0, 67.0),
+    "B200": (2250.0, 75.0),
+    "TPU v3": (123.0, None),
+    "TPU v4": (275.0, None),
+    "TPU v5 lite": (197.0, None),
+    "TPU v5p": (459.0, None),
+    "TPU v5": (459.0, None),
+    "TPU v6 lite": (918.0, None),
+}
+
+
+def peak_flops(device: jax.Device, dtype: str) -> float | None:
+    """Return the peak FLOP/s of a device for products with operands of a dtype; None where it is not known."""
+    matches = [name for name in _PEAKS if name.lower() in device.device_kind.lower()]
+    if not matches:
+        return None
+    bfloat16, float32 = _PEAKS[max(matches, key=len)]
+    rate = bfloat16 if dtype == "bfloat16" else float32
+    return None if rate is None else rate * 1e12

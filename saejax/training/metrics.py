@@ -16,8 +16,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from saejax.costs.passes import step_flops, weights_share
-from saejax.costs.peaks import peak_flops
+from saejax.costs.passes import peak_flops, step_flops, weights_share
 from saejax.errors import UserError
 from saejax.files import read_object, whole_file
 from saejax.parallel.collectives import is_first_process

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saejax.errors import UserError
-from saejax.models.pickled import read_pickled_tensors
+from saejax.models.checkpoint import read_pickled_tensors
 
 
 @pytest.mark.parametrize("zipped", [True, False])
