@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 
@@ -85,3 +86,10 @@ def run_torch(model, ids_BxT, **inputs) -> tuple[torch.Tensor, dict[str, torch.T
         if where.mid is None:
             values[f"resid_mid.{index}"] = values[f"resid_pre.{index}"] + values[f"attn_out.{index}"]
     return logits, values
+
+
+def relative_error(ours, theirs) -> float:
+    """Return the largest difference over the largest number."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

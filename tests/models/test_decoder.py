@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import save_tiny_llama
-from torch_sites import run_torch
+from torch_sites import relative_error, run_torch
 from transformers import AutoModelForCausalLM
 
 from saejax.files import read_json
@@ -21,12 +21,6 @@ from saejax.models.decoding import init_cache
 from saejax.models.families import read_config
 from saejax.models.sites import KINDS, Site
 from saejax.models.weights import load_params
-
-
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 def fifty_prompts() -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from jax.sharding import AxisType, Mesh
 from tiny_models import save_tiny
-from torch_sites import run_torch
+from torch_sites import relative_error, run_torch
 from transformers import AutoModelForCausalLM
 
 from saejax.files import read_json
@@ -160,12 +160,6 @@ QUICK: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
 if version("jaxlib").startswith("0.10."):  # later ones refuse the option
     QUICK["xla_cpu_use_fusion_emitters"] = False
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
-
-
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 def mesh_of(*shape) -> Mesh:

@@ -26,23 +26,15 @@ LAYERS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A published checkpoint.
+    """A published checkpoint."""
 
-    Attributes:
-      config: its ``config.json``, before sizes are reduced.
-      rename: pattern and replacement by which tensor names differ from those of transformers.
-      extra: makes the tensors that a forward pass does not use.
-      dtype: of the weights in the file.
-      shards: number of weight files.
-      pickled: whether they are ``pytorch_model.bin``.
-    """
-
-    config: dict
+    config: dict  #: its ``config.json``, before sizes are reduced
+    #: pattern and replacement by which tensor names differ from those of transformers.
     rename: tuple[str, str] = ("", "")
-    extra: Callable[[Tensors], Tensors] = lambda tensors: {}
-    dtype: str = "float32"
-    shards: int = 1
-    pickled: bool = False
+    extra: Callable[[Tensors], Tensors] = lambda tensors: {}  #: makes the tensors that a forward pass does not use
+    dtype: str = "float32"  #: of the weights in the file
+    shards: int = 1  #: number of weight files
+    pickled: bool = False  #: whether they are ``pytorch_model.bin``
 
 
 def in_every_layer(name: str, value: torch.Tensor) -> Callable[[Tensors], Tensors]:

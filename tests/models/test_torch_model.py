@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import OTHER_FIELDS, save_tiny, save_tiny_tokenizer
+from torch_sites import relative_error
 
 from saejax import load_model
 from saejax.dictionaries import Dictionary, DictionaryConfig, check_dictionary
@@ -46,11 +47,6 @@ def make_dictionary(site: str, target: str = "", d: int = 40) -> Dictionary:
 def unlimited(dictionary: Dictionary) -> Dictionary:
     """The same without a sink rule, as dictionaries of others are loaded."""
     return dictionary.with_config(dataclasses.replace(dictionary.config, max_norm=None, target_max_norm=None))
-
-
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 def check_same(both, edits, tokens):
