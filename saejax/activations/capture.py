@@ -5,6 +5,7 @@ What is captured, in which batches and where it is stored does not depend on the
 """
 
 import contextlib
+import functools
 import hashlib
 import shutil
 import time
@@ -50,7 +51,8 @@ def run_capture(run: Run) -> CaptureResults:
     config, mesh = run.configs[CaptureConfig], run.configs[MeshConfig]
     request = read_request(run.configs)
     plan = _plan_capture(run, request)
-    reader, site_widths = None, request.widths()
+    reader: Reader | None = None
+    site_widths = request.widths()
     if site_widths is None:  # modules tell their width only when they run
         reader = load_reader(run, request, plan, config)
         site_widths = reader.widths
@@ -72,11 +74,7 @@ def run_capture(run: Run) -> CaptureResults:
         f"{len(plan.documents):,} documents, {plan.rows:,} tokens at {', '.join(config.sites)}; "
         f"{plan.shards - len(missing)} of {plan.shards} shards are done"
     )
-
-    def make(share: Missing) -> float:
-        """Make shards in this process."""
-        return _make_shards(run, plan, writer, site_widths, reader or load_reader(run, request, plan, config), share)
-
+    make = functools.partial(_make_shards, run, request, plan, writer, site_widths, reader)
     rate = _share_shards(plan, writer, mesh, missing, make) if missing else 0.0
     norms = writer.site_norms(config.sink_factor)
     _check_sinks(norms, config)
@@ -185,9 +183,16 @@ def _share_shards(
 
 
 def _make_shards(
-    run: Run, plan: Plan, writer: StoreWriter, widths: Mapping[AnySite, int], reader: Reader, missing: Missing
+    run: Run,
+    request: CaptureRequest,
+    plan: Plan,
+    writer: StoreWriter,
+    widths: Mapping[AnySite, int],
+    reader: Reader | None,
+    missing: Missing,
 ) -> float:
     """Run the model over the batches of shards and write its values; return the speed in tokens per second."""
+    reader = reader or load_reader(run, request, plan, run.configs[CaptureConfig])
     buffers = ShardBuffers(widths, max(map(plan.size, missing)), writer.dtype)
     progress = TextProgress(run.say, sum(map(plan.size, missing)))
 

@@ -281,6 +281,7 @@ def _open_cross_layer(folder: Path, site: str) -> TranscoderSet:
     facts, layers, writes = _facts(folder, settings, len(states)), [], []
     for layer, (file, state) in enumerate(zip(files, states, strict=True)):
         read = _sites(settings, layer, site, "")[0]
+        hooks.require_sites(read)
         facts[layer] |= dict(site=read, target=f"mlp_out.{layer}", model=str(settings.get("model_name") or ""))
         parsed, decoder = _parse_cross_layer(file, state, layer, len(states), facts[layer])
         layers.append(parsed)

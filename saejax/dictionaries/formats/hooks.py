@@ -18,7 +18,7 @@ from saejax.models.sites import KINDS, Site
 
 UNKNOWN = "unknown"  # in place of a site that a file does not name
 MODULE = "module:"  # before the path of a module that is no site of the decoder
-_NO_SITE = "hook:"  # before the name of a hook that is no site
+NO_SITE = "hook:"  # before the name of a hook that is no site
 NORMED = "mlp_normed"  # kind of the site before the gain of the norm before the MLP
 
 _WRITTEN = {
@@ -84,15 +84,15 @@ def to_site(hook: str | None, model: str = "") -> str:
         layer, part = match.groups()
         if part is None or not has_post_norms(model):
             return f"{_MODULES[part]}.{layer}"
-    return (_NO_SITE if "hook_" in hook else MODULE) + hook
+    return (NO_SITE if "hook_" in hook else MODULE) + hook
 
 
 def require_sites(*sites: str) -> None:
     """Raise a ``UserError`` for a site that ``to_site`` made of a hook that is none."""
     for site in sites:
-        if site.startswith(_NO_SITE):
+        if site.startswith(NO_SITE):
             raise UserError(
-                f"the hook {site.removeprefix(_NO_SITE)} is none of the sites here ({', '.join(KINDS)}): to load it "
+                f"the hook {site.removeprefix(NO_SITE)} is none of the sites here ({', '.join(KINDS)}): to load it "
                 "all the same, say which site stands for it (site= or target= of load_dictionary)"
             )
 

@@ -35,6 +35,8 @@ _MODULE_INPUTS = dict(mlp_out="mlp_in", mlp_in="mlp_in", resid_post="resid_pre")
 def _input_of(site: str) -> str:
     """Return the site that the module with this output reads."""
     kind, _, layer = site.partition(".")
+    if site.startswith(hooks.NO_SITE):  # refused later, by name
+        return site
     return f"{_MODULE_INPUTS[kind]}.{layer}" if kind in _MODULE_INPUTS else hooks.UNKNOWN
 
 
