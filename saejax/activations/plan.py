@@ -7,7 +7,7 @@ process. A document that is cut between two shards is read for both.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -213,14 +213,6 @@ def _first_recorded(documents: Documents, last: int, whole: Documents) -> np.nda
     """
     if not last:
         return np.broadcast_to(np.int64(0), len(documents))
-    ends: dict[int, int] = {}
-    for source, start, length in _pieces(whole):
-        ends[source] = max(ends.get(source, 0), start + length)
-    from_N = np.array([ends[source] - last - start for source, start, _ in _pieces(documents)])
-    return np.clip(from_N, 0, documents.lengths_N)
-
-
-def _pieces(documents: Documents) -> Iterator[tuple[int, int, int]]:
-    """Yield source, first token in it and length of each document."""
-    columns = [documents.column(name).tolist() for name in ("source", "start")]
-    return zip(*columns, documents.lengths_N.tolist(), strict=True)
+    ends = np.zeros(int(whole.column("source").max()) + 1, np.int64)  # of each text, where its last piece ends
+    np.maximum.at(ends, whole.column("source"), whole.column("start") + whole.lengths_N)
+    return np.clip(ends[documents.column("source")] - last - documents.column("start"), 0, documents.lengths_N)

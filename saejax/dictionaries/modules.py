@@ -62,21 +62,13 @@ class Dictionary(nnx.Module):
     **Edits.** ``ablate``, ``set``, ``scale``, ``patch``, ``steer``, ``redraw``, ``ablate_error`` and ``patch_error``
     give edits for ``lm(tokens, edits=[sae.ablate([101, 2048])])``. Features are distinct indices, 0 <= i < n_features.
     The new activation g_i of each replaces its activation f_i; a transcoder's features are read at its site and changed
-    at its target. Programs are compiled once for each number of features, whatever features and values.
+    at its target. Padding and attention sinks pass untouched.
 
-    ``positions``:
-
-    - "all";
-    - "last": each prompt's last token, and in generation every new token as it is read;
-    - (start, stop): counted from 0 in each text, new tokens included; a stop of None is the end;
-    - "fires": of each feature, those at which it is active.
-
-    Padding and attention sinks pass untouched, by all edits.
-
-    ``error``:
-
-    - "keep": y' = y + sum_i (g_i - f_i) W_dec_i, so that what the dictionary does not explain stays;
-    - "drop": y' = decode(f with g in it); where positions are "fires", at those at which any of the features does.
+    - ``positions``: "all"; "last", each prompt's last token, and in generation every new token as it is read;
+      (start, stop), counted from 0 in each text, new tokens included, where a stop of None is the end; or "fires", of
+      each feature those at which it is active.
+    - ``error``: "keep", y' = y + sum_i (g_i - f_i) W_dec_i, so that what the dictionary does not explain stays; or
+      "drop", y' = decode(f with g in it), with "fires" at positions at which any of the features does.
 
     All edit methods raise a ``UserError`` for features, positions and shapes that cannot be. A width that differs from
     the site's is an error when the model runs.
