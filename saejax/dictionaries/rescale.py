@@ -92,7 +92,7 @@ def as_jumprelu(dictionary: Dictionary) -> Dictionary:
     return _rebuild(dictionary, dictionary.kind.as_jumprelu(arrays), kind="jumprelu")
 
 
-def centre(dictionary: Dictionary, wanted: bool) -> Dictionary:
+def centre(dictionary: Dictionary, wanted: bool = True) -> Dictionary:
     """Return the dictionary with the decoder's bias subtracted from the input, or not: the encoder's bias makes up."""
     if dictionary.config.centred == wanted:
         return dictionary

@@ -114,7 +114,7 @@ def parse_dictionary_learning(folder: Path) -> tensors.Published:
         layout = layout | {"b_dec_D": "b_dec"}
     model = str(trainer.get("lm_name") or "")
     site, target = _dictionary_learning_sites(folder, settings, model)
-    sizes = ()
+    sizes: Any = ()
     if kind == "matryoshka":
         sizes = state["group_sizes"].numbers() if "group_sizes" in state else trainer.get("group_sizes") or ()
 

@@ -87,7 +87,7 @@ def norm_weights(letter: str = "D", **modules: str) -> dict[str, Weight]:
       letter: of the dimension that is normalised, "D" or "K".
       modules: module of each norm, such as ``final_norm="model.norm"``; with "{}" in its name it is of layers.
     """
-    weights = {}
+    weights: dict[str, Weight] = {}
     for name, module in modules.items():
         name = f"layers.{name}" if "{}" in module else name
         weights |= {f"{name}_{letter}": Weight(f"{module}.weight"), f"{name}_bias_{letter}": Weight(f"{module}.bias")}
