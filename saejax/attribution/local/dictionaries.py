@@ -225,7 +225,7 @@ def _fold(dictionary: Dictionary) -> Dictionary:
     """Return the same function with features that are relu, threshold or topk of x W_enc + b_enc."""
     if dictionary.config.kind == "gated":
         dictionary = rescale.as_jumprelu(dictionary)
-    return rescale.drop_mean(rescale.centre(dictionary), False)
+    return rescale.drop_mean(rescale.centre(dictionary, False))
 
 
 def _without_layer(dictionary: Dictionary) -> Dictionary:
