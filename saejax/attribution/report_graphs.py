@@ -8,7 +8,7 @@ import numpy as np
 
 from saejax.attribution.results import CurveResults, GraphResults
 from saejax.page.blocks import Terms
-from saejax.page.tables import MISSING, Table, number, percent, significant, visible
+from saejax.page.tables import Table, number, percent, significant, visible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _row(graph: ReportedGraph) -> tuple[str, ...]:
         number(results.scores.replacement),
         number(results.scores.completeness),
         percent(results.untraced, 1),
-        significant(doubling.held_error, 2) if doubling else MISSING,
+        significant(doubling.held_error if doubling else None, 2),
         number(graph.correlation),
     )
 
@@ -132,14 +132,10 @@ def meaning(graphs: Sequence[ReportedGraph]) -> Terms:
         "Untraced input": "what active features without a node add to targets, by size, over the targets' values.",
     }
     if any(graph.results.doubling for graph in graphs):
-        held = dict(
-            transcoders="features were raised one by one with all held as the graph has it",
-            SAEs="the effect of each of some features was taken by derivatives forwards",
-        )
         meanings |= {
-            "Edges off by": f"{'; of SAEs '.join(held[kind] for kind in missed(graphs).split(' or '))}; the largest "
-            "difference between an edge and what came out, over the largest edge. More than rounding, about 1e−5, is "
-            "an error of the arithmetic.",
+            "Edges off by": "features were raised one by one with all held as the graph has it; the largest difference "
+            "between an edge and what came out, over the largest edge. More than rounding, about 1e−5, is an error of "
+            "the arithmetic. Edges of SAEs are estimates, and are not checked so.",
             "Correlation": "of edges with what happened when features were doubled and nothing was held: how well the "
             "picture drawn on this prompt foretells the model.",
         }

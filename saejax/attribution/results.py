@@ -30,8 +30,8 @@ class DoublingResults:
 
     features: int  #: how many
     #: their activation added 64 times with all frozen as the graph does, a 64th of what happens against the edges: the
-    #: largest difference over the largest edge; with SAEs against derivatives taken forwards
-    held_error: float
+    #: largest difference over the largest edge; None: a graph of SAEs
+    held_error: float | None
     free: EdgeCorrelation  #: edges against what happens when activations are doubled and nothing is frozen
 
 

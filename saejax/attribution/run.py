@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from saejax.attribution.checks import circuits
-from saejax.attribution.checks.validation import double, double_saes
+from saejax.attribution.checks.validation import double
 from saejax.attribution.forms.features import open_folder
 from saejax.attribution.forms.outputs import write_outputs
 from saejax.attribution.graph.nodes import ERROR, FEATURE
@@ -17,20 +17,20 @@ from saejax.attribution.groups import supernodes
 from saejax.attribution.groups.supernodes import read_groups
 from saejax.attribution.heads.attention import Attention, read_attention
 from saejax.attribution.heads.query_key import check_head
+from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.requests import Request, read_heads, read_labels, read_requests
 from saejax.attribution.results import (
     AttributeResults,
-    CurveResults,
-    DoublingResults,
     GraphResults,
     GraphTarget,
 )
-from saejax.attribution.trace.gradient import TracedSaes, trace_saes
+from saejax.attribution.trace.gradient import trace_saes
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_memory
-from saejax.attribution.trace.prompt import Traced, trace_prompt
+from saejax.attribution.trace.prompt import trace_prompt
+from saejax.attribution.trace.rounds import Traced
 from saejax.attribution.trace.targets import Target, token_of
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
@@ -143,7 +143,7 @@ def _measure(
     request: Request,
     groups: Sequence[Sequence[str]],
     labels: Mapping[tuple[int, int], str],
-    trace: Callable[..., Traced | TracedSaes] | None = None,
+    trace: Callable[..., Traced[Any]] | None = None,
 ) -> Measured:
     config = run.configs[GraphConfig]
     start = time.monotonic()
@@ -154,11 +154,14 @@ def _measure(
     pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
     supernodes.named(pruned, groups)  # before anything is written
     attention = _NO_ATTENTION
-    if isinstance(traced, Traced):
+    if isinstance(traced.local, LocalModel):
         attention = read_attention(traced, pruned, config.heads, read_heads(config))
     write_outputs(run, request.slug, graph, pruned, groups, attention, labels)
     # After the files are written, because the checks take longer than the graph.
-    doubling, curve = _checked(traced, config)
+    doubling = double(traced.local, graph, traced.readouts, config.doubled, config.seed) if config.doubled else None
+    curve = None
+    if config.circuits and isinstance(traced.local, LocalModel):
+        curve = circuits.faithfulness_curve(traced.local, graph, traced.readouts)
     results = GraphResults(
         prompt=graph.prompt,
         tokens=graph.tokens,
@@ -176,7 +179,7 @@ def _measure(
         unexplained=float(abs(graph.unexplained_R).max() / abs(graph.value_R).max()),
         supernodes=len(groups),
         seconds=round(seconds, 2),
-        doubling=doubling,
+        doubling=doubling.results if doubling else None,
         circuits=curve,
         heads=attention.heads,
         query_key=attention.query_key,
@@ -190,7 +193,7 @@ def trace_request(
     request: Request,
     config: GraphConfig,
     on_progress: OnProgress = silent,
-) -> Traced | TracedSaes:
+) -> Traced[Any]:
     """Return the graph of a prompt as a configuration wants it; ``on_progress`` as in ``trace_prompt``."""
     options: dict[str, Any] = dict(
         targets=_targets(model, request),
@@ -217,16 +220,7 @@ def _message(results: GraphResults) -> str:
     if doubling := results.doubling:
         pearson = doubling.free.pearson
         foretold = "none" if pearson is None else f"{pearson:.2f}"
-        message += f"; edges off by {doubling.held_error:.1e}, correlation with what happens {foretold}"
+        if doubling.held_error is not None:
+            message += f"; edges off by {doubling.held_error:.1e}"
+        message += f"; correlation with what happens {foretold}"
     return message
-
-
-def _checked(traced: Traced | TracedSaes, config: GraphConfig) -> tuple[DoublingResults | None, CurveResults | None]:
-    """Return results of running the graph; None: not requested."""
-    if isinstance(traced, TracedSaes):
-        return (double_saes(*traced, config.doubled, config.seed).results if config.doubled else None), None
-    graph, local, readouts = traced
-    doubling = double(local, graph, readouts, config.doubled, config.seed).results if config.doubled else None
-    if not config.circuits:
-        return doubling, None
-    return doubling, circuits.faithfulness_curve(local, graph, readouts)

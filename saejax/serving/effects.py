@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from saejax.attribution.checks.changes import matched, set_to
-from saejax.attribution.checks.sae_changes import changed_logits
 from saejax.attribution.graph.nodes import FEATURE, Nodes
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
@@ -98,8 +97,6 @@ def effects(
     Raises:
       UserError: there is nothing to change, or a feature is not active in the prompt or named twice.
     """
-    if isinstance(run, SaeRun) and freeze != "none":
-        raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
     features, amount_N, is_factor_N = _changed(run, changes)
     try:
         sets, why = matched(run, features, DRAWS), ""
@@ -107,11 +104,7 @@ def effects(
         sets, why = [], str(error)
     rows = [_row(members, amount_N, is_factor_N) for members in (features, *sets)]
     readouts = read_targets(run, targets, 1, 0.0)
-    if isinstance(run, SaeRun):
-        on_progress(0, 1)
-        changed_RxV: np.ndarray | None = changed_logits(run, rows)
-    else:
-        changed_RxV = run.run(rows, freeze, readouts=readouts, on_progress=on_progress).logits_RxV
+    changed_RxV = run.run(rows, freeze, readouts=readouts, on_progress=on_progress).logits_RxV
     assert changed_RxV is not None
     logits_RxV = np.concatenate([run.logits_V[None], changed_RxV]).astype(np.float64)
     text = token_text(run.model.tokenizer)

@@ -21,7 +21,7 @@ from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.requests import Request, TargetText, read_labels
 from saejax.attribution.run import open_parts, trace_request
-from saejax.attribution.trace.prompt import Traced
+from saejax.attribution.trace.rounds import Traced
 from saejax.attribution.trace.sae_run import SaeRun
 from saejax.errors import UserError
 from saejax.results import load_summary
@@ -108,10 +108,10 @@ class ModelSession:
         """Return whether the whole graph is at hand, in memory or in its unit."""
         return self._key(graph) in self._graphs or _saved(graph) is not None
 
-    def keep(self, graph: StoredGraph, traced: Any) -> None:
+    def keep(self, graph: StoredGraph, traced: Traced[Any]) -> None:
         """Keep what was traced of a graph."""
         key = self._key(graph)
-        _keep(self._runs, key, traced.local if isinstance(traced, Traced) else traced.run)
+        _keep(self._runs, key, traced.local)
         _keep(self._graphs, key, traced.graph)
 
     def prune(self, graph: StoredGraph, document: GraphDocument, nodes: float, edges: float, job: Job) -> None:

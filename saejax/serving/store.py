@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import DocumentMetadata, GraphDocument, read_document
+from saejax.attribution.forms.document import GraphDocument, read_document
 from saejax.attribution.forms.graph_folder import INDEX
 from saejax.attribution.forms.outputs import details_of, read_shown
 from saejax.dictionaries.labels import names_of_layers
@@ -72,7 +72,7 @@ class GraphStore:
     def __init__(self, root: Path, labels: Path | None = None):
         self.root, self._labels, self.problems = root, labels, dict[str, str]()
         self._read: dict[str, tuple[float, GraphDocument]] = {}
-        self._looked: dict[tuple[Path, float], DocumentMetadata | str | None] = {}  # metadata of files without a list
+        self._looked: dict[tuple[Path, float], Mapping[str, Any] | str | None] = {}  # metadata of files without a list
 
     def graphs(self) -> dict[str, StoredGraph]:
         """Return all graphs by id, the most recently changed first; damaged files and units are noted as problems."""
@@ -217,7 +217,7 @@ class GraphStore:
         return graphs
 
     @staticmethod
-    def _read_loose(path: Path) -> DocumentMetadata | str | None:
+    def _read_loose(path: Path) -> Mapping[str, Any] | str | None:
         """Return a graph's metadata; what is wrong with it; None: it is something else."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

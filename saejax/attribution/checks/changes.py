@@ -1,4 +1,4 @@
-"""Rows of changes for ``LocalModel.run``, made of features of a graph: ablate, scale, set, steer, and controls.
+"""Rows of changes for ``LocalModel.run``, made of features of a graph: ablate, scale, set, and random controls.
 
 Features are nodes of a graph, such as ``features_of(graph, supernode.nodes)``, with the activation that they have in
 the prompt. A row is a list of changes that are made together. Lists can be joined with +, and thousands of rows run in
@@ -8,35 +8,17 @@ one call:
     local.run(rows, readouts=readouts)
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, KINDS, Nodes
-from saejax.attribution.local.active import Active
 from saejax.attribution.local.edits import Change
-from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
-from saejax.attribution.local.readouts import Readouts
 from saejax.errors import UserError
 
-FACTORS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 _TRIES = 20  # for each random set, at the same positions and then at any
-
-
-@dataclasses.dataclass(frozen=True)
-class Steering:
-    """The effect of sets of features on readouts, by the factor of their activations.
-
-    Attributes:
-      factor_M: the factors.
-      readout_SxMxK: the readouts, fp32; at the factor 1 those of the prompt.
-    """
-
-    factor_M: np.ndarray
-    readout_SxMxK: np.ndarray
 
 
 def features_of(graph: Graph, nodes: Sequence[int] | np.ndarray) -> Nodes:
@@ -71,28 +53,6 @@ def set_to(features: Nodes, value: float | np.ndarray) -> list[Change]:
     return _changes(features, np.broadcast_to(np.asarray(value, np.float64), len(features)))
 
 
-def steer(
-    local: LocalModel,
-    sets: Sequence[Nodes],
-    readouts: Readouts,
-    factors: Sequence[float] = FACTORS,
-    freeze: str = "none",
-) -> Steering:
-    """Multiply the activations of sets of features by each factor, all in one run.
-
-    Args:
-      local: of the prompt.
-      sets: of features of the prompt; some of ``matched`` are controls.
-      readouts: what is read at the end.
-      factors: M factors.
-      freeze: what stays as in the prompt, see ``LocalModel.run``.
-    """
-    rows = [scale(features, factor) for features in sets for factor in factors]
-    changed = local.run(rows, freeze, readouts=readouts, logits=False)
-    shape = len(sets), len(factors), len(readouts.labels)
-    return Steering(np.asarray(factors, np.float64), changed.readout_RxK.reshape(shape))
-
-
 def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> list[Nodes]:
     """Sample sets of other active features, as many in each layer, at the same positions as far as possible.
 
@@ -109,7 +69,8 @@ def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> lis
     """
     rng = np.random.default_rng(seed)
     taken = set(_keys(features))
-    active = _nodes_of(run.active)
+    columns = run.active.layer_A, run.active.position_A, run.active.feature_A, run.active.value_A
+    active = Nodes.of(FEATURE, *columns)
     others = active[np.array([key not in taken for key in _keys(active)], bool)]
     chosen_sets: dict[tuple[int, ...], Nodes] = {}
     # At the positions first; only where these give too few sets, anywhere.
@@ -140,10 +101,6 @@ def _at_positions(pool: np.ndarray, position: np.ndarray, wanted: np.ndarray) ->
         chosen[np.flatnonzero(position == place)[:count]] = True
     chosen[np.flatnonzero(~chosen)[: len(wanted) - chosen.sum()]] = True
     return pool[chosen]
-
-
-def _nodes_of(active: Active) -> Nodes:
-    return Nodes.of(FEATURE, active.layer_A, active.position_A, active.feature_A, active.value_A)
 
 
 def _keys(features: Nodes) -> list[tuple[int, int, int]]:

@@ -1,100 +1,39 @@
 """The JSON of a graph as Neuronpedia and circuit-tracer's viewer read it, and what must be true of it.
 
-A document has four keys: ``metadata`` (what was asked of which model), ``qParams`` (what a reader has selected and
-pinned), ``nodes`` and ``links``. The keys and types below are those of Neuronpedia's published schema; the rest is what
-a viewer relies on without saying so: ids that are unique, links between nodes that exist, numbers that are finite.
+A document has four keys. ``metadata`` names the model, the prompt and the settings; ``qParams`` is what a reader has
+selected, pinned and grouped (``supernodes``: of each its label and the ids of its nodes); ``nodes`` and ``links`` are
+the graph. A node has a unique ``node_id``, ``feature`` (``neuronpedia.cantor_pair`` of layer and number), ``layer``
+("E" of tokens), ``ctx_idx`` (its position in the prompt), ``feature_type``, ``clerp`` (its label), ``influence``
+(cumulative share, 0 to 1, small for the most influential), ``activation`` and ``token_prob``. Names and types are those
+of Neuronpedia's published schema; the rest is what a viewer relies on without saying so: ids that are unique, links
+between nodes that exist, numbers that are finite.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 from saejax.errors import UserError
 
+GraphDocument = Mapping[str, Any]
+DocumentNode = Mapping[str, Any]
+
 FEATURE_TYPE, ERROR_TYPE = "cross layer transcoder", "mlp reconstruction error"
 
-
-class DocumentNode(TypedDict):
-    """A node under the keys of the format; keys that other programs leave out are ``NotRequired``."""
-
-    node_id: str
-    feature: int | None  # ``neuronpedia.cantor_pair`` of layer and number
-    layer: str | int  # "E" of tokens
-    ctx_idx: int  # position in the prompt
-    feature_type: str
-    jsNodeId: str
-    clerp: str  # label
-    influence: NotRequired[float | None]  # cumulative share, 0 to 1, small for the most influential
-    activation: NotRequired[float | None]
-    token_prob: NotRequired[float]
-    is_target_logit: NotRequired[bool]
-    run_idx: NotRequired[int]
-    reverse_ctx_idx: NotRequired[int]
+_METADATA = dict(slug=str, scan=str, prompt_tokens=list, prompt=str)
+_QPARAMS = dict(pinnedIds=list, supernodes=list, linkType=str, clickedId=str, sg_pos=str)
+_NODE: dict[str, Any] = dict(node_id=str, feature=(Integral, type(None)), layer=(str, Integral), ctx_idx=Integral)
+_NODE |= dict(feature_type=str, jsNodeId=str, clerp=str)
+_NODE_OPTIONAL = dict(influence=(Real, type(None)), activation=(Real, type(None)))
+_LINK = dict(source=str, target=str, weight=Real)
+_WORDS: dict[Any, str] = {str: "a string", list: "a list", Mapping: "an object", Integral: "an integer"}
+_WORDS |= {Real: "a number", type(None): "null"}
 
 
-class DocumentLink(TypedDict):
-    """An edge, between ids of nodes."""
-
-    source: str
-    target: str
-    weight: float
-
-
-class DocumentMetadata(TypedDict):
-    """Model, prompt and settings of a graph."""
-
-    slug: str
-    scan: str
-    prompt_tokens: list[str]
-    prompt: str
-    transcoder_list: NotRequired[list[str]]
-    node_threshold: NotRequired[float]
-    schema_version: NotRequired[int]
-    info: NotRequired[Mapping[str, Any]]
-    generation_settings: NotRequired[Mapping[str, Any] | None]  # each program has its own
-    pruning_settings: NotRequired[Mapping[str, float] | None]
-    replacement_score: NotRequired[float]
-    completeness_score: NotRequired[float]
-    feature_details: NotRequired[Mapping[str, str]]
-
-
-class QParams(TypedDict, total=False):
-    """The reader's selection and pinned nodes."""
-
-    pinnedIds: list[str]
-    supernodes: list[list[str]]  # of each its label and the ids of its nodes
-    linkType: str
-    clickedId: str
-    sg_pos: str
-
-
-class GraphDocument(TypedDict):
-    """A graph."""
-
-    metadata: DocumentMetadata
-    qParams: QParams
-    nodes: list[DocumentNode]
-    links: list[DocumentLink]
-
-
-_METADATA = {"slug": str, "scan": str, "prompt_tokens": list, "prompt": str}
-_QPARAMS = {"pinnedIds": list, "supernodes": list, "linkType": str, "clickedId": str, "sg_pos": str}
-_NODE = {
-    "node_id": str,
-    "feature": (Integral, type(None)),
-    "layer": (str, Integral),
-    "ctx_idx": Integral,
-    "feature_type": str,
-    "jsNodeId": str,
-    "clerp": str,
-}
-_NODE_OPTIONAL = {"influence": (Real, type(None)), "activation": (Real, type(None))}
-_LINK = {"source": str, "target": str, "weight": Real}
-
-
-def read_document(document: Any) -> GraphDocument:
+def read_document(document: Any) -> dict[str, Any]:
     """Return a graph document of any program, such as a file's JSON, with ids that are unique.
 
     Raises:
@@ -122,20 +61,17 @@ def _with_unique_errors(document: Any) -> Any:
             return document
         place = {node["node_id"]: index for index, node in enumerate(nodes) if node["feature_type"] != ERROR_TYPE}
         links = _resolve_links(nodes, document["links"], errors, place)
-        renamed = {old: f"{nodes[index]['layer']}_-1_{nodes[index]['ctx_idx']}" for old, index in errors.items()}
+        ours = {old: _error_id(nodes[index]) for old, index in errors.items()}
         for old, index in errors.items():
-            nodes[index] = {**nodes[index], "node_id": renamed[old]}
-        names = {old: new for old, new in renamed.items() if old not in place}  # of collisions, pins are the features
-        params = dict(document["qParams"])
-        for key in ("pinnedIds", "clickedId"):
-            if isinstance(params.get(key), list):
-                params[key] = [names.get(name, name) for name in params[key]]
-            elif isinstance(params.get(key), str):
-                params[key] = names.get(params[key], params[key])
-        if isinstance(params.get("supernodes"), list):
-            params["supernodes"] = [
-                [group[0], *(names.get(name, name) for name in group[1:])] for group in params["supernodes"]
-            ]
+            nodes[index] = {**nodes[index], "node_id": ours[old]}
+
+        def renamed(value: Any) -> Any:
+            if isinstance(value, list):
+                return [renamed(part) for part in value]
+            # Where an error and a feature share an id, a reader's pins mean the feature.
+            return ours.get(value, value) if isinstance(value, str) and value not in place else value
+
+        params = {key: renamed(value) for key, value in document["qParams"].items()}
         return {**document, "qParams": params, "nodes": nodes, "links": links}
     except (KeyError, TypeError, AttributeError, IndexError):
         return document  # ``check_document`` says what is wrong with it
@@ -152,49 +88,39 @@ def _resolve_links(
       errors: index of each error, by circuit-tracer's id.
       place: index of each other node, by id.
     """
-    # The index of the next source that is certain, for each link, within its target's links.
-    following: list[int] = [len(nodes)] * len(links)
-    for e in range(len(links) - 2, -1, -1):
-        after = links[e + 1]
-        if after["target"] == links[e]["target"]:
-            is_open = after["source"] in errors and after["source"] in place
-            following[e] = following[e + 1] if is_open else _index(after["source"], errors, place)
-    resolved, previous, target = [], -1, ""
-    for e, link in enumerate(links):
-        source = link["source"]
-        if link["target"] != target:
-            previous, target = -1, link["target"]
-        if source not in errors:
-            index = place[source]
-        elif source not in place:
-            index = errors[source]
-        else:
-            as_feature, as_error = place[source], errors[source]
-            # Where both are sources of one target, the feature comes first, as in the table of nodes.
-            returns = e + 1 < len(links) and any(
-                later["source"] == source for later in links[e + 1 : e + 1 + len(nodes)] if later["target"] == target
-            )
-            # An error acts on layers above its own only.
-            above = _height(nodes[place[target]]) > _height(nodes[as_error]) if target in place else True
-            fits = [previous < candidate < following[e] for candidate in (as_feature, as_error)]
-            is_error = above and not returns and (fits[1] or not fits[0])
-            index = as_error if is_error else as_feature
-        previous = index
-        node = nodes[index]
-        is_error_node = node["feature_type"] == ERROR_TYPE
-        resolved.append({**link, "source": f"{node['layer']}_-1_{node['ctx_idx']}"} if is_error_node else link)
+    resolved = []
+    for target, links_of_target in itertools.groupby(links, key=lambda link: link["target"]):
+        group, previous = list(links_of_target), -1
+        sources = [link["source"] for link in group]
+        # The index of each source that only one node can be.
+        certain = [
+            None if source in errors and source in place else errors[source] if source in errors else place[source]
+            for source in sources
+        ]
+        for e, (link, source) in enumerate(zip(group, sources, strict=True)):
+            if (index := certain[e]) is None:
+                as_feature, as_error = place[source], errors[source]
+                following = next((later for later in certain[e + 1 :] if later is not None), len(nodes))
+                fits_feature, fits_error = (previous < index < following for index in (as_feature, as_error))
+                # Where both are sources of one target, the feature comes first, as in the table of nodes.
+                returns = source in sources[e + 1 :]
+                # An error acts on layers above its own only.
+                above = target not in place or _height(nodes[place[target]]) > _height(nodes[as_error])
+                index = as_error if above and not returns and (fits_error or not fits_feature) else as_feature
+            previous, is_error = index, nodes[index]["feature_type"] == ERROR_TYPE
+            resolved.append({**link, "source": _error_id(nodes[index])} if is_error else link)
     return resolved
 
 
-def _index(source: str, errors: Mapping[str, int], place: Mapping[str, int]) -> int:
-    return place[source] if source in place else errors[source]
+def _error_id(node: Mapping[str, Any]) -> str:
+    return f"{node['layer']}_-1_{node['ctx_idx']}"
 
 
 def _height(node: Mapping[str, Any]) -> int:
     return int(node["layer"]) if str(node["layer"]).isdigit() else -1
 
 
-def check_document(document: Any) -> GraphDocument:
+def check_document(document: Any) -> dict[str, Any]:
     """Check a graph document and return it.
 
     Raises:
@@ -254,13 +180,3 @@ def _check_optional(item: Mapping[str, Any], types: Mapping[str, Any], where: st
             kinds = kind if isinstance(kind, tuple) else (kind,)
             expected = " or ".join(_WORDS.get(allowed, allowed.__name__) for allowed in kinds)
             raise UserError(f"{where}.{name} must be {expected}; it is {item[name]!r:.60}")
-
-
-_WORDS: dict[Any, str] = {
-    str: "a string",
-    list: "a list",
-    Mapping: "an object",
-    Integral: "an integer",
-    Real: "a number",
-}
-_WORDS[type(None)] = "null"

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 
-from saejax.attribution.forms.document import DocumentLink, DocumentNode, GraphDocument, check_document
+from saejax.attribution.forms.document import GraphDocument, check_document
 from saejax.attribution.forms.figure_layout import GAP, GUTTER, SIZE, Box, fitted, text_width
 from saejax.attribution.forms.scores import strongest
 from saejax.errors import UserError
@@ -76,7 +76,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         temporary.write_bytes(rendered.getvalue())
 
 
-def _chosen(document: GraphDocument, max_nodes: int, max_edges: int) -> tuple[list[DocumentNode], list[DocumentLink]]:
+def _chosen(document: GraphDocument, max_nodes: int, max_edges: int) -> tuple[list[Any], list[Any]]:
     """Return the nodes and edges that are drawn."""
     fixed = ("embedding", "logit")
     inner = [node for node in document["nodes"] if node["feature_type"] not in fixed]

@@ -8,23 +8,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saejax.attribution.forms.document import (
-    DocumentLink,
-    DocumentMetadata,
-    DocumentNode,
-    GraphDocument,
-    check_document,
-)
+from saejax.attribution.forms.document import ERROR_TYPE, FEATURE_TYPE, check_document
 from saejax.attribution.forms.packed import shortest
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.data import Pruning
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.errors import UserError
 from saejax.runner.workspace import package_versions
 
 _TYPES = {
-    FEATURE: "cross layer transcoder",  # of per-layer transcoders, too: the viewers know no other
-    ERROR: "mlp reconstruction error",
+    FEATURE: FEATURE_TYPE,  # of per-layer transcoders, too: the viewers know no other
+    ERROR: ERROR_TYPE,
     TOKEN: "embedding",
     LOGIT: "logit",
 }
@@ -41,8 +34,7 @@ def to_document(
     labels: Mapping[tuple[int, int], str] | None = None,
     supernodes: Sequence[Sequence[str]] = (),
     pinned: Sequence[str] = (),
-    info: Mapping[str, Any] | None = None,
-) -> GraphDocument:
+) -> dict[str, Any]:
     """Return a pruned graph as Neuronpedia's JSON: ``metadata``, ``qParams``, ``nodes``, ``links``.
 
     Args:
@@ -55,7 +47,6 @@ def to_document(
       labels: (layer, feature) -> what the feature is called.
       supernodes: of each its label and the ids of the nodes in it, which are pinned; see ``supernodes.as_groups``.
       pinned: ids of more nodes to pin.
-      info: more for ``metadata.info``, such as ``description``, ``creator_name`` and ``create_time_ms``.
 
     Raises:
       UserError: the graph is not pruned, the slug is no file name, a supernode names a node that is not there, or two
@@ -67,7 +58,7 @@ def to_document(
     ids = graph.ids
     source_E, target_E, weight_E = graph.edges()
     links = [
-        DocumentLink(source=ids[source], target=ids[target], weight=weight)
+        dict(source=ids[source], target=ids[target], weight=weight)
         for source, target, weight in zip(source_E.tolist(), target_E.tolist(), shortest(weight_E).tolist())
     ]
     groups = [list(group) for group in supernodes]
@@ -75,8 +66,8 @@ def to_document(
     unknown = set(pins) - set(ids)
     if unknown:
         raise UserError(f"supernodes name {min(unknown)!r}, and no node of the graph has that id")
-    document = GraphDocument(
-        metadata=_metadata(graph, slug, scan or _scan(graph, source_set), source_set, info or {}),
+    document = dict(
+        metadata=_metadata(graph, slug, scan or _scan(graph, source_set), source_set),
         qParams=dict(pinnedIds=pins, supernodes=groups, linkType="both", clickedId="", sg_pos=""),
         nodes=_nodes(graph, ids, labels or {}),
         links=links,
@@ -89,9 +80,9 @@ def cantor_pair(layer: int, feature: int) -> int:
     return (layer + feature) * (layer + feature + 1) // 2 + feature
 
 
-def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) -> list[DocumentNode]:
+def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) -> list[dict[str, Any]]:
     assert graph.pruning
-    nodes, document_nodes = graph.nodes, list[DocumentNode]()
+    nodes, document_nodes = graph.nodes, []
     columns = (column.tolist() for column in (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N))
     first_logit = graph.slice_of(LOGIT).start
     rows = zip(
@@ -99,57 +90,53 @@ def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) 
     )
     for k, (node_id, kind, layer, position, index, value, share) in enumerate(rows):
         token = int(node_id.split("_")[1])
+        text = graph.labels[k - first_logit] if kind == LOGIT else ""
         number, name, label = {
             FEATURE: (cantor_pair(layer, index), f"{layer}_{index}-0", labels.get((layer, index), "")),
             ERROR: (-1, f"{layer}_{position}-0", ""),
             TOKEN: (position, f"E_{index}-{position}", ""),
-            LOGIT: (token, f"L_{token}-{position}", f'Output "{_logit_label(graph, k)}" (p={value:.3f})'),
+            LOGIT: (token, f"L_{token}-{position}", f'Output "{text}" (p={value:.3f})'),
         }[kind]
-        document_nodes.append(
-            DocumentNode(
-                node_id=node_id,
-                feature=number,
-                layer={TOKEN: "E", LOGIT: str(graph.n_layers + 1)}.get(kind, str(layer)),
-                ctx_idx=position,
-                feature_type=_TYPES[kind],
-                token_prob=value if kind == LOGIT else 0.0,
-                is_target_logit=k == first_logit,
-                run_idx=0,
-                reverse_ctx_idx=0,
-                jsNodeId=name,
-                clerp=label,
-                influence=None if kind == LOGIT else share,
-                activation=value if kind == FEATURE else None,
-            )
+        node = dict(
+            node_id=node_id,
+            feature=number,
+            layer={TOKEN: "E", LOGIT: str(graph.n_layers + 1)}.get(kind, str(layer)),
+            ctx_idx=position,
+            feature_type=_TYPES[kind],
+            token_prob=value if kind == LOGIT else 0.0,
+            is_target_logit=k == first_logit,
+            run_idx=0,
+            reverse_ctx_idx=0,
+            jsNodeId=name,
+            clerp=label,
+            influence=None if kind == LOGIT else share,
+            activation=value if kind == FEATURE else None,
         )
+        document_nodes.append(node)
     return document_nodes
 
 
-def _logit_label(graph: Graph, k: int) -> str:
-    return graph.labels[k - graph.slice_of(LOGIT).start] if k >= graph.slice_of(LOGIT).start else ""
-
-
-def _metadata(graph: Graph, slug: str, scan: str, source_set: str, info: Mapping[str, Any]) -> DocumentMetadata:
-    assert graph.pruning
+def _metadata(graph: Graph, slug: str, scan: str, source_set: str) -> dict[str, Any]:
+    pruning = graph.pruning
+    assert pruning
     settings = {_SETTINGS.get(name, name): value for name, value in graph.settings.items() if value is not None}
+    shares: dict[str, float] = dict(node_threshold=pruning.node_threshold, edge_threshold=pruning.edge_threshold)
     generator = dict(name="saejax", version=package_versions().get("saejax", ""))
-    metadata = DocumentMetadata(
+    metadata: dict[str, Any] = dict(
         slug=slug,
         scan=scan,
         transcoder_list=[],
         prompt_tokens=list(graph.tokens),
         prompt=graph.prompt,
-        node_threshold=graph.pruning.node_threshold,
+        node_threshold=pruning.node_threshold,
         schema_version=1,  # says that ``feature`` is a Cantor pair
-        info=dict(generator=generator) | dict(info),
+        info=dict(generator=generator),
         generation_settings=settings | dict(transcoders=graph.transcoders.get("name", "")),
-        pruning_settings=_pruning_settings(graph.pruning),
-        replacement_score=graph.pruning.scores.replacement,
-        completeness_score=graph.pruning.scores.completeness,
+        pruning_settings=shares | (dict(top_edges=pruning.top_edges) if pruning.top_edges else {}),
+        replacement_score=pruning.scores.replacement,
+        completeness_score=pruning.scores.completeness,
     )
-    if source_set:
-        metadata["feature_details"] = dict(neuronpedia_source_set=source_set)
-    return metadata
+    return metadata | (dict(feature_details=dict(neuronpedia_source_set=source_set)) if source_set else {})
 
 
 def _scan(graph: Graph, source_set: str) -> str:
@@ -159,11 +146,6 @@ def _scan(graph: Graph, source_set: str) -> str:
         owner, repository, *folder = name.split("/")
         return f"{owner}/{repository}" + (f"//{'/'.join(folder)}" if folder else "") + f"@{commit}"
     return str(graph.model.get("name", "")).rstrip("/").split("/")[-1].lower()
-
-
-def _pruning_settings(pruning: Pruning) -> dict[str, float]:
-    settings: dict[str, float] = dict(node_threshold=pruning.node_threshold, edge_threshold=pruning.edge_threshold)
-    return settings | (dict(top_edges=pruning.top_edges) if pruning.top_edges else {})
 
 
 def check_slug(slug: str) -> None:

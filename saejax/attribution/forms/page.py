@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from saejax.attribution.forms.document import DocumentMetadata, GraphDocument, read_document
+from saejax.attribution.forms.document import GraphDocument, read_document
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.forms.packed import packed_edges
 from saejax.files import write_text
@@ -101,7 +101,7 @@ def page_html(
     )
 
 
-def _source(metadata: DocumentMetadata) -> str:
+def _source(metadata: Mapping[str, Any]) -> str:
     """Return the address of features at Neuronpedia, with {layer} and {index} in it; "": the set is not there."""
     source_set = (metadata.get("feature_details") or {}).get("neuronpedia_source_set", "")
     if not source_set or not re.fullmatch(r"[A-Za-z0-9._-]+", source_set) or "/" in metadata["scan"]:
@@ -109,7 +109,7 @@ def _source(metadata: DocumentMetadata) -> str:
     return f"https://www.neuronpedia.org/{quote(metadata['scan'])}/{{layer}}-{source_set}/{{index}}"
 
 
-def _about(metadata: DocumentMetadata) -> str:
+def _about(metadata: Mapping[str, Any]) -> str:
     """Return the line below the heading: the graph's name, the model, the scores, and the shares that were kept."""
     parts = [f"Attribution graph {metadata['slug']}", f"model {metadata['scan']}"]
     for name in ("replacement_score", "completeness_score"):

@@ -7,7 +7,8 @@ complete the sums (``unexplained_R``) and take no part in influences, scores and
 """
 
 import dataclasses
-from typing import TypedDict
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -43,41 +44,6 @@ class Pruning:
     top_edges: int = 0
 
 
-class GraphModel(TypedDict, total=False):
-    """The model that was traced; a graph that another program made may say less."""
-
-    name: str
-    revision: str | None
-    fingerprint: str
-    family: str
-
-
-class GraphSet(TypedDict, total=False):
-    """The set of transcoders or SAEs that was traced."""
-
-    name: str
-    revision: str | None
-    kind: str
-    n_features: int
-    layers: int
-    skip: bool
-    model: str  # that it was trained on
-    reads: str  # of transcoders: what their inputs are
-    cross_layer: bool
-    sites: list[str]  # of SAEs
-
-
-class GraphSettings(TypedDict, total=False):
-    """The settings that a graph was made with."""
-
-    max_logits: int
-    logit_mass: float
-    max_features: int | None  # None: no limit was given
-    active_features: int  # of the prompt
-    traced_features: int  # those with a node
-    edges: str  # of SAEs: what an edge estimates
-
-
 @dataclasses.dataclass(frozen=True)
 class GraphData:
     """A graph of one prompt; ``graph.Graph`` is this and what is done with it.
@@ -94,9 +60,11 @@ class GraphData:
       labels: the texts of the logits: a token, or a name of the direction.
       prompt: the text.
       n_layers: of the model.
-      model: that was traced.
-      transcoders: that were, or SAEs.
-      settings: how the graph was made.
+      model: that was traced: name, revision, fingerprint, family.
+      transcoders: that were, or SAEs: name, revision, kind, n_features, layers, skip, model (that they were trained
+        on); of transcoders ``reads`` and ``cross_layer``, of SAEs ``sites``.
+      settings: how the graph was made: max_logits, logit_mass, max_features (None: no limit), active_features (of the
+        prompt), traced_features (those with a node), and with SAEs ``edges``, what an edge estimates.
       pruning: for a pruned graph, what it was cut from; then ``value_R`` and its parts are those of the whole one.
     """
 
@@ -111,9 +79,9 @@ class GraphData:
     labels: tuple[str, ...]
     prompt: str
     n_layers: int
-    model: GraphModel
-    transcoders: GraphSet
-    settings: GraphSettings
+    model: Mapping[str, Any]
+    transcoders: Mapping[str, Any]
+    settings: Mapping[str, Any]
     pruning: Pruning | None = None
 
     def count(self, *kinds: int) -> int:

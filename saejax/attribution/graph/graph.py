@@ -1,12 +1,34 @@
-"""An attribution graph: which features, errors and tokens of a prompt made which features and logits, and how much."""
+"""An attribution graph: which features, errors and tokens of a prompt made which features and logits, and how much.
 
+A folder holds it in two files, arrays in safetensors, all else in JSON:
+
+graph.safetensors   the edges, as a bit for each place in the matrix and the weights of those that are there; the other
+                    arrays of ``Graph``; and, under names such as "nodes.layer_N", the table of nodes
+graph.json          schema version, texts, settings, scores, SHA-256 of the other file. Written last.
+"""
+
+import dataclasses
 import os
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from saejax.attribution.graph.data import GraphData, GraphScores
-from saejax.attribution.graph.files import load, save
+import numpy as np
+from safetensors.numpy import load_file
+
+from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
+from saejax.attribution.graph.nodes import DTYPES, FEATURE, KINDS, LOGIT, TOKEN, Nodes
 from saejax.attribution.graph.pruning import prune, scores
+from saejax.dictionaries.formats import tensors
+from saejax.errors import UserError
+from saejax.files import file_sha256, read_json, write_json
+
+DESCRIPTION, ARRAYS = "graph.json", "graph.safetensors"
+SCHEMA_VERSION = 2
+_TEXTS = ("tokens", "labels", "prompt", "n_layers", "model", "transcoders", "settings")
+# Fields of ``GraphData`` -> under which name in the file.
+_ARRAYS = dict(value_R="value_T", constant_R="constant_T", untraced_R="untraced_T", ids_P="ids_P", logit_K="logit_K")
+_COLUMNS = tuple(field.name for field in dataclasses.fields(Nodes))
+_DTYPES = dict(zip(_COLUMNS, DTYPES, strict=True)) | {"ids_P": np.int32, "node_N": np.int32}  # others: float32
 
 
 class Graph(GraphData):
@@ -21,12 +43,23 @@ class Graph(GraphData):
         return prune(self, nodes, edges, top_edges)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write ``graph.json`` and ``graph.safetensors``; the folder is made.
+        """Write ``graph.json`` and ``graph.safetensors``, whole or not at all; the folder is made.
 
         Raises:
           UserError: it holds a graph already; nothing is replaced.
         """
-        save(Path(folder), self)
+        is_edge_RxS = self.adjacency_RxS != 0
+        arrays = {stored: getattr(self, name) for name, stored in _ARRAYS.items()}
+        arrays |= dict(edge_bits=np.packbits(is_edge_RxS.reshape(-1)), edge_weights=self.adjacency_RxS[is_edge_RxS])
+        arrays |= {f"nodes.{name}": getattr(self.nodes, name) for name in _COLUMNS}
+        description = dict(schema_version=SCHEMA_VERSION, **{name: getattr(self, name) for name in _TEXTS})
+        if pruning := self.pruning:
+            arrays |= dict(node_N=pruning.node_N, influence_N=pruning.influence_N)
+            how = {name: getattr(pruning, name) for name in ("node_threshold", "edge_threshold", "top_edges")}
+            description["pruning"] = how | dataclasses.asdict(pruning.scores)
+        with tensors.whole_folder(Path(folder), DESCRIPTION, ARRAYS) as temporary:
+            tensors.write(temporary / ARRAYS, arrays)
+            write_json(temporary / DESCRIPTION, description | dict(sha256=file_sha256(temporary / ARRAYS)))
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Self:
@@ -35,4 +68,66 @@ class Graph(GraphData):
         Raises:
           UserError: a file is missing or damaged, or was written by a later version.
         """
-        return load(Path(folder), cls)
+        folder = Path(folder)
+        description, file = read_json(folder / DESCRIPTION), folder / ARRAYS
+        version = description.get("schema_version") if isinstance(description, dict) else None
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{folder / DESCRIPTION} has the schema version {version}: expected {SCHEMA_VERSION}")
+        if not file.is_file() or file_sha256(file) != description.get("sha256"):
+            raise UserError(
+                f"{file} is missing or damaged: it is not what {DESCRIPTION} describes; trace the prompt again"
+            )
+        try:
+            graph = cls(**_read_fields(description, load_file(file)))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder / DESCRIPTION} is damaged ({error} is missing): trace the prompt again") from None
+        if problem := _problem(graph):
+            raise UserError(f"{folder} holds no graph that fits together: {problem}; trace the prompt again")
+        return graph
+
+
+def _read_fields(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    fields: dict[str, Any] = {name: description[name] for name in _TEXTS}
+    fields |= {name: tuple(fields[name]) for name in ("tokens", "labels")}
+    fields |= {name: arrays[stored] for name, stored in _ARRAYS.items()}
+    fields["nodes"] = nodes = Nodes(*(arrays[f"nodes.{name}"] for name in _COLUMNS))
+    if stored := description.get("pruning"):
+        shares, kept = (stored["node_threshold"], stored["edge_threshold"]), (arrays["node_N"], arrays["influence_N"])
+        scores = GraphScores(stored["replacement"], stored["completeness"])
+        fields["pruning"] = Pruning(*shares, *kept, scores, stored.get("top_edges", 0))
+    logits = int((nodes.kind_N == LOGIT).sum())
+    shape = int((nodes.kind_N == FEATURE).sum()) + logits, len(nodes) - logits
+    # Bits are filled up to whole bytes.
+    is_edge = np.unpackbits(arrays["edge_bits"])[: shape[0] * shape[1]].astype(bool)
+    if is_edge.size != shape[0] * shape[1] or is_edge.sum() != len(arrays["edge_weights"]):
+        raise KeyError("edge_weights")
+    fields["adjacency_RxS"] = np.zeros(shape, np.float32)
+    fields["adjacency_RxS"].reshape(-1)[is_edge] = arrays["edge_weights"]
+    return fields
+
+
+def _problem(graph: GraphData) -> str:
+    """Return the first thing that does not fit in a graph that was read; "" if all does."""
+    nodes, logits, positions = graph.nodes, graph.count(LOGIT), len(graph.ids_P)
+    count, targets = len(nodes), graph.count(FEATURE) + logits
+    arrays = {name: (getattr(nodes, name), count) for name in _COLUMNS}
+    arrays |= {name: (getattr(graph, name), targets) for name in ("value_R", "constant_R", "untraced_R")}
+    arrays |= dict(ids_P=(graph.ids_P, positions), logit_K=(graph.logit_K, logits))
+    if graph.pruning:
+        arrays |= {name: (getattr(graph.pruning, name), count) for name in ("node_N", "influence_N")}
+    for name, (array, length) in arrays.items():
+        dtype = np.dtype(_DTYPES.get(name, np.float32))
+        if array.shape != (length,) or array.dtype != dtype:
+            return f"{name} has the shape {array.shape} in {array.dtype}, expected ({length},) in {dtype}"
+        if not np.isfinite(array).all():
+            return f"{name} is not finite"
+    if not np.isfinite(graph.adjacency_RxS).all():
+        return "adjacency_RxS is not finite"
+    # Slices of kinds are found by bisection, which needs this order.
+    if (np.diff(nodes.kind_N) < 0).any() or (count and not 0 <= nodes.kind_N[0] <= nodes.kind_N[-1] < len(KINDS)):
+        return "the nodes are not in the order of their kinds"
+    if count and not 0 <= nodes.position_N.min() <= nodes.position_N.max() < positions:
+        return "a node stands outside the prompt"
+    if (len(graph.tokens), len(graph.labels), graph.count(TOKEN)) != (positions, logits, positions):
+        return "tokens or labels are missing"
+    return ""

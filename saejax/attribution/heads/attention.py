@@ -7,8 +7,9 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import Nodes
 from saejax.attribution.heads.contributions import HeadContributions, LeadingHead, head_contributions
 from saejax.attribution.heads.query_key import HeadScore, query_scores, source_names, split_scores
+from saejax.attribution.local.model import LocalModel
 from saejax.attribution.results import HeadResults, LeadingHeadResults, QueryScores
-from saejax.attribution.trace.prompt import Traced
+from saejax.attribution.trace.rounds import Traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Attention:
 
 
 def read_attention(
-    traced: Traced, pruned: Graph, heads: bool, split_heads: Sequence[tuple[int, int, int]]
+    traced: Traced[LocalModel], pruned: Graph, heads: bool, split_heads: Sequence[tuple[int, int, int]]
 ) -> Attention:
     """Compute what is requested of the attention of a pruned graph.
 

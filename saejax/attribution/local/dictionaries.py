@@ -7,6 +7,7 @@ active features are read, where the format has them as rows.
 import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,6 @@ import numpy as np
 import psutil
 from jax.sharding import Mesh
 
-from saejax.attribution.graph.data import GraphSet
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import hooks
 from saejax.dictionaries.modules import parameter_table
@@ -182,7 +182,7 @@ class LayerDictionaries(abc.ABC):
                 )
 
     @abc.abstractmethod
-    def describe(self) -> GraphSet:
+    def describe(self) -> dict[str, Any]:
         """Return what a graph says of the set."""
 
     def _rows_of_layer(self, layer: int, name: str, feature_U: np.ndarray) -> np.ndarray:

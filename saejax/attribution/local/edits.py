@@ -28,7 +28,7 @@ from saejax.errors import UserError
 from saejax.models.layers import einsum
 from saejax.parallel.collectives import to_host
 
-_CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
+CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
 _ROWS = 8  # least size to which rows are padded
 
 
@@ -90,7 +90,7 @@ class ChangeEdits:
         _, length, width = state.stream_LxTxD.shape
         most = max((part.position_RxM.shape[1] for part in self._by_layer.values()), default=1)
         # By whichever is longer, tokens or changes: a layer's arrays hold both.
-        size = max(_CHUNK // (max(length, most) * width) // _ROWS, 1) * _ROWS
+        size = max(CHUNK // (max(length, most) * width) // _ROWS, 1) * _ROWS
         self.chunks = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
         self.padded = [padded(chunk.stop - chunk.start, _ROWS) for chunk in self.chunks]
         self._outputs: dict[int, FeatureOutputs] = {}

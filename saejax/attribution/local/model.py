@@ -22,7 +22,7 @@ import numpy as np
 from saejax.attribution.local import layers
 from saejax.attribution.local.edits import Change, ChangeEdits, Circuit, CircuitEdits
 from saejax.attribution.local.layers import FIXED, FREEZE_MODES
-from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.local.prompt_run import LocalRun, prompt_ids
 from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, read_logits
 from saejax.attribution.local.rows import Put, RowTracer
 from saejax.attribution.local.sources import Sources
@@ -35,21 +35,6 @@ from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
 
 AnySet = LayerTranscoders | Sequence[Dictionary] | str | Path
-
-
-@dataclasses.dataclass(frozen=True)
-class LocalRun:
-    """Values read from R edited runs of a prompt, fp32.
-
-    Attributes:
-      feature_RxJ: pre-activations of the requested features.
-      readout_RxK: the readouts, as ``Readouts.value_K`` has them.
-      logits_RxV: logits at the last position; None: not requested.
-    """
-
-    feature_RxJ: np.ndarray
-    readout_RxK: np.ndarray
-    logits_RxV: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +84,7 @@ class LocalModel(LocalState):
     Args:
       lm: the language model.
       transcoders: an open set, dictionaries of all layers in memory, or what ``open_transcoders`` opens.
-      prompt: a text, or its token ids, which are taken as they are.
-      prepend: put the tokenizer's first special token before a text that begins with none.
+      prompt: a text, or its token ids, which are taken as they are; see ``prompt_ids``.
       chat: put a text into the tokenizer's chat template, as a user's turn.
 
     Raises:
@@ -113,10 +97,9 @@ class LocalModel(LocalState):
         transcoders: AnySet,
         prompt: str | Sequence[int] | np.ndarray,
         *,
-        prepend: bool = True,
         chat: bool = False,
     ):
-        super().__init__(lm, open_set(transcoders), prompt_ids(lm, prompt, prepend, chat))
+        super().__init__(lm, open_set(transcoders), prompt_ids(lm, prompt, chat))
 
     @functools.cached_property
     def sources(self) -> Sources:
@@ -269,9 +252,9 @@ class LocalModel(LocalState):
         none = np.empty((0, self.model.config.vocab), np.float32)
         return Continuation(np.array(ids[length:], np.int32), np.stack(logits) if logits else none)
 
-    def row_tracer(self, count: int, sources: Sources | None = None) -> RowTracer:
+    def row_tracer(self, count: int) -> RowTracer:
         """Return what pulls ``count`` targets back to all sources, batch by batch."""
-        return RowTracer(self, sources or self.sources, count)
+        return RowTracer(self, self.sources, count)
 
     def pullback(
         self,

@@ -1,5 +1,6 @@
 """A prompt that was run with transcoders or SAEs, as targets and graphs see it, and the tokens of a prompt."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -41,15 +42,28 @@ class PromptRun:
         return self.active.b_enc_A[chosen_F]
 
 
-def prompt_ids(
-    model: LanguageModel, prompt: str | Sequence[int] | np.ndarray, prepend: bool = True, chat: bool = False
-) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class LocalRun:
+    """Values read from R edited runs of a prompt, fp32.
+
+    Attributes:
+      feature_RxJ: pre-activations of the requested features.
+      readout_RxK: the readouts, as ``Readouts.value_K`` has them.
+      logits_RxV: logits at the last position; None: not requested.
+    """
+
+    feature_RxJ: np.ndarray
+    readout_RxK: np.ndarray
+    logits_RxV: np.ndarray | None = None
+
+
+def prompt_ids(model: LanguageModel, prompt: str | Sequence[int] | np.ndarray, chat: bool = False) -> np.ndarray:
     """Return the token ids of a prompt, int32 [P].
 
     Args:
       model: whose tokenizer reads a text.
-      prompt: the text, or its token ids, which are taken as they are.
-      prepend: put the tokenizer's first special token before a text that begins with none.
+      prompt: the text, before which the tokenizer's first special token is put if it begins with none; or its token
+        ids, which are taken as they are.
       chat: put a text into the tokenizer's chat template.
 
     Raises:
@@ -67,7 +81,7 @@ def prompt_ids(
         tokenizer = model.tokenizer
         specials = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
         specials = [token for token in specials if token is not None]
-        if prepend and specials and not set(ids[:1].tolist()) & set(tokenizer.all_special_ids):
+        if specials and not set(ids[:1].tolist()) & set(tokenizer.all_special_ids):
             ids = np.concatenate([specials[:1], ids]).astype(np.int32)
         # Both the tokenizer and the text may have put it there.
         while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text began with it, too

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from saejax.attribution.graph.data import GraphSet
 from saejax.attribution.local.dictionaries import LayerDictionaries, check_dictionary
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.formats import load_all
@@ -65,10 +65,10 @@ class LayerSaes(LayerDictionaries):
         self.resolve_sinks(model)
         return self
 
-    def describe(self) -> GraphSet:
+    def describe(self) -> dict[str, Any]:
         """Return what a graph says of the set."""
         first = self.configs[0]
-        return GraphSet(
+        return dict(
             name=self.name, revision=self.revision, sites=list(map(str, self.sites)), layers=len(self.sites),
             kind=first.kind, n_features=first.n_features, skip=False, model=first.model,
         )  # fmt: skip

@@ -65,16 +65,10 @@ class Sources:
     start_S: np.ndarray
 
     @classmethod
-    def of(cls, state: LocalState, bias_nodes: bool = True) -> "Sources":
-        """Lay out the sources of a local replacement model.
-
-        Args:
-          state: of the local replacement model.
-          bias_nodes: whether there are nodes for biases and for the MLP's output at the first position.
-        """
+    def of(cls, state: LocalState) -> "Sources":
+        """Lay out the sources of a local replacement model."""
         of_features, features = _features(state)
-        others = [_errors(state), _tokens(state)]
-        others += [_first_mlps(state), _biases(state)] if bias_nodes else []
+        others = [_errors(state), _tokens(state), _first_mlps(state), _biases(state)]
         first = [part.table_UxD for part in others]  # features come last in the table, and first of the sources
         parts, ends = [of_features, *others], np.cumsum([0, *map(len, first)])
         starts = zip(parts, [ends[-1], *ends], strict=False)

@@ -6,10 +6,10 @@ A set may be circuit-tracer's, Gemma Scope's files, our own checkpoints, or dict
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from saejax.attribution.graph.data import GraphSet
 from saejax.attribution.local.dictionaries import (
     LayerDictionaries,
     LoadEncoder,
@@ -115,10 +115,10 @@ class LayerTranscoders(LayerDictionaries):
                 )
         return self
 
-    def describe(self) -> GraphSet:
+    def describe(self) -> dict[str, Any]:
         """Return what a graph says of the set."""
         first = self.configs[0]
-        description = GraphSet(
+        description: dict[str, Any] = dict(
             name=self.name, revision=self.revision, reads=self.reads, layers=len(self.configs),
             kind=first.kind, n_features=first.n_features, skip=first.skip, model=first.model,
         )  # fmt: skip

@@ -19,22 +19,18 @@ direct edges with ``estimate="relp"`` in a model without biases do, since its ru
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.data import GraphSettings
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, TOKEN, Nodes
 from saejax.attribution.local.prompt_run import prompt_ids
-from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.local.rows import TOKENS, Put
 from saejax.attribution.local.saes import LayerSaes
-from saejax.attribution.trace import perturbed
-from saejax.attribution.trace.perturbed import IN_STREAM, Readings
 from saejax.attribution.trace.prompt import check_max_features
-from saejax.attribution.trace.rounds import attribute_in_rounds, make_graph
-from saejax.attribution.trace.sae_run import SaeRun
+from saejax.attribution.trace.rounds import Traced, attribute_in_rounds, make_graph
+from saejax.attribution.trace.sae_run import IN_STREAM, Readings, SaeRun
 from saejax.attribution.trace.targets import Target, read_targets
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
@@ -44,14 +40,6 @@ from saejax.parallel.mesh import by_row
 from saejax.runner.parts import OnProgress, silent
 
 Saes = LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]
-
-
-class TracedSaes(NamedTuple):
-    """A graph, the run that it is of, and what it explains."""
-
-    graph: Graph
-    run: SaeRun
-    readouts: Readouts
 
 
 def trace_gradient(model: LanguageModel, saes: Saes, prompt: str | Sequence[int], **options: Any) -> Graph:
@@ -70,11 +58,9 @@ def trace_saes(
     max_features: int | None = None,
     estimate: str = "gradient",
     direct: bool = False,
-    prepend: bool = True,
     chat: bool = False,
-    round_rows: int | None = None,
     on_progress: OnProgress = silent,
-) -> TracedSaes:
+) -> Traced[SaeRun]:
     """Trace a prompt with SAEs; features are used at all positions but attention sinks.
 
     Args:
@@ -87,20 +73,18 @@ def trace_saes(
       max_features: maximum number of features with nodes; None: all active ones.
       estimate: "gradient", or "relp", by the rules of relevance patching.
       direct: whether edges are direct; see the top of this module.
-      prepend: put the tokenizer's first special token before a text that begins with none.
       chat: put a text into the tokenizer's chat template, as a user's turn.
-      round_rows: features that are attributed between two rankings; None: as in ``trace_prompt``.
       on_progress: called with the rows of the graph that are done and of all; may raise to stop.
 
     Raises:
       UserError: SAEs, model, prompt or targets do not go together; the message says why.
     """
     check_max_features(max_features)
-    ids_P = prompt_ids(model, prompt, prepend, chat)
+    ids_P = prompt_ids(model, prompt, chat)
     run = SaeRun.of(model, LayerSaes.of(saes), ids_P, estimate, direct)
     readouts = read_targets(run, targets, max_logits, logit_mass)
     rows, active = _Rows(run), run.active
-    kind_A = run.places.kind_S[_slots(run, active.layer_A)]
+    kind_A = run.sites.kind_S[_slots(run, active.layer_A)]
 
     def fill(new_F: np.ndarray | None, put: Put) -> None:
         if new_F is None:
@@ -114,12 +98,12 @@ def trace_saes(
             rows(Readings(vector_FxD, layer_F, kind_A[new_F], position_F), layer_F + 1, put)
 
     count = min(max_features or len(active), len(active))
-    chosen_F, store = attribute_in_rounds(run, rows.nodes, readouts, fill, count, round_rows, on_progress)
+    chosen_F, store = attribute_in_rounds(run, rows.nodes, readouts, fill, count, on_progress)
     if not np.isfinite(store.row_BxC).all():
         raise UserError(f"gradients of {model.source.name} are not finite: try --model.dtype=float32")
-    settings = GraphSettings(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
-    settings["edges"] = f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates"
-    return TracedSaes(make_graph(run, rows.nodes, readouts, chosen_F, store, prompt, settings), run, readouts)
+    edges = f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates"
+    settings = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features, edges=edges)
+    return Traced(make_graph(run, rows.nodes, readouts, chosen_F, store, prompt, settings), run, readouts)
 
 
 class _Rows:
@@ -131,7 +115,7 @@ class _Rows:
 
     def __init__(self, run: SaeRun):
         self._run, active, tokens = run, run.active, len(run.ids_P)
-        layer_S, every_P = run.places.layer_S, np.arange(tokens)
+        layer_S, every_P = run.sites.layer_S, np.arange(tokens)
         self.nodes = Nodes.joined(
             Nodes.of(FEATURE, active.layer_A, active.position_A, active.feature_A, active.value_A),
             Nodes.of(ERROR, np.repeat(layer_S, tokens), np.tile(every_P, len(layer_S))),
@@ -163,12 +147,11 @@ class _Rows:
         order_B = np.argsort(-top_B, kind="stable")  # targets of one layer go together, and no higher than it
 
         def read(start: int) -> None:
-            own_B = order_B[start : start + size]
+            chosen_B = order_B[start : start + size]
             # Filled up with copies, so that one program serves all batches.
-            batch = Readings(*by_row(mesh, *(part[np.resize(own_B, size)] for part in readings)))
-            fixed = run.model.params, run.places, run.stream_LxTxD, run.frozen_SxTxD
-            of = perturbed.gradients(run.model.config, run.rules, *fixed, batch, np.int32(top_B[own_B[0]]))
-            put(own_B, self._contributions(*(to_host(part) for part in of))[: len(own_B)])
+            batch = Readings(*by_row(mesh, *(part[np.resize(chosen_B, size)] for part in readings)))
+            gradients = run.gradients(batch, np.int32(top_B[chosen_B[0]]))
+            put(chosen_B, self._contributions(*gradients)[: len(chosen_B)])
 
         with ThreadPoolExecutor(2 if mesh.size == 1 else 1) as pool:  # as in ``rows.RowTracer``
             list(pool.map(read, range(0, len(order_B), size)))
@@ -196,4 +179,4 @@ class _Rows:
 
 def _slots(run: SaeRun, layer_A: np.ndarray) -> np.ndarray:
     """Return the index of each layer's SAE among the SAEs."""
-    return np.searchsorted(run.places.layer_S, layer_A)
+    return np.searchsorted(run.sites.layer_S, layer_A)

@@ -8,33 +8,22 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.data import GraphSettings
 from saejax.attribution.local.model import AnySet, LocalModel, open_set
 from saejax.attribution.local.prompt_run import prompt_ids
-from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.local.rows import Put
-from saejax.attribution.local.sources import Sources
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_memory, estimate_memory, free_memory
-from saejax.attribution.trace.rounds import attribute_in_rounds, make_graph
+from saejax.attribution.trace.rounds import Traced, attribute_in_rounds, make_graph
 from saejax.attribution.trace.targets import Target, read_targets
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.runner.parts import OnProgress, silent
-
-
-class Traced(NamedTuple):
-    """A graph, the local replacement model that it is of, and what it explains."""
-
-    graph: Graph
-    local: LocalModel
-    readouts: Readouts
 
 
 def trace(model: LanguageModel, transcoders: AnySet, prompt: str | Sequence[int], **options: Any) -> Graph:
@@ -51,29 +40,22 @@ def trace_prompt(
     max_logits: int = 10,
     logit_mass: float = 0.95,
     max_features: int | None = None,
-    bias_nodes: bool = True,
-    prepend: bool = True,
     chat: bool = False,
-    round_rows: int | None = None,
     on_progress: OnProgress = silent,
-) -> Traced:
+) -> Traced[LocalModel]:
     """Trace a prompt.
 
     Args:
       model: the language model.
       transcoders: one for each layer: an open set, dictionaries in memory, or what ``open_transcoders`` opens.
-      prompt: the text, or its token ids, which are taken as they are.
+      prompt: the text, before which the tokenizer's first special token is put if it begins with none, or its token
+        ids, which are taken as they are. At the first position no feature is used.
       targets: what is explained: tokens, as ids or texts of one token; pairs of them, for the difference of their
         logits; ``Direction``s. None: the most probable next tokens.
       max_logits: maximum number of tokens that are explained, if no targets are named; 1 or more.
       logit_mass: the smallest set of most probable tokens with this total probability is explained, 0 to 1.
       max_features: maximum number of features with nodes, the most influential ones; None: all active ones.
-      bias_nodes: whether biases, and the MLP's output at the first position, get nodes, so that sums are complete.
-      prepend: put the tokenizer's first special token before a text that begins with none. At the first position no
-        feature is used.
       chat: put a text into the tokenizer's chat template, as a user's turn.
-      round_rows: with ``max_features``, the number of features that are attributed between two rankings; None: a
-        quarter of them, at most 2,048.
       on_progress: called with the rows of the graph that are done and of all; may raise to stop.
 
     Returns:
@@ -85,13 +67,12 @@ def trace_prompt(
     """
     dictionaries = open_set(transcoders)
     check_max_features(max_features)
-    ids_P = prompt_ids(model, prompt, prepend, chat)
+    ids_P = prompt_ids(model, prompt, chat)
     local = _run(model, dictionaries, ids_P, max_features, len(targets) or max_logits)
     readouts = read_targets(local, targets, max_logits, logit_mass)
-    sources = local.sources if bias_nodes else Sources.of(local, bias_nodes=False)
-    active = local.active
+    active, nodes = local.active, local.sources.nodes
     count = min(max_features or len(active), len(active))
-    rows = local.row_tracer(count + len(readouts.labels), sources)
+    rows = local.row_tracer(count + len(readouts.labels))
 
     def fill(new_F: np.ndarray | None, put: Put) -> None:
         if new_F is None:
@@ -99,9 +80,9 @@ def trace_prompt(
         else:
             rows(active.layer_A[new_F], active.position_A[new_F], local.encoder_rows(new_F), put)
 
-    chosen_F, store = attribute_in_rounds(local, sources.nodes, readouts, fill, count, round_rows, on_progress)
-    settings = GraphSettings(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
-    return Traced(make_graph(local, sources.nodes, readouts, chosen_F, store, prompt, settings), local, readouts)
+    chosen_F, store = attribute_in_rounds(local, nodes, readouts, fill, count, on_progress)
+    settings = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
+    return Traced(make_graph(local, nodes, readouts, chosen_F, store, prompt, settings), local, readouts)
 
 
 def _run(

@@ -1,12 +1,12 @@
 """Tracing in rounds: choose features, compute their rows, and build the graph."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.data import GraphModel, GraphSettings
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Readouts
@@ -18,19 +18,21 @@ from saejax.runner.parts import OnProgress, silent
 
 # Writes the rows of some of the active features, or of the readouts (None), over all sources.
 FillRows = Callable[[np.ndarray | None, Put], None]
+AnyRun = TypeVar("AnyRun", bound=PromptRun)
+
+ROUNDS, ROUND_ROWS = 4, 2048  # rankings, at the least, and features that are attributed between two, at the most
 
 
-_ROUNDS, ROUND_ROWS = 4, 2048  # rankings, at the least, and features that are attributed between two, at the most
+class Traced(NamedTuple, Generic[AnyRun]):
+    """A graph, the run of the prompt that it is of, and what it explains."""
+
+    graph: Graph
+    local: AnyRun
+    readouts: Readouts
 
 
 def attribute_in_rounds(
-    run: PromptRun,
-    nodes: Nodes,
-    readouts: Readouts,
-    fill: FillRows,
-    count: int,
-    round_rows: int | None = None,
-    on_progress: OnProgress = silent,
+    run: PromptRun, nodes: Nodes, readouts: Readouts, fill: FillRows, count: int, on_progress: OnProgress = silent
 ) -> tuple[np.ndarray, RowStore]:
     """Attribute the logits and the features that get nodes, in rounds: in each the most influential ones so far.
 
@@ -43,41 +45,14 @@ def attribute_in_rounds(
       readouts: the targets.
       fill: gives rows over all sources, of features, or (None) of the readouts.
       count: number of features that get nodes.
-      round_rows: features that are attributed between two rankings; None: a quarter of them, at most ``ROUND_ROWS``.
       on_progress: called with the rows done and of all, from one thread at a time; may raise to stop.
 
     Returns:
       Which of the active features these are, ascending; and their rows.
     """
-    active = run.active
+    active, total, lock = run.active, count + len(readouts.labels), threading.Lock()
     store = RowStore(count, len(readouts.labels), len(active), len(nodes))
-    round_rows = round_rows or min(-(-count // _ROUNDS), ROUND_ROWS)
-    scored = int(np.isin(nodes.kind_N, (FEATURE, ERROR, TOKEN)).sum())
-    put = _counting(count + len(readouts.labels), on_progress)
-    fill(None, put(store.put(None)))
-    ranking = Ranking(run, readouts, store, scored)
-    chosen = np.empty(0, np.int64)
-    while len(chosen) < count:
-        # Where all get rows, their order does not matter.
-        new = np.arange(count)
-        if count < len(active):
-            ranked = ranking(chosen)
-            # Only once the memory of whole rows is full: a column that is given up does not come back.
-            if not store.room(len(chosen)):
-                store.narrow(np.concatenate([chosen, ranked]), len(chosen))
-            new = ranked[: min(round_rows, store.room(len(chosen)))]
-        fill(new, put(store.put(len(chosen))))
-        chosen = np.concatenate([chosen, new])
-    # In the order of the active features, which is that of the nodes.
-    order = np.argsort(chosen)
-    if count < len(active):
-        store.sort(order)
-    return chosen[order], store
-
-
-def _counting(total: int, on_progress: OnProgress) -> Callable[[Put], Put]:
-    """Return a wrapper of row writers that reports progress; rows come from several threads."""
-    done, lock = 0, threading.Lock()
+    done = 0
 
     def counted(put: Put) -> Put:
         def write(row_B: np.ndarray, value_BxS: np.ndarray) -> None:
@@ -90,7 +65,27 @@ def _counting(total: int, on_progress: OnProgress) -> Callable[[Put], Put]:
 
         return write
 
-    return counted
+    fill(None, counted(store.put(None)))
+    scored = int(np.isin(nodes.kind_N, (FEATURE, ERROR, TOKEN)).sum())
+    ranking, chosen = Ranking(run, readouts, store, scored), np.empty(0, np.int64)
+    while len(chosen) < count:
+        # Where all get rows, their order does not matter.
+        new = np.arange(count)
+        if count < len(active):
+            ranked = ranking(chosen)
+            # Only once the memory of whole rows is full: a column that is given up does not come back.
+            if not store.room(len(chosen)):
+                store.narrow(np.concatenate([chosen, ranked]), len(chosen))
+            new = ranked[: min(-(-count // ROUNDS), ROUND_ROWS, store.room(len(chosen)))]
+        fill(new, counted(store.put(len(chosen))))
+        chosen = np.concatenate([chosen, new])
+    # In the order of the active features, which is that of the nodes.
+    order = np.argsort(chosen)
+    if count < len(active):
+        store.sort(order)
+        # Features that got no row have no column: what they contribute becomes one number of each row.
+        store.leave_out(np.flatnonzero((store.column_C < len(active)) & ~np.isin(store.column_C, chosen)))
+    return chosen[order], store
 
 
 def make_graph(
@@ -100,9 +95,9 @@ def make_graph(
     chosen_F: np.ndarray,
     store: RowStore,
     prompt: str | Sequence[int],
-    settings: GraphSettings,
+    settings: Mapping[str, Any],
 ) -> Graph:
-    """Return the graph of the rows, with the columns of the features that have one.
+    """Return the graph of the rows.
 
     Args:
       run: of the prompt.
@@ -114,10 +109,7 @@ def make_graph(
       settings: how the graph was made.
     """
     active, model = run.active, run.model
-    # Columns of features that got no row: what they contribute becomes one number of each row.
-    if len(chosen_F) < len(active):
-        store.leave_out(np.flatnonzero((store.column_C < len(active)) & ~np.isin(store.column_C, chosen_F)))
-    text = token_text(model.tokenizer)
+    text, source = token_text(model.tokenizer), model.source
     of_logits = Nodes.of(LOGIT, model.config.n_layers, readouts.position_K, readouts.token_K, readouts.weight_K)
     return Graph(
         adjacency_RxS=store.row_BxC,
@@ -131,10 +123,9 @@ def make_graph(
         labels=readouts.labels,
         prompt=prompt if isinstance(prompt, str) else str(model.tokenizer.decode(run.ids_P)),
         n_layers=model.config.n_layers,
-        model=GraphModel(
-            name=model.source.name, revision=model.source.revision, fingerprint=model.source.fingerprint,
-            family=model.config.family,
+        model=dict(
+            name=source.name, revision=source.revision, fingerprint=source.fingerprint, family=model.config.family
         ),
         transcoders=run.dictionaries.describe(),
-        settings=GraphSettings(**settings, active_features=len(active), traced_features=len(chosen_F)),
-    )  # fmt: skip
+        settings=dict(settings, active_features=len(active), traced_features=len(chosen_F)),
+    )

@@ -15,7 +15,7 @@ WHOLE = 1 << 28  # numbers that whole rows may have together: 1 GiB
 _SPARE = 4  # features with a column for each that gets a row
 _LEAST = 1 << 15  # features with a column, at the least
 _LEAST_ROWS = 256  # that are whole, at the least
-_MOVED = -1  # in place of a row that is where it belongs
+_BLOCK = 1 << 20  # numbers that are copied at once
 
 
 def columns_kept(rows: int, active: int, others: int) -> int:
@@ -99,16 +99,10 @@ class RowStore:
         Args:
           order_F: which row comes to each place.
         """
-        rows_FxC, come_from = self.row_BxC[: self._count], order_F.tolist()
-        for start in range(len(come_from)):
-            if come_from[start] in (start, _MOVED):
-                continue
-            # Cycle by cycle, with one row held aside.
-            first_C, place = rows_FxC[start].copy(), start
-            while (source := come_from[place]) != start:
-                rows_FxC[place], come_from[place] = rows_FxC[source], _MOVED
-                place = source
-            rows_FxC[place], come_from[place] = first_C, _MOVED
+        rows_FxC, step = self.row_BxC[: self._count], max(_BLOCK // self._count, 1)
+        for start in range(0, rows_FxC.shape[1], step):
+            columns = slice(start, start + step)
+            rows_FxC[:, columns] = rows_FxC[order_F, columns]
         for sum_R in (self.dropped_R, self.size_R):
             sum_R[: self._count] = sum_R[: self._count][order_F]
 

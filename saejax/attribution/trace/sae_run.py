@@ -1,37 +1,85 @@
-"""A model that was run on a prompt, and what SAEs at some of its sites make of it."""
+"""A model that was run on a prompt with SAEs at some of its sites: their features, gradients, and runs with edits."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from saejax.attribution.local.active import AT_ONCE, Active, active_features, encode_used
+from saejax.attribution.local.active import AT_ONCE, Active, activations, active_features, encode_used
+from saejax.attribution.local.edits import CHUNK, Change
 from saejax.attribution.local.frozen import FrozenModel
 from saejax.attribution.local.layers import embed
-from saejax.attribution.local.prompt_run import PromptRun
-from saejax.attribution.local.readouts import padded
+from saejax.attribution.local.prompt_run import LocalRun, PromptRun
+from saejax.attribution.local.readouts import Readouts, padded
 from saejax.attribution.local.saes import LayerSaes
-from saejax.attribution.trace import perturbed
-from saejax.attribution.trace.perturbed import Places
+from saejax.attribution.trace.targets import logit_directions
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.models import decoder
-from saejax.models.config import RunRules
+from saejax.models.attention import whole_prompt_tables
+from saejax.models.config import DecoderConfig, RunRules
+from saejax.models.edits import ForwardPass
 from saejax.models.language_model import LanguageModel
+from saejax.models.layers import einsum
+from saejax.models.sites import Site
+from saejax.models.tokens import Tokens
 from saejax.parallel.collectives import to_host
+from saejax.runner.parts import OnProgress, silent
 from saejax.settings import GRAPH_ESTIMATES
+
+IN_STREAM = -1  # in place of a kind: the stream that enters a layer is read
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SaeSites:
+    """The sites of a model that SAEs read; compiled programs depend on their kinds alone.
+
+    Attributes:
+      layer_S, kind_S: int32 of each site; kinds are counted in ``kinds``.
+      slot_LxK: int32, which site stands at a layer; S: none.
+      kinds: those that there are (static).
+    """
+
+    layer_S: np.ndarray
+    kind_S: np.ndarray
+    slot_LxK: np.ndarray
+    kinds: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))
+
+    @classmethod
+    def of(cls, sites: Sequence[Site], layers: int) -> "SaeSites":
+        """Return the sites of a model with so many layers."""
+        kinds = tuple(sorted({site.kind for site in sites}))
+        layer_S = np.array([site.layer for site in sites], np.int32)
+        kind_S = np.array([kinds.index(site.kind) for site in sites], np.int32)
+        slot_LxK = np.full((layers, len(kinds)), len(sites), np.int32)
+        slot_LxK[layer_S, kind_S] = np.arange(len(sites))
+        return cls(layer_S, kind_S, slot_LxK, kinds)
+
+
+class Readings(NamedTuple):
+    """A batch of targets: directions at a layer, a kind of site or ``IN_STREAM``, and a position."""
+
+    vector_BxD: np.ndarray
+    layer_B: np.ndarray
+    kind_B: np.ndarray
+    position_B: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class SaeRun(PromptRun):
-    """A model that was run on a prompt, and what its SAEs say of it.
+    """A model that was run on a prompt, and what its SAEs say of it; see also ``PromptRun``.
 
     Attributes:
-      places: where the SAEs stand.
+      sites: where the SAEs stand.
       read_SxTxD: fp32, what they read.
       error_SxTxD: fp32, what the SAEs do not explain; at attention sinks all but b_dec.
-      direct: whether sites are frozen at their values.
+      direct: whether gradients stop at the sites, as these are frozen at their values.
     """
 
     model: LanguageModel
@@ -42,7 +90,7 @@ class SaeRun(PromptRun):
     logits_V: np.ndarray
     last_D: jax.Array
     stream_LxTxD: jax.Array
-    places: Places
+    sites: SaeSites
     read_SxTxD: jax.Array
     error_SxTxD: np.ndarray
     direct: bool
@@ -58,30 +106,27 @@ class SaeRun(PromptRun):
           saes: of some of its sites.
           ids_P: int32 token ids of the prompt.
           estimate: one of ``GRAPH_ESTIMATES``: the rules by which gradients go through the model.
-          direct: whether sites are frozen at their values.
+          direct: whether gradients stop at sites.
 
         Raises:
           UserError: SAEs and model do not go together, a value is not finite, or no feature is active.
         """
         saes.check(model)
         rules = RunRules(backward=one_of(estimate, GRAPH_ESTIMATES, "estimate"))
-        places = Places.of(saes.sites, model.config.n_layers)
-        length = padded(len(ids_P))
+        sites, length = SaeSites.of(saes.sites, model.config.n_layers), padded(len(ids_P))
         x_TxD = embed(FrozenModel(model.config), model.params, np.pad(ids_P, (0, length - len(ids_P))))
-        # Nothing is added at the sites: this is the clean run, read where the SAEs read.
-        none_SxTxD = jnp.zeros((len(saes.sites), *x_TxD.shape), x_TxD.dtype)
-        last = np.int32(len(ids_P) - 1)
-        ran = perturbed.run(model.config, rules, model.params, places, x_TxD, last, none_SxTxD)
-        logits_V = to_host(decoder.unembed(model.config, model.params, ran.last_D[None], rules)[0])
+        stream_LxTxD, last_D, read_SxTxD = _run(
+            model.config, rules, model.params, sites, x_TxD, np.int32(len(ids_P) - 1)
+        )
+        logits_V = to_host(decoder.unembed(model.config, model.params, last_D[None], rules)[0])
         if not np.isfinite(logits_V).all():
             raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
         active_by_site, errors = [], []
-        for site, read_TxD in zip(saes.sites, ran.read_SxTxD, strict=True):
+        for site, read_TxD in zip(saes.sites, read_SxTxD, strict=True):
             sae = saes.load(site.layer, model.mesh)
             # Padding has no features; attention sinks are left out by the SAE's own rule.
             used_T = np.arange(length) < len(ids_P)
-            site_active = active_features(sae, site.layer, read_TxD, used_T)
-            active_by_site.append(site_active)
+            active_by_site.append(active_features(sae, site.layer, read_TxD, used_T))
             size = max(1, min(length, AT_ONCE // sae.config.n_features))
             # Chunk by chunk: the activations of all positions would exceed the memory with a wide SAE.
             chunks = [slice(start, start + size) for start in range(0, length, size)]
@@ -90,14 +135,140 @@ class SaeRun(PromptRun):
         if not len(active):
             raise UserError(f"no feature of {saes.name} is active in this prompt: is it of this model?")
         return cls(
-            model, saes, rules, ids_P, active, logits_V, ran.last_D, ran.stream_LxTxD, places, ran.read_SxTxD,
-            np.stack(errors), direct,
+            model, saes, rules, ids_P, active, logits_V, last_D, stream_LxTxD, sites, read_SxTxD, np.stack(errors),
+            direct,
         )  # fmt: skip
 
-    @property
-    def frozen_SxTxD(self) -> jax.Array | None:
-        """The values at which sites are frozen; None: they are not."""
-        return self.read_SxTxD if self.direct else None
+    def gradients(self, readings: Readings, top: np.int32) -> tuple[np.ndarray, np.ndarray]:
+        """Return the gradients of targets with respect to changes at sites and to the embedded tokens.
+
+        Args:
+          readings: the targets.
+          top: no target reads above the stream entering this layer.
+
+        Returns:
+          [S, B, T, D] and [B, T, D].
+        """
+        frozen_SxTxD = self.read_SxTxD if self.direct else None
+        fixed = self.model.params, self.sites, self.stream_LxTxD, frozen_SxTxD
+        site_SxBxTxD, token_BxTxD = _gradients(self.model.config, self.rules, *fixed, readings, top)
+        return to_host(site_SxBxTxD), to_host(token_BxTxD)
+
+    def run(
+        self,
+        edits: Sequence[Sequence[Change]],
+        freeze: str = "none",
+        *,
+        readouts: Readouts | None = None,
+        features: Sequence[int] | np.ndarray = (),
+        logits: bool = True,
+        on_progress: OnProgress = silent,
+    ) -> LocalRun:
+        """Run the prompt with each row of changes, nothing frozen; see ``LocalModel.run``.
+
+        Each activation is set in the changed run: SAEs of later layers read the effects of changes in earlier layers.
+        What a changed site itself reads is read after the change.
+
+        Raises:
+          UserError: ``freeze`` is another mode.
+        """
+        if freeze != "none":
+            raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
+        model, n_layers, last = self.model, self.model.config.n_layers, len(self.ids_P) - 1
+        readouts, index_J = readouts or Readouts.none(model.config.d_model), np.asarray(features, np.int64)
+        feature_J, position_J, layer_J = (
+            column[index_J] for column in (self.active.feature_A, self.active.position_A, self.active.layer_A)
+        )
+        encoder_JxD = self.dictionaries.rows_of("W_enc", layer_J, feature_J)
+        site_of = {site.layer: site for site in self.dictionaries.sites}
+        entering = {layer: Site("resid_pre", layer) for layer in readouts.layer_K.tolist() if layer < n_layers}
+        leaving = Site("resid_post", n_layers - 1)
+        capture = [*(site_of[layer] for layer in np.unique(layer_J).tolist()), *entering.values(), leaving]
+        feature_RxJ = np.tile(self.active.value_A[index_J], (len(edits), 1))
+        readout_RxK = np.tile(readouts.value_K, (len(edits), 1))
+        logits_RxV = np.tile(self.logits_V, (len(edits), 1))
+        size = max(CHUNK // (len(self.ids_P) * model.config.d_model), 1)
+        for start in range(0, len(edits), size):
+            on_progress(start, len(edits))
+            rows = slice(start, min(start + size, len(edits)))
+            # The prompt goes along as the first row: a small effect is a difference of values of one program.
+            batch = [[], *edits[rows]]
+            tokens = Tokens(np.tile(self.ids_P, (len(batch), 1)), np.full(len(batch), last + 1, np.int32))
+            sites = model(tokens, capture=list(dict.fromkeys(capture)), edits=self._edits(batch), logits=False).sites
+
+            def changes(site: Site, position: np.ndarray, vector_XxD: np.ndarray) -> np.ndarray:
+                """Return how much dot products of directions with a site's value differ from the prompt's, [R, X]."""
+                value_RxXxD = sites[str(site)][:, position]  # noqa: B023
+                return to_host(einsum("rxd,xd->rx", value_RxXxD[1:] - value_RxXxD[:1], jnp.asarray(vector_XxD)))
+
+            for layer in np.unique(layer_J):
+                here = np.flatnonzero(layer_J == layer)
+                feature_RxJ[rows, here] += changes(site_of[int(layer)], position_J[here], encoder_JxD[here])
+            last_RxD = sites[str(leaving)][:, last]
+            for k, layer in enumerate(readouts.layer_K.tolist()):
+                if not readouts.normed_K[k]:
+                    site = entering.get(layer, leaving)
+                    readout_RxK[rows, [k]] += changes(site, readouts.position_K[[k]], readouts.vector_KxD[[k]])
+            normed = np.flatnonzero(readouts.normed_K)
+            if len(normed):
+                value_RxK = _read_logits(model.config, self.rules, model.params, last_RxD, *readouts.pair_Kx2[normed].T)
+                readout_RxK[rows, normed] += to_host(value_RxK[1:] - value_RxK[:1])
+            if logits:
+                logits_RxV[rows] = to_host(decoder.unembed(model.config, model.params, last_RxD[1:], self.rules))
+        return LocalRun(feature_RxJ, readout_RxK, logits_RxV if logits else None)
+
+    def _edits(self, rows: Sequence[Sequence[Change]]) -> list["PlacedEdit"]:
+        changes = [(row, *change) for row, row_changes in enumerate(rows) for change in row_changes]
+        edits = []
+        for site in self.dictionaries.sites:
+            here = [change for change in changes if change[1] == site.layer]
+            if here:
+                rows_M, _, positions_M, features_M, values_M = zip(*here, strict=True)
+                row_M, position_M, feature_M = jnp.asarray([rows_M, positions_M, features_M], jnp.int32)
+                value_M = jnp.asarray(values_M, jnp.float32)
+                sae = self.dictionaries.load(site.layer, self.model.mesh)
+                edits.append(PlacedEdit(sae, row_M, position_M, feature_M, value_M, site))
+        return edits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlacedEdit:
+    """Sets features of an SAE to activations; the error term stays. An ``Edit``.
+
+    Attributes:
+      dictionary: the SAE.
+      row_M, position_M, feature_M: int32, where and which, each once.
+      value_M: fp32 activations.
+      site: of the SAE (static).
+    """
+
+    dictionary: Dictionary
+    row_M: jax.Array
+    position_M: jax.Array
+    feature_M: jax.Array
+    value_M: jax.Array
+    site: Site = dataclasses.field(metadata=dict(static=True))
+
+    def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
+        """Return the edited value of ``site``; attention sinks, where no feature is used, stay as they are."""
+        x_MxD = value_BxTxD[self.row_M, self.position_M]
+        old_M = jnp.take_along_axis(activations(self.dictionary, x_MxD), self.feature_M[:, None], axis=1)[:, 0]
+        # At a sink the SAE has no features that could be set.
+        change_M = jnp.where(self.dictionary.is_not_sink(x_MxD), self.value_M - old_M, 0)
+        added_MxD = change_M[:, None] * self.dictionary.W_dec_FxD[...][self.feature_M]
+        return value_BxTxD.at[self.row_M, self.position_M].add(added_MxD.astype(value_BxTxD.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    config: DecoderConfig, rules: RunRules, params: decoder.Params, sites: SaeSites, x_TxD: jax.Array, last: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the stream entering each layer, the one leaving the last at ``last``, and what is read at each site."""
+    collect = ("resid_pre", *sites.kinds)
+    leaving_TxD, seen, _ = decoder.run_layers(config, params, x_TxD, 0, config.n_layers, rules=rules, collect=collect)
+    read_LxKxTxD = jnp.stack([seen[kind] for kind in sites.kinds], axis=1)
+    return seen["resid_pre"], leaving_TxD[last], read_LxKxTxD[sites.layer_S, sites.kind_S]
 
 
 @jax.jit
@@ -105,3 +276,77 @@ def _errors(sae: Dictionary, read_TxD: jax.Array, used_T: jax.Array) -> jax.Arra
     """Return what an SAE does not explain of what it reads, 0 where it is not used."""
     error_TxD = read_TxD - sae.decode(encode_used(sae, read_TxD, used_T), read_TxD)
     return jnp.where(used_T[:, None], error_TxD, jnp.zeros_like(error_TxD))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read_logits(
+    config: DecoderConfig,
+    rules: RunRules,
+    params: decoder.Params,
+    last_RxD: jax.Array,
+    first_K: jax.Array,
+    second_K: jax.Array,
+) -> jax.Array:
+    return jax.vmap(lambda last_D: logit_directions(config, rules, params, last_D, first_K, second_K)[1])(last_RxD)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradients(
+    config: DecoderConfig,
+    rules: RunRules,
+    params: decoder.Params,
+    sites: SaeSites,
+    stream_LxTxD: jax.Array,
+    frozen_SxTxD: jax.Array | None,
+    readings: Readings,
+    top: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return what ``SaeRun.gradients`` does, layer by layer from the top, as few streams are then kept.
+
+    With ``frozen_SxTxD`` the model goes on with these values at the sites, whatever comes from below.
+    """
+    batch, width = readings.vector_BxD.shape
+    tokens, kinds = stream_LxTxD.shape[1], len(sites.kinds)
+    # As arrays of JAX, which the layer's number can index within the loop.
+    tables, sites = whole_prompt_tables(config, tokens), jax.tree.map(jnp.asarray, sites)
+    at_BxTxD = (jnp.arange(tokens)[None] == readings.position_B[:, None])[..., None] * readings.vector_BxD[:, None]
+
+    def seed(layer: jax.Array, kind: jax.Array) -> jax.Array:
+        """Return the directions that are read at a layer and a kind, [B, T, D]; else 0."""
+        here_B = (readings.layer_B == layer) & (readings.kind_B == kind)
+        return jnp.where(here_B[:, None, None], at_BxTxD, 0)
+
+    def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Pull the gradients through one layer, from its output to its input."""
+        (above_BxTxD, site_SxBxTxD), layer = carry, top - 1 - index
+        slot_K = sites.slot_LxK[layer]
+
+        def run_layer(x_TxD: jax.Array, delta_KxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Return the stream leaving the layer [T, D], and what is read at its sites [K, T, D], before changes."""
+            read = {}
+
+            def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
+                read[kind] = value_TxD
+                if kind not in sites.kinds:
+                    return value_TxD
+                number = sites.kinds.index(kind)
+                if frozen_SxTxD is not None:
+                    frozen_TxD = frozen_SxTxD.at[slot_K[number]].get(mode="fill", fill_value=0)
+                    # Only where there is a site: elsewhere the model goes on with its value.
+                    value_TxD = jnp.where(slot_K[number] < len(frozen_SxTxD), frozen_TxD, value_TxD)
+                return value_TxD + delta_KxTxD[number]
+
+            leaving_TxD = decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook)
+            return leaving_TxD, jnp.stack([read[kind] for kind in sites.kinds])
+
+        delta_KxTxD = jnp.zeros((kinds, tokens, width), stream_LxTxD.dtype)
+        _, pull = jax.vjp(run_layer, stream_LxTxD[layer], delta_KxTxD)
+        read_BxKxTxD = jnp.moveaxis(jax.vmap(seed, (None, 0))(layer, jnp.arange(kinds)), 0, 1)
+        below_BxTxD, of_BxKxTxD = jax.vmap(lambda *both: pull(both))(above_BxTxD, read_BxKxTxD)
+        # Kinds without a site in this layer stand at a slot beyond the last, which is dropped.
+        site_SxBxTxD = site_SxBxTxD.at[slot_K].set(jnp.moveaxis(of_BxKxTxD, 1, 0), mode="drop")
+        return below_BxTxD + seed(layer, jnp.int32(IN_STREAM)), site_SxBxTxD
+
+    site_SxBxTxD = jnp.zeros((len(sites.layer_S), batch, tokens, width), stream_LxTxD.dtype)
+    token_BxTxD, site_SxBxTxD = lax.fori_loop(0, top, down, (seed(top, jnp.int32(IN_STREAM)), site_SxBxTxD))
+    return site_SxBxTxD, token_BxTxD

@@ -8,7 +8,7 @@ import pytest
 from made_transcoders import made_set
 
 from saejax import load_model
-from saejax.attribution.checks.changes import ablate, features_of, matched, scale, set_to, steer
+from saejax.attribution.checks.changes import ablate, features_of, matched, scale, set_to
 from saejax.attribution.graph.nodes import TOKEN, Nodes
 from saejax.attribution.local import edits
 from saejax.attribution.local.edits import Change
@@ -152,13 +152,14 @@ def test_above_the_last_held_layer_the_model_runs_freely(setting):
 def test_curves_of_sets_and_of_others_like_them(setting):
     group, value_K = setting.group(), setting.readouts.value_K
     controls = matched(setting.here, group, 3)
-    found = steer(setting.here, [group, *controls], setting.readouts, (-1, 0, 1, 2), freeze="all")
-    curve_SxMxK = found.readout_SxMxK
+    factor_M = np.array([-1, 0, 1, 2])
+    rows = [scale(features, factor) for features in (group, *controls) for factor in factor_M]
+    curve_SxMxK = setting.here.run(rows, "all", readouts=setting.readouts).readout_RxK.reshape(4, 4, -1)
     np.testing.assert_allclose(curve_SxMxK[:, 2], np.tile(value_K, (4, 1)), atol=1e-6)
     for members, curve_MxK in zip((group, *controls), curve_SxMxK, strict=True):
         places = setting.here.active.find(members.layer_N, members.position_N, members.index_N)
         sum_K = setting.graph.adjacency_RxS[-2:, places].sum(axis=1)
-        np.testing.assert_allclose(curve_MxK - value_K, (found.factor_M - 1)[:, None] * sum_K[None], atol=5e-6)
+        np.testing.assert_allclose(curve_MxK - value_K, (factor_M - 1)[:, None] * sum_K[None], atol=5e-6)
     own, every = keys_of(group), keys_of(features_of(setting.graph, np.arange(len(setting.here.active))))
     for control in controls:
         keys = keys_of(control)
@@ -186,7 +187,7 @@ def test_random_sets_are_all_different(setting):
 def test_thousands_of_rows_in_one_call_are_those_of_single_calls(setting, monkeypatch):
     here, count = setting.here, len(setting.here.active)
     rows = [ablate(features_of(setting.graph, [node % count])) for node in range(2048)]
-    monkeypatch.setattr(edits, "_CHUNK", 2**18)  # 512 rows at once
+    monkeypatch.setattr(edits, "CHUNK", 2**18)  # 512 rows at once
     together_RxK = here.run(rows, readouts=setting.readouts).readout_RxK
     assert len(np.unique(together_RxK[:count, 0])) > count / 2
     some = [0, 511, 512, 1999]
@@ -204,4 +205,4 @@ def test_bad_input(setting):
         here.run([], "all", readouts=setting.readouts, freeze_until=5)
     with pytest.raises(UserError, match="other active features: expected"):
         matched(here, features_of(graph, np.arange(len(here.active))), 1)
-    assert ablate(setting.group(count=0)) == [] and steer(here, [], setting.readouts).readout_SxMxK.size == 0
+    assert ablate(setting.group(count=0)) == [] and here.run([], readouts=setting.readouts).readout_RxK.size == 0

@@ -151,14 +151,14 @@ def test_numbers_have_no_more_digits_than_fp32():
 def test_what_the_document_says(graph):
     document = to_document(
         graph, "a-slug", scan="gemma-2-2b", labels={(0, 0): "first"}, supernodes=[["pair", "0_0_1", "0_-1_1"]],
-        pinned=["3_11_2", "0_0_1"], info=dict(description="made up"),
+        pinned=["3_11_2", "0_0_1"],
     )  # fmt: skip
     by_id = {node["node_id"]: node for node in document["nodes"]}
     assert by_id["0_0_1"]["clerp"] == "first" and by_id["0_-1_1"]["feature"] == -1
     assert document["qParams"]["pinnedIds"] == ["0_0_1", "0_-1_1", "3_11_2"]
     assert document["qParams"]["supernodes"] == [["pair", "0_0_1", "0_-1_1"]]
     metadata = document["metadata"]
-    assert metadata["scan"] == "gemma-2-2b" and metadata["info"]["description"] == "made up"
+    assert metadata["scan"] == "gemma-2-2b" and metadata["info"]["generator"]["name"] == "saejax"
     assert metadata["pruning_settings"] == dict(node_threshold=1.0, edge_threshold=1.0)
     assert metadata["replacement_score"] == graph.pruning.scores.replacement
     assert by_id["3_11_2"]["clerp"] == 'Output " c" (p=0.600)' and by_id["3_11_2"]["is_target_logit"]

@@ -9,7 +9,7 @@ from made_graphs import make_graph
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import GraphScores, Pruning
-from saejax.attribution.graph.files import ARRAYS, DESCRIPTION
+from saejax.attribution.graph.graph import ARRAYS, DESCRIPTION
 from saejax.attribution.graph.nodes import LOGIT, TOKEN
 from saejax.errors import UserError
 
