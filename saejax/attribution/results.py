@@ -59,6 +59,9 @@ class LeadingHeadResults:
     head: int  #: its index in the layer
     logit: float  #: sum of its contributions to edges into the first target, in the target's units
     mean: float  #: mean over targets of its contributions over the target's input by size
+    source: str  #: id of the node from which the edge of its largest contribution goes
+    target: str  #: id of the node to which it goes
+    contribution: float  #: to this edge
 
 
 @dataclasses.dataclass(frozen=True)

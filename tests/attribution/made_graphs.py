@@ -46,6 +46,12 @@ def make_graph(features=7, layers=2, positions=3, logits=2, seed=0) -> Graph:
     )
 
 
+def heads_by_edge(found) -> dict[tuple[int, int], dict[tuple[int, int], float]]:
+    """All contributions of heads that are not 0: (source, target) -> (layer, head) -> contribution."""
+    ends = zip(found.source_E.tolist(), found.target_E.tolist(), found.value_ExLxH, strict=True)
+    return {(s, t): {(int(x), int(h)): float(v[x, h]) for x, h in zip(*v.nonzero())} for s, t, v in ends if v.any()}
+
+
 def make_transcoders(config, kind="standard", skip=False, seed=0) -> list[Dictionary]:
     """Random transcoders in which a fifth of the features or so is active."""
     rng, made = np.random.default_rng(seed), []

@@ -1,12 +1,10 @@
 """The page's tables of attention: heads with large contributions, and scores split over pairs of sources."""
 
-from collections.abc import Sequence
-
 from saejax.attribution.forms.page import PageTable
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
 from saejax.attribution.heads.attention import Attention
-from saejax.attribution.heads.query_key import HeadScore
+from saejax.attribution.heads.query_key import OWN_BIAS
+from saejax.attribution.results import QueryScores
 from saejax.page.tables import percent
 
 _NOTE = (
@@ -22,49 +20,44 @@ _LEADING_NOTE = (
 
 def attention_tables(attention: Attention, graph: Graph) -> list[PageTable]:
     """Return the tables below a pruned graph: its leading heads, and each head whose scores were split."""
-    tables = [_leading_table(attention, graph)] if attention.leading else []
-    if attention.sources is not None:
-        tables += [_score_table(scores, attention.sources, attention.names, graph) for scores in attention.scores]
-    return tables
-
-
-def _leading_table(attention: Attention, graph: Graph) -> PageTable:
-    ids = graph.ids
+    tables = [_score_table(scores, graph) for scores in attention.query_key]
+    if not attention.heads or not attention.heads.leading:
+        return tables
     rows: list[list[str | float]] = [
-        [f"{h.layer}.{h.head}", h.logit, h.mean, ids[h.edge[0]], ids[h.edge[1]], h.contribution]
-        for h in attention.leading
+        [f"{h.layer}.{h.head}", h.logit, h.mean, h.source, h.target, h.contribution] for h in attention.heads.leading
     ]
     columns = ["Head", "To the output", "Mean", "Largest from", "to", "Contribution"]
-    return PageTable("Attention heads with the largest contributions", columns, rows, _LEADING_NOTE)
+    return [PageTable("Attention heads with the largest contributions", columns, rows, _LEADING_NOTE), *tables]
 
 
-def _score_table(scores: Sequence[HeadScore], nodes: Nodes, names: Sequence[str], graph: Graph) -> PageTable:
+def _score_table(scores: QueryScores, graph: Graph) -> PageTable:
     """Return a block of rows for each key: the score, its largest pairs, all others."""
-    first, ids = scores[0], set(graph.ids)
-    rows: list[list[str | float]] = []
-    for score in scores:
-        rows.append([f"{_place(graph, score.key)}, {percent(score.weight)}", "score", "", score.value])
-        for query, key, part in zip(score.query_N.tolist(), score.key_N.tolist(), score.part_N.tolist(), strict=True):
-            shown = (names[n] if names[n] in ids else _words(nodes, n, graph) for n in (query, key))
-            rows.append(["", *shown, part])
-        rows.append(["", "all other pairs", "", score.rest])
-    keys = ", ".join(f"{_place(graph, score.key)} {percent(score.weight)}" for score in scores)
-    title = f"Head {first.layer}.{first.head} at {_place(graph, first.query)} attends to {keys}"
+    ids, rows = set(graph.ids), list[list[str | float]]()
+    for key in scores.keys:
+        rows.append([f"{_place(graph, key.key)}, {percent(key.weight)}", "score", "", key.score])
+        for pair in key.pairs:
+            shown = (name if name in ids else _words(name, graph) for name in (pair.query, pair.key))
+            rows.append(["", *shown, pair.part])
+        rows.append(["", "all other pairs", "", key.rest])
+    keys = ", ".join(f"{_place(graph, key.key)} {percent(key.weight)}" for key in scores.keys)
+    title = f"Head {scores.layer}.{scores.head} at {_place(graph, scores.query)} attends to {keys}"
     return PageTable(title, ["Key", "Source of the query", "Source of the key", "Contribution"], rows, _NOTE)
 
 
-def _words(nodes: Nodes, n: int, graph: Graph) -> str:
-    """Describe a source that is not in the graph."""
-    if n == len(nodes):
+def _words(name: str, graph: Graph) -> str:
+    """Describe a source that is not in the graph, by its id."""
+    if name == OWN_BIAS:
         return "biases of the head's layer"
-    kind, layer, place = nodes.kind_N[n], nodes.layer_N[n], _place(graph, int(nodes.position_N[n]))
-    return {
-        FEATURE: f"feature {nodes.index_N[n]} layer {layer} · {place}",
-        ERROR: f"error layer {layer} · {place}",
-        TOKEN: f"{place} token",
-        FIRST_MLP: f"MLP of layer {layer} at {place}",
-        BIAS: f"biases of layer {layer}",
-    }[int(kind)]
+    *first, last = name.split("_")
+    if first == ["bias"]:
+        return f"biases of layer {last}"
+    if first == ["first", "mlp"]:
+        return f"MLP of layer {last} at {_place(graph, 0)}"
+    layer, index = first
+    place = _place(graph, int(last))
+    if layer == "E":
+        return f"{place} token"
+    return f"error layer {layer} · {place}" if index == "-1" else f"feature {index} layer {layer} · {place}"
 
 
 def _place(graph: Graph, position: int) -> str:

@@ -67,7 +67,7 @@ def write_outputs(
     config = run.configs[GraphConfig]
     document = to_document(pruned, slug, supernodes=groups, pinned=pinned, source_set=config.source_set, labels=labels)
     write_graph(run.folder / "graphs", document, replace=True)
-    heads = attention.contributions.named() if attention.contributions else {}
+    heads = attention.contributions.by_edge() if attention.contributions else {}
     tables = attention_tables(attention, pruned)
     if heads or tables:
         write_shown(run.folder / "heads" / f"{slug}.json", heads, tables)

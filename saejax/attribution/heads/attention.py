@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import Nodes
-from saejax.attribution.heads.contributions import HeadContributions, LeadingHead, head_contributions
-from saejax.attribution.heads.query_key import HeadScore, query_scores, source_names, split_scores
+from saejax.attribution.heads.contributions import HeadContributions, head_contributions
+from saejax.attribution.heads.query_key import split_scores
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.results import HeadResults, LeadingHeadResults, QueryScores
+from saejax.attribution.results import HeadResults, QueryScores
 from saejax.attribution.trace.rounds import Traced
 
 
@@ -18,30 +17,13 @@ class Attention:
 
     Attributes:
       contributions: of heads to edges; None: not requested.
-      leading: the heads of the largest contributions.
-      scores: of each head that is split, a score for each key.
-      sources: the nodes that pairs of scores refer to by index; None: no head is split.
-      names: their ids.
+      heads: their results.
+      query_key: the scores of each head that is split.
     """
 
     contributions: HeadContributions | None = None
-    leading: Sequence[LeadingHead] = ()
-    scores: Sequence[Sequence[HeadScore]] = ()
-    sources: Nodes | None = None
-    names: Sequence[str] = ()
-
-    @property
-    def heads(self) -> HeadResults | None:
-        """Results of contributions; None: not requested."""
-        if self.contributions is None:
-            return None
-        leading = tuple(LeadingHeadResults(head.layer, head.head, head.logit, head.mean) for head in self.leading)
-        return HeadResults(len(self.contributions.by_edge()), leading)
-
-    @property
-    def query_key(self) -> tuple[QueryScores, ...]:
-        """Results of the heads that are split."""
-        return tuple(query_scores(scores, self.names) for scores in self.scores)
+    heads: HeadResults | None = None
+    query_key: tuple[QueryScores, ...] = ()
 
 
 def read_attention(
@@ -59,8 +41,5 @@ def read_attention(
       UserError: a head or a position does not exist.
     """
     contributions = head_contributions(traced.local, traced.readouts, pruned) if heads else None
-    leading = contributions.leading() if contributions else []
-    if not split_heads:
-        return Attention(contributions, leading)
-    scores = [split_scores(traced.local, *head) for head in split_heads]
-    return Attention(contributions, leading, scores, traced.local.sources.nodes, source_names(traced.local, pruned))
+    results = contributions.results() if contributions else None
+    return Attention(contributions, results, tuple(split_scores(traced.local, *head) for head in split_heads))

@@ -11,17 +11,14 @@ with q[a] the part of the query that comes from source a and k[b] that of the ke
 sources add to 2 K directions of the stream, one for each dimension of the query and the key (``LocalModel.pullback``).
 """
 
-import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.attribution.graph import Graph
 from saejax.attribution.local.frozen import RELP, FrozenModel
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.results import KeyScore, QueryScores, SourcePair
@@ -34,33 +31,6 @@ from saejax.parallel.collectives import to_host
 
 OWN_BIAS = "own_bias"  # stands for the biases of the head's own layer, beside ids of nodes
 _BLOCK = 1 << 22  # pairs that are in memory at once
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadScore:
-    """The score of a query with a key, and the pairs of sources that make it.
-
-    Attributes:
-      layer, head: of the head.
-      query, key: positions.
-      weight: how much the query attends to the key, 0 to 1.
-      value: the score as the model has it: scaled, before capping and softmax.
-      query_N, key_N: sources of the largest pairs, as indices of ``Sources.nodes``; its length stands for the biases of
-        the head's own layer.
-      part_N: float64 contribution of each pair to the score, the largest by size first.
-      rest: contribution of all other pairs.
-    """
-
-    layer: int
-    head: int
-    query: int
-    key: int
-    weight: float
-    value: float
-    query_N: np.ndarray
-    key_N: np.ndarray
-    part_N: np.ndarray
-    rest: float
 
 
 class Opened(NamedTuple):
@@ -109,13 +79,8 @@ def check_head(config: DecoderConfig, layer: int, head: int, position: int, toke
 
 
 def split_scores(
-    local: LocalModel,
-    layer: int,
-    head: int,
-    position: int = -1,
-    keys: int = 3,
-    pairs: int = 10,
-) -> list[HeadScore]:
+    local: LocalModel, layer: int, head: int, position: int = -1, keys: int = 3, pairs: int = 10
+) -> QueryScores:
     """Decompose the scores of a query with the keys that it attends to most.
 
     Args:
@@ -132,22 +97,23 @@ def split_scores(
     Raises:
       UserError: there is no such head or position.
     """
-    config, model, tokens = local.frozen.config, local.model, len(local.ids_P)
-    position = check_head(config, layer, head, position, tokens)
-    where = np.int32(layer), np.int32(head), np.int32(position)
-    x_TxD = local.stream_LxTxD[layer]
+    model = local.model
+    position = check_head(model.config, layer, head, position, len(local.ids_P))
+    names = [*local.sources.nodes.ids(model.config.n_layers), OWN_BIAS]
+    x_TxD, where = local.stream_LxTxD[layer], (np.int32(layer), np.int32(head), np.int32(position))
     opened = Opened(*map(to_host, open_head(local.frozen, min(keys, len(x_TxD)), model.params, *where, x_TxD)))
     count = int((np.asarray(opened.weight_J) > 0).sum())  # fewer at early positions
-    part_GxKxS = _parts(local, opened, layer, position, count)
+    query_KxS, *part_JxKxS = _parts(local, opened, layer, position, count)
     scores = []
-    for j, part_KxS in enumerate(part_GxKxS[1:]):
-        query_N, key_N, part_N = _largest(part_GxKxS[0], part_KxS, pairs)
+    for j, key_KxS in enumerate(part_JxKxS):
+        query_N, key_N, part_N = _largest(query_KxS, key_KxS, pairs)
         # In float64, as the rest is what nearly equal sums leave.
-        whole = float(part_GxKxS[0].sum(axis=1, dtype=np.float64) @ part_KxS.sum(axis=1, dtype=np.float64))
-        fields: dict[str, Any] = dict(query_N=query_N, key_N=key_N, part_N=part_N, rest=whole - float(part_N.sum()))
-        fields |= dict(weight=float(opened.weight_J[j]), value=float(opened.score_J[j]))
-        scores.append(HeadScore(layer=layer, head=head, query=position, key=int(opened.key_J[j]), **fields))
-    return scores
+        whole = float(query_KxS.sum(axis=1, dtype=np.float64) @ key_KxS.sum(axis=1, dtype=np.float64))
+        largest = zip(query_N.tolist(), key_N.tolist(), part_N.tolist(), strict=True)
+        listed = tuple(SourcePair(names[query], names[key], part) for query, key, part in largest)
+        weight, score = float(opened.weight_J[j]), float(opened.score_J[j])
+        scores.append(KeyScore(int(opened.key_J[j]), weight, score, listed, whole - float(part_N.sum())))
+    return QueryScores(layer, head, position, tuple(scores))
 
 
 def _parts(local: LocalModel, opened: Opened, layer: int, position: int, count: int) -> np.ndarray:
@@ -248,23 +214,3 @@ def open_head(
         own_q_TxK, own_k_TxK = jax.jvp(with_biases, (biases,), (biases,))[1]
     score_J = jnp.sum(q_TxK[query][None] * k_TxK[key_J], axis=-1)
     return Opened(weight_J, key_J, score_J, query_KxD, key_KxJxD, own_q_TxK[query], own_k_TxK[key_J])
-
-
-def query_scores(scores: Sequence[HeadScore], names: Sequence[str]) -> QueryScores:
-    """Return results of the scores of one head at one position.
-
-    Args:
-      scores: of its keys.
-      names: ids of all sources, and of the biases of the head's own layer.
-    """
-    keys = []
-    for score in scores:
-        parts = zip(score.query_N.tolist(), score.key_N.tolist(), score.part_N.tolist(), strict=True)
-        pairs = tuple(SourcePair(names[query], names[key], part) for query, key, part in parts)
-        keys.append(KeyScore(score.key, score.weight, score.value, pairs, score.rest))
-    return QueryScores(scores[0].layer, scores[0].head, scores[0].query, tuple(keys))
-
-
-def source_names(local: LocalModel, graph: Graph) -> list[str]:
-    """Return the ids of all sources, in the graph or not, and of the biases of a head's own layer."""
-    return [*local.sources.nodes.ids(graph.n_layers), OWN_BIAS]

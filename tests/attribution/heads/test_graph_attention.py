@@ -76,7 +76,7 @@ def test_the_page_has_the_heads_of_the_strongest_edges(monkeypatch, tmp_path, tr
     ids, (source_E, target_E, _) = pruned.ids, pruned.edges()
     score_E = np.array(scores(to_document(pruned, "one")))
     strongest = {(ids[source_E[edge]], ids[target_E[edge]]) for edge in np.argsort(-score_E, kind="stable")[:5]}
-    assert set(written["heads"]) == strongest & set(attention.contributions.named())
+    assert set(written["heads"]) == strongest & set(attention.contributions.by_edge())
     assert 0 < len(written["heads"]) < len(attention.contributions.by_edge())
 
 

@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+from made_graphs import heads_by_edge
 from made_transcoders import made_set
 
 from saejax import load_model
@@ -58,7 +59,7 @@ def test_a_part_is_what_vanishes_without_the_head(traced):
     if traced.local.skip_LxDxD is not None:
         pytest.skip("a head that is taken out changes the norm before its layer's skip path, which is to be held")
     pruned = graph.prune(1.0, 1.0)
-    found = head_contributions(traced.local, traced.readouts, pruned, top=100).by_edge()
+    found = heads_by_edge(head_contributions(traced.local, traced.readouts, pruned))
     edges, whole = edges_of(pruned), pruned.pruning.node_N
     row_of = {node: row for row, node in enumerate(graph.target_R.tolist())}
     scale, compared = max(abs(weight) for *_, weight in edges), 0
@@ -69,7 +70,7 @@ def test_a_part_is_what_vanishes_without_the_head(traced):
                 continue
             row, column = row_of[int(whole[target])], int(whole[source])
             wanted = graph.adjacency_RxS[row, column] - without_TxS[row, column]
-            ours = {(one, other): part for one, other, part in found.get((source, target), [])}.get((layer, head), 0.0)
+            ours = found.get((source, target), {}).get((layer, head), 0.0)
             assert abs(ours - wanted) < 1e-5 * scale
             compared += abs(wanted) > 1e-3 * scale
     assert len(edges) > 200 and compared > 50
@@ -78,55 +79,57 @@ def test_a_part_is_what_vanishes_without_the_head(traced):
 def test_heads_alone_move_between_positions(traced):
     """From what enters a layer to what reads in it, heads of that layer are the only way to another position."""
     pruned = traced.graph.prune(1.0, 1.0)
-    found = head_contributions(traced.local, traced.readouts, pruned, top=100).by_edge()
+    found = heads_by_edge(head_contributions(traced.local, traced.readouts, pruned))
     nodes, compared = pruned.nodes, 0
     for source, target, weight in edges_of(pruned):
         moves = nodes.position_N[source] != nodes.position_N[target]
         assert not moves or (source, target) in found
         if moves and nodes.kind_N[target] == FEATURE and nodes.layer_N[target] == nodes.layer_N[source] + 1:
             carried = found[source, target]
-            assert {layer for layer, _, _ in carried} == {nodes.layer_N[target]}
-            assert sum(part for *_, part in carried) == pytest.approx(weight, abs=1e-5)
+            assert {layer for layer, _ in carried} == {nodes.layer_N[target]}
+            assert sum(carried.values()) == pytest.approx(weight, abs=1e-5)
             compared += 1
     assert compared > 10
 
 
 def test_blocks_and_groups_of_sources_and_targets_change_nothing(traced, monkeypatch):
     pruned = traced.graph.prune(1.0, 1.0)
-    whole = head_contributions(traced.local, traced.readouts, pruned, top=4)
+    whole = head_contributions(traced.local, traced.readouts, pruned)
     assert len(np.unique(whole.source_E)) > 32
     monkeypatch.setattr(contributions, "_BLOCK", (16, 16))
     monkeypatch.setattr(contributions, "free_bytes", lambda mesh: 0)  # as many groups as blocks
-    parts = head_contributions(traced.local, traced.readouts, pruned, top=4)
-    by_edge = parts.by_edge()
-    assert by_edge.keys() == whole.by_edge().keys()
-    for edge, heads in whole.by_edge().items():
-        assert [head[:2] for head in by_edge[edge]] == [head[:2] for head in heads]
-        np.testing.assert_allclose([head[2] for head in by_edge[edge]], [head[2] for head in heads], atol=1e-6)
-    ids = pruned.ids
-    assert whole.named().keys() == {(ids[source], ids[target]) for source, target in whole.by_edge()}
+    parts = head_contributions(traced.local, traced.readouts, pruned)
+    np.testing.assert_allclose(parts.value_ExLxH, whole.value_ExLxH, atol=1e-6)
+    # By the nodes' ids the largest contributions, to four digits.
+    named, ids = whole.by_edge(top=2), pruned.ids
+    assert named.keys() == {(ids[source], ids[target]) for source, target in heads_by_edge(whole)}
+    for (source, target), heads in heads_by_edge(whole).items():
+        wanted = sorted(heads.items(), key=lambda item: -abs(item[1]))[:2]
+        assert [head[:2] for head in named[ids[source], ids[target]]] == [head for head, _ in wanted]
+        values = [head[2] for head in named[ids[source], ids[target]]]
+        np.testing.assert_allclose(values, [value for _, value in wanted], rtol=1e-3)
 
 
 def test_leading_heads_are_signed_sums(traced):
     """No share is reported: one head can reach more than a target's input, and heads do not add up."""
     pruned = traced.graph.prune(0.9, 0.98)
-    every = head_contributions(traced.local, traced.readouts, pruned, top=100)
-    few = head_contributions(traced.local, traced.readouts, pruned, top=1)
+    found = head_contributions(traced.local, traced.readouts, pruned)
     _, target_E, weight_E = pruned.edges()
     input_N = np.bincount(target_E, np.abs(weight_E), len(pruned.nodes))
     net = np.zeros((len(pruned.nodes), 4, 4))
     largest = {}
-    for (source, target), heads in every.by_edge().items():
-        for layer, head, value in heads:
+    for (source, target), heads in heads_by_edge(found).items():
+        for (layer, head), value in heads.items():
             net[target, layer, head] += value
             if abs(value) > abs(largest.get((layer, head), (0,))[0]):
                 largest[layer, head] = value, (source, target)
     targets = np.unique(target_E)
     mean = (net[targets] / input_N[targets, None, None]).mean(axis=0)
     size = (np.abs(net[targets]) / input_N[targets, None, None]).mean(axis=0)
-    found = few.leading(5)
-    assert [size[h.layer, h.head] for h in found] == sorted((size[h.layer, h.head] for h in found), reverse=True)
-    for h in found:
+    ids, leading = pruned.ids, found.results(5).leading
+    assert [size[h.layer, h.head] for h in leading] == sorted((size[h.layer, h.head] for h in leading), reverse=True)
+    for h in leading:
         assert h.mean == pytest.approx(mean[h.layer, h.head], abs=1e-6)
         assert h.logit == pytest.approx(net[pruned.slice_of(LOGIT).start, h.layer, h.head], abs=1e-6)
-        assert (h.contribution, h.edge) == (pytest.approx(largest[h.layer, h.head][0]), largest[h.layer, h.head][1])
+        value, (source, target) = largest[h.layer, h.head]
+        assert (h.contribution, h.source, h.target) == (pytest.approx(value), ids[source], ids[target])

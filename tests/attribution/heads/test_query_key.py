@@ -60,14 +60,15 @@ def test_all_pairs_add_up_to_the_scores_of_transformers(opened):
     for layer, head, position in CASES:
         wanted_T = score_LxHxTxT[layer, head, position][: position % len(IDS) + 1]
         weight_T, size = weight_LxHxTxT[layer, head, position], np.abs(wanted_T).max()
-        scores = split_scores(local, layer, head, position, keys=2)
-        assert [score.key for score in scores] == np.argsort(-weight_T)[: min(2, len(wanted_T))].tolist()
-        for score in scores:
+        split = split_scores(local, layer, head, position, keys=2)
+        assert [score.key for score in split.keys] == np.argsort(-weight_T)[: min(2, len(wanted_T))].tolist()
+        for score in split.keys:
+            part_N = np.array([pair.part for pair in score.pairs])
             assert score.weight == pytest.approx(weight_T[score.key], rel=1e-5)
-            assert abs(score.value - wanted_T[score.key]) < 1e-5 * size
-            whole = score.part_N.sum() + score.rest
-            assert abs(whole - wanted_T[score.key]) < 1e-5 * max(size, np.abs(score.part_N).max())
-            assert (np.diff(np.abs(score.part_N)) <= 0).all() and (layer == 0 or score.query == 0 or score.rest != 0)
+            assert abs(score.score - wanted_T[score.key]) < 1e-5 * size
+            whole = part_N.sum() + score.rest
+            assert abs(whole - wanted_T[score.key]) < 1e-5 * max(size, np.abs(part_N).max())
+            assert (np.diff(np.abs(part_N)) <= 0).all() and (layer == 0 or split.query == 0 or score.rest != 0)
 
 
 @pytest.mark.parametrize("opened", ["qwen3"], indirect=True)
@@ -86,15 +87,17 @@ def test_pairs_are_those_of_an_explicit_jacobian(opened):
     scale = dense.model.config.head_dim**-0.5
     query_KxS = np.stack([dense._row(x) for x in q_HxTxK[head, position]])
     count, told = len(sources.nodes), np.isin(sources.nodes.kind_N, (FEATURE, ERROR, TOKEN))
-    for score in split_scores(local, layer, head, position, keys=3, pairs=10**6):
+    index_of = {name: n for n, name in enumerate([*sources.nodes.ids(local.model.config.n_layers), query_key.OWN_BIAS])}
+    for score in split_scores(local, layer, head, position, keys=3, pairs=10**6).keys:
         key_KxS = np.stack([dense._row(x) for x in k_NxTxK[head // 2, score.key]])
         wanted_SxS = scale * query_KxS.T @ key_KxS
         pair_SxS = np.zeros((count + 1, count + 1))
-        pair_SxS[score.query_N, score.key_N] = score.part_N
+        for pair in score.pairs:
+            pair_SxS[index_of[pair.query], index_of[pair.key]] = pair.part
         ours_SxS = pair_SxS[:count, :count][np.ix_(told, told)]
         assert np.abs(ours_SxS - wanted_SxS).max() < 1e-5 * np.abs(wanted_SxS).max()
         assert (np.abs(wanted_SxS) > 1e-3 * np.abs(wanted_SxS).max()).sum() > 500
-        assert abs(score.rest) < 1e-6 * np.abs(score.part_N).max()
+        assert abs(score.rest) < 1e-6 * max(abs(pair.part) for pair in score.pairs)
 
 
 @pytest.mark.parametrize("count", [1, 7, 10_000])

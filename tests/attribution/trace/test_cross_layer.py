@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from dense_reference import Dense
-from made_graphs import load_tiny, make_cross_layer
+from made_graphs import heads_by_edge, load_tiny, make_cross_layer
 from safetensors.numpy import save_file
 
 from saejax.attribution.checks.validation import double
@@ -144,13 +144,13 @@ def test_parts_run_alone_and_everything_kept_is_the_model(made, traced):
 def test_heads_carry_all_writes_of_a_feature(traced):
     """Into another position there is no way but heads: with one layer between, their parts are the edge."""
     graph = traced.graph.prune(1.0, 1.0)
-    found = head_contributions(traced.local, traced.readouts, graph, top=100).by_edge()
+    found = heads_by_edge(head_contributions(traced.local, traced.readouts, graph))
     nodes, compared = graph.nodes, 0
     for source, target, weight in zip(*(part.tolist() for part in graph.edges()), strict=True):
         ends = nodes.layer_N[[source, target]]
         moves = nodes.position_N[source] != nodes.position_N[target]
         if moves and nodes.kind_N[target] == FEATURE and ends[1] == ends[0] + 1:
-            assert sum(part for *_, part in found[source, target]) == pytest.approx(weight, abs=1e-5)
+            assert sum(found[source, target].values()) == pytest.approx(weight, abs=1e-5)
             compared += 1
     assert compared > 10
 
