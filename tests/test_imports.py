@@ -46,7 +46,6 @@ INSIDE = {
         "programs",
         "planned",
         "report",
-        "report_graphs",
         "requests",
         "forms",
         "groups",

@@ -1,42 +1,59 @@
 """The report on attribution graphs: what was traced, how much of it features explain, and whether the edges hold."""
 
-import os
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from urllib.parse import quote
+
+import numpy as np
 
 from saejax.attribution.forms import figure as graph_figure
-from saejax.attribution.report_graphs import ReportedGraph, curves, meaning, missed, one_line, span, tables
-from saejax.attribution.results import AttributeResults, GraphTarget
+from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
 from saejax.errors import UserError
 from saejax.files import write_text
 from saejax.page import style
-from saejax.page.blocks import Block, Links, Picture, Text
+from saejax.page.blocks import Block, Links, Picture, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import number, percent
+from saejax.page.tables import Table, number, percent, significant, visible
 
 SHOWN = 6  # graphs whose figures are on the page; the others are in the tables and have links
 _ENLARGED = 1.3  # the figures are for print, with text of 6.5 points
 
 
-def lead(graphs: Sequence[ReportedGraph]) -> str:
-    """Return a paragraph on all graphs for the beginning of the report."""
-    explained = [graph.results.scores.replacement for graph in graphs]
-    prompts = "One prompt was" if len(graphs) == 1 else f"{len(graphs)} prompts were"
-    paragraph = (
-        f"{prompts} traced into attribution graphs, which say what in all layers made the answer. Of the influence on "
-        f"it {span(explained, percent)} comes from the prompt's tokens through features; the rest starts at what "
-        f"the {missed(graphs)} do not explain."
-    )
-    correlations = [value for value in (graph.correlation for graph in graphs) if value is not None]
-    if correlations:
-        paragraph += (
-            " What the edges foretell has a correlation of "
-            f"{span(correlations, number)} with what happens when features are doubled."
-        )
-    return paragraph
+@dataclasses.dataclass(frozen=True)
+class ReportedGraph:
+    """A graph that the report shows.
+
+    Attributes:
+      number: its place in the report, from 1.
+      folder: of the unit that made it.
+      slug: its name there.
+      title: of its table, with the set that it was made with.
+      kind: "transcoders" or "SAEs".
+      results: what the stage ``attribute`` says of it.
+    """
+
+    number: int
+    folder: Path
+    slug: str
+    title: str
+    kind: str
+    results: GraphResults
+
+    @property
+    def name(self) -> str:
+        """Its name on the page: of several units two may have the same slug."""
+        return f"{self.number}: {self.slug}"
+
+    @property
+    def correlation(self) -> float | None:
+        """Correlation of edges with the effects of doubling features, nothing frozen; None: not known."""
+        return self.results.doubling.free.pearson if self.results.doubling else None
+
+    def link(self, findings: Findings) -> tuple[str, str]:
+        """Return the words and the address of a link to its page."""
+        return f"Open the interactive page of graph {self.name}", findings.address(self.folder / f"{self.slug}.html")
 
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
@@ -45,62 +62,141 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
     Raises:
       UserError: the figure of a graph is missing.
     """
-    graphs, report = _traced(findings), findings.report
+    graphs = _traced(findings)
     if not graphs:
         return []
+    kinds = sorted({graph.kind for graph in graphs}, reverse=True)
     several = "Graphs were" if len(graphs) > 1 else "The graph was"
-    stays = " while attention and norms stay as they were"
-    if any(graph.saes for graph in graphs):
-        every = all(graph.saes for graph in graphs)
-        stays = f"{'' if every else stays}, {'' if every else 'with SAEs '}as gradients estimate it"
+    stays = {
+        "transcoders": " while attention and norms stay as they were",
+        "SAEs": f", {'with SAEs ' if len(kinds) > 1 else ''}as gradients estimate it",
+    }
     intro = (
         "An attribution graph says, of one prompt, what made what: an edge's weight is what its source (a token, a "
-        f"feature, or what the {missed(graphs)} miss: an error) adds to its target (a feature or a logit){stays}. "
-        f"{several} pruned to the nodes and edges with the most influence on the answer."
+        f"feature, or what the {' or '.join(kinds)} miss: an error) adds to its target (a feature or a logit)"
+        f"{''.join(stays[kind] for kind in kinds)}. {several} pruned to the nodes and edges with the most influence on "
+        "the answer."
     )
-    blocks: list[Block] = [Text(intro), *tables(graphs), meaning(graphs), *curves(graphs)]
+    blocks: list[Block] = [Text(intro), *_tables(graphs), _meaning(graphs), *_curves(graphs)]
     if graphs[SHOWN:]:
-        blocks.append(Links("Pages of the other graphs", tuple(_link(graph, report) for graph in graphs[SHOWN:])))
-    first = Section("Attribution graphs", tuple(blocks), lead=lead(graphs))
-    return [first, *(_section(graph, report) for graph in graphs[:SHOWN])]
+        blocks.append(Links("Pages of the other graphs", tuple(graph.link(findings) for graph in graphs[SHOWN:])))
+    first = Section("Attribution graphs", tuple(blocks), lead=_lead(graphs, kinds))
+    return [first, *(_section(graph, findings) for graph in graphs[:SHOWN])]
 
 
 def _traced(findings: Findings) -> list[ReportedGraph]:
-    every = [
-        (
-            findings.folders[f"attribute/{unit}"],
-            slug,
-            results.transcoders or ",".join(results.dictionaries),
-            saes,
-            graph,
+    graphs: list[ReportedGraph] = []
+    for unit, results in findings.each(AttributeResults).items():
+        kind, named = ("SAEs", results.dictionaries) if results.dictionaries else ("transcoders", [results.transcoders])
+        title = f"Graphs with the {kind} {', '.join(named)}"
+        for slug, graph in results.graphs.items():
+            folder = findings.folders[f"attribute/{unit}"]
+            graphs.append(ReportedGraph(len(graphs) + 1, folder, slug, title, kind, graph))
+    return graphs
+
+
+def _lead(graphs: Sequence[ReportedGraph], kinds: Sequence[str]) -> str:
+    """Return a paragraph on all graphs for the beginning of the report."""
+    prompts = "One prompt was" if len(graphs) == 1 else f"{len(graphs)} prompts were"
+    explained = _span([graph.results.scores.replacement for graph in graphs], percent)
+    paragraph = (
+        f"{prompts} traced into attribution graphs, which say what in all layers made the answer. Of the influence on "
+        f"it {explained} comes from the prompt's tokens through features; the rest starts at what the "
+        f"{' or '.join(kinds)} do not explain."
+    )
+    if correlations := [graph.correlation for graph in graphs if graph.correlation is not None]:
+        paragraph += (
+            f" What the edges foretell has a correlation of {_span(correlations, number)} with what happens when "
+            "features are doubled."
         )
-        for unit, results in findings.each(AttributeResults).items()
-        for saes in [bool(results.dictionaries)]
-        for slug, graph in results.graphs.items()
+    return paragraph
+
+
+def _tables(graphs: Sequence[ReportedGraph]) -> list[Table]:
+    """Return a table for each set of transcoders or SAEs."""
+    columns: dict[str, Callable[[ReportedGraph], str]] = {
+        "Graph": lambda graph: graph.name,
+        "Answer": lambda graph: _answer(graph.results.targets),
+        "Active features": lambda graph: f"{graph.results.active:,}",
+        "Traced": lambda graph: (
+            f"{graph.results.traced:,} ({percent(graph.results.traced / max(graph.results.active, 1))})"
+        ),
+        "Features kept": lambda graph: f"{graph.results.features:,}",
+        "Errors kept": lambda graph: f"{graph.results.errors:,}",
+        "Edges": lambda graph: f"{graph.results.edges:,}",
+        "Replacement": lambda graph: number(graph.results.scores.replacement),
+        "Completeness": lambda graph: number(graph.results.scores.completeness),
+        "Untraced input": lambda graph: percent(graph.results.untraced, 1),
+        "Edges off by": lambda graph: significant(graph.results.doubling and graph.results.doubling.held_error, 2),
+        "Correlation": lambda graph: number(graph.correlation),
+    }
+    return [
+        Table.of(title, [(graph,) for graph in graphs if graph.title == title], columns, ["Answer"], stack=False)
+        for title in dict.fromkeys(graph.title for graph in graphs)
     ]
-    return [ReportedGraph(number, *fields) for number, fields in enumerate(every, 1)]
 
 
-def _section(graph: ReportedGraph, report: Path) -> Section:
+def _curves(graphs: Sequence[ReportedGraph]) -> list[Table]:
+    """Return a table of graphs whose parts were run alone; none where no graph's were, or no value is finite."""
+    rows = []
+    for graph in graphs:
+        curve = graph.results.circuits
+        if curve and any(value is not None and np.isfinite(value) for value in curve.faithfulness):
+            fields = curve.share, curve.features, curve.errors, curve.faithfulness, curve.incompleteness
+            for share, features, errors, faithful, incomplete in zip(*fields, strict=True):
+                counts = percent(share), f"{features:,}", f"{errors:,}"
+                rows.append((graph.name, *counts, number(faithful), number(incomplete)))
+    columns = ("Graph", "Influence kept", "Features", "Errors", "Faithfulness", "Incompleteness")
+    note = (
+        "The model was run with the kept features and errors alone. Faithfulness is the first target in that run: "
+        "1 is the whole model and 0 the model without any feature and error. Incompleteness is the same of all that "
+        "was not kept: 0 if the kept part does all the work."
+    )
+    return [Table("Parts of the graphs run alone", columns, tuple(rows), note=note)] if rows else []
+
+
+def _meaning(graphs: Sequence[ReportedGraph]) -> Terms:
+    """Return what the columns of the tables are."""
+    meanings = {
+        "Traced": "active features that have a node, the most influential ones.",
+        "Replacement": "of the influence on the answer, which starts at tokens and at errors, the share of the tokens: "
+        "1 if features explain all, 0 if errors do.",
+        "Completeness": "the share of the nodes' input, weighted by their influence, that no error gives. This score "
+        "and the last are of the graph before pruning, and depend on the share of active features that was traced: "
+        "compare sets only where it is equal.",
+        "Untraced input": "what active features without a node add to targets, by size, over the targets' values.",
+    }
+    if any(graph.results.doubling for graph in graphs):
+        meanings |= {
+            "Edges off by": "features were raised one by one with all held as the graph has it; the largest difference "
+            "between an edge and what came out, over the largest edge. More than rounding, about 1e−5, is an error of "
+            "the arithmetic. Edges of SAEs are estimates, and are not checked so.",
+            "Correlation": "of edges with what happened when features were doubled and nothing was held: how well the "
+            "picture drawn on this prompt foretells the model.",
+        }
+    return Terms(tuple(meanings.items()))
+
+
+def _section(graph: ReportedGraph, findings: Findings) -> Section:
     results = graph.results
-    summary = f"Prompt: “{one_line(results.prompt)}”. Explained: {_targets(results.targets)}."
-    blocks = (Text(summary), _picture(graph, report), Links("", (_link(graph, report),)))
-    return Section(graph.name, blocks, level=3)
+    summary = f"Prompt: “{_one_line(results.prompt)}”. Explained: {_targets(results.targets)}."
+    blocks = (Text(summary), _picture(graph, findings.report), Links("", (graph.link(findings),)))
+    return Section(f"Graph {graph.name}", blocks, level=3)
+
+
+def _answer(targets: Sequence[GraphTarget]) -> str:
+    return _one_line(targets[0].label) + (f" and {len(targets) - 1} more" if targets[1:] else "")
 
 
 def _targets(targets: Sequence[GraphTarget], most: int = 5) -> str:
     """Return tokens with their probabilities and differences with their logits; of many, the first ones."""
-    descriptions = [
-        f"{one_line(target.label)} "
-        + (f"(difference of {number(target.logit)})" if " - " in target.label else f"({_chance(target)})")
-        for target in targets[:most]
-    ]
+    descriptions = []
+    for target in targets[:most]:
+        chance = percent(target.weight, 0 if target.weight >= 0.1 else 1)
+        value = f"difference of {number(target.logit)}" if " - " in target.label else chance
+        descriptions.append(f"{_one_line(target.label)} ({value})")
     rest = f", and {len(targets) - most} more" if len(targets) > most else ""
     return ", ".join(descriptions) + rest
-
-
-def _chance(target: GraphTarget) -> str:
-    return percent(target.weight, 0 if target.weight >= 0.1 else 1)
 
 
 def _picture(graph: ReportedGraph, report: Path) -> Picture:
@@ -117,11 +213,10 @@ def _picture(graph: ReportedGraph, report: Path) -> Picture:
         f"{results.errors:,} errors (broken outline), the strongest edges between them, and the tokens and logits. "
         "From below: layer by layer. Across: the prompt's positions."
     )
-    explained, complete = results.scores.replacement, results.scores.completeness
     alt = (
-        f"Attribution graph of “{one_line(results.prompt)}” with {results.features:,} features, "
-        f"{results.errors:,} errors and {results.edges:,} edges; replacement score {number(explained)}, "
-        f"completeness {number(complete)}."
+        f"Attribution graph of “{_one_line(results.prompt)}” with {results.features:,} features, "
+        f"{results.errors:,} errors and {results.edges:,} edges; replacement score "
+        f"{number(results.scores.replacement)}, completeness {number(results.scores.completeness)}."
     )
     colours = {graph_figure.CARD: "--card", graph_figure.PAPER: "--paper", graph_figure.SOFT: "--soft"}
     colours[graph_figure.LINE] = "--line"
@@ -130,6 +225,11 @@ def _picture(graph: ReportedGraph, report: Path) -> Picture:
     return Picture(name, style.inline(svg, name, alt, colours), caption, alt, "svg", width)
 
 
-def _link(graph: ReportedGraph, report: Path) -> tuple[str, str]:
-    page = Path(os.path.relpath(graph.folder / f"{graph.slug}.html", report)).as_posix()
-    return f"Open the interactive page of {graph.name[0].lower()}{graph.name[1:]}", quote(page)
+def _span(values: Sequence[float], written: Callable[[float], str]) -> str:
+    """Return the smallest and the largest value in words, once if they are equal."""
+    return " to ".join(dict.fromkeys(written(value) for value in (min(values), max(values))))
+
+
+def _one_line(text: str) -> str:
+    """Return a text on one line, spaces at its ends left out."""
+    return visible(text).strip() or "␣"

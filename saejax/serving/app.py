@@ -1,5 +1,6 @@
 """The server's addresses. Pages are made for each request; work is told line by line (``jobs``)."""
 
+import asyncio
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -12,7 +13,6 @@ from starlette.routing import Route
 
 from saejax.attribution.forms.page import page_html
 from saejax.errors import UserError
-from saejax.results import to_json
 from saejax.runner.config import Configs
 from saejax.serving import pages
 from saejax.serving.effects import FREEZE_MODES, effects
@@ -47,7 +47,7 @@ class GraphServer:
     def _page(self, make: Callable[[Mapping[str, str]], str]) -> Callable:
         async def answer(request: Request) -> Response:
             try:
-                return HTMLResponse(await self._jobs.once(lambda: make(request.query_params)))
+                return HTMLResponse(await asyncio.to_thread(make, request.query_params))
             except UserError as error:
                 return PlainTextResponse(_line(error), 404)
 
@@ -57,7 +57,7 @@ class GraphServer:
         async def answer(request: Request) -> Response:
             try:
                 fields = _fields(await request.body())
-                return JSONResponse(dict(file=str(await self._jobs.once(lambda: save(fields)))))
+                return JSONResponse(dict(file=str(await asyncio.to_thread(save, fields))))
             except UserError as error:
                 return JSONResponse(dict(error=_line(error)), 400)
 
@@ -89,6 +89,7 @@ class GraphServer:
         graph = self._store.find(query.get("id", ""))
         document, shown, note, why = self._store.document(graph), self._store.shown(graph), "", ""
         freeze_modes: tuple[str, ...] = FREEZE_MODES
+        whole = False  # whether the whole graph is at hand
         settings = document["metadata"].get("pruning_settings") or {}
         nodes, edges = settings.get("node_threshold", 0.8), settings.get("edge_threshold", 0.98)
         labels: dict[tuple[int, int], str] = {}
@@ -105,10 +106,12 @@ class GraphServer:
             details = self._store.details(document, configs[GraphConfig])
             freeze_modes = FREEZE_MODES[:1] if configs[GraphConfig].dictionaries else FREEZE_MODES
             note += f"With {configs[ModelConfig].path} and {_set_name(configs[GraphConfig])}."
-            note += "" if self._session.whole(graph) else " To be pruned again the prompt is traced again first."
+            whole = self._session.whole(graph)
+            note += "" if whole else " It cannot be pruned again, as the whole graph is not saved here."
         except UserError as error:
             why = _line(error)
-        live = dict(graph=graph.id, nodes=nodes, edges=edges, note=note, why=why, freeze_modes=freeze_modes)
+        shares = dict(nodes=nodes, edges=edges, whole=whole)
+        live = dict(graph=graph.id, note=note, why=why, freeze_modes=freeze_modes, **shares)
         if not details:  # of a graph without a known set
             details = self._store.details(document, self._session.defaults[GraphConfig])
         return page_html(document, labels=labels, details=details, live=live, **shown)
@@ -138,7 +141,7 @@ class GraphServer:
             raise UserError(f"freeze is {freeze!r}: expected one of {', '.join(FREEZE_MODES)}")
         run = self._session.run(graph, document, job)
         job.say("Running the model")
-        return to_json(effects(run, changes, freeze, targets_of(document), job.progress))
+        return effects(run, changes, freeze, targets_of(document), job.progress)
 
     def _label(self, fields: Mapping[str, Any]) -> Any:
         graph, name, label = self._find_graph(fields), _text(fields, "node"), _text(fields, "label").strip()

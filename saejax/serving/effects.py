@@ -1,7 +1,7 @@
 """Next-token effects of edited features of a prompt, beside as many random features."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,69 +22,13 @@ DRAWS = 7  # random sets: with the changes themselves as many rows as are run at
 _SHOWN = 8  # most probable tokens, before and after
 
 
-Pair = tuple[float, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class ChangedToken:
-    """A token that may come next.
-
-    Attributes:
-      text: of it.
-      logit: before the changes, and after.
-      probability: likewise, 0 to 1.
-      random: the least and the largest probability with random sets changed; None: there are none.
-    """
-
-    text: str
-    logit: Pair
-    probability: Pair
-    random: Pair | None
-
-
-@dataclasses.dataclass(frozen=True)
-class ChangedDifference:
-    """A difference of two logits.
-
-    Attributes:
-      text: of both tokens.
-      value: before the changes, and after.
-      random: the least and the largest with random sets changed; None: there are none.
-    """
-
-    text: tuple[str, str]
-    value: Pair
-    random: Pair | None
-
-
-@dataclasses.dataclass(frozen=True)
-class ChangeEffects:
-    """Effects of changes on the next token.
-
-    Attributes:
-      tokens: the most probable, after the changes first.
-      differences: that the graph explains.
-      kl: divergence of the changed model from the model, nats.
-      random_kl: with each random set changed.
-      draws: random sets.
-      no_draws: why there are none; "": there are.
-    """
-
-    tokens: tuple[ChangedToken, ...]
-    differences: tuple[ChangedDifference, ...]
-    kl: float
-    random_kl: tuple[float, ...]
-    draws: int
-    no_draws: str
-
-
 def effects(
     run: LocalModel | SaeRun,
     changes: Sequence[tuple[str, float, Sequence[str]]],
     freeze: str,
     targets: Sequence[TargetText] = (),
     on_progress: OnProgress = silent,
-) -> ChangeEffects:
+) -> dict[str, Any]:
     """Run a prompt with some features changed, and with as many random active features changed in the same way.
 
     Args:
@@ -93,6 +37,13 @@ def effects(
       freeze: what is frozen at its values in the prompt, "none" with SAEs; see ``interventions``.
       targets: the graph's targets, which are shown with the most probable tokens.
       on_progress: called with the numbers of layers done and of all layers; may raise to stop.
+
+    Returns:
+      ``tokens``, the most probable next tokens, after the changes first: of each its ``text``, ``logit`` and
+      ``probability`` before and after, and ``random``, the least and the largest probability with random sets changed
+      (None: there are none). ``differences``, those of logits that the graph explains: ``text`` of both tokens,
+      ``value`` before and after, ``random``. ``kl``, the divergence of the changed model from the model in nats, and
+      ``random_kl`` with each random set changed; ``draws``, their number; ``no_draws``, why there are none.
 
     Raises:
       UserError: there is nothing to change, or a feature is not active in the prompt or named twice.
@@ -113,11 +64,11 @@ def effects(
 
 def _change_effects(
     logits_RxV: np.ndarray, pairs: Sequence[Sequence[int]], text: Callable[[int], str], no_draws: str
-) -> ChangeEffects:
-    """Return the effects of changes, from the logits before, after, and with each random set changed.
+) -> dict[str, Any]:
+    """Return what ``effects`` does.
 
     Args:
-      logits_RxV: logits in this order, fp64.
+      logits_RxV: logits before the changes, after, and with each random set changed, fp64.
       pairs: the targets' tokens; the second below 0 where a target is one token.
       text: returns the text of a token.
       no_draws: why no random set was changed.
@@ -128,29 +79,28 @@ def _change_effects(
     top = [token for row in p_RxV[:2] for token in np.argsort(-row, kind="stable")[:_SHOWN].tolist()]
     shown = sorted(dict.fromkeys([*top, *(a for a, b in pairs if b < 0)]), key=lambda token: -p_RxV[1, token])
     differences = [(a, b, logits_RxV[:, a] - logits_RxV[:, b]) for a, b in pairs if b >= 0]
-    return ChangeEffects(
-        tokens=tuple(
-            ChangedToken(text(token), _ends(logits_RxV[:, token]), _ends(p_RxV[:, token]), _span(p_RxV[:, token]))
-            for token in shown
-        ),
-        differences=tuple(
-            ChangedDifference((text(a), text(b)), _ends(value_R), _span(value_R)) for a, b, value_R in differences
-        ),
+
+    def ends(value_R: np.ndarray) -> list[float]:
+        """Before the changes, and after."""
+        return value_R[:2].tolist()
+
+    def span(value_R: np.ndarray) -> list[float] | None:
+        """Return the least and the largest with random sets changed."""
+        return [float(value_R[2:].min()), float(value_R[2:].max())] if len(value_R) > 2 else None
+
+    return dict(
+        tokens=[
+            dict(text=text(t), logit=ends(logits_RxV[:, t]), probability=ends(p_RxV[:, t]), random=span(p_RxV[:, t]))
+            for t in shown
+        ],
+        differences=[
+            dict(text=[text(a), text(b)], value=ends(value_R), random=span(value_R)) for a, b, value_R in differences
+        ],
         kl=float(kl_R[1]),
-        random_kl=tuple(kl_R[2:].tolist()),
+        random_kl=kl_R[2:].tolist(),
         draws=len(kl_R) - 2,
         no_draws=no_draws,
     )
-
-
-def _ends(value_R: np.ndarray) -> Pair:
-    """Before the changes, and after."""
-    return float(value_R[0]), float(value_R[1])
-
-
-def _span(value_R: np.ndarray) -> Pair | None:
-    """Return the least and the largest with random sets changed."""
-    return (float(value_R[2:].min()), float(value_R[2:].max())) if len(value_R) > 2 else None
 
 
 def _changed(

@@ -90,27 +90,6 @@ class Jobs:
         finally:
             job.stop()
 
-    async def once(self, work: Callable[[], Any]) -> Any:
-        """Return the result of work without progress, such as reading a file; exceptions are raised here."""
-        loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[Any] = loop.create_future()
-
-        def settle(result: Any, error: BaseException | None) -> None:
-            if not outcome.cancelled():
-                outcome.set_exception(error) if error else outcome.set_result(result)
-
-        def run() -> None:
-            result, error = None, None
-            try:
-                result = work()
-            except Exception as raised:
-                error = raised
-            with contextlib.suppress(RuntimeError):  # the server has ended
-                loop.call_soon_threadsafe(settle, result, error)
-
-        threading.Thread(target=run, name=THREAD, daemon=True).start()
-        return await outcome
-
     def stop(self) -> None:
         """Stop all work, and start no more, without waiting."""
         self._closed = True

@@ -19,8 +19,8 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.saes import LayerSaes
-from saejax.attribution.requests import Request, TargetText, read_labels
-from saejax.attribution.run import open_parts, trace_request
+from saejax.attribution.requests import TargetText, read_labels
+from saejax.attribution.run import open_parts
 from saejax.attribution.trace.rounds import Traced
 from saejax.attribution.trace.sae_run import SaeRun
 from saejax.errors import UserError
@@ -117,22 +117,15 @@ class ModelSession:
     def prune(self, graph: StoredGraph, document: GraphDocument, nodes: float, edges: float, job: Job) -> None:
         """Prune a graph with other thresholds; ``pruned`` returns the result.
 
-        The prompt is traced again only if the whole graph is neither in memory nor saved.
-
         Raises:
-          UserError: the prompt cannot be traced again, or nothing is left.
+          UserError: the whole graph is neither in memory nor saved, or nothing is left.
         """
-        run, key = self._run_of(graph), self._key(graph)
-        config = run.configs[GraphConfig]
+        config, key = self.configs_of(graph)[GraphConfig], self._key(graph)
         if key not in self._graphs:
-            if folder := _saved(graph):
-                job.say("Reading the graph")
-                _keep(self._graphs, key, Graph.load(folder))
-            else:
-                model, dictionaries = self.opened(run, job)
-                job.say("Tracing the prompt again")
-                request = _request(document, config)
-                self.keep(graph, trace_request(model, dictionaries, *request, on_progress=job.progress))
+            if not (folder := _saved(graph)):
+                raise UserError(f"the whole graph of {graph.id} is not saved: trace its prompt here, then prune that")
+            job.say("Reading the graph")
+            _keep(self._graphs, key, Graph.load(folder))
         job.say("Pruning")
         whole = dataclasses.replace(self._graphs[key], prompt=document["metadata"]["prompt"])
         pruned = whole.prune(nodes, edges, config.top_edges)
@@ -231,14 +224,6 @@ def _saved(graph: StoredGraph) -> Path | None:
     """Return the folder of the whole graph in its unit; None: there is none."""
     folder = graph.unit / f"{graph.path.stem}-graph" if graph.unit else None
     return folder if folder and (folder / "graph.json").exists() else None
-
-
-def _request(document: GraphDocument, config: GraphConfig) -> tuple[Request, GraphConfig]:
-    """Return what traces a graph's prompt again."""
-    metadata = document["metadata"]
-    most = (metadata.get("generation_settings") or {}).get("max_feature_nodes") or 0
-    request = Request(metadata["slug"], tuple(token_ids(document)), tuple(targets_of(document)))
-    return request, dataclasses.replace(config, max_features=int(most))
 
 
 def _check_same(document: GraphDocument, run: PromptRun) -> None:

@@ -120,14 +120,3 @@ def test_a_server_that_ends_stops_all_and_starts_nothing():
         return await read(jobs, endless)
 
     assert asyncio.run(run())[-1] == dict(error="The work was stopped.")
-
-
-def test_small_work_gives_its_value_or_raises():
-    async def run():
-        jobs = Jobs()
-        assert await jobs.once(lambda: 5) == 5
-        with pytest.raises(UserError, match="no"):
-            await jobs.once(lambda: raising(UserError("no"))(None))
-        await gone()
-
-    asyncio.run(run())

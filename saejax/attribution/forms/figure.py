@@ -1,34 +1,59 @@
 """A figure of a graph for print: its most influential nodes as labelled boxes, layers by positions, strongest edges.
 
-Only layers and positions where something stands take room. Sizes are in inches, so that text of 6.5 points stays of
-6.5 points. Excitatory edges are blue and whole, inhibitory ones orange and broken: they differ in grey, too.
+A box is as large as its text, and stands as near to the column of its position as the others of its layer allow. Only
+layers and positions where something stands take room. Sizes are in inches from the lower left corner, so that text of
+6.5 points stays of 6.5 points. Excitatory edges are blue and whole, inhibitory ones orange and broken: they differ in
+grey, too.
 """
 
+import dataclasses
+import functools
 import io
+import itertools
+import re
+import textwrap
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path as Curve
+from matplotlib.textpath import TextPath
 
-from saejax.attribution.forms.document import GraphDocument, check_document
-from saejax.attribution.forms.figure_layout import GAP, GUTTER, SIZE, Box, fitted, text_width
+from saejax.attribution.forms.document import DocumentNode, GraphDocument, check_document
 from saejax.attribution.forms.scores import strongest
 from saejax.errors import UserError
 from saejax.files import whole_file
 
 INK, SOFT, LINE, CARD, PAPER, BLUE, ORANGE = "#1b1f24", "#555e68", "#d4d9df", "#f5f7f9", "#ffffff", "#0072b2", "#d55e00"
+SIZE = 6.5  # points, of all text
 _STYLE = {"font.family": "DejaVu Sans", "svg.fonttype": "path", "svg.hashsalt": "saejax", "text.parse_math": False}
+_GAP, _GUTTER, _PAD = 0.05, 0.32, 0.045  # between boxes; for the names of layers; inside boxes
+_WIDTH, _COLUMN = 7.2, 0.25  # of the figure, unless its columns, at least so wide, need more
+_LETTERS, _LINES = 16, 2  # of a label; longer labels are cut
+_KINDS = {"embedding": "token", "logit": "output", "mlp reconstruction error": "error"}
+_DIFFERENCE = re.compile(r"""(['"])(.*)\1 - (['"])(.*)\3""", re.DOTALL)  # of logits, as ``targets`` names it
 
 
-def draw_graph(
-    document: GraphDocument,
-    *,
-    max_nodes: int = 50,
-    max_edges: int = 150,
-) -> Figure:
+@dataclasses.dataclass
+class Box:
+    """A node: what it is, its text, its size, and where its middle is."""
+
+    kind: str  # "token", "output", "error" or "feature"
+    layer: int  # -1: tokens
+    position: int
+    text: str
+    width: float
+    height: float
+    x: float = 0.0
+    y: float = 0.0
+
+
+def draw_graph(document: GraphDocument, *, max_nodes: int = 50, max_edges: int = 150) -> Figure:
     """Draw a graph in Neuronpedia's format.
 
     Args:
@@ -46,14 +71,15 @@ def draw_graph(
         raise UserError(f"a figure of {max_nodes} nodes and {max_edges} edges is empty: ask for at least 1 of each")
     nodes, links = _chosen(document, max_nodes, max_edges)
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
-        boxes, rows, (width, height) = fitted(nodes, document)
+        boxes = {node["node_id"]: _box(node, document) for node in nodes}
+        rows, (width, height) = _place(list(boxes.values()))
         figure = Figure(figsize=(width, height))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, width), ylim=(0, height))
         axes.set_axis_off()
-        for name, y, above in rows:
-            axes.plot([GUTTER, width], [above, above], color=LINE, linewidth=0.4, zorder=0)
-            axes.text(GUTTER - 0.08, y, name, size=SIZE, color=SOFT, ha="right", va="center")
+        for name, low, high in rows:
+            axes.plot([_GUTTER, width], [high, high], color=LINE, linewidth=0.4, zorder=0)
+            axes.text(_GUTTER - 0.08, (low + high) / 2, name, size=SIZE, color=SOFT, ha="right", va="center")
         _draw_legend(axes)
         for place, link in reversed(list(enumerate(links))):  # the strongest last, above the others
             ends = boxes[link["source"]], boxes[link["target"]]
@@ -74,6 +100,14 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(rendered, format=kind, metadata=empty[kind])
     with whole_file(Path(path)) as temporary:
         temporary.write_bytes(rendered.getvalue())
+
+
+def visible_token(text: str) -> str:
+    """Return a token with visible signs for spaces, line ends and invisible characters."""
+    sign_of = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+    invisible = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
+    signs = (sign_of.get(c) or (f"\\u{ord(c):04x}" if unicodedata.category(c) in invisible else c) for c in text)
+    return "".join(signs) or "∅"
 
 
 def _chosen(document: GraphDocument, max_nodes: int, max_edges: int) -> tuple[list[Any], list[Any]]:
@@ -97,6 +131,83 @@ def _chosen(document: GraphDocument, max_nodes: int, max_edges: int) -> tuple[li
     return [node for node in document["nodes"] if node["node_id"] in ends | logits], wanted
 
 
+def _box(node: DocumentNode, document: GraphDocument) -> Box:
+    kind, text = _KINDS.get(node["feature_type"], "feature"), "error"
+    if kind == "token":
+        token = visible_token(document["metadata"]["prompt_tokens"][node["ctx_idx"]])
+        text = token if len(token) <= _LETTERS else f"{token[: _LETTERS - 1]}…"
+    elif kind == "output":
+        text = _output_text(node)
+    elif kind == "feature":
+        label = node["clerp"] or f"#{node['node_id'].split('_')[1]}"
+        wrapped = textwrap.wrap(label, _LETTERS) or [label]
+        text = "\n".join(wrapped[:_LINES]) + ("…" if len(wrapped) > _LINES else "")
+    lines = text.split("\n")
+    size = max(_text_width(line) for line in lines) + 2 * _PAD, len(lines) * SIZE * 1.25 / 72 + 1.2 * _PAD
+    # Tokens are upright: so the columns of a prompt take the least room.
+    width, height = (size[1], max(size[0], 0.2)) if kind == "token" else (max(size[0], 0.2), size[1])
+    return Box(kind, -1 if kind == "token" else int(node["layer"]), node["ctx_idx"], text, width, height)
+
+
+def _output_text(node: DocumentNode) -> str:
+    """Return an output's token and its probability, or the two tokens of a difference of logits."""
+    quoted = node["clerp"].removeprefix('Output "').rsplit('" (p=', 1)[0]
+    if pair := _DIFFERENCE.fullmatch(quoted):
+        return f"{visible_token(pair[2])} − {visible_token(pair[4])}"
+    chance = node.get("token_prob") or 0.0
+    return f"{visible_token(quoted)}\n{'<1' if 0 < chance < 0.01 else f'{100 * chance:.0f}'} %"
+
+
+@functools.lru_cache(10_000)
+def _text_width(text: str) -> float:
+    """Return the width of one line in inches."""
+    plain = text.replace("$", "\\$")  # a single dollar sign is none to TextPath
+    return TextPath((0, 0), plain, size=SIZE, prop=FontProperties(family="DejaVu Sans")).get_extents().width / 72
+
+
+def _place(boxes: Sequence[Box]) -> tuple[list[tuple[str, float, float]], tuple[float, float]]:
+    """Place each box; return the rows, each a name, its lower and its upper edge, and the figure's width and height."""
+    columns = sorted({box.position for box in boxes})
+    width = max(_WIDTH, _GUTTER + _COLUMN * len(columns), *(box.width + _GUTTER + 2 * _GAP for box in boxes))
+    step = (width - _GUTTER) / len(columns)
+    for box in boxes:
+        box.x = _GUTTER + (columns.index(box.position) + 0.5) * step
+    # Outputs come last, above all layers.
+    order = sorted(boxes, key=lambda box: (box.kind == "output", box.layer, box.position))
+    rows, y = list[tuple[str, float, float]](), 0.24
+    grouped = [list(group) for _, group in itertools.groupby(order, key=lambda box: (box.kind == "output", box.layer))]
+    gap = min(0.3, 3.0 / len(grouped))
+    for group in grouped:
+        low, name = y, "out" if group[0].kind == "output" else str(group[0].layer) if group[0].layer >= 0 else "E"
+        for line in _lines(group, width):
+            tall = max(box.height for box in line)
+            for box in line:
+                box.y = y + (tall - box.height / 2 if box.layer < 0 else tall / 2)
+            y += tall + _GAP
+        rows.append((name, low, y + gap / 2))
+        y += gap
+    return rows, (width, y - gap + 0.02)
+
+
+def _lines(group: list[Box], width: float) -> list[list[Box]]:
+    """Place the boxes of a layer from left to right, in as many lines as they need; return the lines from below."""
+    lines: list[list[Box]] = [[]]
+    for box in group:
+        if lines[-1] and sum(other.width + _GAP for other in (*lines[-1], box)) > width - _GUTTER - _GAP:
+            lines.append([])
+        lines[-1].append(box)
+    for line in lines:
+        right = _GUTTER
+        for box in line:  # pushed to the right by those before them
+            box.x = max(box.x, right + _GAP + box.width / 2)
+            right = box.x + box.width / 2
+        left = width
+        for box in reversed(line):  # and back from the figure's edge
+            box.x = min(box.x, left - _GAP - box.width / 2)
+            left = box.x - box.width / 2
+    return lines
+
+
 def _edge(source: Box, target: Box, excites: bool, strength: float) -> PathPatch:
     """Return an edge; ``strength``, by its rank, is above 0 and at most 1."""
     below, above = source.y + source.height / 2, target.y - target.height / 2
@@ -110,30 +221,28 @@ def _edge(source: Box, target: Box, excites: bool, strength: float) -> PathPatch
 
 
 def _draw_legend(axes: Any) -> None:
-    x = GUTTER + GAP
+    x = _GUTTER + _GAP
     for name, color, style in (("excites", BLUE, "-"), ("inhibits", ORANGE, (0, (4, 1.5)))):
         axes.plot([x, x + 0.25], [0.09, 0.09], color=color, linestyle=style, linewidth=1.6)
         axes.text(x + 0.31, 0.09, name, size=SIZE, color=SOFT, va="center_baseline")
-        x += 0.4 + text_width(name) + 0.15
+        x += 0.4 + _text_width(name) + 0.15
 
 
 def _draw_box(axes: Any, box: Box) -> None:
-    kind = box.kind
     corner = box.x - box.width / 2, box.y - box.height / 2
-    look = dict(facecolor=CARD, edgecolor=SOFT, linewidth=0.6, zorder=3)
-    if kind == "token":
-        look |= dict(facecolor=INK, edgecolor=INK)
-    elif kind == "error":
-        look |= dict(facecolor=PAPER, linestyle=(0, (2, 1)))
-    elif kind == "output":
-        look |= dict(facecolor=PAPER, edgecolor=INK, linewidth=1.1)
-    if kind in ("token", "error"):
+    looks = {
+        "token": dict(facecolor=INK, edgecolor=INK),
+        "error": dict(facecolor=PAPER, linestyle=(0, (2, 1))),
+        "output": dict(facecolor=PAPER, edgecolor=INK, linewidth=1.1),
+    }
+    look = dict(facecolor=CARD, edgecolor=SOFT, linewidth=0.6, zorder=3) | looks.get(box.kind, {})
+    if box.kind in ("token", "error"):
         axes.add_patch(Rectangle(corner, box.width, box.height, **look))
     else:
         style = "round,pad=0,rounding_size=0.05"
         axes.add_patch(FancyBboxPatch(corner, box.width, box.height, boxstyle=style, **look))
-    color = PAPER if kind == "token" else INK
+    color = PAPER if box.kind == "token" else INK
     axes.text(
         box.x, box.y, box.text, size=SIZE, color=color, ha="center", va="center", linespacing=1.1, zorder=4,
-        parse_math=False, rotation=90 * box.upright,
+        parse_math=False, rotation=90 * (box.kind == "token"),
     )  # fmt: skip
