@@ -13,8 +13,7 @@ from saejax.attribution.checks.validation import double
 from saejax.attribution.forms.features import open_folder
 from saejax.attribution.forms.outputs import write_outputs
 from saejax.attribution.graph.nodes import ERROR, FEATURE
-from saejax.attribution.groups import supernodes
-from saejax.attribution.groups.supernodes import read_groups
+from saejax.attribution.groups.supernodes import check_groups, read_groups
 from saejax.attribution.heads.attention import Attention, read_attention
 from saejax.attribution.heads.query_key import check_head
 from saejax.attribution.local.model import LocalModel
@@ -22,11 +21,7 @@ from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.requests import Request, read_heads, read_labels, read_requests
-from saejax.attribution.results import (
-    AttributeResults,
-    GraphResults,
-    GraphTarget,
-)
+from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
 from saejax.attribution.trace.gradient import trace_saes
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_memory
 from saejax.attribution.trace.prompt import trace_prompt
@@ -152,7 +147,7 @@ def _measure(
     seconds = time.monotonic() - start
     graph = traced.graph
     pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
-    supernodes.named(pruned, groups)  # before anything is written
+    check_groups(pruned, groups)  # before anything is written
     attention = _NO_ATTENTION
     if isinstance(traced.local, LocalModel):
         attention = read_attention(traced, pruned, config.heads, read_heads(config))

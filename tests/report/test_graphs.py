@@ -94,7 +94,10 @@ def test_page_and_markdown_say_what_was_found(made):
         assert "4 prompts were traced into attribution graphs" in text
         assert re.search(r"it 65\s% to 90\s% comes from the prompt's tokens through features", text)
         assert "has a correlation of 0.75 with what happens when features are doubled" in text
-        assert "Graphs with the transcoders /far/away/sets/paris" in text and "Graphs with the transcoders /far/away/sets/wide" in text
+        assert (
+            "Graphs with the transcoders /far/away/sets/paris" in text
+            and "Graphs with the transcoders /far/away/sets/wide" in text
+        )
         for cell in ("12,345", "4,096 (33", "5.0", "1,977", "0.65", "0.88", "2.2e−7", "0.75"):
             assert cell in text.replace("e−07", "e−7"), cell
         assert "Prompt: “The capital of↵France <b>is”. Explained: Paris (62 %), Rome (3.4 %)." in text.replace(

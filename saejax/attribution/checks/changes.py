@@ -1,46 +1,19 @@
-"""Rows of changes for ``LocalModel.run``, made of features of a graph: ablate, scale, set, and random controls.
+"""Rows of changes for ``LocalModel.run``, made of features with the activation that they have in the prompt.
 
-Features are nodes of a graph, such as ``features_of(graph, supernode.nodes)``, with the activation that they have in
-the prompt. A row is a list of changes that are made together. Lists can be joined with +, and thousands of rows run in
-one call:
+Features are nodes, such as ``graph.nodes[indices]``. A row is a list of changes that are made together. Lists can be
+joined with +, and thousands of rows run in one call:
 
-    rows = [ablate(features_of(graph, group.nodes)) for group in supernodes]
-    local.run(rows, readouts=readouts)
+    local.run([scale(graph.nodes[indices], 0.0), scale(graph.nodes[indices], 2.0)], readouts=readouts)
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import FEATURE, KINDS, Nodes
+from saejax.attribution.graph.nodes import FEATURE, Nodes
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.errors import UserError
 
 _TRIES = 20  # for each random set, at the same positions and then at any
-
-
-def features_of(graph: Graph, nodes: Sequence[int] | np.ndarray) -> Nodes:
-    """Return some features of a graph.
-
-    Args:
-      graph: their graph.
-      nodes: their indices in the graph's table, such as those of a ``Supernode``.
-
-    Raises:
-      UserError: a node is no feature.
-    """
-    chosen = graph.nodes[np.asarray(nodes, np.int64)]
-    for node, kind in zip(nodes, chosen.kind_N, strict=True):
-        if kind != FEATURE:
-            raise UserError(f"node {node} of the graph is of the kind {KINDS[kind]}: features alone can be changed")
-    return chosen
-
-
-def ablate(features: Nodes) -> list[Change]:
-    """Return changes that set features to 0."""
-    return scale(features, 0.0)
 
 
 def scale(features: Nodes, factor: float) -> list[Change]:

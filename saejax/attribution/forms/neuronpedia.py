@@ -45,7 +45,7 @@ def to_document(
         ``source_set`` the address, if the set is on the hub.
       source_set: the set's name at Neuronpedia, such as "gemmascope-transcoder-16k".
       labels: (layer, feature) -> what the feature is called.
-      supernodes: of each its label and the ids of the nodes in it, which are pinned; see ``supernodes.as_groups``.
+      supernodes: of each its label and the ids of the nodes in it, which are pinned.
       pinned: ids of more nodes to pin.
 
     Raises:

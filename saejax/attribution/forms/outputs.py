@@ -53,7 +53,7 @@ def write_outputs(
       slug: the graph's name.
       whole: the graph before pruning.
       pruned: the graph that is shown.
-      groups: its supernodes, as ``supernodes.as_groups`` gives them.
+      groups: its supernodes, of each the label and the ids of its nodes.
       attention: what was requested of its attention.
       labels: (layer, feature) -> what the feature is called.
     """

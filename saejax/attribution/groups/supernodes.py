@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from saejax.attribution.graph.data import GraphData
 from saejax.errors import UserError
@@ -13,50 +13,26 @@ from saejax.tasks.files import decode, read_bytes
 _GROUPS = '{"paris": [["cities", "3_17_4", "5_208_4"]]}, or a state that the page saved'
 
 
-class Supernode(NamedTuple):
-    """A group of nodes, as places in the graph's table, under a name."""
-
-    label: str
-    nodes: tuple[int, ...]
-
-
-def named(graph: GraphData, groups: Sequence[Sequence[str]]) -> list[Supernode]:
-    """Return the groups of Neuronpedia's ``qParams.supernodes``, each a label and ids of nodes.
+def check_groups(graph: GraphData, groups: Sequence[Sequence[str]]) -> None:
+    """Check groups as in Neuronpedia's ``qParams.supernodes``, each a label and ids of nodes.
 
     Raises:
-      UserError: the graph has no node of an id, or a node is in two groups.
+      UserError: the graph has no node of an id, or a node is in two groups, or in one twice.
     """
-    place = {node_id: node for node, node_id in enumerate(graph.ids)}
-    supernodes = []
+    ids, label_of = set(graph.ids), dict[str, str]()
     for label, *members in groups:
-        unknown = [member for member in members if member not in place]
-        if unknown:
-            raise UserError(
-                f"the supernode {label!r} names {unknown[0]!r}, and no node of the graph has that id: was it made of "
-                "another prompt, or is it pruned away?"
-            )
-        supernodes.append(Supernode(label, tuple(place[member] for member in members)))
-    check_apart(graph, supernodes)
-    return supernodes
-
-
-def as_groups(graph: GraphData, supernodes: Sequence[Supernode]) -> list[list[str]]:
-    """Return Neuronpedia's ``qParams.supernodes``: of each group the label, then the ids of its nodes."""
-    ids = graph.ids
-    return [[group.label, *(ids[node] for node in group.nodes)] for group in supernodes]
-
-
-def check_apart(graph: GraphData, supernodes: Sequence[Supernode]) -> None:
-    """Refuse, with a ``UserError``, groups that share a node, or have one twice."""
-    owner: dict[int, str] = {}
-    for label, nodes in supernodes:
-        for node in nodes:
-            if node in owner:
+        for member in members:
+            if member not in ids:
                 raise UserError(
-                    f"the node {graph.ids[node]!r} is in the supernodes {owner[node]!r} and {label!r}: expected "
-                    "it in one, once"
+                    f"the supernode {label!r} names {member!r}, and no node of the graph has that id: was it made of "
+                    "another prompt, or is it pruned away?"
                 )
-            owner[node] = label
+            if member in label_of:
+                raise UserError(
+                    f"the node {member!r} is in the supernodes {label_of[member]!r} and {label!r}: expected it in one, "
+                    "once"
+                )
+            label_of[member] = label
 
 
 def read_groups(config: GraphConfig, slugs: Sequence[str]) -> dict[str, list[list[str]]]:

@@ -42,20 +42,24 @@ def fill_table(mesh: Mesh, first: list[jax.Array], parts: Iterator[np.ndarray], 
       mesh: the devices, over whose axis ``model`` the table's width is split.
       first: arrays with the first rows, each [U, D].
       parts: arrays with the next rows, fp32 [X, D].
-      rows: number of rows reserved for ``parts``, a multiple of ``CHUNK``.
+      rows: number of rows reserved for ``parts``, ``CHUNK`` more than they have at the least.
 
     Returns:
       fp32 [U, D].
     """
     start, width = sum(map(len, first)), first[0].shape[1]
     where = fitting_sharding(mesh, (start + rows, width), None, "model")
-    table_UxD = _begun(where, rows, first)
     by_width = fitting_sharding(mesh, (CHUNK, width), None, "model")
-    for chunk_CxD in _chunks(parts, width):
-        # ``jax.device_put`` would ask all processes each time whether they have the same.
-        placed_CxD = jax.make_array_from_callback(chunk_CxD.shape, by_width, chunk_CxD.__getitem__)
-        table_UxD = _written(where, table_UxD, placed_CxD, np.int32(start))
-        start += CHUNK
+    table_UxD = _begun(where, rows, first)
+    for part_XxD in parts:
+        for begin in range(0, len(part_XxD), CHUNK):
+            # Whole chunks, so that one program writes them all: the next one overwrites what fills this one up.
+            chunk_CxD = np.zeros((CHUNK, width), np.float32)
+            chunk_CxD[: len(part_XxD) - begin] = part_XxD[begin : begin + CHUNK]
+            # ``jax.device_put`` would ask all processes each time whether they have the same.
+            placed_CxD = jax.make_array_from_callback(chunk_CxD.shape, by_width, chunk_CxD.__getitem__)
+            table_UxD = _written(where, table_UxD, placed_CxD, np.int32(start + begin))
+        start += len(part_XxD)
     return table_UxD
 
 
@@ -71,16 +75,3 @@ def _written(where: NamedSharding, table_UxD: jax.Array, chunk_CxD: jax.Array, s
     """Return the table with some rows in their place."""
     table_UxD = lax.dynamic_update_slice_in_dim(table_UxD, chunk_CxD, start, 0)
     return lax.with_sharding_constraint(table_UxD, where)
-
-
-def _chunks(parts: Iterator[np.ndarray], width: int) -> Iterator[np.ndarray]:
-    """Return the rows of all parts by ``CHUNK``, the last ones filled up with 0."""
-    left_XxD = np.empty((0, width), np.float32)
-    for part_XxD in parts:
-        # Parts are of any size, chunks of one: so one program writes them all.
-        left_XxD = np.concatenate([left_XxD, part_XxD])
-        whole = len(left_XxD) // CHUNK * CHUNK
-        yield from left_XxD[:whole].reshape(-1, CHUNK, width)
-        left_XxD = left_XxD[whole:]
-    if len(left_XxD):
-        yield np.pad(left_XxD, ((0, CHUNK - len(left_XxD)), (0, 0)))

@@ -141,7 +141,7 @@ class ChangeEdits:
 
 
 class CircuitEdits:
-    """Circuits run side by side; see ``ChangeEdits`` for its interface.
+    """Circuits run side by side; see ``ChangeEdits`` for its interface. All layers are edited.
 
     Args:
       state: of the prompt.
@@ -159,11 +159,6 @@ class CircuitEdits:
         self.padded = [min(size, len(circuits))] * len(self.chunks)
         self._outputs: dict[int, FeatureOutputs] = {}
 
-    @property
-    def layers(self) -> set[int]:
-        """The layers that are edited: all."""
-        return set(range(self._state.model.config.n_layers))
-
     def difference(
         self, number: int, layer: int, freeze: str, read_RxTxD: jax.Array, out_RxTxD: jax.Array
     ) -> jax.Array:
@@ -173,24 +168,15 @@ class CircuitEdits:
         outputs = self._outputs.setdefault(number, FeatureOutputs(state.dictionaries, 2, rows, length))
         used_T = (np.arange(length) >= state.first) & (np.arange(length) < len(state.ids_P))
         acts_RxTxF = to_host(encode_used(state.encoder(layer), read_RxTxD, used_T))
-        row_E, position_E, feature_E = np.nonzero(acts_RxTxF)
-        value_E = acts_RxTxF[row_E, position_E, feature_E]
-
-        # Which of the run's active features are active in the prompt and kept, by (position, feature).
+        # Which features of the prompt are kept in each row; one that is not active in the prompt is in no circuit.
+        kept_RxTxF, error_RxT = np.zeros(acts_RxTxF.shape, bool), np.zeros((rows, length), bool)
         here = state.active.of_layer(layer)
-        width = acts_RxTxF.shape[2]
-        # In 64 bits: positions times the features of a large set exceed 32.
-        key_A = state.active.position_A[here].astype(np.int64) * width + state.active.feature_A[here]
-        key_E = position_E.astype(np.int64) * width + feature_E
-        # A key beyond the last one would point outside.
-        index_E = np.minimum(np.searchsorted(key_A, key_E), max(len(key_A) - 1, 0))
-        known_E = key_A[index_E] == key_E if len(key_A) else np.zeros(len(key_E), bool)
-        kept_RxA = np.zeros((rows, max(len(key_A), 1)), bool)
-        error_RxT = np.zeros((rows, length), bool)
+        position_A, feature_A = state.active.position_A[here], state.active.feature_A[here]
         for row, circuit in enumerate(circuits):
-            kept_RxA[row, : len(key_A)] = circuit.features_A[here]
+            kept_RxTxF[row, position_A, feature_A] = circuit.features_A[here]
             error_RxT[row, : len(state.ids_P)] = circuit.errors_LxP[layer]
-        kept_E = known_E & kept_RxA[row_E, index_E]
+        row_E, position_E, feature_E = np.nonzero(acts_RxTxF)
+        value_E, kept_E = acts_RxTxF[row_E, position_E, feature_E], kept_RxTxF[row_E, position_E, feature_E]
 
         # One sum has all features, the other the kept ones.
         place_E = row_E * length + position_E
@@ -271,16 +257,15 @@ def _changes_by_layer(state: LocalState, rows: Sequence[Sequence[Change]], token
             if not 0 <= position < tokens:
                 raise UserError(f"position {position}: this prompt has the positions 0 to {tokens - 1}")
             by_layer.setdefault(int(layer), [[] for _ in rows])[row].append((int(position), int(feature), value))
-    changes_by_layer = {}
     # One size for all layers, so that these share their programs.
     most = max((len(entries) for lists in by_layer.values() for entries in lists), default=0)
-    for changed_layer, lists in by_layer.items():
-        arrays = LayerChanges(*(np.zeros((len(rows), most), dtype) for dtype in [np.int32] * 2 + [np.float32] * 2))
+    changes_by_layer = {}
+    for layer, lists in by_layer.items():
+        table_RxMx4 = np.zeros((len(rows), most, 4))
         for row, entries in enumerate(lists):
-            for m, (place, number, new) in enumerate(entries):
-                index = active.index_of.get((changed_layer, place, number))
-                old = 0.0 if index is None else active.value_A[index]
-                for array, entry in zip(arrays, (place, number, new, old), strict=True):
-                    array[row, m] = entry
-        changes_by_layer[changed_layer] = arrays
+            for m, (position, feature, value) in enumerate(entries):
+                index = active.index_of.get((layer, position, feature))
+                table_RxMx4[row, m] = position, feature, value, 0.0 if index is None else active.value_A[index]
+        columns, dtypes = np.moveaxis(table_RxMx4, 2, 0), [np.int32] * 2 + [np.float32] * 2
+        changes_by_layer[layer] = LayerChanges(*(c.astype(dtype) for c, dtype in zip(columns, dtypes, strict=True)))
     return changes_by_layer

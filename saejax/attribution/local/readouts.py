@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +65,13 @@ class Readouts:
         index, number = np.empty(0, np.int32), np.empty(0, np.float32)
         pairs, vectors = np.empty((0, 2), np.int32), np.empty((0, width), np.float32)
         return cls(index, index, index, pairs, vectors, number, np.empty(0, bool), number, number, number, ())
+
+    @classmethod
+    def joined(cls, parts: Sequence["Readouts"]) -> "Readouts":
+        """Return the targets of all parts, one at least, in their order."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        *arrays, labels = columns
+        return cls(*map(np.concatenate, arrays), tuple(itertools.chain(*labels)))
 
 
 def read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: np.ndarray, vector_JxD: np.ndarray) -> np.ndarray:

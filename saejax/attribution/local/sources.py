@@ -80,7 +80,7 @@ class Sources:
         factor_E[: len(of_features.place_E)] = np.repeat(state.active.value_A, of_features.count_S)
         at_E, first_X, row_BxW, position_B = _blocks(state, place_E, position_E, row_E)
         mesh, transcoders = state.model.mesh, state.dictionaries
-        room = state.padded_size("directions", int(of_features.row_E.max()) + 1, CHUNK)
+        room = state.padded_size("directions", int(of_features.row_E.max()) + 1 + CHUNK, CHUNK)
         table_UxD = fill_table(mesh, first, read_directions(transcoders, features), room)
         row_BxW, position_B = jax.device_put((row_BxW, position_B), sharding(mesh))
         count_S = np.concatenate([part.count_S for part in parts])

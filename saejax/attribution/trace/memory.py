@@ -8,6 +8,7 @@ A graph is made in two phases, and the larger one counts:
 The largest arrays that are alive at once are counted, so a run may take a quarter more or less. Arrays are fp32.
 """
 
+import bisect
 import dataclasses
 from typing import NamedTuple
 
@@ -27,7 +28,6 @@ from saejax.models.config import DecoderConfig
 from saejax.models.parameters import parameter_table as model_table
 from saejax.parallel.mesh import free_bytes, part_size
 
-GIB = 2**30
 _FP32 = 4
 _PROGRAMS = 400 * 2**20  # bytes of compiled programs and of compiling them, on the host
 _ACTS_COPIES = 3  # activations of a layer: before and after the sparsity function, and masked
@@ -35,26 +35,22 @@ _SCORES_COPIES = 2.5  # attention weights, and what they are computed from
 
 
 class Memory(NamedTuple):
-    """Bytes on each device, and on the host beside them; CPU devices share the host's memory."""
+    """Bytes on each device, and on the host beside them."""
 
     device: int
     host: int
 
-    def total(self, mesh: Mesh) -> int:
-        """Return the bytes of all devices and the host together."""
-        return self.device * mesh.size + self.host
-
     def fits(self, free: "Memory", mesh: Mesh) -> bool:
-        """Return whether a need fits into what is free."""
-        if _is_cpu(mesh):
-            return self.total(mesh) <= free.host
+        """Return whether a need fits into what is free; CPU devices share the host's memory."""
+        if mesh.devices.flat[0].platform == "cpu":
+            return self.device * mesh.size + self.host <= free.host
         return self.device <= free.device and self.host <= free.host
 
     def describe(self, mesh: Mesh) -> str:
         """Return the amounts in words."""
-        if _is_cpu(mesh):
-            return f"{self.total(mesh) / GIB:.1f} GiB"
-        return f"{self.device / GIB:.1f} GiB a device and {self.host / GIB:.1f} on the host"
+        if mesh.devices.flat[0].platform == "cpu":
+            return f"{(self.device * mesh.size + self.host) / 2**30:.1f} GiB"
+        return f"{self.device / 2**30:.1f} GiB a device and {self.host / 2**30:.1f} on the host"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,40 +150,21 @@ def free_memory(mesh: Mesh) -> Memory:
     return Memory(free_bytes(mesh), psutil.virtual_memory().available)
 
 
-def fitting_tokens(size: GraphSize, mesh: Mesh, free: Memory) -> int:
-    """Return the maximum number of tokens of a prompt whose graph fits, up to the model's context; below 2: none."""
-    low, high = 1, size.model.context
-    # A longer prompt takes more, so that bisection finds the limit.
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = estimate_memory(size, middle, mesh).fits(free, mesh)
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low
-
-
-def check_memory(size: GraphSize, tokens: int, mesh: Mesh, free: Memory | None = None) -> None:
-    """Refuse a prompt whose graph does not fit.
-
-    Args:
-      size: of the graph.
-      tokens: of the prompt.
-      mesh: the devices.
-      free: what is free; None: what is free now.
+def check_memory(size: GraphSize, tokens: int, mesh: Mesh) -> None:
+    """Refuse a prompt whose graph does not fit into what is free now.
 
     Raises:
       UserError: it does not fit; the message says first how many tokens would.
     """
-    free, need = free or free_memory(mesh), estimate_memory(size, tokens, mesh)
+    free, need = free_memory(mesh), estimate_memory(size, tokens, mesh)
     if need.fits(free, mesh):
         return
-    limit = fitting_tokens(size, mesh, free)
+    # A longer prompt takes more.
+    lengths = range(2, size.model.context + 1)
+    limit = 1 + bisect.bisect(lengths, 0, key=lambda length: not estimate_memory(size, length, mesh).fits(free, mesh))
     fitting = f"about {limit:,} tokens fit" if limit > 1 else "no prompt fits"
     fewer = f", or trace fewer features than {size.traced(tokens):,} (max_features)" if size.traced(tokens) else ""
     raise UserError(
         f"{fitting} into the memory that is free, {free.describe(mesh)}, and the prompt has {tokens:,} tokens, whose "
         f"graph would take {need.describe(mesh)}: shorten it{fewer}"
     )
-
-
-def _is_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"

@@ -71,39 +71,34 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
     tokens = [target for target in targets if not isinstance(target, Direction)]
     parts = [_logits(run, tokens, probability_V)] if tokens else []
     parts += [_direction(run, target) for target in targets if isinstance(target, Direction)]
-    joined: dict[str, Any] = {
-        name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0]) if name != "labels"
-    }
-    return Readouts(**joined, labels=tuple(label for part in parts for label in part.labels))
+    return Readouts.joined(parts)
 
 
 def _logits(run: PromptRun, targets: Sequence[Any], probability_V: np.ndarray) -> Readouts:
     """Return the readouts of tokens and of pairs of them."""
-    model, text = run.model, token_text(run.model.tokenizer)
-    pairs_Kx2 = np.full((len(targets), 2), -1, np.int32)
-    for pair, target in zip(pairs_Kx2, targets, strict=True):
-        for index, token in enumerate(target if isinstance(target, tuple) else (target,)):
-            pair[index] = token_of(model, token)
-    first_K, second_K = pairs_Kx2.T
-    single_K = second_K < 0
+    model, text, count = run.model, token_text(run.model.tokenizer), len(targets)
+    pairs = [target if isinstance(target, tuple) else (target,) for target in targets]
     # Filled up, so that prompts with other numbers of targets share the program.
-    filled = np.pad(pairs_Kx2, ((0, padded(len(targets), _STEP) - len(targets)), (0, 0)), constant_values=-1)
-    arrays = logit_directions(model.config, run.rules, model.params, run.last_D, *filled.T)
-    vector_KxD, value_K, constant_K = (to_host(array)[: len(targets)] for array in arrays)
-    labels = [text(a) if b < 0 else f"{text(a)!r} - {text(b)!r}" for a, b in pairs_Kx2.tolist()]
-    logits_V = run.logits_V
+    pair_Xx2 = np.full((padded(count, _STEP), 2), -1, np.int32)
+    for k, pair in enumerate(pairs):
+        pair_Xx2[k, : len(pair)] = [token_of(model, token) for token in pair]
+    arrays = logit_directions(model.config, run.rules, model.params, run.last_D, *pair_Xx2.T)
+    vector_KxD, value_K, constant_K = (to_host(array)[:count] for array in arrays)
+    pair_Kx2, logits_V = pair_Xx2[:count], run.logits_V
+    first_K, second_K = pair_Kx2.T
+    single_K = second_K < 0
     return Readouts(
-        layer_K=np.full(len(targets), model.config.n_layers, np.int32),
-        position_K=np.full(len(targets), len(run.ids_P) - 1, np.int32),
+        layer_K=np.full(count, model.config.n_layers, np.int32),
+        position_K=np.full(count, len(run.ids_P) - 1, np.int32),
         token_K=np.where(single_K, first_K, -1).astype(np.int32),
-        pair_Kx2=pairs_Kx2,
+        pair_Kx2=pair_Kx2,
         vector_KxD=vector_KxD,
         value_K=value_K,
-        normed_K=np.ones(len(targets), bool),
+        normed_K=np.ones(count, bool),
         constant_K=constant_K,
         weight_K=np.where(single_K, probability_V[first_K], 1).astype(np.float32),
         logit_K=logits_V[first_K] - np.where(single_K, 0, logits_V[second_K]).astype(np.float32),
-        labels=tuple(labels),
+        labels=tuple(text(a) if b < 0 else f"{text(a)!r} - {text(b)!r}" for a, b in pair_Kx2.tolist()),
     )
 
 
@@ -123,11 +118,10 @@ def _direction(run: PromptRun, target: Direction) -> Readouts:
         raise UserError(f"the target {target.label!r} leaves the last layer: expected it at the last position")
     stream_D = run.last_D if layer == config.n_layers else run.stream_LxTxD[layer, position]
     value_K = np.array([to_host(stream_D).astype(np.float64) @ vector_D], np.float32)
-    one_K = np.ones(1, np.int32)
     return Readouts(
-        layer_K=layer * one_K,
-        position_K=position * one_K,
-        token_K=-one_K,
+        layer_K=np.full(1, layer, np.int32),
+        position_K=np.full(1, position, np.int32),
+        token_K=np.full(1, -1, np.int32),
         pair_Kx2=np.full((1, 2), -1, np.int32),
         vector_KxD=vector_D[None],
         value_K=value_K,

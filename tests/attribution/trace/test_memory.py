@@ -19,7 +19,6 @@ from saejax.attribution.trace.memory import (
     certain_active,
     check_memory,
     estimate_memory,
-    fitting_tokens,
 )
 from saejax.dictionaries import DictionaryConfig
 from saejax.errors import UserError
@@ -63,19 +62,19 @@ def test_all_features_need_the_square_and_no_copy(large, one_device):
     assert 1 < host / (4 * (2 * 24 * 1023) ** 2) < 2
 
 
-def test_as_many_tokens_fit_as_memory_allows(large, one_device):
-    need = estimate_memory(large, 700, one_device)
-    free = Memory(0, sum(need))
-    most = fitting_tokens(large, one_device, free)
+def test_as_many_tokens_fit_as_memory_allows(large, one_device, monkeypatch):
+    free = Memory(0, sum(estimate_memory(large, 700, one_device)))
+    monkeypatch.setattr(memory, "free_memory", lambda mesh: free)
+    with pytest.raises(UserError, match="^about [0-9]{3} tokens fit into .* and the prompt has 9,999 tokens") as error:
+        check_memory(large, 9999, one_device)
+    most = int(str(error.value).split()[1])
     assert 700 <= most < 700 + 64  # up to the length to which 700 tokens are padded, and about that many bytes
     assert estimate_memory(large, most, one_device).fits(free, one_device)
     assert not estimate_memory(large, most + 1, one_device).fits(free, one_device)
-    assert fitting_tokens(large, one_device, Memory(0, 2**62)) == large.model.context
-    check_memory(large, most, one_device, free)
-    with pytest.raises(UserError, match=rf"^about {most:,} tokens fit into .* and the prompt has {most + 1:,} tokens"):
-        check_memory(large, most + 1, one_device, free)
+    check_memory(large, most, one_device)
+    monkeypatch.setattr(memory, "free_memory", lambda mesh: Memory(0, 0))
     with pytest.raises(UserError, match="^no prompt fits into the memory that is free, 0.0 GiB"):
-        check_memory(large, 5, one_device, Memory(0, 0))
+        check_memory(large, 5, one_device)
 
 
 def test_devices_of_a_host_share_its_memory_and_others_have_their_own(one_device):
