@@ -97,9 +97,11 @@ class ModelSession:
         """
         key = self._key(graph)
         if key not in self._runs:
-            model, dictionaries = self.opened(self._run_of(graph), job)
+            unit = Run("attribute", "", graph.path.parent, self.configs_of(graph), {})
+            model, dictionaries = self.opened(unit, job)
             job.say("Running the prompt")
-            run = _run_prompt(model, dictionaries, np.array(token_ids(document), np.int32))
+            ids_P, is_saes = np.array(token_ids(document), np.int32), isinstance(dictionaries, LayerSaes)
+            run = SaeRun.of(model, dictionaries, ids_P) if is_saes else LocalModel(model, dictionaries, ids_P)
             _check_same(document, run)
             _keep(self._runs, key, run)
         return self._runs[key]
@@ -155,15 +157,6 @@ class ModelSession:
 
     def _key(self, graph: StoredGraph) -> Key:
         return graph.fingerprint, _parts_key(self.configs_of(graph))
-
-    def _run_of(self, graph: StoredGraph) -> Run:
-        return Run("attribute", "", graph.path.parent, self.configs_of(graph), {})
-
-
-def _run_prompt(model: Any, dictionaries: Any, ids_P: np.ndarray) -> LocalModel | SaeRun:
-    if isinstance(dictionaries, LayerSaes):
-        return SaeRun.of(model, dictionaries, ids_P)
-    return LocalModel(model, dictionaries, ids_P)
 
 
 def token_ids(document: GraphDocument) -> list[int]:

@@ -58,6 +58,23 @@ def _sha256(path: Path, changed: int) -> str:
     return file_sha256(path)
 
 
+@functools.lru_cache(1)  # they are large
+def _read_graph(path: Path, changed: int) -> GraphDocument:
+    return read_document(read_json(path))
+
+
+@functools.lru_cache(1024)
+def _read_loose(path: Path, changed: int) -> Mapping[str, Any] | str | None:
+    """Return a graph's metadata; what is wrong with it; None: it is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_document(content)["metadata"] if isinstance(content, dict) and "nodes" in content else None
+    except UserError as error:
+        return str(error)
+    except (OSError, ValueError, RecursionError):
+        return "is not JSON, or is cut off"
+
+
 class GraphStore:
     """The graphs of a folder.
 
@@ -71,8 +88,6 @@ class GraphStore:
 
     def __init__(self, root: Path, labels: Path | None = None):
         self.root, self._labels, self.problems = root, labels, dict[str, str]()
-        self._read: dict[str, tuple[float, GraphDocument]] = {}
-        self._looked: dict[tuple[Path, float], Mapping[str, Any] | str | None] = {}  # metadata of files without a list
 
     def graphs(self) -> dict[str, StoredGraph]:
         """Return all graphs by id, the most recently changed first; damaged files and units are noted as problems."""
@@ -112,11 +127,7 @@ class GraphStore:
         Raises:
           UserError: the file is no graph.
         """
-        changed = graph.path.stat().st_mtime
-        if self._read.get(graph.id, (0.0,))[0] != changed:
-            document = read_document(read_json(graph.path))
-            self._read = {graph.id: (changed, document)}  # of one: they are large
-        document = self._read[graph.id][1]
+        document = _read_graph(graph.path, graph.path.stat().st_mtime_ns)
         saved = self._saved_groups(graph).get(document["metadata"]["slug"])
         if saved is None:
             return document
@@ -193,10 +204,11 @@ class GraphStore:
             self._note(path, f"is no list of graphs ({type(error).__name__})")
             return []
         graphs = [graph for entry, slug in slugs if (graph := self._at(path.parent / f"{slug}.json", entry))]
+        whole = [graph for graph in graphs if _is_whole(graph.path)]
         for graph in graphs:
-            if not _is_whole(graph.path):
+            if graph not in whole:
                 self._note(graph.path, "is damaged: it does not end as JSON does")
-        return [graph for graph in graphs if _is_whole(graph.path)]
+        return whole
 
     def _note(self, path: Path, error: object) -> None:
         name = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
@@ -206,29 +218,12 @@ class GraphStore:
         """Return graphs of the folder without a list."""
         graphs = []
         for path in sorted(self.root.glob("*.json")):
-            key = path, path.stat().st_mtime
-            if key not in self._looked:
-                self._looked[key] = self._read_loose(path)
-            entry = self._looked[key]
+            entry = _read_loose(path, path.stat().st_mtime_ns)
             if isinstance(entry, str):
                 self._note(path, entry)
             elif entry is not None and (graph := self._at(path, entry)):
                 graphs.append(graph)
         return graphs
-
-    @staticmethod
-    def _read_loose(path: Path) -> Mapping[str, Any] | str | None:
-        """Return a graph's metadata; what is wrong with it; None: it is something else."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return "is not JSON, or is cut off"
-        if not isinstance(content, dict) or "nodes" not in content:
-            return None
-        try:
-            return read_document(content)["metadata"]
-        except UserError as error:
-            return str(error)
 
     def _at(self, path: Path, entry: Mapping[str, Any]) -> StoredGraph | None:
         inside = path.is_file() and path.resolve().is_relative_to(self.root.resolve()) and isinstance(entry, Mapping)

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
 from saejax.attribution.forms.document import GraphDocument, read_document
 from saejax.attribution.forms.features import Feature, FeatureDetails
-from saejax.attribution.forms.packed import packed_edges
+from saejax.attribution.forms.neuronpedia import shortest
+from saejax.attribution.forms.scores import link_scores, ranked
 from saejax.files import write_text
 from saejax.page.scripts import interactive
 from saejax.page.tables import percent
@@ -75,7 +78,7 @@ def page_html(
     document, details = read_document(document), details or {}
     data = {
         "document": {key: value for key, value in document.items() if key != "links"},
-        "edges": packed_edges(document),
+        "edges": page_edges(document),
         "labels": {_key(feature): label for feature, label in (labels or {}).items()},
         "details": {
             _key(feature): dataclasses.asdict(value) | dict(name=value.name) for feature, value in details.items()
@@ -98,6 +101,21 @@ def page_html(
         about=_about(metadata),
         tables=bool(tables),
         live=bool(live),
+    )
+
+
+def page_edges(document: GraphDocument) -> dict[str, list[float]]:
+    """Return the links as columns, the strongest first (``scores``), so that the page neither parses names nor sorts.
+
+    Returns:
+      ``source`` and ``target``, indices of nodes, ``weight`` and ``score``.
+    """
+    links, scores_E = document["links"], link_scores(document)
+    order = ranked(document, scores_E).tolist()
+    place = {node["node_id"]: n for n, node in enumerate(document["nodes"])}
+    columns: dict[str, list[float]] = {end: [place[links[e][end]] for e in order] for end in ("source", "target")}
+    return columns | dict(
+        weight=[links[e]["weight"] for e in order], score=shortest(scores_E[order].astype(np.float32)).tolist()
     )
 
 

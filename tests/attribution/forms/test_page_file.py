@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
+from made_up_documents import made_up_document
+from pages import scores
 
-from saejax.attribution.forms.page import write_page
+from saejax.attribution.forms.page import page_edges, write_page
 from saejax.errors import UserError
 from saejax.page.scripts import embedded
 
@@ -49,3 +52,14 @@ def test_a_document_that_is_no_graph_is_refused(document, tmp_path, change, said
         write_page(tmp_path / "graph.html", broken(document, change))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_edges_come_as_they_were_the_strongest_first():
+    document = made_up_document(features=40, edges=300)
+    edges, ids = page_edges(document), [node["node_id"] for node in document["nodes"]]
+    found = [(ids[a], ids[b], w) for a, b, w in zip(edges["source"], edges["target"], edges["weight"], strict=True)]
+    wanted = [(link["source"], link["target"], link["weight"]) for link in document["links"]]
+    assert sorted(found) == sorted(wanted) and (np.diff(edges["score"]) <= 0).all()
+    score = dict(zip(wanted, scores(document), strict=True))
+    np.testing.assert_allclose(edges["score"], [score[edge] for edge in found], rtol=1e-5)
+    assert page_edges({**document, "links": []})["source"] == []

@@ -94,8 +94,7 @@ const saveJson = (name, data) =>
   download(name, new Blob([JSON.stringify(data, null, 1)], { type: "application/json" }));
 at("save-state").onclick = () => saveJson(`${slug}-state.json`, qParamsOf(graph, app.state));
 at("save-graph").onclick = () => {
-  const links = linksOf(graph, given.edges.more);
-  saveJson(`${slug}.json`, { ...given.document, qParams: qParamsOf(graph, app.state), links });
+  saveJson(`${slug}.json`, { ...given.document, qParams: qParamsOf(graph, app.state), links: linksOf(graph) });
 };
 /** The whole picture, also where the view shows a part of it. */
 at("save-picture").onclick = () => {

@@ -99,19 +99,8 @@ function readGraph(doc, labels, edges) {
   return graph;
 }
 
-const ARRAYS = { Uint16Array, Uint32Array, Float32Array, Float64Array };
-
-/** An array of the page's data: its type, and its bytes in base64. */
-function unpack([kind, text]) {
-  const bytes = atob(text);
-  const array = new Uint8Array(bytes.length);
-  for (let k = 0; k < bytes.length; k++) array[k] = bytes.charCodeAt(k);
-  return new ARRAYS[kind](array.buffer);
-}
-
 /** Weights are in the units of their targets; scores, the influence that goes through an edge, compare. */
-function readEdges(packed, n) {
-  const [source, target, weight, score] = ["source", "target", "weight", "score"].map((name) => unpack(packed[name]));
+function readEdges({ source, target, weight, score }, n) {
   const m = source.length;
   const before = new Float64Array(m); // share of all scores that stronger edges have
   const inTotal = new Float64Array(n); // of |weight|
@@ -143,17 +132,9 @@ function readEdges(packed, n) {
   return { m, source, target, weight, score, before, inTotal, outTotal, inStart, inEdge, outStart, outEdge };
 }
 
-/** The edges as the document has them. A float32 is written with the fewest digits that tell it apart. */
-function linksOf(graph, more) {
-  const digits = graph.weight instanceof Float32Array ? [6, 7, 8, 9] : [];
-  const decimal = (x) => digits.map((d) => Number(x.toPrecision(d))).find((y) => Math.fround(y) === x) ?? x;
-  return Array.from(graph.weight, (weight, e) => ({
-    source: graph.ids[graph.source[e]],
-    target: graph.ids[graph.target[e]],
-    weight: decimal(weight),
-    ...more?.[e],
-  }));
-}
+/** The edges as the document has them. */
+const linksOf = ({ ids, source, target, weight }) =>
+  weight.map((_, e) => ({ source: ids[source[e]], target: ids[target[e]], weight: weight[e] }));
 
 /** "layer_feature" of a feature node: what labels and examples are keyed by. */
 function featureKey(node) {
