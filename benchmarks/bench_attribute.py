@@ -26,8 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import saejax
-from saejax.attribution.checks import circuits
-from saejax.attribution.checks.validation import double
+from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, LOGIT
 from saejax.attribution.heads.contributions import head_contributions
@@ -138,7 +137,7 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
                 head_contributions(local, readouts, pruned)
             with clock.times("checks"):
                 double(local, graph, readouts)
-                circuits.faithfulness_curve(local, graph, readouts)
+                faithfulness_curve(local, graph, readouts)
     compiled_later = events.count(COMPILED) if rounds else None
     speed, (seconds, cpu_s) = gflops(), clock.steady("trace")
     results = dict(

@@ -48,7 +48,6 @@ INSIDE = {
         "report",
         "requests",
         "forms",
-        "groups",
         "checks",
         "heads",
         "trace",

@@ -8,19 +8,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from saejax.attribution.checks import circuits
-from saejax.attribution.checks.validation import double
+from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.forms.features import open_folder
 from saejax.attribution.forms.outputs import write_outputs
 from saejax.attribution.graph.nodes import ERROR, FEATURE
-from saejax.attribution.groups.supernodes import check_groups, read_groups
 from saejax.attribution.heads.attention import Attention, read_attention
 from saejax.attribution.heads.query_key import check_head
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
-from saejax.attribution.requests import Request, read_heads, read_labels, read_requests
+from saejax.attribution.requests import Request, check_groups, read_groups, read_heads, read_labels, read_requests
 from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
 from saejax.attribution.trace.gradient import trace_saes
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_memory
@@ -147,7 +145,7 @@ def _measure(
     seconds = time.monotonic() - start
     graph = traced.graph
     pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
-    check_groups(pruned, groups)  # before anything is written
+    check_groups(pruned.ids, groups)  # before anything is written
     attention = _NO_ATTENTION
     if isinstance(traced.local, LocalModel):
         attention = read_attention(traced, pruned, config.heads, read_heads(config))
@@ -156,7 +154,7 @@ def _measure(
     doubling = double(traced.local, graph, traced.readouts, config.doubled, config.seed) if config.doubled else None
     curve = None
     if config.circuits and isinstance(traced.local, LocalModel):
-        curve = circuits.faithfulness_curve(traced.local, graph, traced.readouts)
+        curve = faithfulness_curve(traced.local, graph, traced.readouts)
     results = GraphResults(
         prompt=graph.prompt,
         tokens=graph.tokens,

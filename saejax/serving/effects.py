@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution.checks.changes import matched, set_to
+from saejax.attribution.checks import matched, set_to
 from saejax.attribution.graph.nodes import FEATURE, Nodes
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax.attribution.forms.document import GraphDocument, read_document
-from saejax.attribution.forms.graph_folder import INDEX
+from saejax.attribution.forms.neuronpedia import INDEX
 from saejax.attribution.forms.outputs import details_of, read_shown
 from saejax.dictionaries.labels import names_of_layers
 from saejax.errors import UserError

@@ -8,8 +8,7 @@ import pytest
 from made_transcoders import made_set
 
 from saejax import load_model
-from saejax.attribution.checks import circuits
-from saejax.attribution.checks.validation import double
+from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.heads.attention import read_attention
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
@@ -22,7 +21,7 @@ def graph_and_checks(lm, transcoders, tokens: int, seed: int, logits: int):
     graph, local, readouts = traced
     read_attention(traced, graph.prune(), True, [(1, 1, -1)])
     double(local, graph, readouts, 16)
-    circuits.faithfulness_curve(local, graph, readouts, (0.3, 0.8))
+    faithfulness_curve(local, graph, readouts, (0.3, 0.8))
     return graph
 
 

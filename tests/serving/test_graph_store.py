@@ -6,11 +6,11 @@ import os
 import pytest
 from made_up_documents import made_up_document
 
-from saejax.attribution.forms.graph_folder import INDEX, write_graph
-from saejax.attribution.groups.supernodes import read_groups
+from saejax.attribution.forms.neuronpedia import INDEX, write_graph
+from saejax.attribution.requests import read_groups
 from saejax.errors import UserError
 from saejax.interpret.labels import read_labels
-from saejax.serving.pages import list_page
+from saejax.serving.app import list_page
 from saejax.serving.store import GraphStore
 from saejax.settings import GraphConfig
 

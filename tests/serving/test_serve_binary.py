@@ -13,7 +13,7 @@ import psutil
 import pytest
 from made_up_documents import made_up_document
 
-from saejax.attribution.forms.graph_folder import write_graph
+from saejax.attribution.forms.neuronpedia import write_graph
 from saejax.serving import run
 
 ROOT = Path(__file__).parent.parent.parent

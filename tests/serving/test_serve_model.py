@@ -10,8 +10,7 @@ import pytest
 from made_transcoders import made_set
 
 from saejax import load_model, save_transcoders
-from saejax.attribution.forms.graph_folder import write_graph
-from saejax.attribution.forms.neuronpedia import to_document
+from saejax.attribution.forms.neuronpedia import to_document, write_graph
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.errors import UserError
@@ -21,7 +20,6 @@ from saejax.runner import command_line
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import STARTED, Workspace
 from saejax.serving import session as benches
-from saejax.serving import tracing
 from saejax.serving.jobs import THREAD
 from saejax.serving.session import ModelSession, targets_of, token_ids
 from saejax.serving.store import GraphStore
@@ -193,7 +191,7 @@ def test_a_request_that_is_killed_leaves_no_thread_and_no_files(asker, traced, p
         finally:
             ended.set()
 
-    monkeypatch.setattr(tracing, "trace_request", endless)
+    monkeypatch.setattr(benches, "trace_request", endless)
     before = sorted((place[0] / "attribute").iterdir())
     connection, answer = asker.open("api/trace", ASKED | dict(prompt="The water near"), "POST")
     while "done" not in json.loads(answer.readline()):
@@ -244,7 +242,7 @@ def test_a_unit_that_another_process_makes_is_left_alone(asker, traced, place, m
         made.append(folder)
         raise UserError("another process works on it")
 
-    monkeypatch.setattr(tracing, "run_stages", refuse)
+    monkeypatch.setattr(benches, "run_stages", refuse)
     (line,) = [one for one in asker.work("api/trace", ASKED | dict(prompt="The way")) if "error" in one]
     assert "another process" in line["error"] and (made[0] / "half.json").exists()
     shutil.rmtree(made[0])

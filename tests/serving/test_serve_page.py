@@ -7,7 +7,7 @@ from browser import chromium
 from made_up_documents import made_up_document
 from pages import FEATURE, click_node, needs_chromium, show, text
 
-from saejax.attribution.forms.graph_folder import write_graph
+from saejax.attribution.forms.neuronpedia import write_graph
 from saejax.serving import app
 from saejax.serving.store import GraphStore
 

@@ -24,8 +24,7 @@ from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 from matplotlib.textpath import TextPath
 
-from saejax.attribution.forms.document import DocumentNode, GraphDocument, check_document
-from saejax.attribution.forms.scores import strongest
+from saejax.attribution.forms.document import DocumentNode, GraphDocument, check_document, strongest
 from saejax.errors import UserError
 from saejax.files import whole_file
 

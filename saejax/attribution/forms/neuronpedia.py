@@ -1,19 +1,22 @@
-"""Graphs as Neuronpedia and circuit-tracer's viewer read them.
+"""Graphs as other programs read them: Neuronpedia and circuit-tracer's viewer, a folder of its server, and NetworkX.
 
 ``to_document`` gives the JSON, node by node and key by key as circuit-tracer writes it, but for the ids of errors
-(``Nodes.ids`` says why).
+(``Nodes.ids`` says why). ``write_graph`` writes it into a folder of graphs, a file for each, and a list of them.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saejax.attribution.forms.document import ERROR_TYPE, FEATURE_TYPE, check_document
+from saejax.attribution.forms.document import ERROR_TYPE, FEATURE_TYPE, GraphDocument, check_document
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
+from saejax.attribution.graph.nodes import ERROR, FEATURE, KINDS, LOGIT, TOKEN
 from saejax.errors import UserError
+from saejax.files import locked, write_json, write_text
 from saejax.runner.workspace import package_versions
 
 _TYPES = {
@@ -24,6 +27,8 @@ _TYPES = {
 }
 # How Neuronpedia calls settings of ours; others keep their names.
 _SETTINGS = {"max_logits": "max_n_logits", "logit_mass": "desired_logit_prob", "max_features": "max_feature_nodes"}
+INDEX = "graph-metadata.json"  # the list
+_LISTED = ("slug", "scan", "transcoder_list", "prompt_tokens", "prompt", "node_threshold", "schema_version")
 
 
 def to_document(
@@ -158,3 +163,79 @@ def check_slug(slug: str) -> None:
     """Raise ``UserError`` for a slug that cannot be the name of a graph's file."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", slug) or slug == "graph-metadata":
         raise UserError(f"{slug!r} cannot name a graph: use letters, digits, '.', '_' and '-', as in a file's name")
+
+
+def write_graph(folder: Path, document: GraphDocument, *, replace: bool = False) -> Path:
+    """Write ``folder/<slug>.json`` and enter the graph in ``folder/graph-metadata.json``.
+
+    The entries of other graphs stay, also when several processes write at once.
+
+    Args:
+      folder: folder of graphs, created if it does not exist.
+      document: a graph from ``to_document``.
+      replace: whether a graph of the same slug may be replaced.
+
+    Returns:
+      The path of the graph.
+
+    Raises:
+      UserError: there is a graph of that slug and ``replace`` is False, or the list is damaged.
+    """
+    check_document(document)
+    folder, metadata = Path(folder), document["metadata"]
+    slug, path = metadata["slug"], folder / f"{metadata['slug']}.json"
+    check_slug(slug)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / f".{INDEX}.lock"):
+        listed = _listed(folder / INDEX)
+        slugs = [item.get("slug") if isinstance(item, dict) else None for item in listed["graphs"]]
+        if not replace and (slug in slugs or path.exists()):
+            raise UserError(f"{folder} has a graph {slug!r} already: name another slug, or ask for it to be replaced")
+        entry = {name: value for name, value in metadata.items() if name in _LISTED}
+        place = slugs.index(slug) if slug in slugs else len(slugs)
+        others = [item for item, name in zip(listed["graphs"], slugs) if name != slug]
+        # Before its entry: a list never names a graph that is not there. Without indents: graphs are large.
+        write_text(path, json.dumps(document, allow_nan=False, separators=(",", ":")))
+        write_json(folder / INDEX, {**listed, "graphs": [*others[:place], entry, *others[place:]]})
+    return path
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    """Return the list of a folder's graphs; what is no such list is left alone."""
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"graphs": []}
+    except ValueError:
+        listed = None
+    if not isinstance(listed, dict) or not isinstance(listed.get("graphs"), list):
+        raise UserError(f"{path} is no list of graphs: move it away, or name another folder")
+    return listed
+
+
+if TYPE_CHECKING:
+    import networkx
+
+
+def to_networkx(graph: Graph) -> "networkx.DiGraph":
+    """Return a directed graph with edges from sources to targets; the graph may be pruned or whole.
+
+    Returns:
+      A ``networkx.DiGraph`` whose nodes are called as in Neuronpedia's JSON and have ``kind``, ``layer``,
+      ``position``, ``index``, ``value`` (activation, or weight of a logit), ``token``, and for a pruned graph
+      ``influence`` (cumulative share). Edges have ``weight``.
+    """
+    import networkx
+
+    digraph = networkx.DiGraph(prompt=graph.prompt, model=graph.model.get("name", ""))
+    ids, nodes = graph.ids, graph.nodes
+    columns = (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N, nodes.value_N)
+    for name, kind, layer, position, index, value in zip(ids, *(column.tolist() for column in columns), strict=True):
+        token = graph.tokens[position] if kind != LOGIT else graph.labels[digraph.number_of_nodes() - len(ids)]
+        digraph.add_node(
+            name, kind=KINDS[kind], layer=layer, position=position, index=index, value=value, token=token
+        )  # fmt: skip
+    if graph.pruning:
+        for name, share in zip(ids, graph.pruning.influence_N.tolist(), strict=True):
+            digraph.nodes[name]["influence"] = share
+    ends = zip(*(part.tolist() for part in graph.edges()), strict=True)
+    digraph.add_weighted_edges_from((ids[a], ids[b], weight) for a, b, weight in ends)
+    return digraph

@@ -14,20 +14,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.attention_tables import attention_tables
-from saejax.attribution.forms.document import FEATURE_TYPE, DocumentNode, GraphDocument
+from saejax.attribution.forms.document import FEATURE_TYPE, DocumentNode, GraphDocument, strongest
 from saejax.attribution.forms.features import Feature, FeatureDetails, read_details
 from saejax.attribution.forms.figure import draw_graph, save_figure
-from saejax.attribution.forms.graph_folder import write_graph
-from saejax.attribution.forms.neuronpedia import to_document
+from saejax.attribution.forms.neuronpedia import to_document, write_graph
 from saejax.attribution.forms.page import PageTable, write_page
-from saejax.attribution.forms.scores import strongest
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import LOGIT
 from saejax.attribution.heads.attention import Attention
+from saejax.attribution.heads.query_key import OWN_BIAS
+from saejax.attribution.results import QueryScores
 from saejax.dictionaries.formats.place import split_address
 from saejax.errors import UserError
 from saejax.files import read_json, write_text
+from saejax.page.tables import percent
 from saejax.parallel.collectives import is_first_process
 from saejax.runner.parts import part_file
 from saejax.runner.workspace import Run
@@ -35,6 +35,15 @@ from saejax.settings.attribution import GraphConfig
 
 _HEADS_ON_PAGE = 20_000  # edges, the strongest ones, whose heads the page has; the file has all
 _DETAILS_ON_PAGE = 300  # features, the most influential ones, whose contexts the page has
+_NOTE = (
+    "The score of a query with a key, before the softmax, is a sum over pairs: what one source adds to the query times "
+    "what another adds to the key. The largest pairs are listed; those that are no buttons are not in the pruned graph."
+)
+_LEADING_NOTE = (
+    "A head's contribution to an edge is what the edge loses without the head. To the output: the sum of its "
+    "contributions to edges into the first output. Mean: of its contributions to a target, over the target's input by "
+    "size, over all targets. Both are signed, and heads do not add up: a path through two heads counts for both."
+)
 
 
 def write_outputs(
@@ -154,3 +163,50 @@ def read_shown(path: Path) -> dict[str, Any]:
         return dict(heads=heads, tables=[PageTable(**table) for table in shown["tables"]])
     except (KeyError, TypeError):
         raise UserError(f"{path} is damaged: trace the prompt again") from None
+
+
+def attention_tables(attention: Attention, graph: Graph) -> list[PageTable]:
+    """Return the tables below a pruned graph: its leading heads, and each head whose scores were split."""
+    tables = [_score_table(scores, graph) for scores in attention.query_key]
+    if not attention.heads or not attention.heads.leading:
+        return tables
+    rows: list[list[str | float]] = [
+        [f"{h.layer}.{h.head}", h.logit, h.mean, h.source, h.target, h.contribution] for h in attention.heads.leading
+    ]
+    columns = ["Head", "To the output", "Mean", "Largest from", "to", "Contribution"]
+    return [PageTable("Attention heads with the largest contributions", columns, rows, _LEADING_NOTE), *tables]
+
+
+def _score_table(scores: QueryScores, graph: Graph) -> PageTable:
+    """Return a block of rows for each key: the score, its largest pairs, all others."""
+    ids, rows = set(graph.ids), list[list[str | float]]()
+    for key in scores.keys:
+        rows.append([f"{_place(graph, key.key)}, {percent(key.weight)}", "score", "", key.score])
+        for pair in key.pairs:
+            shown = (name if name in ids else _words(name, graph) for name in (pair.query, pair.key))
+            rows.append(["", *shown, pair.part])
+        rows.append(["", "all other pairs", "", key.rest])
+    keys = ", ".join(f"{_place(graph, key.key)} {percent(key.weight)}" for key in scores.keys)
+    title = f"Head {scores.layer}.{scores.head} at {_place(graph, scores.query)} attends to {keys}"
+    return PageTable(title, ["Key", "Source of the query", "Source of the key", "Contribution"], rows, _NOTE)
+
+
+def _words(name: str, graph: Graph) -> str:
+    """Describe a source that is not in the graph, by its id."""
+    if name == OWN_BIAS:
+        return "biases of the head's layer"
+    *first, last = name.split("_")
+    if first == ["bias"]:
+        return f"biases of layer {last}"
+    if first == ["first", "mlp"]:
+        return f"MLP of layer {last} at {_place(graph, 0)}"
+    layer, index = first
+    place = _place(graph, int(last))
+    if layer == "E":
+        return f"{place} token"
+    return f"error layer {layer} · {place}" if index == "-1" else f"feature {index} layer {layer} · {place}"
+
+
+def _place(graph: Graph, position: int) -> str:
+    """Return a token as the page shows it, and its position."""
+    return f"{graph.tokens[position].replace(' ', '␣')} ({position})"

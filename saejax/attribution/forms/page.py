@@ -14,10 +14,9 @@ from urllib.parse import quote
 
 import numpy as np
 
-from saejax.attribution.forms.document import GraphDocument, read_document
+from saejax.attribution.forms.document import GraphDocument, link_scores, ranked, read_document
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.forms.neuronpedia import shortest
-from saejax.attribution.forms.scores import link_scores, ranked
 from saejax.files import write_text
 from saejax.page.scripts import interactive
 from saejax.page.tables import percent

@@ -20,8 +20,7 @@ from saejax.attribution.local.directions import READ_AT_ONCE
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.rows import batch_tokens
 from saejax.attribution.local.sources import WIDTH
-from saejax.attribution.trace.rounds import ROUND_ROWS
-from saejax.attribution.trace.row_store import WHOLE, columns_kept
+from saejax.attribution.trace.rounds import ROUND_ROWS, WHOLE, columns_kept
 from saejax.dictionaries import DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig

@@ -1,26 +1,207 @@
-"""Tracing in rounds: choose features, compute their rows, and build the graph."""
+"""Tracing in rounds: choose features, compute their rows, and build the graph.
+
+Rows. A row has a number for each source, and most sources of a long prompt are active features that never get a row:
+1,024 tokens with 540 active features each have 550,000, which for 8,192 rows is 18 GB. So rows are whole only until
+they have ``WHOLE`` numbers together. Then features keep a column if they have a row already or are among the most
+influential so far, several times as many as rows are wanted; no other gets a row any more. What the features without a
+column contribute to a row is kept as one sum. Errors, tokens and biases always have their columns.
+
+Rankings. Influences are those of ``graph.pruning``. Between two rounds they are looked for anew, while the devices
+wait: so a row's weights are summed once, when it is new, and read only where it may have any, from features of lower
+layers.
+"""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
+from saejax.attribution.graph.pruning import SMALLEST
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.local.rows import Put
-from saejax.attribution.trace.ranking import Ranking
-from saejax.attribution.trace.row_store import RowStore
 from saejax.models.tokens import token_text
 from saejax.runner.parts import OnProgress, silent
 
+WHOLE = 1 << 28  # numbers that whole rows may have together: 1 GiB
+_SPARE = 4  # features with a column for each that gets a row
+_LEAST = 1 << 15  # features with a column, at the least
+_LEAST_ROWS = 256  # that are whole, at the least
+_BLOCK = 1 << 20  # numbers that are copied at once
+_IN_CACHE = 1 << 16  # numbers of rows that a ranking works on at once: they stay in a core's cache
 # Writes the rows of some of the active features, or of the readouts (None), over all sources.
 FillRows = Callable[[np.ndarray | None, Put], None]
 AnyRun = TypeVar("AnyRun", bound=PromptRun)
-
 ROUNDS, ROUND_ROWS = 4, 2048  # rankings, at the least, and features that are attributed between two, at the most
+
+
+def columns_kept(rows: int, active: int, others: int) -> int:
+    """Return how many columns the rows have in the end.
+
+    Args:
+      rows: their number.
+      active: number of active features.
+      others: number of other sources.
+    """
+    if rows * (active + others) <= WHOLE:
+        return active + others
+    return min(active, max(_SPARE * rows, _LEAST)) + others
+
+
+class RowStore:
+    """Rows of features, in the order in which they come, and rows of targets that are no features, which stand last.
+
+    Args:
+      count: features that get a row.
+      others: rows of no feature, K.
+      active: active features, which are the first of the sources.
+      sources: their number S.
+
+    Attributes:
+      row_BxC: fp32 rows that there is room for, over the sources that have a column.
+      column_C: which sources these are, ascending.
+      dropped_R, size_R: fp32 sums, and sums of absolute values, over the sources that have none.
+    """
+
+    def __init__(self, count: int, others: int, active: int, sources: int):
+        self._count, self._others, self._active = count, others, active
+        self._room = columns_kept(count + others, active, sources - active)
+        first = count if self._room == sources else min(count, max(WHOLE // sources - others, _LEAST_ROWS))
+        self.row_BxC = np.zeros((first + others, sources), np.float32)
+        self.column_C = np.arange(sources)
+        self.dropped_R, self.size_R = np.zeros((2, count + others), np.float32)
+        self._left_X = np.empty(0, np.int64)
+
+    def room(self, done: int) -> int:
+        """Return how many feature rows still fit after ``done`` of them, before columns have to be given up."""
+        return len(self.row_BxC) - self._others - done
+
+    def put(self, start: int | None) -> Put:
+        """Return the writer of the rows from ``start`` on, or (None) of the rows that belong to no feature."""
+        first = len(self.row_BxC) - self._others if start is None else start
+
+        def write(row_B: np.ndarray, value_BxS: np.ndarray) -> None:
+            if len(self._left_X):
+                self._write_narrow(first + row_B, value_BxS)
+            else:
+                self.row_BxC[first + row_B] = value_BxS
+
+        return write
+
+    def _write_narrow(self, row_B: np.ndarray, value_BxS: np.ndarray) -> None:
+        left_BxX = value_BxS[:, self._left_X]
+        self.row_BxC[row_B] = value_BxS[:, self.column_C]
+        self.dropped_R[row_B], self.size_R[row_B] = left_BxX.sum(axis=1), np.abs(left_BxX).sum(axis=1)
+
+    def narrow(self, ranked_A: np.ndarray, done: int) -> None:
+        """Give up columns of features, and make room for the remaining rows.
+
+        Args:
+          ranked_A: active features, those that are to keep their column first.
+          done: rows of features that there are.
+        """
+        old, sources = self.row_BxC, len(self.column_C)
+        others = sources - self._active
+        kept_S = np.ones(sources, bool)
+        kept_S[: self._active] = False
+        kept_S[ranked_A[: self._room - others]] = True
+        self.column_C, self._left_X = np.flatnonzero(kept_S), np.flatnonzero(~kept_S)
+        self.row_BxC = np.zeros((self._count + self._others, len(self.column_C)), np.float32)
+        for row in (*range(done), *range(-self._others, 0)):  # one by one: there is no room for copies
+            self._write_narrow(np.array([row]), old[row][None])
+
+    def sort(self, order_F: np.ndarray) -> None:
+        """Reorder the rows of features in place: there is no room for a second copy.
+
+        Args:
+          order_F: which row comes to each place.
+        """
+        rows_FxC, step = self.row_BxC[: self._count], max(_BLOCK // self._count, 1)
+        for start in range(0, rows_FxC.shape[1], step):
+            columns = slice(start, start + step)
+            rows_FxC[:, columns] = rows_FxC[order_F, columns]
+        for sum_R in (self.dropped_R, self.size_R):
+            sum_R[: self._count] = sum_R[: self._count][order_F]
+
+    def leave_out(self, left_X: np.ndarray) -> None:
+        """Drop columns when all rows are there, in place: there is no room for a second copy.
+
+        Args:
+          left_X: the places of those that go; ``dropped_R`` gets what they contribute.
+        """
+        kept = np.delete(np.arange(len(self.column_C)), left_X)
+        flat, width = self.row_BxC.reshape(-1), len(kept)
+        for row, values in enumerate(self.row_BxC):  # where its new place ends, no row begins that is still to be read
+            self.dropped_R[row] += values[left_X].sum()
+            flat[row * width : (row + 1) * width] = values[kept]
+        # refcheck=False: the loop's views of rows still exist, and are not used any more.
+        self.row_BxC.resize((len(self.row_BxC), width), refcheck=False)
+        self.column_C = self.column_C[kept]
+
+
+class Ranking:
+    """Ranks the active features by their influence through those that have a row.
+
+    Args:
+      run: of the prompt.
+      readouts: what is explained.
+      store: the rows; those of the readouts are there already.
+      scored: number of sources, the first ones, that take part in influences.
+    """
+
+    def __init__(self, run: PromptRun, readouts: Readouts, store: RowStore, scored: int):
+        self._layer_A, self._store, self._scored = run.active.layer_A, store, scored
+        self._weight_K = readouts.weight_K.astype(np.float64)
+        self._sum_F = np.empty(0)  # of the rows of features that were there before
+        self._sum_K = self._sums(np.arange(len(store.row_BxC) - len(self._weight_K), len(store.row_BxC)))
+
+    def __call__(self, chosen_F: np.ndarray) -> np.ndarray:
+        """Return the features that may get a row, the most influential first.
+
+        Args:
+          chosen_F: indices of the features that have a row already, in the order of their rows.
+        """
+        store, done = self._store, len(chosen_F)
+        self._sum_F = np.concatenate([self._sum_F, self._sums(np.arange(len(self._sum_F), done))])
+        features = np.searchsorted(store.column_C, len(self._layer_A))
+        layer_C, layer_F = self._layer_A[store.column_C[:features]], self._layer_A[chosen_F]
+        column_F, influence_C = np.searchsorted(store.column_C, chosen_F), np.zeros(features)
+        last = np.arange(len(store.row_BxC) - len(self._sum_K), len(store.row_BxC))
+        # The targets first, as influence goes down from them.
+        self._add(influence_C, last, self._weight_K / self._sum_K)
+        for layer in np.unique(layer_F)[::-1]:
+            layer_rows = np.flatnonzero(layer_F == layer)
+            below = influence_C[: np.searchsorted(layer_C, layer)]
+            self._add(below, layer_rows, influence_C[column_F[layer_rows]] / self._sum_F[layer_rows])
+        # Features that have a row come last: no other influence is below 0.
+        influence_C[column_F] = -1
+        order = np.argsort(-influence_C, kind="stable")[: features - done]
+        return store.column_C[order]
+
+    def _sums(self, rows: np.ndarray) -> np.ndarray:
+        """Return sums of the absolute weights of some rows, float64."""
+        store, scored = self._store, int(np.searchsorted(self._store.column_C, self._scored))
+        sums, elsewhere_R = np.empty(len(rows)), store.size_R[: len(store.row_BxC)]
+        for part, size_BxC in self._sizes(rows, scored):
+            # Columns that were given up still count in what a row sums to.
+            sums[part] = size_BxC.sum(axis=1, dtype=np.float64) + elsewhere_R[rows[part]]
+        return np.maximum(sums, SMALLEST)
+
+    def _add(self, influence_C: np.ndarray, rows: np.ndarray, factor_R: np.ndarray) -> None:
+        """Add what sources have of the influence of some rows, in place."""
+        for part, size_BxC in self._sizes(rows, len(influence_C)):
+            # Not ``@``: for so few numbers BLAS wakes threads, which then wait busily while the devices' work.
+            influence_C += np.einsum("b,bc->c", factor_R[part].astype(np.float32), size_BxC)
+
+    def _sizes(self, rows: np.ndarray, columns: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """Return the absolute weights of some rows in the first columns, a few rows at a time."""
+        step = max(_IN_CACHE // max(columns, 1), 1)
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            yield part, np.abs(self._store.row_BxC[rows[part], :columns])
 
 
 class Traced(NamedTuple, Generic[AnyRun]):

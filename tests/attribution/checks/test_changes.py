@@ -8,7 +8,7 @@ import pytest
 from made_transcoders import made_set
 
 from saejax import load_model
-from saejax.attribution.checks.changes import matched, scale, set_to
+from saejax.attribution.checks import matched, scale, set_to
 from saejax.attribution.graph.nodes import Nodes
 from saejax.attribution.local import edits
 from saejax.attribution.local.edits import Change

@@ -11,8 +11,7 @@ from made_transcoders import IDS, made_set
 
 import saejax
 from saejax import trace
-from saejax.attribution.checks.circuits import faithfulness_curve
-from saejax.attribution.checks.validation import double
+from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.local import layers
 from saejax.attribution.local.edits import Change, Circuit
 from saejax.attribution.local.layers import FREEZE_MODES, embed

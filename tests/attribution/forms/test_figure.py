@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 from pages import scores
 
+from saejax.attribution.forms.document import link_scores
 from saejax.attribution.forms.figure import draw_graph, save_figure, visible_token
-from saejax.attribution.forms.scores import link_scores
 from saejax.errors import UserError
 
 

@@ -13,9 +13,7 @@ from reference_graphs import LAYERS, adjacency_of, each_graph, needs_graphs, nod
 
 import saejax
 from saejax.attribution.forms.document import check_document
-from saejax.attribution.forms.graph_folder import INDEX, write_graph
-from saejax.attribution.forms.network import to_networkx
-from saejax.attribution.forms.neuronpedia import to_document
+from saejax.attribution.forms.neuronpedia import INDEX, to_document, to_networkx, write_graph
 from saejax.attribution.forms.page import write_page
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import LOGIT

@@ -9,7 +9,7 @@ from made_transcoders import made_set
 
 from saejax import load_model, save_transcoders
 from saejax.attribution import requests
-from saejax.attribution.groups.supernodes import check_groups, read_groups
+from saejax.attribution.requests import check_groups, read_groups
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.runner import command
@@ -22,13 +22,13 @@ def test_groups_of_ids():
     graph = make_graph()
     ids = graph.ids
     groups = [["a", ids[0], ids[-1]], ["a", ids[3]]]
-    check_groups(graph, groups)
+    check_groups(ids, groups)
     with pytest.raises(UserError, match="supernode 'b' names 'E_9_9', and no node of the graph has that id"):
-        check_groups(graph, [["b", "E_9_9"]])
+        check_groups(ids, [["b", "E_9_9"]])
     with pytest.raises(UserError, match=f"node '{ids[0]}' is in the supernodes 'a' and 'b'"):
-        check_groups(graph, [["a", ids[0]], ["b", ids[1], ids[0]]])
+        check_groups(ids, [["a", ids[0]], ["b", ids[1], ids[0]]])
     with pytest.raises(UserError, match="once"):
-        check_groups(graph, [["a", ids[0], ids[0]]])
+        check_groups(ids, [["a", ids[0], ids[0]]])
 
 
 GROUPS = [["a", "1_2_3"], ["b", "2_2_3", "E_4_0"]]

@@ -10,8 +10,8 @@ from pages import scores
 
 from saejax import load_model
 from saejax.attribution.forms import outputs
-from saejax.attribution.forms.attention_tables import attention_tables
 from saejax.attribution.forms.neuronpedia import to_document
+from saejax.attribution.forms.outputs import attention_tables
 from saejax.attribution.heads.attention import read_attention
 from saejax.attribution.heads.query_key import OWN_BIAS
 from saejax.attribution.requests import read_heads

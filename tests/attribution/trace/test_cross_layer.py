@@ -10,7 +10,7 @@ from dense_reference import Dense
 from made_graphs import heads_by_edge, load_tiny, make_cross_layer
 from safetensors.numpy import save_file
 
-from saejax.attribution.checks.validation import double
+from saejax.attribution.checks import double
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.attribution.heads.contributions import head_contributions
 from saejax.attribution.local.edits import Change, Circuit

@@ -11,7 +11,7 @@ from made_graphs import load_tiny
 from torch_sites import MODULES, run_torch
 
 from saejax import save_dictionary, trace_gradient
-from saejax.attribution.checks.validation import double
+from saejax.attribution.checks import double
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT, TOKEN
 from saejax.attribution.trace.gradient import trace_saes

@@ -11,7 +11,7 @@ from made_graphs import load_tiny, make_transcoders
 from saejax import trace
 from saejax.attribution.local.directions import READ_AT_ONCE
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.trace import memory, row_store
+from saejax.attribution.trace import memory, rounds
 from saejax.attribution.trace import prompt as attribute
 from saejax.attribution.trace.memory import (
     GraphSize,
@@ -45,8 +45,8 @@ def test_the_largest_arrays_are_counted(large, one_device):
     need = estimate_memory(large, tokens, one_device)
     directions = 50 * 24 * (tokens - 1) * 2048 * 4
     assert directions < need.device < 2.5 * directions
-    columns = row_store._LEAST + 24 * (tokens + 2) + tokens
-    rows = (4096 + 10) * columns * 4 + row_store.WHOLE * 4  # the whole ones and what becomes of them
+    columns = rounds._LEAST + 24 * (tokens + 2) + tokens
+    rows = (4096 + 10) * columns * 4 + rounds.WHOLE * 4  # the whole ones and what becomes of them
     some = 4 * READ_AT_ONCE  # of the directions, as they come
     whole = 2 * 2048 * 160_000 * 4  # a transcoder that is read, which is more
     assert rows + some + memory._PROGRAMS < need.host < 1.2 * max(rows + some, whole) + memory._PROGRAMS

@@ -14,7 +14,7 @@ from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGI
 from saejax.attribution.local import rows, state
 from saejax.attribution.local.active import Active
 from saejax.attribution.local.edits import Circuit
-from saejax.attribution.trace import rounds, row_store
+from saejax.attribution.trace import rounds
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import Direction
 from saejax.errors import UserError
@@ -66,13 +66,13 @@ def test_columns_that_are_given_up_change_no_row(tiny, made, monkeypatch):
     options = dict(max_logits=4, max_features=40)
     whole = trace(tiny, made, IDS, **options)
     narrowed = []
-    monkeypatch.setattr(row_store, "_LEAST", 60)
-    monkeypatch.setattr(row_store, "_LEAST_ROWS", 20)
-    monkeypatch.setattr(row_store, "_SPARE", 1)
-    monkeypatch.setattr(row_store, "WHOLE", 1000)
-    narrow = row_store.RowStore.narrow
+    monkeypatch.setattr(rounds, "_LEAST", 60)
+    monkeypatch.setattr(rounds, "_LEAST_ROWS", 20)
+    monkeypatch.setattr(rounds, "_SPARE", 1)
+    monkeypatch.setattr(rounds, "WHOLE", 1000)
+    narrow = rounds.RowStore.narrow
     monkeypatch.setattr(
-        row_store.RowStore, "narrow", lambda store, *args: (narrowed.append(len(store.column_C)), narrow(store, *args))
+        rounds.RowStore, "narrow", lambda store, *args: (narrowed.append(len(store.column_C)), narrow(store, *args))
     )
     graph = trace(tiny, made, IDS, **options)
     assert narrowed == [len(whole.nodes) - 44 + whole.settings["active_features"]]  # once, when all had a column
