@@ -44,7 +44,6 @@ INSIDE = {
         "stage",
         "run",
         "programs",
-        "planned",
         "report",
         "requests",
         "forms",

@@ -5,10 +5,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.attribution.local import layers
-from saejax.attribution.local.frozen import FrozenModel
+from saejax.attribution.local.layers import FrozenModel
 from saejax.attribution.local.readouts import padded
-from saejax.attribution.planned import planned_graphs
-from saejax.attribution.programs import rows_program
+from saejax.attribution.programs import planned_graphs, rows_program
 from saejax.circuits.measure import CONTROLS, EDITS
 from saejax.circuits.study import CONTROL_SETS, MAX_GROUPS
 from saejax.costs.passes import pass_flops

@@ -59,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
         stopped = command.install_signal_handlers()
         named = bool(configs[GraphConfig].transcoders or configs[GraphConfig].dictionaries)
         labels = Path(flag_values["labels"].value) if flag_values["labels"].value else None
-        from saejax.serving.server import serve
+        from saejax.serving.app import serve
 
         serve(Path(folder), configs, named, labels, token, listening)
         if stopped():

@@ -17,9 +17,9 @@ import numpy as np
 from saejax.attribution.forms.document import DocumentNode, GraphDocument
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import Graph
+from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
-from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.requests import Request, TargetText, read_labels, unit_name
 from saejax.attribution.run import open_parts, run_attribute, trace_request
 from saejax.attribution.trace.rounds import Traced

@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 from preflight_setup import CONFIGS
 
-from saejax.attribution.planned import planned_graphs
+from saejax.attribution.programs import planned_graphs
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.preflight import topology

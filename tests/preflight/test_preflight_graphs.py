@@ -11,8 +11,7 @@ import yaml
 from preflight_setup import on_mesh, plan_run, shape
 
 from saejax import save_transcoders
-from saejax.attribution.planned import planned_graphs
-from saejax.attribution.programs import attribute_programs
+from saejax.attribution.programs import attribute_programs, planned_graphs
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.families import read_config

@@ -12,9 +12,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "attribution"))
 
+from saejax.serving.app import make_server
 from saejax.serving.jobs import THREAD, Jobs
 from saejax.serving.run import _listen
-from saejax.serving.server import make_server
 
 TOKEN = "the-token"
 

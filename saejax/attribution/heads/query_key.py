@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.attribution.local.frozen import RELP, FrozenModel
+from saejax.attribution.local.layers import RELP, FrozenModel
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.results import KeyScore, QueryScores, SourcePair
 from saejax.errors import UserError

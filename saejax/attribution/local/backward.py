@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from saejax.attribution.local.frozen import FrozenModel
+from saejax.attribution.local.layers import FrozenModel
 from saejax.attribution.local.sources import STEP, WIDTH, SourceBank
 from saejax.models import decoder
 from saejax.models.attention import whole_prompt_tables

@@ -1,12 +1,9 @@
-"""Dictionaries of several layers of a model, one of each: what transcoders and SAEs have in common.
-
-Encoders are read whole, since every feature has to be encoded to know which are active; of decoders only the rows of
-active features are read, where the format has them as rows.
-"""
+"""The dictionaries of several layers of a model, and SAEs of some of its sites, read layer by layer and row by row."""
 
 import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +13,13 @@ import psutil
 from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
-from saejax.dictionaries.formats import hooks
+from saejax.dictionaries.formats import hooks, load_all
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
+from saejax.models.sites import Site
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import fitting_sharding, free_bytes, make_mesh, on_host, part_size
 
@@ -273,3 +271,65 @@ def _bytes_per_device(dictionary: Dictionary, mesh: Mesh) -> int:
     table, arrays = parameter_table(dictionary.config), dictionary.arrays
     sizes = {name: part_size(mesh.shape, shape, *spec) for name, (shape, spec) in table.items() if name in arrays}
     return sum(size * arrays[name].dtype.itemsize for name, size in sizes.items())
+
+
+class LayerSaes(LayerDictionaries):
+    """SAEs of a model's sites; ``load`` and ``rows`` take the number of the layer.
+
+    Args:
+      saes: where each comes from, and the SAE.
+
+    Attributes:
+      sites: of the SAEs, in the order of layers.
+
+    Raises:
+      UserError: there are none, one is a transcoder, or two are of one layer.
+    """
+
+    def __init__(self, saes: Sequence[tuple[str, Dictionary]]):
+        if not saes:
+            raise UserError("there is no SAE to trace a graph with: name one at least")
+        by_layer: dict[int, tuple[str, Dictionary]] = {}
+        for name, sae in saes:
+            if sae.config.target:
+                raise UserError(
+                    f"{name} is a transcoder, from {sae.site} to {sae.config.target}: expected SAEs; transcoders "
+                    "are named with --graph.transcoders, of all layers"
+                )
+            other, _ = by_layer.setdefault(Site.parse(sae.site).layer, (name, sae))
+            if by_layer[Site.parse(sae.site).layer][1] is not sae:
+                raise UserError(f"{other} and {name} are SAEs of one layer ({sae.site}): expected one of each layer")
+        kept = [by_layer[layer] for layer in sorted(by_layer)]
+        self.sites = tuple(Site.parse(sae.site) for _, sae in kept)
+        name = ",".join(dict.fromkeys(name for name, _ in kept))
+        super().__init__(name, [sae.config for _, sae in kept], lambda layer: by_layer[layer][1])
+
+    @classmethod
+    def of(cls, saes: "LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]") -> "LayerSaes":
+        """Return a set of SAEs from memory or folders; a folder of several SAEs, such as a stack, stands for all."""
+        if isinstance(saes, LayerSaes):
+            return saes
+        named_saes: list[tuple[str, Dictionary]] = []
+        for each in [saes] if isinstance(saes, Dictionary | str | Path) else saes:
+            named_saes += [("a dictionary in memory", each)] if isinstance(each, Dictionary) else load_all(each).items()
+        return cls(named_saes)
+
+    def check(self, model: LanguageModel) -> "LayerSaes":
+        """Return the set, if it belongs to a model.
+
+        Raises:
+          UserError: a site does not exist there, or an SAE has another width or was trained on another model.
+        """
+        for site, config in zip(self.sites, self.configs, strict=True):
+            site.check(model.config)
+            check_dictionary(config, model, f"{self.name}: the SAE of {site}")
+        self.resolve_sinks(model)
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a graph says of the set."""
+        first = self.configs[0]
+        return dict(
+            name=self.name, revision=self.revision, sites=list(map(str, self.sites)), layers=len(self.sites),
+            kind=first.kind, n_features=first.n_features, skip=False, model=first.model,
+        )  # fmt: skip

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.attribution.local.active import AT_ONCE, activations, encode_used
 from saejax.attribution.local.directions import FeatureOutputs
 from saejax.attribution.local.layers import FIXED
+from saejax.attribution.local.prompt_run import AT_ONCE, activations, encode_used
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.state import LocalState
 from saejax.dictionaries import Dictionary

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.attribution.local.frozen import FrozenModel
+from saejax.attribution.local.layers import FrozenModel
 from saejax.models import decoder
 from saejax.models.config import RunRules
 from saejax.models.layers import einsum

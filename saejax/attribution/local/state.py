@@ -23,10 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.local import layers
-from saejax.attribution.local.active import Active, active_features
 from saejax.attribution.local.directions import FeatureOutputs
-from saejax.attribution.local.frozen import RELP, FrozenModel
-from saejax.attribution.local.prompt_run import PromptRun
+from saejax.attribution.local.layers import RELP, FrozenModel
+from saejax.attribution.local.prompt_run import Active, PromptRun, active_features
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import Dictionary

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import psutil
 from jax.sharding import Mesh
 
-from saejax.attribution.local.active import AT_ONCE
 from saejax.attribution.local.directions import READ_AT_ONCE
+from saejax.attribution.local.prompt_run import AT_ONCE
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.rows import batch_tokens
 from saejax.attribution.local.sources import WIDTH

@@ -10,13 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.attribution.local.active import AT_ONCE, Active, activations, active_features, encode_used
+from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.edits import CHUNK, Change
-from saejax.attribution.local.frozen import FrozenModel
-from saejax.attribution.local.layers import embed
-from saejax.attribution.local.prompt_run import LocalRun, PromptRun
+from saejax.attribution.local.layers import FrozenModel, embed
+from saejax.attribution.local.prompt_run import (
+    AT_ONCE,
+    Active,
+    LocalRun,
+    PromptRun,
+    activations,
+    active_features,
+    encode_used,
+)
 from saejax.attribution.local.readouts import Readouts, padded
-from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.trace.targets import logit_directions
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of

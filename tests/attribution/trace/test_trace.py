@@ -12,8 +12,8 @@ from saejax import trace
 from saejax.attribution.graph import pruning
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
 from saejax.attribution.local import rows, state
-from saejax.attribution.local.active import Active
 from saejax.attribution.local.edits import Circuit
+from saejax.attribution.local.prompt_run import Active
 from saejax.attribution.trace import rounds
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import Direction
