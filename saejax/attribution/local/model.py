@@ -14,6 +14,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,59 +137,33 @@ class LocalModel(LocalState):
           UserError: a feature does not exist or is changed twice in a row, there is no such mode, or what is read is
             not finite.
         """
-        n_layers, readouts = self.model.config.n_layers, readouts or Readouts.none(self.model.config.d_model)
-        modes = _freeze_by_layer(freeze, freeze_until, n_layers)
-        plan: ChangeEdits | CircuitEdits
-        if any(isinstance(row, Circuit) for row in edits):
-            if freeze != "none":
-                raise UserError(f"freeze is {freeze!r}: circuits run freely, expected none")
-            plan = CircuitEdits(self, edits)  # type: ignore[arg-type]
-        else:
-            plan = ChangeEdits(self, edits, len(self.ids_P))  # type: ignore[arg-type]
-            if freeze == "constrained" and any(modes[layer] not in FIXED for layer in plan.layers):
-                raise UserError(
-                    f"a feature of layer {max(plan.layers)} is changed, and layers below {freeze_until} are constrained"
-                )
-        index_J = np.asarray(features, np.int64)
+        n_layers, length, last = self.model.config.n_layers, self.stream_LxTxD.shape[1], len(self.ids_P) - 1
+        readouts, index_J = readouts or Readouts.none(self.model.config.d_model), np.asarray(features, np.int64)
+        modes, plan = _freeze_by_layer(freeze, freeze_until, n_layers), self._plan(edits, freeze)
+        changed = plan.layers if isinstance(plan, ChangeEdits) else set()
+        if freeze == "constrained" and any(modes[layer] not in FIXED for layer in changed):
+            raise UserError(
+                f"a feature of layer {max(changed)} is changed, and layers below {freeze_until} are constrained"
+            )
         # The prompt's own values, to which changes are added: a small effect keeps its digits.
-        result = LocalRun(
-            np.tile(self.active.value_A[index_J], (len(edits), 1)),
-            np.tile(readouts.value_K, (len(edits), 1)),
-            np.tile(self.logits_V, (len(edits), 1)) if logits else None,
-        )
-        if plan.first_layer is not None and len(edits):
-            self._run_rows(plan, modes, readouts, index_J, result, on_progress)
-        # Only what is read is checked: an activation that no feature can have overflows somewhere on the way.
-        if not (np.isfinite(result.feature_RxJ).all() and np.isfinite(result.readout_RxK).all()):
-            raise UserError("the model is not finite after these changes: give features values that they can have")
-        return result
-
-    def _run_rows(
-        self,
-        plan: ChangeEdits | CircuitEdits,
-        modes: Sequence[str],
-        readouts: Readouts,
-        index_J: np.ndarray,
-        result: LocalRun,
-        on_progress: Callable[[int, int], None],
-    ) -> None:
-        """Run all rows through the layers in chunks, layer by layer, and add the readouts to ``result``."""
+        feature_RxJ = np.tile(self.active.value_A[index_J], (len(edits), 1))
+        readout_RxK = np.tile(readouts.value_K, (len(edits), 1))
+        logits_RxV = np.tile(self.logits_V, (len(edits), 1)) if logits else None
+        layer_J, position_J = self.active.layer_A[index_J], self.active.position_A[index_J]
         # From the lowest layer that is changed: below it all rows are the prompt.
-        n_layers, first, last = self.model.config.n_layers, plan.first_layer or 0, len(self.ids_P) - 1
-        length, layer_J = self.stream_LxTxD.shape[1], self.active.layer_A[index_J]
+        first = n_layers if plan.first_layer is None or not len(edits) else plan.first_layer
         states = []
-        for rows in plan.padded:
-            (tiled,) = by_row(self.model.mesh, jnp.tile(self.stream_LxTxD[first][None], (rows, 1, 1)))
-            states.append(tiled)
+        for rows in plan.padded if first < n_layers else ():
+            states += by_row(self.model.mesh, jnp.tile(self.stream_LxTxD[first][None], (rows, 1, 1)))
         for layer in range(first, n_layers):
             x_TxD, directions = self.stream_LxTxD[layer], np.flatnonzero(readouts.layer_K == layer)
             here = np.flatnonzero(layer_J == layer)
-            encoded = self.active.position_A[index_J[here]], self.encoder_rows(index_J[here])
+            encoded = position_J[here], self.encoder_rows(index_J[here])
+            probes = readouts.position_K[directions], readouts.vector_KxD[directions]
             for number, chunk in enumerate(plan.chunks):
                 count = chunk.stop - chunk.start
                 if len(directions):
-                    probes = readouts.position_K[directions], readouts.vector_KxD[directions]
-                    result.readout_RxK[chunk, directions] += read_changes(x_TxD, states[number], *probes)[:count]
+                    readout_RxK[chunk, directions] += read_changes(x_TxD, states[number], *probes)[:count]
                 # The prompt goes along as the first row: what is frozen is taken from it.
                 streams = jnp.concatenate([x_TxD[None], states[number]])
                 leaving, read, out = layers.run_layer(
@@ -197,18 +172,28 @@ class LocalModel(LocalState):
                 difference = plan.difference(number, layer, modes[layer], read[1:], out[1:])
                 states[number] = leaving[1:] if difference is None else leaving[1:] + difference
                 if len(here):
-                    result.feature_RxJ[chunk, here] += read_changes(read[0], read[1:], *encoded)[:count]
+                    feature_RxJ[chunk, here] += read_changes(read[0], read[1:], *encoded)[:count]
             on_progress(layer + 1 - first, n_layers - first)
         top = np.flatnonzero(readouts.layer_K == n_layers)
-        for chunk, state in zip(plan.chunks, states, strict=True):
+        for chunk, state in zip(plan.chunks, states, strict=False):
             leaving, count = state[:, last], chunk.stop - chunk.start
             if len(top):
                 vectors = readouts.vector_KxD[top], readouts.normed_K[top]
-                changes = read_last(self.frozen, modes[-1], self.last_D, leaving, *vectors)
-                result.readout_RxK[chunk, top] += changes[:count]
-            if result.logits_RxV is not None:
-                logits = read_logits(self.frozen, modes[-1], self.model.params, self.last_D, leaving)
-                result.logits_RxV[chunk] = to_host(logits)[:count]
+                readout_RxK[chunk, top] += read_last(self.frozen, modes[-1], self.last_D, leaving, *vectors)[:count]
+            if logits_RxV is not None:
+                row_logits = read_logits(self.frozen, modes[-1], self.model.params, self.last_D, leaving)
+                logits_RxV[chunk] = to_host(row_logits)[:count]
+        # Only what is read is checked: an activation that no feature can have overflows somewhere on the way.
+        if not (np.isfinite(feature_RxJ).all() and np.isfinite(readout_RxK).all()):
+            raise UserError("the model is not finite after these changes: give features values that they can have")
+        return LocalRun(feature_RxJ, readout_RxK, logits_RxV)
+
+    def _plan(self, edits: Sequence[Any], freeze: str) -> ChangeEdits | CircuitEdits:
+        if not any(isinstance(row, Circuit) for row in edits):
+            return ChangeEdits(self, edits, len(self.ids_P))
+        if freeze != "none":
+            raise UserError(f"freeze is {freeze!r}: circuits run freely, expected none")
+        return CircuitEdits(self, edits)
 
     def generate(self, changes: Sequence[Change], max_new_tokens: int, freeze: str = "none") -> Continuation:
         """Continue the prompt greedily with changes.

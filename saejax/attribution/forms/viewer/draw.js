@@ -21,7 +21,6 @@ class Picture {
       wait: 0,
       begun: -BURST,
     });
-    this.find = () => -1; // the node at a point
     const measurer = document.createElement("canvas").getContext("2d");
     this.measure = (text, size, bold) => {
       measurer.font = `${bold ? "600 " : ""}${size}px ${FONT}`;
@@ -38,7 +37,6 @@ class Picture {
   place(visible, width, height, zoom) {
     this.visible = visible;
     this.layout = layOut(this.graph, visible, width, height, zoom, this.measure);
-    this.find = buildIndex(this.graph, visible, this.layout);
     const scale = window.devicePixelRatio || 1;
     for (const canvas of [this.lower, this.upper]) {
       canvas.width = Math.round(width * scale);
@@ -46,6 +44,11 @@ class Picture {
       canvas.style.width = `${width}px`;
       canvas.style.height = `${height}px`;
     }
+  }
+
+  /** The node at a point, or the nearest one within reach. */
+  find(x, y, reach) {
+    return this.layout ? nodeAtPoint(this.graph, this.visible, this.layout, x, y, reach) : -1;
   }
 
   /** A clean canvas whose origin is the world's, clipped to what is right of the names of layers. */

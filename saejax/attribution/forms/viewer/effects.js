@@ -11,8 +11,7 @@ function effectsTable({ tokens, differences, kl, random_kl, draws, no_draws, fre
       ...token.probability.map(percent),
       token.random ? span(token.random, percent) : "–",
     ];
-    const texts = cells.map((cell, k) => element(k ? "td" : "th", k ? { class: "number" } : { scope: "row" }, cell));
-    return element("tr", {}, texts);
+    return cells.map((cell, k) => element(k ? "td" : "th", k ? { class: "number" } : { scope: "row" }, cell));
   };
   const plain = (x) => (x < 0 ? "−" : "") + magnitude(x);
   const named = differences.map(({ text, value, random }) => {
@@ -24,16 +23,11 @@ function effectsTable({ tokens, differences, kl, random_kl, draws, no_draws, fre
     ? `${draws === 1 ? "The only set" : `${draws} different random sets`} of as many other active features of the same ` +
       `layers, changed alike: ${span(random_kl, nats)}.`
     : `No random features to compare with: ${no_draws}`;
-  const header = heads.map((name) => element("th", { scope: "col" }, name));
   return [
     element("h3", {}, `The next token, with ${names}`),
     element("p", {}, `Divergence from the model as it is (KL): ${nats(kl)}. ${said}`),
     ...named,
     freeze === "all" ? element("p", { class: "note" }, "With all else frozen this is what the edges say, not the model.") : [],
-    element(
-      "div",
-      { class: "wide", tabindex: 0, role: "region", "aria-label": "Tokens" },
-      element("table", {}, element("thead", {}, element("tr", {}, header)), element("tbody", {}, tokens.map(row))),
-    ),
+    tableOf("Tokens", heads, tokens.map(row)),
   ].flat();
 }

@@ -86,3 +86,11 @@ function download(name, blob) {
   link.remove();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
+
+/** A table that scrolls sideways where it is too wide; cells are elements. */
+function tableOf(label, heads, rows) {
+  const row = (cells) => element("tr", {}, cells);
+  const head = row(heads.map((name) => element("th", { scope: "col" }, name)));
+  const table = element("table", {}, element("thead", {}, head), element("tbody", {}, rows.map(row)));
+  return element("div", { class: "wide", tabindex: 0, role: "region", "aria-label": label }, table);
+}

@@ -136,34 +136,16 @@ const clip = (text, most) => {
   return letters.length > most ? letters.slice(0, most - 1).join("") + "…" : text;
 };
 
-/** A grid of buckets over the nodes: the node under the pointer is found without looking at the others. */
-function buildIndex(graph, visible, layout) {
-  const size = 24;
-  const buckets = new Map();
-  for (let i = 0; i < graph.n; i++) {
-    if (!visible.node[i] || graph.kind[i] === LOGIT) continue;
-    const key = Math.floor(layout.x[i] / size) * 65536 + Math.floor(layout.y[i] / size);
-    if (buckets.has(key)) buckets.get(key).push(i);
-    else buckets.set(key, [i]);
+/** The node under the pointer, or the nearest one within reach; -1: there is none. */
+function nodeAtPoint(graph, visible, layout, px, py, reach) {
+  for (const box of layout.pills.boxes) {
+    if (px >= box.x && px <= box.x + box.width && py >= box.y && py <= box.y + box.height) return box.node;
   }
-  return (px, py, reach) => {
-    for (const box of layout.pills.boxes) {
-      if (px >= box.x && px <= box.x + box.width && py >= box.y && py <= box.y + box.height) return box.node;
-    }
-    let best = -1;
-    let nearest = reach * reach;
-    const cx = Math.floor(px / size);
-    const cy = Math.floor(py / size);
-    for (let bx = cx - 1; bx <= cx + 1; bx++)
-      for (let by = cy - 1; by <= cy + 1; by++) {
-        for (const i of buckets.get(bx * 65536 + by) || []) {
-          const distance = (layout.x[i] - px) ** 2 + (layout.y[i] - py) ** 2;
-          if (distance < nearest) {
-            nearest = distance;
-            best = i;
-          }
-        }
-      }
-    return best;
-  };
+  let best = -1;
+  let nearest = reach * reach;
+  for (let i = 0; i < graph.n; i++) {
+    const distance = (layout.x[i] - px) ** 2 + (layout.y[i] - py) ** 2;
+    if (distance < nearest && visible.node[i] && graph.kind[i] !== LOGIT) [nearest, best] = [distance, i];
+  }
+  return best;
 }

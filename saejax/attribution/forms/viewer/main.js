@@ -122,17 +122,6 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   picture.readColours();
   show("edges", "nodes");
 });
-/** A window that is moved to a finer screen has the same size, and more pixels. */
-function watchPixels() {
-  const same = matchMedia(`(resolution: ${devicePixelRatio}dppx)`);
-  const changed = () => {
-    show("place", "nodes");
-    watchPixels();
-  };
-  same.addEventListener("change", changed, { once: true });
-}
-watchPixels();
-
 refresh();
 draw();
 

@@ -105,31 +105,18 @@ function readEdges({ source, target, weight, score }, n) {
   const before = new Float64Array(m); // share of all scores that stronger edges have
   const inTotal = new Float64Array(n); // of |weight|
   const outTotal = new Float64Array(n); // of scores
-  const inStart = new Int32Array(n + 1);
-  const outStart = new Int32Array(n + 1);
-  let total = 0;
+  const [ins, outs] = [0, 1].map(() => Array.from({ length: n }, () => [])); // edges of each node, strongest first
+  const total = score.reduce((sum, value) => sum + value, 0) || 1;
+  let sum = 0;
   for (let e = 0; e < m; e++) {
-    before[e] = total;
-    total += score[e];
+    before[e] = sum / total;
+    sum += score[e];
     inTotal[target[e]] += Math.abs(weight[e]);
     outTotal[source[e]] += score[e];
-    inStart[target[e] + 1]++;
-    outStart[source[e] + 1]++;
+    ins[target[e]].push(e);
+    outs[source[e]].push(e);
   }
-  for (let e = 0; e < m; e++) before[e] /= total || 1;
-  for (let i = 0; i < n; i++) {
-    inStart[i + 1] += inStart[i];
-    outStart[i + 1] += outStart[i];
-  }
-  const inEdge = new Int32Array(m);
-  const outEdge = new Int32Array(m);
-  const inNext = inStart.slice();
-  const outNext = outStart.slice();
-  for (let e = 0; e < m; e++) {
-    inEdge[inNext[target[e]]++] = e;
-    outEdge[outNext[source[e]]++] = e;
-  }
-  return { m, source, target, weight, score, before, inTotal, outTotal, inStart, inEdge, outStart, outEdge };
+  return { m, source, target, weight, score, before, inTotal, outTotal, ins, outs };
 }
 
 /** The edges as the document has them. */
@@ -171,11 +158,7 @@ const shareOf = (graph, e, into) =>
     : graph.score[e] / (graph.outTotal[graph.source[e]] || 1);
 
 /** The edges into (or out of) a node, strongest first. */
-function edgesOf(graph, i, into) {
-  return into
-    ? graph.inEdge.subarray(graph.inStart[i], graph.inStart[i + 1])
-    : graph.outEdge.subarray(graph.outStart[i], graph.outStart[i + 1]);
-}
+const edgesOf = (graph, i, into) => (into ? graph.ins : graph.outs)[i];
 
 const rowName = (graph, r) => (r === 0 ? "E" : r === graph.rows - 1 ? "out" : String(r - 1));
 const whereOf = (graph, i) => {

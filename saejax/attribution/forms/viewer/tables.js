@@ -15,36 +15,13 @@ function showTables(graph, tables, app) {
       ? element("td", { class: "number" }, Number.isInteger(value) ? String(value) : signed(value))
       : element("td", {}, visibleText(value ?? ""));
   };
-  document.getElementById("tables").append(
-    ...tables.map((table) =>
-      element(
-        "details",
-        {},
-        element("summary", {}, table.title),
-        table.note && element("p", { class: "note" }, table.note),
-        element(
-          "div",
-          { class: "wide", tabindex: 0, role: "region", "aria-label": table.title },
-          element(
-            "table",
-            {},
-            element(
-              "thead",
-              {},
-              element(
-                "tr",
-                {},
-                table.columns.map((name) => element("th", { scope: "col" }, name)),
-              ),
-            ),
-            element(
-              "tbody",
-              {},
-              table.rows.map((row) => element("tr", {}, row.map(cell))),
-            ),
-          ),
-        ),
-      ),
-    ),
-  );
+  const made = (table) =>
+    element(
+      "details",
+      {},
+      element("summary", {}, table.title),
+      table.note && element("p", { class: "note" }, table.note),
+      tableOf(table.title, table.columns, table.rows.map((row) => row.map(cell))),
+    );
+  document.getElementById("tables").append(...tables.map(made));
 }
