@@ -16,7 +16,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from saejax.attribution.forms.document import FEATURE_TYPE
 from saejax.attribution.forms.page import VIEWER, page_html
+from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.results import GraphResults
 from saejax.errors import UserError
 from saejax.files import read_json
@@ -109,7 +111,6 @@ class GraphServer:
             Route("/", self._page(self._list)),
             Route("/graph", self._page(self._graph)),
             Route("/api/trace", self._work(self._trace), methods=["POST"]),
-            Route("/api/prune", self._work(self._prune), methods=["POST"]),
             Route("/api/change", self._work(self._change), methods=["POST"]),
             Route("/api/label", self._saved(self._label), methods=["PUT"]),
             Route("/api/groups", self._saved(self._groups), methods=["PUT"]),
@@ -161,29 +162,24 @@ class GraphServer:
         graph = self._store.find(query.get("id", ""))
         document, shown, note, why = self._store.document(graph), self._store.shown(graph), "", ""
         freeze_modes: tuple[str, ...] = FREEZE_MODES
-        whole = False  # whether the whole graph is at hand
         settings = document["metadata"].get("pruning_settings") or {}
         nodes, edges = settings.get("node_threshold", 0.8), settings.get("edge_threshold", 0.98)
         labels: dict[tuple[int, int], str] = {}
         details: dict[tuple[int, int], Any] = {}
         if "nodes" in query and "edges" in query:
             nodes, edges = (_share(query, name) for name in ("nodes", "edges"))
-            if pruned := self._session.pruned(graph, nodes, edges):
-                document = pruned
-            else:
-                note = "This is the graph as it was saved: press Prune again for the thresholds of this address. "
+            document = self._session.prune(graph, document, nodes, edges)
         try:
             configs = self._session.configs_of(graph)
             labels = self._store.labels(graph, _folders(configs))
             details = self._store.details(document, configs[GraphConfig])
             freeze_modes = FREEZE_MODES[:1] if configs[GraphConfig].dictionaries else FREEZE_MODES
-            note += f"With {configs[ModelConfig].path} and {_set_name(configs[GraphConfig])}."
-            whole = self._session.whole(graph)
-            note += "" if whole else " It cannot be pruned again, as the whole graph is not saved here."
+            note = f"With {configs[ModelConfig].path} and {_set_name(configs[GraphConfig])}."
+            note += "" if graph.whole else " It cannot be pruned again, as the whole graph is not saved here."
         except UserError as error:
             why = _line(error)
-        shares = dict(nodes=nodes, edges=edges, whole=whole)
-        live = dict(graph=graph.id, note=note, why=why, freeze_modes=freeze_modes, **shares)
+        live = dict(graph=graph.id, note=note, why=why, freeze_modes=freeze_modes)
+        live |= dict(nodes=nodes, edges=edges, whole=graph.whole is not None)
         if not details:  # of a graph without a known set
             details = self._store.details(document, self._session.defaults[GraphConfig])
         return page_html(document, labels=labels, details=details, live=live, **shown)
@@ -201,11 +197,6 @@ class GraphServer:
         )
         return dict(address=address(trace_typed(self._session, self._configs(), self._store, settings, job)))
 
-    def _prune(self, fields: Mapping[str, Any], job: Job) -> Any:
-        graph, nodes, edges = self._find_graph(fields), _share(fields, "nodes"), _share(fields, "edges")
-        self._session.prune(graph, self._store.document(graph), nodes, edges, job)
-        return dict(address=address(graph.id, nodes=nodes, edges=edges))
-
     def _change(self, fields: Mapping[str, Any], job: Job) -> Any:
         graph = self._find_graph(fields)
         document, freeze, changes = self._store.document(graph), fields.get("freeze"), _changes(fields.get("changes"))
@@ -217,8 +208,14 @@ class GraphServer:
 
     def _label(self, fields: Mapping[str, Any]) -> Any:
         graph, name, label = self._find_graph(fields), _text(fields, "node"), _text(fields, "label").strip()
-        nodes = {node["node_id"]: node["feature_type"] for node in self._store.document(graph)["nodes"]}
-        if nodes.get(name) != "cross layer transcoder" and not self._session.has_feature(graph, name):
+        features = {
+            node["node_id"] for node in self._store.document(graph)["nodes"] if node["feature_type"] == FEATURE_TYPE
+        }
+        # One that was pruned away is on the page with other thresholds.
+        if name not in features and graph.whole:
+            whole = graph.load_whole()
+            features = set(whole.ids[whole.slice_of(FEATURE)])
+        if name not in features:
             raise UserError(f"{name!r} is no feature of the graph")
         layer, feature = map(int, name.split("_")[:2])
         return self._store.save_label(_folders(self._session.configs_of(graph)), layer, feature, label)

@@ -16,7 +16,6 @@ import numpy as np
 
 from saejax.attribution.forms.document import DocumentNode, GraphDocument
 from saejax.attribution.forms.neuronpedia import to_document
-from saejax.attribution.graph import Graph
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
@@ -36,7 +35,7 @@ from saejax.serving.store import GraphStore, StoredGraph
 from saejax.settings import GraphConfig, MeshConfig, ModelConfig
 
 Key = tuple[str, Any]  # hash of a graph's document; model and set
-_KEPT = 2  # prompts, and pruned graphs, that stay in memory
+_KEPT = 2  # prompts that stay in memory
 _SAME = 0.9  # share of a graph's features that must be active when its prompt is run again
 _DIFFERENCE = re.compile(r"^Output \"((?:'|\").*(?:'|\")) - ((?:'|\").*(?:'|\"))\" \(p=[\d.e+-]+\)$", re.DOTALL)
 # Of a typed prompt: checks take longer than the tracing, and ``experiments.attribute`` with the same flags makes them.
@@ -59,8 +58,6 @@ class ModelSession:
         self.defaults, self._named = configs, named
         self._parts: tuple[Any, Any] | None = None  # what they are of, and the model and its dictionaries
         self._runs: OrderedDict[Key, LocalModel | SaeRun] = OrderedDict()
-        self._graphs: OrderedDict[Key, Graph] = OrderedDict()  # whole ones
-        self._pruned: OrderedDict[tuple[Key, float, float], GraphDocument] = OrderedDict()
 
     def configs_of(self, graph: StoredGraph | None) -> Configs:
         """Return the configuration that a graph was made with; of None, that of the command line.
@@ -93,7 +90,6 @@ class ModelSession:
         """Free all memory."""
         self._parts = None
         self._runs.clear()
-        self._graphs.clear()
 
     def run(self, graph: StoredGraph, document: GraphDocument, job: Job) -> LocalModel | SaeRun:
         """Return the model that was run on a graph's prompt, with what its set makes of it.
@@ -109,39 +105,32 @@ class ModelSession:
             ids_P, is_saes = np.array(token_ids(document), np.int32), isinstance(dictionaries, LayerSaes)
             run = SaeRun.of(model, dictionaries, ids_P) if is_saes else LocalModel(model, dictionaries, ids_P)
             _check_same(document, run)
-            _keep(self._runs, key, run)
+            self._keep(key, run)
         return self._runs[key]
 
-    def whole(self, graph: StoredGraph) -> bool:
-        """Return whether the whole graph is at hand, in memory or in its unit."""
-        return self._key(graph) in self._graphs or _saved(graph) is not None
-
     def keep(self, graph: StoredGraph, traced: Traced[Any]) -> None:
-        """Keep what was traced of a graph."""
-        key = self._key(graph)
-        _keep(self._runs, key, traced.local)
-        _keep(self._graphs, key, traced.graph)
+        """Keep the run of a graph that was traced here."""
+        self._keep(self._key(graph), traced.local)
 
-    def prune(self, graph: StoredGraph, document: GraphDocument, nodes: float, edges: float, job: Job) -> None:
-        """Prune a graph with other thresholds; ``pruned`` returns the result.
+    def prune(self, graph: StoredGraph, document: GraphDocument, nodes: float, edges: float) -> GraphDocument:
+        """Return a graph pruned with other thresholds, from the whole one in its unit.
+
+        Args:
+          graph: the graph.
+          document: the graph as it was saved, whose labels, groups and pins stay.
+          nodes: share of the influence of nodes, 0 to 1.
+          edges: share of the influence of edges, 0 to 1.
 
         Raises:
-          UserError: the whole graph is neither in memory nor saved, or nothing is left.
+          UserError: the whole graph is not saved, or is damaged.
         """
-        config, key = self.configs_of(graph)[GraphConfig], self._key(graph)
-        if key not in self._graphs:
-            if not (folder := _saved(graph)):
-                raise UserError(f"the whole graph of {graph.id} is not saved: trace its prompt here, then prune that")
-            job.say("Reading the graph")
-            _keep(self._graphs, key, Graph.load(folder))
-        job.say("Pruning")
-        whole = dataclasses.replace(self._graphs[key], prompt=document["metadata"]["prompt"])
-        pruned = whole.prune(nodes, edges, config.top_edges)
+        config, params = self.configs_of(graph)[GraphConfig], document["qParams"]
+        pruned = graph.load_whole().prune(nodes, edges, config.top_edges)
         document_labels = {_feature(node): node["clerp"] for node in _features(document) if node["clerp"]}
-        ids, params = set(pruned.ids), document["qParams"]
+        ids = set(pruned.ids)
         groups = [[label, *(name for name in names if name in ids)] for label, *names in params.get("supernodes", [])]
-        pruned_document = to_document(
-            pruned,
+        return to_document(
+            dataclasses.replace(pruned, prompt=document["metadata"]["prompt"]),
             document["metadata"]["slug"],
             scan=document["metadata"]["scan"],
             source_set=config.source_set,
@@ -149,20 +138,16 @@ class ModelSession:
             supernodes=[group for group in groups if len(group) > 1],
             pinned=[name for name in params.get("pinnedIds", []) if name in ids],
         )
-        _keep(self._pruned, (key, nodes, edges), pruned_document)
-
-    def has_feature(self, graph: StoredGraph, node: str) -> bool:
-        """Return whether a node is a feature of any version of a graph that was pruned here."""
-        key = self._key(graph)
-        pruned = [document for (graph_key, _, _), document in list(self._pruned.items()) if graph_key == key]
-        return any(feature["node_id"] == node for document in pruned for feature in _features(document))
-
-    def pruned(self, graph: StoredGraph, nodes: float, edges: float) -> GraphDocument | None:
-        """Return what ``prune`` made, if it is still in memory."""
-        return self._pruned.get((self._key(graph), nodes, edges))
 
     def _key(self, graph: StoredGraph) -> Key:
         return graph.fingerprint, _parts_key(self.configs_of(graph))
+
+    def _keep(self, key: Key, run: LocalModel | SaeRun) -> None:
+        """Keep a run as the newest, and forget the oldest."""
+        self._runs[key] = run
+        self._runs.move_to_end(key)
+        while len(self._runs) > _KEPT:
+            self._runs.popitem(last=False)
 
 
 def token_ids(document: GraphDocument) -> list[int]:
@@ -219,12 +204,6 @@ def _parts_key(configs: Configs) -> Any:
     return configs[ModelConfig], configs[MeshConfig], graph.transcoders, graph.l0, graph.dictionaries
 
 
-def _saved(graph: StoredGraph) -> Path | None:
-    """Return the folder of the whole graph in its unit; None: there is none."""
-    folder = graph.unit / f"{graph.path.stem}-graph" if graph.unit else None
-    return folder if folder and (folder / "graph.json").exists() else None
-
-
 def _check_same(document: GraphDocument, run: PromptRun) -> None:
     """Raise ``UserError`` if too few of a graph's features are active in a run with this model and set."""
     features = [(*_feature(node), node["ctx_idx"]) for node in _features(document)]
@@ -243,14 +222,6 @@ def _features(document: GraphDocument) -> list[DocumentNode]:
 def _feature(node: DocumentNode) -> tuple[int, int]:
     layer, feature = node["node_id"].split("_")[:2]
     return int(layer), int(feature)
-
-
-def _keep(kept: OrderedDict, key: Any, value: Any) -> None:
-    """Keep a value as the newest, and forget the oldest."""
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > _KEPT:
-        kept.popitem(last=False)
 
 
 def trace_typed(

@@ -15,6 +15,7 @@ from typing import Any
 from saejax.attribution.forms.document import GraphDocument, read_document
 from saejax.attribution.forms.neuronpedia import INDEX
 from saejax.attribution.forms.outputs import details_of, read_shown
+from saejax.attribution.graph import Graph
 from saejax.dictionaries.labels import names_of_layers
 from saejax.errors import UserError
 from saejax.files import file_sha256, locked, read_json, write_json
@@ -48,6 +49,22 @@ class StoredGraph:
         return folder if self.path.parent.name == "graphs" and (folder / SUMMARY).exists() else None
 
     @property
+    def whole(self) -> Path | None:
+        """The folder of the graph before pruning, in its unit; None: there is none."""
+        folder = self.unit / f"{self.path.stem}-graph" if self.unit else None
+        return folder if folder and (folder / "graph.json").exists() else None
+
+    def load_whole(self) -> Graph:
+        """Return the graph before pruning.
+
+        Raises:
+          UserError: it is not saved, or damaged.
+        """
+        if self.whole is None:
+            raise UserError(f"the whole graph of {self.id} is not saved: trace its prompt here, then prune that")
+        return _load_whole(self.whole, (self.whole / "graph.json").stat().st_mtime_ns)
+
+    @property
     def fingerprint(self) -> str:
         """The SHA-256 of its file."""
         return _sha256(self.path, self.path.stat().st_mtime_ns)
@@ -59,6 +76,11 @@ def _sha256(path: Path, changed: int) -> str:
 
 
 @functools.lru_cache(1)  # they are large
+def _load_whole(folder: Path, changed: int) -> Graph:
+    return Graph.load(folder)
+
+
+@functools.lru_cache(1)
 def _read_graph(path: Path, changed: int) -> GraphDocument:
     return read_document(read_json(path))
 

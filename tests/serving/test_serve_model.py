@@ -109,20 +109,19 @@ def test_what_a_document_says_is_enough_to_run_it_again(lm, traced, wanted, plac
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
-def test_pruned_again_from_memory_or_traced_again(asker, traced, wanted, place, forgotten, request):
+def test_pruned_again_from_the_whole_graph(asker, traced, wanted, place, forgotten, request):
     root, _ = place
     if forgotten:  # a server that was started anew, and finds model and set in the unit
         bare = command_line.read_configs(command_line.stage_flags(), ["serve"])
         asker = request.getfixturevalue("serve")(GraphStore(root), ModelSession(bare, named=False))
-    found = asker.work("api/prune", dict(graph=GRAPH, nodes=0.95, edges=0.6))
-    assert found[-1]["result"]["address"].endswith("&nodes=0.95&edges=0.6")
-    assert not any(line.get("say") == "Tracing the prompt again" for line in found)  # the unit has the whole graph
-    assert any(line.get("say") == "Reading the graph" for line in found) == forgotten
-    _, page = asker.get(found[-1]["result"]["address"])
+    _, page = asker.get(f"graph?id={GRAPH}&nodes=0.95&edges=0.6")
     data = page.split('id="graph-data">')[1].split("</script>")[0]
     pruned = wanted.graph.prune(0.95, 0.6)
     assert len(json.loads(data)["document"]["nodes"]) == len(pruned.nodes)
-    assert "press Prune again" in asker.get(f"graph?id={GRAPH}&nodes=0.5&edges=0.5")[1]
+    assert [json.loads(data)["live"][name] for name in ("nodes", "edges", "whole")] == [0.95, 0.6, True]
+    for wrong in ("nodes=NaN&edges=0.5", "nodes=2&edges=0.5"):
+        status, text = asker.get(f"graph?id={GRAPH}&{wrong}")
+        assert status == 404 and "expected a share" in text
 
 
 def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, wanted):
@@ -161,8 +160,7 @@ def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, w
         ("trace", ASKED | dict(max_features=-1), "max_features is -1"),
         ("trace", ASKED | dict(nodes=1.5), "nodes is 1.5: expected a share"),
         ("trace", ASKED | dict(chat=True), "has no chat template"),
-        ("prune", dict(graph="../../etc/passwd", nodes=0.5, edges=0.5), "there is no graph"),
-        ("prune", dict(graph=GRAPH, nodes="NaN", edges=0.5), "expected a share"),
+        ("change", dict(graph="../../etc/passwd", changes=[], freeze="none"), "there is no graph"),
         ("change", dict(graph=GRAPH, changes=[], freeze="none"), "nothing is changed"),
         ("change", dict(graph=GRAPH, changes=[["scale", 0, "1_47_0"]], freeze="none"), "is not active at position 0"),
         ("change", dict(graph=GRAPH, changes=[["scale", 1e999, "1_4_2"]], freeze="none"), "changes are lists"),

@@ -9,7 +9,7 @@ from pages import FEATURE, click_node, needs_chromium, show, text
 
 from saejax.attribution.forms.neuronpedia import write_graph
 from saejax.serving import app
-from saejax.serving.store import GraphStore
+from saejax.serving.store import GraphStore, StoredGraph
 
 pytestmark = needs_chromium
 GRAPH, EVIL = "graphs/first", "</script><script>window.hacked = 1</script>"
@@ -29,22 +29,13 @@ class FakeBench:
     def configs_of(self, graph):
         return self.defaults
 
-    def whole(self, graph):
-        return True
-
-    def pruned(self, graph, nodes, edges):
-        return self.made.get((nodes, edges))
-
-    def has_feature(self, graph, node):
-        return False
-
-    def prune(self, graph, document, nodes, edges, job):
-        job.say("Tracing")
+    def prune(self, graph, document, nodes, edges):
         features = [node["node_id"] for node in document["nodes"] if node["feature_type"] == FEATURE]
         gone = set(features[5:])
         kept = [node for node in document["nodes"] if node["node_id"] not in gone]
         links = [link for link in document["links"] if not {link["source"], link["target"]} & gone]
         self.made[nodes, edges] = {**document, "nodes": kept, "links": links}
+        return self.made[nodes, edges]
 
     def run(self, graph, document, job):
         return self
@@ -79,6 +70,7 @@ def site(place, serve):
     configs = command_line.read_configs(command_line.stage_flags(), ["serve", "--graph.transcoders=a/set"])
     patch = pytest.MonkeyPatch()
     patch.setattr(app, "effects", fake_effects)
+    patch.setattr(StoredGraph, "whole", property(lambda graph: graph.path))
     session = FakeBench(configs)
     yield session, serve(GraphStore(place), session).address
     patch.undo()

@@ -3,33 +3,16 @@
 // the upper one and lets the lower one fade.
 
 const FRAME = 9; // milliseconds of drawing at a time, so that the page answers while thousands of edges appear
-const BURST = 250; // milliseconds: edges that change again within them wait
 const NAMED_AT_MOST = 60; // features and errors
-const AT_ONCE = 2500; // of them, after this many of the strongest
 
 class Picture {
   constructor(graph, lower, upper) {
-    Object.assign(this, {
-      graph,
-      lower,
-      upper,
-      layout: null,
-      visible: null,
-      scroll: 0,
-      painted: null,
-      job: 0,
-      wait: 0,
-      begun: -BURST,
-    });
+    Object.assign(this, { graph, lower, upper, layout: null, visible: null, scroll: 0, painted: null, job: 0 });
     const measurer = document.createElement("canvas").getContext("2d");
     this.measure = (text, size, bold) => {
       measurer.font = `${bold ? "600 " : ""}${size}px ${FONT}`;
       return measurer.measureText(text).width;
     };
-    this.readColours();
-  }
-
-  readColours() {
     this.ink = readInk();
   }
 
@@ -69,10 +52,6 @@ class Picture {
   /** All edges, strongest first, each further one beneath those before it, a frame's worth at a time. */
   drawEdges() {
     cancelAnimationFrame(this.job);
-    clearTimeout(this.wait);
-    // Under a slider or a scroll bar only the strongest are drawn, until the reader rests.
-    let rest = performance.now() - this.begun < BURST ? AT_ONCE : Infinity;
-    this.begun = performance.now();
     const { graph, visible } = this;
     const context = this.begin(this.lower);
     context.globalCompositeOperation = "destination-over";
@@ -82,22 +61,15 @@ class Picture {
     let spent = 0;
     const some = () => {
       const start = performance.now();
-      while (e < visible.last && rest > 0) {
-        if (visible.edge[e]) {
-          const strength = Math.sqrt(graph.score[e] / most);
-          context.globalAlpha = 0.04 + 0.05 * crowd + 0.7 * strength ** (2.4 - 1.4 * crowd);
-          this.strokeEdge(context, e, 0.5 + 1.8 * strength);
-          rest--;
-        }
-        if (++e % 64 === 0 && performance.now() - start > FRAME) break;
+      for (; e < visible.last && performance.now() - start < FRAME; e++) {
+        if (!visible.edge[e]) continue;
+        const strength = Math.sqrt(graph.score[e] / most);
+        context.globalAlpha = 0.04 + 0.05 * crowd + 0.7 * strength ** (2.4 - 1.4 * crowd);
+        this.strokeEdge(context, e, 0.5 + 1.8 * strength);
       }
       spent += performance.now() - start;
-      if (e >= visible.last) this.painted = { edges: visible.edges, milliseconds: spent };
-      else if (rest > 0) this.job = requestAnimationFrame(some);
-      else {
-        rest = Infinity;
-        this.wait = setTimeout(some, BURST);
-      }
+      if (e < visible.last) this.job = requestAnimationFrame(some);
+      else this.painted = { edges: visible.edges, milliseconds: spent };
     };
     this.painted = null;
     some();

@@ -78,11 +78,10 @@ function makeLive(graph, { live, labels }, app) {
     here("effects").focus({ preventScroll: true });
     say(`The next token is now ${found.tokens[0].text}.`);
   };
-  here("prune-form").onsubmit = async (event) => {
+  here("prune-form").onsubmit = (event) => {
     event.preventDefault();
-    const [nodes, edges] = ["prune-nodes", "prune-edges"].map((id) => Number(here(id).value));
-    const found = await job.run("api/prune", { graph: live.graph, nodes, edges });
-    if (found) location.assign(found.address + location.hash);
+    const [nodes, edges] = ["prune-nodes", "prune-edges"].map((id) => here(id).value);
+    location.assign(`graph?${new URLSearchParams({ id: live.graph, nodes, edges })}${location.hash}`);
   };
   const saving = async (path, body, done) => {
     here("saved").textContent = "";

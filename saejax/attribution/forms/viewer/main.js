@@ -119,7 +119,7 @@ addEventListener("popstate", () => {
 });
 new ResizeObserver(() => show("place", "nodes", "subgraph")).observe(stage);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-  picture.readColours();
+  picture.ink = readInk();
   show("edges", "nodes");
 });
 refresh();
