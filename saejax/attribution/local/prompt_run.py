@@ -114,6 +114,7 @@ def encode_used(encoder: Dictionary, read_xTxD: jax.Array, used_T: jax.Array) ->
     return jnp.where(used, acts_xTxF, jnp.zeros_like(acts_xTxF))
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class PromptRun:
     """A model that was run on a prompt with dictionaries.
 

@@ -6,12 +6,10 @@
    rounds of the most influential ones so far (``attribute_in_rounds``).
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.local.model import AnySet, LocalModel, open_set
@@ -91,20 +89,19 @@ def _run(
     """Return the local model; memory is checked before it is made, and again when its features are counted."""
     dictionaries.check(model)
     first = dictionaries.configs[0]
-    size = GraphSize(model.config, first, certain_active(first), max_features, logits, dictionaries.cross_layer)
-    _make_room(size, dictionaries, len(ids_P), model.mesh)
+
+    def make_room(active: float) -> None:
+        """Free the encoders that are in memory where the graph does not fit beside them."""
+        size = GraphSize(model.config, first, active, max_features, logits, dictionaries.cross_layer)
+        if not estimate_memory(size, len(ids_P), model.mesh).fits(free_memory(model.mesh), model.mesh):
+            dictionaries.forget()
+            check_memory(size, len(ids_P), model.mesh)
+
+    make_room(certain_active(first))
     local = LocalModel(model, dictionaries, ids_P)
     # The features of this prompt, counted, in place of those that were certain before.
-    density = len(local.active) / (model.config.n_layers * (len(ids_P) - 1))
-    _make_room(dataclasses.replace(size, active=density), dictionaries, len(ids_P), model.mesh)
+    make_room(len(local.active) / (model.config.n_layers * (len(ids_P) - 1)))
     return local
-
-
-def _make_room(size: GraphSize, dictionaries: LayerTranscoders, tokens: int, mesh: Mesh) -> None:
-    """Free the encoders that are in memory where the graph does not fit beside them."""
-    if not estimate_memory(size, tokens, mesh).fits(free_memory(mesh), mesh):
-        dictionaries.forget()
-        check_memory(size, tokens, mesh)
 
 
 def check_max_features(max_features: int | None) -> None:

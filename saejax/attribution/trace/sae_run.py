@@ -77,7 +77,7 @@ class Readings(NamedTuple):
     position_B: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False, repr=False)
 class SaeRun(PromptRun):
     """A model that was run on a prompt, and what its SAEs say of it; see also ``PromptRun``.
 
@@ -88,14 +88,7 @@ class SaeRun(PromptRun):
       direct: whether gradients stop at the sites, as these are frozen at their values.
     """
 
-    model: LanguageModel
     dictionaries: LayerSaes
-    rules: RunRules
-    ids_P: np.ndarray
-    active: Active
-    logits_V: np.ndarray
-    last_D: jax.Array
-    stream_LxTxD: jax.Array
     sites: SaeSites
     read_SxTxD: jax.Array
     error_SxTxD: np.ndarray
