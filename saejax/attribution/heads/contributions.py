@@ -123,15 +123,15 @@ def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph) -> H
         ]
         for target_block in _blocks(-graph.nodes.layer_N[targets], size):
             # 2. Targets down.
-            at_R = _places(target_block, len(targets))[target_index_E]
-            edges = [np.flatnonzero((_places(block, len(sources))[index_E] >= 0) & (at_R >= 0)) for block, _ in pushed]
+            at_E = _places(target_block, len(targets))[target_index_E]
+            edges = [np.flatnonzero((_places(block, len(sources))[index_E] >= 0) & (at_E >= 0)) for block, _ in pushed]
             for layer, wanted in local.pull_values(read.choose(target_block), size):
                 # 3. Products, for the edges between each pair of blocks.
                 for (block, values), edge_B in zip(pushed, edges, strict=True):
                     if len(edge_B) and layer in values:
                         part_NxRxGxS = to_host(_products(wanted, values[layer]))
-                        at_S = _places(block, len(sources))[index_E[edge_B]]
-                        part_BxNxG = part_NxRxGxS[:, at_R[edge_B], :, at_S]
+                        at_B = _places(block, len(sources))[index_E[edge_B]]
+                        part_BxNxG = part_NxRxGxS[:, at_E[edge_B], :, at_B]
                         value_ExLxH[edge_B, layer] = part_BxNxG.reshape(len(edge_B), config.n_heads)
     return HeadContributions(graph, source_E, target_E, value_ExLxH)
 
