@@ -197,23 +197,23 @@ class SaeRun(PromptRun):
 
             def changes(site: Site, position: np.ndarray, vector_XxD: np.ndarray) -> np.ndarray:
                 """Return how much dot products of directions with a site's value differ from the prompt's, [R, X]."""
-                value_RxXxD = sites[str(site)][:, position]  # noqa: B023
-                return to_host(einsum("rxd,xd->rx", value_RxXxD[1:] - value_RxXxD[:1], jnp.asarray(vector_XxD)))
+                value_BxXxD = sites[str(site)][:, position]  # noqa: B023
+                return to_host(einsum("rxd,xd->rx", value_BxXxD[1:] - value_BxXxD[:1], jnp.asarray(vector_XxD)))
 
             for layer in np.unique(layer_J):
                 here = np.flatnonzero(layer_J == layer)
                 feature_RxJ[rows, here] += changes(site_of[int(layer)], position_J[here], encoder_JxD[here])
-            last_RxD = sites[str(leaving)][:, last]
+            last_BxD = sites[str(leaving)][:, last]
             for k, layer in enumerate(readouts.layer_K.tolist()):
                 if not readouts.normed_K[k]:
                     site = entering.get(layer, leaving)
                     readout_RxK[rows, [k]] += changes(site, readouts.position_K[[k]], readouts.vector_KxD[[k]])
             normed = np.flatnonzero(readouts.normed_K)
             if len(normed):
-                value_RxK = _read_logits(model.config, self.rules, model.params, last_RxD, *readouts.pair_Kx2[normed].T)
-                readout_RxK[rows, normed] += to_host(value_RxK[1:] - value_RxK[:1])
+                value_BxK = _read_logits(model.config, self.rules, model.params, last_BxD, *readouts.pair_Kx2[normed].T)
+                readout_RxK[rows, normed] += to_host(value_BxK[1:] - value_BxK[:1])
             if logits:
-                logits_RxV[rows] = to_host(decoder.unembed(model.config, model.params, last_RxD[1:], self.rules))
+                logits_RxV[rows] = to_host(decoder.unembed(model.config, model.params, last_BxD[1:], self.rules))
         return LocalRun(feature_RxJ, readout_RxK, logits_RxV if logits else None)
 
     def _edits(self, rows: Sequence[Sequence[Change]]) -> list["PlacedEdit"]:
@@ -282,11 +282,11 @@ def _read_logits(
     config: DecoderConfig,
     rules: RunRules,
     params: decoder.Params,
-    last_RxD: jax.Array,
+    last_BxD: jax.Array,
     first_K: jax.Array,
     second_K: jax.Array,
 ) -> jax.Array:
-    return jax.vmap(lambda last_D: logit_directions(config, rules, params, last_D, first_K, second_K)[1])(last_RxD)
+    return jax.vmap(lambda last_D: logit_directions(config, rules, params, last_D, first_K, second_K)[1])(last_BxD)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
