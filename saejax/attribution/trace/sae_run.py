@@ -22,7 +22,7 @@ from saejax.attribution.local.prompt_run import (
     active_features,
     encode_used,
 )
-from saejax.attribution.local.readouts import Readouts, padded
+from saejax.attribution.local.readouts import Readouts, padded, read_changes
 from saejax.attribution.trace.targets import logit_directions
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
@@ -31,7 +31,6 @@ from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import DecoderConfig, RunRules
 from saejax.models.edits import ForwardPass
 from saejax.models.language_model import LanguageModel
-from saejax.models.layers import einsum
 from saejax.models.sites import Site
 from saejax.models.tokens import Tokens
 from saejax.parallel.collectives import to_host
@@ -195,23 +194,19 @@ class SaeRun(PromptRun):
             tokens = Tokens(np.tile(self.ids_P, (len(batch), 1)), np.full(len(batch), last + 1, np.int32))
             sites = model(tokens, capture=list(dict.fromkeys(capture)), edits=self._edits(batch), logits=False).sites
 
-            def changes(site: Site, position: np.ndarray, vector_XxD: np.ndarray) -> np.ndarray:
-                """Return how much dot products of directions with a site's value differ from the prompt's, [R, X]."""
-                value_BxXxD = sites[str(site)][:, position]  # noqa: B023
-                return to_host(einsum("rxd,xd->rx", value_BxXxD[1:] - value_BxXxD[:1], jnp.asarray(vector_XxD)))
-
-            for layer in np.unique(layer_J):
-                here = np.flatnonzero(layer_J == layer)
-                feature_RxJ[rows, here] += changes(site_of[int(layer)], position_J[here], encoder_JxD[here])
-            last_BxD = sites[str(leaving)][:, last]
-            for k, layer in enumerate(readouts.layer_K.tolist()):
-                if not readouts.normed_K[k]:
-                    site = entering.get(layer, leaving)
-                    readout_RxK[rows, [k]] += changes(site, readouts.position_K[[k]], readouts.vector_KxD[[k]])
-            normed = np.flatnonzero(readouts.normed_K)
-            if len(normed):
-                value_BxK = _read_logits(model.config, self.rules, model.params, last_BxD, *readouts.pair_Kx2[normed].T)
-                readout_RxK[rows, normed] += to_host(value_BxK[1:] - value_BxK[:1])
+            for layer in np.unique(layer_J).tolist():
+                here, value = np.flatnonzero(layer_J == layer), sites[str(site_of[layer])].astype(jnp.float32)
+                feature_RxJ[rows, here] += read_changes(value[0], value[1:], position_J[here], encoder_JxD[here])
+            for layer in np.unique(readouts.layer_K[~readouts.normed_K]).tolist():
+                here = np.flatnonzero((readouts.layer_K == layer) & ~readouts.normed_K)
+                value = sites[str(entering.get(layer, leaving))].astype(jnp.float32)
+                probes = readouts.position_K[here], readouts.vector_KxD[here]
+                readout_RxK[rows, here] += read_changes(value[0], value[1:], *probes)
+            last_BxD, top = sites[str(leaving)][:, last], np.flatnonzero(readouts.normed_K)
+            if len(top):
+                pairs = readouts.pair_Kx2[top].T
+                value_BxX = _read_logits(model.config, self.rules, model.params, last_BxD.astype(jnp.float32), *pairs)
+                readout_RxK[rows, top] += to_host(value_BxX[1:] - value_BxX[:1])
             if logits:
                 logits_RxV[rows] = to_host(decoder.unembed(model.config, model.params, last_BxD[1:], self.rules))
         return LocalRun(feature_RxJ, readout_RxK, logits_RxV if logits else None)
