@@ -34,7 +34,7 @@ from scipy.stats import spearmanr
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, Nodes
-from saejax.attribution.graph.pruning import SHARES, prune_each
+from saejax.attribution.graph.pruning import prune_each
 from saejax.attribution.local.edits import Change, Circuit
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
@@ -43,6 +43,7 @@ from saejax.attribution.results import CurveResults, DoublingResults, EdgeCorrel
 from saejax.attribution.trace.sae_run import SaeRun
 from saejax.errors import UserError
 
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of influence, to which a graph is pruned
 _TRIES = 20  # for each random set, at the same positions and then at any
 # How often an activation is added with all frozen. The model is then affine, and the rounding of a difference of two
 # fp32 streams matters less the larger the difference is.

@@ -20,8 +20,6 @@ from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN
 from saejax.errors import UserError
 
-SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of influence, to which ``checks.circuits`` prunes
-RUNS = 2 * len(SHARES) + 2  # of parts: each share, all the rest of each, everything, nothing
 AnyGraph = TypeVar("AnyGraph", bound=GraphData)
 SMALLEST = 1e-10  # least sum of a row's weights that it is divided by
 _BLOCK = 1 << 22  # numbers of the matrix that are worked on at once
@@ -230,20 +228,15 @@ def source_influence(graph: GraphData, weight_K: np.ndarray | None = None) -> np
       graph: a graph.
       weight_K: weights of its logits; None: their probabilities.
     """
-    features = graph.count(FEATURE)
+    features, weight_K = graph.count(FEATURE), graph.probability_K if weight_K is None else weight_K
     column_R = np.concatenate([np.arange(features), np.full(graph.count(LOGIT), -1)])
-    return influence(_scored(graph), graph.nodes.layer_N[graph.target_R], column_R, _row_weights(graph, weight_K))
+    weight_R = np.concatenate([np.zeros(features), weight_K.astype(np.float64)])
+    return influence(_scored(graph), graph.nodes.layer_N[graph.target_R], column_R, weight_R)
 
 
 def _target_influence(graph: GraphData, influence_S: np.ndarray) -> np.ndarray:
     """Influence of the features and weights of the logits, float64 [R]."""
     return np.concatenate([influence_S[graph.slice_of(FEATURE)], graph.probability_K])
-
-
-def _row_weights(graph: GraphData, weight_K: np.ndarray | None = None) -> np.ndarray:
-    """Return the weights of the rows: those of the logits, 0 for features, float64 [R]."""
-    weight_K = graph.probability_K if weight_K is None else weight_K
-    return np.concatenate([np.zeros(graph.count(FEATURE)), weight_K.astype(np.float64)])
 
 
 def _blocks(rows: np.ndarray, width: int) -> list[np.ndarray]:
