@@ -115,33 +115,23 @@ class GraphServer:
             Route("/api/label", self._saved(self._label), methods=["PUT"]),
             Route("/api/groups", self._saved(self._groups), methods=["PUT"]),
         ]
-        return Starlette(routes=routes)
+        return Starlette(routes=routes, exception_handlers={UserError: _refuse})
 
     def _page(self, make: Callable[[Mapping[str, str]], str]) -> Callable:
         async def answer(request: Request) -> Response:
-            try:
-                return HTMLResponse(await asyncio.to_thread(make, request.query_params))
-            except UserError as error:
-                return PlainTextResponse(_line(error), 404)
+            return HTMLResponse(await asyncio.to_thread(make, request.query_params))
 
         return answer
 
     def _saved(self, save: Callable[[Mapping[str, Any]], Any]) -> Callable:
         async def answer(request: Request) -> Response:
-            try:
-                fields = _fields(await request.body())
-                return JSONResponse(dict(file=str(await asyncio.to_thread(save, fields))))
-            except UserError as error:
-                return JSONResponse(dict(error=_line(error)), 400)
+            return JSONResponse(dict(file=str(await asyncio.to_thread(save, _fields(await request.body())))))
 
         return answer
 
     def _work(self, do: Callable[[Mapping[str, Any], Job], Any]) -> Callable:
         async def answer(request: Request) -> Response:
-            try:
-                fields = _fields(await request.body())
-            except UserError as error:
-                return JSONResponse(dict(error=_line(error)), 400)
+            fields = _fields(await request.body())
             return StreamingResponse(self._jobs.lines(lambda job: do(fields, job)), media_type="application/x-ndjson")
 
         return answer
@@ -237,7 +227,14 @@ class GraphServer:
         return self._store.find(_text(fields, "graph"))
 
 
-def _line(error: UserError) -> str:
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Answer a request that cannot be met: in words for a reader, as JSON for a page."""
+    if request.method == "GET":
+        return PlainTextResponse(_line(error), 404)
+    return JSONResponse(dict(error=_line(error)), 400)
+
+
+def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
 from saejax.attribution.graph.nodes import DTYPES, FEATURE, KINDS, LOGIT, TOKEN, Nodes
-from saejax.attribution.graph.pruning import prune, scores
+from saejax.attribution.graph.pruning import prune_each, scores
 from saejax.dictionaries.formats import tensors
 from saejax.errors import UserError
 from saejax.files import file_sha256, read_json, write_json
@@ -39,8 +39,17 @@ class Graph(GraphData):
         return self.pruning.scores if self.pruning else scores(self)
 
     def prune(self, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0) -> Self:
-        """Return the most influential part of the graph: ``pruning.prune``, which has the same arguments."""
-        return prune(self, nodes, edges, top_edges)
+        """Return the most influential part of the graph; see ``pruning.prune_each``.
+
+        Args:
+          nodes: share of the influence of all nodes, 0 to 1.
+          edges: share of the scores of all edges between them, 0 to 1.
+          top_edges: maximum number of edges of each target; 0: any number.
+
+        Raises:
+          UserError: the graph is pruned already, or a share is not between 0 and 1.
+        """
+        return next(prune_each(self, [nodes], edges, top_edges))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write ``graph.json`` and ``graph.safetensors``, whole or not at all; the folder is made.

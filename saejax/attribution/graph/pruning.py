@@ -78,38 +78,25 @@ def cumulative_share(influence_N: np.ndarray) -> np.ndarray:
     return share_N
 
 
-def prune(graph: AnyGraph, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0) -> AnyGraph:
-    """Return the most influential nodes of a graph, and the most influential edges between them.
+def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, top_edges: int = 0) -> Iterator[AnyGraph]:
+    """Yield the most influential nodes of a graph, for each of several shares of influence.
 
-    1. Nodes are kept, the most influential first, until they have the share ``nodes`` of all influence; tokens and
-       logits always.
+    1. Nodes are kept, the most influential first, until they have the share of all influence; tokens and logits always.
     2. Among these, an edge scores N[r, s] (influence[r] + w[r]); edges are kept until they have the share ``edges`` of
        all scores, and of each target at most ``top_edges``, the largest by size (0: all).
     3. Features and errors from which no edge goes, and features to which none comes, are dropped until there are none.
 
     Args:
       graph: a whole one.
-      nodes: share of the influence of all nodes, 0 to 1.
+      shares: of the influence of all nodes, 0 to 1.
       edges: share of the scores of all edges between them, 0 to 1.
-      top_edges: most edges of a target; 0: any number.
+      top_edges: maximum number of edges of each target, 0 for all.
 
-    Returns:
-      A graph with matrices of its own; its ``pruning`` says what was kept.
+    Yields:
+      Graphs with matrices of their own; their ``pruning`` says what was kept.
 
     Raises:
       UserError: the graph is pruned already, or a share is not between 0 and 1.
-    """
-    return next(prune_each(graph, [nodes], edges, top_edges))
-
-
-def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, top_edges: int = 0) -> Iterator[AnyGraph]:
-    """Yield what ``prune`` returns for each of several shares of the influence of nodes.
-
-    Args:
-      graph: a whole one.
-      shares: of the influence of all nodes, 0 to 1.
-      edges: share of the influence of all edges, 0 to 1.
-      top_edges: maximum number of edges of each target, 0 for all.
     """
     if top_edges < 0:
         raise UserError(f"prune: top_edges is {top_edges}: expected a number of edges, or 0 for all")
@@ -168,7 +155,7 @@ def share_threshold(blocks: Callable[[], Iterable[np.ndarray]], share: float) ->
 
 
 def _influential_edges(graph: GraphData, share: float) -> np.ndarray:
-    """Step 2 of ``prune``: True where an edge stays, [R, S]."""
+    """Step 2 of ``prune_each``: True where an edge stays, [R, S]."""
     adjacency_RxS, influence_S = graph.adjacency_RxS, source_influence(graph)
     factor_R = _target_influence(graph, influence_S)
 
@@ -193,7 +180,7 @@ def _largest_edges(graph: GraphData, count: int) -> np.ndarray:
 
 
 def _connected(graph: GraphData, edge_RxS: np.ndarray) -> np.ndarray:
-    """Step 3 of ``prune``: True where a node stays, [N]; edges of the others become False."""
+    """Step 3 of ``prune_each``: True where a node stays, [N]; edges of the others become False."""
     kind_N, features = graph.nodes.kind_N, graph.count(FEATURE)
     keep_N, sources = np.ones(len(kind_N), bool), edge_RxS.shape[1]
     while True:
