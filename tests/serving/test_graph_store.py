@@ -43,6 +43,9 @@ def test_graphs_are_found_by_their_lists(root):
     graph = store.find("attribute/p/graphs/war")
     assert graph.unit == root / "attribute" / "p" and graph.entry["slug"] == "war"
     assert store.document(graph)["metadata"]["slug"] == "war"
+    assert graph.whole is None
+    with pytest.raises(UserError, match="the whole graph of attribute/p/graphs/war is not saved"):
+        graph.load_whole()
 
 
 def test_nothing_outside_the_folder_is_reached(root):
