@@ -14,7 +14,7 @@ from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.sources import WIDTH, SourceBank
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.requests import Request, read_requests, unit_name
-from saejax.attribution.trace.memory import GraphSize, bank_sizes, certain_active
+from saejax.attribution.trace.prompt import GraphSize, bank_sizes, certain_active
 from saejax.costs.plan import CHARACTERS_PER_TOKEN, PlannedRun
 from saejax.costs.programs import Program, abstract_params, whole
 from saejax.dictionaries import DictionaryConfig

@@ -12,7 +12,7 @@ from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.forms.features import open_folder
 from saejax.attribution.forms.outputs import write_outputs
 from saejax.attribution.graph.nodes import ERROR, FEATURE
-from saejax.attribution.heads.attention import Attention, read_attention
+from saejax.attribution.heads.contributions import Attention, read_attention
 from saejax.attribution.heads.query_key import check_head
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
@@ -21,8 +21,7 @@ from saejax.attribution.local.transcoders import LayerTranscoders, open_transcod
 from saejax.attribution.requests import Request, check_groups, read_groups, read_heads, read_labels, read_requests
 from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
 from saejax.attribution.trace.gradient import trace_saes
-from saejax.attribution.trace.memory import GraphSize, certain_active, check_memory
-from saejax.attribution.trace.prompt import trace_prompt
+from saejax.attribution.trace.prompt import GraphSize, certain_active, check_memory, trace_prompt
 from saejax.attribution.trace.rounds import Traced
 from saejax.attribution.trace.targets import Target, token_of
 from saejax.errors import UserError

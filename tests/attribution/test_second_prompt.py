@@ -9,7 +9,7 @@ from made_transcoders import made_set
 
 from saejax import load_model
 from saejax.attribution.checks import double, faithfulness_curve
-from saejax.attribution.heads.attention import read_attention
+from saejax.attribution.heads.contributions import read_attention
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 

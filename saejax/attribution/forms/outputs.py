@@ -21,7 +21,7 @@ from saejax.attribution.forms.neuronpedia import to_document, write_graph
 from saejax.attribution.forms.page import PageTable, write_page
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import LOGIT
-from saejax.attribution.heads.attention import Attention
+from saejax.attribution.heads.contributions import Attention
 from saejax.attribution.heads.query_key import OWN_BIAS
 from saejax.attribution.results import QueryScores
 from saejax.dictionaries.formats.place import split_address

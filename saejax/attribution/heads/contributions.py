@@ -12,16 +12,18 @@ Where the values of all sources are more than half of the free memory, targets a
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
+from saejax.attribution.heads.query_key import split_scores
 from saejax.attribution.local.model import LocalModel, Vectors
 from saejax.attribution.local.readouts import Readouts
-from saejax.attribution.results import HeadResults, LeadingHeadResults
+from saejax.attribution.results import HeadResults, LeadingHeadResults, QueryScores
+from saejax.attribution.trace.rounds import Traced
 from saejax.models.layers import einsum
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import free_bytes
@@ -187,3 +189,37 @@ def _target_vectors(local: LocalModel, readouts: Readouts, graph: Graph, chosen:
     vector_RxD[logits] = readouts.vector_KxD[number]
     layer_R[logits] = n_layers + readouts.layer_K[number]
     return Vectors(np.arange(len(nodes)), layer_R, nodes.position_N, vector_RxD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Attention of a pruned graph.
+
+    Attributes:
+      contributions: of heads to edges; None: not requested.
+      heads: their results.
+      query_key: the scores of each head that is split.
+    """
+
+    contributions: HeadContributions | None = None
+    heads: HeadResults | None = None
+    query_key: tuple[QueryScores, ...] = ()
+
+
+def read_attention(
+    traced: Traced[LocalModel], pruned: Graph, heads: bool, split_heads: Sequence[tuple[int, int, int]]
+) -> Attention:
+    """Compute what is requested of the attention of a pruned graph.
+
+    Args:
+      traced: what the graph was pruned from.
+      pruned: the graph.
+      heads: whether contributions of heads to edges are requested.
+      split_heads: layer, head and position of the query of each score to split.
+
+    Raises:
+      UserError: a head or a position does not exist.
+    """
+    contributions = head_contributions(traced.local, traced.readouts, pruned) if heads else None
+    results = contributions.results() if contributions else None
+    return Attention(contributions, results, tuple(split_scores(traced.local, *head) for head in split_heads))

@@ -12,7 +12,7 @@ from saejax import load_model
 from saejax.attribution.forms import outputs
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.forms.outputs import attention_tables
-from saejax.attribution.heads.attention import read_attention
+from saejax.attribution.heads.contributions import read_attention
 from saejax.attribution.heads.query_key import OWN_BIAS
 from saejax.attribution.requests import read_heads
 from saejax.attribution.results import HeadResults
