@@ -59,8 +59,11 @@ class HeadContributions:
         """
         ids, heads = self.graph.ids, self.value_ExLxH.shape[2]
         value_ExX = self.value_ExLxH.reshape(len(self.source_E), -1)
-        order_ExJ = np.argsort(-np.abs(value_ExX), axis=1, kind="stable")[:, :top]
+        # Only the heads that are kept are sorted.
+        order_ExJ = np.argpartition(-np.abs(value_ExX), min(top, value_ExX.shape[1]) - 1, axis=1)[:, :top]
         top_ExJ = np.take_along_axis(value_ExX, order_ExJ, axis=1)
+        by_size_ExJ = np.argsort(-np.abs(top_ExJ), axis=1, kind="stable")
+        order_ExJ, top_ExJ = (np.take_along_axis(array, by_size_ExJ, axis=1) for array in (order_ExJ, top_ExJ))
         ends = zip(self.source_E.tolist(), self.target_E.tolist(), order_ExJ.tolist(), top_ExJ.tolist(), strict=True)
         return {
             (ids[source], ids[target]): [
@@ -78,16 +81,15 @@ class HeadContributions:
         Args:
           count: maximum number of heads.
         """
-        input_N = np.bincount(self.target_E, np.abs(self.graph.edges()[2]), len(self.graph.nodes))
-        targets = np.flatnonzero(input_N > 0)
+        targets, start_R = np.unique(self.target_E, return_index=True)  # edges stand target by target
         if not len(targets):
             return HeadResults(0, ())
-        net_NxLxH = np.zeros((len(input_N), *self.value_ExLxH.shape[1:]), np.float32)
-        np.add.at(net_NxLxH, self.target_E, self.value_ExLxH)
+        net_RxLxH = np.add.reduceat(self.value_ExLxH, start_R, axis=0)
         # Relative to the target's input: otherwise targets with large activations would decide alone.
-        relative_TxLxH = net_NxLxH[targets] / input_N[targets, None, None]
-        size_LxH, mean_LxH = np.abs(relative_TxLxH).mean(axis=0), relative_TxLxH.mean(axis=0)
-        logit_LxH = net_NxLxH[self.graph.slice_of(LOGIT).start]
+        input_R = np.add.reduceat(np.abs(self.graph.edges()[2]), start_R)
+        relative_RxLxH = net_RxLxH / input_R[:, None, None]
+        size_LxH, mean_LxH = np.abs(relative_RxLxH).mean(axis=0), relative_RxLxH.mean(axis=0)
+        logit_LxH = net_RxLxH[targets == self.graph.slice_of(LOGIT).start].sum(axis=0)
         ids, edge_LxH, leading = self.graph.ids, np.abs(self.value_ExLxH).argmax(axis=0), []
         for flat in np.argsort(-size_LxH.reshape(-1), kind="stable")[:count]:
             at = layer, head = np.unravel_index(flat, size_LxH.shape)
