@@ -213,13 +213,12 @@ class SaeRun(PromptRun):
 
     def _edits(self, rows: Sequence[Sequence[Change]]) -> list["PlacedEdit"]:
         changes = [(row, *change) for row, row_changes in enumerate(rows) for change in row_changes]
-        edits = []
+        change_Nx5, edits = np.array(changes, np.float64).reshape(-1, 5), []
         for site in self.dictionaries.sites:
-            here = [change for change in changes if change[1] == site.layer]
-            if here:
-                rows_M, _, positions_M, features_M, values_M = zip(*here, strict=True)
-                row_M, position_M, feature_M = jnp.asarray([rows_M, positions_M, features_M], jnp.int32)
-                value_M = jnp.asarray(values_M, jnp.float32)
+            here_Mx5 = change_Nx5[change_Nx5[:, 1] == site.layer]
+            if len(here_Mx5):
+                row_M, _, position_M, feature_M = jnp.asarray(here_Mx5[:, :4].T, jnp.int32)
+                value_M = jnp.asarray(here_Mx5[:, 4], jnp.float32)
                 sae = self.dictionaries.load(site.layer, self.model.mesh)
                 edits.append(PlacedEdit(sae, row_M, position_M, feature_M, value_M, site))
         return edits
