@@ -13,7 +13,7 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.requests import Request, read_requests, unit_name
 from saejax.attribution.results import AttributeResults
-from saejax.attribution.trace import memory
+from saejax.attribution.trace import prompt
 from saejax.errors import UserError
 from saejax.results import from_json, to_json
 from saejax.runner import command
@@ -138,7 +138,7 @@ def test_all_prompts_are_looked_at_before_one_is_traced(flags, tmp_path, capsys,
     assert "error: the-water: the target ' and so on' is 6 tokens" in capsys.readouterr().err
     # And with less memory than the longest takes.
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water near the war"}\n')
-    monkeypatch.setattr(memory, "free_memory", lambda mesh: memory.Memory(0, 2**28))
+    monkeypatch.setattr(prompt, "free_memory", lambda mesh: prompt.Memory(0, 2**28))
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
     error = capsys.readouterr().err
     assert "error: the-war: no prompt fits into the memory that is free, 0.2 GiB, and " in error
