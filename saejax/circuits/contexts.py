@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.forms.features import EXAMPLES, Feature, FeatureDetails
-from saejax.attribution.local.active import Active
 from saejax.attribution.local.model import LocalModel
+from saejax.attribution.local.prompt_run import Active
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.circuits.groups import THIRDS, Key, third_of
 from saejax.interpret.neighbours import output_tokens
