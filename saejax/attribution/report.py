@@ -51,6 +51,11 @@ class ReportedGraph:
         """Correlation of edges with the effects of doubling features, nothing frozen; None: not known."""
         return self.results.doubling.free.pearson if self.results.doubling else None
 
+    @property
+    def held_error(self) -> float | None:
+        """The largest difference of edges and changes with all frozen; None: not known."""
+        return self.results.doubling.held_error if self.results.doubling else None
+
     def link(self, findings: Findings) -> tuple[str, str]:
         """Return the words and the address of a link to its page."""
         return f"Open the interactive page of graph {self.name}", findings.address(self.folder / f"{self.slug}.html")
@@ -127,7 +132,7 @@ def _tables(graphs: Sequence[ReportedGraph]) -> list[Table]:
         "Replacement": lambda graph: number(graph.results.scores.replacement),
         "Completeness": lambda graph: number(graph.results.scores.completeness),
         "Untraced input": lambda graph: percent(graph.results.untraced, 1),
-        "Edges off by": lambda graph: significant(graph.results.doubling and graph.results.doubling.held_error, 2),
+        "Edges off by": lambda graph: significant(graph.held_error, 2),
         "Correlation": lambda graph: number(graph.correlation),
     }
     return [

@@ -168,7 +168,7 @@ class GraphServer:
             note += "" if graph.whole else " It cannot be pruned again, as the whole graph is not saved here."
         except UserError as error:
             why = _line(error)
-        live = dict(graph=graph.id, note=note, why=why, freeze_modes=freeze_modes)
+        live: dict[str, Any] = dict(graph=graph.id, note=note, why=why, freeze_modes=freeze_modes)
         live |= dict(nodes=nodes, edges=edges, whole=graph.whole is not None)
         if not details:  # of a graph without a known set
             details = self._store.details(document, self._session.defaults[GraphConfig])

@@ -229,7 +229,7 @@ def _draw_legend(axes: Any) -> None:
 
 def _draw_box(axes: Any, box: Box) -> None:
     corner = box.x - box.width / 2, box.y - box.height / 2
-    looks = {
+    looks: dict[str, dict[str, Any]] = {
         "token": dict(facecolor=INK, edgecolor=INK),
         "error": dict(facecolor=PAPER, linestyle=(0, (2, 1))),
         "output": dict(facecolor=PAPER, edgecolor=INK, linewidth=1.1),

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,9 +69,9 @@ class Readouts:
     @classmethod
     def joined(cls, parts: Sequence["Readouts"]) -> "Readouts":
         """Return the targets of all parts, one at least, in their order."""
-        columns = zip(*(vars(part).values() for part in parts), strict=True)
-        *arrays, labels = columns
-        return cls(*map(np.concatenate, arrays), tuple(itertools.chain(*labels)))
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "labels"]
+        arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return cls(**arrays, labels=tuple(label for part in parts for label in part.labels))
 
 
 def read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: np.ndarray, vector_JxD: np.ndarray) -> np.ndarray:
