@@ -259,10 +259,10 @@ def check_groups(ids: Sequence[str], groups: Sequence[Sequence[str]]) -> None:
     Raises:
       UserError: the graph has no node of an id, or a node is in two groups, or in one twice.
     """
-    known, label_of = set(ids), dict[str, str]()
+    id_set, label_of = set(ids), dict[str, str]()
     for label, *members in groups:
         for member in members:
-            if member not in known:
+            if member not in id_set:
                 raise UserError(
                     f"the supernode {label!r} names {member!r}, and no node of the graph has that id: was it made of "
                     "another prompt, or is it pruned away?"
