@@ -25,9 +25,9 @@ from saejax.attribution.local.transcoders import LayerTranscoders, open_transcod
 from saejax.dictionaries import Dictionary
 from saejax.ground_truth.circuits.cases import Case, make_case
 from saejax.ground_truth.circuits.dictionaries import EXACT, TRAINED, UNTRAINED, untrained_sets, write_sets
-from saejax.ground_truth.circuits.graphs import judge_edges
+from saejax.ground_truth.circuits.edges import judge_edges
+from saejax.ground_truth.circuits.handset import checkpoint
 from saejax.ground_truth.circuits.run import matched_neurons
-from saejax.ground_truth.circuits.weights import checkpoint
 from saejax.ground_truth.hub_folder import save_model
 from saejax.interpret.detectors import Detector, best_detectors, scores
 from saejax.interpret.firings import Block, blocks, record

@@ -28,9 +28,7 @@ from scipy.stats import norm
 from benchmarks.tool_environments import saelens_python
 from saejax.dictionaries import load_dictionary, save_dictionary
 from saejax.files import read_json
-from saejax.ground_truth.rows import HELD_OUT, batch_key
-from saejax.ground_truth.sampling import sample, sample_with_code
-from saejax.ground_truth.world import World, make_world
+from saejax.ground_truth.world import HELD_OUT, World, batch_key, make_world, sample, sample_with_code
 from saejax.stages.ground_truth import TruthConfig
 
 ROOT = Path(__file__).parent.parent

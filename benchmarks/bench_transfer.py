@@ -3,27 +3,38 @@
 Half of each dictionary's directions are those of the one before, turned a little, as features drift through layers; the
 others are new.
 
-Run: python -m benchmarks.bench_transfer [--dictionaries 30] [--features 4608] [--d 576] [--pairs 0]
+Run: python -m benchmarks.bench_transfer [--dictionaries 30] [--features 4608] [--d 576] [--pairs 0] [--study 0]
 Prints the seconds of the products alone, of the assignments of all pairs, found and null, and their share of the ten
 minutes that they may take on two cores, the largest gap, scipy's dense solver on one pair (its time, and its sum beside
 ours), the peak of memory and, last, one line of JSON. Processor seconds, of all threads, are told beside the clock's,
 which others on the machine make longer.
+
+With --study N the stage itself compares N of the 98 dictionaries of the reasoning study, at an eighth of their widths,
+random, of four random language models: all pairs of a model and 50 pairs of two. The peak of memory of N = 24 and of
+N = 98 should be the same.
 """
 
 import argparse
 import itertools
 import json
+import multiprocessing
 import resource
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.matching.match import match
 from saejax.matching.rows import independent_rows, unit
+from saejax.models.source import load_tokenizer, resolve
 from saejax.parallel.mesh import make_mesh
+from saejax.runner import command
+from saejax.settings import ModelConfig
 
 
 def stack(count: int, features: int, width: int) -> list[np.ndarray]:
@@ -52,6 +63,55 @@ def product_seconds(rows: list[np.ndarray]) -> float:
     return (time.perf_counter() - start) / 5
 
 
+# Width and layers of the study's models; each layer has a dictionary of eight features per dimension.
+STUDY = {"gpt2-medium": (1024, 24), "pythia-1.4b": (2048, 24), "phi-2": (2560, 32), "gemma-2b": (2048, 18)}
+EXACT = 5000  # features with which scipy's dense solver takes seconds; its time grows with their cube
+
+
+def write_study(folder: Path) -> None:
+    """Write random language models and dictionaries of the study's layers at an eighth of its widths."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = load_tokenizer(resolve(ModelConfig(path="smollm2")))
+    for number, (name, (width, layers)) in enumerate(STUDY.items()):
+        d, path = width // 8, folder / name
+        shape = dict(hidden_size=d, intermediate_size=2 * d, num_hidden_layers=layers, max_position_embeddings=512)
+        heads = dict(num_attention_heads=4, num_key_value_heads=4, vocab_size=len(tokenizer))
+        LlamaForCausalLM(LlamaConfig(**shape, **heads)).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        fingerprint = resolve(ModelConfig(path=str(path)), decoder=True).fingerprint
+        for layer in range(layers):
+            site = dict(site=f"resid_post.{layer}", model=str(path), fingerprint=fingerprint)
+            config = DictionaryConfig(kind="topk", k=32, d_in=d, n_features=8 * d, **site)
+            random = Dictionary.initial(config, jax.random.key(100 * number + layer))
+            save_dictionary(folder / "dictionaries" / f"{name}-{layer:02d}", random)
+
+
+def compare_study(count: int) -> None:
+    """Compare ``count`` of the study's dictionaries by the stage, and print its time and its peak of memory."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # In another process, whose memory is not counted.
+        writer = multiprocessing.get_context("spawn").Process(target=write_study, args=(folder,))
+        writer.start()
+        writer.join()
+        every = sorted((folder / "dictionaries").iterdir())
+        chosen = [str(every[i]) for i in np.linspace(0, len(every) - 1, count).round().astype(int)]
+        flags = dict(dictionaries=",".join(chosen), measures="decoder,activity", between=50, tokens=4096)
+        start, begun = time.perf_counter(), time.process_time()
+        argv = ["bench_transfer", f"--workdir={folder / 'run'}", f"--model.path={folder / next(iter(STUDY))}"]
+        status = command.run(
+            ["transfer"], "", [*argv, *(f"--transfer.{flag}={value}" for flag, value in flags.items())]
+        )
+        seconds, processor = time.perf_counter() - start, time.process_time() - begun
+        pairs = len((folder / "run" / "transfer" / "pairs.csv").read_text().splitlines()) - 1 if not status else 0
+    peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+    figures = dict(
+        study=count, status=status, figures=pairs, seconds=seconds, processor_seconds=processor, peak_gb=peak
+    )
+    print(json.dumps(figures))
+
+
 def main() -> None:
     """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,7 +119,10 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=4608)
     parser.add_argument("--d", type=int, default=576)
     parser.add_argument("--pairs", type=int, default=0, help="pairs that are matched, drawn evenly; 0: all")
+    parser.add_argument("--study", type=int, default=0, help="dictionaries of the study that the stage compares")
     args = parser.parse_args()
+    if args.study:
+        return compare_study(args.study)
     rows, mesh = stack(args.dictionaries, args.features, args.d), make_mesh()
     pairs = list(itertools.combinations(range(args.dictionaries), 2))
     chosen = pairs[:: max(1, len(pairs) // args.pairs)] if args.pairs else pairs
@@ -78,12 +141,14 @@ def main() -> None:
         if not null:
             shared[first, second] = float((matched.value_F >= 0.7).mean())
     seconds, busy = time.perf_counter() - start, time.process_time() - begun
-    table = rows[0] @ rows[1].T
-    start = time.process_time()
-    best = linear_sum_assignment(table, maximize=True)
-    dense = time.process_time() - start
-    (_, ours), *_ = match([(0, rows[0], rows[1])], mesh)
-    short = float(table[best].mean() - np.nansum(ours.value_F) / len(ours.value_F))
+    dense = short = float("nan")
+    if args.features <= EXACT:
+        table = rows[0] @ rows[1].T
+        start = time.process_time()
+        best = linear_sum_assignment(table, maximize=True)
+        dense = time.process_time() - start
+        (_, ours), *_ = match([(0, rows[0], rows[1])], mesh)
+        short = float(table[best].mean() - np.nansum(ours.value_F) / len(ours.value_F))
     scale = len(pairs) / len(chosen)
     whole, processor = seconds * scale + drawn, busy * scale + drawn
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -110,8 +175,8 @@ def main() -> None:
         processor_seconds=busy,
         all_seconds=whole,
         all_processor_seconds=processor,
-        dense_solver=dense,
-        short_of_dense=short,
+        dense_solver=None if dense != dense else dense,
+        short_of_dense=None if short != short else short,
         peak_gb=round(peak, 2),
         gap=gap,
     )

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from saejax.dictionaries.labels import Label
-from saejax.interpret.describe import GROUPS, LOWEST, PER_OCTAVE
 from saejax.interpret.feature_record import FeatureContext, FeatureRecord, LogitHistogram
+from saejax.interpret.records import GROUPS, LOWEST, PER_OCTAVE
 
 CREATOR_ID = "clkht01d40000jv08hvalcvly"  # the account that imported bundles belong to, as other writers give it
 _ALIGNED = 3  # coordinates of the stream that a feature writes to most

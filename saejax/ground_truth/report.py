@@ -1,8 +1,8 @@
-"""The report's section on the synthetic world: which of its features dictionaries of each kind recover."""
+"""The report's sections on the synthetic world, by what dictionaries recover of it, and on trained algorithms."""
 
 from collections.abc import Iterator, Sequence
 
-from saejax.ground_truth.results import JudgedDictionary, TruthResults
+from saejax.ground_truth.results import AlgorithmResults, JudgedDictionary, TruthResults
 from saejax.ground_truth.scores import FREQUENT
 from saejax.page.blocks import Block, Text
 from saejax.page.document import Section
@@ -43,11 +43,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
 
 
 def section(results: Sequence[TruthResults]) -> Section:
-    """Return the section: what dictionaries of each kind recovered of the world, and the controls.
-
-    Args:
-      results: results of all units.
-    """
+    """Return the section: what dictionaries of each kind recovered of the world, and the controls."""
     world, some = results[0].world, results[0]
     judged = [(name, dictionary) for each in results for name, dictionary in _named(each)]
     seeds = len(judged[0][1].seeds)
@@ -110,3 +106,27 @@ def _rows(name: str, judged: JudgedDictionary) -> Iterator[tuple[str, ...]]:
                 for i, (_, field, digits, scale) in enumerate(_COLUMNS)
             ),
         )
+
+
+def algorithm_sections(findings: Findings, draw: Draw) -> list[Section]:
+    """Return a section on the accuracy of the trained transformers; none if none was trained."""
+    units = findings.each(AlgorithmResults)
+    if not units:
+        return []
+    rows = [(results, kind, share) for results in units.values() for kind, share in results.accuracy.items()]
+    short = [kind for results, kind, share in rows if share.mean < results.required[kind]]
+    verdict = (
+        f"Not learned to the required accuracy: {', '.join(short)}."
+        if short
+        else "Every algorithm was learned to the required accuracy, on questions kept from training."
+    )
+    columns = {
+        "Questions": lambda results, kind, share: kind,
+        "Correct, %": lambda results, kind, share: interval(share, 2, 100),
+        "Required": lambda results, kind, share: percent(results.required[kind]),
+        "Kept from training": lambda results, kind, share: f"{results.fresh:,}",
+        "Steps": lambda results, kind, share: f"{results.steps:,}",
+        "Seconds": lambda results, kind, share: number(results.seconds, 0),
+    }
+    table = Table.of("Transformers trained on algorithms, with 95 % Wilson intervals", rows, columns)
+    return [Section("Trained algorithms", (Text(verdict, strong=True), table), lead=verdict)]

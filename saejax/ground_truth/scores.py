@@ -1,4 +1,4 @@
-"""Scores of a dictionary against the known world, on held-out vectors."""
+"""Features of a dictionary matched to the directions of the world, and scores on held-out vectors."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,12 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from saejax.dictionaries import Dictionary
-from saejax.ground_truth.matching import Matching
-from saejax.ground_truth.rows import HELD_OUT, batch_key
-from saejax.ground_truth.sampling import sample_with_code
-from saejax.ground_truth.world import World
+from saejax.ground_truth.world import HELD_OUT, World, batch_key, sample_with_code
 from saejax.stages.ground_truth import TruthConfig
 
 RECOVERED = 0.9  # absolute cosine above which a direction counts as recovered
@@ -20,6 +18,71 @@ FREQUENT = 1e-4  # a direction that is active in a larger share of the vectors m
 _BATCH = 1024
 _MIN_CHILD = 20  # activations of a child before it can count as absorbing its parent
 _CARRIES = 0.25  # absolute cosine above which a child's feature carries the parent's direction, too
+_MOSTLY = 0.5**0.5  # absolute cosine above which most of a feature's squared length lies along a direction
+_CLOSE = 0.5  # absolute cosine with each of two directions above which a feature stands for both
+
+
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """Features of a dictionary and directions of the world, compared by absolute cosine.
+
+    Attributes:
+      cosine_FxJ: absolute cosines of decoder rows and directions.
+      feature_J: feature assigned to each direction, one to one, with the largest sum of cosines (Hungarian method); -1
+        where there are fewer features than directions.
+      matched_J: their cosines; 0 where there is none.
+      nearest_F: nearest direction of each feature.
+    """
+
+    cosine_FxJ: np.ndarray
+    feature_J: np.ndarray
+    matched_J: np.ndarray
+    nearest_F: np.ndarray
+
+    @classmethod
+    def of(cls, W_dec_FxD: np.ndarray, directions_JxD: np.ndarray) -> "Matching":
+        """Match the decoder rows ``W_dec_FxD`` to directions, both of any length."""
+        cosine_FxJ = np.abs(_unit(W_dec_FxD) @ _unit(directions_JxD).T)
+        # One to one: a feature that is near many directions recovers only one of them.
+        rows, columns = linear_sum_assignment(cosine_FxJ, maximize=True)
+        feature_J = np.full(len(directions_JxD), -1)
+        feature_J[columns] = rows
+        matched_J = np.where(feature_J < 0, 0.0, cosine_FxJ[feature_J, np.arange(len(feature_J))])
+        return cls(cosine_FxJ, feature_J, matched_J, cosine_FxJ.argmax(1))
+
+    @property
+    def mcc(self) -> float:
+        """Mean cosine of the pairs; there are as many as features or directions, whichever are fewer."""
+        return float(self.matched_J[self.feature_J >= 0].mean())
+
+    @property
+    def uniqueness(self) -> float:
+        """Number of distinct nearest directions, divided by the number of features."""
+        return len(np.unique(self.nearest_F)) / len(self.nearest_F)
+
+    @property
+    def invented_F(self) -> np.ndarray:
+        """True for a feature with most of its squared length along no direction, bool [F]."""
+        return self.cosine_FxJ.max(axis=1) <= _MOSTLY
+
+    @property
+    def split_J(self) -> np.ndarray:
+        """True for a direction along which at least two features have most of their squared length, bool [J]."""
+        mostly_F = self.cosine_FxJ[np.arange(len(self.nearest_F)), self.nearest_F] > _MOSTLY
+        return np.bincount(self.nearest_F[mostly_F], minlength=self.cosine_FxJ.shape[1]) > 1
+
+    @property
+    def merged_J(self) -> np.ndarray:
+        """True for a direction whose nearest feature is close to it and also nearest and close to another, bool [J]."""
+        nearest_J = self.cosine_FxJ.argmax(0)
+        close_J = self.cosine_FxJ[nearest_J, np.arange(len(nearest_J))] > _CLOSE
+        count_F = np.bincount(nearest_J[close_J], minlength=len(self.nearest_F))
+        return close_J & (count_F[nearest_J] > 1)
+
+
+def _unit(values_xD: np.ndarray) -> np.ndarray:
+    values_xD = np.asarray(values_xD, np.float64)
+    return values_xD / np.maximum(np.linalg.norm(values_xD, axis=-1, keepdims=True), 1e-12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +187,7 @@ def _threshold(dictionary: Dictionary, world: World, config: TruthConfig) -> np.
 
 
 def scores(counts: Counts, matching: Matching, world: World) -> dict[str, float]:
-    """Return the scores of ``results.FoundFeatures`` by their names.
-
-    Args:
-      counts: sums of ``count``.
-      matching: matching of the dictionary and the world.
-      world: the world.
-    """
+    """Return the scores of ``results.FoundFeatures`` by their names."""
     # By what was drawn, not by the settings: parents and siblings make features rarer than intended.
     often_J = counts.active_J > FREQUENT * counts.tokens
     fired_J = np.where(matching.feature_J < 0, 0, counts.fired_F[matching.feature_J])

@@ -14,12 +14,11 @@ from typing import Any
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels
 from saejax.files import read_json, write_json, write_text
-from saejax.interpret.feature_record import FeatureMaps, FeatureRecord, iterate_records, read_records
+from saejax.interpret.feature_record import FeatureRecord, TokenMap, iterate_records, read_records
 from saejax.interpret.heatmaps import MAPS
 from saejax.interpret.labels import read_labels
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.interpret.review import write_sheets
-from saejax.interpret.run import other_layers
 from saejax.interventions.answers import AblateResults, FeatureEffect
 from saejax.page.scripts import ELEMENTS, elements_script
 from saejax.results import load_results, to_json
@@ -52,7 +51,7 @@ def run_atlas(run: Run) -> AtlasResults:
         name = stacks.full_name(run.name, member.name)
         by_model, judged = _explained(run, member.name)
         labels = load_labels(source / LABELS) | by_model | hand_labels
-        records = _records(source, judged, other_layers(member, interpreted.members))
+        records = _records(source, judged)
         maps = read_json(source / MAPS)
         top = tested.top if tested and tested.dictionary == name else {}
         write_atlas(run.folder / member.name, name, records, labels, _effects(top), maps)
@@ -67,20 +66,11 @@ def run_atlas(run: Run) -> AtlasResults:
     return AtlasResults(run.name, tuple(pages))
 
 
-def _records(folder: Path, judged: Mapping[str, Any], member_of: Mapping[str, str]) -> Iterator[FeatureRecord]:
-    """Yield the records in a folder as the pages show them.
-
-    Args:
-      folder: of a dictionary, as ``interpret`` wrote it.
-      judged: scores that a language model gave labels, by feature.
-      member_of: site of another layer -> the member of this stack that is compared there. A record that was made in
-        another stack names the site alone, since its members may have had other names.
-    """
+def _records(folder: Path, judged: Mapping[str, Any]) -> Iterator[FeatureRecord]:
+    """Yield the records that ``interpret`` wrote to a folder, with the scores that a language model gave labels."""
     for record in iterate_records(folder):
         if scores := judged.get(str(record["feature"])):
             record["judged"] = scores
-        if layers := record.get("layers"):
-            record["layers"] = [(member_of[site], other, cosine) for site, other, cosine in layers if site in member_of]
         yield record
 
 
@@ -113,7 +103,7 @@ def write_atlas(
     records: Iterable[FeatureRecord],
     labels: Mapping[int, Label],
     effects: Mapping[int, Mapping[str, float]],
-    maps: FeatureMaps | None = None,
+    maps: Sequence[TokenMap] = (),
 ) -> None:
     """Write the atlas of a dictionary; files of a killed run are replaced.
 
@@ -123,7 +113,7 @@ def write_atlas(
       records: records of all features in order.
       labels: labels by feature.
       effects: feature -> behaviour -> drop in logit difference when it is ablated, where it was measured.
-      maps: heatmaps as ``interpret`` writes them, and the bar of cosines between layers.
+      maps: heatmaps as ``interpret`` writes them.
     """
     shutil.rmtree(folder / "data", ignore_errors=True)
     (folder / "data").mkdir(parents=True)
@@ -151,10 +141,8 @@ def write_atlas(
     if chunk:
         _script(folder, chunk[-1]["feature"] // CHUNK, chunk)
     number = len(columns["rate"])
-    maps = maps or FeatureMaps(texts=[], layers_bar=None)
-    about = dict(dictionary=dictionary, features=number, chunk=CHUNK, columns=columns, maps=len(maps["texts"]))
-    about |= dict(layers_bar=maps["layers_bar"])
-    for place, token_map in enumerate(maps["texts"]):
+    about = dict(dictionary=dictionary, features=number, chunk=CHUNK, columns=columns, maps=len(maps))
+    for place, token_map in enumerate(maps):
         write_text(folder / "data" / f"map-{place}.js", f"atlas.map({place},{_json(token_map)})\n")
     write_text(folder / "data" / "index.js", f"atlas.index({_json(about)})\n")
     write_json(folder / LABELS, {str(feature): to_json(label) for feature, label in labels.items()})

@@ -17,9 +17,8 @@ from scipy import sparse
 
 from saejax.activations.chunker import SPLITS
 from saejax.activations.documents import Documents
-from saejax.interpret.describe import priority
 from saejax.interpret.feature_record import HeadLooks
-from saejax.interpret.firings import Block
+from saejax.interpret.firings import Block, priority
 from saejax.interpret.text import SHAPES, CodedText, shape_of
 from saejax.models import decoder
 from saejax.models.attention import AttentionSpec, attention_weights, whole_prompt_tables

@@ -15,23 +15,22 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
-from scipy.stats import hypergeom
+from scipy.stats import false_discovery_control, hypergeom
 
 from saejax.dictionaries import Dictionary
 from saejax.files import read_lines
-from saejax.interpret.describe import adjusted
 from saejax.interpret.feature_record import FeatureCategory
+from saejax.interpret.firings import encode_tokens
 from saejax.interpret.results import CategoryCounts
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
-from saejax.models.tokens import Tokens
+from saejax.models.tokens import Tokens, pad
 
 LEVEL = 0.05  # of the false discovery rate
 LISTED = 5  # associations of a feature that are kept
 _LEAST = 5  # prompts of either side, and prompts on which a feature is active: fewer can show nothing
-_BATCH = 32  # prompts that run together
+_BATCH, _TOKENS = 32, 256  # prompts that run together, tokens that are encoded together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +52,7 @@ class CategoryTest:
 
 
 def read_prompts(inputs: Mapping[str, Path]) -> list[CategorisedPrompt]:
-    """Return the prompts of the baseline and benchmark units among a run's inputs.
-
-    Args:
-      inputs: folders of units by name.
-    """
+    """Return the prompts of the baseline and benchmark units among a run's inputs."""
     prompts = []
     for unit, folder in inputs.items():
         stage, _, name = unit.partition("/")
@@ -74,38 +69,25 @@ def read_prompts(inputs: Mapping[str, Path]) -> list[CategorisedPrompt]:
 def active_on_prompts(lm: LanguageModel, dictionary: Dictionary, texts: Sequence[str]) -> np.ndarray:
     """Return on which prompts each feature fires at any position but attention sinks, bool [P, F].
 
-    Args:
-      lm: the model.
-      dictionary: with its rule for attention sinks.
-      texts: the prompts.
-
     Raises:
       UserError: a prompt is empty or longer than the context.
     """
-    ids = [lm.tokenize([text]).ids_BxT[0] for text in texts]
+    ids = [lm.tokenize([text]).ids_BxT[0].tolist() for text in texts]
     active_PxF = np.zeros((len(texts), dictionary.config.n_features), bool)
     # Prompts of similar length share a batch, which keeps padding small.
     order = np.argsort([len(prompt_ids) for prompt_ids in ids], kind="stable")
     for start in range(0, len(order), _BATCH):
         chosen = order[start : start + _BATCH]
-        lengths_N = np.array([len(ids[i]) for i in chosen], np.int32)
         # Lengths are rounded and the last batch is filled up, so that few programs are compiled.
-        ids_BxT = np.zeros((_BATCH, min(round_length(int(lengths_N.max())), lm.config.context)), np.int32)
-        for row, i in enumerate(chosen):
-            ids_BxT[row, : len(ids[i])] = ids[i]
-        # Rows that only fill the batch have a token, as a softmax over no key is undefined.
-        tokens = Tokens(ids_BxT, np.pad(lengths_N, (0, _BATCH - len(chosen)), constant_values=1))
-        x_BxTxD = lm(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site]
+        filled = pad([*(ids[i] for i in chosen), *[[0]] * (_BATCH - len(chosen))])
+        length = min(round_length(filled.ids_BxT.shape[1]), lm.config.context)
+        ids_BxT = np.pad(filled.ids_BxT, ((0, 0), (0, length - filled.ids_BxT.shape[1])))
+        output = lm(Tokens(ids_BxT, filled.lengths_B), capture=[dictionary.site], logits=False)
+        x_BxTxD = np.asarray(output.sites[dictionary.site], np.float32)
         for row, i in enumerate(chosen):  # one by one: activations of a batch of wide dictionaries take gigabytes
-            fires_TxF = np.asarray(_firings(dictionary, np.asarray(x_BxTxD[row], np.float32)))
-            active_PxF[i] = fires_TxF[: lengths_N[row]].any(axis=0)
+            firings, _ = encode_tokens(dictionary, x_BxTxD[row, : filled.lengths_B[row]], _TOKENS)
+            active_PxF[i, firings.indices] = True
     return active_PxF
-
-
-@jax.jit
-def _firings(dictionary: Dictionary, x_TxD: jax.Array) -> jax.Array:
-    """Return where features fire at no attention sink, bool [T, F]."""
-    return dictionary.fires(dictionary.encode(x_TxD)) & dictionary.is_not_sink(x_TxD)[:, None]
 
 
 def make_tests(prompts: Sequence[CategorisedPrompt], rng: np.random.Generator | None = None) -> Iterator[CategoryTest]:
@@ -153,8 +135,7 @@ def associate(active_PxF: np.ndarray, tests: Sequence[CategoryTest]) -> dict[int
         p.append(hypergeom.sf(inside_A - 1, n_in + n_out, inside_A + outside_A, n_in))
     p_MxA = np.stack(p)
     # All tests of a dictionary are corrected together: tens of thousands of features are looked at, not one.
-    rising, q_of = adjusted(p_MxA.reshape(-1), p_MxA.size)
-    q_MxA = q_of[np.searchsorted(rising, p_MxA, side="right") - 1]
+    q_MxA = false_discovery_control(p_MxA.reshape(-1)).reshape(p_MxA.shape)
     categories: dict[int, list[FeatureCategory]] = {}
     for a in np.flatnonzero((q_MxA <= LEVEL).any(axis=0)):
         for m in np.argsort(q_MxA[:, a], kind="stable")[:LISTED]:
@@ -176,14 +157,7 @@ def associate(active_PxF: np.ndarray, tests: Sequence[CategoryTest]) -> dict[int
 def categorise(
     lm: LanguageModel, dictionary: Dictionary, prompts: Sequence[CategorisedPrompt], seed: int
 ) -> tuple[dict[int, list[FeatureCategory]], CategoryCounts]:
-    """Return the prompt categories with which a dictionary's features are associated, and counts with the control's.
-
-    Args:
-      lm: the model.
-      dictionary: the dictionary.
-      prompts: at least one.
-      seed: of the permutation of the control.
-    """
+    """Return the prompt categories with which a dictionary's features are associated, and counts with the control's."""
     active_PxF = active_on_prompts(lm, dictionary.with_sink_norms(lm.sink_norm), [prompt.text for prompt in prompts])
     tests, shuffled = list(make_tests(prompts)), list(make_tests(prompts, np.random.default_rng(seed)))
     associations, control = associate(active_PxF, tests), associate(active_PxF, shuffled)

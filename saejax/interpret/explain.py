@@ -4,7 +4,6 @@ Labels are written from what ``interpret`` keeps, which is training text; held-o
 judged beside that of another feature that fires about as often, on the same contexts.
 """
 
-import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,20 +16,19 @@ from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
 from saejax.files import read_json, write_json
-from saejax.interpret import label_scores, questions
-from saejax.interpret.answers import Answers
-from saejax.interpret.explain_results import (
+from saejax.interpret import questions
+from saejax.interpret.feature_record import FeatureRecord, read_records
+from saejax.interpret.firings import blocks, record
+from saejax.interpret.held_out import MIN_FIRINGS, HeldOut, detection, detection_score, held_out, is_kept
+from saejax.interpret.judges import Answers, Endpoint, Judge, LocalJudge
+from saejax.interpret.labels import partners, read_labels
+from saejax.interpret.results import (
     ExplainedDictionary,
     ExplainedFeature,
     ExplainResults,
     FeatureScore,
     LabelScores,
 )
-from saejax.interpret.feature_record import FeatureRecord, read_records
-from saejax.interpret.firings import blocks, record
-from saejax.interpret.held_out import MIN_FIRINGS, HeldOut, held_out
-from saejax.interpret.judges import Endpoint, LocalJudge
-from saejax.interpret.labels import partners, read_labels
 from saejax.interpret.text import CodedText
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
@@ -68,8 +66,8 @@ def run_explain(run: Run) -> ExplainResults:
         if not path.exists():
             if run.stopping():
                 raise Interrupted("stopped; answers so far are kept: run the same command again to continue")
-            text, judge = text or _Text.of(run), judge or _make_judge(config, run)
-            write_json(path, to_json(_Explainer(run, member, text, judge, labels).explain()))
+            text, judge = text or read_text(run), judge or _make_judge(config, run)
+            write_json(path, to_json(_explain(run, member, *text, judge, labels)))
         results.append(from_json(ExplainedDictionary, read_json(path), path))
         run.say(_line(results[-1]))
     return ExplainResults(run.name, config.model, not config.given, tuple(results))
@@ -87,10 +85,18 @@ def _line(results: ExplainedDictionary) -> str:
     return ", ".join([kept, detection, tokens])
 
 
-def _make_judge(config: ExplainConfig, run: Run) -> Endpoint | LocalJudge:
+def _make_judge(config: ExplainConfig, run: Run) -> Judge:
     if config.url:
         return Endpoint(config.url, config.model)
     return LocalJudge(config.model, make_mesh(run.configs[MeshConfig]))
+
+
+def read_text(run: Run) -> tuple[Store, CodedText]:
+    """Return the store and its text, which all members share."""
+    store, source = Store.open(run.inputs["capture"]), resolve(run.configs[ModelConfig])
+    store.check_model(source)
+    as_text, documents = token_text(load_tokenizer(source)), store.documents
+    return store, CodedText(documents, [as_text(token) for token in range(int(documents.ids_T.max()) + 1)])
 
 
 def _given_labels(run: Run, member: TrainedMember, several: bool) -> dict[int, Label] | None:
@@ -106,156 +112,105 @@ def _given_labels(run: Run, member: TrainedMember, several: bool) -> dict[int, L
     return read_labels(Path(config.given), name, features, several, "--explain.given")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Text:
-    """The store and its text, shared by all members."""
-
-    store: Store
-    coded: CodedText
-
-    @classmethod
-    def of(cls, run: Run) -> "_Text":
-        store, source = Store.open(run.inputs["capture"]), resolve(run.configs[ModelConfig])
-        store.check_model(source)
-        as_text, documents = token_text(load_tokenizer(source)), store.documents
-        return cls(store, CodedText(documents, [as_text(token) for token in range(int(documents.ids_T.max()) + 1)]))
-
-
-@dataclasses.dataclass
-class _Explainer:
-    """Labels the features of one dictionary.
-
-    Attributes:
-      run: the run of the stage.
-      member: the dictionary.
-      text: store and text.
-      judge: the language model.
-      labels_to_judge: labels of the features; None: the language model writes them.
-    """
-
-    run: Run
-    member: TrainedMember
-    text: _Text
-    judge: Endpoint | LocalJudge
-    labels_to_judge: Mapping[int, Label] | None
-
-    def __post_init__(self) -> None:
-        self._config = self.run.configs[ExplainConfig]
-        self._folder = self.run.folder / self.member.name
-
-    def explain(self) -> ExplainedDictionary:
-        """Write and judge labels, and write the files of ``run_explain``."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        chosen, skipped, features = self._choose_features(self._folder / "firings")
-        answers = Answers(self.run, self._folder, self.judge)
-        interpreted = member_folder(self.run.inputs[f"interpret/{self.run.name}"], self.member.name)
-        records = read_records(interpreted, {held.feature for held in chosen})
-        labels = self._write_labels(answers, chosen, records) if self.labels_to_judge is None else self.labels_to_judge
-        rates = np.array([records[held.feature]["rate"] for held in chosen])
-        partner_N = partners(rates, [held.feature in labels for held in chosen])
-        texts = [labels[held.feature].label if held.feature in labels else None for held in chosen]
-        control = [texts[i] if i >= 0 else None for i in partner_N]
-        explained, summary = self._judge_labels(answers, chosen, texts, control)
-        kept = {feature: labels[feature] for feature, each in explained.items() if each.kept}
-        write_json(self._folder / EXPLAINED, {str(feature): to_json(each) for feature, each in explained.items()})
-        write_json(self._folder / LABELS, {str(feature): to_json(label) for feature, label in kept.items()})
-        prompt_tokens, answer_tokens = answers.spent
-        return ExplainedDictionary(
-            name=self.member.name,
-            features=features,
-            judged=len(chosen),
-            skipped=skipped,
-            labelled=sum(map(bool, texts)),
-            kept=len(kept),
-            detection=summary,
-            questions=len(answers),
-            prompt_tokens=prompt_tokens,
-            answer_tokens=answer_tokens,
-        )
-
-    def _choose_features(self, scratch: Path) -> tuple[list[HeldOut], int, int]:
-        """Return the held-out contexts of the features to judge, the number skipped, and of the dictionary."""
-        config, store = self._config, self.text.store
-        dictionary = load_dictionary(member_folder(self.run.inputs[f"train/{self.run.name}"], self.member.name))
-        features, mesh = dictionary.config.n_features, make_mesh(self.run.configs[MeshConfig])
-        if unknown := [feature for feature in config.features if feature >= features]:
-            raise UserError(f"--explain.features names {unknown[0]}: expected numbers from 0 to {features - 1}")
-        shutil.rmtree(scratch, ignore_errors=True)
-        # A label is written from training text, where it would describe its own examples best.
-        place = record(store, "held_out", {scratch: dictionary}, mesh, _BATCH, stopping=self.run.stopping)
-        fires_F = np.concatenate([block.counts for block in blocks(scratch, features)])
-        able = np.flatnonzero(fires_F >= MIN_FIRINGS)
-        if self.labels_to_judge is not None:
-            able = np.intersect1d(able, list(self.labels_to_judge))
-        wanted = np.intersect1d(able, config.features or able)
-        if not config.features and len(wanted) > config.sample:
-            wanted = np.sort(np.random.default_rng(config.seed).choice(wanted, config.sample, replace=False))
-        wanted_set = set(wanted.tolist())
-        chosen = list(held_out(scratch, features, wanted_set, place, self.text.coded, config.seed))
-        shutil.rmtree(scratch)
-        return chosen, len(set(config.features)) - len(wanted) if config.features else 0, features
-
-    def _write_labels(
-        self, answers: Answers, chosen: Sequence[HeldOut], records: Mapping[int, FeatureRecord]
-    ) -> dict[int, Label]:
-        """Return the labels that the model writes from training text."""
-        requests = []
-        for held in chosen:
-            record = records[held.feature]
-            contexts = record["examples"] + record["groups"]
-            # A strongest firing can also be in a group's sample, and a context shown twice would count twice.
-            distinct = {(context["document"], context["position"]): context for context in contexts}
-            promoted = [text for text, _ in record.get("up", ())][:_PROMOTED]
-            requests.append(questions.explain(list(distinct.values()), promoted))
-        labels = map(questions.read_label, answers.all(requests, "labels"))
-        model = self._config.model
-        return {held.feature: Label(label, model) for held, label in zip(chosen, labels, strict=True) if label}
-
-    def _judge_labels(
-        self,
-        answers: Answers,
-        chosen: Sequence[HeldOut],
-        texts: Sequence[str | None],
-        control: Sequence[str | None],
-    ) -> tuple[dict[int, ExplainedFeature], LabelScores]:
-        """Return each feature's scores of detection, and their mean over all features.
-
-        Args:
-          answers: the language model's answers.
-          chosen: contexts of the features.
-          texts: label of each; None: it has none.
-          control: label of another feature; None: there is none.
-        """
-        seed = self._config.seed
-
-        def detect(labels: Sequence[str | None]) -> tuple[list[FeatureScore | None], float]:
-            exams = [
-                label_scores.detection(held, label, seed) if label else None
-                for held, label in zip(chosen, labels, strict=True)
-            ]
-            return _take_exams(answers, exams)
-
-        detection, unparsed = detect(texts)
-        # The control label meets the same contexts, so that both face equally hard ones.
-        detection_control, _ = detect(control)
-        accuracies = [score.accuracy for score in detection if score]
-        controls = [score.accuracy for score in detection_control if score]
-        by_chance = float(np.mean(controls)) if controls else None
-        mean = bootstrap_mean(np.array(accuracies), seed, _RESAMPLES) if accuracies else None
-        columns = zip(chosen, texts, detection, detection_control, strict=True)
-        explained = {
-            held.feature: ExplainedFeature(label or "", label_scores.is_kept(score, other), score, other)
-            for held, label, score, other in columns
-        }
-        return explained, LabelScores(mean, by_chance, len(accuracies), unparsed)
+def _explain(
+    run: Run,
+    member: TrainedMember,
+    store: Store,
+    text: CodedText,
+    judge: Judge,
+    labels_to_judge: Mapping[int, Label] | None,
+) -> ExplainedDictionary:
+    """Write and judge the labels of one dictionary, and write the files of ``run_explain``."""
+    config, folder = run.configs[ExplainConfig], run.folder / member.name
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen, skipped, features = _choose_features(run, member, store, text, labels_to_judge)
+    answers = Answers(run, folder, judge)
+    interpreted = member_folder(run.inputs[f"interpret/{run.name}"], member.name)
+    records = read_records(interpreted, {held.feature for held in chosen})
+    labels = _write_labels(answers, chosen, records, config.model) if labels_to_judge is None else labels_to_judge
+    texts = [labels[held.feature].label if held.feature in labels else None for held in chosen]
+    rates = np.array([records[held.feature]["rate"] for held in chosen])
+    partner_N = partners(rates, [text is not None for text in texts])
+    # The control label meets the same contexts, so that both face equally hard ones.
+    scores, unparsed = _detect(answers, chosen, texts, config.seed)
+    control_texts = [texts[i] if i >= 0 else None for i in partner_N]
+    control_scores, _ = _detect(answers, chosen, control_texts, config.seed)
+    explained = {
+        held.feature: ExplainedFeature(label or "", is_kept(score, control), score, control)
+        for held, label, score, control in zip(chosen, texts, scores, control_scores, strict=True)
+    }
+    kept = {feature: labels[feature] for feature, each in explained.items() if each.kept}
+    write_json(folder / EXPLAINED, {str(feature): to_json(each) for feature, each in explained.items()})
+    write_json(folder / LABELS, {str(feature): to_json(label) for feature, label in kept.items()})
+    accuracies = [score.accuracy for score in scores if score]
+    controls = [score.accuracy for score in control_scores if score]
+    prompt_tokens, answer_tokens = answers.spent
+    return ExplainedDictionary(
+        name=member.name,
+        features=features,
+        judged=len(chosen),
+        skipped=skipped,
+        labelled=sum(map(bool, texts)),
+        kept=len(kept),
+        detection=LabelScores(
+            mean=bootstrap_mean(np.array(accuracies), config.seed, _RESAMPLES) if accuracies else None,
+            control=float(np.mean(controls)) if controls else None,
+            features=len(accuracies),
+            unparsed=unparsed,
+        ),
+        questions=len(answers),
+        prompt_tokens=prompt_tokens,
+        answer_tokens=answer_tokens,
+    )
 
 
-def _take_exams(answers: Answers, exams: Sequence[label_scores.Exam | None]) -> tuple[list[FeatureScore | None], float]:
-    """Return the score of each exam, None without one, and the share of replies that could not be parsed."""
-    replies = iter(answers.all([question for exam in exams if exam for question in exam.questions], "detection"))
-    values, unparsed, count = list[FeatureScore | None](), 0, 0
-    for exam in exams:
-        read = [questions.read_judgements(next(replies), len(correct)) for correct in exam.correct] if exam else []
-        values.append(label_scores.detection_score(exam.correct, read) if exam else None)
-        unparsed, count = unparsed + read.count(None), count + len(read)
-    return values, unparsed / max(count, 1)
+def _choose_features(
+    run: Run, member: TrainedMember, store: Store, text: CodedText, labels_to_judge: Mapping[int, Label] | None
+) -> tuple[list[HeldOut], int, int]:
+    """Return the held-out contexts of the features to judge, the number skipped, and of the dictionary."""
+    config, scratch = run.configs[ExplainConfig], run.folder / member.name / "firings"
+    dictionary = load_dictionary(member_folder(run.inputs[f"train/{run.name}"], member.name))
+    features, mesh = dictionary.config.n_features, make_mesh(run.configs[MeshConfig])
+    if unknown := [feature for feature in config.features if feature >= features]:
+        raise UserError(f"--explain.features names {unknown[0]}: expected numbers from 0 to {features - 1}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    # A label is written from training text, where it would describe its own examples best.
+    place = record(store, "held_out", {scratch: dictionary}, mesh, _BATCH, stopping=run.stopping)
+    fires_F = np.concatenate([block.counts for block in blocks(scratch, features)])
+    able = np.flatnonzero(fires_F >= MIN_FIRINGS)
+    if labels_to_judge is not None:
+        able = np.intersect1d(able, list(labels_to_judge))
+    wanted = np.intersect1d(able, config.features or able)
+    if not config.features and len(wanted) > config.sample:
+        wanted = np.sort(np.random.default_rng(config.seed).choice(wanted, config.sample, replace=False))
+    chosen = list(held_out(scratch, features, set(wanted.tolist()), place, text, config.seed))
+    shutil.rmtree(scratch)
+    return chosen, len(set(config.features)) - len(wanted) if config.features else 0, features
+
+
+def _write_labels(
+    answers: Answers, chosen: Sequence[HeldOut], records: Mapping[int, FeatureRecord], model: str
+) -> dict[int, Label]:
+    """Return the labels that the model writes from training text."""
+    requests = []
+    for held in chosen:
+        record = records[held.feature]
+        contexts = record["examples"] + record["groups"]
+        # A strongest firing can also be in a group's sample, and a context shown twice would count twice.
+        distinct = {(context["document"], context["position"]): context for context in contexts}
+        promoted = [text for text, _ in record.get("up", ())][:_PROMOTED]
+        requests.append(questions.explain(list(distinct.values()), promoted))
+    labels = map(questions.read_label, answers.all(requests, "labels"))
+    return {held.feature: Label(label, model) for held, label in zip(chosen, labels, strict=True) if label}
+
+
+def _detect(
+    answers: Answers, chosen: Sequence[HeldOut], labels: Sequence[str | None], seed: int
+) -> tuple[list[FeatureScore | None], float]:
+    """Return each label's score, None where there is none, and the share of replies that could not be parsed."""
+    exams = [detection(held, label, seed) if label else [] for held, label in zip(chosen, labels, strict=True)]
+    replies = iter(answers.all([question for exam in exams for question, _ in exam], "detection"))
+    parsed = [[questions.read_judgements(next(replies), len(truth)) for _, truth in exam] for exam in exams]
+    scores = [detection_score([truth for _, truth in exam], read) for exam, read in zip(exams, parsed, strict=True)]
+    every = [reply for read in parsed for reply in read]
+    return scores, every.count(None) / max(len(every), 1)

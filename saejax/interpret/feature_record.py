@@ -23,17 +23,13 @@ class FeatureContext(TypedDict):
 
 
 class FeatureCode(TypedDict):
-    """A token or a token shape on which a feature fires; ``q`` replaces ``p`` once all p-values are known."""
+    """A token or a token shape on which a feature fires."""
 
     text: str
     hits: int  # firings on it
     occurrences: int  # in the text
     sum: float  # of activations on it; ``mean``: over all its occurrences
     mean: float
-    pmi: float  # bits
-    odds: list[float]  # ratio and its 95 % interval
-    p: NotRequired[float]
-    q: NotRequired[float]
 
 
 class FeatureCategory(TypedDict):
@@ -90,13 +86,6 @@ class TokenMap(TypedDict):
     acts: list[list[float | None]]  # a row for each feature; None where the store has none (sinks, for instance)
 
 
-class FeatureMaps(TypedDict):
-    """The heatmaps of a dictionary."""
-
-    texts: list[TokenMap]
-    layers_bar: float | None  # cosine that those between layers are to go beyond
-
-
 class FeatureRecord(TypedDict):
     """The record of a feature; docs/artifacts.md explains it. A feature that never fires lacks many of its fields."""
 
@@ -104,7 +93,6 @@ class FeatureRecord(TypedDict):
     fires: int
     rate: float
     nearest: list[tuple[int, float]]
-    layers: NotRequired[list[tuple[str, int, float]]]  # the site of each; in an atlas, the member's name
     up: NotRequired[list[tuple[str, float]]]
     down: NotRequired[list[tuple[str, float]]]
     logits: NotRequired[LogitHistogram]

@@ -1,17 +1,23 @@
-"""The held-out contexts that labels are judged on: with a feature, from tenths of its firings, and without it."""
+"""The held-out contexts that labels are judged on, with a feature and without it, and the scores of replies."""
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from saejax.interpret import contexts, describe
+from saejax.interpret import contexts
 from saejax.interpret.feature_record import FeatureContext
 from saejax.interpret.firings import Block, blocks
+from saejax.interpret.questions import GROUP, Question, detect
+from saejax.interpret.records import group_draws, weakest_first
+from saejax.interpret.results import FeatureScore
 from saejax.interpret.text import CodedText
+from saejax.tasks.scoring import wilson_of
 
 MIN_FIRINGS = 10  # on held-out text, for a feature to be judged
+CHANCE = 0.5
 _DRAWS = 1  # contexts from each tenth of a feature's firings: ten, which a judge reads in two questions
 _TRIES = 50  # positions tried for each context without the feature
 
@@ -54,7 +60,7 @@ def held_out(
     for block in blocks(folder, features):
         chosen = [i for i in range(block.size) if block.first + i in wanted and block.counts[i] >= MIN_FIRINGS]
         if chosen:
-            drawn, _ = describe.group_draws(block, describe.weakest_first(block), _DRAWS)
+            drawn, _ = group_draws(block, weakest_first(block), _DRAWS)
         for i in chosen:
             # A generator for each feature: its contexts do not depend on which other features are judged.
             rng = np.random.default_rng((seed, block.first + i))
@@ -71,3 +77,46 @@ def _silent_places(
     tried = rng.choice(place, min(_TRIES * count, len(place)), replace=False)
     around, _ = contexts.surroundings(text, tried)
     return tried[~block.at(np.full(around.shape, feature), around).any(axis=1)][:count]
+
+
+def detection(held: HeldOut, label: str, seed: int) -> list[tuple[Question, list[bool]]]:
+    """Return questions in which of a feature's contexts it fires, and whether it does in each.
+
+    Args:
+      held: contexts of the feature.
+      label: its label, or another feature's.
+      seed: seed of the order of contexts, which is the same for every label.
+    """
+    shown, fires = [*held.active, *held.silent], held.fires
+    # The order does not depend on the label, so a label and its control answer the same questions.
+    order = np.random.default_rng((seed, held.feature, 0)).permutation(len(shown))
+    groups = [order[start : start + GROUP].tolist() for start in range(0, len(shown), GROUP)]
+    return [(detect(label, [shown[i] for i in group]), [fires[i] for i in group]) for group in groups]
+
+
+def detection_score(correct: Sequence[Sequence[bool]], read: Sequence[Sequence[bool] | None]) -> FeatureScore | None:
+    """Return the score of yes and no replies; None if only contexts of one class were scored.
+
+    Args:
+      correct: for each question whether the feature fires in each of its contexts.
+      read: the parsed replies; None: unparsed.
+    """
+    pairs = [
+        pair for truth, reply in zip(correct, read, strict=True) if reply for pair in zip(truth, reply, strict=True)
+    ]
+    count = Counter(pairs)  # (fires, called active)
+    hit, missed, false, true = (count[pair] for pair in ((True, True), (True, False), (False, True), (False, False)))
+    if not (hit + missed and false + true):
+        return None
+    # The mean of both shares: with few silent contexts, always "yes" would otherwise score high.
+    recall, specificity = hit / (hit + missed), true / (false + true)
+    f1 = 2 * hit / max(1, 2 * hit + false + missed)
+    return FeatureScore((recall + specificity) / 2, hit / max(1, hit + false), recall, f1, len(pairs))
+
+
+def is_kept(score: FeatureScore | None, control: FeatureScore | None) -> bool:
+    """Return whether the lower end of the 95 % Wilson interval of accuracy is above the control's, and above chance."""
+    if score is None:
+        return False
+    # The interval's lower end, because the best of thousands of labels would often exceed a control by luck.
+    return wilson_of(score.accuracy, score.contexts).low > max(CHANCE, control.accuracy if control else CHANCE)

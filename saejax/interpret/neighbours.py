@@ -10,7 +10,7 @@ from jax import lax
 from scipy import sparse
 
 from saejax.evaluation.neighbours import cosines_of_block
-from saejax.interpret.describe import priority
+from saejax.interpret.firings import priority
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
@@ -63,14 +63,7 @@ def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> Output
 def logit_lens(
     config: DecoderConfig, count: int, params: dict[str, jax.Array], rows_RxD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the tokens at either end of decoder rows, their logits, and counts by logit; see ``OutputTokens``.
-
-    Args:
-      config: configuration of the decoder.
-      count: number of tokens at either end.
-      params: parameters of the decoder.
-      rows_RxD: decoder rows.
-    """
+    """Return the tokens at either end of decoder rows, their logits, and counts by logit; see ``OutputTokens``."""
     # The row's part alone: biases are common to all features, and a soft cap would bend logits of long rows.
     plain = dataclasses.replace(config, unembed_bias=False, final_logit_softcap=None)
     bias = {name: jnp.zeros_like(value) for name, value in params.items() if name == "final_norm_bias_D"}

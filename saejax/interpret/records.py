@@ -1,4 +1,8 @@
-"""Records of features, as JSON."""
+"""Records of features, as JSON: statistics from all firings of a feature on the search text, and from its weights.
+
+A feature's firings are split by activation into ten groups of equal size (group 9 has the strongest). Samples of every
+group are the firings with the largest ``priority``, so that each sample is uniform in its group without a random state.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,18 +10,89 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from saejax.activations.store import Store
-from saejax.interpret import contexts, describe
+from saejax.interpret import contexts
 from saejax.interpret.attended import HeadShares
-from saejax.interpret.describe import Associations
 from saejax.interpret.detectors import PairCounts
 from saejax.interpret.feature_record import FeatureCode, FeatureContext, FeatureRecord, LogitHistogram
-from saejax.interpret.firings import Block
+from saejax.interpret.firings import Block, priority
 from saejax.interpret.neighbours import OutputTokens, Together
 from saejax.interpret.text import CodeCounts, CodedText
 
+GROUPS = 10
+LOWEST, BINS, PER_OCTAVE = -10, 40, 2  # histogram of activations: the first edge is 2^LOWEST
+_POSITIONS = 12  # bins of positions: 0, 1, 2 to 3, 4 to 7, ...
+_JOINT = 13  # bits of a feature of a block and one of its groups in a sort key
 _TOGETHER = 6
+_FREQUENT = 64  # codes on which a feature fires most often, among which the listed ones are
 _BY_SUM, _BY_MEAN = 6, 6  # tokens listed, by summed and by mean activation
 _TIMES = 3  # minimum frequency of a token that is listed by its mean activation
+
+
+def histogram(block: Block) -> np.ndarray:
+    """Return histograms of activations, int64 [features, BINS]; values beyond the edges are in the outermost bins."""
+    bin_ = np.floor((np.log2(block.value) - LOWEST) * PER_OCTAVE).astype(np.int64)
+    joint = block.feature * BINS + np.clip(bin_, 0, BINS - 1)
+    return np.bincount(joint, minlength=block.size * BINS).reshape(block.size, BINS)
+
+
+def sums(block: Block) -> tuple[np.ndarray, np.ndarray]:
+    """Return sum and maximum of every feature's activations, float64 [features]; 0 where it never fires."""
+    total, largest = np.bincount(block.feature, block.value, block.size), np.zeros(block.size)
+    np.maximum.at(largest, block.feature, block.value)
+    return total, largest
+
+
+def position_bins(position: np.ndarray) -> np.ndarray:
+    """Return bins of positions: 0, 1, 2 to 3, 4 to 7, ..."""
+    return np.minimum(np.ceil(np.log2(position + 1)).astype(np.int64), _POSITIONS - 1)
+
+
+def positions(block: Block, text: CodedText) -> np.ndarray:
+    """Return firings by bin of position, int64 [features, bins]."""
+    joint = block.feature * _POSITIONS + position_bins(text.position(block.place))
+    return np.bincount(joint, minlength=block.size * _POSITIONS).reshape(block.size, _POSITIONS)
+
+
+def weakest_first(block: Block) -> np.ndarray:
+    """Return the indices of the firings sorted by feature, then by activation."""
+    # One key sorts several times as fast as two. Bits of floats above 0 rise with them.
+    return np.argsort(block.feature << 32 | block.value.view(np.int32), kind="stable")
+
+
+def tenths(block: Block, order: np.ndarray) -> np.ndarray:
+    """Return the edges of each feature's ten groups, float32 [features, 11]; 0 where it never fires.
+
+    Group g spans edge g up to, but without, edge g + 1; the last includes its maximum.
+    """
+    counts, edges = block.counts[:, None], np.zeros((block.size, GROUPS + 1), np.float32)
+    if len(order):
+        # Rounded up, because ``group_draws`` rounds down: an edge is then the first firing of its group.
+        first = np.minimum(-(-np.arange(GROUPS + 1) * counts // GROUPS), counts - 1)
+        edges = block.value[order[np.maximum(block.starts[:-1, None] + first, 0)]]
+    return np.where(counts > 0, edges, 0)
+
+
+def group_draws(block: Block, order: np.ndarray, draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return samples of each feature's ten groups.
+
+    Args:
+      block: firings.
+      order: result of ``weakest_first``.
+      draws: number of firings from every group, if it has as many.
+
+    Returns:
+      Indices in the block's firings, by feature, then by group, then by falling priority; and the group of each.
+    """
+    rank = np.arange(len(order)) - block.starts[block.feature[order]]
+    group = rank * GROUPS // np.maximum(block.counts, 1)[block.feature[order]]
+    joint = block.feature[order] * GROUPS + group
+    # Inverted, so that the largest priorities come first in a rising sort that also keeps groups together.
+    last = ~priority(block.place[order]) >> np.uint64(_JOINT)
+    by_priority = np.argsort(joint.astype(np.uint64) << np.uint64(64 - _JOINT) | last)
+    joint = joint[by_priority]
+    first = np.searchsorted(joint, np.arange(block.size * GROUPS))
+    kept = np.arange(len(joint)) - first[joint] < draws
+    return order[by_priority][kept], joint[kept] % GROUPS
 
 
 def short(value: float) -> float:
@@ -40,7 +115,6 @@ class Describer:
       nearest: indices and cosines of the nearest decoder rows, [F, n].
       together: co-activation of features.
       heads: attention shares of heads; None: not asked for.
-      layers: site of another layer's dictionary -> its feature with the nearest decoder row, and the cosine.
     """
 
     store: Store
@@ -53,45 +127,30 @@ class Describer:
     nearest: tuple[np.ndarray, np.ndarray]
     together: Together
     heads: HeadShares | None = None
-    layers: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         self._is_stored = np.zeros(len(self.store.documents.ids_T), bool)
         self._is_stored[self.place] = True
-        self._fires: list[np.ndarray] = []
-        self._p: list[np.ndarray] = []
-        self._sorted_q: tuple[np.ndarray, np.ndarray] | None = None
-
-    @property
-    def fires(self) -> np.ndarray:
-        """Number of firings of each feature of the blocks so far."""
-        return np.concatenate(self._fires)
 
     def records(self, block: Block, tokens: PairCounts) -> list[FeatureRecord]:
-        """Return the records of a block's features, without labels, and with p-values in place of q-values."""
+        """Return the records of a block's features, without labels."""
         shapes = PairCounts(block, self.text.code("shape", block.place))
-        about = {
-            family: describe.associations(block, pairs, self.bases[family], len(self.place))
-            for family, pairs in (("token", tokens), ("shape", shapes))
-        }
-        self._fires.append(block.counts)
-        self._p += [associations.p for associations in about.values()]
         looks = self.heads.of(block) if self.heads else [None] * block.size
         records = [self._of_weights(block, i) for i in range(block.size)]
-        self._describe_firings(records, block, about)
+        self._describe_firings(records, block, dict(token=tokens, shape=shapes))
         for record, look in zip(records, looks, strict=True):
             if look:
                 record["attention"] = look
         return records
 
     def _describe_firings(
-        self, records: Sequence[FeatureRecord], block: Block, about: Mapping[str, Associations]
+        self, records: Sequence[FeatureRecord], block: Block, pairs: Mapping[str, PairCounts]
     ) -> None:
         """Add statistics of firings to the records of a block's live features."""
-        total, largest = describe.sums(block)
-        bins, position = describe.histogram(block), describe.positions(block, self.text)
-        order = describe.weakest_first(block)
-        edges, (drawn, group) = describe.tenths(block, order), describe.group_draws(block, order, self.draws)
+        total, largest = sums(block)
+        bins, position = histogram(block), positions(block, self.text)
+        order = weakest_first(block)
+        edges, (drawn, group) = tenths(block, order), group_draws(block, order, self.draws)
         partners = self.together.partners(block.first, block.size, _TOGETHER)
         for i, record in enumerate(records):
             if not record["fires"]:
@@ -105,7 +164,7 @@ class Describer:
             record["examples"] = self._contexts(block, i, strongest)
             record["groups"] = [FeatureContext(group=int(number), **context) for number, context in grouped]
             record["tokens"], record["shapes"] = (
-                self._codes(about[family], i, family) for family in ("token", "shape")
+                self._codes(pairs[family], i, family) for family in ("token", "shape")
             )
             record["together"] = [
                 (int(other), int(both), short(share))
@@ -122,9 +181,6 @@ class Describer:
         near = zip(*(part[feature] for part in self.nearest), strict=True)
         nearest = [(int(other), short(cosine)) for other, cosine in near]
         record = FeatureRecord(feature=feature, fires=fires, rate=short(fires / len(self.place)), nearest=nearest)
-        if self.layers:
-            across = self.layers.items()
-            record["layers"] = [(site, int(ids[feature]), short(cosines[feature])) for site, (ids, cosines) in across]
         if self.output:
             ids, logits = self.output.ids[feature], self.output.logits[feature]
             pairs = [(self.text.texts[i], short(logit)) for i, logit in zip(ids, logits, strict=True)]
@@ -134,43 +190,23 @@ class Describer:
             record["logits"] = LogitHistogram(low=short(logits[-1]), high=short(logits[0]), counts=counts)
         return record
 
-    def _codes(self, about: Associations, feature: int, family: str) -> list[FeatureCode]:
+    def _codes(self, pairs: PairCounts, feature: int, family: str) -> list[FeatureCode]:
         """Return the codes with the largest sums and the largest means of activation, sorted by sum."""
-        rows = np.flatnonzero(about.feature == feature)
-        mean = about.total[rows] / about.occurrences[rows]
-        often = np.flatnonzero(about.occurrences[rows] >= _TIMES)
-        by_mean = often[np.argsort(-mean[often], kind="stable")][:_BY_MEAN]
-        by_sum = np.argsort(-about.total[rows], kind="stable")
-        kept = [*by_sum[:_BY_SUM], *(i for i in by_mean if i not in by_sum[:_BY_SUM])]
+        of_feature = slice(*np.searchsorted(pairs.feature, [feature, feature + 1]))
+        often = np.sort(np.argsort(-pairs.count[of_feature], kind="stable")[:_FREQUENT])
+        code, hits, total = (column[of_feature][often] for column in (pairs.code, pairs.count, pairs.total))
+        occurrences = self.bases[family][code]
+        mean = total / occurrences
+        listed = np.flatnonzero(occurrences >= _TIMES)
+        by_mean = listed[np.argsort(-mean[listed], kind="stable")][:_BY_MEAN]
+        by_sum = np.argsort(-total, kind="stable")[:_BY_SUM]
         return [
             FeatureCode(
-                text=self.text.texts[about.code[n]]
-                if family == "token"
-                else self.text.says(family, int(about.code[n])),
-                hits=int(about.hits[n]),
-                occurrences=int(about.occurrences[n]),
-                sum=short(about.total[n]),
-                mean=short(about.total[n] / about.occurrences[n]),
-                pmi=short(about.pmi[n]),
-                odds=[short(part[n]) for part in (about.odds, about.odds_low, about.odds_high)],
-                p=float(about.p[n]),
+                text=self.text.texts[code[n]] if family == "token" else self.text.says(family, int(code[n])),
+                hits=int(hits[n]),
+                occurrences=int(occurrences[n]),
+                sum=short(total[n]),
+                mean=short(mean[n]),
             )
-            for n in rows[kept]
+            for n in (*by_sum, *(n for n in by_mean if n not in by_sum))
         ]
-
-    def adjust(self, record: FeatureRecord) -> None:
-        """Replace p-values by q-values (Benjamini and Hochberg) once all blocks are done."""
-        rows = [*record.get("tokens", ()), *record.get("shapes", ())]
-        if rows:
-            q = self.q_values(np.array([row["p"] for row in rows]))
-            for row, q_value in zip(rows, q.tolist(), strict=True):
-                row["q"] = short(q_value)
-                del row["p"]
-
-    def q_values(self, p: np.ndarray) -> np.ndarray:
-        """Return q-values of p-values, over all pairs of a live feature and an occurring token or token shape."""
-        if self._sorted_q is None:
-            hypotheses = int((self.fires > 0).sum()) * sum(self.bases[family].codes for family in ("token", "shape"))
-            self._sorted_q = describe.adjusted(np.concatenate(self._p), hypotheses)
-        rising, q = self._sorted_q
-        return q[np.searchsorted(rising, p, side="right") - 1]

@@ -1,9 +1,19 @@
-"""The report's section on interpretation: how many features have a label, and how good labels and controls are."""
+"""The report's sections on labels by rules and by a language model: how many features have one, beside controls."""
 
 from collections.abc import Sequence
 
 from saejax.dictionaries import stacks
-from saejax.interpret.results import AtlasResults, FrozenControl, InterpretedDictionary, InterpretResults, LabelCounts
+from saejax.interpret.held_out import MIN_FIRINGS
+from saejax.interpret.results import (
+    AtlasResults,
+    ExplainedDictionary,
+    ExplainResults,
+    FrozenControl,
+    InterpretedDictionary,
+    InterpretResults,
+    LabelCounts,
+    LabelScores,
+)
 from saejax.page.blocks import Block, Links, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
@@ -114,3 +124,39 @@ def links(findings: Findings, draw: Draw) -> list[Section]:
         )
         blocks += (Table.of("Features read by people", sheets, columns, note=note),)
     return [Section("All features", blocks, level=3)]
+
+
+def explain_sections(findings: Findings, draw: Draw) -> list[Section]:
+    """Return a section with a table of the judged dictionaries; none if there are none."""
+    units = list(findings.each(ExplainResults).values())
+    if not units:
+        return []
+    rows = [_explained_row(results, member) for results in units for member in results.members]
+    wrote = "wrote labels from contexts in training text and judged them" if units[0].written else "judged given labels"
+    intro = (
+        f"A language model ({units[0].model}) {wrote} on contexts in held-out text: some from every tenth of a "
+        "feature's firings and as many in which it does not fire. Detection: in which contexts does the feature with "
+        "this label fire? A label is "
+        "kept if the lower end of the 95 % interval of its balanced accuracy in detection is above that of another "
+        f"feature's label and above one half. Features with fewer than {MIN_FIRINGS} held-out firings are skipped."
+    )
+    columns = ("Dictionary", "Labels kept", "Detection", "95 %", "Control", "Features", "Unparsed")
+    note = (
+        "Detection: mean balanced accuracy; intervals by bootstrap over features. Control: with the label of another "
+        "feature that fires about as often. Unparsed replies are excluded."
+    )
+    table = Table("Scores of the labels", columns, tuple(rows), note=note)
+    return [Section("Labels by a language model", (Text(intro), table))]
+
+
+def _explained_row(results: ExplainResults, member: ExplainedDictionary) -> tuple[str, ...]:
+    name = stacks.full_name(results.kind, member.name)
+    return (name, f"{member.kept} of {member.judged}", *_cells(member.detection))
+
+
+def _cells(scores: LabelScores) -> tuple[str, ...]:
+    mean = (MISSING, MISSING)
+    if scores.mean:
+        mean = number(scores.mean.mean), f"{number(scores.mean.low)} to {number(scores.mean.high)}"
+    control = MISSING if scores.control is None else number(scores.control)
+    return (*mean, control, str(scores.features), percent(scores.unparsed))

@@ -46,12 +46,7 @@ def _letters(body: str) -> str:
 
 
 class CodedText:
-    """The documents of a store as codes of places.
-
-    Args:
-      documents: documents of the store.
-      texts: text of every token id.
-    """
+    """The documents of a store as codes of places."""
 
     def __init__(self, documents: Documents, texts: Sequence[str]):
         assert len(texts) <= _SIZE

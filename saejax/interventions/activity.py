@@ -14,8 +14,6 @@ from saejax.interventions.split_model import CleanRun, SplitModel, in_order, of_
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
 
-_MIN_SPREAD = 1e-4  # logarithms with a smaller standard deviation differ by rounding
-
 
 class FeatureStatistics(NamedTuple):
     """Sums over some positions, of each feature; totals are int64 and float64.
@@ -136,19 +134,3 @@ def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
 def _maxima(point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
     max_BxF = of_features(dictionary, (read_BxTxD, domain_BxT), lambda f_PxTxF: f_PxTxF.max(axis=1, initial=0.0))
     return jax.lax.with_sharding_constraint(max_BxF, sharding(point.mesh))
-
-
-def coordinates(rate_N: np.ndarray, size_N: np.ndarray) -> np.ndarray:
-    """Return the coordinates of N features by which similar ones are found, [N, 2].
-
-    They are the logarithms of firing rate and mean activation, each in units of its standard deviation; 0 where all
-    features have the same.
-
-    Args:
-      rate_N: firing rates, above 0.
-      size_N: mean activations where the features fire, above 0.
-    """
-    # Logarithms, because rates and activations range over orders of magnitude: 1 % and 2 % differ as 10 % and 20 %.
-    log_Nx2 = np.log(np.stack([rate_N, size_N], axis=1))
-    spread_2 = log_Nx2.std(axis=0) if len(log_Nx2) else np.zeros(2)
-    return log_Nx2 / np.where(spread_2 > _MIN_SPREAD, spread_2, np.inf)

@@ -14,17 +14,15 @@ its mean drop of the logit difference there are
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy.stats import spearmanr
 
-from saejax.errors import UserError
 from saejax.interventions import activity
 from saejax.interventions.ablation import BehaviourAblation
 from saejax.interventions.answers import ImportanceSummary
 from saejax.interventions.columns import Columns
-from saejax.interventions.table import EffectsTable, load_effects
+from saejax.interventions.table import EffectsTable
 from saejax.statistics.bootstrap import resampling_weights
 from saejax.statistics.permutation import correlations, max_t_p
 
@@ -112,23 +110,6 @@ def has_same_sign(drop_NxP: np.ndarray, templates: Sequence[str]) -> np.ndarray:
     label_P = np.unique(np.asarray(templates), return_inverse=True)[1]
     sign_NxG = np.stack([np.sign(drop_NxP[:, label_P == g].mean(axis=1)) for g in range(label_P.max() + 1)], axis=1)
     return np.abs(sign_NxG.sum(axis=1)) == sign_NxG.shape[1]
-
-
-def load_drops(folder: Path, behaviour: str) -> np.ndarray:
-    """Return the drop of the logit difference by every feature of a behaviour's importance table, [N, P].
-
-    Args:
-      folder: of the ablate unit.
-      behaviour: its name.
-
-    Raises:
-      UserError: the effects table is missing or damaged, or not every feature was ablated.
-    """
-    table = load_effects(folder)
-    edits, prompts = table.select_edits(behaviour, "every"), table.select_prompts(behaviour)
-    if not edits:
-        raise UserError(f"{folder} has no effects of all features: run ablate with --ablate.effects=all")
-    return table.drops(edits, prompts, "logit_diff")
 
 
 def _rank_correlation(first_N: np.ndarray, second_N: np.ndarray) -> float | None:

@@ -17,16 +17,14 @@ import numpy as np
 from scipy.stats import rankdata
 
 from saejax.dictionaries import Dictionary
-from saejax.matching.directions import Matches, match_by_direction
-from saejax.matching.transfer.activity import MIN_FIRINGS, Activity, encode, site_values
-from saejax.matching.transfer.text import ReadText, aligned, read_text
+from saejax.matching.transfer.activity import MIN_FIRINGS, Activity, ReadText, aligned, encode, read_text, site_values
 from saejax.models.language_model import LanguageModel
 
 LEAST = 0.5  # correlation of the activations of a pair
 PLACEBO_QUANTILE = 0.95
 _BATCH_TOKENS = 2048
 _PERMUTATIONS, _PAIRS = 9999, 8  # fewer pairs have no rank correlation to speak of
-_FRONT: tuple[np.ndarray, ...] = ()
+_PRODUCTS = 2**24  # products held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +64,7 @@ class ItemFeatures:
     @property
     def read(self) -> ReadText:
         """The tokens, without their ids."""
-        return ReadText(_FRONT, 0, self.text_N, self.end_N)
+        return ReadText((), 0, self.text_N, self.end_N)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,37 +126,44 @@ def align_importance(
     """
     if first.ids != second.ids:
         return None
-    matches, live = match_features(first, second)
+    pairs, live = match_features(first, second)
     shifted, _ = match_features(first, second, shift=True)
-    first_M, second_M = first.importance_F[matches.first_M], second.importance_F[matches.second_M]
+    first_M, second_M = first.importance_F[pairs[0]], second.importance_F[pairs[1]]
     correlation, p_value = rank_correlation(first_M, second_M, seed) if len(first_M) >= _PAIRS else (None, None)
-    turned, values = None, []
+    rotated_correlation, values = None, []
     if rotated is not None:
-        pairs, _ = match_features(first, rotated)
-        if len(pairs.first_M) >= _PAIRS:
-            turned = _spearman(first.importance_F[pairs.first_M], rotated.importance_F[pairs.second_M])
+        rotated_pairs, _ = match_features(first, rotated)
+        if len(rotated_pairs[0]) >= _PAIRS:
+            rotated_correlation = _spearman(
+                first.importance_F[rotated_pairs[0]], rotated.importance_F[rotated_pairs[1]]
+            )
     if correlation is not None:
         # Either model may be the one whose importance is for other answers: both directions are placebos.
-        values = [_spearman(first_M, other_F[matches.second_M]) for other_F in second.placebo_RxF]
-        values += [_spearman(other_F[matches.first_M], second_M) for other_F in first.placebo_RxF]
+        values = [_spearman(first_M, other_F[pairs[1]]) for other_F in second.placebo_RxF]
+        values += [_spearman(other_F[pairs[0]], second_M) for other_F in first.placebo_RxF]
     return ImportanceAlignment(
         pairs=len(first_M),
         shared=len(first_M) / max(live, 1),
-        shared_null=len(shifted.first_M) / max(live, 1),
+        shared_null=len(shifted[0]) / max(live, 1),
         correlation=correlation,
         p_value=p_value,
-        rotated=turned,
+        rotated=rotated_correlation,
         placebo=float(np.quantile(values, PLACEBO_QUANTILE, method="higher")) if values else None,
     )
 
 
-def match_features(first: ItemFeatures, second: ItemFeatures, shift: bool = False) -> tuple[Matches, int]:
+def match_features(
+    first: ItemFeatures, second: ItemFeatures, shift: bool = False
+) -> tuple[tuple[np.ndarray, np.ndarray], int]:
     """Return the pairs of features by activity, and the number of the first's features that could have one.
 
     Args:
       first: features of a model.
       second: features of another model on the same items.
       shift: pair each token with that half the text further on: what chance gives.
+
+    Returns:
+      The features of the first, rising, and their partners in the second; and the number.
     """
     token_N, other_N = aligned(first.read, second.read)
     real_N = first.activity.real_N[token_N] & second.activity.real_N[other_N]
@@ -170,7 +175,32 @@ def match_features(first: ItemFeatures, second: ItemFeatures, shift: bool = Fals
     for features, at_N in ((first, token_N), (second, other_N)):
         live.append(features.activity.firings(at_N) >= MIN_FIRINGS)
         rows.append(features.activity.rows(at_N, live[-1]))
-    return match_by_direction(rows[0], rows[1], LEAST), int(live[0].sum())
+    return mutual_pairs(rows[0], rows[1], LEAST), int(live[0].sum())
+
+
+def mutual_pairs(first_FxD: np.ndarray, second_GxD: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs of rows with their largest product, of at least ``least``, with each other.
+
+    Args:
+      first_FxD: rows of the first dictionary.
+      second_GxD: rows of the second.
+      least: smallest product of a pair.
+    """
+    if not len(first_FxD) or not len(second_GxD):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    best_G, largest_G = np.zeros(len(second_GxD), np.int64), np.full(len(second_GxD), -np.inf)
+    best, largest = [], []
+    step = max(_PRODUCTS // len(second_GxD), 1)
+    for start in range(0, len(first_FxD), step):
+        product_KxG = first_FxD[start : start + step] @ second_GxD.T
+        best.append(product_KxG.argmax(axis=1))
+        largest.append(product_KxG.max(axis=1))
+        larger_G = product_KxG.max(axis=0) > largest_G
+        best_G[larger_G] = start + product_KxG.argmax(axis=0)[larger_G]
+        largest_G = np.maximum(largest_G, product_KxG.max(axis=0))
+    best_F = np.concatenate(best)
+    paired = (best_G[best_F] == np.arange(len(best_F))) & (np.concatenate(largest) >= least)
+    return np.flatnonzero(paired), best_F[paired]
 
 
 def rank_correlation(

@@ -15,12 +15,7 @@ def unit(rows_NxD: np.ndarray) -> np.ndarray:
 
 
 def weight_rows(measure: str, dictionary: Dictionary) -> np.ndarray:
-    """Return the unit rows of a dictionary's features, fp32 [F, D]; their products are cosines.
-
-    Args:
-      measure: "decoder" or "encoder".
-      dictionary: the dictionary.
-    """
+    """Return the unit rows of a dictionary's features, fp32 [F, D]; their products are cosines."""
     if measure == "encoder":
         return unit(np.asarray(dictionary.W_enc_DxF[...]).T)
     return unit(np.asarray(dictionary.W_dec_FxD[...]))

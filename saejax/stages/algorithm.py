@@ -35,15 +35,15 @@ def _run(run: Run) -> Any:
 
 
 def _results() -> Any:
-    from saejax.ground_truth.algorithms.results import AlgorithmResults
+    from saejax.ground_truth.results import AlgorithmResults
 
     return AlgorithmResults
 
 
 def _sections(findings: Any, draw: Any) -> Sequence[Any]:
-    from saejax.ground_truth.algorithms.report import sections
+    from saejax.ground_truth.report import algorithm_sections
 
-    return sections(findings, draw)
+    return algorithm_sections(findings, draw)
 
 
 ALGORITHM = Stage(

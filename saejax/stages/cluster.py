@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from saejax.runner.config import Config, Configs, setting
-from saejax.runner.stage import Stage, folder_name, is_folder, train_units
+from saejax.runner.stage import Stage, is_folder, train_units
 from saejax.runner.workspace import Run
-from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig, shared
+from saejax.settings import CorpusConfig, MeshConfig, ModelConfig, TrainConfig, shared
 from saejax.stages.train import trained_sites
 from saejax.tasks import identities
 
@@ -35,13 +35,10 @@ def _folders(configs: Configs) -> str:
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """Return the units of the dictionaries, of their store, and of measured effects of all features."""
-    dictionaries, tested = configs[ClusterConfig].dictionaries, configs[AblateConfig].dictionary
-    trained = train_units(*dictionaries)
+    """Return the units of the dictionaries, and of their store."""
+    trained = train_units(*configs[ClusterConfig].dictionaries)
     stored = ("capture",) if trained and configs[TrainConfig].source == "store" else ()
-    measured = configs[TaskConfig].has_behaviours and configs[AblateConfig].effects == "all"
-    among_them = any(tested == dictionary or tested.startswith(f"{dictionary}/") for dictionary in dictionaries)
-    return (*stored, *trained, *([f"ablate/{folder_name(tested)}"] if measured and among_them else []))
+    return (*stored, *trained)
 
 
 def _run(run: Run) -> Any:
@@ -64,18 +61,18 @@ def _sections(findings: Any, draw: Any) -> Sequence[Any]:
 
 CLUSTER = Stage(
     name="cluster",
-    summary="groups features by co-activation, by decoder rows and by effects, if --cluster.dictionaries names any",
+    summary="groups features by co-activation and by decoder rows, if --cluster.dictionaries names any",
     run=_run,
     results=_results,
     groups=(ModelConfig, CorpusConfig, ClusterConfig),
     placement=(MeshConfig,),
-    reads=("capture", "train", "ablate"),
+    reads=("capture", "train"),
     follows=("interpret", "atlas"),
     needs=_needs,
     inputs=trained_sites,
     names=lambda configs: ("",) if configs[ClusterConfig].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
-    revision=2,
+    revision=3,
     processes="items",
     section=_sections,
 )

@@ -79,15 +79,15 @@ def _run(run: Run) -> Any:
 
 
 def _results() -> Any:
-    from saejax.interpret.explain_results import ExplainResults
+    from saejax.interpret.results import ExplainResults
 
     return ExplainResults
 
 
 def _sections(findings: Any, draw: Any) -> Sequence[Any]:
-    from saejax.interpret.explain_report import sections
+    from saejax.interpret.report import explain_sections
 
-    return sections(findings, draw)
+    return explain_sections(findings, draw)
 
 
 EXPLAIN = Stage(

@@ -1,15 +1,15 @@
 """The stages ``interpret`` and ``atlas``."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
 from saejax.runner.config import Config, Configs, setting
-from saejax.runner.stage import Stage, UnitMember, folder_name
+from saejax.runner.stage import Stage, folder_name
 from saejax.runner.workspace import Run
-from saejax.settings import AblateConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig, shared, unit_names
+from saejax.settings import AblateConfig, MeshConfig, ModelConfig, TaskConfig, shared, unit_names
 from saejax.stages.train import train_members, trained_sites
 from saejax.tasks import identities
 
@@ -87,33 +87,6 @@ def _read(configs: Configs, name: str) -> Sequence[str]:
     return ("capture", f"train/{name}", *(prompts if configs[InterpretConfig].categories else ()))
 
 
-def _members(configs: Configs, name: str) -> Mapping[str, UnitMember]:
-    """Return the members of a stack as units; each is compared with the same dictionaries of other layers."""
-    from saejax.runner.registry import STAGES
-    from saejax.runner.workplan import settings_read
-    from saejax.runner.workspace import fingerprint
-
-    members = train_members(configs, name)
-    site_of = {key: member.configs[TrainConfig].sites[0] for key, member in members.items()}
-    mark_of = {
-        key: fingerprint([settings_read(STAGES["train"], member.configs, name), dict(member.sources)])
-        for key, member in members.items()
-    }
-
-    def but_layer(key: str) -> tuple[str, str]:
-        return key.removeprefix(site_of[key]).removeprefix("-"), site_of[key].partition(".")[0]
-
-    def of_other_layers(key: str) -> dict[str, str]:
-        return {
-            site_of[other]: mark_of[other] for other in members if other != key and but_layer(other) == but_layer(key)
-        }
-
-    return {
-        key: dataclasses.replace(member, sources={**member.sources, **of_other_layers(key)})
-        for key, member in members.items()
-    }
-
-
 def _run_interpret(run: Run) -> Any:
     from saejax.interpret.run import run_interpret
 
@@ -136,7 +109,7 @@ INTERPRET = Stage(
     name="interpret",
     summary="says what features mean: examples, tokens, neighbours, labels that are scored, if "
     "--interpret.dictionaries names any",
-    revision=2,  # records name a dictionary of another layer by its site
+    revision=3,  # no cosines between layers, no tests of tokens
     run=_run_interpret,
     results=_results_interpret,
     groups=(ModelConfig, InterpretConfig),
@@ -146,7 +119,7 @@ INTERPRET = Stage(
     inputs=trained_sites,
     names=_names,
     identity=dict(model=identities.model),
-    members=_members,
+    members=train_members,
     processes="items",
     section=_sections_interpret,
 )
@@ -173,7 +146,7 @@ def _sections_atlas(findings: Any, draw: Any) -> Sequence[Any]:
 ATLAS = Stage(
     name="atlas",
     summary="writes pages of all features that were interpreted, with labels by people (--atlas.labels)",
-    revision=2,  # sheets for review
+    revision=3,  # heatmaps are a list
     run=_run_atlas,
     results=_results_atlas,
     groups=(AtlasConfig,),

@@ -37,7 +37,7 @@ def _run(run: Run) -> Any:
 
 
 def _results() -> Any:
-    from saejax.ground_truth.circuits.results import KnownCircuitResults
+    from saejax.ground_truth.results import KnownCircuitResults
 
     return KnownCircuitResults
 

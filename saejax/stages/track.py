@@ -32,7 +32,7 @@ class TrackConfig(Config):
     dictionaries: tuple[str, ...] = setting(
         (),
         "dictionaries of the layers: trained stacks such as topk, members such as topk/resid_post.3, or folders; at "
-        "most one of each layer. Transcoders of all layers give links by attribution, others by geometry",
+        "most one of each layer",
     )
     random_sets: int = shared.random_sets()
     seed: int = shared.causal_seed()
@@ -105,7 +105,7 @@ TRACK = Stage(
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, track=_files),
-    revision=4,
+    revision=5,
     processes="items",
     section=_sections,
 )

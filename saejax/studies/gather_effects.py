@@ -129,7 +129,7 @@ def tracking(row: str, findings: Findings) -> Iterator[TrackingFigures]:
     """Yield the links of each tracked text between layers, and how many of its steps were hurt."""
     for results in findings.each(TrackResults).values():
         for slug, text in results.texts.items():
-            tests = [test for step in text.steps for test in step.tests.values()]
+            tests = [step.test for step in text.steps if step.test]
             yield fill(
                 TrackingFigures,
                 text,

@@ -81,10 +81,10 @@ def read_benchmarks(rows: Mapping[str, Findings], benchmark: str) -> dict[str, R
     for first, second in itertools.permutations(read, 2):
         first_read, second_read = read[first], read[second]
         if first_read.origin == second_read.origin and first_read.features.ids == second_read.features.ids:
-            matches, live = match_features(first_read.features, second_read.features)
-            shifted, _ = match_features(first_read.features, second_read.features, shift=True)
-            first_read.partner[second] = dict(zip(matches.first_M.tolist(), matches.second_M.tolist(), strict=True))
-            first_read.shared[second] = (len(matches.first_M) / max(live, 1), len(shifted.first_M) / max(live, 1))
+            (first_M, second_M), live = match_features(first_read.features, second_read.features)
+            (shifted_M, _), _ = match_features(first_read.features, second_read.features, shift=True)
+            first_read.partner[second] = dict(zip(first_M.tolist(), second_M.tolist(), strict=True))
+            first_read.shared[second] = (len(first_M) / max(live, 1), len(shifted_M) / max(live, 1))
     return read
 
 

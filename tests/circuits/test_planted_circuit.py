@@ -11,8 +11,7 @@ from saejax.circuits.study import find_circuit
 from saejax.errors import UserError
 from saejax.ground_truth.circuits.cases import FULL, MARGIN, Case
 from saejax.ground_truth.circuits.dictionaries import EXACT, untrained_sets
-from saejax.ground_truth.circuits.handset import START, HandSet, Head, Layer, Neuron
-from saejax.ground_truth.circuits.weights import checkpoint, frame, neuron_arrays
+from saejax.ground_truth.circuits.handset import START, HandSet, Head, Layer, Neuron, checkpoint, frame, neuron_arrays
 from saejax.ground_truth.hub_folder import save_model
 from saejax.tasks.behaviours import Prompt
 

@@ -12,13 +12,11 @@ from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import save_dictionary
 from saejax.errors import UserError
 from saejax.ground_truth.circuits.cases import CASES, make_case
-from saejax.ground_truth.circuits.causal import KnownStages
 from saejax.ground_truth.circuits.dictionaries import EXACT, WRONG, order, untrained_sets
-from saejax.ground_truth.circuits.edges import Edges, aligned, circuit, known_edges, possible
-from saejax.ground_truth.circuits.graphs import judge_edges
-from saejax.ground_truth.circuits.handset import run
+from saejax.ground_truth.circuits.edges import Edges, aligned, circuit, judge_edges, known_edges, possible
+from saejax.ground_truth.circuits.handset import checkpoint, run
 from saejax.ground_truth.circuits.report import holds, line
-from saejax.ground_truth.circuits.weights import checkpoint
+from saejax.ground_truth.circuits.run import KnownStages
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models import source
 from saejax.runner import command

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.ground_truth.matching import Matching
 from saejax.ground_truth.run import over_seeds
-from saejax.ground_truth.scores import absorbed, count, scores
+from saejax.ground_truth.scores import Matching, absorbed, count, scores
 from saejax.ground_truth.world import make_world
 from saejax.stages.ground_truth import TruthConfig
 
@@ -109,8 +108,7 @@ def test_counts_against_the_code_written_out(world):
     rng = np.random.default_rng(4)
     dictionary = reader(world, rng.normal(size=(16, 7)), rng.normal(size=(7, 16)))
     _, matching, counts = judged(world, dictionary)
-    from saejax.ground_truth.rows import HELD_OUT, batch_key
-    from saejax.ground_truth.sampling import sample_with_code
+    from saejax.ground_truth.world import HELD_OUT, batch_key, sample_with_code
 
     made = [sample_with_code(world, batch_key(WORLD.seed, HELD_OUT, i), 1024) for i in range(4)]
     x, code = (np.concatenate([np.asarray(part, np.float64) for part in parts]) for parts in zip(*made, strict=True))

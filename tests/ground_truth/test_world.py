@@ -11,8 +11,16 @@ from absl import flags
 from scipy.stats import norm
 
 from saejax.errors import UserError
-from saejax.ground_truth.sampling import sample, sample_with_code
-from saejax.ground_truth.world import check, conditional_rates, make_world, orthogonalise, parents, rates
+from saejax.ground_truth.world import (
+    check,
+    conditional_rates,
+    make_world,
+    orthogonalise,
+    parents,
+    rates,
+    sample,
+    sample_with_code,
+)
 from saejax.parallel.mesh import fitting_sharding, make_mesh
 from saejax.runner import config
 from saejax.runner.registry import GROUPS

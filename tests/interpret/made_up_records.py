@@ -7,7 +7,7 @@ def made_up_record(feature: int, fires: int = 12) -> dict:
     """A record as the stage writes it."""
     one = dict(tokens=["The", " city\n", BAD, " of", "\ud800", " Rome"], acts=[0.0, None, 1.5, 0, 2.5, 0.2], peak=4)
     one |= dict(document=3, position=9)
-    row = dict(text=BAD, hits=5, occurrences=9, sum=7.5, mean=0.833, pmi=4.2, odds=[12.0, 3.0, 40.0], q=1e-5)
+    row = dict(text=BAD, hits=5, occurrences=9, sum=7.5, mean=0.833)
     near = [[(feature + 1) % 70, 0.61], [2, 0.2]]
     found = dict(feature=feature, fires=fires, rate=fires / 1000, nearest=near, up=[[BAD, 3.1]], down=[[" no", -2.0]])
     found |= dict(logits=dict(low=-2.0, high=3.1, counts=[1] * 50))

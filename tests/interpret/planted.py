@@ -13,7 +13,7 @@ from saejax.activations.manifest import CapturedModel
 from saejax.activations.store import Store
 from saejax.activations.writer import write_store
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.interpret.interpreter import Interpreter
+from saejax.interpret.run import Interpreter
 from saejax.interpret.text import CodedText
 from saejax.parallel.mesh import make_mesh
 from saejax.runner.config import Configs

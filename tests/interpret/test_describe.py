@@ -6,14 +6,12 @@ import math
 import numpy as np
 import planted
 import pytest
-from scipy.stats import false_discovery_control
 
-from saejax.interpret import describe, neighbours
+from saejax.interpret import firings, neighbours, records
 from saejax.interpret.contexts import AFTER, BEFORE
-from saejax.interpret.describe import BINS, GROUPS, LOWEST
 from saejax.interpret.detectors import PairCounts
 from saejax.interpret.firings import Block, record
-from saejax.interpret.records import Describer
+from saejax.interpret.records import BINS, GROUPS, LOWEST, Describer
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
@@ -50,8 +48,6 @@ def made(tmp_path_factory):
     nearest = neighbours.nearest_rows(dictionary.W_dec_FxD[...], 3)
     describer = Describer(store, text, place, bases, 5, 3, None, nearest, together)
     records = describer.records(block, PairCounts(block, text.code("token", block.place)))
-    for one in records:
-        describer.adjust(one)
     json.dumps(records, allow_nan=False)
     return store, dictionary, text, block, bases, records, Dense(store, dictionary)
 
@@ -105,7 +101,7 @@ def test_draws_are_those_of_the_largest_priority_in_each_tenth(made):
         expected = []
         for group in range(GROUPS):
             some = [own[n] for n in range(len(own)) if n * GROUPS // len(own) == group]
-            some.sort(key=lambda row: -int(describe.priority(dense.place[[row]])[0]))
+            some.sort(key=lambda row: -int(firings.priority(dense.place[[row]])[0]))
             expected += [(group, int(dense.document[row]), int(dense.position[row])) for row in some[:3]]
         assert [(e["group"], e["document"], e["position"]) for e in one.get("groups", [])] == expected
 
@@ -121,36 +117,9 @@ def test_tenths_lie_between_the_groups(made):
 
 
 def test_priorities_are_uniform_and_do_not_depend_on_their_company():
-    every = describe.priority(np.arange(100_000)) / 2.0**64
+    every = firings.priority(np.arange(100_000)) / 2.0**64
     assert abs(every.mean() - 0.5) < 0.005 and abs(np.corrcoef(every[:-1], every[1:])[0, 1]) < 0.02
-    assert describe.priority(np.array([77]))[0] / 2.0**64 == every[77]
-
-
-def test_associations(made):
-    *_, text, block, bases, records, dense = made[0], made[1], *made[2:]
-    every_p = []
-    for family in ("token", "shape"):
-        code = text.code(family, dense.place)
-        about = describe.associations(
-            block, PairCounts(block, text.code(family, block.place)), bases[family], len(code)
-        )
-        every_p += about.p.tolist()
-        for n in np.random.default_rng(0).integers(0, len(about.code), 60):
-            fires, there = dense.f[:, about.feature[n]] > 0, code == about.code[n]
-            a, b, c, d = (np.sum(x & y) + 0.5 for x in (fires, ~fires) for y in (there, ~there))
-            assert (about.hits[n], about.occurrences[n]) == (a - 0.5, there.sum())
-            assert about.total[n] == pytest.approx(dense.f[there, about.feature[n]].sum(), rel=1e-4)
-            assert about.pmi[n] == pytest.approx(np.log2((a - 0.5) / len(code) / (fires.mean() * there.mean())))
-            log, error = np.log(a * d / b / c), np.sqrt(1 / a + 1 / b + 1 / c + 1 / d)
-            expected = np.exp([log, log - 1.96 * error, log + 1.96 * error])
-            np.testing.assert_allclose([about.odds[n], about.odds_low[n], about.odds_high[n]], expected)
-    live = sum(one["fires"] > 0 for one in records)
-    hypotheses = live * sum(len(np.unique(text.code(family, dense.place))) for family in ("token", "shape"))
-    padded = np.r_[every_p, np.ones(hypotheses - len(every_p))]
-    expected = dict(zip(every_p, false_discovery_control(padded), strict=False))
-    rising, q = describe.adjusted(np.array(every_p), hypotheses)
-    np.testing.assert_allclose(q, [expected[p] for p in rising], rtol=1e-9)
-    assert all(0 <= row["q"] <= 1 and "p" not in row for one in records for row in one.get("tokens", ()))
+    assert firings.priority(np.array([77]))[0] / 2.0**64 == every[77]
 
 
 def test_tokens_by_sum_and_by_mean(made):
@@ -228,8 +197,7 @@ def test_output_tokens(tiny_llama, one_device):
 def test_a_feature_that_never_fires():
     block = Block(0, 2, np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
     assert (
-        not describe.histogram(block).any()
-        and not describe.group_draws(block, describe.weakest_first(block), 2)[0].size
+        not records.histogram(block).any() and not records.group_draws(block, records.weakest_first(block), 2)[0].size
     )
-    assert not describe.tenths(block, describe.weakest_first(block)).any()
-    assert describe.sums(block)[1].tolist() == [0, 0]
+    assert not records.tenths(block, records.weakest_first(block)).any()
+    assert records.sums(block)[1].tolist() == [0, 0]

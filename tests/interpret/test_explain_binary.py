@@ -9,7 +9,7 @@ import pytest
 import runs
 
 from saejax import load_results
-from saejax.interpret.explain_results import ExplainResults
+from saejax.interpret.results import ExplainResults
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("single_device")

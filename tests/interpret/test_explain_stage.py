@@ -14,9 +14,8 @@ from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import load_labels
 from saejax.errors import UserError
 from saejax.interpret import explain
-from saejax.interpret.explain_results import ExplainedFeature
-from saejax.interpret.held_out import MIN_FIRINGS
-from saejax.interpret.label_scores import detection_score, is_kept
+from saejax.interpret.held_out import MIN_FIRINGS, detection_score, is_kept
+from saejax.interpret.results import ExplainedFeature
 from saejax.interpret.text import CodedText
 from saejax.results import from_json
 from saejax.runner.config import Configs
@@ -46,7 +45,7 @@ def workdir(tmp_path_factory, tiny_llama):
 @pytest.fixture(autouse=True)
 def planted_text(workdir, monkeypatch):
     _, store, _ = workdir
-    monkeypatch.setattr(explain._Text, "of", lambda run: explain._Text(store, CodedText(store.documents, TOKENS)))
+    monkeypatch.setattr(explain, "read_text", lambda run: (store, CodedText(store.documents, TOKENS)))
 
 
 def go(workdir, folder, url, **settings):

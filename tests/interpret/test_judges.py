@@ -8,8 +8,7 @@ import protocol
 import pytest
 
 from saejax.errors import Interrupted, UserError
-from saejax.interpret.answers import ANSWERS, Answers
-from saejax.interpret.judges import KEY, Answer, Endpoint
+from saejax.interpret.judges import ANSWERS, KEY, Answer, Answers, Endpoint
 from saejax.interpret.questions import Question, read_judgements, read_label
 from saejax.parallel.processes import ProcessShare
 from saejax.runner.config import Configs

@@ -12,7 +12,7 @@ from saejax.errors import Interrupted, UserError
 from saejax.interventions import ablate_run as stage
 from saejax.interventions.ablation import verdict_config
 from saejax.interventions.answers import AblateResults
-from saejax.interventions.importance import Importance, has_same_sign, load_drops
+from saejax.interventions.importance import Importance, has_same_sign
 from saejax.interventions.table import TESTED, load_effects
 from saejax.interventions.verdict import verdict
 from saejax.results import from_json, to_json
@@ -104,7 +104,8 @@ def test_all_features_are_ranked(make_run):
     run, _ = make_run("all")
     results = stage.run_ablate(changed(run, effects="all", placebo_targets=0, baselines=(), text_documents=0))
     importance = Importance.load(Importance.file(run.folder, "first"))
-    drop_NxP = load_drops(run.folder, "first")
+    table = load_effects(run.folder)
+    drop_NxP = table.drops(table.select_edits("first", "every"), table.select_prompts("first"), "logit_diff")
     np.testing.assert_allclose(importance.drop, drop_NxP.mean(axis=1))
     assert len(importance.feature) == results.importance["first"].features
     effect = results.top["first"][0]

@@ -9,7 +9,6 @@ import pytest
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.matching.rows import rotate
-from saejax.matching.transfer.chains import Followed, Link, follow, shares
 from saejax.matching.transfer.reconstruction import (
     AffineMap,
     DictionaryOnText,
@@ -18,7 +17,7 @@ from saejax.matching.transfer.reconstruction import (
     has_few_rows,
     insert_maps,
 )
-from saejax.matching.transfer.results import ComparedDictionary
+from saejax.matching.transfer.summary import Followed, Link, feature_shares, follow
 from saejax.parallel.mesh import make_mesh
 
 
@@ -38,13 +37,9 @@ def test_planted_chains_are_followed():
 
 
 def test_shares_by_hand():
-    about = [ComparedDictionary(name, "", "", "", size) for name, size in (("a", 3), ("b", 3), ("c", 2))]
-    links = {(0, 1): link(0, -1, 2), (0, 2): link(1, 0, -1), (1, 2): link(1, -1, -1)}
-    null = {pair: link(*[-1] * about[pair[0]].features) for pair in links}
-    a, b, c = shares(about, links, null)
-    assert (a.everywhere.mean, a.somewhere.mean, a.nowhere.mean) == (1 / 3, 1.0, 0.0)
-    assert (b.everywhere.mean, b.somewhere.mean, b.nowhere.mean) == pytest.approx((1 / 3, 2 / 3, 1 / 3))
-    assert (c.everywhere.mean, c.somewhere.mean) == (0.5, 1.0) and a.everywhere_null == a.somewhere_null == 0
+    found = feature_shares("a", "decoder", np.array([2, 1, 0]), np.array([0, 1, 0]), 2)
+    assert (found.everywhere.mean, found.somewhere.mean, found.nowhere.mean) == pytest.approx((1 / 3, 2 / 3, 1 / 3))
+    assert (found.measure, found.everywhere_null, found.somewhere_null) == ("decoder", 0, pytest.approx(1 / 3))
 
 
 def test_links_go_back():

@@ -1,4 +1,4 @@
-"""The stage ``cluster`` as a program: a stack of seeds, with effects of all features, and without a store."""
+"""The stage ``cluster`` as a program: a stack of seeds, with a store and without one."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,6 @@ from saejax.page.blocks import Picture
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("single_device")
-STAGES = ["baseline", "capture", "train", "ablate", "cluster"]
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +20,9 @@ def workdir(inputs, tmp_path_factory):
     """A workdir with two seeds of a dictionary, grouped; the flags of its run."""
     folder = tmp_path_factory.mktemp("clustered")
     flags = runs.small_flags(
-        *inputs, folder, train__kinds="topk", train__seed="1,2", ablate__dictionary="topk/seed1", ablate__effects="all",
-        cluster__dictionaries="topk", cluster__tokens=2000,
-        task__behaviours="capital", task__test_prompts=8, ablate__baselines="",
-        ablate__text_documents=0,
+        *inputs, folder, train__kinds="topk", train__seed="1,2", cluster__dictionaries="topk", cluster__tokens=2000,
     )  # fmt: skip
-    assert command.run(STAGES, "", ["test", *flags]) == 0
+    assert command.run(["capture", "train", "cluster"], "", ["test", *flags]) == 0
     return folder, flags
 
 
@@ -35,8 +31,8 @@ def test_members_are_grouped_in_every_view(workdir):
     results = load_results(folder / "cluster")
     first, second = results.dictionaries
     assert [one.name for one in results.dictionaries] == ["topk/seed1", "topk/seed2"] and first.tokens > 300
-    assert {one.view for one in first.groupings} == {"coactivation", "decoder", "effects"} and not first.without
-    assert "ablate.effects" in second.without["effects"]
+    assert {one.view for one in first.groupings} == {"coactivation", "decoder"} and not first.without
+    assert not second.without
     table = GroupedFeatures.load(folder / "cluster" / "000-topk-seed1-groups.parquet")
     for one in first.groupings:
         feature_F, group_F = (column[table.view == one.view] for column in (table.feature, table.group))
@@ -60,7 +56,7 @@ def test_the_report_has_them_and_nothing_is_done_twice(workdir, capsys):
     (section,) = sections(found, draw)
     told = "\n".join(block.markdown() for block in section.blocks)
     assert (folder / "clusters.png").exists() and "firing together" in drawn[0]
-    assert "Skipped for topk/seed2: effects" in told
+    assert "Groups of topk/seed2" in told
     assert command.run(["cluster"], "", ["test", *flags]) == 0
     assert "cluster: done before, unchanged" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 import saejax
 from saejax.matching import importance
-from saejax.matching.importance import ItemFeatures, align_importance, match_features, read_features
+from saejax.matching.importance import ItemFeatures, align_importance, match_features, mutual_pairs, read_features
 from saejax.matching.transfer.activity import Activity
 from saejax.studies.alignment import LEAST, LEVEL
 
@@ -72,10 +72,22 @@ def test_two_models_that_share_features(shared):
     first, second = pair(shared, shared)
     found = align_importance(first, second)
     assert found.shared == pytest.approx(shared / FEATURES, abs=0.1) and found.shared_null <= 0.1
-    matches, _ = match_features(first, second)
-    wanted = spearmanr(first.importance_F[matches.first_M], second.importance_F[matches.second_M]).statistic
+    (first_M, second_M), _ = match_features(first, second)
+    wanted = spearmanr(first.importance_F[first_M], second.importance_F[second_M]).statistic
     assert found.correlation == pytest.approx(wanted) and found.correlation == pytest.approx(0.81, abs=0.2)
-    assert is_aligned(found) and found.pairs == len(matches.first_M)
+    assert is_aligned(found) and found.pairs == len(first_M)
+
+
+def test_mutual_pairs_against_every_product(monkeypatch):
+    rng = np.random.default_rng(7)
+    first, second = (rows / np.linalg.norm(rows, axis=1)[:, None] for rows in rng.normal(size=(2, 60, 3)))
+    first[5] = 0  # pairs with nothing
+    table = first @ second[:50].T
+    plain = [(f, g) for f, g in np.argwhere(table >= 0.7) if table[f].argmax() == g and table[:, g].argmax() == f]
+    for products in (1, 2**24):  # a row at a time, and all at once
+        monkeypatch.setattr(importance, "_PRODUCTS", products)
+        assert list(zip(*(side.tolist() for side in mutual_pairs(first, second[:50], 0.7)), strict=True)) == plain
+    assert len(mutual_pairs(first[:0], second, 0.7)[0]) == len(mutual_pairs(first, second[:0], 0.7)[0]) == 0
 
 
 def test_strangers_are_not_aligned():

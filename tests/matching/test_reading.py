@@ -14,11 +14,12 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.files import write_array
 from saejax.matching.match import match
 from saejax.matching.transfer import compared as compared_file
-from saejax.matching.transfer.activity import MIN_FIRINGS, encode
+from saejax.matching.transfer import run as transfer_run
+from saejax.matching.transfer.activity import MIN_FIRINGS, ReadText, encode
 from saejax.matching.transfer.compared import Compared, measures_of
-from saejax.matching.transfer.reading import Reading, SharedText
-from saejax.matching.transfer.run import Comparison, RowCache, score, select_pairs
-from saejax.matching.transfer.text import ReadText
+from saejax.matching.transfer.reading import SCORES, Reading, SharedText
+from saejax.matching.transfer.run import Comparison, score, select_pairs
+from saejax.matching.transfer.summary import common_measure
 from saejax.parallel.mesh import make_mesh
 from saejax.runner.config import Configs
 from saejax.settings import MeshConfig
@@ -69,12 +70,12 @@ def read_of(ends=None):
 
 def shared_share(found, first=0, second=1):
     """The share of pairs by activity that are shared, and the ceiling, as the stage computes them."""
-    (_, matched), *_ = match([("x", *found.rows(first, second, False, False))], make_mesh())
-    rows = found.rows(first, second, False, True)
+    (_, matched), *_ = match([("x", *found.rows(first, second, SCORES, False))], make_mesh())
+    rows = found.rows(first, second, SCORES, True)
     paired = np.flatnonzero(matched.partner_F >= 0)
     value_F = np.full(len(matched.partner_F), np.nan)
     value_F[paired] = np.einsum("fd,fd->f", rows[0][paired], rows[1][matched.partner_F[paired]])
-    scores = score(matched.with_values(value_F), found.compared_features(first, second))
+    scores = score(dataclasses.replace(matched, value_F=value_F), found.compared_features(first, second))
     return scores
 
 
@@ -148,6 +149,14 @@ def test_models_of_equal_width_are_compared_by_activity_alone():
     assert measures_of(("decoder",), first, first) == measures_of(("decoder",), first, unknown) == ["decoder"]
 
 
+def test_what_a_dictionary_shares_with_all_is_by_one_measure():
+    """Pairs of one model went by decoder and those of two by activity, in one figure."""
+    compared = [Compared(name, Path(), random_dictionary(16, 8, 0, name[0]).config) for name in ("a1", "a2", "b")]
+    measures = "decoder", "activity"
+    assert common_measure(measures, compared, [(0, 1), (0, 2)]) == "activity"
+    assert common_measure(measures, compared, [(0, 1)]) == "decoder"
+
+
 def comparison(tmp_path, dictionaries, **settings):
     compared = []
     for number, dictionary in enumerate(dictionaries):
@@ -191,12 +200,12 @@ def test_dictionaries_are_dropped_after_use(tmp_path, monkeypatch):
         return dictionary
 
     monkeypatch.setattr(compared_file, "load_dictionary", counted)
+    monkeypatch.setattr(transfer_run, "_ROW_BYTES", 5 * 24 * 16 * 4)
     made, _ = comparison(tmp_path, [random_dictionary(16, 24, seed) for seed in range(12)], measures=("decoder",))
-    made._cache = RowCache(limit=4 * 24 * 16 * 4)
     for first in range(11):
         made.measure(f"{first:03d}-d{first}", first, lambda done, total: None)
     assert most[0] <= 3
-    assert sum(rows.nbytes for rows in made._cache._rows.values()) <= 4 * 24 * 16 * 4
+    assert made._weights.cache_info().currsize == 5
 
 
 def test_pairs_between_models_are_sampled():
@@ -213,8 +222,6 @@ def test_where_nothing_fires_there_are_no_partners_and_no_figure(tmp_path):
     found, _ = made_reading(
         tmp_path, (dead, values_NxD, read_of()), (random_dictionary(16, 24, 1), values_NxD, read_of())
     )
-    assert found.rate_matched(0, 1, np.full(24, -1)) is None
-    assert -1 <= found.rate_matched(1, 1, np.arange(24)) < 1
     scores = shared_share(found)
     assert scores.matched.mean == scores.shared.mean == 0 and not found.compared_features(0, 1)[0].any()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saejax.matching.transfer.text import aligned, first_texts, read_text
+from saejax.matching.transfer.activity import aligned, first_texts, read_text
 
 _SPEC = importlib.util.spec_from_file_location("kinds", Path(__file__).parents[1] / "tasks" / "tokenizer_kinds.py")
 KINDS = importlib.util.module_from_spec(_SPEC)

@@ -3,29 +3,19 @@
 import dataclasses
 import itertools
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-sys.path.append(str(Path(__file__).parent.parent / "attribution"))
-from made_transcoders import IDS, made_set
-
-from saejax.attribution.graph.nodes import FEATURE
-from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.attribution.trace.prompt import trace
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
-from saejax.matching.track.firings import LayerFirings, follow
-from saejax.matching.track.links import ATTRIBUTION, attribution, chain, geometry, strongest_chains
-from saejax.matching.track.stack import LayerDictionary, Stack
-from saejax.matching.track.steps import only_here, step_features
-from saejax.matching.track.tested import StepTester, judged
+from saejax.matching.track.firings import LayerFirings, follow, step_features
+from saejax.matching.track.links import find_links, strongest_chains
+from saejax.matching.track.stack import LayerDictionary
+from saejax.matching.track.tested import StepTester, judge_steps
 from saejax.matching.track.texts import Problem, encode, read_problems, sentences, write_solution
-from saejax.models.sites import Site
 from saejax.models.tokens import pad
 from saejax.stages.track import TrackConfig
 
@@ -46,7 +36,7 @@ def sae(lm, layer, W_dec_FxD, threshold=0.05, k=0, seed=0):
 
 def stack_of(*dictionaries):
     layers = [LayerDictionary(f"made/{one.site}", one.config, lambda one=one: one, None, {}) for one in dictionaries]
-    return Stack(tuple(layers), None)
+    return tuple(layers)
 
 
 def unit(rows):
@@ -63,7 +53,7 @@ def test_planted_chains_are_followed_and_nothing_else(identity_llama):
     made = stack_of(*(sae(identity_llama, layer, table, threshold=0) for layer, table in enumerate(tables)))
     ids_T = np.array(identity_llama.tokenizer("The cat near the dogs runs to Paris")["input_ids"])
     shown = [one.strongest(F) for one in follow(identity_llama, made, ids_T)]
-    found = geometry(made, shown)
+    found = find_links(made, shown)
     active = [set(zip(one.position_A.tolist(), one.feature_A.tolist(), strict=True)) for one in shown]
     wanted = {
         ((layer, t, places[layer]), (layer + 1, t, places[layer + 1]))
@@ -73,16 +63,12 @@ def test_planted_chains_are_followed_and_nothing_else(identity_llama):
         for t in range(len(ids_T))
         if (t, places[layer]) in active[layer] and (t, places[layer + 1]) in active[layer + 1]
     }
-    assert len(wanted) > 10 and {(a, b) for a, b, _ in found.links} == wanted  # precision and recall are 1
-    for source, target, weight in found.links[:5]:
+    assert len(wanted) > 10 and {(a, b) for a, b, _ in found} == wanted  # precision and recall are 1
+    for source, target, weight in found[:5]:
         at = shown[source[0]].at(source[1])
         value = at.value_A[at.feature_A == source[2]][0]
         row, column = tables[source[0]][source[2]], tables[target[0]][target[2]]
         np.testing.assert_allclose(weight, value * (row @ column), rtol=1e-4)
-    start = next(a for a, _ in wanted if a[0] == 0 and a[2] == 3)
-    whole = chain(found.links, start)
-    assert whole >= {start} and {node[0] for node in whole} <= {0, 1, 2, 3} and len({n[1] for n in whole}) == 1
-    assert all(node[2] == CHAINS[0][node[0]] for node in whole)
 
 
 def test_the_strongest_chains_are_those_of_a_search_over_all():
@@ -128,7 +114,7 @@ def by_token(identity_llama):
 
 
 def test_planted_steps_are_told_apart(identity_llama, by_token):
-    cat, war = identity_llama.token_id(" cat"), identity_llama.token_id(" war")
+    war = identity_llama.token_id(" war")
     problem = Problem(
         "x", "One day:", ("The cat runs. ", "She said the cat was far. ", "The war lasted. ", "The cat was there.")
     )
@@ -145,20 +131,19 @@ def test_planted_steps_are_told_apart(identity_llama, by_token):
         )
         mine = {one.feature for one in found[number]}
         assert inside - outside <= mine <= inside, part.name  # all that are nowhere else, and none that is not here
-    of_cat = next(one for part in found for one in part if one.feature == cat)
-    assert (of_cat.carries, of_cat.returns) == ((2,), (4,))
-    of_war = next(one for one in found[3] if one.feature == war)
-    assert (of_war.carries, of_war.returns) == ((), ())
-    own_S, shifted_S = only_here(firings, text.segment_T, 0)
-    alone = [sum(text.segment_T[text.ids_T == i].min() == text.segment_T[text.ids_T == i].max() == s
-                 for i in set(text.ids_T.tolist())) for s in range(5)]  # fmt: skip
-    assert own_S.tolist() == alone and shifted_S.tolist() != alone
+    (of_war,) = (one for one in found[3] if one.feature == war)
+    assert (
+        of_war.mean
+        == of_war.contrast
+        == pytest.approx(
+            float(firings.value_A[text.ids_T == war].sum()) / (text.segments[3].stop - text.segments[3].start), rel=1e-5
+        )
+    )
 
 
 def made_tester(lm, dictionary, text, **changes):
     config = dataclasses.replace(TrackConfig(prompt="x", dictionaries=("made",)), **changes)
-    site = Site.parse(dictionary.site)
-    return StepTester(lm, dictionary, site, site, text, config)
+    return StepTester(lm, stack_of(dictionary)[0], text, config)
 
 
 def test_removing_features_in_a_step_costs_what_an_edit_does(lm):
@@ -201,8 +186,7 @@ def test_features_that_mean_nothing_are_rarely_said_to_matter(lm):
         step = text.steps[0]
         fires = np.flatnonzero((made._f_TxF[step.start : step.stop - 1] != 0).any(0))
         features = rng.choice(fires, 3, replace=False).tolist()
-        effects = {(0, 1): (features, *made.test(step, features))}
-        result = judged(effects)[0, 1]
+        result = judge_steps({1: (features, *made.test(step, features))})[1]
         assert result.needed == 19 and (result.hurt == "not testable") == (result.sets < 19)
         small.append(result.p_value <= 0.05)
     assert np.mean(small) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(small))
@@ -234,7 +218,7 @@ def test_prompts_of_other_scripts_and_of_one_token(lm):
         assert text.segments[0].start == 0 and text.segments[-1].stop == len(text.ids_T) == len(text.segment_T)
         assert text.position == len(text.ids_T) - 1 and text.answer is None
     firings = LayerFirings.of(np.zeros((4, 5)))
-    assert step_features(firings, np.zeros(4, int), 3) == [[]] and only_here(firings, np.zeros(4, int), 0)[0].sum() == 0
+    assert step_features(firings, np.zeros(4, int), 3) == [[]]
 
 
 def test_the_answer_is_followed_where_it_stands_last(lm):
@@ -287,31 +271,3 @@ def test_prompts_that_are_refused(tmp_path, lines, said):
     path.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError, match=said):
         read_problems(TrackConfig(prompts=str(path)))
-
-
-def test_links_by_attribution_are_the_strongest_edges_between_shown_features(lm):
-    """Beside the graph of the same prompt, node by node; links join shown features alone, at most three into each."""
-    made = made_set(lm)
-    transcoders, ids_T = LayerTranscoders.of(made).check(lm), np.array(IDS)
-    shown = [one.strongest(3) for one in follow(lm, stack_of(*made), ids_T)]
-    found = attribution(lm, transcoders, ids_T, 7, shown)
-    assert found.kind == ATTRIBUTION and len(found.links) > 10
-    graph = trace(lm, transcoders, ids_T.tolist(), targets=[7])
-    nodes = graph.nodes[graph.slice_of(FEATURE)]
-    place = {
-        key: n for n, key in enumerate(zip(nodes.layer_N.tolist(), nodes.position_N.tolist(), nodes.index_N.tolist()))
-    }
-    cells = {
-        (layer, position, feature): value
-        for layer, one in enumerate(shown)
-        for position, feature, value in zip(one.position_A.tolist(), one.feature_A.tolist(), one.value_A.tolist())
-    }
-    into = {}
-    for source, target, weight in found.links:
-        assert source in cells and target in cells and source[0] < target[0] and source[1] <= target[1]
-        assert abs(graph.adjacency_RxS[place[target], place[source]] - weight) < 1e-5
-        into.setdefault(target, []).append(abs(weight))
-    for target in cells.keys() & place.keys():  # at the first position a graph has none
-        edges = [abs(graph.adjacency_RxS[place[target], place[source]]) for source in cells.keys() & place.keys()]
-        strongest = sorted((one for one in edges if one > 0), reverse=True)[:3]
-        np.testing.assert_allclose(sorted(into.get(target, []), reverse=True), strongest, atol=1e-5)

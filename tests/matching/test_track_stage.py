@@ -17,7 +17,6 @@ from browser import CHROMIUM, chromium
 from saejax import load_dictionary, load_model, load_results
 from saejax.files import write_json
 from saejax.matching.track.firings import follow
-from saejax.matching.track.links import GEOMETRY, FeatureLinks
 from saejax.matching.track.measured import measure_chains
 from saejax.matching.track.page import ShownText, write_page
 from saejax.matching.track.results import MeasuredChain, MeasuredLink
@@ -59,11 +58,11 @@ def test_links_are_measured_as_the_library_does(tracked, inputs):
     lm = load_model(str(inputs[0]), dtype="float32")
     pair = [load_dictionary(str(folder / "run" / "train" / "topk" / f"resid_post.{i}")) for i in range(2)]
     layers = [SimpleNamespace(reads=one.site, name="", config=one.config, load=lambda one=one: one) for one in pair]
-    stack, ids_T = SimpleNamespace(layers=layers), np.arange(5, 17)
+    stack, ids_T = layers, np.arange(5, 17)
     firings = follow(lm, stack, ids_T)
     low, high = (each.at(9) for each in firings)
     link = (0, 9, int(low.feature_A[0])), (1, 9, int(high.feature_A[0])), 1.0
-    (measured,) = measure_chains(lm, stack, ids_T, 3, FeatureLinks(GEOMETRY, [link]), firings, str, 0)
+    (measured,) = measure_chains(lm, stack, ids_T, 3, [link], firings, str, 0)
     (found,) = measured.links
     tokens = pad([ids_T.tolist()])
     runs_of = [
@@ -80,9 +79,7 @@ def test_links_are_measured_as_the_library_does(tracked, inputs):
     assert measured.answer_drop == pytest.approx(float(logp[0]) - without, abs=1e-4)
     # Four features fire (k = 4): three controls, too few to decide.
     assert found.controls == 3 and not found.holds and not found.reaches_answer
-    attribution = FeatureLinks("attribution", [link])
     assert not measured.holds
-    assert measure_chains(lm, stack, ids_T, 3, attribution, firings, str, 0) == ()
 
 
 def test_texts_are_followed_and_kept(tracked, capsys):
@@ -93,9 +90,8 @@ def test_texts_are_followed_and_kept(tracked, capsys):
     assert list(results.texts) == ["river", "bad"] and river.sites == ("resid_post.0", "resid_post.1")
     assert [step.name for step in river.steps] == ["prompt", "step 1", "step 2", "step 3"]
     assert river.answer == " 7" or river.answer == "7"
-    assert river.link_kind == "geometry"
-    assert set(river.lenses) == {"logit"} and len(river.lenses["logit"].answer) == 2
-    assert all(set(step.tests) | set(step.untested) == {"resid_post.1"} for step in river.steps[1:])
+    assert len(river.lens.answer) == 2 and river.tested == "resid_post.1"
+    assert all((step.test is None) == bool(step.untested) for step in river.steps[1:])
     cells = json.loads((unit / "river-cells.json").read_text())
     assert len(cells["cells"]) == 2 and {len(row) for row in cells["cells"]} == {river.tokens}
     assert all(len(cell) <= 8 and cell[1::2] == sorted(cell[1::2], reverse=True) for r in cells["cells"] for cell in r)
@@ -172,7 +168,7 @@ def test_the_page(tracked, tmp_path, width, dark):
         browser.wait("document.body.dataset.ready === 'true'")
         assert browser.js("document.documentElement.scrollWidth <= innerWidth")
         shown = browser.js("document.body.innerText")
-        assert BAD in shown and "我有三个苹果" in shown and "geometry" in shown
+        assert BAD in shown and "我有三个苹果" in shown and "similarity of their directions" in shown
         assert "Chains of features, measured" in shown and "loses 75 %, 12 % with random features (holds)" in shown
         assert "The chain does not hold." in shown
         browser.js("document.querySelector('.scroll').focus()")

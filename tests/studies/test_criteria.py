@@ -12,7 +12,7 @@ from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, Verdict
 from saejax.interventions.table import TESTED
 from saejax.interventions.verdict import verdict
 from saejax.matching.importance import rank_correlation
-from saejax.matching.track.results import StepTest, TrackedStep, TrackedText, TrackResults
+from saejax.matching.track.results import LensLayers, StepTest, TrackedStep, TrackedText, TrackResults
 from saejax.matching.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
 from saejax.page.findings import Findings
 from saejax.results import Interval, Summary
@@ -118,12 +118,13 @@ def transfer(shared, null) -> TransferResults:
 
 
 def tracked(answers) -> TrackResults:
-    tests = {
-        f"resid_post.{site}": StepTest((), 3, 1.0, 40, 19, 0.5, 0.1, 0.02, 0.02, answer)
-        for site, answer in enumerate(answers)
-    }
-    step = TrackedStep("step 1", "", 0, 3, {}, tests, {})
-    return TrackResults(dict(sum=TrackedText(9, " 4", 8, ("resid_post.0",), (step,), {}, "geometry", 7, 0, 1.0)))
+    steps = tuple(
+        TrackedStep(f"step {number}", "", 0, 3, StepTest((), 3, 1.0, 40, 19, 0.5, 0.1, 0.02, 0.02, answer))
+        for number, answer in enumerate(answers)
+    )
+    lens, site = LensLayers(*[()] * 5), "resid_post.0"
+    text = TrackedText(9, " 4", 8, (site,), site, steps, lens, 7, 0, 1.0)
+    return TrackResults(dict(sum=text))
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,7 @@ _NINES = 0.3  # share of columns made to sum to 9, which pass a carry on
 
 
 class Addition(Algorithm):
-    """Sums of two numbers.
-
-    Args:
-      digits: digits of each number.
-    """
+    """Sums of two numbers."""
 
     required: ClassVar = dict(addition=0.99)
 

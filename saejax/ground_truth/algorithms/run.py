@@ -15,8 +15,8 @@ from saejax.ground_truth.algorithms import transformer
 from saejax.ground_truth.algorithms.addition import Addition
 from saejax.ground_truth.algorithms.paths import Paths
 from saejax.ground_truth.algorithms.questions import Algorithm
-from saejax.ground_truth.algorithms.results import AlgorithmResults
 from saejax.ground_truth.hub_folder import save_model
+from saejax.ground_truth.results import AlgorithmResults
 from saejax.models.config import DecoderConfig
 from saejax.runner.workspace import Run
 from saejax.stages.algorithm import AlgorithmConfig

@@ -112,12 +112,7 @@ _BACK = 6  # words
 
 
 def induction(count: int, rng: np.random.Generator) -> Case:
-    """Return the case of the word that followed the last word before.
-
-    Args:
-      count: prompts of each behaviour and split.
-      rng: draws the prompts.
-    """
+    """Return the case of the word that followed the last word before."""
     model = _induction_model()
 
     def draw(split: str) -> Prompt:
@@ -182,12 +177,7 @@ _GUESS = 0.5  # weight of the unrelated bit; a known answer has 8
 
 
 def logic(count: int, rng: np.random.Generator) -> Case:
-    """Return the case of logical functions of two of sixteen bits.
-
-    Args:
-      count: prompts of each behaviour and split.
-      rng: draws the prompts.
-    """
+    """Return the case of logical functions of two of sixteen bits."""
     model = _logic_model()
     prompts = [prompt for name in _ASKED for prompt in draw_prompts(count, functools.partial(_logic_prompt, rng, name))]
     causes = {name: select_neurons(model.layers[1], f"bits {first} ") for name, (first, _) in _ASKED.items()}

@@ -19,7 +19,7 @@ import numpy as np
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
 from saejax.dictionaries.formats.own import DESCRIPTION
 from saejax.ground_truth.circuits.cases import Case
-from saejax.ground_truth.circuits.weights import frame, neuron_arrays
+from saejax.ground_truth.circuits.handset import frame, neuron_arrays
 from saejax.library.activations import capture
 from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
@@ -54,14 +54,7 @@ def order(case: Case, layer: int, seed: int) -> np.ndarray:
 
 
 def untrained_sets(case: Case, model: LanguageModel, layer: int, seed: int) -> dict[str, Dictionary]:
-    """Return a layer's transcoders of the sets that need no training.
-
-    Args:
-      case: the case.
-      model: its transformer.
-      layer: number of the layer.
-      seed: seed of the order and of random directions.
-    """
+    """Return the transcoders of a ``layer`` of the sets that need no training; ``seed`` draws order and directions."""
     neuron_F = order(case, layer, seed)
     arrays = neuron_arrays(case.model, layer, frame(case.model, seed))
     columns = dict(arrays, W_enc_DxF=arrays["W_enc_DxF"][:, neuron_F])

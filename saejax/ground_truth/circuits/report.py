@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from saejax.ground_truth.circuits.dictionaries import EXACT, RANDOM, TRAINED, UNTRAINED, WRONG
-from saejax.ground_truth.circuits.results import CausalScores, JudgedSet, KnownCircuitResults
+from saejax.ground_truth.results import CausalScores, JudgedSet, KnownCircuitResults
 from saejax.page.blocks import Block, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings

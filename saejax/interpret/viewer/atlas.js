@@ -78,7 +78,7 @@ const atlas = (() => {
     load(Math.floor(feature / about.chunk), (records) => {
       if (feature !== current()) return;
       const record = records.find((one) => one.feature === feature);
-      at('feature').replaceChildren(featurePage(record, about.dictionary, labelOf, about.layers_bar));
+      at('feature').replaceChildren(featurePage(record, about.dictionary, labelOf));
       atlas.painted = feature;
       mark();
     });

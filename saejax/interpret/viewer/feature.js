@@ -28,12 +28,11 @@ const judgements = (judged) => {
   if (!judged) return [];
   const said = [], score = judged.detection, control = judged.detection_control;
   if (score) said.push(`detection ${score.accuracy.toFixed(2)}${control ? ` (another feature's label ${control.accuracy.toFixed(2)})` : ''}`);
-  if (typeof judged.intruder === 'number') said.push(`intruders found ${judged.intruder.toFixed(2)} (chance 0.20)`);
   const name = judged.label && !judged.kept ? `Label “${visible(judged.label)}”, not kept` : 'Judged by a language model';
   return said.length ? [[name, `balanced accuracy on held-out text: ${said.join(', ')}`]] : [];
 };
 
-function featurePage(record, dictionary, labelOf, layersBar) {
+function featurePage(record, dictionary, labelOf) {
   const address = (feature) => `#${dictionary}/${feature}`;
   const link = (feature) => {
     const label = labelOf(feature);
@@ -56,10 +55,8 @@ function featurePage(record, dictionary, labelOf, layersBar) {
     const where = `activation ${number(one.acts[one.peak])}, document ${one.document}, position ${one.position}`;
     return make('div', {class: 'context'}, ...pieces, make('small', {}, where));
   };
-  const associations = (rows) => table(
-    ['', 'fires on', 'mean', 'sum', 'PMI, bits', 'odds ratio', 'q'],
-    rows.map((row) => [token(row.text), `${number(row.hits, 9)} of ${number(row.occurrences, 9)}`, number(row.mean), number(row.sum),
-      number(row.pmi), `${number(row.odds[0])} [${number(row.odds[1])}, ${number(row.odds[2])}]`, number(row.q, 2)]));
+  const codes = (rows) => table(['', 'fires on', 'mean', 'sum'], rows.map((row) => [token(row.text),
+    `${number(row.hits, 9)} of ${number(row.occurrences, 9)}`, number(row.mean), number(row.sum)]));
 
   page.append(make('h2', {id: 'name'}, `Feature ${record.feature}`));
   const label = record.label;
@@ -90,9 +87,8 @@ function featurePage(record, dictionary, labelOf, layersBar) {
         table(['', 'precision', 'recall', 'F1', 'F1 in the search'], record.detectors.map((one) =>
           [`${one.family}: ${visible(one.says)}`, interval(one.precision), interval(one.recall), interval(one.f1), number(one.search_f1)])));
     }
-    section('Tokens', 'Mean: activation over all places of the token. PMI: pointwise mutual information. q: Benjamini and Hochberg.',
-      associations(record.tokens));
-    section('What tokens look like', '', associations(record.shapes));
+    section('Tokens', 'Mean: activation over all places of the token.', codes(record.tokens));
+    section('What tokens look like', '', codes(record.shapes));
   }
   if ((record.categories || []).length) {
     section('Prompt categories', 'Prompts on which it fires, in the category and elsewhere; of right answers, against wrong ones of the same category. ' +
@@ -112,10 +108,6 @@ function featurePage(record, dictionary, labelOf, layersBar) {
       make('p', {class: 'tokens'}, 'raised ', ...record.up.map(([text]) => token(text))),
       make('p', {class: 'tokens'}, 'lowered ', ...record.down.map(([text]) => token(text))),
       ...(record.logits ? bars(record.logits.counts, number(record.logits.low), number(record.logits.high), 'Histogram of logits of all tokens') : []));
-  }
-  if (record.layers) {
-    section('By layers', 'The largest cosine of its decoder row with those of each other layer; of as many random directions the ' +
-      `largest is below ${number(layersBar, 2)} in 95 % of draws. A cell leads to the feature there.`, layerMap(record.layers, dictionary, layersBar));
   }
   section('Nearest decoder rows', '', table(['feature', 'cosine'], record.nearest.map(([feature, cosine]) => [link(feature), number(cosine)])));
   if ((record.together || []).length) {

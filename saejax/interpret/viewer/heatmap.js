@@ -1,5 +1,5 @@
 'use strict';
-// Features by tokens of a document, and a feature's row by layers. All text goes in as text, never as HTML.
+// Features by tokens of a document. All text goes in as text, never as HTML.
 
 const cell = (share, text, title) => {
   const made = make('td', {class: 'cell', title}, text);
@@ -27,16 +27,4 @@ function mapsPage(texts, dictionary, labelOf) {
     'Colour: activation over the largest of the row. A name leads to the feature.'));
   for (const one of texts) page.append(make('h3', {}, `Document ${one.document}`), tokenMap(one, dictionary, labelOf));
   return page;
-}
-
-// What other layers' dictionaries have for a feature: a cell for each layer, with a link to the feature there.
-function layerMap(layers, dictionary, bar) {
-  const kind = dictionary.split('/')[0];
-  const cells = layers.map(([member, feature, cosine]) => {
-    const link = make('a', {href: `../${member}/index.html#${kind}/${member}/${feature}`}, number(cosine, 2));
-    return cell(cosine, link, `${member}, feature ${feature}: cosine ${number(cosine)}${cosine <= bar ? ', as of random directions' : ''}`);
-  });
-  const heads = layers.map(([member]) => make('th', {scope: 'col'}, make('span', {}, member)));
-  const table = make('table', {class: 'heat'}, make('thead', {}, make('tr', {}, ...heads)), make('tbody', {}, make('tr', {}, ...cells)));
-  return make('div', {class: 'scroll', tabindex: '0', role: 'region', 'aria-label': 'The feature by layers'}, table);
 }

@@ -1,4 +1,4 @@
-"""The report's section on groups of features: how stable they are, their names and their effects."""
+"""The report's section on groups of features: how stable they are, and their names."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,11 @@ from saejax.page import style
 from saejax.page.blocks import Block, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, number, significant
-from saejax.page.words import behaviour
+from saejax.page.tables import MISSING, Table, number
 
 _GROUPS = 8  # groups of a view that are shown
 _DICTIONARIES = 3  # dictionaries whose groups are shown
-_VIEWS = dict(coactivation="firing together", effects="equal effects", decoder="similar decoder rows")
+_VIEWS = dict(coactivation="firing together", decoder="similar decoder rows")
 
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
@@ -24,9 +23,9 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
 
 def _section(results: ClusterResults, draw: Draw) -> Section:
     intro = (
-        "Features are grouped (HDBSCAN) by firing together on text, by similar decoder rows and, where they were "
-        f"measured, by equal effects of ablating them. {results.rule}. Shuffled data: firings moved along the text, "
-        "effects permuted across prompts, or random directions with the decoder's mean and covariance."
+        "Features are grouped (HDBSCAN) by firing together on text, and by similar decoder rows. "
+        f"{results.rule}. Shuffled data: firings moved along the text, or random directions with the decoder's mean "
+        "and covariance."
     )
     shown = [each for each in results.dictionaries if each.groupings]
     blocks: list[Block] = [Text(intro)]
@@ -67,7 +66,7 @@ def draw_counts(dictionaries: Sequence[ClusteredDictionary]) -> Figure:
 
 
 def _groups_table(dictionary: ClusteredDictionary) -> Table:
-    columns = ("Group", "By", "Features", "Mean similarity", "Overlap", "Effects", "Most central features")
+    columns = ("Group", "By", "Features", "Mean similarity", "Overlap", "Most central features")
     rows = [
         _row(grouping, group)
         for grouping in dictionary.groupings
@@ -76,28 +75,19 @@ def _groups_table(dictionary: ClusteredDictionary) -> Table:
     note = (
         "Stable groups, largest first, named by the label of their most central feature that has one. Mean similarity: "
         "correlation, or cosine, of two of its features. Overlap: with the most similar group of a bootstrap sample, "
-        "mean. Effects: behaviours on which the summed effects of its features, ablated one at a time, exceed those of "
-        "2,000 matched sets (q at most 0.05), on prompts that did not form the groups; only then is a group named for "
-        "a behaviour."
+        "mean."
     )
     title = f"Groups of {dictionary.name}, on {dictionary.tokens:,} tokens"
-    rows = rows or [("no group is stable", *[MISSING] * 6)]
-    return Table(title, columns, tuple(rows), words=frozenset({1, 5, 6}), note=note)
+    rows = rows or [("no group is stable", *[MISSING] * 5)]
+    return Table(title, columns, tuple(rows), words=frozenset({1, 5}), note=note)
 
 
 def _row(grouping: Grouping, group: FeatureGroup) -> tuple[str, ...]:
-    effects = "; ".join(
-        f"{behaviour(name)} ({number(group.costs[name].drop)}; matched {number(group.costs[name].matched_drop)}, "
-        f"q = {significant(group.costs[name].q, 2)})"
-        for name in group.primitives
-    )
-    title = f"{', '.join(map(behaviour, group.primitives))}: {group.name}" if group.primitives else group.name
     return (
-        title,
+        group.name,
         _VIEWS[grouping.view],
         f"{len(group.features):,}",
         number(group.mean_similarity),
         number(group.overlap),
-        effects or MISSING,
         ", ".join(map(str, group.features[:6])),
     )

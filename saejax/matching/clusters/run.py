@@ -1,4 +1,4 @@
-"""The stage ``cluster``: groups of similar features of a dictionary, in three views of them (``views``).
+"""The stage ``cluster``: groups of similar features of a dictionary, in two views of them (``groups``).
 
 A dictionary is a part of the run. Every feature of every group is in ``<part>-groups.parquet``.
 """
@@ -8,20 +8,19 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from saejax.activations.store import Store
 from saejax.interpret.feature_record import feature_names
-from saejax.interventions.answers import AblateResults
 from saejax.interventions.columns import Columns
-from saejax.matching.clusters import primitives, views
-from saejax.matching.clusters.groups import DISSOLVED, StableGroups, find_groups
-from saejax.matching.clusters.primitives import BehaviourEffects
+from saejax.matching.clusters.groups import DISSOLVED, StableGroups, View, coactivation, decoder, find_groups
 from saejax.matching.clusters.results import ClusteredDictionary, ClusterResults, FeatureGroup, Grouping
-from saejax.matching.clusters.text import ClusterText
-from saejax.matching.clusters.views import View
+from saejax.matching.transfer.activity import Activity, encode
 from saejax.matching.transfer.compared import Compared, load_compared
-from saejax.results import load_results
+from saejax.matching.transfer.reading import SharedText, read_shared_text
+from saejax.parallel.mesh import make_mesh
 from saejax.runner.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.runner.stage import folder_name
 from saejax.runner.workspace import Run
+from saejax.settings import MeshConfig
 from saejax.stages.cluster import ClusterConfig
 
 _FLAG = "--cluster.dictionaries"
@@ -33,6 +32,42 @@ _RULE = (
 _SMALLEST = 5  # features of the smallest group: two or three often fire together by chance
 _MOST = 8192  # features that are grouped, whose similarities take 256 MB; more are sampled from those that fire
 _RESAMPLES = 10  # bootstrap samples, and shuffled data sets
+
+
+class ClusterText:
+    """The text of the stage ``cluster``."""
+
+    def __init__(self, run: Run, compared: Sequence[Compared]):
+        self._config = run.configs[ClusterConfig]
+        self._store = Store.open(run.inputs["capture"]) if "capture" in run.inputs else None
+        self._unstored = [each for each in compared if not self._is_stored(each)]
+        settings = self._config.tokens, self._config.batch_tokens, self._config.seed
+        self._shared: SharedText | None = None
+        if self._unstored:
+            self._shared = read_shared_text(run, self._unstored, make_mesh(run.configs[MeshConfig]), *settings)
+
+    def _is_stored(self, each: Compared) -> bool:
+        if not self._store or self._store.model.fingerprint != each.fingerprint:
+            return False
+        return each.config.site in self._store.sites
+
+    def of(self, each: Compared) -> tuple[Activity, np.ndarray]:
+        """Return the activity of a dictionary, and the document of each token."""
+        if not self._is_stored(each):
+            assert self._shared
+            return self._shared.activity(self._unstored.index(each)), self._shared.reads[each.fingerprint].text_N
+        assert self._store
+        dictionary = each.dictionary.with_sink_norms(self._store.max_norm)
+        rows = self._store.rows("train", dictionary.site)
+        document_N = self._store.tokens(rows)[0]
+        documents, index_N, count = np.unique(document_N, return_inverse=True, return_counts=True)
+        # Whole documents at random, as documents are what the bootstrap resamples.
+        order = np.random.default_rng(self._config.seed).permutation(len(documents))
+        taken = np.zeros(len(documents), bool)
+        taken[order[: int(np.searchsorted(np.cumsum(count[order]), self._config.tokens)) + 1]] = True
+        kept_N = taken[index_N]
+        values_NxD = np.asarray(self._store.read(dictionary.site, rows[kept_N]), np.float32)
+        return encode(dictionary, values_NxD, self._config.batch_tokens), document_N[kept_N]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +91,7 @@ def run_cluster(run: Run) -> ClusterResults:
     """Group the features of ``--cluster.dictionaries``; dictionaries finished in an earlier run are kept.
 
     Raises:
-      UserError: dictionaries, text or effects are missing.
+      UserError: dictionaries or text are missing.
       Interrupted: asked to stop.
     """
     compared = load_compared(run.configs[ClusterConfig].dictionaries, run.inputs, _FLAG)
@@ -73,8 +108,7 @@ def run_cluster(run: Run) -> ClusterResults:
 def _measure(run: Run, compared: Compared, text: ClusterText, part: str, on_progress: OnProgress) -> Measured:
     """Group the features of a dictionary in every view."""
     config, features = run.configs[ClusterConfig], compared.config.n_features
-    behaviours = _load_effects(run, compared)
-    view_by_name, without, tokens = _make_views(compared, text, behaviours, config.seed)
+    view_by_name, without, tokens = _make_views(compared, text, config.seed)
     total, done = len(view_by_name) * (1 + 3 * _RESAMPLES), 0
 
     def step() -> None:
@@ -95,34 +129,18 @@ def _measure(run: Run, compared: Compared, text: ClusterText, part: str, on_prog
     columns = [table.columns for table in (empty, *tables)]
     whole = GroupedFeatures(**{name: np.concatenate([part[name] for part in columns]) for name in empty.columns})
     whole.save(part_file(run, part, "-groups.parquet"))
-    groupings = _with_costs(groupings, behaviours, features, config.seed)
     results = ClusteredDictionary(compared.name, compared.config.site, features, tokens, tuple(groupings), without)
     return Measured(results, _line(results))
 
 
-def _load_effects(run: Run, compared: Compared) -> dict[str, BehaviourEffects]:
-    """Return the effects of ablating features of a dictionary by behaviour; empty where they were not measured."""
-    for unit, folder in run.inputs.items():
-        results = load_results(folder) if unit.startswith("ablate/") else None
-        if isinstance(results, AblateResults) and results.dictionary == compared.name:
-            return {name: BehaviourEffects.load(folder, name) for name in results.importance or {}}
-    return {}
-
-
-def _make_views(
-    compared: Compared, text: ClusterText, behaviours: Mapping[str, BehaviourEffects], seed: int
-) -> tuple[dict[str, View], dict[str, str], int]:
+def _make_views(compared: Compared, text: ClusterText, seed: int) -> tuple[dict[str, View], dict[str, str], int]:
     """Return the views of a dictionary's features, the skipped ones with the reason, and the tokens of the text."""
     activity, text_N = text.of(compared)
     view_by_name = dict(
-        coactivation=views.coactivation(activity, text_N),
-        decoder=views.decoder(np.asarray(compared.dictionary.W_dec_FxD[...], np.float32), activity),
+        coactivation=coactivation(activity, text_N),
+        decoder=decoder(np.asarray(compared.dictionary.W_dec_FxD[...], np.float32), activity),
     )
     without = {}
-    if behaviours:
-        view_by_name["effects"] = views.effects(*primitives.profiles(behaviours))
-    else:
-        without["effects"] = "effects of all features were not measured (--ablate.effects=all)"
     for name in [name for name, view in view_by_name.items() if len(view.feature_F) < 2]:
         without[name] = f"only {len(view_by_name.pop(name).feature_F)} features fire often enough"
     rng = np.random.default_rng(seed)
@@ -152,8 +170,7 @@ def _describe(
         features = tuple(view.feature_F[members].tolist())
         group_name = next((names[feature] for feature in features if feature in names), f"feature {features[0]}")
         similarity = float(np.nan_to_num(centrality_F[members]).mean())
-        # Costs come later, for stable groups of all views at once: their q-values are over all of these.
-        described.append(FeatureGroup(group_name, features, similarity, overlap, overlap > groups.bar, {}, ()))
+        described.append(FeatureGroup(group_name, features, similarity, overlap, overlap > groups.bar))
     described.sort(key=lambda group: (-group.stable, -len(group.features), -group.overlap))
     return Grouping(
         view=name,
@@ -163,25 +180,8 @@ def _describe(
         stable_groups=sum(group.stable for group in described),
         bar=groups.bar,
         count_null=groups.null_groups,
-        largest=tuple(described),
+        largest=tuple(described[:_LISTED]),
     )
-
-
-def _with_costs(
-    groupings: Sequence[Grouping], behaviours: Mapping[str, BehaviourEffects], features: int, seed: int
-) -> list[Grouping]:
-    """Return the groupings with the effects of their stable groups, and no more groups than are listed."""
-    stable = [(index, group) for index, each in enumerate(groupings) for group in each.largest if group.stable]
-    all_costs = primitives.costs([group.features for _, group in stable], behaviours, features, seed)
-    tested: list[list[FeatureGroup]] = [[] for _ in groupings]
-    for (index, group), costs in zip(stable, all_costs, strict=True):
-        tested[index].append(dataclasses.replace(group, costs=costs, primitives=primitives.primitives(costs)))
-    listed = []
-    for grouping, groups in zip(groupings, tested, strict=True):
-        groups.sort(key=lambda group: -len(group.primitives))  # the others keep their order
-        largest = (*groups, *(group for group in grouping.largest if not group.stable))
-        listed.append(dataclasses.replace(grouping, largest=largest[:_LISTED]))
-    return listed
 
 
 def _line(results: ClusteredDictionary) -> str:

@@ -1,4 +1,4 @@
-"""Activations of features on a text, layer by layer, and the features that are shown."""
+"""Activations of features on a text, layer by layer, and the features that belong to its steps."""
 
 import dataclasses
 
@@ -20,13 +20,11 @@ class LayerFirings:
 
     Attributes:
       position_A, feature_A, value_A: where, which, and the activation.
-      tokens: of the text, T.
     """
 
     position_A: np.ndarray
     feature_A: np.ndarray
     value_A: np.ndarray
-    tokens: int
 
     @classmethod
     def of(cls, f_TxF: np.ndarray) -> "LayerFirings":
@@ -35,7 +33,7 @@ class LayerFirings:
         value_A = f_TxF[position_A, feature_A]
         # Ties go to the smaller number, so that pages do not depend on the sort.
         order_A = np.lexsort((feature_A, -np.abs(value_A), position_A))
-        return cls(position_A[order_A], feature_A[order_A], value_A[order_A].astype(np.float32), len(f_TxF))
+        return cls(position_A[order_A], feature_A[order_A], value_A[order_A].astype(np.float32))
 
     def strongest(self, count: int) -> "LayerFirings":
         """Return the ``count`` strongest firings of each position."""
@@ -47,24 +45,8 @@ class LayerFirings:
         start, stop = np.searchsorted(self.position_A, [position, position + 1])
         return self[np.arange(start, stop)]
 
-    def mean_by_segment(self, segment_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean activation over the tokens of each segment.
-
-        Args:
-          segment_T: which segment each token belongs to, from 0 on; none is empty.
-
-        Returns:
-          The U features that fire, rising, and their means [U, S], float64.
-        """
-        features_U, place_A = np.unique(self.feature_A, return_inverse=True)
-        count = int(segment_T.max()) + 1
-        cell_A = place_A * count + segment_T[self.position_A]
-        sums = np.bincount(cell_A, np.abs(self.value_A).astype(np.float64), len(features_U) * count)
-        return features_U, sums.reshape(len(features_U), count) / np.bincount(segment_T, minlength=count)
-
     def __getitem__(self, chosen: np.ndarray) -> "LayerFirings":
-        columns = self.position_A[chosen], self.feature_A[chosen], self.value_A[chosen]
-        return LayerFirings(*columns, self.tokens)
+        return LayerFirings(self.position_A[chosen], self.feature_A[chosen], self.value_A[chosen])
 
 
 def follow(lm: LanguageModel, stack: Stack, ids_T: np.ndarray) -> list[LayerFirings]:
@@ -73,10 +55,10 @@ def follow(lm: LanguageModel, stack: Stack, ids_T: np.ndarray) -> list[LayerFiri
     Raises:
       UserError: an activation is not finite.
     """
-    sites = [each.reads for each in stack.layers]
+    sites = [each.reads for each in stack]
     values = lm(pad([ids_T.tolist()]), capture=sites, logits=False).sites
     firings_by_layer = []
-    for each in stack.layers:
+    for each in stack:
         f_TxF = activations(lm, each.load().with_sink_norms(lm.sink_norm), values[str(each.reads)])
         if not np.isfinite(f_TxF).all():
             raise UserError(f"features of {each.name} are not finite on this text: try --model.dtype=float32")
@@ -89,3 +71,43 @@ def activations(lm: LanguageModel, dictionary: Dictionary, x_1xTxD: jax.Array) -
     dictionary = jax.device_put(dictionary, sharding(lm.mesh))
     f_1xTxF = active_features(dictionary, x_1xTxD, dictionary.is_not_sink(x_1xTxD))
     return np.asarray(jax.numpy.where(dictionary.fires(f_1xTxF), f_1xTxF, 0.0))[0].astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFeature:
+    """A feature that belongs to a part of the text, the one in which its mean activation is largest.
+
+    Attributes:
+      feature: its number.
+      mean: its mean activation over the part's tokens; ``contrast``: that minus its mean over the other parts.
+    """
+
+    feature: int
+    mean: float
+    contrast: float
+
+
+def step_features(firings: LayerFirings, segment_T: np.ndarray, count: int) -> list[list[StepFeature]]:
+    """Return the features that belong to each segment, at most ``count``, first those that set it apart most.
+
+    Args:
+      firings: of a layer on the text.
+      segment_T: which segment each token belongs to, from 0 on; none is empty.
+      count: of features of a segment.
+    """
+    segments = int(segment_T.max()) + 1
+    features_U, index_A = np.unique(firings.feature_A, return_inverse=True)
+    cell_A = index_A * segments + segment_T[firings.position_A]
+    sums = np.bincount(cell_A, np.abs(firings.value_A).astype(np.float64), len(features_U) * segments)
+    mean_UxS = sums.reshape(len(features_U), segments) / np.bincount(segment_T, minlength=segments)
+    home_U, largest_U = mean_UxS.argmax(axis=1), mean_UxS.max(axis=1)
+    # Not the mean alone: what is strong in every step sets none apart.
+    contrast_U = largest_U - (mean_UxS.sum(axis=1) - largest_U) / max(segments - 1, 1)
+    order_U = np.argsort(-contrast_U, kind="stable")
+    return [
+        [
+            StepFeature(int(features_U[u]), float(largest_U[u]), float(contrast_U[u]))
+            for u in order_U[home_U[order_U] == segment][:count]
+        ]
+        for segment in range(segments)
+    ]

@@ -10,15 +10,15 @@
    links do, and its lowest and its highest feature reach the answer.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Dictionary
 from saejax.matching.track.firings import LayerFirings, activations
-from saejax.matching.track.links import GEOMETRY, FeatureLinks, Link, Node, strongest_chains
+from saejax.matching.track.links import Link, Node, strongest_chains
 from saejax.matching.track.results import MeasuredChain, MeasuredLink
 from saejax.matching.track.stack import Stack
 from saejax.models.edits import SiteEdit
@@ -33,7 +33,7 @@ def measure_chains(
     stack: Stack,
     ids_T: np.ndarray,
     answer: int,
-    links: FeatureLinks,
+    links: Sequence[Link],
     firings: Sequence[LayerFirings],
     as_text: Callable[[int], str],
     seed: int,
@@ -47,15 +47,13 @@ def measure_chains(
       stack: its dictionaries.
       ids_T: the text, up to where the answer is predicted.
       answer: the answer's token.
-      links: of the text; those by attribution are effects already, and are not measured.
+      links: of the text.
       firings: of each layer on the text.
       as_text: returns a token's text.
       seed: of the random features.
     """
-    if links.kind != GEOMETRY:
-        return ()
     # What comes after the answer's position cannot act on the answer.
-    usable = [link for link in links.links if link[0][1] < len(ids_T)]
+    usable = [link for link in links if link[0][1] < len(ids_T)]
     run = _Ablation(lm, stack, ids_T, firings, seed)
     measured = []
     for chain in strongest_chains(usable, CHAINS, LINKS):
@@ -89,7 +87,7 @@ def _measure_link(run: "_Ablation", link: Link, answer: int, as_text: Callable[[
         upper=run.site(target),
         target=target[2],
         position=source[1],
-        token=as_text(run.token(source)),
+        token=as_text(int(run.ids_T[source[1]])),
         weight=weight,
         lost=lost[0],
         random_lost=float(np.mean(lost[1:])),
@@ -107,34 +105,25 @@ def _exceeds_controls(effects: Sequence[float]) -> bool:
 
 
 class _Ablation:
-    """Runs of a text without a feature at a position, and without as much along random active features.
+    """Runs of a text without a feature at a position, and without as much along random active features."""
 
-    Args:
-      lm: the language model.
-      stack: its dictionaries.
-      ids_T: the text.
-      firings: of each layer on it.
-      seed: of the random features.
-    """
-
-    def __init__(self, lm: LanguageModel, stack: Stack, ids_T: np.ndarray, firings: Sequence[LayerFirings], seed: int):
-        self._lm, self._stack, self._ids_T, self._firings, self._seed = lm, stack, ids_T, firings, seed
+    def __init__(
+        self,
+        lm: LanguageModel,
+        stack: Stack,
+        ids_T: np.ndarray,
+        firings: Sequence[LayerFirings],
+        seed: int,
+    ):
+        self.ids_T, self._lm, self._stack, self._firings, self._seed = ids_T, lm, stack, firings, seed
         self._tokens = pad([ids_T.tolist()] * (2 + CONTROLS))
-        self._last, self._dictionaries, self._clean = len(ids_T) - 1, dict[int, Dictionary](), dict[str, jax.Array]()
-
-    def dictionary(self, place: int) -> Dictionary:
-        """Return the dictionary at a place of the stack, which is loaded once."""
-        if place not in self._dictionaries:
-            self._dictionaries[place] = self._stack.layers[place].load().with_sink_norms(self._lm.sink_norm)
-        return self._dictionaries[place]
+        self._clean: dict[str, jax.Array] = {}
+        # Few dictionaries are in the measured chains, and each is used for several links.
+        self._dictionary = functools.cache(lambda place: stack[place].load().with_sink_norms(lm.sink_norm))
 
     def site(self, node: Node) -> str:
         """Return the site that a node's dictionary reads."""
-        return str(self._stack.layers[node[0]].reads)
-
-    def token(self, node: Node) -> int:
-        """Return the token at a node's position."""
-        return int(self._ids_T[node[1]])
+        return str(self._stack[node[0]].reads)
 
     def losses(self, source: Node, target: Node) -> list[float]:
         """Return the share of the target's activation that is lost without the source, and with each control."""
@@ -143,7 +132,7 @@ class _Ablation:
         output = self._lm(self._tokens, capture=[site], edits=[edit], logits=False)
         # The rows in place of tokens: of each, only the target's position is encoded.
         value_1xRxD = output.sites[site][None, :count, target[1]]
-        act_R = activations(self._lm, self.dictionary(target[0]), value_1xRxD)[:, target[2]]
+        act_R = activations(self._lm, self._dictionary(target[0]), value_1xRxD)[:, target[2]]
         clean, *edited = act_R.tolist()
         return [1 - act / clean if clean else 0.0 for act in edited]
 
@@ -152,7 +141,7 @@ class _Ablation:
         edit, count = self._edit(node)
         logits_BxTxV = self._lm(self._tokens, edits=[edit]).logits_BxTxV
         assert logits_BxTxV is not None
-        logits_RxV = np.asarray(logits_BxTxV[:count, self._last], np.float64)
+        logits_RxV = np.asarray(logits_BxTxV[:count, len(self.ids_T) - 1], np.float64)
         # In float64 from here on: effects on the answer are small differences of log-probabilities.
         logp_RxV = logits_RxV - np.logaddexp.reduce(logits_RxV, axis=1, keepdims=True)
         return [float(logp_RxV[0, answer] - row_V[answer]) for row_V in logp_RxV[1:]]
@@ -160,7 +149,7 @@ class _Ablation:
     def _edit(self, node: Node) -> tuple[SiteEdit, int]:
         """Return an edit of R rows, and R: nothing, without the feature, and without as much along each control."""
         place, position, feature = node
-        each, W_dec_FxD = self._stack.layers[place], np.asarray(self.dictionary(place).W_dec_FxD[...], np.float32)
+        each, W_dec_FxD = self._stack[place], np.asarray(self._dictionary(place).W_dec_FxD[...], np.float32)
         active = self._firings[place].at(position)
         of = dict(zip(active.feature_A.tolist(), active.value_A.tolist(), strict=True))
         change_D = of[feature] * W_dec_FxD[feature]
@@ -174,7 +163,7 @@ class _Ablation:
         site = each.config.target or each.config.site
         if site not in self._clean:
             # One row serves all: without an edit they are the same.
-            one_row = pad([self._ids_T.tolist()])
+            one_row = pad([self.ids_T.tolist()])
             self._clean[site] = self._lm(one_row, capture=[site], logits=False).sites[site]
         clean = jnp.repeat(self._clean[site], 2 + CONTROLS, axis=0)
         filled = changes + [changes[0]] * (2 + CONTROLS - len(changes))

@@ -12,18 +12,19 @@ import numpy as np
 
 from saejax.dictionaries.labels import Label
 from saejax.files import write_text
-from saejax.matching.track.firings import LayerFirings
-from saejax.matching.track.links import FeatureLinks
-from saejax.matching.track.results import TrackResults
+from saejax.matching.track.firings import LayerFirings, StepFeature
+from saejax.matching.track.links import Link
+from saejax.matching.track.results import TrackedText, TrackResults
 from saejax.matching.track.stack import Stack
-from saejax.matching.track.steps import StepFeature
 from saejax.matching.track.texts import EncodedText
 from saejax.models.lens import LensOutput
 from saejax.page.scripts import elements_script, interactive
+from saejax.page.tables import number, visible
 from saejax.results import to_json
 
 _VIEWER = Path(__file__).parent / "viewer"
 _SCRIPTS = ("grid", "panel", "main")
+_TOP = 4  # features of a layer
 _NAMING = 3  # tokens that name a feature without a label
 
 
@@ -45,7 +46,7 @@ class ShownLayer:
 
 @dataclasses.dataclass(frozen=True)
 class ShownReading:
-    """A lens's readout at each layer with a dictionary and each position."""
+    """The logit lens's readout at each layer with a dictionary and each position."""
 
     top_tokens: tuple[
         tuple[Numbers, ...], ...
@@ -66,16 +67,16 @@ class ShownText:
     cells: tuple[tuple[Numbers, ...], ...]  #: of layer and position: features and activations in turn
     links: tuple[Numbers, ...]  #: layer, position and feature of the lower and of the upper one, weight
     belongs: tuple[tuple[tuple[StepFeature, ...], ...], ...]  #: features of layer and segment
-    readings: Mapping[str, ShownReading]  #: by lens
+    reading: ShownReading  #: of the logit lens
 
 
 def shown_text(
     stack: Stack,
     text: EncodedText,
     shown: Sequence[LayerFirings],
-    links: FeatureLinks,
+    links: Sequence[Link],
     chosen: Sequence[Sequence[Sequence[StepFeature]]],
-    readings: Mapping[str, LensOutput],
+    reading: LensOutput,
     as_text: Callable[[int], str],
     firings: Sequence[LayerFirings],
 ) -> ShownText:
@@ -87,12 +88,12 @@ def shown_text(
       shown: of each dictionary the features of each position.
       links: between the features.
       chosen: of each dictionary the features that belong to each segment.
-      readings: what the lenses read.
+      reading: what the logit lens reads.
       as_text: gives a token's text.
       firings: of each dictionary all features that fire.
     """
     words: dict[int, int] = {}
-    readings_of = {name: _reading(stack, reading, words) for name, reading in readings.items()}
+    shown_reading = _reading(stack, reading, words)
     return ShownText(
         prompt=text.problem.prompt,
         tokens=tuple(text.tokens),
@@ -106,14 +107,14 @@ def shown_text(
                 atlas=each.atlas.resolve().as_uri() + f"#{each.name}/" if each.atlas else "",
                 **_names(each.labels, every, _shown_features(cells, parts), text.tokens),
             )
-            for each, every, cells, parts in zip(stack.layers, firings, shown, chosen, strict=True)
+            for each, every, cells, parts in zip(stack, firings, shown, chosen, strict=True)
         ),
         cells=tuple(
             tuple(_cell(layer_firings, position) for position in range(len(text.tokens))) for layer_firings in shown
         ),
-        links=tuple((*source, *target, float(f"{weight:.4g}")) for source, target, weight in links.links),
+        links=tuple((*source, *target, float(f"{weight:.4g}")) for source, target, weight in links),
         belongs=tuple(tuple(map(tuple, layer)) for layer in chosen),
-        readings=readings_of,
+        reading=shown_reading,
     )
 
 
@@ -125,14 +126,7 @@ def _shown_features(cells: LayerFirings, parts: Sequence[Sequence[StepFeature]])
 def _names(
     labels: Mapping[int, Label], firings: LayerFirings, features: Sequence[int], tokens: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the fields ``labels`` and ``peaks`` of a layer.
-
-    Args:
-      labels: labels of the dictionary's features.
-      firings: all firings of the layer on the text.
-      features: features to name; each fires on the text.
-      tokens: tokens of the text.
-    """
+    """Return the fields ``labels`` and ``peaks`` of a layer."""
     names: dict[str, str] = {}
     peaks: dict[str, float] = {}
     for feature in features:
@@ -149,7 +143,7 @@ def _names(
 
 
 def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> ShownReading:
-    """Return a lens's readouts; tokens that ``words`` (token id -> index of its text) lacks are added to it."""
+    """Return the lens's readouts; tokens that ``words`` (token id -> index of its text) lacks are added to it."""
 
     def top_tokens(layer: int) -> tuple[Numbers, ...]:
         ids_TxC, p_TxC = reading.ids_LxBxTxC[layer, 0], np.exp(reading.logp_LxBxTxC[layer, 0])
@@ -162,7 +156,7 @@ def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> ShownR
             for ids, ps in zip(ids_TxC.tolist(), p_TxC.tolist(), strict=True)
         )
 
-    layers = [each.layer for each in stack.layers]
+    layers = [each.layer for each in stack]
     return ShownReading(
         top_tokens=tuple(top_tokens(layer) for layer in layers),
         kl=tuple(_rounded(reading.kl_LxBxT[layer, 0]) for layer in layers),
@@ -172,14 +166,7 @@ def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> ShownR
 
 
 def write_page(path: Path, results: TrackResults, cells: Mapping[str, ShownText], model: str) -> None:
-    """Write the page.
-
-    Args:
-      path: the HTML file.
-      results: of the stage.
-      cells: slug -> what ``shown_text`` gave.
-      model: its name.
-    """
+    """Write the page."""
     texts = [dict(slug=slug) | to_json(results.texts[slug]) | to_json(shown) for slug, shown in cells.items()]
     data = dict(model=model, texts=texts)  # in place of how many tokens and links there are, all of them
     scripts = [elements_script(), *((_VIEWER / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)]
@@ -195,3 +182,32 @@ def _cell(firings: LayerFirings, position: int) -> Numbers:
 
 def _rounded(values: np.ndarray) -> Numbers:
     return tuple(float(f"{value:.3g}") for value in np.nan_to_num(values, posinf=1e9).tolist())
+
+
+def summary(text: TrackedText) -> str:
+    """Return the figures of a text as one line."""
+    tests = [step.test for step in text.steps if step.test]
+    harmed, answer = sum(test.hurt == "yes" for test in tests), text.lens.answer[-1]
+    return (
+        f"{text.tokens} tokens, {len(text.sites)} layers, {text.links:,} links; probability of "
+        f"{visible(text.answer)!r} {answer:.2f}; ablating its features lowers the log-likelihood of {harmed} of "
+        f"{len(tests)} tested steps more than random sets; {text.seconds:.0f} s"
+    )
+
+
+def text_lines(slug: str, text: TrackedText, shown: ShownText) -> str:
+    """Return the lines of a text: layers from the prompt to the answer, each with its strongest features.
+
+    A feature is named by its label, or else by its top tokens on this text; its activation is relative to its maximum
+    on this text.
+    """
+    lines = [f"{slug}: {summary(text)}"]
+    for layer, row in zip(shown.layers, shown.cells, strict=True):
+        cell = row[text.position]
+        features = [
+            f"{number(value / layer.peaks[str(feature)])} {feature} {visible(layer.labels[str(feature)])}"
+            for feature, value in zip(cell[::2][:_TOP], cell[1::2][:_TOP], strict=True)
+        ]
+        lines.append(f"  {layer.site:<16} {'; '.join(features) or 'no feature fires'}")
+    output = [f"  output           {visible(text.output)}"] if text.output else []
+    return "\n".join([*lines, f"  answer           {visible(text.answer)}", *output])

@@ -16,9 +16,9 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
     if not units:
         return []
     intro = (
-        "Prompts and worked solutions were followed through the layers that have dictionaries. Links by attribution "
-        "are edges of the attribution graph; links by geometry join features of consecutive dictionaries at one "
-        "position whose directions are closer than random ones are, and miss what a layer computes. A step is hurt by "
+        "Prompts and worked solutions were followed through the layers that have dictionaries. Links join features of "
+        "consecutive dictionaries at one position whose directions are closer than random ones are, and miss what a "
+        "layer computes. A step is hurt by "
         "its features if ablating those that belong to it lowers its tokens' log-likelihood more than random sets at "
         "equal dose, with Holm's correction over the steps of a text."
     )
@@ -26,7 +26,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         "Text": lambda slug, text, tests: slug,
         "Tokens": lambda slug, text, tests: str(text.tokens),
         "Layers": lambda slug, text, tests: str(len(text.sites)),
-        "Links": lambda slug, text, tests: f"{text.links:,} ({text.link_kind})",
+        "Links": lambda slug, text, tests: f"{text.links:,}",
         "Answer": lambda slug, text, tests: f"{text.answer.strip()} {number(text.lenses['logit'].answer[-1])}",
         "Output": lambda slug, text, tests: f"\u201c{text.output}\u201d" if text.output else MISSING,
         "Steps tested": lambda slug, text, tests: str(len(tests)),
@@ -34,7 +34,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         "Not testable": lambda slug, text, tests: str(sum(test.hurt == "not testable" for test in tests)),
     }
     rows = [
-        (slug, text, [test for step in text.steps for test in step.tests.values()])
+        (slug, text, [step.test for step in text.steps if step.test])
         for results in units.values()
         for slug, text in results.texts.items()
     ]

@@ -28,11 +28,8 @@ class TrackedStep:
     text: str  #: its text
     start: int  #: its first token
     stop: int  #: the token after its last
-    only_here: Mapping[
-        str, tuple[float, float]
-    ]  #: by tested site, how many features fire here alone; with shifted steps
-    tests: Mapping[str, StepTest]  #: by site
-    untested: Mapping[str, str]  #: site -> why
+    test: StepTest | None = None  #: of its features at the tested site
+    untested: str = ""  #: why they were not tested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +65,7 @@ class MeasuredChain:
 
 @dataclasses.dataclass(frozen=True)
 class LensLayers:
-    """A lens's predictions by layer: of the answer where it is the next token, and of all tokens."""
+    """The logit lens's predictions by layer: of the answer where it is the next token, and of all tokens."""
 
     answer: tuple[float, ...]  #: probability of the answer's first token, of each layer
     rank: tuple[int, ...]  #: how many tokens are likelier
@@ -85,13 +82,13 @@ class TrackedText:
     answer: str  #: the token whose probability is followed
     position: int  #: where it is the next token
     sites: tuple[str, ...]  #: of the dictionaries, in the order of layers
+    tested: str  #: the site whose features were ablated, that of the dictionary in the middle
     steps: tuple[TrackedStep, ...]  #: the prompt, and the steps
-    lenses: Mapping[str, LensLayers]  #: by lens: logit
-    link_kind: str  #: attribution, or geometry: by directions alone
+    lens: LensLayers  #: what the logit lens reads of the answer
     links: int  #: between shown features
     same_number: int  #: links between features of one number; if many, the dictionaries were trained from one start
     seconds: float  #: that it took
-    chains: tuple[MeasuredChain, ...] = ()  #: the strongest chains of links by geometry, measured
+    chains: tuple[MeasuredChain, ...] = ()  #: the strongest chains of links, measured
     output: str = ""  #: what the model writes after the prompt; empty: it was not asked to
 
 

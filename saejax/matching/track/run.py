@@ -5,25 +5,21 @@ A text is a part in the sense of ``runner.parts``: its results are in ``<slug>.j
 """
 
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from saejax.files import read_json, write_json, write_text
-from saejax.matching.track import links, terminal
-from saejax.matching.track.firings import LayerFirings, follow
-from saejax.matching.track.links import FeatureLinks
+from saejax.matching.track.firings import follow, step_features
+from saejax.matching.track.links import find_links
 from saejax.matching.track.measured import measure_chains
-from saejax.matching.track.page import ShownText, shown_text, write_page
+from saejax.matching.track.page import ShownText, shown_text, summary, text_lines, write_page
 from saejax.matching.track.results import LensLayers, TrackedStep, TrackedText, TrackResults
 from saejax.matching.track.stack import Stack, open_stack
-from saejax.matching.track.steps import StepFeature, only_here, step_features
-from saejax.matching.track.tested import StepTester, tested_steps
+from saejax.matching.track.tested import StepTester, ablate_steps
 from saejax.matching.track.texts import EncodedText, encode, read_problems, write_solution
 from saejax.models.language_model import LanguageModel
 from saejax.models.lens import LensOutput
-from saejax.models.sites import Site
 from saejax.models.tokens import pad, token_text
 from saejax.results import from_json, to_json
 from saejax.runner.parts import Measure, Measured, OnProgress, each_part
@@ -49,16 +45,14 @@ def run_track(run: Run) -> TrackResults:
 
     def begin() -> Measure:
         lm = load_run_model(run)
-        stack = open_stack(config.dictionaries, run.inputs, lm)
-        # The dictionary in the middle: to test all of them would take as many times as long.
-        tested = [len(stack.layers) // 2]
+        stack = open_stack(config.dictionaries, run.inputs, run.folder.parent.parent, lm)
         # All, before the first is followed: what is wrong with one is said at once.
         texts = {slug: encode(lm, write_solution(lm, problem, config.generate)) for slug, problem in problems.items()}
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
-            tracked, cells = follow_text(lm, stack, texts[slug], tested, config, on_progress)
+            tracked, cells = follow_text(lm, stack, texts[slug], config, on_progress)
             write_json(_cells(run, slug), to_json(cells))
-            return Measured(tracked, terminal.summary(tracked))
+            return Measured(tracked, summary(tracked))
 
         return measure
 
@@ -66,7 +60,7 @@ def run_track(run: Run) -> TrackResults:
     results = TrackResults(texts)
     cells = {slug: from_json(ShownText, read_json(_cells(run, slug)), _cells(run, slug)) for slug in texts}
     write_page(run.folder / "index.html", results, cells, model.path)
-    written = "\n".join(terminal.text_lines(slug, results.texts[slug], cells[slug]) for slug in texts)
+    written = "\n".join(text_lines(slug, results.texts[slug], cells[slug]) for slug in texts)
     write_text(run.folder / "track.txt", written)
     run.say(written)
     run.say(f"open {run.folder / 'index.html'}")
@@ -79,12 +73,7 @@ def _cells(run: Run, slug: str) -> Path:
 
 
 def follow_text(
-    lm: LanguageModel,
-    stack: Stack,
-    text: EncodedText,
-    tested: Sequence[int],
-    config: TrackConfig,
-    on_progress: OnProgress,
+    lm: LanguageModel, stack: Stack, text: EncodedText, config: TrackConfig, on_progress: OnProgress
 ) -> tuple[TrackedText, ShownText]:
     """Follow one text.
 
@@ -92,7 +81,6 @@ def follow_text(
       lm: the language model.
       stack: its dictionaries.
       text: the tokens and steps.
-      tested: places in the stack of the dictionaries whose features are removed.
       config: of the stage.
       on_progress: called with the tests of steps done and of all; may raise to stop.
 
@@ -102,71 +90,35 @@ def follow_text(
     start = time.monotonic()
     firings = follow(lm, stack, text.ids_T)
     shown = [layer_firings.strongest(_SHOWN) for layer_firings in firings]
-    readings = {"logit": _read_lens(lm, text, config.seed)}
-    answer = int(readings["logit"].ids_LxBxTxC[-1, 0, text.position, 0]) if text.answer is None else text.answer
-    feature_links = _links(lm, stack, text, answer, shown)
-    chosen = [step_features(layer_firings, text.segment_T, _STEP_FEATURES) for layer_firings in firings]
-    steps = _test_steps(lm, stack, text, firings, chosen, tested, config, on_progress)
-    as_text = token_text(lm.tokenizer)
+    reading = _read_lens(lm, text, config.seed)
+    answer = int(reading.ids_LxBxTxC[-1, 0, text.position, 0]) if text.answer is None else text.answer
     read_T = text.ids_T[: text.position + 1]
-    chains = measure_chains(lm, stack, read_T, answer, feature_links, firings, as_text, config.seed)
+    links = find_links(stack, shown)
+    chosen = [step_features(layer_firings, text.segment_T, _STEP_FEATURES) for layer_firings in firings]
+    # The dictionary in the middle: to test all of them would take as many times as long.
+    middle = len(stack) // 2
+    numbers = [[each.feature for each in part] for part in chosen[middle]]
+    tests, untested = ablate_steps(StepTester(lm, stack[middle], text, config), text, numbers, on_progress)
+    as_text = token_text(lm.tokenizer)
     results = TrackedText(
         tokens=len(text.ids_T),
         answer=as_text(answer),
         position=text.position,
-        sites=tuple(str(each.reads) for each in stack.layers),
-        steps=steps,
-        lenses={name: _layers(reading, text, answer) for name, reading in readings.items()},
-        link_kind=feature_links.kind,
-        links=len(feature_links.links),
-        same_number=feature_links.same_number,
+        sites=tuple(str(each.reads) for each in stack),
+        tested=str(stack[middle].reads),
+        steps=tuple(
+            TrackedStep(part.name, part.text, part.start, part.stop, tests.get(number), untested.get(number, ""))
+            for number, part in enumerate(text.segments)
+        ),
+        lens=_lens_layers(reading, text),
+        links=len(links),
+        # By chance one in as many as there are features.
+        same_number=sum(source[2] == target[2] for source, target, _ in links),
         seconds=round(time.monotonic() - start, 2),
-        chains=chains,
+        chains=measure_chains(lm, stack, read_T, answer, links, firings, as_text, config.seed),
         output=text.problem.output,
     )
-    cells = shown_text(stack, text, shown, feature_links, chosen, readings, as_text, firings)
-    return results, cells
-
-
-def _test_steps(
-    lm: LanguageModel,
-    stack: Stack,
-    text: EncodedText,
-    firings: Sequence[LayerFirings],
-    chosen: Sequence[Sequence[Sequence[StepFeature]]],
-    tested: Sequence[int],
-    config: TrackConfig,
-    on_progress: OnProgress,
-) -> tuple[TrackedStep, ...]:
-    """Return the text's steps, with the effects of ablating each step's features, by the site of the dictionary."""
-    testers = {place: _tester(lm, stack, place, text, config) for place in tested}
-    numbers = {place: [[feature.feature for feature in part] for part in chosen[place]] for place in tested}
-    tests, untested = tested_steps(testers, text, numbers, config, on_progress)
-    sites = {place: str(stack.layers[place].reads) for place in tested}
-    alone = {place: only_here(firings[place], text.segment_T, config.seed) for place in tested}
-    return tuple(
-        TrackedStep(
-            part.name,
-            part.text,
-            part.start,
-            part.stop,
-            {
-                sites[place]: (float(count_S[number]), float(shifted_S[number]))
-                for place, (count_S, shifted_S) in alone.items()
-            },
-            {site: tests[place, number] for place, site in sites.items() if (place, number) in tests},
-            {site: untested[place, number] for place, site in sites.items() if (place, number) in untested},
-        )
-        for number, part in enumerate(text.segments)
-    )
-
-
-def _tester(
-    lm: LanguageModel, stack: Stack, place: int, text: EncodedText, config: TrackConfig
-) -> Callable[[], StepTester]:
-    each = stack.layers[place]
-    writes = Site.parse(each.config.target or each.config.site)
-    return lambda: StepTester(lm, each.load().with_sink_norms(lm.sink_norm), each.reads, writes, text, config)
+    return results, shown_text(stack, text, shown, links, chosen, reading, as_text, firings)
 
 
 def _read_lens(lm: LanguageModel, text: EncodedText, seed: int) -> LensOutput:
@@ -180,21 +132,13 @@ def _read_lens(lm: LanguageModel, text: EncodedText, seed: int) -> LensOutput:
     return lm.lens(tokens, answers=[answer], top=LENS_TOP, seed=seed)
 
 
-def _links(
-    lm: LanguageModel, stack: Stack, text: EncodedText, answer: int, shown: Sequence[LayerFirings]
-) -> FeatureLinks:
-    if stack.transcoders is None:
-        return links.geometry(stack, shown)
-    return links.attribution(lm, stack.transcoders, text.ids_T[: text.position + 1], answer, shown)
-
-
-def _layers(reading: LensOutput, text: EncodedText, answer: int) -> LensLayers:
-    """Return what a lens reads of the answer at its position, and how often its first token is the model's."""
+def _lens_layers(reading: LensOutput, text: EncodedText) -> LensLayers:
+    """Return what the lens reads of the answer at its position, and how often its first token is the model's."""
     at = text.position
-    own_T = reading.ids_LxBxTxC[-1, 0, :, 0]
+    model_T = reading.ids_LxBxTxC[-1, 0, :, 0]
 
     def agreement(ids_LxBxTxC: np.ndarray) -> tuple[float, ...]:
-        return tuple((ids_LxBxTxC[:, 0, :, 0] == own_T).mean(axis=1).tolist())
+        return tuple((ids_LxBxTxC[:, 0, :, 0] == model_T).mean(axis=1).tolist())
 
     return LensLayers(
         answer=tuple(np.exp(reading.answer_logp_LxBxTxN[:, 0, at, 0]).tolist()),

@@ -4,7 +4,7 @@ The step's features are set to zero at its tokens, at one layer, and the log-lik
 the first (which is predicted before the step begins) is compared with that of the unedited model. The answer is that of
 question 2 of the verdict (``interventions.verdict``), with tokens in the place of prompts: random sets are disjoint, of
 as many features that fire in the step and are not the step's, and each pair is compared at the smaller of its two
-doses. Holm's correction is over all steps of a text and all layers that are tested. Features are chosen by where they
+doses. Holm's correction is over all steps of a text. Features are chosen by where they
 fire, not by the effect of ablating them, so all tokens judge.
 """
 
@@ -22,6 +22,7 @@ from saejax.interventions.ablation import FRACTIONS
 from saejax.interventions.curves import EffectCurve, compare_at_equal_dose
 from saejax.interventions.split_model import active_features, record, run_head
 from saejax.matching.track.results import StepTest
+from saejax.matching.track.stack import LayerDictionary
 from saejax.matching.track.texts import EncodedText, Segment
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
@@ -40,33 +41,21 @@ _MANY = 256  # the same on accelerators
 _WINDOW, _POOL = 8, 64  # windows and features are filled up to a multiple of these, so that few programs are compiled
 LEVEL = 0.05  # of the test, after correction
 
-Key = tuple[int, int]  # place of the dictionary in the stack, place of the segment
+Effects = tuple[Sequence[int], EffectCurve, Sequence[EffectCurve]]  # features, their curve, those of random sets
 
 
 class StepTester:
     """The steps of one text, tested at one layer.
 
-    Args:
-      dictionary: whose features are removed.
-      reads, writes: the sites that it reads and writes; the same for an SAE.
-      text: what is followed.
-
     Raises:
       UserError: the site's value is not finite.
     """
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        dictionary: Dictionary,
-        reads: Site,
-        writes: Site,
-        text: EncodedText,
-        config: TrackConfig,
-    ):
+    def __init__(self, lm: LanguageModel, layer: LayerDictionary, text: EncodedText, config: TrackConfig):
         self._lm, self._text, self._config = lm, text, config
-        self._dictionary = jax.device_put(dictionary, sharding(lm.mesh))
-        self._point = SplitPoint(lm.config, writes, reads, lm.mesh, lm.rules)
+        writes = Site.parse(layer.config.target or layer.config.site)
+        self._dictionary = jax.device_put(layer.load().with_sink_norms(lm.sink_norm), sharding(lm.mesh))
+        self._point = SplitPoint(lm.config, writes, layer.reads, lm.mesh, lm.rules)
         length = len(text.ids_T)
         # Lengths are rounded, so that texts share programs.
         padded = round_length(length)
@@ -82,10 +71,6 @@ class StepTester:
 
     def test(self, step: Segment, features: Sequence[int]) -> tuple[EffectCurve, list[EffectCurve]]:
         """Return the effects on a step's tokens of ablating features in it, and of ablating random sets.
-
-        Args:
-          step: the step.
-          features: its features.
 
         Returns:
           The curve of the features that fire there, by growing fractions, and those of the random sets.
@@ -213,18 +198,14 @@ def run_rows(
     return token_scores(point.config, params, x, positions_RxW, targets_RxW)
 
 
-def judged(effects: Mapping[Key, tuple[Sequence[int], EffectCurve, Sequence[EffectCurve]]]) -> dict[Key, StepTest]:
-    """Return the answers for all tested steps of a text.
-
-    Args:
-      effects: for each step its features, their curve, and the curves of the random sets.
-    """
+def judge_steps(effects: Mapping[int, Effects]) -> dict[int, StepTest]:
+    """Return the answers for all tested steps of a text, by the index of the step's segment."""
     pairs = {key: compare_at_equal_dose(top, random)[:2] for key, (_, top, random) in effects.items() if random}
     p_values = {key: rank_p(top.mean(axis=1), random.mean(axis=1)) for key, (top, random) in pairs.items()}
     adjusted = dict(zip(p_values, holm(np.array(list(p_values.values()))).tolist(), strict=True))
     needed = min_controls(len(effects), LEVEL)
 
-    def answer(key: Key, sets: int) -> str:
+    def answer(key: int, sets: int) -> str:
         if sets < needed:
             return "not testable"
         return "yes" if adjusted[key] <= LEVEL else "no"
@@ -246,40 +227,30 @@ def judged(effects: Mapping[Key, tuple[Sequence[int], EffectCurve, Sequence[Effe
     }
 
 
-def tested_steps(
-    testers: Mapping[int, Callable[[], StepTester]],
-    text: EncodedText,
-    chosen: Mapping[int, Sequence[Sequence[int]]],
-    config: TrackConfig,
-    on_step: Callable[[int, int], None],
-) -> tuple[dict[Key, StepTest], dict[Key, str]]:
-    """Test every step at every layer that is to be tested.
+def ablate_steps(
+    tester: StepTester, text: EncodedText, chosen: Sequence[Sequence[int]], on_step: Callable[[int, int], None]
+) -> tuple[dict[int, StepTest], dict[int, str]]:
+    """Test every step of a text.
 
     Args:
-      testers: place of the dictionary in the stack -> makes its tester.
+      tester: tests at a layer.
       text: what is followed.
-      chosen: place -> the features of each segment.
-      config: of the stage.
+      chosen: the features of each segment.
       on_step: called with the tests done and of all; may raise to stop.
 
     Returns:
-      What was found, and why others could not be tested.
+      The tests by segment, and why other steps could not be tested.
     """
-    total, done = len(testers) * len(text.steps), 0
-    effects: dict[Key, tuple[Sequence[int], EffectCurve, Sequence[EffectCurve]]] = {}
-    untested: dict[Key, str] = {}
-    on_step(0, total)
-    for place, make in testers.items():
-        tester = make()
-        for segment in range(text.first, len(text.segments)):
-            features = chosen[place][segment]
-            try:
-                if not features:
-                    raise UserError("no feature belongs to it")
-                effects[place, segment] = features, *tester.test(text.segments[segment], features)
-            except UserError as error:
-                # A step that cannot be tested should not end the text: the page says why.
-                untested[place, segment] = str(error)
-            done += 1
-            on_step(done, total)
-    return judged(effects), untested
+    effects: dict[int, Effects] = {}
+    untested: dict[int, str] = {}
+    on_step(0, len(text.steps))
+    for done, segment in enumerate(range(text.first, len(text.segments)), 1):
+        try:
+            if not chosen[segment]:
+                raise UserError("no feature belongs to it")
+            effects[segment] = chosen[segment], *tester.test(text.segments[segment], chosen[segment])
+        except UserError as error:
+            # A step that cannot be tested should not end the text: the page says why.
+            untested[segment] = str(error)
+        on_step(done, len(text.steps))
+    return judge_steps(effects), untested

@@ -15,12 +15,21 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.matching.transfer.activity import MIN_FIRINGS, Activity, encode, site_values
+from saejax.matching.transfer.activity import (
+    MIN_FIRINGS,
+    Activity,
+    ReadText,
+    aligned,
+    encode,
+    first_texts,
+    read_text,
+    site_values,
+)
 from saejax.matching.transfer.compared import Compared
 from saejax.matching.transfer.reconstruction import DictionaryOnText, evaluate_at_home, evaluate_at_other_site
 from saejax.matching.transfer.results import Rebuilt, ReconstructionTransfer
-from saejax.matching.transfer.text import ReadText, aligned, first_texts, read_text
 from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
 from saejax.models.source import resolve
@@ -29,6 +38,7 @@ from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
 from saejax.stages.transfer import TransferConfig
 from saejax.tasks import corpora
 
+SCORES, NULL, CEILING = "scores", "null", "ceiling"  # rows of two dictionaries, of chance, of one with itself
 _MIN_SHARED = 64  # tokens that two models must share in each half
 _VALUE_BYTES = 1 << 30  # values of sites that are in memory at once
 
@@ -139,111 +149,58 @@ def load_model_of(run: Run, each: Compared, mesh: Mesh) -> LanguageModel:
 class Reading:
     """Dictionaries on shared text: activities on the tokens that two models share, and maps between sites.
 
-    Args:
-      run: the run of the stage ``transfer``.
-      compared: the dictionaries.
-      mesh: the devices.
-      shared: the text.
+    In its methods ``first`` and ``second`` are numbers of dictionaries, and ``measures`` asks for the half of the text
+    that measures, not the one that chooses pairs and fits maps.
     """
 
     def __init__(self, run: Run, compared: Sequence[Compared], mesh: Mesh, shared: SharedText):
-        self._run, self._compared, self._mesh, self._shared = run, compared, mesh, shared
-        self._config = run.configs[TransferConfig]
+        self._config, self._compared, self._mesh, self._shared = run.configs[TransferConfig], compared, mesh, shared
         self._activity = functools.lru_cache(maxsize=3)(shared.activity)
-        self._tokens = functools.lru_cache(maxsize=8)(self._shared_tokens)
+        self._halves = functools.lru_cache(maxsize=8)(self._shared_tokens)
         self._home = functools.cache(self._evaluate_at_home)  # a few numbers for each dictionary
-        self._model = functools.lru_cache(maxsize=1)(lambda index: load_model_of(run, compared[index], mesh))
 
     def tokens(self, first: int, second: int) -> int:
-        """Return the number of tokens on which two dictionaries are compared.
-
-        Args:
-          first: number of a dictionary.
-          second: number of another.
-        """
-        return len(self._tokens(first, second)[0])
+        """Return the number of tokens on which two dictionaries are compared."""
+        return sum(len(first_N) for first_N, _ in self._halves(first, second))
 
     def compared_features(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the features of two dictionaries that fire often enough on both halves of the text, bool [F], [G].
-
-        Args:
-          first: number of a dictionary.
-          second: number of another.
-        """
-        halves = [self._half(first, second, measures) for measures in (False, True)]
+        """Return the features of two dictionaries that fire often enough on both halves of the text, bool [F], [G]."""
+        halves = self._halves(first, second)
         first_F, second_G = (
             np.all([self._activity(index).firings(half[side]) >= MIN_FIRINGS for half in halves], axis=0)
             for side, index in enumerate((first, second))
         )
         return first_F, second_G
 
-    def rows(self, first: int, second: int, null: bool, measures: bool) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, first: int, second: int, side: str, measures: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return the activity rows of two dictionaries on the tokens that both models share; see ``Activity.rows``.
 
-        Args:
-          first: number of a dictionary.
-          second: number of another, or of the same for the ceiling of a comparison.
-          null: shift the second's text by half, so that nothing is shared.
-          measures: use the half of the text that measures, not the one that chooses pairs.
+        Of the side ``NULL`` the second's text is shifted by half, so that nothing is shared; of ``CEILING`` both are
+        the first's, on the same tokens and features.
         """
-        first_N, second_N = self._half(first, second, measures)
-        # Shifted by half, every feature keeps its runs of firings, and no token meets itself.
-        second_N = np.roll(second_N, len(second_N) // 2) if null else second_N
+        first_N, second_N = self._halves(first, second)[measures]
         first_F, second_G = self.compared_features(first, second)
-        return self._activity(first).rows(first_N, first_F), self._activity(second).rows(second_N, second_G)
-
-    def ceiling_rows(self, first: int, second: int, measures: bool) -> np.ndarray:
-        """Return the first dictionary's rows alone, for matching it with itself on the same tokens and features.
-
-        Args:
-          first: number of a dictionary.
-          second: number of the dictionary that it is compared with.
-          measures: use the half of the text that measures, not the one that chooses pairs.
-        """
-        first_N, _ = self._half(first, second, measures)
-        return self._activity(first).rows(first_N, self.compared_features(first, second)[0])
-
-    def rate_matched(self, first: int, second: int, partner_F: np.ndarray) -> float | None:
-        """Return the mean correlation of features with others of their partners' firing rate; None without pairs.
-
-        Args:
-          first: number of a dictionary.
-          second: number of another.
-          partner_F: feature of the second paired with each feature of the first; -1: none.
-        """
-        paired = np.flatnonzero(partner_F >= 0)
-        if not len(paired):
-            return None
-        first_N, second_N = self._half(first, second, True)
-        other_M = self._activity(second).rate_matched(partner_F[paired])
-        # All features: those of a similar rate need not fire often enough to be compared themselves.
-        everything = [np.ones(self._activity(index).f_NxF.shape[1], bool) for index in (first, second)]
-        first_FxN = self._activity(first).rows(first_N, everything[0])
-        second_GxN = self._activity(second).rows(second_N, everything[1])
-        return float(np.einsum("mn,mn->m", first_FxN[paired], second_GxN[other_M]).mean(dtype=np.float64))
+        first_FxN = self._activity(first).rows(first_N, first_F)
+        if side == CEILING:
+            return first_FxN, first_FxN
+        # Shifted by half, every feature keeps its runs of firings, and no token meets itself.
+        second_N = np.roll(second_N, len(second_N) // 2) if side == NULL else second_N
+        return first_FxN, self._activity(second).rows(second_N, second_G)
 
     def transfers(self, first: int, second: int) -> dict[str, ReconstructionTransfer]:
-        """Return each of two SAEs evaluated at the other's site; nothing for transcoders.
-
-        Args:
-          first: number of a dictionary.
-          second: number of another.
-        """
+        """Return each of two SAEs evaluated at the other's site; nothing for transcoders."""
         pair = (first, second)
         if any(self._compared[index].config.target for index in pair):
             return {}
-        fits, measures = (self._half(first, second, half) for half in (False, True))
-        on_text = {
-            index: DictionaryOnText(
-                self._load(index),
-                np.asarray(self._shared.values(self._compared[index])[fits[side]]),
-                np.asarray(self._shared.values(self._compared[index])[measures[side]]),
+        halves = self._halves(first, second)
+        on_text = {}
+        for side, index in enumerate(pair):
+            values_NxD = self._shared.values(self._compared[index])
+            on_text[index] = DictionaryOnText(
+                self._load(index), *(np.asarray(values_NxD[half[side]]) for half in halves)
             )
-            for side, index in enumerate(pair)
-        }
-        transfers = {}
-        for name, moved, native in (("onto_second", first, second), ("onto_first", second, first)):
-            transfers[name] = evaluate_at_other_site(
+        return {
+            name: evaluate_at_other_site(
                 on_text[moved],
                 on_text[native],
                 self._home(native),
@@ -251,9 +208,10 @@ class Reading:
                 self._config.batch_tokens,
                 [self._config.seed, moved],
             )
-        return transfers
+            for name, moved, native in (("onto_second", first, second), ("onto_first", second, first))
+        }
 
-    def _load(self, index: int):
+    def _load(self, index: int) -> Dictionary:
         each = self._compared[index]
         return each.dictionary.with_sink_norms(lambda site: self._shared.sink_norms[each.fingerprint, site])
 
@@ -265,23 +223,19 @@ class Reading:
         at_home = DictionaryOnText(self._load(index), np.asarray(values_NxD[fit]), np.asarray(values_NxD[measure]))
         return evaluate_at_home(at_home, self._mesh, self._config.batch_tokens)
 
-    def _shared_tokens(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens at which both dictionaries apply, among the tokens of each model."""
+    def _shared_tokens(self, first: int, second: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the tokens at which both dictionaries apply, among those of each model: a pair for each half."""
         left, right = self._compared[first], self._compared[second]
         first_N, second_N = aligned(self._shared.reads[left.fingerprint], self._shared.reads[right.fingerprint])
         # Neither dictionary reads its model's attention sinks, which may be at other tokens in the other model.
         real = self._activity(first).real_N[first_N] & self._activity(second).real_N[second_N]
+        first_N, second_N = first_N[real], second_N[real]
         # Halves of whole texts: tokens of a text resemble each other, so halves of its tokens would not be independent.
-        odd = self._shared.reads[left.fingerprint].text_N[first_N[real]] % 2
-        if min((odd == 0).sum(), (odd == 1).sum()) < _MIN_SHARED:
+        odd_N = self._shared.reads[left.fingerprint].text_N[first_N] % 2 == 1
+        if min(odd_N.sum(), (~odd_N).sum()) < _MIN_SHARED:
             raise UserError(
                 f"{left.name} and {right.name} share {real.sum()} tokens of {self._config.tokens} asked for, in halves "
                 f"of whole texts: expected {_MIN_SHARED} in each; raise --transfer.tokens, or name another "
                 "--corpus.path"
             )
-        return first_N[real], second_N[real]
-
-    def _half(self, first: int, second: int, measures: bool) -> tuple[np.ndarray, np.ndarray]:
-        first_N, second_N = self._tokens(first, second)
-        half = self._shared.reads[self._compared[first].fingerprint].text_N[first_N] % 2 == measures
-        return first_N[half], second_N[half]
+        return [(first_N[half], second_N[half]) for half in (~odd_N, odd_N)]

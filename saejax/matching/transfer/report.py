@@ -89,15 +89,6 @@ def _pairs_table(pairs: Sequence[ComparedPair]) -> Table:
         "with the largest sum (PW-MCC). Ceiling: the share of features that the first dictionary shares with itself on "
         "the same tokens."
     )
-    rates = [pair.measures["activity"].rate_matched for pair in pairs if "activity" in pair.measures]
-    if rates:
-        note += (
-            " With each partner replaced by a feature of the same firing rate, the mean correlation of pairs is "
-            f"{', '.join(number(rate) for rate in rates)}."
-        )
-    agreeing = [percent(pair.agreeing) for pair in pairs if pair.agreeing is not None]
-    if agreeing:
-        note += f" Decoder and encoder rows give the same partner to {', '.join(agreeing)} of the features."
     return Table("Pairs of dictionaries", columns, tuple(rows), note=note)
 
 
@@ -165,12 +156,13 @@ def _shares_table(results: TransferResults) -> Table:
     columns = {
         "Dictionary": lambda share: _short(share.name),
         "Features": lambda share: f"{features[share.name]:,}",
+        "By": lambda share: _MEASURES[share.measure],
         "Shared with every other": lambda share: f"{_percents(share.everywhere)}; {percent(share.everywhere_null, 1)}",
         "Shared with at least one": lambda share: f"{_percents(share.somewhere)}; {percent(share.somewhere_null, 1)}",
         "Shared with none": lambda share: _percents(share.nowhere),
     }
     rows = [(share,) for share in results.shares]
-    return Table.of("Shared features", rows, columns, note="After the semicolon, the null.")
+    return Table.of("Shared features", rows, columns, words={"By"}, note="After the semicolon, the null.")
 
 
 def _percents(value: Interval) -> str:
@@ -181,7 +173,8 @@ def _chains(results: TransferResults) -> list[Block]:
     blocks: list[Block] = []
     for chains in results.chains:
         lengths = sorted({*chains.lengths, *chains.lengths_null})
-        title = f"Chains of shared features, {_short(chains.dictionaries[0])} to {_short(chains.dictionaries[-1])}"
+        ends = f"{_short(chains.dictionaries[0])} to {_short(chains.dictionaries[-1])}"
+        title = f"Chains of features shared by {_MEASURES[chains.measure]}, {ends}"
         if not lengths:
             blocks.append(Text(f"{title}: there are none."))
             continue

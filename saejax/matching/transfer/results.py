@@ -43,9 +43,6 @@ class ComparedRows:
     left_out: tuple[int, int]  #: features not compared, of the first and of the second
     #: for activity: `shared` of the first dictionary matched with itself on the same tokens, the most there can be
     ceiling: float | None = None
-    #: for activity: mean correlation with each partner replaced by the feature of the most similar firing rate; None:
-    #: no feature has a partner
-    rate_matched: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +82,6 @@ class ComparedPair:
     first: str  #: name
     second: str  #: name
     measures: Mapping[str, ComparedRows]  #: by measure: decoder, encoder, activity
-    agreeing: float | None = None  #: share of the pairs by decoder that the assignment by encoder has, too
     tokens: int | None = None  #: tokens on which activity was compared
     onto_second: ReconstructionTransfer | None = None  #: the first dictionary at the second's site
     onto_first: ReconstructionTransfer | None = None  #: the second at the first's
@@ -96,6 +92,7 @@ class FeatureShares:
     """Shares of a dictionary's features that are shared with others."""
 
     name: str  #: of the dictionary
+    measure: str  #: by which: the first asked for that applies to all of its pairs
     everywhere: Interval  #: shared with every compared dictionary; Wilson's interval, as for the others
     somewhere: Interval  #: shared with at least one
     nowhere: Interval  #: shared with none
@@ -118,6 +115,7 @@ class Chains:
     """Chains of shared features through the layers of a model."""
 
     dictionaries: tuple[str, ...]  #: in the order of their layers
+    measure: str  #: by which: the first asked for that applies to all successive layers
     lengths: Mapping[int, int]  #: number of dictionaries of a chain, at least 2 -> number of chains
     lengths_null: Mapping[int, int]  #: the same under the null
     longest: tuple[Chain, ...]  #: longest first; all are in `chains.parquet`

@@ -7,16 +7,17 @@
    site if asked for (``reconstruction``).
 4. Shares and chains follow from the pairs of features (``summary``).
 
-Dictionaries are loaded when they are used; rows are kept in a cache of limited size.
+Dictionaries are loaded when they are used, and the rows of a few are kept: memory does not grow with their number.
 
 Written for the first dictionary of each pair: ``<part>.json``, the figures of its pairs, and
 ``<part>-<measure>.parquet``, the pairs of features; then ``pairs.csv`` and ``chains.parquet``.
 """
 
-import collections
+import dataclasses
+import functools
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.stats import norm
@@ -24,9 +25,8 @@ from scipy.stats import norm
 from saejax.errors import UserError
 from saejax.matching.match import Matched, match
 from saejax.matching.rows import independent_rows, weight_rows
-from saejax.matching.transfer.chains import SHARED
 from saejax.matching.transfer.compared import Compared, load_compared, measures_of, same_model
-from saejax.matching.transfer.reading import Reading, read_shared_text
+from saejax.matching.transfer.reading import CEILING, NULL, SCORES, Reading, read_shared_text
 from saejax.matching.transfer.reconstruction import ROWS_PER_DIMENSION, has_few_rows
 from saejax.matching.transfer.results import (
     ComparedPair,
@@ -35,7 +35,7 @@ from saejax.matching.transfer.results import (
     ReconstructionTransfer,
     TransferResults,
 )
-from saejax.matching.transfer.summary import FeaturePairs, Pair, summarize
+from saejax.matching.transfer.summary import SHARED, FeaturePairs, Pair, summarize
 from saejax.parallel.mesh import make_mesh
 from saejax.results import Interval
 from saejax.runner.parts import Measure, Measured, OnProgress, each_part, part_file
@@ -49,8 +49,7 @@ CLOSE = 0.9
 _FLAG = "--transfer.dictionaries"
 _ROW_BYTES = 1 << 30  # rows of dictionaries kept in memory
 _Z = float(norm.ppf(0.975))
-_SCORES, _NULL, _CEILING = "scores", "null", "ceiling"
-Key = tuple[str, int, str]  # measure, number of the second dictionary, one of the three above
+Key = tuple[int, str, str]  # number of the second dictionary, measure, side
 
 
 def run_transfer(run: Run) -> TransferResults:
@@ -102,48 +101,20 @@ def select_pairs(compared: Sequence[Compared], between: int, seed: int) -> list[
     return pairs
 
 
-class RowCache:
-    """Rows by key, the least recently used dropped when they exceed a number of bytes."""
-
-    def __init__(self, limit: int = _ROW_BYTES):
-        self._limit, self._rows = limit, collections.OrderedDict[tuple, np.ndarray]()
-
-    def get(self, key: tuple, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return the rows of a key, made if they are not kept."""
-        if key not in self._rows:
-            self._rows[key] = make()
-        self._rows.move_to_end(key)
-        # The rows asked for stay, however large.
-        while len(self._rows) > 1 and sum(rows.nbytes for rows in self._rows.values()) > self._limit:
-            self._rows.popitem(last=False)
-        return self._rows[key]
-
-
 class Comparison:
-    """Compares dictionaries.
-
-    Args:
-      run: the run.
-      compared: the dictionaries.
-      wanted: numbers of the pairs to compare.
-    """
+    """Compares dictionaries, which its methods name by their numbers."""
 
     def __init__(self, run: Run, compared: Sequence[Compared], wanted: Sequence[Pair]):
         self._run, self._config, self._compared = run, run.configs[TransferConfig], compared
-        self._mesh, self._wanted, self._cache = make_mesh(run.configs[MeshConfig]), wanted, RowCache()
+        self._mesh, self._wanted = make_mesh(run.configs[MeshConfig]), wanted
         self._live = [each.live(run.folder.parent) for each in compared]
+        largest = max(4 * each.config.n_features * each.config.d_in for each in compared)
+        # At least both rows of a pair and the second's null.
+        self._weights = functools.lru_cache(maxsize=max(4, _ROW_BYTES // largest))(self._make_weights)
         self._reading = None
         if "activity" in self._config.measures or self._config.reconstruction:
-            text = read_shared_text(
-                run,
-                compared,
-                self._mesh,
-                self._config.tokens,
-                self._config.batch_tokens,
-                self._config.seed,
-                keep_values=self._config.reconstruction,
-            )
-            self._reading = Reading(run, compared, self._mesh, text)
+            settings = self._config.tokens, self._config.batch_tokens, self._config.seed, self._config.reconstruction
+            self._reading = Reading(run, compared, self._mesh, read_shared_text(run, compared, self._mesh, *settings))
 
     def measure(self, part: str, first: int, on_progress: OnProgress) -> Measured:
         """Compare a dictionary with all later ones that are wanted, and write the pairs of features of a part.
@@ -158,127 +129,93 @@ class Comparison:
             for index, second in self._wanted
             if index == first
         }
-        total = sum(len(self._sides(measure)) for some in measures.values() for measure in some)
-        matched_by_key: dict[Key, Matched] = {}
-        on_progress(0, total)
-        for key, matched in match(self._problems(first, measures), self._mesh):
-            # An assignment picks what correlates by chance, too: its correlations are measured on text that did not
-            # pick.
-            matched_by_key[key] = self._with_measured_values(first, key, matched)
-            on_progress(len(matched_by_key), total)
-        tables: dict[str, list[FeaturePairs]] = {}
-        pairs = []
-        for second, names in measures.items():
-            for name in names:
-                table = _table(second, matched_by_key[name, second, _SCORES], matched_by_key[name, second, _NULL])
-                tables.setdefault(name, []).append(table)
-            pairs.append(self._pair(first, second, names, matched_by_key))
-        for name, some in tables.items():
-            columns = {column: np.concatenate([table.columns[column] for table in some]) for column in some[0].columns}
-            FeaturePairs(**columns).save(part_file(self._run, part, f"-{name}.parquet"))
-        return Measured(tuple(pairs), _line(self._compared[first], pairs))
+        keys = [(second, name, side) for second, names in measures.items() for name in names for side in _sides(name)]
+        problems = ((key, *self._rows(first, key, measures=False)) for key in keys)
+        matched: dict[int, dict[tuple[str, str], Matched]] = {second: {} for second in measures}
+        pairs: dict[int, ComparedPair] = {}
+        tables: dict[str, dict[int, FeaturePairs]] = {}
+        on_progress(0, len(keys))
+        for done, (key, assignment) in enumerate(match(problems, self._mesh), 1):
+            second, name, side = key
+            matched[second][name, side] = self._with_measured_values(first, key, assignment)
+            if len(matched[second]) == sum(len(_sides(measure)) for measure in measures[second]):
+                by_side = matched.pop(second)  # only figures and partners are kept of a finished pair
+                pairs[second] = self._pair(first, second, measures[second], by_side)
+                for measure in measures[second]:
+                    of_pair = FeaturePairs.of(second, by_side[measure, SCORES], by_side[measure, NULL])
+                    tables.setdefault(measure, {})[second] = of_pair
+            on_progress(done, len(keys))
+        for name, by_second in tables.items():
+            ordered = [by_second[second] for second in measures if second in by_second]
+            FeaturePairs.joined(ordered).save(part_file(self._run, part, f"-{name}.parquet"))
+        in_order = tuple(pairs[second] for second in measures)
+        return Measured(in_order, _line(self._compared[first], in_order))
 
-    def _sides(self, measure: str) -> tuple[str, ...]:
-        return (_SCORES, _NULL, _CEILING) if measure == "activity" else (_SCORES, _NULL)
-
-    def _problems(
-        self, first: int, measures: Mapping[int, Sequence[str]]
-    ) -> Iterator[tuple[Key, np.ndarray, np.ndarray]]:
-        """Yield the rows to match, a few at a time."""
-        for second, names in measures.items():
-            for name in names:
-                for side in self._sides(name):
-                    yield (name, second, side), *self._rows(first, name, second, side, measures=False)
-
-    def _rows(self, first: int, name: str, second: int, side: str, measures: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _rows(self, first: int, key: Key, measures: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of both dictionaries; those of features that are not compared are 0."""
+        second, name, side = key
         if name == "activity":
             assert self._reading
-            if side == _CEILING:
-                rows = self._reading.ceiling_rows(first, second, measures)
-                return rows, rows
-            return self._reading.rows(first, second, side == _NULL, measures)
-        return self._weights(name, first, False), self._weights(name, second, side == _NULL)
+            return self._reading.rows(first, second, side, measures)
+        return self._weights(name, first, False), self._weights(name, second, side == NULL)
 
-    def _weights(self, name: str, index: int, null: bool) -> np.ndarray:
+    def _make_weights(self, name: str, index: int, null: bool) -> np.ndarray:
         if null:
             # By the dictionary's number, so that a continued run draws the same null.
-            seed = [self._config.seed, index]
-            return self._cache.get(
-                (name, index, True), lambda: independent_rows(self._weights(name, index, False), seed)
-            )
-
-        def make() -> np.ndarray:
-            rows_FxD = weight_rows(name, self._compared[index].dictionary)
-            live_F = self._live[index]
-            # A feature that never fires means nothing: a pair with its direction would still count as shared.
-            return rows_FxD if live_F is None else np.where(live_F[:, None], rows_FxD, np.float32(0))
-
-        return self._cache.get((name, index, False), make)
+            return independent_rows(self._weights(name, index, False), [self._config.seed, index])
+        rows_FxD, live_F = weight_rows(name, self._compared[index].dictionary), self._live[index]
+        # A feature that never fires means nothing: a pair with its direction would still count as shared.
+        return rows_FxD if live_F is None else np.where(live_F[:, None], rows_FxD, np.float32(0))
 
     def _with_measured_values(self, first: int, key: Key, matched: Matched) -> Matched:
-        """Return the assignment with correlations on the half of the text that did not choose the pairs."""
-        name, second, side = key
-        if name != "activity":
+        """Return the assignment with correlations on the half of the text that did not choose the pairs.
+
+        An assignment picks what correlates by chance, too.
+        """
+        if key[1] != "activity":
             return matched
-        first_FxN, second_GxN = self._rows(first, name, second, side, measures=True)
+        first_FxN, second_GxN = self._rows(first, key, measures=True)
         paired = np.flatnonzero(matched.partner_F >= 0)
         value_F = np.full(len(matched.partner_F), np.nan)
         value_F[paired] = np.einsum("fd,fd->f", first_FxN[paired], second_GxN[matched.partner_F[paired]])
-        return matched.with_values(value_F)
+        return dataclasses.replace(matched, value_F=value_F)
 
-    def _compared_features(self, name: str, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return which features of both are compared by a measure, bool [F], [G]."""
-        if name == "activity":
-            assert self._reading
-            return self._reading.compared_features(first, second)
-        rows = self._weights(name, first, False), self._weights(name, second, False)
-        return np.any(rows[0], axis=1), np.any(rows[1], axis=1)
-
-    def _pair(self, first: int, second: int, names: Sequence[str], matched: Mapping[Key, Matched]) -> ComparedPair:
+    def _pair(
+        self, first: int, second: int, names: Sequence[str], matched: Mapping[tuple[str, str], Matched]
+    ) -> ComparedPair:
         """Return the results of two dictionaries."""
         measures = {}
         for name in names:
-            features = self._compared_features(name, first, second)
-            ceiling = rate_matched = None
-            if name == "activity" and self._reading:
-                itself = score(matched[name, second, _CEILING], (features[0], features[0]))
-                ceiling = itself.shared.mean
-                rate_matched = self._reading.rate_matched(first, second, matched[name, second, _SCORES].partner_F)
+            features: tuple[np.ndarray, ...]
+            ceiling = None
+            if name == "activity":
+                assert self._reading
+                features = self._reading.compared_features(first, second)
+                ceiling = score(matched[name, CEILING], (features[0], features[0])).shared.mean
+            else:
+                features = tuple(np.any(self._weights(name, index, False), axis=1) for index in (first, second))
             measures[name] = ComparedRows(
-                score(matched[name, second, _SCORES], features),
-                score(matched[name, second, _NULL], features),
-                compared=tuple(int(some.sum()) for some in features),  # type: ignore[arg-type]
-                left_out=tuple(int((~some).sum()) for some in features),  # type: ignore[arg-type]
+                score(matched[name, SCORES], features),
+                score(matched[name, NULL], features),
+                compared=(int(features[0].sum()), int(features[1].sum())),
+                left_out=(int((~features[0]).sum()), int((~features[1]).sum())),
                 ceiling=ceiling,
-                rate_matched=rate_matched,
             )
-        agreeing = None
-        if "decoder" in names and "encoder" in names:
-            # Two assignments that know nothing of each other agree on pairs that are more than chance.
-            by_decoder_F, by_encoder_F = (matched[name, second, _SCORES].partner_F for name in ("decoder", "encoder"))
-            paired = by_decoder_F >= 0
-            agreeing = float((by_decoder_F == by_encoder_F)[paired].mean()) if paired.any() else None
         transfers: dict[str, ReconstructionTransfer] = {}
         if self._config.reconstruction and self._reading:
             transfers = self._reading.transfers(first, second)
             self._warn(first, second, transfers)
+        tokens = self._reading.tokens(first, second) if self._reading else None
         return ComparedPair(
-            self._compared[first].name,
-            self._compared[second].name,
-            measures,
-            agreeing=agreeing,
-            tokens=self._reading.tokens(first, second) if self._reading else None,
-            **transfers,
+            self._compared[first].name, self._compared[second].name, measures, tokens=tokens, **transfers
         )
 
     def _warn(self, first: int, second: int, transfers: Mapping[str, ReconstructionTransfer]) -> None:
         """Log maps that were fitted on too few rows, with what they explain of held-out rows."""
-        for name, moved, native in (("onto_second", first, second), ("onto_first", second, first)):
-            if name not in transfers:
-                continue
-            maps = ((native, transfers[name].into), (moved, transfers[name].back))
-            for source, fitted in maps:
+        moved_and_native = dict(onto_second=(first, second), onto_first=(second, first))
+        for name, transfer in transfers.items():
+            moved, native = moved_and_native[name]
+            for source, fitted in ((native, transfer.into), (moved, transfer.back)):
                 width = self._compared[source].config.d_in
                 if has_few_rows(width, fitted.rows):
                     self._run.say(
@@ -288,7 +225,11 @@ class Comparison:
                     )
 
 
-def score(matched: Matched, features: tuple[np.ndarray, np.ndarray]) -> MatchScores:
+def _sides(measure: str) -> tuple[str, ...]:
+    return (SCORES, NULL, CEILING) if measure == "activity" else (SCORES, NULL)
+
+
+def score(matched: Matched, features: tuple[np.ndarray, ...]) -> MatchScores:
     """Return the figures of an assignment over the compared features; unassigned ones count as pairs of value 0.
 
     Args:
@@ -325,18 +266,6 @@ def _share(is_N: np.ndarray) -> Interval:
     return wilson(is_N) if len(is_N) else Interval(0.0, 0.0, 0.0)
 
 
-def _table(second: int, matched: Matched, null: Matched) -> FeaturePairs:
-    features = len(matched.partner_F)
-    return FeaturePairs(
-        np.full(features, second, np.int32),
-        np.arange(features, dtype=np.int32),
-        matched.partner_F.astype(np.int32),
-        matched.value_F.astype(np.float32),
-        null.partner_F.astype(np.int32),
-        null.value_F.astype(np.float32),
-    )
-
-
 def _line(first: Compared, pairs: Sequence[ComparedPair]) -> str:
     """Return the figures of a dictionary's pairs as a log line."""
     if not pairs:
@@ -344,9 +273,10 @@ def _line(first: Compared, pairs: Sequence[ComparedPair]) -> str:
     main = [next(iter(pair.measures.values())) for pair in pairs]
     most = max(range(len(pairs)), key=lambda i: main[i].scores.shared.mean)
     line = (
-        f"{first.name}, {len(pairs)} pairs: shares most with {pairs[most].second}, "
-        f"{main[most].scores.shared.mean:.1%} of the pairs of features (null {main[most].null.shared.mean:.1%}), mean "
-        f"{main[most].scores.matched.mean:.3f} ({main[most].null.matched.mean:.3f})"
+        f"{first.name}, {len(pairs)} pairs: by {next(iter(pairs[most].measures))}, shares most with "
+        f"{pairs[most].second}, {main[most].scores.shared.mean:.1%} of the pairs of features (null "
+        f"{main[most].null.shared.mean:.1%}), mean {main[most].scores.matched.mean:.3f} "
+        f"({main[most].null.matched.mean:.3f})"
     )
     moved = [transfer for pair in pairs for transfer in (pair.onto_second, pair.onto_first) if transfer]
     if moved:

@@ -28,10 +28,10 @@ function makeGrid(text, choose) {
   });
   const shares = {
     strength: (l, t) => Math.abs(text.cells[l][t][1] || 0) / largest[l],
-    answer: (l, t, lens) => text.readings[lens].answer[l][t],
-    agrees: (l, t, lens) => 1 / (1 + text.readings[lens].kl[l][t]),
+    answer: (l, t) => text.reading.answer[l][t],
+    agrees: (l, t) => 1 / (1 + text.reading.kl[l][t]),
   };
-  let at = null, way = null, colour = ['strength', 'logit'];
+  let at = null, way = null, colour = 'strength';
 
   function draw() {
     const scale = devicePixelRatio || 1, style = getComputedStyle(document.documentElement);
@@ -46,7 +46,7 @@ function makeGrid(text, choose) {
     pen.fillStyle = ink('--cell');
     for (let l = 0; l < layers; l++) {
       for (let t = 0; t < tokens; t++) {
-        pen.globalAlpha = (way ? 0.35 : 1) * Math.min(1, shares[colour[0]](l, t, colour[1]));
+        pen.globalAlpha = (way ? 0.35 : 1) * Math.min(1, shares[colour](l, t));
         pen.fillRect(...corner(l, t), WIDE - 1, HIGH - 1);
       }
     }
@@ -97,7 +97,7 @@ function makeGrid(text, choose) {
   return {
     element: make('div', {class: 'grid'}, sites, scroll), scroll, draw, select,
     follow: (found) => { way = found; draw(); },
-    paint: (name, lens) => { colour = [name, lens]; draw(); },
+    paint: (name) => { colour = name; draw(); },
     at: () => at,
   };
 }

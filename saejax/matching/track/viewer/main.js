@@ -26,15 +26,13 @@ function show(text) {
   });
   panel.addEventListener('keydown', (event) => { if (event.key === 'Escape') end(); });
   grids.push(grid);
-  const links = text.link_kind === 'attribution' ? 'edges of the attribution graph'
-    : 'by the similarity of their directions' +
-      (text.same_number > text.links.length / 2 ? '; most join features of the same number: the dictionaries were trained from one initialisation, so these links mean nothing' : '');
+  const same = text.same_number > text.links.length / 2
+    ? '; most join features of the same number: the dictionaries were trained from one initialisation, so these links mean nothing' : '';
   const about = `${number(text.tokens.length, 9)} tokens, ${text.layers.length} layers with dictionaries (${text.layers[0].name} and on), ` +
-    `${number(text.links.length, 9)} links between shown features (${text.link_kind}: ${links}).`;
+    `${number(text.links.length, 9)} links between shown features, by the similarity of their directions${same}.`;
   const chooser = make('select', {'aria-label': 'Layer whose features are listed'});
   text.layers.forEach((one, l) => chooser.append(make('option', {value: l}, one.site)));
-  const tested = Object.keys(text.steps[text.steps.length - 1].only_here)[0];
-  chooser.value = Math.max(0, text.layers.findIndex((one) => one.site === tested));
+  chooser.value = Math.max(0, text.layers.findIndex((one) => one.site === text.tested));
   const table = make('div');
   const steps = () => {
     const layer = Number(chooser.value);
@@ -58,11 +56,9 @@ function show(text) {
 
 document.getElementById('about').textContent = `Model ${data.model}. Layers by positions; the strip below has the tokens, and a line where a step begins.`;
 const colour = document.getElementById('colour');
-const lenses = Object.keys(data.texts[0].readings);
-const choices = [['strength:logit', 'strongest feature'],
-  ...lenses.flatMap((lens) => [[`answer:${lens}`, `${lens} lens: probability of the answer`], [`agrees:${lens}`, `${lens} lens: agreement with the model`]])];
+const choices = [['strength', 'strongest feature'], ['answer', 'logit lens: probability of the answer'], ['agrees', 'logit lens: agreement with the model']];
 for (const [value, says] of choices) colour.append(make('option', {value}, says));
-colour.addEventListener('change', () => { for (const grid of grids) grid.paint(...colour.value.split(':')); });
+colour.addEventListener('change', () => { for (const grid of grids) grid.paint(colour.value); });
 data.texts.forEach(show);
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => { for (const grid of grids) grid.draw(); });
 document.body.dataset.ready = 'true';

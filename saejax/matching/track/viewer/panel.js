@@ -5,13 +5,11 @@ const nameOf = (text, l, f) => {
   return label ? `${f} ${visible(label)}` : `${f}`;
 };
 
-function lensLines(text, l, t) {
-  return Object.entries(text.readings).map(([lens, reading]) => {
-    const top = reading.top_tokens[l][t], words = [];
-    for (let i = 0; i < top.length; i += 2) words.push(token(text.texts[top[i]]), ` ${number(top[i + 1], 2)} `);
-    return make('p', {}, `${lens} lens: `, ...words,
-      make('small', {}, `KL divergence from the model ${number(reading.kl[l][t], 2)}, on a rotated stream ${number(reading.control_kl[l][t], 2)}`));
-  });
+function lensLine(text, l, t) {
+  const reading = text.reading, top = reading.top_tokens[l][t], words = [];
+  for (let i = 0; i < top.length; i += 2) words.push(token(text.texts[top[i]]), ` ${number(top[i + 1], 2)} `);
+  return make('p', {}, 'logit lens: ', ...words,
+    make('small', {}, `KL divergence from the model ${number(reading.kl[l][t], 2)}, on a rotated stream ${number(reading.control_kl[l][t], 2)}`));
 }
 
 function cellPanel(text, l, t, follow) {
@@ -25,7 +23,7 @@ function cellPanel(text, l, t, follow) {
     rows.push(make('li', {}, button, bar, `${number(cell[i + 1])} (${percent(Math.abs(cell[i + 1]) / text.layers[l].peaks[cell[i]])} of its maximum here)`, ...(page ? [make('a', {href: `${page}${cell[i]}`}, 'atlas')] : [])));
   }
   const none = make('p', {class: 'note'}, 'No feature is active here, or the token is an attention sink, where dictionaries are not applied.');
-  return [make('h3', {}, `${text.layers[l].site}, position ${t} `, token(text.tokens[t])), ...lensLines(text, l, t),
+  return [make('h3', {}, `${text.layers[l].site}, position ${t} `, token(text.tokens[t])), lensLine(text, l, t),
     rows.length ? make('ul', {}, ...rows) : none];
 }
 
@@ -41,7 +39,7 @@ function wayPanel(text, node, way, select, end) {
   const items = nodes.map((one) => {
     const button = make('button', {type: 'button', 'aria-pressed': String(one.join() === node.join())}, nameOf(text, one[0], one[2]));
     button.addEventListener('click', () => select(one));
-    const from = (into.get(one.join()) || []).map((link) => `${nameOf(text, link[0], link[2])} (${text.link_kind} ${number(link[6])})`);
+    const from = (into.get(one.join()) || []).map((link) => `${nameOf(text, link[0], link[2])} (${number(link[6])})`);
     return make('li', {}, make('small', {}, `${text.layers[one[0]].site} at ${one[1]}`), button,
       make('small', {}, from.length ? `from ${from.join(', ')}` : ''));
   });
@@ -61,18 +59,15 @@ function answerCurve(text) {
     return element;
   };
   const wide = 420, high = 130, left = 34, down = 18;
-  const layers = text.lenses.logit.answer.length;
+  const lens = text.lens, layers = lens.answer.length;
   const x = (i) => left + (wide - left - 6) * (layers > 1 ? i / (layers - 1) : 0.5), y = (p) => 6 + (high - down - 6) * (1 - p);
   const path = (values) => values.map((p, i) => `${i ? 'L' : 'M'}${x(i).toFixed(1)} ${y(p).toFixed(1)}`).join('');
-  const lines = Object.entries(text.lenses).flatMap(([name, one]) => [
-    svg('path', {class: name, d: path(one.answer)}), svg('path', {class: `${name} control`, d: path(one.control)})]);
+  const lines = [svg('path', {class: 'logit', d: path(lens.answer)}), svg('path', {class: 'logit control', d: path(lens.control)})];
   const axis = [0, 0.5, 1].flatMap((p) => [svg('line', {x1: left, x2: wide - 6, y1: y(p), y2: y(p)}), svg('text', {x: 4, y: y(p) + 4}, `${p}`)]);
   const ends = [svg('text', {x: left, y: high - 4}, 'layer 0'), svg('text', {x: wide - 6, y: high - 4, 'text-anchor': 'end'}, `layer ${layers - 1}`)];
-  const last = text.lenses.logit;
-  const says = Object.keys(text.lenses).map((name) => `${name} lens`).join(' and ');
   return [make('h3', {}, 'Probability of ', token(text.answer), ` after position ${text.position}, by layer`),
     svg('svg', {viewBox: `0 0 ${wide} ${high}`, width: wide, height: high, role: 'img', 'aria-label': 'Probability of the answer by layer'}, ...axis, ...ends, ...lines),
-    make('p', {class: 'note'}, `${says}; dashed: on randomly rotated streams. At the last layer ${number(last.answer[layers - 1])}; ${number(last.rank[layers - 1], 9)} tokens are more likely.`)];
+    make('p', {class: 'note'}, `Logit lens; dashed: on randomly rotated streams. At the last layer ${number(lens.answer[layers - 1])}; ${number(lens.rank[layers - 1], 9)} tokens are more likely.`)];
 }
 
 // The measured chains: each feature of a chain, what is lost of it without the one below, and the answer.
@@ -92,26 +87,20 @@ function chainsTable(text) {
 }
 
 function stepsTable(text, layer, follow) {
-  const heads = ['', 'Text', 'Its features', 'Carried over to steps (number)', 'Back in steps', 'Effect of ablating them'];
-  const name = (s) => text.steps[s].name;
+  const heads = ['', 'Text', 'Its features', 'Effect of ablating them'];
   const rows = text.steps.map((step, s) => {
-    const chips = text.belongs[layer][s].slice(0, 6).map((one) => {
+    const chips = text.belongs[layer][s].map((one) => {
       const button = make('button', {type: 'button'}, nameOf(text, layer, one.feature));
       button.title = `mean ${one.mean.toPrecision(3)}, ${one.contrast.toPrecision(3)} above its mean elsewhere`;
       button.addEventListener('click', () => follow(layer, step, one.feature));
       return button;
     });
-    const later = (which) => [...new Set(text.belongs[layer][s].flatMap((one) => one[which]))].sort((a, b) => a - b)
-      .map((other) => `${name(other).replace('step ', '')} (${text.belongs[layer][s].filter((one) => one[which].includes(other)).length})`).join(', ');
-    const tests = Object.entries(step.tests).map(([site, test]) => make('p', {},
-      make('span', test.hurt === 'yes' ? {class: 'yes'} : {}, test.hurt),
-      ` at ${site}: ${number(test.drop, 2)} nats per token; at equal dose ${number(test.equal_drop, 2)}, random sets ${number(test.random_drop, 2)}; p ${number(test.p_holm, 2)}; ${test.sets} random sets, ${test.needed} needed`));
-    const not = Object.entries(step.untested).map(([site, why]) => make('p', {class: 'note'}, `not tested at ${site}: ${why}`));
-    const alone = Object.entries(step.only_here).map(([site, [own, shifted]]) =>
-      make('p', {class: 'note'}, `${number(own, 9)} features of ${site} fire only here; ${number(shifted, 3)} with shifted boundaries`));
-    const cells = [[step.name], [visible(step.text)], [make('div', {class: 'chips'}, ...chips), ...alone],
-      [later('carries') || '–'], [later('returns') || '–'], tests.length + not.length ? [...tests, ...not] : ['–']];
-    return make('tr', {}, ...cells.map((inside, i) => make('td', {'data-head': heads[i]}, make('div', {}, ...inside))));
+    const test = step.test;
+    const effect = test ? make('p', {}, make('span', test.hurt === 'yes' ? {class: 'yes'} : {}, test.hurt),
+      ` at ${text.tested}: ${number(test.drop, 2)} nats per token; at equal dose ${number(test.equal_drop, 2)}, random sets ${number(test.random_drop, 2)}; p ${number(test.p_holm, 2)}; ${test.sets} random sets, ${test.needed} needed`)
+      : step.untested ? make('p', {class: 'note'}, `not tested at ${text.tested}: ${step.untested}`) : '\u2013';
+    const cells = [step.name, visible(step.text), make('div', {class: 'chips'}, ...chips), effect];
+    return make('tr', {}, ...cells.map((inside, i) => make('td', {'data-head': heads[i]}, make('div', {}, inside))));
   });
   return make('div', {class: 'wide', tabindex: '0', role: 'region', 'aria-label': 'Steps'}, make('table', {},
     make('thead', {}, make('tr', {}, ...heads.map((head) => make('th', {scope: 'col'}, head)))), make('tbody', {}, ...rows)));
