@@ -5,11 +5,11 @@ The effect is compared at equal dose with the other benchmark's random sets, but
 
 import dataclasses
 
-from saejax.interventions.curves import compare_at_equal_dose, read_curves
+from saejax.interventions.curves import read_curves
 from saejax.interventions.table import EffectsTable
 from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
-from saejax.statistics.ranks import rank_p
+from saejax.studies.primitives import rank_among, without
 
 GROUP = "chosen on "  # and the benchmark: the group of such edits
 
@@ -41,19 +41,14 @@ def judge_domains(table: EffectsTable, name: str, resamples: int, seed: int) -> 
     weight_RxP = resampling_weights([prompt.template for prompt in prompts], resamples, seed)
     for group in groups:
         (curve,) = read_curves(table, name, group)
-        features = set(curve.edits[-1].features)
-        controls = [each for each in random if not features & set(each.edits[-1].features)]
-        drop_P = curve.drop_AxP[-1]
-        random_mean, p_value = None, None
-        if controls:
-            tested_NxP, control_NxP, _ = compare_at_equal_dose(curve, controls)
-            random_mean = float(control_NxP.mean())
-            p_value = rank_p(tested_NxP.mean(axis=1), control_NxP.mean(axis=1))
+        features, drop_P = curve.edits[-1].features, curve.drop_AxP[-1]
+        controls = without(features, random)
+        random_mean, p_value = rank_among(curve, controls)
         effects[group.removeprefix(GROUP)] = DomainEffect(
             effect=Interval(float(drop_P.mean()), *percentile_interval(weight_RxP @ drop_P)),
             random=random_mean,
             p_value=p_value,
             random_sets=len(controls),
-            common=len(features & set(top.edits[-1].features)),
+            common=len({*features} & {*top.edits[-1].features}),
         )
     return effects

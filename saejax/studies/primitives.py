@@ -249,9 +249,8 @@ def judge_primitives(
         (curve,) = read_curves(table, benchmark, f"{GROUP}{number}", prompts=some)
         random, placebo = (read_curves(table, benchmark, group, prompts=some) for group in ("random", "placebo"))
         # Random sets hold no feature of the primitive; placebo sets are chosen as it was, so all of them count.
-        features = set(primitive.features)
-        random = [each for each in random if not features & set(each.edits[-1].features)]
-        (random_mean, p_random), (placebo_mean, p_placebo) = _rank(curve, random), _rank(curve, placebo)
+        random = without(primitive.features, random)
+        (random_mean, p_random), (placebo_mean, p_placebo) = (rank_among(curve, sets) for sets in (random, placebo))
         rows.append(
             PrimitiveEffect(
                 group=number,
@@ -277,7 +276,12 @@ def _interval(drop_P: np.ndarray, resamples: int, seed: int) -> Interval | None:
     return Interval(float(drop_P.mean()), *percentile_interval(weight_RxP @ drop_P))
 
 
-def _rank(curve: EffectCurve, controls: Sequence[EffectCurve]) -> tuple[float | None, float | None]:
+def without(features: Sequence[int], controls: Sequence[EffectCurve]) -> list[EffectCurve]:
+    """Return the control sets that hold none of some features."""
+    return [each for each in controls if not {*features} & {*each.edits[-1].features}]
+
+
+def rank_among(curve: EffectCurve, controls: Sequence[EffectCurve]) -> tuple[float | None, float | None]:
     """Return the mean drop under control sets at equal dose, and the rank of the tested one; None without any."""
     if not controls:
         return None, None
