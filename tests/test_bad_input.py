@@ -86,7 +86,7 @@ def test_settings_that_name_nothing_or_one_thing_twice(refuse):
     assert line.startswith("error: --train.expansions and --train.features=16 exclude each other")
     assert "--train.b1 is 1.0" in refuse(["preflight"], train__b1=1)
     line = refuse(["explain"], explain__dictionaries="topk", explain__model="judge")
-    assert "explain/topk reads interpret/topk, which no flag asks for: add --interpret.dictionaries=topk" in line
+    assert "explain/topk reads interpret/topk, which this run does not make: add --interpret.dictionaries=topk" in line
     for flags, told in (
         (dict(train__sites="resid_pst.1"), "there is no site 'resid_pst.1'"),
         (dict(train__init_from="/none"), "--train.init_from=/none does not exist"),
@@ -253,7 +253,7 @@ def test_stages_out_of_order_and_settings_that_do_not_fit(refuse, captured, tmp_
     assert "is more than the 128 features" in refuse(["train"], workdir=workdir, train__k=129)
     streamed = dict(train__source="model", train__sites="mlp_in.0", train__form="transcoder")
     line = refuse(["train"], workdir=workdir, train__alignment=0.3, **streamed)
-    assert "--train.alignment=0.3 draws encoder and decoder together" in line
+    assert "--train.alignment=0.3 aligns encoder and decoder" in line
     assert "not divisible by the 2 devices" in refuse(["train"], workdir=workdir, train__batch=63)
     assert "make the product 2" in refuse(["train"], workdir=workdir, mesh__model=3)
     assert "site in this store" in refuse(["train"], workdir=workdir, train__sites="mlp_out.0")

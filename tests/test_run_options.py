@@ -51,8 +51,8 @@ def test_units_that_do_not_depend_on_a_failed_one_are_made(fake):
         fake(broken, keep_going=True)
     assert fake.ran == ["baseline", "capture"]
     told = str(failed.value)
-    assert told.startswith("5 of 6 units: capture: no sites; train/topk: left out, for capture failed; ")
-    assert "evaluate/standard: left out, for capture failed" in told
+    assert told.startswith("5 of 6 units: capture: no sites; train/topk: skipped: capture failed; ")
+    assert "evaluate/standard: skipped: capture failed" in told
     with pytest.raises(UserError, match="no sites"):
         fake(broken)
     assert fake.ran == ["capture"], "without the flag it ends at the first failure; what is done stays"

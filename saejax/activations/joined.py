@@ -109,7 +109,7 @@ class JoinedRows:
         parts = single_sites(names)
         rows = self._rows.rows("train", *parts)
         if not len(rows):
-            raise UserError(f"no training token is there at all of {', '.join(parts)} without being an attention sink")
+            raise UserError(f"every training token is an attention sink at one of {', '.join(parts)}")
         # Spread over all rows: the first ones are of few documents.
         sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).astype(np.int64)]
         factor = {}

@@ -56,7 +56,9 @@ def run_ablate(run: Run) -> AblateResults:
     parse_positions(config.positions)
     # First, as names are checked in no time and a model takes minutes to load.
     if len({config.dictionary, *config.repeats}) < 1 + len(config.repeats):
-        raise UserError(f"--ablate.repeats={','.join(config.repeats)}: name each dictionary once, the tested one never")
+        raise UserError(
+            f"--ablate.repeats={','.join(config.repeats)}: name each dictionary once, and not the tested one"
+        )
     if config.repeats and config.error == "drop":
         raise UserError("--ablate.error=drop and --ablate.repeats do not go together: test the repeats by themselves")
     for name in config.baselines:

@@ -92,7 +92,7 @@ def not_in_torch_error(config: TorchConfig) -> UserError:
     """Return the error for attribution graphs, heads and attention patterns, which PyTorch models do not support."""
     return UserError(
         f"the model of the family {config.family!r} runs in PyTorch, where attribution graphs, heads and attention "
-        "patterns are not to be had: they need a model of a JAX family (--model.backend=jax)"
+        "patterns are not available: they need a model of a JAX family (--model.backend=jax)"
     )
 
 

@@ -120,7 +120,7 @@ class TorchModel(LanguageModel):
         ids_BxT, pad_B = tokens.pad_left(int(tokens.lengths_B.max()))
         if pad_B.any() and "attention_mask" not in self.hooked.accepted:
             raise UserError(
-                f"models of the family {self.config.family!r} know no padding: generate from prompts of one length"
+                f"models of the family {self.config.family!r} do not support padding: give prompts of one length"
             )
         past: dict[str, Any] = {}
         start = 0

@@ -14,7 +14,7 @@ BEHAVIOURS = {
     "capital": ("Capital of a country", "the capital of a country or a part of one"),
     "greater_than": ("Greater-than on years", "an end year that lies after the start year"),
     "addition": ("Two-digit addition", "the sum of two numbers of two digits, after worked examples"),
-    "two_hop": ("Capital of a city's state", "the capital of the state or country that a city lies in"),
+    "two_hop": ("Capital of a city's state or country", "the capital of the state or country that a city lies in"),
     "antonym": ("Opposites", "the opposite of an English word"),
     "antonym_french": ("Opposites in French", "the opposite of a French word"),
     "antonym_spanish": ("Opposites in Spanish", "the opposite of a Spanish word"),

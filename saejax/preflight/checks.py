@@ -93,7 +93,7 @@ def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bo
         except UserError as error:
             if not run.configs[PreflightConfig].parity:
                 raise
-            run.say(f"memory is not counted: {error}")
+            run.say(f"memory could not be estimated: {error}")
     return plans
 
 
@@ -111,7 +111,7 @@ def _check_model(run: Run, plan: PlannedRun, place: Place) -> ModelNeeds:
     compiled = []
     for program in programs:
         if run.stopping():
-            raise Interrupted("preflight: stopped; it starts anew")
+            raise Interrupted("preflight: stopped; the next run starts from the beginning")
         compiled.append(compile_for(program, place.limit, place.of_node))
         run.say(_program_line(compiled[-1], place))
     peak = max((program.memory for program in compiled), default=0)

@@ -117,7 +117,7 @@ def run_stages(
     units = [unit for stage in stages for unit in STAGES[stage].units(configs)]
     if not units:
         more = f"it {STAGES[stages[0]].summary}" if len(stages) == 1 else "--help says what to name"
-        raise UserError(f"{', '.join(stages)} has nothing to do with these settings; {more}")
+        raise UserError(f"{', '.join(stages)} has nothing to make with these settings; {more}")
     for stage in stages:
         if STAGES[stage].units(configs):
             STAGES[stage].check(configs)
@@ -145,7 +145,7 @@ def run_stages(
             # Of a stack that failed, all members count as failed.
             needs = [split_unit(need)[0] for need in pipeline.plan.needs(unit)] if failed else []
             if missing := [need for need in needs if need in failed]:
-                failed[unit] = f"left out, for {missing[0]} failed"
+                failed[unit] = f"skipped: {missing[0]} failed"
                 continue
             _run_unit(pipeline, unit)
         except Interrupted:
@@ -174,7 +174,7 @@ def _without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callab
     if not runs_in_torch(model):
         return stages
     left_out = [stage for stage in stages if STAGES[stage].needs_decoder]
-    say(f"{model.path} runs in PyTorch; left out, for they need a model of a JAX family: {', '.join(left_out)}")
+    say(f"{model.path} runs in PyTorch; skipped, since they need a model of a JAX family: {', '.join(left_out)}")
     return [stage for stage in stages if stage not in left_out]
 
 
@@ -380,9 +380,12 @@ def _input_folder(pipeline: _Pipeline, unit: str, need: str) -> Path:
         previous, state = workspace.current(need), "has not been made"
         if previous and (previous / SUMMARY).exists():
             state = f"was made with other settings{_describe_changes(pipeline.plan, need, previous)}"
+        stage = need.partition("/")[0]
+        # One program scores prompts and benchmarks.
+        program = "baseline" if stage == "benchmark" else stage
         raise UserError(
             f"{unit} reads {need}, which {state} in {workspace.root}: "
-            f"run experiments.{need.partition('/')[0]} with the same flags first"
+            f"run experiments.{program} with the same flags first"
         )
     return workspace.folder(whole, mark)
 

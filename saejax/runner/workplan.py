@@ -67,7 +67,7 @@ class Workplan:
             if needed_name:
                 flag = "train.kinds" if needed_stage == "train" else f"{needed_stage}.dictionaries"
                 if not STAGES[needed_stage].names(self.configs):
-                    raise UserError(f"{unit} reads {need}, which no flag asks for: add --{flag}={needed_name}")
+                    raise UserError(f"{unit} reads {need}, which this run does not make: add --{flag}={needed_name}")
                 one_of(needed_name, STAGES[needed_stage].names(self.configs), f"dictionary for {stage} (--{flag})")
             if member and self._all_members(whole):
                 dictionary = f"{needed_name}/{member}"

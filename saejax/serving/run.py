@@ -52,9 +52,7 @@ def run(argv: Sequence[str]) -> int:
             raise UserError(f"there is no folder {folder}: expected a workdir, or a folder of graphs")
         for package in ("starlette", "uvicorn"):
             if not importlib.util.find_spec(package):
-                raise UserError(
-                    f"experiments.serve needs {package}, which is not installed: pip install 'saejax[serve]'"
-                )
+                raise UserError(f"experiments.serve needs {package}, which is not installed: pip install -e '.[serve]'")
         token, listening = secrets.token_urlsafe(24), _listen(int(flag_values["port"].value or 0))
         stopped = command.install_signal_handlers()
         named = bool(configs[GraphConfig].transcoders or configs[GraphConfig].dictionaries)

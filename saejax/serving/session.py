@@ -162,7 +162,7 @@ def token_ids(document: GraphDocument) -> list[int]:
         if parts:
             id_at[int(parts[2])] = int(parts[1])
     if sorted(id_at) != list(range(len(document["metadata"]["prompt_tokens"]))):
-        raise UserError("the graph does not name all tokens of its prompt, which cannot be run again therefore")
+        raise UserError("the graph does not name all tokens of its prompt, so its prompt cannot be run again")
     return [id_at[position] for position in sorted(id_at)]
 
 

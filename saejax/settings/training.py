@@ -71,7 +71,7 @@ class TrainConfig(Config):
     )
     by_kind: Mapping[str, Config] = nested(settings_of_kinds)
     auxk: float = setting(
-        0.0, "coefficient of AuxK: dead features learn what the living leave unexplained; 0: off", low=0.0
+        0.0, "coefficient of AuxK: dead features learn the error that the other features leave; 0: off", low=0.0
     )
     auxk_features: int = setting(0, "dead features that act on each token in AuxK; 0: half the width", low=0)
     whiten_error: float = setting(
@@ -109,7 +109,9 @@ class TrainConfig(Config):
         choices=("unit", "free"),
     )
     freeze: str = setting(
-        "none", "leave the random decoder or encoder as it is, as a control", choices=("none", "decoder", "encoder")
+        "none",
+        "keep the decoder or encoder at its random initial weights, as a control",
+        choices=("none", "decoder", "encoder"),
     )
     learning_rate: tuple[float, ...] = setting((1e-3,), "peak learning rate of Adam (or a list)", low=0.0, swept=True)
     b1: float = setting(0.9, "decay of Adam's mean of gradients", low=0.0, high=0.999999)

@@ -166,7 +166,7 @@ class StudyUnits:
     def _wait_for(self, workspace: Workspace, row: str, unit: str, mark: str) -> None:
         """Wait until nobody makes a unit: a child of a study that was killed saves before it ends."""
         if workspace.is_claimed(unit, mark):
-            self._say(f"{row}: waiting for another process, which makes {unit} in {workspace.root}")
+            self._say(f"{row}: waiting for another process to finish {unit} in {workspace.root}")
         while workspace.is_claimed(unit, mark):
             if self._stopping():
                 self._interrupt()

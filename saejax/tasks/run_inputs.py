@@ -29,7 +29,10 @@ def load_run_dictionary(run: Run) -> Dictionary:
     dictionary = stacks.load_trained(run.configs.named(run.stage).dictionary, run.inputs, f"--{run.stage}.dictionary")
     if not dictionary.config.fingerprint:  # another tool's
         named = dictionary.config.model or "no model"
-        run.say(f"{run.stage}: the dictionary names {named} and records no revision of it; check that it is this model")
+        run.say(
+            f"{run.stage}: the dictionary names {named} and records no revision of it; check that it was trained on "
+            "this model"
+        )
     if dictionary.config.bos != "auto":
         tokenizer = load_tokenizer(resolve(run.configs[ModelConfig]))
         begins = tokenizer.bos_token_id is not None and bos_tokens(tokenizer)[:1] == [tokenizer.bos_token_id]

@@ -41,7 +41,7 @@ def state_from_folder(
     dictionaries = [_load(Path(folder), member) for member in stack.members]
     if stack.config.widen != "random":
         assert rows is not None
-        say(f"looking for what {stack.config.init_from} lacks, which may take minutes")
+        say(f"searching the errors of {stack.config.init_from} for new features, which may take minutes")
         dictionaries = [_widen(stack, index, dictionary, rows, say) for index, dictionary in enumerate(dictionaries)]
     return state_from_dictionaries(stack, dictionaries)
 

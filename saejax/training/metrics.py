@@ -183,7 +183,7 @@ def _progress_line(steps: int, batch: int, head: Mapping[str, float], means: Map
     if rate:
         mfu = f" ({head['mfu']:.0%} of peak)" if "mfu" in head else ""
         left = (steps - head["step"]) * batch / rate
-        speed = f"{rate:,.0f} tokens/s  {head['tflop_per_second']:.2f} TFLOP/s{mfu}  {left:.0f} s to go"
+        speed = f"{rate:,.0f} tokens/s  {head['tflop_per_second']:.3g} TFLOP/s{mfu}  {left:.0f} s to go"
     return (
         f"step {head['step']}/{steps}  {speed}  loss {means['loss']:.1f}  "
         f"L0 {means['l0']:.1f}  explained variance {means['explained_variance']:.3f}"

@@ -260,7 +260,7 @@ def _check_settings(config: TrainConfig, kind: kinds.Kind, k: int, features: int
         )
     if config.alignment and config.form != "sae":
         raise UserError(
-            f"--train.alignment={config.alignment} draws encoder and decoder together, which in a {config.form} are of "
+            f"--train.alignment={config.alignment} aligns encoder and decoder, which in a {config.form} are of "
             "different sites: leave it out"
         )
 

@@ -111,7 +111,7 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
         (["--graph.prompt=The war", "--graph.query_key=1.0@9"], "no position 9 for head 1.0"),
         (["--graph.prompt=The war", "--graph.labels=none.json"], "none.json does not exist"),
         (["--graph.prompt=The war", f"--graph.labels={__file__}"], "holds no labels: expected"),
-        ([], "has nothing to do with these settings"),
+        ([], "has nothing to make with these settings"),
     ],
 )
 def test_bad_input_is_one_line(flags, tmp_path, capsys, wrong, message):

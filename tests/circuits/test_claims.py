@@ -48,7 +48,7 @@ def test_every_claim_has_a_row():
         assert claim.source and claim.claim and (claim.test or claim.note)  # what is not tested says why
     assert set(outcomes(CircuitsResults("set", {}, {})).values()) == {NOT_TESTABLE}
     rows = compare_claims(CircuitsResults("set", {}, {"two_hop": "the model does not have it"}))
-    assert rows[0].evidence == "Capital of a city's state: the model does not have it."
+    assert rows[0].evidence == "Capital of a city's state or country: the model does not have it."
 
 
 def test_edges_confirm_claims():

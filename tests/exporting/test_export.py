@@ -100,7 +100,7 @@ def test_what_a_killed_export_left_is_cleared(tmp_path):
 @pytest.mark.parametrize(
     "flags,message",
     [
-        ([], "export has nothing to do with these settings"),
+        ([], "export has nothing to make with these settings"),
         (["--export.dictionaries=sparse"], "--export.dictionaries is 'sparse': expected one of standard"),
         (["--export.dictionaries=topk", "--export.format=pt"], "--export.format is 'pt': expected one of saelens"),
         (

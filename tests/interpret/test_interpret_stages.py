@@ -69,7 +69,10 @@ def test_what_was_found_goes_to_neuronpedia(workdir, capsys):
     assert len(list((folder / "export" / "neuronpedia-topk" / "features" / "res-topk-k8").iterdir())) == live
     flags = [*flags, "--interpret.dictionaries="]
     assert command.run(["export"], "", ["test", *flags]) == 2
-    assert "reads interpret/topk, which no flag asks for: add --interpret.dictionaries=topk" in capsys.readouterr().err
+    assert (
+        "reads interpret/topk, which this run does not make: add --interpret.dictionaries=topk"
+        in capsys.readouterr().err
+    )
 
 
 def test_labels_of_ones_own_win_and_only_the_pages_are_written_anew(workdir, tmp_path, capsys):

@@ -76,4 +76,4 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys, monkeypatch):
             assert said in error and error.count("\n") == 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run.run(["serve", f"--dir={folder}"]) == 2
-    assert "needs starlette, which is not installed: pip install 'saejax[serve]'" in capsys.readouterr().err
+    assert "needs starlette, which is not installed: pip install -e '.[serve]'" in capsys.readouterr().err

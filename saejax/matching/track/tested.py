@@ -80,7 +80,7 @@ class StepTester:
         """
         f_WxF = self._f_TxF[step.start : step.stop - 1]  # at the last token nothing of the step is predicted
         if not len(f_WxF):
-            raise UserError("it has one token")
+            raise UserError("the step has a single token")
         fires_F = (f_WxF != 0).any(axis=0)
         tested = [feature for feature in features if fires_F[feature]]
         if not tested:
