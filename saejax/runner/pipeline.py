@@ -411,7 +411,8 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     differences = [name for name in names if before.get(name) != after.get(name)]
     for name in differences[:_NAMED]:
         was, now_is = before.get(name, "unread"), after.get(name, "unread")
-        yield f"{name} was {was}, is {now_is}" if name.startswith("--") else f"{name} is another"
+        change = "another" if name in before and name in after else "new" if name in after else "left out"
+        yield f"{name} was {was}, is {now_is}" if name.startswith("--") else f"{name} is {change}"
     if len(differences) > _NAMED:
         yield f"and {len(differences) - _NAMED} more"
 
