@@ -295,8 +295,8 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     assert "answer_log_prob_resampled" in result.ablation and result.selective.answer == "not tested"
     assert set(result.bases) == {"pca"}
     ranking = json.loads((run.folder / benchmark_run.RANKING).read_text())
-    attributions = [entry["attribution"] for entry in ranking]
-    assert attributions == sorted(attributions, reverse=True) and len(ranking) > 3
+    ranked = [entry["attribution"] for entry in ranking]
+    assert ranked == sorted(ranked, reverse=True) and len(ranking) > 3
     assert {entry["feature"] for entry in ranking if "drop" in entry} == {
         e.feature for e in results.top if e.firing_rate
     }
