@@ -12,12 +12,13 @@ from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import save_dictionary
 from saejax.errors import UserError
 from saejax.ground_truth.circuits.cases import CASES, make_case
-from saejax.ground_truth.circuits.dictionaries import EXACT, WRONG, order, untrained_sets
+from saejax.ground_truth.circuits.dictionaries import EXACT, WRONG, order, untrained_sets, without_silent_tokens
 from saejax.ground_truth.circuits.edges import Edges, aligned, circuit, judge_edges, known_edges, possible
 from saejax.ground_truth.circuits.handset import checkpoint, run
 from saejax.ground_truth.circuits.report import holds, line
 from saejax.ground_truth.circuits.run import KnownStages
 from saejax.ground_truth.hub_folder import save_model
+from saejax.library.activations import capture
 from saejax.models import source
 from saejax.runner import command
 from saejax.runner.registry import STAGES, default_configs
@@ -128,6 +129,20 @@ def test_random_transcoders_stand_for_nothing(tmp_path, one_device):
     claimed, carried, shown = (sum(getattr(one, of) for one in found) for of in ("claimed", "carried", "shown"))
     print(f"of 30 variables removal alone claims {claimed}, interchange alone {carried}, both {shown}")
     assert shown == 0 and carried == 0
+
+
+def test_tokens_on_which_nothing_fires_are_not_in_the_store(known, tmp_path):
+    """A defect: a store of some tokens of its texts could not be written, and the stage ended with an IndexError."""
+    case, lm = known
+    sites = [f"mlp_{part}.{layer}" for layer in range(len(case.model.layers)) for part in ("in", "out")]
+    acts = capture(lm, list(dict.fromkeys(case.texts(40, 0))), sites)
+    kept = without_silent_tokens(acts, sites[1::2])
+    store = kept.save(tmp_path / "store")
+    rows = store.rows("train", "mlp_in.1")
+    assert 0 < len(rows) == len(kept.index_Nx3) <= len(acts.index_Nx3)
+    read = {tuple(row) for row in store.read("mlp_in.1", rows)}
+    fires_N = np.any([np.abs(acts.values[site]).max(axis=1) > 0 for site in sites[1::2]], axis=0)
+    assert read == {tuple(row) for row in acts.values["mlp_in.1"][fires_N]}
 
 
 @pytest.mark.slow

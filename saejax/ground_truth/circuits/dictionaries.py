@@ -9,7 +9,7 @@ trained     trained by the code that trains on any model's activations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, s
 from saejax.dictionaries.formats.own import DESCRIPTION
 from saejax.ground_truth.circuits.cases import Case
 from saejax.ground_truth.circuits.handset import frame, neuron_arrays
-from saejax.library.activations import capture
+from saejax.library.activations import Activations, capture
 from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
 from saejax.runner.workspace import Run
@@ -108,10 +108,7 @@ def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mappi
     layers = range(len(case.model.layers))
     texts = list(dict.fromkeys(case.texts(_TEXTS, seed)))
     acts = capture(model, texts, [f"mlp_{part}.{layer}" for layer in layers for part in ("in", "out")])
-    # Tokens on which no layer's neurons fire have nothing to learn from, and may be the majority.
-    some_N = np.any([np.abs(acts.values[f"mlp_out.{layer}"]).max(axis=1) > 0 for layer in layers], axis=0)
-    values = {site: value_NxD[some_N] for site, value_NxD in acts.values.items()}
-    acts = dataclasses.replace(acts, values=values, index_Nx3=acts.index_Nx3[some_N])
+    acts = without_silent_tokens(acts, [f"mlp_out.{layer}" for layer in layers])
     store = acts.save(run.folder / "capture")
     for layer in layers:
         config = TrainConfig(
@@ -135,6 +132,19 @@ def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mappi
         for member in make_members(config, _KIND, config.sites):
             (name,) = (name for name, rate in _RATES.items() if rate == member.settings["learning_rate"])
             _save(folders[name] / f"layer{layer}", load_dictionary(folder / member.name / "dictionary"))
+
+
+def without_silent_tokens(acts: Activations, sites: Sequence[str]) -> Activations:
+    """Return activations without the tokens at which all of some sites are 0.
+
+    They have nothing to learn from, and may be the majority. A store has all tokens of its texts, so that each token
+    that is kept becomes a text of its own.
+    """
+    some_N = np.any([np.abs(acts.values[site]).max(axis=1) > 0 for site in sites], axis=0)
+    if some_N.all():
+        return acts
+    values, kept_Rx3 = {site: value_NxD[some_N] for site, value_NxD in acts.values.items()}, acts.index_Nx3[some_N]
+    return dataclasses.replace(acts, values=values, index_Nx3=kept_Rx3, texts=list(kept_Rx3[:, 2:]))
 
 
 def _save(folder: Path, dictionary: Dictionary) -> None:
