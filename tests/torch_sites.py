@@ -9,19 +9,14 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
-    """Where a family computes what; paths start at a layer.
+    """Where a family computes what; paths start at a layer."""
 
-    Attributes:
-      layers: path from the model to its layers.
-      attn_out, mlp_out: modules whose output is added to the stream.
-      mlp: module that reads ``mlp_in``.
-      mid: module that reads ``resid_mid``; None: there is none, because attention and the MLP are added at once.
-    """
-
-    layers: str
+    layers: str  #: path from the model to its layers
+    #: attn_out and mlp_out: modules whose output is added to the stream.
     attn_out: str
-    mlp: str
+    mlp: str  #: module that reads ``mlp_in``
     mlp_out: str
+    #: module that reads ``resid_mid``; None: there is none, because attention and the MLP are added at once.
     mid: str | None
 
 

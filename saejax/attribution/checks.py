@@ -122,19 +122,12 @@ def _changes(features: Nodes, value_N: np.ndarray) -> list[Change]:
 
 @dataclasses.dataclass(frozen=True)
 class Doubling:
-    """Changes of the targets when features were doubled, one by one.
+    """Changes of the targets when features were doubled, one by one."""
 
-    Attributes:
-      node_E: nodes of the graph that were doubled.
-      edge_ExR: the weights of their edges.
-      frozen_ExR: changes with all frozen, per activation added; None with SAEs.
-      free_ExR: changes with nothing frozen.
-    """
-
-    node_E: np.ndarray
-    edge_ExR: np.ndarray
-    frozen_ExR: np.ndarray | None
-    free_ExR: np.ndarray
+    node_E: np.ndarray  #: nodes of the graph that were doubled
+    edge_ExR: np.ndarray  #: the weights of their edges
+    frozen_ExR: np.ndarray | None  #: changes with all frozen, per activation added; None with SAEs
+    free_ExR: np.ndarray  #: changes with nothing frozen
 
     @property
     def held_error(self) -> float | None:

@@ -27,15 +27,10 @@ _PROMPT = 16  # tokens: the behaviours' prompts have 7 to 32
 
 @dataclasses.dataclass(frozen=True)
 class PlannedGraphs:
-    """The graphs that are asked for.
+    """The graphs that are asked for."""
 
-    Attributes:
-      lengths: about how many tokens each prompt has.
-      size: what else decides what a graph takes.
-    """
-
-    lengths: tuple[int, ...]
-    size: GraphSize
+    lengths: tuple[int, ...]  #: about how many tokens each prompt has
+    size: GraphSize  #: what else decides what a graph takes
 
     @property
     def longest(self) -> int:

@@ -23,23 +23,14 @@ _ENLARGED = 1.3  # the figures are for print, with text of 6.5 points
 
 @dataclasses.dataclass(frozen=True)
 class ReportedGraph:
-    """A graph that the report shows.
+    """A graph that the report shows."""
 
-    Attributes:
-      number: its place in the report, from 1.
-      folder: of the unit that made it.
-      slug: its name there.
-      title: of its table, with the set that it was made with.
-      kind: "transcoders" or "SAEs".
-      results: what the stage ``attribute`` says of it.
-    """
-
-    number: int
-    folder: Path
-    slug: str
-    title: str
-    kind: str
-    results: GraphResults
+    number: int  #: its place in the report, from 1
+    folder: Path  #: of the unit that made it
+    slug: str  #: its name there
+    title: str  #: of its table, with the set that it was made with
+    kind: str  #: "transcoders" or "SAEs"
+    results: GraphResults  #: what the stage ``attribute`` says of it
 
     @property
     def name(self) -> str:

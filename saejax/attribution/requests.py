@@ -26,19 +26,13 @@ TargetText = str | int | tuple[str | int, str | int]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt to trace.
+    """A prompt to trace."""
 
-    Attributes:
-      slug: its name.
-      prompt: its text, or its token ids.
-      targets: texts or ids of tokens, or pairs of them for a difference; none: the most probable tokens.
-      answers: whether targets are answers, of which the first token is meant, as behaviours are judged.
-    """
-
-    slug: str
-    prompt: str | tuple[int, ...]
+    slug: str  #: its name
+    prompt: str | tuple[int, ...]  #: its text, or its token ids
+    #: texts or ids of tokens, or pairs of them for a difference; none: the most probable tokens.
     targets: tuple[TargetText, ...]
-    answers: bool = False
+    answers: bool = False  #: whether targets are answers, of which the first token is meant, as behaviours are judged
 
 
 def unit_name(config: GraphConfig) -> str:

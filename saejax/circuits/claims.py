@@ -24,23 +24,14 @@ _NO_PAIRS = "It takes two languages and an unrelated behaviour that the model ha
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A published claim.
+    """A published claim."""
 
-    Attributes:
-      id: its name.
-      behaviour: that it is about; "": none of ours.
-      test: name of its test in ``TESTS``; "": there is none.
-      source: where it was published.
-      claim: in our words.
-      note: what is not tested, or why nothing is.
-    """
-
-    id: str
-    behaviour: str
-    test: str
-    source: str
-    claim: str
-    note: str = ""
+    id: str  #: its name
+    behaviour: str  #: that it is about; "": none of ours
+    test: str  #: name of its test in ``TESTS``; "": there is none
+    source: str  #: where it was published
+    claim: str  #: in our words
+    note: str = ""  #: what is not tested, or why nothing is
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,38 +32,29 @@ _BLOCK = 64  # features whose decoder rows are read at once
 
 @dataclasses.dataclass(frozen=True)
 class PromptEffects:
-    """Effects of G groups on one prompt; each has its own sets first, then random and placebo sets, S in all.
+    """Effects of G groups on one prompt; each has its own sets first, then random and placebo sets, S in all."""
 
-    Attributes:
-      answer_ExGxS: fp64 fall of the logit difference by each of ``EDITS``; NaN: there is no counterpart to swap with.
-      group_GxSxG: fp64 share of each group's activation that vanishes by the edit ``direct`` of another; NaN for the
-        group itself, and for groups that are silent in this prompt.
-      dose_ExGxS: fp64 doses.
-    """
-
+    #: fp64 fall of the logit difference by each of ``EDITS``; NaN: there is no counterpart to swap with.
     answer_ExGxS: np.ndarray
+    #: fp64 share of each group's activation that vanishes by the edit ``direct`` of another; NaN for the group itself,
+    #: and for groups that are silent in this prompt.
     group_GxSxG: np.ndarray
-    dose_ExGxS: np.ndarray
+    dose_ExGxS: np.ndarray  #: fp64 doses
 
 
 @dataclasses.dataclass(frozen=True)
 class EditTable:
-    """Features of a prompt that an edit may change.
+    """Features of a prompt that an edit may change."""
 
-    Attributes:
-      layer_N, position_N, feature_N: layer, position and index of each.
-      old_N, new_N: its activations before and after.
-      keys: of each.
-      owner_N: index of the group that it is in; -1: none.
-    """
-
+    #: layer_N, position_N, feature_N: layer, position and index of each.
     layer_N: np.ndarray
     position_N: np.ndarray
     feature_N: np.ndarray
+    #: old_N and new_N: its activations before and after.
     old_N: np.ndarray
     new_N: np.ndarray
-    keys: Sequence[Key]
-    owner_N: np.ndarray
+    keys: Sequence[Key]  #: of each
+    owner_N: np.ndarray  #: index of the group that it is in; -1: none
 
     def changes(self, rows: np.ndarray, fraction: float = 1.0) -> list[Change]:
         """Return the changes of some rows, made to a fraction."""

@@ -32,21 +32,13 @@ _LIKELY = 40  # most probable tokens of each prompt, from which placebo targets 
 
 @dataclasses.dataclass(frozen=True)
 class BehaviourCircuit:
-    """The circuit of a behaviour.
+    """The circuit of a behaviour."""
 
-    Attributes:
-      groups: its groups.
-      edges: every measured effect; see ``edges.Edge.drawn``.
-      returning: the features that return, with their influence.
-      details: what is known of the features that return or are in a group.
-      effects: of each measured prompt.
-    """
-
-    groups: tuple[Group, ...]
-    edges: tuple[Edge, ...]
-    returning: Mapping[Key, float]
-    details: Mapping[Feature, FeatureDetails]
-    effects: tuple[PromptEffects, ...]
+    groups: tuple[Group, ...]  #: its groups
+    edges: tuple[Edge, ...]  #: every measured effect; see ``edges.Edge.drawn``
+    returning: Mapping[Key, float]  #: the features that return, with their influence
+    details: Mapping[Feature, FeatureDetails]  #: what is known of the features that return or are in a group
+    effects: tuple[PromptEffects, ...]  #: of each measured prompt
 
 
 def find_circuit(

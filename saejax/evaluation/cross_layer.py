@@ -33,16 +33,11 @@ from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
 
 
 class LoadedLayers(NamedTuple):
-    """A cross-layer transcoder on the devices.
+    """A cross-layer transcoder on the devices."""
 
-    Attributes:
-      sites: the sites that each layer reads and predicts.
-      layers: each layer's encoder, with the decoder to its own layer.
-      decoders: each layer's decoder to its own and all later layers, [F, (L - l) D], features split over ``model``.
-    """
-
-    sites: tuple[tuple[str, str], ...]
-    layers: Sequence[MemberData]
+    sites: tuple[tuple[str, str], ...]  #: the sites that each layer reads and predicts
+    layers: Sequence[MemberData]  #: each layer's encoder, with the decoder to its own layer
+    #: each layer's decoder to its own and all later layers, [F, (L - l) D], features split over ``model``.
     decoders: Sequence[jax.Array]
 
     @classmethod

@@ -35,17 +35,11 @@ _PROGRAM = 1024  # tokens that run in the time in which the programs of another 
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """Means over predicted tokens under each of ``VARIANTS``, nats.
+    """Means over predicted tokens under each of ``VARIANTS``, nats."""
 
-    Attributes:
-      tokens: number of predicted tokens.
-      ce: next-token cross-entropy.
-      kl: KL(clean || variant).
-    """
-
-    tokens: int
-    ce: dict[str, float]
-    kl: dict[str, float]
+    tokens: int  #: number of predicted tokens
+    ce: dict[str, float]  #: next-token cross-entropy
+    kl: dict[str, float]  #: KL(clean || variant)
 
     @classmethod
     def of(cls, tokens: int, ce_V: np.ndarray, kl_V: np.ndarray) -> Self:

@@ -27,14 +27,10 @@ def compiled_in(config: DictionaryConfig) -> DictionaryConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MemberData:
-    """A dictionary whose own numbers are arrays. Inside a program it encodes and decodes as the dictionary does.
+    """A dictionary whose own numbers are arrays. Inside a program it encodes and decodes as the dictionary does."""
 
-    Attributes:
-      dictionary: what all members have in common, and the member's arrays.
-      numbers: its own of ``Kind.numbers``, such as k (topk); those of ``dictionary`` are the largest of all members.
-    """
-
-    dictionary: Dictionary
+    dictionary: Dictionary  #: what all members have in common, and the member's arrays
+    #: its own of ``Kind.numbers``, such as k (topk); those of ``dictionary`` are the largest of all members.
     numbers: dict[str, jax.Array]
 
     @classmethod

@@ -18,23 +18,15 @@ from saejax.parallel.mesh import fitting_sharding
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """Scores over N tokens. y is what the dictionary rebuilds: its input, or a transcoder's target.
+    """Scores over N tokens. y is what the dictionary rebuilds: its input, or a transcoder's target."""
 
-    Attributes:
-      tokens: N.
-      explained_variance: 1 - sum |y - y_hat|^2 / sum |y - mean|^2 (R^2 over all dimensions, sums in fp64).
-      cosine: mean over tokens of the cosine of y and y_hat; 0 where either is 0.
-      l0: mean number of features that fire on a token.
-      firing_rate_F: share of tokens on which each feature fires.
-      mean_activation_F: mean activation of each feature over the tokens on which it fires, of its size in a linear
-        dictionary; 0 if it never does.
-    """
-
-    tokens: int
-    explained_variance: float
-    cosine: float
-    l0: float
-    firing_rate_F: np.ndarray
+    tokens: int  #: N
+    explained_variance: float  #: 1 - sum |y - y_hat|^2 / sum |y - mean|^2 (R^2 over all dimensions, sums in fp64)
+    cosine: float  #: mean over tokens of the cosine of y and y_hat; 0 where either is 0
+    l0: float  #: mean number of features that fire on a token
+    firing_rate_F: np.ndarray  #: share of tokens on which each feature fires
+    #: mean activation of each feature over the tokens on which it fires, of its size in a linear dictionary; 0 if it
+    #: never does.
     mean_activation_F: np.ndarray
 
     @property

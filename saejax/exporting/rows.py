@@ -23,19 +23,12 @@ _LONGEST = 512  # characters of an explanation, at most
 
 @dataclasses.dataclass(frozen=True)
 class NeuronpediaSource:
-    """A dictionary at Neuronpedia.
+    """A dictionary at Neuronpedia."""
 
-    Attributes:
-      model: its id there.
-      set: name of the set of sources, such as "res-topk".
-      layer: of the site that the dictionary reads.
-      hook: TransformerLens' name of the site that it writes to; None where there is none.
-    """
-
-    model: str
-    set: str
-    layer: int
-    hook: str | None
+    model: str  #: its id there
+    set: str  #: name of the set of sources, such as "res-topk"
+    layer: int  #: of the site that the dictionary reads
+    hook: str | None  #: TransformerLens' name of the site that it writes to; None where there is none
 
     @property
     def id(self) -> str:

@@ -24,20 +24,14 @@ _CLOSE = 0.5  # absolute cosine with each of two directions above which a featur
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
-    """Features of a dictionary and directions of the world, compared by absolute cosine.
+    """Features of a dictionary and directions of the world, compared by absolute cosine."""
 
-    Attributes:
-      cosine_FxJ: absolute cosines of decoder rows and directions.
-      feature_J: feature assigned to each direction, one to one, with the largest sum of cosines (Hungarian method); -1
-        where there are fewer features than directions.
-      matched_J: their cosines; 0 where there is none.
-      nearest_F: nearest direction of each feature.
-    """
-
-    cosine_FxJ: np.ndarray
+    cosine_FxJ: np.ndarray  #: absolute cosines of decoder rows and directions
+    #: feature assigned to each direction, one to one, with the largest sum of cosines (Hungarian method); -1 where
+    #: there are fewer features than directions.
     feature_J: np.ndarray
-    matched_J: np.ndarray
-    nearest_F: np.ndarray
+    matched_J: np.ndarray  #: their cosines; 0 where there is none
+    nearest_F: np.ndarray  #: nearest direction of each feature
 
     @classmethod
     def of(cls, W_dec_FxD: np.ndarray, directions_JxD: np.ndarray) -> "Matching":
@@ -87,33 +81,20 @@ def _unit(values_xD: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Sums over N held-out vectors.
+    """Sums over N held-out vectors."""
 
-    Attributes:
-      tokens: N.
-      active_J: number of vectors in which each direction is active.
-      fired_F: number of vectors on which each feature fires.
-      nearest_F: vectors on which a feature fires and its nearest direction is active.
-      matched_J: vectors in which a direction is active and its matched feature fires.
-      parent_J: vectors in which a direction is active and the feature matched to its parent fires.
-      kept_J: vectors in which a direction is among the world's largest activations, as many as the dictionary has.
-      error: summed squared error of the dictionary's reconstruction.
-      kept_error: the same of the kept activations decoded by the true directions.
-      square: summed squares of the vectors.
-      total_D: sum of the vectors.
-    """
-
-    tokens: int
-    active_J: np.ndarray
-    fired_F: np.ndarray
-    nearest_F: np.ndarray
-    matched_J: np.ndarray
-    parent_J: np.ndarray
+    tokens: int  #: N
+    active_J: np.ndarray  #: number of vectors in which each direction is active
+    fired_F: np.ndarray  #: number of vectors on which each feature fires
+    nearest_F: np.ndarray  #: vectors on which a feature fires and its nearest direction is active
+    matched_J: np.ndarray  #: vectors in which a direction is active and its matched feature fires
+    parent_J: np.ndarray  #: vectors in which a direction is active and the feature matched to its parent fires
+    #: vectors in which a direction is among the world's largest activations, as many as the dictionary has.
     kept_J: np.ndarray
-    error: float
-    kept_error: float
-    square: float
-    total_D: np.ndarray
+    error: float  #: summed squared error of the dictionary's reconstruction
+    kept_error: float  #: the same of the kept activations decoded by the true directions
+    square: float  #: summed squares of the vectors
+    total_D: np.ndarray  #: sum of the vectors
 
     @property
     def variance(self) -> float:

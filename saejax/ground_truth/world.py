@@ -36,29 +36,21 @@ _MIN_LATENT_VARIANCE = 0.01  # of a feature's latent, left unexplained by the fa
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The distribution that vectors are sampled from; a pytree.
+    """The distribution that vectors are sampled from; a pytree."""
 
-    Attributes:
-      directions_JxD: unit vectors.
-      bias_D: added to every vector.
-      threshold_J: a feature's condition to fire is a standard normal latent above this.
-      loading_JxQ: loadings of the latents on the factors.
-      latent_std_J: standard deviation of the part of a latent that the factors leave unexplained.
-      mean_J, std_J: mean and standard deviation of the activations; negative ones are set to 0.
-      roots, branching, depth: shape of the trees.
-      exclusive, scaled, noise: as in ``TruthConfig``.
-    """
-
-    directions_JxD: jax.Array
-    bias_D: jax.Array
-    threshold_J: jax.Array
-    loading_JxQ: jax.Array
-    latent_std_J: jax.Array
+    directions_JxD: jax.Array  #: unit vectors
+    bias_D: jax.Array  #: added to every vector
+    threshold_J: jax.Array  #: a feature's condition to fire is a standard normal latent above this
+    loading_JxQ: jax.Array  #: loadings of the latents on the factors
+    latent_std_J: jax.Array  #: standard deviation of the part of a latent that the factors leave unexplained
+    #: mean_J and std_J: mean and standard deviation of the activations; negative ones are set to 0.
     mean_J: jax.Array
     std_J: jax.Array
+    #: roots, branching, depth: shape of the trees.
     roots: int = dataclasses.field(metadata=dict(static=True))
     branching: int = dataclasses.field(metadata=dict(static=True))
     depth: int = dataclasses.field(metadata=dict(static=True))
+    #: exclusive, scaled, noise: as in ``TruthConfig``.
     exclusive: bool = dataclasses.field(metadata=dict(static=True))
     scaled: bool = dataclasses.field(metadata=dict(static=True))
     noise: float = dataclasses.field(metadata=dict(static=True))

@@ -38,15 +38,10 @@ Codes = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Detector:
-    """A rule that predicts where a feature fires.
+    """A rule that predicts where a feature fires."""
 
-    Attributes:
-      family: one of ``FAMILIES``, or ``OUTPUT``.
-      codes: codes on which it is predicted to fire, most frequent first.
-    """
-
-    family: str
-    codes: Codes
+    family: str  #: one of ``FAMILIES``, or ``OUTPUT``
+    codes: Codes  #: codes on which it is predicted to fire, most frequent first
 
     @property
     def looks_at(self) -> str:
@@ -222,23 +217,14 @@ Detectors = Sequence[Mapping[str, tuple[Detector, float]]]  # of each feature: f
 
 @dataclasses.dataclass
 class Scored:
-    """The detectors of all features with their scores on held-out text.
+    """The detectors of all features with their scores on held-out text."""
 
-    Attributes:
-      text: text of the store, which describes codes in words.
-      detectors: detectors of each feature and their F1 on the search text.
-      score: scores of each feature by family.
-      chosen: family with the largest F1 on the search text; "" without a detector.
-      rate: firing rate of each feature on held-out text.
-      shuffled: F1 of the detector of another feature that fires about as often.
-    """
-
-    text: CodedText
-    detectors: Detectors
-    score: list[dict[str, DetectorScore]]
-    chosen: list[str]
-    rate: np.ndarray
-    shuffled: np.ndarray
+    text: CodedText  #: text of the store, which describes codes in words
+    detectors: Detectors  #: detectors of each feature and their F1 on the search text
+    score: list[dict[str, DetectorScore]]  #: scores of each feature by family
+    chosen: list[str]  #: family with the largest F1 on the search text; "" without a detector
+    rate: np.ndarray  #: firing rate of each feature on held-out text
+    shuffled: np.ndarray  #: F1 of the detector of another feature that fires about as often
 
     @classmethod
     def of(

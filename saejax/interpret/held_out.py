@@ -24,17 +24,11 @@ _TRIES = 50  # positions tried for each context without the feature
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The held-out contexts of a feature.
+    """The held-out contexts of a feature."""
 
-    Attributes:
-      feature: its index.
-      active: contexts in which it fires, the weakest tenth of its firings first.
-      silent: as many in which it does not fire, or fewer if it fires almost everywhere.
-    """
-
-    feature: int
-    active: list[FeatureContext]
-    silent: list[FeatureContext]
+    feature: int  #: its index
+    active: list[FeatureContext]  #: contexts in which it fires, the weakest tenth of its firings first
+    silent: list[FeatureContext]  #: as many in which it does not fire, or fewer if it fires almost everywhere
 
     @property
     def fires(self) -> list[bool]:

@@ -39,15 +39,10 @@ _NO_THINKING = dict(enable_thinking=False)  # Qwen3 and others; templates withou
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer.
+    """An answer."""
 
-    Attributes:
-      text: the reply; None: there was none, or it was truncated.
-      tokens: number of tokens of the prompt and of the reply.
-    """
-
-    text: str | None
-    tokens: tuple[int, int]
+    text: str | None  #: the reply; None: there was none, or it was truncated
+    tokens: tuple[int, int]  #: number of tokens of the prompt and of the reply
 
 
 OnAnswer = Callable[[int, Answer], None]  # (number of the question, its answer)

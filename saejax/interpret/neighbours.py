@@ -26,16 +26,11 @@ class OutputTokens:
 
     The logits are those of the decoder row alone, without biases and soft cap, minus their mean over the vocabulary
     (VocabProj: Gur-Arieh et al., 2025, arXiv 2501.08319).
-
-    Attributes:
-      ids: tokens at either end, [F, 2 count]: the most promoted first, the most suppressed last.
-      logits: their logits.
-      counts: tokens by logit, int32 [F, BINS]: bins of one width from the lowest logit to the highest.
     """
 
-    ids: np.ndarray
-    logits: np.ndarray
-    counts: np.ndarray
+    ids: np.ndarray  #: tokens at either end, [F, 2 count]: the most promoted first, the most suppressed last
+    logits: np.ndarray  #: their logits
+    counts: np.ndarray  #: tokens by logit, int32 [F, BINS]: bins of one width from the lowest logit to the highest
 
     def raised(self, some: slice = slice(None)) -> list[tuple[int, ...]]:
         """Return the tokens that each of some features promotes most."""

@@ -27,17 +27,11 @@ Answer with a JSON list of {count} numbers, such as {example}, and nothing else.
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question.
+    """A question."""
 
-    Attributes:
-      task: the instruction.
-      text: the material.
-      short_tokens: limit of the reply of a local model, which answers without reasoning.
-    """
-
-    task: str
-    text: str
-    short_tokens: int
+    task: str  #: the instruction
+    text: str  #: the material
+    short_tokens: int  #: limit of the reply of a local model, which answers without reasoning
 
     @property
     def messages(self) -> list[dict[str, str]]:

@@ -102,31 +102,18 @@ def short(value: float) -> float:
 
 @dataclasses.dataclass
 class Describer:
-    """Makes the records of a dictionary's features, block by block.
+    """Makes the records of a dictionary's features, block by block."""
 
-    Attributes:
-      store: the store.
-      text: its text.
-      place: encoded places.
-      bases: frequency of codes there, by family.
-      examples: number of contexts of the strongest firings.
-      draws: number of contexts from each tenth of the firings.
-      output: tokens that features promote and suppress; None: unknown.
-      nearest: indices and cosines of the nearest decoder rows, [F, n].
-      together: co-activation of features.
-      heads: attention shares of heads; None: not asked for.
-    """
-
-    store: Store
-    text: CodedText
-    place: np.ndarray
-    bases: Mapping[str, CodeCounts]
-    examples: int
-    draws: int
-    output: OutputTokens | None
-    nearest: tuple[np.ndarray, np.ndarray]
-    together: Together
-    heads: HeadShares | None = None
+    store: Store  #: the store
+    text: CodedText  #: its text
+    place: np.ndarray  #: encoded places
+    bases: Mapping[str, CodeCounts]  #: frequency of codes there, by family
+    examples: int  #: number of contexts of the strongest firings
+    draws: int  #: number of contexts from each tenth of the firings
+    output: OutputTokens | None  #: tokens that features promote and suppress; None: unknown
+    nearest: tuple[np.ndarray, np.ndarray]  #: indices and cosines of the nearest decoder rows, [F, n]
+    together: Together  #: co-activation of features
+    heads: HeadShares | None = None  #: attention shares of heads; None: not asked for
 
     def __post_init__(self):
         self._is_stored = np.zeros(len(self.store.documents.ids_T), bool)

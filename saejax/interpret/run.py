@@ -66,25 +66,15 @@ def heads_before(site: str) -> int:
 
 @dataclasses.dataclass
 class Interpreter:
-    """Interprets one dictionary.
+    """Interprets one dictionary."""
 
-    Attributes:
-      run: the run of the stage.
-      store: the store.
-      text: its text.
-      lm: the model.
-      mesh: the devices.
-      name: name of the member; "" for a single dictionary.
-      dictionary: the dictionary.
-    """
-
-    run: Run
-    store: Store
-    text: CodedText
-    lm: LanguageModel
-    mesh: Mesh
-    name: str
-    dictionary: Dictionary
+    run: Run  #: the run of the stage
+    store: Store  #: the store
+    text: CodedText  #: its text
+    lm: LanguageModel  #: the model
+    mesh: Mesh  #: the devices
+    name: str  #: name of the member; "" for a single dictionary
+    dictionary: Dictionary  #: the dictionary
 
     def interpret(self) -> InterpretedDictionary:
         """Interpret the dictionary and write the records of its features."""

@@ -16,23 +16,14 @@ from saejax.parallel.mesh import sharding
 
 
 class FeatureStatistics(NamedTuple):
-    """Sums over some positions, of each feature; totals are int64 and float64.
+    """Sums over some positions, of each feature; totals are int64 and float64."""
 
-    Attributes:
-      positions: number of positions counted.
-      fires_F: at how many of them the feature fires.
-      sum_F: the sizes of its activations there.
-      nonzero_F: positions at which it is not 0.
-      total_F: its activations at all positions.
-      prompts_F: prompts on which it fires.
-    """
-
-    positions: Any
-    fires_F: Any
-    sum_F: Any
-    nonzero_F: Any = 0
-    total_F: Any = 0.0
-    prompts_F: Any = 0
+    positions: Any  #: number of positions counted
+    fires_F: Any  #: at how many of them the feature fires
+    sum_F: Any  #: the sizes of its activations there
+    nonzero_F: Any = 0  #: positions at which it is not 0
+    total_F: Any = 0.0  #: its activations at all positions
+    prompts_F: Any = 0  #: prompts on which it fires
 
     @classmethod
     def total(cls, counts: Iterable["FeatureStatistics"]) -> "FeatureStatistics":

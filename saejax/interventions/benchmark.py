@@ -120,15 +120,13 @@ class BenchmarkAblation(BehaviourAblation):
     Args:
       items: the items.
       batch_tokens: tokens per batch.
-
-    Attributes:
-      placebo_attribution: attribution of each feature for each placebo target, [F] each, once these were measured.
-      others: the other dictionaries whose placebo sets were chosen with those of this one.
     """
 
     items: BenchmarkItems
     batch_tokens: int
+    #: attribution of each feature for each placebo target, [F] each, once these were measured.
     placebo_attribution: list[np.ndarray] = dataclasses.field(default_factory=list, init=False)
+    #: the other dictionaries whose placebo sets were chosen with those of this one.
     others: "list[BenchmarkAblation]" = dataclasses.field(default_factory=list, init=False)
 
     def __post_init__(self):

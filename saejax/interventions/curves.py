@@ -15,17 +15,12 @@ from saejax.statistics.curves import interpolation_weights
 
 @dataclasses.dataclass(frozen=True)
 class EffectCurve:
-    """The effect of one set of features, ablated by growing fractions.
+    """The effect of one set of features, ablated by growing fractions."""
 
-    Attributes:
-      edits: the A - 1 measured edits, by fraction; before them stands no edit, with dose and effect 0.
-      dose_A: dose of each, beginning at 0.
-      drop_AxP: by how much each lowers the objective (``EffectsTable.objective``) of each prompt.
-    """
-
+    #: the A - 1 measured edits, by fraction; before them stands no edit, with dose and effect 0.
     edits: tuple[EditDefinition, ...]
-    dose_A: np.ndarray
-    drop_AxP: np.ndarray
+    dose_A: np.ndarray  #: dose of each, beginning at 0
+    drop_AxP: np.ndarray  #: by how much each lowers the objective (``EffectsTable.objective``) of each prompt
 
     @property
     def reach(self) -> float:
@@ -91,21 +86,13 @@ def read_curves(
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredBehaviour:
-    """Measurements of the top features of one behaviour.
+    """Measurements of the top features of one behaviour."""
 
-    Attributes:
-      behaviour: its name.
-      prompts: its P test prompts.
-      objective: the readout whose drop is the effect.
-      top: the curve of the top features.
-      weight_RxP: weight of each prompt in each bootstrap sample of a mean; see ``resampling_weights``.
-    """
-
-    behaviour: str
-    prompts: Sequence[PromptDefinition]
-    objective: str
-    top: EffectCurve
-    weight_RxP: np.ndarray
+    behaviour: str  #: its name
+    prompts: Sequence[PromptDefinition]  #: its P test prompts
+    objective: str  #: the readout whose drop is the effect
+    top: EffectCurve  #: the curve of the top features
+    weight_RxP: np.ndarray  #: weight of each prompt in each bootstrap sample of a mean; see ``resampling_weights``
 
     @classmethod
     def read(

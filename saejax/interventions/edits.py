@@ -54,17 +54,11 @@ WORDS = dict(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ActivationReplacement:
-    """The source of the activations that replace ablated ones.
+    """The source of the activations that replace ablated ones."""
 
-    Attributes:
-      kind: one of the module docstring's (static).
-      mean_F: for ``mean``, of every feature.
-      seed: for ``random``, of the draws, an integer array [].
-    """
-
-    kind: str = dataclasses.field(default="zero", metadata=dict(static=True))
-    mean_F: jax.Array | None = None
-    seed: jax.Array | None = None
+    kind: str = dataclasses.field(default="zero", metadata=dict(static=True))  #: one of the module docstring's (static)
+    mean_F: jax.Array | None = None  #: for ``mean``, of every feature
+    seed: jax.Array | None = None  #: for ``random``, of the draws, an integer array []
 
     def of_run(self, number: int) -> "ActivationReplacement":
         """Return the replacement for one of several clean runs, each with independent draws."""
@@ -155,21 +149,13 @@ def removed_on_average(f_BxTxF: jax.Array, fires_F: jax.Array, sum_F: jax.Array)
 
 @dataclasses.dataclass(frozen=True)
 class FeatureEdits:
-    """E edits of the features of one dictionary.
+    """E edits of the features of one dictionary."""
 
-    Attributes:
-      dictionary: the dictionary of the features, or another basis.
-      sets: the features of each edit, none twice in one.
-      fractions: a, one array ``[len(set)]`` per edit.
-      addends: b, likewise; None if no edit adds anything.
-      replacement: where r comes from.
-    """
-
-    dictionary: Dictionary
-    sets: tuple[np.ndarray, ...]
-    fractions: tuple[np.ndarray, ...]
-    addends: tuple[np.ndarray, ...] | None = None
-    replacement: ActivationReplacement = ZERO
+    dictionary: Dictionary  #: the dictionary of the features, or another basis
+    sets: tuple[np.ndarray, ...]  #: the features of each edit, none twice in one
+    fractions: tuple[np.ndarray, ...]  #: a, one array ``[len(set)]`` per edit
+    addends: tuple[np.ndarray, ...] | None = None  #: b, likewise; None if no edit adds anything
+    replacement: ActivationReplacement = ZERO  #: where r comes from
 
     def __post_init__(self):
         count = self.dictionary.config.n_features

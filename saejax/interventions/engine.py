@@ -133,23 +133,16 @@ def _whole_texts(
 
 @dataclasses.dataclass(frozen=True)
 class LogitDiffs:
-    """Logit differences, logit(correct) - logit(wrong), without an edit and with each of S edits.
+    """Logit differences, logit(correct) - logit(wrong), without an edit and with each of S edits."""
 
-    Attributes:
-      clean_P: float64, P prompts.
-      ablated_SxP: float64; equal to the clean one, to the last bit, where the edit changes nothing.
-      rounding_P: how far the clean logit difference of each prompt, computed from all of its tokens, is from that
-        computed from the last one: effects of this size are rounding, and all edits share it.
-      rows: number of (edit, prompt) pairs that were run, the clean ones counted once.
-      tokens: number of tokens that went through the layers above the site, padding included.
-      readouts: by name, the clean values ``[P]`` and those of each edit ``[S, P]`` of ``READOUTS[1:]``, if measured.
-    """
-
-    clean_P: np.ndarray
-    ablated_SxP: np.ndarray
+    clean_P: np.ndarray  #: float64, P prompts
+    ablated_SxP: np.ndarray  #: float64; equal to the clean one, to the last bit, where the edit changes nothing
+    #: how far the clean logit difference of each prompt, computed from all of its tokens, is from that computed from
+    #: the last one: effects of this size are rounding, and all edits share it.
     rounding_P: np.ndarray
-    rows: int
-    tokens: int
+    rows: int  #: number of (edit, prompt) pairs that were run, the clean ones counted once
+    tokens: int  #: number of tokens that went through the layers above the site, padding included
+    #: by name, the clean values ``[P]`` and those of each edit ``[S, P]`` of ``READOUTS[1:]``, if measured.
     readouts: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     @property

@@ -32,34 +32,22 @@ LEVEL = 0.05  # of the adjusted p-value
 
 @dataclasses.dataclass(frozen=True)
 class Importance(Columns):
-    """The importance of each of N live features on the test prompts of a behaviour; arrays [N], features rising.
-
-    Attributes:
-      feature: its index.
-      firing_rate: share of the editable tokens on which it fires.
-      mean_activation: over the tokens on which it fires.
-      drop: of the logit difference when it is ablated, mean over prompts.
-      drop_low, drop_high: ends of the 95 % bootstrap interval of that mean.
-      accuracy_drop: of two-way accuracy, a share.
-      p_fwer: p-value of the drop, adjusted for all features.
-      same_sign: 1 where the mean drop has the same sign in every template.
-      attribution: estimate of the drop, logits.
-      activation_correlation: Pearson; NaN where one of both is constant.
-    """
+    """The importance of each of N live features on the test prompts of a behaviour; arrays [N], features rising."""
 
     kind = "importance"
 
-    feature: np.ndarray
-    firing_rate: np.ndarray
-    mean_activation: np.ndarray
-    drop: np.ndarray
+    feature: np.ndarray  #: its index
+    firing_rate: np.ndarray  #: share of the editable tokens on which it fires
+    mean_activation: np.ndarray  #: over the tokens on which it fires
+    drop: np.ndarray  #: of the logit difference when it is ablated, mean over prompts
+    #: drop_low and drop_high: ends of the 95 % bootstrap interval of that mean.
     drop_low: np.ndarray
     drop_high: np.ndarray
-    accuracy_drop: np.ndarray
-    p_fwer: np.ndarray
-    same_sign: np.ndarray
-    attribution: np.ndarray
-    activation_correlation: np.ndarray
+    accuracy_drop: np.ndarray  #: of two-way accuracy, a share
+    p_fwer: np.ndarray  #: p-value of the drop, adjusted for all features
+    same_sign: np.ndarray  #: 1 where the mean drop has the same sign in every template
+    attribution: np.ndarray  #: estimate of the drop, logits
+    activation_correlation: np.ndarray  #: Pearson; NaN where one of both is constant
 
     @property
     def summary(self) -> ImportanceSummary:

@@ -313,32 +313,22 @@ def describe_features(
 
 @dataclasses.dataclass(frozen=True)
 class PatchGrid(Columns):
-    """The mean effect at every location; arrays [N], sorted by direction, layer, head and position.
-
-    Attributes:
-      direction: one of ``DIRECTIONS``.
-      layer: counted from 0.
-      head: counted from 0; null at sites of the whole stream.
-      position: from the end, -1 is the last token; null where several positions were patched together.
-      effect: mean over the prompts, logits.
-      low: lower end of its 95 % bootstrap interval over prompts within templates; null with fewer than 2 prompts.
-      high: its upper end.
-      normalised: effect / (clean - corrupted), a ratio of means over the same prompts; null where clean - corrupted is
-        not clearly above 0.
-      prompts: number of prompts with a token there.
-    """
+    """The mean effect at every location; arrays [N], sorted by direction, layer, head and position."""
 
     kind = "patching"
 
-    direction: np.ndarray
-    layer: np.ndarray
-    head: np.ndarray
-    position: np.ndarray
-    effect: np.ndarray
+    direction: np.ndarray  #: one of ``DIRECTIONS``
+    layer: np.ndarray  #: counted from 0
+    head: np.ndarray  #: counted from 0; null at sites of the whole stream
+    position: np.ndarray  #: from the end, -1 is the last token; null where several positions were patched together
+    effect: np.ndarray  #: mean over the prompts, logits
+    #: lower end of its 95 % bootstrap interval over prompts within templates; null with fewer than 2 prompts.
     low: np.ndarray
-    high: np.ndarray
+    high: np.ndarray  #: its upper end
+    #: effect / (clean - corrupted), a ratio of means over the same prompts; null where clean - corrupted is not clearly
+    #: above 0.
     normalised: np.ndarray
-    prompts: np.ndarray
+    prompts: np.ndarray  #: number of prompts with a token there
 
     @classmethod
     def of(cls, patched: PatchEffects, weight_RxP: np.ndarray | None) -> "PatchGrid":

@@ -49,29 +49,19 @@ STEP = 8  # batches, and groups of pairs, are filled up to a multiple of this
 
 @dataclasses.dataclass(frozen=True)
 class PatchEffects:
-    """Logit differences of P pairs with a kind of site patched. The first axis of arrays counts ``DIRECTIONS``.
+    """Logit differences of P pairs with a kind of site patched. The first axis of arrays counts ``DIRECTIONS``."""
 
-    Attributes:
-      kind: kind of site.
-      layers: the L patched layers.
-      positions: ``each``, or the positions that were patched together.
-      clean_P: float64, logit difference of the prompts.
-      corrupted_P: float64, that of their counterparts.
-      diff_DxLxHxPxC: float64, logit difference after the patch. H is the number of heads, 1 at other sites. With
-        ``each``, C counts positions, aligned at the end: the last column is the last token of every prompt; NaN where a
-        prompt has no such position. Otherwise C is 1.
-      rows: number of rows that were run.
-      all_rows: number of rows, with those whose effect is known to be 0.
-    """
-
-    kind: str
-    layers: tuple[int, ...]
-    positions: str
-    clean_P: np.ndarray
-    corrupted_P: np.ndarray
+    kind: str  #: kind of site
+    layers: tuple[int, ...]  #: the L patched layers
+    positions: str  #: ``each``, or the positions that were patched together
+    clean_P: np.ndarray  #: float64, logit difference of the prompts
+    corrupted_P: np.ndarray  #: float64, that of their counterparts
+    #: float64, logit difference after the patch. H is the number of heads, 1 at other sites. With ``each``, C counts
+    #: positions, aligned at the end: the last column is the last token of every prompt; NaN where a prompt has no such
+    #: position. Otherwise C is 1.
     diff_DxLxHxPxC: np.ndarray
-    rows: int
-    all_rows: int
+    rows: int  #: number of rows that were run
+    all_rows: int  #: number of rows, with those whose effect is known to be 0
 
     @property
     def effect_DxLxHxPxC(self) -> np.ndarray:

@@ -81,19 +81,12 @@ class ProbeFit:
 
 @dataclasses.dataclass(frozen=True)
 class ProbeTask:
-    """Inputs and classes of a probe.
+    """Inputs and classes of a probe."""
 
-    Attributes:
-      train_NxC: C inputs of N train prompts, finite.
-      train_class_N: their classes, counted from 0; each at least as often as there are folds.
-      test_MxC: the same inputs of M test prompts, at least one.
-      test_class_M: their classes.
-    """
-
-    train_NxC: np.ndarray
-    train_class_N: np.ndarray
-    test_MxC: np.ndarray
-    test_class_M: np.ndarray
+    train_NxC: np.ndarray  #: C inputs of N train prompts, finite
+    train_class_N: np.ndarray  #: their classes, counted from 0; each at least as often as there are folds
+    test_MxC: np.ndarray  #: the same inputs of M test prompts, at least one
+    test_class_M: np.ndarray  #: their classes
 
     def with_inputs(self, inputs: np.ndarray) -> "ProbeTask":
         """Return the task with some of the inputs."""
@@ -301,18 +294,12 @@ def paired_difference(right_M: np.ndarray, other_M: np.ndarray, seed: int) -> In
 
 
 class FeatureAblation(NamedTuple):
-    """Test prompts on which features are ablated one by one.
+    """Test prompts on which features are ablated one by one."""
 
-    Attributes:
-      readout: the readout whose fall is measured.
-      fires_F: number of prompts on which each feature fires.
-      templates: template of each of the P prompts.
-      measure_drop: takes S features, returns the fall of the readout without each, float64 [S, P].
-    """
-
-    readout: str
-    fires_F: np.ndarray
-    templates: Sequence[str]
+    readout: str  #: the readout whose fall is measured
+    fires_F: np.ndarray  #: number of prompts on which each feature fires
+    templates: Sequence[str]  #: template of each of the P prompts
+    #: takes S features, returns the fall of the readout without each, float64 [S, P].
     measure_drop: Callable[[Sequence[int]], np.ndarray]
 
 

@@ -43,39 +43,29 @@ OnProgress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """An answer after its context.
+    """An answer after its context."""
 
-    Attributes:
-      context: token ids, at least one.
-      answer: token ids, at least one.
-    """
-
-    context: list[int]
-    answer: list[int]
+    context: list[int]  #: token ids, at least one
+    answer: list[int]  #: token ids, at least one
 
     def __len__(self) -> int:
         return len(self.context) + len(self.answer)
 
 
 class ReferenceBatch(NamedTuple):
-    """References after the layers below the site; of the B rows some are copies that pad the batch.
+    """References after the layers below the site; of the B rows some are copies that pad the batch."""
 
-    Attributes:
-      stream_BxTxD, value_BxTxD, read_BxTxD: as in ``CleanRun``.
-      real_BxT: True at the tokens of references; False in padding and in copies.
-      domain_BxT: True where features of the split's dictionary are editable: at real tokens but attention sinks.
-      positions_BxC, targets_BxC: where each answer token is predicted, and which it is; see ``likelihood.align``.
-      weight_BxC: 1 at answer tokens; 0 elsewhere, and in copies.
-    """
-
+    #: stream_BxTxD, value_BxTxD, read_BxTxD: as in ``CleanRun``.
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
     read_BxTxD: jax.Array
-    real_BxT: jax.Array
+    real_BxT: jax.Array  #: True at the tokens of references; False in padding and in copies
+    #: True where features of the split's dictionary are editable: at real tokens but attention sinks.
     domain_BxT: jax.Array
+    #: positions_BxC and targets_BxC: where each answer token is predicted, and which it is; see ``likelihood.align``.
     positions_BxC: jax.Array
     targets_BxC: jax.Array
-    weight_BxC: jax.Array
+    weight_BxC: jax.Array  #: 1 at answer tokens; 0 elsewhere, and in copies
 
 
 class References:

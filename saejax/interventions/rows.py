@@ -34,16 +34,12 @@ _PROGRAM = 16384  # tokens whose attention runs in the time in which a program o
 
 @dataclasses.dataclass(frozen=True)
 class SetRows:
-    """Rows on the prompts of one clean run; arrays [N].
+    """Rows on the prompts of one clean run; arrays [N]."""
 
-    Attributes:
-      set_N, place_N: the set, and the prompt's place in the clean run.
-      first_N: the first token that is run; the last is the prompt's.
-    """
-
+    #: set_N and place_N: the set, and the prompt's place in the clean run.
     set_N: np.ndarray
     place_N: np.ndarray
-    first_N: np.ndarray
+    first_N: np.ndarray  #: the first token that is run; the last is the prompt's
 
     def __getitem__(self, chosen: np.ndarray | slice) -> "SetRows":
         return SetRows(self.set_N[chosen], self.place_N[chosen], self.first_N[chosen])
@@ -51,19 +47,14 @@ class SetRows:
 
 @dataclasses.dataclass(frozen=True)
 class RowBatch:
-    """Rows that go through the layers above the site together, in S shards.
+    """Rows that go through the layers above the site together, in S shards."""
 
-    Attributes:
-      shards: the rows of each.
-      size, length, tokens: rows, tokens of a row, and tokens of a shard, with those that fill it up: R, T and N.
-      features_K: all features that the sets hold, rising, the last one repeated; the same object in all batches that
-        share them.
-    """
-
-    shards: list[SetRows]
+    shards: list[SetRows]  #: the rows of each
+    #: size, length, tokens: rows, tokens of a row, and tokens of a shard, with those that fill it up: R, T and N.
     size: int
     length: int
     tokens: int
+    #: all features that the sets hold, rising, the last one repeated; the same object in all batches that share them.
     features_K: np.ndarray
 
     def filled(
@@ -96,15 +87,10 @@ class RowBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The prompts of a clean run.
+    """The prompts of a clean run."""
 
-    Attributes:
-      last_P: the index of each one's last token.
-      prefix_PxT: a number for each text from the first token to this one, as far as changes depend on it.
-    """
-
-    last_P: np.ndarray
-    prefix_PxT: np.ndarray
+    last_P: np.ndarray  #: the index of each one's last token
+    prefix_PxT: np.ndarray  #: a number for each text from the first token to this one, as far as changes depend on it
 
     def keys(self, rows: SetRows, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a number for each token of each row, equal where tokens are shared; where rows have any, [N, T]."""

@@ -40,26 +40,20 @@ class SiteRows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CleanRun:
-    """Prompts run without an edit; B is a multiple of ``PROMPTS``.
+    """Prompts run without an edit; B is a multiple of ``PROMPTS``."""
 
-    Attributes:
-      index_P: the prompts' indices in the list they came from; the first P of the B rows, the rest are copies.
-      stream_BxTxD, value_BxTxD, read_BxTxD: the stream entering the layers above, the site's value, and the value
-        that the dictionary reads.
-      domain_BxT: True at editable positions: those that were asked for and are not attention sinks.
-      prefix_PxT: a number for each text from the first token to this one; prompts that begin alike share it.
-      last_B: index of each prompt's last token, int32.
-      answers_Bx2: token ids of the correct and the wrong answer, int32.
-    """
-
+    #: the prompts' indices in the list they came from; the first P of the B rows, the rest are copies.
     index_P: np.ndarray
+    #: stream_BxTxD, value_BxTxD, read_BxTxD: the stream entering the layers above, the site's value, and the value that
+    #: the dictionary reads.
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
     read_BxTxD: jax.Array
-    domain_BxT: jax.Array
+    domain_BxT: jax.Array  #: True at editable positions: those that were asked for and are not attention sinks
+    #: a number for each text from the first token to this one; prompts that begin alike share it.
     prefix_PxT: np.ndarray
-    last_B: np.ndarray
-    answers_Bx2: np.ndarray
+    last_B: np.ndarray  #: index of each prompt's last token, int32
+    answers_Bx2: np.ndarray  #: token ids of the correct and the wrong answer, int32
 
 
 class SplitModel:

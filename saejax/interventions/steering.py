@@ -53,23 +53,14 @@ class AnswerSwap(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AnswerTexts:
-    """N texts at their last positions.
+    """N texts at their last positions."""
 
-    Attributes:
-      answer_N: token ids of their right answers.
-      value_NxD: values of the site that is changed.
-      slope_NxD: gradient of logit(right) - logit(wrong) at that site.
-      f_NxF: activations of the features.
-      W_dec_FxD: directions of the features.
-      norm: mean norm of the site's values at editable positions.
-    """
-
-    answer_N: np.ndarray
-    value_NxD: np.ndarray
-    slope_NxD: np.ndarray
-    f_NxF: np.ndarray
-    W_dec_FxD: np.ndarray
-    norm: float
+    answer_N: np.ndarray  #: token ids of their right answers
+    value_NxD: np.ndarray  #: values of the site that is changed
+    slope_NxD: np.ndarray  #: gradient of logit(right) - logit(wrong) at that site
+    f_NxF: np.ndarray  #: activations of the features
+    W_dec_FxD: np.ndarray  #: directions of the features
+    norm: float  #: mean norm of the site's values at editable positions
 
     @classmethod
     def read(cls, lm: LanguageModel, split: SplitModel, prompts: Sequence[Prompt]) -> "AnswerTexts":
@@ -191,17 +182,11 @@ def random_directions(texts: AnswerTexts, swap: AnswerSwap, count: int, seed: in
 
 
 class Steered(NamedTuple):
-    """Readouts of S changes on P prompts, float64 [S, P].
+    """Readouts of S changes on P prompts, float64 [S, P]."""
 
-    Attributes:
-      diff_SxP: logit(answer) - logit(target).
-      top1_SxP: 1 where the prompt's answer is the likeliest token.
-      norm_SxP: norm of the change at the site, over all positions.
-    """
-
-    diff_SxP: np.ndarray
-    top1_SxP: np.ndarray
-    norm_SxP: np.ndarray
+    diff_SxP: np.ndarray  #: logit(answer) - logit(target)
+    top1_SxP: np.ndarray  #: 1 where the prompt's answer is the likeliest token
+    norm_SxP: np.ndarray  #: norm of the change at the site, over all positions
 
 
 def place_edits(lm: LanguageModel, split: SplitModel, edits: FeatureEdits) -> tuple[SplitModel, FeatureEdits]:

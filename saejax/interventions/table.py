@@ -61,25 +61,17 @@ _FILES = ("effects.parquet", "edits.json", "prompts.json")
 
 @dataclasses.dataclass(frozen=True)
 class EditDefinition:
-    """An edit: what was changed, and how far.
+    """An edit: what was changed, and how far."""
 
-    Attributes:
-      behaviour: behaviour whose answers chose the features, or whose prompts a clean run reads (``TEXT``: documents).
-      group: see ``GROUPS`` and ``BASIS``.
-      index: index of the set within its group.
-      features: the indices of the ablated features, or of the directions of the basis.
-      fraction: share of the edit that is applied, in [0, 1].
-      dictionary: dictionary of its features: ``TESTED``, ``UNTRAINED``, or the name of a dictionary of another seed.
-      target: the two placebo tokens (right, wrong), as text; None for other groups.
-    """
-
+    #: behaviour whose answers chose the features, or whose prompts a clean run reads (``TEXT``: documents).
     behaviour: str
-    group: str
-    index: int = 0
-    features: tuple[int, ...] = ()
-    fraction: float = 1.0
+    group: str  #: see ``GROUPS`` and ``BASIS``
+    index: int = 0  #: index of the set within its group
+    features: tuple[int, ...] = ()  #: the indices of the ablated features, or of the directions of the basis
+    fraction: float = 1.0  #: share of the edit that is applied, in [0, 1]
+    #: dictionary of its features: ``TESTED``, ``UNTRAINED``, or the name of a dictionary of another seed.
     dictionary: str = TESTED
-    target: tuple[str, str] | None = None
+    target: tuple[str, str] | None = None  #: the two placebo tokens (right, wrong), as text; None for other groups
 
     @property
     def id(self) -> str:
@@ -90,22 +82,14 @@ class EditDefinition:
 
 @dataclasses.dataclass(frozen=True)
 class PromptDefinition:
-    """A prompt, or a held-out document.
+    """A prompt, or a held-out document."""
 
-    Attributes:
-      id: unique within the run.
-      behaviour: it belongs to; ``TEXT`` for a held-out document.
-      template: the words around the content; "" if unknown.
-      held_out: whether no train prompt has this template.
-      split: "train" or "test".
-      text, correct, wrong: the prompt and its answers; "" for documents.
-    """
-
-    id: str
-    behaviour: str
-    template: str = ""
-    held_out: bool = False
-    split: str = "test"
+    id: str  #: unique within the run
+    behaviour: str  #: it belongs to; ``TEXT`` for a held-out document
+    template: str = ""  #: the words around the content; "" if unknown
+    held_out: bool = False  #: whether no train prompt has this template
+    split: str = "test"  #: "train" or "test"
+    #: text, correct, wrong: the prompt and its answers; "" for documents.
     text: str = ""
     correct: str = ""
     wrong: str = ""
@@ -116,21 +100,15 @@ class EffectsTable:
     """Measured values, with the definitions of their edits and prompts.
 
     Rows may stand in any order. What was not measured has no row.
-
-    Attributes:
-      edits: edits of the run; ids are unique within a behaviour.
-      prompts: prompts of the run; ids are unique.
-      edit_N, prompt_N: position of each row's edit in ``edits`` and of its prompt in ``prompts``, int.
-      readout_N: position of each row's readout in ``READOUTS``, int.
-      value_N: the readout's value, float64, finite.
     """
 
-    edits: tuple[EditDefinition, ...]
-    prompts: tuple[PromptDefinition, ...]
+    edits: tuple[EditDefinition, ...]  #: edits of the run; ids are unique within a behaviour
+    prompts: tuple[PromptDefinition, ...]  #: prompts of the run; ids are unique
+    #: edit_N and prompt_N: position of each row's edit in ``edits`` and of its prompt in ``prompts``, int.
     edit_N: np.ndarray
     prompt_N: np.ndarray
-    readout_N: np.ndarray
-    value_N: np.ndarray
+    readout_N: np.ndarray  #: position of each row's readout in ``READOUTS``, int
+    value_N: np.ndarray  #: the readout's value, float64, finite
 
     @classmethod
     def from_blocks(

@@ -34,19 +34,12 @@ _AT_ONCE = 4  # documents of a program
 
 @dataclasses.dataclass(frozen=True)
 class TextDiffs:
-    """Sums over the predicted tokens of N documents.
+    """Sums over the predicted tokens of N documents."""
 
-    Attributes:
-      tokens_N: number of predicted tokens of each document.
-      clean_N: clean cross-entropy, nats.
-      rise_SxN: rise of the cross-entropy under each of S edits, nats.
-      kl_SxN: KL(clean || edited), nats.
-    """
-
-    tokens_N: np.ndarray
-    clean_N: np.ndarray
-    rise_SxN: np.ndarray
-    kl_SxN: np.ndarray
+    tokens_N: np.ndarray  #: number of predicted tokens of each document
+    clean_N: np.ndarray  #: clean cross-entropy, nats
+    rise_SxN: np.ndarray  #: rise of the cross-entropy under each of S edits, nats
+    kl_SxN: np.ndarray  #: KL(clean || edited), nats
 
 
 class HeldOutText:

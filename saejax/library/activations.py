@@ -20,23 +20,14 @@ _PROGRAM = 4096  # tokens that run in the time in which a program of another sha
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Values of some sites on the tokens of texts, in memory; row r of every site is the same token.
+    """Values of some sites on the tokens of texts, in memory; row r of every site is the same token."""
 
-    Attributes:
-      values: fp32 [N, D] of every site, by its name.
-      index_Nx3: int32 columns: the text (its place in the list), the position in it, the token id.
-      texts: token ids of the texts.
-      sink_factor: rows with norms above so many times the median of their site are attention sinks.
-      model: the language model.
-      bos: whether every text begins with a BOS token.
-    """
-
-    values: Mapping[str, np.ndarray]
-    index_Nx3: np.ndarray
-    texts: Sequence[np.ndarray]
-    sink_factor: float
-    model: CapturedModel
-    bos: bool
+    values: Mapping[str, np.ndarray]  #: fp32 [N, D] of every site, by its name
+    index_Nx3: np.ndarray  #: int32 columns: the text (its place in the list), the position in it, the token id
+    texts: Sequence[np.ndarray]  #: token ids of the texts
+    sink_factor: float  #: rows with norms above so many times the median of their site are attention sinks
+    model: CapturedModel  #: the language model
+    bos: bool  #: whether every text begins with a BOS token
 
     def max_norm(self, site: str) -> float:
         """Norm above which a row is an attention sink."""

@@ -30,18 +30,12 @@ from saejax.tasks.behaviours import Prompt
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-    """Measure the effect of ablating a dictionary's features on behaviours.
+    """Measure the effect of ablating a dictionary's features on behaviours."""
 
-    Attributes:
-      table: every measured value; ``table.values(edits, prompts, readout)`` gives ``[E, P]``.
-      verdict: the answers to the five questions, by dictionary ("" is the tested one) and behaviour.
-      top: the top features of each behaviour, with their effects alone.
-      importance: of all live features, by behaviour; None without ``effects="all"``.
-    """
-
-    table: EffectsTable
-    verdict: CausalVerdict
-    top: Mapping[str, tuple[FeatureEffect, ...]]
+    table: EffectsTable  #: every measured value; ``table.values(edits, prompts, readout)`` gives ``[E, P]``
+    verdict: CausalVerdict  #: the answers to the five questions, by dictionary ("" is the tested one) and behaviour
+    top: Mapping[str, tuple[FeatureEffect, ...]]  #: the top features of each behaviour, with their effects alone
+    #: of all live features, by behaviour; None without ``effects="all"``.
     importance: Mapping[str, Importance] | None = None
 
 

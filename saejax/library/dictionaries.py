@@ -76,15 +76,10 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Measure a dictionary on some texts.
+    """Measure a dictionary on some texts."""
 
-    Attributes:
-      reconstruction: explained variance, L0 and each feature's firing.
-      losses: cross-entropy and KL divergence with the dictionary's output in place of the site.
-    """
-
-    reconstruction: Reconstruction
-    losses: Losses
+    reconstruction: Reconstruction  #: explained variance, L0 and each feature's firing
+    losses: Losses  #: cross-entropy and KL divergence with the dictionary's output in place of the site
 
     @property
     def explained_variance(self) -> float:

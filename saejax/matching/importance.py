@@ -29,22 +29,15 @@ _PRODUCTS = 2**24  # products held at once
 
 @dataclasses.dataclass(frozen=True)
 class ItemFeatures:
-    """A dictionary's features on the items of a benchmark, in one model.
+    """A dictionary's features on the items of a benchmark, in one model."""
 
-    Attributes:
-      ids: names of the items.
-      activity: activations at the tokens of all items.
-      text_N, end_N: as in ``ReadText``.
-      importance_F: attribution of each feature for the right answers, nats.
-      placebo_RxF: the same for other items' answers, by placebo target; no rows: not measured.
-    """
-
-    ids: tuple[str, ...]
-    activity: Activity
+    ids: tuple[str, ...]  #: names of the items
+    activity: Activity  #: activations at the tokens of all items
+    #: text_N and end_N: as in ``ReadText``.
     text_N: np.ndarray
     end_N: np.ndarray
-    importance_F: np.ndarray
-    placebo_RxF: np.ndarray
+    importance_F: np.ndarray  #: attribution of each feature for the right answers, nats
+    placebo_RxF: np.ndarray  #: the same for other items' answers, by placebo target; no rows: not measured
 
     def save(self, path: Path) -> None:
         """Write the features to a .npz file."""
@@ -69,24 +62,15 @@ class ItemFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class ImportanceAlignment:
-    """Agreement of two models on which features matter.
+    """Agreement of two models on which features matter."""
 
-    Attributes:
-      pairs: number of matched features.
-      shared: share of the first model's features, of those that fire often enough, that have a partner.
-      shared_null: the same with one text shifted by half.
-      correlation: rank correlation of importance over pairs; None with fewer than 8 pairs.
-      p_value: share of permutations in which it is as large, above 0.
-      rotated: correlation over pairs with a rotated dictionary; None with fewer than 8 pairs.
-      placebo: 95 % quantile of the correlations with the importance for other answers; None: not measured.
-    """
-
-    pairs: int
-    shared: float
-    shared_null: float
-    correlation: float | None
-    p_value: float | None
-    rotated: float | None
+    pairs: int  #: number of matched features
+    shared: float  #: share of the first model's features, of those that fire often enough, that have a partner
+    shared_null: float  #: the same with one text shifted by half
+    correlation: float | None  #: rank correlation of importance over pairs; None with fewer than 8 pairs
+    p_value: float | None  #: share of permutations in which it is as large, above 0
+    rotated: float | None  #: correlation over pairs with a rotated dictionary; None with fewer than 8 pairs
+    #: 95 % quantile of the correlations with the importance for other answers; None: not measured.
     placebo: float | None
 
 

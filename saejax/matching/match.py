@@ -132,23 +132,16 @@ class Auction:
 
 @dataclasses.dataclass(frozen=True)
 class Matched:
-    """The matching of the rows of two dictionaries.
+    """The matching of the rows of two dictionaries."""
 
-    Attributes:
-      nearest_F: largest product of each row of the first.
-      nearest_G: largest product of each row of the second.
-      mutual_F: whether a row of the first is the nearest of its nearest.
-      partner_F: row of the second assigned to each row of the first, none twice, with the largest sum of products (the
-        Hungarian method's assignment); -1: unassigned, which counts 0.
-      value_F: products of the pairs; NaN where there is none.
-      gap: upper bound of the distance of the mean product of the pairs to the optimum; at most ``assignment.STEP``.
-    """
-
-    nearest_F: np.ndarray
-    nearest_G: np.ndarray
-    mutual_F: np.ndarray
+    nearest_F: np.ndarray  #: largest product of each row of the first
+    nearest_G: np.ndarray  #: largest product of each row of the second
+    mutual_F: np.ndarray  #: whether a row of the first is the nearest of its nearest
+    #: row of the second assigned to each row of the first, none twice, with the largest sum of products (the Hungarian
+    #: method's assignment); -1: unassigned, which counts 0.
     partner_F: np.ndarray
-    value_F: np.ndarray
+    value_F: np.ndarray  #: products of the pairs; NaN where there is none
+    #: upper bound of the distance of the mean product of the pairs to the optimum; at most ``assignment.STEP``.
     gap: float
 
 

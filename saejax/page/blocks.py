@@ -40,23 +40,14 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A saved figure.
+    """A saved figure."""
 
-    Attributes:
-      name: ``figures/<name>.<ending>``.
-      svg: for use inside the page.
-      caption: what is to be seen, and how to read it.
-      alt: the same for someone who cannot see it, with the figures that matter.
-      ending: of the file that Markdown shows.
-      width: CSS length of a figure that keeps its own size, however wide; "": that of the report's figures.
-    """
-
-    name: str
-    svg: Markup
-    caption: str
-    alt: str
-    ending: str = "png"
-    width: str = ""
+    name: str  #: ``figures/<name>.<ending>``
+    svg: Markup  #: for use inside the page
+    caption: str  #: what is to be seen, and how to read it
+    alt: str  #: the same for someone who cannot see it, with the figures that matter
+    ending: str = "png"  #: of the file that Markdown shows
+    width: str = ""  #: CSS length of a figure that keeps its own size, however wide; "": that of the report's figures
     kind = "picture"
 
     def markdown(self) -> str:
@@ -84,15 +75,10 @@ class Code:
 
 @dataclasses.dataclass(frozen=True)
 class Links:
-    """Other files of the workdir.
+    """Other files of the workdir."""
 
-    Attributes:
-      title: what they are; "": nothing to be said.
-      items: (text, address relative to the report's folder, percent-encoded).
-    """
-
-    title: str
-    items: tuple[tuple[str, str], ...]
+    title: str  #: what they are; "": nothing to be said
+    items: tuple[tuple[str, str], ...]  #: (text, address relative to the report's folder, percent-encoded)
     kind = "links"
 
     def markdown(self) -> str:

@@ -19,20 +19,13 @@ Draw = Callable[[str, Figure, str, str], Picture]  # name, figure, caption, alt
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """The results and settings that the sections of a report are written from.
+    """The results and settings that the sections of a report are written from."""
 
-    Attributes:
-      summaries: unit -> its summary.
-      folders: unit -> its folder, for files that the report shows or links to as they are.
-      report: folder of the report itself.
-      report_settings: settings of the report itself, group -> field -> value.
-      examples: feature of the tested dictionary -> its strongest contexts.
-    """
-
-    summaries: Mapping[str, Summary]
-    folders: Mapping[str, Path]
-    report: Path
-    report_settings: Settings
+    summaries: Mapping[str, Summary]  #: unit -> its summary
+    folders: Mapping[str, Path]  #: unit -> its folder, for files that the report shows or links to as they are
+    report: Path  #: folder of the report itself
+    report_settings: Settings  #: settings of the report itself, group -> field -> value
+    #: feature of the tested dictionary -> its strongest contexts.
     examples: Mapping[int, Sequence[Example]] = dataclasses.field(default_factory=dict)
 
     def each(self, results: type[T]) -> dict[str, T]:

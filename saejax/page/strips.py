@@ -8,41 +8,26 @@ from saejax.page.tables import escape_markdown, number, visible
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One token of a strip.
+    """One token of a strip."""
 
-    Attributes:
-      text: on one line; of nothing but spaces, made visible.
-      share: its activation over the feature's largest one, 0 to 1.
-      peak: whether it is the context's maximum.
-      label: its activation, in words.
-    """
-
-    text: str
-    share: float
-    peak: bool
-    label: str
+    text: str  #: on one line; of nothing but spaces, made visible
+    share: float  #: its activation over the feature's largest one, 0 to 1
+    peak: bool  #: whether it is the context's maximum
+    label: str  #: its activation, in words
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One context of a feature in the captured text.
+    """One context of a feature in the captured text."""
 
-    Attributes:
-      document: index of the document in the store.
-      position: position of the maximum in it, from 0.
-      tokens: the text of each token shown, in order.
-      activations: the feature's activation on each; NaN where the store holds no row (an attention sink, or a
-        position that was not captured).
-      peak: index of the maximum in ``tokens``.
-      place: in words, where the maximum stands in the corpus or among the prompts.
-    """
-
-    document: int
-    position: int
-    tokens: tuple[str, ...]
+    document: int  #: index of the document in the store
+    position: int  #: position of the maximum in it, from 0
+    tokens: tuple[str, ...]  #: the text of each token shown, in order
+    #: the feature's activation on each; NaN where the store holds no row (an attention sink, or a position that was not
+    #: captured).
     activations: tuple[float, ...]
-    peak: int
-    place: str
+    peak: int  #: index of the maximum in ``tokens``
+    place: str  #: in words, where the maximum stands in the corpus or among the prompts
 
     @property
     def activation(self) -> float:
@@ -52,17 +37,11 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Strips:
-    """The contexts of one feature.
+    """The contexts of one feature."""
 
-    Attributes:
-      heading: the feature's number.
-      note: figures about it, or why there are no contexts.
-      examples: the contexts, strongest first.
-    """
-
-    heading: str
-    note: str
-    examples: tuple[Example, ...]
+    heading: str  #: the feature's number
+    note: str  #: figures about it, or why there are no contexts
+    examples: tuple[Example, ...]  #: the contexts, strongest first
     kind = "strips"
 
     def rows(self) -> list[tuple[list[Piece], str]]:

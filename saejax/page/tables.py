@@ -74,25 +74,19 @@ def escape_markdown(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table."""
 
-    Attributes:
-      caption: what it shows, one line.
-      columns: the headings.
-      rows: plain text, as many cells in each as there are columns. The first cell names the row.
-      words: the indices of the columns that hold words and are set flush left; the others are numbers. The
-        first always holds words.
-      stack: on a narrow screen each row becomes a card of labelled lines; otherwise the table scrolls sideways
-        and its first column stays. Cards suit a table of a few rows.
-      note: a line below it.
-    """
-
-    caption: str
-    columns: tuple[str, ...]
+    caption: str  #: what it shows, one line
+    columns: tuple[str, ...]  #: the headings
+    #: plain text, as many cells in each as there are columns. The first cell names the row.
     rows: tuple[tuple[str, ...], ...]
+    #: the indices of the columns that hold words and are set flush left; the others are numbers. The first always holds
+    #: words.
     words: frozenset[int] = frozenset()
+    #: on a narrow screen each row becomes a card of labelled lines; otherwise the table scrolls sideways and its first
+    #: column stays. Cards suit a table of a few rows.
     stack: bool = True
-    note: str = ""
+    note: str = ""  #: a line below it
     kind = "table"
 
     @classmethod

@@ -127,13 +127,9 @@ class ShareDone(BaseException):
 
 @dataclasses.dataclass(frozen=True)
 class ProcessShare:
-    """This process's part of a unit.
+    """This process's part of a unit."""
 
-    Attributes:
-      processes: all that work on the unit; None: this one alone.
-    """
-
-    processes: Processes | None = None
+    processes: Processes | None = None  #: all that work on the unit; None: this one alone
 
     @property
     def leads(self) -> bool:

@@ -16,17 +16,11 @@ from saejax.settings import ModelConfig, PreflightConfig
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model without its weights.
+    """A model without its weights."""
 
-    Attributes:
-      path: as it was given: a hub id, a folder, or a file of its shape.
-      config: its decoder.
-      has_weights: whether the path leads to weights too, and not only to a shape.
-    """
-
-    path: str
-    config: DecoderConfig
-    has_weights: bool
+    path: str  #: as it was given: a hub id, a folder, or a file of its shape
+    config: DecoderConfig  #: its decoder
+    has_weights: bool  #: whether the path leads to weights too, and not only to a shape
 
 
 def read_shapes(configs: Configs) -> list[Shape]:

@@ -46,18 +46,12 @@ _NODES = re.compile(r"([\w-]+):(?:(\d+)x)?(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The mesh of a run that is planned.
+    """The mesh of a run that is planned."""
 
-    Attributes:
-      mesh: the devices.
-      limit: bytes of memory on each.
-      of_node: how many of them share a node.
-      own_devices, host, stands_for: as in ``PlannedRun``.
-    """
-
-    mesh: Mesh
-    limit: int
-    of_node: int
+    mesh: Mesh  #: the devices
+    limit: int  #: bytes of memory on each
+    of_node: int  #: how many of them share a node
+    #: own_devices, host, stands_for: as in ``PlannedRun``.
     own_devices: int = 0
     host: tuple[jax.Device, ...] = ()
     stands_for: str = ""

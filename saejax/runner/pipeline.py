@@ -38,21 +38,13 @@ _NAMED = 4  # differences that a line names
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Options of a run that are no settings.
+    """Options of a run that are no settings."""
 
-    Attributes:
-      only: the one unit to run, such as "train/topk"; "": all.
-      take_over: replace the claims of other processes.
-      keep_going: after a unit failed, go on with units that do not depend on it.
-      profile: folder for traces of a few steps of each unit; "": none.
-      budget_device_hours: device-hours of a workdir after which no further unit is begun; 0: no limit.
-    """
-
-    only: str = ""
-    take_over: bool = False
-    keep_going: bool = False
-    profile: str = ""
-    budget_device_hours: float = 0.0
+    only: str = ""  #: the one unit to run, such as "train/topk"; "": all
+    take_over: bool = False  #: replace the claims of other processes
+    keep_going: bool = False  #: after a unit failed, go on with units that do not depend on it
+    profile: str = ""  #: folder for traces of a few steps of each unit; "": none
+    budget_device_hours: float = 0.0  #: device-hours of a workdir after which no further unit is begun; 0: no limit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,79 +20,63 @@ _LONGEST = 100  # characters of the name of a folder's unit
 
 @dataclasses.dataclass(frozen=True)
 class UnitMember:
-    """A member of a unit that is a stack: a unit of its own.
+    """A member of a unit that is a stack: a unit of its own."""
 
-    Attributes:
-      configs: the settings of a run in which it is alone.
-      sources: what else its result depends on, by name; its fingerprint counts them.
-    """
-
-    configs: Configs
+    configs: Configs  #: the settings of a run in which it is alone
+    #: what else its result depends on, by name; its fingerprint counts them.
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage: what it reads, which units it has, and its functions.
+    """A stage: what it reads, which units it has, and its functions."""
 
-    Attributes:
-      name: name of its folder in a workdir, and of its binary.
-      summary: what it does, one line.
-      run: does it: takes a ``workspace.Run``, returns the results.
-      results: returns the class of the results; None: they are plain JSON data.
-      groups: the groups of configuration that its result depends on, as classes.
-      reads_all: whether its result depends on all other stages' groups, too.
-      placement: groups it reads of which the fingerprint takes nothing: they say where and how fast it is computed, or
-        ``identity`` covers what counts.
-      reads: the stages whose units it may read; "*": all others. Its binary accepts their flags, too.
-      follows: further stages that run before it, because they may write what its flags name as folders.
-      first: whether it runs before all stages that are not ``first``.
-      makes_model: whether what it examines is made in it, and is not the model that the settings name.
-      needs_decoder: whether it is left out of a pipeline whose model runs in PyTorch.
-      needs: the units it reads, given the configuration and the unit's name, as "stage" or "stage/name".
-      inputs: the configuration with which the units it reads count for its fingerprint, given the configuration and the
-        unit's name; where it reads a part of a unit, such as some sites of a store, other parts may change.
-      names: its units' names, given the configuration; [""] for one unit.
-      identity: what it reads from outside the workdir: its fingerprint, given the configuration.
-      unit_identity: the same for what only one unit reads, given that unit's name, too.
-      check: a ``UserError`` where settings name what is not there, though no unit makes it: asked for before any stage
-        runs, so that no hours are spent first.
-      section: writes its part of the report: takes ``Findings`` and ``Draw``, returns sections.
-      rule: returns the rule of its verdicts in words, from its own settings; None without verdicts. Runs write it down
-        before there are data (``preregistration``).
-      unread: settings of its groups, as "group.field", that a unit's code does not read, given the configuration and
-        the unit's name: what only another value of a setting makes count.
-      members: the members of a unit, each of which is a unit of its own, given the configuration and the unit's name;
-        the one member "" is the unit itself. Empty: the unit is made as a whole.
-      revision: version of what it computes, raised when a code change alters its results; units of an earlier revision
-        are made anew.
-      processes: what several processes do with a unit: the first "one" does it alone; they split its "items"
-        (``Run.each``), and the first one joins these; or they run "all" of it together, on the devices of all.
-    """
-
-    name: str
-    summary: str
-    run: Callable[[Run], Any]
-    groups: tuple[type[Config], ...]
-    reads_all: bool = False
+    name: str  #: name of its folder in a workdir, and of its binary
+    summary: str  #: what it does, one line
+    run: Callable[[Run], Any]  #: does it: takes a ``workspace.Run``, returns the results
+    groups: tuple[type[Config], ...]  #: the groups of configuration that its result depends on, as classes
+    reads_all: bool = False  #: whether its result depends on all other stages' groups, too
+    #: groups it reads of which the fingerprint takes nothing: they say where and how fast it is computed, or
+    #: ``identity`` covers what counts.
     placement: tuple[type[Config], ...] = ()
+    #: the stages whose units it may read; "*": all others. Its binary accepts their flags, too.
     reads: tuple[str, ...] = ()
+    #: further stages that run before it, because they may write what its flags name as folders.
     follows: tuple[str, ...] = ()
-    first: bool = False
-    makes_model: bool = False
-    needs_decoder: bool = False
+    first: bool = False  #: whether it runs before all stages that are not ``first``
+    makes_model: bool = False  #: whether what it examines is made in it, and is not the model that the settings name
+    needs_decoder: bool = False  #: whether it is left out of a pipeline whose model runs in PyTorch
+    #: the units it reads, given the configuration and the unit's name, as "stage" or "stage/name".
     needs: Callable[[Configs, str], Sequence[str]] = lambda configs, name: ()
+    #: the configuration with which the units it reads count for its fingerprint, given the configuration and the unit's
+    #: name; where it reads a part of a unit, such as some sites of a store, other parts may change.
     inputs: Callable[[Configs, str], Configs] = lambda configs, name: configs
+    #: its units' names, given the configuration; [""] for one unit.
     names: Callable[[Configs], Sequence[str]] = lambda configs: ("",)
+    #: what it reads from outside the workdir: its fingerprint, given the configuration.
     identity: Mapping[str, Callable[[Configs], str]] = dataclasses.field(default_factory=dict)
+    #: the same for what only one unit reads, given that unit's name, too.
     unit_identity: Mapping[str, Callable[[Configs, str], str]] = dataclasses.field(default_factory=dict)
+    #: a ``UserError`` where settings name what is not there, though no unit makes it: asked for before any stage runs,
+    #: so that no hours are spent first.
     check: Callable[[Configs], None] = lambda configs: None
+    #: writes its part of the report: takes ``Findings`` and ``Draw``, returns sections.
     section: Callable[[Any, Any], Sequence[Any]] | None = None
-    results: Callable[[], Any] | None = None
+    results: Callable[[], Any] | None = None  #: returns the class of the results; None: they are plain JSON data
+    #: returns the rule of its verdicts in words, from its own settings; None without verdicts. Runs write it down
+    #: before there are data (``preregistration``).
     rule: Callable[[Any], str] | None = None
+    #: settings of its groups, as "group.field", that a unit's code does not read, given the configuration and the
+    #: unit's name: what only another value of a setting makes count.
     unread: Callable[[Configs, str], Sequence[str]] = lambda configs, name: ()
+    #: the members of a unit, each of which is a unit of its own, given the configuration and the unit's name; the one
+    #: member "" is the unit itself. Empty: the unit is made as a whole.
     members: Callable[[Configs, str], Mapping[str, UnitMember]] = lambda configs, name: {}
+    #: version of what it computes, raised when a code change alters its results; units of an earlier revision are made
+    #: anew.
     revision: int = 1
+    #: what several processes do with a unit: the first "one" does it alone; they split its "items" (``Run.each``), and
+    #: the first one joins these; or they run "all" of it together, on the devices of all.
     processes: Literal["one", "items", "all"] = "one"
 
     def units(self, configs: Configs) -> list[str]:

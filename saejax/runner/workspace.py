@@ -417,45 +417,29 @@ def now() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class StackWork:
-    """The members of a stack as a run finds them.
+    """The members of a stack as a run finds them."""
 
-    Attributes:
-      folders: the folders of all members, by name.
-      together: names of those that are computed in one program.
-      missing: names of those of them that are not finished.
-    """
-
-    folders: Mapping[str, Path]
-    together: Sequence[str]
-    missing: Sequence[str]
+    folders: Mapping[str, Path]  #: the folders of all members, by name
+    together: Sequence[str]  #: names of those that are computed in one program
+    missing: Sequence[str]  #: names of those of them that are not finished
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The context in which a stage runs.
+    """The context in which a stage runs."""
 
-    Attributes:
-      stage: its name.
-      name: the unit's name where a stage has several, such as "topk"; otherwise "".
-      folder: where it writes; holds what an interrupted run of the same work left there.
-      configs: the groups of configuration by name.
-      inputs: the folders of the finished units it reads, by "stage" or "stage/name".
-      say: prints one line of progress.
-      stopping: whether the process was asked to stop; the stage then saves and raises ``Interrupted``.
-      share: the processes among which items are split.
-      stack: the members of a unit that is a stack; None for any other unit, whose parts are folders in its own.
-      finish_member: writes the summary of a member whose files are written, given its name and its results.
-    """
-
-    stage: str
-    name: str
-    folder: Path
-    configs: Configs
-    inputs: Mapping[str, Path]
-    say: Callable[[str], None] = print
+    stage: str  #: its name
+    name: str  #: the unit's name where a stage has several, such as "topk"; otherwise ""
+    folder: Path  #: where it writes; holds what an interrupted run of the same work left there
+    configs: Configs  #: the groups of configuration by name
+    inputs: Mapping[str, Path]  #: the folders of the finished units it reads, by "stage" or "stage/name"
+    say: Callable[[str], None] = print  #: prints one line of progress
+    #: whether the process was asked to stop; the stage then saves and raises ``Interrupted``.
     stopping: Callable[[], bool] = lambda: False
-    share: ProcessShare = dataclasses.field(default_factory=ProcessShare)
+    share: ProcessShare = dataclasses.field(default_factory=ProcessShare)  #: the processes among which items are split
+    #: the members of a unit that is a stack; None for any other unit, whose parts are folders in its own.
     stack: StackWork | None = None
+    #: writes the summary of a member whose files are written, given its name and its results.
     finish_member: Callable[[str, Any], None] = lambda name, results: None
 
     def member_folder(self, name: str) -> Path:

@@ -30,17 +30,11 @@ _ANY = 1 << 40  # features that a dictionary may have; which there are is not kn
 
 @dataclasses.dataclass(frozen=True)
 class StoredGraph:
-    """A graph of the folder.
+    """A graph of the folder."""
 
-    Attributes:
-      id: its path in the folder, without ".json"; what pages call it.
-      path: its file.
-      entry: what a list says of it, such as ``slug`` and ``prompt``.
-    """
-
-    id: str
-    path: Path
-    entry: Mapping[str, Any]
+    id: str  #: its path in the folder, without ".json"; what pages call it
+    path: Path  #: its file
+    entry: Mapping[str, Any]  #: what a list says of it, such as ``slug`` and ``prompt``
 
     @property
     def unit(self) -> Path | None:

@@ -56,18 +56,13 @@ class MatryoshkaConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class KindSettings:
-    """Settings of a kind of dictionary.
+    """Settings of a kind of dictionary."""
 
-    Attributes:
-      config: the class of the settings that only this kind has, ``--train.<kind>.<field>``. Fields made with
-        ``setting(..., swept=True)`` are lists; each value makes a member of a stack.
-      reads: the settings of ``--train`` that several kinds share and this kind reads: "k", "l1".
-      source: hash of the plugin's file; "" for a kind of saejax.
-    """
-
+    #: the class of the settings that only this kind has, ``--train.<kind>.<field>``. Fields made with ``setting(...,
+    #: swept=True)`` are lists; each value makes a member of a stack.
     config: type[Config] = Config
-    reads: tuple[str, ...] = ()
-    source: str = ""
+    reads: tuple[str, ...] = ()  #: the settings of ``--train`` that several kinds share and this kind reads: "k", "l1"
+    source: str = ""  #: hash of the plugin's file; "" for a kind of saejax
 
 
 KIND_SETTINGS = {

@@ -39,22 +39,15 @@ def labels(row: str, findings: Findings) -> Iterator[LabelFigures]:
 
 @dataclasses.dataclass(frozen=True)
 class ReadBenchmark:
-    """A row's features on the items of a benchmark.
+    """A row's features on the items of a benchmark."""
 
-    Attributes:
-      origin: what the items are and where they came from.
-      table: its effects table.
-      features: activations on all items.
-      attribution_PxF: attribution for the answer to each item, sparse.
-      partner: other row -> this row's feature -> its partner there.
-      shared: other row -> share of this row's live features with a partner, and by chance.
-    """
-
-    origin: str
-    table: EffectsTable
-    features: ItemFeatures
-    attribution_PxF: sparse.csr_array
+    origin: str  #: what the items are and where they came from
+    table: EffectsTable  #: its effects table
+    features: ItemFeatures  #: activations on all items
+    attribution_PxF: sparse.csr_array  #: attribution for the answer to each item, sparse
+    #: other row -> this row's feature -> its partner there.
     partner: dict[str, dict[int, int]] = dataclasses.field(default_factory=dict)
+    #: other row -> share of this row's live features with a partner, and by chance.
     shared: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     @property

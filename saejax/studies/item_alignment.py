@@ -26,15 +26,10 @@ _PERMUTATIONS = 9999
 
 @dataclasses.dataclass(frozen=True)
 class ItemLosses:
-    """The log-likelihood that N items lose in one row, in nats.
+    """The log-likelihood that N items lose in one row, in nats."""
 
-    Attributes:
-      top_N: under the top features.
-      control_DxN: under each of D control sets.
-    """
-
-    top_N: np.ndarray
-    control_DxN: np.ndarray
+    top_N: np.ndarray  #: under the top features
+    control_DxN: np.ndarray  #: under each of D control sets
 
     def choose(self, items: np.ndarray) -> "ItemLosses":
         """Return the losses of some items, by their indices."""
@@ -47,17 +42,11 @@ class ItemLosses:
 
 @dataclasses.dataclass(frozen=True)
 class ItemAlignment:
-    """Agreement of two rows on items.
+    """Agreement of two rows on items."""
 
-    Attributes:
-      correlation: of the ranks of losses, without what categories, lengths and control sets explain, -1 to 1.
-      p_value: share of permutations of the items within categories in which it is as large, above 0.
-      placebo: the 95 % quantile of the statistic with a control set in the place of one row's top features.
-    """
-
-    correlation: float
-    p_value: float
-    placebo: float
+    correlation: float  #: of the ranks of losses, without what categories, lengths and control sets explain, -1 to 1
+    p_value: float  #: share of permutations of the items within categories in which it is as large, above 0
+    placebo: float  #: the 95 % quantile of the statistic with a control set in the place of one row's top features
 
 
 def align_items(

@@ -24,15 +24,10 @@ def _percent(digits: int = 0) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class StudyQuestion:
-    """A question of the first table.
+    """A question of the first table."""
 
-    Attributes:
-      heading: of its column.
-      known: kind of control row -> its known answer.
-    """
-
-    heading: str
-    known: Mapping[str, Answered] = dataclasses.field(default_factory=dict)
+    heading: str  #: of its column
+    known: Mapping[str, Answered] = dataclasses.field(default_factory=dict)  #: kind of control row -> its known answer
 
 
 QUESTIONS: Mapping[Asked, StudyQuestion] = {

@@ -20,17 +20,11 @@ ENDING = ".flags"
 
 @dataclasses.dataclass(frozen=True)
 class StudyRow:
-    """A row of a study.
+    """A row of a study."""
 
-    Attributes:
-      name: of its file, without the ending.
-      argv: its flags, without ``--workdir``.
-      configs: the groups of configuration that they make.
-    """
-
-    name: str
-    argv: tuple[str, ...]
-    configs: Configs
+    name: str  #: of its file, without the ending
+    argv: tuple[str, ...]  #: its flags, without ``--workdir``
+    configs: Configs  #: the groups of configuration that they make
 
 
 def read_rows(paths: Sequence[str], common: Sequence[str]) -> list[StudyRow]:

@@ -15,15 +15,10 @@ _TPU_CHIPS = ("accel[0-9]*", "vfio/[0-9]*")
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """A part of the host.
+    """A part of the host."""
 
-    Attributes:
-      environment: variables that name its GPUs.
-      cores: that a process may run on; none: all.
-    """
-
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    cores: frozenset[int] = frozenset()
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  #: variables that name its GPUs
+    cores: frozenset[int] = frozenset()  #: that a process may run on; none: all
 
 
 def shares(count: int) -> list[Share]:

@@ -73,19 +73,12 @@ def fill(cls: type[T], source: Any, /, **more: Any) -> T:
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
-    """A table of a report.
+    """A table of a report."""
 
-    Attributes:
-      row: the class of its rows.
-      caption: what it shows.
-      note: a line below.
-      cards: as in ``table``.
-    """
-
-    row: type
-    caption: str
-    note: str
-    cards: bool
+    row: type  #: the class of its rows
+    caption: str  #: what it shows
+    note: str  #: a line below
+    cards: bool  #: as in ``table``
 
     def table(self, rows: Sequence[Any]) -> Table:
         """Return the rows as text."""

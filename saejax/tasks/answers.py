@@ -29,15 +29,10 @@ _SECONDS = 5  # for one formula; a tower of powers could take for ever
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The answer that one rule extracts from a generated text.
+    """The answer that one rule extracts from a generated text."""
 
-    Attributes:
-      answer: the final answer as it is written there; None if the rule finds none.
-      correct: whether it is right.
-    """
-
-    answer: str | None
-    correct: bool
+    answer: str | None  #: the final answer as it is written there; None if the rule finds none
+    correct: bool  #: whether it is right
 
 
 def number_verdicts(text: str, answer: str) -> dict[str, Verdict]:

@@ -21,48 +21,33 @@ SPLITS = ("train", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt whose last position predicts an answer.
+    """A prompt whose last position predicts an answer."""
 
-    Attributes:
-      behaviour: its name.
-      split: "train" or "test".
-      text: what the model reads.
-      correct: the correct answer as it goes on from ``text``, with a leading space where a word follows.
-      wrong: a wrong answer, with another first token. It is the counterpart's correct answer.
-      counterpart: the text with other content; in SmolLM2's tokens as long as ``text``. "" if a prompt of the user's
-        own has none.
-      counterpart_correct: the better answer to ``counterpart``.
-      items: the content items of the text and of its counterpart; none of prompts of the user's own.
-      template: the words around the content; prompts of one template are not independent. "" if it is not known.
-      labels: further labels of a prompt of the user's own, name and class, for probes.
-    """
-
-    behaviour: str
-    split: str
-    text: str
-    correct: str
-    wrong: str
+    behaviour: str  #: its name
+    split: str  #: "train" or "test"
+    text: str  #: what the model reads
+    correct: str  #: the correct answer as it goes on from ``text``, with a leading space where a word follows
+    wrong: str  #: a wrong answer, with another first token. It is the counterpart's correct answer.
+    #: the text with other content; in SmolLM2's tokens as long as ``text``. "" if a prompt of the user's own has none.
     counterpart: str = ""
-    counterpart_correct: str = ""
+    counterpart_correct: str = ""  #: the better answer to ``counterpart``
+    #: the content items of the text and of its counterpart; none of prompts of the user's own.
     items: tuple[str, ...] = ()
+    #: the words around the content; prompts of one template are not independent. "" if it is not known.
     template: str = ""
+    #: further labels of a prompt of the user's own, name and class, for probes.
     labels: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptScore:
-    """The model's scores on a prompt; the baseline adds them to the prompt's line.
+    """The model's scores on a prompt; the baseline adds them to the prompt's line."""
 
-    Attributes:
-      logit_diff: logit of the correct answer's first token minus the wrong one's, at the last position.
-      top1: whether the correct one is the highest of all.
-      counterpart_logit_diff: of the counterpart, its own correct answer first; None if there is none.
-      correct_log_likelihood, wrong_log_likelihood: of the whole answers after the text, nats; None in files of before.
-    """
-
-    logit_diff: float
-    top1: bool
-    counterpart_logit_diff: float | None
+    logit_diff: float  #: logit of the correct answer's first token minus the wrong one's, at the last position
+    top1: bool  #: whether the correct one is the highest of all
+    counterpart_logit_diff: float | None  #: of the counterpart, its own correct answer first; None if there is none
+    #: correct_log_likelihood and wrong_log_likelihood: of the whole answers after the text, nats; None in files of
+    #: before.
     correct_log_likelihood: float | None = None
     wrong_log_likelihood: float | None = None
 

@@ -43,62 +43,37 @@ _SUBJECTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One question.
+    """One question."""
 
-    Attributes:
-      id: where it stands, such as "test:17": file or hub configuration, and line or row from 1.
-      task: of logic, the task; of word_problems, the operation and the number of steps; "" for others.
-      question: the text of the question, its options included.
-      solution: what a perfect model would write: the worked solution, or of multiple choice the right choice.
-      answer: the final answer alone.
-      choices: the answers to choose from; empty where none are given.
-      held_out: whether it may only judge features, because no item that chooses them may have its template.
-    """
-
-    id: str
-    task: str
-    question: str
-    solution: str
-    answer: str
-    choices: tuple[str, ...] = ()
+    id: str  #: where it stands, such as "test:17": file or hub configuration, and line or row from 1
+    task: str  #: of logic, the task; of word_problems, the operation and the number of steps; "" for others
+    question: str  #: the text of the question, its options included
+    solution: str  #: what a perfect model would write: the worked solution, or of multiple choice the right choice
+    answer: str  #: the final answer alone
+    choices: tuple[str, ...] = ()  #: the answers to choose from; empty where none are given
+    #: whether it may only judge features, because no item that chooses them may have its template.
     held_out: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """The definition of a benchmark: its data set, prompts and ways of scoring.
+    """The definition of a benchmark: its data set, prompts and ways of scoring."""
 
-    Attributes:
-      hub: its data set's id on the hub; "": its items are made from templates.
-      configurations: the data set's configurations to read.
-      parts: the tasks it consists of; ("",) if it is one.
-      examples: how many items are asked by default.
-      shots: worked examples before each question by default.
-      scores: ways of scoring it, the default first.
-      question: how a question is asked; "{}" stands for it. The answer follows.
-      instruction: what a chat model is told beforehand.
-      stop: texts that end a generated answer.
-      parse: makes an item of a row.
-      training: the hub's data set and its configurations whose split "train" goes with it; empty: there is none.
-      new_tokens: longest generated answer by default, in tokens; 0: none is generated.
-      brief: the instruction where the final answer alone is asked for; "": it always is, or never.
-      splits: names of the split that is asked, in local files; on the hub the first.
-    """
-
-    hub: str
-    configurations: tuple[str, ...]
-    parts: tuple[str, ...]
-    examples: int
-    shots: int
-    scores: tuple[str, ...]
-    question: str
-    instruction: str
-    stop: tuple[str, ...]
-    parse: Callable[[Row], Item]
+    hub: str  #: its data set's id on the hub; "": its items are made from templates
+    configurations: tuple[str, ...]  #: the data set's configurations to read
+    parts: tuple[str, ...]  #: the tasks it consists of; ("",) if it is one
+    examples: int  #: how many items are asked by default
+    shots: int  #: worked examples before each question by default
+    scores: tuple[str, ...]  #: ways of scoring it, the default first
+    question: str  #: how a question is asked; "{}" stands for it. The answer follows.
+    instruction: str  #: what a chat model is told beforehand
+    stop: tuple[str, ...]  #: texts that end a generated answer
+    parse: Callable[[Row], Item]  #: makes an item of a row
+    #: the hub's data set and its configurations whose split "train" goes with it; empty: there is none.
     training: tuple[str, tuple[str, ...]] = ("", ())
-    new_tokens: int = 0
-    brief: str = ""
-    splits: tuple[str, ...] = TEST
+    new_tokens: int = 0  #: longest generated answer by default, in tokens; 0: none is generated
+    brief: str = ""  #: the instruction where the final answer alone is asked for; "": it always is, or never
+    splits: tuple[str, ...] = TEST  #: names of the split that is asked, in local files; on the hub the first
 
 
 def _gsm8k(row: Row) -> Item:

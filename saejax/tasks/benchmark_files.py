@@ -36,19 +36,12 @@ _FLAG = "--task.path"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of a part.
+    """One row of a part."""
 
-    Attributes:
-      fields: its columns.
-      part: the part's name: the task of logic, "" for others.
-      name: the row's own name, such as "test:17": file or configuration, and line or row from 1.
-      where: the same in words, for messages.
-    """
-
-    fields: Mapping[str, Any]
-    part: str
-    name: str
-    where: str
+    fields: Mapping[str, Any]  #: its columns
+    part: str  #: the part's name: the task of logic, "" for others
+    name: str  #: the row's own name, such as "test:17": file or configuration, and line or row from 1
+    where: str  #: the same in words, for messages
 
     def text(self, column: str, expected: Sequence[str]) -> str:
         """Return the text in a column, without the white space around it.
@@ -68,23 +61,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """The source of a benchmark's rows.
+    """The source of a benchmark's rows."""
 
-    Attributes:
-      files: local files by part, the shards of one table in order; empty for the hub.
-      hub: the data set's id on the hub; "" for local files.
-      configurations: the data set's configurations by part; a part "" may have several.
-      revision: of the data set.
-      split: of the data set.
-      is_generated: whether the rows are generated from templates (``word_problems``) rather than read.
-    """
-
+    #: local files by part, the shards of one table in order; empty for the hub.
     files: Mapping[str, Sequence[Path]] = dataclasses.field(default_factory=dict)
-    hub: str = ""
+    hub: str = ""  #: the data set's id on the hub; "" for local files
+    #: the data set's configurations by part; a part "" may have several.
     configurations: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-    revision: str = ""
-    split: str = TEST[0]
-    is_generated: bool = False
+    revision: str = ""  #: of the data set
+    split: str = TEST[0]  #: of the data set
+    is_generated: bool = False  #: whether the rows are generated from templates (``word_problems``) rather than read
 
     def __str__(self) -> str:
         if self.is_generated:

@@ -22,21 +22,13 @@ _ENDS = "\n\n"  # between worked examples
 
 @dataclasses.dataclass(frozen=True)
 class Prompter:
-    """Makes the prompts of one benchmark.
+    """Makes the prompts of one benchmark."""
 
-    Attributes:
-      name: the benchmark.
-      shots: worked examples before each question.
-      chat: whether the prompt is put into the chat template.
-      tokenizer: of the model.
-      brief: whether the final answer alone is asked for, where a worked solution could be.
-    """
-
-    name: str
-    shots: int
-    chat: bool
-    tokenizer: Any
-    brief: bool = False
+    name: str  #: the benchmark
+    shots: int  #: worked examples before each question
+    chat: bool  #: whether the prompt is put into the chat template
+    tokenizer: Any  #: of the model
+    brief: bool = False  #: whether the final answer alone is asked for, where a worked solution could be
 
     @property
     def delimiter(self) -> str:

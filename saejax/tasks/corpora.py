@@ -27,20 +27,14 @@ _STREAMED_SAMPLE = 1024  # held-out documents of a stream that other stages than
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text.
+    """One text."""
 
-    Attributes:
-      text: not blank.
-      group: documents of one group are never split; a document without one is its own group, "document-<index>", or in
-        a stream a hash of its text.
-      index: its place in the corpus, from 0.
-      source: which of the corpus's sources it is from, from 0.
-    """
-
-    text: str
+    text: str  #: not blank
+    #: documents of one group are never split; a document without one is its own group, "document-<index>", or in a
+    #: stream a hash of its text.
     group: str
-    index: int
-    source: int = 0
+    index: int  #: its place in the corpus, from 0
+    source: int = 0  #: which of the corpus's sources it is from, from 0
 
 
 def documents(

@@ -50,33 +50,24 @@ LABELS: Mapping[str, Callable[[Prompt, float], str | None]] = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """A label of some prompts.
+    """A label of some prompts."""
 
-    Attributes:
-      label: its name.
-      behaviour: the behaviour of the prompts; "" for prompts of all behaviours.
-      classes: class -> its numbers of train and test prompts, most frequent first; empty where ``reason`` is set.
-      prompts: the prompts to probe: those passed in, or for the label ``number`` every second one ``congruent``.
-      train_N, test_M: indices of the labelled train and test prompts in ``prompts``.
-      train_class_N, test_class_M: their classes, as indices into ``classes``.
-      left_out: class -> its number of prompts, for classes with fewer than ``LEAST`` train prompts.
-      unlabelled: number of prompts to which the label does not apply.
-      congruent: number of labelled prompts that were changed to congruent ones.
-      reason: why no probe can be fitted; "" where one can.
-    """
-
-    label: str
-    behaviour: str
+    label: str  #: its name
+    behaviour: str  #: the behaviour of the prompts; "" for prompts of all behaviours
+    #: class -> its numbers of train and test prompts, most frequent first; empty where ``reason`` is set.
     classes: Mapping[str, tuple[int, int]]
+    #: the prompts to probe: those passed in, or for the label ``number`` every second one ``congruent``.
     prompts: tuple[Prompt, ...]
+    #: train_N and test_M: indices of the labelled train and test prompts in ``prompts``.
     train_N: np.ndarray
     test_M: np.ndarray
+    #: train_class_N and test_class_M: their classes, as indices into ``classes``.
     train_class_N: np.ndarray
     test_class_M: np.ndarray
-    left_out: Mapping[str, int]
-    unlabelled: int
-    congruent: int
-    reason: str = ""
+    left_out: Mapping[str, int]  #: class -> its number of prompts, for classes with fewer than ``LEAST`` train prompts
+    unlabelled: int  #: number of prompts to which the label does not apply
+    congruent: int  #: number of labelled prompts that were changed to congruent ones
+    reason: str = ""  #: why no probe can be fitted; "" where one can
 
     @property
     def name(self) -> str:

@@ -32,17 +32,11 @@ _ROWS_OF_LOGITS = 256  # positions whose logits exist at one time: 50 MB for a v
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """The likelihood of one continuation under the model.
+    """The likelihood of one continuation under the model."""
 
-    Attributes:
-      total: its log-likelihood in nats, at most 0.
-      tokens: its number of tokens, at least 1.
-      correct_tokens: how many of them had the highest logit of all where they stand.
-    """
-
-    total: float
-    tokens: int
-    correct_tokens: int
+    total: float  #: its log-likelihood in nats, at most 0
+    tokens: int  #: its number of tokens, at least 1
+    correct_tokens: int  #: how many of them had the highest logit of all where they stand
 
     @property
     def greedy(self) -> bool:

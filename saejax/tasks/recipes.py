@@ -70,19 +70,13 @@ class Draft(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """The templates and content from which a behaviour's prompts are made.
+    """The templates and content from which a behaviour's prompts are made."""
 
-    Attributes:
-      templates: texts with the content's places in braces; the last is for test prompts only.
-      pools: its content items, by kind.
-      least: how many of each kind a split needs for a prompt and its counterpart.
-      drawer: from a random generator and a split's items, by kind, a function that drafts a prompt of a template; of
-        those with an even and an odd number there should be as many.
-    """
-
-    templates: Sequence[str]
-    pools: Mapping[str, Sequence]
-    least: int
+    templates: Sequence[str]  #: texts with the content's places in braces; the last is for test prompts only
+    pools: Mapping[str, Sequence]  #: its content items, by kind
+    least: int  #: how many of each kind a split needs for a prompt and its counterpart
+    #: from a random generator and a split's items, by kind, a function that drafts a prompt of a template; of those
+    #: with an even and an odd number there should be as many.
     drawer: Callable[..., Callable[[int, str], Draft]]
 
     def of_split(self, split: str) -> Sequence[str]:
@@ -91,17 +85,11 @@ class Recipe(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """A content item with the answer to a prompt about it.
+    """A content item with the answer to a prompt about it."""
 
-    Attributes:
-      item: its name.
-      answer: the answer that a prompt asks for, as it follows the text, with its leading space.
-      fields: values of the template's fields, by name.
-    """
-
-    item: str
-    answer: str
-    fields: Mapping[str, str]
+    item: str  #: its name
+    answer: str  #: the answer that a prompt asks for, as it follows the text, with its leading space
+    fields: Mapping[str, str]  #: values of the template's fields, by name
 
 
 @functools.cache

@@ -8,19 +8,12 @@ from saejax.tasks.answers import Verdict
 
 @dataclasses.dataclass(frozen=True)
 class ScoredItem:
-    """The fields that every way of scoring gives.
+    """The fields that every way of scoring gives."""
 
-    Attributes:
-      id: of the item.
-      task: one of logic's tasks; "" elsewhere.
-      prompt: the text that the model was given.
-      reference: the right answer.
-    """
-
-    id: str
-    task: str
-    prompt: str
-    reference: str
+    id: str  #: of the item
+    task: str  #: one of logic's tasks; "" elsewhere
+    prompt: str  #: the text that the model was given
+    reference: str  #: the right answer
 
     @property
     def judged(self) -> tuple[str | None, bool | None]:
@@ -30,16 +23,11 @@ class ScoredItem:
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedItem(ScoredItem):
-    """A generated answer.
+    """A generated answer."""
 
-    Attributes:
-      output: what the model wrote.
-      finished: why it ended: "eos", "stop" or "length".
-      strict, flexible: what the rules say.
-    """
-
-    output: str
-    finished: str
+    output: str  #: what the model wrote
+    finished: str  #: why it ended: "eos", "stop" or "length"
+    #: strict and flexible: what the rules say.
     strict: Verdict
     flexible: Verdict
 
@@ -51,16 +39,11 @@ class GeneratedItem(ScoredItem):
 
 @dataclasses.dataclass(frozen=True)
 class ChosenItem(ScoredItem):
-    """An answer of several.
+    """An answer of several."""
 
-    Attributes:
-      choices: the answers.
-      log_likelihoods: of each after the prompt, nats.
-      raw, normalised: of the likeliest one, and of the likeliest per character.
-    """
-
-    choices: Sequence[str]
-    log_likelihoods: Sequence[float]
+    choices: Sequence[str]  #: the answers
+    log_likelihoods: Sequence[float]  #: of each after the prompt, nats
+    #: raw and normalised: of the likeliest one, and of the likeliest per character.
     raw: Verdict
     normalised: Verdict
 
@@ -72,20 +55,14 @@ class ChosenItem(ScoredItem):
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceItem(ScoredItem):
-    """The likelihood of the reference solution after the prompt.
+    """The likelihood of the reference solution after the prompt."""
 
-    Attributes:
-      solution: its text.
-      tokens: how many it has.
-      log_likelihood, log_likelihood_per_token: nats.
-      token_accuracy: share of its tokens that were the likeliest where they stand.
-    """
-
-    solution: str
-    tokens: int
+    solution: str  #: its text
+    tokens: int  #: how many it has
+    #: log_likelihood and log_likelihood_per_token: nats.
     log_likelihood: float
     log_likelihood_per_token: float
-    token_accuracy: float
+    token_accuracy: float  #: share of its tokens that were the likeliest where they stand
 
 
 WAYS: dict[str, type[ScoredItem]] = dict(generate=GeneratedItem, choice=ChosenItem, likelihood=ReferenceItem)

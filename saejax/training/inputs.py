@@ -44,19 +44,13 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The source of a stack's activations.
+    """The source of a stack's activations."""
 
-    Attributes:
-      rows: widths, norms, the model, and rows from which scales are estimated.
-      per_epoch: number of batches of an epoch.
-      open: returns the batches of a stack; called when the train state is on the devices.
-      close: frees memory.
-    """
-
-    rows: ScaledRows
-    per_epoch: int
+    rows: ScaledRows  #: widths, norms, the model, and rows from which scales are estimated
+    per_epoch: int  #: number of batches of an epoch
+    #: returns the batches of a stack; called when the train state is on the devices.
     open: Callable[[TrainStack], Batches]
-    close: Callable[[], None] = lambda: None
+    close: Callable[[], None] = lambda: None  #: frees memory
 
 
 def open_store(stack: TrainStack, store: Store, say: Callable[[str], None] = lambda line: None) -> Batches:

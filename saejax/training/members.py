@@ -19,20 +19,15 @@ from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One dictionary of a stack.
+    """One dictionary of a stack."""
 
-    Attributes:
-      name: its site and swept settings, such as "resid_post.15-k32"; "" if it is alone.
-      site, target: what it reads and predicts; the same for an SAE.
-      settings: its values of the settings that can be swept: "learning_rate", "seed" and those that its kind reads.
-      site_index: index of its site among those of the whole stack, from which its initial values are drawn.
-    """
-
-    name: str
+    name: str  #: its site and swept settings, such as "resid_post.15-k32"; "" if it is alone
+    #: site and target: what it reads and predicts; the same for an SAE.
     site: str
     target: str
+    #: its values of the settings that can be swept: "learning_rate", "seed" and those that its kind reads.
     settings: Mapping[str, Any]
-    site_index: int = 0
+    site_index: int = 0  #: index of its site among those of the whole stack, from which its initial values are drawn
 
 
 def make_members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[Member]:

@@ -28,19 +28,12 @@ _FLAG = "--train.pretrained"
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A pretrained dictionary.
+    """A pretrained dictionary."""
 
-    Attributes:
-      name: name of the member: its site and, where several read that, the end of its path; "" for one alone.
-      place: its address, with the path below it.
-      config: its configuration.
-      load: returns the dictionary.
-    """
-
-    name: str
-    place: str
-    config: DictionaryConfig
-    load: Callable[[], Dictionary]
+    name: str  #: name of the member: its site and, where several read that, the end of its path; "" for one alone
+    place: str  #: its address, with the path below it
+    config: DictionaryConfig  #: its configuration
+    load: Callable[[], Dictionary]  #: returns the dictionary
 
     @property
     def site(self) -> str:

@@ -12,17 +12,11 @@ from saejax.page.style import INK, LINES, legend, log_limits, panels, plain_log,
 
 @dataclasses.dataclass(frozen=True)
 class TrainingCurve:
-    """A member's training; P points.
+    """A member's training; P points."""
 
-    Attributes:
-      tokens: seen, repeats counted.
-      explained_variance: of the batch.
-      l0: features active per token.
-    """
-
-    tokens: Sequence[float]
-    explained_variance: Sequence[float]
-    l0: Sequence[float]
+    tokens: Sequence[float]  #: seen, repeats counted
+    explained_variance: Sequence[float]  #: of the batch
+    l0: Sequence[float]  #: features active per token
 
 
 @styled

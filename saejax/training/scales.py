@@ -18,23 +18,17 @@ _SAMPLE = 65_536  # rows from which something is estimated
 
 @dataclasses.dataclass(frozen=True)
 class SiteScale:
-    """Scales and norm limits of the activations that a member reads and predicts.
+    """Scales and norm limits of the activations that a member reads and predicts."""
 
-    Attributes:
-      input: factor that brings inputs to a mean norm of sqrt(d).
-      output: the same for targets.
-      bias_D: where the decoder's bias starts, in raw units.
-      max_norm, target_max_norm: norms of an input and a target above which it is an attention sink, in raw units.
-      metric_DxD: matrix that errors are multiplied with before they are squared; None: the identity.
-      scales, max_norms: of the parts of a joined site, as in ``DictionaryConfig``; (): one site.
-    """
-
-    input: float
-    output: float
-    bias_D: np.ndarray
+    input: float  #: factor that brings inputs to a mean norm of sqrt(d)
+    output: float  #: the same for targets
+    bias_D: np.ndarray  #: where the decoder's bias starts, in raw units
+    #: max_norm and target_max_norm: norms of an input and a target above which it is an attention sink, in raw units.
     max_norm: float | None = None
     target_max_norm: float | None = None
+    #: matrix that errors are multiplied with before they are squared; None: the identity.
     metric_DxD: np.ndarray | None = None
+    #: scales and max_norms: of the parts of a joined site, as in ``DictionaryConfig``; (): one site.
     scales: tuple[float, ...] = ()
     max_norms: tuple[float, ...] = ()
 

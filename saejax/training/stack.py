@@ -34,48 +34,35 @@ _NOT_CROSS_LAYER = dict(auxk=0.0, decorrelation=0.0, alignment=0.0, whiten_error
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hyperparams:
-    """Hyperparameters of a step's members: arrays with a leading axis M, or without it for one member.
+    """Hyperparameters of a step's members: arrays with a leading axis M, or without it for one member."""
 
-    Attributes:
-      learning_rate, seed: as in ``Member.settings``; ``kind_params``: the other settings there.
-      input_scale, output_scale: as in ``SiteScale``.
-      site_index: index in the batch of the (input, target) pair that the member reads.
-      metric_DxD: as in ``SiteScale``; None if no member has one.
-    """
-
+    #: learning_rate and seed: as in ``Member.settings``; ``kind_params``: the other settings there.
     learning_rate: jax.Array
     kind_params: dict[str, jax.Array]
+    #: input_scale and output_scale: as in ``SiteScale``.
     input_scale: jax.Array
     output_scale: jax.Array
-    site_index: jax.Array
+    site_index: jax.Array  #: index in the batch of the (input, target) pair that the member reads
     seed: jax.Array
-    metric_DxD: jax.Array | None
+    metric_DxD: jax.Array | None  #: as in ``SiteScale``; None if no member has one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainStack:
     """The members to train and their devices: everything that the step's program depends on.
 
-    Attributes:
-      config: how to train.
-      dictionary: what the members have in common; its ``k`` is the largest of theirs.
-      members: the dictionaries; the mesh's ``member`` axis divides their number.
-      scales: each member's ``SiteScale``.
-      steps: length of the whole run, for the schedules.
-      mesh: the devices.
-      products: form of the matrix products: "dense", or "rows" for a plain TopK (see ``sparse_products``); "auto"
-        becomes the one that is faster.
-
     Raises:
       UserError: ``products`` is not for these devices, or the members make no cross-layer transcoder.
     """
 
-    config: TrainConfig
-    dictionary: DictionaryConfig
-    members: Sequence[Member]
-    scales: Sequence[SiteScale]
-    steps: int
-    mesh: Mesh
+    config: TrainConfig  #: how to train
+    dictionary: DictionaryConfig  #: what the members have in common; its ``k`` is the largest of theirs
+    members: Sequence[Member]  #: the dictionaries; the mesh's ``member`` axis divides their number
+    scales: Sequence[SiteScale]  #: each member's ``SiteScale``
+    steps: int  #: length of the whole run, for the schedules
+    mesh: Mesh  #: the devices
+    #: form of the matrix products: "dense", or "rows" for a plain TopK (see ``sparse_products``); "auto" becomes the
+    #: one that is faster.
     products: str = "auto"
 
     def __post_init__(self):

@@ -31,21 +31,14 @@ _THRESHOLD_RATE = 0.01  # weight of each batch in the running mean of the thresh
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The arrays that a training step updates.
+    """The arrays that a training step updates."""
 
-    Attributes:
-      params: arrays of the dictionaries, by name.
-      optimizer: state of the Optax chain.
-      silent_MxF: tokens since each feature last fired, int32.
-      batch_topk_threshold_M: running mean of the smallest activation that a batch kept; 0 for kinds without one.
-      step_M: number of steps done, int32; the same for all members.
-    """
-
-    params: Any
-    optimizer: Any
-    silent_MxF: jax.Array
+    params: Any  #: arrays of the dictionaries, by name
+    optimizer: Any  #: state of the Optax chain
+    silent_MxF: jax.Array  #: tokens since each feature last fired, int32
+    #: running mean of the smallest activation that a batch kept; 0 for kinds without one.
     batch_topk_threshold_M: jax.Array
-    step_M: jax.Array
+    step_M: jax.Array  #: number of steps done, int32; the same for all members
 
     def layer(self, layer: int) -> "TrainState":
         """Return the state of one layer of a cross-layer transcoder, as that of one member."""

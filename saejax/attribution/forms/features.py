@@ -40,18 +40,14 @@ _CONNECTIONS = 16  # features that are fetched from the hub at once
 
 @dataclasses.dataclass(frozen=True)
 class FeatureDetails:
-    """The label, examples and logit effects of a feature.
+    """The label, examples and logit effects of a feature."""
 
-    Attributes:
-      examples: contexts in which it fires most strongly, each with ``tokens`` and ``activations``, strongest first.
-      top_logits, bottom_logits: tokens whose logits it raises and lowers most.
-      label: what it is called; "": nothing.
-    """
-
+    #: contexts in which it fires most strongly, each with ``tokens`` and ``activations``, strongest first.
     examples: tuple[Mapping[str, list], ...] = ()
+    #: top_logits and bottom_logits: tokens whose logits it raises and lowers most.
     top_logits: tuple[str, ...] = ()
     bottom_logits: tuple[str, ...] = ()
-    label: str = ""
+    label: str = ""  #: what it is called; "": nothing
 
     def peaks(self) -> Counter[str]:
         """Return the tokens at which the contexts are strongest, quoted, with weights."""

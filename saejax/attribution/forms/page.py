@@ -31,19 +31,13 @@ _LIVE = ["stream", "effects", "live"]  # scripts where a server answers
 
 @dataclasses.dataclass(frozen=True)
 class PageTable:
-    """A table on the page.
+    """A table on the page."""
 
-    Attributes:
-      title: one line.
-      columns: their headings.
-      rows: their cells, numbers or texts; a text that is the id of a node becomes a button that selects it.
-      note: a sentence or two above the table.
-    """
-
-    title: str
-    columns: Sequence[str]
+    title: str  #: one line
+    columns: Sequence[str]  #: their headings
+    #: their cells, numbers or texts; a text that is the id of a node becomes a button that selects it.
     rows: Sequence[Sequence[str | float]]
-    note: str = ""
+    note: str = ""  #: a sentence or two above the table
 
 
 def write_page(path: Path, document: GraphDocument, **shown: Any) -> None:

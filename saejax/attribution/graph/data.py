@@ -25,63 +25,43 @@ class GraphScores:
 
 @dataclasses.dataclass(frozen=True)
 class Pruning:
-    """The nodes and edges of the whole graph that pruning keeps.
+    """The nodes and edges of the whole graph that pruning keeps."""
 
-    Attributes:
-      node_threshold, edge_threshold: the shares of influence that were kept.
-      node_N: int32 place of each kept node in the table of the whole graph.
-      influence_N: float32 cumulative share of influence of each kept node: that of all nodes with at least as much. It
-        is small for the most influential ones.
-      scores: of the whole graph.
-      top_edges: most edges of a target that were kept; 0: any number.
-    """
-
+    #: node_threshold and edge_threshold: the shares of influence that were kept.
     node_threshold: float
     edge_threshold: float
-    node_N: np.ndarray
+    node_N: np.ndarray  #: int32 place of each kept node in the table of the whole graph
+    #: float32 cumulative share of influence of each kept node: that of all nodes with at least as much. It is small for
+    #: the most influential ones.
     influence_N: np.ndarray
-    scores: GraphScores
-    top_edges: int = 0
+    scores: GraphScores  #: of the whole graph
+    top_edges: int = 0  #: most edges of a target that were kept; 0: any number
 
 
 @dataclasses.dataclass(frozen=True)
 class GraphData:
-    """A graph of one prompt; ``graph.Graph`` is this and what is done with it.
+    """A graph of one prompt; ``graph.Graph`` is this and what is done with it."""
 
-    Attributes:
-      adjacency_RxS: float32 weights of the edges, targets by sources; 0: no edge.
-      nodes: the N nodes.
-      value_R: float32 pre-activation of each feature, and each logit less the mean over the vocabulary, before capping.
-      constant_R: float32 part of it that the target's own biases are (encoder, norm, unembedding).
-      untraced_R: float32 part of it that active features without a node add.
-      ids_P: int32 token ids of the prompt.
-      tokens: their texts.
-      logit_K: float32 logits of the targets, as the model gives them.
-      labels: the texts of the logits: a token, or a name of the direction.
-      prompt: the text.
-      n_layers: of the model.
-      model: that was traced: name, revision, fingerprint, family.
-      transcoders: that were, or SAEs: name, revision, kind, n_features, layers, skip, model (that they were trained
-        on); of transcoders ``reads`` and ``cross_layer``, of SAEs ``sites``.
-      settings: how the graph was made: max_logits, logit_mass, max_features (None: no limit), active_features (of the
-        prompt), traced_features (those with a node), and with SAEs ``edges``, what an edge estimates.
-      pruning: for a pruned graph, what it was cut from; then ``value_R`` and its parts are those of the whole one.
-    """
-
-    adjacency_RxS: np.ndarray
-    nodes: Nodes
+    adjacency_RxS: np.ndarray  #: float32 weights of the edges, targets by sources; 0: no edge
+    nodes: Nodes  #: the N nodes
+    #: float32 pre-activation of each feature, and each logit less the mean over the vocabulary, before capping.
     value_R: np.ndarray
-    constant_R: np.ndarray
-    untraced_R: np.ndarray
-    ids_P: np.ndarray
-    tokens: tuple[str, ...]
-    logit_K: np.ndarray
-    labels: tuple[str, ...]
-    prompt: str
-    n_layers: int
-    model: Mapping[str, Any]
+    constant_R: np.ndarray  #: float32 part of it that the target's own biases are (encoder, norm, unembedding)
+    untraced_R: np.ndarray  #: float32 part of it that active features without a node add
+    ids_P: np.ndarray  #: int32 token ids of the prompt
+    tokens: tuple[str, ...]  #: their texts
+    logit_K: np.ndarray  #: float32 logits of the targets, as the model gives them
+    labels: tuple[str, ...]  #: the texts of the logits: a token, or a name of the direction
+    prompt: str  #: the text
+    n_layers: int  #: of the model
+    model: Mapping[str, Any]  #: that was traced: name, revision, fingerprint, family
+    #: that were, or SAEs: name, revision, kind, n_features, layers, skip, model (that they were trained on); of
+    #: transcoders ``reads`` and ``cross_layer``, of SAEs ``sites``.
     transcoders: Mapping[str, Any]
+    #: how the graph was made: max_logits, logit_mass, max_features (None: no limit), active_features (of the prompt),
+    #: traced_features (those with a node), and with SAEs ``edges``, what an edge estimates.
     settings: Mapping[str, Any]
+    #: for a pruned graph, what it was cut from; then ``value_R`` and its parts are those of the whole one.
     pruning: Pruning | None = None
 
     def count(self, *kinds: int) -> int:

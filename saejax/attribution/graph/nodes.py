@@ -21,21 +21,14 @@ FEATURE, ERROR, TOKEN, FIRST_MLP, BIAS, LOGIT = range(len(KINDS))  # places in `
 
 @dataclasses.dataclass(frozen=True)
 class Nodes:
-    """The table of nodes; plain arrays of one length N.
+    """The table of nodes; plain arrays of one length N."""
 
-    Attributes:
-      kind_N: int8 index into ``KINDS``, ascending.
-      layer_N: int32 layer; -1 for tokens, the number of layers for logits.
-      position_N: int32 position in the prompt; 0 for biases, the last one for logits.
-      index_N: int32 number of the feature, id of the token, or id of the logit's token; -1 where there is none.
-      value_N: float32 activation of a feature, weight of a logit in influences (its probability), else 0.
-    """
-
-    kind_N: np.ndarray
-    layer_N: np.ndarray
-    position_N: np.ndarray
+    kind_N: np.ndarray  #: int8 index into ``KINDS``, ascending
+    layer_N: np.ndarray  #: int32 layer; -1 for tokens, the number of layers for logits
+    position_N: np.ndarray  #: int32 position in the prompt; 0 for biases, the last one for logits
+    #: int32 number of the feature, id of the token, or id of the logit's token; -1 where there is none.
     index_N: np.ndarray
-    value_N: np.ndarray
+    value_N: np.ndarray  #: float32 activation of a feature, weight of a logit in influences (its probability), else 0
 
     def __len__(self) -> int:
         return len(self.kind_N)

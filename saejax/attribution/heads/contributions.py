@@ -34,18 +34,13 @@ _BLOCK = 16, 128  # least and largest size of a block
 
 @dataclasses.dataclass(frozen=True)
 class HeadContributions:
-    """Contributions of heads to the edges of a graph.
+    """Contributions of heads to the edges of a graph."""
 
-    Attributes:
-      graph: the pruned graph.
-      source_E, target_E: the edges' ends, as indices of the graph's nodes; target by target.
-      value_ExLxH: fp32 contribution of each head to each edge, signed.
-    """
-
-    graph: Graph
+    graph: Graph  #: the pruned graph
+    #: source_E and target_E: the edges' ends, as indices of the graph's nodes; target by target.
     source_E: np.ndarray
     target_E: np.ndarray
-    value_ExLxH: np.ndarray
+    value_ExLxH: np.ndarray  #: fp32 contribution of each head to each edge, signed
 
     def by_edge(self, top: int = 3) -> dict[tuple[str, str], list[tuple[int, int, float]]]:
         """Return the largest contributions to each edge, edges without any left out.
@@ -195,17 +190,11 @@ def _target_vectors(local: LocalModel, readouts: Readouts, graph: Graph, chosen:
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Attention of a pruned graph.
+    """Attention of a pruned graph."""
 
-    Attributes:
-      contributions: of heads to edges; None: not requested.
-      heads: their results.
-      query_key: the scores of each head that is split.
-    """
-
-    contributions: HeadContributions | None = None
-    heads: HeadResults | None = None
-    query_key: tuple[QueryScores, ...] = ()
+    contributions: HeadContributions | None = None  #: of heads to edges; None: not requested
+    heads: HeadResults | None = None  #: their results
+    query_key: tuple[QueryScores, ...] = ()  #: the scores of each head that is split
 
 
 def read_attention(

@@ -34,20 +34,16 @@ _BLOCK = 1 << 22  # pairs that are in memory at once
 
 
 class Opened(NamedTuple):
-    """A head's query at one position and its keys at those positions that it attends to most.
+    """A head's query at one position and its keys at those positions that it attends to most."""
 
-    Attributes:
-      weight_J, key_J: attention weights, falling, and positions of the keys.
-      score_J: scores.
-      query_KxD, key_KxJxD: the directions of the stream, at their own positions, that each dimension reads.
-      bias_query_K, bias_key_JxK: parts that biases of the head's layer give.
-    """
-
+    #: weight_J and key_J: attention weights, falling, and positions of the keys.
     weight_J: jax.Array
     key_J: jax.Array
-    score_J: jax.Array
+    score_J: jax.Array  #: scores
+    #: query_KxD and key_KxJxD: the directions of the stream, at their own positions, that each dimension reads.
     query_KxD: jax.Array
     key_KxJxD: jax.Array
+    #: bias_query_K and bias_key_JxK: parts that biases of the head's layer give.
     bias_query_K: jax.Array
     bias_key_JxK: jax.Array
 

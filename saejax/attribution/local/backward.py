@@ -32,19 +32,13 @@ Pull = Callable[[tuple[jax.Array, jax.Array]], Any]  # a transposed layer, as ``
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TargetBatch:
-    """Targets that go down together, in N chunks of R; the chunks start from high layers to low.
+    """Targets that go down together, in N chunks of R; the chunks start from high layers to low."""
 
-    Attributes:
-      vector_NxRxD: the directions that are read.
-      layer_NxR: int32 layer whose transcoder reads; for a direction of the stream, that of ``start_N``.
-      position_NxR: int32 where.
-      start_N: int32, number of layers that the highest target of a chunk goes down through; 0 for a chunk that only
-        fills up the batch.
-    """
-
-    vector_NxRxD: jax.Array
-    layer_NxR: jax.Array
-    position_NxR: jax.Array
+    vector_NxRxD: jax.Array  #: the directions that are read
+    layer_NxR: jax.Array  #: int32 layer whose transcoder reads; for a direction of the stream, that of ``start_N``
+    position_NxR: jax.Array  #: int32 where
+    #: int32, number of layers that the highest target of a chunk goes down through; 0 for a chunk that only fills up
+    #: the batch.
     start_N: jax.Array
 
 

@@ -53,18 +53,13 @@ class Circuit(NamedTuple):
 
 
 class LayerChanges(NamedTuple):
-    """The changes of R rows in one layer, arrays [R, M]; padding sets features to 0 where they are: position 0.
+    """The changes of R rows in one layer, arrays [R, M]; padding sets features to 0 where they are: position 0."""
 
-    Attributes:
-      position_RxM, feature_RxM: int32.
-      value_RxM: fp32 new activations.
-      old_RxM: fp32 activations in the prompt.
-    """
-
+    #: position_RxM and feature_RxM: int32.
     position_RxM: np.ndarray
     feature_RxM: np.ndarray
-    value_RxM: np.ndarray
-    old_RxM: np.ndarray
+    value_RxM: np.ndarray  #: fp32 new activations
+    old_RxM: np.ndarray  #: fp32 activations in the prompt
 
 
 class ChangeEdits:

@@ -41,15 +41,11 @@ FIXED = ("all", "constrained")
 
 @dataclasses.dataclass(frozen=True)
 class FrozenModel:
-    """A decoder whose layers are frozen. Hashable, so that it can be a static argument of ``jax.jit``.
+    """A decoder whose layers are frozen. Hashable, so that it can be a static argument of ``jax.jit``."""
 
-    Attributes:
-      config: the decoder.
-      reads: what transcoders read: "mlp_in", what the MLP does; "mlp_normed", the same before the norm's gain; or
-        "resid_mid", the stream before that norm.
-    """
-
-    config: DecoderConfig
+    config: DecoderConfig  #: the decoder
+    #: what transcoders read: "mlp_in", what the MLP does; "mlp_normed", the same before the norm's gain; or
+    #: "resid_mid", the stream before that norm.
     reads: str = "mlp_in"
 
     def layer(

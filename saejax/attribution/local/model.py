@@ -48,20 +48,15 @@ class Continuation:
 
 @dataclasses.dataclass(frozen=True)
 class Vectors:
-    """Vectors [E, D] of nodes, added or read at positions [E] and layers [E]; int32 and fp32.
+    """Vectors [E, D] of nodes, added or read at positions [E] and layers [E]; int32 and fp32."""
 
-    Attributes:
-      node_E: which node each belongs to, ascending from 0; a node has several where it writes to several layers.
-      layer_E: the layer whose entering stream a vector is added to; or, of what is read, the layer whose transcoder
-        reads it, or L + the layer whose entering stream is read.
-      position_E: where.
-      vector_ExD: the vectors.
-    """
-
+    #: which node each belongs to, ascending from 0; a node has several where it writes to several layers.
     node_E: np.ndarray
+    #: the layer whose entering stream a vector is added to; or, of what is read, the layer whose transcoder reads it,
+    #: or L + the layer whose entering stream is read.
     layer_E: np.ndarray
-    position_E: np.ndarray
-    vector_ExD: np.ndarray
+    position_E: np.ndarray  #: where
+    vector_ExD: np.ndarray  #: the vectors
 
     def choose(self, nodes_B: np.ndarray) -> "Vectors":
         """Return the vectors of some nodes, which are numbered anew."""

@@ -21,19 +21,14 @@ AT_ONCE = 1 << 26  # activations of a layer that are in memory at once
 
 @dataclasses.dataclass(frozen=True)
 class Active:
-    """The features that are active in a prompt, in the order (layer, position, feature).
+    """The features that are active in a prompt, in the order (layer, position, feature)."""
 
-    Attributes:
-      layer_A, position_A, feature_A: int32 layer, position and index of each.
-      value_A: fp32 activation, which for active features is the pre-activation.
-      b_enc_A: fp32 bias of the encoder, a part of it.
-    """
-
+    #: layer_A, position_A, feature_A: int32 layer, position and index of each.
     layer_A: np.ndarray
     position_A: np.ndarray
     feature_A: np.ndarray
-    value_A: np.ndarray
-    b_enc_A: np.ndarray
+    value_A: np.ndarray  #: fp32 activation, which for active features is the pre-activation
+    b_enc_A: np.ndarray  #: fp32 bias of the encoder, a part of it
 
     def __len__(self) -> int:
         return len(self.layer_A)
@@ -116,27 +111,16 @@ def encode_used(encoder: Dictionary, read_xTxD: jax.Array, used_T: jax.Array) ->
 
 @dataclasses.dataclass(eq=False, repr=False)
 class PromptRun:
-    """A model that was run on a prompt with dictionaries.
+    """A model that was run on a prompt with dictionaries."""
 
-    Attributes:
-      model: the model.
-      dictionaries: the transcoders or SAEs whose features are nodes.
-      rules: by which gradients go through the model.
-      ids_P: int32 token ids.
-      active: the active features.
-      logits_V: fp32 logits at the last position.
-      last_D: fp32 stream leaving the last layer at the prompt's last position.
-      stream_LxTxD: fp32 stream entering each layer.
-    """
-
-    model: LanguageModel
-    dictionaries: LayerDictionaries
-    rules: RunRules
-    ids_P: np.ndarray
-    active: Active
-    logits_V: np.ndarray
-    last_D: jax.Array
-    stream_LxTxD: jax.Array
+    model: LanguageModel  #: the model
+    dictionaries: LayerDictionaries  #: the transcoders or SAEs whose features are nodes
+    rules: RunRules  #: by which gradients go through the model
+    ids_P: np.ndarray  #: int32 token ids
+    active: Active  #: the active features
+    logits_V: np.ndarray  #: fp32 logits at the last position
+    last_D: jax.Array  #: fp32 stream leaving the last layer at the prompt's last position
+    stream_LxTxD: jax.Array  #: fp32 stream entering each layer
 
     def constants(self, chosen_F: np.ndarray) -> np.ndarray:
         """Return what biases of no source add to the pre-activations of some active features, fp32 [F]."""
@@ -145,17 +129,11 @@ class PromptRun:
 
 @dataclasses.dataclass(frozen=True)
 class LocalRun:
-    """Values read from R edited runs of a prompt, fp32.
+    """Values read from R edited runs of a prompt, fp32."""
 
-    Attributes:
-      feature_RxJ: pre-activations of the requested features.
-      readout_RxK: the readouts, as ``Readouts.value_K`` has them.
-      logits_RxV: logits at the last position; None: not requested.
-    """
-
-    feature_RxJ: np.ndarray
-    readout_RxK: np.ndarray
-    logits_RxV: np.ndarray | None = None
+    feature_RxJ: np.ndarray  #: pre-activations of the requested features
+    readout_RxK: np.ndarray  #: the readouts, as ``Readouts.value_K`` has them
+    logits_RxV: np.ndarray | None = None  #: logits at the last position; None: not requested
 
 
 def prompt_ids(model: LanguageModel, prompt: str | Sequence[int] | np.ndarray, chat: bool = False) -> np.ndarray:

@@ -32,32 +32,20 @@ def padded(count: int, least: int = 4) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Readouts:
-    """K targets as directions of the stream; tokens and differences first, other directions last.
+    """K targets as directions of the stream; tokens and differences first, other directions last."""
 
-    Attributes:
-      layer_K, position_K: int32 layer whose entering stream is read, and position.
-      token_K: int32 token of a logit; -1 for others.
-      pair_Kx2: int32 tokens of a logit or a difference, -1 where there is none.
-      vector_KxD: fp32 directions.
-      value_K: fp32 dot product with the stream, plus biases.
-      normed_K: whether they were pulled back through the final norm.
-      constant_K: fp32 part of it that biases of the final norm and the unembedding are.
-      weight_K: fp32 weight in influences: the probability of a token, 1 for others.
-      logit_K: fp32 logit, or difference of two; the value for other directions.
-      labels: names.
-    """
-
+    #: layer_K and position_K: int32 layer whose entering stream is read, and position.
     layer_K: np.ndarray
     position_K: np.ndarray
-    token_K: np.ndarray
-    pair_Kx2: np.ndarray
-    vector_KxD: np.ndarray
-    value_K: np.ndarray
-    normed_K: np.ndarray
-    constant_K: np.ndarray
-    weight_K: np.ndarray
-    logit_K: np.ndarray
-    labels: tuple[str, ...]
+    token_K: np.ndarray  #: int32 token of a logit; -1 for others
+    pair_Kx2: np.ndarray  #: int32 tokens of a logit or a difference, -1 where there is none
+    vector_KxD: np.ndarray  #: fp32 directions
+    value_K: np.ndarray  #: fp32 dot product with the stream, plus biases
+    normed_K: np.ndarray  #: whether they were pulled back through the final norm
+    constant_K: np.ndarray  #: fp32 part of it that biases of the final norm and the unembedding are
+    weight_K: np.ndarray  #: fp32 weight in influences: the probability of a token, 1 for others
+    logit_K: np.ndarray  #: fp32 logit, or difference of two; the value for other directions
+    labels: tuple[str, ...]  #: names
 
     @classmethod
     def none(cls, width: int) -> "Readouts":

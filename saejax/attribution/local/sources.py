@@ -30,39 +30,25 @@ _NOWHERE = np.iinfo(np.int32).max  # position of a block that fills up its place
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SourceBank:
-    """Blocks of directions, on the devices.
+    """Blocks of directions, on the devices."""
 
-    Attributes:
-      table_UxD: directions.
-      row_BxW: int32 rows of the table in each block; slots that are left over name any.
-      position_B: int32 position of each block, rising within a place.
-    """
-
-    table_UxD: jax.Array
-    row_BxW: jax.Array
-    position_B: jax.Array
+    table_UxD: jax.Array  #: directions
+    row_BxW: jax.Array  #: int32 rows of the table in each block; slots that are left over name any
+    position_B: jax.Array  #: int32 position of each block, rising within a place
 
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """The sources and where they are in the bank.
+    """The sources and where they are in the bank."""
 
-    Attributes:
-      nodes: the S sources; features first, biases last.
-      bank: their directions.
-      first_X: int32 first block of each place, and the end of the last.
-      at_E: slot of each entry among all; the entries are the sources in order, but a bias has one at each position, a
-        first_mlp one at each of the first positions, and a feature one in each layer that it writes to.
-      factor_E: fp32, by which the direction is multiplied: a feature's activation.
-      start_S: int64 first entry of each source.
-    """
-
-    nodes: Nodes
-    bank: SourceBank
-    first_X: np.ndarray
+    nodes: Nodes  #: the S sources; features first, biases last
+    bank: SourceBank  #: their directions
+    first_X: np.ndarray  #: int32 first block of each place, and the end of the last
+    #: slot of each entry among all; the entries are the sources in order, but a bias has one at each position, a
+    #: first_mlp one at each of the first positions, and a feature one in each layer that it writes to.
     at_E: np.ndarray
-    factor_E: np.ndarray
-    start_S: np.ndarray
+    factor_E: np.ndarray  #: fp32, by which the direction is multiplied: a feature's activation
+    start_S: np.ndarray  #: int64 first entry of each source
 
     @classmethod
     def of(cls, state: LocalState) -> "Sources":
@@ -115,21 +101,15 @@ class Sources:
 
 
 class _Part(NamedTuple):
-    """The sources of one kind.
+    """The sources of one kind."""
 
-    Attributes:
-      nodes: S of them.
-      count_S: how many entries each has, which come in the order of the sources.
-      place_E, position_E, row_E: where each entry is, and its row of the table.
-      table_UxD: directions; of features none, which come out of their transcoders.
-    """
-
-    nodes: Nodes
-    count_S: np.ndarray
+    nodes: Nodes  #: S of them
+    count_S: np.ndarray  #: how many entries each has, which come in the order of the sources
+    #: place_E, position_E, row_E: where each entry is, and its row of the table.
     place_E: np.ndarray
     position_E: np.ndarray
     row_E: np.ndarray
-    table_UxD: jax.Array
+    table_UxD: jax.Array  #: directions; of features none, which come out of their transcoders
 
 
 def _features(state: LocalState) -> tuple[_Part, list[np.ndarray]]:

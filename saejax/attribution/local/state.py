@@ -52,9 +52,6 @@ class LocalState(PromptRun):
       error_LxTxD: what transcoders do not explain; 0 at the first positions and at padding.
       first_LxUxD: the MLP's output at the first positions, those without features, less the skip path.
       b_dec_LxD: biases of the decoders.
-      skip_LxDxD: skip paths of the transcoders, applied as x @ skip; None: there are none.
-      bias_LxTxD, read_bias_LxTxD: what the model's own biases in each layer add to the stream and to what is read;
-        None: it has none in its layers.
 
     Raises:
       UserError: the set does not belong to the model, the prompt has a single token, a value is not finite, or no
@@ -62,7 +59,9 @@ class LocalState(PromptRun):
     """
 
     dictionaries: LayerTranscoders
-    skip_LxDxD: jax.Array | None = None
+    skip_LxDxD: jax.Array | None = None  #: skip paths of the transcoders, applied as x @ skip; None: there are none
+    #: bias_LxTxD and read_bias_LxTxD: what the model's own biases in each layer add to the stream and to what is read;
+    #: None: it has none in its layers.
     bias_LxTxD: jax.Array | None = None
     read_bias_LxTxD: jax.Array | None = None
 

@@ -66,23 +66,14 @@ class Memory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GraphSize:
-    """The sizes that, with the number of tokens, determine the memory of a graph.
+    """The sizes that, with the number of tokens, determine the memory of a graph."""
 
-    Attributes:
-      model: the decoder.
-      transcoder: one of the set's, which all have one size.
-      active: active features of a layer at a position, mean.
-      max_features: maximum number of features with rows; None: all active ones.
-      logits: maximum number of targets that are no features.
-      cross_layer: whether features also write to later layers.
-    """
-
-    model: DecoderConfig
-    transcoder: DictionaryConfig
-    active: float
-    max_features: int | None = None
-    logits: int = 10
-    cross_layer: bool = False
+    model: DecoderConfig  #: the decoder
+    transcoder: DictionaryConfig  #: one of the set's, which all have one size
+    active: float  #: active features of a layer at a position, mean
+    max_features: int | None = None  #: maximum number of features with rows; None: all active ones
+    logits: int = 10  #: maximum number of targets that are no features
+    cross_layer: bool = False  #: whether features also write to later layers
 
     @property
     def writes(self) -> float:

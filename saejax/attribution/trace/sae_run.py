@@ -43,18 +43,13 @@ IN_STREAM = -1  # in place of a kind: the stream that enters a layer is read
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SaeSites:
-    """The sites of a model that SAEs read; compiled programs depend on their kinds alone.
+    """The sites of a model that SAEs read; compiled programs depend on their kinds alone."""
 
-    Attributes:
-      layer_S, kind_S: int32 of each site; kinds are counted in ``kinds``.
-      slot_LxK: int32, which site stands at a layer; S: none.
-      kinds: those that there are (static).
-    """
-
+    #: layer_S and kind_S: int32 of each site; kinds are counted in ``kinds``.
     layer_S: np.ndarray
     kind_S: np.ndarray
-    slot_LxK: np.ndarray
-    kinds: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))
+    slot_LxK: np.ndarray  #: int32, which site stands at a layer; S: none
+    kinds: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))  #: those that there are (static)
 
     @classmethod
     def of(cls, sites: Sequence[Site], layers: int) -> "SaeSites":
@@ -78,20 +73,13 @@ class Readings(NamedTuple):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class SaeRun(PromptRun):
-    """A model that was run on a prompt, and what its SAEs say of it; see also ``PromptRun``.
-
-    Attributes:
-      sites: where the SAEs stand.
-      read_SxTxD: fp32, what they read.
-      error_SxTxD: fp32, what the SAEs do not explain; at attention sinks all but b_dec.
-      direct: whether gradients stop at the sites, as these are frozen at their values.
-    """
+    """A model that was run on a prompt, and what its SAEs say of it; see also ``PromptRun``."""
 
     dictionaries: LayerSaes
-    sites: SaeSites
-    read_SxTxD: jax.Array
-    error_SxTxD: np.ndarray
-    direct: bool
+    sites: SaeSites  #: where the SAEs stand
+    read_SxTxD: jax.Array  #: fp32, what they read
+    error_SxTxD: np.ndarray  #: fp32, what the SAEs do not explain; at attention sinks all but b_dec
+    direct: bool  #: whether gradients stop at the sites, as these are frozen at their values
 
     @classmethod
     def of(
@@ -227,21 +215,15 @@ class SaeRun(PromptRun):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PlacedEdit:
-    """Sets features of an SAE to activations; the error term stays. An ``Edit``.
+    """Sets features of an SAE to activations; the error term stays. An ``Edit``."""
 
-    Attributes:
-      dictionary: the SAE.
-      row_M, position_M, feature_M: int32, where and which, each once.
-      value_M: fp32 activations.
-      site: of the SAE (static).
-    """
-
-    dictionary: Dictionary
+    dictionary: Dictionary  #: the SAE
+    #: row_M, position_M, feature_M: int32, where and which, each once.
     row_M: jax.Array
     position_M: jax.Array
     feature_M: jax.Array
-    value_M: jax.Array
-    site: Site = dataclasses.field(metadata=dict(static=True))
+    value_M: jax.Array  #: fp32 activations
+    site: Site = dataclasses.field(metadata=dict(static=True))  #: of the SAE (static)
 
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         """Return the edited value of ``site``; attention sinks, where no feature is used, stay as they are."""

@@ -27,19 +27,12 @@ from saejax.parallel.collectives import to_host
 
 @dataclasses.dataclass(frozen=True)
 class Direction:
-    """A direction of the stream as a target.
+    """A direction of the stream as a target."""
 
-    Attributes:
-      vector_D: the direction; its dot product with the stream is explained.
-      label: its name in the graph.
-      layer: the stream entering this layer is read; None: the one leaving the last layer.
-      position: where; below 0, from the end. Of the stream leaving the last layer it must be the last.
-    """
-
-    vector_D: np.ndarray
-    label: str = "direction"
-    layer: int | None = None
-    position: int = -1
+    vector_D: np.ndarray  #: the direction; its dot product with the stream is explained
+    label: str = "direction"  #: its name in the graph
+    layer: int | None = None  #: the stream entering this layer is read; None: the one leaving the last layer
+    position: int = -1  #: where; below 0, from the end. Of the stream leaving the last layer it must be the last.
 
 
 _STEP = 16  # least size to which logits are filled up

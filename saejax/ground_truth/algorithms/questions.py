@@ -17,19 +17,12 @@ _ADVICE = "raise --algorithm.digits"
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Questions and their answers.
+    """Questions and their answers."""
 
-    Attributes:
-      ids_BxT: int32 token ids, earlier answers included, padded on the right.
-      place_BxN: int32 positions whose logits give an answer.
-      right_BxNxV: bool, the correct words at each of these positions.
-      fresh_B: bool, whether the question is kept from training.
-    """
-
-    ids_BxT: np.ndarray
-    place_BxN: np.ndarray
-    right_BxNxV: np.ndarray
-    fresh_B: np.ndarray
+    ids_BxT: np.ndarray  #: int32 token ids, earlier answers included, padded on the right
+    place_BxN: np.ndarray  #: int32 positions whose logits give an answer
+    right_BxNxV: np.ndarray  #: bool, the correct words at each of these positions
+    fresh_B: np.ndarray  #: bool, whether the question is kept from training
 
     @classmethod
     def concatenate(cls, parts: Sequence["Questions"], count: int) -> "Questions":
@@ -43,15 +36,11 @@ class Questions:
 
 
 class Algorithm(abc.ABC):
-    """An algorithm.
+    """An algorithm."""
 
-    Attributes:
-      required: kind of question -> share of fresh ones that training aims to answer correctly.
-      words: the vocabulary, ``START`` first.
-    """
-
+    #: kind of question -> share of fresh ones that training aims to answer correctly.
     required: ClassVar[Mapping[str, float]]
-    words: tuple[str, ...]
+    words: tuple[str, ...]  #: the vocabulary, ``START`` first
 
     @abc.abstractmethod
     def draw(self, kind: str, count: int, rng: np.random.Generator) -> Questions:

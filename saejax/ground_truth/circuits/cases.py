@@ -22,25 +22,16 @@ FULL = 1 / (1 - MARGIN)  # what a neuron writes: 1 where it fires
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A transformer with weights set by hand, and its ground truth.
+    """A transformer with weights set by hand, and its ground truth."""
 
-    Attributes:
-      model: its description.
-      prompts: prompts of all behaviours and both splits.
-      layer: the layer whose neurons the causal tests edit; None: only edges are tested.
-      causes: behaviour -> the neurons of that layer that its answer depends on.
-      idle: variable -> the neurons of that layer that represent it; no answer depends on them.
-      labels: variables that probes should read from that layer's neurons.
-      texts: (count, seed) -> random texts to train dictionaries on.
-    """
-
-    model: HandSet
-    prompts: tuple[Prompt, ...]
-    layer: int | None
-    causes: Mapping[str, tuple[int, ...]]
+    model: HandSet  #: its description
+    prompts: tuple[Prompt, ...]  #: prompts of all behaviours and both splits
+    layer: int | None  #: the layer whose neurons the causal tests edit; None: only edges are tested
+    causes: Mapping[str, tuple[int, ...]]  #: behaviour -> the neurons of that layer that its answer depends on
+    #: variable -> the neurons of that layer that represent it; no answer depends on them.
     idle: Mapping[str, tuple[int, ...]]
-    labels: tuple[str, ...]
-    texts: Callable[[int, int], list[str]]
+    labels: tuple[str, ...]  #: variables that probes should read from that layer's neurons
+    texts: Callable[[int, int], list[str]]  #: (count, seed) -> random texts to train dictionaries on
 
 
 def select_neurons(layer: Layer, prefix: str) -> tuple[int, ...]:

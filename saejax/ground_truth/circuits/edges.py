@@ -28,17 +28,11 @@ Edge = tuple[Node, Node]  # source, target
 
 @dataclasses.dataclass(frozen=True)
 class Edges:
-    """Edges between nodes.
+    """Edges between nodes."""
 
-    Attributes:
-      sources: source nodes.
-      targets: target nodes; the last is the logit.
-      weight_SxR: contribution of each source to each target: to a neuron before its relu, or to the logit.
-    """
-
-    sources: tuple[Node, ...]
-    targets: tuple[Node, ...]
-    weight_SxR: np.ndarray
+    sources: tuple[Node, ...]  #: source nodes
+    targets: tuple[Node, ...]  #: target nodes; the last is the logit
+    weight_SxR: np.ndarray  #: contribution of each source to each target: to a neuron before its relu, or to the logit
 
     @property
     def root(self) -> Node:

@@ -31,15 +31,11 @@ Directions = Mapping[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """An attention head. Where no key matches its query it attends to the first word and must move nothing from there.
+    """An attention head. Where no key matches its query it attends to the first word and must move nothing from there."""
 
-    Attributes:
-      looks: pairs of directions, of a query and of the keys that match it; "" is every query.
-      moves: pairs of directions: read at the key's position and written at the query's.
-    """
-
+    #: pairs of directions, of a query and of the keys that match it; "" is every query.
     looks: tuple[tuple[str, str], ...]
-    moves: tuple[tuple[str, str], ...]
+    moves: tuple[tuple[str, str], ...]  #: pairs of directions: read at the key's position and written at the query's
 
     @property
     def scores(self) -> tuple[tuple[str, str, float], ...]:
@@ -68,19 +64,12 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class HandSet:
-    """A transformer with weights set by hand.
+    """A transformer with weights set by hand."""
 
-    Attributes:
-      words: word -> its embedding; the first is ``START``.
-      positions: embedding of each position.
-      layers: the layers in order.
-      logits: word -> what its logit reads; the logits of other words are 0.
-    """
-
-    words: Mapping[str, Directions]
-    positions: tuple[Directions, ...]
-    layers: tuple[Layer, ...]
-    logits: Mapping[str, Directions]
+    words: Mapping[str, Directions]  #: word -> its embedding; the first is ``START``
+    positions: tuple[Directions, ...]  #: embedding of each position
+    layers: tuple[Layer, ...]  #: the layers in order
+    logits: Mapping[str, Directions]  #: word -> what its logit reads; the logits of other words are 0
 
     @functools.cached_property
     def directions(self) -> tuple[str, ...]:
@@ -113,19 +102,13 @@ class HandSet:
 
 @dataclasses.dataclass(frozen=True)
 class HandSetRun:
-    """A run on one text, in float64.
+    """A run on one text, in float64."""
 
-    Attributes:
-      start_TxJ: the residual stream entering layer 0.
-      moves: for each head of each layer its attention weights [T, S] and the map of moved directions [J, J].
-      acts: activations of each layer's neurons, [T, F].
-      logits_V: logits at the last position.
-    """
-
-    start_TxJ: np.ndarray
+    start_TxJ: np.ndarray  #: the residual stream entering layer 0
+    #: for each head of each layer its attention weights [T, S] and the map of moved directions [J, J].
     moves: tuple[tuple[tuple[np.ndarray, np.ndarray], ...], ...]
-    acts: tuple[np.ndarray, ...]
-    logits_V: np.ndarray
+    acts: tuple[np.ndarray, ...]  #: activations of each layer's neurons, [T, F]
+    logits_V: np.ndarray  #: logits at the last position
 
 
 def run(model: HandSet, text: str) -> HandSetRun:

@@ -36,21 +36,13 @@ Rows = Any  # np.ndarray or sparse.csr_array, [F, N]
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Features of a dictionary as rows of numbers.
+    """Features of a dictionary as rows of numbers."""
 
-    Attributes:
-      feature_F: indices of the features.
-      rows: their rows [F, N], dense or sparse.
-      block_N: block of each column, from 0; blocks are resampled whole.
-      centred: whether similarity is the correlation of rows; otherwise their cosine.
-      shuffle: (rows, generator) -> shuffled rows.
-    """
-
-    feature_F: np.ndarray
-    rows: Rows
-    block_N: np.ndarray
-    centred: bool
-    shuffle: Callable[[Rows, np.random.Generator], Rows]
+    feature_F: np.ndarray  #: indices of the features
+    rows: Rows  #: their rows [F, N], dense or sparse
+    block_N: np.ndarray  #: block of each column, from 0; blocks are resampled whole
+    centred: bool  #: whether similarity is the correlation of rows; otherwise their cosine
+    shuffle: Callable[[Rows, np.random.Generator], Rows]  #: (rows, generator) -> shuffled rows
 
     def shuffled(self, rng: np.random.Generator) -> "View":
         """Return the same features with rows that are unrelated to each other."""
@@ -140,19 +132,12 @@ def _directions(rows: Rows, rng: np.random.Generator) -> Rows:
 
 @dataclasses.dataclass(frozen=True)
 class StableGroups:
-    """Groups of a view and their stability.
+    """Groups of a view and their stability."""
 
-    Attributes:
-      group_F: group of each feature; -1: none.
-      overlap_U: stability of each group.
-      null_overlap_N: the same of all groups of all shuffled data.
-      null_groups: number of groups of shuffled data, mean.
-    """
-
-    group_F: np.ndarray
-    overlap_U: np.ndarray
-    null_overlap_N: np.ndarray
-    null_groups: float
+    group_F: np.ndarray  #: group of each feature; -1: none
+    overlap_U: np.ndarray  #: stability of each group
+    null_overlap_N: np.ndarray  #: the same of all groups of all shuffled data
+    null_groups: float  #: number of groups of shuffled data, mean
 
     @property
     def bar(self) -> float:

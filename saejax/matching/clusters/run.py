@@ -72,19 +72,12 @@ class ClusterText:
 
 @dataclasses.dataclass(frozen=True)
 class GroupedFeatures(Columns):
-    """The grouped features, a row for each feature and view.
+    """The grouped features, a row for each feature and view."""
 
-    Attributes:
-      view: name of the view.
-      group: number of the group; -1: none.
-      feature: index of the feature.
-      centrality: mean similarity to the others of its group; NaN where there is none.
-    """
-
-    view: np.ndarray
-    group: np.ndarray
-    feature: np.ndarray
-    centrality: np.ndarray
+    view: np.ndarray  #: name of the view
+    group: np.ndarray  #: number of the group; -1: none
+    feature: np.ndarray  #: index of the feature
+    centrality: np.ndarray  #: mean similarity to the others of its group; NaN where there is none
 
 
 def run_cluster(run: Run) -> ClusterResults:

@@ -16,12 +16,9 @@ from saejax.parallel.mesh import sharding
 
 @dataclasses.dataclass(frozen=True)
 class LayerFirings:
-    """The A firings of a layer's features on a text, by position and then by strength.
+    """The A firings of a layer's features on a text, by position and then by strength."""
 
-    Attributes:
-      position_A, feature_A, value_A: where, which, and the activation.
-    """
-
+    #: position_A, feature_A, value_A: where, which, and the activation.
     position_A: np.ndarray
     feature_A: np.ndarray
     value_A: np.ndarray
@@ -75,15 +72,10 @@ def activations(lm: LanguageModel, dictionary: Dictionary, x_1xTxD: jax.Array) -
 
 @dataclasses.dataclass(frozen=True)
 class StepFeature:
-    """A feature that belongs to a part of the text, the one in which its mean activation is largest.
+    """A feature that belongs to a part of the text, the one in which its mean activation is largest."""
 
-    Attributes:
-      feature: its number.
-      mean: its mean activation over the part's tokens; ``contrast``: that minus its mean over the other parts.
-    """
-
-    feature: int
-    mean: float
+    feature: int  #: its number
+    mean: float  #: its mean activation over the part's tokens; ``contrast``: that minus its mean over the other parts
     contrast: float
 
 

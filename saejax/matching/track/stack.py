@@ -22,21 +22,13 @@ _FLAG = "--track.dictionaries"
 
 @dataclasses.dataclass(frozen=True)
 class LayerDictionary:
-    """The dictionary of a layer.
+    """The dictionary of a layer."""
 
-    Attributes:
-      name: its name on pages and in results, such as "topk/resid_post.3".
-      config: what it is.
-      load: loads it.
-      atlas: the page that shows its features; None where there is none.
-      labels: what its features are called.
-    """
-
-    name: str
-    config: DictionaryConfig
-    load: Callable[[], Dictionary]
-    atlas: Path | None
-    labels: Mapping[int, Label]
+    name: str  #: its name on pages and in results, such as "topk/resid_post.3"
+    config: DictionaryConfig  #: what it is
+    load: Callable[[], Dictionary]  #: loads it
+    atlas: Path | None  #: the page that shows its features; None where there is none
+    labels: Mapping[int, Label]  #: what its features are called
 
     @property
     def reads(self) -> Site:

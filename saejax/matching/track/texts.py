@@ -31,21 +31,14 @@ _SENTENCE = re.compile(r"""(?:[.!?…؟।]+["'”’)\]]*(?=\s)|[。！？]+["'
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A text to follow.
+    """A text to follow."""
 
-    Attributes:
-      slug: its name.
-      prompt: the text before the solution; without a solution its sentences are the steps.
-      steps: texts of the solution's steps, which stand one after the other; none without a solution.
-      answer: as it is written; "": the model's most probable next token.
-      output: what the model writes after the prompt; "": it was not asked to.
-    """
-
-    slug: str
-    prompt: str
+    slug: str  #: its name
+    prompt: str  #: the text before the solution; without a solution its sentences are the steps
+    #: texts of the solution's steps, which stand one after the other; none without a solution.
     steps: tuple[str, ...] = ()
-    answer: str = ""
-    output: str = ""
+    answer: str = ""  #: as it is written; "": the model's most probable next token
+    output: str = ""  #: what the model writes after the prompt; "": it was not asked to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,23 +53,15 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedText:
-    """A text as the model reads it.
+    """A text as the model reads it."""
 
-    Attributes:
-      problem: the text.
-      ids_T: token ids; ``tokens``: their texts.
-      segments: its parts, which cover all tokens; ``first``: which of them is the first step.
-      answer: id of the answer's first token, None where the model's own most probable token is meant.
-      position: where the answer is the next token.
-    """
-
-    problem: Problem
-    ids_T: np.ndarray
+    problem: Problem  #: the text
+    ids_T: np.ndarray  #: token ids; ``tokens``: their texts
     tokens: tuple[str, ...]
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...]  #: its parts, which cover all tokens; ``first``: which of them is the first step
     first: int
-    answer: int | None
-    position: int
+    answer: int | None  #: id of the answer's first token, None where the model's own most probable token is meant
+    position: int  #: where the answer is the next token
 
     @property
     def steps(self) -> tuple[Segment, ...]:

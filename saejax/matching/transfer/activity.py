@@ -29,19 +29,12 @@ _CHARACTERS = 5  # of text per token
 
 @dataclasses.dataclass(frozen=True)
 class ReadText:
-    """Texts as one model reads them: N tokens, special ones left out.
+    """Texts as one model reads them: N tokens, special ones left out."""
 
-    Attributes:
-      pieces: token ids of each piece that the model runs on, special tokens first.
-      front: number of these special tokens.
-      text_N: index of the text of each token, int64.
-      end_N: number of characters of the text up to the end of the token, int64.
-    """
-
-    pieces: tuple[np.ndarray, ...]
-    front: int
-    text_N: np.ndarray
-    end_N: np.ndarray
+    pieces: tuple[np.ndarray, ...]  #: token ids of each piece that the model runs on, special tokens first
+    front: int  #: number of these special tokens
+    text_N: np.ndarray  #: index of the text of each token, int64
+    end_N: np.ndarray  #: number of characters of the text up to the end of the token, int64
 
 
 def first_texts(texts: Sequence[str], tokens: int) -> list[str]:
@@ -104,15 +97,10 @@ def _places(read: ReadText) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Activity:
-    """A dictionary's activations on a model's tokens.
+    """A dictionary's activations on a model's tokens."""
 
-    Attributes:
-      f_NxF: activations, sparse, fp32.
-      real_N: tokens that are no attention sinks.
-    """
-
-    f_NxF: sparse.csr_array
-    real_N: np.ndarray
+    f_NxF: sparse.csr_array  #: activations, sparse, fp32
+    real_N: np.ndarray  #: tokens that are no attention sinks
 
     def firings(self, token_N: np.ndarray) -> np.ndarray:
         """Return on how many of some tokens each feature fires, [F]."""

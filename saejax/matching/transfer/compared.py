@@ -18,17 +18,11 @@ WEIGHTS = ("decoder", "encoder")  # measures that need no text
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """A dictionary by its name.
+    """A dictionary by its name."""
 
-    Attributes:
-      name: such as "topk/k32", or its folder.
-      folder: its folder.
-      config: its configuration.
-    """
-
-    name: str
-    folder: Path
-    config: DictionaryConfig
+    name: str  #: such as "topk/k32", or its folder
+    folder: Path  #: its folder
+    config: DictionaryConfig  #: its configuration
 
     @property
     def dictionary(self) -> Dictionary:

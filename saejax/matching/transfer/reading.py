@@ -44,17 +44,11 @@ _VALUE_BYTES = 1 << 30  # values of sites that are in memory at once
 
 
 class SharedText(NamedTuple):
-    """Models and dictionaries on the same texts.
+    """Models and dictionaries on the same texts."""
 
-    Attributes:
-      folder: folder with the files of activities and values.
-      reads: how each model reads the texts, by its fingerprint.
-      sink_norms: sink rule of each model (fingerprint) and site.
-    """
-
-    folder: Path
-    reads: dict[str, ReadText]
-    sink_norms: dict[tuple[str, str], float]
+    folder: Path  #: folder with the files of activities and values
+    reads: dict[str, ReadText]  #: how each model reads the texts, by its fingerprint
+    sink_norms: dict[tuple[str, str], float]  #: sink rule of each model (fingerprint) and site
 
     def activity(self, index: int) -> Activity:
         """Return the activity of the dictionary number ``index``."""

@@ -36,15 +36,10 @@ Pair = tuple[int, int]  # numbers of two dictionaries, the smaller first
 
 
 class Link(NamedTuple):
-    """The features of one dictionary and their partners in another.
+    """The features of one dictionary and their partners in another."""
 
-    Attributes:
-      partner_F: feature of the other dictionary; -1: not shared.
-      value_F: cosine or correlation of the pair.
-    """
-
-    partner_F: np.ndarray
-    value_F: np.ndarray
+    partner_F: np.ndarray  #: feature of the other dictionary; -1: not shared
+    value_F: np.ndarray  #: cosine or correlation of the pair
 
     @classmethod
     def shared(cls, partner_F: np.ndarray, value_F: np.ndarray) -> "Link":
@@ -61,23 +56,14 @@ class Link(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FeaturePairs(Columns):
-    """Pairs of features of an assignment, and of the assignment under the null, a row each.
+    """Pairs of features of an assignment, and of the assignment under the null, a row each."""
 
-    Attributes:
-      second: number of the second dictionary in the results.
-      feature: feature of the first dictionary.
-      partner: feature of the second; -1: none.
-      value: cosine or correlation; NaN without a partner.
-      null_partner: partner under the null.
-      null_value: its value.
-    """
-
-    second: np.ndarray
-    feature: np.ndarray
-    partner: np.ndarray
-    value: np.ndarray
-    null_partner: np.ndarray
-    null_value: np.ndarray
+    second: np.ndarray  #: number of the second dictionary in the results
+    feature: np.ndarray  #: feature of the first dictionary
+    partner: np.ndarray  #: feature of the second; -1: none
+    value: np.ndarray  #: cosine or correlation; NaN without a partner
+    null_partner: np.ndarray  #: partner under the null
+    null_value: np.ndarray  #: its value
 
     @classmethod
     def of(cls, second: int, matched: Matched, null: Matched) -> Self:
@@ -101,19 +87,12 @@ class FeaturePairs(Columns):
 
 @dataclasses.dataclass(frozen=True)
 class ChainLinks(Columns):
-    """Features of chains, a row each.
+    """Features of chains, a row each."""
 
-    Attributes:
-      group: index in the results' ``chains``.
-      chain: number of the chain, longest first.
-      dictionary: number of the dictionary in the results.
-      feature: index of the feature.
-    """
-
-    group: np.ndarray
-    chain: np.ndarray
-    dictionary: np.ndarray
-    feature: np.ndarray
+    group: np.ndarray  #: index in the results' ``chains``
+    chain: np.ndarray  #: number of the chain, longest first
+    dictionary: np.ndarray  #: number of the dictionary in the results
+    feature: np.ndarray  #: index of the feature
 
 
 def summarize(
