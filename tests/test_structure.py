@@ -185,7 +185,9 @@ def test_docstrings_of_the_numeric_packages_say_what_parameters_are():
                     or (owner and inherited(owner, node.name))
                 ):
                     continue
-                told = (ast.get_docstring(node) or "") + ((owner and ast.get_docstring(owner)) or "")
+                # A parameter named as a field is what the field's description (``#:``) says.
+                fields = [ast.unparse(n.target) for n in owner.body if isinstance(n, ast.AnnAssign)] if owner else []
+                told = " ".join([ast.get_docstring(node) or "", (owner and ast.get_docstring(owner)) or "", *fields])
                 if missing := undescribed(node, told):
                     wrong.append(f"{module}:{node.lineno} {node.name}: {', '.join(missing)}")
     assert not wrong, "\n".join(wrong)
@@ -205,7 +207,8 @@ _BLANK = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, token
 def count_lines(source: str) -> tuple[int, int]:
     """Count the lines that are comments, and the lines of code: those that are neither blank, comment nor docstring.
 
-    Orders to tools (``# noqa``, ``# type:``, ``# fmt:``) and comments behind code count as neither.
+    Orders to tools (``# noqa``, ``# type:``, ``# fmt:``), descriptions of fields (``#:``) and comments behind code
+    count as neither.
     """
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(source)):
@@ -214,7 +217,7 @@ def count_lines(source: str) -> tuple[int, int]:
     comments, code = 0, set[int]()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            is_order = re.match("# ?(noqa|type:|fmt:)", token.string)
+            is_order = re.match("#:|# ?(noqa|type:|fmt:)", token.string)
             comments += token.line.lstrip().startswith("#") and not is_order
         elif token.type not in _BLANK:
             code |= {*range(token.start[0], token.end[0] + 1)}

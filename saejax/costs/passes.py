@@ -80,9 +80,15 @@ _PEAKS: dict[str, tuple[float, float | None]] = {
 }
 
 
-def peak_flops(device: jax.Device, dtype: str) -> float | None:
-    """Return the peak FLOP/s of a device for products with operands of a dtype; None where it is not known."""
-    matches = [name for name in _PEAKS if name.lower() in device.device_kind.lower()]
+def peak_flops(device: jax.Device | str, dtype: str) -> float | None:
+    """Return the peak FLOP/s of a device for products with operands of a dtype; None where it is not known.
+
+    Args:
+      device: a device, or the name of its kind, such as "a100-80".
+      dtype: "float32" or "bfloat16".
+    """
+    kind = device if isinstance(device, str) else device.device_kind
+    matches = [name for name in _PEAKS if name.lower() in kind.lower()]
     if not matches:
         return None
     bfloat16, float32 = _PEAKS[max(matches, key=len)]

@@ -57,6 +57,7 @@ class Importance(Columns):
             features=len(self.feature),
             significant=int(significant_N.sum()),
             attribution_correlation=_rank_correlation(self.attribution, self.drop),
+            # A feature that falls as the logit difference rises is as good a guess as one that rises.
             activation_correlation=_rank_correlation(np.abs(self.activation_correlation), self.drop),
         )
 
@@ -74,6 +75,7 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation) -> Impo
     ablated_NxP = table.values(edits, prompts, "logit_diff")
     feature_N, drop_NxP = np.array([edit.index for edit in edits], np.int64), clean_P - ablated_NxP
     templates = [prompt.template for prompt in prompts]
+    # Prompts of one template are alike: resampled within templates, the interval speaks of these templates.
     weights_SxP = resampling_weights(templates, ablation.config.bootstrap, ablation.config.seed)
     low_N, high_N = np.quantile(drop_NxP @ weights_SxP.T, [0.025, 0.975], axis=1)
     statistics = ablation.statistics
@@ -104,6 +106,7 @@ def _rank_correlation(first_N: np.ndarray, second_N: np.ndarray) -> float | None
     """Return Spearman's correlation where both are defined; None where there is none."""
     is_known_N = np.isfinite(first_N) & np.isfinite(second_N)
     first, second = first_N[is_known_N], second_N[is_known_N]
+    # A constant has no ranks; scipy would warn and return NaN, which JSON does not have.
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
     return float(spearmanr(first, second).statistic)

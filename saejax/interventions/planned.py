@@ -98,6 +98,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
         """Return the attribution of ``sharing`` dictionaries for some targets on some prompts."""
         row_value, row_domain, last_B = value(by_row, count), domain(by_row, count), by_row(mesh, (count,), jnp.int32)
         rows = SiteRows(row_value, row_value, row_value, row_domain, last_B, by_row(mesh, (count, 2), jnp.int32))
+        # Random replacements are drawn from each feature's own activations, so their counts travel along.
         arrays = counts if ablate.replacement == "random" else ()
         is_sum, targets_CxBx2 = targets > 1, whole(mesh, (targets, count, 2), jnp.int32)
         if ablate.replacement == "counterpart" and not is_sum:
@@ -120,6 +121,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
         sizes = slopes.TARGET_PROMPTS, slopes.TARGETS, sharing
         programs.append(attribution_program("placebo attribution", *sizes, calls))
 
+    # The engine gathers the columns of the features that a group of edits needs, filled up to a few widths.
     gathered = filled_features(min(used.n_features, max(FEATURES, ablate.top)))
     sides = [value(whole, prompts), domain(whole, prompts)] * (2 if ablate.replacement == "counterpart" else 1)
     chosen = (point, dictionary, source, sides, whole(mesh, (gathered,), jnp.int32), prompts)

@@ -131,6 +131,7 @@ class EffectsTable:
         columns: list[tuple[np.ndarray, ...]] = []
         for block_edits, block_prompts, readouts, values in blocks:
             value_ExPxJ = np.asarray(values, np.float64)
+            # Most edits have some readouts on the prompts of one behaviour only: a dense table would be nearly all NaN.
             e_K, p_K, j_K = np.nonzero(~np.isnan(value_ExPxJ))
             edit_E, prompt_P = whole.positions(block_edits, block_prompts)
             readout_J = np.array([READOUTS.index(readout) for readout in readouts], np.int8)
@@ -159,12 +160,19 @@ class EffectsTable:
     def select_edits(
         self, behaviour: str, group: str, dictionary: str = TESTED, index: int | None = None
     ) -> list[EditDefinition]:
-        """Return the edits of a group (of one ``dictionary``, or of one ``index``), ordered by index and fraction."""
+        """Return the edits of one ``behaviour`` and ``group``, ordered by index and fraction.
+
+        Args:
+          behaviour: its name.
+          group: "top", "random", "placebo", ...
+          dictionary: whose features they ablate.
+          index: of one set of the group; default all.
+        """
         chosen = self._edits_by_group.get((behaviour, group, dictionary), [])
         return [edit for edit in chosen if index is None or edit.index == index]
 
     def select_whole_edits(self, behaviour: str, group: str) -> list[EditDefinition]:
-        """Return the tested dictionary's edits of a group that are applied whole, ordered by index."""
+        """Return a ``behaviour``'s edits of a group that are applied whole, of the tested dictionary, by index."""
         return [edit for edit in self.select_edits(behaviour, group) if edit.fraction == 1]
 
     def select_prompts(self, behaviour: str) -> list[PromptDefinition]:
@@ -188,6 +196,7 @@ class EffectsTable:
         wanted_ExP = self._keys(edit_E[:, None], prompt_P[None, :], np.array(READOUTS.index(readout)))
         if not len(key_N):
             return np.full(wanted_ExP.shape, np.nan)
+        # A key beyond the last has no place of its own; the comparison below finds that the last is another.
         place_ExP = np.minimum(np.searchsorted(key_N, wanted_ExP), len(key_N) - 1)
         return np.where(key_N[place_ExP] == wanted_ExP, self.value_N[order_N[place_ExP]], np.nan)
 
@@ -212,6 +221,7 @@ class EffectsTable:
     def objective(self, behaviour: str) -> str:
         """Return the readout whose drop is the effect: of benchmarks ``answer_log_prob``, otherwise ``logit_diff``."""
         prompts = self.select_prompts(behaviour)
+        # Items of benchmarks have answers of several tokens, and no wrong answer to compare the right one with.
         is_benchmark = bool(prompts) and bool(np.isfinite(self.clean_values(prompts, "answer_log_prob")).all())
         return "answer_log_prob" if is_benchmark else "logit_diff"
 
@@ -278,6 +288,7 @@ def save_effects(folder: str | Path, table: EffectsTable) -> None:
         prompt=(table.prompt_N, [prompt.id for prompt in table.prompts]),
         readout=(table.readout_N, list(READOUTS)),
     )
+    # A name repeats in thousands of rows; dictionary columns store it once.
     columns: dict[str, Any] = {
         name: pa.array(np.array(texts, object)[place_N], pa.string()).dictionary_encode()
         for name, (place_N, texts) in words.items()

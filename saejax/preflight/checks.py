@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from saejax.costs.passes import parameters
+from saejax.costs.passes import parameters, peak_flops
 from saejax.costs.plan import PlannedRun
 from saejax.errors import CheckFailed, Interrupted, UserError
 from saejax.parallel.collectives import process_count
@@ -69,6 +69,8 @@ def run_preflight(run: Run) -> PreflightResults:
     models = [_check_model(run, plan, place) for plan in plans]
     if unfit := [message for model in models if (message := _misfit(model, place))]:
         raise UserError(f"{'; '.join(unfit)}: {_ADVICE}")
+    for model in models if config.topology else ():
+        _say_least_hours(run, model, config.topology)
     results = PreflightResults(mesh, config.topology, place.limit, tuple(models))
     if runs_here and plans:
         results = _with_resources(run, results, plans[0], place)
@@ -126,6 +128,18 @@ def _check_model(run: Run, plan: PlannedRun, place: Place) -> ModelNeeds:
         fits=all(program.fits for program in compiled),
         programs=tuple(compiled),
     )
+
+
+def _say_least_hours(run: Run, model: ModelNeeds, topology: str) -> None:
+    """Say how long the programs take at a device's peak, where the number of their calls is known without the text."""
+    flops = sum(program.flops * program.runs for program in model.programs)
+    peaks = {dtype: peak_flops(topology.partition(":")[0], dtype) for dtype in ("float32", "bfloat16")}
+    hours = [f"{flops / peak / 3600:.3f} device-hours in {dtype}" for dtype, peak in peaks.items() if peak]
+    if flops and hours:
+        run.say(
+            f"{model.name}: {flops / 1e15:,.2f} PFLOP in programs that do not depend on the text; at the peak of "
+            f"{topology} they take {', '.join(hours)}, a lower bound"
+        )
 
 
 def _program_line(program: CompiledProgram, place: Place) -> str:

@@ -113,7 +113,7 @@ def test_verdict():
         (dict(truth__samples=100), "fewer than one batch"),
         (dict(train__form="transcoder"), "--train.form=transcoder"),
         (dict(train__k=99), "--train.k=99 is more than the 32 features"),
-        (dict(truth__features=0), "nothing to do"),
+        (dict(truth__features=0), "nothing to make"),
     ],
 )
 def test_bad_settings_are_one_line(tmp_path, capsys, changes, told):

@@ -31,7 +31,7 @@ Directions = Mapping[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """An attention head. Where no key matches its query it attends to the first word and must move nothing from there."""
+    """An attention head; without a key that matches its query it attends to the first word, and must move nothing."""
 
     #: pairs of directions, of a query and of the keys that match it; "" is every query.
     looks: tuple[tuple[str, str], ...]
