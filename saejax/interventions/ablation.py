@@ -116,26 +116,17 @@ def spread_over_templates(prompts: Sequence[Prompt], count: int) -> list[Prompt]
 class BehaviourAblation:
     """One dictionary, or another basis, on the prompts of one behaviour.
 
-    Args:
-      lm: the model.
-      basis: the basis whose features or directions are ablated.
-      behaviour: its name.
-      prompts: prompts of both splits.
-      config: settings of the ablation.
-      progress: progress of the behaviour.
-      features: T, if it is not chosen by attribution.
-
     Raises:
       UserError: there are no train or no test prompts, or the basis does not fit the model.
     """
 
-    lm: LanguageModel
-    basis: Dictionary
-    behaviour: str
-    prompts: Sequence[Prompt]
-    config: AblateConfig
-    progress: RowProgress
-    features: Sequence[int] | None = None
+    lm: LanguageModel  #: the model
+    basis: Dictionary  #: the basis whose features or directions are ablated
+    behaviour: str  #: its name
+    prompts: Sequence[Prompt]  #: prompts of both splits
+    config: AblateConfig  #: settings of the ablation
+    progress: RowProgress  #: progress of the behaviour
+    features: Sequence[int] | None = None  #: T, if it is not chosen by attribution
     _placebos: Sequence[tuple[tuple[str, str] | None, list[int]]] | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self):

@@ -45,21 +45,13 @@ ITEMS = 16  # items scored between two checks whether to stop
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkItems:
-    """The items of a benchmark, encoded for a model.
+    """The items of a benchmark, encoded for a model."""
 
-    Args:
-      lm: the model.
-      name: the benchmark.
-      task: how items are asked and scored.
-      train: items that choose features.
-      test: items that judge them.
-    """
-
-    lm: LanguageModel
-    name: str
-    task: TaskConfig
-    train: Sequence[Item]
-    test: Sequence[Item]
+    lm: LanguageModel  #: the model
+    name: str  #: the benchmark
+    task: TaskConfig  #: how items are asked and scored
+    train: Sequence[Item]  #: items that choose features
+    test: Sequence[Item]  #: items that judge them
 
     def references(self, items: Sequence[Item]) -> list[Reference]:
         """Return each item's prompt and reference answer as token ids."""
@@ -115,15 +107,10 @@ class BenchmarkItems:
 
 @dataclasses.dataclass(kw_only=True)
 class BenchmarkAblation(BehaviourAblation):
-    """One dictionary, or another basis, on the items of one benchmark.
+    """One dictionary, or another basis, on the items of one benchmark."""
 
-    Args:
-      items: the items.
-      batch_tokens: tokens per batch.
-    """
-
-    items: BenchmarkItems
-    batch_tokens: int
+    items: BenchmarkItems  #: the items
+    batch_tokens: int  #: tokens per batch
     #: attribution of each feature for each placebo target, [F] each, once these were measured.
     placebo_attribution: list[np.ndarray] = dataclasses.field(default_factory=list, init=False)
     #: the other dictionaries whose placebo sets were chosen with those of this one.
