@@ -27,7 +27,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         "Tokens": lambda slug, text, tests: str(text.tokens),
         "Layers": lambda slug, text, tests: str(len(text.sites)),
         "Links": lambda slug, text, tests: f"{text.links:,}",
-        "Answer": lambda slug, text, tests: f"{text.answer.strip()} {number(text.lenses['logit'].answer[-1])}",
+        "Answer": lambda slug, text, tests: f"{text.answer.strip()} {number(text.lens.answer[-1])}",
         "Output": lambda slug, text, tests: f"\u201c{text.output}\u201d" if text.output else MISSING,
         "Steps tested": lambda slug, text, tests: str(len(tests)),
         "Hurt": lambda slug, text, tests: str(sum(test.hurt == "yes" for test in tests)),

@@ -42,7 +42,7 @@ class MeasuredLink:
     target: int  #: its feature
     position: int  #: of both
     token: str  #: there
-    weight: float  #: by geometry
+    weight: float  #: by the directions of the two features
     lost: float  #: share of the target's activation that is lost without the source
     random_lost: float  #: the same without as much along each of the controls, mean
     answer_drop: float  #: of the answer's log-probability without the target, nats
