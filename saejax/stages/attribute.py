@@ -55,6 +55,7 @@ ATTRIBUTE = Stage(
     needs=lambda configs, name: ("baseline",) if configs[GraphConfig].behaviours else (),
     names=_names,
     identity=dict(model=identities.model, graph=_dictionaries),
+    revision=2,  # leading heads name their largest edge
     section=_sections,
     processes="all",
 )

@@ -79,6 +79,7 @@ TRANSFER = Stage(
     reads=("train",),
     follows=("ablate", "interpret", "atlas"),
     needs=lambda configs, name: train_units(*configs[TransferConfig].dictionaries),
+    revision=2,  # shares and chains follow one measure each
     names=lambda configs: ("",) if configs[TransferConfig].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
     processes="items",
