@@ -16,10 +16,12 @@ from saejax.models.edits import fit_values
 from saejax.parallel.mesh import fitting_sharding
 from saejax.settings import StudyConfig, TaskConfig
 from saejax.tasks.benchmark_definitions import answer_tokens, definition, way
+from saejax.tasks.benchmark_prompts import worked_examples
 from saejax.tasks.own_prompts import count_behaviours
 
 PROMPT = 16  # tokens: the behaviours' prompts have 7 to 32
-BENCHMARK_PROMPT = 1024  # tokens, worked examples included
+QUESTION = 1000  # characters of the longest questions of a batch
+PER_TOKEN = 3  # characters: worked solutions are mostly numbers
 
 
 def benchmark_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
@@ -84,7 +86,16 @@ def generated_batch(plan: PlannedRun) -> tuple[int, int, int]:
     task, context = plan.configs[TaskConfig], plan.model.context
     names = {*task.benchmarks, *plan.configs[StudyConfig].benchmarks}
     new = min(max((answer_tokens(name, task) for name in names), default=1), context - 1)
-    return task.batch, min(BENCHMARK_PROMPT, context - new), new
+    length = max((prompt_tokens(name, task) for name in names if way(name, task) == "generate"), default=1)
+    return task.batch, min(decoding.decoding_length(length), context - new), new
+
+
+def prompt_tokens(name: str, task: TaskConfig) -> int:
+    """Return about how many tokens the prompts of a benchmark with generated answers have, from its worked examples."""
+    benchmark = definition(name)
+    shown = worked_examples()[name][: benchmark.shots if task.shots < 0 else task.shots]
+    worked = sum(len(benchmark.question.format(question)) + len(answer) for question, answer in shown)
+    return (worked + QUESTION) // PER_TOKEN
 
 
 def count_all_behaviours(task: TaskConfig) -> int:

@@ -52,7 +52,7 @@ def plan(tiny_llama, mesh):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planned, "PROMPT_TOKENS", 5)
-        patch.setattr(benchmarks, "BENCHMARK_PROMPT", 32)
+        patch.setattr(benchmarks, "prompt_tokens", lambda name, task: 32)
         yield on_mesh(plan, mesh)
 
 

@@ -11,7 +11,8 @@ from benchmark_rows import DATA, NEEDS_DATA, Chat, prompter, read, write_lines
 
 from saejax.errors import UserError
 from saejax.models import source
-from saejax.settings import BENCHMARKS, ModelConfig
+from saejax.settings import BENCHMARKS, ModelConfig, TaskConfig
+from saejax.tasks import planned
 from saejax.tasks.answers import last_boxed
 from saejax.tasks.benchmark_definitions import DEFINITIONS, LOGIC_TASKS, Item
 from saejax.tasks.benchmark_prompts import worked_examples
@@ -175,3 +176,8 @@ def test_no_worked_example_is_from_a_benchmark():
     real = {value for path in files for line in path.open(encoding="utf-8") for value in json.loads(line).values()}
     own = {q for q, _ in itertools.chain(*worked_examples().values())}
     assert not own & real
+
+
+def test_preflight_takes_the_length_of_prompts_from_worked_examples():
+    lengths = [planned.prompt_tokens("gsm8k", TaskConfig(shots=shots)) for shots in (0, 1, 5, -1)]
+    assert 200 < lengths[0] < lengths[1] < lengths[2] == lengths[3] < 1024
