@@ -141,7 +141,7 @@ class Matched:
     #: method's assignment); -1: unassigned, which counts 0.
     partner_F: np.ndarray
     value_F: np.ndarray  #: products of the pairs; NaN where there is none
-    #: upper bound of the distance of the mean product of the pairs to the optimum; at most ``assignment.STEP``.
+    #: upper bound of the distance of the mean product of the pairs to the optimum; at most ``STEP``.
     gap: float
 
 

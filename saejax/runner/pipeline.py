@@ -117,9 +117,9 @@ def run_stages(
         units = [one_of(options.only, units, "unit (--unit)")]
     processes = None
     if configs[MeshConfig].together:
-        if options.keep_going:
-            raise UserError("--keep_going is for one process: of several, one that fails ends the run; leave it out")
+        _check_keep_going(options, configs)
         configs |= join(configs[MeshConfig], say)
+        _check_keep_going(options, configs)  # only now is their number known where the cluster gives it
         processes = joined_processes()
     if processes:
         processes.stopping = stopping
@@ -154,6 +154,11 @@ def run_stages(
     if failed:
         lines = "; ".join(f"{unit}: {why}" for unit, why in failed.items())
         raise CheckFailed(f"{len(failed)} of {len(units)} units: {lines}")
+
+
+def _check_keep_going(options: RunOptions, configs: Configs) -> None:
+    if options.keep_going and configs[MeshConfig].processes > 1:
+        raise UserError("--keep_going is for one process: of several, one that fails ends the run; leave it out")
 
 
 def _without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callable[[str], None]) -> Sequence[str]:
