@@ -111,7 +111,7 @@ class FeatureRecord(TypedDict):
     detectors: NotRequired[list[DetectorRecord]]
     shuffled_f1: NotRequired[float]
     label: NotRequired[str]
-    judged: NotRequired[Mapping[str, Any]]  # in an atlas: ``explain_results.ExplainedFeature`` as JSON
+    judged: NotRequired[Mapping[str, Any]]  # in an atlas: ``results.ExplainedFeature`` as JSON
 
 
 def iterate_records(folder: Path) -> Iterator[FeatureRecord]:

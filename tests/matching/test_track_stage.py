@@ -19,6 +19,7 @@ from saejax.files import write_json
 from saejax.matching.track.firings import follow
 from saejax.matching.track.measured import measure_chains
 from saejax.matching.track.page import ShownText, write_page
+from saejax.matching.track.report import sections
 from saejax.matching.track.results import MeasuredChain, MeasuredLink
 from saejax.models.tokens import pad
 from saejax.results import from_json
@@ -97,6 +98,9 @@ def test_texts_are_followed_and_kept(tracked, capsys):
     assert all(len(cell) <= 8 and cell[1::2] == sorted(cell[1::2], reverse=True) for r in cells["cells"] for cell in r)
     text = (unit / "track.txt").read_text()
     assert "river:" in text and "  resid_post.1  " in text and "\033" not in text
+    found = SimpleNamespace(each=lambda kind: {"prompts": results}, folders={"track/prompts": unit}, address=str)
+    (section,) = sections(found, None)
+    assert "river" in "\n".join(block.markdown() for block in section.blocks)
     assert command.run(["track"], "", ["test", *flags]) == 0
     assert "done before, unchanged" in capsys.readouterr().out
 
