@@ -1,4 +1,4 @@
-"""Sections of the report that a made-up workspace does not have: benchmarks, probes."""
+"""Sections of the report that a made-up workspace does not have: benchmarks, probes, followed texts."""
 
 import types
 from pathlib import Path
@@ -7,6 +7,8 @@ from saejax.interventions import patch_report as patching
 from saejax.interventions import probe_report as probes
 from saejax.interventions.patch_run import FeaturePatchResults
 from saejax.interventions.probe_run import ProbeResults
+from saejax.matching.track import report as tracks
+from saejax.matching.track.results import LensLayers, TrackedText, TrackResults
 from saejax.page.blocks import Picture
 from saejax.page.findings import Findings
 from saejax.results import Interval
@@ -136,3 +138,13 @@ def test_probes_are_shown_and_labels_without_one_named():
     found = findings(settings, topk=partly(ProbeResults, **results))
     assert [block.kind for block in probes.sections(found, lambda *drawn: None)[0].blocks] == ["text", "terms"]
     assert probes.sections(findings(), lambda *drawn: None) == []
+
+
+def test_texts_that_were_followed_are_a_row_each():
+    site, lens = "resid_post.0", LensLayers((0.25, 0.75), *[(1.0, 1.0)] * 4)
+    results = TrackResults(dict(sum=TrackedText(9, " 4", 8, (site,), site, (), lens, 7, 0, 1.0)))
+    summaries = {"track/sum": some(results=results)}
+    (section,) = tracks.sections(Findings(summaries, {"track/sum": Path("track/sum")}, Path("report"), {}), draw)
+    _, table, pages = section.blocks
+    assert table.rows == (("sum", "9", "1", "7", "4 0.75", "\u2013", "0", "0", "0"),)
+    assert pages.items == (("sum: layers by positions", "../track/sum/index.html"),)
