@@ -52,8 +52,8 @@ class HeadContributions:
           (id of the source, id of the target) -> (layer, head, contribution to four digits), the largest by size first,
           as ``page.write_page`` takes it.
         """
-        ids, heads = self.graph.ids, self.value_ExLxH.shape[2]
-        value_ExX = self.value_ExLxH.reshape(len(self.source_E), -1)
+        ids, (layers, heads) = self.graph.ids, self.value_ExLxH.shape[1:]
+        value_ExX = self.value_ExLxH.reshape(-1, layers * heads)
         # Only the heads that are kept are sorted.
         order_ExJ = np.argpartition(-np.abs(value_ExX), min(top, value_ExX.shape[1]) - 1, axis=1)[:, :top]
         top_ExJ = np.take_along_axis(value_ExX, order_ExJ, axis=1)

@@ -99,7 +99,7 @@ def trace_saes(
 
     count = min(max_features or len(active), len(active))
     chosen_F, store = attribute_in_rounds(run, rows.nodes, readouts, fill, count, on_progress)
-    if not np.isfinite(store.row_BxC).all():
+    if not (np.isfinite(store.row_BxC).all() and np.isfinite(store.dropped_R).all()):
         raise UserError(f"gradients of {model.source.name} are not finite: try --model.dtype=float32")
     edges = f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates"
     settings = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features, edges=edges)

@@ -61,7 +61,7 @@ def test_a_graph_without_edges_has_no_heads(traced):
     graph = traced.graph.prune(0.0, 0.0)
     bare = dataclasses.replace(graph, adjacency_RxS=np.zeros_like(graph.adjacency_RxS))
     found = read_attention(traced, bare, True, [])
-    assert found.heads == HeadResults(edges=0, leading=())
+    assert found.heads == HeadResults(edges=0, leading=()) and found.contributions.by_edge() == {}
     assert found.query_key == () and attention_tables(found, bare) == []
 
 
