@@ -71,6 +71,5 @@ ABLATE = Stage(
     check=_check,
     revision=2,  # the margin of other behaviours is a size
     rule=_rule,
-    revision=2,  # the margin of another behaviour is a share of the size of its logit difference
     processes="all",
 )

@@ -46,7 +46,6 @@ def _sections(findings: Any, draw: Any) -> Sequence[Any]:
 ATTRIBUTE = Stage(
     name="attribute",
     summary="traces prompts into attribution graphs, if --graph.prompt, prompts or behaviours is set",
-    revision=2,  # leading heads name their edges; graphs of SAEs are doubled with nothing frozen
     run=_run,
     results=_results,
     groups=(ModelConfig, GraphConfig),
