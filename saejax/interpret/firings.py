@@ -1,14 +1,14 @@
 """The firings of all features on a store: one pass over its rows, and files from which they are read by feature.
 
 A *firing* is a feature, a place and an activation. A *place* is a token of the store's documents, counted through all
-of them: ``documents.ids_T[place]`` is its token. The pass reads the shards in order and encodes a batch on the devices
-(f [B, F], dense) while the host collects the firings of the batch before. They are appended to a file for every
-``BLOCK`` features and read back by feature, so that statistics of a feature use all of its firings. Memory is that of
-two batches, of two million firings, and some hundred bytes for each token of the text.
+of them: ``documents.ids_T[place]`` is its token. The pass reads the shards in order, encodes a batch on the devices
+(f [B, F], dense), and packs the firings there, so that only firings are copied to the host. They are appended to a
+file for every ``BLOCK`` features and read back by feature, so that statistics of a feature use all of its firings.
+Memory is that of a batch, of two million firings, and some hundred bytes for each token of the text.
 
 The floor for T tokens, F features, d dimensions, L0 firings a token: 2 T d F operations to encode; T d x 2 bytes
 (bfloat16) read, 10 T L0 bytes written and read once. At T = 1e8, F = 131,072, d = 2,304, L0 = 64: 6e16 operations, 0.46
-TB, 64 GB. What is made of a firing takes the host some 3 us, its share of finding it included.
+TB, 64 GB. Packing takes two further passes over f on the device; what is made of a firing takes the host some 3 us.
 """
 
 import contextlib
@@ -28,11 +28,13 @@ from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.evaluation.member_data import MemberData
-from saejax.parallel.mesh import fitting_sharding
+from saejax.parallel.mesh import fitting_sharding, sharding
 
 BLOCK = 512  # features of a file
 _RECORD = np.dtype([("feature", "<u2"), ("place", "<u4"), ("value", "<f4")])  # the feature counted in its block
+ROOM = 2**22  # largest number of firings packed at a time
 _MOST = 2**21  # largest number of firings of a block, unless a single feature has more
+WORD = 32  # rows of a batch in a word of bits
 
 OnBatch = Callable[[np.ndarray, np.ndarray], None]  # feature and place of the firings of a batch
 
@@ -69,7 +71,7 @@ def record(
       split: "train" or "held_out".
       dictionaries: dictionaries by the folder of their files, which is made.
       mesh: tokens are split over ``data``, features over ``model``.
-      batch: tokens in a batch.
+      batch: tokens in a batch, rounded up to a multiple of 32.
       stopping: returns whether the process was asked to stop.
       on_batch: called with the firings of the first dictionary, sorted by feature.
       features: features whose firings are written; None: all.
@@ -82,7 +84,7 @@ def record(
       Interrupted: asked to stop.
     """
     (site,) = {dictionary.site for dictionary in dictionaries.values()}
-    rows = store.rows(split, site)
+    rows, batch = store.rows(split, site), -(-batch // WORD) * WORD
     if not len(rows):
         raise UserError(f"the {split} split of {store.folder} has no activations of {site}: capture more text")
     if len(store.documents.ids_T) >= 2**32:
@@ -91,7 +93,7 @@ def record(
     wanted = [_wanted(dictionary.config.n_features, features) for dictionary in dictionaries.values()]
     with contextlib.ExitStack() as opened:
         files = [_Files(opened, folder, d.config.n_features) for folder, d in dictionaries.items()]
-        waiting: list[tuple[np.ndarray, list]] = []  # a batch is written while the devices work on the next one
+        waiting: list[tuple[np.ndarray, list]] = []  # a batch is packed while the devices work on the next one
         for start in range(0, len(rows), batch):
             if stopping():
                 raise Interrupted("stopped: finished dictionaries are kept; run the same command again to continue")
@@ -136,18 +138,25 @@ class _Files:
 
 
 def _write(files: list[_Files], place_N: np.ndarray, encoded: list, on_batch: OnBatch | None) -> None:
-    for number, (file, size_FxB) in enumerate(zip(files, jax.device_get(encoded), strict=True)):
-        feature, row = np.nonzero(size_FxB)
-        file.write(feature, place_N[row], size_FxB[feature, row])
-        if on_batch and not number:
-            on_batch(feature, place_N[row])
+    for number, (file, (size_BxF, words, ends)) in enumerate(zip(files, encoded, strict=True)):
+        count = int(ends[-1])
+        # Room is a power of two, so that batches with different numbers of firings share a few programs.
+        room = min(ROOM, 1 << max(count - 1, 1).bit_length())
+        for first in range(0, count, room):
+            taken = jax.device_get(take_firings(size_BxF, words, ends, first, room))
+            feature, row, value = (part[: count - first] for part in taken)
+            file.write(feature, place_N[row], value)
+            if on_batch and not number:
+                on_batch(feature, place_N[row])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode_batch(mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.Array, wanted_F: jax.Array) -> jax.Array:
-    """Return absolute activations where wanted features fire, else 0, [F, B].
+def encode_batch(
+    mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.Array, wanted_F: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return absolute activations [B, F], firings as bits of words [F B / 32], cumulative counts of firings by word.
 
-    Features come first, so that the host finds firings in their order.
+    Words are ordered by feature, then by row, whole on each device; rows from ``count`` on have no firings.
 
     Args:
       mesh: tokens are split over ``data``, features over ``model``.
@@ -157,9 +166,43 @@ def encode_batch(mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.Ar
       wanted_F: features whose firings are wanted, bool.
     """
     f_BxF = member.encode(x_BxD)
-    fires_BxF = member.fires(f_BxF) & (jnp.arange(len(f_BxF))[:, None] < count) & wanted_F[None]
-    size_FxB = jnp.where(fires_BxF, jnp.abs(f_BxF), 0.0).T
-    return lax.with_sharding_constraint(size_FxB, fitting_sharding(mesh, size_FxB.shape, "model", "data"))
+    batch, features = f_BxF.shape
+    fires_BxF = member.fires(f_BxF) & (jnp.arange(batch)[:, None] < count) & wanted_F[None]
+    bit = jnp.arange(WORD, dtype=jnp.uint32)[None, :, None]
+    # A bit for each firing, a word for 32 rows of a feature: counts by word tell where firings are, and nothing else
+    # leaves the device.
+    split = fires_BxF.reshape(batch // WORD, WORD, features).astype(jnp.uint32)
+    words = jnp.sum(split << bit, axis=1, dtype=jnp.uint32).T.reshape(-1)
+    words = lax.with_sharding_constraint(words, sharding(mesh))
+    size_BxF = lax.with_sharding_constraint(jnp.abs(f_BxF), fitting_sharding(mesh, f_BxF.shape, "data", "model"))
+    return size_BxF, words, jnp.cumsum(lax.population_count(words).astype(jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def take_firings(
+    size_BxF: jax.Array, words: jax.Array, ends: jax.Array, first: jax.Array, room: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return feature, row and size of ``room`` firings from number ``first`` on; beyond the last, undefined.
+
+    Args:
+      size_BxF: as returned by ``encode_batch``.
+      words: as returned by ``encode_batch``.
+      ends: as returned by ``encode_batch``.
+      first: number of the first firing.
+      room: number of firings, at least 1.
+    """
+    number = first + jnp.arange(room)
+    at = jnp.minimum(jnp.searchsorted(ends, number, side="right"), len(words) - 1)
+    word, bit = words[at], jnp.zeros(room, jnp.uint32)
+    left = number - (ends[at] - lax.population_count(word).astype(jnp.int32))  # of the word's firings before this one
+    # Binary search in the word: if the lower half has too few firings, the wanted bit is in the upper half.
+    for width in (16, 8, 4, 2, 1):
+        low = lax.population_count((word >> bit) & jnp.uint32((1 << width) - 1)).astype(jnp.int32)
+        up = left >= low
+        left, bit = jnp.where(up, left - low, left), jnp.where(up, bit + width, bit)
+    per_feature = size_BxF.shape[0] // WORD
+    feature, row = at // per_feature, at % per_feature * WORD + bit.astype(jnp.int32)
+    return feature, row, size_BxF[row, feature]
 
 
 def encode_tokens(dictionary: Dictionary, x_NxD: np.ndarray, batch: int) -> tuple[sparse.csr_array, np.ndarray]:

@@ -33,6 +33,7 @@ def make(kind: str) -> Dictionary:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, model=4)])
 def test_firings_are_those_of_the_dense_activations(store, tmp_path, kind, mesh, monkeypatch):
+    monkeypatch.setattr(firings, "ROOM", 2**11)  # several calls for a batch
     monkeypatch.setattr(firings, "_MOST", 3000)  # several blocks of a file
     dictionary = make(kind)
     place = record(store, "train", {tmp_path: dictionary}, make_mesh(mesh), 250)
