@@ -60,7 +60,8 @@ def make_prompts(behaviour: str, train: int, test: int, seed: int, tokenizer: An
     prompts: list[Prompt] = []
     replaced: collections.Counter[str] = collections.Counter()
     for split, n in zip(SPLITS, (train, test), strict=True):
-        prompts += _fitting(_drafts(behaviour, split, recipe, rng, pools[split]), n, tokenizer, replaced)
+        templates, draft = len(recipe.of_split(split)), _drafts(behaviour, split, recipe, rng, pools[split])
+        prompts += _fitting(draft, n, templates, tokenizer, replaced)
     return Drawn(prompts, dict(replaced))
 
 
@@ -82,33 +83,35 @@ def _drafts(
 
 
 def _fitting(
-    draft: Callable[[int], Prompt], n: int, tokenizer: Any, replaced: collections.Counter[str]
+    draft: Callable[[int], Prompt], n: int, templates: int, tokenizer: Any, replaced: collections.Counter[str]
 ) -> list[Prompt]:
     """Return the first n different prompts without a fault; ``replaced`` counts the others by their fault."""
     kept: dict[str, Prompt] = {}
-    left_out: set[str] = set()
+    left_out: dict[str, Prompt] = {}
     tries = 0
     while len(kept) < n:
         prompt, tries = draft(len(kept)), tries + 1
         if prompt.text in kept or prompt.text in left_out:
             pass
         elif why := fault(tokenizer, prompt):
-            left_out.add(prompt.text)
+            left_out[prompt.text] = prompt
             replaced[why] += 1
         else:
             # Drafts since the last new prompt count: a long list of prompts takes many drafts without being at its end.
             kept[prompt.text], tries = prompt, 0
-        if tries == _PATIENCE and not replaced:
+        if tries < _PATIENCE:
+            continue
+        there = sum(each.template == prompt.template for each in (*kept.values(), *left_out.values()))
+        if templates * there < n:  # too few for any tokenizer
             raise UserError(
                 f"the word lists of {prompt.behaviour} give {len(kept)} {prompt.split} prompts of {n}, and no more of "
                 f"the template {prompt.template!r}: lower --task.train_prompts or --task.test_prompts, which share them"
             )
-        if tries == _PATIENCE:
-            reasons = "; ".join(f"{why} ({count} drafts)" for why, count in replaced.items())
-            raise TooFewPrompts(
-                f"{len(kept)} of {n} {prompt.split} prompts could be made, and no more of the template "
-                f"{prompt.template!r}: {reasons}"
-            )
+        reasons = "; ".join(f"{why} ({count} drafts)" for why, count in replaced.items())
+        raise TooFewPrompts(
+            f"{len(kept)} of {n} {prompt.split} prompts could be made, and no more of the template "
+            f"{prompt.template!r}: {reasons}"
+        )
     return list(kept.values())
 
 

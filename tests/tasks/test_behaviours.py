@@ -235,6 +235,9 @@ def test_what_a_tokenizer_cannot_be_asked_is_counted_and_replaced():
     assert len(prompts) == 180 and list(replaced) == [ALIKE] and 0 < replaced[ALIKE] < 40
     assert all({p.correct[1], p.wrong[1]} != {"B", "C"} for p in prompts)
     assert not {item for p in prompts[:80] for item in p.items} & {item for p in prompts[80:] for item in p.items}
+    with pytest.raises(UserError, match="the word lists of capital give .* lower --task.train_prompts") as refused:
+        make_prompts("capital", 80, 1000, 42, no_letter_b)
+    assert refused.type is UserError  # not left out as one that does not suit the tokenizer
 
 
 def test_a_template_without_prompts_is_named():
