@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from saejax.errors import Interrupted, UserError
+from saejax.files import read_object
+from saejax.preflight.results import PreflightResults
+from saejax.results import load_results
 from saejax.runner.registry import STAGES
 from saejax.runner.stage import split_unit
 from saejax.runner.workplan import Workplan
-from saejax.runner.workspace import Workspace
+from saejax.runner.workspace import SUMMARY, Workspace
+from saejax.studies.progress import Key, TimeToGo
 from saejax.studies.results import UnitState
 from saejax.studies.rows import StudyRow
 from saejax.studies.shares import Share
 from saejax.studies.sheet import duration
 from saejax.studies.unit_process import UnitProcess
 
-Key = tuple[str, str]  # row, unit
 ROWS, LOGS = "rows", "logs"
 _CHILD = "from saejax.experiments import pipeline; pipeline()"
 _LOOK_EVERY, _SAY_EVERY = 0.2, 30.0  # seconds
@@ -63,6 +66,7 @@ class StudyUnits:
         self._waiting: list[Key] = []
         self._running: dict[Key, _Running] = {}
         self._shares = list(shares)  # those that are free
+        self._time = TimeToGo(len(shares))
 
     def run(self) -> list[UnitState]:
         """Run what is not finished, the first stage of every row before all else.
@@ -130,7 +134,7 @@ class StudyUnits:
         share = self._shares.pop()
         self._running[key] = _Running(UnitProcess(command, self._log(key), share), share, mark)
         about = f"{done} of {units + len(self._running) + len(self._waiting)} units done"
-        self._say(f"{row}  {unit}: started; {about}")
+        self._say(f"{row}  {unit}: started; {about}, {self._left()} to go")
 
     def _look(self) -> None:
         """Take the units that have ended, and log the progress of the others now and then."""
@@ -140,7 +144,7 @@ class StudyUnits:
             elif time.monotonic() - running.last_report > _SAY_EVERY:
                 running.last_report = time.monotonic()
                 last = running.process.last_line or f"{key[1]}: starting"
-                self._say(f"{key[0]}  {last}")
+                self._say(f"{key[0]}  {last}; {self._left()} to go in all")
 
     def _take(self, key: Key) -> None:
         """Note how a unit's process ended."""
@@ -159,6 +163,25 @@ class StudyUnits:
             self._say(f"{key[0]}  {key[1]}: failed: {why}")
         log = str(self._log(key).relative_to(self._root)) if ran else ""
         self._states[key] = UnitState(*key, state, why, log, mark)
+        self._learn(key)
+
+    def _learn(self, key: Key) -> None:
+        """Record the unit's duration and, after preflight, the durations to expect of the row."""
+        units = [unit for row, unit in (*self._states, *self._running, *self._waiting) if row == key[0]]
+        if self._states[key].state == "done":
+            folder = self._root / ROWS / key[0] / key[1]
+            if _is_first(key[1]):
+                results = load_results(folder)
+                self._time.expect(key[0], units, results.seconds or {} if isinstance(results, PreflightResults) else {})
+            self._time.took(*key, read_object(folder / SUMMARY, "seconds")["seconds"])
+        elif _is_first(key[1]):  # nothing of this row will run
+            self._time.expect(key[0], units, dict.fromkeys(STAGES, 0.0))
+
+    def _left(self) -> str:
+        """Return in words how long all units still take."""
+        elapsed = {key: running.process.seconds for key, running in self._running.items()}
+        seconds = self._time.left(self._waiting, elapsed)
+        return "an unknown time" if seconds is None else duration(seconds)
 
     def _log(self, key: Key) -> Path:
         return self._root / LOGS / key[0] / (key[1].replace("/", "-") + ".log")

@@ -18,6 +18,8 @@ from saejax.errors import UserError
 from saejax.runner import pipeline, workplan
 from saejax.runner.workspace import hold_claim
 from saejax.studies import run, shares
+from saejax.studies.progress import TimeToGo
+from saejax.studies.sheet import duration
 
 UNITS = ["preflight", "baseline", "capture", "train/topk", "evaluate/topk", "report"]
 
@@ -55,7 +57,7 @@ def test_a_study_runs_every_unit_once(fake, tmp_path, capsys):
     assert status == 0 and {state["state"] for state in states.values()} == {"done"}
     others = [f"{row}/{unit}" for row in "ab" for unit in UNITS[1:]]
     assert ran(tmp_path) == ["a/preflight", "b/preflight", *others]
-    assert "a  train/topk: started; 4 of 12 units done" in capsys.readouterr().out
+    assert "a  train/topk: started; 4 of 12 units done, " in capsys.readouterr().out
     assert (tmp_path / "study/logs/b/train-topk.log").read_text().startswith("=== 20")
     rules = [json.loads(line) for line in (tmp_path / "study/rules.jsonl").read_text().splitlines()]
     assert len(rules) == 3 and not any(rule["seen"] for rule in rules)
@@ -191,3 +193,19 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     summaries = [json.loads(path.read_text()) for path in (tmp_path / "study/rows").rglob("done.json")]
     assert len(summaries) == 12
     assert len(ran(tmp_path)) <= 12 + 10, "what was done is not done again"
+
+
+def test_time_to_go_follows_what_units_took():
+    clock = TimeToGo()
+    assert clock.left([("a", "train/topk")]) is None
+    clock.expect("a", ["preflight", "train/topk", "train/gated", "report"], dict(train=20.0))
+    assert clock.left([("a", "train/topk"), ("a", "report")]) == 20.0
+    clock.took("a", "train/topk", 30.0)  # three times as long as expected
+    assert clock.left([("a", "report")], {("a", "train/gated"): 5.0}) == pytest.approx(25.0 + 30.0)
+    assert clock.left([], {("a", "train/gated"): 99.0}) == 24.75
+    two = TimeToGo(2)
+    for row, seconds in (("a", 10.0), ("b", 20.0), ("c", 60.0)):
+        two.expect(row, ["train/topk"], dict(train=seconds))
+    every = [(row, "train/topk") for row in "abc"]
+    assert two.left(every) == 60.0 and two.left(every[:2]) == 20.0 and two.left(every[:2], {every[2]: 40.0}) == 25.0
+    assert [duration(x) for x in (61, 600, 7200)] == ["61 s", "10 min", "2.0 h"]
