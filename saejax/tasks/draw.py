@@ -101,8 +101,8 @@ def _fitting(
             kept[prompt.text], tries = prompt, 0
         if tries < _PATIENCE:
             continue
-        there = sum(each.template == prompt.template for each in (*kept.values(), *left_out.values()))
-        if templates * there < n:  # too few for any tokenizer
+        available = sum(each.template == prompt.template for each in (*kept.values(), *left_out.values()))
+        if templates * available < n:  # too few for any tokenizer
             raise UserError(
                 f"the word lists of {prompt.behaviour} give {len(kept)} {prompt.split} prompts of {n}, and no more of "
                 f"the template {prompt.template!r}: lower --task.train_prompts or --task.test_prompts, which share them"
