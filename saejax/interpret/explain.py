@@ -36,7 +36,7 @@ from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.runner.workspace import Run, member_folder
 from saejax.settings import MeshConfig, ModelConfig
-from saejax.stages.explain import FOUND, ExplainConfig, check
+from saejax.stages.explain import INTERPRETED, ExplainConfig, check
 from saejax.tasks.scoring import bootstrap_mean
 
 DONE = "done.json"
@@ -59,7 +59,7 @@ def run_explain(run: Run) -> ExplainResults:
     config = run.configs[ExplainConfig]
     stack = stacks.members(run.inputs[f"train/{run.name}"])
     # All files are read first: a bad one is refused before any question costs money or time.
-    labels_to_judge = [_given_labels(run, member, len(stack) > 1) for member in stack]
+    labels_to_judge = [_read_labels_to_judge(run, member, len(stack) > 1) for member in stack]
     results, text, judge = [], None, None
     for member, labels in zip(stack, labels_to_judge, strict=True):
         path = run.folder / member.name / DONE
@@ -70,7 +70,7 @@ def run_explain(run: Run) -> ExplainResults:
             write_json(path, to_json(_explain(run, member, *text, judge, labels)))
         results.append(from_json(ExplainedDictionary, read_json(path), path))
         run.say(_line(results[-1]))
-    return ExplainResults(run.name, config.model, not config.given, tuple(results))
+    return ExplainResults(run.name, config.model, not config.labels, tuple(results))
 
 
 def _line(results: ExplainedDictionary) -> str:
@@ -99,17 +99,17 @@ def read_text(run: Run) -> tuple[Store, CodedText]:
     return store, CodedText(documents, [as_text(token) for token in range(int(documents.ids_T.max()) + 1)])
 
 
-def _given_labels(run: Run, member: TrainedMember, several: bool) -> dict[int, Label] | None:
+def _read_labels_to_judge(run: Run, member: TrainedMember, several: bool) -> dict[int, Label] | None:
     """Return the labels of a member that are to be judged; None: they are to be written."""
     config = run.configs[ExplainConfig]
-    if not config.given:
+    if not config.labels:
         return None
-    if config.given == FOUND:
+    if config.labels == INTERPRETED:
         return load_labels(member_folder(run.inputs[f"interpret/{run.name}"], member.name) / LABELS)
     several = several or len(config.dictionaries) > 1
     features = load_dictionary(member_folder(run.inputs[f"train/{run.name}"], member.name)).config.n_features
     name = stacks.full_name(run.name, member.name)
-    return read_labels(Path(config.given), name, features, several, "--explain.given")
+    return read_labels(Path(config.labels), name, features, several, "--explain.labels")
 
 
 def _explain(

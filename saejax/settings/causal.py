@@ -218,10 +218,10 @@ class StudyConfig(Config):
         "see whether it detects words rather than reasoning; 0: not tested",
         low=0,
     )
-    known: str = setting(
+    control: str = setting(
         "",
-        "what a row of a study is known to be: a relative of the first row's model, with most features in common, or a "
-        "stranger with random weights, of which nothing is shared or specific; the report shows the known answers",
+        "makes a row of a study a control, whose answers are known: a relative of the first row's model, with most "
+        "features in common, or a stranger with random weights, of which nothing is shared or specific",
         choices=("", "relative", "stranger"),
         changes_results=False,
     )

@@ -12,7 +12,7 @@ from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig, shared, unit_names
 from saejax.stages.train import trained_sites
 
-FOUND = "found"  # value of ``--explain.given`` that names the labels of ``interpret`` instead of a file
+INTERPRETED = "interpret"  # value of ``--explain.labels`` that names the labels of ``interpret`` instead of a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,10 @@ class ExplainConfig(Config):
     model: str = setting("", "name of the model at the endpoint; without one a hub id, a folder or a GGUF file")
     features: tuple[int, ...] = setting((), "numbers of the features; empty: a random --explain.sample", low=0)
     sample: int = setting(100, "number of random features among those that fire often enough on held-out text", low=1)
-    given: str = setting(
+    labels: str = setting(
         "",
-        "labels to judge instead of writing new ones: a .csv file as for --atlas.labels, or found, the labels of "
-        "interpret",
+        "labels to judge instead of writing new ones: a .csv file as for --atlas.labels, or interpret, those of that "
+        "stage",
     )
     most_tokens: int = setting(
         2_000_000,
@@ -47,11 +47,11 @@ class ExplainConfig(Config):
     seed: int = shared.analysis_seed()
 
 
-def _given(configs: Configs) -> str:
+def _hash_labels(configs: Configs) -> str:
     """Return the hash of the file of labels; empty if there is none, which the run then reports."""
     from saejax.files import file_sha256
 
-    path = Path(configs[ExplainConfig].given)
+    path = Path(configs[ExplainConfig].labels)
     return file_sha256(path) if path.is_file() else ""
 
 
@@ -68,8 +68,10 @@ def check(configs: Configs) -> None:
     config = configs[ExplainConfig]
     if not config.model:
         raise UserError("--explain.model is missing: name a model of the endpoint, or one that can be loaded")
-    if config.given not in ("", FOUND) and not Path(config.given).is_file():
-        raise UserError(f"--explain.given={config.given} cannot be read: name a .csv file of labels, or {FOUND}")
+    if config.labels not in ("", INTERPRETED) and not Path(config.labels).is_file():
+        raise UserError(
+            f"--explain.labels={config.labels} cannot be read: name a .csv file of labels, or {INTERPRETED}"
+        )
 
 
 def _run(run: Run) -> Any:
@@ -102,7 +104,7 @@ EXPLAIN = Stage(
     needs=lambda configs, name: ("capture", f"train/{name}", f"interpret/{name}"),
     inputs=trained_sites,
     names=lambda configs: configs[ExplainConfig].dictionaries,
-    identity=dict(given=_given, judge=_judge),
+    identity=dict(labels=_hash_labels, judge=_judge),
     check=check,
     section=_sections,
 )

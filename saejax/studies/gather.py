@@ -110,7 +110,7 @@ def _model(row: StudyRow, findings: Findings, states: Sequence[UnitState]) -> Mo
     needs, row_states = _needs(findings), [state for state in states if state.row == row.name]
     return ModelFigures(
         row=row.name,
-        known=row.configs[StudyConfig].known,
+        control=row.configs[StudyConfig].control,
         model=model.path,
         revision=model.revision,
         dtype=model.dtype,

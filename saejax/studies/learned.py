@@ -1,6 +1,6 @@
 """The answers of a study: yes, no or cannot tell to each of its questions, for every row and benchmark.
 
-A row may be a control whose answers are known (``--study.known``): a *relative* was tuned from the model of the first
+A row may be a control whose answers are known (``--study.control``): a *relative* was tuned from the model of the first
 row, so that both share most features; a *stranger* has random weights, so that nothing of it is shared, specific or
 interpretable.
 """
@@ -39,14 +39,14 @@ def learned(figures: StudyFigures) -> tuple[LearnedFigures, ...]:
     Args:
       figures: all other figures of the study.
     """
-    control_kind = {model.row: model.known for model in figures.models}
+    control_kind = {model.row: model.control for model in figures.models}
     rows = []
     for gate in figures.gates:
         answers = dict(_answers(figures, gate.row, gate.benchmark))
         for name, question in QUESTIONS.items():
             if name in answers:
                 answer, evidence = answers[name]
-                expected = question.known.get(control_kind[gate.row], "")
+                expected = question.expected.get(control_kind[gate.row], "")
                 rows.append(LearnedFigures(gate.row, gate.benchmark, name, answer, expected, evidence))
     return tuple(rows)
 
@@ -130,15 +130,15 @@ def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:
         for place in places
         if _is(by_key.get((*place, first)), first_answer) and _is(by_key.get((*place, second)), second_answer)
     ]
-    controls = [answer for answer in answers if answer.known]
-    wrong = [answer for answer in controls if answer.answer not in (answer.known, "cannot tell")]
+    controls = [answer for answer in answers if answer.expected]
+    wrong = [answer for answer in controls if answer.answer not in (answer.expected, "cannot tell")]
     untold = sum(answer.answer == "cannot tell" for answer in controls)
     as_known = f"{len(controls) - len(wrong) - untold} of {len(controls)} known answers were found"
     as_known += f", and {untold} cannot be told." if untold else "."
     if wrong:
         as_known += " Contradicted: " + "; ".join(
             f"{QUESTIONS[answer.question].heading.lower()}, {_names([(answer.row, answer.benchmark)], several)}: "
-            f"{answer.answer}, known {answer.known}"
+            f"{answer.answer}, expected {answer.expected}"
             for answer in wrong
         )
         as_known += "."
@@ -147,7 +147,7 @@ def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:
         ("What did not", _by_question(answers, "no", several)),
         ("What cannot be told", _by_question(answers, "cannot tell", several)),
         ("What contradicts what", "; ".join(clashes) + "." if clashes else "No two answers contradict each other."),
-        ("Control rows", as_known if controls else "No row is a control whose answers are known (--study.known)."),
+        ("Control rows", as_known if controls else "No row is a control whose answers are known (--study.control)."),
     )
 
 
@@ -182,7 +182,7 @@ def table_rows(
         answer = by_key.get((row, benchmark, name))
         if answer is None:
             return ""
-        return f"{answer.answer} (known: {answer.known})" if answer.known else answer.answer
+        return f"{answer.answer} (expected: {answer.expected})" if answer.expected else answer.answer
 
     columns: dict[str, Callable[[str, str], str]] = {"Row": lambda row, benchmark: f"{row}, {benchmark}"}
     columns |= {question.heading: functools.partial(cell, name) for name, question in QUESTIONS.items()}

@@ -27,7 +27,7 @@ class StudyQuestion:
     """A question of the first table."""
 
     heading: str  #: of its column
-    known: Mapping[str, Answered] = dataclasses.field(default_factory=dict)  #: kind of control row -> its known answer
+    expected: Mapping[str, Answered] = dataclasses.field(default_factory=dict)  #: kind of control row -> right answer
 
 
 QUESTIONS: Mapping[Asked, StudyQuestion] = {
@@ -48,7 +48,7 @@ class ModelFigures(Figures):
     """A row of the study: what was run on what."""
 
     row: str = column("Row")  #: its name
-    known: str  #: relative or stranger: a control row whose answers are known; "" for others
+    control: str  #: relative or stranger: a control row, whose answers are known; "" for others
     model: str = column("Model")  #: path or hub id
     revision: str  #: of the model
     dtype: str = column("In")  #: of weights and products in JAX
@@ -353,8 +353,8 @@ class LearnedFigures(Figures):
     benchmark: str = column("Benchmark")  #: its name
     question: Asked = column("Question", lambda name: QUESTIONS[name].heading)  #: see ``QUESTIONS``
     answer: Answered = column("Answer")  #: as found
-    #: the known answer of a control row; "" where none is known
-    known: str = column("Known", lambda text: text or MISSING)
+    #: the right answer of a control row; "" where none is known
+    expected: str = column("Expected", lambda text: text or MISSING)
     evidence: str = column("Evidence")  #: figures, in words
 
 

@@ -132,7 +132,7 @@ def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(wor
     given = tmp_path / "given.csv"
     given.write_text("feature,label,note,reviewer\n" + "".join(f"{i},concept {i},,Ada\n" for i in range(20)))
     with protocol.Server(judge(place)) as server:
-        member, found = go(workdir, tmp_path / "unit", server.url, given=str(given))
+        member, found = go(workdir, tmp_path / "unit", server.url, labels=str(given))
     able = [
         i
         for i in range(20)
@@ -197,7 +197,7 @@ def test_no_answer_that_can_be_read(workdir, tmp_path):
     ("settings", "said"),
     [
         (dict(features=(3, 40)), "--explain.features names 40: expected numbers from 0 to 39"),
-        (dict(given="nowhere.csv"), "--explain.given=nowhere.csv cannot be read"),
+        (dict(labels="nowhere.csv"), "--explain.labels=nowhere.csv cannot be read"),
         (dict(model=""), "--explain.model is missing"),
         (dict(url="nowhere"), "--explain.url=nowhere is not a URL"),
     ],

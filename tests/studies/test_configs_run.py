@@ -142,8 +142,8 @@ def test_a_file_ends_in_its_report(path, tmp_path, monkeypatch, capsys):
 def test_rows_of_a_folder_name_dictionaries_that_are_trained(folder, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     rows = read_rows([f"configs/{folder}"], [])
-    known = [row.configs[StudyConfig].known for row in rows]
-    assert known == (["", "relative", "stranger"] if folder == "study" else [""] * 4)
+    controls = [row.configs[StudyConfig].control for row in rows]
+    assert controls == (["", "relative", "stranger"] if folder == "study" else [""] * 4)
     for row in rows:
         train, capture, study = (row.configs[group] for group in (TrainConfig, CaptureConfig, StudyConfig))
         sites = capture.sites if train.sites == ("all",) else train.sites

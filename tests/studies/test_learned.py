@@ -22,8 +22,8 @@ def share(mean, low, high):
     return Interval(mean, low, high)
 
 
-def model(row, known=""):
-    return ModelFigures(row, known, "m", "main", "float32", None, None, None, (), (), (), (), 1, 1)
+def model(row, control=""):
+    return ModelFigures(row, control, "m", "main", "float32", None, None, None, (), (), (), (), 1, 1)
 
 
 def effect(row, lowers, random, placebo):
@@ -91,7 +91,7 @@ def figures():
 
 def test_every_question_is_answered_once_with_the_known_answer_beside_it(figures):
     answers = {(one.row, one.question): one for one in learned(figures)}
-    said = {key: (one.answer, one.known) for key, one in answers.items()}
+    said = {key: (one.answer, one.expected) for key, one in answers.items()}
     assert said == {
         ("base", "solves"): ("yes", ""),
         ("base", "effect"): ("yes", ""),
@@ -121,7 +121,7 @@ def test_every_question_is_answered_once_with_the_known_answer_beside_it(figures
     assert answers["base", "random"].evidence == "random sets at equal dose: 0.25 nats"
     rows, columns = table_rows(learned(figures))
     assert rows == [("base", "sums"), ("tuned", "sums"), ("random", "sums")]
-    assert [column(*rows[2]) for column in columns.values()][:2] == ["random, sums", "no (known: no)"]
+    assert [column(*rows[2]) for column in columns.values()][:2] == ["random, sums", "no (expected: no)"]
     assert len(columns) == 1 + len(QUESTIONS) and columns[QUESTIONS["items"].heading](*rows[0]) == ""
 
 
@@ -135,7 +135,7 @@ def test_five_sentences(figures):
         "answers, but the features fire on words alone; tuned: the same features, on which other items depend."
     )
     assert told["Control rows"].startswith("5 of 10 known answers were found, and 3 cannot be told. Contradicted: ")
-    assert "for the same items as there, tuned: no, known yes" in told["Control rows"]
+    assert "for the same items as there, tuned: no, expected yes" in told["Control rows"]
 
 
 def test_sentences_name_the_benchmark_where_there_are_several(figures):
