@@ -118,33 +118,9 @@ def run_study(run: Run) -> StudyResults:
     train, test = items.train, items.test
     run.say(f"{run.name}: {describe_power(len(test), config.min_accuracy_drop)}")
 
-    def measure(_: str) -> None:
-        on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
-        table, ablation = measure_benchmark(items, dictionary, config, repeats, on_progress)
-        attribution_PxF, *of_repeats = ablation.item_attributions([*train, *test], list(repeats.values()))
-        of_seeds = dict(zip(repeats, of_repeats, strict=True))
-        chosen = ChosenFeatures(
-            top=describe_top(table, ablation),
-            pools={feature: tuple(pool) for feature, pool in ablation.pools(ablation.top()).items()},
-            activations=_measure_activations(ablation),
-            primitives=_find_primitives(train, attribution_PxF, of_seeds, config.seed),
-        )
-        write_json(run.folder / RANKING, to_json(_ranking(ablation, chosen.top)))
-        sets: dict[str, Sequence[int]] = {
-            f"{GROUP}{number}": primitive.features
-            for number, primitive in enumerate(chosen.primitives.primitives[:MOST])
-        }
-        for name in config.benchmarks:
-            if name != run.name:
-                sets[CHOSEN_ON + name] = ablation.choose_features(_read_benchmark(name, lm, task, config))
-        if sets:
-            table = merge_tables([table, measure_sets(ablation, sets)])
-        _save_activity(run.folder, items, ablation, config.seed)
-        sparse.save_npz(run.folder / ITEM_ATTRIBUTION, sparse.csr_array(attribution_PxF))
-        save_effects(run.folder / _MEASURED, table)
-        write_json(run.folder / FEATURES, to_json(chosen))  # last: it says that all of it is there
-
-    run.each([FEATURES], lambda name: run.folder / name, measure, last=False)
+    run.each(
+        [FEATURES], lambda name: run.folder / name, lambda _: _measure(run, items, dictionary, repeats), last=False
+    )
     # A run that was killed while it removed what was measured has left the whole table, answers included.
     is_merged = has_effects(run.folder)
     table = load_effects(run.folder if is_merged else run.folder / _MEASURED)
@@ -202,6 +178,34 @@ def run_study(run: Run) -> StudyResults:
             run.say(f"{run.name}: {answer.sentence}")
     shutil.rmtree(run.folder / _MEASURED, ignore_errors=True)  # last, so that a run that is killed until then has it
     return results
+
+
+def _measure(run: Run, items: BenchmarkItems, dictionary: Dictionary, repeats: Mapping[str, Dictionary]) -> None:
+    """Choose the top features and ablate them, their controls and groups; write what was chosen and measured."""
+    config = run.configs[StudyConfig]
+    on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
+    table, ablation = measure_benchmark(items, dictionary, config, repeats, on_progress)
+    attribution_PxF, *of_repeats = ablation.item_attributions([*items.train, *items.test], list(repeats.values()))
+    of_seeds = dict(zip(repeats, of_repeats, strict=True))
+    chosen = ChosenFeatures(
+        top=describe_top(table, ablation),
+        pools={feature: tuple(pool) for feature, pool in ablation.pools(ablation.top()).items()},
+        activations=_measure_activations(ablation),
+        primitives=_find_primitives(items.train, attribution_PxF, of_seeds, config.seed),
+    )
+    write_json(run.folder / RANKING, to_json(_ranking(ablation, chosen.top)))
+    sets: dict[str, Sequence[int]] = {
+        f"{GROUP}{number}": primitive.features for number, primitive in enumerate(chosen.primitives.primitives[:MOST])
+    }
+    for name in config.benchmarks:
+        if name != run.name:
+            sets[CHOSEN_ON + name] = ablation.choose_features(_read_benchmark(name, items.lm, items.task, config))
+    if sets:
+        table = merge_tables([table, measure_sets(ablation, sets)])
+    _save_activity(run.folder, items, ablation, config.seed)
+    sparse.save_npz(run.folder / ITEM_ATTRIBUTION, sparse.csr_array(attribution_PxF))
+    save_effects(run.folder / _MEASURED, table)
+    write_json(run.folder / FEATURES, to_json(chosen))  # last: it says that all of it is there
 
 
 def describe_power(items: int, drop: float) -> str:
