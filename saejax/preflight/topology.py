@@ -66,10 +66,12 @@ def find_place(configs: Configs) -> Place:
     name, config = configs[PreflightConfig].topology, configs[MeshConfig]
     if name:
         devices, limit, of_node = find_slice(name)
-        own_devices, stands_for = of_process(name, len(devices)), "gpu" if name.partition(":")[0] in GPUS else ""
+        own_devices = of_process(name, len(devices))
+        stands_for = "gpu" if name.partition(":")[0] in GPUS else ""
         host = host_alone(name) if own_devices and not stands_for else ()
         return Place(make_mesh(config, devices), limit, of_node, own_devices, host, stands_for)
-    device, own_devices = jax.devices()[0], jax.local_device_count() if jax.process_count() > 1 else 0
+    device = jax.devices()[0]
+    own_devices = jax.local_device_count() if jax.process_count() > 1 else 0
     if device.platform == "cpu":  # all of them have the host's memory
         limit = psutil.virtual_memory().available // jax.device_count()
         return Place(make_mesh(config), limit, jax.device_count(), own_devices)
@@ -182,7 +184,7 @@ def _devices(name: str) -> Sequence[jax.Device]:
 
     try:
         return find()
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+    except jax.errors.JaxRuntimeError as error:
         message = " ".join(str(error).split())
         if name.endswith(":1x1") and "chips_per_host_bounds" in message:
             return find(chips_per_host_bounds=[1, 1, 1])  # a part of a host, which libtpu takes to be 2x2
