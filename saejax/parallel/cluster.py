@@ -138,9 +138,12 @@ def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | No
     Raises:
       UserError: the node has several processes, and not as many GPUs.
     """
-    # SLURM writes "2(x3),1" for two processes on each of three nodes, then one; nodes have to be equal.
-    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
-    local = environment.get("SLURM_LOCALID") or environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")
+    # Open MPI first, as in JAX: SLURM's variables may be those of the step in which mpirun runs.
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        tasks, local = environment["OMPI_COMM_WORLD_LOCAL_SIZE"], environment["OMPI_COMM_WORLD_LOCAL_RANK"]
+    else:
+        # SLURM writes "2(x3),1" for two processes on each of three nodes, then one; nodes have to be equal.
+        tasks, local = environment.get("SLURM_STEP_TASKS_PER_NODE", ""), environment.get("SLURM_LOCALID", "0")
     processes, visible = re.match(r"\d+", tasks), visible_gpus(environment, gpus)
     if processes is None or not visible:
         return None

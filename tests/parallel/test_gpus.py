@@ -23,6 +23,9 @@ def step(local: int, tasks: str, **more: str) -> dict[str, str]:
         (step(2, "8", CUDA_VISIBLE_DEVICES="5", SLURM_GPUS_ON_NODE="8"), 8, [0]),  # SLURM dealt them out
         (step(1, "2", CUDA_VISIBLE_DEVICES="4,6", SLURM_GPUS_ON_NODE="2"), 8, [1]),
         (dict(OMPI_COMM_WORLD_LOCAL_RANK="1", OMPI_COMM_WORLD_LOCAL_SIZE="4"), 4, [1]),
+        # mpirun in a SLURM job has the variables of the job's own process
+        (step(0, "1", OMPI_COMM_WORLD_LOCAL_RANK="1", OMPI_COMM_WORLD_LOCAL_SIZE="4"), 4, [1]),
+        (dict(SLURM_LOCALID="0", OMPI_COMM_WORLD_LOCAL_RANK="1", OMPI_COMM_WORLD_LOCAL_SIZE="4"), 4, [1]),
     ],
 )
 def test_processes_of_a_node_share_all_of_its_gpus(environment, gpus, own):
