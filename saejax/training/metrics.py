@@ -183,7 +183,9 @@ def _progress_line(steps: int, batch: int, head: Mapping[str, float], means: Map
     if rate:
         mfu = f" ({head['mfu']:.0%} of peak)" if "mfu" in head else ""
         left = (steps - head["step"]) * batch / rate
-        speed = f"{rate:,.0f} tokens/s  {head['tflop_per_second']:.3g} TFLOP/s{mfu}  {left:.0f} s to go"
+        tflops = head["tflop_per_second"]
+        tflops_text = f"{tflops:,.0f}" if tflops >= 100 else f"{tflops:.3g}"  # of 1000 and more .3g has an exponent
+        speed = f"{rate:,.0f} tokens/s  {tflops_text} TFLOP/s{mfu}  {left:.0f} s to go"
     return (
         f"step {head['step']}/{steps}  {speed}  loss {means['loss']:.1f}  "
         f"L0 {means['l0']:.1f}  explained variance {means['explained_variance']:.3f}"
