@@ -158,9 +158,9 @@ def test_truncated_and_corrupted_shards(refuse, captured, tmp_path):
 
 
 def test_a_store_from_another_model(refuse, captured, tmp_path):
-    other = runs.save_model(tmp_path / "other", hidden_size=64)
-    line = refuse(["train"], workdir=copy_of(captured, tmp_path), model=other)
-    assert "was made with other settings (model is another)" in line
+    wider_model = runs.save_model(tmp_path / "other", hidden_size=64)
+    line = refuse(["train"], workdir=copy_of(captured, tmp_path), model=wider_model)
+    assert "was made with other settings (model is different)" in line
 
 
 def test_nan_in_activations_is_located(refuse, inputs, tmp_path):

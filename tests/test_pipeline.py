@@ -120,15 +120,17 @@ def test_differences_are_named_as_flags():
         settings = dict(train=dict(k=[32], form="", l1=0.5))
         return dict(settings=settings, needs=dict(capture="a"), sources={}, revision=1) | changes
 
-    other = depends(settings=dict(train=dict(k=[32, 64], form="sae")), needs=dict(capture="b"), sources=dict(text="c"))
-    assert list(pipeline._changes(depends(), other)) == [
+    changed = depends(
+        settings=dict(train=dict(k=[32, 64], form="sae")), needs=dict(capture="b"), sources=dict(text="c")
+    )
+    assert list(pipeline._changes(depends(), changed)) == [
         "--train.form was empty, is sae",
         "--train.k was 32, is 32,64",
         "--train.l1 was 0.5, is unread",
-        "capture is another",
+        "capture is different",
         "and 1 more",
     ]
-    assert list(pipeline._changes(depends(), depends(revision=2))) == ["saejax's way of computing it is another"]
+    assert list(pipeline._changes(depends(), depends(revision=2))) == ["the revision of the stage is different"]
     assert list(pipeline._changes(depends(), depends())) == []
 
 

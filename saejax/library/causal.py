@@ -30,7 +30,7 @@ from saejax.tasks.behaviours import Prompt
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-    """Measure the effect of ablating a dictionary's features on behaviours."""
+    """Effects of ablating a dictionary's features on behaviours."""
 
     table: EffectsTable  #: every measured value; ``table.values(edits, prompts, readout)`` gives ``[E, P]``
     verdict: CausalVerdict  #: the answers to the five questions, by dictionary ("" is the tested one) and behaviour

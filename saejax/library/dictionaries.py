@@ -76,7 +76,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Measure a dictionary on some texts."""
+    """Scores of a dictionary on some texts."""
 
     reconstruction: Reconstruction  #: explained variance, L0 and each feature's firing
     losses: Losses  #: cross-entropy and KL divergence with the dictionary's output in place of the site

@@ -20,8 +20,8 @@ import numpy as np
 
 from saejax.errors import UserError
 
-# What transformers looks for, in this order.
 _INDEX = ".index.json"
+# What transformers looks for, in this order.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors" + _INDEX, "pytorch_model.bin", "pytorch_model.bin" + _INDEX)
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}

@@ -61,7 +61,7 @@ class DecoderConfig:
     #: for each layer, whether queries attend to the last ``sliding_window`` tokens only. Empty: none.
     sliding_layers: tuple[bool, ...] = ()
     sliding_window: int | None = None  #: number of those tokens, the query's own included
-    scale_by_layer: bool = False  #: whether that factor is divided by the layer's number, counted from 1
+    scale_by_layer: bool = False  #: whether ``score_scale`` is divided by the layer's number, counted from 1
     attn_logit_softcap: float | None = None  #: attention scores s become ``cap * tanh(s / cap)``; None: no cap
     final_logit_softcap: float | None = None  #: the same for the logits
     embed_scale: float = 1.0  #: factor on the embeddings that enter the first layer, not on the unembedding

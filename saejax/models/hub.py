@@ -43,8 +43,8 @@ def hub_folder(
 def hub_errors(name: str, revision: str, what: str, file: str, expected: str) -> Iterator[None]:
     """Turn the errors of the hub into ``UserError``s that say what to do.
 
-    ``name`` is the repository, ``what`` its kind, such as "model". At the revision it has to have ``file``, a part of
-    what is ``expected``.
+    ``name`` is the repository, ``what`` its kind, such as "model". It has to hold ``file``, which is part of what is
+    ``expected``, at the revision.
     """
     from huggingface_hub import errors
 

@@ -60,7 +60,7 @@ def _cheapest_lengths(counts: np.ndarray, compile_cost: int) -> np.ndarray:
 
 
 def rows_per_batch(batch_tokens: int, length: int, row_multiple: int) -> int:
-    """Return the rows of a full batch of texts of one padded ``length``; for the others see ``even_batches``."""
+    """Return the rows of a full batch of texts of one padded ``length``; see ``even_batches``."""
     return max(batch_tokens // (length * row_multiple) * row_multiple, row_multiple)
 
 

@@ -121,9 +121,11 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
         names = {flag, flag.removeprefix("no")}  # absl writes a false flag as --noNAME
         groups = {name for name, group in GROUPS.items() if names & config.flag_fields(name, group).keys()}
         if groups and not groups & {*accepted}:
-            readers = [stage for stage in STAGES.values()
-                       if groups & {*map(config.group_name, (*stage.groups, *stage.placement))}]  # fmt: skip
-            owners = sorted((stage.name for stage in readers), key=lambda name: name not in groups)
+            read_by = {
+                name: {*map(config.group_name, (*stage.groups, *stage.placement))} for name, stage in STAGES.items()
+            }
+            # First the stage that has the name of the group.
+            owners = sorted((name for name in STAGES if groups & read_by[name]), key=lambda name: name not in groups)
             raise UserError(
                 f"--{flag} belongs to the stage {' or '.join(owners)}, which {stages[0]} does not read: "
                 "leave it out (in a flag file it is ignored)"

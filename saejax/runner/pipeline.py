@@ -408,7 +408,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     differences = [name for name in names if before.get(name) != after.get(name)]
     for name in differences[:_NAMED]:
         was, now_is = before.get(name, "unread"), after.get(name, "unread")
-        change = "another" if name in before and name in after else "new" if name in after else "left out"
+        change = "different" if name in before and name in after else "new" if name in after else "left out"
         yield f"{name} was {was}, is {now_is}" if name.startswith("--") else f"{name} is {change}"
     if len(differences) > _NAMED:
         yield f"and {len(differences) - _NAMED} more"
@@ -421,7 +421,7 @@ def _flat_dependencies(depends: Mapping[str, Any]) -> dict[str, str]:
         for group, fields in depends.get("settings", {}).items()
         for name, value in fields.items()
     }
-    code = {"saejax's way of computing it": str(depends.get("revision"))}
+    code = {"the revision of the stage": str(depends.get("revision"))}
     return flags | depends.get("needs", {}) | depends.get("sources", {}) | code
 
 

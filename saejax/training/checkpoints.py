@@ -52,11 +52,14 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def check_same_run(self, run: Mapping[str, Any]) -> None:
-        """Raise a ``UserError`` that lists the differences if the checkpoints belong to another run.
+    def check_or_record_run(self, run: Mapping[str, Any]) -> None:
+        """Check that the checkpoints belong to this run; where there are none yet, record the run.
 
         Args:
-          run: description of the run that is to resume from them, JSON data; recorded where there are none yet.
+          run: description of the run, JSON data.
+
+        Raises:
+          UserError: they belong to another run; it lists the differences.
         """
         path = self._folder / RUN
         if self.latest_step is not None and path.exists():

@@ -160,7 +160,7 @@ def _train(run: Run, stack: TrainStack, source: Source, checkpoints: Checkpoints
     config, names = stack.config, [member.name for member in stack.members]
     described: dict[str, object] = dict(settings=identity(config, run.name), dictionary=identity(stack.dictionary))
     described |= dict(members=names, steps=stack.steps, state=STATE_VERSION)
-    checkpoints.check_same_run(described)
+    checkpoints.check_or_record_run(described)
     first_step = checkpoints.latest_step or 0
     if first_step:
         state = checkpoints.restore(abstract_state(stack))

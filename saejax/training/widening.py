@@ -50,17 +50,18 @@ def widen(sae: Dictionary, total: int, acts_NxD: np.ndarray, seed: int, replace:
     rows_CxD, level_C = missing_features(errors_NxD, wanted, np.delete(decoder_FxD, dead, axis=0), seed)
     say(f"found {len(rows_CxD):,} of {wanted:,} features in errors" + f", {len(dead):,} for dead ones" * replace)
     index_C = np.concatenate([dead, np.arange(count, total)])[: len(rows_CxD)]
-    total = count + max(len(rows_CxD) - len(dead), 0)
-    length, row_length = (np.linalg.norm(a, axis=i).mean() for i, a in enumerate((sae.W_enc_DxF[...], decoder_FxD)))
+    added = max(len(rows_CxD) - len(dead), 0)
+    length = np.linalg.norm(np.asarray(sae.W_enc_DxF[...]), axis=0).mean()
+    row_length = np.linalg.norm(decoder_FxD, axis=1).mean()
     new = dict.fromkeys(("b_enc_F", *sae.kind.vectors), 0.0)
     new |= dict(W_enc_DxF=length * rows_CxD.T, W_dec_FxD=row_length * rows_CxD)
     new |= dict(threshold_F=length * level_C) if "threshold_F" in new else {}
     arrays = {name: np.array(array, np.float32) for name, array in sae.arrays.items()}
     for name, values in new.items():
         axis = arrays[name].ndim - 1 if name.endswith("F") else 0
-        arrays[name] = np.pad(arrays[name], [(0, total - count if i == axis else 0) for i in range(arrays[name].ndim)])
+        arrays[name] = np.pad(arrays[name], [(0, added if i == axis else 0) for i in range(arrays[name].ndim)])
         arrays[name][(slice(None), index_C) if axis else index_C] = values
-    config = dataclasses.replace(sae.config, n_features=total, groups=())
+    config = dataclasses.replace(sae.config, n_features=count + added, groups=())
     return Dictionary(config, sae.matmul_dtype, **{name: jnp.asarray(array) for name, array in arrays.items()})
 
 

@@ -98,12 +98,12 @@ def test_the_newest_are_kept(tmp_path):
 def test_checkpoints_of_another_configuration(tmp_path):
     run = dict(settings=dict(k=[32], batch=64), steps=10)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.check_same_run(dict(other=1))
-        checkpoints.check_same_run(run)  # nothing was saved yet
+        checkpoints.check_or_record_run(dict(other=1))
+        checkpoints.check_or_record_run(run)  # nothing was saved yet
         checkpoints.save(1, state_of(1))
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.check_same_run(run)
+        checkpoints.check_or_record_run(run)
         with pytest.raises(
             UserError, match=r"configuration: settings.k was \[32\], is \[16\]; steps was 10, is 11: giv"
         ):
-            checkpoints.check_same_run(dict(settings=dict(k=[16], batch=64), steps=11))
+            checkpoints.check_or_record_run(dict(settings=dict(k=[16], batch=64), steps=11))

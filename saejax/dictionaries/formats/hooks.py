@@ -88,7 +88,7 @@ def to_site(hook: str | None, model: str = "") -> str:
 
 
 def require_sites(*sites: str) -> None:
-    """Raise a ``UserError`` for a site that ``to_site`` made of a hook that is none."""
+    """Raise a ``UserError`` for a "hook:<name>" of ``to_site``, which stands for no site."""
     for site in sites:
         if site.startswith(NO_SITE):
             raise UserError(

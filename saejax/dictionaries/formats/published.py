@@ -389,7 +389,7 @@ def parse_pickled(path: Path) -> tensors.Published:
         layout = {name: tensor.replace("coder.", "coder_linear.") for name, tensor in layout.items()}
     elif qwen:
         site, layout = f"resid_post.{qwen[1]}", _PLAIN | {"W_enc_DxF": "W_enc.T", "W_dec_FxD": "W_dec.T"}
-    elif not set(_CROSSCODER.values()) <= set(state):
+    elif not {tensor.removesuffix(".T") for tensor in layout.values()} <= set(state):
         has = ", ".join(sorted(state)) or "no tensors"
         raise UserError(
             f"{file} holds {has}, which no dictionary that can be read has: expected a file of Qwen-Scope, "

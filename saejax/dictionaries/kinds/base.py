@@ -52,8 +52,8 @@ class Kind:
 
     name: ClassVar[str]  #: as in ``--train.kinds`` and ``DictionaryConfig.kind``
     about: ClassVar[str]  #: a line for the report that goes on after "which"
-    #: Settings and reads: of a registered kind, ``own`` and ``reads`` of its ``settings.kinds.KindSettings``; for the
-    #: package's kinds both are given there.
+    #: Settings and reads: of a registered kind, ``config`` and ``reads`` of its ``settings.kinds.KindSettings``; for
+    #: the package's kinds both are given there.
     Settings: ClassVar[type[Config]] = Config
     reads: ClassVar[Sequence[str]] = ()
     vectors: ClassVar[Sequence[str]] = ()  #: names of its arrays beyond the common ones, each [F], 0 at the start
