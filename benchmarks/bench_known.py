@@ -127,7 +127,7 @@ class Labels:
         results = scores(block, text, bases, labels)
         return {feature: results[feature][0].f1.mean if results[feature] else 0.0 for feature in label_of}
 
-    def others(self) -> np.ndarray:
+    def similar_features(self) -> np.ndarray:
         """Return for every feature of the exact transcoder another that fires about as often."""
         counts_F = self._search[0].counts
         return partners(counts_F / max(counts_F.sum(), 1), [count > 0 for count in counts_F])
@@ -152,7 +152,7 @@ def score_labels(
             }
             f1[name] = judge.judged({feature: of.get(feature) for feature in exact_feature.values()})
             if name == EXACT:
-                other_F = judge.others()
+                other_F = judge.similar_features()
                 f1["another's"] = judge.judged(
                     {feature: chosen[other_F[feature]] for feature in exact_feature.values() if other_F[feature] >= 0}
                 )

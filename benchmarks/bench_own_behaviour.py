@@ -41,8 +41,8 @@ def own_prompts() -> list[dict[str, str]]:
     """Return the lines of the file: 80 train and 120 test prompts that share no name, and their counterparts."""
     sides = [(SHE.split(), HE.split(), " she", " he"), (HE.split(), SHE.split(), " he", " she")]
     lines = []
-    for names, others, correct, wrong in sides:
-        for number, (name, other) in enumerate(zip(names, others, strict=True)):
+    for names, counterparts, correct, wrong in sides:
+        for number, (name, counterpart) in enumerate(zip(names, counterparts, strict=True)):
             split = "train" if number < TRAIN_NAMES // 2 else "test"
             lines += [
                 dict(
@@ -50,7 +50,7 @@ def own_prompts() -> list[dict[str, str]]:
                     split=split,
                     template=template,
                     text=text.format(name),
-                    counterpart=text.format(other),
+                    counterpart=text.format(counterpart),
                     correct=correct,
                     wrong=wrong,
                 )

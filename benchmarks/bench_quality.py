@@ -122,7 +122,7 @@ def score(dictionary: Dictionary, store: Store) -> dict[str, float]:
 
 def measure_theirs(kind: str, store: Store, rows: Path, args: argparse.Namespace) -> list[dict]:
     """Return sae-lens' scores at three sparsities, with the learning rate that is best at the middle one."""
-    middle, *others = THEIRS[kind][1]
+    middle, *remaining = THEIRS[kind][1]
 
     def measure(value: float, rate: float) -> dict:
         folder = train_theirs(kind, value, rate, rows, args)
@@ -132,7 +132,7 @@ def measure_theirs(kind: str, store: Store, rows: Path, args: argparse.Namespace
     best = max(tried, key=lambda scores: scores["explained_variance"])
     for result in tried:
         print(f"{kind}: sae-lens at {result['rate']:g}: {result['explained_variance']:.4f} at L0 {result['l0']:.1f}")
-    return sorted([best, *(measure(value, best["rate"]) for value in others)], key=lambda scores: scores["l0"])
+    return sorted([best, *(measure(value, best["rate"]) for value in remaining)], key=lambda scores: scores["l0"])
 
 
 def measure_ours(kind: str, theirs: Sequence[dict], store: Store, args: argparse.Namespace) -> list[dict]:

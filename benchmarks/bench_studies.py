@@ -40,9 +40,9 @@ def study_configs() -> list[Path]:
         return path.read_text().splitlines()
 
     def names_a_shape(path: Path) -> bool:
-        changed = [line.partition("=")[2] for line in lines(path) if line.startswith("--flagfile=")]
+        included = [line.partition("=")[2] for line in lines(path) if line.startswith("--flagfile=")]
         has_models = any(line.startswith("--preflight.models=") for line in lines(path))
-        return has_models or any(names_a_shape(CONFIGS.parent / other) for other in changed)
+        return has_models or any(names_a_shape(CONFIGS.parent / file) for file in included)
 
     return [path for path in sorted(CONFIGS.glob("*.flags")) if names_a_shape(path)]
 

@@ -116,5 +116,5 @@ def test_settings_of_groups_that_a_stage_does_not_declare_are_not_read(recorded)
     for unit, names in read.items():
         stage = STAGES[unit.partition("/")[0]]
         groups = {group_name(group) for group in (*groups_of(stage), *stage.placement)}
-        others = {name for name in names if name.partition(".")[0] not in groups}
-        assert not others, f"{unit} reads {sorted(others)} of groups that it does not declare"
+        undeclared = {name for name in names if name.partition(".")[0] not in groups}
+        assert not undeclared, f"{unit} reads {sorted(undeclared)} of groups that it does not declare"

@@ -94,8 +94,8 @@ def test_members_depend_on_what_their_training_reads(inputs, tmp_path):
     second = dict(train__k="4", train__sites="resid_post.1", capture__sites="resid_post.1", train__seed="1")
     assert marks["resid_post.1-seed1-k4"] != plan(inputs, tmp_path, **second).fingerprint("train/topk")
     for setting in (dict(train__l1=3), dict(train__log_every=7), dict(mesh__member=2)):
-        other = plan(inputs, tmp_path, train__sites="resid_post.0,resid_post.1", **base | setting)
-        assert {name: other.fingerprint(f"train/topk/{name}") for name in names} == marks, setting
+        changed = plan(inputs, tmp_path, train__sites="resid_post.0,resid_post.1", **base | setting)
+        assert {name: changed.fingerprint(f"train/topk/{name}") for name in names} == marks, setting
     # A feature's description depends on its own dictionary alone, whatever other layers the stack has.
     first = "interpret/topk/resid_post.0-seed1-k4"
     later = plan(inputs, tmp_path, train__sites="resid_post.0,resid_post.1", **base | dict(train__seed="1,3"))

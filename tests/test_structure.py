@@ -62,14 +62,14 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
         return seen
 
     reach = {name: reached(name) for name in graph}
-    found = [{other for other in reach[name] if name in reach[other]} for name in graph if name in reach[name]]
+    found = [{member for member in reach[name] if name in reach[member]} for name in graph if name in reach[name]]
     return [circle for i, circle in enumerate(found) if circle not in found[:i]]
 
 
 @functools.cache
 def defined(name: str) -> set[str]:
     """The names that a module has: its statements', and the modules in its folder."""
-    found = {other.removeprefix(f"{name}.").split(".")[0] for other in MODULES if other.startswith(f"{name}.")}
+    found = {module.removeprefix(f"{name}.").split(".")[0] for module in MODULES if module.startswith(f"{name}.")}
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)

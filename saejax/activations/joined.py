@@ -87,8 +87,9 @@ class JoinedRows:
 
     def mean(self, site: str, *sites: str) -> np.ndarray:
         """Return the mean of such vectors, float64 [d], see ``Store.mean``."""
-        others = single_sites([site, *sites])
-        return np.concatenate([self._rows.mean(part, *others) * factor for part, factor in self._parts(site)])
+        sink_sites = single_sites([site, *sites])
+        means = [self._rows.mean(part, *sink_sites) * factor for part, factor in self._parts(site)]
+        return np.concatenate(means)
 
     def batches(self, *args: Any, **options: Any) -> "grain.MapDataset":
         """Return training batches, see ``Store.batches``."""

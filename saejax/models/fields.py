@@ -134,9 +134,9 @@ class Fields:
         if actual is not None and actual != value:
             raise self.refuse(name, actual, repr(value))
 
-    def first_number(self, name: str, default: float, others: Iterable[tuple["Fields", str]] = ()) -> float:
+    def first_number(self, name: str, default: float, fallbacks: Iterable[tuple["Fields", str]] = ()) -> float:
         """Return a number of this object, else the first of those that other objects have, else ``default``."""
-        numbers = [fields.number(key) for fields, key in [(self, name), *others] if key in fields]
+        numbers = [fields.number(key) for fields, key in [(self, name), *fallbacks] if key in fields]
         return numbers[0] if numbers else default
 
     def activation(self, name: str, default: str | None = None) -> str:

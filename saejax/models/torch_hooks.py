@@ -360,8 +360,8 @@ def _resolve(layer: nn.Module, seen: Mapping[tuple[str, bool], torch.Tensor]) ->
                 return _Layer(_Branch(attention, scale), _Branch(mlp, scale), mlp_input)
         if torch.equal(m, post) and _is_named(_MLP, mlp) and _is_named(_ATTENTION, attention):
             for includes, middle in ((False, pre + a), (True, a)):
-                others = (value for value in seen.values() if value is not a and value.shape == pre.shape)
-                if any(torch.equal(value, middle) for value in others):
+                same_shape = (value for value in seen.values() if value is not a and value.shape == pre.shape)
+                if any(torch.equal(value, middle) for value in same_shape):
                     branches = _Branch(attention, includes_stream=includes), _Branch(mlp, includes_stream=True)
                     return _Layer(*branches, mlp_input)
     return _Layer(None, None, mlp_input)

@@ -120,9 +120,9 @@ def test_ranges_of_rows_with_exceptions():
 
 
 def test_the_order_is_a_function_of_the_seed(store):
-    first, again, other = read(store), read(store), read(store, seed=4)
+    first, again, other_seed = read(store), read(store), read(store, seed=4)
     assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
+    assert not np.array_equal(first, other_seed)
 
 
 @pytest.mark.parametrize("processes", [2, 5])
@@ -151,11 +151,11 @@ def test_consecutive_tokens_are_not_consecutive_in_training(store):
 
 def test_all_sites_of_a_batch_give_the_same_rows(make_store):
     store = make_store("float32").store
-    other = next(site for site in store.sites if site != SITE)
-    both = store.rows("train", SITE, other)
-    assert set(both) == set(store.rows("train", SITE)) & set(store.rows("train", other))
-    inputs, targets = store.batches(((SITE, SITE), (other,)), BATCH, 3, 1, WINDOW)[0]
-    assert inputs.shape == (2, BATCH, store.d(SITE)) and targets.shape == (1, BATCH, store.d(other))
+    target = next(site for site in store.sites if site != SITE)
+    both = store.rows("train", SITE, target)
+    assert set(both) == set(store.rows("train", SITE)) & set(store.rows("train", target))
+    inputs, targets = store.batches(((SITE, SITE), (target,)), BATCH, 3, 1, WINDOW)[0]
+    assert inputs.shape == (2, BATCH, store.d(SITE)) and targets.shape == (1, BATCH, store.d(target))
     (rows,) = row_ids(store, [inputs[1]])
-    np.testing.assert_array_equal(targets[0], store.read(other, np.array(rows)))
+    np.testing.assert_array_equal(targets[0], store.read(target, np.array(rows)))
     assert set(rows) <= set(both)

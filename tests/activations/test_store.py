@@ -198,9 +198,9 @@ def test_another_array_of_the_same_size_is_refused(make_store):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_mean_is_that_of_training_rows_without_sinks(make_store, dtype):
     store = make_store(dtype).store
-    for site, others in (("resid_post.1", ()), ("mlp_out.0", ()), ("mlp_out.0", ("resid_post.1",))):
-        values_NxD = store.read(site, store.rows("train", site, *others)).astype(np.float64)
-        np.testing.assert_allclose(store.mean(site, *others), values_NxD.mean(0), rtol=0, atol=1e-12)
+    for site, more_sites in (("resid_post.1", ()), ("mlp_out.0", ()), ("mlp_out.0", ("resid_post.1",))):
+        values_NxD = store.read(site, store.rows("train", site, *more_sites)).astype(np.float64)
+        np.testing.assert_allclose(store.mean(site, *more_sites), values_NxD.mean(0), rtol=0, atol=1e-12)
 
 
 def test_an_intact_store_passes_verification(make_store):

@@ -130,9 +130,9 @@ def test_a_buffer_that_does_not_fit_is_refused(make_run, monkeypatch):
 def test_a_buffer_comes_out_the_same_whenever_it_is_made(make_run):
     stream = ModelStream(make_run(), [SITES], BUFFER)
     first = all_rows(stream)
-    other = ModelStream(make_run(), [SITES], BUFFER)
-    assert other.fill(0) and other.fill(2)
-    np.testing.assert_array_equal(other.read(SITES[0], np.arange(BUFFER)), first[2])
+    repeated = ModelStream(make_run(), [SITES], BUFFER)
+    assert repeated.fill(0) and repeated.fill(2)
+    np.testing.assert_array_equal(repeated.read(SITES[0], np.arange(BUFFER)), first[2])
 
 
 def test_sinks_are_left_out_by_the_first_buffers_median(make_run):

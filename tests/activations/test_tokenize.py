@@ -77,8 +77,8 @@ def test_the_order_is_random_and_the_same_again(stream):
     assert len(set(np.diff(source_N))) > len(source_N) / 4  # pieces of one text do not follow one another
     again = stream(name="again")[2]
     assert all(np.array_equal(a, b) for a, b in zip(documents.arrays().values(), again.arrays().values(), strict=True))
-    other = stream(name="other", seed=3)[2]
-    assert contents(other) == contents(documents) and not np.array_equal(other.starts_N, documents.starts_N)
+    other_seed = stream(name="other", seed=3)[2]
+    assert contents(other_seed) == contents(documents) and not np.array_equal(other_seed.starts_N, documents.starts_N)
 
 
 def test_documents_are_shuffled_without_their_token_ids_in_memory(tmp_path):

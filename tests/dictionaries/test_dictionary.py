@@ -225,14 +225,14 @@ def test_a_dictionary_is_a_pytree_that_programs_take_as_it_is():
         traced.append(dictionary.config)
         return dictionary.encode(x)
 
-    one, other, x = make(), jax.tree.map(lambda array: 2 * array, make()), jnp.asarray(activations(3, 12))
-    np.testing.assert_array_equal(encode(one, x), one.encode(x))
-    np.testing.assert_allclose(encode(jax.device_put(other), x), other.encode(x), rtol=1e-5)
+    plain, doubled, x = make(), jax.tree.map(lambda array: 2 * array, make()), jnp.asarray(activations(3, 12))
+    np.testing.assert_array_equal(encode(plain, x), plain.encode(x))
+    np.testing.assert_allclose(encode(jax.device_put(doubled), x), doubled.encode(x), rtol=1e-5)
     assert len(traced) == 1, "what is static of both is the same"
     encode(make(k=5), x)
     assert len(traced) == 2
     abstract = jax.eval_shape(make)
-    assert abstract.config == one.config and abstract.W_enc_DxF.shape == (12, 40)
-    assert jax.tree.structure(abstract) == jax.tree.structure(one)
-    (gradient,) = jax.tree.leaves(jax.grad(lambda dictionary: dictionary(x).sum())(one).b_dec_D)
+    assert abstract.config == plain.config and abstract.W_enc_DxF.shape == (12, 40)
+    assert jax.tree.structure(abstract) == jax.tree.structure(plain)
+    (gradient,) = jax.tree.leaves(jax.grad(lambda dictionary: dictionary(x).sum())(plain).b_dec_D)
     assert gradient.shape == (12,)

@@ -42,8 +42,8 @@ def test_what_changes_nothing(llama):
 
 
 def test_a_patched_site_gives_the_other_run_from_there_on(llama):
-    other = pad([ids[::-1] for ids in llama.prompts])
-    expected = llama.lm(other, capture=[SITE])
+    reversed_prompts = pad([ids[::-1] for ids in llama.prompts])
+    expected = llama.lm(reversed_prompts, capture=[SITE])
     found = llama.lm(llama.tokens, capture=[SITE], edits=[SiteEdit.patch(SITE, expected.sites[SITE])])
     mask_BxT = llama.tokens.mask_BxT
     np.testing.assert_array_equal(found.sites[SITE][mask_BxT], expected.sites[SITE][mask_BxT])
@@ -100,8 +100,8 @@ def test_bad_edits_are_refused(llama, make, message):
 
 def test_dictionaries_that_do_not_fit_are_refused(llama):
     def changed(**changes):
-        other = make_dictionary(llama.lm, llama.tokens, SITE)
-        config = dataclasses.replace(other.config, **changes)
+        dictionary = make_dictionary(llama.lm, llama.tokens, SITE)
+        config = dataclasses.replace(dictionary.config, **changes)
         shapes = {name: shape for name, (shape, _) in parameter_table(config).items()}
         return Dictionary(config, **{name: jnp.ones(shape) for name, shape in shapes.items()})
 

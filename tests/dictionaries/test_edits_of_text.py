@@ -37,13 +37,13 @@ def test_edits_in_generation_equal_plain_hooks(llama):
 
         return [(SITE, call)]
 
-    def texts(**other):
-        return [next_ids(llama, b, functools.partial(plain, **other), 8) for b in range(3)]
+    def texts(**reading):
+        return [next_ids(llama, b, functools.partial(plain, **reading), 8) for b in range(3)]
 
     found = llama.lm.generate(llama.tokens, 8, edits=[llama.sae.patch(FEATURES, given), *edits])
     assert [done.ids for done in found] == texts()
-    for other in (dict(given_to=99), dict(last_from=99)):  # other readings give other texts
-        assert texts() != texts(**other)
+    for reading in (dict(given_to=99), dict(last_from=99)):  # other readings give other texts
+        assert texts() != texts(**reading)
 
 
 def test_edits_in_scoring_equal_plain_hooks(llama):

@@ -68,14 +68,16 @@ def gradients(form, arrays, weights):
 def test_equal_to_the_dense_form(world, field, any_dead, moves_pre):
     arrays, most = world
     k = max(most - 1, 1)
-    found = jax.jit(lambda arrays, k: sparse_form(arrays, k, most))(arrays, k)
-    wanted = dense_form(arrays, k, most)
-    for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-    assert (np.asarray(found[0]) > 0).sum(axis=1).max() == min(k, (np.asarray(wanted[1]) > 0).sum(axis=1).max())
-    assert found[3][0] == 0
+    sparse_values = jax.jit(lambda arrays, k: sparse_form(arrays, k, most))(arrays, k)
+    dense_values = dense_form(arrays, k, most)
+    for sparse_value, dense_value in zip(sparse_values, dense_values, strict=True):
+        np.testing.assert_allclose(sparse_value, dense_value, rtol=1e-5, atol=1e-5)
+    assert (np.asarray(sparse_values[0]) > 0).sum(axis=1).max() == min(
+        k, (np.asarray(dense_values[1]) > 0).sum(axis=1).max()
+    )
+    assert sparse_values[3][0] == 0
     rng = np.random.default_rng(0)
-    weights = [rng.standard_normal(part.shape).astype(np.float32) for part in wanted[:3]]
+    weights = [rng.standard_normal(part.shape).astype(np.float32) for part in dense_values[:3]]
     weights[1] *= moves_pre
     own = gradients(lambda arrays: sparse_form(arrays, k, most, any_dead, field), arrays, weights)
     dense = gradients(lambda arrays: dense_form(arrays, k, most), arrays, weights)

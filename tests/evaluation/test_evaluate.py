@@ -148,11 +148,11 @@ def test_a_transcoder_is_scored_against_its_target(workdir, make_run, tmp_path):
     assert entry.target_sinks.max_norm == Store.open(workdir / "capture").max_norm("mlp_out.1")
 
 
-@pytest.mark.parametrize("other,sinks,groups", [(1.0, 9.0, 1), (0.5, 9.0, 2), (1.0, 3.0, 1)])
-def test_crosscoders_with_other_scales_are_scored_apart(tmp_path, other, sinks, groups):
+@pytest.mark.parametrize("second_scale,sinks,groups", [(1.0, 9.0, 1), (0.5, 9.0, 2), (1.0, 3.0, 1)])
+def test_crosscoders_with_other_scales_are_scored_apart(tmp_path, second_scale, sinks, groups):
     """The store's parts are put together once for those that are scored together."""
     site, told = "resid_post.0+resid_post.1", []
-    for name, scale, limit in (("a", 1.0, 9.0), ("b", other, sinks)):
+    for name, scale, limit in (("a", 1.0, 9.0), ("b", second_scale, sinks)):
         fields = dict(site=site, d_in=8, n_features=4, widths=(4, 4), scales=(1.0, scale), max_norms=(9.0, limit))
         made = Dictionary.initial(DictionaryConfig(kind="batchtopk", k=2, **fields), jax.random.key(0))
         save_dictionary(tmp_path / name / "dictionary", made)

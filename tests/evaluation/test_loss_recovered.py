@@ -125,9 +125,9 @@ def test_members_are_scored_as_they_are_alone_by_one_program(lm):
     together = stand_in_losses(lm, stack, documents(), np.zeros(64, np.float32))
     assert programs.stand_in._cache_size() == before + 1
     alone = [stand_in_losses(lm, [member], documents(), np.zeros(64, np.float32))[0] for member in stack]
-    for one, other in zip(alone, together, strict=True):
-        np.testing.assert_allclose(list(one.ce.values()), list(other.ce.values()), rtol=1e-6)
-        np.testing.assert_allclose(list(one.kl.values()), list(other.kl.values()), rtol=1e-5, atol=1e-7)
+    for single, stacked in zip(alone, together, strict=True):
+        np.testing.assert_allclose(list(single.ce.values()), list(stacked.ce.values()), rtol=1e-6)
+        np.testing.assert_allclose(list(single.kl.values()), list(stacked.kl.values()), rtol=1e-5, atol=1e-7)
     assert len({losses.ce["reconstructed"] for losses in together}) == 3
 
 
@@ -195,6 +195,6 @@ def test_works_on_eight_devices(lm, tiny_llama):
 
 def test_bfloat16_model(tiny_llama, one_device, lm):
     low = load_model(str(tiny_llama), dtype="bfloat16", mesh=one_device)
-    one, other = (stand_in_losses(m, [identity(lm)], documents(), np.zeros(64))[0] for m in (lm, low))
-    np.testing.assert_allclose(other.ce["clean"], one.ce["clean"], rtol=0.03)
-    assert dataclasses.asdict(other)["kl"]["reconstructed"] < 0.01
+    full, rounded = (stand_in_losses(m, [identity(lm)], documents(), np.zeros(64))[0] for m in (lm, low))
+    np.testing.assert_allclose(rounded.ce["clean"], full.ce["clean"], rtol=0.03)
+    assert dataclasses.asdict(rounded)["kl"]["reconstructed"] < 0.01

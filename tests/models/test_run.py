@@ -44,10 +44,10 @@ def test_a_hook_of_all_layers_in_the_loop_or_unrolled(model):
 
     run = functools.partial(run_layers, config, params, x_BxTxD, 0, LAYERS, hook, collect=("attn_out", KEYS, VALUES))
     looped, unrolled, before = run(None), run(range(LAYERS)), run({1, 3}, before_hook=True)
-    for other in (unrolled, before):
-        np.testing.assert_allclose(looped.x, other.x, atol=1e-5)
-        np.testing.assert_allclose(looped.collected[KEYS], other.collected[KEYS], atol=1e-5)
-        np.testing.assert_allclose(looped.collected[VALUES], other.collected[VALUES], atol=1e-5)
+    for run_in_steps in (unrolled, before):
+        np.testing.assert_allclose(looped.x, run_in_steps.x, atol=1e-5)
+        np.testing.assert_allclose(looped.collected[KEYS], run_in_steps.collected[KEYS], atol=1e-5)
+        np.testing.assert_allclose(looped.collected[VALUES], run_in_steps.collected[VALUES], atol=1e-5)
     np.testing.assert_allclose(looped.collected["attn_out"], unrolled.collected["attn_out"], atol=1e-5)
     change_L = (looped.collected["attn_out"] - before.collected["attn_out"]).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(change_L, [0, 0.5, 0, 0.5], atol=1e-5)

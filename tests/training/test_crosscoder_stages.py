@@ -30,7 +30,7 @@ CHANGES = dict(
 
 
 @pytest.fixture(scope="module")
-def other(inputs, tmp_path_factory):
+def second_model(inputs, tmp_path_factory):
     """The second model: random too, but near the first."""
     return runs.save_model(tmp_path_factory.mktemp("other") / "model", seed=1)
 
@@ -46,22 +46,22 @@ def go(stages, inputs, corpus, workdir, **changes):
 
 
 @pytest.fixture(scope="module")
-def workdir(inputs, corpus, other, tmp_path_factory):
+def workdir(inputs, corpus, second_model, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("crosscoder") / "run"
     stages = ["baseline", "capture", "train", "evaluate"]
-    assert go(stages, inputs, corpus, workdir, model__other=other) == 0
+    assert go(stages, inputs, corpus, workdir, model__other=second_model) == 0
     return workdir
 
 
-def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, other):
+def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, second_model):
     """Preflight knows joined sites, and nothing is ablated where all that is trained are crosscoders."""
-    assert go(list(STAGES), inputs, corpus, workdir, model__other=other) == 0
+    assert go(list(STAGES), inputs, corpus, workdir, model__other=second_model) == 0
     (page,) = (workdir / "report").glob("*.md")
     assert "The parts of crosscoders" in page.read_text()
     assert (workdir / "preflight" / "done.json").exists() and not (workdir / "ablate").exists()
 
 
-def test_scores_by_part(workdir, inputs, other):
+def test_scores_by_part(workdir, inputs, second_model):
     scores = {one.site: one for one in load_results(workdir / "evaluate" / "batchtopk").members}
     for site in (LAYERS, MODELS):
         assert list(scores[site].parts) == site.split("+")
@@ -85,26 +85,26 @@ def test_scores_by_part(workdir, inputs, other):
         assert parts[name].explained_variance == pytest.approx(1 - left, abs=1e-4)
 
 
-def test_killed_it_ends_with_the_same_bits(workdir, inputs, corpus, other, tmp_path, monkeypatch, capsys):
+def test_killed_it_ends_with_the_same_bits(workdir, inputs, corpus, second_model, tmp_path, monkeypatch, capsys):
     broken = tmp_path / "run"
     runs.copy_units(workdir, broken, "baseline", "capture")
     asked = itertools.count()
     monkeypatch.setattr(command, "install_signal_handlers", lambda: lambda: next(asked) >= 7)
-    assert go(["train"], inputs, corpus, broken, model__other=other) == 143
+    assert go(["train"], inputs, corpus, broken, model__other=second_model) == 143
     monkeypatch.setattr(command, "install_signal_handlers", lambda: lambda: False)
-    assert go(["train"], inputs, corpus, broken, model__other=other) == 0
+    assert go(["train"], inputs, corpus, broken, model__other=second_model) == 0
     assert "resuming batchtopk at step" in capsys.readouterr().out
     assert runs.dictionary_checksums(broken) == runs.dictionary_checksums(workdir) != {}
 
 
-def test_straight_from_the_models_it_is_the_same_rows(inputs, corpus, other, tmp_path):
-    changes = dict(model__other=other, train__source="model", train__buffer_rows=300, train__sites=MODELS)
+def test_straight_from_the_models_it_is_the_same_rows(inputs, corpus, second_model, tmp_path):
+    changes = dict(model__other=second_model, train__source="model", train__buffer_rows=300, train__sites=MODELS)
     assert go(["train"], inputs, corpus, tmp_path / "run", **changes) == 0
     trained = json.loads((tmp_path / "run/train/batchtopk/done.json").read_text())["results"]["members"]
     assert trained[0]["site"] == MODELS and trained[0]["final"]["explained_variance"] > 0
 
 
-def test_bad_input_is_one_line(workdir, inputs, corpus, other, tmp_path, capsys):
+def test_bad_input_is_one_line(workdir, inputs, corpus, second_model, tmp_path, capsys):
     def fails(stages, told, folder=tmp_path / "bad", **changes):
         assert go(stages, inputs, corpus, folder, **changes) == 2
         error = capsys.readouterr().err
@@ -117,12 +117,17 @@ def test_bad_input_is_one_line(workdir, inputs, corpus, other, tmp_path, capsys)
     save_tiny_tokenizer(odd, 384)
     fails(["capture"], "do not share a tokenizer", model__other=odd)
     fails(["capture"], "is of a second model: name that by --model.other")
-    fails(["capture"], "all sites are of the second model", model__other=other, capture__sites="other:resid_post.0")
     fails(
-        ["capture"], "there is no site resid_post.9", model__other=other, capture__sites="mlp_in.0,other:resid_post.9"
+        ["capture"], "all sites are of the second model", model__other=second_model, capture__sites="other:resid_post.0"
+    )
+    fails(
+        ["capture"],
+        "there is no site resid_post.9",
+        model__other=second_model,
+        capture__sites="mlp_in.0,other:resid_post.9",
     )
     runs.copy_run(workdir, tmp_path / "there")
-    there = dict(folder=tmp_path / "there", model__other=other)
+    there = dict(folder=tmp_path / "there", model__other=second_model)
     fails(["train"], "has an empty part, or one twice", train__sites="resid_post.1+resid_post.1", **there)
     fails(["train"], "has an empty part", train__sites="resid_post.1+", **there)
     fails(["train"], "resid_post.7", train__sites="resid_post.1+resid_post.7", **there)

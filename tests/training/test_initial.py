@@ -144,12 +144,12 @@ def test_what_does_not_fit_is_listed(tmp_path):
         stack = dataclasses.replace(stack, dictionary=dataclasses.replace(make_stack().dictionary, **changes))
         with pytest.raises(UserError, match=told):
             state_from_folder(stack, stack.config.init_from)
-    for other, fits in (
+    for model, fits in (
         ("SOME/Model/", True),
         ("gpt2", False),
         ("", True),
     ):  # a file of another tool has no fingerprint
-        stack = dataclasses.replace(stack, dictionary=dataclasses.replace(make_stack().dictionary, model=other))
+        stack = dataclasses.replace(stack, dictionary=dataclasses.replace(make_stack().dictionary, model=model))
         if fits:
             state_from_folder(stack, stack.config.init_from)
         else:

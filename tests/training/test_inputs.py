@@ -18,8 +18,8 @@ from saejax.training.stack import TrainStack
 
 
 def assert_same_bits(a, b):
-    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    for leaf_a, leaf_b in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf_a), np.asarray(leaf_b))
 
 
 def losses(folder):

@@ -89,9 +89,9 @@ def test_restoring_onto_another_mesh_goes_on_from_the_same_state(tmp_path, zero)
     stack = make_stack()
     with pytest.raises(Interrupted):
         go(tmp_path, stack, stop_after=5)
-    other = make_stack(mesh=make_mesh(MeshConfig(data=2, model=4)), zero_optimizer=zero)
+    on_other_mesh = make_stack(mesh=make_mesh(MeshConfig(data=2, model=4)), zero_optimizer=zero)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    state, same = checkpoints.restore(abstract_state(other)), checkpoints.restore(abstract_state(stack))
+    state, same = checkpoints.restore(abstract_state(on_other_mesh)), checkpoints.restore(abstract_state(stack))
     checkpoints.close()
     assert state.params["W_enc_DxF"].sharding.shard_shape((1, D, 64)) == (1, D, 16)
     moment = optax.tree.get(state.optimizer, "nu")["W_enc_DxF"]
@@ -99,7 +99,7 @@ def test_restoring_onto_another_mesh_goes_on_from_the_same_state(tmp_path, zero)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(same)):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     # From there on both see the same batches, and end with the same numbers but for rounding.
-    whole, moved = go(tmp_path / "whole", stack), go(tmp_path, other)
+    whole, moved = go(tmp_path / "whole", stack), go(tmp_path, on_other_mesh)
     for name, value in whole.params.items():
         a, b = np.asarray(value), np.asarray(moved.params[name])
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a), name

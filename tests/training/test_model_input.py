@@ -62,14 +62,14 @@ def test_what_it_depends_on(inputs):
         return Workplan(made).fingerprint("train/topk")
 
     assert mark() == mark(capture__sites=("mlp_out.0",), capture__batch_tokens=9, task__seed=9, capture__tokens=9)
-    others = dict(
+    changes_of_input = dict(
         corpus__seed=5,
         corpus__stream=True,
         capture__dtype="bfloat16",
         train__buffer_rows=9,
         train__sites=("mlp_out.0",),
     )
-    assert len({mark(), *(mark(**{key: value}) for key, value in others.items())}) == 6
+    assert len({mark(), *(mark(**{key: value}) for key, value in changes_of_input.items())}) == 6
     store = dict(train__source="store")
     assert mark(**store) == mark(**store, capture__sites=("resid_post.15", "mlp_out.0")), "of a store its own sites"
     assert mark(**store) != mark(**store, capture__dtype="bfloat16")

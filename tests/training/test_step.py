@@ -77,10 +77,10 @@ def test_weight_decay_shrinks_the_encoder_and_nothing_else(one_device):
     data = batches(1)
     plain, decayed = (make_stack(mesh=one_device, warmup=0.0, decay=0.0, weight_decay=value) for value in (0.0, 0.5))
     before = host(init_state(plain))["W_enc_DxF"]
-    one, other = (host(run(stack, data)[0]) for stack in (plain, decayed))
+    without, with_decay = (host(run(stack, data)[0]) for stack in (plain, decayed))
     for name in ("b_enc_F", "W_dec_FxD", "b_dec_D"):
-        np.testing.assert_array_equal(one[name], other[name])
-    np.testing.assert_allclose(one["W_enc_DxF"] - other["W_enc_DxF"], 3e-3 * 0.5 * before, atol=1e-7)
+        np.testing.assert_array_equal(without[name], with_decay[name])
+    np.testing.assert_allclose(without["W_enc_DxF"] - with_decay["W_enc_DxF"], 3e-3 * 0.5 * before, atol=1e-7)
 
 
 def test_means_of_gradients_in_bfloat16_train_as_well(one_device):
@@ -261,9 +261,9 @@ def test_settings_of_adam_are_its_own(one_device):
     stack = make_stack("standard", b1=0.0, b2=0.0, eps=1e-2, **fixed)
     start, data = host(init_state(stack)), batches(1)
     state, _ = run(stack, data)
-    other, _ = run(make_stack("standard", b1=0.0, b2=0.0, eps=1e-20, **fixed), data)
+    small_eps, _ = run(make_stack("standard", b1=0.0, b2=0.0, eps=1e-20, **fixed), data)
     for name, array in host(state).items():
-        small, whole = (np.abs(each - start[name]) / 3e-3 for each in (array, host(other)[name]))
+        small, whole = (np.abs(each - start[name]) / 3e-3 for each in (array, host(small_eps)[name]))
         assert np.all((np.abs(whole - 1) < 1e-2) | (whole < 1e-2)) and np.all(small <= whole + 1e-3)
         assert np.any(small < whole - 1e-3), name
 

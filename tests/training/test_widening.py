@@ -107,8 +107,8 @@ def test_where_nothing_is_missing_nothing_new_is_found():
 
 def test_the_same_seed_finds_the_same():
     directions, acts = world(noise=0.1)
-    first, again, other = (missing_features(acts, 8, directions[:1], seed)[0] for seed in (3, 3, 4))
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    first, again, other_seed = (missing_features(acts, 8, directions[:1], seed)[0] for seed in (3, 3, 4))
+    assert np.array_equal(first, again) and not np.array_equal(first, other_seed)
 
 
 class Rows:

@@ -262,18 +262,18 @@ def stamp_of(file: Path) -> str:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path, description: str, *others: str) -> Iterator[Path]:
+def whole_folder(folder: Path, description: str, *patterns: str) -> Iterator[Path]:
     """Yield a folder to write to; its files appear in ``folder`` if the block succeeds, the ``description`` last.
 
     Without the description nobody reads the folder.
 
     Raises:
-      UserError: the folder holds a description, or files of the patterns ``others``, already.
+      UserError: the folder holds a description, or files of the ``patterns``, already.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: name a folder")
-    present = [path.name for pattern in (description, *others) for path in sorted(folder.glob(pattern))]
+    present = [path.name for pattern in (description, *patterns) for path in sorted(folder.glob(pattern))]
     if present:
         raise UserError(f"{folder} already holds {present[0]}: delete it or name another folder")
     unfinished = folder / f".{WRITING}{os.getpid()}"
