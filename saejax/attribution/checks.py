@@ -78,26 +78,26 @@ def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> lis
     taken = set(_keys(features))
     columns = run.active.layer_A, run.active.position_A, run.active.feature_A, run.active.value_A
     active = Nodes.of(FEATURE, *columns)
-    others = active[np.array([key not in taken for key in _keys(active)], bool)]
+    candidates = active[np.array([key not in taken for key in _keys(active)], bool)]
     chosen_sets: dict[tuple[int, ...], Nodes] = {}
     # At the positions first; only where these give too few sets, anywhere.
     for number in range(2 * _TRIES * draws):
         if len(chosen_sets) == draws:
             break
-        order = rng.permutation(len(others))
+        order = rng.permutation(len(candidates))
         parts = []
         for layer in np.unique(features.layer_N):
             of_layer = features.position_N[features.layer_N == layer]
-            pool = order[others.layer_N[order] == layer]
+            pool = order[candidates.layer_N[order] == layer]
             if len(pool) < len(of_layer):
                 raise UserError(
                     f"layer {layer} has {len(pool)} other active features: expected {len(of_layer)} or more"
                 )
             near = number < _TRIES * draws
-            parts.append(_at_positions(pool, others.position_N[pool], of_layer) if near else pool[: len(of_layer)])
+            parts.append(_at_positions(pool, candidates.position_N[pool], of_layer) if near else pool[: len(of_layer)])
         # In one order, so that the same set drawn again is noticed.
         chosen = np.sort(np.concatenate([np.empty(0, np.int64), *parts]))
-        chosen_sets.setdefault(tuple(chosen.tolist()), others[chosen])
+        chosen_sets.setdefault(tuple(chosen.tolist()), candidates[chosen])
     return list(chosen_sets.values())
 
 

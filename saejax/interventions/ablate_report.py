@@ -380,7 +380,7 @@ def _make_strips(findings: Findings, labels: Mapping[int, Label]) -> Callable[[s
 
     def strips(name: str, item: FeatureEffect) -> Strips:
         feature, label = item.feature, labels.get(item.feature)
-        shared = [behaviour(other) for other, top in tops.items() if other != name and feature in top]
+        shared = [behaviour(key) for key, top in tops.items() if key != name and feature in top]
         rate, mean = float(rate_F[feature]), float(mean_F[feature])
         note = f"Called {label.label} by {label.by}. " if label else ""
         note += f"Ablating it alone lowers the logit difference by {interval(item.drop)}. "

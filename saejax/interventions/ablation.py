@@ -254,13 +254,13 @@ class BehaviourAblation:
             self.choose_placebos(())
         return self._placebos or []
 
-    def choose_placebos(self, others: "Sequence[BehaviourAblation]") -> None:
-        """Choose the placebo sets of this dictionary, and of others of the same site and behaviour with it.
+    def choose_placebos(self, ablations: "Sequence[BehaviourAblation]") -> None:
+        """Choose the placebo sets of this dictionary, and of those in ``ablations`` of the same site.
 
         The targets are the same for all, and so are the slopes, which take most of the time.
         """
         # Slopes depend on the site and not on the dictionary.
-        sharing = [self, *(other for other in others if other.split.point == self.split.point)]
+        sharing = [self, *(each for each in ablations if each.split.point == self.split.point)]
         targets_Rx2 = self.placebo_targets()
         texts = [[self.lm.tokenizer.decode([int(token)]) for token in pair] for pair in targets_Rx2]
         # A swapped activation is one draw of a random one: targets are ranked by what zero ablation would do.
@@ -377,9 +377,9 @@ def measure_all(
         # As sparse as the dictionary on these prompts, or it would change more or fewer directions at a time.
         active = round(tested.statistics.fires_F.sum() / max(tested.statistics.positions, 1))
         untrained = ablation(bases.untrained(dictionary, active, config.seed))
-    others = {name: ablation(other) for name, other in (repeats or {}).items()}
+    repeated = {name: ablation(repeat) for name, repeat in (repeats or {}).items()}
     # Before anything is measured, so that the slopes of placebo targets are computed once for all dictionaries.
-    tested.choose_placebos([*([untrained] if untrained and config.untrained else []), *others.values()])
+    tested.choose_placebos([*([untrained] if untrained and config.untrained else []), *repeated.values()])
     tables, dose = _measure_dictionary(tested, TESTED, prompts, text)
     if untrained and config.untrained:
         tables += _measure_dictionary(untrained, UNTRAINED, prompts, text)[0]
@@ -387,8 +387,8 @@ def measure_all(
         basis = untrained if name == "untrained" else _basis(name, tested, dictionary, ablation)
         if basis is not None:
             tables += _measure_basis(basis, name, dose, text)
-    for name, other in others.items():
-        tables += _measure_dictionary(other, name, prompts, text)[0]
+    for name, repeat in repeated.items():
+        tables += _measure_dictionary(repeat, name, prompts, text)[0]
     return merge_tables(tables)
 
 
@@ -460,14 +460,14 @@ def _measure_dictionary(
         # objective.
         edits = [*controls, *reduced]
         tables.append(ablation.table(edits, norms(edits)))
-    others = [(name, theirs) for name, theirs in prompts.items() if name != ablation.behaviour]
+    behaviours = [item for item in prompts.items() if item[0] != ablation.behaviour]
     # Together, so that few programs are compiled; but random activations are drawn from all prompts of a call.
-    for some in [[each] for each in others] if ablation.config.replacement == "random" else [others]:
-        theirs = [prompt for _, each in some for prompt in each if prompt.split == "test"]
-        if theirs:
-            diffs = ablation.run(grid[-1:], prompts=theirs)
-            named = [prompt for each in some for prompt in define_prompts(*each) if prompt.split == "test"]
-            tables.append(EffectsTable.block(grid[-1:], named, dict(logit_diff=diffs.ablated_SxP)))
+    for group in [[item] for item in behaviours] if ablation.config.replacement == "random" else [behaviours]:
+        tests = [prompt for _, each in group for prompt in each if prompt.split == "test"]
+        if tests:
+            diffs = ablation.run(grid[-1:], prompts=tests)
+            definitions = [prompt for item in group for prompt in define_prompts(*item) if prompt.split == "test"]
+            tables.append(EffectsTable.block(grid[-1:], definitions, dict(logit_diff=diffs.ablated_SxP)))
     if text:
         tables.append(_measure_text(ablation, grid, KL_FRACTIONS if name == TESTED else KL_FRACTIONS[-1:], text))
     if name == TESTED and ablation.config.effects == "all":

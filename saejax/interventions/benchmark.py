@@ -114,7 +114,7 @@ class BenchmarkAblation(BehaviourAblation):
     #: attribution of each feature for each placebo target, [F] each, once these were measured.
     placebo_attribution: list[np.ndarray] = dataclasses.field(default_factory=list, init=False)
     #: the other dictionaries whose placebo sets were chosen with those of this one.
-    others: "list[BenchmarkAblation]" = dataclasses.field(default_factory=list, init=False)
+    sharing: "list[BenchmarkAblation]" = dataclasses.field(default_factory=list, init=False)
 
     def __post_init__(self):
         config, train = self.config, self.items.train
@@ -130,9 +130,9 @@ class BenchmarkAblation(BehaviourAblation):
     def _references(self, references: Sequence[Reference]) -> References:
         return References(self.split, references, self.batch_tokens, self.progress.check)
 
-    def _attributions(self, references: Sequence[Reference], others: Sequence[SplitModel] = ()) -> list[np.ndarray]:
-        """Return attributions for each of N references, [N, F], of this dictionary and of others."""
-        return attributions([self.split, *others], references, self.batch_tokens, self.progress.check)
+    def _attributions(self, references: Sequence[Reference], splits: Sequence[SplitModel] = ()) -> list[np.ndarray]:
+        """Return attributions for each of N references, [N, F], of this dictionary and of those in ``splits``."""
+        return attributions([self.split, *splits], references, self.batch_tokens, self.progress.check)
 
     def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return the log-likelihood of the reference answers, clean [P] and under each edit [E, P]."""
@@ -165,13 +165,13 @@ class BenchmarkAblation(BehaviourAblation):
         """Return no means: nearly every item has an answer of its own."""
         return np.zeros((0, 0))
 
-    def choose_placebos(self, others: Sequence[BehaviourAblation]) -> None:
-        """Choose the placebo sets of this dictionary, and of others with it."""
-        self.others = [cast(BenchmarkAblation, other) for other in others]
-        every = [self, *self.others]
+    def choose_placebos(self, ablations: Sequence[BehaviourAblation]) -> None:
+        """Choose the placebo sets of this dictionary, and of those in ``ablations``."""
+        self.sharing = [cast(BenchmarkAblation, each) for each in ablations]
+        every = [self, *self.sharing]
         targets = placebo_references(self._train_references, self.config.placebo_targets, self.config.seed)
         for target in targets:
-            rows = self._attributions(target, [each.split for each in self.others])
+            rows = self._attributions(target, [each.split for each in self.sharing])
             self.progress.of_call(len(self.train))(1, 1)
             for each, rows_NxF in zip(every, rows, strict=True):
                 each.placebo_attribution.append(rows_NxF.mean(axis=0, dtype=np.float64))
@@ -189,9 +189,9 @@ class BenchmarkAblation(BehaviourAblation):
 
         Args:
           items: P items.
-          dictionaries: some of those of ``others``, whose attributions follow those of the tested one.
+          dictionaries: some of those of ``sharing``, whose attributions follow those of the tested one.
         """
-        ablation_of = {id(each.basis): each for each in self.others}
+        ablation_of = {id(each.basis): each for each in self.sharing}
         chosen = [self, *(ablation_of[id(dictionary)] for dictionary in dictionaries)]
         # Those for the items that chose features are there already.
         train_ids = {item.id for item in self.train}

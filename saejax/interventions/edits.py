@@ -68,23 +68,23 @@ class ActivationReplacement:
         seed = np.random.SeedSequence([int(self.seed), number]).generate_state(1)[0]
         return dataclasses.replace(self, seed=np.uint32(seed))
 
-    def changes(self, f_PxTxF: jax.Array, other_PxTxF: jax.Array, domain_PxT: jax.Array) -> jax.Array:
+    def changes(self, f_PxTxF: jax.Array, counterpart_PxTxF: jax.Array, domain_PxT: jax.Array) -> jax.Array:
         """Return where an activation differs from its replacement, bool.
 
         Args:
           f_PxTxF: all features of some prompts, 0 where they are not editable.
-          other_PxTxF: those of the prompts' counterparts.
+          counterpart_PxTxF: those of the prompts' counterparts.
           domain_PxT: True at editable positions.
         """
         if self.kind in ("mean", "counterpart"):
-            replacement = self._means(f_PxTxF) if self.kind == "mean" else other_PxTxF
+            replacement = self._means(f_PxTxF) if self.kind == "mean" else counterpart_PxTxF
             return domain_PxT[:, :, None] & (f_PxTxF != replacement)
         return f_PxTxF != 0
 
     def removed(
         self,
         f_BxTxK: jax.Array,
-        other_BxTxK: jax.Array,
+        counterpart_BxTxK: jax.Array,
         domain_BxT: jax.Array,
         features_K: jax.Array,
         prompts: jax.Array,
@@ -93,7 +93,7 @@ class ActivationReplacement:
 
         Args:
           f_BxTxK: as for ``changes``, of all prompts of a clean run.
-          other_BxTxK: likewise.
+          counterpart_BxTxK: likewise.
           domain_BxT: likewise.
           features_K: the features.
           prompts: number of the B rows that are prompts; the others are copies.
@@ -102,7 +102,7 @@ class ActivationReplacement:
             return f_BxTxK
         if self.kind == "random":
             return f_BxTxK - self._drawn(f_BxTxK, features_K, prompts)
-        replacement = self._means(f_BxTxK, features_K) if self.kind == "mean" else other_BxTxK
+        replacement = self._means(f_BxTxK, features_K) if self.kind == "mean" else counterpart_BxTxK
         return jnp.where(domain_BxT[:, :, None], f_BxTxK - replacement, 0.0)  # not at sinks
 
     def _means(self, f_BxTxK: jax.Array, features_K: jax.Array | None = None) -> jax.Array:
@@ -120,15 +120,15 @@ class ActivationReplacement:
         fires_NxK = (f_NxK != 0) & is_prompt_N[:, None]
         place_NxK = jnp.argsort(~fires_NxK, axis=0, stable=True)  # the firing positions come first, in their order
         rank_NxK = jnp.cumsum(fires_NxK, axis=0) - 1
-        others_1xK = fires_NxK.sum(axis=0, keepdims=True) - 1
+        choices_1xK = fires_NxK.sum(axis=0, keepdims=True) - 1
         # Each feature has its own key: its draws are the same whatever features it is gathered with.
         unit_NxK = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(key, k), (len(f_NxK),)), out_axes=1)(
             features_K
         )
-        drawn_NxK = jnp.minimum((unit_NxK * others_1xK).astype(jnp.int32), jnp.maximum(others_1xK - 1, 0))
+        drawn_NxK = jnp.minimum((unit_NxK * choices_1xK).astype(jnp.int32), jnp.maximum(choices_1xK - 1, 0))
         drawn_NxK = jnp.where(drawn_NxK >= rank_NxK, drawn_NxK + 1, drawn_NxK)  # any position but this one
         resampled_NxK = jnp.take_along_axis(f_NxK, jnp.take_along_axis(place_NxK, drawn_NxK, axis=0), axis=0)
-        return jnp.where(fires_NxK & (others_1xK > 0), resampled_NxK, f_NxK).reshape(shape)
+        return jnp.where(fires_NxK & (choices_1xK > 0), resampled_NxK, f_NxK).reshape(shape)
 
 
 ZERO = ActivationReplacement()
@@ -142,9 +142,9 @@ def removed_on_average(f_BxTxF: jax.Array, fires_F: jax.Array, sum_F: jax.Array)
       fires_F: at how many positions of the clean run each feature is not 0.
       sum_F: the sum of its activations there.
     """
-    others_1x1xF = fires_F[None, None, :] - 1
-    mean_BxTxF = (sum_F[None, None, :] - f_BxTxF) / jnp.maximum(others_1x1xF, 1)
-    return jnp.where((f_BxTxF != 0) & (others_1x1xF > 0), f_BxTxF - mean_BxTxF, 0.0)
+    choices_1x1xF = fires_F[None, None, :] - 1
+    mean_BxTxF = (sum_F[None, None, :] - f_BxTxF) / jnp.maximum(choices_1x1xF, 1)
+    return jnp.where((f_BxTxF != 0) & (choices_1x1xF > 0), f_BxTxF - mean_BxTxF, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -180,7 +180,7 @@ def run_edits(
     # Behind the edits stand two clean runs: from all tokens and from the last one alone.
     planned = edits.with_clean_rows(2)
     pairs = zip(runs, counterparts or runs, strict=True)
-    edited = [EditedRun(run, other, edits.replacement.of_run(number)) for number, (run, other) in enumerate(pairs)]
+    edited = [EditedRun(*pair, edits.replacement.of_run(number)) for number, pair in enumerate(pairs)]
     plans = [_plan(split, each, planned, batch_rows) for each in edited]
     batches = [(each.run.index_P, batch) for each, plan in zip(edited, plans, strict=True) for batch in plan]
     measured = _measure(split, edited, plans, planned, readouts, on_progress)
@@ -208,8 +208,8 @@ def change_norms(
 ) -> np.ndarray:
     """Return the norm of the change at the site, over all positions of each prompt, float64 ``[S, P]``."""
     norm_SxP = np.zeros((len(edits), sum(len(run.index_P) for run in runs)))
-    for number, (run, other) in enumerate(zip(runs, counterparts or runs, strict=True)):
-        edited = EditedRun(run, other, edits.replacement.of_run(number))
+    for number, (run, counterpart) in enumerate(zip(runs, counterparts or runs, strict=True)):
+        edited = EditedRun(run, counterpart, edits.replacement.of_run(number))
         count = len(run.index_P)
         editable_PxT = np.asarray(run.domain_BxT)[:count]
         # In chunks, as activations of all named features at all positions may not fit.
@@ -224,7 +224,7 @@ class EditedRun(NamedTuple):
     """Prompts without an edit, their counterparts (or once more themselves), and what replaces activations."""
 
     run: CleanRun
-    other: CleanRun
+    counterpart: CleanRun
     source: ActivationReplacement
 
     @property
@@ -233,17 +233,17 @@ class EditedRun(NamedTuple):
 
         The arrays are the values read and the editable positions of the prompts and, if used, of their counterparts.
         """
-        arrays = [array for run in (self.run, self.other) for array in (run.read_BxTxD, run.domain_BxT)]
+        arrays = [array for run in (self.run, self.counterpart) for array in (run.read_BxTxD, run.domain_BxT)]
         return self.source, arrays if self.source.kind == "counterpart" else arrays[:2]
 
     @property
     def prompts(self) -> Prompts:
         """The prompts, and which prefixes are shared: those in which edits change the same."""
-        prefix_PxT, other_PxT = self.run.prefix_PxT, self.other.prefix_PxT
+        prefix_PxT, counterpart_PxT = self.run.prefix_PxT, self.counterpart.prefix_PxT
         if self.source.kind == "random":  # draws differ from prompt to prompt
             prefix_PxT = all_different(prefix_PxT)
         elif self.source.kind == "counterpart":
-            prefix_PxT = prefix_PxT * (int(other_PxT.max(initial=0)) + 1) + other_PxT
+            prefix_PxT = prefix_PxT * (int(counterpart_PxT.max(initial=0)) + 1) + counterpart_PxT
         return Prompts(self.run.last_B[: len(prefix_PxT)], prefix_PxT)
 
 

@@ -238,10 +238,10 @@ def _test_group(
         kind = int(np.argmax(injected_2xNxK[:, :, k].mean(axis=1)))
         random_N, injected_N = random_2xNxK[kind, :, k], injected_2xNxK[kind, :, k]
         tokens = [ids[0] for ids in snippets[k][0]]
-        at_tokens = [acts_TxK[np.isin(ids, tokens), k] for ids, acts_TxK in zip(ordinary, plain, strict=True)]
+        acts_at_tokens = [acts_TxK[np.isin(ids, tokens), k] for ids, acts_TxK in zip(ordinary, plain, strict=True)]
         # In ordinary text the same tokens have other roles: what is active there, too, is driven by them.
-        other = np.array([acts.max() for acts in at_tokens if len(acts)], np.float64)
-        weights = resampling_weights(np.zeros(len(other)), resamples, seed) if len(other) > 1 else None
+        at_tokens_N = np.array([acts.max() for acts in acts_at_tokens if len(acts)], np.float64)
+        weights = resampling_weights(np.zeros(len(at_tokens_N)), resamples, seed) if len(at_tokens_N) > 1 else None
         yield FalsifiedFeature(
             group=group,
             feature=int(feature),
@@ -253,8 +253,8 @@ def _test_group(
             activation=mean_interval(injected_N, weight_RxN),
             real=mean_interval(real_MxK[:, k], weight_RxM),
             test=judge_injection(random_N, injected_N, real_MxK[:, k], resamples, seed),
-            counterexamples=len(other),
-            counterexample=mean_interval(other, weights) if weights is not None else None,
+            counterexamples=len(at_tokens_N),
+            counterexample=mean_interval(at_tokens_N, weights) if weights is not None else None,
         )
 
 

@@ -348,10 +348,10 @@ def describe_columns(lm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Toke
     columns = []
     for position in range(-int(sides[0].lengths_B.max()), 0):
         has_P = sides[0].lengths_B + position >= 0
-        ids, others = (tokens.ids_BxT[has_P, (tokens.lengths_B + position)[has_P]] for tokens in sides)
+        ids, counterpart_ids = (tokens.ids_BxT[has_P, (tokens.lengths_B + position)[has_P]] for tokens in sides)
         ((token, count),) = collections.Counter(ids.tolist()).most_common(1)
         prompts_here = int(has_P.sum())
-        share, differs = count / prompts_here, float((ids != others).mean())
+        share, differs = count / prompts_here, float((ids != counterpart_ids).mean())
         columns.append(TokenColumn(position, prompts_here, text(token), share, differs))
     return tuple(columns)
 

@@ -250,8 +250,8 @@ def mean_differences(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
     """
     member_KxN = class_N[None, :] == np.unique(class_N)[:, None]
     weight_KxN = member_KxN / member_KxN.sum(axis=1, keepdims=True)
-    others_KxN = ~member_KxN / np.maximum((~member_KxN).sum(axis=1, keepdims=True), 1)
-    difference_KxC = (weight_KxN - others_KxN) @ x_NxC
+    outside_KxN = ~member_KxN / np.maximum((~member_KxN).sum(axis=1, keepdims=True), 1)
+    difference_KxC = (weight_KxN - outside_KxN) @ x_NxC
     return np.abs(difference_KxC) if len(difference_KxC) == 2 else difference_KxC
 
 
@@ -286,9 +286,9 @@ def permutation_p(answer_M: np.ndarray, class_M: np.ndarray, draws: int, rng: np
     return float((1 + (right_R >= (answer_M == class_M).sum()).sum()) / (1 + draws))
 
 
-def paired_difference(right_M: np.ndarray, other_M: np.ndarray, seed: int) -> Interval:
-    """Return how much more often one probe is right (right_M) than another (other_M); the seed is the bootstrap's."""
-    difference_M = right_M.astype(float) - other_M
+def paired_difference(right_M: np.ndarray, baseline_M: np.ndarray, seed: int) -> Interval:
+    """Return how much more often a probe is right (right_M) than another (baseline_M); the seed is the bootstrap's."""
+    difference_M = right_M.astype(float) - baseline_M
     count = len(difference_M)
     return mean_interval(difference_M, resampling_weights(np.zeros(count), _RESAMPLES, seed) if count > 1 else None)
 

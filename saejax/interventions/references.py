@@ -294,9 +294,9 @@ def placebo_references(references: Sequence[Reference], count: int, seed: int) -
         target = []
         for reference in references:
             length = len(reference.answer)
-            others = [other.answer[:length] for other in references if len(other.answer) >= length]
+            answers = [each.answer[:length] for each in references if len(each.answer) >= length]
             # Of equal length, since longer answers have lower log-likelihoods whatever they say.
-            fitting = [answer for answer in others if answer != reference.answer]
+            fitting = [answer for answer in answers if answer != reference.answer]
             if fitting:
                 target.append(Reference(reference.context, fitting[int(rng.integers(len(fitting)))]))
         if target:

@@ -234,9 +234,9 @@ def first_change(
     length = arrays[1].shape[1]
     position_T = jnp.arange(length, dtype=jnp.int32)
 
-    def first(f_PxTxF: jax.Array, domain_PxT: jax.Array, *others: jax.Array) -> jax.Array:
-        other_PxTxF = active_features(dictionary, *others) if others else f_PxTxF
-        changes_PxTxF = source.changes(f_PxTxF, other_PxTxF, domain_PxT)
+    def first(f_PxTxF: jax.Array, domain_PxT: jax.Array, *counterpart: jax.Array) -> jax.Array:
+        counterpart_PxTxF = active_features(dictionary, *counterpart) if counterpart else f_PxTxF
+        changes_PxTxF = source.changes(f_PxTxF, counterpart_PxTxF, domain_PxT)
         return jnp.min(jnp.where(changes_PxTxF, position_T[None, :, None], jnp.int32(length)), axis=1)
 
     first_BxF = of_features(dictionary, [*arrays[:2], *arrays[1:]], first)
@@ -262,8 +262,8 @@ def gather(
 
     # All features are encoded, in parts, before some are chosen: a TopK's activations depend on the others.
     f_BxTxK = of_features(dictionary, arrays[:2], chosen)
-    other_BxTxK = of_features(dictionary, arrays[2:], chosen) if arrays[2:] else f_BxTxK
-    fall_BxTxK = source.removed(f_BxTxK, other_BxTxK, arrays[1], features_K, prompts)
+    counterpart_BxTxK = of_features(dictionary, arrays[2:], chosen) if arrays[2:] else f_BxTxK
+    fall_BxTxK = source.removed(f_BxTxK, counterpart_BxTxK, arrays[1], features_K, prompts)
     W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
     return jax.lax.with_sharding_constraint((fall_BxTxK, W_dec_KxD), sharding(point.mesh))
 

@@ -61,10 +61,10 @@ def slopes(lm: LanguageModel, prompts: Sequence[Prompt], readout: str, site: str
         # The last batch is padded with copies, so that one program serves all.
         rows_B = np.minimum(np.arange(first, first + PROMPTS), len(prompts) - 1)
         arrays = tokens.ids_BxT, tokens.mask_BxT, tokens.last_B, answers_Px2
-        ids_BxT, *others = by_row(lm.mesh, *(array[rows_B] for array in arrays))
-        rows = SiteRows(*_prefix(point, lm.params, ids_BxT), *others)
+        ids_BxT, *positions_and_answers = by_row(lm.mesh, *(array[rows_B] for array in arrays))
+        rows = SiteRows(*_prefix(point, lm.params, ids_BxT), *positions_and_answers)
         parts.append(to_host(_readout_slopes(point, lm.params, rows, readout))[: len(prompts) - first])
-    slope_PxTxD = np.concatenate(parts).astype(np.float32)
+    slope_PxTxD = np.concatenate(parts).astype(np.float32, copy=False)
     if not np.isfinite(slope_PxTxD).all():
         raise UserError(_not_finite(point))
     return slope_PxTxD
@@ -135,11 +135,11 @@ def attribution(
     """
     shape = sum(len(run.index_P) for run in runs), split.dictionary.config.n_features
     attribution_NxF = np.zeros(shape, np.float32)
-    for run, other in zip(runs, counterparts or runs, strict=True):
+    for run, counterpart in zip(runs, counterparts or runs, strict=True):
         arrays = _random_sums(split, run, source)
         for part, rows in split.slices(run):
             if source.kind == "counterpart":
-                arrays = tuple(split.by_row(other.read_BxTxD[part], other.domain_BxT[part]))
+                arrays = tuple(split.by_row(counterpart.read_BxTxD[part], counterpart.domain_BxT[part]))
             model, targets_1xBx2 = (split.point, split.params, [split.dictionary]), run.answers_Bx2[None, part]
             (scores_1xBxF,) = score_targets(*model, [rows], None, targets_1xBx2, source, [arrays])
             index_P = run.index_P[part]
@@ -275,9 +275,9 @@ def _mean_fall(
     f_BxTxF = active_features(dictionary, rows.read_BxTxD, rows.domain_BxT)
     if source.kind == "random":
         return removed_on_average(f_BxTxF, *source_arrays)
-    other_BxTxF = active_features(dictionary, *source_arrays) if source_arrays else f_BxTxF
+    counterpart_BxTxF = active_features(dictionary, *source_arrays) if source_arrays else f_BxTxF
     every_F = jnp.arange(f_BxTxF.shape[-1])
-    return source.removed(f_BxTxF, other_BxTxF, rows.domain_BxT, every_F, jnp.int32(len(rows.last_B)))
+    return source.removed(f_BxTxF, counterpart_BxTxF, rows.domain_BxT, every_F, jnp.int32(len(rows.last_B)))
 
 
 def _not_finite(point: SplitPoint) -> str:

@@ -129,12 +129,12 @@ class SplitModel:
                     "or use another --ablate.replacement"
                 )
         texts = [prompt.text for prompt in prompts], [prompt.counterpart for prompt in prompts]
-        lengths, others = (self._model.tokenize(side).lengths_B for side in texts)
-        for row in np.flatnonzero(lengths != others)[:1]:
+        lengths, counterpart_lengths = (self._model.tokenize(side).lengths_B for side in texts)
+        for row in np.flatnonzero(lengths != counterpart_lengths)[:1]:
             raise UserError(
                 f"{prompts[row].behaviour}: {prompts[row].text!r} has {lengths[row]} tokens and its counterpart "
-                f"{prompts[row].counterpart!r} {others[row]}: --ablate.replacement=counterpart takes pairs of one "
-                "length"
+                f"{prompts[row].counterpart!r} {counterpart_lengths[row]}: --ablate.replacement=counterpart takes "
+                "pairs of one length"
             )
         return self.run([dataclasses.replace(prompt, text=prompt.counterpart) for prompt in prompts])
 

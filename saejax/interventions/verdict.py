@@ -253,13 +253,13 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
     """Test question 5: are other behaviours and held-out text spared?"""
     top = measured.top.edits[-1:]
     rises: dict[str, tuple[np.ndarray, list[str], float]] = {}
-    for other in (name for name in table.behaviours if name != measured.behaviour):
-        prompts = table.select_prompts(other)
+    for behaviour in (name for name in table.behaviours if name != measured.behaviour):
+        prompts = table.select_prompts(behaviour)
         clean_P = table.clean_values(prompts, "logit_diff")
         # By size: the margin of a behaviour whose wrong answer the model prefers would be one that nothing keeps.
         margin = config.max_other_drop * abs(float(clean_P.mean()))
         drop_P = table.drops(top, prompts, "logit_diff")[0]
-        rises[other] = (drop_P, [prompt.template for prompt in prompts], margin)
+        rises[behaviour] = (drop_P, [prompt.template for prompt in prompts], margin)
     documents = table.select_prompts(TEXT)
     if documents:
         rise_P = table.values(top, documents, "ce")[0] - table.clean_values(documents, "ce")
@@ -290,9 +290,9 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
 
 def _replication(behaviour: str, seeds: Sequence[Mapping[str, BehaviourVerdict]]) -> CausalAnswer:
     """Count the dictionaries of other seeds in which the first three questions are answered yes, too."""
-    others = [answers[behaviour] for answers in seeds if behaviour in answers]
-    answered = [dict(ablation=next(iter(o.ablation.values())), random=o.random, placebo=o.placebo) for o in others]
+    verdicts = [answers[behaviour] for answers in seeds if behaviour in answers]
+    answered = [dict(ablation=next(iter(v.ablation.values())), random=v.random, placebo=v.placebo) for v in verdicts]
     counts = {key: sum(each[key].answer == "yes" for each in answered) for key in ("ablation", "random", "placebo")}
-    numbers = {name: float(count) for name, count in counts.items()} | dict(dictionaries=float(len(others)))
-    answer = "yes" if all(count == len(others) for count in counts.values()) else "no"
-    return CausalAnswer(answer, wording.replication_sentence(counts, len(others)), numbers=numbers)
+    numbers = {name: float(count) for name, count in counts.items()} | dict(dictionaries=float(len(verdicts)))
+    answer = "yes" if all(count == len(verdicts) for count in counts.values()) else "no"
+    return CausalAnswer(answer, wording.replication_sentence(counts, len(verdicts)), numbers=numbers)

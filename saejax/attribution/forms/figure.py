@@ -59,7 +59,7 @@ def draw_graph(document: GraphDocument, *, max_nodes: int = 50, max_edges: int =
       document: metadata, qParams, nodes, links.
       max_nodes: how many features and errors are drawn at most, the most influential ones. Those without an edge to
         another of them are left out, and so are such tokens; outputs are always drawn.
-      max_edges: how many edges between them are drawn, those of the largest score (``scores``); besides, the
+      max_edges: how many edges between them are drawn, those of the largest score (``link_scores``); besides, the
         strongest input and the strongest output of every node, so that each has its place in the circuit.
 
     Raises:
@@ -192,7 +192,7 @@ def _lines(group: list[Box], width: float) -> list[list[Box]]:
     """Place the boxes of a layer from left to right, in as many lines as they need; return the lines from below."""
     lines: list[list[Box]] = [[]]
     for box in group:
-        if lines[-1] and sum(other.width + _GAP for other in (*lines[-1], box)) > width - _GUTTER - _GAP:
+        if lines[-1] and sum(member.width + _GAP for member in (*lines[-1], box)) > width - _GUTTER - _GAP:
             lines.append([])
         lines[-1].append(box)
     for line in lines:

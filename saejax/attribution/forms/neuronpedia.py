@@ -193,10 +193,10 @@ def write_graph(folder: Path, document: GraphDocument, *, replace: bool = False)
             raise UserError(f"{folder} has a graph {slug!r} already: name another slug, or ask for it to be replaced")
         entry = {name: value for name, value in metadata.items() if name in _LISTED}
         place = slugs.index(slug) if slug in slugs else len(slugs)
-        others = [item for item, name in zip(listed["graphs"], slugs) if name != slug]
+        entries = [item for item, name in zip(listed["graphs"], slugs) if name != slug]
         # Before its entry: a list never names a graph that is not there. Without indents: graphs are large.
         write_text(path, json.dumps(document, allow_nan=False, separators=(",", ":")))
-        write_json(folder / INDEX, {**listed, "graphs": [*others[:place], entry, *others[place:]]})
+        write_json(folder / INDEX, {**listed, "graphs": [*entries[:place], entry, *entries[place:]]})
     return path
 
 

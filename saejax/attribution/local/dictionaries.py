@@ -296,9 +296,11 @@ class LayerSaes(LayerDictionaries):
                     f"{name} is a transcoder, from {sae.site} to {sae.config.target}: expected SAEs; transcoders "
                     "are named with --graph.transcoders, of all layers"
                 )
-            other, _ = by_layer.setdefault(Site.parse(sae.site).layer, (name, sae))
+            first_name, _ = by_layer.setdefault(Site.parse(sae.site).layer, (name, sae))
             if by_layer[Site.parse(sae.site).layer][1] is not sae:
-                raise UserError(f"{other} and {name} are SAEs of one layer ({sae.site}): expected one of each layer")
+                raise UserError(
+                    f"{first_name} and {name} are SAEs of one layer ({sae.site}): expected one of each layer"
+                )
         kept = [by_layer[layer] for layer in sorted(by_layer)]
         self.sites = tuple(Site.parse(sae.site) for _, sae in kept)
         name = ",".join(dict.fromkeys(name for name, _ in kept))

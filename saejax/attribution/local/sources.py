@@ -1,4 +1,4 @@
-"""The sources of a state model, laid out so that they are read off cotangents by products of matrices.
+"""The sources of a local replacement model, laid out so that they are read off cotangents by products of matrices.
 
 A source is a direction that is added at a place and a position. Place 0 is the stream entering layer 0, where tokens
 come in; place l + 1 is the output of layer l's MLP, for features, errors, biases, and for the whole output at the first
@@ -54,9 +54,9 @@ class Sources:
     def of(cls, state: LocalState) -> "Sources":
         """Lay out the sources of a local replacement model."""
         of_features, features = _features(state)
-        others = [_errors(state), _tokens(state), _first_mlps(state), _biases(state)]
-        first = [part.table_UxD for part in others]  # features come last in the table, and first of the sources
-        parts, ends = [of_features, *others], np.cumsum([0, *map(len, first)])
+        non_features = [_errors(state), _tokens(state), _first_mlps(state), _biases(state)]
+        first = [part.table_UxD for part in non_features]  # features come last in the table, and first of the sources
+        parts, ends = [of_features, *non_features], np.cumsum([0, *map(len, first)])
         starts = zip(parts, [ends[-1], *ends], strict=False)
         row_E = np.concatenate([part.row_E + start for part, start in starts])
         place_E = np.concatenate([part.place_E for part in parts])
@@ -121,7 +121,7 @@ def _features(state: LocalState) -> tuple[_Part, list[np.ndarray]]:
     active, transcoders = state.active, state.dictionaries
     row_A, rows_before, features = np.empty(len(active), np.int64), 0, []
     for layer in range(state.model.config.n_layers):
-        of_layer = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
+        of_layer = active.of_layer(layer)
         features_U, index = np.unique(active.feature_A[of_layer], return_inverse=True)
         row_A[of_layer] = rows_before + index * transcoders.written_layers(layer)
         rows_before += len(features_U) * transcoders.written_layers(layer)

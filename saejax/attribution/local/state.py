@@ -101,12 +101,12 @@ class LocalState(PromptRun):
             written_TxD = outputs.pop(layer)
             if written_TxD is None:
                 written_TxD = np.zeros((length, model.config.d_model), np.float32)
-            error_TxD, other_TxD = _errors(encoder, read[0], out[0], written_TxD, used_T)
+            error_TxD, mlp_TxD = _errors(encoder, read[0], out[0], written_TxD, used_T)
             # Raised at the end: where the model itself is not finite, that is the cause to name.
             if not (np.isfinite(active.value_A).all() and jnp.isfinite(error_TxD).all()):
                 broken.append(layer)
             active_by_layer.append(active)
-            values = dict(stream=x_TxD, error=error_TxD, first=other_TxD[:first], b_dec=encoder.b_dec_D[...])
+            values = dict(stream=x_TxD, error=error_TxD, first=mlp_TxD[:first], b_dec=encoder.b_dec_D[...])
             if encoder.config.skip:
                 values["skip"] = encoder.W_skip_DxD[...]
             for name, value in values.items():

@@ -168,12 +168,12 @@ class _Rows:
         features = len(run.active)
         into_NxB[:features] *= run.active.value_A[:, None]
         errors_GxDx1 = run.error_SxTxD[:, :tokens].reshape(len(gradient_GxBxD), -1, 1)
-        others = [
+        products = [
             np.matmul(gradient_GxBxD, errors_GxDx1)[..., 0],
             np.matmul(np.moveaxis(token_BxTxD[:, :tokens], 1, 0), self._token_PxD[..., None])[..., 0],
             np.matmul(at_SxPxBxD.sum(axis=1), self._bias_SxD[..., None])[..., 0],
         ]
-        into_NxB[features:] = np.concatenate(others)
+        into_NxB[features:] = np.concatenate(products)
         return into_NxB.T
 
 

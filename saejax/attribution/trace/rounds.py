@@ -38,17 +38,17 @@ AnyRun = TypeVar("AnyRun", bound=PromptRun)
 ROUNDS, ROUND_ROWS = 4, 2048  # rankings, at the least, and features that are attributed between two, at the most
 
 
-def columns_kept(rows: int, active: int, others: int) -> int:
+def columns_kept(rows: int, active: int, other_sources: int) -> int:
     """Return how many columns the rows have in the end.
 
     Args:
       rows: their number.
       active: number of active features.
-      others: number of other sources.
+      other_sources: number of sources that are no features.
     """
-    if rows * (active + others) <= WHOLE:
-        return active + others
-    return min(active, max(_SPARE * rows, _LEAST)) + others
+    if rows * (active + other_sources) <= WHOLE:
+        return active + other_sources
+    return min(active, max(_SPARE * rows, _LEAST)) + other_sources
 
 
 class RowStore:
@@ -56,7 +56,7 @@ class RowStore:
 
     Args:
       count: features that get a row.
-      others: rows of no feature, K.
+      targets: rows of targets that are no features, K.
       active: active features, which are the first of the sources.
       sources: their number S.
 
@@ -66,22 +66,22 @@ class RowStore:
       dropped_R, size_R: fp32 sums, and sums of absolute values, over the sources that have none.
     """
 
-    def __init__(self, count: int, others: int, active: int, sources: int):
-        self._count, self._others, self._active = count, others, active
-        self._room = columns_kept(count + others, active, sources - active)
-        first = count if self._room == sources else min(count, max(WHOLE // sources - others, _LEAST_ROWS))
-        self.row_BxC = np.zeros((first + others, sources), np.float32)
+    def __init__(self, count: int, targets: int, active: int, sources: int):
+        self._count, self._targets, self._active = count, targets, active
+        self._room = columns_kept(count + targets, active, sources - active)
+        first = count if self._room == sources else min(count, max(WHOLE // sources - targets, _LEAST_ROWS))
+        self.row_BxC = np.zeros((first + targets, sources), np.float32)
         self.column_C = np.arange(sources)
-        self.dropped_R, self.size_R = np.zeros((2, count + others), np.float32)
+        self.dropped_R, self.size_R = np.zeros((2, count + targets), np.float32)
         self._left_X = np.empty(0, np.int64)
 
     def room(self, done: int) -> int:
         """Return how many feature rows still fit after ``done`` of them, before columns have to be given up."""
-        return len(self.row_BxC) - self._others - done
+        return len(self.row_BxC) - self._targets - done
 
     def put(self, start: int | None) -> Put:
         """Return the writer of the rows from ``start`` on, or (None) of the rows that belong to no feature."""
-        first = len(self.row_BxC) - self._others if start is None else start
+        first = len(self.row_BxC) - self._targets if start is None else start
 
         def write(row_B: np.ndarray, value_BxS: np.ndarray) -> None:
             if len(self._left_X):
@@ -104,13 +104,12 @@ class RowStore:
           done: rows of features that there are.
         """
         old, sources = self.row_BxC, len(self.column_C)
-        others = sources - self._active
         kept_S = np.ones(sources, bool)
         kept_S[: self._active] = False
-        kept_S[ranked_A[: self._room - others]] = True
+        kept_S[ranked_A[: self._room - (sources - self._active)]] = True
         self.column_C, self._left_X = np.flatnonzero(kept_S), np.flatnonzero(~kept_S)
-        self.row_BxC = np.zeros((self._count + self._others, len(self.column_C)), np.float32)
-        for row in (*range(done), *range(-self._others, 0)):  # one by one: there is no room for copies
+        self.row_BxC = np.zeros((self._count + self._targets, len(self.column_C)), np.float32)
+        for row in (*range(done), *range(-self._targets, 0)):  # one by one: there is no room for copies
             self._write_narrow(np.array([row]), old[row][None])
 
     def sort(self, order_F: np.ndarray) -> None:

@@ -51,7 +51,7 @@ const app = {
 
   togglePin(i) {
     const off = app.state.pinned.includes(i);
-    const pinned = off ? app.state.pinned.filter((other) => other !== i) : [...app.state.pinned, i];
+    const pinned = off ? app.state.pinned.filter((node) => node !== i) : [...app.state.pinned, i];
     app.change({ pinned, groups: without(app.state.groups, new Set([i])) }, true);
     say(`${graph.labels[i]} is ${off ? "no longer " : ""}pinned.`);
   },
@@ -60,11 +60,11 @@ const app = {
     say(`${members.length} nodes are now the group ${name}.`);
   },
   ungroup(k) {
-    app.change({ groups: app.state.groups.filter((_, other) => other !== k) }, true);
+    app.change({ groups: app.state.groups.filter((_, index) => index !== k) }, true);
   },
   rename(k, name) {
     if (!name.trim()) return;
-    const groups = app.state.groups.map((group, other) => (other === k ? [name.trim(), group[1]] : group));
+    const groups = app.state.groups.map((group, index) => (index === k ? [name.trim(), group[1]] : group));
     app.change({ groups }, true);
   },
 };

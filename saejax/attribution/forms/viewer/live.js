@@ -41,7 +41,7 @@ function makeLive(graph, { live, labels }, app) {
   };
   const showChanges = () => {
     const { changes } = app.state;
-    const remove = (k) => app.change({ changes: changes.filter((_, other) => other !== k) }, true);
+    const remove = (k) => app.change({ changes: changes.filter((_, index) => index !== k) }, true);
     list.replaceChildren(
       ...changes.map((change, k) => {
         const label = `Remove ${words(change)}`;
@@ -58,11 +58,11 @@ function makeLive(graph, { live, labels }, app) {
     event.preventDefault();
     const members = choices[what.value]?.[1];
     if (!members) return;
-    const others = app.state.changes
-      .map((one) => ({ ...one, members: one.members.filter((i) => !members.includes(i)) }))
-      .filter((one) => one.members.length);
+    const kept = app.state.changes
+      .map((change) => ({ ...change, members: change.members.filter((i) => !members.includes(i)) }))
+      .filter((change) => change.members.length);
     clearEffects();
-    app.change({ changes: [...others, { how: how.value, amount: Number(amount.value), members }] }, true);
+    app.change({ changes: [...kept, { how: how.value, amount: Number(amount.value), members }] }, true);
   };
   for (const option of here("freeze").options) option.hidden = option.disabled = !live.freeze_modes.includes(option.value);
   here("freeze").onchange = (event) => {

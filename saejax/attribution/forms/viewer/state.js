@@ -186,13 +186,13 @@ function visibility(graph, state) {
 /** The edges of one node, strongest first: at least its AT_LEAST strongest, and further ones until they have the
  * slider's share of what it gets (or does). Edges to hidden nodes are left out. */
 function edgesShown(graph, state, visible, i, into) {
-  const other = into ? graph.source : graph.target;
+  const ends = into ? graph.source : graph.target;
   const shown = [];
   let before = 0;
   for (const e of edgesOf(graph, i, into)) {
     if (shown.length >= AT_LEAST && before >= state.edges && state.edges < 1) break;
     before += shareOf(graph, e, into);
-    if (visible.node[other[e]]) shown.push(e);
+    if (visible.node[ends[e]]) shown.push(e);
   }
   return shown;
 }

@@ -110,7 +110,7 @@ function numberPlace(points, taken) {
     const s = 1 - t;
     const y = s ** 3 * y1 + 3 * s * s * t * (y1 - bend) + 3 * s * t * t * (y2 + bend) + t ** 3 * y2;
     place = { x: x1 * (s ** 3 + 3 * s * s * t) + x2 * (t ** 3 + 3 * s * t * t), y: y + 4 };
-    if (taken.every((other) => Math.abs(other.x - place.x) > 40 || Math.abs(other.y - place.y) > 13)) break;
+    if (taken.every(({ x, y }) => Math.abs(x - place.x) > 40 || Math.abs(y - place.y) > 13)) break;
   }
   taken.push(place);
   return place;
