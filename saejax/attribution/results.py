@@ -125,8 +125,7 @@ class GraphResults:
     doubling: DoublingResults | None  #: None: not asked for
     circuits: CurveResults | None  #: None: not asked for, or a graph of SAEs
     heads: HeadResults | None  #: None: not asked for, or a graph of SAEs
-    #: of each head that is looked into: those asked for, or the one that carries most into the last position
-    query_key: tuple[QueryScores, ...]
+    query_key: tuple[QueryScores, ...]  #: of each head of ``--graph.query_key``
 
 
 @dataclasses.dataclass(frozen=True)

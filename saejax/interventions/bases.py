@@ -80,7 +80,7 @@ def linear(like: Dictionary, directions_FxD: np.ndarray, centre_D: np.ndarray | 
     """Return directions as a linear dictionary at the site that another one writes to, with its sink rule.
 
     Args:
-      like: the other dictionary.
+      like: a dictionary that gives the site and its sink rule.
       directions_FxD: F directions.
       centre_D: where a value stands from which all directions were removed; None: at 0.
     """

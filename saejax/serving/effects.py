@@ -18,7 +18,7 @@ from saejax.models.tokens import token_text
 from saejax.runner.parts import OnProgress, silent
 
 FREEZE_MODES = ("none", "attention", "all")  # with SAEs the first alone
-DRAWS = 7  # random sets: with the changes themselves as many rows as are run at once
+DRAWS = 7  # random sets: with the changes themselves 8 rows, to which fewer would be filled up
 _SHOWN = 8  # most probable tokens, before and after
 
 
@@ -34,7 +34,7 @@ def effects(
     Args:
       run: the run of the prompt.
       changes: "scale" or "set", the factor or the activation, and ids of features, each in one change.
-      freeze: what is frozen at its values in the prompt, "none" with SAEs; see ``interventions``.
+      freeze: what is frozen at its values in the prompt, "none" with SAEs; see ``LocalModel.run``.
       targets: the graph's targets, which are shown with the most probable tokens.
       on_progress: called with the numbers of layers done and of all layers; may raise to stop.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution.forms.document import DocumentNode, GraphDocument
+from saejax.attribution.forms.document import FEATURE_TYPE, DocumentNode, GraphDocument
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
@@ -216,7 +216,7 @@ def _check_same(document: GraphDocument, run: PromptRun) -> None:
 
 
 def _features(document: GraphDocument) -> list[DocumentNode]:
-    return [node for node in document["nodes"] if node["feature_type"] == "cross layer transcoder"]
+    return [node for node in document["nodes"] if node["feature_type"] == FEATURE_TYPE]
 
 
 def _feature(node: DocumentNode) -> tuple[int, int]:

@@ -98,10 +98,10 @@ def page_html(
 
 
 def page_edges(document: GraphDocument) -> dict[str, list[float]]:
-    """Return the links as columns, the strongest first (``scores``), so that the page neither parses names nor sorts.
+    """Return the links as columns, the strongest first, so that the page neither parses names nor sorts.
 
     Returns:
-      ``source`` and ``target``, indices of nodes, ``weight`` and ``score``.
+      ``source`` and ``target``, indices of nodes, ``weight`` and ``score`` (``link_scores``).
     """
     links, scores_E = document["links"], link_scores(document)
     order = ranked(document, scores_E).tolist()
