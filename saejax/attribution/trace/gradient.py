@@ -130,8 +130,6 @@ class _Rows:
         group_A = _slots(run, active.layer_A) * tokens + active.position_A
         self._starts = np.searchsorted(group_A, np.arange(len(layer_S) * tokens + 1))
         self._token_PxD = to_host(run.stream_LxTxD[0, :tokens])
-        biases = (run.dictionaries.load(layer, run.model.mesh).b_dec_D[...] for layer in layer_S)
-        self._bias_SxD = np.stack([to_host(b_dec_D) for b_dec_D in biases])
 
     def __call__(self, readings: Readings, top_B: np.ndarray, put: Put) -> None:
         """Compute what each source contributes to each target.
@@ -171,7 +169,7 @@ class _Rows:
         products = [
             np.matmul(gradient_GxBxD, errors_GxDx1)[..., 0],
             np.matmul(np.moveaxis(token_BxTxD[:, :tokens], 1, 0), self._token_PxD[..., None])[..., 0],
-            np.matmul(at_SxPxBxD.sum(axis=1), self._bias_SxD[..., None])[..., 0],
+            np.matmul(at_SxPxBxD.sum(axis=1), run.b_dec_SxD[..., None])[..., 0],
         ]
         into_NxB[features:] = np.concatenate(products)
         return into_NxB.T

@@ -79,6 +79,7 @@ class SaeRun(PromptRun):
     sites: SaeSites  #: where the SAEs stand
     read_SxTxD: jax.Array  #: fp32, what they read
     error_SxTxD: np.ndarray  #: fp32, what the SAEs do not explain; at attention sinks all but b_dec
+    b_dec_SxD: np.ndarray  #: biases of the decoders
     direct: bool  #: whether gradients stop at the sites, as these are frozen at their values
 
     @classmethod
@@ -107,7 +108,7 @@ class SaeRun(PromptRun):
         logits_V = to_host(decoder.unembed(model.config, model.params, last_D[None], rules)[0])
         if not np.isfinite(logits_V).all():
             raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
-        active_by_site, errors = [], []
+        active_by_site, errors, biases = [], [], []
         for site, read_TxD in zip(saes.sites, read_SxTxD, strict=True):
             sae = saes.load(site.layer, model.mesh)
             # Padding has no features; attention sinks are left out by the SAE's own rule.
@@ -117,12 +118,13 @@ class SaeRun(PromptRun):
             # Chunk by chunk: the activations of all positions would exceed the memory with a wide SAE.
             chunks = [slice(start, start + size) for start in range(0, length, size)]
             errors.append(np.concatenate([to_host(_errors(sae, read_TxD[chunk], used_T[chunk])) for chunk in chunks]))
+            biases.append(to_host(sae.b_dec_D[...]))
         active = Active.concatenate(active_by_site)
         if not len(active):
             raise UserError(f"no feature of {saes.name} is active in this prompt: is it of this model?")
         return cls(
             model, saes, rules, ids_P, active, logits_V, last_D, stream_LxTxD, sites, read_SxTxD, np.stack(errors),
-            direct,
+            np.stack(biases), direct,
         )  # fmt: skip
 
     def gradients(self, readings: Readings, top: np.int32) -> tuple[np.ndarray, np.ndarray]:
