@@ -101,6 +101,9 @@ def test_a_prefix_is_shared_where_that_of_the_counterpart_is_too():
     pairs = list(zip(prefix_PxT.ravel().tolist(), other_PxT.ravel().tolist(), strict=True))
     for a, first in zip(shared_PxT.ravel(), pairs, strict=True):
         assert [a == b for b in shared_PxT.ravel()] == [first == second for second in pairs]
+    # Draws differ from prompt to prompt, so nothing is shared.
+    drawn_PxT = ablation.EditedRun(*runs, ActivationReplacement("random", seed=np.uint32(3))).prompts.prefix_PxT
+    assert len(np.unique(drawn_PxT)) == drawn_PxT.size
 
 
 def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(split, pairs):

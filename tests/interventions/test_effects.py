@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from full_passes import effects_by_full_passes
 
+from saejax import load_model
 from saejax.errors import UserError
 from saejax.interventions import edits, engine, slopes
 from saejax.interventions.edits import ActivationReplacement
@@ -89,6 +90,13 @@ def test_resampled_activations_come_from_other_positions(tiny, few, dictionary):
     other = engine.effects(tiny, few, edits.resample(dictionary, SETS, seed=5), ("logit_diff", "change_norm"))
     np.testing.assert_array_equal(got, again)
     assert np.abs(got - other).max() > 1e-3 and np.abs(got[-1, :, 1]).max() == 0.0
+
+
+def test_what_is_added_on_eight_devices_is_what_is_added_on_one(tiny, tiny_llama, few, dictionary):
+    over_8, batch = load_model(str(tiny_llama)), make_edits(dictionary)["add"]
+    assert over_8.mesh.shape["data"] == 8
+    got = engine.effects(over_8, few, batch, READOUTS)
+    np.testing.assert_allclose(got, engine.effects(tiny, few, batch, READOUTS), atol=2e-5)
 
 
 def test_a_set_with_a_feature_twice_or_out_of_range_is_refused(dictionary):
