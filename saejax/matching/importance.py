@@ -25,6 +25,7 @@ PLACEBO_QUANTILE = 0.95
 _BATCH_TOKENS = 2048
 _PERMUTATIONS, _PAIRS = 9999, 8  # fewer pairs have no rank correlation to speak of
 _PRODUCTS = 2**24  # products held at once
+_ARRAYS = ("text_N", "end_N", "importance_F", "placebo_RxF")  # of ``ItemFeatures``, in its file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +42,14 @@ class ItemFeatures:
 
     def save(self, path: Path) -> None:
         """Write the features to a .npz file."""
-        f = self.activity.f_NxF
-        arrays = {name: getattr(self, name) for name in ("text_N", "end_N", "importance_F", "placebo_RxF")}
-        parts = dict(data=f.data, indices=f.indices, indptr=f.indptr, shape=f.shape, real_N=self.activity.real_N)
-        np.savez(path, ids=np.array(self.ids), **parts, **arrays)
+        self.activity.save(path, ids=np.array(self.ids), **{name: getattr(self, name) for name in _ARRAYS})
 
     @classmethod
     def load(cls, path: Path) -> "ItemFeatures":
         """Read what ``save`` wrote."""
         activity = Activity.load(path)
         with np.load(path) as parts:
-            arrays = {name: parts[name] for name in ("text_N", "end_N", "importance_F", "placebo_RxF")}
-            return cls(tuple(parts["ids"].tolist()), activity, **arrays)
+            return cls(tuple(parts["ids"].tolist()), activity, **{name: parts[name] for name in _ARRAYS})
 
     @property
     def read(self) -> ReadText:
@@ -123,8 +120,8 @@ def align_importance(
             )
     if correlation is not None:
         # Either model may be the one whose importance is for other answers: both directions are placebos.
-        values = [_spearman(first_M, other_F[pairs[1]]) for other_F in second.placebo_RxF]
-        values += [_spearman(other_F[pairs[0]], second_M) for other_F in first.placebo_RxF]
+        values = [_spearman(first_M, placebo_F[pairs[1]]) for placebo_F in second.placebo_RxF]
+        values += [_spearman(placebo_F[pairs[0]], second_M) for placebo_F in first.placebo_RxF]
     return ImportanceAlignment(
         pairs=len(first_M),
         shared=len(first_M) / max(live, 1),
@@ -149,14 +146,14 @@ def match_features(
     Returns:
       The features of the first, rising, and their partners in the second; and the number.
     """
-    token_N, other_N = aligned(first.read, second.read)
-    real_N = first.activity.real_N[token_N] & second.activity.real_N[other_N]
-    token_N, other_N = token_N[real_N], other_N[real_N]
+    first_N, second_N = aligned(first.read, second.read)
+    real_N = first.activity.real_N[first_N] & second.activity.real_N[second_N]
+    first_N, second_N = first_N[real_N], second_N[real_N]
     if shift:
         # Half the text away: runs of firings keep their form, and no pair of tokens stays a pair.
-        other_N = np.roll(other_N, len(other_N) // 2)
+        second_N = np.roll(second_N, len(second_N) // 2)
     live, rows = [], []
-    for features, at_N in ((first, token_N), (second, other_N)):
+    for features, at_N in ((first, first_N), (second, second_N)):
         live.append(features.activity.firings(at_N) >= MIN_FIRINGS)
         rows.append(features.activity.rows(at_N, live[-1]))
     return mutual_pairs(rows[0], rows[1], LEAST), int(live[0].sum())

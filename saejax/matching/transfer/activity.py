@@ -82,9 +82,9 @@ def _whole_end(text: str, end: int, token: str) -> int:
 
 def aligned(first: ReadText, second: ReadText) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs of tokens of two models that end at the same characters, as indices of each model's tokens."""
-    (key_U, at_U), (other_V, at_V) = _places(first), _places(second)
-    _, own_N, others_N = np.intersect1d(key_U, other_V, assume_unique=True, return_indices=True)
-    return at_U[own_N], at_V[others_N]
+    (key_U, at_U), (key_V, at_V) = _places(first), _places(second)
+    _, first_N, second_N = np.intersect1d(key_U, key_V, assume_unique=True, return_indices=True)
+    return at_U[first_N], at_V[second_N]
 
 
 def _places(read: ReadText) -> tuple[np.ndarray, np.ndarray]:
@@ -117,10 +117,10 @@ class Activity:
         f_FxN = self.f_NxF[token_N].toarray().T
         return unit(np.where(compared_F[:, None], f_FxN - f_FxN.mean(axis=1, keepdims=True), 0.0))
 
-    def save(self, path: Path) -> None:
-        """Write the activity to a .npz file."""
+    def save(self, path: Path, **more: Any) -> None:
+        """Write the activity, and more arrays by name, to a .npz file."""
         f = self.f_NxF
-        np.savez(path, data=f.data, indices=f.indices, indptr=f.indptr, shape=f.shape, real_N=self.real_N)
+        np.savez(path, data=f.data, indices=f.indices, indptr=f.indptr, shape=f.shape, real_N=self.real_N, **more)
 
     @classmethod
     def load(cls, path: Path) -> "Activity":
