@@ -11,10 +11,8 @@ import pytest
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
-from saejax.matching.track import report
 from saejax.matching.track.firings import LayerFirings, follow, step_features
 from saejax.matching.track.links import find_links, strongest_chains
-from saejax.matching.track.results import LensLayers, TrackedText, TrackResults
 from saejax.matching.track.stack import LayerDictionary
 from saejax.matching.track.tested import StepTester, judge_steps
 from saejax.matching.track.texts import Problem, encode, read_problems, sentences, write_solution
@@ -273,15 +271,3 @@ def test_prompts_that_are_refused(tmp_path, lines, said):
     path.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError, match=said):
         read_problems(TrackConfig(prompts=str(path)))
-
-
-def test_the_report_tells_the_answers_probability(tmp_path):
-    lens = LensLayers((0.25, 0.5), *[()] * 4)
-    text = TrackedText(9, " 4", 8, ("resid_post.0",), "resid_post.0", (), lens, 7, 0, 1.0)
-    findings = SimpleNamespace(
-        each=lambda cls: {"": TrackResults(dict(sum=text))},
-        folders={"track/": tmp_path},
-        address=lambda page: "track/index.html",
-    )
-    (section,) = report.sections(findings, None)
-    assert section.blocks[1].rows[0][4] == "4 0.50"

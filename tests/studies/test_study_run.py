@@ -19,7 +19,6 @@ from saejax.runner import pipeline, workplan
 from saejax.runner.workspace import hold_claim
 from saejax.studies import run, shares
 from saejax.studies.progress import TimeToGo
-from saejax.studies.sheet import duration
 
 UNITS = ["preflight", "baseline", "capture", "train/topk", "evaluate/topk", "report"]
 
@@ -55,8 +54,8 @@ def ran(tmp_path) -> list[str]:
 def test_a_study_runs_every_unit_once(fake, tmp_path, capsys):
     status, states = fake(a="main", b="main")
     assert status == 0 and {state["state"] for state in states.values()} == {"done"}
-    others = [f"{row}/{unit}" for row in "ab" for unit in UNITS[1:]]
-    assert ran(tmp_path) == ["a/preflight", "b/preflight", *others]
+    later = [f"{row}/{unit}" for row in "ab" for unit in UNITS[1:]]
+    assert ran(tmp_path) == ["a/preflight", "b/preflight", *later]
     assert "a  train/topk: started; 4 of 12 units done, " in capsys.readouterr().out
     assert (tmp_path / "study/logs/b/train-topk.log").read_text().startswith("=== 20")
     rules = [json.loads(line) for line in (tmp_path / "study/rules.jsonl").read_text().splitlines()]
@@ -208,4 +207,3 @@ def test_time_to_go_follows_what_units_took():
         two.expect(row, ["train/topk"], dict(train=seconds))
     every = [(row, "train/topk") for row in "abc"]
     assert two.left(every) == 60.0 and two.left(every[:2]) == 20.0 and two.left(every[:2], {every[2]: 40.0}) == 25.0
-    assert [duration(x) for x in (61, 600, 7200)] == ["61 s", "10 min", "2.0 h"]
