@@ -1,4 +1,4 @@
-"""Results of the stages ``interpret`` and ``atlas``."""
+"""Results of the stages ``interpret``, ``explain`` and ``atlas``."""
 
 import dataclasses
 from collections.abc import Mapping

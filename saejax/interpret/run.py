@@ -205,16 +205,15 @@ class Interpreter:
     def _heads(self) -> HeadShares | None:
         """Return the attention shares of the heads before the site; None if not asked for, or without heads."""
         layers, tokens = heads_before(self.dictionary.site), self.run.configs[InterpretConfig].attention_tokens
-        if (
-            not tokens or not layers or isinstance(self.lm.config, TorchConfig)
-        ):  # a TorchModel has no attention patterns
+        # A TorchModel has no attention patterns.
+        if not tokens or not layers or isinstance(self.lm.config, TorchConfig):
             return None
         return HeadShares(self.lm, self.store.documents, self.text, layers, tokens)
 
     def _finish(
         self,
         folder: Path,
-        scored: "Scored",
+        scored: Scored,
         labels: dict[int, Label],
         categories: Mapping[int, list[FeatureCategory]],
     ) -> None:

@@ -155,14 +155,14 @@ def _agreement(rng: np.random.Generator, nouns: list[tuple[str, str]]) -> Callab
 
     def draft(i: int, template: str) -> Draft:
         # Alternating, so that singular and plural are equally frequent and always answering one of them scores half.
-        number, subject, other = i % 2, next(deck), next(deck)
-        while other == subject:
-            other = next(deck)
+        number, subject, attractor = i % 2, next(deck), next(deck)
+        while attractor == subject:
+            attractor = next(deck)
         place = _pick(rng, _PLACES)
         text, counterpart = (
-            template.format(subject=subject[n], place=place, other=other[1 - number]) for n in (number, 1 - number)
+            template.format(subject=subject[n], place=place, other=attractor[1 - number]) for n in (number, 1 - number)
         )
-        return Draft(text, _VERBS[number], counterpart, _VERBS[1 - number], (subject[0], other[0]))
+        return Draft(text, _VERBS[number], counterpart, _VERBS[1 - number], (subject[0], attractor[0]))
 
     return draft
 
@@ -186,14 +186,14 @@ def _addition(rng: np.random.Generator, pairs: list[tuple[int, int]]) -> Callabl
 
     def draft(i: int, template: str) -> Draft:
         pair = next(deck)
-        other = _pick(rng, [other for other in pairs if abs(sum(other) // 10 - sum(pair) // 10) > 1])
+        swapped = _pick(rng, [each for each in pairs if abs(sum(each) // 10 - sum(pair) // 10) > 1])
         texts = []
-        for a, b in (pair, other):
+        for a, b in (pair, swapped):
             # In random order, since pairs have the smaller number first.
             a, b = (a, b) if rng.integers(2) else (b, a)
             texts.append(template.format(a=a, b=b))
-        items = tuple(f"{a}+{b}" for a, b in (pair, other))  # whatever the order in the text
-        return Draft(texts[0], str(sum(pair)), texts[1], str(sum(other)), items)
+        items = tuple(f"{a}+{b}" for a, b in (pair, swapped))  # whatever the order in the text
+        return Draft(texts[0], str(sum(pair)), texts[1], str(sum(swapped)), items)
 
     return draft
 
@@ -204,11 +204,11 @@ def _fact(rng: np.random.Generator, **pools: list[Fact]) -> Callable[[int, str],
 
     def draft(i: int, template: str) -> Draft:
         fact, pool = next(deck)
-        others = [candidate for candidate in pool if candidate.answer != fact.answer]
+        candidates = [each for each in pool if each.answer != fact.answer]
         # Another first letter is another first token in every tokenizer.
-        other = _pick(rng, [candidate for candidate in others if candidate.answer[1] != fact.answer[1]] or others)
-        text, counterpart = template.format(**fact.fields), template.format(**other.fields)
-        return Draft(text, fact.answer, counterpart, other.answer, (fact.item, other.item))
+        swapped = _pick(rng, [each for each in candidates if each.answer[1] != fact.answer[1]] or candidates)
+        text, counterpart = template.format(**fact.fields), template.format(**swapped.fields)
+        return Draft(text, fact.answer, counterpart, swapped.answer, (fact.item, swapped.item))
 
     return draft
 
@@ -220,12 +220,12 @@ def _partner(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> Callable
     def draft(i: int, template: str) -> Draft:
         pair = next(deck)
         word, answer = pair[:: 1 if rng.integers(2) else -1]
-        others = [(other, way) for other in pairs if other != pair for way in (1, -1)]
+        candidates = [(*each[::way], each[0]) for each in pairs if each != pair for way in (1, -1)]
         # Another first letter is another first token in every tokenizer.
-        other, way = _pick(rng, [each for each in others if each[0][:: each[1]][1][0] != answer[0]] or others)
-        other_word, wrong = other[::way]
-        text, counterpart = template.format(word=word), template.format(word=other_word)
-        return Draft(text, f" {answer}", counterpart, f" {wrong}", (pair[0], other[0]))
+        differing = [each for each in candidates if each[1][0] != answer[0]]
+        swapped, wrong, first = _pick(rng, differing or candidates)
+        text, counterpart = template.format(word=word), template.format(word=swapped)
+        return Draft(text, f" {answer}", counterpart, f" {wrong}", (pair[0], first))
 
     return draft
 
@@ -237,11 +237,11 @@ def _acronym(
 
     def draft(i: int, template: str) -> Draft:
         first_word, second_word, last = (next(deck) for deck in decks)
-        other = _pick(rng, [word for word in third if word[0] != last[0]])
+        swapped = _pick(rng, [word for word in third if word[0] != last[0]])
         text, counterpart = (
             template.format(first=first_word, second=second_word, third=word, a=first_word[0], b=second_word[0])
-            for word in (last, other)
+            for word in (last, swapped)
         )
-        return Draft(text, f" {last[0]}", counterpart, f" {other[0]}", (first_word, second_word, last, other))
+        return Draft(text, f" {last[0]}", counterpart, f" {swapped[0]}", (first_word, second_word, last, swapped))
 
     return draft

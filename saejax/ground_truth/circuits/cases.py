@@ -110,10 +110,10 @@ def induction(count: int, rng: np.random.Generator) -> Case:
         letters = rng.permutation(list(LETTERS))[:SEQUENCE].tolist()
         query = int(rng.integers(SEQUENCE - 1))
         # Not the query's own successor, and not the query: the swap would change what is asked.
-        other = int(rng.choice([place for place in range(SEQUENCE) if place not in (query, query + 1)]))
+        wrong_place = int(rng.choice([place for place in range(SEQUENCE) if place not in (query, query + 1)]))
         swapped = list(letters)
-        swapped[query + 1], swapped[other] = letters[other], letters[query + 1]
-        right, wrong = f" {letters[query + 1]}", f" {letters[other]}"
+        swapped[query + 1], swapped[wrong_place] = letters[wrong_place], letters[query + 1]
+        right, wrong = f" {letters[query + 1]}", f" {letters[wrong_place]}"
         text, turned = (" ".join([*sequence, letters[query]]) for sequence in (letters, swapped))
         return Prompt("induction", split, text, right, wrong, turned, wrong)
 
@@ -247,16 +247,16 @@ def _logic_prompt(rng: np.random.Generator, name: str, split: str) -> Prompt:
     answer, places = int(rng.integers(2)), list(_ASKED[name])
     bits_N = rng.integers(2, size=_BITS)
     bits_N[places] = rng.choice(_values(name, answer))
-    others_N = bits_N.copy()
-    others_N[places] = rng.choice(_values(name, 1 - answer))
+    counterpart_N = bits_N.copy()
+    counterpart_N[places] = rng.choice(_values(name, 1 - answer))
     labels = {
-        f"{other}_{place}": str(_TRUTH[other](*bits_N[[place, place + 1]].tolist()))
-        for other, (place, _) in _ASKED.items()
+        f"{question}_{place}": str(_TRUTH[question](*bits_N[[place, place + 1]].tolist()))
+        for question, (place, _) in _ASKED.items()
     }
     labels["xor_8"] = str(int(bits_N[8] ^ bits_N[9]))
     right, wrong = ((" no", " yes"), (" yes", " no"))[answer]
-    text, other = (_logic_text(some_N, name) for some_N in (bits_N, others_N))
-    return Prompt(name, split, text, right, wrong, other, wrong, labels=tuple(labels.items()))
+    text, counterpart = (_logic_text(some_N, name) for some_N in (bits_N, counterpart_N))
+    return Prompt(name, split, text, right, wrong, counterpart, wrong, labels=tuple(labels.items()))
 
 
 CASES: Mapping[str, Callable[[int, np.random.Generator], Case]] = dict(chain=chain, induction=induction, logic=logic)

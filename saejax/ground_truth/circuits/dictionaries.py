@@ -20,6 +20,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, s
 from saejax.dictionaries.formats.own import DESCRIPTION
 from saejax.ground_truth.circuits.cases import Case
 from saejax.ground_truth.circuits.handset import frame, neuron_arrays
+from saejax.ground_truth.circuits.handset import run as run_known
 from saejax.library.activations import Activations, capture
 from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
@@ -62,9 +63,9 @@ def untrained_sets(case: Case, model: LanguageModel, layer: int, seed: int) -> d
     count = len(case.model.layers[layer].neurons)
     # A ring of all neurons: no neuron keeps its decoder, which a random permutation would allow.
     ring_N = np.random.default_rng([seed, layer, 1]).permutation(count)
-    other_F = np.arange(case.model.width)
-    other_F[ring_N] = np.roll(ring_N, 1)  # every neuron has another's decoder
-    wrong = exact | dict(W_dec_FxD=arrays["W_dec_FxD"][other_F[neuron_F]])
+    donor_F = np.arange(case.model.width)
+    donor_F[ring_N] = np.roll(ring_N, 1)  # the neuron whose decoder each neuron gets
+    wrong = exact | dict(W_dec_FxD=arrays["W_dec_FxD"][donor_F[neuron_F]])
     config = DictionaryConfig(
         kind="standard",
         site=f"mlp_in.{layer}",
@@ -75,10 +76,8 @@ def untrained_sets(case: Case, model: LanguageModel, layer: int, seed: int) -> d
         # No position of these models has an extreme norm, so that none has to be left out.
         max_norm=NO_SINKS,
         target_max_norm=NO_SINKS,
-        **{
-            name: getattr(model.source, source)
-            for name, source in dict(model="name", fingerprint="fingerprint").items()
-        },
+        model=model.source.name,
+        fingerprint=model.source.fingerprint,
     )
     width = config.d_in * _expansion(case, model)
     # As many active features as neurons fire: more would give the control an advantage.
@@ -97,8 +96,6 @@ def _expansion(case: Case, model: LanguageModel) -> int:
 
 def _firing(case: Case, layer: int) -> int:
     """Return the number of neurons of a layer that fire at the last position of a text, at least 1."""
-    from saejax.ground_truth.circuits.handset import run as run_known
-
     act_TxF = run_known(case.model, case.prompts[0].text).acts[layer]
     return max(int((act_TxF[-1] > 0).sum()), 1)
 

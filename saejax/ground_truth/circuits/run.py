@@ -41,7 +41,7 @@ from saejax.tasks.baseline import run_baseline
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.results import BaselineResults
-from saejax.tasks.scoring import wilson
+from saejax.tasks.scoring import wilson_of
 
 T = TypeVar("T")
 _BOOTSTRAP = 1000
@@ -148,8 +148,9 @@ def _interchange(results: PatchResults) -> tuple[Interval | None, float | None]:
         return None, None
     # Counts again, so that behaviours are pooled by their prompts.
     flipped = sum(round(share.top.mean * share.prompts) for share in shares)
+    prompts = sum(share.prompts for share in shares)
     random = [share.random for share in shares if share.random is not None]
-    return _share(flipped, sum(share.prompts for share in shares)), float(np.mean(random)) if random else None
+    return wilson_of(flipped / prompts, prompts), float(np.mean(random)) if random else None
 
 
 def _carried(results: PatchResults) -> set[str]:
@@ -167,15 +168,15 @@ def _harm(ablated: AblateResults, table: EffectsTable) -> tuple[float, float | N
     results = ablated.verdict.dictionaries[TESTED].values()
     effects = [result.ablation["two_way"].effect for result in results]
     lost = [effect.mean for effect in effects if effect]
-    others = []
+    lost_elsewhere = []
     for name in table.behaviours:
-        for other in set(table.behaviours) - {name}:
+        for measured in set(table.behaviours) - {name}:
             # The last of the edits of the top features is their whole ablation.
-            prompts, whole = table.select_prompts(other), table.select_edits(name, "top")[-1:]
+            prompts, whole = table.select_prompts(measured), table.select_edits(name, "top")[-1:]
             # Another behaviour should lose nothing: its answers do not depend on these neurons.
             clean_P, ablated_1xP = table.clean_values(prompts, "logit_diff"), table.values(whole, prompts, "logit_diff")
-            others.append(float((clean_P > 0).mean() - (ablated_1xP > 0).mean()))
-    return float(np.mean(lost)), max(others, default=None)
+            lost_elsewhere.append(float((clean_P > 0).mean() - (ablated_1xP > 0).mean()))
+    return float(np.mean(lost)), max(lost_elsewhere, default=None)
 
 
 def _harmed(ablated: AblateResults) -> set[str]:
@@ -196,14 +197,9 @@ def _probes(results: ProbeResults) -> tuple[Interval, float]:
         for probe in label.probes
         if probe.input == "features" and probe.k is None
     ]
-    right = sum(round(probe.accuracy.mean * count) for probe, count in fits)
+    right, tested = sum(round(probe.accuracy.mean * count) for probe, count in fits), sum(count for _, count in fits)
     shuffled = float(np.mean([probe.shuffled.mean for probe, _ in fits]))
-    return _share(right, sum(count for _, count in fits)), shuffled
-
-
-def _share(count: int, of: int) -> Interval:
-    # As many successes as were counted, which is all that the interval depends on.
-    return wilson(np.arange(of) < count)
+    return wilson_of(right / tested, tested), shuffled
 
 
 def run_known_circuits(run: Run) -> KnownCircuitResults:
