@@ -159,10 +159,10 @@ def _overlaps(results: CircuitsResults, third: str = "") -> tuple[list[float], l
         keys = {parse_key(key)[:2] for key in circuit.returning}
         features[name] = {key for key in keys if third in ("", third_of(key[0], circuit.layers))}
     languages = [name for name in _LANGUAGES if name in features]
-    others = [name for name in features if name not in _LANGUAGES]
+    unrelated_names = [name for name in features if name not in _LANGUAGES]
     related, unrelated = (
         [len(features[a] & features[b]) / max(len(features[a] | features[b]), 1) for a, b in pairs]
-        for pairs in (itertools.combinations(languages, 2), itertools.product(languages, others))
+        for pairs in (itertools.combinations(languages, 2), itertools.product(languages, unrelated_names))
     )
     return related, unrelated
 

@@ -64,24 +64,25 @@ class EditTable:
 
 
 def edit_table(
-    local: LocalModel, roles: np.ndarray, groups: Sequence[Group], other: LocalModel | None = None
+    local: LocalModel, roles: np.ndarray, groups: Sequence[Group], counterpart: LocalModel | None = None
 ) -> EditTable:
-    """Return the table of setting active features to 0, or to the activations that they have in another prompt.
+    """Return the table of setting active features to 0, or to the activations that they have in the counterpart.
 
     Args:
       local: of the prompt.
       roles: of its positions.
       groups: that own features.
-      other: of another prompt of the same length, whose active features are changed, too; None: activations become 0.
+      counterpart: of a prompt of the same length, whose active features are changed, too; None: activations become 0.
     """
-    index_of, other_of = local.active.index_of, other.active.index_of if other else {}
-    places = sorted(index_of.keys() | other_of.keys())
+    index_of, new_index_of = local.active.index_of, counterpart.active.index_of if counterpart else {}
+    places = sorted(index_of.keys() | new_index_of.keys())
     old_N = np.array(
         [local.active.value_A[index_of[place]] if place in index_of else 0 for place in places], np.float32
     )
     new_N = np.zeros_like(old_N)
-    if other:
-        new_N[:] = [other.active.value_A[other_of[place]] if place in other_of else 0 for place in places]
+    if counterpart:
+        value_A = counterpart.active.value_A
+        new_N[:] = [value_A[new_index_of[place]] if place in new_index_of else 0 for place in places]
     layer_N, position_N, feature_N = np.array(places, np.int32).reshape(-1, 3).T
     keys = [Key(layer, feature, str(roles[position])) for layer, position, feature in places]
     group_of = {key: number for number, group in enumerate(groups) for key in group.members}
@@ -128,8 +129,8 @@ def measure_prompt(
                 continue
             # Below the group nothing changes, so there is nothing to hold.
             lowest = min(key.layer for key in group.members)
-            others = [change for h, some in enumerate(held) if h != g for change in some if change.layer >= lowest]
-            kept = others if edit == "direct" else []
+            above = [change for h, some in enumerate(held) if h != g for change in some if change.layer >= lowest]
+            kept = above if edit == "direct" else []
             for s, (chosen, fraction, dose) in enumerate(_draw_sets(local, table, group, g, controls, placebo, rng)):
                 rows.append(table.changes(chosen, fraction) + kept)
                 dose_ExGxS[e, g, s] = dose

@@ -124,11 +124,11 @@ def _measure(
     local, roles = LocalModel(model, transcoders, prompt.text), _roles(model, prompt)
     # Activations are exchanged position by position, so both prompts need one length.
     swaps = prompt.counterpart and len(prompt_ids(model, prompt.counterpart)) == len(local.ids_P)
-    other = LocalModel(model, transcoders, prompt.counterpart) if swaps else None
+    counterpart = LocalModel(model, transcoders, prompt.counterpart) if swaps else None
     correct, wrong = first_answer_ids(model.tokenizer, [prompt])[0].tolist()
     answer = read_targets(local, [(correct, wrong)], 1, 1.0)
     return measure_prompt(
-        local, roles, groups, answer, counterpart=other, placebo=placebo, controls=CONTROL_SETS, seed=seed
+        local, roles, groups, answer, counterpart=counterpart, placebo=placebo, controls=CONTROL_SETS, seed=seed
     )
 
 

@@ -72,7 +72,7 @@ def feature_row(source: NeuronpediaSource, record: FeatureRecord, row_D: np.ndar
         neuron_alignment_indices=aligned.tolist(),
         neuron_alignment_values=_rounded(row_D[aligned]),
         neuron_alignment_l1=_rounded(row_D[aligned] / length),
-        topkCosSimIndices=[other for other, _ in record["nearest"]],
+        topkCosSimIndices=[neighbour for neighbour, _ in record["nearest"]],
         topkCosSimValues=[cosine for _, cosine in record["nearest"]],
         hasVector=True,
         vector=_rounded(row_D),

@@ -245,14 +245,14 @@ class Scored:
         ]
         # A feature that fires as often: F1 depends on the rate, so a rarer or more frequent one would be too easy to
         # exceed.
-        other = partners(rate, [bool(family) for family in chosen])
+        partner_N = partners(rate, [bool(family) for family in chosen])
         score: list[dict[str, DetectorScore]] = []
         shuffled, fires = np.zeros(len(detectors)), np.zeros(len(detectors))
         for block in blocks(folder, len(detectors)):
             numbers = range(block.first, block.first + block.size)
             tried = [[detector for detector, _ in detectors[i].values()] for i in numbers]
-            others = [[detectors[other[i]][chosen[other[i]]][0]] if other[i] >= 0 else [] for i in numbers]
-            results = scores(block, text, bases, [a + b for a, b in zip(tried, others, strict=True)])
+            borrowed = [[detectors[j][chosen[j]][0]] if j >= 0 else [] for j in partner_N[numbers]]
+            results = scores(block, text, bases, [a + b for a, b in zip(tried, borrowed, strict=True)])
             for i, candidates, result in zip(numbers, tried, results, strict=True):
                 score.append(dict(zip(detectors[i], result[: len(candidates)], strict=True)))
                 shuffled[i] = result[-1].f1.mean if len(result) > len(candidates) else 0.0

@@ -154,8 +154,8 @@ class Describer:
                 self._codes(pairs[family], i, family) for family in ("token", "shape")
             )
             record["together"] = [
-                (int(other), int(both), short(share))
-                for other, both, share in zip(*(part[i] for part in partners), strict=True)
+                (int(partner), int(both), short(share))
+                for partner, both, share in zip(*(part[i] for part in partners), strict=True)
                 if both
             ]
 
@@ -166,7 +166,7 @@ class Describer:
         """Return the record of a block's feature with its firing rate and the statistics of its weights."""
         feature, fires = block.first + number, int(block.counts[number])
         near = zip(*(part[feature] for part in self.nearest), strict=True)
-        nearest = [(int(other), short(cosine)) for other, cosine in near]
+        nearest = [(int(neighbour), short(cosine)) for neighbour, cosine in near]
         record = FeatureRecord(feature=feature, fires=fires, rate=short(fires / len(self.place)), nearest=nearest)
         if self.output:
             ids, logits = self.output.ids[feature], self.output.logits[feature]

@@ -254,7 +254,7 @@ def _find_primitives(
         return find_primitives(attribution_PxF[: len(train)], ids, categories, seed)
 
     tested = find(attribution_PxF)
-    seeds = {name: recurring(tested.primitives, find(other_PxF).primitives) for name, other_PxF in of_seeds.items()}
+    seeds = {name: recurring(tested.primitives, find(seed_PxF).primitives) for name, seed_PxF in of_seeds.items()}
     return dataclasses.replace(tested, seeds=seeds)
 
 
@@ -306,8 +306,8 @@ def _save_activity(folder: Path, items: BenchmarkItems, ablation: BenchmarkAblat
     texts, none_0xF = _item_texts([*items.train, *items.test]), np.zeros((0, ablation.basis.config.n_features))
     placebo_RxF = np.array(ablation.placebo_attribution) if ablation.placebo_attribution else none_0xF
     rotated = dataclasses.replace(ablation, basis=rotate(ablation.basis, [seed]))
-    for name, some, other_RxF in ((FEATURES_ON_ITEMS, ablation, placebo_RxF), (ROTATED_ON_ITEMS, rotated, none_0xF)):
-        read_features(items.lm, some.basis, texts, some.attribution_F, other_RxF).save(folder / name)
+    for name, some, targets_RxF in ((FEATURES_ON_ITEMS, ablation, placebo_RxF), (ROTATED_ON_ITEMS, rotated, none_0xF)):
+        read_features(items.lm, some.basis, texts, some.attribution_F, targets_RxF).save(folder / name)
 
 
 def _falsify(

@@ -95,14 +95,14 @@ def domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:
             DomainFigures,
             transferred,
             row=row,
-            chosen_on=other,
+            chosen_on=chosen_on,
             benchmark=benchmark,
             chosen_here=results.verdict.dictionaries[TESTED][benchmark].ablation["answer_log_prob"].effect,
             p_holm=None,
         )
         for row, findings in rows.items()
         for benchmark, results in findings.each(StudyResults).items()
-        for other, transferred in (results.domains or {}).items()
+        for chosen_on, transferred in (results.domains or {}).items()
     ]
     p_values = {number: each.p_value for number, each in enumerate(figures) if each.p_value is not None}
     corrected = holm_by_key(p_values)

@@ -130,7 +130,7 @@ def primitives(
         if (results := findings.each(StudyResults).get(benchmark)) and results.primitives
     }
     for row, some in every.items():
-        others = {name: recurring(some.primitives, each.primitives) for name, each in every.items() if name != row}
+        recurs_in = {name: recurring(some.primitives, each.primitives) for name, each in every.items() if name != row}
         effects = {effect.group: effect for effect in some.effects}
         for number, primitive in enumerate(some.primitives):
             effect, here = effects.get(number), read.get(row)
@@ -142,7 +142,7 @@ def primitives(
                 words=exciting_words(here, benchmark, primitive.features) if here else (),
                 seeds=len(some.seeds),
                 recurs=sum(same[number] for same in some.seeds.values()),
-                rows=tuple(name for name, same in others.items() if same[number]),
+                rows=tuple(name for name, same in recurs_in.items() if same[number]),
                 partners=_partners(here, primitive.features) if here else (),
                 more=effect.answer if effect else "not testable",
                 **{name: getattr(effect, name, None) for name in _OF_EFFECT},

@@ -212,9 +212,9 @@ def _contrasts(profile_GxP: np.ndarray, inside_CxP: np.ndarray) -> np.ndarray:
     return (mean_GxC - rest_GxC) / (spread_Gx1 * np.sqrt(1 / count_C + 1 / (total - count_C)))
 
 
-def recurring(primitives: Sequence[FeaturePrimitive], others: Sequence[FeaturePrimitive]) -> tuple[bool, ...]:
+def recurring(primitives: Sequence[FeaturePrimitive], elsewhere: Sequence[FeaturePrimitive]) -> tuple[bool, ...]:
     """Return for each primitive whether another dictionary has one of the same name; False without a name."""
-    names = {other.name for other in others}
+    names = {primitive.name for primitive in elsewhere}
     return tuple(bool(primitive.name) and primitive.name in names for primitive in primitives)
 
 

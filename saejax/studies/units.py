@@ -117,7 +117,7 @@ class StudyUnits:
         """Start a unit, unless it is finished or cannot run."""
         row, unit = key
         plan, workspace = self._plans[row], Workspace(self._root / ROWS / row)
-        firsts = [other for name, other in self._states if name == row and _is_first(other)]
+        firsts = [first for name, first in self._states if name == row and _is_first(first)]
         try:
             for need in [*firsts, *(split_unit(need)[0] for need in plan.needs(unit))]:
                 if (row, need) not in self._states or self._states[row, need].state != "done":

@@ -10,10 +10,8 @@ def model(configs: Configs) -> str:
     from saejax.models.source import other_model, resolve
 
     decoder = configs[ModelConfig].backend == "jax"
-    other = other_model(configs[ModelConfig])
-    return "+".join(
-        resolve(config, decoder).fingerprint for config in (configs[ModelConfig], *([other] if other else []))
-    )
+    models = configs[ModelConfig], other_model(configs[ModelConfig])
+    return "+".join(resolve(config, decoder).fingerprint for config in models if config)
 
 
 def corpus(configs: Configs) -> str:

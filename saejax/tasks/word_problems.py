@@ -57,18 +57,20 @@ def _problem(template: Mapping, data: Mapping, rng: np.random.Generator, number:
         # Choices of equal value would make two answers right.
         if all(first != second for first, second in itertools.combinations(values.values(), 2)):
             break
-    name, other = rng.choice(data["names"], 2, replace=False).tolist()
-    question = template["text"].format(**numbers, name=name, other=other, thing=str(rng.choice(data["things"])))
+    name, second_name = rng.choice(data["names"], 2, replace=False).tolist()
+    question = template["text"].format(**numbers, name=name, other=second_name, thing=str(rng.choice(data["things"])))
     written = {steps: f"{_written(steps, numbers)} = {values[steps]}" for steps in forms}
     return question, written[right], sorted(written.values())
 
 
 def _rule(template: Mapping, data: Mapping, rng: np.random.Generator, number: int) -> tuple[str, str, list[str]]:
-    (kind, kinds), (other, others) = (data["kinds"][i] for i in rng.choice(len(data["kinds"]), 2, replace=False))
+    (kind, kinds), (unrelated, unrelated_plural) = (
+        data["kinds"][i] for i in rng.choice(len(data["kinds"]), 2, replace=False)
+    )
     properties = data["properties"][str(rng.choice(sorted(data["properties"])))]
     choices = sorted(rng.choice(properties, 2, replace=False).tolist())
     yes, no = choices[:: 1 if number % 2 else -1]  # each choice is right as often as the other
-    words = dict(kind=kind, kinds=kinds, other=other, others=others, yes=yes, no=no)
+    words = dict(kind=kind, kinds=kinds, other=unrelated, others=unrelated_plural, yes=yes, no=no)
     return template["text"].format(**words, name=str(rng.choice(data["names"]))), yes, choices
 
 

@@ -29,13 +29,14 @@ def flags(tiny_llama, one_device, tmp_path_factory):
     save_transcoders(folder / "transcoders", made_set(load_model(str(tiny_llama), mesh=one_device)))
     lines = [
         dict(
-            behaviour="sides", text=f"The {word} of the {other} is", counterpart=f"The {other} of the {word} is",
-            correct=f" {word}", wrong=f" {other}", split=split, template=split + word[0],
+            behaviour="sides", text=f"The {word} of the {counterpart_word} is",
+            counterpart=f"The {counterpart_word} of the {word} is",
+            correct=f" {word}", wrong=f" {counterpart_word}", split=split, template=split + word[0],
         )
         for n, word in enumerate(WORDS)
-        for other in WORDS
+        for counterpart_word in WORDS
         for split in ["train" if n % 2 else "test"]
-        if word[0] != other[0]
+        if word[0] != counterpart_word[0]
     ]  # fmt: skip
     (folder / "sides.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return [

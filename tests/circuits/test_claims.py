@@ -89,8 +89,8 @@ def test_sharing_is_compared_with_unrelated_behaviours():
         "antonym": circuit(returning=[*shared, "0_1_last", "8_1_last"]),
         "antonym_french": circuit(returning=[*shared, "0_2_last", "8_2_last"]),
     }
-    other = circuit(returning=["4_0_context", "0_9_last", "8_9_last"])
-    found = outcomes(CircuitsResults("set", languages | dict(capital=other), {}))
+    unrelated = circuit(returning=["4_0_context", "0_9_last", "8_9_last"])
+    found = outcomes(CircuitsResults("set", languages | dict(capital=unrelated), {}))
     assert found["ant-1"] == found["ant-3"] == CONFIRMED
     alike = circuit(returning=[*shared, "0_1_last", "8_1_last"])
     assert outcomes(CircuitsResults("set", languages | dict(capital=alike), {}))["ant-1"] == NOT_SEEN

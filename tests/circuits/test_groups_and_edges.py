@@ -41,8 +41,8 @@ from saejax.errors import UserError
     ],
 )
 def test_roles(ids, counterpart, roles):
-    other = None if counterpart is None else np.array(counterpart)
-    assert position_roles(np.array(ids), other).tolist() == roles
+    counterpart_ids = None if counterpart is None else np.array(counterpart)
+    assert position_roles(np.array(ids), counterpart_ids).tolist() == roles
 
 
 def context(*tokens: str) -> dict:

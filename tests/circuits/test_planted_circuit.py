@@ -68,12 +68,12 @@ def planted(cut: bool = False) -> HandSet:
 def prompts(split: str, filler: str) -> list[Prompt]:
     return [
         Prompt(
-            "planted", split, f"capital {filler} city{k} is", f" capital{k}", f" capital{other}",
-            f"capital {filler} city{other} is", f" capital{other}", template=filler,
+            "planted", split, f"capital {filler} city{k} is", f" capital{k}", f" capital{place}",
+            f"capital {filler} city{place} is", f" capital{place}", template=filler,
         )
         for k in range(PLACES)
-        for other in range(PLACES)
-        if k != other
+        for place in range(PLACES)
+        if k != place
     ]  # fmt: skip
 
 
@@ -180,5 +180,5 @@ def test_effects_do_not_depend_on_the_order_of_prompts(intact, found):
     templates = ["a"] * 6 + ["b"] * 6
     edges = judge_edges(names, found.effects, templates, resamples=500)
     turned = judge_edges(names, found.effects[::-1], templates[::-1], resamples=500)
-    assert [one.drawn for one in edges] == [other.drawn for other in turned]
-    np.testing.assert_allclose([one.effect.mean for one in edges], [other.effect.mean for other in turned], rtol=1e-9)
+    assert [edge.drawn for edge in edges] == [edge.drawn for edge in turned]
+    np.testing.assert_allclose([edge.effect.mean for edge in edges], [edge.effect.mean for edge in turned], rtol=1e-9)

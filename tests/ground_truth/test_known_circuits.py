@@ -73,11 +73,11 @@ def test_edges_and_biases_make_what_neurons_read(name):
 
 
 def test_a_circuit_is_what_leads_to_the_logit():
-    word, other, low, idle, logit = (-1, 1, -1), (-1, 2, -1), (0, 2, 0), (0, 2, 1), (1, 2, -1)
+    word, start, low, idle, logit = (-1, 1, -1), (-1, 2, -1), (0, 2, 0), (0, 2, 1), (1, 2, -1)
     weight_SxR = np.array([[2.0, 1.0, 0.0], [0.01, 3.0, 0.0], [0.0, 0.0, -4.0], [0.0, 0.0, 0.001]])
-    edges = Edges((word, other, low, idle), (low, idle, logit), weight_SxR)
+    edges = Edges((word, start, low, idle), (low, idle, logit), weight_SxR)
     assert circuit(edges, 0.1) == {(word, low), (low, logit)}
-    assert circuit(edges, 1e-4) == {(word, low), (other, low), (low, logit), (word, idle), (other, idle), (idle, logit)}
+    assert circuit(edges, 1e-4) == {(word, low), (start, low), (low, logit), (word, idle), (start, idle), (idle, logit)}
     assert possible(edges)[2].tolist() == [False, False, True]
     assert aligned(edges, (idle, (5, 5, 5)), (logit, word)).tolist() == [[0.001, 0.0], [0.0, 0.0]]
 

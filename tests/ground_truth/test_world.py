@@ -176,6 +176,6 @@ def test_worlds_that_cannot_be(changes, told):
 
 
 def test_same_seed_same_bits():
-    first, again, other = drawn(count=64), drawn(count=64), drawn(dataclasses.replace(SMALL, seed=1), count=64)
+    first, again, reseeded = drawn(count=64), drawn(count=64), drawn(dataclasses.replace(SMALL, seed=1), count=64)
     assert np.array_equal(first[1], again[1]) and np.array_equal(first[2], again[2])
-    assert not np.array_equal(first[1], other[1])
+    assert not np.array_equal(first[1], reseeded[1])

@@ -68,8 +68,8 @@ def make_store(folder: Path, documents: int = 240, length: int = 40, held_out_se
         holds = concepts(ids[i])
         vectors[i, :, : len(CONCEPTS)] += holds * rng.uniform(1, 2, holds.shape)
     if held_out_seed:
-        other = np.random.default_rng(held_out_seed).normal(0, 1, vectors.shape).astype(np.float32)
-        vectors[3::4] = other[3::4]
+        random_vectors = np.random.default_rng(held_out_seed).normal(0, 1, vectors.shape).astype(np.float32)
+        vectors[3::4] = random_vectors[3::4]
     order = np.argsort(np.arange(documents) % 4 == 3, kind="stable")  # every fourth is held out and comes last
     names = tuple(map(str, range(documents)))
     made = Documents.contiguous(ids[order].reshape(-1), np.full(documents, length), table, names)

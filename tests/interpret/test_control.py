@@ -35,7 +35,7 @@ def topk(features, k=4):
 
 @pytest.mark.parametrize("like", [topk(50), planted.dictionary(50)])
 def test_it_is_as_large_and_as_sparse_and_its_directions_are_drawn(store, like, monkeypatch):
-    made, again, other = (frozen_random(store, like, seed) for seed in (1, 1, 2))
+    made, again, reseeded = (frozen_random(store, like, seed) for seed in (1, 1, 2))
     own, f_BxF = (np.asarray(one.encode(read(store))) for one in (like, made))
     assert f_BxF.shape == own.shape and (f_BxF >= 0).all()
     assert (f_BxF > 0).sum(1).mean() == pytest.approx((own > 0).sum(1).mean(), rel=0.02)
@@ -46,7 +46,7 @@ def test_it_is_as_large_and_as_sparse_and_its_directions_are_drawn(store, like, 
     assert np.abs(W.T @ np.asarray(like.W_enc_DxF[...]))[:7, :7].max() < 0.7  # nothing of the dictionary's
     for name, array in made.arrays.items():
         assert np.array_equal(array, again.arrays[name])
-    assert not np.array_equal(W, other.W_enc_DxF[...])
+    assert not np.array_equal(W, reseeded.W_enc_DxF[...])
     # What a token's activations are, in fp64: directions on the input less its mean.
     x = read(store).astype(np.float64)
     pre = (x - x.mean(0)) @ W.astype(np.float64)

@@ -145,8 +145,8 @@ def test_features_that_fire_together(made):
     for i, one in enumerate(records):
         share = both[i] / np.maximum(both[i, i] + np.diag(both) - both[i], 1)
         share[i] = 0
-        for other, count, jaccard in one.get("together", []):
-            assert count == both[i, other] and jaccard == pytest.approx(share[other], rel=1e-3)
+        for partner, count, jaccard in one.get("together", []):
+            assert count == both[i, partner] and jaccard == pytest.approx(share[partner], rel=1e-3)
         expected = np.sort(share)[::-1][:6]
         np.testing.assert_allclose([t[2] for t in one.get("together", [])], expected[expected > 0], rtol=1e-3)
 
@@ -157,8 +157,8 @@ def test_a_sample_of_tokens_where_there_are_many(monkeypatch):
     even = place[place % 2 == 0]
     together.add(np.zeros(len(even), int), even)
     together.add(np.ones(len(place), int), place)
-    other, both, share = together.partners(0, 1, 1)
-    assert other[0, 0] == 1 and 180 < both[0, 0] < 320 and share[0, 0] == pytest.approx(0.5, abs=0.08)
+    partner, both, share = together.partners(0, 1, 1)
+    assert partner[0, 0] == 1 and 180 < both[0, 0] < 320 and share[0, 0] == pytest.approx(0.5, abs=0.08)
 
 
 def test_nearest_rows(made, monkeypatch):

@@ -96,10 +96,10 @@ def test_random_directions_get_no_labels(planted_run):
 def test_held_out_text_scores_labels_and_does_nothing_else(planted_run):
     (_, first), (result, second) = planted_run
     assert result.labels.labelled == 0  # nothing that was learnt holds on noise
-    for one, other in zip(first, second, strict=True):
-        pairs = [[(d["family"], d["says"], d["search_f1"]) for d in own["detectors"]] for own in (one, other)]
+    for on_text, on_noise in zip(first, second, strict=True):
+        pairs = [[(d["family"], d["says"], d["search_f1"]) for d in own["detectors"]] for own in (on_text, on_noise)]
         assert sorted(pairs[0]) == sorted(pairs[1])
         changed = ("detectors", "label", "shuffled_f1")
-        assert {k: v for k, v in one.items() if k not in changed} == {
-            k: v for k, v in other.items() if k not in changed
+        assert {k: v for k, v in on_text.items() if k not in changed} == {
+            k: v for k, v in on_noise.items() if k not in changed
         }

@@ -181,8 +181,8 @@ def test_a_judge_that_guesses_keeps_few_labels():
     rng, kept = np.random.default_rng(0), 0
     right = [[True] * 5, [True] * 5, [False] * 5, [False] * 5]
     for _ in range(2000):
-        own, other = (detection_score(right, rng.integers(0, 2, (4, 5)).astype(bool).tolist()) for _ in range(2))
-        kept += is_kept(own, other)
+        own, control = (detection_score(right, rng.integers(0, 2, (4, 5)).astype(bool).tolist()) for _ in range(2))
+        kept += is_kept(own, control)
     assert kept / 2000 < 0.05
 
 

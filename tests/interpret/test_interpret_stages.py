@@ -93,6 +93,6 @@ def test_labels_of_ones_own_win_and_only_the_pages_are_written_anew(workdir, tmp
 
 def test_a_model_that_the_text_was_not_captured_from_is_refused(workdir, tmp_path, capsys):
     _, flags = workdir
-    other = runs.save_model(tmp_path / "other", num_hidden_layers=3)
-    assert command.run(["interpret"], "", ["test", *flags, f"--model.path={other}"]) == 2
+    deeper = runs.save_model(tmp_path / "other", num_hidden_layers=3)
+    assert command.run(["interpret"], "", ["test", *flags, f"--model.path={deeper}"]) == 2
     assert "capture" in capsys.readouterr().err

@@ -159,9 +159,9 @@ def test_what_was_answered_is_never_asked_again(tmp_path):
     third = Counting()
     Answers(run_of(), tmp_path, third).all(ASK, "labels")
     assert not third.asked
-    other = Counting()
-    Answers(run_of(model="other"), tmp_path, other).all(ASK[:1], "labels")
-    assert other.asked == ["number 0"]
+    second_judge = Counting()
+    Answers(run_of(model="other"), tmp_path, second_judge).all(ASK[:1], "labels")
+    assert second_judge.asked == ["number 0"]
 
 
 def test_the_limit_of_tokens_holds_and_can_be_raised(tmp_path):

@@ -72,9 +72,10 @@ def test_a_view_compares_as_numpy_does():
 
 def test_shuffles_keep_each_feature_as_it_is():
     view, _ = made_view("coactivation")
-    other = view.shuffled(np.random.default_rng(3))
-    assert (np.diff(other.rows.indptr) == np.diff(view.rows.indptr)).all()
-    gaps = [np.sort(np.diff(np.r_[one, one[:1] + 3000])) for one in (view.rows[[0]].indices, other.rows[[0]].indices)]
+    shuffled = view.shuffled(np.random.default_rng(3))
+    assert (np.diff(shuffled.rows.indptr) == np.diff(view.rows.indptr)).all()
+    firings = [each.rows[[0]].indices for each in (view, shuffled)]
+    gaps = [np.sort(np.diff(np.r_[places, places[:1] + 3000])) for places in firings]
     np.testing.assert_array_equal(*gaps)
 
 

@@ -121,8 +121,8 @@ def test_chance_has_the_rows_covariance_and_lengths():
 def test_a_rotated_dictionary_shares_nothing_and_two_seeds_share_some():
     """Self-match 1, a rotated copy below 0.05, and a dictionary with half of its directions between the two."""
     own = directions(400, 64, 6)
-    other = unit(np.where(np.arange(400)[:, None] < 200, own + 0.05 * directions(400, 64, 7), directions(400, 64, 8)))
+    near = unit(np.where(np.arange(400)[:, None] < 200, own + 0.05 * directions(400, 64, 7), directions(400, 64, 8)))
     rotated = own @ random_rotation(64, [9])
-    found = dict(match([("self", own, own), ("seed", own, other), ("rotated", own, rotated)], make_mesh()))
+    found = dict(match([("self", own, own), ("seed", own, near), ("rotated", own, rotated)], make_mesh()))
     share = {name: float((np.nan_to_num(one.value_F) >= 0.7).mean()) for name, one in found.items()}
     assert share["self"] == 1 and share["rotated"] < 0.05 and 0.45 < share["seed"] < 0.55

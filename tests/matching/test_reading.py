@@ -129,9 +129,9 @@ def test_a_split_in_five_percent_of_the_words_leaves_a_match_above_nine_tenths(t
 def test_two_models_of_other_widths_share_what_was_planted(tmp_path):
     """Half of the features of each are of both: the share is within a tenth of that."""
     rng = np.random.default_rng(2)
-    common, others = planted(rng, TEXTS * TOKENS, 12, 0.1), [planted(rng, TEXTS * TOKENS, 12, 0.1) for _ in range(2)]
+    common, private = planted(rng, TEXTS * TOKENS, 12, 0.1), [planted(rng, TEXTS * TOKENS, 12, 0.1) for _ in range(2)]
     parts = []
-    for width, fingerprint, own in zip((32, 48), "ab", others, strict=True):
+    for width, fingerprint, own in zip((32, 48), "ab", private, strict=True):
         rows_FxD, f_NxF = rng.normal(size=(24, width)), np.concatenate([common, own], axis=1)
         parts.append((reader(rows_FxD, fingerprint), (f_NxF @ rows_FxD).astype(np.float32), read_of()))
     found, compared = made_reading(tmp_path, *parts)
@@ -173,9 +173,9 @@ def comparison(tmp_path, dictionaries, **settings):
 
 def test_dead_features_do_not_dilute_decoder_scores(tmp_path):
     """A defect of issue 50: identical dictionaries of which 40 % is dead, at random, had a PW-MCC of 0.72."""
-    own, other = (random_dictionary(32, 200, seed) for seed in (0, 1))
+    own, second = (random_dictionary(32, 200, seed) for seed in (0, 1))
     dead_F = np.arange(200) % 5 < 2
-    rows = [np.asarray(one.W_dec_FxD[...]) for one in (own, other)]
+    rows = [np.asarray(one.W_dec_FxD[...]) for one in (own, second)]
     copy = Dictionary(own.config, **own.arrays | dict(W_dec_FxD=jnp.asarray(np.where(dead_F[:, None], *rows[::-1]))))
     for number in range(2):
         folder = tmp_path / "evaluate" / f"d{number}"

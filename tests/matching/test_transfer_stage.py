@@ -127,11 +127,11 @@ def test_a_model_with_another_tokenizer(workdir, inputs, tmp_path):
     folder, flags = workdir
     save_tiny_llama(tmp_path / "model", max_position_embeddings=512)
     save_tiny_tokenizer(tmp_path / "model", 384)
-    other = runs.small_flags(
+    second_run = runs.small_flags(
         tmp_path / "model", inputs[1], tmp_path / "other", train__k=8, train__kinds="topk", task__behaviours="",
         train__epochs=1,
     )  # fmt: skip
-    assert command.run(["capture", "train"], "", ["test", *other]) == 0
+    assert command.run(["capture", "train"], "", ["test", *second_run]) == 0
     names = f"{load_results(folder / 'transfer').dictionaries[0].name},{tmp_path / 'other' / 'train' / 'topk'}"
     runs.copy_units(folder, tmp_path / "work", "train", "capture")
     flags = [

@@ -118,9 +118,9 @@ def made_up_table(rng, tops: dict[str, list[int]], sets: int) -> EffectsTable:
                 add(edit, logit_diff=4.1 - share * fraction * lost, change_norm=60 * fraction)
                 add(edit, on=TEXT, kl=0.1 * fraction, ce=3.0 + 0.02 * fraction)
             add(edit, log_prob=-0.5 - share * lost / 4, two_way=0.4 if strong else 0.95, top1=0.2 if strong else 0.8)
-            for other in NAMES:
-                if other != name:
-                    add(edit, on=other, logit_diff=4.1 - (1.0 if other == "addition" else 0.05))
+            for measured in NAMES:
+                if measured != name:
+                    add(edit, on=measured, logit_diff=4.1 - (1.0 if measured == "addition" else 0.05))
             count = sets if dictionary == TESTED else min(sets, 9)
             for group, features, largest in (
                 ("random", [tuple(range(1000 + k * n, 1000 + k * (n + 1))) for n in range(count)], 0.1),

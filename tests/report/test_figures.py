@@ -76,9 +76,9 @@ def dose_figure(sets=40, bases=4):
     rng = np.random.default_rng(0)
     random = [curve([rng.uniform(1, 90)], [rng.normal(0.1, 0.2)]) for _ in range(sets)]
     names = ("MLP neurons", "principal components", "the difference of means", "an untrained dictionary")[:bases]
-    others = {name: curve([20.0, 80.0], [0.5, 2.0]) for name in names}
+    bases = {name: curve([20.0, 80.0], [0.5, 2.0]) for name in names}
     top = curve([15.0, 30.0, 60.0], [1.0, 2.0, 3.0])
-    return figures.dose_effect(NAMES[2], top, interval(3.0), random, random, others)
+    return figures.dose_effect(NAMES[2], top, interval(3.0), random, random, bases)
 
 
 def features_figure(count=20):

@@ -27,10 +27,10 @@ from effect_worlds import attribution, random_world, top_features, world_table
 def result(ablation="yes", random="yes", placebo="yes", interval=(1.0, 3.0), fooled=3) -> BehaviourVerdict:
     """A verdict with these answers to questions 1 to 3, and this interval of the effect."""
     effect = Interval(sum(interval) / 2, *interval)
-    other = CausalAnswer("not tested", "Not tested.")
+    untested = CausalAnswer("not tested", "Not tested.")
     one, two, three = (CausalAnswer(text, f"Question: {text}.", effect) for text in (ablation, random, placebo))
-    ablations = dict(answer_log_prob=one, accuracy=other)
-    return BehaviourVerdict((1,), 1.0, ablations, {}, (), two, three, {}, other, fooled, 10)
+    ablations = dict(answer_log_prob=one, accuracy=untested)
+    return BehaviourVerdict((1,), 1.0, ablations, {}, (), two, three, {}, untested, fooled, 10)
 
 
 def test_the_gate():

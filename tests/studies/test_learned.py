@@ -57,8 +57,8 @@ def figures():
         )
     ]
     aligned = [
-        AlignmentFigures("base", other, "sums", by, 9, 0.5, 0.01, 0.02, 0.1, answer, *shared)
-        for other, by, answer, shared in (
+        AlignmentFigures("base", row, "sums", by, 9, 0.5, 0.01, 0.02, 0.1, answer, *shared)
+        for row, by, answer, shared in (
             ("tuned", "features", True, (0.9, 0.1)),
             ("tuned", "items", False, (None, None)),
             ("random", "features", None, (0.3, 0.1)),
@@ -140,8 +140,8 @@ def test_five_sentences(figures):
 
 def test_sentences_name_the_benchmark_where_there_are_several(figures):
     answers = learned(figures)
-    other = [dataclasses.replace(answer, benchmark="logic") for answer in answers]
-    told = dict(sentences([*answers, *other]))
+    on_logic = [dataclasses.replace(answer, benchmark="logic") for answer in answers]
+    told = dict(sentences([*answers, *on_logic]))
     assert "more than words (base on sums, base on logic)" in told["What did not"]
 
 

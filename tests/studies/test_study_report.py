@@ -52,8 +52,8 @@ def test_page_and_text_say_nothing_that_is_not_in_the_json(study, tmp_path):
     write_report(tmp_path, figures)
     for name in ("index.html", "study.md"):
         assert (tmp_path / name).read_bytes() == (study / name).read_bytes()
-    other = dataclasses.replace(figures.baselines[0], n=987654)
-    write_report(tmp_path, dataclasses.replace(figures, baselines=(other,)))
+    changed = dataclasses.replace(figures.baselines[0], n=987654)
+    write_report(tmp_path, dataclasses.replace(figures, baselines=(changed,)))
     assert "987654" in (tmp_path / "index.html").read_text().replace(",", "")
 
 

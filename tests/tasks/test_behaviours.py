@@ -115,13 +115,13 @@ def test_the_counterpart_turns_the_answer_around(behaviour):
 def test_agreement_answers():
     prompts = make("agreement")
     for p in prompts:
-        subject, other = (fields_of(p, p.text)[name] for name in ("subject", "other"))
+        subject, attractor = (fields_of(p, p.text)[name] for name in ("subject", "other"))
         plural = SINGULAR_OF[subject] != subject
         assert p.correct == (" are" if plural else " is")
-        assert (SINGULAR_OF[other] != other) is not plural
+        assert (SINGULAR_OF[attractor] != attractor) is not plural
         changed = fields_of(p, p.counterpart)
         assert SINGULAR_OF[changed["subject"]] == SINGULAR_OF[subject] and changed["subject"] != subject
-        assert changed["other"] == other
+        assert changed["other"] == attractor
     for split, half in (("train", 40), ("test", 10)):
         assert Counter(p.correct for p in prompts if p.split == split) == {" is": half, " are": half}
     # The template does not tell the answer, either.
@@ -130,19 +130,19 @@ def test_agreement_answers():
 
 def test_capital_answers():
     for p in make("capital"):
-        (place,), (other,) = content(p, p.text), content(p, p.counterpart)
-        assert p.correct == " " + CAPITAL_OF[place] and p.wrong == " " + CAPITAL_OF[other]
+        (place,), (counterpart_place,) = content(p, p.text), content(p, p.counterpart)
+        assert p.correct == " " + CAPITAL_OF[place] and p.wrong == " " + CAPITAL_OF[counterpart_place]
     assert len(set(CAPITAL_OF.values())) == len(CAPITAL_OF)  # no answer of a split stands in the other
 
 
 def test_greater_than_answers():
     prompts = make("greater_than")
     for p in prompts:
-        year, other = (int(fields_of(p, text)["year"]) for text in (p.text, p.counterpart))
+        year, counterpart_year = (int(fields_of(p, text)["year"]) for text in (p.text, p.counterpart))
         right, wrong = int(p.correct), int(p.wrong)
         # Every year of the correct decade is later, none of the wrong one's is.
         assert len(p.correct) == len(p.wrong) == 2 and right // 10 * 10 > year > wrong // 10 * 10 + 9
-        assert other < wrong // 10 * 10 <= other + 10 and year % 10 == other % 10
+        assert counterpart_year < wrong // 10 * 10 <= counterpart_year + 10 and year % 10 == counterpart_year % 10
     assert set(Counter(p.correct[0] for p in prompts[80:]).values()) <= {2, 3}  # of 7 digits, none is favoured
 
 
@@ -163,10 +163,10 @@ def test_two_hop_answers():
     place_of = {city: (group, *fact) for group, cities in places.items() for city, fact in cities.items()}
     for p in make("two_hop"):
         asked = [fields_of(p, text)["city"] for text in (p.text, p.counterpart)]
-        (group, place, capital), (other_group, other, wrong) = (place_of[city] for city in asked)
-        assert (p.correct, p.wrong) == (f" {capital}", f" {wrong}") and group == other_group
+        (group, place, capital), (counterpart_group, counterpart_place, wrong) = (place_of[city] for city in asked)
+        assert (p.correct, p.wrong) == (f" {capital}", f" {wrong}") and group == counterpart_group
         assert fields_of(p, p.text)["kind"] == group.split()[0]
-        assert place not in p.text and other not in p.counterpart and capital not in p.text
+        assert place not in p.text and counterpart_place not in p.counterpart and capital not in p.text
     for group, cities in places.items():
         assert len(cities) > 3 and group.split()[0] in ("state", "country")
     facts = [fact for cities in places.values() for fact in cities.values()]
@@ -177,9 +177,9 @@ def test_two_hop_answers():
 @pytest.mark.parametrize("behaviour", PAIRED)
 def test_antonym_and_rhyme_answers(behaviour):
     for p in make(behaviour):
-        word, other = (fields_of(p, text)["word"] for text in (p.text, p.counterpart))
-        pair, other_pair = PAIR_OF[behaviour][word], PAIR_OF[behaviour][other]
-        assert {word, p.correct.strip()} == set(pair) and {other, p.wrong.strip()} == set(other_pair) != set(pair)
+        word, counterpart_word = (fields_of(p, text)["word"] for text in (p.text, p.counterpart))
+        pair, counterpart_pair = (set(PAIR_OF[behaviour][asked]) for asked in (word, counterpart_word))
+        assert {word, p.correct.strip()} == pair and {counterpart_word, p.wrong.strip()} == counterpart_pair != pair
     words = [word for pair in recipes()[behaviour].pools["pairs"] for word in pair]
     assert len(words) == len(set(words))  # one partner each
     assert not set(words) & set(re.findall(r"\w+", " ".join(recipes()[behaviour].templates)))
@@ -187,9 +187,10 @@ def test_antonym_and_rhyme_answers(behaviour):
 
 def test_acronym_and_sport_answers():
     for p in make("acronym"):
-        found, other = (fields_of(p, text) for text in (p.text, p.counterpart))
-        assert (p.correct, p.wrong) == (f" {found['third'][0]}", f" {other['third'][0]}")
-        assert (found["a"], found["b"]) == (found["first"][0], found["second"][0]) == (other["a"], other["b"])
+        asked, counterpart = (fields_of(p, text) for text in (p.text, p.counterpart))
+        assert (p.correct, p.wrong) == (f" {asked['third'][0]}", f" {counterpart['third'][0]}")
+        initials = asked["first"][0], asked["second"][0]
+        assert (asked["a"], asked["b"]) == initials == (counterpart["a"], counterpart["b"])
     for p in make("sport"):
         names = [fields_of(p, text)["athlete"] for text in (p.text, p.counterpart)]
         assert [p.correct, p.wrong] == [FACTS["sport"][name].answer for name in names]

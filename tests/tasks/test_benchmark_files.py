@@ -333,11 +333,11 @@ def test_another_data_set_is_read_with_all_its_configurations(hub):
 
 def test_identity_is_of_the_content(tmp_path, hub):
     a = write_lines(tmp_path / "a.jsonl", GSM8K)
-    other = write_lines(tmp_path / "other" / "b.jsonl", GSM8K)
+    copy = write_lines(tmp_path / "other" / "b.jsonl", GSM8K)
     mark = identity("gsm8k", TaskConfig(path=str(a)))
-    assert len(mark) == 16 and identity("gsm8k", TaskConfig(path=str(other))) == mark
-    write_lines(other, GSM8K[1:])
-    assert identity("gsm8k", TaskConfig(path=str(other))) != mark
+    assert len(mark) == 16 and identity("gsm8k", TaskConfig(path=str(copy))) == mark
+    write_lines(copy, GSM8K[1:])
+    assert identity("gsm8k", TaskConfig(path=str(copy))) != mark
     hubs = [TaskConfig(), TaskConfig(revision="abc"), TaskConfig(path="me/copy")]
     assert len({identity("gsm8k", task) for task in hubs} | {mark}) == 4
     assert not hub, "nothing is fetched for it"

@@ -274,9 +274,9 @@ def test_benchmarks_and_what_they_do_not_touch(folder, tmp_path):
         (dict(test_prompts=5), {"preflight", "baseline", "ablate/topk", "report"}),
         (dict(path=str(write_all(tmp_path / "copy"))), set()),
     ]:
-        other = plan(folder, benchmarks=("gsm8k", "logic"), **change)
-        assert {unit for unit in both if both[unit] != other[unit]} == again, change
+        replanned = plan(folder, benchmarks=("gsm8k", "logic"), **change)
+        assert {unit for unit in both if both[unit] != replanned[unit]} == again, change
     with (tmp_path / "copy" / "gsm8k" / "test.jsonl").open("a") as file:
         file.write(json.dumps(GSM8K[0]) + "\n")
-    other = plan(tmp_path / "copy", benchmarks=("gsm8k", "logic"))
-    assert {unit for unit in both if both[unit] != other[unit]} == {"benchmark/gsm8k", "report"}
+    replanned = plan(tmp_path / "copy", benchmarks=("gsm8k", "logic"))
+    assert {unit for unit in both if both[unit] != replanned[unit]} == {"benchmark/gsm8k", "report"}

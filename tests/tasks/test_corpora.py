@@ -178,8 +178,8 @@ def test_the_split_is_decided_by_the_seed():
     first = split(documents, 0.2, seed=1)
     assert split(documents, 0.2, seed=1) == first
     assert split(list(reversed(documents)), 0.2, seed=1) == tuple(list(reversed(side)) for side in first)
-    others = [split(documents, 0.2, seed=seed)[1] for seed in range(2, 8)]
-    assert all(other != first[1] for other in others)
+    reseeded = [split(documents, 0.2, seed=seed)[1] for seed in range(2, 8)]
+    assert all(held_out != first[1] for held_out in reseeded)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.33, 0.5])

@@ -67,8 +67,8 @@ def test_greedy_means_what_greedy_decoding_gives(lm):
         ids = [*ids, int(logits[0, -1].argmax())]
     (found,) = loglikelihoods(lm, [ids[:-3]], [ids[-3:]])
     assert found.greedy and found.correct_tokens == 3 and found.per_token == found.total / 3
-    (other,) = loglikelihoods(lm, [ids[:-3]], [[*ids[-3:-1], (ids[-1] + 1) % 384]])
-    assert not other.greedy and other.correct_tokens == 2
+    (wrong,) = loglikelihoods(lm, [ids[:-3]], [[*ids[-3:-1], (ids[-1] + 1) % 384]])
+    assert not wrong.greedy and wrong.correct_tokens == 2
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +92,7 @@ def test_edits_are_on(lm):
         total = logp[np.arange(len(context) - 1, len(context) + len(continuation) - 1), continuation].sum()
         np.testing.assert_allclose(one.total, total, rtol=2e-5)
     clean = loglikelihoods(lm, contexts, continuations)
-    assert all(abs(one.total - other.total) > 1e-3 for one, other in zip(found, clean))
+    assert all(abs(one.total - unedited.total) > 1e-3 for one, unedited in zip(found, clean))
 
 
 def test_logits_exist_only_where_they_are_needed(lm):

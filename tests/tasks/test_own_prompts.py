@@ -49,8 +49,8 @@ def test_given_splits_are_kept(read, name):
 
 
 def test_splits_are_drawn_by_seed_where_none_is_given(read):
-    first, again, other = read(LINES)["plural"], read(LINES)["plural"], read(LINES, seed=7)["plural"]
-    assert first == again != other
+    first, again, reseeded = read(LINES)["plural"], read(LINES)["plural"], read(LINES, seed=7)["plural"]
+    assert first == again != reseeded
     assert [prompt.split for prompt in first] == ["train"] * 3 + ["test"] * 2
     assert len({prompt.text for prompt in first}) == 5
 

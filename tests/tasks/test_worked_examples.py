@@ -43,8 +43,8 @@ def test_the_answers_of_true_and_false_examples_are_right():
     for question, answer in worked_examples()["web_of_lies"]:
         sentences = question.removeprefix("Question: ").split(". ")
         truthful = {sentences[0].split()[0]: "tells the truth" in sentences[0]}
-        for speaker, other, claim in (re.fullmatch(r"(\w+) says (\w+) (.+)", s).groups() for s in sentences[1:-1]):
-            truthful[speaker] = truthful[other] == (claim == "tells the truth")
+        for speaker, subject, claim in (re.fullmatch(r"(\w+) says (\w+) (.+)", s).groups() for s in sentences[1:-1]):
+            truthful[speaker] = truthful[subject] == (claim == "tells the truth")
         asked = re.fullmatch(r"Does (\w+) tell the truth\?", sentences[-1])[1]
         assert answer == ("Yes" if truthful[asked] else "No")
 

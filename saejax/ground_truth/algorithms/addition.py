@@ -61,24 +61,24 @@ class Addition(Algorithm):
         place = self.behaviours.index(behaviour)
         sum_M, carry_M = (part[0] for part in add(first_1xN, second_1xN))
         right = int(sum_M[place])
-        others_2xN = np.stack([first_1xN[0], second_1xN[0]])
+        swapped_2xN = np.stack([first_1xN[0], second_1xN[0]])
         if place:
             wrong = (right - 1) % 10 if carry_M[place] else (right + 1) % 10
             pairs = [
                 (u, v) for u in range(10) for v in range(10) if (u + v + carry_M[place - 1] > 9) != bool(carry_M[place])
             ]
-            others_2xN[:, place - 1] = pairs[rng.integers(len(pairs))]
+            swapped_2xN[:, place - 1] = pairs[rng.integers(len(pairs))]
         else:
             # Another digit of the units, which no carry reaches.
             wrong = int((right + rng.integers(1, 10)) % 10)
-            others_2xN[0, 0] = (wrong - others_2xN[1, 0]) % 10
+            swapped_2xN[0, 0] = (wrong - swapped_2xN[1, 0]) % 10
         return Prompt(
             behaviour,
             split,
             _text(first_1xN[0], second_1xN[0], place),
             f" {right}",
             f" {wrong}",
-            _text(others_2xN[0], others_2xN[1], place),
+            _text(swapped_2xN[0], swapped_2xN[1], place),
             f" {wrong}",
             labels=(
                 ("carry", "yes" if carry_M[place] else "no"),

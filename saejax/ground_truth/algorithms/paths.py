@@ -105,15 +105,15 @@ class Paths(Algorithm):
             return None
         edge_M, far_NxN = edges[0, : size_1[0]], far_1xNxN[0]
         start, goal = rng.permutation(self._nodes)[:2].tolist()
-        turned = self._next if behaviour == "next" else self._length
-        question = turned(edge_M, far_NxN, start, goal, rng)
+        ask = self._next if behaviour == "next" else self._length
+        question = ask(edge_M, far_NxN, start, goal, rng)
         if not question:
             return None
-        right, wrong, other_M = question
+        right, wrong, counterpart_M = question
         labels = [("distance", str(far_NxN[start, goal]))]
         for name, far in zip(self._names, far_NxN[start], strict=True):
             labels += [(f"near_{name}", "yes" if far == 1 else "no"), (f"two_{name}", "yes" if far == 2 else "no")]
-        texts = [self._text(edges_M, start, goal, behaviour) for edges_M in (edge_M, other_M)]
+        texts = [self._text(edges_M, start, goal, behaviour) for edges_M in (edge_M, counterpart_M)]
         return Prompt(behaviour, split, texts[0], f" {right}", f" {wrong}", texts[1], f" {wrong}", labels=tuple(labels))
 
     def _next(
@@ -121,26 +121,26 @@ class Paths(Algorithm):
     ) -> tuple[str, str, np.ndarray] | None:
         """Return the next node, another neighbour, and the graph with these two swapped; None without such a pair."""
         (steps,) = np.nonzero(_steps(far_NxN[None], np.array([start]), np.array([goal]))[0])
-        others = [int(node) for node in np.flatnonzero(far_NxN[start] == 1) if node not in steps]
+        detours = [int(node) for node in np.flatnonzero(far_NxN[start] == 1) if node not in steps]
         # One shortest way only, so that one answer is right; at distance 1 the question itself names it.
-        if len(steps) != 1 or far_NxN[start, goal] < 2 or not others:
+        if len(steps) != 1 or far_NxN[start, goal] < 2 or not detours:
             return None
-        right, wrong = int(steps[0]), others[rng.integers(len(others))]
+        right, wrong = int(steps[0]), detours[rng.integers(len(detours))]
         place_N = np.arange(self._nodes)
         place_N[[right, wrong]] = wrong, right
         swapped_Mx2 = np.sort(place_N[self._pair_Ex2[edge_M]], axis=1)
-        other_M = (swapped_Mx2[:, None] == self._pair_Ex2[None]).all(2).argmax(1)
-        return self._names[right], self._names[wrong], other_M
+        counterpart_M = (swapped_Mx2[:, None] == self._pair_Ex2[None]).all(2).argmax(1)
+        return self._names[right], self._names[wrong], counterpart_M
 
     def _length(
         self, edge_M: np.ndarray, far_NxN: np.ndarray, start: int, goal: int, rng: np.random.Generator
     ) -> tuple[str, str, np.ndarray] | None:
         """Return the distance, another distance, and a graph with as many edges that has it; None without one."""
-        others, size_B, others_BxNxN = self._graphs(20, rng)
+        candidates, size_B, far_BxNxN = self._graphs(20, rng)
         # With as many edges, so that the prompts differ in nothing but the graph.
-        length, length_B = far_NxN[start, goal], others_BxNxN[:, start, goal]
+        length, length_B = far_NxN[start, goal], far_BxNxN[:, start, goal]
         for place in np.flatnonzero((size_B == len(edge_M)) & (length_B != length)):
-            return str(length), str(length_B[place]), others[place, : size_B[place]]
+            return str(length), str(length_B[place]), candidates[place, : size_B[place]]
         return None
 
     def _text(self, edge_M: np.ndarray, start: int, goal: int, sort: str) -> str:

@@ -209,13 +209,13 @@ def overlaps(first_F: np.ndarray, second_F: np.ndarray) -> np.ndarray:
       first_F: group of each feature; -1: none.
       second_F: the same in the other grouping.
     """
-    groups, others = (int(group_F.max(initial=-1)) + 1 for group_F in (first_F, second_F))
-    if not groups or not others:
-        return np.zeros(groups)
+    first_count, second_count = (int(group_F.max(initial=-1)) + 1 for group_F in (first_F, second_F))
+    if not first_count or not second_count:
+        return np.zeros(first_count)
     # Features without a group count in the sizes below only: left alone twice is no agreement.
     both = (first_F >= 0) & (second_F >= 0)
-    shared_UxE = np.zeros((groups, others))
+    shared_UxE = np.zeros((first_count, second_count))
     np.add.at(shared_UxE, (first_F[both], second_F[both]), 1.0)
-    size_U = np.bincount(first_F[first_F >= 0], minlength=groups)
-    size_E = np.bincount(second_F[second_F >= 0], minlength=others)
+    size_U = np.bincount(first_F[first_F >= 0], minlength=first_count)
+    size_E = np.bincount(second_F[second_F >= 0], minlength=second_count)
     return (shared_UxE / (size_U[:, None] + size_E[None] - shared_UxE)).max(axis=1)

@@ -153,12 +153,12 @@ class _Ablation:
         active = self._firings[place].at(position)
         of = dict(zip(active.feature_A.tolist(), active.value_A.tolist(), strict=True))
         change_D = of[feature] * W_dec_FxD[feature]
-        others = np.array(sorted(set(of) - {feature}), np.int64)
+        candidates = np.array(sorted(set(of) - {feature}), np.int64)
         rng = np.random.default_rng([self._seed, *node])
-        drawn = rng.choice(others, min(CONTROLS, len(others)), replace=False).tolist()
+        drawn = rng.choice(candidates, min(CONTROLS, len(candidates)), replace=False).tolist()
         changes = [np.zeros_like(change_D), change_D]
-        for other in drawn:
-            row_D = np.sign(of[other]) * W_dec_FxD[other]
+        for control in drawn:
+            row_D = np.sign(of[control]) * W_dec_FxD[control]
             changes.append(row_D * np.linalg.norm(change_D) / max(float(np.linalg.norm(row_D)), 1e-30))
         site = each.config.target or each.config.site
         if site not in self._clean:

@@ -170,7 +170,7 @@ def common_measure(measures: Sequence[str], compared: Sequence[Compared], pairs:
     return next(name for name in measures if all(name in names for names in applying))
 
 
-def feature_shares(name: str, measure: str, count_F: np.ndarray, null_F: np.ndarray, others: int) -> FeatureShares:
+def feature_shares(name: str, measure: str, count_F: np.ndarray, null_F: np.ndarray, compared: int) -> FeatureShares:
     """Return the shares of a dictionary's features that are shared with all others, with some, with none.
 
     Args:
@@ -178,15 +178,15 @@ def feature_shares(name: str, measure: str, count_F: np.ndarray, null_F: np.ndar
       measure: by which features are shared.
       count_F: number of other dictionaries that share each feature.
       null_F: the same under the null.
-      others: number of other dictionaries that it was compared with.
+      compared: number of dictionaries that it was compared with.
     """
     return FeatureShares(
         name=name,
         measure=measure,
-        everywhere=wilson(count_F == others),
+        everywhere=wilson(count_F == compared),
         somewhere=wilson(count_F > 0),
         nowhere=wilson(count_F == 0),
-        everywhere_null=float((null_F == others).mean()),
+        everywhere_null=float((null_F == compared).mean()),
         somewhere_null=float((null_F > 0).mean()),
     )
 
