@@ -92,6 +92,7 @@ def rates(config: TruthConfig) -> np.ndarray:
     """Return the intended firing rates, [J], in descending order."""
     zipf_J = np.arange(1, config.features + 1, dtype=np.float64) ** -config.rate_exponent
     span = zipf_J[0] - zipf_J[-1]
+    # An exponent of 0, or one feature: all rates are equal, and there is nothing to scale.
     if not span:
         return np.full(config.features, config.rate_max)
     return config.rate_min + (zipf_J - zipf_J[-1]) * (config.rate_max - config.rate_min) / span
@@ -148,6 +149,7 @@ def make_world(config: TruthConfig) -> World:
     if config.orthogonalise:
         directions_JxD = orthogonalise(directions_JxD, config.orthogonalise)
     loading_JxQ = config.correlation * jax.random.normal(keys[1], (count, config.factors))
+    # The factors must leave a part of each latent unexplained, or its variance would not be 1.
     explained_J = jnp.sum(loading_JxQ**2, -1)
     limit = 1 - _MIN_LATENT_VARIANCE
     shrink_J = jnp.where(explained_J > limit, jnp.sqrt(limit / jnp.maximum(explained_J, 1e-9)), 1.0)

@@ -185,6 +185,7 @@ def checkpoint(model: HandSet, seed: int) -> tuple[dict[str, Any], dict[str, np.
     """Return the fields of ``config.json`` and the tensors of GPT-2's checkpoint, float64."""
     frame_JxD = frame(model, seed)
     count, _, width = _shape(model)
+    # The gain is the root of the epsilon that the norm divides by, so that a norm changes nothing.
     norm = dict(weight=np.full(width, _GAIN), bias=np.zeros(width))
     tensors = {f"transformer.ln_f.{name}": value for name, value in norm.items()}
     tensors["transformer.wte.weight"] = model.vectors(list(model.words.values())) @ frame_JxD
