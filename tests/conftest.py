@@ -73,7 +73,7 @@ LONGEST = (
     "attribute_processes ablation_measurements baseline ablate_stage criteria preflight_stage detectors "
     "explain_binary family_parity cluster_stage stages settings_read library generation killed_processes world "
     "sinks benchmark patch_stage reuse precision stack_members collectives planted_crosscoders track_stage "
-    "cross_layer_scores pretrained decoder attribute_stage effects local_model readme serve_saes evaluate probing "
+    "cross_layer_scores pretrained decoder attribute_stage effects local_model docs serve_saes evaluate probing "
     "step algorithms"
 )
 

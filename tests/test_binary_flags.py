@@ -36,31 +36,24 @@ def test_another_stages_flag_is_ignored_in_a_file(tmp_path):
     file = tmp_path / "shared.flags"
     file.write_text("--patch.top=0\n--train.k=3\n--capture.bos=never\n")
     configs = read(["capture"], f"--flagfile={file}")
-    assert (configs[CaptureConfig].bos, configs[PatchConfig], configs[TrainConfig]) == (
-        "never",
-        PatchConfig(),
-        TrainConfig(),
-    )
+    assert configs[CaptureConfig].bos == "never"
+    assert (configs[PatchConfig], configs[TrainConfig]) == (PatchConfig(), TrainConfig())
     assert read(["train"], f"--flagfile={file}")[TrainConfig].k == (3,)
 
 
-def test_a_shared_flag_is_accepted_where_a_group_that_shares_it_is(tmp_path, capsys):
+def test_a_shared_flag_is_accepted_where_a_group_that_shares_it_is():
     configs = read(["ablate"], "--causal.seed=7", "--causal.batch_rows=5")
     assert (configs[AblateConfig].seed, configs[AblateConfig].batch_rows, configs[PatchConfig].seed) == (7, 5, 456)
     assert read(["patch"], "--causal.seed=7")[PatchConfig].seed == 7
-    everything = read(None, "--causal.seed=7")
-    assert {everything[group].seed for group in (AblateConfig, PatchConfig, SteerConfig, StudyConfig, ProbeConfig)} == {
-        7
-    }
+    shared = read(None, "--causal.seed=7")
+    assert {shared[group].seed for group in (AblateConfig, PatchConfig, SteerConfig, StudyConfig, ProbeConfig)} == {7}
     with pytest.raises(UserError, match=r"--causal.seed belongs to the stage ablate or .* which capture does not read"):
         read(["capture"], "--causal.seed=7")
     with pytest.raises(UserError, match=r"--causal.batch_rows is 0: expected at least 1"):
         read(["ablate"], "--causal.batch_rows=0")
-    assert (flag_of("ablate", "seed"), flag_of("ablate", "top"), flag_of("train.topk", "k")) == (
-        "causal.seed",
-        "ablate.top",
-        "train.topk.k",
-    )
+    assert [flag_of(*field) for field in (("ablate", "seed"), ("ablate", "top"), ("train.topk", "k"))] == [
+        "causal.seed", "ablate.top", "train.topk.k",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -92,27 +85,39 @@ class Noting(Configs):
         return super().named(name)
 
 
+# With these every stage but those on benchmarks has something to make.
+EVERYTHING = dict.fromkeys(
+    [f"{stage}__dictionaries" for stage in ("interpret", "export", "transfer", "cluster", "explain", "track")]
+    + [f"{stage}__dictionary" for stage in ("patch", "steer")],
+    "topk",
+)
+EVERYTHING |= dict(
+    explain__url="http://localhost/v1", explain__model="judge", track__prompt="A cat sat.", known__circuits="chain",
+    algorithm__names="addition", truth__features=64, patch__kinds="mlp_out", probe__labels="answer",
+    ablate__effects="all", graph__behaviours="capital", circuits__behaviours="capital", corpus__stream=True,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_units_and_hashes_of_a_stage_follow_from_the_groups_that_its_binary_accepts(stage, inputs, tmp_path):
     """Otherwise a binary, which ignores other flags, would make other units than the pipeline does."""
-    changes = {f"{group}__{field}": value for group, field, value in (
-        ("interpret", "dictionaries", "topk"), ("export", "dictionaries", "topk"), ("transfer", "dictionaries", "topk"),
-        ("cluster", "dictionaries", "topk"), ("explain", "dictionaries", "topk"),
-        ("explain", "url", "http://localhost/v1"), ("explain", "model", "judge"), ("track", "prompt", "A cat sat."),
-        ("track", "dictionaries", "topk"), ("known", "circuits", "chain"), ("algorithm", "names", "addition"),
-        ("truth", "features", "64"), ("patch", "kinds", "mlp_out"), ("patch", "dictionary", "topk"),
-        ("probe", "labels", "answer"), ("steer", "dictionary", "topk"), ("ablate", "effects", "all"),
-        ("graph", "behaviours", "capital"), ("circuits", "behaviours", "capital"),
-        ("graph", "transcoders", str(tmp_path)), ("corpus", "stream", "True"),
-    )}  # fmt: skip
-    flags = runs.small_flags(*inputs, tmp_path / "run", **changes)
+    flags = runs.small_flags(*inputs, tmp_path / "run", **EVERYTHING, graph__transcoders=tmp_path)
     configs = Noting(read(list(STAGES), *flags))
     units = STAGES[stage].units(configs)
     assert units or stage in ("benchmark", "study")  # without a hub there are no benchmarks
     STAGES[stage].check(configs)
-    plan = Workplan(configs)
     if stage not in ("attribute", "circuits"):  # there is no set of transcoders
-        marks = [plan.fingerprint(unit) for unit in units]
-        alone = Workplan(read([stage], *flags))
-        assert [alone.fingerprint(unit) for unit in units] == marks
+        together, alone = Workplan(configs), Workplan(read([stage], *flags))
+        assert [alone.fingerprint(unit) for unit in units] == [together.fingerprint(unit) for unit in units]
     assert configs.seen <= set(accepted_groups([stage]))
+
+
+def test_every_stage_comes_after_those_whose_units_it_reads(inputs, tmp_path):
+    benchmarks = dict(task__benchmarks="gsm8k", study__benchmarks="logic", graph__transcoders="set")
+    configs = read(list(STAGES), *runs.small_flags(*inputs, tmp_path / "run", **EVERYTHING, **benchmarks))
+    order = list(STAGES)
+    for name, declared in STAGES.items():
+        names = declared.names(configs)
+        assert names, f"{name} has no unit here"
+        for need in (need for unit in names for need in declared.needs(configs, unit)):
+            assert order.index(need.partition("/")[0]) < order.index(name), f"{name} reads {need}"

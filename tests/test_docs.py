@@ -1,26 +1,52 @@
-"""The site, the notebook and the files for contributors hold together."""
+"""The README's example and the tour run as they stand; guides and files for contributors name what exists."""
 
 import ast
-import importlib.util
+import importlib
 import json
 import re
+import shlex
 import tomllib
+import types
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
+from absl import flags
+
+import saejax
+from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
+from saejax.runner import command_line, config
+from saejax.runner.registry import GROUPS, STAGES
 
 ROOT = Path(__file__).parent.parent
-TOUR = ROOT / "docs/tour.ipynb"
-GUIDES = sorted(path for pattern in ("*.md", "docs/*.md", "CITATION.cff") for path in ROOT.glob(pattern))
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+TOUR = json.loads((ROOT / "docs/tour.ipynb").read_text("utf-8"))
+CODE = ["".join(cell["source"]) for cell in TOUR["cells"] if cell["cell_type"] == "code"]
+PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "CITATION.cff") for path in ROOT.glob(pattern))
+# docs/extending.md names files that a reader makes; tests/test_extending.py and tests/test_stages.py run what it says.
+GUIDES = [path for path in PAGES if path.name not in ("CHANGELOG.md", "CITATION.cff", "extending.md")]
 # Of registries and hubs; spelt so that this file does not name them.
 HOSTS = re.compile(r"\b(pypi|pythonhosted|huggingface|hf|github|anaconda|docker|readthedocs)\.(org|co|com|io)\b")
 
 
-def code_cells() -> list[str]:
-    return [
-        "".join(cell["source"]) for cell in json.loads(TOUR.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"
-    ]
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys, smollm2):
+    """On a random dictionary in place of the demo's, which takes minutes to train."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    described = DictionaryConfig(kind="topk", site="resid_post.15", d_in=576, n_features=1152, k=48, max_norm=1600.0)
+    dictionary = Dictionary.initial(described, jax.random.key(0))
+    save_dictionary(tmp_path / "runs/demo/train/topk/dictionary", dictionary)
+    top = types.SimpleNamespace(top=dict(capital=[types.SimpleNamespace(feature=feature) for feature in range(200)]))
+    monkeypatch.setattr("saejax.results.load_results", lambda folder: top)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    before, after = map(float, re.findall(r"-?\d+\.\d+", capsys.readouterr().out))
+    output = smollm2(names["tokens"])
+    assert before == pytest.approx(float(output.logit("Paris") - output.logit("Rome")), abs=1e-3)
+    assert before != after
 
 
 @pytest.mark.slow
@@ -28,7 +54,7 @@ def test_the_tour_runs(monkeypatch, tmp_path, capsys):
     """As it stands, cell by cell; it takes two minutes."""
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for number, cell in enumerate(code_cells()):
+    for number, cell in enumerate(CODE):
         exec(compile(cell, f"tour.ipynb, cell {number}", "exec"), names)
     printed = capsys.readouterr().out
     assert names["scores"].explained_variance > 0.3
@@ -39,39 +65,19 @@ def test_the_tour_runs(monkeypatch, tmp_path, capsys):
 
 
 def test_the_tour_is_a_notebook_without_outputs():
-    notebook = json.loads(TOUR.read_text("utf-8"))
-    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
-    ids = [cell["id"] for cell in notebook["cells"]]
+    assert (TOUR["nbformat"], TOUR["nbformat_minor"]) == (4, 5)
+    ids = [cell["id"] for cell in TOUR["cells"]]
     assert len(set(ids)) == len(ids)
-    for cell in notebook["cells"]:
-        assert not cell.get("outputs") and not cell.get("execution_count")
-    for code in code_cells():
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in TOUR["cells"])
+    for code in CODE:
         ast.parse(code)
-
-
-def test_the_tour_uses_names_that_exist():
-    import saejax
-
-    for name in re.findall(r"saejax\.(\w+)\(", "\n".join(code_cells())):
-        assert name in saejax.__all__, name
-
-
-def test_what_guides_and_launchers_install_is_there():
-    offered = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
-    files = [*GUIDES, ROOT / "Makefile", *sorted((ROOT / "launch").iterdir())]
-    asked = {path.name: set(re.findall(r"'\.\[([\w,]+)\]'", path.read_text("utf-8"))) for path in files}
-    named = {extra for texts in asked.values() for text in texts for extra in text.split(",")}
-    assert named <= offered.keys() and {"cuda12", "cuda13", "tpu"} <= named
+        assert set(re.findall(r"saejax\.(\w+)\(", code)) <= set(saejax.__all__)
 
 
 def test_pages_of_the_site(tmp_path, monkeypatch):
     """What Sphinx is given; whether it can read all docstrings without a warning, `make docs` says."""
     monkeypatch.syspath_prepend(ROOT / "docs")
-    spec = importlib.util.spec_from_file_location("pages", ROOT / "docs/pages.py")
-    assert spec and spec.loader
-    pages = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pages)
-    pages.main(tmp_path / "sources")
+    importlib.import_module("pages").main(tmp_path / "sources")
     written = {path.relative_to(tmp_path / "sources").as_posix() for path in (tmp_path / "sources").rglob("*.*")}
     assert {"index.md", "README.md", "WORKSPACE.md", "docs/tour.md"} <= written
     text = "".join(path.read_text() for path in (tmp_path / "sources/reference").iterdir())
@@ -82,20 +88,55 @@ def test_pages_of_the_site(tmp_path, monkeypatch):
     assert modules == set(re.findall(r"automodule:: (\S+)", text))
 
 
-@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
-def test_guides_name_what_exists(path):
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_pages_link_to_what_exists(path):
     text = path.read_text("utf-8")
     assert not HOSTS.search(text)
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert (path.parent / link).exists(), link
     for target in re.findall(r"^make ([\w-]+)", text, re.MULTILINE):
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
 
 
-def test_the_contributing_guide_names_files_that_exist():
-    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    for name in re.findall(r"\b(?:tests|configs|saejax)/[\w/]+\.\w+", text):
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
+def test_guides_name_what_exists(path):
+    """Files, targets, binaries and commands; flags, and names of the library."""
+    text = path.read_text("utf-8")
+    for name in re.findall(r"(?:configs|docs|scripts|saejax|tests)/[\w./]+\.\w+", text):
         assert (ROOT / name).exists(), name
+    for target in re.findall(r"`make ([\w-]+)`", text):
+        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
+    for binary in re.findall(r"experiments\.(?!py\b)(\w+)", text):
+        assert (ROOT / "experiments" / f"{binary}.py").exists(), binary
+    values = flags.FlagValues()
+    config.define_flags(GROUPS, values)
+    for flag in re.findall(r"--(\w+(?:\.\w+)+)", text):
+        assert flag in values, flag
+    for name in re.findall(r"(?<![\w/.-])saejax\.(\w+)\(", text):
+        assert name in saejax.__all__, name
+    for command in re.findall(r"\bsaejax-[a-z]+\b", text):
+        assert command in PROJECT["scripts"], command
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
+def test_command_lines_of_the_guides_are_read(path, tmp_path):
+    """As far as flags go: their names, ranges and choices, whether their binary takes them, and the files they name."""
+    text = path.read_text("utf-8").replace("\\\n", " ")
+    # The reader's own flag file is the block of flags that stands before the commands.
+    (tmp_path / "mine.flags").write_text("".join(re.findall(r"^```\n((?:--.*\n)+)```$", text, re.MULTILINE)))
+    several = dict(baseline=["baseline", "benchmark"], pipeline=list(STAGES))
+    for binary, line in re.findall(r"^\.venv/bin/python -m experiments\.(\w+) (.*)$", text, re.MULTILINE):
+        if binary not in ("study_run", "serve", "compare"):
+            line = line.replace("=configs/", f"={ROOT}/configs/").replace("=mine.flags", f"={tmp_path}/mine.flags")
+            words = ["program", *shlex.split(line, comments=True)]
+            command_line.read_configs(command_line.stage_flags(), words, several.get(binary, [binary]))
+
+
+def test_what_guides_and_launchers_install_is_there():
+    files = [*PAGES, ROOT / "Makefile", *sorted((ROOT / "launch").iterdir())]
+    texts = [text for path in files for text in re.findall(r"'\.\[([\w,]+)\]'", path.read_text("utf-8"))]
+    named = {extra for text in texts for extra in text.split(",")}
+    assert named <= PROJECT["optional-dependencies"].keys() and {"cuda12", "cuda13", "tpu"} <= named
 
 
 def test_hooks_and_workflow_use_what_the_environment_has():
@@ -106,10 +147,11 @@ def test_hooks_and_workflow_use_what_the_environment_has():
     assert workflow["jobs"]["run"]["steps"][-1]["run"] == ".ci/run" and (ROOT / ".ci/run").stat().st_mode & 0o111
 
 
-def test_the_citation_is_of_this_version():
+def test_the_citation_and_the_changelog_are_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
-    assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert citation["version"] == PROJECT["version"] == saejax.__version__
+    assert f"## {saejax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_troubleshooting_page_quotes_lines_that_exist():
@@ -117,6 +159,4 @@ def test_the_troubleshooting_page_quotes_lines_that_exist():
     text = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
     source = "\n".join(path.read_text("utf-8") for path in (ROOT / "saejax").rglob("*.py"))
     quoted = re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
-    assert len(quoted) > 20
-    for words in quoted:
-        assert words in source, words
+    assert len(quoted) > 20 and not [words for words in quoted if words not in source]

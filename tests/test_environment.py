@@ -11,15 +11,14 @@ from saejax.runner import command_line, environment
 from saejax.settings import CaptureConfig, ModelConfig
 
 
-@pytest.mark.parametrize("there, folder", [(True, "run/.compile_cache"), (False, None)])
-def test_accelerators_keep_programs_in_the_workdir(monkeypatch, tmp_path, there, folder):
+@pytest.mark.parametrize(("accelerators", "folder"), [(True, "run/.compile_cache"), (False, None)])
+def test_accelerators_keep_programs_in_the_workdir(monkeypatch, tmp_path, accelerators, folder):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.delitem(sys.modules, "jax")
-    monkeypatch.setattr(environment, "may_have_accelerators", lambda: there)
+    monkeypatch.setattr(environment, "may_have_accelerators", lambda: accelerators)
     environment.keep_programs(Path("run"))
-    found = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-    assert found == (folder and str(tmp_path / folder))
+    assert os.environ.pop("JAX_COMPILATION_CACHE_DIR", None) == (folder and str(tmp_path / folder))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
     environment.keep_programs(Path("run"))
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from saejax import load_model
 from saejax.models import families
+from saejax.models.sites import KINDS, Site
+from saejax.models.torch_hooks import HookedModel
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 
@@ -39,35 +41,22 @@ def starcoder2(monkeypatch):
 
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=5, use_bias=False, tie_word_embeddings=False)])
 def test_a_family_of_models(tmp_path, one_device, starcoder2, changes):
+    """Its logits and sites are those of the PyTorch model."""
     save_tiny(tmp_path, "starcoder2", vocab_size=300, **changes)
     save_tiny_tokenizer(tmp_path, 300)
     lm = load_model(str(tmp_path), mesh=one_device)
     tokens = lm.tokenize(["The cat near the dogs"])
+    ours = lm(tokens, capture=[f"{kind}.1" for kind in KINDS])
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    with torch.no_grad():
-        theirs = model(torch.tensor(tokens.ids_BxT)).logits.numpy()
-    ours = np.asarray(lm(tokens).logits_BxTxV)
-    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
-
-
-def test_its_sites_are_those_of_the_pytorch_model(tmp_path, one_device, starcoder2):
-    from saejax.models.sites import KINDS, Site
-    from saejax.models.torch_hooks import HookedModel
-
-    save_tiny(tmp_path, "starcoder2", vocab_size=300)
-    save_tiny_tokenizer(tmp_path, 300)
-    lm = load_model(str(tmp_path), mesh=one_device)
-    tokens = lm.tokenize(["The cat near the dogs"])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    found = lm(tokens, capture=[f"{kind}.1" for kind in KINDS]).sites
-    theirs = {}
+    pairs = {}
 
     def keep(site, value):
-        theirs[site.kind] = value.numpy().copy()
+        pairs[site.kind] = np.asarray(ours.sites[str(site)]), value.numpy().copy()
         return value
 
     with torch.no_grad():
+        pairs["logits"] = np.asarray(ours.logits_BxTxV), model(torch.tensor(tokens.ids_BxT)).logits.numpy()
         HookedModel(model).run(tokens.ids_BxT, None, [Site(kind, 1) for kind in KINDS], keep)
-    for kind in KINDS:
-        error = np.abs(np.asarray(found[f"{kind}.1"]) - theirs[kind]).max()
-        assert error < 1e-5 * np.abs(theirs[kind]).max(), kind
+    assert pairs.keys() == {"logits", *KINDS}
+    for name, (value, expected) in pairs.items():
+        assert np.abs(value - expected).max() < 1e-5 * np.abs(expected).max(), name

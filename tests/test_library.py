@@ -32,11 +32,6 @@ PROMPTS = [saejax.Prompt("animal", *line) for line in LINES]
 
 
 @pytest.fixture(scope="module")
-def lm(tiny_llama, one_device):
-    return saejax.load_model(str(tiny_llama), mesh=one_device)
-
-
-@pytest.fixture(scope="module")
 def acts(lm):
     return saejax.capture(lm, TEXTS, [SITE, "mlp_in.1", "mlp_out.1"], batch_tokens=256)
 
@@ -57,8 +52,8 @@ def test_the_library_has_what_it_promises():
         assert getattr(saejax, name).__doc__, name
     with pytest.raises(AttributeError, match="no_such_name"):
         saejax.no_such_name  # noqa: B018
-    assert saejax.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert f"## {saejax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    modules = {path.stem for path in Path(saejax.__file__).parent.iterdir()}
+    assert not modules & set(saejax.__all__), "a module would hide the function of its name"
 
 
 def test_checkers_know_the_types_of_names(tmp_path):
@@ -73,26 +68,25 @@ def test_checkers_know_the_types_of_names(tmp_path):
         "saejax.load_model(path=3)\n"
     )
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(snippet)]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     model, train, trace, missing, wrong = (
-        "\n".join(line for line in found.splitlines() if f"snippet.py:{number}:" in line) for number in range(2, 7)
+        "\n".join(line for line in output.splitlines() if f"snippet.py:{number}:" in line) for number in range(2, 7)
     )
-    assert re.search(r"LanguageModel\"$", model), found
-    assert re.search(r"kind: .*str.*Dictionary\"$", train), found
-    assert 'Any"' not in trace and "Graph" in trace, found
-    assert "no_such_name" in missing, found
-    assert "incompatible type" in wrong, found
+    assert re.search(r"LanguageModel\"$", model), output
+    assert re.search(r"kind: .*str.*Dictionary\"$", train), output
+    assert 'Any"' not in trace and "Graph" in trace, output
+    assert "no_such_name" in missing and "incompatible type" in wrong, output
 
 
 def test_captured_rows_are_the_models_own_values(lm, acts):
     for text in (0, 3, len(TEXTS) - 1):
         tokens = lm.tokenize([TEXTS[text]])
+        rows_N = acts.index_Nx3[:, 0] == text
         for site, value_NxD in acts.values.items():
-            own = acts.index_Nx3[:, 0] == text
-            expected_TxD = np.asarray(lm(tokens, capture=[site]).sites[site][0])
-            np.testing.assert_allclose(value_NxD[own], expected_TxD, rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(acts.index_Nx3[own, 2], tokens.ids_BxT[0])
-        np.testing.assert_array_equal(acts.index_Nx3[own, 1], np.arange(tokens.lengths_B[0]))
+            (expected_TxD,) = lm(tokens, capture=site).sites[site]
+            np.testing.assert_allclose(value_NxD[rows_N], expected_TxD, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(acts.index_Nx3[rows_N, 2], tokens.ids_BxT[0])
+        np.testing.assert_array_equal(acts.index_Nx3[rows_N, 1], np.arange(tokens.lengths_B[0]))
 
 
 def test_saved_activations_are_a_store(acts, tmp_path):
@@ -118,27 +112,22 @@ def test_a_trained_dictionary_rebuilds_its_site(lm, acts, sae):
     x_NxD = acts.values[SITE]
     f_NxF = np.asarray(sae.encode(x_NxD))
     assert sae.site == SITE and f_NxF.shape[1] == 2 * x_NxD.shape[1] and (np.count_nonzero(f_NxF, axis=1) <= 8).all()
-    found = saejax.evaluate(lm, sae, TEXTS[:5])
-    own = np.isin(acts.index_Nx3[:, 0], range(5)) & (np.linalg.norm(x_NxD, axis=1) <= sae.config.max_norm)
-    y_NxD, y_hat_NxD = x_NxD[own].astype(np.float64), np.asarray(sae(x_NxD[own]), np.float64)
+    scores = saejax.evaluate(lm, sae, TEXTS[:5])
+    kept_N = np.isin(acts.index_Nx3[:, 0], range(5)) & (np.linalg.norm(x_NxD, axis=1) <= sae.config.max_norm)
+    y_NxD, y_hat_NxD = x_NxD[kept_N].astype(np.float64), np.asarray(sae(x_NxD[kept_N]), np.float64)
     expected = 1 - np.square(y_NxD - y_hat_NxD).sum() / np.square(y_NxD - y_NxD.mean(axis=0)).sum()
-    assert found.explained_variance == pytest.approx(expected, abs=1e-5) and expected > 0.3
-    assert found.l0 == pytest.approx((f_NxF[own] > 0).sum(axis=1).mean())
-
-
-def test_cross_entropy_is_that_of_the_edited_model(lm, sae):
-    texts = TEXTS[:3]
-    found = saejax.evaluate(lm, sae, texts)
+    assert scores.explained_variance == pytest.approx(expected, abs=1e-5) and expected > 0.3
+    assert scores.l0 == pytest.approx((f_NxF[kept_N] > 0).sum(axis=1).mean())
     nats, count = 0.0, 0
-    for text in texts:
+    for text in TEXTS[:5]:
         tokens = lm.tokenize([text])
         logits_TxV = np.asarray(lm(tokens).logits_BxTxV[0], np.float64)
         logp_TxV = logits_TxV - np.log(np.exp(logits_TxV).sum(axis=1, keepdims=True))
         targets_T = tokens.ids_BxT[0, 1:]
         nats, count = nats - logp_TxV[np.arange(len(targets_T)), targets_T].sum(), count + len(targets_T)
-    assert found.losses.tokens == count
-    assert found.losses.ce["clean"] == pytest.approx(nats / count, rel=1e-5)
-    assert found.losses.kl["clean"] == pytest.approx(0.0, abs=1e-6)
+    assert scores.losses.tokens == count
+    assert scores.losses.ce["clean"] == pytest.approx(nats / count, rel=1e-5)
+    assert scores.losses.kl["clean"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_transcoder_reads_one_site_and_predicts_the_other(lm, acts):
@@ -166,34 +155,34 @@ def test_named_features_are_ablated_as_by_an_edit(lm, sae):
     tokens = lm.tokenize([prompt.text for prompt in prompts])
     f_BxTxF = np.asarray(sae.encode(lm(tokens, capture=[SITE]).sites[SITE])) * tokens.mask_BxT[:, :, None]
     features = np.argsort(-f_BxTxF.sum(axis=(0, 1)))[:2].tolist()
-    found = saejax.ablate(lm, sae, PROMPTS, features=features, **QUICK)
-    (behaviour,) = found.table.behaviours
-    defined = found.table.select_prompts(behaviour)
-    clean, whole = (found.table.select_edits(behaviour, group)[-1] for group in ("clean", "top"))
+    table = saejax.ablate(lm, sae, PROMPTS, features=features, **QUICK).table
+    (behaviour,) = table.behaviours
+    defined = table.select_prompts(behaviour)
+    clean, whole = (table.select_edits(behaviour, group)[-1] for group in ("clean", "top"))
     assert list(whole.features) == features and whole.fraction == 1.0
     answers_Px2 = np.array([[lm.token_id(prompt.correct), lm.token_id(prompt.wrong)] for prompt in prompts])
     for edits, definition in (([], clean), ([sae.ablate(features)], whole)):
         rows_P, logits_BxTxV = np.arange(len(prompts)), np.asarray(lm(tokens, edits=edits).logits_BxTxV)
         last_Px2 = logits_BxTxV[rows_P[:, None], tokens.last_B[:, None], answers_Px2]
-        got_P = found.table.values([definition], defined, "logit_diff")[0]
-        np.testing.assert_allclose(got_P, last_Px2[:, 0] - last_Px2[:, 1], atol=2e-4)
+        (diff_P,) = table.values([definition], defined, "logit_diff")
+        np.testing.assert_allclose(diff_P, last_Px2[:, 0] - last_Px2[:, 1], atol=2e-4)
 
 
 def test_top_features_are_chosen_by_train_prompts(lm, sae):
-    found = saejax.ablate(lm, sae, PROMPTS, top=2, **QUICK)
-    (behaviour,) = found.table.behaviours
-    assert 0 < len(found.top[behaviour]) <= 2
-    assert saejax.verdict(found.table, saejax.VerdictConfig(resamples=100)) == found.verdict
+    result = saejax.ablate(lm, sae, PROMPTS, top=2, **QUICK)
+    (behaviour,) = result.table.behaviours
+    assert 0 < len(result.top[behaviour]) <= 2
+    assert saejax.verdict(result.table, saejax.VerdictConfig(resamples=100)) == result.verdict
 
 
 def test_patching_between_prompts_and_counterparts(lm):
     pair = saejax.Prompt("animal", "test", "The cat near the", " dogs", " cat", "The dogs near the", " cat")
-    found = saejax.patch(lm, [pair], "resid_post")
+    patched = saejax.patch(lm, [pair], "resid_post")
     texts = lm.tokenize([pair.text, pair.counterpart])
-    assert found.diff_DxLxHxPxC.shape == (2, lm.config.n_layers, 1, 1, int(texts.lengths_B[0]))
+    assert patched.diff_DxLxHxPxC.shape == (2, lm.config.n_layers, 1, 1, int(texts.lengths_B[0]))
     # The last token's stream after the last layer is all that is read: patching it is the other run.
-    np.testing.assert_allclose(found.diff_DxLxHxPxC[0, -1, 0, 0, -1], found.clean_P[0], atol=1e-4)
-    np.testing.assert_allclose(found.diff_DxLxHxPxC[1, -1, 0, 0, -1], found.corrupted_P[0], atol=1e-4)
+    np.testing.assert_allclose(patched.diff_DxLxHxPxC[0, -1, 0, 0, -1], patched.clean_P[0], atol=1e-4)
+    np.testing.assert_allclose(patched.diff_DxLxHxPxC[1, -1, 0, 0, -1], patched.corrupted_P[0], atol=1e-4)
     with pytest.raises(UserError, match="counterpart"):
         saejax.patch(lm, PROMPTS)
 
@@ -204,6 +193,8 @@ def test_dictionaries_go_to_other_tools(sae, tmp_path):
     np.testing.assert_array_equal(back.W_dec_FxD[...], sae.W_dec_FxD[...])
     with pytest.raises(UserError, match="one by one"):
         saejax.export(tmp_path / "two", [sae, sae], "saelens")
+    with pytest.raises(UserError, match="unknown format of a dictionary 'foo': expected one of saejax, saelens"):
+        saejax.export(tmp_path, [], "foo")
 
 
 def test_bad_input_is_said(lm, acts, sae):
@@ -219,26 +210,17 @@ def test_bad_input_is_said(lm, acts, sae):
         saejax.ablate(lm, sae, [])
 
 
-def test_every_binary_of_the_package_is_a_command():
+def test_every_binary_is_a_command_and_every_stage_has_one():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     names = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__"}
     assert scripts == {f"saejax-{name.replace('_', '-')}": f"saejax.experiments:{name}" for name in names}
     for name in names:
         assert getattr(importlib.import_module(f"experiments.{name}"), name) is getattr(experiments, name)
-
-
-def test_every_stage_has_a_binary():
-    names = {path.stem for path in (ROOT / "experiments").glob("*.py")}
     assert set(STAGES) - {"benchmark"} <= names  # which the baseline's binary runs
 
 
-def test_no_module_has_the_name_of_a_function_which_it_would_hide():
-    modules = {path.stem for path in Path(saejax.__file__).parent.iterdir()}
-    assert not modules & set(saejax.__all__)
-
-
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         (dict(k="x"), "k is 'x': expected a whole number"),
         (dict(k=2.5), "k is 2.5: expected a whole number"),
@@ -249,18 +231,7 @@ def test_no_module_has_the_name_of_a_function_which_it_would_hide():
         (dict(no_such=1), "unknown setting of TrainConfig 'no_such'"),
     ],
 )
-def test_settings_of_another_type_are_refused(settings, told):
-    with pytest.raises(UserError, match=re.escape(told)):
+def test_settings_of_another_type_are_refused(settings, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         make_config(TrainConfig, "topk", **settings)
     assert make_config(TrainConfig, "topk", k=np.int64(3), learning_rate=1).k == (3,)
-
-
-def test_one_site_is_a_list_of_one(lm):
-    tokens = lm.tokenize(TEXTS[:2])
-    one, several = (lm(tokens, capture=sites).sites for sites in (SITE, [SITE]))
-    assert list(one) == [SITE] and np.array_equal(one[SITE], several[SITE])
-
-
-def test_an_unknown_format_is_named_with_those_that_there_are(tmp_path):
-    with pytest.raises(UserError, match="unknown format of a dictionary 'foo': expected one of saejax, saelens"):
-        saejax.export(tmp_path, [], "foo")

@@ -8,69 +8,50 @@ from runs import make_configs
 
 from saejax.errors import Interrupted, UserError
 from saejax.runner import pipeline, workplan
+from saejax.runner.registry import STAGES
 
-ALL = ["preflight", "baseline", "capture", "train/topk", "train/standard", "evaluate/topk", "evaluate/standard"]
-ALL += ["ablate/topk", "report"]
-ran: list[str] = []
-failing: set[str] = set()
-refused: set[str] = set()
+ALL = "preflight baseline capture train/topk train/standard evaluate/topk evaluate/standard ablate/topk report"
 
 
-def fake_stage(run) -> dict:
-    unit = f"{run.stage}/{run.name}" if run.name else run.stage
-    if unit in refused:
-        raise UserError("these settings do not fit")
-    if unit in failing:
-        (run.folder / "half.txt").write_text("half")
-        raise Interrupted("stopped")
-    for folder in run.inputs.values():
-        assert (folder / "done.json").exists()
-    ran.append(unit)
-    (run.folder / "out.txt").write_text(unit)
-    return dict(unit=unit)
+def go(workdir, stages=tuple(STAGES), say=lambda line: None, refused=(), stopped=(), **changes) -> list[str]:
+    """Runs made-up stages with settings changed, such as train__k=3; gives the units that ran."""
+    ran: list[str] = []
+
+    def run_unit(run) -> dict:
+        unit = f"{run.stage}/{run.name}" if run.name else run.stage
+        if unit in refused:
+            raise UserError("these settings do not fit")
+        if unit in stopped:
+            (run.folder / "half.txt").write_text("half")
+            raise Interrupted("stopped")
+        for folder in run.inputs.values():
+            assert (folder / "done.json").exists()
+        ran.append(unit)
+        (run.folder / "out.txt").write_text(unit)
+        return dict(unit=unit)
+
+    made_up = dict(run=run_unit, identity={}, unit_identity={})
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (pipeline, workplan):
+            patch.setattr(module, "STAGES", {n: dataclasses.replace(s, **made_up) for n, s in STAGES.items()})
+        pipeline.run_stages(stages, make_configs(**changes), str(workdir), say=say)
+    return ran
 
 
-@pytest.fixture(autouse=True)
-def fake_stages(monkeypatch):
-    stages = {
-        name: dataclasses.replace(stage, run=fake_stage, identity={}, unit_identity={})
-        for name, stage in pipeline.STAGES.items()
-    }
-    for module in (pipeline, workplan):
-        monkeypatch.setattr(module, "STAGES", stages)
-    ran.clear()
-    failing.clear()
-    refused.clear()
-
-
-def go(workdir, stages=tuple(pipeline.STAGES), say=lambda line: None, **changes) -> list[str]:
-    """Runs stages with settings changed, such as train__k=3; gives the units that ran."""
-    ran.clear()
-    pipeline.run_stages(stages, make_configs(**changes), str(workdir), say=say)
-    return list(ran)
-
-
-def test_a_second_run_does_nothing(tmp_path):
-    assert go(tmp_path) == ALL
-    assert go(tmp_path) == []
-
-
-def test_a_changed_flag_runs_again_only_what_depends_on_it(tmp_path):
+def test_units_that_do_not_depend_on_a_changed_flag_do_not_run_again(tmp_path):
     """Which units those are, ``test_reuse`` says."""
-    go(tmp_path)
+    assert go(tmp_path) == ALL.split() and go(tmp_path) == []
     changed = dict(train__l1=(9.0,))
-    again = ["train/standard", "evaluate/standard", "report"]
-    assert go(tmp_path, **changed) == again and go(tmp_path, **changed) == []
+    assert go(tmp_path, **changed) == ["train/standard", "evaluate/standard", "report"]
+    assert go(tmp_path, **changed) == []
 
 
 @pytest.mark.parametrize("folder", ["runs/other/train/topk/k9", "/else/where/topk", "./topk"])
 def test_a_dictionary_in_a_folder_is_tested_without_capture_and_training(tmp_path, folder):
-    changes = dict(probe__labels=("answer",)) | {
-        f"{stage}__dictionary": folder for stage in ("ablate", "patch", "probe", "steer")
-    }
-    name = folder.strip("./").replace("/", "-")
-    wanted = ["baseline", f"ablate/{name}", f"patch/{name}", f"probe/{name}", f"steer/{name}"]
-    assert go(tmp_path, ["baseline", "ablate", "patch", "probe", "steer"], **changes) == wanted
+    stages = ["ablate", "patch", "probe", "steer"]
+    changes = {f"{stage}__dictionary": folder for stage in stages} | dict(probe__labels=("answer",))
+    units = [f"{stage}/{folder.strip('./').replace('/', '-')}" for stage in stages]
+    assert go(tmp_path, ["baseline", *stages], **changes) == ["baseline", *units]
     assert go(tmp_path, ["report"], **changes) == ["report"]
 
 
@@ -88,30 +69,26 @@ def test_setting_a_flag_back_finds_the_earlier_result(tmp_path):
 def test_what_is_refused_or_stopped_leaves_the_earlier_result_in_its_place(tmp_path):
     go(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    refused.add("train/topk")
     with pytest.raises(UserError, match="do not fit"):
-        go(tmp_path, ["train"], train__batch=7)
+        go(tmp_path, ["train"], refused={"train/topk"}, train__batch=7)
     assert sorted(tmp_path.rglob("*")) == before
-    refused.clear()
-    failing.add("train/topk")  # which leaves half of a file there
-    with pytest.raises(Interrupted):
-        go(tmp_path, ["train"], train__batch=7)
+    with pytest.raises(Interrupted):  # which leaves half of a file there
+        go(tmp_path, ["train"], stopped={"train/topk"}, train__batch=7)
     assert (tmp_path / "train" / "topk" / "done.json").exists()
-    failing.clear()
     assert go(tmp_path) == []
 
 
 def test_what_is_begun_says_with_which_settings_and_versions(tmp_path):
-    failing.add("train/topk")
+    batch = dict(stopped={"train/topk"}, train__batch=7)
     with pytest.raises(Interrupted):
-        go(tmp_path, ["capture", "train"], train__batch=7)
+        go(tmp_path, ["capture", "train"], **batch)
     started = json.loads((tmp_path / "train/topk/started.json").read_text())
     assert started["config"]["train"]["batch"] == started["depends_on"]["settings"]["train"]["batch"] == 7
     assert workplan.fingerprint(started["depends_on"]) == started["fingerprint"] and "jax" in started["packages"]
     started["start"] = "2026-01-01T00:00:00+00:00"
     (tmp_path / "train/topk/started.json").write_text(json.dumps(started))
     with pytest.raises(Interrupted):
-        go(tmp_path, ["train"], train__batch=7)
+        go(tmp_path, ["train"], **batch)
     assert json.loads((tmp_path / "train/topk/started.json").read_text()) == started, "it was begun then"
 
 
@@ -120,27 +97,20 @@ def test_differences_are_named_as_flags():
         settings = dict(train=dict(k=[32], form="", l1=0.5))
         return dict(settings=settings, needs=dict(capture="a"), sources={}, revision=1) | changes
 
-    changed = depends(
-        settings=dict(train=dict(k=[32, 64], form="sae")), needs=dict(capture="b"), sources=dict(text="c")
+    settings = dict(train=dict(k=[32, 64], form="sae"))
+    changed = depends(settings=settings, needs=dict(capture="b"), sources=dict(text="c"))
+    assert ", ".join(pipeline._changes(depends(), changed)) == (
+        "--train.form was empty, is sae, --train.k was 32, is 32,64, --train.l1 was 0.5, is unread, "
+        "capture is different, and 1 more"
     )
-    assert list(pipeline._changes(depends(), changed)) == [
-        "--train.form was empty, is sae",
-        "--train.k was 32, is 32,64",
-        "--train.l1 was 0.5, is unread",
-        "capture is different",
-        "and 1 more",
-    ]
     assert list(pipeline._changes(depends(), depends(revision=2))) == ["the revision of the stage is different"]
     assert list(pipeline._changes(depends(), depends())) == []
 
 
 def test_an_interrupted_unit_goes_on_and_finished_ones_stay(tmp_path):
-    failing.add("train/standard")
     with pytest.raises(Interrupted):
-        go(tmp_path)
-    assert ran == ["preflight", "baseline", "capture", "train/topk"]
-    failing.clear()
-    assert go(tmp_path) == ALL[4:]
+        go(tmp_path, stopped={"train/standard"})
+    assert go(tmp_path) == ALL.split()[4:]
     assert (tmp_path / "train/standard/half.txt").exists(), "its unfinished files are for the stage to use"
 
 

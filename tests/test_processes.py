@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import time
 
@@ -63,21 +64,15 @@ def test_a_signal_saves_and_exits_cleanly(inputs, whole, tmp_path, number):
     runs.captured_only(whole[0], workdir)
     flags = runs.small_flags(*inputs, workdir, train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk")
     process = runs.start("train", flags)
-    for line in process.stdout:
-        if "tokens/s" in line:
-            break
+    next(line for line in process.stdout if "tokens/s" in line)
     process.send_signal(number)
     output = runs.finish(process, 128 + number)
     assert "run the same command to go on" in output and "Traceback" not in output
     if number == signal.SIGINT:
         return  # it saves in the same way
     resumed = runs.start("train", flags)
-    for line in resumed.stdout:
-        if "resuming topk at step" in line:
-            assert int(line.split("at step ")[1].split(":")[0]) > 0
-            break
-    else:
-        pytest.fail("it did not resume")
+    line = next(line for line in resumed.stdout if "resuming topk at step" in line)
+    assert int(line.split("at step ")[1].split(":")[0]) > 0
     resumed.kill()
     resumed.communicate()
 
@@ -109,9 +104,8 @@ def test_killed_while_any_kind_trains_it_ends_with_the_same_bits(inputs, whole, 
         time.sleep(moments.uniform(0.15, 0.6) * seconds)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
-            said = [line.split() for line in process.communicate()[0].splitlines() if " training " in line]
-            said = [words[words.index("training") + 1].rstrip(":") for words in said if len(words) > 3]
-            struck.append((mode, said[-1] if said else "resuming"))
+            kinds = re.findall(r" training (\w+):", process.communicate()[0])
+            struck.append((mode, kinds[-1] if kinds else "resuming"))
         else:  # all kinds were trained: the next kill strikes a fresh run
             assert runs.dictionary_checksums(folder) == expected
             number += 1
@@ -133,16 +127,15 @@ def test_killed_while_any_kind_trains_it_ends_with_the_same_bits(inputs, whole, 
     ],
 )
 def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolerance, mesh):
-    folders = [tmp_path / "one", tmp_path / "two"]
+    folders = [tmp_path / "alone", tmp_path / "together"]
     for folder in folders:
         runs.captured_only(whole[0], folder)
     changes = dict(train__max_steps=50, train__epochs=20, train__state_dtype=dtype, train__kinds=kind, plugins=PLUGIN)
     x64 = dict(JAX_ENABLE_X64="1") if dtype == "float64" else {}
     stack = {name: value for name, value in mesh.items() if name.startswith("train")}
-    one = runs.start("train", runs.small_flags(*inputs, folders[0], **changes | stack), **x64)
+    alone = runs.start("train", runs.small_flags(*inputs, folders[0], **changes | stack), **x64)
     flags = runs.small_flags(*inputs, folders[1], **changes | mesh)
-    pair = runs.start_pair("train", flags, JAX_NUM_CPU_DEVICES="4", **x64)
-    for process in (one, *pair):
+    for process in (alone, *runs.start_pair("train", flags, JAX_NUM_CPU_DEVICES="4", **x64)):
         runs.finish(process)
     jax.config.update("jax_enable_x64", dtype == "float64")  # not the context: Orbax reads in threads of its own
     try:
@@ -157,8 +150,8 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolera
 
 def ablate_flags(inputs, folder, **changes):
     """Flags of a run with two behaviours, all of whose features are ablated, and top neurons."""
-    asked = dict(TWO, train__k=8, ablate__dictionary="topk", ablate__effects="all", ablate__baselines="neurons")
-    return runs.small_flags(*inputs, folder, **asked, **changes)
+    changes |= dict(train__k=8, ablate__dictionary="topk", ablate__effects="all", ablate__baselines="neurons")
+    return runs.small_flags(*inputs, folder, **TWO | changes)
 
 
 def ablated(folder):
@@ -184,82 +177,60 @@ def tested(inputs, trained, tmp_path_factory):
     return folder
 
 
-def kill_after_a_behaviour(processes, folder):
-    """Kill processes of an ablation once the first behaviour is on disk."""
-    while not [*(folder / "ablate").rglob("agreement.json")]:
-        assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
-        time.sleep(0.01)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.communicate()
-
-
 @pytest.mark.slow
-def test_killed_while_it_ablates_it_ends_with_the_same_bits(inputs, trained, tested, tmp_path):
-    folder = runs.copy_run(trained, tmp_path / "run")
-    kill_after_a_behaviour([runs.start("ablate", ablate_flags(inputs, folder))], folder)
-    assert "kept from an earlier run: agreement" in runs.finish(runs.start("ablate", ablate_flags(inputs, folder)))
-    assert ablated(folder) == ablated(tested)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [dict(), dict(mesh__model=2)])
-def test_two_processes_ablate_as_one(inputs, trained, tested, tmp_path, mesh):
+@pytest.mark.parametrize(("processes", "mesh"), [(1, {}), (2, {}), (2, dict(mesh__model=2))])
+def test_killed_while_it_ablates_it_ends_as_without_a_kill(inputs, trained, tested, tmp_path, processes, mesh):
     folder = runs.copy_run(trained, tmp_path / "run")
     flags = ablate_flags(inputs, folder, **mesh)
-    kill_after_a_behaviour(runs.start_pair("ablate", flags), folder)  # so that both must learn what there is
-    for process in runs.start_pair("ablate", flags):
-        runs.finish(process)
-    assert ablated(folder).keys() == ablated(tested).keys()
-    one, two = (load_effects(run / "ablate" / "topk") for run in (tested, folder))
-    assert [edit.id for edit in two.edits] == [edit.id for edit in one.edits]
+
+    def start():
+        return [runs.start("ablate", flags)] if processes == 1 else runs.start_pair("ablate", flags)
+
+    killed = start()
+    while not [*(folder / "ablate").rglob("agreement.json")]:
+        assert all(process.poll() is None for process in killed), killed[0].communicate()[0]
+        time.sleep(0.01)
+    for process in killed:
+        process.kill()
+    for process in killed:
+        process.communicate()
+    outputs = [runs.finish(process) for process in start()]  # both processes must learn what there is
+    before, after = ablated(tested), ablated(folder)
+    assert after.keys() == before.keys()
+    if processes == 1:
+        assert "kept from an earlier run: agreement" in outputs[0] and after == before
+    expected, effects = (load_effects(run / "ablate" / "topk") for run in (tested, folder))
+    assert [edit.id for edit in effects.edits] == [edit.id for edit in expected.edits]
     for column in ("edit_N", "prompt_N", "readout_N"):
-        np.testing.assert_array_equal(getattr(two, column), getattr(one, column))
-    np.testing.assert_allclose(two.value_N, one.value_N, atol=1e-4)
+        np.testing.assert_array_equal(getattr(effects, column), getattr(expected, column))
+    np.testing.assert_allclose(effects.value_N, expected.value_N, atol=1e-4)
     for name in TWO["task__behaviours"].split(","):
         files = (Importance.file(run / "ablate" / "topk", name) for run in (tested, folder))
-        one, two = map(Importance.load, files)
-        np.testing.assert_array_equal(two.feature, one.feature)
-        np.testing.assert_allclose(two.drop, one.drop, atol=1e-5)
-
-
-def trained_only(whole, folder):
-    """A new run that has its dictionaries, so that what is made of them is the same to rounding."""
-    runs.copy_units(whole, folder, "train")
+        expected, importance = map(Importance.load, files)
+        np.testing.assert_array_equal(importance.feature, expected.feature)
+        np.testing.assert_allclose(importance.drop, expected.drop, atol=1e-5)
 
 
 def test_two_processes_run_a_whole_pipeline_as_one(inputs, whole, tmp_path):
     """Capture in parts, ablation together, evaluation and behaviours dealt out, and the report by one of them."""
-    trained_only(whole[0], tmp_path / "run")
+    runs.copy_units(whole[0], tmp_path / "run", "train")  # so that what is made of them is the same to rounding
     pair = runs.start_pair("pipeline", runs.small_flags(*inputs, tmp_path / "run", **TWO))
-    said = [runs.finish(process).splitlines() for process in pair]
-    for number, lines in enumerate(said):
+    outputs = [runs.finish(process).splitlines() for process in pair]
+    for number, lines in enumerate(outputs):
         assert all(f"process {number} of 2: " in line for line in lines if not line.startswith("[Gloo]")), lines
-    every = [line.partition(": ")[2] for lines in said for line in lines]
-    done = [line for line in every if " done in " in line]
+    done = [line.partition(": ")[2] for lines in outputs for line in lines if " done in " in line]
     assert len(set(done)) == len(done) == 6, done
     assert_as_one(whole[0], tmp_path / "run")
 
 
 WIDE = dict(
-    train__kinds="topk,standard",
-    task__behaviours="agreement,capital",
-    task__benchmarks="gsm8k",
-    task__examples=4,
-    task__shots=0,
-    task__max_new_tokens=4,
-    task__batch=1,
-    probe__labels="answer",
-    patch__kinds="resid_post,mlp_out",
-    study__benchmarks="gsm8k",
-    study__random_sets=2,
-    study__placebo_targets=2,
-    interpret__dictionaries="topk,standard",
+    task__behaviours="agreement,capital", task__benchmarks="gsm8k", task__examples=4, task__shots=0,
+    task__max_new_tokens=4, task__batch=1, study__benchmarks="gsm8k", study__random_sets=2, study__placebo_targets=2,
+    probe__labels="answer", patch__kinds="resid_post,mlp_out", steer__dictionary="topk",
     interpret__attention_tokens=256,
-    transfer__dictionaries="topk,standard",
-    steer__dictionary="topk",
-    cluster__dictionaries="topk,standard",
+)  # fmt: skip
+WIDE |= dict.fromkeys(
+    ("train__kinds", "interpret__dictionaries", "transfer__dictionaries", "cluster__dictionaries"), "topk,standard"
 )
 
 
@@ -270,10 +241,9 @@ def test_every_stage_is_dealt_out_to_processes(inputs, tmp_path, processes):
     rows = [dict(question=f"What is {n} plus {n}?", answer=f"{n} + {n} = {2 * n}\n#### {2 * n}") for n in range(12)]
     (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = {**WIDE, "task__path": tmp_path / "gsm8k.jsonl"}
-    one, several = tmp_path / "one", tmp_path / "several"
-    runs.finish(runs.start("pipeline", runs.small_flags(*inputs, one, **flags)))
-    trained_only(one, several)
-    group = runs.start_group(processes, "pipeline", runs.small_flags(*inputs, several, **flags))
-    for process in group:
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    runs.finish(runs.start("pipeline", runs.small_flags(*inputs, alone, **flags)))
+    runs.copy_units(alone, several, "train")
+    for process in runs.start_group(processes, "pipeline", runs.small_flags(*inputs, several, **flags)):
         runs.finish(process)
-    assert_as_one(one, several)
+    assert_as_one(alone, several)

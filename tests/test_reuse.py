@@ -10,19 +10,18 @@ from saejax.runner import command, command_line
 from saejax.runner.registry import STAGES
 from saejax.runner.workplan import Workplan
 
-ASKED = ["baseline", "benchmark", "capture", "train", "evaluate", "ablate", "probe", "interpret", "report"]
-BASE = dict(interpret__dictionaries="topk")
+READ = ["baseline", "benchmark", "capture", "train", "evaluate", "ablate", "probe", "interpret", "report"]
+
+
+def plan_of(inputs, tmp_path, **changes) -> Workplan:
+    flags = runs.small_flags(*inputs, tmp_path / "run", **dict(interpret__dictionaries="topk") | changes)
+    return Workplan(command_line.read_configs(command_line.stage_flags(), ["program", *flags]))
 
 
 def marks(inputs, tmp_path, **changes) -> dict[str, str]:
     """The hashes of all units of a small configuration."""
     plan = plan_of(inputs, tmp_path, **changes)
-    return {unit: plan.fingerprint(unit) for stage in ASKED for unit in STAGES[stage].units(plan.configs)}
-
-
-def plan_of(inputs, tmp_path, **changes) -> Workplan:
-    flags = runs.small_flags(*inputs, tmp_path / "run", **BASE | changes)
-    return Workplan(command_line.read_configs(command_line.stage_flags(), ["program", *flags]))
+    return {unit: plan.fingerprint(unit) for stage in READ for unit in STAGES[stage].units(plan.configs)}
 
 
 DICTIONARIES = {"train/topk", "train/standard"}
@@ -69,11 +68,14 @@ def test_a_changed_flag_makes_what_depends_on_it(inputs, tmp_path, monkeypatch, 
     assert {unit for unit, mark in after.items() if before.get(unit) != mark} == made
 
 
-def test_the_same_model_and_text_elsewhere_change_nothing(inputs, tmp_path):
+def test_the_place_of_model_and_text_and_the_kind_of_device_change_nothing(inputs, tmp_path, monkeypatch):
+    before = marks(inputs, tmp_path)
     model, corpus = inputs
-    shutil.copytree(model, tmp_path / "moved")
-    shutil.copy(corpus, tmp_path / corpus.name)
-    assert marks((tmp_path / "moved", tmp_path / corpus.name), tmp_path) == marks(inputs, tmp_path)
+    moved = shutil.copytree(model, tmp_path / "moved"), shutil.copy(corpus, tmp_path / corpus.name)
+    assert marks(moved, tmp_path) == before
+    for platform in ("cpu", "cuda", "tpu"):
+        monkeypatch.setenv("JAX_PLATFORMS", platform)
+        assert marks(inputs, tmp_path) == before
 
 
 def test_one_more_member_is_one_dictionary(inputs, tmp_path):
@@ -87,22 +89,12 @@ def test_one_more_member_is_one_dictionary(inputs, tmp_path):
             assert len({plan.fingerprint(f"{stage}/topk/{member}") for plan in plans}) == 1
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_the_kind_of_device_changes_nothing(inputs, tmp_path, monkeypatch, platform):
-    before = marks(inputs, tmp_path)
-    monkeypatch.setenv("JAX_PLATFORMS", platform)
-    assert marks(inputs, tmp_path) == before
-
-
 def test_one_more_site_captures_one_site(inputs, tmp_path, capsys, monkeypatch):
     """The store of both sites is the bits of a store made at once, and the model is read for the new one alone."""
     from saejax.activations.writer import StoreWriter
 
-    written = []
-    write_site = StoreWriter.write_site
-    monkeypatch.setattr(
-        StoreWriter, "write_site", lambda self, site, *rest: written.append(site) or write_site(self, site, *rest)
-    )
+    written, write = [], StoreWriter.write_site
+    monkeypatch.setattr(StoreWriter, "write_site", lambda *call: written.append(call[1]) or write(*call))
 
     def capture(workdir, sites, stages=("capture", "train")):
         written.clear()
@@ -110,15 +102,13 @@ def test_one_more_site_captures_one_site(inputs, tmp_path, capsys, monkeypatch):
         assert command.run(stages, "", ["program", *flags]) == 0, capsys.readouterr().err
         return {*written}, capsys.readouterr().out
 
-    assert capture(tmp_path / "run", "resid_post.0")[0] == {"resid_post.0"}
-    sites, output = capture(tmp_path / "run", "resid_post.0,resid_post.1")
-    assert sites == {"resid_post.1"}
-    assert "train/topk: done before, unchanged" in output
-    capture(tmp_path / "whole", "resid_post.0,resid_post.1")
     grown, whole = tmp_path / "run", tmp_path / "whole"
+    assert capture(grown, "resid_post.0")[0] == {"resid_post.0"}
+    sites, output = capture(grown, "resid_post.0,resid_post.1")
+    assert sites == {"resid_post.1"} and "train/topk: done before, unchanged" in output
+    capture(whole, "resid_post.0,resid_post.1")
     files = sorted(path.relative_to(whole / "capture") for path in (whole / "capture").rglob("*.npy"))
     assert len(files) > 6
     for file in files:
         assert (grown / "capture" / file).read_bytes() == (whole / "capture" / file).read_bytes(), file
-    changed, _ = capture(tmp_path / "run", "resid_post.1", ["capture"])
-    assert changed == set(), "a store of fewer sites takes all of them"
+    assert capture(grown, "resid_post.1", ["capture"])[0] == set(), "a store of fewer sites takes all of them"

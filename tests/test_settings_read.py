@@ -12,9 +12,7 @@ from saejax.runner.registry import STAGES, groups_of
 from saejax.runner.workplan import settings_read
 
 # Read by the code only where something else is true, which other settings do not say: the model, the text, a result.
-MAY_STAY_UNREAD = {
-    "evaluate.ce_documents",
-}
+MAY_STAY_UNREAD = {"evaluate.ce_documents"}
 
 
 def recording(config, read: set[str]):
@@ -59,62 +57,40 @@ class RecordingConfigs(Configs):
 
 
 @pytest.fixture(scope="module")
-def recorded(inputs, tmp_path_factory, single_device):
-    """Of each unit of a small run the settings that its code read, and all settings."""
-    read, every = defaultdict(set), []
-    patch = pytest.MonkeyPatch()
+def settings_of(inputs, tmp_path_factory, single_device):
+    """By unit of a small run, the settings that its code read, and those that it declares."""
+    read, declared, run_class = defaultdict(set), {}, pipeline.Run
 
     def make_run(stage, name, folder, configs, *rest):
-        every[:] = [configs]
         unit = f"{stage}/{name}" if name else stage
+        groups = settings_read(STAGES[stage], configs, name)
+        declared[unit] = {f"{group}.{field}" for group, fields in groups.items() for field in fields}
         return run_class(stage, name, folder, RecordingConfigs(configs, read[unit]), *rest)
 
-    run_class = pipeline.Run
-    patch.setattr(pipeline, "Run", make_run)
-    stages = ["baseline", "capture", "train", "evaluate"]
     flags = runs.small_flags(*inputs, tmp_path_factory.mktemp("recorded") / "run", train__auxk=0.03)
-    try:
-        assert command.run(stages, "", ["program", *flags]) == 0
-    finally:
-        patch.undo()
-    return dict(read), every[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "Run", make_run)
+        assert command.run(["baseline", "capture", "train", "evaluate"], "", ["program", *flags]) == 0
+    return {unit: (read[unit], declared[unit]) for unit in read}
 
 
-def declared(unit, configs) -> set[str]:
-    stage, _, name = unit.partition("/")
-    groups = settings_read(STAGES[stage], configs, name)
-    return {f"{group}.{field}" for group, fields in groups.items() for field in fields}
-
-
-def test_what_is_read_is_declared(recorded):
+def test_what_is_read_is_declared(settings_of):
     """Otherwise a changed setting would leave an old result in its place."""
-    read, configs = recorded
-    assert {unit.partition("/")[0] for unit in read} == {"baseline", "capture", "train", "evaluate"}
-    missing = {}
-    for unit, names in read.items():
-        groups = groups_of(STAGES[unit.partition("/")[0]])
-        fields = {
-            f"{group_name(group)}.{field.name}": field
-            for group in groups
-            for field in flag_fields(group_name(group), group).values()
-        }
-        counted = {flag for flag in names & fields.keys() if fields[flag].metadata["changes_results"]}
-        if left := counted - declared(unit, configs):
-            missing[unit] = sorted(left)
-    assert missing == {}
-
-
-def test_what_is_declared_is_read(recorded):
-    """Otherwise a changed setting would make again what is the same."""
-    read, configs = recorded
-    unread = {unit: sorted(declared(unit, configs) - names - MAY_STAY_UNREAD) for unit, names in read.items()}
-    assert {unit: names for unit, names in unread.items() if names} == {}
-
-
-def test_settings_of_groups_that_a_stage_does_not_declare_are_not_read(recorded):
-    read, _ = recorded
-    for unit, names in read.items():
+    assert {unit.partition("/")[0] for unit in settings_of} == {"baseline", "capture", "train", "evaluate"}
+    for unit, (read, declared) in settings_of.items():
         stage = STAGES[unit.partition("/")[0]]
+        counted = {
+            f"{group_name(group)}.{field.name}"
+            for group in groups_of(stage)
+            for field in flag_fields(group_name(group), group).values()
+            if field.metadata["changes_results"]
+        }
+        assert not (read & counted) - declared, unit
         groups = {group_name(group) for group in (*groups_of(stage), *stage.placement)}
-        undeclared = {name for name in names if name.partition(".")[0] not in groups}
-        assert not undeclared, f"{unit} reads {sorted(undeclared)} of groups that it does not declare"
+        assert {name.partition(".")[0] for name in read} <= groups, f"{unit} reads groups that it does not declare"
+
+
+def test_what_is_declared_is_read(settings_of):
+    """Otherwise a changed setting would make again what is the same."""
+    for unit, (read, declared) in settings_of.items():
+        assert not declared - read - MAY_STAY_UNREAD, unit

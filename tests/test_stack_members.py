@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import runs
@@ -11,6 +12,7 @@ from saejax import load_dictionary, load_results
 from saejax.errors import UserError
 from saejax.interpret.feature_record import feature_names
 from saejax.runner import command, command_line, pipeline
+from saejax.runner.config import Configs
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import Workspace, member_folder
 from saejax.training.metrics import read_metrics
@@ -31,10 +33,12 @@ def go(inputs, folder, stages=STAGES, **changes) -> None:
     assert command.run(stages, "", ["program", *flags(inputs, folder, **changes)]) == 0
 
 
+def read(inputs, folder, **changes) -> Configs:
+    return command_line.read_configs(command_line.stage_flags(), ["program", *flags(inputs, folder, **changes)])
+
+
 def plan(inputs, folder, **changes) -> Workplan:
-    return Workplan(
-        command_line.read_configs(command_line.stage_flags(), ["program", *flags(inputs, folder, **changes)])
-    )
+    return Workplan(read(inputs, folder, **changes))
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -81,29 +85,29 @@ def test_a_member_alone_is_the_member_of_a_stack(inputs, swept, tmp_path, capsys
 
 
 def test_members_depend_on_what_their_training_reads(inputs, tmp_path):
-    base = dict(train__k="4,8", train__seed="1,2", capture__sites="resid_post.0,resid_post.1")
-    stack = plan(inputs, tmp_path / "run", train__sites="resid_post.0,resid_post.1", **base)
+    sites = "resid_post.0,resid_post.1"
+    base = dict(train__k="4,8", train__seed="1,2", capture__sites=sites, train__sites=sites)
+    stack = plan(inputs, tmp_path / "run", **base)
     names = list(stack.members("train/topk"))
     assert names[0] == "resid_post.0-seed1-k4" and len(names) == 8
     marks = {name: stack.fingerprint(f"train/topk/{name}") for name in names}
     assert len({*marks.values()}) == 8
-    alone = dict(train__k="4", train__sites="resid_post.0", capture__sites="resid_post.0")
-    assert marks["resid_post.0-seed1-k4"] == plan(inputs, tmp_path, **alone, train__seed="1").fingerprint("train/topk")
     # Seed 2 of the stack takes tokens in the order of seed 1, and a second site has other initial values than a first.
-    assert marks["resid_post.0-seed2-k4"] != plan(inputs, tmp_path, **alone, train__seed="2").fingerprint("train/topk")
-    second = dict(train__k="4", train__sites="resid_post.1", capture__sites="resid_post.1", train__seed="1")
-    assert marks["resid_post.1-seed1-k4"] != plan(inputs, tmp_path, **second).fingerprint("train/topk")
+    for layer, seed, same in ((0, 1, True), (0, 2, False), (1, 1, False)):
+        site = f"resid_post.{layer}"
+        alone = plan(inputs, tmp_path, train__k="4", train__seed=seed, train__sites=site, capture__sites=site)
+        assert (marks[f"{site}-seed{seed}-k4"] == alone.fingerprint("train/topk")) == same
     for setting in (dict(train__l1=3), dict(train__log_every=7), dict(mesh__member=2)):
-        changed = plan(inputs, tmp_path, train__sites="resid_post.0,resid_post.1", **base | setting)
+        changed = plan(inputs, tmp_path, **base | setting)
         assert {name: changed.fingerprint(f"train/topk/{name}") for name in names} == marks, setting
     # A feature's description depends on its own dictionary alone, whatever other layers the stack has.
     first = "interpret/topk/resid_post.0-seed1-k4"
-    later = plan(inputs, tmp_path, train__sites="resid_post.0,resid_post.1", **base | dict(train__seed="1,3"))
-    other_k = plan(inputs, tmp_path, train__sites="resid_post.0,resid_post.1", **base | dict(train__k="4"))
-    lone = plan(inputs, tmp_path, **base | dict(train__sites="resid_post.0"))
-    assert stack.fingerprint(first) == later.fingerprint(first)
-    assert stack.fingerprint(first) == other_k.fingerprint(first.removesuffix("-k4"))
-    assert stack.fingerprint(first) == lone.fingerprint("interpret/topk/seed1-k4")
+    for name, setting in {
+        first: dict(train__seed="1,3"),
+        first.removesuffix("-k4"): dict(train__k="4"),
+        "interpret/topk/seed1-k4": dict(train__sites="resid_post.0"),
+    }.items():
+        assert stack.fingerprint(first) == plan(inputs, tmp_path, **base | setting).fingerprint(name)
 
 
 def test_a_stage_reads_the_member_that_its_flag_names(inputs, tmp_path):
@@ -130,22 +134,13 @@ def test_a_stack_that_was_stopped_goes_on_with_the_same_bits(inputs, swept, tmp_
     """Stopped in the middle of its training, or between the summaries of two members."""
     run = tmp_path / "run"
     runs.copy_units(swept, run, "capture")
-    finish, summaries = Workspace.finish, []
-
-    def stop_between(self, unit, *rest, **options):
-        if len(summaries) == members_done:
-            raise KeyboardInterrupt
-        summaries.append(unit)
-        return finish(self, unit, *rest, **options)
-
-    questions = iter(range(100))
-    changed = flags(inputs, run, train__k="4,8")
     if members_done:
-        monkeypatch.setattr(Workspace, "finish", stop_between)
-        assert command.run(["train"], "", ["program", *changed]) == 130
+        finish = Mock(side_effect=[DEFAULT, KeyboardInterrupt], wraps=Workspace.finish)
+        monkeypatch.setattr(Workspace, "finish", lambda *arguments, **options: finish(*arguments, **options))
+        assert command.run(["train"], "", ["program", *flags(inputs, run, train__k="4,8")]) == 130
         monkeypatch.undo()
     else:
-        configs = command_line.read_configs(command_line.stage_flags(), ["program", *changed])
+        configs, questions = read(inputs, run, train__k="4,8"), iter(range(100))
         with pytest.raises(pipeline.Interrupted):
             pipeline.run_stages(["train"], configs, run, stopping=lambda: next(questions) > 7)
     stack = json.loads((run / "train" / "topk" / "stack.json").read_text())
@@ -162,15 +157,12 @@ def test_a_member_that_was_deleted_is_trained_again(inputs, swept, tmp_path):
     shutil.rmtree((run / "train" / "topk" / "k8").resolve())
     go(inputs, run, ["train"], train__k="4,8")
     assert contents(run / "train" / "topk" / "k4") == kept
-    assert load_dictionary(run / "train" / "topk" / "k8").config.k == 8
+    assert runs.dictionary_checksums(run) == runs.dictionary_checksums(swept)
 
 
 def test_without_links_a_text_file_leads_to_a_member(inputs, swept, tmp_path, monkeypatch):
-    def no_links(*arguments):
-        raise OSError("no links here")
-
     run = tmp_path / "run"
-    monkeypatch.setattr("os.symlink", no_links)
+    monkeypatch.setattr("os.symlink", Mock(side_effect=OSError("no links here")))
     go(inputs, run, [*STAGES, "atlas"], train__k="4,8")
     assert feature_names(run, "topk/k8")
     unit = run / "train" / (run / "train" / "topk.current").read_text().strip()

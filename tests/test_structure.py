@@ -2,11 +2,13 @@
 
 import ast
 import functools
+import graphlib
 import io
 import re
 import textwrap
 import tokenize
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import shapes
@@ -18,66 +20,50 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 LOADERS = {"import_module", "__import__", "load"}  # functions that take the name of a module
 
-# What is still to be mended; each list may only become shorter.
-KNOWN_CIRCLES: list[set[str]] = []
-KNOWN_DOUBLES: set[str] = set()
-KNOWN_LETTERS: set[str] = set()
-
 
 def loaded_by_name(tree: ast.Module) -> set[str]:
     """The modules that a file names as text where it loads them: "module" or "module:function"."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
     loads = [node.args[0] for node in calls if getattr(node.func, "attr", getattr(node.func, "id", "")) in LOADERS]
-    return {
-        text.value.partition(":")[0] for text in loads if isinstance(text, ast.Constant) and type(text.value) is str
-    }
+    texts = [load.value for load in loads if isinstance(load, ast.Constant) and type(load.value) is str]
+    return {text.partition(":")[0] for text in texts}
+
+
+def import_names(tree: ast.Module, nodes: Iterable[ast.AST] | None = None) -> set[str]:
+    """The modules that a file's statements name, wherever in it they stand, or load by their names."""
+    names = loaded_by_name(tree)
+    for node in ast.walk(tree) if nodes is None else nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, "imports name the whole module"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else node.module for name in inner}
+    return names
 
 
 def imported(name: str) -> set[str]:
-    """The modules that a module's statements name, wherever in the file they stand, or load by their names.
+    """The package's modules that a module imports.
 
-    Of a stage's file those outside of functions alone: what it runs knows its settings, and is imported when it runs.
+    Of a stage's file by statements outside of functions alone: what it runs knows its settings, and is imported when
+    it runs.
     """
-    found = loaded_by_name(TREES[name])
-    for node in TREES[name].body if name.startswith("saejax.stages.") else ast.walk(TREES[name]):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, f"{name}: imports name the whole module"
-            inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {one if one in MODULES else node.module for one in inner}
-    return (found & MODULES.keys()) - {name}
-
-
-def circles(graph: dict[str, set[str]]) -> list[set[str]]:
-    """The sets of modules that reach each other and themselves (found by depth, as they are few)."""
-
-    def reached(start: str) -> set[str]:
-        seen: set[str] = set()
-        waiting = list(graph[start])
-        while waiting:
-            if (name := waiting.pop()) not in seen:
-                seen.add(name)
-                waiting += graph[name]
-        return seen
-
-    reach = {name: reached(name) for name in graph}
-    found = [{member for member in reach[name] if name in reach[member]} for name in graph if name in reach[name]]
-    return [circle for i, circle in enumerate(found) if circle not in found[:i]]
+    nodes = TREES[name].body if name.startswith("saejax.stages.") else None
+    return (import_names(TREES[name], nodes) & MODULES.keys()) - {name}
 
 
 @functools.cache
 def defined(name: str) -> set[str]:
     """The names that a module has: its statements', and the modules in its folder."""
-    found = {module.removeprefix(f"{name}.").split(".")[0] for module in MODULES if module.startswith(f"{name}.")}
+    names = {module.removeprefix(f"{name}.").split(".")[0] for module in MODULES if module.startswith(f"{name}.")}
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-    return found
+            names.add(node.id)
+    return names
 
 
 def test_what_tests_and_benchmarks_import_is_there():
@@ -86,27 +72,18 @@ def test_what_tests_and_benchmarks_import_is_there():
     for path in sorted(path for top in ("tests", "benchmarks", "scripts") for path in (ROOT / top).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "saejax" != node.module:
-                known = defined(node.module) if node.module in MODULES else set()
-                missing += [f"{path.name}: {node.module}.{a.name}" for a in node.names if a.name not in known]
+                names = defined(node.module) if node.module in MODULES else set()
+                missing += [f"{path.name}: {node.module}.{a.name}" for a in node.names if a.name not in names]
     assert not missing
 
 
-def test_circles_are_found():
-    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"b"}, "d": set(), "e": {"f"}, "f": {"g"}, "g": {"e"}}
-    assert circles(graph) == [{"b", "c"}, {"e", "f", "g"}]
-
-
 def test_what_is_loaded_by_name_counts_as_imported():
-    text = (
-        'import_module("a.b"); importlib.import_module("c"); load("d:run"); load(stage.run); importlib.import_module(e)'
-    )
+    text = 'import_module("a.b"); importlib.import_module("c"); load("d:run"); load(stage.run); import_module(e)'
     assert loaded_by_name(ast.parse(text)) == {"a.b", "c", "d"}
 
 
 def test_no_circle_between_files():
-    found = circles({name: imported(name) for name in MODULES})
-    assert not [circle for circle in found if circle not in KNOWN_CIRCLES], "files import each other in a circle"
-    assert not [circle for circle in KNOWN_CIRCLES if circle not in found], "mended: take it from KNOWN_CIRCLES"
+    graphlib.TopologicalSorter({name: imported(name) for name in MODULES}).prepare()  # or it raises the circle
 
 
 def test_a_class_name_stands_once():
@@ -115,47 +92,36 @@ def test_a_class_name_stands_once():
         for node in tree.body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(name)
-    double = {name: where for name, where in places.items() if len(where) > 1}
-    assert not {name: where for name, where in double.items() if name not in KNOWN_DOUBLES}, "one name for one thing"
-    assert not KNOWN_DOUBLES - double.keys(), "mended: take it from KNOWN_DOUBLES"
+    assert not {name: where for name, where in places.items() if len(where) > 1}, "a name is for one thing"
 
 
 def test_letters_are_from_the_table():
-    known = shapes.table().keys()
-    assert len(known) > 10, "WORKSPACE.md has a table of letters"
-    places = defaultdict(set)
+    table = shapes.table().keys()
+    assert len(table) > 10, "WORKSPACE.md has a table of letters"
+    unknown = defaultdict(set)
     for module, tree in TREES.items():
         for node in ast.walk(tree):
-            names = (
-                [node.arg]
-                if isinstance(node, ast.arg | ast.keyword)
-                else [getattr(node, "id", getattr(node, "attr", None))]
-            )
-            for name in filter(None, names):
-                for letter in shapes.letters(name) - known:
-                    places[letter].add(f"{module} {name}")
-    unknown = {letter: sorted(where) for letter, where in places.items() if letter not in KNOWN_LETTERS}
+            name = next((getattr(node, field) for field in ("arg", "id", "attr") if getattr(node, field, None)), "")
+            for letter in shapes.letters(name) - table:
+                unknown[letter].add(f"{module} {name}")
     assert not unknown, "letters that WORKSPACE.md's table does not have"
-    assert not KNOWN_LETTERS - places.keys(), "mended: take it from KNOWN_LETTERS"
 
 
 PLAIN = {"Array", "ndarray", "int", "float", "str", "bool", "Any"}  # types that do not say what a parameter is
 
 
-def undescribed(node: ast.FunctionDef, told: str) -> list[str]:
+def undescribed(node: ast.FunctionDef, text: str) -> list[str]:
     """The parameters of plain types, if there are two or more, that the docstring does not speak of."""
-    if re.search("(See|see|As|as|those of) ``", told):
+    if re.search("(See|see|As|as|those of) ``", text):
         return []
-    own = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
-    kinds = {one.arg: {part.split(".")[-1] for part in _written(one.annotation).split(" | ")} for one in own}
-    plain = [name for name, kind in kinds.items() if name not in ("self", "cls") and kind <= PLAIN | {"None"}]
+    plain = []
+    for argument in node.args.posonlyargs + node.args.args + node.args.kwonlyargs:
+        types = ast.unparse(argument.annotation).split(" | ") if argument.annotation else ["Any"]
+        if argument.arg not in ("self", "cls") and {kind.split(".")[-1] for kind in types} <= PLAIN | {"None"}:
+            plain.append(argument.arg)
     stems = {name: re.split("_(?=[A-Zx0-9])", name)[0] for name in plain}
-    missing = [name for name, stem in stems.items() if not re.search(rf"(?<![a-zA-Z0-9]){stem}(?![a-zA-Z0-9])", told)]
+    missing = [name for name, stem in stems.items() if not re.search(rf"(?<![a-zA-Z0-9]){stem}(?![a-zA-Z0-9])", text)]
     return missing if len(plain) > 1 else []
-
-
-def _written(annotation: ast.expr | None) -> str:
-    return "Any" if annotation is None else ast.unparse(annotation)
 
 
 def test_a_parameter_that_the_docstring_leaves_out_is_found():
@@ -179,16 +145,14 @@ def test_docstrings_of_the_numeric_packages_say_what_parameters_are():
     for module in (name for name in TREES if name.split(".")[1:2] and name.split(".")[1] in shapes.CHECKED):
         for owner in [None, *(n for n in TREES[module].body if isinstance(n, ast.ClassDef) and n.name[0] != "_")]:
             for node in (owner or TREES[module]).body:
-                if (
-                    not isinstance(node, ast.FunctionDef)
-                    or node.name[0] == "_"
-                    or (owner and inherited(owner, node.name))
-                ):
+                if not isinstance(node, ast.FunctionDef) or node.name[0] == "_":
+                    continue
+                if owner and inherited(owner, node.name):
                     continue
                 # A parameter named as a field is what the field's description (``#:``) says.
                 fields = [ast.unparse(n.target) for n in owner.body if isinstance(n, ast.AnnAssign)] if owner else []
-                told = " ".join([ast.get_docstring(node) or "", (owner and ast.get_docstring(owner)) or "", *fields])
-                if missing := undescribed(node, told):
+                docstrings = [ast.get_docstring(node) or "", (owner and ast.get_docstring(owner)) or ""]
+                if missing := undescribed(node, " ".join([*docstrings, *fields])):
                     wrong.append(f"{module}:{node.lineno} {node.name}: {', '.join(missing)}")
     assert not wrong, "\n".join(wrong)
 

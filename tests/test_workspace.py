@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 
@@ -23,7 +24,6 @@ def make(space: Workspace, mark: str, content: str = "x", unit: str = "train/top
 
 def test_a_finished_unit_is_found_by_its_fingerprint(tmp_path):
     space = Workspace(tmp_path)
-    assert not space.is_done("train/topk", "m1")
     with space.claim("train/topk", "m1") as folder:
         assert not space.begin("train/topk", "m1") and not space.is_done("train/topk", "m1")
         (folder / "result.txt").write_text("abc")
@@ -38,11 +38,7 @@ def test_a_finished_unit_is_found_by_its_fingerprint(tmp_path):
 @pytest.mark.parametrize("links", [True, False])
 def test_each_setting_has_a_folder_and_the_link_stands_for_the_current_one(tmp_path, monkeypatch, links):
     if not links:
-
-        def refuse(*args):
-            raise OSError("no links on this file system")
-
-        monkeypatch.setattr(os, "symlink", refuse)
+        monkeypatch.setattr(os, "symlink", Mock(side_effect=OSError("no links here")))
     space = Workspace(tmp_path)
     for unit in ("train/topk", "capture"):
         make(space, "m1", "first", unit)
@@ -67,15 +63,13 @@ def test_a_link_stays_until_the_new_unit_is_finished(tmp_path):
 
 def test_a_unit_in_which_nothing_was_made_goes(tmp_path):
     space = Workspace(tmp_path)
-    with space.claim("train/topk", "m1") as folder:
-        space.begin("train/topk", "m1")
-        space.discard_if_empty("train/topk", "m1")
-    assert not folder.exists() and space.current("train/topk") is None
-    with space.claim("train/topk", "m1") as folder:
-        space.begin("train/topk", "m1")
-        (folder / "half.txt").write_text("half")
-        space.discard_if_empty("train/topk", "m1")
-    assert (folder / "half.txt").exists()
+    for files in ([], ["half.txt"]):
+        with space.claim("train/topk", "m1") as folder:
+            space.begin("train/topk", "m1")
+            for file in files:
+                (folder / file).write_text("half")
+            space.discard_if_empty("train/topk", "m1")
+        assert folder.exists() == bool(files) and space.current("train/topk") is None
 
 
 def test_checkpoints_of_a_finished_unit_may_be_deleted(tmp_path):
@@ -125,22 +119,19 @@ def test_files_in_the_place_of_a_link_are_left_alone(tmp_path, file, why):
     assert (tmp_path / "baseline" / file).read_text() == "mine"
 
 
-def hold(root, environment=()) -> subprocess.Popen:
-    """A process that claims a unit until its input ends."""
+def claim_elsewhere(root, then: str) -> subprocess.Popen:
+    """A process that claims a unit and says so, or that it was refused."""
     code = (
-        "from saejax.runner.workspace import Workspace; import sys\n"
-        f"with Workspace({str(root)!r}).claim('train/topk', 'm'):\n print('held', flush=True); sys.stdin.read()"
+        "import sys, time\nfrom saejax.runner.workspace import Workspace\nfrom saejax.errors import UserError\n"
+        f"try:\n with Workspace({str(root)!r}).claim('train/topk', 'm'): print('held', flush=True); {then}\n"
+        "except UserError: print('refused')"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=os.environ | dict(environment),
-    )  # fmt: skip
-    assert process.stdout.readline().strip() == "held"
-    return process
+    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def test_a_unit_that_another_process_makes_is_refused_until_that_is_gone(tmp_path):
-    holder, space = hold(tmp_path), Workspace(tmp_path)
+    holder, space = claim_elsewhere(tmp_path, "sys.stdin.read()"), Workspace(tmp_path)
+    assert holder.stdout.readline().strip() == "held"
     assert space.is_claimed("train/topk", "m") and not space.is_claimed("train/topk", "other")
     refused = pytest.raises(UserError, match=f"is being made by process {holder.pid} on .*--take_over")
     with refused, space.claim("train/topk", "m"):
@@ -157,7 +148,7 @@ def test_a_unit_that_another_process_makes_is_refused_until_that_is_gone(tmp_pat
 def test_a_claim_of_another_host_is_taken_over_on_request_or_by_the_same_job(tmp_path, monkeypatch):
     space = Workspace(tmp_path)
 
-    def claim_elsewhere(job):
+    def leave_claim(job):
         monkeypatch.setattr(workspace.socket, "gethostname", lambda: "elsewhere")
         monkeypatch.setenv("SLURM_JOB_ID", job)
         with space.claim("train/topk", "m") as folder:
@@ -165,14 +156,17 @@ def test_a_claim_of_another_host_is_taken_over_on_request_or_by_the_same_job(tmp
         (folder / "claim.json").write_text(kept)  # as a kill leaves it
         monkeypatch.undo()
 
-    claim_elsewhere("7")
+    leave_claim("7")
     with pytest.raises(UserError, match="on elsewhere since"), space.claim("train/topk", "m"):
         pass
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with space.claim("train/topk", "m"):
         pass
-    claim_elsewhere("8")
-    with space.claim("train/topk", "m", take_over=True):
+    leave_claim("8")
+    with space.claim("train/topk", "m", take_over=True) as folder:
+        pass
+    (folder / "claim.json").write_text("")  # a damaged one counts as held
+    with pytest.raises(UserError, match="unknown host"), space.claim("train/topk", "m"):
         pass
 
 
@@ -183,26 +177,12 @@ def test_of_two_that_find_a_claim_gone_one_gets_it(tmp_path):
     gone.wait()
     about = dict(host=workspace.socket.gethostname(), process=gone.pid, began=0.0, job="", time="")
     (folder / "claim.json").write_text(json.dumps(about))
-    code = (
-        "from saejax.runner.workspace import Workspace; from saejax.errors import UserError; import time\n"
-        "try:\n"
-        f" with Workspace({str(tmp_path)!r}).claim('train/topk', 'm'): print('held'); time.sleep(3)\n"
-        "except UserError: print('refused')"
-    )
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [claim_elsewhere(tmp_path, "time.sleep(3)") for _ in range(2)]
     started = time.monotonic()
-    said = sorted(process.communicate()[0].strip() for process in both)
+    outputs = sorted(process.communicate()[0].strip() for process in both)
     if time.monotonic() - started < 4:  # otherwise the second one may have come after the first had ended
-        assert said == ["held", "refused"]
-    assert "held" in said
-
-
-def test_a_claim_that_is_damaged_counts_as_held(tmp_path):
-    folder = tmp_path / "train" / "topk-m"
-    folder.mkdir(parents=True)
-    (folder / "claim.json").write_text("")
-    with pytest.raises(UserError, match="unknown host"), Workspace(tmp_path).claim("train/topk", "m"):
-        pass
+        assert outputs == ["held", "refused"]
+    assert "held" in outputs
 
 
 def test_an_unusable_workdir_is_refused(tmp_path):

@@ -1,18 +1,17 @@
 """A tiny model on eight devices, and a spy on what stages call."""
 
-import jax
-import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
+from preflight_setup import axes
 
 from saejax import load_model
-from saejax.parallel.mesh import AXES
+from saejax.parallel.mesh import make_mesh
+from saejax.settings import MeshConfig
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Mesh:
-    devices = np.array(jax.devices()).reshape(1, 2, 4)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    return make_mesh(MeshConfig(**axes(data=2, model=4)))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Scenes for preflight's tests."""
 
 import dataclasses
+import importlib.util
 import json
 from math import prod
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import Mesh
 from runs import make_configs
 
@@ -25,7 +27,12 @@ from saejax.training.scales import SiteScale
 from saejax.training.stack import TrainStack
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-ONE = dict(member=1, data=1, model=1)
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (tpu)")
+
+
+def axes(data: int = 1, model: int = 1) -> dict[str, int]:
+    """The sizes of a mesh."""
+    return dict(member=1, data=data, model=model)
 
 
 def shape(name: str) -> DecoderConfig:
@@ -34,12 +41,13 @@ def shape(name: str) -> DecoderConfig:
 
 
 def plan_run(
-    model: DecoderConfig, site: str = "", axes: Any = ONE, text: tuple[int, int] = (0, 0), **changes: Any
+    model: DecoderConfig, site: str = "", sizes: Any = None, text: tuple[int, int] = (0, 0), **changes: Any
 ) -> PlannedRun:
-    """A model's plan with its dictionary at a site; on one device, unless ``axes`` are given."""
+    """A model's plan with its dictionary at a site; on one device, unless ``sizes`` are given."""
     if site:
         changes |= dict(capture__sites=(site,), train__sites=(site,))
-    mesh = make_mesh(MeshConfig(**axes), jax.devices()[: prod(axes.values())])
+    sizes = sizes or axes()
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: prod(sizes.values())])
     return plan_of_run("model", model, make_configs(**changes), mesh, documents=text[0], tokens=text[1])
 
 
@@ -58,27 +66,23 @@ def make_stack(plan: PlannedRun, mesh: Mesh) -> TrainStack:
 
 def arrays(arguments: Any) -> list[tuple]:
     """Shape, dtype and, unless JAX is free to choose it, placement of every array among the arguments of a call."""
-    leaves = jax.tree.leaves(arguments)
-    leaves = [leaf for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))]
-    return [
-        (
-            leaf.shape,
-            jax.dtypes.canonicalize_dtype(leaf.dtype, True),
-            getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None,
-        )
-        for leaf in leaves
-    ]
+    described = []
+    for leaf in jax.tree.leaves(arguments):
+        if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+            place = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+            described.append((leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype, True), place))
+    return described
 
 
 def assert_same_call(program: Program, seen: tuple) -> None:
     """A program's arguments are those of a call: arrays by shape, dtype and placement; and where and how it runs."""
-    static, given = (
-        [one for one in call if isinstance(one, (str, DecoderConfig, SplitPoint))] for call in (program.arguments, seen)
+    planned, called = (
+        [part for part in call if isinstance(part, (str, DecoderConfig, SplitPoint))]
+        for call in (program.arguments, seen)
     )
-    assert static == given
-    expected, found = arrays(program.arguments), arrays(seen)
-    assert len(expected) == len(found)
-    for (shape, dtype, place), (seen_shape, seen_dtype, seen_place) in zip(expected, found, strict=True):
+    assert planned == called
+    pairs = zip(arrays(program.arguments), arrays(seen), strict=True)
+    for (shape, dtype, place), (seen_shape, seen_dtype, seen_place) in pairs:
         assert (shape, dtype) == (seen_shape, seen_dtype), program.name
         if place is not None and seen_place is not None:
             assert place.is_equivalent_to(seen_place, len(shape)), (program.name, shape)
@@ -87,14 +91,6 @@ def assert_same_call(program: Program, seen: tuple) -> None:
 def make_dictionary(lm: LanguageModel, plan: PlannedRun, stage: str = "ablate") -> Dictionary:
     """A dictionary as large as the one that a stage tests."""
     tested = plan.dictionary(stage)
-    config = DictionaryConfig(
-        kind=tested.kind,
-        k=tested.k,
-        site=tested.site,
-        d_in=tested.d_in,
-        n_features=tested.n_features,
-        max_norm=1e3,
-        model=lm.source.name,
-        fingerprint=lm.source.fingerprint,
-    )
+    sizes = {name: getattr(tested, name) for name in ("kind", "k", "site", "d_in", "n_features")}
+    config = DictionaryConfig(**sizes, max_norm=1e3, model=lm.source.name, fingerprint=lm.source.fingerprint)
     return Dictionary.initial(config, jax.random.key(0))

@@ -1,6 +1,5 @@
 """What programs make devices send, against counts by hand."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from preflight_setup import on_mesh, plan_run, shape
+from preflight_setup import axes, needs_libtpu, on_mesh, plan_run, shape
 
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
@@ -53,11 +52,11 @@ def test_programs_send_what_their_products_need():
 
     arguments = argument((64, 32), "data", "model"), argument((32, 16), "model", None)
     text = jax.jit(function).lower(*arguments).compile().as_text()
-    one = 2 * 3 / 4 * (32 * 16 * 4)  # half of the rows is what each device sums with three others
-    many = 5 * 2 * 1 / 2 * (16 * 16 * 4)
-    assert sent_bytes(text, 8, 8) == {"all-reduce": one + many}
-    assert sent_bytes(text, 8, 4) == {"all-reduce": one, "all-reduce between nodes": many}
-    assert sent_bytes(text, 8, 1) == {"all-reduce between nodes": one + many}
+    first = 2 * 3 / 4 * (32 * 16 * 4)  # half of the rows is what each device sums with three others
+    loop = 5 * 2 * 1 / 2 * (16 * 16 * 4)
+    assert sent_bytes(text, 8, 8) == {"all-reduce": first + loop}
+    assert sent_bytes(text, 8, 4) == {"all-reduce": first, "all-reduce between nodes": loop}
+    assert sent_bytes(text, 8, 1) == {"all-reduce between nodes": first + loop}
 
 
 @pytest.mark.parametrize(
@@ -132,8 +131,9 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_nodes_of_gpus_are_stood_in_for():
-    found = topology.find_slice("h100:2x4")
-    assert (len(found.devices), found.of_node, found.limit) == (8, 4, 72_000_000_000)
+    nodes = topology.find_slice("h100:2x4")
+    assert (len(nodes.devices), nodes.of_node, nodes.limit) == (8, 4, 72_000_000_000)
+    assert [topology.find_slice(f"a100-{gb}:1").limit for gb in (40, 80)] == [36_000_000_000, 72_000_000_000]
     for name in ("h100", "h100:0", "h100:2x", "h100:2x4x1"):
         with pytest.raises(UserError, match=f"topology={name}: expected GPUs of a node"):
             topology.find_slice(name)
@@ -144,11 +144,10 @@ def test_nodes_of_gpus_are_stood_in_for():
 @pytest.mark.parametrize("kind", ["matryoshka", "jumprelu"])
 def test_nested_groups_send_one_sum_of_the_width_each(kind):
     """Features over four devices of which the first has three groups of its own, the others parts of two."""
-    mesh = make_mesh(MeshConfig(data=2, model=4), jax.devices()[:8])
-    own = dict(jumprelu=JumpReLUConfig(nested=(0.0625, 0.125, 0.25, 0.5, 1.0)))
-    changes = dict(train__kinds=(kind,), train__by_kind=own, train__expansion=8, train__batch=1024)
-    plan = plan_run(shape("gpt2-medium"), "resid_post.12", **changes)
-    (program,) = train_programs(on_mesh(plan, mesh), mesh)
+    nested = dict(jumprelu=JumpReLUConfig(nested=(0.0625, 0.125, 0.25, 0.5, 1.0)))
+    changes = dict(train__kinds=(kind,), train__by_kind=nested, train__expansion=8, train__batch=1024)
+    plan = plan_run(shape("gpt2-medium"), "resid_post.12", axes(data=2, model=4), **changes)
+    (program,) = train_programs(plan, plan.mesh)
     step = topology.compile_for(program, 2**40, 8)
     groups = 2 * 3 / 4 * 512 * 1024 * 4 * 5
     gradients = 2 * 1 / 2 * (2 * 1024 * 8192 / 4) * 4
@@ -170,14 +169,14 @@ def test_the_benchmark_runs():
     assert sent[1] < 1.6 * sent[0], "a sum of gradients for all, and parts of the parameters once"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the package libtpu is not installed")
+@needs_libtpu
 def test_a_million_features_send_sums_of_the_width_and_counts_alone():
-    found = topology.find_slice("v5e:2x4")
-    mesh = make_mesh(MeshConfig(model=8), found.devices)
+    tpus = topology.find_slice("v5e:2x4")
+    mesh = make_mesh(MeshConfig(model=8), tpus.devices)
     changes = dict(train__kinds=("topk",), train__k=(64,), train__expansion=512, train__batch=1024)
     plan = plan_run(shape("gemma-2b"), "resid_post.8", train__matmul="bfloat16", **changes)
     (program,) = train_programs(on_mesh(plan, mesh), mesh)
-    step = topology.compile_for(program, found.limit, found.of_node)
+    step = topology.compile_for(program, tpus.limit, tpus.of_node)
     width = 2 * 7 / 8 * 1024 * plan.model.d_model * 4
     assert step.fits and set(step.sends) == {"all-reduce"}
     assert width < step.sends["all-reduce"] < 1.05 * width, "one sum of the width for each token, and counts"

@@ -15,22 +15,13 @@ from saejax.preflight.plan import plan_run
 from saejax.preflight.shapes import read_shapes
 from saejax.runner import config
 from saejax.runner.registry import GROUPS
-from saejax.settings import (
-    AblateConfig,
-    CaptureConfig,
-    CorpusConfig,
-    GraphConfig,
-    MeshConfig,
-    StudyConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from saejax.settings import MeshConfig
 from saejax.training.members import choose_sites
 from saejax.training.planned import train_programs
 
 FILES = sorted(CONFIGS.glob("*.flags"))
-OWN = ("demo", "addition")  # of models that are at hand, or made by the stage before
-STUDIES = [path for path in FILES if "--model.path=" in path.read_text() and not path.name.startswith(OWN)]
+AT_HAND = ("demo", "addition")  # of models that are at hand, or made by the stage before
+STUDIES = [path for path in FILES if "--model.path=" in path.read_text() and not path.name.startswith(AT_HAND)]
 
 
 def plan_of(shape, configs):
@@ -52,56 +43,43 @@ def test_every_file_is_valid_and_commented(path):
 
 
 def test_the_studies_models_and_layers():
-    found = {path.stem: read(path) for path in STUDIES}
-    layers = {
-        "gpt2-medium-gsm8k": 12,
-        "pythia-1.4b-gsm8k": 12,
-        "gemma-2b-math": 9,
-        "phi-2-logic": 16,
-        "llama-3-8b-gsm8k": 16,
-        "mistral-7b-gsm8k": 16,
-    }
+    studies = {path.stem: read(path) for path in STUDIES}
+    layers = {"gpt2-medium-gsm8k": 12, "pythia-1.4b-gsm8k": 12, "gemma-2b-math": 9, "phi-2-logic": 16}
+    layers |= {"llama-3-8b-gsm8k": 16, "mistral-7b-gsm8k": 16}
     for name, layer in layers.items():
-        configs = found[name]
-        assert configs[TrainConfig].sites == (f"resid_post.{layer}",) == configs[CaptureConfig].sites
-        benchmarks = configs[TaskConfig].benchmarks
-        assert benchmarks[0] == name.rpartition("-")[2] and configs[TaskConfig].score == "auto"
-        study = configs[StudyConfig]
+        configs = studies[name]
+        study, train, benchmarks = configs.named("study"), configs.named("train"), configs.named("task").benchmarks
+        assert train.sites == (f"resid_post.{layer}",) == configs.named("capture").sites
+        assert benchmarks[0] == name.rpartition("-")[2] and configs.named("task").score == "auto"
         assert study.benchmarks == benchmarks
         enough = 20 * len(benchmarks) - 1
         assert min(study.random_sets, study.placebo_targets) >= enough, "no yes would be possible"
-        train = configs[TrainConfig]
         assert (train.kinds, train.expansion, train.l1, train.decorrelation) == (("linear",), 8, (1e-4,), 0.01)
         assert (train.batch, train.epochs, train.learning_rate) == (32, 20, (1e-4,))
-    circuit = found["qwen3-4b-instruct-2507-behaviours"]
-    assert circuit[CaptureConfig].last == 5
-    assert circuit[CaptureConfig].sites == tuple(
-        f"{kind}.{layer}" for kind in ("resid_post", "mlp_in", "mlp_out") for layer in range(10, 25)
-    )
-    assert {"qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b"} <= {x.rpartition("-")[0] for x in found}
+    capture = studies["qwen3-4b-instruct-2507-behaviours"].named("capture")
+    sites = tuple(f"{kind}.{layer}" for kind in ("resid_post", "mlp_in", "mlp_out") for layer in range(10, 25))
+    assert capture.last == 5 and capture.sites == sites
+    assert {"qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b"} <= {x.rpartition("-")[0] for x in studies}
 
 
 def test_every_layer_of_four_models():
-    found = [read(path) for path in FILES if path.stem.endswith("-all-layers")]
-    assert sum(len(configs[CaptureConfig].sites) for configs in found) == 98
-    for configs in found:
-        train = configs[TrainConfig]
+    models = [read(path) for path in FILES if path.stem.endswith("-all-layers")]
+    assert sum(len(configs.named("capture").sites) for configs in models) == 98
+    for configs in models:
+        train, dictionary = configs.named("train"), configs.named("ablate").dictionary
         assert (train.batch, train.epochs, train.l1_by_depth) == (64, 10, (1.5e-4, 1e-4, 5e-5))
-        assert (
-            configs[AblateConfig].dictionary
-            == configs[StudyConfig].dictionary
-            in [f"linear/{site}" for site in configs[CaptureConfig].sites]
-        )
+        assert dictionary == configs.named("study").dictionary
+        assert dictionary in [f"linear/{site}" for site in configs.named("capture").sites]
 
 
 def test_training_from_the_model_needs_no_captured_sites(monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     configs = read(CONFIGS / "demo_graphs.flags")
-    configs |= dataclasses.replace(configs[AblateConfig], dictionary="topk/mlp_in.0")
+    configs |= dataclasses.replace(configs.named("ablate"), dictionary="topk/mlp_in.0")
     (shape,) = read_shapes(configs)
     (stack,) = plan_of(shape, configs).stacks.values()
     assert [member.site for member in stack.members] == [f"mlp_in.{layer}" for layer in range(30)]
-    configs |= dataclasses.replace(configs[TrainConfig], source="store")
+    configs |= dataclasses.replace(configs.named("train"), source="store")
     with pytest.raises(UserError, match="--train.sites needs mlp_in.0"):
         plan_of(shape, configs)
 
@@ -110,18 +88,16 @@ def test_transcoders_of_all_layers_and_a_graph_of_them(monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     path = CONFIGS / "qwen3-0.6b-transcoders.flags"
     configs = read(path)
-    graph = dataclasses.replace(
-        configs[GraphConfig], transcoders="runs/qwen3/train/topk", prompt="The capital of France is", target=" Paris"
-    )
+    prompt = dict(prompt="The capital of France is", target=" Paris")
+    graph = dataclasses.replace(configs.named("graph"), transcoders="runs/qwen3/train/topk", **prompt)
     (shape,) = read_shapes(configs)
     plan = plan_of(shape, configs | graph)
     (stack,) = plan.stacks.values()
     assert [(member.site, member.target) for member in stack.members] == [
         (f"mlp_in.{layer}", f"mlp_out.{layer}") for layer in range(28)
     ]
-    from_model = choose_sites(configs[TrainConfig], None)
-    assert from_model == [member.site for member in stack.members]
-    steps = configs[CorpusConfig].max_tokens // configs[TrainConfig].batch
+    assert choose_sites(configs.named("train"), None) == [member.site for member in stack.members]
+    steps = configs.named("corpus").max_tokens // configs.named("train").batch
     assert 48_800 <= steps < 48_900 and "48,800 steps" in path.read_text()
     # The set is not trained yet, but its sizes are known.
     size = planned_graphs(plan).size

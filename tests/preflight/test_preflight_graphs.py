@@ -1,23 +1,23 @@
 """Attribution graphs in preflight: their programs, and what is refused before anything runs."""
 
 import dataclasses
+import itertools
 import json
+import math
 import struct
 
 import jax
 import numpy as np
 import pytest
 import yaml
-from preflight_setup import on_mesh, plan_run, shape
+from preflight_setup import axes, plan_run, shape
 
 from saejax import save_transcoders
 from saejax.attribution.programs import attribute_programs, planned_graphs
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.families import read_config
-from saejax.parallel.mesh import make_mesh
 from saejax.preflight import topology
-from saejax.settings import MeshConfig
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +27,8 @@ def model():
 
 def save_set(folder, config):
     """ReLU transcoders of 48 features for a model's layers."""
-    kinds = [
-        DictionaryConfig(
-            kind="standard",
-            site=f"mlp_in.{i}",
-            target=f"mlp_out.{i}",
-            d_in=config.d_model,
-            n_features=48,
-            centred=False,
-        )
-        for i in range(config.n_layers)
-    ]
+    sizes = dict(kind="standard", d_in=config.d_model, n_features=48, centred=False)
+    kinds = [DictionaryConfig(site=f"mlp_in.{i}", target=f"mlp_out.{i}", **sizes) for i in range(config.n_layers)]
     save_transcoders(folder, [Dictionary.initial(kind, jax.random.key(0)) for kind in kinds])
 
 
@@ -54,13 +45,12 @@ def make(model, **changes):
 
 
 def test_prompts_and_transcoders_that_the_run_trains(model, tmp_path):
-    found = make(model, graph__prompt="The capital of France is" * 20)
-    assert found.size.transcoder.n_features == 8 * 576 and found.size.active == 16
-    assert 100 < found.longest < 150
+    long = make(model, graph__prompt="The capital of France is" * 20)
+    assert long.size.transcoder.n_features == 8 * 576 and long.size.active == 16
+    assert 100 < long.longest < 150
     file = tmp_path / "two.jsonl"
     file.write_text('{"prompt": "a b c d"}\n{"token_ids": [1, 2, 3, 4, 5, 6]}\n')
-    prompts = dict(graph__prompts=str(file))
-    two = make(model, **prompts)
+    two = make(model, graph__prompts=str(file))
     assert two.lengths == (4, 6) and two.longest == 6
     assert two.rows == 16 * 30 * (3 + 5)  # all are fewer than --graph.max_features
     assert make(model, graph__behaviours=("capital", "addition")).lengths == (16, 16)
@@ -72,11 +62,11 @@ def test_prompts_and_transcoders_that_the_run_trains(model, tmp_path):
 def test_a_set_on_disk_is_read_and_must_fit_the_model(tmp_path, inputs):
     config = read_config(json.loads((inputs[0] / "config.json").read_text()), "m")
     save_set(tmp_path / "set", config)
-    asked = dict(graph__prompt="a", graph__transcoders=str(tmp_path / "set"))
-    found = planned_graphs(plan_run(config, "resid_post.1", **asked))
-    assert (found.size.transcoder.n_features, found.size.active) == (48, 64)
+    graph = dict(graph__prompt="a", graph__transcoders=str(tmp_path / "set"))
+    size = planned_graphs(plan_run(config, "resid_post.1", **graph)).size
+    assert (size.transcoder.n_features, size.active) == (48, 64)
     with pytest.raises(UserError, match="no transcoder of layer 2: expected one for each layer of smollm2, 0 to 29"):
-        planned_graphs(plan_run(shape("smollm2-135m"), **asked))
+        planned_graphs(plan_run(shape("smollm2-135m"), **graph))
 
 
 def sparse_set(folder, config, features):
@@ -84,12 +74,11 @@ def sparse_set(folder, config, features):
     shapes = dict(W_enc=(features, config.d_model), W_dec=(features, config.d_model), b_enc=(features,))
     shapes |= dict(b_dec=(config.d_model,))
     ends = np.cumsum([0, *(2 * int(np.prod(size)) for size in shapes.values())]).tolist()
-    header = json.dumps(
-        {
-            name: dict(dtype="BF16", shape=size, data_offsets=[start, stop])
-            for (name, size), start, stop in zip(shapes.items(), ends, ends[1:], strict=False)
-        }
-    ).encode()
+    header = {
+        name: dict(dtype="BF16", shape=size, data_offsets=offsets)
+        for (name, size), offsets in zip(shapes.items(), itertools.pairwise(ends), strict=True)
+    }
+    header = json.dumps(header).encode()
     folder.mkdir()
     for layer in range(config.n_layers):
         with (folder / f"layer_{layer}.safetensors").open("wb") as file:
@@ -101,35 +90,28 @@ def sparse_set(folder, config, features):
 
 def test_a_set_of_60_gb_fits_eight_devices_of_which_each_has_its_part(tmp_path, quick_compiler):
     """Qwen3-4B's 36 layers of 163,840 features, 8,192 of them kept of a prompt of 2,048 tokens."""
-    config, mesh = shape("qwen3-4b-instruct-2507"), make_mesh(MeshConfig(model=8))
+    config = shape("qwen3-4b-instruct-2507")
     sparse_set(tmp_path / "set", config, 163_840)
     file = tmp_path / "long.jsonl"
     file.write_text(json.dumps(dict(slug="long", token_ids=list(range(1, 2049)))))
-    asked = dict(graph__prompts=str(file), graph__transcoders=str(tmp_path / "set"), graph__max_features=8192)
-    plan = plan_run(config, "resid_post.17", **asked, model__dtype="bfloat16", preflight__topology="h100:8")
-    plan = dataclasses.replace(on_mesh(plan, mesh), stands_for="gpu")
-    found = {program.name: program for program in attribute_programs(plan, mesh)}
-    assert list(found) == ["attribute: rows"]
+    graph = dict(graph__prompts=str(file), graph__transcoders=str(tmp_path / "set"), graph__max_features=8192)
+    changes = graph | dict(model__dtype="bfloat16", preflight__topology="h100:8")
+    plan = dataclasses.replace(plan_run(config, "resid_post.17", axes(model=8), **changes), stands_for="gpu")
+    (program,) = attribute_programs(plan, plan.mesh)
+    assert program.name == "attribute: rows"
     directions = 64 * 36 * 2047 + 73 * 2048
-    program = found["attribute: rows"]
     compiled = topology.compile_for(program, int(0.9 * 80e9), 8)
     assert compiled.fits
-    own = 4 * 2560 * (directions / 8 + 2 * 36 * 2048)  # in fp32, an eighth of the width; the streams; 64 targets
-    assert own < compiled.memory < 1.6 * own
+    part = 4 * 2560 * (directions / 8 + 2 * 36 * 2048)  # in fp32, an eighth of the width; the streams; 64 targets
+    assert part < compiled.memory < 1.6 * part
     assert program.size.startswith("64 targets, "), "a batch of GPUs, not of the processors that stand for them"
-    largest = max(part.size * part.dtype.itemsize for part in parts_of(program))
+    # What a device has of each array that the program takes.
+    arrays = [a for a in jax.tree.leaves((program.arguments, program.kept)) if isinstance(a, jax.ShapeDtypeStruct)]
+    largest = max(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)
     assert largest <= 4 * 2560 * directions / 8
 
 
-def parts_of(program):
-    """What a device has of each array that a program takes."""
-    leaves = jax.tree.leaves((program.arguments, program.kept))
-    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
-    return [jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in arrays]
-
-
-def test_nothing_is_compiled_for_graphs_that_are_not_asked_for_or_not_known(model):
-    for asked in (dict(), dict(graph__prompt="a", graph__transcoders="org/set")):
-        plan = plan_run(model, **trained() | asked)
-        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        assert attribute_programs(on_mesh(plan, mesh), mesh) == []
+@pytest.mark.parametrize("graph", [dict(), dict(graph__prompt="a", graph__transcoders="org/set")])
+def test_nothing_is_compiled_for_graphs_that_are_not_asked_for_or_not_known(model, graph):
+    plan = plan_run(model, **trained() | graph)
+    assert attribute_programs(plan, plan.mesh) == []

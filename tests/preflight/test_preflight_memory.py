@@ -4,14 +4,11 @@ import dataclasses
 from math import prod
 
 import jax
-import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
-from preflight_setup import make_stack, on_mesh, plan_run, shape
+from preflight_setup import axes, make_stack, plan_run, shape
 
 from saejax.activations.planned import recorded_rows, store_bytes
 from saejax.errors import UserError
-from saejax.parallel.mesh import AXES
 from saejax.preflight import rates, topology
 from saejax.preflight.plan import check_dictionaries, disk_bytes, stage_programs, stage_seconds
 from saejax.runner.registry import STAGES
@@ -19,40 +16,30 @@ from saejax.training.planned import host_bytes, resident_bytes, train_programs
 from saejax.training.state import init_state
 
 
-def make_mesh(data: int, model: int) -> Mesh:
-    devices = np.array(jax.devices()[: data * model]).reshape(1, data, model)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def axes(data: int = 1, model: int = 1) -> dict[str, int]:
-    return dict(member=1, data=data, model=model)
-
-
 def held(tree) -> int:
     """Bytes of a tree's arrays on the first device."""
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("data,model", [(1, 1), (2, 4), (1, 8)])
-def test_memory_of_a_training_step_is_the_state_and_its_temporaries(tiny_llama, data, model):
-    from saejax import load_model
-
-    mesh = make_mesh(data, model)
-    plan = plan_run(load_model(str(tiny_llama)).config, "resid_post.1", axes(data, model), train__batch=64)
-    program = next(program for program in train_programs(plan, mesh) if "topk" in program.name)
-    state = held(init_state(make_stack(plan, mesh)))
+@pytest.mark.parametrize(("data", "model"), [(1, 1), (2, 4), (1, 8)])
+def test_memory_of_a_training_step_is_the_state_and_its_temporaries(lm, data, model):
+    plan = plan_run(lm.config, "resid_post.1", axes(data, model), train__batch=64)
+    program = next(program for program in train_programs(plan, plan.mesh) if "topk" in program.name)
+    state = held(init_state(make_stack(plan, plan.mesh)))
     assert state < topology.compile_for(program, 2**30, 8).memory < 3 * state
 
 
 def test_disk_host_memory_and_resident_rows():
     changes = dict(capture__store_dtype="float32", train__kinds=("topk",), train__batch=1000, train__buffer_rows=600)
-    plan = plan_run(shape("smollm2-135m"), "resid_post.15", text=(10, 1000), **changes)
+    plan, spread = (
+        plan_run(shape("smollm2-135m"), "resid_post.15", axes(data), text=(10, 1000), **changes) for data in (1, 8)
+    )
     parameters = 2 * 576 * 4608 + 4608 + 576
     assert store_bytes(plan) == 1000 * (4 * 576 + 16)
     assert disk_bytes(plan) == store_bytes(plan) + 7 * 4 * parameters
     assert host_bytes(plan) == 600 * 4 * 576 + 3 * 4 * parameters
     assert resident_bytes(plan) == 1000 * 4 * 576
-    assert resident_bytes(dataclasses.replace(plan, mesh=make_mesh(8, 1))) == 125 * 4 * 576
+    assert resident_bytes(spread) == 125 * 4 * 576
     cut = dict(capture__last=5, train__kinds=("topk",))
     rows = [recorded_rows(plan_run(shape("smollm2-135m"), text=text, **cut)) for text in ((100, 20_000), (1, 20_000))]
     assert rows == [500, 79 * 5], "one document is cut into 79 pieces of 256 tokens"
@@ -62,21 +49,19 @@ def test_expected_seconds_are_operations_over_the_measured_rate():
     program = topology.CompiledProgram("train: step", "", 3e9, 20, 0, True, None, 0.0)
     reading = dataclasses.replace(program, name="capture: forward", runs=5)
     rate = dict(float32=1e9, bfloat16=3e9)
-    found = stage_seconds([program, program, reading], rate, dict(capture="bfloat16"))
-    assert found == dict(train=2 * 3 * 20, capture=5)
+    seconds = stage_seconds([program, program, reading], rate, dict(capture="bfloat16"))
+    assert seconds == dict(train=2 * 3 * 20, capture=5)
 
 
-def test_more_is_expected_of_longer_runs(tiny_llama):
-    from saejax import load_model
-
-    model, rate = load_model(str(tiny_llama)).config, dict(float32=1e11, bfloat16=2e11)
+def test_more_is_expected_of_longer_runs(lm):
+    rate = dict(float32=1e11, bfloat16=2e11)
 
     def seconds(**changes) -> dict[str, float]:
         base = dict(task__test_prompts=20, train__batch=64, train__epochs=6)
-        plan = plan_run(model, "resid_post.1", text=(1000, 100_000), **base | changes)
+        plan = plan_run(lm.config, "resid_post.1", text=(1000, 100_000), **base | changes)
         compiled = [
-            topology.CompiledProgram(one.name, one.size, one.flops, one.runs, 0, True, None, 0.0)
-            for one in stage_programs(plan)
+            topology.CompiledProgram(program.name, program.size, program.flops, program.runs, 0, True, None, 0.0)
+            for program in stage_programs(plan)
         ]
         return stage_seconds(compiled, rate, dict(capture=changes.get("capture__dtype", "float32")))
 
@@ -94,7 +79,7 @@ def test_more_is_expected_of_longer_runs(tiny_llama):
 
 
 def test_a_plan_of_several_processes_has_their_meshes():
-    plan = dataclasses.replace(on_mesh(plan_run(shape("smollm2-135m")), make_mesh(2, 4)), own_devices=2)
+    plan = dataclasses.replace(plan_run(shape("smollm2-135m"), sizes=axes(2, 4)), own_devices=2)
     alone, together = plan.placed(STAGES["evaluate"]), plan.placed(STAGES["train"])
     assert dict(alone.mesh.shape) == dict(member=1, data=1, model=2)
     assert alone.mesh.devices.flatten().tolist() == jax.devices()[:2]
@@ -104,21 +89,17 @@ def test_a_plan_of_several_processes_has_their_meshes():
 def test_devices_of_a_process():
     of = {"v5e:2x4": 0, "v6e:2x4": 0, "v5e:4x4": 4, "v5p:2x2x2": 4, "v5e:2x2": 0, "v5p:2x2x1": 0}
     of |= {"h100:8": 0, "h100:4x8": 8, "h100:2x1": 1}
-    for name, own in of.items():
-        assert topology.of_process(name, prod(int(n) for n in name.partition(":")[2].split("x"))) == own, name
+    for name, devices in of.items():
+        assert topology.of_process(name, prod(int(n) for n in name.partition(":")[2].split("x"))) == devices, name
 
 
 @pytest.mark.parametrize("stage", ["patch", "probe", "steer", "study"])
 def test_dictionaries_that_no_stage_trains_are_refused_before_anything_runs(stage):
-    asked = dict(probe__labels=("answer",), study__benchmarks=("logic",)) | {f"{stage}__dictionary": "gated"}
+    changes = dict(probe__labels=("answer",), study__benchmarks=("logic",)) | {f"{stage}__dictionary": "gated"}
     with pytest.raises(UserError, match=f"unknown dictionary for {stage}"):
-        check_dictionaries(plan_run(shape("smollm2-135m"), **asked))
+        check_dictionaries(plan_run(shape("smollm2-135m"), **changes))
 
 
 def test_rates_are_of_this_machine():
-    found = rates.matmul_rates(256, 2)
-    assert set(found) == {"float32", "bfloat16"} and all(rate > 1e7 for rate in found.values())
-
-
-def test_a100s_of_both_sizes_are_known():
-    assert [topology.find_slice(f"a100-{gb}:1").limit for gb in (40, 80)] == [36_000_000_000, 72_000_000_000]
+    measured = rates.matmul_rates(256, 2)
+    assert set(measured) == {"float32", "bfloat16"} and all(rate > 1e7 for rate in measured.values())

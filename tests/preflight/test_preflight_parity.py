@@ -56,8 +56,7 @@ def test_a_difference_is_found_where_it_is(folder, one_device, monkeypatch):
 
     monkeypatch.setattr(parity, "load_model", load_changed)
     model = ModelConfig(path=str(folder))
-    found = parity.measure(make_configs(), model, one_device)
-    for errors in found.values():
+    for errors in parity.measure(make_configs(), model, one_device).values():
         assert errors["mlp_out"].value == pytest.approx(0.01, rel=1e-3) and errors["mlp_out"].layer == 1
         assert errors["mlp_in"].value < 1e-5
         assert errors["resid_post"].value > 1e-4 and errors["logits"].value > 1e-4
@@ -73,9 +72,9 @@ def test_errors_are_relative_to_the_largest_and_ignore_padding():
     ours[1, 2] = -1000.0
     sites = {Site(kind, layer): theirs for kind in KINDS for layer in range(2)}
     mine = sites | {Site("mlp_in", 1): ours}
-    found = parity._errors(tokens, (theirs, sites), (ours, mine))
-    assert found["mlp_in"].value == 0.25 and found["mlp_in"].layer == 1
-    assert found["mlp_out"].value == 0 and found["logits"].value == 0.25
+    errors = parity._errors(tokens, (theirs, sites), (ours, mine))
+    assert errors["mlp_in"].value == 0.25 and errors["mlp_in"].layer == 1
+    assert errors["mlp_out"].value == 0 and errors["logits"].value == 0.25
     broken = ours.copy()
     broken[0, 0, 0] = np.nan
     assert parity._errors(tokens, (theirs, sites), (broken, mine))["logits"].value == np.inf

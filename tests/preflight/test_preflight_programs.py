@@ -1,7 +1,5 @@
 """What preflight compiles is what the stages run: the same functions, with arguments of the same shapes and places."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ from preflight_setup import arrays, assert_same_call, make_dictionary, make_stac
 
 from saejax.activations import jax_capture
 from saejax.activations.documents import Documents
+from saejax.activations.plan import Plan
 from saejax.costs.passes import head_flops, pass_flops, step_flops
 from saejax.evaluation import loss_recovered
 from saejax.evaluation import programs as evaluation
@@ -19,7 +18,6 @@ from saejax.interventions import split_model as split
 from saejax.interventions.edits import mask
 from saejax.interventions.planned import kept_prompts, prompt_length
 from saejax.models import decoding, language_model
-from saejax.models.families import read_config
 from saejax.models.sites import Site
 from saejax.preflight import topology
 from saejax.preflight.plan import stage_programs
@@ -30,26 +28,14 @@ from saejax.training.state import init_state
 from saejax.training.step import train_step
 
 K = 30
+READ = dict(corpus__context=32, capture__batch_tokens=256)
 
 
 @pytest.fixture(scope="module")
-def plan(tiny_llama, mesh):
-    model = read_config(json.loads((tiny_llama / "config.json").read_text()), "tiny")
-    plan = plan_run(
-        model,
-        "mlp_out.1",
-        corpus__context=32,
-        capture__batch_tokens=256,
-        capture__store_dtype="float32",
-        train__batch=64,
-        train__expansion=4,
-        evaluate__batch_tokens=256,
-        task__benchmarks=("gsm8k",),
-        task__max_new_tokens=32,
-        task__batch=4,
-        ablate__top=3,
-        ablate__dictionary="standard",
-    )
+def plan(lm, mesh):
+    changes = dict(task__benchmarks=("gsm8k",), task__max_new_tokens=32, task__batch=4, evaluate__batch_tokens=256)
+    changes |= dict(train__batch=64, train__expansion=4, ablate__top=3, ablate__dictionary="standard")
+    plan = plan_run(lm.config, "mlp_out.1", **READ, capture__store_dtype="float32", **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planned, "PROMPT_TOKENS", 5)
         patch.setattr(benchmarks, "prompt_tokens", lambda name, task: 32)
@@ -70,9 +56,8 @@ def test_ablation(programs, plan, lm, spy, monkeypatch):
     }
     text = "The cat near the dogs far"
     prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * kept_prompts(plan)
-    assert prompt_length(plan) == len(
-        lm.tokenize([text]).ids_BxT[0]
-    )  # nothing is padded, and the batches below are full
+    # Nothing is padded, and the batches below are full.
+    assert prompt_length(plan) == len(lm.tokenize([text]).ids_BxT[0])
     cut_model = split.SplitModel(lm, make_dictionary(lm, plan))
     runs = cut_model.run(prompts)
     screening.attribution(cut_model, runs)
@@ -103,28 +88,22 @@ def test_evaluation(programs, plan, lm, spy):
     calls = {name: spy(evaluation, name.replace("-", "_")) for name in ("head", "stand-in", "tail", "compare")}
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 384, 32) for _ in range(8)]
-    loss_recovered.stand_in_losses(
-        lm, [make_dictionary(lm, plan)], documents, np.zeros(plan.dictionary("ablate").d_in), 256
-    )
+    mean_D = np.zeros(plan.dictionary("ablate").d_in)
+    loss_recovered.stand_in_losses(lm, [make_dictionary(lm, plan)], documents, mean_D, 256)
     for name, seen in calls.items():
         assert_same_call(programs[f"evaluate: {name}"], seen[-1])
 
 
-def test_capture(programs, lm, mesh, spy, tiny_llama):
-    from saejax.activations.plan import Plan
-
+def test_capture(programs, lm, mesh, spy):
     calls = spy(jax_capture, "forward")
-    plan = Plan(_documents(8, 32), 1000, 256, 0, 0)
+    ids_N = np.arange(8 * 32, dtype=np.int32) % 384
+    documents = Documents.contiguous(ids_N, np.full(8, 32), np.zeros((8, 4), np.int32), ["group"])
+    plan = Plan(documents, 1000, 256, 0, 0)
     reader = jax_capture.DecoderReader(
         lm.source, lm.config, [Site("mlp_out", 1)], plan.padded_shape, mesh, "float32", "float32"
     )
     reader.read(plan.batches(0), lambda batch, site, value_BxTxD: None)
     assert_same_call(programs["capture: forward"], calls[-1])
-
-
-def _documents(count: int, length: int) -> Documents:
-    ids_N = np.arange(count * length, dtype=np.int32) % 384
-    return Documents.contiguous(ids_N, np.full(count, length), np.zeros((count, 4), np.int32), ["group"])
 
 
 def test_training(programs, plan, mesh):
@@ -142,17 +121,13 @@ def test_they_are_the_stages_own_functions(programs):
 
 def test_flops_against_xla(plan, mesh):
     """One layer and no loop: then XLA's count is right, and ours is its products."""
-    changes = dict(capture__batch_tokens=256, corpus__context=32, capture__dtype="float32")
-    program = stage_programs(on_mesh(plan_run(plan.model, "resid_post.0", **changes), mesh))[0]
+    alone = plan_run(plan.model, "resid_post.0", **READ, capture__dtype="float32")
+    program = stage_programs(on_mesh(alone, mesh))[0]
     counted = program.lower().compile().cost_analysis()["flops"] * 2  # devices on the data axis; heads: 4 over 4
-    model = plan.model
-    assert program.flops == pass_flops(model, 256, 32, 1)
+    assert program.flops == pass_flops(plan.model, 256, 32, 1)
     by_hand = 2 * 256 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96) + 256 * 4 * 32 * 64
     assert program.flops == by_hand
     assert 0.9 * by_hand < counted * 4 < 1.6 * by_hand  # norms and softmax are in XLA's
-
-
-def test_flops_of_a_step():
     assert step_flops(10, 3, 5) == 10 * 12 * 3 * 5
 
 
@@ -163,10 +138,10 @@ def test_decoding_compiles_and_its_flops_are_those_of_the_new_tokens(programs, p
     assert program.flops == pass_flops(model, 4 * 32, 32 + 32, model.n_layers) + head_flops(model, 4 * 32)
 
 
-def test_training_from_the_model_keeps_all_of_it_on_the_devices(tiny_llama, mesh, lm):
+def test_training_from_the_model_keeps_all_of_it_on_the_devices(mesh, lm):
     """While a buffer is filled there is the state; while a step is taken there are the model and the buffer."""
-    changes = dict(train__source="model", capture__backend="jax", corpus__context=32, capture__batch_tokens=256)
-    plan = on_mesh(plan_run(lm.config, "resid_post.3", train__batch=64, train__buffer_rows=512, **changes), mesh)
+    changes = dict(train__source="model", capture__backend="jax", train__batch=64, train__buffer_rows=512)
+    plan = on_mesh(plan_run(lm.config, "resid_post.3", **READ, **changes), mesh)
     programs = {program.name: program for program in stage_programs(plan)}
     stack = make_stack(plan, mesh)
     fill, step = programs["train: topk buffer"], programs["train: topk step"]

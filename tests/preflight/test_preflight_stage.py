@@ -48,8 +48,7 @@ def test_a_list_of_models(tmp_path, capsys, host, quick_compiler):
 
 
 def test_one_model_is_planned(tmp_path, inputs, capsys):
-    model, corpus = inputs
-    assert preflight(*runs.small_flags(model, corpus, tmp_path)) == 0
+    assert preflight(*runs.small_flags(*inputs, tmp_path)) == 0
     results = json.loads((tmp_path / "preflight" / "done.json").read_text())["results"]
     assert set(results["seconds"]) == {"capture", "train", "evaluate", "ablate"}
     assert all(0 < seconds < 3600 for seconds in results["seconds"].values())
@@ -57,18 +56,17 @@ def test_one_model_is_planned(tmp_path, inputs, capsys):
     assert results["documents"] == 40 and results["tokens"] > 500
     assert results["disk_bytes"] > 0 and results["host_bytes"] > 0
     assert "device-hours" in capsys.readouterr().out
-    assert preflight(*runs.small_flags(model, corpus, tmp_path)) == 0
+    assert preflight(*runs.small_flags(*inputs, tmp_path)) == 0
     assert "done before, unchanged" in capsys.readouterr().out
-    assert preflight(*runs.small_flags(model, corpus, tmp_path, preflight__transcoder_features=9)) == 0
+    assert preflight(*runs.small_flags(*inputs, tmp_path, preflight__transcoder_features=9)) == 0
     assert "--preflight.transcoder_features was 0, is 9" in capsys.readouterr().out
     assert len(list(tmp_path.glob("preflight-*/done.json"))) == 2, "the earlier results stay"
 
 
 def test_a_machine_without_bfloat16(tmp_path, inputs, capsys, monkeypatch):
-    model, corpus = inputs
     monkeypatch.setattr(checks.rates, "matmul_rates", lambda: dict(float32=1e11, bfloat16=5e10))
-    asked = dict(capture__dtype="bfloat16", train__input="resident")
-    assert preflight(*runs.small_flags(model, corpus, tmp_path, **asked)) == 0
+    changes = dict(capture__dtype="bfloat16", train__input="resident")
+    assert preflight(*runs.small_flags(*inputs, tmp_path, **changes)) == 0
     output = capsys.readouterr().out
     assert re.search(r"activations that stay on the devices: 0\.\d+ GiB on each", output)
     assert "--capture.dtype=float32 would take less time" in output and "--train.matmul=float32 would" not in output
@@ -83,21 +81,20 @@ def test_what_does_not_fit(tmp_path, capsys, inputs, host):
 
 
 @pytest.mark.parametrize(
-    "flags,message",
+    ("flags", "message"),
     [
         (
-            ["--train.sites=resid_post.29", "--capture.sites=resid_post.29"],
+            "--train.sites=resid_post.29 --capture.sites=resid_post.29",
             "qwen3-0.6b.json: there is no site resid_post.29",
         ),
-        (["--train.sites=resid_post.3"], "--train.sites needs resid_post.3, which --capture.sites="),
-        (["--mesh.model=3"], "make the product 8"),
-        (["--train.batch=31"], "--train.batch=31 is not divisible by the 8 devices"),
-        (["--train.k=10000"], "--train.k=10000 is more than the 8192 features"),
-        (["--preflight.topology=v5e:9x9x9"], "--preflight.topology=v5e:9x9x9"),
+        ("--mesh.model=3", "make the product 8"),
+        ("--train.batch=31", "--train.batch=31 is not divisible by the 8 devices"),
+        ("--train.k=10000", "--train.k=10000 is more than the 8192 features"),
+        ("--preflight.topology=v5e:9x9x9", "--preflight.topology=v5e:9x9x9"),
     ],
 )
 def test_bad_input(tmp_path, capsys, host, flags, message):
     host(8 * 200)
-    assert preflight(*listed(tmp_path, "qwen3-0.6b"), *flags) == 2
+    assert preflight(*listed(tmp_path, "qwen3-0.6b"), *flags.split()) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
-from preflight_setup import CONFIGS, on_mesh, plan_run, shape
+from preflight_setup import CONFIGS, needs_libtpu, on_mesh, plan_run, shape
 
 from saejax.costs.programs import Program
 from saejax.errors import UserError
@@ -18,9 +18,6 @@ from saejax.runner import command
 from saejax.settings import MeshConfig
 
 GIB = 2**30
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the package libtpu is not installed (extra 'tpu')"
-)
 STUDIES = sorted(path for path in CONFIGS.glob("*.flags") if not path.name.startswith(("accelerator", "demo")))
 
 
@@ -40,6 +37,7 @@ def test_slices(v5e):
     assert len(v5e.devices) == 8 and v5e.devices[0].device_kind == "TPU v5 lite"
     assert v5e.limit == int(15.75 * GIB)
     assert jax.devices()[0].platform == "cpu", "the devices of the slice are not this process's"
+    assert len(topology.find_slice("v5e:1x1").devices) == 1, "a part of a host"
 
 
 @needs_libtpu
@@ -47,11 +45,6 @@ def test_slices(v5e):
 def test_no_such_slice(name):
     with pytest.raises(UserError, match="expected a kind and its layout, such as v5e:2x4"):
         topology.find_slice(name)
-
-
-@needs_libtpu
-def test_part_of_a_host():
-    assert len(topology.find_slice("v5e:1x1").devices) == 1
 
 
 @needs_libtpu
@@ -68,9 +61,8 @@ def test_a_host_of_a_larger_slice(name):
 def test_a_program_that_does_not_fit(v5e):
     mesh = make_mesh(MeshConfig(), v5e.devices)
     whole = jax.ShapeDtypeStruct((16, GIB // 4), jnp.float32, sharding=jax.NamedSharding(mesh, PartitionSpec()))
-    split = jax.ShapeDtypeStruct(
-        whole.shape, whole.dtype, sharding=jax.NamedSharding(mesh, PartitionSpec(None, "data"))
-    )
+    by_columns = jax.NamedSharding(mesh, PartitionSpec(None, "data"))
+    split = jax.ShapeDtypeStruct(whole.shape, whole.dtype, sharding=by_columns)
     function = jax.jit(lambda x: x + 1)
 
     def compiled(argument, *kept):

@@ -1,9 +1,12 @@
-"""The check of a first run on an accelerator: it must notice a wrong gradient."""
+"""Benchmarks that nothing else runs: the check of a first run on an accelerator, and the input's speed."""
+
+import json
+import sys
 
 import jax
 import pytest
 
-from benchmarks import gpu_check
+from benchmarks import bench_input, gpu_check
 from saejax.dictionaries.kinds import by_name
 
 
@@ -26,3 +29,12 @@ def test_a_broken_gradient_is_noticed(monkeypatch, capsys):
     monkeypatch.setattr(standard, "encode_in_training", encode)
     assert not gpu_check.check_gradient("standard")
     assert "WRONG gradient standard" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_input_pipeline_is_timed(monkeypatch, capsys, dtype):
+    sizes = ["--rows=3000", "--d=8", "--batch=64", "--shard_rows=1024"]
+    monkeypatch.setattr(sys, "argv", ["bench_input", *sizes, f"--dtype={dtype}"])
+    bench_input.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["rows"] == 3000 and figures["pipeline, later epochs (ms)"] > 0
