@@ -9,15 +9,7 @@ import numpy as np
 from saejax import settings
 from saejax.files import write_json
 from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary, VerdictConfig
-from saejax.interventions.table import (
-    TESTED,
-    TEXT,
-    UNTRAINED,
-    EditDefinition,
-    EffectsTable,
-    PromptDefinition,
-    save_effects,
-)
+from saejax.interventions.table import TEXT, EditDefinition, EffectsTable, PromptDefinition, save_effects
 from saejax.interventions.verdict import verdict
 from saejax.page.strips import Example
 from saejax.results import Interval
@@ -42,20 +34,16 @@ def interval(mean: float, half: float) -> dict:
 
 def made_up_baseline() -> dict:
     scores = {}
-    for name, accuracy in zip(NAMES, (0.97, 0.99, 1.0, 0.7), strict=True):
-        splits = {
-            split: dict(
-                n=n,
-                accuracy=dict(mean=accuracy, low=accuracy - 0.1 * (accuracy < 1), high=min(accuracy + 0.06, 1.0)),
-                top1=interval(accuracy - 0.2, 0.08),
-                logit_diff=interval(6 * accuracy - 3, 0.6),
-                separation=interval(2 * accuracy, 0.3),
-                counterpart_accuracy=None,
-            )
-            for split, n in (("train", 80), ("test", 20))
-        }
-        text, correct, wrong = PROMPTS[name]
+    for (name, (text, correct, wrong)), accuracy in zip(PROMPTS.items(), (0.97, 0.99, 1.0, 0.7), strict=True):
+        measured = dict(
+            accuracy=dict(mean=accuracy, low=accuracy - 0.1 * (accuracy < 1), high=min(accuracy + 0.06, 1.0)),
+            top1=interval(accuracy - 0.2, 0.08),
+            logit_diff=interval(6 * accuracy - 3, 0.6),
+            separation=interval(2 * accuracy, 0.3),
+            counterpart_accuracy=None,
+        )
         example = dict(text=text, correct=correct, wrong=wrong, logit_diff=3.21)
+        splits = dict(train=measured | dict(n=80), test=measured | dict(n=20))
         scores[name] = dict(**splits, flags=[], examples=[example] * 3)
     scores["addition"]["flags"] = ["accuracy 0.70 on test prompts is below 0.80", "separation -0.1 is below 1.00"]
     scores["addition"]["train"]["separation"] = dict(mean=-0.1, low=-1e6, high=1.2)
@@ -66,25 +54,18 @@ def made_up_member(kind: str, name: str, place: int) -> dict:
     """Scores of a member; those of later places are denser and better."""
     edges = np.linspace(-6, 0, 25)
     counts = (900 * np.exp(-((edges[:-1] + 2.3) ** 2) / 0.8)).astype(int)
-    explained_variance = 0.86 if kind == "topk" else 0.79
+    fvu = (0.14 if kind == "topk" else 0.21) * 0.8**place
     return dict(
-        name=name,
-        site="resid_post.15",
-        target="resid_post.15",
-        tokens=24_990,
-        explained_variance=1 - (1 - explained_variance) * 0.8**place,
-        fvu=(1 - explained_variance) * 0.8**place,
-        cosine=0.9312,
+        **dict(name=name, site="resid_post.15", target="resid_post.15", tokens=24_990),
+        explained_variance=1 - fvu,
+        fvu=fvu,
         l0=(32.0 if kind == "topk" else 58.7) * 1.8**place,
-        dead_fraction=0.071,
-        dense_fraction=0.0123,
+        **dict(cosine=0.9312, dead_fraction=0.071, dense_fraction=0.0123),
         decoder_neighbours=dict(mean=0.33, median=0.31, p90=0.52, p99=0.93, max=0.99, near=0.02),
         ce=dict(clean=3.211, reconstructed=3.268, mean_ablated=9.82, zero_ablated=11.3, tokens=24_000),
         kl=dict(clean=0.0, reconstructed=0.061, mean_ablated=6.1, zero_ablated=8.2),
         ce_recovered_mean=1 - (0.009 if kind == "topk" else 0.015) * 0.7**place,
-        ce_recovered_zero=0.993,
-        kl_recovered_mean=0.9876,
-        kl_recovered_zero=0.9921,
+        **dict(ce_recovered_zero=0.993, kl_recovered_mean=0.9876, kl_recovered_zero=0.9921),
         density_histogram=dict(log10_edges=edges.tolist(), counts=counts.tolist(), never=327),
         sinks=dict(position_0=1017, beyond=41, share_beyond=0.0016, max_norm=1778.0),
     )
@@ -112,7 +93,7 @@ def made_up_table(rng, tops: dict[str, list[int]], sets: int) -> EffectsTable:
     for name, top in tops.items():
         k, strong = len(top), name in ("agreement", "capital")
         lost = 4.3 if strong else 0.0 if name == "greater_than" else -1.5
-        for dictionary, share in ((TESTED, 1.0), (UNTRAINED, 0.4)):
+        for dictionary, share in (("tested", 1.0), ("untrained", 0.4)):
             for fraction in (0.25, 0.5, 1.0):
                 edit = EditDefinition(name, "top", 0, tuple(top), fraction, dictionary)
                 add(edit, logit_diff=4.1 - share * fraction * lost, change_norm=60 * fraction)
@@ -121,7 +102,7 @@ def made_up_table(rng, tops: dict[str, list[int]], sets: int) -> EffectsTable:
             for measured in NAMES:
                 if measured != name:
                     add(edit, on=measured, logit_diff=4.1 - (1.0 if measured == "addition" else 0.05))
-            count = sets if dictionary == TESTED else min(sets, 9)
+            count = sets if dictionary == "tested" else min(sets, 9)
             for group, features, largest in (
                 ("random", [tuple(range(1000 + k * n, 1000 + k * (n + 1))) for n in range(count)], 0.1),
                 ("placebo", [tuple(top)] * count, 0.6 * lost),
@@ -132,9 +113,9 @@ def made_up_table(rng, tops: dict[str, list[int]], sets: int) -> EffectsTable:
                 drop_Ex1 = largest * rng.uniform(0, 1, (count, 1)) * dose_Ex1 / 60
                 value_ExPxJ = np.stack(np.broadcast_arrays(4.1 - drop_Ex1, dose_Ex1, np.zeros((1, 20)))[:2], axis=-1)
                 edits += some
-                own = [prompt for prompt in prompts if prompt.behaviour == name]
+                shown = [prompt for prompt in prompts if prompt.behaviour == name]
                 noise = rng.normal(0, 0.02, value_ExPxJ.shape)
-                blocks.append((some, own, ["logit_diff", "change_norm"], value_ExPxJ + noise))
+                blocks.append((some, shown, ["logit_diff", "change_norm"], value_ExPxJ + noise))
         for basis, effect in (("neurons", 0.4), ("pca", 1.0)) if strong else ():
             for fraction in (0.5, 1.0):
                 edit = EditDefinition(name, f"basis:{basis}", 0, (0, 1), fraction)
@@ -149,27 +130,20 @@ def made_up_ablation(rng, dictionary: str, k: int, sets: int) -> tuple[AblateRes
     for name in NAMES:
         tops[name] = rng.permutation(FEATURES)[:k].tolist()
         tops[name][1] = 7  # among the top features of every behaviour
-    singles = {
-        name: tuple(
-            FeatureEffect(
-                feature=feature,
-                attribution=3.0 / (rank + 1),
-                drop=Interval(2.2 / (rank + 1), 2.2 / (rank + 1) - 0.15, 2.2 / (rank + 1) + 0.15),
-                firing_rate=float(rng.uniform(0, 0.6)),
-                mean_activation=float(rng.uniform(1, 30)),
-            )
-            for rank, feature in enumerate(features)
+
+    def single(feature, drop):
+        fired = dict(firing_rate=float(rng.uniform(0, 0.6)), mean_activation=float(rng.uniform(1, 30)))
+        return FeatureEffect(
+            feature, attribution=3 * drop / 2.2, drop=Interval(drop, drop - 0.15, drop + 0.15), **fired
         )
+
+    singles = {
+        name: tuple(single(feature, 2.2 / rank) for rank, feature in enumerate(features, 1))
         for name, features in tops.items()
     }
     table = made_up_table(rng, tops, sets)
     results = AblateResults(
-        dictionary=dictionary,
-        site="resid_post.15",
-        k=k,
-        replacement="zero",
-        positions="all",
-        error="keep",
+        **dict(dictionary=dictionary, site="resid_post.15", k=k, replacement="zero", positions="all", error="keep"),
         top=singles,
         verdict=verdict(table, VerdictConfig(resamples=1000)),
         importance={NAMES[0]: ImportanceSummary(900, 40, 0.91, None)},
@@ -179,22 +153,10 @@ def made_up_ablation(rng, dictionary: str, k: int, sets: int) -> tuple[AblateRes
 
 def write_summary(folder: Path, stage: str, name: str, results: dict, **changes) -> None:
     """The summary of a finished unit."""
-    summary = dict(
-        schema_version=1,
-        stage=stage,
-        name=name,
-        fingerprint="0" * 16,
-        config={},
-        inputs={},
-        packages=dict(jax="0.10.2", numpy="2.4.6"),
-        devices=None,
-        seeds=dict(task=42, train=[123]),
-        start="2025-01-01T00:00:00+00:00",
-        seconds=12.34,
-        results=results,
-        files={},
-    )
-    write_json(folder / SUMMARY, summary | changes)
+    about = dict(schema_version=1, stage=stage, name=name, fingerprint="0" * 16, config={}, inputs={}, files={})
+    about |= dict(packages=dict(jax="0.10.2", numpy="2.4.6"), devices=None, seeds=dict(task=42, train=[123]))
+    about |= dict(start="2025-01-01T00:00:00+00:00", seconds=12.34)
+    write_json(folder / SUMMARY, about | dict(results=results) | changes)
 
 
 def make_workspace(
@@ -208,58 +170,36 @@ def make_workspace(
     site = dict(rows=9, bytes=9, d=4, median_norm=1.0, largest_norm=2.0, max_norm=10.0, sinks=sinks)
     counts = dict(train=8, held_out=1)
     captured = dict(sites={"resid_post.15": site}, documents=counts, tokens=counts)
-    results = {
-        "baseline": made_up_baseline(),
-        "capture": captured | dict(tokens_per_second=0.0, padding_share=0.1),
-    }
+    results = dict(baseline=made_up_baseline(), capture=captured | dict(tokens_per_second=0.0, padding_share=0.1))
     trained = dict(site="resid_post.15", target="resid_post.15", settings=dict(seed=123), final={})
     trained |= dict(input_scale=1.0, output_scale=1.0, dead_fraction=0.0)
     for kind in kinds:
-        results[f"train/{kind}"] = dict(
-            kind=kind,
-            steps=1300,
-            tokens=1_331_200,
-            tokens_per_second=14_021.5,
-            seconds=95.0,
-            mesh=dict(devices=1, kinds=["cpu"], axes=dict(member=1, data=1, model=1), processes=1),
-            members=[dict(name=name, **trained) for name in members],
-        )
-        results[f"evaluate/{kind}"] = dict(
-            kind=kind, members=[made_up_member(kind, name, place) for place, name in enumerate(members)]
-        )
+        work = dict(kind=kind, steps=1300, tokens=1_331_200, tokens_per_second=14_021.5, seconds=95.0)
+        mesh = dict(devices=1, kinds=["cpu"], axes=dict(member=1, data=1, model=1), processes=1)
+        results[f"train/{kind}"] = work | dict(mesh=mesh, members=[dict(name=name, **trained) for name in members])
+        scores = [made_up_member(kind, name, place) for place, name in enumerate(members)]
+        results[f"evaluate/{kind}"] = dict(kind=kind, members=scores)
     results[f"ablate/{kinds[0]}"] = results_to_json(ablation)
-    groups = dict(
-        baseline=("model", "task"),
-        capture=("model", "corpus", "capture"),
-        train=("train",),
-        evaluate=("model", "evaluate"),
-        ablate=("model", "ablate"),
-    )
+    groups = dict(baseline=("model", "task"), capture=("model", "corpus", "capture"), train=("train",))
+    groups |= dict(evaluate=("model", "evaluate"), ablate=("model", "ablate"))
     inputs = {}
     for unit, result in results.items():
         inputs[unit] = root / "inputs" / unit
         inputs[unit].mkdir(parents=True)
-        config = {group: to_json(registry.GROUPS[group]()) for group in groups[unit.split("/")[0]]}
-        devices = None if unit == "capture" else dict(count=1, kinds=["cpu"], processes=1)
         stage, _, name = unit.partition("/")
+        config = {group: to_json(registry.GROUPS[group]()) for group in groups[stage]}
+        devices = None if unit == "capture" else dict(count=1, kinds=["cpu"], processes=1)
         write_summary(inputs[unit], stage, name, result, config=config, devices=devices)
     save_effects(inputs[f"ablate/{kinds[0]}"], table)
     for kind in kinds:
-        steps = np.arange(20, 1301, 20)
         lines = [
-            dict(
-                step=int(step),
-                tokens=int(step) * 1024,
-                seconds=float(step) / 10,
-                member=name,
-                loss=1.0,
-                mse=1.0,
-                sparsity=0.0,
+            dict(step=step, tokens=step * 1024, seconds=step / 10, member=name, loss=1.0, mse=1.0, sparsity=0.0)
+            | dict(
                 l0=(32.0 if kind == "topk" else 60 + 3000 * math.exp(-step / 100)) * 1.8**place,
                 explained_variance=0.87 + 0.02 * place - 0.9 * math.exp(-step / 150),
                 learning_rate=1e-3,
             )
-            for step in steps
+            for step in range(20, 1301, 20)
             for place, name in enumerate(members)
         ]
         (inputs[f"train/{kind}"] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -275,24 +215,9 @@ def make_workspace(
 def made_up_contexts(features, count: int) -> dict[int, list[Example]]:
     """Contexts with awkward tokens; feature 7 has none."""
     tokens = (
-        "Once",
-        " upon",
-        " <b>",
-        "&amp;",
-        "\n",
-        "\n\n",
-        " *",
-        "|",
-        "key",
-        "s",
-        " to",
-        " the",
-        " cabinets",
-        "\ufffd",
-        " ",
-        " the",
-        " end",
-    )
+        "Once", " upon", " <b>", "&amp;", "\n", "\n\n", " *", "|", "key", "s", " to", " the", " cabinets", "\ufffd",
+        " ", " the", " end",
+    )  # fmt: skip
     examples = {}
     for feature in features:
         examples[feature] = []
@@ -305,8 +230,8 @@ def made_up_contexts(features, count: int) -> dict[int, list[Example]]:
     return examples
 
 
-def make_run(root: Path, inputs: dict[str, Path], **own) -> Run:
-    """A run of the report stage over the inputs, with settings of its own."""
-    configs = registry.default_configs() | settings.ReportConfig(**own)
+def make_run(root: Path, inputs: dict[str, Path], **changes) -> Run:
+    """A run of the report stage over the inputs, with settings changed."""
+    configs = registry.default_configs() | settings.ReportConfig(**changes)
     (root / "report").mkdir()
     return Run("report", "", root / "report", configs, inputs, say=lambda line: None)

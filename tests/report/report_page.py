@@ -10,7 +10,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.tags, self.text, self._open = [], "", []
+        self.tags, self.texts, self._open = [], [], []
         self.feed(text)
         self.close()
         assert not self._open
@@ -29,7 +29,11 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         if self._open and self._open[-1] not in ("style", "script"):
-            self.text += data
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
 
     def attributes(self, *names):
         return [attrs[name] for _, attrs in self.tags for name in names if attrs.get(name)]

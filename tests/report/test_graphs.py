@@ -34,24 +34,15 @@ def curve(**changes) -> dict:
 
 def result(**changes) -> dict:
     """What the stage says of a graph."""
+    about = dict(prompt="The capital of\nFrance <b>is", tokens=["The"], active=12_345, traced=4_096, untraced=0.05)
+    about |= dict(features=52, errors=9, edges=1_977, unexplained=1e-7, seconds=7.3, supernodes=0, heads=None)
     return (
-        dict(
-            prompt="The capital of\nFrance <b>is",
-            tokens=["The"],
+        about
+        | dict(
             targets=[dict(label=" Paris", logit=9.0, weight=0.62), dict(label=" Rome", logit=5.0, weight=0.034)],
-            active=12_345,
-            traced=4_096,
-            untraced=0.05,
-            features=52,
-            errors=9,
-            edges=1_977,
             scores=dict(replacement=0.654, completeness=0.879),
-            unexplained=1e-7,
-            seconds=7.3,
             doubling=dict(features=32, held_error=2.2e-7, free=dict(pearson=0.751, spearman=0.6, sign=0.7)),
             circuits=curve(faithfulness=[0.0, 0.75, 1.0], incompleteness=[1.0, 0.5, 0.25]),
-            supernodes=0,
-            heads=None,
             query_key=[],
         )
         | changes
@@ -94,18 +85,14 @@ def test_page_and_markdown_say_what_was_found(made):
         assert "4 prompts were traced into attribution graphs" in text
         assert re.search(r"it 65\s% to 90\s% comes from the prompt's tokens through features", text)
         assert "has a correlation of 0.75 with what happens when features are doubled" in text
-        assert (
-            "Graphs with the transcoders /far/away/sets/paris" in text
-            and "Graphs with the transcoders /far/away/sets/wide" in text
-        )
+        assert text.count("Graphs with the transcoders /far/away/sets/") == 2
         for cell in ("12,345", "4,096 (33", "5.0", "1,977", "0.65", "0.88", "2.2e−7", "0.75"):
             assert cell in text.replace("e−07", "e−7"), cell
-        assert "Prompt: “The capital of↵France <b>is”. Explained: Paris (62 %), Rome (3.4 %)." in text.replace(
-            "\xa0", " "
-        )
+        prompt = "Prompt: “The capital of↵France <b>is”. Explained: Paris (62 %), Rome (3.4 %)."
+        assert prompt in text.replace("\xa0", " ")
         assert "1 if features explain all, 0 if errors do" in text and "how well the picture" in text
-    rows = [line for line in (made[0] / "report.md").read_text().splitlines() if line.startswith("| 4: bare")]
-    assert [row.count("–") for row in rows] == [2]
+    (row,) = [line for line in (made[0] / "report.md").read_text().splitlines() if line.startswith("| 4: bare")]
+    assert row.count("–") == 2
 
 
 def test_figures_of_graphs_take_the_pages_colours_and_stay_as_files(made):
@@ -130,53 +117,45 @@ def test_links_lead_to_the_pages(made):
     assert all(f"]({link})" in (folder / "report.md").read_text() for link in pages)
 
 
-def findings(report: Path, folders: dict[str, Path], **units) -> Findings:
-    """What sections read of units of graphs."""
+def sections_of(root: Path, missing: str = "", **results) -> list:
+    """The sections on units of graphs, of which one figure is missing."""
+    folders = add_units(root, {}, {unit: result["graphs"] for unit, result in results.items()})
+    (root / "figures").mkdir()
+    if missing:
+        (root / "inputs/attribute" / missing).unlink()
     summaries = {
-        f"attribute/{name}": types.SimpleNamespace(results=from_json(AttributeResults, results, name))
-        for name, results in units.items()
+        f"attribute/{unit}": types.SimpleNamespace(results=from_json(AttributeResults, result, unit))
+        for unit, result in results.items()
     }
-    return Findings(summaries, folders, report, {})
+    draw = lambda name, figure, caption, alt: Picture(name, "", caption, alt)  # noqa: E731
+    return graphs.sections(Findings(summaries, folders, root, {}), draw)
 
 
-def section_of(count: int, tmp_path: Path, **changes):
-    """Return the section on so many graphs, and the sections of graphs."""
-    folder = tmp_path / "unit"
-    folder.mkdir()
-    (tmp_path / "figures").mkdir()
-    by_slug = {f"g{number}": result(**changes) for number in range(count)}
-    for slug in by_slug:
-        (folder / f"{slug}.svg").write_text(SVG)
-    found = findings(tmp_path, {"attribute/u": folder}, u=dict(transcoders="set", dictionaries=[], graphs=by_slug))
-    return graphs.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt))
+def unit_of(*slugs: str, **changes) -> dict:
+    """The results of a unit of graphs."""
+    return dict(transcoders="set", dictionaries=[], graphs={slug: result() for slug in slugs}) | changes
 
 
 def test_of_many_graphs_all_have_a_row_and_the_first_ones_a_figure(tmp_path):
-    section, *each = section_of(9, tmp_path)
+    section, *each = sections_of(tmp_path, u=unit_of(*(f"g{number}" for number in range(9))))
     assert len(section.blocks[1].rows) == 9 and len(each) == graphs.SHOWN
     assert [len(block.items) for block in section.blocks if isinstance(block, Links)] == [9 - graphs.SHOWN]
 
 
 def test_without_graphs_there_is_nothing(tmp_path):
-    assert graphs.sections(findings(tmp_path, {}), None) == []
+    assert sections_of(tmp_path) == []
 
 
 def test_a_missing_figure_is_named(tmp_path):
-    inputs = add_units(tmp_path, {}, dict(paris=dict(paris=result())))
-    (inputs["attribute/paris"] / "paris.svg").unlink()
-    found = findings(tmp_path, inputs, paris=dict(transcoders="set", dictionaries=[], graphs=dict(paris=result())))
     with pytest.raises(UserError, match=r"paris\.svg is missing or damaged: delete .* and run attribute again"):
-        graphs.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt))
+        sections_of(tmp_path, "u/paris.svg", u=unit_of("paris"))
 
 
 def test_graphs_of_saes_have_a_title_and_their_own_words(tmp_path):
-    inputs = add_units(tmp_path, {}, dict(paris=dict(paris=result(circuits=None))))
-    of = dict(transcoders="", dictionaries=["runs/a/train/topk", "runs/a/train/other"])
-    found = findings(tmp_path, inputs, paris=dict(of, graphs=dict(paris=result(circuits=None))))
-    (tmp_path / "figures").mkdir()
-    first, _ = graphs.sections(found, lambda name, figure, caption, alt: Picture(name, "", caption, alt))
+    saes = dict(transcoders="", dictionaries=["runs/a/train/topk", "runs/a/train/other"])
+    first, _ = sections_of(tmp_path, u=unit_of(**saes, graphs=dict(paris=result(circuits=None))))
     text, table, terms = first.blocks[:3]
     assert table.caption == "Graphs with the SAEs runs/a/train/topk, runs/a/train/other"
-    said = " ".join([first.lead, text.text, *(part for term in terms.items for part in term)])
+    words = " ".join([first.lead, text.text, *(part for term in terms.items for part in term)])
     assert "the SAEs do not explain" in first.lead and "as gradients estimate it" in text.text
-    assert "transcoder" not in said and "estimates" in said
+    assert "transcoder" not in words and "estimates" in words

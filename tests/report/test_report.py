@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+from absl import flags
 from made_up_workspace import make_run, make_workspace
 from report_page import Page
 
@@ -27,45 +28,37 @@ def both(made):
 
 
 def test_the_page_opens_with_pictures_the_table_and_a_sentence_for_each_question(made):
-    html = (made[0] / "index.html").read_text(encoding="utf-8")
-    opening = html[html.index("<main>") :]
-    first = [
-        opening.index(piece)
-        for piece in ("<figure", "<table", "1. Does ablating the top features have an effect?", "<details>")
-    ]
-    assert first == sorted(first)
-    assert opening[: first[0]].count("<p") == 0, "no text before the first picture"
-    assert opening[: first[1]].count("<figure") == 4, "a picture for each behaviour"
+    html = (made[0] / "index.html").read_text(encoding="utf-8").partition("<main>")[2]
+    pieces = ("<figure", "<table", "1. Does ablating the top features have an effect?", "<details>")
+    order = [html.index(piece) for piece in pieces]
+    assert order == sorted(order)
+    assert html[: order[0]].count("<p") == 0, "no text before the first picture"
+    assert html[: order[1]].count("<figure") == 4, "a picture for each behaviour"
 
 
 def test_both_say_the_answers_and_their_figures(made):
     assert made[1].specific == dict(agreement="yes", capital="yes", greater_than="no", addition="no")
+    answers = "yes for Subject-verb agreement, Capital of a country; no for Greater-than on years, Two-digit addition."
+    tested = load_results(made[0].parent / "inputs/ablate/topk").verdict.dictionaries["tested"]
     for text in both(made):
-        answers = (
-            "yes for Subject-verb agreement, Capital of a country; no for Greater-than on years, Two-digit addition."
-        )
-        assert f"On the logit difference: {answers} On top-1 accuracy: {answers}" in text
+        for words in (
+            f"On the logit difference: {answers} On top-1 accuracy: {answers}",
+            "Capital of a country: more than MLP neurons, principal components.",
+            "No for Subject-verb agreement, Capital of a country, Greater-than on years; yes for Two-digit addition.",
+            "Ablating the 20 top features lowers the logit difference by 4.3",
+            "placebo sets, chosen for unrelated answers, also do more than random sets",
+            "Capital of a country, untrained dictionary",
+            "Accuracy 0.70 on test prompts is below 0.80; separation −0.1 is below 1.00.",  # the flags
+            "−0.10 [−∞, 1.20]",
+            "p-values are corrected by Holm's method over the behaviours within each question.",  # the rule
+            "Of all 900 live features, each ablated alone, 40 have a significant effect",
+            "The rank correlation of attribution with the effect is 0.91",
+        ):
+            assert words in text
         assert text.count(f"Y{answers[1:]}") == 2, "questions 2 and 3"
-        assert "Capital of a country: more than MLP neurons, principal components." in text
-        spared = (
-            "No for Subject-verb agreement, Capital of a country, Greater-than on years; yes for Two-digit addition."
-        )
-        assert spared in text
-        assert "Ablating the 20 top features lowers the logit difference by 4.3" in text
-        assert "placebo sets, chosen for unrelated answers, also do more than random sets" in text
-        assert "Capital of a country, untrained dictionary" in text
-        assert "Accuracy 0.70 on test prompts is below 0.80; separation −0.1 is below 1.00." in text  # the flags
-        assert "−0.10 [−∞, 1.20]" in text
         assert not re.search(r"[ \[]-\d", text)  # true minus signs
-        assert "p-values are corrected by Holm's method over the behaviours within each question." in text  # the rule
-
-
-def test_placebo_sets_that_pass_stand_beside_question_2(made):
-    results = load_results(made[0].parent / "inputs/ablate/topk")
-    for name in ("agreement", "capital"):
-        result = results.verdict.dictionaries["tested"][name]
-        assert result.fooled > 40, "placebo sets with half of the effect"
-        for text in both(made):
+        for result in (tested["agreement"], tested["capital"]):
+            assert result.fooled > 40, "placebo sets with half of the effect"
             assert f"{result.fooled} of {result.placebo_sets}" in text
 
 
@@ -78,37 +71,35 @@ def test_without_a_specific_behaviour_this_is_said_first(tmp_path):
     run = make_run(tmp_path, inputs)
     run_report(run)
     text = (run.folder / "report.md").read_text(encoding="utf-8")
-    said = text.index("For no behaviour are the top features shown to be specific to its answer.")
-    assert said < text.index("Does ablating the top features have an effect?")
-
-
-def test_all_features_are_shown_where_they_were_measured(made):
-    for text in both(made):
-        assert "Of all 900 live features, each ablated alone, 40 have a significant effect" in text
-        assert "The rank correlation of attribution with the effect is 0.91" in text
+    place = text.index("For no behaviour are the top features shown to be specific to its answer.")
+    assert place < text.index("Does ablating the top features have an effect?")
 
 
 def test_both_say_scores_sinks_and_settings(made):
+    scores = ("0.860", "0.991", "58.7", "0.931", "0.988", "0.31")  # the last ones: cosine, KL recovered, neighbours
     for text in both(made):
-        assert "0.860" in text and "0.991" in text and "58.7" in text
-        assert "1,017 captured tokens at position 0 and 41 beyond it, which is 0.16 %" in text
-        assert "here 1,778," in text
-        assert "jax==0.10.2" in text
-        assert "12.3" in text and "1 × cpu" in text and "task 42, train 123" in text
-        assert "0.931" in text and "0.988" in text and "0.31" in text  # cosine, KL recovered, neighbours
+        for words in (
+            *scores,
+            "1,017 captured tokens at position 0 and 41 beyond it, which is 0.16 %",
+            "here 1,778,",
+            "jax==0.10.2",
+            "12.3",
+            "1 × cpu",
+            "task 42, train 123",
+        ):
+            assert words in text
 
 
 def test_the_settings_can_be_used_as_a_flag_file(made, tmp_path):
-    from absl import flags
+    def read(*arguments):
+        values = flags.FlagValues()
+        define_flags(registry.GROUPS, values)
+        values(["program", *arguments])
+        return from_flags(registry.GROUPS, values)
 
-    values, plain = flags.FlagValues(), flags.FlagValues()
-    for each in (values, plain):
-        define_flags(registry.GROUPS, each)
     block = re.search(r"```\n(--model.*?)\n```", (made[0] / "report.md").read_text(), re.DOTALL).group(1)
     (tmp_path / "run.flags").write_text(block.replace("--task.train_prompts=80", "--task.train_prompts=81"))
-    values(["program", f"--flagfile={tmp_path / 'run.flags'}"])
-    plain(["program"])
-    configs, defaults = from_flags(registry.GROUPS, values), from_flags(registry.GROUPS, plain)
+    configs, defaults = read(f"--flagfile={tmp_path / 'run.flags'}"), read()
     assert configs[TaskConfig].train_prompts == 81
     assert list(configs | defaults[TaskConfig]) == list(defaults)
 
@@ -116,30 +107,32 @@ def test_the_settings_can_be_used_as_a_flag_file(made, tmp_path):
 def test_a_run_with_stacks_lists_their_members_and_draws_the_frontier(tmp_path):
     inputs = make_workspace(tmp_path, members=("k16", "k32", "k64"))
     run = make_run(tmp_path, inputs)
-    results = run_report(run)
-    assert "frontier" in results.figures
+    assert "frontier" in run_report(run).figures
     page = Page((run.folder / "index.html").read_text(encoding="utf-8"))
-    both_texts = [page.text, (run.folder / "report.md").read_text(encoding="utf-8")]
-    for text in (" ".join(text.split()) for text in both_texts):
-        assert "topk (3 of them), which keeps the k largest activations of each token" in text
-        assert "The causal tests use topk/k64." in text and "with one dictionary (topk/k64)" in text
-        assert "The members of topk" in text and "The members of standard" in text
-        assert text.count("k16") == 2 and "103.7" in text  # L0 of topk/k64
-        assert "line joins the dictionaries of one kind and site" in text
-    header = re.search(r"\| Measure \|.*", both_texts[1]).group()
-    assert header == "| Measure | topk/k64 |"
+    for text in both((run.folder, None, page)):
+        for words in (
+            "topk (3 of them), which keeps the k largest activations of each token",
+            "The causal tests use topk/k64.",
+            "with one dictionary (topk/k64)",
+            "The members of topk",
+            "The members of standard",
+            "103.7",  # L0 of topk/k64
+            "line joins the dictionaries of one kind and site",
+        ):
+            assert words in text
+        assert text.count("k16") == 2
+    assert "| Measure | topk/k64 |\n" in (run.folder / "report.md").read_text(encoding="utf-8")
     described = {attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"}
     assert any("topk: explained variance 0.860 to 0.910 at L0 32 to 104." in text for text in described)
 
 
 def test_features_have_numbers_contexts_and_where_they_are_missing_a_reason(made):
-    _, results, _ = made
+    results = made[1]
     assert results.contexts[7] == 0 and set(results.contexts.values()) == {0, 5}
     for text in both(made):
         assert text.count("It fires nowhere in the captured text, so there is no context to show.") == 4
         assert text.count("It fires on no held-out token.") == 4
-        for feature in results.contexts:
-            assert f"Feature {feature}" in text
+        assert all(f"Feature {feature}" in text for feature in results.contexts)
         assert "also among the top features of: Subject-verb agreement, Capital of a country" in text
 
 
@@ -151,10 +144,14 @@ def test_one_dictionary_long_lists_and_an_empty_one(tmp_path):
     run = make_run(tmp_path, inputs, title="Is <this> & that so?")
     assert run_report(run).figures.count("features_addition") == 0
     text = Page((run.folder / "index.html").read_text()).text
-    assert "Is <this> & that so?" in text
-    assert "No feature was tested" in text
-    assert "not testable (5 of 79 sets)" in text
-    assert "The first 50 of 60 features." in text and "The figure shows the first 30." in text
+    for words in (
+        "Is <this> & that so?",
+        "No feature was tested",
+        "not testable (5 of 79 sets)",
+        "The first 50 of 60 features.",
+        "The figure shows the first 30.",
+    ):
+        assert words in text
     assert "standard" not in text.replace("standard deviation", "").split("How to reproduce")[0]
 
 

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -14,9 +13,7 @@ from test_figures import contrast
 
 pytestmark = pytest.mark.usefixtures("contexts_are_made_up")
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def test_the_page_is_complete_in_itself(made):
@@ -37,9 +34,8 @@ def test_figures_are_written_embedded_and_described(made):
     names = {"baselines", "training", "density"}
     names |= {f"{figure}_{name}" for figure in ("ablation", "features") for name in results.specific}
     assert set(results.figures) == names
-    assert {path.name for path in (folder / "figures").iterdir()} == {
-        f"{n}.{end}" for n in names for end in ("png", "svg")
-    }
+    files = {path.name for path in (folder / "figures").iterdir()}
+    assert files == {f"{name}.{end}" for name in names for end in ("png", "svg")}
     described = [attrs for tag, attrs in page.tags if tag == "svg"]
     assert len(described) == len(names)
     assert all(attrs["role"] == "img" and len(attrs["aria-label"]) > 40 for attrs in described)
@@ -66,7 +62,7 @@ def test_tokens_arrive_as_they_are(made):
 
 def test_one_maximum_per_context_is_bold_and_coloured(made):
     strips = re.findall(r'<span class="strip">(.*?)</span> <small>', (made[0] / "index.html").read_text(), re.DOTALL)
-    assert len(strips) == sum(n for n in made[1].contexts.values()) + 0 * len(made[1].contexts) or len(strips) > 20
+    assert len(strips) > 20
     for strip in strips:
         assert len(re.findall(r'<b style="--heat:', strip)) == 1
         heats = [float(heat) for heat in re.findall(r"--heat:([0-9.]+)", strip)]
@@ -81,11 +77,8 @@ def test_text_stands_out_in_both_themes(made):
         colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", theme))
         warm = re.search(r"--warm: (\d+) (\d+) (\d+)", theme).groups()
         colours["warm"] = "#" + "".join(f"{int(channel):02x}" for channel in warm)
-        for ink, paper in [
-            *[(ink, paper) for ink in ("ink", "soft", "link") for paper in ("paper", "card")],
-            ("ink", "warm"),
-            ("no", "paper"),
-        ]:
+        pairs = [("ink", "warm"), ("no", "paper"), *itertools.product(("ink", "soft", "link"), ("paper", "card"))]
+        for ink, paper in pairs:
             assert contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)
 
 
@@ -108,8 +101,7 @@ def test_nothing_is_wider_than_a_phone(made, tmp_path):
         "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-sync --no-first-run "
         f"--allow-file-access-from-files --virtual-time-budget=5000 --user-data-dir={tmp_path / 'profile'} --dump-dom"
     )
-    out = subprocess.run(
-        [CHROMIUM, *options.split(), Path(wrapper).as_uri()], capture_output=True, text=True, check=True
-    ).stdout
-    measured = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", out).group(1)))
+    command = [CHROMIUM, *options.split(), wrapper.as_uri()]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    measured = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", output).group(1)))
     assert measured == dict(over=0, wide=[])

@@ -24,9 +24,9 @@ def interval(mean):
 
 def partly(cls, **fields):
     """Results of a class with some of its fields, those that a section reads."""
-    made = object.__new__(cls)
-    made.__dict__.update(fields)
-    return made
+    results = object.__new__(cls)
+    results.__dict__.update(fields)
+    return results
 
 
 def findings(settings=None, **units):
@@ -40,20 +40,13 @@ def draw(name, figure, caption, alt):
 
 
 def test_benchmarks_are_shown_by_their_kind_of_score():
+    exact = dict(accuracy=dict(strict=interval(0.25), flexible=interval(0.5)), unparsed=dict(strict=7, flexible=0))
+    choice = dict(accuracy=dict(raw=interval(0.4), normalised=interval(0.5)), chance=0.31)
+    likelihood = dict(log_likelihood_per_token=interval(-1.25), token_accuracy=interval(0.6))
     results = dict(
-        gsm8k=BenchmarkResults(
-            origin="",
-            score="generate",
-            n=20,
-            accuracy=dict(strict=interval(0.25), flexible=interval(0.5)),
-            unparsed=dict(strict=7, flexible=0),
-        ),
-        logic=BenchmarkResults(
-            "choice", 30, "", chance=0.31, accuracy=dict(raw=interval(0.4), normalised=interval(0.5))
-        ),
-        math=BenchmarkResults(
-            "likelihood", 40, "", log_likelihood_per_token=interval(-1.25), token_accuracy=interval(0.6)
-        ),
+        gsm8k=BenchmarkResults("generate", 20, "", **exact),
+        logic=BenchmarkResults("choice", 30, "", **choice),
+        math=BenchmarkResults("likelihood", 40, "", **likelihood),
     )
     (section,) = tasks.benchmark_sections(findings(**results))
     text = section.blocks[0].markdown()
@@ -66,9 +59,6 @@ def test_benchmarks_are_shown_by_their_kind_of_score():
     ]:
         assert row in text, text
     assert len(section.blocks[0].rows) == 6
-
-
-def test_without_benchmarks_there_is_no_section():
     assert tasks.benchmark_sections(findings()) == []
 
 
@@ -81,8 +71,8 @@ def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
     results = dict(dictionary="topk", site="resid_post.15", k=7, unpatched=dict(addition="it has no train prompts"))
     results["behaviours"] = dict(capital=some(interchange=carried, **moved), agreement=some(interchange=None, **moved))
     results["verdict"] = some(dictionaries=dict(tested=dict(capital=verdict)))
-    made = findings(topk=partly(FeaturePatchResults, **results))
-    table, terms, without = patching.sections(made, None)[0].blocks
+    section = patching.sections(findings(topk=partly(FeaturePatchResults, **results)), None)[0]
+    table, terms, without = section.blocks
     shares = ("50 [40,\u00a060]", "10\u00a0%", "90 [80,\u00a0100]")
     effects = ("2.00 [1.90,\u00a02.10]", "0.40 [0.30,\u00a00.50]")
     assert table.rows[0] == ("Capital of a country", "12", *shares, *effects)
@@ -93,33 +83,16 @@ def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
 
 
 def test_probes_are_shown_and_labels_without_one_named():
-    row = dict(
-        input="features",
-        k=2,
-        inputs=[7, 8],
-        accuracy=interval(0.5),
-        f1=0.4,
-        majority=0.3,
-        shuffled=interval(0.2),
-        control=interval(0.1),
-        p_holm=0.0123,
-        auc=0.8,
-        against_dense=interval(-0.2),
-    )
+    row = dict(input="features", k=2, inputs=[7, 8], f1=0.4, majority=0.3, p_holm=0.0123, auc=0.8)
+    row |= dict(accuracy=interval(0.5), shuffled=interval(0.2), control=interval(0.1), against_dense=interval(-0.2))
     whole, raw = row | dict(k=None, inputs=None, control=None), dict(input="raw")
     selected = some(features=[some(feature=7, drop=interval(0.5), p_holm=0.01)], matched=[0.1, 0.6], sentence="Of 1.")
+    rows = [some(**each) for each in (row, whole, row | raw, whole | raw)]
+    reason = "fewer than two classes: right 80"
     labels = [
-        some(
-            label="answer",
-            congruent=0,
-            behaviour="addition",
-            reason=None,
-            probes=[some(**one) for one in (row, whole, row | raw, whole | raw)],
-            selected=selected,
-        ),
-        some(label="correct", behaviour="capital", reason="fewer than two classes: right 80", probes=[], congruent=0,
-             selected=None),
-    ]  # fmt: skip
+        some(label="answer", behaviour="addition", congruent=0, reason=None, probes=rows, selected=selected),
+        some(label="correct", behaviour="capital", congruent=0, reason=reason, probes=[], selected=None),
+    ]
     results = dict(dictionary="topk", site="resid_post.15", pool="last", labels=labels)
     settings = dict(probe=dict(shuffles=20))
     (section,) = probes.sections(findings(settings, topk=partly(ProbeResults, **results)), draw)
@@ -131,12 +104,9 @@ def test_probes_are_shown_and_labels_without_one_named():
     assert table.rows[1][1] == "all features" and table.rows[1][7] == table.rows[1][10] == "–"
     assert ablated.rows == (("Answer: Two-digit addition", "7", "0.50 [0.40,\u00a00.60]", "0.0100", "1 of 2"),)
     assert answers.items == (("Answer: Two-digit addition", "Of 1."),)
-    assert without.items == (
-        ("Model right or wrong: Capital of a country", "no probe: fewer than two classes: right 80."),
-    )
-    results["labels"] = labels[1:]
-    found = findings(settings, topk=partly(ProbeResults, **results))
-    assert [block.kind for block in probes.sections(found, lambda *drawn: None)[0].blocks] == ["text", "terms"]
+    assert without.items == (("Model right or wrong: Capital of a country", f"no probe: {reason}."),)
+    without = findings(settings, topk=partly(ProbeResults, **results | dict(labels=labels[1:])))
+    assert [block.kind for block in probes.sections(without, lambda *drawn: None)[0].blocks] == ["text", "terms"]
     assert probes.sections(findings(), lambda *drawn: None) == []
 
 
