@@ -34,16 +34,19 @@ def run(tmp_path, source, format="saelens"):
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / STARTED, {})
     configs = Configs(ExportConfig(format=format, dictionaries=("topk",)))
-    made = Run("export", folder.name, folder, configs, {f"train/{source.name}": source}, say=lambda line: None)
-    return folder, lambda: run_export(made)
+    stage = Run("export", folder.name, folder, configs, {f"train/{source.name}": source}, say=lambda line: None)
+    return folder, lambda: run_export(stage)
 
 
 def test_one_dictionary_is_in_a_folder_of_its_sites_name(tmp_path):
     source = unit(tmp_path / "topk", {"": known.make("topk")})
     folder, go = run(tmp_path, source)
+    save_dictionary(folder / "resid_post.3", known.make("standard"), "saelens")  # what a killed export left
+    (folder / ".writing-1").mkdir()
     assert [entry.folder for entry in go().members] == ["resid_post.3"]
     x = known.activations()
     assert (load_dictionary(folder / "resid_post.3")(x) == load_dictionary(source)(x)).all()
+    assert not (folder / ".writing-1").exists()
 
 
 def test_every_member_of_a_stack_is_exported(tmp_path):
@@ -73,45 +76,32 @@ def test_a_sweep_becomes_a_set_for_each_setting(tmp_path):
 
 
 def test_all_of_a_stack_or_nothing(tmp_path):
-    members = {"resid_post.0": known.make("linear", layer=0), "resid_post.1": known.make("linear", layer=1)}
-    folder, go = run(tmp_path, unit(tmp_path / "linear", members))
-    with pytest.raises(UserError, match="SAELens has no architecture for a linear SAE"):
-        go()
     below = known.make("jumprelu", layer=1)
     below.threshold_F[...] = below.threshold_F[...] - 1
-    folder, go = run(tmp_path, unit(tmp_path / "jumprelu", {"a": known.make("jumprelu"), "b": below}))
-    with pytest.raises(UserError, match="thresholds below 0"):
-        go()
-    assert [path.name for path in folder.iterdir()] == [STARTED]
-    members = {f"mlp_in.{layer}": known.make("standard", "transcoder", layer) for layer in (0, 2)}
-    folder, go = run(tmp_path, unit(tmp_path / "standard", members), "circuit_tracer")
-    with pytest.raises(UserError, match=r"layers \[1\] are missing"):
-        go()
-
-
-def test_what_a_killed_export_left_is_cleared(tmp_path):
-    folder, go = run(tmp_path, unit(tmp_path / "topk", {"": known.make("topk")}))
-    save_dictionary(folder / "resid_post.3", known.make("standard"), "saelens")
-    (folder / ".writing-1").mkdir()
-    go()
-    assert load_dictionary(folder / "resid_post.3").config.kind == "topk" and not (folder / ".writing-1").exists()
+    gap = {f"mlp_in.{layer}": known.make("standard", "transcoder", layer) for layer in (0, 2)}
+    for name, members, format, message in (
+        ("linear", {"a": known.make("linear")}, "saelens", "SAELens has no architecture for a linear SAE"),
+        ("jumprelu", {"a": known.make("jumprelu"), "b": below}, "saelens", "thresholds below 0"),
+        ("standard", gap, "circuit_tracer", r"layers \[1\] are missing"),
+    ):
+        folder, go = run(tmp_path, unit(tmp_path / name, members), format)
+        with pytest.raises(UserError, match=message):
+            go()
+        assert [path.name for path in folder.iterdir()] == [STARTED]
 
 
 @pytest.mark.parametrize(
-    "flags,message",
+    ("settings", "message"),
     [
-        ([], "export has nothing to make with these settings"),
-        (["--export.dictionaries=sparse"], "--export.dictionaries is 'sparse': expected one of standard"),
-        (["--export.dictionaries=topk", "--export.format=pt"], "--export.format is 'pt': expected one of saelens"),
-        (
-            ["--export.dictionaries=gated"],
-            "unknown dictionary for export (--train.kinds) 'gated': expected one of topk",
-        ),
-        (["--export.dictionaries=topk"], "export/saelens-topk reads train/topk, which has not been made"),
+        ("dictionaries=", "export has nothing to make with these settings"),
+        ("dictionaries=sparse", "--export.dictionaries is 'sparse': expected one of standard"),
+        ("format=pt", "--export.format is 'pt': expected one of saelens"),
+        ("dictionaries=gated", "unknown dictionary for export (--train.kinds) 'gated': expected one of topk"),
+        ("dictionaries=topk", "export/saelens-topk reads train/topk, which has not been made"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(flags, message, tmp_path, capsys, tiny_llama):
-    usual = [f"--workdir={tmp_path}", f"--model.path={tiny_llama}", *flags]
-    assert command.run(["export"], "export", ["export", *usual]) == 2
+def test_bad_input_is_one_line_and_status_2(settings, message, tmp_path, capsys, tiny_llama):
+    flags = [f"--workdir={tmp_path}", f"--model.path={tiny_llama}", f"--export.{settings}"]
+    assert command.run(["export"], "export", ["export", *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "export").exists()

@@ -63,25 +63,26 @@ def fits(row, columns):
     """Whether every column is there, of its type."""
     for name, kind in columns.items():
         items, kind = (row[name], kind[0]) if isinstance(kind, list) else ([row[name]], kind)
-        assert all(isinstance(one, kind) and (kind is bool or type(one) is not bool) for one in items), (name, items)
+        assert all(isinstance(item, kind) and (kind is bool or type(item) is not bool) for item in items), (name, items)
         if kind is str:
-            assert all("\0" not in one and one.encode() is not None for one in items)
+            assert all("\0" not in item and item.encode() is not None for item in items)
 
 
-def lines(path):
-    data = path.read_bytes()
-    return [json.loads(line) for line in (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()]
+def read(*paths):
+    """The rows of files."""
+    texts = [gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes() for path in paths]
+    return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
 def record(feature, fires):
     """With a token of no text, and one of NUL."""
-    one = made_up_record(feature, fires)
+    described = made_up_record(feature, fires)
     if fires:
-        one["examples"][0]["tokens"][:2] = ["\0", ""]
-    return one
+        described["examples"][0]["tokens"][:2] = ["\0", ""]
+    return described
 
 
-def made(tmp_path, members=("",), **settings):
+def make_unit(tmp_path, members=("",), **settings):
     """A run of the stage on made-up units of transcoders or SAEs, by member."""
     names = [member or "resid_post.3" for member in members]
     config = ExportConfig(format="neuronpedia", dictionaries=("topk",), **settings)
@@ -111,7 +112,7 @@ def made(tmp_path, members=("",), **settings):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    folder, run = made(tmp_path_factory.mktemp("bundle"))
+    folder, run = make_unit(tmp_path_factory.mktemp("bundle"))
     (member,) = run_export(run).members
     return folder, folder / member.folder
 
@@ -120,23 +121,20 @@ def test_every_row_fits_the_published_columns(bundle):
     _, source = bundle
     assert source.parts[-3:] == ("v1", "model-1.5", "3-res-topk")
     for name, columns in REQUIRED.items():
-        paths = (
-            sorted((source / name).glob("batch-*.jsonl.gz")) if (source / name).is_dir() else [source / f"{name}.jsonl"]
-        )
-        assert paths
-        for path in paths:
-            rows = lines(path)
-            for row in rows:
-                assert row.keys() == rows[0].keys() == (columns | OPTIONAL[name]).keys()
-                fits(row, columns | OPTIONAL[name])
-    (about,) = lines(source / "source.jsonl")
-    (its_set,), (release,) = lines(source / "sourceset.jsonl"), lines(source / "release.jsonl")
+        rows = read(*(source / name).glob("batch-*.jsonl.gz")) or read(source / f"{name}.jsonl")
+        assert rows
+        for row in rows:
+            assert row.keys() == (columns | OPTIONAL[name]).keys()
+            fits(row, columns | OPTIONAL[name])
+    about, its_set, release = read(*(source / f"{name}.jsonl" for name in ("source", "sourceset", "release")))
     assert about["setName"] == its_set["name"] == "res-topk" and its_set["releaseName"] == release["name"]
 
 
 def test_rows_hold_what_was_found(bundle):
     _, source = bundle
-    features = [row for path in sorted((source / "features").iterdir()) for row in lines(path)]
+    features, activations, explanations = (
+        read(*sorted((source / name).iterdir())) for name in ("features", "activations", "explanations")
+    )
     assert [row["index"] for row in features] == [str(i) for i in range(len(features))]
     assert {(row["modelId"], row["layer"]) for row in features} == {("model-1.5", "3-res-topk")}
     W = np.asarray(known.make("topk").W_dec_FxD[...])
@@ -145,14 +143,12 @@ def test_rows_hold_what_was_found(bundle):
     assert features[1]["hookName"] == "blocks.3.hook_resid_post" and features[2]["maxActApprox"] == 0
     assert features[1]["freq_hist_data_bar_heights"] == [3, 9]
     np.testing.assert_allclose(features[1]["freq_hist_data_bar_values"], [2**-9.25, 2**-8.75], rtol=1e-3)
-    activations = [row for path in sorted((source / "activations").iterdir()) for row in lines(path)]
     assert len({row["id"] for row in activations}) == len(activations) == 4 * (len(features) - 1)
     for row in activations:
         assert len(row["tokens"]) == len(row["values"]) and all(row["tokens"]) and row["index"] != "2"
         assert row["values"][row["maxValueTokenIndex"]] == row["maxValue"] == 2.5 and row["minValue"] == 0
     bins = [(row["binMin"], row["binMax"], row["binContains"]) for row in activations[:4]]
     assert bins[0] == bins[1] == (-1, 2.5, -1) and bins[3] == pytest.approx((0.9, 2.5, 0.0012))
-    explanations = [row for path in sorted((source / "explanations").iterdir()) for row in lines(path)]
     assert [(row["index"], row["description"], row["notes"]) for row in explanations] == [
         ("1", "“ Paris”", "by detector, F1 0.90 on held-out text"), ("3", f"a city {BAD}", "by Ada: seen"),
     ]  # fmt: skip
@@ -160,15 +156,15 @@ def test_rows_hold_what_was_found(bundle):
 
 def test_viewers_files_fit_their_schema(bundle):
     folder, _ = bundle
-    found = {int(path.stem): json.loads(path.read_text()) for path in (folder / "features" / "res-topk").iterdir()}
-    assert {cantor_pair(3, one["index"]) for one in found.values()} == set(found)
-    assert 2 not in [one["index"] for one in found.values()]  # it never fires
-    for one in found.values():
-        fits(one, FEATURE)
-        assert [group["quantile_name"] for group in one["examples_quantiles"]] == [
-            "Top activations", "90 to 100 % of firings", "0 to 10 % of firings",
-        ]  # fmt: skip
-        for group in one["examples_quantiles"]:
+    features = {int(path.stem): json.loads(path.read_text()) for path in (folder / "features" / "res-topk").iterdir()}
+    assert {cantor_pair(3, feature["index"]) for feature in features.values()} == set(features)
+    assert 2 not in [feature["index"] for feature in features.values()]  # it never fires
+    for feature in features.values():
+        fits(feature, FEATURE)
+        groups = feature["examples_quantiles"]
+        names = ["Top activations", "90 to 100 % of firings", "0 to 10 % of firings"]
+        assert [group["quantile_name"] for group in groups] == names
+        for group in groups:
             fits(group, QUANTILE)
             for example in group["examples"]:
                 fits(example, EXAMPLE)
@@ -177,7 +173,7 @@ def test_viewers_files_fit_their_schema(bundle):
 
 
 def test_members_of_a_sweep_are_sources_of_their_own(tmp_path):
-    folder, run = made(tmp_path, ("resid_post.3-k16", "resid_post.3-learning_rate0.01"), source_set="mine")
+    folder, run = make_unit(tmp_path, ("resid_post.3-k16", "resid_post.3-learning_rate0.01"), source_set="mine")
     assert [member.folder for member in run_export(run).members] == [
         "v1/model-1.5/3-mine-k16", "v1/model-1.5/3-mine-learning-rate0-01",
     ]  # fmt: skip
@@ -186,7 +182,7 @@ def test_members_of_a_sweep_are_sources_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("settings", [dict(model_id="Model"), dict(model_id="m--1"), dict(source_set="Mine_1")])
 def test_names_that_neuronpedia_does_not_take_are_refused(tmp_path, settings):
-    folder, run = made(tmp_path, **settings)
+    folder, run = make_unit(tmp_path, **settings)
     with pytest.raises(UserError, match="Neuronpedia takes"):
         run_export(run)
     assert [path.name for path in folder.iterdir()] == [STARTED]

@@ -1,20 +1,21 @@
-"""How the processes of a node share its GPUs, from what SLURM and Open MPI tell them."""
+"""How the processes of a node share its GPUs, and processes that do not have the devices that they should have."""
+
+from types import SimpleNamespace
 
 import pytest
 
 from saejax.errors import UserError
-from saejax.parallel.cluster import gpus_of_process
-
-STEP = dict(SLURM_STEP_NODELIST="n[0-3]", SLURM_NODEID="0")
+from saejax.parallel.cluster import check_devices, gpus_of_process
 
 
 def step(local: int, tasks: str, **more: str) -> dict[str, str]:
     """What SLURM tells the process of this number on its node."""
-    return STEP | dict(SLURM_LOCALID=str(local), SLURM_STEP_TASKS_PER_NODE=tasks) | more
+    variables = dict(SLURM_STEP_NODELIST="n[0-3]", SLURM_NODEID="0", SLURM_STEP_TASKS_PER_NODE=tasks)
+    return variables | dict(SLURM_LOCALID=str(local)) | more
 
 
 @pytest.mark.parametrize(
-    ("environment", "gpus", "own"),
+    ("environment", "gpus", "numbers"),
     [
         ({}, 8, None),  # no launcher: JAX takes all
         (step(0, "1(x4)"), 8, [0, 1, 2, 3, 4, 5, 6, 7]),  # one process a node
@@ -28,11 +29,35 @@ def step(local: int, tasks: str, **more: str) -> dict[str, str]:
         (dict(SLURM_LOCALID="0", OMPI_COMM_WORLD_LOCAL_RANK="1", OMPI_COMM_WORLD_LOCAL_SIZE="4"), 4, [1]),
     ],
 )
-def test_processes_of_a_node_share_all_of_its_gpus(environment, gpus, own):
-    assert gpus_of_process(environment, gpus) == own
+def test_processes_of_a_node_share_all_of_its_gpus(environment, gpus, numbers):
+    assert gpus_of_process(environment, gpus) == numbers
 
 
 @pytest.mark.parametrize("tasks", ["3", "2(x3),1"])
 def test_gpus_that_are_not_as_many_as_processes_are_refused(tasks):
     with pytest.raises(UserError, match="processes cannot share the 8 GPUs of their node: start one a node"):
         gpus_of_process(step(0, tasks), 8)
+
+
+def devices(*counts, platform="gpu"):
+    """So many devices in each process."""
+    places = [process for process, count in enumerate(counts) for _ in range(count)]
+    return [SimpleNamespace(process_index=process, platform=platform) for process in places]
+
+
+def test_equal_processes_with_all_their_gpus_may_run():
+    check_devices(devices(8, 8), 1, range(8))
+    check_devices(devices(4, 4, platform="tpu"), 0, None)
+    check_devices(devices(1, 1, platform="cpu"), 0, None)
+
+
+def test_gpus_that_are_left_idle_are_refused():
+    with pytest.raises(UserError, match="has 8 GPUs, of which JAX uses 4: install"):
+        check_devices(devices(4, 4), 0, range(8))
+    with pytest.raises(UserError, match="has 1 GPUs, of which JAX uses 0"):  # JAX took the processor
+        check_devices(devices(1, 1, platform="cpu"), 0, [0])
+
+
+def test_unequal_processes_are_refused_with_their_numbers():
+    with pytest.raises(UserError, match=r"\(process 0 has 8, process 1 has 7, process 2 has 8\)"):
+        check_devices(devices(8, 7, 8), 0, range(8))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,13 @@ def make_workspace(
             np.save(folder / "firing_rate.npy", rate)
             np.save(folder / "mean_activation.npy", rng.uniform(1, 30, FEATURES) * (rate > 0))
     return inputs
+
+
+def copy_inputs(root: Path, folder: Path) -> dict[str, Path]:
+    """Copies the units' folders; returns them as a report's inputs."""
+    shutil.copytree(root / "inputs", folder / "inputs")
+    summaries = sorted((folder / "inputs").rglob(SUMMARY))
+    return {path.parent.relative_to(folder / "inputs").as_posix(): path.parent for path in summaries}
 
 
 def made_up_contexts(features, count: int) -> dict[int, list[Example]]:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from absl import flags
-from made_up_workspace import make_run, make_workspace
+from made_up_workspace import copy_inputs, make_run, make_workspace
 from report_page import Page
 
 from saejax.errors import UserError
@@ -62,8 +62,8 @@ def test_both_say_the_answers_and_their_figures(made):
             assert f"{result.fooled} of {result.placebo_sets}" in text
 
 
-def test_without_a_specific_behaviour_this_is_said_first(tmp_path):
-    inputs = make_workspace(tmp_path, kinds=("topk",), top=3)
+def test_without_a_specific_behaviour_this_is_said_first(made, tmp_path):
+    inputs = copy_inputs(made[0].parent, tmp_path)
     summary = read_json(inputs["ablate/topk"] / SUMMARY)
     for result in summary["results"]["verdict"]["dictionaries"]["tested"].values():
         result["placebo"]["answer"] = "no"
@@ -168,8 +168,8 @@ def test_one_dictionary_long_lists_and_an_empty_one(tmp_path):
         ("evaluate/topk", "mean_activation.npy", "x"),
     ],
 )
-def test_a_missing_or_damaged_input_is_named(tmp_path, unit, name, content):
-    inputs = make_workspace(tmp_path)
+def test_a_missing_or_damaged_input_is_named(made, tmp_path, unit, name, content):
+    inputs = copy_inputs(made[0].parent, tmp_path)
     (inputs[unit] / name).unlink()
     if content is not None:
         (inputs[unit] / name).write_text(content)
