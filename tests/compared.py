@@ -1,6 +1,9 @@
-"""Two workdirs compared: what one process found, and what several did."""
+"""Two workdirs compared: what a process made alone, and what several or killed ones did."""
 
 import json
+import random
+import time
+from pathlib import Path
 
 import runs
 
@@ -9,39 +12,66 @@ from saejax.runner.workspace import current_units
 
 def results(workdir):
     """The results of all units but those that time something, by their folders."""
-    found = {}
-    for unit, folder in current_units(workdir).items():
-        if unit.partition("/")[0] not in ("preflight", "report", "train"):
-            found[unit] = json.loads((folder / "done.json").read_text())
-    return found
+    units = current_units(workdir).items()
+    timed = ("preflight", "report", "train")
+    return {u: json.loads((f / "done.json").read_text()) for u, f in units if u.partition("/")[0] not in timed}
 
 
-def assert_same(one, two, tolerance, place=""):
+def assert_same(first, second, tolerance, place=""):
     """Two results with the same figures, within a tolerance of those that are as large as 1."""
-    if isinstance(one, dict):
-        assert one.keys() == two.keys(), place
-        for name in one.keys() - {"tokens_per_second"}:
-            assert_same(one[name], two[name], tolerance, f"{place}.{name}")
-    elif isinstance(one, list):
-        assert len(one) == len(two), place
-        for number, pair in enumerate(zip(one, two, strict=True)):
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), place
+        for name in first.keys() - {"tokens_per_second"}:
+            assert_same(first[name], second[name], tolerance, f"{place}.{name}")
+    elif isinstance(first, list):
+        assert len(first) == len(second), place
+        for number, pair in enumerate(zip(first, second, strict=True)):
             assert_same(*pair, tolerance, f"{place}.{number}")
-    elif isinstance(one, float) and isinstance(two, float):
-        assert abs(one - two) <= tolerance * max(1.0, abs(one)), (place, one, two)
+    elif isinstance(first, float) and isinstance(second, float):
+        assert abs(first - second) <= tolerance * max(1.0, abs(first)), (place, first, second)
     else:
-        assert one == two, place
+        assert first == second, place
 
 
-def assert_as_one(one, two):
+def assert_as_one(alone, together):
     """Two workdirs with the same units, files and figures; the store is the same bits.
 
     What devices of several processes do together is rounded otherwise, and ablation's doses divide such figures by
     small differences; what is dealt out is the same to 1e-6.
     """
-    first, second = results(one), results(two)
+    first, second = results(alone), results(together)
     assert first.keys() == second.keys()
     for unit in first:
         assert first[unit]["files"].keys() == second[unit]["files"].keys(), unit
         tolerance = 1e-4 if unit.startswith("ablate") else 1e-6
         assert_same(first[unit]["results"], second[unit]["results"], tolerance, unit)
-    assert runs.checksums(one) == runs.checksums(two)
+    assert runs.checksums(alone) == runs.checksums(together)
+
+
+def kill_at_random_moments(start, check, root, kills: int, least: float, most: float) -> Path:
+    """Kill a run so often, each time between these seconds after its start, then let it finish; gives its folder.
+
+    ``start(folder)`` starts the run's processes, of which one is killed, and ``check(folder)`` looks at what a run that
+    has finished made.
+    """
+    moments, number, struck = random.Random(kills), 0, []
+    while len(struck) < kills:
+        processes = start(root / f"run{number}")
+        time.sleep(moments.uniform(least, most))
+        if all(process.poll() is None for process in processes):
+            clock = time.monotonic()
+            moments.choice(processes).kill()
+            outputs = [process.communicate()[0] for process in processes]  # JAX ends the others
+            struck.append((round(time.monotonic() - clock, 1), *(output.splitlines()[-1:] for output in outputs)))
+            # Nothing but a stop that was saved asks for another start.
+            assert not {process.returncode for process in processes} & {0, 2, 143}
+        else:  # it was done before the moment came: the next kill strikes a fresh run
+            for process in processes:
+                runs.finish(process)
+            check(root / f"run{number}")
+            number += 1
+    print(*struck, sep="\n")  # the seconds until all had ended, and what they were doing
+    for process in start(root / f"run{number}"):
+        runs.finish(process)
+    check(root / f"run{number}")
+    return root / f"run{number}"

@@ -41,10 +41,8 @@ def changed(run: Run, **settings) -> Run:
 
 def save_model(folder: Path, **changes) -> Path:
     """A random two-layer Llama with ``small_tokenizer``."""
-    sizes = dict(
-        vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=256
-    )
-    save_tiny_llama(folder, **sizes | changes)
+    sizes = dict(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    save_tiny_llama(folder, **sizes | dict(max_position_embeddings=256) | changes)
     small_tokenizer().save_pretrained(folder)
     return folder
 
@@ -61,60 +59,37 @@ def small_tokenizer():
     from saejax.settings import DEMO_BEHAVIOURS, ModelConfig
     from saejax.tasks.draw import make_prompts
 
-    own = AutoTokenizer.from_pretrained(source.resolve(ModelConfig()).folder)
-    prompts = [prompt for name in DEMO_BEHAVIOURS for prompt in make_prompts(name, 100, 100, 42, own).prompts]
-    texts = [one.text + answer for one in prompts for answer in (one.correct, one.wrong)]
-    return own.train_new_from_iterator([*texts, *_documents(40)], 1024, show_progress=False)
+    whole = AutoTokenizer.from_pretrained(source.resolve(ModelConfig()).folder)
+    prompts = [prompt for name in DEMO_BEHAVIOURS for prompt in make_prompts(name, 100, 100, 42, whole).prompts]
+    texts = [prompt.text + answer for prompt in prompts for answer in (prompt.correct, prompt.wrong)]
+    return whole.train_new_from_iterator([*texts, *map(_document, range(40))], 1024, show_progress=False)
 
 
 def save_corpus(path: Path, documents: int = 40) -> Path:
     """Documents of a few sentences, each of a group of its own."""
-    lines = [json.dumps(dict(text=text, group=f"g/{i}")) for i, text in enumerate(_documents(documents))]
     with gzip.open(path, "wt") as file:
-        file.write("\n".join(lines))
+        file.write("\n".join(json.dumps(dict(text=_document(i), group=f"g/{i}")) for i in range(documents)))
     return path
 
 
-def _documents(count: int) -> list[str]:
-    subjects = ["river", "teacher", "garden", "engine", "winter", "letter", "market", "window", "doctor", "village"]
+def _document(i: int) -> str:
+    nouns = ["river", "teacher", "garden", "engine", "winter", "letter", "market", "window", "doctor", "village"]
     verbs = ["follows", "carries", "finds", "remembers", "changes"]
-    return [
-        " ".join(
-            f"The {subjects[(i + j) % 10]} {verbs[(i * j) % 5]} the {subjects[(3 * i + j) % 10]}."
-            for j in range(4 + i % 5)
-        )
-        for i in range(count)
-    ]
+    places = [((i + j) % 10, i * j % 5, (3 * i + j) % 10) for j in range(4 + i % 5)]
+    return " ".join(f"The {nouns[subject]} {verbs[verb]} the {nouns[noun]}." for subject, verb, noun in places)
 
 
 def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str]:
     """Flags of a run of seconds, in a file: a stage ignores others' flags there; ``changes`` such as train__k=3 win."""
-    values = {
-        "workdir": workdir,
-        "model.path": model,
-        "task.train_prompts": 4,
-        "task.test_prompts": 3,
-        "task.gate": 1,  # a random model has no behaviour
-        "corpus.path": corpus,
-        "corpus.held_out": 0.3,
-        "capture.sites": "resid_post.0",
-        "capture.shard_rows": 300,
-        "capture.max_sink_share": 0.5,
-        "capture.store_dtype": "float32",
-        "train.sites": "resid_post.0",
-        "train.expansion": 4,
-        "train.k": 8,
-        "train.batch": 64,
-        "train.epochs": 6,
-        "train.checkpoint_every": 50,  # each takes as long as dozens of steps
-        "train.l1": 0.05,
-        "evaluate.ce_documents": 3,
-        "ablate.top": 2,
-        "causal.random_sets": 6,
-        "causal.placebo_targets": 4,
-        "ablate.text_documents": 4,
-        "causal.bootstrap": 200,
-    }
+    values = {"workdir": workdir, "model.path": model, "corpus.path": corpus, "corpus.held_out": 0.3}
+    # A random model has no behaviour.
+    values |= {"task.train_prompts": 4, "task.test_prompts": 3, "task.gate": 1}
+    values |= {"capture.sites": "resid_post.0", "capture.shard_rows": 300, "capture.max_sink_share": 0.5}
+    values |= {"capture.store_dtype": "float32", "train.sites": "resid_post.0", "train.expansion": 4, "train.k": 8}
+    # A checkpoint takes as long as dozens of steps.
+    values |= {"train.batch": 64, "train.epochs": 6, "train.checkpoint_every": 50, "train.l1": 0.05}
+    values |= {"evaluate.ce_documents": 3, "ablate.top": 2, "ablate.text_documents": 4}
+    values |= {"causal.random_sets": 6, "causal.placebo_targets": 4, "causal.bootstrap": 200}
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     flags = (f"--{key}={value}" for key, value in values.items() if key != "workdir")
     return [f"--workdir={workdir}", flag_file(flags, Path(corpus).parent)]
@@ -131,28 +106,21 @@ def start(binary: str, flags: list[str], **environment: str) -> subprocess.Popen
     """Starts ``python -m experiments.<binary>``, or a program given as text, on one CPU device."""
     variables = os.environ | dict(JAX_NUM_CPU_DEVICES="1", JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1") | environment
     program = ["-c", binary] if "\n" in binary else ["-m", f"experiments.{binary}"]
-    command = [sys.executable, *program, *flags]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    options = dict(cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, *program, *flags], **options)
 
 
-def start_pair(binary: str, flags: list[str], last: list[str] = (), **environment: str) -> list[subprocess.Popen]:
-    """Two processes of one run, of which the last has further flags."""
-    return start_group(2, binary, flags, last, **environment)
-
-
-def start_group(
-    count: int, binary: str, flags: list[str], last: list[str] = (), **environment: str
+def start_pair(
+    binary: str, flags: list[str], last: list[str] = (), count: int = 2, **environment: str
 ) -> list[subprocess.Popen]:
-    """Processes of one run."""
+    """Two or more processes of one run, of which the last has further flags."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    own = [f"--mesh.processes={count}", f"--mesh.coordinator=localhost:{port}"]
-    each = [[*flags, *own, f"--mesh.process_id={i}"] for i in range(count)]
-    each[-1] += last
-    return [start(binary, one, **environment) for one in each]
+    flags = [*flags, f"--mesh.processes={count}", f"--mesh.coordinator=localhost:{port}"]
+    more = [[f"--mesh.process_id={i}"] for i in range(count)]
+    more[-1] += last
+    return [start(binary, [*flags, *each], **environment) for each in more]
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -177,15 +145,10 @@ def copy_units(workdir: Path, folder: Path, *stages: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         for path in (workdir / stage, *workdir.glob(f"{stage}-*")):
-            copy_entry(path, folder)
-
-
-def copy_entry(path: Path, folder: Path) -> None:
-    """Copies a unit's folder, a folder of units, or a link to a unit."""
-    if path.is_symlink():
-        os.symlink(os.readlink(path), folder / path.name)
-    else:
-        shutil.copytree(path, folder / path.name, symlinks=True)
+            if path.is_symlink():
+                os.symlink(os.readlink(path), folder / path.name)
+            else:  # a unit's folder, or a folder of units
+                shutil.copytree(path, folder / path.name, symlinks=True)
 
 
 def checksums(workdir: Path) -> dict:
@@ -196,17 +159,16 @@ def checksums(workdir: Path) -> dict:
 
 def dictionary_checksums(workdir: Path) -> dict:
     """The checksums of every dictionary's arrays, by its folder."""
-    found = {}
+    arrays = {}
     for unit in sorted(path for path in (workdir / "train").iterdir() if path.is_symlink()):
         for path in sorted([*unit.glob("dictionary/dictionary.json"), *unit.glob("*/dictionary/dictionary.json")]):
             member = path.parent.parent.relative_to(workdir / "train")
-            found[str(member)] = json.loads(path.read_text())["arrays"]
-    return found
+            arrays[str(member)] = json.loads(path.read_text())["arrays"]
+    return arrays
 
 
 def write_members(unit, *members):
     """The summary of a train unit with members of these names, or (name, site, target)."""
-    told = [(one, "", "") if isinstance(one, str) else one for one in members]
     rest = dict(settings={}, input_scale=1.0, output_scale=1.0, dead_fraction=0.0, final={})
-    made = [TrainedMember(*one, **rest) for one in told]
-    write_json(unit / "done.json", dict(results=dict(members=to_json(made))))
+    whole = [TrainedMember(*((m, "", "") if isinstance(m, str) else m), **rest) for m in members]
+    write_json(unit / "done.json", dict(results=dict(members=to_json(whole))))

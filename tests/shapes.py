@@ -14,7 +14,6 @@ in generators each array is checked by itself.
 """
 
 import ast
-import contextlib
 import functools
 import re
 import sys
@@ -34,8 +33,8 @@ _SUFFIX = re.compile(r"_*[A-Za-z0-9]\w*?_(x?(?:[A-Z]|\d+)(?:x(?:[A-Z]|\d+))*x?)"
 
 def suffix(name: str) -> str | None:
     """The shape at the end of a name, such as "BxTxD"; None where there is none."""
-    found = _SUFFIX.fullmatch(name)
-    return found[1] if found and re.search("[A-Z]|x", found[1]) else None
+    match = _SUFFIX.fullmatch(name)
+    return match[1] if match and re.search("[A-Z]|x", match[1]) else None
 
 
 def letters(name: str) -> set[str]:
@@ -96,18 +95,13 @@ class _Scopes(threading.local):
         self.sizes.pop()
 
 
-_SCOPES = _Scopes()
-
-
-def scope() -> contextlib.AbstractContextManager:
-    """Within it the letters keep the sizes that they were first seen with."""
-    return _SCOPES
+SCOPE = _Scopes()  # within it the letters keep the sizes that they were first seen with
 
 
 def mismatch(name: str, shape: tuple[int, ...]) -> str:
     """What contradicts a name, given the sizes of letters in the scope that was entered last; "" if nothing does."""
     before, parts, behind = parsed(name)
-    known = _SCOPES.sizes[-1] if _SCOPES.sizes else {}
+    held = SCOPE.sizes[-1] if SCOPE.sizes else {}
     more = len(shape) - len(parts)
     if more < 0 or (more and not (before or behind)):
         return f"it has {len(shape)} dimensions, expected {'at least ' * (before or behind)}{len(parts)}"
@@ -115,11 +109,11 @@ def mismatch(name: str, shape: tuple[int, ...]) -> str:
     sizes = list(zip(parts, shape[more:] if before else shape, strict=False))
     sizes += [("before", shape[:more])] * before + [("behind", shape[len(parts) :])] * (behind and not before)
     for letter, size in sizes:
-        expected = letter if isinstance(letter, int) else known.get(letter, new.get(letter, size))
+        expected = letter if isinstance(letter, int) else held.get(letter, new.get(letter, size))
         if size != expected:
             return f"the size of {letter} is {size}, expected {expected}"
         new[str(letter)] = size
-    known.update(new)
+    held.update(new)
     return ""
 
 
@@ -127,16 +121,13 @@ def install(listed: bool) -> None:
     """Rewrites packages at their import; contradictions are raised, or listed. saejax must not be imported yet."""
     assert not any(name.startswith("saejax.") for name in sys.modules), "shapes must be installed before saejax"
     CONTRADICTIONS.listed = {} if listed else None
-    sys.meta_path.insert(0, _Finder(CHECKED))
+    sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(MetaPathFinder):
-    def __init__(self, packages: tuple[str, ...]):
-        self.packages = packages
-
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
         pieces = fullname.split(".")
-        if len(pieces) < 2 or pieces[0] != "saejax" or pieces[1] not in self.packages:
+        if len(pieces) < 2 or pieces[0] != "saejax" or pieces[1] not in CHECKED:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
@@ -154,7 +145,7 @@ def rewritten(source: str, path: str) -> CodeType:
     """A module with its checks."""
     tree = _Checked(path).visit(ast.parse(source))
     start = _start(tree.body)
-    tree.body[start:start] = ast.parse("from shapes import CONTRADICTIONS as _shapes_, scope as _scope_").body
+    tree.body[start:start] = ast.parse("from shapes import CONTRADICTIONS as _shapes_, SCOPE as _scope_").body
     return compile(ast.fix_missing_locations(tree), str(ROOT / path), "exec", dont_inherit=True)
 
 
@@ -175,20 +166,16 @@ class _Checked(ast.NodeTransformer):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         self.scoped.append(not any(isinstance(n, ast.Yield | ast.YieldFrom) for n in _own_nodes(node)))
-        own = node.args
-        checks = [
-            self._check(arg.arg, ast.Name(arg.arg, ast.Load()), node)
-            for arg in own.posonlyargs + own.args + own.kwonlyargs
-        ]
+        arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        checks = self._targets([ast.Name(argument.arg, ast.Load()) for argument in arguments], node)
         start = _start(node.body)
-        body = [c for c in checks if c] + self._statements(node.body[start:])
+        body = checks + self._statements(node.body[start:])
         # A generator's body runs in pieces, between which others are in force: there each array is checked by itself.
         node.body = node.body[:start] + ([_in_scope(body, node)] if self.scoped.pop() and body else body)
         return node
 
     def visit_For(self, node: ast.For) -> ast.For:
-        targets = self._targets([node.target], node)
-        return self._round(node, targets)
+        return self._round(node, self._targets([node.target], node))
 
     def visit_While(self, node: ast.While) -> ast.While:
         return self._round(node, [])
@@ -212,11 +199,8 @@ class _Checked(ast.NodeTransformer):
         return [node, *self._targets(targets, node)] if self.scoped else node
 
     def _statements(self, body: list[ast.stmt]) -> list[ast.stmt]:
-        made: list[ast.stmt] = []
-        for statement in body:
-            new = self.visit(statement)
-            made += new if isinstance(new, list) else [new]
-        return made
+        changed = [self.visit(statement) for statement in body]
+        return [part for new in changed for part in (new if isinstance(new, list) else [new])]
 
     def _round(self, node: Any, checks: list[ast.stmt]) -> Any:
         """A loop, with letters of its own in each round; those of the arrays that it reads from outside hold there."""
@@ -224,40 +208,33 @@ class _Checked(ast.NodeTransformer):
         read = {
             n.id for s in node.body for n in _own_nodes(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
         }
-        known = [self._known(name, node) for name in sorted(read - changed) if suffix(name)]
+        outside = [self._outside(name, node) for name in sorted(read - changed) if suffix(name)]
         node.body = checks + self._statements(node.body)
         node.orelse = self._statements(node.orelse)
         if self.scoped and self.scoped[-1] and any(_is_check(n) for s in node.body for n in ast.walk(s)):
-            node.body = [_in_scope(known + node.body, node)]
+            node.body = [_in_scope(outside + node.body, node)]
         return node
 
-    def _known(self, name: str, node: Any) -> ast.stmt:
+    def _outside(self, name: str, node: Any) -> ast.stmt:
         # A name of the function or around it, which may not have a value yet.
-        source = f"try: _shapes_.check({name!r}, {name}, '{self.path}:{node.lineno}')\nexcept NameError: pass"
-        return ast.copy_location(ast.parse(source).body[0], node)
+        attempt = ast.parse("try: pass\nexcept NameError: pass").body[0]
+        attempt.body = [self._check(name, name, node)]
+        return ast.copy_location(attempt, node)
 
     def _targets(self, targets: list[Any], node: Any) -> list[ast.stmt]:
-        made: list[ast.stmt | None] = []
+        checks: list[ast.stmt] = []
         for target in targets:
             if isinstance(target, ast.Tuple | ast.List):
-                made += self._targets(target.elts, node)
-            elif isinstance(target, ast.Name):
-                made.append(self._check(target.id, ast.Name(target.id, ast.Load()), node))
-            elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
-                read = ast.Attribute(ast.Name(target.value.id, ast.Load()), target.attr, ast.Load())
-                made.append(self._check(target.attr, read, node))
-        return [check for check in made if check]
+                checks += self._targets(target.elts, node)
+            elif isinstance(target, ast.Name) and suffix(target.id):
+                checks.append(self._check(target.id, target.id, node))
+            elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and suffix(target.attr):
+                checks.append(self._check(target.attr, f"{target.value.id}.{target.attr}", node))
+        return checks if self.scoped[-1:] == [True] else [_in_scope([check], node) for check in checks]
 
-    def _check(self, name: str, value: ast.expr, node: Any) -> ast.stmt | None:
-        if not suffix(name):
-            return None
-        call = ast.parse("_shapes_.check(0, 0, 0)", mode="eval").body
-        assert isinstance(call, ast.Call)
-        call.args = [ast.Constant(name), value, ast.Constant(f"{self.path}:{node.lineno}")]
-        check: ast.stmt = ast.copy_location(ast.Expr(call), node)
-        if self.scoped[-1:] != [True]:
-            check = _in_scope([check], node)
-        return check
+    def _check(self, name: str, value: str, node: Any) -> ast.stmt:
+        call = ast.parse(f"_shapes_.check({name!r}, {value}, '{self.path}:{node.lineno}')").body[0]
+        return ast.copy_location(call, node)
 
 
 def _own_nodes(node: ast.AST) -> Any:
@@ -268,11 +245,10 @@ def _own_nodes(node: ast.AST) -> Any:
             yield from _own_nodes(child)
 
 
-def _in_scope(body: list[ast.stmt], node: ast.AST) -> ast.With:
-    made = ast.parse("with _scope_(): pass").body[0]
-    assert isinstance(made, ast.With)
-    made.body = body
-    return ast.copy_location(made, node)
+def _in_scope(body: list[ast.stmt], node: ast.AST) -> ast.stmt:
+    scoped = ast.parse("with _scope_: pass").body[0]
+    scoped.body = body
+    return ast.copy_location(scoped, node)
 
 
 def _is_check(node: ast.AST) -> bool:

@@ -1,51 +1,28 @@
 """One of the processes of a run ends: the others end too and say which; started again it goes on where it was."""
 
-import random
 import time
+from functools import partial
 
 import pytest
 import runs
-from compared import assert_as_one
+from compared import assert_as_one, kill_at_random_moments
 
 FEW = dict(train__kinds="topk", task__behaviours="agreement", ablate__baselines="")  # each start compiles all anew
 FEW |= dict(train__checkpoint_every=5)
 
 
-@pytest.fixture(scope="module")
-def whole(inputs, tmp_path_factory):
-    """An undisturbed run of two processes: its workdir and how long it took."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    clock = time.monotonic()
-    for process in runs.start_pair("pipeline", runs.small_flags(*inputs, workdir, **FEW)):
-        runs.finish(process)
-    return workdir, time.monotonic() - clock
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_one_of_two_killed_at_random_moments_the_run_ends_with_the_same_bits(inputs, whole, tmp_path):
-    workdir, seconds = whole
-    moments, struck, number = random.Random(18), [], 0
-    while len(struck) < 10:
-        folder, victim = tmp_path / f"run{number}", moments.randrange(2)
-        pair = runs.start_pair("pipeline", runs.small_flags(*inputs, folder, **FEW))
-        time.sleep(moments.uniform(0.05, 1.0) * seconds)
-        if all(process.poll() is None for process in pair):
-            clock = time.monotonic()
-            pair[victim].kill()
-            before = pair[victim].communicate()[0].splitlines()
-            pair[1 - victim].communicate()  # JAX ends it; nothing but a stop that was saved asks for another start
-            assert pair[1 - victim].returncode not in (0, 2, 143)
-            struck.append((victim, round(time.monotonic() - clock, 1), before[-1] if before else "at its start"))
-        else:  # it was done before the moment came: the next kill strikes a fresh run
-            for process in pair:
-                runs.finish(process)
-            assert_as_one(workdir, folder)
-            number += 1
-    print(*struck, sep="\n")  # what it was doing, and the seconds until both had ended
-    for process in runs.start_pair("pipeline", runs.small_flags(*inputs, folder, **FEW)):
+def test_one_of_two_killed_at_random_moments_the_run_ends_with_the_same_bits(inputs, tmp_path):
+    def start(folder):
+        return runs.start_pair("pipeline", runs.small_flags(*inputs, folder, **FEW))
+
+    clock = time.monotonic()
+    for process in start(tmp_path / "whole"):
         runs.finish(process)
-    assert_as_one(workdir, folder)
+    seconds = time.monotonic() - clock
+    check = partial(assert_as_one, tmp_path / "whole")
+    kill_at_random_moments(start, check, tmp_path, 10, 0.05 * seconds, seconds)
 
 
 BUG = """

@@ -1,5 +1,6 @@
 """Real processes: killed and resumed, asked to stop, and two that train and ablate together."""
 
+import itertools
 import json
 import random
 import re
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-from compared import assert_as_one
+from compared import assert_as_one, kill_at_random_moments
 from every_kind import KINDS, PLUGIN
 
 from saejax.dictionaries import load_dictionary
@@ -36,82 +37,62 @@ def whole(inputs, tmp_path_factory):
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_run_ends_with_the_same_bits(inputs, whole, tmp_path, capsys, kills):
     workdir, seconds = whole
-    moments = random.Random(kills)
-    folder, number, killed = tmp_path / "run0", 0, 0
-    while killed < kills:
-        source = moments.choice(["resident", "streamed"])  # a run may go on with the other
-        process = runs.start("pipeline", runs.small_flags(*inputs, folder, train__input=source, **TWO))
-        time.sleep(0.75 * moments.uniform(0.1, 1.0) * seconds)  # what another process compiled is read from the cache
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            killed += 1
-        else:  # it was done before the moment came: the next kill strikes a fresh run
-            assert runs.checksums(folder) == runs.checksums(workdir)
-            number += 1
-            folder = tmp_path / f"run{number}"
-        process.communicate()
-    runs.finish(runs.start("pipeline", runs.small_flags(*inputs, folder, **TWO)))
-    assert runs.checksums(folder) == runs.checksums(workdir)
+    sources = itertools.cycle(["resident", "streamed"])  # a run may go on with the other
+
+    def start(folder):
+        flags = runs.small_flags(*inputs, folder, train__input=next(sources), **TWO)
+        return [runs.start("pipeline", flags)]
+
+    def check(folder):
+        assert runs.checksums(folder) == runs.checksums(workdir)
+
+    # What another process compiled is read from the cache.
+    folder = kill_at_random_moments(start, check, tmp_path, kills, 0.075 * seconds, 0.75 * seconds)
     capsys.readouterr()
     assert command.run(list(STAGES), "", ["pipeline", *runs.small_flags(*inputs, folder, **TWO)]) == 0
     again = capsys.readouterr().out
     assert again.count("done before, unchanged") == 7 and "started" not in again
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_cleanly(inputs, whole, tmp_path, number):
+def test_a_signal_saves_and_exits_cleanly(inputs, whole, tmp_path):
     workdir = tmp_path / "run"
     runs.captured_only(whole[0], workdir)
     flags = runs.small_flags(*inputs, workdir, train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk")
-    process = runs.start("train", flags)
-    next(line for line in process.stdout if "tokens/s" in line)
-    process.send_signal(number)
-    output = runs.finish(process, 128 + number)
-    assert "run the same command to go on" in output and "Traceback" not in output
-    if number == signal.SIGINT:
-        return  # it saves in the same way
-    resumed = runs.start("train", flags)
-    line = next(line for line in resumed.stdout if "resuming topk at step" in line)
-    assert int(line.split("at step ")[1].split(":")[0]) > 0
-    resumed.kill()
-    resumed.communicate()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = runs.start("train", flags)
+        before = "".join(itertools.takewhile(lambda line: "tokens/s" not in line, process.stdout))
+        process.send_signal(number)
+        output = runs.finish(process, 128 + number)
+        assert "run the same command to go on" in output and "Traceback" not in output
+    assert int(re.search(r"resuming topk at step (\d+)", before)[1]) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)  # each start compiles the steps of the kinds that are left
 @pytest.mark.parametrize(("source", "kills"), [("store", 14), ("model", 6)])
 def test_killed_while_any_kind_trains_it_ends_with_the_same_bits(inputs, whole, tmp_path, source, kills):
-    changes = dict(train__source=source, train__kinds=",".join(KINDS), train__epochs=60, train__k="8,4")
-    changes |= dict(plugins=PLUGIN, train__buffer_rows=200, train__checkpoint_every=20, train__auxk=0.03)
+    changes = dict(train__source=source, train__epochs=60, train__k="8,4", train__auxk=0.03, plugins=PLUGIN)
+    changes |= dict(train__buffer_rows=200, train__checkpoint_every=20)
+    modes = random.Random(kills)
 
-    def start(folder, kinds=KINDS, mode="auto"):
+    def start(folder):
         if not folder.exists():
             runs.captured_only(whole[0], folder)
-        flags = dict(changes, train__kinds=",".join(kinds), train__input=mode)
-        return runs.start("train", runs.small_flags(*inputs, folder, **flags))
+        first = len([*tmp_path.iterdir()]) % len(KINDS)
+        kinds = ",".join(KINDS[first:] + KINDS[:first])
+        mode = dict(train__kinds=kinds, train__input=modes.choice(["resident", "streamed"]))
+        return [runs.start("train", runs.small_flags(*inputs, folder, **changes | mode))]
 
     clock = time.monotonic()
-    runs.finish(start(tmp_path / "whole"))
+    runs.finish(*start(tmp_path / "whole"))
     seconds = time.monotonic() - clock
     expected = runs.dictionary_checksums(tmp_path / "whole")
     assert len(expected) == len(KINDS) - 3 + 3 * 2  # the kinds without k have one member
-    moments, struck, number = random.Random(kills), [], 0
-    while len(struck) < kills:
-        folder = tmp_path / f"run{number}"
-        order = KINDS[number % len(KINDS) :] + KINDS[: number % len(KINDS)]
-        mode = moments.choice(["resident", "streamed"])
-        process = start(folder, order, mode)
-        time.sleep(moments.uniform(0.15, 0.6) * seconds)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kinds = re.findall(r" training (\w+):", process.communicate()[0])
-            struck.append((mode, kinds[-1] if kinds else "resuming"))
-        else:  # all kinds were trained: the next kill strikes a fresh run
-            assert runs.dictionary_checksums(folder) == expected
-            number += 1
-    runs.finish(start(tmp_path / f"run{number}", order))
-    assert runs.dictionary_checksums(tmp_path / f"run{number}") == expected
-    print(struck)
+
+    def check(folder):
+        assert runs.dictionary_checksums(folder) == expected
+
+    kill_at_random_moments(start, check, tmp_path, kills, 0.15 * seconds, 0.6 * seconds)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +225,6 @@ def test_every_stage_is_dealt_out_to_processes(inputs, tmp_path, processes):
     alone, several = tmp_path / "alone", tmp_path / "several"
     runs.finish(runs.start("pipeline", runs.small_flags(*inputs, alone, **flags)))
     runs.copy_units(alone, several, "train")
-    for process in runs.start_group(processes, "pipeline", runs.small_flags(*inputs, several, **flags)):
+    for process in runs.start_pair("pipeline", runs.small_flags(*inputs, several, **flags), count=processes):
         runs.finish(process)
     assert_as_one(alone, several)

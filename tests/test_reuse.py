@@ -78,17 +78,6 @@ def test_the_place_of_model_and_text_and_the_kind_of_device_change_nothing(input
         assert marks(inputs, tmp_path) == before
 
 
-def test_one_more_member_is_one_dictionary(inputs, tmp_path):
-    swept = dict(train__k="8,16", ablate__dictionary="topk/k8")
-    before, after = (marks(inputs, tmp_path, **swept | more) for more in ({}, dict(train__k="8,16,32")))
-    made = {unit for unit, mark in after.items() if before[unit] != mark}
-    assert made == {"train/topk", "evaluate/topk", "interpret/topk", "report"}, "of the first two the new member alone"
-    plans = [plan_of(inputs, tmp_path, **swept), plan_of(inputs, tmp_path, **swept | dict(train__k="32,16,8"))]
-    for stage in ("train", "evaluate", "interpret"):
-        for member in ("k8", "k16"):
-            assert len({plan.fingerprint(f"{stage}/topk/{member}") for plan in plans}) == 1
-
-
 def test_one_more_site_captures_one_site(inputs, tmp_path, capsys, monkeypatch):
     """The store of both sites is the bits of a store made at once, and the model is read for the new one alone."""
     from saejax.activations.writer import StoreWriter

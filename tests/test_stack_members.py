@@ -97,7 +97,7 @@ def test_members_depend_on_what_their_training_reads(inputs, tmp_path):
         site = f"resid_post.{layer}"
         alone = plan(inputs, tmp_path, train__k="4", train__seed=seed, train__sites=site, capture__sites=site)
         assert (marks[f"{site}-seed{seed}-k4"] == alone.fingerprint("train/topk")) == same
-    for setting in (dict(train__l1=3), dict(train__log_every=7), dict(mesh__member=2)):
+    for setting in (dict(train__l1=3), dict(train__log_every=7), dict(mesh__member=2), dict(train__k="8,4")):
         changed = plan(inputs, tmp_path, **base | setting)
         assert {name: changed.fingerprint(f"train/topk/{name}") for name in names} == marks, setting
     # A feature's description depends on its own dictionary alone, whatever other layers the stack has.

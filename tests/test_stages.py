@@ -1,16 +1,11 @@
 """Stages are found beside their code, in an order that follows from what they wait for; the page adds one."""
 
-import ast
 import dataclasses
-import importlib
-import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
-import textwrap
-import typing
 
 import pytest
 import runs
@@ -33,24 +28,6 @@ def test_the_order_follows_from_what_stages_wait_for():
     for wrong in ([stage("a", "b"), stage("b", "a")], [stage("a", "nothing")]):
         with pytest.raises(ValueError, match=r"wait for each other, or for one that does not exist: \['a'"):
             sort_stages(wrong)
-
-
-def imports_inside(function) -> list[tuple[str, str]]:
-    """The modules and names that a function imports when it is called."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return [(node.module, alias.name) for node in nodes for alias in node.names]
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_what_a_stage_imports_when_it_runs_exists(name):
-    declared = STAGES[name]
-    if declared.results:
-        classes = typing.get_args(declared.results()) or (declared.results(),)
-        assert all(map(dataclasses.is_dataclass, classes))
-    for function in (declared.run, declared.section, declared.rule):
-        for module, name in imports_inside(function) if function else ():
-            assert hasattr(importlib.import_module(module), name), (module, name)
 
 
 # The binary, and runs of the stage and its part of the report, all in a process that has the page's files.

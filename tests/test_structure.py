@@ -66,10 +66,11 @@ def defined(name: str) -> set[str]:
     return names
 
 
-def test_what_tests_and_benchmarks_import_is_there():
-    """No test need run a benchmark, or a test that is slow, to see that a name has moved."""
+def test_what_files_import_is_there():
+    """No test need run a stage, a benchmark, or a test that is slow, to see that a name has moved."""
     missing = []
-    for path in sorted(path for top in ("tests", "benchmarks", "scripts") for path in (ROOT / top).rglob("*.py")):
+    tops = ("saejax", "experiments", "tests", "benchmarks", "scripts")
+    for path in sorted(path for top in tops for path in (ROOT / top).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "saejax" != node.module:
                 names = defined(node.module) if node.module in MODULES else set()
