@@ -16,7 +16,14 @@ import shapes
 ROOT = Path(__file__).parent.parent
 PATHS = sorted(path for top in ("saejax", "experiments") for path in (ROOT / top).rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
-TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+@functools.cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+TREES = {name: parse(path) for name, path in MODULES.items()}
 
 LOADERS = {"import_module", "__import__", "load"}  # functions that take the name of a module
 
@@ -71,7 +78,7 @@ def test_what_files_import_is_there():
     missing = []
     tops = ("saejax", "experiments", "tests", "benchmarks", "scripts")
     for path in sorted(path for top in tops for path in (ROOT / top).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parse(path)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "saejax" != node.module:
                 names = defined(node.module) if node.module in MODULES else set()
                 missing += [f"{path.name}: {node.module}.{a.name}" for a in node.names if a.name not in names]
@@ -262,10 +269,7 @@ def test_unclear_language_is_noticed():
 
 
 def test_names_and_docstrings_are_clear():
-    paths = [path for top in ("saejax", "experiments", "benchmarks", "scripts") for path in (ROOT / top).rglob("*.py")]
-    wrong = [
-        f"{path.relative_to(ROOT).as_posix()}:{word}"
-        for path in sorted(paths)
-        for word in unclear_language(ast.parse(path.read_text()))
-    ]
+    tops = ("saejax", "experiments", "benchmarks", "scripts")
+    paths = sorted(path for top in tops for path in (ROOT / top).rglob("*.py"))
+    wrong = [f"{path.relative_to(ROOT).as_posix()}:{word}" for path in paths for word in unclear_language(parse(path))]
     assert not wrong, "say what it is: " + ", ".join(wrong)

@@ -56,17 +56,17 @@ def made_up_member(kind: str, name: str, place: int) -> dict:
     edges = np.linspace(-6, 0, 25)
     counts = (900 * np.exp(-((edges[:-1] + 2.3) ** 2) / 0.8)).astype(int)
     fvu = (0.14 if kind == "topk" else 0.21) * 0.8**place
-    return dict(
-        **dict(name=name, site="resid_post.15", target="resid_post.15", tokens=24_990),
+    scores = dict(name=name, site="resid_post.15", target="resid_post.15", tokens=24_990, cosine=0.9312)
+    scores |= dict(dead_fraction=0.071, dense_fraction=0.0123, ce_recovered_zero=0.993, kl_recovered_mean=0.9876)
+    return scores | dict(
         explained_variance=1 - fvu,
         fvu=fvu,
         l0=(32.0 if kind == "topk" else 58.7) * 1.8**place,
-        **dict(cosine=0.9312, dead_fraction=0.071, dense_fraction=0.0123),
         decoder_neighbours=dict(mean=0.33, median=0.31, p90=0.52, p99=0.93, max=0.99, near=0.02),
         ce=dict(clean=3.211, reconstructed=3.268, mean_ablated=9.82, zero_ablated=11.3, tokens=24_000),
         kl=dict(clean=0.0, reconstructed=0.061, mean_ablated=6.1, zero_ablated=8.2),
         ce_recovered_mean=1 - (0.009 if kind == "topk" else 0.015) * 0.7**place,
-        **dict(ce_recovered_zero=0.993, kl_recovered_mean=0.9876, kl_recovered_zero=0.9921),
+        kl_recovered_zero=0.9921,
         density_histogram=dict(log10_edges=edges.tolist(), counts=counts.tolist(), never=327),
         sinks=dict(position_0=1017, beyond=41, share_beyond=0.0016, max_norm=1778.0),
     )
@@ -143,8 +143,10 @@ def made_up_ablation(rng, dictionary: str, k: int, sets: int) -> tuple[AblateRes
         for name, features in tops.items()
     }
     table = made_up_table(rng, tops, sets)
+    edit = dict(site="resid_post.15", k=k, replacement="zero", positions="all", error="keep")
     results = AblateResults(
-        **dict(dictionary=dictionary, site="resid_post.15", k=k, replacement="zero", positions="all", error="keep"),
+        dictionary=dictionary,
+        **edit,
         top=singles,
         verdict=verdict(table, VerdictConfig(resamples=1000)),
         importance={NAMES[0]: ImportanceSummary(900, 40, 0.91, None)},
