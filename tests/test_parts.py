@@ -21,8 +21,8 @@ def seconds_to_go(monkeypatch):
             on_progress = progress.of_part(f"part {index}", len(of_parts) - index - 1)
             for clock[0], done, total in counted:
                 on_progress(done, total)
-        found = [re.search(r"([\d.]+) s to go", line) for line in lines]
-        return [float(match[1]) for match in found if match]
+        matches = [re.search(r"([\d.]+) s to go", line) for line in lines]
+        return [float(match[1]) for match in matches if match]
 
     return read_lines
 

@@ -51,7 +51,7 @@ def test_stages_without_data_write_nothing_and_a_line_cut_off_is_left_out(tmp_pa
     shown = {stage for stage in STAGES if preregistration.shows_data(stage)}
     assert shown == {"baseline", "benchmark", "ablate", "study"}
     preregistration.write_rules(tmp_path, configs() | StudyConfig(benchmarks=("logic",)))
-    assert [one.stage for one in preregistration.read_rules(tmp_path)] == ["ablate", "study"]
+    assert [rule.stage for rule in preregistration.read_rules(tmp_path)] == ["ablate", "study"]
     whole = (tmp_path / preregistration.FILE).read_text()
     (tmp_path / preregistration.FILE).write_text(whole + whole[:40])
     assert len(preregistration.read_rules(tmp_path)) == 2

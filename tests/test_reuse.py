@@ -31,7 +31,7 @@ PROMPTS = {"baseline", "ablate/topk", "report"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "made"),
+    ("changes", "units"),
     [
         (dict(train__k="8,16", ablate__dictionary="topk/k8"), OF_TOPK - {"ablate/topk"} | {"ablate/topk-k8"}),
         (dict(train__k=16), OF_TOPK),
@@ -61,11 +61,11 @@ PROMPTS = {"baseline", "ablate/topk", "report"}
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_a_changed_flag_makes_what_depends_on_it(inputs, tmp_path, monkeypatch, changes, made):
+def test_a_changed_flag_makes_what_depends_on_it(inputs, tmp_path, monkeypatch, changes, units):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "items.jsonl").write_text(json.dumps(dict(question="1 + 1?", answer="2 #### 2")) + "\n")
     before, after = marks(inputs, tmp_path), marks(inputs, tmp_path, **changes)
-    assert {unit for unit, mark in after.items() if before.get(unit) != mark} == made
+    assert {unit for unit, mark in after.items() if before.get(unit) != mark} == units
 
 
 def test_the_place_of_model_and_text_and_the_kind_of_device_change_nothing(inputs, tmp_path, monkeypatch):

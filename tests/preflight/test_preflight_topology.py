@@ -72,8 +72,8 @@ def test_a_program_that_does_not_fit(v5e):
     assert not too_large.fits and too_large.counted_flops is None
     assert too_large.memory == pytest.approx(32 * GIB, rel=0.02)  # argument and result
     assert small.fits and small.memory == pytest.approx(4 * GIB, rel=0.02)
-    beside = compiled(split, split, split)  # what else the stage keeps there counts
-    assert beside.fits and beside.memory - small.memory == 4 * GIB
+    together = compiled(split, split, split)  # what else the stage keeps there counts
+    assert together.fits and together.memory - small.memory == 4 * GIB
     assert not compiled(split, whole).fits
 
 

@@ -1,6 +1,11 @@
-"""A page as tags and text."""
+"""A report that was made, and its page as tags and text."""
 
 import html.parser
+import re
+
+from made_up_workspace import make_run
+
+from saejax.report.run import run_report
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "path", "use", "rect"}
 
@@ -37,3 +42,20 @@ class Page(html.parser.HTMLParser):
 
     def attributes(self, *names):
         return [attrs[name] for _, attrs in self.tags for name in names if attrs.get(name)]
+
+
+class Report:
+    """What the stage made of its inputs: folder, results, page and Markdown."""
+
+    def __init__(self, root, inputs, **changes):
+        run = make_run(root, inputs, **changes)
+        self.root, self.folder, self.results = root, run.folder, run_report(run)
+        self.html = (run.folder / "index.html").read_text(encoding="utf-8")
+        self.markdown = (run.folder / "report.md").read_text(encoding="utf-8")
+        self.page = Page(self.html)
+
+    @property
+    def texts(self) -> list[str]:
+        """Visible text of the page and of the Markdown, with plain spaces and without escapes."""
+        texts = (self.page.text, self.markdown.replace("&amp;", "&"))
+        return [" ".join(re.sub(r"\\(.)", r"\1", text).replace("**", "").split()) for text in texts]

@@ -6,16 +6,14 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from made_up_workspace import make_run, make_workspace, write_summary
-from test_report import Page, both
+from made_up_workspace import make_workspace, write_summary
+from report_page import Report
 
 from saejax.attribution import report as graphs
 from saejax.attribution.results import AttributeResults
 from saejax.errors import UserError
 from saejax.page.blocks import Links, Picture
 from saejax.page.findings import Findings
-from saejax.report import run as report
-from saejax.report.run import run_report
 from saejax.results import from_json
 
 SHARE = [0.1, 0.5, 1.0]
@@ -64,24 +62,17 @@ def add_units(root: Path, inputs: dict, units: dict[str, dict[str, dict]]) -> di
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The report on a workspace with graphs of two sets of transcoders: its folder, its results, its page."""
+def traced(contexts_are_made_up, tmp_path_factory):
+    """The report on a workspace with graphs of two sets of transcoders."""
     undefined = curve(faithfulness=[None] * 3, incompleteness=[None] * 3, model=1.0)
-    units = dict(
-        paris=dict(paris=result()),
-        wide=dict(paris=result(scores=dict(replacement=0.9, completeness=0.95)), flat=result(circuits=undefined)),
-    )
-    units["wide"]["bare"] = result(doubling=None, circuits=None)
+    wide = dict(paris=result(scores=dict(replacement=0.9, completeness=0.95)), flat=result(circuits=undefined))
+    units = dict(paris=dict(paris=result()), wide=wide | dict(bare=result(doubling=None, circuits=None)))
     root = tmp_path_factory.mktemp("report")
-    run = make_run(root, add_units(root, make_workspace(root, kinds=("topk",), top=3, sets=5), units))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "contexts", lambda run, name, features, count: {})
-        results = run_report(run)
-    return run.folder, results, Page((run.folder / "index.html").read_text(encoding="utf-8"))
+    return Report(root, add_units(root, make_workspace(root, kinds=("topk",), top=3, sets=5), units))
 
 
-def test_page_and_markdown_say_what_was_found(made):
-    for text in both(made):
+def test_page_and_markdown_say_what_was_found(traced):
+    for text in traced.texts:
         assert "4 prompts were traced into attribution graphs" in text
         assert re.search(r"it 65\s% to 90\s% comes from the prompt's tokens through features", text)
         assert "has a correlation of 0.75 with what happens when features are doubled" in text
@@ -91,13 +82,13 @@ def test_page_and_markdown_say_what_was_found(made):
         prompt = "Prompt: “The capital of↵France <b>is”. Explained: Paris (62 %), Rome (3.4 %)."
         assert prompt in text.replace("\xa0", " ")
         assert "1 if features explain all, 0 if errors do" in text and "how well the picture" in text
-    (row,) = [line for line in (made[0] / "report.md").read_text().splitlines() if line.startswith("| 4: bare")]
+    (row,) = [line for line in traced.markdown.splitlines() if line.startswith("| 4: bare")]
     assert row.count("–") == 2
 
 
-def test_figures_of_graphs_take_the_pages_colours_and_stay_as_files(made):
-    folder, results, page = made
-    names = [name for name in results.figures if name.startswith("graph_")]
+def test_figures_of_graphs_take_the_pages_colours_and_stay_as_files(traced):
+    page = traced.page
+    names = [name for name in traced.results.figures if name.startswith("graph_")]
     assert names == ["graph_1_paris", "graph_2_paris", "graph_3_flat", "graph_4_bare"]
     ids = page.attributes("id")
     assert len(ids) == len(set(ids)) and {"graph_1_paris-a", "graph_2_paris-a"} <= set(ids)
@@ -105,16 +96,15 @@ def test_figures_of_graphs_take_the_pages_colours_and_stay_as_files(made):
     assert "fill: var(--card); stroke: currentColor" in styles and "fill: var(--paper); stroke: var(--soft)" in styles
     assert styles.count("--width: 261pt") == 4
     for name in names:
-        assert (folder / "figures" / f"{name}.svg").read_text() == SVG
-        assert f"](figures/{name}.svg)" in (folder / "report.md").read_text()
+        assert (traced.folder / "figures" / f"{name}.svg").read_text() == SVG
+        assert f"](figures/{name}.svg)" in traced.markdown
 
 
-def test_links_lead_to_the_pages(made):
-    folder, _, page = made
-    links = [link for link in page.attributes("href") if not link.startswith(("#", "data:"))]
+def test_links_lead_to_the_pages(traced):
+    links = [link for link in traced.page.attributes("href") if not link.startswith(("#", "data:"))]
     pages = [f"../inputs/attribute/{page}.html" for page in ("paris/paris", "wide/paris", "wide/flat", "wide/bare")]
-    assert links == pages and all((folder / unquote(link)).is_file() for link in links)
-    assert all(f"]({link})" in (folder / "report.md").read_text() for link in pages)
+    assert links == pages and all((traced.folder / unquote(link)).is_file() for link in links)
+    assert all(f"]({link})" in traced.markdown for link in pages)
 
 
 def sections_of(root: Path, missing: str = "", **results) -> list:

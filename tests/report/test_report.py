@@ -5,12 +5,12 @@ import re
 
 import pytest
 from absl import flags
-from made_up_workspace import copy_inputs, make_run, make_workspace
-from report_page import Page
+from made_up_workspace import copy_inputs, make_workspace
+from report_page import Report
 
 from saejax.errors import UserError
 from saejax.files import read_json, write_json
-from saejax.report.run import run_report, token_text
+from saejax.report.run import token_text
 from saejax.results import load_results, to_json
 from saejax.runner import registry
 from saejax.runner.config import define_flags, from_flags
@@ -20,15 +20,8 @@ from saejax.settings import TaskConfig
 pytestmark = pytest.mark.usefixtures("contexts_are_made_up")
 
 
-def both(made):
-    """Visible text of the page and of the Markdown, with plain spaces and without escapes."""
-    folder, _, page = made
-    markdown = (folder / "report.md").read_text(encoding="utf-8").replace("&amp;", "&")
-    return [" ".join(re.sub(r"\\(.)", r"\1", text).replace("**", "").split()) for text in (page.text, markdown)]
-
-
-def test_the_page_opens_with_pictures_the_table_and_a_sentence_for_each_question(made):
-    html = (made[0] / "index.html").read_text(encoding="utf-8").partition("<main>")[2]
+def test_the_page_opens_with_pictures_the_table_and_a_sentence_for_each_question(report):
+    html = report.html.partition("<main>")[2]
     pieces = ("<figure", "<table", "1. Does ablating the top features have an effect?", "<details>")
     order = [html.index(piece) for piece in pieces]
     assert order == sorted(order)
@@ -36,11 +29,11 @@ def test_the_page_opens_with_pictures_the_table_and_a_sentence_for_each_question
     assert html[: order[1]].count("<figure") == 4, "a picture for each behaviour"
 
 
-def test_both_say_the_answers_and_their_figures(made):
-    assert made[1].specific == dict(agreement="yes", capital="yes", greater_than="no", addition="no")
+def test_both_say_the_answers_and_their_figures(report):
+    assert report.results.specific == dict(agreement="yes", capital="yes", greater_than="no", addition="no")
     answers = "yes for Subject-verb agreement, Capital of a country; no for Greater-than on years, Two-digit addition."
-    tested = load_results(made[0].parent / "inputs/ablate/topk").verdict.dictionaries["tested"]
-    for text in both(made):
+    tested = load_results(report.root / "inputs/ablate/topk").verdict.dictionaries["tested"]
+    for text in report.texts:
         for words in (
             f"On the logit difference: {answers} On top-1 accuracy: {answers}",
             "Capital of a country: more than MLP neurons, principal components.",
@@ -62,22 +55,20 @@ def test_both_say_the_answers_and_their_figures(made):
             assert f"{result.fooled} of {result.placebo_sets}" in text
 
 
-def test_without_a_specific_behaviour_this_is_said_first(made, tmp_path):
-    inputs = copy_inputs(made[0].parent, tmp_path)
+def test_without_a_specific_behaviour_this_is_said_first(report, tmp_path):
+    inputs = copy_inputs(report.root, tmp_path)
     summary = read_json(inputs["ablate/topk"] / SUMMARY)
     for result in summary["results"]["verdict"]["dictionaries"]["tested"].values():
         result["placebo"]["answer"] = "no"
     write_json(inputs["ablate/topk"] / SUMMARY, summary)
-    run = make_run(tmp_path, inputs)
-    run_report(run)
-    text = (run.folder / "report.md").read_text(encoding="utf-8")
+    text = Report(tmp_path, inputs).markdown
     place = text.index("For no behaviour are the top features shown to be specific to its answer.")
     assert place < text.index("Does ablating the top features have an effect?")
 
 
-def test_both_say_scores_sinks_and_settings(made):
+def test_both_say_scores_sinks_and_settings(report):
     scores = ("0.860", "0.991", "58.7", "0.931", "0.988", "0.31")  # the last ones: cosine, KL recovered, neighbours
-    for text in both(made):
+    for text in report.texts:
         for words in (
             *scores,
             "1,017 captured tokens at position 0 and 41 beyond it, which is 0.16 %",
@@ -90,14 +81,14 @@ def test_both_say_scores_sinks_and_settings(made):
             assert words in text
 
 
-def test_the_settings_can_be_used_as_a_flag_file(made, tmp_path):
+def test_the_settings_can_be_used_as_a_flag_file(report, tmp_path):
     def read(*arguments):
         values = flags.FlagValues()
         define_flags(registry.GROUPS, values)
         values(["program", *arguments])
         return from_flags(registry.GROUPS, values)
 
-    block = re.search(r"```\n(--model.*?)\n```", (made[0] / "report.md").read_text(), re.DOTALL).group(1)
+    block = re.search(r"```\n(--model.*?)\n```", report.markdown, re.DOTALL).group(1)
     (tmp_path / "run.flags").write_text(block.replace("--task.train_prompts=80", "--task.train_prompts=81"))
     configs, defaults = read(f"--flagfile={tmp_path / 'run.flags'}"), read()
     assert configs[TaskConfig].train_prompts == 81
@@ -105,11 +96,9 @@ def test_the_settings_can_be_used_as_a_flag_file(made, tmp_path):
 
 
 def test_a_run_with_stacks_lists_their_members_and_draws_the_frontier(tmp_path):
-    inputs = make_workspace(tmp_path, members=("k16", "k32", "k64"))
-    run = make_run(tmp_path, inputs)
-    assert "frontier" in run_report(run).figures
-    page = Page((run.folder / "index.html").read_text(encoding="utf-8"))
-    for text in both((run.folder, None, page)):
+    report = Report(tmp_path, make_workspace(tmp_path, members=("k16", "k32", "k64")))
+    assert "frontier" in report.results.figures
+    for text in report.texts:
         for words in (
             "topk (3 of them), which keeps the k largest activations of each token",
             "The causal tests use topk/k64.",
@@ -121,15 +110,15 @@ def test_a_run_with_stacks_lists_their_members_and_draws_the_frontier(tmp_path):
         ):
             assert words in text
         assert text.count("k16") == 2
-    assert "| Measure | topk/k64 |\n" in (run.folder / "report.md").read_text(encoding="utf-8")
-    described = {attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"}
+    assert "| Measure | topk/k64 |\n" in report.markdown
+    described = {attrs["aria-label"] for tag, attrs in report.page.tags if tag == "svg"}
     assert any("topk: explained variance 0.860 to 0.910 at L0 32 to 104." in text for text in described)
 
 
-def test_features_have_numbers_contexts_and_where_they_are_missing_a_reason(made):
-    results = made[1]
+def test_features_have_numbers_contexts_and_where_they_are_missing_a_reason(report):
+    results = report.results
     assert results.contexts[7] == 0 and set(results.contexts.values()) == {0, 5}
-    for text in both(made):
+    for text in report.texts:
         assert text.count("It fires nowhere in the captured text, so there is no context to show.") == 4
         assert text.count("It fires on no held-out token.") == 4
         assert all(f"Feature {feature}" in text for feature in results.contexts)
@@ -141,9 +130,9 @@ def test_one_dictionary_long_lists_and_an_empty_one(tmp_path):
     summary = read_json(inputs["ablate/topk"] / SUMMARY)
     summary["results"]["top"]["addition"] = []
     write_json(inputs["ablate/topk"] / SUMMARY, summary)
-    run = make_run(tmp_path, inputs, title="Is <this> & that so?")
-    assert run_report(run).figures.count("features_addition") == 0
-    text = Page((run.folder / "index.html").read_text()).text
+    report = Report(tmp_path, inputs, title="Is <this> & that so?")
+    assert "features_addition" not in report.results.figures
+    text = report.page.text
     for words in (
         "Is <this> & that so?",
         "No feature was tested",
@@ -168,15 +157,14 @@ def test_one_dictionary_long_lists_and_an_empty_one(tmp_path):
         ("evaluate/topk", "mean_activation.npy", "x"),
     ],
 )
-def test_a_missing_or_damaged_input_is_named(made, tmp_path, unit, name, content):
-    inputs = copy_inputs(made[0].parent, tmp_path)
+def test_a_missing_or_damaged_input_is_named(report, tmp_path, unit, name, content):
+    inputs = copy_inputs(report.root, tmp_path)
     (inputs[unit] / name).unlink()
     if content is not None:
         (inputs[unit] / name).write_text(content)
-    run = make_run(tmp_path, inputs)
     with pytest.raises(UserError, match=re.escape(str(inputs[unit] / name))):
-        run_report(run)
-    assert not (run.folder / "index.html").exists()
+        Report(tmp_path, inputs)
+    assert not (tmp_path / "report" / "index.html").exists()
 
 
 def test_token_text_keeps_the_leading_space():
@@ -191,8 +179,8 @@ def test_token_text_keeps_the_leading_space():
     assert [text(1), text(2), text(3)] == [" Paris", "is", "\n"]
 
 
-def test_results_of_every_unit_are_read_as_classes_and_written_as_they_were(made):
-    units = sorted((made[0].parent / "inputs").rglob(SUMMARY))
+def test_results_of_every_unit_are_read_as_classes_and_written_as_they_were(report):
+    units = sorted((report.root / "inputs").rglob(SUMMARY))
     assert len(units) == 7
     for path in units:
         results = load_results(path.parent)

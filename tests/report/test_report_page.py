@@ -11,26 +11,23 @@ from urllib.parse import unquote
 import pytest
 from test_figures import contrast
 
-pytestmark = pytest.mark.usefixtures("contexts_are_made_up")
-
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def test_the_page_is_complete_in_itself(made):
-    folder, results, page = made
+def test_the_page_is_complete_in_itself(report):
+    page = report.page
     links = page.attributes("src", "href", "xlink:href", "srcset", "action", "data")
     ids = page.attributes("id")
     assert len(ids) == len(set(ids))
     assert [link for link in links if not link.startswith(("#", "data:"))] == []
     assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
     assert not {"script", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
-    text = (folder / "index.html").read_text(encoding="utf-8")
-    assert "@import" not in text and not re.search(r"url\((?!#)", text)
-    assert results.html_bytes == len(text.encode()) < 1_500_000
+    assert "@import" not in report.html and not re.search(r"url\((?!#)", report.html)
+    assert report.results.html_bytes == len(report.html.encode()) < 1_500_000
 
 
-def test_figures_are_written_embedded_and_described(made):
-    folder, results, page = made
+def test_figures_are_written_embedded_and_described(report):
+    folder, results, page = report.folder, report.results, report.page
     names = {"baselines", "training", "density"}
     names |= {f"{figure}_{name}" for figure in ("ablation", "features") for name in results.specific}
     assert set(results.figures) == names
@@ -40,28 +37,24 @@ def test_figures_are_written_embedded_and_described(made):
     assert len(described) == len(names)
     assert all(attrs["role"] == "img" and len(attrs["aria-label"]) > 40 for attrs in described)
     assert sum(tag == "figcaption" for tag, _ in page.tags) == len(names)
-    markdown = (folder / "report.md").read_text(encoding="utf-8")
-    linked = re.findall(r"\]\((figures/[^)]+)\)", markdown)
+    linked = re.findall(r"\]\((figures/[^)]+)\)", report.markdown)
     assert len(linked) == len(names) and all((folder / unquote(link)).exists() for link in linked)
 
 
-def test_headings_go_down_one_level_at_a_time(made):
-    levels = [int(tag[1]) for tag, _ in made[2].tags if re.fullmatch(r"h[1-6]", tag)]
+def test_headings_go_down_one_level_at_a_time(report):
+    levels = [int(tag[1]) for tag, _ in report.page.tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
 
 
-def test_tokens_arrive_as_they_are(made):
-    folder, _, page = made
-    assert "<b>6 & 2</b> |" in page.text and "<b>&amp;" in page.text  # as text, not as markup
-    assert not any(attrs for tag, attrs in page.tags if tag == "b" and "style" not in attrs)
-    markdown = (folder / "report.md").read_text(encoding="utf-8")
-    assert "\\<b\\>&amp;amp;↵↵" in markdown
-    assert re.search(r"<b>[^<]+</b>", markdown)
+def test_tokens_arrive_as_they_are(report):
+    assert "<b>6 & 2</b> |" in report.page.text and "<b>&amp;" in report.page.text  # as text, not as markup
+    assert not any(attrs for tag, attrs in report.page.tags if tag == "b" and "style" not in attrs)
+    assert "\\<b\\>&amp;amp;↵↵" in report.markdown and re.search(r"<b>[^<]+</b>", report.markdown)
 
 
-def test_one_maximum_per_context_is_bold_and_coloured(made):
-    strips = re.findall(r'<span class="strip">(.*?)</span> <small>', (made[0] / "index.html").read_text(), re.DOTALL)
+def test_one_maximum_per_context_is_bold_and_coloured(report):
+    strips = re.findall(r'<span class="strip">(.*?)</span> <small>', report.html, re.DOTALL)
     assert len(strips) > 20
     for strip in strips:
         assert len(re.findall(r'<b style="--heat:', strip)) == 1
@@ -69,8 +62,8 @@ def test_one_maximum_per_context_is_bold_and_coloured(made):
         assert heats and all(0 <= heat <= 1 for heat in heats)
 
 
-def test_text_stands_out_in_both_themes(made):
-    style = re.search(r"<style>(.*?)</style>", (made[0] / "index.html").read_text(), re.DOTALL).group(1)
+def test_text_stands_out_in_both_themes(report):
+    style = re.search(r"<style>(.*?)</style>", report.html, re.DOTALL).group(1)
     themes = re.findall(r"color-scheme: light dark;\s*(.*?)\}|dark\) \{\s*:root \{(.*?)\}", style, re.DOTALL)
     assert len(themes) == 2
     for theme in ("".join(parts) for parts in themes):
@@ -83,8 +76,8 @@ def test_text_stands_out_in_both_themes(made):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_nothing_is_wider_than_a_phone(made, tmp_path):
-    page = (made[0] / "index.html").resolve()
+def test_nothing_is_wider_than_a_phone(report, tmp_path):
+    page = (report.folder / "index.html").resolve()
     script = """f.onload = () => {
       const page = f.contentDocument, root = page.documentElement;
       const wide = [...page.querySelectorAll('body *')].filter(
