@@ -98,23 +98,31 @@ EVERYTHING |= dict(
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def everything(inputs, tmp_path_factory):
+    """Flags of such a run, and its settings."""
+    folder = tmp_path_factory.mktemp("everything")
+    flags = runs.small_flags(*inputs, folder / "run", **EVERYTHING, graph__transcoders=folder)
+    return flags, read(list(STAGES), *flags)
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_units_and_hashes_of_a_stage_follow_from_the_groups_that_its_binary_accepts(stage, inputs, tmp_path):
+def test_units_and_hashes_of_a_stage_follow_from_the_groups_that_its_binary_accepts(stage, everything):
     """Otherwise a binary, which ignores other flags, would make other units than the pipeline does."""
-    flags = runs.small_flags(*inputs, tmp_path / "run", **EVERYTHING, graph__transcoders=tmp_path)
-    configs = Noting(read(list(STAGES), *flags))
+    flags, together = everything
+    configs = Noting(together)
     units = STAGES[stage].units(configs)
     assert units or stage in ("benchmark", "study")  # without a hub there are no benchmarks
     STAGES[stage].check(configs)
     if stage not in ("attribute", "circuits"):  # there is no set of transcoders
-        together, alone = Workplan(configs), Workplan(read([stage], *flags))
-        assert [alone.fingerprint(unit) for unit in units] == [together.fingerprint(unit) for unit in units]
+        plan, alone = Workplan(configs), Workplan(read([stage], *flags))
+        assert [alone.fingerprint(unit) for unit in units] == [plan.fingerprint(unit) for unit in units]
     assert configs.seen <= set(accepted_groups([stage]))
 
 
-def test_every_stage_comes_after_those_whose_units_it_reads(inputs, tmp_path):
-    benchmarks = dict(task__benchmarks="gsm8k", study__benchmarks="logic", graph__transcoders="set")
-    configs = read(list(STAGES), *runs.small_flags(*inputs, tmp_path / "run", **EVERYTHING, **benchmarks))
+def test_every_stage_comes_after_those_whose_units_it_reads(everything):
+    benchmarks = ["--task.benchmarks=gsm8k", "--study.benchmarks=logic", "--graph.transcoders=set"]
+    configs = read(list(STAGES), *everything[0], *benchmarks)
     order = list(STAGES)
     for name, declared in STAGES.items():
         names = declared.names(configs)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -20,6 +21,12 @@ def make(space: Workspace, mark: str, content: str = "x", unit: str = "train/top
         space.begin(unit, mark)
         (folder / "result.txt").write_text(content)
         space.finish(unit, mark, dict(results={}))
+
+
+def claim(space: Workspace, unit: str = "train/topk", mark: str = "m", **options) -> Path:
+    """Claims a unit and lets it go again; gives its folder."""
+    with space.claim(unit, mark, **options) as folder:
+        return folder
 
 
 def test_a_finished_unit_is_found_by_its_fingerprint(tmp_path):
@@ -114,8 +121,8 @@ def test_missing_and_truncated_files_of_a_finished_unit_are_named(tmp_path):
 def test_files_in_the_place_of_a_link_are_left_alone(tmp_path, file, why):
     (tmp_path / "baseline").mkdir()
     (tmp_path / "baseline" / file).write_text("mine")
-    with pytest.raises(UserError, match=why), Workspace(tmp_path).claim("baseline", "m"):
-        pass
+    with pytest.raises(UserError, match=why):
+        claim(Workspace(tmp_path), "baseline")
     assert (tmp_path / "baseline" / file).read_text() == "mine"
 
 
@@ -133,16 +140,13 @@ def test_a_unit_that_another_process_makes_is_refused_until_that_is_gone(tmp_pat
     holder, space = claim_elsewhere(tmp_path, "sys.stdin.read()"), Workspace(tmp_path)
     assert holder.stdout.readline().strip() == "held"
     assert space.is_claimed("train/topk", "m") and not space.is_claimed("train/topk", "other")
-    refused = pytest.raises(UserError, match=f"is being made by process {holder.pid} on .*--take_over")
-    with refused, space.claim("train/topk", "m"):
-        pass
-    with space.claim("train/topk", "other"):
-        pass
+    with pytest.raises(UserError, match=f"is being made by process {holder.pid} on .*--take_over"):
+        claim(space)
+    claim(space, mark="other")
     holder.kill()
     holder.wait()
     assert not space.is_claimed("train/topk", "m")
-    with space.claim("train/topk", "m"):
-        pass
+    claim(space)
 
 
 def test_a_claim_of_another_host_is_taken_over_on_request_or_by_the_same_job(tmp_path, monkeypatch):
@@ -157,22 +161,19 @@ def test_a_claim_of_another_host_is_taken_over_on_request_or_by_the_same_job(tmp
         monkeypatch.undo()
 
     leave_claim("7")
-    with pytest.raises(UserError, match="on elsewhere since"), space.claim("train/topk", "m"):
-        pass
+    with pytest.raises(UserError, match="on elsewhere since"):
+        claim(space)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with space.claim("train/topk", "m"):
-        pass
+    claim(space)
     leave_claim("8")
-    with space.claim("train/topk", "m", take_over=True) as folder:
-        pass
+    folder = claim(space, take_over=True)
     (folder / "claim.json").write_text("")  # a damaged one counts as held
-    with pytest.raises(UserError, match="unknown host"), space.claim("train/topk", "m"):
-        pass
+    with pytest.raises(UserError, match="unknown host"):
+        claim(space)
 
 
 def test_of_two_that_find_a_claim_gone_one_gets_it(tmp_path):
-    folder = tmp_path / "train" / "topk-m"
-    folder.mkdir(parents=True)
+    folder = claim(Workspace(tmp_path))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     about = dict(host=workspace.socket.gethostname(), process=gone.pid, began=0.0, job="", time="")
@@ -185,9 +186,8 @@ def test_of_two_that_find_a_claim_gone_one_gets_it(tmp_path):
     assert "held" in outputs
 
 
-def test_an_unusable_workdir_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
+def test_an_unusable_workdir_is_refused():
     with pytest.raises(UserError, match="cannot be written to"):
-        Workspace(tmp_path / "file" / "run")
+        Workspace("/dev/null/run")
     with pytest.raises(UserError, match="mount the bucket"):
         Workspace("s3://bucket/run")
