@@ -3,9 +3,11 @@
 import html.parser
 import re
 
-from made_up_workspace import make_run
+import pytest
+from made_up_workspace import made_up_contexts, make_run
 
-from saejax.report.run import run_report
+from saejax.page import style
+from saejax.report import run as stage
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "path", "use", "rect"}
 
@@ -45,11 +47,19 @@ class Page(html.parser.HTMLParser):
 
 
 class Report:
-    """What the stage made of its inputs: folder, results, page and Markdown."""
+    """What the stage made of its inputs: folder, results, page and Markdown.
 
-    def __init__(self, root, inputs, **changes):
+    No store is searched: the contexts are made up, too. Unless ``draws``, figures are made but not drawn.
+    """
+
+    def __init__(self, root, inputs, draws=False, **changes):
         run = make_run(root, inputs, **changes)
-        self.root, self.folder, self.results = root, run.folder, run_report(run)
+        self.root, self.folder = root, run.folder
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage, "contexts", lambda run, name, features, count: made_up_contexts(features, count))
+            if not draws:
+                patch.setattr(style, "save", lambda *figure: '<svg width="1pt" viewBox="0 0 1 1"></svg>')
+            self.results = stage.run_report(run)
         self.html = (run.folder / "index.html").read_text(encoding="utf-8")
         self.markdown = (run.folder / "report.md").read_text(encoding="utf-8")
         self.page = Page(self.html)

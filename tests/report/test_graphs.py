@@ -62,7 +62,7 @@ def add_units(root: Path, inputs: dict, units: dict[str, dict[str, dict]]) -> di
 
 
 @pytest.fixture(scope="module")
-def traced(contexts_are_made_up, tmp_path_factory):
+def traced(tmp_path_factory):
     """The report on a workspace with graphs of two sets of transcoders."""
     undefined = curve(faithfulness=[None] * 3, incompleteness=[None] * 3, model=1.0)
     wide = dict(paris=result(scores=dict(replacement=0.9, completeness=0.95)), flat=result(circuits=undefined))

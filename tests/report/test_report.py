@@ -17,8 +17,6 @@ from saejax.runner.config import define_flags, from_flags
 from saejax.runner.workspace import SUMMARY
 from saejax.settings import TaskConfig
 
-pytestmark = pytest.mark.usefixtures("contexts_are_made_up")
-
 
 def test_the_page_opens_with_pictures_the_table_and_a_sentence_for_each_question(report):
     html = report.html.partition("<main>")[2]
