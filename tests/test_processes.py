@@ -145,7 +145,8 @@ def ablated(folder):
 def trained(inputs, tmp_path_factory):
     """A run that is ready to ablate."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    assert command.run(["baseline", "capture", "train"], "", ["program", *ablate_flags(inputs, folder)]) == 0
+    for stage in ("baseline", "capture", "train"):
+        runs.finish(runs.start(stage, ablate_flags(inputs, folder)))
     return folder
 
 
@@ -157,38 +158,44 @@ def tested(inputs, trained, tmp_path_factory):
     return folder
 
 
+def kill_after_a_behaviour(processes, folder):
+    """Kill processes of an ablation once the first behaviour is on disk."""
+    while not [*(folder / "ablate").rglob("agreement.json")]:
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "mesh"), [(1, {}), (2, {}), (2, dict(mesh__model=2))])
-def test_killed_while_it_ablates_it_ends_as_without_a_kill(inputs, trained, tested, tmp_path, processes, mesh):
+def test_killed_while_it_ablates_it_ends_with_the_same_bits(inputs, trained, tested, tmp_path):
+    folder = runs.copy_run(trained, tmp_path / "run")
+    kill_after_a_behaviour([runs.start("ablate", ablate_flags(inputs, folder))], folder)
+    assert "kept from an earlier run: agreement" in runs.finish(runs.start("ablate", ablate_flags(inputs, folder)))
+    assert ablated(folder) == ablated(tested)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [dict(), dict(mesh__model=2)])
+def test_two_processes_ablate_as_one(inputs, trained, tested, tmp_path, mesh):
     folder = runs.copy_run(trained, tmp_path / "run")
     flags = ablate_flags(inputs, folder, **mesh)
-
-    def start():
-        return [runs.start("ablate", flags)] if processes == 1 else runs.start_pair("ablate", flags)
-
-    killed = start()
-    while not [*(folder / "ablate").rglob("agreement.json")]:
-        assert all(process.poll() is None for process in killed), killed[0].communicate()[0]
-        time.sleep(0.01)
-    for process in killed:
-        process.kill()
-    for process in killed:
-        process.communicate()
-    outputs = [runs.finish(process) for process in start()]  # both processes must learn what there is
-    before, after = ablated(tested), ablated(folder)
-    assert after.keys() == before.keys()
-    if processes == 1:
-        assert "kept from an earlier run: agreement" in outputs[0] and after == before
-    expected, effects = (load_effects(run / "ablate" / "topk") for run in (tested, folder))
-    assert [edit.id for edit in effects.edits] == [edit.id for edit in expected.edits]
+    kill_after_a_behaviour(runs.start_pair("ablate", flags), folder)  # so that both must learn what there is
+    for process in runs.start_pair("ablate", flags):
+        runs.finish(process)
+    assert ablated(folder).keys() == ablated(tested).keys()
+    alone, together = (load_effects(run / "ablate" / "topk") for run in (tested, folder))
+    assert [edit.id for edit in together.edits] == [edit.id for edit in alone.edits]
     for column in ("edit_N", "prompt_N", "readout_N"):
-        np.testing.assert_array_equal(getattr(effects, column), getattr(expected, column))
-    np.testing.assert_allclose(effects.value_N, expected.value_N, atol=1e-4)
+        np.testing.assert_array_equal(getattr(together, column), getattr(alone, column))
+    np.testing.assert_allclose(together.value_N, alone.value_N, atol=1e-4)
     for name in TWO["task__behaviours"].split(","):
         files = (Importance.file(run / "ablate" / "topk", name) for run in (tested, folder))
-        expected, importance = map(Importance.load, files)
-        np.testing.assert_array_equal(importance.feature, expected.feature)
-        np.testing.assert_allclose(importance.drop, expected.drop, atol=1e-5)
+        alone, together = map(Importance.load, files)
+        np.testing.assert_array_equal(together.feature, alone.feature)
+        np.testing.assert_allclose(together.drop, alone.drop, atol=1e-5)
 
 
 def test_two_processes_run_a_whole_pipeline_as_one(inputs, whole, tmp_path):
