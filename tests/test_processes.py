@@ -1,5 +1,6 @@
 """Real processes: killed and resumed, asked to stop, and two that train and ablate together."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -187,7 +188,11 @@ def test_two_processes_ablate_as_one(inputs, trained, tested, tmp_path, mesh):
         runs.finish(process)
     assert ablated(folder).keys() == ablated(tested).keys()
     alone, together = (load_effects(run / "ablate" / "topk") for run in (tested, folder))
-    assert [edit.id for edit in together.edits] == [edit.id for edit in alone.edits]
+    whole = [[dataclasses.replace(edit, fraction=1.0) for edit in table.edits] for table in (together, alone)]
+    assert whole[0] == whole[1]
+    # A fraction that equalises doses divides two norms, which are rounded otherwise on several devices.
+    fractions = [[edit.fraction for edit in table.edits] for table in (together, alone)]
+    np.testing.assert_allclose(*fractions, rtol=1e-5)
     for column in ("edit_N", "prompt_N", "readout_N"):
         np.testing.assert_array_equal(getattr(together, column), getattr(alone, column))
     np.testing.assert_allclose(together.value_N, alone.value_N, atol=1e-4)
