@@ -6,6 +6,7 @@ drawn at random; nothing else is changed. Fields and names are facts of the repo
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import saejax
 from saejax.errors import UserError
-from saejax.models.families import unread_fields
+from saejax.models.families import read_config, unread_fields
+from saejax.models.parameters import parameter_table
 from saejax.models.tokens import pad
 
 Tensors = dict[str, torch.Tensor]
@@ -284,6 +286,28 @@ def test_published_checkpoints_load_and_agree_with_transformers(name, tmp_path, 
     config = publish(folder, PUBLISHED[name])
     assert unread_fields(config, "config.json") == []  # none that would call for a comparison at the first load
     check_logits(folder)
+
+
+# Whole sizes, and the number of parameters as published, without the unembedding where it is the embedding.
+PYTHIA = NEOX | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=16)
+QWEN3_4B = QWEN3 | dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, vocab_size=151936)
+SIZES = {
+    "gpt2-medium": (GPT2 | dict(n_embd=1024, n_layer=24, n_head=16), 354_823_168),
+    "pythia-1.4b": (PYTHIA, 1_414_647_808),
+    "gemma-2b": (GEMMA, 2_506_172_416),
+    "phi-2": (PHI, 2_779_683_840),
+    "Llama-2-7b-hf": (LLAMA2, 6_738_415_616),
+    "Meta-Llama-3-8B": (LLAMA31 | dict(intermediate_size=14336, vocab_size=128256), 8_030_261_248),
+    "Mistral-7B-v0.1": (MISTRAL | dict(intermediate_size=14336), 7_241_732_096),
+    "Qwen3-4B-Instruct-2507": (QWEN3_4B, 4_022_468_096),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_as_many_parameters_as_published(name):
+    config, parameters = SIZES[name]
+    table = parameter_table(read_config(config, "config.json"))
+    assert sum(math.prod(shape) for shape, _ in table.values()) == parameters
 
 
 def test_a_whole_file_beside_a_stale_index_and_other_formats(tmp_path, cache):
