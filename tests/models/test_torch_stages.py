@@ -2,14 +2,13 @@
 
 import json
 
-import jax
 import pytest
 import runs
 from tiny_models import save_tiny
 
 from saejax.runner import command
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_device")]
 STAGES = ["baseline", "benchmark", "capture", "train", "evaluate", "interpret"]
 STAGES += ["ablate", "patch", "probe", "steer", "study", "atlas", "report"]
 UNITS = ["baseline", "capture", "report", "patch/mlp_out", "study/gsm8k"]
@@ -53,16 +52,6 @@ FAMILIES = {
     "mixtral": dict(max_position_embeddings=256),
     "qwen3_5_text": dict(max_position_embeddings=256),
 }
-
-
-@pytest.fixture(autouse=True)
-def single_device(monkeypatch):
-    """TorchModel runs on one device."""
-    devices = jax.devices()[:1]
-    for name in ("devices", "local_devices"):
-        monkeypatch.setattr(jax, name, lambda *of: devices)
-    for name in ("device_count", "local_device_count"):
-        monkeypatch.setattr(jax, name, lambda *of: 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
