@@ -36,6 +36,8 @@ def test_what_changes_nothing(llama):
     ):
         np.testing.assert_array_equal(at_site(edit, x_BxTxD, mask_BxT), x_BxTxD)
     assert (at_site(sae.ablate(silent, (0, None)), x_BxTxD, mask_BxT) != x_BxTxD).any()
+    everywhere = at_site(sae.steer(FEATURES, 1.0), x_BxTxD, mask_BxT) - x_BxTxD
+    assert not everywhere[~mask_BxT].any(), "padding stays as it is"
     own_BxTxK = sae.encode(x_BxTxD)[..., np.array(FEATURES)]
     for edit in (sae.patch(FEATURES, own_BxTxK), sae.patch_error(x_BxTxD - sae(x_BxTxD))):  # to rounding
         np.testing.assert_allclose(at_site(edit, x_BxTxD, mask_BxT), x_BxTxD, atol=2e-5)
