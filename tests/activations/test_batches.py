@@ -80,14 +80,6 @@ def test_every_row_comes_once_in_each_epoch(store, batch, window):
     assert batch == TRAIN_ROWS or not np.array_equal(*epochs)
 
 
-def test_rows_of_a_window_stay_in_it(store):
-    """The first batch reads only what its window has, whatever the size of the store."""
-    order = BatchOrder(store.usable("train", SITE), 5, seed=0, epochs=1, window_rows=16)
-    shards = [set((order.rows(step) // 16).tolist()) for step in range(len(order))]
-    assert len(shards[0]) == 1 and max(map(len, shards)) <= 2
-    assert len(set.union(*shards)) == 5
-
-
 def test_an_element_does_not_depend_on_those_before_it(store):
     batches = store.batches(PARTS, BATCH, 3, 3, WINDOW)
     in_order = [batches[n][0] for n in range(len(batches))]

@@ -3,7 +3,6 @@
 import concurrent.futures
 import errno
 import functools
-import itertools
 import json
 import os
 import resource
@@ -74,13 +73,6 @@ def test_the_sink_rule_is_the_median_of_the_training_rows(make_store):
         ]
         assert known.store.median_norm(site) == pytest.approx(np.median(norms), rel=1e-6)
         assert known.store.max_norm(site) == pytest.approx(10 * np.median(norms), rel=1e-6)
-
-
-def test_rows_of_a_shard_are_not_in_the_order_of_the_text(make_store):
-    known = make_store(shard_rows=1000)
-    places = known.places(np.arange(93))
-    neighbours = sum(a[0] == b[0] and a[1] + 1 == b[1] for a, b in itertools.pairwise(places))
-    assert neighbours < 10  # of 81 in the order of the text
 
 
 def test_documents_are_read_back(make_store):

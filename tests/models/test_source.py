@@ -34,15 +34,6 @@ def untokenized(copy):
     return copy
 
 
-def test_a_local_folder(tiny_llama):
-    found = resolve(tiny_llama)
-    assert (found.name, found.folder, found.revision) == (str(tiny_llama), tiny_llama, "")
-    assert len(found.fingerprint) == 16
-    assert source.load_tokenizer(found)("water")["input_ids"]
-    model = source.load_torch_model(found, "bfloat16")
-    assert str(model.dtype) == "torch.bfloat16" and not model.training
-
-
 def test_a_plain_tokenizer_is_what_transformers_chooses_without_torch(tiny_llama):
     """Importing torch takes seconds; runs on JAX alone need none."""
     from transformers import AutoTokenizer
