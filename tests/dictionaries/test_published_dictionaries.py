@@ -1,7 +1,7 @@
 """Published layouts of dictionaries, as data: each is built with random arrays and compared with its formula.
 
-A layout is a function of a folder that writes the files, and returns what ``load_dictionary`` is given and the function
-that its publisher's code computes, in float64 from the arrays as the files hold them.
+A layout is a function of a folder and arrays that writes the files, and returns what ``load_dictionary`` is given, the
+function that its publisher's code computes, in float64 from the arrays as the files hold them, and what is described.
 """
 
 import json
@@ -28,9 +28,14 @@ X = (np.random.default_rng(7).standard_normal((40, D)) * 2 + 0.5).astype(np.floa
 LAYOUTS: dict[str, Callable] = {}
 
 
-def layout(function):
-    LAYOUTS[function.__name__] = function
-    return function
+def layout(**drawn):
+    """Names a layout, whose function is given a folder and the arrays ``arrays(**drawn)``."""
+
+    def add(function):
+        LAYOUTS[function.__name__] = lambda folder: function(folder, arrays(**drawn))
+        return function
+
+    return add
 
 
 def arrays(seed=0, unit=False, **vectors) -> dict[str, np.ndarray]:
@@ -131,17 +136,15 @@ def saelens(folder, w, **cfg):
     return folder
 
 
-@layout
-def saelens_before_version_3(folder):
-    w = arrays()
+@layout()
+def saelens_before_version_3(folder, w):
     write_tensors(folder / "sparsity.safetensors", sparsity=np.zeros(F))
     path = saelens(folder, w | dict(scaling_factor=np.ones(F, np.float32)), **OLD)
     return path, function(w), dict(site="resid_pre.8", bos="always", context=128)
 
 
-@layout
-def saelens_4_with_k_among_the_activations_arguments(folder):
-    w = arrays()
+@layout()
+def saelens_4_with_k_among_the_activations_arguments(folder, w):
     cfg = OLD | dict(
         architecture="standard", activation_fn_str="topk", activation_fn_kwargs=dict(k=K), prepend_bos=False
     )
@@ -149,60 +152,52 @@ def saelens_4_with_k_among_the_activations_arguments(folder):
     return path, function(w, lambda pre: relu(topk(pre))), dict(kind="topk", k=K, bos="never")
 
 
-@layout
-def saelens_4_jumprelu_with_a_scaling_factor(folder):
-    w = arrays(threshold=(-1, 1), scaling_factor=(0.5, 2))
+@layout(threshold=(-1, 1), scaling_factor=(0.5, 2))
+def saelens_4_jumprelu_with_a_scaling_factor(folder, w):
     path = saelens(folder, w, **OLD | dict(architecture="jumprelu", finetuning_scaling_factor=True))
     scaled = w | dict(W_dec=w["W_dec"] * w["scaling_factor"][:, None])
     return path, function(scaled, jump(w["threshold"])), dict(kind="jumprelu")
 
 
-@layout
-def saelens_3_with_an_open_layer_and_k_as_a_float(folder):
-    w = arrays()
+@layout()
+def saelens_3_with_an_open_layer_and_k_as_a_float(folder, w):
     cfg = SAELENS | dict(hook_point="blocks.{layer}.hook_mlp_out", hook_point_layer=4, activation_fn_str="topk")
     path = saelens(folder, w, **cfg, model_name="gpt2-small", activation_fn_kwargs=dict(k=float(K)))
     return path, function(w, lambda pre: relu(topk(pre))), dict(site="mlp_out.4", kind="topk", k=K)
 
 
-@layout
-def saelens_5_of_a_module_without_centring(folder):
-    w = arrays()
+@layout()
+def saelens_5_of_a_module_without_centring(folder, w):
     cfg = SAELENS | dict(hook_name="gpt_neox.layers.6.mlp", model_name="pythia-70m", apply_b_dec_to_input=False)
     return saelens(folder, w, **cfg), function(w, centred=False), dict(site="mlp_out.6", centred=False)
 
 
-@layout
-def saelens_6_with_unknown_settings(folder):
-    w = arrays()
+@layout()
+def saelens_6_with_unknown_settings(folder, w):
     return saelens(folder, w, **NEW, metadata=META), function(w), dict(site="resid_post.8", bos="always")
 
 
-@layout
-def saelens_6_topk_with_layer_norm(folder):
-    w = arrays()
+@layout()
+def saelens_6_topk_with_layer_norm(folder, w):
     cfg = NEW | dict(architecture="topk", k=K, normalize_activations="layer_norm", rescale_acts_by_decoder_norm=False)
     compute = normalised(function(w, lambda pre: relu(topk(pre))), "layer_norm")
     return saelens(folder, w, **cfg, metadata=META), compute, dict(input_norm="layer_norm")
 
 
-@layout
-def saelens_6_with_constant_norm(folder):
-    w = arrays()
+@layout()
+def saelens_6_with_constant_norm(folder, w):
     path = saelens(folder, w, **NEW | dict(normalize_activations="constant_norm_rescale"), metadata=META)
     return path, normalised(function(w), "token_norm"), dict(input_norm="token_norm")
 
 
-@layout
-def saelens_6_with_a_constant_factor(folder):
-    w = arrays()
+@layout()
+def saelens_6_with_a_constant_factor(folder, w):
     cfg = NEW | dict(normalize_activations="constant_scalar_rescale", activation_normalization_factor=0.25)
     return saelens(folder, w, **cfg, metadata=META), function(w, inputs=0.25, outputs=0.25), {}
 
 
-@layout
-def saelens_6_of_centred_weights(folder):
-    w = arrays()
+@layout()
+def saelens_6_of_centred_weights(folder, w):
     kwargs = dict(model_from_pretrained_kwargs=dict(center_writing_weights=True, fold_ln=True))
     return (
         saelens(folder, w, **NEW, metadata=META | kwargs),
@@ -211,16 +206,14 @@ def saelens_6_of_centred_weights(folder):
     )
 
 
-@layout
-def saelens_6_of_centred_weights_of_a_model_without_layer_norms(folder):
-    w = arrays()
+@layout()
+def saelens_6_of_centred_weights_of_a_model_without_layer_norms(folder, w):
     kwargs = dict(model_from_pretrained_kwargs=dict(center_writing_weights=True), model_name="google/gemma-2-2b")
     return saelens(folder, w, **NEW, metadata=META | kwargs), function(w), dict(input_norm="")
 
 
-@layout
-def saelens_6_of_heads_side_by_side(folder):
-    w = arrays()
+@layout()
+def saelens_6_of_heads_side_by_side(folder, w):
     meta = META | dict(hook_name="blocks.8.attn.hook_z", model_from_pretrained_kwargs=dict(center_writing_weights=True))
     path = saelens(folder, w, **NEW | dict(reshape_activations="hook_z"), metadata=meta)
     return path, function(w), dict(site="attn_z.8", input_norm="")
@@ -236,68 +229,59 @@ def learned(folder, name, state, **trainer):
     return folder
 
 
-@layout
-def dictionary_learning_standard(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_standard(folder, w):
     return learned(folder, "AutoEncoder", linears(w, bias="bias")), function(w), dict(site="resid_post.12")
 
 
-@layout
-def dictionary_learning_standard_of_april(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_standard_of_april(folder, w):
     return learned(folder, "AutoEncoderNew", linears(w)), function(w, centred=False), dict(model="google/gemma-2-2b")
 
 
-@layout
-def dictionary_learning_topk(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_topk(folder, w):
     path = learned(folder, "AutoEncoderTopK", linears(w, bias="b_dec") | dict(k=K, threshold=0.4))
     return path, function(w, lambda pre: topk(relu(pre))), dict(kind="topk", k=K)
 
 
-@layout
-def dictionary_learning_of_a_compiled_model_on_several_devices(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_of_a_compiled_model_on_several_devices(folder, w):
     state = linears(w, bias="b_dec") | dict(k=[K])
     path = learned(folder, "AutoEncoderTopK", {f"module._orig_mod.{name}": value for name, value in state.items()})
     return path, function(w, lambda pre: topk(relu(pre))), dict(kind="topk", k=K)
 
 
-@layout
-def dictionary_learning_state_inside_a_training_checkpoint(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_state_inside_a_training_checkpoint(folder, w):
     path = learned(folder, "AutoEncoder", {})
     state = {name.replace("__", "."): torch.tensor(array) for name, array in linears(w, bias="bias").items()}
     torch.save(dict(state_dict=state, epoch=3), path / "ae.pt")
     return path, function(w), dict(kind="standard")
 
 
-@layout
-def dictionary_learning_of_what_a_module_reads(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_of_what_a_module_reads(folder, w):
     path = learned(folder, "AutoEncoder", linears(w, bias="bias"), submodule_name="mlp_layer_3")
     write_json(path / "config.json", json.loads((path / "config.json").read_text()) | dict(buffer=dict(io="in")))
     return path, function(w), dict(site="mlp_in.3", target="")
 
 
-@layout
-def dictionary_learning_batch_topk(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_batch_topk(folder, w):
     path = learned(folder, "BatchTopKSAE", linears(w, bias="b_dec") | dict(k=K, threshold=1.25))
     return path, function(w, jump(1.25)), dict(kind="batchtopk", k=K)
 
 
-@layout
-def dictionary_learning_matryoshka(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_matryoshka(folder, w):
     path = learned(folder, "MatryoshkaBatchTopKSAE", w | dict(k=K, threshold=1.25, group_sizes=[10, 30]))
     return path, function(w, jump(1.25)), dict(kind="matryoshka", groups=(10, F))
 
 
-@layout
-def dictionary_learning_jumprelu(folder):
+@layout(threshold=(0, 1))
+def dictionary_learning_jumprelu(folder, w):
     """Thresholds are of pre-activations; activations are multiplied by the lengths of decoder rows."""
-    w = arrays(threshold=(0, 1))
     length = np.linalg.norm(w["W_dec"].astype(np.float64), axis=1)
     compute = function(
         w | dict(W_dec=w["W_dec"] / length[:, None]), lambda pre: jump(w["threshold"])(pre) * length, False
@@ -305,9 +289,8 @@ def dictionary_learning_jumprelu(folder):
     return learned(folder, "JumpReluAutoEncoder", w), compute, dict(kind="jumprelu")
 
 
-@layout
-def dictionary_learning_gated(folder):
-    w = arrays(r_mag=(-0.5, 0.5), mag_bias=(-0.5, 0.5))
+@layout(r_mag=(-0.5, 0.5), mag_bias=(-0.5, 0.5))
+def dictionary_learning_gated(folder, w):
     state = linears(w, bias="decoder_bias") | dict(gate_bias=w["b_enc"], r_mag=w["r_mag"], mag_bias=w["mag_bias"])
     del state["encoder__bias"]
     length = np.linalg.norm(w["W_dec"].astype(np.float64), axis=1)
@@ -322,35 +305,34 @@ def dictionary_learning_gated(folder):
 # --- Gemma Scope
 
 
-def gemma_scope(folder):
-    w = arrays(threshold=(0, 2))
+def gemma_scope(folder, w):
     folder.mkdir(parents=True)
     np.savez(folder / "params.npz", **w)
     return folder, function(w, jump(w["threshold"]), False)
 
 
-@layout
-def gemma_scope_1(folder):
+@layout(threshold=(0, 2))
+def gemma_scope_1(folder, w):
     path = folder / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82"
-    return *gemma_scope(path), dict(site="resid_post.12", model="google/gemma-2-2b", bos="always")
+    return *gemma_scope(path, w), dict(site="resid_post.12", model="google/gemma-2-2b", bos="always")
 
 
-@layout
-def gemma_scope_1_attention(folder):
+@layout(threshold=(0, 2))
+def gemma_scope_1_attention(folder, w):
     path = folder / "gemma-scope-2b-pt-att" / "layer_3" / "width_16k" / "average_l0_9"
-    return *gemma_scope(path), dict(site="attn_z.3")
+    return *gemma_scope(path, w), dict(site="attn_z.3")
 
 
-@layout
-def gemma_scope_1_transcoder(folder):
+@layout(threshold=(0, 2))
+def gemma_scope_1_transcoder(folder, w):
     """It reads the norm before the MLP before its gain, which graphs can."""
     path = folder / "gemma-scope-2b-pt-transcoders" / "layer_3" / "width_16k"
-    return *gemma_scope(path), dict(site="mlp_normed.3", target="mlp_out.3")
+    return *gemma_scope(path, w), dict(site="mlp_normed.3", target="mlp_out.3")
 
 
-@layout
-def gemma_scope_2_affine_transcoder(folder):
-    w = arrays(threshold=(0, 2)) | dict(W_skip=arrays(1)["W_enc"][:, :D])
+@layout(threshold=(0, 2))
+def gemma_scope_2_affine_transcoder(folder, w):
+    w["W_skip"] = arrays(1)["W_enc"][:, :D]
     path = folder / "gemma-scope-2-1b-it" / "transcoder_all" / "layer_5_width_16k_l0_small_affine"
     names = dict(W_enc="w_enc", W_dec="w_dec", W_skip="affine_skip_connection")
     write_tensors(path / "params.safetensors", **{names.get(name, name): array for name, array in w.items()})
@@ -364,9 +346,8 @@ NORMS = {"in": 6.3125, "out": 3.390625}
 S_IN, S_OUT = (np.sqrt(D) / NORMS[side] for side in ("in", "out"))
 
 
-@layout
-def llama_scope_1(folder):
-    w = arrays()
+@layout()
+def llama_scope_1(folder, w):
     stored = write_tensors(folder / "checkpoints" / "final.safetensors", ml_dtypes.bfloat16, **linears(w))
     settings = dict(d_model=D, d_sae=F, act_fn="jumprelu", jump_relu_threshold=0.25, norm_activation="dataset-wise")
     settings |= dict(hook_point_in="blocks.8.hook_resid_post", hook_point_out="blocks.8.hook_mlp_out")
@@ -384,9 +365,8 @@ def llama_scope_1(folder):
     return folder, compute, dict(site="resid_post.8", target="mlp_out.8")
 
 
-@layout
-def llama_scope_r1(folder):
-    w = arrays(unit=True, threshold=(0.5, 2))
+@layout(unit=True, threshold=(0.5, 2))
+def llama_scope_r1(folder, w):
     state = linears(w) | dict(log_jumprelu_threshold=np.log(w["threshold"]))
     hook = "blocks.15.hook_resid_post"
     state[f"dataset_average_activation_norm.{hook}"] = np.float32(9.5)
@@ -402,9 +382,9 @@ def llama_scope_r1(folder):
     return folder, compute, dict(site="resid_post.15")
 
 
-@layout
-def llama_scope_2(folder):
-    w, into, out = arrays(), "blocks.12.mlp.hook_in", "blocks.12.hook_mlp_out"
+@layout()
+def llama_scope_2(folder, w):
+    into, out = "blocks.12.mlp.hook_in", "blocks.12.hook_mlp_out"
     state = dict(W_E=w["W_enc"], b_E=w["b_enc"], W_D=w["W_dec"], b_D=w["b_dec"])
     state |= {
         f"dataset_average_activation_norm.{hook}": np.float32(NORMS[side])
@@ -426,9 +406,8 @@ def llama_scope_2(folder):
 # --- others
 
 
-@layout
-def sparsify_with_negative_activations(folder):
-    w = arrays(3)
+@layout(seed=3)
+def sparsify_with_negative_activations(folder, w):
     state = dict(encoder__weight=w["W_enc"].T, encoder__bias=w["b_enc"], W_dec=w["W_dec"], b_dec=w["b_dec"])
     write_tensors(folder / "layers.10" / "sae.safetensors", **state)
     write_json(folder / "layers.10" / "cfg.json", dict(num_latents=F, k=30, signed=True, d_in=D))
@@ -437,9 +416,9 @@ def sparsify_with_negative_activations(folder):
     return folder / "layers.10", function(w, lambda pre: topk(pre, 30)), expected
 
 
-@layout
-def sparsify_skip_transcoder(folder):
-    w = arrays() | dict(W_skip=arrays(1)["W_enc"][:, :D])
+@layout()
+def sparsify_skip_transcoder(folder, w):
+    w["W_skip"] = arrays(1)["W_enc"][:, :D]
     state = dict(encoder__weight=w["W_enc"].T, encoder__bias=w["b_enc"], W_dec=w["W_dec"], b_dec=w["b_dec"])
     write_tensors(folder / "layers.3.mlp" / "sae.safetensors", **state, W_skip=w["W_skip"].T)
     cfg = dict(activation="topk", num_latents=F, k=K, d_in=D, transcode=True, skip_connection=True)
@@ -451,24 +430,22 @@ def sparsify_skip_transcoder(folder):
     )
 
 
-@layout
-def qwen_scope(folder):
-    w, file = arrays(), folder / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_30" / "layer4.sae.pt"
+@layout()
+def qwen_scope(folder, w):
+    file = folder / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_30" / "layer4.sae.pt"
     write_pickled(file, **{name: array.T for name, array in w.items()})
     return file, function(w, lambda pre: topk(pre, 30), False), dict(site="resid_post.4", k=30, signed=True)
 
 
-@layout
-def goodfire(folder):
-    w = arrays()
+@layout()
+def goodfire(folder, w):
     state = {name.replace("coder__", "coder_linear__"): array for name, array in linears(w).items()}
     write_pickled(folder / f"{NAME}.pth", **state)
     return folder, function(w, centred=False), dict(site="resid_post.19")
 
 
-@layout
-def qresearch(folder):
-    w = arrays()
+@layout()
+def qresearch(folder, w):
     write_pickled(folder / "DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt", **linears(w))
     return folder, function(w, centred=False), dict(site="resid_post.19")
 
@@ -650,12 +627,12 @@ def test_only_the_named_folder_of_a_repository_is_fetched(tmp_path, monkeypatch)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     place._fetch.cache_clear()
-    path, _, _ = gemma_scope_1(tmp_path)
+    path, _, _ = LAYOUTS["gemma_scope_1"](tmp_path)
     below = path.relative_to(tmp_path).as_posix()
     assert load_dictionary(f"hf://google/scope/{below}@v1").site == "resid_post.12"
     ((name, revision, wanted, skipped),) = asked
     assert (name, revision, skipped) == ("google/scope", "v1", [f"{below}/*/*"]) and f"{below}/*.npz" in wanted
-    file, _, _ = qwen_scope(tmp_path)
+    file, _, _ = LAYOUTS["qwen_scope"](tmp_path)
     named = file.relative_to(tmp_path)
     assert load_dictionary(f"hf://Qwen/SAE/{named.as_posix()}").site == "resid_post.4"
     besides = [named.with_name(name).as_posix() for name in ("config.json", "cfg.json", "config.yaml")]
@@ -667,7 +644,7 @@ def test_only_the_named_folder_of_a_repository_is_fetched(tmp_path, monkeypatch)
 
 
 def test_files_of_one_layer_each_are_a_folders_dictionaries(tmp_path):
-    file, _, _ = qwen_scope(tmp_path)
+    file, _, _ = LAYOUTS["qwen_scope"](tmp_path)
     for layer in (0, 10):
         write_pickled(file.with_name(f"layer{layer}.sae.pt"), **{name: array.T for name, array in arrays().items()})
     assert [sae.site for sae in load_all(file.parent).values()] == ["resid_post.0", "resid_post.4", "resid_post.10"]
