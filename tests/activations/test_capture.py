@@ -1,6 +1,5 @@
 """What a capture stores: which tokens, in which order, rounded how, with which description."""
 
-import shutil
 
 import numpy as np
 import pytest
@@ -125,19 +124,6 @@ def test_max_tokens_takes_that_many_tokens_of_the_corpus(setup, captured):
         columns = (documents.column(name).tolist() for name in ("source", "split"))
         sides.append(set(zip(*columns, strict=True)))
     assert sides[1] < sides[0]  # every text that was taken is in the split in which it always is
-
-
-def test_every_piece_begins_with_the_tokenizers_first_token(setup, tmp_path):
-    from tokenizers.processors import TemplateProcessing
-
-    shutil.copytree(setup.model, tmp_path / "model")
-    tokenizer = source.load_tokenizer(source.resolve(ModelConfig(path=str(setup.model))))
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
-    tokenizer.save_pretrained(tmp_path / "model")
-    assert tokenizer("cat")["input_ids"][0] == 0
-    store, _ = setup.capture("with_front", model=tmp_path / "model", sites=("resid_pre.0",))
-    assert all(ids[0] == 0 and (ids[1:] != 0).all() and len(ids) <= 32 for ids in store.documents)
-    assert len(store.documents[int(np.argmax(store.documents.column("start")))]) > 1
 
 
 def test_progress_tells_speed_and_time_to_go(setup, monkeypatch):
