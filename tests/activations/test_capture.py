@@ -1,6 +1,5 @@
 """What a capture stores: which tokens, in which order, rounded how, with which description."""
 
-
 import numpy as np
 import pytest
 import torch
