@@ -117,6 +117,7 @@ def test_the_jax_backend_refuses_modules_by_name(setup):
         setup.capture("refused", sites=("module:model.layers.0",), backend="jax")
 
 
+@pytest.mark.usefixtures("single_device")
 def test_from_capture_to_training_and_no_further(bloom_setup, tmp_path, capsys):
     settings = dict(task__behaviours="", capture__sites=SITES[0], capture__backend="torch", train__kinds="topk")
     corpus = bloom_setup.folder / "corpus.jsonl"
