@@ -43,9 +43,8 @@ def test_every_vector_is_read_back_under_its_document_and_position(make_store, d
         values = store.read(site, rows)
         assert values.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
         assert values.tobytes() == np.stack([known.vectors[site][place] for place in places]).tobytes()
-        np.testing.assert_allclose(
-            store.norms(site, rows), np.linalg.norm(values.astype(np.float64), axis=1), rtol=1e-6
-        )
+        norms = np.linalg.norm(values.astype(np.float64), axis=1)
+        np.testing.assert_allclose(store.norms(site, rows), norms, rtol=1e-6)
     _, _, token_N = store.tokens(rows)
     assert token_N.tolist() == [known.documents[i][position] for i, position in places]
 
@@ -68,9 +67,8 @@ def test_rows_are_those_of_the_split_without_the_sites_sinks(make_store):
 def test_the_sink_rule_is_the_median_of_the_training_rows(make_store):
     known = make_store("float32")
     for site in SITES:
-        norms = [
-            np.linalg.norm(vector) for (i, _), vector in known.vectors[site].items() if known.documents.split_N[i] == 0
-        ]
+        vectors, split_N = known.vectors[site], known.documents.split_N
+        norms = [np.linalg.norm(vector) for (i, _), vector in vectors.items() if split_N[i] == 0]
         assert known.store.median_norm(site) == pytest.approx(np.median(norms), rel=1e-6)
         assert known.store.max_norm(site) == pytest.approx(10 * np.median(norms), rel=1e-6)
 

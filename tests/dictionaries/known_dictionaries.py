@@ -94,10 +94,8 @@ def saelens_by_formula(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def circuit_tracer_by_formula(folder: Path, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Activations and output of a layer of a circuit-tracer set."""
-    settings, w = (
-        yaml.safe_load((folder / "config.yaml").read_text()),
-        tensors_of(folder / f"layer_{layer}.safetensors"),
-    )
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    w = tensors_of(folder / f"layer_{layer}.safetensors")
     x = x.astype(np.float64)
     pre = x @ w["W_enc"].T + w["b_enc"]
     if settings.get("activation") == "topk":

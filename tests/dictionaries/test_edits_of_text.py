@@ -59,9 +59,8 @@ def test_edits_in_scoring_equal_plain_hooks(llama):
 
         logits_TxV = llama.plain.logits(ids, (SITE, call))
         logp_TxV = logits_TxV - np.log(np.exp(logits_TxV).sum(axis=1, keepdims=True))
-        assert found[b].total == pytest.approx(
-            logp_TxV[np.arange(len(ids) - 4, len(ids) - 1), ids[-3:]].sum(), abs=1e-4
-        )
+        expected = logp_TxV[np.arange(len(ids) - 4, len(ids) - 1), ids[-3:]].sum()
+        assert found[b].total == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("new_tokens", [0, pytest.param(8, marks=pytest.mark.slow)])

@@ -123,9 +123,8 @@ def linears(w, **names) -> dict[str, np.ndarray]:
 # --- SAELens
 
 SAELENS = dict(dtype="torch.float32", device="mps", apply_b_dec_to_input=True, d_in=D, d_sae=F, prepend_bos=True)
-OLD = SAELENS | dict(
-    hook_point="blocks.8.hook_resid_pre", hook_point_layer=8, model_name="gpt2-small", context_size=128
-)
+OLD = SAELENS | dict(hook_point="blocks.8.hook_resid_pre", hook_point_layer=8, model_name="gpt2-small")
+OLD |= dict(context_size=128)
 NEW = dict(SAELENS, architecture="standard", lora_rank=3)
 META = dict(hook_name="blocks.8.hook_resid_post", model_name="gpt2", prepend_bos=False, sae_lens_version="6.5.0")
 
@@ -145,10 +144,8 @@ def saelens_before_version_3(folder, w):
 
 @layout()
 def saelens_4_with_k_among_the_activations_arguments(folder, w):
-    cfg = OLD | dict(
-        architecture="standard", activation_fn_str="topk", activation_fn_kwargs=dict(k=K), prepend_bos=False
-    )
-    path = saelens(folder, w, **cfg)
+    cfg = OLD | dict(architecture="standard", activation_fn_str="topk", activation_fn_kwargs=dict(k=K))
+    path = saelens(folder, w, **cfg | dict(prepend_bos=False))
     return path, function(w, lambda pre: relu(topk(pre))), dict(kind="topk", k=K, bos="never")
 
 
@@ -199,11 +196,8 @@ def saelens_6_with_a_constant_factor(folder, w):
 @layout()
 def saelens_6_of_centred_weights(folder, w):
     kwargs = dict(model_from_pretrained_kwargs=dict(center_writing_weights=True, fold_ln=True))
-    return (
-        saelens(folder, w, **NEW, metadata=META | kwargs),
-        normalised(function(w), "center"),
-        dict(input_norm="center"),
-    )
+    path = saelens(folder, w, **NEW, metadata=META | kwargs)
+    return path, normalised(function(w), "center"), dict(input_norm="center")
 
 
 @layout()
@@ -283,9 +277,8 @@ def dictionary_learning_matryoshka(folder, w):
 def dictionary_learning_jumprelu(folder, w):
     """Thresholds are of pre-activations; activations are multiplied by the lengths of decoder rows."""
     length = np.linalg.norm(w["W_dec"].astype(np.float64), axis=1)
-    compute = function(
-        w | dict(W_dec=w["W_dec"] / length[:, None]), lambda pre: jump(w["threshold"])(pre) * length, False
-    )
+    unit = w | dict(W_dec=w["W_dec"] / length[:, None])
+    compute = function(unit, lambda pre: jump(w["threshold"])(pre) * length, False)
     return learned(folder, "JumpReluAutoEncoder", w), compute, dict(kind="jumprelu")
 
 
@@ -386,10 +379,8 @@ def llama_scope_r1(folder, w):
 def llama_scope_2(folder, w):
     into, out = "blocks.12.mlp.hook_in", "blocks.12.hook_mlp_out"
     state = dict(W_E=w["W_enc"], b_E=w["b_enc"], W_D=w["W_dec"], b_D=w["b_dec"])
-    state |= {
-        f"dataset_average_activation_norm.{hook}": np.float32(NORMS[side])
-        for side, hook in (("in", into), ("out", out))
-    }
+    for side, hook in (("in", into), ("out", out)):
+        state[f"dataset_average_activation_norm.{hook}"] = np.float32(NORMS[side])
     write_tensors(folder / "sae_weights.safetensors", **state)
     settings = dict(sae_type="sae", d_model=D, act_fn="topk", top_k=K, hook_point_in=into, hook_point_out=out)
     write_json(folder / "config.json", settings | dict(norm_activation="dataset-wise"))
@@ -423,11 +414,8 @@ def sparsify_skip_transcoder(folder, w):
     write_tensors(folder / "layers.3.mlp" / "sae.safetensors", **state, W_skip=w["W_skip"].T)
     cfg = dict(activation="topk", num_latents=F, k=K, d_in=D, transcode=True, skip_connection=True)
     write_json(folder / "layers.3.mlp" / "cfg.json", cfg)
-    return (
-        folder / "layers.3.mlp",
-        function(w, lambda pre: topk(relu(pre)), False),
-        dict(site="mlp_in.3", target="mlp_out.3"),
-    )
+    compute = function(w, lambda pre: topk(relu(pre)), False)
+    return folder / "layers.3.mlp", compute, dict(site="mlp_in.3", target="mlp_out.3")
 
 
 @layout()
@@ -502,9 +490,8 @@ def test_a_crosscoder_of_two_models(batch_topk, tmp_path):
     w |= dict(encoder__bias=rng.standard_normal(F), decoder__bias=rng.standard_normal((2, D)))
     more = dict(threshold=np.asarray(3.0), k=np.asarray(7.0)) if batch_topk else {}
     stored = write_tensors(folder / "model.safetensors", **w, **more)
-    write_json(
-        folder / "config.json", dict(activation_dim=D, dict_size=F, num_layers=2) | (dict(k=7) if batch_topk else {})
-    )
+    settings = dict(activation_dim=D, dict_size=F, num_layers=2)
+    write_json(folder / "config.json", settings | (dict(k=7) if batch_topk else {}))
     dictionary, x = load_dictionary(folder), rng.standard_normal((20, 2, D)).astype(np.float32)
     assert dictionary.config.site == "resid_post.13+other:resid_post.13" and dictionary.config.widths == (D, D)
     pre = relu(np.einsum("bpd,pdf->bf", x.astype(np.float64), stored["encoder.weight"]) + stored["encoder.bias"])
@@ -566,10 +553,9 @@ def test_a_set_lists_files_on_the_hub_of_a_revision(tmp_path, monkeypatch):
         return tmp_path / Path(file).name
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    settings = dict(
-        model_kind="transcoder_set", model_name="google/gemma-2-2b", feature_input_hook="ln2.hook_normalized"
-    )
-    settings |= dict(feature_output_hook="hook_mlp_out", transcoders=["hf://org/s/a/0.npz@v2", "hf://org/s/a/1.npz"])
+    settings = dict(model_kind="transcoder_set", model_name="google/gemma-2-2b")
+    settings |= dict(feature_input_hook="ln2.hook_normalized", feature_output_hook="hook_mlp_out")
+    settings |= dict(transcoders=["hf://org/s/a/0.npz@v2", "hf://org/s/a/1.npz"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     loaded = load_transcoders(tmp_path)
     assert asked == [("org/s", "a/0.npz", "v2"), ("org/s", "a/1.npz", "main")]
@@ -589,9 +575,8 @@ def registry(tmp_path, monkeypatch):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('it must not be imported')")
     release = dict(repo_id="jbloom/GPT2", model="gpt2-small", saes=[dict(id="blocks.8.hook_resid_pre", path="a/b")])
-    centred = json.loads(json.dumps(release)) | dict(
-        config_overrides=dict(model_from_pretrained_kwargs=dict(center_writing_weights=True))
-    )
+    overrides = dict(model_from_pretrained_kwargs=dict(center_writing_weights=True))
+    centred = json.loads(json.dumps(release)) | dict(config_overrides=overrides)
     (package / "pretrained_saes.yaml").write_text(yaml.safe_dump({"gpt2-small-res-jb": centred, "plain": release}))
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **wanted: str(tmp_path / name))
@@ -602,13 +587,11 @@ def registry(tmp_path, monkeypatch):
 
 def test_a_release_of_saelens_registry_brings_the_settings_that_its_folder_lacks(registry, monkeypatch):
     """The weights of this release's model were centred, which the folder itself does not say."""
-    centred, plain = (
-        load_dictionary(f"saelens:{name}/blocks.8.hook_resid_pre") for name in ("gpt2-small-res-jb", "plain")
-    )
+    names = [f"saelens:{release}/blocks.8.hook_resid_pre" for release in ("gpt2-small-res-jb", "plain")]
+    centred, plain = map(load_dictionary, names)
     assert (centred.config.input_norm, plain.config.input_norm) == ("center", "")
     assert_computes(centred, X, normalised(function(arrays()), "center")(X))
-    assert stacks.identity("saelens:plain/blocks.8.hook_resid_pre") == stacks.identity(str(registry))
-    assert stacks.identity("saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre") != stacks.identity(str(registry))
+    assert stacks.identity(names[1]) == stacks.identity(str(registry)) != stacks.identity(names[0])
     with pytest.raises(UserError, match="no dictionary 'x': expected one such as blocks.8.hook_resid_pre"):
         load_dictionary("saelens:plain/x")
     with pytest.raises(UserError, match="no release 'gpt2-medium': expected one such as gpt2-small-res-jb"):

@@ -239,16 +239,10 @@ def test_refused(family, fields, message):
 def test_fields_that_nothing_reads():
     """Bookkeeping is known to be without effect; of anything else a comparison with transformers has to tell."""
     plain = dict(attention_dropout=0.1, use_cache=False, sliding_window=None, eos_token_id=[1, 2], head_dim=None)
-    plain |= dict(
-        _num_labels=2, id2label={}, early_stopping=False, diversity_penalty=0.0, pruned_heads={}, max_length=20
-    )
+    plain |= dict(_num_labels=2, id2label={}, early_stopping=False, diversity_penalty=0.0, pruned_heads={})
     assert read(**plain) == read() and unread_fields(LLAMA | plain, "config.json") == []
     rope = dict(rope_parameters=dict(rope_theta=1e4, base=1))
     unknown = dict(sliding_window=128, logit_scale=2.0, partial_rotary_factor=0.5)
     assert read(**unknown, **rope) == read()
-    assert unread_fields(LLAMA | unknown | rope, "config.json") == [
-        "logit_scale",
-        "partial_rotary_factor",
-        "rope_parameters.base",
-        "sliding_window",
-    ]
+    names = ["logit_scale", "partial_rotary_factor", "rope_parameters.base", "sliding_window"]
+    assert unread_fields(LLAMA | unknown | rope, "config.json") == names

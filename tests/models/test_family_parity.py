@@ -261,8 +261,7 @@ def test_meshes_agree(family, tmp_path):
     assert ("layers.q_DxHxK" in split[1], "layers.up_DxF" in split[1]) == (family == "gpt2", family != "phi")
     assert {"layers.q_DxHxK", "layers.up_DxF"} <= split[2]
     assert ("layers.k_DxNxK" in split[2]) == (family != "phi")
-    errors = {
-        name: max(relative_error(result[name], results[0][name]) for result in results[1:]) for name in results[0]
-    }
+    one, *others = results
+    errors = {name: max(relative_error(result[name], one[name]) for result in others) for name in one}
     print(family, {name: f"{error:.1e}" for name, error in errors.items()})
     assert max(errors.values()) < 3e-6

@@ -32,7 +32,7 @@ class Published:
 
     config: dict  #: its ``config.json``, before sizes are reduced
     #: pattern and replacement by which tensor names differ from those of transformers.
-    rename: tuple[str, str] = ("", "")
+    rename: tuple[str, str] = ("^$", "")
     extra: Callable[[Tensors], Tensors] = lambda tensors: {}  #: makes the tensors that a forward pass does not use
     dtype: str = "float32"  #: of the weights in the file
     shards: int = 1  #: number of weight files
@@ -104,14 +104,11 @@ GPT_NEO = dict(model_type="gpt_neo", activation_function="gelu_new", attention_t
 GPT_NEO |= dict(attention_layers=["global", "local"] * 2, hidden_size=768, num_heads=16, num_layers=4)
 GPT_NEO |= dict(intermediate_size=None, window_size=256, max_position_embeddings=2048, vocab_size=50257)
 OLMO2 = LLAMA2 | dict(model_type="olmo2", attention_bias=False, rope_theta=500000, vocab_size=100352)
-PHI3 = LLAMA2 | dict(
-    model_type="phi3", sliding_window=2047, original_max_position_embeddings=4096, attention_bias=False
-)
-PHI3 |= dict(pad_token_id=0, mlp_bias=False, lm_head_bias=False)
+PHI3 = LLAMA2 | dict(model_type="phi3", sliding_window=2047, original_max_position_embeddings=4096)
+PHI3 |= dict(pad_token_id=0, attention_bias=False, mlp_bias=False, lm_head_bias=False)
 SMOLLM3 = LLAMA2 | dict(model_type="smollm3", num_key_value_heads=4, no_rope_layer_interval=4, rope_theta=5e6)
-SMOLLM3 |= dict(
-    pad_token_id=0, no_rope_layers=[1, 1, 1, 0] * 9, use_sliding_window=False, sliding_window=None, max_window_layers=28
-)
+SMOLLM3 |= dict(pad_token_id=0, no_rope_layers=[1, 1, 1, 0] * 9, use_sliding_window=False, max_window_layers=28)
+SMOLLM3 |= dict(sliding_window=None)
 MOE = QWEN3 | dict(model_type="qwen3_moe", num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
 MOE |= dict(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], router_aux_loss_coef=0.001)
 MOE |= dict(output_router_logits=False, tie_word_embeddings=False)
@@ -239,10 +236,8 @@ def publish(folder: Path, published: Published) -> dict:
     for file in folder.glob("*.safetensors"):
         file.unlink()
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = (
-        {re.sub(*published.rename, name): value for name, value in saved.items()} if published.rename[0] else saved
-    )
-    tensors = {name: value.to(getattr(torch, published.dtype)) for name, value in tensors.items()}
+    dtype = getattr(torch, published.dtype)
+    tensors = {re.sub(*published.rename, name): value.to(dtype) for name, value in saved.items()}
     write(folder, tensors | published.extra(tensors), published)
     return config
 

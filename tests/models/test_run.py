@@ -76,9 +76,8 @@ def test_the_two_halves_of_a_split_decoder_are_the_whole(model, one_device, site
     ids_BxT = np.random.default_rng(0).integers(0, config.vocab, (2, 9))
     point = SplitPoint(config, Site.parse(site), Site.parse(reads), one_device)
     stream_BxTxD, value_BxTxD, read_BxTxD = point.run_prefix(params, ids_BxT)
-    whole = run_layers(
-        config, params, decoder.embed(config, params, ids_BxT), 0, LAYERS, collect=(point.site.kind, point.reads.kind)
-    )
+    x_BxTxD, kinds = decoder.embed(config, params, ids_BxT), (point.site.kind, point.reads.kind)
+    whole = run_layers(config, params, x_BxTxD, 0, LAYERS, collect=kinds)
     np.testing.assert_allclose(value_BxTxD, whole.collected[point.site.kind][point.site.layer], atol=1e-4)
     np.testing.assert_allclose(read_BxTxD, whole.collected[point.reads.kind][point.reads.layer], atol=1e-4)
     np.testing.assert_allclose(point.run_suffix(params, stream_BxTxD, value_BxTxD), whole.x, atol=1e-4)

@@ -137,9 +137,7 @@ def test_folders_that_hold_no_model(copy, tmp_path):
         resolve(copy)
     for text in ("{", "[]", "\xff"):
         (copy / "config.json").write_text(text, encoding="latin-1")
-        with pytest.raises(
-            UserError, match="config.json is not valid JSON: expected a model's settings; fetch it again"
-        ):
+        with pytest.raises(UserError, match="config.json is not valid JSON: expected a model's settings; fetch it"):
             resolve(copy)
 
 

@@ -39,9 +39,8 @@ def make_dictionary(site: str, target: str = "", d: int = 40, limit: float | Non
     config = DictionaryConfig("standard", site, target, d, 24, max_norm=limit, target_max_norm=limit)
     rng = np.random.default_rng(0)
     weights = dict(W_enc_DxF=(d, 24), b_enc_F=(24,), W_dec_FxD=(24, d), b_dec_D=(d,))
-    return Dictionary(
-        config, **{name: jnp.asarray(0.3 * rng.normal(size=s), jnp.float32) for name, s in weights.items()}
-    )
+    arrays = {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name, shape in weights.items()}
+    return Dictionary(config, **arrays)
 
 
 def check_same(both, edits, tokens):

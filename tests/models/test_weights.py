@@ -41,16 +41,14 @@ def change(folder, edit) -> None:
 def test_every_parameter_has_its_values_and_its_sharding(tiny):
     config, params = load(tiny, mesh=mesh_of(1, 2, 4))
     hf = load_file(tiny / "model.safetensors")
-    assert {name: value.shape for name, value in params.items()} == {
-        name: shape for name, (shape, _) in parameter_table(config).items()
-    }
+    shapes = {name: shape for name, (shape, _) in parameter_table(config).items()}
+    assert {name: value.shape for name, value in params.items()} == shapes
     # 4 heads of 16, 2 key-value heads: head h of layer l is rows 16h to 16h+15 of the torch matrix.
     q, k = params["layers.q_DxHxK"], params["layers.k_DxNxK"]
     np.testing.assert_array_equal(q[2, :, 3], hf["model.layers.2.self_attn.q_proj.weight"][48:64].T)
     np.testing.assert_array_equal(k[3, :, 1], hf["model.layers.3.self_attn.k_proj.weight"][16:32].T)
-    np.testing.assert_array_equal(
-        params["layers.o_HxKxD"][1, 2], hf["model.layers.1.self_attn.o_proj.weight"][:, 32:48].T
-    )
+    o = params["layers.o_HxKxD"]
+    np.testing.assert_array_equal(o[1, 2], hf["model.layers.1.self_attn.o_proj.weight"][:, 32:48].T)
     np.testing.assert_array_equal(params["unembed_DxV"], hf["lm_head.weight"].T)
     np.testing.assert_array_equal(params["layers.up_bias_F"][3], hf["model.layers.3.mlp.up_proj.bias"])
     # "model" has 4 devices: 4 heads and 384 ids are split, 2 key-value heads are not divided by it.

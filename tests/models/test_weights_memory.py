@@ -67,9 +67,8 @@ def measure(folder, *loads: str) -> list[dict[str, int]]:
 
 def save_random(folder) -> int:
     """Saves a model of random bfloat16 numbers in several files; returns the number of bytes of its tensors."""
-    config = LlamaConfig(
-        hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, vocab_size=20_000
-    )
+    sizes = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)
+    config = LlamaConfig(**sizes, vocab_size=20_000)
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
