@@ -63,10 +63,7 @@ def test_what_a_sheet_says_belongs_to_the_identity(tmp_path):
     [
         ([("topk", "17", "a")], r"line 2: 'topk' and '17' name no layer and feature"),
         ([("layer 3", "x", "a")], r"line 2: 'layer 3' and 'x' name no layer and feature"),
-        (
-            [("layer 3", "1", "a"), ("mlp_in.3", "1", "b")],
-            "line 3: feature 1 of mlp_in.3 is 'b', and 'a' in an earlier",
-        ),
+        ([("layer 3", "1", "a"), ("mlp_in.3", "1", "b")], "line 3: feature 1 of mlp_in.3 is 'b', and 'a' in an"),
     ],
 )
 def test_a_bad_sheet_is_one_line(tmp_path, rows, message):

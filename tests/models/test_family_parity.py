@@ -164,13 +164,9 @@ def check_fp32(config, params, model, ids_BxT) -> dict[str, float]:
     # of OLMo 2 reads the stream itself.
     skipped = {"resid_mid"} if config.parallel else set()
     skipped |= {"mlp_in"} if config.shared_norm or not config.pre_norms else set()
-    return dict(
-        logits=relative_error(ours, theirs.detach()),
-        sites=sites_error(config, our_sites, their_sites),
-        gradients=max(
-            relative_error(our_gradients[kind], their_sites[f"{kind}.{MIDDLE}"].grad) for kind in {*KINDS} - skipped
-        ),
-    )
+    kinds, sites = {*KINDS} - skipped, sites_error(config, our_sites, their_sites)
+    gradients = [relative_error(our_gradients[kind], their_sites[f"{kind}.{MIDDLE}"].grad) for kind in kinds]
+    return dict(logits=relative_error(ours, theirs.detach()), sites=sites, gradients=max(gradients))
 
 
 def check_cached(config, params, model, ids_BxT) -> float:
