@@ -12,23 +12,9 @@ from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.decoding import init_cache
 
-CONFIG = DecoderConfig(
-    family="llama",
-    n_layers=1,
-    d_model=24,
-    n_heads=6,
-    n_kv_heads=2,
-    d_head=8,
-    d_mlp=8,
-    vocab=8,
-    context=512,
-    tied=True,
-    norm="rms",
-    norm_eps=1e-6,
-    activation="silu",
-    gated=True,
-    score_scale=0.3,
-)
+SIZES = dict(n_layers=1, d_model=24, n_heads=6, n_kv_heads=2, d_head=8, d_mlp=8, vocab=8, context=512)
+REST = dict(tied=True, norm="rms", norm_eps=1e-6, activation="silu", gated=True)
+CONFIG = DecoderConfig("llama", **SIZES, **REST, score_scale=0.3)
 
 
 def capped_local(window):

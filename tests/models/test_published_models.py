@@ -66,11 +66,13 @@ MASK = torch.tril(torch.ones(1, 1, 8, 8))
 GPT2 = dict(model_type="gpt2", activation_function="gelu_new", n_ctx=1024, n_positions=1024, n_embd=768, n_head=12)
 GPT2 |= dict(n_layer=12, vocab_size=50257, layer_norm_epsilon=1e-5, summary_type="cls_index", resid_pdrop=0.1)
 GPT2 |= dict(task_specific_params={"text-generation": {"do_sample": True}}, bos_token_id=0, eos_token_id=0)
+STANFORD = dict(reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True, n_inner=None)
 BARE_GPT2 = dict(rename=(r"^transformer\.", ""), extra=in_every_layer("h.{}.attn.bias", MASK))
 NEOX = dict(model_type="gpt_neox", hidden_act="gelu", hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
 NEOX |= dict(num_attention_heads=8, max_position_embeddings=2048, layer_norm_eps=1e-5, rotary_emb_base=10000)
 NEOX |= dict(rotary_pct=0.25, use_parallel_residual=True, tie_word_embeddings=False, vocab_size=50304)
 NEOX |= dict(bos_token_id=0, eos_token_id=0, torch_dtype="float16")
+NEOX_20B = NEOX | dict(attention_probs_dropout_prob=0, hidden_dropout_prob=0, hidden_act="gelu_fast")
 EMBED_OUT = (r"^lm_head\.", "embed_out.")
 LLAMA = dict(model_type="llama", hidden_act="silu", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
 LLAMA |= dict(num_attention_heads=32, max_position_embeddings=2048, rms_norm_eps=1e-6, vocab_size=32000)
@@ -131,24 +133,12 @@ PUBLISHED = {
     "DialoGPT-small": Published(
         GPT2, extra=in_every_layer("transformer.h.{}.attn.bias", MASK.byte()), pickled=True, dtype="float16"
     ),
-    "stanford-crfm-alias": Published(
-        GPT2 | dict(reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True, n_inner=None),
-        rename=(r"^transformer\.", ""),
-        pickled=True,
-    ),
+    "stanford-crfm-alias": Published(GPT2 | STANFORD, rename=(r"^transformer\.", ""), pickled=True),
     "pythia-70m-deduped": Published(NEOX, EMBED_OUT, neox_buffers(torch.uint8), dtype="float16"),
     "pythia-1b": Published(NEOX | dict(tie_word_embeddings=True), EMBED_OUT, neox_buffers(torch.bool)),
-    "gpt-neox-20b": Published(
-        NEOX | dict(attention_probs_dropout_prob=0, hidden_dropout_prob=0, hidden_act="gelu_fast"),
-        EMBED_OUT,
-        neox_buffers(torch.uint8),
-        shards=3,
-        dtype="float16",
-    ),
+    "gpt-neox-20b": Published(NEOX_20B, EMBED_OUT, neox_buffers(torch.uint8), shards=3, dtype="float16"),
     "dolly-v2-3b": Published(NEOX | dict(custom_pipelines={"text-generation": {}}), EMBED_OUT, pickled=True),
-    "stablelm-base-alpha-3b": Published(
-        NEOX | dict(use_parallel_residual=True, rotary_pct=0.25), EMBED_OUT, shards=2, pickled=True
-    ),
+    "stablelm-base-alpha-3b": Published(NEOX, EMBED_OUT, shards=2, pickled=True),
     "gemma-2b": Published(GEMMA, shards=2, dtype="bfloat16"),
     "gemma-1.1-2b-it": Published(GEMMA | dict(hidden_activation="gelu_pytorch_tanh"), shards=2, dtype="bfloat16"),
     "gemma-2-9b-it": Published(GEMMA2 | dict(sliding_window_size=4096), dtype="bfloat16"),
