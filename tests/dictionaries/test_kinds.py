@@ -124,11 +124,14 @@ def test_a_kind_that_is_a_jumprelu_at_inference_is_written_for_other_tools(tmp_p
 
 
 @pytest.fixture(scope="module")
-def trained(inputs, tmp_path_factory):
-    """A workdir in which processes of their own ran all stages on a stack of a user's kind."""
+def trained(inputs, two_devices, tmp_path_factory):
+    """A workdir of all stages on a stack of a user's kind, which a process of its own trained."""
     workdir = tmp_path_factory.mktemp("plugin") / "run"
     changes = SETTINGS | dict(train__shrunk__strength="0.2,0.4", ablate__dictionary=f"{MADE_UP}/strength0.2")
-    runs.finish(runs.start("pipeline", runs.small_flags(*inputs, workdir, **changes), JAX_NUM_CPU_DEVICES="2"))
+    flags = runs.small_flags(*inputs, workdir, **changes)
+    assert command.run(["baseline", "capture"], "", ["program", *flags]) == 0
+    runs.finish(runs.start("train", flags, JAX_NUM_CPU_DEVICES="2"))
+    assert command.run(["evaluate", "ablate", "report"], "", ["program", *flags]) == 0
     return workdir
 
 

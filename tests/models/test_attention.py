@@ -14,7 +14,7 @@ from saejax.models.decoding import init_cache
 
 SIZES = dict(n_layers=1, d_model=24, n_heads=6, n_kv_heads=2, d_head=8, d_mlp=8, vocab=8, context=512)
 REST = dict(tied=True, norm="rms", norm_eps=1e-6, activation="silu", gated=True)
-CONFIG = DecoderConfig("llama", **SIZES, **REST, score_scale=0.3)
+CONFIG = DecoderConfig(family="llama", **SIZES, **REST, score_scale=0.3)
 
 
 def capped_local(window):
