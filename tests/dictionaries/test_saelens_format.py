@@ -56,6 +56,7 @@ def test_a_transcoder_that_centres_its_input_is_written_as_one_that_does_not(kin
     [
         *((name, dict(apply_b_dec_to_input=False), {}) for name in ("standard", "topk", "jumprelu", "gated")),
         ("topk", dict(rescale_acts_by_decoder_norm=True), {}),  # folded into the rows
+        ("topk", dict(k=F), {}),  # as many as there are
         ("jumprelu", {}, dict(threshold=np.linspace(-2, 1, F, dtype=np.float32))),  # below zero they act like zero
     ],
     ids=str,

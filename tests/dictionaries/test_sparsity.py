@@ -92,6 +92,12 @@ def test_batch_topk_of_many_tokens_that_are_sampled_first(kind):
     np.testing.assert_array_equal(acts, np.where(positive >= kth, positive, 0))
 
 
+def test_what_lies_at_the_threshold():
+    pre = jnp.array([[1.0, 2.0, -3.0, 2.0]])
+    np.testing.assert_array_equal(sparsity.threshold(pre, jnp.full(4, 2.0)), np.zeros((1, 4)))
+    np.testing.assert_array_equal(sparsity.signed_topk(pre, 2, 3), [[0.0, 2.0, 0.0, 2.0]])
+
+
 def test_topk_in_bfloat16_and_float64():
     pre = np.random.default_rng(0).permutation(256).reshape(2, 128).astype(np.float32) - 60
     low = sparsity.topk(jnp.asarray(pre, jnp.bfloat16), 5)
