@@ -21,3 +21,9 @@ def captured(setup):
 @pytest.fixture(scope="module")
 def torch_model(tiny_llama):
     return source.load_torch_model(source.resolve(ModelConfig(path=str(tiny_llama))), "float32")
+
+
+@pytest.fixture
+def on_one_device(monkeypatch, one_device):
+    """Captures by JAX on the first device alone."""
+    monkeypatch.setattr("saejax.parallel.mesh.make_mesh", lambda config: one_device)

@@ -58,6 +58,11 @@ def test_batches_are_the_order_of_the_text_cut_up(store):
         steps = len(order) // BATCH
         batches = row_ids(store, read(store)[epoch * steps : (epoch + 1) * steps])
         assert batches == [sorted(order[i * BATCH : (i + 1) * BATCH]) for i in range(steps)]
+    assert np.array_equal(read(store), read(store)) and not np.array_equal(read(store), read(store, seed=4))
+    for batch in row_ids(store, read(store)):  # consecutive tokens are not consecutive in training
+        documents, positions, _ = store.tokens(np.array(batch))
+        assert ((np.diff(positions) == 1) & (np.diff(documents) == 0)).sum() <= 2
+    assert len(store.batches(PARTS, 1000, 0, 3, WINDOW)) == 0  # fewer rows than a batch
 
 
 @pytest.mark.parametrize("batch", [10, 17, 1, 68])
@@ -73,14 +78,6 @@ def test_every_row_comes_once_in_each_epoch(store, batch, window):
         assert set(rows) <= set(usable.rows())
         np.testing.assert_array_equal(usable.rows()[order.ranks(0)], order.rows(0))
     assert batch == TRAIN_ROWS or not np.array_equal(*epochs)
-
-
-def test_rows_of_a_window_stay_in_it(store):
-    """The first batch reads only what its window has, whatever the size of the store."""
-    order = BatchOrder(store.usable("train", SITE), 5, seed=0, epochs=1, window_rows=16)
-    shards = [set((order.rows(step) // 16).tolist()) for step in range(len(order))]
-    assert len(shards[0]) == 1 and max(map(len, shards)) <= 2
-    assert len(set.union(*shards)) == 5
 
 
 def test_an_element_does_not_depend_on_those_before_it(store):
@@ -109,20 +106,10 @@ def test_the_first_batch_reads_and_checks_only_its_window(make_store):
 def test_ranges_of_rows_with_exceptions():
     usable = RowRange(5, 23, np.array([5, 9, 10, 22]), 8)
     kept = [row for row in range(5, 23) if row not in (5, 9, 10, 22)]
-    assert usable.rows().tolist() == kept and len(usable) == len(kept)
-    assert [usable.of_shard(shard).tolist() for shard in usable.shards] == [
-        [row for row in kept if row // 8 == shard] for shard in range(3)
-    ]
-    assert usable.shard_counts().tolist() == [2, 6, 6]
+    assert usable.rows().tolist() == kept and usable.shard_counts().tolist() == [2, 6, 6]
     assert usable.rank(usable.rows()).tolist() == list(range(len(kept)))
     empty = RowRange(0, 0, np.zeros(0, np.int64), 8)
     assert len(empty) == 0 == len(BatchOrder(empty, 1, 0, 3, 8))
-
-
-def test_the_order_is_a_function_of_the_seed(store):
-    first, again, other_seed = read(store), read(store), read(store, seed=4)
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other_seed)
 
 
 @pytest.mark.parametrize("processes", [2, 5])
@@ -133,24 +120,8 @@ def test_processes_share_the_batches_of_one(store, processes):
     assert np.array_equal(joined, read(store))
 
 
-def test_bfloat16_stays_bfloat16(make_store):
-    store = make_store("bfloat16").store
-    assert store.batches(PARTS, BATCH, 0, 1, WINDOW)[0][0].dtype == store.dtype == "bfloat16"
-
-
-def test_fewer_rows_than_a_batch_give_no_step(store):
-    assert len(store.batches(PARTS, 1000, 0, 3, WINDOW)) == 0
-
-
-def test_consecutive_tokens_are_not_consecutive_in_training(store):
-    for batch in row_ids(store, read(store)):
-        documents, positions, _ = store.tokens(np.array(batch))
-        follows = (np.diff(positions) == 1) & (np.diff(documents) == 0)
-        assert follows.sum() <= 2
-
-
 def test_all_sites_of_a_batch_give_the_same_rows(make_store):
-    store = make_store("float32").store
+    store = make_store("bfloat16").store
     target = next(site for site in store.sites if site != SITE)
     both = store.rows("train", SITE, target)
     assert set(both) == set(store.rows("train", SITE)) & set(store.rows("train", target))
@@ -158,4 +129,5 @@ def test_all_sites_of_a_batch_give_the_same_rows(make_store):
     assert inputs.shape == (2, BATCH, store.d(SITE)) and targets.shape == (1, BATCH, store.d(target))
     (rows,) = row_ids(store, [inputs[1]])
     np.testing.assert_array_equal(targets[0], store.read(target, np.array(rows)))
+    assert inputs.dtype == targets.dtype == store.dtype == "bfloat16"
     assert set(rows) <= set(both)

@@ -50,14 +50,10 @@ def test_too_many_sinks_are_an_error_that_names_share_and_flag(setup):
     median = np.median(norms[store.documents.split_N[store.tokens(np.arange(len(norms)))[0]] == 0])
     sinks = results.sites["resid_post.1"].sinks
     assert sinks.position_0 + sinks.beyond == (norms > median).sum() > 10
-    assert (
-        len(store.rows("train", "resid_post.1")) + len(store.rows("held_out", "resid_post.1"))
-        == (norms <= median).sum()
-    )
-    share = f"{sinks.share_beyond:.2%}"
-    with pytest.raises(
-        UserError, match=rf"at resid_post\.1, {share} of .* at most 30.00%.*--capture.sink_factor.*"
-    ) as e:
+    kept = sum(len(store.rows(split, "resid_post.1")) for split in ("train", "held_out"))
+    assert kept == (norms <= median).sum()
+    message = rf"at resid_post\.1, {sinks.share_beyond:.2%} of .* at most 30.00%.*--capture.sink_factor.*"
+    with pytest.raises(UserError, match=message) as e:
         setup.capture("sinks_refused", max_sink_share=0.3, **options)
     assert "--capture.max_sink_share" in str(e.value)
     assert not (setup.folder / "sinks_refused" / "manifest.json").exists()

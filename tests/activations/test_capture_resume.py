@@ -8,7 +8,6 @@ from capture_setup import RESUMED, files
 from saejax.activations import capture
 from saejax.activations.writer import StoreWriter
 from saejax.errors import Interrupted
-from saejax.settings import CorpusConfig
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,8 @@ def test_a_capture_killed_at_any_shard_goes_on_to_the_same_files(setup, uninterr
     assert files(run.folder) == uninterrupted
 
 
-def test_a_stopped_capture_keeps_its_shards_and_goes_on(setup, uninterrupted):
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_stopped_capture_keeps_its_shards_and_goes_on(setup, on_one_device, backend):
     asked = 0
 
     def stopping():
@@ -56,18 +56,16 @@ def test_a_stopped_capture_keeps_its_shards_and_goes_on(setup, uninterrupted):
         asked += 1
         return asked % 5 == 0
 
-    run = setup.make_run("stopped", stopping=stopping, **RESUMED)
+    run = setup.make_run(f"stopped_{backend}", stopping=stopping, backend=backend, **RESUMED)
     stops = 0
-    while True:
+    while not (run.folder / "manifest.json").exists():
         try:
             capture.run_capture(run)
-            break
         except Interrupted as stop:
             stops += 1
             assert f"{len(list(run.folder.glob('mlp_in.2/record-*')))} of " in str(stop)
-            assert not (run.folder / "manifest.json").exists()
-    assert stops > 2
-    assert files(run.folder) == uninterrupted
+    whole, _ = setup.capture(f"whole_{backend}", backend=backend, **RESUMED)
+    assert stops > 2 and files(run.folder) == files(whole.folder)
 
 
 def test_a_finished_shard_that_was_damaged_is_made_again(setup, uninterrupted):
@@ -79,10 +77,9 @@ def test_a_finished_shard_that_was_damaged_is_made_again(setup, uninterrupted):
     assert files(store.folder) == uninterrupted
 
 
-def test_shards_of_another_corpus_are_not_taken_over(setup):
-    run = setup.make_run("other_text", **RESUMED)
-    capture.run_capture(run)
-    said = []
-    corpus = dataclasses.replace(run.configs[CorpusConfig], max_tokens=150)
-    capture.run_capture(dataclasses.replace(run, configs=run.configs | corpus, say=said.append))
-    assert "; 0 of " in said[0]
+@pytest.mark.parametrize("other", [dict(corpus=dict(max_tokens=150)), dict(backend="jax")], ids=["corpus", "backend"])
+def test_shards_of_other_work_are_not_taken_over(setup, on_one_device, other):
+    name, lines = f"before_{next(iter(other))}", []
+    setup.capture(name, **RESUMED)
+    setup.capture(name, say=lines.append, **RESUMED | other)
+    assert "; 0 of " in lines[0]

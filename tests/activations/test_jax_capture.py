@@ -3,26 +3,19 @@
 import jax
 import numpy as np
 import pytest
-from capture_setup import RESUMED, files, relative_error
+from capture_setup import relative_error
 from tiny_models import save_tiny, save_tiny_tokenizer
 
 from saejax import load_model
-from saejax.activations import capture, jax_capture
+from saejax.activations import jax_capture
 from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.plan import Plan
-from saejax.errors import Interrupted
 from saejax.files import read_json
 from saejax.models import source
 from saejax.models.families import read_config
 from saejax.models.sites import Site
 from saejax.models.tokens import pad
 from saejax.settings import MeshConfig, ModelConfig
-
-
-@pytest.fixture
-def on_one_device(monkeypatch, one_device):
-    """Captures on the first device alone."""
-    monkeypatch.setattr("saejax.parallel.mesh.make_mesh", lambda config: one_device)
 
 
 def assert_same_store(found, expected, tolerance=1e-5):
@@ -58,8 +51,8 @@ def test_both_backends_make_the_same_store(setup, on_one_device, options):
 
 
 @pytest.mark.parametrize(("mesh", "rows"), [(dict(), 90), (dict(data=2, model=4), 110)], ids=["data 8", "data 2"])
-def test_the_share_of_padding_is_that_of_all_tokens_that_ran(setup, monkeypatch, mesh, rows):
-    """Rows that only fill up a batch's shape, and the tokens up to its length, run like all others."""
+def test_a_mesh_of_eight_devices_gives_the_same_rows(setup, monkeypatch, mesh, rows):
+    """Rows that only fill up a batch's shape, and the tokens up to its length, run like all others: as padding."""
     real, ran, pad_batch = [], [], DecoderReader.pad_batch
 
     def counted(reader, batch):
@@ -69,17 +62,12 @@ def test_the_share_of_padding_is_that_of_all_tokens_that_ran(setup, monkeypatch,
         return padded
 
     monkeypatch.setattr(DecoderReader, "pad_batch", counted)
-    _, results = setup.capture("padded", backend="jax", shard_rows=rows, mesh=MeshConfig(**mesh))
-    assert sum(real) < sum(ran) and results.padding_share == pytest.approx(1 - sum(real) / sum(ran))
-
-
-@pytest.mark.parametrize("mesh", [dict(), dict(data=2, model=4)], ids=["data 8", "data 2, model 4"])
-def test_a_mesh_of_eight_devices_gives_the_same_rows(setup, mesh):
     assert jax.device_count() == 8
-    options = dict(sites=("mlp_in.0", "resid_post.2"), shard_rows=100)
+    options = dict(sites=("mlp_in.0", "resid_post.2"), shard_rows=rows)
     expected, _ = setup.capture("torch_for_mesh", **options)
-    found, _ = setup.capture("jax_on_mesh", backend="jax", mesh=MeshConfig(**mesh), **options)
+    found, results = setup.capture("jax_on_mesh", backend="jax", mesh=MeshConfig(**mesh), **options)
     assert_same_store(found, expected)
+    assert sum(real) < sum(ran) and results.padding_share == pytest.approx(1 - sum(real) / sum(ran))
 
 
 def test_bfloat16_products_stay_close_and_are_stored_rounded(setup, on_one_device):
@@ -88,33 +76,6 @@ def test_bfloat16_products_stay_close_and_are_stored_rounded(setup, on_one_devic
     found, _ = setup.capture("bfloat16", backend="jax", dtype="bfloat16", store_dtype="bfloat16", **options)
     assert_same_store(found, exact, tolerance=0.03)
     assert relative_error(found.read("attn_out.1", np.arange(50)), exact.read("attn_out.1", np.arange(50))) > 1e-4
-
-
-def test_a_stopped_capture_goes_on_to_the_same_files(setup, on_one_device):
-    asked = 0
-
-    def stopping():
-        nonlocal asked
-        asked += 1
-        return asked % 5 == 0
-
-    whole, _ = setup.capture("uninterrupted", backend="jax", **RESUMED)
-    run = setup.make_run("stopped", stopping=stopping, backend="jax", **RESUMED)
-    stops = 0
-    while not (run.folder / "manifest.json").exists():
-        try:
-            capture.run_capture(run)
-        except Interrupted:
-            stops += 1
-    assert stops > 2
-    assert files(run.folder) == files(whole.folder)
-
-
-def test_shards_of_one_backend_are_not_taken_over_by_the_other(setup, on_one_device):
-    setup.capture("both", **RESUMED)
-    said = []
-    setup.capture("both", backend="jax", say=said.append, **RESUMED)
-    assert "; 0 of " in said[0]
 
 
 @pytest.fixture

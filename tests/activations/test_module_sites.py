@@ -3,17 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from absl.flags import FlagValues
 from capture_setup import make_setup, relative_error, rows_by_place
 from runs import small_flags
-from tiny_models import save_tiny_tokenizer
+from tiny_models import make_tiny, save_tiny, save_tiny_tokenizer
 
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.models import source
-from saejax.runner import pipeline
-from saejax.runner.config import define_flags, from_flags
-from saejax.runner.registry import GROUPS
+from saejax.runner import command
 from saejax.settings import ModelConfig
 
 SITES = (
@@ -23,34 +20,20 @@ SITES = (
 )
 
 
-def save(folder, config) -> None:
-    """Saves a random model of an architecture that the decoder does not know, with a tokenizer."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    save_tiny_tokenizer(folder, 384)
-
-
 @pytest.fixture(scope="module")
-def bloom(tmp_path_factory):
-    from transformers import BloomConfig
-
+def bloom_setup(tmp_path_factory):
+    """Of an architecture that the decoder does not know."""
     folder = tmp_path_factory.mktemp("bloom")
-    save(folder, BloomConfig(vocab_size=384, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
-    return folder
+    save_tiny(folder, "bloom", vocab_size=384, n_layer=2)
+    save_tiny_tokenizer(folder, 384)
+    return make_setup(folder, tmp_path_factory.mktemp("bloom_capture"))
 
 
-@pytest.fixture(scope="module")
-def bloom_setup(bloom, tmp_path_factory):
-    return make_setup(bloom, tmp_path_factory.mktemp("bloom_capture"))
-
-
-def test_an_architecture_that_the_decoder_does_not_know(bloom, bloom_setup):
+def test_an_architecture_that_the_decoder_does_not_know(bloom_setup):
     store, results = bloom_setup.capture("bloom", sites=SITES)
     assert store.sites == SITES
     assert {name: facts.d for name, facts in results.sites.items()} == dict(zip(SITES, (32, 128, 32), strict=True))
-    model = source.load_torch_model(source.resolve(ModelConfig(path=str(bloom))))
+    model = source.load_torch_model(source.resolve(ModelConfig(path=str(bloom_setup.model))))
     values = {}
 
     def keep(name, module, before=False):
@@ -74,9 +57,10 @@ def test_an_architecture_that_the_decoder_does_not_know(bloom, bloom_setup):
 
 
 def test_a_recurrent_model(tmp_path):
-    from transformers import MambaConfig
-
-    save(tmp_path, MambaConfig(vocab_size=384, hidden_size=16, state_size=4, num_hidden_layers=2))
+    make_tiny("mamba", dict(vocab_size=384, hidden_size=16, state_size=4, num_hidden_layers=2)).save_pretrained(
+        tmp_path
+    )
+    save_tiny_tokenizer(tmp_path, 384)
     sites = ("module:backbone.layers.0", "module:backbone.layers.1.mixer")
     store, _ = make_setup(tmp_path, tmp_path).capture(sites=sites)
     # Padding is on the right and states go from left to right, so that a document alone gives the same.
@@ -133,22 +117,13 @@ def test_the_jax_backend_refuses_modules_by_name(setup):
         setup.capture("refused", sites=("module:model.layers.0",), backend="jax")
 
 
-def test_from_capture_to_training_and_no_further(bloom_setup, tmp_path):
-    flags = small_flags(
-        bloom_setup.model,
-        bloom_setup.folder / "corpus.jsonl",
-        tmp_path / "run",
-        task__behaviours="",
-        capture__sites=SITES[0],
-        capture__backend="torch",
-        train__sites=SITES[0],
-        train__kinds="topk",
-    )
-    values = FlagValues()
-    define_flags(GROUPS, values)
-    values(["program", *(flag for flag in flags if not flag.startswith("--workdir"))])
-    configs = from_flags(GROUPS, values)
-    pipeline.run_stages(["capture", "train"], configs, tmp_path / "run", say=lambda line: None)
+@pytest.mark.usefixtures("single_device")
+def test_from_capture_to_training_and_no_further(bloom_setup, tmp_path, capsys):
+    settings = dict(task__behaviours="", capture__sites=SITES[0], capture__backend="torch", train__kinds="topk")
+    corpus = bloom_setup.folder / "corpus.jsonl"
+    flags = small_flags(bloom_setup.model, corpus, tmp_path / "run", train__sites=SITES[0], **settings)
+    assert command.run(["capture", "train"], "", ["program", *flags]) == 0
     assert load_dictionary(tmp_path / "run" / "train" / "topk").site == SITES[0]
-    with pytest.raises(UserError, match="the site module:.* is a module of the PyTorch model, which only capture"):
-        pipeline.run_stages(["evaluate"], configs, tmp_path / "run", say=lambda line: None)
+    assert command.run(["evaluate"], "", ["program", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "the site module:" in error and " is a module of the PyTorch model, which only capture" in error

@@ -170,6 +170,7 @@ def test_every_row_comes_once_an_epoch():
         rows = [row for buffer, row in seen if buffer == 0]
         assert rows != sorted(rows) and sorted(rows) == list(range(20))
     assert visited[0] == [0, 1, 2] and any(order != [0, 1, 2] for order in visited[1:])
+    assert not np.array_equal(order.places(0, 0, 20), order.places(1, 0, 20)), "each epoch has an order of its own"
 
 
 def test_rows_fill_up_for_sinks_each_before_any_twice():

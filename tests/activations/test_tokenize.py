@@ -135,16 +135,6 @@ def test_a_run_reads_what_was_tokenized_and_notices_damage(stream):
         text_documents(reads, request)
 
 
-def test_a_sample_of_each_split(stream):
-    _, _, documents = stream()
-    sample = documents.sample(200)
-    for split in range(2):
-        lengths_N = sample.lengths_N[sample.split_N == split]
-        assert lengths_N.sum() >= 200 > lengths_N[:-1].sum()
-    assert np.array_equal(sample[0], documents[0]) and contents(documents.sample(10**9)) == contents(documents)
-    assert Plan(sample, 64, 64, 0, 0).rows == len(sample.ids_T)
-
-
 class WordTokenizer:
     """A word is a token; in front of a text comes "<s>", 0, and after it "</s>", 1."""
 
@@ -173,11 +163,6 @@ def test_contexts_begin_with_bos_once_and_end_in_no_eos(bos, adds):
     assert not any(1 in piece for piece in pieces)
 
 
-def test_bos_of_a_tokenizer_that_has_none():
-    with pytest.raises(UserError, match="the tokenizer has no BOS token"):
-        Chunker(CorpusConfig(), WordTokenizer(bos_token_id=None), 256, TaskConfig(), "always")
-
-
 def test_of_many_documents_a_sample_takes_little_memory():
     lengths_N = np.random.default_rng(0).integers(1, 7, 200_000)
     split_N = np.sort(np.random.default_rng(1).random(len(lengths_N)) < 0.3)
@@ -190,6 +175,7 @@ def test_of_many_documents_a_sample_takes_little_memory():
             own = np.flatnonzero(split_N == split)
             wanted = own[: np.searchsorted(np.cumsum(lengths_N[own]), tokens) + 1]
             np.testing.assert_array_equal(sample.column("source")[sample.split_N == split], wanted)
+    assert len(documents.sample(10**9)) == len(documents) and Plan(sample, 64, 64, 0, 0).rows == len(sample.ids_T)
     tracemalloc.start()
     documents.sample(1)
     peak = tracemalloc.get_traced_memory()[1]
@@ -197,7 +183,9 @@ def test_of_many_documents_a_sample_takes_little_memory():
     assert peak < 16 * len(lengths_N)
 
 
-def test_what_cannot_be_tokenized(stream, tmp_path):
+def test_what_cannot_be_tokenized(stream, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="the tokenizer has no BOS token"):
+        Chunker(CorpusConfig(), WordTokenizer(bos_token_id=None), 256, TaskConfig(), "always")
     with pytest.raises(UserError, match="the held_out split has no text"):
         stream(["only one"])
     with pytest.raises(UserError, match="exceeds the model's context of 256"):
@@ -206,11 +194,8 @@ def test_what_cannot_be_tokenized(stream, tmp_path):
     asked = iter([False] * 20)
     with pytest.raises(Interrupted):
         stream(stopping=lambda: next(asked, True))
-    assert sum(stream()[1].documents.values()) > 600  # what the stopped run left is not in the way
-
-
-def test_a_whole_corpus_beyond_memory_is_refused(stream, monkeypatch):
-    run, *_ = stream()
+    run, results, _ = stream()
+    assert sum(results.documents.values()) > 600  # what the stopped run left is not in the way
     monkeypatch.setattr(corpora, "_MOST_IN_MEMORY", 1000)
     with pytest.raises(UserError, match="use --corpus.stream=True"):
         corpora.read_corpus(dataclasses.replace(run.configs[CorpusConfig], stream=False))

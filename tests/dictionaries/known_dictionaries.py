@@ -57,6 +57,12 @@ def relative(a, b) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
+def assert_computes(dictionary: Dictionary, x, expected, within: float = 1e-5) -> None:
+    """That a dictionary's activations and output of x are the expected ones, relative to their largest."""
+    for found, wanted in zip((dictionary.encode(x), dictionary(x)), expected, strict=True):
+        assert relative(found, wanted) < within
+
+
 def largest(pre: np.ndarray, k: int) -> np.ndarray:
     """max(pre, 0) of the k largest of each row, else 0."""
     kept = pre >= np.sort(pre, axis=1)[:, [-k]]
@@ -88,10 +94,8 @@ def saelens_by_formula(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def circuit_tracer_by_formula(folder: Path, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Activations and output of a layer of a circuit-tracer set."""
-    settings, w = (
-        yaml.safe_load((folder / "config.yaml").read_text()),
-        tensors_of(folder / f"layer_{layer}.safetensors"),
-    )
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    w = tensors_of(folder / f"layer_{layer}.safetensors")
     x = x.astype(np.float64)
     pre = x @ w["W_enc"].T + w["b_enc"]
     if settings.get("activation") == "topk":

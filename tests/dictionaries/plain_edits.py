@@ -89,11 +89,9 @@ class PlainModel:
         gives = {"attn_out": self.where.attn_out, "mlp_out": self.where.mlp_out, "resid_post": ""}
 
         def swap(value):
-            return (
-                (swap(value[0]), *value[1:])
-                if isinstance(value, tuple)
-                else torch.as_tensor(call(value[0].numpy()))[None]
-            )
+            if isinstance(value, tuple):
+                return swap(value[0]), *value[1:]
+            return torch.as_tensor(call(value[0].numpy()))[None]
 
         module = block.get_submodule(reads[kind] if kind in reads else gives[kind])
         if kind in reads:

@@ -36,6 +36,8 @@ def test_what_changes_nothing(llama):
     ):
         np.testing.assert_array_equal(at_site(edit, x_BxTxD, mask_BxT), x_BxTxD)
     assert (at_site(sae.ablate(silent, (0, None)), x_BxTxD, mask_BxT) != x_BxTxD).any()
+    everywhere = at_site(sae.steer(FEATURES, 1.0), x_BxTxD, mask_BxT) - x_BxTxD
+    assert not everywhere[~mask_BxT].any(), "padding stays as it is"
     own_BxTxK = sae.encode(x_BxTxD)[..., np.array(FEATURES)]
     for edit in (sae.patch(FEATURES, own_BxTxK), sae.patch_error(x_BxTxD - sae(x_BxTxD))):  # to rounding
         np.testing.assert_allclose(at_site(edit, x_BxTxD, mask_BxT), x_BxTxD, atol=2e-5)
@@ -75,10 +77,7 @@ def test_programs_are_compiled_for_kinds_not_for_features_and_values(llama):
         (lambda sae: sae.ablate([1], (-2, None)), r"unknown positions \(-2, None\)"),
         (lambda sae: sae.ablate([1], error="lose"), "unknown error 'lose': expected one of keep, drop"),
         (lambda sae: sae.ablate_error("fires"), "unknown positions 'fires'"),
-        (
-            lambda sae: sae.set([1, 2], [1.0]),
-            r"the activation has the shape \(1,\): expected a number or the shape \(2,\)",
-        ),
+        (lambda sae: sae.set([1, 2], [1.0]), r"has the shape \(1,\): expected a number or the shape \(2,\)"),
         (lambda sae: sae.steer([1], np.nan), "holds NaN"),
         (lambda sae: sae.patch([1, 2], np.zeros((3, 13, 3))), r"\(3, 13, 3\): expected \[prompts, tokens, 2\]"),
         (lambda sae: sae.patch_error(np.zeros((3, 13, 39))), r"expected \[prompts, tokens, 40\]"),

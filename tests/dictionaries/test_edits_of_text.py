@@ -59,42 +59,37 @@ def test_edits_in_scoring_equal_plain_hooks(llama):
 
         logits_TxV = llama.plain.logits(ids, (SITE, call))
         logp_TxV = logits_TxV - np.log(np.exp(logits_TxV).sum(axis=1, keepdims=True))
-        assert found[b].total == pytest.approx(
-            logp_TxV[np.arange(len(ids) - 4, len(ids) - 1), ids[-3:]].sum(), abs=1e-4
-        )
+        expected = logp_TxV[np.arange(len(ids) - 4, len(ids) - 1), ids[-3:]].sum()
+        assert found[b].total == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("new_tokens", [0, pytest.param(8, marks=pytest.mark.slow)])
 def test_redrawn_activations_come_from_pools_in_prompts_and_new_tokens(llama, new_tokens):
+    """The same in every text, or draws of its own for each."""
     plain_sae, pools = PlainDictionary(llama.sae), [[4.0, -3.0], [], [6.0]]
-    edit = llama.sae.redraw(FEATURES, pools, 40, seed=3)
-    drawn_TxK = np.asarray(edit.offset.values_BxTxN[0])
-    assert set(drawn_TxK[:, 0].tolist()) == {4.0, -3.0} and (drawn_TxK[:, 2] == 6).all()
 
-    def plain(b, prompt=None):
-        def new(k, t, f):
-            return drawn_TxK[t, k] if pools[k] else f
+    def values(features, pools, **texts):
+        edit = llama.sae.redraw(features, pools, 40, seed=3, **texts)
+        return edit, np.asarray(edit.offset.values_BxTxN)
 
-        return [(SITE, lambda x_TxD: plain_sae.edited(x_TxD, x_TxD, FEATURES, new, "fires"))]
+    edit, drawn_1xTxK = values(FEATURES, pools)
+    own, drawn_BxTxK = values(FEATURES, pools, texts=[5, 2, 5])
+    assert set(drawn_1xTxK[0, :, 0].tolist()) == {4.0, -3.0} and (drawn_1xTxK[0, :, 2] == 6).all()
+    assert (drawn_BxTxK[0] != drawn_BxTxK[1]).any() and (drawn_BxTxK[0] == drawn_BxTxK[2]).all()
+    reversed_1xTxK = values(FEATURES[::-1], pools[::-1])[1][..., ::-1]  # each feature has draws of its own
+    np.testing.assert_array_equal(reversed_1xTxK, drawn_1xTxK)
+    for redraw, drawn in ((edit, np.repeat(drawn_1xTxK, 3, axis=0)), (own, drawn_BxTxK)):
 
-    llama.check([edit], plain)
+        def plain(b, prompt=None, drawn=drawn):
+            def new(k, t, f):
+                return drawn[b, t, k] if pools[k] else f
+
+            return [(SITE, lambda x_TxD: plain_sae.edited(x_TxD, x_TxD, FEATURES, new, "fires"))]
+
+        llama.check([redraw], plain)
     if new_tokens:
-        found = llama.lm.generate(llama.tokens, new_tokens, edits=[edit])
+        found = llama.lm.generate(llama.tokens, new_tokens, edits=[own])
         assert [done.ids for done in found] == [next_ids(llama, b, plain, new_tokens) for b in range(3)]
-    again = llama.sae.redraw(FEATURES[::-1], pools[::-1], 40, seed=3)  # each feature has draws of its own
-    np.testing.assert_array_equal(np.asarray(again.offset.values_BxTxN[0])[:, ::-1], drawn_TxK)
-    own = llama.sae.redraw(FEATURES, pools, 40, seed=3, texts=[5, 2, 5])  # texts have draws of their own
-    drawn_BxTxK = np.asarray(own.offset.values_BxTxN)
-    assert (drawn_BxTxK[0] != drawn_BxTxK[1]).any()
-    np.testing.assert_array_equal(drawn_BxTxK[0], drawn_BxTxK[2])
-
-    def plain_of_its_own(b, prompt=None):
-        def new(k, t, f):
-            return drawn_BxTxK[b, t, k] if pools[k] else f
-
-        return [(SITE, lambda x_TxD: plain_sae.edited(x_TxD, x_TxD, FEATURES, new, "fires"))]
-
-    llama.check([own], plain_of_its_own)
     with pytest.raises(UserError, match="an edit is for 2 texts, but it is used on 3"):
         llama.lm(llama.tokens, edits=[llama.sae.redraw(FEATURES, pools, 40, texts=[0, 1])])
     with pytest.raises(UserError, match="the pool of feature 3 holds NaN"):

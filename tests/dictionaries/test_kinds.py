@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import random
-import signal
-import time
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +24,7 @@ SETTINGS = dict(plugins=PLUGIN, train__kinds=MADE_UP, ablate__dictionary=MADE_UP
 
 def test_kinds_are_found_by_name_and_others_refused_with_the_names():
     assert [kinds.by_name(name).name for name in KINDS] == list(KINDS) and MADE_UP not in OWN_KINDS
+    assert list(KIND_SETTINGS) == list(kinds.KINDS), "what settings know, and what computes"
     with pytest.raises(UserError, match="standard, linear, gated, jumprelu, topk, batchtopk, matryoshka"):
         kinds.by_name("dense")
     with pytest.raises(ValueError, match="topk"):
@@ -68,14 +66,12 @@ def test_settings_of_a_kind_have_its_name():
 
 
 def test_a_unit_depends_on_the_settings_that_its_kind_reads():
-    plain, changed = (
-        config.identity(TrainConfig(), "topk"),
-        config.identity(parse("--train.jumprelu.bandwidth=1"), "topk"),
-    )
-    assert plain == changed and plain["k"] == [32] and "l1" not in plain and "plugin" not in plain
+    plain, changed = config.identity(TrainConfig(), "topk"), parse("--train.jumprelu.bandwidth=1")
+    assert plain == config.identity(changed, "topk") and plain["k"] == [32]
+    assert "l1" not in plain and "plugin" not in plain
     assert {"b1", "b2", "eps", "accumulate", "decay"} <= plain.keys(), "recorded at their defaults too"
     assert config.identity(parse("--train.b1=0.8"), "topk")["b1"] == 0.8
-    assert config.identity(parse("--train.jumprelu.bandwidth=1"), "jumprelu")["bandwidth"] == 1.0
+    assert config.identity(changed, "jumprelu")["bandwidth"] == 1.0
     assert config.identity(TrainConfig(), "standard")["l1"] == [2.0]
 
 
@@ -127,16 +123,15 @@ def test_a_kind_that_is_a_jumprelu_at_inference_is_written_for_other_tools(tmp_p
         del kinds.KINDS["above"], KIND_SETTINGS["above"]
 
 
-def test_what_settings_know_of_kinds_and_what_computes_them_go_together():
-    assert list(KIND_SETTINGS) == list(kinds.KINDS)
-
-
 @pytest.fixture(scope="module")
-def trained(inputs, tmp_path_factory):
-    """A workdir in which processes of their own ran all stages on a stack of a user's kind."""
+def trained(inputs, two_devices, tmp_path_factory):
+    """A workdir of all stages on a stack of a user's kind, which a process of its own trained."""
     workdir = tmp_path_factory.mktemp("plugin") / "run"
     changes = SETTINGS | dict(train__shrunk__strength="0.2,0.4", ablate__dictionary=f"{MADE_UP}/strength0.2")
-    runs.finish(runs.start("pipeline", runs.small_flags(*inputs, workdir, **changes), JAX_NUM_CPU_DEVICES="2"))
+    flags = runs.small_flags(*inputs, workdir, **changes)
+    assert command.run(["baseline", "capture"], "", ["program", *flags]) == 0
+    runs.finish(runs.start("train", flags, JAX_NUM_CPU_DEVICES="2"))
+    assert command.run(["evaluate", "ablate", "report"], "", ["program", *flags]) == 0
     return workdir
 
 
@@ -155,29 +150,11 @@ def test_a_kind_of_a_users_file_goes_through_all_stages(trained):
     assert np.any(np.asarray(dictionary.margin_F[...]) > 0)
 
 
-def test_a_user_who_forgets_the_file_is_told(trained, inputs, tmp_path):
+def test_a_user_who_forgets_the_file_is_told(trained, inputs, tmp_path, monkeypatch, capsys):
     runs.copy_run(trained, tmp_path / "run")
-    changes = dict(SETTINGS, plugins="")
-    output = runs.finish(runs.start("evaluate", runs.small_flags(*inputs, tmp_path / "run", **changes)), 2)
-    assert "shrunk" in output and "expected one of" in output and "Traceback" not in output
-
-
-@pytest.mark.slow  # test_loop.py stops and resumes this kind with all others
-def test_killed_it_ends_with_the_same_bits(trained, inputs, tmp_path):
-    """The kill strikes between the first checkpoint and the end."""
-    changes = SETTINGS | dict(train__epochs=100, train__checkpoint_every=20)
-    folders = [tmp_path / "whole", tmp_path / "broken"]
-    for folder in folders:
-        runs.copy_units(trained, folder, "baseline", "capture")
-    whole, broken = (runs.start("train", runs.small_flags(*inputs, folder, **changes)) for folder in folders)
-    saved = folders[1] / "train" / MADE_UP / "checkpoints"
-    while broken.poll() is None and not any(child.name.isdigit() for child in saved.glob("*")):
-        time.sleep(0.05)
-    time.sleep(random.Random(0).uniform(0.1, 0.5))
-    broken.send_signal(signal.SIGKILL)
-    broken.communicate()
-    assert not (folders[1] / "train" / MADE_UP / "done.json").exists(), "it was done before the kill"
-    runs.finish(whole)
-    output = runs.finish(runs.start("train", runs.small_flags(*inputs, folders[1], **changes)))
-    assert "resuming shrunk at step" in output
-    assert runs.dictionary_checksums(folders[0]) == runs.dictionary_checksums(folders[1])
+    for table in (kinds.KINDS, KIND_SETTINGS):
+        monkeypatch.delitem(table, MADE_UP)
+    flags = runs.small_flags(*inputs, tmp_path / "run", **SETTINGS | dict(plugins=""))
+    assert command.run(["evaluate"], "", ["program", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "shrunk" in error and "expected one of" in error and len(error.splitlines()) == 1

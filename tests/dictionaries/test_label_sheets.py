@@ -1,13 +1,16 @@
-"""Sheets of labels that a person filled in, as ``--graph.labels`` reads them."""
+"""Labels of features, by the folders of dictionaries and from sheets that a person filled in (``--graph.labels``)."""
 
 import csv
 import json
 
 import pytest
+from runs import write_members
 
 from saejax.attribution.requests import identity, read_labels
-from saejax.dictionaries.labels import COLUMNS, labels_of_sheets
+from saejax.dictionaries.labels import COLUMNS, Label, labels_of_folders, labels_of_sheets
 from saejax.errors import UserError
+from saejax.files import write_json
+from saejax.results import to_json
 from saejax.settings import GraphConfig
 
 
@@ -34,9 +37,7 @@ def test_a_dictionary_without_its_layer_in_the_name(tmp_path):
     """Of a lone dictionary, or a sweep at one site, the set that is traced tells the layer; a setting is none."""
     unit = tmp_path / "run" / "train" / "topk"
     unit.mkdir(parents=True)
-    rest = dict(settings={}, input_scale=1.0, output_scale=1.0, dead_fraction=0.0, final={})
-    members = [dict(name=name, site="resid_post.5", target="resid_post.5", **rest) for name in ("k16", "k32")]
-    (unit / "done.json").write_text(json.dumps(dict(results=dict(members=members))))
+    write_members(unit, *((name, "resid_post.5", "resid_post.5") for name in ("k16", "k32")))
     write(tmp_path / "a.csv", ("topk/k32", "17", "cities"), ("topk/resid_post.7-k32", "1", "rivers"))
     config = GraphConfig(dictionaries=(str(unit / "k32"),), labels=str(tmp_path / "a.csv"))
     assert read_labels(config) == {(5, 17): "cities", (7, 1): "rivers"}
@@ -62,10 +63,7 @@ def test_what_a_sheet_says_belongs_to_the_identity(tmp_path):
     [
         ([("topk", "17", "a")], r"line 2: 'topk' and '17' name no layer and feature"),
         ([("layer 3", "x", "a")], r"line 2: 'layer 3' and 'x' name no layer and feature"),
-        (
-            [("layer 3", "1", "a"), ("mlp_in.3", "1", "b")],
-            r"line 3: feature 1 of mlp_in.3 is 'b', and 'a' in an earlier",
-        ),
+        ([("layer 3", "1", "a"), ("mlp_in.3", "1", "b")], "line 3: feature 1 of mlp_in.3 is 'b', and 'a' in an"),
     ],
 )
 def test_a_bad_sheet_is_one_line(tmp_path, rows, message):
@@ -83,3 +81,16 @@ def test_a_sheet_without_a_column(tmp_path):
         labels_of_sheets(tmp_path / "empty", "--graph.labels")
     with pytest.raises(UserError, match="cannot be read"):
         read_labels(GraphConfig(transcoders="a/set", labels=str(tmp_path / "none.csv")))
+
+
+def test_labels_are_found_by_the_folder_of_a_unit_or_a_member(tmp_path):
+    unit = tmp_path / "run" / "train" / "topk"
+    for member in ("mlp_in.0", "mlp_in.1"):
+        (unit / member).mkdir(parents=True)
+        (tmp_path / "run" / "atlas" / "topk" / member).mkdir(parents=True)
+        label = {"7": to_json(Label(f"of {member}", "Ada"))}
+        write_json(tmp_path / "run" / "atlas" / "topk" / member / "labels.json", label)
+    write_members(unit, ("mlp_in.0", "mlp_in.0", "mlp_out.0"), ("mlp_in.1", "mlp_in.1", "mlp_out.1"))
+    assert labels_of_folders([unit]) == {(0, 7): "of mlp_in.0", (1, 7): "of mlp_in.1"}
+    assert labels_of_folders([str(unit / "mlp_in.1")]) == {(1, 7): "of mlp_in.1"}
+    assert labels_of_folders(["org/set", tmp_path, unit / "nothing"]) == {}

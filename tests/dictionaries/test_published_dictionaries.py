@@ -1,7 +1,7 @@
 """Published layouts of dictionaries, as data: each is built with random arrays and compared with its formula.
 
-A layout is a function of a folder that writes the files, and returns what ``load_dictionary`` is given and the function
-that its publisher's code computes, in float64 from the arrays as the files hold them.
+A layout is a function of a folder and arrays that writes the files, and returns what ``load_dictionary`` is given, the
+function that its publisher's code computes, in float64 from the arrays as the files hold them, and what is described.
 """
 
 import json
@@ -28,9 +28,14 @@ X = (np.random.default_rng(7).standard_normal((40, D)) * 2 + 0.5).astype(np.floa
 LAYOUTS: dict[str, Callable] = {}
 
 
-def layout(function):
-    LAYOUTS[function.__name__] = function
-    return function
+def layout(**drawn):
+    """Names a layout, whose function is given a folder and the arrays ``arrays(**drawn)``."""
+
+    def add(function):
+        LAYOUTS[function.__name__] = lambda folder: function(folder, arrays(**drawn))
+        return function
+
+    return add
 
 
 def arrays(seed=0, unit=False, **vectors) -> dict[str, np.ndarray]:
@@ -86,6 +91,12 @@ def normalised(compute, norm):
     return normed
 
 
+def assert_computes(dictionary: Dictionary, x, expected, atol: float = 1e-5) -> None:
+    """That it computes these activations and outputs, to so much of the largest of them."""
+    for found, wanted in zip((dictionary.encode(jnp.asarray(x)), dictionary(jnp.asarray(x))), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=atol * np.abs(wanted).max())
+
+
 def write_json(file: Path, value) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value))
@@ -112,9 +123,8 @@ def linears(w, **names) -> dict[str, np.ndarray]:
 # --- SAELens
 
 SAELENS = dict(dtype="torch.float32", device="mps", apply_b_dec_to_input=True, d_in=D, d_sae=F, prepend_bos=True)
-OLD = SAELENS | dict(
-    hook_point="blocks.8.hook_resid_pre", hook_point_layer=8, model_name="gpt2-small", context_size=128
-)
+OLD = SAELENS | dict(hook_point="blocks.8.hook_resid_pre", hook_point_layer=8, model_name="gpt2-small")
+OLD |= dict(context_size=128)
 NEW = dict(SAELENS, architecture="standard", lora_rank=3)
 META = dict(hook_name="blocks.8.hook_resid_post", model_name="gpt2", prepend_bos=False, sae_lens_version="6.5.0")
 
@@ -125,96 +135,79 @@ def saelens(folder, w, **cfg):
     return folder
 
 
-@layout
-def saelens_before_version_3(folder):
-    w = arrays()
+@layout()
+def saelens_before_version_3(folder, w):
     write_tensors(folder / "sparsity.safetensors", sparsity=np.zeros(F))
     path = saelens(folder, w | dict(scaling_factor=np.ones(F, np.float32)), **OLD)
     return path, function(w), dict(site="resid_pre.8", bos="always", context=128)
 
 
-@layout
-def saelens_4_with_k_among_the_activations_arguments(folder):
-    w = arrays()
-    cfg = OLD | dict(
-        architecture="standard", activation_fn_str="topk", activation_fn_kwargs=dict(k=K), prepend_bos=False
-    )
-    path = saelens(folder, w, **cfg)
+@layout()
+def saelens_4_with_k_among_the_activations_arguments(folder, w):
+    cfg = OLD | dict(architecture="standard", activation_fn_str="topk", activation_fn_kwargs=dict(k=K))
+    path = saelens(folder, w, **cfg | dict(prepend_bos=False))
     return path, function(w, lambda pre: relu(topk(pre))), dict(kind="topk", k=K, bos="never")
 
 
-@layout
-def saelens_4_jumprelu_with_a_scaling_factor(folder):
-    w = arrays(threshold=(-1, 1), scaling_factor=(0.5, 2))
+@layout(threshold=(-1, 1), scaling_factor=(0.5, 2))
+def saelens_4_jumprelu_with_a_scaling_factor(folder, w):
     path = saelens(folder, w, **OLD | dict(architecture="jumprelu", finetuning_scaling_factor=True))
     scaled = w | dict(W_dec=w["W_dec"] * w["scaling_factor"][:, None])
     return path, function(scaled, jump(w["threshold"])), dict(kind="jumprelu")
 
 
-@layout
-def saelens_3_with_an_open_layer_and_k_as_a_float(folder):
-    w = arrays()
+@layout()
+def saelens_3_with_an_open_layer_and_k_as_a_float(folder, w):
     cfg = SAELENS | dict(hook_point="blocks.{layer}.hook_mlp_out", hook_point_layer=4, activation_fn_str="topk")
     path = saelens(folder, w, **cfg, model_name="gpt2-small", activation_fn_kwargs=dict(k=float(K)))
     return path, function(w, lambda pre: relu(topk(pre))), dict(site="mlp_out.4", kind="topk", k=K)
 
 
-@layout
-def saelens_5_of_a_module_without_centring(folder):
-    w = arrays()
+@layout()
+def saelens_5_of_a_module_without_centring(folder, w):
     cfg = SAELENS | dict(hook_name="gpt_neox.layers.6.mlp", model_name="pythia-70m", apply_b_dec_to_input=False)
     return saelens(folder, w, **cfg), function(w, centred=False), dict(site="mlp_out.6", centred=False)
 
 
-@layout
-def saelens_6_with_unknown_settings(folder):
-    w = arrays()
+@layout()
+def saelens_6_with_unknown_settings(folder, w):
     return saelens(folder, w, **NEW, metadata=META), function(w), dict(site="resid_post.8", bos="always")
 
 
-@layout
-def saelens_6_topk_with_layer_norm(folder):
-    w = arrays()
+@layout()
+def saelens_6_topk_with_layer_norm(folder, w):
     cfg = NEW | dict(architecture="topk", k=K, normalize_activations="layer_norm", rescale_acts_by_decoder_norm=False)
     compute = normalised(function(w, lambda pre: relu(topk(pre))), "layer_norm")
     return saelens(folder, w, **cfg, metadata=META), compute, dict(input_norm="layer_norm")
 
 
-@layout
-def saelens_6_with_constant_norm(folder):
-    w = arrays()
+@layout()
+def saelens_6_with_constant_norm(folder, w):
     path = saelens(folder, w, **NEW | dict(normalize_activations="constant_norm_rescale"), metadata=META)
     return path, normalised(function(w), "token_norm"), dict(input_norm="token_norm")
 
 
-@layout
-def saelens_6_with_a_constant_factor(folder):
-    w = arrays()
+@layout()
+def saelens_6_with_a_constant_factor(folder, w):
     cfg = NEW | dict(normalize_activations="constant_scalar_rescale", activation_normalization_factor=0.25)
     return saelens(folder, w, **cfg, metadata=META), function(w, inputs=0.25, outputs=0.25), {}
 
 
-@layout
-def saelens_6_of_centred_weights(folder):
-    w = arrays()
+@layout()
+def saelens_6_of_centred_weights(folder, w):
     kwargs = dict(model_from_pretrained_kwargs=dict(center_writing_weights=True, fold_ln=True))
-    return (
-        saelens(folder, w, **NEW, metadata=META | kwargs),
-        normalised(function(w), "center"),
-        dict(input_norm="center"),
-    )
+    path = saelens(folder, w, **NEW, metadata=META | kwargs)
+    return path, normalised(function(w), "center"), dict(input_norm="center")
 
 
-@layout
-def saelens_6_of_centred_weights_of_a_model_without_layer_norms(folder):
-    w = arrays()
+@layout()
+def saelens_6_of_centred_weights_of_a_model_without_layer_norms(folder, w):
     kwargs = dict(model_from_pretrained_kwargs=dict(center_writing_weights=True), model_name="google/gemma-2-2b")
     return saelens(folder, w, **NEW, metadata=META | kwargs), function(w), dict(input_norm="")
 
 
-@layout
-def saelens_6_of_heads_side_by_side(folder):
-    w = arrays()
+@layout()
+def saelens_6_of_heads_side_by_side(folder, w):
     meta = META | dict(hook_name="blocks.8.attn.hook_z", model_from_pretrained_kwargs=dict(center_writing_weights=True))
     path = saelens(folder, w, **NEW | dict(reshape_activations="hook_z"), metadata=meta)
     return path, function(w), dict(site="attn_z.8", input_norm="")
@@ -230,78 +223,67 @@ def learned(folder, name, state, **trainer):
     return folder
 
 
-@layout
-def dictionary_learning_standard(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_standard(folder, w):
     return learned(folder, "AutoEncoder", linears(w, bias="bias")), function(w), dict(site="resid_post.12")
 
 
-@layout
-def dictionary_learning_standard_of_april(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_standard_of_april(folder, w):
     return learned(folder, "AutoEncoderNew", linears(w)), function(w, centred=False), dict(model="google/gemma-2-2b")
 
 
-@layout
-def dictionary_learning_topk(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_topk(folder, w):
     path = learned(folder, "AutoEncoderTopK", linears(w, bias="b_dec") | dict(k=K, threshold=0.4))
     return path, function(w, lambda pre: topk(relu(pre))), dict(kind="topk", k=K)
 
 
-@layout
-def dictionary_learning_of_a_compiled_model_on_several_devices(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_of_a_compiled_model_on_several_devices(folder, w):
     state = linears(w, bias="b_dec") | dict(k=[K])
     path = learned(folder, "AutoEncoderTopK", {f"module._orig_mod.{name}": value for name, value in state.items()})
     return path, function(w, lambda pre: topk(relu(pre))), dict(kind="topk", k=K)
 
 
-@layout
-def dictionary_learning_state_inside_a_training_checkpoint(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_state_inside_a_training_checkpoint(folder, w):
     path = learned(folder, "AutoEncoder", {})
     state = {name.replace("__", "."): torch.tensor(array) for name, array in linears(w, bias="bias").items()}
     torch.save(dict(state_dict=state, epoch=3), path / "ae.pt")
     return path, function(w), dict(kind="standard")
 
 
-@layout
-def dictionary_learning_of_what_a_module_reads(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_of_what_a_module_reads(folder, w):
     path = learned(folder, "AutoEncoder", linears(w, bias="bias"), submodule_name="mlp_layer_3")
     write_json(path / "config.json", json.loads((path / "config.json").read_text()) | dict(buffer=dict(io="in")))
     return path, function(w), dict(site="mlp_in.3", target="")
 
 
-@layout
-def dictionary_learning_batch_topk(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_batch_topk(folder, w):
     path = learned(folder, "BatchTopKSAE", linears(w, bias="b_dec") | dict(k=K, threshold=1.25))
     return path, function(w, jump(1.25)), dict(kind="batchtopk", k=K)
 
 
-@layout
-def dictionary_learning_matryoshka(folder):
-    w = arrays()
+@layout()
+def dictionary_learning_matryoshka(folder, w):
     path = learned(folder, "MatryoshkaBatchTopKSAE", w | dict(k=K, threshold=1.25, group_sizes=[10, 30]))
     return path, function(w, jump(1.25)), dict(kind="matryoshka", groups=(10, F))
 
 
-@layout
-def dictionary_learning_jumprelu(folder):
+@layout(threshold=(0, 1))
+def dictionary_learning_jumprelu(folder, w):
     """Thresholds are of pre-activations; activations are multiplied by the lengths of decoder rows."""
-    w = arrays(threshold=(0, 1))
     length = np.linalg.norm(w["W_dec"].astype(np.float64), axis=1)
-    compute = function(
-        w | dict(W_dec=w["W_dec"] / length[:, None]), lambda pre: jump(w["threshold"])(pre) * length, False
-    )
+    unit = w | dict(W_dec=w["W_dec"] / length[:, None])
+    compute = function(unit, lambda pre: jump(w["threshold"])(pre) * length, False)
     return learned(folder, "JumpReluAutoEncoder", w), compute, dict(kind="jumprelu")
 
 
-@layout
-def dictionary_learning_gated(folder):
-    w = arrays(r_mag=(-0.5, 0.5), mag_bias=(-0.5, 0.5))
+@layout(r_mag=(-0.5, 0.5), mag_bias=(-0.5, 0.5))
+def dictionary_learning_gated(folder, w):
     state = linears(w, bias="decoder_bias") | dict(gate_bias=w["b_enc"], r_mag=w["r_mag"], mag_bias=w["mag_bias"])
     del state["encoder__bias"]
     length = np.linalg.norm(w["W_dec"].astype(np.float64), axis=1)
@@ -316,35 +298,34 @@ def dictionary_learning_gated(folder):
 # --- Gemma Scope
 
 
-@layout
-def gemma_scope_1(folder):
-    w, path = arrays(threshold=(0, 2)), folder / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82"
-    path.mkdir(parents=True)
-    np.savez(path / "params.npz", **w)
-    expected = dict(site="resid_post.12", model="google/gemma-2-2b", bos="always")
-    return path, function(w, jump(w["threshold"]), False), expected
+def gemma_scope(folder, w):
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **w)
+    return folder, function(w, jump(w["threshold"]), False)
 
 
-@layout
-def gemma_scope_1_attention(folder):
-    w, path = arrays(threshold=(0, 2)), folder / "gemma-scope-2b-pt-att" / "layer_3" / "width_16k" / "average_l0_9"
-    path.mkdir(parents=True)
-    np.savez(path / "params.npz", **w)
-    return path, function(w, jump(w["threshold"]), False), dict(site="attn_z.3")
+@layout(threshold=(0, 2))
+def gemma_scope_1(folder, w):
+    path = folder / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82"
+    return *gemma_scope(path, w), dict(site="resid_post.12", model="google/gemma-2-2b", bos="always")
 
 
-@layout
-def gemma_scope_1_transcoder(folder):
+@layout(threshold=(0, 2))
+def gemma_scope_1_attention(folder, w):
+    path = folder / "gemma-scope-2b-pt-att" / "layer_3" / "width_16k" / "average_l0_9"
+    return *gemma_scope(path, w), dict(site="attn_z.3")
+
+
+@layout(threshold=(0, 2))
+def gemma_scope_1_transcoder(folder, w):
     """It reads the norm before the MLP before its gain, which graphs can."""
-    w, path = arrays(threshold=(0, 2)), folder / "gemma-scope-2b-pt-transcoders" / "layer_3" / "width_16k"
-    path.mkdir(parents=True)
-    np.savez(path / "params.npz", **w)
-    return path, function(w, jump(w["threshold"]), False), dict(site="mlp_normed.3", target="mlp_out.3")
+    path = folder / "gemma-scope-2b-pt-transcoders" / "layer_3" / "width_16k"
+    return *gemma_scope(path, w), dict(site="mlp_normed.3", target="mlp_out.3")
 
 
-@layout
-def gemma_scope_2_affine_transcoder(folder):
-    w = arrays(threshold=(0, 2)) | dict(W_skip=arrays(1)["W_enc"][:, :D])
+@layout(threshold=(0, 2))
+def gemma_scope_2_affine_transcoder(folder, w):
+    w["W_skip"] = arrays(1)["W_enc"][:, :D]
     path = folder / "gemma-scope-2-1b-it" / "transcoder_all" / "layer_5_width_16k_l0_small_affine"
     names = dict(W_enc="w_enc", W_dec="w_dec", W_skip="affine_skip_connection")
     write_tensors(path / "params.safetensors", **{names.get(name, name): array for name, array in w.items()})
@@ -358,9 +339,8 @@ NORMS = {"in": 6.3125, "out": 3.390625}
 S_IN, S_OUT = (np.sqrt(D) / NORMS[side] for side in ("in", "out"))
 
 
-@layout
-def llama_scope_1(folder):
-    w = arrays()
+@layout()
+def llama_scope_1(folder, w):
     stored = write_tensors(folder / "checkpoints" / "final.safetensors", ml_dtypes.bfloat16, **linears(w))
     settings = dict(d_model=D, d_sae=F, act_fn="jumprelu", jump_relu_threshold=0.25, norm_activation="dataset-wise")
     settings |= dict(hook_point_in="blocks.8.hook_resid_post", hook_point_out="blocks.8.hook_mlp_out")
@@ -378,9 +358,8 @@ def llama_scope_1(folder):
     return folder, compute, dict(site="resid_post.8", target="mlp_out.8")
 
 
-@layout
-def llama_scope_r1(folder):
-    w = arrays(unit=True, threshold=(0.5, 2))
+@layout(unit=True, threshold=(0.5, 2))
+def llama_scope_r1(folder, w):
     state = linears(w) | dict(log_jumprelu_threshold=np.log(w["threshold"]))
     hook = "blocks.15.hook_resid_post"
     state[f"dataset_average_activation_norm.{hook}"] = np.float32(9.5)
@@ -396,14 +375,12 @@ def llama_scope_r1(folder):
     return folder, compute, dict(site="resid_post.15")
 
 
-@layout
-def llama_scope_2(folder):
-    w, into, out = arrays(), "blocks.12.mlp.hook_in", "blocks.12.hook_mlp_out"
+@layout()
+def llama_scope_2(folder, w):
+    into, out = "blocks.12.mlp.hook_in", "blocks.12.hook_mlp_out"
     state = dict(W_E=w["W_enc"], b_E=w["b_enc"], W_D=w["W_dec"], b_D=w["b_dec"])
-    state |= {
-        f"dataset_average_activation_norm.{hook}": np.float32(NORMS[side])
-        for side, hook in (("in", into), ("out", out))
-    }
+    for side, hook in (("in", into), ("out", out)):
+        state[f"dataset_average_activation_norm.{hook}"] = np.float32(NORMS[side])
     write_tensors(folder / "sae_weights.safetensors", **state)
     settings = dict(sae_type="sae", d_model=D, act_fn="topk", top_k=K, hook_point_in=into, hook_point_out=out)
     write_json(folder / "config.json", settings | dict(norm_activation="dataset-wise"))
@@ -420,9 +397,8 @@ def llama_scope_2(folder):
 # --- others
 
 
-@layout
-def sparsify_with_negative_activations(folder):
-    w = arrays(3)
+@layout(seed=3)
+def sparsify_with_negative_activations(folder, w):
     state = dict(encoder__weight=w["W_enc"].T, encoder__bias=w["b_enc"], W_dec=w["W_dec"], b_dec=w["b_dec"])
     write_tensors(folder / "layers.10" / "sae.safetensors", **state)
     write_json(folder / "layers.10" / "cfg.json", dict(num_latents=F, k=30, signed=True, d_in=D))
@@ -431,38 +407,33 @@ def sparsify_with_negative_activations(folder):
     return folder / "layers.10", function(w, lambda pre: topk(pre, 30)), expected
 
 
-@layout
-def sparsify_skip_transcoder(folder):
-    w = arrays() | dict(W_skip=arrays(1)["W_enc"][:, :D])
+@layout()
+def sparsify_skip_transcoder(folder, w):
+    w["W_skip"] = arrays(1)["W_enc"][:, :D]
     state = dict(encoder__weight=w["W_enc"].T, encoder__bias=w["b_enc"], W_dec=w["W_dec"], b_dec=w["b_dec"])
     write_tensors(folder / "layers.3.mlp" / "sae.safetensors", **state, W_skip=w["W_skip"].T)
     cfg = dict(activation="topk", num_latents=F, k=K, d_in=D, transcode=True, skip_connection=True)
     write_json(folder / "layers.3.mlp" / "cfg.json", cfg)
-    return (
-        folder / "layers.3.mlp",
-        function(w, lambda pre: topk(relu(pre)), False),
-        dict(site="mlp_in.3", target="mlp_out.3"),
-    )
+    compute = function(w, lambda pre: topk(relu(pre)), False)
+    return folder / "layers.3.mlp", compute, dict(site="mlp_in.3", target="mlp_out.3")
 
 
-@layout
-def qwen_scope(folder):
-    w, file = arrays(), folder / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_30" / "layer4.sae.pt"
+@layout()
+def qwen_scope(folder, w):
+    file = folder / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_30" / "layer4.sae.pt"
     write_pickled(file, **{name: array.T for name, array in w.items()})
     return file, function(w, lambda pre: topk(pre, 30), False), dict(site="resid_post.4", k=30, signed=True)
 
 
-@layout
-def goodfire(folder):
-    w = arrays()
+@layout()
+def goodfire(folder, w):
     state = {name.replace("coder__", "coder_linear__"): array for name, array in linears(w).items()}
     write_pickled(folder / f"{NAME}.pth", **state)
     return folder, function(w, centred=False), dict(site="resid_post.19")
 
 
-@layout
-def qresearch(folder):
-    w = arrays()
+@layout()
+def qresearch(folder, w):
     write_pickled(folder / "DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt", **linears(w))
     return folder, function(w, centred=False), dict(site="resid_post.19")
 
@@ -472,10 +443,8 @@ def test_a_published_layout_computes_what_its_publisher_says(name, tmp_path):
     path, compute, expected = LAYOUTS[name](tmp_path)
     dictionary = load_dictionary(path)
     f, y = compute(X)
-    ours_f, ours_y = np.asarray(dictionary.encode(jnp.asarray(X))), np.asarray(dictionary(jnp.asarray(X)))
-    assert ((ours_f != 0) == (f != 0)).mean() > 0.999 and 0 < (f != 0).mean() < 1
-    np.testing.assert_allclose(ours_f, f, atol=1e-5 * np.abs(f).max())
-    np.testing.assert_allclose(ours_y, y, atol=1e-5 * np.abs(y).max())
+    assert_computes(dictionary, X, (f, y))
+    assert ((dictionary.encode(jnp.asarray(X)) != 0) == (f != 0)).mean() > 0.999 and 0 < (f != 0).mean() < 1
     assert {key: getattr(dictionary.config, key) for key in expected} == expected
     assert read_config(path) == dictionary.config
 
@@ -488,7 +457,7 @@ def test_a_folder_without_a_description_is_known_by_its_tensors(name, kind, tmp_
     (path / "config.json").unlink()
     dictionary = load_dictionary(path)
     assert dictionary.config.kind == kind
-    np.testing.assert_allclose(dictionary(jnp.asarray(X)), compute(X)[1], atol=1e-4)
+    assert_computes(dictionary, X, compute(X))
     write_pickled(path / "ae.pt", odd=1.0)
     with pytest.raises(UserError, match="names no dict_class, and its tensors are those of no class"):
         load_dictionary(path)
@@ -508,9 +477,7 @@ def test_a_crosscoder_of_gemma_scope_2_has_features_that_read_one_layer_and_writ
     f = [jump(w["threshold"])(x[:, index] @ w["W_enc"] + w["b_enc"]) for index, w in enumerate(made)]
     y = sum(np.einsum("bf,fpd->bpd", f[index], w["W_dec"]) for index, w in enumerate(made))
     y = (y + np.stack([w["b_dec"] for w in made])).reshape(20, -1)
-    joined = jnp.asarray(x.reshape(20, -1))
-    np.testing.assert_allclose(dictionary.encode(joined), np.concatenate(f, 1), atol=1e-4)
-    np.testing.assert_allclose(dictionary(joined), y, atol=1e-3)
+    assert_computes(dictionary, x.reshape(20, -1), (np.concatenate(f, 1), y))
     (folder / "params_layer_1.safetensors").unlink()
     with pytest.raises(UserError, match="params_layer_1.safetensors is missing"):
         load_dictionary(folder)
@@ -523,17 +490,15 @@ def test_a_crosscoder_of_two_models(batch_topk, tmp_path):
     w |= dict(encoder__bias=rng.standard_normal(F), decoder__bias=rng.standard_normal((2, D)))
     more = dict(threshold=np.asarray(3.0), k=np.asarray(7.0)) if batch_topk else {}
     stored = write_tensors(folder / "model.safetensors", **w, **more)
-    write_json(
-        folder / "config.json", dict(activation_dim=D, dict_size=F, num_layers=2) | (dict(k=7) if batch_topk else {})
-    )
+    settings = dict(activation_dim=D, dict_size=F, num_layers=2)
+    write_json(folder / "config.json", settings | (dict(k=7) if batch_topk else {}))
     dictionary, x = load_dictionary(folder), rng.standard_normal((20, 2, D)).astype(np.float32)
     assert dictionary.config.site == "resid_post.13+other:resid_post.13" and dictionary.config.widths == (D, D)
     pre = relu(np.einsum("bpd,pdf->bf", x.astype(np.float64), stored["encoder.weight"]) + stored["encoder.bias"])
     weight = np.linalg.norm(stored["decoder.weight"].astype(np.float64), axis=2).sum(0)
     f = pre * (pre * weight > 3.0) if batch_topk else pre
     y = np.einsum("bf,pfd->bpd", f, stored["decoder.weight"]) + stored["decoder.bias"]
-    np.testing.assert_allclose(dictionary.encode(jnp.asarray(x.reshape(20, -1))), f, atol=1e-4)
-    np.testing.assert_allclose(dictionary(jnp.asarray(x.reshape(20, -1))), y.reshape(20, -1), atol=1e-3)
+    assert_computes(dictionary, x.reshape(20, -1), (f, y.reshape(20, -1)))
 
 
 @torch.no_grad()
@@ -573,9 +538,8 @@ def test_a_set_may_lack_its_description_and_k_of_one_set_is_known(described, tmp
             load_transcoders(folder)
         (folder / "config.yaml").write_text(yaml.safe_dump(settings | dict(k=30)))
     for layer, (transcoder, w) in enumerate(zip(load_transcoders(folder), made, strict=True)):
-        f, y = function(w, (lambda pre: topk(pre, 30)) if described else relu, centred=False)(X)
-        np.testing.assert_allclose(transcoder.encode(jnp.asarray(X)), f, atol=1e-4)
-        np.testing.assert_allclose(transcoder(jnp.asarray(X)), y, atol=1e-3)
+        compute = function(w, (lambda pre: topk(pre, 30)) if described else relu, centred=False)
+        assert_computes(transcoder, X, compute(X))
         assert (transcoder.config.site, transcoder.config.target) == (f"mlp_in.{layer}", f"mlp_out.{layer}")
 
 
@@ -589,16 +553,14 @@ def test_a_set_lists_files_on_the_hub_of_a_revision(tmp_path, monkeypatch):
         return tmp_path / Path(file).name
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    settings = dict(
-        model_kind="transcoder_set", model_name="google/gemma-2-2b", feature_input_hook="ln2.hook_normalized"
-    )
-    settings |= dict(feature_output_hook="hook_mlp_out", transcoders=["hf://org/s/a/0.npz@v2", "hf://org/s/a/1.npz"])
+    settings = dict(model_kind="transcoder_set", model_name="google/gemma-2-2b")
+    settings |= dict(feature_input_hook="ln2.hook_normalized", feature_output_hook="hook_mlp_out")
+    settings |= dict(transcoders=["hf://org/s/a/0.npz@v2", "hf://org/s/a/1.npz"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     loaded = load_transcoders(tmp_path)
     assert asked == [("org/s", "a/0.npz", "v2"), ("org/s", "a/1.npz", "main")]
     assert [each.config.site for each in loaded] == ["mlp_normed.0", "mlp_normed.1"]
-    f, _ = function(made[1], jump(made[1]["threshold"]), False)(X)
-    np.testing.assert_allclose(loaded[1].encode(jnp.asarray(X)), f, atol=1e-4)
+    assert_computes(loaded[1], X, function(made[1], jump(made[1]["threshold"]), False)(X))
     opened = circuit_tracer.open_set(tmp_path)
     np.testing.assert_array_equal(opened.rows(1, "W_enc", np.array([3, 0])), made[1]["W_enc"][:, [3, 0]].T)
 
@@ -613,9 +575,8 @@ def registry(tmp_path, monkeypatch):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('it must not be imported')")
     release = dict(repo_id="jbloom/GPT2", model="gpt2-small", saes=[dict(id="blocks.8.hook_resid_pre", path="a/b")])
-    centred = json.loads(json.dumps(release)) | dict(
-        config_overrides=dict(model_from_pretrained_kwargs=dict(center_writing_weights=True))
-    )
+    overrides = dict(model_from_pretrained_kwargs=dict(center_writing_weights=True))
+    centred = json.loads(json.dumps(release)) | dict(config_overrides=overrides)
     (package / "pretrained_saes.yaml").write_text(yaml.safe_dump({"gpt2-small-res-jb": centred, "plain": release}))
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **wanted: str(tmp_path / name))
@@ -624,24 +585,17 @@ def registry(tmp_path, monkeypatch):
     place._fetch.cache_clear()
 
 
-def test_a_release_of_saelens_registry_brings_the_settings_that_its_folder_lacks(registry):
+def test_a_release_of_saelens_registry_brings_the_settings_that_its_folder_lacks(registry, monkeypatch):
     """The weights of this release's model were centred, which the folder itself does not say."""
-    centred, plain = (
-        load_dictionary(f"saelens:{name}/blocks.8.hook_resid_pre") for name in ("gpt2-small-res-jb", "plain")
-    )
+    names = [f"saelens:{release}/blocks.8.hook_resid_pre" for release in ("gpt2-small-res-jb", "plain")]
+    centred, plain = map(load_dictionary, names)
     assert (centred.config.input_norm, plain.config.input_norm) == ("center", "")
-    f, y = normalised(function(arrays()), "center")(X)
-    np.testing.assert_allclose(centred.encode(jnp.asarray(X)), f, atol=1e-4)
-    np.testing.assert_allclose(centred(jnp.asarray(X)), y, atol=1e-3)
-    assert stacks.identity("saelens:plain/blocks.8.hook_resid_pre") == stacks.identity(str(registry))
-    assert stacks.identity("saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre") != stacks.identity(str(registry))
+    assert_computes(centred, X, normalised(function(arrays()), "center")(X))
+    assert stacks.identity(names[1]) == stacks.identity(str(registry)) != stacks.identity(names[0])
     with pytest.raises(UserError, match="no dictionary 'x': expected one such as blocks.8.hook_resid_pre"):
         load_dictionary("saelens:plain/x")
     with pytest.raises(UserError, match="no release 'gpt2-medium': expected one such as gpt2-small-res-jb"):
         load_dictionary("saelens:gpt2-medium/x")
-
-
-def test_without_saelens_a_release_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="SAELens is not installed: install it .*, or give the address on the hub"):
         load_dictionary("saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre")
@@ -656,12 +610,12 @@ def test_only_the_named_folder_of_a_repository_is_fetched(tmp_path, monkeypatch)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     place._fetch.cache_clear()
-    path, _, _ = gemma_scope_1(tmp_path)
+    path, _, _ = LAYOUTS["gemma_scope_1"](tmp_path)
     below = path.relative_to(tmp_path).as_posix()
     assert load_dictionary(f"hf://google/scope/{below}@v1").site == "resid_post.12"
     ((name, revision, wanted, skipped),) = asked
     assert (name, revision, skipped) == ("google/scope", "v1", [f"{below}/*/*"]) and f"{below}/*.npz" in wanted
-    file, _, _ = qwen_scope(tmp_path)
+    file, _, _ = LAYOUTS["qwen_scope"](tmp_path)
     named = file.relative_to(tmp_path)
     assert load_dictionary(f"hf://Qwen/SAE/{named.as_posix()}").site == "resid_post.4"
     besides = [named.with_name(name).as_posix() for name in ("config.json", "cfg.json", "config.yaml")]
@@ -673,7 +627,7 @@ def test_only_the_named_folder_of_a_repository_is_fetched(tmp_path, monkeypatch)
 
 
 def test_files_of_one_layer_each_are_a_folders_dictionaries(tmp_path):
-    file, _, _ = qwen_scope(tmp_path)
+    file, _, _ = LAYOUTS["qwen_scope"](tmp_path)
     for layer in (0, 10):
         write_pickled(file.with_name(f"layer{layer}.sae.pt"), **{name: array.T for name, array in arrays().items()})
     assert [sae.site for sae in load_all(file.parent).values()] == ["resid_post.0", "resid_post.4", "resid_post.10"]
@@ -700,46 +654,31 @@ def cut(file):
     return lambda path: (path / file).write_bytes((path / file).read_bytes()[:200])
 
 
+OLDEST, NEWEST, LEARNED = "saelens_before_version_3", "saelens_6_with_unknown_settings", "dictionary_learning_topk"
+
+
 @pytest.mark.parametrize(
     "name,change,message",
     [
-        ("saelens_before_version_3", cut("sae_weights.safetensors"), "sae_weights.safetensors is truncated"),
-        ("saelens_before_version_3", settings("cfg.json", d_sae=7), "d_sae is 7, but the arrays .* have 40"),
-        ("saelens_before_version_3", settings("cfg.json", activation_fn_str="tanh-relu"), "activation_fn is 'tanh"),
-        (
-            "saelens_before_version_3",
-            settings("cfg.json", hook_point_head_index=3),
-            "hook_head_index is 3, expected null",
-        ),
+        (OLDEST, settings("cfg.json", d_sae=7), "d_sae is 7, but the arrays .* have 40"),
+        (OLDEST, settings("cfg.json", activation_fn_str="tanh-relu"), "activation_fn is 'tanh"),
+        (OLDEST, settings("cfg.json", hook_point_head_index=3), "hook_head_index is 3, expected null"),
         ("saelens_6_with_a_constant_factor", settings("cfg.json", activation_normalization_factor=...), "is missing"),
-        ("saelens_6_with_unknown_settings", settings("cfg.json", architecture="temporal"), "unknown architecture"),
-        ("saelens_6_with_unknown_settings", settings("cfg.json", normalize_activations="odd"), "is 'odd': expected"),
+        (NEWEST, settings("cfg.json", architecture="temporal"), "unknown architecture"),
+        (NEWEST, settings("cfg.json", normalize_activations="odd"), "is 'odd': expected"),
         ("saelens_6_of_centred_weights", settings("cfg.json", model_name="odd"), "cannot undo for odd"),
         ("gemma_scope_1", cut("params.npz"), "params.npz is truncated or not a npz file"),
         ("goodfire", cut(f"{NAME}.pth"), "SAE-l19.pth is truncated"),
-        (
-            "goodfire",
-            lambda path: write_pickled(path / f"{NAME}.pth", pre_bias=1.0),
-            "holds pre_bias, which no dictionary",
-        ),
-        ("dictionary_learning_topk", cut("ae.pt"), "ae.pt is truncated"),
-        ("dictionary_learning_topk", settings("config.json", dict_class="Odd"), "dict_class is 'Odd', which cannot"),
-        ("dictionary_learning_topk", lambda path: write_pickled(path / "ae.pt", k=3), "lacks decoder.weight, encoder"),
-        (
-            "dictionary_learning_topk",
-            settings("config.json", dict_class=...),
-            "of AutoEncoderTopK and BatchTopKSAE: fetch",
-        ),
+        ("goodfire", lambda path: write_pickled(path / f"{NAME}.pth", pre_bias=1.0), "holds pre_bias, which no dictio"),
+        (LEARNED, settings("config.json", dict_class="Odd"), "dict_class is 'Odd', which cannot"),
+        (LEARNED, lambda path: write_pickled(path / "ae.pt", k=3), "lacks decoder.weight, encoder"),
+        (LEARNED, settings("config.json", dict_class=...), "of AutoEncoderTopK and BatchTopKSAE: fetch"),
         ("llama_scope_1", settings("hyperparams.json", act_fn="relu"), "act_fn is 'relu', which no dictionary here"),
         ("llama_scope_1", settings("hyperparams.json", jump_relu_threshold=0), "jump_relu_threshold is 0"),
         ("llama_scope_1", settings("hyperparams.json", dataset_average_activation_norm=...), "expected norms above 0"),
         ("llama_scope_r1", settings("config.json", sae_type="lorsa"), "sae_type is 'lorsa'"),
         ("sparsify_skip_transcoder", settings("cfg.json", activation="groupmax"), "activation is 'groupmax'"),
-        (
-            "sparsify_skip_transcoder",
-            settings("cfg.json", k=F + 1),
-            "k is 41: expected a whole number from 1 to the 40",
-        ),
+        ("sparsify_skip_transcoder", settings("cfg.json", k=F + 1), "k is 41: expected a whole number from 1 to the"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -776,11 +715,7 @@ def test_arrays_that_are_not_finite_are_refused_by_name(tmp_path):
     write_tensors(bad / "sae_weights.safetensors", **w)
     with pytest.raises(UserError, match="hold NaN or infinity in float32: W_enc, b_dec, threshold;"):
         load_dictionary(bad)
-
-
-def test_our_own_dictionaries_that_are_not_finite_are_refused(tmp_path):
-    dictionary = load_dictionary(saelens_before_version_3(tmp_path / "theirs")[0])
-    spoiled = dictionary.arrays | dict(W_dec_FxD=dictionary.W_dec_FxD[...].at[1, 2].set(jnp.nan))
-    save_dictionary(tmp_path / "ours", Dictionary(dictionary.config, **spoiled))
+    ours = Dictionary(dictionary.config, **dictionary.arrays | dict(W_dec_FxD=jnp.full((F, D), jnp.nan)))
+    save_dictionary(tmp_path / "ours", ours)
     with pytest.raises(UserError, match="hold NaN or infinity in float32: W_dec;"):
         load_dictionary(tmp_path / "ours")

@@ -16,7 +16,7 @@ def test_a_gated_dictionary_is_a_jumprelu(form):
     f = np.asarray(gated.encode(x))
     np.testing.assert_array_equal(np.asarray(jumprelu.encode(x)) > 0, f > 0)
     assert 0.05 < (f > 0).mean() < 0.6
-    assert known.relative(jumprelu.encode(x), f) < 1e-6 and known.relative(jumprelu(x), gated(x)) < 1e-6
+    known.assert_computes(jumprelu, x, (f, gated(x)), within=1e-6)
 
 
 @pytest.mark.parametrize("kind", known.KINDS)
@@ -24,8 +24,7 @@ def test_the_encoders_bias_can_centre_the_input(kind):
     centred, x = known.make(kind), known.activations()
     uncentred = rescale.centre(centred, False)
     assert not uncentred.config.centred and rescale.centre(uncentred, False) is uncentred
-    assert known.relative(uncentred.encode(x), centred.encode(x)) < 1e-5
-    assert known.relative(uncentred(x), centred(x)) < 1e-5
+    known.assert_computes(uncentred, x, (centred.encode(x), centred(x)))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in known.KINDS if kind != "topk"])
@@ -39,18 +38,14 @@ def test_decoder_rows_of_any_length(kind):
     np.testing.assert_allclose(np.delete(lengths, 7), 1, rtol=1e-6)
     assert lengths[7] == 0
     factor_F[7] = 1
-    assert known.relative(unit.encode(x), dictionary.encode(x) * factor_F[None].astype(np.float32)) < 1e-5
-    assert known.relative(unit(x), dictionary(x)) < 1e-5
+    known.assert_computes(unit, x, (dictionary.encode(x) * factor_F[None].astype(np.float32), dictionary(x)))
 
 
 def test_a_topk_with_rows_of_one_length():
     dictionary, x = known.make("topk"), known.activations()
     dictionary.W_dec_FxD[...] = dictionary.W_dec_FxD[...] * 3
     unit = rescale.unit_decoder(dictionary)
-    assert (
-        known.relative(unit.encode(x), 3 * dictionary.encode(x)) < 1e-5
-        and known.relative(unit(x), dictionary(x)) < 1e-5
-    )
+    known.assert_computes(unit, x, (3 * dictionary.encode(x), dictionary(x)))
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "token_norm"])
@@ -62,7 +57,6 @@ def test_in_output_units_what_a_feature_adds_is_its_activation_times_its_row(nor
     np.testing.assert_allclose(scaled(x), dictionary(x), rtol=1e-4, atol=1e-4)
     f = scaled.encode(x)
     without = scaled.decode(f.at[:, 3].set(0.0), x)
-    np.testing.assert_allclose(
-        scaled(x) - without, np.asarray(f)[:, 3, None] * np.asarray(scaled.W_dec_FxD[3]), atol=1e-4
-    )
+    added = np.asarray(f)[:, 3, None] * np.asarray(scaled.W_dec_FxD[3])
+    np.testing.assert_allclose(scaled(x) - without, added, atol=1e-4)
     assert scaled.output_scale(x) is None and rescale.to_output_units(known.make()).config == known.make().config

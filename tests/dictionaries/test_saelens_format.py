@@ -15,6 +15,9 @@ from saejax.errors import UserError
 
 ARCHITECTURES = list(saelens.ARCHITECTURES)
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+FOLDED = dict(metadata__model_from_pretrained_kwargs=dict(fold_ln=True), metadata__hook_name="blocks.0.mlp.hook_in")
+UNTOLD = dict(metadata__training_architecture="batchtopk", metadata__training_architecture_details=[3])
+ZEROS, WIDE = np.zeros(F, np.float32), np.zeros((F, D + 1), np.float32)
 
 
 def cfg_of(folder) -> dict:
@@ -26,7 +29,7 @@ def test_a_dictionary_is_written_as_what_it_computes_and_comes_back(kind, form, 
     dictionary, x = known.make(kind, form), known.activations()
     save_dictionary(tmp_path / "a", dictionary, "saelens")
     f, y = known.saelens_by_formula(tmp_path / "a", x)
-    assert known.relative(dictionary.encode(x), f) < 1e-5 and known.relative(dictionary(x), y) < 1e-5
+    known.assert_computes(dictionary, x, (f, y))
     assert (f > 0).mean() > 0.02
     loaded = load_dictionary(tmp_path / "a")
     folded = kind == "gated" and form != "sae"  # to a JumpReLU
@@ -45,19 +48,28 @@ def test_a_transcoder_that_centres_its_input_is_written_as_one_that_does_not(kin
     dictionary, x = known.make(kind, "transcoder", centred=True), known.activations()
     save_dictionary(tmp_path / "a", dictionary, "saelens")
     assert cfg_of(tmp_path / "a")["apply_b_dec_to_input"] is False
-    f, y = known.saelens_by_formula(tmp_path / "a", x)
-    assert known.relative(dictionary.encode(x), f) < 1e-5 and known.relative(dictionary(x), y) < 1e-5
+    known.assert_computes(dictionary, x, known.saelens_by_formula(tmp_path / "a", x))
 
 
-@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
-def test_an_sae_that_does_not_centre_its_input(architecture, tmp_path):
-    folder, x = known.write_saelens(tmp_path / "a", architecture, apply_b_dec_to_input=False), known.activations()
-    dictionary = load_dictionary(folder)
-    f, y = known.saelens_by_formula(folder, x)
-    assert known.relative(dictionary.encode(x), f) < 1e-5 and known.relative(dictionary(x), y) < 1e-5
+@pytest.mark.parametrize(
+    ("architecture", "changes", "tensors"),
+    [
+        *((name, dict(apply_b_dec_to_input=False), {}) for name in ("standard", "topk", "jumprelu", "gated")),
+        ("topk", dict(rescale_acts_by_decoder_norm=True), {}),  # folded into the rows
+        ("topk", dict(k=F), {}),  # as many as there are
+        ("jumprelu", {}, dict(threshold=np.linspace(-2, 1, F, dtype=np.float32))),  # below zero they act like zero
+    ],
+    ids=str,
+)
+def test_what_saelens_wrote_is_read_and_written_as_what_it_computes(architecture, changes, tensors, tmp_path):
+    folder, x = known.write_saelens(tmp_path / "a", architecture, **changes), known.activations()
+    known.change_tensors(folder / WEIGHTS, **tensors)
+    dictionary, expected = load_dictionary(folder), known.saelens_by_formula(folder, x)
+    known.assert_computes(dictionary, x, expected)
     save_dictionary(tmp_path / "b", dictionary, "saelens")
-    assert cfg_of(tmp_path / "b")["apply_b_dec_to_input"] is False
-    assert known.relative(known.saelens_by_formula(tmp_path / "b", x)[1], y) < 1e-5
+    assert cfg_of(tmp_path / "b")["apply_b_dec_to_input"] == changes.get("apply_b_dec_to_input", True)
+    for again, before in zip(known.saelens_by_formula(tmp_path / "b", x), expected, strict=True):
+        assert known.relative(again, before) < 1e-5
 
 
 def test_the_layout_is_that_of_saelens(tmp_path):
@@ -77,32 +89,15 @@ def test_the_layout_is_that_of_saelens(tmp_path):
     assert sorted(path.name for path in (tmp_path / "sae").iterdir()) == [CFG, WEIGHTS]
 
 
-@pytest.mark.parametrize("kind,form", known.NOT_IN_SAELENS)
-def test_what_saelens_has_nothing_like_is_refused_by_name(kind, form, tmp_path):
-    with pytest.raises(UserError, match=f"SAELens has no architecture for a {kind} "):
-        save_dictionary(tmp_path / "a", known.make(kind, form), "saelens")
-    assert not (tmp_path / "a").exists()
-
-
-def test_a_topk_that_scales_by_decoder_norms_is_folded(tmp_path):
-    folder, x = known.write_saelens(tmp_path, "topk", rescale_acts_by_decoder_norm=True), known.activations()
-    dictionary = load_dictionary(folder)
-    f, y = known.saelens_by_formula(folder, x)
-    assert known.relative(dictionary.encode(x), f) < 1e-5 and known.relative(dictionary(x), y) < 1e-5
-    np.testing.assert_allclose(np.linalg.norm(dictionary.W_dec_FxD[...], axis=1), 1, rtol=1e-6)
-    save_dictionary(tmp_path / "b", dictionary, "saelens")
-    assert known.relative(known.saelens_by_formula(tmp_path / "b", x)[0], f) < 1e-5
-
-
-def test_thresholds_below_zero_act_like_zero(tmp_path):
-    folder, x = known.write_saelens(tmp_path, "jumprelu"), known.activations()
-    known.change_tensors(folder / WEIGHTS, threshold=np.linspace(-2, 1, F, dtype=np.float32))
-    dictionary = load_dictionary(folder)
-    assert known.relative(dictionary.encode(x), known.saelens_by_formula(folder, x)[0]) < 1e-5
-    assert float(dictionary.encode(x).min()) == 0
-    dictionary.threshold_F[...] = jnp.full(F, -1.0)
-    with pytest.raises(UserError, match="thresholds below 0"):
-        save_dictionary(tmp_path / "b", dictionary, "saelens")
+def test_what_saelens_has_nothing_like_is_refused_by_name(tmp_path):
+    negative = known.make("jumprelu")
+    negative.threshold_F[...] = jnp.full(F, -1.0)
+    refused = [(known.make(*pair), f"SAELens has no architecture for a {pair[0]} ") for pair in known.NOT_IN_SAELENS]
+    refused += [(known.make("topk", signed=True), "no TopK that keeps negative activations")]
+    for dictionary, message in [*refused, (negative, "thresholds below 0")]:
+        with pytest.raises(UserError, match=message):
+            save_dictionary(tmp_path / "a", dictionary, "saelens")
+        assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "topk"])
@@ -115,14 +110,11 @@ def test_unit_norm_brings_rows_to_length_one_and_keeps_the_output(architecture, 
     assert known.relative(unit(x), plain(x)) < 1e-5
 
 
-@pytest.mark.parametrize("norm", ["layer_norm", "token_norm", "center"])
-@pytest.mark.parametrize("bos", ["auto", "always", "never"])
+@pytest.mark.parametrize(("norm", "bos"), [("layer_norm", "auto"), ("token_norm", "always"), ("center", "never")])
 def test_conventions_of_training_are_written(norm, bos, tmp_path):
     dictionary = known.make("standard", input_norm=norm, bos=bos, context=128, model="gpt2")
     save_dictionary(tmp_path, dictionary, "saelens")
     assert load_dictionary(tmp_path).config == dictionary.config
-    with pytest.raises(UserError, match="no TopK that keeps negative activations"):
-        save_dictionary(tmp_path / "b", known.make("topk", signed=True), "saelens")
 
 
 def test_unit_norm_is_refused_where_it_would_change_a_topk(tmp_path):
@@ -133,10 +125,9 @@ def test_unit_norm_is_refused_where_it_would_change_a_topk(tmp_path):
 
 
 def test_what_was_trained_as_something_else_says_so(tmp_path):
-    metadata = dict(
-        metadata__training_architecture="matryoshka_batchtopk",
-        metadata__training_architecture_details=dict(k=16.0, matryoshka_widths=[10, 20], decoder_init_norm=0.1),
-    )
+    details = dict(k=16.0, matryoshka_widths=[10, 20], decoder_init_norm=0.1)
+    metadata = dict(metadata__training_architecture="matryoshka_batchtopk")
+    metadata |= dict(metadata__training_architecture_details=details)
     config = load_dictionary(known.write_saelens(tmp_path, "jumprelu", **metadata)).config
     assert (config.kind, config.k, config.groups) == ("matryoshka", 16, (10, 20, F))
 
@@ -155,33 +146,21 @@ def test_what_was_trained_as_something_else_says_so(tmp_path):
         ("standard", dict(architecture="batchtopk"), "checkpoint of training"),
         ("standard", dict(metadata=[3]), "is not the description of a dictionary"),
         ("standard", dict(metadata__hook_name="blocks.0.attn.hook_q"), "the hook blocks.0.attn.hook_q is none of the"),
-        ("standard", dict(metadata__model_from_pretrained_kwargs=dict(fold_ln=True),
-         metadata__hook_name="blocks.0.mlp.hook_in"), "fold_ln changes the values at mlp_in.0"),
-        ("jumprelu", dict(metadata__training_architecture="batchtopk", metadata__training_architecture_details=[3]),
-         "training_architecture_details is damaged"),
+        ("standard", FOLDED, "fold_ln changes the values at mlp_in.0"),
+        ("jumprelu", UNTOLD, "training_architecture_details is damaged"),
         ("standard", dict(metadata__saejax=dict(max_norm="big")), "metadata.saejax .* is damaged"),
+        ("standard", dict(tensors=dict(b_enc=...)), "lacks b_enc: it has W_dec, W_enc, b_dec"),
+        ("standard", dict(tensors=dict(scaling_factor=ZEROS + 2)), "finetuning_scaling_factor is not set"),
+        ("standard", dict(tensors=dict(b_enc=np.append(ZEROS, ZEROS[:1]))), r"b_enc has the shape \(41,\), expected"),
+        ("standard", dict(tensors=dict(W_dec=WIDE)), "reads width 12 and writes width 13"),
+        ("standard", dict(tensors=dict(b_dec=np.zeros(D))), "in float64, which JAX reads only with JAX_ENABLE_X64=1"),
     ],
-    ids=str,
-)  # fmt: skip
-def test_settings_that_cannot_be_followed_are_refused_by_name(architecture, changes, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        load_dictionary(known.write_saelens(tmp_path, architecture, **changes))
-
-
-@pytest.mark.parametrize(
-    "changes,message",
-    [
-        (dict(b_enc=...), "lacks b_enc: it has W_dec, W_enc, b_dec"),
-        (dict(scaling_factor=np.full(F, 2, np.float32)), "finetuning_scaling_factor is not set"),
-        (dict(b_enc=np.zeros(F + 1, np.float32)), r"b_enc has the shape \(41,\), expected \(40,\)"),
-        (dict(W_dec=np.zeros((F, D + 1), np.float32)), "reads width 12 and writes width 13"),
-        (dict(b_dec=np.zeros(D, np.float64)), "is in float64, which JAX reads only with JAX_ENABLE_X64=1"),
-    ],
-    ids=lambda value: str(list(value)) if isinstance(value, dict) else None,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_tensors_that_do_not_fit_are_refused_by_name(changes, message, tmp_path):
-    folder = known.write_saelens(tmp_path, "standard")
-    known.change_tensors(folder / WEIGHTS, **changes)
+def test_what_cannot_be_followed_or_does_not_fit_is_refused_by_name(architecture, changes, message, tmp_path):
+    settings = {name: value for name, value in changes.items() if name != "tensors"}
+    folder = known.write_saelens(tmp_path, architecture, **settings)
+    known.change_tensors(folder / WEIGHTS, **changes.get("tensors", {}))
     with pytest.raises(UserError, match=message):
         load_dictionary(folder)
 

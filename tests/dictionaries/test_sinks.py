@@ -64,9 +64,8 @@ def test_edits_of_a_dictionary_of_others_leave_sinks_alone(lm, foreign, place):
 def test_a_transcoder_leaves_sinks_of_either_site_alone(lm):
     transcoder = make_dictionary(lm.config.d_model, "mlp_in.1", "mlp_out.1")
     ids = pad([[SINK, *USUAL]])
-    read, written = (
-        np.linalg.norm(lm(ids, capture=[site]).sites[site][0], axis=-1) for site in ("mlp_in.1", "mlp_out.1")
-    )
+    sites = lm(ids, capture=["mlp_in.1", "mlp_out.1"]).sites
+    read, written = (np.linalg.norm(value_1xTxD[0], axis=-1) for value_1xTxD in sites.values())
     for norms, name in ((read, "max_norm"), (written, "target_max_norm")):
         limits = dict(max_norm=1e9, target_max_norm=1e9) | {name: float(np.sort(norms)[-2:].mean())}
         edited = transcoder.with_config(dataclasses.replace(transcoder.config, **limits))

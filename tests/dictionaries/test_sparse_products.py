@@ -21,14 +21,8 @@ def world(request):
     """Arrays by name, and k; feature 0 never fires."""
     tokens, width, features, k = request.param
     rng = np.random.default_rng(list(request.param))
-    shapes = dict(
-        zip(
-            NAMES,
-            [(tokens, width), (width,), (width, features), (features,), (features, width), (tokens, width)],
-            strict=True,
-        )
-    )
-    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    shapes = [(tokens, width), (width,), (width, features), (features,), (features, width), (tokens, width)]
+    arrays = {name: rng.standard_normal(size).astype(np.float32) for name, size in zip(NAMES, shapes, strict=True)}
     arrays["b_enc"][0] = -1e3
     return arrays, k
 
@@ -72,9 +66,8 @@ def test_equal_to_the_dense_form(world, field, any_dead, moves_pre):
     dense_values = dense_form(arrays, k, most)
     for sparse_value, dense_value in zip(sparse_values, dense_values, strict=True):
         np.testing.assert_allclose(sparse_value, dense_value, rtol=1e-5, atol=1e-5)
-    assert (np.asarray(sparse_values[0]) > 0).sum(axis=1).max() == min(
-        k, (np.asarray(dense_values[1]) > 0).sum(axis=1).max()
-    )
+    kept, positive = ((np.asarray(value) > 0).sum(axis=1).max() for value in (sparse_values[0], dense_values[1]))
+    assert kept == min(k, positive)
     assert sparse_values[3][0] == 0
     rng = np.random.default_rng(0)
     weights = [rng.standard_normal(part.shape).astype(np.float32) for part in dense_values[:3]]
@@ -120,9 +113,8 @@ def test_the_largest_of_each_row():
         values = values.astype(np.float32)  # ties everywhere, and rows without anything to keep
         for k in {1, 20, values.shape[1]}:
             most = min(k + 3, values.shape[1])
-            value_BxK, place_BxK = jax.jit(selection.k_largest, static_argnums=2)(
-                jnp.asarray(values), jnp.int32(min(k, most)), most
-            )
+            find = jax.jit(selection.k_largest, static_argnums=2)
+            value_BxK, place_BxK = find(jnp.asarray(values), jnp.int32(min(k, most)), most)
             assert place_BxK.dtype == jnp.int32 and value_BxK.shape == (len(values), most)
             for row, kept, places in zip(values, np.asarray(value_BxK), np.asarray(place_BxK), strict=True):
                 order = [at for at in np.argsort(-row, kind="stable")[:k] if row[at] > 0]
@@ -136,9 +128,8 @@ def test_the_form_that_is_taken(one_device):
 
     eight = make_mesh()
     assert form("auto", one_device, k=128) == "rows"
-    assert (
-        form("auto", one_device, "bfloat16", 128) == form("auto", one_device, k=512) == form("auto", eight) == "dense"
-    )
+    assert form("auto", one_device, "bfloat16", 128) == form("auto", one_device, k=512) == "dense"
+    assert form("auto", eight) == "dense"
     assert form("rows", one_device) == "rows" and form("dense", eight) == "dense"
     with pytest.raises(UserError, match="products=rows is for one .* there are 8 of platform cpu"):
         form("rows", eight)

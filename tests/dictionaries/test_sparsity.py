@@ -19,14 +19,19 @@ def reference_topk(pre: np.ndarray, k: int) -> np.ndarray:
     return kept
 
 
+SMALL = [1e-40, 1e-38, 1e-30, 1e30, 3e38, 2.0, 1.0, -1e30]  # denormal, tiny and huge
+
+
 @pytest.mark.parametrize("features,k", [(64, 1), (64, 7), (512, 8), (512, 32), (96, 96), (33, 5), (1, 1)])
 def test_topk_keeps_exactly_the_largest(features, k):
     pre = np.random.default_rng(features + k).normal(size=(50, features)).astype(np.float32)
     np.testing.assert_array_equal(jax.jit(sparsity.topk, static_argnums=1)(pre, k), reference_topk(pre, k))
+    grad = jax.grad(lambda pre: jnp.sum(sparsity.topk(pre, k) * 3.0))(jnp.asarray(pre))
+    np.testing.assert_array_equal(grad, 3.0 * (reference_topk(pre, k) > 0))  # it reaches kept features only
 
 
 @pytest.mark.parametrize(
-    "values", [[-1.0, -2, -3, -4], [0.0, 0, 0, 0], [5.0, -1, -1, -1], [1.0, 1, 1, 1], [np.inf, 1, 2, 3]]
+    "values", [[-1.0, -2, -3, -4], [0.0, 0, 0, 0], [5.0, -1, -1, -1], [1.0, 1, 1, 1], [np.inf, 1, 2, 3], SMALL]
 )
 def test_topk_of_odd_rows(values):
     acts = np.asarray(sparsity.topk(jnp.array([values], jnp.float32), 2))[0]
@@ -87,9 +92,10 @@ def test_batch_topk_of_many_tokens_that_are_sampled_first(kind):
     np.testing.assert_array_equal(acts, np.where(positive >= kth, positive, 0))
 
 
-def test_topk_of_tiny_huge_and_denormal_values():
-    pre = np.array([[1e-40, 1e-38, 1e-30, 1e30, 3e38, 2.0, 1.0, -1e30]], np.float32)
-    np.testing.assert_array_equal(np.asarray(sparsity.topk(jnp.asarray(pre), 3)), reference_topk(pre, 3))
+def test_what_lies_at_the_threshold():
+    pre = jnp.array([[1.0, 2.0, -3.0, 2.0]])
+    np.testing.assert_array_equal(sparsity.threshold(pre, jnp.full(4, 2.0)), np.zeros((1, 4)))
+    np.testing.assert_array_equal(sparsity.signed_topk(pre, 2, 3), [[0.0, 2.0, 0.0, 2.0]])
 
 
 def test_topk_in_bfloat16_and_float64():
@@ -100,12 +106,6 @@ def test_topk_in_bfloat16_and_float64():
     with jax.enable_x64(True):
         wide = 1 + np.arange(64)[None] * 1e-15  # told apart in float64 only
         np.testing.assert_array_equal(np.asarray(sparsity.topk(jnp.asarray(wide), 3)), reference_topk(wide, 3))
-
-
-def test_topk_gradient_reaches_kept_features_only():
-    pre = jnp.asarray(np.random.default_rng(1).normal(size=(4, 128)), jnp.float32)
-    grad = jax.grad(lambda pre: jnp.sum(sparsity.topk(pre, 6) * 3.0))(pre)
-    np.testing.assert_array_equal(np.asarray(grad), 3.0 * (reference_topk(np.asarray(pre), 6) > 0))
 
 
 def test_topk_over_a_sharded_feature_axis():

@@ -1,6 +1,8 @@
-"""Which weight files of a checkpoint are read, and files that are damaged."""
+"""Which weight files of a checkpoint are read, files of ``torch.save``, and files that are damaged."""
 
+import collections
 import json
+import pathlib
 
 import ml_dtypes
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 from saejax.errors import UserError
-from saejax.models.checkpoint import read_checkpoint, read_header, weight_files
+from saejax.models.checkpoint import read_checkpoint, read_header, read_pickled_tensors, weight_files
 
 INDEX = "model.safetensors.index.json"
 A, B = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(4, dtype=np.float32)
@@ -30,13 +32,6 @@ def write_index(folder, weight_map, name=INDEX):
 
 def values(folder):
     return {name: tensor.map() for name, tensor in read_checkpoint(folder).items() if not tensor.dtype_problem}
-
-
-def test_tensors_of_several_files(folder):
-    tensors = read_checkpoint(folder)
-    assert sorted(tensors) == ["a", "b", "c"]
-    np.testing.assert_array_equal(tensors["a"].map(), A)
-    assert tensors["a"].nbytes == 24 and tensors["a"].file.name == "one.safetensors"
 
 
 def test_every_dtype_is_found_at_its_place(tmp_path):
@@ -62,10 +57,13 @@ def test_the_order_of_transformers(folder):
     state = dict(d=torch.ones(2), mask=torch.ones(2, dtype=torch.bool))
     torch.save(state, folder / "part-1.bin")
     write_index(folder, dict(d="part-1.bin"), "pytorch_model.bin.index.json")
-    assert sorted(values(folder)) == ["a", "b", "c"]
+    tensors = read_checkpoint(folder)
+    assert sorted(tensors) == ["a", "b", "c"]
+    assert tensors["a"].nbytes == 24 and tensors["a"].file.name == "one.safetensors"
     (folder / INDEX).unlink()
     assert weight_files(folder) == [folder / "part-1.bin"] and sorted(values(folder)) == ["d"]
-    torch.save(state | dict(e=torch.ones(3, dtype=torch.bfloat16)), folder / "pytorch_model.bin")
+    nested = dict(model=state | dict(e=torch.ones(3, dtype=torch.bfloat16)), step=3)  # as training saves it
+    torch.save(nested, folder / "pytorch_model.bin")
     assert sorted(values(folder)) == ["d", "e"] and values(folder)["e"].dtype == ml_dtypes.bfloat16
     assert sorted(read_checkpoint(folder)) == ["d", "e", "mask"]
     save_file(dict(a=A), folder / "model.safetensors")
@@ -81,8 +79,11 @@ def test_the_index_decides_between_two_files_of_one_tensor(folder):
 
 
 def test_what_a_folder_without_weights_holds_is_said(folder):
-    """Shards whose index was not fetched, an adapter, and nothing at all."""
-    for name in (INDEX, "one.safetensors", "two.safetensors"):
+    """A shard that was not fetched, an index that was not, an adapter, and nothing at all."""
+    (folder / "one.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no one.safetensors, which model.safetensors.index.json names: fetch"):
+        weight_files(folder)
+    for name in (INDEX, "two.safetensors"):
         (folder / name).unlink()
     with pytest.raises(UserError, match="has no weights: expected model.safetensors, or its shards with an index"):
         weight_files(folder)
@@ -94,11 +95,6 @@ def test_what_a_folder_without_weights_holds_is_said(folder):
         weight_files(folder)
 
 
-def test_tensors_that_a_training_checkpoint_nests(tmp_path):
-    torch.save(dict(model=dict(a=torch.ones(2)), step=3), tmp_path / "pytorch_model.bin")
-    assert sorted(values(tmp_path)) == ["a"]
-
-
 def test_rows_columns_and_numbers_of_a_tensor(tmp_path):
     """Reading gives a copy in float32, whatever the file's dtype; the file itself stays mapped."""
     wide = np.arange(12, dtype=ml_dtypes.bfloat16).reshape(2, 3, 2)
@@ -108,12 +104,6 @@ def test_rows_columns_and_numbers_of_a_tensor(tmp_path):
     np.testing.assert_array_equal(tensors["wide"].rows(np.array([1, 0])), wide[::-1])
     np.testing.assert_array_equal(tensors["wide"].column(2).read(), wide[:, 2])
     assert tensors["wide"].column(2).shape == (2, 2) and tensors["count"].numbers() == [3, 4]
-
-
-def test_a_file_of_the_index_is_missing(folder):
-    (folder / "one.safetensors").unlink()
-    with pytest.raises(UserError, match=r"has no one.safetensors, which model.safetensors.index.json names: fetch"):
-        weight_files(folder)
 
 
 @pytest.mark.parametrize(
@@ -134,22 +124,67 @@ def test_damaged_indices(folder, text, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("cut", [0, 5, 60, -1])
-def test_truncated_files(folder, cut):
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 548105171\n"
+
+
+def test_truncated_files_and_other_bytes(folder):
     file = folder / "two.safetensors"
-    file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(UserError, match=r"two.safetensors is truncated or not a safetensors file .*: fetch it again"):
-        read_checkpoint(folder)
-
-
-def test_other_bytes(tmp_path):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"\xff" * 64)
-    with pytest.raises(UserError, match=r"model.safetensors is truncated or not"):
-        read_header(file)
-    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 548105171\n")
+    whole = file.read_bytes()
+    for content in (b"", whole[:5], whole[:60], whole[:-1], b"\xff" * 64):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"two.safetensors is truncated or not a safetensors file .*: fetch it"):
+            read_checkpoint(folder)
+    file.write_bytes(LFS)
     with pytest.raises(UserError, match=r"is a pointer of Git LFS, not the weights: run `git lfs pull`"):
         read_header(file)
-    torch.save([torch.ones(2)], tmp_path / "pytorch_model.bin")
+    torch.save([torch.ones(2)], folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model.bin holds a list: expected tensors by name"):
-        read_header(tmp_path / "pytorch_model.bin")
+        read_header(folder / "pytorch_model.bin")
+
+
+# --- files of torch.save, read without running what they hold
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_nest_of_tensors_keeps_names_values_and_dtypes(tmp_path, zipped):
+    file = tmp_path / "ae.pt"
+    weight = torch.arange(6.0).reshape(2, 3)
+    nest = collections.OrderedDict(a=weight.T, half=weight.half(), brain=weight.bfloat16(), mask=weight > 2, k=5)
+    nest |= dict(b=[torch.nn.Parameter(weight)], tied=weight)
+    torch.save(nest, file, _use_new_zipfile_serialization=zipped)
+    read = read_pickled_tensors(file)
+    assert type(read) is dict and read["k"] == 5 and list(read) == list(nest)
+    assert read["brain"].dtype == ml_dtypes.bfloat16 and read["half"].dtype == np.float16
+    np.testing.assert_array_equal(read["brain"].astype(np.float32), weight)
+    np.testing.assert_array_equal(read["a"], weight.T)
+    np.testing.assert_array_equal(read["b"][0], weight)
+    np.testing.assert_array_equal(read["mask"], weight > 2)
+    assert np.shares_memory(read["b"][0], read["tied"])
+
+
+class Dangerous:
+    """An object whose unpickling makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def test_objects_are_refused_and_not_run(tmp_path):
+    torch.save({"x": Dangerous(tmp_path / "run")}, tmp_path / "ae.pt")
+    with pytest.raises(UserError, match=r"ae\.pt holds objects other than tensors"):
+        read_pickled_tensors(tmp_path / "ae.pt")
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_files_are_named(tmp_path):
+    file = tmp_path / "ae.pt"
+    torch.save({"x": torch.ones(100)}, file)
+    for content in (file.read_bytes()[:300], b""):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"ae\.pt is truncated"):
+            read_pickled_tensors(file)
+    with pytest.raises(UserError, match=r"none\.pt is missing"):
+        read_pickled_tensors(tmp_path / "none.pt")

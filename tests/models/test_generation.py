@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from loaded_models import fifty_prompts
 from tiny_models import save_tiny, save_tiny_tokenizer
 
 from saejax import load_model
@@ -20,28 +22,6 @@ from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 
 TEXTS = ["The capital of France is", "3", "One day, she said that there was a way to see where the water went, and the"]
-PROMPTS = [
-    "The capital of France is",
-    "Once upon a time, there was a girl who",
-    "1, 2, 3, 4,",
-    "Question: What is the largest planet of the solar system?\nAnswer:",
-    "def add(a, b):\n    return",
-    "Water boils at",
-    "The opposite of hot is",
-    "My favourite book is about",
-    "In 1969, the first man",
-    "To make pancakes, you need",
-    "Translate to French: Good morning.\n",
-    "The three primary colours are",
-    "She opened the door and saw",
-    "A triangle has",
-    "Dear Sir or Madam,\n\nI am writing",
-    "The keys to the cabinet",
-    "<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\n",
-    "SELECT name FROM",
-    "Photosynthesis is the process by which",
-    "The cat sat on the mat. The dog",
-]
 
 
 @jax.tree_util.register_dataclass
@@ -57,11 +37,6 @@ class Push:
 
 
 @pytest.fixture(scope="module")
-def lm(tiny_llama, one_device):
-    return load_model(str(tiny_llama), mesh=one_device)
-
-
-@pytest.fixture(scope="module")
 def tokens(lm):
     return lm.tokenize(TEXTS)
 
@@ -69,19 +44,6 @@ def tokens(lm):
 @pytest.fixture(scope="module")
 def greedy(lm, tokens):
     return lm.generate(tokens, 20)
-
-
-def transformers_greedy(model, ids, new) -> list[int]:
-    """The new ids, with the end of text if there was one."""
-    import torch
-
-    out = model.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        max_new_tokens=new,
-        do_sample=False,
-    )
-    return out[0, len(ids) :].tolist()
 
 
 def rows(tokens: Tokens) -> list[list[int]]:
@@ -93,7 +55,9 @@ def assert_equals_transformers(lm, model, sequences, new, batched):
     batches = [sequences] if batched else [[ids] for ids in sequences]
     found = [done for batch in batches for done in lm.generate(pad(batch), new)]
     for ids, done in zip(sequences, found, strict=True):
-        expected = transformers_greedy(model, ids, new)
+        prompt = torch.tensor([ids])
+        whole = model.generate(prompt, attention_mask=prompt * 0 + 1, max_new_tokens=new, do_sample=False)
+        expected = whole[0, len(ids) :].tolist()  # with the end of text if there was one
         if expected[-1] in ends:
             assert (done.finished, list(done.ids)) == ("eos", expected[:-1])
         else:
@@ -111,15 +75,16 @@ def test_greedy_equals_transformers(family, one_device, tmp_path):
     assert_equals_transformers(lm, model, sequences, 24, batched=True)
 
 
-def test_greedy_on_smollm2_equals_transformers(smollm2, smollm2_torch):
-    assert_equals_transformers(smollm2, smollm2_torch, rows(smollm2.tokenize(PROMPTS[:4])), 24, batched=True)
+SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("batched", [True, False])
-def test_64_tokens_on_20_prompts_equal_transformers(smollm2, smollm2_torch, batched):
-    assert_equals_transformers(smollm2, smollm2_torch, rows(smollm2.tokenize(PROMPTS)), 64, batched)
+@pytest.mark.parametrize(
+    ("count", "new", "batched"),
+    [(4, 24, True), pytest.param(20, 64, True, marks=SLOW), pytest.param(20, 64, False, marks=SLOW)],
+)
+def test_greedy_on_smollm2_equals_transformers(smollm2, smollm2_torch, count, new, batched):
+    prompts = rows(smollm2.tokenize(fifty_prompts()[:count]))
+    assert_equals_transformers(smollm2, smollm2_torch, prompts, new, batched)
 
 
 def continue_without_cache(lm, tokens, new, edits=()) -> list[list[int]]:
@@ -272,14 +237,9 @@ def test_the_context_can_be_filled_but_not_exceeded(lm):
         (dict(stop="\n"), r"stop is '\\n': expected a list"),
         (dict(stop=["a", ""]), "none of them empty"),
         (dict(edits=[Push(jnp.zeros((64, 64)), Site("mlp_in", 9))]), "4 layers, 0 to 3"),
+        (dict(edits=[Push(jnp.full((64, 64), jnp.nan), Site("mlp_out", 2))]), "the logits after prompt 0 of 3 are NaN"),
     ],
 )
-def test_bad_settings_are_refused(lm, tokens, options, message):
+def test_bad_settings_and_logits_that_are_not_finite_are_refused(lm, tokens, options, message):
     with pytest.raises(UserError, match=message):
         lm.generate(tokens, **dict(max_new_tokens=4) | options)
-
-
-def test_logits_that_are_not_finite_are_an_error(lm, tokens):
-    edits = [Push(jnp.full((64, 64), jnp.nan), Site("mlp_out", 2))]
-    with pytest.raises(UserError, match="the logits after prompt 0 of 3 are NaN"):
-        lm.generate(tokens, 4, edits=edits)

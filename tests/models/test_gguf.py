@@ -1,9 +1,9 @@
 """GGUF files: values, what transformers leaves out, and the cache."""
 
-import functools
+import concurrent.futures
 import json
 import os
-import threading
+import shutil
 
 import gguf as gguf_package
 import huggingface_hub
@@ -79,25 +79,30 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def conversions(monkeypatch):
-    """A list that grows by one with each conversion that is begun."""
-    begun, real = [], gguf._convert
+@pytest.fixture(scope="module")
+def converted(tiny_gguf, tmp_path_factory):
+    """The model that is made of the file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAEJAX_CACHE", str(tmp_path_factory.mktemp("converted")))
+        return resolve(tiny_gguf[0])
 
-    @functools.wraps(real)
-    def convert(*args):
-        begun.append(args)
-        real(*args)
+
+@pytest.fixture
+def conversions(converted, monkeypatch):
+    """A list that grows by one with each conversion that is begun: it copies what one has made."""
+    begun = []
+
+    def convert(gguf_file, folder):
+        begun.append(gguf_file)
+        shutil.copytree(converted.folder, folder, ignore=shutil.ignore_patterns("saejax.json"), dirs_exist_ok=True)
 
     monkeypatch.setattr(gguf, "_convert", convert)
     return begun
 
 
-def test_a_gguf_file_is_dequantised_once(tiny_gguf, cache, conversions):
-    file, tensors = tiny_gguf
-    first = resolve(file)
-    assert first.folder.parent == cache
-    weights = load_file(first.folder / "model.safetensors")
+def test_a_gguf_file_is_dequantised(tiny_gguf, converted):
+    _, tensors = tiny_gguf
+    weights = load_file(converted.folder / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {np.dtype("float32")}
     for ours, theirs in {
         "model.embed_tokens.weight": "token_embd.weight",
@@ -106,20 +111,16 @@ def test_a_gguf_file_is_dequantised_once(tiny_gguf, cache, conversions):
         "model.layers.0.self_attn.v_proj.weight": "blk.0.attn_v.weight",
     }.items():
         np.testing.assert_array_equal(weights[ours], tensors[theirs])
-    assert "quantization_config" not in json.loads((first.folder / "config.json").read_text())
-    tokenizer = source.load_tokenizer(first)
+    assert "quantization_config" not in json.loads((converted.folder / "config.json").read_text())
+    tokenizer = source.load_tokenizer(converted)
     assert tokenizer.decode(tokenizer("The war lasted, 17 years\n")["input_ids"]) == "The war lasted, 17 years\n"
-    assert not hasattr(source.load_torch_model(first), "hf_quantizer")
-    assert resolve(file) == first and len(conversions) == 1
+    assert not hasattr(source.load_torch_model(converted), "hf_quantizer")
 
 
-def test_what_is_made_does_not_depend_on_whether_the_hub_can_be_reached(tiny_gguf, tmp_path, monkeypatch):
-    found = []
-    for offline in (True, False):
-        monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / f"cache-{offline}"))
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-        found.append(resolve(tiny_gguf[0]))
-    assert found[0].fingerprint == found[1].fingerprint and found[0].folder != found[1].folder
+def test_what_is_made_does_not_depend_on_whether_the_hub_can_be_reached(tiny_gguf, converted, cache, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", not huggingface_hub.constants.HF_HUB_OFFLINE)
+    found = resolve(tiny_gguf[0])
+    assert found.fingerprint == converted.fingerprint and found.folder.parent == cache != converted.folder.parent
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,7 @@ def test_what_is_made_does_not_depend_on_whether_the_hub_can_be_reached(tiny_ggu
 )
 def test_a_damaged_cache_is_not_used(tiny_gguf, cache, conversions, damage):
     first = resolve(tiny_gguf[0])
+    assert resolve(tiny_gguf[0]) == first and len(conversions) == 1
     (cache / f".{first.folder.name}.writing").mkdir()  # as left behind by a killed process
     (cache / f".{first.folder.name}.writing" / "config.json").write_text("{")
     damage(first.folder)
@@ -144,30 +146,22 @@ def test_a_damaged_cache_is_not_used(tiny_gguf, cache, conversions, damage):
 
 
 def test_two_at_once_convert_once(tiny_gguf, cache, conversions):
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(resolve(tiny_gguf[0]))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(conversions) == 1
-    assert len(found) == 3 and len(set(found)) == 1
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(resolve, 3 * [tiny_gguf[0]]))
+    assert len(conversions) == 1 and len(set(found)) == 1
 
 
-def test_a_failed_conversion_leaves_nothing(tiny_gguf, cache, monkeypatch):
+def test_a_cache_that_cannot_be_written(tiny_gguf, tmp_path, cache, monkeypatch):
+    """A conversion that fails leaves nothing behind."""
+
     def full(gguf_file, folder):
         (folder / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(gguf, "_convert", full)
-        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): set SAEJAX_CACHE"):
-            resolve(tiny_gguf[0])
+    monkeypatch.setattr(gguf, "_convert", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): set SAEJAX_CACHE"):
+        resolve(tiny_gguf[0])
     assert [path for path in cache.iterdir() if not path.name.endswith(".lock")] == []
-    resolve(tiny_gguf[0])
-
-
-def test_a_cache_that_cannot_be_written(tiny_gguf, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="file/cache cannot be written"):
@@ -182,26 +176,22 @@ def test_a_damaged_gguf_file(tiny_gguf, cache, tmp_path):
             resolve(tmp_path / f"{name}.gguf")
 
 
-def test_an_architecture_that_transformers_cannot_read(tokenizer, cache, conversions, tmp_path):
-    write_gguf(tmp_path / "model.gguf", tokenizer, architecture="gptneox")
-    with pytest.raises(UserError, match="architecture 'gptneox', which transformers cannot read .* gemma2, .*: use"):
-        resolve(tmp_path / "model.gguf")
+SCALED = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0, "some.new_switch": True}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(settings={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}),
-         "rope.scaling.type = linear, rope.scaling.factor = 4.0: use the model's safetensors"),
+        (dict(architecture="gptneox"), "architecture 'gptneox', which transformers cannot read .* gemma2, .*: use"),
+        (dict(settings=SCALED), "type = linear, rope.scaling.factor = 4.0, some.new_switch = True: use the model's"),
         (dict(settings={"attention.sliding_window": 16}), "attention.sliding_window = 16"),
         (dict(settings={"attention.key_length": 8}), "attention.key_length = 8"),
-        (dict(settings={"some.new_switch": True}), "some.new_switch = True"),
         (dict(add={"rope_freqs.weight": (8,)}), "of which transformers reads .* left out: rope_freqs.weight"),
         (dict(add={"blk.0.attn_q.bias": (32,)}), "possibly left out: blk.0.attn_q.bias"),
         (dict(drop=["blk.0.ffn_up.weight"]), "lacks the weights model.layers.0.mlp.up_proj.weight"),
         (dict(architecture="gemma2", settings=dict(block_count=46)), "how attention scores are scaled"),
     ],
-)  # fmt: skip
+)
 def test_what_transformers_would_leave_out_is_refused(tokenizer, cache, tmp_path, options, message):
     write_gguf(tmp_path / "model.gguf", tokenizer, **options)
     with pytest.raises(UserError, match=message):

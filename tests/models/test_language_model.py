@@ -1,22 +1,18 @@
 """Running a model with sites captured and edits on."""
 
 import dataclasses
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
-from tiny_models import save_tiny_llama, save_tiny_tokenizer
+from loaded_models import mesh_of
 
 from saejax import load_model
 from saejax.errors import UserError
 from saejax.models import language_model
 from saejax.models.sites import KINDS, Site
 from saejax.models.tokens import Tokens, pad
-from saejax.parallel.mesh import AXES
 
 TEXTS = ["The capital of France is", "3 + 4 =", "One day, she said that there was a way to see where the water went"]
 
@@ -58,9 +54,6 @@ def test_tokens_are_padded_on_the_right(lm, tokens):
 def test_texts_that_cannot_be_run(lm, texts, message):
     with pytest.raises(UserError, match=message):
         lm.tokenize(texts)
-
-
-def test_a_single_string_is_a_mistake(lm):
     with pytest.raises(TypeError, match="one string"):
         lm.tokenize("The capital")
 
@@ -81,18 +74,9 @@ def test_tokens_of_another_model(lm, ids, lengths, message):
         lm(Tokens(np.array(ids, np.int32), np.array(lengths, np.int32)))
 
 
-def test_a_batch_gives_what_each_prompt_gives(lm, tokens):
-    together = lm(tokens, capture=["mlp_out.2"])
-    assert together.logits_BxTxV.shape == (*tokens.ids_BxT.shape, lm.config.vocab)
-    for row, text in enumerate(TEXTS):
-        alone, length = lm(lm.tokenize([text]), capture=["mlp_out.2"]), tokens.lengths_B[row]
-        np.testing.assert_allclose(together.logits_BxTxV[row, :length], alone.logits_BxTxV[0], atol=1e-4)
-        np.testing.assert_allclose(together.sites["mlp_out.2"][row, :length], alone.sites["mlp_out.2"][0], atol=1e-4)
-        np.testing.assert_allclose(together.logit("water")[row], alone.logit("water"), atol=1e-4)
-
-
 def test_logit_reads_a_word_as_the_text_going_on(lm, tokens):
     output = lm(tokens)
+    assert output.logits_BxTxV.shape == (*tokens.ids_BxT.shape, lm.config.vocab)
     for answer, token in (("water", lm.token_id(" water")), (" water", lm.token_id(" water")), (77, 77)):
         for row, last in enumerate(tokens.last_B):
             assert output.logit(answer)[row] == output.logits_BxTxV[row, last, token]
@@ -100,13 +84,6 @@ def test_logit_reads_a_word_as_the_text_going_on(lm, tokens):
     assert np.ndim(lm(lm.tokenize(TEXTS[:1])).logit("water")) == 0
     with pytest.raises(UserError, match="no tokens"):
         lm.token_id("")
-
-
-def test_captured_sites_fit_together(lm, tokens):
-    few = lm(tokens, capture=[f"{kind}.2" for kind in KINDS]).sites
-    assert list(few) == [f"{kind}.2" for kind in KINDS]
-    np.testing.assert_allclose(few["resid_pre.2"] + few["attn_out.2"], few["resid_mid.2"], atol=1e-5)
-    np.testing.assert_allclose(few["resid_mid.2"] + few["mlp_out.2"], few["resid_post.2"], atol=1e-5)
 
 
 @pytest.mark.usefixtures("cold_programs")
@@ -156,8 +133,7 @@ def test_one_compilation_per_sites_edits_and_padded_length(lm):
     [((1, 1, 8), TEXTS), ((1, 4, 2), TEXTS), ((1, 4, 2), [*TEXTS, *TEXTS, "a", "b"])],
 )
 def test_meshes_agree(lm, tiny_llama, shape, texts):
-    mesh = Mesh(np.array(jax.devices()).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
-    spread, tokens = load_model(str(tiny_llama), mesh=mesh), lm.tokenize(texts)
+    spread, tokens = load_model(str(tiny_llama), mesh=mesh_of(*shape)), lm.tokenize(texts)
     edits = [Add(jnp.ones(64), Site("resid_post", 1))]  # on the default device, not on the mesh
     one, many = (model(tokens, capture=["resid_post.2"], edits=edits) for model in (lm, spread))
     assert many.logits_BxTxV.sharding.device_set == set(jax.devices())
@@ -165,45 +141,11 @@ def test_meshes_agree(lm, tiny_llama, shape, texts):
     np.testing.assert_allclose(many.sites["resid_post.2"], one.sites["resid_post.2"], atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("resid_post.4", "4 layers, 0 to 3"),
-        ("resid_post", "there is no site 'resid_post'"),
-        ("mlp.1", "no site 'mlp.1'"),
-    ],
-)
-def test_no_such_site(lm, tokens, name, message):
-    with pytest.raises(UserError, match=message):
-        lm(tokens, capture=[name])
-
-
-def test_no_such_site_of_an_edit(lm, tokens):
-    with pytest.raises(UserError, match="there is no site mlp_in.9"):
-        lm(tokens, edits=[Add(jnp.zeros(64), Site("mlp_in", 9))])
-
-
-def test_bfloat16(tiny_llama, one_device, lm, tokens):
-    half = load_model(str(tiny_llama), dtype="bfloat16", mesh=one_device)(tokens, capture=["resid_post.3"])
-    assert half.sites["resid_post.3"].dtype == jnp.bfloat16
-    error = np.abs(np.asarray(half.logits_BxTxV - lm(tokens).logits_BxTxV))[tokens.mask_BxT].max()
-    assert error < 0.1 * np.abs(lm(tokens).logits_BxTxV).max()
-
-
-def test_a_tokenizer_with_more_ids_than_embeddings(tmp_path):
-    save_tiny_llama(tmp_path, vocab_size=300)
-    save_tiny_tokenizer(tmp_path, 310)
-    with pytest.raises(UserError, match="has 310 ids, but the model has embeddings for 300"):
-        load_model(str(tmp_path))
-
-
-def test_import_is_quick_and_starts_no_device():
-    code = (
-        "import sys, saejax; assert 'jax' not in sys.modules and 'torch' not in sys.modules\n"
-        "import saejax.models.language_model; assert 'torch' not in sys.modules\n"
-        "from jax._src import xla_bridge; assert not xla_bridge._backends\n"
-        "assert 'load_model' in dir(saejax)\n"
-        "try: saejax.nonsense\nexcept AttributeError: print('fine')"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout == "fine\n", result.stderr
+def test_no_such_site(lm, tokens):
+    for capture, edits, message in (
+        (["resid_post.4"], [], "4 layers, 0 to 3"),
+        (["mlp.1"], [], "there is no site 'mlp.1'"),
+        ([], [Add(jnp.zeros(64), Site("mlp_in", 9))], "there is no site mlp_in.9"),
+    ):
+        with pytest.raises(UserError, match=message):
+            lm(tokens, capture=capture, edits=edits)

@@ -38,6 +38,7 @@ def test_lengths_stay_few_whatever_the_number_of_texts(texts):
 @pytest.mark.parametrize("most", [1, 64, 1000])
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_every_text_is_in_one_batch(most, multiple):
+    assert even_batches(np.zeros(0, int), most, multiple, compile_cost=300) == []
     lengths_N = np.random.default_rng(0).integers(1, 200, 137)
     batches = even_batches(lengths_N, most, multiple, compile_cost=300)
     assert sorted(np.concatenate([own for own, _, _ in batches]).tolist()) == list(range(137))
@@ -46,7 +47,3 @@ def test_every_text_is_in_one_batch(most, multiple):
         assert rows * length <= most or rows == multiple
     assert len({(rows, length) for _, rows, length in batches}) <= len(bucket_lengths(np.bincount(lengths_N), 300)) + 1
     assert [length for _, _, length in batches] == sorted((length for _, _, length in batches), reverse=True)
-
-
-def test_no_texts():
-    assert even_batches(np.zeros(0, int), 100, 1, 1) == []

@@ -20,10 +20,9 @@ def copy(tiny_llama, tmp_path, monkeypatch):
 @pytest.fixture
 def compared(monkeypatch):
     """The models that were loaded into PyTorch."""
-    loaded = []
-    load = parity.source.load_torch_model
+    loaded, load = [], parity.source.load_torch_model
     monkeypatch.setattr(
-        parity.source, "load_torch_model", lambda found, dtype: loaded.append(dtype) or load(found, dtype)
+        parity.source, "load_torch_model", lambda model, dtype: loaded.append(dtype) or load(model, dtype)
     )
     return loaded
 

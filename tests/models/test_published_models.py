@@ -6,6 +6,7 @@ drawn at random; nothing else is changed. Fields and names are facts of the repo
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import saejax
 from saejax.errors import UserError
-from saejax.models.families import unread_fields
+from saejax.models.families import read_config, unread_fields
+from saejax.models.parameters import parameter_table
 from saejax.models.tokens import pad
 
 Tensors = dict[str, torch.Tensor]
@@ -30,7 +32,7 @@ class Published:
 
     config: dict  #: its ``config.json``, before sizes are reduced
     #: pattern and replacement by which tensor names differ from those of transformers.
-    rename: tuple[str, str] = ("", "")
+    rename: tuple[str, str] = ("^$", "")
     extra: Callable[[Tensors], Tensors] = lambda tensors: {}  #: makes the tensors that a forward pass does not use
     dtype: str = "float32"  #: of the weights in the file
     shards: int = 1  #: number of weight files
@@ -64,11 +66,13 @@ MASK = torch.tril(torch.ones(1, 1, 8, 8))
 GPT2 = dict(model_type="gpt2", activation_function="gelu_new", n_ctx=1024, n_positions=1024, n_embd=768, n_head=12)
 GPT2 |= dict(n_layer=12, vocab_size=50257, layer_norm_epsilon=1e-5, summary_type="cls_index", resid_pdrop=0.1)
 GPT2 |= dict(task_specific_params={"text-generation": {"do_sample": True}}, bos_token_id=0, eos_token_id=0)
+STANFORD = dict(reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True, n_inner=None)
 BARE_GPT2 = dict(rename=(r"^transformer\.", ""), extra=in_every_layer("h.{}.attn.bias", MASK))
 NEOX = dict(model_type="gpt_neox", hidden_act="gelu", hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
 NEOX |= dict(num_attention_heads=8, max_position_embeddings=2048, layer_norm_eps=1e-5, rotary_emb_base=10000)
 NEOX |= dict(rotary_pct=0.25, use_parallel_residual=True, tie_word_embeddings=False, vocab_size=50304)
 NEOX |= dict(bos_token_id=0, eos_token_id=0, torch_dtype="float16")
+NEOX_20B = NEOX | dict(attention_probs_dropout_prob=0, hidden_dropout_prob=0, hidden_act="gelu_fast")
 EMBED_OUT = (r"^lm_head\.", "embed_out.")
 LLAMA = dict(model_type="llama", hidden_act="silu", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
 LLAMA |= dict(num_attention_heads=32, max_position_embeddings=2048, rms_norm_eps=1e-6, vocab_size=32000)
@@ -102,14 +106,11 @@ GPT_NEO = dict(model_type="gpt_neo", activation_function="gelu_new", attention_t
 GPT_NEO |= dict(attention_layers=["global", "local"] * 2, hidden_size=768, num_heads=16, num_layers=4)
 GPT_NEO |= dict(intermediate_size=None, window_size=256, max_position_embeddings=2048, vocab_size=50257)
 OLMO2 = LLAMA2 | dict(model_type="olmo2", attention_bias=False, rope_theta=500000, vocab_size=100352)
-PHI3 = LLAMA2 | dict(
-    model_type="phi3", sliding_window=2047, original_max_position_embeddings=4096, attention_bias=False
-)
-PHI3 |= dict(pad_token_id=0, mlp_bias=False, lm_head_bias=False)
+PHI3 = LLAMA2 | dict(model_type="phi3", sliding_window=2047, original_max_position_embeddings=4096)
+PHI3 |= dict(pad_token_id=0, attention_bias=False, mlp_bias=False, lm_head_bias=False)
 SMOLLM3 = LLAMA2 | dict(model_type="smollm3", num_key_value_heads=4, no_rope_layer_interval=4, rope_theta=5e6)
-SMOLLM3 |= dict(
-    pad_token_id=0, no_rope_layers=[1, 1, 1, 0] * 9, use_sliding_window=False, sliding_window=None, max_window_layers=28
-)
+SMOLLM3 |= dict(pad_token_id=0, no_rope_layers=[1, 1, 1, 0] * 9, use_sliding_window=False, max_window_layers=28)
+SMOLLM3 |= dict(sliding_window=None)
 MOE = QWEN3 | dict(model_type="qwen3_moe", num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
 MOE |= dict(norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], router_aux_loss_coef=0.001)
 MOE |= dict(output_router_logits=False, tie_word_embeddings=False)
@@ -132,24 +133,12 @@ PUBLISHED = {
     "DialoGPT-small": Published(
         GPT2, extra=in_every_layer("transformer.h.{}.attn.bias", MASK.byte()), pickled=True, dtype="float16"
     ),
-    "stanford-crfm-alias": Published(
-        GPT2 | dict(reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True, n_inner=None),
-        rename=(r"^transformer\.", ""),
-        pickled=True,
-    ),
+    "stanford-crfm-alias": Published(GPT2 | STANFORD, rename=(r"^transformer\.", ""), pickled=True),
     "pythia-70m-deduped": Published(NEOX, EMBED_OUT, neox_buffers(torch.uint8), dtype="float16"),
     "pythia-1b": Published(NEOX | dict(tie_word_embeddings=True), EMBED_OUT, neox_buffers(torch.bool)),
-    "gpt-neox-20b": Published(
-        NEOX | dict(attention_probs_dropout_prob=0, hidden_dropout_prob=0, hidden_act="gelu_fast"),
-        EMBED_OUT,
-        neox_buffers(torch.uint8),
-        shards=3,
-        dtype="float16",
-    ),
+    "gpt-neox-20b": Published(NEOX_20B, EMBED_OUT, neox_buffers(torch.uint8), shards=3, dtype="float16"),
     "dolly-v2-3b": Published(NEOX | dict(custom_pipelines={"text-generation": {}}), EMBED_OUT, pickled=True),
-    "stablelm-base-alpha-3b": Published(
-        NEOX | dict(use_parallel_residual=True, rotary_pct=0.25), EMBED_OUT, shards=2, pickled=True
-    ),
+    "stablelm-base-alpha-3b": Published(NEOX, EMBED_OUT, shards=2, pickled=True),
     "gemma-2b": Published(GEMMA, shards=2, dtype="bfloat16"),
     "gemma-1.1-2b-it": Published(GEMMA | dict(hidden_activation="gelu_pytorch_tanh"), shards=2, dtype="bfloat16"),
     "gemma-2-9b-it": Published(GEMMA2 | dict(sliding_window_size=4096), dtype="bfloat16"),
@@ -237,10 +226,8 @@ def publish(folder: Path, published: Published) -> dict:
     for file in folder.glob("*.safetensors"):
         file.unlink()
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = (
-        {re.sub(*published.rename, name): value for name, value in saved.items()} if published.rename[0] else saved
-    )
-    tensors = {name: value.to(getattr(torch, published.dtype)) for name, value in tensors.items()}
+    dtype = getattr(torch, published.dtype)
+    tensors = {re.sub(*published.rename, name): value.to(dtype) for name, value in saved.items()}
     write(folder, tensors | published.extra(tensors), published)
     return config
 
@@ -284,6 +271,28 @@ def test_published_checkpoints_load_and_agree_with_transformers(name, tmp_path, 
     config = publish(folder, PUBLISHED[name])
     assert unread_fields(config, "config.json") == []  # none that would call for a comparison at the first load
     check_logits(folder)
+
+
+# Whole sizes, and the number of parameters as published, without the unembedding where it is the embedding.
+PYTHIA = NEOX | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=16)
+QWEN3_4B = QWEN3 | dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, vocab_size=151936)
+SIZES = {
+    "gpt2-medium": (GPT2 | dict(n_embd=1024, n_layer=24, n_head=16), 354_823_168),
+    "pythia-1.4b": (PYTHIA, 1_414_647_808),
+    "gemma-2b": (GEMMA, 2_506_172_416),
+    "phi-2": (PHI, 2_779_683_840),
+    "Llama-2-7b-hf": (LLAMA2, 6_738_415_616),
+    "Meta-Llama-3-8B": (LLAMA31 | dict(intermediate_size=14336, vocab_size=128256), 8_030_261_248),
+    "Mistral-7B-v0.1": (MISTRAL | dict(intermediate_size=14336), 7_241_732_096),
+    "Qwen3-4B-Instruct-2507": (QWEN3_4B, 4_022_468_096),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_as_many_parameters_as_published(name):
+    config, parameters = SIZES[name]
+    table = parameter_table(read_config(config, "config.json"))
+    assert sum(math.prod(shape) for shape, _ in table.values()) == parameters
 
 
 def test_a_whole_file_beside_a_stale_index_and_other_formats(tmp_path, cache):

@@ -6,25 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loaded_models import load
 from tiny_models import save_tiny
 
-from saejax.files import read_json
+from saejax.models import decoder
 from saejax.models.decoder import KEYS, VALUES, run_layers
-from saejax.models.families import read_config
+from saejax.models.sites import KINDS, Site
 from saejax.models.split import SplitPoint
-from saejax.models.weights import load_params
 
 LAYERS = 4
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, one_device):
+def model(tmp_path_factory):
     """Configuration and parameters of a model with local layers, and a stream [2, 9, D] that enters it."""
     folder = tmp_path_factory.mktemp("model")
     save_tiny(folder, "gemma3_text")
-    config = read_config(read_json(folder / "config.json"), "config.json")
-    x_BxTxD = jax.random.normal(jax.random.key(0), (2, 9, config.d_model))
-    return config, load_params(folder, config, one_device, "float32"), x_BxTxD
+    config, params = load(folder)
+    return config, params, jax.random.normal(jax.random.key(0), (2, 9, config.d_model))
 
 
 @pytest.mark.parametrize("start", range(LAYERS + 1))
@@ -54,6 +53,13 @@ def test_a_hook_of_all_layers_in_the_loop_or_unrolled(model):
     assert np.abs(looped.x - run_layers(config, params, x_BxTxD, 0, LAYERS).x).max() > 0.1
 
 
+def test_a_hook_of_some_layers_sees_their_sites_in_order(model):
+    config, params, x_BxTxD = model
+    seen = []
+    run_layers(config, params, x_BxTxD, 0, LAYERS, lambda *place: seen.append(place[:2]) or place[2], (2, 0, 9))
+    assert seen == [(kind, layer) for layer in (0, 2) for kind in KINDS]
+
+
 def test_a_run_of_no_layers(model):
     config, params, x_BxTxD = model
     run = run_layers(config, params, x_BxTxD, LAYERS, LAYERS, collect=("mlp_out", KEYS))
@@ -66,16 +72,12 @@ def test_a_run_of_no_layers(model):
     ("site", "reads"), [("resid_post.1", "resid_post.1"), ("mlp_out.2", "mlp_in.2"), ("resid_post.3", "resid_mid.1")]
 )
 def test_the_two_halves_of_a_split_decoder_are_the_whole(model, one_device, site, reads):
-    from saejax.models import decoder
-    from saejax.models.sites import Site
-
     config, params, _ = model
     ids_BxT = np.random.default_rng(0).integers(0, config.vocab, (2, 9))
     point = SplitPoint(config, Site.parse(site), Site.parse(reads), one_device)
     stream_BxTxD, value_BxTxD, read_BxTxD = point.run_prefix(params, ids_BxT)
-    whole = run_layers(
-        config, params, decoder.embed(config, params, ids_BxT), 0, LAYERS, collect=(point.site.kind, point.reads.kind)
-    )
+    x_BxTxD, kinds = decoder.embed(config, params, ids_BxT), (point.site.kind, point.reads.kind)
+    whole = run_layers(config, params, x_BxTxD, 0, LAYERS, collect=kinds)
     np.testing.assert_allclose(value_BxTxD, whole.collected[point.site.kind][point.site.layer], atol=1e-4)
     np.testing.assert_allclose(read_BxTxD, whole.collected[point.reads.kind][point.reads.layer], atol=1e-4)
     np.testing.assert_allclose(point.run_suffix(params, stream_BxTxD, value_BxTxD), whole.x, atol=1e-4)

@@ -1,7 +1,5 @@
 """A transformers model behind ``LanguageModel``'s interface, against the JAX decoder with the same weights."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +15,7 @@ from saejax.models.language_model import forward
 from saejax.models.sites import KINDS, Site
 from saejax.models.split import SharedPrefixBatch, SplitPoint
 from saejax.models.tokens import pad
+from saejax.parallel.mesh import make_mesh
 
 TEXTS = ["The cat near the dogs runs.", "3 + 4 =", "The capital of France is"]
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
@@ -35,18 +34,13 @@ def both(request, tmp_path_factory, one_device):
     return load_model(path, mesh=one_device), load_model(path, backend="torch")
 
 
-def make_dictionary(site: str, target: str = "", d: int = 40) -> Dictionary:
-    config = DictionaryConfig("standard", site, target, d, 24, max_norm=1e3, target_max_norm=1e3)
+def make_dictionary(site: str, target: str = "", d: int = 40, limit: float | None = 1e3) -> Dictionary:
+    """With a sink rule, or without one, as dictionaries of others are loaded."""
+    config = DictionaryConfig("standard", site, target, d, 24, max_norm=limit, target_max_norm=limit)
     rng = np.random.default_rng(0)
     weights = dict(W_enc_DxF=(d, 24), b_enc_F=(24,), W_dec_FxD=(24, d), b_dec_D=(d,))
-    return Dictionary(
-        config, **{name: jnp.asarray(0.3 * rng.normal(size=s), jnp.float32) for name, s in weights.items()}
-    )
-
-
-def unlimited(dictionary: Dictionary) -> Dictionary:
-    """The same without a sink rule, as dictionaries of others are loaded."""
-    return dictionary.with_config(dataclasses.replace(dictionary.config, max_norm=None, target_max_norm=None))
+    arrays = {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name, shape in weights.items()}
+    return Dictionary(config, **arrays)
 
 
 def check_same(both, edits, tokens):
@@ -66,68 +60,74 @@ def test_sites_and_logits(both):
     for site in map(str, sites):
         assert relative_error(theirs.sites[site][tokens.mask_BxT], ours.sites[site][tokens.mask_BxT]) < 1e-5
     check_same(both, [], tokens)
+    for lm in both:
+        with pytest.raises(UserError, match="is a site of the second model: run that model"):
+            lm(tokens, capture="other:resid_post.1")
     last = both[1](tokens, capture="resid_post.2", logits=False)
     assert last.logits_BxTxV is None and list(last.sites) == ["resid_post.2"]
     assert np.abs(both[1].unembed(last.sites["resid_post.2"]) - theirs.logits_BxTxV)[tokens.mask_BxT].max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_edits_of_a_site(both, kind):
-    tokens = both[0].tokenize(TEXTS)
-    plain = both[0](tokens).logits_BxTxV
-    sae, direction = make_dictionary(f"{kind}.1"), np.linspace(-1, 1, 40)
-    for positions in ("all", "last", (1, 3)):
-        edits = [sae.steer([3], 2.0, positions), SiteEdit.steer(f"{kind}.1", direction, 1.5, positions)]
-        assert relative_error(check_same(both, edits, tokens).logits_BxTxV, plain) > 1e-3
+@pytest.mark.parametrize("positions", ["all", "last", (1, 3)])
+def test_edits_of_sites(both, positions):
+    """Of features and of vectors, at each of the sites: one that is left out would change all after it."""
+    tokens, direction = both[0].tokenize(TEXTS), np.linspace(-1, 1, 40)
+    edits = [make_dictionary(f"{kind}.1").steer([3], 2.0, positions) for kind in KINDS]
+    edits += [SiteEdit.steer(f"{kind}.1", direction, 1.5, positions) for kind in KINDS]
+    changed = check_same(both, edits, tokens).logits_BxTxV
+    assert relative_error(changed, both[0](tokens).logits_BxTxV) > 1e-3
 
 
 def test_edits_of_features(both):
     tokens = both[0].tokenize(TEXTS)
-    sae = make_dictionary("resid_post.1")
+    sae, transcoder = make_dictionary("resid_post.1"), make_dictionary("mlp_in.1", "mlp_out.1")
     value = np.random.default_rng(1).normal(size=(3, tokens.ids_BxT.shape[1], 2))
     for edits in (
-        [sae.ablate([1, 5], "fires")],
-        [sae.set([2], 3.0, error="drop")],
-        [sae.scale([0, 7], [2.0, -1.0])],
-        [sae.patch([4, 6], value), SiteEdit.ablate("attn_out.2")],
-        [sae.ablate_error(), sae.steer([1], 1.0)],
-        [make_dictionary("mlp_in.1", "mlp_out.1").steer([2, 3], 2.0), SiteEdit.ablate("resid_pre.2", "last")],
-        [make_dictionary("mlp_in.1", "mlp_out.1").scale([2, 3], 2.0, error="drop")],
+        [sae.ablate([1, 5], "fires"), sae.scale([0, 7], [2.0, -1.0]), sae.patch([4, 6], value)],
+        [SiteEdit.ablate("attn_out.2"), sae.ablate_error(), sae.steer([1], 1.0)],
+        [sae.set([2], 3.0, error="drop"), transcoder.steer([2, 3], 2.0), SiteEdit.ablate("resid_pre.2", "last")],
+        [transcoder.scale([2, 3], 2.0, error="drop")],
+        # A dictionary that does not know its sink rule gets that of the model.
+        [make_dictionary("resid_post.1", limit=None).ablate([1, 5])],
     ):
         check_same(both, edits, tokens)
 
 
+def module_of(decoder) -> str:
+    """The MLP of a layer as a site."""
+    paths = dict(gpt2="transformer.h.1.mlp", gpt_neox="gpt_neox.layers.1.mlp")
+    return f"module:{paths.get(decoder.config.family, 'model.layers.1.mlp')}"
+
+
 def test_modules(both):
-    """A module's output as a site: what is there, and an edit of it."""
+    """A module's output as a site: what is there, an edit of it, and a dictionary of it, which is measured."""
     decoder, lm = both
-    tokens = lm.tokenize(TEXTS)
-    path = {"gpt2": "transformer.h.1.mlp", "gpt_neox": "gpt_neox.layers.1.mlp"}.get(
-        decoder.config.family, "model.layers.1.mlp"
-    )
-    module = f"module:{path}"
+    tokens, module = lm.tokenize(TEXTS), module_of(decoder)
+    values = lm(tokens, capture=[module, "mlp_out.1"]).sites
     if decoder.config.post_norms:
-        assert lm(tokens, capture=module, logits=False).sites[module].shape[-1] == 40
+        assert values[module].shape == values["mlp_out.1"].shape
         return
-    assert (
-        relative_error(lm(tokens, capture=module).sites[module], lm(tokens, capture="mlp_out.1").sites["mlp_out.1"])
-        == 0
-    )
-    sae = make_dictionary(module)
-    edits = [sae.steer([1], 2.0), SiteEdit.ablate(module, (3, None))]
-    expected = [make_dictionary("mlp_out.1").steer([1], 2.0), SiteEdit.ablate("mlp_out.1", (3, None))]
-    logits = [each(tokens, edits=those).logits_BxTxV for each, those in ((lm, edits), (decoder, expected))]
-    assert relative_error(logits[0][tokens.mask_BxT], logits[1][tokens.mask_BxT]) < 1e-5
+    np.testing.assert_array_equal(values[module], values["mlp_out.1"])
+    edits = [make_dictionary(module).steer([1], 2.0), SiteEdit.ablate(module, (3, None))]
+    same = [make_dictionary("mlp_out.1").steer([1], 2.0), SiteEdit.ablate("mlp_out.1", (3, None))]
+    logits, expected = lm(tokens, edits=edits).logits_BxTxV, decoder(tokens, edits=same).logits_BxTxV
+    assert relative_error(logits[tokens.mask_BxT], expected[tokens.mask_BxT]) < 1e-5
     with pytest.raises(UserError, match="module of the PyTorch model"):
         decoder(tokens, edits=edits)
+    measured = check_dictionary(lm, make_dictionary(module, limit=None))
+    expected = check_dictionary(decoder, make_dictionary("mlp_out.1", limit=None))
+    assert (measured.l0, measured.tokens) == (expected.l0, expected.tokens)
+    assert measured.explained_variance == pytest.approx(expected.explained_variance, rel=1e-4)
 
 
 EDITS = [make_dictionary("resid_post.1").steer([3], 1.0, "last"), SiteEdit.ablate("mlp_out.0", (2, None))]
+EDITS += [make_dictionary("resid_post.2", limit=None).steer([3], 1.0)]
 
 
 @pytest.mark.parametrize(
     ("edits", "options"),
-    [([], {}), ([], dict(stop=["e"])), (EDITS, {}), (EDITS, dict(temperature=0.8, top_p=0.9, seed=3))],
-    ids=["plain", "stop", "edits", "sampled edits"],
+    [([], dict(stop=["e"])), (EDITS, {}), (EDITS, dict(temperature=0.8, top_p=0.9, seed=3))],
+    ids=["stop", "edits", "sampled edits"],
 )
 def test_generated_tokens(both, edits, options):
     tokens = both[0].tokenize(TEXTS)
@@ -202,8 +202,6 @@ def test_an_architecture_without_a_family(family, tmp_path, caplog):
 
 
 def test_several_devices_are_refused(tmp_path):
-    from saejax.parallel.mesh import make_mesh
-
     path = save(tmp_path, "olmo")
     with pytest.raises(UserError, match=r"runs in PyTorch, on one device, but there are 8: .* JAX family$"):
         load_model(path, mesh=make_mesh())
@@ -212,29 +210,3 @@ def test_several_devices_are_refused(tmp_path):
     with pytest.raises(UserError, match="there is no site resid_post.3: OlmoForCausalLM has 3 layers"):
         lm = load_model(path)
         lm(lm.tokenize(TEXTS), capture="resid_post.3")
-
-
-def test_the_sink_rule_of_a_dictionary_of_others(both):
-    """A dictionary that does not know its sink rule gets that of the model, as it does on the decoder."""
-    foreign = unlimited(make_dictionary("resid_post.1"))
-    check_same(both, [foreign.ablate([1, 5])], both[0].tokenize(TEXTS))
-    ours, theirs = (lm.generate(lm.tokenize(TEXTS), 4, edits=[foreign.steer([3], 1.0)]) for lm in both)
-    assert ours == theirs
-
-
-def test_a_dictionary_of_a_module_is_measured(both):
-    """As on the site that the module's output is."""
-    decoder, lm = both
-    if decoder.config.post_norms:
-        return
-    path = {"gpt2": "transformer.h.1.mlp", "gpt_neox": "gpt_neox.layers.1.mlp"}.get(decoder.config.family)
-    module = check_dictionary(lm, unlimited(make_dictionary(f"module:{path or 'model.layers.1.mlp'}")))
-    expected = check_dictionary(decoder, unlimited(make_dictionary("mlp_out.1")))
-    assert (module.l0, module.tokens) == (expected.l0, expected.tokens)
-    assert module.explained_variance == pytest.approx(expected.explained_variance, rel=1e-4)
-
-
-def test_the_second_models_sites_are_refused(both):
-    for lm in both:
-        with pytest.raises(UserError, match="is a site of the second model: run that model"):
-            lm(lm.tokenize(TEXTS), capture="other:resid_post.1")

@@ -2,49 +2,27 @@
 
 import json
 
-import jax
 import pytest
 import runs
 from tiny_models import save_tiny
 
 from saejax.runner import command
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("single_device")]
 STAGES = ["baseline", "benchmark", "capture", "train", "evaluate", "interpret"]
 STAGES += ["ablate", "patch", "probe", "steer", "study", "atlas", "report"]
 UNITS = ["baseline", "capture", "report", "patch/mlp_out", "study/gsm8k"]
 UNITS += [f"{stage}/topk" for stage in ("train", "evaluate", "interpret", "ablate", "patch", "probe", "steer")]
-SETTINGS = dict(
-    train__kinds="topk",
-    train__epochs=2,
-    interpret__dictionaries="topk",
-    interpret__attention_tokens=0,
-    task__train_prompts=12,
-    task__test_prompts=24,
-    task__behaviours="agreement",
-    task__benchmarks="gsm8k",
-    task__examples=6,
-    task__shots=0,
-    task__max_new_tokens=4,
-    ablate__baselines="pca,diff_means",
-    ablate__untrained=False,
-    ablate__attribution_prompts=2,
-    patch__kinds="mlp_out",
-    patch__dictionary="topk",
-    patch__top=2,
-    causal__random_sets=4,
-    causal__placebo_targets=2,
-    probe__labels="answer",
-    probe__sparse="1",
-    probe__shuffles=2,
-    steer__dictionary="topk",
-    steer__random_sets=3,
-    study__benchmarks="gsm8k",
-    study__random_sets=2,
-    study__placebo_targets=2,
-    study__baselines="",
-    study__untrained=False,
-)
+SETTINGS = dict(train__kinds="topk", train__epochs=2, interpret__dictionaries="topk", interpret__attention_tokens=0)
+SETTINGS |= dict(task__train_prompts=12, task__test_prompts=24, task__behaviours="agreement", task__shots=0)
+SETTINGS |= dict(task__benchmarks="gsm8k", task__examples=6, task__max_new_tokens=4)
+SETTINGS |= dict(ablate__baselines="pca,diff_means", ablate__untrained=False, ablate__attribution_prompts=2)
+SETTINGS |= dict(patch__kinds="mlp_out", patch__dictionary="topk", patch__top=2)
+SETTINGS |= dict(causal__random_sets=4, causal__placebo_targets=2)
+SETTINGS |= dict(probe__labels="answer", probe__sparse="1", probe__shuffles=2)
+SETTINGS |= dict(steer__dictionary="topk", steer__random_sets=3)
+SETTINGS |= dict(study__benchmarks="gsm8k", study__random_sets=2, study__placebo_targets=2)
+SETTINGS |= dict(study__baselines="", study__untrained=False)
 # Rotary parallel layers, ALiBi, a mixture of experts, and linear attention between layers of full attention.
 FAMILIES = {
     "olmo": dict(max_position_embeddings=256),
@@ -53,16 +31,6 @@ FAMILIES = {
     "mixtral": dict(max_position_embeddings=256),
     "qwen3_5_text": dict(max_position_embeddings=256),
 }
-
-
-@pytest.fixture(autouse=True)
-def single_device(monkeypatch):
-    """TorchModel runs on one device."""
-    devices = jax.devices()[:1]
-    for name in ("devices", "local_devices"):
-        monkeypatch.setattr(jax, name, lambda *of: devices)
-    for name in ("device_count", "local_device_count"):
-        monkeypatch.setattr(jax, name, lambda *of: 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
