@@ -14,6 +14,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 
 FEATURES = 48
+IDS = [0, 17, 230, 5, 42, 99, 7]  # a prompt
 
 
 def make_graph(features=7, layers=2, positions=3, logits=2, seed=0) -> Graph:
@@ -68,19 +69,22 @@ def make_transcoders(config, kind="standard", skip=False, seed=0) -> list[Dictio
     return made
 
 
+def altered(dictionary, **changes) -> Dictionary:
+    """The same arrays under another description."""
+    return Dictionary(dataclasses.replace(dictionary.config, **changes), **dictionary.arrays)
+
+
 def make_cross_layer(config, kind="standard", skip=False, reads="mlp_in") -> tuple[LayerTranscoders, list, list]:
     """A random cross-layer transcoder: the set, its dictionaries, and what the features of each write [F, L - l, D]."""
     made, rng = make_transcoders(config, kind, skip), np.random.default_rng(9)
     if reads == "resid_mid":
-        of = [dataclasses.replace(one.config, site=f"resid_mid.{layer}") for layer, one in enumerate(made)]
-        made = [Dictionary(config, **one.arrays) for config, one in zip(of, made, strict=True)]
+        made = [altered(one, site=f"resid_mid.{layer}") for layer, one in enumerate(made)]
     layers = config.n_layers
     writes = [0.1 * rng.normal(size=(FEATURES, layers - layer, config.d_model)) for layer in range(layers)]
     writes = [write.astype(np.float32) for write in writes]
     for write, one in zip(writes, made, strict=True):
         write[:, 0] = one.W_dec_FxD[...]
-    configs = [one.config for one in made]
-    read = lambda layer, features_U: writes[layer][features_U]  # noqa: E731
+    configs, read = [one.config for one in made], lambda layer, features_U: writes[layer][features_U]
     return LayerTranscoders("made", configs, made.__getitem__, reads=reads, writes=read), made, writes
 
 

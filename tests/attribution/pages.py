@@ -11,10 +11,10 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is ins
 FEATURE = "cross layer transcoder"
 
 
-def show(browser, address):
+def show(browser, address, every_node=True):
     browser.open(address)
     browser.wait("window.attributionGraph && attributionGraph.painted")
-    if "#" not in address:  # the first view has the most influential nodes alone
+    if every_node and "#" not in address:  # the first view has the most influential nodes alone
         slide(browser, "nodes", 1)
     browser.settle()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from made_transcoders import made_set
 
-from saejax import load_model, save_transcoders
+from saejax import save_transcoders
 from saejax.attribution import run as stage
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
@@ -23,18 +23,12 @@ pytestmark = pytest.mark.usefixtures("two_devices")
 
 
 @pytest.fixture(scope="module")
-def flags(tiny_llama, one_device, tmp_path_factory):
+def flags(tiny_llama, lm, tmp_path_factory):
     """The model and a set of transcoders for it."""
     folder = tmp_path_factory.mktemp("set") / "transcoders"
-    save_transcoders(folder, made_set(load_model(str(tiny_llama), mesh=one_device)))
-    return [
-        f"--model.path={tiny_llama}",
-        f"--graph.transcoders={folder}",
-        "--graph.doubled=4",
-        "--graph.circuits",
-        "--graph.heads",
-        "--mesh.data=2",
-    ]
+    save_transcoders(folder, made_set(lm))
+    checks = ["--graph.doubled=4", "--graph.circuits", "--graph.heads", "--mesh.data=2"]
+    return [f"--model.path={tiny_llama}", f"--graph.transcoders={folder}", *checks]
 
 
 def attribute(tmp_path, *flags: str) -> int:
@@ -52,10 +46,10 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     flags = [*flags, f"--graph.labels={tmp_path / 'labels.json'}", "--graph.source_set=plt-9", "--graph.query_key=1.2"]
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 0
     folder = tmp_path / "run" / "attribute" / "some"
-    results = json.loads((folder / "done.json").read_text())["results"]["graphs"]
+    saved = json.loads((folder / "done.json").read_text())["results"]
+    results = saved["graphs"]
     assert list(results) == ["water", "ids"]
-    whole = json.loads((folder / "done.json").read_text())["results"]
-    assert to_json(from_json(AttributeResults, whole, folder)) == whole  # nothing is lost in its class
+    assert to_json(from_json(AttributeResults, saved, folder)) == saved  # nothing is lost in its class
     water = results["water"]
     assert len(water["targets"]) == 1 and "way" in water["targets"][0]["label"]
     assert water["unexplained"] < 1e-5 and water["doubling"]["held_error"] < 1e-4
@@ -69,8 +63,7 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     assert len(document["nodes"]) == len(graph.nodes) and len(document["links"]) == results["ids"]["edges"]
     assert document["metadata"]["feature_details"] == dict(neuronpedia_source_set="plt-9")
     labels = {node["node_id"]: node["clerp"] for node in document["nodes"] if node["activation"] is not None}
-    for name, label in labels.items():
-        assert label == (f"my {name.split('_')[1]}" if name.startswith("0_") else "")
+    assert labels == {name: f"my {name.split('_')[1]}" if name.startswith("0_") else "" for name in labels}
     assert any(labels.values()) and "my " in (folder / "ids.html").read_text()
     listed = json.loads((folder / "graphs" / "graph-metadata.json").read_text())["graphs"]
     assert [entry["slug"] for entry in listed] == ["water", "ids"]
@@ -81,8 +74,7 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     (split,) = water["query_key"]
     assert split["query"] == len(water["tokens"]) - 1 and (split["layer"], split["head"]) == (1, 2)
     assert f"Head {split['layer']}.{split['head']} at " in (folder / "water.html").read_text()
-    for ending in (".html", ".svg"):
-        assert (folder / f"water{ending}").stat().st_size > 1000
+    assert (folder / "water.svg").stat().st_size > 1000
     # Killed before the second prompt was done, and after its graph was written.
     (folder / "done.json").unlink()
     (folder / "ids.json").unlink()
@@ -97,10 +89,7 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     "wrong,message",
     [
         (["--graph.prompt=The war", "--graph.prompts=a.jsonl"], "--graph.prompt and --graph.prompts: expected one"),
-        (
-            ["--graph.prompt=The war", "--graph.transcoders=./nowhere/at/all"],
-            "no folder ./nowhere/at/all of transcoders",
-        ),
+        (["--graph.prompt=The war", "--graph.transcoders=./nowhere/at/all"], "no folder ./nowhere/at/all of transcod"),
         (["--graph.prompt=The war", "--graph.transcoders="], "--graph.transcoders is missing"),
         (["--graph.prompt=The war", "--graph.target= and so on"], "' and so on' is 6 tokens"),
         ([f"--graph.prompt={'The war ' * 200}"], "401 tokens, more than the model's context of 128"),
@@ -168,8 +157,7 @@ def test_bad_files_of_prompts(tmp_path, line, message):
         read_requests(config)
 
 
-def test_of_an_answer_the_first_token_is_explained(tiny_llama, one_device):
-    lm = load_model(str(tiny_llama), mesh=one_device)
+def test_of_an_answer_the_first_token_is_explained(lm):
     request = Request("capital", "The", ((" Khartoum", " Rome"),), answers=True)
     assert stage._targets(lm, request) == [(lm.token_id(" Khartoum"), lm.token_id(" Rome"))]
     with pytest.raises(UserError, match="the target ' Khartoum' is [2-9] tokens"):

@@ -53,12 +53,11 @@ def test_nodes_rows_and_columns(tmp_path):
 
 def damaged(folder, how):
     file, description = folder / ARRAYS, json.loads((folder / DESCRIPTION).read_text())
+    content = file.read_bytes()
     if how == "truncated":
-        file.write_bytes(file.read_bytes()[:-4])
+        file.write_bytes(content[:-4])
     elif how == "changed":
-        content = bytearray(file.read_bytes())
-        content[-1] ^= 1
-        file.write_bytes(bytes(content))
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif how == "removed":
         file.unlink()
     elif how == "no json":

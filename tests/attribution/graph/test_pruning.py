@@ -1,12 +1,10 @@
 """Influences, scores and masks, against the definitions on a square matrix and against circuit-tracer's own."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 from made_graphs import make_graph
-from reference_graphs import adjacency_of, each_graph, needs_graphs, nodes_of
 
 from saejax.attribution.graph import Graph, pruning
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, LOGIT, TOKEN
@@ -119,18 +117,3 @@ def test_a_graph_without_edges_keeps_tokens_and_logits():
     graph = layered()
     pruned = dataclasses.replace(graph, adjacency_RxS=np.zeros_like(graph.adjacency_RxS)).prune()
     assert set(pruned.nodes.kind_N) == {TOKEN, LOGIT}
-
-
-@needs_graphs
-@each_graph
-def test_circuit_tracer_prunes_its_graphs_alike(folder):
-    ref = np.load(folder / "reference.npz")
-    nodes, adjacency_RxS = nodes_of(ref), adjacency_of(ref)
-    graph = dataclasses.replace(
-        make_graph(), nodes=nodes, adjacency_RxS=adjacency_RxS,
-        **dict.fromkeys(("value_R", "constant_R", "untraced_R"), np.zeros(len(adjacency_RxS), np.float32)),
-    )  # fmt: skip
-    pruned = check(graph, ref["node_mask"], ref["edge_mask"], ref["scores"])
-    assert np.abs(pruned.pruning.influence_N - ref["cumulative"][ref["node_mask"]]).max() < 1e-6
-    described = json.loads((folder / "graph.json").read_text())
-    assert len(pruned.nodes) == len(described["nodes"]) and len(pruned.edges()[0]) == len(described["links"])

@@ -8,7 +8,6 @@ import pytest
 from made_transcoders import made_set
 from pages import scores
 
-from saejax import load_model
 from saejax.attribution.forms import outputs
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.forms.outputs import attention_tables
@@ -25,8 +24,7 @@ IDS = [5, 17, 33, 8, 41]
 
 
 @pytest.fixture(scope="module")
-def traced(tiny_llama, one_device):
-    lm = load_model(str(tiny_llama), mesh=one_device)
+def traced(lm):
     return trace_prompt(lm, made_set(lm, 24), IDS, targets=[7])
 
 
@@ -36,12 +34,13 @@ def pruned(traced):
 
 
 def test_results_and_tables(traced, pruned):
-    found = read_attention(traced, pruned, True, [(2, 1, -1)])
+    found = read_attention(traced, pruned, True, [(2, 1, -1), (0, 0, 0)])
     assert found.heads.edges == len(found.contributions.by_edge()) > 10
-    leading, score = attention_tables(found, pruned)
+    leading, score, _ = attention_tables(found, pruned)
     assert leading.rows[0][0] == f"{found.heads.leading[0].layer}.{found.heads.leading[0].head}"
-    (split,) = found.query_key
-    assert split.query == len(IDS) - 1 and len(split.keys) == 3
+    assert [(one.layer, one.head, one.query) for one in found.query_key] == [(2, 1, len(IDS) - 1), (0, 0, 0)]
+    split = found.query_key[0]
+    assert len(split.keys) == 3
     assert score.title.startswith(f"Head {split.layer}.{split.head} at ")
     # Every block of the table is a score, its pairs and the others; pairs and others add up.
     ids, starts = set(pruned.ids), [n for n, row in enumerate(score.rows) if row[1] == "score"]
@@ -57,12 +56,14 @@ def test_results_and_tables(traced, pruned):
     assert any(pair.query == OWN_BIAS or "_" in pair.query for key in split.keys for pair in key.pairs)
 
 
-def test_a_graph_without_edges_has_no_heads(traced):
+def test_of_a_graph_without_edges_or_what_is_not_requested_there_is_nothing(traced, pruned):
     graph = traced.graph.prune(0.0, 0.0)
     bare = dataclasses.replace(graph, adjacency_RxS=np.zeros_like(graph.adjacency_RxS))
     found = read_attention(traced, bare, True, [])
     assert found.heads == HeadResults(edges=0, leading=()) and found.contributions.by_edge() == {}
     assert found.query_key == () and attention_tables(found, bare) == []
+    nothing = read_attention(traced, pruned, False, [])
+    assert attention_tables(nothing, pruned) == [] and nothing.heads is None and nothing.query_key == ()
 
 
 def test_the_page_has_the_heads_of_the_strongest_edges(monkeypatch, tmp_path, traced, pruned):
@@ -78,13 +79,6 @@ def test_the_page_has_the_heads_of_the_strongest_edges(monkeypatch, tmp_path, tr
     strongest = {(ids[source_E[edge]], ids[target_E[edge]]) for edge in np.argsort(-score_E, kind="stable")[:5]}
     assert set(written["heads"]) == strongest & set(attention.contributions.by_edge())
     assert 0 < len(written["heads"]) < len(attention.contributions.by_edge())
-
-
-def test_what_is_not_requested_is_not_there(traced, pruned):
-    nothing = read_attention(traced, pruned, False, [])
-    assert attention_tables(nothing, pruned) == [] and nothing.heads is None and nothing.query_key == ()
-    split = read_attention(traced, pruned, False, [(1, 2, 3), (0, 0, 0)])
-    assert [(one.layer, one.head, one.query) for one in split.query_key] == [(1, 2, 3), (0, 0, 0)]
 
 
 def test_heads_are_read_from_a_flag():

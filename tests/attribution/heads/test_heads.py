@@ -7,7 +7,6 @@ import pytest
 from made_graphs import heads_by_edge
 from made_transcoders import made_set
 
-from saejax import load_model
 from saejax.attribution.graph.nodes import FEATURE, LOGIT
 from saejax.attribution.heads import contributions
 from saejax.attribution.heads.contributions import head_contributions
@@ -20,8 +19,7 @@ IDS = [5, 17, 33, 8, 41]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "skip"])
-def traced(tiny_llama, one_device, request):
-    lm = load_model(str(tiny_llama), mesh=one_device)
+def traced(lm, request):
     targets = [7, Direction(np.eye(lm.config.d_model, dtype=np.float32)[3], layer=2, position=4)]
     return trace_prompt(lm, made_set(lm, 24, skip=request.param), IDS, targets=targets)
 
@@ -37,20 +35,12 @@ def edges_without(traced, layer, head):
     params = dict(model.params)
     params["layers.o_HxKxD"] = params["layers.o_HxKxD"].at[layer, head].set(0)
     model.params = params
-    changed = copy.copy(local)
+    changed, sources, active = copy.copy(local), Sources.of(local), local.active
     changed.model = model
-    sources = Sources.of(local)
-    active = local.active
     matrix_TxS = np.zeros((len(active) + len(readouts.labels), len(sources.nodes)), np.float32)
-    rows = RowTracer(changed, sources, len(matrix_TxS))
+    rows, put = RowTracer(changed, sources, len(matrix_TxS)), matrix_TxS[len(active) :].__setitem__
     rows(active.layer_A, active.position_A, changed.encoder_rows(np.arange(len(active))), matrix_TxS.__setitem__)
-    rows(
-        readouts.layer_K,
-        readouts.position_K,
-        readouts.vector_KxD,
-        matrix_TxS[len(active) :].__setitem__,
-        in_stream=True,
-    )
+    rows(readouts.layer_K, readouts.position_K, readouts.vector_KxD, put, in_stream=True)
     return matrix_TxS
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import runs
 from made_transcoders import made_set
+from torch_sites import relative_error
 
-from saejax import load_model, save_transcoders
+from saejax import save_transcoders
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.runner import command
@@ -25,8 +26,8 @@ CHECKED = (*BARE, "--graph.doubled=8", "--graph.circuits", "--graph.heads")
     ],
 )
 @pytest.mark.usefixtures("two_devices")
-def test_two_processes_trace_as_one(tiny_llama, one_device, tmp_path, mesh, settings):
-    save_transcoders(tmp_path / "set", made_set(load_model(str(tiny_llama), mesh=one_device), skip=True))
+def test_two_processes_trace_as_one(tiny_llama, lm, tmp_path, mesh, settings):
+    save_transcoders(tmp_path / "set", made_set(lm, skip=True))
     (tmp_path / "ids.jsonl").write_text('{"slug": "ids", "token_ids": [5, 17, 33, 8]}')
     flags = [f"--model.path={tiny_llama}", f"--graph.transcoders={tmp_path / 'set'}"]
     flags += [f"--graph.prompts={tmp_path / 'ids.jsonl'}", "--graph.max_logits=3", *settings]
@@ -34,11 +35,11 @@ def test_two_processes_trace_as_one(tiny_llama, one_device, tmp_path, mesh, sett
     both = [*flags, f"--workdir={tmp_path / 'two'}", *(f"--mesh.{axis}={size}" for axis, size in mesh.items())]
     for process in runs.start_pair("attribute", both):
         runs.finish(process)
-    one, two = (Graph.load(tmp_path / name / "attribute" / "ids" / "ids-graph") for name in ("one", "two"))
+    folders = [tmp_path / name / "attribute" / "ids" for name in ("one", "two")]
+    one, two = (Graph.load(folder / "ids-graph") for folder in folders)
     assert np.array_equal(one.nodes.index_N, two.nodes.index_N) and one.count(FEATURE) > 20
-    scale = np.abs(one.adjacency_RxS).max()
-    assert np.abs(one.adjacency_RxS - two.adjacency_RxS).max() < 1e-5 * scale
-    one, two = (json.loads((tmp_path / name / "attribute" / "ids" / "ids.json").read_text()) for name in ("one", "two"))
+    assert relative_error(two.adjacency_RxS, one.adjacency_RxS) < 1e-5
+    one, two = (json.loads((folder / "ids.json").read_text()) for folder in folders)
     assert one["scores"] == pytest.approx(two["scores"], abs=1e-6)
     if settings == BARE:
         return

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from made_graphs import load_tiny
-from torch_sites import MODULES, run_torch
+from torch_sites import MODULES, relative_error, run_torch
 
 from saejax import save_dictionary, trace_gradient
 from saejax.attribution.checks import double
@@ -115,10 +115,6 @@ def torch_rows(model, saes, graph, held=False):
     return np.array(rows)
 
 
-def relative(a, b) -> float:
-    return float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max())
-
-
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0])
 def case(request, tmp_path_factory, one_device):
     """A tiny model, SAEs at two layers, and the model in torch, in float64."""
@@ -144,9 +140,9 @@ def test_rows_are_torchs_gradients(case):
         own = features[features.layer_N == int(sae.site.split(".")[1])]
         assert np.array_equal(np.argwhere(acts_TxF), np.stack([own.position_N, own.index_N], axis=1)) and len(own) > 8
         assert len(np.unique(own.position_N)) == len(IDS) - 1  # one token is a sink
-        assert relative(own.value_N, acts_TxF[own.position_N, own.index_N]) < 1e-5
+        assert relative_error(own.value_N, acts_TxF[own.position_N, own.index_N]) < 1e-5
     wanted = torch_rows(model, saes, graph)
-    error = relative(graph.adjacency_RxS, wanted)
+    error = relative_error(graph.adjacency_RxS, wanted)
     print(f"rows {error:.1e}")
     assert error < 1e-5 and (wanted[: len(features)] != 0).any()
 
@@ -155,7 +151,7 @@ def test_direct_edges_go_through_no_other_site(llama):
     lm, saes = llama
     model = source.load_torch_model(lm.source, "float32").double()
     graph = trace_gradient(lm, saes, IDS, max_logits=2, direct=True)
-    assert relative(graph.adjacency_RxS, torch_rows(model, saes, graph, held=True)) < 1e-5
+    assert relative_error(graph.adjacency_RxS, torch_rows(model, saes, graph, held=True)) < 1e-5
     # All of the stream goes through resid_post.0, so tokens reach the features there and nothing else.
     later = graph.nodes.layer_N[graph.target_R] > 0
     assert not graph.adjacency_RxS[later, graph.slice_of(TOKEN)].any()
@@ -198,7 +194,7 @@ def test_edges_foretell_edits_of_the_model(llama):
         clean_T, twice_T = (edited(lm, saes, graph, node, factor)[above_T] for factor in (1.0, 2.0))
         np.testing.assert_allclose(doubling.free_ExR[row, above_T], twice_T - clean_T, atol=1e-5)
         more_T, less_T = (edited(lm, saes, graph, node, 1 + step)[above_T] for step in (0.03, -0.03))
-        assert relative((more_T - less_T) / 0.06, doubling.edge_ExR[row, above_T]) < 1e-2
+        assert relative_error((more_T - less_T) / 0.06, doubling.edge_ExR[row, above_T]) < 1e-2
     found = doubling.results.free
     assert 0 < found.pearson <= 1 and found.sign > 0.5
 
@@ -210,8 +206,8 @@ def test_fewer_features_are_the_most_influential_ones(llama):
     ids = [list(zip(g.nodes.layer_N, g.nodes.position_N, g.nodes.index_N))[: g.count(FEATURE)] for g in (graph, part)]
     kept = [ids[0].index(one) for one in ids[1]]
     rows, columns = [*kept, -2, -1], [*kept, *range(len(ids[0]), graph.adjacency_RxS.shape[1])]
-    assert relative(part.adjacency_RxS, graph.adjacency_RxS[np.ix_(rows, columns)]) < 1e-6
-    assert relative(part.unexplained_R, graph.unexplained_R[rows]) < 1e-4
+    assert relative_error(part.adjacency_RxS, graph.adjacency_RxS[np.ix_(rows, columns)]) < 1e-6
+    assert relative_error(part.unexplained_R, graph.unexplained_R[rows]) < 1e-4
 
 
 def test_one_sae_and_one_token(llama):
@@ -221,7 +217,7 @@ def test_one_sae_and_one_token(llama):
     assert set(graph.nodes.layer_N[:features]) == {0} and not graph.adjacency_RxS[:features, :features].any()
     # To the features of the first site and the logits, edges are those of two SAEs.
     both, rows = trace_gradient(lm, saes, IDS, max_logits=3), [*range(features), -3, -2, -1]
-    assert relative(graph.adjacency_RxS[:, :features], both.adjacency_RxS[rows, :features]) < 1e-6
+    assert relative_error(graph.adjacency_RxS[:, :features], both.adjacency_RxS[rows, :features]) < 1e-6
     graph = trace_gradient(lm, saes, IDS[-1:], max_logits=1)
     assert graph.ids_P.shape == (1,) and graph.adjacency_RxS[-1].all()
     pruned = graph.prune()
@@ -291,7 +287,7 @@ def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, caps
     pruned, whole = Graph.load(folder / "mine-graph").prune(top_edges=6), trace_gradient(lm, folders, IDS, max_logits=3)
     again = whole.prune(top_edges=6)
     assert np.array_equal(pruned.pruning.node_N, again.pruning.node_N) and pruned.pruning.top_edges == 6
-    assert relative(pruned.adjacency_RxS, again.adjacency_RxS) < 1e-4
+    assert relative_error(pruned.adjacency_RxS, again.adjacency_RxS) < 1e-4
     for ending in (".html", ".svg"):
         assert (folder / f"mine{ending}").stat().st_size > 1000
     for wrong, message in (

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from made_graphs import load_tiny, make_transcoders
+from made_graphs import IDS, load_tiny, make_transcoders
+from torch_sites import relative_error
 
 from saejax import trace
 from saejax.attribution.graph import pruning
@@ -20,8 +21,6 @@ from saejax.attribution.trace.targets import Direction
 from saejax.errors import UserError
 from saejax.models.loading import load_model
 from saejax.parallel.mesh import AXES
-
-IDS = [0, 17, 230, 5, 42, 99, 7]
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +43,18 @@ def graph(tiny, made):
     return trace(tiny, made, IDS, max_logits=4)
 
 
-def relative(a, b) -> float:
-    return float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max())
-
-
 def test_one_device_and_eight_agree(folder, made, graph):
     mesh = Mesh(np.array(jax.devices()).reshape(1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
     other = trace(load_model(str(folder), mesh=mesh), made, IDS, max_logits=4)
     assert np.array_equal(other.nodes.index_N, graph.nodes.index_N)
-    assert relative(other.adjacency_RxS, graph.adjacency_RxS) < 1e-5
+    assert relative_error(other.adjacency_RxS, graph.adjacency_RxS) < 1e-5
     assert np.array_equal(other.prune().pruning.node_N, graph.prune().pruning.node_N)
 
 
 def test_short_batches_and_long_ones_agree(tiny, made, graph, monkeypatch):
     monkeypatch.setattr(rows, "TOKENS", dict(cpu=24))
     monkeypatch.setattr(rows, "CHUNKS", 3)
-    assert relative(trace(tiny, made, IDS, max_logits=4).adjacency_RxS, graph.adjacency_RxS) < 1e-6
+    assert relative_error(trace(tiny, made, IDS, max_logits=4).adjacency_RxS, graph.adjacency_RxS) < 1e-6
 
 
 def test_columns_that_are_given_up_change_no_row(tiny, made, monkeypatch):
@@ -78,7 +73,7 @@ def test_columns_that_are_given_up_change_no_row(tiny, made, monkeypatch):
     assert narrowed == [len(whole.nodes) - 44 + whole.settings["active_features"]]  # once, when all had a column
     assert np.array_equal(graph.nodes.index_N, whole.nodes.index_N)
     assert np.array_equal(graph.adjacency_RxS, whole.adjacency_RxS)
-    assert relative(graph.untraced_R, whole.untraced_R) < 1e-5
+    assert relative_error(graph.untraced_R, whole.untraced_R) < 1e-5
 
 
 def test_the_most_influential_features_are_kept(tiny, made, graph):
@@ -98,7 +93,7 @@ def test_the_most_influential_features_are_kept(tiny, made, graph):
     assert np.array_equal(part.nodes.index_N[:most], graph.nodes.index_N[kept])
     columns = np.r_[kept, np.arange(count, graph.adjacency_RxS.shape[1])]
     targets = np.r_[kept, np.arange(count, len(graph.target_R))]
-    assert relative(part.adjacency_RxS, graph.adjacency_RxS[np.ix_(targets, columns)]) < 1e-6
+    assert relative_error(part.adjacency_RxS, graph.adjacency_RxS[np.ix_(targets, columns)]) < 1e-6
     assert np.abs(part.unexplained_R).max() < 1e-5 * np.abs(part.value_R).max()
 
 
@@ -141,8 +136,8 @@ def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
     targets.append(Direction(vector_D, layer=0, position=4))
     part = trace(tiny, made, IDS, targets=targets)
     count = graph.count(FEATURE)
-    assert relative(part.adjacency_RxS[count], graph.adjacency_RxS[count] - graph.adjacency_RxS[count + 1]) < 1e-5
-    assert relative(part.adjacency_RxS[count + 1], graph.adjacency_RxS[count]) < 1e-6
+    assert relative_error(part.adjacency_RxS[count], graph.adjacency_RxS[count] - graph.adjacency_RxS[count + 1]) < 1e-5
+    assert relative_error(part.adjacency_RxS[count + 1], graph.adjacency_RxS[count]) < 1e-6
     assert part.labels[2:] == ("mine", "direction", "direction") and " - " in part.labels[0]
     assert part.logit_K[0] == pytest.approx(graph.logit_K[0] - graph.logit_K[1], rel=1e-4)
     assert np.abs(part.unexplained_R).max() < 1e-5 * np.abs(part.value_R).max()
