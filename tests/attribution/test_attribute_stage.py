@@ -89,7 +89,7 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     "wrong,message",
     [
         (["--graph.prompt=The war", "--graph.prompts=a.jsonl"], "--graph.prompt and --graph.prompts: expected one"),
-        (["--graph.prompt=The war", "--graph.transcoders=./nowhere/at/all"], "no folder ./nowhere/at/all of transcod"),
+        (["--graph.prompt=The war", "--graph.transcoders=./nowhere/at/all"], "no folder ./nowhere/at/all of"),
         (["--graph.prompt=The war", "--graph.transcoders="], "--graph.transcoders is missing"),
         (["--graph.prompt=The war", "--graph.target= and so on"], "' and so on' is 6 tokens"),
         ([f"--graph.prompt={'The war ' * 200}"], "401 tokens, more than the model's context of 128"),

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from made_transcoders import made_sae
 
-from saejax import load_model, save_dictionary
+from saejax import save_dictionary
 from saejax.attribution.local.prompt_run import prompt_ids
-from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.tokens import Tokens
 from saejax.runner import command_line
 from saejax.serving.session import ModelSession
@@ -18,24 +18,9 @@ GRAPH = "attribute/the-war-near/graphs/the-war-near"
 
 
 @pytest.fixture(scope="module")
-def lm(tiny_llama, one_device):
-    return load_model(str(tiny_llama), mesh=one_device)
-
-
-@pytest.fixture(scope="module")
 def saes(lm):
     """Random SAEs, whose largest token is a sink."""
-    rng, made = np.random.default_rng(4), []
-    ids_P = prompt_ids(lm, PROMPT)
-    read = lm(Tokens(ids_P[None], np.array([len(ids_P)], np.int32)), capture=SITES).sites
-    for site in SITES:
-        width, norm_T = lm.config.d_model, np.sort(np.linalg.norm(np.asarray(read[site])[0], axis=1))
-        told = dict(fingerprint=lm.source.fingerprint, model="tiny", max_norm=float(norm_T[-2:].mean()))
-        config = DictionaryConfig(kind="topk", site=site, d_in=width, n_features=32, k=6, **told)
-        shapes = dict(W_enc_DxF=(width, 32), b_enc_F=(32,), W_dec_FxD=(32, width), b_dec_D=(width,))
-        arrays = {name: 0.2 * rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-        made.append(Dictionary(config, **arrays))
-    return made
+    return [made_sae(lm, site, prompt_ids(lm, PROMPT), seed=seed) for seed, site in enumerate(SITES)]
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +52,7 @@ def test_changes_do_what_edits_of_the_saes_do(asker, lm, saes):
         ["scale", 0.0, *(f"0_{feature}_{at}" for feature in features[0])],
         ["set", 2.5, f"2_{features[1][0]}_{at}"],
     ]
-    last = asker.work("api/change", dict(graph=GRAPH, changes=changes, freeze="none"))[-1]
-    assert "result" in last, last
-    found = last["result"]
+    found = asker.work("api/change", dict(graph=GRAPH, changes=changes, freeze="none"))[-1]["result"]
     edits = [
         saes[0].ablate(features[0], positions=(at, at + 1)),
         saes[1].set([features[1][0]], 2.5, positions=(at, at + 1)),
@@ -77,7 +60,7 @@ def test_changes_do_what_edits_of_the_saes_do(asker, lm, saes):
     ran = [lm(tokens, edits=some).logits_BxTxV[0, -1] for some in ([], edits, edits[:1])]
     clean_V, wanted_V, _ = (np.asarray(logits_V, np.float64) for logits_V in ran)
     assert len(features[0]) > 1 and np.abs(ran[1] - ran[2]).max() > 1e-2 < np.abs(ran[2] - ran[0]).max()
-    for token, shown in zip(np.argsort(-wanted_V)[:5], found["tokens"], strict=False):
+    for token, shown in zip(np.argsort(-wanted_V)[:5], found["tokens"]):
         np.testing.assert_allclose(shown["logit"], [clean_V[token], wanted_V[token]], atol=2e-4)
     p_2xV = np.exp([clean_V, wanted_V]) / np.exp([clean_V, wanted_V]).sum(axis=1, keepdims=True)
     assert found["kl"] == pytest.approx((p_2xV[0] * np.log(p_2xV[0] / p_2xV[1])).sum(), rel=1e-2, abs=1e-7)

@@ -34,13 +34,9 @@ def test_every_format_gives_the_same_rows(tmp_path):
         file.write_table(table)
     with pyarrow.ipc.new_stream(tmp_path / "stream.arrow", table.schema) as file:
         file.write_table(table)
-    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "file.arrow", "stream.arrow"):
-        assert fields(tmp_path / name) == GSM8K, name
-
-
-def test_what_datasets_saves_to_disk_is_read(tmp_path):
     datasets.Dataset.from_list(GSM8K).save_to_disk(tmp_path / "saved")
-    assert fields(tmp_path / "saved") == GSM8K
+    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "file.arrow", "stream.arrow", "saved"):
+        assert fields(tmp_path / name) == GSM8K, name
 
 
 def test_a_row_says_where_it_stands(tmp_path):
@@ -57,15 +53,11 @@ def test_places(tmp_path):
     assert find(str(root / "gsm8k"), "gsm8k", False, ONE) == find(str(gsm8k[""][0]), "gsm8k", False, ONE) == gsm8k
     assert find(str(root), "math", True, ONE) == {"": (root / "math.jsonl",)}
     logic = {task: (root / "logic" / f"{task}.jsonl",) for task in LOGIC_TASKS}
-    assert (
-        find(str(root), "logic", True, LOGIC_TASKS) == find(str(root / "logic"), "logic", False, LOGIC_TASKS) == logic
-    )
-    one = root / "logic" / "web_of_lies.jsonl"
-    assert find(str(one), "logic", False, LOGIC_TASKS) == {"web_of_lies": (one,)}
+    assert find(str(root), "logic", True, LOGIC_TASKS) == logic
+    assert find(str(root / "logic"), "logic", False, LOGIC_TASKS) == logic
+    lies = root / "logic" / "web_of_lies.jsonl"
+    assert find(str(lies), "logic", False, LOGIC_TASKS) == {"web_of_lies": (lies,)}
     assert find("openai/gsm8k", "gsm8k", False, ONE) is None
-
-
-def test_of_several_files_the_test_split_is_taken(tmp_path):
     for name in ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"):
         write_lines(tmp_path / name, GSM8K)
     assert find(str(tmp_path), "gsm8k", False, ONE)[""][0].name == "test-00000-of-00001.jsonl"
@@ -116,6 +108,10 @@ def test_damaged_files_are_refused(tmp_path, name, content, said):
 # Layouts as they are published
 
 
+SHARD = "{}-00000-of-00001.parquet"
+QUESTION, CHOICES, LETTERS = "Where do wet boots go?", ("oven", "doormat", "bookshelf"), ("A", "B", "C")
+
+
 def write_table(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -128,8 +124,8 @@ def write_json(path, value):
 
 def gsm8k_snapshot(root):
     for configuration, rows in dict(main=GSM8K, socratic=GSM8K[:1]).items():
-        write_table(root / configuration / "test-00000-of-00001.parquet", rows)
-        write_table(root / configuration / "train-00000-of-00001.parquet", [dict(question="More?", answer="#### 5")])
+        write_table(root / configuration / SHARD.format("test"), rows)
+        write_table(root / configuration / SHARD.format("train"), [dict(question="More?", answer="#### 5")])
     (root / "README.md").write_text("a card")
 
 
@@ -154,7 +150,7 @@ def bbh_repository(root):
 
 def bbh_snapshot(root):
     for task, rows in LOGIC.items():
-        write_table(root / task / "test-00000-of-00001.parquet", rows)
+        write_table(root / task / SHARD.format("test"), rows)
 
 
 def math_first(root):
@@ -167,16 +163,11 @@ def math_null_answer(root):
     write_lines(root / "test.jsonl", [row | dict(answer=None) for row in MATH])
 
 
-QUESTION = "Where do wet boots go?"
-CHOICES = ("oven", "doormat", "bookshelf")
-LETTERS = ("A", "B", "C")
-
-
 def csqa_hub(root):
     choices = dict(label=list(LETTERS), text=list(CHOICES))
     rows = [dict(id=str(i), question=QUESTION, question_concept="boot", choices=choices, answerKey="B") for i in (1, 2)]
-    write_table(root / "data" / "validation-00000-of-00001.parquet", rows)
-    write_table(root / "data" / "test-00000-of-00001.parquet", [row | dict(answerKey="") for row in rows])
+    write_table(root / "data" / SHARD.format("validation"), rows)
+    write_table(root / "data" / SHARD.format("test"), [row | dict(answerKey="") for row in rows])
 
 
 def csqa_first(root):
@@ -191,8 +182,8 @@ def arc_numbers(root):
 
 
 def logiqa_hub(root):
-    rows = [dict(context="It rains.", query=QUESTION, options=list(CHOICES), correct_option=1)] * 2
-    write_table(root / "data" / "test-00000-of-00001.parquet", rows)
+    row = dict(context="It rains.", query=QUESTION, options=list(CHOICES), correct_option=1)
+    write_table(root / "data" / SHARD.format("test"), [row, row])
 
 
 def logiqa_second(root):
@@ -244,11 +235,10 @@ def test_published_layouts_are_read(tmp_path, layout, name, count):
 
 
 def test_the_train_split_is_found_in_published_layouts(tmp_path):
-    for layout, name, text in ((gsm8k_snapshot, "gsm8k", "More?"), (math_first, "math", "")):
+    for layout, name, text in ((gsm8k_snapshot, "gsm8k", "More?"), (math_first, "math", MATH[0]["problem"])):
         layout(tmp_path / name)
-        asked = TaskConfig(benchmarks=(name,), path=str(tmp_path / name), examples=1)
-        left = training_items(name, asked)
-        assert left and all(item.question == text or name == "math" for item in left)
+        left = training_items(name, TaskConfig(benchmarks=(name,), path=str(tmp_path / name), examples=1))
+        assert left and all(item.question == text for item in left)
     gsm8k_saved(tmp_path / "saved")
     with pytest.raises(UserError, match="all examples in .* are asked"):  # its only training question is asked
         training_items("gsm8k", TaskConfig(benchmarks=("gsm8k",), path=str(tmp_path / "saved"), examples=12))
@@ -264,29 +254,23 @@ def test_what_is_not_whole_is_refused(tmp_path):
             read_items("gsm8k", TaskConfig(path=str(tmp_path / "value.json"), examples=1))
     (tmp_path / "half.json").write_text(json.dumps(GSM8K)[:-9])
     (tmp_path / "blocks.txt").write_text("z\nIt rains.\nWhy?\nA.a\nB.b\n")
-    refused = {
-        "lacks 1 of 3 shards of test": ("gsm8k", tmp_path / "shards"),
-        "half.json, line 1 is not JSON": ("gsm8k", tmp_path / "half.json"),
-        'block 1 starts with "z"': ("logiqa", tmp_path / "blocks.txt"),
-        "take a split whose answers are published": (
-            "commonsense",
-            tmp_path / "csqa" / "data" / "test-00000-of-00001.parquet",
-        ),
-    }
-    for message, (name, path) in refused.items():
+    for message, name, path in [
+        ("lacks 1 of 3 shards of test", "gsm8k", "shards"),
+        ("half.json, line 1 is not JSON", "gsm8k", "half.json"),
+        ('block 1 starts with "z"', "logiqa", "blocks.txt"),
+        ("take a split whose answers are published", "commonsense", "csqa/data/test-00000-of-00001.parquet"),
+    ]:
         with pytest.raises(UserError, match=message):
-            read_items(name, TaskConfig(benchmarks=(name,), path=str(path), examples=1))
+            read_items(name, TaskConfig(benchmarks=(name,), path=str(tmp_path / path), examples=1))
 
 
 # The hub, which no test can reach
 
 
 def test_without_a_network_the_way_out_is_said():
-    with pytest.raises(
-        UserError, match="openai/gsm8k .revision main. could not be found .* local file instead"
-    ) as caught:
+    with pytest.raises(UserError, match="openai/gsm8k .revision main. could not be .* local file instead") as error:
         read_items("gsm8k", TaskConfig())
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture
@@ -325,13 +309,12 @@ def test_another_data_set_is_read_with_all_its_configurations(hub):
     assert len(read_items("gsm8k", TaskConfig(path="me/copy", examples=12))) == 12
     assert len(read_items("logic", TaskConfig(path="me/bbh", examples=15))) == 15
     assert [call[1] for call in hub] == ["default", "more", *LOGIC_TASKS]
-    with pytest.raises(
-        UserError, match="openai/gsm8k has no configuration logical_deduction_three_objects, .* only main"
-    ):
+    absent = "openai/gsm8k has no configuration logical_deduction_three_objects, .* only main"
+    with pytest.raises(UserError, match=absent):
         origin("logic", TaskConfig(path="openai/gsm8k"))
 
 
-def test_identity_is_of_the_content(tmp_path, hub):
+def test_identity_is_of_the_content(tmp_path, hub, monkeypatch):
     a = write_lines(tmp_path / "a.jsonl", GSM8K)
     copy = write_lines(tmp_path / "other" / "b.jsonl", GSM8K)
     mark = identity("gsm8k", TaskConfig(path=str(a)))
@@ -341,9 +324,7 @@ def test_identity_is_of_the_content(tmp_path, hub):
     hubs = [TaskConfig(), TaskConfig(revision="abc"), TaskConfig(path="me/copy")]
     assert len({identity("gsm8k", task) for task in hubs} | {mark}) == 4
     assert not hub, "nothing is fetched for it"
-
-
-def test_a_data_set_that_moved_on_is_another(hub, monkeypatch):
+    # A data set that moved on is another.
     before = identity("gsm8k", TaskConfig())
     hub_module.hub_commit.cache_clear()
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **more: SimpleNamespace(sha="0" * 40))
@@ -351,7 +332,8 @@ def test_a_data_set_that_moved_on_is_another(hub, monkeypatch):
     assert identity("gsm8k", TaskConfig(revision="0" * 40)) == identity("gsm8k", TaskConfig()), "a branch is its commit"
 
 
-def test_without_the_hub_the_commit_is_that_of_the_last_fetch(tmp_path, monkeypatch):
+def test_without_the_hub_the_commit_is_that_of_the_last_fetch_and_retries_are_quiet(tmp_path, monkeypatch):
+    huggingface_hub.utils.logging.set_verbosity_warning()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     hub_module.hub_commit.cache_clear()
     with pytest.raises(UserError, match="commit of the data set me/never .* could not be found"):
@@ -360,14 +342,7 @@ def test_without_the_hub_the_commit_is_that_of_the_last_fetch(tmp_path, monkeypa
     ref.parent.mkdir(parents=True)
     ref.write_text("1" * 40)
     assert hub_module.hub_commit("me/once", "main") == "1" * 40
-
-
-def test_the_hub_libraries_stay_quiet_about_retries(monkeypatch):
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_warning()
-    assert hub_module._fetched("a/b", "main", lambda: 3) == 3
-    assert logging.get_verbosity() == logging.ERROR
+    assert huggingface_hub.utils.logging.get_verbosity() == huggingface_hub.utils.logging.ERROR
 
 
 def test_a_data_set_that_is_a_program_is_refused_in_one_line(hub, monkeypatch):

@@ -4,17 +4,12 @@ import dataclasses
 import re
 
 import pytest
-from benchmark_rows import DATA, GSM8K, LOGIC, MATH, NEEDS_DATA, read, write_all, write_lines
+from benchmark_rows import DATA, GSM8K, LOGIC, MATH, NEEDS_DATA, read, write_lines
 
 from saejax.errors import UserError
 from saejax.settings import TaskConfig
 from saejax.tasks.benchmark_definitions import Item, definition
 from saejax.tasks.benchmarks import read_items
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_all(tmp_path_factory.mktemp("benchmarks"))
 
 
 def test_items_hold_what_the_rows_say(folder):
@@ -35,20 +30,17 @@ def test_the_seed_chooses(folder):
     ids = [[item.id for item in read(folder, "gsm8k", examples=6, seed=seed)] for seed in (42, 42, 43)]
     assert ids[0] == ids[1] != ids[2] and len(set(ids[0])) == 6
     assert [item.id for item in read(folder, "gsm8k", examples=3)] == ids[0][:3]
-    assert sorted(item.id for item in read(folder, "gsm8k", examples=12, seed=1)) == sorted(
-        item.id for item in read(folder, "gsm8k", examples=12, seed=2)
-    )
+    first, second = (sorted(item.id for item in read(folder, "gsm8k", examples=12, seed=seed)) for seed in (1, 2))
+    assert first == second
 
 
 def test_too_few_examples_are_said(folder, tmp_path):
-    with pytest.raises(
-        UserError, match="gsm8k has 12 examples in .*test.jsonl, but 13 were asked for: .*examples=12 or"
-    ):
+    few = "gsm8k has 12 examples in .*test.jsonl, but 13 were asked for: .*examples=12 or"
+    with pytest.raises(UserError, match=few):
         read(folder, "gsm8k", examples=13)
     for name, default, there in (("gsm8k", 500, 12), ("math", 100, 8), ("logic", 200, 15)):
-        with pytest.raises(
-            UserError, match=f"{name} has {there} examples .* but {default} are asked by default of {name}"
-        ):
+        few = f"{name} has {there} examples .* but {default} are asked by default of {name}"
+        with pytest.raises(UserError, match=few):
             read(folder, name)
     empty = write_lines(tmp_path / "empty.jsonl", [])
     with pytest.raises(UserError, match="has 0 examples .* name another file"):
@@ -58,11 +50,7 @@ def test_too_few_examples_are_said(folder, tmp_path):
 @pytest.mark.parametrize(
     "name, row, said",
     [
-        (
-            "gsm8k",
-            dict(question="q", solution="#### 3"),
-            "has no column 'answer', only 'question', 'solution': expected",
-        ),
+        ("gsm8k", dict(question="q", solution=""), "has no column 'answer', only 'question', 'solution': expected"),
         ("gsm8k", dict(question=" ", answer="#### 3"), "'question' is \" \": expected text"),
         ("gsm8k", dict(question="q", answer=None), "'answer' is null: expected text"),
         ("gsm8k", dict(question="q", answer=3), "'answer' is 3: expected text"),
@@ -84,15 +72,11 @@ def test_bad_rows_are_refused_with_their_line(tmp_path, name, row, said):
     assert f"{path}, line 2" in str(caught.value)
 
 
-def test_options_without_a_list_are_refused(tmp_path):
+def test_options_without_a_list_are_refused_and_an_answer_column_is_used(tmp_path):
     path = write_lines(tmp_path / "date_understanding.jsonl", [dict(input="What day is it?", target="(A)")])
     with pytest.raises(UserError, match="line 1: 'target' is '.A.', which is not one of its options .none."):
         read_items("logic", TaskConfig(path=str(path), examples=1))
-
-
-def test_an_answer_column_is_used_where_there_is_one(tmp_path):
-    row = dict(problem="p", solution="Thus 1/2.", answer=r"\frac12")
-    path = write_lines(tmp_path / "math.jsonl", [row])
+    path = write_lines(tmp_path / "math.jsonl", [dict(problem="p", solution="Thus 1/2.", answer=r"\frac12")])
     assert read_items("math", TaskConfig(path=str(path), examples=1))[0].answer == r"\frac12"
 
 

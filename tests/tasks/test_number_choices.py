@@ -4,18 +4,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from benchmark_rows import DATA, NEEDS_DATA, Chat, prompter, read, write_all
+from benchmark_rows import DATA, NEEDS_DATA, Chat, prompter, read
 
 from saejax.errors import UserError
 from saejax.settings import TaskConfig
 from saejax.tasks.benchmark_prompts import worked_examples
 from saejax.tasks.benchmarks import read_items
 from saejax.tasks.number_choices import number_choices, plain_number
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_all(tmp_path_factory.mktemp("benchmarks"))
 
 
 def test_gsm8k_as_choices(folder):

@@ -75,13 +75,11 @@ def test_the_stage_writes_groups_and_takes_back_what_the_page_saves(tiny_llama, 
     document, _ = attribute("")
     features = [node["node_id"] for node in document["nodes"] if node["activation"] is not None]
     logits = [node["node_id"] for node in document["nodes"] if node["feature_type"] == "logit"]
-    saved, state = (
-        tmp_path / "ids-state.json",
-        document["qParams"] | dict(supernodes=[["mine", *features[:2], logits[0]]]),
-    )
+    saved, groups = tmp_path / "ids-state.json", [["mine", *features[:2], logits[0]]]
+    state = document["qParams"] | dict(supernodes=groups)
     saved.write_text(json.dumps(state))
     found, results = attribute(saved)
-    assert found["qParams"]["supernodes"] == state["supernodes"] and results["supernodes"] == 1
+    assert found["qParams"]["supernodes"] == groups and results["supernodes"] == 1
     assert found["qParams"]["pinnedIds"] == list(dict.fromkeys([*features[:2], *logits]))
     config = GraphConfig(transcoders=str(tmp_path / "set"), supernodes=str(saved))
     before = requests.identity(config)
