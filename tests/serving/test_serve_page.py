@@ -111,9 +111,8 @@ def test_features_are_ablated_and_steered_and_the_new_logits_shown(opened, site,
     fill(opened, "#change-amount", "2.5")
     opened.click_on("#change-form button")
     assert text(opened, "#changes").count("Remove") == 2
-    opened.js(
-        "(() => { const s = document.getElementById('freeze'); s.value = 'attention'; s.onchange({target: s}); })()"
-    )
+    freeze = "document.getElementById('freeze')"
+    opened.js(f"(() => {{ const s = {freeze}; s.value = 'attention'; s.onchange({{target: s}}); }})()")
     address = opened.js("location.href")
     opened.click_on("#run-changes")
     opened.wait("document.querySelector('#effects table')")
@@ -122,14 +121,10 @@ def test_features_are_ablated_and_steered_and_the_new_logits_shown(opened, site,
     effects = text(opened, "#effects")
     assert EVIL.replace(" ", "␣") in effects and "3.00\t1.50\t−1.50\t50 %\t25 %\t40 % to 60 %" in effects
     assert "␣is − ␣are: 1.50 before, −0.50 after; random sets 1.00 to 2.00" in effects
-    assert (
-        "KL): 0.25 nats" in effects and "2 different random sets" in effects and "0.010 nats to 0.020 nats" in effects
-    )
+    assert "KL): 0.25 nats" in effects and "0.010 nats to 0.020 nats" in effects
+    assert "2 different random sets" in effects
     show(opened, address)  # the state is in the address
-    assert (
-        text(opened, "#changes").count("Remove") == 2
-        and opened.js("document.getElementById('freeze').value") == "attention"
-    )
+    assert text(opened, "#changes").count("Remove") == 2 and opened.js(f"{freeze}.value") == "attention"
     opened.click_on("#changes li button")
     assert text(opened, "#changes").count("Remove") == 1
     show(opened, site[1] + PAGE + '#changes=[["scale",0,"nobody"],["x",0,"1_2_3"],3]&freeze=all<b>')

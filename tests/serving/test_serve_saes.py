@@ -1,7 +1,5 @@
 """Features of a graph of SAEs changed by the server: what the decoder does with the SAEs' own edits."""
 
-import json
-
 import numpy as np
 import pytest
 from made_transcoders import made_sae
@@ -70,9 +68,8 @@ def test_changes_do_what_edits_of_the_saes_do(asker, lm, saes):
 
 
 def test_nothing_can_be_held_and_the_page_says_so(asker, saes):
-    page = asker.get(f"graph?id={GRAPH}")[1]
-    assert '"freeze_modes":["none"]' in page
-    nodes = json.loads(page.split('id="graph-data">')[1].split("</script>")[0])["document"]["nodes"]
-    feature = next(node["node_id"] for node in nodes if node["activation"] is not None)
+    data = asker.data(f"graph?id={GRAPH}")
+    assert data["live"]["freeze_modes"] == ["none"]
+    feature = next(node["node_id"] for node in data["document"]["nodes"] if node["activation"] is not None)
     body = dict(graph=GRAPH, changes=[["scale", 0, feature]], freeze="all")
     assert "expected none, as this graph is of SAEs" in asker.work("api/change", body)[-1]["error"]
