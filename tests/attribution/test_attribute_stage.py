@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import pytest
+import runs
 from made_transcoders import made_set
+from torch_sites import relative_error
 
 from saejax import save_transcoders
 from saejax.attribution import run as stage
@@ -162,3 +164,30 @@ def test_of_an_answer_the_first_token_is_explained(lm):
     assert stage._targets(lm, request) == [(lm.token_id(" Khartoum"), lm.token_id(" Rome"))]
     with pytest.raises(UserError, match="the target ' Khartoum' is [2-9] tokens"):
         stage._targets(lm, dataclasses.replace(request, answers=False))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "is_checked"),
+    [
+        ("data", False), pytest.param("data", True, marks=pytest.mark.slow),
+        pytest.param("model", True, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_two_processes_trace_as_one(flags, tmp_path, mesh, is_checked):
+    (tmp_path / "ids.jsonl").write_text('{"slug": "ids", "token_ids": [5, 17, 33, 8]}')
+    model, transcoders, *checks, _ = flags
+    own = [model, transcoders, f"--graph.prompts={tmp_path / 'ids.jsonl'}", "--graph.max_logits=3"]
+    own += ["--graph.node_threshold=1", "--graph.edge_threshold=1", *(checks if is_checked else [])]
+    assert attribute(tmp_path / "one", *own) == 0
+    for process in runs.start_pair("attribute", [*own, f"--workdir={tmp_path / 'two'}", f"--mesh.{mesh}=2"]):
+        runs.finish(process)
+    folders = [tmp_path / name / "attribute" / "ids" for name in ("one", "two")]
+    first, second = (Graph.load(folder / "ids-graph") for folder in folders)
+    assert np.array_equal(first.nodes.index_N, second.nodes.index_N) and first.count(FEATURE) > 20
+    assert relative_error(second.adjacency_RxS, first.adjacency_RxS) < 1e-5
+    first, second = (json.loads((folder / "ids.json").read_text()) for folder in folders)
+    assert first["scores"] == pytest.approx(second["scores"], abs=1e-6)
+    if is_checked:
+        assert second["doubling"]["held_error"] < 1e-4
+        np.testing.assert_allclose(second["circuits"]["readout"], first["circuits"]["readout"], atol=1e-4)
+        assert first["heads"]["edges"] == second["heads"]["edges"] > 0
