@@ -46,11 +46,12 @@ def gemma_scope(folder, made, version, l0=None):
 
 def write(folder, made, form):
     if form.startswith("gemma"):
-        return gemma_scope(folder, made, int(form[-1]))
-    if form == "circuit_tracer":
+        gemma_scope(folder, made, int(form[-1]))
+    elif form == "circuit_tracer":
         save_transcoders(folder, made)
-    for layer, transcoder in enumerate(made if form == "own" else ()):
-        save_dictionary(folder / f"mlp_in.{layer}" / "dictionary", transcoder)
+    else:
+        for layer, transcoder in enumerate(made):
+            save_dictionary(folder / f"mlp_in.{layer}" / "dictionary", transcoder)
     return folder
 
 
@@ -249,12 +250,10 @@ def test_damaged_files_are_refused(tiny, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match=r"params.npz is truncated"):
         open_transcoders(folder)
-    file.unlink()
-    (folder / "layer_1" / "x").mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "layer_1" / "x" / "params.npz", W_enc=np.zeros((3, FEATURES)))
+    np.savez(file, W_enc=np.zeros((3, FEATURES)))
     with pytest.raises(UserError, match="lacks W_dec: it has W_enc"):
         open_transcoders(folder)
-    (folder / "layer_1" / "x" / "params.npz").rename(folder / "layer_1" / "x" / "old.txt")
+    file.rename(file.with_suffix(".txt"))
     next(folder.rglob("layer_0/**/params.npz")).rename(folder / "layer_2.npz")
     with pytest.raises(UserError, match="no transcoder of layer 0"):
         open_transcoders(folder)
