@@ -111,20 +111,15 @@ def test_bad_input_is_one_line(flags, tmp_path, capsys, wrong, message):
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name,told", [("0_48", "48 of layer 0, where"), ("4_0", "0 of layer 4, where")])
-def test_labels_of_other_features_are_refused(flags, tmp_path, capsys, name, told):
-    (tmp_path / "labels.json").write_text(json.dumps({"0_47": "the last", name: "of another set"}))
-    labels = f"--graph.labels={tmp_path / 'labels.json'}"
-    assert attribute(tmp_path / "run", *flags, "--graph.prompt=The war", labels) == 2
-    error = capsys.readouterr().err
-    assert f"labels.json names feature {told}" in error and error.count("\n") == 1
-    assert not list((tmp_path / "run").rglob("*.html"))
-
-
-def test_all_prompts_are_looked_at_before_one_is_traced(flags, tmp_path, capsys, monkeypatch):
-    prompts = tmp_path / "some.jsonl"
-    prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water", "targets": [" and so on"]}\n')
+def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stage, "trace_prompt", lambda *arguments, **options: pytest.fail("a prompt was traced"))
+    prompts, labels = tmp_path / "some.jsonl", tmp_path / "labels.json"
+    for name, message in (("0_48", "feature 48 of layer 0, where"), ("4_0", "feature 0 of layer 4, where")):
+        labels.write_text(json.dumps({"0_47": "the last", name: "of another set"}))
+        assert attribute(tmp_path / "run", *flags, "--graph.prompt=The war", f"--graph.labels={labels}") == 2
+        error = capsys.readouterr().err
+        assert f"labels.json names {message}" in error and error.count("\n") == 1
+    prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water", "targets": [" and so on"]}\n')
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
     assert "error: the-water: the target ' and so on' is 6 tokens" in capsys.readouterr().err
     # And with less memory than the longest takes.

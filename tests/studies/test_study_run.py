@@ -67,36 +67,29 @@ def test_a_study_runs_every_unit_once(fake, tmp_path, capsys):
     assert again == {unit: 2 for unit in ("train/topk", "evaluate/topk", "report")}
 
 
-def test_units_that_fail_stop_no_other_row(fake, tmp_path, capsys):
-    reasons = dict(bug="ZeroDivisionError: a bug", memory="when memory runs out")
-    status, states = fake(**{wish: f"{wish}@train/topk" for wish in reasons}, well="main", unfit="refuse@preflight")
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_rows_run_side_by_side_on_their_shares_and_units_that_fail_stop_no_other_row(fake, tmp_path, capsys):
+    wishes = dict(bug="bug@train/topk", memory="memory@train/topk", unfit="refuse@preflight")
+    status, states = fake("--at_once=2", a="meet@train/topk", b="meet@train/topk", **wishes)
     error = capsys.readouterr().err
-    assert status == 1 and "failed: 3 of 24 units: " in error and "(and others)" in error
-    assert "ZeroDivisionError: a bug" in states["bug", "train/topk"]["reason"]
+    assert status == 1 and "failed: 3 of 30 units: " in error and "(and others)" in error
     assert [states["unfit", unit]["state"] for unit in UNITS] == ["failed"] + ["not run"] * 5
+    assert "there is no such thing" in states["unfit", "preflight"]["reason"]
     assert [name for name in ran(tmp_path) if name.startswith("unfit/")] == ["unfit/preflight"]
-    for row, reason in reasons.items():
+    for row, reason in dict(bug="ZeroDivisionError: a bug", memory="when memory runs out").items():
         assert states[row, "capture"]["state"] == "done"
         assert states[row, "train/topk"]["state"] == "failed" and reason in states[row, "train/topk"]["reason"]
         assert states[row, "evaluate/topk"]["reason"] == "train/topk is not done"
-    assert all(state["state"] == "done" for (row, _), state in states.items() if row == "well")
-    status, states = fake(bug="main")
-    assert status == 1, "memory fails still"
-    assert states["bug", "report"]["state"] == "done", "mended, and run again"
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_rows_run_side_by_side_on_their_shares(fake, tmp_path):
-    status, states = fake("--at_once=2", a="meet@train/topk", b="meet@train/topk", c="refuse@capture")
-    assert status == 1 and "there is no such thing" in states["c", "capture"]["reason"]
-    assert states["c", "train/topk"]["reason"] == "capture is not done"
-    assert {state["state"] for (row, _), state in states.items() if row != "c"} == {"done"}
+    assert all(state["state"] == "done" for (row, _), state in states.items() if row in "ab")
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     parts = {frozenset(cores) for _, cores in lines}
     assert len(parts) == 2 and not frozenset.intersection(*parts), "each unit on one of two halves of the cores"
     for row in "ab":
         own = [name.partition("/")[2] for name in ran(tmp_path) if name.startswith(f"{row}/")]
         assert own == UNITS, "the units of a row one after the other"
+    status, states = fake(bug="main")
+    assert status == 1, "memory fails still"
+    assert states["bug", "report"]["state"] == "done", "mended, and run again"
 
 
 def test_shares_of_a_host(monkeypatch):
