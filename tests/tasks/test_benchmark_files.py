@@ -110,9 +110,8 @@ def shard(split, number=0, count=1):
 
 
 QUESTION, CHOICES = "Where do wet boots go?", ["oven", "doormat", "bookshelf"]
-BOOTS = dict(
-    id="a", question=QUESTION, question_concept="boot", answerKey="B", choices=dict(label=["A", "B", "C"], text=CHOICES)
-)
+BOOTS = dict(id="a", question=QUESTION, question_concept="boot", answerKey="B")
+BOOTS |= dict(choices=dict(label=["A", "B", "C"], text=CHOICES))
 LABELLED = [dict(label=label, text=text) for label, text in zip("ABC", CHOICES)]
 STEM = BOOTS | dict(question=dict(stem=QUESTION, choices=LABELLED))
 NUMBERED = BOOTS | dict(choices=dict(label=["1", "2", "3"], text=CHOICES), answerKey="2")
