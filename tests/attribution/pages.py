@@ -46,13 +46,21 @@ def busy_feature(document):
     return max(ids, key=lambda i: min(count[i] for count in ends))
 
 
+def place_of(browser, node_id):
+    return browser.js(f"attributionGraph.place({json.dumps(node_id)})")
+
+
 def click_node(browser, node_id, modifiers=0):
-    place = browser.js(f"attributionGraph.place({json.dumps(node_id)})")
+    place = place_of(browser, node_id)
     browser.click(place["x"], place["y"], modifiers)
 
 
+def state(browser, name):
+    return browser.js(f"attributionGraph.state.{name}")
+
+
 def clicked(browser):
-    return browser.js("attributionGraph.state.clickedId")
+    return state(browser, "clickedId")
 
 
 def rows(browser, which):

@@ -5,7 +5,7 @@ import json
 import pytest
 from browser import chromium
 from made_up_documents import made_up_document
-from pages import FEATURE, click_node, needs_chromium, show, text
+from pages import FEATURE, click_node, needs_chromium, show, state, text
 
 from saejax.attribution.forms.neuronpedia import write_graph
 from saejax.serving import app
@@ -149,7 +149,7 @@ def test_by_keys_alone_with_cancel(opened, site, features):
 
 def test_the_graph_is_pruned_again(opened, site, features):
     click_node(opened, features[0])
-    before = opened.js("attributionGraph.state.clickedId")
+    before = state(opened, "clickedId")
     fill(opened, "#prune-nodes", "0.5")
     opened.click_on("#prune-form button")
     opened.wait("location.search.includes('nodes=0.5') && window.attributionGraph && attributionGraph.painted")
@@ -157,7 +157,7 @@ def test_the_graph_is_pruned_again(opened, site, features):
     nodes = len(site[0].made[0.5, 0.98]["nodes"])
     assert f"of {nodes} nodes" in text(opened, "#counts")
     kept = {node["node_id"] for node in site[0].made[0.5, 0.98]["nodes"]}
-    assert opened.js("attributionGraph.state.clickedId") == (before if before in kept else "")
+    assert state(opened, "clickedId") == (before if before in kept else "")
     assert opened.js("document.getElementById('prune-nodes').value") == "0.5"
 
 
@@ -179,7 +179,7 @@ def test_labels_and_groups_are_saved(opened, site, features, place):
     show(opened, site[1] + PAGE)
     click_node(opened, features[0])
     assert text(opened, "#panel h2") == EVIL
-    (group,) = opened.js("attributionGraph.state.supernodes")
+    (group,) = state(opened, "supernodes")
     assert group[0] == "<i>pair</i>" and set(group[1:]) == set(features[1:3])
     (saved,) = json.loads((place / "serve" / "graphs" / "groups.json").read_text()).values()
     assert saved == [group]

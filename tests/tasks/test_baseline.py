@@ -197,7 +197,6 @@ def test_logits_that_are_not_finite_are_refused(smollm2):
         baseline.score_prompts(broken, prompts)
 
 
-@pytest.mark.usefixtures("cold_programs")
 def test_batches_have_one_shape(finished, one_device):
     model = load_model(str(finished[0]), mesh=one_device)
     prompts, _ = make_prompts("capital", 20, 20, 42, model.tokenizer)

@@ -62,8 +62,7 @@ def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, added, tmp_path
     asked = {name: value for name, value in changes.items() if not name.startswith(("patch", "probe"))}
     again = runs.copy_run(workdir, tmp_path / "again")
     for run, evaluated in ((workdir, False), (again, True)):
-        if evaluated:
-            assert go(["evaluate"], inputs, trained) == 0
+        assert not evaluated or go(["evaluate"], inputs, trained) == 0
         assert go(["report"], inputs, run, **asked) == 0
         assert ("The dictionaries" in (run / "report" / "report.md").read_text()) == evaluated
         assert any(load_results(run, "report").contexts.values()) == evaluated

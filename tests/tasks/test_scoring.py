@@ -80,23 +80,21 @@ def test_intervals_of_shares_are_those_of_scipy(right, trials):
     assert (fewer.low, fewer.high) == pytest.approx((theirs.low, theirs.high))
 
 
-def test_any_statistic():
+def test_any_statistic_in_chunks_of_resamples(monkeypatch):
     values_N = np.random.default_rng(0).exponential(1, 101)
-    interval = bootstrap(values_N, lambda values_RxN: np.median(values_RxN, axis=1), 2000, seed=0)
+    shapes = []
+
+    def median(values_RxN):
+        shapes.append(values_RxN.shape)
+        return np.median(values_RxN, axis=1)
+
+    interval = bootstrap(values_N, median, 2000, seed=0)
     assert interval.mean == np.median(values_N) and interval.low < interval.mean < interval.high
-
-
-def test_memory_is_bounded(monkeypatch):
-    seen = []
-
-    def statistic(values_RxN):
-        seen.append(values_RxN.shape)
-        return values_RxN.mean(axis=1)
-
     monkeypatch.setattr(scoring, "_CHUNK", 4000)
-    bootstrap(np.arange(90.0), statistic, 105, seed=0)
-    assert [rows for rows, _ in seen] == [11] * 9 + [6] + [1]  # the last is the statistic of the values themselves
-    assert len(seen) == 11 and all(n == 90 for _, n in seen)
+    shapes.clear()
+    bootstrap(values_N, median, 2000, seed=0)
+    assert sum(rows for rows, _ in shapes) == 2001  # with the values themselves
+    assert max(rows * n for rows, n in shapes) <= 4000 and {n for _, n in shapes} == {101}
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")], [[1.0, 2.0]]])

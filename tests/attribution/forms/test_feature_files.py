@@ -104,10 +104,8 @@ def test_feature_files_belong_to_the_identity_of_graphs(tmp_path):
 
 
 def test_long_contexts_are_cut_around_their_strongest_token():
-    values = [0.0] * 200
-    values[150] = 1.0
-    data = dict(activations=[dict(tokens=[str(k) for k in range(200)], values=values)])
-    (context,) = parse_feature(data).examples
+    long = dict(tokens=[str(k) for k in range(200)], values=[float(k == 150) for k in range(200)])
+    (context,) = parse_feature(dict(activations=[long])).examples
     assert len(context["tokens"]) < 60 and context["tokens"][context["activations"].index(1.0)] == "150"
 
 

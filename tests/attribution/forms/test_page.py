@@ -6,7 +6,19 @@ from collections import Counter
 import numpy as np
 import pytest
 from made_up_documents import made_up_document
-from pages import busy_feature, click_node, clicked, needs_chromium, rows, scores, slide, strongest, text
+from pages import (
+    busy_feature,
+    click_node,
+    clicked,
+    needs_chromium,
+    place_of,
+    rows,
+    scores,
+    slide,
+    state,
+    strongest,
+    text,
+)
 
 pytestmark = needs_chromium
 
@@ -48,7 +60,7 @@ def test_rows_trace_on_and_the_back_button_goes_back(opened, document):
 
 def test_pointing_shows_a_tip_and_lights_the_edges_up(opened, document):
     node = busy_feature(document)
-    place = opened.js(f"attributionGraph.place({json.dumps(node)})")
+    place = place_of(opened, node)
     before = opened.js("document.getElementById('upper').toDataURL()")
     opened.move(place["x"], place["y"])
     assert not opened.js("document.getElementById('tip').hidden")
@@ -103,9 +115,9 @@ def test_keys_trace_pin_and_search(opened, document):
     down = strongest(document, best, True)[0][0]
     assert clicked(opened) == down
     opened.key("p")
-    assert opened.js("attributionGraph.state.pinnedIds") == [down]
+    assert state(opened, "pinnedIds") == [down]
     opened.key("p")
-    assert opened.js("attributionGraph.state.pinnedIds") == []
+    assert state(opened, "pinnedIds") == []
     opened.key("/")
     opened.type("say a city")
     named = [node for node in document["nodes"] if node["clerp"] == "say a city"]
@@ -127,19 +139,13 @@ def test_search_finds_ids_and_tokens(opened, document):
     assert clicked(opened) == "E_104_4"
 
 
-def test_a_large_graph_stays_smooth(show_page, tmp_path):
-    """1,500 nodes and 20,000 edges. The times are printed; only a hang fails."""
+def test_a_large_graph_is_drawn(show_page):
+    """1,500 nodes and 20,000 edges; only a hang fails."""
     large = made_up_document(features=1306, edges=20_000, layers=28, positions=24, errors=160, outputs=10)
     assert len(large["nodes"]) == 1500 and len(large["links"]) == 20_000
     browser = show_page(large)
-    loaded = browser.js("attributionGraph.ready")
+    assert browser.js("attributionGraph.ready") < 300_000  # ms
     slide(browser, "edges", 1)
     browser.wait("attributionGraph.painted && attributionGraph.painted.edges === 20000")
-    edges = browser.js("attributionGraph.painted.milliseconds")
     click_node(browser, large["links"][-1]["target"])
-    frames = browser.js("[...Array(20)].map(() => attributionGraph.redraw())")
-    print(
-        f"\n1,500 nodes, 20,000 edges: drawn {loaded:.0f} ms after the start of loading; all edges {edges:.0f} ms;"
-        f" pointing at a node {np.median(frames):.1f} ms; {(tmp_path / 'graph.html').stat().st_size / 1e6:.1f} MB"
-    )
-    assert loaded < 300_000
+    browser.js("[...Array(20)].map(() => attributionGraph.redraw())")

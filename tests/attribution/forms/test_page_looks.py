@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from made_up_documents import made_up_document
-from pages import FEATURE, busy_feature, click_node, clicked, needs_chromium, show, strongest, text
+from pages import FEATURE, busy_feature, click_node, clicked, needs_chromium, place_of, show, strongest, text
 
 from saejax.attribution.forms.page import PageTable, write_page
 
@@ -74,10 +74,10 @@ def test_a_phone_shows_all_of_it(browser, page, document):
     node = busy_feature(document)
     browser.js("document.getElementById('stage').scrollIntoView()")
     browser.settle()
-    place = browser.js(f"attributionGraph.place({json.dumps(node)})")
+    place = place_of(browser, node)
     browser.js(f"document.getElementById('stage').scrollLeft += {place['x'] - 180}")
     browser.settle()
-    place = browser.js(f"attributionGraph.place({json.dumps(node)})")
+    place = place_of(browser, node)
     browser.tap(place["x"], place["y"])
     browser.wait(f"attributionGraph.state.clickedId === {json.dumps(node)}")
     assert browser.js("document.getElementById('tip').hidden")
@@ -160,7 +160,6 @@ def test_nothing_moves_for_who_does_not_want_it_and_nobody_is_asked_for_anything
 def test_nodes_do_not_cover_each_other(opened, document):
     ids = [node["node_id"] for node in document["nodes"] if node["feature_type"] != "logit"]
     places = opened.js(f"{json.dumps(ids)}.map(id => attributionGraph.place(id))")
-    at = np.array([(place["x"], place["y"]) for place in places])
-    radius = np.array([place["radius"] for place in places])
-    apart = np.hypot(*(at[:, None] - at[None]).transpose(2, 0, 1)) - (radius[:, None] + radius[None])
-    assert apart[~np.eye(len(at), dtype=bool)].min() >= 0
+    x_N, y_N, radius_N = (np.array([place[name] for place in places]) for name in ("x", "y", "radius"))
+    apart_NxN = np.hypot(x_N[:, None] - x_N, y_N[:, None] - y_N) - (radius_N[:, None] + radius_N)
+    assert apart_NxN[~np.eye(len(ids), dtype=bool)].min() >= 0

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 
 import pytest
 from made_up_documents import made_up_document
-from pages import busy_feature, click_node, clicked, needs_chromium, rows, show, slide, strongest, text
+from pages import busy_feature, click_node, clicked, needs_chromium, rows, show, slide, state, strongest, text
 
 from saejax.attribution.forms.document import FEATURE_TYPE
 from saejax.attribution.forms.features import FeatureDetails
@@ -28,14 +28,14 @@ def test_pins_become_groups_with_summed_edges(opened, document):
     sources = [other for other, *_ in strongest(document, node, True)[:3]]
     for pinned in (node, *sources):
         click_node(opened, pinned, modifiers=8)
-    assert opened.js("attributionGraph.state.pinnedIds") == [node, *sources]
+    assert state(opened, "pinnedIds") == [node, *sources]
     assert opened.js("document.querySelectorAll('#subgraph .unit').length") == 4
     for pinned in sources[:2]:
         tick_pin(opened, pinned)
     opened.click_on("#pin-tools input")
     opened.type("both <of> them")
     opened.click_on("#pin-tools button")
-    (group,) = opened.js("attributionGraph.state.supernodes")
+    (group,) = state(opened, "supernodes")
     assert group[0] == "both <of> them" and set(group[1:]) == set(sources[:2])
     assert opened.js("document.querySelectorAll('#subgraph .unit').length") == 3
     total = sum(weight for other, weight, _ in strongest(document, node, True) if other in sources[:2])
@@ -47,11 +47,11 @@ def test_pins_become_groups_with_summed_edges(opened, document):
     tick_pin(opened, sources[2])
     assert text(opened, "#pin-tools button") == "Merge ticked"
     opened.click_on("#pin-tools button")
-    (group,) = opened.js("attributionGraph.state.supernodes")
+    (group,) = state(opened, "supernodes")
     assert set(group[1:]) == set(sources)
     opened.click_on("#pins li:has(.group-name) > .plain")
-    assert opened.js("attributionGraph.state.supernodes") == []
-    assert set(opened.js("attributionGraph.state.pinnedIds")) == {node, *sources}
+    assert state(opened, "supernodes") == []
+    assert set(state(opened, "pinnedIds")) == {node, *sources}
 
 
 def test_the_address_holds_the_view(opened, document, page):
@@ -70,7 +70,7 @@ def test_the_address_holds_the_view(opened, document, page):
     assert opened.js("document.getElementById('search').value") == "texas"
     damaged = page + "#clickedId=nobody&pinnedIds=x,y&supernodes=[[&nodes=7&edges=&linkType=?"
     show(opened, damaged)
-    assert clicked(opened) == "" and opened.js("attributionGraph.state.pinnedIds") == []
+    assert clicked(opened) == "" and state(opened, "pinnedIds") == []
 
 
 def test_the_state_of_the_document_is_shown(show_page, document):
@@ -79,7 +79,7 @@ def test_the_state_of_the_document_is_shown(show_page, document):
     params = dict(pinnedIds=[node, other, "gone"], supernodes=[["pair", node, other]], linkType="input", clickedId=node)
     browser = show_page({**document, "qParams": params})
     assert clicked(browser) == node
-    assert browser.js("attributionGraph.state.supernodes") == [["pair", node, other]]
+    assert state(browser, "supernodes") == [["pair", node, other]]
     assert rows(browser, "outputs") == [] and rows(browser, "inputs")
 
 

@@ -262,25 +262,23 @@ def test_damaged_files_are_refused(tiny, tmp_path):
 def test_of_decoders_only_rows_of_active_features_are_read(tiny, tmp_path, monkeypatch):
     """And of encoders, each is read once for a trace."""
     save_transcoders(tmp_path / "set", make_transcoders(tiny.config, "jumprelu"))
-    opened, numbers, real = open_transcoders(tmp_path / "set"), Counter(), tensors.Tensor.read
+    opened, numbers = open_transcoders(tmp_path / "set"), Counter()
 
-    def read(self):
-        numbers["whole"] += int(np.prod(self.shape))
-        return real(self)
+    def counted(name, real):
+        def read(tensor, *index):
+            array = real(tensor, *index)
+            numbers[name] += array.size
+            return array
 
-    def rows(self, index):
-        found = real_rows(self, index)
-        numbers["rows"] += found.size
-        return found
+        monkeypatch.setattr(tensors.Tensor, name, read)
 
-    real_rows = tensors.Tensor.rows
-    monkeypatch.setattr(tensors.Tensor, "read", read)
-    monkeypatch.setattr(tensors.Tensor, "rows", rows)
-    traced = trace_prompt(tiny, opened, IDS, max_logits=2)
+    counted("read", tensors.Tensor.read)
+    counted("rows", tensors.Tensor.rows)
+    active = trace_prompt(tiny, opened, IDS, max_logits=2).local.active
     width, features = tiny.config.d_model, FEATURES
     encoders = 2 * (width * features + 2 * features + width)  # of two layers, with vectors
-    assert encoders <= numbers["whole"] < encoders + width * features
-    used = len(set(zip(traced.local.active.layer_A.tolist(), traced.local.active.feature_A.tolist(), strict=True)))
+    assert encoders <= numbers["read"] < encoders + width * features
+    used = len(set(zip(active.layer_A.tolist(), active.feature_A.tolist(), strict=True)))
     assert 0 < numbers["rows"] <= 4 * used * width  # once to decode, once as directions, and encoders' rows
 
 
