@@ -94,7 +94,7 @@ def test_any_statistic_in_chunks_of_resamples(monkeypatch):
     shapes.clear()
     bootstrap(values_N, median, 2000, seed=0)
     assert sum(rows for rows, _ in shapes) == 2001  # with the values themselves
-    assert max(rows * n for rows, n in shapes) <= 4000 and {n for _, n in shapes} == {101}
+    assert max(4 * rows * n for rows, n in shapes) <= 4000 and {n for _, n in shapes} == {101}
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")], [[1.0, 2.0]]])

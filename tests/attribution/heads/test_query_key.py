@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from dense_reference import Dense
-from made_graphs import IDS, load_tiny, make_transcoders
+from made_graphs import IDS, make_transcoders
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3 import modeling_qwen3
 
@@ -21,12 +21,11 @@ CASES = [(0, 1, -1), (1, 2, 4), (2, 3, -1), (2, 0, 0)]  # layer, head, position 
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gpt2", "gemma2"])
-def opened(request, tmp_path_factory, one_device):
+def opened(request, tiny_model):
     """A model's folder, its transcoders and its replacement model."""
-    folder = tmp_path_factory.mktemp(request.param)
-    lm = load_tiny(folder, request.param, one_device)
+    lm = tiny_model(request.param)
     made = make_transcoders(lm.config, skip=request.param in ("qwen3", "gemma2"))
-    return folder, made, LocalModel(lm, LayerTranscoders.of(made), np.array(IDS))
+    return lm.source.folder, made, LocalModel(lm, LayerTranscoders.of(made), np.array(IDS))
 
 
 def torch_scores(folder):

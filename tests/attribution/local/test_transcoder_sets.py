@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from made_graphs import FEATURES, altered, load_tiny, make_transcoders
+from made_graphs import FEATURES, altered, make_transcoders
 from safetensors.numpy import load_file, save_file
 
 from saejax import save_dictionary, save_transcoders, trace
@@ -26,8 +26,8 @@ IDS = [0, 17, 230, 5, 42]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, one_device):
-    return load_tiny(tmp_path_factory.mktemp("model"), "llama", one_device, num_hidden_layers=2)
+def tiny(tiny_model):
+    return tiny_model("llama", num_hidden_layers=2)
 
 
 def gemma_scope(folder, made, version, l0=None):

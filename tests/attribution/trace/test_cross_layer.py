@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from dense_reference import EditedModel, added, encode
-from made_graphs import FEATURES, IDS, altered, heads_by_edge, load_tiny, make_cross_layer
+from made_graphs import FEATURES, IDS, altered, heads_by_edge, make_cross_layer
 from safetensors.numpy import save_file
 
 from saejax.attribution.graph.nodes import FEATURE
@@ -22,8 +22,8 @@ from saejax.runner import command
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, one_device):
-    return load_tiny(tmp_path_factory.mktemp("model"), "llama", one_device)
+def tiny(tiny_model):
+    return tiny_model("llama")
 
 
 @pytest.fixture(scope="module")

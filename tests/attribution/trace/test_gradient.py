@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from made_graphs import load_tiny
 from made_transcoders import made_sae
 from torch_sites import MODULES, relative_error, run_torch
 
@@ -96,16 +95,16 @@ def torch_rows(model, saes, graph, held=False):
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case[0])
-def case(request, tmp_path_factory, one_device):
+def case(request, tiny_model):
     """A tiny model, SAEs at two layers, and the model in torch, in float64."""
     family, *sites = request.param
-    lm = load_tiny(tmp_path_factory.mktemp(family), family, one_device)
+    lm = tiny_model(family)
     return lm, saes_of(lm, sites), source.load_torch_model(lm.source, "float32").double()
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory, one_device):
-    lm = load_tiny(tmp_path_factory.mktemp("llama"), "llama", one_device)
+def llama(tiny_model):
+    lm = tiny_model("llama")
     return lm, saes_of(lm, CASES[0][1:])
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from made_graphs import IDS, load_tiny, make_transcoders
+from made_graphs import IDS, make_transcoders
 
 from saejax import trace
 from saejax.attribution.local.directions import READ_AT_ONCE
@@ -20,8 +20,8 @@ from saejax.parallel.mesh import AXES
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, one_device):
-    return load_tiny(tmp_path_factory.mktemp("model"), "llama", one_device, num_hidden_layers=2)
+def tiny(tiny_model):
+    return tiny_model("llama", num_hidden_layers=2)
 
 
 @pytest.fixture

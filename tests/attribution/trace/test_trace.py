@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from made_graphs import IDS, load_tiny, make_transcoders
+from made_graphs import IDS, make_transcoders
 from torch_sites import relative_error
 
 from saejax import trace
@@ -24,8 +24,8 @@ from saejax.parallel.mesh import AXES
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, one_device):
-    return load_tiny(tmp_path_factory.mktemp("model"), "llama", one_device)
+def tiny(tiny_model):
+    return tiny_model("llama")
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +182,9 @@ def test_no_active_feature_is_an_error(tiny, made):
         trace(tiny, silent, IDS)
 
 
-def test_a_chat_prefix_of_sinks_has_no_features_and_sums_stay_whole(tmp_path, one_device, monkeypatch):
+def test_a_chat_prefix_of_sinks_has_no_features_and_sums_stay_whole(tiny_model, monkeypatch):
     """Of Gemma 3's template the first four tokens; biases and decoders go on from the fifth."""
-    lm = load_tiny(tmp_path, "gemma3_text", one_device, num_hidden_layers=2)
+    lm = tiny_model("gemma3_text", num_hidden_layers=2)
     assert state.CHAT_STARTS[lm.config.family] == (2, 105, 2364, 107)
     made = make_transcoders(lm.config)
     plain = trace(lm, made, IDS, max_logits=2)
