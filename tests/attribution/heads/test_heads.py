@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from made_graphs import heads_by_edge
+from made_graphs import assert_heads_are_the_only_way, heads_by_edge
 from made_transcoders import made_set
 from pages import scores
 
 from saejax.attribution.forms import outputs
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.forms.outputs import attention_tables
-from saejax.attribution.graph.nodes import FEATURE, LOGIT
+from saejax.attribution.graph.nodes import LOGIT
 from saejax.attribution.heads import contributions
 from saejax.attribution.heads.contributions import head_contributions, read_attention
 from saejax.attribution.heads.query_key import OWN_BIAS
@@ -85,19 +85,7 @@ def test_a_part_is_what_vanishes_without_the_head(traced):
 
 
 def test_heads_alone_move_between_positions(traced):
-    """From what enters a layer to what reads in it, heads of that layer are the only way to another position."""
-    pruned = traced.graph.prune(1.0, 1.0)
-    found = heads_by_edge(head_contributions(traced.local, traced.readouts, pruned))
-    nodes, compared = pruned.nodes, 0
-    for source, target, weight in edges_of(pruned):
-        moves = nodes.position_N[source] != nodes.position_N[target]
-        assert not moves or (source, target) in found
-        if moves and nodes.kind_N[target] == FEATURE and nodes.layer_N[target] == nodes.layer_N[source] + 1:
-            carried = found[source, target]
-            assert {layer for layer, _ in carried} == {nodes.layer_N[target]}
-            assert sum(carried.values()) == pytest.approx(weight, abs=1e-5)
-            compared += 1
-    assert compared > 10
+    assert_heads_are_the_only_way(traced)
 
 
 def test_blocks_and_groups_of_sources_and_targets_change_nothing(traced, monkeypatch):

@@ -7,11 +7,9 @@ import pytest
 import torch
 import yaml
 from dense_reference import EditedModel, added, encode
-from made_graphs import FEATURES, IDS, altered, heads_by_edge, make_cross_layer
+from made_graphs import FEATURES, IDS, altered, assert_heads_are_the_only_way, make_cross_layer
 from safetensors.numpy import save_file
 
-from saejax.attribution.graph.nodes import FEATURE
-from saejax.attribution.heads.contributions import head_contributions
 from saejax.attribution.local.edits import Change, Circuit
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.trace.prompt import trace_prompt
@@ -76,17 +74,7 @@ def test_parts_run_alone_and_everything_kept_is_the_model(edited, traced):
 
 
 def test_heads_carry_all_writes_of_a_feature(traced):
-    """Into another position there is no way but heads: with one layer between, their parts are the edge."""
-    graph = traced.graph.prune(1.0, 1.0)
-    found = heads_by_edge(head_contributions(traced.local, traced.readouts, graph))
-    nodes, compared = graph.nodes, 0
-    for source, target, weight in zip(*(part.tolist() for part in graph.edges()), strict=True):
-        ends = nodes.layer_N[[source, target]]
-        moves = nodes.position_N[source] != nodes.position_N[target]
-        if moves and nodes.kind_N[target] == FEATURE and ends[1] == ends[0] + 1:
-            assert sum(found[source, target].values()) == pytest.approx(weight, abs=1e-5)
-            compared += 1
-    assert compared > 10
+    assert_heads_are_the_only_way(traced)
 
 
 def write_set(folder, made, form, back=0):
