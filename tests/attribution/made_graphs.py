@@ -55,7 +55,7 @@ def heads_by_edge(found) -> dict[tuple[int, int], dict[tuple[int, int], float]]:
 
 
 def assert_heads_are_the_only_way(traced):
-    """From what enters a layer to what reads in it at another position, the parts of that layer's heads are the edge."""
+    """From what enters a layer to what reads in it elsewhere, the parts of that layer's heads are the edge."""
     graph = traced.graph.prune(1.0, 1.0)
     parts, nodes, compared = heads_by_edge(head_contributions(traced.local, traced.readouts, graph)), graph.nodes, 0
     for source, target, weight in zip(*(part.tolist() for part in graph.edges()), strict=True):
