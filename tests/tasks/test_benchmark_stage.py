@@ -230,7 +230,7 @@ def test_the_binary_writes_a_unit_per_benchmark(inputs, folder, tmp_path):
         ("--task.path=", "the commit of the data set openai/gsm8k (revision main) could not be found"),
         ("--task.path=./nowhere.jsonl", "--task.path=./nowhere.jsonl does not exist"),
         ("--task.examples=13", "gsm8k has 12 examples in"),
-        ("--task.shots=99", "--task.shots=99: gsm8k has 8 worked examples"),
+        ("--task.shots=99", "--task.shots=99: gsm8k has 8 worked examples; expected 0 to 8"),
         ("--task.score=guess", "--task.score is 'guess': expected one of auto, generate, choice, likelihood"),
         ("--task.max_new_tokens=250", "lower --task.shots (now 0) or --task.max_new_tokens"),
     ],

@@ -10,7 +10,7 @@ from benchmark_rows import DATA, GSM8K, LOGIC, MATH, NEEDS_DATA, Chat, prompter,
 
 from saejax.errors import UserError
 from saejax.settings import TaskConfig
-from saejax.tasks.benchmark_definitions import Item, definition
+from saejax.tasks.benchmark_definitions import Item
 from saejax.tasks.benchmark_prompts import worked_examples
 from saejax.tasks.benchmarks import read_items
 from saejax.tasks.number_choices import number_choices, plain_number
@@ -82,13 +82,8 @@ def test_options_without_a_list_are_refused_and_an_answer_column_is_used(tmp_pat
         read_items("logic", TaskConfig(path=str(path), examples=1))
     path = write_lines(tmp_path / "math.jsonl", [dict(problem="p", solution="Thus 1/2.", answer=r"\frac12")])
     assert read_items("math", TaskConfig(path=str(path), examples=1))[0].answer == r"\frac12"
-
-
-def test_an_unknown_benchmark_is_refused():
     with pytest.raises(UserError, match="unknown benchmark 'mmlu': expected one of gsm8k, math, logic"):
-        definition("mmlu")
-    with pytest.raises(UserError, match="benchmarks is 'mmlu': expected one of gsm8k, math, logic"):
-        TaskConfig(benchmarks=("mmlu",))
+        read_items("mmlu", TaskConfig(path=str(path)))
 
 
 @NEEDS_DATA
