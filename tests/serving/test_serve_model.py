@@ -113,24 +113,10 @@ def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, w
     active, last = wanted.local.active, len(wanted.graph.ids_P) - 1
     features = active.feature_A[(active.layer_A == 1) & (active.position_A == last)].tolist()[:3]
     changes = [["scale", 0.0, *(f"1_{feature}_{last}" for feature in features)]]
-    found = asker.work("api/change", dict(graph=GRAPH, changes=changes, freeze="none"))[-1]["result"]
     tokens = Tokens(wanted.graph.ids_P[None], np.array([last + 1], np.int32))
     edited = lm(tokens, edits=[transcoders[1].ablate(features, positions=(last, None))]).logits_BxTxV[0, last]
-    logits_2xV = np.stack([wanted.local.logits_V, np.asarray(edited)]).astype(np.float64)
-    p_2xV = np.exp(logits_2xV) / np.exp(logits_2xV).sum(axis=1, keepdims=True)
-    assert len(features) > 1 and len(found["tokens"]) >= 8
-    best = np.argsort(-p_2xV[1])[:3]
-    for token, shown in zip(best, found["tokens"]):
-        np.testing.assert_allclose(shown["logit"], logits_2xV[:, token], atol=2e-4)
-        np.testing.assert_allclose(shown["probability"], p_2xV[:, token], atol=2e-5)
-        assert shown["random"][0] <= shown["random"][1]
-    kl = (p_2xV[0] * np.log(p_2xV[0] / p_2xV[1])).sum()
-    assert found["kl"] == pytest.approx(kl, rel=1e-2, abs=1e-7)
-    assert found["draws"] == len(found["random_kl"]) == 7 and min(found["random_kl"]) > 0
-    way, runs = lm.token_id(" way"), lm.token_id(" runs")
-    (difference,) = found["differences"]
-    assert difference["text"] == [" way", " runs"]
-    np.testing.assert_allclose(difference["value"], logits_2xV[:, way] - logits_2xV[:, runs], atol=3e-4)
+    assert len(features) > 1
+    asker.check_change(dict(graph=GRAPH, changes=changes, freeze="none"), wanted.local.logits_V, edited, lm)
     nothing = asker.work("api/change", dict(graph=GRAPH, changes=[["scale", 1.0, changes[0][2]]], freeze="none"))
     assert abs(nothing[-1]["result"]["kl"]) < 1e-9 and max(map(abs, nothing[-1]["result"]["random_kl"])) < 1e-9
 

@@ -80,10 +80,7 @@ NO_ARRAYS = "graph.safetensors is missing or damaged"
     "damage,message",
     [
         (with_arrays(lambda content: content[:-4]), NO_ARRAYS),
-        (
-            with_arrays(lambda content: content[:-1] + bytes([content[-1] ^ 1])),
-            NO_ARRAYS,
-        ),
+        (with_arrays(lambda content: content[:-1] + bytes([content[-1] ^ 1])), NO_ARRAYS),
         (lambda folder: (folder / ARRAYS).unlink(), NO_ARRAYS),
         (lambda folder: (folder / DESCRIPTION).write_text('{"a"'), "graph.json is not valid JSON"),
         (without("prompt"), "graph.json is damaged .'prompt' is missing"),
