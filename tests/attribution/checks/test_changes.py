@@ -91,12 +91,12 @@ def test_above_the_last_held_layer_the_model_runs_freely(setting):
 def test_other_sets_have_as_many_features_of_the_same_layers_and_positions(setting):
     group = some_features(setting)
     controls = matched(setting.here, group, 3)
-    own, every = keys_of(group), keys_of(features_of(setting.graph, np.arange(len(setting.here.active))))
+    members, every = keys_of(group), keys_of(features_of(setting.graph, np.arange(len(setting.here.active))))
     for control in controls:
         keys = keys_of(control)
-        assert len(keys) == len(group) and not keys & own
+        assert len(keys) == len(group) and not keys & members
         assert np.array_equal(np.sort(control.layer_N), np.sort(group.layer_N))
-        counts, taken, free = (Counter(key[:2] for key in part) for part in (keys, own, every))
+        counts, taken, free = (Counter(key[:2] for key in part) for part in (keys, members, every))
         assert all(counts[at] >= min(taken[at], free[at] - taken[at]) for at in taken)
     again, reseeded = matched(setting.here, group, 3), matched(setting.here, group, 3, 1)
     assert all(np.array_equal(a.index_N, b.index_N) for a, b in zip(controls, again))
@@ -107,12 +107,12 @@ def test_random_sets_are_all_different(setting):
     active = setting.here.active
     at_N = np.stack([active.layer_A, active.position_A], axis=1)
     place = next(n for n, at in enumerate(at_N) if 2 < (at_N == at).all(axis=1).sum() < 9)
-    found = [keys_of(one) for one in matched(setting.here, features_of(setting.graph, [place]), 99)]
+    sets = [keys_of(one) for one in matched(setting.here, features_of(setting.graph, [place]), 99)]
     keys = list(zip(active.layer_A.tolist(), active.position_A.tolist(), active.feature_A.tolist(), strict=True))
-    own = keys.pop(place)
-    near = [{key} for key in keys if key[:2] == own[:2]]  # at the same position: they come first
-    assert all(one in found[: len(near)] for one in near) and len(found) == sum(key[0] == own[0] for key in keys)
-    assert len(set(map(frozenset, found))) == len(found)
+    removed = keys.pop(place)
+    near = [{key} for key in keys if key[:2] == removed[:2]]  # at the same position: they come first
+    assert all(one in sets[: len(near)] for one in near) and len(sets) == sum(key[0] == removed[0] for key in keys)
+    assert len(set(map(frozenset, sets))) == len(sets)
 
 
 def test_thousands_of_rows_in_one_call_are_those_of_single_calls(setting, monkeypatch):

@@ -104,14 +104,14 @@ def test_the_model_runs_on_as_with_hooks_in_torch(traced, edited):
     """Also with a feature at every position, of which the first has the activation 0 before."""
     local, _, readouts, _ = traced
     rows = [*some_rows(local, np.random.default_rng(1)), [Change(1, slice(None), 3, 2.0)], []]
-    found = local.run(rows, readouts=readouts)
-    for row, ours_K, ours_V in zip(rows, found.readout_RxK, found.logits_RxV, strict=True):
+    ours = local.run(rows, readouts=readouts)
+    for row, ours_K, ours_V in zip(rows, ours.readout_RxK, ours.logits_RxV, strict=True):
         logits_V, streams = edited.run(IDS, row)
         mean = logits_V.mean()
         wanted_K = [logits_V[7] - mean, logits_V[9] - mean, logits_V[7] - logits_V[11], streams[2][4, 3]]
         np.testing.assert_allclose(ours_K, wanted_K, atol=2e-5)
         np.testing.assert_allclose(ours_V, logits_V, atol=2e-5)
-    np.testing.assert_allclose(saejax.intervene(local, rows), found.logits_RxV, atol=1e-6)
+    np.testing.assert_allclose(saejax.intervene(local, rows), ours.logits_RxV, atol=1e-6)
     np.testing.assert_allclose(local.run([[]], readouts=readouts).logits_RxV[0], local.logits_V)
 
 
@@ -120,8 +120,8 @@ def test_a_feature_set_to_its_own_value_changes_nothing(traced, freeze):
     local, _, readouts, _ = traced
     active = local.active
     chosen = [0, len(active) // 2, len(active) - 1]
-    own = [Change(*place, float(active.value_A[a])) for a, place in zip(chosen, places(active, chosen), strict=True)]
-    changed = local.run([own, []], freeze, readouts=readouts, features=range(len(active)))
+    same = [Change(*place, float(active.value_A[a])) for a, place in zip(chosen, places(active, chosen), strict=True)]
+    changed = local.run([same, []], freeze, readouts=readouts, features=range(len(active)))
     np.testing.assert_allclose(changed.readout_RxK, np.tile(readouts.value_K, (2, 1)), atol=5e-6)
     np.testing.assert_allclose(changed.feature_RxJ, np.tile(active.value_A, (2, 1)), atol=5e-6)
     assert (local.run([[]], freeze, readouts=readouts, features=[0]).readout_RxK == readouts.value_K).all()
@@ -212,10 +212,10 @@ def test_constrained_is_all_held_below_a_layer_but_for_norms(traced, edited):
 
 def test_a_prompt_is_continued_with_changes_as_with_hooks_in_torch(traced, edited):
     changes = [Change(1, slice(3, None), 3, 2.0), Change(2, 2, 5, 1.5), Change(2, slice(0, 2), 5, 1.0)]
-    found = traced[0].generate(changes, 4)
-    assert found.ids_N.tolist() == found.logits_NxV.argmax(axis=1).tolist() and len(found.ids_N) == 4
+    continued = traced[0].generate(changes, 4)
+    assert continued.ids_N.tolist() == continued.logits_NxV.argmax(axis=1).tolist() and len(continued.ids_N) == 4
     ids = list(IDS)
-    for logits_V in found.logits_NxV:
+    for logits_V in continued.logits_NxV:
         np.testing.assert_allclose(logits_V, edited.run(ids, changes)[0], atol=3e-5)
         ids.append(int(logits_V.argmax()))
 
@@ -224,9 +224,9 @@ def test_attention_may_be_held_while_a_prompt_is_continued(traced, lm):
     local, _, readouts, _ = traced
     row = [Change(0, 2, 3, 4.0), Change(1, 3, 5, 3.0)]
     free, held = (local.generate(row, 2, freeze) for freeze in ("none", "attention"))
-    for found, freeze in ((free, "none"), (held, "attention")):
+    for continued, freeze in ((free, "none"), (held, "attention")):
         wanted_V = local.run([row], freeze, readouts=readouts).logits_RxV[0]
-        np.testing.assert_allclose(found.logits_NxV[0], wanted_V, atol=1e-5)
+        np.testing.assert_allclose(continued.logits_NxV[0], wanted_V, atol=1e-5)
     assert np.abs(free.logits_NxV[0] - held.logits_NxV[0]).max() > 1e-4
     (plain,) = lm.generate(Tokens(np.array([IDS], np.int32), np.array([len(IDS)], np.int32)), 3)
     assert local.generate([], 3, "attention").ids_N.tolist()[: len(plain.ids)] == list(plain.ids)
@@ -237,13 +237,13 @@ def test_attention_may_be_held_while_a_prompt_is_continued(traced, lm):
 def test_everything_kept_is_the_model_and_parts_are_between(traced):
     local = traced[0]
     graph, readouts = trace(local.model, local.dictionaries, IDS, targets=[7]), read_targets(local, [7], 10, 0.95)
-    found = faithfulness_curve(local, graph, readouts, (0.3, 0.8, 1.0))
-    np.testing.assert_allclose(found.model, readouts.value_K[0], atol=1e-5)
-    assert found.features[0] < found.features[1] < found.features[2]
-    assert abs(found.model - found.empty) > 0.01
+    curve = faithfulness_curve(local, graph, readouts, (0.3, 0.8, 1.0))
+    np.testing.assert_allclose(curve.model, readouts.value_K[0], atol=1e-5)
+    assert curve.features[0] < curve.features[1] < curve.features[2]
+    assert abs(curve.model - curve.empty) > 0.01
     parts = [every_part(local), every_part(local).complement()]
     readout_RxK = local.run(parts, readouts=readouts).readout_RxK
-    np.testing.assert_allclose(readout_RxK[:, 0], [found.model, found.empty], atol=1e-5)
+    np.testing.assert_allclose(readout_RxK[:, 0], [curve.model, curve.empty], atol=1e-5)
 
 
 @pytest.mark.parametrize("traced", ["standard"], indirect=True)
