@@ -67,7 +67,7 @@ def without(name):
 
 def with_fields(**changes):
     def save(folder):
-        (folder / DESCRIPTION).unlink()
+        shutil.rmtree(folder)
         dataclasses.replace(make_graph(), **changes).save(folder)
 
     return save

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -214,7 +215,7 @@ def narrow(transcoder):
         (lambda made: [altered(t, fingerprint="other", model="x") for t in made], "trained on x .fingerprint other"),
         (lambda made: [altered(t, site=t.config.target) for t in made], "reads mlp_out.0 and predicts mlp_out.0"),
         (lambda made: [altered(t, kind="linear") for t in made], "no active features"),
-        (lambda made: [altered(t, d_in=24) for t in made], "reads 24 dimensions, but .* has 40"),
+        (lambda made: make_transcoders(SimpleNamespace(n_layers=2, d_model=24)), "reads 24 dimensions, but .* has 40"),
     ],
 )
 def test_sets_that_do_not_fit_the_model_are_refused(change, message, tiny):
