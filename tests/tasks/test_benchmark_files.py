@@ -287,6 +287,7 @@ def test_without_the_hub_the_commit_is_that_of_the_last_fetch_and_retries_are_qu
     ref.parent.mkdir(parents=True)
     ref.write_text("1" * 40)
     assert hub_module.hub_commit("me/once", "main") == "1" * 40
+    assert hub_module._fetched("a/b", "main", lambda: 3) == 3
     assert huggingface_hub.utils.logging.get_verbosity() == huggingface_hub.utils.logging.ERROR
 
 

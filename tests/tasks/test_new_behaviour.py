@@ -27,7 +27,8 @@ def trained(inputs, tmp_path_factory):
 
 
 def go(stages, inputs, workdir, **changes):
-    changes = dict(train__kinds="topk", patch__top=2, causal__random_sets=2, ablate__baselines="pca") | changes
+    small = dict(train__epochs=1, patch__top=2, causal__random_sets=2, ablate__baselines="", ablate__untrained=False)
+    changes = dict(train__kinds="topk") | small | changes
     return command.run(stages, "", ["program", *runs.small_flags(*inputs, workdir, **changes)])
 
 
