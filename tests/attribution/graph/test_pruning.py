@@ -78,6 +78,17 @@ def test_masks_and_scores_are_those_of_the_definition(seed, thresholds, monkeypa
     assert np.allclose(share_N[order], np.cumsum(influence_N[order]) / influence_N.sum(), atol=1e-6)
 
 
+def test_of_each_target_only_the_largest_edges_stay():
+    graph = layered(features=40)
+    pruned = graph.prune(1.0, 1.0, top_edges=3)
+    size_RxS = np.abs(graph.adjacency_RxS[:, graph.nodes.kind_N[: graph.adjacency_RxS.shape[1]] != BIAS])
+    row_of = {node: row for row, node in enumerate(graph.target_R.tolist())}
+    edges = list(zip(*(part.tolist() for part in pruned.edges()), strict=True))
+    assert len(edges) > 20 and min(weight for *_, weight in edges) < 0
+    for _, target, weight in edges:
+        assert (size_RxS[row_of[int(pruned.pruning.node_N[target])]] > abs(weight)).sum() < 3
+
+
 def test_bias_nodes_change_no_figure():
     graph = layered(features=40)
     without = graph.nodes.kind_N != BIAS
