@@ -4,7 +4,6 @@ Commands and answers of the DevTools protocol go through two pipes (file descrip
 ended by a zero byte. Mouse, touch and keys go in as the browser's own input events, so a page meets what a reader does.
 """
 
-import base64
 import contextlib
 import json
 import os
@@ -100,9 +99,8 @@ class Browser:
         """The value of an expression about the document of the page's first frame."""
         frame = self.send("Page.getFrameTree")["frameTree"]["childFrames"][0]["frame"]["id"]
         world = self.send("Page.createIsolatedWorld", frameId=frame)["executionContextId"]
-        return self.send("Runtime.evaluate", expression=expression, contextId=world, returnByValue=True)["result"][
-            "value"
-        ]
+        answer = self.send("Runtime.evaluate", expression=expression, contextId=world, returnByValue=True)
+        return answer["result"]["value"]
 
     def wait(self, expression: str, in_frame: bool = False) -> None:
         """Waits until an expression is true; patiently, as the machine may be busy."""
@@ -176,10 +174,6 @@ class Browser:
     def type(self, text: str) -> None:
         self.send("Input.insertText", text=text)
         self.settle()
-
-    def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        Path(path).write_bytes(base64.b64decode(shot["data"]))
 
     def renderers(self) -> list[psutil.Process]:
         """The processes that show pages."""

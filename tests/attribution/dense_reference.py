@@ -12,6 +12,8 @@ import torch
 from torch_sites import MODULES
 from transformers import AutoModelForCausalLM
 
+from saejax.models import source
+
 
 def arrays_of(transcoder) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.asarray(array, np.float64)) for name, array in transcoder.arrays.items()}
@@ -24,6 +26,58 @@ def encode(config, w, x_TxD):
     if config.kind == "topk":
         return torch.where(pre_TxF >= pre_TxF.topk(config.k).values[:, -1:], pre_TxF.relu(), 0)
     return pre_TxF.relu()
+
+
+def writes_of(transcoders, writes=None) -> list[torch.Tensor]:
+    """What the features of each layer write to it and to each later layer, [F, L - layer, D]."""
+    if writes is None:
+        writes = [np.asarray(transcoder.W_dec_FxD[...])[:, None] for transcoder in transcoders]
+    return [torch.from_numpy(np.asarray(array, np.float64)) for array in writes]
+
+
+def added(writes, acts, layer):
+    """What features with the activations ``acts`` [T, F] of each layer add to a layer, [T, D]."""
+    reach = [below for below in range(layer + 1) if layer - below < writes[below].shape[1]]
+    return sum(acts[below] @ writes[below][:, layer - below] for below in reach)
+
+
+class EditedModel:
+    """The transformers model in float64, whose MLPs add what features of transcoders write more when they are set."""
+
+    def __init__(self, lm, transcoders, writes=None):
+        self.model = source.load_torch_model(lm.source, "float32").double()
+        self.w, self.configs = [arrays_of(t) for t in transcoders], [t.config for t in transcoders]
+        self.writes = writes_of(transcoders, writes)
+
+    def run(self, ids, changes=(), entering=None) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The logits of the last token [V] and the stream entering each layer, with all ``changes`` made.
+
+        ``entering``: a layer, and the stream [T, D] that enters it instead.
+        """
+        streams, moved, handles = [], [], []
+
+        def enter(module, inputs):
+            if entering and entering[0] == len(streams):
+                inputs = (torch.from_numpy(entering[1])[None], *inputs[1:])
+            streams.append(inputs[0][0].numpy())
+            return inputs
+
+        def write(module, inputs, output):
+            layer = len(moved)
+            acts_TxF = encode(self.configs[layer], self.w[layer], inputs[0][0])
+            acts_TxF[0] = 0
+            moved.append(torch.zeros_like(acts_TxF))
+            for _, position, feature, value in (change for change in changes if change.layer == layer):
+                moved[-1][position, feature] = value - acts_TxF[position, feature]
+            return output + added(self.writes, moved, layer)
+
+        for block in self.model.model.layers:
+            handles += [block.mlp.register_forward_hook(write), block.register_forward_pre_hook(enter)]
+        with torch.no_grad():
+            logits_V = self.model(torch.tensor([list(ids)])).logits[0, -1].numpy()
+        for handle in handles:
+            handle.remove()
+        return logits_V, streams
 
 
 class Dense:
@@ -44,8 +98,7 @@ class Dense:
         self.model.eval().requires_grad_(False)
         self.w, self.configs = [arrays_of(t) for t in transcoders], [t.config for t in transcoders]
         self.family, self.normed, self.stream = self.model.config.model_type, normed, stream
-        own = [w["W_dec_FxD"][:, None].numpy() for w in self.w] if writes is None else writes
-        self.writes = [torch.from_numpy(np.asarray(array, np.float64)) for array in own]
+        self.writes = writes_of(transcoders, writes)
         self.reads, self.acts, self.errors, self.leaves, self._plain = [], [], [], [], {}
         shape = (len(ids), self.model.config.hidden_size)
         self.leaves = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for _ in transcoders]
@@ -97,18 +150,13 @@ class Dense:
             acts_TxF = encode(self.configs[index], w, read_TxD).detach()
             acts_TxF[0] = 0
             self.acts.append(acts_TxF)
-            written_TxD = sum(self.acts[layer] @ write_FxD for layer, write_FxD in self._into(index))
-            error_TxD = (output[0] - (written_TxD + w["b_dec_D"] + skip_TxD)).detach()
+            written_TxD = added(self.writes, self.acts, index) + w["b_dec_D"] + skip_TxD
+            error_TxD = (output[0] - written_TxD).detach()
             error_TxD[0] = 0
             self.errors.append(error_TxD)
             return skip_TxD[None] + (output - skip_TxD).detach() + self.leaves[index]
 
         return hook
-
-    def _into(self, index):
-        """The layers that write to one, and what their features write there."""
-        reach = [(layer, index - layer) for layer in range(index + 1)]
-        return [(layer, self.writes[layer][:, n]) for layer, n in reach if n < self.writes[layer].shape[1]]
 
     @property
     def active(self) -> np.ndarray:

@@ -9,11 +9,13 @@ from tiny_models import save_tiny, save_tiny_tokenizer
 from saejax import load_model
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Nodes
+from saejax.attribution.heads.contributions import head_contributions
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 
 FEATURES = 48
+IDS = [0, 17, 230, 5, 42, 99, 7]  # a prompt
 
 
 def make_graph(features=7, layers=2, positions=3, logits=2, seed=0) -> Graph:
@@ -52,6 +54,21 @@ def heads_by_edge(found) -> dict[tuple[int, int], dict[tuple[int, int], float]]:
     return {(s, t): {(int(x), int(h)): float(v[x, h]) for x, h in zip(*v.nonzero())} for s, t, v in ends if v.any()}
 
 
+def assert_heads_are_the_only_way(traced):
+    """From what enters a layer to what reads in it elsewhere, the parts of that layer's heads are the edge."""
+    graph = traced.graph.prune(1.0, 1.0)
+    parts, nodes, compared = heads_by_edge(head_contributions(traced.local, traced.readouts, graph)), graph.nodes, 0
+    for source, target, weight in zip(*(part.tolist() for part in graph.edges()), strict=True):
+        if nodes.position_N[source] == nodes.position_N[target]:
+            continue
+        assert (source, target) in parts
+        if nodes.kind_N[target] == FEATURE and nodes.layer_N[target] == nodes.layer_N[source] + 1:
+            assert {layer for layer, _ in parts[source, target]} == {nodes.layer_N[target]}
+            assert abs(sum(parts[source, target].values()) - weight) < 1e-5
+            compared += 1
+    assert compared > 10
+
+
 def make_transcoders(config, kind="standard", skip=False, seed=0) -> list[Dictionary]:
     """Random transcoders in which a fifth of the features or so is active."""
     rng, made = np.random.default_rng(seed), []
@@ -68,19 +85,22 @@ def make_transcoders(config, kind="standard", skip=False, seed=0) -> list[Dictio
     return made
 
 
+def altered(dictionary, **changes) -> Dictionary:
+    """The same arrays under another description."""
+    return Dictionary(dataclasses.replace(dictionary.config, **changes), **dictionary.arrays)
+
+
 def make_cross_layer(config, kind="standard", skip=False, reads="mlp_in") -> tuple[LayerTranscoders, list, list]:
     """A random cross-layer transcoder: the set, its dictionaries, and what the features of each write [F, L - l, D]."""
     made, rng = make_transcoders(config, kind, skip), np.random.default_rng(9)
     if reads == "resid_mid":
-        of = [dataclasses.replace(one.config, site=f"resid_mid.{layer}") for layer, one in enumerate(made)]
-        made = [Dictionary(config, **one.arrays) for config, one in zip(of, made, strict=True)]
+        made = [altered(one, site=f"resid_mid.{layer}") for layer, one in enumerate(made)]
     layers = config.n_layers
     writes = [0.1 * rng.normal(size=(FEATURES, layers - layer, config.d_model)) for layer in range(layers)]
     writes = [write.astype(np.float32) for write in writes]
     for write, one in zip(writes, made, strict=True):
         write[:, 0] = one.W_dec_FxD[...]
-    configs = [one.config for one in made]
-    read = lambda layer, features_U: writes[layer][features_U]  # noqa: E731
+    configs, read = [one.config for one in made], lambda layer, features_U: writes[layer][features_U]
     return LayerTranscoders("made", configs, made.__getitem__, reads=reads, writes=read), made, writes
 
 

@@ -1,4 +1,4 @@
-"""Transcoders of a tiny model: random directions, biases that let about a tenth of the features be active."""
+"""Dictionaries of a tiny model: random directions, biases that let about a tenth of the features be active."""
 
 import numpy as np
 
@@ -6,6 +6,25 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.tokens import Tokens
 
 IDS = [5, 17, 33, 8, 41, 100]  # a prompt
+
+
+def made_sae(lm, site, ids, kind="topk", seed=0, features=32, **changes) -> Dictionary:
+    """A random SAE in which a fifth of the features or so is active; the largest token at its site is a sink."""
+    rng, width = np.random.default_rng(seed), lm.config.d_model
+    tokens = Tokens(np.array([ids], np.int32), np.array([len(ids)], np.int32))
+    norms = np.sort(np.linalg.norm(np.asarray(lm(tokens, capture=[site]).sites[site])[0], axis=1))
+    fields = dict(kind=kind, site=site, d_in=width, n_features=features, k=6 if kind == "topk" else 0)
+    fields |= dict(max_norm=float(norms[-2:].mean()), fingerprint=lm.source.fingerprint, model="tiny")
+    arrays = dict(
+        W_enc_DxF=rng.normal(size=(width, features)) / np.sqrt(width),
+        b_enc_F=0.3 * rng.normal(size=features),
+        W_dec_FxD=rng.normal(size=(features, width)) / np.sqrt(width),
+        b_dec_D=0.1 * rng.normal(size=width),
+    )
+    if kind == "jumprelu":
+        arrays["threshold_F"] = rng.uniform(0.3, 0.6, features)
+    made = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    return Dictionary(DictionaryConfig(**fields | changes), **made)
 
 
 def made_set(lm, features: int = 48, kind: str = "standard", skip: bool = False, seed: int = 0) -> list[Dictionary]:

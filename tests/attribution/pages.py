@@ -11,10 +11,10 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is ins
 FEATURE = "cross layer transcoder"
 
 
-def show(browser, address):
+def show(browser, address, every_node=True):
     browser.open(address)
     browser.wait("window.attributionGraph && attributionGraph.painted")
-    if "#" not in address:  # the first view has the most influential nodes alone
+    if every_node and "#" not in address:  # the first view has the most influential nodes alone
         slide(browser, "nodes", 1)
     browser.settle()
 
@@ -46,13 +46,21 @@ def busy_feature(document):
     return max(ids, key=lambda i: min(count[i] for count in ends))
 
 
+def place_of(browser, node_id):
+    return browser.js(f"attributionGraph.place({json.dumps(node_id)})")
+
+
 def click_node(browser, node_id, modifiers=0):
-    place = browser.js(f"attributionGraph.place({json.dumps(node_id)})")
+    place = place_of(browser, node_id)
     browser.click(place["x"], place["y"], modifiers)
 
 
+def state(browser, name):
+    return browser.js(f"attributionGraph.state.{name}")
+
+
 def clicked(browser):
-    return browser.js("attributionGraph.state.clickedId")
+    return state(browser, "clickedId")
 
 
 def rows(browser, which):

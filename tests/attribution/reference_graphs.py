@@ -32,3 +32,9 @@ def adjacency_of(ref, layers: int = LAYERS) -> np.ndarray:
     """Its weights, targets by sources."""
     kind_N = nodes_of(ref, layers).kind_N
     return ref["adjacency"][np.isin(kind_N, (FEATURE, LOGIT))][:, kind_N != LOGIT]
+
+
+def their_id(name: str) -> str:
+    """circuit-tracer's id of a node."""
+    layer, feature, position = name.split("_")
+    return f"0_{layer}_{position}" if feature == "-1" else name

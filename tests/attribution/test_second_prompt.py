@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from made_transcoders import made_set
 
-from saejax import load_model
 from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.heads.contributions import read_attention
 from saejax.attribution.local.transcoders import LayerTranscoders
@@ -26,9 +25,8 @@ def graph_and_checks(lm, transcoders, tokens: int, seed: int, logits: int):
 
 
 @pytest.mark.usefixtures("cold_programs")
-def test_a_second_prompt_compiles_nothing(tiny_llama, one_device, caplog):
+def test_a_second_prompt_compiles_nothing(lm, caplog):
     """Of as many tokens to a multiple of four, with other features, fewer nodes or more, and other targets."""
-    lm = load_model(str(tiny_llama), mesh=one_device)
     transcoders = LayerTranscoders.of(made_set(lm, 96))
     with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
 

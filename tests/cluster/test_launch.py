@@ -28,14 +28,15 @@ esac
 """
 
 
-def dry_run(script, workdir="--workdir=/shared/run"):
-    given = ["bash", str(LAUNCH / script), "--dry-run", *workdir.split(), FLAGS]
-    done = subprocess.run(given, capture_output=True, text=True, env=os.environ | dict(NAME="a b"), check=True)
+def dry_run(script):
+    command = ["bash", str(LAUNCH / script), "--dry-run", "--workdir=/shared/run", FLAGS]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(NAME="a b"), check=True)
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
-def of_slurm(**named):
-    (words,) = dry_run("slurm.sbatch", **named)
+def of_slurm():
+    (words,) = dry_run("slurm.sbatch")
+    assert words[:4] == ["srun", "--kill-on-bad-exit=1", "bash", "-c"]
     return words[words.index("saejax") + 1 :]
 
 
@@ -63,9 +64,8 @@ def of_jobset():
 def of_skypilot():
     script = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["run"]
     shown = re.sub(r"^\.venv/bin/saejax-pipeline", "printf '%s\\\\n' saejax-pipeline", script)
-    return subprocess.run(
-        ["bash", "-c", shown], capture_output=True, text=True, env=os.environ | NODE, check=True
-    ).stdout.splitlines()
+    done = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, env=os.environ | NODE, check=True)
+    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("of_file", [of_slurm, of_tpu_vm, of_jobset, of_skypilot])
@@ -97,8 +97,8 @@ def tpu_vm(tmp_path):
         (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
         (tmp_path / "said").write_text("")
         environment = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", MORE="--spot", FAILS=fails)
-        given = ["bash", str(LAUNCH / "tpu_vm.sh"), "--workdir=x y"]
-        done = subprocess.run(given, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        command = ["bash", str(LAUNCH / "tpu_vm.sh"), "--workdir=x y"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
         return done.returncode, done.stderr, (tmp_path / "said").read_text().splitlines()
 
     return run

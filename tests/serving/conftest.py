@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "attribution"))
@@ -38,10 +39,26 @@ class Asker:
         with contextlib.closing(connection):
             return answer.status, answer.read().decode()
 
-    def put(self, path, body):
-        connection, answer = self.open(path, body, "PUT")
-        with contextlib.closing(connection):
-            return answer.status, json.loads(answer.read())
+    def data(self, path):
+        """What the page of a graph holds."""
+        return json.loads(self.get(path)[1].split('id="graph-data">')[1].split("</script>")[0])
+
+    def check_change(self, body, clean_V, edited_V, lm):
+        """A change has these logits, in place of those without it; the graph explains the logit of way over runs."""
+        result = self.work("api/change", body)[-1]["result"]
+        logits_2xV = np.stack([clean_V, edited_V]).astype(np.float64)
+        p_2xV = np.exp(logits_2xV) / np.exp(logits_2xV).sum(axis=1, keepdims=True)
+        assert len(result["tokens"]) >= 8
+        for token, shown in zip(np.argsort(-p_2xV[1])[:5], result["tokens"]):
+            np.testing.assert_allclose(shown["logit"], logits_2xV[:, token], atol=2e-4)
+            np.testing.assert_allclose(shown["probability"], p_2xV[:, token], atol=2e-5)
+            assert shown["random"][0] <= shown["random"][1]
+        assert result["kl"] == pytest.approx((p_2xV[0] * np.log(p_2xV[0] / p_2xV[1])).sum(), rel=1e-2, abs=1e-7)
+        assert result["draws"] == len(result["random_kl"]) == 7 and min(result["random_kl"]) > 0
+        (difference,) = result["differences"]
+        assert difference["text"] == [" way", " runs"]
+        first, second = (logits_2xV[:, lm.token_id(text)] for text in difference["text"])
+        np.testing.assert_allclose(difference["value"], first - second, atol=3e-4)
 
     def work(self, path, body):
         """The lines of some work."""

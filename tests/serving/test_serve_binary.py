@@ -32,17 +32,13 @@ def test_it_serves_this_machine_alone_until_it_is_stopped(folder):
         try:
             line = process.stdout.readline()
             address, port = re.search(r"1 graph: open (http://127\.0\.0\.1:(\d+)/[\w-]{32}/) ", line).groups()
-            listening = [
-                one.laddr.ip for one in psutil.Process(process.pid).net_connections() if one.status == "LISTEN"
-            ]
-            assert listening == ["127.0.0.1"]
-            status = {}
-            for path in (address, f"http://127.0.0.1:{port}/"):
+            connections = psutil.Process(process.pid).net_connections()
+            assert [one.laddr.ip for one in connections if one.status == "LISTEN"] == ["127.0.0.1"]
+            for path, status in ((address.partition(port)[2], 200), ("/", 403)):
                 connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=300)
-                connection.request("GET", path.partition(port)[2])
-                status[path] = connection.getresponse().status
+                connection.request("GET", path)
+                assert connection.getresponse().status == status
                 connection.close()
-            assert list(status.values()) == [200, 403]
             children = psutil.Process(process.pid).children(recursive=True)
         finally:
             process.send_signal(signal.SIGTERM)
@@ -52,8 +48,7 @@ def test_it_serves_this_machine_alone_until_it_is_stopped(folder):
 
 
 def test_bad_input_is_one_line(folder, tmp_path, capsys, monkeypatch):
-    empty = tmp_path / "empty"
-    empty.mkdir()
+    (tmp_path / "empty").mkdir()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -62,11 +57,8 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys, monkeypatch):
             ([], "--dir=DIR is missing"),
             (["--dir=/nowhere/at/all"], "there is no folder /nowhere/at/all"),
             ([str(folder / "graphs" / "made-up.json")], "there is no folder"),
-            ([str(empty), "--port=0"], "holds no graphs: expected a workdir"),
-            (
-                [f"--dir={folder}", f"--port={port}"],
-                f"--port={port} of 127.0.0.1 cannot be used (Address already in use)",
-            ),
+            ([str(tmp_path / "empty"), "--port=0"], "holds no graphs: expected a workdir"),
+            ([f"--dir={folder}", f"--port={port}"], f"--port={port} of 127.0.0.1 cannot be used (Address already"),
             ([f"--dir={folder}", "--port=99999"], "port"),
             ([f"--dir={folder}", "--dirr=x"], "Unknown command line flag 'dirr'"),
             ([str(folder), "more"], "'more' is not a flag"),

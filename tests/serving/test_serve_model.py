@@ -4,12 +4,13 @@ import json
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from made_transcoders import made_set
 
-from saejax import load_model, save_transcoders
+from saejax import save_transcoders
 from saejax.attribution.forms.neuronpedia import to_document, write_graph
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
@@ -31,9 +32,7 @@ GRAPH = f"{UNIT}/graphs/the-war-near"
 ASKED = dict(prompt=PROMPT, target=" way> runs", max_features=0, nodes=0.8, edges=0.98, chat=False)
 
 
-@pytest.fixture(scope="module")
-def lm(tiny_llama, one_device):
-    return load_model(str(tiny_llama), mesh=one_device)
+JOB = SimpleNamespace(say=lambda words: None)
 
 
 @pytest.fixture(scope="module")
@@ -74,25 +73,18 @@ def wanted(lm, transcoders, traced):
     return trace_prompt(lm, LayerTranscoders.of(transcoders), PROMPT, targets=[pair])
 
 
-def document_of(root) -> dict:
-    return json.loads((root / f"{GRAPH}.json").read_text())
-
-
-def same(found, graph):
-    """The document has the graph's nodes and edges."""
-    document = to_document(graph, "the-war-near")
-    assert [node["node_id"] for node in found["nodes"]] == [node["node_id"] for node in document["nodes"]]
-    weights = [{(one["source"], one["target"]): one["weight"] for one in d["links"]} for d in (found, document)]
-    assert weights[0].keys() == weights[1].keys()
-    np.testing.assert_allclose(*([w[edge] for edge in weights[0]] for w in weights), rtol=1e-4, atol=1e-6)
-
-
 def test_a_typed_prompt_becomes_a_unit_of_the_stage(asker, traced, wanted, place):
     root, _ = place
     steps = [line["done"] for line in traced if "done" in line]
     assert steps == sorted(steps) and steps[-1] == [line["total"] for line in traced if "total" in line][-1]
     assert traced[-1]["result"]["address"] == "graph?id=attribute%2Fthe-war-near%2Fgraphs%2Fthe-war-near"
-    same(document_of(root), wanted.graph.prune())
+    document, same = json.loads((root / f"{GRAPH}.json").read_text()), to_document(wanted.graph.prune(), "the-war-near")
+    assert [node["node_id"] for node in document["nodes"]] == [node["node_id"] for node in same["nodes"]]
+    weights = [{(one["source"], one["target"]): one["weight"] for one in d["links"]} for d in (document, same)]
+    assert weights[0].keys() == weights[1].keys()
+    np.testing.assert_allclose(*([w[edge] for edge in weights[0]] for w in weights), rtol=1e-4, atol=1e-6)
+    # What a document says is enough to run it again.
+    assert token_ids(document) == wanted.graph.ids_P.tolist() and targets_of(document) == [(" way", " runs")]
     results = load_results(root / UNIT).graphs["the-war-near"]
     assert results.doubling is None and results.circuits is None and results.prompt == PROMPT
     status, page = asker.get(f"graph?id={GRAPH}")
@@ -102,23 +94,15 @@ def test_a_typed_prompt_becomes_a_unit_of_the_stage(asker, traced, wanted, place
     assert again["address"].endswith("the-war-near-2") and (root / UNIT / "done.json").exists()
 
 
-def test_what_a_document_says_is_enough_to_run_it_again(lm, traced, wanted, place):
-    document = document_of(place[0])
-    assert token_ids(document) == wanted.graph.ids_P.tolist()
-    assert targets_of(document) == [(" way", " runs")]
-
-
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_pruned_again_from_the_whole_graph(asker, traced, wanted, place, forgotten, request):
     root, _ = place
     if forgotten:  # a server that was started anew, and finds model and set in the unit
         bare = command_line.read_configs(command_line.stage_flags(), ["serve"])
         asker = request.getfixturevalue("serve")(GraphStore(root), ModelSession(bare, named=False))
-    _, page = asker.get(f"graph?id={GRAPH}&nodes=0.95&edges=0.6")
-    data = page.split('id="graph-data">')[1].split("</script>")[0]
-    pruned = wanted.graph.prune(0.95, 0.6)
-    assert len(json.loads(data)["document"]["nodes"]) == len(pruned.nodes)
-    assert [json.loads(data)["live"][name] for name in ("nodes", "edges", "whole")] == [0.95, 0.6, True]
+    data = asker.data(f"graph?id={GRAPH}&nodes=0.95&edges=0.6")
+    assert len(data["document"]["nodes"]) == len(wanted.graph.prune(0.95, 0.6).nodes)
+    assert [data["live"][name] for name in ("nodes", "edges", "whole")] == [0.95, 0.6, True]
     for wrong in ("nodes=NaN&edges=0.5", "nodes=2&edges=0.5"):
         status, text = asker.get(f"graph?id={GRAPH}&{wrong}")
         assert status == 404 and "expected a share" in text
@@ -129,24 +113,10 @@ def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, w
     active, last = wanted.local.active, len(wanted.graph.ids_P) - 1
     features = active.feature_A[(active.layer_A == 1) & (active.position_A == last)].tolist()[:3]
     changes = [["scale", 0.0, *(f"1_{feature}_{last}" for feature in features)]]
-    found = asker.work("api/change", dict(graph=GRAPH, changes=changes, freeze="none"))[-1]["result"]
     tokens = Tokens(wanted.graph.ids_P[None], np.array([last + 1], np.int32))
     edited = lm(tokens, edits=[transcoders[1].ablate(features, positions=(last, None))]).logits_BxTxV[0, last]
-    logits_2xV = np.stack([wanted.local.logits_V, np.asarray(edited)]).astype(np.float64)
-    p_2xV = np.exp(logits_2xV) / np.exp(logits_2xV).sum(axis=1, keepdims=True)
-    assert len(features) > 1 and len(found["tokens"]) >= 8
-    best = np.argsort(-p_2xV[1])[:3]
-    for token, shown in zip(best, found["tokens"]):
-        np.testing.assert_allclose(shown["logit"], logits_2xV[:, token], atol=2e-4)
-        np.testing.assert_allclose(shown["probability"], p_2xV[:, token], atol=2e-5)
-        assert shown["random"][0] <= shown["random"][1]
-    kl = (p_2xV[0] * np.log(p_2xV[0] / p_2xV[1])).sum()
-    assert found["kl"] == pytest.approx(kl, rel=1e-2, abs=1e-7)
-    assert found["draws"] == len(found["random_kl"]) == 7 and min(found["random_kl"]) > 0
-    way, runs = lm.token_id(" way"), lm.token_id(" runs")
-    (difference,) = found["differences"]
-    assert difference["text"] == [" way", " runs"]
-    np.testing.assert_allclose(difference["value"], logits_2xV[:, way] - logits_2xV[:, runs], atol=3e-4)
+    assert len(features) > 1
+    asker.check_change(dict(graph=GRAPH, changes=changes, freeze="none"), wanted.local.logits_V, edited, lm)
     nothing = asker.work("api/change", dict(graph=GRAPH, changes=[["scale", 1.0, changes[0][2]]], freeze="none"))
     assert abs(nothing[-1]["result"]["kl"]) < 1e-9 and max(map(abs, nothing[-1]["result"]["random_kl"])) < 1e-9
 
@@ -154,26 +124,27 @@ def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, w
 @pytest.mark.parametrize(
     ("path", "body", "said"),
     [
-        ("trace", ASKED | dict(prompt=""), "the prompt is empty"),
-        ("trace", ASKED | dict(prompt="The war " * 200), "more than the model's context"),
-        ("trace", ASKED | dict(target=" and so on"), "is 6 tokens"),
-        ("trace", ASKED | dict(max_features=-1), "max_features is -1"),
-        ("trace", ASKED | dict(nodes=1.5), "nodes is 1.5: expected a share"),
-        ("trace", ASKED | dict(chat=True), "has no chat template"),
-        ("change", dict(graph="../../etc/passwd", changes=[], freeze="none"), "there is no graph"),
-        ("change", dict(graph=GRAPH, changes=[], freeze="none"), "nothing is changed"),
-        ("change", dict(graph=GRAPH, changes=[["scale", 0, "1_47_0"]], freeze="none"), "is not active at position 0"),
-        ("change", dict(graph=GRAPH, changes=[["scale", 1e999, "1_4_2"]], freeze="none"), "changes are lists"),
-        ("change", dict(graph=GRAPH, changes=[["scale", 10**400, "1_4_2"]], freeze="none"), "changes are lists"),
-        ("trace", ASKED | dict(prompt="\ud800"), "prompt holds half a character"),
-        ("trace", ASKED | dict(nodes=10**400), "expected a share"),
-        ("change", dict(graph=GRAPH, changes=[["scale", 0, "<b>"]], freeze="none"), "changes are lists"),
-        ("change", dict(graph=GRAPH, changes=[["scale", 0, "1_4_2"]], freeze="me"), "freeze is 'me'"),
+        ("trace", dict(prompt=""), "the prompt is empty"),
+        ("trace", dict(prompt="The war " * 200), "more than the model's context"),
+        ("trace", dict(prompt="\ud800"), "prompt holds half a character"),
+        ("trace", dict(target=" and so on"), "is 6 tokens"),
+        ("trace", dict(max_features=-1), "max_features is -1"),
+        ("trace", dict(nodes=1.5), "nodes is 1.5: expected a share"),
+        ("trace", dict(nodes=10**400), "expected a share"),
+        ("trace", dict(chat=True), "has no chat template"),
+        ("change", dict(graph="../../etc/passwd"), "there is no graph"),
+        ("change", dict(), "nothing is changed"),
+        ("change", dict(changes=[["scale", 0, "1_47_0"]]), "is not active at position 0"),
+        ("change", dict(changes=[["scale", 1e999, "1_4_2"]]), "changes are lists"),
+        ("change", dict(changes=[["scale", 10**400, "1_4_2"]]), "changes are lists"),
+        ("change", dict(changes=[["scale", 0, "<b>"]]), "changes are lists"),
+        ("change", dict(changes=[["scale", 0, "1_4_2"]], freeze="me"), "freeze is 'me'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(asker, traced, place, path, body, said):
     before = sorted((place[0] / "attribute").iterdir())
-    (line,) = [one for one in asker.work(f"api/{path}", body) if "error" in one]
+    good = dict(trace=ASKED, change=dict(graph=GRAPH, changes=[], freeze="none"))[path]
+    (line,) = [one for one in asker.work(f"api/{path}", good | body) if "error" in one]
     assert said in line["error"] and "\n" not in line["error"]
     assert sorted((place[0] / "attribute").iterdir()) == before
 
@@ -194,35 +165,30 @@ def test_a_request_that_is_killed_leaves_no_thread_and_no_files(asker, traced, p
     connection, answer = asker.open("api/trace", ASKED | dict(prompt="The water near"), "POST")
     while "done" not in json.loads(answer.readline()):
         pass
-    assert [one for one in threading.enumerate() if one.name == THREAD]
     answer.close()
     connection.close()
     ended.wait()
-    while [one for one in threading.enumerate() if one.name == THREAD]:  # one that stays fails by the time limit
+    while THREAD in [thread.name for thread in threading.enumerate()]:  # one that stays fails by the time limit
         time.sleep(0.01)
     assert sorted((place[0] / "attribute").iterdir()) == before
 
 
 def test_another_model_than_the_graphs_is_refused(asker, traced, place, lm, monkeypatch):
-    other = LayerTranscoders.of(made_set(lm, seed=5))
-    session = ModelSession(place[1], named=True)
-    monkeypatch.setattr(benches, "open_parts", lambda run: (lm, other))
+    monkeypatch.setattr(benches, "open_parts", lambda run: (lm, LayerTranscoders.of(made_set(lm, seed=5))))
     store = GraphStore(place[0])
     graph = store.find(GRAPH)
-    with pytest.raises(benches.UserError, match="features .* are active when"):
-        session.run(graph, store.document(graph), type("J", (), dict(say=lambda self, words: None))())
+    with pytest.raises(UserError, match="features .* are active when"):
+        ModelSession(place[1], named=True).run(graph, store.document(graph), JOB)
 
 
 def test_a_prompt_that_is_traced_again_under_its_slug_is_run_anew(place, asker, traced, lm, transcoders, tmp_path):
     """What is kept of a graph belongs to its document, not to its name."""
-    session, job = ModelSession(place[1], named=True), type("J", (), dict(say=lambda self, words: None))()
-    store = GraphStore(tmp_path)
-    runs = []
+    session, store, runs = ModelSession(place[1], named=True), GraphStore(tmp_path), []
     for prompt in (PROMPT, "The water near the war"):
         graph = trace_prompt(lm, LayerTranscoders.of(transcoders), prompt, max_logits=1).graph
         write_graph(tmp_path, to_document(graph.prune(), "same"), replace=True)
         found = store.find("same")
-        runs.append(session.run(found, store.document(found), job))
+        runs.append(session.run(found, store.document(found), JOB))
         assert runs[-1].ids_P.tolist() == graph.ids_P.tolist()
     assert runs[0] is not runs[1]
 

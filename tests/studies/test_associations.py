@@ -45,12 +45,9 @@ def test_a_planted_feature_is_found_by_all_three():
     by_label = {one.label: one for one in found.labels}
     assert by_label["addition"].associated == by_label["logic"].associated == 1
     assert by_label[RIGHT].associated == 0 and by_label[RIGHT].shuffled <= 0.05
-
-
-def test_the_causal_answer_is_the_difference_of_drops():
-    found = make_world(0, 3.0)
-    assert found.top[0].causal_drop.mean == pytest.approx(3.0, abs=0.2) and found.top[0].causal == "yes"
-    assert found.top[0].p_causal == 2 / 200  # Holm, over two drops
+    # The causal answer is the difference of drops.
+    assert first.causal_drop.mean == pytest.approx(3.0, abs=0.2) and first.causal == "yes"
+    assert first.p_causal == 2 / 200  # Holm, over two drops
 
 
 def test_the_p_value_of_a_contrast_is_that_of_scipy():
@@ -62,9 +59,8 @@ def test_the_p_value_of_a_contrast_is_that_of_scipy():
     def welch(first, second, axis=-1):
         return ttest_ind(first, second, equal_var=False, axis=axis).statistic
 
-    wanted = permutation_test(
-        (drop_Q[has_Q], drop_Q[~has_Q]), welch, n_resamples=4999, alternative="greater", vectorized=True
-    )
+    halves, options = (drop_Q[has_Q], drop_Q[~has_Q]), dict(n_resamples=4999, alternative="greater", vectorized=True)
+    wanted = permutation_test(halves, welch, **options)
     assert contrast_p(drop_Q, has_Q, order_SxQ) == pytest.approx(wanted.pvalue, abs=0.015)
 
 
@@ -91,6 +87,8 @@ def test_the_label_is_chosen_on_train_items():
     (found,) = associate(train_PxF, kinds, test_QxF, kinds, [0], {}, 0).top
     assert found.label == "a" and found.correlation.high < 0 and found.causal == "not tested"
     assert associate(train_PxF, {}, test_QxF, kinds, [0], {}, 0).top == ()
+    rare = associate(train_PxF, {}, test_QxF, {"rare": np.arange(ITEMS) < 2}, [0], {}, 0)  # of too few items
+    assert rare.labels == rare.top == ()
 
 
 def test_activations_are_those_of_the_question():
@@ -98,14 +96,8 @@ def test_activations_are_those_of_the_question():
     # The tokens "two plus", " six", "\n2", " +", " 6", " = 8" of each.
     acts_NxF = np.zeros((12, 2))
     acts_NxF[[1, 4], 0], acts_NxF[[2, 9], 1] = (2.0, 5.0), (4.0, 3.0)
-    read = ItemFeatures(
-        ids=("0", "1"),
-        activity=Activity(sparse.csr_array(acts_NxF), np.ones(12, bool)),
-        text_N=np.repeat([0, 1], 6),
-        end_N=np.tile([8, 12, 14, 16, 18, 22], 2),
-        importance_F=np.zeros(2),
-        placebo_RxF=np.zeros((0, 2)),
-    )
+    activity, end_N = Activity(sparse.csr_array(acts_NxF), np.ones(12, bool)), np.tile([8, 12, 14, 16, 18, 22], 2)
+    read = ItemFeatures(("0", "1"), activity, np.repeat([0, 1], 6), end_N, np.zeros(2), np.zeros((0, 2)))
     assert question_activations(read, items).tolist() == [[2.0, 0.0], [0.0, 0.0]]
 
 
@@ -134,9 +126,3 @@ def test_the_area_under_the_curve_is_that_of_scikit_learn():
     auc, p_value = associations._probe(value_Qx1, has_Q.astype(int), value_Qx1, has_Q.astype(int), rng)
     found = roc_auc_score(has_Q, value_Qx1[:, 0])
     assert auc == pytest.approx(max(found, 1 - found)) and 0 < p_value <= 1
-
-
-def test_labels_of_few_items_are_not_tested():
-    rows = np.ones((10, 3))
-    found = associate(rows, {}, rows, {"rare": np.arange(10) < 2}, [0], {}, 0)
-    assert found.labels == () and found.top == ()

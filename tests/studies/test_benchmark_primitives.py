@@ -110,11 +110,8 @@ def make_table(strength, items=20, sets=39, groups=1, control=0.0, outside=1.0):
     for number in range(groups):
         features = (1, 2, 3 + number)
         edits += [EditDefinition("sums", f"{GROUP}{number}", 0, features, fraction) for fraction in FRACTIONS]
-    edits += [
-        EditDefinition("sums", group, i, (10 + 3 * i, 11 + 3 * i))
-        for group in ("random", "placebo")
-        for i in range(sets)
-    ]
+    for group in ("random", "placebo"):
+        edits += [EditDefinition("sums", group, i, (10 + 3 * i, 11 + 3 * i)) for i in range(sets)]
     values = []
     for edit in edits:
         is_group = edit.group.startswith(GROUP)
@@ -140,12 +137,7 @@ def test_the_effect_of_a_primitive_on_the_items_of_its_category(strength, answer
     assert (found.sets, found.needed) == (39, 19)
 
 
-def test_few_control_sets_cannot_answer():
-    (found,) = judge(*make_table(1.0, sets=5), ("addition", (1, 2, 3)))
-    assert (found.answer, found.sets, found.needed, found.p_random) == ("not testable", 5, 19, None)
-
-
-@pytest.mark.parametrize(("sets", "tested"), [(18, 0), (19, 1), (38, 1), (39, 2), (59, 3), (79, 4)])
+@pytest.mark.parametrize(("sets", "tested"), [(5, 0), (18, 0), (19, 1), (38, 1), (39, 2), (59, 3), (79, 4)])
 def test_as_many_groups_are_tested_as_the_sets_allow(sets, tested):
     groups = [("addition", (1, 2, 3 + number)) for number in range(4)]
     found = judge(*make_table(1.0, sets=sets, groups=4), *groups)

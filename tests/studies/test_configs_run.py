@@ -72,45 +72,26 @@ def write_benchmarks(folder: Path) -> Path:
     return folder
 
 
+SMALL = """
+--task.train_prompts=6 --task.test_prompts=4 --task.gate=1 --task.examples=12 --task.shots=0 --task.max_new_tokens=3
+--corpus.max_tokens=1500 --corpus.held_out=0.3 --capture.max_sink_share=0.5 --preflight.models=
+--train.expansion=2 --train.epochs=1 --train.k=8 --evaluate.ce_documents=2
+--ablate.top=2 --ablate.baselines=pca --ablate.untrained=False --ablate.text_documents=2
+--causal.random_sets=6 --causal.placebo_targets=4 --causal.bootstrap=100
+--study.items=6 --study.top=2 --study.random_sets=2 --study.placebo_targets=2 --study.scored_sets=1
+"""
+
+
 def small(configs: dict, model: Path, folder: Path) -> list[str]:
     """Flags that make a file's run small: its model, sites, kinds, losses and tests are those of the file."""
-    values = {
-        "workdir": folder / "run",
-        "model.path": model,
-        "preflight.models": "",
-        "task.train_prompts": 6,
-        "task.test_prompts": 4,
-        "task.gate": 1,
-        "task.path": write_benchmarks(folder / "benchmarks"),
-        "task.examples": 12,
-        "task.shots": 0,
-        "task.max_new_tokens": 3,
-        "corpus.path": runs.save_corpus(folder / "corpus.jsonl.gz"),
-        "corpus.max_tokens": 1500,
-        "corpus.held_out": 0.3,
-        "capture.max_sink_share": 0.5,
-        "train.expansion": 2,
-        "train.epochs": 1,
-        "train.k": 8,
-        "evaluate.ce_documents": 2,
-        "ablate.top": 2,
-        "causal.random_sets": 6,
-        "causal.placebo_targets": 4,
-        "causal.bootstrap": 100,
-        "ablate.baselines": "pca",
-        "ablate.untrained": False,
-        "ablate.text_documents": 2,
-        "study.items": 6,
-        "study.top": 2,
-        "study.random_sets": 2,
-        "study.placebo_targets": 2,
-        "study.scored_sets": 1,
-    }
+    own = [*SMALL.split(), f"--workdir={folder / 'run'}", f"--model.path={model}"]
+    own += [f"--task.path={write_benchmarks(folder / 'benchmarks')}"]
+    own += [f"--corpus.path={runs.save_corpus(folder / 'corpus.jsonl.gz')}"]
     if configs[CaptureConfig].last:  # so few positions of a document are no batch
-        values["train.batch"] = 32
+        own += ["--train.batch=32"]
     if configs[TrainConfig].source == "model":
-        values |= {"train.buffer_rows": 512, "train.batch": 128}
-    return [f"--{name}={value}" for name, value in values.items()]
+        own += ["--train.buffer_rows=512", "--train.batch=128"]
+    return own
 
 
 @pytest.mark.parametrize(
@@ -162,12 +143,8 @@ def write_published_set(folder: Path, model: Path, features: int = 32) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(model_name="some", model_kind="transcoder_set", **hooks)))
     (folder / "features").mkdir()
     for layer in range(lm.config.n_layers):
-        arrays = {
-            "W_enc": rng.normal(size=(features, width)) / width**0.5,
-            "W_dec": rng.normal(size=(features, width)) / width**0.5,
-            "b_enc": np.zeros(features),
-            "b_dec": np.zeros(width),
-        }
+        arrays = {name: rng.normal(size=(features, width)) / width**0.5 for name in ("W_enc", "W_dec")}
+        arrays |= dict(b_enc=np.zeros(features), b_dec=np.zeros(width))
         arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
         save_file(arrays, folder / f"layer_{layer}.safetensors")
         for feature in range(features):
@@ -186,11 +163,10 @@ def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
     behaviours = "two_hop,addition"
     own = [f"--workdir={tmp_path / 'run'}", f"--model.path={model}", f"--graph.transcoders={transcoders}"]
     own += [f"--{group}.behaviours={behaviours}" for group in ("task", "graph", "circuits")]
-    own += ["--task.train_prompts=6", "--task.test_prompts=4", "--task.gate=1"]
-    own += ["--circuits.traced=2", "--causal.bootstrap=100", "--graph.doubled=2"]
+    own += ["--circuits.traced=2", "--graph.doubled=2"]
+    own += [flag for flag in SMALL.split() if flag.startswith(("--task.t", "--task.g", "--causal", "--ablate.t"))]
     layer = transcoders / "layer_1.safetensors"  # its features are ablated and patched one layer at a time
     own += ["--model.dtype=float32", f"--ablate.dictionary={layer}", f"--patch.dictionary={layer}"]
-    own += ["--ablate.top=2", "--causal.random_sets=6", "--causal.placebo_targets=4", "--ablate.text_documents=2"]
     own += ["--ablate.baselines=", "--ablate.untrained=False"]
     stages = ["baseline", "patch", "attribute", "circuits", "ablate"]
     flagfile = f"--flagfile={CONFIGS / PUBLISHED}.flags"
@@ -205,9 +181,8 @@ def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
     (tested,) = (unit for unit in (run / "ablate").iterdir() if unit.is_symlink())
     ablated = load_results(run, f"ablate/{tested.name}")
     assert ablated.site.endswith(".1") and set(ablated.top) == set(behaviours.split(","))
-    assert {unit.name for unit in (run / "patch").iterdir() if unit.is_symlink()} == {
-        "resid_post", "mlp_out", tested.name,
-    }  # fmt: skip
+    patched = {unit.name for unit in (run / "patch").iterdir() if unit.is_symlink()}
+    assert patched == {"resid_post", "mlp_out", tested.name}
     # The activations that the file records: of the behaviours' prompts, at their last 5 positions.
     own = [flag for flag in own if flag.startswith(("--workdir", "--model", "--task"))]
     own += [f"--corpus.path={run / 'baseline' / 'prompts.jsonl'}", "--capture.dtype=float32"]

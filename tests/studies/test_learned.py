@@ -18,10 +18,6 @@ from saejax.studies.results import (
 )
 
 
-def share(mean, low, high):
-    return Interval(mean, low, high)
-
-
 def model(row, control=""):
     return ModelFigures(row, control, "m", "main", "float32", None, None, None, (), (), (), (), 1, 1)
 
@@ -33,12 +29,12 @@ def effect(row, lowers, random, placebo):
 
 
 def drivers(row, tokens, context):
-    return DriverFigures(row, "sums", "tested", 8, tokens, context, share(0.1, 0.0, 0.4))
+    return DriverFigures(row, "sums", "tested", 8, tokens, context, Interval(0.1, 0.0, 0.4))
 
 
 def group(row, more):
     """A group of features that recurs in both other seeds."""
-    effect = share(1.0, 0.5, 1.5)
+    effect = Interval(1.0, 0.5, 1.5)
     return PrimitiveFigures(
         row, "sums", "addition", (1, 2, 3), (), 0.9, 0.01, 2, 2, (), (), 8, effect, effect, 0.0, 0.0, 19, 19, more
     )
@@ -47,77 +43,53 @@ def group(row, more):
 @pytest.fixture
 def figures():
     """A row, its relative and a stranger, which answers two questions as it must not."""
-    empty = dict.fromkeys(StudyFigures.__dataclass_fields__, ()) | dict(fingerprint="0")
-    gates = [
-        GateFigures(*pair, "Why.", 3, 2, 9, 0.5)
-        for pair in (
-            ("base", "sums", "interpretable"),
-            ("tuned", "sums", "unstable"),
-            ("random", "sums", "cannot tell"),
-        )
-    ]
+    gates = [("base", "interpretable"), ("tuned", "unstable"), ("random", "cannot tell")]
+    accuracy = [("base", Interval(0.6, 0.5, 0.7)), ("random", Interval(0.3, 0.2, 0.4))]
     aligned = [
-        AlignmentFigures("base", row, "sums", by, 9, 0.5, 0.01, 0.02, 0.1, answer, *shared)
-        for row, by, answer, shared in (
-            ("tuned", "features", True, (0.9, 0.1)),
-            ("tuned", "items", False, (None, None)),
-            ("random", "features", None, (0.3, 0.1)),
-        )
-    ]
-    return StudyFigures(
-        **empty
-        | dict(
-            models=(model("base"), model("tuned", "relative"), model("random", "stranger")),
-            baselines=(
-                BaselineFigures("base", "sums", "accuracy", share(0.6, 0.5, 0.7), 0.25, 40),
-                BaselineFigures("random", "sums", "accuracy", share(0.3, 0.2, 0.4), 0.25, 40),
-                BaselineFigures("tuned", "sums", "log-likelihood, nats per token", share(-1, -2, 0), None, 40),
-            ),
-            primitives=(group("base", "yes"), group("tuned", "not testable")),
-            effects=(
-                effect("base", "yes", "yes", "yes"),
-                effect("tuned", "yes", "yes", "no"),
-                effect("random", "no", "no", "not testable"),
-            ),
-            gates=tuple(gates),
-            drivers=(
-                drivers("base", share(0.9, 0.6, 1.0), share(0.0, 0.0, 0.3)),
-                drivers("random", share(0.1, 0.0, 0.4), share(0.8, 0.5, 1.0)),
-            ),
-            alignment=tuple(aligned),
-        )
-    )  # fmt: skip
+        ("tuned", "features", True, (0.9, 0.1)), ("tuned", "items", False, (None, None)),
+        ("random", "features", None, (0.3, 0.1)),
+    ]  # fmt: skip
+    return StudyFigures(**dict.fromkeys(StudyFigures.__dataclass_fields__, ()) | dict(
+        fingerprint="0",
+        models=(model("base"), model("tuned", "relative"), model("random", "stranger")),
+        baselines=(
+            *(BaselineFigures(row, "sums", "accuracy", right, 0.25, 40) for row, right in accuracy),
+            BaselineFigures("tuned", "sums", "log-likelihood, nats per token", Interval(-1, -2, 0), None, 40),
+        ),
+        primitives=(group("base", "yes"), group("tuned", "not testable")),
+        effects=(
+            effect("base", "yes", "yes", "yes"), effect("tuned", "yes", "yes", "no"),
+            effect("random", "no", "no", "not testable"),
+        ),
+        gates=tuple(GateFigures(row, "sums", answer, "Why.", 3, 2, 9, 0.5) for row, answer in gates),
+        drivers=(
+            drivers("base", Interval(0.9, 0.6, 1.0), Interval(0.0, 0.0, 0.3)),
+            drivers("random", Interval(0.1, 0.0, 0.4), Interval(0.8, 0.5, 1.0)),
+        ),
+        alignment=tuple(
+            AlignmentFigures("base", row, "sums", by, 9, 0.5, 0.01, 0.02, 0.1, answer, *shared)
+            for row, by, answer, shared in aligned
+        ),
+    ))  # fmt: skip
+
+
+def by_row(**answers):
+    return {(row, question): answer for row, some in answers.items() for question, answer in some.items()}
 
 
 def test_every_question_is_answered_once_with_the_known_answer_beside_it(figures):
     answers = {(one.row, one.question): one for one in learned(figures)}
-    said = {key: (one.answer, one.expected) for key, one in answers.items()}
-    assert said == {
-        ("base", "solves"): ("yes", ""),
-        ("base", "effect"): ("yes", ""),
-        ("base", "random"): ("yes", ""),
-        ("base", "placebo"): ("yes", ""),
-        ("base", "gate"): ("yes", ""),
-        ("base", "context"): ("no", ""),
-        ("base", "primitives"): ("yes", ""),
-        ("tuned", "effect"): ("yes", ""),
-        ("tuned", "random"): ("yes", ""),
-        ("tuned", "placebo"): ("no", ""),
-        ("tuned", "gate"): ("no", ""),
-        ("tuned", "primitives"): ("cannot tell", ""),
-        ("tuned", "shared"): ("yes", "yes"),
-        ("tuned", "features"): ("yes", "yes"),
-        ("tuned", "items"): ("no", "yes"),
-        ("random", "solves"): ("no", "no"),
-        ("random", "effect"): ("no", ""),
-        ("random", "random"): ("no", ""),
-        ("random", "placebo"): ("cannot tell", "no"),
-        ("random", "gate"): ("cannot tell", "no"),
-        ("random", "context"): ("yes", "no"),
-        ("random", "primitives"): ("no", "no"),
-        ("random", "shared"): ("no", "no"),
-        ("random", "features"): ("cannot tell", "no"),
-    }
+    alike = dict(effect="yes", random="yes")
+    assert {key: one.answer for key, one in answers.items()} == by_row(
+        base=alike | dict(solves="yes", placebo="yes", gate="yes", context="no", primitives="yes"),
+        tuned=alike | dict(placebo="no", gate="no", primitives="cannot tell", shared="yes", features="yes", items="no"),
+        random=dict(solves="no", effect="no", random="no", context="yes", primitives="no", shared="no")
+        | dict.fromkeys(("placebo", "gate", "features"), "cannot tell"),
+    )
+    assert {key: one.expected for key, one in answers.items() if one.expected} == by_row(
+        tuned=dict.fromkeys(("shared", "features", "items"), "yes"),
+        random=dict.fromkeys(("solves", "placebo", "gate", "context", "primitives", "shared", "features"), "no"),
+    )
     assert answers["base", "random"].evidence == "random sets at equal dose: 0.25 nats"
     rows, columns = table_rows(learned(figures))
     assert rows == [("base", "sums"), ("tuned", "sums"), ("random", "sums")]
@@ -138,14 +110,11 @@ def test_five_sentences(figures):
     assert "for the same items as there, tuned: no, expected yes" in told["Control rows"]
 
 
-def test_sentences_name_the_benchmark_where_there_are_several(figures):
+def test_sentences_of_several_benchmarks_and_of_none(figures):
     answers = learned(figures)
     on_logic = [dataclasses.replace(answer, benchmark="logic") for answer in answers]
     told = dict(sentences([*answers, *on_logic]))
     assert "more than words (base on sums, base on logic)" in told["What did not"]
-
-
-def test_a_study_without_controls_or_benchmarks(figures):
     plain = dataclasses.replace(figures, models=(model("base"),), gates=figures.gates[:1])
     assert dict(sentences(learned(plain)))["Control rows"].startswith("No row is a control")
     assert learned(dataclasses.replace(figures, gates=())) == ()
@@ -153,8 +122,8 @@ def test_a_study_without_controls_or_benchmarks(figures):
 
 @pytest.mark.parametrize(("recurs", "seeds", "answer"), [(0, 0, "cannot tell"), (0, 2, "no"), (1, 2, "yes")])
 def test_a_group_must_recur_in_other_seeds(figures, recurs, seeds, answer):
-    one = dataclasses.replace(group("base", "yes"), recurs=recurs, seeds=seeds)
-    answers = {
-        one.question: one for one in learned(dataclasses.replace(figures, primitives=(one,))) if one.row == "base"
-    }
-    assert answers["primitives"].answer == answer
+    figures = dataclasses.replace(
+        figures, primitives=(dataclasses.replace(group("base", "yes"), recurs=recurs, seeds=seeds),)
+    )
+    answers = {one.question: one.answer for one in learned(figures) if one.row == "base"}
+    assert answers["primitives"] == answer

@@ -12,10 +12,9 @@ from test_study_report import made_up
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
 from saejax.matching.importance import ItemFeatures
 from saejax.matching.transfer.activity import Activity
-from saejax.results import Interval
 from saejax.studies.gather_features import ReadBenchmark, choose_problems, exciting_words, problems
 from saejax.studies.phases import disagreements
-from saejax.studies.results import AssociationFigures, StudyFigures
+from saejax.studies.results import StudyFigures
 
 TEXTS = ("six and two\n8", "two plus six\n8")
 
@@ -36,14 +35,9 @@ def read(splits=("test", "test")):
     test = [prompt for prompt in prompts if prompt.split == "test"]
     block = (edits, test, ["answer_log_prob"], np.zeros((1, len(test), 1)))
     table = EffectsTable.from_blocks(edits, prompts, [block])
-    features = ItemFeatures(
-        ids=("0", "1"),
-        activity=Activity(sparse.csr_array(acts_NxF), np.ones(len(flat), bool)),
-        text_N=np.repeat([0, 1], [len(some) for some in words]),
-        end_N=np.concatenate(ends),
-        importance_F=np.zeros(3),
-        placebo_RxF=np.zeros((0, 3)),
-    )
+    activity = Activity(sparse.csr_array(acts_NxF), np.ones(len(flat), bool))
+    text_N = np.repeat([0, 1], list(map(len, words)))
+    features = ItemFeatures(("0", "1"), activity, text_N, np.concatenate(ends), np.zeros(3), np.zeros((0, 3)))
     return ReadBenchmark("generated", table, features, sparse.csr_array(acts_NxF[:2]))
 
 
@@ -90,22 +84,11 @@ def test_rows_with_other_items_are_not_compared(changes, left):
 
 def test_phases_disagree_where_a_probe_reads_what_nothing_depends_on():
     figures = made_up(StudyFigures, itertools.count(1))
-    one = AssociationFigures(
-        row="a",
-        benchmark="sums",
-        feature=1,
-        label="addition",
-        correlation=Interval(0.5, 0.4, 0.6),
-        p_value=0.01,
-        associated="yes",
-        auc=0.9,
-        probe="yes",
-        causal_drop=Interval(0.0, -1.0, 1.0),
-        p_causal=0.5,
-        causal="no",
-        agree=False,
+    answers = dict(row="a", benchmark="sums", label="addition", associated="yes", probe="yes", agree=False)
+    plain = dataclasses.replace(figures.associations[0], **answers)
+    without, with_drop = (
+        dataclasses.replace(figures, effects=(), associations=(dataclasses.replace(plain, causal=causal),))
+        for causal in ("no", "yes")
     )
-    figures = dataclasses.replace(figures, effects=(), associations=(one,))
-    (line,) = disagreements(figures)
-    assert line.startswith("a on sums: of 1 top features 1 tell the label")
-    assert disagreements(dataclasses.replace(figures, associations=(dataclasses.replace(one, causal="yes"),))) == ()
+    (line,) = disagreements(without)
+    assert line.startswith("a on sums: of 1 top features 1 tell the label") and disagreements(with_drop) == ()

@@ -58,6 +58,7 @@ def test_page_and_text_say_nothing_that_is_not_in_the_json(study, tmp_path):
 
 
 def test_every_table_is_a_file(study):
+    assert [duration(seconds) for seconds in (61, 600, 7200)] == ["61 s", "10 min", "2.0 h"]
     figures = json.loads((study / "study.json").read_text())
     assert set(SHEETS) == {name for name, rows in figures.items() if rows and isinstance(rows[0], dict)}
     for name in SHEETS:
@@ -67,10 +68,6 @@ def test_every_table_is_a_file(study):
         for row, told in zip(rows, figures[name], strict=True):
             plain = {key: value for key, value in told.items() if isinstance(value, int | float | str)}
             assert {key: row[key] for key in plain} == {key: str(value) for key, value in plain.items()}
-
-
-def test_times_in_words():
-    assert [duration(seconds) for seconds in (61, 600, 7200)] == ["61 s", "10 min", "2.0 h"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")

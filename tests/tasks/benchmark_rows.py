@@ -16,20 +16,12 @@ NEEDS_DATA = pytest.mark.skipif(
     not DATA.is_dir(), reason=f"real benchmarks are not in {DATA}; name their folder in SAEJAX_DATA"
 )
 
+PEARS = "Nora has {} pears and buys {} more. How many has she?"
 GSM8K = [
-    dict(
-        question=f"Nora has {n} pears and buys {n + 3} more. How many has she?",
-        answer=f"{n} + {n + 3} = {2 * n + 3}\n#### {2 * n + 3}",
-    )
-    for n in range(1, 13)
+    dict(question=PEARS.format(n, n + 3), answer=f"{n} + {n + 3} = {2 * n + 3}\n#### {2 * n + 3}") for n in range(1, 13)
 ]
 MATH = [
-    dict(
-        problem=f"What is ${n}^2$?",
-        solution=f"It is ${n} \\cdot {n} = \\boxed{{{n * n}}}$.",
-        level="Level 1",
-        type="Algebra",
-    )
+    dict(problem=f"What is ${n}^2$?", solution=rf"It is ${n} \cdot {n} = \boxed{{{n * n}}}$.", level="Level 1")
     for n in range(2, 10)
 ]
 THREE = (
@@ -37,21 +29,10 @@ THREE = (
     "(A) The tin cup is the leftmost\n(B) The red cup is the leftmost\n(C) The tall cup is the leftmost"
 )
 OPTIONS = [dict(input=THREE.format(word), target=f"({letter})") for word, letter in zip(("tin", "red", "tall"), "ABC")]
-LOGIC = {
-    "boolean_expressions": [
-        dict(input="True and not False is", target="True"),
-        dict(input="not True is", target="False"),
-    ],
-    "web_of_lies": [dict(input="Question: Ana lies. Bo says Ana lies. Does Bo tell the truth?", target="Yes")],
-} | {
-    task: OPTIONS
-    for task in (
-        "logical_deduction_three_objects",
-        "logical_deduction_five_objects",
-        "logical_deduction_seven_objects",
-        "date_understanding",
-    )
-}
+TRUE = [dict(input="True and not False is", target="True"), dict(input="not True is", target="False")]
+LIES = [dict(input="Question: Ana lies. Bo says Ana lies. Does Bo tell the truth?", target="Yes")]
+ORDERINGS = [f"logical_deduction_{count}_objects" for count in ("three", "five", "seven")]
+LOGIC = dict(boolean_expressions=TRUE, web_of_lies=LIES) | dict.fromkeys([*ORDERINGS, "date_understanding"], OPTIONS)
 
 LOGIQA = [
     dict(text=f"Room {n} is not open.", question="Which room is open?", options=[f"room {n}", "the hall"], answer=1)

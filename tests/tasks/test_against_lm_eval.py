@@ -3,29 +3,23 @@
 The harness runs its own task definitions on local files, builds its own prompts, and runs the model in PyTorch.
 """
 
+import dataclasses
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_rows import DATA, NEEDS_DATA
 
 from saejax.settings import TaskConfig
 from saejax.tasks.benchmark_prompts import worked_examples
 from saejax.tasks.benchmark_scores import score_items
 from saejax.tasks.benchmarks import read_items
 
-DATA = Path(os.environ.get("SAEJAX_DATA") or Path(__file__).parents[3] / "shared" / "data")
 GSM8K_SHOTS, LOGIC_SHOTS = 1, 0
 NEW_TOKENS = 128
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(7200),
-    pytest.mark.skipif(
-        not DATA.is_dir(), reason=f"real benchmarks are not in {DATA}; name their folder in SAEJAX_DATA"
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200), NEEDS_DATA]
 
 
 @pytest.fixture(scope="module")
@@ -50,32 +44,24 @@ def judged(harness, folder: Path, definitions: dict) -> dict[str, list[dict]]:
         lines = folder / f"{name}.jsonl"
         lines.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
         local = dict(data_files=dict(test=str(lines)), cache_dir=str(folder / "cache"))
-        definition = dict(
-            include=str(own / base), task=name, dataset_path="json", dataset_name=None, dataset_kwargs=local
-        )
+        definition = dict(include=str(own / base), task=name, dataset_path="json", dataset_name=None)
+        definition |= dict(dataset_kwargs=local)
         (tasks / f"{name}.yaml").write_text(yaml.safe_dump(definition | changes))
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     return lm_eval.simple_evaluate(harness, tasks=list(definitions), task_manager=manager, bootstrap_iters=0)["samples"]
 
 
 def test_gsm8k(smollm2, harness, tmp_path):
-    task = TaskConfig(
-        benchmarks=("gsm8k",), path=str(DATA), examples=20, shots=GSM8K_SHOTS, max_new_tokens=NEW_TOKENS, batch=10
-    )
+    task = TaskConfig(benchmarks=("gsm8k",), path=str(DATA), examples=20, shots=GSM8K_SHOTS, batch=10)
+    task = dataclasses.replace(task, max_new_tokens=NEW_TOKENS)
     items = read_items("gsm8k", task)
     rows = score_items(smollm2, "gsm8k", items, task)
     docs = [dict(question=item.question, answer=item.solution) for item in items]
-    changes = dict(
-        training_split=None,
-        fewshot_split=None,
-        num_fewshot=GSM8K_SHOTS,
-        fewshot_config=dict(
-            sampler="first_n", samples=[dict(question=q, answer=a) for q, a in worked_examples()["gsm8k"]]
-        ),
-        generation_kwargs=dict(
-            until=["Question:", "</s>", "<|im_end|>"], do_sample=False, temperature=0.0, max_gen_toks=NEW_TOKENS
-        ),
-    )
+    shown = [dict(question=q, answer=a) for q, a in worked_examples()["gsm8k"]]
+    changes = dict(training_split=None, fewshot_split=None, num_fewshot=GSM8K_SHOTS)
+    changes |= dict(fewshot_config=dict(sampler="first_n", samples=shown))
+    until = ["Question:", "</s>", "<|im_end|>"]
+    changes |= dict(generation_kwargs=dict(until=until, do_sample=False, temperature=0.0, max_gen_toks=NEW_TOKENS))
     samples = judged(harness, tmp_path, {"local_gsm8k": ("gsm8k/gsm8k.yaml", docs, changes)})["local_gsm8k"]
     same_text = 0
     for rule, name in (("strict", "strict-match"), ("flexible", "flexible-extract")):
@@ -99,32 +85,16 @@ def test_logic(smollm2, harness, tmp_path):
     task = TaskConfig(benchmarks=("logic",), path=str(DATA), examples=100, shots=LOGIC_SHOTS)
     items = read_items("logic", task)
     rows = score_items(smollm2, "logic", items, task)
-    parts = sorted({item.task for item in items})
-    definitions = {
-        f"local_{part}": (
-            "leaderboard/bbh_mc/_fewshot_template_yaml",
-            [
-                dict(id=item.id, input=item.question, target=item.answer, options=list(item.choices))
-                for item in items
-                if item.task == part
-            ],
-            dict(
-                doc_to_choice="{{options}}",
-                num_fewshot=LOGIC_SHOTS,
-                fewshot_config=dict(
-                    sampler="first_n",
-                    samples=[
-                        dict(input=q, target=a, options=sorted({b for _, b in worked_examples()[part]} | {a}))
-                        for q, a in worked_examples()[part]
-                    ],
-                ),
-                metric_list=[
-                    dict(metric=metric, aggregation="mean", higher_is_better=True) for metric in ("acc", "acc_norm")
-                ],
-            ),
-        )
-        for part in parts
-    }
+    parts, definitions = sorted({item.task for item in items}), {}
+    metrics = [dict(metric=metric, aggregation="mean", higher_is_better=True) for metric in ("acc", "acc_norm")]
+    for part in parts:
+        some = [item for item in items if item.task == part]
+        docs = [dict(id=i.id, input=i.question, target=i.answer, options=list(i.choices)) for i in some]
+        options = sorted({answer for _, answer in worked_examples()[part]})
+        shown = [dict(input=q, target=a, options=options) for q, a in worked_examples()[part]]
+        changes = dict(doc_to_choice="{{options}}", num_fewshot=LOGIC_SHOTS, metric_list=metrics)
+        changes |= dict(fewshot_config=dict(sampler="first_n", samples=shown))
+        definitions[f"local_{part}"] = "leaderboard/bbh_mc/_fewshot_template_yaml", docs, changes
     samples = judged(harness, tmp_path, definitions)
     theirs = {sample["doc"]["id"]: sample for part in samples.values() for sample in part}
     assert len(parts) == 6 and len(theirs) == len(rows) == 100
@@ -137,8 +107,6 @@ def test_logic(smollm2, harness, tmp_path):
         errors.append(np.abs(np.subtract(row.log_likelihoods, totals)).max())
         gaps.append(np.diff(np.sort(totals)[-2:])[0])
         assert sample["acc"] == row.raw.correct and sample["acc_norm"] == row.normalised.correct, row.id
-    print(
-        f"logic: log-likelihoods differ by at most {max(errors):.1e} nats; the closest two choices by {min(gaps):.1e}"
-    )
+    print(f"logic: likelihoods differ by at most {max(errors):.1e} nats, the closest two choices by {min(gaps):.1e}")
     assert 0 < sum(row.raw.correct for row in rows) < 100
     assert any(row.raw != row.normalised for row in rows)

@@ -59,11 +59,11 @@ def test_scores_are_those_of_pytorch(finished):
         texts = (torch.tensor([tokenizer(line[key])["input_ids"]]) for key in ("text", "counterpart"))
         with torch.no_grad():
             logits, counterpart = (torch_model(ids_BxT).logits[0, -1] for ids_BxT in texts)
-        np.testing.assert_allclose(line["logit_diff"], float(logits[correct] - logits[wrong]), atol=2e-5)
-        np.testing.assert_allclose(
-            line["counterpart_logit_diff"], float(counterpart[wrong] - counterpart[correct]), atol=2e-5
-        )
+        wanted = float(logits[correct] - logits[wrong]), float(counterpart[wrong] - counterpart[correct])
+        np.testing.assert_allclose([line["logit_diff"], line["counterpart_logit_diff"]], wanted, atol=2e-5)
         assert line["top1"] == (int(logits.argmax()) == correct)
+    prompts = [p for name in DEMO_BEHAVIOURS for p in make_prompts(name, 15, 6, TASK.seed, tokenizer).prompts]
+    assert read_prompts(folder / "prompts.jsonl") == prompts
 
 
 def test_results_sum_up_the_scores(finished):
@@ -91,22 +91,14 @@ def test_results_sum_up_the_scores(finished):
         # A random model has no behaviour, and the line says so.
         assert any(flag.startswith("separation") for flag in result.flags)
         assert line.startswith(f"{name}: on 6 test prompts accuracy") and result.flags[0] in line
-        tests = [row for row in rows if row["behaviour"] == name and row["split"] == "test"]
-        assert [vars(example) for example in result.examples] == [
-            {key: row[key] for key in ("text", "correct", "wrong", "logit_diff")} for row in tests[:3]
-        ]
+        shown = [{key: row[key] for key in ("text", "correct", "wrong", "logit_diff")} for row in own[:3]]
+        assert [vars(example) for example in result.examples] == shown
 
 
-def test_prompts_are_those_of_the_task(finished):
-    model, folder, _, _ = finished
-    prompts = read_prompts(folder / "prompts.jsonl")
-    tokenizer = source.load_tokenizer(source.resolve(ModelConfig(path=str(model))))
-    assert prompts == [p for name in DEMO_BEHAVIOURS for p in make_prompts(name, 15, 6, TASK.seed, tokenizer).prompts]
-
-
-def test_smollm2_has_the_behaviours(smollm2):
+def test_smollm2_has_the_behaviours(smollm2, monkeypatch):
+    monkeypatch.setattr(baseline, "BATCH", 16)
     for name in DEMO_BEHAVIOURS:
-        prompts, _ = make_prompts(name, 8, 8, 42, smollm2.tokenizer)  # with their counterparts one full batch
+        prompts, _ = make_prompts(name, 4, 4, 42, smollm2.tokenizer)  # with their counterparts one full batch
         scores = baseline.score_prompts(smollm2, prompts)
         assert all(tuple(vars(score)) == SCORES for score in scores)
         assert np.mean([score.logit_diff > 0 for score in scores]) >= 0.8
@@ -132,16 +124,11 @@ def test_weak_behaviours_are_flagged_in_words():
         "separation 0.998 on test prompts is below 1.000",
     )
     assert summary_of([0.0] * 4).test.accuracy.mean == 0  # a tie is not a correct answer
-    assert summary_of([1.0] * 4, counterpart=0.0).test.counterpart_accuracy.mean == 0
-    json.dumps(to_json(summary_of([3.0] * 4)), allow_nan=False)
-
-
-def test_a_model_that_ignores_the_content_is_flagged():
-    drawn = make_prompts("agreement", 2, 2, 42, words)
-    scores = [PromptScore(x, True, -x, -1.0, -2.0) for x in (1.0, 1.5, 1.0, 1.5)]
-    flags = baseline.summarize(drawn, scores, TASK).flags
+    ignores_content = summary_of([2.0, 2.1], counterpart=0.0)
+    assert ignores_content.test.counterpart_accuracy.mean == 0
     told = [f"counterpart accuracy 0.000 on {split} prompts is below 0.800" for split in ("train", "test")]
-    assert list(flags) == told
+    assert list(ignores_content.flags) == told
+    json.dumps(to_json(summary_of([3.0] * 4)), allow_nan=False)
 
 
 def test_the_gate_is_an_exact_binomial_test():
@@ -163,6 +150,10 @@ def test_behaviours_that_the_model_does_not_have_are_left_out(tmp_path, finished
     results = baseline.run_baseline(make_run(tmp_path, finished[0], task, lines))
     assert list(results.left_out) == ["agreement"] and list(results.behaviours) == ["agreement", "capital"]
     assert "left out of the causal tests: the model does not have it: right on 0 of 15" in lines[0]
+    (tmp_path / "none").mkdir()
+    task = dataclasses.replace(task, behaviours=("agreement",))
+    baseline.run_baseline(make_run(tmp_path / "none", finished[0], task, lines))
+    assert lines[-1].startswith("no behaviour is left to test: agreement: the model does not have it")
     found = read_tested(tmp_path)
     assert list(found.prompts) == ["capital"] and len(found.prompts["capital"]) == 21
     assert found.left_out == dict(results.left_out)
@@ -173,13 +164,6 @@ def test_behaviours_that_the_model_does_not_have_are_left_out(tmp_path, finished
         read_tested(tmp_path, ["rhyme"], "--x")
     (tmp_path / "left_out.json").unlink()  # as in a folder of before
     assert list(read_tested(tmp_path).prompts) == ["agreement", "capital"]
-
-
-def test_if_no_behaviour_is_left_it_is_said(tmp_path, finished):
-    lines = []
-    task = dataclasses.replace(TASK, behaviours=("agreement",), gate=0.0)
-    baseline.run_baseline(make_run(tmp_path, finished[0], task, lines))
-    assert lines[-1].startswith("no behaviour is left to test: agreement: the model does not have it")
 
 
 def test_a_tokenizer_without_the_answers_is_refused_unless_others_are_left(finished, tmp_path, monkeypatch):
@@ -196,11 +180,14 @@ def test_a_tokenizer_without_the_answers_is_refused_unless_others_are_left(finis
     assert list(read_tested(tmp_path).prompts) == ["agreement"]
 
 
-def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
+def test_a_prompt_longer_than_the_context_is_refused_and_a_stop_leaves_nothing(finished, tmp_path):
     model = runs.save_model(tmp_path / "model", max_position_embeddings=20)
+    (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="has 2[0-9] tokens, more than the model's context of 20"):
-        baseline.run_baseline(make_run(tmp_path, model, dataclasses.replace(TASK, behaviours=("addition",))))
-    assert not (tmp_path / "prompts.jsonl").exists()
+        baseline.run_baseline(make_run(tmp_path / "run", model, dataclasses.replace(TASK, behaviours=("addition",))))
+    with pytest.raises(Interrupted):
+        baseline.run_baseline(make_run(tmp_path / "run", finished[0], stopping=lambda: True))
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_logits_that_are_not_finite_are_refused(smollm2):
@@ -211,13 +198,6 @@ def test_logits_that_are_not_finite_are_refused(smollm2):
         baseline.score_prompts(broken, prompts)
 
 
-def test_it_stops_when_asked(finished, tmp_path):
-    with pytest.raises(Interrupted):
-        baseline.run_baseline(make_run(tmp_path, finished[0], stopping=lambda: True))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.usefixtures("cold_programs")
 def test_batches_have_one_shape(finished, one_device):
     model = load_model(str(finished[0]), mesh=one_device)
     prompts, _ = make_prompts("capital", 20, 20, 42, model.tokenizer)
@@ -230,14 +210,13 @@ def test_batches_have_one_shape(finished, one_device):
 
 
 def test_own_behaviours_need_no_counterparts(finished, tmp_path):
-    lines = [dict(behaviour="plural", text=f"{n}", correct=" cats", wrong=" dog") for n in ("Two", "Ten", "Six", "All")]
-    lines = [dict(line, split=split) for line, split in zip(lines, ("train", "train", "test", "test"), strict=True)]
+    texts, splits = ("Two", "Ten", "Six", "All"), ("train", "train", "test", "test")
+    line = dict(behaviour="plural", correct=" cats", wrong=" dog")
+    lines = [line | dict(text=text, split=split) for text, split in zip(texts, splits, strict=True)]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = dataclasses.replace(TASK, behaviours=("capital",), prompts=str(tmp_path / "own.jsonl"))
     results = baseline.run_baseline(make_run(tmp_path, finished[0], task)).behaviours
     assert list(results) == ["capital", "plural"]
     assert results["plural"].test.n == 2 and results["plural"].test.counterpart_accuracy is None
     assert results["capital"].test.counterpart_accuracy.mean >= 0
-    assert [p.text for p in read_prompts(tmp_path / "prompts.jsonl") if p.behaviour == "plural"] == [
-        line["text"] for line in lines
-    ]
+    assert tuple(p.text for p in read_prompts(tmp_path / "prompts.jsonl") if p.behaviour == "plural") == texts

@@ -34,13 +34,9 @@ def test_every_format_gives_the_same_rows(tmp_path):
         file.write_table(table)
     with pyarrow.ipc.new_stream(tmp_path / "stream.arrow", table.schema) as file:
         file.write_table(table)
-    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "file.arrow", "stream.arrow"):
-        assert fields(tmp_path / name) == GSM8K, name
-
-
-def test_what_datasets_saves_to_disk_is_read(tmp_path):
     datasets.Dataset.from_list(GSM8K).save_to_disk(tmp_path / "saved")
-    assert fields(tmp_path / "saved") == GSM8K
+    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "file.arrow", "stream.arrow", "saved"):
+        assert fields(tmp_path / name) == GSM8K, name
 
 
 def test_a_row_says_where_it_stands(tmp_path):
@@ -57,18 +53,14 @@ def test_places(tmp_path):
     assert find(str(root / "gsm8k"), "gsm8k", False, ONE) == find(str(gsm8k[""][0]), "gsm8k", False, ONE) == gsm8k
     assert find(str(root), "math", True, ONE) == {"": (root / "math.jsonl",)}
     logic = {task: (root / "logic" / f"{task}.jsonl",) for task in LOGIC_TASKS}
-    assert (
-        find(str(root), "logic", True, LOGIC_TASKS) == find(str(root / "logic"), "logic", False, LOGIC_TASKS) == logic
-    )
-    one = root / "logic" / "web_of_lies.jsonl"
-    assert find(str(one), "logic", False, LOGIC_TASKS) == {"web_of_lies": (one,)}
+    assert find(str(root), "logic", True, LOGIC_TASKS) == logic
+    assert find(str(root / "logic"), "logic", False, LOGIC_TASKS) == logic
+    lies = root / "logic" / "web_of_lies.jsonl"
+    assert find(str(lies), "logic", False, LOGIC_TASKS) == {"web_of_lies": (lies,)}
     assert find("openai/gsm8k", "gsm8k", False, ONE) is None
-
-
-def test_of_several_files_the_test_split_is_taken(tmp_path):
     for name in ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"):
-        write_lines(tmp_path / name, GSM8K)
-    assert find(str(tmp_path), "gsm8k", False, ONE)[""][0].name == "test-00000-of-00001.jsonl"
+        write_lines(tmp_path / "splits" / name, GSM8K)
+    assert find(str(tmp_path / "splits"), "gsm8k", False, ONE)[""][0].name == "test-00000-of-00001.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -113,121 +105,66 @@ def test_damaged_files_are_refused(tmp_path, name, content, said):
         fields(tmp_path / name)
 
 
-# Layouts as they are published
+def shard(split, number=0, count=1):
+    return f"{split}-{number:05d}-of-{count:05d}.parquet"
 
 
-def write_table(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+QUESTION, CHOICES = "Where do wet boots go?", ["oven", "doormat", "bookshelf"]
+BOOTS = dict(id="a", question=QUESTION, question_concept="boot", answerKey="B")
+BOOTS |= dict(choices=dict(label=["A", "B", "C"], text=CHOICES))
+LABELLED = [dict(label=label, text=text) for label, text in zip("ABC", CHOICES)]
+STEM = BOOTS | dict(question=dict(stem=QUESTION, choices=LABELLED))
+NUMBERED = BOOTS | dict(choices=dict(label=["1", "2", "3"], text=CHOICES), answerKey="2")
+BLOCK = f"\nb\nIt rains.\n{QUESTION}\nA.oven\nB.doormat\nC.bookshelf\n"
+# Benchmarks as they are published: of each layout, the content of every file.
+LAYOUTS = {
+    "gsm8k snapshot": {
+        f"{part}/{shard(split)}": rows
+        for part, test in (("main", GSM8K), ("socratic", GSM8K[:1]))
+        for split, rows in (("test", test), ("train", [dict(question="More?", answer="#### 5")]))
+    },
+    "gsm8k shards": {f"data/{shard('test', n, 3)}": GSM8K[4 * n : 4 * n + 4] for n in range(3)},
+    "gsm8k array": {"test.json": GSM8K},
+    "logic repository": {f"bbh/{task}.json": dict(canary="a", examples=rows) for task, rows in LOGIC.items()},
+    "logic snapshot": {f"{task}/{shard('test')}": rows for task, rows in LOGIC.items()},
+    "math first": {f"test/{('algebra', 'geometry')[n % 2]}/{n // 2}.json": row for n, row in enumerate(MATH)}
+    | {f"train/algebra/{n}.json": MATH[0] for n in range(8)},
+    "math null answer": {"test.jsonl": [row | dict(answer=None) for row in MATH]},
+    "commonsense hub": {
+        f"data/{shard('validation')}": [BOOTS, BOOTS], f"data/{shard('test')}": [BOOTS | dict(answerKey="")] * 2,
+    },
+    "commonsense first": {"dev_rand_split.jsonl": [STEM, STEM]},
+    "commonsense numbers": {"ARC-Easy-Test.jsonl": [NUMBERED, NUMBERED]},
+    "logiqa hub": {
+        f"data/{shard('test')}": [dict(context="It rains.", query=QUESTION, options=CHOICES, correct_option=1)] * 2
+    },
+    "logiqa second": {"test.txt.jsonl": [dict(text="It rains.", question=QUESTION, options=CHOICES, answer=1)] * 2},
+    "logiqa first": {"Test.txt": BLOCK * 2},
+}  # fmt: skip
 
 
-def write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1))
-
-
-def gsm8k_snapshot(root):
-    for configuration, rows in dict(main=GSM8K, socratic=GSM8K[:1]).items():
-        write_table(root / configuration / "test-00000-of-00001.parquet", rows)
-        write_table(root / configuration / "train-00000-of-00001.parquet", [dict(question="More?", answer="#### 5")])
+def publish(layout, root):
+    if layout == "gsm8k saved":
+        rows = datasets.Dataset.from_list(GSM8K)
+        datasets.DatasetDict(test=rows, train=rows.select([0])).save_to_disk(root)
+        return root
+    for name, content in LAYOUTS[layout].items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
+        elif path.suffix == ".jsonl":
+            write_lines(path, content)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
     (root / "README.md").write_text("a card")
+    return root
 
 
-def gsm8k_shards(root):
-    for shard in range(3):
-        write_table(root / "data" / f"test-0000{shard}-of-00003.parquet", GSM8K[4 * shard : 4 * shard + 4])
-
-
-def gsm8k_saved(root):
-    rows = datasets.Dataset.from_list(GSM8K)
-    datasets.DatasetDict(test=rows, train=rows.select([0])).save_to_disk(root)
-
-
-def gsm8k_array(root):
-    write_json(root / "test.json", GSM8K)
-
-
-def bbh_repository(root):
-    for task, rows in LOGIC.items():
-        write_json(root / "bbh" / f"{task}.json", dict(canary="a text", examples=rows))
-
-
-def bbh_snapshot(root):
-    for task, rows in LOGIC.items():
-        write_table(root / task / "test-00000-of-00001.parquet", rows)
-
-
-def math_first(root):
-    for number, row in enumerate(MATH, start=1):
-        write_json(root / "test" / ("algebra", "geometry")[number % 2] / f"{(number + 1) // 2}.json", row)
-        write_json(root / "train" / "algebra" / f"{number}.json", MATH[0])
-
-
-def math_null_answer(root):
-    write_lines(root / "test.jsonl", [row | dict(answer=None) for row in MATH])
-
-
-QUESTION = "Where do wet boots go?"
-CHOICES = ("oven", "doormat", "bookshelf")
-LETTERS = ("A", "B", "C")
-
-
-def csqa_hub(root):
-    choices = dict(label=list(LETTERS), text=list(CHOICES))
-    rows = [dict(id=str(i), question=QUESTION, question_concept="boot", choices=choices, answerKey="B") for i in (1, 2)]
-    write_table(root / "data" / "validation-00000-of-00001.parquet", rows)
-    write_table(root / "data" / "test-00000-of-00001.parquet", [row | dict(answerKey="") for row in rows])
-
-
-def csqa_first(root):
-    choices = [dict(label=label, text=text) for label, text in zip(LETTERS, CHOICES, strict=True)]
-    row = dict(answerKey="B", id="a", question=dict(question_concept="boot", choices=choices, stem=QUESTION))
-    write_lines(root / "dev_rand_split.jsonl", [row, row])
-
-
-def arc_numbers(root):
-    row = dict(id="a", question=QUESTION, choices=dict(label=["1", "2", "3"], text=list(CHOICES)), answerKey="2")
-    write_lines(root / "ARC-Easy-Test.jsonl", [row, row])
-
-
-def logiqa_hub(root):
-    rows = [dict(context="It rains.", query=QUESTION, options=list(CHOICES), correct_option=1)] * 2
-    write_table(root / "data" / "test-00000-of-00001.parquet", rows)
-
-
-def logiqa_second(root):
-    write_lines(root / "test.txt.jsonl", [dict(text="It rains.", question=QUESTION, options=CHOICES, answer=1)] * 2)
-
-
-def logiqa_first(root):
-    options = [f"{letter}.{text}" for letter, text in zip(LETTERS, CHOICES, strict=True)]
-    block = "\n".join(["", "b", "It rains.", QUESTION, *options]) + "\n"
-    root.mkdir(parents=True)
-    (root / "Test.txt").write_text(block * 2)
-
-
-@pytest.mark.parametrize(
-    ("layout", "name", "count"),
-    [
-        (gsm8k_snapshot, "gsm8k", 12),
-        (gsm8k_shards, "gsm8k", 12),
-        (gsm8k_saved, "gsm8k", 12),
-        (gsm8k_array, "gsm8k", 12),
-        (bbh_repository, "logic", 15),
-        (bbh_snapshot, "logic", 15),
-        (math_first, "math", 8),
-        (math_null_answer, "math", 8),
-        (csqa_hub, "commonsense", 2),
-        (csqa_first, "commonsense", 2),
-        (arc_numbers, "commonsense", 2),
-        (logiqa_hub, "logiqa", 2),
-        (logiqa_second, "logiqa", 2),
-        (logiqa_first, "logiqa", 2),
-    ],
-)
-def test_published_layouts_are_read(tmp_path, layout, name, count):
-    root = tmp_path / "published"
-    layout(root)
+@pytest.mark.parametrize("layout", ["gsm8k saved", *LAYOUTS])
+def test_published_layouts_are_read(tmp_path, layout):
+    root, name = publish(layout, tmp_path / "published"), layout.split()[0]
+    count = dict(gsm8k=12, logic=15, math=8).get(name, 2)
     items = read_items(name, TaskConfig(benchmarks=(name,), path=str(root), examples=count))
     assert len({item.id for item in items}) == count, "every item has a name of its own"
     if name == "gsm8k":
@@ -244,49 +181,41 @@ def test_published_layouts_are_read(tmp_path, layout, name, count):
 
 
 def test_the_train_split_is_found_in_published_layouts(tmp_path):
-    for layout, name, text in ((gsm8k_snapshot, "gsm8k", "More?"), (math_first, "math", "")):
-        layout(tmp_path / name)
-        asked = TaskConfig(benchmarks=(name,), path=str(tmp_path / name), examples=1)
-        left = training_items(name, asked)
-        assert left and all(item.question == text or name == "math" for item in left)
-    gsm8k_saved(tmp_path / "saved")
+    for layout, text in (("gsm8k snapshot", "More?"), ("math first", MATH[0]["problem"])):
+        root, name = publish(layout, tmp_path / layout), layout.split()[0]
+        left = training_items(name, TaskConfig(benchmarks=(name,), path=str(root), examples=1))
+        assert left and all(item.question == text for item in left)
+    publish("gsm8k saved", tmp_path / "saved")
     with pytest.raises(UserError, match="all examples in .* are asked"):  # its only training question is asked
         training_items("gsm8k", TaskConfig(benchmarks=("gsm8k",), path=str(tmp_path / "saved"), examples=12))
 
 
 def test_what_is_not_whole_is_refused(tmp_path):
-    gsm8k_shards(tmp_path / "shards")
-    (tmp_path / "shards" / "data" / "test-00001-of-00003.parquet").unlink()
-    csqa_hub(tmp_path / "csqa")
+    (publish("gsm8k shards", tmp_path / "shards") / "data" / shard("test", 1, 3)).unlink()
+    publish("commonsense hub", tmp_path / "csqa")
     for damaged in ("null", '"text"'):
         (tmp_path / "value.json").write_text(damaged)
         with pytest.raises(UserError, match="value.json holds .*expected a list of objects"):
             read_items("gsm8k", TaskConfig(path=str(tmp_path / "value.json"), examples=1))
     (tmp_path / "half.json").write_text(json.dumps(GSM8K)[:-9])
     (tmp_path / "blocks.txt").write_text("z\nIt rains.\nWhy?\nA.a\nB.b\n")
-    refused = {
-        "lacks 1 of 3 shards of test": ("gsm8k", tmp_path / "shards"),
-        "half.json, line 1 is not JSON": ("gsm8k", tmp_path / "half.json"),
-        'block 1 starts with "z"': ("logiqa", tmp_path / "blocks.txt"),
-        "take a split whose answers are published": (
-            "commonsense",
-            tmp_path / "csqa" / "data" / "test-00000-of-00001.parquet",
-        ),
-    }
-    for message, (name, path) in refused.items():
+    for message, name, path in [
+        ("lacks 1 of 3 shards of test", "gsm8k", "shards"),
+        ("half.json, line 1 is not JSON", "gsm8k", "half.json"),
+        ('block 1 starts with "z"', "logiqa", "blocks.txt"),
+        ("take a split whose answers are published", "commonsense", f"csqa/data/{shard('test')}"),
+    ]:
         with pytest.raises(UserError, match=message):
-            read_items(name, TaskConfig(benchmarks=(name,), path=str(path), examples=1))
+            read_items(name, TaskConfig(benchmarks=(name,), path=str(tmp_path / path), examples=1))
 
 
 # The hub, which no test can reach
 
 
 def test_without_a_network_the_way_out_is_said():
-    with pytest.raises(
-        UserError, match="openai/gsm8k .revision main. could not be found .* local file instead"
-    ) as caught:
+    with pytest.raises(UserError, match="openai/gsm8k .revision main. could not be .* local file instead") as error:
         read_items("gsm8k", TaskConfig())
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture
@@ -325,13 +254,12 @@ def test_another_data_set_is_read_with_all_its_configurations(hub):
     assert len(read_items("gsm8k", TaskConfig(path="me/copy", examples=12))) == 12
     assert len(read_items("logic", TaskConfig(path="me/bbh", examples=15))) == 15
     assert [call[1] for call in hub] == ["default", "more", *LOGIC_TASKS]
-    with pytest.raises(
-        UserError, match="openai/gsm8k has no configuration logical_deduction_three_objects, .* only main"
-    ):
+    absent = "openai/gsm8k has no configuration logical_deduction_three_objects, .* only main"
+    with pytest.raises(UserError, match=absent):
         origin("logic", TaskConfig(path="openai/gsm8k"))
 
 
-def test_identity_is_of_the_content(tmp_path, hub):
+def test_identity_is_of_the_content(tmp_path, hub, monkeypatch):
     a = write_lines(tmp_path / "a.jsonl", GSM8K)
     copy = write_lines(tmp_path / "other" / "b.jsonl", GSM8K)
     mark = identity("gsm8k", TaskConfig(path=str(a)))
@@ -341,9 +269,7 @@ def test_identity_is_of_the_content(tmp_path, hub):
     hubs = [TaskConfig(), TaskConfig(revision="abc"), TaskConfig(path="me/copy")]
     assert len({identity("gsm8k", task) for task in hubs} | {mark}) == 4
     assert not hub, "nothing is fetched for it"
-
-
-def test_a_data_set_that_moved_on_is_another(hub, monkeypatch):
+    # A data set that moved on is another.
     before = identity("gsm8k", TaskConfig())
     hub_module.hub_commit.cache_clear()
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **more: SimpleNamespace(sha="0" * 40))
@@ -351,7 +277,8 @@ def test_a_data_set_that_moved_on_is_another(hub, monkeypatch):
     assert identity("gsm8k", TaskConfig(revision="0" * 40)) == identity("gsm8k", TaskConfig()), "a branch is its commit"
 
 
-def test_without_the_hub_the_commit_is_that_of_the_last_fetch(tmp_path, monkeypatch):
+def test_without_the_hub_the_commit_is_that_of_the_last_fetch_and_retries_are_quiet(tmp_path, monkeypatch):
+    huggingface_hub.utils.logging.set_verbosity_warning()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     hub_module.hub_commit.cache_clear()
     with pytest.raises(UserError, match="commit of the data set me/never .* could not be found"):
@@ -360,14 +287,8 @@ def test_without_the_hub_the_commit_is_that_of_the_last_fetch(tmp_path, monkeypa
     ref.parent.mkdir(parents=True)
     ref.write_text("1" * 40)
     assert hub_module.hub_commit("me/once", "main") == "1" * 40
-
-
-def test_the_hub_libraries_stay_quiet_about_retries(monkeypatch):
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_warning()
     assert hub_module._fetched("a/b", "main", lambda: 3) == 3
-    assert logging.get_verbosity() == logging.ERROR
+    assert huggingface_hub.utils.logging.get_verbosity() == huggingface_hub.utils.logging.ERROR
 
 
 def test_a_data_set_that_is_a_program_is_refused_in_one_line(hub, monkeypatch):

@@ -25,11 +25,6 @@ from saejax.tasks.results import UnparsedExample
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_all(tmp_path_factory.mktemp("benchmarks"))
-
-
-@pytest.fixture(scope="module")
 def lm(inputs, one_device):
     return load_model(str(inputs[0]), mesh=one_device)
 
@@ -157,15 +152,18 @@ def test_solutions_are_scored_by_likelihood(lm, task):
 
 def test_edits_reach_every_way_of_scoring(lm, task, writes, monkeypatch):
     edit, seen = object(), []
-    monkeypatch.setattr(benchmark_scores, "loglikelihoods", lambda *args: seen.append(args[-1]) or [])
+
+    def record(lm, contexts, continuations, *rest):
+        seen.append(rest[-1])
+        return [benchmark_scores.Likelihood(-4.0, 1, 0) for _ in contexts]
+
+    monkeypatch.setattr(benchmark_scores, "loglikelihoods", record)
     items = read_items("gsm8k", task)
     writes[1].extend(["7"] * 6)
     score_items(lm, "gsm8k", items, task, edits=[edit])
-    score_items(lm, "gsm8k", items[:0], dataclasses.replace(task, score="likelihood"), edits=[edit])
     assert all(call[3] == (edit,) for call in writes[0]) and not seen
-    with pytest.raises(ValueError):
-        score_items(lm, "gsm8k", items, dataclasses.replace(task, score="likelihood"), edits=[edit])
-    assert seen == [(edit,)]
+    score_items(lm, "gsm8k", items, dataclasses.replace(task, score="likelihood"), edits=[edit])
+    assert set(seen) == {(edit,)}
 
 
 def test_what_does_not_fit_is_refused(lm, task):
@@ -173,16 +171,11 @@ def test_what_does_not_fit_is_refused(lm, task):
         with pytest.raises(UserError, match=f"score={score} does not fit {name}: expected one of auto, "):
             score_items(lm, name, [], dataclasses.replace(task, score=score))
     items = read_items("gsm8k", task)
-    too_long = (
-        r"gsm8k, item test:\d+: its prompt has \d+ tokens, which with \d+ of the answer .* of 256: lower --task.shots"
-    )
+    too_long = r"gsm8k, item test:\d+: its prompt has \d+ tokens, which with \d+ of .* of 256: lower --task.shots"
     with pytest.raises(UserError, match=rf"{too_long} .now 1. or --task.max_new_tokens"):
         score_items(lm, "gsm8k", items, dataclasses.replace(task, shots=1, max_new_tokens=200))
     with pytest.raises(UserError, match=rf"{too_long} .now 5.$"):
         score_items(lm, "gsm8k", items, dataclasses.replace(task, score="likelihood", shots=5))
-    with pytest.raises(UserError, match="no chat template"):
-        plain = types.SimpleNamespace(tokenizer=types.SimpleNamespace(chat_template=None))
-        score_items(plain, "gsm8k", items, dataclasses.replace(task, chat_template=True))
 
 
 # The stage
@@ -191,6 +184,10 @@ def test_what_does_not_fit_is_refused(lm, task):
 def make_run(folder, name, model, task, lines=None, stopping=lambda: False):
     configs = default_configs() | ModelConfig(path=str(model)) | task
     return Run("benchmark", name, folder, configs, {}, [].append if lines is None else lines.append, stopping)
+
+
+def rows_of(folder):
+    return [json.loads(text) for text in (folder / "items.jsonl").read_text().split("\n") if text]
 
 
 def test_an_interrupted_benchmark_goes_on(inputs, task, tmp_path, writes):
@@ -203,33 +200,27 @@ def test_an_interrupted_benchmark_goes_on(inputs, task, tmp_path, writes):
     lines = []
     results = benchmark_stage.run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, lines))
     assert lines[0] == "4 of 6 items were done before" and results.n == 6 and not texts
-    rows = [json.loads(text) for text in (tmp_path / "items.jsonl").read_text().split("\n") if text]
-    assert [row["output"] for row in rows] == ["#### 1\u2028x", "2", "3", "4", "5", "6"]
-
-
-def go(stages, *flags):
-    return command.run(stages, "", ["program", *flags])
+    assert [row["output"] for row in rows_of(tmp_path)] == ["#### 1\u2028x", "2", "3", "4", "5", "6"]
 
 
 def test_the_binary_writes_a_unit_per_benchmark(inputs, folder, tmp_path):
     flags = dict(benchmarks="logic,gsm8k", path=folder, examples=3, shots=0, max_new_tokens=8, batch=2, behaviours="")
     changes = {f"task__{key}": value for key, value in flags.items()}
-    assert go(["baseline", "benchmark"], *runs.small_flags(*inputs, tmp_path, **changes)) == 0
+    assert command.run(["baseline", "benchmark"], "", ["program", *runs.small_flags(*inputs, tmp_path, **changes)]) == 0
     assert json.loads((tmp_path / "baseline" / "done.json").read_text())["results"] == {"behaviours": {}}
-    results = {}
     for name in ("logic", "gsm8k"):
         summary = json.loads((tmp_path / "benchmark" / name / "done.json").read_text())
-        results[name] = summary["results"]
-        assert results[name]["n"] == 3 and list(summary["files"]) == ["items.jsonl"]
+        results = summary["results"]
+        assert results["n"] == 3 and list(summary["files"]) == ["items.jsonl"]
         assert summary["config"]["task"]["examples"] == 3 and summary["seeds"] == {"task": 42}
-    rows = [json.loads(text) for text in (tmp_path / "benchmark/gsm8k/items.jsonl").read_text().split("\n") if text]
+    rows = rows_of(tmp_path / "benchmark" / "gsm8k")
     items = read_items("gsm8k", TaskConfig(path=str(folder), examples=3))
     assert [row["id"] for row in rows] == [item.id for item in items]
     # A random model writes anything, and hardly "#### ".
     assert all(row["output"] and row["finished"] in ("length", "eos", "stop") for row in rows)
-    strict = results["gsm8k"]["accuracy"]["strict"]  # Wilson: none of three may still be half
+    strict = results["accuracy"]["strict"]  # Wilson: none of three may still be half
     assert (strict["mean"], strict["low"]) == (0.0, 0.0) and strict["high"] > 0.4
-    assert results["gsm8k"]["unparsed"]["strict"] == 3 and results["gsm8k"]["origin"].endswith("gsm8k/test.jsonl")
+    assert results["unparsed"]["strict"] == 3 and results["origin"].endswith("gsm8k/test.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +230,7 @@ def test_the_binary_writes_a_unit_per_benchmark(inputs, folder, tmp_path):
         ("--task.path=", "the commit of the data set openai/gsm8k (revision main) could not be found"),
         ("--task.path=./nowhere.jsonl", "--task.path=./nowhere.jsonl does not exist"),
         ("--task.examples=13", "gsm8k has 12 examples in"),
-        ("--task.shots=99", "--task.shots=99: gsm8k has 8 worked examples"),
+        ("--task.shots=99", "--task.shots=99: gsm8k has 8 worked examples; expected 0 to 8"),
         ("--task.score=guess", "--task.score is 'guess': expected one of auto, generate, choice, likelihood"),
         ("--task.max_new_tokens=250", "lower --task.shots (now 0) or --task.max_new_tokens"),
     ],
@@ -247,7 +238,7 @@ def test_the_binary_writes_a_unit_per_benchmark(inputs, folder, tmp_path):
 def test_bad_input_is_one_line(inputs, folder, tmp_path, capsys, flag, said):
     flags = runs.small_flags(*inputs, tmp_path / "run", task__benchmarks="gsm8k", task__path=folder, task__shots=0)
     capsys.readouterr()
-    assert go(["benchmark"], *flags, "--task.examples=3", flag) == 2
+    assert command.run(["benchmark"], "", ["program", *flags, "--task.examples=3", flag]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and said in error[0], error
     assert not (tmp_path / "run" / "benchmark" / "gsm8k" / "done.json").exists()
@@ -255,8 +246,7 @@ def test_bad_input_is_one_line(inputs, folder, tmp_path, capsys, flag, said):
 
 def plan(folder, **changes):
     """The fingerprints of all units."""
-    changes = dict(path=str(folder)) | changes
-    configs = default_configs() | TaskConfig(**changes)
+    configs = default_configs() | TaskConfig(**dict(path=str(folder)) | changes)
     made = workplan.Workplan(configs)
     return {unit: made.fingerprint(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
 

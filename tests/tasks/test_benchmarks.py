@@ -2,19 +2,18 @@
 
 import dataclasses
 import re
+from collections import Counter
 
+import numpy as np
 import pytest
-from benchmark_rows import DATA, GSM8K, LOGIC, MATH, NEEDS_DATA, read, write_all, write_lines
+from benchmark_rows import DATA, GSM8K, LOGIC, MATH, NEEDS_DATA, Chat, prompter, read, write_lines
 
 from saejax.errors import UserError
 from saejax.settings import TaskConfig
-from saejax.tasks.benchmark_definitions import Item, definition
+from saejax.tasks.benchmark_definitions import Item
+from saejax.tasks.benchmark_prompts import worked_examples
 from saejax.tasks.benchmarks import read_items
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_all(tmp_path_factory.mktemp("benchmarks"))
+from saejax.tasks.number_choices import number_choices, plain_number
 
 
 def test_items_hold_what_the_rows_say(folder):
@@ -35,20 +34,17 @@ def test_the_seed_chooses(folder):
     ids = [[item.id for item in read(folder, "gsm8k", examples=6, seed=seed)] for seed in (42, 42, 43)]
     assert ids[0] == ids[1] != ids[2] and len(set(ids[0])) == 6
     assert [item.id for item in read(folder, "gsm8k", examples=3)] == ids[0][:3]
-    assert sorted(item.id for item in read(folder, "gsm8k", examples=12, seed=1)) == sorted(
-        item.id for item in read(folder, "gsm8k", examples=12, seed=2)
-    )
+    first, second = (sorted(item.id for item in read(folder, "gsm8k", examples=12, seed=seed)) for seed in (1, 2))
+    assert first == second
 
 
 def test_too_few_examples_are_said(folder, tmp_path):
-    with pytest.raises(
-        UserError, match="gsm8k has 12 examples in .*test.jsonl, but 13 were asked for: .*examples=12 or"
-    ):
+    few = "gsm8k has 12 examples in .*test.jsonl, but 13 were asked for: .*examples=12 or"
+    with pytest.raises(UserError, match=few):
         read(folder, "gsm8k", examples=13)
     for name, default, there in (("gsm8k", 500, 12), ("math", 100, 8), ("logic", 200, 15)):
-        with pytest.raises(
-            UserError, match=f"{name} has {there} examples .* but {default} are asked by default of {name}"
-        ):
+        few = f"{name} has {there} examples .* but {default} are asked by default of {name}"
+        with pytest.raises(UserError, match=few):
             read(folder, name)
     empty = write_lines(tmp_path / "empty.jsonl", [])
     with pytest.raises(UserError, match="has 0 examples .* name another file"):
@@ -58,11 +54,7 @@ def test_too_few_examples_are_said(folder, tmp_path):
 @pytest.mark.parametrize(
     "name, row, said",
     [
-        (
-            "gsm8k",
-            dict(question="q", solution="#### 3"),
-            "has no column 'answer', only 'question', 'solution': expected",
-        ),
+        ("gsm8k", dict(question="q", solution=""), "has no column 'answer', only 'question', 'solution': expected"),
         ("gsm8k", dict(question=" ", answer="#### 3"), "'question' is \" \": expected text"),
         ("gsm8k", dict(question="q", answer=None), "'answer' is null: expected text"),
         ("gsm8k", dict(question="q", answer=3), "'answer' is 3: expected text"),
@@ -84,23 +76,14 @@ def test_bad_rows_are_refused_with_their_line(tmp_path, name, row, said):
     assert f"{path}, line 2" in str(caught.value)
 
 
-def test_options_without_a_list_are_refused(tmp_path):
+def test_options_without_a_list_are_refused_and_an_answer_column_is_used(tmp_path):
     path = write_lines(tmp_path / "date_understanding.jsonl", [dict(input="What day is it?", target="(A)")])
     with pytest.raises(UserError, match="line 1: 'target' is '.A.', which is not one of its options .none."):
         read_items("logic", TaskConfig(path=str(path), examples=1))
-
-
-def test_an_answer_column_is_used_where_there_is_one(tmp_path):
-    row = dict(problem="p", solution="Thus 1/2.", answer=r"\frac12")
-    path = write_lines(tmp_path / "math.jsonl", [row])
+    path = write_lines(tmp_path / "math.jsonl", [dict(problem="p", solution="Thus 1/2.", answer=r"\frac12")])
     assert read_items("math", TaskConfig(path=str(path), examples=1))[0].answer == r"\frac12"
-
-
-def test_an_unknown_benchmark_is_refused():
     with pytest.raises(UserError, match="unknown benchmark 'mmlu': expected one of gsm8k, math, logic"):
-        definition("mmlu")
-    with pytest.raises(UserError, match="benchmarks is 'mmlu': expected one of gsm8k, math, logic"):
-        TaskConfig(benchmarks=("mmlu",))
+        read_items("mmlu", TaskConfig(path=str(path)))
 
 
 @NEEDS_DATA
@@ -114,3 +97,53 @@ def test_real_files_are_read_whole():
     items = read_items("logic", dataclasses.replace(both, examples=1500))
     assert {len(item.choices) for item in items} == {2, 3, 5, 6, 7}
     assert len(read_items("gsm8k", both)) == 500 and len(read_items("logic", both)) == 200
+
+
+def test_gsm8k_as_choices(folder):
+    items = read(folder, "gsm8k", examples=12, score="choice")
+    assert len(items) == 12
+    for item in items:
+        assert item.answer == item.solution and item.choices.count(item.answer) == 1
+        assert list(item.choices) == sorted(item.choices, key=int) and len(item.choices) == 4
+    assert max(int(choice) / int(item.answer) for item in items for choice in item.choices) < 3, "of like size"
+    assert [item.id for item in items] == [item.id for item in read(folder, "gsm8k", examples=12)]
+    one = prompter("gsm8k", score="choice", shots=1)
+    (question, _), *_ = worked_examples()["gsm8k"]
+    assert one.prompt(items[0]) == f"Question: {question}\nAnswer: 6\n\nQuestion: {items[0].question}\nAnswer:"
+    chat = prompter("gsm8k", Chat(), shots=0, chat_template=True, score="choice").prompt(items[0])
+    assert chat.startswith("<user>Answer with a number alone.\n\n")
+
+
+@pytest.mark.parametrize("equal", [1, 7])
+def test_a_model_that_does_not_read_the_question_is_right_by_chance(equal):
+    """Whatever numbers it prefers, over all questions it is exactly as often right as by guessing."""
+    rng = np.random.default_rng(0)
+    answers = [str(n) for n in np.repeat(rng.choice(9999, 41, replace=False), equal)]
+    rng.shuffle(answers)
+    choices = number_choices(answers)
+    guessing = sum(1 / len(own) for own in choices)
+    assert {len(own) for own in choices} <= {4, 5}
+    for seed in range(5):
+        liking = dict(zip(answers, np.random.default_rng(seed).normal(size=len(answers)), strict=True))
+        right = sum(max(own, key=liking.__getitem__) == answer for own, answer in zip(choices, answers, strict=True))
+        assert right == pytest.approx(guessing)
+
+
+def test_numbers_are_written_alike():
+    found = [plain_number(text, "") for text in ("1,250", "$3", "-7.", "2.50", "10", "1e3", "0.0")]
+    assert found == ["1250", "3", "-7", "2.5", "10", "1000", "0"]
+    for text in ("many", "nan", ""):
+        with pytest.raises(UserError, match=r"test:3: the answer .* is no number: fix or remove the row"):
+            plain_number(text, "test:3")
+    with pytest.raises(UserError, match="too few questions have different answers"):
+        number_choices(["3", "3", "3.0"])
+    assert number_choices([]) == [] and number_choices(["2", "1"]) == [("1", "2")] * 2
+
+
+@NEEDS_DATA
+def test_all_of_gsm8k_as_choices():
+    items = read_items("gsm8k", TaskConfig(path=str(DATA / "gsm8k" / "test.jsonl"), examples=1319, score="choice"))
+    assert {len(set(item.choices)) for item in items} <= {4, 5} and all(item.answer in item.choices for item in items)
+    often = Counter(item.answer for item in items)
+    right = sum(max(item.choices, key=lambda choice: (often[choice], choice)) == item.answer for item in items)
+    assert right == pytest.approx(sum(1 / len(item.choices) for item in items)), "the commonest number is no cue"

@@ -47,11 +47,8 @@ def check(found, expected):
 @pytest.mark.parametrize("batch_tokens", [256, 4096])
 def test_they_are_those_of_pytorch(lm, expected, batch_tokens):
     check(loglikelihoods(lm, *zip(*PAIRS), batch_tokens=batch_tokens), expected)
-
-
-def test_one_pair_alone(lm, expected):
-    for pair, each in list(zip(PAIRS, expected))[:3]:
-        check(loglikelihoods(lm, [pair[0]], [pair[1]], batch_tokens=1), [each])
+    check(loglikelihoods(lm, *zip(PAIRS[2]), batch_tokens=1), expected[2:3])  # one alone
+    assert loglikelihoods(lm, [], []) == []
 
 
 def test_batches_split_over_devices(tiny_llama, expected):
@@ -97,9 +94,8 @@ def test_edits_are_on(lm):
 
 def test_logits_exist_only_where_they_are_needed(lm):
     x_BxTxD, positions = jnp.zeros((4, 128, 64)), jnp.zeros((4, 16), jnp.int32)
-    text = str(
-        jax.make_jaxpr(likelihood.token_scores, static_argnums=0)(lm.config, lm.params, x_BxTxD, *[positions] * 2)
-    )
+    program = jax.make_jaxpr(likelihood.token_scores, static_argnums=0)
+    text = str(program(lm.config, lm.params, x_BxTxD, positions, positions))
     assert "4,16,384" in text and "128,384" not in text
 
 
@@ -116,10 +112,6 @@ def test_bad_pairs_are_refused(lm, context, continuation, said):
         loglikelihoods(lm, [[1, 2], context], [[3], continuation])
 
 
-def test_no_pairs_give_nothing(lm):
-    assert loglikelihoods(lm, [], []) == []
-
-
 def test_nan_is_refused(lm):
     params = lm.params | dict(final_norm_D=jnp.full_like(lm.params["final_norm_D"], jnp.nan))
     broken = LanguageModel(lm.config, params, lm.tokenizer, lm.source, lm.mesh)
@@ -127,12 +119,8 @@ def test_nan_is_refused(lm):
         loglikelihoods(broken, [[1, 2]], [[3]])
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return source.load_tokenizer(source.resolve(ModelConfig()))
-
-
-def test_spaces_between_the_two_belong_to_the_continuation(tokenizer):
+def test_spaces_between_the_two_belong_to_the_continuation_and_special_tokens_come_once():
+    tokenizer = source.load_tokenizer(source.resolve(ModelConfig()))
     together = tokenizer("The answer is 42.")["input_ids"]
     for context, continuation in [("The answer is", " 42."), ("The answer is ", "42."), ("The answer is 42.", "")]:
         ids = encode_pair(tokenizer, context, continuation)
@@ -140,13 +128,10 @@ def test_spaces_between_the_two_belong_to_the_continuation(tokenizer):
     assert encode_pair(tokenizer, "The answer is ", "42.") == encode_pair(tokenizer, "The answer is", " 42.")
     assert encode_pair(tokenizer, "Q\n", "A")[0] == tokenizer("Q")["input_ids"]
 
+    def with_start(text, add_special_tokens=True, verbose=True):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return dict(input_ids=[1, *ids] if add_special_tokens else ids)
 
-def test_special_tokens_come_once(tokenizer):
-    class WithStart:
-        def __call__(self, text, add_special_tokens=True, verbose=True):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            return dict(input_ids=[1, *ids] if add_special_tokens else ids)
-
-    assert encode_pair(WithStart(), "a b", " c")[0][0] == 1
-    assert encode_pair(WithStart(), "a b", " c", special_tokens=False) == encode_pair(tokenizer, "a b", " c")
-    assert encode_pair(WithStart(), "a b", " c")[1] == encode_pair(tokenizer, "a b", " c")[1]
+    plain = encode_pair(tokenizer, "a b", " c")
+    assert encode_pair(with_start, "a b", " c") == ([1, *plain[0]], plain[1])
+    assert encode_pair(with_start, "a b", " c", special_tokens=False) == plain

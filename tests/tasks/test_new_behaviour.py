@@ -27,7 +27,8 @@ def trained(inputs, tmp_path_factory):
 
 
 def go(stages, inputs, workdir, **changes):
-    changes = dict(train__kinds="topk", patch__top=2, causal__random_sets=2, ablate__baselines="pca") | changes
+    small = dict(train__epochs=1, patch__top=2, causal__random_sets=2, ablate__baselines="", ablate__untrained=False)
+    changes = dict(train__kinds="topk") | small | changes
     return command.run(stages, "", ["program", *runs.small_flags(*inputs, workdir, **changes)])
 
 
@@ -62,8 +63,7 @@ def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, added, tmp_path
     asked = {name: value for name, value in changes.items() if not name.startswith(("patch", "probe"))}
     again = runs.copy_run(workdir, tmp_path / "again")
     for run, evaluated in ((workdir, False), (again, True)):
-        if evaluated:
-            assert go(["evaluate"], inputs, trained) == 0
+        assert not evaluated or go(["evaluate"], inputs, trained) == 0
         assert go(["report"], inputs, run, **asked) == 0
         assert ("The dictionaries" in (run / "report" / "report.md").read_text()) == evaluated
         assert any(load_results(run, "report").contexts.values()) == evaluated

@@ -1,6 +1,5 @@
 """Behaviours of the user's own, from a file."""
 
-import dataclasses
 import gzip
 import json
 import re
@@ -36,10 +35,6 @@ def read(tmp_path):
     return read
 
 
-def test_none_unless_a_file_is_named():
-    assert read_own_prompts(TaskConfig(), letters) == {} and identity(TaskConfig()) == ""
-
-
 @pytest.mark.parametrize("name", ["own.jsonl", "own.jsonl.gz"])
 def test_given_splits_are_kept(read, name):
     prompts = read(SPLIT, name)["plural"]
@@ -55,28 +50,21 @@ def test_splits_are_drawn_by_seed_where_none_is_given(read):
     assert len({prompt.text for prompt in first}) == 5
 
 
-def test_a_counterpart_may_be_missing(read):
+def test_a_counterpart_may_be_missing_a_template_be_named_and_a_text_hold_any_separator(read, tmp_path):
     line = {key: value for key, value in LINES[0].items() if key != "counterpart"}
     prompt = next(p for p in read([line, *LINES[1:5]])["plural"] if p.text == "Two")
-    assert prompt.counterpart == prompt.counterpart_correct == ""
-
-
-def test_a_template_may_be_named(read):
-    found = read([dict(line, template=f"t{i % 2}") for i, line in enumerate(LINES)])["plural"]
-    assert {prompt.template for prompt in found} == {"t0", "t1"} and read(LINES)["plural"][0].template == ""
+    assert prompt.counterpart == prompt.counterpart_correct == prompt.template == ""
+    lines = [dict(line, text=f"a\u2028b\x85 {line['text']}", template=f"t{i % 2}") for i, line in enumerate(LINES)]
+    prompts = read(lines)["plural"]
+    write_prompts(tmp_path / "prompts.jsonl", prompts)
+    assert read_prompts(tmp_path / "prompts.jsonl") == prompts and {p.template for p in prompts} == {"t0", "t1"}
 
 
 def test_how_many_behaviours(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(json.dumps(dict(LINES[0], behaviour=name)) for name in ("a", "b", "a")))
     assert count_behaviours(TaskConfig(prompts=str(path))) == 2 and count_behaviours(TaskConfig()) == 0
-
-
-def test_a_text_may_hold_any_separator(read, tmp_path):
-    lines = [dict(line, text=f"a\u2028b\x85 {line['text']}") for line in LINES]
-    prompts = read(lines)["plural"]
-    write_prompts(tmp_path / "prompts.jsonl", prompts)
-    assert read_prompts(tmp_path / "prompts.jsonl") == prompts
+    assert read_own_prompts(TaskConfig(), letters) == {} and identity(TaskConfig()) == ""
 
 
 def test_the_identity_is_of_the_content(tmp_path):
@@ -86,39 +74,31 @@ def test_the_identity_is_of_the_content(tmp_path):
     assert identity(a) == identity(b) != ""
     (tmp_path / "b.jsonl").write_text(json.dumps(LINES[1]))
     assert identity(a) != identity(b)
+    with pytest.raises(UserError, match="--task.prompts=.*none.jsonl does not exist"):
+        identity(TaskConfig(prompts=str(tmp_path / "none.jsonl")))
 
 
 @pytest.mark.parametrize(
-    ("lines", "changes", "message"),
+    ("lines", "message"),
     [
-        ([], {}, "holds no prompts"),
-        (["{"], {}, "line 1 is not JSON"),
-        ([*LINES, ["list"]], {}, "line 7 lacks behaviour, text, correct, wrong"),
-        ([dict(behaviour="plural", text="Two", correct=" cats")], {}, "line 1 lacks wrong"),
-        ([LINES[0] | dict(answer="x")], {}, "line 1 has the unknown field 'answer'"),
-        ([LINES[0] | dict(correct=" ")], {}, "'correct' is \" \": expected a string that is not blank"),
-        ([LINES[0] | dict(behaviour="a/b")], {}, "names files: use letters"),
-        ([LINES[0] | dict(split="held_out")], {}, "'split' is \"held_out\": expected train or test"),
-        ([SPLIT[0], *LINES[1:]], {}, "only some prompts of 'plural' have a 'split'"),
-        (SPLIT[1:], {}, "has 1 test prompts of 'plural': expected at least 2"),
-        (LINES[:4], {}, "has 4 prompts of 'plural', but 3 train and 2 test prompts were asked for"),
-        ([line | dict(behaviour="Capital") for line in LINES], {}, 'the name "Capital" is taken'),
-        ([line | dict(behaviour="summary") for line in LINES], {}, 'the name "summary" is taken'),
-        ([*LINES, LINES[2]], {}, "line 7 has the text of an earlier line of 'plural'"),
-        (
-            [line | dict(wrong=" cows") for line in LINES],
-            {},
-            r"line 1: 'Two' with .* both answers begin with the same token",
-        ),
-        ([*LINES[:3], LINES[3] | dict(counterpart="Four\\")], {}, "line 4: 'Five' .*joined"),
+        ([], "holds no prompts"),
+        (["{"], "line 1 is not JSON"),
+        ([*LINES, ["list"]], "line 7 lacks behaviour, text, correct, wrong"),
+        ([dict(behaviour="plural", text="Two", correct=" cats")], "line 1 lacks wrong"),
+        ([LINES[0] | dict(answer="x")], "line 1 has the unknown field 'answer'"),
+        ([LINES[0] | dict(correct=" ")], "'correct' is \" \": expected a string that is not blank"),
+        ([LINES[0] | dict(behaviour="a/b")], "names files: use letters"),
+        ([LINES[0] | dict(split="held_out")], "'split' is \"held_out\": expected train or test"),
+        ([SPLIT[0], *LINES[1:]], "only some prompts of 'plural' have a 'split'"),
+        (SPLIT[1:], "has 1 test prompts of 'plural': expected at least 2"),
+        (LINES[:4], "has 4 prompts of 'plural', but 3 train and 2 test prompts were asked for"),
+        ([line | dict(behaviour="Capital") for line in LINES], 'the name "Capital" is taken'),
+        ([line | dict(behaviour="summary") for line in LINES], 'the name "summary" is taken'),
+        ([*LINES, LINES[2]], "line 7 has the text of an earlier line of 'plural'"),
+        ([line | dict(wrong=" cows") for line in LINES], r"line 1: 'Two' with .* begin with the same token"),
+        ([*LINES[:3], LINES[3] | dict(counterpart="Four\\")], "line 4: 'Five' .*joined"),
     ],
 )
-def test_bad_files(read, lines, changes, message):
+def test_bad_files(read, lines, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        read(lines, **changes)
-
-
-def test_a_missing_file(tmp_path):
-    task = dataclasses.replace(TaskConfig(), prompts=str(tmp_path / "none.jsonl"))
-    with pytest.raises(UserError, match="--task.prompts=.*none.jsonl does not exist"):
-        identity(task)
+        read(lines)

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import math
 import statistics
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 from saejax.tasks import scoring
 from saejax.tasks.scoring import (
@@ -21,32 +20,19 @@ from saejax.tasks.scoring import (
 )
 
 
-def binomial_quantile(n: int, share: float, level: float) -> float:
-    """The smallest k/n whose binomial distribution function reaches ``level``."""
-    total = 0.0
-    for k in range(n + 1):
-        total += math.comb(n, k) * share**k * (1 - share) ** (n - k)
-        if total >= level:
-            return k / n
-    raise AssertionError
-
-
 @pytest.mark.parametrize("n, right", [(20, 12), (20, 19), (80, 71)])
 def test_interval_of_a_share_is_the_binomial_one(n, right):
     # Resampling n answers of which a share is right draws from a binomial distribution.
-    interval = bootstrap_mean(np.arange(n) < right, 3, 40_000)
-    assert interval.mean == pytest.approx(right / n)
-    assert interval.low == pytest.approx(binomial_quantile(n, right / n, 0.025))
-    assert interval.high == pytest.approx(binomial_quantile(n, right / n, 0.975))
+    interval, ends = bootstrap_mean(np.arange(n) < right, 3, 40_000), binom.ppf([0.025, 0.975], n, right / n) / n
+    assert [interval.mean, interval.low, interval.high] == pytest.approx([right / n, *ends])
 
 
 def test_interval_of_a_mean_is_near_the_normal_one():
     values_N = np.random.default_rng(0).normal(3, 2, 400)
-    interval = bootstrap_mean(values_N, 1, 20_000)
-    half = 1.96 * values_N.std() / 20
-    assert interval.mean == pytest.approx(values_N.mean())
-    assert interval.low == pytest.approx(values_N.mean() - half, abs=0.03 * half)
-    assert interval.high == pytest.approx(values_N.mean() + half, abs=0.03 * half)
+    interval, mean, half = bootstrap_mean(values_N, 1, 20_000), values_N.mean(), 1.96 * values_N.std() / 20
+    assert interval.mean == pytest.approx(mean)
+    assert [interval.low, interval.high] == pytest.approx([mean - half, mean + half], abs=0.03 * half)
+    assert interval == bootstrap_mean(values_N, 1, 20_000) != bootstrap_mean(values_N, 2, 20_000)
 
 
 @pytest.mark.parametrize("of, truth", [(bootstrap_mean, 1.5), (bootstrap_separation, 0.75)])
@@ -62,6 +48,8 @@ def test_separation_is_mean_over_standard_deviation():
     expected = [statistics.fmean(row) / statistics.pstdev(row) for row in rows.tolist()]
     np.testing.assert_allclose(separation(rows), expected, rtol=1e-12)
     assert bootstrap_separation(rows[0], 0, 100).mean == pytest.approx(expected[0])
+    some = bootstrap_separation(np.array([1.0, 2.0]), 0, 1000)  # a resample may have no spread
+    assert some.mean == pytest.approx(3.0) and some.high == SEPARATION_LIMIT
 
 
 @pytest.mark.parametrize(
@@ -82,12 +70,6 @@ def test_one_prompt_and_equal_prompts(values, mean, separated):
     json.dumps(dataclasses.asdict(interval), allow_nan=False)
 
 
-def test_a_resample_may_have_no_spread():
-    interval = bootstrap_separation(np.array([1.0, 2.0]), 0, 1000)
-    assert interval.mean == pytest.approx(3.0) and interval.high == SEPARATION_LIMIT
-    json.dumps(dataclasses.asdict(interval), allow_nan=False)
-
-
 @pytest.mark.parametrize("right, trials", [(0, 20), (13, 20), (20, 20), (1, 1), (97, 100)])
 def test_intervals_of_shares_are_those_of_scipy(right, trials):
     theirs = binomtest(right, trials).proportion_ci(method="wilson")
@@ -98,33 +80,21 @@ def test_intervals_of_shares_are_those_of_scipy(right, trials):
     assert (fewer.low, fewer.high) == pytest.approx((theirs.low, theirs.high))
 
 
-def test_the_interval_of_a_share_of_all_has_a_width():
-    assert bootstrap_mean(np.ones(20), 0, 200).low == 1.0 and wilson(np.ones(20)).low == pytest.approx(0.839, abs=1e-3)
-
-
-def test_any_statistic():
+def test_any_statistic_in_chunks_of_resamples(monkeypatch):
     values_N = np.random.default_rng(0).exponential(1, 101)
-    interval = bootstrap(values_N, lambda values_RxN: np.median(values_RxN, axis=1), 2000, seed=0)
+    shapes = []
+
+    def median(values_RxN):
+        shapes.append(values_RxN.shape)
+        return np.median(values_RxN, axis=1)
+
+    interval = bootstrap(values_N, median, 2000, seed=0)
     assert interval.mean == np.median(values_N) and interval.low < interval.mean < interval.high
-
-
-def test_the_seed_decides():
-    values_N = np.random.default_rng(0).normal(size=30)
-    assert bootstrap_mean(values_N, 5, 300) == bootstrap_mean(values_N, 5, 300)
-    assert bootstrap_mean(values_N, 5, 300) != bootstrap_mean(values_N, 6, 300)
-
-
-def test_memory_is_bounded(monkeypatch):
-    seen = []
-
-    def statistic(values_RxN):
-        seen.append(values_RxN.shape)
-        return values_RxN.mean(axis=1)
-
     monkeypatch.setattr(scoring, "_CHUNK", 4000)
-    bootstrap(np.arange(90.0), statistic, 105, seed=0)
-    assert [rows for rows, _ in seen] == [11] * 9 + [6] + [1]  # the last is the statistic of the values themselves
-    assert len(seen) == 11 and all(n == 90 for _, n in seen)
+    shapes.clear()
+    bootstrap(values_N, median, 2000, seed=0)
+    assert sum(rows for rows, _ in shapes) == 2001  # with the values themselves
+    assert max(4 * rows * n for rows, n in shapes) <= 4000 and {n for _, n in shapes} == {101}
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")], [[1.0, 2.0]]])

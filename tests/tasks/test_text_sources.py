@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from benchmark_rows import GSM8K, LOGIC, write_lines
+from benchmark_rows import GSM8K, write_lines
 from huggingface_hub.errors import HTTPError
 
 from saejax.activations.documents import make_documents
@@ -18,12 +18,10 @@ from saejax.tasks.corpora import identity, read_corpus, split
 ROWS = [dict(text=f"Row {n} of a table.", group=f"table/{n % 5}") for n in range(20)]
 
 
-class Words:
+def words(text, add_special_tokens=False, verbose=False):
     """A tokenizer: a token for each word."""
-
-    def __call__(self, text, add_special_tokens=False, verbose=False):
-        one = [[len(word) for word in each.split()] for each in ([text] if isinstance(text, str) else text)]
-        return dict(input_ids=one[0] if isinstance(text, str) else one)
+    ids = [[len(word) for word in each.split()] for each in ([text] if isinstance(text, str) else text)]
+    return dict(input_ids=ids[0] if isinstance(text, str) else ids)
 
 
 def texts(path, task=None, **settings):
@@ -31,17 +29,12 @@ def texts(path, task=None, **settings):
 
 
 def test_tables_give_what_lines_give(tmp_path):
-    lines = write_lines(tmp_path / "a.jsonl", ROWS)
-    table = pyarrow.Table.from_pylist(ROWS)
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
-        file.write_table(table)
-    expected = read_corpus(CorpusConfig(path=str(lines)))
-    for name in ("a.parquet", "a.arrow"):
-        assert read_corpus(CorpusConfig(path=str(tmp_path / name))) == expected
-    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    lines, table = write_lines(tmp_path / "a.jsonl", ROWS), tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), table)
+    assert read_corpus(CorpusConfig(path=str(table))) == read_corpus(CorpusConfig(path=str(lines)))
+    table.write_bytes(table.read_bytes()[:-9])
     with pytest.raises(UserError, match="not a whole parquet file"):
-        texts(tmp_path / "a.parquet")
+        texts(table)
 
 
 def test_a_pattern_gives_all_its_files_and_a_field_its_column(tmp_path):
@@ -69,15 +62,17 @@ def test_each_source_is_on_both_sides_of_the_split(tmp_path):
 
 def test_weights_are_shares_of_the_tokens(tmp_path):
     files = [write_lines(tmp_path / f"{name}.jsonl", [dict(text=f"{name} " * 50)] * 40) for name in ("x", "yy")]
-    config = CorpusConfig(path=",".join(map(str, files)), weights=(3, 1), max_tokens=1000, held_out=0.3)
-    found = make_documents(config, Words(), context=256)
+
+    def documents(**settings):
+        return make_documents(CorpusConfig(path=",".join(map(str, files)), **settings), words, context=256)
+
+    found = documents(weights=(3, 1), max_tokens=1000, held_out=0.3)
     assert np.bincount(found.ids_T).tolist() == [0, 750, 250]
-    both = ",".join(map(str, files))
     with pytest.raises(UserError, match="more tokens than there are: source 1 1,000; lower"):
-        make_documents(CorpusConfig(path=both, weights=(3, 1), max_tokens=4000), Words(), context=256)
+        documents(weights=(3, 1), max_tokens=4000)
     for wrong in (dict(weights=(1.0,), max_tokens=9), dict(weights=(1, 1)), dict(weights=(0, 0), max_tokens=9)):
         with pytest.raises(UserError, match="expected a weight for each of 2 sources"):
-            make_documents(CorpusConfig(path=both, **wrong), Words(), context=256)
+            documents(**wrong)
 
 
 def test_a_data_set_in_the_hubs_layout_is_read_as_far_as_it_is_wanted(tmp_path, monkeypatch):
@@ -106,27 +101,21 @@ def test_a_data_set_whose_connection_breaks(monkeypatch, error):
         next(found)
 
 
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("hf://me/set", ("me/set", "", "main", "train")),
-        ("hf://me/set/part@abc:test", ("me/set", "part", "abc", "test")),
-        ("hf://me/set:train[:10%]", ("me/set", "", "main", "train[:10%]")),
-    ],
-)
-def test_an_address_of_the_hub(path, expected):
-    (source,) = text_sources.text_sources(CorpusConfig(path=path, max_tokens=10), TaskConfig())
-    assert (source.hub, source.configuration, source.revision, source.split) == expected
-
-
-def test_wrong_addresses_of_the_hub():
+def test_addresses_of_the_hub():
+    for path, expected in {
+        "hf://me/set": ("me/set", "", "main", "train"),
+        "hf://me/set/part@abc:test": ("me/set", "part", "abc", "test"),
+        "hf://me/set:train[:10%]": ("me/set", "", "main", "train[:10%]"),
+    }.items():
+        (source,) = text_sources.text_sources(CorpusConfig(path=path, max_tokens=10), TaskConfig())
+        assert (source.hub, source.configuration, source.revision, source.split) == expected
     with pytest.raises(UserError, match="expected hf://ORG/NAME"):
         texts("hf://alone", max_tokens=5)
     with pytest.raises(UserError, match="takes --corpus.max_tokens"):
         texts("hf://me/set")
 
 
-def test_a_benchmark_gives_its_train_split_or_what_is_not_asked(tmp_path):
+def test_a_benchmark_gives_its_train_split_or_what_is_not_asked(tmp_path, folder):
     write_lines(tmp_path / "gsm8k" / "test.jsonl", GSM8K)
     task = TaskConfig(path=str(tmp_path), examples=5, benchmarks=("gsm8k",))
     asked = {item.question for item in read_items("gsm8k", task)}
@@ -140,10 +129,4 @@ def test_a_benchmark_gives_its_train_split_or_what_is_not_asked(tmp_path):
     assert texts("gsm8k", task) == [f"Question: {train[0]['question']}\nAnswer: {train[0]['answer']}"]
     assert identity(config, task) != before
     with pytest.raises(UserError, match="all examples in .* are asked, none is left"):
-        texts("logic", TaskConfig(path=str(logic_folder(tmp_path)), examples=15))
-
-
-def logic_folder(folder):
-    for name, rows in LOGIC.items():
-        write_lines(folder / "logic" / f"{name}.jsonl", rows)
-    return folder / "logic"
+        texts("logic", TaskConfig(path=str(folder / "logic"), examples=15))

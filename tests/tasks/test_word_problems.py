@@ -13,7 +13,7 @@ from saejax.settings import StudyConfig, TaskConfig
 from saejax.studies.benchmark_run import split_items
 from saejax.tasks import benchmarks
 from saejax.tasks.benchmark_prompts import worked_examples
-from saejax.tasks.word_problems import PER_TEMPLATE, evaluate, make_questions, read_data
+from saejax.tasks.word_problems import PER_TEMPLATE, make_questions, read_data
 
 TASK = TaskConfig(benchmarks=("word_problems",), examples=400, shots=0)
 
@@ -60,18 +60,12 @@ def test_answers_are_right(items):
         assert not set(re.findall(r"Otto|Vera|glims|spoons", question)) & set(json.loads(read_data())["names"])
 
 
-def test_products_come_first():
-    assert evaluate("c * d + b", dict(b=1, c=2, d=3)) == 7 and evaluate("a - b + c", dict(a=9, b=4, c=1)) == 6
-    assert evaluate("a - b * c", dict(a=9, b=2, c=3)) == 3 and evaluate("a * b * c", dict(a=2, b=2, c=3)) == 12
-
-
 def test_wrong_choices_are_right_calculations_of_the_same_numbers(items):
-    for item in items:
-        if "logic" not in item.task:
-            for choice in item.choices:
-                calculation, _, value = choice.partition(" = ")
-                assert set(calculation) <= set("0123456789+-* ") and eval(calculation) == int(value)
-                assert re.findall(r"\d+", calculation) == re.findall(r"\d+", item.answer.partition(" = ")[0])
+    for item in (item for item in items if "logic" not in item.task):
+        for choice in item.choices:
+            calculation, _, value = choice.partition(" = ")
+            assert set(calculation) <= set("0123456789+-* ") and eval(calculation) == int(value)
+            assert re.findall(r"\d+", calculation) == re.findall(r"\d+", item.answer.partition(" = ")[0])
 
 
 def test_no_guess_does_better_than_chance():

@@ -49,42 +49,18 @@ def test_the_answers_of_true_and_false_examples_are_right():
         assert answer == ("Yes" if truthful[asked] else "No")
 
 
-# What each example of an ordering says, as conditions on places (0 is left, first, cheapest or lowest), by initials.
+# What each example of an ordering says, as a condition on places (0 is left, first, cheapest or lowest): the objects by
+# their initials, or by as many letters as tell them apart, the condition, and the place that is asked for.
 ORDERS = {
-    "Three jars": ("hsr", lambda p: p["r"] < p["s"] < p["h"], 0),
-    "Three runners": ("OPR", lambda p: p["P"] < p["R"] < p["O"], 1),
-    "Three lamps": ("dfw", lambda p: p["f"] == 2 and p["w"] > p["d"], 0),
-    "Five books": (
-        ["red", "blue", "green", "white", "black"],
-        lambda p: p["white"] == 0 and p["black"] == 4 and p["red"] == 1 and p["green"] < p["blue"],
-        2,
-    ),
-    "Five boats": ("HOSTW", lambda p: p["T"] == 1 and p["H"] == 4 and p["W"] < p["T"] and p["O"] > p["S"], 3),
-    "Five cheeses": ("BCEFG", lambda p: p["E"] == 4 and p["F"] == 0 and p["B"] > p["C"] and p["G"] > p["B"], 3),
-    "Seven pots": (
-        ["basil", "chives", "dill", "mint", "parsley", "sage", "thyme"],
-        lambda p: (
-            p["mint"] == 0
-            and p["thyme"] == 6
-            and p["sage"] == 3
-            and p["basil"] == 1
-            and p["dill"] == 2
-            and p["chives"] < p["parsley"]
-        ),
-        4,
-    ),
-    "Seven skiers": (
-        "ABCDEFG",
-        lambda p: (
-            p["C"] == 0 and p["G"] == 6 and p["D"] == 2 and p["F"] == p["D"] - 1 and p["A"] == 5 and p["E"] < p["B"]
-        ),
-        4,
-    ),
-    "Seven towers": (
-        "ABCFLOP",
-        lambda p: p["O"] == 6 and p["F"] == 0 and p["C"] > p["A"] > p["P"] > p["B"] > p["L"],
-        5,
-    ),
+    "Three jars": ("h s r", "r < s < h", 0),
+    "Three runners": ("O P R", "P < R < O", 1),
+    "Three lamps": ("d f w", "f == 2 and w > d", 0),
+    "Five books": ("red blu gre whi bla", "whi == 0 and bla == 4 and red == 1 and gre < blu", 2),
+    "Five boats": ("H O S T W", "T == 1 and H == 4 and W < T and O > S", 3),
+    "Five cheeses": ("B C E F G", "E == 4 and F == 0 and B > C and G > B", 3),
+    "Seven pots": ("b c d m p s t", "m == 0 and t == 6 and s == 3 and b == 1 and d == 2 and c < p", 4),
+    "Seven skiers": ("A B C D E F G", "C == 0 and G == 6 and D == 2 and F == D - 1 and A == 5 and E < B", 4),
+    "Seven towers": ("A B C F L O P", "O == 6 and F == 0 and C > A > P > B > L", 5),
 }
 
 
@@ -93,9 +69,10 @@ def test_the_answers_of_orderings_follow_and_are_the_only_ones():
     shown = [example for task in tasks for example in worked_examples()[task]]
     assert len(shown) == len(ORDERS)
     for question, answer in shown:
-        objects, holds, place = next(order for start, order in ORDERS.items() if question.startswith(start))
-        orders = [dict(zip(order, range(9))) for order in itertools.permutations(objects)]
-        there = {next(name for name in objects if p[name] == place) for p in orders if holds(p)}
+        objects, condition, place = next(order for start, order in ORDERS.items() if question.startswith(start))
+        objects, condition = objects.split(), compile(condition, "<order>", "eval")
+        orders = itertools.permutations(objects)
+        there = {order[place] for order in orders if eval(condition, dict(zip(order, range(9))))}
         options = dict(re.findall(r"^(\([A-Z]\)) (?:The )?(?:jar of )?(\w+)", question, re.M))
         assert len(options) == len(objects) and len(there) == 1
         assert options[answer].startswith(there.pop())
@@ -136,11 +113,8 @@ def test_examples_are_read_as_items_are(tmp_path):
     write_lines(tmp_path / "math.jsonl", [dict(problem=q, solution=a) for q, a in worked_examples()["math"]])
     for task in LOGIC_TASKS:
         write_lines(tmp_path / "logic" / f"{task}.jsonl", [dict(input=q, target=a) for q, a in worked_examples()[task]])
-    assert [len(read(tmp_path, name, examples=n)) for name, n in (("gsm8k", 8), ("math", 5), ("logic", 18))] == [
-        8,
-        5,
-        18,
-    ]
+    counts = dict(gsm8k=8, math=5, logic=18)
+    assert {name: len(read(tmp_path, name, examples=count)) for name, count in counts.items()} == counts
 
 
 def test_the_chat_template_holds_the_examples_as_turns():
@@ -157,15 +131,12 @@ def test_smollm2s_own_template():
     tokenizer = source.load_tokenizer(source.resolve(ModelConfig()))
     chat = prompter("logic", tokenizer, shots=0, chat_template=True)
     text = chat.prompt(Item("a:1", "web_of_lies", "Does it?", "", ""))
-    assert (
-        text.endswith("<|im_start|>assistant\n") and text.count("Answer with the right choice alone.\n\nDoes it?") == 1
-    )
+    assert text.count("Answer with the right choice alone.\n\nDoes it?") == 1
+    assert text.endswith("<|im_start|>assistant\n")
     assert chat.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_prompts_that_cannot_be_made_are_refused():
-    with pytest.raises(UserError, match="shots=9: gsm8k has 8 worked examples; expected 0 to 8"):
-        prompter("gsm8k", shots=9)
+def test_a_tokenizer_without_a_template_is_refused():
     with pytest.raises(UserError, match="tokenizer has no chat template"):
         prompter("gsm8k", object(), chat_template=True)
 

@@ -39,13 +39,11 @@ def _text() -> list[str]:
     nouns = [form for pair in words["nouns"].items() for form in pair]
     lines = [f"Everyone knows that the {noun} near the {noun} is what they are." for noun in nouns]
     lines += [f"The capital of {place} is the city of {city}, {city}." for place, city in words["places"].items()]
-    lines += [
-        f"The {event} lasted from '{i % 90 + 10} to '{i % 80 + 19}." for i, event in enumerate(words["events"] * 4)
-    ]
+    years = [(event, i % 90 + 10, i % 80 + 19) for i, event in enumerate(words["events"] * 4)]
+    lines += [f"The {event} lasted from '{start} to '{end}." for event, start, end in years]
     lines += [f"{a} + {b} = {a + b}, and {b} + {a} = {b + a}" for a in range(10) for b in range(10)]
-    return lines + [
-        f"{a}+{b}={a + b}, from {1000 + 9 * a} to {1000 + 9 * b}" for a in range(100) for b in range(3, 99, 7)
-    ]
+    pairs = [(a, b) for a in range(100) for b in range(3, 99, 7)]
+    return lines + [f"{a}+{b}={a + b}, from {1000 + 9 * a} to {1000 + 9 * b}" for a, b in pairs]
 
 
 def _byte_level(kind: str) -> Tokenizer:

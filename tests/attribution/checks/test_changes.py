@@ -1,90 +1,42 @@
 """Rows of changes made of a graph's features: against sums of edges, and against hooks in PyTorch."""
 
-import dataclasses
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from made_transcoders import made_set
+from dense_reference import EditedModel
+from made_transcoders import IDS, made_set
 
-from saejax import load_model
 from saejax.attribution.checks import matched, scale, set_to
 from saejax.attribution.graph.nodes import Nodes
 from saejax.attribution.local import edits
-from saejax.attribution.local.edits import Change
-from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import Direction, read_targets
 from saejax.errors import UserError
 
-IDS = [5, 17, 33, 8, 41, 100]
-OTHER = [5, 90, 17, 61, 8, 2, 77, 100]  # two tokens more
-TARGETS = [7, (9, 11)]
+
+@pytest.fixture(scope="module")
+def setting(lm):
+    """A prompt's local model, its readouts and graph, and the model in PyTorch."""
+    transcoders = made_set(lm, kind="topk")
+    graph, here, readouts = trace_prompt(lm, LayerTranscoders.of(transcoders), IDS, targets=[7, (9, 11)])
+    return SimpleNamespace(here=here, readouts=readouts, graph=graph, edited=EditedModel(lm, transcoders))
 
 
-@dataclasses.dataclass
-class Setting:
-    """A prompt, its graph and another prompt, and the model in PyTorch with its transcoders' arrays."""
-
-    here: LocalModel
-    there: LocalModel
-    transcoders: list
-    readouts: object
-    graph: object
-    torch_model: object
-
-    def group(self, seed=1, count=9):
-        """Some features of all layers."""
-        rng = np.random.default_rng(seed)
-        return features_of(self.graph, np.sort(rng.permutation(len(self.here.active))[:count]))
-
-    def plain(self, edit, entering=None, ids=IDS):
-        """The readouts in fp64, where ``edit(layer, activations [T, F])`` gives what is added to each activation.
-
-        ``entering``: a layer, and the stream [T, D] that enters it instead.
-        """
-        import torch
-
-        handles = []
-        for layer, block in enumerate(self.torch_model.model.layers):
-
-            def write(module, inputs, output, layer=layer):
-                w = {name: np.asarray(array, np.float64) for name, array in self.transcoders[layer].arrays.items()}
-                pre_TxF = inputs[0][0].numpy() @ w["W_enc_DxF"] + w["b_enc_F"]
-                largest_Tx1 = np.sort(pre_TxF, axis=1)[:, -6:-5]
-                acts_TxF = np.where((pre_TxF >= largest_Tx1) & (pre_TxF > 0), pre_TxF, 0)
-                return output + torch.from_numpy(edit(layer, acts_TxF) @ w["W_dec_FxD"])[None]
-
-            def enter(module, inputs, layer=layer):
-                if entering and entering[0] == layer:
-                    return (torch.from_numpy(entering[1])[None], *inputs[1:])
-
-            handles += [block.mlp.register_forward_hook(write), block.register_forward_pre_hook(enter)]
-        with torch.no_grad():
-            logits_V = self.torch_model(torch.tensor([ids])).logits[0, -1].numpy()
-        for handle in handles:
-            handle.remove()
-        return np.array([logits_V[7] - logits_V.mean(), logits_V[9] - logits_V[11]])
-
-    def making(self, row, first=0):
-        """An ``edit`` that makes a row's changes in the layers from ``first`` on."""
-
-        def edit(layer, acts_TxF):
-            added_TxF = np.zeros_like(acts_TxF)
-            for _, position, feature, value in (c for c in row if c.layer == layer >= first):
-                added_TxF[position, feature] = value - acts_TxF[position, feature]
-            return added_TxF
-
-        return edit
+def readouts_of(logits_V):
+    return np.array([logits_V[7] - logits_V.mean(), logits_V[9] - logits_V[11]])
 
 
 def features_of(graph, nodes) -> Nodes:
     return graph.nodes[np.asarray(nodes, np.int64)]
 
 
-def ablate(features):
-    return scale(features, 0.0)
+def some_features(setting, seed=1, count=9) -> Nodes:
+    """Some features of all layers."""
+    chosen = np.random.default_rng(seed).permutation(len(setting.here.active))[:count]
+    return features_of(setting.graph, np.sort(chosen))
 
 
 def keys_of(features: Nodes) -> set[tuple[int, int, int]]:
@@ -92,52 +44,34 @@ def keys_of(features: Nodes) -> set[tuple[int, int, int]]:
     return set(zip(features.layer_N.tolist(), features.position_N.tolist(), features.index_N.tolist()))
 
 
-@pytest.fixture(scope="module")
-def setting(tiny_llama, one_device):
-    from saejax.models import source
-
-    lm = load_model(str(tiny_llama), mesh=one_device)
-    transcoders = made_set(lm, kind="topk")
-    opened = LayerTranscoders.of(transcoders)
-    graph, here, readouts = trace_prompt(lm, opened, IDS, targets=TARGETS)
-    there = LocalModel(lm, opened, np.array(OTHER))
-    torch_model = source.load_torch_model(lm.source, "float32").double()
-    return Setting(here, there, transcoders, readouts, graph, torch_model)
-
-
 def test_with_all_held_ablation_takes_the_sum_of_the_edges_away(setting):
     graph, here = setting.graph, setting.here
-    groups = [np.arange(0, 40, 3), np.arange(len(here.active)), np.array([7])]
-    rows = [ablate(features_of(graph, group)) for group in groups]
+    groups = [np.arange(0, 40, 3), np.arange(len(here.active)), np.array([7]), np.arange(5, 60, 6), np.arange(9)]
+    factor_R = np.array([0.0, 0.0, 0.0, -1.0, 2.0])
+    rows = [scale(features_of(graph, group), factor) for group, factor in zip(groups, factor_R, strict=True)]
     every_A = np.arange(len(here.active))
     changed = here.run(rows, "all", readouts=setting.readouts, features=every_A)
     after_RxT = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1).astype(np.float64)
     moved_RxT = after_RxT - np.concatenate([here.active.value_A, setting.readouts.value_K])
     edges_RxT = np.stack([graph.adjacency_RxS[:, group].sum(axis=1, dtype=np.float64) for group in groups])
-    assert np.abs(moved_RxT + edges_RxT).max() < 1e-5 * np.abs(edges_RxT).max()
+    assert np.abs(moved_RxT - (factor_R[:, None] - 1) * edges_RxT).max() < 1e-5 * np.abs(edges_RxT).max()
     size_K = np.abs(graph.adjacency_RxS[-2:, : len(every_A)]).sum(axis=1)  # of all features, the parts of each logit
     assert (np.abs(moved_RxT[1, -2:] + edges_RxT[1, -2:]) < 1e-5 * size_K).all() and (size_K > 0.1).all()
 
 
 def test_with_nothing_held_the_model_runs_as_with_hooks_in_torch(setting):
-    here, group = setting.here, setting.group()
-    # A swap: what is active here is ablated, and what is active in the other prompt is set at aligned positions.
-    theirs, shift = setting.there.active, len(OTHER) - len(IDS)
-    keys = zip(theirs.layer_A, theirs.position_A - shift, theirs.feature_A, theirs.value_A, strict=True)
-    fresh = {tuple(map(int, key[:3])): Change(*map(int, key[:3]), float(key[3])) for key in keys if key[1] > 0}
-    own = {change[:3]: change for change in ablate(features_of(setting.graph, np.arange(len(here.active))))}
-    rows = [ablate(group), scale(group, -1.5), set_to(group, np.linspace(0, 2, len(group))), [*(own | fresh).values()]]
-    rows += [scale(group, 1.0)]
-    ours_RxK = here.run(rows, readouts=setting.readouts).readout_RxK
-    for row, ours_K in zip(rows[:4], ours_RxK, strict=False):
-        wanted_K = setting.plain(setting.making(row))
+    group = some_features(setting)
+    rows = [scale(group, 0.0), scale(group, -1.5), set_to(group, np.linspace(0, 2, len(group))), scale(group, 1.0)]
+    ours_RxK = setting.here.run(rows, readouts=setting.readouts).readout_RxK
+    for row, ours_K in zip(rows[:3], ours_RxK[:3], strict=True):
+        wanted_K = readouts_of(setting.edited.run(IDS, row)[0])
         assert np.abs(wanted_K - setting.readouts.value_K).max() > 0.01
         np.testing.assert_allclose(ours_K, wanted_K, atol=2e-5)
-    np.testing.assert_allclose(ours_RxK[4], setting.readouts.value_K, atol=1e-5)
+    np.testing.assert_allclose(ours_RxK[3], setting.readouts.value_K, atol=1e-5)
 
 
 def test_above_the_last_held_layer_the_model_runs_freely(setting):
-    here, row, until = setting.here, ablate(setting.group(2, 24)), 2
+    here, row, until = setting.here, scale(some_features(setting, 2, 24), 0.0), 2
     assert {change.layer for change in row} == {0, 1, 2, 3}
     ways = {u: here.run([row], "all", readouts=setting.readouts, freeze_until=u).readout_RxK[0] for u in range(5)}
     ways |= {freeze: here.run([row], freeze, readouts=setting.readouts).readout_RxK[0] for freeze in ("none", "all")}
@@ -146,55 +80,44 @@ def test_above_the_last_held_layer_the_model_runs_freely(setting):
     assert all(np.abs(ways[u] - ways[v]).max() > 1e-3 for u, v in ((1, 2), (2, 3), (3, 4), (4, "all")))
     # The stream that enters layer 2 is the prompt's and what all changes below add to it, number by number.
     width = here.model.config.d_model
-    axes = [
-        Direction(axis_D, layer=until, position=t)
-        for t in range(len(IDS))
-        for axis_D in np.eye(width, dtype=np.float32)
-    ]
-    below = [change for change in row if change.layer < until]
-    entering_TxD = here.run([below], "all", readouts=read_targets(here, axes, 10, 0.95)).readout_RxK
-    entering = until, entering_TxD.reshape(len(IDS), width).astype(np.float64)
-    np.testing.assert_allclose(ways[until], setting.plain(setting.making(row, until), entering), atol=2e-5)
+    places = [(t, axis_D) for t in range(len(IDS)) for axis_D in np.eye(width, dtype=np.float32)]
+    axes = read_targets(here, [Direction(axis_D, layer=until, position=t) for t, axis_D in places], 10, 0.95)
+    below, above = ([c for c in row if (c.layer < until) == is_below] for is_below in (True, False))
+    entering_TxD = here.run([below], "all", readouts=axes).readout_RxK.reshape(len(IDS), width).astype(np.float64)
+    logits_V, _ = setting.edited.run(IDS, above, (until, entering_TxD))
+    np.testing.assert_allclose(ways[until], readouts_of(logits_V), atol=2e-5)
 
 
-def test_curves_of_sets_and_of_others_like_them(setting):
-    group, value_K = setting.group(), setting.readouts.value_K
+def test_other_sets_have_as_many_features_of_the_same_layers_and_positions(setting):
+    group = some_features(setting)
     controls = matched(setting.here, group, 3)
-    factor_M = np.array([-1, 0, 1, 2])
-    rows = [scale(features, factor) for features in (group, *controls) for factor in factor_M]
-    curve_SxMxK = setting.here.run(rows, "all", readouts=setting.readouts).readout_RxK.reshape(4, 4, -1)
-    np.testing.assert_allclose(curve_SxMxK[:, 2], np.tile(value_K, (4, 1)), atol=1e-6)
-    for members, curve_MxK in zip((group, *controls), curve_SxMxK, strict=True):
-        places = setting.here.active.find(members.layer_N, members.position_N, members.index_N)
-        sum_K = setting.graph.adjacency_RxS[-2:, places].sum(axis=1)
-        np.testing.assert_allclose(curve_MxK - value_K, (factor_M - 1)[:, None] * sum_K[None], atol=5e-6)
-    own, every = keys_of(group), keys_of(features_of(setting.graph, np.arange(len(setting.here.active))))
+    members, every = keys_of(group), keys_of(features_of(setting.graph, np.arange(len(setting.here.active))))
     for control in controls:
         keys = keys_of(control)
-        assert len(keys) == len(group) and not keys & own
+        assert len(keys) == len(group) and not keys & members
         assert np.array_equal(np.sort(control.layer_N), np.sort(group.layer_N))
-        counts, taken, free = (Counter(key[:2] for key in part) for part in (keys, own, every))
+        counts, taken, free = (Counter(key[:2] for key in part) for part in (keys, members, every))
         assert all(counts[at] >= min(taken[at], free[at] - taken[at]) for at in taken)
-    again = matched(setting.here, group, 3)
+    again, reseeded = matched(setting.here, group, 3), matched(setting.here, group, 3, 1)
     assert all(np.array_equal(a.index_N, b.index_N) for a, b in zip(controls, again))
-    assert any(not np.array_equal(a.index_N, b.index_N) for a, b in zip(controls, matched(setting.here, group, 3, 1)))
+    assert any(not np.array_equal(a.index_N, b.index_N) for a, b in zip(controls, reseeded))
 
 
 def test_random_sets_are_all_different(setting):
     active = setting.here.active
     at_N = np.stack([active.layer_A, active.position_A], axis=1)
     place = next(n for n, at in enumerate(at_N) if 2 < (at_N == at).all(axis=1).sum() < 9)
-    found = [keys_of(one) for one in matched(setting.here, features_of(setting.graph, [place]), 99)]
+    sets = [keys_of(one) for one in matched(setting.here, features_of(setting.graph, [place]), 99)]
     keys = list(zip(active.layer_A.tolist(), active.position_A.tolist(), active.feature_A.tolist(), strict=True))
-    own = keys.pop(place)
-    near = [{key} for key in keys if key[:2] == own[:2]]  # at the same position: they come first
-    assert all(one in found[: len(near)] for one in near) and len(found) == sum(key[0] == own[0] for key in keys)
-    assert len(set(map(frozenset, found))) == len(found)
+    removed = keys.pop(place)
+    near = [{key} for key in keys if key[:2] == removed[:2]]  # at the same position: they come first
+    assert all(one in sets[: len(near)] for one in near) and len(sets) == sum(key[0] == removed[0] for key in keys)
+    assert len(set(map(frozenset, sets))) == len(sets)
 
 
 def test_thousands_of_rows_in_one_call_are_those_of_single_calls(setting, monkeypatch):
     here, count = setting.here, len(setting.here.active)
-    rows = [ablate(features_of(setting.graph, [node % count])) for node in range(2048)]
+    rows = [scale(features_of(setting.graph, [node % count]), 0.0) for node in range(2048)]
     monkeypatch.setattr(edits, "CHUNK", 2**18)  # 512 rows at once
     together_RxK = here.run(rows, readouts=setting.readouts).readout_RxK
     assert len(np.unique(together_RxK[:count, 0])) > count / 2
@@ -206,9 +129,10 @@ def test_thousands_of_rows_in_one_call_are_those_of_single_calls(setting, monkey
 def test_bad_input(setting):
     graph, here = setting.graph, setting.here
     with pytest.raises(UserError, match="cannot be set to nan"):
-        here.run([scale(setting.group(), float("nan"))], readouts=setting.readouts)
+        here.run([scale(some_features(setting), float("nan"))], readouts=setting.readouts)
     with pytest.raises(UserError, match="freeze_until is 5: expected a layer, 0 to 3, or 4"):
         here.run([], "all", readouts=setting.readouts, freeze_until=5)
     with pytest.raises(UserError, match="other active features: expected"):
         matched(here, features_of(graph, np.arange(len(here.active))), 1)
-    assert ablate(setting.group(count=0)) == [] and here.run([], readouts=setting.readouts).readout_RxK.size == 0
+    assert scale(some_features(setting, count=0), 0.0) == []
+    assert here.run([], readouts=setting.readouts).readout_RxK.size == 0

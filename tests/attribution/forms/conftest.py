@@ -1,4 +1,4 @@
-"""A page of a made-up graph, open in a browser."""
+"""Pages of made-up graphs, open in a browser."""
 
 import pytest
 from browser import chromium
@@ -39,4 +39,18 @@ def opened(browser, page):
     browser.view(1440, 900, still=True)
     show(browser, page)
     yield browser
+    assert browser.errors == []
+
+
+@pytest.fixture
+def show_page(browser, tmp_path):
+    """A function that shows a document on a desk's screen; the page must have raised no error."""
+
+    def show_it(document, every_node=True, **more):
+        write_page(tmp_path / "graph.html", document, **more)
+        browser.view(1440, 900, still=True)
+        show(browser, (tmp_path / "graph.html").as_uri(), every_node)
+        return browser
+
+    yield show_it
     assert browser.errors == []

@@ -61,19 +61,19 @@ def test_single_files_are_read(tmp_path, name):
 
 def test_of_a_set_on_the_hub_the_bytes_of_its_features_are_fetched(tmp_path, monkeypatch):
     """circuit-tracer's sets carry ``features/``: an index, and one file of gigabytes for each layer."""
-    pack(tmp_path / "hub" / "set" / "features", {0: None, 1: TRACER, 2: dict(TRACER, label="towns")})
-    fetched, read = [], []
+    folder, fetched, read = tmp_path / "hub" / "set" / "features", [], []
+    pack(folder, {0: None, 1: TRACER, 2: dict(TRACER, label="towns")})
 
     def fetch_file(address):
         fetched.append(address)
         if "nothing" in address:
             raise UserError("the hub has no index.json.gz")
-        return tmp_path / "hub" / "set" / "features" / "index.json.gz"
+        return folder / "index.json.gz"
 
     class Files:
         def cat_file(self, path, start, end):
             read.append((path, end - start))
-            return (tmp_path / "hub" / "set" / "features" / path.rpartition("/")[2]).read_bytes()[start:end]
+            return (folder / path.rpartition("/")[2]).read_bytes()[start:end]
 
     monkeypatch.setattr("saejax.attribution.forms.features.fetch_file", fetch_file)
     monkeypatch.setattr("huggingface_hub.HfFileSystem", Files)
@@ -81,8 +81,8 @@ def test_of_a_set_on_the_hub_the_bytes_of_its_features_are_fetched(tmp_path, mon
     found = read_details(["hf://org/set@v2"], [], [(3, 0), (3, 2)])
     assert found.keys() == {(3, 2)} and found[3, 2].label == "towns"
     assert fetched == ["hf://org/set/features/index.json.gz@v2"]
-    size = (tmp_path / "hub" / "set" / "features" / "layer_3.bin").stat().st_size
-    assert [path for path, _ in read] == ["org/set@v2/features/layer_3.bin"] and read[0][1] < size
+    ((path, length),) = read
+    assert path == "org/set@v2/features/layer_3.bin" and length < (folder / "layer_3.bin").stat().st_size
     assert read_details(["org/nothing"], [], [(3, 2)]) == {}
     assert read_details([], ["hf://org/set/features"], [(3, 2)])[3, 2].label == "towns"
     for absent in ("hf://org/nothing/features", tmp_path / "none"):
@@ -93,21 +93,17 @@ def test_of_a_set_on_the_hub_the_bytes_of_its_features_are_fetched(tmp_path, mon
 def test_feature_files_belong_to_the_identity_of_graphs(tmp_path):
     pack(tmp_path / "features", {0: None, 1: TRACER})
     (tmp_path / "set").mkdir()
-    config = GraphConfig(prompt="a", transcoders=str(tmp_path / "set"), features=str(tmp_path / "features"))
-    before = identity(config)
-    assert before != identity(dataclasses.replace(config, features=""))
+    pack(tmp_path / "others", {0: None, 1: dict(TRACER, label="towns")})
     shutil.copytree(tmp_path / "features", tmp_path / "copy")
-    assert identity(dataclasses.replace(config, features=str(tmp_path / "copy"))) == before
-    shutil.rmtree(tmp_path / "features")
-    pack(tmp_path / "features", {0: None, 1: dict(TRACER, label="towns")})
-    assert identity(config) != before
+    without = GraphConfig(prompt="a", transcoders=str(tmp_path / "set"))
+    paths = [str(tmp_path / name) for name in ("features", "copy", "others")]
+    first, copy, others = (identity(dataclasses.replace(without, features=path)) for path in paths)
+    assert first == copy and len({first, others, identity(without)}) == 3
 
 
 def test_long_contexts_are_cut_around_their_strongest_token():
-    values = [0.0] * 200
-    values[150] = 1.0
-    data = dict(activations=[dict(tokens=[str(k) for k in range(200)], values=values)])
-    (context,) = parse_feature(data).examples
+    long = dict(tokens=[str(k) for k in range(200)], values=[float(k == 150) for k in range(200)])
+    (context,) = parse_feature(dict(activations=[long])).examples
     assert len(context["tokens"]) < 60 and context["tokens"][context["activations"].index(1.0)] == "150"
 
 

@@ -24,17 +24,14 @@ def edges(figure):
     return [patch for patch in figure.axes[0].patches if isinstance(patch, PathPatch)]
 
 
+LARGE = dict(features=700, edges=9000, layers=28, positions=24, errors=90, outputs=10)
+
+
 @pytest.mark.parametrize(
-    ("document", "nodes", "most"),
-    [
-        (made_up_document(), 30, (7.2, 10)),
-        (made_up_document(), 60, (7.2, 10)),
-        (made_up_document(features=700, edges=9000, layers=28, positions=24, errors=90, outputs=10), 60, (9.2, 12.5)),
-    ],
-    ids=["30", "60", "28 layers"],
+    ("sizes", "nodes", "most"), [({}, 30, (7.2, 10)), ({}, 60, (7.2, 10)), (LARGE, 60, (9.2, 12.5))]
 )
-def test_boxes_stand_apart_on_a_page_and_hold_their_text(document, nodes, most):
-    figure = draw_graph(document, max_nodes=nodes)
+def test_boxes_stand_apart_on_a_page_and_hold_their_text(sizes, nodes, most):
+    figure = draw_graph(made_up_document(**sizes), max_nodes=nodes)
     width, height = figure.get_size_inches()
     assert width <= most[0] and height <= most[1]  # inches
     found = boxes(figure)
@@ -110,8 +107,6 @@ def test_a_difference_of_logits_is_named_by_its_two_tokens():
     assert "␣is − ␣are" in texts and not any("'" in text for text in texts)
 
 
-@pytest.mark.parametrize(
-    ("token", "seen"), [(" a b", "␣a␣b"), ("\n\t", "⏎⇥"), ("", "∅"), ("\u200b", "\\u200b"), ("é", "é")]
-)
-def test_white_space_is_visible(token, seen):
-    assert visible_token(token) == seen
+def test_white_space_is_visible():
+    shown = {" a b": "␣a␣b", "\n\t": "⏎⇥", "": "∅", "\u200b": "\\u200b", "é": "é"}
+    assert {token: visible_token(token) for token in shown} == shown

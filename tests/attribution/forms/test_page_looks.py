@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 from made_up_documents import made_up_document
-from pages import FEATURE, busy_feature, click_node, clicked, needs_chromium, show, strongest, text
+from pages import FEATURE, busy_feature, click_node, clicked, needs_chromium, place_of, show, strongest, text
 
 from saejax.attribution.forms.page import PageTable, write_page
 
+pytestmark = needs_chromium
 
-@needs_chromium
+
 def test_nothing_in_the_graph_becomes_html_and_white_space_is_visible(opened, document):
     first = next(node["node_id"] for node in document["nodes"] if node["feature_type"] == FEATURE)
     click_node(opened, first)
@@ -25,27 +26,17 @@ def test_nothing_in_the_graph_becomes_html_and_white_space_is_visible(opened, do
     assert text(opened, "#panel h2") == "␣capital"
 
 
-@needs_chromium
-def test_a_difference_of_logits_is_named_by_its_two_tokens_and_has_no_probability(browser, tmp_path):
+def test_a_difference_of_logits_is_named_by_its_two_tokens_and_has_no_probability(show_page):
     document = made_up_document(features=20, edges=60)
     output = next(node for node in document["nodes"] if node["feature_type"] == "logit")
     output |= dict(clerp="Output \"' is' - ' are'\" (p=1.000)", token_prob=1.0)
-    write_page(tmp_path / "graph.html", document)
-    browser.view(1440, 900, still=True)
-    show(browser, (tmp_path / "graph.html").as_uri())
+    browser = show_page(document)
     click_node(browser, output["node_id"])
     assert text(browser, "#panel h2") == "␣is − ␣are"
     panel = text(browser, "#panel")
     assert "difference of logits" in panel and "Probability" not in panel
-    assert browser.errors == []
 
 
-@needs_chromium
-def test_the_page_asks_nobody_for_anything(opened, page):
-    assert opened.js("performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length") == 0
-
-
-@needs_chromium
 @pytest.mark.parametrize("dark", [False, True])
 def test_light_and_dark_follow_the_reader(browser, page, dark):
     browser.view(1440, 900, dark=dark)
@@ -72,7 +63,6 @@ def contrast(a, b):
     return (light + 0.05) / (dark + 0.05)
 
 
-@needs_chromium
 def test_a_phone_shows_all_of_it(browser, page, document):
     browser.view(360, 740, phone=True)
     show(browser, page)
@@ -84,10 +74,10 @@ def test_a_phone_shows_all_of_it(browser, page, document):
     node = busy_feature(document)
     browser.js("document.getElementById('stage').scrollIntoView()")
     browser.settle()
-    place = browser.js(f"attributionGraph.place({json.dumps(node)})")
+    place = place_of(browser, node)
     browser.js(f"document.getElementById('stage').scrollLeft += {place['x'] - 180}")
     browser.settle()
-    place = browser.js(f"attributionGraph.place({json.dumps(node)})")
+    place = place_of(browser, node)
     browser.tap(place["x"], place["y"])
     browser.wait(f"attributionGraph.state.clickedId === {json.dumps(node)}")
     assert browser.js("document.getElementById('tip').hidden")
@@ -96,16 +86,13 @@ def test_a_phone_shows_all_of_it(browser, page, document):
     assert browser.js(wide) == []
 
 
-@needs_chromium
-def test_heads_and_tables_are_shown_where_they_are_given(browser, document, tmp_path):
+def test_heads_and_tables_are_shown_where_they_are_given(show_page, document):
     node = busy_feature(document)
     source, weight, _ = strongest(document, node, True)[0]
     rows_ = [[node, source, 0.25], ["bias", "bias", -1.5]]
     table = PageTable("Head 3.1 at <b>is</b>", ["query", "key", "score"], rows_, "A note.")
     heads = {(source, node): [(3, 1, 0.5 * weight), (2, 0, -0.125)]}
-    write_page(tmp_path / "graph.html", document, heads=heads, tables=[table])
-    browser.view(1440, 900)
-    show(browser, (tmp_path / "graph.html").as_uri())
+    browser = show_page(document, heads=heads, tables=[table])
     assert text(browser, "#tables summary") == "Head 3.1 at <b>is</b>"
     browser.click_on("#tables summary")
     assert text(browser, "#tables tbody").split("\n")[-1].split("\t") == ["bias", "bias", "−1.50"]
@@ -114,7 +101,6 @@ def test_heads_and_tables_are_shown_where_they_are_given(browser, document, tmp_
     assert text(browser, "#panel .inputs .row .via").startswith("via 3.1 ")
     assert "2.0 −0.13" in text(browser, "#panel .inputs .row .via")
     assert "counts for each" in text(browser, "#panel")
-    assert browser.errors == []
 
 
 ODD = {
@@ -125,7 +111,6 @@ ODD = {
 }
 
 
-@needs_chromium
 @pytest.mark.parametrize("shape", ODD.values(), ids=ODD)
 def test_odd_graphs_are_drawn(browser, tmp_path, shape):
     odd = made_up_document(**shape)
@@ -144,7 +129,9 @@ def test_odd_graphs_are_drawn(browser, tmp_path, shape):
     assert browser.errors == []
 
 
-@needs_chromium
+CONTROLS = {"button", "slider", "combobox", "checkbox", "textbox", "application"}
+
+
 def test_every_control_has_a_name(opened, document):
     node = busy_feature(document)
     click_node(opened, node, modifiers=8)
@@ -152,30 +139,27 @@ def test_every_control_has_a_name(opened, document):
     click_node(opened, node)
     tree = opened.send("Accessibility.getFullAXTree")["nodes"]
     named = {}
-    for one in tree:
-        role = one.get("role", {}).get("value")
-        if not one.get("ignored") and role in ("button", "slider", "combobox", "checkbox", "textbox", "application"):
-            named.setdefault(role, []).append(one.get("name", {}).get("value", ""))
-    assert {"button", "slider", "combobox", "checkbox", "textbox", "application"} <= set(named)
-    assert all(name.strip() for names in named.values() for name in names)
+    for element in tree:
+        role = element.get("role", {}).get("value")
+        if not element.get("ignored") and role in CONTROLS:
+            named.setdefault(role, []).append(element.get("name", {}).get("value", ""))
+    assert set(named) == CONTROLS and all(name.strip() for names in named.values() for name in names)
     assert opened.js("document.querySelector('[aria-live]').textContent").startswith(
         opened.js(f"attributionGraph.place({json.dumps(node)}).label")
     )
 
 
-@needs_chromium
-def test_nothing_moves_for_who_does_not_want_it(opened):
+def test_nothing_moves_for_who_does_not_want_it_and_nobody_is_asked_for_anything(opened):
+    assert opened.js("performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length") == 0
     moving = "[...document.querySelectorAll('*')].filter(e => parseFloat(getComputedStyle(e).transitionDuration) > 0)"
     assert opened.js(f"{moving}.length") == 0
     opened.view(1440, 900, still=False)
     assert opened.js(f"{moving}.length") == 1
 
 
-@needs_chromium
 def test_nodes_do_not_cover_each_other(opened, document):
     ids = [node["node_id"] for node in document["nodes"] if node["feature_type"] != "logit"]
     places = opened.js(f"{json.dumps(ids)}.map(id => attributionGraph.place(id))")
-    at = np.array([(place["x"], place["y"]) for place in places])
-    radius = np.array([place["radius"] for place in places])
-    apart = np.hypot(*(at[:, None] - at[None]).transpose(2, 0, 1)) - (radius[:, None] + radius[None])
-    assert apart[~np.eye(len(at), dtype=bool)].min() >= 0
+    x_N, y_N, radius_N = (np.array([place[name] for place in places]) for name in ("x", "y", "radius"))
+    apart_NxN = np.hypot(x_N[:, None] - x_N, y_N[:, None] - y_N) - (radius_N[:, None] + radius_N)
+    assert apart_NxN[~np.eye(len(ids), dtype=bool)].min() >= 0

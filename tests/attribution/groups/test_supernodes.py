@@ -2,20 +2,16 @@
 
 import json
 
-import numpy as np
 import pytest
 from made_graphs import make_graph
 from made_transcoders import made_set
 
-from saejax import load_model, save_transcoders
+from saejax import save_transcoders
 from saejax.attribution import requests
 from saejax.attribution.requests import check_groups, read_groups
-from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.runner import command
 from saejax.settings import GraphConfig
-
-WIDTH, POSITIONS = 16, 6
 
 
 def test_groups_of_ids():
@@ -62,26 +58,12 @@ def test_files_of_groups(tmp_path, content, wanted):
     assert read_groups(GraphConfig(), ["one"]) == {}
 
 
-def in_pairs(transcoder):
-    """The transcoder with its second half of features made like the first, but for how strongly they fire."""
-    arrays = {name: np.array(array) for name, array in transcoder.arrays.items()}
-    for name, factor in dict(W_enc_DxF=0.5, b_enc_F=0.5, W_dec_FxD=1.0).items():
-        halves = arrays[name].T if name == "W_enc_DxF" else arrays[name]
-        halves[24:] = factor * halves[:24]
-    return Dictionary(transcoder.config, **arrays)
-
-
 @pytest.mark.usefixtures("single_device")
-def test_the_stage_writes_groups_and_takes_back_what_the_page_saves(tiny_llama, one_device, tmp_path, capsys):
-    lm = load_model(str(tiny_llama), mesh=one_device)
-    save_transcoders(tmp_path / "set", [in_pairs(transcoder) for transcoder in made_set(lm)])
+def test_the_stage_writes_groups_and_takes_back_what_the_page_saves(tiny_llama, lm, tmp_path, capsys):
+    save_transcoders(tmp_path / "set", made_set(lm))
     (tmp_path / "ids.jsonl").write_text('{"slug": "ids", "token_ids": [5, 17, 33, 8]}')
-    flags = [f"--model.path={tiny_llama}", f"--graph.transcoders={tmp_path / 'set'}"]
-    flags += [
-        f"--graph.prompts={tmp_path / 'ids.jsonl'}",
-        "--graph.node_threshold=1.0",
-        f"--workdir={tmp_path / 'run'}",
-    ]
+    flags = [f"--model.path={tiny_llama}", f"--graph.transcoders={tmp_path / 'set'}", "--graph.node_threshold=1.0"]
+    flags += [f"--graph.prompts={tmp_path / 'ids.jsonl'}", f"--workdir={tmp_path / 'run'}"]
 
     def attribute(groups, *more):
         code = command.run(["attribute"], "", ["attribute", *flags, f"--graph.supernodes={groups}", *more])
@@ -93,14 +75,12 @@ def test_the_stage_writes_groups_and_takes_back_what_the_page_saves(tiny_llama, 
     document, _ = attribute("")
     features = [node["node_id"] for node in document["nodes"] if node["activation"] is not None]
     logits = [node["node_id"] for node in document["nodes"] if node["feature_type"] == "logit"]
-    params = document["qParams"] | dict(supernodes=[["a", *features[:2]], ["b", features[2]]])
-    saved = tmp_path / "ids-state.json"
-    state = params | dict(supernodes=[["mine", *params["supernodes"][0][1:], logits[0]]])
+    saved, groups = tmp_path / "ids-state.json", [["mine", *features[:2], logits[0]]]
+    state = document["qParams"] | dict(supernodes=groups)
     saved.write_text(json.dumps(state))
     found, results = attribute(saved)
-    assert found["qParams"]["supernodes"] == state["supernodes"] and results["supernodes"] == 1
-    pinned = [member for group in state["supernodes"] for member in group[1:]]
-    assert found["qParams"]["pinnedIds"] == list(dict.fromkeys([*pinned, *logits]))
+    assert found["qParams"]["supernodes"] == groups and results["supernodes"] == 1
+    assert found["qParams"]["pinnedIds"] == list(dict.fromkeys([*features[:2], *logits]))
     config = GraphConfig(transcoders=str(tmp_path / "set"), supernodes=str(saved))
     before = requests.identity(config)
     assert before != requests.identity(GraphConfig(transcoders=str(tmp_path / "set")))

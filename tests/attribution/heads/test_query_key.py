@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from dense_reference import Dense
-from made_graphs import load_tiny, make_transcoders
+from made_graphs import IDS, make_transcoders
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3 import modeling_qwen3
 
@@ -17,24 +17,15 @@ from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.errors import UserError
 
-IDS = [0, 17, 230, 5, 42, 99, 7]
 CASES = [(0, 1, -1), (1, 2, 4), (2, 3, -1), (2, 0, 0)]  # layer, head, position of the query
 
 
-@pytest.fixture(scope="module")
-def kept():
-    return {}
-
-
-@pytest.fixture(params=["llama", "qwen3", "gpt2", "gemma2"])
-def opened(request, kept, tmp_path, one_device):
-    """A model's folder, its transcoders, its replacement model, and the sources; made once for each family."""
-    if request.param not in kept:
-        lm = load_tiny(tmp_path, request.param, one_device)
-        made = make_transcoders(lm.config, skip=request.param in ("qwen3", "gemma2"))
-        local = LocalModel(lm, LayerTranscoders.of(made), np.array(IDS))
-        kept[request.param] = tmp_path, made, local, local.sources
-    return kept[request.param]
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gpt2", "gemma2"])
+def opened(request, tiny_model):
+    """A model's folder, its transcoders and its replacement model."""
+    lm = tiny_model(request.param)
+    made = make_transcoders(lm.config, skip=request.param in ("qwen3", "gemma2"))
+    return lm.source.folder, made, LocalModel(lm, LayerTranscoders.of(made), np.array(IDS))
 
 
 def torch_scores(folder):
@@ -55,7 +46,7 @@ def torch_scores(folder):
 
 
 def test_all_pairs_add_up_to_the_scores_of_transformers(opened):
-    folder, _, local, _ = opened
+    folder, _, local = opened
     score_LxHxTxT, weight_LxHxTxT = torch_scores(folder)
     for layer, head, position in CASES:
         wanted_T = score_LxHxTxT[layer, head, position][: position % len(IDS) + 1]
@@ -73,7 +64,7 @@ def test_all_pairs_add_up_to_the_scores_of_transformers(opened):
 
 @pytest.mark.parametrize("opened", ["qwen3"], indirect=True)
 def test_pairs_are_those_of_an_explicit_jacobian(opened):
-    folder, made, local, sources = opened
+    folder, made, local = opened
     seen, rotate = [], modeling_qwen3.apply_rotary_pos_emb
 
     def record(*args, **kwargs):
@@ -86,8 +77,9 @@ def test_pairs_are_those_of_an_explicit_jacobian(opened):
     q_HxTxK, k_NxTxK = (part[0] for part in seen[layer])
     scale = dense.model.config.head_dim**-0.5
     query_KxS = np.stack([dense._row(x) for x in q_HxTxK[head, position]])
-    count, told = len(sources.nodes), np.isin(sources.nodes.kind_N, (FEATURE, ERROR, TOKEN))
-    index_of = {name: n for n, name in enumerate([*sources.nodes.ids(local.model.config.n_layers), query_key.OWN_BIAS])}
+    nodes = local.sources.nodes
+    count, told = len(nodes), np.isin(nodes.kind_N, (FEATURE, ERROR, TOKEN))
+    index_of = {name: n for n, name in enumerate([*nodes.ids(local.model.config.n_layers), query_key.OWN_BIAS])}
     for score in split_scores(local, layer, head, position, keys=3, pairs=10**6).keys:
         key_KxS = np.stack([dense._row(x) for x in k_NxTxK[head // 2, score.key]])
         wanted_SxS = scale * query_KxS.T @ key_KxS
@@ -124,8 +116,6 @@ def test_the_largest_pairs_in_blocks(monkeypatch, count):
         ((0, 0, -4), "no position -4"),
     ],
 )
-def test_heads_and_positions_that_are_not_there(tiny_llama, one_device, head, message):
-    from saejax import load_model
-
+def test_heads_and_positions_that_are_not_there(lm, head, message):
     with pytest.raises(UserError, match=message):
-        query_key.check_head(load_model(str(tiny_llama), mesh=one_device).config, *head, tokens=3)
+        query_key.check_head(lm.config, *head, tokens=3)

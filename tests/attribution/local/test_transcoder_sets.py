@@ -1,15 +1,15 @@
 """Sets of transcoders of every format are the same set, read layer by layer; what does not fit is refused."""
 
-import dataclasses
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from made_graphs import FEATURES, load_tiny, make_transcoders
+from made_graphs import FEATURES, altered, make_transcoders
 from safetensors.numpy import load_file, save_file
 
 from saejax import save_dictionary, save_transcoders, trace
@@ -27,18 +27,15 @@ IDS = [0, 17, 230, 5, 42]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, one_device):
-    return load_tiny(tmp_path_factory.mktemp("model"), "llama", one_device, num_hidden_layers=2)
+def tiny(tiny_model):
+    return tiny_model("llama", num_hidden_layers=2)
 
 
 def gemma_scope(folder, made, version, l0=None):
     for layer, transcoder in enumerate(made):
         arrays = {name.rpartition("_")[0]: np.array(array) for name, array in transcoder.arrays.items()}
-        place = folder / (
-            f"layer_{layer}/width_16k/average_l0_{l0 or 9}"
-            if version == 1
-            else f"layer_{layer}_width_16k_l0_{l0 or 'small'}"
-        )
+        names = {1: f"layer_{layer}/width_16k/average_l0_{l0 or 9}", 2: f"layer_{layer}_width_16k_l0_{l0 or 'small'}"}
+        place = folder / names[version]
         place.mkdir(parents=True)
         if version == 1:
             np.savez(place / "params.npz", **arrays)
@@ -50,11 +47,12 @@ def gemma_scope(folder, made, version, l0=None):
 
 def write(folder, made, form):
     if form.startswith("gemma"):
-        return gemma_scope(folder, made, int(form[-1]))
-    if form == "circuit_tracer":
+        gemma_scope(folder, made, int(form[-1]))
+    elif form == "circuit_tracer":
         save_transcoders(folder, made)
-    for layer, transcoder in enumerate(made if form == "own" else ()):
-        save_dictionary(folder / f"mlp_in.{layer}" / "dictionary", transcoder)
+    else:
+        for layer, transcoder in enumerate(made):
+            save_dictionary(folder / f"mlp_in.{layer}" / "dictionary", transcoder)
     return folder
 
 
@@ -63,60 +61,52 @@ def test_every_format_gives_the_same_rows(form, tiny, tmp_path):
     made = make_transcoders(tiny.config, "jumprelu", skip=form == "gemma_scope_2")
     opened = open_transcoders(write(tmp_path / "set", made, form)).check(tiny)
     assert opened.reads == ("mlp_normed" if form == "gemma_scope_1" else "mlp_in")
-    chosen = np.array([5, 0, 41])
     for layer, transcoder in enumerate(made):
         loaded = opened.load(layer)
         for name, array in transcoder.arrays.items():
             assert np.array_equal(loaded.arrays[name], array), name
+    assert_same_rows(opened, made)
+
+
+def assert_same_rows(opened, made):
+    """Of some features, the rows of a set are those of its transcoders."""
+    chosen = np.array([5, 0, 41])
+    for layer, transcoder in enumerate(made):
         assert np.array_equal(opened.rows(layer, "W_dec", chosen), np.asarray(transcoder.W_dec_FxD)[chosen])
         assert np.array_equal(opened.rows(layer, "W_enc", chosen), np.asarray(transcoder.W_enc_DxF)[:, chosen].T)
 
 
-def test_a_set_may_list_files_on_the_hub_that_read_before_the_gain(tiny, tmp_path, monkeypatch):
-    made = make_transcoders(tiny.config, "jumprelu")
-    gemma_scope(tmp_path / "hub", made, 1)
-    asked = []
+@pytest.mark.parametrize(
+    ("version", "hook", "reads"), [(1, "ln2.hook_normalized", "mlp_normed"), (2, "mlp.hook_in", "mlp_in")]
+)
+def test_a_set_may_list_files_of_gemma_scope_on_the_hub(version, hook, reads, tiny, tmp_path, monkeypatch):
+    """As circuit-tracer's folder lists them: the second are safetensors under other names, and affine."""
+    made, asked = make_transcoders(tiny.config, "jumprelu", skip=version == 2), []
+    hub = gemma_scope(tmp_path / "hub", made, version)
+    files = sorted(path.relative_to(hub).as_posix() for path in hub.rglob("params.*"))
 
     def fetch(repository, file, revision):
         asked.append((repository, file, revision))
-        return tmp_path / "hub" / file
+        return hub / file
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
-    files = [f"layer_{layer}/width_16k/average_l0_9/params.npz" for layer in range(2)]
-    settings = dict(
-        model_name="m", model_kind="transcoder_set", feature_input_hook="ln2.hook_normalized",
-        feature_output_hook="hook_mlp_out", transcoders=[f"hf://org/scope/{files[0]}", f"hf://org/scope/{files[1]}?revision=v2"],
-    )  # fmt: skip
+    settings = dict(model_name="m", model_kind="transcoder_set", feature_input_hook=hook)
+    listed = [f"hf://org/scope/{files[0]}", f"hf://org/scope/{files[1]}?revision=v2"]
+    settings |= dict(feature_output_hook="hook_mlp_out", transcoders=listed)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     opened = open_transcoders(tmp_path)
-    assert opened.reads == "mlp_normed" and len(opened.configs) == 2
+    assert opened.reads == reads and [config.skip for config in opened.configs] == [version == 2] * 2
     assert asked == [("org/scope", files[0], "main"), ("org/scope", files[1], "v2")]
-
-
-def test_a_set_may_list_gemma_scopes_second_files(tiny, tmp_path, monkeypatch):
-    """As circuit-tracer's folder lists them: files of safetensors under other names, affine and not."""
-    made = make_transcoders(tiny.config, "jumprelu", skip=True)
-    gemma_scope(tmp_path / "hub", made, 2)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, file, revision: tmp_path / "hub" / file)
-    files = [f"hf://google/scope/layer_{layer}_width_16k_l0_small/params.safetensors" for layer in range(2)]
-    settings = dict(
-        model_name="google/gemma-3-1b-pt", model_kind="transcoder_set", feature_input_hook="mlp.hook_in",
-        feature_output_hook="hook_mlp_out", transcoders=files,
-    )  # fmt: skip
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    opened = open_transcoders(tmp_path)
-    assert opened.reads == "mlp_in" and [config.skip for config in opened.configs] == [True, True]
     for layer, transcoder in enumerate(made):
         for name, array in transcoder.arrays.items():
             assert np.array_equal(opened.load(layer).arrays[name], array), name
 
 
 def test_of_several_transcoders_of_a_layer_words_choose(tiny, tmp_path, monkeypatch):
-    sets = {
-        l0: make_transcoders(tiny.config, "jumprelu", seed=n) for n, l0 in enumerate(("big", "small", "small_affine"))
-    }
-    for l0, made in sets.items():
-        gemma_scope(tmp_path / "hub", made, 2, l0)
+    sets = {}
+    for seed, l0 in enumerate(("big", "small", "small_affine")):
+        sets[l0] = make_transcoders(tiny.config, "jumprelu", seed=seed)
+        gemma_scope(tmp_path / "hub", sets[l0], 2, l0)
     told = "holds 3 transcoders of layer 0 .width_16k_l0_big, width_16k_l0_small, width_16k_l0_small_affine.: words"
     with pytest.raises(UserError, match=told + ".* such as --graph.l0=16k,big$"):
         open_transcoders(tmp_path / "hub")
@@ -156,20 +146,26 @@ def test_a_number_chooses_the_nearest_l0_of_each_layer():
     assert choose_layers(wide, ("16k", "10"), "here") == wide[:1]
 
 
-def test_a_set_is_fetched_from_the_hub_with_revision_and_subfolder(tiny, tmp_path, monkeypatch):
-    save_transcoders(tmp_path / "abc" / "small", make_transcoders(tiny.config))
-    asked = {}
+@pytest.mark.parametrize(
+    ("address", "options"),
+    [
+        ("org/plts", dict(revision="v1", subfolder="small")), ("org/plts/small", {}), ("hf://org/plts/small@v1", {}),
+        ("org/plts@v1", {}),
+    ],
+)  # fmt: skip
+def test_references_name_a_subfolder_and_a_revision(address, options, tiny, tmp_path, monkeypatch):
+    is_inside, asked = "small" in address or "subfolder" in options, {}
+    save_transcoders(tmp_path / "abc" / ("small" if is_inside else ""), make_transcoders(tiny.config))
 
     def snapshot(name, **settings):
         asked.update(settings, name=name)
         return str(tmp_path / "abc")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    opened = open_transcoders("org/plts", revision="v1", subfolder="small")
-    assert (opened.revision, asked["name"], asked["revision"]) == ("abc", "org/plts", "v1")
-    assert "small/config.yaml" in asked["allow_patterns"] and opened.check(tiny)
-    with pytest.raises(UserError, match="no folder ./a/b of transcoders"):
-        open_transcoders("./a/b")
+    opened = open_transcoders(address, **options)
+    revision = "v1" if "@" in address or options else "main"
+    assert (opened.check(tiny).revision, asked["name"], asked["revision"]) == ("abc", "org/plts", revision)
+    assert ("small/config.yaml" if is_inside else "config.yaml") in asked["allow_patterns"]
 
 
 @pytest.mark.parametrize("room,read_again", [(2, []), (1, [0, 1]), (0, [0, 1])])
@@ -201,21 +197,14 @@ def test_each_device_has_its_part_in_the_dtype_of_the_file(tiny, tmp_path):
             share = 1 if name == "b_dec_D" else 8
             placed = [one[name].addressable_shards for one in (kept, loaded.arrays) if name in one]
             assert all(part.data.size == array.size // share for parts in placed for part in parts), name
-    chosen = np.array([5, 0, 41])
     opened._rows = opened._rows_of_layer
-    for layer, transcoder in enumerate(made):
-        assert np.array_equal(opened.rows(layer, "W_dec", chosen), np.asarray(transcoder.W_dec_FxD)[chosen])
-        assert np.array_equal(opened.rows(layer, "W_enc", chosen), np.asarray(transcoder.W_enc_DxF)[:, chosen].T)
+    assert_same_rows(opened, made)
 
 
 def narrow(transcoder):
     """One whose arrays bfloat16 can hold."""
     arrays = {name: np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for name, a in transcoder.arrays.items()}
     return type(transcoder)(transcoder.config, **arrays)
-
-
-def altered(transcoder, **changes):
-    return type(transcoder)(type(transcoder.config)(**{**vars(transcoder.config), **changes}), **transcoder.arrays)
 
 
 @pytest.mark.parametrize(
@@ -226,18 +215,13 @@ def altered(transcoder, **changes):
         (lambda made: [altered(t, fingerprint="other", model="x") for t in made], "trained on x .fingerprint other"),
         (lambda made: [altered(t, site=t.config.target) for t in made], "reads mlp_out.0 and predicts mlp_out.0"),
         (lambda made: [altered(t, kind="linear") for t in made], "no active features"),
+        (lambda made: make_transcoders(SimpleNamespace(n_layers=2, d_model=24)), "reads 24 dimensions, but .* has 40"),
     ],
 )
 def test_sets_that_do_not_fit_the_model_are_refused(change, message, tiny):
     with pytest.raises(UserError, match=message) as error:
         trace(tiny, change(make_transcoders(tiny.config)), IDS)
     assert "\n" not in str(error.value)
-
-
-def test_another_width_is_refused(tiny, tmp_path, one_device):
-    other = load_tiny(tmp_path, "llama", one_device, num_hidden_layers=2, hidden_size=24)
-    with pytest.raises(UserError, match="reads 24 dimensions, but .* has 40"):
-        trace(tiny, make_transcoders(other.config), IDS)
 
 
 def test_a_truncated_file_a_missing_layer_and_wrong_widths_are_named(tiny, tmp_path):
@@ -251,10 +235,7 @@ def test_a_truncated_file_a_missing_layer_and_wrong_widths_are_named(tiny, tmp_p
         with pytest.raises(UserError, match=r"layer_1\.safetensors") as error:
             trace(tiny, folder, IDS)
         assert "\n" not in str(error.value) and ("truncated" in str(error.value) or "damaged" in str(error.value)), size
-    for read, predicted, message in (
-        (41, 40, "reads width 41 and writes width 40"),
-        (41, 41, "layers of different sizes"),
-    ):
+    for read, predicted, message in ((41, 40, "reads width 41 and writes width 40"), (41, 41, "of different sizes")):
         shapes = dict(W_enc=(48, read), W_dec=(48, predicted), b_enc=48, b_dec=predicted)
         save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, file)
         with pytest.raises(UserError, match=message):
@@ -270,12 +251,10 @@ def test_damaged_files_are_refused(tiny, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match=r"params.npz is truncated"):
         open_transcoders(folder)
-    file.unlink()
-    (folder / "layer_1" / "x").mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "layer_1" / "x" / "params.npz", W_enc=np.zeros((3, FEATURES)))
+    np.savez(file, W_enc=np.zeros((3, FEATURES)))
     with pytest.raises(UserError, match="lacks W_dec: it has W_enc"):
         open_transcoders(folder)
-    (folder / "layer_1" / "x" / "params.npz").rename(folder / "layer_1" / "x" / "old.txt")
+    file.rename(file.with_suffix(".txt"))
     next(folder.rglob("layer_0/**/params.npz")).rename(folder / "layer_2.npz")
     with pytest.raises(UserError, match="no transcoder of layer 0"):
         open_transcoders(folder)
@@ -284,56 +263,36 @@ def test_damaged_files_are_refused(tiny, tmp_path):
 def test_of_decoders_only_rows_of_active_features_are_read(tiny, tmp_path, monkeypatch):
     """And of encoders, each is read once for a trace."""
     save_transcoders(tmp_path / "set", make_transcoders(tiny.config, "jumprelu"))
-    opened, numbers, real = open_transcoders(tmp_path / "set"), Counter(), tensors.Tensor.read
+    opened, numbers = open_transcoders(tmp_path / "set"), Counter()
 
-    def read(self):
-        numbers["whole"] += int(np.prod(self.shape))
-        return real(self)
+    def counted(name, real):
+        def read(tensor, *index):
+            array = real(tensor, *index)
+            numbers[name] += array.size
+            return array
 
-    def rows(self, index):
-        found = real_rows(self, index)
-        numbers["rows"] += found.size
-        return found
+        monkeypatch.setattr(tensors.Tensor, name, read)
 
-    real_rows = tensors.Tensor.rows
-    monkeypatch.setattr(tensors.Tensor, "read", read)
-    monkeypatch.setattr(tensors.Tensor, "rows", rows)
-    traced = trace_prompt(tiny, opened, IDS, max_logits=2)
+    counted("read", tensors.Tensor.read)
+    counted("rows", tensors.Tensor.rows)
+    active = trace_prompt(tiny, opened, IDS, max_logits=2).local.active
     width, features = tiny.config.d_model, FEATURES
     encoders = 2 * (width * features + 2 * features + width)  # of two layers, with vectors
-    assert encoders <= numbers["whole"] < encoders + width * features
-    used = len(set(zip(traced.local.active.layer_A.tolist(), traced.local.active.feature_A.tolist(), strict=True)))
+    assert encoders <= numbers["read"] < encoders + width * features
+    used = len(set(zip(active.layer_A.tolist(), active.feature_A.tolist(), strict=True)))
     assert 0 < numbers["rows"] <= 4 * used * width  # once to decode, once as directions, and encoders' rows
 
 
 def test_topk_transcoders_keep_negative_values_as_circuit_tracer_does(tiny):
     """The k largest pre-activations whatever their sign: of few positive ones, some are negative."""
-    made = []
-    for transcoder in make_transcoders(tiny.config, "topk"):
-        arrays = transcoder.arrays | dict(b_enc_F=transcoder.arrays["b_enc_F"] - 3.0)
-        made.append(type(transcoder)(dataclasses.replace(transcoder.config, signed=True), **arrays))
+    made = [altered(transcoder, signed=True) for transcoder in make_transcoders(tiny.config, "topk")]
+    made = [type(t)(t.config, **t.arrays | dict(b_enc_F=t.arrays["b_enc_F"] - 3.0)) for t in made]
     local = LocalModel(tiny, made, IDS)
     assert (local.active.value_A < 0).sum() > 5
     per_position = Counter(zip(local.active.layer_A.tolist(), local.active.position_A.tolist(), strict=True))
     assert set(per_position.values()) == {made[0].config.k}
     graph = trace(tiny, made, IDS, max_logits=2)
     assert np.abs(graph.unexplained_R).max() < 1e-5 * np.abs(graph.value_R).max()
-
-
-@pytest.mark.parametrize("address", ["org/plts/small", "hf://org/plts/small@v1", "org/plts@v1"])
-def test_references_name_a_subfolder_and_a_revision(address, tiny, tmp_path, monkeypatch):
-    root, inner = tmp_path / "abc", "small" if "small" in address else ""
-    save_transcoders(root / inner, make_transcoders(tiny.config))
-    asked = {}
-
-    def snapshot(name, **options):
-        asked.update(options, name=name)
-        return str(root)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    opened = open_transcoders(address)
-    assert asked["name"] == "org/plts" and asked["revision"] == ("v1" if "@" in address else "main")
-    assert opened.check(tiny).revision == "abc"
 
 
 def test_crv_transcoders_have_the_k_of_circuit_tracer(tmp_path):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_graphs import load_tiny, make_cross_layer, make_transcoders
+from made_graphs import IDS, load_tiny, make_cross_layer, make_transcoders
 from reference_graphs import adjacency_of, nodes_of
+from torch_sites import relative_error
 
 from benchmarks.tool_environments import circuit_tracer_python
 from saejax import save_transcoders, trace
@@ -14,7 +15,6 @@ from saejax.attribution.graph.nodes import BIAS, FIRST_MLP, TOKEN
 from saejax.dictionaries.formats import circuit_tracer
 
 JUDGE = Path(__file__).parents[1] / "circuit_tracer_judge.py"
-IDS = [0, 17, 230, 5, 42, 99, 7]
 CASES = [
     ("llama", "standard", False, False),
     ("qwen3", "jumprelu", True, False),
@@ -23,10 +23,6 @@ CASES = [
     ("llama", "jumprelu", False, True),
 ]
 pytestmark = pytest.mark.slow
-
-
-def relative(a, b) -> float:
-    return float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max())
 
 
 @pytest.mark.parametrize("family,kind,skip,cross_layer", CASES)
@@ -50,7 +46,5 @@ def test_a_graph_is_that_of_circuit_tracer(family, kind, skip, cross_layer, tmp_
     adjacency_RxS = adjacency_of(judged, lm.config.n_layers)
     if family == "gpt2":  # what it adds for a position is part of the token's node here, and has none there
         adjacency_RxS = adjacency_RxS[:, : np.flatnonzero(wanted.kind_N == TOKEN)[0]]
-    errors = [relative(graph.adjacency_RxS[:, : adjacency_RxS.shape[1]], adjacency_RxS)]
-    errors += [relative(ours.value_N, wanted.value_N)]
-    print(family, len(judged["active_features"]), "active, adjacency {:.1e}, values {:.1e}".format(*errors))
-    assert max(errors) < 1e-5
+    assert relative_error(graph.adjacency_RxS[:, : adjacency_RxS.shape[1]], adjacency_RxS) < 1e-5
+    assert relative_error(ours.value_N, wanted.value_N) < 1e-5

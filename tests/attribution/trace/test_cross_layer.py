@@ -1,18 +1,15 @@
-"""Graphs of cross-layer transcoders against an explicit Jacobian in float64; their files; and what runs of them do."""
+"""Cross-layer transcoders: what runs of them do, against hooks in PyTorch; heads; and their files."""
 
-import dataclasses
 import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
-from dense_reference import Dense
-from made_graphs import heads_by_edge, load_tiny, make_cross_layer
+from dense_reference import EditedModel, added, encode
+from made_graphs import FEATURES, IDS, altered, assert_heads_are_the_only_way, make_cross_layer
 from safetensors.numpy import save_file
 
-from saejax.attribution.checks import double
-from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
-from saejax.attribution.heads.contributions import head_contributions
 from saejax.attribution.local.edits import Change, Circuit
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.trace.prompt import trace_prompt
@@ -21,45 +18,10 @@ from saejax.dictionaries.formats import circuit_tracer
 from saejax.errors import UserError
 from saejax.runner import command
 
-IDS = [0, 17, 230, 5, 42, 99, 7]
-CASES = [
-    ("llama", "standard", True, "mlp_in"),
-    ("qwen3", "jumprelu", False, "resid_mid"),
-    ("gemma2", "jumprelu", False, "mlp_normed"),
-    pytest.param("gpt2", "standard", False, "resid_mid", marks=pytest.mark.slow),
-]
-
-
-def relative(a, b) -> float:
-    return float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max())
-
-
-@pytest.mark.parametrize("family,kind,skip,reads", CASES)
-def test_rows_are_those_of_an_explicit_jacobian(family, kind, skip, reads, tmp_path, one_device):
-    lm = load_tiny(tmp_path, family, one_device)
-    transcoders, made, writes = make_cross_layer(lm.config, kind, skip, reads)
-    graph, local, readouts = trace_prompt(lm, transcoders, IDS, max_logits=3)
-    dense = Dense(tmp_path, made, IDS, reads == "mlp_normed", writes, reads == "resid_mid")
-    nodes, features = graph.nodes, graph.count(FEATURE)
-    found = np.stack([nodes.layer_N, nodes.position_N, nodes.index_N], axis=1)[:features]
-    assert features > 20 and np.array_equal(found, dense.active)
-    columns = np.isin(nodes.kind_N[: graph.adjacency_RxS.shape[1]], (FEATURE, ERROR, TOKEN))
-    rows_RxS = graph.adjacency_RxS[:, columns]
-    sample = np.random.default_rng(0).permutation(features)[:30]
-    wanted = np.stack([dense.feature_row(*found[i]) for i in sample])
-    logits = np.stack([dense.logit_row(token) for token in nodes.index_N[graph.slice_of(LOGIT)]])
-    errors = relative(rows_RxS[sample], wanted), relative(rows_RxS[features:], logits)
-    left = np.abs(graph.unexplained_R).max() / np.abs(graph.value_R).max()
-    doubling = double(local, graph, readouts, 8)
-    print(family, "rows {:.1e}, logits {:.1e}".format(*errors), f"sums {left:.1e}, held {doubling.held_error:.1e}")
-    # A feature is one node, whose writes to all layers are in its edges; raised with all held, it does what they say.
-    assert max(errors) < 1e-5 and left < 1e-5 and doubling.held_error < 1e-5
-    assert graph.transcoders["cross_layer"]
-
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, one_device):
-    return load_tiny(tmp_path_factory.mktemp("model"), "llama", one_device)
+def tiny(tiny_model):
+    return tiny_model("llama")
 
 
 @pytest.fixture(scope="module")
@@ -72,103 +34,62 @@ def traced(tiny, made):
     return trace_prompt(tiny, made[0], IDS, targets=[7])
 
 
-def test_with_nothing_held_writes_are_added_to_what_mlps_compute_anew(tiny, made, traced):
-    import torch
+@pytest.fixture(scope="module")
+def edited(tiny, made):
+    return EditedModel(tiny, *made[1:])
 
-    from saejax.models import source
 
-    _, dictionaries, writes = made
+def test_with_nothing_held_writes_are_added_to_what_mlps_compute_anew(edited, traced):
     row = [Change(0, 2, 3, 2.0), Change(0, 4, 5, 1.0), Change(1, 3, 4, 1.5)]
-    ours_V = traced.local.run([row], readouts=traced.readouts).logits_RxV[0]
-    model, changes = source.load_torch_model(tiny.source, "float32").double(), {}
-
-    def write(layer):
-        def hook(module, inputs, output):
-            w = {name: np.asarray(array, np.float64) for name, array in dictionaries[layer].arrays.items()}
-            pre_TxF = inputs[0][0].numpy() @ w["W_enc_DxF"] + w["b_enc_F"]
-            acts_TxF = np.where(pre_TxF > w["threshold_F"], pre_TxF, 0)
-            for change in (change for change in row if change.layer == layer):
-                changes[change] = change.value - acts_TxF[change.position, change.feature]
-            added_TxD = np.zeros(output.shape[1:])
-            for change, by in changes.items():
-                added_TxD[change.position] += by * writes[change.layer][change.feature, layer - change.layer]
-            return output + torch.from_numpy(added_TxD)[None]
-
-        return hook
-
-    for layer, block in enumerate(model.model.layers):
-        block.mlp.register_forward_hook(write(layer))
-    with torch.no_grad():
-        wanted_V = model(torch.tensor([IDS])).logits[0, -1].numpy()
+    ours_V, (wanted_V, _) = traced.local.run([row], readouts=traced.readouts).logits_RxV[0], edited.run(IDS, row)
     np.testing.assert_allclose(ours_V, wanted_V, atol=2e-5)
     assert np.abs(ours_V - traced.local.logits_V).max() > 1e-2
-    continued = traced.local.generate(row, 1)
-    np.testing.assert_allclose(continued.logits_NxV[0], wanted_V, atol=2e-5)
+    np.testing.assert_allclose(traced.local.generate(row, 1).logits_NxV[0], wanted_V, atol=2e-5)
 
 
-def test_parts_run_alone_and_everything_kept_is_the_model(made, traced):
-    import torch
-
-    from saejax.models import source
-
-    local, readouts = traced.local, traced.readouts
-    active, layers = local.active, len(made[2])
+def test_parts_run_alone_and_everything_kept_is_the_model(edited, traced):
+    local, readouts, acts = traced.local, traced.readouts, []
+    active, layers = local.active, len(edited.w)
     every = Circuit(np.ones(len(active), bool), np.ones((layers, len(IDS)), bool))
     some = Circuit(np.random.default_rng(2).random(len(active)) < 0.5, np.zeros((layers, len(IDS)), bool))
     kept, part = local.run([every, some], readouts=readouts).readout_RxK[:, 0]
     np.testing.assert_allclose(kept, readouts.value_K[0], atol=1e-5)
-    model, acts = source.load_torch_model(local.model.source, "float32").double(), {}
+    is_kept_LxTxF, kept_A = np.zeros((layers, len(IDS), FEATURES)), some.features_A
+    is_kept_LxTxF[active.layer_A[kept_A], active.position_A[kept_A], active.feature_A[kept_A]] = 1
 
-    def write(layer):
-        def hook(module, inputs, output):
-            read_TxD = inputs[0][0].numpy()
-            w = {name: np.asarray(array, np.float64) for name, array in made[1][layer].arrays.items()}
-            pre_TxF, own = read_TxD @ w["W_enc_DxF"] + w["b_enc_F"], (active.layer_A == layer) & some.features_A
-            mask_TxF = np.zeros(pre_TxF.shape, bool)
-            mask_TxF[active.position_A[own], active.feature_A[own]] = True
-            acts[layer] = np.where(mask_TxF & (pre_TxF > w["threshold_F"]), pre_TxF, 0)
-            written_TxD = sum(acts[l] @ made[2][l][:, layer - l] for l in range(layer + 1))
-            written_TxD += w["b_dec_D"] + read_TxD @ w["W_skip_DxD"]
-            return torch.cat([output[:, :1], torch.from_numpy(written_TxD)[None, 1:]], dim=1)
+    def write(module, inputs, output):
+        layer, read_TxD = len(acts), inputs[0][0]
+        w = edited.w[layer]
+        acts.append(encode(edited.configs[layer], w, read_TxD) * torch.from_numpy(is_kept_LxTxF[layer]))
+        written_TxD = added(edited.writes, acts, layer) + w["b_dec_D"] + read_TxD @ w["W_skip_DxD"]
+        return torch.cat([output[:, :1], written_TxD[None, 1:]], dim=1)
 
-        return hook
-
-    for layer, block in enumerate(model.model.layers):
-        block.mlp.register_forward_hook(write(layer))
+    handles = [block.mlp.register_forward_hook(write) for block in edited.model.model.layers]
     with torch.no_grad():
-        logits_V = model(torch.tensor([IDS])).logits[0, -1]
+        logits_V = edited.model(torch.tensor([IDS])).logits[0, -1]
+    for handle in handles:
+        handle.remove()
     assert abs(part - kept) > 1e-3
     np.testing.assert_allclose(part, float(logits_V[7] - logits_V.mean()), atol=2e-5)
 
 
 def test_heads_carry_all_writes_of_a_feature(traced):
-    """Into another position there is no way but heads: with one layer between, their parts are the edge."""
-    graph = traced.graph.prune(1.0, 1.0)
-    found = heads_by_edge(head_contributions(traced.local, traced.readouts, graph))
-    nodes, compared = graph.nodes, 0
-    for source, target, weight in zip(*(part.tolist() for part in graph.edges()), strict=True):
-        ends = nodes.layer_N[[source, target]]
-        moves = nodes.position_N[source] != nodes.position_N[target]
-        if moves and nodes.kind_N[target] == FEATURE and ends[1] == ends[0] + 1:
-            assert sum(found[source, target].values()) == pytest.approx(weight, abs=1e-5)
-            compared += 1
-    assert compared > 10
+    assert_heads_are_the_only_way(traced)
 
 
-def write_set(folder, made, form):
-    """The files of a set, in one of two formats."""
+def write_set(folder, made, form, back=0):
+    """The files of a set, in one of two formats; of Gemma Scope, features write ``back`` layers too low."""
     _, dictionaries, writes = made
     folder.mkdir()
     for layer, (one, write) in enumerate(zip(dictionaries, writes, strict=True)):
         arrays = {name.rpartition("_")[0]: np.asarray(array) for name, array in one.arrays.items()}
+        named = {name: arrays[name] for name in ("b_enc", "b_dec", "threshold")}
         if form == "gemma_scope":
-            every = np.concatenate([np.zeros((len(write), layer, write.shape[2]), np.float32), write], axis=1)
-            named = dict(w_enc=arrays["W_enc"], w_dec=every, affine_skip_connection=arrays["W_skip"])
-            named |= {name: arrays[name] for name in ("b_enc", "b_dec", "threshold")}
+            every = np.pad(write, ((0, 0), (max(layer - back, 0), min(layer, back)), (0, 0)))
+            named |= dict(w_enc=arrays["W_enc"], w_dec=every, affine_skip_connection=arrays["W_skip"])
             save_file(named, folder / f"params_layer_{layer}.safetensors")
         else:
-            named = dict(W_enc=np.ascontiguousarray(arrays["W_enc"].T))
-            named |= {name: arrays[name] for name in ("b_enc", "b_dec", "threshold")}
+            named |= dict(W_enc=np.ascontiguousarray(arrays["W_enc"].T))
             named = {f"{name}_{layer}": array for name, array in named.items()}
             save_file(named, folder / f"W_enc_{layer}.safetensors")
             save_file({f"W_dec_{layer}": write}, folder / f"W_dec_{layer}.safetensors")
@@ -215,26 +136,16 @@ def test_damaged_sets_are_refused(tiny, tmp_path):
     save_file({"W_enc_1": np.zeros((3, 3), np.float32)}, folder / "W_enc_1.safetensors")
     with pytest.raises(UserError, match="does not fit its description"):
         open_transcoders(folder)
-    folder = write_set(tmp_path / "b", made, "gemma_scope")
     last = tiny.config.n_layers - 1
-    file = folder / f"params_layer_{last}.safetensors"
-    arrays = {name: np.asarray(array) for name, array in made[1][last].arrays.items()}
-    named = dict(w_enc=arrays["W_enc_DxF"], b_enc=arrays["b_enc_F"], b_dec=arrays["b_dec_D"])
-    named |= dict(threshold=arrays["threshold_F"], affine_skip_connection=arrays["W_skip_DxD"])
-    below = np.pad(made[2][last], ((0, 0), (0, last), (0, 0)))
-    save_file(named | dict(w_dec=below), file)
     with pytest.raises(UserError, match="features of the last layer write to layer 0: expected the last alone"):
-        open_transcoders(folder)
+        open_transcoders(write_set(tmp_path / "b", made, "gemma_scope", back=last))
 
 
 def test_what_does_not_belong_together_is_one_line(tiny, tmp_path, capsys):
     """Layers of two sets of one shape, a layer that is missing, and a set of another model, through the binary."""
     for name, fingerprint in (("own", tiny.source.fingerprint), ("other", "another"), ("again", "another")):
         _, made, writes = make_cross_layer(tiny.config, "jumprelu")
-        told = [
-            Dictionary(dataclasses.replace(one.config, fingerprint=fingerprint, model="m"), **one.arrays)
-            for one in made
-        ]
+        told = [altered(one, fingerprint=fingerprint, model="m") for one in made]
         if name == "again":  # of the same model, trained otherwise
             told[0] = Dictionary(told[0].config, **told[0].arrays | dict(b_enc_F=told[0].arrays["b_enc_F"] + 1))
         circuit_tracer.save_cross_layer(tmp_path / name, len(told), lambda layer: (told[layer], writes[layer]))  # noqa: B023

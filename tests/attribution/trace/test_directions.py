@@ -33,11 +33,8 @@ class Set:
 def test_what_features_write_comes_in_order_a_part_at_a_time(cross_layer, monkeypatch):
     monkeypatch.setattr(directions, "READ_AT_ONCE", 6 * WIDTH)
     made, features = Set(3, cross_layer), [np.arange(7), np.array([], np.int64), np.array([2, 5])]
-    found = np.concatenate(list(read_directions(made, features)))
-    whole = np.concatenate(
-        [Set(3, cross_layer).writes(layer, own).reshape(-1, WIDTH) for layer, own in enumerate(features)]
-    )
-    assert np.array_equal(found, whole)
+    whole = [Set(3, cross_layer).writes(layer, own).reshape(-1, WIDTH) for layer, own in enumerate(features)]
+    assert np.array_equal(np.concatenate(list(read_directions(made, features))), np.concatenate(whole))
     assert max(made.asked) == (2 if cross_layer else 6), "no more is read at once than may be"
 
 

@@ -1,34 +1,27 @@
 """How much memory graphs take: by formulas written out here, how many tokens fit, and what is refused."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from made_graphs import load_tiny, make_transcoders
+from made_graphs import IDS, make_transcoders
 
 from saejax import trace
 from saejax.attribution.local.directions import READ_AT_ONCE
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.trace import prompt, rounds
-from saejax.attribution.trace.prompt import (
-    GraphSize,
-    Memory,
-    certain_active,
-    check_memory,
-    estimate_memory,
-)
+from saejax.attribution.trace.prompt import GraphSize, Memory, certain_active, check_memory, estimate_memory
 from saejax.dictionaries import DictionaryConfig
 from saejax.errors import UserError
 from saejax.parallel.mesh import AXES
 
-IDS = [0, 17, 230, 5, 42, 99, 7]
-
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, one_device):
-    return load_tiny(tmp_path_factory.mktemp("model"), "llama", one_device, num_hidden_layers=2)
+def tiny(tiny_model):
+    return tiny_model("llama", num_hidden_layers=2)
 
 
 @pytest.fixture
@@ -53,9 +46,7 @@ def test_the_largest_arrays_are_counted(large, one_device):
     encoders, acts = 2 * 2048 * 160_000 * 4, 3 * 8 * 160_000 * 4
     short = estimate_memory(dataclasses.replace(large, active=1), 8, one_device)
     assert encoders + acts < short.device < 1.2 * (encoders + acts)
-
-
-def test_all_features_need_the_square_and_no_copy(large, one_device):
+    # All features need the square, and no copy.
     every = dataclasses.replace(large, max_features=None, active=2)
     host = estimate_memory(every, 1024, one_device).host
     assert 1 < host / (4 * (2 * 24 * 1023) ** 2) < 2
@@ -82,14 +73,9 @@ def test_devices_of_a_host_share_its_memory_and_others_have_their_own(one_device
     assert need.fits(Memory(0, 150), one_device) and not need.fits(Memory(0, 149), one_device)
     assert need.fits(Memory(0, 850), eight) and not need.fits(Memory(0, 849), eight)
 
-    class Gpu:
-        platform = "gpu"
-
-    class Mesh1:
-        devices, size = np.array([Gpu()]), 1
-
-    assert need.fits(Memory(100, 50), Mesh1) and not need.fits(Memory(99, 1000), Mesh1)
-    assert not need.fits(Memory(1000, 49), Mesh1)
+    gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), size=1)
+    assert need.fits(Memory(100, 50), gpu) and not need.fits(Memory(99, 1000), gpu)
+    assert not need.fits(Memory(1000, 49), gpu)
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_a_layer_is_run(tiny, one_device, monkeypatch):
