@@ -70,7 +70,7 @@ LONGEST = (
     "processes causal_clients configs_run steering study_run model_input ground_truth_stage report transfer_stage "
     "meshes kinds answer_tokens each_member expansions crosscoder_stages null_and_power interpret_stages widening "
     "circuits_stage library_calls torch_model cross_layer_training engine_worlds new_behaviour planted_circuit "
-    "attribute_processes ablation_measurements baseline ablate_stage criteria preflight_stage detectors "
+    "ablation_measurements baseline ablate_stage criteria preflight_stage detectors "
     "explain_binary family_parity cluster_stage stages settings_read library generation killed_processes world "
     "sinks benchmark patch_stage reuse precision stack_members collectives planted_crosscoders track_stage "
     "cross_layer_scores pretrained decoder attribute_stage effects local_model docs serve_saes evaluate probing "
