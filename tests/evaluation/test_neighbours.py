@@ -20,6 +20,7 @@ def test_blocks_agree_with_brute_force(monkeypatch, values):
     W_dec_FxD = np.random.default_rng(values).normal(size=(37, 6)).astype(np.float32)
     W_dec_FxD[20] = 0
     W_dec_FxD[30] = 2.5 * W_dec_FxD[3]
+    W_dec_FxD[31] = -W_dec_FxD[4]  # opposite directions are no neighbours
     cosine_F = neighbours.neighbour_cosines(W_dec_FxD)
     np.testing.assert_allclose(cosine_F, brute_force(W_dec_FxD), atol=1e-6)
     assert cosine_F[3] == cosine_F[30] == pytest.approx(1) and cosine_F[20] == 0
@@ -37,10 +38,6 @@ def test_of_very_many_features_some_are_looked_at(monkeypatch, blocks):
         assert places, "each block is one of the whole"
     told = neighbours.summary(cosine_N, 37)
     assert told is not None and told.looked_at == 5 * blocks
-
-
-def test_opposite_directions_are_no_neighbours():
-    np.testing.assert_allclose(neighbours.neighbour_cosines(np.array([[1.0, 0], [-1, 0]], np.float32)), -1)
 
 
 def test_the_summary():

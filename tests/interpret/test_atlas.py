@@ -54,26 +54,19 @@ def text(browser, selector):
 @needs_chromium
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [400, 1300])
-def test_any_feature_is_shown_by_its_address(browser, page, dark, width):
+def test_a_feature_the_overview_and_heatmaps_are_shown(browser, page, dark, width):
+    fits = "document.documentElement.scrollWidth <= innerWidth"
     browser.view(width, 900, dark=dark, phone=width == 400)
     show(browser, page, 1)
     shown = text(browser, "#feature")
     assert "Feature 1" in shown and "“ Paris” (by detector)" in shown and "1.25 logits lost" in shown
     assert BAD in shown and "0.80 [0.70, 0.90]" in shown  # shown, not run
-    assert browser.js("document.querySelectorAll('#feature .context').length") == 4
-    assert browser.js("document.documentElement.scrollWidth <= innerWidth")
+    assert browser.js("document.querySelectorAll('#feature .context').length") == 4 and browser.js(fits)
     colours = browser.js("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
     light = [sum(map(int, colour.strip("rgba()").split(",")[:3])) for colour in colours]
     assert (light[0] > light[1]) == dark and abs(light[0] - light[1]) > 400
-    assert browser.errors == []
 
-
-@needs_chromium
-@pytest.mark.parametrize("width", [400, 1300])
-def test_it_opens_on_an_overview(browser, page, width):
-    """Defect of the first version: an empty pane, and features in the order of their numbers."""
-    browser.view(width, 900, dark=width == 400, phone=width == 400)
-    browser.open(page)
+    browser.open(page)  # on an overview: not on an empty pane, nor by the features' numbers
     browser.wait("atlas.painted === 'overview'")
     shown = text(browser, "#feature")
     assert "69 of 70 (98.6 %)" in shown and "2 of 70 (2.86 %)" in shown and "… by Ada" in shown
@@ -82,13 +75,8 @@ def test_it_opens_on_an_overview(browser, page, width):
     assert len(effects) == 1 and effects[0].startswith("1 “ Paris”") and "1.25" in effects[0] and len(best) == 2
     bars = browser.js("[...document.querySelectorAll('#feature .bars i')].map(bar => Number(bar.title))")
     assert sum(bars) == 69 and browser.js("document.querySelector('#list a').dataset.feature") == "1"
-    assert browser.js("document.documentElement.scrollWidth <= innerWidth") and browser.errors == []
+    assert browser.js(fits)
 
-
-@needs_chromium
-@pytest.mark.parametrize("width", [400, 1300])
-def test_heatmaps_by_token(browser, page, width):
-    browser.view(width, 900, dark=width == 400, phone=width == 400)
     show(browser, page, "maps")
     browser.wait("document.querySelectorAll('#feature table').length === 2")
     shown = browser.js("[...document.querySelectorAll('#feature td.cell')].slice(0, 6).map(c => "
@@ -96,8 +84,7 @@ def test_heatmaps_by_token(browser, page, width):
     assert [share for share, _ in shown] == ["0", "1", "0", "1", "0.5", "0"]
     assert shown[1][1] == f"1 on {BAD}: 4" and shown[2][1].endswith("not scored")
     assert browser.js("document.querySelector('#feature th a').getAttribute('href')") == "#topk/resid_post.5/1"
-    assert browser.js("document.documentElement.scrollWidth <= innerWidth")
-    assert browser.errors == []
+    assert browser.js(fits) and browser.errors == []
 
 
 @needs_chromium

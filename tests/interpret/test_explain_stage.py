@@ -12,11 +12,11 @@ from runs import write_members
 
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import load_labels
-from saejax.errors import UserError
 from saejax.interpret import explain
 from saejax.interpret.held_out import MIN_FIRINGS, detection_score, is_kept
 from saejax.interpret.results import ExplainedFeature
 from saejax.interpret.text import CodedText
+from saejax.models.loading import load_model
 from saejax.results import from_json
 from saejax.runner.config import Configs
 from saejax.runner.workspace import Run
@@ -31,8 +31,6 @@ TOKENS = planted.TEXTS
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, tiny_llama):
     """A store, a dictionary and what was interpreted."""
-    from saejax.models.loading import load_model
-
     folder = tmp_path_factory.mktemp("explain")
     store, dictionary = planted.make_store(folder / "capture"), planted.dictionary(FEATURES)
     save_dictionary(folder / "train" / "standard" / "dictionary", dictionary)
@@ -66,10 +64,8 @@ class Place:
         _, store, dictionary = workdir
         self.f, self.split = {}, {}
         for split in ("train", "held_out"):
-            rows = store.rows(split, planted.SITE)
-            document, position, _ = store.tokens(rows)
-            f_BxF = np.maximum(np.asarray(dictionary.encode(store.read(planted.SITE, rows))), 0)
-            for d, p, f in zip(document.tolist(), position.tolist(), f_BxF, strict=True):
+            dense = planted.Dense(store, dictionary, split)
+            for d, p, f in zip(dense.document.tolist(), dense.position.tolist(), dense.f, strict=True):
                 self.f[d, p], self.split[d] = f, split
         self.documents = ["".join(TOKENS[i] for i in store.documents[d]) for d in range(len(store.documents))]
         self.starts = [
@@ -133,11 +129,8 @@ def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(wor
     given.write_text("feature,label,note,reviewer\n" + "".join(f"{i},concept {i},,Ada\n" for i in range(20)))
     with protocol.Server(judge(place)) as server:
         member, found = go(workdir, tmp_path / "unit", server.url, labels=str(given))
-    able = [
-        i
-        for i in range(20)
-        if sum(f[i] > 0 for (d, _), f in place.f.items() if place.split[d] == "held_out") >= MIN_FIRINGS
-    ]
+    held_out = np.array([f for (d, _), f in place.f.items() if place.split[d] == "held_out"])
+    able = np.flatnonzero((held_out[:, :20] > 0).sum(0) >= MIN_FIRINGS).tolist()
     assert sorted(found) == able and len(able) > 12 and member.judged == member.labelled == len(able)
     assert member.questions == len(server.asked) and member.prompt_tokens == sum(len(p.split()) for p in server.asked)
     asked = [prompt for prompt in server.asked if is_of(prompt) == "detection"]
@@ -191,21 +184,3 @@ def test_no_answer_that_can_be_read(workdir, tmp_path):
         member, found = go(workdir, tmp_path / "unit", server.url, sample=3)
     assert member.labelled == member.kept == 0 and all(one.label == "" and not one.kept for one in found.values())
     assert member.detection.mean is None
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (dict(features=(3, 40)), "--explain.features names 40: expected numbers from 0 to 39"),
-        (dict(labels="nowhere.csv"), "--explain.labels=nowhere.csv cannot be read"),
-        (dict(model=""), "--explain.model is missing"),
-        (dict(url="nowhere"), "--explain.url=nowhere is not a URL"),
-    ],
-)
-def test_what_is_refused(workdir, tmp_path, settings, said):
-    settings = dict(model="judge", url="http://127.0.0.1:9/v1") | settings
-    config = ExplainConfig(dictionaries=("standard",), **settings)
-    inputs = {unit: workdir[0] / unit for unit in ("train/standard", "interpret/standard", "capture")}
-    made = Run("explain", "standard", tmp_path, Configs(config, MeshConfig()), inputs, lambda line: None)
-    with pytest.raises(UserError, match=re.escape(said)):
-        explain.run_explain(made)

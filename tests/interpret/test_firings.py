@@ -44,10 +44,8 @@ def test_firings_are_those_of_the_dense_activations(store, tmp_path, kind, mesh,
     assert place.tolist() == sorted(where.tolist()) and 0 < fires.sum() < fires.size
     found = {}
     for block in blocks(tmp_path, F):
-        assert (
-            block.counts.sum() == len(block.place) <= max(3000, block.counts.max())
-            and (np.diff(block.feature) >= 0).all()
-        )
+        assert block.counts.sum() == len(block.place) <= max(3000, block.counts.max())
+        assert (np.diff(block.feature) >= 0).all()
         keys = zip((block.feature + block.first).tolist(), block.place.tolist(), strict=True)
         found |= dict(zip(keys, block.value.tolist(), strict=True))
         silent = next(p for p in place.tolist() if (block.first, p) not in found)

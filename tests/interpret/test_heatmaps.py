@@ -29,11 +29,8 @@ def test_features_by_tokens(tmp_path, monkeypatch, documents):
     length_F = np.linspace(1, 2, FEATURES)
     made = maps.maps(length_F)
     json.dumps(made, allow_nan=False)
-    rows = store.rows("train", planted.SITE)
-    document, position, _ = store.tokens(rows)
-    f = np.maximum(np.asarray(dictionary.encode(store.read(planted.SITE, rows)), np.float64), 0)
-    mean = f.sum(0) / len(place)
-    train = np.unique(document)
+    dense = planted.Dense(store, dictionary)
+    mean, train = dense.f.sum(0) / len(place), np.unique(dense.document)
     wanted = sorted(train.tolist(), key=lambda d: -int(priority(np.array([d]))[0]))[:documents]
     assert [one["document"] for one in made] == wanted
     for one in made:
@@ -41,9 +38,8 @@ def test_features_by_tokens(tmp_path, monkeypatch, documents):
         start = store.documents.starts_N[one["document"]]
         known = np.isin(start + np.arange(24), place)
         acts = np.zeros((FEATURES, 24))
-        for d, p, values in zip(document, position, f, strict=True):
-            if d == one["document"] and p < 24:
-                acts[:, p] = values
+        here = (dense.document == one["document"]) & (dense.position < 24)
+        acts[:, dense.position[here]] = dense.f[here].T
         excess = (acts.sum(1) - known.sum() * mean) * length_F
         best = [i for i in np.argsort(-excess)[:6].tolist() if excess[i] > 0]
         assert one["features"] == best and best

@@ -10,12 +10,6 @@ import pytest
 
 from saejax.activations.documents import COLUMNS, Documents
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.interpret import neighbours
-from saejax.interpret.detectors import PairCounts
-from saejax.interpret.firings import blocks, record
-from saejax.interpret.records import Describer
-from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
-from saejax.parallel.mesh import make_mesh
 
 MADE = json.loads((Path(__file__).parent / "sae_dashboard.json").read_text())
 EXAMPLES = 8
@@ -32,23 +26,14 @@ def records(tmp_path_factory):
     table[:, COLUMNS.index("group")] = np.arange(count)
     names = tuple(map(str, range(count)))
     documents = Documents.contiguous(ids_NxT.reshape(-1), np.full(count, length), table, names)
-    store = planted._written(folder / "store", documents, padded)
+    store = planted.written(folder / "store", documents, padded)
     W_enc_DxF = np.array(MADE["W_enc"])
     W_enc_DxF = np.pad(W_enc_DxF, ((0, planted.WIDTH - len(W_enc_DxF)), (0, 0)))
-    features = W_enc_DxF.shape[1]
-    config = DictionaryConfig(
-        kind="standard", site=planted.SITE, d_in=planted.WIDTH, n_features=features, centred=False
-    )
+    fields = dict(kind="standard", site=planted.SITE, d_in=planted.WIDTH, centred=False)
     arrays = dict(W_enc_DxF=W_enc_DxF, W_dec_FxD=W_enc_DxF.T, b_enc_F=MADE["b_enc"], b_dec_D=np.zeros(planted.WIDTH))
-    dictionary = Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
-    together = neighbours.Together(features, 10)
-    place = record(store, "train", {folder / "own": dictionary}, make_mesh(), 128, on_batch=together.add)
-    text = CodedText(store.documents, planted.TEXTS)
-    bases = {family: CodeCounts(text.code(family, place)) for family in FAMILIES}
-    nearest = neighbours.nearest_rows(dictionary.W_dec_FxD[...], 2)
-    describer = Describer(store, text, place, bases, EXAMPLES, 1, None, nearest, together)
-    (block,) = blocks(folder / "own", features)
-    return describer.records(block, PairCounts(block, text.code("token", block.place)))
+    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
+    dictionary = Dictionary(DictionaryConfig(n_features=W_enc_DxF.shape[1], **fields), **arrays)
+    return planted.describe(folder / "own", store, dictionary, EXAMPLES, draws=1)
 
 
 def test_the_strongest_contexts_are_the_same(records):

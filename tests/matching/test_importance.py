@@ -7,7 +7,7 @@ import pytest
 from scipy import sparse
 from scipy.stats import spearmanr
 
-import saejax
+from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.matching import importance
 from saejax.matching.importance import ItemFeatures, align_importance, match_features, mutual_pairs, read_features
 from saejax.matching.transfer.activity import Activity
@@ -76,6 +76,10 @@ def test_two_models_that_share_features(shared):
     wanted = spearmanr(first.importance_F[first_M], second.importance_F[second_M]).statistic
     assert found.correlation == pytest.approx(wanted) and found.correlation == pytest.approx(0.81, abs=0.2)
     assert is_aligned(found) and found.pairs == len(first_M)
+    same = align_importance(first, second, rotated=second)  # a rotated dictionary is a placebo
+    assert same.rotated == pytest.approx(same.correlation) and not is_aligned(same)
+    stranger, _ = pair(2, 0)
+    assert align_importance(first, second, rotated=stranger).rotated is None
 
 
 def test_mutual_pairs_against_every_product(monkeypatch):
@@ -100,30 +104,14 @@ def test_strangers_are_not_aligned():
 def test_tokens_are_paired_where_they_end_together():
     """The second model reads two characters a token: of the first's tokens every other one has a partner."""
     first, second = pair(0, 30)
-    half = dataclasses.replace(
-        second,
-        activity=Activity(second.activity.f_NxF[1::2], second.activity.real_N[1::2]),
-        text_N=second.text_N[1::2],
-        end_N=second.end_N[1::2],
-    )
+    activity = Activity(second.activity.f_NxF[1::2], second.activity.real_N[1::2])
+    half = dataclasses.replace(second, activity=activity, text_N=second.text_N[1::2], end_N=second.end_N[1::2])
     assert align_importance(first, half).shared == pytest.approx(0.5, abs=0.1)
     assert align_importance(first, dataclasses.replace(second, ids=("2",))) is None
 
 
-def test_a_rotated_dictionary_is_a_placebo():
-    first, second = pair(1, 30)
-    same = align_importance(first, second, rotated=second)
-    assert same.rotated == pytest.approx(same.correlation) and not is_aligned(same)
-    stranger, _ = pair(2, 0)
-    assert align_importance(first, second, rotated=stranger).rotated is None
-
-
-def test_features_are_read_and_kept(tiny_llama, one_device, tmp_path):
-    from saejax.dictionaries import Dictionary, DictionaryConfig
-
-    lm = saejax.load_model(str(tiny_llama), mesh=one_device)
-    rng = np.random.default_rng(0)
-    W_dec_FxD = rng.normal(size=(32, 64)).astype(np.float32)
+def test_features_are_read_and_kept(lm, tmp_path):
+    W_dec_FxD = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
     config = DictionaryConfig(kind="standard", site="resid_post.1", d_in=64, n_features=32, centred=False)
     zeros = dict(b_enc_F=np.zeros(32, np.float32), b_dec_D=np.zeros(64, np.float32))
     dictionary = Dictionary(config, W_enc_DxF=W_dec_FxD.T, W_dec_FxD=W_dec_FxD, **zeros)

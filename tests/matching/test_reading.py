@@ -75,8 +75,7 @@ def shared_share(found, first=0, second=1):
     paired = np.flatnonzero(matched.partner_F >= 0)
     value_F = np.full(len(matched.partner_F), np.nan)
     value_F[paired] = np.einsum("fd,fd->f", rows[0][paired], rows[1][matched.partner_F[paired]])
-    scores = score(dataclasses.replace(matched, value_F=value_F), found.compared_features(first, second))
-    return scores
+    return score(dataclasses.replace(matched, value_F=value_F), found.compared_features(first, second))
 
 
 def planted(rng, tokens, features, rate):
@@ -84,7 +83,6 @@ def planted(rng, tokens, features, rate):
 
 
 def test_a_dictionary_shares_all_with_itself_and_rare_features_are_left_out(tmp_path):
-    """A defect of issue 50: features that fire once or never counted as pairs of value 0 (80 % of itself)."""
     rng = np.random.default_rng(0)
     rates = np.where(np.arange(24) < 16, 0.1, 0.004)
     f_NxF = planted(rng, TEXTS * TOKENS, 24, rates[None])
@@ -139,40 +137,35 @@ def test_two_models_of_other_widths_share_what_was_planted(tmp_path):
     assert measures_of(("decoder", "encoder", "activity"), *compared) == ["activity"]
 
 
+def described(fingerprint, number=0):
+    config = random_dictionary(16, 8, 0, fingerprint).config
+    return Compared(f"{fingerprint}{number}", Path(), config)
+
+
 def test_models_of_equal_width_are_compared_by_activity_alone():
-    """A defect of issue 50: directions of two models were compared where their widths are equal."""
-    first, second, unknown = (
-        Compared(name, Path(), random_dictionary(16, 8, 0, name).config) for name in ("a", "b", "")
-    )
-    assert measures_of(("decoder", "activity"), first, second) == ["activity"]
-    assert measures_of(("decoder",), first, second) == []
-    assert measures_of(("decoder",), first, first) == measures_of(("decoder",), first, unknown) == ["decoder"]
-
-
-def test_what_a_dictionary_shares_with_all_is_by_one_measure():
-    """Pairs of one model went by decoder and those of two by activity, in one figure."""
-    compared = [Compared(name, Path(), random_dictionary(16, 8, 0, name[0]).config) for name in ("a1", "a2", "b")]
+    """What a dictionary shares with all others is by one measure, too."""
+    first, same, second, unknown = described("a"), described("a", 1), described("b"), described("")
     measures = "decoder", "activity"
-    assert common_measure(measures, compared, [(0, 1), (0, 2)]) == "activity"
-    assert common_measure(measures, compared, [(0, 1)]) == "decoder"
+    assert measures_of(measures, first, second) == ["activity"] and measures_of(("decoder",), first, second) == []
+    assert measures_of(("decoder",), first, same) == measures_of(("decoder",), first, unknown) == ["decoder"]
+    assert common_measure(measures, [first, same, second], [(0, 1), (0, 2)]) == "activity"
+    assert common_measure(measures, [first, same, second], [(0, 1)]) == "decoder"
 
 
-def comparison(tmp_path, dictionaries, **settings):
+def comparison(tmp_path, dictionaries):
+    """A comparison of all pairs by their decoders."""
     compared = []
     for number, dictionary in enumerate(dictionaries):
         path = tmp_path / "train" / f"d{number}"
         save_dictionary(path, dictionary)
         compared.append(Compared(f"d{number}", path, dictionary.config))
-    unit = tmp_path / "transfer"
-    unit.mkdir(exist_ok=True)
-    configs = Configs(TransferConfig(**settings), MeshConfig())
-    run = SimpleNamespace(configs=configs, folder=unit, say=lambda line: None)
-    pairs = select_pairs(compared, 0, 0)
-    return Comparison(run, compared, pairs), compared
+    (tmp_path / "transfer").mkdir()
+    configs = Configs(TransferConfig(measures=("decoder",)), MeshConfig())
+    run = SimpleNamespace(configs=configs, folder=tmp_path / "transfer", say=lambda line: None)
+    return Comparison(run, compared, select_pairs(compared, 0, 0))
 
 
 def test_dead_features_do_not_dilute_decoder_scores(tmp_path):
-    """A defect of issue 50: identical dictionaries of which 40 % is dead, at random, had a PW-MCC of 0.72."""
     own, second = (random_dictionary(32, 200, seed) for seed in (0, 1))
     dead_F = np.arange(200) % 5 < 2
     rows = [np.asarray(one.W_dec_FxD[...]) for one in (own, second)]
@@ -181,7 +174,7 @@ def test_dead_features_do_not_dilute_decoder_scores(tmp_path):
         folder = tmp_path / "evaluate" / f"d{number}"
         folder.mkdir(parents=True)
         write_array(folder / "firing_rate.npy", np.where(dead_F, 0, 0.01).astype(np.float32))
-    made, _ = comparison(tmp_path, [own, copy], measures=("decoder",))
+    made = comparison(tmp_path, [own, copy])
     (pair,) = made.measure("000-d0", 0, lambda done, total: None).results
     scores = pair.measures["decoder"]
     assert scores.scores.matched.mean > 0.999 and scores.scores.shared.mean == 1
@@ -201,7 +194,7 @@ def test_dictionaries_are_dropped_after_use(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compared_file, "load_dictionary", counted)
     monkeypatch.setattr(transfer_run, "_ROW_BYTES", 5 * 24 * 16 * 4)
-    made, _ = comparison(tmp_path, [random_dictionary(16, 24, seed) for seed in range(12)], measures=("decoder",))
+    made = comparison(tmp_path, [random_dictionary(16, 24, seed) for seed in range(12)])
     for first in range(11):
         made.measure(f"{first:03d}-d{first}", first, lambda done, total: None)
     assert most[0] <= 3
@@ -209,19 +202,16 @@ def test_dictionaries_are_dropped_after_use(tmp_path, monkeypatch):
 
 
 def test_pairs_between_models_are_sampled():
-    compared = [Compared(f"d{n}", Path(), random_dictionary(8, 4, 0, "ab"[n % 2]).config) for n in range(8)]
+    compared = [described("ab"[number % 2], number) for number in range(8)]
     assert len(select_pairs(compared, 0, 0)) == 28
     pairs = select_pairs(compared, 5, 0)
-    across = [pair for pair in pairs if (pair[0] + pair[1]) % 2]
-    assert len(across) == 5 and len(pairs) == 12 + 5
+    assert len(pairs) == 12 + 5 == 12 + sum((first + second) % 2 for first, second in pairs)
 
 
 def test_where_nothing_fires_there_are_no_partners_and_no_figure(tmp_path):
     values_NxD = np.random.default_rng(0).normal(size=(TEXTS * TOKENS, 16)).astype(np.float32)
-    dead = random_dictionary(16, 24, 0, b_enc_F=np.full(24, -1e6, np.float32))
-    found, _ = made_reading(
-        tmp_path, (dead, values_NxD, read_of()), (random_dictionary(16, 24, 1), values_NxD, read_of())
-    )
+    dead, live = random_dictionary(16, 24, 0, b_enc_F=np.full(24, -1e6, np.float32)), random_dictionary(16, 24, 1)
+    found = made_reading(tmp_path, *((each, values_NxD, read_of()) for each in (dead, live)))[0]
     scores = shared_share(found)
     assert scores.matched.mean == scores.shared.mean == 0 and not found.compared_features(0, 1)[0].any()
 

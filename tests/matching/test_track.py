@@ -23,15 +23,15 @@ D, F = 64, 48
 CHAINS = [{0: 3, 1: 10, 2: 7, 3: 1}, {1: 20, 2: 30}, {2: 5, 3: 6}]  # layer -> feature, of one direction each
 
 
-def sae(lm, layer, W_dec_FxD, threshold=0.05, k=0, seed=0):
+def sae(lm, layer, W_dec_FxD, threshold=0.05, k=0):
     """An SAE whose encoder is its decoder's transpose."""
-    kind = "topk" if k else "standard"
     config = DictionaryConfig(
-        kind=kind, site=f"resid_post.{layer}", d_in=D, n_features=len(W_dec_FxD), k=k, centred=False,
-        model=lm.source.name, fingerprint=lm.source.fingerprint, max_norm=1e9,
+        kind="topk" if k else "standard", site=f"resid_post.{layer}", d_in=D, n_features=len(W_dec_FxD), k=k,
+        centred=False, model=lm.source.name, fingerprint=lm.source.fingerprint, max_norm=1e9,
     )  # fmt: skip
     arrays = dict(W_enc_DxF=W_dec_FxD.T, b_enc_F=np.full(len(W_dec_FxD), -threshold), W_dec_FxD=W_dec_FxD)
-    return Dictionary(config, **{n: np.asarray(a, np.float32) for n, a in (arrays | dict(b_dec_D=np.zeros(D))).items()})
+    arrays["b_dec_D"] = np.zeros(D)
+    return Dictionary(config, **{name: np.asarray(array, np.float32) for name, array in arrays.items()})
 
 
 def stack_of(*dictionaries):
@@ -125,20 +125,14 @@ def test_planted_steps_are_told_apart(identity_llama, by_token):
     assert firings.feature_A.tolist() == text.ids_T.tolist()  # each token is its own feature
     found = step_features(firings, text.segment_T, 100)
     for number, part in enumerate(text.segments):
-        inside, outside = (
-            {int(i) for i, s in zip(text.ids_T, text.segment_T, strict=True) if (s == number) == own}
-            for own in (True, False)
-        )
-        mine = {one.feature for one in found[number]}
-        assert inside - outside <= mine <= inside, part.name  # all that are nowhere else, and none that is not here
-    (of_war,) = (one for one in found[3] if one.feature == war)
-    assert (
-        of_war.mean
-        == of_war.contrast
-        == pytest.approx(
-            float(firings.value_A[text.ids_T == war].sum()) / (text.segments[3].stop - text.segments[3].start), rel=1e-5
-        )
-    )
+        inside, outside = (set(text.ids_T[(text.segment_T == number) == here].tolist()) for here in (True, False))
+        features = {each.feature for each in found[number]}
+        # All that are nowhere else, and none that is not here.
+        assert inside - outside <= features <= inside, part.name
+    (of_war,) = (each for each in found[3] if each.feature == war)
+    length = text.segments[3].stop - text.segments[3].start
+    mean = float(firings.value_A[text.ids_T == war].sum()) / length
+    assert of_war.mean == of_war.contrast == pytest.approx(mean, rel=1e-5)
 
 
 def made_tester(lm, dictionary, text, **changes):
@@ -192,24 +186,24 @@ def test_features_that_mean_nothing_are_rarely_said_to_matter(lm):
     assert np.mean(small) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(small))
 
 
-def test_sentences():
-    text = "Ann has 3.5 apples. “Two?” she asks!  1. Buy one.\nDone"
-    assert sentences(text) == ("Ann has 3.5 apples. ", "“Two?” ", "she asks!  ", "1. Buy one.\n", "Done")
-    assert "".join(sentences(text)) == text
-    assert sentences("我有三个苹果。她吃了一个。") == ("我有三个苹果。", "她吃了一个。")
-    assert sentences("एक सेब है। दो हैं।") == ("एक सेब है। ", "दो हैं।")
-    assert sentences("no end") == ("no end",)
-
-
-def test_abbreviations_end_no_sentence():
-    """A defect of issue 50: "Dr." was a step."""
-    text = "Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. They left. 5 vs. 4 apples etc. remained."
-    assert sentences(text) == (
-        "Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. ",
-        "They left. ",
-        "5 vs. 4 apples etc. remained.",
-    )
-    assert sentences("So it is Dr.\nNext") == ("So it is Dr.\n", "Next")
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ("Ann has 3.5 apples. ", "“Two?” ", "she asks!  ", "1. Buy one.\n", "Done"),
+        ("我有三个苹果。", "她吃了一个。"),
+        ("एक सेब है। ", "दो हैं।"),
+        ("no end",),
+        (
+            "Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. ",
+            "They left. ",
+            "5 vs. 4 apples etc. remained.",
+        ),
+        ("So it is Dr.\n", "Next"),
+    ],
+)
+def test_sentences(pieces):
+    """An abbreviation ends none: "Dr." once was a step."""
+    assert sentences("".join(pieces)) == pieces
 
 
 def test_prompts_of_other_scripts_and_of_one_token(lm):
@@ -221,31 +215,23 @@ def test_prompts_of_other_scripts_and_of_one_token(lm):
     assert step_features(firings, np.zeros(4, int), 3) == [[]]
 
 
-def test_the_answer_is_followed_where_it_stands_last(lm):
-    steps = ("The year was 1732. ", "So it is the year 1741.")
-    text = encode(lm, Problem("x", "When?", steps, " 1741"))
-    assert "".join(text.tokens[: text.position + 1]).endswith("the year") or text.tokens[text.position] == " "
-    assert text.ids_T[text.position + 1] == text.answer
-    assert encode(lm, Problem("x", "The capital of France is", (), " Paris")).answer == lm.token_id(" Paris")
-
-
 @pytest.mark.parametrize(
     ("steps", "answer", "before"),
     [
+        (("The year was 1732. ", "So it is the year 1741."), " 1741", "the year"),
         (("He has 12 coins. ", "They cost 1200 cents."), " 12", "He has"),
         (("She ate 12. ", "Now 12.5 and 3,012 and 112 are left."), " 12", "She ate"),
         (("The cat sat. ", "It concatenates."), " cat", "The"),
     ],
 )
-def test_the_answer_is_not_found_inside_a_number_or_word(lm, steps, answer, before):
-    """A defect of issue 50: " 12" was found in "1200"."""
+def test_the_answer_is_followed_where_it_stands_last_but_not_inside_a_number_or_word(lm, steps, answer, before):
     text = encode(lm, Problem("x", "How many?", steps, answer))
     assert "".join(text.tokens[: text.position + 1]).rstrip().endswith(before)
     assert text.ids_T[text.position + 1] == text.answer
+    assert encode(lm, Problem("x", "The capital of France is", (), " Paris")).answer == lm.token_id(" Paris")
 
 
 def test_rows_of_gsm8k_are_followed(tmp_path):
-    """A defect of issue 50: its field names were refused."""
     path = tmp_path / "test.jsonl"
     answer = "Ann sells 48/2 = <<48/2=24>>24 clips.\nShe sells 48+24 = <<48+24=72>>72.\n#### 72"
     path.write_text(json.dumps(dict(question="Ann sold 48 clips. How many?", answer=answer)))

@@ -123,27 +123,25 @@ def test_what_is_refused_in_one_line(tracked, tmp_path, capsys, changes, said):
     assert said in error and len(error.splitlines()) == 1
 
 
-def test_the_output_of_the_model_is_shown_and_followed(tracked, inputs, tmp_path):
+def follow_sentence(tracked, workdir, layers, *more):
+    """What is found of one sentence by dictionaries that are given by their folders."""
     folder, flags = tracked
+    folders = ",".join(str(folder / "run" / "train" / "topk" / f"resid_post.{i}") for i in range(layers))
+    flags = [*flags, "--track.prompts=", "--track.prompt=The river", f"--track.dictionaries={folders}", *more]
+    assert command.run(["track"], "", ["test", *flags, f"--workdir={workdir}"]) == 0
+    (found,) = load_results(workdir / "track" / "The-river").texts.values()
+    return found
+
+
+def test_one_sentence_at_one_layer_and_the_output_of_the_model(tracked, inputs, tmp_path):
+    found = follow_sentence(tracked, tmp_path / "one", 1)
+    assert found.links == 0 and [step.name for step in found.steps] == ["step 1"]
     lm = load_model(str(inputs[0]), dtype="float32")
     (written,) = lm.generate(lm.tokenize(["The river"]), 6)
-    folders = ",".join(str(folder / "run" / "train" / "topk" / f"resid_post.{i}") for i in range(2))
-    more = ["--track.prompts=", "--track.prompt=The river", f"--track.dictionaries={folders}", f"--workdir={tmp_path}"]
-    assert command.run(["track"], "", ["test", *flags, *more, "--track.generate=6"]) == 0
-    (found,) = load_results(tmp_path / "track" / "The-river").texts.values()
+    found = follow_sentence(tracked, tmp_path / "two", 2, "--track.generate=6")
     assert found.output == written.text.strip() and found.steps[0].name == "prompt"
     assert "".join(step.text for step in found.steps[1:]).replace(" ", "") == found.output.replace(" ", "")
-    text = (tmp_path / "track" / "The-river" / "track.txt").read_text()
-    assert "  output           " in text
-
-
-def test_one_layer_only_and_one_sentence(tracked, tmp_path, capsys):
-    folder, flags = tracked
-    one = folder / "run" / "train" / "topk" / "resid_post.0"
-    more = ["--track.prompts=", "--track.prompt=The river", f"--track.dictionaries={one}", f"--workdir={tmp_path}"]
-    assert command.run(["track"], "", ["test", *flags, *more]) == 0
-    (found,) = load_results(tmp_path / "track" / "The-river").texts.values()
-    assert found.links == 0 and [step.name for step in found.steps] == ["step 1"]
+    assert "  output           " in (tmp_path / "two" / "track" / "The-river" / "track.txt").read_text()
 
 
 def write_page_with_a_chain(unit, page):

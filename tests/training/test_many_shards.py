@@ -1,7 +1,6 @@
 """A store of more shards than a process may have files open."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "activations"))
 import known_store
-from runs import ROOT
+from runs import finish, start
 
 SHARDS, FILES = 5000, 256
 TRAIN = f"""
@@ -31,10 +30,7 @@ print("trained", run_train(run).steps)
 def test_a_store_of_more_shards_than_files_may_be_open_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)  # of 25,000 small files
     lengths = known_store.LENGTHS * (2 * SHARDS // sum(known_store.LENGTHS) + 1)
-    known = known_store.write(tmp_path / "store", shard_rows=2, lengths=lengths)
-    assert known.store.manifest.shards >= SHARDS
+    written = known_store.write(tmp_path / "store", shard_rows=2, lengths=lengths)
+    assert written.store.manifest.shards >= SHARDS
     (tmp_path / "run").mkdir()
-    command = [sys.executable, "-c", TRAIN, str(tmp_path / "store"), str(tmp_path / "run")]
-    variables = os.environ | dict(JAX_NUM_CPU_DEVICES="1")
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0 and "trained 8" in done.stdout, done.stderr[-2000:]
+    assert "trained 8" in finish(start(TRAIN, [str(tmp_path / "store"), str(tmp_path / "run")]))
