@@ -84,12 +84,7 @@ def check(workdir, kind, entry, written):
     error = np.square(y - np.asarray(dictionary(x), np.float64)).sum() / np.square(y - y.mean(0)).sum()
     np.testing.assert_allclose(entry.explained_variance, 1 - error, rtol=1e-3)
     assert entry.tokens == len(rows) and entry.sinks.max_norm == store.max_norm(entry.site)
-    for measure, floor in (("ce", "mean"), ("ce", "zero"), ("kl", "mean"), ("kl", "zero")):
-        losses, loss = getattr(entry, measure), vars(getattr(entry, measure))[f"{floor}_ablated"]
-        share = (loss - losses.reconstructed) / (loss - losses.clean) if loss > losses.clean else None
-        assert getattr(entry, f"{measure}_recovered_{floor}") == share
     assert 0 < entry.ce.clean < 12 and entry.kl.clean == 0 < entry.kl.reconstructed
-    assert {"mean", "near", "max"} < set(vars(entry.decoder_neighbours))
 
 
 def test_a_stack_stopped_and_gone_on_with(workdir, make_run, tmp_path, monkeypatch):

@@ -36,26 +36,21 @@ def records(tmp_path_factory):
     return planted.describe(folder / "own", store, dictionary, EXAMPLES, draws=1)
 
 
-def test_the_strongest_contexts_are_the_same(records):
+def test_firing_rates_and_the_strongest_contexts_are_the_same(records):
     """The tool shows the strongest tokens, we the strongest of each document; order, places and activations."""
-    shown = 0
-    for own, made in zip(records, MADE["features"], strict=True):
-        first = {one["text"]: one for one in reversed(made["top"])}  # a text's strongest
-        ranked = [one for one in made["top"] if first[one["text"]] is one][:EXAMPLES]
-        examples = own["examples"][: len(ranked)]
-        assert [(e["document"], e["position"]) for e in examples] == [(o["text"], o["position"]) for o in ranked]
-        for example, one in zip(examples, ranked, strict=True):
+    shown, tokens = 0, np.array(MADE["ids"]).size
+    for ours, theirs in zip(records, MADE["features"], strict=True):
+        density = float(theirs["title"].split("= ")[1].rstrip("%"))
+        assert 100 * ours["fires"] / tokens == pytest.approx(density, abs=6e-4)
+        first = {context["text"]: context for context in reversed(theirs["top"])}  # a text's strongest
+        ranked = [context for context in theirs["top"] if first[context["text"]] is context][:EXAMPLES]
+        examples = ours["examples"][: len(ranked)]
+        assert [(e["document"], e["position"]) for e in examples] == [(c["text"], c["position"]) for c in ranked]
+        for example, context in zip(examples, ranked, strict=True):
             start = example["position"] - example["peak"]
             for step, (piece, act) in enumerate(zip(example["tokens"], example["acts"], strict=True), start):
                 if step:  # the tool leaves out the first token
-                    assert piece == planted.TEXTS[one["ids"][step - 1]]
-                    assert (act or 0.0) == pytest.approx(one["acts"][step - 1], rel=6e-3, abs=1e-4)
+                    assert piece == planted.TEXTS[context["ids"][step - 1]]
+                    assert (act or 0.0) == pytest.approx(context["acts"][step - 1], rel=6e-3, abs=1e-4)
         shown += len(ranked)
     assert shown > 40
-
-
-def test_they_fire_as_often(records):
-    tokens = np.array(MADE["ids"]).size
-    for own, made in zip(records, MADE["features"], strict=True):
-        density = float(made["title"].split("= ")[1].rstrip("%"))
-        assert 100 * own["fires"] / tokens == pytest.approx(density, abs=6e-4)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import trained_stack
 from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
 from saejax import load_results
@@ -17,19 +18,13 @@ from saejax.matching.transfer.summary import FeaturePairs
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
-SITES = "resid_post.0,resid_post.1"
 
 
 @pytest.fixture(scope="module")
 def workdir(inputs, tmp_path_factory):
-    """A workdir with a stack of two layers and two sizes of k; the flags of its run."""
-    folder = tmp_path_factory.mktemp("transfer")
-    flags = runs.small_flags(
-        *inputs, folder, capture__sites=SITES, train__sites=SITES, train__k="4,8", train__kinds="topk",
-        train__epochs=10, task__behaviours="", transfer__dictionaries="topk", transfer__tokens=600,
-        transfer__measures="decoder,encoder,activity", analysis__batch_tokens=128,
-    )  # fmt: skip
-    assert command.run(["capture", "train", "transfer"], "", ["test", *flags]) == 0
+    changes = dict(transfer__tokens=600, transfer__measures="decoder,encoder,activity")
+    folder, flags = trained_stack.copy(inputs, tmp_path_factory, transfer__dictionaries="topk", **changes)
+    assert command.run(["transfer"], "", ["test", *flags]) == 0
     return folder, flags
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import Mesh
 from small_stacks import first_device
 
@@ -57,11 +58,16 @@ class PlantedStore:
         return self._values[site][rows]
 
 
-def trained(kind: str, steps: int = STEPS, mesh: Mesh | None = None, **changes) -> tuple[Dictionary, PlantedStore]:
-    """A crosscoder of the planted models, and the store with joined values."""
+@pytest.fixture(scope="module")
+def store():
+    """Joined values of both models."""
+    return with_joined(PlantedStore(), [SITE])
+
+
+def trained(store, kind: str, steps: int = STEPS, mesh: Mesh | None = None, **changes) -> Dictionary:
+    """A crosscoder of the planted models."""
     usual = dict(sites=(SITE,), batch=BATCH, learning_rate=(3e-3,), k=(2,), clip=0.0, expansion=1, dead_tokens=50_000)
     config = TrainConfig(**usual | changes)
-    store = with_joined(PlantedStore(), [SITE])
     members = make_members(config, kind, config.sites)
     dictionary = dataclasses.replace(describe_stack(config, kind, store, members), n_features=48)
     scales = estimate_scales(store, config, [(SITE, SITE)] * len(members))
@@ -72,7 +78,7 @@ def trained(kind: str, steps: int = STEPS, mesh: Mesh | None = None, **changes) 
         raw = jax.device_put(store.read(SITE, rows)[None], stack.batch_sharding)
         state, metrics = train_step(state, stack.hyperparams, (raw,))
         jax.block_until_ready(metrics)
-    return finish_dictionary(stack, state, 0), store
+    return finish_dictionary(stack, state, 0)
 
 
 def f1(chosen_F: np.ndarray, correlation_FxJ: np.ndarray, label: int) -> float:
@@ -82,11 +88,11 @@ def f1(chosen_F: np.ndarray, correlation_FxJ: np.ndarray, label: int) -> float:
     return 2 * precision * recall / max(precision + recall, 1e-9)
 
 
-def test_batchtopk_separates_shared_and_private_features_and_l1_makes_private_ones_of_weak_shared_ones():
+def test_batchtopk_separates_shared_and_private_features_and_l1_makes_private_ones_of_weak_shared_ones(store):
     """Complete shrinkage: what the first model has at 0.3 costs the penalty more than it is worth."""
     private_of_shared = {}
     for kind, changes in (("batchtopk", {}), ("standard", dict(l1=(4.0,)))):
-        dictionary, store = trained(kind, **changes)
+        dictionary = trained(store, kind, **changes)
         norm_PxF = part_norms(np.asarray(dictionary.W_dec_FxD[...]), WIDTHS)
         np.testing.assert_allclose(norm_PxF.sum(0), 1, rtol=1e-5)
         rows = store.rows("held_out", SITE)
@@ -104,17 +110,13 @@ def test_batchtopk_separates_shared_and_private_features_and_l1_makes_private_on
     assert private_of_shared["batchtopk"] == 0 and private_of_shared["standard"] >= WEAK // 2
 
 
-def test_on_eight_devices_it_is_the_same():
-    for kind in ("batchtopk", "standard"):
-        alone, _ = trained(kind, steps=12)
-        spread, _ = trained(kind, steps=12, mesh=make_mesh(MeshConfig(data=4, model=2)))
-        for name, array in alone.arrays.items():
-            np.testing.assert_allclose(np.asarray(spread.arrays[name]), array, atol=2e-5, err_msg=f"{kind} {name}")
-
-
-def test_parts_of_joined_values_come_to_one_mean_norm():
-    dictionary, store = trained("batchtopk", steps=2)
+def test_parts_come_to_one_mean_norm_and_on_eight_devices_it_is_the_same(store):
     x_NxD = store.read(SITE, store.rows("train", SITE))
     norms = [np.linalg.norm(part, axis=1).mean() for part in np.split(x_NxD, [WIDTHS[0]], axis=1)]
     np.testing.assert_allclose(norms, np.sqrt(sum(WIDTHS) / 2), rtol=1e-4)
-    assert dictionary.config.widths == WIDTHS and len(dictionary.config.scales) == 2
+    for kind in ("batchtopk", "standard"):
+        alone = trained(store, kind, steps=12)
+        spread = trained(store, kind, steps=12, mesh=make_mesh(MeshConfig(data=4, model=2)))
+        assert alone.config.widths == WIDTHS and len(alone.config.scales) == 2
+        for name, array in alone.arrays.items():
+            np.testing.assert_allclose(np.asarray(spread.arrays[name]), array, atol=2e-5, err_msg=f"{kind} {name}")
