@@ -62,8 +62,7 @@ def check(scores, dictionary: Dictionary, x, y):
     assert sum(histogram.counts) + histogram.never == F
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [(100,), (64, 1, 35)])
+@pytest.mark.parametrize(("kind", "sizes"), [*((kind, (64, 1, 35)) for kind in KINDS), ("topk", (100,))])
 def test_scores_by_formula_whatever_the_blocks(kind, sizes):
     dictionary, x = make(kind), activations()
     blocks = [[block] for block in np.split(x, np.cumsum(sizes)[:-1])]

@@ -30,8 +30,9 @@ def make(kind: str) -> Dictionary:
     return Dictionary(config, **{name: np.asarray(array, np.float32) for name, array in arrays.items()})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, model=4)])
+@pytest.mark.parametrize(
+    ("kind", "mesh"), [*((kind, MeshConfig(data=2, model=4)) for kind in KINDS), ("topk", MeshConfig(data=8))]
+)
 def test_firings_are_those_of_the_dense_activations(store, tmp_path, kind, mesh, monkeypatch):
     monkeypatch.setattr(firings, "ROOM", 2**11)  # several calls for a batch
     monkeypatch.setattr(firings, "_MOST", 3000)  # several blocks of a file
