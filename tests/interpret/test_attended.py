@@ -3,6 +3,8 @@
 import numpy as np
 import planted
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from saejax.interpret.attended import CLASSES, SHIFTS, HeadShares
 from saejax.interpret.firings import Block
@@ -19,36 +21,32 @@ def made(tmp_path_factory, tiny_llama):
     return store, text, HeadShares(lm, store.documents, text, 2, 100_000)
 
 
-def shares_of(weights_TxT, ids):
-    """A head's shares on the classes of every token, by loops; [T, C]."""
-    found = np.zeros((LENGTH, len(CLASSES)))
+def holds_of(ids):
+    """Which classes hold of a token and one that it looks at, by loops; [T, S, C]."""
+    holds = np.zeros((LENGTH, LENGTH, len(CLASSES)))
     for t in range(LENGTH):
         for s in range(t + 1):
             age = t - s
-            holds = [age == 0, age == 1, 2 <= age < 8, age >= 8, s == 0, age > 0 and ids[s] == ids[t],
-                     age > 0 and s > 0 and ids[s - 1] == ids[t], ids[s] in (380, 381, 383)]  # fmt: skip
-            found[t] += weights_TxT[t, s] * np.array(holds)
-    return found
+            holds[t, s] = [age == 0, age == 1, 2 <= age < 8, age >= 8, s == 0, age > 0 and ids[s] == ids[t],
+                           age > 0 and s > 0 and ids[s - 1] == ids[t], ids[s] in (380, 381, 383)]  # fmt: skip
+    return holds
 
 
 def test_shares_equal_those_of_transformers(made, tiny_llama):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     store, _, heads = made
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="eager", dtype=torch.float64)
-    train = range(45)  # the last fourth is held out
-    every = []
+    train, shares = range(45), []  # the last fourth is held out
     for document in train:
         ids = store.documents[document]
-        given = model(torch.tensor(ids[None].astype(np.int64)), output_attentions=True).attentions
-        own = [shares_of(weights.detach().numpy(), ids) for layer in given[:2] for weights in layer[0]]
-        every.append(np.stack(own, axis=1).reshape(LENGTH, -1)[1:])
-    every = np.array(every).reshape(-1, every[0].shape[-1])
+        attentions = model(torch.tensor(ids[None].astype(np.int64)), output_attentions=True).attentions[:2]
+        weights_HxTxS = torch.cat([layer[0] for layer in attentions]).detach().numpy()
+        of_document = np.einsum("hts,tsc->thc", weights_HxTxS, holds_of(ids))
+        shares.append(of_document.reshape(LENGTH, -1)[1:])
+    shares = np.concatenate(shares)
     rows = heads._row[np.concatenate([store.documents.starts_N[d] + np.arange(1, LENGTH) for d in train])]
-    assert sorted(rows) == list(range(len(every)))
-    spread = every.std(axis=0)
-    expected = np.where(spread > 1e-6, (every - every.mean(axis=0)) / np.maximum(spread, 1e-6), 0)
+    assert sorted(rows) == list(range(len(shares)))
+    spread = shares.std(axis=0)
+    expected = np.where(spread > 1e-6, (shares - shares.mean(axis=0)) / np.maximum(spread, 1e-6), 0)
     np.testing.assert_allclose(heads._shares_NxM[rows], expected, atol=2e-3)
 
 

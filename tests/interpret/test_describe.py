@@ -8,7 +8,6 @@ import planted
 import pytest
 
 from saejax.interpret import firings, neighbours, records
-from saejax.interpret.contexts import AFTER, BEFORE
 from saejax.interpret.firings import Block
 from saejax.interpret.records import BINS, GROUPS, LOWEST
 
@@ -39,28 +38,6 @@ def test_counts_histogram_and_positions(made):
         for position in dense.position[dense.f[:, i] > 0].tolist():
             places[position.bit_length()] += 1
         assert one["positions"] == places
-
-
-def test_strongest_contexts_come_first_from_different_documents(made):
-    store, *_, records, dense = made
-    for i, one in enumerate(records):
-        if not one["fires"]:
-            continue
-        best = {}
-        for value, document, position in zip(dense.f[:, i], dense.document, dense.position, strict=True):
-            if value > 0:
-                best[int(document)] = max(best.get(int(document), (0, 0)), (value, int(position)))
-        expected = sorted(best.items(), key=lambda item: -item[1][0])[:5]
-        assert [(e["document"], e["position"]) for e in one["examples"]] == [(d, p) for d, (_, p) in expected]
-        for example in one["examples"]:
-            ids = store.documents[example["document"]]
-            start = max(0, example["position"] - BEFORE)
-            shown = range(start, min(len(ids), example["position"] + AFTER + 1))
-            assert example["tokens"] == [planted.TEXTS[ids[at]] for at in shown]
-            assert example["peak"] == example["position"] - start
-            acts = {int(p): f for p, f, d in zip(dense.position, dense.f[:, i], dense.document, strict=True)
-                    if d == example["document"]}  # fmt: skip
-            np.testing.assert_allclose(example["acts"], [acts[at] for at in shown], rtol=6e-3, atol=1e-6)
 
 
 def test_draws_are_those_of_the_largest_priority_in_each_tenth(made):

@@ -21,42 +21,34 @@ def fewer_permutations(monkeypatch):
     monkeypatch.setattr(importance, "_PERMUTATIONS", 199)
 
 
-def features(acts_NxF, importance_F, placebo_RxF, step=1):
-    """Features of a model whose tokens end at every ``step``-th character of one text."""
-    count = len(acts_NxF)
-    return ItemFeatures(
-        ids=("1",),
-        activity=Activity(sparse.csr_array(acts_NxF.astype(np.float32)), np.ones(count, bool)),
-        text_N=np.zeros(count, np.int64),
-        end_N=np.arange(1, count + 1) * step,
-        importance_F=importance_F,
-        placebo_RxF=placebo_RxF,
-    )
-
-
-def firings(rng, count):
-    """Sparse activations, of features that fire on 2 to 10 % of the tokens."""
-    fires_NxF = rng.random((TOKENS, count)) < rng.uniform(0.02, 0.1, count)
-    return fires_NxF * rng.lognormal(0, 0.5, (TOKENS, count))
-
-
 def pair(seed, shared, agree=0.9):
     """Two models of which ``shared`` features are the same, in another order, and agree on importance.
 
-    What fires often is important for every answer, in both models.
+    Features fire on 2 to 10 % of the tokens. What fires often is important for every answer, in both models.
     """
     rng = np.random.default_rng(seed)
-    common_NxK, common_K = firings(rng, shared), rng.normal(size=shared)
+
+    def firings(count):
+        fires_NxF = rng.random((TOKENS, count)) < rng.uniform(0.02, 0.1, count)
+        return fires_NxF * rng.lognormal(0, 0.5, (TOKENS, count))
+
+    common_NxK, common_K = firings(shared), rng.normal(size=shared)
     models = []
     for _ in range(2):
         noise_NxK = common_NxK * rng.lognormal(0, 0.3, common_NxK.shape)
-        acts_NxF = np.concatenate([noise_NxK, firings(rng, FEATURES - shared)], axis=1)
-        own_F = rng.normal(size=FEATURES)
-        own_F[:shared] = agree * common_K + np.sqrt(1 - agree**2) * own_F[:shared]
-        order_F = rng.permutation(FEATURES)
-        often_F = (acts_NxF > 0).mean(axis=0)
-        placebo_RxF = 5 * often_F + rng.normal(size=(19, FEATURES))
-        models.append(features(acts_NxF[:, order_F], (own_F + 5 * often_F)[order_F], placebo_RxF[:, order_F]))
+        acts_NxF = np.concatenate([noise_NxK, firings(FEATURES - shared)], axis=1)
+        importance_F = rng.normal(size=FEATURES)
+        importance_F[:shared] = agree * common_K + np.sqrt(1 - agree**2) * importance_F[:shared]
+        often_F, order_F = (acts_NxF > 0).mean(axis=0), rng.permutation(FEATURES)
+        model = ItemFeatures(
+            ids=("1",),
+            activity=Activity(sparse.csr_array(acts_NxF[:, order_F].astype(np.float32)), np.ones(TOKENS, bool)),
+            text_N=np.zeros(TOKENS, np.int64),
+            end_N=np.arange(1, TOKENS + 1),
+            importance_F=(importance_F + 5 * often_F)[order_F],
+            placebo_RxF=(5 * often_F + rng.normal(size=(19, FEATURES)))[:, order_F],
+        )
+        models.append(model)
     return models
 
 

@@ -26,6 +26,7 @@ from saejax.settings import MeshConfig
 from saejax.stages.transfer import TransferConfig
 
 SITE, TEXTS, TOKENS = "resid_post.0", 60, 20
+TEXT_N, END_N = np.repeat(np.arange(TEXTS), TOKENS), np.tile(np.arange(1, TOKENS + 1), TEXTS)
 
 
 def random_dictionary(width, features, seed, fingerprint="a", **changes):
@@ -44,27 +45,24 @@ def reader(rows_FxD, fingerprint, threshold=0.5):
     return random_dictionary(width, count, 0, fingerprint, b_dec_D=jnp.zeros(width), **arrays)
 
 
-def made_reading(folder, *parts, **settings):
+def made_reading(folder, *parts):
     """A reading of dictionaries: (dictionary, values [N, D], tokens as their model reads them)."""
-    found, reads, norms = [], {}, {}
+    compared, reads, norms = [], {}, {}
     (folder / "text").mkdir(parents=True)
     for number, (dictionary, values_NxD, read) in enumerate(parts):
-        path = folder / "train" / f"d{number}" / "dictionary"
+        path, fingerprint = folder / "train" / f"d{number}" / "dictionary", dictionary.config.fingerprint
         save_dictionary(path, dictionary)
-        found.append(Compared(f"d{number}", path, dictionary.config))
-        reads[dictionary.config.fingerprint] = read
-        norms[dictionary.config.fingerprint, SITE] = 50.0
+        compared.append(Compared(f"d{number}", path, dictionary.config))
+        reads[fingerprint] = read
+        norms[fingerprint, SITE] = 50.0
         encode(dictionary, values_NxD, 64).save(folder / "text" / f"activity-{number:04d}.npz")
-        np.save(folder / "text" / f"values-{dictionary.config.fingerprint}-{SITE}.npy", values_NxD)
-    run = SimpleNamespace(configs=Configs(TransferConfig(**settings)), folder=folder)
-    return Reading(run, found, make_mesh(), SharedText(folder / "text", reads, norms)), found
+        np.save(folder / "text" / f"values-{fingerprint}-{SITE}.npy", values_NxD)
+    run = SimpleNamespace(configs=Configs(TransferConfig()), folder=folder)
+    return Reading(run, compared, make_mesh(), SharedText(folder / "text", reads, norms))
 
 
-def read_of(ends=None):
+def read_of(text_N=TEXT_N, end_N=END_N):
     """Texts of twenty tokens, of which each ends a character further, or at given places."""
-    text_N = np.repeat(np.arange(TEXTS), TOKENS)
-    end_N = np.tile(np.arange(1, TOKENS + 1), TEXTS) if ends is None else ends[1]
-    text_N = text_N if ends is None else ends[0]
     return ReadText((np.arange(TOKENS),) * TEXTS, 0, text_N, end_N)
 
 
@@ -88,7 +86,7 @@ def test_a_dictionary_shares_all_with_itself_and_rare_features_are_left_out(tmp_
     f_NxF = planted(rng, TEXTS * TOKENS, 24, rates[None])
     rows_FxD = rng.normal(size=(24, 32))
     part = reader(rows_FxD, "a"), (f_NxF @ rows_FxD).astype(np.float32), read_of()
-    found, _ = made_reading(tmp_path, part, part)
+    found = made_reading(tmp_path, part, part)
     scores, (first_F, second_G) = shared_share(found), found.compared_features(0, 1)
     assert scores.shared.mean == 1 and scores.matched.mean > 0.999
     halves = [f_NxF[read_of().text_N % 2 == half] > 0 for half in (0, 1)]
@@ -102,24 +100,15 @@ def test_a_split_in_five_percent_of_the_words_leaves_a_match_above_nine_tenths(t
     """The other side has one token more where a word is split; both parts carry noise of their own."""
     rng = np.random.default_rng(1)
     f_NxF, rows_FxD = planted(rng, TEXTS * TOKENS, 16, 0.1), rng.normal(size=(16, 24))
-    split_N = rng.random(len(f_NxF)) < 0.05
     first = read_of()
-    text_N, end_N, source_N = [], [], []
-    for number, split in enumerate(split_N):
-        end = 2 * first.end_N[number]
-        for offset in [1, 0] if split else [0]:
-            text_N.append(first.text_N[number])
-            end_N.append(end - offset)
-            source_N.append(number if offset == 0 else -1)
-    source_N = np.array(source_N)
-    g_NxF = np.where((source_N >= 0)[:, None], f_NxF[source_N], planted(rng, len(source_N), 16, 0.1))
+    source_M = np.repeat(np.arange(len(f_NxF)), 1 + (rng.random(len(f_NxF)) < 0.05))
+    is_start_M = np.r_[source_M[1:] == source_M[:-1], False]  # of a token that is split
+    g_NxF = np.where(is_start_M[:, None], planted(rng, len(source_M), 16, 0.1), f_NxF[source_M])
     doubled = dataclasses.replace(first, end_N=2 * first.end_N)
+    second = read_of(first.text_N[source_M], doubled.end_N[source_M] - is_start_M)
     values = [(f @ rows_FxD + 0.05 * rng.normal(size=(len(f), 24))).astype(np.float32) for f in (f_NxF, g_NxF)]
-    found, _ = made_reading(
-        tmp_path,
-        (reader(rows_FxD, "a"), values[0], doubled),
-        (reader(rows_FxD, "b"), values[1], read_of((np.array(text_N), np.array(end_N)))),
-    )
+    parts = [(reader(rows_FxD, "a"), values[0], doubled), (reader(rows_FxD, "b"), values[1], second)]
+    found = made_reading(tmp_path, *parts)
     scores = shared_share(found)
     assert scores.shared.mean > 0.9 and scores.matched.mean > 0.9 and found.tokens(0, 1) == len(f_NxF)
 
@@ -132,9 +121,7 @@ def test_two_models_of_other_widths_share_what_was_planted(tmp_path):
     for width, fingerprint, own in zip((32, 48), "ab", private, strict=True):
         rows_FxD, f_NxF = rng.normal(size=(24, width)), np.concatenate([common, own], axis=1)
         parts.append((reader(rows_FxD, fingerprint), (f_NxF @ rows_FxD).astype(np.float32), read_of()))
-    found, compared = made_reading(tmp_path, *parts)
-    assert abs(shared_share(found).shared.mean - 0.5) < 0.1
-    assert measures_of(("decoder", "encoder", "activity"), *compared) == ["activity"]
+    assert abs(shared_share(made_reading(tmp_path, *parts)).shared.mean - 0.5) < 0.1
 
 
 def described(fingerprint, number=0):
@@ -211,7 +198,7 @@ def test_pairs_between_models_are_sampled():
 def test_where_nothing_fires_there_are_no_partners_and_no_figure(tmp_path):
     values_NxD = np.random.default_rng(0).normal(size=(TEXTS * TOKENS, 16)).astype(np.float32)
     dead, live = random_dictionary(16, 24, 0, b_enc_F=np.full(24, -1e6, np.float32)), random_dictionary(16, 24, 1)
-    found = made_reading(tmp_path, *((each, values_NxD, read_of()) for each in (dead, live)))[0]
+    found = made_reading(tmp_path, *((each, values_NxD, read_of()) for each in (dead, live)))
     scores = shared_share(found)
     assert scores.matched.mean == scores.shared.mean == 0 and not found.compared_features(0, 1)[0].any()
 
