@@ -1,7 +1,7 @@
 """Runs of wandb hold what metrics.jsonl holds."""
 
 import sys
-import types
+from unittest.mock import MagicMock
 
 import pytest
 from small_runs import STEPS, go, make_stack
@@ -11,50 +11,24 @@ from saejax.settings import TrainConfig
 from saejax.training.metrics import Wandb
 
 
-class FakeWandb(types.ModuleType):
-    """Records what it is given."""
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.runs, self.logged, self.finished = [], [], 0
-
-    def Settings(self, **settings):
-        return settings
-
-    def init(self, **given):
-        self.runs.append(given)
-        return self
-
-    def log(self, values, step):
-        self.logged.append((step, values))
-
-    def finish(self):
-        self.finished += 1
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    module = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    return module
-
-
-def test_wandb_takes_every_record(tmp_path, wandb):
-    unit = tmp_path / "train" / "topk"
+def test_wandb_takes_every_record(tmp_path, monkeypatch):
+    wandb, unit = MagicMock(), tmp_path / "train" / "topk"
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     unit.mkdir(parents=True)
     (unit / "started.json").write_text("{}")
-    config = TrainConfig(wandb="people/saes", expansions=(2, 4))
-    narrow, wide = config.each_expansion()
-    for each in (narrow, narrow, wide):
-        with Wandb(each, unit, "topk") as writer:
+    narrow, wide = TrainConfig(wandb="people/saes", expansions=(2, 4)).each_expansion()
+    for config in (narrow, narrow, wide):
+        with Wandb(config, unit, "topk") as writer:
             pass
-    first, again, second = wandb.runs
+    first, again, second = (call.kwargs for call in wandb.init.call_args_list)
     assert (first["entity"], first["project"], first["name"]) == ("people", "saes", "topk")
     assert first["id"] == again["id"] != second["id"] and first["resume"] == "allow" and first["config"]["k"] == [32]
     assert first["dir"] == second["dir"] == str(tmp_path)
+    run = wandb.init.return_value
     go(tmp_path, make_stack(k=(2, 4), log_every=6), wandb=writer)
-    assert [step for step, _ in wandb.logged] == [6, 6, STEPS, STEPS] and wandb.finished == 3
-    assert "k2/loss" in wandb.logged[0][1] and "k4/loss" in wandb.logged[1][1]
+    assert [call.kwargs["step"] for call in run.log.call_args_list] == [6, 6, STEPS, STEPS]
+    assert run.finish.call_count == 3
+    assert all(f"k{k}/loss" in call.args[0] for k, call in zip((2, 4), run.log.call_args_list, strict=False))
 
 
 def test_a_missing_package_is_one_clear_line(tmp_path, monkeypatch):
