@@ -36,16 +36,8 @@ def test_of_very_many_features_some_are_looked_at(monkeypatch, blocks):
     for start in range(0, 5 * blocks, 5):
         places = [at for at in range(33) if np.allclose(whole_F[at : at + 5], cosine_N[start : start + 5], atol=1e-6)]
         assert places, "each block is one of the whole"
-    told = neighbours.summary(cosine_N, 37)
-    assert told is not None and told.looked_at == 5 * blocks
-
-
-def test_the_summary():
-    told = neighbours.summary(np.array([0.0] * 50 + [0.5] * 40 + [0.95] * 10, np.float32), 100)
-    assert vars(told) == dict(
-        mean=pytest.approx(0.295), median=0.25, p90=pytest.approx(0.545), p99=pytest.approx(0.95),
-        max=pytest.approx(0.95), near=0.1, looked_at=None,
-    )  # fmt: skip
+    summary = neighbours.summary(cosine_N, 37)
+    assert summary is not None and summary.looked_at == 5 * blocks
 
 
 def test_one_feature_has_no_neighbour():

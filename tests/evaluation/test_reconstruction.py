@@ -1,7 +1,5 @@
 """Held-out scores against a plain fp64 computation."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,14 +118,6 @@ def test_bfloat16_activations_and_a_token_of_zeros():
     wide = low.astype(np.float64)
     cosine = [(wide[i] @ y_hat[i]) / np.linalg.norm(wide[i]) / np.linalg.norm(y_hat[i]) for i in (0, 2)]
     np.testing.assert_allclose(scores.cosine, sum(cosine) / 3, rtol=1e-4)
-
-
-def test_members_keep_their_own_sink_rule_out_of_the_program():
-    first = make("standard")
-    second = Dictionary(dataclasses.replace(first.config, site="resid_post.2", max_norm=3.0), **first.arrays)
-    scores = reconstruct([first, second], [[activations()]], make_mesh(), batch=64)
-    assert scores[0].explained_variance == scores[1].explained_variance
-    np.testing.assert_array_equal(scores[0].firing_rate_F, scores[1].firing_rate_F)
 
 
 def test_what_cannot_be_scored():

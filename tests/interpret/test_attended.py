@@ -65,8 +65,8 @@ def test_correlations_and_the_bar_equal_plain_ones(made):
     value = np.maximum(rng.normal(size=(len(places), 5)) - 1, 0)
     value[:, 0] = np.maximum(shares[:, 3] + 0.1 * value[:, 0], 0)  # goes with column 3
     value[30:, 4] = 0  # fires too seldom
-    told = heads.of(block_of(places, value))
-    assert told[4] is None
+    described = heads.of(block_of(places, value))
+    assert described[4] is None
     for i in range(4):
         grid = value[:, i].reshape(documents, -1)
         nulls = [np.roll(grid, shift, axis=0).reshape(-1) for shift in range(1, SHIFTS + 1)]
@@ -75,17 +75,19 @@ def test_correlations_and_the_bar_equal_plain_ones(made):
         def correlations(f, live=live):
             return np.array([np.corrcoef(f, a)[0, 1] if ok else 0 for a, ok in zip(shares.T, live, strict=True)])
 
-        assert told[i]["bar"] == pytest.approx(max(np.abs(correlations(f)).max() for f in nulls), rel=5e-3)
+        assert described[i]["bar"] == pytest.approx(max(np.abs(correlations(f)).max() for f in nulls), rel=5e-3)
         own = correlations(value[:, i])
-        expected = [r for r in own[np.argsort(-np.abs(own))][:4] if abs(r) > told[i]["bar"]]
-        assert [row[-1] for row in told[i]["heads"]] == pytest.approx(expected, rel=1e-2)
-    layer, head, which, _ = told[0]["heads"][0]
-    assert (layer * heads._heads + head) * len(CLASSES) + CLASSES.index(which) in (3, 4) or told[0]["heads"][0][3] > 0.9
+        expected = [r for r in own[np.argsort(-np.abs(own))][:4] if abs(r) > described[i]["bar"]]
+        assert [row[-1] for row in described[i]["heads"]] == pytest.approx(expected, rel=1e-2)
+    layer, head, which, _ = described[0]["heads"][0]
+    assert (layer * heads._heads + head) * len(CLASSES) + CLASSES.index(which) in (3, 4) or described[0]["heads"][0][
+        3
+    ] > 0.9
 
 
 def test_features_that_go_with_nothing_are_told_so(made):
     _, _, heads = made
     places = np.flatnonzero(heads._row >= 0)
     value = np.maximum(np.random.default_rng(1).normal(size=(len(places), 600)) - 1.2, 0)
-    told = heads.of(block_of(places, value))
-    assert np.mean([bool(one["heads"]) for one in told]) < 0.08  # 5 % are expected
+    described = heads.of(block_of(places, value))
+    assert np.mean([bool(one["heads"]) for one in described]) < 0.08  # 5 % are expected

@@ -29,8 +29,8 @@ def test_the_search_finds_the_best_of_all_sets(monkeypatch):
         sets = [some for n in (1, 2, 3) for some in itertools.combinations(range(7), n)]
         scores = {}
         for some in sets:
-            said = np.isin(code, some)
-            scores[some] = 2 * np.sum(said & fires[:, i]) / (said.sum() + fires[:, i].sum())
+            claimed = np.isin(code, some)
+            scores[some] = 2 * np.sum(claimed & fires[:, i]) / (claimed.sum() + fires[:, i].sum())
         assert f1 == pytest.approx(max(scores.values())) == scores[tuple(sorted(detector.codes))]
 
 

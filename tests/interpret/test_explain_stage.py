@@ -118,25 +118,25 @@ def judge(place):
 
 def balanced(pairs):
     """Of (whether it is active, whether it was called so), by counting."""
-    shares = [[said == there for there, said in pairs if there == which] for which in (True, False)]
+    shares = [[answer == there for there, answer in pairs if there == which] for which in (True, False)]
     return sum(sum(share) / len(share) for share in shares) / 2
 
 
 def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(workdir, tmp_path):
     """What is active is known from dense activations at the places where the texts are found."""
     place = Place(workdir)
-    given = tmp_path / "given.csv"
-    given.write_text("feature,label,note,reviewer\n" + "".join(f"{i},concept {i},,Ada\n" for i in range(20)))
+    sheet = tmp_path / "sheet.csv"
+    sheet.write_text("feature,label,note,reviewer\n" + "".join(f"{i},concept {i},,Ada\n" for i in range(20)))
     with protocol.Server(judge(place)) as server:
-        member, found = go(workdir, tmp_path / "unit", server.url, labels=str(given))
+        member, found = go(workdir, tmp_path / "unit", server.url, labels=str(sheet))
     held_out = np.array([f for (d, _), f in place.f.items() if place.split[d] == "held_out"])
     able = np.flatnonzero((held_out[:, :20] > 0).sum(0) >= MIN_FIRINGS).tolist()
     assert sorted(found) == able and len(able) > 12 and member.judged == member.labelled == len(able)
     assert member.questions == len(server.asked) and member.prompt_tokens == sum(len(p.split()) for p in server.asked)
-    asked = [prompt for prompt in server.asked if is_of(prompt) == "detection"]
-    own = asked[: len(asked) // 2]  # those with labels of other features follow
+    questions = [prompt for prompt in server.asked if is_of(prompt) == "detection"]
+    first = questions[: len(questions) // 2]  # those with labels of other features follow
     for feature in able:
-        prompts = [prompt for prompt in own if parts(prompt)[0] == feature]
+        prompts = [prompt for prompt in first if parts(prompt)[0] == feature]
         texts = [text for prompt in prompts for text in parts(prompt)[1]]
         there = [max(place.active(text, feature)) > 0 for text in texts]
         assert {place.split[place.find(text)[0]] for text in texts} == {"held_out"}
@@ -145,9 +145,9 @@ def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(wor
         if feature == 11 or len(there) == 10:  # no reply that can be parsed, or it fires everywhere
             assert score is None and not found[feature].kept
             continue
-        said = [bool(one) for prompt in prompts for one in json.loads(judge(place)(prompt).removeprefix("Sure: "))]
-        assert score.accuracy == pytest.approx(balanced(list(zip(there, said, strict=True))))
-        assert score.recall == pytest.approx(sum(a and b for a, b in zip(there, said, strict=True)) / 10)
+        answers = [bool(one) for prompt in prompts for one in json.loads(judge(place)(prompt).removeprefix("Sure: "))]
+        assert score.accuracy == pytest.approx(balanced(list(zip(there, answers, strict=True))))
+        assert score.recall == pytest.approx(sum(a and b for a, b in zip(there, answers, strict=True)) / 10)
         if feature < len(planted.CONCEPTS):
             assert score.accuracy == score.f1 == 1 and found[feature].kept
     assert member.detection.unparsed == pytest.approx(1 / len(able)) and member.kept >= 5
@@ -160,10 +160,10 @@ def test_labels_are_written_from_training_text_and_kept_only_if_they_tell(workdi
         member, found = go(workdir, tmp_path / "unit", server.url, sample=8)
         again, _ = go(workdir, tmp_path / "unit", server.url, sample=8)  # is done
     assert member == again and member.labelled == 8 and len({one.label for one in found.values()}) > 4
-    asked = [prompt for prompt in server.asked if is_of(prompt) == "labels"]
-    assert len(asked) == 8
+    questions = [prompt for prompt in server.asked if is_of(prompt) == "labels"]
+    assert len(questions) == 8
     for prompt in server.asked:
-        split = "train" if prompt in asked else "held_out"
+        split = "train" if prompt in questions else "held_out"
         assert {place.split[place.find(text)[0]] for text in parts(prompt)[1]} == {split}
     assert 0.2 < member.detection.mean.mean < 0.8
     assert member.kept <= 2  # the judge guesses

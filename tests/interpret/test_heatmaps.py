@@ -36,14 +36,14 @@ def test_features_by_tokens(tmp_path, monkeypatch, documents):
     for one in made:
         assert one["tokens"] == [planted.TEXTS[i] for i in store.documents[one["document"]][:24]]
         start = store.documents.starts_N[one["document"]]
-        known = np.isin(start + np.arange(24), place)
+        scored = np.isin(start + np.arange(24), place)
         acts = np.zeros((FEATURES, 24))
         here = (dense.document == one["document"]) & (dense.position < 24)
         acts[:, dense.position[here]] = dense.f[here].T
-        excess = (acts.sum(1) - known.sum() * mean) * length_F
+        excess = (acts.sum(1) - scored.sum() * mean) * length_F
         best = [i for i in np.argsort(-excess)[:6].tolist() if excess[i] > 0]
         assert one["features"] == best and best
         for feature, row in zip(best, one["acts"], strict=True):
-            assert [value is None for value in row] == (~known).tolist()
+            assert [value is None for value in row] == (~scored).tolist()
             there = [value for value in row if value is not None]
-            np.testing.assert_allclose(there, acts[feature][known], rtol=6e-3, atol=1e-5)
+            np.testing.assert_allclose(there, acts[feature][scored], rtol=6e-3, atol=1e-5)

@@ -83,8 +83,8 @@ def test_labels_of_ones_own_win_and_only_the_pages_are_written_anew(workdir, tmp
     path.write_text("feature,label,note,reviewer,dictionary\n5,mine,,Ada,topk/k8\n")
     flags = [*flags, f"--atlas.labels={path}"]
     assert command.run(STAGES, "", ["test", *flags]) == 0
-    said = capsys.readouterr().out
-    assert "interpret/topk: done before, unchanged" in said and "atlas/topk: started" in said
+    output = capsys.readouterr().out
+    assert "interpret/topk: done before, unchanged" in output and "atlas/topk: started" in output
     assert labels_of(folder, "topk/k8")[5].by == "Ada"
     assert [one.by_hand for one in load_results(folder / "atlas" / "topk").members] == [0, 1]
     path.write_text("feature,label,note,reviewer,dictionary\n128,mine,,Ada,topk/k8\n")

@@ -241,7 +241,7 @@ def test_rows_of_gsm8k_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         ([], "holds 0 prompts"),
         ([dict(slug=f"a{i}", prompt="One.") for i in range(5)], "holds 5 prompts: expected 1 to 4"),
@@ -252,8 +252,8 @@ def test_rows_of_gsm8k_are_followed(tmp_path):
         ([dict(prompt="One."), dict(prompt="One.")], "line 2 has the slug 'One' of an earlier line"),
     ],
 )
-def test_prompts_that_are_refused(tmp_path, lines, said):
+def test_prompts_that_are_refused(tmp_path, lines, message):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_problems(TrackConfig(prompts=str(path)))

@@ -59,8 +59,8 @@ def test_a_stopped_run_goes_on_with_the_one_it_was_at(inputs, workdir, tmp_path,
         shutil.rmtree(member.resolve())
     capsys.readouterr()
     assert go(["train"], inputs, run, train__expansions="4,2") == 0
-    said = capsys.readouterr().out
-    assert "resuming topk at step" in said and "training topk: 2 members" in said
+    output = capsys.readouterr().out
+    assert "resuming topk at step" in output and "training topk: 2 members" in output
     assert runs.dictionary_checksums(run) == runs.dictionary_checksums(workdir)
 
 

@@ -168,5 +168,5 @@ def test_two_processes_train_from_the_model_as_one(inputs, tmp_path):
     assert runs.dictionary_checksums(tmp_path / "one") == runs.dictionary_checksums(tmp_path / "two")
     assert len(runs.dictionary_checksums(tmp_path / "two")) == 2
     refused = runs.start_pair("train", [*flags, "--capture.backend=torch"], JAX_NUM_CPU_DEVICES="4")
-    said = [process.communicate()[0] for process in refused]
-    assert [process.returncode for process in refused] == [2, 2] and "with --capture.backend=jax" in said[0]
+    outputs = [process.communicate()[0] for process in refused]
+    assert [process.returncode for process in refused] == [2, 2] and "with --capture.backend=jax" in outputs[0]

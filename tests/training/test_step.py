@@ -76,10 +76,10 @@ def test_the_first_step_is_adam_on_the_projected_gradient_and_reports_what_it_di
 def test_means_of_gradients_in_bfloat16_train_as_well(one_device):
     data = batches()
     whole, half = (make_stack(mesh=one_device, mu_dtype=dtype) for dtype in ("float32", "bfloat16"))
-    (_, expected), (state, got) = run(whole, data), run(half, data)
+    (_, expected), (state, metrics) = run(whole, data), run(half, data)
     assert {array.dtype.name for array in optax.tree.get(state.optimizer, "mu").values()} == {"bfloat16"}
     assert {array.dtype.name for array in optax.tree.get(state.optimizer, "nu").values()} == {"float32"}
-    np.testing.assert_allclose(got["mse"], expected["mse"], rtol=0.02)
+    np.testing.assert_allclose(metrics["mse"], expected["mse"], rtol=0.02)
 
 
 @pytest.mark.parametrize(("freeze", "name"), [("decoder", "W_dec_FxD"), ("encoder", "W_enc_DxF")])
