@@ -9,6 +9,7 @@ import planted
 import protocol
 import pytest
 from runs import write_members
+from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import load_labels
@@ -68,9 +69,8 @@ class Place:
             for d, p, f in zip(dense.document.tolist(), dense.position.tolist(), dense.f, strict=True):
                 self.f[d, p], self.split[d] = f, split
         self.documents = ["".join(TOKENS[i] for i in store.documents[d]) for d in range(len(store.documents))]
-        self.starts = [
-            np.cumsum([0] + [len(TOKENS[i]) for i in store.documents[d]]) for d in range(len(self.documents))
-        ]
+        lengths = ([0, *(len(TOKENS[i]) for i in store.documents[d])] for d in range(len(self.documents)))
+        self.starts = [np.cumsum(each) for each in lengths]
 
     def find(self, text):
         """Document, and first and last position of a context."""
@@ -96,10 +96,6 @@ def is_of(prompt):
     return "detection" if "somewhere in it" in prompt else "labels"
 
 
-def noise(text):
-    return zlib.crc32(text.encode()) % 2
-
-
 def judge(place):
     """Knows the planted concepts, guesses about all other labels, and says nothing that can be read about number 11."""
 
@@ -111,15 +107,9 @@ def judge(place):
             return "I would rather not say [1]"
         if feature < len(planted.CONCEPTS):
             return f"Sure: {[int(max(place.active(text, feature)) > 0) for text in texts]}"
-        return json.dumps([noise(f"{feature} {text}") for text in texts])
+        return json.dumps([zlib.crc32(f"{feature} {text}".encode()) % 2 for text in texts])
 
     return answer
-
-
-def balanced(pairs):
-    """Of (whether it is active, whether it was called so), by counting."""
-    shares = [[answer == there for there, answer in pairs if there == which] for which in (True, False)]
-    return sum(sum(share) / len(share) for share in shares) / 2
 
 
 def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(workdir, tmp_path):
@@ -146,8 +136,8 @@ def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(wor
             assert score is None and not found[feature].kept
             continue
         answers = [bool(one) for prompt in prompts for one in json.loads(judge(place)(prompt).removeprefix("Sure: "))]
-        assert score.accuracy == pytest.approx(balanced(list(zip(there, answers, strict=True))))
-        assert score.recall == pytest.approx(sum(a and b for a, b in zip(there, answers, strict=True)) / 10)
+        assert score.accuracy == pytest.approx(balanced_accuracy_score(there, answers))
+        assert score.recall == pytest.approx(recall_score(there, answers))
         if feature < len(planted.CONCEPTS):
             assert score.accuracy == score.f1 == 1 and found[feature].kept
     assert member.detection.unparsed == pytest.approx(1 / len(able)) and member.kept >= 5
