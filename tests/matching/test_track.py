@@ -1,6 +1,5 @@
 """Planted chains are followed, planted steps told apart, and removing features costs what it should."""
 
-import dataclasses
 import itertools
 import json
 from types import SimpleNamespace
@@ -35,8 +34,7 @@ def sae(lm, layer, W_dec_FxD, threshold=0.05, k=0):
 
 
 def stack_of(*dictionaries):
-    layers = [LayerDictionary(f"made/{one.site}", one.config, lambda one=one: one, None, {}) for one in dictionaries]
-    return tuple(layers)
+    return tuple(LayerDictionary(each.site, each.config, lambda each=each: each, None, {}) for each in dictionaries)
 
 
 def unit(rows):
@@ -55,13 +53,12 @@ def test_planted_chains_are_followed_and_nothing_else(identity_llama):
     shown = [one.strongest(F) for one in follow(identity_llama, made, ids_T)]
     found = find_links(made, shown)
     active = [set(zip(one.position_A.tolist(), one.feature_A.tolist(), strict=True)) for one in shown]
+    steps = [step for places in CHAINS for step in itertools.pairwise(places.items())]
     wanted = {
-        ((layer, t, places[layer]), (layer + 1, t, places[layer + 1]))
-        for places in CHAINS
-        for layer in places
-        if layer + 1 in places
+        ((low, t, source), (high, t, target))
+        for (low, source), (high, target) in steps
         for t in range(len(ids_T))
-        if (t, places[layer]) in active[layer] and (t, places[layer + 1]) in active[layer + 1]
+        if (t, source) in active[low] and (t, target) in active[high]
     }
     assert len(wanted) > 10 and {(a, b) for a, b, _ in found} == wanted  # precision and recall are 1
     for source, target, weight in found[:5]:
@@ -106,23 +103,16 @@ def test_a_written_solution_is_followed_to_its_last_number(lm, monkeypatch):
     assert write_solution(lm, Problem("x", "How many?"), 20) == Problem("x", "How many?")
 
 
-@pytest.fixture(scope="module")
-def by_token(identity_llama):
-    """A dictionary of which each feature is a token: its embedding."""
-    embed_VxD = np.asarray(identity_llama.params["embed_VxD"])
-    return sae(identity_llama, 1, unit(embed_VxD), threshold=0, k=1)
-
-
-def test_planted_steps_are_told_apart(identity_llama, by_token):
-    war = identity_llama.token_id(" war")
-    problem = Problem(
-        "x", "One day:", ("The cat runs. ", "She said the cat was far. ", "The war lasted. ", "The cat was there.")
-    )
-    text = encode(identity_llama, problem)
+def test_planted_steps_are_told_apart(identity_llama):
+    """By a dictionary of which each feature is a token: its embedding."""
+    embed_VxD, war = np.asarray(identity_llama.params["embed_VxD"]), identity_llama.token_id(" war")
+    by_token = sae(identity_llama, 1, unit(embed_VxD), threshold=0, k=1)
+    solution = ("The cat runs. ", "She said the cat was far. ", "The war lasted. ", "The cat was there.")
+    text = encode(identity_llama, Problem("x", "One day:", solution))
     assert [part.name for part in text.segments] == ["prompt", "step 1", "step 2", "step 3", "step 4"]
     assert "".join(text.tokens[text.steps[2].start : text.steps[2].stop]).strip() == "The war lasted."
     (firings,) = follow(identity_llama, stack_of(by_token), text.ids_T)
-    assert firings.feature_A.tolist() == text.ids_T.tolist()  # each token is its own feature
+    assert firings.feature_A.tolist() == text.ids_T.tolist()
     found = step_features(firings, text.segment_T, 100)
     for number, part in enumerate(text.segments):
         inside, outside = (set(text.ids_T[(text.segment_T == number) == here].tolist()) for here in (True, False))
@@ -136,8 +126,7 @@ def test_planted_steps_are_told_apart(identity_llama, by_token):
 
 
 def made_tester(lm, dictionary, text, **changes):
-    config = dataclasses.replace(TrackConfig(prompt="x", dictionaries=("made",)), **changes)
-    return StepTester(lm, stack_of(dictionary)[0], text, config)
+    return StepTester(lm, stack_of(dictionary)[0], text, TrackConfig(prompt="x", dictionaries=("made",), **changes))
 
 
 def test_removing_features_in_a_step_costs_what_an_edit_does(lm):
@@ -193,11 +182,7 @@ def test_features_that_mean_nothing_are_rarely_said_to_matter(lm):
         ("我有三个苹果。", "她吃了一个。"),
         ("एक सेब है। ", "दो हैं।"),
         ("no end",),
-        (
-            "Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. ",
-            "They left. ",
-            "5 vs. 4 apples etc. remained.",
-        ),
+        ("Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. ", "5 vs. 4 apples etc. remained."),
         ("So it is Dr.\n", "Next"),
     ],
 )
