@@ -127,9 +127,7 @@ def test_the_training_rows_are_not_read_for_their_mean(workdir, make_run, tmp_pa
     assert np.isin(held_out, np.concatenate(seen)).all() and np.isin(training, np.concatenate(seen)).mean() < 0.1
 
 
-def test_one_dictionary_has_no_folder_of_its_own_and_a_transcoder_is_scored_against_its_target(
-    workdir, make_run, tmp_path
-):
+def test_one_dictionary_alone_has_no_folder_of_its_own(workdir, make_run, tmp_path):
     for kind, site, target in (("linear", "resid_post.0", "resid_post.0"), ("jumprelu", "mlp_in.1", "mlp_out.1")):
         folder = tmp_path / kind
         folder.mkdir()

@@ -153,7 +153,7 @@ def test_what_was_answered_is_never_asked_again(tmp_path):
     assert not third.asked and changed.asked == ["number 0"]
 
 
-def test_the_limit_of_tokens_holds_and_can_be_raised_and_a_run_that_is_to_stop_stops(tmp_path):
+def test_the_limit_of_tokens_holds_and_can_be_raised(tmp_path):
     judge, left = Counting(), r"most_tokens=230: \d+ tokens are spent and \d questions of about [\d,]+ tokens are left"
     with pytest.raises(UserError, match=left):
         Answers(run_of(limit=230), tmp_path, judge).all(ASK, "labels")

@@ -64,7 +64,7 @@ def test_rows_that_know_few_columns_look_again(sizes, monkeypatch):
     assert {32, min(sizes)} < set(looks)
 
 
-def test_copies_are_found_wholly_two_seeds_share_half_and_chance_and_rotations_nothing():
+def test_copies_share_all_near_rows_half_and_chance_nothing():
     rows, order = directions(400, 64, 6), np.random.default_rng(4).permutation(400)
     near = unit(np.where(np.arange(400)[:, None] < 200, rows + 0.05 * directions(400, 64, 7), directions(400, 64, 8)))
     seconds = dict(self=rows, permuted=rows[order], seed=near, rotated=rows @ random_rotation(64, [9]))

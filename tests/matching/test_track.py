@@ -209,7 +209,7 @@ def test_prompts_of_other_scripts_and_of_one_token(lm):
         (("The cat sat. ", "It concatenates."), " cat", "The"),
     ],
 )
-def test_the_answer_is_followed_where_it_stands_last_but_not_inside_a_number_or_word(lm, steps, answer, before):
+def test_the_answer_is_followed_where_it_stands_last_by_itself(lm, steps, answer, before):
     text = encode(lm, Problem("x", "How many?", steps, answer))
     assert "".join(text.tokens[: text.position + 1]).rstrip().endswith(before)
     assert text.ids_T[text.position + 1] == text.answer

@@ -110,7 +110,7 @@ def test_batchtopk_separates_shared_and_private_features_and_l1_makes_private_on
     assert private_of_shared["batchtopk"] == 0 and private_of_shared["standard"] >= WEAK // 2
 
 
-def test_parts_come_to_one_mean_norm_and_on_eight_devices_it_is_the_same(store):
+def test_parts_have_one_mean_norm_and_eight_devices_train_as_one(store):
     x_NxD = store.read(SITE, store.rows("train", SITE))
     norms = [np.linalg.norm(part, axis=1).mean() for part in np.split(x_NxD, [WIDTHS[0]], axis=1)]
     np.testing.assert_allclose(norms, np.sqrt(sum(WIDTHS) / 2), rtol=1e-4)

@@ -95,7 +95,7 @@ def test_where_more_are_dead_than_there_are_tokens_some_wait():
         ("standard", "skip_transcoder", "inputs"),  # of a transcoder the targets
     ],
 )
-def test_rows_are_directions_of_a_tokens_target_or_error_and_a_transcoders_columns_of_its_input(kind, form, source):
+def test_rows_are_directions_of_targets_or_errors_and_columns_of_inputs(kind, form, source):
     (x,) = batches(1)
     changes = dict(form=form, sites=("resid_post.1",) if form == "sae" else ("mlp_in.1",))
     state = step_with_dead(kind, [x], resample_every=1, resample_from=source, **changes)

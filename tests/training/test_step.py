@@ -35,7 +35,7 @@ def test_loss_falls_decoder_rows_keep_unit_norm_and_the_finished_dictionary_take
     assert_takes_raw_activations(stack, state)
 
 
-def test_the_first_step_is_adam_on_the_projected_gradient_and_reports_what_it_did(one_device):
+def test_the_first_step_is_adam_on_the_projected_gradient(one_device):
     stack = make_stack("standard", one_device, warmup=0.0, decay=0.0)
     before, silent = init_state(stack), np.zeros(F, np.int32)
     before.params["b_enc_F"] = before.params["b_enc_F"].at[0, :2].set(-100.0)  # they do not fire
@@ -216,7 +216,7 @@ def test_accumulated_steps_are_one_of_all_their_tokens(one_device):
 
 
 @pytest.mark.parametrize("limit", [0.0, 1e3, 0.5])
-def test_updates_are_those_of_adam_on_clipped_gradients_with_decay_of_the_encoder_alone(limit):
+def test_updates_are_adams_on_clipped_gradients_and_the_encoder_alone_decays(limit):
     b1, b2, eps, mean, square = 0.6, 0.7, 0.1, 0.0, 0.0
     config = make_config(clip=limit, b1=b1, b2=b2, eps=eps, weight_decay=0.5, decoder_norm="free")
     optimizer = updates.make_optimizer(config)
