@@ -15,8 +15,8 @@ SETTINGS = dict(
 
 
 @functools.cache
-def _trained(inputs, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("trained") / "run"
+def _trained(inputs) -> Path:
+    folder = inputs[0].parent / "trained_stack"
     flags = runs.small_flags(*inputs, folder, **SETTINGS)
     assert command.run(["baseline", "capture", "train"], "", ["test", *flags]) == 0
     return folder
@@ -24,5 +24,5 @@ def _trained(inputs, tmp_path_factory) -> Path:
 
 def copy(inputs, tmp_path_factory, **changes) -> tuple[Path, list[str]]:
     """Copy the workdir; gives the copy, and flags of a run in it."""
-    folder = runs.copy_run(_trained(inputs, tmp_path_factory), tmp_path_factory.mktemp("copy") / "run")
+    folder = runs.copy_run(_trained(inputs), tmp_path_factory.mktemp("copy") / "run")
     return folder, runs.small_flags(*inputs, folder, **SETTINGS | changes)
