@@ -63,7 +63,7 @@ def test_a_feature_the_overview_and_heatmaps_are_shown(browser, page, dark, widt
     assert browser.js("document.querySelectorAll('#feature .context').length") == 4 and browser.js(fits)
     colours = browser.js("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
     light = [sum(map(int, colour.strip("rgba()").split(",")[:3])) for colour in colours]
-    assert (light[0] > light[1]) == dark and abs(light[0] - light[1]) > 400
+    assert (light[0] > light[1]) == dark and abs(light[0] - light[1]) > 400 and browser.errors == []
 
     browser.open(page)  # on an overview: not on an empty pane, nor by the features' numbers
     browser.wait("atlas.painted === 'overview'")
@@ -74,7 +74,7 @@ def test_a_feature_the_overview_and_heatmaps_are_shown(browser, page, dark, widt
     assert len(effects) == 1 and effects[0].startswith("1 “ Paris”") and "1.25" in effects[0] and len(best) == 2
     bars = browser.js("[...document.querySelectorAll('#feature .bars i')].map(bar => Number(bar.title))")
     assert sum(bars) == 69 and browser.js("document.querySelector('#list a').dataset.feature") == "1"
-    assert browser.js(fits)
+    assert browser.js(fits) and browser.errors == []
 
     show(browser, page, "maps")
     browser.wait("document.querySelectorAll('#feature table').length === 2")

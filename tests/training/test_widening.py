@@ -94,9 +94,10 @@ def test_new_features_read_what_is_beside_the_decoders_bias(noisy):
     centred = half_of(directions)
     arrays = {**centred.arrays, "b_dec_D": jnp.asarray(mean, jnp.float32)}
     centred = Dictionary(dataclasses.replace(centred.config, centred=True), **arrays)
-    wide = [widen(one, J, acts, 0, False, print) for one in (centred, rescale.centre(centred, False))]
+    wide = [widen(one, J // 2 + 16, acts, 0, False, print) for one in (centred, rescale.centre(centred, False))]
     before, *after = (np.square(acts - np.asarray(one(jnp.asarray(acts)))).mean() for one in (centred, *wide))
     assert max(after) < before and after[0] == pytest.approx(after[1], rel=0.01)
+    assert before - after[0] == pytest.approx(before - after[1], rel=0.1)
 
 
 def test_where_nothing_is_missing_nothing_new_is_found():
