@@ -18,17 +18,17 @@ from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 STAGES = ["baseline", "capture", "train", "interpret", "atlas"]
+SETTINGS = dict(
+    train__kinds="topk", train__epochs=2, interpret__dictionaries="topk", analysis__batch_tokens=64,
+    interpret__categories=True, task__train_prompts=2, task__test_prompts=2, ablate__dictionary="standard",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def workdir(inputs, tmp_path_factory):
     """A workdir with a stack of two dictionaries, interpreted; and the flags of its run."""
     folder = tmp_path_factory.mktemp("interpreted")
-    flags = runs.small_flags(
-        *inputs, folder, train__kinds="topk", train__k="4,8", train__epochs=2, interpret__dictionaries="topk",
-        analysis__batch_tokens=64, interpret__categories=True, task__train_prompts=2, task__test_prompts=2,
-        ablate__dictionary="standard",
-    )  # fmt: skip
+    flags = runs.small_flags(*inputs, folder, train__k="4,8", **SETTINGS)
     assert command.run(STAGES, "", ["test", *flags]) == 0
     return folder, flags
 
@@ -100,11 +100,11 @@ def test_a_model_that_the_text_was_not_captured_from_is_refused(workdir, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def explained(workdir, tmp_path_factory):
+def explained(workdir, inputs, tmp_path_factory):
     """A copy that has one of the dictionaries alone; and the flags of its run."""
     folder = runs.copy_run(workdir[0], tmp_path_factory.mktemp("explained") / "run")
-    flags = [*workdir[1], f"--workdir={folder}", "--train.k=8", "--explain.dictionaries=topk"]
-    flags += ["--explain.model=judge", "--explain.sample=6"]
+    changes = dict(train__k=8, explain__dictionaries="topk", explain__model="judge", explain__sample=6)
+    flags = runs.small_flags(*inputs, folder, **SETTINGS | changes)
     assert command.run(STAGES[:-1], "", ["test", *flags]) == 0
     return folder, flags
 
