@@ -1,11 +1,8 @@
-"""The stages ``interpret``, ``atlas`` and ``explain`` as programs, on a tiny model."""
+"""The stages ``interpret`` and ``atlas`` as programs, on a tiny model."""
 
 import json
-import re
-import time
 
 import numpy as np
-import protocol
 import pytest
 import runs
 
@@ -13,22 +10,21 @@ from saejax import load_results
 from saejax.activations.store import Store
 from saejax.dictionaries import load_dictionary
 from saejax.dictionaries.labels import labels_of
-from saejax.interpret.results import ExplainResults
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 STAGES = ["baseline", "capture", "train", "interpret", "atlas"]
-SETTINGS = dict(
-    train__kinds="topk", train__epochs=2, interpret__dictionaries="topk", analysis__batch_tokens=64,
-    interpret__categories=True, task__train_prompts=2, task__test_prompts=2, ablate__dictionary="standard",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def workdir(inputs, tmp_path_factory):
     """A workdir with a stack of two dictionaries, interpreted; and the flags of its run."""
     folder = tmp_path_factory.mktemp("interpreted")
-    flags = runs.small_flags(*inputs, folder, train__k="4,8", **SETTINGS)
+    flags = runs.small_flags(
+        *inputs, folder, train__kinds="topk", train__k="4,8", train__epochs=2, interpret__dictionaries="topk",
+        analysis__batch_tokens=64, interpret__categories=True, task__train_prompts=2, task__test_prompts=2,
+        ablate__dictionary="standard",
+    )  # fmt: skip
     assert command.run(STAGES, "", ["test", *flags]) == 0
     return folder, flags
 
@@ -63,18 +59,20 @@ def test_every_feature_of_every_member_is_described(workdir):
 
 
 def test_what_was_found_goes_to_neuronpedia(workdir, capsys):
-    """The rows themselves are tested in tests/exporting."""
+    """The rows themselves are tested in tests/export."""
     folder, flags = workdir
     flags = [*flags, "--export.format=neuronpedia", "--export.dictionaries=topk"]
     assert command.run(["export"], "", ["test", *flags]) == 0
-    unit = folder / "export" / "neuronpedia-topk"
-    names = [member.folder.split("/")[-1] for member in load_results(unit).members]
-    assert names == ["0-res-topk-k4", "0-res-topk-k8"]
+    exported = load_results(folder / "export" / "neuronpedia-topk")
+    assert [member.folder.split("/")[-1] for member in exported.members] == ["0-res-topk-k4", "0-res-topk-k8"]
     live = sum(one["fires"] > 0 for one in records(folder / "interpret" / "topk" / "k8"))
-    assert len(list((unit / "features" / "res-topk-k8").iterdir())) == live
-    assert command.run(["export"], "", ["test", *flags, "--interpret.dictionaries="]) == 2
-    message = "reads interpret/topk, which this run does not make: add --interpret.dictionaries=topk"
-    assert message in capsys.readouterr().err
+    assert len(list((folder / "export" / "neuronpedia-topk" / "features" / "res-topk-k8").iterdir())) == live
+    flags = [*flags, "--interpret.dictionaries="]
+    assert command.run(["export"], "", ["test", *flags]) == 2
+    assert (
+        "reads interpret/topk, which this run does not make: add --interpret.dictionaries=topk"
+        in capsys.readouterr().err
+    )
 
 
 def test_labels_of_ones_own_win_and_only_the_pages_are_written_anew(workdir, tmp_path, capsys):
@@ -83,8 +81,8 @@ def test_labels_of_ones_own_win_and_only_the_pages_are_written_anew(workdir, tmp
     path.write_text("feature,label,note,reviewer,dictionary\n5,mine,,Ada,topk/k8\n")
     flags = [*flags, f"--atlas.labels={path}"]
     assert command.run(STAGES, "", ["test", *flags]) == 0
-    output = capsys.readouterr().out
-    assert "interpret/topk: done before, unchanged" in output and "atlas/topk: started" in output
+    said = capsys.readouterr().out
+    assert "interpret/topk: done before, unchanged" in said and "atlas/topk: started" in said
     assert labels_of(folder, "topk/k8")[5].by == "Ada"
     assert [one.by_hand for one in load_results(folder / "atlas" / "topk").members] == [0, 1]
     path.write_text("feature,label,note,reviewer,dictionary\n128,mine,,Ada,topk/k8\n")
@@ -94,78 +92,7 @@ def test_labels_of_ones_own_win_and_only_the_pages_are_written_anew(workdir, tmp
 
 
 def test_a_model_that_the_text_was_not_captured_from_is_refused(workdir, tmp_path, capsys):
+    _, flags = workdir
     deeper = runs.save_model(tmp_path / "other", num_hidden_layers=3)
-    assert command.run(["interpret"], "", ["test", *workdir[1], f"--model.path={deeper}"]) == 2
+    assert command.run(["interpret"], "", ["test", *flags, f"--model.path={deeper}"]) == 2
     assert "capture" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def explained(workdir, inputs, tmp_path_factory):
-    """A copy that has one of the dictionaries alone; and the flags of its run."""
-    folder = runs.copy_run(workdir[0], tmp_path_factory.mktemp("explained") / "run")
-    changes = dict(train__k=8, explain__dictionaries="topk", explain__model="judge", explain__sample=6)
-    flags = runs.small_flags(*inputs, folder, **SETTINGS | changes)
-    assert command.run(STAGES[:-1], "", ["test", *flags]) == 0
-    return folder, flags
-
-
-def answer(prompt):
-    """Labels with the prompt's length, and yes to everything."""
-    if "[EXPLANATION]" in prompt:
-        return f"[EXPLANATION]: word {len(prompt)}"
-    return json.dumps([1] * len(protocol.texts_of(prompt)))
-
-
-def test_it_stops_at_its_limit_goes_on_and_asks_nothing_twice(explained, capsys):
-    folder, flags = explained
-    unit = folder / "explain" / "topk"
-    with protocol.Server(answer) as server:
-        flags = [*flags, f"--explain.url={server.url}"]
-        assert command.run(["explain"], "", ["test", *flags, "--explain.most_tokens=4000"]) == 2
-        error = capsys.readouterr().err
-        assert len(error.splitlines()) == 1 and "--explain.most_tokens=4000" in error and "raise the limit" in error
-        before = list(server.asked)
-        assert 0 < len(before) == len((unit / "answers.jsonl").read_text().splitlines())
-        assert not (unit / "done.json").exists() and not (unit / "labels.json").exists()
-        output = runs.finish(runs.start("explain", flags))  # the binary itself
-        assert re.search(r"of 6 features keep a label, detection 0.50 \(control 0.50\)", output), output
-        assert len(server.asked) == len(set(server.asked)) and server.asked[: len(before)] == before
-        count = len(server.tries)
-        assert command.run(["explain"], "", ["test", *flags]) == 0
-        assert "explain/topk: done before, unchanged" in capsys.readouterr().out and len(server.tries) == count
-    results: ExplainResults = load_results(unit)
-    assert results.model == "judge" and results.written
-    (member,) = results.members
-    assert member.judged == member.labelled == 6 and member.detection.mean.mean == 0.5
-    assert member.questions == len(server.asked) == count and server.tries[0][1]["model"] == "judge"
-
-
-def test_an_endpoint_that_is_down_ends_it_with_one_line(explained, monkeypatch, capsys):
-    folder, flags = explained
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with protocol.Server(answer) as server:
-        pass  # its port is free again
-    assert command.run(["explain"], "", ["test", *flags, f"--explain.url={server.url}"]) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert "gave no answer after 5 retries" in error and server.url in error and "run the same command again" in error
-    (unit,) = [path for path in (folder / "explain").glob("topk-*") if not (path / "done.json").exists()]
-    assert [path.name for path in unit.iterdir() if path.stat().st_size] == ["started.json"]
-
-
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--explain.sample=few", "sample"),
-        ("--explain.url=localhost", "--explain.url=localhost is not a URL"),
-        ("--explain.features=3,128", "--explain.features names 128: expected numbers from 0 to 127"),
-        ("--explain.labels=nowhere.csv", "--explain.labels=nowhere.csv cannot be read"),
-        ("--explain.model=", "--explain.model is missing"),
-        ("--explain.modell=x", "modell"),
-    ],
-)
-def test_flags_that_are_refused(explained, capsys, flag, message):
-    _, flags = explained
-    url = "--explain.url=http://127.0.0.1:9/v1"
-    assert command.run(["explain"], "", ["test", *flags, url, flag]) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert message in error

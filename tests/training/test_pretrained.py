@@ -157,21 +157,23 @@ def test_each_format_goes_through_each_stage(name, workdir, inputs, places, tran
     only = {name: places.get(name, transcoders)}
     run, place = tmp_path / "run", str(places.get(name, "pretrained/mlp_in.0"))
     runs.copy_run(workdir, run)
+    benchmarks = dict(task__benchmarks="gsm8k", task__path=write_all(tmp_path / "benchmarks"), task__shots=0)
+    benchmarks |= dict(task__examples=12, task__max_new_tokens=6, study__benchmarks="gsm8k")
+    benchmarks |= dict(
+        study__top=2, study__random_sets=2, study__placebo_targets=2, causal__bootstrap=200, task__score="likelihood"
+    )
+    tested = {f"{stage}__dictionary": place for stage in ("ablate", "patch", "probe", "steer", "study")}
+    units = {f"{stage}__dictionaries": "pretrained" for stage in ("interpret", "transfer", "track", "export")}
+    more = dict(probe__labels="answer", graph__prompt="The river follows the teacher")
+    more |= dict(graph__transcoders=transcoders)
+    beside = f"pretrained,{place}" if name in places else "pretrained"
+    more |= dict(transfer__measures="decoder", transfer__dictionaries=beside)
+    more |= dict(track__prompts=tmp_path / "prompts.jsonl")
     (tmp_path / "prompts.jsonl").write_text(json.dumps(dict(slug="river", prompt="The river follows the teacher")))
-    changes = {f"{stage}__dictionary": place for stage in ("ablate", "patch", "probe", "steer", "study")}
-    changes |= {f"{stage}__dictionaries": "pretrained" for stage in ("interpret", "track", "export")}
-    changes |= dict(
-        task__benchmarks="gsm8k", task__path=write_all(tmp_path / "benchmarks"), task__shots=0, task__examples=12,
-        task__max_new_tokens=6, task__score="likelihood", study__benchmarks="gsm8k", study__top=2,
-        study__random_sets=2, study__placebo_targets=2, causal__bootstrap=200, probe__labels="answer",
-        graph__prompt="The river follows the teacher", graph__transcoders=transcoders, transfer__measures="decoder",
-        transfer__dictionaries=f"pretrained,{place}" if name in places else "pretrained",
-        track__prompts=tmp_path / "prompts.jsonl",
-    )  # fmt: skip
     stages = ["benchmark", "interpret", "ablate", "patch", "probe", "steer", "study", "attribute", "transfer"]
     stages += ["atlas", "track", "export"]
     assert go(["train", "evaluate"], inputs, run, only) == 0
-    assert go([*stages, "report"], inputs, run, only, **changes) == 0
+    assert go([*stages, "report"], inputs, run, only, **benchmarks | tested | units | more) == 0
     for stage in stages:
         assert list((run / stage).rglob("done.json")), stage
     assert (run / "report" / "index.html").exists()
