@@ -1,15 +1,13 @@
-"""A cross-layer transcoder through the stages: trained, killed and gone on with, scored, exported, traced, reported."""
-
-import time
+"""A cross-layer transcoder through the stages: trained, scored, exported, reported."""
 
 import numpy as np
 import pytest
 import runs
+from scipy.special import log_softmax
 
 from saejax import SiteEdit, load_model, load_results
 from saejax.activations.store import Store
 from saejax.attribution.local.transcoders import open_transcoders
-from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import labels_of_folders
 from saejax.errors import UserError
@@ -21,20 +19,15 @@ pytestmark = pytest.mark.usefixtures("two_devices")
 
 SITES = "mlp_in.0,mlp_in.1,mlp_out.0,mlp_out.1"
 FORM = dict(
-    train__form="cross_layer_transcoder", train__sites="mlp_in.0-1", train__kinds="jumprelu", capture__sites=SITES
-)
-WIDE = dict(
-    task__behaviours="",
-    train__epochs=2,
-    evaluate__ce_documents=2,
-    export__format="circuit_tracer",
+    train__form="cross_layer_transcoder", train__sites="mlp_in.0-1", train__kinds="jumprelu", train__epochs=2,
+    capture__sites=SITES, task__behaviours="", evaluate__ce_documents=2, export__format="circuit_tracer",
     export__dictionaries="jumprelu",
-)
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def flags(inputs):
-    return lambda workdir, **changes: ["program", *runs.small_flags(*inputs, workdir, **FORM | WIDE | changes)]
+    return lambda workdir, **changes: ["program", *runs.small_flags(*inputs, workdir, **FORM | changes)]
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +36,6 @@ def workdir(flags, tmp_path_factory):
     stages = ["capture", "train", "evaluate", "export"]
     assert command.run(stages, "", flags(folder)) == 0
     return folder
-
-
-def sets(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("W_*.safetensors"))}
-
-
-@pytest.mark.slow  # three more processes
-def test_killed_it_ends_with_the_same_bytes(workdir, flags, tmp_path):
-    whole = sets(workdir / "train" / "jumprelu")
-    assert list(whole) == ["W_dec_0.safetensors", "W_dec_1.safetensors", "W_enc_0.safetensors", "W_enc_1.safetensors"]
-    folder = tmp_path / "run"
-    assert command.run(["capture"], "", flags(folder)) == 0
-    own = [*flags(folder, train__checkpoint_every=2)[1:]], dict(JAX_NUM_CPU_DEVICES="2")
-    killed, checkpoints = runs.start("train", own[0], **own[1]), folder / "train" / "jumprelu" / "checkpoints"
-    while not any(one.name.isdigit() for one in checkpoints.glob("*")) and killed.poll() is None:
-        time.sleep(0.02)
-    killed.kill()
-    killed.communicate()
-    assert "resuming jumprelu at step" in runs.finish(runs.start("train", own[0], **own[1])) or not killed.returncode
-    assert sets(folder / "train" / "jumprelu") == whole
 
 
 def test_scores_are_those_of_plain_passes(workdir, inputs, one_device):
@@ -99,12 +72,7 @@ def test_scores_are_those_of_plain_passes(workdir, inputs, one_device):
             new = np.where(inside, np.asarray(one.decode(f)) + below, own)
             below = f @ writes if layer == 0 else 0
             edits = [*edits, SiteEdit.patch(f"mlp_out.{layer}", new)]
-        logits = np.asarray(lm(tokens, edits=edits).logits_BxTxV[0, :-1], np.float64)
-        logp = (
-            logits
-            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-            - logits.max(-1, keepdims=True)
-        )
+        logp = log_softmax(np.asarray(lm(tokens, edits=edits).logits_BxTxV[0, :-1], np.float64), axis=-1)
         total -= np.take_along_axis(logp, document[1:, None].astype(int), 1).sum()
         count += len(document) - 1
     assert found.ce.tokens == count and found.ce.reconstructed == pytest.approx(total / count, rel=1e-4)
@@ -112,20 +80,11 @@ def test_scores_are_those_of_plain_passes(workdir, inputs, one_device):
 
 
 def test_exported_it_is_the_same_set(workdir):
-    here, there = sets(workdir / "train" / "jumprelu"), sets(workdir / "export" / "circuit_tracer-jumprelu")
-    assert here == there and len(here) == 4
-
-
-@pytest.mark.slow
-def test_exported_it_makes_the_same_graph(workdir, inputs, one_device):
-    lm = load_model(str(inputs[0]), mesh=one_device)
-    here, there = (workdir / "train" / "jumprelu", workdir / "export" / "circuit_tracer-jumprelu")
-    graphs = [
-        trace_prompt(lm, open_transcoders(folder).check(lm), "The river follows the garden.")[0]
-        for folder in (here, there)
-    ]
-    assert len(graphs[0].nodes) > 30 and np.array_equal(graphs[0].adjacency_RxS, graphs[1].adjacency_RxS)
-    assert graphs[0].transcoders["cross_layer"]
+    here, there = workdir / "train" / "jumprelu", workdir / "export" / "circuit_tracer-jumprelu"
+    names = ["W_dec_0.safetensors", "W_dec_1.safetensors", "W_enc_0.safetensors", "W_enc_1.safetensors"]
+    assert sorted(path.name for path in here.glob("W_*")) == names
+    assert all((here / name).read_bytes() == (there / name).read_bytes() for name in names)
+    assert open_transcoders(there).cross_layer and open_transcoders(there).configs == open_transcoders(here).configs
 
 
 @pytest.mark.slow
@@ -142,8 +101,8 @@ def test_what_takes_dictionaries_one_by_one_says_so(workdir, flags, capsys):
         ("export", dict(export__format="saelens")),
     ]:
         assert command.run([stage], "", flags(workdir, **changes)) == 2
-        error = capsys.readouterr().err.strip().splitlines()
-        assert len(error) == 1 and "cross-layer transcoder" in error[0], error
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert "cross-layer transcoder" in error
     with pytest.raises(UserError, match="traced with --graph.transcoders"):
         stacks.load_member(workdir / "train" / "jumprelu", "jumprelu/mlp_in.0", "--ablate.dictionary")
     assert labels_of_folders([workdir / "train" / "jumprelu"]) == {}  # which a graph of it asks for

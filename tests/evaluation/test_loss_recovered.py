@@ -1,7 +1,5 @@
 """Cross-entropies and KL divergences against transformers' own losses."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,10 +19,10 @@ def model(lm):
     return source.load_torch_model(lm.source, "float32").double()
 
 
-def identity(lm, max_norm=1e9) -> Dictionary:
+def identity(lm) -> Dictionary:
     """A dictionary that rebuilds its input: every direction and its opposite."""
     d = lm.config.d_model
-    config = DictionaryConfig(kind="standard", site="resid_post.2", d_in=d, n_features=2 * d, max_norm=max_norm)
+    config = DictionaryConfig(kind="standard", site="resid_post.2", d_in=d, n_features=2 * d, max_norm=1e9)
     both = jnp.concatenate([jnp.eye(d), -jnp.eye(d)])
     return Dictionary(config, W_enc_DxF=both.T, b_enc_F=jnp.zeros(2 * d), W_dec_FxD=both, b_dec_D=jnp.zeros(d))
 
@@ -74,11 +72,12 @@ def as_torch(function):
     return lambda x: torch.tensor(np.asarray(function(jnp.asarray(x.numpy(), jnp.float32)), np.float64))
 
 
-@pytest.mark.parametrize("batch_tokens", [64, 4096])
-def test_every_variant_against_transformers(lm, model, batch_tokens):
+@pytest.mark.parametrize(("batch_tokens", "devices"), [(64, 1), (4096, 1), (512, 8)])
+def test_every_variant_against_transformers(lm, model, tiny_llama, batch_tokens, devices):
+    placed = lm if devices == 1 else load_model(str(tiny_llama))
     mean = np.random.default_rng(1).normal(size=64).astype(np.float32)
     dictionary = random_dictionary(lm)
-    (losses,) = stand_in_losses(lm, [dictionary], documents(), mean, batch_tokens)
+    (losses,) = stand_in_losses(placed, [dictionary], documents(), mean, batch_tokens)
     assert losses.tokens == 4 + 39 + 16 + 32 + 1
     clean = log_probabilities(model)
     changes = dict(
@@ -94,16 +93,17 @@ def test_every_variant_against_transformers(lm, model, batch_tokens):
     assert losses.kl["clean"] == 0
 
 
-def test_a_perfect_stand_in_recovers_everything(lm):
-    (losses,) = stand_in_losses(lm, [identity(lm)], documents(), np.zeros(64, np.float32))
-    np.testing.assert_allclose(losses.ce["reconstructed"], losses.ce["clean"], rtol=1e-6)
-    np.testing.assert_allclose(recovered(losses.kl, "mean_ablated"), 1, rtol=1e-5)
-    assert 0 <= losses.kl["reconstructed"] < 1e-6
+def test_a_perfect_stand_in_recovers_everything_in_bfloat16_nearly(lm, tiny_llama, one_device):
+    low = load_model(str(tiny_llama), dtype="bfloat16", mesh=one_device)
+    full, rounded = (stand_in_losses(each, [identity(lm)], documents(), np.zeros(64))[0] for each in (lm, low))
+    np.testing.assert_allclose(full.ce["reconstructed"], full.ce["clean"], rtol=1e-6)
+    np.testing.assert_allclose(recovered(full.kl, "mean_ablated"), 1, rtol=1e-5)
+    assert 0 <= full.kl["reconstructed"] < 1e-6 and rounded.kl["reconstructed"] < 0.01
+    np.testing.assert_allclose(rounded.ce["clean"], full.ce["clean"], rtol=0.03)
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_a_transcoders_prediction_replaces_its_target(lm, model, skip):
-    transcoder = random_dictionary(lm, site="mlp_in.1", target="mlp_out.1", centred=False, skip=skip)
+def test_a_transcoders_prediction_replaces_its_target(lm, model):
+    transcoder = random_dictionary(lm, site="mlp_in.1", target="mlp_out.1", centred=False, skip=True)
     mean = np.random.default_rng(1).normal(size=64).astype(np.float32)
     (losses,) = stand_in_losses(lm, [transcoder], documents(), mean)
     mlp = model.model.layers[1].mlp
@@ -168,33 +168,11 @@ def test_sinks_of_a_transcoders_target_keep_their_value(lm, model):
     np.testing.assert_allclose(losses.ce["zero_ablated"], ce, rtol=1e-5)
 
 
-def test_the_share_of_the_loss_that_is_recovered_by_hand():
-    ce = dict(clean=2.0, mean_ablated=6.0, zero_ablated=10.0, reconstructed=3.0)
-    assert recovered(ce, "mean_ablated") == 0.75  # (6 - 3) / (6 - 2)
-    assert recovered(ce, "zero_ablated") == 0.875  # (10 - 3) / (10 - 2)
-    assert recovered(ce | dict(reconstructed=7.0), "mean_ablated") == -0.25  # worse than the floor
-    assert recovered(dict(clean=0.0, mean_ablated=0.5, reconstructed=0.1), "mean_ablated") == 0.8  # KL
-
-
-def test_nothing_to_recover_is_none():
+def test_worse_than_the_floor_is_below_zero_and_nothing_to_recover_is_none():
+    assert recovered(dict(clean=2.0, mean_ablated=6.0, reconstructed=7.0), "mean_ablated") == -0.25
     assert recovered(dict(clean=3.0, mean_ablated=2.9, reconstructed=3.1), "mean_ablated") is None
 
 
 def test_no_document_predicts_anything(lm):
     (losses,) = stand_in_losses(lm, [identity(lm)], [np.array([3], np.int32)], np.zeros(64))
     assert losses.tokens == 0 and recovered(losses.ce, "mean_ablated") is None
-
-
-def test_works_on_eight_devices(lm, tiny_llama):
-    everywhere = load_model(str(tiny_llama))
-    dictionary = random_dictionary(lm)
-    one, eight = (stand_in_losses(m, [dictionary], documents(), np.zeros(64), 512)[0] for m in (lm, everywhere))
-    np.testing.assert_allclose(list(one.ce.values()), list(eight.ce.values()), rtol=1e-5)
-    np.testing.assert_allclose(list(one.kl.values()), list(eight.kl.values()), rtol=1e-4, atol=1e-7)
-
-
-def test_bfloat16_model(tiny_llama, one_device, lm):
-    low = load_model(str(tiny_llama), dtype="bfloat16", mesh=one_device)
-    full, rounded = (stand_in_losses(m, [identity(lm)], documents(), np.zeros(64))[0] for m in (lm, low))
-    np.testing.assert_allclose(rounded.ce["clean"], full.ce["clean"], rtol=0.03)
-    assert dataclasses.asdict(rounded)["kl"]["reconstructed"] < 0.01

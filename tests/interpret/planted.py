@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +12,12 @@ from saejax.activations.manifest import CapturedModel
 from saejax.activations.store import Store
 from saejax.activations.writer import write_store
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.interpret import neighbours
+from saejax.interpret.detectors import PairCounts
+from saejax.interpret.firings import blocks, record
+from saejax.interpret.records import Describer
 from saejax.interpret.run import Interpreter
-from saejax.interpret.text import CodedText
+from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.parallel.mesh import make_mesh
 from saejax.runner.config import Configs
 from saejax.runner.workspace import Run
@@ -73,10 +76,10 @@ def make_store(folder: Path, documents: int = 240, length: int = 40, held_out_se
     order = np.argsort(np.arange(documents) % 4 == 3, kind="stable")  # every fourth is held out and comes last
     names = tuple(map(str, range(documents)))
     made = Documents.contiguous(ids[order].reshape(-1), np.full(documents, length), table, names)
-    return _written(folder, made, vectors[order])
+    return written(folder, made, vectors[order])
 
 
-def _written(folder: Path, documents: Documents, vectors: np.ndarray) -> Store:
+def written(folder: Path, documents: Documents, vectors: np.ndarray) -> Store:
     model = CapturedModel("planted/model", "", "0123456789abcdef", "float32")
     write_store(folder, documents, {SITE: vectors.reshape(-1, WIDTH)}, model, shard_rows=1000, seed=5)
     return Store.open(folder)
@@ -105,6 +108,27 @@ def interpreter(folder: Path, store: Store, lm, of: Dictionary, **settings) -> I
     return Interpreter(run, store, CodedText(store.documents, TEXTS), lm, make_mesh(MeshConfig()), "", of)
 
 
-def no_model() -> SimpleNamespace:
-    """In the place of a language model where none is asked for anything."""
-    return SimpleNamespace()
+class Dense:
+    """The firings on a split as an array [places, features], made without the code that is tested."""
+
+    def __init__(self, store: Store, of: Dictionary, split: str = "train"):
+        rows = store.rows(split, SITE)
+        document, position, token = store.tokens(rows)
+        place = store.documents.starts_N[document] + position
+        order = np.argsort(place)
+        f_BxF = np.maximum(np.asarray(of.encode(store.read(SITE, rows)), np.float64), 0)
+        self.f, self.place, self.token = f_BxF[order], place[order], token[order]
+        self.document, self.position = document[order], position[order]
+
+
+def describe(folder: Path, store: Store, of: Dictionary, examples: int, draws: int) -> list[dict]:
+    """The records of all features, which fit in one block."""
+    text, features = CodedText(store.documents, TEXTS), of.config.n_features
+    together = neighbours.Together(features, 10)
+    together._least = np.uint64(0)  # every token counts
+    place = record(store, "train", {folder: of}, make_mesh(MeshConfig()), 320, on_batch=together.add)
+    bases = {family: CodeCounts(text.code(family, place)) for family in FAMILIES}
+    nearest = neighbours.nearest_rows(of.W_dec_FxD[...], 3)
+    describer = Describer(store, text, place, bases, examples, draws, None, nearest, together)
+    (block,) = blocks(folder, features)
+    return describer.records(block, PairCounts(block, text.code("token", block.place)))

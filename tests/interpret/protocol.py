@@ -5,7 +5,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -29,10 +29,10 @@ class Server:
       tries: when each request came, with its body and headers.
     """
 
-    def __init__(self, answer: Callable[[str], str], troubles: list = [], retry_after: str = ""):  # noqa: B006
+    def __init__(self, answer: Callable[[str], str], troubles: Iterable = (), retry_after: str = ""):
         self.asked: list[str] = []
         self.tries: list[tuple[float, dict, Message, str]] = []
-        left, lock = list(troubles), threading.Lock()
+        self._answer, self._troubles, lock = answer, list(troubles), threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(handler):
@@ -40,28 +40,22 @@ class Server:
                 prompt = "\n\n".join(message["content"] for message in body.get("messages", ()))
                 with lock:
                     self.tries.append((time.monotonic(), body, handler.headers, handler.path))
-                    trouble = left.pop(0) if left else ""
+                    trouble = self._troubles.pop(0) if self._troubles else ""
+                    if trouble in ("", "null", "cut"):
+                        self.asked.append(prompt)
                 if trouble == "closed":
-                    return handler.connection.close()
-                if trouble == "slow":
+                    handler.connection.close()
+                elif trouble == "slow":
                     handler.connection.recv(1)  # until the other side has gone
-                    return None
-                if isinstance(trouble, int):
-                    extra = {"Retry-After": retry_after} if retry_after else {}
-                    return self._send(handler, trouble, b'{"error": {"message": "not now"}}', extra)
-                if trouble == "nonsense":
-                    return self._send(handler, 200, b"<html>down</html>", {})
-                if trouble == "no choices":
-                    return self._send(handler, 200, b'{"choices": []}', {})
-                if trouble not in ("", "null", "cut"):
-                    return self._send(handler, 400, json.dumps(dict(error=dict(message=trouble))).encode(), {})
-                with lock:
-                    self.asked.append(prompt)
-                message = dict(role="assistant", content=None if trouble == "null" else answer(prompt))
-                reason = "length" if trouble == "cut" else "stop"
-                usage = dict(prompt_tokens=len(prompt.split()), completion_tokens=7)
-                reply = dict(choices=[dict(message=message, finish_reason=reason)], usage=usage)
-                self._send(handler, 200, json.dumps(reply).encode(), {})
+                else:
+                    status, data = self._reply(trouble, prompt)
+                    handler.send_response(status)
+                    if isinstance(trouble, int) and retry_after:
+                        handler.send_header("Retry-After", retry_after)
+                    handler.send_header("Content-Length", str(len(data)))
+                    handler.end_headers()
+                    with contextlib.suppress(OSError):  # who asked has left
+                        handler.wfile.write(data)
 
             def log_message(handler, *arguments):
                 pass
@@ -69,14 +63,19 @@ class Server:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
-    @staticmethod
-    def _send(handler, status, data, headers):
-        handler.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(data))}).items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        with contextlib.suppress(OSError):  # who asked has left
-            handler.wfile.write(data)
+    def _reply(self, trouble: int | str, prompt: str) -> tuple[int, bytes]:
+        if isinstance(trouble, int):
+            return trouble, b'{"error": {"message": "not now"}}'
+        if trouble == "nonsense":
+            return 200, b"<html>down</html>"
+        if trouble == "no choices":
+            return 200, b'{"choices": []}'
+        if trouble not in ("", "null", "cut"):
+            return 400, json.dumps(dict(error=dict(message=trouble))).encode()
+        message = dict(role="assistant", content=None if trouble == "null" else self._answer(prompt))
+        choice = dict(message=message, finish_reason="length" if trouble == "cut" else "stop")
+        usage = dict(prompt_tokens=len(prompt.split()), completion_tokens=7)
+        return 200, json.dumps(dict(choices=[choice], usage=usage)).encode()
 
     def __enter__(self):
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()

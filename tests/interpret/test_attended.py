@@ -3,6 +3,8 @@
 import numpy as np
 import planted
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from saejax.interpret.attended import CLASSES, SHIFTS, HeadShares
 from saejax.interpret.firings import Block
@@ -19,36 +21,32 @@ def made(tmp_path_factory, tiny_llama):
     return store, text, HeadShares(lm, store.documents, text, 2, 100_000)
 
 
-def shares_of(weights_TxT, ids):
-    """A head's shares on the classes of every token, by loops; [T, C]."""
-    found = np.zeros((LENGTH, len(CLASSES)))
+def holds_of(ids):
+    """Which classes hold of a token and one that it looks at, by loops; [T, S, C]."""
+    holds = np.zeros((LENGTH, LENGTH, len(CLASSES)))
     for t in range(LENGTH):
         for s in range(t + 1):
             age = t - s
-            holds = [age == 0, age == 1, 2 <= age < 8, age >= 8, s == 0, age > 0 and ids[s] == ids[t],
-                     age > 0 and s > 0 and ids[s - 1] == ids[t], ids[s] in (380, 381, 383)]  # fmt: skip
-            found[t] += weights_TxT[t, s] * np.array(holds)
-    return found
+            holds[t, s] = [age == 0, age == 1, 2 <= age < 8, age >= 8, s == 0, age > 0 and ids[s] == ids[t],
+                           age > 0 and s > 0 and ids[s - 1] == ids[t], ids[s] in (380, 381, 383)]  # fmt: skip
+    return holds
 
 
 def test_shares_equal_those_of_transformers(made, tiny_llama):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     store, _, heads = made
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="eager", dtype=torch.float64)
-    train = range(45)  # the last fourth is held out
-    every = []
+    train, shares = range(45), []  # the last fourth is held out
     for document in train:
         ids = store.documents[document]
-        given = model(torch.tensor(ids[None].astype(np.int64)), output_attentions=True).attentions
-        own = [shares_of(weights.detach().numpy(), ids) for layer in given[:2] for weights in layer[0]]
-        every.append(np.stack(own, axis=1).reshape(LENGTH, -1)[1:])
-    every = np.array(every).reshape(-1, every[0].shape[-1])
+        attentions = model(torch.tensor(ids[None].astype(np.int64)), output_attentions=True).attentions[:2]
+        weights_HxTxS = torch.cat([layer[0] for layer in attentions]).detach().numpy()
+        of_document = np.einsum("hts,tsc->thc", weights_HxTxS, holds_of(ids))
+        shares.append(of_document.reshape(LENGTH, -1)[1:])
+    shares = np.concatenate(shares)
     rows = heads._row[np.concatenate([store.documents.starts_N[d] + np.arange(1, LENGTH) for d in train])]
-    assert sorted(rows) == list(range(len(every)))
-    spread = every.std(axis=0)
-    expected = np.where(spread > 1e-6, (every - every.mean(axis=0)) / np.maximum(spread, 1e-6), 0)
+    assert sorted(rows) == list(range(len(shares)))
+    spread = shares.std(axis=0)
+    expected = np.where(spread > 1e-6, (shares - shares.mean(axis=0)) / np.maximum(spread, 1e-6), 0)
     np.testing.assert_allclose(heads._shares_NxM[rows], expected, atol=2e-3)
 
 
@@ -67,8 +65,8 @@ def test_correlations_and_the_bar_equal_plain_ones(made):
     value = np.maximum(rng.normal(size=(len(places), 5)) - 1, 0)
     value[:, 0] = np.maximum(shares[:, 3] + 0.1 * value[:, 0], 0)  # goes with column 3
     value[30:, 4] = 0  # fires too seldom
-    told = heads.of(block_of(places, value))
-    assert told[4] is None
+    described = heads.of(block_of(places, value))
+    assert described[4] is None
     for i in range(4):
         grid = value[:, i].reshape(documents, -1)
         nulls = [np.roll(grid, shift, axis=0).reshape(-1) for shift in range(1, SHIFTS + 1)]
@@ -77,17 +75,19 @@ def test_correlations_and_the_bar_equal_plain_ones(made):
         def correlations(f, live=live):
             return np.array([np.corrcoef(f, a)[0, 1] if ok else 0 for a, ok in zip(shares.T, live, strict=True)])
 
-        assert told[i]["bar"] == pytest.approx(max(np.abs(correlations(f)).max() for f in nulls), rel=5e-3)
+        assert described[i]["bar"] == pytest.approx(max(np.abs(correlations(f)).max() for f in nulls), rel=5e-3)
         own = correlations(value[:, i])
-        expected = [r for r in own[np.argsort(-np.abs(own))][:4] if abs(r) > told[i]["bar"]]
-        assert [row[-1] for row in told[i]["heads"]] == pytest.approx(expected, rel=1e-2)
-    layer, head, which, _ = told[0]["heads"][0]
-    assert (layer * heads._heads + head) * len(CLASSES) + CLASSES.index(which) in (3, 4) or told[0]["heads"][0][3] > 0.9
+        expected = [r for r in own[np.argsort(-np.abs(own))][:4] if abs(r) > described[i]["bar"]]
+        assert [row[-1] for row in described[i]["heads"]] == pytest.approx(expected, rel=1e-2)
+    layer, head, which, _ = described[0]["heads"][0]
+    assert (layer * heads._heads + head) * len(CLASSES) + CLASSES.index(which) in (3, 4) or described[0]["heads"][0][
+        3
+    ] > 0.9
 
 
 def test_features_that_go_with_nothing_are_told_so(made):
     _, _, heads = made
     places = np.flatnonzero(heads._row >= 0)
     value = np.maximum(np.random.default_rng(1).normal(size=(len(places), 600)) - 1.2, 0)
-    told = heads.of(block_of(places, value))
-    assert np.mean([bool(one["heads"]) for one in told]) < 0.08  # 5 % are expected
+    described = heads.of(block_of(places, value))
+    assert np.mean([bool(one["heads"]) for one in described]) < 0.08  # 5 % are expected

@@ -7,15 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, fisher_exact
 
-from saejax import load_model
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.interpret.categories import (
-    CategorisedPrompt,
-    active_on_prompts,
-    associate,
-    make_tests,
-    read_prompts,
-)
+from saejax.interpret.categories import CategorisedPrompt, active_on_prompts, associate, make_tests, read_prompts
 
 
 @pytest.fixture
@@ -67,8 +60,7 @@ def test_of_permuted_categories_nothing_is_left(planted):
     assert associate(np.zeros((80, 3), bool), shuffled) == {} == associate(active_PxF, [])
 
 
-def test_a_feature_is_active_where_it_fires(tiny_llama, one_device):
-    lm = load_model(str(tiny_llama), mesh=one_device)
+def test_a_feature_is_active_where_it_fires(lm):
     config = DictionaryConfig(kind="topk", site="resid_post.1", d_in=64, n_features=48, k=3, max_norm=1e9)
     dictionary = Dictionary.initial(config, jax.random.key(0))
     texts = ["The cat near the dogs runs.", "a", "3 + 4 = 7, 5 + 2"]

@@ -1,5 +1,6 @@
 """The frozen-random control: as large, as sparse, fitted by least squares, and searched like the dictionary."""
 
+import dataclasses
 import json
 
 import jax
@@ -34,7 +35,7 @@ def topk(features, k=4):
 
 
 @pytest.mark.parametrize("like", [topk(50), planted.dictionary(50)])
-def test_it_is_as_large_and_as_sparse_and_its_directions_are_drawn(store, like, monkeypatch):
+def test_it_is_as_large_and_as_sparse_and_its_directions_are_drawn(store, like):
     made, again, reseeded = (frozen_random(store, like, seed) for seed in (1, 1, 2))
     own, f_BxF = (np.asarray(one.encode(read(store))) for one in (like, made))
     assert f_BxF.shape == own.shape and (f_BxF >= 0).all()
@@ -72,9 +73,7 @@ def test_its_decoder_is_that_of_least_squares(monkeypatch):
 def test_a_transcoders_control_predicts_its_target(store, monkeypatch):
     """The target is another place's: here the same vectors, doubled."""
     source = planted.dictionary(40)
-    config = DictionaryConfig(kind="standard", site=planted.SITE, target="mlp_out.1", d_in=planted.WIDTH,
-                              n_features=40, centred=False)  # fmt: skip
-    like = Dictionary(config, **source.arrays)
+    like = Dictionary(dataclasses.replace(source.config, target="mlp_out.1"), **source.arrays)
     x = store.read
     monkeypatch.setattr(store, "rows", lambda split, *sites: type(store).rows(store, split, planted.SITE))
     monkeypatch.setattr(store, "read", lambda site, rows: x(planted.SITE, rows) * (2 if site == "mlp_out.1" else 1))

@@ -1,55 +1,28 @@
-"""Every statistic, against a plain computation from dense activations."""
+"""Every statistic against a plain computation from dense activations; contexts against those of SAEDashboard."""
 
 import json
 import math
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import planted
 import pytest
 
+from saejax.activations.documents import COLUMNS, Documents
+from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interpret import firings, neighbours, records
-from saejax.interpret.contexts import AFTER, BEFORE
-from saejax.interpret.detectors import PairCounts
-from saejax.interpret.firings import Block, record
-from saejax.interpret.records import BINS, GROUPS, LOWEST, Describer
-from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
-from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig
-
-FEATURES = 24
-
-
-class Dense:
-    """The same firings as an array [places, features], made without the code that is tested."""
-
-    def __init__(self, store, dictionary):
-        rows = store.rows("train", planted.SITE)
-        document, position, token = store.tokens(rows)
-        place = store.documents.starts_N[document] + position
-        order = np.argsort(place)
-        f_BxF = np.maximum(np.asarray(dictionary.encode(store.read(planted.SITE, rows)), np.float64), 0)
-        self.f, self.place, self.token = f_BxF[order], place[order], token[order]
-        self.document, self.position = document[order], position[order]
+from saejax.interpret.firings import Block
+from saejax.interpret.records import BINS, GROUPS, LOWEST
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("describe")
-    store, dictionary = planted.make_store(folder / "store", documents=60), planted.dictionary(FEATURES)
-    text = CodedText(store.documents, planted.TEXTS)
-    together = neighbours.Together(FEATURES, 10)
-    together._least = np.uint64(0)
-    mesh = make_mesh(MeshConfig())
-    place = record(store, "train", {folder / "own": dictionary}, mesh, 320, on_batch=together.add)
-    from saejax.interpret.firings import blocks
-
-    (block,) = blocks(folder / "own", FEATURES)
-    bases = {family: CodeCounts(text.code(family, place)) for family in FAMILIES}
-    nearest = neighbours.nearest_rows(dictionary.W_dec_FxD[...], 3)
-    describer = Describer(store, text, place, bases, 5, 3, None, nearest, together)
-    records = describer.records(block, PairCounts(block, text.code("token", block.place)))
+    store, dictionary = planted.make_store(folder / "store", documents=60), planted.dictionary(24)
+    records = planted.describe(folder / "own", store, dictionary, examples=5, draws=3)
     json.dumps(records, allow_nan=False)
-    return store, dictionary, text, block, bases, records, Dense(store, dictionary)
+    return store, dictionary, records, planted.Dense(store, dictionary)
 
 
 def test_counts_histogram_and_positions(made):
@@ -71,49 +44,21 @@ def test_counts_histogram_and_positions(made):
         assert one["positions"] == places
 
 
-def test_strongest_contexts_come_first_from_different_documents(made):
-    store, *_, records, dense = made
-    for i, one in enumerate(records):
-        if not one["fires"]:
-            continue
-        best = {}
-        for value, document, position in zip(dense.f[:, i], dense.document, dense.position, strict=True):
-            if value > 0:
-                best[int(document)] = max(best.get(int(document), (0, 0)), (value, int(position)))
-        expected = sorted(best.items(), key=lambda item: -item[1][0])[:5]
-        assert [(e["document"], e["position"]) for e in one["examples"]] == [(d, p) for d, (_, p) in expected]
-        for example in one["examples"]:
-            ids = store.documents[example["document"]]
-            start = max(0, example["position"] - BEFORE)
-            shown = range(start, min(len(ids), example["position"] + AFTER + 1))
-            assert example["tokens"] == [planted.TEXTS[ids[at]] for at in shown]
-            assert example["peak"] == example["position"] - start
-            acts = {int(p): f for p, f, d in zip(dense.position, dense.f[:, i], dense.document, strict=True)
-                    if d == example["document"]}  # fmt: skip
-            np.testing.assert_allclose(example["acts"], [acts[at] for at in shown], rtol=6e-3, atol=1e-6)
-
-
 def test_draws_are_those_of_the_largest_priority_in_each_tenth(made):
     *_, records, dense = made
     for i, one in enumerate(records):
-        own = np.flatnonzero(dense.f[:, i] > 0)
-        own = own[np.argsort(dense.f[own, i], kind="stable")]
+        rows = np.flatnonzero(dense.f[:, i] > 0)
+        rows = rows[np.argsort(dense.f[rows, i], kind="stable")]
+        tenths = [[row for n, row in enumerate(rows) if n * GROUPS // len(rows) == group] for group in range(GROUPS)]
         expected = []
-        for group in range(GROUPS):
-            some = [own[n] for n in range(len(own)) if n * GROUPS // len(own) == group]
-            some.sort(key=lambda row: -int(firings.priority(dense.place[[row]])[0]))
-            expected += [(group, int(dense.document[row]), int(dense.position[row])) for row in some[:3]]
+        for group, some in enumerate(tenths):
+            drawn = sorted(some, key=lambda row: -int(firings.priority(dense.place[[row]])[0]))[:3]
+            expected += [(group, int(dense.document[row]), int(dense.position[row])) for row in drawn]
         assert [(e["group"], e["document"], e["position"]) for e in one.get("groups", [])] == expected
-
-
-def test_tenths_lie_between_the_groups(made):
-    *_, records, dense = made
-    for i, one in enumerate(records):
-        own = np.sort(dense.f[dense.f[:, i] > 0, i])
-        groups = [[own[n] for n in range(len(own)) if n * GROUPS // len(own) == group] for group in range(GROUPS)]
-        if all(groups):
-            np.testing.assert_allclose(one["tenths"], [*(group[0] for group in groups), own[-1]], rtol=1e-3)
-        assert (len(one.get("tenths", [])) == GROUPS + 1) == bool(len(own))
+        assert (len(one.get("tenths", [])) == GROUPS + 1) == bool(len(rows))
+        if all(tenths):
+            edges = [*(some[0] for some in tenths), rows[-1]]
+            np.testing.assert_allclose(one["tenths"], dense.f[edges, i], rtol=1e-3)
 
 
 def test_priorities_are_uniform_and_do_not_depend_on_their_company():
@@ -128,9 +73,8 @@ def test_tokens_by_sum_and_by_mean(made):
         if one["fires"]:
             tokens = np.unique(dense.token)
             total = {planted.TEXTS[t]: dense.f[dense.token == t, i].sum() for t in tokens}
-            mean = {
-                planted.TEXTS[t]: dense.f[dense.token == t, i].mean() for t in tokens if (dense.token == t).sum() > 2
-            }
+            often = [t for t in tokens if (dense.token == t).sum() > 2]
+            mean = {planted.TEXTS[t]: dense.f[dense.token == t, i].mean() for t in often}
             listed = [row["text"] for row in one["tokens"]]
             best = max(mean, key=mean.get)
             assert listed[0] == max(total, key=total.get) and (best in listed or not mean[best])
@@ -171,10 +115,7 @@ def test_nearest_rows(made, monkeypatch):
     np.testing.assert_allclose(np.take_along_axis(cosine, ids, 1), found, atol=1e-6)
 
 
-def test_output_tokens(tiny_llama, one_device):
-    from saejax.models.loading import load_model
-
-    lm = load_model(str(tiny_llama), mesh=one_device)
+def test_output_tokens(lm):
     rows = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
     found = neighbours.output_tokens(lm, rows, 4)
     ids, logits = found.ids, found.logits
@@ -196,8 +137,51 @@ def test_output_tokens(tiny_llama, one_device):
 
 def test_a_feature_that_never_fires():
     block = Block(0, 2, np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
-    assert (
-        not records.histogram(block).any() and not records.group_draws(block, records.weakest_first(block), 2)[0].size
-    )
-    assert not records.tenths(block, records.weakest_first(block)).any()
-    assert records.sums(block)[1].tolist() == [0, 0]
+    order = records.weakest_first(block)
+    assert not records.histogram(block).any() and not records.group_draws(block, order, 2)[0].size
+    assert not records.tenths(block, order).any() and records.sums(block)[1].tolist() == [0, 0]
+
+
+MADE = json.loads((Path(__file__).parent / "sae_dashboard.json").read_text())  # by scripts/dashboard_fixture.py
+EXAMPLES = 8
+
+
+@pytest.fixture(scope="module")
+def of_dashboard(tmp_path_factory):
+    """What we say of the dictionary's features, on a store of the same vectors."""
+    folder, ids_NxT = tmp_path_factory.mktemp("dashboard"), np.array(MADE["ids"], np.int32)
+    count, length = ids_NxT.shape
+    values_NxTxD = np.array(MADE["embed"])[ids_NxT] + np.array(MADE["position"])
+    padded = np.pad(values_NxTxD, ((0, 0), (0, 0), (0, planted.WIDTH - values_NxTxD.shape[2]))).astype(np.float32)
+    table = np.zeros((count, len(COLUMNS)), np.int32)
+    table[:, COLUMNS.index("group")] = np.arange(count)
+    names = tuple(map(str, range(count)))
+    documents = Documents.contiguous(ids_NxT.reshape(-1), np.full(count, length), table, names)
+    store = planted.written(folder / "store", documents, padded)
+    W_enc_DxF = np.array(MADE["W_enc"])
+    W_enc_DxF = np.pad(W_enc_DxF, ((0, planted.WIDTH - len(W_enc_DxF)), (0, 0)))
+    fields = dict(kind="standard", site=planted.SITE, d_in=planted.WIDTH, centred=False)
+    arrays = dict(W_enc_DxF=W_enc_DxF, W_dec_FxD=W_enc_DxF.T, b_enc_F=MADE["b_enc"], b_dec_D=np.zeros(planted.WIDTH))
+    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
+    dictionary = Dictionary(DictionaryConfig(n_features=W_enc_DxF.shape[1], **fields), **arrays)
+    return planted.describe(folder / "own", store, dictionary, EXAMPLES, draws=1)
+
+
+def test_firing_rates_and_the_strongest_contexts_are_those_of_saedashboard(of_dashboard):
+    """The tool shows the strongest tokens, we the strongest of each document; order, places and activations."""
+    shown, tokens = 0, np.array(MADE["ids"]).size
+    for ours, theirs in zip(of_dashboard, MADE["features"], strict=True):
+        density = float(theirs["title"].split("= ")[1].rstrip("%"))
+        assert 100 * ours["fires"] / tokens == pytest.approx(density, abs=6e-4)
+        first = {context["text"]: context for context in reversed(theirs["top"])}  # a text's strongest
+        ranked = [context for context in theirs["top"] if first[context["text"]] is context][:EXAMPLES]
+        examples = ours["examples"][: len(ranked)]
+        assert [(e["document"], e["position"]) for e in examples] == [(c["text"], c["position"]) for c in ranked]
+        for example, context in zip(examples, ranked, strict=True):
+            start = example["position"] - example["peak"]
+            for step, (piece, act) in enumerate(zip(example["tokens"], example["acts"], strict=True), start):
+                if step:  # the tool leaves out the first token
+                    assert piece == planted.TEXTS[context["ids"][step - 1]]
+                    assert (act or 0.0) == pytest.approx(context["acts"][step - 1], rel=6e-3, abs=1e-4)
+        shown += len(ranked)
+    assert shown > 40

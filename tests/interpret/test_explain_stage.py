@@ -9,6 +9,7 @@ import planted
 import protocol
 import pytest
 from runs import write_members
+from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import load_labels
@@ -17,6 +18,7 @@ from saejax.interpret import explain
 from saejax.interpret.held_out import MIN_FIRINGS, detection_score, is_kept
 from saejax.interpret.results import ExplainedFeature
 from saejax.interpret.text import CodedText
+from saejax.models.loading import load_model
 from saejax.results import from_json
 from saejax.runner.config import Configs
 from saejax.runner.workspace import Run
@@ -31,8 +33,6 @@ TOKENS = planted.TEXTS
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, tiny_llama):
     """A store, a dictionary and what was interpreted."""
-    from saejax.models.loading import load_model
-
     folder = tmp_path_factory.mktemp("explain")
     store, dictionary = planted.make_store(folder / "capture"), planted.dictionary(FEATURES)
     save_dictionary(folder / "train" / "standard" / "dictionary", dictionary)
@@ -66,15 +66,12 @@ class Place:
         _, store, dictionary = workdir
         self.f, self.split = {}, {}
         for split in ("train", "held_out"):
-            rows = store.rows(split, planted.SITE)
-            document, position, _ = store.tokens(rows)
-            f_BxF = np.maximum(np.asarray(dictionary.encode(store.read(planted.SITE, rows))), 0)
-            for d, p, f in zip(document.tolist(), position.tolist(), f_BxF, strict=True):
+            dense = planted.Dense(store, dictionary, split)
+            for d, p, f in zip(dense.document.tolist(), dense.position.tolist(), dense.f, strict=True):
                 self.f[d, p], self.split[d] = f, split
         self.documents = ["".join(TOKENS[i] for i in store.documents[d]) for d in range(len(store.documents))]
-        self.starts = [
-            np.cumsum([0] + [len(TOKENS[i]) for i in store.documents[d]]) for d in range(len(self.documents))
-        ]
+        lengths = ([0, *(len(TOKENS[i]) for i in store.documents[d])] for d in range(len(self.documents)))
+        self.starts = [np.cumsum(each) for each in lengths]
 
     def find(self, text):
         """Document, and first and last position of a context."""
@@ -100,10 +97,6 @@ def is_of(prompt):
     return "detection" if "somewhere in it" in prompt else "labels"
 
 
-def noise(text):
-    return zlib.crc32(text.encode()) % 2
-
-
 def judge(place):
     """Knows the planted concepts, guesses about all other labels, and says nothing that can be read about number 11."""
 
@@ -115,35 +108,26 @@ def judge(place):
             return "I would rather not say [1]"
         if feature < len(planted.CONCEPTS):
             return f"Sure: {[int(max(place.active(text, feature)) > 0) for text in texts]}"
-        return json.dumps([noise(f"{feature} {text}") for text in texts])
+        return json.dumps([zlib.crc32(f"{feature} {text}".encode()) % 2 for text in texts])
 
     return answer
-
-
-def balanced(pairs):
-    """Of (whether it is active, whether it was called so), by counting."""
-    shares = [[said == there for there, said in pairs if there == which] for which in (True, False)]
-    return sum(sum(share) / len(share) for share in shares) / 2
 
 
 def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(workdir, tmp_path):
     """What is active is known from dense activations at the places where the texts are found."""
     place = Place(workdir)
-    given = tmp_path / "given.csv"
-    given.write_text("feature,label,note,reviewer\n" + "".join(f"{i},concept {i},,Ada\n" for i in range(20)))
+    sheet = tmp_path / "sheet.csv"
+    sheet.write_text("feature,label,note,reviewer\n" + "".join(f"{i},concept {i},,Ada\n" for i in range(20)))
     with protocol.Server(judge(place)) as server:
-        member, found = go(workdir, tmp_path / "unit", server.url, labels=str(given))
-    able = [
-        i
-        for i in range(20)
-        if sum(f[i] > 0 for (d, _), f in place.f.items() if place.split[d] == "held_out") >= MIN_FIRINGS
-    ]
+        member, found = go(workdir, tmp_path / "unit", server.url, labels=str(sheet))
+    held_out = np.array([f for (d, _), f in place.f.items() if place.split[d] == "held_out"])
+    able = np.flatnonzero((held_out[:, :20] > 0).sum(0) >= MIN_FIRINGS).tolist()
     assert sorted(found) == able and len(able) > 12 and member.judged == member.labelled == len(able)
     assert member.questions == len(server.asked) and member.prompt_tokens == sum(len(p.split()) for p in server.asked)
-    asked = [prompt for prompt in server.asked if is_of(prompt) == "detection"]
-    own = asked[: len(asked) // 2]  # those with labels of other features follow
+    questions = [prompt for prompt in server.asked if is_of(prompt) == "detection"]
+    first = questions[: len(questions) // 2]  # those with labels of other features follow
     for feature in able:
-        prompts = [prompt for prompt in own if parts(prompt)[0] == feature]
+        prompts = [prompt for prompt in first if parts(prompt)[0] == feature]
         texts = [text for prompt in prompts for text in parts(prompt)[1]]
         there = [max(place.active(text, feature)) > 0 for text in texts]
         assert {place.split[place.find(text)[0]] for text in texts} == {"held_out"}
@@ -152,9 +136,9 @@ def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(wor
         if feature == 11 or len(there) == 10:  # no reply that can be parsed, or it fires everywhere
             assert score is None and not found[feature].kept
             continue
-        said = [bool(one) for prompt in prompts for one in json.loads(judge(place)(prompt).removeprefix("Sure: "))]
-        assert score.accuracy == pytest.approx(balanced(list(zip(there, said, strict=True))))
-        assert score.recall == pytest.approx(sum(a and b for a, b in zip(there, said, strict=True)) / 10)
+        answers = [bool(one) for prompt in prompts for one in json.loads(judge(place)(prompt).removeprefix("Sure: "))]
+        assert score.accuracy == pytest.approx(balanced_accuracy_score(there, answers))
+        assert score.recall == pytest.approx(recall_score(there, answers))
         if feature < len(planted.CONCEPTS):
             assert score.accuracy == score.f1 == 1 and found[feature].kept
     assert member.detection.unparsed == pytest.approx(1 / len(able)) and member.kept >= 5
@@ -167,10 +151,10 @@ def test_labels_are_written_from_training_text_and_kept_only_if_they_tell(workdi
         member, found = go(workdir, tmp_path / "unit", server.url, sample=8)
         again, _ = go(workdir, tmp_path / "unit", server.url, sample=8)  # is done
     assert member == again and member.labelled == 8 and len({one.label for one in found.values()}) > 4
-    asked = [prompt for prompt in server.asked if is_of(prompt) == "labels"]
-    assert len(asked) == 8
+    questions = [prompt for prompt in server.asked if is_of(prompt) == "labels"]
+    assert len(questions) == 8
     for prompt in server.asked:
-        split = "train" if prompt in asked else "held_out"
+        split = "train" if prompt in questions else "held_out"
         assert {place.split[place.find(text)[0]] for text in parts(prompt)[1]} == {split}
     assert 0.2 < member.detection.mean.mean < 0.8
     assert member.kept <= 2  # the judge guesses

@@ -29,25 +29,21 @@ def test_features_by_tokens(tmp_path, monkeypatch, documents):
     length_F = np.linspace(1, 2, FEATURES)
     made = maps.maps(length_F)
     json.dumps(made, allow_nan=False)
-    rows = store.rows("train", planted.SITE)
-    document, position, _ = store.tokens(rows)
-    f = np.maximum(np.asarray(dictionary.encode(store.read(planted.SITE, rows)), np.float64), 0)
-    mean = f.sum(0) / len(place)
-    train = np.unique(document)
+    dense = planted.Dense(store, dictionary)
+    mean, train = dense.f.sum(0) / len(place), np.unique(dense.document)
     wanted = sorted(train.tolist(), key=lambda d: -int(priority(np.array([d]))[0]))[:documents]
     assert [one["document"] for one in made] == wanted
     for one in made:
         assert one["tokens"] == [planted.TEXTS[i] for i in store.documents[one["document"]][:24]]
         start = store.documents.starts_N[one["document"]]
-        known = np.isin(start + np.arange(24), place)
+        scored = np.isin(start + np.arange(24), place)
         acts = np.zeros((FEATURES, 24))
-        for d, p, values in zip(document, position, f, strict=True):
-            if d == one["document"] and p < 24:
-                acts[:, p] = values
-        excess = (acts.sum(1) - known.sum() * mean) * length_F
+        here = (dense.document == one["document"]) & (dense.position < 24)
+        acts[:, dense.position[here]] = dense.f[here].T
+        excess = (acts.sum(1) - scored.sum() * mean) * length_F
         best = [i for i in np.argsort(-excess)[:6].tolist() if excess[i] > 0]
         assert one["features"] == best and best
         for feature, row in zip(best, one["acts"], strict=True):
-            assert [value is None for value in row] == (~known).tolist()
+            assert [value is None for value in row] == (~scored).tolist()
             there = [value for value in row if value is not None]
-            np.testing.assert_allclose(there, acts[feature][known], rtol=6e-3, atol=1e-5)
+            np.testing.assert_allclose(there, acts[feature][scored], rtol=6e-3, atol=1e-5)

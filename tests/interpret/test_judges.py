@@ -55,10 +55,15 @@ def test_a_server_that_asks_for_a_pause_gets_it(waits):
     assert waits == [55]
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 422])
-def test_what_would_not_help_is_refused_at_once(status):
-    with protocol.Server(lambda prompt: "yes", [status]) as server:
-        with pytest.raises(UserError, match=f"refuses the question: status {status}"):
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [(status, f"refuses the question: status {status}") for status in (401, 403, 404, 422)]
+    + [("sold out", "refuses the question: status 400: .*sold out")]
+    + [(reply, "gave no answer") for reply in ("nonsense", "no choices")],
+)
+def test_where_asking_again_would_not_help_it_ends(trouble, message):
+    with protocol.Server(lambda prompt: "yes", [trouble]) as server:
+        with pytest.raises(UserError, match=message):
             ask(server, ASK[:1])
         assert len(server.tries) == 1
 
@@ -77,11 +82,6 @@ def test_parameters_that_a_model_refuses_are_renamed_or_dropped():
     for body in bodies[3:]:
         assert not {"max_tokens", "temperature", "chat_template_kwargs"} & body.keys()
         assert body["max_completion_tokens"] == 4096
-    with (
-        protocol.Server(lambda prompt: "yes", ["this model is sold out"]) as server,
-        pytest.raises(UserError, match="refuses the question: status 400: .*sold out"),
-    ):
-        ask(server, ASK[:1])
 
 
 def test_labels_and_judgements_of_a_reply_are_read():
@@ -112,15 +112,6 @@ def test_an_endpoint_that_never_answers_is_given_up(waits):
         Endpoint("localhost:8000", "judge", 1, 1)
 
 
-@pytest.mark.parametrize("trouble", ["nonsense", "no choices"])
-def test_a_reply_that_is_no_chat_completion_is_said(trouble):
-    with (
-        protocol.Server(lambda prompt: "yes", [trouble]) as server,
-        pytest.raises(UserError, match="gave no answer"),
-    ):
-        ask(server, ASK[:1])
-
-
 def test_no_answer_and_one_that_is_truncated_are_none():
     with protocol.Server(lambda prompt: "yes", ["null", "cut"]) as server:
         assert [answer.text for answer in ask(server, ASK[:3])] == [None, None, "yes"]
@@ -149,37 +140,24 @@ def test_what_was_answered_is_never_asked_again(tmp_path):
     judge = Counting(fails_at="number 3")
     with pytest.raises(UserError, match="no more"):
         Answers(run_of(), tmp_path, judge).all(ASK, "labels")
+    lines = (tmp_path / ANSWERS).read_text().splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == judge.asked == ["number 0", "number 1", "number 2"]
     with (tmp_path / ANSWERS).open("a") as file:
         file.write('{"question": "half a li')  # killed
-    again = Counting()
+    again, third, changed = Counting(), Counting(), Counting()
     answers = Answers(run_of(), tmp_path, again)
-    assert answers.all([*ASK, ASK[0]], "labels") == [*(q.text for q in ASK), ASK[0].text]
-    assert judge.asked == ["number 0", "number 1", "number 2"] and again.asked == ["number 3", "number 4", "number 5"]
-    assert answers.spent == (60, 6)
-    third = Counting()
+    assert answers.all([*ASK, ASK[0]], "labels") == [*(question.text for question in ASK), ASK[0].text]
+    assert again.asked == ["number 3", "number 4", "number 5"] and answers.spent == (60, 6)
     Answers(run_of(), tmp_path, third).all(ASK, "labels")
-    assert not third.asked
-    second_judge = Counting()
-    Answers(run_of(model="other"), tmp_path, second_judge).all(ASK[:1], "labels")
-    assert second_judge.asked == ["number 0"]
+    Answers(run_of(model="other"), tmp_path, changed).all(ASK[:1], "labels")
+    assert not third.asked and changed.asked == ["number 0"]
 
 
 def test_the_limit_of_tokens_holds_and_can_be_raised(tmp_path):
-    judge = Counting()
-    with pytest.raises(
-        UserError, match=r"most_tokens=230: \d+ tokens are spent and \d questions of about [\d,]+ tokens are left"
-    ):
+    judge, left = Counting(), r"most_tokens=230: \d+ tokens are spent and \d questions of about [\d,]+ tokens are left"
+    with pytest.raises(UserError, match=left):
         Answers(run_of(limit=230), tmp_path, judge).all(ASK, "labels")
     assert 0 < len(judge.asked) < len(ASK)
-    assert len(Answers(run_of(), tmp_path, judge).all(ASK, "labels")) == len(ASK) == len(judge.asked)
-
-
-def test_a_run_that_is_to_stop_stops(tmp_path):
     with pytest.raises(Interrupted, match="what was measured is kept"):
-        Answers(run_of(stopping=lambda: True), tmp_path, Counting()).all(ASK, "labels")
-
-
-def test_kept_answers_are_lines_of_json(tmp_path):
-    Answers(run_of(), tmp_path, Counting()).all(ASK[:1], "labels")
-    (line,) = (tmp_path / ANSWERS).read_text().splitlines()
-    assert json.loads(line)["answer"] == "number 0"
+        Answers(run_of(stopping=lambda: True), tmp_path, judge).all(ASK, "labels")
+    assert len(Answers(run_of(), tmp_path, judge).all(ASK, "labels")) == len(ASK) == len(judge.asked)

@@ -7,7 +7,7 @@ import pytest
 from scipy import sparse
 from scipy.stats import spearmanr
 
-import saejax
+from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.matching import importance
 from saejax.matching.importance import ItemFeatures, align_importance, match_features, mutual_pairs, read_features
 from saejax.matching.transfer.activity import Activity
@@ -21,42 +21,34 @@ def fewer_permutations(monkeypatch):
     monkeypatch.setattr(importance, "_PERMUTATIONS", 199)
 
 
-def features(acts_NxF, importance_F, placebo_RxF, step=1):
-    """Features of a model whose tokens end at every ``step``-th character of one text."""
-    count = len(acts_NxF)
-    return ItemFeatures(
-        ids=("1",),
-        activity=Activity(sparse.csr_array(acts_NxF.astype(np.float32)), np.ones(count, bool)),
-        text_N=np.zeros(count, np.int64),
-        end_N=np.arange(1, count + 1) * step,
-        importance_F=importance_F,
-        placebo_RxF=placebo_RxF,
-    )
-
-
-def firings(rng, count):
-    """Sparse activations, of features that fire on 2 to 10 % of the tokens."""
-    fires_NxF = rng.random((TOKENS, count)) < rng.uniform(0.02, 0.1, count)
-    return fires_NxF * rng.lognormal(0, 0.5, (TOKENS, count))
-
-
 def pair(seed, shared, agree=0.9):
     """Two models of which ``shared`` features are the same, in another order, and agree on importance.
 
-    What fires often is important for every answer, in both models.
+    Features fire on 2 to 10 % of the tokens. What fires often is important for every answer, in both models.
     """
     rng = np.random.default_rng(seed)
-    common_NxK, common_K = firings(rng, shared), rng.normal(size=shared)
+
+    def firings(count):
+        fires_NxF = rng.random((TOKENS, count)) < rng.uniform(0.02, 0.1, count)
+        return fires_NxF * rng.lognormal(0, 0.5, (TOKENS, count))
+
+    common_NxK, common_K = firings(shared), rng.normal(size=shared)
     models = []
     for _ in range(2):
         noise_NxK = common_NxK * rng.lognormal(0, 0.3, common_NxK.shape)
-        acts_NxF = np.concatenate([noise_NxK, firings(rng, FEATURES - shared)], axis=1)
-        own_F = rng.normal(size=FEATURES)
-        own_F[:shared] = agree * common_K + np.sqrt(1 - agree**2) * own_F[:shared]
-        order_F = rng.permutation(FEATURES)
-        often_F = (acts_NxF > 0).mean(axis=0)
-        placebo_RxF = 5 * often_F + rng.normal(size=(19, FEATURES))
-        models.append(features(acts_NxF[:, order_F], (own_F + 5 * often_F)[order_F], placebo_RxF[:, order_F]))
+        acts_NxF = np.concatenate([noise_NxK, firings(FEATURES - shared)], axis=1)
+        importance_F = rng.normal(size=FEATURES)
+        importance_F[:shared] = agree * common_K + np.sqrt(1 - agree**2) * importance_F[:shared]
+        often_F, order_F = (acts_NxF > 0).mean(axis=0), rng.permutation(FEATURES)
+        model = ItemFeatures(
+            ids=("1",),
+            activity=Activity(sparse.csr_array(acts_NxF[:, order_F].astype(np.float32)), np.ones(TOKENS, bool)),
+            text_N=np.zeros(TOKENS, np.int64),
+            end_N=np.arange(1, TOKENS + 1),
+            importance_F=(importance_F + 5 * often_F)[order_F],
+            placebo_RxF=(5 * often_F + rng.normal(size=(19, FEATURES)))[:, order_F],
+        )
+        models.append(model)
     return models
 
 
@@ -76,6 +68,10 @@ def test_two_models_that_share_features(shared):
     wanted = spearmanr(first.importance_F[first_M], second.importance_F[second_M]).statistic
     assert found.correlation == pytest.approx(wanted) and found.correlation == pytest.approx(0.81, abs=0.2)
     assert is_aligned(found) and found.pairs == len(first_M)
+    same = align_importance(first, second, rotated=second)  # a rotated dictionary is a placebo
+    assert same.rotated == pytest.approx(same.correlation) and not is_aligned(same)
+    stranger, _ = pair(2, 0)
+    assert align_importance(first, second, rotated=stranger).rotated is None
 
 
 def test_mutual_pairs_against_every_product(monkeypatch):
@@ -100,30 +96,14 @@ def test_strangers_are_not_aligned():
 def test_tokens_are_paired_where_they_end_together():
     """The second model reads two characters a token: of the first's tokens every other one has a partner."""
     first, second = pair(0, 30)
-    half = dataclasses.replace(
-        second,
-        activity=Activity(second.activity.f_NxF[1::2], second.activity.real_N[1::2]),
-        text_N=second.text_N[1::2],
-        end_N=second.end_N[1::2],
-    )
+    activity = Activity(second.activity.f_NxF[1::2], second.activity.real_N[1::2])
+    half = dataclasses.replace(second, activity=activity, text_N=second.text_N[1::2], end_N=second.end_N[1::2])
     assert align_importance(first, half).shared == pytest.approx(0.5, abs=0.1)
     assert align_importance(first, dataclasses.replace(second, ids=("2",))) is None
 
 
-def test_a_rotated_dictionary_is_a_placebo():
-    first, second = pair(1, 30)
-    same = align_importance(first, second, rotated=second)
-    assert same.rotated == pytest.approx(same.correlation) and not is_aligned(same)
-    stranger, _ = pair(2, 0)
-    assert align_importance(first, second, rotated=stranger).rotated is None
-
-
-def test_features_are_read_and_kept(tiny_llama, one_device, tmp_path):
-    from saejax.dictionaries import Dictionary, DictionaryConfig
-
-    lm = saejax.load_model(str(tiny_llama), mesh=one_device)
-    rng = np.random.default_rng(0)
-    W_dec_FxD = rng.normal(size=(32, 64)).astype(np.float32)
+def test_features_are_read_and_kept(lm, tmp_path):
+    W_dec_FxD = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
     config = DictionaryConfig(kind="standard", site="resid_post.1", d_in=64, n_features=32, centred=False)
     zeros = dict(b_enc_F=np.zeros(32, np.float32), b_dec_D=np.zeros(64, np.float32))
     dictionary = Dictionary(config, W_enc_DxF=W_dec_FxD.T, W_dec_FxD=W_dec_FxD, **zeros)

@@ -26,6 +26,7 @@ from saejax.settings import MeshConfig
 from saejax.stages.transfer import TransferConfig
 
 SITE, TEXTS, TOKENS = "resid_post.0", 60, 20
+TEXT_N, END_N = np.repeat(np.arange(TEXTS), TOKENS), np.tile(np.arange(1, TOKENS + 1), TEXTS)
 
 
 def random_dictionary(width, features, seed, fingerprint="a", **changes):
@@ -44,27 +45,24 @@ def reader(rows_FxD, fingerprint, threshold=0.5):
     return random_dictionary(width, count, 0, fingerprint, b_dec_D=jnp.zeros(width), **arrays)
 
 
-def made_reading(folder, *parts, **settings):
+def made_reading(folder, *parts):
     """A reading of dictionaries: (dictionary, values [N, D], tokens as their model reads them)."""
-    found, reads, norms = [], {}, {}
+    compared, reads, norms = [], {}, {}
     (folder / "text").mkdir(parents=True)
     for number, (dictionary, values_NxD, read) in enumerate(parts):
-        path = folder / "train" / f"d{number}" / "dictionary"
+        path, fingerprint = folder / "train" / f"d{number}" / "dictionary", dictionary.config.fingerprint
         save_dictionary(path, dictionary)
-        found.append(Compared(f"d{number}", path, dictionary.config))
-        reads[dictionary.config.fingerprint] = read
-        norms[dictionary.config.fingerprint, SITE] = 50.0
+        compared.append(Compared(f"d{number}", path, dictionary.config))
+        reads[fingerprint] = read
+        norms[fingerprint, SITE] = 50.0
         encode(dictionary, values_NxD, 64).save(folder / "text" / f"activity-{number:04d}.npz")
-        np.save(folder / "text" / f"values-{dictionary.config.fingerprint}-{SITE}.npy", values_NxD)
-    run = SimpleNamespace(configs=Configs(TransferConfig(**settings)), folder=folder)
-    return Reading(run, found, make_mesh(), SharedText(folder / "text", reads, norms)), found
+        np.save(folder / "text" / f"values-{fingerprint}-{SITE}.npy", values_NxD)
+    run = SimpleNamespace(configs=Configs(TransferConfig()), folder=folder)
+    return Reading(run, compared, make_mesh(), SharedText(folder / "text", reads, norms))
 
 
-def read_of(ends=None):
+def read_of(text_N=TEXT_N, end_N=END_N):
     """Texts of twenty tokens, of which each ends a character further, or at given places."""
-    text_N = np.repeat(np.arange(TEXTS), TOKENS)
-    end_N = np.tile(np.arange(1, TOKENS + 1), TEXTS) if ends is None else ends[1]
-    text_N = text_N if ends is None else ends[0]
     return ReadText((np.arange(TOKENS),) * TEXTS, 0, text_N, end_N)
 
 
@@ -75,8 +73,7 @@ def shared_share(found, first=0, second=1):
     paired = np.flatnonzero(matched.partner_F >= 0)
     value_F = np.full(len(matched.partner_F), np.nan)
     value_F[paired] = np.einsum("fd,fd->f", rows[0][paired], rows[1][matched.partner_F[paired]])
-    scores = score(dataclasses.replace(matched, value_F=value_F), found.compared_features(first, second))
-    return scores
+    return score(dataclasses.replace(matched, value_F=value_F), found.compared_features(first, second))
 
 
 def planted(rng, tokens, features, rate):
@@ -84,13 +81,12 @@ def planted(rng, tokens, features, rate):
 
 
 def test_a_dictionary_shares_all_with_itself_and_rare_features_are_left_out(tmp_path):
-    """A defect of issue 50: features that fire once or never counted as pairs of value 0 (80 % of itself)."""
     rng = np.random.default_rng(0)
     rates = np.where(np.arange(24) < 16, 0.1, 0.004)
     f_NxF = planted(rng, TEXTS * TOKENS, 24, rates[None])
     rows_FxD = rng.normal(size=(24, 32))
     part = reader(rows_FxD, "a"), (f_NxF @ rows_FxD).astype(np.float32), read_of()
-    found, _ = made_reading(tmp_path, part, part)
+    found = made_reading(tmp_path, part, part)
     scores, (first_F, second_G) = shared_share(found), found.compared_features(0, 1)
     assert scores.shared.mean == 1 and scores.matched.mean > 0.999
     halves = [f_NxF[read_of().text_N % 2 == half] > 0 for half in (0, 1)]
@@ -104,24 +100,15 @@ def test_a_split_in_five_percent_of_the_words_leaves_a_match_above_nine_tenths(t
     """The other side has one token more where a word is split; both parts carry noise of their own."""
     rng = np.random.default_rng(1)
     f_NxF, rows_FxD = planted(rng, TEXTS * TOKENS, 16, 0.1), rng.normal(size=(16, 24))
-    split_N = rng.random(len(f_NxF)) < 0.05
     first = read_of()
-    text_N, end_N, source_N = [], [], []
-    for number, split in enumerate(split_N):
-        end = 2 * first.end_N[number]
-        for offset in [1, 0] if split else [0]:
-            text_N.append(first.text_N[number])
-            end_N.append(end - offset)
-            source_N.append(number if offset == 0 else -1)
-    source_N = np.array(source_N)
-    g_NxF = np.where((source_N >= 0)[:, None], f_NxF[source_N], planted(rng, len(source_N), 16, 0.1))
+    source_M = np.repeat(np.arange(len(f_NxF)), 1 + (rng.random(len(f_NxF)) < 0.05))
+    is_start_M = np.r_[source_M[1:] == source_M[:-1], False]  # of a token that is split
+    g_NxF = np.where(is_start_M[:, None], planted(rng, len(source_M), 16, 0.1), f_NxF[source_M])
     doubled = dataclasses.replace(first, end_N=2 * first.end_N)
+    second = read_of(first.text_N[source_M], doubled.end_N[source_M] - is_start_M)
     values = [(f @ rows_FxD + 0.05 * rng.normal(size=(len(f), 24))).astype(np.float32) for f in (f_NxF, g_NxF)]
-    found, _ = made_reading(
-        tmp_path,
-        (reader(rows_FxD, "a"), values[0], doubled),
-        (reader(rows_FxD, "b"), values[1], read_of((np.array(text_N), np.array(end_N)))),
-    )
+    parts = [(reader(rows_FxD, "a"), values[0], doubled), (reader(rows_FxD, "b"), values[1], second)]
+    found = made_reading(tmp_path, *parts)
     scores = shared_share(found)
     assert scores.shared.mean > 0.9 and scores.matched.mean > 0.9 and found.tokens(0, 1) == len(f_NxF)
 
@@ -134,45 +121,38 @@ def test_two_models_of_other_widths_share_what_was_planted(tmp_path):
     for width, fingerprint, own in zip((32, 48), "ab", private, strict=True):
         rows_FxD, f_NxF = rng.normal(size=(24, width)), np.concatenate([common, own], axis=1)
         parts.append((reader(rows_FxD, fingerprint), (f_NxF @ rows_FxD).astype(np.float32), read_of()))
-    found, compared = made_reading(tmp_path, *parts)
-    assert abs(shared_share(found).shared.mean - 0.5) < 0.1
-    assert measures_of(("decoder", "encoder", "activity"), *compared) == ["activity"]
+    assert abs(shared_share(made_reading(tmp_path, *parts)).shared.mean - 0.5) < 0.1
+
+
+def described(fingerprint, number=0):
+    config = random_dictionary(16, 8, 0, fingerprint).config
+    return Compared(f"{fingerprint}{number}", Path(), config)
 
 
 def test_models_of_equal_width_are_compared_by_activity_alone():
-    """A defect of issue 50: directions of two models were compared where their widths are equal."""
-    first, second, unknown = (
-        Compared(name, Path(), random_dictionary(16, 8, 0, name).config) for name in ("a", "b", "")
-    )
-    assert measures_of(("decoder", "activity"), first, second) == ["activity"]
-    assert measures_of(("decoder",), first, second) == []
-    assert measures_of(("decoder",), first, first) == measures_of(("decoder",), first, unknown) == ["decoder"]
-
-
-def test_what_a_dictionary_shares_with_all_is_by_one_measure():
-    """Pairs of one model went by decoder and those of two by activity, in one figure."""
-    compared = [Compared(name, Path(), random_dictionary(16, 8, 0, name[0]).config) for name in ("a1", "a2", "b")]
+    """What a dictionary shares with all others is by one measure, too."""
+    first, same, second, unknown = described("a"), described("a", 1), described("b"), described("")
     measures = "decoder", "activity"
-    assert common_measure(measures, compared, [(0, 1), (0, 2)]) == "activity"
-    assert common_measure(measures, compared, [(0, 1)]) == "decoder"
+    assert measures_of(measures, first, second) == ["activity"] and measures_of(("decoder",), first, second) == []
+    assert measures_of(("decoder",), first, same) == measures_of(("decoder",), first, unknown) == ["decoder"]
+    assert common_measure(measures, [first, same, second], [(0, 1), (0, 2)]) == "activity"
+    assert common_measure(measures, [first, same, second], [(0, 1)]) == "decoder"
 
 
-def comparison(tmp_path, dictionaries, **settings):
+def comparison(tmp_path, dictionaries):
+    """A comparison of all pairs by their decoders."""
     compared = []
     for number, dictionary in enumerate(dictionaries):
         path = tmp_path / "train" / f"d{number}"
         save_dictionary(path, dictionary)
         compared.append(Compared(f"d{number}", path, dictionary.config))
-    unit = tmp_path / "transfer"
-    unit.mkdir(exist_ok=True)
-    configs = Configs(TransferConfig(**settings), MeshConfig())
-    run = SimpleNamespace(configs=configs, folder=unit, say=lambda line: None)
-    pairs = select_pairs(compared, 0, 0)
-    return Comparison(run, compared, pairs), compared
+    (tmp_path / "transfer").mkdir()
+    configs = Configs(TransferConfig(measures=("decoder",)), MeshConfig())
+    run = SimpleNamespace(configs=configs, folder=tmp_path / "transfer", say=lambda line: None)
+    return Comparison(run, compared, select_pairs(compared, 0, 0))
 
 
 def test_dead_features_do_not_dilute_decoder_scores(tmp_path):
-    """A defect of issue 50: identical dictionaries of which 40 % is dead, at random, had a PW-MCC of 0.72."""
     own, second = (random_dictionary(32, 200, seed) for seed in (0, 1))
     dead_F = np.arange(200) % 5 < 2
     rows = [np.asarray(one.W_dec_FxD[...]) for one in (own, second)]
@@ -181,7 +161,7 @@ def test_dead_features_do_not_dilute_decoder_scores(tmp_path):
         folder = tmp_path / "evaluate" / f"d{number}"
         folder.mkdir(parents=True)
         write_array(folder / "firing_rate.npy", np.where(dead_F, 0, 0.01).astype(np.float32))
-    made, _ = comparison(tmp_path, [own, copy], measures=("decoder",))
+    made = comparison(tmp_path, [own, copy])
     (pair,) = made.measure("000-d0", 0, lambda done, total: None).results
     scores = pair.measures["decoder"]
     assert scores.scores.matched.mean > 0.999 and scores.scores.shared.mean == 1
@@ -201,7 +181,7 @@ def test_dictionaries_are_dropped_after_use(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compared_file, "load_dictionary", counted)
     monkeypatch.setattr(transfer_run, "_ROW_BYTES", 5 * 24 * 16 * 4)
-    made, _ = comparison(tmp_path, [random_dictionary(16, 24, seed) for seed in range(12)], measures=("decoder",))
+    made = comparison(tmp_path, [random_dictionary(16, 24, seed) for seed in range(12)])
     for first in range(11):
         made.measure(f"{first:03d}-d{first}", first, lambda done, total: None)
     assert most[0] <= 3
@@ -209,19 +189,16 @@ def test_dictionaries_are_dropped_after_use(tmp_path, monkeypatch):
 
 
 def test_pairs_between_models_are_sampled():
-    compared = [Compared(f"d{n}", Path(), random_dictionary(8, 4, 0, "ab"[n % 2]).config) for n in range(8)]
+    compared = [described("ab"[number % 2], number) for number in range(8)]
     assert len(select_pairs(compared, 0, 0)) == 28
     pairs = select_pairs(compared, 5, 0)
-    across = [pair for pair in pairs if (pair[0] + pair[1]) % 2]
-    assert len(across) == 5 and len(pairs) == 12 + 5
+    assert len(pairs) == 12 + 5 == 12 + sum((first + second) % 2 for first, second in pairs)
 
 
 def test_where_nothing_fires_there_are_no_partners_and_no_figure(tmp_path):
     values_NxD = np.random.default_rng(0).normal(size=(TEXTS * TOKENS, 16)).astype(np.float32)
-    dead = random_dictionary(16, 24, 0, b_enc_F=np.full(24, -1e6, np.float32))
-    found, _ = made_reading(
-        tmp_path, (dead, values_NxD, read_of()), (random_dictionary(16, 24, 1), values_NxD, read_of())
-    )
+    dead, live = random_dictionary(16, 24, 0, b_enc_F=np.full(24, -1e6, np.float32)), random_dictionary(16, 24, 1)
+    found = made_reading(tmp_path, *((each, values_NxD, read_of()) for each in (dead, live)))
     scores = shared_share(found)
     assert scores.matched.mean == scores.shared.mean == 0 and not found.compared_features(0, 1)[0].any()
 

@@ -1,6 +1,5 @@
 """Planted chains are followed, planted steps told apart, and removing features costs what it should."""
 
-import dataclasses
 import itertools
 import json
 from types import SimpleNamespace
@@ -23,20 +22,19 @@ D, F = 64, 48
 CHAINS = [{0: 3, 1: 10, 2: 7, 3: 1}, {1: 20, 2: 30}, {2: 5, 3: 6}]  # layer -> feature, of one direction each
 
 
-def sae(lm, layer, W_dec_FxD, threshold=0.05, k=0, seed=0):
+def sae(lm, layer, W_dec_FxD, threshold=0.05, k=0):
     """An SAE whose encoder is its decoder's transpose."""
-    kind = "topk" if k else "standard"
     config = DictionaryConfig(
-        kind=kind, site=f"resid_post.{layer}", d_in=D, n_features=len(W_dec_FxD), k=k, centred=False,
-        model=lm.source.name, fingerprint=lm.source.fingerprint, max_norm=1e9,
+        kind="topk" if k else "standard", site=f"resid_post.{layer}", d_in=D, n_features=len(W_dec_FxD), k=k,
+        centred=False, model=lm.source.name, fingerprint=lm.source.fingerprint, max_norm=1e9,
     )  # fmt: skip
     arrays = dict(W_enc_DxF=W_dec_FxD.T, b_enc_F=np.full(len(W_dec_FxD), -threshold), W_dec_FxD=W_dec_FxD)
-    return Dictionary(config, **{n: np.asarray(a, np.float32) for n, a in (arrays | dict(b_dec_D=np.zeros(D))).items()})
+    arrays["b_dec_D"] = np.zeros(D)
+    return Dictionary(config, **{name: np.asarray(array, np.float32) for name, array in arrays.items()})
 
 
 def stack_of(*dictionaries):
-    layers = [LayerDictionary(f"made/{one.site}", one.config, lambda one=one: one, None, {}) for one in dictionaries]
-    return tuple(layers)
+    return tuple(LayerDictionary(each.site, each.config, lambda each=each: each, None, {}) for each in dictionaries)
 
 
 def unit(rows):
@@ -55,13 +53,12 @@ def test_planted_chains_are_followed_and_nothing_else(identity_llama):
     shown = [one.strongest(F) for one in follow(identity_llama, made, ids_T)]
     found = find_links(made, shown)
     active = [set(zip(one.position_A.tolist(), one.feature_A.tolist(), strict=True)) for one in shown]
+    steps = [step for places in CHAINS for step in itertools.pairwise(places.items())]
     wanted = {
-        ((layer, t, places[layer]), (layer + 1, t, places[layer + 1]))
-        for places in CHAINS
-        for layer in places
-        if layer + 1 in places
+        ((low, t, source), (high, t, target))
+        for (low, source), (high, target) in steps
         for t in range(len(ids_T))
-        if (t, places[layer]) in active[layer] and (t, places[layer + 1]) in active[layer + 1]
+        if (t, source) in active[low] and (t, target) in active[high]
     }
     assert len(wanted) > 10 and {(a, b) for a, b, _ in found} == wanted  # precision and recall are 1
     for source, target, weight in found[:5]:
@@ -106,44 +103,30 @@ def test_a_written_solution_is_followed_to_its_last_number(lm, monkeypatch):
     assert write_solution(lm, Problem("x", "How many?"), 20) == Problem("x", "How many?")
 
 
-@pytest.fixture(scope="module")
-def by_token(identity_llama):
-    """A dictionary of which each feature is a token: its embedding."""
-    embed_VxD = np.asarray(identity_llama.params["embed_VxD"])
-    return sae(identity_llama, 1, unit(embed_VxD), threshold=0, k=1)
-
-
-def test_planted_steps_are_told_apart(identity_llama, by_token):
-    war = identity_llama.token_id(" war")
-    problem = Problem(
-        "x", "One day:", ("The cat runs. ", "She said the cat was far. ", "The war lasted. ", "The cat was there.")
-    )
-    text = encode(identity_llama, problem)
+def test_planted_steps_are_told_apart(identity_llama):
+    """By a dictionary of which each feature is a token: its embedding."""
+    embed_VxD, war = np.asarray(identity_llama.params["embed_VxD"]), identity_llama.token_id(" war")
+    by_token = sae(identity_llama, 1, unit(embed_VxD), threshold=0, k=1)
+    solution = ("The cat runs. ", "She said the cat was far. ", "The war lasted. ", "The cat was there.")
+    text = encode(identity_llama, Problem("x", "One day:", solution))
     assert [part.name for part in text.segments] == ["prompt", "step 1", "step 2", "step 3", "step 4"]
     assert "".join(text.tokens[text.steps[2].start : text.steps[2].stop]).strip() == "The war lasted."
     (firings,) = follow(identity_llama, stack_of(by_token), text.ids_T)
-    assert firings.feature_A.tolist() == text.ids_T.tolist()  # each token is its own feature
+    assert firings.feature_A.tolist() == text.ids_T.tolist()
     found = step_features(firings, text.segment_T, 100)
     for number, part in enumerate(text.segments):
-        inside, outside = (
-            {int(i) for i, s in zip(text.ids_T, text.segment_T, strict=True) if (s == number) == own}
-            for own in (True, False)
-        )
-        mine = {one.feature for one in found[number]}
-        assert inside - outside <= mine <= inside, part.name  # all that are nowhere else, and none that is not here
-    (of_war,) = (one for one in found[3] if one.feature == war)
-    assert (
-        of_war.mean
-        == of_war.contrast
-        == pytest.approx(
-            float(firings.value_A[text.ids_T == war].sum()) / (text.segments[3].stop - text.segments[3].start), rel=1e-5
-        )
-    )
+        inside, outside = (set(text.ids_T[(text.segment_T == number) == here].tolist()) for here in (True, False))
+        features = {each.feature for each in found[number]}
+        # All that are nowhere else, and none that is not here.
+        assert inside - outside <= features <= inside, part.name
+    (of_war,) = (each for each in found[3] if each.feature == war)
+    length = text.segments[3].stop - text.segments[3].start
+    mean = float(firings.value_A[text.ids_T == war].sum()) / length
+    assert of_war.mean == of_war.contrast == pytest.approx(mean, rel=1e-5)
 
 
 def made_tester(lm, dictionary, text, **changes):
-    config = dataclasses.replace(TrackConfig(prompt="x", dictionaries=("made",)), **changes)
-    return StepTester(lm, stack_of(dictionary)[0], text, config)
+    return StepTester(lm, stack_of(dictionary)[0], text, TrackConfig(prompt="x", dictionaries=("made",), **changes))
 
 
 def test_removing_features_in_a_step_costs_what_an_edit_does(lm):
@@ -192,24 +175,20 @@ def test_features_that_mean_nothing_are_rarely_said_to_matter(lm):
     assert np.mean(small) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(small))
 
 
-def test_sentences():
-    text = "Ann has 3.5 apples. “Two?” she asks!  1. Buy one.\nDone"
-    assert sentences(text) == ("Ann has 3.5 apples. ", "“Two?” ", "she asks!  ", "1. Buy one.\n", "Done")
-    assert "".join(sentences(text)) == text
-    assert sentences("我有三个苹果。她吃了一个。") == ("我有三个苹果。", "她吃了一个。")
-    assert sentences("एक सेब है। दो हैं।") == ("एक सेब है। ", "दो हैं।")
-    assert sentences("no end") == ("no end",)
-
-
-def test_abbreviations_end_no_sentence():
-    """A defect of issue 50: "Dr." was a step."""
-    text = "Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. They left. 5 vs. 4 apples etc. remained."
-    assert sentences(text) == (
-        "Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. ",
-        "They left. ",
-        "5 vs. 4 apples etc. remained.",
-    )
-    assert sentences("So it is Dr.\nNext") == ("So it is Dr.\n", "Next")
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ("Ann has 3.5 apples. ", "“Two?” ", "she asks!  ", "1. Buy one.\n", "Done"),
+        ("我有三个苹果。", "她吃了一个。"),
+        ("एक सेब है। ", "दो हैं।"),
+        ("no end",),
+        ("Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. ", "5 vs. 4 apples etc. remained."),
+        ("So it is Dr.\n", "Next"),
+    ],
+)
+def test_sentences(pieces):
+    """An abbreviation ends none: "Dr." once was a step."""
+    assert sentences("".join(pieces)) == pieces
 
 
 def test_prompts_of_other_scripts_and_of_one_token(lm):
@@ -221,31 +200,23 @@ def test_prompts_of_other_scripts_and_of_one_token(lm):
     assert step_features(firings, np.zeros(4, int), 3) == [[]]
 
 
-def test_the_answer_is_followed_where_it_stands_last(lm):
-    steps = ("The year was 1732. ", "So it is the year 1741.")
-    text = encode(lm, Problem("x", "When?", steps, " 1741"))
-    assert "".join(text.tokens[: text.position + 1]).endswith("the year") or text.tokens[text.position] == " "
-    assert text.ids_T[text.position + 1] == text.answer
-    assert encode(lm, Problem("x", "The capital of France is", (), " Paris")).answer == lm.token_id(" Paris")
-
-
 @pytest.mark.parametrize(
     ("steps", "answer", "before"),
     [
+        (("The year was 1732. ", "So it is the year 1741."), " 1741", "the year"),
         (("He has 12 coins. ", "They cost 1200 cents."), " 12", "He has"),
         (("She ate 12. ", "Now 12.5 and 3,012 and 112 are left."), " 12", "She ate"),
         (("The cat sat. ", "It concatenates."), " cat", "The"),
     ],
 )
-def test_the_answer_is_not_found_inside_a_number_or_word(lm, steps, answer, before):
-    """A defect of issue 50: " 12" was found in "1200"."""
+def test_the_answer_is_followed_where_it_stands_last_by_itself(lm, steps, answer, before):
     text = encode(lm, Problem("x", "How many?", steps, answer))
     assert "".join(text.tokens[: text.position + 1]).rstrip().endswith(before)
     assert text.ids_T[text.position + 1] == text.answer
+    assert encode(lm, Problem("x", "The capital of France is", (), " Paris")).answer == lm.token_id(" Paris")
 
 
 def test_rows_of_gsm8k_are_followed(tmp_path):
-    """A defect of issue 50: its field names were refused."""
     path = tmp_path / "test.jsonl"
     answer = "Ann sells 48/2 = <<48/2=24>>24 clips.\nShe sells 48+24 = <<48+24=72>>72.\n#### 72"
     path.write_text(json.dumps(dict(question="Ann sold 48 clips. How many?", answer=answer)))
@@ -255,7 +226,7 @@ def test_rows_of_gsm8k_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         ([], "holds 0 prompts"),
         ([dict(slug=f"a{i}", prompt="One.") for i in range(5)], "holds 5 prompts: expected 1 to 4"),
@@ -266,8 +237,8 @@ def test_rows_of_gsm8k_are_followed(tmp_path):
         ([dict(prompt="One."), dict(prompt="One.")], "line 2 has the slug 'One' of an earlier line"),
     ],
 )
-def test_prompts_that_are_refused(tmp_path, lines, said):
+def test_prompts_that_are_refused(tmp_path, lines, message):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_problems(TrackConfig(prompts=str(path)))

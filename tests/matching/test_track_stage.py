@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-import runs
+import trained_stack
 
 sys.path.append(str(Path(__file__).parent.parent / "attribution"))
 from browser import CHROMIUM, chromium
@@ -25,8 +25,9 @@ from saejax.models.tokens import pad
 from saejax.results import from_json
 from saejax.runner import command
 
-pytestmark = pytest.mark.usefixtures("single_device")
+pytestmark = pytest.mark.usefixtures("two_devices")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
+NAMES = ["topk/resid_post.0-k4", "topk/resid_post.1-k4"]
 BAD = "</script><script>alert(1)</script>"
 PROMPTS = [
     dict(slug="river", prompt="How many rivers?", solution="There are 3 rivers. Then 4 more come. So 7.", answer=" 7"),
@@ -36,16 +37,13 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def tracked(inputs, tmp_path_factory):
-    """A workdir with a stack of both layers and two texts that were followed; and the flags of its run."""
-    folder = tmp_path_factory.mktemp("tracked")
-    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
-    flags = runs.small_flags(
-        *inputs, folder / "run", train__kinds="topk", train__sites="resid_post.0,resid_post.1", train__k=4,
-        train__source="model", train__epochs=1, track__prompts=folder / "prompts.jsonl", track__dictionaries="topk",
-        task__train_prompts=2, task__test_prompts=2,
-    )  # fmt: skip
-    assert command.run(["baseline", "train"], "", ["test", *flags]) == 0
-    labels = folder / "run" / "atlas" / "topk" / "resid_post.1"
+    """A workdir in which two texts were followed through both layers, and the flags of its run."""
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, PROMPTS)))
+    folder, flags = trained_stack.copy(
+        inputs, tmp_path_factory, track__prompts=prompts, track__dictionaries=",".join(NAMES)
+    )
+    labels = folder / "atlas" / NAMES[1]
     labels.mkdir(parents=True)
     named = {str(feature): dict(label=f"all {BAD}", by="Ada", note="", f1=None) for feature in range(128)}
     write_json(labels / "labels.json", named)
@@ -57,45 +55,38 @@ def test_links_are_measured_as_the_library_does(tracked, inputs):
     """A feature is ablated at a position by the public edit; controls take away as much along other active features."""
     folder, _ = tracked
     lm = load_model(str(inputs[0]), dtype="float32")
-    pair = [load_dictionary(str(folder / "run" / "train" / "topk" / f"resid_post.{i}")) for i in range(2)]
-    layers = [SimpleNamespace(reads=one.site, name="", config=one.config, load=lambda one=one: one) for one in pair]
-    stack, ids_T = layers, np.arange(5, 17)
-    firings = follow(lm, stack, ids_T)
-    low, high = (each.at(9) for each in firings)
-    link = (0, 9, int(low.feature_A[0])), (1, 9, int(high.feature_A[0])), 1.0
-    (measured,) = measure_chains(lm, stack, ids_T, 3, [link], firings, str, 0)
-    (found,) = measured.links
-    tokens = pad([ids_T.tolist()])
-    runs_of = [
-        [lm(tokens, capture=["resid_post.1"], edits=edits) for edits in ([], [one.ablate([node[2]], (9, 10))])]
-        for one, node in zip(pair, link, strict=False)
+    pair = [load_dictionary(folder / "train" / name) for name in NAMES]
+    stack = [
+        SimpleNamespace(reads=each.site, name="", config=each.config, load=lambda each=each: each) for each in pair
     ]
-    clean, edited = (float(pair[1].encode(run.sites["resid_post.1"])[0, 9, found.target]) for run in runs_of[0])
-    assert found.lost == pytest.approx(1 - edited / clean, abs=1e-3)
-    logp = [jax.nn.log_softmax(run.logits_BxTxV[0, -1])[3] for run in runs_of[1]]
-    assert found.answer_drop == pytest.approx(float(logp[0] - logp[1]), abs=1e-4)
-    # The lowest feature's effect on the answer.
-    output = lm(tokens, edits=[pair[0].ablate([link[0][2]], (9, 10))])
-    without = float(jax.nn.log_softmax(output.logits_BxTxV[0, -1])[3])
-    assert measured.answer_drop == pytest.approx(float(logp[0]) - without, abs=1e-4)
+    ids_T = np.arange(5, 17)
+    firings = follow(lm, stack, ids_T)
+    low, high = (int(each.at(9).feature_A[0]) for each in firings)
+    (measured,) = measure_chains(lm, stack, ids_T, 3, [((0, 9, low), (1, 9, high), 1.0)], firings, str, 0)
+    (link,) = measured.links
+    edits = [], [pair[0].ablate([low], (9, 10))], [pair[1].ablate([high], (9, 10))]
+    outputs = [lm(pad([ids_T.tolist()]), capture=["resid_post.1"], edits=each) for each in edits]
+    clean, edited = (float(pair[1].encode(run.sites["resid_post.1"])[0, 9, link.target]) for run in outputs[:2])
+    assert link.lost == pytest.approx(1 - edited / clean, abs=1e-3)
+    clean, without_low, without_high = (float(jax.nn.log_softmax(run.logits_BxTxV[0, -1])[3]) for run in outputs)
+    assert link.answer_drop == pytest.approx(clean - without_high, abs=1e-4)
+    assert measured.answer_drop == pytest.approx(clean - without_low, abs=1e-4)
     # Four features fire (k = 4): three controls, too few to decide.
-    assert found.controls == 3 and not found.holds and not found.reaches_answer
-    assert not measured.holds
+    assert link.controls == 3 and not link.holds and not link.reaches_answer and not measured.holds
 
 
 def test_texts_are_followed_and_kept(tracked, capsys):
     folder, flags = tracked
-    unit = folder / "run" / "track" / "prompts"
+    unit = folder / "track" / "prompts"
     results = load_results(unit)
     river = results.texts["river"]
     assert list(results.texts) == ["river", "bad"] and river.sites == ("resid_post.0", "resid_post.1")
     assert [step.name for step in river.steps] == ["prompt", "step 1", "step 2", "step 3"]
-    assert river.answer == " 7" or river.answer == "7"
-    assert len(river.lens.answer) == 2 and river.tested == "resid_post.1"
+    assert river.answer.strip() == "7" and len(river.lens.answer) == 2 and river.tested == "resid_post.1"
     assert all((step.test is None) == bool(step.untested) for step in river.steps[1:])
-    cells = json.loads((unit / "river-cells.json").read_text())
-    assert len(cells["cells"]) == 2 and {len(row) for row in cells["cells"]} == {river.tokens}
-    assert all(len(cell) <= 8 and cell[1::2] == sorted(cell[1::2], reverse=True) for r in cells["cells"] for cell in r)
+    rows = json.loads((unit / "river-cells.json").read_text())["cells"]
+    assert len(rows) == 2 and {len(row) for row in rows} == {river.tokens}
+    assert all(len(cell) <= 8 and cell[1::2] == sorted(cell[1::2], reverse=True) for row in rows for cell in row)
     text = (unit / "track.txt").read_text()
     assert "river:" in text and "  resid_post.1  " in text and "\033" not in text
     found = SimpleNamespace(each=lambda kind: {"prompts": results}, folders={"track/prompts": unit}, address=str)
@@ -106,44 +97,41 @@ def test_texts_are_followed_and_kept(tracked, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("flag", "message"),
     [
-        (dict(track__dictionaries=""), "--track.dictionaries is missing"),
-        (dict(track__dictionaries="/nowhere/at/all"), "/nowhere/at/all"),
-        (dict(track__dictionaries="topk/resid_post.0,topk/resid_post.0"), "are both of layer 0"),
-        (dict(track__dictionaries="topk/resid_post.7"), "resid_post.7"),
-        (dict(track__prompt="both"), "expected one of them"),
+        ("dictionaries=", "--track.dictionaries is missing"),
+        ("dictionaries=/nowhere/at/all", "/nowhere/at/all"),
+        ("dictionaries=topk/resid_post.0-k4,topk/resid_post.0-k8", "are both of layer 0"),
+        ("dictionaries=topk/resid_post.7", "resid_post.7"),
+        ("prompt=both", "expected one of them"),
     ],
 )
-def test_what_is_refused_in_one_line(tracked, tmp_path, capsys, changes, said):
+def test_what_is_refused_in_one_line(tracked, capsys, flag, message):
     _, flags = tracked
-    more = [f"--{name.replace('__', '.')}={value}" for name, value in changes.items()]
-    assert command.run(["track"], "", ["test", *flags, *more]) == 2
-    error = capsys.readouterr().err
-    assert said in error and len(error.splitlines()) == 1
+    assert command.run(["track"], "", ["test", *flags, f"--track.{flag}"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert message in error
 
 
-def test_the_output_of_the_model_is_shown_and_followed(tracked, inputs, tmp_path):
+def follow_sentence(tracked, workdir, layers, *more):
+    """What is found of one sentence by dictionaries that are given by their folders."""
     folder, flags = tracked
+    folders = ",".join(str(folder / "train" / name) for name in NAMES[:layers])
+    flags = [*flags, "--track.prompts=", "--track.prompt=The river", f"--track.dictionaries={folders}", *more]
+    assert command.run(["track"], "", ["test", *flags, f"--workdir={workdir}"]) == 0
+    (found,) = load_results(workdir / "track" / "The-river").texts.values()
+    return found
+
+
+def test_one_sentence_at_one_layer_and_the_output_of_the_model(tracked, inputs, tmp_path):
+    found = follow_sentence(tracked, tmp_path / "one", 1)
+    assert found.links == 0 and [step.name for step in found.steps] == ["step 1"]
     lm = load_model(str(inputs[0]), dtype="float32")
     (written,) = lm.generate(lm.tokenize(["The river"]), 6)
-    folders = ",".join(str(folder / "run" / "train" / "topk" / f"resid_post.{i}") for i in range(2))
-    more = ["--track.prompts=", "--track.prompt=The river", f"--track.dictionaries={folders}", f"--workdir={tmp_path}"]
-    assert command.run(["track"], "", ["test", *flags, *more, "--track.generate=6"]) == 0
-    (found,) = load_results(tmp_path / "track" / "The-river").texts.values()
+    found = follow_sentence(tracked, tmp_path / "two", 2, "--track.generate=6")
     assert found.output == written.text.strip() and found.steps[0].name == "prompt"
     assert "".join(step.text for step in found.steps[1:]).replace(" ", "") == found.output.replace(" ", "")
-    text = (tmp_path / "track" / "The-river" / "track.txt").read_text()
-    assert "  output           " in text
-
-
-def test_one_layer_only_and_one_sentence(tracked, tmp_path, capsys):
-    folder, flags = tracked
-    one = folder / "run" / "train" / "topk" / "resid_post.0"
-    more = ["--track.prompts=", "--track.prompt=The river", f"--track.dictionaries={one}", f"--workdir={tmp_path}"]
-    assert command.run(["track"], "", ["test", *flags, *more]) == 0
-    (found,) = load_results(tmp_path / "track" / "The-river").texts.values()
-    assert found.links == 0 and [step.name for step in found.steps] == ["step 1"]
+    assert "  output           " in (tmp_path / "two" / "track" / "The-river" / "track.txt").read_text()
 
 
 def write_page_with_a_chain(unit, page):
@@ -165,7 +153,7 @@ def write_page_with_a_chain(unit, page):
 @pytest.mark.parametrize(("width", "dark"), [(400, False), (1300, True)])
 def test_the_page(tracked, tmp_path, width, dark):
     page = tmp_path / "index.html"
-    write_page_with_a_chain(tracked[0] / "run" / "track" / "prompts", page)
+    write_page_with_a_chain(tracked[0] / "track" / "prompts", page)
     with chromium(tmp_path / "profile") as browser:
         browser.view(width, 900, dark=dark, phone=width == 400)
         browser.open(page.as_uri())

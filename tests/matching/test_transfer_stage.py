@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import trained_stack
 from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
 from saejax import load_results
@@ -17,66 +18,45 @@ from saejax.matching.transfer.summary import FeaturePairs
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
-SITES = "resid_post.0,resid_post.1"
 
 
 @pytest.fixture(scope="module")
 def workdir(inputs, tmp_path_factory):
-    """A workdir with a stack of two layers and two sizes of k; the flags of its run."""
-    folder = tmp_path_factory.mktemp("transfer")
-    flags = runs.small_flags(
-        *inputs, folder, capture__sites=SITES, train__sites=SITES, train__k="4,8", train__kinds="topk",
-        train__epochs=10, task__behaviours="", transfer__dictionaries="topk", transfer__tokens=600,
-        transfer__measures="decoder,encoder,activity", analysis__batch_tokens=128,
-    )  # fmt: skip
-    assert command.run(["capture", "train", "transfer"], "", ["test", *flags]) == 0
+    changes = dict(transfer__tokens=600, transfer__measures="decoder,encoder,activity")
+    folder, flags = trained_stack.copy(inputs, tmp_path_factory, transfer__dictionaries="topk", **changes)
+    assert command.run(["transfer"], "", ["test", *flags]) == 0
     return folder, flags
 
 
-def test_every_two_members_are_compared(workdir):
+def test_every_two_members_are_compared_and_pairs_of_features_written(workdir):
     folder, _ = workdir
     results = load_results(folder / "transfer")
-    names = [one.name for one in results.dictionaries]
-    assert len(names) == 4 and len(results.pairs) == 6 == len({(pair.first, pair.second) for pair in results.pairs})
+    assert len(results.dictionaries) == 4 and len({(pair.first, pair.second) for pair in results.pairs}) == 6
     for pair in results.pairs:
         assert pair.measures.keys() == {"decoder", "encoder", "activity"} and pair.tokens > 200
         for both in pair.measures.values():
-            for one in (both.scores, both.null):
-                assert -1 <= one.matched.low <= one.matched.mean <= one.matched.high <= 1.000001
-                assert one.gap <= STEP + 1e-6
-        first, second = (load_dictionary(folder / "train" / name) for name in (pair.first, pair.second))
-        unit = [np.asarray(one.W_dec_FxD[...]) for one in (first, second)]
-        unit = [one / np.linalg.norm(one, axis=1, keepdims=True) for one in unit]
-        nearest = (unit[0] @ unit[1].T).max(1).mean()
-        assert abs(pair.measures["decoder"].scores.nearest.mean - nearest) < 1e-5
-    same = [pair for pair in results.pairs if pair.first.split("/")[1][:12] == pair.second.split("/")[1][:12]]
-    assert all(
-        pair.measures["decoder"].scores.matched.low > pair.measures["decoder"].null.matched.high for pair in same
-    )
+            for scores in (both.scores, both.null):
+                assert -1 <= scores.matched.low <= scores.matched.mean <= scores.matched.high <= 1.000001
+                assert scores.gap <= STEP + 1e-6
+        decoders = [load_dictionary(folder / "train" / name).W_dec_FxD[...] for name in (pair.first, pair.second)]
+        first, second = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in map(np.asarray, decoders))
+        decoder = pair.measures["decoder"]
+        assert abs(decoder.scores.nearest.mean - (first @ second.T).max(1).mean()) < 1e-5
+        if pair.first.split("-")[0] == pair.second.split("-")[0]:  # of one site
+            assert decoder.scores.matched.low > decoder.null.matched.high
     assert [(len(chains.dictionaries), chains.measure) for chains in results.chains] == [(2, "decoder")]
-    # The shares of a dictionary, from the pairs that were written.
-    tables = [FeaturePairs.load(path) for path in sorted((folder / "transfer").glob("*-decoder.parquet"))]
-    first, last = (
-        tables[0].feature[tables[0].value >= 0.7],
-        [table.partner[(table.second == 3) & (table.value >= 0.7)] for table in tables],
-    )
-    assert results.shares[0].somewhere.mean == pytest.approx(len(np.unique(first)) / 128)
-    assert results.shares[3].somewhere.mean == pytest.approx(len(np.unique(np.concatenate(last))) / 128)
-    everywhere = set.intersection(*(set(partners.tolist()) for partners in last))
-    assert results.shares[3].everywhere.mean == pytest.approx(len(everywhere) / 128)
+    # Scores and shares again, from the pairs that were written.
+    first, *tables = (FeaturePairs.load(path) for path in sorted((folder / "transfer").glob("*-decoder.parquet")))
+    assert sorted(set(first.second.tolist())) == [1, 2, 3] and len(first.feature) == 3 * 128
+    values, scores = first.value[first.second == 1], results.pairs[0].measures["decoder"].scores
+    assert abs(values.mean() - scores.matched.mean) < 1e-5
+    assert abs((values >= 0.7).mean() - scores.shared.mean) < 1e-9
+    last = [table.partner[(table.second == 3) & (table.value >= 0.7)] for table in (first, *tables)]
+    shares = [results.shares[0].somewhere, results.shares[3].somewhere, results.shares[3].everywhere]
+    features = [np.unique(first.feature[first.value >= 0.7]), np.unique(np.concatenate(last))]
+    features.append(set.intersection(*(set(partners.tolist()) for partners in last)))
+    assert [share.mean for share in shares] == pytest.approx([len(each) / 128 for each in features])
     assert {share.measure for share in results.shares} == {"decoder"}
-
-
-def test_the_pairs_of_features_are_written(workdir):
-    folder, _ = workdir
-    results = load_results(folder / "transfer")
-    (path,) = (folder / "transfer").glob("000-*-decoder.parquet")
-    table = FeaturePairs.load(path)
-    assert sorted(set(table.second.tolist())) == [1, 2, 3] and len(table.feature) == 3 * 128
-    own = table.second == 1
-    assert abs(table.value[own].mean() - results.pairs[0].measures["decoder"].scores.matched.mean) < 1e-5
-    shared = (table.value[own] >= 0.7).mean()
-    assert abs(shared - results.pairs[0].measures["decoder"].scores.shared.mean) < 1e-9
     rows = list(csv.DictReader((folder / "transfer" / "pairs.csv").open()))
     assert len(rows) == 18 and {row["measure"] for row in rows} == {"decoder", "encoder", "activity"}
 
@@ -85,14 +65,11 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
     """A permuted copy shares all; a finished part is not compared again."""
     folder, flags = workdir
     name = load_results(folder / "transfer").dictionaries[0].name
-    own = load_dictionary(folder / "train" / name)
-    order = np.random.default_rng(0).permutation(own.config.n_features)
-    arrays = {
-        k: np.asarray(v)[..., order] if k in ("W_enc_DxF", "b_enc_F") else np.asarray(v) for k, v in own.arrays.items()
-    }
-    arrays["W_dec_FxD"] = np.asarray(own.W_dec_FxD[...])[order]
-    copy = Dictionary(own.config, own.matmul_dtype, **{k: jnp.asarray(v) for k, v in arrays.items()})
-    save_dictionary(tmp_path / "copy", copy)
+    original = load_dictionary(folder / "train" / name)
+    order = np.random.default_rng(0).permutation(original.config.n_features)
+    arrays = original.arrays | {name: original.arrays[name][..., order] for name in ("W_enc_DxF", "b_enc_F")}
+    arrays["W_dec_FxD"] = original.arrays["W_dec_FxD"][order]
+    save_dictionary(tmp_path / "copy", Dictionary(original.config, original.matmul_dtype, **arrays))
     flags = [
         *flags,
         f"--workdir={tmp_path / 'work'}",
@@ -103,15 +80,15 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
     results = load_results(tmp_path / "work" / "transfer")
     (pair,) = results.pairs
     for measure in ("decoder", "encoder"):
-        found, null = pair.measures[measure].scores, pair.measures[measure].null
-        assert found.matched.mean > 0.9999 and found.shared.mean == found.close.mean == found.mutual == 1
+        scores, null = pair.measures[measure].scores, pair.measures[measure].null
+        assert scores.matched.mean > 0.9999 and scores.shared.mean == scores.close.mean == scores.mutual == 1
         assert null.shared.mean < 0.2 and null.matched.mean < 0.7
     activity = pair.measures["activity"]
     assert activity.scores.shared.mean > 0.9 > activity.null.shared.mean + 0.1 and activity.ceiling > 0.9
-    assert activity.compared[0] + activity.left_out[0] == own.config.n_features and activity.compared[0] > 5
+    assert activity.compared[0] + activity.left_out[0] == original.config.n_features and activity.compared[0] > 5
     for onto in (pair.onto_second, pair.onto_first):
-        for name in ("explained_variance", "l0"):
-            assert getattr(onto.direct, name) == pytest.approx(getattr(onto.native, name), abs=1e-4)
+        for figure in ("explained_variance", "l0"):
+            assert getattr(onto.direct, figure) == pytest.approx(getattr(onto.native, figure), abs=1e-4)
         assert onto.native.explained_variance > onto.direct_null.explained_variance + 0.2
         assert onto.affine.explained_variance > onto.affine_null.explained_variance + 0.2
         assert onto.into.rows == onto.back.rows > 100 and onto.into.r2 > 0.99
@@ -148,7 +125,7 @@ def test_a_model_with_another_tokenizer(workdir, inputs, tmp_path):
 
 def test_bad_input(workdir, tmp_path, capsys):
     folder, flags = workdir
-    first = load_results(folder / "transfer").dictionaries[0].name
+    first, second = (each.name for each in load_results(folder / "transfer").dictionaries[:2])
     short = tmp_path / "short.txt"
     short.write_text("One text.\n\nAnother one.\n\nA third.")
     broken = load_dictionary(folder / "train" / first)
@@ -156,20 +133,17 @@ def test_bad_input(workdir, tmp_path, capsys):
     save_dictionary(tmp_path / "nan", Dictionary(broken.config, broken.matmul_dtype, **arrays))
     narrow = dataclasses.replace(broken.config, d_in=8, fingerprint="")
     save_dictionary(tmp_path / "narrow", Dictionary.initial(narrow, jax.random.key(0)))
-    copies = ",".join(str(folder / "train" / one.name) for one in load_results(folder / "transfer").dictionaries[:2])
-    cases = {
+    copies = f"--transfer.dictionaries={folder / 'train' / first},{folder / 'train' / second}"
+    work = runs.copy_run(folder, tmp_path / "work")
+    for message, changed in {
         "name two at least": [f"--transfer.dictionaries={first}"],
         "names topk/": [f"--transfer.dictionaries=topk,{first}"],
         "there is no member": ["--transfer.dictionaries=topk/none,topk"],
         "NaN or infinity": [f"--transfer.dictionaries={first},{tmp_path / 'nan'}"],
         "add activity to": [f"--transfer.dictionaries={first},{tmp_path / 'narrow'}", "--transfer.measures=decoder"],
-        "share": [f"--transfer.dictionaries={copies}", f"--corpus.path={short}", "--corpus.held_out=0.5"],
+        "share": [copies, f"--corpus.path={short}", "--corpus.held_out=0.5"],
         "expected one of decoder": ["--transfer.measures=colour"],
-    }
-    for told, changed in cases.items():
-        work = tmp_path / "work"
-        if not work.exists():
-            runs.copy_run(folder, work)
-        status = command.run(["transfer"], "", ["test", *flags, f"--workdir={work}", *changed])
-        error = capsys.readouterr().err
-        assert status == 2 and told in error and len(error.strip().splitlines()) == 1, (told, error)
+    }.items():
+        assert command.run(["transfer"], "", ["test", *flags, f"--workdir={work}", *changed]) == 2
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert message in error

@@ -1,5 +1,10 @@
 """Runs of the training loop in a folder, on rows that stand in memory in place of a store."""
 
+import itertools
+import json
+from pathlib import Path
+
+import jax
 import numpy as np
 from small_stacks import B, D, compiled
 from small_stacks import make_stack as make_small
@@ -63,14 +68,23 @@ def go(folder, stack, make_batches=streamed, store=None, stop_after=None, wandb=
     first = checkpoints.latest_step or 0
     state = checkpoints.restore(abstract_state(stack)) if first else init_state(stack)
     metrics = Metrics(stack, folder / METRICS, first, lambda line: None, wandb)
-    asked = []
+    steps = itertools.count(first + 1)
 
     def stopping():
-        asked.append(1)
-        return stop_after is not None and first + len(asked) >= stop_after
+        return stop_after is not None and next(steps) >= stop_after
 
     batches = make_batches(stack, store or Rows())
     try:
         return train_loop(stack, state, batches, first, metrics, checkpoints, stopping, step_fn or compiled(stack))
     finally:
         checkpoints.close()
+
+
+def records(folder: Path) -> list[dict]:
+    """What a run wrote to its metrics."""
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def assert_same_bits(first, second) -> None:
+    for leaf, expected in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(expected))

@@ -33,15 +33,15 @@ def make_config(**changes) -> TrainConfig:
         l0_coefficient=(0.01,),
         dead_tokens=200,
     )
-    given = usual | changes
+    values = usual | changes
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     kinds = {}
     for name, settings in settings_of_kinds().items():
         fields = {field.name for field in dataclasses.fields(settings)}
-        kinds[name] = settings(**{key: value for key, value in given.items() if key in fields})
-    unknown = given.keys() - names - {field.name for kind in kinds.values() for field in dataclasses.fields(kind)}
+        kinds[name] = settings(**{key: value for key, value in values.items() if key in fields})
+    unknown = values.keys() - names - {field.name for kind in kinds.values() for field in dataclasses.fields(kind)}
     assert not unknown, unknown
-    return TrainConfig(by_kind=kinds, **{key: value for key, value in given.items() if key in names})
+    return TrainConfig(by_kind=kinds, **{key: value for key, value in values.items() if key in names})
 
 
 def make_stack(kind="topk", mesh=None, scale=0.5, steps=STEPS, products="auto", **changes) -> TrainStack:

@@ -39,7 +39,7 @@ def test_two_processes_train_as_one_and_killed_they_end_with_the_same_bytes(inpu
         process.communicate()
     assert not written(killed)
     again = [runs.finish(each) for each in runs.start_pair("train", runs.small_flags(*inputs, killed, **shared), **X64)]
-    assert any("resuming batchtopk at step" in said for said in again)
+    assert any("resuming batchtopk at step" in line for line in again)
     assert written(killed) == written(two) and len(written(two)) == 4
     for name in written(one):
         first, second = (load_file(folder.joinpath(*SET, name)) for folder in (one, two))

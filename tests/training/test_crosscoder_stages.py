@@ -1,15 +1,16 @@
-"""Crosscoders by the binaries: two layers of a model, and two models; killed and resumed; bad input."""
+"""Crosscoders by the stages: two layers of a model, and two models; bad input."""
 
-import itertools
 import json
 
 import jax
 import numpy as np
 import pytest
 import runs
+from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
 import saejax
 from saejax.activations.store import Store
+from saejax.dictionaries.joined import is_not_sink, join, unjoin
 from saejax.errors import UserError
 from saejax.results import load_results
 from saejax.runner import command
@@ -85,18 +86,6 @@ def test_scores_by_part(workdir, inputs, second_model):
         assert parts[name].explained_variance == pytest.approx(1 - left, abs=1e-4)
 
 
-def test_killed_it_ends_with_the_same_bits(workdir, inputs, corpus, second_model, tmp_path, monkeypatch, capsys):
-    broken = tmp_path / "run"
-    runs.copy_units(workdir, broken, "baseline", "capture")
-    asked = itertools.count()
-    monkeypatch.setattr(command, "install_signal_handlers", lambda: lambda: next(asked) >= 7)
-    assert go(["train"], inputs, corpus, broken, model__other=second_model) == 143
-    monkeypatch.setattr(command, "install_signal_handlers", lambda: lambda: False)
-    assert go(["train"], inputs, corpus, broken, model__other=second_model) == 0
-    assert "resuming batchtopk at step" in capsys.readouterr().out
-    assert runs.dictionary_checksums(broken) == runs.dictionary_checksums(workdir) != {}
-
-
 def test_straight_from_the_models_it_is_the_same_rows(inputs, corpus, second_model, tmp_path):
     changes = dict(model__other=second_model, train__source="model", train__buffer_rows=300, train__sites=MODELS)
     assert go(["train"], inputs, corpus, tmp_path / "run", **changes) == 0
@@ -105,50 +94,41 @@ def test_straight_from_the_models_it_is_the_same_rows(inputs, corpus, second_mod
 
 
 def test_bad_input_is_one_line(workdir, inputs, corpus, second_model, tmp_path, capsys):
-    def fails(stages, told, folder=tmp_path / "bad", **changes):
-        assert go(stages, inputs, corpus, folder, **changes) == 2
-        error = capsys.readouterr().err
-        assert told in error and "Traceback" not in error, error
-
-    from tiny_models import save_tiny_llama, save_tiny_tokenizer
-
-    odd = tmp_path / "odd"
+    odd, both = tmp_path / "odd", dict(model__other=second_model)
     save_tiny_llama(odd, num_hidden_layers=2)
     save_tiny_tokenizer(odd, 384)
-    fails(["capture"], "do not share a tokenizer", model__other=odd)
-    fails(["capture"], "is of a second model: name that by --model.other")
-    fails(
-        ["capture"], "all sites are of the second model", model__other=second_model, capture__sites="other:resid_post.0"
-    )
-    fails(
-        ["capture"],
-        "there is no site resid_post.9",
-        model__other=second_model,
-        capture__sites="mlp_in.0,other:resid_post.9",
-    )
-    runs.copy_run(workdir, tmp_path / "there")
-    there = dict(folder=tmp_path / "there", model__other=second_model)
-    fails(["train"], "has an empty part, or one twice", train__sites="resid_post.1+resid_post.1", **there)
-    fails(["train"], "has an empty part", train__sites="resid_post.1+", **there)
-    fails(["train"], "resid_post.7", train__sites="resid_post.1+resid_post.7", **there)
-    fails(["train"], "a transcoder reads mlp_in.L", train__form="transcoder", **there)
+    runs.copy_run(workdir, tmp_path / "run")
+    for stage, message, changes in [
+        ("capture", "do not share a tokenizer", dict(model__other=odd)),
+        ("capture", "is of a second model: name that by --model.other", {}),
+        ("capture", "all sites are of the second model", both | dict(capture__sites="other:resid_post.0")),
+        ("capture", "no site resid_post.9", both | dict(capture__sites="mlp_in.0,other:resid_post.9")),
+        ("train", "has an empty part, or one twice", both | dict(train__sites="resid_post.1+resid_post.1")),
+        ("train", "has an empty part", both | dict(train__sites="resid_post.1+")),
+        ("train", "resid_post.7", both | dict(train__sites="resid_post.1+resid_post.7")),
+        ("train", "a transcoder reads mlp_in.L", both | dict(train__form="transcoder")),
+    ]:
+        folder = tmp_path / ("run" if stage == "train" else "bad")
+        assert go([stage], inputs, corpus, folder, **changes) == 2
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error, error
 
 
 def test_a_crosscoder_is_read_back_and_edits_nothing_by_itself(workdir):
     sae = saejax.load_dictionary(workdir / "train" / "batchtopk" / LAYERS)
+    first, second = LAYERS.split("+")
     assert sae.config.site == LAYERS
     with pytest.raises(UserError, match="crosscoder"):
         sae.ablate([1])
-    from saejax.dictionaries.joined import is_not_sink, join, unjoin
-
-    values = {name: np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32) for name in LAYERS.split("+")}
+    rng = np.random.default_rng(0)
+    values = {name: rng.normal(size=(2, 3, 32)).astype(np.float32) for name in (first, second)}
     x = join(sae.config, values)
     for name, value in unjoin(sae.config, x).items():
         np.testing.assert_allclose(value, values[name], rtol=1e-5)
-    values[LAYERS.split("+")[1]][1, 2] *= 1e6
+    values[second][1, 2] *= 1e6
     assert np.asarray(is_not_sink(sae.config, join(sae.config, values))).tolist() == [[True] * 3, [True, True, False]]
-    with pytest.raises(UserError, match="needs the values at resid_post.1"):
-        join(sae.config, {"resid_post.0": values["resid_post.0"]})
+    with pytest.raises(UserError, match=f"needs the values at {second}"):
+        join(sae.config, {first: values[first]})
     with pytest.raises(UserError, match="wide"):
         join(sae.config, {name: value[..., :5] for name, value in values.items()})
     assert jax.numpy.isfinite(sae(x)).all()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from saejax.dictionaries.joined import row_lengths, row_normals
+from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.losses import l1_norm_weighted
 from saejax.evaluation.parts import histogram, is_shared, private_part, relative_norms
 from saejax.models.sites import Site, decoder_site, is_joined, parse_site, site_parts
@@ -41,8 +42,6 @@ def test_a_turned_gradient_leaves_the_length_as_it_is():
     change = row_lengths(rows_FxD + step * turned["W_dec_FxD"], WIDTHS) - 1
     untouched = row_lengths(rows_FxD + step * grads["W_dec_FxD"], WIDTHS) - 1
     assert np.abs(change).max() < 0.05 * np.abs(untouched).max()
-    from saejax.dictionaries.kinds import by_name
-
     longer = dict(W_dec_FxD=3 * rows_FxD)
     after = apply_constraints(config, by_name("topk"), longer, longer, WIDTHS)
     np.testing.assert_allclose(row_lengths(after["W_dec_FxD"], WIDTHS), 1, rtol=1e-6)

@@ -1,14 +1,12 @@
 """The loop never waits for the step, compiles once, saves, resumes bit for bit, and stops on NaN and SIGTERM."""
 
-import json
 import types
 
-import jax
 import numpy as np
 import optax
 import pytest
 from every_kind import KINDS
-from small_runs import ORDER, STEPS, Rows, go, make_stack
+from small_runs import ORDER, STEPS, Rows, assert_same_bits, go, make_stack, records, resident, streamed
 from small_stacks import B, D, F, compiled
 
 from saejax.errors import Interrupted, UserError
@@ -16,15 +14,8 @@ from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 from saejax.training import metrics as metrics_module
 from saejax.training.checkpoints import Checkpoints
-from saejax.training.metrics import Metrics
+from saejax.training.metrics import METRICS, Metrics
 from saejax.training.state import abstract_state
-
-
-def rows_with_nan(step):
-    """Rows of which one in the batch of this step, from 1, is not finite."""
-    rows = Rows()
-    rows.values[ORDER.rows(step - 1)[0], 2] = np.nan
-    return rows
 
 
 class NotYet:
@@ -39,7 +30,7 @@ class NotYet:
         return np.ones(1, dtype)
 
 
-def test_metrics_are_read_one_step_late(tmp_path):
+def test_metrics_are_read_one_step_late_from_one_program(tmp_path):
     stack, dispatched = make_stack(), []
 
     def step(state, hyper, batch):
@@ -48,20 +39,7 @@ def test_metrics_are_read_one_step_late(tmp_path):
         return state, {name: NotYet(dispatched[-1], dispatched) for name in metrics}
 
     go(tmp_path, stack, step_fn=step)
-    assert len(dispatched) == STEPS
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == STEPS
-
-
-def test_the_stand_in_catches_a_stall(tmp_path, monkeypatch):
-    monkeypatch.setattr(Metrics, "push", lambda self, step, values: [np.asarray(v) for v in values.values()])
-    with pytest.raises(AssertionError, match="was read while"):
-        test_metrics_are_read_one_step_late(tmp_path)
-
-
-def test_one_compilation(tmp_path):
-    stack = make_stack()
-    go(tmp_path, stack)
-    assert compiled(stack)._cache_size() == 1
+    assert len(dispatched) == STEPS == len(records(tmp_path)) and compiled(stack)._cache_size() == 1
 
 
 @pytest.mark.parametrize(
@@ -69,44 +47,39 @@ def test_one_compilation(tmp_path):
     [*((kind, 7, "auto") for kind in KINDS), ("topk", 1, "rows"), ("topk", 7, "rows")],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, kind, stop_after, products):
-    stack = make_stack(kind, products=products, resample_every=5)
+    """From resident rows on with streamed ones, and with features that died and started again."""
+    changes = dict(products=products, k=(1,), dead_tokens=2 * B)
+    stack = make_stack(kind, resample_every=2, **changes)
     whole = go(tmp_path / "whole", stack)
-    with pytest.raises(Interrupted, match=f"step {stop_after} of {STEPS}"):
-        go(tmp_path / "broken", stack, stop_after=stop_after)
-    resumed = go(tmp_path / "broken", stack)
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed)):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    records = [
-        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("whole", "broken")
-    ]
-    assert [r["step"] for r in records[1]] == list(range(1, STEPS + 1))
-    assert [r["loss"] for r in records[0]] == [r["loss"] for r in records[1]]
+    with pytest.raises(Interrupted, match=f"stopped at step {stop_after} of {STEPS}"):
+        go(tmp_path / "broken", stack, resident, stop_after=stop_after)
+    assert_same_bits(go(tmp_path / "broken", stack), whole)
+    assert [record["step"] for record in records(tmp_path / "broken")] == list(range(1, STEPS + 1))
+    losses = [[record["loss"] for record in records(tmp_path / run)] for run in ("whole", "broken")]
+    assert losses[0] == losses[1]
+    if kind == "topk":
+        without = go(tmp_path / "without", make_stack(kind, **changes))
+        assert not np.array_equal(whole.params["W_dec_FxD"], without.params["W_dec_FxD"]), "features had died"
 
 
 @pytest.mark.parametrize("zero", [False, True])
 def test_restoring_onto_another_mesh_goes_on_from_the_same_state(tmp_path, zero):
     stack = make_stack()
     with pytest.raises(Interrupted):
-        go(tmp_path, stack, stop_after=5)
+        go(tmp_path / "moved", stack, stop_after=5)
     on_other_mesh = make_stack(mesh=make_mesh(MeshConfig(data=2, model=4)), zero_optimizer=zero)
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    state, same = checkpoints.restore(abstract_state(on_other_mesh)), checkpoints.restore(abstract_state(stack))
-    checkpoints.close()
+    with Checkpoints(tmp_path / "moved" / "checkpoints") as checkpoints:
+        state, same = (checkpoints.restore(abstract_state(each)) for each in (on_other_mesh, stack))
     assert state.params["W_enc_DxF"].sharding.shard_shape((1, D, 64)) == (1, D, 16)
     moment = optax.tree.get(state.optimizer, "nu")["W_enc_DxF"]
     assert moment.sharding.shard_shape((1, D, 64)) == (1, D // 2 if zero else D, 16)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(same)):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert_same_bits(state, same)
     # From there on both see the same batches, and end with the same numbers but for rounding.
-    whole, moved = go(tmp_path / "whole", stack), go(tmp_path, on_other_mesh)
+    whole, moved = go(tmp_path / "whole", stack), go(tmp_path / "moved", on_other_mesh)
     for name, value in whole.params.items():
         a, b = np.asarray(value), np.asarray(moved.params[name])
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a), name
-    losses = [
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (tmp_path / "whole", tmp_path)
-    ]
+    losses = [[record["loss"] for record in records(tmp_path / run)] for run in ("whole", "moved")]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
@@ -121,11 +94,16 @@ def test_a_gradient_that_overflows_is_not_saved(tmp_path, every):
     assert latest == {1: 3, 2: 2, 4: None}[every]
 
 
-@pytest.mark.parametrize("log_every", [1, 1000])
-def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, log_every):
-    with pytest.raises(UserError, match="at step 4"):
-        go(tmp_path, make_stack(checkpoint_every=3, log_every=log_every), store=rows_with_nan(4))
-    assert Checkpoints(tmp_path / "checkpoints").latest_step == 3
+@pytest.mark.parametrize(
+    ("make_batches", "step", "log_every", "kept"),
+    [(streamed, 4, 1, 3), (streamed, 4, 1000, 3), (resident, 1, 1000, None), (resident, 5, 1000, 3)],
+)
+def test_nan_stops_at_its_step_and_keeps_the_last_good_checkpoint(tmp_path, make_batches, step, log_every, kept):
+    rows = Rows()
+    rows.values[ORDER.rows(step - 1)[0], 2] = np.nan
+    with pytest.raises(UserError, match=f"at step {step}:"):
+        go(tmp_path, make_stack(checkpoint_every=3, log_every=log_every), make_batches, rows)
+    assert Checkpoints(tmp_path / "checkpoints").latest_step == kept
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -147,7 +125,7 @@ def test_nan_names_the_member_and_keeps_the_others_apart(tmp_path):
 
 def test_metrics_are_added_to_their_file(tmp_path, monkeypatch):
     """Never written again as a whole but where a run goes on; and what is in memory does not grow with the run."""
-    held, sizes, path = [], [], tmp_path / "metrics.jsonl"
+    held, sizes, path = [], [], tmp_path / METRICS
     write = Metrics.write
 
     def watched(metrics):
@@ -160,39 +138,32 @@ def test_metrics_are_added_to_their_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Metrics, "write", watched)
     go(tmp_path, make_stack(checkpoint_every=2))
     assert held == [2] + [4] * (STEPS // 2 - 1) and sizes == sorted(set(sizes))
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, STEPS + 1))
 
 
 def test_a_record_that_was_cut_off_is_made_again(tmp_path):
-    go(tmp_path / "whole", make_stack())
     with pytest.raises(Interrupted):
-        go(tmp_path / "broken", make_stack(), stop_after=5)
-    path = tmp_path / "broken" / "metrics.jsonl"
+        go(tmp_path, make_stack(), stop_after=5)
+    path = tmp_path / METRICS
     with path.open("a") as file:  # the disk was full, say, when the next records came
         file.write(path.read_text().splitlines()[-1].replace('"step": 5', '"step": 6') + '\n{"step": 7, "tok')
-    go(tmp_path / "broken", make_stack())
-    steps = [
-        [json.loads(line)["step"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("whole", "broken")
-    ]
-    assert steps[0] == steps[1]
+    go(tmp_path, make_stack())
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, STEPS + 1))
 
 
 def test_every_member_has_its_own_metrics(tmp_path):
     go(tmp_path, make_stack(k=(2, 4), log_every=4))
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(r["step"], r["member"], r["l0"]) for r in records] == [
-        (step, f"k{k}", k) for step in (4, 8, 12) for k in (2, 4)
-    ]
+    written = [(record["step"], record["member"], record["l0"]) for record in records(tmp_path)]
+    assert written == [(step, f"k{k}", k) for step in (4, 8, 12) for k in (2, 4)]
 
 
 def test_records_say_how_fast_it_goes(tmp_path, monkeypatch):
     """By a clock that stands at 10 s for each step: of two members, and their share of a device's peak."""
-    stack, said = make_stack("standard", k=(4,), seed=(1, 2), auxk=0.0), []
+    stack, lines = make_stack("standard", k=(4,), seed=(1, 2), auxk=0.0), []
     monkeypatch.setattr(metrics_module, "peak_flops", lambda device, dtype: 1e6)
     ticks = iter([0.0, *(10.0 * (1 + i // 2) for i in range(100))])
     monkeypatch.setattr(metrics_module, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
-    metrics = Metrics(stack, tmp_path / "metrics.jsonl", 0, said.append)
+    metrics = Metrics(stack, tmp_path / METRICS, 0, lines.append)
     values = {name: np.ones(2) for name in ("loss", "l0", "explained_variance")}
     for step in (1, 2, 3):
         metrics.push(step, values)
@@ -201,4 +172,4 @@ def test_records_say_how_fast_it_goes(tmp_path, monkeypatch):
     assert "mfu" not in first and last["tokens_per_second"] == pytest.approx(B / 10)
     flops = 2 * 12 * B * D * F / 10  # encoder and decoder, once forwards and twice backwards, of both members
     assert last["tflop_per_second"] == pytest.approx(flops / 1e12, rel=1e-3)
-    assert last["mfu"] == pytest.approx(flops / 1e6, rel=1e-3) and "of peak" in said[-1]
+    assert last["mfu"] == pytest.approx(flops / 1e6, rel=1e-3) and "of peak" in lines[-1]

@@ -1,4 +1,4 @@
-"""The same training on every mesh: one device, eight devices in five shapes, alone or in a stack."""
+"""The same training on every mesh, alone or in a stack, however many members are computed at once."""
 
 import dataclasses
 import functools
@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 from every_kind import KINDS, MADE_UP
-from small_stacks import STEPS, D, F, batches, make_stack, run, step
+from small_stacks import D, F, batches, compiled, make_stack, run, step
 
 from saejax.parallel.mesh import make_mesh
 from saejax.runner.config import Configs
 from saejax.runner.workspace import Run, StackWork
 from saejax.settings import MeshConfig
-from saejax.training.state import init_state
+from saejax.training.stack import choose_members_at_once
+from saejax.training.state import abstract_state, init_state
 from saejax.training.train import _fitting_mesh
 
 SHAPES = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 2, 2), (4, 2, 1)]
@@ -79,7 +80,6 @@ def test_a_stack_of_four_equals_four_single_runs(kind, one_device):
                 np.testing.assert_allclose(
                     together.params[name][index], value[0], rtol=1e-9, atol=1e-12, err_msg=f"{name} of member {index}"
                 )
-    assert STEPS == 50
 
 
 def test_layers_of_a_stack_train_on_their_own_values(one_device):
@@ -91,10 +91,10 @@ def test_layers_of_a_stack_train_on_their_own_values(one_device):
     for batch in data:
         state, metrics = step(stack, state, (batch,))
         jax.block_until_ready(metrics)
+    single = make_stack(mesh=one_device)
     for index in range(4):
-        single = make_stack(mesh=one_device)
-        own = {name: jax.device_put(value[index : index + 1]) for name, value in start.items()}
-        alone, _ = run(single, data[:, index], dataclasses.replace(init_state(single), params=own))
+        params = {name: jax.device_put(value[index : index + 1]) for name, value in start.items()}
+        alone, _ = run(single, data[:, index], dataclasses.replace(init_state(single), params=params))
         for name, value in alone.params.items():
             np.testing.assert_allclose(state.params[name][index], value[0], rtol=1e-4, atol=1e-5)
 
@@ -113,3 +113,66 @@ def test_members_that_are_left_are_trained_on_a_mesh_that_divides_them(tmp_path,
     stack = StackWork({name: tmp_path / name for name in names}, names[:together], names[:together])
     run = Run("train", "topk", tmp_path, Configs(MeshConfig(member=4, data=2)), {}, stack=stack)
     assert tuple(_fitting_mesh(run, members).shape.values()) == shape
+
+
+SIX = dict(seed=(1, 2, 3, 4, 5, 6), auxk=0.03, resample_every=4, resample_from="errors", dead_tokens=60)
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_however_many_go_at_once_they_end_alike_in_fp64(kind, one_device):
+    with jax.enable_x64(True):
+        halves, ends = make_mesh(MeshConfig(member=2, data=4)), []
+        for mesh, at_once in ((one_device, 1), (one_device, 2), (one_device, 6), (halves, 1), (halves, 3)):
+            stack = make_stack(kind, mesh, state_dtype="float64", members_at_once=at_once, **SIX)
+            ends.append(jax.tree.leaves(run(stack, batches(12))))
+        for leaves in ends[1:]:
+            for leaf, expected in zip(leaves, ends[0], strict=True):
+                np.testing.assert_allclose(leaf, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_those_that_wait_take_no_memory_but_their_own(one_device):
+    def temporaries(at_once: int, tokens: int, features: int) -> int:
+        shape = dict(seed=tuple(range(8)), batch=tokens, features=features)
+        stack = make_stack("standard", one_device, members_at_once=at_once, **shape)
+        batch = jax.ShapeDtypeStruct((1, tokens, 16), np.float32, sharding=stack.batch_sharding)
+        program = compiled(stack).lower(abstract_state(stack), stack.abstract_hyperparams(), (batch,)).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8, 512, 1024) > 4 * temporaries(1, 512, 1024)
+    states = 3 * 2 * 16 * 8192 * 4 * 8  # parameters and two means of each
+    assert temporaries(1, 32, 8192) < 0.7 * states, "no second copy (a CPU's compiler makes one of two of six matrices)"
+
+
+def test_one_in_its_turn_goes_by_its_own_dead_features(one_device):
+    """To the bit, for the sums of the short way and of all columns are not in the same order."""
+    pair = dict(seed=(1, 2), auxk=0.03, features=512, dead_tokens=10**6)
+    first = []
+    for dead_of_second in (0, 500):
+        stack = make_stack("topk", one_device, **pair)
+        state = init_state(stack)
+        silent_MxF = np.zeros((2, 512), np.int32)
+        silent_MxF[0, :20], silent_MxF[1, :dead_of_second] = 10**6, 10**6
+        state = dataclasses.replace(state, silent_MxF=jax.device_put(silent_MxF, state.silent_MxF.sharding))
+        state, _ = run(stack, batches(3), state)
+        first.append(jax.tree.map(lambda leaf: np.asarray(leaf[0]), state.params))
+    for name, array in first[0].items():
+        np.testing.assert_array_equal(array, first[1][name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("setting", "members", "tokens", "features", "shape", "platform", "expected"),
+    [
+        (0, 36, 4096, 20_480, (4, 2, 1), "gpu", 1),  # 42 million values each
+        (0, 36, 1024, 8_192, (4, 2, 1), "gpu", 9),
+        (0, 36, 4096, 8_192, (4, 2, 1), "gpu", 3),  # four would fit, but do not divide nine
+        (0, 36, 1024, 8_192, (4, 2, 1), "cpu", 1),
+        (4, 36, 1024, 8_192, (1, 8, 1), "cpu", 4),
+        (5, 36, 1024, 8_192, (1, 8, 1), "cpu", 4),
+        (99, 6, 4096, 2**20, (1, 1, 1), "gpu", 6),
+        (0, 6, 4096, 2**20, (1, 1, 8), "gpu", 1),
+        (0, 1, 1, 1, (1, 1, 1), "gpu", 1),
+    ],
+)
+def test_how_many_go_at_once(setting, members, tokens, features, shape, platform, expected):
+    axes = dict(zip(("member", "data", "model"), shape, strict=True))
+    assert choose_members_at_once(setting, members, tokens, features, axes, platform) == expected

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-from small_runs import go, make_stack
+from small_runs import assert_same_bits, go, make_stack
 from small_stacks import B, D
 
 from saejax.activations import stream
@@ -43,14 +43,12 @@ def test_stopped_at_any_buffer_it_ends_with_the_same_bits(train, monkeypatch, ca
     output = capsys.readouterr().out
     assert "buffer 1 of " in output and "buffer 3 of " in output
     monkeypatch.setattr(stream, "SAY_EVERY", math.inf)  # the first is said at once
-    for asked_at, told in ((1, "before the first step"), (7, "of 30; saved")):  # in the first buffer, in a later one
-        asked = itertools.count()
-        monkeypatch.setattr(
-            command, "install_signal_handlers", lambda asked=asked, at=asked_at: lambda: next(asked) >= at
-        )
+    for moment, line in ((1, "before the first step"), (7, "of 30; saved")):  # in the first buffer, in a later one
+        stopping = map(moment.__le__, itertools.count())
+        monkeypatch.setattr(command, "install_signal_handlers", lambda stopping=stopping: stopping.__next__)
         status, broken = train()
-        said = capsys.readouterr()
-        assert status == 143 and told in said.err and said.out.count("buffer ") == (asked_at > 1)
+        output = capsys.readouterr()
+        assert status == 143 and line in output.err and output.out.count("buffer ") == (moment > 1)
     monkeypatch.setattr(command, "install_signal_handlers", lambda: lambda: False)
     assert train(broken)[0] == 0
     assert runs.dictionary_checksums(broken) == runs.dictionary_checksums(whole) != {}
@@ -62,38 +60,30 @@ def test_what_it_depends_on(inputs):
         return Workplan(made).fingerprint("train/topk")
 
     assert mark() == mark(capture__sites=("mlp_out.0",), capture__batch_tokens=9, task__seed=9, capture__tokens=9)
-    changes_of_input = dict(
-        corpus__seed=5,
-        corpus__stream=True,
-        capture__dtype="bfloat16",
-        train__buffer_rows=9,
-        train__sites=("mlp_out.0",),
-    )
-    assert len({mark(), *(mark(**{key: value}) for key, value in changes_of_input.items())}) == 6
+    changes = dict(corpus__seed=5, corpus__stream=True, capture__dtype="bfloat16", train__buffer_rows=9)
+    changes |= dict(train__sites=("mlp_out.0",))
+    assert len({mark(), *(mark(**{key: value}) for key, value in changes.items())}) == 6
     store = dict(train__source="store")
     assert mark(**store) == mark(**store, capture__sites=("resid_post.15", "mlp_out.0")), "of a store its own sites"
     assert mark(**store) != mark(**store, capture__dtype="bfloat16")
 
 
 def test_bad_input_is_one_line(train, capsys):
-    for changes, told in [
+    for changes, message in [
         (dict(train__buffer_rows=10), "--train.buffer_rows=10 is less than one batch of 64"),
         (dict(train__sites="all"), "--train.sites=all with --train.source=model: name the sites"),
         (dict(train__sites="resid_post.9"), "resid_post.9"),
     ]:
         capsys.readouterr()
         assert train(**changes)[0] == 2
-        error = capsys.readouterr().err.strip().splitlines()
-        assert len(error) == 1 and told in error[0]
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert message in error
 
 
 def test_it_is_evaluated_and_reported_with_a_sample_in_place_of_a_store(inputs, tmp_path, capsys):
-    flags = runs.small_flags(
-        *inputs,
-        tmp_path / "run",
-        **CHANGES | dict(capture__backend="jax", corpus__stream=True, capture__tokens=150, train__kinds="topk"),
-        **dict(task__behaviours="agreement", ablate__baselines="", ablate__text_documents=0),
-    )
+    changes = dict(capture__backend="jax", corpus__stream=True, capture__tokens=150, train__kinds="topk")
+    changes |= dict(task__behaviours="agreement", ablate__baselines="", ablate__text_documents=0)
+    flags = runs.small_flags(*inputs, tmp_path / "run", **CHANGES | changes)
     stages = ["preflight", "baseline", "tokenize", "capture", "train", "evaluate", "ablate", "report"]
     assert command.run(stages, "", ["program", *flags]) == 0, capsys.readouterr().err
     text: TokenizeResults = load_results(tmp_path / "run" / "tokenize")
@@ -114,9 +104,8 @@ class Buffers:
     sizes = (2 * B + 6, 2 * B + 6, B + 5)
 
     def __init__(self, first=0):
-        self.values = [
-            np.random.default_rng(i).normal(size=(size, D)).astype(np.float32) for i, size in enumerate(self.sizes)
-        ]
+        rng = np.random.default_rng(0)
+        self.values = [rng.normal(size=(size, D)).astype(np.float32) for size in self.sizes]
         self.filled = [first]
 
     def __len__(self):
@@ -162,8 +151,7 @@ def test_each_step_takes_its_rows_of_its_buffer(tmp_path):
     with pytest.raises(Interrupted, match="at step 1 of"):
         go(tmp_path / "model", stack, from_model, stop_after=1)  # within the first buffer
     found = go(tmp_path / "model", stack, from_model)
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same_bits(found, expected)
     assert sources[1]._stream.filled[:3] == [0, 1, 2], "the first is not made twice"
 
 
@@ -180,5 +168,5 @@ def test_two_processes_train_from_the_model_as_one(inputs, tmp_path):
     assert runs.dictionary_checksums(tmp_path / "one") == runs.dictionary_checksums(tmp_path / "two")
     assert len(runs.dictionary_checksums(tmp_path / "two")) == 2
     refused = runs.start_pair("train", [*flags, "--capture.backend=torch"], JAX_NUM_CPU_DEVICES="4")
-    said = [process.communicate()[0] for process in refused]
-    assert [process.returncode for process in refused] == [2, 2] and "with --capture.backend=jax" in said[0]
+    outputs = [process.communicate()[0] for process in refused]
+    assert [process.returncode for process in refused] == [2, 2] and "with --capture.backend=jax" in outputs[0]

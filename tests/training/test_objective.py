@@ -10,10 +10,10 @@ import pytest
 from every_kind import KINDS
 from small_stacks import B, D, F, batches, make_stack
 
-from saejax.dictionaries import joined, losses, sparsity
+from saejax.dictionaries import Dictionary, joined, losses, sparsity
 from saejax.dictionaries.kinds.base import EncodedBatch
 from saejax.dictionaries.losses import auxk, dead_columns
-from saejax.dictionaries.matmul import centred_matmul, matmul
+from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.training.optimizer import penalty_schedule
 from saejax.training.state import init_state
@@ -75,13 +75,10 @@ def test_the_loss_falls_as_its_gradient_says(kind, form):
 
 
 def _member(stack, params):
-    from saejax.dictionaries import Dictionary
-
     return Dictionary(stack.dictionary, **params)
 
 
-@pytest.mark.parametrize("name", ["W_dec_FxD", "b_dec_D"])
-def test_the_gates_own_error_reaches_the_encoder_only(name):
+def test_the_gates_own_error_reaches_the_encoder_only():
     stack, params, x, y, _ = setting("gated")
 
     def gate_error(params):
@@ -95,27 +92,11 @@ def test_the_gates_own_error_reaches_the_encoder_only(name):
     pre = centred @ np.asarray(params["W_enc_DxF"]) + np.asarray(params["b_enc_F"])
     error = np.maximum(pre, 0) @ np.asarray(params["W_dec_FxD"]) + np.asarray(params["b_dec_D"]) - np.asarray(y)
     back = np.where(pre > 0, (2 / B) * error @ np.asarray(params["W_dec_FxD"]).T, 0)
-    np.testing.assert_allclose(gradient["W_enc_DxF"], centred.T @ back, rtol=1e-9)
-    np.testing.assert_allclose(gradient["b_enc_F"], back.sum(0), rtol=1e-9)
+    expected = dict(W_enc_DxF=centred.T @ back, b_enc_F=back.sum(0), W_dec_FxD=0, r_mag_F=0, b_mag_F=0)
     # Only by way of the centred input does the decoder's bias matter here.
-    expected = dict(W_dec_FxD=np.zeros((F, D)), b_dec_D=-(back @ np.asarray(params["W_enc_DxF"]).T).sum(0))
-    np.testing.assert_allclose(gradient[name], expected[name], rtol=1e-9, atol=1e-15)
-    assert not np.any(gradient["r_mag_F"]) and not np.any(gradient["b_mag_F"])
-
-
-def test_jumprelu_gradients_are_the_written_formula():
-    rng = np.random.default_rng(3)
-    pre, theta = rng.normal(size=(B, F)), np.abs(rng.normal(size=F)) * 0.5
-    g, width = rng.normal(size=(B, F)), 0.3
-    near = np.abs(pre - theta) < width / 2
-    _, back = jax.vjp(lambda p, t: sparsity.jumprelu(p, t, width), jnp.asarray(pre), jnp.asarray(theta))
-    to_pre, to_theta = back(jnp.asarray(g))
-    np.testing.assert_allclose(to_pre, np.where(pre > theta, g, 0))
-    np.testing.assert_allclose(to_theta, -(theta / width) * (near * g).sum(0), rtol=1e-12)
-    _, back = jax.vjp(lambda p, t: sparsity.step(p, t, width), jnp.asarray(pre), jnp.asarray(theta))
-    to_pre, to_theta = back(jnp.asarray(g))
-    assert not np.any(to_pre)
-    np.testing.assert_allclose(to_theta, -(near * g).sum(0) / width, rtol=1e-12)
+    expected["b_dec_D"] = -(back @ np.asarray(params["W_enc_DxF"]).T).sum(0)
+    for name, array in gradient.items():
+        np.testing.assert_allclose(array, np.broadcast_to(expected[name], array.shape), rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("penalty", ["step", "target"])
@@ -180,19 +161,7 @@ def test_auxk_of_few_dead_features_is_that_of_all_columns(dead, k):
     assert bool(dead) == bool(whole)
     for a, b in zip(to_short, to_whole, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-15)
-
-
-def test_there_is_a_short_way_only_where_it_is_shorter():
-    assert [dead_columns(*sizes) for sizes in ((64, 3), (255, 1), (256, 1), (4608, 288), (20_480, 1280))] == [
-        0, 0, 128, 640, 2560
-    ]  # fmt: skip
-    assert dead_columns(4608, 3000) == 0
-
-
-def test_auxk_is_nothing_while_no_feature_is_dead():
-    pre, W_dec, error = jnp.ones((B, F)), jnp.ones((F, D)), jnp.ones((B, D))
-    value, gradient = jax.value_and_grad(auxk)(pre, jnp.zeros(F, bool), W_dec, error, 3)
-    assert value == 0 and not np.any(gradient)
+        assert bool(dead) == np.any(b)
 
 
 def computed_unconditionally(program):
@@ -250,44 +219,47 @@ def test_alignment_is_one_less_the_cosine_of_encoder_and_decoder():
     encoder[:, 0] = 0
     cosines = np.einsum("df,fd->f", encoder, decoder) / np.linalg.norm(decoder, axis=1)
     cosines[1:] /= np.linalg.norm(encoder, axis=0)[1:]
-    got, gradients = jax.value_and_grad(alignment, argnums=(0, 1))(jnp.asarray(encoder), jnp.asarray(decoder))
-    np.testing.assert_allclose(got, (1 - cosines).sum(), rtol=1e-12)
+    value, gradients = jax.value_and_grad(alignment, argnums=(0, 1))(jnp.asarray(encoder), jnp.asarray(decoder))
+    np.testing.assert_allclose(value, (1 - cosines).sum(), rtol=1e-12)
     assert all(jnp.all(jnp.isfinite(gradient)) for gradient in gradients)
 
 
-def test_alignment_brings_encoder_and_decoder_together():
-    """In the loss of every kind, and only if asked for; gradients of both are checked with the whole loss above."""
-    stack, params, x, y, hyper = setting("standard", alignment=0.3)
-    plain = setting("standard")[0]
-    change = loss_of(stack, x, y, hyper)(params) - loss_of(plain, x, y, hyper)(params)
-    np.testing.assert_allclose(change, 0.3 * alignment(params["W_enc_DxF"], params["W_dec_FxD"]), rtol=1e-9)
-
-
-def test_matryoshka_sums_the_errors_of_its_groups():
-    stack, params, x, y, hyper = setting("matryoshka")
-    _, (metrics, _, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+@pytest.mark.parametrize("name", ["auxk", "decorrelation", "alignment"])
+def test_a_further_term_is_in_every_loss_by_its_coefficient(name):
+    stack, params, x, y, hyper = setting("standard", **{name: 0.3})
+    plain, dead = setting("standard")[0], jnp.arange(F) < 5
+    params["b_enc_F"] = params["b_enc_F"].at[:5].set(3.0)
     member = _member(stack, params)
-    f, _ = sparsity.batch_topk(member.pre_activations(x) + params["b_enc_F"][None], 4)
-    f, W_dec = np.asarray(f), np.asarray(params["W_dec_FxD"])
-    nested = [np.square(f[:, :n] @ W_dec[:n] + np.asarray(params["b_dec_D"]) - y).sum(1).mean() for n in (16, 32, F)]
-    np.testing.assert_allclose(metrics["loss"], sum(nested), rtol=1e-10)
-    np.testing.assert_allclose(metrics["mse"], nested[-1], rtol=1e-10)
+    pre = member.pre_activations(x) + params["b_enc_F"][None]
+    terms = dict(
+        auxk=lambda: auxk(pre, dead, params["W_dec_FxD"], y - member(x), D // 2),
+        decorrelation=lambda: losses.decorrelation(member.encode(x)),
+        alignment=lambda: alignment(params["W_enc_DxF"], params["W_dec_FxD"]),
+    )
+    change = loss_of(stack, x, y, hyper, dead)(params) - loss_of(plain, x, y, hyper, dead)(params)
+    assert change > 0
+    np.testing.assert_allclose(change, 0.3 * terms[name](), rtol=1e-8)
 
 
-def test_jumprelu_sums_the_errors_of_its_groups_too():
-    stack, params, x, y, hyper = setting("jumprelu", nested=(0.25, 0.5, 1.0))
-    _, (metrics, _, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
-    member = _member(stack, params)
-    f, W_dec = np.asarray(member.encode(x)), np.asarray(params["W_dec_FxD"])
-    nested = [np.square(f[:, :n] @ W_dec[:n] + np.asarray(params["b_dec_D"]) - y).sum(1).mean() for n in (16, 32, F)]
+@pytest.mark.parametrize(("kind", "changes"), [("matryoshka", {}), ("jumprelu", dict(nested=(0.25, 0.5, 1.0)))])
+def test_nested_kinds_sum_the_errors_of_their_groups(kind, changes):
+    stack, params, x, y, hyper = setting(kind, **changes)
+    loss, (metrics, _, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+    member, sizes = _member(stack, params), (16, 32, F)
+    batch_topk = sparsity.batch_topk(member.pre_activations(x) + params["b_enc_F"][None], 4)[0]
+    f, W_dec = np.asarray(batch_topk if kind == "matryoshka" else member.encode(x)), np.asarray(params["W_dec_FxD"])
+    nested = [np.square(f[:, :n] @ W_dec[:n] + np.asarray(params["b_dec_D"]) - y).sum(1).mean() for n in sizes]
     np.testing.assert_allclose(metrics["error"], sum(nested), rtol=1e-10)
     np.testing.assert_allclose(metrics["mse"], nested[-1], rtol=1e-10)
-    penalty = [(f[:, :n] > 0).sum(1).mean() for n in (16, 32, F)]
-    assert metrics["sparsity"] > 0
+    if kind == "matryoshka":  # it has no penalty
+        np.testing.assert_allclose(loss, sum(nested), rtol=1e-10)
+        return
     coefficient = float(hyper.kind_params["l0_coefficient"]) * float(penalty_schedule(stack.config, stack.steps)(0))
-    np.testing.assert_allclose(metrics["sparsity"], coefficient * sum(penalty), rtol=1e-6)
+    penalty = coefficient * sum((f[:, :n] > 0).sum(1).mean() for n in sizes)
+    assert penalty > 0
+    np.testing.assert_allclose(metrics["sparsity"], penalty, rtol=1e-6)
     with pytest.raises(UserError, match=r"--train.jumprelu.nested=\(0.5, 0.25\) gives groups of"):
-        setting("jumprelu", nested=(0.5, 0.25))
+        setting(kind, nested=(0.5, 0.25))
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
@@ -308,16 +280,6 @@ def test_a_whitened_error_is_measured_after_its_matrix():
     error = np.asarray(y) - np.asarray(_member(stack, params)(x))
     np.testing.assert_allclose(loss, np.square(error @ metric).sum(1).mean(), rtol=1e-10)
     np.testing.assert_allclose(metrics["mse"], np.square(error).sum(1).mean(), rtol=1e-10)
-
-
-def test_the_centre_of_a_product_has_the_gradient_of_the_plain_formula():
-    rng = np.random.default_rng(5)
-    x, centre, W, g = (jnp.asarray(rng.normal(size=shape)) for shape in ((2, B, D), (D,), (D, F), (2, B, F)))
-    plain = jax.vjp(lambda x, centre, W: (x - centre[None, None]) @ W, x, centre, W)
-    ours = jax.vjp(centred_matmul, x, centre, W)
-    np.testing.assert_allclose(ours[0], plain[0], rtol=1e-12)
-    for a, b in zip(ours[1](g), plain[1](g), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("width", [D, 4 * F])

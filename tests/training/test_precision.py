@@ -11,7 +11,7 @@ from every_kind import KINDS
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from small_stacks import B, D, make_stack
 
-from saejax.dictionaries import Dictionary
+from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.evaluation import reconstruction
 from saejax.evaluation.member_data import MemberData
 from saejax.interventions import slopes as screening
@@ -31,13 +31,9 @@ def products(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield equation
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, ClosedJaxpr | Jaxpr)
-        ):
-            if isinstance(value, ClosedJaxpr):
-                yield from products(value.jaxpr)
-            elif isinstance(value, Jaxpr):
-                yield from products(value)
+        inner = lambda leaf: isinstance(leaf, ClosedJaxpr | Jaxpr)  # noqa: E731
+        for value in filter(inner, jax.tree.leaves(list(equation.params.values()), is_leaf=inner)):
+            yield from products(getattr(value, "jaxpr", value))
 
 
 def check(function, *args, least=1):
@@ -56,16 +52,12 @@ def test_training(kind, one_device):
 
 
 def test_evaluation(one_device):
-    dictionary = make_stack("topk", one_device).dictionary
-    (member,) = MemberData.of([Dictionary.initial(dictionary, jax.random.key(0))], one_device)
+    dictionary = Dictionary.initial(make_stack("topk", one_device).dictionary, jax.random.key(0))
+    (member,) = MemberData.of([dictionary], one_device)
     check(reconstruction._score, member, jnp.ones((B, D)), jnp.ones((B, D)), 3, least=2)
 
 
-def test_the_decoder_and_its_gradients(tiny_llama, one_device):
-    from saejax import load_model
-
-    lm = load_model(str(tiny_llama), mesh=one_device)
-
+def test_the_decoder_and_its_gradients(lm):
     def loss(params, ids_BxT):
         x_BxTxD = decoder.embed(lm.config, params, ids_BxT)
         x_BxTxD = run_layers(lm.config, params, x_BxTxD, 0, lm.config.n_layers).x
@@ -74,14 +66,9 @@ def test_the_decoder_and_its_gradients(tiny_llama, one_device):
     check(jax.grad(loss), lm.params, np.zeros((2, 6), np.int32), least=20)
 
 
-def test_attribution(tiny_llama, one_device):
-    from saejax import load_model
-    from saejax.dictionaries import DictionaryConfig
-
-    lm = load_model(str(tiny_llama), mesh=one_device)
+def test_attribution(lm, one_device):
     config = DictionaryConfig(kind="standard", site="resid_post.1", d_in=lm.config.d_model, n_features=32)
-    dictionary = Dictionary.initial(config, jax.random.key(0))
-    site = Site.parse(config.site)
+    dictionary, site = Dictionary.initial(config, jax.random.key(0)), Site.parse(config.site)
     point = SplitPoint(lm.config, site, site, one_device)
     value = jnp.ones((2, 6, lm.config.d_model))
     rows = SiteRows(value, value, value, jnp.ones((2, 6), bool), jnp.array([5, 5]), jnp.ones((2, 2), int))

@@ -33,37 +33,30 @@ FORMATS = ("own", "saelens", "gemma_scope", "gemma_scope_2", "llama_scope", "qwe
 def places(tmp_path_factory):
     """A dictionary of the first layer in every format."""
     root = tmp_path_factory.mktemp("elsewhere")
-    config = DictionaryConfig(kind="standard", site="resid_post.0", d_in=D, n_features=F)
-    made = Dictionary.initial(config, jax.random.key(0))
-    save_dictionary(root / "own", made)
-    save_dictionary(root / "saelens", made, "saelens")
-    foreign.gemma_scope(root / "gemma-scope-2b-pt-res" / "layer_0" / "width_64", D, F)
-    foreign.gemma_scope(root / "resid_post_all" / "layer_0_width_64_l0_small", D, F, version=2)
-    foreign.llama_scope(root / "L0R-2x", D, F)
-    foreign.qwen_scope(root / "layer0.sae.pt", D, F, k=16)
-    foreign.sparsify(root / "layers.0", D, F, k=16)
     names = ["own", "saelens", "gemma-scope-2b-pt-res/layer_0/width_64", "resid_post_all/layer_0_width_64_l0_small"]
     names += ["L0R-2x", "layer0.sae.pt", "layers.0"]
-    return dict(zip(FORMATS, (root / name for name in names), strict=True))
+    folders = dict(zip(FORMATS, (root / name for name in names), strict=True))
+    config = DictionaryConfig(kind="standard", site="resid_post.0", d_in=D, n_features=F)
+    made = Dictionary.initial(config, jax.random.key(0))
+    save_dictionary(folders["own"], made)
+    save_dictionary(folders["saelens"], made, "saelens")
+    foreign.gemma_scope(folders["gemma_scope"], D, F)
+    foreign.gemma_scope(folders["gemma_scope_2"], D, F, version=2)
+    foreign.llama_scope(folders["llama_scope"], D, F)
+    foreign.qwen_scope(folders["qwen_scope"], D, F, k=16)
+    foreign.sparsify(folders["sparsify"], D, F, k=16)
+    return folders
 
 
 @pytest.fixture(scope="module")
 def transcoders(tmp_path_factory):
     """A circuit-tracer set of the model's two layers."""
-    configs = [
-        DictionaryConfig(
-            kind="jumprelu",
-            site=f"mlp_in.{i}",
-            target=f"mlp_out.{i}",
-            d_in=D,
-            n_features=F,
-            centred=False,
-            model="some",
-        )
-        for i in (0, 1)
-    ]
+    fields, layers = dict(kind="jumprelu", d_in=D, n_features=F, centred=False, model="some"), []
+    for i in (0, 1):
+        config = DictionaryConfig(site=f"mlp_in.{i}", target=f"mlp_out.{i}", **fields)
+        layers.append(Dictionary.initial(config, jax.random.key(i)))
     folder = tmp_path_factory.mktemp("set") / "transcoders"
-    save_transcoders(folder, [Dictionary.initial(config, jax.random.key(i)) for i, config in enumerate(configs)])
+    save_transcoders(folder, layers)
     return folder
 
 
@@ -96,26 +89,17 @@ def test_they_are_scored_as_what_they_are(workdir, places):
         assert one.l0 == pytest.approx(float((np.asarray(dictionary.encode(x)) > 0).sum(1).mean()), rel=1e-4)
 
 
-def test_a_set_is_taken_layer_by_layer(transcoders, places):
-    found = find_pretrained([str(transcoders), str(places["own"])])
-    assert [(one.name, one.target) for one in found] == [
-        ("mlp_in.0", "mlp_out.0"),
-        ("mlp_in.1", "mlp_out.1"),
-        ("resid_post.0", "resid_post.0"),
-    ]
-    assert [one.load().config.site for one in found] == [one.site for one in found]
-
-
-def test_names_tell_dictionaries_apart(places, tmp_path):
+def test_a_set_is_taken_layer_by_layer_and_names_tell_dictionaries_apart(transcoders, places, tmp_path):
+    pairs = [("mlp_in.0", "mlp_out.0"), ("mlp_in.1", "mlp_out.1"), ("resid_post.0", "resid_post.0")]
+    taken = find_pretrained([str(transcoders), str(places["own"])])
+    assert [(each.name, each.target) for each in taken] == pairs
+    assert [each.load().config.site for each in taken] == [each.site for each in taken]
     copies = [tmp_path / run / "train" / "own" for run in ("a", "b")]
     for copy in copies:
         shutil.copytree(places["own"], copy)
-    found = find_pretrained([*map(str, copies), str(places["saelens"])])
-    assert [one.name for one in found] == [
-        "resid_post.0-a-train-own",
-        "resid_post.0-b-train-own",
-        "resid_post.0-saelens",
-    ]
+    taken = find_pretrained([*map(str, copies), str(places["saelens"])])
+    ends = ["a-train-own", "b-train-own", "saelens"]
+    assert [each.name for each in taken] == [f"resid_post.0-{end}" for end in ends]
 
 
 def test_another_dictionary_in_its_place_is_taken_anew(workdir, inputs, places, tmp_path, capsys):

@@ -6,11 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_runs import STEPS, go, resident
-from small_runs import make_stack as make_run
-from small_stacks import B, D, F, batches, make_stack, parts, step
+from small_stacks import B, F, batches, make_stack, parts, step
 
-from saejax.errors import Interrupted
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 from saejax.training.resampling import draw_tokens, is_due
@@ -89,50 +86,41 @@ def test_where_more_are_dead_than_there_are_tokens_some_wait():
     assert sorted(np.asarray(tokens)[np.asarray(drawn)]) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("kind", ["jumprelu", "batchtopk"])
-def test_rows_may_be_directions_of_errors(kind):
-    (batch,) = batches(1)
-    state = step_with_dead(kind, [batch], resample_every=1, resample_from="errors")
-    stack = make_stack(kind, dead_tokens=10**6, decay=0.0)
-    params = {name: array[0] for name, array in step_with_dead(kind, [batch]).params.items()}  # before they start again
-    x = jnp.asarray(batch)
-    error = np.asarray(member_residual(stack, params, x, x, jax.tree.map(lambda leaf: leaf[0], stack.hyperparams)))
-    directions = error / np.linalg.norm(error, axis=1, keepdims=True)
+@pytest.mark.parametrize(
+    ("kind", "form", "source"),
+    [
+        ("jumprelu", "sae", "errors"),
+        ("batchtopk", "sae", "errors"),
+        ("standard", "skip_transcoder", "errors"),
+        ("standard", "skip_transcoder", "inputs"),  # of a transcoder the targets
+    ],
+)
+def test_rows_are_directions_of_targets_or_errors_and_columns_of_inputs(kind, form, source):
+    (x,) = batches(1)
+    changes = dict(form=form, sites=("resid_post.1",) if form == "sae" else ("mlp_in.1",))
+    state = step_with_dead(kind, [x], resample_every=1, resample_from=source, **changes)
+    before = {name: array[0] for name, array in step_with_dead(kind, [x], **changes).params.items()}
+    stack = make_stack(kind, dead_tokens=10**6, decay=0.0, **changes)
+    y = x if form == "sae" else x[:, ::-1]
+    written = y - np.asarray(before["b_dec_D"])
+    if source == "errors":
+        hyper = jax.tree.map(lambda leaf: leaf[0], stack.hyperparams)
+        written = np.asarray(member_residual(stack, before, jnp.asarray(x), jnp.asarray(y), hyper))
     W_enc, W_dec = (np.asarray(state.params[name][0]) for name in ("W_enc_DxF", "W_dec_FxD"))
-    assert np.abs(W_dec[DEAD][:, None] - directions).max(-1).min(1).max() < 1e-5
-    living = np.setdiff1d(np.arange(F), DEAD)
-    length = np.linalg.norm(W_enc[:, living], axis=0).mean()
-    np.testing.assert_allclose(W_enc[:, DEAD].T, length * W_dec[DEAD], rtol=1e-5, atol=1e-6)
+    length = np.linalg.norm(np.delete(W_enc, DEAD, axis=1), axis=0).mean()
+    for row, column in zip(W_dec[DEAD], W_enc[:, DEAD].T, strict=True):
+        token = np.argmax(written @ row / np.linalg.norm(written, axis=1))
+        near = 1e-5 if source == "errors" else 1e-6
+        np.testing.assert_allclose(row, written[token] / np.linalg.norm(written[token]), atol=near)
+        read = row if form == "sae" else x[token] / np.linalg.norm(x[token])
+        if form == "sae" or source == "errors":
+            np.testing.assert_allclose(column, length * read, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(column / np.linalg.norm(column), read, atol=1e-6)
 
 
-def test_a_transcoder_reads_its_inputs_and_writes_its_errors():
-    (batch,) = batches(1)
-    changes = dict(form="skip_transcoder", sites=("mlp_in.1",), resample_every=1, resample_from="errors")
-    state = step_with_dead("standard", [batch], **changes)
-    columns = np.asarray(state.params["W_enc_DxF"][0])[:, DEAD].T
-    inputs = batch / np.linalg.norm(batch, axis=1, keepdims=True)
-    cosines = (columns / np.linalg.norm(columns, axis=1, keepdims=True)) @ inputs.T
-    np.testing.assert_allclose(cosines.max(1), 1, atol=1e-6)
-    rows = np.asarray(state.params["W_dec_FxD"][0])[DEAD]
-    assert np.abs(rows - columns / np.linalg.norm(columns, axis=1, keepdims=True)).max() > 0.1
-
-
-def test_a_transcoder_takes_the_directions_of_its_targets():
-    (batch,) = batches(1)
-    changes = dict(form="skip_transcoder", sites=("mlp_in.1",), resample_every=1)
-    state = step_with_dead("standard", [batch], **changes)
-    x, y = batch, batch[:, ::-1] - np.asarray(state.params["b_dec_D"][0])
-    for feature in DEAD:
-        row, column = state.params["W_dec_FxD"][0, feature], state.params["W_enc_DxF"][0, :, feature]
-        drawn = np.argmax(y @ row / np.linalg.norm(y, axis=1))
-        np.testing.assert_allclose(row, y[drawn] / np.linalg.norm(y[drawn]), atol=1e-6)
-        np.testing.assert_allclose(column / np.linalg.norm(column), x[drawn] / np.linalg.norm(x[drawn]), atol=1e-6)
-
-
-def test_when_it_is_due():
-    stack = make_stack(resample_every=10, decay=0.2)
-    assert [step for step in range(1, 51) if is_due(stack.config, 50, step)] == [10, 20, 30, 40]
-    stack = make_stack(resample_every=10, decay=0.0)
+@pytest.mark.parametrize("decay", [0.2, 0.0])
+def test_when_it_is_due(decay):
+    stack = make_stack(resample_every=10, decay=decay)
     assert [step for step in range(1, 51) if is_due(stack.config, 50, step)] == [10, 20, 30, 40], "never the last"
 
 
@@ -144,17 +132,3 @@ def test_members_draw_as_they_would_alone_and_on_a_mesh():
     for index in (0, 1):
         for name, array in alone[index].params.items():
             np.testing.assert_allclose(stack.params[name][index], array[0], rtol=2e-5, atol=2e-6, err_msg=name)
-
-
-def test_resumed_and_resident_give_the_same_bits(tmp_path):
-    changes = dict(dead_tokens=2 * B, k=(1,))
-    stack = make_run(resample_every=2, **changes)
-    whole = go(tmp_path / "whole", stack)
-    with pytest.raises(Interrupted):
-        go(tmp_path / "broken", stack, stop_after=3)
-    resumed = go(tmp_path / "broken", stack, resident)
-    without = go(tmp_path / "without", make_run(**changes))
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert not np.array_equal(whole.params["W_dec_FxD"], without.params["W_dec_FxD"]), "features had died"
-    assert D < F and STEPS > 4

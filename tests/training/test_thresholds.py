@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from small_runs import Rows, streamed
 from small_runs import make_stack as make_run
-from small_stacks import B, D, F, make_stack, run
+from small_stacks import D, make_stack
 
 import saejax
 from saejax.activations.manifest import CapturedModel
@@ -39,38 +39,39 @@ def test_short_and_long_runs(kind, steps):
     assert l0 == pytest.approx(4, rel=0.05)
 
 
-def trained(stack, data, batches):
-    state, train_step = init_state(stack), compile_step(stack)
+def trained(stack, rows):
+    state, train_step, batches = init_state(stack), compile_step(stack), streamed(stack, rows)
     for step in range(stack.steps):
         state, metrics = train_step(state, stack.hyperparams, batches.batch(step))
         jax.block_until_ready(metrics)
     return calibrate_thresholds(stack, state, batches)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=["one device", "eight devices"])
+def check(dictionary, rows, member, k):
+    f = np.asarray(dictionary.encode(rows.read(member.site, rows.rows("train"))))
+    assert (f > 0).sum(1).mean() == pytest.approx(k, rel=0.05), member.name
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(2, 2, 2)], ids=["one device", "eight devices"])
 def test_members_of_a_sweep(mesh):
     """Each by its own k, and by its own site."""
-    mesh = None if mesh == (1, 1, 1) else make_mesh(MeshConfig(*mesh))
     sites = ("resid_post.0", "resid_post.1")
-    stack, rows = make_run("batchtopk", mesh, k=(2, 6), sites=sites, learning_rate=(1e-2,)), Rows()
-    state = trained(stack, rows, streamed(stack, rows))
+    changes = dict(k=(2, 6), sites=sites, learning_rate=(1e-2,))
+    stack, rows = make_run("batchtopk", mesh and make_mesh(mesh), **changes), Rows()
+    state = trained(stack, rows)
     for index, member in enumerate(stack.members):
-        x = rows.read(member.site, rows.rows("train"))
-        f = np.asarray(finish_dictionary(stack, state, index).encode(x))
-        assert (f > 0).sum(1).mean() == pytest.approx(member.settings["k"], rel=0.05), member.name
+        check(finish_dictionary(stack, state, index), rows, member, member.settings["k"])
 
 
 def test_layers_of_a_cross_layer_transcoder():
     form = dict(form="cross_layer_transcoder", sites=("mlp_in.0", "mlp_in.1", "mlp_in.2"), auxk=0.0)
     stack, rows = make_run("batchtopk", k=(3,), learning_rate=(1e-2,), **form), Rows()
-    state = trained(stack, rows, streamed(stack, rows))
+    state = trained(stack, rows)
     for layer, member in enumerate(stack.members):
-        dictionary, _ = finish_layer(stack, state, layer)
-        f = np.asarray(dictionary.encode(rows.read(member.site, rows.rows("train"))))
-        assert (f > 0).sum(1).mean() == pytest.approx(3, rel=0.05), member.name
+        check(finish_layer(stack, state, layer)[0], rows, member, 3)
 
 
 def test_kinds_without_a_running_threshold_stay_as_they_are():
     stack = make_stack("topk")
-    state, _ = run(stack, np.zeros((1, B, D), np.float32))
-    assert calibrate_thresholds(stack, state, None) is state and F > D
+    state = init_state(stack)
+    assert calibrate_thresholds(stack, state, None) is state
