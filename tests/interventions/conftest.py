@@ -1,15 +1,18 @@
-"""A tiny model, prompts, dictionaries at its sites, and a plain fp64 implementation in PyTorch to compare with."""
+"""A tiny model, prompts, dictionaries at its sites, runs of stages, and fp64 runs in PyTorch to compare with."""
 
-import contextlib
 import dataclasses
-import functools
 
 import jax
 import numpy as np
 import pytest
+from full_passes import PlainRun
+from runs import write_members
 
-from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.tasks.behaviours import Prompt
+from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run
+from saejax.settings import MeshConfig, ModelConfig
+from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts
 
 N_FEATURES = 160
 _SUBJECTS = ("cat", "dogs", "water", "year", "war", "capital", "way", "she", "France", "3 + 4", "Paris")
@@ -59,6 +62,27 @@ def _prompt(i: int, split: str, behaviour: str = "tiny", varied: bool = True) ->
 
 
 @pytest.fixture(scope="session")
+def make_answered(tiny):
+    """make_answered(behaviour): 16 train and 16 test prompts that the model answers correctly, with counterparts."""
+
+    def make(behaviour: str) -> list[Prompt]:
+        made = []
+        for i in range(32):
+            prompt = _prompt(i, "train" if i < 16 else "test", behaviour, varied=False)
+            # Few pairs of answers, as each is a run of its own.
+            right, wrong = prompt.correct, " far"
+            output = tiny(tiny.tokenize([prompt.text]))
+            if output.logit(right) <= output.logit(wrong):
+                right, wrong = wrong, right
+            counterpart = prompt.text.replace(" near ", " that ")
+            fields = dict(correct=right, wrong=wrong, counterpart=counterpart, template=str(i % 2))
+            made.append(dataclasses.replace(prompt, **fields))
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def make_dictionary(tiny, prompts):
     """make_dictionary(site, dead=0, seed=11): random directions, a tenth of tokens fires each, some positions sinks."""
 
@@ -92,128 +116,13 @@ def make_dictionary(tiny, prompts):
     return make
 
 
-@dataclasses.dataclass(frozen=True)
-class PlainRun:
-    """One prompt, the plain way: a hook in the HF model, all of it run, in fp64 (its norms in fp32)."""
-
-    model: object
-    dictionary: Dictionary
-    ids_T: list[int]
-    correct: int
-    wrong: int
-
-    def _module_and_side(self):
-        kind, _, layer = self.dictionary.site.partition(".")
-        block = self.model.model.layers[int(layer)]
-        return {
-            "resid_pre": (block, "in"),
-            "resid_post": (block, "out"),
-            "mlp_in": (block.mlp, "in"),
-            "mlp_out": (block.mlp, "out"),
-            "attn_out": (block.self_attn, "out"),
-            "resid_mid": (block.post_attention_layernorm, "in"),
-        }[kind]
-
-    def features(self, x_TxD):
-        """f_TxF in fp64; 0 at sinks."""
-        arrays = (np.asarray(getattr(self.dictionary, n)[...], np.float64) for n in ("W_enc_DxF", "b_enc_F", "b_dec_D"))
-        W_enc_DxF, b_enc_F, b_dec_D = arrays
-        f_TxF = np.maximum((x_TxD - b_dec_D[None, :]) @ W_enc_DxF + b_enc_F[None, :], 0.0)
-        return f_TxF * (np.linalg.norm(x_TxD, axis=1) <= self.dictionary.config.max_norm)[:, None]
-
-    def run(self, change):
-        """The logit difference when the site's value x_1xTxD becomes change(x_1xTxD), torch tensors."""
-        import torch
-
-        module, side = self._module_and_side()
-
-        def swap(value):
-            return (change(value[0]), *value[1:]) if isinstance(value, tuple) else change(value)
-
-        if side == "out":
-            hook = module.register_forward_hook(lambda module, inputs, output: swap(output))
-        else:
-            hook = module.register_forward_pre_hook(lambda module, inputs: swap(inputs))
-        try:
-            logits_V = self.model(torch.tensor([self.ids_T])).logits[0, -1]
-        finally:
-            hook.remove()
-        return logits_V[self.correct] - logits_V[self.wrong]
-
-    def ablated(self, features) -> float:
-        """The logit difference without these features."""
-        import torch
-
-        def change(x_1xTxD):
-            f_TxF = self.features(x_1xTxD[0].numpy())
-            W_dec_FxD = np.asarray(self.dictionary.W_dec_FxD[...], np.float64)
-            removed_TxD = f_TxF[:, features] @ W_dec_FxD[features]
-            return x_1xTxD - torch.from_numpy(removed_TxD)[None]
-
-        with torch.no_grad():
-            return float(self.run(change))
-
-    def clean(self):
-        """The site's value x_TxD without an edit."""
-        import torch
-
-        kept = []
-        with torch.no_grad():
-            self.run(lambda x_1xTxD: kept.append(x_1xTxD) or x_1xTxD)
-        return kept[0][0].numpy()
-
-    def attribution(self, counterpart=None):
-        """Activation x gradient of every feature, [F].
-
-        With a counterpart, another PlainRun of as many tokens, its activations stand in their place.
-        """
-        W_dec_FxD = np.asarray(self.dictionary.W_dec_FxD[...], np.float64)
-        x_TxD = self.clean()
-        f_TxF = self.features(x_TxD)
-        if counterpart is not None:
-            in_domain_T = np.linalg.norm(x_TxD, axis=1) <= self.dictionary.config.max_norm
-            f_TxF = (f_TxF - counterpart.features(counterpart.clean())) * in_domain_T[:, None]
-        return (f_TxF * (self.slopes() @ W_dec_FxD.T)).sum(axis=0)
-
-    def slopes(self):
-        """The gradient of the logit difference with respect to the site's value, [T, D]."""
-        kept = []
-
-        def change(x_1xTxD):
-            kept.append(x_1xTxD.detach().requires_grad_())
-            return kept[0]
-
-        self.run(change).backward()
-        return kept[0].grad[0].numpy()
-
-    @contextlib.contextmanager
-    def relevance_rules(self):
-        """Has the model's backward pass go by the rules of relevance patching."""
-        from torch.nn import functional
-
-        def norm(module, x):
-            return module.weight * x * (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt().detach()
-
-        def mlp(module, x):
-            gate, up = module.gate_proj(x), module.up_proj(x)
-            a = gate * functional.sigmoid(gate).detach()  # SiLU
-            return module.down_proj((a * up.detach() + a.detach() * up) / 2)
-
-        rules = dict(LlamaRMSNorm=norm, LlamaMLP=mlp)
-        ruled = [module for module in self.model.modules() if type(module).__name__ in rules]
-        attention = [layer.self_attn for layer in self.model.model.layers]
-        hooks = [
-            projection.register_forward_hook(lambda module, inputs, output: output.detach())
-            for module in attention
-            for projection in (module.q_proj, module.k_proj)  # the weights of attention depend on nothing else
-        ]
-        for module in ruled:
-            module.forward = functools.partial(rules[type(module).__name__], module)
-        yield
-        for module in ruled:
-            del module.forward
-        for hook in hooks:
-            hook.remove()
+@pytest.fixture(scope="session")
+def pairs(tiny, prompts) -> list[Prompt]:
+    """Prompts whose counterpart is another one of as many tokens."""
+    lengths = tiny.tokenize([prompt.text for prompt in prompts]).lengths_B.tolist()
+    last = {length: prompt.text for length, prompt in zip(lengths, prompts, strict=True)}
+    paired = [dataclasses.replace(p, counterpart=last[n]) for n, p in zip(lengths, prompts, strict=True)]
+    return [pair for pair in paired if pair.counterpart != pair.text]
 
 
 @pytest.fixture
@@ -223,5 +132,33 @@ def plain(tiny, tiny_torch):
     def make(dictionary: Dictionary, prompt: Prompt) -> PlainRun:
         ids_T = tiny.tokenize([prompt.text]).ids_BxT[0].tolist()
         return PlainRun(tiny_torch, dictionary, ids_T, tiny.token_id(prompt.correct), tiny.token_id(prompt.wrong))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_inputs(make_dictionary):
+    """save_inputs(folder, prompts): what stages read of earlier ones, scored prompts and the dictionary topk."""
+
+    def save(folder, prompts, dictionary=None):
+        baseline, train = folder / "baseline", folder / "train" / "topk"
+        baseline.mkdir()
+        write_prompts(baseline / "prompts.jsonl", prompts, [PromptScore(1.0, True, None)] * len(prompts))
+        save_dictionary(train, dictionary or make_dictionary("resid_post.1"))
+        write_members(train, "")
+        return {"baseline": baseline, "train/topk": train}
+
+    return save
+
+
+@pytest.fixture
+def stage_run(tmp_path, tiny_llama):
+    """stage_run(stage, unit, inputs, folder, *settings): a run of a stage on the tiny model, and what it says."""
+
+    def make(stage, unit, inputs, folder, *settings, **fields):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        lines = []
+        configs = Configs(ModelConfig(path=str(tiny_llama)), MeshConfig(), *settings)
+        return Run(stage, unit, tmp_path / folder, configs, inputs, say=lines.append, **fields), lines
 
     return make

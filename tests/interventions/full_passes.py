@@ -1,19 +1,20 @@
-"""Effects of edits by one full forward pass per edit: edited values are computed from captured ones and patched in."""
+"""Prompts under edits by full forward passes in PyTorch, fp64, and sets of features ablated by the engine."""
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from scipy.special import log_softmax
+import torch
+from torch.nn import functional
 
-from saejax.errors import UserError
-from saejax.interventions.edits import ZERO, ActivationReplacement, FeatureEdits, mask
-from saejax.interventions.engine import LogitDiffs, run_edits
-from saejax.interventions.split_model import SplitModel, editable_positions
-from saejax.models.edits import SiteEdit
-from saejax.tasks.answer_tokens import first_answer_ids
-from saejax.tasks.behaviours import Prompt
+from saejax.dictionaries import Dictionary
+from saejax.interventions.edits import ZERO, ActivationReplacement, mask
+from saejax.interventions.engine import EditedRun, LogitDiffs, run_edits
+from saejax.interventions.rows import gather
+from saejax.interventions.split_model import CleanRun, SplitModel
 
 
 def ablate_sets(
@@ -28,70 +29,123 @@ def ablate_sets(
     return run_edits(split, runs, mask(split.dictionary, sets, replacement=source), *options, **more)
 
 
-def effects_by_full_passes(
-    lm: Any,
-    prompts: Sequence[Prompt],
-    edits: FeatureEdits,
-    readouts: Sequence[str],
-    positions: str = "all",
-    error: str = "keep",
-) -> np.ndarray:
-    """Return readouts of each edit on each prompt; arguments and result as those of ``engine.effects``.
+def draw_falls(split: SplitModel, run: CleanRun, source: ActivationReplacement, features_K: np.ndarray) -> np.ndarray:
+    """Return by how much activations of a clean run's prompts fall when they are replaced by draws, [P, T, K]."""
+    edited = EditedRun(run, run, source)
+    fall_BxTxK, _ = gather(split.point, split.dictionary, *edited.arrays, features_K, len(run.index_P))
+    return np.asarray(fall_BxTxK, np.float64)[: len(run.index_P)]
 
-    Args:
-      lm: called as ``lm(tokens, capture=[...], edits=[...])``; has ``tokenize`` and ``tokenizer``.
-      prompts: P prompts.
-      edits: E edits.
-      readouts: R names.
-      positions: which are editable.
-      error: "keep" or "drop".
 
-    Returns:
-      Float64 array ``[E, P, R]``.
+@dataclasses.dataclass(frozen=True)
+class PlainRun:
+    """One prompt, the plain way: a hook in the HF model, all of it run, in fp64 (its norms in fp32)."""
 
-    Raises:
-      UserError: the edits swap activations with counterparts of another length.
-    """
-    basis, source = edits.dictionary.with_sink_norms(lm.sink_norm), edits.replacement
-    reads, writes = basis.site, basis.config.target or basis.site
-    tokens = lm.tokenize([prompt.text for prompt in prompts])
-    clean = lm(tokens, capture=list(dict.fromkeys([reads, writes])))
-    read_BxTxD, value_BxTxD = (jnp.asarray(clean.sites[site]) for site in (reads, writes))
-    usable_BxT = jnp.asarray(tokens.mask_BxT) & basis.is_not_sink(read_BxTxD, value_BxTxD)
-    if error == "drop":
-        rebuilt_BxTxD = basis.decode(basis.encode(read_BxTxD), read_BxTxD)
-        value_BxTxD = jnp.where(usable_BxT[..., None], rebuilt_BxTxD, value_BxTxD)
-        clean = lm(tokens, edits=[SiteEdit.patch(writes, value_BxTxD)])
-    editable_BxT = np.asarray(usable_BxT) & editable_positions(positions, tokens.last_B, tokens.mask_BxT.shape[1])
-    f_BxTxF = jnp.where(editable_BxT[..., None], basis.encode(read_BxTxD), 0.0)
-    other_BxTxF = f_BxTxF
-    if source.kind == "counterpart":
-        others = lm.tokenize([prompt.counterpart for prompt in prompts])
-        if not np.array_equal(others.lengths_B, tokens.lengths_B):
-            raise UserError("a counterpart has another number of tokens than its prompt: give pairs of one length")
-        other_read_BxTxD = jnp.asarray(lm(others, capture=[reads]).sites[reads])
-        other_usable_BxT = editable_BxT & basis.is_not_sink(other_read_BxTxD)
-        other_BxTxF = jnp.where(other_usable_BxT[..., None], basis.encode(other_read_BxTxD), 0.0)
-    value_BxTxD = np.asarray(value_BxTxD, np.float64)
-    answers_Bx2, last_B, rows_B = first_answer_ids(lm.tokenizer, prompts), tokens.last_B, np.arange(len(prompts))
-    clean_BxV = log_softmax(np.asarray(clean.logits_BxTxV, np.float64)[rows_B, last_B], axis=1)
-    W_dec_FxD = np.asarray(basis.W_dec_FxD[...], np.float64)
-    values_ExPxR = np.zeros((len(edits), len(prompts), len(readouts)))
-    for e, members in enumerate(edits.sets):
-        chosen = f_BxTxF[:, :, members], other_BxTxF[:, :, members], editable_BxT, jnp.asarray(members)
-        fall_BxTxK = np.asarray(source.removed(*chosen, jnp.int32(len(prompts))), np.float64) * edits.fractions[e]
-        if edits.addends is not None:
-            fall_BxTxK -= editable_BxT[..., None] * edits.addends[e]
-        change_BxTxD = fall_BxTxK @ W_dec_FxD[members]
-        output = lm(tokens, edits=[SiteEdit.patch(writes, np.float32(value_BxTxD - change_BxTxD))])
-        logp_BxV = log_softmax(np.asarray(output.logits_BxTxV, np.float64)[rows_B, last_B], axis=1)
-        right_B, wrong_B = np.take_along_axis(logp_BxV, answers_Bx2, axis=1).T
-        values = dict(
-            logit_diff=right_B - wrong_B,
-            log_prob=right_B,
-            top1=(logp_BxV.argmax(axis=1) == answers_Bx2[:, 0]).astype(np.float64),
-            kl=np.sum(np.exp(clean_BxV) * (clean_BxV - logp_BxV), axis=1),
-            change_norm=np.sqrt(np.square(change_BxTxD).sum(axis=(1, 2))),
-        )
-        values_ExPxR[e] = np.stack([values[name] for name in readouts], axis=-1)
-    return values_ExPxR
+    model: Any
+    dictionary: Dictionary
+    ids_T: list[int]
+    correct: int
+    wrong: int
+
+    @functools.cached_property
+    def W_dec_FxD(self) -> np.ndarray:
+        return np.asarray(self.dictionary.W_dec_FxD[...], np.float64)
+
+    def features(self, x_TxD: np.ndarray) -> np.ndarray:
+        """f_TxF in fp64; 0 at sinks."""
+        arrays = (np.asarray(getattr(self.dictionary, n)[...], np.float64) for n in ("W_enc_DxF", "b_enc_F", "b_dec_D"))
+        W_enc_DxF, b_enc_F, b_dec_D = arrays
+        centred_TxD = x_TxD - b_dec_D if self.dictionary.config.centred else x_TxD
+        return np.maximum(centred_TxD @ W_enc_DxF + b_enc_F, 0.0) * self.is_usable(x_TxD)[:, None]
+
+    def is_usable(self, x_TxD: np.ndarray) -> np.ndarray:
+        """Return where there is no attention sink, [T]."""
+        return np.linalg.norm(x_TxD, axis=1) <= self.dictionary.config.max_norm
+
+    def logits(self, change: Callable[[np.ndarray], np.ndarray], site: str = "") -> np.ndarray:
+        """The last logits, [V], when the value [T, D] that the features write to, or that of a site, is changed."""
+        with torch.no_grad():
+            return self.run(lambda x_1xTxD: torch.from_numpy(change(x_1xTxD[0].numpy()))[None], site)[-1].numpy()
+
+    def diff(self, change: Callable[[np.ndarray], np.ndarray]) -> float:
+        """The logit difference when the value that the features write to becomes ``change(value)``."""
+        logits_V = self.logits(change)
+        return float(logits_V[self.correct] - logits_V[self.wrong])
+
+    def ablated(self, features: Sequence[int]) -> float:
+        """The logit difference without these features."""
+        return self.diff(lambda x_TxD: x_TxD - self.features(x_TxD)[:, features] @ self.W_dec_FxD[features])
+
+    def value(self, site: str = "") -> np.ndarray:
+        """The value [T, D] that the dictionary reads, or that of a site, without an edit."""
+        kept: list[np.ndarray] = []
+        self.logits(lambda x_TxD: kept.append(x_TxD) or x_TxD, site or self.dictionary.site)
+        return kept[0]
+
+    def attribution(self, counterpart: "PlainRun | None" = None) -> np.ndarray:
+        """Activation x gradient of every feature, [F].
+
+        With a counterpart of as many tokens, its activations stand in their place.
+        """
+        x_TxD = self.value()
+        f_TxF = self.features(x_TxD)
+        if counterpart is not None:
+            f_TxF = (f_TxF - counterpart.features(counterpart.value())) * self.is_usable(x_TxD)[:, None]
+        return (f_TxF * (self.slopes() @ self.W_dec_FxD.T)).sum(axis=0)
+
+    def slopes(self) -> np.ndarray:
+        """The gradient of the logit difference with respect to the site's value, [T, D]."""
+        kept = []
+
+        def change(x_1xTxD):
+            kept.append(x_1xTxD.detach().requires_grad_())
+            return kept[0]
+
+        logits_V = self.run(change)[-1]
+        (logits_V[self.correct] - logits_V[self.wrong]).backward()
+        return kept[0].grad[0].numpy()
+
+    def run(self, change: Callable[[torch.Tensor], torch.Tensor], site: str = "") -> torch.Tensor:
+        """The logits at every token, [T, V], when the value [1, T, D] becomes ``change(value)``."""
+        kind, _, layer = (site or self.dictionary.config.target or self.dictionary.site).partition(".")
+        block = self.model.model.layers[int(layer)]
+        module = dict(mlp_in=block.mlp, mlp_out=block.mlp, attn_out=block.self_attn).get(kind, block)
+
+        def swap(value):
+            return (change(value[0]), *value[1:]) if isinstance(value, tuple) else change(value)
+
+        if kind in ("resid_pre", "mlp_in"):
+            hook = module.register_forward_pre_hook(lambda module, inputs: swap(inputs))
+        else:
+            hook = module.register_forward_hook(lambda module, inputs, output: swap(output))
+        try:
+            return self.model(torch.tensor([self.ids_T])).logits[0]
+        finally:
+            hook.remove()
+
+    @contextlib.contextmanager
+    def relevance_rules(self):
+        """Has the model's backward pass go by the rules of relevance patching."""
+
+        def norm(module, x):
+            return module.weight * x * (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt().detach()
+
+        def mlp(module, x):
+            gate, up = module.gate_proj(x), module.up_proj(x)
+            a = gate * functional.sigmoid(gate).detach()  # SiLU
+            return module.down_proj((a * up.detach() + a.detach() * up) / 2)
+
+        rules = dict(LlamaRMSNorm=norm, LlamaMLP=mlp)
+        ruled = [module for module in self.model.modules() if type(module).__name__ in rules]
+        attention = [layer.self_attn for layer in self.model.model.layers]
+        hooks = [
+            projection.register_forward_hook(lambda module, inputs, output: output.detach())
+            for module in attention
+            for projection in (module.q_proj, module.k_proj)  # the weights of attention depend on nothing else
+        ]
+        for module in ruled:
+            module.forward = functools.partial(rules[type(module).__name__], module)
+        yield
+        for module in ruled:
+            del module.forward
+        for hook in hooks:
+            hook.remove()

@@ -1,4 +1,4 @@
-"""Exact effects of removing features: against a plain loop with PyTorch hooks, and what they are by construction."""
+"""What ablation runs and counts, dictionaries of other kinds, meshes, and what is not finite or does not fit."""
 
 import dataclasses
 
@@ -32,28 +32,11 @@ def runs(split, prompts):
     return split.run(prompts)
 
 
-def sets_of(rng, features, singles=12, pairs=4, large=2):
-    draw = rng.permutation(features)
-    return (
-        [[i] for i in draw[:singles]]
-        + [draw[k : k + 2].tolist() for k in range(pairs)]
-        + [rng.permutation(features)[:20].tolist() for _ in range(large)]
-    )
-
-
-@pytest.mark.parametrize("site", ["resid_post.1", "resid_pre.2", "resid_post.3", "mlp_in.1", "attn_out.3"])
-def test_effects_equal_a_plain_loop_with_torch_hooks(tiny, prompts, make_dictionary, plain, site):
-    dictionary = make_dictionary(site)
-    split = SplitModel(tiny, dictionary)
-    n = dictionary.config.n_features
-    sets = [*sets_of(np.random.default_rng(3), n, singles=5, pairs=2, large=1), list(range(n))]
-    few = prompts[:12]
-    diffs = ablate_sets(split, split.run(few), sets, batch_rows=32)
-    for p in range(0, len(few), 3):
-        run = plain(dictionary, few[p])
-        np.testing.assert_allclose(diffs.clean_P[p], run.ablated([]), atol=1e-4)
-        np.testing.assert_allclose(diffs.ablated_SxP[:, p], [run.ablated(s) for s in sets], atol=1e-4)
-    assert np.median(np.abs(diffs.drop_SxP[-1])) > 0.05 and len(np.unique(diffs.clean_P)) > 8
+def draw_sets(rng, features):
+    """Return features by themselves, pairs, and large sets."""
+    drawn = rng.permutation(features)
+    large = [rng.permutation(features)[:20].tolist() for _ in range(2)]
+    return [[i] for i in drawn[:12]] + [drawn[k : k + 2].tolist() for k in range(4)] + large
 
 
 def of_kind(dictionary, kind):
@@ -82,19 +65,24 @@ def test_other_kinds_equal_the_edit_of_a_full_forward_pass(tiny, prompts, dictio
     assert (diffs.drop_SxP != 0).any()
 
 
-def test_a_linear_feature_fires_by_size(tiny, prompts, dictionary):
-    linear = of_kind(dictionary, "linear")
-    split = SplitModel(tiny, linear)
-    runs = split.run(prompts)
-    statistics = activity.statistics(split, runs)
-    rows = []
+@pytest.mark.parametrize("kind", ["standard", "linear"])
+def test_statistics_are_those_of_the_positions_that_change(tiny, prompts, dictionary, kind):
+    """A linear feature fires by size, the others above zero."""
+    counted = of_kind(dictionary, kind)
+    split = SplitModel(tiny, counted)
+    runs, rows = split.run(prompts), []
     for run in runs:
-        f_BxTxF, domain_BxT = np.asarray(linear.encode(run.value_BxTxD)), np.asarray(run.domain_BxT)
+        f_BxTxF, domain_BxT = np.asarray(counted.encode(run.value_BxTxD), np.float64), np.asarray(run.domain_BxT)
         rows += [f_BxTxF[p][domain_BxT[p]] for p in range(len(run.index_P))]
-    size_NxF = np.abs(np.concatenate(rows))
-    np.testing.assert_array_equal(statistics.fires_F, (size_NxF > 0.5).sum(axis=0))
-    wanted_F = np.where(size_NxF > 0.5, size_NxF, 0).sum(axis=0, dtype=np.float64)
-    np.testing.assert_allclose(statistics.sum_F, wanted_F, rtol=1e-5)
+    f_NxF = np.concatenate(rows)
+    fires_NxF = np.abs(f_NxF) > (0.5 if kind == "linear" else 0.0)
+    sum_F = np.where(fires_NxF, np.abs(f_NxF), 0.0).sum(axis=0)
+    statistics = activity.statistics(split, runs)
+    assert statistics.positions == len(f_NxF)
+    np.testing.assert_array_equal(statistics.fires_F, fires_NxF.sum(axis=0))
+    np.testing.assert_allclose(statistics.sum_F, sum_F, rtol=1e-5)
+    np.testing.assert_allclose(statistics.mean_F, f_NxF.mean(axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(statistics.mean_activation_F, sum_F / np.maximum(fires_NxF.sum(axis=0), 1), rtol=1e-5)
 
 
 def test_what_does_not_fire_has_no_effect_to_the_bit_and_is_not_run(split, runs, dictionary):
@@ -126,7 +114,7 @@ def test_sinks_and_padding_are_never_edited(split, runs, dictionary):
 
 
 def test_neither_batch_size_nor_mesh_matter(split, runs, dictionary, prompts, tiny_llama):
-    sets = sets_of(np.random.default_rng(5), dictionary.config.n_features)
+    sets = draw_sets(np.random.default_rng(5), dictionary.config.n_features)
     wanted = ablate_sets(split, runs, sets, batch_rows=64)
     odd = ablate_sets(split, runs, sets, batch_rows=7)
     over_8 = SplitModel(load_model(str(tiny_llama)), dictionary)
@@ -151,7 +139,7 @@ def test_runs_hold_every_prompt_once_sorted_by_length(split, prompts, tiny, monk
         assert rows == PROMPTS or rows * length <= split_module.GROUP_TOKENS
         assert 0 <= length - lengths_P[run.index_P].max() < 2
     assert max(runs[0].last_B) <= min(runs[1].last_B)
-    sets = sets_of(np.random.default_rng(6), 100)
+    sets = draw_sets(np.random.default_rng(6), 100)
     together, apart = (ablate_sets(split, own, sets) for own in (runs, split.run(prompts)))
     np.testing.assert_allclose(together.ablated_SxP, apart.ablated_SxP, atol=1e-5)
 
@@ -162,18 +150,6 @@ def test_few_programs(split, runs, dictionary):
     n = dictionary.config.n_features
     ablate_sets(split, runs, [[i] for i in range(n)] + [list(range(n))], batch_rows=48)
     assert ablation.run_rows._cache_size() - before <= 6
-
-
-def test_statistics_are_those_of_the_positions_that_change(split, runs, dictionary):
-    rows = []
-    for run in runs:
-        f_BxTxF, domain_BxT = np.asarray(dictionary.encode(run.value_BxTxD), np.float64), np.asarray(run.domain_BxT)
-        rows += [f_BxTxF[p][domain_BxT[p]] for p in range(len(run.index_P))]
-    f_NxF = np.concatenate(rows)
-    statistics = activity.statistics(split, runs)
-    assert statistics.positions == len(f_NxF)
-    np.testing.assert_array_equal(statistics.fires_F, (f_NxF > 0).sum(axis=0))
-    np.testing.assert_allclose(statistics.sum_F, f_NxF.sum(axis=0), rtol=1e-5)
 
 
 def test_tick_counts_tokens_and_may_stop(split, runs, dictionary):
@@ -188,11 +164,6 @@ def test_tick_counts_tokens_and_may_stop(split, runs, dictionary):
 
     with pytest.raises(Interrupted):
         ablate_sets(split, runs, sets, 32, stop)
-
-
-def test_a_feature_twice_in_a_set_is_refused(split, runs):
-    with pytest.raises(UserError, match="holds a feature twice"):
-        ablate_sets(split, runs, [[1, 2, 1]])
 
 
 def with_arrays(dictionary, **changes):

@@ -1,5 +1,7 @@
 """What an ablation measures: which sets it compares, at which doses, and that the verdict follows from the table."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -15,14 +17,24 @@ from saejax.interventions.ablation import (
     spread_over_templates,
 )
 from saejax.interventions.answers import VerdictConfig
+from saejax.interventions.importance import Importance
 from saejax.interventions.table import TESTED, TEXT, UNTRAINED
 from saejax.interventions.verdict import verdict
 from saejax.settings import AblateConfig
-from saejax.statistics.partition import disjoint_sets
+from saejax.statistics.bootstrap import mean_interval, resampling_weights
 from saejax.tasks.behaviours import Prompt
 
 TOP = 4
 BASES = ("neurons", "pca", "diff_means", "untrained")
+
+
+def make_prompts(make_prompt, *behaviours):
+    """Return 10 train and 8 test prompts of each behaviour, in two templates."""
+    return [
+        dataclasses.replace(make_prompt(i, "train" if i < 10 else "test", name), template="ab"[i // 2 % 2])
+        for name in behaviours
+        for i in range(18)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -32,53 +44,36 @@ def dictionary(make_dictionary):
 
 @pytest.fixture(scope="module")
 def ablation(tiny, dictionary, make_prompt):
-    prompts = [make_prompt(i, "train" if i < 10 else "test", name) for name in ("first", "second") for i in range(18)]
+    prompts = make_prompts(make_prompt, "first", "second")
     documents = ["The river follows the old road to the sea."] * 3
     settings = dict(top=TOP, placebo_targets=12, bootstrap=500, effects="all")
     return saejax.ablate(tiny, dictionary, prompts, documents=documents, **settings)
 
 
-def members(table, group, dictionary=TESTED, behaviour="first"):
-    whole = {edit.index: set(edit.features) for edit in table.select_edits(behaviour, group, dictionary)}
-    return list(whole.values())
-
-
-@pytest.mark.parametrize("owner", [TESTED, UNTRAINED])
-def test_random_sets_hold_no_tested_feature_and_share_none(ablation, owner):
-    (top,) = members(ablation.table, "top", owner)
-    sets = members(ablation.table, "random", owner)
-    assert len(top) == TOP and len(sets) > 4
-    assert all(len(chosen) == TOP and not chosen & top for chosen in sets)
-    assert sum(map(len, sets)) == len(set().union(*sets))
+def random_features(table, behaviour):
+    """Return the features of all random sets."""
+    return {feature for edit in table.select_edits(behaviour, "random") for feature in edit.features}
 
 
 def test_features_of_random_sets_fire_on_five_percent_of_test_prompts(tiny, ablation, dictionary, make_prompt):
-    test = [make_prompt(i, "test", "first") for i in range(10, 18)]
-    pool = sorted(set().union(*members(ablation.table, "random")))
+    test = make_prompts(make_prompt, "first")[10:]
+    pool = sorted(random_features(ablation.table, "first"))
+    assert len(pool) > 4 * TOP
     norm_FxP = engine.effects(tiny, test, edits.mask(dictionary, [[f] for f in pool]), ("change_norm",))[:, :, 0]
     assert ((norm_FxP > 0).mean(axis=1) >= 0.05).all()
 
 
-def test_placebo_targets_are_two_tokens_and_no_answers(ablation):
-    placebos = ablation.table.select_edits("first", "placebo")
-    assert len({edit.index for edit in placebos}) == 12
-    for edit in placebos:
-        right, wrong = (text.strip() for text in edit.target)
-        assert right != wrong
-        for answer in ("runs", "the", "far", "way"):
-            assert not answer.startswith(right) and not answer.startswith(wrong)
-
-
 def test_likely_tokens_that_are_answers_are_no_placebo_targets(tiny, dictionary, make_prompt, monkeypatch):
     """The likely tokens are made to be the answers and ten others; only these are drawn."""
-    prompts = [make_prompt(i, "train" if i < 10 else "test", "only") for i in range(18)]
+    prompts = make_prompts(make_prompt, "only")
     ids = {word: tiny.token_id(word) for prompt in prompts for word in (prompt.correct, prompt.wrong)}
     others = [token for token in range(100, 383) if tiny.tokenizer.decode([token]).strip().isalpha()]
     others = [token for token in others if token not in ids.values()][:30]
     monkeypatch.setattr(ablation_module, "likely_tokens", lambda *_: np.unique([*ids.values(), *others]))
     config = AblateConfig(top=TOP, placebo_targets=500)
-    one = BehaviourAblation(tiny, dictionary, "only", prompts, config, RowProgress())
-    drawn = {tiny.tokenizer.decode([token]).strip() for token in one.placebo_targets().ravel().tolist()}
+    targets_Rx2 = BehaviourAblation(tiny, dictionary, "only", prompts, config, RowProgress()).placebo_targets()
+    assert (targets_Rx2[:, 0] != targets_Rx2[:, 1]).all()
+    drawn = {tiny.tokenizer.decode([token]).strip() for token in targets_Rx2.ravel().tolist()}
     assert drawn and not any(answer.strip().startswith(text) for text in drawn for answer in ids)
 
 
@@ -96,35 +91,6 @@ def test_draws_of_another_behaviour_do_not_depend_on_a_third(tiny, dictionary, m
     np.testing.assert_allclose(values[0], values[2], atol=1e-5)
     np.testing.assert_allclose(values[1], values[3], atol=1e-5)
     assert np.isfinite(values).all()
-
-
-def broken_random_sets(self, top):
-    """Random sets drawn from a pool that holds the tested features."""
-    pool = np.flatnonzero(self.statistics.prompts_F / len(self.test) >= 0.05)
-    first = [*top[:1], *np.setdiff1d(pool, top)[: len(top) - 1]]
-    rest = disjoint_sets(np.setdiff1d(pool, first), len(top), 12, 0)
-    return np.concatenate([[first], rest])
-
-
-def broken_placebo_targets(self):
-    """Placebo targets of which the last is the answer."""
-    answers = [self.lm.token_id(text) for text in (self.prompts[0].correct, self.prompts[0].wrong)]
-    return np.array([[301, 302], answers])
-
-
-@pytest.mark.parametrize(
-    ("name", "broken", "message"),
-    [
-        ("random_sets", broken_random_sets, "random set 0 of only shares feature .* with the top features"),
-        ("placebo_targets", broken_placebo_targets, "placebo target 1 of only is an answer"),
-    ],
-)
-def test_a_run_that_breaks_the_rule_gets_no_verdict(tiny, dictionary, make_prompt, monkeypatch, name, broken, message):
-    prompts = [make_prompt(i, "train" if i < 10 else "test", "only") for i in range(18)]
-    monkeypatch.setattr(BehaviourAblation, name, broken)
-    options = dict(top=TOP, placebo_targets=2, baselines=(), untrained=False, bootstrap=200)
-    with pytest.raises(UserError, match=message):
-        saejax.ablate(tiny, dictionary, prompts, **options)
 
 
 @pytest.mark.parametrize("group", ["random", "placebo"])
@@ -149,7 +115,7 @@ def test_sets_of_a_larger_dose_are_ablated_again_at_the_dose_of_the_top_features
 
 
 def test_doses_and_effects_are_those_of_the_engine(tiny, ablation, dictionary, make_prompt):
-    test = [make_prompt(i, "test", "first") for i in range(10, 18)]
+    test = make_prompts(make_prompt, "first")[10:]
     table, readouts = ablation.table, ("logit_diff", "change_norm")
     chosen = [*table.select_edits("first", "top")[::4], *table.select_edits("first", "placebo")[:4]]
     batch = edits.mask(dictionary, [edit.features for edit in chosen], [edit.fraction for edit in chosen])
@@ -183,28 +149,34 @@ def test_the_verdict_is_that_of_the_table_and_covers_both_dictionaries(ablation)
         assert answers["first"].selective.answer != "not tested"
 
 
-def test_every_live_feature_is_ranked_beside_estimates(ablation):
-    importance = ablation.importance["first"]
-    edits_F = [edit.index for edit in ablation.table.select_edits("first", "every")]
-    assert importance.feature.tolist() == edits_F and len(edits_F) > 50
+def test_every_live_feature_is_ranked_beside_estimates(ablation, tmp_path):
+    table = ablation.table
+    ablation.importance["first"].save(tmp_path / "importance.parquet")
+    importance = Importance.load(tmp_path / "importance.parquet")
+    singles = table.select_edits("first", "every")
+    assert importance.feature.tolist() == [edit.index for edit in singles] and len(singles) > 50
+    drop_NxP = table.drops(singles, table.select_prompts("first"), "logit_diff")
+    np.testing.assert_allclose(importance.drop, drop_NxP.mean(axis=1))
+    effect = ablation.top["first"][0]
+    assert importance.drop[importance.feature == effect.feature] == pytest.approx(effect.drop.mean, abs=1e-4)
     assert (importance.drop_low <= importance.drop + 1e-9).all() and (importance.p_fwer > 0).all()
     assert importance.summary.attribution_correlation > 0.5
 
 
-def test_without_another_behaviour_selectivity_is_not_tested(tiny, dictionary, make_prompt):
-    prompts = [make_prompt(i, "train" if i < 10 else "test", "only") for i in range(18)]
-    found = saejax.ablate(
-        tiny, dictionary, prompts, top=2, placebo_targets=0, baselines=(), untrained=False, bootstrap=200
-    )
-    assert found.verdict.dictionaries[TESTED]["only"].selective.answer == "not tested"
+def test_effects_of_top_features_have_intervals_within_templates(ablation):
+    table, prompts = ablation.table, ablation.table.select_prompts("first")
+    weights_SxP = resampling_weights([prompt.template for prompt in prompts], 500, AblateConfig().seed)
+    drop_KxP = table.drops(table.select_edits("first", "single", TESTED), prompts, "logit_diff")
+    assert [effect.drop for effect in ablation.top["first"]] == [mean_interval(d, weights_SxP) for d in drop_KxP]
 
 
 def test_named_features_are_those_that_are_ablated(tiny, dictionary, make_prompt):
-    prompts = [make_prompt(i, "train" if i < 10 else "test", "only") for i in range(18)]
+    prompts = make_prompts(make_prompt, "only")
     options = dict(placebo_targets=0, baselines=(), untrained=False, bootstrap=200)
     found = saejax.ablate(tiny, dictionary, prompts, features=[5, 60], **options)
-    assert found.verdict.dictionaries[TESTED]["only"].features == (5, 60)
-    assert not {5, 60} & set().union(*members(found.table, "random", behaviour="only"))
+    answers = found.verdict.dictionaries[TESTED]["only"]
+    assert answers.features == (5, 60) and answers.selective.answer == "not tested"  # there is no other behaviour
+    assert not {5, 60} & random_features(found.table, "only")
     # The ranking's attribution is that of the model, in logits, whoever chose the features.
     assert all(abs(effect.attribution) < 1.0 for effect in found.top["only"])
     with pytest.raises(UserError, match="train"):

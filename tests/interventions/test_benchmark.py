@@ -19,22 +19,22 @@ from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import TESTED, load_effects
 from saejax.interventions.verdict import verdict
 from saejax.matching.importance import ItemFeatures
-from saejax.models.tokens import pad
+from saejax.page.blocks import Picture, Table
 from saejax.page.findings import Findings
 from saejax.results import Summary, from_json, to_json
 from saejax.runner import pipeline, workplan
-from saejax.runner.config import Configs
 from saejax.runner.registry import default_configs
-from saejax.runner.workspace import Run
-from saejax.settings import MeshConfig, ModelConfig, StudyConfig, TaskConfig
+from saejax.settings import StudyConfig, TaskConfig
 from saejax.statistics.ranks import rank_p
 from saejax.studies import associations, benchmark_report, benchmark_run
 from saejax.studies.benchmark_results import StudyItems, StudyResults
 from saejax.studies.domains import GROUP
 from saejax.tasks import run_inputs
+from saejax.tasks.answers import Verdict
 from saejax.tasks.benchmark_definitions import LOGIC_TASKS
 from saejax.tasks.benchmark_scores import score_items
 from saejax.tasks.benchmarks import read_items
+from saejax.tasks.scored_items import GeneratedItem
 
 SITE = "resid_post.1"
 CONFIG = StudyConfig(
@@ -83,21 +83,14 @@ def dictionary(make_dictionary):
 
 
 @pytest.fixture
-def make_run(tmp_path, tiny_llama, dictionary, task):
-    def make(name, folder="run", stopping=lambda: False, made=dictionary, score="auto", **changes):
+def make_run(tmp_path, stage_run, dictionary, task):
+    def make(name, folder="run", saved=dictionary, score="auto", stopping=lambda: False, **changes):
         train = tmp_path / f"{folder}-topk"
         if not train.exists():
-            save_dictionary(train, made)
+            save_dictionary(train, saved)
             write_members(train, "")
-        (tmp_path / folder).mkdir(exist_ok=True)
-        configs = Configs(
-            ModelConfig(path=str(tiny_llama)),
-            MeshConfig(),
-            dataclasses.replace(task, score=score),
-            dataclasses.replace(CONFIG, **changes),
-        )
-        said = []
-        return Run("study", name, tmp_path / folder, configs, {"train/topk": train}, said.append, stopping), said
+        settings = dataclasses.replace(task, score=score), dataclasses.replace(CONFIG, **changes)
+        return stage_run("study", name, {"train/topk": train}, folder, *settings, stopping=stopping)
 
     return make
 
@@ -107,38 +100,37 @@ def random_references(sizes, seed=5):
     return [Reference(rng.integers(1, 384, n).tolist(), rng.integers(1, 384, m).tolist()) for n, m in sizes]
 
 
-def torch_log_likelihood(model, reference, change):
-    """The log-likelihood of a reference when layer 1's output x_1xTxD becomes change(x_1xTxD)."""
+@pytest.fixture
+def run_reference(plain, dictionary, prompts):
+    """run_reference(reference): its text as a run in PyTorch."""
+    run = plain(dictionary, prompts[0])
+    return lambda reference: dataclasses.replace(run, ids_T=reference.context + reference.answer)
 
-    def swap(module, inputs, output):
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
-    hook = model.model.layers[1].register_forward_hook(swap)
-    ids_T = reference.context + reference.answer
-    logp_TxV = torch.log_softmax(model(torch.tensor([ids_T])).logits[0], dim=-1)
-    hook.remove()
-    at = torch.arange(len(reference.context) - 1, len(ids_T) - 1)
-    return logp_TxV[at, torch.tensor(reference.answer)].sum()
+def log_likelihood(run, reference, change):
+    """The log-likelihood of a reference when the site's value x_1xTxD becomes change(x_1xTxD)."""
+    logp_TxV = torch.log_softmax(run.run(change), dim=-1)
+    places = torch.arange(len(reference.context) - 1, len(run.ids_T) - 1)
+    return logp_TxV[places, torch.tensor(reference.answer)].sum()
 
 
 @pytest.mark.parametrize("batch_tokens", [200, pytest.param(16, marks=pytest.mark.slow)])
-def test_attribution_equals_torch_autograd(tiny, tiny_torch, dictionary, plain, prompts, batch_tokens):
+def test_attribution_equals_torch_autograd(tiny, dictionary, run_reference, batch_tokens):
     references = random_references([(9, 3), (9, 2), (30, 11), (14, 1)])
-    run, expected_F = plain(dictionary, prompts[0]), 0.0
+    expected_F = 0.0
     for reference in references:
-        kept = []
+        run, kept = run_reference(reference), []
 
         def keep(x_1xTxD, kept=kept):
             kept.append(x_1xTxD.detach().requires_grad_())
             return kept[0]
 
-        torch_log_likelihood(tiny_torch, reference, keep).backward()
+        log_likelihood(run, reference, keep).backward()
+        slope_TxF = kept[0].grad[0].numpy() @ run.W_dec_FxD.T
         f_TxF = run.features(kept[0].detach()[0].numpy())
-        slope_TxF = kept[0].grad[0].numpy() @ np.asarray(dictionary.W_dec_FxD[...], np.float64).T
         expected_F = expected_F + (f_TxF * slope_TxF).sum(axis=0) / len(references)
     (rows_NxF,) = attributions([SplitModel(tiny, dictionary)], references, batch_tokens)
-    attribution_F = rows_NxF.mean(axis=0)
-    np.testing.assert_allclose(attribution_F, expected_F, atol=1e-4 * np.abs(expected_F).max())
+    np.testing.assert_allclose(rows_NxF.mean(axis=0), expected_F, atol=1e-4 * np.abs(expected_F).max())
 
 
 def test_dictionaries_measured_together_have_the_attributions_that_each_has_alone(tiny, dictionary, make_dictionary):
@@ -154,42 +146,34 @@ def test_dictionaries_measured_together_have_the_attributions_that_each_has_alon
 
 
 @pytest.mark.parametrize("batch_tokens", [200, pytest.param(16, marks=pytest.mark.slow)])
-def test_log_likelihoods_and_changes_equal_torch_hooks(tiny, tiny_torch, dictionary, plain, prompts, batch_tokens):
+def test_log_likelihoods_and_changes_equal_torch_hooks(tiny, dictionary, run_reference, batch_tokens):
     references = random_references([(9, 3), (1, 1), (30, 11), (14, 1)])
-    made = References(SplitModel(tiny, dictionary), references, batch_tokens)
-    often = np.argsort(-made.statistics().prompts_F, kind="stable")[:6].tolist()
+    measured = References(SplitModel(tiny, dictionary), references, batch_tokens)
+    often = np.argsort(-measured.statistics().prompts_F, kind="stable")[:6].tolist()
     sets, fractions = [often[:1], often[:4], often[2:6], [159]], np.array([1.0, 0.5, 1.0, 1.0])
     edits = mask(dictionary, sets, fractions)
-    clean_N, edited_ExN = made.log_likelihoods(edits)
-    norm_ExN = made.change_norms(edits)
-    run, W_dec_FxD = plain(dictionary, prompts[0]), np.asarray(dictionary.W_dec_FxD[...], np.float64)
+    clean_N, edited_ExN = measured.log_likelihoods(edits)
+    norm_ExN = measured.change_norms(edits)
     for n, reference in enumerate(references):
-        for e, (members, fraction) in enumerate(zip(sets, fractions)):
-            norms = []
-
-            def change(x_1xTxD, members=members, fraction=fraction, norms=norms):
-                f_TxF = run.features(x_1xTxD[0].numpy())
-                fall_TxD = fraction * f_TxF[:, members] @ W_dec_FxD[members]
-                norms.append(np.linalg.norm(fall_TxD))
-                return x_1xTxD - torch.from_numpy(fall_TxD)[None]
-
+        run = run_reference(reference)
+        f_TxF = run.features(run.value())
+        for e, (members, fraction) in enumerate([*zip(sets, fractions, strict=True), ([], 0.0)]):
+            fall_TxD = fraction * f_TxF[:, members] @ run.W_dec_FxD[members]
             with torch.no_grad():
-                total = float(torch_log_likelihood(tiny_torch, reference, change))
-            assert edited_ExN[e, n] == pytest.approx(total, abs=2e-4)
-            assert norm_ExN[e, n] == pytest.approx(norms[0], rel=1e-4, abs=1e-5)
-        with torch.no_grad():
-            clean = float(torch_log_likelihood(tiny_torch, reference, lambda x_1xTxD: x_1xTxD))
-        assert clean_N[n] == pytest.approx(clean, abs=2e-4)
+                total = float(log_likelihood(run, reference, lambda x, fall=fall_TxD: x - torch.from_numpy(fall)))
+            assert [*edited_ExN[:, n], clean_N[n]][e] == pytest.approx(total, abs=2e-4)
+            if len(members):
+                assert norm_ExN[e, n] == pytest.approx(np.linalg.norm(fall_TxD), rel=1e-4, abs=1e-5)
     np.testing.assert_array_equal(edited_ExN[3], clean_N)  # a dead feature: nothing is run
 
 
-def test_statistics_and_pools_are_those_of_the_text(tiny, dictionary, plain, prompts):
+def test_statistics_and_pools_are_those_of_the_text(tiny, dictionary, run_reference):
     references = random_references([(5, 4), (20, 4), (9, 4)], seed=6)
-    run, positions, firing, in_texts = plain(dictionary, prompts[0]), 0, [[] for _ in range(160)], np.zeros(160, int)
+    positions, firing, in_texts = 0, [[] for _ in range(160)], np.zeros(160, int)
     for reference in references:
-        tokens = pad([reference.context + reference.answer])
-        x_TxD = np.asarray(tiny(tokens, capture=[SITE], logits=False).sites[SITE], np.float64)[0]
-        positions += int((np.linalg.norm(x_TxD, axis=1) <= dictionary.config.max_norm).sum())
+        run = run_reference(reference)
+        x_TxD = run.value()
+        positions += int(run.is_usable(x_TxD).sum())
         f_TxF = run.features(x_TxD)
         in_texts += (f_TxF > 0).any(axis=0)
         for values, f_T in zip(firing, f_TxF.T, strict=True):
@@ -220,28 +204,28 @@ def test_placebo_targets_are_other_items_answers_of_equal_length():
                 continue
             others = [other.answer[: len(answer)] for other in references if other is not reference]
             assert len(answer) == len(reference.answer) and answer != reference.answer and answer in others
-    assert {tuple(map(tuple, (r.answer for r in target))) for target in targets}.__len__() > 5
+    assert len({tuple(tuple(reference.answer) for reference in target) for target in targets}) > 5
     assert placebo_references([Reference([0], [1]), Reference([1], [1])], 5, seed=1) == []  # no other answer
 
 
-def check_associations(run, tiny, task, name, train, test, results, table, monkeypatch):
+def check_associations(run, items, results, table, monkeypatch):
     """Features go with the labels of their own items, in whatever order these are."""
     monkeypatch.setattr(associations, "_LEAST", 1)
-    halves = [[dataclasses.replace(item, task="ab"[i % 2]) for i, item in enumerate(half)] for half in (train, test)]
-    items = benchmark_run.BenchmarkItems(tiny, name, task, *halves)
+    train, test = (
+        [dataclasses.replace(item, task="ab"[i % 2]) for i, item in enumerate(half)]
+        for half in (items.train, items.test)
+    )
+    items = dataclasses.replace(items, train=train, test=test)
     found = benchmark_run._associate(run.folder, items, results, table, 0)
     read = ItemFeatures.load(run.folder / benchmark_run.FEATURES_ON_ITEMS)
     acts_NxF = read.activity.f_NxF.toarray()
-    has = {item.id: item.task for item in halves[1]}
     compared = 0
-    for one in found.top:
-        largest = [
-            acts_NxF[(read.text_N == read.ids.index(item.id)) & (read.end_N <= len(item.question)), one.feature].max()
-            for item in halves[1]
-        ]
-        if np.ptp(largest) and one.label in ("a", "b"):
-            wanted = np.corrcoef(largest, [label == one.label for label in has.values()])[0, 1]
-            assert one.correlation.mean == pytest.approx(wanted, abs=1e-5)
+    for row in found.top:
+        is_question_N = [(read.text_N == read.ids.index(item.id)) & (read.end_N <= len(item.question)) for item in test]
+        largest = [acts_NxF[is_N, row.feature].max() for is_N in is_question_N]
+        if np.ptp(largest) and row.label in ("a", "b"):
+            wanted = np.corrcoef(largest, [item.task == row.label for item in test])[0, 1]
+            assert row.correlation.mean == pytest.approx(wanted, abs=1e-5)
             compared += 1
     assert compared
 
@@ -250,37 +234,42 @@ def check_associations(run, tiny, task, name, train, test, results, table, monke
     ("name", "settings"), [("gsm8k", dict(score="likelihood")), pytest.param("logic", {}, marks=pytest.mark.slow)]
 )
 def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, name, settings, monkeypatch):
-    run, said = make_run(name, falsify=8, **settings)
+    run, lines = make_run(name, falsify=8, **settings)
     path = run.folder / benchmark_run.FEATURES
     with pytest.raises(Interrupted, match="stopped"):
         benchmark_run.run_study(dataclasses.replace(run, stopping=path.exists))
-    kept = (run.folder / benchmark_run.FEATURES).read_text()
+    kept = path.read_text()
     results = benchmark_run.run_study(run)
-    assert (run.folder / benchmark_run.FEATURES).read_text() == kept
+    assert path.read_text() == kept
     assert benchmark_run.run_study(run) == results  # killed after it had removed what was measured
     assert from_json(StudyResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     assert results.items == StudyItems(train=6, test=6) and results.k == len(results.top) <= 3
+    assert any("log-likelihood of the reference answer" in line for line in lines)
 
     table = load_effects(run.folder)
     assert verdict(table, benchmark_run.study_verdict_config(run.configs[StudyConfig])) == results.verdict
     train, test = benchmark_run.split_items(read_items(name, task), CONFIG, name)
     assert not {item.id for item in train} & {item.id for item in test}
     prompts = table.select_prompts(name)
-    assert {prompt.id for prompt in prompts} == {f"{name}/{item.id}" for item in test}
-    whole = [
-        edit for edit in table.edits if edit.fraction == 1 and edit.group in ("top", "single", "random", "placebo")
-    ]
-    chosen = {edit.group for edit in whole}
-    assert chosen == {"top", "single", "random", "placebo"}
     by_id = {f"{name}/{item.id}": item for item in test}
+    assert {prompt.id for prompt in prompts} == set(by_id)
     ordered = [by_id[prompt.id] for prompt in prompts]
     likelihood = dataclasses.replace(task, score="likelihood")
-    for edit in [None, *whole[:1], whole[-1]]:
-        edits = [dictionary.ablate(edit.features)] if edit else ()
+
+    def assert_scored(measured_P, edits=()):
+        """The log-likelihoods of all items are those of the benchmark's own scoring under this edit."""
         expected_P = [row.log_likelihood for row in score_items(tiny, name, ordered, likelihood, edits)]
-        measured_P = table.values([edit], prompts, "answer_log_prob")[0] if edit else None
-        measured_P = table.clean_values(prompts, "answer_log_prob") if edit is None else measured_P
         np.testing.assert_allclose(measured_P, expected_P, atol=1e-3)
+
+    clean_P = table.clean_values(prompts, "answer_log_prob")
+    assert_scored(clean_P)
+    assert results.log_likelihood == pytest.approx(clean_P.mean())
+    beside = {"gsm8k": "logic", "logic": "gsm8k"}[name]
+    for group in ("top", "single", "random", "placebo", GROUP + beside):
+        edit = table.select_whole_edits(name, group)[-1]
+        (measured_P,) = table.values([edit], prompts, "answer_log_prob")
+        assert_scored(measured_P, [dictionary.ablate(edit.features)])
+    assert results.domains[beside].effect.mean == pytest.approx((clean_P - measured_P).mean())
 
     result = results.verdict.dictionaries[TESTED][name]
     (top,), random = read_curves(table, name, "top"), read_curves(table, name, "random")
@@ -288,54 +277,34 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     pairs = []
     for curve in random:  # by hand: each pair at the smaller of its two doses
         dose = min(curve.reach, top.reach)
-        pairs.append([np.interp(dose, one.dose_A, one.drop_AxP.mean(axis=1)) for one in (top, curve)])
-    tested_N, control_N = np.array(pairs).T
-    assert result.random.p_value == pytest.approx(rank_p(tested_N, control_N))
+        pairs.append([np.interp(dose, each.dose_A, each.drop_AxP.mean(axis=1)) for each in (top, curve)])
+    assert result.random.p_value == pytest.approx(rank_p(*np.array(pairs).T))
     assert result.random.answer == result.placebo.answer == "not testable"  # 4 of 19 sets
     assert "answer_log_prob_resampled" in result.ablation and result.selective.answer == "not tested"
     assert set(result.bases) == {"pca"}
+    assert (results.at_chance is None) == (name == "gsm8k")
+    assert name == "logic" or (results.scores == () and result.ablation["accuracy"].answer == "not tested")
+
+    chosen = [effect.feature for effect in results.top]
+    shares, rows = results.falsification.shares, results.falsification.features
+    assert [share.group for share in shares] == ["tested", "random features", "random dictionary"]
+    assert [row.feature for row in rows][: results.k] == chosen
     ranking = json.loads((run.folder / benchmark_run.RANKING).read_text())
     ranked = [entry["attribution"] for entry in ranking]
     assert ranked == sorted(ranked, reverse=True) and len(ranking) > 3
-    assert {entry["feature"] for entry in ranking if "drop" in entry} == {
-        e.feature for e in results.top if e.firing_rate
-    }
-    other = {"gsm8k": "logic", "logic": "gsm8k"}[name]
-    (chosen_there,) = (edit for edit in table.select_whole_edits(name, GROUP + other))
-    edits = [dictionary.ablate(chosen_there.features)]
-    expected_P = [row.log_likelihood for row in score_items(tiny, name, ordered, likelihood, edits)]
-    measured_P = table.values([chosen_there], prompts, "answer_log_prob")[0]
-    np.testing.assert_allclose(measured_P, expected_P, atol=1e-3)
-    clean_P = table.clean_values(prompts, "answer_log_prob")
-    assert results.log_likelihood == pytest.approx(clean_P.mean())
-    assert results.domains[other].effect.mean == pytest.approx((clean_P - measured_P).mean())
-    groups = [share.group for share in results.falsification.shares]
-    assert groups == ["tested", "random features", "random dictionary"]
-    assert [row.feature for row in results.falsification.features][: results.k] == [
-        each.feature for each in results.top
-    ]
-    found, turned = (
-        ItemFeatures.load(run.folder / file)
-        for file in (benchmark_run.FEATURES_ON_ITEMS, benchmark_run.ROTATED_ON_ITEMS)
-    )
-    assert set(found.ids) == {item.id for item in (*train, *test)} and found.placebo_RxF.shape[0] == 4
-    assert [entry["attribution"] for entry in ranking] == pytest.approx(
-        [found.importance_F[entry["feature"]] for entry in ranking], rel=1e-5
-    )
-    assert turned.ids == found.ids and not np.allclose(turned.importance_F, found.importance_F)
+    assert {row["feature"] for row in ranking if "drop" in row} == {e.feature for e in results.top if e.firing_rate}
+    files = (benchmark_run.FEATURES_ON_ITEMS, benchmark_run.ROTATED_ON_ITEMS)
+    saved, turned = (ItemFeatures.load(run.folder / file) for file in files)
+    assert set(saved.ids) == {item.id for item in (*train, *test)} and saved.placebo_RxF.shape[0] == 4
+    assert ranked == pytest.approx([saved.importance_F[entry["feature"]] for entry in ranking], rel=1e-5)
+    assert turned.ids == saved.ids and not np.allclose(turned.importance_F, saved.importance_F)
     by_item_PxF = sparse.load_npz(run.folder / benchmark_run.ITEM_ATTRIBUTION).toarray()
-    np.testing.assert_allclose(by_item_PxF[: len(train)].mean(axis=0), found.importance_F, rtol=1e-4, atol=1e-5)
-    references = benchmark_run.BenchmarkItems(tiny, name, task, train, test).references([*train, *test])
-    (expected_PxF,) = attributions([SplitModel(tiny, dictionary)], references, 4096)
+    np.testing.assert_allclose(by_item_PxF[: len(train)].mean(axis=0), saved.importance_F, rtol=1e-4, atol=1e-5)
+    items = benchmark_run.BenchmarkItems(tiny, name, task, train, test)
+    (expected_PxF,) = attributions([SplitModel(tiny, dictionary)], items.references([*train, *test]), 4096)
     np.testing.assert_allclose(by_item_PxF, expected_PxF, rtol=1e-4, atol=1e-5)
     assert results.categories == {item.id: item.task for item in (*train, *test)}
-    check_associations(run, tiny, task, name, train, test, results, table, monkeypatch)
-    if name == "gsm8k":
-        assert results.at_chance is None and results.scores == ()
-        assert result.ablation["accuracy"].answer == "not tested"
-    else:
-        assert results.at_chance is not None
-    assert any("log-likelihood of the reference answer" in line for line in said)
+    check_associations(run, items, results, table, monkeypatch)
 
 
 def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary, task, monkeypatch):
@@ -365,25 +334,20 @@ def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary
     assert len(set(seen)) == len(seen) == 2 * (4 + 4 + 8) and placed == [id(dictionary), id(repeat)]
 
 
-def test_the_power_that_is_said_is_that_of_simulations():
-    rng, items, drop = np.random.default_rng(0), 100, 0.05
+def test_the_power_in_the_text_is_that_of_simulations():
+    rng, items = np.random.default_rng(0), 100
     # Of 100 answers 7.5 become wrong and 2.5 right on average.
     change_RxN = rng.choice([1, -1, 0], (4000, items), p=[0.075, 0.025, 0.9])
     error_R = change_RxN.std(axis=1, ddof=1) / items**0.5
     power = np.mean(change_RxN.mean(axis=1) > 1.96 * error_R)
-    said = benchmark_run.describe_power(items, drop)
-    assert float(said.split(" above zero in ")[1].split(" %")[0]) == pytest.approx(100 * power, abs=6)
-    assert said.startswith(
-        "if ablation truly lowers accuracy by 5 points and changes 10 % of the answers, 100 test items"
-    )
-    assert said.endswith("and 307 in 80 %")
+    text = benchmark_run.describe_power(items, 0.05)
+    start = "if ablation truly lowers accuracy by 5 points and changes 10 % of the answers, 100 test items"
+    assert text.startswith(start) and text.endswith("and 307 in 80 %")
+    assert float(text.split(" above zero in ")[1].split(" %")[0]) == pytest.approx(100 * power, abs=6)
 
 
 def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatch):
     """The model is replaced by one that is right without an edit, and wrong, unformatted or cut off under it."""
-    from saejax.tasks.answers import Verdict
-    from saejax.tasks.scored_items import GeneratedItem
-
     real = benchmark_run.BenchmarkItems.score
 
     def score(self, edits, scored, check_stop):
@@ -394,10 +358,8 @@ def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatc
         for number, item in enumerate(self.test):
             right = not edited or number == 0
             strict = Verdict(item.answer if right and number < 3 else None, right and number < 3)
-            finished = "length" if edited and number < 2 else "eos"
-            rows.append(
-                GeneratedItem(item.id, "", "", item.answer, "text", finished, strict, Verdict(item.answer, right))
-            )
+            scores = "length" if edited and number < 2 else "eos", strict, Verdict(item.answer, right)
+            rows.append(GeneratedItem(item.id, "", "", item.answer, "text", *scores))
         return rows
 
     monkeypatch.setattr(benchmark_run.BenchmarkItems, "score", score)
@@ -422,45 +384,46 @@ def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatc
     drawn = []
 
     def draw(name, figure, caption, alt):
-        from saejax.page.blocks import Picture
-
-        drawn.append((name, figure, caption, alt))
+        drawn.append(name)
         return Picture(name, "", caption, alt)
 
     rest = dict(config={}, inputs={}, packages={}, devices=None, seeds={}, start="", seconds=1.0, files={})
     summary = Summary(1, "study", "gsm8k", "", results=results, **rest)
     settings = {"study": dataclasses.asdict(run.configs[StudyConfig]), "model": {"path": "tiny"}}
-    found = Findings({"study/gsm8k": summary}, {"study/gsm8k": run.folder}, run.folder / "report", {})
+    findings = Findings({"study/gsm8k": summary}, {"study/gsm8k": run.folder}, run.folder / "report", {})
     monkeypatch.setattr(Findings, "settings", lambda self: settings)
-    (section,) = benchmark_report.sections(found, draw)
-    assert [name for name, *_ in drawn] == ["ablation_benchmark_gsm8k"]
-    assert type(section.blocks[0]).__name__ == "Picture", "the section opens with the picture"
-    tables = [block for block in section.blocks if type(block).__name__ == "Table"]
-    assert tables[0].rows[0][0] == "gsm8k" and "not testable (4 of 19 sets)" in tables[0].rows[0]
-    assert [row[0] for row in tables[1].rows][:3] == [
-        "unedited model", "top features set to zero", "top features resampled",
-    ]  # fmt: skip
+    (section,) = benchmark_report.sections(findings, draw)
+    assert drawn == ["ablation_benchmark_gsm8k"]
+    assert isinstance(section.blocks[0], Picture), "the section opens with the picture"
+    answers, conditions = (block.rows for block in section.blocks if isinstance(block, Table))
+    assert answers[0][0] == "gsm8k" and "not testable (4 of 19 sets)" in answers[0]
+    rows = ["unedited model", "top features set to zero", "top features resampled"]
+    assert [row[0] for row in conditions][:3] == rows
 
 
 @pytest.mark.slow
 def test_where_nothing_is_answered_rightly_only_likelihoods_are_measured(make_run):
-    run, said = make_run("gsm8k")
+    run, lines = make_run("gsm8k")
     results = benchmark_run.run_study(run)
-    assert results.at_chance is True and any("is at chance" in line for line in said)
+    assert results.at_chance is True and any("is at chance" in line for line in lines)
     assert results.verdict.dictionaries[TESTED]["gsm8k"].ablation["accuracy"].answer == "not tested"
     assert [score.group for score in results.scores] == ["clean"]
 
 
 def test_what_is_refused(make_run, dictionary):
-    with pytest.raises(UserError, match="benchmarks is 'mmlu': expected one of gsm8k, math, logic"):
-        StudyConfig(benchmarks=("mmlu",))
-    other = Dictionary(dataclasses.replace(dictionary.config, fingerprint="0" * 16), **dictionary.arrays)
-    with pytest.raises(UserError, match="use the model it was trained on, or train one for this model"):
-        benchmark_run.run_study(make_run("logic", "other", made=other)[0])
-    with pytest.raises(UserError, match=r"--study.dictionary=topk/k9, but topk is one dictionary"):
-        benchmark_run.run_study(make_run("gsm8k", "member", dictionary="topk/k9")[0])
-    with pytest.raises(UserError, match="gsm8k has 1 items for --study: expected at least 4"):
-        benchmark_run.split_items([None], CONFIG, "gsm8k")
+    of_another = Dictionary(dataclasses.replace(dictionary.config, fingerprint="0" * 16), **dictionary.arrays)
+    strange, member = make_run("logic", "another", saved=of_another), make_run("gsm8k", "member", dictionary="topk/k9")
+    for message, call in (
+        ("benchmarks is 'mmlu': expected one of gsm8k, math, logic", lambda: StudyConfig(benchmarks=("mmlu",))),
+        ("use the model it was trained on, or train one for this", lambda: benchmark_run.run_study(strange[0])),
+        ("--study.dictionary=topk/k9, but topk is one dictionary", lambda: benchmark_run.run_study(member[0])),
+        (
+            "gsm8k has 1 items for --study: expected at least 4",
+            lambda: benchmark_run.split_items([None], CONFIG, "gsm8k"),
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
 
 
 def test_the_units(task):

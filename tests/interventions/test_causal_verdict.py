@@ -27,25 +27,25 @@ from saejax.interventions.verdict import verdict
 
 CONFIG = VerdictConfig(resamples=500)
 PROMPTS = 12
-CLEAN = 5.0
 
 
 @dataclasses.dataclass
 class Rows:
     """A table that is put together row by row."""
 
+    clean: float = 5.0  # logit difference of every prompt
     edits: list[EditDefinition] = dataclasses.field(default_factory=list)
     prompts: list[PromptDefinition] = dataclasses.field(default_factory=list)
     blocks: list[tuple] = dataclasses.field(default_factory=list)
 
-    def add_prompts(self, behaviour: str, templates: Sequence[str] = ("x", "y", "z"), held_out: str = "z") -> None:
-        names = [templates[p % len(templates)] for p in range(PROMPTS)]
-        some = [
-            PromptDefinition(f"{behaviour}/{p:02d}", behaviour, name, name == held_out, correct=" yes", wrong=" no")
-            for p, name in enumerate(names)
+    def add_prompts(self, behaviour: str) -> None:
+        """Add prompts of the templates x, y and z in turn, of which z is held out."""
+        self.prompts += [
+            PromptDefinition(f"{behaviour}/{p:02d}", behaviour, name, name == "z", correct=" yes", wrong=" no")
+            for p, name in enumerate("xyz" * (PROMPTS // 3))
         ]
-        self.prompts += some
-        self.add(EditDefinition(behaviour, "clean"), logit_diff=CLEAN, log_prob=-0.5, two_way=1.0, top1=1.0, ce=3.0)
+        clean = dict(logit_diff=self.clean, log_prob=-0.5, two_way=1.0, top1=1.0, ce=3.0)
+        self.add(EditDefinition(behaviour, "clean"), **clean)
 
     def add(self, edit: EditDefinition, on: str = "", **readouts: float | np.ndarray) -> None:
         """Add the readouts of an edit on the prompts of a behaviour, its own by default."""
@@ -56,10 +56,31 @@ class Rows:
         self.blocks.append(([edit], prompts, list(readouts), np.array(values, np.float64)))
 
     def add_set(self, edit: EditDefinition, drop: float | np.ndarray, dose: float = 1.0) -> None:
-        self.add(edit, logit_diff=CLEAN - drop, change_norm=dose)
+        self.add(edit, logit_diff=self.clean - drop, change_norm=dose)
 
-    def table(self) -> EffectsTable:
-        return EffectsTable.from_blocks(self.edits, self.prompts, self.blocks)
+    def add_random(
+        self, index: int, features: tuple[int, int], drop: float, dose: float, fraction: float = 1.0
+    ) -> None:
+        self.add_set(EditDefinition("b", "random", index, features, fraction), drop, dose)
+
+    def add_behaviour(
+        self, name: str, drop: float | np.ndarray = 3.0, sets: int = 19, placebo: int = 19, first: int = 0, **accuracy
+    ) -> None:
+        """Add a behaviour whose top features lose ``drop`` logits at the dose 2, and random and placebo sets."""
+        self.add_prompts(name)
+        for fraction in (0.25, 0.5, 1.0):
+            self.add_set(EditDefinition(name, "top", 0, (1, 2), fraction), (drop + varied(0)) * fraction, 2 * fraction)
+        accuracy = dict(two_way=np.arange(PROMPTS) % 2, top1=0.0) | accuracy
+        self.add(self.edits[-1], log_prob=-1.5 + varied(0, 0.1), **accuracy)
+        for index in range(sets):
+            features = (first + 10 + 2 * index, first + 11 + 2 * index)
+            self.add_set(EditDefinition(name, "random", index, features), 0.1 * index, 2.0)
+        for index in range(placebo):
+            target = (f" t{index}", " u")
+            self.add_set(EditDefinition(name, "placebo", index, (3, 4), target=target), varied(0.1 * index), 2.0)
+
+    def judge(self, config: VerdictConfig = CONFIG) -> dict[str, dict[str, BehaviourVerdict]]:
+        return verdict(EffectsTable.from_blocks(self.edits, self.prompts, self.blocks), config).dictionaries
 
 
 def varied(mean: float, spread: float = 0.2) -> np.ndarray:
@@ -67,71 +88,52 @@ def varied(mean: float, spread: float = 0.2) -> np.ndarray:
     return mean + spread * np.array([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0] * (PROMPTS // 6))
 
 
-def behaviour_rows(
-    rows: Rows, name: str = "b", drop: float = 3.0, sets: int = 19, placebo: int = 19, first: int = 0
-) -> None:
-    """Add a behaviour whose top features lose ``drop`` logits at the dose 2, and random and placebo sets."""
-    rows.add_prompts(name)
-    for fraction in (0.25, 0.5, 1.0):
-        rows.add_set(EditDefinition(name, "top", 0, (1, 2), fraction), varied(drop) * fraction, 2 * fraction)
-    rows.add(rows.edits[-1], log_prob=-1.5 + varied(0, 0.1), two_way=np.arange(PROMPTS) % 2, top1=0.0)
-    for index in range(sets):
-        features = (first + 10 + 2 * index, first + 11 + 2 * index)
-        rows.add_set(EditDefinition(name, "random", index, features), 0.1 * index, 2.0)
-    for index in range(placebo):
-        target = (f" t{index}", " u")
-        rows.add_set(EditDefinition(name, "placebo", index, (3, 4), target=target), varied(0.1 * index), 2.0)
+def make_rows(**options) -> Rows:
+    """Return a table of one behaviour."""
+    rows = Rows()
+    rows.add_behaviour("b", **options)
+    return rows
 
 
-def judge(rows: Rows, name: str = "b") -> BehaviourVerdict:
-    return verdict(rows.table(), CONFIG).dictionaries[TESTED][name]
+def judge(rows: Rows, config: VerdictConfig = CONFIG) -> BehaviourVerdict:
+    return rows.judge(config)[TESTED]["b"]
 
 
 def test_effects_by_hand():
-    rows = Rows()
-    behaviour_rows(rows)
-    result = judge(rows)
-    assert result.features == (1, 2)
+    result = judge(make_rows())
+    assert (result.features, result.held_out) == ((1, 2), ("z",))
     assert result.dose == pytest.approx(2.0)
     effect = result.ablation["logit_diff"].effect
-    assert effect is not None
     assert effect.mean == pytest.approx(3.0)
     assert 2.7 < effect.low < 3.0 < effect.high < 3.3
     assert result.templates == pytest.approx(dict(x=3.0, y=3.0, z=3.0))
-    assert result.held_out == ("z",)
     assert {name: answer.answer for name, answer in result.ablation.items()} == dict(
         logit_diff="yes", log_prob="yes", two_way="yes", top1="yes"
     )
-    accuracy = result.ablation["two_way"].effect
-    assert accuracy is not None
-    assert accuracy.mean == pytest.approx(0.5)
+    assert result.ablation["two_way"].effect.mean == pytest.approx(0.5)
     assert "lowers the logit difference by 3.00 logits" in result.ablation["logit_diff"].sentence
-
-
-def test_random_and_placebo_sets_by_hand():
-    rows = Rows()
-    behaviour_rows(rows, drop=1.05)
-    result = judge(rows)
-    # Sets 11 to 18 lose 1.1 or more: (1 + 8) / (1 + 19).
-    assert result.random.p_value == pytest.approx(9 / 20)
-    assert result.random.numbers == pytest.approx(dict(sets=19, needed=19, mean=0.9, max=1.8, top=1.05))
-    assert result.random.effect is not None
-    assert result.random.effect.mean == pytest.approx(1.05 - 0.9)
-    assert result.random.answer == "no"
-    assert result.random.sentence == (
-        "Compared with each of 19 random sets at the smaller of the two doses, the 2 top features lower the logit "
-        "difference by 1.05 on average and the sets by 0.90; 8 of the 19 sets lower it at least as much (p = 0.45): "
-        "not significantly more than random sets."
-    )
-    rows = Rows()
-    behaviour_rows(rows)
-    result = judge(rows)
     assert result.random.p_value == result.placebo.p_value == pytest.approx(1 / 20)
     assert (result.random.answer, result.placebo.answer) == ("yes", "yes")
     # The placebo set that loses 1.8 ties with the largest random set; no other loses as much.
     assert (result.fooled, result.placebo_sets) == (0, 19)
     assert result.placebo.sentence.endswith(
         "; 0 of the 19 sets lower it at least as much (p = 0.05): specific to this answer."
+    )
+    # Without another behaviour and text nothing is said of selectivity.
+    assert result.selective.answer == "not tested"
+
+
+def test_random_sets_by_hand():
+    random = judge(make_rows(drop=1.05)).random
+    # Sets 11 to 18 lose 1.1 or more: (1 + 8) / (1 + 19).
+    assert random.p_value == pytest.approx(9 / 20)
+    assert random.numbers == pytest.approx(dict(sets=19, needed=19, mean=0.9, max=1.8, top=1.05))
+    assert random.effect.mean == pytest.approx(1.05 - 0.9)
+    assert random.answer == "no"
+    assert random.sentence == (
+        "Compared with each of 19 random sets at the smaller of the two doses, the 2 top features lower the logit "
+        "difference by 1.05 on average and the sets by 0.90; 8 of the 19 sets lower it at least as much (p = 0.45): "
+        "not significantly more than random sets."
     )
 
 
@@ -145,37 +147,29 @@ def test_a_single_feature_that_raises_the_logit_difference_is_compared_in_words(
 
 
 def test_placebo_sets_that_pass_are_counted():
-    rows = Rows()
-    behaviour_rows(rows, placebo=0)
+    rows = make_rows(placebo=0)
     for index, drop in enumerate((1.7, 1.9, 2.5, 0.0)):
         rows.add_set(EditDefinition("b", "placebo", index, (3, 4)), drop, 2.0)
     assert judge(rows).fooled == 2
-    rows = Rows()
-    behaviour_rows(rows, sets=18)
-    assert judge(rows).fooled is None, "18 sets cannot give a p-value of 0.05"
+    assert judge(make_rows(sets=18)).fooled is None, "18 sets cannot give a p-value of 0.05"
 
 
 def test_both_are_compared_at_the_smaller_dose():
-    rows = Rows()
-    behaviour_rows(rows, sets=18)
-    # At its dose of 1 the top features lose 1.5: less than this set.
-    rows.add_set(EditDefinition("b", "random", 18, (90, 91)), 1.6, 1.0)
+    rows = make_rows(sets=18)
+    rows.add_random(18, (90, 91), 1.6, 1.0)  # at its dose of 1 the top features lose 1.5: less than this set
     assert judge(rows).random.p_value == pytest.approx(2 / 20)
-    rows = Rows()
-    behaviour_rows(rows, sets=18)
+    rows = make_rows(sets=18)
     # It loses more at three times the dose, and 1.7 where it is ablated as far as the dose of the top features.
-    rows.add_set(EditDefinition("b", "random", 18, (90, 91), 1.0), 5.0, 6.0)
-    rows.add_set(EditDefinition("b", "random", 18, (90, 91), 1 / 3), 1.7, 2.0)
-    result = judge(rows)
-    assert result.random.p_value == pytest.approx(1 / 20)
-    assert result.random.numbers is not None
-    assert result.random.numbers["max"] == pytest.approx(1.7)
+    rows.add_random(18, (90, 91), 5.0, 6.0)
+    rows.add_random(18, (90, 91), 1.7, 2.0, fraction=1 / 3)
+    random = judge(rows).random
+    assert random.p_value == pytest.approx(1 / 20)
+    assert random.numbers["max"] == pytest.approx(1.7)
 
 
 def test_too_few_sets_are_not_testable_and_say_how_many_are_needed():
-    rows = Rows()
-    behaviour_rows(rows, "b")
-    behaviour_rows(rows, "c", first=100)
+    rows = make_rows()
+    rows.add_behaviour("c", first=100)
     result = judge(rows)
     assert result.random.answer == result.placebo.answer == "not testable"
     assert result.random.sentence == (
@@ -186,44 +180,28 @@ def test_too_few_sets_are_not_testable_and_say_how_many_are_needed():
 def test_holm_is_applied_over_behaviours():
     rows = Rows()
     for place, name in enumerate("bcd"):
-        behaviour_rows(rows, name, drop=10.0 if name != "d" else 0.0, sets=59, placebo=59, first=200 * place)
-    result = verdict(rows.table(), CONFIG).dictionaries[TESTED]
-    assert [result[name].random.p_value for name in "bcd"] == pytest.approx([1 / 60, 1 / 60, 1.0])
-    assert [result[name].random.p_holm for name in "bcd"] == pytest.approx([3 / 60, 3 / 60, 1.0])
-    assert [result[name].random.answer for name in "bcd"] == ["yes", "yes", "no"]
+        rows.add_behaviour(name, drop=10.0 if name != "d" else 0.0, sets=59, placebo=59, first=200 * place)
+    random = [rows.judge()[TESTED][name].random for name in "bcd"]
+    assert [each.p_value for each in random] == pytest.approx([1 / 60, 1 / 60, 1.0])
+    assert [each.p_holm for each in random] == pytest.approx([3 / 60, 3 / 60, 1.0])
+    assert [each.answer for each in random] == ["yes", "yes", "no"]
 
 
 def test_an_effect_must_have_the_same_sign_in_every_template():
-    rows = Rows()
-    behaviour_rows(rows)
-    against = np.array([10.0, 10.0, -1.0] * (PROMPTS // 3))  # the held-out template disagrees
-    rows.edits = [edit for edit in rows.edits if edit.group != "top"]
-    rows.blocks = [block for block in rows.blocks if block[0][0].group != "top"]
-    rows.add_set(EditDefinition("b", "top", 0, (1, 2)), against + varied(0), 2.0)
-    answer = judge(rows).ablation["logit_diff"]
+    answer = judge(make_rows(drop=np.array([10.0, 10.0, -1.0] * 4))).ablation["logit_diff"]
     assert answer.answer == "no"
     assert "the templates disagree: 'x' 10.00, 'y' 10.00, 'z' -1.00" in answer.sentence
 
 
 def test_intervals_are_over_prompts_within_templates():
     """Templates that differ by 4 logits do not widen the interval: they are not resampled."""
-    rows = Rows()
-    behaviour_rows(rows)
-    rows.edits = [edit for edit in rows.edits if edit.group != "top"]
-    rows.blocks = [block for block in rows.blocks if block[0][0].group != "top"]
-    rows.add_set(EditDefinition("b", "top", 0, (1, 2)), np.array([1.0, 5.0, 9.0] * (PROMPTS // 3)) + varied(0), 2.0)
-    effect = judge(rows).ablation["logit_diff"].effect
+    effect = judge(make_rows(drop=np.array([1.0, 5.0, 9.0] * 4))).ablation["logit_diff"].effect
     assert effect.mean == pytest.approx(5.0)
     assert effect.high - effect.low < 0.5
 
 
 def test_two_way_and_top1_accuracy_are_separate_answers_with_their_names():
-    rows = Rows()
-    behaviour_rows(rows)
-    rows.blocks = [block for block in rows.blocks if "two_way" not in block[2] or block[0][0].group != "top"]
-    top = next(edit for edit in rows.edits if edit.group == "top" and edit.fraction == 1)
-    rows.add(top, log_prob=-1.5 + varied(0, 0.1), two_way=1.0, top1=np.arange(PROMPTS) % 2)
-    ablation = judge(rows).ablation
+    ablation = judge(make_rows(two_way=1.0, top1=np.arange(PROMPTS) % 2)).ablation
     assert (ablation["two_way"].answer, ablation["top1"].answer) == ("no", "yes")
     for name, words in dict(two_way="two-way accuracy", top1="top-1 accuracy").items():
         assert words in ablation[name].sentence
@@ -231,114 +209,87 @@ def test_two_way_and_top1_accuracy_are_separate_answers_with_their_names():
 
 
 def test_a_fall_of_accuracy_below_the_criterion_is_no_effect():
-    rows = Rows()
-    behaviour_rows(rows)
-    loose = dataclasses.replace(CONFIG, min_accuracy_drop=0.6)
-    answer = verdict(rows.table(), loose).dictionaries[TESTED]["b"].ablation["two_way"]
+    answer = judge(make_rows(), dataclasses.replace(CONFIG, min_accuracy_drop=0.6)).ablation["two_way"]
     assert answer.answer == "no"
     assert answer.sentence.endswith("too little to count.")
 
 
-def add_basis(rows: Rows, norm: float, kl: float, reach: float = 2.0) -> None:
-    """Add a basis that loses ``norm`` logits at the dose 2 and has a KL dose ``kl`` times as large as the features."""
-    if not any(prompt.behaviour == TEXT for prompt in rows.prompts):
-        rows.add_prompts(TEXT)
-        for edit in [edit for edit in rows.edits if edit.group == "top"]:
-            rows.add(edit, on=TEXT, kl=edit.fraction, ce=3.01)
+def with_basis(norm: float, kl: float, reach: float = 2.0, spread: float = 0.0) -> Rows:
+    """Return a behaviour with a basis that loses ``norm`` logits at the dose 2.
+
+    Its KL dose is ``kl`` times as large as that of the features; ``spread`` makes its effects differ between prompts.
+    """
+    rows = make_rows()
+    rows.add_prompts(TEXT)
+    for edit in [edit for edit in rows.edits if edit.group == "top"]:
+        rows.add(edit, on=TEXT, kl=edit.fraction, ce=3.01)
     for fraction in (0.25, 0.5, 1.0):
         edit = EditDefinition("b", "basis:pca", 0, (0, 1, 2), fraction)
-        rows.add_set(edit, varied(norm, 0.1) * fraction * reach / 2, reach * fraction)
+        rows.add_set(edit, varied(norm, 0.1) * fraction * reach / 2 - varied(0, spread), reach * fraction)
         rows.add(edit, on=TEXT, kl=fraction * kl * reach / 2)
+    return rows
 
 
 @pytest.mark.parametrize(
-    ("norm", "kl", "answer"),
+    ("norm", "kl", "spread", "answer"),
     [
-        (1.0, 1.0, "more"),
-        (5.0, 1.0, "less"),
-        (1.0, 0.1, "contradictory"),  # a tenth of the KL dose: at equal KL it loses more
-        (3.01, 1.0, "equivalent"),
+        (1.0, 1.0, 0.0, "more"),
+        (5.0, 1.0, 0.0, "less"),
+        (1.0, 0.1, 0.0, "contradictory"),  # a tenth of the KL dose: at equal KL it loses more
+        (3.01, 1.0, 0.0, "equivalent"),
+        (3.0, 1.0, 4.0, "no significant difference"),
     ],
 )
-def test_bases_at_equal_dose(norm, kl, answer):
-    rows = Rows()
-    behaviour_rows(rows)
-    add_basis(rows, norm, kl)
-    result = judge(rows).bases["pca"]
+def test_bases_at_equal_dose(norm, kl, spread, answer):
+    result = judge(with_basis(norm, kl, spread=spread)).bases["pca"]
     assert result.answer == answer
-    assert result.effect is not None
     assert result.effect.mean == pytest.approx(3.0 - norm)
-    assert result.parts is not None
     assert result.parts.keys() == {"norm", "kl"}
-
-
-def test_no_significant_difference_is_not_called_equality():
-    rows = Rows()
-    behaviour_rows(rows)
-    add_basis(rows, 3.0, 1.0)
-    for block in rows.blocks:
-        if block[0][0].group == "basis:pca" and block[2][0] == "logit_diff":
-            block[3][0, :, 0] += 4 * np.array([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0] * 2)
-    result = judge(rows).bases["pca"]
-    assert result.answer == "no significant difference"
-    assert "which is not equality" in result.sentence
+    assert ("which is not equality" in result.sentence) == (answer == "no significant difference")
 
 
 @pytest.mark.parametrize("reach", [1.0, 8.0])
 def test_bases_are_compared_where_both_were_measured(reach):
     """A basis that reaches less is compared at its reach, one that reaches further at the features' dose."""
-    rows = Rows()
-    behaviour_rows(rows)
-    add_basis(rows, 1.0, 1.0, reach)
-    result = judge(rows).bases["pca"]
     dose = min(reach, 2.0)
-    assert result.numbers == pytest.approx(dict(top=3 * dose / 2, basis=dose / 2, dose=dose))
+    numbers = judge(with_basis(1.0, 1.0, reach)).bases["pca"].numbers
+    assert numbers == pytest.approx(dict(top=3 * dose / 2, basis=dose / 2, dose=dose))
 
 
-def selective_rows(other: float, text: float) -> Rows:
-    rows = Rows()
-    behaviour_rows(rows, "b")
-    behaviour_rows(rows, "c", first=100)
+@pytest.mark.parametrize("clean", [5.0, -5.0])  # also where the model prefers the other behaviour's wrong answer
+@pytest.mark.parametrize(("beside", "text", "answer"), [(0.1, 0.01, "yes"), (0.6, 0.01, "no"), (0.1, 0.06, "no")])
+def test_selective(beside, text, answer, clean):
+    rows = Rows(clean)
+    rows.add_behaviour("b")
+    rows.add_behaviour("c", first=100)
     rows.add_prompts(TEXT)
-    top = next(edit for edit in rows.edits if edit.behaviour == "b" and edit.group == "top" and edit.fraction == 1)
-    rows.add(top, on="c", logit_diff=CLEAN - varied(other, 0.05))
+    top = EditDefinition("b", "top", 0, (1, 2))
+    rows.add(top, on="c", logit_diff=clean - varied(beside, 0.05))
     rows.add(top, on=TEXT, ce=3.0 + varied(text, 0.005), kl=0.1)
-    return rows
-
-
-@pytest.mark.parametrize("clean", [CLEAN, -CLEAN])  # also where the model prefers the other behaviour's wrong answer
-@pytest.mark.parametrize(("other", "text", "answer"), [(0.1, 0.01, "yes"), (0.6, 0.01, "no"), (0.1, 0.06, "no")])
-def test_selective(other, text, answer, clean, monkeypatch):
-    monkeypatch.setitem(globals(), "CLEAN", clean)
-    result = judge(selective_rows(other, text)).selective
+    result = judge(rows).selective
     assert result.answer == answer
-    assert result.parts is not None
-    assert result.parts["c"].mean == pytest.approx(other)
+    assert result.parts["c"].mean == pytest.approx(beside)
     assert result.parts[TEXT].mean == pytest.approx(text)
     assert result.numbers == pytest.approx({"c": 0.1 * abs(clean), TEXT: 0.05})
 
 
 def test_selective_is_not_tested_without_another_behaviour():
-    rows = Rows()
-    behaviour_rows(rows)
+    rows = make_rows()
     rows.add_prompts(TEXT)
     rows.add(EditDefinition("b", "top", 0, (1, 2)), on=TEXT, ce=3.0, kl=0.0)
     assert judge(rows).selective.answer == "not tested"
 
 
 def test_replication_counts_dictionaries_of_other_seeds():
-    rows = Rows()
-    behaviour_rows(rows)
+    rows = make_rows()
+    tested = [edit for edit in rows.edits if edit.group in ("top", "random", "placebo")]
     for name, drop in dict(seed43=3.0, seed44=0.0, untrained=3.0).items():
-        some = [edit for edit in rows.edits if edit.group in ("top", "random", "placebo") and edit.dictionary == TESTED]
-        for edit in some:
+        for edit in tested:
             lost = drop * edit.fraction if edit.group == "top" else 0.1 * edit.index
-            dose = 2 * edit.fraction
-            rows.add_set(dataclasses.replace(edit, dictionary=name), varied(lost), dose)
-    judged = verdict(rows.table(), CONFIG).dictionaries
+            rows.add_set(dataclasses.replace(edit, dictionary=name), varied(lost), 2 * edit.fraction)
+    judged = rows.judge()
     assert list(judged) == [TESTED, "seed43", "seed44", "untrained"]
     replication = judged[TESTED]["b"].replication
-    assert replication is not None
     assert replication.answer == "no"
     assert replication.numbers == dict(ablation=1, random=1, placebo=1, dictionaries=2)
     assert judged["untrained"]["b"].random.answer == "yes", "the untrained dictionary answers the same questions"
@@ -364,6 +315,11 @@ def test_the_verdict_is_a_pure_function_of_the_saved_table(tmp_path):
         table.value_N[order_N],
     )
     assert verdict(shuffled, CONFIG) == expected
+    (tmp_path / "effects.parquet").write_bytes((tmp_path / "effects.parquet").read_bytes()[:100])
+    with pytest.raises(UserError, match="effects table in .* is missing or damaged"):
+        load_effects(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        load_effects(tmp_path / "nowhere")
 
 
 def without_prompts(table: EffectsTable, ids: Sequence[str]) -> EffectsTable:
@@ -379,62 +335,31 @@ def without_prompts(table: EffectsTable, ids: Sequence[str]) -> EffectsTable:
 def test_a_removed_prompt_changes_what_it_should():
     table = world()
     prompts = table.select_prompts("b")
-    (whole,) = read_curves(table, "b", "top")
-    (rest,) = read_curves(without_prompts(table, [prompts[3].id]), "b", "top")
+    rest = without_prompts(table, [prompts[3].id])
+    (before,), (after,) = (read_curves(each, "b", "top") for each in (table, rest))
     kept_P = np.arange(len(prompts)) != 3
-    np.testing.assert_allclose(rest.drop_AxP, whole.drop_AxP[:, kept_P])
+    np.testing.assert_allclose(after.drop_AxP, before.drop_AxP[:, kept_P])
     norm_P = table.values(table.select_edits("b", "top")[-1:], prompts, "change_norm")[0]
-    assert rest.reach == pytest.approx(np.sqrt(np.mean(norm_P[kept_P] ** 2)))
-    before, after = (
-        verdict(each, CONFIG).dictionaries[TESTED]["b"] for each in (table, without_prompts(table, [prompts[3].id]))
-    )
-    assert before.ablation["logit_diff"].effect != after.ablation["logit_diff"].effect
-    assert before.features == after.features
-
-
-def test_random_sets_with_tested_features_are_refused():
-    rows = Rows()
-    behaviour_rows(rows, sets=18)
-    rows.add_set(EditDefinition("b", "random", 18, (2, 99)), 0.0, 1.0)
-    with pytest.raises(UserError, match="random set 18 of b shares feature 2 with the top features"):
-        judge(rows)
-
-
-def test_random_sets_that_overlap_are_refused():
-    rows = Rows()
-    behaviour_rows(rows, sets=18)
-    rows.add_set(EditDefinition("b", "random", 18, (10, 99)), 0.0, 1.0)
-    with pytest.raises(UserError, match="random set 18 of b shares feature 10 with random set 0"):
-        judge(rows)
-
-
-def test_placebo_targets_that_are_answers_are_refused():
-    rows = Rows()
-    behaviour_rows(rows)
-    rows.add_set(EditDefinition("b", "placebo", 19, (3, 4), target=(" t", " yes")), 0.0, 1.0)
-    with pytest.raises(UserError, match="placebo target 19 of b is an answer"):
-        judge(rows)
-
-
-def test_a_set_that_was_not_measured_everywhere_is_refused():
-    rows = Rows()
-    behaviour_rows(rows)
-    rows.add_set(EditDefinition("b", "random", 19, (98, 99)), np.array([np.nan] + [0.0] * (PROMPTS - 1)), 1.0)
-    with pytest.raises(UserError, match="random/19@1.0 of b was not measured on all its test prompts"):
-        judge(rows)
-
-
-def test_one_prompt_is_refused():
-    table = world()
-    ids = [prompt.id for prompt in table.prompts[1:]]
+    assert after.reach == pytest.approx(np.sqrt(np.mean(norm_P[kept_P] ** 2)))
     with pytest.raises(UserError, match="b has 1 test prompts: expected at least 2"):
-        verdict(without_prompts(table, ids), CONFIG)
+        verdict(without_prompts(table, [prompt.id for prompt in prompts[1:]]), CONFIG)
 
 
-def test_a_damaged_table_is_refused(tmp_path):
-    save_effects(tmp_path, world())
-    (tmp_path / "effects.parquet").write_bytes((tmp_path / "effects.parquet").read_bytes()[:100])
-    with pytest.raises(UserError, match="effects table in .* is missing or damaged"):
-        load_effects(tmp_path)
-    with pytest.raises(UserError, match="does not exist"):
-        load_effects(tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("edit", "drop", "message"),
+    [
+        (EditDefinition("b", "random", 19, (2, 99)), 0.0, "random set 19 of b shares feature 2 with the top features"),
+        (EditDefinition("b", "random", 19, (10, 99)), 0.0, "random set 19 of b shares feature 10 with random set 0"),
+        (EditDefinition("b", "placebo", 19, (3, 4), target=(" t", " yes")), 0.0, "placebo target 19 of b is an answer"),
+        (
+            EditDefinition("b", "random", 19, (98, 99)),
+            np.array([np.nan] + [0.0] * (PROMPTS - 1)),
+            "random/19@1.0 of b was not measured on all its test prompts",
+        ),
+    ],
+)
+def test_tables_that_break_a_rule_are_refused(edit, drop, message):
+    rows = make_rows()
+    rows.add_set(edit, drop)
+    with pytest.raises(UserError, match=message):
+        judge(rows)

@@ -1,70 +1,146 @@
-"""The causal calls of the library in a notebook: without a workdir, on one device, on eight, and on a PyTorch model."""
+"""The causal calls of the library: without a workdir, eight devices and PyTorch give the same as one JAX device."""
 
-import numpy as np
+import dataclasses
+import numbers
+
+import jax
 import pytest
 
 import saejax
+from saejax.dictionaries import Dictionary
 from saejax.interventions import edits
-from saejax.interventions.table import TESTED, save_effects
-from saejax.interventions.verdict import verdict
+from saejax.interventions.patch_run import run_patch
+from saejax.interventions.table import TESTED
+from saejax.results import to_json
+from saejax.settings import (
+    AblateConfig,
+    CorpusConfig,
+    ModelConfig,
+    PatchConfig,
+    ProbeConfig,
+    SteerConfig,
+    StudyConfig,
+    TaskConfig,
+)
 
 SITE = "resid_post.1"
-SETTINGS = dict(top=3, random_sets=12, placebo_targets=6, bootstrap=200, untrained=False, baselines=("pca",))
+SETS = [[3], [8, 20, 51], []]
+DOCUMENTS = ["The river follows the teacher.", "The garden carries the engine and so on."]
+ABLATE = dict(top=3, random_sets=12, placebo_targets=6, bootstrap=200, untrained=False, baselines=("pca",))
+STEER = dict(top=3, doses=(0.4, 0.1), random_sets=3, bootstrap=200)
+PROBE = dict(sparse=(1, 2), shuffles=2, strengths=(0.01, 1.0))
 
 
-@pytest.fixture(scope="module", params=["eight devices", "PyTorch"])
-def other(request, tiny_llama):
-    """The tiny model where it is not on one device."""
-    if request.param == "PyTorch":
-        return saejax.load_model(str(tiny_llama), backend="torch")
-    lm = saejax.load_model(str(tiny_llama))
-    assert lm.mesh.shape["data"] == 8
-    return lm
+@pytest.fixture(scope="module")
+def answered(make_answered):
+    """Prompts that the model answers correctly, with a label to probe."""
+    return [
+        dataclasses.replace(prompt, labels=(("length", "long" if i % 4 > 1 else "short"),))
+        for i, prompt in enumerate(make_answered("tiny"))
+    ]
 
 
-@pytest.fixture
-def nothing_written(tmp_path, monkeypatch):
-    """The current folder, which must stay empty."""
+@pytest.fixture(scope="module")
+def dictionary(make_dictionary):
+    """Thresholds lie apart from the activations of these prompts: no firing hangs on the last bit."""
+    made = make_dictionary(SITE)
+    return Dictionary(made.config, **made.arrays | dict(b_enc_F=made.b_enc_F[...] - 1e-3))
+
+
+def call_all(lm, dictionary, prompts):
+    """Return what the calls give, as JSON data."""
+    readouts = ("logit_diff", "log_prob", "top1", "kl", "change_norm")
+    batches = edits.mask(dictionary, SETS), edits.add(dictionary, SETS, 0.4)
+    halves = [
+        dataclasses.replace(prompt, behaviour=("first", "second")[i // 2 % 2]) for i, prompt in enumerate(prompts)
+    ]
+    ablated = saejax.ablate(lm, dictionary, halves, documents=DOCUMENTS, **ABLATE).verdict.dictionaries[TESTED]
+    patched = saejax.patch(lm, prompts, "resid_post", layers=[1, 2])
+    steered = saejax.steer(lm, dictionary, prompts, documents=DOCUMENTS, **STEER)
+    probed = saejax.probe(lm, dictionary, prompts, ["length", "correct"], **PROBE)
+    return dict(
+        effects=[saejax.effects(lm, prompts[:5], batch, readouts).tolist() for batch in batches],
+        slopes=saejax.slopes(lm, prompts[:5], "logit_diff", SITE).tolist(),
+        ablate={
+            name: dict(
+                features=list(answers.features),
+                effect=answers.ablation["logit_diff"].effect.mean,
+                sets=[answers.random.numbers["sets"], answers.placebo_sets],
+            )
+            for name, answers in ablated.items()
+        },
+        patch=dict(effect=patched.effect_DxLxHxPxC[..., -3:].tolist()),
+        steer={name: to_json(result) for name, result in steered.items()},
+        probe=[to_json(label) for label in probed],
+    )
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tiny, dictionary, answered):
+    return call_all(tiny, dictionary, answered)
+
+
+def assert_close(found, wanted, where=""):
+    """The same data but for rounding: 1e-5 of numbers, 1e-6 of large ones, which sentences print to two digits.
+
+    The p-values of ablated features count 10,000 bootstrap samples on either side of zero. Each sample whose mean is so
+    near zero that rounding decides its side moves p by 2e-4; here one does, and up to five may.
+    """
+    assert type(found) is type(wanted), where
+    if isinstance(wanted, dict):
+        assert found.keys() == wanted.keys(), where
+        for key, value in wanted.items():
+            assert_close(found[key], value, f"{where}.{key}")
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted), where
+        for place, value in enumerate(wanted):
+            assert_close(found[place], value, f"{where}[{place}]")
+    elif isinstance(wanted, numbers.Real):
+        limit = 2e-5 if where.startswith((".effects", ".slopes", ".ablate")) else 1e-5
+        limit = 1e-3 if where.endswith(("p_value", "p_holm")) else limit
+        assert found == pytest.approx(wanted, rel=1e-6, abs=limit, nan_ok=True), where
+    else:
+        assert found == wanted, where
+
+
+@pytest.mark.parametrize("where", ["eight devices", "torch"])
+def test_library_calls_write_nothing_and_equal_those_on_one_device(
+    where, tiny, tiny_llama, dictionary, answered, on_one_device, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    yield
+    if where == "torch":
+        lm = saejax.load_model(str(tiny_llama), backend="torch", mesh=tiny.mesh)
+    else:
+        lm = saejax.load_model(str(tiny_llama))
+        assert lm.mesh.size == len(jax.devices()) == 8
+    assert_close(call_all(lm, dictionary, answered), on_one_device)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("nothing_written")
-def test_effects_and_slopes(tiny, other, prompts, make_dictionary):
-    dictionary, few = make_dictionary(SITE), prompts[:5]
-    batch = edits.mask(dictionary, [[3], [8, 20, 51], []])
-    readouts = ("logit_diff", "log_prob", "top1", "kl", "change_norm")
-    got, want = (saejax.effects(lm, few, batch, readouts) for lm in (other, tiny))
-    np.testing.assert_allclose(got, want, atol=2e-5)
-    slopes = [saejax.slopes(lm, few, "logit_diff", SITE) for lm in (other, tiny)]
-    np.testing.assert_allclose(slopes[0], slopes[1], atol=2e-5)
+def test_results_are_not_empty(on_one_device):
+    assert set(on_one_device["ablate"]) == {"first", "second"}
+    steered = on_one_device["steer"]["tiny"]
+    assert steered["reason"] is None and set(steered["methods"]) == {"add", "clamp", "mean_difference"}
+    for method in steered["methods"].values():
+        assert method["controls"] > 0 and method["points"][0]["ce_rise"] is not None
+    length, correct = on_one_device["probe"]
+    assert len(length["probes"]) == 6 and length["selected"]["matched"]
+    assert correct["reason"].startswith("fewer than two classes")
 
 
-@pytest.fixture(scope="module")
-def ablate(make_dictionary, make_prompt):
-    """ablate(lm): what the call gives on a model."""
-    prompts = [make_prompt(i, "train" if i < 10 else "test", name) for name in ("first", "second") for i in range(18)]
-    documents = ["The river follows the old road to the sea."] * 2
-    return lambda lm: saejax.ablate(lm, make_dictionary(SITE), prompts, documents=documents, **SETTINGS)
+def test_controls_are_drawn_by_the_seed_of_interventions():
+    assert {config().seed for config in (AblateConfig, PatchConfig, SteerConfig, ProbeConfig, StudyConfig)} == {456}
 
 
-@pytest.fixture(scope="module")
-def expected(ablate, tiny):
-    return ablate(tiny)
+def test_a_stage_in_pytorch_equals_that_in_jax(
+    tiny_llama, dictionary, answered, tmp_path, save_inputs, stage_run, single_device
+):
+    """A model in PyTorch runs on one device: the last test of this file, since the others need eight."""
+    inputs = save_inputs(tmp_path, answered, dictionary)
+    patch = PatchConfig(dictionary="topk", top=3, random_sets=6, placebo_targets=3, bootstrap=200)
 
+    def run(backend):
+        groups = (ModelConfig(path=str(tiny_llama), backend=backend), CorpusConfig(), TaskConfig(), patch)
+        return to_json(run_patch(stage_run("patch", "topk", inputs, backend, *groups)[0]))
 
-@pytest.mark.usefixtures("nothing_written")
-def test_ablate_and_the_verdict(ablate, expected, other, tmp_path_factory):
-    found = ablate(other)
-    for name in ("first", "second"):
-        got, want = (each.verdict.dictionaries[TESTED][name] for each in (found, expected))
-        assert got.features == want.features
-        assert got.ablation["logit_diff"].effect.mean == pytest.approx(
-            want.ablation["logit_diff"].effect.mean, abs=2e-5
-        )
-        assert (got.random.numbers["sets"], got.placebo_sets) == (want.random.numbers["sets"], want.placebo_sets)
-    folder = tmp_path_factory.mktemp("saved")
-    save_effects(folder, found.table)
-    config = saejax.VerdictConfig(resamples=SETTINGS["bootstrap"])
-    assert saejax.verdict(saejax.load_effects(folder), config) == verdict(found.table, config) == found.verdict
+    assert_close(run("torch"), run("jax"))

@@ -5,44 +5,32 @@ import json
 
 import numpy as np
 import pytest
-from runs import write_members
 
-from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import patch_run as stage
 from saejax.interventions.table import TESTED, load_effects
 from saejax.results import from_json, to_json
-from saejax.runner.config import Configs
-from saejax.runner.workspace import Run
-from saejax.settings import MeshConfig, ModelConfig, PatchConfig
+from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
 
 @pytest.fixture
-def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
-    baseline, train = tmp_path / "baseline", tmp_path / "train" / "topk"
-    baseline.mkdir()
+def make_run(tmp_path, save_inputs, stage_run, make_prompt):
     prompts = []
-    for behaviour in ("first", "second"):
-        own = [make_prompt(i, "train" if i < 8 else "test", behaviour) for i in range(16)]
-        if behaviour == "second":
-            own = [dataclasses.replace(p, template=str(i % 2)) for i, p in enumerate(own)]
-        prompts += [dataclasses.replace(p, counterpart=p.text.replace(" near ", " that ")) for p in own[:-1]]
-        prompts.append(dataclasses.replace(own[-1], counterpart=""))
-    write_prompts(baseline / "prompts.jsonl", prompts)
-    save_dictionary(train, make_dictionary("resid_post.1"))
-    write_members(train, "")
+    for behaviour, templates in (("first", 1), ("second", 2)):
+        some = [make_prompt(i, "train" if i < 8 else "test", behaviour, False) for i in range(16)]
+        some = [dataclasses.replace(p, template=str(i % templates)) for i, p in enumerate(some)]
+        prompts += [dataclasses.replace(p, counterpart=p.text.replace(" near ", " that ")) for p in some[:-1]]
+        prompts.append(dataclasses.replace(some[-1], counterpart=""))
+    inputs = save_inputs(tmp_path, prompts)
+    config = PatchConfig(
+        kinds=("resid_post", "attn_z"), dictionary="topk", top=3, placebo_targets=3, bootstrap=200, batch_rows=16
+    )
 
-    def make(unit, folder, **changes):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        patch = PatchConfig(
-            kinds=("resid_post", "attn_z"), dictionary="topk", top=3, placebo_targets=3, bootstrap=200, batch_rows=16
-        )
-        configs = Configs(ModelConfig(path=str(tiny_llama)), MeshConfig(), patch)
-        inputs = {"baseline": baseline, "train/topk": train}
-        return Run("patch", unit, tmp_path / folder, configs, inputs, say=lambda line: None, **changes)
+    def make(unit, folder, **fields):
+        return stage_run("patch", unit, inputs, folder, config, **fields)[0]
 
     return make
 

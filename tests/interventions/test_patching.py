@@ -26,17 +26,8 @@ from saejax.statistics.bootstrap import resampling_weights
 
 
 @pytest.fixture(scope="module")
-def pairs(tiny, prompts):
-    """Prompts whose counterpart is another prompt of as many tokens."""
-    lengths = tiny.tokenize([prompt.text for prompt in prompts]).lengths_B.tolist()
-    others = {length: prompts[p] for p, length in enumerate(lengths)}
-    paired = [
-        dataclasses.replace(prompt, counterpart=others[length].text)
-        for prompt, length in zip(prompts, lengths, strict=True)
-    ]
-    different = [pair for pair in paired if pair.counterpart != pair.text]
-    assert len(different) >= 3
-    return different[:4]
+def pairs(pairs):
+    return pairs[:4]
 
 
 def hooked(model, tiny, text, pair, module, change=None):
@@ -74,46 +65,36 @@ def sources(pair):
     return ((0, pair.counterpart, pair.text), (1, pair.text, pair.counterpart))
 
 
-@pytest.mark.parametrize("kind", ["resid_post", pytest.param("mlp_out", marks=pytest.mark.slow)])
-def test_positions_equal_a_plain_loop_with_torch_hooks(tiny, tiny_torch, pairs, kind):
-    patched = patch_sites(tiny, kind, pairs)
-    compared = 0
-    for (p, pair), layer in itertools.product(enumerate(pairs[:2]), (0, 3)):
-        module = module_of(tiny_torch, kind, layer)
-        for direction, base, source in sources(pair):
-            _, other_1xTxD = hooked(tiny_torch, tiny, source, pair, module)
-            for back in range(1, other_1xTxD.shape[1] + 1):
-
-                def change(value, back=back, other=other_1xTxD):
-                    value[0, -back] = other[0, -back]
-                    return value
-
-                wanted, _ = hooked(tiny_torch, tiny, base, pair, module, change)
-                np.testing.assert_allclose(patched.diff_DxLxHxPxC[direction, layer, 0, p, -back], wanted, atol=2e-5)
-                compared += 1
-    assert compared > 30 and np.nanmax(np.abs(patched.effect_DxLxHxPxC)) > 0.1
+KINDS = [("resid_post", "each"), ("attn_q", "-4:"), ("attn_v", "-4:")]
+SLOW_KINDS = [("mlp_out", "each"), ("attn_k", "-4:"), ("attn_z", "-4:")]
 
 
 @pytest.mark.parametrize(
-    "kind", ["attn_q", "attn_v", *(pytest.param(k, marks=pytest.mark.slow) for k in ("attn_k", "attn_z"))]
+    ("kind", "positions"), [*KINDS, *(pytest.param(*kind, marks=pytest.mark.slow) for kind in SLOW_KINDS)]
 )
-def test_heads_equal_a_plain_loop_with_torch_hooks(tiny, tiny_torch, pairs, kind):
-    patched = patch_sites(tiny, kind, pairs, "-4:", layers=[1, 3])
-    heads = count_heads(tiny.config, kind)
-    assert patched.diff_DxLxHxPxC.shape == (2, 2, heads, len(pairs), 1)
-    for (place, layer), head, (p, pair) in itertools.product(enumerate((1, 3)), range(heads), enumerate(pairs[:2])):
-        module, width = module_of(tiny_torch, kind, layer), tiny.config.d_head
+def test_patches_equal_a_plain_loop_with_torch_hooks(tiny, tiny_torch, pairs, kind, positions):
+    layers, heads, compared = (0, 3), count_heads(tiny.config, kind), 0
+    patched = patch_sites(tiny, kind, pairs, positions, layers=layers)
+    for (place, layer), head, (p, pair) in itertools.product(enumerate(layers), range(heads), enumerate(pairs[:2])):
+        module = module_of(tiny_torch, kind, layer)
         for direction, base, source in sources(pair):
-            _, other_1xTxW = hooked(tiny_torch, tiny, source, pair, module)
+            _, source_1xTxW = hooked(tiny_torch, tiny, source, pair, module)
+            length, width = source_1xTxW.shape[1], source_1xTxW.shape[2] // heads
+            columns = {0: slice(length - 4, length)}
+            if positions == "each":
+                columns = {t - length: slice(t, t + 1) for t in range(length)}
+            for column, some_T in columns.items():
+                part = (0, some_T, slice(head * width, (head + 1) * width))
 
-            def change(value, head=head, width=width, other=other_1xTxW):
-                own = slice(head * width, (head + 1) * width)
-                value[0, -4:, own] = other[0, -4:, own]
-                return value
+                def change(value, part=part, source=source_1xTxW):
+                    value[part] = source[part]
+                    return value
 
-            wanted, _ = hooked(tiny_torch, tiny, base, pair, module, change)
-            np.testing.assert_allclose(patched.diff_DxLxHxPxC[direction, place, head, p, 0], wanted, atol=2e-5)
-    assert np.abs(patched.effect_DxLxHxPxC).max() > 1e-3
+                wanted, _ = hooked(tiny_torch, tiny, base, pair, module, change)
+                found = patched.diff_DxLxHxPxC[direction, place, head, p, column]
+                np.testing.assert_allclose(found, wanted, atol=2e-5)
+                compared += 1
+    assert compared >= 8 * heads and np.nanmax(np.abs(patched.effect_DxLxHxPxC)) > 1e-3
 
 
 def test_heads_at_each_position_add_up_in_shape(tiny, pairs):
@@ -171,21 +152,18 @@ def test_a_pytorch_model_gives_the_same_and_refuses_heads(tiny, tiny_llama, pair
 def test_features_equal_torch_hooks(tiny, plain, make_dictionary, pairs, site):
     """Sets, and all features, in both directions; sinks and the error term stay those of the base run."""
     dictionary = make_dictionary(site)
-    split = SplitModel(tiny, dictionary)
     sets = [[3], [3, 50, 77, 120], list(range(dictionary.config.n_features))]
-    patched = patch_features(split, pairs, sets)
-    W_dec_FxD = np.asarray(dictionary.W_dec_FxD[...], np.float64)
+    patched = patch_features(SplitModel(tiny, dictionary), pairs, sets)
     for p, pair in enumerate(pairs[:2]):
         runs = [plain(dictionary, pair), plain(dictionary, dataclasses.replace(pair, text=pair.counterpart))]
-        values = [run.clean() for run in runs]
+        values = [run.value() for run in runs]
         f_2xTxF = [run.features(x_TxD) for run, x_TxD in zip(runs, values, strict=True)]
         for direction, (base, source) in enumerate(((1, 0), (0, 1))):
-            fits_T = np.linalg.norm(values[base], axis=1) <= dictionary.config.max_norm
-            change_TxF = (f_2xTxF[source] - f_2xTxF[base]) * fits_T[:, None]
+            run, usable_T = runs[base], runs[base].is_usable(values[base])
+            change_TxF = (f_2xTxF[source] - f_2xTxF[base]) * usable_T[:, None]
             for s, members in enumerate(sets):
-                moved_TxD = torch.from_numpy(change_TxF[:, members] @ W_dec_FxD[members])
-                with torch.no_grad():
-                    wanted = float(runs[base].run(lambda x_1xTxD, moved_TxD=moved_TxD: x_1xTxD + moved_TxD))
+                moved_TxD = change_TxF[:, members] @ run.W_dec_FxD[members]
+                wanted = run.diff(lambda x_TxD, moved_TxD=moved_TxD: x_TxD + moved_TxD)
                 np.testing.assert_allclose(patched.diff_DxSxP[direction, s, p], wanted, atol=2e-5)
 
 
@@ -261,13 +239,12 @@ def test_what_cannot_be_patched_is_refused_in_a_line(tiny, pairs):
     longer = dataclasses.replace(pairs[0], counterpart=pairs[0].text + " and so on")
     fitting, left_out = fitting_pairs(tiny, [longer, dataclasses.replace(longer, counterpart="")], longer.split)
     assert not fitting and left_out == {"no counterpart": 1, "other length": 1}
-    with pytest.raises(UserError, match="another number of tokens"):
-        patch_sites(tiny, "resid_post", [longer])
-    with pytest.raises(UserError, match="kind of site"):
-        patch_sites(tiny, "resid", pairs)
-    with pytest.raises(UserError, match="there is no site"):
-        patch_sites(tiny, "resid_post", pairs, layers=[99])
-    with pytest.raises(UserError, match="positions"):
-        patch_sites(tiny, "resid_post", pairs, "first")
-    with pytest.raises(UserError, match="no test prompt has a counterpart"):
-        saejax.patch(tiny, [dataclasses.replace(longer, split="test")])
+    for message, call in (
+        ("another number of tokens", lambda: patch_sites(tiny, "resid_post", [longer])),
+        ("kind of site", lambda: patch_sites(tiny, "resid", pairs)),
+        ("there is no site", lambda: patch_sites(tiny, "resid_post", pairs, layers=[99])),
+        ("positions", lambda: patch_sites(tiny, "resid_post", pairs, "first")),
+        ("no test prompt has a counterpart", lambda: saejax.patch(tiny, [dataclasses.replace(longer, split="test")])),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()

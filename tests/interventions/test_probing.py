@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from runs import changed, write_members
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
@@ -14,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from saejax.dictionaries import Dictionary, save_dictionary
+from saejax.dictionaries import Dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.files import write_lines
 from saejax.interventions import probe_run as stage
@@ -37,10 +36,8 @@ from saejax.interventions.probing import (
 from saejax.interventions.references import Reference
 from saejax.interventions.split_model import SplitModel
 from saejax.results import Interval, from_json, to_json
-from saejax.runner.config import Configs
-from saejax.runner.workspace import Run
-from saejax.settings import PROBE_LABELS, MeshConfig, ModelConfig, ProbeConfig, TaskConfig
-from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts
+from saejax.settings import PROBE_LABELS, ProbeConfig, TaskConfig
+from saejax.tasks.behaviours import Prompt, write_prompts
 from saejax.tasks.labels import LABELS, label_prompts
 from saejax.tasks.likelihood import encode_pair
 
@@ -161,9 +158,9 @@ def test_labels():
     assert sums.train_N.tolist() == list(range(11)) and sums.test_M.tolist() == [15, 17]
     assert sums.train_class_N.tolist() == [0] * 6 + [1] * 5 and sums.test_class_M.tolist() == [1, 0]
     assert verbs.reason == "no test prompt is of a class with 5 train prompts" and not len(verbs.train_N)
-    parity = label_prompts("parity", prompts, diffs)
-    assert parity[0].classes == {"odd": (10, 2), "even": (5, 1)}
-    assert parity[1].reason == "no prompt has such a label" and parity[1].unlabelled == 10
+    sums, verbs = label_prompts("parity", prompts, diffs)
+    assert sums.classes == {"odd": (10, 2), "even": (5, 1)}
+    assert verbs.reason == "no prompt has such a label" and verbs.unlabelled == 10
     assert label_prompts("number", prompts, diffs)[0].unlabelled == 18
     right, always = label_prompts("correct", prompts, diffs)
     assert right.classes == {"wrong": (10, 3), "right": (5, 0)}
@@ -208,30 +205,20 @@ def test_the_noun_beside_the_verb_does_not_say_the_subjects_number():
 
 
 @pytest.fixture
-def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
-    baseline, train = tmp_path / "baseline", tmp_path / "train" / "topk"
-    baseline.mkdir()
-    prompts = [
-        make_prompt(i, "train" if i < 14 else "test", behaviour) for behaviour in ("first", "second") for i in range(22)
-    ]
-    scores = [PromptScore(logit_diff=1.0, top1=True, counterpart_logit_diff=None)] * len(prompts)
-    write_prompts(baseline / "prompts.jsonl", prompts, scores)
-    save_dictionary(train, make_dictionary("resid_post.1"))
-    write_members(train, "")
+def make_run(tmp_path, save_inputs, stage_run, make_prompt):
+    behaviours = ("first", "second")
+    prompts = [make_prompt(i, "train" if i < 14 else "test", name, False) for name in behaviours for i in range(22)]
+    inputs = save_inputs(tmp_path, prompts)
 
-    def make(name, **changes):
-        (tmp_path / name).mkdir(exist_ok=True)
-        said = []
-        probes = dataclasses.replace(CONFIG, labels=("answer", "correct"), shuffles=2)
-        configs = Configs(ModelConfig(path=str(tiny_llama)), MeshConfig(), probes)
-        inputs = {"baseline": baseline, "train/topk": train}
-        return Run("probe", "topk", tmp_path / name, configs, inputs, say=said.append, **changes), said
+    def make(name, *settings, labels=("answer", "correct"), strengths=CONFIG.strengths, **fields):
+        config = dataclasses.replace(CONFIG, labels=labels, strengths=strengths, shuffles=2)
+        return stage_run("probe", "topk", inputs, name, config, *settings, **fields)
 
     return make
 
 
 def test_the_stage_end_to_end_killed_and_resumed(make_run):
-    whole, said = make_run("whole")
+    whole, lines = make_run("whole")
     results = stage.run_probe(whole)
     assert from_json(stage.ProbeResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     assert (results.dictionary, results.site) == ("topk", "resid_post.1")
@@ -243,7 +230,7 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
     ]
     for label in (first, second):
         assert label.reason == "fewer than two classes with 5 train prompts: right 14" and not label.probes
-    assert any("correct-first (3 of 4): no probe: fewer than two classes" in line for line in said)
+    assert any("correct-first (3 of 4): no probe: fewer than two classes" in line for line in lines)
 
     dense = answer.probes[-1]
     for probe in answer.probes[:-1]:
@@ -257,9 +244,9 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
     with pytest.raises(Interrupted, match="answer-second .2 of 4.: stopped"):
         stage.run_probe(stopped)
     assert not (folder / "answer-second.json").exists()
-    resumed, said = make_run("stopped")
+    resumed, lines = make_run("stopped")
     assert stage.run_probe(resumed) == results
-    assert said[0] == "probe: kept from an earlier run: answer-first"
+    assert lines[0] == "probe: kept from an earlier run: answer-first"
 
 
 @pytest.mark.parametrize(
@@ -289,22 +276,20 @@ def test_what_is_refused(make_run, tiny, make_dictionary, prompts):
     broken = {**dictionary.arrays, "b_enc_F": dictionary.arrays["b_enc_F"].at[7].set(np.nan)}
     with pytest.raises(UserError, match="feature 7 has an activation that is not finite"):
         probe_inputs(SplitModel(tiny, Dictionary(dictionary.config, **broken)), prompts)
+    for settings, message in (
+        (dict(labels=("verb",)), "unknown label 'verb': expected one of behaviour, answer, parity"),
+        (dict(strengths=()), "--probe.strengths is empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            stage.run_probe(make_run("refused", **settings)[0])
     run, _ = make_run("refused")
-    run = changed(run, labels=("verb",))
-    with pytest.raises(UserError, match="unknown label 'verb': expected one of behaviour, answer, parity"):
-        stage.run_probe(run)
-    run, _ = make_run("refused")
-    run = changed(run, strengths=())
-    with pytest.raises(UserError, match=r"--probe.strengths is empty"):
-        stage.run_probe(run)
-    run, _ = make_run("refused")
-    path = run.inputs["baseline"] / "prompts.jsonl"
-    write_prompts(path, prompts)
-    with pytest.raises(UserError, match=r"line 1 of .* is not a prompt with its scores"):
-        stage.run_probe(run)
-    write_prompts(path, [])
-    with pytest.raises(UserError, match=r"has no train prompts: run the stage baseline again"):
-        stage.run_probe(run)
+    for written, message in (
+        (prompts, r"line 1 of .* is not a prompt with its scores"),
+        ([], r"has no train prompts: run the stage baseline again"),
+    ):
+        write_prompts(run.inputs["baseline"] / "prompts.jsonl", written)
+        with pytest.raises(UserError, match=message):
+            stage.run_probe(run)
 
 
 def test_scores_are_those_of_sklearn():
@@ -348,13 +333,20 @@ def test_raw_controls_are_random_directions():
     assert fit.control.mean == pytest.approx(fit.accuracy.mean, abs=0.05)
 
 
-def test_effects_of_selected_features_equal_a_hook(tiny, make_dictionary, prompts, plain):
-    dictionary = make_dictionary("resid_post.1")
-    drop_SxP = ablation_on_prompts(SplitModel(tiny, dictionary), prompts[:3]).measure_drop([3, 50])
-    for p, prompt in enumerate(prompts[:3]):
+def test_effects_of_selected_features(tiny, make_dictionary, prompts, plain):
+    """Of logit differences against a hook, of reference answers against the engine."""
+    dictionary, some = make_dictionary("resid_post.1"), prompts[:3]
+    split = SplitModel(tiny, dictionary)
+    drop_SxP = ablation_on_prompts(split, some).measure_drop([3, 50])
+    for p, prompt in enumerate(some):
         run = plain(dictionary, prompt)
-        for s, feature in enumerate((3, 50)):
-            assert drop_SxP[s, p] == pytest.approx(run.ablated([]) - run.ablated([feature]), abs=2e-5)
+        wanted_S = [run.ablated([]) - run.ablated([feature]) for feature in (3, 50)]
+        np.testing.assert_allclose(drop_SxP[:, p], wanted_S, atol=2e-5)
+    references = [Reference(*encode_pair(tiny.tokenizer, prompt.text, prompt.correct)) for prompt in some]
+    drop_SxP = ablation_on_references(split, references).measure_drop([3, 50])
+    value_SxP = effects(tiny, some, mask(dictionary, [[], [3], [50]]), ["answer_log_prob"])[..., 0]
+    np.testing.assert_allclose(drop_SxP, value_SxP[:1] - value_SxP[1:], atol=1e-5)
+    assert np.abs(drop_SxP).max() > 1e-3
 
 
 def test_p_values_are_corrected_and_sentences_say_what_was_tested():
@@ -379,30 +371,21 @@ def test_p_values_are_corrected_and_sentences_say_what_was_tested():
     assert "no features of similar firing rate to compare with" in second.selected.sentence
 
 
-def test_effects_on_reference_answers_are_those_of_the_engine(tiny, make_dictionary, prompts):
-    dictionary, some = make_dictionary("resid_post.1"), prompts[:3]
-    references = [Reference(*encode_pair(tiny.tokenizer, prompt.text, prompt.correct)) for prompt in some]
-    drop_SxP = ablation_on_references(SplitModel(tiny, dictionary), references).measure_drop([3, 50])
-    value_SxP = effects(tiny, some, mask(dictionary, [[], [3], [50]]), ["answer_log_prob"])[..., 0]
-    np.testing.assert_allclose(drop_SxP, value_SxP[:1] - value_SxP[1:], atol=1e-5)
-    assert np.abs(drop_SxP).max() > 1e-3
-
-
 def test_questions_of_benchmarks_are_probed_and_ablated(tmp_path, make_run):
     solution = "He buys <<3*4=12>>12 and then <<12-5=7>>7.\n#### 7"
     items = tmp_path / "gsm8k.jsonl"
     write_lines(items, [dict(question=f"What of {n}?", answer=solution) for n in range(40)])
-    run, _ = make_run("benchmarks")
     task = TaskConfig(benchmarks=("gsm8k",), path=str(items), examples=40, shots=0)
     unit = tmp_path / "benchmark"
     unit.mkdir()
+    rest = dict(task="", reference="7", output="7", finished="eos", strict=dict(answer=None, correct=False))
     rows = [
-        dict(id=item.id, task="", prompt=f"Q {n}", reference="7", output="7", finished="eos",
-             strict=dict(answer=None, correct=False), flexible=dict(answer="7", correct=n % 2 == 0))
+        dict(id=item.id, prompt=f"Q {n}", flexible=dict(answer="7", correct=n % 2 == 0), **rest)
         for n, item in enumerate(stage.read_items("gsm8k", task))
-    ]  # fmt: skip
+    ]
     write_lines(unit / "items.jsonl", rows)
-    run = dataclasses.replace(run, configs=run.configs | task, inputs={**run.inputs, "benchmark/gsm8k": unit})
+    run, _ = make_run("benchmarks", task, labels=("correct",))
+    run = dataclasses.replace(run, inputs={**run.inputs, "benchmark/gsm8k": unit})
     prompts, diffs = stage.read_benchmark_prompts(run, "benchmark/gsm8k")
     assert [dict(p.labels) for p in prompts] == [
         dict(correct="wrong" if n % 2 else "right", steps="2", operation="-") for n in range(40)
@@ -410,7 +393,7 @@ def test_questions_of_benchmarks_are_probed_and_ablated(tmp_path, make_run):
     assert [diff > 0 for diff in diffs] == [n % 2 == 0 for n in range(40)]
     assert sorted(p.split for p in prompts) == ["test"] * 20 + ["train"] * 20
     assert {p.behaviour for p in prompts} == {"gsm8k"}
-    *_, asked = stage.run_probe(changed(run, labels=("correct",))).labels
-    assert asked.behaviour == "gsm8k" and asked.reason is None and len(asked.probes) == 6
-    assert asked.selected.readout == "log-likelihood of the reference answer"
-    assert "nats" in asked.selected.sentence and len(asked.selected.features) == 2
+    *_, last = stage.run_probe(run).labels
+    assert last.behaviour == "gsm8k" and last.reason is None and len(last.probes) == 6
+    assert last.selected.readout == "log-likelihood of the reference answer"
+    assert "nats" in last.selected.sentence and len(last.selected.features) == 2

@@ -1,5 +1,6 @@
 """Which rows are run, on which tokens and in which batches."""
 
+import itertools
 import types
 
 import numpy as np
@@ -17,37 +18,35 @@ NEVER = np.iinfo(np.int32).max
 DICTIONARY = types.SimpleNamespace(config=types.SimpleNamespace(n_features=1000))
 
 
-def amounts(sets, addends=None):
-    """Edits that ablate half of each set."""
-    return FeatureEdits(DICTIONARY, tuple(sets), tuple(np.full(len(members), 0.5) for members in sets), addends)
+def amounts(sets, addends=None, fraction=0.5):
+    """Edits that ablate half of each set, or another fraction."""
+    return FeatureEdits(DICTIONARY, tuple(sets), tuple(np.full(len(members), fraction) for members in sets), addends)
 
 
-def test_an_edit_changes_a_prompt_from_its_first_feature_on():
-    wanted_SxP = [[3, 9], [9, 9], [1, 2], [4, 0], [NEVER, NEVER]]
-    got_SxP = first_changes(FIRST_PxF, amounts(SETS), np.ones((2, 9), bool))
-    np.testing.assert_array_equal(got_SxP, wanted_SxP)
+EVERYWHERE = np.ones((2, 9), bool)
+FROM_2 = np.arange(9)[None, :] >= np.array([[2], [99]])  # nowhere in the second prompt
+ADDED = tuple(np.full(len(members), float(number == 1)) for number, members in enumerate(SETS))
 
 
-def test_an_edit_that_adds_changes_a_prompt_from_its_first_editable_position_on():
-    editable_PxT = np.arange(9)[None, :] >= np.array([[2], [99]])  # nowhere in the second prompt
-    added = tuple(np.full(len(members), float(number == 1)) for number, members in enumerate(SETS))
-    got_SxP = first_changes(FIRST_PxF, amounts(SETS, added), editable_PxT)
-    np.testing.assert_array_equal(got_SxP, [[3, 9], [2, 9], [1, 2], [4, 0], [NEVER, NEVER]])
-
-
-def test_a_fraction_of_zero_changes_nothing():
-    nothing = FeatureEdits(DICTIONARY, tuple(SETS), tuple(np.zeros(len(members)) for members in SETS))
-    assert (first_changes(FIRST_PxF, nothing, np.ones((2, 9), bool)) == NEVER).all()
+@pytest.mark.parametrize(
+    ("edits", "editable_PxT", "wanted_SxP"),
+    [
+        (amounts(SETS), EVERYWHERE, [[3, 9], [9, 9], [1, 2], [4, 0], [NEVER, NEVER]]),
+        (amounts(SETS, ADDED), FROM_2, [[3, 9], [2, 9], [1, 2], [4, 0], [NEVER, NEVER]]),
+        (amounts(SETS, fraction=0.0), EVERYWHERE, np.full((5, 2), NEVER)),
+    ],
+    ids=["from its first feature on", "an addend from the first editable position on", "a fraction of zero never"],
+)
+def test_an_edit_changes_a_prompt(edits, editable_PxT, wanted_SxP):
+    np.testing.assert_array_equal(first_changes(FIRST_PxF, edits, editable_PxT), wanted_SxP)
 
 
 def test_prompts_that_begin_alike_share_their_numbers():
     ids_PxT = np.array([[5, 6, 7], [5, 6, 8], [4, 6, 7], [5, 6, 7]])
     prefix_PxT = prefixes(ids_PxT)
-    for t in range(3):
-        for p in range(4):
-            for other in range(4):
-                alike = (ids_PxT[p, : t + 1] == ids_PxT[other, : t + 1]).all()
-                assert (prefix_PxT[p, t] == prefix_PxT[other, t]) == alike
+    for t, p, q in itertools.product(range(3), range(4), range(4)):
+        alike = (ids_PxT[p, : t + 1] == ids_PxT[q, : t + 1]).all()
+        assert (prefix_PxT[p, t] == prefix_PxT[q, t]) == alike
 
 
 @pytest.fixture(scope="module")

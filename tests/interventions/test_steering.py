@@ -7,11 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from runs import save_corpus, write_members
+from runs import save_corpus
 from scipy.special import log_softmax
 
-from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import steer_run as stage
 from saejax.interventions.answers import CausalAnswer
@@ -32,11 +30,8 @@ from saejax.interventions.steering import (
 )
 from saejax.interventions.text import HeldOutText
 from saejax.results import Interval, from_json, to_json
-from saejax.runner.config import Configs
-from saejax.runner.workspace import Run
-from saejax.settings import CorpusConfig, MeshConfig, ModelConfig, SteerConfig, TaskConfig
+from saejax.settings import CorpusConfig, SteerConfig, TaskConfig
 from saejax.statistics.ranks import rank_p
-from saejax.tasks.behaviours import read_prompts, write_prompts
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +52,11 @@ def plain_change(run, edits, number):
     addends = edits.addends[number].astype(np.float32)
     W_dec_NxD = np.asarray(edits.dictionary.W_dec_FxD[...], np.float64)[edits.sets[number]]
 
-    def changed(x_1xTxD):
-        x_TxD = x_1xTxD[0].numpy()
-        fall_TxN = np.zeros((len(x_TxD), len(addends)))
+    def changed(x_TxD):
+        fall_TxN = 0.0
         if edits.fractions[number].any():
             fall_TxN = run.features(x_TxD)[:, edits.sets[number]]
-        editable_T = np.linalg.norm(x_TxD, axis=1) <= run.dictionary.config.max_norm
-        return x_1xTxD + torch.from_numpy(((addends - fall_TxN) @ W_dec_NxD) * editable_T[:, None])[None]
+        return x_TxD + run.is_usable(x_TxD)[:, None] * (addends - fall_TxN) @ W_dec_NxD
 
     return changed
 
@@ -73,8 +66,8 @@ def test_steered_prompts_equal_a_hook_in_fp64(tiny, dictionary, prompts, plain):
     for edits in make_edits(dictionary, tiny.config.d_model):
         steered = steer(tiny, SplitModel(tiny, dictionary), some, edits, batch_rows=8)
         for s, (p, prompt) in itertools.product(range(len(edits)), enumerate(some)):
-            with torch.no_grad():
-                wanted = float((run := plain(dictionary, prompt)).run(plain_change(run, edits, s)))
+            run = plain(dictionary, prompt)
+            wanted = run.diff(plain_change(run, edits, s))
             assert steered.diff_SxP[s, p] == pytest.approx(wanted, abs=2e-5), (s, p)
         is_clean_S = np.array([not len(members) for members in edits.sets])
         assert (steered.norm_SxP[is_clean_S] == 0).all() and (steered.norm_SxP[~is_clean_S] > 0).any()
@@ -215,31 +208,17 @@ CONFIG = SteerConfig(dictionary="topk", top=3, doses=(0.4, 0.1), random_sets=12,
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory, tiny, make_dictionary, make_prompt):
-    folder = tmp_path_factory.mktemp("inputs")
-    baseline, train = folder / "baseline", folder / "train" / "topk"
-    baseline.mkdir()
-    prompts = []
-    for behaviour in ("first", "second"):
-        own = [make_prompt(i, "train" if i < 24 else "test", behaviour, varied=False) for i in range(48)]
-        own = [dataclasses.replace(p, wrong=" far") for p in own]  # few pairs of answers, each a run of its own
-        own = [p if tiny(tiny.tokenize([p.text])).logit(p.correct) > tiny(tiny.tokenize([p.text])).logit(p.wrong)
-               else dataclasses.replace(p, correct=p.wrong, wrong=p.correct) for p in own]  # fmt: skip
-        prompts += [dataclasses.replace(p, counterpart=p.text.replace(" near ", " that "), template=str(i % 2))
-                    for i, p in enumerate(own)]  # fmt: skip
-    write_prompts(baseline / "prompts.jsonl", prompts)
-    save_dictionary(train, make_dictionary("resid_post.1"))
-    write_members(train, "")
-    return {"baseline": baseline, "train/topk": train, "corpus": save_corpus(folder / "corpus.jsonl.gz")}
+def answered(make_answered):
+    return make_answered("first")
 
 
 @pytest.fixture
-def make_run(tmp_path, tiny_llama, inputs, single_device):
-    def make(folder, config=CONFIG, **changes):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        corpus = CorpusConfig(path=str(inputs["corpus"]), held_out=0.3)
-        configs = Configs(ModelConfig(path=str(tiny_llama)), MeshConfig(), corpus, config, TaskConfig())
-        return Run("steer", "topk", tmp_path / folder, configs, inputs, say=lambda line: None, **changes)
+def make_run(tmp_path, save_inputs, stage_run, make_answered, answered, single_device):
+    inputs = save_inputs(tmp_path, [*answered, *make_answered("second")])
+    corpus = CorpusConfig(path=str(save_corpus(tmp_path / "corpus.jsonl.gz")), held_out=0.3)
+
+    def make(folder, config=CONFIG, **fields):
+        return stage_run("steer", "topk", inputs, folder, corpus, config, TaskConfig(), **fields)[0]
 
     return make
 
@@ -249,7 +228,7 @@ def test_the_stage_killed_and_resumed(make_run):
     results = stage.run_steer(whole)
     assert from_json(stage.SteerResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     for result in results.behaviours.values():
-        assert result.reason is None and result.prompts + sum(result.left_out.values()) == 24
+        assert result.reason is None and result.prompts + sum(result.left_out.values()) == 16
         assert list(result.methods) == ["add", "clamp", "mean_difference"]
         for method in result.methods.values():
             assert all(point.ce_rise.low <= point.ce_rise.mean <= point.ce_rise.high for point in method.points)
@@ -262,10 +241,19 @@ def test_the_stage_killed_and_resumed(make_run):
     assert stage.run_steer(make_run("stopped")) == results
 
 
-def test_controls_have_the_dose_that_is_asked_for(tiny, dictionary, inputs):
+@pytest.fixture
+def make_test(tiny, dictionary):
+    """make_test(prompts, config, **options): a test of steering without text."""
+
+    def make(prompts, config=CONFIG, **options):
+        return stage.SteeringTest(tiny, SplitModel(tiny, dictionary), prompts, None, config, **options)
+
+    return make
+
+
+def test_controls_have_the_dose_that_is_asked_for(make_test, answered):
     """Over all prompts, also where the method changes nothing in some of them."""
-    prompts = [p for p in read_prompts(inputs["baseline"] / "prompts.jsonl") if p.behaviour == "first"]
-    steered = stage.SteeringTest(tiny, SplitModel(tiny, dictionary), prompts, None, CONFIG)
+    steered = make_test(answered)
     for method, silent in (("mean_difference", False), ("add", False), ("add", True)):
         if silent:
             steered._tops[next(iter(steered._groups))] = []
@@ -274,29 +262,16 @@ def test_controls_have_the_dose_that_is_asked_for(tiny, dictionary, inputs):
         np.testing.assert_allclose(np.sqrt(np.square(norm_SxP).mean(axis=1)), 3.0, rtol=1e-5)
 
 
-def test_without_text_no_strength_is_too_large(tiny, dictionary, inputs):
-    prompts = [p for p in read_prompts(inputs["baseline"] / "prompts.jsonl") if p.behaviour == "first"]
-    config = dataclasses.replace(CONFIG, doses=(0.4,))
-    result = stage.SteeringTest(tiny, SplitModel(tiny, dictionary), prompts, None, config, max_prompts=6).results()
+def test_without_text_no_strength_is_too_large(make_test, answered):
+    result = make_test(answered, dataclasses.replace(CONFIG, doses=(0.4,)), max_prompts=6).results()
     assert result.prompts == 6 and all(p.ce_rise is None for m in result.methods.values() for p in m.points)
     assert result.left_out["beyond 6 prompts"] > 0 and result.methods["mean_difference"].points[0].dose > 0
 
 
-def test_a_behaviour_whose_answers_are_new_is_named(make_run, inputs, tmp_path, tiny):
-    baseline = tmp_path / "baseline"
-    baseline.mkdir()
-    prompts = read_prompts(inputs["baseline"] / "prompts.jsonl")
-    unknown = [
-        dataclasses.replace(p, correct=" dogs", wrong=" cat") if (p.behaviour, p.split) == ("first", "test") else p
-        for p in prompts
-    ]
-    write_prompts(baseline / "prompts.jsonl", unknown)
-    run = make_run("new")
-    result = stage.run_steer(dataclasses.replace(run, inputs=run.inputs | dict(baseline=baseline))).behaviours["first"]
+def test_what_cannot_be_steered(make_test, answered, tiny):
+    new = [dataclasses.replace(p, correct=" dogs", wrong=" cat") if p.split == "test" else p for p in answered]
+    assert len(group_by_swap(tiny, new)) > 1
+    result = make_test(new).results()
     assert result.reason.startswith("0 of its test prompts are answered correctly") and not result.methods
-    assert len(group_by_swap(tiny, unknown)) > 1
-
-
-def test_no_doses_are_refused(make_run):
     with pytest.raises(UserError, match="--steer.doses is empty"):
-        stage.run_steer(make_run("none", dataclasses.replace(CONFIG, doses=())))
+        make_test(answered, dataclasses.replace(CONFIG, doses=()))
