@@ -19,8 +19,9 @@ from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import TESTED, load_effects
 from saejax.interventions.verdict import verdict
 from saejax.matching.importance import ItemFeatures
-from saejax.page.blocks import Picture, Table
+from saejax.page.blocks import Picture
 from saejax.page.findings import Findings
+from saejax.page.tables import Table
 from saejax.results import Summary, from_json, to_json
 from saejax.runner import pipeline, workplan
 from saejax.runner.registry import default_configs

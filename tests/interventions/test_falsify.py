@@ -58,13 +58,11 @@ class World:
         x_BxTxD = np.concatenate([np.eye(WORDS + LOGIC)[ids_BxT], count_BxT[..., None]], axis=-1).astype(np.float32)
         return types.SimpleNamespace(sites={capture[0]: jax.numpy.asarray(x_BxTxD)})
 
-    def reasoning(self, rng):
-        return self.text(rng, logic=0.2, follows=0.8)
+    def texts(self, rng):
+        """128 texts that reason, and 128 ordinary ones."""
+        return [[self._text(rng, *rates) for _ in range(128)] for rates in ((0.2, 0.8), (0.03, 0.0))]
 
-    def ordinary(self, rng):
-        return self.text(rng, logic=0.03, follows=0.0)
-
-    def text(self, rng, logic, follows):
+    def _text(self, rng, logic, follows):
         words = rng.integers(0, WORDS, module.LENGTH)
         for place in range(module.LENGTH):
             if rng.random() < logic:
@@ -83,20 +81,17 @@ class World:
         for feature in range(detectors, detectors + states):
             W_enc_DxF[rng.choice(WORDS, 60, replace=False), feature] = W_enc_DxF[-1, feature] = 1.0
             b_enc_F[feature] = -2.5
-        config = DictionaryConfig(
-            kind="standard", site="resid_post.0", d_in=len(W_enc_DxF), n_features=detectors + states
-        )
-        arrays = dict(
-            W_enc_DxF=W_enc_DxF, b_enc_F=b_enc_F, W_dec_FxD=W_enc_DxF.T, b_dec_D=np.zeros(len(W_enc_DxF), np.float32)
-        )
+        width, features = W_enc_DxF.shape
+        config = DictionaryConfig(kind="standard", site="resid_post.0", d_in=width, n_features=features)
+        arrays = dict(W_enc_DxF=W_enc_DxF, b_enc_F=b_enc_F, W_dec_FxD=W_enc_DxF.T, b_dec_D=np.zeros(width, np.float32))
         return Dictionary(config, **{name: jax.numpy.asarray(array) for name, array in arrays.items()})
 
 
 def run_world(seed, detectors=10, states=10, **settings):
-    world, rng = World(seed), np.random.default_rng(seed)
-    reasoning, ordinary = ([make(rng) for _ in range(128)] for make in (world.reasoning, world.ordinary))
+    world = World(seed)
+    texts = world.texts(np.random.default_rng(seed))
     dictionary = world.dictionary(detectors, states)
-    return falsify(world, dictionary, range(detectors + states), reasoning, ordinary, resamples=500, **settings)
+    return falsify(world, dictionary, range(detectors + states), *texts, resamples=500, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -125,18 +120,16 @@ def test_the_tokens_are_those_that_were_planted(worlds):
 
 
 def test_controls_are_tested_too():
-    other = World(9).dictionary(12, 0)
-    found = run_world(3, 8, 8, random_features=3, random_dictionary=other)
-    assert [share.group for share in found.shares] == ["tested", "random dictionary"]  # all features are tested ones
-    found = run_world(3, 8, 8, random_features=3)
+    found = run_world(3, 8, 8, random_features=3, random_dictionary=World(9).dictionary(12, 0))
+    # All features are tested ones: none is left to be drawn at random.
+    assert [share.group for share in found.shares] == ["tested", "random dictionary"]
     assert found.rule == RULE and (found.texts, found.ordinary) == (64, 64)
 
 
 def test_activations_are_the_dictionarys(worlds):
     """The mean of the largest activations, by hand."""
-    rng, world = np.random.default_rng(0), World(0)
-    reasoning, ordinary = ([make(rng) for _ in range(128)] for make in (world.reasoning, world.ordinary))
-    W_enc_DxF = np.asarray(world.dictionary(10, 10).W_enc_DxF[...], np.float64)
+    reasoning, ordinary = World(0).texts(np.random.default_rng(0))
+    W_enc_DxF = np.asarray(World(0).dictionary(10, 10).W_enc_DxF[...], np.float64)
     for name, texts in (("real", reasoning[1::2]), ("ordinary", ordinary[1::2])):
         ids = [[int(word) for word in text.split()] for text in texts]
         expected_F = np.mean([np.max(W_enc_DxF[text], axis=0) for text in ids], axis=0)[:10]
@@ -147,16 +140,18 @@ def test_activations_are_the_dictionarys(worlds):
 def test_the_rule_is_undecided_where_nothing_is_shown():
     rng = np.random.default_rng(0)
     noise_N, other_N = rng.normal(size=(2, 60))
-    assert judge_injection(noise_N, noise_N, other_N).driver == "undecided"
     assert judge_injection(noise_N, noise_N, other_N).reach is None
-    assert judge_injection(noise_N, noise_N, other_N + 5).driver == "context"
-    assert judge_injection(noise_N, noise_N + 5, other_N + 5).driver == "tokens"
-    halfway = judge_injection(noise_N, noise_N + 2.5, other_N + 5 - other_N.mean() + noise_N.mean())
-    assert halfway.driver == "undecided" and halfway.reach.mean == pytest.approx(0.5)
-    few = judge_injection(noise_N[:3], noise_N[:3] + 5, other_N[:3] + 5)
-    assert few.driver == "undecided", "three texts agree by chance"
-    zeros_N = np.zeros(8)
-    assert judge_injection(zeros_N, zeros_N, zeros_N).effect_size is None
+    middle_N = other_N + 5 - other_N.mean() + noise_N.mean()
+    for control_N, injected_N, real_N, driver in (
+        (noise_N, noise_N, other_N, "undecided"),
+        (noise_N, noise_N, other_N + 5, "context"),
+        (noise_N, noise_N + 5, other_N + 5, "tokens"),
+        (noise_N, noise_N + 2.5, middle_N, "undecided"),
+        (noise_N[:3], noise_N[:3] + 5, other_N[:3] + 5, "undecided"),  # three texts agree by chance
+    ):
+        assert judge_injection(control_N, injected_N, real_N).driver == driver
+    assert judge_injection(noise_N, noise_N + 2.5, middle_N).reach.mean == pytest.approx(0.5)
+    assert judge_injection(np.zeros(8), np.zeros(8), np.zeros(8)).effect_size is None
 
 
 def test_a_real_model(tiny, make_dictionary):
@@ -168,6 +163,5 @@ def test_a_real_model(tiny, make_dictionary):
 
 
 def test_a_feature_of_few_tokens_gets_as_many_insertions_as_its_control():
-    few = module._insert([1, 2, 3], [[7], [8, 9]], np.array([1, 2, 3]))
-    assert few == [1, 7, 2, 8, 9, 3, 7]
+    assert module._insert([1, 2, 3], [[7], [8, 9]], np.array([1, 2, 3])) == [1, 7, 2, 8, 9, 3, 7]
     assert module._insert([1, 2], [], np.array([1, 2])) == [1, 2]

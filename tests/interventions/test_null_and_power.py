@@ -31,6 +31,11 @@ def selected_by_attribution(world: World) -> tuple[int, ...]:
     return top_features(attribution(world, world.answers_Px2), K)
 
 
+def drawn(world: World, seed: int, stream: int) -> tuple[int, ...]:
+    """Return features drawn at random from those that may be in a set."""
+    return tuple(np.random.default_rng([seed, stream]).choice(pool(world), K, replace=False).tolist())
+
+
 def test_features_selected_for_random_answers_pass_no_more_than_the_level():
     """Train answers say nothing about test answers, so selection by attribution finds nothing."""
     worlds = [(random_world(seed), seed) for seed in WORLDS]
@@ -45,8 +50,7 @@ def test_random_features_planted_as_top_pass_no_more_than_the_level():
     verdicts = []
     for seed in WORLDS:
         world = planted_world(seed, planted=8)
-        top = tuple(np.random.default_rng([seed, 1]).choice(pool(world), K, replace=False).tolist())
-        verdicts.append(judge(world, top, seed))
+        verdicts.append(judge(world, drawn(world, seed, 1), seed))
     assert count_yes(verdicts, "random") <= 8
     assert count_yes(verdicts, "placebo") <= 8
 
@@ -61,13 +65,6 @@ def test_an_effect_is_found_whether_it_is_spread_or_concentrated(planted):
     assert sum(each.ablation["logit_diff"].answer == "yes" for each in verdicts) >= 95
 
 
-def _louder(world: World, top: tuple[int, ...]) -> World:
-    """Return the world with the activations of some features five times as large: their dose is, nothing else."""
-    acts_PxF = world.acts_PxF.copy()
-    acts_PxF[:, list(top)] *= 5
-    return dataclasses.replace(world, acts_PxF=acts_PxF)
-
-
 def test_a_larger_dose_alone_is_no_effect():
     """Features that change the site five times as much as others, along directions as random as theirs.
 
@@ -76,8 +73,11 @@ def test_a_larger_dose_alone_is_no_effect():
     answers = {True: [], False: []}
     for seed in WORLDS:
         world = random_world(seed)
-        top = tuple(np.random.default_rng([seed, 2]).choice(pool(world), K, replace=False).tolist())
+        top = drawn(world, seed, 2)
+        acts_PxF = world.acts_PxF.copy()
+        acts_PxF[:, list(top)] *= 5
+        louder = dataclasses.replace(world, acts_PxF=acts_PxF)
         for equalise, verdicts in answers.items():
-            verdicts.append(judge(_louder(world, top), top, seed, equalise=equalise, placebo_sets=0))
+            verdicts.append(judge(louder, top, seed, equalise=equalise, placebo_sets=0))
     assert count_yes(answers[True], "random") <= 8
     assert count_yes(answers[False], "random") > 20, "without equal doses the same features pass: the test can see it"

@@ -10,14 +10,11 @@ def test_samples_keep_every_stratum_at_its_share():
     weight_RxP = bootstrap.resampling_weights(["a", "a", "a", "b", "b"], 50, seed=0)
     np.testing.assert_allclose(weight_RxP[:, :3].sum(axis=1), 3 / 5)
     np.testing.assert_allclose(weight_RxP[:, 3:].sum(axis=1), 2 / 5)
-
-
-def test_templates_of_a_single_prompt_are_resampled_together():
+    # Templates of a single prompt are resampled together; a single one joins the largest template.
     together = bootstrap.resampling_weights(["a", "a", "b", "c", "d"], 50, seed=0)
     np.testing.assert_allclose(together[:, 2:].sum(axis=1), 3 / 5)
     assert together[:, 2].std() > 0
-    alone = bootstrap.resampling_weights(["a", "a", "a", "b"], 50, seed=0)
-    assert alone[:, 3].std() > 0, "a single one joins the largest template"
+    assert bootstrap.resampling_weights(["a", "a", "a", "b"], 50, seed=0)[:, 3].std() > 0
 
 
 def test_the_variance_is_that_of_a_stratified_mean():
@@ -43,16 +40,6 @@ def test_intervals_cover_the_mean_of_the_templates_at_hand():
     assert 0.92 <= covered / 400 <= 0.98
 
 
-def test_equal_values_have_an_interval_of_no_width():
-    sample_R = bootstrap.resampling_weights(["a"] * 5, 100, seed=0) @ np.full(5, 2.0)
-    assert bootstrap.percentile_interval(sample_R) == pytest.approx((2.0, 2.0))
-
-
-def test_one_prompt_is_refused():
-    with pytest.raises(ValueError, match="at least 2 prompts"):
-        bootstrap.resampling_weights(["a"], 10, seed=0)
-
-
 def test_p_values_by_hand():
     samples = np.array([-1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
     # 1 of 9 samples is at most 0: 2 (1 + 1) / (1 + 9).
@@ -65,16 +52,15 @@ def test_p_values_by_hand():
     assert bootstrap.non_inferiority_p(samples, 100.0) == pytest.approx(0.2)
 
 
-def test_equivalence_needs_the_whole_interval_within_the_margin():
-    assert bootstrap.is_equivalent((-0.1, 0.1), 0.1)
-    assert not bootstrap.is_equivalent((-0.1, 0.2), 0.1)
-    assert not bootstrap.is_equivalent((-0.2, 0.0), 0.1)
-
-
-def test_signs_of_templates():
+def test_rules_by_hand():
+    sample_R = bootstrap.resampling_weights(["a"] * 5, 100, seed=0) @ np.full(5, 2.0)
+    assert bootstrap.percentile_interval(sample_R) == pytest.approx((2.0, 2.0)), "equal values: no width"
+    with pytest.raises(ValueError, match="at least 2 prompts"):
+        bootstrap.resampling_weights(["a"], 10, seed=0)
+    # Equivalence takes the whole interval within the margin.
+    intervals = ((-0.1, 0.1), (-0.1, 0.2), (-0.2, 0.0))
+    assert [bootstrap.is_equivalent(interval, 0.1) for interval in intervals] == [True, False, False]
     means = bootstrap.stratum_means(np.array([1.0, 3.0, -1.0]), ["a", "a", "b"])
     assert means == {"a": 2.0, "b": -1.0}
-    assert not bootstrap.has_same_sign(list(means.values()))
-    assert bootstrap.has_same_sign([-1.0, -2.0])
-    assert not bootstrap.has_same_sign([1.0, 0.0])
-    assert not bootstrap.has_same_sign([])
+    signs = ([2.0, -1.0], [-1.0, -2.0], [1.0, 0.0], [])
+    assert [bootstrap.has_same_sign(values) for values in signs] == [False, True, False, False]
