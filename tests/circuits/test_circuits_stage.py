@@ -2,6 +2,7 @@
 
 import csv
 import html
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -27,17 +28,13 @@ def flags(tiny_llama, one_device, tmp_path_factory):
     """A model, transcoders for it, and prompts with counterparts of a made-up behaviour."""
     folder = tmp_path_factory.mktemp("circuits")
     save_transcoders(folder / "transcoders", made_set(load_model(str(tiny_llama), mesh=one_device)))
-    lines = [
-        dict(
-            behaviour="sides", text=f"The {word} of the {counterpart_word} is",
-            counterpart=f"The {counterpart_word} of the {word} is",
-            correct=f" {word}", wrong=f" {counterpart_word}", split=split, template=split + word[0],
-        )
-        for n, word in enumerate(WORDS)
-        for counterpart_word in WORDS
-        for split in ["train" if n % 2 else "test"]
-        if word[0] != counterpart_word[0]
-    ]  # fmt: skip
+    lines = []
+    for (n, word), swapped in itertools.product(enumerate(WORDS), WORDS):
+        if word[0] != swapped[0]:
+            texts = dict(text=f"The {word} of the {swapped} is", counterpart=f"The {swapped} of the {word} is")
+            split = "train" if n % 2 else "test"
+            rest = dict(correct=f" {word}", wrong=f" {swapped}", split=split, template=split + word[0])
+            lines.append(dict(behaviour="sides", **texts, **rest))
     (folder / "sides.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return [
         f"--model.path={tiny_llama}", f"--graph.transcoders={folder / 'transcoders'}", "--task.behaviours=",
@@ -51,6 +48,11 @@ def run(workdir, *flags: str, stages=("baseline", "circuits")) -> int:
     return command.run(list(stages), "", ["circuits", f"--workdir={workdir}", *flags])
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
 def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     assert run(tmp_path / "run", *flags) == 0, capsys.readouterr().err
     unit = tmp_path / "run" / "circuits"
@@ -58,26 +60,22 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     circuit = results.behaviours["sides"]
     assert circuit.traced == 3 and circuit.measured == circuit.swapped == 4 and circuit.proposed
     assert 0 < len(circuit.groups) <= 6 and circuit.edges
-    with (unit / "sides-edges.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(unit / "sides-edges.csv")
     assert [(row["source"], row["target"], row["edit"]) for row in rows] == [
         (edge.source, edge.target, edge.edit) for edge in circuit.edges
     ]
     assert {"effect_mean", "random", "placebo", "over_random_low", "over_placebo_high", "dose", "drawn"} <= set(rows[0])
-    page = (unit / "sides.html").read_text()
-    assert page.index("<figure") < page.index("<table") and "Group: " in page and "promotes" in page
-    assert 'class="contexts"' in page and "does not fire" not in page  # at the latest in the prompts that were traced
-    for group in circuit.groups:
-        assert f"Group: {group.name}" in html.unescape(page)
+    page = html.unescape((unit / "sides.html").read_text())
+    assert page.index("<figure") < page.index("<table") and 'class="contexts"' in page and "promotes" in page
+    assert "does not fire" not in page  # at the latest in the prompts that were traced
+    assert all(f"Group: {group.name}" in page for group in circuit.groups)
     index = (unit / "index.html").read_text()
-    assert 'href="sides.html"' in index and all(one.claim.id in index for one in compare_claims(results))
-    found = read_findings({"circuits": unit}, tmp_path / "run" / "report", {})
-    circuits, claims = sections(found, None)
+    assert 'href="sides.html"' in index and all(row.claim.id in index for row in compare_claims(results))
+    circuits, claims = sections(read_findings({"circuits": unit}, tmp_path / "run" / "report", {}), None)
     assert claims.blocks[0].rows and circuits.blocks[1].items == (("Sides", "../circuits/sides.html"),)
 
     # A person labels two features of a position; they become a group, and name it.
-    with (unit / "review" / "sides.csv").open() as file:
-        sheet = list(csv.DictReader(file))
+    sheet = read_table(unit / "review" / "sides.csv")
     assert [row["group"] for row in sheet] == [group.name for group in circuit.groups for _ in group.members]
     pair = [row for row in sheet if row["role"] == sheet[0]["role"]][:2]
     assert not any(row["label"] for row in sheet) and "automatic_label" in sheet[0]  # labels are people's
@@ -92,8 +90,7 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     labelled = load_results(tmp_path / "run", "circuits").behaviours["sides"]
     (group,) = [group for group in labelled.groups if group.name.startswith("sides of things (")]
     assert len(group.members) == len(pair)
-    with (unit / "review" / "sides.csv").open() as file:
-        again = {(row["dictionary"], row["feature"]): row["label"] for row in csv.DictReader(file)}
+    again = {(row["dictionary"], row["feature"]): row["label"] for row in read_table(unit / "review" / "sides.csv")}
     assert all(again.get((row["dictionary"], row["feature"]), row["label"]) == row["label"] for row in pair)
     assert "sides of things" in (unit / "sides.html").read_text() and "things" in (unit / "sides.svg").read_text()
 
@@ -115,18 +112,15 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     assert run(tmp_path / "run", *flags) == 0 and "circuits: done before, unchanged" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
+def test_bad_input_is_one_line(flags, tmp_path, capsys):
+    for wrong, message in (
         ("--graph.transcoders=", "--circuits.behaviours takes transcoders of all layers"),
         ("--circuits.groups=none.json", "--circuits.groups=none.json cannot be read"),
         ("--circuits.behaviours=rhyme", "unknown behaviour (--circuits.behaviours) 'rhyme'"),
-    ],
-)
-def test_bad_input_is_one_line(flags, tmp_path, capsys, wrong, message):
-    assert run(tmp_path / "run", *flags, wrong) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    ):
+        assert run(tmp_path / "run", *flags, wrong) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 def test_preflight_compiles_its_programs(inputs, tmp_path, capsys):
@@ -134,5 +128,5 @@ def test_preflight_compiles_its_programs(inputs, tmp_path, capsys):
     changes = dict(circuits__behaviours="capital", graph__transcoders="a/set", preflight__transcoder_features=48)
     flags = runs.small_flags(*inputs, tmp_path / "run", **changes)
     assert command.run(["preflight"], "", ["preflight", *flags]) == 0, capsys.readouterr().err
-    said = capsys.readouterr().out
-    assert "circuits: rows" in said and "circuits: a layer of edited runs" in said
+    output = capsys.readouterr().out
+    assert "circuits: rows" in output and "circuits: a layer of edited runs" in output

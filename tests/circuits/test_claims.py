@@ -36,7 +36,7 @@ def circuit(edges=EVERY, returning=("0_1_content",), layers=9):
 
 
 def outcomes(results) -> dict[str, str]:
-    return {one.claim.id: one.outcome for one in compare_claims(results)}
+    return {row.claim.id: row.outcome for row in compare_claims(results)}
 
 
 def test_every_claim_has_a_row():
@@ -51,36 +51,35 @@ def test_every_claim_has_a_row():
     assert rows[0].evidence == "Capital of a city's state or country: the model does not have it."
 
 
-def test_edges_confirm_claims():
+def test_drawn_edges_confirm_claims():
     found = outcomes(CircuitsResults("set", dict(two_hop=circuit(), sport=circuit(), rhyme=circuit()), {}))
     for claim in ("hop-1", "hop-2", "hop-3", "hop-4", "fact-1", "rhyme-2"):
         assert found[claim] == CONFIRMED
     assert found["ant-1"] == found["add-1"] == NOT_TESTABLE
+    faint = [dataclasses.replace(each, drawn=False) for each in EVERY]
+    found = outcomes(CircuitsResults("set", dict(two_hop=circuit(faint)), {}))
+    assert {found[f"hop-{n}"] for n in (1, 2, 3, 4)} == {NOT_SEEN}
+    # Without counterparts of equal length nothing is swapped.
+    unswapped = dataclasses.replace(circuit(), swapped=0)
+    assert outcomes(CircuitsResults("set", dict(rhyme=unswapped), {}))["rhyme-2"] == NOT_TESTABLE
 
 
-@pytest.mark.parametrize("claim", ["hop-1", "hop-2", "hop-3", "hop-4"])
-def test_edges_that_are_not_drawn_confirm_nothing(claim):
-    faint = [dataclasses.replace(one, drawn=False) for one in EVERY]
-    assert outcomes(CircuitsResults("set", dict(two_hop=circuit(faint)), {}))[claim] == NOT_SEEN
+SAYS = edge("says", ANSWER, "swap")
 
 
 @pytest.mark.parametrize(
-    ("edges", "claim", "outcome"),
+    ("edges", "claim"),
     [
-        (CHAIN[:1] + CHAIN[2:], "hop-2", NOT_SEEN),  # the question does not join
-        (CHAIN[:4], "hop-4", NOT_SEEN),
-        (CHAIN, "hop-1", NOT_SEEN),  # the state does not carry which answer it is
-        ([*CHAIN[:3], CHAIN[4], edge("state", ANSWER, "swap")], "hop-1", NOT_SEEN),  # it does not reach the answer
-        (
-            [edge("city", "says"), edge("says", ANSWER), edge("says", ANSWER, "swap")],
-            "hop-1",
-            NOT_SEEN,
-        ),  # what says the answer is no step
-        ([edge("city", ANSWER, "swap", effect=1.5)], "hop-3", NOT_SEEN),  # less than the logit difference of 2
+        (CHAIN[:1] + CHAIN[2:], "hop-2"),  # the question does not join
+        (CHAIN[:4], "hop-4"),
+        (CHAIN, "hop-1"),  # the state does not carry which answer it is
+        ([*CHAIN[:3], CHAIN[4], edge("state", ANSWER, "swap")], "hop-1"),  # it does not reach the answer
+        ([edge("city", "says"), edge("says", ANSWER), SAYS], "hop-1"),  # what says the answer is no step
+        ([edge("city", ANSWER, "swap", effect=1.5)], "hop-3"),  # less than the logit difference of 2
     ],
 )
-def test_each_claim_takes_its_own_edges(edges, claim, outcome):
-    assert outcomes(CircuitsResults("set", dict(two_hop=circuit(edges)), {}))[claim] == outcome
+def test_each_claim_takes_its_own_edges(edges, claim):
+    assert outcomes(CircuitsResults("set", dict(two_hop=circuit(edges)), {}))[claim] == NOT_SEEN
 
 
 def test_sharing_is_compared_with_unrelated_behaviours():
@@ -95,8 +94,3 @@ def test_sharing_is_compared_with_unrelated_behaviours():
     alike = circuit(returning=[*shared, "0_1_last", "8_1_last"])
     assert outcomes(CircuitsResults("set", languages | dict(capital=alike), {}))["ant-1"] == NOT_SEEN
     assert outcomes(CircuitsResults("set", languages, {}))["ant-1"] == NOT_TESTABLE  # there is no control
-
-
-def test_without_counterparts_of_equal_length_nothing_is_swapped():
-    plain = dataclasses.replace(circuit(), swapped=0)
-    assert outcomes(CircuitsResults("set", dict(rhyme=plain), {}))["rhyme-2"] == NOT_TESTABLE

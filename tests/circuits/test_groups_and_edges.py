@@ -78,12 +78,9 @@ def test_groups_are_proposed_from_labels_and_positions():
     }
     assert [group.members for group in propose_groups(scores, 12, size=1, most=2)] == [(A,), (B,)]
 
-
-def test_groups_without_a_label_are_named_by_the_tokens_of_their_most_influential_features():
-    scores = {A: 4.0, B: 3.0, C: 2.0, D: 1.0}
+    # Without a label they are named by the tokens of their most influential features.
     tokens = {A: {"“Dallas”": 5, "“Boston”": 2}, B: {"“of”": 1}, C: {"“is”": 2, "“of”": 2}}
-    names = [group.name for group in propose_groups(scores, 12, 10, 9, {}, tokens)]
-    assert names == [
+    assert [group.name for group in propose_groups(scores, 12, 10, 9, {}, tokens)] == [
         "“of” “is” (last position, middle layers)",
         "“Dallas” “Boston” (differing words, early layers)",
         "last position, late layers",
@@ -104,6 +101,17 @@ def test_features_are_named(key, details, name):
     assert name_feature(key, details, 12) == name
 
 
+BAD_FILES = [
+    ("{", "holds no groups of features"),
+    ("[]", "holds no groups"),
+    ('{"two_hop": [["a"]]}', "holds no groups"),
+    ('{"two_hop": [["a", "3_17"]]}', "holds no groups"),
+    ('{"two_hop": [["a", "3_17_middle"]]}', "holds no groups"),
+    ('{"two_hop": [["a", "3_17_last"], ["b", "3_17_last"]]}', "3_17_last is in the groups of two_hop twice"),
+    ('{"four_hop": [["a", "3_17_last"]]}', "has groups for four_hop: expected some of two_hop"),
+]
+
+
 def test_a_file_of_groups_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "groups.json"
     groups = [Group("places, “here”", (A, B)), Group("late", (D,))]
@@ -111,25 +119,10 @@ def test_a_file_of_groups_is_read_as_it_was_written(tmp_path):
     assert read_groups(str(path), ["two_hop"]) == {"two_hop": groups}
     assert read_groups("", ["two_hop"]) == {}
     assert len(path.read_text().splitlines()) == 6  # a group on a line, to be edited
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "holds no groups of features"),
-        ("[]", "holds no groups"),
-        ('{"two_hop": [["a"]]}', "holds no groups"),
-        ('{"two_hop": [["a", "3_17"]]}', "holds no groups"),
-        ('{"two_hop": [["a", "3_17_middle"]]}', "holds no groups"),
-        ('{"two_hop": [["a", "3_17_last"], ["b", "3_17_last"]]}', "3_17_last is in the groups of two_hop twice"),
-        ('{"four_hop": [["a", "3_17_last"]]}', "has groups for four_hop: expected some of two_hop"),
-    ],
-)
-def test_a_bad_file_of_groups(tmp_path, content, message):
-    path = tmp_path / "groups.json"
-    path.write_text(content)
-    with pytest.raises(UserError, match=message):
-        read_groups(str(path), ["two_hop"])
+    for content, message in BAD_FILES:
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_groups(str(path), ["two_hop"])
     with pytest.raises(UserError, match="--circuits.groups"):
         read_groups(str(tmp_path / "none.json"), ["two_hop"])
 
@@ -169,14 +162,8 @@ def test_an_edge_takes_an_interval_and_both_controls(own, control, options, draw
     assert edges[0].dose == pytest.approx(options.get("dose", 1.0))
 
 
-def test_edges_without_effect_are_rarely_drawn():
-    """The level holds for all edges of a behaviour together."""
-    drawn = [judge_edges(["g"], measured(0, 0, seed=n), ["a"] * 20, resamples=1000)[0].drawn for n in range(200)]
-    assert sum(drawn) <= 8  # three intervals have to agree, so far below 10
-
-
-@pytest.mark.parametrize("count", [2, 5, 12])
-def test_noise_on_few_prompts_draws_no_edge(count):
+@pytest.mark.parametrize("count", [2, 5, 20])
+def test_noise_draws_no_edge(count):
     """Forty-eight edges between six groups, where nothing is true: two prompts agree on half of them."""
     rng, drawn = np.random.default_rng(0), 0
     for seed in range(40):
