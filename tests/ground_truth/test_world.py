@@ -11,16 +11,7 @@ from absl import flags
 from scipy.stats import norm
 
 from saejax.errors import UserError
-from saejax.ground_truth.world import (
-    check,
-    conditional_rates,
-    make_world,
-    orthogonalise,
-    parents,
-    rates,
-    sample,
-    sample_with_code,
-)
+from saejax.ground_truth import world as worlds
 from saejax.parallel.mesh import fitting_sharding, make_mesh
 from saejax.runner import config
 from saejax.runner.registry import GROUPS
@@ -33,8 +24,8 @@ COUNT = 40_000
 
 
 def drawn(settings=SMALL, count=COUNT, seed=7):
-    world = make_world(settings)
-    x_BxD, code_BxJ = sample_with_code(world, jax.random.key(seed), count)
+    world = worlds.make_world(settings)
+    x_BxD, code_BxJ = worlds.sample_with_code(world, jax.random.key(seed), count)
     return world, np.asarray(x_BxD), np.asarray(code_BxJ)
 
 
@@ -60,7 +51,7 @@ def test_rates_and_sizes_without_trees():
     world, _, code_BxJ = drawn(plain)
     mean_J, std_J = np.asarray(world.mean_J, np.float64), np.asarray(world.std_J, np.float64)
     # A condition is met at the Zipf rate, and of those the normal activation is above 0 at this one.
-    close((code_BxJ > 0).mean(0), rates(plain) * norm.cdf(mean_J / std_J))
+    close((code_BxJ > 0).mean(0), worlds.rates(plain) * norm.cdf(mean_J / std_J))
     ratio = mean_J / std_J
     expected_J = mean_J + std_J * norm.pdf(ratio) / norm.cdf(ratio)  # of a normal number, given that it is above 0
     found_J = code_BxJ.sum(0) / (code_BxJ > 0).sum(0)
@@ -70,14 +61,14 @@ def test_rates_and_sizes_without_trees():
 def test_eight_devices_draw_what_one_draws():
     world, _, code_BxJ = drawn(dataclasses.replace(SMALL, features=400, roots=20), count=64)
     rows = fitting_sharding(make_mesh(), (64, 1), "data", None)
-    sharded = sample(world, jax.random.key(7), 64, rows)
+    sharded = worlds.sample(world, jax.random.key(7), 64, rows)
     assert len(sharded.sharding.device_set) == 8 and (code_BxJ > 0).any()
-    np.testing.assert_allclose(sharded, sample(world, jax.random.key(7), 64), atol=1e-5)
+    np.testing.assert_allclose(sharded, worlds.sample(world, jax.random.key(7), 64), atol=1e-5)
 
 
 def test_children_fire_with_their_parent_alone_and_one_at_a_time():
     _, _, code_BxJ = drawn()
-    parent_J = parents(SMALL.features, SMALL.roots, SMALL.branching, SMALL.depth)
+    parent_J = worlds.parents(SMALL.features, SMALL.roots, SMALL.branching, SMALL.depth)
     assert list(parent_J[:9]) == [-1, -1, 0, 0, 0, 1, 1, 1, 2] and (parent_J >= 0).sum() == 24
     on_BxJ = code_BxJ > 0
     for parent in set(parent_J) - {-1}:
@@ -87,14 +78,14 @@ def test_children_fire_with_their_parent_alone_and_one_at_a_time():
     _, _, free_BxJ = drawn(dataclasses.replace(SMALL, exclusive=False, factors=0))
     assert (free_BxJ[:, 2:5] > 0).sum(1).max() == 3
     # Without exclusion and factors a child fires as often as it is meant to.
-    close((free_BxJ > 0).mean(0), rates(SMALL), deviations=6)
+    close((free_BxJ > 0).mean(0), worlds.rates(SMALL), deviations=6)
 
 
 def test_one_child_of_several_is_kept_with_equal_chances():
     """Against all outcomes of one family of three, written out."""
     settings = dataclasses.replace(SMALL, depth=1, factors=0)
     _, _, code_BxJ = drawn(settings)
-    p = conditional_rates(settings)
+    p = worlds.conditional_rates(settings)
     for parent, first in ((0, 2), (1, 5)):
         expected = np.zeros(3)
         for met in np.ndindex(2, 2, 2):
@@ -125,7 +116,7 @@ def test_factors_make_features_fire_together():
         r = correlation_JxJ[i, j]
         expected = multivariate_normal([0, 0], [[1, r], [r, 1]]).cdf([-threshold_J[i], -threshold_J[j]])
         close(((code_BxJ[:, i] > 0) & (code_BxJ[:, j] > 0)).mean(), expected)
-    close((code_BxJ > 0).mean(0), rates(settings))
+    close((code_BxJ > 0).mean(0), worlds.rates(settings))
 
 
 def test_orthogonalising_is_the_loss_written_out():
@@ -137,7 +128,7 @@ def test_orthogonalising_is_the_loss_written_out():
     gradient_JxD = 4 * gram_JxJ @ rows_JxD  # unit rows: the other sum has no gradient
     moved_JxD = rows_JxD - 1e-3 * np.sign(gradient_JxD)
     expected_JxD = moved_JxD / np.linalg.norm(moved_JxD, axis=1, keepdims=True)
-    found_JxD = orthogonalise(jnp.asarray(rows_JxD, jnp.float32), 1, 1e-3)
+    found_JxD = worlds.orthogonalise(jnp.asarray(rows_JxD, jnp.float32), 1, 1e-3)
     np.testing.assert_allclose(found_JxD, expected_JxD, atol=2e-5)
 
 
@@ -147,12 +138,14 @@ def test_statistics_of_synthsaebench_16k():
     config.define_flags(GROUPS, values)
     values(["", f"--flagfile={Path('configs/synthsaebench-16k.flags')}"])
     settings = dataclasses.replace(config.from_flags(GROUPS, values)[TruthConfig], orthogonalise=0)
-    own_J = conditional_rates(settings)
-    assert settings.features == 16_384 and rates(settings)[0] == 0.4 and np.isclose(rates(settings)[-1], 5e-4)
-    parent_J = parents(settings.features, settings.roots, settings.branching, settings.depth)
+    own_J = worlds.conditional_rates(settings)
+    rates_J = worlds.rates(settings)
+    assert settings.features == 16_384 and rates_J[0] == 0.4 and np.isclose(rates_J[-1], 5e-4)
+    parent_J = worlds.parents(settings.features, settings.roots, settings.branching, settings.depth)
     assert np.sum(parent_J >= 0) + 128 == 10_880 and abs(own_J.max() - 0.915) < 1e-3
-    world = make_world(settings)
-    counts_J = sum(np.asarray(jnp.sum(sample_with_code(world, jax.random.key(i), 256)[1] > 0, 0)) for i in range(6))
+    world = worlds.make_world(settings)
+    codes = [worlds.sample_with_code(world, jax.random.key(i), 256)[1] for i in range(6)]
+    counts_J = sum(np.asarray(jnp.sum(code_BxJ > 0, 0)) for code_BxJ in codes)
     rate_J = counts_J / (6 * 256)
     levels = [rate_J[start:stop].sum() for start, stop in ((0, 128), (128, 640), (640, 2688), (2688, 10880))]
     np.testing.assert_allclose([*levels, rate_J[10880:].sum()], [8.2, 7.4, 7.4, 7.2, 4.6], rtol=0.08)
@@ -172,7 +165,7 @@ def test_statistics_of_synthsaebench_16k():
 )
 def test_worlds_that_cannot_be(changes, told):
     with pytest.raises(UserError, match=told):
-        check(dataclasses.replace(SMALL, **changes))
+        worlds.check(dataclasses.replace(SMALL, **changes))
 
 
 def test_same_seed_same_bits():

@@ -8,11 +8,7 @@ import pytest
 from effect_worlds import attribution, planted_world, top_features, world_table
 
 from saejax.errors import UserError
-from saejax.interventions.answers import (
-    BehaviourVerdict,
-    VerdictConfig,
-    sets_sentence,
-)
+from saejax.interventions.answers import BehaviourVerdict, VerdictConfig, sets_sentence
 from saejax.interventions.curves import read_curves
 from saejax.interventions.table import (
     TESTED,

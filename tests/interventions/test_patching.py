@@ -10,16 +10,9 @@ import torch
 
 import saejax
 from saejax.errors import UserError
+from saejax.interventions import patching
 from saejax.interventions.edits import ActivationReplacement
 from saejax.interventions.patch_run import PatchGrid, find_strongest
-from saejax.interventions.patching import (
-    DIRECTIONS,
-    PatchEffects,
-    count_heads,
-    fitting_pairs,
-    patch_features,
-    patch_sites,
-)
 from saejax.interventions.rows import first_change, gather
 from saejax.interventions.split_model import PROMPTS, SplitModel
 from saejax.statistics.bootstrap import resampling_weights
@@ -73,8 +66,8 @@ SLOW_KINDS = [("mlp_out", "each"), ("attn_k", "-4:"), ("attn_z", "-4:")]
     ("kind", "positions"), [*KINDS, *(pytest.param(*kind, marks=pytest.mark.slow) for kind in SLOW_KINDS)]
 )
 def test_patches_equal_a_plain_loop_with_torch_hooks(tiny, tiny_torch, pairs, kind, positions):
-    layers, heads, compared = (0, 3), count_heads(tiny.config, kind), 0
-    patched = patch_sites(tiny, kind, pairs, positions, layers=layers)
+    layers, heads, compared = (0, 3), patching.count_heads(tiny.config, kind), 0
+    patched = patching.patch_sites(tiny, kind, pairs, positions, layers=layers)
     for (place, layer), head, (p, pair) in itertools.product(enumerate(layers), range(heads), enumerate(pairs[:2])):
         module = module_of(tiny_torch, kind, layer)
         for direction, base, source in sources(pair):
@@ -98,7 +91,7 @@ def test_patches_equal_a_plain_loop_with_torch_hooks(tiny, tiny_torch, pairs, ki
 
 
 def test_heads_at_each_position_add_up_in_shape(tiny, pairs):
-    patched = patch_sites(tiny, "attn_z", pairs[:2], layers=[3])
+    patched = patching.patch_sites(tiny, "attn_z", pairs[:2], layers=[3])
     lengths = tiny.tokenize([pair.text for pair in pairs[:2]]).lengths_B
     assert patched.diff_DxLxHxPxC.shape == (2, 1, tiny.config.n_heads, 2, lengths.max())
     # What a head writes at an earlier position of the last layer reaches no other position.
@@ -107,14 +100,14 @@ def test_heads_at_each_position_add_up_in_shape(tiny, pairs):
 
 
 def test_all_positions_together_equal_the_other_run(tiny, pairs):
-    patched = patch_sites(tiny, "resid_pre", pairs, "all", layers=[2])
+    patched = patching.patch_sites(tiny, "resid_pre", pairs, "all", layers=[2])
     np.testing.assert_allclose(patched.diff_DxLxHxPxC[0, 0, 0, :, 0], patched.clean_P, atol=1e-5)
     np.testing.assert_allclose(patched.diff_DxLxHxPxC[1, 0, 0, :, 0], patched.corrupted_P, atol=1e-5)
 
 
 def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(tiny, pairs):
     same = [dataclasses.replace(pair, counterpart=pair.text) for pair in pairs]
-    patched = patch_sites(tiny, "resid_post", same)
+    patched = patching.patch_sites(tiny, "resid_post", same)
     effect = patched.effect_DxLxHxPxC
     assert (effect[~np.isnan(effect)] == 0).all() and patched.rows == 0
     grid = PatchGrid.of(patched, weights(len(same)))
@@ -123,7 +116,7 @@ def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(tiny, pai
 
 def test_only_places_that_differ_are_run(tiny, pairs):
     """Tokens before the first that differs are the same in both runs, in every layer."""
-    patched = patch_sites(tiny, "resid_post", pairs)
+    patched = patching.patch_sites(tiny, "resid_post", pairs)
     sides = [tiny.tokenize(texts).ids_BxT for texts in ([p.text for p in pairs], [p.counterpart for p in pairs])]
     lengths_P = tiny.tokenize([pair.text for pair in pairs]).lengths_B
     differing = sum(int(n - (a[:n] != b[:n]).argmax()) for a, b, n in zip(*sides, lengths_P, strict=True))
@@ -132,20 +125,20 @@ def test_only_places_that_differ_are_run(tiny, pairs):
 
 @pytest.mark.slow
 def test_one_prompt_small_batches_and_a_mesh_of_eight(tiny, tiny_llama, pairs):
-    wanted = patch_sites(tiny, "attn_out", pairs)
-    alone = patch_sites(tiny, "attn_out", pairs[:1], batch_rows=3)
+    wanted = patching.patch_sites(tiny, "attn_out", pairs)
+    alone = patching.patch_sites(tiny, "attn_out", pairs[:1], batch_rows=3)
     length = alone.diff_DxLxHxPxC.shape[-1]
     np.testing.assert_allclose(alone.diff_DxLxHxPxC[..., 0, :], wanted.diff_DxLxHxPxC[..., 0, -length:], atol=1e-5)
-    spread = patch_sites(saejax.load_model(str(tiny_llama)), "attn_out", pairs)
+    spread = patching.patch_sites(saejax.load_model(str(tiny_llama)), "attn_out", pairs)
     np.testing.assert_allclose(spread.diff_DxLxHxPxC, wanted.diff_DxLxHxPxC, atol=1e-5)
 
 
 def test_a_pytorch_model_gives_the_same_and_refuses_heads(tiny, tiny_llama, pairs):
     lm = saejax.load_model(str(tiny_llama), backend="torch", mesh=tiny.mesh)
-    wanted, found = (patch_sites(model, "mlp_out", pairs[:2], layers=[0, 3]) for model in (tiny, lm))
+    wanted, found = (patching.patch_sites(model, "mlp_out", pairs[:2], layers=[0, 3]) for model in (tiny, lm))
     np.testing.assert_allclose(found.diff_DxLxHxPxC, wanted.diff_DxLxHxPxC, atol=2e-5)
     with pytest.raises(UserError, match="heads"):
-        patch_sites(lm, "attn_z", pairs[:2])
+        patching.patch_sites(lm, "attn_z", pairs[:2])
 
 
 @pytest.mark.parametrize("site", ["resid_post.1", pytest.param("mlp_out.2", marks=pytest.mark.slow)])
@@ -153,7 +146,7 @@ def test_features_equal_torch_hooks(tiny, plain, make_dictionary, pairs, site):
     """Sets, and all features, in both directions; sinks and the error term stay those of the base run."""
     dictionary = make_dictionary(site)
     sets = [[3], [3, 50, 77, 120], list(range(dictionary.config.n_features))]
-    patched = patch_features(SplitModel(tiny, dictionary), pairs, sets)
+    patched = patching.patch_features(SplitModel(tiny, dictionary), pairs, sets)
     for p, pair in enumerate(pairs[:2]):
         runs = [plain(dictionary, pair), plain(dictionary, dataclasses.replace(pair, text=pair.counterpart))]
         values = [run.value() for run in runs]
@@ -192,13 +185,13 @@ def weights(prompts, resamples=300):
     return resampling_weights(np.zeros(prompts), resamples, 0)
 
 
-def made_up(effect_LxC, prompts=30, seed=0) -> PatchEffects:
+def made_up(effect_LxC, prompts=30, seed=0) -> patching.PatchEffects:
     """Return effects of a whole site: denoising restores ``effect_LxC`` and, on each prompt, some noise."""
     noise_LxPxC = np.random.default_rng(seed).normal(0, 3.0, (len(effect_LxC), prompts, effect_LxC.shape[1]))
     denoised_LxPxC = effect_LxC[:, None, :] + noise_LxPxC - 1.0
     diff = np.stack([denoised_LxPxC, 1.0 - noise_LxPxC])[:, :, None]
     layers = tuple(range(len(effect_LxC)))
-    return PatchEffects("resid_post", layers, "each", np.ones(prompts), -np.ones(prompts), diff, 1, 1)
+    return patching.PatchEffects("resid_post", layers, "each", np.ones(prompts), -np.ones(prompts), diff, 1, 1)
 
 
 def test_the_strongest_place_is_chosen_on_train_prompts():
@@ -225,7 +218,7 @@ def test_a_grid_has_the_means_and_ratios_of_its_prompts(tmp_path):
     grid.save(tmp_path / "grid.parquet")
     loaded = PatchGrid.load(tmp_path / "grid.parquet")
     np.testing.assert_array_equal(loaded.effect, grid.effect)
-    assert set(loaded.direction) == set(DIRECTIONS) and np.isnan(loaded.head.astype(float)).all()
+    assert set(loaded.direction) == set(patching.DIRECTIONS) and np.isnan(loaded.head.astype(float)).all()
 
 
 def test_one_prompt_is_not_normalised_and_not_tested():
@@ -237,13 +230,15 @@ def test_one_prompt_is_not_normalised_and_not_tested():
 
 def test_what_cannot_be_patched_is_refused_in_a_line(tiny, pairs):
     longer = dataclasses.replace(pairs[0], counterpart=pairs[0].text + " and so on")
-    fitting, left_out = fitting_pairs(tiny, [longer, dataclasses.replace(longer, counterpart="")], longer.split)
+    fitting, left_out = patching.fitting_pairs(
+        tiny, [longer, dataclasses.replace(longer, counterpart="")], longer.split
+    )
     assert not fitting and left_out == {"no counterpart": 1, "other length": 1}
     for message, call in (
-        ("another number of tokens", lambda: patch_sites(tiny, "resid_post", [longer])),
-        ("kind of site", lambda: patch_sites(tiny, "resid", pairs)),
-        ("there is no site", lambda: patch_sites(tiny, "resid_post", pairs, layers=[99])),
-        ("positions", lambda: patch_sites(tiny, "resid_post", pairs, "first")),
+        ("another number of tokens", lambda: patching.patch_sites(tiny, "resid_post", [longer])),
+        ("kind of site", lambda: patching.patch_sites(tiny, "resid", pairs)),
+        ("there is no site", lambda: patching.patch_sites(tiny, "resid_post", pairs, layers=[99])),
+        ("positions", lambda: patching.patch_sites(tiny, "resid_post", pairs, "first")),
         ("no test prompt has a counterpart", lambda: saejax.patch(tiny, [dataclasses.replace(longer, split="test")])),
     ):
         with pytest.raises(UserError, match=message):

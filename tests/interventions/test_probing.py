@@ -17,22 +17,9 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.files import write_lines
 from saejax.interventions import probe_run as stage
+from saejax.interventions import probing
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import effects
-from saejax.interventions.probing import (
-    ProbeTask,
-    ablation_on_prompts,
-    ablation_on_references,
-    choose_strength,
-    fit_probe,
-    match_firing_rates,
-    mean_differences,
-    paired_difference,
-    permutation_p,
-    probe_inputs,
-    run_probes,
-    select_inputs,
-)
 from saejax.interventions.references import Reference
 from saejax.interventions.split_model import SplitModel
 from saejax.results import Interval, from_json, to_json
@@ -50,7 +37,7 @@ def one_thread():
         yield
 
 
-def make_task(inputs=40, train=120, test=60, classes=2, seed=0, planted=True) -> ProbeTask:
+def make_task(inputs=40, train=120, test=60, classes=2, seed=0, planted=True) -> probing.ProbeTask:
     """Return sparse inputs; where planted, the class says which of inputs 3 and 8 fire (of two: how strongly)."""
     rng = np.random.default_rng(seed)
     class_N = np.arange(train + test) % classes if planted else rng.integers(classes, size=train + test)
@@ -59,11 +46,11 @@ def make_task(inputs=40, train=120, test=60, classes=2, seed=0, planted=True) ->
     if planted:
         x_NxC[:, 3] = 2.0 * (class_N % 2) + 0.7 * rng.normal(size=train + test)
         x_NxC[:, 8] = 2.0 * (class_N >= classes / 2) + 0.7 * rng.normal(size=train + test)
-    return ProbeTask(x_NxC[:train], class_N[:train], x_NxC[train:], class_N[train:])
+    return probing.ProbeTask(x_NxC[:train], class_N[:train], x_NxC[train:], class_N[train:])
 
 
 def test_sparse_probes_find_the_planted_inputs():
-    (one, two, full), _ = zip(*run_probes(make_task(classes=4), CONFIG, [1]), strict=True)
+    (one, two, full), _ = zip(*probing.run_probes(make_task(classes=4), CONFIG, [1]), strict=True)
     assert (one.k, two.k, full.k) == (1, 2, None)
     assert set(two.inputs) == {3, 8} and one.inputs == two.inputs[:1] and full.inputs is None
     # Two independent bits, each read with an error rate of P(z > 1 / 0.7), 7.7 %: 85 % are right.
@@ -81,8 +68,8 @@ def test_random_labels_are_not_read():
     rng, p, accuracy = np.random.default_rng(3), [], []
     for seed in range(150):
         task = make_task(inputs=12, train=40, test=30, seed=seed, planted=False)
-        answer_M = fit_probe(task, 2, 0.1).class_M
-        p.append(permutation_p(answer_M, task.test_class_M, 200, rng))
+        answer_M = probing.fit_probe(task, 2, 0.1).class_M
+        p.append(probing.permutation_p(answer_M, task.test_class_M, 200, rng))
         accuracy.append((answer_M == task.test_class_M).mean())
     assert binomtest(int((np.array(p) <= 0.1).sum()), len(p), 0.1, alternative="greater").pvalue > 0.01
     assert 0.3 < np.mean(p) < 0.85  # not all at one end
@@ -97,39 +84,39 @@ def test_the_full_probe_is_that_of_a_plain_pipeline(classes):
         plain = make_pipeline(
             StandardScaler(with_mean=False), LogisticRegression(C=strength, tol=1e-9, max_iter=20_000)
         ).fit(task.train_NxC, task.train_class_N)
-        np.testing.assert_array_equal(fit_probe(task, None, strength).class_M, plain.predict(task.test_MxC))
+        np.testing.assert_array_equal(probing.fit_probe(task, None, strength).class_M, plain.predict(task.test_MxC))
 
 
 def test_the_penalty_is_chosen_on_train_prompts():
     strong, weak = 1e-4, 1.0
     config = dataclasses.replace(CONFIG, strengths=(weak, strong))
-    assert choose_strength(make_task(), None, config, 0) == weak
-    assert choose_strength(make_task(planted=False), None, config, 0) == strong
+    assert probing.choose_strength(make_task(), None, config, 0) == weak
+    assert probing.choose_strength(make_task(planted=False), None, config, 0) == strong
     task = make_task()
     upside_down = dataclasses.replace(task, test_class_M=1 - task.test_class_M, test_MxC=-task.test_MxC)
-    assert [row.strength for row, _ in run_probes(task, config, [1])] == [
-        row.strength for row, _ in run_probes(upside_down, config, [1])
+    assert [row.strength for row, _ in probing.run_probes(task, config, [1])] == [
+        row.strength for row, _ in probing.run_probes(upside_down, config, [1])
     ]
 
 
 def test_differences_of_class_means():
     for classes, size in ((2, np.abs), (4, np.array)):
         task = make_task(classes=classes)
-        for k, ours_C in enumerate(mean_differences(task.train_NxC, task.train_class_N)):
+        for k, ours_C in enumerate(probing.mean_differences(task.train_NxC, task.train_class_N)):
             own = task.train_class_N == k
             theirs_C = task.train_NxC[own].mean(axis=0) - task.train_NxC[~own].mean(axis=0)
             np.testing.assert_allclose(ours_C, size(theirs_C), atol=1e-12)
-    assert select_inputs(make_task(), 1).tolist() in ([3], [8])
+    assert probing.select_inputs(make_task(), 1).tolist() in ([3], [8])
     # In units of the input: one that varies a lot comes before one that says more.
     loud = dataclasses.replace(make_task(), train_NxC=make_task().train_NxC * np.where(np.arange(40) == 0, 1e3, 1.0))
-    assert select_inputs(loud, 1).tolist() == [0]
+    assert probing.select_inputs(loud, 1).tolist() == [0]
 
 
 def test_differences_are_paired_by_prompt():
     right_M, other_M = np.array([True] * 8 + [False] * 2), np.array([False] * 2 + [True] * 8)
-    gap = paired_difference(right_M, other_M, 0)
+    gap = probing.paired_difference(right_M, other_M, 0)
     assert gap.mean == 0 and gap.low < 0 < gap.high
-    assert paired_difference(right_M, right_M, 0) == Interval(0.0, 0.0, 0.0)
+    assert probing.paired_difference(right_M, right_M, 0) == Interval(0.0, 0.0, 0.0)
 
 
 def test_every_class_gets_an_input():
@@ -139,7 +126,7 @@ def test_every_class_gets_an_input():
     shift_NxC = np.zeros((90, 12))
     shift_NxC[:, :6], shift_NxC[:, 8], shift_NxC[:, 11] = (class_N == 0)[:, None], class_N == 1, class_N == 2
     x_NxC = noise_NxC + shift_NxC * np.where(np.arange(12) < 6, 30.0, 6.0)
-    chosen = select_inputs(ProbeTask(x_NxC, class_N, x_NxC, class_N), 3)
+    chosen = probing.select_inputs(probing.ProbeTask(x_NxC, class_N, x_NxC, class_N), 3)
     assert chosen[0] < 6 and set(chosen[1:]) == {8, 11}
 
 
@@ -189,13 +176,10 @@ def test_the_noun_beside_the_verb_does_not_say_the_subjects_number():
     beside_N = beside_is_plural(label.prompts)
     for places, class_N in ((label.train_N, label.train_class_N), (label.test_M, label.test_class_M)):
         assert beside_N[places][class_N == 0].mean() == beside_N[places][class_N == 1].mean() == 0.5
-    task = ProbeTask(
-        beside_N[label.train_N, None] * 1.0,
-        label.train_class_N,
-        beside_N[label.test_M, None] * 1.0,
-        label.test_class_M,
+    task = probing.ProbeTask(
+        beside_N[label.train_N, None] * 1.0, label.train_class_N, beside_N[label.test_M, None] * 1.0, label.test_class_M
     )
-    assert (fit_probe(task, 1, 1.0).class_M == task.test_class_M).mean() == 0.5
+    assert (probing.fit_probe(task, 1, 1.0).class_M == task.test_class_M).mean() == 0.5
     # Subjects and what is right stay; other behaviours and prompts of one's own are left as they are.
     for old, new in zip(prompts, label.prompts, strict=True):
         assert (new.correct, new.text.split()[:5]) == (old.correct, old.text.split()[:5])
@@ -258,7 +242,7 @@ def test_inputs_are_those_of_the_last_position(tiny, make_dictionary, prompts, p
     if target:
         config = dataclasses.replace(dictionary.config, target=target, centred=False)
         dictionary = Dictionary(config, **dictionary.arrays | dict(b_dec_D=np.zeros(config.d_in, np.float32)))
-    inputs, read_N = probe_inputs(SplitModel(tiny, dictionary), prompts)
+    inputs, read_N = probing.probe_inputs(SplitModel(tiny, dictionary), prompts)
     tokens = tiny.tokenize([prompt.text for prompt in prompts])
     x_NxTxD = np.asarray(tiny(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site], np.float64)
     for n, length in enumerate(tokens.lengths_B):
@@ -275,7 +259,7 @@ def test_what_is_refused(make_run, tiny, make_dictionary, prompts):
     dictionary = make_dictionary("resid_post.1")
     broken = {**dictionary.arrays, "b_enc_F": dictionary.arrays["b_enc_F"].at[7].set(np.nan)}
     with pytest.raises(UserError, match="feature 7 has an activation that is not finite"):
-        probe_inputs(SplitModel(tiny, Dictionary(dictionary.config, **broken)), prompts)
+        probing.probe_inputs(SplitModel(tiny, Dictionary(dictionary.config, **broken)), prompts)
     for settings, message in (
         (dict(labels=("verb",)), "unknown label 'verb': expected one of behaviour, answer, parity"),
         (dict(strengths=()), "--probe.strengths is empty"),
@@ -294,14 +278,14 @@ def test_what_is_refused(make_run, tiny, make_dictionary, prompts):
 
 def test_scores_are_those_of_sklearn():
     task = make_task(classes=2)
-    ((two, right_M),) = [row for row in run_probes(task, CONFIG, [1]) if row[0].k == 2]
-    answers = fit_probe(task, 2, two.strength)
+    ((two, right_M),) = [row for row in probing.run_probes(task, CONFIG, [1]) if row[0].k == 2]
+    answers = probing.fit_probe(task, 2, two.strength)
     assert two.auc == pytest.approx(roc_auc_score(task.test_class_M, answers.score_M)) and two.auc > 0.9
     assert two.f1 == pytest.approx(f1_score(task.test_class_M, answers.class_M, average="macro"))
     assert two.accuracy.mean == right_M.mean() and two.control_p <= 0.2 and two.p_holm == two.p_value
-    assert all(row.auc is None for row, _ in run_probes(make_task(classes=4), CONFIG, [1]))
+    assert all(row.auc is None for row, _ in probing.run_probes(make_task(classes=4), CONFIG, [1]))
     alone = dataclasses.replace(make_task(), test_class_M=np.zeros(60, int))  # one class among test prompts
-    assert all(row.auc is None and 0 <= row.f1 <= 1 for row, _ in run_probes(alone, CONFIG, [1]))
+    assert all(row.auc is None and 0 <= row.f1 <= 1 for row, _ in probing.run_probes(alone, CONFIG, [1]))
 
 
 def test_controls_of_features_fire_as_often():
@@ -309,15 +293,15 @@ def test_controls_of_features_fire_as_often():
     rng = np.random.default_rng(0)
     active_F = np.concatenate([rng.integers(0, 6, 200), rng.integers(50, 70, 40)])
     for _ in range(50):
-        matched = match_firing_rates(active_F, [200, 210, 220], rng)
+        matched = probing.match_firing_rates(active_F, [200, 210, 220], rng)
         assert len(set(matched.tolist()) - {200, 210, 220}) == 3 and (active_F[matched] >= 50).all()
-    assert match_firing_rates(np.array([3, 4]), [0, 1], rng).tolist() == []
+    assert probing.match_firing_rates(np.array([3, 4]), [0, 1], rng).tolist() == []
     # Of 60 inputs 20 are active on half of the prompts, more often in one class; the others on hardly any prompt.
     class_N = np.arange(160) % 2
     rate_NxC = np.where(np.arange(60)[None, :] < 40, 0.02, np.where(class_N == 1, 0.8, 0.2)[:, None])
     x_NxC = np.where(rng.random((160, 60)) < rate_NxC, 1.0, 0.0)
-    task = ProbeTask(x_NxC[:100], class_N[:100], x_NxC[100:], class_N[100:])
-    fit = next(run_probes(task, dataclasses.replace(CONFIG, sparse=(1,), shuffles=20), [3]))[0]
+    task = probing.ProbeTask(x_NxC[:100], class_N[:100], x_NxC[100:], class_N[100:])
+    fit = next(probing.run_probes(task, dataclasses.replace(CONFIG, sparse=(1,), shuffles=20), [3]))[0]
     assert fit.inputs[0] >= 40 and fit.control.low > 0.6  # those of most inputs would be those of guessing
 
 
@@ -326,9 +310,9 @@ def test_raw_controls_are_random_directions():
     class_N = np.arange(200) % 2
     direction_C = rng.normal(size=20)
     x_NxC = rng.normal(size=(200, 20)) + 3 * class_N[:, None] * direction_C / np.linalg.norm(direction_C)
-    task = ProbeTask(x_NxC[:120], class_N[:120], x_NxC[120:], class_N[120:])
+    task = probing.ProbeTask(x_NxC[:120], class_N[:120], x_NxC[120:], class_N[120:])
     config = dataclasses.replace(CONFIG, sparse=(20,), shuffles=3)
-    fit, _ = next(run_probes(task, config, [1], "raw"))
+    fit, _ = next(probing.run_probes(task, config, [1], "raw"))
     # As many directions as there are dimensions span all of them.
     assert fit.control.mean == pytest.approx(fit.accuracy.mean, abs=0.05)
 
@@ -337,20 +321,20 @@ def test_effects_of_selected_features(tiny, make_dictionary, prompts, plain):
     """Of logit differences against a hook, of reference answers against the engine."""
     dictionary, some = make_dictionary("resid_post.1"), prompts[:3]
     split = SplitModel(tiny, dictionary)
-    drop_SxP = ablation_on_prompts(split, some).measure_drop([3, 50])
+    drop_SxP = probing.ablation_on_prompts(split, some).measure_drop([3, 50])
     for p, prompt in enumerate(some):
         run = plain(dictionary, prompt)
         wanted_S = [run.ablated([]) - run.ablated([feature]) for feature in (3, 50)]
         np.testing.assert_allclose(drop_SxP[:, p], wanted_S, atol=2e-5)
     references = [Reference(*encode_pair(tiny.tokenizer, prompt.text, prompt.correct)) for prompt in some]
-    drop_SxP = ablation_on_references(split, references).measure_drop([3, 50])
+    drop_SxP = probing.ablation_on_references(split, references).measure_drop([3, 50])
     value_SxP = effects(tiny, some, mask(dictionary, [[], [3], [50]]), ["answer_log_prob"])[..., 0]
     np.testing.assert_allclose(drop_SxP, value_SxP[:1] - value_SxP[1:], atol=1e-5)
     assert np.abs(drop_SxP).max() > 1e-3
 
 
 def test_p_values_are_corrected_and_sentences_say_what_was_tested():
-    fit = next(run_probes(make_task(), CONFIG, [1]))[0]
+    fit = next(probing.run_probes(make_task(), CONFIG, [1]))[0]
     features = (
         stage.SelectedFeature(3, Interval(1.0, 0.5, 1.5), 0.01, 0.01),
         stage.SelectedFeature(8, Interval(0.1, -0.1, 0.3), 0.3, 0.3),

@@ -12,22 +12,10 @@ from scipy.special import log_softmax
 
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import steer_run as stage
+from saejax.interventions import steering
 from saejax.interventions.answers import CausalAnswer
 from saejax.interventions.edits import FeatureEdits, mask
 from saejax.interventions.split_model import SplitModel
-from saejax.interventions.steering import (
-    AnswerSwap,
-    AnswerTexts,
-    choose_strength,
-    generation_edit,
-    group_by_swap,
-    place_edits,
-    random_directions,
-    random_feature_vectors,
-    steer,
-    steering_edits,
-    vector_edits,
-)
 from saejax.interventions.text import HeldOutText
 from saejax.results import Interval, from_json, to_json
 from saejax.settings import CorpusConfig, SteerConfig, TaskConfig
@@ -44,7 +32,7 @@ def make_edits(dictionary, width):
     vectors = np.random.default_rng(0).normal(size=(2, width))
     members, levels = (np.array([7, 50]), np.zeros(0, int)), (np.array([1.5, 0.3]), np.zeros(0))
     clamps = FeatureEdits(dictionary, members, tuple(np.ones(len(each)) for each in members), levels)
-    return vector_edits(dictionary, list(vectors)), clamps
+    return steering.vector_edits(dictionary, list(vectors)), clamps
 
 
 def plain_change(run, edits, number):
@@ -64,7 +52,7 @@ def plain_change(run, edits, number):
 def test_steered_prompts_equal_a_hook_in_fp64(tiny, dictionary, prompts, plain):
     some = prompts[:5]
     for edits in make_edits(dictionary, tiny.config.d_model):
-        steered = steer(tiny, SplitModel(tiny, dictionary), some, edits, batch_rows=8)
+        steered = steering.steer(tiny, SplitModel(tiny, dictionary), some, edits, batch_rows=8)
         for s, (p, prompt) in itertools.product(range(len(edits)), enumerate(some)):
             run = plain(dictionary, prompt)
             wanted = run.diff(plain_change(run, edits, s))
@@ -77,9 +65,9 @@ def test_the_edit_for_generation_makes_the_same_change(tiny, dictionary, prompts
     some, split = prompts[:4], SplitModel(tiny, dictionary)
     tokens = tiny.tokenize([prompt.text for prompt in some])
     for edits in make_edits(split.dictionary, tiny.config.d_model):
-        steered = steer(tiny, split, some, edits)
+        steered = steering.steer(tiny, split, some, edits)
         for s in range(len(edits)):
-            logits = np.asarray(tiny(tokens, edits=[generation_edit(edits, s)]).logits_BxTxV)
+            logits = np.asarray(tiny(tokens, edits=[steering.generation_edit(edits, s)]).logits_BxTxV)
             last_PxV = logits[np.arange(4), tokens.last_B]
             pairs = zip(last_PxV, some, strict=True)
             wanted = [v[tiny.token_id(p.correct)] - v[tiny.token_id(p.wrong)] for v, p in pairs]
@@ -90,7 +78,7 @@ def test_text_under_a_change_equals_whole_runs(tiny, dictionary):
     split, rng = SplitModel(tiny, dictionary), np.random.default_rng(1)
     documents = [rng.integers(5, 200, size=n).tolist() for n in (7, 12, 2)]
     for edits in make_edits(split.dictionary, tiny.config.d_model):
-        diffs = HeldOutText(documents).effects(*place_edits(tiny, split, edits))
+        diffs = HeldOutText(documents).effects(*steering.place_edits(tiny, split, edits))
         for n, ids in enumerate(documents):
             tokens = dataclasses.replace(
                 tiny.tokenize(["x"]), ids_BxT=np.array([ids], np.int32), lengths_B=np.array([len(ids)])
@@ -101,7 +89,7 @@ def test_text_under_a_change_equals_whole_runs(tiny, dictionary):
                 return -np.mean([logp[t, token] for t, token in enumerate(ids[1:])])
 
             for s in range(len(edits)):
-                wanted = cross_entropy([generation_edit(edits, s)]) - cross_entropy([])
+                wanted = cross_entropy([steering.generation_edit(edits, s)]) - cross_entropy([])
                 assert diffs.rise_SxN[s, n] / diffs.tokens_N[n] == pytest.approx(wanted, abs=2e-5)
 
 
@@ -120,16 +108,16 @@ def test_a_clean_run_with_the_error_kept_does_not_serve_one_without(tiny, dictio
 def made_texts(answers, seed=0, features=30, width=8):
     rng = np.random.default_rng(seed)
     shapes = [(len(answers), width), (len(answers), width), (len(answers), features), (features, width)]
-    return AnswerTexts(np.array(answers), *(rng.normal(size=shape) for shape in shapes), norm=3.0)
+    return steering.AnswerTexts(np.array(answers), *(rng.normal(size=shape) for shape in shapes), norm=3.0)
 
 
 def test_changes_by_hand(dictionary):
     answers = np.array([5, 5, 7, 7, 7, 9, 5, 9])
-    texts, swap = made_texts(answers, width=64), AnswerSwap(5, 7)
-    assert texts.covers(swap) and not texts.covers(AnswerSwap(5, 9))
+    texts, swap = made_texts(answers, width=64), steering.AnswerSwap(5, 7)
+    assert texts.covers(swap) and not texts.covers(steering.AnswerSwap(5, 9))
 
     def added(method, features, strength):
-        edits = steering_edits(texts, dictionary, method, swap, features, [strength])
+        edits = steering.steering_edits(texts, dictionary, method, swap, features, [strength])
         return np.asarray(edits.dictionary.W_dec_FxD[0]) * edits.addends[0][0]
 
     apart_D = texts.value_NxD[answers == 7].mean(axis=0) - texts.value_NxD[answers == 5].mean(axis=0)
@@ -143,42 +131,46 @@ def test_changes_by_hand(dictionary):
     added_D = f_F[top] @ texts.W_dec_FxD[top]
     np.testing.assert_allclose(added("add", top, 0.2), 0.2 * 3.0 * added_D / np.linalg.norm(added_D), rtol=1e-5)
     assert not added("add", [], 0.2).any()
-    edits = steering_edits(texts, dictionary, "clamp", swap, top, [1.0, 2.0])
+    edits = steering.steering_edits(texts, dictionary, "clamp", swap, top, [1.0, 2.0])
     np.testing.assert_allclose(edits.addends[1], 2 * texts.f_NxF[answers == 7][:, top].mean(axis=0))
     assert edits.sets[1].tolist() == top and edits.fractions[1].tolist() == [1.0] * 3
 
 
 def test_controls_are_disjoint_of_equal_norm_and_without_the_top_features():
-    texts, swap = made_texts([0, 1] * 6), AnswerSwap(0, 1)
+    texts, swap = made_texts([0, 1] * 6), steering.AnswerSwap(0, 1)
     share_F = np.where(np.arange(30) < 20, 0.5, 0.01)  # the last ten fire too seldom
-    vectors = random_feature_vectors(texts, share_F, [0, 1, 2], 99, 456)
+    vectors = steering.random_feature_vectors(texts, share_F, [0, 1, 2], 99, 456)
     assert len(vectors) == 5 and [np.linalg.norm(vector_D) for vector_D in vectors] == pytest.approx([1.0] * 5)
     # Features whose rows are independent say which of them a vector is made of.
     own = dataclasses.replace(texts, W_dec_FxD=np.eye(30))
-    members = [np.flatnonzero(v).tolist() for v in random_feature_vectors(own, share_F, [0, 1, 2], 99, 456)]
+    members = [np.flatnonzero(v).tolist() for v in steering.random_feature_vectors(own, share_F, [0, 1, 2], 99, 456)]
     drawn = {feature for each in members for feature in each}
     assert [len(each) for each in members] == [3] * 5 and len(drawn) == 15 and drawn <= set(range(3, 20))
-    drawn = random_directions(texts, swap, 4, 456)
+    drawn = steering.random_directions(texts, swap, 4, 456)
     assert [np.linalg.norm(vector_D) for vector_D in drawn] == pytest.approx([1.0] * 4)
 
 
 def test_shuffled_directions_are_exchangeable_where_answers_mean_nothing():
     """The direction of the true answers is then one more draw: p is at most a in a share a of worlds."""
-    swap, p_values = AnswerSwap(0, 1), []
+    swap, p_values = steering.AnswerSwap(0, 1), []
     for seed in range(300):
         texts = made_texts([0, 1] * 6, seed)
         apart_D = texts.mean_difference(texts.value_NxD, swap)
         true = apart_D[0] / np.linalg.norm(apart_D)
-        p_values.append(rank_p(true, np.array([vector_D[0] for vector_D in random_directions(texts, swap, 39, seed)])))
+        p_values.append(
+            rank_p(true, np.array([vector_D[0] for vector_D in steering.random_directions(texts, swap, 39, seed)]))
+        )
     for level in (0.05, 0.1, 0.25):
         assert np.mean(np.array(p_values) <= level) <= level + 3 * np.sqrt(level * (1 - level) / 300)
 
 
 def test_the_strength_that_turns_most_is_chosen_among_those_allowed():
     diff_SxP = np.array([[1.0, 1.0, 1.0], [-1.0, -1.0, 1.0], [-1.0, -2.0, 1.0], [-1.0, -1.0, -1.0]])
-    assert choose_strength(diff_SxP, np.array([True, True, True, True])) == 3
-    assert choose_strength(diff_SxP, np.array([True, True, True, False])) == 2  # of equal ones the one that moves most
-    assert choose_strength(diff_SxP, np.zeros(4, bool)) == 0
+    assert steering.choose_strength(diff_SxP, np.array([True, True, True, True])) == 3
+    assert (
+        steering.choose_strength(diff_SxP, np.array([True, True, True, False])) == 2
+    )  # of equal ones the one that moves most
+    assert steering.choose_strength(diff_SxP, np.zeros(4, bool)) == 0
 
 
 def judged(p_values, controls=99):
@@ -218,7 +210,7 @@ def make_run(tmp_path, save_inputs, stage_run, make_answered, answered, single_d
     corpus = CorpusConfig(path=str(save_corpus(tmp_path / "corpus.jsonl.gz")), held_out=0.3)
 
     def make(folder, config=CONFIG, **fields):
-        return stage_run("steer", "topk", inputs, folder, corpus, config, TaskConfig(), **fields)[0]
+        return stage_run("steering.steer", "topk", inputs, folder, corpus, config, TaskConfig(), **fields)[0]
 
     return make
 
@@ -270,8 +262,8 @@ def test_without_text_no_strength_is_too_large(make_test, answered):
 
 def test_what_cannot_be_steered(make_test, answered, tiny):
     new = [dataclasses.replace(p, correct=" dogs", wrong=" cat") if p.split == "test" else p for p in answered]
-    assert len(group_by_swap(tiny, new)) > 1
+    assert len(steering.group_by_swap(tiny, new)) > 1
     result = make_test(new).results()
     assert result.reason.startswith("0 of its test prompts are answered correctly") and not result.methods
-    with pytest.raises(UserError, match="--steer.doses is empty"):
+    with pytest.raises(UserError, match="--steering.steer.doses is empty"):
         make_test(answered, dataclasses.replace(CONFIG, doses=()))
