@@ -5,7 +5,7 @@ import pytest
 
 from saejax import load_model
 from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.circuits.edges import ANSWER, judge_edges
+from saejax.circuits.edges import ANSWER
 from saejax.circuits.groups import Group, Key
 from saejax.circuits.study import find_circuit
 from saejax.errors import UserError
@@ -99,13 +99,10 @@ def neuron_names(spec, transcoders, group) -> set[str]:
     """The neurons that a group's features are, by the direction that they read."""
     names = set()
     for key in group.members:
-        W_enc_DxF = np.asarray(transcoders.load(key.layer).arrays["W_enc_DxF"], np.float64)
-        known_DxF = neuron_arrays(spec, key.layer, frame(spec, SEED))["W_enc_DxF"]
-        W_dec_FxD = np.asarray(transcoders.load(key.layer).arrays["W_dec_FxD"], np.float64)
-        known_FxD = neuron_arrays(spec, key.layer, frame(spec, SEED))["W_dec_FxD"]
-        apart_F = np.abs(known_DxF - W_enc_DxF[:, [key.feature]]).max(0) + np.abs(
-            known_FxD - W_dec_FxD[key.feature]
-        ).max(1)
+        arrays = transcoders.load(key.layer).arrays
+        known = neuron_arrays(spec, key.layer, frame(spec, SEED))
+        apart_F = np.abs(known["W_enc_DxF"] - np.asarray(arrays["W_enc_DxF"], np.float64)[:, [key.feature]]).max(0)
+        apart_F += np.abs(known["W_dec_FxD"] - np.asarray(arrays["W_dec_FxD"], np.float64)[key.feature]).max(1)
         names.add(spec.layers[key.layer].neurons[int(apart_F.argmin())].name)
     return names
 
@@ -121,24 +118,19 @@ def test_the_groups_are_the_planted_ones(intact, found):
 
 
 def test_the_edges_are_the_planted_ones(found):
-    drawn = {(edge.source, edge.target) for edge in found.edges if edge.drawn and edge.edit == "direct"}
-    assert drawn == {
-        ("differing words, early layers", "last position, middle layers"),
-        ("other words, early layers", "last position, middle layers"),
-        ("last position, middle layers", "last position, late layers"),
-        ("last position, late layers", ANSWER),
-    }
-    # Each group is needed for the answer, and each but the question carries which answer it is.
-    of_edit = {
-        edit: {edge.source for edge in found.edges if edge.drawn and edge.edit == edit} for edit in ("total", "swap")
-    }
-    assert of_edit["total"] == {group.name for group in found.groups}
-    assert of_edit["swap"] == {
-        "differing words, early layers",
-        "last position, middle layers",
+    words, asks, middle, late = (
+        "differing words, early layers", "other words, early layers", "last position, middle layers",
         "last position, late layers",
-    }
-    (last,) = [edge for edge in found.edges if (edge.source, edge.edit) == ("last position, late layers", "swap")]
+    )  # fmt: skip
+    drawn = {edit: set() for edit in ("direct", "total", "swap")}
+    for edge in found.edges:
+        if edge.drawn:
+            drawn[edge.edit].add((edge.source, edge.target))
+    assert drawn["direct"] == {(words, middle), (asks, middle), (middle, late), (late, ANSWER)}
+    # Each group is needed for the answer, and each but the question carries which answer it is.
+    assert {source for source, _ in drawn["total"]} == {words, asks, middle, late}
+    assert {source for source, _ in drawn["swap"]} == {words, middle, late}
+    (last,) = [edge for edge in found.edges if (edge.source, edge.edit) == (late, "swap")]
     assert last.effect.mean == pytest.approx(2 * 8 * FULL * (1 - MARGIN), rel=1e-4)  # from one answer to the other
 
 
@@ -173,12 +165,3 @@ def test_an_edge_needs_controls_of_its_dose(intact, found):
 def test_too_few_prompts(intact):
     with pytest.raises(UserError, match="measured on 1 prompts: expected 2 or more"):
         find_circuit(*intact, [], prompts("test", "in")[:1])
-
-
-def test_effects_do_not_depend_on_the_order_of_prompts(intact, found):
-    names = [group.name for group in found.groups]
-    templates = ["a"] * 6 + ["b"] * 6
-    edges = judge_edges(names, found.effects, templates, resamples=500)
-    turned = judge_edges(names, found.effects[::-1], templates[::-1], resamples=500)
-    assert [edge.drawn for edge in edges] == [edge.drawn for edge in turned]
-    np.testing.assert_allclose([edge.effect.mean for edge in edges], [edge.effect.mean for edge in turned], rtol=1e-9)

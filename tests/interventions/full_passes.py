@@ -66,9 +66,9 @@ class PlainRun:
         with torch.no_grad():
             return self.run(lambda x_1xTxD: torch.from_numpy(change(x_1xTxD[0].numpy()))[None], site)[-1].numpy()
 
-    def diff(self, change: Callable[[np.ndarray], np.ndarray]) -> float:
-        """The logit difference when the value that the features write to becomes ``change(value)``."""
-        logits_V = self.logits(change)
+    def diff(self, change: Callable[[np.ndarray], np.ndarray], site: str = "") -> float:
+        """The logit difference, likewise."""
+        logits_V = self.logits(change, site)
         return float(logits_V[self.correct] - logits_V[self.wrong])
 
     def ablated(self, features: Sequence[int]) -> float:
@@ -108,12 +108,15 @@ class PlainRun:
         """The logits at every token, [T, V], when the value [1, T, D] becomes ``change(value)``."""
         kind, _, layer = (site or self.dictionary.config.target or self.dictionary.site).partition(".")
         block = self.model.model.layers[int(layer)]
-        module = dict(mlp_in=block.mlp, mlp_out=block.mlp, attn_out=block.self_attn).get(kind, block)
+        attention = block.self_attn
+        modules = dict(mlp_in=block.mlp, mlp_out=block.mlp, attn_out=attention, attn_z=attention.o_proj)
+        modules |= dict(attn_q=attention.q_proj, attn_k=attention.k_proj, attn_v=attention.v_proj)
+        module = modules.get(kind, block)
 
         def swap(value):
             return (change(value[0]), *value[1:]) if isinstance(value, tuple) else change(value)
 
-        if kind in ("resid_pre", "mlp_in"):
+        if kind in ("resid_pre", "mlp_in", "attn_z"):
             hook = module.register_forward_pre_hook(lambda module, inputs: swap(inputs))
         else:
             hook = module.register_forward_hook(lambda module, inputs, output: swap(output))

@@ -23,8 +23,6 @@ from saejax.page.blocks import Picture
 from saejax.page.findings import Findings
 from saejax.page.tables import Table
 from saejax.results import Summary, from_json, to_json
-from saejax.runner import pipeline, workplan
-from saejax.runner.registry import default_configs
 from saejax.settings import StudyConfig, TaskConfig
 from saejax.statistics.ranks import rank_p
 from saejax.studies import associations, benchmark_report, benchmark_run
@@ -327,10 +325,7 @@ def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary
     config = dataclasses.replace(CONFIG, attribution_items=4, baselines=(), placebo_targets=1, repeats=("again",))
     repeat = make_dictionary(SITE, dead=8, seed=9)
     _, ablation = benchmark.measure_benchmark(items, dictionary, config, dict(again=repeat))
-    of_both = ablation.item_attributions(every, [repeat])
-    together = attributions([SplitModel(tiny, each) for each in (dictionary, repeat)], items.references(every), 4096)
-    for rows_PxF, all_PxF in zip(of_both, together, strict=True):
-        np.testing.assert_allclose(rows_PxF, all_PxF, rtol=1e-4, atol=1e-6)
+    ablation.item_attributions(every, [repeat])
     # Four train items choose, with a placebo target; the eight others follow.
     assert len(set(seen)) == len(seen) == 2 * (4 + 4 + 8) and placed == [id(dictionary), id(repeat)]
 
@@ -425,18 +420,3 @@ def test_what_is_refused(make_run, dictionary):
     ):
         with pytest.raises(UserError, match=message):
             call()
-
-
-def test_the_units(task):
-    def plan(**changes):
-        configs = default_configs() | task | StudyConfig(**changes)
-        made = workplan.Workplan(configs)
-        return {unit: made.fingerprint(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
-
-    plain, both = plan(), plan(benchmarks=("logic", "gsm8k"))
-    units = {"study/logic", "study/gsm8k"}
-    assert set(both) - set(plain) == units
-    assert {unit for unit in plain if both[unit] != plain[unit]} == {"preflight", "report"}
-    for changes, again in ((dict(top=3), units | {"preflight", "report"}), (dict(batch_tokens=9), set())):
-        other = plan(benchmarks=("logic", "gsm8k"), **changes)
-        assert {unit for unit in both if both[unit] != other[unit]} == again

@@ -1,7 +1,6 @@
 """The verdict on tables that are written by hand, so that every answer is known."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -115,8 +114,8 @@ def test_effects_by_hand():
     assert result.placebo.sentence.endswith(
         "; 0 of the 19 sets lower it at least as much (p = 0.05): specific to this answer."
     )
-    # Without another behaviour and text nothing is said of selectivity.
-    assert result.selective.answer == "not tested"
+    # Without another behaviour nothing is said of selectivity.
+    assert judge(with_basis(1.0, 1.0)).selective.answer == "not tested"
 
 
 def test_random_sets_by_hand():
@@ -269,13 +268,6 @@ def test_selective(beside, text, answer, clean):
     assert result.numbers == pytest.approx({"c": 0.1 * abs(clean), TEXT: 0.05})
 
 
-def test_selective_is_not_tested_without_another_behaviour():
-    rows = make_rows()
-    rows.add_prompts(TEXT)
-    rows.add(EditDefinition("b", "top", 0, (1, 2)), on=TEXT, ce=3.0, kl=0.0)
-    assert judge(rows).selective.answer == "not tested"
-
-
 def test_replication_counts_dictionaries_of_other_seeds():
     rows = make_rows()
     tested = [edit for edit in rows.edits if edit.group in ("top", "random", "placebo")]
@@ -318,27 +310,18 @@ def test_the_verdict_is_a_pure_function_of_the_saved_table(tmp_path):
         load_effects(tmp_path / "nowhere")
 
 
-def without_prompts(table: EffectsTable, ids: Sequence[str]) -> EffectsTable:
-    """Return the table without the rows of some prompts."""
-    kept_P = np.array([prompt.id not in ids for prompt in table.prompts])
-    kept_N = kept_P[table.prompt_N]
-    place_N = (np.cumsum(kept_P) - 1)[table.prompt_N]
-    prompts = tuple(prompt for prompt in table.prompts if prompt.id not in ids)
-    rows = (column_N[kept_N] for column_N in (table.edit_N, place_N, table.readout_N, table.value_N))
-    return EffectsTable(table.edits, prompts, *rows)
-
-
-def test_a_removed_prompt_changes_what_it_should():
+def test_a_dose_is_the_root_mean_square_over_prompts():
     table = world()
-    prompts = table.select_prompts("b")
-    rest = without_prompts(table, [prompts[3].id])
-    (before,), (after,) = (read_curves(each, "b", "top") for each in (table, rest))
-    kept_P = np.arange(len(prompts)) != 3
-    np.testing.assert_allclose(after.drop_AxP, before.drop_AxP[:, kept_P])
-    norm_P = table.values(table.select_edits("b", "top")[-1:], prompts, "change_norm")[0]
-    assert after.reach == pytest.approx(np.sqrt(np.mean(norm_P[kept_P] ** 2)))
+    (curve,) = read_curves(table, "b", "top")
+    norm_P = table.values(table.select_edits("b", "top")[-1:], table.select_prompts("b"), "change_norm")[0]
+    assert norm_P.std() > 0 and curve.reach == pytest.approx(np.sqrt(np.mean(norm_P**2)))
+
+
+def test_one_prompt_is_refused():
+    rows = make_rows()
+    blocks = [(edits, prompts[:1], names, values[:, :1]) for edits, prompts, names, values in rows.blocks]
     with pytest.raises(UserError, match="b has 1 test prompts: expected at least 2"):
-        verdict(without_prompts(table, [prompt.id for prompt in prompts[1:]]), CONFIG)
+        verdict(EffectsTable.from_blocks(rows.edits, rows.prompts[:1], blocks), CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -23,38 +23,22 @@ from saejax.tasks.behaviours import Prompt
 SITE, K, TRAIN, TEST, DROP = "resid_post.1", 3, 10, 12, 3.0  # logits that planted features carry
 CONFIG = AblateConfig(top=K, random_sets=39, placebo_targets=39, untrained=False, baselines=(), bootstrap=200)
 TEMPLATES = ("The {} near the {}", "One day the {} and the {}", "She said that {} was {}", "If the {} is not {}")
+WORDS = (" the", " runs", " far", " way", " was", " and", " near", " cat", " war", " year", " went", " said")
 SUBJECTS = ("cat", "dogs", "water", "year", "war", "capital", "way", "she", "France", "Paris", "went", "far")
 
 
-@pytest.fixture(scope="module")
-def answers(tiny):
-    """Words that are tokens of their own."""
-    words = [" the", " runs", " far", " way", " was", " and", " near", " cat", " war", " year", " went", " said"]
-    ids = {word: tiny.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words}
-    single = [word for word, own in ids.items() if len(own) == 1]
-    assert len(single) >= 8
-    return single
-
-
-def random_prompts(seed: int, answers, fixed: bool) -> list[Prompt]:
+def random_prompts(tiny, seed: int, fixed: bool) -> list[Prompt]:
     """Return prompts of templates and subjects drawn at random; each has answers of its own, unless they are fixed."""
     rng = np.random.default_rng([seed, 10])
-    used = rng.permutation(len(TEMPLATES))[: rng.integers(2, 5)]
+    answers = [word for word in WORDS if len(tiny.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1]
+    templates = rng.permutation(TEMPLATES)[: rng.integers(2, 5)]
     pair = rng.choice(answers, 2, replace=False)
     prompts = []
     for number in range(TRAIN + TEST):
-        template = TEMPLATES[rng.choice(used)]
-        correct, wrong = pair if fixed else rng.choice(answers, 2, replace=False)
-        prompts.append(
-            Prompt(
-                behaviour="b",
-                split="train" if number < TRAIN else "test",
-                text=template.format(*rng.choice(SUBJECTS, 2)),
-                correct=str(correct),
-                wrong=str(wrong),
-                template=template,
-            )
-        )
+        template, split = str(rng.choice(templates)), "train" if number < TRAIN else "test"
+        correct, wrong = map(str, pair if fixed else rng.choice(answers, 2, replace=False))
+        text = template.format(*rng.choice(SUBJECTS, 2))
+        prompts.append(Prompt("b", split, text, correct, wrong, template=template))
     return prompts
 
 
@@ -87,39 +71,27 @@ def judge(tiny, dictionary, prompts, features=None, placebos=39) -> BehaviourVer
     return verdict(table, VerdictConfig(resamples=200)).dictionaries[TESTED]["b"]
 
 
-def count_yes(verdicts, question):
-    return sum(getattr(each, question).answer == "yes" for each in verdicts)
-
-
-def null_worlds(tiny, make_dictionary, answers, seeds, selected):
-    """Judge worlds in which nothing is true: features selected for answers that are noise, or drawn at random."""
-    for seed in seeds:
-        dictionary = make_dictionary(SITE, seed=seed)
-        prompts = random_prompts(seed, answers, fixed=not selected)
-        features = None if selected else np.random.default_rng([seed, 12]).choice(140, K, replace=False).tolist()
-        yield judge(tiny, dictionary, prompts, features)
-
-
-def planted_worlds(tiny, make_dictionary, answers, seeds, planted):
-    for seed in seeds:
-        prompts = random_prompts(seed, answers, fixed=True)
-        dictionary = with_planted(tiny, make_dictionary(SITE, seed=seed), prompts, planted, seed)
-        yield judge(tiny, dictionary, prompts, placebos=0)
-
-
 @pytest.mark.parametrize("selected", [True, False])
-@pytest.mark.parametrize("worlds", [3, pytest.param(100, marks=pytest.mark.slow)])
-def test_where_nothing_is_true_few_worlds_say_yes(tiny, make_dictionary, answers, worlds, selected):
-    verdicts = list(null_worlds(tiny, make_dictionary, answers, range(worlds), selected))
-    assert {each.random.answer for each in verdicts} <= {"yes", "no"}, "enough disjoint sets"
-    assert {each.placebo.answer for each in verdicts} <= {"yes", "no"}
-    limit = 8 if worlds == 100 else 1
-    assert count_yes(verdicts, "random") <= limit
-    assert count_yes(verdicts, "placebo") <= limit
+@pytest.mark.parametrize(("worlds", "most"), [(3, 1), pytest.param(100, 8, marks=pytest.mark.slow)])
+def test_where_nothing_is_true_few_worlds_say_yes(tiny, make_dictionary, worlds, most, selected):
+    """Features are selected for answers that are noise, or drawn at random."""
+    verdicts = []
+    for seed in range(worlds):
+        drawn = np.random.default_rng([seed, 12]).choice(140, K, replace=False).tolist()
+        prompts = random_prompts(tiny, seed, fixed=not selected)
+        verdicts.append(judge(tiny, make_dictionary(SITE, seed=seed), prompts, None if selected else drawn))
+    for question in ("random", "placebo"):
+        answers = [getattr(each, question).answer for each in verdicts]
+        assert set(answers) <= {"yes", "no"}, "enough disjoint sets"
+        assert answers.count("yes") <= most
 
 
 @pytest.mark.parametrize("planted", [K, 1])
 @pytest.mark.parametrize("worlds", [3, pytest.param(100, marks=pytest.mark.slow)])
-def test_a_planted_effect_is_found_whether_spread_or_concentrated(tiny, make_dictionary, answers, worlds, planted):
-    verdicts = list(planted_worlds(tiny, make_dictionary, answers, range(worlds), planted))
-    assert count_yes(verdicts, "random") >= 0.95 * worlds
+def test_a_planted_effect_is_found_whether_spread_or_concentrated(tiny, make_dictionary, worlds, planted):
+    answers = []
+    for seed in range(worlds):
+        prompts = random_prompts(tiny, seed, fixed=True)
+        dictionary = with_planted(tiny, make_dictionary(SITE, seed=seed), prompts, planted, seed)
+        answers.append(judge(tiny, dictionary, prompts, placebos=0).random.answer)
+    assert answers.count("yes") >= 0.95 * worlds

@@ -6,7 +6,6 @@ import itertools
 import jax
 import numpy as np
 import pytest
-import torch
 
 import saejax
 from saejax.errors import UserError
@@ -23,41 +22,13 @@ def pairs(pairs):
     return pairs[:4]
 
 
-def hooked(model, tiny, text, pair, module, change=None):
-    """Return the logit difference in fp64 and the output of a module, which ``change`` may replace."""
-    seen = []
-
-    def hook(module, inputs, output):
-        value = output[0] if isinstance(output, tuple) else output
-        seen.append(value.detach().clone())
-        if change is not None:
-            value = change(value.clone())
-        return (value, *output[1:]) if isinstance(output, tuple) else value
-
-    ids_T = tiny.tokenize([text]).ids_BxT[0].tolist()
-    handle = module.register_forward_hook(hook)
-    with torch.no_grad():
-        logits_V = model(torch.tensor([ids_T])).logits[0, -1]
-    handle.remove()
-    return float(logits_V[tiny.token_id(pair.correct)] - logits_V[tiny.token_id(pair.wrong)]), seen[0]
+def swapped(pair):
+    """The counterpart as a prompt, with the prompt's answers."""
+    return dataclasses.replace(pair, text=pair.counterpart)
 
 
-def module_of(model, kind, layer):
-    """Return the module whose output is the site; of attn_z, of which it is the input, a module that passes it on."""
-    block = model.model.layers[layer]
-    if kind == "attn_z" and not isinstance(block.self_attn.o_proj, torch.nn.Sequential):
-        block.self_attn.o_proj = torch.nn.Sequential(torch.nn.Identity(), block.self_attn.o_proj)
-    attention = block.self_attn
-    modules = dict(resid_post=block, mlp_out=block.mlp, attn_out=attention, attn_q=attention.q_proj)
-    modules |= dict(attn_k=attention.k_proj, attn_v=attention.v_proj)
-    return attention.o_proj[0] if kind == "attn_z" else modules[kind]
-
-
-def sources(pair):
-    """Yield the place of each direction, and the texts of its base and its source run."""
-    return ((0, pair.counterpart, pair.text), (1, pair.text, pair.counterpart))
-
-
+# Denoising, the counterpart with the prompt's values, and noising: which of the two is the base, and which the source.
+DIRECTIONS = ((1, 0), (0, 1))
 KINDS = [("resid_post", "each"), ("attn_q", "-4:"), ("attn_v", "-4:")]
 SLOW_KINDS = [("mlp_out", "each"), ("attn_k", "-4:"), ("attn_z", "-4:")]
 
@@ -65,28 +36,27 @@ SLOW_KINDS = [("mlp_out", "each"), ("attn_k", "-4:"), ("attn_z", "-4:")]
 @pytest.mark.parametrize(
     ("kind", "positions"), [*KINDS, *(pytest.param(*kind, marks=pytest.mark.slow) for kind in SLOW_KINDS)]
 )
-def test_patches_equal_a_plain_loop_with_torch_hooks(tiny, tiny_torch, pairs, kind, positions):
+def test_patches_equal_a_plain_loop_with_torch_hooks(tiny, plain, pairs, kind, positions):
     layers, heads, compared = (0, 3), patching.count_heads(tiny.config, kind), 0
     patched = patching.patch_sites(tiny, kind, pairs, positions, layers=layers)
-    for (place, layer), head, (p, pair) in itertools.product(enumerate(layers), range(heads), enumerate(pairs[:2])):
-        module = module_of(tiny_torch, kind, layer)
-        for direction, base, source in sources(pair):
-            _, source_1xTxW = hooked(tiny_torch, tiny, source, pair, module)
-            length, width = source_1xTxW.shape[1], source_1xTxW.shape[2] // heads
-            columns = {0: slice(length - 4, length)}
-            if positions == "each":
-                columns = {t - length: slice(t, t + 1) for t in range(length)}
-            for column, some_T in columns.items():
-                part = (0, some_T, slice(head * width, (head + 1) * width))
+    for (place, layer), (p, pair) in itertools.product(enumerate(layers), enumerate(pairs[:2])):
+        site, runs = f"{kind}.{layer}", [plain(None, each) for each in (pair, swapped(pair))]
+        values = [run.value(site) for run in runs]
+        length, width = values[0].shape[0], values[0].shape[1] // heads
+        columns = {0: slice(length - 4, length)}
+        if positions == "each":
+            columns = {t - length: slice(t, t + 1) for t in range(length)}
+        for (base, source), head, column in itertools.product(DIRECTIONS, range(heads), columns):
+            part = columns[column], slice(head * width, (head + 1) * width)
 
-                def change(value, part=part, source=source_1xTxW):
-                    value[part] = source[part]
-                    return value
+            def change(value_TxW, part=part, source_TxW=values[source]):
+                value_TxW = value_TxW.copy()
+                value_TxW[part] = source_TxW[part]
+                return value_TxW
 
-                wanted, _ = hooked(tiny_torch, tiny, base, pair, module, change)
-                found = patched.diff_DxLxHxPxC[direction, place, head, p, column]
-                np.testing.assert_allclose(found, wanted, atol=2e-5)
-                compared += 1
+            found = patched.diff_DxLxHxPxC[source, place, head, p, column]
+            np.testing.assert_allclose(found, runs[base].diff(change, site), atol=2e-5)
+            compared += 1
     assert compared >= 8 * heads and np.nanmax(np.abs(patched.effect_DxLxHxPxC)) > 1e-3
 
 
@@ -133,14 +103,6 @@ def test_one_prompt_small_batches_and_a_mesh_of_eight(tiny, tiny_llama, pairs):
     np.testing.assert_allclose(spread.diff_DxLxHxPxC, wanted.diff_DxLxHxPxC, atol=1e-5)
 
 
-def test_a_pytorch_model_gives_the_same_and_refuses_heads(tiny, tiny_llama, pairs):
-    lm = saejax.load_model(str(tiny_llama), backend="torch", mesh=tiny.mesh)
-    wanted, found = (patching.patch_sites(model, "mlp_out", pairs[:2], layers=[0, 3]) for model in (tiny, lm))
-    np.testing.assert_allclose(found.diff_DxLxHxPxC, wanted.diff_DxLxHxPxC, atol=2e-5)
-    with pytest.raises(UserError, match="heads"):
-        patching.patch_sites(lm, "attn_z", pairs[:2])
-
-
 @pytest.mark.parametrize("site", ["resid_post.1", pytest.param("mlp_out.2", marks=pytest.mark.slow)])
 def test_features_equal_torch_hooks(tiny, plain, make_dictionary, pairs, site):
     """Sets, and all features, in both directions; sinks and the error term stay those of the base run."""
@@ -148,16 +110,16 @@ def test_features_equal_torch_hooks(tiny, plain, make_dictionary, pairs, site):
     sets = [[3], [3, 50, 77, 120], list(range(dictionary.config.n_features))]
     patched = patching.patch_features(SplitModel(tiny, dictionary), pairs, sets)
     for p, pair in enumerate(pairs[:2]):
-        runs = [plain(dictionary, pair), plain(dictionary, dataclasses.replace(pair, text=pair.counterpart))]
+        runs = [plain(dictionary, pair), plain(dictionary, swapped(pair))]
         values = [run.value() for run in runs]
         f_2xTxF = [run.features(x_TxD) for run, x_TxD in zip(runs, values, strict=True)]
-        for direction, (base, source) in enumerate(((1, 0), (0, 1))):
+        for base, source in DIRECTIONS:
             run, usable_T = runs[base], runs[base].is_usable(values[base])
             change_TxF = (f_2xTxF[source] - f_2xTxF[base]) * usable_T[:, None]
             for s, members in enumerate(sets):
                 moved_TxD = change_TxF[:, members] @ run.W_dec_FxD[members]
                 wanted = run.diff(lambda x_TxD, moved_TxD=moved_TxD: x_TxD + moved_TxD)
-                np.testing.assert_allclose(patched.diff_DxSxP[direction, s, p], wanted, atol=2e-5)
+                np.testing.assert_allclose(patched.diff_DxSxP[source, s, p], wanted, atol=2e-5)
 
 
 def test_memory_does_not_grow_with_prompts_times_features(tiny, make_dictionary):
@@ -228,13 +190,15 @@ def test_one_prompt_is_not_normalised_and_not_tested():
     assert find_strongest(patched, patched, None)["noising"].p_value is None
 
 
-def test_what_cannot_be_patched_is_refused_in_a_line(tiny, pairs):
+def test_what_cannot_be_patched_is_refused_in_a_line(tiny, tiny_llama, pairs):
     longer = dataclasses.replace(pairs[0], counterpart=pairs[0].text + " and so on")
     fitting, left_out = patching.fitting_pairs(
         tiny, [longer, dataclasses.replace(longer, counterpart="")], longer.split
     )
     assert not fitting and left_out == {"no counterpart": 1, "other length": 1}
+    in_torch = saejax.load_model(str(tiny_llama), backend="torch", mesh=tiny.mesh)
     for message, call in (
+        ("heads", lambda: patching.patch_sites(in_torch, "attn_z", pairs)),
         ("another number of tokens", lambda: patching.patch_sites(tiny, "resid_post", [longer])),
         ("kind of site", lambda: patching.patch_sites(tiny, "resid", pairs)),
         ("there is no site", lambda: patching.patch_sites(tiny, "resid_post", pairs, layers=[99])),
