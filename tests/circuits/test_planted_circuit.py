@@ -22,8 +22,7 @@ FILLERS = ("the", "of", "in", "so")
 def planted(cut: bool = False) -> HandSet:
     """city -> state -> (with the question) capital -> answer, in three layers, beside neurons that nothing reads.
 
-    Args:
-      cut: the state is not carried to the last position.
+    Where the path is cut, the state is not carried to the last position.
     """
 
     def idle(layer: int, name: str, reads: str) -> list[Neuron]:

@@ -111,15 +111,9 @@ def world_table(
     seed: int = 0,
     equalise: bool = True,
 ) -> EffectsTable:
-    """Return the table that a run would measure in a world.
+    """Return the table that a run would measure in a world, of the tested features ``top`` and at most so many sets.
 
-    Args:
-      world: it is measured in.
-      top: the tested features.
-      behaviour: its name.
-      random_sets, placebo_sets: how many at most.
-      seed: of the sets.
-      equalise: False breaks the rule: the dose is recorded as the fraction, so that sets are compared as they are.
+    With ``equalise=False`` the dose is recorded as the fraction: against the rule, sets are compared as they are.
     """
     rng, k, no_answers = np.random.default_rng(seed), len(top), len(world.unembed_VxD) * 3 // 4
     sets = disjoint_sets(np.setdiff1d(pool(world), top), k, random_sets, seed)

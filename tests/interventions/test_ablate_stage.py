@@ -86,7 +86,7 @@ def test_what_cannot_be_run_is_said(make_run):
     for changes, message in (
         (dict(positions="middle"), "there are no positions 'middle'"),
         (dict(repeats=("topk",)), "name each dictionary once"),
-        (dict(replacement="counterpart"), "has no counterpart"),
+        (dict(replacement="counterpart"), "first, prompt 'The .*', has no counterpart: give it one"),
     ):
         run, _ = make_run("refused", dataclasses.replace(CONFIG, **changes))
         path = run.inputs["baseline"] / "prompts.jsonl"

@@ -152,9 +152,8 @@ def test_few_programs(split, runs, dictionary):
     assert ablation.run_rows._cache_size() - before <= 6
 
 
-def test_tick_counts_tokens_and_may_stop(split, runs, dictionary):
-    sets = [[i] for i in range(dictionary.config.n_features)]
-    seen = []
+def test_progress_counts_tokens_and_may_stop(split, runs, dictionary):
+    sets, seen = [[i] for i in range(dictionary.config.n_features)], []
     diffs = ablate_sets(split, runs, sets, 32, lambda done, total: seen.append((done, total)))
     assert seen[0] == (0, diffs.tokens) and seen[-1] == (diffs.tokens, diffs.tokens)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
@@ -166,16 +165,16 @@ def test_tick_counts_tokens_and_may_stop(split, runs, dictionary):
         ablate_sets(split, runs, sets, 32, stop)
 
 
-def with_arrays(dictionary, **changes):
-    return Dictionary(dictionary.config, **dictionary.arrays | changes)
+def test_nan_in_the_dictionary(tiny, prompts, dictionary, split, runs):
+    def with_value(name, feature, value):
+        arrays = dictionary.arrays | {name: dictionary.arrays[name].at[feature].set(value)}
+        return SplitModel(tiny, Dictionary(dictionary.config, **arrays))
 
-
-def test_nan_in_the_dictionary(tiny, prompts, dictionary):
-    broken = SplitModel(tiny, with_arrays(dictionary, b_enc_F=dictionary.b_enc_F[...].at[7].set(jnp.nan)))
+    broken = with_value("b_enc_F", 7, jnp.nan)
     with pytest.raises(UserError, match="feature 7 has an activation that is not finite"):
         activity.statistics(broken, broken.run(prompts))
-    fires = int(np.argmax(activity.statistics(SplitModel(tiny, dictionary), broken.run(prompts)).fires_F))
-    broken = SplitModel(tiny, with_arrays(dictionary, W_dec_FxD=dictionary.W_dec_FxD[...].at[fires].set(jnp.inf)))
+    fires = int(np.argmax(activity.statistics(split, runs).fires_F))
+    broken = with_value("W_dec_FxD", fires, jnp.inf)
     with pytest.raises(UserError, match="logit difference after an edit at resid_post.1 is not finite"):
         ablate_sets(broken, broken.run(prompts), [[fires]])
 
@@ -190,16 +189,17 @@ def test_nan_in_the_model_names_the_prompt(tiny, prompts, dictionary):
 
 
 def test_a_dictionary_of_another_model_site_or_width(tiny, dictionary):
-    def changed(**changes):
-        return Dictionary(dataclasses.replace(dictionary.config, **changes), **dictionary.arrays)
-
-    with pytest.raises(UserError, match="was trained on .*use the model it was trained on"):
-        SplitModel(tiny, changed(fingerprint="0" * 16))
-    with pytest.raises(UserError, match="no site resid_post.4"):
-        SplitModel(tiny, changed(site="resid_post.4"))
     narrow = Dictionary.initial(dataclasses.replace(dictionary.config, d_in=63), jax.random.key(0))
-    with pytest.raises(UserError, match="reads 63 dimensions, but resid_post.1 has 64"):
-        SplitModel(tiny, narrow)
+    for misfit, message in (
+        (
+            dictionary.with_config(dataclasses.replace(dictionary.config, fingerprint="0" * 16)),
+            "use the model it was trained on",
+        ),
+        (dictionary.with_config(dataclasses.replace(dictionary.config, site="resid_post.4")), "no site resid_post.4"),
+        (narrow, "reads 63 dimensions, but resid_post.1 has 64"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SplitModel(tiny, misfit)
 
 
 def test_in_bfloat16_the_effects_are_nearly_the_same(tiny_llama, one_device, prompts, dictionary, split, runs):

@@ -9,7 +9,7 @@ import torch
 from runs import write_members
 from scipy import sparse
 
-from saejax.dictionaries import Dictionary, save_dictionary
+from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import benchmark
 from saejax.interventions.curves import read_curves
@@ -83,10 +83,10 @@ def dictionary(make_dictionary):
 
 @pytest.fixture
 def make_run(tmp_path, stage_run, dictionary, task):
-    def make(name, folder="run", saved=dictionary, score="auto", stopping=lambda: False, **changes):
+    def make(name, folder="run", score="auto", stopping=lambda: False, **changes):
         train = tmp_path / f"{folder}-topk"
         if not train.exists():
-            save_dictionary(train, saved)
+            save_dictionary(train, dictionary)
             write_members(train, "")
         settings = dataclasses.replace(task, score=score), dataclasses.replace(CONFIG, **changes)
         return stage_run("study", name, {"train/topk": train}, folder, *settings, stopping=stopping)
@@ -406,13 +406,11 @@ def test_where_nothing_is_answered_rightly_only_likelihoods_are_measured(make_ru
     assert [score.group for score in results.scores] == ["clean"]
 
 
-def test_what_is_refused(make_run, dictionary):
-    of_another = Dictionary(dataclasses.replace(dictionary.config, fingerprint="0" * 16), **dictionary.arrays)
-    strange, member = make_run("logic", "another", saved=of_another), make_run("gsm8k", "member", dictionary="topk/k9")
+def test_what_is_refused(make_run):
+    member, _ = make_run("gsm8k", "member", dictionary="topk/k9")
     for message, call in (
         ("benchmarks is 'mmlu': expected one of gsm8k, math, logic", lambda: StudyConfig(benchmarks=("mmlu",))),
-        ("use the model it was trained on, or train one for this", lambda: benchmark_run.run_study(strange[0])),
-        ("--study.dictionary=topk/k9, but topk is one dictionary", lambda: benchmark_run.run_study(member[0])),
+        ("--study.dictionary=topk/k9, but topk is one dictionary", lambda: benchmark_run.run_study(member)),
         (
             "gsm8k has 1 items for --study: expected at least 4",
             lambda: benchmark_run.split_items([None], CONFIG, "gsm8k"),
