@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "attribution"))
 import runs
 from made_transcoders import made_set
 
-from saejax import load_model, load_results, save_transcoders
+from saejax import load_results, save_transcoders
 from saejax.circuits.claims import compare_claims
 from saejax.circuits.report import sections
 from saejax.page.findings import read_findings
@@ -24,10 +24,10 @@ WORDS = ("war", "water", "way", "near", "runs", "side")
 
 
 @pytest.fixture(scope="module")
-def flags(tiny_llama, one_device, tmp_path_factory):
+def flags(tiny_llama, lm, tmp_path_factory):
     """A model, transcoders for it, and prompts with counterparts of a made-up behaviour."""
     folder = tmp_path_factory.mktemp("circuits")
-    save_transcoders(folder / "transcoders", made_set(load_model(str(tiny_llama), mesh=one_device)))
+    save_transcoders(folder / "transcoders", made_set(lm))
     lines = []
     for (n, word), swapped in itertools.product(enumerate(WORDS), WORDS):
         if word[0] != swapped[0]:

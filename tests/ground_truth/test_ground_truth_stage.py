@@ -14,30 +14,17 @@ from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
-FLAGS = {
-    "task.behaviours": "",
-    "truth.features": 32,
-    "truth.dimensions": 16,
-    "truth.samples": 2000,
-    "truth.held_out": 1000,
-    "truth.roots": 2,
-    "truth.depth": 1,
-    "truth.rate_max": 0.2,
-    "truth.rate_min": 0.02,
-    "truth.orthogonalise": 2,
-    "train.kinds": "batchtopk",
-    "train.expansion": 2,
-    "train.k": 2,
-    "train.batch": 200,
-    "train.epochs": 3,
-    "train.seed": "0,1",
-    "mesh.data": 2,
-}
+FLAGS = (
+    "--task.behaviours= --truth.features=32 --truth.dimensions=16 --truth.samples=2000 --truth.held_out=1000 "
+    "--truth.roots=2 --truth.depth=1 --truth.rate_max=0.2 --truth.rate_min=0.02 --truth.orthogonalise=2 "
+    "--train.kinds=batchtopk --train.expansion=2 --train.k=2 --train.batch=200 --train.epochs=3 --train.seed=0,1 "
+    "--mesh.data=2"
+)
 
 
 def run(stage, workdir, **changes):
-    values = FLAGS | {key.replace("__", "."): value for key, value in changes.items()}
-    flags = runs.flag_file((f"--{name}={value}" for name, value in values.items()), workdir.parent)
+    changed = [f"--{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    flags = runs.flag_file([*FLAGS.split(), *changed], workdir.parent)
     return command.run([stage], "", ["program", f"--workdir={workdir}", flags])
 
 

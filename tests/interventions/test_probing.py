@@ -157,7 +157,7 @@ def test_labels():
 
 
 def test_the_noun_beside_the_verb_does_not_say_the_subjects_number():
-    """As the prompts are, that noun gives every number away; a probe of nothing but that noun must be guessing."""
+    """As the prompts are, that noun gives every number away; then it is as often plural beside either number."""
     words = json.loads((importlib.resources.files("saejax.tasks") / "data" / "behaviours.json").read_text("utf-8"))
     nouns = list(words["nouns"].items())[:20]
     prompts = []
@@ -176,10 +176,6 @@ def test_the_noun_beside_the_verb_does_not_say_the_subjects_number():
     beside_N = beside_is_plural(label.prompts)
     for places, class_N in ((label.train_N, label.train_class_N), (label.test_M, label.test_class_M)):
         assert beside_N[places][class_N == 0].mean() == beside_N[places][class_N == 1].mean() == 0.5
-    task = probing.ProbeTask(
-        beside_N[label.train_N, None] * 1.0, label.train_class_N, beside_N[label.test_M, None] * 1.0, label.test_class_M
-    )
-    assert (probing.fit_probe(task, 1, 1.0).class_M == task.test_class_M).mean() == 0.5
     # Subjects and what is right stay; other behaviours and prompts of one's own are left as they are.
     for old, new in zip(prompts, label.prompts, strict=True):
         assert (new.correct, new.text.split()[:5]) == (old.correct, old.text.split()[:5])
