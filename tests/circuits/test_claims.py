@@ -52,13 +52,13 @@ def test_every_claim_has_a_row():
 
 
 def test_drawn_edges_confirm_claims():
-    found = outcomes(CircuitsResults("set", dict(two_hop=circuit(), sport=circuit(), rhyme=circuit()), {}))
+    outcome_of = outcomes(CircuitsResults("set", dict(two_hop=circuit(), sport=circuit(), rhyme=circuit()), {}))
     for claim in ("hop-1", "hop-2", "hop-3", "hop-4", "fact-1", "rhyme-2"):
-        assert found[claim] == CONFIRMED
-    assert found["ant-1"] == found["add-1"] == NOT_TESTABLE
+        assert outcome_of[claim] == CONFIRMED
+    assert outcome_of["ant-1"] == outcome_of["add-1"] == NOT_TESTABLE
     faint = [dataclasses.replace(each, drawn=False) for each in EVERY]
-    found = outcomes(CircuitsResults("set", dict(two_hop=circuit(faint)), {}))
-    assert {found[f"hop-{n}"] for n in (1, 2, 3, 4)} == {NOT_SEEN}
+    outcome_of = outcomes(CircuitsResults("set", dict(two_hop=circuit(faint)), {}))
+    assert {outcome_of[f"hop-{n}"] for n in (1, 2, 3, 4)} == {NOT_SEEN}
     # Without counterparts of equal length nothing is swapped.
     unswapped = dataclasses.replace(circuit(), swapped=0)
     assert outcomes(CircuitsResults("set", dict(rhyme=unswapped), {}))["rhyme-2"] == NOT_TESTABLE
@@ -89,8 +89,8 @@ def test_sharing_is_compared_with_unrelated_behaviours():
         "antonym_french": circuit(returning=[*shared, "0_2_last", "8_2_last"]),
     }
     unrelated = circuit(returning=["4_0_context", "0_9_last", "8_9_last"])
-    found = outcomes(CircuitsResults("set", languages | dict(capital=unrelated), {}))
-    assert found["ant-1"] == found["ant-3"] == CONFIRMED
+    outcome_of = outcomes(CircuitsResults("set", languages | dict(capital=unrelated), {}))
+    assert outcome_of["ant-1"] == outcome_of["ant-3"] == CONFIRMED
     alike = circuit(returning=[*shared, "0_1_last", "8_1_last"])
     assert outcomes(CircuitsResults("set", languages | dict(capital=alike), {}))["ant-1"] == NOT_SEEN
     assert outcomes(CircuitsResults("set", languages, {}))["ant-1"] == NOT_TESTABLE  # there is no control

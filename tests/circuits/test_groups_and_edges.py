@@ -125,12 +125,12 @@ def test_a_file_of_groups_is_read_as_it_was_written(tmp_path):
         read_groups(str(tmp_path / "none.json"), ["two_hop"])
 
 
-def measured(own, control, dose=1.0, prompts=20, placebo=None, seed=0) -> list[PromptEffects]:
+def measured(effect, control, dose=1.0, prompts=20, placebo=None, seed=0) -> list[PromptEffects]:
     """Effects on the answer of one group: its own, that of random and of placebo sets, with noise of 0.1."""
     rng = np.random.default_rng(seed)
     effects = []
     for _ in range(prompts):
-        means = np.array([own, control, control, *[control if placebo is None else placebo] * 2])
+        means = np.array([effect, control, control, *[control if placebo is None else placebo] * 2])
         answer_ExGxS = np.full((3, 1, 5), np.nan)
         answer_ExGxS[0, 0] = means + 0.1 * rng.normal(size=5)
         answer_ExGxS[1, 0] = 0.0
@@ -141,7 +141,7 @@ def measured(own, control, dose=1.0, prompts=20, placebo=None, seed=0) -> list[P
 
 
 @pytest.mark.parametrize(
-    ("own", "control", "options", "drawn"),
+    ("effect", "control", "options", "drawn"),
     [
         (1.0, 0.2, {}, True),
         (-1.0, -0.2, {}, True),
@@ -152,11 +152,11 @@ def measured(own, control, dose=1.0, prompts=20, placebo=None, seed=0) -> list[P
         (-0.2, -1.0, {}, False),  # less than the controls
     ],
 )
-def test_an_edge_takes_an_interval_and_both_controls(own, control, options, drawn):
-    edges = judge_edges(["group"], measured(own, control, **options), ["a", "b"] * 10, resamples=2000)
+def test_an_edge_takes_an_interval_and_both_controls(effect, control, options, drawn):
+    edges = judge_edges(["group"], measured(effect, control, **options), ["a", "b"] * 10, resamples=2000)
     assert [edge.edit for edge in edges] == ["total"]  # of the others nothing is known, or all is 0
     assert edges[0].drawn == drawn and edges[0].target == ANSWER and edges[0].prompts == 20
-    assert edges[0].effect.mean == pytest.approx(own, abs=0.1)
+    assert edges[0].effect.mean == pytest.approx(effect, abs=0.1)
     assert edges[0].dose == pytest.approx(options.get("dose", 1.0))
 
 

@@ -90,7 +90,7 @@ def intact(tmp_path_factory, one_device):
 
 
 @pytest.fixture(scope="module")
-def found(intact):
+def circuit(intact):
     return find_circuit(*intact, prompts("train", "of"), prompts("test", "in"), resamples=2000)
 
 
@@ -99,15 +99,15 @@ def neuron_names(spec, transcoders, group) -> set[str]:
     names = set()
     for key in group.members:
         arrays = transcoders.load(key.layer).arrays
-        known = neuron_arrays(spec, key.layer, frame(spec, SEED))
-        apart_F = np.abs(known["W_enc_DxF"] - np.asarray(arrays["W_enc_DxF"], np.float64)[:, [key.feature]]).max(0)
-        apart_F += np.abs(known["W_dec_FxD"] - np.asarray(arrays["W_dec_FxD"], np.float64)[key.feature]).max(1)
+        neurons = neuron_arrays(spec, key.layer, frame(spec, SEED))
+        apart_F = np.abs(neurons["W_enc_DxF"] - np.asarray(arrays["W_enc_DxF"], np.float64)[:, [key.feature]]).max(0)
+        apart_F += np.abs(neurons["W_dec_FxD"] - np.asarray(arrays["W_dec_FxD"], np.float64)[key.feature]).max(1)
         names.add(spec.layers[key.layer].neurons[int(apart_F.argmin())].name)
     return names
 
 
-def test_the_groups_are_the_planted_ones(intact, found):
-    named = {group.name: neuron_names(planted(), intact[1], group) for group in found.groups}
+def test_the_groups_are_the_planted_ones(intact, circuit):
+    named = {group.name: neuron_names(planted(), intact[1], group) for group in circuit.groups}
     assert named == {
         "differing words, early layers": {f"state {k}" for k in range(PLACES)},
         "other words, early layers": {"question"},
@@ -116,27 +116,27 @@ def test_the_groups_are_the_planted_ones(intact, found):
     }
 
 
-def test_the_edges_are_the_planted_ones(found):
+def test_the_edges_are_the_planted_ones(circuit):
     words, asks, middle, late = (
         "differing words, early layers", "other words, early layers", "last position, middle layers",
         "last position, late layers",
     )  # fmt: skip
     drawn = {edit: set() for edit in ("direct", "total", "swap")}
-    for edge in found.edges:
+    for edge in circuit.edges:
         if edge.drawn:
             drawn[edge.edit].add((edge.source, edge.target))
     assert drawn["direct"] == {(words, middle), (asks, middle), (middle, late), (late, ANSWER)}
     # Each group is needed for the answer, and each but the question carries which answer it is.
     assert {source for source, _ in drawn["total"]} == {words, asks, middle, late}
     assert {source for source, _ in drawn["swap"]} == {words, middle, late}
-    (last,) = [edge for edge in found.edges if (edge.source, edge.edit) == (late, "swap")]
+    (last,) = [edge for edge in circuit.edges if (edge.source, edge.edit) == (late, "swap")]
     assert last.effect.mean == pytest.approx(2 * 8 * FULL * (1 - MARGIN), rel=1e-4)  # from one answer to the other
 
 
-def test_no_edge_where_the_path_is_cut(intact, found, tmp_path, one_device):
+def test_no_edge_where_the_path_is_cut(intact, circuit, tmp_path, one_device):
     model, transcoders = load(tmp_path / "cut", planted(cut=True), one_device)
     # Features are numbered by their layer's seed, so those of the intact model are the same neurons here.
-    cut = find_circuit(model, transcoders, [], prompts("test", "in"), groups=found.groups, resamples=2000)
+    cut = find_circuit(model, transcoders, [], prompts("test", "in"), groups=circuit.groups, resamples=2000)
     assert not [edge for edge in cut.edges if edge.drawn]
     proposed = find_circuit(model, transcoders, prompts("train", "of"), prompts("test", "in"), resamples=2000)
     assert not [edge for edge in proposed.edges if edge.drawn]
@@ -151,7 +151,7 @@ def test_groups_of_neurons_that_nothing_reads_have_no_edge(intact):
     assert max((abs(edge.effect.mean) for edge in result.edges), default=0.0) < 1e-4  # rounding
 
 
-def test_an_edge_needs_controls_of_its_dose(intact, found):
+def test_an_edge_needs_controls_of_its_dose(intact, circuit):
     """Where nothing else is active nearby, an effect is not compared with anything and no edge is drawn."""
     spec = planted()
     members = tuple(Key(2, feature, "last") for feature in range(spec.width))

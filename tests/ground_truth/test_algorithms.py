@@ -148,15 +148,15 @@ def test_algorithms_are_learned_and_the_binaries_take_them(name, tmp_path):
     unit = tmp_path / "algorithm" / name
     results = load_results(unit)
     assert all(share.mean >= results.required[sort] for sort, share in results.accuracy.items())
-    own = [
+    baseline = [
         f"--workdir={tmp_path / 'own'}",
         f"--model.path={unit / 'model'}",
         "--task.behaviours=",
         f"--task.prompts={unit / 'prompts.jsonl'}",
     ]
-    assert command.run(["baseline"], "", ["program", *own]) == 0
-    summary = json.loads((tmp_path / "own" / "baseline" / "done.json").read_text())
-    assert all(one["test"]["accuracy"]["mean"] > 0.9 for one in summary["results"]["behaviours"].values())
+    assert command.run(["baseline"], "", ["program", *baseline]) == 0
+    summary = json.loads((tmp_path / "baseline" / "baseline" / "done.json").read_text())
+    assert all(each["test"]["accuracy"]["mean"] > 0.9 for each in summary["results"]["behaviours"].values())
 
 
 def test_too_few_questions_are_said():

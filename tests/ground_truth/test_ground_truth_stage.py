@@ -30,9 +30,9 @@ def run(stage, workdir, **changes):
 
 def dictionaries(workdir):
     """What stands for the bits of every dictionary: the checksums of its arrays; and its scores."""
-    found = sorted(workdir.glob("ground_truth/**/dictionary.json"))
+    paths = sorted(workdir.glob("ground_truth/**/dictionary.json"))
     scores = {path.parent: path.read_text() for path in workdir.glob("ground_truth/**/scores.json")}
-    arrays = {path.parent.parent: json.loads(path.read_text())["arrays"] for path in found}
+    arrays = {path.parent.parent: json.loads(path.read_text())["arrays"] for path in paths}
     return {str(path.relative_to(workdir)): (arrays[path], scores[path]) for path in arrays}
 
 
@@ -45,9 +45,9 @@ def whole(tmp_path_factory):
 
 def test_stopped_anywhere_it_ends_with_the_same_bits(whole, tmp_path, monkeypatch, capsys):
     for asked_at in (9, 17):  # checks for a request to stop, of which there is one at each step
-        asked = itertools.count()
+        checks = itertools.count()
         monkeypatch.setattr(
-            command, "install_signal_handlers", lambda asked=asked, at=asked_at: lambda: next(asked) >= at
+            command, "install_signal_handlers", lambda checks=checks, at=asked_at: lambda: next(checks) >= at
         )
         assert run("ground_truth", tmp_path) == 143 and "saved" in capsys.readouterr().err
     monkeypatch.setattr(command, "install_signal_handlers", lambda: lambda: False)
@@ -61,9 +61,9 @@ def test_a_dictionary_of_the_same_world_may_be_started_from(whole, tmp_path, cap
     seed0 = whole / "ground_truth" / "batchtopk" / "seed0"
     again = dict(train__init_from=seed0, train__seed="0", train__learning_rate=0)
     assert run("ground_truth", tmp_path, truth__samples=1000, truth__held_out=1000, **again) == 0
-    own = json.loads((seed0 / "scores.json").read_text())["mcc"]
+    mcc = json.loads((seed0 / "scores.json").read_text())["mcc"]
     results = load_results(tmp_path / "ground_truth" / "batchtopk")
-    assert results.dictionaries[0].scores.mcc.mean == pytest.approx(own, abs=1e-6)
+    assert results.dictionaries[0].scores.mcc.mean == pytest.approx(mcc, abs=1e-6)
     assert run("ground_truth", tmp_path / "other", truth__seed=43, **again) == 2
     assert "the dictionary does not fit: model is synthetic (" in capsys.readouterr().err
 
@@ -71,11 +71,12 @@ def test_a_dictionary_of_the_same_world_may_be_started_from(whole, tmp_path, cap
 def test_results_and_report(whole):
     results = load_results(whole / "ground_truth" / "batchtopk")
     assert results.kind == "batchtopk" and results.samples == 6000 and results.features == 32
-    (one,) = results.dictionaries
-    own = [json.loads((whole / f"ground_truth/batchtopk/seed{seed}/scores.json").read_text()) for seed in (0, 1)]
-    assert one.scores.mcc.mean == pytest.approx((own[0]["mcc"] + own[1]["mcc"]) / 2) and one.seeds == (0, 1)
+    (trained,) = results.dictionaries
+    scores = [json.loads((whole / f"ground_truth/batchtopk/seed{seed}/scores.json").read_text()) for seed in (0, 1)]
+    assert trained.scores.mcc.mean == pytest.approx((scores[0]["mcc"] + scores[1]["mcc"]) / 2)
+    assert trained.seeds == (0, 1)
     controls = load_results(whole / "ground_truth" / "controls")
-    assert [one.control for one in controls.dictionaries] == ["frozen", "untrained"]
+    assert [each.control for each in controls.dictionaries] == ["frozen", "untrained"]
     assert run("report", whole) == 0
     page = (whole / "report" / "report.md").read_text()
     assert "Does training recover known features?" in page
@@ -93,7 +94,7 @@ def test_verdict():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (dict(truth__rate_max=1.0, truth__rate_min=0.9), "more than --truth.dimensions=16"),
         (dict(truth__roots=30), "more than --truth.features=32"),
@@ -103,10 +104,10 @@ def test_verdict():
         (dict(truth__features=0), "nothing to make"),
     ],
 )
-def test_bad_settings_are_one_line(tmp_path, capsys, changes, told):
+def test_bad_settings_are_one_line(tmp_path, capsys, changes, message):
     assert run("ground_truth", tmp_path, **changes) == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and told in error[0]
+    assert len(error) == 1 and message in error[0]
 
 
 @pytest.mark.slow
@@ -114,5 +115,5 @@ def test_the_small_world_is_found(tmp_path):
     """1,024 features in 256 dimensions from a million vectors in one pass: half a minute on two free cores."""
     flags = [f"--flagfile={runs.ROOT}/configs/ground_truth.flags", "--train.kinds=matryoshka"]
     runs.finish(runs.start("ground_truth", [*flags, "--unit=ground_truth/matryoshka", f"--workdir={tmp_path}"]))
-    (found,) = load_results(tmp_path / "ground_truth/matryoshka").dictionaries
-    assert found.scores.recovered.mean >= 0.9
+    (judged,) = load_results(tmp_path / "ground_truth/matryoshka").dictionaries
+    assert judged.scores.recovered.mean >= 0.9

@@ -42,9 +42,9 @@ def answers(prompt):
 
 
 @pytest.fixture(scope="module", params=CIRCUITS)
-def known(request, tmp_path_factory, one_device):
+def case_and_model(request, tmp_path_factory, one_device):
     """A case, and the transformer that was made of it."""
-    case, folder = make_case(request.param, 10, SEED), tmp_path_factory.mktemp("known")
+    case, folder = make_case(request.param, 10, SEED), tmp_path_factory.mktemp("case_and_model")
     save_model(folder, *checkpoint(case.model, SEED), list(case.model.words))
     return case, load_model(str(folder), mesh=one_device)
 
@@ -82,8 +82,8 @@ def test_a_circuit_is_what_leads_to_the_logit():
     assert aligned(edges, (idle, (5, 5, 5)), (logit, word)).tolist() == [[0.001, 0.0], [0.0, 0.0]]
 
 
-def test_the_transformer_is_its_description_here_and_in_transformers(known):
-    case, model = known
+def test_the_transformer_is_its_description_here_and_in_transformers(case_and_model):
+    case, model = case_and_model
     texts = list(dict.fromkeys(prompt.text for prompt in case.prompts))[:4]
     wanted_BxV = np.stack([run(case.model, text).logits_V for text in texts])
     tokens = model.tokenize(texts)
@@ -93,8 +93,8 @@ def test_the_transformer_is_its_description_here_and_in_transformers(known):
         np.testing.assert_allclose(logits_BxTxV[range(len(texts)), tokens.last_B], wanted_BxV, atol=2e-5)
 
 
-def test_graphs_have_the_known_edges_and_wrong_decoders_have_others(known):
-    case, model = known
+def test_graphs_have_the_known_edges_and_wrong_decoders_have_others(case_and_model):
+    case, model = case_and_model
     layers = range(len(case.model.layers))
     sets = [untrained_sets(case, model, layer, SEED) for layer in layers]
     orders = [order(case, layer, SEED).tolist() for layer in layers]
@@ -124,9 +124,9 @@ def test_random_transcoders_stand_for_nothing(tmp_path, one_device):
         assert judged.shown == judged.carried == 0
 
 
-def test_tokens_on_which_nothing_fires_are_not_in_the_store(known, tmp_path):
+def test_tokens_on_which_nothing_fires_are_not_in_the_store(case_and_model, tmp_path):
     """A defect: a store of some tokens of its texts could not be written, and the stage ended with an IndexError."""
-    case, lm = known
+    case, lm = case_and_model
     sites = [f"mlp_{part}.{layer}" for layer in range(len(case.model.layers)) for part in ("in", "out")]
     acts = capture(lm, list(dict.fromkeys(case.texts(40, 0))), sites)
     kept = without_silent_tokens(acts, sites[1::2])

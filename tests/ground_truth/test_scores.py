@@ -46,24 +46,24 @@ def test_a_permuted_true_dictionary_scores_full_marks(world):
     order = np.random.default_rng(1).permutation(12)
     rows = np.asarray(world.directions_JxD)[order]
     # Some activations are below 0.1; rounding gives silent features less than 1e-3.
-    found, matching, counts = judged(world, reader(world, rows.T, 3 * rows, threshold=1e-3))
+    score, matching, counts = judged(world, reader(world, rows.T, 3 * rows, threshold=1e-3))
     assert np.array_equal(order[matching.feature_J], np.arange(12))
     ones = ("recovered", "mcc", "f1", "f1_features", "uniqueness", "best_f1", "best_explained_variance")
-    np.testing.assert_allclose([found[name] for name in ones], 1, atol=1e-5)
-    assert found["split"] == found["merged"] == found["absorbed"] == found["dead"] == found["invented"] == 0
-    assert np.isclose(found["l0"], counts.active_J.sum() / counts.tokens)
-    found, _, _ = judged(world, reader(world, rows.T, rows))
-    assert np.isclose(found["explained_variance"], 1, atol=1e-5)
+    np.testing.assert_allclose([score[name] for name in ones], 1, atol=1e-5)
+    assert score["split"] == score["merged"] == score["absorbed"] == score["dead"] == score["invented"] == 0
+    assert np.isclose(score["l0"], counts.active_J.sum() / counts.tokens)
+    score, _, _ = judged(world, reader(world, rows.T, rows))
+    assert np.isclose(score["explained_variance"], 1, atol=1e-5)
 
 
 def test_a_rotated_dictionary_is_not_the_true_one(world):
     """Its features lie in the same space and explain it, but none is a direction."""
     rotation, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(12, 12)))
     rows = rotation @ np.asarray(world.directions_JxD)
-    found, matching, _ = judged(world, reader(world, rows.T, rows))
-    assert found["recovered"] < 0.3 and found["mcc"] < 0.9
-    assert found["invented"] == np.mean(np.abs(rotation).max(1) <= 0.5**0.5) > 0
-    assert np.isclose(found["mcc"], np.abs(rotation)[matching.feature_J, np.arange(12)].mean(), atol=1e-5)
+    score, matching, _ = judged(world, reader(world, rows.T, rows))
+    assert score["recovered"] < 0.3 and score["mcc"] < 0.9
+    assert score["invented"] == np.mean(np.abs(rotation).max(1) <= 0.5**0.5) > 0
+    assert np.isclose(score["mcc"], np.abs(rotation)[matching.feature_J, np.arange(12)].mean(), atol=1e-5)
 
 
 def test_matching_is_the_best_of_all_assignments():
@@ -76,19 +76,19 @@ def test_matching_is_the_best_of_all_assignments():
             small[np.arange(len(small)), list(order)].mean()
             for order in itertools.permutations(range(small.shape[1]), len(small))
         )
-        found = Matching.of(W, D)
-        assert np.isclose(found.mcc, best)
-        assert (found.feature_J >= 0).sum() == min(features, directions)
+        matching = Matching.of(W, D)
+        assert np.isclose(matching.mcc, best)
+        assert (matching.feature_J >= 0).sum() == min(features, directions)
 
 
 def test_split_and_merged():
     D = np.eye(6)
     W = np.array([D[0], D[0] + 0.2 * D[5], D[1] + D[2] + 0.2 * D[5], D[3], D[4] + 0.3 * D[3]])
-    found = Matching.of(W, D)
-    assert list(found.split_J) == [True, False, False, False, False, False]
-    assert list(found.merged_J) == [False, True, True, False, False, False]
-    assert np.isclose(found.uniqueness, 4 / 5)
-    assert not found.invented_F[[0, 1, 3, 4]].any() and found.invented_F[2]
+    matching = Matching.of(W, D)
+    assert list(matching.split_J) == [True, False, False, False, False, False]
+    assert list(matching.merged_J) == [False, True, True, False, False, False]
+    assert np.isclose(matching.uniqueness, 4 / 5)
+    assert not matching.invented_F[[0, 1, 3, 4]].any() and matching.invented_F[2]
 
 
 def test_absorption_is_found_where_it_was_planted(world):
@@ -97,9 +97,9 @@ def test_absorption_is_found_where_it_was_planted(world):
     encoder, decoder = rows.copy(), rows.copy()
     encoder[0] -= 20 * rows[2]
     decoder[2] = (rows[2] + rows[0]) / 2**0.5
-    found, matching, counts = judged(world, reader(world, encoder.T, decoder))
-    where = absorbed(counts, matching, world)
-    assert list(np.flatnonzero(where)) == [0] and np.isclose(found["absorbed"], 1 / 12)
+    score, matching, counts = judged(world, reader(world, encoder.T, decoder))
+    assert list(np.flatnonzero(absorbed(counts, matching, world))) == [0]
+    assert np.isclose(score["absorbed"], 1 / 12)
     decoder[2] = rows[2]  # the parent is missed as before, but nobody stands for it
     _, matching, counts = judged(world, reader(world, encoder.T, decoder))
     assert not absorbed(counts, matching, world).any()
@@ -127,16 +127,16 @@ def test_counts_against_the_code_written_out(world):
 def test_the_best_of_a_sparsity(world):
     """A dictionary that fires once on a vector, beside a world that keeps its largest activations."""
     rows = np.asarray(world.directions_JxD)
-    found, _, counts = judged(world, reader(world, rows[:2].T, rows[:2]))
-    assert abs(counts.kept_J.sum() / counts.tokens - found["l0"]) < 0.1
-    assert found["explained_variance"] < found["best_explained_variance"] < 1 and found["f1"] < found["best_f1"] < 1
+    score, _, counts = judged(world, reader(world, rows[:2].T, rows[:2]))
+    assert abs(counts.kept_J.sum() / counts.tokens - score["l0"]) < 0.1
+    assert score["explained_variance"] < score["best_explained_variance"] < 1 and score["f1"] < score["best_f1"] < 1
 
 
 def test_interval_over_seeds():
     values = [0.4, 0.5, 0.9, 0.7]
-    found = over_seeds(values)
+    interval = over_seeds(values)
     expected = ttest_1samp(values, 0).confidence_interval(0.95)
-    np.testing.assert_allclose([found.mean, found.low, found.high], [np.mean(values), expected.low, expected.high])
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((np.mean(values), expected.low, expected.high))
     alone = over_seeds([0.3])
     assert alone.low == alone.mean == alone.high == 0.3
     # An interval of shares ends where shares do.

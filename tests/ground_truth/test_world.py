@@ -29,10 +29,10 @@ def drawn(settings=SMALL, count=COUNT, seed=7):
     return world, np.asarray(x_BxD), np.asarray(code_BxJ)
 
 
-def close(found, expected, count=COUNT, deviations=5):
+def close(share, expected, count=COUNT, deviations=5):
     """Shares of so many draws are what they should be, but for chance."""
     expected = np.asarray(expected)
-    assert np.all(np.abs(found - expected) < deviations * np.sqrt(expected * (1 - expected) / count) + 1e-9)
+    assert np.all(np.abs(share - expected) < deviations * np.sqrt(expected * (1 - expected) / count) + 1e-9)
 
 
 def test_vectors_are_the_sums_that_the_code_says():
@@ -54,8 +54,8 @@ def test_rates_and_sizes_without_trees():
     close((code_BxJ > 0).mean(0), worlds.rates(plain) * norm.cdf(mean_J / std_J))
     ratio = mean_J / std_J
     expected_J = mean_J + std_J * norm.pdf(ratio) / norm.cdf(ratio)  # of a normal number, given that it is above 0
-    found_J = code_BxJ.sum(0) / (code_BxJ > 0).sum(0)
-    assert np.all(np.abs(found_J - expected_J) < 6 * std_J / np.sqrt((code_BxJ > 0).sum(0)) + 1e-4)
+    size_J = code_BxJ.sum(0) / (code_BxJ > 0).sum(0)
+    assert np.all(np.abs(size_J - expected_J) < 6 * std_J / np.sqrt((code_BxJ > 0).sum(0)) + 1e-4)
 
 
 def test_eight_devices_draw_what_one_draws():
@@ -89,7 +89,7 @@ def test_one_child_of_several_is_kept_with_equal_chances():
     for parent, first in ((0, 2), (1, 5)):
         expected = np.zeros(3)
         for met in np.ndindex(2, 2, 2):
-            chance = np.prod([p[first + i] if one else 1 - p[first + i] for i, one in enumerate(met)])
+            chance = np.prod([p[first + i] if is_met else 1 - p[first + i] for i, is_met in enumerate(met)])
             expected += np.array(met) * chance / max(sum(met), 1)
         close((code_BxJ[:, first : first + 3] > 0).mean(0), p[parent] * expected)
 
@@ -128,8 +128,8 @@ def test_orthogonalising_is_the_loss_written_out():
     gradient_JxD = 4 * gram_JxJ @ rows_JxD  # unit rows: the other sum has no gradient
     moved_JxD = rows_JxD - 1e-3 * np.sign(gradient_JxD)
     expected_JxD = moved_JxD / np.linalg.norm(moved_JxD, axis=1, keepdims=True)
-    found_JxD = worlds.orthogonalise(jnp.asarray(rows_JxD, jnp.float32), 1, 1e-3)
-    np.testing.assert_allclose(found_JxD, expected_JxD, atol=2e-5)
+    result_JxD = worlds.orthogonalise(jnp.asarray(rows_JxD, jnp.float32), 1, 1e-3)
+    np.testing.assert_allclose(result_JxD, expected_JxD, atol=2e-5)
 
 
 def test_statistics_of_synthsaebench_16k():
@@ -138,11 +138,11 @@ def test_statistics_of_synthsaebench_16k():
     config.define_flags(GROUPS, values)
     values(["", f"--flagfile={Path('configs/synthsaebench-16k.flags')}"])
     settings = dataclasses.replace(config.from_flags(GROUPS, values)[TruthConfig], orthogonalise=0)
-    own_J = worlds.conditional_rates(settings)
+    conditional_J = worlds.conditional_rates(settings)
     rates_J = worlds.rates(settings)
     assert settings.features == 16_384 and rates_J[0] == 0.4 and np.isclose(rates_J[-1], 5e-4)
     parent_J = worlds.parents(settings.features, settings.roots, settings.branching, settings.depth)
-    assert np.sum(parent_J >= 0) + 128 == 10_880 and abs(own_J.max() - 0.915) < 1e-3
+    assert np.sum(parent_J >= 0) + 128 == 10_880 and abs(conditional_J.max() - 0.915) < 1e-3
     world = worlds.make_world(settings)
     codes = [worlds.sample_with_code(world, jax.random.key(i), 256)[1] for i in range(6)]
     counts_J = sum(np.asarray(jnp.sum(code_BxJ > 0, 0)) for code_BxJ in codes)
@@ -156,15 +156,15 @@ def test_statistics_of_synthsaebench_16k():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (dict(features=20), "26 features, more than --truth.features=20"),
         (dict(rate_min=0.4), "rate_min=0.4 is above --truth.rate_max=0.3"),
         (dict(rate_max=1.0, rate_min=0.9, roots=0), "more than --truth.dimensions=16"),
     ],
 )
-def test_worlds_that_cannot_be(changes, told):
-    with pytest.raises(UserError, match=told):
+def test_worlds_that_cannot_be(changes, message):
+    with pytest.raises(UserError, match=message):
         worlds.check(dataclasses.replace(SMALL, **changes))
 
 

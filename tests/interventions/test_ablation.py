@@ -42,22 +42,22 @@ def draw_sets(rng, features):
 def of_kind(dictionary, kind):
     """A dictionary of another kind with the same directions."""
     arrays, b_enc_F = dictionary.arrays, dictionary.b_enc_F[...]
-    own = dict(jumprelu=dict(threshold_F=jnp.full_like(b_enc_F, 0.2)), gated=dict(r_mag_F=0 * b_enc_F + 0.3))
+    arrays_of = dict(jumprelu=dict(threshold_F=jnp.full_like(b_enc_F, 0.2)), gated=dict(r_mag_F=0 * b_enc_F + 0.3))
     if kind == "gated":
         # Magnitudes are 0 where a gate opens: an activation must not jump on the last bit of a pre-activation.
-        own["gated"]["b_mag_F"] = b_enc_F * np.exp(0.3) - 0.05
+        arrays_of["gated"]["b_mag_F"] = b_enc_F * np.exp(0.3) - 0.05
     config = dataclasses.replace(dictionary.config, kind=kind, k=12 * (kind == "topk"), fires_above=0.5)
-    return Dictionary(config, **arrays | own.get(kind, {}))
+    return Dictionary(config, **arrays | arrays_of.get(kind, {}))
 
 
 @pytest.mark.parametrize("kind", ["linear", "gated", "jumprelu", "topk"])
 def test_other_kinds_equal_the_edit_of_a_full_forward_pass(tiny, prompts, dictionary, kind):
-    other, few = of_kind(dictionary, kind), prompts[:4]
-    split = SplitModel(tiny, other)
+    changed, few = of_kind(dictionary, kind), prompts[:4]
+    split = SplitModel(tiny, changed)
     features = np.random.default_rng(4).permutation(150)[:40].tolist()
     diffs = ablate_sets(split, split.run(few), [features])
     tokens = tiny.tokenize([prompt.text for prompt in few])
-    logits_BxTxV = np.asarray(tiny(tokens, edits=[other.ablate(features)]).logits_BxTxV)
+    logits_BxTxV = np.asarray(tiny(tokens, edits=[changed.ablate(features)]).logits_BxTxV)
     for p, prompt in enumerate(few):
         last_V = logits_BxTxV[p, tokens.last_B[p]]
         wanted = last_V[tiny.token_id(prompt.correct)] - last_V[tiny.token_id(prompt.wrong)]
@@ -120,10 +120,10 @@ def test_neither_batch_size_nor_mesh_matter(split, runs, dictionary, prompts, ti
     over_8 = SplitModel(load_model(str(tiny_llama)), dictionary)
     assert over_8.point.mesh.shape["data"] == 8
     spread = ablate_sets(over_8, over_8.run(prompts), sets, batch_rows=64)
-    for other in (odd, spread):
-        assert other.rows == wanted.rows
-        np.testing.assert_allclose(other.ablated_SxP, wanted.ablated_SxP, atol=1e-5)
-        np.testing.assert_allclose(other.clean_P, wanted.clean_P, atol=1e-5)
+    for again in (odd, spread):
+        assert again.rows == wanted.rows
+        np.testing.assert_allclose(again.ablated_SxP, wanted.ablated_SxP, atol=1e-5)
+        np.testing.assert_allclose(again.clean_P, wanted.clean_P, atol=1e-5)
 
 
 def test_runs_hold_every_prompt_once_sorted_by_length(split, prompts, tiny, monkeypatch):
@@ -140,16 +140,8 @@ def test_runs_hold_every_prompt_once_sorted_by_length(split, prompts, tiny, monk
         assert 0 <= length - lengths_P[run.index_P].max() < 2
     assert max(runs[0].last_B) <= min(runs[1].last_B)
     sets = draw_sets(np.random.default_rng(6), 100)
-    together, apart = (ablate_sets(split, own, sets) for own in (runs, split.run(prompts)))
+    together, apart = (ablate_sets(split, groups, sets) for groups in (runs, split.run(prompts)))
     np.testing.assert_allclose(together.ablated_SxP, apart.ablated_SxP, atol=1e-5)
-
-
-@pytest.mark.usefixtures("cold_programs")
-def test_few_programs(split, runs, dictionary):
-    before = ablation.run_rows._cache_size()
-    n = dictionary.config.n_features
-    ablate_sets(split, runs, [[i] for i in range(n)] + [list(range(n))], batch_rows=48)
-    assert ablation.run_rows._cache_size() - before <= 6
 
 
 def test_progress_counts_tokens_and_may_stop(split, runs, dictionary):
@@ -209,3 +201,11 @@ def test_in_bfloat16_the_effects_are_nearly_the_same(tiny_llama, one_device, pro
     drop_P = ablate_sets(half, half.run(prompts), sets).drop_SxP[0]
     assert np.corrcoef(drop_P, wanted_P)[0, 1] > 0.9
     assert jax.tree.leaves(half.params)[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.usefixtures("cold_programs")
+def test_few_programs(split, runs, dictionary):
+    before = ablation.run_rows._cache_size()
+    n = dictionary.config.n_features
+    ablate_sets(split, runs, [[i] for i in range(n)] + [list(range(n))], batch_rows=48)
+    assert ablation.run_rows._cache_size() - before <= 6

@@ -121,8 +121,8 @@ def test_doses_and_effects_are_those_of_the_engine(tiny, ablation, dictionary, m
     batch = edits.mask(dictionary, [edit.features for edit in chosen], [edit.fraction for edit in chosen])
     want = engine.effects(tiny, test, batch, readouts)
     for r, readout in enumerate(readouts):
-        got_ExP = table.values(chosen, table.select_prompts("first"), readout)
-        np.testing.assert_allclose(got_ExP, want[:, :, r], atol=2e-5)
+        value_ExP = table.values(chosen, table.select_prompts("first"), readout)
+        np.testing.assert_allclose(value_ExP, want[:, :, r], atol=2e-5)
 
 
 @pytest.mark.parametrize("basis", BASES)
@@ -173,12 +173,12 @@ def test_effects_of_top_features_have_intervals_within_templates(ablation):
 def test_named_features_are_those_that_are_ablated(tiny, dictionary, make_prompt):
     prompts = make_prompts(make_prompt, "only")
     options = dict(placebo_targets=0, baselines=(), untrained=False, bootstrap=200)
-    found = saejax.ablate(tiny, dictionary, prompts, features=[5, 60], **options)
-    answers = found.verdict.dictionaries[TESTED]["only"]
+    ablation = saejax.ablate(tiny, dictionary, prompts, features=[5, 60], **options)
+    answers = ablation.verdict.dictionaries[TESTED]["only"]
     assert answers.features == (5, 60) and answers.selective.answer == "not tested"  # there is no other behaviour
-    assert not {5, 60} & random_features(found.table, "only")
+    assert not {5, 60} & random_features(ablation.table, "only")
     # The ranking's attribution is that of the model, in logits, whoever chose the features.
-    assert all(abs(effect.attribution) < 1.0 for effect in found.top["only"])
+    assert all(abs(effect.attribution) < 1.0 for effect in ablation.top["only"])
     with pytest.raises(UserError, match="train"):
         saejax.ablate(tiny, dictionary, prompts[10:], **options)
 

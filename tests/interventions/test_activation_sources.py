@@ -42,10 +42,10 @@ def test_every_kind_is_described():
 
 
 def test_a_prefix_is_shared_where_that_of_the_counterpart_is_too():
-    prefix_PxT, other_PxT = np.array([[0, 1, 1], [0, 2, 2], [0, 1, 0]]), np.array([[0, 0, 2], [2, 0, 0], [0, 0, 2]])
-    runs = [types.SimpleNamespace(prefix_PxT=number_PxT, last_B=np.zeros(3)) for number_PxT in (prefix_PxT, other_PxT)]
+    prefix_PxT, second_PxT = np.array([[0, 1, 1], [0, 2, 2], [0, 1, 0]]), np.array([[0, 0, 2], [2, 0, 0], [0, 0, 2]])
+    runs = [types.SimpleNamespace(prefix_PxT=number_PxT, last_B=np.zeros(3)) for number_PxT in (prefix_PxT, second_PxT)]
     shared_PxT = engine.EditedRun(*runs, ActivationReplacement("counterpart")).prompts.prefix_PxT
-    pairs = list(zip(prefix_PxT.ravel().tolist(), other_PxT.ravel().tolist(), strict=True))
+    pairs = list(zip(prefix_PxT.ravel().tolist(), second_PxT.ravel().tolist(), strict=True))
     for a, first in zip(shared_PxT.ravel(), pairs, strict=True):
         assert [a == b for b in shared_PxT.ravel()] == [first == second for second in pairs]
     # Draws differ from prompt to prompt, so nothing is shared.
@@ -67,10 +67,10 @@ def test_draws_are_activations_at_other_positions(split, dictionary, pairs):
     kept_BxTxK = f_BxTxF - fall_BxTxK
     moved = 0
     for feature in features_K:
-        own, drawn = f_BxTxF[:, :, feature], kept_BxTxK[:, :, feature]
-        fires = own != 0
+        before, drawn = f_BxTxF[:, :, feature], kept_BxTxK[:, :, feature]
+        fires = before != 0
         assert (drawn[~fires] == 0).all()
-        values = own[fires]
+        values = before[fires]
         for value, at in zip(drawn[fires], values, strict=True):
             assert np.isclose(value, values, atol=1e-5).any()
             if len(values) > 1 and np.isclose(values, at, atol=1e-5).sum() == 1:
@@ -100,8 +100,8 @@ def test_every_other_position_is_drawn_as_often(split, dictionary, pairs):
 
 def test_two_clean_runs_of_the_same_prompts_are_replaced_differently(split, pairs):
     (run,) = split.run(pairs)
-    other = dataclasses.replace(run, index_P=run.index_P + len(pairs))
-    diffs = ablate_sets(split, [run, other], SETS, source=draws(3))
+    again = dataclasses.replace(run, index_P=run.index_P + len(pairs))
+    diffs = ablate_sets(split, [run, again], SETS, source=draws(3))
     first_SxP, second_SxP = np.split(diffs.drop_SxP, 2, axis=1)
     assert np.abs(first_SxP - second_SxP).max() > 0.01
 

@@ -201,7 +201,7 @@ def test_placebo_targets_are_other_items_answers_of_equal_length():
             answer = by_context.get(reference.context[0])
             if answer is None:
                 continue
-            others = [other.answer[: len(answer)] for other in references if other is not reference]
+            others = [each.answer[: len(answer)] for each in references if each is not reference]
             assert len(answer) == len(reference.answer) and answer != reference.answer and answer in others
     assert len({tuple(tuple(reference.answer) for reference in target) for target in targets}) > 5
     assert placebo_references([Reference([0], [1]), Reference([1], [1])], 5, seed=1) == []  # no other answer
@@ -215,11 +215,11 @@ def check_associations(run, items, results, table, monkeypatch):
         for half in (items.train, items.test)
     )
     items = dataclasses.replace(items, train=train, test=test)
-    found = benchmark_run._associate(run.folder, items, results, table, 0)
+    associated = benchmark_run._associate(run.folder, items, results, table, 0)
     read = ItemFeatures.load(run.folder / benchmark_run.FEATURES_ON_ITEMS)
     acts_NxF = read.activity.f_NxF.toarray()
     compared = 0
-    for row in found.top:
+    for row in associated.top:
         is_question_N = [(read.text_N == read.ids.index(item.id)) & (read.end_N <= len(item.question)) for item in test]
         largest = [acts_NxF[is_N, row.feature].max() for is_N in is_question_N]
         if np.ptp(largest) and row.label in ("a", "b"):

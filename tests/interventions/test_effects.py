@@ -98,7 +98,7 @@ def test_effects_equal_torch_hooks(tiny, plain, pairs, find_dictionary, kind, si
     dictionary, some = find_dictionary(site), pairs[:6]
     make, options, fraction, replacement, addend = EDITS[kind]
     batch = make(dictionary, SETS, *options)
-    got_ExPxR = engine.effects(tiny, some, batch, READOUTS, positions, error)
+    value_ExPxR = engine.effects(tiny, some, batch, READOUTS, positions, error)
     fraction_E = np.broadcast_to(fraction, len(SETS))
     if replacement == "draws":
         drawn = draw_replacements(tiny, dictionary, some, batch.replacement, positions, error)
@@ -126,21 +126,21 @@ def test_effects_equal_torch_hooks(tiny, plain, pairs, find_dictionary, kind, si
             rise_TxK = addend - fraction_E[e] * (f_TxF - r_TxF)[:, members]
             change_TxD = (editable_Tx1 * rise_TxK) @ run.W_dec_FxD[members]
             wanted_R = read_out(put(run, base_TxD + change_TxD), clean_V, run, change_TxD)
-            np.testing.assert_allclose(got_ExPxR[e, p], wanted_R, atol=2e-5)
-    assert np.ptp(got_ExPxR[:, :, 0], axis=0).max() > 0.02, "an edit changes something"
+            np.testing.assert_allclose(value_ExPxR[e, p], wanted_R, atol=2e-5)
+    assert np.ptp(value_ExPxR[:, :, 0], axis=0).max() > 0.02, "an edit changes something"
 
 
 def test_projections_equal_torch_hooks(tiny, plain, pairs, make_dictionary):
     subspaces = np.random.default_rng(0).normal(size=(2, 3, 64))
     batch = edits.project("resid_post.1", subspaces)
-    got_ExP = engine.effects(tiny, pairs[:4], batch)[:, :, 0]
+    value_ExP = engine.effects(tiny, pairs[:4], batch)[:, :, 0]
     for p, prompt in enumerate(pairs[:4]):
         run = plain(make_dictionary("resid_post.1"), prompt)
         usable_Tx1 = np.linalg.norm(run.value(), axis=1, keepdims=True) <= tiny.sink_norm("resid_post.1")
         for e, subspace_NxD in enumerate(subspaces):
             Q_DxN = np.linalg.qr(subspace_NxD.T)[0]
             wanted = run.diff(lambda x_TxD, Q_DxN=Q_DxN, usable=usable_Tx1: x_TxD - usable * (x_TxD @ Q_DxN @ Q_DxN.T))
-            np.testing.assert_allclose(got_ExP[e, p], wanted, atol=2e-5)
+            np.testing.assert_allclose(value_ExP[e, p], wanted, atol=2e-5)
 
 
 @pytest.fixture(scope="module")
@@ -173,19 +173,19 @@ def test_attribution_of_a_target_equals_that_of_answers(tiny, prompts, dictionar
     split = SplitModel(tiny, dictionary)
     runs = split.run(alike)
     targets_Rx2 = np.array([[5, 9], [tiny.token_id(alike[0].correct), tiny.token_id(alike[0].wrong)], [9, 5]])
-    got_RxF, again_RxF = slopes.target_attributions([split, split], [runs, runs], targets_Rx2)
-    np.testing.assert_array_equal(got_RxF, again_RxF)
+    target_RxF, again_RxF = slopes.target_attributions([split, split], [runs, runs], targets_Rx2)
+    np.testing.assert_array_equal(target_RxF, again_RxF)
     want_F = slopes.attribution(split, runs).mean(axis=0)
-    np.testing.assert_allclose(got_RxF[1], want_F, atol=1e-5)
-    np.testing.assert_allclose(got_RxF[0], -got_RxF[2], atol=1e-5)
-    assert np.abs(got_RxF[0]).max() > 1e-3
+    np.testing.assert_allclose(target_RxF[1], want_F, atol=1e-5)
+    np.testing.assert_allclose(target_RxF[0], -target_RxF[2], atol=1e-5)
+    assert np.abs(target_RxF[0]).max() > 1e-3
 
 
 def test_whole_answers_and_cross_entropy_equal_full_passes(tiny, few, dictionary):
     batch = edits.mask(dictionary, FEW_SETS)
-    got = engine.effects(tiny, few, batch, ("answer_log_prob", "ce", "logit_diff"))
-    np.testing.assert_array_equal(got[:, :, 2], engine.effects(tiny, few, batch)[:, :, 0])
-    np.testing.assert_array_equal(got[:, :, :2], engine.effects(tiny, few, batch, ("answer_log_prob", "ce")))
+    value_ExPxR = engine.effects(tiny, few, batch, ("answer_log_prob", "ce", "logit_diff"))
+    np.testing.assert_array_equal(value_ExPxR[:, :, 2], engine.effects(tiny, few, batch)[:, :, 0])
+    np.testing.assert_array_equal(value_ExPxR[:, :, :2], engine.effects(tiny, few, batch, ("answer_log_prob", "ce")))
     pairs = [encode_pair(tiny.tokenizer, prompt.text, prompt.correct + " and on") for prompt in few]
     longer = [dataclasses.replace(prompt, correct=prompt.correct + " and on") for prompt in few]
     whole = engine.effects(tiny, longer, batch, ("answer_log_prob",))[:, :, 0]
@@ -199,6 +199,6 @@ def test_whole_answers_and_cross_entropy_equal_full_passes(tiny, few, dictionary
             logp_TxV = logits_TxV - np.logaddexp.reduce(logits_TxV, axis=1, keepdims=True)
             ids_T = tokens.ids_BxT[0]
             ce = -logp_TxV[np.arange(len(ids_T) - 1), ids_T[1:]].mean()
-            assert got[e, p, 1] == pytest.approx(ce, abs=1e-4)
+            assert value_ExPxR[e, p, 1] == pytest.approx(ce, abs=1e-4)
     with pytest.raises(UserError, match="edits at all positions"):
         engine.effects(tiny, few, batch, ("ce",), positions="last")

@@ -100,7 +100,7 @@ def worlds():
 
 
 def test_planted_detectors_of_words_are_told_from_features_of_context(worlds):
-    rows = [row for found in worlds for row in found.features]
+    rows = [row for world in worlds for row in world.features]
     wrong = [row for row in rows if row.test.driver != ("tokens" if row.feature < 10 else "context")]
     assert len(rows) == 100 and len(wrong) <= 10, wrong[:2]
     share = worlds[0].shares[0]
@@ -120,10 +120,10 @@ def test_the_tokens_are_those_that_were_planted(worlds):
 
 
 def test_controls_are_tested_too():
-    found = run_world(3, 8, 8, random_features=3, random_dictionary=World(9).dictionary(12, 0))
+    result = run_world(3, 8, 8, random_features=3, random_dictionary=World(9).dictionary(12, 0))
     # All features are tested ones: none is left to be drawn at random.
-    assert [share.group for share in found.shares] == ["tested", "random dictionary"]
-    assert found.rule == RULE and (found.texts, found.ordinary) == (64, 64)
+    assert [share.group for share in result.shares] == ["tested", "random dictionary"]
+    assert result.rule == RULE and (result.texts, result.ordinary) == (64, 64)
 
 
 def test_activations_are_the_dictionarys(worlds):
@@ -133,21 +133,21 @@ def test_activations_are_the_dictionarys(worlds):
     for name, texts in (("real", reasoning[1::2]), ("ordinary", ordinary[1::2])):
         ids = [[int(word) for word in text.split()] for text in texts]
         expected_F = np.mean([np.max(W_enc_DxF[text], axis=0) for text in ids], axis=0)[:10]
-        found = [getattr(row, name).mean for row in worlds[0].features[:10]]
-        np.testing.assert_allclose(found, expected_F, rtol=1e-5)
+        means = [getattr(row, name).mean for row in worlds[0].features[:10]]
+        np.testing.assert_allclose(means, expected_F, rtol=1e-5)
 
 
 def test_the_rule_is_undecided_where_nothing_is_shown():
     rng = np.random.default_rng(0)
-    noise_N, other_N = rng.normal(size=(2, 60))
-    assert judge_injection(noise_N, noise_N, other_N).reach is None
-    middle_N = other_N + 5 - other_N.mean() + noise_N.mean()
+    noise_N, level_N = rng.normal(size=(2, 60))
+    assert judge_injection(noise_N, noise_N, level_N).reach is None
+    middle_N = level_N + 5 - level_N.mean() + noise_N.mean()
     for control_N, injected_N, real_N, driver in (
-        (noise_N, noise_N, other_N, "undecided"),
-        (noise_N, noise_N, other_N + 5, "context"),
-        (noise_N, noise_N + 5, other_N + 5, "tokens"),
+        (noise_N, noise_N, level_N, "undecided"),
+        (noise_N, noise_N, level_N + 5, "context"),
+        (noise_N, noise_N + 5, level_N + 5, "tokens"),
         (noise_N, noise_N + 2.5, middle_N, "undecided"),
-        (noise_N[:3], noise_N[:3] + 5, other_N[:3] + 5, "undecided"),  # three texts agree by chance
+        (noise_N[:3], noise_N[:3] + 5, level_N[:3] + 5, "undecided"),  # three texts agree by chance
     ):
         assert judge_injection(control_N, injected_N, real_N).driver == driver
     assert judge_injection(noise_N, noise_N + 2.5, middle_N).reach.mean == pytest.approx(0.5)
@@ -156,8 +156,8 @@ def test_the_rule_is_undecided_where_nothing_is_shown():
 
 def test_a_real_model(tiny, make_dictionary):
     texts = [f"The {word} near the dogs runs so {word}" for word in ("cat", "war", "year", "water", "way", "capital")]
-    found = saejax.falsify(tiny, make_dictionary("resid_post.1"), [3, 8], texts, texts[::-1] * 2, resamples=100)
-    assert [row.group for row in found.features] == ["tested"] * 2 + ["random features"] * 2
+    result = saejax.falsify(tiny, make_dictionary("resid_post.1"), [3, 8], texts, texts[::-1] * 2, resamples=100)
+    assert [row.group for row in result.features] == ["tested"] * 2 + ["random features"] * 2
     with pytest.raises(UserError, match="falsify has 1, 1, 1, 1 texts"):
         saejax.falsify(tiny, make_dictionary("resid_post.1"), [3], texts[:2], texts[:2])
 

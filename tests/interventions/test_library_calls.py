@@ -80,27 +80,27 @@ def on_one_device(tiny, dictionary, answered):
     return call_all(tiny, dictionary, answered)
 
 
-def assert_close(found, wanted, where=""):
+def assert_close(data, wanted, where=""):
     """The same data but for rounding: 1e-5 of numbers, 1e-6 of large ones, which sentences print to two digits.
 
     The p-values of ablated features count 10,000 bootstrap samples on either side of zero. Each sample whose mean is so
     near zero that rounding decides its side moves p by 2e-4; here one does, and up to five may.
     """
-    assert type(found) is type(wanted), where
+    assert type(data) is type(wanted), where
     if isinstance(wanted, dict):
-        assert found.keys() == wanted.keys(), where
+        assert data.keys() == wanted.keys(), where
         for key, value in wanted.items():
-            assert_close(found[key], value, f"{where}.{key}")
+            assert_close(data[key], value, f"{where}.{key}")
     elif isinstance(wanted, list):
-        assert len(found) == len(wanted), where
+        assert len(data) == len(wanted), where
         for place, value in enumerate(wanted):
-            assert_close(found[place], value, f"{where}[{place}]")
+            assert_close(data[place], value, f"{where}[{place}]")
     elif isinstance(wanted, numbers.Real):
         limit = 2e-5 if where.startswith((".effects", ".slopes", ".ablate")) else 1e-5
         limit = 1e-3 if where.endswith(("p_value", "p_holm")) else limit
-        assert found == pytest.approx(wanted, rel=1e-6, abs=limit, nan_ok=True), where
+        assert data == pytest.approx(wanted, rel=1e-6, abs=limit, nan_ok=True), where
     else:
-        assert found == wanted, where
+        assert data == wanted, where
 
 
 @pytest.mark.parametrize("where", ["eight devices", "torch"])

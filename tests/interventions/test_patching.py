@@ -54,8 +54,8 @@ def test_patches_equal_a_plain_loop_with_torch_hooks(tiny, plain, pairs, kind, p
                 value_TxW[part] = source_TxW[part]
                 return value_TxW
 
-            found = patched.diff_DxLxHxPxC[source, place, head, p, column]
-            np.testing.assert_allclose(found, runs[base].diff(change, site), atol=2e-5)
+            diff = patched.diff_DxLxHxPxC[source, place, head, p, column]
+            np.testing.assert_allclose(diff, runs[base].diff(change, site), atol=2e-5)
             compared += 1
     assert compared >= 8 * heads and np.nanmax(np.abs(patched.effect_DxLxHxPxC)) > 1e-3
 

@@ -50,14 +50,14 @@ def make_task(inputs=40, train=120, test=60, classes=2, seed=0, planted=True) ->
 
 
 def test_sparse_probes_find_the_planted_inputs():
-    (one, two, full), _ = zip(*probing.run_probes(make_task(classes=4), CONFIG, [1]), strict=True)
-    assert (one.k, two.k, full.k) == (1, 2, None)
-    assert set(two.inputs) == {3, 8} and one.inputs == two.inputs[:1] and full.inputs is None
+    (single, two, full), _ = zip(*probing.run_probes(make_task(classes=4), CONFIG, [1]), strict=True)
+    assert (single.k, two.k, full.k) == (1, 2, None)
+    assert set(two.inputs) == {3, 8} and single.inputs == two.inputs[:1] and full.inputs is None
     # Two independent bits, each read with an error rate of P(z > 1 / 0.7), 7.7 %: 85 % are right.
     assert two.accuracy.low < 0.852 < two.accuracy.high
     wilson = binomtest(round(60 * two.accuracy.mean), 60).proportion_ci(method="wilson")
     assert (two.accuracy.low, two.accuracy.high) == pytest.approx((wilson.low, wilson.high))
-    assert one.accuracy.mean < 0.6 < two.accuracy.mean
+    assert single.accuracy.mean < 0.6 < two.accuracy.mean
     assert two.p_value == pytest.approx(1 / 10_001)
     assert two.shuffled.high < 0.5 and two.control.mean < 0.5 and full.control is None
     assert two.balanced_accuracy == pytest.approx(two.accuracy.mean, abs=0.1)
@@ -103,8 +103,8 @@ def test_differences_of_class_means():
     for classes, size in ((2, np.abs), (4, np.array)):
         task = make_task(classes=classes)
         for k, ours_C in enumerate(probing.mean_differences(task.train_NxC, task.train_class_N)):
-            own = task.train_class_N == k
-            theirs_C = task.train_NxC[own].mean(axis=0) - task.train_NxC[~own].mean(axis=0)
+            is_class_N = task.train_class_N == k
+            theirs_C = task.train_NxC[is_class_N].mean(axis=0) - task.train_NxC[~is_class_N].mean(axis=0)
             np.testing.assert_allclose(ours_C, size(theirs_C), atol=1e-12)
     assert probing.select_inputs(make_task(), 1).tolist() in ([3], [8])
     # In units of the input: one that varies a lot comes before one that says more.
@@ -113,8 +113,8 @@ def test_differences_of_class_means():
 
 
 def test_differences_are_paired_by_prompt():
-    right_M, other_M = np.array([True] * 8 + [False] * 2), np.array([False] * 2 + [True] * 8)
-    gap = probing.paired_difference(right_M, other_M, 0)
+    right_M, second_M = np.array([True] * 8 + [False] * 2), np.array([False] * 2 + [True] * 8)
+    gap = probing.paired_difference(right_M, second_M, 0)
     assert gap.mean == 0 and gap.low < 0 < gap.high
     assert probing.paired_difference(right_M, right_M, 0) == Interval(0.0, 0.0, 0.0)
 
@@ -179,8 +179,8 @@ def test_the_noun_beside_the_verb_does_not_say_the_subjects_number():
     # Subjects and what is right stay; other behaviours and prompts of one's own are left as they are.
     for old, new in zip(prompts, label.prompts, strict=True):
         assert (new.correct, new.text.split()[:5]) == (old.correct, old.text.split()[:5])
-    own = [dataclasses.replace(prompt, items=()) for prompt in prompts]
-    assert label_prompts("number", own, [1.0] * 100)[0].prompts == tuple(own)
+    without_items = [dataclasses.replace(prompt, items=()) for prompt in prompts]
+    assert label_prompts("number", without_items, [1.0] * 100)[0].prompts == tuple(without_items)
     assert label_prompts("answer", prompts, [1.0] * 100)[0].prompts == tuple(prompts)
 
 
@@ -246,8 +246,8 @@ def test_inputs_are_those_of_the_last_position(tiny, make_dictionary, prompts, p
         is_read = np.linalg.norm(x_TxD[-1]) <= dictionary.config.max_norm
         assert read_N[n] == is_read
         f_TxF = plain(dictionary, prompts[n]).features(x_TxD)
-        for found_C, plain_TxC in ((inputs["features"][n], f_TxF), (inputs["raw"][n], x_TxD)):
-            np.testing.assert_allclose(found_C, plain_TxC[-1] * is_read, atol=2e-4)
+        for input_C, plain_TxC in ((inputs["features"][n], f_TxF), (inputs["raw"][n], x_TxD)):
+            np.testing.assert_allclose(input_C, plain_TxC[-1] * is_read, atol=2e-4)
     assert target or not read_N.all()
 
 

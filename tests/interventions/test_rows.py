@@ -77,12 +77,12 @@ def test_every_token_of_every_row_is_run(many, most, features, shards):
         assert len(batch.shards) == shards and batch.size % 8 == batch.tokens % 8 == 0
         tree, end_SxR, fraction_SxRxK, addend_SxRxK = batch.filled(prompts, edits)
         assert addend_SxRxK is None
-        for shard, own in enumerate(batch.shards):
+        for shard, rows_of in enumerate(batch.shards):
             place_N = tree.prompt_SxR[shard][tree.row_SxN[shard]]
             position_N = tree.first_SxR[shard][tree.row_SxN[shard]] + tree.column_SxN[shard]
-            set_R = np.concatenate([own.set_N, np.full(batch.size - len(own.set_N), -1)])
-            assert not fraction_SxRxK[shard, len(own.set_N) :].any()
-            for r, (s, p, first) in enumerate(zip(own.set_N, own.place_N, own.first_N, strict=True)):
+            set_R = np.concatenate([rows_of.set_N, np.full(batch.size - len(rows_of.set_N), -1)])
+            assert not fraction_SxRxK[shard, len(rows_of.set_N) :].any()
+            for r, (s, p, first) in enumerate(zip(rows_of.set_N, rows_of.place_N, rows_of.first_N, strict=True)):
                 rows.append((s, p))
                 named_K = fraction_SxRxK[shard, r] == 0.5
                 np.testing.assert_array_equal(batch.features_K[named_K], np.unique(edits.sets[s]))

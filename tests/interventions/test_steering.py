@@ -86,9 +86,9 @@ def test_a_clean_run_with_the_error_kept_does_not_serve_one_without(tiny, dictio
     wanted = HeldOutText(documents).effects(without, changes)
     shared = HeldOutText(documents)
     kept = shared.effects(SplitModel(tiny, dictionary), changes)
-    found = shared.effects(without, changes)
-    np.testing.assert_array_equal(found.clean_N, wanted.clean_N)
-    np.testing.assert_array_equal(found.rise_SxN, wanted.rise_SxN)
+    dropped = shared.effects(without, changes)
+    np.testing.assert_array_equal(dropped.clean_N, wanted.clean_N)
+    np.testing.assert_array_equal(dropped.rise_SxN, wanted.rise_SxN)
     assert np.abs(kept.clean_N - wanted.clean_N).max() > 1e-3
 
 
@@ -129,8 +129,10 @@ def test_controls_are_disjoint_of_equal_norm_and_without_the_top_features():
     vectors = steering.random_feature_vectors(texts, share_F, [0, 1, 2], 99, 456)
     assert len(vectors) == 5 and [np.linalg.norm(vector_D) for vector_D in vectors] == pytest.approx([1.0] * 5)
     # Features whose rows are independent say which of them a vector is made of.
-    own = dataclasses.replace(texts, W_dec_FxD=np.eye(30))
-    members = [np.flatnonzero(v).tolist() for v in steering.random_feature_vectors(own, share_F, [0, 1, 2], 99, 456)]
+    independent = dataclasses.replace(texts, W_dec_FxD=np.eye(30))
+    members = [
+        np.flatnonzero(v).tolist() for v in steering.random_feature_vectors(independent, share_F, [0, 1, 2], 99, 456)
+    ]
     drawn = {feature for each in members for feature in each}
     assert [len(each) for each in members] == [3] * 5 and len(drawn) == 15 and drawn <= set(range(3, 20))
     drawn = steering.random_directions(texts, swap, 4, 456)
