@@ -1,6 +1,7 @@
 """A tiny model, prompts, dictionaries at its sites, runs of stages, and fp64 runs in PyTorch to compare with."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -113,7 +114,7 @@ def make_dictionary(tiny, prompts):
         arrays = dict(W_enc_DxF=W_enc_DxF, b_enc_F=b_enc_F, W_dec_FxD=W_dec_FxD, b_dec_D=b_dec_D)
         return Dictionary(config, **{name: jax.numpy.asarray(a, np.float32) for name, a in arrays.items()})
 
-    return make
+    return functools.cache(make)
 
 
 @pytest.fixture(scope="session")
