@@ -18,6 +18,9 @@ from saejax.runner import command
 pytestmark = pytest.mark.usefixtures("two_devices")
 
 
+NODES = "ABCDEF"
+
+
 def sum_of(text):
     """The answer's digits, lowest first, of "3 4 7 + 5 8 6 = 3"."""
     first, second = (int(part.replace(" ", "")) for part in text.split("=")[0].split("+"))
@@ -49,23 +52,23 @@ def test_counterparts_of_sums_differ_in_the_carry_alone():
         assert place == 0 or columns[0] == columns[1]
 
 
-def graph_of(words, nodes="ABCDEF"):
-    edges = [word.split("-") for word in words if "-" in word]
-    near_NxN = np.zeros((len(nodes), len(nodes)))
-    for first, second in edges:
-        near_NxN[nodes.index(first), nodes.index(second)] = 1
-    return near_NxN, shortest_path(near_NxN, directed=False, unweighted=True)
+def distances(words):
+    """The edges "A-B" of a question, and how far each node is from each."""
+    near_NxN = np.zeros((len(NODES), len(NODES)))
+    for first, second in (word.split("-") for word in words if "-" in word):
+        near_NxN[NODES.index(first), NODES.index(second)] = 1
+    return near_NxN + near_NxN.T, shortest_path(near_NxN, directed=False, unweighted=True)
 
 
-def next_nodes(words, nodes="ABCDEF"):
-    near_NxN, far_NxN = graph_of(words)
-    start, goal = nodes.index(words[-3][0]), nodes.index(words[-2][1])
-    near_N = (near_NxN + near_NxN.T)[start]
-    return {
-        name
-        for name, near, far in zip(nodes, near_N, far_NxN[goal], strict=True)
-        if near and far == far_NxN[start, goal] - 1
-    }
+def right_answers(words):
+    """How far the goal is, or the nodes beside the start that lie on a shortest path."""
+    start, goal = (NODES.index(word.strip("<>")) for word in words[-3:-1])
+    near_NxN, far_NxN = distances(words)
+    assert np.isfinite(far_NxN).all()
+    if words[-1] == "far":
+        return {str(int(far_NxN[start, goal]))}
+    on_path_N = (near_NxN[start] > 0) & (far_NxN[goal] == far_NxN[start, goal] - 1)
+    return {NODES[node] for node in np.flatnonzero(on_path_N)}
 
 
 @pytest.mark.parametrize("sort", ["next", "far"])
@@ -74,31 +77,18 @@ def test_paths_are_scipy_s_paths(sort):
     questions = algorithm.draw(sort, 200, np.random.default_rng(0))
     for ids_T, (place,), right_1xV in zip(questions.ids_BxT, questions.place_BxN, questions.right_BxNxV, strict=True):
         words = [algorithm.words[word] for word in ids_T[1 : place + 1]]
-        right = {algorithm.words[word] for word in np.flatnonzero(right_1xV[0])}
-        far_NxN = graph_of(words)[1]
-        assert np.isfinite(far_NxN).all() and words[-1] == sort
-        if sort == "far":
-            start, goal = ("ABCDEF".index(word.strip("<>")) for word in words[-3:-1])
-            assert right == {str(int(far_NxN[start, goal]))}
-        else:
-            assert right == next_nodes(words)
+        assert words[-1] == sort
+        assert {algorithm.words[word] for word in np.flatnonzero(right_1xV[0])} == right_answers(words)
 
 
 def test_counterparts_of_paths_have_the_other_answer():
     for prompt in Paths(6, 8).prompts(10, np.random.default_rng(2)):
-        assert len(prompt.text.split()) == len(prompt.counterpart.split())
-        for text, answer in ((prompt.text, prompt.correct), (prompt.counterpart, prompt.wrong)):
-            words = text.split()
-            start, goal = ("ABCDEF".index(word.strip("<>")) for word in words[-3:-1])
-            far_N = graph_of(words)[1][start]
-            assert (
-                answer.strip() == str(int(far_N[goal])) if words[-1] == "far" else next_nodes(words) == {answer.strip()}
-            )
-        labels, far_N = (
-            dict(prompt.labels),
-            graph_of(prompt.text.split())[1]["ABCDEF".index(prompt.text.split()[-3][0])],
-        )
-        assert [labels[f"two_{name}"] == "yes" for name in "ABCDEF"] == [far == 2 for far in far_N]
+        words, swapped = prompt.text.split(), prompt.counterpart.split()
+        assert len(words) == len(swapped)
+        assert right_answers(words) == {prompt.correct.strip()} and right_answers(swapped) == {prompt.wrong.strip()}
+        far_N = distances(words)[1][NODES.index(words[-3].strip("<>"))]
+        labels = dict(prompt.labels)
+        assert [labels[f"two_{name}"] == "yes" for name in NODES] == [far == 2 for far in far_N]
 
 
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path, one_device):
@@ -113,19 +103,12 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path, one_device):
         np.testing.assert_array_equal(model.params[name], value, err_msg=name)
 
 
-FLAGS = {
-    "task.behaviours": "",
-    "algorithm.names": "addition",
-    "algorithm.digits": 2,
-    "algorithm.steps": 10,
-}  # fmt: skip
-
-
 def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path):
+    flags = ["--task.behaviours=", "--algorithm.names=addition", "--algorithm.digits=2", "--algorithm.steps=10"]
     made = []
     for name in ("first", "second"):
-        flags = runs.flag_file((f"--{flag}={value}" for flag, value in FLAGS.items()), tmp_path)
-        assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path / name}", flags]) == 0
+        arguments = ["program", f"--workdir={tmp_path / name}", runs.flag_file(flags, tmp_path)]
+        assert command.run(["algorithm"], "", arguments) == 0
         folder = tmp_path / name / "algorithm" / "addition"
         made.append([(folder / file).read_bytes() for file in ("model/model.safetensors", "prompts.jsonl")])
     assert made[0] == made[1]
