@@ -188,17 +188,15 @@ def test_whole_answers_and_cross_entropy_equal_full_passes(tiny, few, dictionary
     np.testing.assert_array_equal(value_ExPxR[:, :, :2], engine.effects(tiny, few, batch, ("answer_log_prob", "ce")))
     pairs = [encode_pair(tiny.tokenizer, prompt.text, prompt.correct + " and on") for prompt in few]
     longer = [dataclasses.replace(prompt, correct=prompt.correct + " and on") for prompt in few]
+    tokens = tiny.tokenize([prompt.text for prompt in few])
     whole = engine.effects(tiny, longer, batch, ("answer_log_prob",))[:, :, 0]
     for e, members in enumerate(FEW_SETS):
         changes = [dictionary.ablate(members)] if members else []
         totals = [scored.total for scored in loglikelihoods(tiny, *zip(*pairs, strict=True), changes)]
         np.testing.assert_allclose(whole[e], totals, atol=2e-4)
-        for p, prompt in enumerate(few):
-            tokens = tiny.tokenize([prompt.text])
-            logits_TxV = np.asarray(tiny(tokens, edits=changes).logits_BxTxV[0], np.float64)
-            logp_TxV = logits_TxV - np.logaddexp.reduce(logits_TxV, axis=1, keepdims=True)
-            ids_T = tokens.ids_BxT[0]
-            ce = -logp_TxV[np.arange(len(ids_T) - 1), ids_T[1:]].mean()
+        logp_PxTxV = log_softmax(np.asarray(tiny(tokens, edits=changes).logits_BxTxV, np.float64), axis=2)
+        for p, length in enumerate(tokens.lengths_B):
+            ce = -logp_PxTxV[p, np.arange(length - 1), tokens.ids_BxT[p, 1:length]].mean()
             assert value_ExPxR[e, p, 1] == pytest.approx(ce, abs=1e-4)
     with pytest.raises(UserError, match="edits at all positions"):
         engine.effects(tiny, few, batch, ("ce",), positions="last")
