@@ -199,7 +199,7 @@ def make_run(tmp_path, save_inputs, stage_run, make_answered, answered, single_d
     corpus = CorpusConfig(path=str(save_corpus(tmp_path / "corpus.jsonl.gz")), held_out=0.3)
 
     def make(folder, config=CONFIG, **fields):
-        return stage_run("steering.steer", "topk", inputs, folder, corpus, config, TaskConfig(), **fields)[0]
+        return stage_run("steer", "topk", inputs, folder, corpus, config, TaskConfig(), **fields)[0]
 
     return make
 
@@ -254,5 +254,5 @@ def test_what_cannot_be_steered(make_test, answered, tiny):
     assert len(steering.group_by_swap(tiny, new)) > 1
     result = make_test(new).results()
     assert result.reason.startswith("0 of its test prompts are answered correctly") and not result.methods
-    with pytest.raises(UserError, match="--steering.steer.doses is empty"):
+    with pytest.raises(UserError, match="--steer.doses is empty"):
         make_test(answered, dataclasses.replace(CONFIG, doses=()))
