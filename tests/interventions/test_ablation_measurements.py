@@ -16,12 +16,12 @@ from saejax.interventions.ablation import (
     measure_behaviour,
     spread_over_templates,
 )
-from saejax.interventions.answers import VerdictConfig
+from saejax.interventions.answers import VerdictConfig, mean_interval
 from saejax.interventions.importance import Importance
 from saejax.interventions.table import TESTED, TEXT, UNTRAINED
 from saejax.interventions.verdict import verdict
 from saejax.settings import AblateConfig
-from saejax.statistics.bootstrap import mean_interval, resampling_weights
+from saejax.statistics.bootstrap import resampling_weights
 from saejax.tasks.behaviours import Prompt
 
 TOP = 4
