@@ -84,8 +84,8 @@ def test_draws_are_activations_at_other_positions(split, dictionary, pairs):
     assert np.abs(draw_falls(split, run, draws(8), some) - again).max() > 0.1
 
 
-def test_every_other_position_is_drawn_as_often(split, dictionary, pairs):
-    (run,) = split.run(pairs)
+def test_every_other_position_is_drawn_as_often(split, dictionary, prompts):
+    (run,) = split.run(prompts[:11])
     f_BxTxF = activations(dictionary, run)[: len(run.index_P)]
     feature = int(np.argmax((f_BxTxF != 0).sum((0, 1)) == 6))
     values = f_BxTxF[:, :, feature][f_BxTxF[:, :, feature] != 0]
