@@ -1,6 +1,7 @@
 """The verdict on tables that are written by hand, so that every answer is known."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -308,6 +309,32 @@ def test_the_verdict_is_a_pure_function_of_the_saved_table(tmp_path):
         load_effects(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         load_effects(tmp_path / "nowhere")
+
+
+def without_prompts(table: EffectsTable, ids: Sequence[str]) -> EffectsTable:
+    """Return the table without the rows of some prompts."""
+    kept_P = np.array([prompt.id not in ids for prompt in table.prompts])
+    kept_N = kept_P[table.prompt_N]
+    place_N = (np.cumsum(kept_P) - 1)[table.prompt_N]
+    prompts = tuple(prompt for prompt in table.prompts if prompt.id not in ids)
+    rows = (column_N[kept_N] for column_N in (table.edit_N, place_N, table.readout_N, table.value_N))
+    return EffectsTable(table.edits, prompts, *rows)
+
+
+def test_a_removed_prompt_changes_what_it_should():
+    table = world()
+    prompts = table.select_prompts("b")
+    (whole,) = read_curves(table, "b", "top")
+    (rest,) = read_curves(without_prompts(table, [prompts[3].id]), "b", "top")
+    kept_P = np.arange(len(prompts)) != 3
+    np.testing.assert_allclose(rest.drop_AxP, whole.drop_AxP[:, kept_P])
+    norm_P = table.values(table.select_edits("b", "top")[-1:], prompts, "change_norm")[0]
+    assert rest.reach == pytest.approx(np.sqrt(np.mean(norm_P[kept_P] ** 2)))
+    before, after = (
+        verdict(each, CONFIG).dictionaries[TESTED]["b"] for each in (table, without_prompts(table, [prompts[3].id]))
+    )
+    assert before.ablation["logit_diff"].effect != after.ablation["logit_diff"].effect
+    assert before.features == after.features
 
 
 def test_a_dose_is_the_root_mean_square_over_prompts():
