@@ -7,7 +7,7 @@ from tiny_models import save_tiny
 
 from saejax import SiteEdit, load_model
 from saejax.models import source
-from saejax.models.sites import HEAD_KINDS
+from saejax.models.sites import HEAD_KINDS, Site
 from saejax.models.tokens import pad
 
 LAYER = 1
@@ -40,7 +40,7 @@ def test_head_sites_equal_those_of_transformers(family, one_device, tmp_path):
         seen = [*torch.split(seen[0], seen[0].shape[-1] // 3, dim=-1), seen[1]]
     sites = lm(pad(ids_BxT.tolist()), capture=[f"{kind}.{LAYER}" for kind in HEAD_KINDS]).sites
     for value, (name, found) in zip(seen, sites.items(), strict=True):
-        assert value.shape == found.shape, name
+        assert value.shape == found.shape and Site.parse(name).width(lm.config) == found.shape[-1], name
         np.testing.assert_allclose(found, value, atol=2e-5 * float(value.abs().max()), err_msg=name)
 
     patched = np.random.default_rng(1).standard_normal(seen[3].shape).astype(np.float32)

@@ -10,7 +10,7 @@ from small_stacks import B, F, batches, make_stack, parts, step
 
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
-from saejax.training.resampling import draw_tokens, is_due
+from saejax.training.resampling import draw_tokens, is_due, resample
 from saejax.training.state import init_state, state_shardings
 from saejax.training.step import member_residual
 
@@ -84,6 +84,18 @@ def test_where_more_are_dead_than_there_are_tokens_some_wait():
     drawn, tokens = draw_tokens(hyper, 3, jnp.asarray(losses), jnp.asarray(dead))
     assert np.flatnonzero(drawn).tolist() == np.flatnonzero(dead)[:5].tolist()
     assert sorted(np.asarray(tokens)[np.asarray(drawn)]) == [0, 1, 2, 3, 4]
+
+
+def test_rows_of_a_crosscoder_have_a_summed_length_of_1():
+    (batch,) = batches(1)
+    stack = make_stack("standard", dead_tokens=1, decay=0.0, resample_every=1)
+    site, widths = "resid_post.0+resid_post.1", (3, batch.shape[1] - 3)
+    crosscoder = dataclasses.replace(stack.dictionary, site=site, widths=widths)
+    state, hyper = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (init_state(stack), stack.hyperparams))
+    state = dataclasses.replace(state, silent_MxF=state.silent_MxF.at[jnp.array(DEAD)].set(10**7))
+    rows = resample(stack.config, crosscoder, state, hyper, *[jnp.asarray(batch)] * 3).params["W_dec_FxD"]
+    parts_of_rows = np.split(np.asarray(rows)[DEAD], [3], axis=1)
+    np.testing.assert_allclose(sum(np.linalg.norm(part, axis=1) for part in parts_of_rows), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

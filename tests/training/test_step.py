@@ -39,10 +39,13 @@ def test_the_first_step_is_adam_on_the_projected_gradient(one_device):
     stack = make_stack("standard", one_device, warmup=0.0, decay=0.0)
     before, silent = init_state(stack), np.zeros(F, np.int32)
     before.params["b_enc_F"] = before.params["b_enc_F"].at[0, :2].set(-100.0)  # they do not fire
-    silent[:3] = 200, 4, 4  # the first has been dead
+    silent[:5] = 200, 4, 4, 0, 7  # the first has been dead
     before = dataclasses.replace(before, silent_MxF=jnp.asarray(silent[None]))
-    old = host(before)
     x = batches(1)[0]
+    centred = 0.5 * x - np.asarray(before.params["b_dec_D"])
+    second, largest = np.sort(centred @ np.asarray(before.params["W_enc_DxF"])[0, :, 4])[-2:]
+    before.params["b_enc_F"] = before.params["b_enc_F"].at[0, 4].set(-(second + largest) / 2)  # fires on one token
+    old = host(before)
     after, metrics = step(stack, before, parts(stack, x))
     x = x.astype(np.float64) * 0.5
     pre = (x - old["b_dec_D"]) @ old["W_enc_DxF"] + old["b_enc_F"]
