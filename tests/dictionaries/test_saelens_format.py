@@ -142,6 +142,7 @@ def test_what_was_trained_as_something_else_says_so(tmp_path):
         ("transcoder", dict(d_out=D + 4), r"d_out is 16, but the arrays"),
         ("topk", dict(k=F + 1), "k is 41: expected a whole number from 1 to the 40"),
         ("topk", dict(k=...), "k is None"),
+        ("topk", dict(k=0), "k is 0: expected a whole number above 0"),
         ("standard", dict(d_sae="many"), "d_sae is 'many'"),
         ("standard", dict(architecture="batchtopk"), "checkpoint of training"),
         ("standard", dict(metadata=[3]), "is not the description of a dictionary"),

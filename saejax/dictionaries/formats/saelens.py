@@ -121,7 +121,10 @@ def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file}: metadata.saejax or metadata.training_architecture_details is damaged") from error
     if kind == "topk":
-        k = tensors.positive_int(file, "k", settings.get("k") or (settings.get("activation_fn_kwargs") or {}).get("k"))
+        k = settings.get("k")
+        if k is None:  # where old versions had it
+            k = (settings.get("activation_fn_kwargs") or {}).get("k")
+        k = tensors.positive_int(file, "k", k)
         if k > features:
             raise UserError(f"{file}: k is {k}: expected a whole number from 1 to the {features} features")
         facts |= dict(k=k)
