@@ -536,6 +536,11 @@ def test_a_set_may_lack_its_description_and_k_of_one_set_is_known(described, tmp
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
         with pytest.raises(UserError, match="k is 128: expected a whole number from 1 to the 40"):
             load_transcoders(folder)
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings | dict(k=0)))
+        with pytest.raises(UserError, match="k is 0: expected a whole number above 0"):
+            load_transcoders(folder)
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings | dict(k=F)))
+        assert load_transcoders(folder)[0].config.k == F  # all of them
         (folder / "config.yaml").write_text(yaml.safe_dump(settings | dict(k=30)))
     for layer, (transcoder, w) in enumerate(zip(load_transcoders(folder), made, strict=True)):
         compute = function(w, (lambda pre: topk(pre, 30)) if described else relu, centred=False)

@@ -1,5 +1,6 @@
 """Runs of wandb hold what metrics.jsonl holds."""
 
+import json
 import sys
 from unittest.mock import MagicMock
 
@@ -8,7 +9,7 @@ from small_runs import STEPS, go, make_stack
 
 from saejax.errors import UserError
 from saejax.settings import TrainConfig
-from saejax.training.metrics import Wandb
+from saejax.training.metrics import METRICS, Metrics, Wandb
 
 
 def test_wandb_takes_every_record(tmp_path, monkeypatch):
@@ -35,3 +36,13 @@ def test_a_missing_package_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(UserError, match=r"--train.wandb takes the package wandb, .* pip install 'saejax\[wandb\]'"):
         Wandb(TrainConfig(wandb="project"), tmp_path, "topk")
+
+
+def test_seconds_are_those_of_the_last_record_and_go_on_after_a_kill(tmp_path):
+    stack, path = make_stack(), tmp_path / METRICS
+    lines = [json.dumps(dict(step=step, seconds=2.0 * step, member="")) + "\n" for step in (1, 2, 3)]
+    path.write_text("".join(lines) + lines[0][:9])  # the last line was cut off
+    assert Metrics(stack, path, 3, print).seconds == 6.0
+    assert Metrics(stack, path, 2, print).seconds == 4.0 and path.read_text() == "".join(lines[:2])
+    path.unlink()
+    assert Metrics(stack, path, 0, print).seconds == 0.0

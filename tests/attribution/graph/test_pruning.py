@@ -64,7 +64,7 @@ def by_definition(graph: Graph, nodes: float, edges: float):
 def test_masks_and_scores_are_those_of_the_definition(seed, thresholds, monkeypatch):
     graph = layered(seed, features=60, layers=4, positions=3)
     node_N, edge_NxN, influence_N, scores = by_definition(graph, *thresholds)
-    monkeypatch.setattr(pruning, "_BLOCK", 200)  # several blocks
+    monkeypatch.setattr(pruning, "_BLOCK", 1)  # a block for each row
     pruned = graph.prune(*thresholds)
     assert np.array_equal(pruned.pruning.node_N, np.flatnonzero(node_N))
     source_E, target_E, _ = pruned.edges()
