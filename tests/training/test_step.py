@@ -35,6 +35,33 @@ def test_loss_falls_decoder_rows_keep_unit_norm_and_the_finished_dictionary_take
     assert_takes_raw_activations(stack, state)
 
 
+TRANSCODER = dict(sites=("mlp_in.1",))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "loss", "gradient_norm"),
+    [
+        ("standard", {}, 78.67983, 91.95957),
+        ("jumprelu", {}, 78.0877, 91.5891),
+        ("topk", {}, 23.0653, 21.98001),
+        ("topk", dict(products="rows"), 23.0653, 21.98001),
+        ("batchtopk", {}, 44.10896, 43.85572),
+        ("matryoshka", {}, 88.87534, 68.8895),
+        ("gated", {}, 156.6155, 165.1408),
+        ("linear", {}, 418.887, 278.2091),
+        ("standard", dict(decorrelation=0.01), 78.68024, 91.95998),
+        ("topk", dict(form="transcoder", **TRANSCODER), 72.92908, 41.01249),
+        ("standard", dict(form="skip_transcoder", **TRANSCODER), 189.5043, 142.4536),
+    ],
+)
+def test_the_first_step_has_the_figures_of_commit_9b9b75b(kind, changes, loss, gradient_norm, one_device):
+    """Of the same state and batch: rewriting the code has not changed what is trained."""
+    stack = make_stack(kind, one_device, **changes)
+    _, metrics = step(stack, init_state(stack), parts(stack, batches(5)[0]))
+    figures = float(metrics["loss"][0]), float(metrics["gradient_norm"][0])
+    assert figures == pytest.approx((loss, gradient_norm), rel=2e-6)
+
+
 def test_the_first_step_is_adam_on_the_projected_gradient(one_device):
     stack = make_stack("standard", one_device, warmup=0.0, decay=0.0)
     before, silent = init_state(stack), np.zeros(F, np.int32)
