@@ -1,10 +1,14 @@
 """Lengths of joined rows and relative norms, beside plain formulas in fp64."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saejax.activations.joined import JoinedRows
+from saejax.activations.results import SinkCounts
 from saejax.dictionaries.joined import row_lengths, row_normals
 from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.losses import l1_norm_weighted
@@ -67,3 +71,10 @@ def test_names_of_sites():
     for text in ("resid_post.1+resid_post.2", "other:resid_post.1"):
         with pytest.raises(Exception, match="crosscoder"):
             Site.parse(text)
+
+
+def test_sinks_of_a_joined_site_are_those_of_the_part_with_most():
+    counts = {"resid_post.0": SinkCounts(3, 1, 0.1), "resid_post.1": SinkCounts(3, 5, 0.5)}
+    rows = SimpleNamespace(sites=tuple(counts), sinks=counts.__getitem__)
+    for site in ("resid_post.0+resid_post.1", "resid_post.1+resid_post.0"):
+        assert JoinedRows(rows, [site], {site: (1.0, 1.0)}).sinks(site) == counts["resid_post.1"]
