@@ -17,9 +17,11 @@ from saejax.interventions.answers import CausalAnswer
 from saejax.interventions.edits import FeatureEdits, mask
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.text import HeldOutText
+from saejax.models.tokens import encode
 from saejax.results import Interval, from_json, to_json
 from saejax.settings import CorpusConfig, SteerConfig, TaskConfig
 from saejax.statistics.ranks import rank_p
+from saejax.tasks.corpora import held_out_documents
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +258,12 @@ def test_what_cannot_be_steered(make_test, answered, tiny):
     assert result.reason.startswith("0 of its test prompts are answered correctly") and not result.methods
     with pytest.raises(UserError, match="--steer.doses is empty"):
         make_test(answered, dataclasses.replace(CONFIG, doses=()))
+
+
+def test_held_out_documents_are_cut_and_spread_over_the_corpus(tiny):
+    text = HeldOutText.of(CorpusConfig(), TaskConfig(), tiny, 5, length=12)
+    documents = held_out_documents(CorpusConfig(), TaskConfig())
+    assert [len(ids) for ids in text.documents] == [12] * 5
+    places = [len(documents) * number // 5 for number in range(5)]
+    assert text.documents == [encode(tiny.tokenizer, documents[place].text)[:12] for place in places]
+    assert HeldOutText.of(CorpusConfig(), TaskConfig(), tiny, 0) is None
