@@ -77,7 +77,6 @@ def test_the_tour_is_a_notebook_without_outputs():
 def test_pages_of_the_site(tmp_path, monkeypatch):
     """What Sphinx is given; whether it can read all docstrings without a warning, `make docs` says."""
     monkeypatch.syspath_prepend(ROOT / "docs")
-    # By its path: a helper of other tests has the same name.
     runpy.run_path(str(ROOT / "docs" / "pages.py"))["main"](tmp_path / "sources")
     written = {path.relative_to(tmp_path / "sources").as_posix() for path in (tmp_path / "sources").rglob("*.*")}
     assert {"index.md", "README.md", "WORKSPACE.md", "docs/tour.md"} <= written

@@ -2,13 +2,9 @@
 
 import csv
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "attribution"))
-from browser import CHROMIUM, chromium
+from browser import chromium, needs_chromium
 from made_up_records import BAD, made_up_record
 
 from saejax.dictionaries.labels import FOUND, Label, labels_in, labels_of
@@ -20,7 +16,6 @@ from saejax.interpret.review import write_sheets
 from saejax.interventions.answers import FeatureEffect
 from saejax.results import Interval, to_json
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
 LABELS = {1: Label("“ Paris”", FOUND, f1=0.9), 2: Label(f"a city {BAD}", "Ada", "seen & checked")}
 
 

@@ -2,17 +2,13 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import trained_stack
-
-sys.path.append(str(Path(__file__).parent.parent / "attribution"))
-from browser import CHROMIUM, chromium
+from browser import chromium, needs_chromium
 
 from saejax import load_dictionary, load_model, load_results
 from saejax.files import write_json
@@ -26,7 +22,6 @@ from saejax.results import from_json
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
 NAMES = ["topk/resid_post.0-k4", "topk/resid_post.1-k4"]
 BAD = "</script><script>alert(1)</script>"
 PROMPTS = [

@@ -4,14 +4,11 @@ import html
 import itertools
 import json
 import re
-import shutil
 import subprocess
 from urllib.parse import unquote
 
-import pytest
+from browser import CHROMIUM, needs_chromium
 from test_figures import contrast
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def test_the_page_is_complete_in_itself(report):
@@ -75,7 +72,7 @@ def test_text_stands_out_in_both_themes(report):
             assert contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@needs_chromium
 def test_nothing_is_wider_than_a_phone(report, tmp_path):
     page = (report.folder / "index.html").resolve()
     script = """f.onload = () => {

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from browser import chromium
+from browser import chromium, needs_chromium
+from graph_pages import FEATURE, click_node, show, state, text
 from made_up_documents import made_up_document
-from pages import FEATURE, click_node, needs_chromium, show, state, text
 
 from saejax.attribution.forms.neuronpedia import write_graph
 from saejax.serving import app

@@ -4,20 +4,15 @@ import csv
 import dataclasses
 import itertools
 import json
-import sys
 import typing
-from pathlib import Path
 
 import pytest
+from browser import chromium, needs_chromium
 
 from saejax.results import Interval, from_json
 from saejax.studies.report import write_report
 from saejax.studies.results import SHEETS, StudyFigures
 from saejax.studies.sheet import duration
-
-sys.path.append(str(Path(__file__).parent.parent / "attribution"))
-
-from browser import CHROMIUM, chromium
 
 WORDS = "smollm2-135m-bfloat16"
 
@@ -70,7 +65,7 @@ def test_every_table_is_a_file(study):
             assert {key: row[key] for key in plain} == {key: str(value) for key, value in plain.items()}
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@needs_chromium
 @pytest.mark.parametrize(("media", "width"), [("screen", 360), ("print", 718)], ids=["phone", "paper"])
 def test_nothing_is_cut_off(study, tmp_path, media, width):
     """On paper nothing scrolls, so tables fit too; A4 within margins of a centimetre has 718 pixels."""

@@ -2,8 +2,8 @@
 
 import pytest
 from browser import chromium
+from graph_pages import FEATURE, show
 from made_up_documents import made_up_document
-from pages import FEATURE, show
 
 from saejax.attribution.forms.features import FeatureDetails
 from saejax.attribution.forms.page import write_page

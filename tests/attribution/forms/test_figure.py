@@ -4,10 +4,10 @@ import xml.etree.ElementTree
 
 import numpy as np
 import pytest
+from graph_pages import scores
 from made_up_documents import made_up_document
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
-from pages import scores
 
 from saejax.attribution.forms.document import link_scores
 from saejax.attribution.forms.figure import draw_graph, save_figure, visible_token

@@ -5,12 +5,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from made_up_documents import made_up_document
-from pages import (
+from browser import needs_chromium
+from graph_pages import (
     busy_feature,
     click_node,
     clicked,
-    needs_chromium,
     place_of,
     rows,
     scores,
@@ -19,6 +18,7 @@ from pages import (
     strongest,
     text,
 )
+from made_up_documents import made_up_document
 
 pytestmark = needs_chromium
 

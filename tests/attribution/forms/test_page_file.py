@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from graph_pages import scores
 from made_up_documents import made_up_document
-from pages import scores
 from reference_graphs import LAYERS, each_graph, needs_graphs
 
 from saejax.attribution.forms.document import ERROR_TYPE, check_document, read_document

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from browser import needs_chromium
+from graph_pages import FEATURE, busy_feature, click_node, clicked, place_of, show, strongest, text
 from made_up_documents import made_up_document
-from pages import FEATURE, busy_feature, click_node, clicked, needs_chromium, place_of, show, strongest, text
 
 from saejax.attribution.forms.page import PageTable, write_page
 

@@ -8,8 +8,9 @@ from collections import Counter
 from urllib.parse import parse_qs
 
 import pytest
+from browser import needs_chromium
+from graph_pages import busy_feature, click_node, clicked, rows, show, slide, state, strongest, text
 from made_up_documents import made_up_document
-from pages import busy_feature, click_node, clicked, needs_chromium, rows, show, slide, state, strongest, text
 
 from saejax.attribution.forms.document import FEATURE_TYPE
 from saejax.attribution.forms.features import FeatureDetails

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from graph_pages import scores
 from made_graphs import assert_heads_are_the_only_way, heads_by_edge
 from made_transcoders import made_set
-from pages import scores
 
 from saejax.attribution.forms import outputs
 from saejax.attribution.forms.neuronpedia import to_document

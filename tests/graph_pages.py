@@ -4,10 +4,7 @@ import json
 from collections import Counter
 
 import numpy as np
-import pytest
-from browser import CHROMIUM
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
 FEATURE = "cross layer transcoder"
 
 
