@@ -155,6 +155,10 @@ def test_removing_features_in_a_step_costs_what_an_edit_does(lm):
     assert top.reach == pytest.approx(np.linalg.norm(f_WxF @ table[features]), rel=1e-4)
     assert np.abs(top.drop_AxP).max() > 1e-2 and len(random) > 3
     assert all(curve.drop_AxP.shape[1] == len(clean_P) for curve in random)
+    size_F = np.abs(made._f_TxF[step.start : step.stop - 1]).sum(0)
+    weak, stronger = made.test(step, np.argsort(np.where(size_F > 0, size_F, np.inf))[:3].tolist())
+    reduced = [curve.dose_A[1] for curve in stronger if curve.reach > weak.reach]
+    assert len(reduced) > 3 and np.allclose(reduced, weak.reach), "sets of a larger dose are also brought to the tested"
 
 
 def test_features_that_mean_nothing_are_rarely_said_to_matter(lm):
