@@ -215,4 +215,9 @@ def _instantiate(cotangent: Any) -> jax.Array:
 
 def _products_at(feature_BxK: jax.Array, W_FxD: jax.Array, y_BxD: jax.Array) -> jax.Array:
     """Return the entries of y @ W.T at each token's features; [B, K]."""
-    return lax.map(lambda pair: W_FxD[pair[0]] @ pair[1], (feature_BxK, y_BxD), batch_size=_GATHERED)
+
+    def products_of_token(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        feature_K, y_D = pair
+        return jnp.matmul(W_FxD[feature_K], y_D, precision="highest")
+
+    return lax.map(products_of_token, (feature_BxK, y_BxD), batch_size=_GATHERED)

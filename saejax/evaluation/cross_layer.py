@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from saejax.activations.store import Store
 from saejax.dictionaries.cross_layer import sum_writes
 from saejax.dictionaries.formats import circuit_tracer
+from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.evaluation import programs
 from saejax.evaluation.loss_recovered import VARIANTS, Losses, document_batches, recovered
@@ -244,5 +245,5 @@ def _add_writes(f_BxTxF: jax.Array, W_dec_FxX: jax.Array, above: list[jax.Array]
         return []
     width = above[0].shape[-1]
     # The first columns write to the feature's own layer: its dictionary decodes those.
-    parts = jnp.split(f_BxTxF @ W_dec_FxX[:, width:], len(above), axis=-1)
+    parts = jnp.split(matmul(f_BxTxF, W_dec_FxX[:, width:]), len(above), axis=-1)
     return [sum_BxTxD + part_BxTxD for sum_BxTxD, part_BxTxD in zip(above, parts, strict=True)]

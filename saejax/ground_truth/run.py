@@ -15,6 +15,7 @@ from scipy.stats import t
 
 from saejax.activations.manifest import CapturedModel
 from saejax.dictionaries import Dictionary, load_dictionary
+from saejax.dictionaries.matmul import matmul
 from saejax.errors import Interrupted, UserError
 from saejax.files import write_json
 from saejax.ground_truth.results import FoundFeatures, JudgedDictionary, TruthResults, WorldFacts
@@ -205,7 +206,12 @@ def over_seeds(values: Sequence[float], ends: tuple[float, float] = _SHARE_RANGE
 def _facts(world: World, counts: Counts) -> WorldFacts:
     directions_JxD = world.directions_JxD
     count, dimensions = directions_JxD.shape
-    nearest = jax.jit(lambda some_BxD: jax.numpy.sort(abs(some_BxD @ directions_JxD.T), axis=1)[:, -2])  # [-1]: itself
+
+    @jax.jit
+    def nearest(some_BxD: jax.Array) -> jax.Array:
+        """Return the second largest cosine of each direction; the largest is its own."""
+        return jax.numpy.sort(abs(matmul(some_BxD, directions_JxD.T)), axis=1)[:, -2]
+
     return WorldFacts(
         features=count,
         frequent=int(np.sum(counts.active_J > FREQUENT * counts.tokens)),

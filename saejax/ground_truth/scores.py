@@ -10,6 +10,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from saejax.dictionaries import Dictionary
+from saejax.dictionaries.matmul import matmul
 from saejax.ground_truth.world import HELD_OUT, World, batch_key, sample_with_code
 from saejax.stages.ground_truth import TruthConfig
 
@@ -114,7 +115,7 @@ def _count(
     """Return the sums of one batch; ``places``: nearest directions of features, matched features of directions."""
     f_BxF = dictionary.encode(x_BxD)
     fires_BxF, there_BxJ, kept_BxJ = dictionary.fires(f_BxF), code_BxJ > 0, code_BxJ > threshold
-    kept_BxD = jnp.where(kept_BxJ, code_BxJ, 0.0) @ world.directions_JxD + world.bias_D[None]
+    kept_BxD = matmul(jnp.where(kept_BxJ, code_BxJ, 0.0), world.directions_JxD) + world.bias_D[None]
 
     def both(features_J: jax.Array) -> jax.Array:
         # -1 would take the last feature: where there is none, nothing fires.

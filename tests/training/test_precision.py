@@ -11,9 +11,11 @@ from every_kind import KINDS
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from small_stacks import B, D, make_stack
 
-from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.evaluation import reconstruction
+from saejax.dictionaries import Dictionary, DictionaryConfig, sparse_products
+from saejax.evaluation import cross_layer, reconstruction
 from saejax.evaluation.member_data import MemberData
+from saejax.ground_truth import scores
+from saejax.ground_truth.world import make_world, sample_with_code
 from saejax.interventions import slopes as screening
 from saejax.interventions.edits import ZERO
 from saejax.interventions.split_model import SiteRows
@@ -22,6 +24,7 @@ from saejax.models.decoder import run_layers
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.results import load_results
+from saejax.stages.ground_truth import TruthConfig
 from saejax.training.state import init_state
 from saejax.training.step import train_step
 
@@ -55,6 +58,20 @@ def test_evaluation(one_device):
     dictionary = Dictionary.initial(make_stack("topk", one_device).dictionary, jax.random.key(0))
     (member,) = MemberData.of([dictionary], one_device)
     check(reconstruction._score, member, jnp.ones((B, D)), jnp.ones((B, D)), 3, least=2)
+    check(cross_layer._add_writes, jnp.ones((1, B, 8)), jnp.ones((8, 3 * D)), [jnp.ones((1, B, D))] * 2)
+
+
+def test_gradients_at_active_features():
+    feature_BxK = jnp.zeros((B, 2), int)
+    check(sparse_products._products_at, feature_BxK, jnp.ones((8, D)), jnp.ones((B, D)))
+
+
+def test_scores_of_known_features():
+    world = make_world(TruthConfig(features=8, dimensions=D, roots=0, factors=2, orthogonalise=1))
+    config = DictionaryConfig(kind="standard", site="resid_post.0", d_in=D, n_features=16)
+    x_BxD, code_BxJ = sample_with_code(world, jax.random.key(0), B)
+    places = dict(nearest_F=jnp.zeros(16, int)) | dict.fromkeys(("matched_J", "parent_J"), jnp.zeros(8, int))
+    check(scores._count, Dictionary.initial(config, jax.random.key(0)), world, x_BxD, code_BxJ, places, jnp.float32(0))
 
 
 def test_the_decoder_and_its_gradients(lm):
