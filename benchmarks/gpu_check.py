@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from saejax.runner.environment import keep_freed_memory
+from saejax.runner import environment
 
-keep_freed_memory()
+environment.for_libraries()
+environment.for_devices(deterministic=False, shares_gpu=False)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

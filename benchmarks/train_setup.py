@@ -60,8 +60,12 @@ def sparse_sums(batches: int, batch: int, d: int, directions: int = 2048, seed: 
 
 
 def matmul_rate(dtype: str, batch: int, d: int, features: int, repeats: int = 3) -> float:
-    """Return FLOP/s of the encoder's product [B, D] x [D, F], or of a square one if faster; sums are in fp32."""
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    """Return FLOP/s of the encoder's product [B, D] x [D, F], or of a square one if faster; sums are in fp32.
+
+    Operands in float32 are multiplied as such, and not as the TF32 of GPUs.
+    """
+    precision = "highest" if dtype == "float32" else "default"
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32))
     best = 0.0
     for rows, inner, columns in ((batch, d, features), (1024, 1024, 1024)):
         a, b = jnp.ones((rows, inner), dtype), jnp.ones((inner, columns), dtype)

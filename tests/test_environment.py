@@ -32,6 +32,34 @@ def test_processors_alone_are_no_accelerators(monkeypatch):
     assert environment.may_have_accelerators()
 
 
+@pytest.mark.parametrize(
+    ("user_flags", "expected"),
+    [
+        ("", "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"),
+        ("--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true --xla_gpu_deterministic_ops=true"),
+    ],
+)
+def test_kernels_of_a_gpu(monkeypatch, user_flags, expected):
+    monkeypatch.setattr(environment, "may_have_accelerators", lambda: True)
+    monkeypatch.setenv("XLA_FLAGS", user_flags)
+    environment.for_devices(deterministic=True, shares_gpu=False)
+    assert os.environ["XLA_FLAGS"] == expected
+
+
+def test_a_cpu_gets_no_flags_of_gpus(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    environment.for_devices(deterministic=False, shares_gpu=False)
+    assert "XLA_FLAGS" not in os.environ
+
+
+def test_hosts_of_accelerators_keep_many_heaps(monkeypatch):
+    calls = []
+    monkeypatch.setattr(environment.ctypes, "CDLL", lambda name: calls.append(name))
+    monkeypatch.setattr(environment, "may_have_accelerators", lambda: True)
+    environment.keep_freed_memory()
+    assert not calls
+
+
 def test_defaults_do_not_depend_on_the_device(monkeypatch):
     def defaults(*arguments: str) -> tuple[str, str, str]:
         configs = command_line.read_configs(command_line.stage_flags(), ["program", *arguments])

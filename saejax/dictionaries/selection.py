@@ -50,10 +50,11 @@ def _bracket(
 def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, max_k: int | None = None) -> jax.Array:
     """Return a threshold just below the k-th largest activation of each token.
 
-    XLA's own top-k sorts, which on a CPU takes ten times as long as the matrix products of the step and on a GPU is
-    slow for k > 16. Instead a threshold is searched above which k values lie. The k-th largest of the maxima of
-    blocks of features is a lower bound for it; and in the k blocks of the largest maxima lie the k largest values,
-    so that on a CPU, where counting all values takes long, only those blocks are looked at.
+    XLA's own top-k sorts, which on a CPU takes ten times as long as the matrix products of the step, and on a GPU as
+    long as the step. Instead a threshold is searched above which k values lie. In the k blocks of features with the
+    largest maxima lie the k largest values, so that only those blocks are looked at (on an H100, 2.4 ms for 8,192 rows
+    of 32,768 values and k = 64; 10.4 ms if all values are counted). On TPUs, which gather slowly, all values are
+    counted; the k-th largest of the maxima of the blocks is a lower bound.
 
     Args:
       acts_xF: not negative.
@@ -86,7 +87,7 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, max_k: int | None 
         low_x1, high_x1 = largest_xK.min(-1, keepdims=True), largest_xK.max(-1, keepdims=True)
         return _search(chosen, keep, low_x1, high_x1, _count_each)
 
-    return lax.platform_dependent(acts_xF, cpu=best_blocks, default=all_blocks)
+    return lax.platform_dependent(acts_xF, tpu=all_blocks, default=best_blocks)
 
 
 def k_largest(pre_BxF: jax.Array, k: int | jax.Array, max_k: int) -> tuple[jax.Array, jax.Array]:

@@ -264,11 +264,17 @@ def map_over_members(
         def put(first: jax.Array, leaf: jax.Array, rows: jax.Array) -> jax.Array:
             return lax.dynamic_update_slice_in_dim(leaf, rows, first, 0)
 
-        def turn(state: Any, first: jax.Array) -> tuple[Any, Any]:
-            after, metrics = apply_together(take(first, state), take(first, per_member), *broadcast)
-            return jax.tree.map(functools.partial(put, first), state, after), metrics
+        def turn(carry: tuple[Any, Any], first: jax.Array) -> tuple[Any, Any]:
+            """Apply ``fn`` to the members that were taken, put them back, and take the next ones."""
+            state, members = carry
+            after, metrics = apply_together(members, take(first, per_member), *broadcast)
+            state = jax.tree.map(functools.partial(put, first), state, after)
+            # Taken here, not where they are read: XLA would read them from the states of all members while it writes
+            # those of one, and copy all of them at every turn.
+            return (state, take(jnp.minimum(first + vmap_size, count - vmap_size), state)), metrics
 
-        state, metrics = lax.scan(turn, state, jnp.arange(0, count, vmap_size))
+        firsts = jnp.arange(0, count, vmap_size)
+        (state, _), metrics = lax.scan(turn, (state, take(firsts[0], state)), firsts)
         return state, jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), metrics)
 
     if mesh.shape["member"] == 1:

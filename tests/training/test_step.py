@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from saejax.dictionaries.kinds.topk import TopK
 from saejax.settings.kinds import KIND_SETTINGS, KindSettings
 from saejax.training import optimizer as updates
 from saejax.training.state import finish_dictionary, init_state
-from saejax.training.step import member_loss
+from saejax.training.step import compile_step, member_loss
 
 
 def host(state) -> dict[str, np.ndarray]:
@@ -275,3 +276,15 @@ def test_members_of_a_stack_start_as_they_would_alone_but_apart_at_several_sites
     first, second = np.asarray(init_state(sites).params["W_dec_FxD"])
     np.testing.assert_array_equal(first, init_state(make_stack(mesh=one_device)).params["W_dec_FxD"][0])
     assert np.abs((first * second).sum(-1)).max() < 0.95 and not np.allclose(first, second)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_turn_of_a_member_copies_no_state_of_all_members(kind, one_device):
+    """Members take turns in a loop, and a copy of all states at each turn would be work of members squared."""
+    sites = tuple(f"resid_post.{layer}" for layer in range(5))
+    stack = make_stack(kind, one_device, sites=sites, members_at_once=1, matmul="float32", auxk=0.03)
+    batch = (jnp.zeros((len(sites), B, D)),)
+    program = compile_step(stack).lower(init_state(stack), stack.hyperparams, batch).compile().as_text()
+    assert f"f32[5,{D},{F}]" in program
+    copies = re.findall(rf"= f32\[5,(?:{D},{F}|{F},{D})\]\S* copy\(.*", program)
+    assert not [line for line in copies if "while" in line or "get-tuple-element" in line], copies
