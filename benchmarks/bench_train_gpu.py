@@ -2,10 +2,11 @@
 
 Run: python -m benchmarks.bench_train_gpu [--parts dense,topk,study] [--tiny]
 dense: one dictionary d 2304, F 32,768, batch 8,192, bf16 products: the share of the rate of a matrix product of the
-same operands that 12 d F operations a token come to. topk: the same shape with k 64 and AuxK idle, against the tokens/s
-that the dense floor would allow. study: the four dictionaries of the reasoning study's Phase 4 (linear, 20 epochs,
-which took it 372 s together), whole epochs in one program, and the held-out explained variance of batch 1,024 beside
-batch 32. Compiling is counted in none but printed. Last comes one line of JSON. --tiny runs it all in small shapes.
+same operands that 12 d F operations a token come to. topk: the same shape for TopK and BatchTopK with k 64 and AuxK
+idle, against the tokens/s that the dense floor would allow. study: the four dictionaries of the reasoning study's Phase
+4 (linear, 20 epochs, which took it 372 s together), whole epochs in one program, and the held-out explained variance of
+batch 1,024 beside batch 32. Compiling is counted in none but printed. Last comes one line of JSON. --tiny runs it all
+in small shapes.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def measure_steps(args: argparse.Namespace) -> dict[str, float]:
     batches, shape = sparse_sums(2, args.batch, args.d), (args.batch, args.d, args.features)
     wanted = {kind: (kind, "auto") for kind in DENSE if "dense" in args.parts}
     if "topk" in args.parts:
-        wanted |= dict(topk=("topk", "dense"))
+        wanted |= {kind: (kind, "dense") for kind in ("topk", "batchtopk")}
     ratios = {}
     for name, (kind, products) in wanted.items():
         shape_of = kind, args.d, args.features, args.batch, args.k, "bfloat16"
