@@ -110,18 +110,17 @@ def align_importance(
     pairs, live = match_features(first, second)
     shifted, _ = match_features(first, second, shift=True)
     first_M, second_M = first.importance_F[pairs[0]], second.importance_F[pairs[1]]
-    correlation, p_value = rank_correlation(first_M, second_M, seed) if len(first_M) >= _PAIRS else (None, None)
-    rotated_correlation, values = None, []
-    if rotated is not None:
-        rotated_pairs, _ = match_features(first, rotated)
-        if len(rotated_pairs[0]) >= _PAIRS:
-            rotated_correlation = _spearman(
-                first.importance_F[rotated_pairs[0]], rotated.importance_F[rotated_pairs[1]]
-            )
+    correlation, p_value, rotated_correlation, values = None, None, None, list[float]()
+    if len(first_M) >= _PAIRS:
+        correlation, p_value = rank_correlation(first_M, second_M, seed)
     if correlation is not None:
         # Either model may be the one whose importance is for other answers: both directions are placebos.
         values = [_spearman(first_M, placebo_F[pairs[1]]) for placebo_F in second.placebo_RxF]
         values += [_spearman(placebo_F[pairs[0]], second_M) for placebo_F in first.placebo_RxF]
+    if rotated is not None:
+        (first_R, rotated_R), _ = match_features(first, rotated)
+        if len(first_R) >= _PAIRS:
+            rotated_correlation = _spearman(first.importance_F[first_R], rotated.importance_F[rotated_R])
     return ImportanceAlignment(
         pairs=len(first_M),
         shared=len(first_M) / max(live, 1),
