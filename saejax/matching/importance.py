@@ -11,7 +11,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
@@ -72,11 +71,7 @@ class ImportanceAlignment:
 
 
 def read_features(
-    lm: LanguageModel,
-    dictionary: Dictionary,
-    texts: dict[str, str],
-    importance_F: np.ndarray,
-    placebo_RxF: np.ndarray,
+    lm: LanguageModel, dictionary: Dictionary, texts: dict[str, str], importance_F: np.ndarray, placebo_RxF: np.ndarray
 ) -> ItemFeatures:
     """Return a dictionary's features on the texts of items.
 
@@ -90,8 +85,7 @@ def read_features(
     read = read_text(lm.tokenizer, list(texts.values()), lm.config.context)
     value_NxD = site_values(lm, read, [dictionary.site], _BATCH_TOKENS)[dictionary.site]
     activity = encode(dictionary.with_sink_norms(lm.sink_norm), value_NxD, _BATCH_TOKENS)
-    importance: dict[str, Any] = dict(importance_F=importance_F, placebo_RxF=placebo_RxF)
-    return ItemFeatures(tuple(texts), activity, read.text_N, read.end_N, **importance)
+    return ItemFeatures(tuple(texts), activity, read.text_N, read.end_N, importance_F, placebo_RxF)
 
 
 def align_importance(

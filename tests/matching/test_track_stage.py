@@ -66,7 +66,7 @@ def test_links_are_measured_as_the_library_does(tracked, inputs):
     assert link.answer_drop == pytest.approx(clean - without_high, abs=1e-4)
     assert measured.answer_drop == pytest.approx(clean - without_low, abs=1e-4)
     # Four features fire (k = 4): three controls, too few to decide.
-    assert link.controls == 3 and not link.holds and not link.reaches_answer and not measured.holds
+    assert not link.holds and not link.reaches_answer and not measured.holds
 
 
 def test_texts_are_followed_and_kept(tracked, capsys):
@@ -135,7 +135,7 @@ def write_page_with_a_chain(unit, page):
     (low, *_), (high, *_) = (next(cell for cell in row if cell) for row in cells["river"]["cells"])
     link = MeasuredLink(
         lower="resid_post.0", source=low, upper="resid_post.1", target=high, position=1, token="How",
-        lost=0.75, random_lost=0.12, answer_drop=0.3, random_drop=0.01, controls=5, holds=True, reaches_answer=True,
+        lost=0.75, random_lost=0.12, answer_drop=0.3, random_drop=0.01, holds=True, reaches_answer=True,
     )  # fmt: skip
     chain = MeasuredChain((link,), answer_drop=0.2, random_drop=0.3, reaches_answer=False, holds=False)
     texts = dict(results.texts) | dict(river=dataclasses.replace(results.texts["river"], chains=(chain,)))

@@ -49,5 +49,4 @@ def _groups_table(dictionary: ClusteredDictionary) -> Table:
         "correlation of two of its features' firings. Overlap: with the most similar group of a bootstrap sample, mean."
     )
     rows = [(group,) for group in dictionary.largest if group.stable][:_GROUPS]
-    words = {"Most central features"}
-    return Table.of(f"Stable groups of {dictionary.name}", rows, columns, words=words, note=note)
+    return Table.of(f"Stable groups of {dictionary.name}", rows, columns, words={"Most central features"}, note=note)

@@ -75,7 +75,6 @@ def measure_chains(
                 random_lost=float(np.mean(lost[1:])),
                 answer_drop=drop[0],
                 random_drop=float(np.mean(drop[1:])),
-                controls=len(lost) - 1,
                 holds=_exceeds_controls(lost),
                 reaches_answer=_exceeds_controls(drop),
             )
@@ -102,14 +101,7 @@ def _exceeds_controls(effects: Sequence[float]) -> bool:
 class _Ablation:
     """Runs of a text without a feature at a position, and without as much along random active features."""
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        stack: Stack,
-        ids_T: np.ndarray,
-        firings: Sequence[LayerFirings],
-        seed: int,
-    ):
+    def __init__(self, lm: LanguageModel, stack: Stack, ids_T: np.ndarray, firings: Sequence[LayerFirings], seed: int):
         self.ids_T, self._lm, self._stack, self._firings, self._seed = ids_T, lm, stack, firings, seed
         self._tokens = pad([ids_T.tolist()] * (2 + CONTROLS))
         self._clean: dict[str, jax.Array] = {}

@@ -112,7 +112,7 @@ def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> dict[s
             for ids, ps in zip(ids_TxC.tolist(), p_TxC.tolist(), strict=True)
         ]
 
-    layers = [each.layer for each in stack]
+    layers = [each.reads.layer for each in stack]
     return dict(
         top_tokens=[top_tokens(layer) for layer in layers],
         kl=[_rounded(reading.kl_LxBxT[layer, 0]) for layer in layers],

@@ -9,8 +9,7 @@ class StepTest:
     """Effects of ablating a step's features on the step's tokens, beside random sets at equal dose."""
 
     features: tuple[int, ...]  #: that were ablated together, at the step's tokens
-    tokens: int  #: that were judged: all of the step but its first
-    drop: float  #: of their mean log-likelihood, nats
+    drop: float  #: of the mean log-likelihood of the step's tokens but the first, nats
     sets: int  #: number of disjoint random sets
     needed: int  #: number below which no answer is given
     equal_drop: float | None  #: drop at the doses of the random sets, or the smaller own one, mean; None without sets
@@ -45,7 +44,6 @@ class MeasuredLink:
     random_lost: float  #: the same without as much along each of the controls, mean
     answer_drop: float  #: of the answer's log-probability without the target, nats
     random_drop: float  #: the same of the controls in the upper dictionary, mean
-    controls: int  #: random features that are active at the position
     holds: bool  #: whether more is lost than with each of five controls
     reaches_answer: bool  #: the same of the answer
 

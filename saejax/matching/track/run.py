@@ -39,7 +39,6 @@ def run_track(run: Run) -> TrackResults:
     """
     config = run.configs[TrackConfig]
     problems = {problem.slug: problem for problem in read_problems(config)}
-    model = run.configs[ModelConfig]
 
     def begin() -> Measure:
         lm = load_run_model(run)
@@ -57,7 +56,7 @@ def run_track(run: Run) -> TrackResults:
     texts = each_part(run, list(problems), begin, TrackedText, unit="steps")
     results = TrackResults(texts)
     cells = {slug: read_json(part_file(run, slug, _CELLS)) for slug in texts}
-    write_page(run.folder / "index.html", results, cells, model.path)
+    write_page(run.folder / "index.html", results, cells, run.configs[ModelConfig].path)
     written = "\n".join(text_lines(slug, results.texts[slug], cells[slug]) for slug in texts)
     write_text(run.folder / "track.txt", written)
     run.say(written)

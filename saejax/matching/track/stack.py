@@ -32,11 +32,6 @@ class LayerDictionary:
         """The site that it reads."""
         return Site.parse(self.config.site)
 
-    @property
-    def layer(self) -> int:
-        """The layer of that site."""
-        return self.reads.layer
-
 
 Stack = Sequence[LayerDictionary]  # in the order of layers
 

@@ -87,7 +87,9 @@ class StepTester:
         seed = int(np.random.SeedSequence([self._config.seed, step.start, layer]).generate_state(1)[0])
         sets = [np.array(tested), *disjoint_sets(pool, len(tested), self._config.random_sets, seed)]
         W_dec_FxD = to_host(self._split.dictionary.W_dec_FxD[...])
-        dose_S = np.array([_dose(f_WxF, W_dec_FxD, members) for members in sets])
+        # The norm of the change at the site over all positions of the step, in float64 as sets of a dose are compared.
+        changes = (f_WxF[:, members].astype(np.float64) @ W_dec_FxD[members].astype(np.float64) for members in sets)
+        dose_S = np.array([np.linalg.norm(change_WxD) for change_WxD in changes])
         share_S = dose_S[0] / np.maximum(dose_S, 1e-30)
         # Sets of a larger dose are ablated in part as well, and compared with the features at their dose.
         grids = [FRACTIONS, *((share, 1.0) if share < 1 else (1.0,) for share in share_S[1:].tolist())]
@@ -128,11 +130,6 @@ class StepTester:
             logp_RxW, _ = run_rows(split.point, split.params, split.dictionary, *arrays, targets_W, start)
             parts.append(np.asarray(logp_RxW, np.float64)[: len(edits) - first, :count])
         return np.concatenate(parts)
-
-
-def _dose(f_WxF: np.ndarray, W_dec_FxD: np.ndarray, members: np.ndarray) -> float:
-    """Return the norm of the change at the site when features are ablated, over all positions of the step."""
-    return float(np.linalg.norm(f_WxF[:, members].astype(np.float64) @ W_dec_FxD[members].astype(np.float64)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -184,23 +181,16 @@ def judge_steps(effects: Mapping[int, Effects]) -> dict[int, StepTest]:
     p_values = {key: rank_p(top.mean(axis=1), random.mean(axis=1)) for key, (top, random) in pairs.items()}
     adjusted = holm_by_key(p_values)
     needed = min_controls(len(effects), LEVEL)
-
-    def answer(key: int, sets: int) -> str:
-        if sets < needed:
-            return "not testable"
-        return "yes" if adjusted[key] <= LEVEL else "no"
-
     return {
         key: StepTest(
             features=tuple(features),
-            tokens=top.drop_AxP.shape[1],
             drop=float(top.drop_AxP[-1].mean()),
             sets=len(random),
             needed=needed,
             equal_drop=float(pairs[key][0].mean()) if random else None,
             random_drop=float(pairs[key][1].mean()) if random else None,
             p_holm=adjusted.get(key),
-            hurt=answer(key, len(random)),
+            hurt="not testable" if len(random) < needed else "yes" if adjusted[key] <= LEVEL else "no",
         )
         for key, (features, top, random) in effects.items()
     }

@@ -194,11 +194,7 @@ class Reading:
             )
         return {
             name: evaluate_at_other_site(
-                on_text[moved],
-                on_text[native],
-                self._mesh,
-                self._config.batch_tokens,
-                [self._config.seed, moved],
+                on_text[moved], on_text[native], self._mesh, self._config.batch_tokens, [self._config.seed, moved]
             )
             for name, moved, native in (("onto_second", first, second), ("onto_first", second, first))
         }

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import KFold
 
-from saejax.dictionaries import Dictionary, rescale
+from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.evaluation.reconstruction import reconstruct
 from saejax.matching.rows import rotate
 from saejax.matching.transfer.results import FittedMap, Rebuilt, ReconstructionTransfer
@@ -82,11 +82,8 @@ def insert_maps(dictionary: Dictionary, into: AffineMap, back: AffineMap, native
         W_dec_FxD=arrays["W_dec_FxD"] @ back.matrix_DxK,
         b_dec_D=arrays["b_dec_D"] @ back.matrix_DxK + back.shift_K,
     )
-    config = dataclasses.replace(
-        plain.config, d_in=len(back.shift_K), site=native.config.site, target="", max_norm=native.config.max_norm
-    )
     arrays_fp32 = {name: jnp.asarray(array, jnp.float32) for name, array in moved.items()}
-    return Dictionary(config, plain.matmul_dtype, **arrays_fp32)
+    return Dictionary(_at_site(plain.config, native.config), plain.matmul_dtype, **arrays_fp32)
 
 
 def evaluate_at_other_site(
@@ -103,26 +100,28 @@ def evaluate_at_other_site(
     """
     # The null goes through the same maps: they alone explain part of the variance.
     straight, rotated = rescale.centre(moved.dictionary), rotate(moved.dictionary, seed)
-    into = AffineMap.fit(native.fit_NxD, moved.fit_NxD)
-    back = AffineMap.fit(moved.fit_NxD, native.fit_NxD)
-    maps = (
-        FittedMap(len(native.fit_NxD), into.r2(native.measure_NxD, moved.measure_NxD), into.ridge),
-        FittedMap(len(moved.fit_NxD), back.r2(moved.measure_NxD, native.measure_NxD), back.ridge),
-    )
+    (into, into_figures), (back, back_figures) = _fit_map(native, moved), _fit_map(moved, native)
     mapped = [insert_maps(each, into, back, native.dictionary) for each in (straight, rotated)]
     affine, affine_null = _evaluate(mapped, native, mesh, batch)
     (native_scores,) = _evaluate([native.dictionary], native, mesh, batch)
-    if moved.fit_NxD.shape[1] != native.fit_NxD.shape[1]:
-        return ReconstructionTransfer(native_scores, None, None, affine, affine_null, *maps)
-    as_they_are = [_at_site(each, native.dictionary) for each in (straight, rotated)]
-    direct, direct_null = _evaluate(as_they_are, native, mesh, batch)
-    return ReconstructionTransfer(native_scores, direct, direct_null, affine, affine_null, *maps)
+    direct, direct_null = None, None
+    if into_figures.width == back_figures.width:
+        config = _at_site(straight.config, native.dictionary.config)
+        unchanged = [Dictionary(config, each.matmul_dtype, **each.arrays) for each in (straight, rotated)]
+        direct, direct_null = _evaluate(unchanged, native, mesh, batch)
+    return ReconstructionTransfer(native_scores, direct, direct_null, affine, affine_null, into_figures, back_figures)
 
 
-def _at_site(dictionary: Dictionary, native: Dictionary) -> Dictionary:
-    """Return a dictionary unchanged at the site of another, with its sink rule."""
-    config = dataclasses.replace(dictionary.config, site=native.config.site, target="", max_norm=native.config.max_norm)
-    return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
+def _fit_map(source: DictionaryOnText, target: DictionaryOnText) -> tuple[AffineMap, FittedMap]:
+    """Return a map from the site of one dictionary to that of another, and its figures."""
+    fitted, (rows, width) = AffineMap.fit(source.fit_NxD, target.fit_NxD), source.fit_NxD.shape
+    r2 = fitted.r2(source.measure_NxD, target.measure_NxD)
+    return fitted, FittedMap(source.dictionary.config.site, width, rows, r2, fitted.ridge)
+
+
+def _at_site(config: DictionaryConfig, native: DictionaryConfig) -> DictionaryConfig:
+    """Return the description of a dictionary at the site of another, with that one's sink rule."""
+    return dataclasses.replace(config, d_in=native.d_in, site=native.site, target="", max_norm=native.max_norm)
 
 
 def _evaluate(dictionaries: Sequence[Dictionary], native: DictionaryOnText, mesh: Mesh, batch: int) -> list[Rebuilt]:

@@ -55,6 +55,8 @@ class Rebuilt:
 class FittedMap:
     """An affine map between the values of two sites."""
 
+    site: str  #: that it maps from
+    width: int  #: dimensions of that site
     rows: int  #: tokens that it was fitted on
     r2: float  #: share of variance explained on the half of the text that measures
     ridge: float  #: chosen by cross-validation, relative to the mean variance of the input's dimensions

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import itertools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy.stats import norm
@@ -94,9 +94,9 @@ def select_pairs(compared: Sequence[Compared], between: int, seed: int) -> list[
     pairs = list(itertools.combinations(range(len(compared)), 2))
     across = [pair for pair in pairs if not same_model(*(compared[index] for index in pair))]
     if between and len(across) > between:
+        within = set(pairs) - set(across)
         chosen = np.random.default_rng(seed).choice(len(across), between, replace=False)
-        dropped = set(across) - {across[number] for number in chosen}
-        pairs = [pair for pair in pairs if pair not in dropped]
+        pairs = sorted([*within, *(across[number] for number in chosen)])
     return pairs
 
 
@@ -203,25 +203,21 @@ class Comparison:
         transfers: dict[str, ReconstructionTransfer] = {}
         if self._config.reconstruction and self._reading:
             transfers = self._reading.transfers(first, second)
-            self._warn(first, second, transfers)
+            self._warn(transfers.values())
         tokens = self._reading.tokens(first, second) if self._reading else None
         return ComparedPair(
             self._compared[first].name, self._compared[second].name, measures, tokens=tokens, **transfers
         )
 
-    def _warn(self, first: int, second: int, transfers: Mapping[str, ReconstructionTransfer]) -> None:
+    def _warn(self, transfers: Iterable[ReconstructionTransfer]) -> None:
         """Log maps that were fitted on too few rows, with what they explain of held-out rows."""
-        moved_and_native = dict(onto_second=(first, second), onto_first=(second, first))
-        for name, transfer in transfers.items():
-            moved, native = moved_and_native[name]
-            for source, fitted in ((native, transfer.into), (moved, transfer.back)):
-                width = self._compared[source].config.d_in
-                if fitted.rows < ROWS_PER_DIMENSION * width:
-                    self._run.say(
-                        f"warning: the map from {self._compared[source].name}'s site has {fitted.rows:,} rows for "
-                        f"{width:,} dimensions, fewer than {ROWS_PER_DIMENSION} per dimension (held-out R² "
-                        f"{fitted.r2:.2f}): raise --transfer.tokens to {2 * ROWS_PER_DIMENSION * width:,} or more"
-                    )
+        for fitted in (fitted for transfer in transfers for fitted in (transfer.into, transfer.back)):
+            if fitted.rows < ROWS_PER_DIMENSION * fitted.width:
+                self._run.say(
+                    f"warning: the map from {fitted.site} has {fitted.rows:,} rows for {fitted.width:,} dimensions, "
+                    f"fewer than {ROWS_PER_DIMENSION} per dimension (held-out R² {fitted.r2:.2f}): raise "
+                    f"--transfer.tokens to {2 * ROWS_PER_DIMENSION * fitted.width:,} or more"
+                )
 
 
 def _sides(measure: str) -> tuple[str, ...]:

@@ -99,8 +99,10 @@ def summarize(
         return forward if first == low else forward.back(compared[first].config.n_features)
 
     def through_layers(order: Sequence[int]) -> Chains:
-        steps = list(itertools.pairwise(order))
-        measure = common_measure(run.configs[TransferConfig].measures, compared, steps)
+        steps, wanted = list(itertools.pairwise(order)), run.configs[TransferConfig].measures
+        applying = [measures_of(wanted, compared[first], compared[second]) for first, second in steps]
+        # There is one: of two widths activity was asked for, or the run has ended before.
+        measure = next(name for name in wanted if all(name in names for names in applying))
         runs, chance = (follow([link(measure, *step, null) for step in steps]) for null in (False, True))
         longest = []
         for chain in runs[:_LISTED]:
@@ -122,12 +124,6 @@ def summarize(
         tuple(pairs),
         tuple(through_layers(order) for order in _by_layer(compared)),
     )
-
-
-def common_measure(measures: Sequence[str], compared: Sequence[Compared], pairs: Sequence[Pair]) -> str:
-    """Return the first measure that applies to all of some pairs; activity does wherever another one fails."""
-    applying = [measures_of(measures, compared[first], compared[second]) for first, second in pairs]
-    return next(name for name in measures if all(name in names for names in applying))
 
 
 class Followed(NamedTuple):
