@@ -139,8 +139,8 @@ def _attend(model: HandSet, head: Head, stream_TxJ: np.ndarray) -> tuple[np.ndar
     key_SxN = stream_TxJ @ model.vectors([{key: score} for _, key, score in scores]).T
     score_TxS = np.where(np.tri(len(stream_TxJ), dtype=bool), query_TxN @ key_SxN.T, -np.inf)
     weight_TxS = np.exp(score_TxS - score_TxS.max(1, keepdims=True))
-    read_NxJ, written_NxJ = (model.vectors([{pair[side]: 1.0} for pair in head.moves]) for side in (0, 1))
-    return weight_TxS / weight_TxS.sum(1, keepdims=True), read_NxJ.T @ written_NxJ
+    read_MxJ, written_MxJ = (model.vectors([{pair[side]: 1.0} for pair in head.moves]) for side in (0, 1))
+    return weight_TxS / weight_TxS.sum(1, keepdims=True), read_MxJ.T @ written_MxJ
 
 
 def frame(model: HandSet, seed: int) -> np.ndarray:

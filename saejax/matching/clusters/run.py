@@ -67,8 +67,8 @@ def open_texts(run: Run, compared: Sequence[Compared]) -> ActivityOf:
         taken = np.zeros(len(documents), bool)
         taken[order[: int(np.searchsorted(np.cumsum(count[order]), config.tokens)) + 1]] = True
         kept_N = taken[index_N]
-        values_NxD = np.asarray(store.read(dictionary.site, rows[kept_N]), np.float32)
-        return encode(dictionary, values_NxD, config.batch_tokens), document_N[kept_N]
+        values_MxD = np.asarray(store.read(dictionary.site, rows[kept_N]), np.float32)
+        return encode(dictionary, values_MxD, config.batch_tokens), document_N[kept_N]
 
     return activity_of
 
