@@ -1,6 +1,6 @@
 """Of transformers that are set by hand: whether graphs have the right edges, and labels name neurons.
 
-Run: python -m benchmarks.bench_known [--circuits logic,induction,chain] [--sets exact,trained,untrained,random]
+Run: python -m benchmarks.bench_known [--circuits logic,induction] [--sets exact,trained,random]
 Transformers and transcoders are those of `experiments.known_circuits`. Edges of graphs are judged by the weights; then
 labels are searched on texts, as `experiments.interpret` does, for the feature that stands for each neuron by its
 decoder, and judged by the neuron: F1 of where the label says and where the neuron itself fires, on texts that the
@@ -24,7 +24,7 @@ from saejax.activations.store import Store
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.dictionaries import Dictionary
 from saejax.ground_truth.circuits.cases import Case, make_case
-from saejax.ground_truth.circuits.dictionaries import EXACT, TRAINED, UNTRAINED, untrained_sets, write_sets
+from saejax.ground_truth.circuits.dictionaries import EXACT, TRAINED, untrained_sets, write_sets
 from saejax.ground_truth.circuits.edges import judge_edges
 from saejax.ground_truth.circuits.handset import checkpoint
 from saejax.ground_truth.circuits.run import matched_neurons
@@ -51,7 +51,7 @@ def make_circuit(folder: Path, name: str, sets: list[str]) -> tuple[Case, Langua
     case = make_case(name, PROMPTS, 0)
     save_model(folder / "model", *checkpoint(case.model, 0), list(case.model.words))
     model = load_model(str(folder / "model"))
-    if set(sets) & {TRAINED, UNTRAINED}:
+    if TRAINED in sets:
         run = Run("known_circuits", name, folder, default_configs(), {}, lambda line: None, lambda: False)
         return case, model, {kind: open_transcoders(path) for kind, path in write_sets(run, case, model, 0).items()}
     layers = [untrained_sets(case, model, layer, 0) for layer in range(len(case.model.layers))]
@@ -171,8 +171,8 @@ def score_labels(
 def main() -> None:
     """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--circuits", default="logic,induction,chain", help="which transformers")
-    parser.add_argument("--sets", default="exact,trained,untrained,random", help="which transcoders")
+    parser.add_argument("--circuits", default="logic,induction", help="which transformers")
+    parser.add_argument("--sets", default="exact,trained,random", help="which transcoders")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench_known")
     args = parser.parse_args()
     sets = args.sets.split(",")

@@ -28,7 +28,7 @@ from scipy.stats import norm
 from benchmarks.tool_environments import saelens_python
 from saejax.dictionaries import load_dictionary, save_dictionary
 from saejax.files import read_json
-from saejax.ground_truth.world import HELD_OUT, World, batch_key, make_world, sample, sample_with_code
+from saejax.ground_truth.world import HELD_OUT, World, batch_key, make_world, sample
 from saejax.stages.ground_truth import TruthConfig
 
 ROOT = Path(__file__).parent.parent
@@ -82,9 +82,9 @@ def our_generator(world: World, seed: int, count: int) -> tuple[dict[str, float]
     for number in range(max(count // BATCH, REPEATS + 1)):
         key = batch_key(seed, HELD_OUT, np.int32(number))
         start = time.process_time(), time.perf_counter()
-        jax.block_until_ready(sample(world, key, BATCH))  # as training does: nobody asks for the code
+        jax.block_until_ready(sample(world, key, BATCH))
         seconds.append((time.process_time() - start[0], time.perf_counter() - start[1]))
-        fires_J, squares = sums(*sample_with_code(world, key, BATCH))
+        fires_J, squares = sums(*sample(world, key, BATCH))
         fired_J, square = fired_J + np.asarray(fires_J), square + float(squares)
     seen = len(seconds) * BATCH
     processor, wall = (statistics.median(column) for column in zip(*seconds[1:], strict=True))

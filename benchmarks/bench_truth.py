@@ -3,8 +3,8 @@
 Run: python -m benchmarks.bench_truth [--kinds topk,batchtopk]
      python -m benchmarks.bench_truth --worlds demo --kinds topk,batchtopk,matryoshka,jumprelu,gated,standard
 Worlds of 256 features in 64 dimensions, one thing made harder at a time, and then dictionaries made worse on the plain
-one; each trained and judged by experiments.ground_truth, three seeds as a stack, beside a random decoder that stays and
-no training. The world "demo" is that of configs/ground_truth.flags (1,024 features, 256 dimensions, a million vectors),
+one; each trained and judged by experiments.ground_truth, three seeds as a stack, beside a random decoder that stays.
+The world "demo" is that of configs/ground_truth.flags (1,024 features, 256 dimensions, a million vectors),
 one seed, half a minute to a minute of processors for each kind. Prints a table with 95 % t intervals over seeds and,
 last, one line of JSON. What is in the folder is not run again.
 """

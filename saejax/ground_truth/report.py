@@ -12,7 +12,6 @@ from saejax.stages.ground_truth import CONTROLS
 
 ENOUGH = 0.9  # share of the frequent directions that the best kind must recover
 
-_CONTROL_NAMES = {"frozen": "random decoder", "untrained": "untrained"}
 _COLUMNS: tuple[tuple[str, str, int, float], ...] = (
     ("Recovered, %", "recovered", 1, 100),
     ("MCC", "mcc", 3, 1),
@@ -50,11 +49,10 @@ def section(results: Sequence[TruthResults]) -> Section:
     spread = f"with 95 % t intervals over {seeds} seeds" if seeds > 1 else "one seed each, so without intervals"
     intro = (
         f"This world is synthetic: its vectors, of {world.dimensions:,} dimensions, are sums of {world.features:,} "
-        f"known directions, of which {number(world.l0, 1)} are active in a vector on average. The mean cosine of a "
-        f"direction and its nearest other is {number(world.nearest_cosine)}. Dictionaries of {some.features:,} latents "
-        f"were trained on {some.samples:,} vectors by the code that trains on a model's activations, and scored on "
-        f"{some.held_out:,} others. {world.frequent:,} features are active in more than {percent(FREQUENT, 2)} of the "
-        "vectors, and these must be recovered."
+        f"known directions, of which {number(world.l0, 1)} are active in a vector on average. Dictionaries of "
+        f"{some.features:,} latents were trained on {some.samples:,} vectors by the code that trains on a model's "
+        f"activations, and scored on {some.held_out:,} others. {world.frequent:,} features are active in more than "
+        f"{percent(FREQUENT, 2)} of the vectors, and these must be recovered."
     )
     verdict = line(judged)
     columns = ("Dictionary", *(heading for heading, *_ in _COLUMNS))
@@ -83,7 +81,7 @@ def line(judged: Sequence[tuple[str, JudgedDictionary]]) -> str:
 def _named(results: TruthResults) -> Iterator[tuple[str, JudgedDictionary]]:
     for dictionary in results.dictionaries:
         member = f"{results.kind}/{dictionary.name}" if dictionary.name else results.kind
-        yield f"{_CONTROL_NAMES[dictionary.control]} ({member})" if dictionary.control else member, dictionary
+        yield f"random decoder ({member})" if dictionary.control else member, dictionary
 
 
 def _rows(name: str, judged: JudgedDictionary) -> Iterator[tuple[str, ...]]:
@@ -126,7 +124,6 @@ def algorithm_sections(findings: Findings, draw: Draw) -> list[Section]:
         "Required": lambda results, kind, share: percent(results.required[kind]),
         "Kept from training": lambda results, kind, share: f"{results.fresh:,}",
         "Steps": lambda results, kind, share: f"{results.steps:,}",
-        "Seconds": lambda results, kind, share: number(results.seconds, 0),
     }
     table = Table.of("Transformers trained on algorithms, with 95 % Wilson intervals", rows, columns)
     return [Section("Trained algorithms", (Text(verdict, strong=True), table), lead=verdict)]

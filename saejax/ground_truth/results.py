@@ -34,7 +34,7 @@ class JudgedDictionary:
     """Dictionaries that differ only in their seed, scored together."""
 
     name: str  #: of the members without their seeds; "" if nothing else is swept
-    control: str  #: "frozen" (a random decoder that stays), "untrained", or ""
+    control: str  #: "frozen" (a random decoder that stays), or ""
     seeds: tuple[int, ...]  #: of training
     scores: FoundFeatures  #: over these seeds
 
@@ -47,7 +47,6 @@ class WorldFacts:
     frequent: int  #: of these, active in more than a ten-thousandth of the vectors
     dimensions: int  #: width of a vector
     l0: float  #: active directions of a vector, mean
-    nearest_cosine: float  #: absolute cosine of a direction with the nearest other, mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,23 +76,18 @@ class EdgeScores:
 
 @dataclasses.dataclass(frozen=True)
 class CausalScores:
-    """The causal stages compared with the known variables; None: the stage refused, see ``refused``."""
+    """Causal tests compared with the known variables; None: a test was refused, see ``refused``."""
 
     behaviours: int  #: that were tested
     #: share of prompts whose answer becomes the counterpart's when its top features do, with a 95 % Wilson interval
     interchange: Interval | None
     interchange_random: float | None  #: the same of random sets of as many features; None: there are too few features
-    harm: float | None  #: accuracy lost without the top features, mean over behaviours
-    harm_others: float | None  #: the largest loss of another behaviour; None with one behaviour
     claimed: int | None  #: behaviours whose two-way accuracy falls when the top features are ablated
+    carried: int | None  #: behaviours most of whose answers the top features carry over
+    shown: int | None  #: behaviours that are both claimed and carried: the features stand for the variable
     idle: int  #: variables that no answer depends on
-    idle_claimed: int | None  #: of these, how many have such an effect
-    probe: Interval | None  #: accuracy of probes of the features, pooled over labels, with a 95 % Wilson interval
-    probe_shuffled: float | None  #: that of probes of shuffled labels, mean
-    refused: tuple[str, ...]  #: what a stage said instead
-    #: behaviours most of whose answers the top features carry over; None: not measured
-    carried: int | None = None
-    shown: int | None = None  #: behaviours that are both claimed and carried: the features stand for the variable
+    idle_claimed: int | None  #: of these, how many have an effect on two-way accuracy
+    refused: tuple[str, ...]  #: what a test said instead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +96,7 @@ class JudgedSet:
 
     recovered: float  #: share of the neurons that have a feature with a cosine above 0.9
     edges: EdgeScores  #: of its attribution graphs
-    causal: CausalScores | None  #: of one layer's features; None where only edges are known
+    causal: CausalScores  #: of one layer's features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +108,7 @@ class KnownCircuitResults:
     accuracy: float  #: of the transformer on its prompts
     logit_error: float  #: largest difference of its logits from those of its description in float64, over the largest
     circuit: float  #: edges of a known circuit, mean over prompts
-    sets: Mapping[str, JudgedSet]  #: exact, wrong, random, untrained, trained
+    sets: Mapping[str, JudgedSet]  #: exact, wrong, random, trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +116,6 @@ class AlgorithmResults:
     """A transformer that was trained on an algorithm."""
 
     steps: int  #: of training
-    questions: int  #: of training
-    seconds: float  #: of training, in the process that finished it
     fresh: int  #: questions of each kind that were kept from training
     accuracy: Mapping[str, Interval]  #: by kind of question: share of correct answers, with a 95 % Wilson interval
     required: Mapping[str, float]  #: by kind of question: the share that training aims at

@@ -1,7 +1,7 @@
 """The stage ``ground_truth``: trains dictionaries on a synthetic world and compares them with what is known of it.
 
 Each kind of ``--train.kinds`` is a unit, trained by the same code as on a model's activations. One more, ``controls``,
-has dictionaries of the first kind that have learned no directions: with a frozen random decoder, and without training.
+has dictionaries of the first kind that learn no directions, because their random decoder is frozen.
 Vectors are drawn from the number of their batch alone, so a resumed run needs only its step.
 """
 
@@ -15,7 +15,6 @@ from scipy.stats import t
 
 from saejax.activations.manifest import CapturedModel
 from saejax.dictionaries import Dictionary, load_dictionary
-from saejax.dictionaries.matmul import matmul
 from saejax.errors import Interrupted, UserError
 from saejax.files import write_json
 from saejax.ground_truth.results import FoundFeatures, JudgedDictionary, TruthResults, WorldFacts
@@ -23,7 +22,7 @@ from saejax.ground_truth.scores import FREQUENT, Counts, Matching, count, scores
 from saejax.ground_truth.world import TRAIN, World, batch_key, make_world, sample
 from saejax.models.sinks import NO_SINKS
 from saejax.parallel.mesh import fitting_sharding
-from saejax.results import Interval, to_json
+from saejax.results import Interval
 from saejax.runner.config import identity
 from saejax.runner.workspace import Run, fingerprint
 from saejax.settings import TrainConfig
@@ -67,7 +66,7 @@ class SyntheticRows:
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
         """Return the vectors of these numbers, [n, d]."""
         batches = [
-            np.asarray(sample(self._world, self._key(number), self._batch))
+            np.asarray(sample(self._world, self._key(number), self._batch)[0])
             for number in range(self._count // self._batch)
         ]
         return np.concatenate(batches)[rows]
@@ -88,7 +87,7 @@ class Sampled:
     def batch(self, step: int) -> tuple[jax.Array, ...]:
         """Return the batch of a step."""
         key = self._key(np.int32(self._number(step)))
-        return (sample(self._world, key, self._config.batch, self._rows)[None],)
+        return (sample(self._world, key, self._config.batch, self._rows)[0][None],)
 
     def _number(self, step: int) -> int:
         epoch, index = divmod(step, self._per_epoch)
@@ -122,13 +121,12 @@ def run_ground_truth(run: Run) -> TruthResults:
     if train.form != "sae":
         raise UserError(f"--train.form={train.form}: a synthetic world has one site: use --train.form=sae")
     world = make_world(truth)
-    kind, judged = run.name, []
+    kind, control = run.name, ""
     if kind == CONTROLS:
-        kind = train.kinds[0]
-        for control, settings in _controls(train).items():
-            judged += _judge(run, world, kind, control, settings)
-    else:
-        judged = _judge(run, world, kind, "", train)
+        kind, control = train.kinds[0], "frozen"
+        # Resampling would write directions of the data into the decoder that is to stay random.
+        train = dataclasses.replace(train, freeze="decoder", resample_every=0)
+    judged = _judge(run, world, kind, control, train)
     dictionary, counts = judged[0][1:]
     dictionaries = tuple(scored for scored, _, _ in judged)
     for scored in dictionaries:
@@ -138,17 +136,14 @@ def run_ground_truth(run: Run) -> TruthResults:
         features=dictionary.config.n_features,
         samples=truth.samples // train.batch * train.batch * train.epochs,
         held_out=counts.tokens,
-        world=_facts(world, counts),
+        world=WorldFacts(
+            features=truth.features,
+            frequent=int(np.sum(counts.active_J > FREQUENT * counts.tokens)),
+            dimensions=truth.dimensions,
+            l0=float(counts.active_J.sum() / counts.tokens),
+        ),
         dictionaries=dictionaries,
     )
-
-
-def _controls(train: TrainConfig) -> dict[str, TrainConfig]:
-    """Return the training settings of the controls by name. At learning rate 0 only BatchTopK's threshold changes."""
-    # Resampling would write directions of the data into the decoder that is to stay random.
-    frozen = dataclasses.replace(train, freeze="decoder", resample_every=0)
-    # Some steps, though nothing is learned: BatchTopK's threshold is a mean over batches.
-    return dict(frozen=frozen, untrained=dataclasses.replace(frozen, learning_rate=(0.0,), max_steps=10))
 
 
 def _judge(
@@ -203,28 +198,9 @@ def over_seeds(values: Sequence[float], ends: tuple[float, float] = _SHARE_RANGE
     return Interval(mean, max(mean - half, ends[0]), min(mean + half, ends[1]))
 
 
-def _facts(world: World, counts: Counts) -> WorldFacts:
-    directions_JxD = world.directions_JxD
-    count, dimensions = directions_JxD.shape
-
-    @jax.jit
-    def nearest(some_BxD: jax.Array) -> jax.Array:
-        """Return the second largest cosine of each direction; the largest is its own."""
-        return jax.numpy.sort(abs(matmul(some_BxD, directions_JxD.T)), axis=1)[:, -2]
-
-    return WorldFacts(
-        features=count,
-        frequent=int(np.sum(counts.active_J > FREQUENT * counts.tokens)),
-        dimensions=dimensions,
-        l0=float(counts.active_J.sum() / counts.tokens),
-        nearest_cosine=float(np.mean(nearest(directions_JxD[:: max(count // 1024, 1)]))),
-    )
-
-
 def _line(judged: JudgedDictionary) -> str:
-    score = to_json(judged.scores)
     name = " ".join(filter(None, (judged.control, judged.name)))
     return f"{name + ': ' if name else ''}" + ", ".join(
-        f"{field} {score[field]['mean']:.3f}"
+        f"{field} {getattr(judged.scores, field).mean:.3f}"
         for field in ("recovered", "mcc", "f1", "l0", "explained_variance", "best_explained_variance")
     )

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
-from saejax.ground_truth.world import HELD_OUT, World, batch_key, sample_with_code
+from saejax.ground_truth.world import HELD_OUT, World, batch_key, sample
 from saejax.stages.ground_truth import TruthConfig
 
 RECOVERED = 0.9  # absolute cosine above which a direction counts as recovered
@@ -148,7 +148,7 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
     sums: dict[str, Any] = {}
     steps = max(config.held_out // _BATCH, 1)
     for number in range(steps):
-        drawn = sample_with_code(world, batch_key(config.seed, HELD_OUT, number), _BATCH)
+        drawn = sample(world, batch_key(config.seed, HELD_OUT, number), _BATCH)
         batch_sums = _count(dictionary, world, *drawn, places, threshold)
         for name, value in batch_sums.items():
             value = np.asarray(value)
@@ -161,7 +161,7 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
 
 def _threshold(dictionary: Dictionary, world: World, config: TruthConfig) -> np.float32:
     """Return the activation above which the world has as many as the dictionary, on one batch; 0 if it has fewer."""
-    x_BxD, code_BxJ = sample_with_code(world, batch_key(config.seed, HELD_OUT, 0), _BATCH)
+    x_BxD, code_BxJ = sample(world, batch_key(config.seed, HELD_OUT, 0), _BATCH)
     kept = int(jnp.sum(dictionary.fires(dictionary.encode(x_BxD))))
     size_N = np.sort(np.asarray(code_BxJ)[np.asarray(code_BxJ) > 0])
     # The next smaller one, as the threshold itself is not above itself.

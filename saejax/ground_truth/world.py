@@ -75,11 +75,6 @@ def levels(roots: int, branching: int, depth: int) -> Iterator[tuple[int, int]]:
         first, count = first + count, count * branching
 
 
-def count_tree_features(roots: int, branching: int, depth: int) -> int:
-    """Return the number of features in all trees; see ``levels``."""
-    return roots * sum(branching**level for level in range(depth + 1))
-
-
 def parents(features: int, roots: int, branching: int, depth: int) -> np.ndarray:
     """Return the parent of each of ``features`` features, int [J]; -1 for roots and free features; see ``levels``."""
     parent_J = np.full(features, -1)
@@ -117,7 +112,7 @@ def conditional_rates(config: TruthConfig) -> np.ndarray:
 
 def check(config: TruthConfig) -> None:
     """Raise a ``UserError`` if no world can have these settings."""
-    in_trees = count_tree_features(config.roots, config.branching, config.depth)
+    in_trees = config.roots * sum(config.branching**level for level in range(config.depth + 1))
     if in_trees > config.features:
         raise UserError(
             f"--truth.roots={config.roots} trees of --truth.depth={config.depth} have {in_trees:,} features, more than "
@@ -205,8 +200,11 @@ def orthogonalise(directions_JxD: jax.Array, steps: int, rate: float = 3e-4) -> 
     return _unit(directions_JxD)
 
 
-def sample(world: World, key: jax.Array, count: int, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
-    """Return vectors of the world, fp32 [B, D].
+@functools.partial(jax.jit, static_argnames=("count", "sharding"))
+def sample(
+    world: World, key: jax.Array, count: int, sharding: jax.sharding.Sharding | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Return vectors of the world, fp32 [B, D], and the activations of their features, [B, J].
 
     Args:
       world: the world to sample from.
@@ -214,18 +212,6 @@ def sample(world: World, key: jax.Array, count: int, sharding: jax.sharding.Shar
       count: number of vectors B.
       sharding: sharding of the rows; None: one device.
     """
-    return _sample(world, key, count, sharding)[0]
-
-
-def sample_with_code(world: World, key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Return ``count`` vectors [B, D], those of ``sample`` by ``key``, and the activations of their features [B, J]."""
-    return _sample(world, key, count, None)
-
-
-@functools.partial(jax.jit, static_argnames=("count", "sharding"))
-def _sample(
-    world: World, key: jax.Array, count: int, sharding: jax.sharding.Sharding | None
-) -> tuple[jax.Array, jax.Array]:
     factor_key, latent_key, size_key, sibling_key, noise_key = jax.random.split(key, 5)
 
     def place(rows: jax.Array) -> jax.Array:

@@ -11,7 +11,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
@@ -72,11 +71,7 @@ class ImportanceAlignment:
 
 
 def read_features(
-    lm: LanguageModel,
-    dictionary: Dictionary,
-    texts: dict[str, str],
-    importance_F: np.ndarray,
-    placebo_RxF: np.ndarray,
+    lm: LanguageModel, dictionary: Dictionary, texts: dict[str, str], importance_F: np.ndarray, placebo_RxF: np.ndarray
 ) -> ItemFeatures:
     """Return a dictionary's features on the texts of items.
 
@@ -90,8 +85,7 @@ def read_features(
     read = read_text(lm.tokenizer, list(texts.values()), lm.config.context)
     value_NxD = site_values(lm, read, [dictionary.site], _BATCH_TOKENS)[dictionary.site]
     activity = encode(dictionary.with_sink_norms(lm.sink_norm), value_NxD, _BATCH_TOKENS)
-    importance: dict[str, Any] = dict(importance_F=importance_F, placebo_RxF=placebo_RxF)
-    return ItemFeatures(tuple(texts), activity, read.text_N, read.end_N, **importance)
+    return ItemFeatures(tuple(texts), activity, read.text_N, read.end_N, importance_F, placebo_RxF)
 
 
 def align_importance(
@@ -110,18 +104,17 @@ def align_importance(
     pairs, live = match_features(first, second)
     shifted, _ = match_features(first, second, shift=True)
     first_M, second_M = first.importance_F[pairs[0]], second.importance_F[pairs[1]]
-    correlation, p_value = rank_correlation(first_M, second_M, seed) if len(first_M) >= _PAIRS else (None, None)
-    rotated_correlation, values = None, []
-    if rotated is not None:
-        rotated_pairs, _ = match_features(first, rotated)
-        if len(rotated_pairs[0]) >= _PAIRS:
-            rotated_correlation = _spearman(
-                first.importance_F[rotated_pairs[0]], rotated.importance_F[rotated_pairs[1]]
-            )
+    correlation, p_value, rotated_correlation, values = None, None, None, list[float]()
+    if len(first_M) >= _PAIRS:
+        correlation, p_value = rank_correlation(first_M, second_M, seed)
     if correlation is not None:
         # Either model may be the one whose importance is for other answers: both directions are placebos.
         values = [_spearman(first_M, placebo_F[pairs[1]]) for placebo_F in second.placebo_RxF]
         values += [_spearman(placebo_F[pairs[0]], second_M) for placebo_F in first.placebo_RxF]
+    if rotated is not None:
+        (first_R, rotated_R), _ = match_features(first, rotated)
+        if len(first_R) >= _PAIRS:
+            rotated_correlation = _spearman(first.importance_F[first_R], rotated.importance_F[rotated_R])
     return ImportanceAlignment(
         pairs=len(first_M),
         shared=len(first_M) / max(live, 1),

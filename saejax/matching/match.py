@@ -136,7 +136,6 @@ class Matched:
 
     nearest_F: np.ndarray  #: largest product of each row of the first
     nearest_G: np.ndarray  #: largest product of each row of the second
-    mutual_F: np.ndarray  #: whether a row of the first is the nearest of its nearest
     #: row of the second assigned to each row of the first, none twice, with the largest sum of products (the Hungarian
     #: method's assignment); -1: unassigned, which counts 0.
     partner_F: np.ndarray
@@ -197,7 +196,7 @@ class _Problem:
         self.key, self._swapped = key, len(first) > len(second)
         self._few_FxD, self.many_GxD = (second, first) if self._swapped else (first, second)
         self.auction = Auction(len(self._few_FxD), len(self.many_GxD))
-        self._nearest: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._nearest: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def fresh(self) -> bool:
@@ -222,25 +221,17 @@ class _Problem:
         """Shapes that problems in one block share."""
         return (self.fresh, self.rows, *self._few_FxD.shape, len(self.many_GxD))
 
-    def look(
-        self,
-        top_NxC: np.ndarray,
-        column_NxC: np.ndarray,
-        top_G: np.ndarray | None = None,
-        row_G: np.ndarray | None = None,
-    ) -> None:
+    def look(self, top_NxC: np.ndarray, column_NxC: np.ndarray, top_G: np.ndarray | None = None) -> None:
         """Take the results of ``_best_of_pair``."""
-        if top_G is not None and row_G is not None:
+        if top_G is not None:
             # Only the first look has no prices in it: later ones do not give the nearest rows.
-            best_G = column_NxC[row_G.astype(np.int64), 0] == np.arange(len(top_G))
-            best_N = row_G[column_NxC[:, 0]] == np.arange(len(top_NxC))
-            self._nearest = top_NxC[:, 0], top_G, best_N, best_G
+            self._nearest = top_NxC[:, 0], top_G
         self.auction.look(self._looking, top_NxC, column_NxC)
 
     def result(self) -> Matched:
         """Return the matching of the dictionaries in the given order."""
         assert self._nearest is not None
-        few_F, many_G, mutual_F, mutual_G = self._nearest
+        few_F, many_G = self._nearest
         paired = np.flatnonzero(self.auction.column_F >= 0)
         column, own_F = self.auction.column_F[paired], np.zeros(len(few_F))
         # Anew from the rows, since values minus prices plus prices have lost digits.
@@ -249,10 +240,10 @@ class _Problem:
         if not self._swapped:
             partner_F, value_F = np.full(len(few_F), -1), np.full(len(few_F), np.nan)
             partner_F[paired], value_F[paired] = column, own_F[paired]
-            return Matched(few_F, many_G, mutual_F, partner_F, value_F, gap)
+            return Matched(few_F, many_G, partner_F, value_F, gap)
         partner_G, value_G = np.full(len(many_G), -1), np.full(len(many_G), np.nan)
         partner_G[column], value_G[column] = paired, own_F[paired]
-        return Matched(many_G, few_F, mutual_G, partner_G, value_G, gap)
+        return Matched(many_G, few_F, partner_G, value_G, gap)
 
 
 def _look(problems: Sequence[_Problem], block: int, mesh: Mesh) -> Sequence[_Problem]:
@@ -309,32 +300,25 @@ def _best_of_pair(
 ) -> tuple[jax.Array, ...]:
     """Return the ``count`` largest products minus price of each row [N, C], and their columns.
 
-    If ``both``, also return the largest product of each column [G], without price, and its row.
+    If ``both``, also return the largest product of each column [G], without price.
     """
     features, rows = len(first_NxD), min(_ROWS, len(first_NxD))
     chunks = -(-features // rows)
     padded = jnp.pad(first_NxD, ((0, chunks * rows - features), (0, 0))).reshape(chunks, rows, -1)
     of_row = min(count, len(second_GxD))
 
-    def chunk(best: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> tuple:
+    def chunk(top_G: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple:
         number, rows_RxD = part
         # In full float32, as near ties decide who is nearest to whom.
         value_RxG = jnp.matmul(rows_RxD, second_GxD.T, precision="highest")
         if both:
             real_R = number * rows + jnp.arange(rows) < features
             # Rows that only fill the chunk have products of 0, which would beat negative ones.
-            known_RxG = jnp.where(real_R[:, None], value_RxG, -jnp.inf)
-            top_G, row_G = best
-            larger_G = known_RxG.max(axis=0) > top_G
-            best = (
-                jnp.where(larger_G, known_RxG.max(axis=0), top_G),
-                jnp.where(larger_G, known_RxG.argmax(axis=0) + number * rows, row_G),
-            )
-        return best, tuple(lax.top_k(value_RxG - price_G[None], of_row))
+            top_G = jnp.maximum(top_G, jnp.where(real_R[:, None], value_RxG, -jnp.inf).max(axis=0))
+        return top_G, tuple(lax.top_k(value_RxG - price_G[None], of_row))
 
     # Derived from an array that differs between devices, as the scan's carry must be in shard_map.
-    nothing_G = jnp.zeros_like(price_G) * price_G
-    lowest = nothing_G - jnp.inf, nothing_G.astype(jnp.int32)
-    best, (top, column) = lax.scan(chunk, lowest, (jnp.arange(chunks), padded))
+    lowest_G = jnp.zeros_like(price_G) * price_G - jnp.inf
+    top_G, (top, column) = lax.scan(chunk, lowest_G, (jnp.arange(chunks), padded))
     top_NxC, column_NxC = (part.reshape(chunks * rows, of_row)[:features] for part in (top, column))
-    return (top_NxC, column_NxC, *best) if both else (top_NxC, column_NxC)
+    return (top_NxC, column_NxC, top_G) if both else (top_NxC, column_NxC)

@@ -56,4 +56,5 @@ ALGORITHM = Stage(
     placement=(MeshConfig,),
     names=lambda configs: configs[AlgorithmConfig].names,
     section=_sections,
+    revision=2,  # results without seconds and questions
 )

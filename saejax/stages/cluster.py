@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saejax.runner.config import Config, Configs, setting
-from saejax.runner.stage import Stage, is_folder, train_units
+from saejax.runner.stage import Stage, train_units
 from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, MeshConfig, ModelConfig, TrainConfig, shared
 from saejax.stages.train import trained_sites
@@ -14,7 +14,7 @@ from saejax.tasks import identities
 
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig(Config):
-    """Groups of similar features."""
+    """Groups of features that fire together."""
 
     dictionaries: tuple[str, ...] = setting(
         (),
@@ -24,14 +24,6 @@ class ClusterConfig(Config):
     tokens: int = setting(32768, "approximate number of tokens of the text on which firings are compared", low=64)
     batch_tokens: int = shared.analysis_batch_tokens()
     seed: int = shared.analysis_seed()
-
-
-def _folders(configs: Configs) -> str:
-    """Return the identity of dictionaries that are named by their folders."""
-    from saejax.dictionaries import stacks
-    from saejax.runner.workspace import fingerprint
-
-    return fingerprint([stacks.identity(name) for name in configs[ClusterConfig].dictionaries if is_folder(name)])
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
@@ -61,7 +53,7 @@ def _sections(findings: Any, draw: Any) -> Sequence[Any]:
 
 CLUSTER = Stage(
     name="cluster",
-    summary="groups features by co-activation and by decoder rows, if --cluster.dictionaries names any",
+    summary="groups features that fire together, if --cluster.dictionaries names any",
     run=_run,
     results=_results,
     groups=(ModelConfig, CorpusConfig, ClusterConfig),
@@ -71,8 +63,12 @@ CLUSTER = Stage(
     needs=_needs,
     inputs=trained_sites,
     names=lambda configs: ("",) if configs[ClusterConfig].dictionaries else (),
-    identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
-    revision=3,
+    identity=dict(
+        model=identities.model,
+        corpus=identities.corpus,
+        folders=lambda configs: identities.dictionaries(configs, "cluster"),
+    ),
+    revision=4,  # groups by co-activation alone
     processes="items",
     section=_sections,
 )

@@ -95,4 +95,5 @@ GROUND_TRUTH = Stage(
     identity=dict(initial=_initial),
     unit_identity=dict(controls=_of_controls),
     section=_sections,
+    revision=2,  # one control: the frozen decoder
 )

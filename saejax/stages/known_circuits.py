@@ -9,7 +9,7 @@ from saejax.runner.stage import Stage
 from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig
 
-CIRCUITS = ("chain", "induction", "logic")
+CIRCUITS = ("induction", "logic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +18,7 @@ class KnownConfig(Config):
 
     circuits: tuple[str, ...] = setting(
         (),
-        "circuits: features passed on from layer to layer (chain), the word that followed this one before (induction), "
-        "functions of two bits (logic); empty: none",
+        "circuits: the word that followed this one before (induction), functions of two bits (logic); empty: none",
         choices=CIRCUITS,
         changes_results=False,
     )
@@ -58,4 +57,5 @@ KNOWN_CIRCUITS = Stage(
     placement=(MeshConfig,),
     names=lambda configs: configs[KnownConfig].circuits,
     section=_sections,
+    revision=2,  # without the chain, almost untrained transcoders and probes
 )

@@ -105,7 +105,7 @@ TRACK = Stage(
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, track=_files),
-    revision=5,
+    revision=6,
     processes="items",
     section=_sections,
 )

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from saejax.runner.config import Config, Configs, setting
-from saejax.runner.stage import Stage, is_folder, train_units
+from saejax.runner.config import Config, setting
+from saejax.runner.stage import Stage, train_units
 from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, MeshConfig, ModelConfig
 from saejax.settings.shared import analysis_batch_tokens, analysis_seed
@@ -43,14 +43,6 @@ class TransferConfig(Config):
     seed: int = analysis_seed()
 
 
-def _folders(configs: Configs) -> str:
-    """Return the identity of dictionaries that are named by their folders."""
-    from saejax.dictionaries import stacks
-    from saejax.runner.workspace import fingerprint
-
-    return fingerprint([stacks.identity(name) for name in configs[TransferConfig].dictionaries if is_folder(name)])
-
-
 def _run(run: Run) -> Any:
     from saejax.matching.transfer.run import run_transfer
 
@@ -79,9 +71,13 @@ TRANSFER = Stage(
     reads=("train",),
     follows=("ablate", "interpret", "atlas"),
     needs=lambda configs, name: train_units(*configs[TransferConfig].dictionaries),
-    revision=2,  # shares and chains follow one measure each
+    revision=3,  # no shares of features, mutual pairs and pairs above 0.9
     names=lambda configs: ("",) if configs[TransferConfig].dictionaries else (),
-    identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
+    identity=dict(
+        model=identities.model,
+        corpus=identities.corpus,
+        folders=lambda configs: identities.dictionaries(configs, "transfer"),
+    ),
     processes="items",
     section=_sections,
 )

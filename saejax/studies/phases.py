@@ -69,7 +69,7 @@ def _known_features(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
                 "features of a synthetic world that a dictionary finds",
                 f"{row}, {truth.kind}",
                 f"F1 {interval(best)}",
-                f"untrained or frozen: {interval(control)}" if control else "none in this unit",
+                f"frozen random decoder: {interval(control)}" if control else "none in this unit",
                 "cannot tell" if control is None else _yes(best.low > control.high),
             )
     if not results:

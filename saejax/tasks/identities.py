@@ -34,6 +34,14 @@ def dictionary(configs: Configs, stage: str) -> str:
     return stacks.identity(name) if is_folder(name) else ""
 
 
+def dictionaries(configs: Configs, stage: str) -> str:
+    """Fingerprint the folders that ``--<stage>.dictionaries`` names."""
+    from saejax.dictionaries import stacks
+    from saejax.runner.workspace import fingerprint
+
+    return fingerprint([stacks.identity(name) for name in configs.named(stage).dictionaries if is_folder(name)])
+
+
 def prompts(configs: Configs) -> str:
     """Fingerprint the file of the user's own behaviours."""
     from saejax.tasks import own_prompts

@@ -79,7 +79,7 @@ def prompts(split: str, filler: str) -> list[Prompt]:
 def load(folder, spec, one_device):
     save_model(folder, *checkpoint(spec, SEED), list(spec.words))
     model = load_model(str(folder), mesh=one_device)
-    case = Case(spec, tuple(prompts("train", "of")), None, {}, {}, (), lambda count, seed: [])
+    case = Case(spec, tuple(prompts("train", "of")), 0, {}, {}, lambda count, seed: [])
     sets = [untrained_sets(case, model, layer, SEED)[EXACT] for layer in range(len(spec.layers))]
     return model, LayerTranscoders.of(sets)
 

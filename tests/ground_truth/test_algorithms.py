@@ -13,6 +13,7 @@ from saejax.ground_truth.algorithms import transformer
 from saejax.ground_truth.algorithms.addition import Addition
 from saejax.ground_truth.algorithms.paths import Paths
 from saejax.ground_truth.hub_folder import save_model
+from saejax.models.families import read_config
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -94,7 +95,7 @@ def test_counterparts_of_paths_have_the_other_answer():
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path, one_device):
     algorithm = Addition(2)
     fields = transformer.describe(len(algorithm.words), 32, layers=2, width=16)
-    config = transformer.read(fields)
+    config = read_config(fields, "config.json")
     params = transformer.initial(config, 0)
     save_model(tmp_path, fields, transformer.tensors(config, params), algorithm.words)
     model = load_model(str(tmp_path), mesh=one_device)
@@ -115,11 +116,11 @@ def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path):
     results = load_results(folder)
     assert results.steps == 10 and results.labels == ("carry", "column")
     # Weights of the loss are 0 for fresh questions: with nothing else there is nothing to learn.
-    algorithm, schedule = Addition(2), transformer.Schedule(10, 0.0)
-    config = transformer.read(transformer.describe(len(algorithm.words), 16, 1, 16))
+    algorithm, optimizer = Addition(2), transformer.make_optimizer(10, 0.0)
+    config = read_config(transformer.describe(len(algorithm.words), 16, 1, 16), "config.json")
     params = transformer.initial(config, 0)
     fresh = algorithm.fresh("addition", 8, np.random.default_rng(0))
-    _, _, loss = transformer.trainer(config, schedule)(params, schedule.optimizer().init(params), fresh)
+    _, _, loss = transformer.trainer(config, optimizer)(params, optimizer.init(params), fresh)
     assert float(loss) == 0
 
 

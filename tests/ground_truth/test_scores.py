@@ -11,7 +11,7 @@ from scipy.stats import ttest_1samp
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.ground_truth.run import over_seeds
 from saejax.ground_truth.scores import Matching, absorbed, count, scores
-from saejax.ground_truth.world import HELD_OUT, batch_key, make_world, sample_with_code
+from saejax.ground_truth.world import HELD_OUT, batch_key, make_world, sample
 from saejax.stages.ground_truth import TruthConfig
 
 # Orthogonal directions, so that an encoder of the directions reads the code off.
@@ -109,7 +109,7 @@ def test_counts_against_the_code_written_out(world):
     rng = np.random.default_rng(4)
     dictionary = reader(world, rng.normal(size=(16, 7)), rng.normal(size=(7, 16)))
     _, matching, counts = judged(world, dictionary)
-    made = [sample_with_code(world, batch_key(WORLD.seed, HELD_OUT, i), 1024) for i in range(4)]
+    made = [sample(world, batch_key(WORLD.seed, HELD_OUT, i), 1024) for i in range(4)]
     x, code = (np.concatenate([np.asarray(part, np.float64) for part in parts]) for parts in zip(*made, strict=True))
     f = np.asarray(dictionary.encode(jnp.asarray(x, jnp.float32)))
     fires, there = f > 0, code > 0

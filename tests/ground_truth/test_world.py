@@ -25,7 +25,7 @@ COUNT = 40_000
 
 def drawn(settings=SMALL, count=COUNT, seed=7):
     world = worlds.make_world(settings)
-    x_BxD, code_BxJ = worlds.sample_with_code(world, jax.random.key(seed), count)
+    x_BxD, code_BxJ = worlds.sample(world, jax.random.key(seed), count)
     return world, np.asarray(x_BxD), np.asarray(code_BxJ)
 
 
@@ -61,9 +61,9 @@ def test_rates_and_sizes_without_trees():
 def test_eight_devices_draw_what_one_draws():
     world, _, code_BxJ = drawn(dataclasses.replace(SMALL, features=400, roots=20), count=64)
     rows = fitting_sharding(make_mesh(), (64, 1), "data", None)
-    sharded = worlds.sample(world, jax.random.key(7), 64, rows)
+    sharded, _ = worlds.sample(world, jax.random.key(7), 64, rows)
     assert len(sharded.sharding.device_set) == 8 and (code_BxJ > 0).any()
-    np.testing.assert_allclose(sharded, worlds.sample(world, jax.random.key(7), 64), atol=1e-5)
+    np.testing.assert_allclose(sharded, worlds.sample(world, jax.random.key(7), 64)[0], atol=1e-5)
 
 
 def test_children_fire_with_their_parent_alone_and_one_at_a_time():
@@ -144,7 +144,7 @@ def test_statistics_of_synthsaebench_16k():
     parent_J = worlds.parents(settings.features, settings.roots, settings.branching, settings.depth)
     assert np.sum(parent_J >= 0) + 128 == 10_880 and abs(conditional_J.max() - 0.915) < 1e-3
     world = worlds.make_world(settings)
-    codes = [worlds.sample_with_code(world, jax.random.key(i), 256)[1] for i in range(6)]
+    codes = [worlds.sample(world, jax.random.key(i), 256)[1] for i in range(6)]
     counts_J = sum(np.asarray(jnp.sum(code_BxJ > 0, 0)) for code_BxJ in codes)
     rate_J = counts_J / (6 * 256)
     levels = [rate_J[start:stop].sum() for start, stop in ((0, 128), (128, 640), (640, 2688), (2688, 10880))]

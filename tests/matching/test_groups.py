@@ -1,13 +1,10 @@
 """Groups of features: planted ones are found again, shuffled ones are not, and figures are what they say."""
 
 import numpy as np
-import pytest
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
 
-from saejax.matching.clusters import groups as views
-from saejax.matching.clusters.groups import find_groups, group_features, overlaps
-from saejax.matching.rows import unit
+from saejax.matching.clusters.groups import Coactivation, find_groups, group_features, overlaps
 from saejax.matching.transfer.activity import Activity
 
 GROUPS, MEMBERS = 6, 8
@@ -33,33 +30,24 @@ def made_activity(groups: int, members: int, lone: int, tokens: int = 3000, seed
     return Activity(f_NxF, np.ones(tokens, bool)), np.arange(tokens) // 30, group_F[order]
 
 
-def made_view(name):
-    """A view with planted groups, and the group of each of its features."""
-    rng = np.random.default_rng(1)
-    if name == "coactivation":
-        activity, text_N, group_F = made_activity(GROUPS, MEMBERS, 10)
-        view = views.coactivation(activity, text_N)
-        return view, group_F[view.feature_F]
-    centre = rng.normal(size=(GROUPS, 64))
-    group_F = np.repeat(np.arange(GROUPS), MEMBERS)
-    rows_FxD = centre[group_F] + 0.6 * rng.normal(size=(len(group_F), 64))
-    everywhere = Activity(sparse.csr_array(np.ones((3, len(group_F)), np.float32)), np.ones(3, bool))
-    return views.decoder(rows_FxD, everywhere), group_F
+def planted_firings():
+    """Firings with planted groups, and the group of each feature."""
+    activity, text_N, group_F = made_activity(GROUPS, MEMBERS, 10)
+    firings = Coactivation.of(activity, text_N)
+    return firings, group_F[firings.feature_F]
 
 
-@pytest.mark.parametrize("name", ["coactivation", "decoder"])
-def test_planted_groups_are_found_and_those_of_shuffled_data_are_not_stable(name):
-    view, group_F = made_view(name)
+def test_planted_groups_are_found_and_those_of_shuffled_data_are_not_stable():
+    firings, group_F = planted_firings()
     planted = group_F >= 0
     assert planted.sum() == GROUPS * MEMBERS
-    found, similarity_FxF = find_groups(view, 5, 5, [0])
+    found, similarity_FxF = find_groups(firings, 5, 5, [0])
     assert similarity_FxF.shape == (len(group_F),) * 2
     assert adjusted_rand_score(group_F[planted], found.group_F[planted]) > 0.99
     assert (np.sort(found.overlap_U)[-GROUPS:] > 0.6).all()
     in_stable_F = np.isin(found.group_F, np.flatnonzero(found.overlap_U > found.bar))
-    if name != "decoder":  # random directions in the six dimensions of the planted centres have groups as firm
-        assert in_stable_F[planted].all() and in_stable_F[~planted].sum() <= 2
-    shuffled, _ = find_groups(view.shuffled(np.random.default_rng(0)), 5, 5, [1])
+    assert in_stable_F[planted].all() and in_stable_F[~planted].sum() <= 2
+    shuffled, _ = find_groups(firings.shuffled(np.random.default_rng(0)), 5, 5, [1])
     assert not (shuffled.overlap_U > shuffled.bar).any()
 
 
@@ -68,33 +56,31 @@ def test_worlds_in_which_nothing_is_true():
     passed = []
     for seed in range(24):
         activity, text_N, _ = made_activity(0, 0, 40, tokens=600, seed=seed)
-        found, _ = find_groups(views.coactivation(activity, text_N), 3, 6, [seed])
+        found, _ = find_groups(Coactivation.of(activity, text_N), 3, 6, [seed])
         passed.append((found.overlap_U > found.bar).any())
     assert np.mean(passed) < 0.1
 
 
-def test_a_view_compares_as_numpy_does():
-    """With columns counted as a bootstrap sample counts them, which is the same as having them so often."""
+def test_firings_correlate_as_numpy_says():
+    """With tokens counted as a bootstrap sample counts them, which is the same as having them so often."""
     rng = np.random.default_rng(2)
-    rows_FxN = (rng.random((7, 90)) < 0.3).astype(np.float32)
-    block_N = np.repeat(np.arange(9), 10)
-    view = views.View(np.arange(7), sparse.csr_array(rows_FxN), block_N, True, lambda rows, rng: rows)
-    times_N = view.bootstrap(rng)
+    fires_FxN = (rng.random((7, 90)) < 0.3).astype(np.float32)
+    document_N = np.repeat(np.arange(9), 10)
+    firings = Coactivation(np.arange(7), sparse.csr_array(fires_FxN), document_N)
+    times_N = firings.bootstrap(rng)
     assert times_N.sum() == 90 and (times_N.reshape(9, 10) == times_N[::10, None]).all()
-    repeated = np.repeat(rows_FxN.astype(np.float64), times_N.astype(int), axis=1)
-    np.testing.assert_allclose(view.similarity(times_N), np.corrcoef(repeated), atol=1e-5)
-    dense = views.View(np.arange(7), rows_FxN, block_N, False, lambda rows, rng: rows)
-    np.testing.assert_allclose(dense.similarity(), unit(rows_FxN) @ unit(rows_FxN).T, atol=1e-5)
-    constant = views.View(np.arange(2), np.ones((2, 90), np.float32), block_N, True, lambda rows, rng: rows)
+    repeated = np.repeat(fires_FxN.astype(np.float64), times_N.astype(int), axis=1)
+    np.testing.assert_allclose(firings.similarity(times_N), np.corrcoef(repeated), atol=1e-5)
+    constant = Coactivation(np.arange(2), sparse.csr_array(np.ones((2, 90), np.float32)), document_N)
     assert not constant.similarity().any()
 
 
 def test_shuffles_keep_each_feature_as_it_is():
-    view, _ = made_view("coactivation")
-    shuffled = view.shuffled(np.random.default_rng(3))
-    assert (np.diff(shuffled.rows.indptr) == np.diff(view.rows.indptr)).all()
-    firings = [each.rows[[0]].indices for each in (view, shuffled)]
-    gaps = [np.sort(np.diff(np.r_[places, places[:1] + 3000])) for places in firings]
+    firings, _ = planted_firings()
+    shuffled = firings.shuffled(np.random.default_rng(3))
+    assert (np.diff(shuffled.fires_FxN.indptr) == np.diff(firings.fires_FxN.indptr)).all()
+    places = [each.fires_FxN[[0]].indices for each in (firings, shuffled)]
+    gaps = [np.sort(np.diff(np.r_[each, each[:1] + 3000])) for each in places]
     np.testing.assert_array_equal(*gaps)
 
 
@@ -110,12 +96,14 @@ def test_figures_of_groupings():
 
 def test_few_features_and_none():
     silent = Activity(sparse.csr_array((600, 4), dtype=np.float32), np.ones(600, bool))
-    assert not len(views.coactivation(silent, np.arange(600) // 30).feature_F)
-    assert not len(views.decoder(np.eye(4), silent).feature_F)
-    alone = views.View(np.array([3]), np.ones((1, 8), np.float32), np.arange(8), False, lambda rows, rng: rows)
+    none = Coactivation.of(silent, np.arange(600) // 30)
+    found, similarity_FxF = find_groups(none, 5, 2, [0])
+    assert not len(none.feature_F) and found.bar == 0.5 and similarity_FxF.shape == (0, 0)
+    activity, text_N, _ = made_activity(GROUPS, MEMBERS, 10)
+    alone = Coactivation.of(activity, text_N).among(1, np.random.default_rng(0))
     found, _ = find_groups(alone, 5, 2, [0])
     assert found.group_F.tolist() == [-1] and not len(found.overlap_U)
     assert group_features(np.zeros((0, 0)), 5).tolist() == []
     activity, text_N, _ = made_activity(1, 3, 0, tokens=300)
-    seldom = views.coactivation(Activity(activity.f_NxF, np.arange(300) < 40), text_N)  # two texts
+    seldom = Coactivation.of(Activity(activity.f_NxF, np.arange(300) < 40), text_N)  # two texts
     assert not len(seldom.feature_F)

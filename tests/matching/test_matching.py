@@ -27,7 +27,6 @@ def check(first_FxD, second_GxD, found):
     assert found.gap <= STEP + 1e-6
     np.testing.assert_allclose(found.nearest_F, table.max(1), atol=1e-6)
     np.testing.assert_allclose(found.nearest_G, table.max(0), atol=1e-6)
-    np.testing.assert_array_equal(found.mutual_F, table.argmax(0)[table.argmax(1)] == np.arange(len(table)))
 
 
 def test_assignments_are_the_best():
@@ -70,7 +69,7 @@ def test_copies_share_all_near_rows_half_and_chance_nothing():
     seconds = dict(self=rows, permuted=rows[order], seed=near, rotated=rows @ random_rotation(64, [9]))
     seconds["chance"] = independent_rows(rows, [5])
     found = dict(match([(name, rows, second) for name, second in seconds.items()], make_mesh()))
-    assert found["self"].partner_F.tolist() == list(range(400)) and found["self"].mutual_F.all()
+    assert found["self"].partner_F.tolist() == list(range(400))
     assert order[found["permuted"].partner_F].tolist() == list(range(400))
     assert found["permuted"].value_F.min() > 0.9999 and found["chance"].value_F.max() < 0.9
     share = {name: float((np.nan_to_num(each.value_F) >= 0.7).mean()) for name, each in found.items()}

@@ -19,7 +19,6 @@ from saejax.matching.transfer.activity import MIN_FIRINGS, ReadText, encode
 from saejax.matching.transfer.compared import Compared, measures_of
 from saejax.matching.transfer.reading import SCORES, Reading, SharedText
 from saejax.matching.transfer.run import Comparison, score, select_pairs
-from saejax.matching.transfer.summary import common_measure
 from saejax.parallel.mesh import make_mesh
 from saejax.runner.config import Configs
 from saejax.settings import MeshConfig
@@ -130,13 +129,10 @@ def described(fingerprint, number=0):
 
 
 def test_models_of_equal_width_are_compared_by_activity_alone():
-    """What a dictionary shares with all others is by one measure, too."""
     first, same, second, unknown = described("a"), described("a", 1), described("b"), described("")
     measures = "decoder", "activity"
     assert measures_of(measures, first, second) == ["activity"] and measures_of(("decoder",), first, second) == []
     assert measures_of(("decoder",), first, same) == measures_of(("decoder",), first, unknown) == ["decoder"]
-    assert common_measure(measures, [first, same, second], [(0, 1), (0, 2)]) == "activity"
-    assert common_measure(measures, [first, same, second], [(0, 1)]) == "decoder"
 
 
 def comparison(tmp_path, dictionaries):

@@ -14,11 +14,10 @@ from saejax import load_dictionary, load_model, load_results
 from saejax.files import write_json
 from saejax.matching.track.firings import follow
 from saejax.matching.track.measured import measure_chains
-from saejax.matching.track.page import ShownText, write_page
+from saejax.matching.track.page import write_page
 from saejax.matching.track.report import sections
 from saejax.matching.track.results import MeasuredChain, MeasuredLink
 from saejax.models.tokens import pad
-from saejax.results import from_json
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -67,7 +66,7 @@ def test_links_are_measured_as_the_library_does(tracked, inputs):
     assert link.answer_drop == pytest.approx(clean - without_high, abs=1e-4)
     assert measured.answer_drop == pytest.approx(clean - without_low, abs=1e-4)
     # Four features fire (k = 4): three controls, too few to decide.
-    assert link.controls == 3 and not link.holds and not link.reaches_answer and not measured.holds
+    assert not link.holds and not link.reaches_answer and not measured.holds
 
 
 def test_texts_are_followed_and_kept(tracked, capsys):
@@ -132,12 +131,11 @@ def test_one_sentence_at_one_layer_and_the_output_of_the_model(tracked, inputs, 
 def write_page_with_a_chain(unit, page):
     """Write the page of a unit again, its first text with a measured chain: untrained features have no links."""
     results = load_results(unit)
-    files = {slug: unit / f"{slug}-cells.json" for slug in results.texts}
-    cells = {slug: from_json(ShownText, json.loads(path.read_text()), path) for slug, path in files.items()}
-    (low, *_), (high, *_) = (next(cell for cell in row if cell) for row in cells["river"].cells)
+    cells = {slug: json.loads((unit / f"{slug}-cells.json").read_text()) for slug in results.texts}
+    (low, *_), (high, *_) = (next(cell for cell in row if cell) for row in cells["river"]["cells"])
     link = MeasuredLink(
-        lower="resid_post.0", source=low, upper="resid_post.1", target=high, position=1, token="How", weight=0.5,
-        lost=0.75, random_lost=0.12, answer_drop=0.3, random_drop=0.01, controls=5, holds=True, reaches_answer=True,
+        lower="resid_post.0", source=low, upper="resid_post.1", target=high, position=1, token="How",
+        lost=0.75, random_lost=0.12, answer_drop=0.3, random_drop=0.01, holds=True, reaches_answer=True,
     )  # fmt: skip
     chain = MeasuredChain((link,), answer_drop=0.2, random_drop=0.3, reaches_answer=False, holds=False)
     texts = dict(results.texts) | dict(river=dataclasses.replace(results.texts["river"], chains=(chain,)))

@@ -45,18 +45,16 @@ def test_every_two_members_are_compared_and_pairs_of_features_written(workdir):
         if pair.first.split("-")[0] == pair.second.split("-")[0]:  # of one site
             assert decoder.scores.matched.low > decoder.null.matched.high
     assert [(len(chains.dictionaries), chains.measure) for chains in results.chains] == [(2, "decoder")]
-    # Scores and shares again, from the pairs that were written.
-    first, *tables = (FeaturePairs.load(path) for path in sorted((folder / "transfer").glob("*-decoder.parquet")))
+    # Scores and chains again, from the pairs that were written.
+    first, *_ = (FeaturePairs.load(path) for path in sorted((folder / "transfer").glob("*-decoder.parquet")))
     assert sorted(set(first.second.tolist())) == [1, 2, 3] and len(first.feature) == 3 * 128
     values, scores = first.value[first.second == 1], results.pairs[0].measures["decoder"].scores
     assert abs(values.mean() - scores.matched.mean) < 1e-5
     assert abs((values >= 0.7).mean() - scores.shared.mean) < 1e-9
-    last = [table.partner[(table.second == 3) & (table.value >= 0.7)] for table in (first, *tables)]
-    shares = [results.shares[0].somewhere, results.shares[3].somewhere, results.shares[3].everywhere]
-    features = [np.unique(first.feature[first.value >= 0.7]), np.unique(np.concatenate(last))]
-    features.append(set.intersection(*(set(partners.tolist()) for partners in last)))
-    assert [share.mean for share in shares] == pytest.approx([len(each) / 128 for each in features])
-    assert {share.measure for share in results.shares} == {"decoder"}
+    (chains,) = results.chains
+    last = [each.name for each in results.dictionaries].index(chains.dictionaries[1])
+    assert sum(chains.lengths.values()) == (first.value[first.second == last] >= 0.7).sum()
+    assert sum(chains.lengths_null.values()) == (first.null_value[first.second == last] >= 0.7).sum()
     rows = list(csv.DictReader((folder / "transfer" / "pairs.csv").open()))
     assert len(rows) == 18 and {row["measure"] for row in rows} == {"decoder", "encoder", "activity"}
 
@@ -81,7 +79,7 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
     (pair,) = results.pairs
     for measure in ("decoder", "encoder"):
         scores, null = pair.measures[measure].scores, pair.measures[measure].null
-        assert scores.matched.mean > 0.9999 and scores.shared.mean == scores.close.mean == scores.mutual == 1
+        assert scores.matched.mean > 0.9999 and scores.shared.mean == 1
         assert null.shared.mean < 0.2 and null.matched.mean < 0.7
     activity = pair.measures["activity"]
     assert activity.scores.shared.mean > 0.9 > activity.null.shared.mean + 0.1 and activity.ceiling > 0.9
@@ -92,7 +90,6 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
         assert onto.native.explained_variance > onto.direct_null.explained_variance + 0.2
         assert onto.affine.explained_variance > onto.affine_null.explained_variance + 0.2
         assert onto.into.rows == onto.back.rows > 100 and onto.into.r2 > 0.99
-    assert results.shares[0].everywhere.mean == 1 and results.shares[0].nowhere.mean == 0
     (tmp_path / "work" / "transfer" / "done.json").unlink()
     capsys.readouterr()
     assert command.run(["transfer"], "", ["test", *flags]) == 0

@@ -111,8 +111,8 @@ def test_probes_are_shown_and_labels_without_one_named():
 
 
 def test_texts_that_were_followed_are_a_row_each():
-    site, lens = "resid_post.0", LensLayers((0.25, 0.75), *[(1.0, 1.0)] * 4)
-    results = TrackResults(dict(sum=TrackedText(9, " 4", 8, (site,), site, (), lens, 7, 0, 1.0)))
+    site, lens = "resid_post.0", LensLayers((0.25, 0.75), (2, 0), (0.1, 0.1))
+    results = TrackResults(dict(sum=TrackedText(9, " 4", 8, (site,), site, (), lens, 7)))
     summaries = {"track/sum": some(results=results)}
     (section,) = tracks.sections(Findings(summaries, {"track/sum": Path("track/sum")}, Path("report"), {}), draw)
     _, table, pages = section.blocks

@@ -105,8 +105,8 @@ def summary_of(results) -> Summary:
 
 
 def match_scores(shared) -> MatchScores:
-    fields = dict.fromkeys(("nearest", "nearest_back", "matched", "close"), Interval(0.5, 0.4, 0.6))
-    return MatchScores(**fields, shared=Interval(shared, shared - 0.1, shared + 0.1), mutual=0.5, gap=0.0)
+    fields = dict.fromkeys(("nearest", "nearest_back", "matched"), Interval(0.5, 0.4, 0.6))
+    return MatchScores(**fields, shared=Interval(shared, shared - 0.1, shared + 0.1), gap=0.0)
 
 
 def transfer(shared, null) -> TransferResults:
@@ -115,10 +115,10 @@ def transfer(shared, null) -> TransferResults:
 
 
 def tracked(answers) -> TrackResults:
-    tests = [StepTest((), 3, 1.0, 40, 19, 0.5, 0.1, 0.02, 0.02, answer) for answer in answers]
+    tests = [StepTest((), 1.0, 40, 19, 0.5, 0.1, 0.02, answer) for answer in answers]
     steps = tuple(TrackedStep(f"step {number}", "", 0, 3, test) for number, test in enumerate(tests))
-    lens, site = LensLayers(*[()] * 5), "resid_post.0"
-    text = TrackedText(9, " 4", 8, (site,), site, steps, lens, 7, 0, 1.0)
+    lens, site = LensLayers((), (), ()), "resid_post.0"
+    text = TrackedText(9, " 4", 8, (site,), site, steps, lens, 7)
     return TrackResults(dict(sum=text))
 
 

@@ -15,7 +15,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, sparse_products
 from saejax.evaluation import cross_layer, reconstruction
 from saejax.evaluation.member_data import MemberData
 from saejax.ground_truth import scores
-from saejax.ground_truth.world import make_world, sample_with_code
+from saejax.ground_truth.world import make_world, sample
 from saejax.interventions import slopes as screening
 from saejax.interventions.edits import ZERO
 from saejax.interventions.split_model import SiteRows
@@ -69,7 +69,7 @@ def test_gradients_at_active_features():
 def test_scores_of_known_features():
     world = make_world(TruthConfig(features=8, dimensions=D, roots=0, factors=2, orthogonalise=1))
     config = DictionaryConfig(kind="standard", site="resid_post.0", d_in=D, n_features=16)
-    x_BxD, code_BxJ = sample_with_code(world, jax.random.key(0), B)
+    x_BxD, code_BxJ = sample(world, jax.random.key(0), B)
     places = dict(nearest_F=jnp.zeros(16, int)) | dict.fromkeys(("matched_J", "parent_J"), jnp.zeros(8, int))
     check(scores._count, Dictionary.initial(config, jax.random.key(0)), world, x_BxD, code_BxJ, places, jnp.float32(0))
 

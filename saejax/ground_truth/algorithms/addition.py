@@ -22,11 +22,7 @@ class Addition(Algorithm):
     def __init__(self, digits: int):
         self._digits = digits
         self.words = (START, *map(str, range(10)), "+", "=")
-
-    @property
-    def behaviours(self) -> tuple[str, ...]:
-        """Names of the behaviours; see ``Algorithm``."""
-        return ("units", *(f"digit{place}" for place in range(1, self._digits)))
+        self.behaviours = ("units", *(f"digit{place}" for place in range(1, digits)))
 
     def draw(self, kind: str, count: int, rng: np.random.Generator) -> Questions:
         """Return random questions; see ``Algorithm.draw``."""

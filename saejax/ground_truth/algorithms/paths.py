@@ -24,6 +24,7 @@ class Paths(Algorithm):
     """
 
     required: ClassVar = dict(next=0.95, far=0.95)
+    behaviours = ("next", "far")
 
     def __init__(self, nodes: int, edges: int):
         self._pair_Ex2 = np.array(list(itertools.combinations(range(nodes), 2)))
@@ -33,11 +34,6 @@ class Paths(Algorithm):
         lengths = map(str, range(1, nodes))
         starts, goals = ([f"{name}>" for name in self._names], [f">{name}" for name in self._names])
         self.words = (START, *pairs, *starts, *goals, "next", "far", *self._names, *lengths)
-
-    @property
-    def behaviours(self) -> tuple[str, ...]:
-        """Names of the behaviours; see ``Algorithm``."""
-        return ("next", "far")
 
     def draw(self, kind: str, count: int, rng: np.random.Generator) -> Questions:
         """Return random questions; see ``Algorithm.draw``."""

@@ -41,6 +41,7 @@ class Algorithm(abc.ABC):
     #: kind of question -> share of fresh ones that training aims to answer correctly.
     required: ClassVar[Mapping[str, float]]
     words: tuple[str, ...]  #: the vocabulary, ``START`` first
+    behaviours: tuple[str, ...]  #: names of the behaviours that prompts test
 
     @abc.abstractmethod
     def draw(self, kind: str, count: int, rng: np.random.Generator) -> Questions:
@@ -49,11 +50,6 @@ class Algorithm(abc.ABC):
     @abc.abstractmethod
     def prompt(self, behaviour: str, split: str, rng: np.random.Generator) -> Prompt | None:
         """Return a prompt of a behaviour and split from a fresh question; None if this draw gives none."""
-
-    @property
-    @abc.abstractmethod
-    def behaviours(self) -> tuple[str, ...]:
-        """Names of the behaviours that prompts test."""
 
     def batch(self, count: int, rng: np.random.Generator) -> Questions:
         """Return random questions of all kinds in equal numbers."""
@@ -97,8 +93,7 @@ class Algorithm(abc.ABC):
 
     def number(self, words: Sequence[str]) -> np.ndarray:
         """Return the token ids of words, int32."""
-        id_of = {word: index for index, word in enumerate(self.words)}
-        return np.array([id_of[word] for word in words], np.int32)
+        return np.array([self.words.index(word) for word in words], np.int32)
 
 
 def is_fresh(key_B: np.ndarray) -> np.ndarray:

@@ -18,12 +18,13 @@ from saejax.ground_truth.algorithms.questions import Algorithm
 from saejax.ground_truth.hub_folder import save_model
 from saejax.ground_truth.results import AlgorithmResults
 from saejax.models.config import DecoderConfig
+from saejax.models.families import read_config
 from saejax.runner.workspace import Run
 from saejax.stages.algorithm import AlgorithmConfig
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.scoring import wilson
 
-_CHECK_EVERY, _LOG_EVERY = 250, 10.0  # steps; seconds
+_CHECK_EVERY = 250  # steps
 _CHECK, _FRESH, _TEXTS = 1000, 5000, 4000  # questions of each kind at a check and at the end; texts of the corpus
 _CONTEXT = 64
 _PROMPTS = 100  # of each behaviour that select features, and as many that test them
@@ -50,9 +51,8 @@ def run_algorithm(run: Run) -> AlgorithmResults:
         return np.random.default_rng([config.seed, *run.name.encode(), purpose, *more])
 
     fields = transformer.describe(len(algorithm.words), _CONTEXT, _LAYERS, _WIDTH)
-    model, start = transformer.read(fields), time.monotonic()
+    model = read_config(fields, "config.json")
     params, steps = _train(run, algorithm, model, rng_of)
-    seconds = time.monotonic() - start
     accuracy = {
         kind: wilson(transformer.correct(model, params, algorithm.fresh(kind, _FRESH, rng_of(_JUDGE))))
         for kind in algorithm.required
@@ -64,37 +64,35 @@ def run_algorithm(run: Run) -> AlgorithmResults:
     for kind, share in accuracy.items():
         run.say(f"{kind}: {100 * share.mean:.2f} % [{100 * share.low:.2f}, {100 * share.high:.2f}] of fresh questions")
     labels = tuple(dict.fromkeys(name for prompt in prompts for name, _ in prompt.labels))
-    return AlgorithmResults(
-        steps, steps * _BATCH, round(seconds, 1), _FRESH, accuracy, dict(algorithm.required), labels
-    )
+    return AlgorithmResults(steps, _FRESH, accuracy, dict(algorithm.required), labels)
 
 
 def _train(run: Run, algorithm: Algorithm, model: DecoderConfig, rng_of: RngOf) -> tuple[transformer.Params, int]:
     """Return the parameters and the number of steps after which fresh questions were answered, or of all steps."""
     config = run.configs[AlgorithmConfig]
-    schedule = transformer.Schedule(config.steps, _LEARNING_RATE)
+    optimizer = transformer.make_optimizer(config.steps, _LEARNING_RATE)
     params = transformer.initial(model, config.seed)
-    state, step = schedule.optimizer().init(params), transformer.trainer(model, schedule)
+    state, step = optimizer.init(params), transformer.trainer(model, optimizer)
     # The same questions at each check, so that shares differ by the training alone.
     watched = {kind: algorithm.fresh(kind, _CHECK, rng_of(_WATCH)) for kind in algorithm.required}
-    start = last_log = time.monotonic()
+    start = time.monotonic()
     for number in range(1, config.steps + 1):
         if run.stopping():
             raise Interrupted(f"{run.name}: stopped; training restarts from the beginning")
         params, state, loss = step(params, state, algorithm.batch(_BATCH, rng_of(_TRAIN, number)))
-        now, checks = time.monotonic(), number % _CHECK_EVERY == 0 or number == config.steps
-        if not checks and now - last_log < _LOG_EVERY:
+        if number % _CHECK_EVERY and number < config.steps:
             continue
-        line, last_log = f"step {number:,} of at most {config.steps:,}, loss {float(loss):.3f}", now
-        if checks:
-            shares = {kind: transformer.correct(model, params, some).mean() for kind, some in watched.items()}
-            line += "".join(f", {kind} {100 * share:.1f} %" for kind, share in shares.items())
-            # Half of the allowed errors, so that sampling error does not decide what the final questions say.
-            if all(share > (1 + algorithm.required[kind]) / 2 for kind, share in shares.items()):
-                run.say(line)
-                return params, number
-        run.say(f"{line}, at most {(now - start) / number * (config.steps - number):.0f} s left")
-    return params, config.steps
+        shares = {kind: transformer.correct(model, params, some).mean() for kind, some in watched.items()}
+        left = (time.monotonic() - start) / number * (config.steps - number)
+        run.say(
+            f"step {number:,} of at most {config.steps:,}, loss {float(loss):.3f}"
+            + "".join(f", {kind} {100 * share:.1f} %" for kind, share in shares.items())
+            + f", at most {left:.0f} s left"
+        )
+        # Half of the allowed errors, so that sampling error does not decide what the final questions say.
+        if all(share > (1 + algorithm.required[kind]) / 2 for kind, share in shares.items()):
+            break
+    return params, number
 
 
 def _write_corpus(run: Run, algorithm: Algorithm, rng: np.random.Generator) -> None:

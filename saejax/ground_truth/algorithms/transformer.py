@@ -1,8 +1,8 @@
 """The transformer of an algorithm: Llama's architecture, trained with the project's decoder, saved for any tool."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from saejax.ground_truth.algorithms.questions import Questions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.decoder import run_layers
-from saejax.models.families import FAMILIES, read_config
+from saejax.models.families import FAMILIES
 from saejax.models.families.table import linear, linear_of_heads
 from saejax.models.parameters import LAYERS, parameter_table
 
@@ -22,16 +22,10 @@ _BATCH = 500  # questions of a forward pass that measures accuracy
 Params = dict[str, jax.Array]
 
 
-class Schedule(NamedTuple):
-    """AdamW; the learning rate rises over a twentieth of the steps and then falls to 0 as a cosine."""
-
-    steps: int
-    learning_rate: float
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """Return the optimizer of the parameters."""
-        rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, max(self.steps // 20, 1), self.steps)
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05))
+def make_optimizer(steps: int, learning_rate: float) -> optax.GradientTransformation:
+    """Return AdamW whose learning rate rises over a twentieth of the steps and then falls to 0 as a cosine."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(steps // 20, 1), steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05))
 
 
 def describe(words: int, context: int, layers: int, width: int) -> dict[str, Any]:
@@ -58,11 +52,6 @@ def describe(words: int, context: int, layers: int, width: int) -> dict[str, Any
     )
 
 
-def read(fields: Mapping[str, Any]) -> DecoderConfig:
-    """Return the decoder's configuration."""
-    return read_config(dict(fields), "config.json")
-
-
 def initial(config: DecoderConfig, seed: int) -> Params:
     """Return random weights: norms 1, all others normal with variance 1 / (number of inputs)."""
     params = {}
@@ -75,21 +64,21 @@ def initial(config: DecoderConfig, seed: int) -> Params:
     return params
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def answer_logits(config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array) -> jax.Array:
-    """Return the logits of ``ids_BxT`` at the answers' positions ``place_BxN``, [B, N, V]; traceable."""
+    """Return the logits of ``ids_BxT`` at the answers' positions ``place_BxN``, [B, N, V]."""
     x_BxTxD = run_layers(config, params, decoder.embed(config, params, ids_BxT), 0, config.n_layers).x
     x_BxNxD = jnp.take_along_axis(x_BxTxD, place_BxN[..., None], axis=1)
     return decoder.unembed(config, params, x_BxNxD)
 
 
 def trainer(
-    config: DecoderConfig, schedule: Schedule
+    config: DecoderConfig, optimizer: optax.GradientTransformation
 ) -> Callable[[Params, Any, Questions], tuple[Params, Any, jax.Array]]:
     """Return a function that makes one step: (parameters, optimizer state, questions) -> (both updated, loss).
 
     The loss is the cross-entropy with a uniform distribution over the correct answers. Fresh questions have weight 0.
     """
-    optimizer = schedule.optimizer()
 
     def loss(params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, right_BxNxV: jax.Array, weight_B: jax.Array):
         # Any of several shortest ways is right: the model should not be punished for one of them.
@@ -114,14 +103,6 @@ def trainer(
     return run
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _correct(
-    config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, right_BxNxV: jax.Array
-) -> jax.Array:
-    best_BxN = answer_logits(config, params, ids_BxT, place_BxN).argmax(-1)
-    return jnp.take_along_axis(right_BxNxV, best_BxN[..., None], axis=2)[..., 0].all(1)
-
-
 def correct(config: DecoderConfig, params: Params, questions: Questions) -> np.ndarray:
     """Return which questions are answered correctly at all of their positions, bool [B].
 
@@ -130,8 +111,9 @@ def correct(config: DecoderConfig, params: Params, questions: Questions) -> np.n
     parts, count = [], len(questions.fresh_B)
     for start in range(0, count, _BATCH):
         rows_B = np.minimum(np.arange(start, start + _BATCH), count - 1)  # one shape: the last batch repeats a row
-        arrays = questions.ids_BxT[rows_B], questions.place_BxN[rows_B], questions.right_BxNxV[rows_B]
-        parts.append(np.asarray(_correct(config, params, *arrays)))
+        logits_BxNxV = answer_logits(config, params, questions.ids_BxT[rows_B], questions.place_BxN[rows_B])
+        best_BxN = np.asarray(logits_BxNxV).argmax(axis=-1)
+        parts.append(np.take_along_axis(questions.right_BxNxV[rows_B], best_BxN[..., None], axis=2)[..., 0].all(axis=1))
     return np.concatenate(parts)[:count]
 
 

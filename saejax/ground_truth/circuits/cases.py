@@ -1,6 +1,5 @@
 """The transformers with weights set by hand: their descriptions, prompts, and which neurons represent which variable.
 
-chain       features passed on from layer to layer by known weights, some past a layer, and from the word before
 induction   the word that followed this one before: a head finds it, and a neuron of the layer above names it
 logic       a function of two of sixteen bits, which the last word asks for; other pairs are computed for nothing
 """
@@ -12,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from saejax.ground_truth.circuits.handset import START, Directions, HandSet, Head, Layer, Neuron, run
+from saejax.ground_truth.circuits.handset import START, Directions, HandSet, Head, Layer, Neuron
 from saejax.tasks.behaviours import Prompt
 
 LETTERS, SEQUENCE = "abcdefgh", 6  # of induction
@@ -26,11 +25,10 @@ class Case:
 
     model: HandSet  #: its description
     prompts: tuple[Prompt, ...]  #: prompts of all behaviours and both splits
-    layer: int | None  #: the layer whose neurons the causal tests edit; None: only edges are tested
+    layer: int  #: the layer whose neurons the causal tests edit
     causes: Mapping[str, tuple[int, ...]]  #: behaviour -> the neurons of that layer that its answer depends on
     #: variable -> the neurons of that layer that represent it; no answer depends on them.
     idle: Mapping[str, tuple[int, ...]]
-    labels: tuple[str, ...]  #: variables that probes should read from that layer's neurons
     texts: Callable[[int, int], list[str]]  #: (count, seed) -> random texts to train dictionaries on
 
 
@@ -48,55 +46,6 @@ def draw_prompts(count: int, draw: Callable[[str], Prompt]) -> list[Prompt]:
             prompt = draw(split)
             by_text.setdefault(prompt.text, prompt)
     return list(by_text.values())
-
-
-_WORDS, _WIDTH, _DEPTH, _ANSWERS = 16, 12, 4, 4
-
-
-def chain(count: int, rng: np.random.Generator) -> Case:
-    """Return the case of features passed on from layer to layer by random weights.
-
-    Args:
-      count: prompts of each behaviour and split.
-      rng: draws the weights and the prompts.
-    """
-    signals = [f"signal {number}" for number in range(_WIDTH // 2)]
-    before = Head((("at 2", "at 1"),), tuple((signal, f"{signal} before") for signal in signals))
-    variables, layers = [*signals, *(f"{signal} before" for signal in signals)], []
-    for layer in range(_DEPTH):
-        neurons = []
-        for number in range(_WIDTH):
-            recent = rng.choice(variables[-_WIDTH:], 2, replace=False).tolist()
-            # A variable of an earlier layer as well: some paths pass a layer by.
-            older = rng.choice(variables[:-_WIDTH] or variables, 1).tolist()
-            reads = {name: float(rng.uniform(0.5, 1.5) * rng.choice([1, 1, -1])) for name in (*recent, *older)}
-            writes = {f"layer {layer} unit {number}": float(rng.uniform(0.5, 1.5))}
-            neurons.append(Neuron(f"unit {number}", reads, writes, float(rng.uniform(0.2, 0.6))))
-        layers.append(Layer((before,) if not layer else (), tuple(neurons)))
-        variables += [f"layer {layer} unit {number}" for number in range(_WIDTH)]
-    answers = [f"answer{number}" for number in range(_ANSWERS)]
-    logits = {
-        word: {str(name): float(rng.uniform(-1.5, 1.5)) for name in rng.choice(variables[-_WIDTH:], 3, replace=False)}
-        for word in answers
-    }
-    contents = [f"word{number}" for number in range(_WORDS)]
-    words: dict[str, Directions] = {START: {START: 1.0}}
-    words |= {word: {signal: float(rng.uniform(0, 1)) for signal in signals} for word in contents}
-    model = HandSet(
-        words | {word: {} for word in answers}, tuple({f"at {place}": 1.0} for place in range(3)), tuple(layers), logits
-    )
-
-    def draw(split: str) -> Prompt:
-        text = " ".join(rng.choice(contents, 2).tolist())
-        logits_V = run(model, text).logits_V[-_ANSWERS:]
-        # The answers furthest apart, so that rounding cannot turn them.
-        best, worst = int(logits_V.argmax()), int(logits_V.argmin())
-        return Prompt("chain", split, text, f" {answers[best]}", f" {answers[worst]}")
-
-    def texts(number: int, seed: int) -> list[str]:
-        return [" ".join(pair) for pair in np.random.default_rng(seed).choice(contents, (number, 2)).tolist()]
-
-    return Case(model, tuple(draw_prompts(count, draw)), None, {}, {}, (), texts)
 
 
 _BACK = 6  # words
@@ -125,7 +74,7 @@ def induction(count: int, rng: np.random.Generator) -> Case:
     layer = model.layers[1]
     causes = dict(induction=select_neurons(layer, "found"))
     idle = {"the word two back": select_neurons(layer, "2 back")}
-    return Case(model, tuple(draw_prompts(count, draw)), 1, causes, idle, ("answer",), texts)
+    return Case(model, tuple(draw_prompts(count, draw)), 1, causes, idle, texts)
 
 
 def _induction_model() -> HandSet:
@@ -173,7 +122,6 @@ def logic(count: int, rng: np.random.Generator) -> Case:
     prompts = [prompt for name in _ASKED for prompt in draw_prompts(count, functools.partial(_logic_prompt, rng, name))]
     causes = {name: select_neurons(model.layers[1], f"bits {first} ") for name, (first, _) in _ASKED.items()}
     idle = {"xor of bits 8 and 9": select_neurons(model.layers[1], "bits 8 ")}
-    labels = ("xor_0", "both_2", "either_4", "xor_8")
 
     def texts(number: int, seed: int) -> list[str]:
         text_rng = np.random.default_rng(seed)
@@ -181,7 +129,7 @@ def logic(count: int, rng: np.random.Generator) -> Case:
             _logic_text(text_rng.integers(2, size=_BITS), str(text_rng.choice(list(_ASKED)))) for _ in range(number)
         ]
 
-    return Case(model, tuple(prompts), 1, causes, idle, labels, texts)
+    return Case(model, tuple(prompts), 1, causes, idle, texts)
 
 
 def _logic_model() -> HandSet:
@@ -259,7 +207,7 @@ def _logic_prompt(rng: np.random.Generator, name: str, split: str) -> Prompt:
     return Prompt(name, split, text, right, wrong, counterpart, wrong, labels=tuple(labels.items()))
 
 
-CASES: Mapping[str, Callable[[int, np.random.Generator], Case]] = dict(chain=chain, induction=induction, logic=logic)
+CASES: Mapping[str, Callable[[int, np.random.Generator], Case]] = dict(induction=induction, logic=logic)
 
 
 def make_case(name: str, count: int, seed: int) -> Case:
@@ -268,6 +216,6 @@ def make_case(name: str, count: int, seed: int) -> Case:
     Args:
       name: name of the case.
       count: prompts of each behaviour and split.
-      seed: seed of the prompts, and of the weights of the chain.
+      seed: seed of the prompts.
     """
     return CASES[name](count, np.random.default_rng([seed, *name.encode()]))

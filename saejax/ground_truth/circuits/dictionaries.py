@@ -3,13 +3,12 @@
 exact       the neurons themselves, in random order
 wrong       the same encoders, each with the decoder of another neuron
 random      random directions, as many active as neurons fire
-untrained   trained at a learning rate so small that almost nothing is learned
 trained     trained by the code that trains on any model's activations
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -29,23 +28,19 @@ from saejax.settings import TrainConfig
 from saejax.training.members import make_members
 from saejax.training.train import run_train
 
-EXACT, WRONG, RANDOM, UNTRAINED, TRAINED = "exact", "wrong", "random", "untrained", "trained"
-_RATES = {TRAINED: 3e-3, UNTRAINED: 1e-6}  # learning rates
+EXACT, WRONG, RANDOM, TRAINED = "exact", "wrong", "random", "trained"
+_LEARNING_RATE = 3e-3
 _KIND, _BATCH, _TEXTS, _TOKENS = "topk", 256, 4000, 600_000
 
 
 def write_sets(run: Run, case: Case, model: LanguageModel, seed: int) -> dict[str, Path]:
     """Write a folder for each set, with a folder for each layer's transcoder; existing ones are kept. Return them."""
-    folders = {name: run.folder / "transcoders" / name for name in (EXACT, WRONG, RANDOM, UNTRAINED, TRAINED)}
+    folders = {name: run.folder / "transcoders" / name for name in (EXACT, WRONG, RANDOM, TRAINED)}
     for layer in range(len(case.model.layers)):
         for name, dictionary in untrained_sets(case, model, layer, seed).items():
             _save(folders[name] / f"layer{layer}", dictionary)
-    if not all(
-        (folders[name] / f"layer{layer}" / DESCRIPTION).exists()
-        for name in _RATES
-        for layer in range(len(case.model.layers))
-    ):
-        _train(run, case, model, seed, folders)
+    if not all((folders[TRAINED] / f"layer{layer}" / DESCRIPTION).exists() for layer in range(len(case.model.layers))):
+        _train(run, case, model, seed, folders[TRAINED])
     return folders
 
 
@@ -100,8 +95,8 @@ def _firing(case: Case, layer: int) -> int:
     return max(int((act_TxF[-1] > 0).sum()), 1)
 
 
-def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mapping[str, Path]) -> None:
-    """Train both sets on random texts, each layer's as one stack, with as many active features as neurons fire."""
+def _train(run: Run, case: Case, model: LanguageModel, seed: int, into: Path) -> None:
+    """Train a set on random texts, with as many active features as neurons fire."""
     layers = range(len(case.model.layers))
     texts = list(dict.fromkeys(case.texts(_TEXTS, seed)))
     acts = capture(model, texts, [f"mlp_{part}.{layer}" for layer in layers for part in ("in", "out")])
@@ -114,7 +109,7 @@ def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mappi
             sites=(f"mlp_in.{layer}",),
             expansion=_expansion(case, model),
             k=(_firing(case, layer),),
-            learning_rate=tuple(_RATES.values()),
+            learning_rate=(_LEARNING_RATE,),
             batch=_BATCH,
             # As many tokens for every case, however many texts it has.
             epochs=max(_TOKENS // len(acts.index_Nx3), 1),
@@ -126,9 +121,8 @@ def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mappi
         folder.mkdir(parents=True, exist_ok=True)
         inputs = dict(capture=store.folder)
         run_train(dataclasses.replace(run, name=_KIND, folder=folder, configs=run.configs | config, inputs=inputs))
-        for member in make_members(config, _KIND, config.sites):
-            (name,) = (name for name, rate in _RATES.items() if rate == member.settings["learning_rate"])
-            _save(folders[name] / f"layer{layer}", load_dictionary(folder / member.name / "dictionary"))
+        (member,) = make_members(config, _KIND, config.sites)
+        _save(into / f"layer{layer}", load_dictionary(folder / member.name / "dictionary"))
 
 
 def without_silent_tokens(acts: Activations, sites: Sequence[str]) -> Activations:

@@ -1,7 +1,7 @@
 """Edges of a transformer set by hand, products of its weights along all paths, and attribution graphs beside them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
@@ -34,19 +34,14 @@ class Edges:
     targets: tuple[Node, ...]  #: target nodes; the last is the logit
     weight_SxR: np.ndarray  #: contribution of each source to each target: to a neuron before its relu, or to the logit
 
-    @property
-    def root(self) -> Node:
-        """The logit."""
-        return self.targets[-1]
 
-
-def known_edges(model: HandSet, text: str, better: str, worse: str) -> Edges:
-    """Return the edges of a text between its words, active neurons, and the logit of the better minus the worse word.
+def known_edges(model: HandSet, prompt: Prompt) -> Edges:
+    """Return the edges between a prompt's words, active neurons, and the logit of the correct minus the wrong answer.
 
     A source's output passes through the heads of every later layer, with their attention weights on this text, and is
     read by neurons and logits. As in attribution graphs, neurons at the first position are left out.
     """
-    forward = run(model, text)
+    forward = run(model, prompt.text)
     length, last = len(forward.start_TxJ), len(forward.start_TxJ) - 1
     firing = [
         (layer, int(position), int(neuron))
@@ -71,7 +66,8 @@ def known_edges(model: HandSet, text: str, better: str, worse: str) -> Edges:
         rows = [sources.index(node) for node in nodes]
         # After the layer's neurons have read: they do not read one another.
         stream_SxTxJ[rows, position_N] += forward.acts[layer][position_N, neuron_N, None] * writes_FxJ[neuron_N]
-    along_1xJ = np.subtract(*(model.vectors([model.logits.get(word, {})]) for word in (better, worse)))
+    answers = (prompt.correct.strip(), prompt.wrong.strip())
+    along_1xJ = np.subtract(*(model.vectors([model.logits.get(word, {})]) for word in answers))
     parts.append(stream_SxTxJ[:, last] @ along_1xJ.T)
     return Edges(tuple(sources), tuple(targets), np.concatenate(parts, axis=1))
 
@@ -85,7 +81,8 @@ def circuit(edges: Edges, share: float) -> set[Edge]:
     """
     # Relative to each target's largest edge, as targets differ in size by orders of magnitude.
     share_SxR, column = shares(edges), {node: place for place, node in enumerate(edges.targets)}
-    open_nodes, seen, edges_to_logit = [edges.root], {edges.root}, set[Edge]()
+    logit, edges_to_logit = edges.targets[-1], set[Edge]()
+    open_nodes, seen = [logit], {logit}
     while open_nodes:
         target = open_nodes.pop()
         for place in np.flatnonzero(share_SxR[:, column[target]] >= share):
@@ -104,11 +101,6 @@ def shares(edges: Edges) -> np.ndarray:
     return size_SxR / np.maximum(largest_1xR, NOTHING * largest_1xR.max())
 
 
-def renamed(edges: Edges, names: Callable[[Node], Node]) -> Edges:
-    """Return the same edges between renamed nodes."""
-    return Edges(tuple(map(names, edges.sources)), tuple(map(names, edges.targets)), edges.weight_SxR)
-
-
 def aligned(edges: Edges, sources: Sequence[Node], targets: Sequence[Node]) -> np.ndarray:
     """Return the weights between some nodes, [S, R]; 0 where a node does not exist."""
     row, column = ({node: place for place, node in enumerate(side)} for side in (edges.sources, edges.targets))
@@ -123,15 +115,22 @@ def possible(edges: Edges) -> np.ndarray:
     return earlier_SxR & (sources_Sx3[:, None, 1] <= targets_Rx3[None, :, 1])
 
 
-def graph_edges(graph: Graph) -> Edges:
-    """Return a graph's edges between words, features and the logit; nodes have the indices of features."""
+def graph_edges(graph: Graph, neuron_of: Mapping[tuple[int, int], int]) -> Edges:
+    """Return a graph's edges between words, the neurons that features match, and the logit.
+
+    Args:
+      graph: the graph.
+      neuron_of: (layer, feature) -> the neuron that it matches; other features match none.
+    """
     nodes, silent_N = graph.nodes, np.zeros(len(graph.nodes.kind_N), bool)
     for layer in range(graph.n_layers):  # the same rule as in known_edges, layer by layer
         own_N = (nodes.kind_N == FEATURE) & (nodes.layer_N == layer)
         silent_N |= own_N & (nodes.value_N <= NOTHING * nodes.value_N[own_N].max(initial=0.0))
     kept_N = np.isin(nodes.kind_N, (FEATURE, TOKEN)) & ~silent_N
     names: list[Node] = [
-        (layer if kind != LOGIT else graph.n_layers, position, index if kind == FEATURE else -1)
+        (layer, position, neuron_of.get((layer, index), _UNMATCHED + index))
+        if kind == FEATURE
+        else (graph.n_layers if kind == LOGIT else layer, position, -1)
         for kind, layer, position, index in zip(
             *(column.tolist() for column in (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N)), strict=True
         )
@@ -158,20 +157,14 @@ def judge_edges(
       transcoders: transcoders of all its layers.
       spec: its description.
       prompts: prompts whose correct minus wrong answer is traced.
-      neuron_of: (layer, feature) -> the neuron that it matches; other features match none.
+      neuron_of: as for ``graph_edges``.
     """
-
-    def named(node: Node) -> Node:
-        layer, position, index = node
-        return (layer, position, neuron_of.get((layer, index), _UNMATCHED + index)) if index >= 0 else node
-
     rows = []
     for prompt in prompts:
         answers = model.token_id(prompt.correct), model.token_id(prompt.wrong)
         graph = trace(model, transcoders, prompt.text, targets=[answers])
-        traced = renamed(graph_edges(graph), named)
-        truth = known_edges(spec, prompt.text, prompt.correct.strip(), prompt.wrong.strip())
-        rows.append((*_scores(traced, truth), graph.scores().replacement))
+        traced = graph_edges(graph, neuron_of)
+        rows.append((*_scores(traced, known_edges(spec, prompt)), graph.scores().replacement))
     columns = [over_seeds(column) for column in list(zip(*rows, strict=True))[1:]]
     # The largest error of all prompts: an exact graph must be exact on each.
     return EdgeScores(len(prompts), max(row[0] for row in rows), *columns)

@@ -119,7 +119,7 @@ def run(model: HandSet, text: str) -> HandSetRun:
     )
     moves, acts = [], []
     for layer in model.layers:
-        moves.append(tuple((_attention(model, head, stream_TxJ), _moved(model, head)) for head in layer.heads))
+        moves.append(tuple(_attend(model, head, stream_TxJ) for head in layer.heads))
         stream_TxJ = stream_TxJ + sum(at_TxS @ stream_TxJ @ moved_JxJ for at_TxS, moved_JxJ in moves[-1])
         reads_FxJ, writes_FxJ = (
             model.vectors([getattr(neuron, part) for neuron in layer.neurons]) for part in ("reads", "writes")
@@ -131,21 +131,16 @@ def run(model: HandSet, text: str) -> HandSetRun:
     return HandSetRun(start_TxJ, tuple(moves), tuple(acts), logits_VxJ @ stream_TxJ[-1])
 
 
-def _attention(model: HandSet, head: Head, stream_TxJ: np.ndarray) -> np.ndarray:
-    """Return a head's attention weights, [T, S]."""
+def _attend(model: HandSet, head: Head, stream_TxJ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a head's attention weights [T, S], and the map from directions read to directions written, [J, J]."""
     scores = head.scores
     query_TxN = stream_TxJ @ model.vectors([{query: 1.0} if query else {} for query, _, _ in scores]).T
     query_TxN += np.array([not query for query, _, _ in scores])[None]
     key_SxN = stream_TxJ @ model.vectors([{key: score} for _, key, score in scores]).T
     score_TxS = np.where(np.tri(len(stream_TxJ), dtype=bool), query_TxN @ key_SxN.T, -np.inf)
     weight_TxS = np.exp(score_TxS - score_TxS.max(1, keepdims=True))
-    return weight_TxS / weight_TxS.sum(1, keepdims=True)
-
-
-def _moved(model: HandSet, head: Head) -> np.ndarray:
-    """Return the map from directions read to directions written, [J, J]."""
-    read_NxJ, written_NxJ = (model.vectors([{pair[side]: 1.0} for pair in head.moves]) for side in (0, 1))
-    return read_NxJ.T @ written_NxJ
+    read_MxJ, written_MxJ = (model.vectors([{pair[side]: 1.0} for pair in head.moves]) for side in (0, 1))
+    return weight_TxS / weight_TxS.sum(1, keepdims=True), read_MxJ.T @ written_MxJ
 
 
 def frame(model: HandSet, seed: int) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 
-from saejax.ground_truth.circuits.dictionaries import EXACT, RANDOM, TRAINED, UNTRAINED, WRONG
-from saejax.ground_truth.results import CausalScores, JudgedSet, KnownCircuitResults
+from saejax.ground_truth.circuits.dictionaries import EXACT, RANDOM, TRAINED, WRONG
+from saejax.ground_truth.results import JudgedSet, KnownCircuitResults
 from saejax.page.blocks import Block, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
@@ -11,30 +11,15 @@ from saejax.page.tables import MISSING, Table, interval, number, percent, signif
 
 _EDGE = 1e-5  # largest relative error of an edge
 _ABOUT = {
-    "chain": "Features are passed on by known weights, some past a layer, and from the word before.",
     "induction": "The word that followed this one before: a head finds it, and neurons of the layer above name it.",
     "logic": "A function of two of sixteen bits, which the last word asks for; other pairs are computed for nothing.",
 }
 _SETS = {
     EXACT: "exact",
     TRAINED: "trained",
-    UNTRAINED: "almost untrained",
     WRONG: "exact, decoders permuted",
     RANDOM: "random",
 }
-_EDGES = ("Transcoders", "Neurons, %", "Edge error", "AUROC", "Precision", "Recall", "Replacement score, %")
-_CAUSAL = (
-    "Transcoder",
-    "Interchange, %",
-    "Random, %",
-    "Accuracy drop, %",
-    "Others' drop, %",
-    "Ablation effect",
-    "And interchange",
-    "Idle variables",
-    "Probes, %",
-    "Shuffled, %",
-)
 _EDGE_NOTE = (
     "Neurons: share with a feature of cosine above 0.9. Edge error: largest difference between an edge and the "
     "products of weights along its paths, relative to the largest edge. AUROC: edge size as a predictor of which "
@@ -44,13 +29,11 @@ _EDGE_NOTE = (
 )
 _CAUSAL_NOTE = (
     "Interchange: prompts whose answer becomes the counterpart's when the top features are patched from it "
-    "(interchange accuracy), and the same of random sets of as many features; Wilson intervals. Accuracy drop: fall of "
-    "two-way accuracy when the top features are ablated, mean over behaviours; others' drop: the largest of a "
-    "behaviour that the features were not selected for. Ablation effect: behaviours whose two-way accuracy falls when "
-    "the top features are ablated; idle variables: the same for features of a variable that no answer depends on. Some "
-    "directions always have more effect than others, so a random transcoder may pass this test. And interchange: of "
-    "these, behaviours in which patching carries most answers over; only then do the features represent the variable. "
-    "Probes: accuracy of linear probes of the variables on test prompts; probes read idle variables, too."
+    "(interchange accuracy), with Wilson intervals, and the same of random sets of as many features. Ablation effect: "
+    "behaviours whose two-way accuracy falls when the top features are ablated; idle variables: the same for features "
+    "of a variable that no answer depends on. Some directions always have more effect than others, so a random "
+    "transcoder may pass this test. And interchange: of these, behaviours in which patching carries most answers over; "
+    "only then do the features represent the variable."
 )
 
 
@@ -71,19 +54,7 @@ def section(units: Mapping[str, KnownCircuitResults]) -> Section:
     blocks: list[Block] = [Text(verdict, strong=True), Text(intro), Terms(tuple(_terms(units)))]
     for name, results in units.items():
         ordered = {kind: results.sets[kind] for kind in _SETS if kind in results.sets}
-        rows = tuple(_edge_row(kind, judged) for kind, judged in ordered.items())
-        blocks.append(
-            Table(
-                f"{name}: attribution graphs of {ordered[EXACT].edges.prompts} prompts",
-                _EDGES,
-                rows,
-                stack=False,
-                note=_EDGE_NOTE,
-            )
-        )
-        causal = tuple(_causal_row(kind, judged.causal) for kind, judged in ordered.items() if judged.causal)
-        if causal:
-            blocks.append(Table(f"{name}: causal tests", _CAUSAL, causal, stack=False, note=_CAUSAL_NOTE))
+        blocks += [_edges_table(name, ordered), _causal_table(name, ordered)]
     return Section("Known circuits", tuple(blocks), lead=verdict)
 
 
@@ -92,10 +63,8 @@ def holds(results: KnownCircuitResults) -> bool:
     exact = results.sets[EXACT]
     edges, causal = exact.edges, exact.causal
     edges_recovered = edges.error <= _EDGE and edges.precision.mean == edges.recall.mean == edges.auroc.mean == 1
-    if causal is None:
-        return edges_recovered
-    ablation_recovered = causal.shown == causal.behaviours and causal.idle_claimed == 0 and not causal.harm_others
-    return edges_recovered and ablation_recovered and causal.interchange is not None and causal.interchange.mean == 1
+    variables_recovered = causal.shown == causal.behaviours and causal.idle_claimed == 0
+    return edges_recovered and variables_recovered and causal.interchange is not None and causal.interchange.mean == 1
 
 
 def line(units: Mapping[str, KnownCircuitResults]) -> str:
@@ -105,10 +74,7 @@ def line(units: Mapping[str, KnownCircuitResults]) -> str:
     answer = "YES" if len(right) == len(units) else "NO"
     failed = ", ".join(name for name in units if name not in right)
     wrong = [
-        judged.causal
-        for results in units.values()
-        for name, judged in results.sets.items()
-        if name in (WRONG, RANDOM, UNTRAINED) and judged.causal
+        judged.causal for results in units.values() for name, judged in results.sets.items() if name in (WRONG, RANDOM)
     ]
     learned = [results.sets[TRAINED].edges.auroc.mean for results in units.values() if TRAINED in results.sets]
     text = (
@@ -119,8 +85,8 @@ def line(units: Mapping[str, KnownCircuitResults]) -> str:
     if wrong:
         shown, claimed = (sum(getattr(causal, of) or 0 for causal in wrong) for of in ("shown", "claimed"))
         text += (
-            f" Of {sum(causal.behaviours for causal in wrong)} behaviours tested with permuted, random and almost "
-            f"untrained transcoders {claimed} pass the ablation test, {shown} ablation and interchange."
+            f" Of {sum(causal.behaviours for causal in wrong)} behaviours tested with permuted and random transcoders "
+            f"{claimed} pass the ablation test, {shown} ablation and interchange."
         )
     return f"{text} With trained ones the AUROC of edges is at least {number(min(learned), 3)}." if learned else text
 
@@ -135,29 +101,31 @@ def _terms(units: Mapping[str, KnownCircuitResults]) -> Iterator[tuple[str, str]
         )
 
 
-def _edge_row(name: str, judged: JudgedSet) -> tuple[str, ...]:
-    edges = judged.edges
-    shares = (interval(score, 2) for score in (edges.precision, edges.recall))
-    error, auroc = significant(edges.error, 2), interval(edges.auroc, 3)
-    return (_SETS[name], number(100 * judged.recovered, 0), error, auroc, *shares, interval(edges.replacement, 0, 100))
+def _edges_table(name: str, sets: Mapping[str, JudgedSet]) -> Table:
+    columns = {
+        "Transcoders": lambda kind, judged: _SETS[kind],
+        "Neurons, %": lambda kind, judged: number(100 * judged.recovered, 0),
+        "Edge error": lambda kind, judged: significant(judged.edges.error, 2),
+        "AUROC": lambda kind, judged: interval(judged.edges.auroc, 3),
+        "Precision": lambda kind, judged: interval(judged.edges.precision, 2),
+        "Recall": lambda kind, judged: interval(judged.edges.recall, 2),
+        "Replacement score, %": lambda kind, judged: interval(judged.edges.replacement, 0, 100),
+    }
+    caption = f"{name}: attribution graphs of {sets[EXACT].edges.prompts} prompts"
+    return Table.of(caption, sets.items(), columns, stack=False, note=_EDGE_NOTE)
 
 
-def _causal_row(name: str, causal: CausalScores) -> tuple[str, ...]:
-    def share(value: float | None) -> str:
-        return MISSING if value is None else number(100 * value, 0)
-
-    def count(value: int | None, of: int) -> str:
+def _causal_table(name: str, sets: Mapping[str, JudgedSet]) -> Table:
+    def share(value: int | None, of: int) -> str:
         return MISSING if value is None else f"{value} of {of}"
 
-    return (
-        _SETS[name],
-        interval(causal.interchange, 0, 100) if causal.interchange else MISSING,
-        share(causal.interchange_random),
-        share(causal.harm),
-        share(causal.harm_others),
-        count(causal.claimed, causal.behaviours),
-        count(causal.shown, causal.behaviours),
-        count(causal.idle_claimed, causal.idle),
-        interval(causal.probe, 0, 100) if causal.probe else MISSING,
-        share(causal.probe_shuffled),
-    )
+    columns = {
+        "Transcoder": lambda kind, causal: _SETS[kind],
+        "Interchange, %": lambda kind, causal: interval(causal.interchange, 0, 100),
+        "Random, %": lambda kind, causal: number(causal.interchange_random, 0, 100),
+        "Ablation effect": lambda kind, causal: share(causal.claimed, causal.behaviours),
+        "And interchange": lambda kind, causal: share(causal.shown, causal.behaviours),
+        "Idle variables": lambda kind, causal: share(causal.idle_claimed, causal.idle),
+    }
+    rows = [(kind, judged.causal) for kind, judged in sets.items()]
+    return Table.of(f"{name}: causal tests", rows, columns, stack=False, note=_CAUSAL_NOTE)

@@ -1,29 +1,21 @@
-"""Groups of similar features by HDBSCAN in two views of a dictionary, and how stable each group is.
+"""Groups of features that fire together, by HDBSCAN, and how stable each group is.
 
-In a view a feature is a row of numbers:
-
-    coactivation  whether it fires at each token of a text; similarity: correlation (phi coefficient, as in Li et al.,
-                  2024, arXiv 2410.19750)
-    decoder       its decoder row; similarity: cosine
-
-The columns of a view (documents, coordinates) can be resampled with replacement, and its rows shuffled so that each
-keeps its own distribution and is unrelated to all others.
+Two features are as similar as their firings on the tokens of a text correlate (phi coefficient, as in Li et al., 2024,
+arXiv 2410.19750).
 
 HDBSCAN (scikit-learn) finds groups that are denser than their surroundings and leaves all other features alone. The
-stability of a group is the mean over bootstrap samples of its largest Jaccard overlap with a group found on the sample
-(Hennig, 2007, doi:10.1016/j.csda.2006.11.025). Noise has groups too, and its bootstrap samples share some of them, so a
-group must exceed every group of shuffled data.
+stability of a group is the mean over bootstrap samples of documents of its largest Jaccard overlap with a group found
+on the sample (Hennig, 2007, doi:10.1016/j.csda.2006.11.025). Noise has groups too, and its bootstrap samples share some
+of them, so a group must exceed every group of shuffled data.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from scipy import sparse
 from sklearn.cluster import HDBSCAN
 
-from saejax.matching.rows import independent_rows, unit
 from saejax.matching.transfer.activity import Activity
 
 _PARTS = 4  # a group has at most this fraction (1 / _PARTS) of the features
@@ -31,127 +23,102 @@ _CORE = 2  # features, itself included, within which HDBSCAN measures a feature'
 DISSOLVED = 0.5  # mean overlap below which a group counts as dissolved (Hennig)
 _TOKENS, _DOCUMENTS = 10, 5  # minimum firings: in one document alone any two features look similar
 
-Rows = Any  # np.ndarray or sparse.csr_array, [F, N]
-
 
 @dataclasses.dataclass(frozen=True)
-class View:
-    """Features of a dictionary as rows of numbers."""
+class Coactivation:
+    """Features of a dictionary and the tokens on which each of them fires."""
 
     feature_F: np.ndarray  #: indices of the features
-    rows: Rows  #: their rows [F, N], dense or sparse
-    block_N: np.ndarray  #: block of each column, from 0; blocks are resampled whole
-    centred: bool  #: whether similarity is the correlation of rows; otherwise their cosine
-    shuffle: Callable[[Rows, np.random.Generator], Rows]  #: (rows, generator) -> shuffled rows
+    fires_FxN: sparse.csr_array  #: 1 where a feature fires, fp32
+    document_N: np.ndarray  #: document of each token, numbered from 0; documents are resampled whole
 
-    def shuffled(self, rng: np.random.Generator) -> "View":
-        """Return the same features with rows that are unrelated to each other."""
-        return dataclasses.replace(self, rows=self.shuffle(self.rows, rng))
+    @classmethod
+    def of(cls, activity: Activity, text_N: np.ndarray) -> "Coactivation":
+        """Return the firings of a dictionary; features that fire rarely, or in few documents, are left out.
 
-    def among(self, most: int, rng: np.random.Generator) -> "View":
-        """Return a view of at most ``most`` of the features, sampled uniformly."""
+        Args:
+          activity: activations of all features.
+          text_N: document of each token.
+        """
+        real = np.flatnonzero(activity.real_N)
+        fires_FxX = sparse.csr_array((activity.f_NxF[real] != 0).T).astype(np.float32)
+        _, document_X = np.unique(text_N[real], return_inverse=True)
+        in_XxU = sparse.csr_array((np.ones(len(real), np.float32), (np.arange(len(real)), document_X)))
+        documents_F = np.diff((fires_FxX @ in_XxU).tocsr().indptr)
+        tokens_F = np.diff(fires_FxX.indptr)
+        # What fires on every token has no correlation.
+        kept = np.flatnonzero((tokens_F >= _TOKENS) & (documents_F >= _DOCUMENTS) & (tokens_F < len(real)))
+        return cls(kept, fires_FxX[kept], document_X)
+
+    def among(self, most: int, rng: np.random.Generator) -> "Coactivation":
+        """Return the firings of at most ``most`` of the features, sampled uniformly."""
         if len(self.feature_F) <= most:
             return self
         kept = np.sort(rng.choice(len(self.feature_F), most, replace=False))
-        return dataclasses.replace(self, feature_F=self.feature_F[kept], rows=self.rows[kept])
+        return dataclasses.replace(self, feature_F=self.feature_F[kept], fires_FxN=self.fires_FxN[kept])
+
+    def shuffled(self, rng: np.random.Generator) -> "Coactivation":
+        """Return the firings of each feature shifted by a random number of tokens, around the end of the text."""
+        features, tokens = self.fires_FxN.shape
+        # A shift, not a permutation: runs of firings within a text stay runs, which alone make some features overlap.
+        by = np.repeat(rng.integers(tokens, size=features), np.diff(self.fires_FxN.indptr))
+        moved = (self.fires_FxN.indices + by) % tokens
+        shifted_FxN = sparse.csr_array((self.fires_FxN.data, moved, self.fires_FxN.indptr), (features, tokens))
+        shifted_FxN.sort_indices()
+        return dataclasses.replace(self, fires_FxN=shifted_FxN)
 
     def bootstrap(self, rng: np.random.Generator) -> np.ndarray:
-        """Return how often each column occurs in a bootstrap sample of the blocks, [N]."""
-        blocks = int(self.block_N.max(initial=-1)) + 1
+        """Return how often each token occurs in a bootstrap sample of the documents, [N]."""
+        documents = int(self.document_N.max(initial=-1)) + 1
         # Tokens of a document depend on each other, so documents are resampled whole.
-        return np.bincount(rng.integers(blocks, size=blocks), minlength=blocks)[self.block_N].astype(np.float32)
+        times = np.bincount(rng.integers(documents, size=documents), minlength=documents)
+        return times[self.document_N].astype(np.float32)
 
     def similarity(self, times_N: np.ndarray | None = None) -> np.ndarray:
-        """Return the similarity of any two features, -1 to 1; 0 for a feature without a direction.
+        """Return the correlation of any two features' firings, -1 to 1; 0 for a feature whose firings do not vary.
 
         Args:
-          times_N: weight of each column; None: 1.
+          times_N: weight of each token; None: 1.
 
         Returns:
           float32 [F, F].
         """
-        times_N = np.ones(len(self.block_N), np.float32) if times_N is None else times_N
-        root_1xN = np.sqrt(times_N)[None]  # on both sides, so that the product is symmetric to the last bit
-        weighted = self.rows.multiply(root_1xN).tocsr() if sparse.issparse(self.rows) else self.rows * root_1xN
-        product = weighted @ weighted.T
-        product_FxF = product.toarray() if sparse.issparse(product) else product
+        times_N = np.ones(len(self.document_N), np.float32) if times_N is None else times_N
+        # Roots of the weights on both sides, so that the product is symmetric to the last bit.
+        weighted = self.fires_FxN.multiply(np.sqrt(times_N)[None]).tocsr()
+        product_FxF = (weighted @ weighted.T).toarray()
         product_FxF /= max(times_N.sum(), 1.0)
         square_F = product_FxF.diagonal().copy()
-        if self.centred:
-            mean_F = np.asarray(self.rows @ times_N).reshape(-1) / max(times_N.sum(), 1.0)
-            product_FxF -= mean_F[:, None] * mean_F[None]
+        mean_F = np.asarray(self.fires_FxN @ times_N).reshape(-1) / max(times_N.sum(), 1.0)
+        product_FxF -= mean_F[:, None] * mean_F[None]
         size_F = np.sqrt(np.maximum(product_FxF.diagonal(), 0.0))
-        # A row that hardly varies leaves rounding errors after its mean is subtracted: it counts as having no
-        # direction.
+        # A row that hardly varies leaves rounding errors after its mean is subtracted: it counts as not varying.
         size_F = np.where(size_F > 1e-6 * np.sqrt(np.maximum(square_F, 1e-30)), size_F, np.inf)
         product_FxF /= size_F[:, None] * size_F[None]
         return np.clip(product_FxF, -1.0, 1.0)
 
 
-def coactivation(activity: Activity, text_N: np.ndarray) -> View:
-    """Return the view by firings; features that fire rarely, or in few documents, are left out.
-
-    Args:
-      activity: activations of all features.
-      text_N: document of each token; documents are resampled whole.
-    """
-    real = np.flatnonzero(activity.real_N)
-    fires_FxX = sparse.csr_array((activity.f_NxF[real] != 0).T).astype(np.float32)
-    _, block_X = np.unique(text_N[real], return_inverse=True)
-    in_XxU = sparse.csr_array((np.ones(len(real), np.float32), (np.arange(len(real)), block_X)))
-    texts_F = np.diff((fires_FxX @ in_XxU).tocsr().indptr)
-    tokens_F = np.diff(fires_FxX.indptr)
-    # What fires on every token has no correlation.
-    kept = np.flatnonzero((tokens_F >= _TOKENS) & (texts_F >= _DOCUMENTS) & (tokens_F < len(real)))
-    return View(kept, fires_FxX[kept], block_X, True, _moved)
-
-
-def _moved(rows: Rows, rng: np.random.Generator) -> Rows:
-    """Return the firings of each feature shifted by a random number of tokens, around the end of the text."""
-    assert isinstance(rows, sparse.csr_array)
-    features, tokens = rows.shape
-    # A shift, not a permutation: runs of firings within a text stay runs, which alone make some features overlap.
-    by = np.repeat(rng.integers(tokens, size=features), np.diff(rows.indptr))
-    moved = sparse.csr_array((rows.data, (rows.indices + by) % tokens, rows.indptr), rows.shape)
-    moved.sort_indices()
-    return moved
-
-
-def decoder(W_dec_FxD: np.ndarray, activity: Activity) -> View:
-    """Return the view by decoder rows; features that never fire or have a zero row are left out."""
-    fires_F = np.asarray(activity.f_NxF.astype(bool).sum(axis=0)).reshape(-1) > 0
-    some = np.flatnonzero(fires_F & (np.linalg.norm(W_dec_FxD, axis=1) > 0))
-    # Coordinates as columns: a bootstrap over them asks whether a group rests on a few dimensions.
-    return View(some, unit(W_dec_FxD[some]), np.arange(W_dec_FxD.shape[1]), False, _directions)
-
-
-def _directions(rows: Rows, rng: np.random.Generator) -> Rows:
-    """Return random directions with the mean and covariance of the rows."""
-    return independent_rows(np.asarray(rows), rng.integers(2**31, size=2).tolist())
-
-
 @dataclasses.dataclass(frozen=True)
 class StableGroups:
-    """Groups of a view and their stability."""
+    """Groups of features and their stability."""
 
     group_F: np.ndarray  #: group of each feature; -1: none
     overlap_U: np.ndarray  #: stability of each group
-    null_overlap_N: np.ndarray  #: the same of all groups of all shuffled data
+    bar: float  #: the overlap that a stable group exceeds: that of a dissolved one, and of every group of shuffled data
     null_groups: float  #: number of groups of shuffled data, mean
-
-    @property
-    def bar(self) -> float:
-        """The overlap that a stable group exceeds."""
-        return max(DISSOLVED, float(self.null_overlap_N.max(initial=0.0)))
 
 
 def find_groups(
-    view: View, smallest: int, resamples: int, seed: Sequence[int], on_step: Callable[[], None] = lambda: None
+    firings: Coactivation,
+    smallest: int,
+    resamples: int,
+    seed: Sequence[int],
+    on_step: Callable[[], None] = lambda: None,
 ) -> tuple[StableGroups, np.ndarray]:
-    """Return the groups of a view with their stability, and the similarity of its features, [F, F].
+    """Return the groups of features with their stability, and the similarity of the features, [F, F].
 
     Args:
-      view: features; at least one.
+      firings: the features.
       smallest: number of features of the smallest group.
       resamples: number of bootstrap samples, and of shuffled data.
       seed: seed of both.
@@ -159,23 +126,23 @@ def find_groups(
     """
     rng = np.random.default_rng(seed)
 
-    def group(some: View, times_N: np.ndarray | None) -> np.ndarray:
+    def group(some: Coactivation, times_N: np.ndarray | None) -> np.ndarray:
         group_F = group_features(some.similarity(times_N), smallest)
         on_step()
         return group_F
 
-    similarity_FxF = view.similarity()
+    similarity_FxF = firings.similarity()
     group_F = group_features(similarity_FxF, smallest)
     on_step()
-    overlaps_by_resample = [overlaps(group_F, group(view, view.bootstrap(rng))) for _ in range(resamples)]
+    overlaps_by_resample = [overlaps(group_F, group(firings, firings.bootstrap(rng))) for _ in range(resamples)]
     null_overlaps = []
     for _ in range(resamples):
-        shuffled = view.shuffled(rng)
+        shuffled = firings.shuffled(rng)
         # Shuffled data go through the same steps, bootstrap included: groups of noise recur on its samples, too.
         null_overlaps.append(overlaps(group(shuffled, None), group(shuffled, shuffled.bootstrap(rng))))
+    bar = max(DISSOLVED, float(np.concatenate(null_overlaps).max(initial=0.0)))
     null_groups = float(np.mean([len(overlap_U) for overlap_U in null_overlaps]))
-    stable = StableGroups(group_F, np.mean(overlaps_by_resample, axis=0), np.concatenate(null_overlaps), null_groups)
-    return stable, similarity_FxF
+    return StableGroups(group_F, np.mean(overlaps_by_resample, axis=0), bar, null_groups), similarity_FxF
 
 
 def group_features(similarity_FxF: np.ndarray, smallest: int) -> np.ndarray:

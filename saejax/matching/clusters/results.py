@@ -1,12 +1,11 @@
 """Results of the stage ``cluster``."""
 
 import dataclasses
-from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureGroup:
-    """A group of similar features."""
+    """A group of features that fire together."""
 
     name: str  #: label of the most central feature that has one, or else the number of the most central feature
     features: tuple[int, ...]  #: the most central first
@@ -16,11 +15,13 @@ class FeatureGroup:
 
 
 @dataclasses.dataclass(frozen=True)
-class Grouping:
-    """The groups of a dictionary's features in one view."""
+class ClusteredDictionary:
+    """The groups of a dictionary's features."""
 
-    view: str  #: coactivation or decoder
-    features: int  #: looked at
+    name: str  #: such as "topk/k32", or its folder
+    site: str  #: that it reads
+    tokens: int  #: of the text on which firings were compared
+    features: int  #: looked at: those that fire on at least 10 of the tokens, in at least 5 documents
     grouped: int  #: of these, in a group
     count: int  #: groups
     stable_groups: int  #: of these, stable
@@ -30,20 +31,8 @@ class Grouping:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClusteredDictionary:
-    """The groups of a dictionary's features."""
-
-    name: str  #: such as "topk/k32", or its folder
-    site: str  #: that it reads
-    features: int  #: of the dictionary
-    tokens: int  #: of the text on which firings were compared
-    groupings: tuple[Grouping, ...]  #: by view
-    without: Mapping[str, str]  #: view that was left out -> reason
-
-
-@dataclasses.dataclass(frozen=True)
 class ClusterResults:
-    """Groups of similar features."""
+    """Groups of features that fire together."""
 
     rule: str  #: when a group counts as stable
     dictionaries: tuple[ClusteredDictionary, ...]  #: in the order of the flag

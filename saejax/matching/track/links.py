@@ -10,7 +10,8 @@ Links show what is carried through the stream. What a layer computes from it, an
 positions, they do not see; ``measured`` tells which of them are causes.
 
 Dictionaries that were trained from one start keep directions of it, which then pass for shared features: most links
-join features of one number, and mean nothing. Stacks of several sites start apart (``training.state``).
+join features of one number. Stacks of several sites start apart (``training.state``); of others, trust the measured
+chains.
 """
 
 from collections.abc import Iterator, Sequence

@@ -57,46 +57,40 @@ def measure_chains(
     run = _Ablation(lm, stack, ids_T, firings, seed)
     measured = []
     for chain in strongest_chains(usable, CHAINS, LINKS):
-        parts = [_measure_link(run, link, answer, as_text) for link in chain]
-        measured_links = [part for part in parts if part is not None]
-        if len(measured_links) < len(parts):
+        nodes = [chain[0][0], *(target for _, target, _ in chain)]
+        drops = [run.answer_drops(node, answer) for node in nodes]
+        losses = [run.losses(source, target) for source, target, _ in chain]
+        # Of each the first is the effect, and the rest are those of the controls.
+        if min(map(len, drops + losses)) < 2:
             continue
-        drop = run.answer_drops(chain[0][0], answer)
-        reaches = _exceeds_controls(drop)
-        measured.append(
-            MeasuredChain(
-                links=tuple(measured_links),
+        parts = [
+            MeasuredLink(
+                lower=run.site(source),
+                source=source[2],
+                upper=run.site(target),
+                target=target[2],
+                position=source[1],
+                token=as_text(int(ids_T[source[1]])),
+                lost=lost[0],
+                random_lost=float(np.mean(lost[1:])),
                 answer_drop=drop[0],
                 random_drop=float(np.mean(drop[1:])),
+                holds=_exceeds_controls(lost),
+                reaches_answer=_exceeds_controls(drop),
+            )
+            for (source, target, _), lost, drop in zip(chain, losses, drops[1:], strict=True)
+        ]
+        reaches = _exceeds_controls(drops[0])
+        measured.append(
+            MeasuredChain(
+                links=tuple(parts),
+                answer_drop=drops[0][0],
+                random_drop=float(np.mean(drops[0][1:])),
                 reaches_answer=reaches,
-                holds=reaches and measured_links[-1].reaches_answer and all(link.holds for link in measured_links),
+                holds=reaches and parts[-1].reaches_answer and all(part.holds for part in parts),
             )
         )
     return tuple(measured)
-
-
-def _measure_link(run: "_Ablation", link: Link, answer: int, as_text: Callable[[int], str]) -> MeasuredLink | None:
-    """Return the effects of a link; None where no other feature is active at its position."""
-    source, target, weight = link
-    lost, drop = run.losses(source, target), run.answer_drops(target, answer)
-    if len(lost) < 2 or len(drop) < 2:
-        return None
-    return MeasuredLink(
-        lower=run.site(source),
-        source=source[2],
-        upper=run.site(target),
-        target=target[2],
-        position=source[1],
-        token=as_text(int(run.ids_T[source[1]])),
-        weight=weight,
-        lost=lost[0],
-        random_lost=float(np.mean(lost[1:])),
-        answer_drop=drop[0],
-        random_drop=float(np.mean(drop[1:])),
-        controls=len(lost) - 1,
-        holds=_exceeds_controls(lost),
-        reaches_answer=_exceeds_controls(drop),
-    )
 
 
 def _exceeds_controls(effects: Sequence[float]) -> bool:
@@ -107,14 +101,7 @@ def _exceeds_controls(effects: Sequence[float]) -> bool:
 class _Ablation:
     """Runs of a text without a feature at a position, and without as much along random active features."""
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        stack: Stack,
-        ids_T: np.ndarray,
-        firings: Sequence[LayerFirings],
-        seed: int,
-    ):
+    def __init__(self, lm: LanguageModel, stack: Stack, ids_T: np.ndarray, firings: Sequence[LayerFirings], seed: int):
         self.ids_T, self._lm, self._stack, self._firings, self._seed = ids_T, lm, stack, firings, seed
         self._tokens = pad([ids_T.tolist()] * (2 + CONTROLS))
         self._clean: dict[str, jax.Array] = {}

@@ -3,8 +3,7 @@
 Layers by positions; a cell's features can be followed up and down, and every step has its features and their test.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,47 +26,7 @@ _SCRIPTS = ("grid", "panel", "main")
 _TOP = 4  # features of a layer
 _NAMING = 3  # tokens that name a feature without a label
 
-
-Numbers = tuple[int | float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class ShownLayer:
-    """A dictionary on the page."""
-
-    name: str  #: of the dictionary
-    site: str  #: that it reads
-    target: str  #: that it writes to; "" for an SAE
-    layer: int  #: of the site
-    atlas: str  #: address of a feature's page, but for the number; "": there is none
-    labels: Mapping[str, str]  #: feature -> its label, or else the tokens of the text on which it is most active
-    peaks: Mapping[str, float]  #: feature -> its largest activation on the text
-
-
-@dataclasses.dataclass(frozen=True)
-class ShownReading:
-    """The logit lens's readout at each layer with a dictionary and each position."""
-
-    top_tokens: tuple[
-        tuple[Numbers, ...], ...
-    ]  #: index among the texts and probability of the likeliest tokens, in turn
-    kl: tuple[Numbers, ...]  #: divergence from the model's prediction, nats
-    control_kl: tuple[Numbers, ...]  #: of the control
-    answer: tuple[Numbers, ...]  #: probability of the answer
-
-
-@dataclasses.dataclass(frozen=True)
-class ShownText:
-    """The data that the page shows of a text, besides its results."""
-
-    prompt: str  #: before the solution
-    tokens: tuple[str, ...]  #: of the text
-    texts: tuple[str, ...]  #: tokens that lenses name
-    layers: tuple[ShownLayer, ...]  #: the dictionaries
-    cells: tuple[tuple[Numbers, ...], ...]  #: of layer and position: features and activations in turn
-    links: tuple[Numbers, ...]  #: layer, position and feature of the lower and of the upper one, weight
-    belongs: tuple[tuple[tuple[StepFeature, ...], ...], ...]  #: features of layer and segment
-    reading: ShownReading  #: of the logit lens
+ShownText = dict[str, Any]  # as JSON; docs/artifacts.md explains it
 
 
 def shown_text(
@@ -80,7 +39,7 @@ def shown_text(
     as_text: Callable[[int], str],
     firings: Sequence[LayerFirings],
 ) -> ShownText:
-    """Return the data that the page shows of a text.
+    """Return the data that the page shows of a text, besides its results.
 
     Args:
       stack: the dictionaries.
@@ -93,43 +52,36 @@ def shown_text(
       firings: of each dictionary all features that fire.
     """
     words: dict[int, int] = {}
+    features = [[each.feature for part in parts for each in part] for parts in chosen]
     shown_reading = _reading(stack, reading, words)
-    return ShownText(
-        prompt=text.problem.prompt,
-        tokens=tuple(text.tokens),
-        texts=tuple(as_text(token) for token in words),
-        layers=tuple(
-            ShownLayer(
-                name=each.name,
-                site=each.config.site,
-                target=each.config.target,
-                layer=each.layer,
-                atlas=each.atlas.resolve().as_uri() + f"#{each.name}/" if each.atlas else "",
-                **_names(each.labels, every, _shown_features(cells, parts), text.tokens),
-            )
-            for each, every, cells, parts in zip(stack, firings, shown, chosen, strict=True)
-        ),
-        cells=tuple(
-            tuple(_cell(layer_firings, position) for position in range(len(text.tokens))) for layer_firings in shown
-        ),
-        links=tuple((*source, *target, float(f"{weight:.4g}")) for source, target, weight in links),
-        belongs=tuple(tuple(map(tuple, layer)) for layer in chosen),
+    layers = [
+        dict(
+            name=each.name,
+            site=each.config.site,
+            # The address of a feature's page, but for its number.
+            atlas=each.atlas.resolve().as_uri() + f"#{each.name}/" if each.atlas else "",
+            **_names(each.labels, every, {*cells.feature_A.tolist(), *belonging}, text.tokens),
+        )
+        for each, every, cells, belonging in zip(stack, firings, shown, features, strict=True)
+    ]
+    return dict(
+        tokens=text.tokens,
+        texts=[as_text(token) for token in words],
+        layers=layers,
+        cells=[[_cell(layer_firings, position) for position in range(len(text.tokens))] for layer_firings in shown],
+        links=[(*source, *target, float(f"{weight:.4g}")) for source, target, weight in links],
+        belongs=to_json(chosen),
         reading=shown_reading,
     )
 
 
-def _shown_features(cells: LayerFirings, parts: Sequence[Sequence[StepFeature]]) -> list[int]:
-    """Return the features of a layer that the page shows."""
-    return sorted({*cells.feature_A.tolist(), *(each.feature for part in parts for each in part)})
-
-
 def _names(
-    labels: Mapping[int, Label], firings: LayerFirings, features: Sequence[int], tokens: Sequence[str]
+    labels: Mapping[int, Label], firings: LayerFirings, features: Set[int], tokens: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the fields ``labels`` and ``peaks`` of a layer."""
+    """Return the fields ``labels`` and ``peaks`` of a layer: by feature its name, and its largest activation here."""
     names: dict[str, str] = {}
     peaks: dict[str, float] = {}
-    for feature in features:
+    for feature in sorted(features):
         feature_firings = firings[np.flatnonzero(firings.feature_A == feature)]
         order = np.argsort(-np.abs(feature_firings.value_A), kind="stable")
         # A token of spaces alone is shown as it is: without them it would have no name.
@@ -142,46 +94,50 @@ def _names(
     return dict(labels=names, peaks=peaks)
 
 
-def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> ShownReading:
-    """Return the lens's readouts; tokens that ``words`` (token id -> index of its text) lacks are added to it."""
+def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> dict[str, Any]:
+    """Return the lens's readouts at the layers with a dictionary.
 
-    def top_tokens(layer: int) -> tuple[Numbers, ...]:
+    Tokens are named by ``words`` (token id -> index of its text); those that it lacks are added to it.
+    """
+
+    def top_tokens(layer: int) -> list[list[int | float]]:
+        """Return of each position the likeliest tokens and their probabilities, in turn."""
         ids_TxC, p_TxC = reading.ids_LxBxTxC[layer, 0], np.exp(reading.logp_LxBxTxC[layer, 0])
-        return tuple(
-            tuple(
+        return [
+            [
                 value
                 for token, p in zip(ids, ps, strict=True)
                 for value in (words.setdefault(token, len(words)), round(p, 4))
-            )
+            ]
             for ids, ps in zip(ids_TxC.tolist(), p_TxC.tolist(), strict=True)
-        )
+        ]
 
-    layers = [each.layer for each in stack]
-    return ShownReading(
-        top_tokens=tuple(top_tokens(layer) for layer in layers),
-        kl=tuple(_rounded(reading.kl_LxBxT[layer, 0]) for layer in layers),
-        control_kl=tuple(_rounded(reading.control.kl_LxBxT[layer, 0]) for layer in layers),
-        answer=tuple(_rounded(np.exp(reading.answer_logp_LxBxTxN[layer, 0, :, 0])) for layer in layers),
+    layers = [each.reads.layer for each in stack]
+    return dict(
+        top_tokens=[top_tokens(layer) for layer in layers],
+        kl=[_rounded(reading.kl_LxBxT[layer, 0]) for layer in layers],
+        control_kl=[_rounded(reading.control.kl_LxBxT[layer, 0]) for layer in layers],
+        answer=[_rounded(np.exp(reading.answer_logp_LxBxTxN[layer, 0, :, 0])) for layer in layers],
     )
 
 
 def write_page(path: Path, results: TrackResults, cells: Mapping[str, ShownText], model: str) -> None:
     """Write the page."""
-    texts = [dict(slug=slug) | to_json(results.texts[slug]) | to_json(shown) for slug, shown in cells.items()]
+    texts = [dict(slug=slug) | to_json(results.texts[slug]) | shown for slug, shown in cells.items()]
     data = dict(model=model, texts=texts)  # in place of how many tokens and links there are, all of them
     scripts = [elements_script(), *((_VIEWER / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)]
     write_text(path, interactive(_VIEWER, "track", scripts, data, title=f"Through the layers: {', '.join(cells)}"))
 
 
-def _cell(firings: LayerFirings, position: int) -> Numbers:
+def _cell(firings: LayerFirings, position: int) -> list[int | float]:
     """Return the features of a cell and their activations, in turn, the strongest first."""
     cell = firings.at(position)
     pairs = zip(cell.feature_A.tolist(), cell.value_A.tolist(), strict=True)
-    return tuple(number for feature, value in pairs for number in (feature, float(f"{value:.4g}")))
+    return [number for feature, value in pairs for number in (feature, float(f"{value:.4g}"))]
 
 
-def _rounded(values: np.ndarray) -> Numbers:
-    return tuple(float(f"{value:.3g}") for value in np.nan_to_num(values, posinf=1e9).tolist())
+def _rounded(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.3g}") for value in np.nan_to_num(values, posinf=1e9).tolist()]
 
 
 def summary(text: TrackedText) -> str:
@@ -191,7 +147,7 @@ def summary(text: TrackedText) -> str:
     return (
         f"{text.tokens} tokens, {len(text.sites)} layers, {text.links:,} links; probability of "
         f"{visible(text.answer)!r} {answer:.2f}; ablating its features lowers the log-likelihood of {harmed} of "
-        f"{len(tests)} tested steps more than random sets; {text.seconds:.0f} s"
+        f"{len(tests)} tested steps more than random sets"
     )
 
 
@@ -202,12 +158,12 @@ def text_lines(slug: str, text: TrackedText, shown: ShownText) -> str:
     on this text.
     """
     lines = [f"{slug}: {summary(text)}"]
-    for layer, row in zip(shown.layers, shown.cells, strict=True):
+    for layer, row in zip(shown["layers"], shown["cells"], strict=True):
         cell = row[text.position]
         features = [
-            f"{number(value / layer.peaks[str(feature)])} {feature} {visible(layer.labels[str(feature)])}"
+            f"{number(value / layer['peaks'][str(feature)])} {feature} {visible(layer['labels'][str(feature)])}"
             for feature, value in zip(cell[::2][:_TOP], cell[1::2][:_TOP], strict=True)
         ]
-        lines.append(f"  {layer.site:<16} {'; '.join(features) or 'no feature fires'}")
+        lines.append(f"  {layer['site']:<16} {'; '.join(features) or 'no feature fires'}")
     output = [f"  output           {visible(text.output)}"] if text.output else []
     return "\n".join([*lines, f"  answer           {visible(text.answer)}", *output])

@@ -38,50 +38,48 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         for results in units.values()
         for slug, text in results.texts.items()
     ]
-    pages = []
-    for unit, results in units.items():
-        page = findings.folders[f"track/{unit}"] / "index.html"
-        address = findings.address(page)
-        pages.append((f"{', '.join(results.texts)}: layers by positions", address))
+    pages = tuple(
+        (
+            f"{', '.join(results.texts)}: layers by positions",
+            findings.address(findings.folders[f"track/{unit}"] / "index.html"),
+        )
+        for unit, results in units.items()
+    )
     note = (
         "Answer: the probability of its first token. Output: what the model writes after the prompt, if it was asked."
     )
     table = Table.of("Texts", rows, columns, words={"Text", "Output"}, note=note)
-    blocks = [Text(intro), table, *_measured(rows), Links("Pages", tuple(pages))]
+    blocks = [Text(intro), table, *_measured(rows), Links("Pages", pages)]
     return [Section("Through the layers", tuple(blocks))]
 
 
 def _measured(rows: Sequence[tuple[str, TrackedText, Sequence[StepTest]]]) -> list[Block]:
     """Return a table of the measured chains of all texts, link by link; nothing if there are none."""
-    rows_of_links = [
-        (f"{slug}, {count}", link, chain if link is chain.links[-1] else None)
+    links = [
+        (f"{slug}, {count}", link, chain)
         for slug, text, _ in rows
         for count, chain in enumerate(text.chains, 1)
         for link in chain.links
     ]
     columns = {
-        "Chain": lambda name, link, ended: name,
-        "Link": lambda name, link, ended: (
+        "Chain; holds": lambda name, link, chain: f"{name}; {answer(chain.holds)}",
+        "Link": lambda name, link, chain: (
             f"{link.source} in {place(link.lower)} to {link.target} in {place(link.upper)}"
         ),
-        "At": lambda name, link, ended: f"\u201c{link.token}\u201d",
-        "Lost, %": lambda name, link, ended: f"{number(100 * link.lost, 0)}; {number(100 * link.random_lost, 0)}",
-        "Holds": lambda name, link, ended: answer(link.holds),
-        "Answer, nats": lambda name, link, ended: f"{number(link.answer_drop)}; {number(link.random_drop)}",
-        "Reaches it": lambda name, link, ended: answer(link.reaches_answer),
-        "From the lowest": lambda name, link, ended: (
-            f"{number(ended.answer_drop)}; {number(ended.random_drop)}" if ended else ""
-        ),
-        "Chain holds": lambda name, link, ended: answer(ended.holds) if ended else "",
+        "At": lambda name, link, chain: f"\u201c{link.token}\u201d",
+        "Lost, %": lambda name, link, chain: f"{number(100 * link.lost, 0)}; {number(100 * link.random_lost, 0)}",
+        "Holds": lambda name, link, chain: answer(link.holds),
+        "Answer, nats": lambda name, link, chain: f"{number(link.answer_drop)}; {number(link.random_drop)}",
+        "From the lowest": lambda name, link, chain: f"{number(chain.answer_drop)}; {number(chain.random_drop)}",
     }
     note = (
         "A chain goes from a feature to one of the next dictionary, and so on, to the answer. Lost: share of the upper "
         "feature's activation that is lost when the lower one is set to zero there; after the semicolon, the mean of "
-        "five random features that are active there, at equal dose. Holds: more than each of the five. Answer: the "
-        "log-probability of the answer that is lost when the upper feature is set to zero, and with five random ones "
-        "of its layer; from the lowest: when the lowest feature of the chain is. A chain holds if all of its links do "
-        "and both its ends reach the answer."
+        "five random features that are active there, at equal dose. A link holds if more is lost than with each of the "
+        "five. Answer: the log-probability of the answer that is lost when the upper feature is set to zero, and with "
+        "five random ones of its layer; from the lowest: when the lowest feature of the chain is. A chain holds if all "
+        "of its links do, and its ends lower the answer's log-probability more than each of their five random features."
     )
-    words = {"Chain", "Link", "At", "Holds", "Reaches it", "Chain holds"}
-    table = Table.of("The strongest chains, measured", rows_of_links, columns, words=words, note=note)
-    return [table] if rows_of_links else []
+    words = {"Link", "At", "Holds"}
+    table = Table.of("The strongest chains, measured", links, columns, words=words, note=note)
+    return [table] if links else []

@@ -9,20 +9,18 @@ class StepTest:
     """Effects of ablating a step's features on the step's tokens, beside random sets at equal dose."""
 
     features: tuple[int, ...]  #: that were ablated together, at the step's tokens
-    tokens: int  #: that were judged: all of the step but its first
-    drop: float  #: of their mean log-likelihood, nats
+    drop: float  #: of the mean log-likelihood of the step's tokens but the first, nats
     sets: int  #: number of disjoint random sets
     needed: int  #: number below which no answer is given
     equal_drop: float | None  #: drop at the doses of the random sets, or the smaller own one, mean; None without sets
     random_drop: float | None  #: drop of the random sets at the same doses, mean
-    p_value: float | None  #: before correction
     p_holm: float | None  #: after Holm's correction over the steps of the text
     hurt: str  #: whether the step's features do more than random sets: yes, no or not testable
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackedStep:
-    """A part of the text."""
+    """A part of a text: the prompt, or a step."""
 
     name: str  #: "prompt", or "step 1" and so on
     text: str  #: its text
@@ -42,12 +40,10 @@ class MeasuredLink:
     target: int  #: its feature
     position: int  #: of both
     token: str  #: there
-    weight: float  #: by the directions of the two features
     lost: float  #: share of the target's activation that is lost without the source
     random_lost: float  #: the same without as much along each of the controls, mean
     answer_drop: float  #: of the answer's log-probability without the target, nats
     random_drop: float  #: the same of the controls in the upper dictionary, mean
-    controls: int  #: random features that are active at the position
     holds: bool  #: whether more is lost than with each of five controls
     reaches_answer: bool  #: the same of the answer
 
@@ -65,13 +61,11 @@ class MeasuredChain:
 
 @dataclasses.dataclass(frozen=True)
 class LensLayers:
-    """The logit lens's predictions by layer: of the answer where it is the next token, and of all tokens."""
+    """The logit lens's predictions of the answer by layer, where it is the next token."""
 
     answer: tuple[float, ...]  #: probability of the answer's first token, of each layer
     rank: tuple[int, ...]  #: how many tokens are likelier
     control: tuple[float, ...]  #: probability, on streams turned by a random rotation
-    agreement: tuple[float, ...]  #: share of all positions at which the likeliest token is the model's
-    control_agreement: tuple[float, ...]  #: the same of the control
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +80,6 @@ class TrackedText:
     steps: tuple[TrackedStep, ...]  #: the prompt, and the steps
     lens: LensLayers  #: what the logit lens reads of the answer
     links: int  #: between shown features
-    same_number: int  #: links between features of one number; if many, the dictionaries were trained from one start
-    seconds: float  #: that it took
     chains: tuple[MeasuredChain, ...] = ()  #: the strongest chains of links, measured
     output: str = ""  #: what the model writes after the prompt; empty: it was not asked to
 

@@ -4,8 +4,7 @@ A text is a part in the sense of ``runner.parts``: its results are in ``<slug>.j
 ``<slug>-cells.json``. ``index.html`` and ``track.txt`` have all texts.
 """
 
-import time
-from pathlib import Path
+import dataclasses
 
 import numpy as np
 
@@ -14,23 +13,22 @@ from saejax.matching.track.firings import follow, step_features
 from saejax.matching.track.links import find_links
 from saejax.matching.track.measured import measure_chains
 from saejax.matching.track.page import ShownText, shown_text, summary, text_lines, write_page
-from saejax.matching.track.results import LensLayers, TrackedStep, TrackedText, TrackResults
+from saejax.matching.track.results import LensLayers, TrackedText, TrackResults
 from saejax.matching.track.stack import Stack, open_stack
 from saejax.matching.track.tested import StepTester, ablate_steps
 from saejax.matching.track.texts import EncodedText, encode, read_problems, write_solution
 from saejax.models.language_model import LanguageModel
-from saejax.models.lens import LensOutput
 from saejax.models.tokens import pad, token_text
-from saejax.results import from_json, to_json
-from saejax.runner.parts import Measure, Measured, OnProgress, each_part
+from saejax.runner.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.runner.workspace import Run
 from saejax.settings import ModelConfig
 from saejax.stages.track import TrackConfig
 from saejax.tasks.run_inputs import load_run_model
 
+_CELLS = "-cells.json"  # ending of the file with what the page shows of a text
 _SHOWN = 12  # strongest features kept of each layer and position, as many as a column of the page holds
 _STEP_FEATURES = 6  # features of a step, in each layer, and those that are removed together
-LENS_TOP = 3  # tokens that a lens gives of each place
+_LENS_TOP = 3  # tokens that a lens gives of each place
 
 
 def run_track(run: Run) -> TrackResults:
@@ -41,7 +39,6 @@ def run_track(run: Run) -> TrackResults:
     """
     config = run.configs[TrackConfig]
     problems = {problem.slug: problem for problem in read_problems(config)}
-    model = run.configs[ModelConfig]
 
     def begin() -> Measure:
         lm = load_run_model(run)
@@ -51,25 +48,20 @@ def run_track(run: Run) -> TrackResults:
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             tracked, cells = follow_text(lm, stack, texts[slug], config, on_progress)
-            write_json(_cells(run, slug), to_json(cells))
+            write_json(part_file(run, slug, _CELLS), cells)
             return Measured(tracked, summary(tracked))
 
         return measure
 
     texts = each_part(run, list(problems), begin, TrackedText, unit="steps")
     results = TrackResults(texts)
-    cells = {slug: from_json(ShownText, read_json(_cells(run, slug)), _cells(run, slug)) for slug in texts}
-    write_page(run.folder / "index.html", results, cells, model.path)
+    cells = {slug: read_json(part_file(run, slug, _CELLS)) for slug in texts}
+    write_page(run.folder / "index.html", results, cells, run.configs[ModelConfig].path)
     written = "\n".join(text_lines(slug, results.texts[slug], cells[slug]) for slug in texts)
     write_text(run.folder / "track.txt", written)
     run.say(written)
     run.say(f"open {run.folder / 'index.html'}")
     return results
-
-
-def _cells(run: Run, slug: str) -> Path:
-    """Return the path of the file with a text's data for the page."""
-    return run.folder / f"{slug}-cells.json"
 
 
 def follow_text(
@@ -87,11 +79,13 @@ def follow_text(
     Returns:
       The results, and what the page shows.
     """
-    start = time.monotonic()
     firings = follow(lm, stack, text.ids_T)
     shown = [layer_firings.strongest(_SHOWN) for layer_firings in firings]
-    reading = _read_lens(lm, text, config.seed)
-    answer = int(reading.ids_LxBxTxC[-1, 0, text.position, 0]) if text.answer is None else text.answer
+    tokens, answer = pad([text.ids_T.tolist()]), text.answer
+    if answer is None:
+        # The lens needs the answer beforehand: a first pass reads it off the last layer.
+        answer = int(lm.lens(tokens, top=1, seed=config.seed).ids_LxBxTxC[-1, 0, text.position, 0])
+    reading = lm.lens(tokens, answers=[answer], top=_LENS_TOP, seed=config.seed)
     read_T = text.ids_T[: text.position + 1]
     links = find_links(stack, shown)
     chosen = [step_features(layer_firings, text.segment_T, _STEP_FEATURES) for layer_firings in firings]
@@ -107,43 +101,16 @@ def follow_text(
         sites=tuple(str(each.reads) for each in stack),
         tested=str(stack[middle].reads),
         steps=tuple(
-            TrackedStep(part.name, part.text, part.start, part.stop, tests.get(number), untested.get(number, ""))
+            dataclasses.replace(part, test=tests.get(number), untested=untested.get(number, ""))
             for number, part in enumerate(text.segments)
         ),
-        lens=_lens_layers(reading, text),
+        lens=LensLayers(
+            answer=tuple(np.exp(reading.answer_logp_LxBxTxN[:, 0, text.position, 0]).tolist()),
+            rank=tuple(reading.answer_rank_LxBxTxN[:, 0, text.position, 0].tolist()),
+            control=tuple(np.exp(reading.control.answer_logp_LxBxTxN[:, 0, text.position, 0]).tolist()),
+        ),
         links=len(links),
-        # By chance one in as many as there are features.
-        same_number=sum(source[2] == target[2] for source, target, _ in links),
-        seconds=round(time.monotonic() - start, 2),
         chains=measure_chains(lm, stack, read_T, answer, links, firings, as_text, config.seed),
         output=text.problem.output,
     )
     return results, shown_text(stack, text, shown, links, chosen, reading, as_text, firings)
-
-
-def _read_lens(lm: LanguageModel, text: EncodedText, seed: int) -> LensOutput:
-    """Read the logit lens for the answer, or for the model's own answer where none was given."""
-    tokens = pad([text.ids_T.tolist()])
-    answer = text.answer
-    if answer is None:
-        # The lens needs the answer beforehand: a first pass reads it off the last layer.
-        last = lm.lens(tokens, top=1, seed=seed)
-        answer = int(last.ids_LxBxTxC[-1, 0, text.position, 0])
-    return lm.lens(tokens, answers=[answer], top=LENS_TOP, seed=seed)
-
-
-def _lens_layers(reading: LensOutput, text: EncodedText) -> LensLayers:
-    """Return what the lens reads of the answer at its position, and how often its first token is the model's."""
-    at = text.position
-    model_T = reading.ids_LxBxTxC[-1, 0, :, 0]
-
-    def agreement(ids_LxBxTxC: np.ndarray) -> tuple[float, ...]:
-        return tuple((ids_LxBxTxC[:, 0, :, 0] == model_T).mean(axis=1).tolist())
-
-    return LensLayers(
-        answer=tuple(np.exp(reading.answer_logp_LxBxTxN[:, 0, at, 0]).tolist()),
-        rank=tuple(reading.answer_rank_LxBxTxN[:, 0, at, 0].tolist()),
-        control=tuple(np.exp(reading.control.answer_logp_LxBxTxN[:, 0, at, 0]).tolist()),
-        agreement=agreement(reading.ids_LxBxTxC),
-        control_agreement=agreement(reading.control.ids_LxBxTxC),
-    )

@@ -4,8 +4,8 @@ The step's features are set to zero at its tokens, at one layer, and the log-lik
 the first (which is predicted before the step begins) is compared with that of the unedited model. The answer is that of
 question 2 of the verdict (``interventions.verdict``), with tokens in the place of prompts: random sets are disjoint, of
 as many features that fire in the step and are not the step's, and each pair is compared at the smaller of its two
-doses. Holm's correction is over all steps of a text. Features are chosen by where they
-fire, not by the effect of ablating them, so all tokens judge.
+doses. Holm's correction is over all steps of a text. Features are chosen by where they fire, not by the effect of
+ablating them, so all tokens judge.
 """
 
 import functools
@@ -16,28 +16,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries import Dictionary
-from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.interventions.ablation import FRACTIONS
 from saejax.interventions.curves import EffectCurve, compare_at_equal_dose
-from saejax.interventions.split_model import active_features, record, run_head
-from saejax.matching.track.results import StepTest
+from saejax.interventions.rows import edit_value
+from saejax.interventions.split_model import SplitModel, active_features, record, run_head
+from saejax.matching.track.results import StepTest, TrackedStep
 from saejax.matching.track.stack import LayerDictionary
-from saejax.matching.track.texts import EncodedText, Segment
+from saejax.matching.track.texts import EncodedText
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
-from saejax.models.sites import Site
 from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import sharding
 from saejax.stages.track import TrackConfig
 from saejax.statistics.partition import disjoint_sets
-from saejax.statistics.ranks import holm, min_controls, rank_p
+from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 from saejax.tasks.likelihood import token_scores
 
-ROWS = {"cpu": 32}  # sets that are removed at once; the first block of draws and the clean run just fit
-_MANY = 256  # the same on accelerators
+_ROWS, _MANY = {"cpu": 32}, 256  # sets that are ablated at once; on accelerators
 _WINDOW, _POOL = 8, 64  # windows and features are filled up to a multiple of these, so that few programs are compiled
 LEVEL = 0.05  # of the test, after correction
 
@@ -52,24 +49,23 @@ class StepTester:
     """
 
     def __init__(self, lm: LanguageModel, layer: LayerDictionary, text: EncodedText, config: TrackConfig):
-        self._lm, self._text, self._config = lm, text, config
-        writes = Site.parse(layer.config.target or layer.config.site)
-        self._dictionary = jax.device_put(layer.load().with_sink_norms(lm.sink_norm), sharding(lm.mesh))
-        self._point = SplitPoint(lm.config, writes, layer.reads, lm.mesh, lm.rules)
-        length = len(text.ids_T)
+        self._text, self._config, self._split = text, config, SplitModel(lm, layer.load())
+        point, params, dictionary, length = self._split.point, lm.params, self._split.dictionary, len(text.ids_T)
         # Lengths are rounded, so that texts share programs.
         padded = round_length(length)
         ids_1xX = np.pad(text.ids_T, (0, padded - length))[None].astype(np.int32)
         last_1, wanted_1xX = np.array([length - 1]), np.ones(ids_1xX.shape, bool)
-        *head, finite_1 = run_head(self._point, "keep", lm.params, self._dictionary, ids_1xX, last_1, wanted_1xX)
+        *head, finite_1 = run_head(point, "keep", params, dictionary, ids_1xX, last_1, wanted_1xX)
         if not np.asarray(finite_1).all():
-            raise UserError(f"the value of {writes} is not finite on {text.problem.slug}: try --model.dtype=float32")
+            raise UserError(
+                f"the value of {point.site} is not finite on {text.problem.slug}: try --model.dtype=float32"
+            )
         self._stream, self._value, read_1xXxD, domain_1xX = head
-        _, self._past = record(self._point, lm.params, self._stream, self._value, last_1)
-        f_1xXxF = active_features(self._dictionary, read_1xXxD, domain_1xX)
-        self._f_TxF = np.asarray(jnp.where(self._dictionary.fires(f_1xXxF), f_1xXxF, 0.0))[0, :length]
+        _, self._past = record(point, params, self._stream, self._value, last_1)
+        f_1xXxF = active_features(dictionary, read_1xXxD, domain_1xX)
+        self._f_TxF = np.asarray(jnp.where(dictionary.fires(f_1xXxF), f_1xXxF, 0.0))[0, :length]
 
-    def test(self, step: Segment, features: Sequence[int]) -> tuple[EffectCurve, list[EffectCurve]]:
+    def test(self, step: TrackedStep, features: Sequence[int]) -> tuple[EffectCurve, list[EffectCurve]]:
         """Return the effects on a step's tokens of ablating features in it, and of ablating random sets.
 
         Returns:
@@ -87,68 +83,53 @@ class StepTester:
             raise UserError("none of its features fires before its last token")
         # Random sets fire in the step, too: removing what is silent would do nothing and make any effect look large.
         pool = np.setdiff1d(np.flatnonzero(fires_F), np.asarray(features))
-        seed = int(np.random.SeedSequence([self._config.seed, step.start, self._point.site.layer]).generate_state(1)[0])
-        random_sets = disjoint_sets(pool, len(tested), self._config.random_sets, seed)
-        sets = [np.array(tested), *random_sets]
-        W_dec_FxD = to_host(self._dictionary.W_dec_FxD[...])
-        dose_S = np.array([_dose(f_WxF, W_dec_FxD, members) for members in sets])
+        layer = self._split.point.site.layer
+        seed = int(np.random.SeedSequence([self._config.seed, step.start, layer]).generate_state(1)[0])
+        sets = [np.array(tested), *disjoint_sets(pool, len(tested), self._config.random_sets, seed)]
+        W_dec_FxD = to_host(self._split.dictionary.W_dec_FxD[...])
+        # The norm of the change at the site over all positions of the step, in float64 as sets of a dose are compared.
+        changes = (f_WxF[:, members].astype(np.float64) @ W_dec_FxD[members].astype(np.float64) for members in sets)
+        dose_S = np.array([np.linalg.norm(change_WxD) for change_WxD in changes])
         share_S = dose_S[0] / np.maximum(dose_S, 1e-30)
-        edits = [(sets[0], fraction) for fraction in FRACTIONS] + [(members, 1.0) for members in random_sets]
         # Sets of a larger dose are ablated in part as well, and compared with the features at their dose.
-        edits += [(members, share) for members, share in zip(random_sets, share_S[1:], strict=True) if share < 1]
-        pool_K = np.unique(np.concatenate(sets))
+        grids = [FRACTIONS, *((share, 1.0) if share < 1 else (1.0,) for share in share_S[1:].tolist())]
+        edits = [(members, fraction) for members, grid in zip(sets, grids, strict=True) for fraction in grid]
         # The clean run is a row of the same program: rounding differs between programs, and would pass for an effect.
-        clean_P, *logp_ExP = self._scores(step, pool_K, [(np.zeros(0, np.int64), 1.0), *edits])
+        clean_P, *logp_ExP = self._scores(step, [(np.zeros(0, np.int64), 1.0), *edits])
         if not np.isfinite(clean_P).all() or not np.isfinite(logp_ExP).all():
             raise UserError("log-likelihoods are not finite: try --model.dtype=float32")
-        drop_ExP = clean_P - np.stack(logp_ExP)
-        count, nothing_1xP = len(FRACTIONS), np.zeros((1, len(clean_P)))
-        top = EffectCurve((), dose_S[0] * np.array([0.0, *FRACTIONS]), np.concatenate([nothing_1xP, drop_ExP[:count]]))
-        whole, reduced = drop_ExP[count : count + len(random_sets)], iter(drop_ExP[count + len(random_sets) :])
-        curves = []
-        for drop_P, dose, share in zip(whole, dose_S[1:], share_S[1:], strict=True):
-            rows = [nothing_1xP[0], *([next(reduced)] if share < 1 else []), drop_P]
-            doses = [0.0, *([share * dose] if share < 1 else []), dose]
-            curves.append(EffectCurve((), np.array(doses), np.stack(rows)))
-        return top, curves
+        parts = np.split(clean_P - np.stack(logp_ExP), np.cumsum([len(grid) for grid in grids])[:-1])
+        top, *controls = (
+            EffectCurve((), dose * np.array([0.0, *grid]), np.concatenate([np.zeros((1, len(clean_P))), drop_AxP]))
+            for dose, grid, drop_AxP in zip(dose_S, grids, parts, strict=True)
+        )
+        return top, controls
 
-    def _scores(self, step: Segment, pool_K: np.ndarray, edits: Sequence[tuple[np.ndarray, float]]) -> np.ndarray:
+    def _scores(self, step: TrackedStep, edits: Sequence[tuple[np.ndarray, float]]) -> np.ndarray:
         """Return the log-likelihood of the step's tokens but the first, under each partial ablation, [N, P]."""
-        count = step.stop - step.start - 1
-        window, pool = filled(count, len(pool_K))
+        split, count = self._split, step.stop - step.start - 1
+        pool_K = np.unique(np.concatenate([members for members, _ in edits]))
         # Copies of the last feature, of which nothing is removed, because their fraction stays 0.
-        padded_X = np.pad(pool_K, (0, pool - len(pool_K)), mode="edge")
-        removed_WxX = np.zeros((window, pool), np.float32)
+        padded_X = np.pad(pool_K, (0, -len(pool_K) % _POOL), mode="edge")
+        window = count + -count % _WINDOW
+        removed_WxX = np.zeros((window, len(padded_X)), np.float32)
         removed_WxX[:count] = self._f_TxF[step.start : step.start + count][:, padded_X]
         targets_W: np.ndarray = np.zeros(window, np.int32)
         targets_W[:count] = self._text.ids_T[step.start + 1 : step.stop]
-        rows = rows_at_once(self._lm.mesh.devices.flat[0].platform, self._lm.mesh.shape["data"])
+        mesh = split.point.mesh
+        rows = _ROWS.get(mesh.devices.flat[0].platform, _MANY)
+        rows += -rows % mesh.shape["data"]
         parts = []
         for first in range(0, len(edits), rows):
-            fraction_RxX = np.zeros((rows, pool), np.float32)
+            fraction_RxX = np.zeros((rows, len(padded_X)), np.float32)
             for row, (features, fraction) in zip(fraction_RxX, edits[first : first + rows], strict=False):
                 row[np.searchsorted(pool_K, features)] = fraction
             arrays = self._stream, self._value, self._past, removed_WxX, padded_X, fraction_RxX
-            start = np.int32(step.start)
             # Only the step is run: what comes before it is not edited, and its keys and values are at hand.
-            logp_RxW, _ = run_rows(self._point, self._lm.params, self._dictionary, *arrays, targets_W, start)
+            start = np.int32(step.start)
+            logp_RxW, _ = run_rows(split.point, split.params, split.dictionary, *arrays, targets_W, start)
             parts.append(np.asarray(logp_RxW, np.float64)[: len(edits) - first, :count])
         return np.concatenate(parts)
-
-
-def _dose(f_WxF: np.ndarray, W_dec_FxD: np.ndarray, members: np.ndarray) -> float:
-    """Return the norm of the change at the site when features are ablated, over all positions of the step."""
-    return float(np.linalg.norm(f_WxF[:, members].astype(np.float64) @ W_dec_FxD[members].astype(np.float64)))
-
-
-def filled(tokens: int, features: int) -> tuple[int, int]:
-    """Return the numbers of ``tokens`` of a step and of ``features``, rounded up."""
-    return -(-tokens // _WINDOW) * _WINDOW, -(-features // _POOL) * _POOL
-
-
-def rows_at_once(platform: str, data: int) -> int:
-    """Return how many sets are removed together on a ``platform``, as many on each of ``data`` parts."""
-    return -(-ROWS.get(platform, _MANY) // data) * data
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -186,11 +167,7 @@ def run_rows(
     # A window filled up beyond the text reads its last token; those scores are dropped.
     at_W = jnp.minimum(start + jnp.arange(window), stream_1xTxD.shape[1] - 1)
     W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
-    removed_RxWxK = removed_WxX[None] * fraction_RxX[:, None, :]
-    # Features are subtracted from the value instead of rebuilding it, so that the dictionary's error stays in place.
-    changed_RxWxD = matmul(removed_RxWxK.astype(W_dec_KxD.dtype), W_dec_KxD)
-    value_1xWxD = value_1xTxD[:, at_W]
-    edited_RxWxD = (value_1xWxD.astype(changed_RxWxD.dtype) - changed_RxWxD).astype(value_1xWxD.dtype)
+    edited_RxWxD = edit_value(value_1xTxD[:, at_W], removed_WxX[None], W_dec_KxD, fraction_RxX[:, None, :])
     stream_RxWxD = jnp.broadcast_to(stream_1xTxD[:, at_W], edited_RxWxD.shape)
     flat = (array.reshape(shards, -1, array.shape[-1]) for array in (stream_RxWxD, edited_RxWxD))
     x = point.run_shared_suffix(params, past, tree, *flat).reshape(edited_RxWxD.shape)
@@ -202,26 +179,18 @@ def judge_steps(effects: Mapping[int, Effects]) -> dict[int, StepTest]:
     """Return the answers for all tested steps of a text, by the index of the step's segment."""
     pairs = {key: compare_at_equal_dose(top, random)[:2] for key, (_, top, random) in effects.items() if random}
     p_values = {key: rank_p(top.mean(axis=1), random.mean(axis=1)) for key, (top, random) in pairs.items()}
-    adjusted = dict(zip(p_values, holm(np.array(list(p_values.values()))).tolist(), strict=True))
+    adjusted = holm_by_key(p_values)
     needed = min_controls(len(effects), LEVEL)
-
-    def answer(key: int, sets: int) -> str:
-        if sets < needed:
-            return "not testable"
-        return "yes" if adjusted[key] <= LEVEL else "no"
-
     return {
         key: StepTest(
             features=tuple(features),
-            tokens=top.drop_AxP.shape[1],
             drop=float(top.drop_AxP[-1].mean()),
             sets=len(random),
             needed=needed,
             equal_drop=float(pairs[key][0].mean()) if random else None,
             random_drop=float(pairs[key][1].mean()) if random else None,
-            p_value=p_values.get(key),
             p_holm=adjusted.get(key),
-            hurt=answer(key, len(random)),
+            hurt="not testable" if len(random) < needed else "yes" if adjusted[key] <= LEVEL else "no",
         )
         for key, (features, top, random) in effects.items()
     }

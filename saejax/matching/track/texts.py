@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.matching.track.results import TrackedStep
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode as encode_text
 from saejax.models.tokens import token_text
@@ -42,29 +43,19 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
-    """A part of a text: the prompt, or a step; tokens ``start`` to ``stop`` - 1."""
-
-    name: str
-    text: str
-    start: int
-    stop: int
-
-
-@dataclasses.dataclass(frozen=True)
 class EncodedText:
     """A text as the model reads it."""
 
     problem: Problem  #: the text
     ids_T: np.ndarray  #: token ids; ``tokens``: their texts
     tokens: tuple[str, ...]
-    segments: tuple[Segment, ...]  #: its parts, which cover all tokens; ``first``: which of them is the first step
+    segments: tuple[TrackedStep, ...]  #: its parts, which cover all tokens; ``first``: which of them is the first step
     first: int
     answer: int | None  #: id of the answer's first token, None where the model's own most probable token is meant
     position: int  #: where the answer is the next token
 
     @property
-    def steps(self) -> tuple[Segment, ...]:
+    def steps(self) -> tuple[TrackedStep, ...]:
         """The segments that are steps."""
         return self.segments[self.first :]
 
@@ -199,7 +190,7 @@ def encode(lm: LanguageModel, problem: Problem) -> EncodedText:
         if start == stop:
             raise UserError(f"{problem.slug}: {name} ({text.strip()!r}) has no token of its own: join it with another")
     segments = tuple(
-        Segment(name, text.strip(), int(start), int(stop))
+        TrackedStep(name, text.strip(), int(start), int(stop))
         for (name, text), start, stop in zip(parts, starts, starts[1:], strict=False)
     )
     answer, position = _answer(lm.tokenizer, problem, whole, ends_T)

@@ -9,7 +9,6 @@ import numpy as np
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, stacks
 from saejax.dictionaries.formats import folders_of, read_config
 from saejax.errors import UserError
-from saejax.matching.transfer.results import ComparedDictionary
 from saejax.models.sites import Site
 from saejax.runner.stage import is_folder
 
@@ -64,10 +63,6 @@ class Compared:
         root, name = self.trained_in(workdir)
         path = root / "evaluate" / name / "firing_rate.npy"
         return np.load(path) > 0 if path.is_file() else None
-
-    def described(self) -> ComparedDictionary:
-        """Return its description in the results."""
-        return ComparedDictionary(self.name, self.config.model, self.config.site, self.target, self.config.n_features)
 
 
 def load_compared(names: Sequence[str], units: Mapping[str, Path], flag: str) -> list[Compared]:

@@ -28,8 +28,8 @@ from saejax.matching.transfer.activity import (
     site_values,
 )
 from saejax.matching.transfer.compared import Compared
-from saejax.matching.transfer.reconstruction import DictionaryOnText, evaluate_at_home, evaluate_at_other_site
-from saejax.matching.transfer.results import Rebuilt, ReconstructionTransfer
+from saejax.matching.transfer.reconstruction import DictionaryOnText, evaluate_at_other_site
+from saejax.matching.transfer.results import ReconstructionTransfer
 from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
 from saejax.models.source import resolve
@@ -151,7 +151,6 @@ class Reading:
         self._config, self._compared, self._mesh, self._shared = run.configs[TransferConfig], compared, mesh, shared
         self._activity = functools.lru_cache(maxsize=3)(shared.activity)
         self._halves = functools.lru_cache(maxsize=8)(self._shared_tokens)
-        self._home = functools.cache(self._evaluate_at_home)  # a few numbers for each dictionary
 
     def tokens(self, first: int, second: int) -> int:
         """Return the number of tokens on which two dictionaries are compared."""
@@ -195,12 +194,7 @@ class Reading:
             )
         return {
             name: evaluate_at_other_site(
-                on_text[moved],
-                on_text[native],
-                self._home(native),
-                self._mesh,
-                self._config.batch_tokens,
-                [self._config.seed, moved],
+                on_text[moved], on_text[native], self._mesh, self._config.batch_tokens, [self._config.seed, moved]
             )
             for name, moved, native in (("onto_second", first, second), ("onto_first", second, first))
         }
@@ -208,14 +202,6 @@ class Reading:
     def _load(self, index: int) -> Dictionary:
         each = self._compared[index]
         return each.dictionary.with_sink_norms(lambda site: self._shared.sink_norms[each.fingerprint, site])
-
-    def _evaluate_at_home(self, index: int) -> Rebuilt:
-        each, real_N = self._compared[index], self._activity(index).real_N
-        odd_N = self._shared.reads[each.fingerprint].text_N % 2 == 1
-        fit, measure = (np.flatnonzero(real_N & (odd_N == odd)) for odd in (False, True))
-        values_NxD = self._shared.values(each)
-        at_home = DictionaryOnText(self._load(index), np.asarray(values_NxD[fit]), np.asarray(values_NxD[measure]))
-        return evaluate_at_home(at_home, self._mesh, self._config.batch_tokens)
 
     def _shared_tokens(self, first: int, second: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the tokens at which both dictionaries apply, among those of each model: a pair for each half."""

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import KFold
 
-from saejax.dictionaries import Dictionary, rescale
+from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.evaluation.reconstruction import reconstruct
 from saejax.matching.rows import rotate
 from saejax.matching.transfer.results import FittedMap, Rebuilt, ReconstructionTransfer
@@ -33,19 +35,16 @@ class AffineMap(NamedTuple):
 
     @classmethod
     def fit(cls, x_NxD: np.ndarray, y_NxK: np.ndarray) -> "AffineMap":
-        """Return the ridge regression from x to y, its ridge chosen by 3-fold cross-validation over consecutive rows.
-
-        Consecutive rows are of the same texts, so that folds are of different texts.
-        """
-        fold_N = np.arange(len(x_NxD)) * _FOLDS // max(len(x_NxD), 1)
-        error_R = np.zeros(len(_RIDGES))
-        for fold in range(_FOLDS):
-            inside = fold_N != fold
-            # The ridge is chosen on folds that the map was not fitted on, or the smallest would always win.
-            solver = _RidgeSolver(x_NxD[inside], y_NxK[inside])
-            for number, ridge in enumerate(_RIDGES):
-                error_R[number] += np.square(y_NxK[~inside] - solver.solve(ridge).apply(x_NxD[~inside])).sum()
-        return _RidgeSolver(x_NxD, y_NxK).solve(_RIDGES[int(error_R.argmin())])
+        """Return the ridge regression from x to y, its ridge chosen by 3-fold cross-validation."""
+        # In float64, because the normal equations square the condition number.
+        x_NxD, y_NxK = x_NxD.astype(np.float64), y_NxK.astype(np.float64)
+        # The constant keeps a site whose values never vary from dividing by zero.
+        scale = np.square(x_NxD - x_NxD.mean(axis=0)[None]).sum() / x_NxD.shape[1] + 1e-12
+        # Folds of consecutive rows, as these are of the same texts: folds are then of different texts.
+        model = RidgeCV([ridge * scale for ridge in _RIDGES], scoring="neg_mean_squared_error", cv=KFold(_FOLDS)).fit(
+            x_NxD, y_NxK
+        )
+        return cls(model.coef_.T, model.intercept_, float(model.alpha_ / scale))
 
     def apply(self, x_NxD: np.ndarray) -> np.ndarray:
         """Return the mapped rows, float64 [N, K]."""
@@ -55,24 +54,6 @@ class AffineMap(NamedTuple):
         """Return the share of y's variance that the map explains on some rows."""
         total = np.square(y_NxK - y_NxK.mean(0, dtype=np.float64)[None]).sum(dtype=np.float64)
         return 1 - float(np.square(y_NxK - self.apply(x_NxD)).sum() / max(total, 1e-30))
-
-
-class _RidgeSolver:
-    """Ridge regressions on the same rows: one eigendecomposition serves every ridge."""
-
-    def __init__(self, x_NxD: np.ndarray, y_NxK: np.ndarray):
-        self._mean_D, self._mean_K = x_NxD.mean(0, dtype=np.float64), y_NxK.mean(0, dtype=np.float64)
-        x_NxD, y_NxK = x_NxD - self._mean_D[None], y_NxK - self._mean_K[None]
-        # In float64, because the normal equations square the condition number.
-        value_D, self._vector_DxD = np.linalg.eigh(x_NxD.T @ x_NxD)
-        self._value_D = np.maximum(value_D, 0)
-        self._target_DxK = self._vector_DxD.T @ (x_NxD.T @ y_NxK)
-
-    def solve(self, ridge: float) -> AffineMap:
-        # The constant keeps a site whose values never vary from dividing by zero.
-        damped_D = self._value_D + ridge * self._value_D.mean() + 1e-12
-        matrix_DxK = self._vector_DxD @ (self._target_DxK / damped_D[:, None])
-        return AffineMap(matrix_DxK, self._mean_K - self._mean_D @ matrix_DxK, ridge)
 
 
 class DictionaryOnText(NamedTuple):
@@ -101,62 +82,46 @@ def insert_maps(dictionary: Dictionary, into: AffineMap, back: AffineMap, native
         W_dec_FxD=arrays["W_dec_FxD"] @ back.matrix_DxK,
         b_dec_D=arrays["b_dec_D"] @ back.matrix_DxK + back.shift_K,
     )
-    config = dataclasses.replace(
-        plain.config, d_in=len(back.shift_K), site=native.config.site, target="", max_norm=native.config.max_norm
-    )
     arrays_fp32 = {name: jnp.asarray(array, jnp.float32) for name, array in moved.items()}
-    return Dictionary(config, plain.matmul_dtype, **arrays_fp32)
-
-
-def evaluate_at_home(place: DictionaryOnText, mesh: Mesh, batch: int) -> Rebuilt:
-    """Return the scores of a dictionary at its own site."""
-    return _evaluate([place.dictionary], place, mesh, batch)[0]
+    return Dictionary(_at_site(plain.config, native.config), plain.matmul_dtype, **arrays_fp32)
 
 
 def evaluate_at_other_site(
-    moved: DictionaryOnText,
-    native: DictionaryOnText,
-    native_scores: Rebuilt,
-    mesh: Mesh,
-    batch: int,
-    seed: Sequence[int],
+    moved: DictionaryOnText, native: DictionaryOnText, mesh: Mesh, batch: int, seed: Sequence[int]
 ) -> ReconstructionTransfer:
-    """Return the scores of a dictionary at another site.
+    """Return the scores of a dictionary at another site, and those of the dictionary of that site.
 
     Args:
       moved: the dictionary and the values of its own site.
       native: the dictionary of the other site and its values, on the same tokens.
-      native_scores: scores of ``native`` at its site.
       mesh: the devices.
       batch: tokens in a batch.
       seed: seed of the rotation.
     """
     # The null goes through the same maps: they alone explain part of the variance.
     straight, rotated = rescale.centre(moved.dictionary), rotate(moved.dictionary, seed)
-    into = AffineMap.fit(native.fit_NxD, moved.fit_NxD)
-    back = AffineMap.fit(moved.fit_NxD, native.fit_NxD)
-    maps = (
-        FittedMap(len(native.fit_NxD), into.r2(native.measure_NxD, moved.measure_NxD), into.ridge),
-        FittedMap(len(moved.fit_NxD), back.r2(moved.measure_NxD, native.measure_NxD), back.ridge),
-    )
+    (into, into_figures), (back, back_figures) = _fit_map(native, moved), _fit_map(moved, native)
     mapped = [insert_maps(each, into, back, native.dictionary) for each in (straight, rotated)]
     affine, affine_null = _evaluate(mapped, native, mesh, batch)
-    if moved.fit_NxD.shape[1] != native.fit_NxD.shape[1]:
-        return ReconstructionTransfer(native_scores, None, None, affine, affine_null, *maps)
-    as_they_are = [_at_site(each, native.dictionary) for each in (straight, rotated)]
-    direct, direct_null = _evaluate(as_they_are, native, mesh, batch)
-    return ReconstructionTransfer(native_scores, direct, direct_null, affine, affine_null, *maps)
+    (native_scores,) = _evaluate([native.dictionary], native, mesh, batch)
+    direct, direct_null = None, None
+    if into_figures.width == back_figures.width:
+        config = _at_site(straight.config, native.dictionary.config)
+        unchanged = [Dictionary(config, each.matmul_dtype, **each.arrays) for each in (straight, rotated)]
+        direct, direct_null = _evaluate(unchanged, native, mesh, batch)
+    return ReconstructionTransfer(native_scores, direct, direct_null, affine, affine_null, into_figures, back_figures)
 
 
-def has_few_rows(width: int, rows: int) -> bool:
-    """Return whether a map from a site of a width is fitted on too few rows."""
-    return rows < ROWS_PER_DIMENSION * width
+def _fit_map(source: DictionaryOnText, target: DictionaryOnText) -> tuple[AffineMap, FittedMap]:
+    """Return a map from the site of one dictionary to that of another, and its figures."""
+    fitted, (rows, width) = AffineMap.fit(source.fit_NxD, target.fit_NxD), source.fit_NxD.shape
+    r2 = fitted.r2(source.measure_NxD, target.measure_NxD)
+    return fitted, FittedMap(source.dictionary.config.site, width, rows, r2, fitted.ridge)
 
 
-def _at_site(dictionary: Dictionary, native: Dictionary) -> Dictionary:
-    """Return a dictionary unchanged at the site of another, with its sink rule."""
-    config = dataclasses.replace(dictionary.config, site=native.config.site, target="", max_norm=native.config.max_norm)
-    return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
+def _at_site(config: DictionaryConfig, native: DictionaryConfig) -> DictionaryConfig:
+    """Return the description of a dictionary at the site of another, with that one's sink rule."""
+    return dataclasses.replace(config, d_in=native.d_in, site=native.site, target="", max_norm=native.max_norm)
 
 
 def _evaluate(dictionaries: Sequence[Dictionary], native: DictionaryOnText, mesh: Mesh, batch: int) -> list[Rebuilt]:

@@ -1,4 +1,4 @@
-"""The report's section on what dictionaries share: pairs, matrices, shares, chains, and evaluation at other sites."""
+"""The report's section on what dictionaries share: pairs, matrices, chains, and evaluation at other sites."""
 
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
@@ -6,15 +6,15 @@ from pathlib import PurePath
 import numpy as np
 from matplotlib.figure import Figure
 
-from saejax.matching.transfer.results import ComparedPair, FittedMap, Rebuilt, ReconstructionTransfer, TransferResults
+from saejax.matching.transfer.results import ComparedPair, ComparedRows, Rebuilt, TransferResults
 from saejax.page import style
 from saejax.page.blocks import Block, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, interval, number, percent
+from saejax.page.tables import MISSING, Table, number, percent
 from saejax.results import Interval
 
-_ROWS = 15  # pairs or dictionaries in a table; more are drawn
+_ROWS = 15  # rows of a table
 _MEASURES = dict(decoder="decoder rows", encoder="encoder rows", activity="activity")
 
 
@@ -30,16 +30,13 @@ def _section(results: TransferResults, draw: Draw) -> Section:
         "text shifted by half. All values are signed. Dead features, and for activity features with too few firings, "
         "are not compared."
     )
-    few = len(results.pairs) <= _ROWS
     blocks: list[Block] = [Text(intro)]
-    if few:
+    if len(results.pairs) <= _ROWS:
         blocks.append(_pairs_table(results.pairs))
     if len(results.dictionaries) > 2:
         blocks += _matrices(results, draw)
-    if len(results.dictionaries) <= _ROWS:
-        blocks.append(_shares_table(results))
     blocks += _chains(results)
-    blocks += _transfers(results, draw, few)
+    blocks += _transfers(results)
     return Section("What dictionaries share", tuple(blocks))
 
 
@@ -48,48 +45,33 @@ def _short(name: str) -> str:
     return name if len(name) <= 24 else "/".join(PurePath(name).parts[-2:])
 
 
-def _title(pair: ComparedPair) -> str:
-    return f"{_short(pair.first)} and {_short(pair.second)}"
-
-
-def _with_null(value: Interval, null: Interval, show: Callable[[float], str]) -> str:
-    return f"{show(value.mean)} [{show(value.low)}, {show(value.high)}]; {show(null.mean)}"
+def _with_null(both: ComparedRows, name: str, show: Callable[[float], str] = number) -> str:
+    value: Interval = getattr(both.scores, name)
+    return f"{show(value.mean)} [{show(value.low)}, {show(value.high)}]; {show(getattr(both.null, name).mean)}"
 
 
 def _pairs_table(pairs: Sequence[ComparedPair]) -> Table:
-    columns = (
-        "Dictionaries, by",
-        "Nearest",
-        "Nearest, reversed",
-        "Pairs",
-        "Shared",
-        "Ceiling",
-        "Above 0.9",
-        "Compared (left out)",
-    )
-    rows = []
-    for pair in pairs:
-        for measure, rows_by in pair.measures.items():
-            means = [
-                _with_null(getattr(rows_by.scores, name), getattr(rows_by.null, name), number)
-                for name in ("nearest", "nearest_back", "matched")
-            ]
-            shared, close = (
-                _with_null(getattr(rows_by.scores, name), getattr(rows_by.null, name), lambda share: percent(share, 1))
-                for name in ("shared", "close")
-            )
-            ceiling = MISSING if rows_by.ceiling is None else percent(rows_by.ceiling, 1)
-            counts = " and ".join(
-                f"{count:,} ({left_out:,})" for count, left_out in zip(rows_by.compared, rows_by.left_out, strict=True)
-            )
-            rows.append((f"{_title(pair)}, by {_MEASURES[measure]}", *means, shared, ceiling, close, counts))
+    columns = {
+        "Dictionaries, by": lambda pair, measure, both: (
+            f"{_short(pair.first)} and {_short(pair.second)}, by {_MEASURES[measure]}"
+        ),
+        "Nearest": lambda pair, measure, both: _with_null(both, "nearest"),
+        "Nearest, reversed": lambda pair, measure, both: _with_null(both, "nearest_back"),
+        "Pairs": lambda pair, measure, both: _with_null(both, "matched"),
+        "Shared": lambda pair, measure, both: _with_null(both, "shared", lambda share: percent(share, 1)),
+        "Ceiling": lambda pair, measure, both: percent(both.ceiling, 1),
+        "Compared (left out)": lambda pair, measure, both: " and ".join(
+            f"{count:,} ({left_out:,})" for count, left_out in zip(both.compared, both.left_out, strict=True)
+        ),
+    }
+    rows = [(pair, measure, both) for pair in pairs for measure, both in pair.measures.items()]
     note = (
         "Each figure with its 95 % interval over features; after the semicolon, the null. Nearest: mean over features "
         "of the largest value with a feature of the other dictionary (MMCS). Pairs: mean value of the one-to-one pairs "
         "with the largest sum (PW-MCC). Ceiling: the share of features that the first dictionary shares with itself on "
         "the same tokens."
     )
-    return Table("Pairs of dictionaries", columns, tuple(rows), note=note)
+    return Table.of("Pairs of dictionaries", rows, columns, note=note)
 
 
 def _matrices(results: TransferResults, draw: Draw) -> list[Block]:
@@ -111,24 +93,12 @@ def _matrices(results: TransferResults, draw: Draw) -> list[Block]:
 
 
 def _share_matrix(names: Sequence[str], pairs: Sequence[ComparedPair], measure: str, side: str) -> np.ndarray:
-    """Return the shares of pairs by a measure, "scores" or under the "null", [N, N]."""
-
-    def share(pair: ComparedPair) -> tuple[float, float]:
-        value = getattr(pair.measures[measure], side).shared.mean if measure in pair.measures else np.nan
-        return value, value
-
-    return _matrix(names, pairs, share)
-
-
-def _matrix(
-    names: Sequence[str], pairs: Sequence[ComparedPair], value: Callable[[ComparedPair], tuple[float, float]]
-) -> np.ndarray:
-    """Return values of the row's and the column's dictionary, [N, N]; NaN where they were not compared."""
-    values = np.full((len(names), len(names)), np.nan)
-    index_of = {name: index for index, name in enumerate(names)}
+    """Return the shares of pairs by a measure, "scores" or under the "null", [N, N]; NaN where not compared."""
+    values, index_of = np.full((len(names), len(names)), np.nan), {name: index for index, name in enumerate(names)}
     for pair in pairs:
-        first, second = index_of[pair.first], index_of[pair.second]
-        values[first, second], values[second, first] = value(pair)
+        if measure in pair.measures:
+            first, second = index_of[pair.first], index_of[pair.second]
+            values[first, second] = values[second, first] = getattr(pair.measures[measure], side).shared.mean
     return values
 
 
@@ -151,48 +121,26 @@ def _tick(name: str) -> str:
     return text if len(text) <= 16 else "…" + text[-15:]
 
 
-def _shares_table(results: TransferResults) -> Table:
-    features = {each.name: each.features for each in results.dictionaries}
-    columns = {
-        "Dictionary": lambda share: _short(share.name),
-        "Features": lambda share: f"{features[share.name]:,}",
-        "By": lambda share: _MEASURES[share.measure],
-        "Shared with every other": lambda share: f"{_percents(share.everywhere)}; {percent(share.everywhere_null, 1)}",
-        "Shared with at least one": lambda share: f"{_percents(share.somewhere)}; {percent(share.somewhere_null, 1)}",
-        "Shared with none": lambda share: _percents(share.nowhere),
-    }
-    rows = [(share,) for share in results.shares]
-    return Table.of("Shared features", rows, columns, words={"By"}, note="After the semicolon, the null.")
-
-
-def _percents(value: Interval) -> str:
-    return interval(value, 1, 100.0) + "\u00a0%"
-
-
 def _chains(results: TransferResults) -> list[Block]:
     blocks: list[Block] = []
     for chains in results.chains:
         lengths = sorted({*chains.lengths, *chains.lengths_null})
         ends = f"{_short(chains.dictionaries[0])} to {_short(chains.dictionaries[-1])}"
         title = f"Chains of features shared by {_MEASURES[chains.measure]}, {ends}"
-        if not lengths:
-            blocks.append(Text(f"{title}: there are none."))
-            continue
-        rows = tuple(
-            (str(length), f"{chains.lengths.get(length, 0):,}", f"{chains.lengths_null.get(length, 0):,}")
-            for length in lengths
-        )
+        counts = (chains.lengths, chains.lengths_null)
+        rows = tuple((str(length), *(f"{each.get(length, 0):,}" for each in counts)) for length in lengths)
         longest = "; ".join(
             f"{chain.label or 'a feature without a label'} (features {', '.join(map(str, chain.features))}, from "
             f"{_short(chain.first)} on, weakest link {number(chain.value)})"
             for chain in chains.longest[:5]
         )
-        blocks.append(Table(title, ("Layers", "Chains", "Null"), rows, note=f"The longest: {longest}."))
+        table = Table(title, ("Layers", "Chains", "Null"), rows, note=f"The longest: {longest or 'none'}.")
+        blocks.append(table if rows else Text(f"{title}: there are none."))
     return blocks
 
 
-def _transfers(results: TransferResults, draw: Draw, few: bool) -> list[Block]:
-    """Return the scores of dictionaries at each other's sites."""
+def _transfers(results: TransferResults) -> list[Block]:
+    """Return a table of the dictionaries that explain most at each other's sites; nothing if none was evaluated."""
     moved = [
         (f"{_short(first)} at the site of {_short(second)}", transfer)
         for pair in results.pairs
@@ -202,50 +150,25 @@ def _transfers(results: TransferResults, draw: Draw, few: bool) -> list[Block]:
         )
         if transfer
     ]
-    if not moved:
-        return []
+    moved.sort(key=lambda row: -row[1].affine.explained_variance)
+    left_out = f" {len(moved) - _ROWS:,} others explain less." if len(moved) > _ROWS else ""
     note = (
         "Explained variance on held-out text (and L0). Rotated: the "
         "dictionary after a random rotation, which is the null. With maps: an affine map to the dictionary's own site "
         "and one back, fitted on other text. R²: share of variance that these maps explain on held-out text; maps that "
-        "were fitted on fewer than 4 tokens per dimension explain less than they could."
+        f"were fitted on fewer than 4 tokens per dimension explain less than they could.{left_out}"
     )
-    if few:
-        columns = (
-            "Dictionary",
-            "Own dictionary",
-            "Unchanged",
-            "Rotated",
-            "With maps",
-            "Rotated, with maps",
-            "R² in, back",
-        )
-        rows = tuple((name, *_transfer_cells(transfer)) for name, transfer in moved)
-        return [Table("Dictionaries at other sites", columns, rows, note=note)]
-    names = [each.name for each in results.dictionaries]
-
-    def value(part: str) -> Callable[[ComparedPair], tuple[float, float]]:
-        def of(pair: ComparedPair) -> tuple[float, float]:
-            parts = [getattr(each, part) if each else None for each in (pair.onto_second, pair.onto_first)]
-            first, second = (np.nan if each is None else max(each.explained_variance, 0.0) for each in parts)
-            return first, second
-
-        return of
-
-    titles = dict(direct="unchanged", direct_null="rotated", affine="with maps", affine_null="rotated, with maps")
-    matrices = {title: _matrix(names, results.pairs, value(part)) for part, title in titles.items()}
-    caption = f"The row's dictionary at the site of the column's. {note} Values below 0 are shown as 0."
-    return [draw("transfer-sites", draw_heatmaps(names, matrices, "explained variance"), caption, caption)]
+    columns = {
+        "Dictionary": lambda name, transfer: name,
+        "Own dictionary": lambda name, transfer: _rebuilt(transfer.native),
+        "Unchanged": lambda name, transfer: _rebuilt(transfer.direct),
+        "Rotated": lambda name, transfer: _rebuilt(transfer.direct_null),
+        "With maps": lambda name, transfer: _rebuilt(transfer.affine),
+        "Rotated, with maps": lambda name, transfer: _rebuilt(transfer.affine_null),
+        "R² in, back": lambda name, transfer: f"{number(transfer.into.r2)}, {number(transfer.back.r2)}",
+    }
+    return [Table.of("Dictionaries at other sites", moved[:_ROWS], columns, note=note)] if moved else []
 
 
-def _transfer_cells(transfer: ReconstructionTransfer) -> tuple[str, ...]:
-    def cell(scores: Rebuilt | None) -> str:
-        if scores is None:
-            return MISSING
-        return f"{number(scores.explained_variance)} ({number(scores.l0, 0)})"
-
-    def r2(fitted: FittedMap) -> str:
-        return number(fitted.r2)
-
-    parts = (transfer.native, transfer.direct, transfer.direct_null, transfer.affine, transfer.affine_null)
-    return (*map(cell, parts), f"{r2(transfer.into)}, {r2(transfer.back)}")
+def _rebuilt(scores: Rebuilt | None) -> str:
+    return MISSING if scores is None else f"{number(scores.explained_variance)} ({number(scores.l0, 0)})"

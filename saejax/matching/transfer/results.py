@@ -25,8 +25,6 @@ class MatchScores:
     nearest_back: Interval  #: the same from the second to the first
     matched: Interval  #: mean value of the pairs of the one-to-one assignment with the largest sum (PW-MCC)
     shared: Interval  #: share of these pairs whose value is at least 0.7; Wilson's interval
-    close: Interval  #: share at or above 0.9; likewise
-    mutual: float  #: features that are each other's nearest, over the features of the smaller side
     gap: float  #: upper bound of the distance of the mean of the pairs to the best assignment's
 
 
@@ -57,6 +55,8 @@ class Rebuilt:
 class FittedMap:
     """An affine map between the values of two sites."""
 
+    site: str  #: that it maps from
+    width: int  #: dimensions of that site
     rows: int  #: tokens that it was fitted on
     r2: float  #: share of variance explained on the half of the text that measures
     ridge: float  #: chosen by cross-validation, relative to the mean variance of the input's dimensions
@@ -88,19 +88,6 @@ class ComparedPair:
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureShares:
-    """Shares of a dictionary's features that are shared with others."""
-
-    name: str  #: of the dictionary
-    measure: str  #: by which: the first asked for that applies to all of its pairs
-    everywhere: Interval  #: shared with every compared dictionary; Wilson's interval, as for the others
-    somewhere: Interval  #: shared with at least one
-    nowhere: Interval  #: shared with none
-    everywhere_null: float  #: the share under the null
-    somewhere_null: float  #: likewise
-
-
-@dataclasses.dataclass(frozen=True)
 class Chain:
     """A feature that persists through layers: in each dictionary shared with the one before."""
 
@@ -118,7 +105,7 @@ class Chains:
     measure: str  #: by which: the first asked for that applies to all successive layers
     lengths: Mapping[int, int]  #: number of dictionaries of a chain, at least 2 -> number of chains
     lengths_null: Mapping[int, int]  #: the same under the null
-    longest: tuple[Chain, ...]  #: longest first; all are in `chains.parquet`
+    longest: tuple[Chain, ...]  #: the longest, by their weakest link
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,5 +115,4 @@ class TransferResults:
     dictionaries: tuple[ComparedDictionary, ...]  #: in the order of the matrices
     rule: str  #: when two features count as shared
     pairs: tuple[ComparedPair, ...]  #: that were compared, each once
-    shares: tuple[FeatureShares, ...]  #: of each dictionary
     chains: tuple[Chains, ...]  #: of each model with dictionaries at several layers

@@ -5,19 +5,19 @@
 3. For each first dictionary of a pair: match its features with those of each second one by every measure that applies
    (``matching.match``), and beside it with rows that share nothing with it; evaluate each dictionary at the other's
    site if asked for (``reconstruction``).
-4. Shares and chains follow from the pairs of features (``summary``).
+4. Chains through the layers follow from the pairs of features (``summary``).
 
 Dictionaries are loaded when they are used, and the rows of a few are kept: memory does not grow with their number.
 
 Written for the first dictionary of each pair: ``<part>.json``, the figures of its pairs, and
-``<part>-<measure>.parquet``, the pairs of features; then ``pairs.csv`` and ``chains.parquet``.
+``<part>-<measure>.parquet``, the pairs of features; then ``pairs.csv``.
 """
 
 import dataclasses
 import functools
 import itertools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy.stats import norm
@@ -27,7 +27,7 @@ from saejax.matching.match import Matched, match
 from saejax.matching.rows import independent_rows, weight_rows
 from saejax.matching.transfer.compared import Compared, load_compared, measures_of, same_model
 from saejax.matching.transfer.reading import CEILING, NULL, SCORES, Reading, read_shared_text
-from saejax.matching.transfer.reconstruction import ROWS_PER_DIMENSION, has_few_rows
+from saejax.matching.transfer.reconstruction import ROWS_PER_DIMENSION
 from saejax.matching.transfer.results import (
     ComparedPair,
     ComparedRows,
@@ -45,7 +45,6 @@ from saejax.settings import MeshConfig
 from saejax.stages.transfer import TransferConfig
 from saejax.tasks.scoring import wilson
 
-CLOSE = 0.9
 _FLAG = "--transfer.dictionaries"
 _ROW_BYTES = 1 << 30  # rows of dictionaries kept in memory
 _Z = float(norm.ppf(0.975))
@@ -78,7 +77,7 @@ def run_transfer(run: Run) -> TransferResults:
         return lambda part, on_progress: comparison.measure(part, parts.index(part), on_progress)
 
     pairs_of = each_part(run, parts, begin, tuple[ComparedPair, ...], "assignments")
-    results = summarize(run, compared, parts, [pair for part in parts for pair in pairs_of[part]], wanted)
+    results = summarize(run, compared, parts, [pair for part in parts for pair in pairs_of[part]])
     # Last, as a run that is continued needs the text's activations for the remaining pairs.
     shutil.rmtree(run.folder / "text", ignore_errors=True)
     return results
@@ -95,9 +94,9 @@ def select_pairs(compared: Sequence[Compared], between: int, seed: int) -> list[
     pairs = list(itertools.combinations(range(len(compared)), 2))
     across = [pair for pair in pairs if not same_model(*(compared[index] for index in pair))]
     if between and len(across) > between:
+        within = set(pairs) - set(across)
         chosen = np.random.default_rng(seed).choice(len(across), between, replace=False)
-        dropped = set(across) - {across[number] for number in chosen}
-        pairs = [pair for pair in pairs if pair not in dropped]
+        pairs = sorted([*within, *(across[number] for number in chosen)])
     return pairs
 
 
@@ -204,25 +203,21 @@ class Comparison:
         transfers: dict[str, ReconstructionTransfer] = {}
         if self._config.reconstruction and self._reading:
             transfers = self._reading.transfers(first, second)
-            self._warn(first, second, transfers)
+            self._warn(transfers.values())
         tokens = self._reading.tokens(first, second) if self._reading else None
         return ComparedPair(
             self._compared[first].name, self._compared[second].name, measures, tokens=tokens, **transfers
         )
 
-    def _warn(self, first: int, second: int, transfers: Mapping[str, ReconstructionTransfer]) -> None:
+    def _warn(self, transfers: Iterable[ReconstructionTransfer]) -> None:
         """Log maps that were fitted on too few rows, with what they explain of held-out rows."""
-        moved_and_native = dict(onto_second=(first, second), onto_first=(second, first))
-        for name, transfer in transfers.items():
-            moved, native = moved_and_native[name]
-            for source, fitted in ((native, transfer.into), (moved, transfer.back)):
-                width = self._compared[source].config.d_in
-                if has_few_rows(width, fitted.rows):
-                    self._run.say(
-                        f"warning: the map from {self._compared[source].name}'s site has {fitted.rows:,} rows for "
-                        f"{width:,} dimensions, fewer than {ROWS_PER_DIMENSION} per dimension (held-out R² "
-                        f"{fitted.r2:.2f}): raise --transfer.tokens to {2 * ROWS_PER_DIMENSION * width:,} or more"
-                    )
+        for fitted in (fitted for transfer in transfers for fitted in (transfer.into, transfer.back)):
+            if fitted.rows < ROWS_PER_DIMENSION * fitted.width:
+                self._run.say(
+                    f"warning: the map from {fitted.site} has {fitted.rows:,} rows for {fitted.width:,} dimensions, "
+                    f"fewer than {ROWS_PER_DIMENSION} per dimension (held-out R² {fitted.r2:.2f}): raise "
+                    f"--transfer.tokens to {2 * ROWS_PER_DIMENSION * fitted.width:,} or more"
+                )
 
 
 def _sides(measure: str) -> tuple[str, ...]:
@@ -245,9 +240,7 @@ def score(matched: Matched, features: tuple[np.ndarray, ...]) -> MatchScores:
         nearest=mean_interval(matched.nearest_F[first_F]),
         nearest_back=mean_interval(matched.nearest_G[second_G]),
         matched=mean_interval(pairs_N),
-        shared=_share(pairs_N >= SHARED),
-        close=_share(pairs_N >= CLOSE),
-        mutual=float((matched.mutual_F & first_F).sum()) / max(len(pairs_N), 1),
+        shared=wilson(pairs_N >= SHARED) if len(pairs_N) else Interval(0.0, 0.0, 0.0),
         gap=max(matched.gap, 0.0),
     )
 
@@ -262,23 +255,14 @@ def mean_interval(values_N: np.ndarray) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def _share(is_N: np.ndarray) -> Interval:
-    return wilson(is_N) if len(is_N) else Interval(0.0, 0.0, 0.0)
-
-
 def _line(first: Compared, pairs: Sequence[ComparedPair]) -> str:
     """Return the figures of a dictionary's pairs as a log line."""
     if not pairs:
         return f"{first.name}: no pairs"
-    main = [next(iter(pair.measures.values())) for pair in pairs]
-    most = max(range(len(pairs)), key=lambda i: main[i].scores.shared.mean)
-    line = (
-        f"{first.name}, {len(pairs)} pairs: by {next(iter(pairs[most].measures))}, shares most with "
-        f"{pairs[most].second}, {main[most].scores.shared.mean:.1%} of the pairs of features (null "
-        f"{main[most].null.shared.mean:.1%}), mean {main[most].scores.matched.mean:.3f} "
-        f"({main[most].null.matched.mean:.3f})"
+    most = max(pairs, key=lambda pair: next(iter(pair.measures.values())).scores.shared.mean)
+    measure, both = next(iter(most.measures.items()))
+    return (
+        f"{first.name}, {len(pairs)} pairs: by {measure}, shares most with {most.second}, "
+        f"{both.scores.shared.mean:.1%} of the pairs of features (null {both.null.shared.mean:.1%}), mean "
+        f"{both.scores.matched.mean:.3f} ({both.null.matched.mean:.3f})"
     )
-    moved = [transfer for pair in pairs for transfer in (pair.onto_second, pair.onto_first) if transfer]
-    if moved:
-        line += f"; held-out R² of maps {min(each.into.r2 for each in moved):.2f} or more"
-    return line

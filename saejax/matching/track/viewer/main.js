@@ -26,10 +26,8 @@ function show(text) {
   });
   panel.addEventListener('keydown', (event) => { if (event.key === 'Escape') end(); });
   grids.push(grid);
-  const same = text.same_number > text.links.length / 2
-    ? '; most join features of the same number: the dictionaries were trained from one initialisation, so these links mean nothing' : '';
   const about = `${number(text.tokens.length, 9)} tokens, ${text.layers.length} layers with dictionaries (${text.layers[0].name} and on), ` +
-    `${number(text.links.length, 9)} links between shown features, by the similarity of their directions${same}.`;
+    `${number(text.links.length, 9)} links between shown features, by the similarity of their directions.`;
   const chooser = make('select', {'aria-label': 'Layer whose features are listed'});
   text.layers.forEach((one, l) => chooser.append(make('option', {value: l}, one.site)));
   chooser.value = Math.max(0, text.layers.findIndex((one) => one.site === text.tested));
