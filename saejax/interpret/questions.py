@@ -31,7 +31,6 @@ class Question:
 
     task: str  #: the instruction
     text: str  #: the material
-    short_tokens: int  #: limit of the reply of a local model, which answers without reasoning
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -70,7 +69,7 @@ def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str]) -> Ques
     text = _numbered([marked(context, active_positions(context)) for context in contexts])
     listed = json.dumps(list(map(_clean, promoted)), ensure_ascii=False)
     text += f"\n\nTokens that the feature makes more likely: {listed}" if promoted else ""
-    return Question(_EXPLAIN, text, 200)
+    return Question(_EXPLAIN, text)
 
 
 def detect(label: str, contexts: Sequence[FeatureContext]) -> Question:
@@ -78,7 +77,7 @@ def detect(label: str, contexts: Sequence[FeatureContext]) -> Question:
     example = json.dumps([number % 2 for number in range(len(contexts))])
     task = _DETECT.format(count=len(contexts), example=example)
     text = f"Description: {label}\n\n{_numbered(list(map(plain, contexts)))}"
-    return Question(task, text, 40)
+    return Question(task, text)
 
 
 def read_label(reply: str | None) -> str | None:

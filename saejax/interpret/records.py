@@ -5,27 +5,23 @@ group are the firings with the largest ``priority``, so that each sample is unif
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.activations.store import Store
+from saejax.activations.documents import Documents
 from saejax.interpret import contexts
 from saejax.interpret.attended import HeadShares
 from saejax.interpret.detectors import PairCounts
-from saejax.interpret.feature_record import FeatureCode, FeatureContext, FeatureRecord, LogitHistogram
+from saejax.interpret.feature_record import FeatureContext, FeatureRecord, FeatureToken, LogitHistogram
 from saejax.interpret.firings import Block, priority
-from saejax.interpret.neighbours import OutputTokens, Together
+from saejax.interpret.neighbours import OutputTokens
 from saejax.interpret.text import CodeCounts, CodedText
 
 GROUPS = 10
 LOWEST, BINS, PER_OCTAVE = -10, 40, 2  # histogram of activations: the first edge is 2^LOWEST
-_POSITIONS = 12  # bins of positions: 0, 1, 2 to 3, 4 to 7, ...
 _JOINT = 13  # bits of a feature of a block and one of its groups in a sort key
-_TOGETHER = 6
-_FREQUENT = 64  # codes on which a feature fires most often, among which the listed ones are
-_BY_SUM, _BY_MEAN = 6, 6  # tokens listed, by summed and by mean activation
-_TIMES = 3  # minimum frequency of a token that is listed by its mean activation
+_TOKENS = 8  # listed of each feature
 
 
 def histogram(block: Block) -> np.ndarray:
@@ -40,17 +36,6 @@ def sums(block: Block) -> tuple[np.ndarray, np.ndarray]:
     total, largest = np.bincount(block.feature, block.value, block.size), np.zeros(block.size)
     np.maximum.at(largest, block.feature, block.value)
     return total, largest
-
-
-def position_bins(position: np.ndarray) -> np.ndarray:
-    """Return bins of positions: 0, 1, 2 to 3, 4 to 7, ..."""
-    return np.minimum(np.ceil(np.log2(position + 1)).astype(np.int64), _POSITIONS - 1)
-
-
-def positions(block: Block, text: CodedText) -> np.ndarray:
-    """Return firings by bin of position, int64 [features, bins]."""
-    joint = block.feature * _POSITIONS + position_bins(text.position(block.place))
-    return np.bincount(joint, minlength=block.size * _POSITIONS).reshape(block.size, _POSITIONS)
 
 
 def weakest_first(block: Block) -> np.ndarray:
@@ -104,60 +89,45 @@ def short(value: float) -> float:
 class Describer:
     """Makes the records of a dictionary's features, block by block."""
 
-    store: Store  #: the store
-    text: CodedText  #: its text
+    documents: Documents  #: of the store
+    text: CodedText  #: their text
     place: np.ndarray  #: encoded places
-    bases: Mapping[str, CodeCounts]  #: frequency of codes there, by family
+    token_counts: CodeCounts  #: frequency of tokens there
     examples: int  #: number of contexts of the strongest firings
     draws: int  #: number of contexts from each tenth of the firings
     output: OutputTokens | None  #: tokens that features promote and suppress; None: unknown
     nearest: tuple[np.ndarray, np.ndarray]  #: indices and cosines of the nearest decoder rows, [F, n]
-    together: Together  #: co-activation of features
     heads: HeadShares | None = None  #: attention shares of heads; None: not asked for
 
     def __post_init__(self):
-        self._is_stored = np.zeros(len(self.store.documents.ids_T), bool)
+        self._is_stored = np.zeros(len(self.documents.ids_T), bool)
         self._is_stored[self.place] = True
 
     def records(self, block: Block, tokens: PairCounts) -> list[FeatureRecord]:
-        """Return the records of a block's features, without labels."""
-        shapes = PairCounts(block, self.text.code("shape", block.place))
-        looks = self.heads.of(block) if self.heads else [None] * block.size
-        records = [self._of_weights(block, i) for i in range(block.size)]
-        self._describe_firings(records, block, dict(token=tokens, shape=shapes))
-        for record, look in zip(records, looks, strict=True):
-            if look:
-                record["attention"] = look
-        return records
+        """Return the records of a block's features, without labels.
 
-    def _describe_firings(
-        self, records: Sequence[FeatureRecord], block: Block, pairs: Mapping[str, PairCounts]
-    ) -> None:
-        """Add statistics of firings to the records of a block's live features."""
-        total, largest = sums(block)
-        bins, position = histogram(block), positions(block, self.text)
-        order = weakest_first(block)
+        Args:
+          block: firings on the search text.
+          tokens: its counts by token.
+        """
+        looks = self.heads.of(block) if self.heads else [None] * block.size
+        (total, largest), bins, order = sums(block), histogram(block), weakest_first(block)
         edges, (drawn, group) = tenths(block, order), group_draws(block, order, self.draws)
-        partners = self.together.partners(block.first, block.size, _TOGETHER)
+        records = [self._of_weights(block, i) for i in range(block.size)]
         for i, record in enumerate(records):
             if not record["fires"]:
                 continue
             of_feature = slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))
-            strongest = contexts.strongest(block, self.store.documents, self.text, i, self.examples)
+            strongest = contexts.strongest(block, self.documents, self.text, i, self.examples)
             grouped = zip(group[of_feature], self._contexts(block, i, block.place[drawn[of_feature]]), strict=True)
             record["mean"], record["max"] = short(total[i] / record["fires"]), short(largest[i])
-            record["tenths"] = [short(edge) for edge in edges[i]]
-            record["histogram"], record["positions"] = bins[i].tolist(), position[i].tolist()
+            record["tenths"], record["histogram"] = [short(edge) for edge in edges[i]], bins[i].tolist()
             record["examples"] = self._contexts(block, i, strongest)
             record["groups"] = [FeatureContext(group=int(number), **context) for number, context in grouped]
-            record["tokens"], record["shapes"] = (
-                self._codes(pairs[family], i, family) for family in ("token", "shape")
-            )
-            record["together"] = [
-                (int(partner), int(both), short(share))
-                for partner, both, share in zip(*(part[i] for part in partners), strict=True)
-                if both
-            ]
+            record["tokens"] = self._tokens(tokens, i)
+            if look := looks[i]:
+                record["attention"] = look
+        return records
 
     def _contexts(self, block: Block, feature: int, places: Sequence[int] | np.ndarray) -> list[FeatureContext]:
         return contexts.contexts(block, self.text, self._is_stored, feature, places)
@@ -177,23 +147,18 @@ class Describer:
             record["logits"] = LogitHistogram(low=short(logits[-1]), high=short(logits[0]), counts=counts)
         return record
 
-    def _codes(self, pairs: PairCounts, feature: int, family: str) -> list[FeatureCode]:
-        """Return the codes with the largest sums and the largest means of activation, sorted by sum."""
-        of_feature = slice(*np.searchsorted(pairs.feature, [feature, feature + 1]))
-        often = np.sort(np.argsort(-pairs.count[of_feature], kind="stable")[:_FREQUENT])
-        code, hits, total = (column[of_feature][often] for column in (pairs.code, pairs.count, pairs.total))
-        occurrences = self.bases[family][code]
-        mean = total / occurrences
-        listed = np.flatnonzero(occurrences >= _TIMES)
-        by_mean = listed[np.argsort(-mean[listed], kind="stable")][:_BY_MEAN]
-        by_sum = np.argsort(-total, kind="stable")[:_BY_SUM]
+    def _tokens(self, tokens: PairCounts, feature: int) -> list[FeatureToken]:
+        """Return the tokens with the largest sums of activation."""
+        of_feature = slice(*np.searchsorted(tokens.feature, [feature, feature + 1]))
+        best = of_feature.start + np.argsort(-tokens.total[of_feature], kind="stable")[:_TOKENS]
+        occurrences = self.token_counts[tokens.code[best]]
         return [
-            FeatureCode(
-                text=self.text.texts[code[n]] if family == "token" else self.text.says(family, int(code[n])),
-                hits=int(hits[n]),
-                occurrences=int(occurrences[n]),
-                sum=short(total[n]),
-                mean=short(mean[n]),
+            FeatureToken(
+                text=self.text.texts[tokens.code[at]],
+                hits=int(tokens.count[at]),
+                occurrences=int(places),
+                sum=short(tokens.total[at]),
+                mean=short(tokens.total[at] / places),
             )
-            for n in (*by_sum, *(n for n in by_mean if n not in by_sum))
+            for at, places in zip(best, occurrences, strict=True)
         ]
