@@ -55,7 +55,7 @@ def interpret_seconds(store: Store, dictionary: Dictionary, text: CodedText, fol
     middle = time.perf_counter()
     bases = {family: CodeCounts(text.code(family, place)) for family in FAMILIES}
     nearest = nearest_rows(dictionary.W_dec_FxD[...], 6)
-    describer = Describer(store.documents, text, place, bases["token"], 8, 2, None, nearest)
+    describer = Describer(text, place, bases["token"], 8, 2, None, nearest)
     for block in blocks(folder / "own", features):
         describer.records(block, best_detectors(block, text, bases, ())[1])
     return middle - start, time.perf_counter() - middle

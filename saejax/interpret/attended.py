@@ -16,7 +16,6 @@ import numpy as np
 from scipy import sparse
 
 from saejax.activations.chunker import SPLITS
-from saejax.activations.documents import Documents
 from saejax.interpret.feature_record import HeadLooks
 from saejax.interpret.firings import Block, priority
 from saejax.interpret.text import SHAPES, CodedText, shape_of
@@ -78,13 +77,13 @@ class HeadShares:
 
     Args:
       lm: the model.
-      documents: documents of the store; those of the search text are used.
-      text: text of the store.
+      text: text of the store; documents of the search text are used.
       layers: number of layers, from the first.
       tokens: approximate number of tokens.
     """
 
-    def __init__(self, lm: LanguageModel, documents: Documents, text: CodedText, layers: int, tokens: int):
+    def __init__(self, lm: LanguageModel, text: CodedText, layers: int, tokens: int):
+        documents = text.documents
         train_S = np.flatnonzero(documents.column("split") == SPLITS.index("train"))
         # Equal lengths let the control move all shares by whole documents without changing a token's position.
         length = int(min(LONGEST, np.median(documents.lengths_N[train_S])))

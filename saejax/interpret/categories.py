@@ -24,8 +24,7 @@ from saejax.interpret.feature_record import FeatureCategory
 from saejax.interpret.firings import encode_tokens
 from saejax.interpret.results import CategoryCounts
 from saejax.models.language_model import LanguageModel
-from saejax.models.lengths import round_length
-from saejax.models.tokens import Tokens, pad
+from saejax.models.tokens import pad
 
 LEVEL = 0.05  # of the false discovery rate
 LISTED = 5  # associations of a feature that are kept
@@ -73,14 +72,11 @@ def active_on_prompts(lm: LanguageModel, dictionary: Dictionary, texts: Sequence
     order = np.argsort([len(prompt_ids) for prompt_ids in ids], kind="stable")
     for start in range(0, len(order), _BATCH):
         chosen = order[start : start + _BATCH]
-        # Lengths are rounded and the last batch is filled up, so that few programs are compiled.
-        filled = pad([*(ids[i] for i in chosen), *[[0]] * (_BATCH - len(chosen))])
-        length = min(round_length(filled.ids_BxT.shape[1]), lm.config.context)
-        ids_BxT = np.pad(filled.ids_BxT, ((0, 0), (0, length - filled.ids_BxT.shape[1])))
-        output = lm(Tokens(ids_BxT, filled.lengths_B), capture=[dictionary.site], logits=False)
-        x_BxTxD = np.asarray(output.sites[dictionary.site], np.float32)
+        # The last batch is filled up, so that few programs are compiled.
+        tokens = pad([*(ids[i] for i in chosen), *[[0]] * (_BATCH - len(chosen))])
+        x_BxTxD = np.asarray(lm(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site], np.float32)
         for row, i in enumerate(chosen):  # one by one: activations of a batch of wide dictionaries take gigabytes
-            firings, _ = encode_tokens(dictionary, x_BxTxD[row, : filled.lengths_B[row]], _TOKENS)
+            firings, _ = encode_tokens(dictionary, x_BxTxD[row, : len(ids[i])], _TOKENS)
             active_PxF[i, firings.indices] = True
     return active_PxF
 

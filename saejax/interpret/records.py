@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.activations.documents import Documents
 from saejax.interpret import contexts
 from saejax.interpret.attended import HeadShares
 from saejax.interpret.detectors import PairCounts
@@ -89,8 +88,7 @@ def short(value: float) -> float:
 class Describer:
     """Makes the records of a dictionary's features, block by block."""
 
-    documents: Documents  #: of the store
-    text: CodedText  #: their text
+    text: CodedText  #: text of the store
     place: np.ndarray  #: encoded places
     token_counts: CodeCounts  #: frequency of tokens there
     examples: int  #: number of contexts of the strongest firings
@@ -100,7 +98,7 @@ class Describer:
     heads: HeadShares | None = None  #: attention shares of heads; None: not asked for
 
     def __post_init__(self):
-        self._is_stored = np.zeros(len(self.documents.ids_T), bool)
+        self._is_stored = np.zeros(len(self.text.documents.ids_T), bool)
         self._is_stored[self.place] = True
 
     def records(self, block: Block, tokens: PairCounts) -> list[FeatureRecord]:
@@ -118,7 +116,7 @@ class Describer:
             if not record["fires"]:
                 continue
             of_feature = slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))
-            strongest = contexts.strongest(block, self.documents, self.text, i, self.examples)
+            strongest = contexts.strongest(block, self.text, i, self.examples)
             grouped = zip(group[of_feature], self._contexts(block, i, block.place[drawn[of_feature]]), strict=True)
             record["mean"], record["max"] = short(total[i] / record["fires"]), short(largest[i])
             record["tenths"], record["histogram"] = [short(edge) for edge in edges[i]], bins[i].tolist()

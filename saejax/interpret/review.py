@@ -44,14 +44,14 @@ def write_sheets(
         rows = []
         for effect in effects:
             feature, record = effect.feature, records.get(effect.feature)
-            label_by_hand, automatic_label = by_hand.get(feature), automatic.get(feature)
+            label, automatic_label = by_hand.get(feature, Label("", "")), automatic.get(feature)
             contexts = [_one_line(context) for context in record.get("examples", [])[:CONTEXTS]] if record else []
             rows.append(
                 dict(
                     feature=feature,
-                    label=label_by_hand.label if label_by_hand else "",
-                    note=label_by_hand.note if label_by_hand else "",
-                    reviewer=label_by_hand.by if label_by_hand else "",
+                    label=label.label,
+                    note=label.note,
+                    reviewer=label.by,
                     dictionary=dictionary,
                     logits_lost=f"{effect.drop.mean:.3f}",
                     firing_rate=f"{effect.firing_rate:.4f}",

@@ -83,7 +83,7 @@ class Interpreter:
         output = self._output(self.dictionary)
         nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], _NEAREST)
         kept = (_EXAMPLES, _DRAWS, output, nearest, self._heads())
-        describer = Describer(self.store.documents, self.text, place, bases["token"], *kept)
+        describer = Describer(self.text, place, bases["token"], *kept)
         maps = TokenMaps(self.text, place, _HEATMAPS)
 
         def write(number: int, block: Block, tokens: PairCounts) -> None:
@@ -194,7 +194,7 @@ class Interpreter:
         # A TorchModel has no attention patterns.
         if not tokens or not layers or isinstance(self.lm.config, TorchConfig):
             return None
-        return HeadShares(self.lm, self.store.documents, self.text, layers, tokens)
+        return HeadShares(self.lm, self.text, layers, tokens)
 
     def _finish(
         self,

@@ -127,6 +127,6 @@ def describe(folder: Path, store: Store, of: Dictionary, examples: int, draws: i
     place = record(store, "train", {folder: of}, make_mesh(MeshConfig()), 320)
     nearest = neighbours.nearest_rows(of.W_dec_FxD[...], 3)
     counts = CodeCounts(text.code("token", place))
-    describer = Describer(store.documents, text, place, counts, examples, draws, None, nearest)
+    describer = Describer(text, place, counts, examples, draws, None, nearest)
     (block,) = blocks(folder, features)
     return describer.records(block, PairCounts(block, text.code("token", block.place)))
