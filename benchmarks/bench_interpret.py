@@ -57,7 +57,8 @@ def interpret_seconds(store: Store, dictionary: Dictionary, text: CodedText, fol
     nearest = nearest_rows(dictionary.W_dec_FxD[...], 6)
     describer = Describer(text, place, bases["token"], 8, 2, None, nearest)
     for block in blocks(folder / "own", features):
-        describer.records(block, best_detectors(block, text, bases, ())[1])
+        describer.records(block)
+        best_detectors(block, text, bases, ())
     return middle - start, time.perf_counter() - middle
 
 

@@ -114,7 +114,7 @@ class Labels:
         """Return the label of each feature: the detector with the best F1 on the texts that are searched."""
         block, text, bases = self._coded(self._stores[0], dictionary)
         output = output_tokens(self._lm, dictionary.W_dec_FxD[...], OUTPUT).raised()
-        return best_detectors(block, text, bases, output)[0]
+        return best_detectors(block, text, bases, output)
 
     def judged(self, label_of: Mapping[int, Detector | None]) -> dict[int, float]:
         """Return the F1 of labels of the exact transcoder's features on the texts that were not searched."""

@@ -70,7 +70,6 @@ class PairCounts:
     """Number of firings of each feature of a block on each code of a family; pairs that occur, sorted.
 
     Attributes:
-      feature: feature of each pair, counted from the block's first.
       code: code of each pair.
       count: number of firings.
       total: summed activation.
@@ -85,13 +84,17 @@ class PairCounts:
         new = np.ones(len(code), bool)
         new[1:] = (feature[1:] != feature[:-1]) | (code[1:] != code[:-1])
         at = np.flatnonzero(new)
-        self.feature, self.code, self.count = feature[at], code[at], np.diff(np.append(at, len(code)))
+        self.code, self.count = code[at], np.diff(np.append(at, len(code)))
         self.total = np.add.reduceat(value[order], at, dtype=np.float64) if len(at) else np.zeros(0)
+        self._starts = np.searchsorted(feature[at], np.arange(block.size + 1))
 
-    def of(self, feature: int, codes: Codes) -> int:
+    def of(self, feature: int) -> slice:
+        """Return the slice of a feature's pairs; the feature is counted from the block's first."""
+        return slice(int(self._starts[feature]), int(self._starts[feature + 1]))
+
+    def hits(self, feature: int, codes: Codes) -> int:
         """Return the number of firings of a feature on any of some codes."""
-        of_feature = slice(*np.searchsorted(self.feature, [feature, feature + 1]))
-        return int(self.count[of_feature][np.isin(self.code[of_feature], codes)].sum())
+        return int(self.count[self.of(feature)][np.isin(self.code[self.of(feature)], codes)].sum())
 
 
 def search(block: Block, family: str, base: CodeCounts, pairs: PairCounts) -> list[Detector | None]:
@@ -103,41 +106,38 @@ def search(block: Block, family: str, base: CodeCounts, pairs: PairCounts) -> li
       base: frequency of each code in the search text.
       pairs: counts of the block and the family.
     """
-    fires, most = block.counts, _POSITIONS if family == "position" else MOST
-    # The best set would otherwise collect codes on which the feature happened to fire once or twice.
-    kept = pairs.count >= np.maximum(_SEEN, _SHARE * fires[pairs.feature])
-    feature, code, hits = pairs.feature[kept], pairs.code[kept], pairs.count[kept]
-    occurrences, best = base[code], np.zeros(block.size)
-    chosen = np.zeros(len(feature), bool)
-    # The F1 of the best single code, from which Dinkelbach's method may start: no best set is below it.
-    np.maximum.at(best, feature, 2 * hits / np.maximum(occurrences + fires[feature], 1))
-    starts = np.searchsorted(feature, np.arange(block.size))
-    while True:
-        surplus = 2 * hits - best[feature] * occurrences
-        order = np.lexsort((-surplus, feature))
-        rank = np.empty(len(feature), np.int64)
-        rank[order] = np.arange(len(feature)) - starts[feature[order]]
-        picked = (rank < most) & (surplus > 0)
-        hits_of = np.bincount(feature, hits * picked, block.size)
-        f1 = 2 * hits_of / np.maximum(np.bincount(feature, occurrences * picked, block.size) + fires, 1)
-        # A relative tolerance, so that rounding cannot make the loop go on for ever.
-        better = f1 > best * (1 + 1e-12)
-        if not len(feature) or not (better.any() or not chosen.any()):
-            break
-        chosen, best = picked, np.maximum(best, f1)
+    most, occurrences = _POSITIONS if family == "position" else MOST, base[pairs.code]
     detectors: list[Detector | None] = []
-    for number in range(block.size):
-        of_feature = slice(*np.searchsorted(feature, [number, number + 1]))
-        order = np.argsort(-hits[of_feature], kind="stable")
-        codes = tuple(code[of_feature][order][chosen[of_feature][order]].tolist())
-        detectors.append(Detector(family, codes, float(best[number])) if codes else None)
+    for feature, fires in enumerate(block.counts.tolist()):
+        of_feature = pairs.of(feature)
+        hits_C = pairs.count[of_feature]
+        # The best set would otherwise collect codes on which the feature happened to fire once or twice.
+        kept = np.flatnonzero(hits_C >= max(_SEEN, _SHARE * fires))
+        chosen, f1 = _best_set(hits_C[kept], occurrences[of_feature][kept], fires, most)
+        codes = tuple(pairs.code[of_feature][kept[chosen]].tolist())
+        detectors.append(Detector(family, codes, f1) if codes else None)
     return detectors
+
+
+def _best_set(hits_C: np.ndarray, occurrences_C: np.ndarray, fires: int, most: int) -> tuple[np.ndarray, float]:
+    """Return the set of at most ``most`` codes with the largest F1, as indices by falling hits, and its F1."""
+    # Dinkelbach's method may start from the F1 of the best single code: no best set is below it.
+    best = float((2 * hits_C / np.maximum(occurrences_C + fires, 1)).max(initial=0.0))
+    while True:
+        surplus_C = 2 * hits_C - best * occurrences_C
+        chosen = np.argsort(-surplus_C, kind="stable")[:most]
+        chosen = np.sort(chosen[surplus_C[chosen] > 0])
+        f1 = float(2 * hits_C[chosen].sum() / max(occurrences_C[chosen].sum() + fires, 1))
+        # A relative tolerance, so that rounding cannot make the loop go on for ever.
+        if f1 <= best * (1 + 1e-12):
+            return chosen[np.argsort(-hits_C[chosen], kind="stable")], max(best, f1)
+        best = f1
 
 
 def best_detectors(
     block: Block, text: CodedText, bases: Mapping[str, CodeCounts], output: Sequence[Codes]
-) -> tuple[list[Detector | None], PairCounts]:
-    """Return the best detector of every feature of a block on the search text, and the block's counts of tokens.
+) -> list[Detector | None]:
+    """Return the best detector of every feature of a block on the search text.
 
     Args:
       block: firings on the search text.
@@ -146,26 +146,21 @@ def best_detectors(
       output: tokens that each feature promotes most; empty: unknown.
     """
     candidates: list[list[Detector | None]] = []
-    tokens = None
     for family in FAMILIES:
         pairs = PairCounts(block, text.code(family, block.place))
-        tokens = tokens or pairs
         candidates.append(search(block, family, bases[family], pairs))
-        if family == "next" and output:
-            candidates.append(
-                [_promoted(block, number, bases[family], pairs, ids) for number, ids in enumerate(output)]
-            )
-    assert tokens
+        if family == "next":
+            promoted = [_promoted(block, number, bases[family], pairs, ids) for number, ids in enumerate(output)]
+            candidates.append(promoted or [None] * block.size)
     # Of equally good detectors the first family's is kept.
-    best = [max(filter(None, each), key=lambda d: d.search_f1, default=None) for each in zip(*candidates, strict=True)]
-    return best, tokens
+    return [max(filter(None, each), key=lambda d: d.search_f1, default=None) for each in zip(*candidates, strict=True)]
 
 
 def _promoted(block: Block, number: int, base: CodeCounts, pairs: PairCounts, codes: Codes) -> Detector | None:
     """Return the detector of the tokens that a block's feature promotes; None where it is never right."""
     # Not searched for: what the decoder promotes is fixed before any firing is seen.
     places = int(base[np.array(codes, np.int64)].sum()) + int(block.counts[number])
-    hits = pairs.of(number, codes)
+    hits = pairs.hits(number, codes)
     return Detector(OUTPUT, codes, 2 * hits / places) if hits else None
 
 
@@ -183,7 +178,7 @@ def make_scorer(block: Block, text: CodedText, bases: Mapping[str, CodeCounts]) 
     pairs = functools.cache(lambda family: PairCounts(block, text.code(family, block.place)))
 
     def score(feature: int, detector: Detector) -> Interval:
-        hits = pairs(detector.looks_at).of(feature, detector.codes)
+        hits = pairs(detector.looks_at).hits(feature, detector.codes)
         places = int(bases[detector.looks_at][np.array(detector.codes, np.int64)].sum())
         union = places + int(fires[feature]) - hits
         share = wilson_of(hits / union, union) if union else Interval(0.0, 0.0, 1.0)

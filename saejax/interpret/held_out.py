@@ -10,7 +10,7 @@ from saejax.interpret import contexts
 from saejax.interpret.feature_record import FeatureContext
 from saejax.interpret.firings import Block, blocks
 from saejax.interpret.questions import GROUP, Question, detect
-from saejax.interpret.records import group_draws, weakest_first
+from saejax.interpret.records import group_draws
 from saejax.interpret.text import CodedText
 from saejax.results import Interval
 from saejax.tasks.scoring import wilson_of
@@ -46,13 +46,11 @@ def held_out(
     in_text = np.zeros(int(place.max()) + 1 + contexts.AFTER, bool)
     in_text[place] = True
     for block in blocks(folder, features):
-        chosen = [i for i in range(block.size) if block.first + i in wanted]
-        if chosen:
-            drawn, _ = group_draws(block, weakest_first(block), _DRAWS)
-        for i in chosen:
+        for i in (i for i in range(block.size) if block.first + i in wanted):
             # A generator for each feature: its contexts do not depend on which other features are judged.
-            rng = np.random.default_rng((seed, block.first + i))
-            firings = block.place[drawn[slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))]]
+            rng, of_feature = np.random.default_rng((seed, block.first + i)), block.of(i)
+            drawn, _ = group_draws(block.value[of_feature], block.place[of_feature], _DRAWS)
+            firings = block.place[of_feature][drawn]
             active = contexts.contexts(block, text, in_text, i, firings)
             silent = contexts.contexts(block, text, in_text, i, _silent_places(block, text, place, i, rng, len(active)))
             yield HeldOut(block.first + i, active, silent)

@@ -86,14 +86,13 @@ class Endpoint:
                     extra_body=options | {limit_name: MAX_TOKENS},
                 )
                 return _read_reply(reply, question)
-            except openai.BadRequestError as error:
-                if not self._adapt(error, options, limit_name):
-                    raise UserError(f"{self._url} refuses the question: {_message(error)}") from None
             except openai.APIStatusError as error:
-                if error.status_code < 500 and error.status_code not in (408, 409, 429):
-                    key = f"; check the environment variable {KEY}" if error.status_code in (401, 403) else ""
-                    raise UserError(f"{self._url} refuses the question: {_message(error)}{key}") from None
-                raise self._no_answer(_message(error)) from None
+                if error.status_code == 400 and self._adapt(error, options, limit_name):
+                    continue
+                if error.status_code >= 500 or error.status_code in (408, 409, 429):
+                    raise self._no_answer(_message(error)) from None
+                key = f"; check the environment variable {KEY}" if error.status_code in (401, 403) else ""
+                raise UserError(f"{self._url} refuses the question: {_message(error)}{key}") from None
             except openai.APIError as error:  # connections, time limits, replies that are not JSON
                 raise self._no_answer(str(error) or type(error).__name__) from None
             except (ValueError, LookupError, TypeError, AttributeError) as error:

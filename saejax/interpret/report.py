@@ -4,13 +4,7 @@ from collections.abc import Sequence
 
 from saejax.dictionaries import stacks
 from saejax.interpret.held_out import MIN_FIRINGS
-from saejax.interpret.results import (
-    AtlasResults,
-    ExplainResults,
-    InterpretedDictionary,
-    InterpretResults,
-    LabelCounts,
-)
+from saejax.interpret.results import AtlasResults, ExplainResults, InterpretedDictionary, InterpretResults, LabelCounts
 from saejax.page.blocks import Block, Links, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
@@ -83,16 +77,14 @@ def _categories(members: Sequence[tuple[str, InterpretedDictionary]]) -> list[Ta
 
 def links(findings: Findings, draw: Draw) -> list[Section]:
     """Return links to the pages of all features; none if there are none."""
-    items = []
+    items, sheets = [], []
     for unit, results in findings.each(AtlasResults).items():
         for member in results.members:
-            page = findings.folders[f"atlas/{unit}"] / member.folder / "index.html"
-            address = findings.address(page)
+            address = findings.address(findings.folders[f"atlas/{unit}"] / member.folder / "index.html")
             items.append((f"{member.dictionary}: {member.features:,} features", address))
+            sheets += [(member.dictionary, sheet) for sheet in member.reviewed]
     if not items:
         return []
-    pages = [member for results in findings.each(AtlasResults).values() for member in results.members]
-    sheets = [(member.dictionary, sheet) for member in pages for sheet in member.reviewed]
     blocks: tuple[Block, ...] = (Links("Pages of every feature", tuple(items)),)
     if sheets:
         columns = {
@@ -117,9 +109,9 @@ def explain_sections(findings: Findings, draw: Draw) -> list[Section]:
     intro = (
         f"A language model ({units[0].model}) wrote labels from contexts in training text and judged them on contexts "
         "in held-out text: some from every tenth of a feature's firings and as many in which it does not fire. "
-        "Detection: in which contexts does the feature with this label fire? A label is "
-        "kept if the lower end of the 95 % interval of its balanced accuracy in detection is above that of another "
-        f"feature's label and above one half. Features with fewer than {MIN_FIRINGS} held-out firings are skipped."
+        "Detection: in which contexts does the feature with this label fire? A label is kept if the lower end of the "
+        "95 % interval of its balanced accuracy in detection is above that of another feature's label and above one "
+        f"half. Features with fewer than {MIN_FIRINGS} held-out firings are skipped."
     )
     columns = {
         "Dictionary": lambda name, member: name,

@@ -8,8 +8,9 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from saejax.activations.progress import TextProgress
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, stacks
-from saejax.dictionaries.labels import LABELS, Label
+from saejax.dictionaries.labels import LABELS
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted
 from saejax.evaluation.reconstruction import reconstruct
@@ -26,9 +27,9 @@ from saejax.interpret import neighbours
 from saejax.interpret.attended import HeadShares
 from saejax.interpret.categories import categorise, read_prompts
 from saejax.interpret.control import frozen_random, random_directions, spread
-from saejax.interpret.detectors import Detector, PairCounts, Scored, best_detectors
-from saejax.interpret.feature_record import FEATURES, FeatureCategory, FeatureRecord
-from saejax.interpret.firings import Block, blocks, record
+from saejax.interpret.detectors import Detector, Scored, best_detectors
+from saejax.interpret.feature_record import FEATURES, FeatureCategory
+from saejax.interpret.firings import blocks, record
 from saejax.interpret.heatmaps import MAPS, TokenMaps
 from saejax.interpret.records import Describer
 from saejax.interpret.results import InterpretedDictionary, InterpretResults
@@ -75,30 +76,17 @@ class Interpreter:
         for old in (scratch, folder / FEATURES):
             shutil.rmtree(old, ignore_errors=True)
         (folder / FEATURES).mkdir(parents=True)
-        # 1. Both dictionaries are encoded in one pass over the store.
+        # 1. Both dictionaries are encoded in one pass over the store; random directions fire as often as the first.
         frozen = frozen_random(self.store, self.dictionary, config.seed)
-        place = self._record("train", {scratch / "dictionary": self.dictionary, scratch / "frozen": frozen})
-        bases = self._bases(place)
-        # 2. Records, and detectors that are searched on the same text.
-        output = self._output(self.dictionary)
-        nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], _NEAREST)
-        kept = (_EXAMPLES, _DRAWS, output, nearest, self._heads())
-        describer = Describer(self.text, place, bases["token"], *kept)
-        maps = TokenMaps(self.text, place, _HEATMAPS)
-
-        def write(number: int, block: Block, tokens: PairCounts) -> None:
-            write_json(folder / FEATURES / f"{number:05d}.json", describer.records(block, tokens))
-            maps.add(block)
-
-        searched = [
-            self._search(scratch / "dictionary", features, bases, output, write),
-            self._search(scratch / "frozen", features, bases, self._output(frozen)),
-        ]
-        token_maps = maps.maps(np.linalg.norm(np.asarray(self.dictionary.W_dec_FxD[...]), axis=1))
-        write_text(folder / MAPS, json.dumps(token_maps, ensure_ascii=False))
+        own_firings, frozen_firings, random_firings = (scratch / name for name in ("dictionary", "frozen", "random"))
+        place = self._record("train", {own_firings: self.dictionary, frozen_firings: frozen})
+        bases, output = self._bases(place), self._output(self.dictionary)
+        searched = [self._search(own_firings, features, bases, output)]
         random = random_directions(self.store, self.dictionary, searched[0][1], config.seed)
-        self._record("train", {scratch / "random": random})
-        searched.append(self._search(scratch / "random", random.config.n_features, bases, None))
+        self._record("train", {random_firings: random})
+        # 2. Detectors are searched on the same text.
+        searched.append(self._search(frozen_firings, features, bases, self._output(frozen)))
+        searched.append(self._search(random_firings, random.config.n_features, bases, None))
         # 3. Scores of all detectors on held-out text, and the labels that pass.
         firings = {scratch / f"held_out_{i}": each for i, each in enumerate((self.dictionary, frozen, random))}
         held_out_place = self._record("held_out", firings)
@@ -107,7 +95,6 @@ class Interpreter:
             Scored.of(path, detectors, self.text, held_out_bases, rates)
             for path, (detectors, rates) in zip(firings, searched, strict=True)
         ]
-        shutil.rmtree(scratch)
         labels = [each.labels(random=scored[-1]) for each in scored]
         own_counts, frozen_counts, random_counts = (
             each.counts(rates > 0, of) for each, (_, rates), of in zip(scored, searched, labels, strict=True)
@@ -118,7 +105,23 @@ class Interpreter:
         category_counts, prompts = None, read_prompts(self.run.inputs)
         if prompts:  # these units are read with --interpret.categories alone
             categories, category_counts = categorise(self.lm, self.dictionary, prompts, config.seed)
-        self._finish(folder, scored[0], labels[0], categories)
+        # 5. Records of all features.
+        nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], _NEAREST)
+        describer = Describer(self.text, place, bases["token"], _EXAMPLES, _DRAWS, output, nearest, self._heads())
+        maps = TokenMaps(self.text, place, _HEATMAPS)
+        for number, block in enumerate(blocks(own_firings, features)):
+            records = describer.records(block)
+            for feature_record in records:
+                feature = feature_record["feature"]
+                scored[0].describe(feature_record)
+                if feature in labels[0]:
+                    feature_record["label"] = labels[0][feature].label
+                if feature in categories:
+                    feature_record["categories"] = categories[feature]
+            _write_compact(folder / FEATURES / f"{number:05d}.json", records)
+            maps.add(block)
+        _write_compact(folder / MAPS, maps.maps(np.linalg.norm(np.asarray(self.dictionary.W_dec_FxD[...]), axis=1)))
+        shutil.rmtree(scratch)
         return InterpretedDictionary(
             name=self.name,
             site=self.dictionary.site,
@@ -144,7 +147,6 @@ class Interpreter:
         features: int,
         bases: Mapping[str, CodeCounts],
         output: neighbours.OutputTokens | None,
-        on_block: Callable[[int, Block, PairCounts], None] | None = None,
     ) -> Searched:
         """Return the detectors of all features of a dictionary on the search text, and the firing rates there.
 
@@ -153,18 +155,15 @@ class Interpreter:
           features: number of features.
           bases: frequency of each code in the search text.
           output: tokens that features promote; None: unknown.
-          on_block: called with the number of each block of firings, the block, and its counts of tokens.
         """
         all_detectors: list[Detector | None] = []
         fires_F = np.zeros(features)
         prefix = f"labels are searched ({firings.name})"
         progress = TextProgress(lambda line: self.run.say(f"{prefix}: {line}"), features, "features")
-        for number, block in enumerate(blocks(firings, features)):
+        for block in blocks(firings, features):
             of_block = slice(block.first, block.first + block.size)
-            detectors, tokens = best_detectors(block, self.text, bases, output.raised(of_block) if output else ())
-            all_detectors, fires_F[of_block] = all_detectors + detectors, block.counts
-            if on_block:
-                on_block(number, block, tokens)
+            all_detectors += best_detectors(block, self.text, bases, output.raised(of_block) if output else ())
+            fires_F[of_block] = block.counts
             progress.add(block.size)
         return all_detectors, fires_F / bases["position"].places
 
@@ -196,24 +195,9 @@ class Interpreter:
             return None
         return HeadShares(self.lm, self.text, layers, tokens)
 
-    def _finish(
-        self,
-        folder: Path,
-        scored: Scored,
-        labels: Mapping[int, Label],
-        categories: Mapping[int, list[FeatureCategory]],
-    ) -> None:
-        """Add labels, their scores and prompt categories to the records."""
-        for path in sorted((folder / FEATURES).glob("*.json")):
-            records: list[FeatureRecord] = read_json(path)
-            for feature_record in records:
-                feature = feature_record["feature"]
-                scored.describe(feature_record)
-                if feature in labels:
-                    feature_record["label"] = labels[feature].label
-                if feature in categories:
-                    feature_record["categories"] = categories[feature]
-            write_text(path, json.dumps(records, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
+
+def _write_compact(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
 
 
 def run_interpret(run: Run) -> InterpretResults:

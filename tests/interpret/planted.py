@@ -13,7 +13,6 @@ from saejax.activations.store import Store
 from saejax.activations.writer import write_store
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interpret import neighbours
-from saejax.interpret.detectors import PairCounts
 from saejax.interpret.firings import blocks, record
 from saejax.interpret.records import Describer
 from saejax.interpret.run import Interpreter
@@ -129,4 +128,4 @@ def describe(folder: Path, store: Store, of: Dictionary, examples: int, draws: i
     counts = CodeCounts(text.code("token", place))
     describer = Describer(text, place, counts, examples, draws, None, nearest)
     (block,) = blocks(folder, features)
-    return describer.records(block, PairCounts(block, text.code("token", block.place)))
+    return describer.records(block)

@@ -11,8 +11,7 @@ import pytest
 
 from saejax.activations.documents import COLUMNS, Documents
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.interpret import firings, neighbours, records
-from saejax.interpret.firings import Block
+from saejax.interpret import firings, neighbours
 from saejax.interpret.records import BINS, GROUPS, LOWEST
 
 
@@ -104,13 +103,6 @@ def test_output_tokens(lm):
     every = neighbours.output_tokens(lm, rows[:2], 1000)  # more than the model knows
     (raised,) = every.raised(slice(1, 2))
     assert sorted(raised) == list(range(lm.config.vocab)) and np.all(np.diff(every.logits[1, : len(raised)]) <= 0)
-
-
-def test_a_feature_that_never_fires():
-    block = Block(0, 2, np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
-    order = records.weakest_first(block)
-    assert not records.histogram(block).any() and not records.group_draws(block, order, 2)[0].size
-    assert not records.tenths(block, order).any() and records.sums(block)[1].tolist() == [0, 0]
 
 
 MADE = json.loads((Path(__file__).parent / "sae_dashboard.json").read_text())  # by scripts/dashboard_fixture.py
