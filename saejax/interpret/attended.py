@@ -115,14 +115,14 @@ class HeadShares:
         row = self._row[block.place]
         inside = row >= 0
         row, feature, value = row[inside], block.feature[inside], block.value[inside]
-        count, own_FxM = np.bincount(feature, minlength=block.size), self._correlations(row, feature, value, block.size)
-        bar = np.zeros(block.size)
+        r_FxM, bar = self._correlations(row, feature, value, block.size), np.zeros(block.size)
         for shift in range(1, SHIFTS + 1):
             # Moved by whole documents, firings keep their positions: a correlation with position alone is in the bar
             # too.
             moved = (row + shift * self._length) % len(self._shares_NxM)
             bar = np.maximum(bar, np.abs(self._correlations(moved, feature, value, block.size)).max(axis=1))
-        return [self._describe(own_FxM[i], bar[i]) if count[i] >= _MIN_FIRINGS else None for i in range(block.size)]
+        able = np.bincount(feature, minlength=block.size) >= _MIN_FIRINGS
+        return [self._describe(r_FxM[i], bar[i]) if able[i] else None for i in range(block.size)]
 
     def _correlations(self, row: np.ndarray, feature: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
         """Return the Pearson correlations of features with all shares, [size, M]."""
@@ -133,11 +133,11 @@ class HeadShares:
         spread = np.sqrt(np.maximum(square - mean**2, 1e-30))
         return (f_FxN @ self._shares_NxM) / (n * spread[:, None])  # the shares have a mean of 0
 
-    def _describe(self, own_M: np.ndarray, bar: float) -> HeadLooks:
+    def _describe(self, r_M: np.ndarray, bar: float) -> HeadLooks:
         """Return the heads beyond the bar: the largest correlation of any share, as all compete for the list."""
-        best = np.argsort(-np.abs(own_M))[:_KEPT]
+        best = np.argsort(-np.abs(r_M))[:_KEPT]
         listed: list[tuple[int, int, str, float]] = []
-        for at in best[np.abs(own_M[best]) > bar].tolist():
+        for at in best[np.abs(r_M[best]) > bar].tolist():
             head, which = divmod(at, len(CLASSES))
-            listed.append((*divmod(head, self._heads), CLASSES[which], float(f"{own_M[at]:.3g}")))
+            listed.append((*divmod(head, self._heads), CLASSES[which], float(f"{r_M[at]:.3g}")))
         return HeadLooks(heads=listed, bar=float(f"{bar:.3g}"))

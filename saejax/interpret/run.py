@@ -78,15 +78,15 @@ class Interpreter:
         (folder / FEATURES).mkdir(parents=True)
         # 1. Both dictionaries are encoded in one pass over the store; random directions fire as often as the first.
         frozen = frozen_random(self.store, self.dictionary, config.seed)
-        own_firings, frozen_firings, random_firings = (scratch / name for name in ("dictionary", "frozen", "random"))
-        place = self._record("train", {own_firings: self.dictionary, frozen_firings: frozen})
+        trained_path, frozen_path, random_path = (scratch / name for name in ("dictionary", "frozen", "random"))
+        place = self._record("train", {trained_path: self.dictionary, frozen_path: frozen})
         bases, output = self._bases(place), self._output(self.dictionary)
-        searched = [self._search(own_firings, features, bases, output)]
+        searched = [self._search(trained_path, features, bases, output)]
         random = random_directions(self.store, self.dictionary, searched[0][1], config.seed)
-        self._record("train", {random_firings: random})
+        self._record("train", {random_path: random})
         # 2. Detectors are searched on the same text.
-        searched.append(self._search(frozen_firings, features, bases, self._output(frozen)))
-        searched.append(self._search(random_firings, random.config.n_features, bases, None))
+        searched.append(self._search(frozen_path, features, bases, self._output(frozen)))
+        searched.append(self._search(random_path, random.config.n_features, bases, None))
         # 3. Scores of all detectors on held-out text, and the labels that pass.
         firings = {scratch / f"held_out_{i}": each for i, each in enumerate((self.dictionary, frozen, random))}
         held_out_place = self._record("held_out", firings)
@@ -96,7 +96,7 @@ class Interpreter:
             for path, (detectors, rates) in zip(firings, searched, strict=True)
         ]
         labels = [each.labels(random=scored[-1]) for each in scored]
-        own_counts, frozen_counts, random_counts = (
+        counts, frozen_counts, random_counts = (
             each.counts(rates > 0, of) for each, (_, rates), of in zip(scored, searched, labels, strict=True)
         )
         write_json(folder / LABELS, {str(i): to_json(label) for i, label in labels[0].items()})
@@ -109,7 +109,7 @@ class Interpreter:
         nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], _NEAREST)
         describer = Describer(self.text, place, bases["token"], _EXAMPLES, _DRAWS, output, nearest, self._heads())
         maps = TokenMaps(self.text, place, _HEATMAPS)
-        for number, block in enumerate(blocks(own_firings, features)):
+        for number, block in enumerate(blocks(trained_path, features)):
             records = describer.records(block)
             for feature_record in records:
                 feature = feature_record["feature"]
@@ -129,7 +129,7 @@ class Interpreter:
             features=features,
             search_tokens=len(place),
             held_out_tokens=len(held_out_place),
-            labels=own_counts,
+            labels=counts,
             frozen=frozen_counts,
             random=random_counts,
             explained_variance=self._explained_variance(self.dictionary),
