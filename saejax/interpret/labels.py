@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -109,11 +110,17 @@ def write_label(path: Path, dictionary: str, feature: int, label: str, reviewer:
             entry = dict(feature=str(feature), label=label, reviewer=reviewer, dictionary=dictionary)
             rows.append((old[0] if old else {}) | entry)
         columns = list(dict.fromkeys([*COLUMNS, "dictionary", *(name for row in rows for name in row)]))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(path, text.getvalue())
+        write_sheet(path, rows, columns)
+
+
+def write_sheet(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write lines with these columns to a .csv file; a column that a line does not have is empty there."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
 
 
 def _means(row: Mapping[str, str], dictionary: str, feature: int) -> bool:
