@@ -121,7 +121,8 @@ def _encode_batch(mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.A
     size_BxF = lax.with_sharding_constraint(jnp.abs(f_BxF), fitting_sharding(mesh, f_BxF.shape, "data", "model"))
     # A bit for each activation, then the activations that fire: the dense array never leaves the device.
     fires_XxWxF = fires_BxF.reshape(batch // _WORD, _WORD, features).astype(jnp.uint32)
-    words_XxF = jnp.sum(fires_XxWxF << jnp.arange(_WORD, dtype=jnp.uint32)[:, None], axis=1, dtype=jnp.uint32)
+    bit = jnp.arange(_WORD, dtype=jnp.uint32)[None, :, None]
+    words_XxF = jnp.sum(fires_XxWxF << bit, axis=1, dtype=jnp.uint32)
     return size_BxF, lax.with_sharding_constraint(words_XxF.T, sharding(mesh))
 
 
