@@ -26,7 +26,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.evaluation.member_data import MemberData
 from saejax.interpret.detectors import best_detectors
 from saejax.interpret.firings import blocks, record
-from saejax.interpret.neighbours import Together, nearest_rows
+from saejax.interpret.neighbours import nearest_rows
 from saejax.interpret.records import Describer
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.parallel.mesh import make_mesh
@@ -51,14 +51,14 @@ def interpret_seconds(store: Store, dictionary: Dictionary, text: CodedText, fol
     features, mesh = dictionary.config.n_features, make_mesh()
     record(store, "held_out", {folder / "warm": dictionary}, mesh, BATCH)  # compiles
     start = time.perf_counter()
-    together = Together(features, len(store.rows("train", SITE)))
-    place = record(store, "train", {folder / "own": dictionary}, mesh, BATCH, on_batch=together.add)
+    place = record(store, "train", {folder / "own": dictionary}, mesh, BATCH)
     middle = time.perf_counter()
     bases = {family: CodeCounts(text.code(family, place)) for family in FAMILIES}
     nearest = nearest_rows(dictionary.W_dec_FxD[...], 6)
-    describer = Describer(store, text, place, bases, 8, 2, None, nearest, together)
+    describer = Describer(text, place, bases["token"], 8, 2, None, nearest)
     for block in blocks(folder / "own", features):
-        describer.records(block, best_detectors(block, text, bases, ())[1])
+        describer.records(block)
+        best_detectors(block, text, bases, ())
     return middle - start, time.perf_counter() - middle
 
 

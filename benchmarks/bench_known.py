@@ -29,7 +29,7 @@ from saejax.ground_truth.circuits.edges import judge_edges
 from saejax.ground_truth.circuits.handset import checkpoint
 from saejax.ground_truth.circuits.run import matched_neurons
 from saejax.ground_truth.hub_folder import save_model
-from saejax.interpret.detectors import Detector, best_detectors, scores
+from saejax.interpret.detectors import Detector, best_detectors, make_scorer
 from saejax.interpret.firings import Block, blocks, record
 from saejax.interpret.labels import partners
 from saejax.interpret.neighbours import output_tokens
@@ -114,18 +114,12 @@ class Labels:
         """Return the label of each feature: the detector with the best F1 on the texts that are searched."""
         block, text, bases = self._coded(self._stores[0], dictionary)
         output = output_tokens(self._lm, dictionary.W_dec_FxD[...], OUTPUT).raised()
-        detectors, _ = best_detectors(block, text, bases, output)
-        return [
-            max(by_family.values(), key=lambda detector: detector[1])[0] if by_family else None
-            for by_family in detectors
-        ]
+        return best_detectors(block, text, bases, output)
 
     def judged(self, label_of: Mapping[int, Detector | None]) -> dict[int, float]:
         """Return the F1 of labels of the exact transcoder's features on the texts that were not searched."""
-        block, text, bases = self._judge
-        labels = [[label] if (label := label_of.get(feature)) else [] for feature in range(block.size)]
-        results = scores(block, text, bases, labels)
-        return {feature: results[feature][0].f1.mean if results[feature] else 0.0 for feature in label_of}
+        score = make_scorer(*self._judge)
+        return {feature: score(feature, label).mean if label else 0.0 for feature, label in label_of.items()}
 
     def similar_features(self) -> np.ndarray:
         """Return for every feature of the exact transcoder another that fires about as often."""

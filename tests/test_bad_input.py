@@ -111,7 +111,7 @@ def test_settings_that_preflight_refuses(refuse, changes, message):
         ("train", {}, "run experiments.capture with the same flags first"),
         (
             "explain",
-            dict(EXPLAINED, interpret__dictionaries="", explain__model="judge"),
+            dict(EXPLAINED, interpret__dictionaries="", explain__model="judge", explain__url="http://localhost/v1"),
             "explain/topk reads interpret/topk, which this run does not make: add --interpret.dictionaries=topk",
         ),
         ("patch", {}, "it patches activations.*--patch.dictionary is set"),

@@ -5,6 +5,7 @@ let a page read files of its folder, but run scripts from it: ``data/index.js`` 
 ``data/00000.js`` and so on the records of ``CHUNK`` features each, which are loaded when one is looked at.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,6 @@ from saejax.interpret.heatmaps import MAPS
 from saejax.interpret.labels import read_labels
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.interpret.review import write_sheets
-from saejax.interventions.answers import AblateResults, FeatureEffect
 from saejax.page.scripts import ELEMENTS, elements_script
 from saejax.results import load_results, to_json
 from saejax.runner.workspace import Run, member_folder
@@ -37,32 +37,32 @@ def run_atlas(run: Run) -> AtlasResults:
       UserError: the file of labels cannot be read, or names a feature that does not exist.
     """
     interpreted: InterpretResults = load_results(run.inputs[f"interpret/{run.name}"])
-    path, several = run.configs[AtlasConfig].labels, len(interpreted.members) > 1
+    sheet, several = run.configs[AtlasConfig].labels, len(interpreted.members) > 1
     several = several or len(run.configs[InterpretConfig].dictionaries) > 1
-    by_hand = {
-        member.name: read_labels(Path(path), stacks.full_name(run.name, member.name), member.features, several)
-        for member in (interpreted.members if path else ())
-    }  # all of them before anything is written
-    tested = _ablated(run)
+    names = [stacks.full_name(run.name, member.name) for member in interpreted.members]
+    by_hand = [
+        read_labels(Path(sheet), name, member.features, several) if sheet else {}
+        for name, member in zip(names, interpreted.members, strict=True)
+    ]  # all of them before anything is written
+    ablated = [load_results(folder) for unit, folder in run.inputs.items() if unit.startswith("ablate/")]
     pages = []
-    for member in interpreted.members:
-        source = member_folder(run.inputs[f"interpret/{run.name}"], member.name)
-        hand_labels = by_hand.get(member.name, {})
-        name = stacks.full_name(run.name, member.name)
-        by_model, judged = _explained(run, member.name)
-        labels = load_labels(source / LABELS) | by_model | hand_labels
-        records = _records(source, judged)
+    for name, member, hand_labels in zip(names, interpreted.members, by_hand, strict=True):
+        folder, source = run.folder / member.name, member_folder(run.inputs[f"interpret/{run.name}"], member.name)
+        automatic, judged = load_labels(source / LABELS), {}
+        if explained := run.inputs.get(f"explain/{run.name}"):
+            automatic |= load_labels(explained / member.name / LABELS)
+            judged = read_json(explained / member.name / EXPLAINED)
+        top = ablated[0].top if ablated and ablated[0].dictionary == name else {}
+        effects: dict[int, dict[str, float]] = {}
+        for behaviour, items in top.items():
+            for item in items:
+                effects.setdefault(item.feature, {})[behaviour] = round(item.drop.mean, 4)
         maps = read_json(source / MAPS)
-        top = tested.top if tested and tested.dictionary == name else {}
-        write_atlas(run.folder / member.name, name, records, labels, _effects(top), maps)
-        wanted = {item.feature for items in top.values() for item in items}
-        automatic = load_labels(source / LABELS) | by_model
-        sheets = run.folder / member.name / "review"
-        reviewed = write_sheets(sheets, name, top, read_records(source, wanted), automatic, hand_labels) if top else ()
-        written = len(by_model.keys() - hand_labels.keys())
-        by_rule = len(labels) - len(hand_labels) - written
-        pages.append(AtlasPages(name, member.name, member.features, len(hand_labels), by_rule, written, reviewed))
-        run.say(f"open {run.folder / member.name / 'index.html'}")
+        write_atlas(folder, name, _records(source, judged), automatic | hand_labels, effects, maps)
+        records = read_records(source, set(effects)) if effects else {}
+        reviewed = write_sheets(folder / "review", name, top, records, automatic, hand_labels)
+        pages.append(AtlasPages(name, member.name, member.features, len(hand_labels), reviewed))
+        run.say(f"open {folder / 'index.html'}")
     return AtlasResults(run.name, tuple(pages))
 
 
@@ -72,29 +72,6 @@ def _records(folder: Path, judged: Mapping[str, Any]) -> Iterator[FeatureRecord]
         if scores := judged.get(str(record["feature"])):
             record["judged"] = scores
         yield record
-
-
-def _explained(run: Run, member: str) -> tuple[dict[int, Label], dict[str, Any]]:
-    """Return the kept labels by a language model, and the scores of all judged ones, by feature; empty without any."""
-    folder = run.inputs.get(f"explain/{run.name}")
-    if not folder:
-        return {}, {}
-    return load_labels(folder / member / LABELS), read_json(folder / member / EXPLAINED)
-
-
-def _ablated(run: Run) -> AblateResults | None:
-    """Return the results of the ablation that this run reads; None: it reads none."""
-    folders = [folder for unit, folder in run.inputs.items() if unit.startswith("ablate/")]
-    return load_results(folders[0]) if folders else None
-
-
-def _effects(top: Mapping[str, Sequence[FeatureEffect]]) -> dict[int, dict[str, float]]:
-    """Return feature -> behaviour -> drop in logit difference when the feature is ablated."""
-    effects: dict[int, dict[str, float]] = {}
-    for behaviour, items in top.items():
-        for item in items:
-            effects.setdefault(item.feature, {})[behaviour] = round(item.drop.mean, 4)
-    return effects
 
 
 def write_atlas(
@@ -118,41 +95,31 @@ def write_atlas(
     shutil.rmtree(folder / "data", ignore_errors=True)
     (folder / "data").mkdir(parents=True)
     columns: dict[str, list] = {name: [] for name in ("label", "by", "token", "rate", "f1", "effect")}
-    chunk: list[dict[str, Any]] = []
-    for record in records:
-        feature = record["feature"]
-        label, effect = labels.get(feature), effects.get(feature, {})
-        tokens, detectors = record.get("tokens") or [], record.get("detectors") or []
-        row = dict(
-            label=label.label if label else "",
-            by=label.by if label else "",
-            token=tokens[0]["text"] if tokens else "",
-            rate=record["rate"],
-            f1=detectors[0]["f1"]["mean"] if detectors else 0,
-            effect=max(effect.values(), key=abs, default=0),
-        )
-        for name, value in row.items():
-            columns[name].append(value)
-        extra = dict(label=to_json(label)) if label else {}
-        chunk.append(dict(record) | extra | (dict(effects=dict(effect)) if effect else {}))
-        if len(chunk) == CHUNK:
-            _script(folder, feature // CHUNK, chunk)
-            chunk = []
-    if chunk:
-        _script(folder, chunk[-1]["feature"] // CHUNK, chunk)
-    number = len(columns["rate"])
-    about = dict(dictionary=dictionary, features=number, chunk=CHUNK, columns=columns, maps=len(maps))
-    for place, token_map in enumerate(maps):
-        write_text(folder / "data" / f"map-{place}.js", f"atlas.map({place},{_json(token_map)})\n")
+    stream = iter(records)
+    while records_of_file := list(itertools.islice(stream, CHUNK)):
+        number, chunk = records_of_file[0]["feature"] // CHUNK, list[dict[str, Any]]()
+        for record in records_of_file:
+            label, effect = labels.get(record["feature"]), effects.get(record["feature"], {})
+            row = dict(
+                label=label.label if label else "",
+                by=label.by if label else "",
+                token=record["tokens"][0]["text"] if record.get("tokens") else "",
+                rate=record["rate"],
+                f1=record["detector"]["f1"]["mean"] if "detector" in record else 0,
+                effect=max(effect.values(), key=abs, default=0),
+            )
+            for name, value in row.items():
+                columns[name].append(value)
+            extra = dict(label=to_json(label)) if label else {}
+            chunk.append(dict(record) | extra | (dict(effects=dict(effect)) if effect else {}))
+        write_text(folder / "data" / f"{number:05d}.js", f"atlas.chunk({number},{_json(chunk)})\n")
+    about = dict(dictionary=dictionary, features=len(columns["rate"]), chunk=CHUNK, columns=columns, maps=len(maps))
     write_text(folder / "data" / "index.js", f"atlas.index({_json(about)})\n")
+    write_text(folder / "data" / "maps.js", f"atlas.maps({_json(maps)})\n")
     write_json(folder / LABELS, {str(feature): to_json(label) for feature, label in labels.items()})
     for name in _PAGE:
         write_text(folder / name, (_VIEWER / name).read_text(encoding="utf-8"))
     write_text(folder / ELEMENTS, elements_script())
-
-
-def _script(folder: Path, number: int, records: list[dict[str, Any]]) -> None:
-    write_text(folder / "data" / f"{number:05d}.js", f"atlas.chunk({number},{_json(records)})\n")
 
 
 def _json(data: Any) -> str:

@@ -16,7 +16,6 @@ import numpy as np
 from scipy import sparse
 
 from saejax.activations.chunker import SPLITS
-from saejax.activations.documents import Documents
 from saejax.interpret.feature_record import HeadLooks
 from saejax.interpret.firings import Block, priority
 from saejax.interpret.text import SHAPES, CodedText, shape_of
@@ -78,13 +77,13 @@ class HeadShares:
 
     Args:
       lm: the model.
-      documents: documents of the store; those of the search text are used.
-      text: text of the store.
+      text: text of the store; documents of the search text are used.
       layers: number of layers, from the first.
       tokens: approximate number of tokens.
     """
 
-    def __init__(self, lm: LanguageModel, documents: Documents, text: CodedText, layers: int, tokens: int):
+    def __init__(self, lm: LanguageModel, text: CodedText, layers: int, tokens: int):
+        documents = text.documents
         train_S = np.flatnonzero(documents.column("split") == SPLITS.index("train"))
         # Equal lengths let the control move all shares by whole documents without changing a token's position.
         length = int(min(LONGEST, np.median(documents.lengths_N[train_S])))
@@ -99,54 +98,46 @@ class HeadShares:
             # The last batch is filled up, so that one program serves all batches.
             padded = np.pad(ids_BxT, ((0, AT_ONCE - len(ids_BxT)), (0, 0)))
             rows.append(np.asarray(attended(lm.config, layers, lm.params, padded, marks_V))[: len(ids_BxT)])
-        shares_DxXxM = np.concatenate(rows)[:, 1:].reshape(
-            len(documents_D), length - 1, -1
-        )  # the first token attends only to itself
         self._heads, self._documents, self._length = lm.config.n_heads, len(documents_D), length - 1
-        flat_NxM = shares_DxXxM.reshape(-1, shares_DxXxM.shape[-1])
-        # A share that never varies, such as that of punctuation in a text without any, has no correlation and counts as
-        # 0.
-        spread_M = flat_NxM.std(axis=0)
-        self._shares_NxM = np.where(spread_M > 1e-6, (flat_NxM - flat_NxM.mean(axis=0)) / np.maximum(spread_M, 1e-6), 0)
-        self._shares_NxM = self._shares_NxM.astype(np.float32)
+        # The first token attends only to itself.
+        shares_NxM = np.concatenate(rows)[:, 1:].reshape(len(documents_D) * (length - 1), -1)
+        spread_M = shares_NxM.std(axis=0)
+        # A share that never varies, such as that of punctuation in a text without any, counts as uncorrelated.
+        scaled_NxM = np.where(spread_M > 1e-6, (shares_NxM - shares_NxM.mean(axis=0)) / np.maximum(spread_M, 1e-6), 0)
+        self._shares_NxM = scaled_NxM.astype(np.float32)
         self._row = np.full(len(documents.ids_T), -1)
-        self._row[place_DxT[:, 1:].reshape(-1)] = np.arange(len(flat_NxM))
+        self._row[place_DxT[:, 1:].reshape(-1)] = np.arange(len(shares_NxM))
 
     def of(self, block: Block) -> list[HeadLooks | None]:
         """Return the heads that correlate with each feature of a block; None for features that fire too rarely."""
+        if self._documents <= SHIFTS:
+            return [None] * block.size
         row = self._row[block.place]
         inside = row >= 0
         row, feature, value = row[inside], block.feature[inside], block.value[inside]
-        count = np.bincount(feature, minlength=block.size)
-        able = self._documents > SHIFTS
-        own_FxM = self._correlations(row, feature, value, block.size) if able else np.zeros((block.size, 1))
-        bar = np.zeros(block.size)
-        for shift in range(1, SHIFTS + 1) if able else ():
+        r_FxM, bar = self._correlations(row, feature, value, block.size), np.zeros(block.size)
+        for shift in range(1, SHIFTS + 1):
             # Moved by whole documents, firings keep their positions: a correlation with position alone is in the bar
             # too.
             moved = (row + shift * self._length) % len(self._shares_NxM)
             bar = np.maximum(bar, np.abs(self._correlations(moved, feature, value, block.size)).max(axis=1))
-        return [
-            self._describe(own_FxM[i], float(bar[i])) if able and count[i] >= _MIN_FIRINGS else None
-            for i in range(block.size)
-        ]
+        able = np.bincount(feature, minlength=block.size) >= _MIN_FIRINGS
+        return [self._describe(r_FxM[i], bar[i]) if able[i] else None for i in range(block.size)]
 
     def _correlations(self, row: np.ndarray, feature: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
         """Return the Pearson correlations of features with all shares, [size, M]."""
         n = len(self._shares_NxM)
         f_FxN = sparse.csr_array((value.astype(np.float32), (feature, row)), (size, n))
-        mean, square = (
-            np.bincount(feature, value, size) / n,
-            np.bincount(feature, value.astype(np.float64) ** 2, size) / n,
-        )
+        mean = np.bincount(feature, value, size) / n
+        square = np.bincount(feature, value.astype(np.float64) ** 2, size) / n
         spread = np.sqrt(np.maximum(square - mean**2, 1e-30))
         return (f_FxN @ self._shares_NxM) / (n * spread[:, None])  # the shares have a mean of 0
 
-    def _describe(self, own_M: np.ndarray, bar: float) -> HeadLooks:
-        # All shares compete for the list, so the bar is the largest correlation of any share under any shift.
-        best = np.argsort(-np.abs(own_M))[:_KEPT]
+    def _describe(self, r_M: np.ndarray, bar: float) -> HeadLooks:
+        """Return the heads beyond the bar: the largest correlation of any share, as all compete for the list."""
+        best = np.argsort(-np.abs(r_M))[:_KEPT]
         listed: list[tuple[int, int, str, float]] = []
-        for at in best[np.abs(own_M[best]) > bar].tolist():
+        for at in best[np.abs(r_M[best]) > bar].tolist():
             head, which = divmod(at, len(CLASSES))
-            listed.append((*divmod(head, self._heads), CLASSES[which], float(f"{own_M[at]:.3g}")))
+            listed.append((*divmod(head, self._heads), CLASSES[which], float(f"{r_M[at]:.3g}")))
         return HeadLooks(heads=listed, bar=float(f"{bar:.3g}"))

@@ -12,7 +12,7 @@ Prompts of a behaviour share words, so an association says what a feature fires 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,7 @@ from saejax.interpret.feature_record import FeatureCategory
 from saejax.interpret.firings import encode_tokens
 from saejax.interpret.results import CategoryCounts
 from saejax.models.language_model import LanguageModel
-from saejax.models.lengths import round_length
-from saejax.models.tokens import Tokens, pad
+from saejax.models.tokens import pad
 
 LEVEL = 0.05  # of the false discovery rate
 LISTED = 5  # associations of a feature that are kept
@@ -42,13 +41,8 @@ class CategorisedPrompt:
     right: bool | None
 
 
-@dataclasses.dataclass(frozen=True)
-class CategoryTest:
-    """A test: prompts on one side against prompts on the other, bool [P] each."""
-
-    name: str
-    inside_P: np.ndarray
-    outside_P: np.ndarray
+#: Name -> prompts on one side, and those on the other that they are compared with, bool [P] each.
+CategoryTests = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def read_prompts(inputs: Mapping[str, Path]) -> list[CategorisedPrompt]:
@@ -78,20 +72,17 @@ def active_on_prompts(lm: LanguageModel, dictionary: Dictionary, texts: Sequence
     order = np.argsort([len(prompt_ids) for prompt_ids in ids], kind="stable")
     for start in range(0, len(order), _BATCH):
         chosen = order[start : start + _BATCH]
-        # Lengths are rounded and the last batch is filled up, so that few programs are compiled.
-        filled = pad([*(ids[i] for i in chosen), *[[0]] * (_BATCH - len(chosen))])
-        length = min(round_length(filled.ids_BxT.shape[1]), lm.config.context)
-        ids_BxT = np.pad(filled.ids_BxT, ((0, 0), (0, length - filled.ids_BxT.shape[1])))
-        output = lm(Tokens(ids_BxT, filled.lengths_B), capture=[dictionary.site], logits=False)
-        x_BxTxD = np.asarray(output.sites[dictionary.site], np.float32)
+        # The last batch is filled up, so that few programs are compiled.
+        tokens = pad([*(ids[i] for i in chosen), *[[0]] * (_BATCH - len(chosen))])
+        x_BxTxD = np.asarray(lm(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site], np.float32)
         for row, i in enumerate(chosen):  # one by one: activations of a batch of wide dictionaries take gigabytes
-            firings, _ = encode_tokens(dictionary, x_BxTxD[row, : filled.lengths_B[row]], _TOKENS)
+            firings, _ = encode_tokens(dictionary, x_BxTxD[row, : len(ids[i])], _TOKENS)
             active_PxF[i, firings.indices] = True
     return active_PxF
 
 
-def make_tests(prompts: Sequence[CategorisedPrompt], rng: np.random.Generator | None = None) -> Iterator[CategoryTest]:
-    """Yield the tests of all categories that have enough prompts on both sides.
+def make_tests(prompts: Sequence[CategorisedPrompt], rng: np.random.Generator | None = None) -> CategoryTests:
+    """Return the tests of all categories that have enough prompts on both sides.
 
     Args:
       prompts: of all categories.
@@ -100,23 +91,19 @@ def make_tests(prompts: Sequence[CategorisedPrompt], rng: np.random.Generator | 
     category_P = np.array([prompt.category for prompt in prompts])
     right_P = np.array([{None: -1, False: 0, True: 1}[prompt.right] for prompt in prompts])
     moved_P = category_P if rng is None else rng.permutation(category_P)
-    # Answers are permuted within their category, because the model is right more often in some categories than others.
+    tests: CategoryTests = {}
     for category in dict.fromkeys(category_P.tolist()):
+        # Answers are permuted within their category: the model is right more often in some categories than others.
         judged = np.flatnonzero((category_P == category) & (right_P >= 0))
         answers = right_P[judged] if rng is None else rng.permutation(right_P[judged])
-        right = np.isin(np.arange(len(prompts)), judged[answers == 1])
-        wrong = np.isin(np.arange(len(prompts)), judged[answers == 0])
-        for test in (
-            CategoryTest(category, moved_P == category, moved_P != category),
-            CategoryTest(f"{category}: right answers", right, wrong),
-            CategoryTest(f"{category}: wrong answers", wrong, right),
-        ):
-            # With fewer prompts on a side, Fisher's test has no small p-value to offer.
-            if min(test.inside_P.sum(), test.outside_P.sum()) >= _LEAST:
-                yield test
+        right, wrong = (np.isin(np.arange(len(prompts)), judged[answers == verdict]) for verdict in (1, 0))
+        tests[category] = moved_P == category, moved_P != category
+        tests[f"{category}: right answers"], tests[f"{category}: wrong answers"] = (right, wrong), (wrong, right)
+    # With fewer prompts on a side, Fisher's test has no small p-value to offer.
+    return {name: sides for name, sides in tests.items() if min(side.sum() for side in sides) >= _LEAST}
 
 
-def associate(active_PxF: np.ndarray, tests: Sequence[CategoryTest]) -> dict[int, list[FeatureCategory]]:
+def associate(active_PxF: np.ndarray, tests: CategoryTests) -> dict[int, list[FeatureCategory]]:
     """Return the associations at a false discovery rate of ``LEVEL``, by feature, those of smallest q first.
 
     Args:
@@ -126,31 +113,31 @@ def associate(active_PxF: np.ndarray, tests: Sequence[CategoryTest]) -> dict[int
     live = np.flatnonzero(active_PxF.sum(axis=0) >= _LEAST)
     if not (len(live) and tests):
         return {}
-    cells, p = [], []
-    for test in tests:
-        inside_A, outside_A = (active_PxF[side][:, live].sum(axis=0) for side in (test.inside_P, test.outside_P))
-        n_in, n_out = int(test.inside_P.sum()), int(test.outside_P.sum())
-        cells.append((inside_A, n_in, outside_A, n_out))
-        # ``sf`` is the chance of more than its argument; the p-value is that of at least as many.
-        p.append(hypergeom.sf(inside_A - 1, n_in + n_out, inside_A + outside_A, n_in))
-    p_MxA = np.stack(p)
+    sizes = [(int(inside_P.sum()), int(outside_P.sum())) for inside_P, outside_P in tests.values()]
+    counts = [[active_PxF[side_P][:, live].sum(axis=0) for side_P in sides] for sides in tests.values()]
+    # ``sf`` is the chance of more than its argument; the p-value is that of at least as many.
+    p_MxA = np.stack(
+        [
+            hypergeom.sf(inside_A - 1, n_in + n_out, inside_A + outside_A, n_in)
+            for (n_in, n_out), (inside_A, outside_A) in zip(sizes, counts, strict=True)
+        ]
+    )
     # All tests of a dictionary are corrected together: tens of thousands of features are looked at, not one.
     q_MxA = false_discovery_control(p_MxA.reshape(-1)).reshape(p_MxA.shape)
-    categories: dict[int, list[FeatureCategory]] = {}
+    names, categories = list(tests), dict[int, list[FeatureCategory]]()
     for a in np.flatnonzero((q_MxA <= LEVEL).any(axis=0)):
-        for m in np.argsort(q_MxA[:, a], kind="stable")[:LISTED]:
-            if q_MxA[m, a] <= LEVEL:
-                inside_A, n_in, outside_A, n_out = cells[m]
-                categories.setdefault(int(live[a]), []).append(
-                    FeatureCategory(
-                        category=tests[m].name,
-                        active=int(inside_A[a]),
-                        prompts=n_in,
-                        active_elsewhere=int(outside_A[a]),
-                        prompts_elsewhere=n_out,
-                        q=float(f"{q_MxA[m, a]:.4g}"),
-                    )
-                )
+        smallest = np.argsort(q_MxA[:, a], kind="stable")[:LISTED]
+        categories[int(live[a])] = [
+            FeatureCategory(
+                category=names[m],
+                active=int(counts[m][0][a]),
+                prompts=sizes[m][0],
+                active_elsewhere=int(counts[m][1][a]),
+                prompts_elsewhere=sizes[m][1],
+                q=float(f"{q_MxA[m, a]:.4g}"),
+            )
+            for m in smallest[q_MxA[smallest, a] <= LEVEL]
+        ]
     return categories
 
 
@@ -159,7 +146,7 @@ def categorise(
 ) -> tuple[dict[int, list[FeatureCategory]], CategoryCounts]:
     """Return the prompt categories with which a dictionary's features are associated, and counts with the control's."""
     active_PxF = active_on_prompts(lm, dictionary.with_sink_norms(lm.sink_norm), [prompt.text for prompt in prompts])
-    tests, shuffled = list(make_tests(prompts)), list(make_tests(prompts, np.random.default_rng(seed)))
+    tests, shuffled = make_tests(prompts), make_tests(prompts, np.random.default_rng(seed))
     associations, control = associate(active_PxF, tests), associate(active_PxF, shuffled)
     live = int((active_PxF.sum(axis=0) >= _LEAST).sum())
     return associations, CategoryCounts(len(prompts), len(tests), live, len(associations), len(control))

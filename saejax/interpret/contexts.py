@@ -44,12 +44,12 @@ def top_contexts(
         for block in blocks(folder, dictionary.config.n_features):
             for feature in contexts_of.keys() & set(range(block.first, block.first + block.size)):
                 index = feature - block.first
-                places = strongest(block, store.documents, coded, index, count)
+                places = strongest(block, coded, index, count)
                 contexts_of[feature] = contexts(block, coded, is_stored, index, places)
     return contexts_of
 
 
-def strongest(block: Block, documents: Documents, text: CodedText, feature: int, count: int) -> list[int]:
+def strongest(block: Block, text: CodedText, feature: int, count: int) -> list[int]:
     """Return the places of a feature's strongest firings in contexts that differ, strongest first.
 
     Contexts come from distinct groups of documents (openings or templates of the corpus) as long as there are enough,
@@ -58,8 +58,7 @@ def strongest(block: Block, documents: Documents, text: CodedText, feature: int,
 
     Args:
       block: firings.
-      documents: documents of the store.
-      text: their text.
+      text: text of the store.
       feature: index of the feature in the block.
       count: number of contexts.
     """
@@ -67,7 +66,7 @@ def strongest(block: Block, documents: Documents, text: CodedText, feature: int,
     order = np.argsort(-block.value[firings], kind="stable")  # equal activations in the order of the text
     place_A = block.place[firings][order]  # of all firings; the candidates are N of them
     document_A = text.document(place_A)
-    group_A = documents.column("group")[document_A]
+    group_A = text.documents.column("group")[document_A]
     # More candidates than are shown, as some repeat others.
     candidates = [_first_of_each(key_A, _SPARE * count) for key_A in (group_A, document_A, np.arange(len(place_A)))]
     kept_N = np.unique(np.concatenate(candidates))
@@ -83,7 +82,7 @@ def strongest(block: Block, documents: Documents, text: CodedText, feature: int,
                 break
             if key_N is not None and key_N[i] in key_N[chosen]:
                 continue
-            context = tuple(documents.ids_T[start_N[i] : stop_N[i]].tolist())
+            context = tuple(text.documents.ids_T[start_N[i] : stop_N[i]].tolist())
             if context not in shown and not any(start_N[j] <= place < stop_N[j] for j in chosen):
                 shown.add(context)
                 chosen.append(i)

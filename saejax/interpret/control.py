@@ -5,17 +5,17 @@ encoder that is not trained; only its decoder is fitted (the *frozen encoder* of
 2602.14111).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
+from scipy.sparse.linalg import LinearOperator, cg
 
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.kinds.topk import is_plain_topk
+from saejax.interpret.firings import encode_tokens
 
 MOST = 1024  # random directions
 _ROWS = 32_768  # rows of the store that set thresholds
@@ -79,7 +79,7 @@ def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary
         config = DictionaryConfig(kind="topk", k=original.k, **shape)
     else:
         counted = slice(None, None, -(-len(rows) // _COUNTED))
-        fires = sum(map(sparse.csr_array.count_nonzero, _codes(dictionary, x_NxD[counted])))
+        fires = _encode(dictionary, x_NxD[counted]).count_nonzero()
         pre = (x_NxD[counted] @ W_enc_DxF + b_enc_F).reshape(-1)
         at = min(max(len(pre) - fires, 0), len(pre) - 1)
         # Not below 0: a JumpReLU with a negative threshold would pass negative activations.
@@ -87,7 +87,7 @@ def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary
         config = DictionaryConfig(kind="jumprelu", **shape)
         arrays |= dict(threshold_F=np.full(original.n_features, threshold, np.float32))
     arrays = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
-    f_NxF = sparse.vstack(list(_codes(Dictionary(config, **arrays), x_NxD)), format="csr")
+    f_NxF = _encode(Dictionary(config, **arrays), x_NxD)
     arrays |= dict(W_dec_FxD=jnp.asarray(fit_decoder(f_NxF, y_NxD - np.asarray(arrays["b_dec_D"]))))
     return Dictionary(config, **arrays)
 
@@ -95,43 +95,23 @@ def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary
 def fit_decoder(f_NxF: sparse.csr_array, y_NxD: np.ndarray) -> np.ndarray:
     """Return decoder rows [F, D] that reconstruct ``y_NxD`` by ridge regression; 0 for a feature that never fires.
 
-    Conjugate gradients on the normal equations, preconditioned by their diagonal (Hestenes and Stiefel, 1952), for
-    every output separately, ``_STEPS`` steps of two sparse products, so that the number of features is not limited.
+    Conjugate gradients on the normal equations, preconditioned by their diagonal (Hestenes and Stiefel, 1952),
+    ``_STEPS`` steps for each output: products of sparse matrices, so that the number of features is not limited.
     """
     diagonal_F = np.asarray(f_NxF.power(2).sum(axis=0)).reshape(-1)
     # Relative to a typical feature's Gram diagonal: frequent features hardly notice it, rare ones are damped.
     ridge = np.float32(_RIDGE * diagonal_F.mean())
-    scale_Fx1 = (1 / np.maximum(diagonal_F + ridge, 1e-30)).astype(np.float32)[:, None]
-    transposed_FxN = f_NxF.T.tocsr()
-    left_FxD = transposed_FxN @ y_NxD.astype(np.float32)
-    W_FxD, step_FxD = np.zeros_like(left_FxD), scale_Fx1 * left_FxD
-    size_D = np.sum(left_FxD * step_FxD, axis=0)
-    for _ in range(_STEPS):
-        turned_FxD = transposed_FxN @ (f_NxF @ step_FxD) + ridge * step_FxD
-        # An output that is solved has no step left: 0 / 1e-30 leaves it as it is.
-        length_D = size_D / np.maximum(np.sum(step_FxD * turned_FxD, axis=0), 1e-30)
-        W_FxD += length_D * step_FxD
-        left_FxD -= length_D * turned_FxD
-        scaled_FxD = scale_Fx1 * left_FxD
-        size_D, before_D = np.sum(left_FxD * scaled_FxD, axis=0), size_D
-        step_FxD = scaled_FxD + size_D / np.maximum(before_D, 1e-30) * step_FxD
-    return W_FxD
+    scale_F, f_FxN = (1 / np.maximum(diagonal_F + ridge, 1e-30)).astype(np.float32), f_NxF.T.tocsr()
+    gram = LinearOperator((len(scale_F),) * 2, lambda v_F: f_FxN @ (f_NxF @ v_F) + ridge * v_F, dtype=np.float32)
+    options = dict(maxiter=_STEPS, rtol=1e-6, M=sparse.diags_array(scale_F))
+    right_DxF = (f_FxN @ y_NxD.astype(np.float32)).T
+    return np.stack([cg(gram, right_F, **options)[0] for right_F in right_DxF], axis=1)
 
 
-def _codes(dictionary: Dictionary, x_NxD: np.ndarray) -> Iterator[sparse.csr_array]:
-    """Yield the activations of rows, chunk by chunk, as sparse rows."""
-    for start in range(0, len(x_NxD), _CHUNK):
-        rows = x_NxD[start : start + _CHUNK]
-        # The last chunk is filled up: one shape, one program.
-        f_BxF = _encode(dictionary, np.pad(rows, ((0, _CHUNK - len(rows)), (0, 0))))
-        yield sparse.csr_array(np.asarray(f_BxF)[: len(rows)])
-
-
-@jax.jit
-def _encode(dictionary: Dictionary, x_BxD: jax.Array) -> jax.Array:
-    """Return activations, 0 where a feature does not fire."""
-    f_BxF = dictionary.encode(x_BxD)
-    return jnp.where(dictionary.kind.fires(f_BxF, dictionary.numbers), f_BxF, 0.0)
+def _encode(dictionary: Dictionary, x_NxD: np.ndarray) -> sparse.csr_array:
+    """Return the activations of a store's rows; attention sinks are not among these, so no norm excludes any."""
+    largest = float(np.finfo(np.float32).max)
+    return encode_tokens(dictionary.with_sink_norms(lambda site: largest, replace=True), x_NxD, _CHUNK)[0]
 
 
 def _directions(width: int, count: int, seed: int) -> np.ndarray:

@@ -22,8 +22,8 @@ class FeatureContext(TypedDict):
     group: NotRequired[int]  # which tenth of the firings it was drawn from
 
 
-class FeatureCode(TypedDict):
-    """A token or a token shape on which a feature fires."""
+class FeatureToken(TypedDict):
+    """A token on which a feature fires."""
 
     text: str
     hits: int  # firings on it
@@ -60,14 +60,12 @@ class MeanInterval(TypedDict):
 
 
 class DetectorRecord(TypedDict):
-    """A detector of a feature, with its scores on held-out text (``detectors.DetectorScore``)."""
+    """The rule that best predicts where a feature fires (``detectors.Detector``)."""
 
     family: str
     says: str  # what it looks at, in words
     search_f1: float  # on the text that it was found on
-    precision: MeanInterval
-    recall: MeanInterval
-    f1: MeanInterval
+    f1: MeanInterval  # on held-out text
 
 
 class HeadLooks(TypedDict):
@@ -100,15 +98,12 @@ class FeatureRecord(TypedDict):
     max: NotRequired[float]
     tenths: NotRequired[list[float]]
     histogram: NotRequired[list[int]]
-    positions: NotRequired[list[int]]
     examples: NotRequired[list[FeatureContext]]
     groups: NotRequired[list[FeatureContext]]
-    tokens: NotRequired[list[FeatureCode]]
-    shapes: NotRequired[list[FeatureCode]]
-    together: NotRequired[list[tuple[int, int, float]]]
+    tokens: NotRequired[list[FeatureToken]]
     attention: NotRequired[HeadLooks]
     categories: NotRequired[list[FeatureCategory]]
-    detectors: NotRequired[list[DetectorRecord]]
+    detector: NotRequired[DetectorRecord]
     shuffled_f1: NotRequired[float]
     label: NotRequired[str]
     judged: NotRequired[Mapping[str, Any]]  # in an atlas: ``results.ExplainedFeature`` as JSON

@@ -2,13 +2,13 @@
 
 A *firing* is a feature, a place and an activation. A *place* is a token of the store's documents, counted through all
 of them: ``documents.ids_T[place]`` is its token. The pass reads the shards in order, encodes a batch on the devices
-(f [B, F], dense), and packs the firings there, so that only firings are copied to the host. They are appended to a
-file for every ``BLOCK`` features and read back by feature, so that statistics of a feature use all of its firings.
+(f [B, F], dense), and copies a bit for each activation and the activations that fire to the host. They are appended to
+a file for every ``BLOCK`` features and read back by feature, so that statistics of a feature use all of its firings.
 Memory is that of a batch, of two million firings, and some hundred bytes for each token of the text.
 
 The floor for T tokens, F features, d dimensions, L0 firings a token: 2 T d F operations to encode; T d x 2 bytes
 (bfloat16) read, 10 T L0 bytes written and read once. At T = 1e8, F = 131,072, d = 2,304, L0 = 64: 6e16 operations, 0.46
-TB, 64 GB. Packing takes two further passes over f on the device; what is made of a firing takes the host some 3 us.
+TB, 64 GB. The bits take a further pass over f on the device; what is made of a firing takes the host some 3 us.
 """
 
 import contextlib
@@ -32,11 +32,10 @@ from saejax.parallel.mesh import fitting_sharding, sharding
 
 BLOCK = 512  # features of a file
 _RECORD = np.dtype([("feature", "<u2"), ("place", "<u4"), ("value", "<f4")])  # the feature counted in its block
-ROOM = 2**22  # largest number of firings packed at a time
 _MOST = 2**21  # largest number of firings of a block, unless a single feature has more
-WORD = 32  # rows of a batch in a word of bits
+_WORD = 32  # rows of a batch in a word of bits
 
-OnBatch = Callable[[np.ndarray, np.ndarray], None]  # feature and place of the firings of a batch
+Encoded = tuple[jax.Array, jax.Array]  # the results of ``_encode_batch``
 
 
 def priority(place: np.ndarray) -> np.ndarray:
@@ -61,7 +60,6 @@ def record(
     batch: int,
     *,
     stopping: Callable[[], bool] = lambda: False,
-    on_batch: OnBatch | None = None,
     features: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Write the firings of dictionaries of one site on a split of a store.
@@ -73,7 +71,6 @@ def record(
       mesh: tokens are split over ``data``, features over ``model``.
       batch: tokens in a batch, rounded up to a multiple of 32.
       stopping: returns whether the process was asked to stop.
-      on_batch: called with the firings of the first dictionary, sorted by feature.
       features: features whose firings are written; None: all.
 
     Returns:
@@ -84,16 +81,19 @@ def record(
       Interrupted: asked to stop.
     """
     (site,) = {dictionary.site for dictionary in dictionaries.values()}
-    rows, batch = store.rows(split, site), -(-batch // WORD) * WORD
+    rows, batch = store.rows(split, site), -(-batch // _WORD) * _WORD
     if not len(rows):
         raise UserError(f"the {split} split of {store.folder} has no activations of {site}: capture more text")
     if len(store.documents.ids_T) >= 2**32:
         raise UserError(f"{store.folder} has {len(store.documents.ids_T):,} tokens: at most 2^32 are supported")
     members = [MemberData.of([dictionary], mesh)[0] for dictionary in dictionaries.values()]
-    wanted = [_wanted(dictionary.config.n_features, features) for dictionary in dictionaries.values()]
     with contextlib.ExitStack() as opened:
-        files = [_Files(opened, folder, d.config.n_features) for folder, d in dictionaries.items()]
-        waiting: list[tuple[np.ndarray, list]] = []  # a batch is packed while the devices work on the next one
+        files: list[list[BinaryIO]] = []  # of each dictionary, one for each block of features
+        for folder, dictionary in dictionaries.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            paths = [_file(folder, first) for first in range(0, dictionary.config.n_features, BLOCK)]
+            files.append([opened.enter_context(path.open("wb")) for path in paths])
+        waiting: list[tuple[np.ndarray, list[Encoded]]] = []  # is written while the devices work on the next batch
         for start in range(0, len(rows), batch):
             if stopping():
                 raise Interrupted("stopped: finished dictionaries are kept; run the same command again to continue")
@@ -101,108 +101,64 @@ def record(
             # The last batch is filled up, so that one program serves all batches.
             x_BxD = np.pad(store.read(site, rows_N), ((0, batch - len(rows_N)), (0, 0)))
             placed_BxD = jax.device_put(x_BxD, fitting_sharding(mesh, x_BxD.shape, "data", None))
-            encoded = [
-                encode_batch(mesh, member, placed_BxD, len(rows_N), wanted_F)
-                for member, wanted_F in zip(members, wanted, strict=True)
-            ]
+            encoded = [_encode_batch(mesh, member, placed_BxD, len(rows_N)) for member in members]
             waiting.append((places_of(store, rows_N), encoded))
             if len(waiting) > 1:
-                _write(files, *waiting.pop(0), on_batch)
-        for place_N, encoded in waiting:
-            _write(files, place_N, encoded, on_batch)
+                _write(files, *waiting.pop(0), features)
+        _write(files, *waiting.pop(), features)
     return np.sort(places_of(store, rows))
 
 
-def _wanted(count: int, features: Sequence[int] | None) -> np.ndarray:
-    """Return the features whose firings are written, bool [F]."""
-    return np.isin(np.arange(count), np.arange(count) if features is None else features)
-
-
-class _Files:
-    """The files of a dictionary's firings, one for each block of features."""
-
-    def __init__(self, opened: contextlib.ExitStack, folder: Path, features: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._first = np.arange(0, features, BLOCK)
-        paths = [_file(folder, int(first)) for first in self._first]
-        self._files: list[BinaryIO] = [opened.enter_context(path.open("wb")) for path in paths]
-
-    def write(self, feature: np.ndarray, place: np.ndarray, value: np.ndarray) -> None:
-        """Append firings, sorted by feature."""
-        bounds = [*np.searchsorted(feature, self._first), len(feature)]
-        for file, first, start, stop in zip(self._files, self._first, bounds[:-1], bounds[1:], strict=True):
-            firings = np.empty(stop - start, _RECORD)
-            firings["feature"], firings["place"] = feature[start:stop] - first, place[start:stop]
-            firings["value"] = value[start:stop]
-            firings.tofile(file)
-
-
-def _write(files: list[_Files], place_N: np.ndarray, encoded: list, on_batch: OnBatch | None) -> None:
-    for number, (file, (size_BxF, words, ends)) in enumerate(zip(files, encoded, strict=True)):
-        count = int(ends[-1])
-        # Room is a power of two, so that batches with different numbers of firings share a few programs.
-        room = min(ROOM, 1 << max(count - 1, 1).bit_length())
-        for first in range(0, count, room):
-            taken = jax.device_get(take_firings(size_BxF, words, ends, first, room))
-            feature, row, value = (part[: count - first] for part in taken)
-            file.write(feature, place_N[row], value)
-            if on_batch and not number:
-                on_batch(feature, place_N[row])
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def encode_batch(
-    mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.Array, wanted_F: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return absolute activations [B, F], firings as bits of words [F B / 32], cumulative counts of firings by word.
+def _encode_batch(mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.Array) -> Encoded:
+    """Return absolute activations [B, F], and firings as bits of words [F, B / 32], whole on each device.
 
-    Words are ordered by feature, then by row, whole on each device; rows from ``count`` on have no firings.
-
-    Args:
-      mesh: tokens are split over ``data``, features over ``model``.
-      member: the dictionary.
-      x_BxD: its inputs.
-      count: number of rows that are tokens.
-      wanted_F: features whose firings are wanted, bool.
+    Rows from ``count`` on have no firings.
     """
     f_BxF = member.encode(x_BxD)
     batch, features = f_BxF.shape
-    fires_BxF = member.fires(f_BxF) & (jnp.arange(batch)[:, None] < count) & wanted_F[None]
-    bit = jnp.arange(WORD, dtype=jnp.uint32)[None, :, None]
-    # A bit for each firing, a word for 32 rows of a feature: counts by word tell where firings are, and nothing else
-    # leaves the device.
-    split = fires_BxF.reshape(batch // WORD, WORD, features).astype(jnp.uint32)
-    words = jnp.sum(split << bit, axis=1, dtype=jnp.uint32).T.reshape(-1)
-    words = lax.with_sharding_constraint(words, sharding(mesh))
+    fires_BxF = member.fires(f_BxF) & (jnp.arange(batch)[:, None] < count)
     size_BxF = lax.with_sharding_constraint(jnp.abs(f_BxF), fitting_sharding(mesh, f_BxF.shape, "data", "model"))
-    return size_BxF, words, jnp.cumsum(lax.population_count(words).astype(jnp.int32))
+    # A bit for each activation, then the activations that fire: the dense array never leaves the device.
+    fires_XxWxF = fires_BxF.reshape(batch // _WORD, _WORD, features).astype(jnp.uint32)
+    bit = jnp.arange(_WORD, dtype=jnp.uint32)[None, :, None]
+    words_XxF = jnp.sum(fires_XxWxF << bit, axis=1, dtype=jnp.uint32)
+    return size_BxF, lax.with_sharding_constraint(words_XxF.T, sharding(mesh))
 
 
-@functools.partial(jax.jit, static_argnames="room")
-def take_firings(
-    size_BxF: jax.Array, words: jax.Array, ends: jax.Array, first: jax.Array, room: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return feature, row and size of ``room`` firings from number ``first`` on; beyond the last, undefined.
+def _write(
+    files: list[list[BinaryIO]], place_N: np.ndarray, encoded: list[Encoded], features: Sequence[int] | None
+) -> None:
+    """Append the firings of a batch to each dictionary's files, block by block."""
+    for of_dictionary, (size_BxF, words) in zip(files, encoded, strict=True):
+        words_FxX = np.asarray(words)
+        if features is not None:
+            words_FxX = np.where(np.isin(np.arange(len(words_FxX)), features)[:, None], words_FxX, np.uint32(0))
+        for number, file in enumerate(of_dictionary):
+            first = number * BLOCK
+            feature_A, row_A = _unpack(words_FxX[first : first + BLOCK])
+            # A power of two, so that batches with different numbers of firings share a few programs.
+            spare = (1 << len(feature_A).bit_length()) - len(feature_A)
+            taken = _take(size_BxF, np.pad(row_A, (0, spare)), np.pad(first + feature_A, (0, spare)))
+            firings = np.empty(len(feature_A), _RECORD)
+            firings["feature"], firings["place"] = feature_A, place_N[row_A]
+            firings["value"] = np.asarray(taken)[: len(feature_A)]
+            firings.tofile(file)
 
-    Args:
-      size_BxF: as returned by ``encode_batch``.
-      words: as returned by ``encode_batch``.
-      ends: as returned by ``encode_batch``.
-      first: number of the first firing.
-      room: number of firings, at least 1.
-    """
-    number = first + jnp.arange(room)
-    at = jnp.minimum(jnp.searchsorted(ends, number, side="right"), len(words) - 1)
-    word, bit = words[at], jnp.zeros(room, jnp.uint32)
-    left = number - (ends[at] - lax.population_count(word).astype(jnp.int32))  # of the word's firings before this one
-    # Binary search in the word: if the lower half has too few firings, the wanted bit is in the upper half.
-    for width in (16, 8, 4, 2, 1):
-        low = lax.population_count((word >> bit) & jnp.uint32((1 << width) - 1)).astype(jnp.int32)
-        up = left >= low
-        left, bit = jnp.where(up, left - low, left), jnp.where(up, bit + width, bit)
-    per_feature = size_BxF.shape[0] // WORD
-    feature, row = at // per_feature, at % per_feature * WORD + bit.astype(jnp.int32)
-    return feature, row, size_BxF[row, feature]
+
+def _unpack(words_FxX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the feature and the row of each bit that is set, sorted by feature, then by row."""
+    feature_U, word_U = np.nonzero(words_FxX)
+    # Few words have any firing: only their bits are unpacked.
+    octets_Ux4 = words_FxX[feature_U, word_U].astype("<u4").view(np.uint8).reshape(-1, 4)
+    at_A, bit_A = np.nonzero(np.unpackbits(octets_Ux4, axis=1, bitorder="little"))
+    return feature_U[at_A], word_U[at_A] * _WORD + bit_A
+
+
+@jax.jit
+def _take(size_BxF: jax.Array, row_A: jax.Array, feature_A: jax.Array) -> jax.Array:
+    """Return the activations of features on rows of a batch."""
+    return size_BxF[row_A, feature_A]
 
 
 def encode_tokens(dictionary: Dictionary, x_NxD: np.ndarray, batch: int) -> tuple[sparse.csr_array, np.ndarray]:

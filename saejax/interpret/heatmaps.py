@@ -24,12 +24,12 @@ class TokenMaps:
         self._text, self._count = text, len(place)
         # By hash instead of a random state, so that all dictionaries of a store show the same documents.
         self._documents = every[np.argsort(priority(every), kind="stable")[::-1][:documents]]
-        starts = text.starts(self._documents)
+        starts = text.documents.starts_N[self._documents]
         self._places = [np.arange(start, start + min(TOKENS, 1 + int(text.left(start)))) for start in starts]
-        self._is_shown = np.zeros(text.tokens, bool)
+        self._is_shown = np.zeros(len(text.documents.ids_T), bool)
         for places in self._places:
             self._is_shown[places] = True
-        self._is_encoded = np.isin(np.concatenate([np.zeros(0, np.int64), *self._places]), place)
+        self._is_encoded = [np.isin(places, place) for places in self._places]
         self._firings: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._means: list[np.ndarray] = []
 
@@ -46,10 +46,9 @@ class TokenMaps:
         their mean over all text, times the norm of the decoder row; only if positive.
         """
         feature, place, value = (np.concatenate(part) for part in zip(*self._firings, strict=True))
-        mean_F, token_maps, first = np.concatenate(self._means), list[TokenMap](), 0
-        for document, places in zip(self._documents.tolist(), self._places, strict=True):
-            is_encoded = self._is_encoded[first : first + len(places)]
-            first += len(places)
+        mean_F, token_maps = np.concatenate(self._means), list[TokenMap]()
+        shown = zip(self._documents.tolist(), self._places, self._is_encoded, strict=True)
+        for document, places, is_encoded in shown:
             in_document = (place >= places[0]) & (place <= places[-1])
             # Minus the mean over all text, or features that are active everywhere would fill every heatmap.
             excess_F = np.bincount(feature[in_document], value[in_document], len(mean_F)) - is_encoded.sum() * mean_F

@@ -1,7 +1,6 @@
 """The held-out contexts that labels are judged on, with a feature and without it, and the scores of replies."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from saejax.interpret import contexts
 from saejax.interpret.feature_record import FeatureContext
 from saejax.interpret.firings import Block, blocks
 from saejax.interpret.questions import GROUP, Question, detect
-from saejax.interpret.records import group_draws, weakest_first
-from saejax.interpret.results import FeatureScore
+from saejax.interpret.records import group_draws
 from saejax.interpret.text import CodedText
+from saejax.results import Interval
 from saejax.tasks.scoring import wilson_of
 
 MIN_FIRINGS = 10  # on held-out text, for a feature to be judged
@@ -30,21 +29,16 @@ class HeldOut:
     active: list[FeatureContext]  #: contexts in which it fires, the weakest tenth of its firings first
     silent: list[FeatureContext]  #: as many in which it does not fire, or fewer if it fires almost everywhere
 
-    @property
-    def fires(self) -> list[bool]:
-        """True for each active context, then False for each silent one."""
-        return [True] * len(self.active) + [False] * len(self.silent)
-
 
 def held_out(
     folder: Path, features: int, wanted: Collection[int], place: np.ndarray, text: CodedText, seed: int
 ) -> Iterator[HeldOut]:
-    """Yield the contexts of the features that fire at least ``MIN_FIRINGS`` times.
+    """Yield the contexts of features.
 
     Args:
       folder: folder with the firings on held-out text, written by ``firings.record``.
       features: number of features of the dictionary.
-      wanted: features to look at.
+      wanted: features that fire at least ``MIN_FIRINGS`` times.
       place: encoded places of the text.
       text: text of the store.
       seed: seed of the silent contexts; each feature has its own generator.
@@ -52,13 +46,11 @@ def held_out(
     in_text = np.zeros(int(place.max()) + 1 + contexts.AFTER, bool)
     in_text[place] = True
     for block in blocks(folder, features):
-        chosen = [i for i in range(block.size) if block.first + i in wanted and block.counts[i] >= MIN_FIRINGS]
-        if chosen:
-            drawn, _ = group_draws(block, weakest_first(block), _DRAWS)
-        for i in chosen:
+        for i in (i for i in range(block.size) if block.first + i in wanted):
             # A generator for each feature: its contexts do not depend on which other features are judged.
-            rng = np.random.default_rng((seed, block.first + i))
-            firings = block.place[drawn[slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))]]
+            rng, of_feature = np.random.default_rng((seed, block.first + i)), block.of(i)
+            drawn, _ = group_draws(block.value[of_feature], block.place[of_feature], _DRAWS)
+            firings = block.place[of_feature][drawn]
             active = contexts.contexts(block, text, in_text, i, firings)
             silent = contexts.contexts(block, text, in_text, i, _silent_places(block, text, place, i, rng, len(active)))
             yield HeldOut(block.first + i, active, silent)
@@ -81,36 +73,34 @@ def detection(held: HeldOut, label: str, seed: int) -> list[tuple[Question, list
       label: its label, or another feature's.
       seed: seed of the order of contexts, which is the same for every label.
     """
-    shown, fires = [*held.active, *held.silent], held.fires
+    shown, fires = [*held.active, *held.silent], [True] * len(held.active) + [False] * len(held.silent)
     # The order does not depend on the label, so a label and its control answer the same questions.
     order = np.random.default_rng((seed, held.feature, 0)).permutation(len(shown))
     groups = [order[start : start + GROUP].tolist() for start in range(0, len(shown), GROUP)]
     return [(detect(label, [shown[i] for i in group]), [fires[i] for i in group]) for group in groups]
 
 
-def detection_score(correct: Sequence[Sequence[bool]], read: Sequence[Sequence[bool] | None]) -> FeatureScore | None:
-    """Return the score of yes and no replies; None if only contexts of one class were scored.
+def detection_score(correct: Sequence[Sequence[bool]], read: Sequence[Sequence[bool] | None]) -> Interval | None:
+    """Return the balanced accuracy of yes and no replies, with its 95 % Wilson interval.
 
     Args:
       correct: for each question whether the feature fires in each of its contexts.
       read: the parsed replies; None: unparsed.
+
+    Returns:
+      None if only contexts of one class were scored.
     """
     pairs = [
         pair for truth, reply in zip(correct, read, strict=True) if reply for pair in zip(truth, reply, strict=True)
     ]
-    count = Counter(pairs)  # (fires, called active)
-    hit, missed, false, true = (count[pair] for pair in ((True, True), (True, False), (False, True), (False, False)))
-    if not (hit + missed and false + true):
+    correct_by_class = [[called == fires for fires, called in pairs if fires == side] for side in (True, False)]
+    if not all(correct_by_class):
         return None
     # The mean of both shares: with few silent contexts, always "yes" would otherwise score high.
-    recall, specificity = hit / (hit + missed), true / (false + true)
-    f1 = 2 * hit / max(1, 2 * hit + false + missed)
-    return FeatureScore((recall + specificity) / 2, hit / max(1, hit + false), recall, f1, len(pairs))
+    return wilson_of(float(np.mean([np.mean(side) for side in correct_by_class])), len(pairs))
 
 
-def is_kept(score: FeatureScore | None, control: FeatureScore | None) -> bool:
-    """Return whether the lower end of the 95 % Wilson interval of accuracy is above the control's, and above chance."""
-    if score is None:
-        return False
+def is_kept(score: Interval | None, control: float | None) -> bool:
+    """Return whether the lower end of a label's accuracy is above the accuracy of the control, and above chance."""
     # The interval's lower end, because the best of thousands of labels would often exceed a control by luck.
-    return wilson_of(score.accuracy, score.contexts).low > max(CHANCE, control.accuracy if control else CHANCE)
+    return score is not None and score.low > max(CHANCE, control or 0.0)

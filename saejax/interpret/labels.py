@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,32 +62,27 @@ def read_labels(
       flag: flag that names the file, for messages.
 
     Raises:
-      UserError: the file cannot be read, a column is missing, or a feature does not exist or comes twice.
+      UserError: a file cannot be read, a column is missing, a feature does not exist, or two labels of it differ.
     """
     label_of: dict[int, Label] = {}
-    if path.is_dir():
-        for file in sorted(path.glob("*.csv")):
-            labels = read_labels(file, dictionary, features, several, flag)
-            for feature in labels.keys() & label_of.keys():
-                if labels[feature].label != label_of[feature].label:
-                    raise UserError(
-                        f"{file}: feature {feature} is {labels[feature].label!r}, and {label_of[feature].label!r} in "
-                        "an earlier file: keep one of them"
-                    )
-            label_of |= labels
-        return label_of
-    for number, row in enumerate(read_sheet(path, (*COLUMNS, "dictionary") if several else COLUMNS, flag), 2):
-        if (row.get("dictionary") or dictionary) != dictionary:
-            continue
-        text = row["feature"].strip()
-        if not text.isdecimal() or int(text) >= features:
-            raise UserError(
-                f"{path}, line {number}: there is no feature {text!r} in {dictionary}: expected 0 to {features - 1}"
-            )
-        if int(text) in label_of:
-            raise UserError(f"{path}, line {number}: feature {text} has a label already: keep one line of it")
-        if row["label"].strip():
-            label_of[int(text)] = Label(row["label"].strip(), row["reviewer"].strip() or "by hand", row["note"].strip())
+    columns = (*COLUMNS, "dictionary") if several else COLUMNS
+    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+        for number, row in enumerate(read_sheet(file, columns, flag), 2):
+            text, label = row["feature"].strip(), row["label"].strip()
+            if (row.get("dictionary") or dictionary) != dictionary:
+                continue
+            if not text.isdecimal() or int(text) >= features:
+                raise UserError(
+                    f"{file}, line {number}: there is no feature {text!r} in {dictionary}: expected 0 to {features - 1}"
+                )
+            if not label:
+                continue
+            entry = Label(label, row["reviewer"].strip() or "by hand", row["note"].strip())
+            if label_of.setdefault(int(text), entry).label != label:
+                raise UserError(
+                    f"{file}, line {number}: feature {text} is {label!r}, and {label_of[int(text)].label!r} in an "
+                    "earlier line: keep one of them"
+                )
     return label_of
 
 
@@ -114,11 +110,17 @@ def write_label(path: Path, dictionary: str, feature: int, label: str, reviewer:
             entry = dict(feature=str(feature), label=label, reviewer=reviewer, dictionary=dictionary)
             rows.append((old[0] if old else {}) | entry)
         columns = list(dict.fromkeys([*COLUMNS, "dictionary", *(name for row in rows for name in row)]))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(path, text.getvalue())
+        write_sheet(path, rows, columns)
+
+
+def write_sheet(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write lines with these columns to a .csv file; a column that a line does not have is empty there."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
 
 
 def _means(row: Mapping[str, str], dictionary: str, feature: int) -> bool:

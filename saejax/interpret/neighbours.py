@@ -1,4 +1,4 @@
-"""Neighbours of a feature: tokens that it promotes and suppresses, similar decoder rows, co-active features."""
+"""What the weights say of a feature: tokens that it promotes and suppresses, and the nearest decoder rows."""
 
 import dataclasses
 import functools
@@ -7,17 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from scipy import sparse
 
 from saejax.evaluation.neighbours import cosines_of_block
-from saejax.interpret.firings import priority
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 
 BINS = 50  # of a histogram of logits
 ROWS = 256  # decoder rows in a block
-_TOKENS = 2**18  # largest number of tokens on which co-activation is counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,72 +78,15 @@ def nearest_rows(W_dec_FxD: jax.Array, count: int) -> tuple[np.ndarray, np.ndarr
     """Return the features with the nearest rows of ``W_dec_FxD`` by cosine, and the cosines, both [F, count]."""
     features = len(W_dec_FxD)
     block, count = min(ROWS, features), min(count, features - 1)
-    # The last block starts earlier instead of being filled up, so rows of two blocks are computed twice with equal
-    # results.
+    # The last block starts earlier instead of being filled up: some rows are computed twice, with equal results.
     starts_N = np.minimum(np.arange(0, features, block), features - block)
     ids, cosines = np.empty((features, count), np.int32), np.empty((features, count), np.float32)
     for start in starts_N.tolist():
-        cosines[start : start + block], ids[start : start + block] = nearest_block(block, count, W_dec_FxD, start)
+        cosines[start : start + block], ids[start : start + block] = _nearest_block(block, count, W_dec_FxD, start)
     return ids, cosines
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def nearest_block(block: int, count: int, W_dec_FxD: jax.Array, start: jax.Array) -> list[jax.Array]:
-    """Return cosines and indices of the rows nearest to each of ``block`` rows from ``start`` on, [block, count].
-
-    Args:
-      block: number of rows.
-      count: number of nearest rows, itself not counted.
-      W_dec_FxD: all rows.
-      start: the first of the block.
-    """
+def _nearest_block(block: int, count: int, W_dec_FxD: jax.Array, start: jax.Array) -> list[jax.Array]:
+    """Return cosines and indices of the rows nearest to each of ``block`` rows from ``start`` on, [block, count]."""
     return lax.top_k(cosines_of_block(block, W_dec_FxD, start), count)
-
-
-class Together:
-    """Number of tokens on which pairs of features fire together, of all tokens or a uniform sample.
-
-    Args:
-      features: number of features.
-      tokens: number of tokens of the text; of more than ``_TOKENS``, those of the largest ``priority`` are used.
-    """
-
-    def __init__(self, features: int, tokens: int):
-        share = min(1.0, _TOKENS / tokens)
-        # A place is in the sample by its hash: the same tokens for all features, without a list of them.
-        self._features, self._least = features, np.uint64(int((1 - share) * 2.0**64))
-        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
-        self._fires: sparse.csc_array | None = None
-
-    def add(self, feature: np.ndarray, place: np.ndarray) -> None:
-        """Add firings: the ``feature`` and the ``place`` of each."""
-        kept = priority(place) >= self._least
-        self._parts.append((feature[kept].astype(np.int32), place[kept].astype(np.uint32)))
-
-    def partners(self, first: int, size: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the features with the largest co-activation with each of ``first`` to ``first + size - 1``.
-
-        Returns:
-          Their indices, the number of tokens on which both fire, and that divided by the tokens on which either fires
-          (Jaccard), each [size, count]; the last is 0 where there is no further partner.
-        """
-        fires = self._matrix()
-        counts = np.diff(fires.indptr)
-        both = (fires[:, first : first + size].T @ fires).toarray()
-        block_counts = counts[first : first + size, None]
-        share = both / np.maximum(block_counts + counts[None] - both, 1)
-        # A feature always fires together with itself.
-        share[np.arange(size), first + np.arange(size)] = -1.0
-        count = min(count, self._features - 1)
-        best = np.argpartition(-share, count - 1, axis=1)[:, :count]
-        best = np.take_along_axis(best, np.argsort(-np.take_along_axis(share, best, 1), axis=1, kind="stable"), 1)
-        return best, np.take_along_axis(both, best, 1), np.maximum(np.take_along_axis(share, best, 1), 0.0)
-
-    def _matrix(self) -> sparse.csc_array:
-        if self._fires is None:
-            feature, place = (np.concatenate(part) for part in zip(*self._parts, strict=True))
-            self._parts.clear()
-            distinct, row = np.unique(place, return_inverse=True)
-            shape = (len(distinct), self._features)
-            self._fires = sparse.csc_array((np.ones(len(row), np.int32), (row, feature)), shape)
-        return self._fires

@@ -31,7 +31,6 @@ class Question:
 
     task: str  #: the instruction
     text: str  #: the material
-    short_tokens: int  #: limit of the reply of a local model, which answers without reasoning
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -39,25 +38,21 @@ class Question:
         return [dict(role="user", content=f"{self.task}\n\n{self.text}")]
 
 
-def plain(context: FeatureContext) -> str:
+def _plain(context: FeatureContext) -> str:
     """Return a context as text."""
     return _clean("".join(context["tokens"]))
 
 
-def marked(context: FeatureContext, positions: Sequence[int]) -> str:
-    """Return a context with tokens between << and >>, neighbours in one pair."""
+def _marked(context: FeatureContext) -> str:
+    """Return a context with tokens of at least ``MARKED`` of its largest activation between << and >>."""
+    acts = [act or 0.0 for act in context["acts"]]
     text, inside = "", False
-    for position, token in enumerate([*context["tokens"], ""]):
-        if (position in positions) != inside:
+    # A last token of no text ends a pair of marks; neighbours share one.
+    for token, act in zip([*context["tokens"], ""], [*acts, 0.0], strict=True):
+        if (act > 0 and act >= MARKED * max(acts)) != inside:
             text, inside = text + ("<<" if not inside else ">>"), not inside
         text += token
     return _clean(text)
-
-
-def active_positions(context: FeatureContext) -> list[int]:
-    """Return the positions at which the feature has at least ``MARKED`` of its largest activation in the context."""
-    acts = [act or 0.0 for act in context["acts"]]
-    return [position for position, act in enumerate(acts) if act > 0 and act >= MARKED * max(acts)]
 
 
 def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str]) -> Question:
@@ -67,18 +62,18 @@ def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str]) -> Ques
       contexts: contexts in which the feature fires.
       promoted: tokens that it makes more likely; empty: unknown.
     """
-    text = _numbered([marked(context, active_positions(context)) for context in contexts])
+    text = _numbered(list(map(_marked, contexts)))
     listed = json.dumps(list(map(_clean, promoted)), ensure_ascii=False)
     text += f"\n\nTokens that the feature makes more likely: {listed}" if promoted else ""
-    return Question(_EXPLAIN, text, 200)
+    return Question(_EXPLAIN, text)
 
 
 def detect(label: str, contexts: Sequence[FeatureContext]) -> Question:
     """Return the question in which contexts the feature with a label fires."""
     example = json.dumps([number % 2 for number in range(len(contexts))])
     task = _DETECT.format(count=len(contexts), example=example)
-    text = f"Description: {label}\n\n{_numbered(list(map(plain, contexts)))}"
-    return Question(task, text, 40)
+    text = f"Description: {label}\n\n{_numbered(list(map(_plain, contexts)))}"
+    return Question(task, text)
 
 
 def read_label(reply: str | None) -> str | None:

@@ -4,20 +4,11 @@ from collections.abc import Sequence
 
 from saejax.dictionaries import stacks
 from saejax.interpret.held_out import MIN_FIRINGS
-from saejax.interpret.results import (
-    AtlasResults,
-    ExplainedDictionary,
-    ExplainResults,
-    FrozenControl,
-    InterpretedDictionary,
-    InterpretResults,
-    LabelCounts,
-    LabelScores,
-)
+from saejax.interpret.results import AtlasResults, ExplainResults, InterpretedDictionary, InterpretResults, LabelCounts
 from saejax.page.blocks import Block, Links, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, number, percent
+from saejax.page.tables import Table, interval, number, percent
 
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
@@ -36,7 +27,15 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         "feature's label, and above that of 95 % of random directions that fire about as often, found by the same "
         "search. A label says where a feature fires, not what it does."
     )
-    columns = ("Dictionary", "Live features", "With a label", "95 %", "Mean F1", "95 %", "Other labels")
+    columns = {
+        "Dictionary": lambda name, counts, features, variance: name,
+        "Live features": lambda name, counts, features, variance: f"{counts.features:,} of {features:,}",
+        "With a label": lambda name, counts, features, variance: f"{counts.labelled:,}",
+        "Share [95 %]": lambda name, counts, features, variance: interval(counts.share, 3),
+        "Mean F1 [95 %]": lambda name, counts, features, variance: interval(counts.f1, 3),
+        "Other labels": lambda name, counts, features, variance: number(counts.shuffled_f1, 3),
+        "Explained variance": lambda name, counts, features, variance: percent(variance, 1),
+    }
     note = (
         "Mean F1: over all live features, labelled or not; intervals are over features. Other labels: with the label "
         "of another feature that fires about as often. Random directions fire as often as the features; their labels "
@@ -44,9 +43,17 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         "fitted decoder, searched and scored in the same way. Its scores owe nothing to training."
     )
     rows = [row for name, member in members for row in _rows(name, member)]
-    fits = [Text(_fit(name, member.frozen)) for name, member in members]
-    table = Table("Labels", columns, tuple(rows), note=note)
-    return [Section("What features mean", (Text(intro), table, *fits, *_categories(members)))]
+    table = Table.of("Labels", rows, columns, note=note)
+    return [Section("What features mean", (Text(intro), table, *_categories(members)))]
+
+
+def _rows(name: str, member: InterpretedDictionary) -> list[tuple[str, LabelCounts, int, float | None]]:
+    """Return a dictionary and its controls: name, counts, number of features, explained variance."""
+    return [
+        (name, member.labels, member.features, member.explained_variance),
+        (f"{name}: frozen-random", member.frozen, member.features, member.frozen_explained_variance),
+        (f"{name}: random directions", member.random, member.random.features, None),
+    ]
 
 
 def _categories(members: Sequence[tuple[str, InterpretedDictionary]]) -> list[Table]:
@@ -68,49 +75,16 @@ def _categories(members: Sequence[tuple[str, InterpretedDictionary]]) -> list[Ta
     return [Table.of("Prompt categories", rows, columns, note=note)] if rows else []
 
 
-def _rows(name: str, member: InterpretedDictionary) -> list[tuple[str, ...]]:
-    """Return the dictionary's row and those of its controls."""
-    return [
-        _row(name, member.labels, member.features, member.shuffled_f1),
-        _row(f"{name}: frozen-random", member.frozen.labels, member.features, member.frozen.shuffled_f1),
-        _row(f"{name}: random directions", member.random, member.random.features, None),
-    ]
-
-
-def _row(name: str, counts: LabelCounts, features: int, shuffled_f1: float | None) -> tuple[str, ...]:
-    share, f1 = counts.share_interval, counts.f1_interval
-    return (
-        name,
-        f"{counts.features:,} of {features:,}",
-        f"{counts.labelled:,} ({percent(counts.share, 1)})",
-        f"{percent(share.low, 1)} to {percent(share.high, 1)}" if share else MISSING,
-        number(counts.mean_f1, 3),
-        f"{number(f1.low, 3)} to {number(f1.high, 3)}" if f1 else MISSING,
-        number(shuffled_f1, 3),
-    )
-
-
-def _fit(name: str, frozen: FrozenControl) -> str:
-    """Return a sentence on the fit of the frozen-random dictionary and the dictionary's own."""
-    return (
-        f"{name} explains {percent(frozen.own_explained_variance, 1)} of the variance of held-out tokens at L0 "
-        f"{number(frozen.own_l0, 1)}, the frozen-random dictionary {percent(frozen.explained_variance, 1)} at L0 "
-        f"{number(frozen.l0, 1)}."
-    )
-
-
 def links(findings: Findings, draw: Draw) -> list[Section]:
     """Return links to the pages of all features; none if there are none."""
-    items = []
+    items, sheets = [], []
     for unit, results in findings.each(AtlasResults).items():
         for member in results.members:
-            page = findings.folders[f"atlas/{unit}"] / member.folder / "index.html"
-            address = findings.address(page)
+            address = findings.address(findings.folders[f"atlas/{unit}"] / member.folder / "index.html")
             items.append((f"{member.dictionary}: {member.features:,} features", address))
+            sheets += [(member.dictionary, sheet) for sheet in member.reviewed]
     if not items:
         return []
-    pages = [member for results in findings.each(AtlasResults).values() for member in results.members]
-    sheets = [(member.dictionary, sheet) for member in pages for sheet in member.reviewed]
     blocks: tuple[Block, ...] = (Links("Pages of every feature", tuple(items)),)
     if sheets:
         columns = {
@@ -129,34 +103,26 @@ def links(findings: Findings, draw: Draw) -> list[Section]:
 def explain_sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section with a table of the judged dictionaries; none if there are none."""
     units = list(findings.each(ExplainResults).values())
-    if not units:
+    rows = [(stacks.full_name(results.kind, member.name), member) for results in units for member in results.members]
+    if not rows:
         return []
-    rows = [_explained_row(results, member) for results in units for member in results.members]
-    wrote = "wrote labels from contexts in training text and judged them" if units[0].written else "judged given labels"
     intro = (
-        f"A language model ({units[0].model}) {wrote} on contexts in held-out text: some from every tenth of a "
-        "feature's firings and as many in which it does not fire. Detection: in which contexts does the feature with "
-        "this label fire? A label is "
-        "kept if the lower end of the 95 % interval of its balanced accuracy in detection is above that of another "
-        f"feature's label and above one half. Features with fewer than {MIN_FIRINGS} held-out firings are skipped."
+        f"A language model ({units[0].model}) wrote labels from contexts in training text and judged them on contexts "
+        "in held-out text: some from every tenth of a feature's firings and as many in which it does not fire. "
+        "Detection: in which contexts does the feature with this label fire? A label is kept if the lower end of the "
+        "95 % interval of its balanced accuracy in detection is above that of another feature's label and above one "
+        f"half. Features with fewer than {MIN_FIRINGS} held-out firings are skipped."
     )
-    columns = ("Dictionary", "Labels kept", "Detection", "95 %", "Control", "Features", "Unparsed")
+    columns = {
+        "Dictionary": lambda name, member: name,
+        "Labels kept": lambda name, member: f"{member.kept} of {member.judged}",
+        "Detection [95 %]": lambda name, member: interval(member.accuracy),
+        "Control": lambda name, member: number(member.control_accuracy),
+        "Unparsed": lambda name, member: percent(member.unparsed),
+    }
     note = (
         "Detection: mean balanced accuracy; intervals by bootstrap over features. Control: with the label of another "
         "feature that fires about as often. Unparsed replies are excluded."
     )
-    table = Table("Scores of the labels", columns, tuple(rows), note=note)
+    table = Table.of("Scores of the labels", rows, columns, note=note)
     return [Section("Labels by a language model", (Text(intro), table))]
-
-
-def _explained_row(results: ExplainResults, member: ExplainedDictionary) -> tuple[str, ...]:
-    name = stacks.full_name(results.kind, member.name)
-    return (name, f"{member.kept} of {member.judged}", *_cells(member.detection))
-
-
-def _cells(scores: LabelScores) -> tuple[str, ...]:
-    mean = (MISSING, MISSING)
-    if scores.mean:
-        mean = number(scores.mean.mean), f"{number(scores.mean.low)} to {number(scores.mean.high)}"
-    control = MISSING if scores.control is None else number(scores.control)
-    return (*mean, control, str(scores.features), percent(scores.unparsed))

@@ -1,33 +1,19 @@
 """Results of the stages ``interpret``, ``explain`` and ``atlas``."""
 
 import dataclasses
-from collections.abc import Mapping
 
 from saejax.results import Interval
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelCounts:
-    """Counts of labelled features, and the quality of each feature's best detector, on held-out text."""
+    """Labelled features, and the quality of each feature's detector on held-out text; None where no feature fires."""
 
     features: int  #: that fire on the search text
     labelled: int  #: of them, those with a label
-    share: float  #: labelled over features
-    mean_f1: float  #: of the detector chosen for each feature, labelled or not; 0 where there is none
-    share_interval: Interval | None = None  #: of ``share``, Wilson, over features
-    f1_interval: Interval | None = None  #: of ``mean_f1``, bootstrap over features; None: none fires
-
-
-@dataclasses.dataclass(frozen=True)
-class FrozenControl:
-    """The search of labels on a frozen-random dictionary as large and as sparse, whose directions were drawn."""
-
-    labels: LabelCounts  #: of its features, by the rule that the dictionary's are judged by
-    shuffled_f1: float  #: mean F1 of the label of another of its features
-    l0: float  #: features that fire on a token of held-out text, mean over 4,096 tokens at most
-    own_l0: float  #: the same of the dictionary
-    explained_variance: float  #: share of the variance of these tokens that it rebuilds, its decoder fitted
-    own_explained_variance: float  #: the same of the dictionary
+    share: Interval | None  #: labelled over features, Wilson
+    f1: Interval | None  #: mean F1 of the detectors of all of them, labelled or not; bootstrap over features
+    shuffled_f1: float | None  #: mean F1 of the detector of another feature that fires about as often
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +38,10 @@ class InterpretedDictionary:
     search_tokens: int  #: on which labels were searched, sinks left out
     held_out_tokens: int  #: on which they were scored
     labels: LabelCounts  #: of the dictionary
+    frozen: LabelCounts  #: the same of a frozen-random dictionary as large and as sparse
     random: LabelCounts  #: the same of random directions that fire as often
-    shuffled_f1: float  #: mean F1 of the label of another feature that fires about as often
-    families: Mapping[str, int]  #: labels by what they look at
-    frozen: FrozenControl  #: the same of a frozen-random dictionary
+    explained_variance: float  #: share of the variance of held-out tokens, at most 4,096, that the dictionary rebuilds
+    frozen_explained_variance: float  #: the same of the frozen-random dictionary, its decoder fitted
     categories: CategoryCounts | None = None  #: associations with prompt categories; None: not asked for
 
 
@@ -83,9 +69,7 @@ class AtlasPages:
     dictionary: str  #: such as "topk" or "topk/k32"
     folder: str  #: in the unit; "" for the unit's own
     features: int  #: with a page
-    by_hand: int  #: features with a label of one's own
-    automatic: int  #: of the others, features with a label found without a language model
-    by_model: int  #: of the others, features with a label by a language model, or found and judged by it
+    by_hand: int  #: features with a label by a person
     reviewed: tuple[ReviewedFeatures, ...] = ()  #: by behaviour, where effects of top features were measured
 
 
@@ -98,34 +82,13 @@ class AtlasResults:
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureScore:
-    """Detection scores of one feature's label, over the questions whose replies could be parsed."""
-
-    accuracy: float  #: balanced: mean of the shares of correct replies on contexts with and without the feature
-    precision: float  #: share of the contexts called active that are
-    recall: float  #: share of the active contexts that were called active
-    f1: float  #: their harmonic mean; 0 where nothing is correct
-    contexts: int  #: that were scored
-
-
-@dataclasses.dataclass(frozen=True)
 class ExplainedFeature:
-    """A label and its scores."""
+    """A label and its balanced accuracy: the mean of the shares of correct replies where the feature fires and not."""
 
     label: str  #: in words; "": the reply had none
     kept: bool  #: whether detection does better with it than with another feature's label, and than chance
-    detection: FeatureScore | None  #: None: no reply could be parsed, or there is no label
-    detection_control: FeatureScore | None  #: with the label of another feature that fires about as often
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelScores:
-    """Detection over all features that were scored."""
-
-    mean: Interval | None  #: balanced accuracy, with a bootstrap interval over features; None: no reply parsed
-    control: float | None  #: the same with the label of another feature
-    features: int  #: in the mean
-    unparsed: float  #: share of the replies that could not be parsed
+    accuracy: Interval | None  #: with its Wilson interval; None: no reply could be parsed, or there is no label
+    control_accuracy: float | None  #: with the label of another feature that fires about as often
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,15 +96,13 @@ class ExplainedDictionary:
     """The labels of a dictionary's features and their scores; ``explained.json`` has each feature."""
 
     name: str  #: the member of its stack; "" for a single dictionary
-    features: int  #: of the dictionary
-    judged: int  #: with enough held-out firings, or a random sample of these
-    skipped: int  #: asked for, but with too few held-out firings
-    labelled: int  #: with a label, given or written
-    kept: int  #: whose label is kept
-    detection: LabelScores  #: in which contexts does the feature with this label fire?
-    questions: int  #: answered
-    prompt_tokens: int  #: of all questions, as counted by the endpoint, or else estimated from their length
-    answer_tokens: int  #: of all answers, likewise
+    judged: int  #: features with enough held-out firings, or a random sample of these
+    skipped: int  #: features asked for, but with too few held-out firings
+    kept: int  #: features whose label is kept
+    accuracy: Interval | None  #: mean balanced accuracy, bootstrap over features; None: no reply could be parsed
+    control_accuracy: float | None  #: the same with the label of another feature
+    unparsed: float  #: share of the replies that could not be parsed
+    tokens: int  #: of all questions and answers, as the endpoint counts them, or else estimated from their length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +110,5 @@ class ExplainResults:
     """The members of a train unit."""
 
     kind: str  #: of the dictionaries
-    model: str  #: that wrote or judged the labels
-    written: bool  #: whether the model wrote them; otherwise they were given
+    model: str  #: that wrote and judged the labels
     members: tuple[ExplainedDictionary, ...]  #: in the order of the stack

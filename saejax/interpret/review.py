@@ -5,14 +5,12 @@ label, note and reviewer. A filled copy is a file of labels, as ``--atlas.labels
 many of a behaviour's top features were reviewed, and all pages use their names.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saejax.dictionaries.labels import Label
-from saejax.files import write_text
 from saejax.interpret.feature_record import FeatureContext, FeatureRecord, top_tokens
+from saejax.interpret.labels import write_sheet
 from saejax.interpret.results import ReviewedFeatures
 from saejax.interventions.answers import FeatureEffect
 from saejax.runner.stage import folder_name
@@ -43,30 +41,25 @@ def write_sheets(
     for behaviour, effects in top.items():
         rows = []
         for effect in effects:
-            feature, record = effect.feature, records.get(effect.feature)
-            label_by_hand, automatic_label = by_hand.get(feature), automatic.get(feature)
-            contexts = [_one_line(context) for context in record.get("examples", [])[:CONTEXTS]] if record else []
+            feature, record = effect.feature, records[effect.feature]
+            label, automatic_label = by_hand.get(feature, Label("", "")), automatic.get(feature)
+            contexts = [_one_line(context) for context in record.get("examples", [])[:CONTEXTS]]
             rows.append(
                 dict(
                     feature=feature,
-                    label=label_by_hand.label if label_by_hand else "",
-                    note=label_by_hand.note if label_by_hand else "",
-                    reviewer=label_by_hand.by if label_by_hand else "",
+                    label=label.label,
+                    note=label.note,
+                    reviewer=label.by,
                     dictionary=dictionary,
                     logits_lost=f"{effect.drop.mean:.3f}",
                     firing_rate=f"{effect.firing_rate:.4f}",
                     automatic_label=f"{automatic_label.label} (by {automatic_label.by})" if automatic_label else "",
-                    top_tokens=top_tokens(record) if record else "",
+                    top_tokens=top_tokens(record),
                     **{f"context_{n + 1}": contexts[n] if n < len(contexts) else "" for n in range(CONTEXTS)},
                 )
             )
         if rows:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / f"{folder_name(behaviour)}.csv", text.getvalue())
+            write_sheet(folder / f"{folder_name(behaviour)}.csv", rows, list(rows[0]))
             counts.append(ReviewedFeatures(behaviour, sum(row["feature"] in by_hand for row in rows), len(rows)))
     return tuple(counts)
 

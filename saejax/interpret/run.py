@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from saejax.activations.progress import TextProgress
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, stacks
-from saejax.dictionaries.labels import LABELS, Label
+from saejax.dictionaries.labels import LABELS
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted
 from saejax.evaluation.reconstruction import reconstruct
@@ -27,12 +27,12 @@ from saejax.interpret import neighbours
 from saejax.interpret.attended import HeadShares
 from saejax.interpret.categories import categorise, read_prompts
 from saejax.interpret.control import frozen_random, random_directions, spread
-from saejax.interpret.detectors import Detector, PairCounts, Scored, best_detectors
-from saejax.interpret.feature_record import FEATURES, FeatureCategory, FeatureRecord
-from saejax.interpret.firings import Block, blocks, record
+from saejax.interpret.detectors import Detector, Scored, best_detectors
+from saejax.interpret.feature_record import FEATURES, FeatureCategory
+from saejax.interpret.firings import blocks, record
 from saejax.interpret.heatmaps import MAPS, TokenMaps
 from saejax.interpret.records import Describer
-from saejax.interpret.results import FrozenControl, InterpretedDictionary, InterpretResults
+from saejax.interpret.results import InterpretedDictionary, InterpretResults
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.models.config import TorchConfig
 from saejax.models.language_model import LanguageModel
@@ -50,18 +50,11 @@ _REBUILT = 4096  # largest number of held-out tokens on which the control's fit 
 _EXAMPLES = 8  # strongest contexts kept of each feature
 _DRAWS = 2  # contexts from each tenth of a feature's firings: weak ones show what the strongest hide
 _HEATMAPS = 4  # documents of the search text that are shown, features by tokens
-OUTPUT, NEAREST = 10, 6  # output tokens at either end, nearest decoder rows
+_OUTPUT, _NEAREST = 10, 6  # output tokens at either end, nearest decoder rows
 # Added to the residual stream, or the stream itself.
-IN_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-#: For every feature: family -> detector and its F1 on the search text.
-Detectors = list[dict[str, tuple[Detector, float]]]
-Searched = tuple[Detectors, np.ndarray]  # with the firing rate of each feature on the search text
-
-
-def heads_before(site: str) -> int:
-    """Return the number of layers whose attention heads come before a site."""
-    parsed = Site.parse(site)
-    return parsed.layer + (parsed.kind != "resid_pre")
+_IN_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+#: For every feature its detector; with its firing rate on the search text.
+Searched = tuple[list[Detector | None], np.ndarray]
 
 
 @dataclasses.dataclass
@@ -83,49 +76,52 @@ class Interpreter:
         for old in (scratch, folder / FEATURES):
             shutil.rmtree(old, ignore_errors=True)
         (folder / FEATURES).mkdir(parents=True)
-        # 1. Both dictionaries are encoded in one pass over the store.
+        # 1. Both dictionaries are encoded in one pass over the store; random directions fire as often as the first.
         frozen = frozen_random(self.store, self.dictionary, config.seed)
-        together = neighbours.Together(features, max(len(self.store.rows("train", self.dictionary.site)), 1))
-        place = self._record("train", {scratch / "own": self.dictionary, scratch / "frozen": frozen}, together.add)
-        bases = self._bases(place)
-        # 2. Records, and detectors that are searched on the same text.
-        output = self._output(self.dictionary)
-        nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], NEAREST)
-        kept = (_EXAMPLES, _DRAWS, output, nearest, together, self._heads())
-        describer = Describer(self.store, self.text, place, bases, *kept)
-        maps = TokenMaps(self.text, place, _HEATMAPS)
-
-        def write(number: int, block: Block, tokens: PairCounts) -> None:
-            write_json(folder / FEATURES / f"{number:05d}.json", describer.records(block, tokens))
-            maps.add(block)
-
-        searched = [
-            self._search(scratch / "own", features, bases, output, write),
-            self._search(scratch / "frozen", features, bases, self._output(frozen)),
-        ]
-        token_maps = maps.maps(np.linalg.norm(np.asarray(self.dictionary.W_dec_FxD[...]), axis=1))
-        write_text(folder / MAPS, json.dumps(token_maps, ensure_ascii=False))
-        live = searched[0][1] > 0
+        trained_path, frozen_path, random_path = (scratch / name for name in ("dictionary", "frozen", "random"))
+        place = self._record("train", {trained_path: self.dictionary, frozen_path: frozen})
+        bases, output = self._bases(place), self._output(self.dictionary)
+        searched = [self._search(trained_path, features, bases, output)]
         random = random_directions(self.store, self.dictionary, searched[0][1], config.seed)
-        self._record("train", {scratch / "random": random})
-        searched.append(self._search(scratch / "random", random.config.n_features, bases, None))
+        self._record("train", {random_path: random})
+        # 2. Detectors are searched on the same text.
+        searched.append(self._search(frozen_path, features, bases, self._output(frozen)))
+        searched.append(self._search(random_path, random.config.n_features, bases, None))
         # 3. Scores of all detectors on held-out text, and the labels that pass.
         firings = {scratch / f"held_out_{i}": each for i, each in enumerate((self.dictionary, frozen, random))}
         held_out_place = self._record("held_out", firings)
         held_out_bases = self._bases(held_out_place)
-        scored, frozen_scores, random_scores = (
+        scored = [
             Scored.of(path, detectors, self.text, held_out_bases, rates)
             for path, (detectors, rates) in zip(firings, searched, strict=True)
+        ]
+        labels = [each.labels(random=scored[-1]) for each in scored]
+        counts, frozen_counts, random_counts = (
+            each.counts(rates > 0, of) for each, (_, rates), of in zip(scored, searched, labels, strict=True)
         )
-        shutil.rmtree(scratch)
-        labels = scored.labels(random_scores)
-        write_json(folder / LABELS, {str(i): to_json(label) for i, label in labels.items()})
+        write_json(folder / LABELS, {str(i): to_json(label) for i, label in labels[0].items()})
         # 4. Prompt categories.
         categories: dict[int, list[FeatureCategory]] = {}
-        counts, prompts = None, read_prompts(self.run.inputs)
+        category_counts, prompts = None, read_prompts(self.run.inputs)
         if prompts:  # these units are read with --interpret.categories alone
-            categories, counts = categorise(self.lm, self.dictionary, prompts, config.seed)
-        self._finish(folder, scored, labels, categories)
+            categories, category_counts = categorise(self.lm, self.dictionary, prompts, config.seed)
+        # 5. Records of all features.
+        nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], _NEAREST)
+        describer = Describer(self.text, place, bases["token"], _EXAMPLES, _DRAWS, output, nearest, self._heads())
+        maps = TokenMaps(self.text, place, _HEATMAPS)
+        for number, block in enumerate(blocks(trained_path, features)):
+            records = describer.records(block)
+            for feature_record in records:
+                feature = feature_record["feature"]
+                scored[0].describe(feature_record)
+                if feature in labels[0]:
+                    feature_record["label"] = labels[0][feature].label
+                if feature in categories:
+                    feature_record["categories"] = categories[feature]
+            _write_compact(folder / FEATURES / f"{number:05d}.json", records)
+            maps.add(block)
+        _write_compact(folder / MAPS, maps.maps(np.linalg.norm(np.asarray(self.dictionary.W_dec_FxD[...]), axis=1)))
+        shutil.rmtree(scratch)
         return InterpretedDictionary(
             name=self.name,
             site=self.dictionary.site,
@@ -133,12 +129,12 @@ class Interpreter:
             features=features,
             search_tokens=len(place),
             held_out_tokens=len(held_out_place),
-            labels=scored.counts(live, labels),
-            random=random_scores.counts(np.ones(random.config.n_features, bool), random_scores.labels(random_scores)),
-            shuffled_f1=scored.mean_shuffled(live),
-            families=scored.families(labels),
-            frozen=self._frozen(frozen, frozen_scores, searched[1][1] > 0, frozen_scores.labels(random_scores)),
-            categories=counts,
+            labels=counts,
+            frozen=frozen_counts,
+            random=random_counts,
+            explained_variance=self._explained_variance(self.dictionary),
+            frozen_explained_variance=self._explained_variance(frozen),
+            categories=category_counts,
         )
 
     def _bases(self, place: np.ndarray) -> dict[str, CodeCounts]:
@@ -151,7 +147,6 @@ class Interpreter:
         features: int,
         bases: Mapping[str, CodeCounts],
         output: neighbours.OutputTokens | None,
-        on_block: Callable[[int, Block, PairCounts], None] | None = None,
     ) -> Searched:
         """Return the detectors of all features of a dictionary on the search text, and the firing rates there.
 
@@ -160,73 +155,49 @@ class Interpreter:
           features: number of features.
           bases: frequency of each code in the search text.
           output: tokens that features promote; None: unknown.
-          on_block: called with the number of each block of firings, the block, and its counts of tokens.
         """
-        all_detectors: Detectors = []
+        all_detectors: list[Detector | None] = []
         fires_F = np.zeros(features)
-        what = dict(own="of the dictionary", frozen="of the frozen-random one", random="of random directions")[
-            firings.name
-        ]
-        progress = TextProgress(lambda line: self.run.say(f"labels {what} are searched: {line}"), features, "features")
-        for number, block in enumerate(blocks(firings, features)):
+        prefix = f"labels are searched ({firings.name})"
+        progress = TextProgress(lambda line: self.run.say(f"{prefix}: {line}"), features, "features")
+        for block in blocks(firings, features):
             of_block = slice(block.first, block.first + block.size)
-            codes = output.raised(of_block) if output else ()
-            detectors, tokens = best_detectors(block, self.text, bases, codes)
-            all_detectors, fires_F[of_block] = all_detectors + detectors, block.counts
-            if on_block:
-                on_block(number, block, tokens)
+            all_detectors += best_detectors(block, self.text, bases, output.raised(of_block) if output else ())
+            fires_F[of_block] = block.counts
             progress.add(block.size)
         return all_detectors, fires_F / bases["position"].places
 
-    def _frozen(
-        self, frozen: Dictionary, scored: Scored, live: np.ndarray, labels: Mapping[int, Label]
-    ) -> FrozenControl:
-        """Return the results of the frozen-random control, with its fit and the dictionary's."""
-        config = self.dictionary.config
-        rows = spread(self.store.rows("held_out", *{config.site, config.target or config.site}), _REBUILT)
+    def _explained_variance(self, dictionary: Dictionary) -> float:
+        """Return the share of the variance of held-out tokens that a dictionary rebuilds."""
+        config = dictionary.config
         sites = (config.site, config.target) if config.target else (config.site,)
+        rows = spread(self.store.rows("held_out", *{*sites}), _REBUILT)
         values = [[self.store.read(site, rows).astype(np.float32) for site in sites]]
-        trained, control = (reconstruct([dictionary], values, self.mesh)[0] for dictionary in (self.dictionary, frozen))
-        variance = (control.explained_variance, trained.explained_variance)
-        return FrozenControl(scored.counts(live, labels), scored.mean_shuffled(live), control.l0, trained.l0, *variance)
+        return reconstruct([dictionary], values, self.mesh)[0].explained_variance
 
-    def _record(self, split: str, dictionaries: dict[Path, Dictionary], on_batch: Any = None) -> np.ndarray:
-        config = self.run.configs[InterpretConfig]
-        options = dict(stopping=self.run.stopping, on_batch=on_batch)
-        return record(self.store, split, dictionaries, self.mesh, config.batch_tokens, **options)
+    def _record(self, split: str, dictionaries: dict[Path, Dictionary]) -> np.ndarray:
+        batch = self.run.configs[InterpretConfig].batch_tokens
+        return record(self.store, split, dictionaries, self.mesh, batch, stopping=self.run.stopping)
 
     def _output(self, dictionary: Dictionary) -> neighbours.OutputTokens | None:
         """Return the tokens that features promote and suppress; None if they do not write to the residual stream."""
         target = self.dictionary.config.target or self.dictionary.site
-        if Site.parse(target).kind not in IN_STREAM:
+        if Site.parse(target).kind not in _IN_STREAM:
             return None
-        return neighbours.output_tokens(self.lm, dictionary.W_dec_FxD[...], OUTPUT)
+        return neighbours.output_tokens(self.lm, dictionary.W_dec_FxD[...], _OUTPUT)
 
     def _heads(self) -> HeadShares | None:
         """Return the attention shares of the heads before the site; None if not asked for, or without heads."""
-        layers, tokens = heads_before(self.dictionary.site), self.run.configs[InterpretConfig].attention_tokens
+        site, tokens = Site.parse(self.dictionary.site), self.run.configs[InterpretConfig].attention_tokens
+        layers = site.layer + (site.kind != "resid_pre")
         # A TorchModel has no attention patterns.
         if not tokens or not layers or isinstance(self.lm.config, TorchConfig):
             return None
-        return HeadShares(self.lm, self.store.documents, self.text, layers, tokens)
+        return HeadShares(self.lm, self.text, layers, tokens)
 
-    def _finish(
-        self,
-        folder: Path,
-        scored: Scored,
-        labels: dict[int, Label],
-        categories: Mapping[int, list[FeatureCategory]],
-    ) -> None:
-        """Add labels, their scores and prompt categories to the records."""
-        for path in sorted((folder / FEATURES).glob("*.json")):
-            records: list[FeatureRecord] = read_json(path)
-            for feature_record in records:
-                scored.describe(feature_record)
-                if feature_record["feature"] in labels:
-                    feature_record["label"] = labels[feature_record["feature"]].label
-                if feature_record["feature"] in categories:
-                    feature_record["categories"] = categories[feature_record["feature"]]
-            write_text(path, json.dumps(records, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
+
+def _write_compact(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
 
 
 def run_interpret(run: Run) -> InterpretResults:
@@ -259,7 +230,7 @@ def run_interpret(run: Run) -> InterpretResults:
         dictionary = load_dictionary(member_folder(trained, member.name))
         results = Interpreter(run, store, text, lm, mesh, member.name, dictionary).interpret()
         write_json(path[member.name], to_json(dataclasses.replace(results, name="")))  # as of a run of it alone
-        run.say(line(results))
+        run.say(_line(results))
 
     run.each(stack, lambda member: path[member.name], interpret)
     interpreted = {name: from_json(InterpretedDictionary, read_json(done), done) for name, done in path.items()}
@@ -269,14 +240,11 @@ def run_interpret(run: Run) -> InterpretResults:
     return InterpretResults(run.name, named)
 
 
-def line(interpreted: InterpretedDictionary) -> str:
+def _line(interpreted: InterpretedDictionary) -> str:
     """Return the figures of a dictionary as a log line."""
-    name = f"{interpreted.name}: " if interpreted.name else ""
-    labels = interpreted.labels
-    controls = [("random directions", interpreted.random), ("a frozen-random dictionary", interpreted.frozen.labels)]
+    labels, frozen, random = interpreted.labels, interpreted.frozen, interpreted.random
     return (
-        f"{name}{labels.labelled:,} of {labels.features:,} features that fire have a label "
-        f"({labels.share:.1%}; {', '.join(f'{counts.share:.1%} of {of}' for of, counts in controls)}); mean F1 "
-        f"{labels.mean_f1:.3f}, {', '.join(f'of {of} {counts.mean_f1:.3f}' for of, counts in controls)}, "
-        f"of another feature's label {interpreted.shuffled_f1:.3f}"
+        f"{interpreted.name}{': ' if interpreted.name else ''}{labels.labelled:,} of {labels.features:,} features that "
+        f"fire have a label; of a frozen-random dictionary {frozen.labelled:,} of {frozen.features:,}, of random "
+        f"directions {random.labelled:,} of {random.features:,}"
     )

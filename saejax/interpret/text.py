@@ -7,7 +7,7 @@ other, so that counts of a set of codes are sums.
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -45,34 +45,29 @@ def _letters(body: str) -> str:
     return "Capitalised word" if capitalised else "letters of no or mixed case"
 
 
+# The first of equally good families is used.
+FAMILIES = ("token", "shape", "previous", "pair", "triple", "position", "next")
+# Steps back from a place, the farthest first, to the tokens of which a code of the family is made.
+_STEPS = dict(token=(0,), previous=(1,), pair=(1, 0), triple=(2, 1, 0), next=(-1,))
+
+
 class CodedText:
-    """The documents of a store as codes of places."""
+    """The documents of a store as codes of places, and the text of each token."""
 
     def __init__(self, documents: Documents, texts: Sequence[str]):
         assert len(texts) <= _SIZE
-        self.texts, self._vocabulary = texts, len(texts)
-        self._ids = documents.ids_T
-        self._starts = documents.starts_N  # contiguous in a store
-        lengths = documents.lengths_N
-        self._position = (np.arange(len(self._ids)) - np.repeat(documents.starts_N, lengths)).astype(np.int32)
+        self.documents, self.texts, lengths = documents, texts, documents.lengths_N
+        starts = np.repeat(documents.starts_N, lengths)  # documents of a store are contiguous
+        self._position = (np.arange(len(documents.ids_T)) - starts).astype(np.int32)
         self._last = np.repeat(lengths, lengths).astype(np.int32) - 1 - self._position  # tokens still to come
 
     @functools.cached_property
     def _shapes(self) -> np.ndarray:
         return np.array([shape_of(text) for text in self.texts], np.int64)
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of all documents."""
-        return len(self._ids)
-
-    def starts(self, document: np.ndarray) -> np.ndarray:
-        """Return the places of documents' first tokens."""
-        return self._starts[document]
-
     def document(self, place: np.ndarray) -> np.ndarray:
         """Return the documents of places."""
-        return np.searchsorted(self._starts, place, side="right") - 1
+        return np.searchsorted(self.documents.starts_N, place, side="right") - 1
 
     def position(self, place: np.ndarray) -> np.ndarray:
         """Return the positions of places in their documents, from 0."""
@@ -85,50 +80,32 @@ class CodedText:
     def back(self, place: np.ndarray, steps: int) -> np.ndarray:
         """Return the token id ``steps`` before each ``place``, after it if negative; -1 outside of the document."""
         inside = self._position[place] >= steps if steps > 0 else self._last[place] >= -steps
-        return np.where(inside, self._ids[np.where(inside, place - steps, 0)], -1).astype(np.int64)
-
-    def _tuple(self, place: np.ndarray, length: int) -> np.ndarray:
-        """Return the last ``length`` tokens up to places as one number; -1 where the document has fewer."""
-        code = np.zeros(len(place), np.int64)
-        for steps in reversed(range(length)):
-            # Farthest token first, so that the last token is the lowest digit, as ``_ids_of`` reads it.
-            code = code * self._vocabulary + self.back(place, steps)
-        return np.where(self._position[place] >= length - 1, code, -1)
+        return np.where(inside, self.documents.ids_T[np.where(inside, place - steps, 0)], -1).astype(np.int64)
 
     def code(self, family: str, place: np.ndarray) -> np.ndarray:
         """Return the code of a family of ``FAMILIES`` at each ``place``, int64."""
-        return FAMILIES[family][0](self, place)
+        if family == "position":
+            return self.position(place)
+        if family == "shape":
+            return self._shapes[self.back(place, 0)]
+        code, inside = np.zeros(len(place), np.int64), np.ones(len(place), bool)
+        for steps in _STEPS[family]:
+            ids = self.back(place, steps)
+            code, inside = code * len(self.texts) + ids, inside & (ids >= 0)
+        return np.where(inside, code, -1)
 
     def says(self, family: str, code: int) -> str:
         """Return a code of a ``family`` in words."""
-        return FAMILIES[family][1](self, code)
-
-    def quoted(self, *ids: int) -> str:
-        """Return tokens in quotes."""
-        return "“" + "".join(self.texts[i] for i in ids) + "”"
-
-    def _ids_of(self, code: int, length: int) -> list[int]:
-        return [code // self._vocabulary**steps % self._vocabulary for steps in reversed(range(length))]
-
-
-def _shape_in_words(text: CodedText, code: int) -> str:
-    spaced, shape = divmod(code, len(SHAPES))
-    return SHAPES[shape] + (" after a space" if spaced else "")
-
-
-Codes = Callable[[CodedText, np.ndarray], np.ndarray]
-Words = Callable[[CodedText, int], str]
-
-# The first of equally good families is used.
-FAMILIES: dict[str, tuple[Codes, Words]] = {
-    "token": (lambda text, place: text.back(place, 0), lambda text, code: text.quoted(code)),
-    "shape": (lambda text, place: text._shapes[text.back(place, 0)], _shape_in_words),
-    "previous": (lambda text, place: text.back(place, 1), lambda text, code: text.quoted(code)),
-    "pair": (lambda text, place: text._tuple(place, 2), lambda text, code: text.quoted(*text._ids_of(code, 2))),
-    "triple": (lambda text, place: text._tuple(place, 3), lambda text, code: text.quoted(*text._ids_of(code, 3))),
-    "position": (lambda text, place: text.position(place), lambda text, code: str(code)),
-    "next": (lambda text, place: text.back(place, -1), lambda text, code: text.quoted(code)),
-}
+        if family == "position":
+            return str(code)
+        if family == "shape":
+            spaced, shape = divmod(code, len(SHAPES))
+            return SHAPES[shape] + (" after a space" if spaced else "")
+        pieces: list[str] = []
+        for _ in _STEPS[family]:  # the last token is the lowest digit
+            code, token = divmod(code, len(self.texts))
+            pieces.insert(0, self.texts[token])
+        return f"“{''.join(pieces)}”"
 
 
 class CodeCounts:
@@ -141,11 +118,6 @@ class CodeCounts:
     def __init__(self, code: np.ndarray):
         self._code, self._count = np.unique(code[code >= 0], return_counts=True)
         self.places = int(self._count.sum())
-
-    @property
-    def codes(self) -> int:
-        """Number of distinct codes."""
-        return len(self._code)
 
     def __getitem__(self, code: np.ndarray) -> np.ndarray:
         """Return the counts of codes, 0 for a code that does not occur."""

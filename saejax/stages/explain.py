@@ -2,17 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage
 from saejax.runner.workspace import Run
-from saejax.settings import MeshConfig, ModelConfig, shared, unit_names
+from saejax.settings import MeshConfig, shared, unit_names
 from saejax.stages.train import trained_sites
-
-INTERPRETED = "interpret"  # value of ``--explain.labels`` that names the labels of ``interpret`` instead of a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,50 +25,28 @@ class ExplainConfig(Config):
     url: str = setting(
         "",
         "address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1; the environment variable "
-        "OPENAI_API_KEY has its key; empty: --explain.model runs here",
+        "OPENAI_API_KEY has its key",
     )
-    model: str = setting("", "name of the model at the endpoint; without one a hub id, a folder or a GGUF file")
+    model: str = setting("", "name of the model at the endpoint")
     features: tuple[int, ...] = setting((), "numbers of the features; empty: a random --explain.sample", low=0)
     sample: int = setting(100, "number of random features among those that fire often enough on held-out text", low=1)
-    labels: str = setting(
-        "",
-        "labels to judge instead of writing new ones: a .csv file as for --atlas.labels, or interpret, those of that "
-        "stage",
-    )
     most_tokens: int = setting(
         2_000_000,
-        "largest number of tokens to spend, prompts and answers, earlier runs of the unit included",
+        "number of tokens, prompts and answers, earlier runs of the unit included, after which nothing more is asked; "
+        "questions that are under way, 64 at most, still count on top",
         low=1,
         changes_results=False,
     )
     seed: int = shared.analysis_seed()
 
 
-def _hash_labels(configs: Configs) -> str:
-    """Return the hash of the file of labels; empty if there is none, which the run then reports."""
-    from saejax.files import file_sha256
-
-    path = Path(configs[ExplainConfig].labels)
-    return file_sha256(path) if path.is_file() else ""
-
-
-def _judge(configs: Configs) -> str:
-    """Return the fingerprint of the model that runs here."""
-    from saejax.models.source import resolve
-
-    config = configs[ExplainConfig]
-    return "" if config.url or not config.model else resolve(ModelConfig(path=config.model), decoder=True).fingerprint
-
-
 def check(configs: Configs) -> None:
-    """Raise a ``UserError`` unless a model is named, and the file of labels exists."""
+    """Raise a ``UserError`` unless an endpoint and its model are named."""
     config = configs[ExplainConfig]
     if not config.model:
-        raise UserError("--explain.model is missing: name a model of the endpoint, or one that can be loaded")
-    if config.labels not in ("", INTERPRETED) and not Path(config.labels).is_file():
-        raise UserError(
-            f"--explain.labels={config.labels} cannot be read: name a .csv file of labels, or {INTERPRETED}"
-        )
+        raise UserError("--explain.model is missing: name a model of the endpoint")
+    if not config.url:
+        raise UserError("--explain.url is missing: name an endpoint, such as http://localhost:8000/v1")
 
 
 def _run(run: Run) -> Any:
@@ -96,6 +71,7 @@ EXPLAIN = Stage(
     name="explain",
     summary="has a language model write labels of features and judge them on held-out text, if --explain.dictionaries "
     "names any",
+    revision=2,  # one figure for each label
     run=_run,
     results=_results,
     groups=(ExplainConfig,),
@@ -104,7 +80,6 @@ EXPLAIN = Stage(
     needs=lambda configs, name: ("capture", f"train/{name}", f"interpret/{name}"),
     inputs=trained_sites,
     names=lambda configs: configs[ExplainConfig].dictionaries,
-    identity=dict(labels=_hash_labels, judge=_judge),
     check=check,
     section=_sections,
 )

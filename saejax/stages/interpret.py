@@ -109,7 +109,7 @@ INTERPRET = Stage(
     name="interpret",
     summary="says what features mean: examples, tokens, neighbours, labels that are scored, if "
     "--interpret.dictionaries names any",
-    revision=3,  # no cosines between layers, no tests of tokens
+    revision=4,  # one rule for each feature
     run=_run_interpret,
     results=_results_interpret,
     groups=(ModelConfig, InterpretConfig),
@@ -146,7 +146,7 @@ def _sections_atlas(findings: Any, draw: Any) -> Sequence[Any]:
 ATLAS = Stage(
     name="atlas",
     summary="writes pages of all features that were interpreted, with labels by people (--atlas.labels)",
-    revision=3,  # heatmaps are a list
+    revision=4,  # all heatmaps in one file
     run=_run_atlas,
     results=_results_atlas,
     groups=(AtlasConfig,),

@@ -12,12 +12,11 @@ def made_up_record(feature: int, fires: int = 12) -> dict:
     found = dict(feature=feature, fires=fires, rate=fires / 1000, nearest=near, up=[[BAD, 3.1]], down=[[" no", -2.0]])
     found |= dict(logits=dict(low=-2.0, high=3.1, counts=[1] * 50))
     if not fires:
-        return found | dict(detectors=[], shuffled_f1=0.0)
+        return found | dict(shuffled_f1=0.0)
     share = dict(mean=0.8, low=0.7, high=0.9)
-    detector = dict(family="token", says="“ Paris”", search_f1=0.9, precision=share, recall=share, f1=share)
+    detector = dict(family="token", says="“ Paris”", search_f1=0.9, f1=share)
     return found | dict(
         mean=1.0, max=2.5, tenths=[0.1 * n for n in range(10)] + [2.5],
-        histogram=[0, 3, 9] + [0] * 37, positions=[1, 2, 3] + [0] * 9, examples=[one, one],
-        groups=[one | dict(group=0), one | dict(group=9)], tokens=[row], shapes=[row], together=[[2, 4, 0.5]],
-        detectors=[detector], shuffled_f1=0.1,
+        histogram=[0, 3, 9] + [0] * 37, examples=[one, one], groups=[one | dict(group=0), one | dict(group=9)],
+        tokens=[row], detector=detector, shuffled_f1=0.1,
     )  # fmt: skip

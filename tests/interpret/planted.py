@@ -13,11 +13,10 @@ from saejax.activations.store import Store
 from saejax.activations.writer import write_store
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interpret import neighbours
-from saejax.interpret.detectors import PairCounts
 from saejax.interpret.firings import blocks, record
 from saejax.interpret.records import Describer
 from saejax.interpret.run import Interpreter
-from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
+from saejax.interpret.text import CodeCounts, CodedText
 from saejax.parallel.mesh import make_mesh
 from saejax.runner.config import Configs
 from saejax.runner.workspace import Run
@@ -124,11 +123,9 @@ class Dense:
 def describe(folder: Path, store: Store, of: Dictionary, examples: int, draws: int) -> list[dict]:
     """The records of all features, which fit in one block."""
     text, features = CodedText(store.documents, TEXTS), of.config.n_features
-    together = neighbours.Together(features, 10)
-    together._least = np.uint64(0)  # every token counts
-    place = record(store, "train", {folder: of}, make_mesh(MeshConfig()), 320, on_batch=together.add)
-    bases = {family: CodeCounts(text.code(family, place)) for family in FAMILIES}
+    place = record(store, "train", {folder: of}, make_mesh(MeshConfig()), 320)
     nearest = neighbours.nearest_rows(of.W_dec_FxD[...], 3)
-    describer = Describer(store, text, place, bases, examples, draws, None, nearest, together)
+    counts = CodeCounts(text.code("token", place))
+    describer = Describer(text, place, counts, examples, draws, None, nearest)
     (block,) = blocks(folder, features)
-    return describer.records(block, PairCounts(block, text.code("token", block.place)))
+    return describer.records(block)

@@ -126,7 +126,7 @@ HEAD = b"feature,label,note,reviewer\n"
         (b"feature,label\n1,a\n", "no column note, reviewer"),
         (HEAD + b"9,a,,\n", "line 2: there is no feature '9' in topk: expected 0 to 8"),
         (HEAD + b"x,a,,\n", "there is no feature 'x'"),
-        (HEAD + b"1,a,,\n1,b,,\n", "line 3: feature 1 has a label already"),
+        (HEAD + b"1,a,,\n1,b,,\n", "line 3: feature 1 is 'b', and 'a' in an earlier line"),
         (HEAD + b"1,a\n", "line 2 has not as many cells"),
     ],
 )
@@ -154,7 +154,7 @@ def test_sheets_for_review(tmp_path):
     assert (second["label"], second["note"], second["reviewer"]) == ("cats", "sure", "Ada")
     assert read_labels(folder, "topk", 9, True) == {2: Label("cats", "Ada", "sure")}
     (folder / "capital.csv").write_text(text.replace(",cats,", ",dogs,"))
-    with pytest.raises(UserError, match=r"plural.csv: feature 2 is 'cats', and 'dogs' in an earlier file"):
+    with pytest.raises(UserError, match=r"plural.csv, line 2: feature 2 is 'cats', and 'dogs' in an earlier line"):
         read_labels(folder, "topk", 9, True)
     path = tmp_path / "labels.csv"
     path.write_text("feature,label,note,reviewer,dictionary\n3,a,,Ada,topk/k8\n3,b,,Ada,topk/k16\n")

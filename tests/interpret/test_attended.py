@@ -18,7 +18,7 @@ LENGTH = 40
 def made(tmp_path_factory, tiny_llama):
     store = planted.make_store(tmp_path_factory.mktemp("attended") / "store", documents=60)
     lm, text = load_model(str(tiny_llama)), CodedText(store.documents, [*planted.TEXTS[:380], ",", "\n", " ok", "."])
-    return store, text, HeadShares(lm, store.documents, text, 2, 100_000)
+    return store, text, HeadShares(lm, text, 2, 100_000)
 
 
 def holds_of(ids):

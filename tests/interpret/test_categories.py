@@ -26,38 +26,36 @@ def planted():
 
 def test_planted_features_are_found_and_few_others(planted):
     prompts, active_PxF = planted
-    found = associate(active_PxF, list(make_tests(prompts)))
+    found = associate(active_PxF, make_tests(prompts))
     assert found[0][0]["category"] == "capital" and 2 not in found and len(found) <= 4
     assert (found[0][0]["active"], found[0][0]["prompts"]) == (38, 40) and found[0][0]["active_elsewhere"] == 0
     assert {one["category"] for one in found[1]} == {"plural", "plural: right answers"}
-    names = [test.name for test in make_tests(prompts)]
     # Of capitals no answer was wrong: there is nothing to compare the right ones with.
-    assert names == ["capital", "plural", "plural: right answers", "plural: wrong answers"]
+    assert list(make_tests(prompts)) == ["capital", "plural", "plural: right answers", "plural: wrong answers"]
 
 
 def test_q_values_are_those_of_scipy(planted):
     prompts, active_PxF = planted
-    tests = list(make_tests(prompts))
+    tests = make_tests(prompts)
     live = np.flatnonzero(active_PxF.sum(0) >= 5)
     p = []
-    for test in tests:
+    for sides in tests.values():
         for feature in live:
-            a, b = active_PxF[test.inside_P, feature], active_PxF[test.outside_P, feature]
+            a, b = (active_PxF[side_P, feature] for side_P in sides)
             p.append(fisher_exact([[a.sum(), (~a).sum()], [b.sum(), (~b).sum()]], alternative="greater").pvalue)
     q_MxA = false_discovery_control(p).reshape(len(tests), len(live))
     for feature, rows in associate(active_PxF, tests).items():
         for row in rows:
-            m = [test.name for test in tests].index(row["category"])
+            m = list(tests).index(row["category"])
             assert row["q"] == pytest.approx(q_MxA[m, live.tolist().index(feature)], rel=1e-3)
 
 
 def test_of_permuted_categories_nothing_is_left(planted):
     prompts, active_PxF = planted
-    shuffled = list(make_tests(prompts, np.random.default_rng(1)))
-    assert {len(test.inside_P) for test in shuffled} == {80}
-    assert sum(test.inside_P.sum() for test in shuffled if test.name == "capital") == 40
+    shuffled = make_tests(prompts, np.random.default_rng(1))
+    assert {len(inside_P) for inside_P, _ in shuffled.values()} == {80} and shuffled["capital"][0].sum() == 40
     assert len(associate(active_PxF, shuffled)) <= 1
-    assert associate(np.zeros((80, 3), bool), shuffled) == {} == associate(active_PxF, [])
+    assert associate(np.zeros((80, 3), bool), shuffled) == {} == associate(active_PxF, {})
 
 
 def test_a_feature_is_active_where_it_fires(lm):

@@ -26,7 +26,7 @@ def search(activations, count, ids=None, groups=None):
     value = np.concatenate(activations).astype(np.float32)
     place = np.flatnonzero(value > 0)
     block = Block(0, 1, np.zeros(len(place), np.int64), place, value[place])
-    chosen = np.array(strongest(block, documents, text, 0, count), np.int64)
+    chosen = np.array(strongest(block, text, 0, count), np.int64)
     return list(zip(text.document(chosen).tolist(), text.position(chosen).tolist(), strict=True))
 
 

@@ -9,7 +9,7 @@ import planted
 import protocol
 import pytest
 from runs import write_members
-from sklearn.metrics import balanced_accuracy_score, recall_score
+from sklearn.metrics import balanced_accuracy_score
 
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import load_labels
@@ -84,6 +84,16 @@ class Place:
         document, first, last = self.find(text)
         return [self.f.get((document, p), np.zeros(FEATURES))[feature] for p in range(first, last)]
 
+    def feature_of(self, prompt):
+        """The one feature that is active at the first marked token of every text of a question for a label."""
+        active = []
+        for text, marked in zip(parts(prompt)[1], protocol.texts_of(prompt), strict=True):
+            document, _, _ = self.find(text)
+            start = self.documents[document].index(text) + marked.index("<<")
+            active.append(self.f[document, int(np.searchsorted(self.starts[document], start))] > 0)
+        (feature,) = np.flatnonzero(np.all(active, axis=0))
+        return feature
+
 
 def parts(prompt):
     """The number in a question's label, -1 without one, and its texts without marks."""
@@ -103,7 +113,7 @@ def judge(place):
     def answer(prompt):
         feature, texts = parts(prompt)
         if is_of(prompt) == "labels":
-            return f"Well.\n[EXPLANATION]: concept {zlib.crc32(prompt.encode()) % 1000}"
+            return f"Well.\n[EXPLANATION]: concept {place.feature_of(prompt)}"
         if feature == 11:
             return "I would rather not say [1]"
         if feature < len(planted.CONCEPTS):
@@ -113,17 +123,16 @@ def judge(place):
     return answer
 
 
-def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(workdir, tmp_path):
+def test_scores_equal_those_counted_from_what_the_server_saw(workdir, tmp_path):
     """What is active is known from dense activations at the places where the texts are found."""
     place = Place(workdir)
-    sheet = tmp_path / "sheet.csv"
-    sheet.write_text("feature,label,note,reviewer\n" + "".join(f"{i},concept {i},,Ada\n" for i in range(20)))
     with protocol.Server(judge(place)) as server:
-        member, found = go(workdir, tmp_path / "unit", server.url, labels=str(sheet))
+        member, found = go(workdir, tmp_path / "unit", server.url, features=tuple(range(20)))
     held_out = np.array([f for (d, _), f in place.f.items() if place.split[d] == "held_out"])
     able = np.flatnonzero((held_out[:, :20] > 0).sum(0) >= MIN_FIRINGS).tolist()
-    assert sorted(found) == able and len(able) > 12 and member.judged == member.labelled == len(able)
-    assert member.questions == len(server.asked) and member.prompt_tokens == sum(len(p.split()) for p in server.asked)
+    assert sorted(found) == able and len(able) > 12 and member.judged == len(able) == 20 - member.skipped
+    assert [one.label for one in found.values()] == [f"concept {feature}" for feature in found]
+    assert member.tokens == sum(len(prompt.split()) + 7 for prompt in server.asked)
     questions = [prompt for prompt in server.asked if is_of(prompt) == "detection"]
     first = questions[: len(questions) // 2]  # those with labels of other features follow
     for feature in able:
@@ -132,31 +141,36 @@ def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(wor
         there = [max(place.active(text, feature)) > 0 for text in texts]
         assert {place.split[place.find(text)[0]] for text in texts} == {"held_out"}
         assert sum(there) == 10 and len(there) <= 20
-        score = found[feature].detection
+        score = found[feature].accuracy
         if feature == 11 or len(there) == 10:  # no reply that can be parsed, or it fires everywhere
             assert score is None and not found[feature].kept
             continue
         answers = [bool(one) for prompt in prompts for one in json.loads(judge(place)(prompt).removeprefix("Sure: "))]
-        assert score.accuracy == pytest.approx(balanced_accuracy_score(there, answers))
-        assert score.recall == pytest.approx(recall_score(there, answers))
+        assert score.mean == pytest.approx(balanced_accuracy_score(there, answers))
         if feature < len(planted.CONCEPTS):
-            assert score.accuracy == score.f1 == 1 and found[feature].kept
-    assert member.detection.unparsed == pytest.approx(1 / len(able)) and member.kept >= 5
+            assert score.mean == 1 and found[feature].kept
+    assert member.unparsed == pytest.approx(1 / len(able)) and member.kept >= 5
     assert load_labels(tmp_path / "unit" / "labels.json").keys() == {i for i, one in found.items() if one.kept}
 
 
 def test_labels_are_written_from_training_text_and_kept_only_if_they_tell(workdir, tmp_path):
     place = Place(workdir)
-    with protocol.Server(judge(place)) as server:
+
+    def answer(prompt):
+        return f"[EXPLANATION]: concept {zlib.crc32(prompt.encode())}" if is_of(prompt) == "labels" else guess(prompt)
+
+    guess = judge(place)
+    with protocol.Server(answer) as server:
         member, found = go(workdir, tmp_path / "unit", server.url, sample=8)
-        again, _ = go(workdir, tmp_path / "unit", server.url, sample=8)  # is done
-    assert member == again and member.labelled == 8 and len({one.label for one in found.values()}) > 4
+        count = len(server.asked)
+        again, _ = go(workdir, tmp_path / "unit", server.url, sample=8)  # has all answers
+    assert member == again and len(server.asked) == count and len({one.label for one in found.values()}) > 4
     questions = [prompt for prompt in server.asked if is_of(prompt) == "labels"]
     assert len(questions) == 8
     for prompt in server.asked:
         split = "train" if prompt in questions else "held_out"
         assert {place.split[place.find(text)[0]] for text in parts(prompt)[1]} == {split}
-    assert 0.2 < member.detection.mean.mean < 0.8
+    assert 0.2 < member.accuracy.mean < 0.8
     assert member.kept <= 2  # the judge guesses
 
 
@@ -166,23 +180,23 @@ def test_a_judge_that_guesses_keeps_few_labels():
     right = [[True] * 5, [True] * 5, [False] * 5, [False] * 5]
     for _ in range(2000):
         own, control = (detection_score(right, rng.integers(0, 2, (4, 5)).astype(bool).tolist()) for _ in range(2))
-        kept += is_kept(own, control)
+        kept += is_kept(own, control.mean)
     assert kept / 2000 < 0.05
 
 
 def test_no_answer_that_can_be_read(workdir, tmp_path):
     with protocol.Server(lambda prompt: "") as server:
         member, found = go(workdir, tmp_path / "unit", server.url, sample=3)
-    assert member.labelled == member.kept == 0 and all(one.label == "" and not one.kept for one in found.values())
-    assert member.detection.mean is None
+    assert member.kept == 0 and all(one.label == "" and not one.kept for one in found.values())
+    assert member.accuracy is None and member.control_accuracy is None
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         (dict(features=(3, 40)), "--explain.features names 40: expected numbers from 0 to 39"),
-        (dict(labels="nowhere.csv"), "--explain.labels=nowhere.csv cannot be read"),
         (dict(model=""), "--explain.model is missing"),
+        (dict(url=""), "--explain.url is missing"),
         (dict(url="nowhere"), "--explain.url=nowhere is not a URL"),
     ],
 )

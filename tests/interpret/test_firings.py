@@ -34,7 +34,6 @@ def make(kind: str) -> Dictionary:
     ("kind", "mesh"), [*((kind, MeshConfig(data=2, model=4)) for kind in KINDS), ("topk", MeshConfig(data=8))]
 )
 def test_firings_are_those_of_the_dense_activations(store, tmp_path, kind, mesh, monkeypatch):
-    monkeypatch.setattr(firings, "ROOM", 2**11)  # several calls for a batch
     monkeypatch.setattr(firings, "_MOST", 3000)  # several blocks of a file
     dictionary = make(kind)
     place = record(store, "train", {tmp_path: dictionary}, make_mesh(mesh), 250)

@@ -8,13 +8,14 @@ import protocol
 import pytest
 
 from saejax.errors import Interrupted, UserError
+from saejax.interpret import judges
 from saejax.interpret.judges import ANSWERS, KEY, Answer, Answers, Endpoint
 from saejax.interpret.questions import Question, read_judgements, read_label
 from saejax.parallel.processes import ProcessShare
 from saejax.runner.config import Configs
 from saejax.stages.explain import ExplainConfig
 
-ASK = [Question("Say it.", f"number {i}", 20) for i in range(6)]
+ASK = [Question("Say it.", f"number {i}") for i in range(6)]
 
 
 @pytest.fixture
@@ -25,18 +26,17 @@ def waits(monkeypatch):
     return seconds
 
 
-def ask(server, questions=ASK, at_once=1, timeout=60.0):
-    found = {}
-    Endpoint(server.url, "judge", at_once, timeout).ask(questions, found.__setitem__)
-    return [found[i] for i in range(len(questions))]
+def ask(server, questions=ASK, timeout=60.0):
+    endpoint = Endpoint(server.url, "judge", timeout)
+    return [endpoint.ask(question) for question in questions]
 
 
-def test_answers_come_in_their_places_however_many_are_asked_at_once(monkeypatch):
+def test_answers_come_in_their_places_however_many_are_asked_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv(KEY, "secret")
     with protocol.Server(lambda prompt: prompt[-1]) as server:
-        answers = ask(server, at_once=4)
+        answers = Answers(run_of(), tmp_path, Endpoint(server.url, "judge"))
+        assert answers.all(ASK, "labels") == list("012345") and answers.tokens == 6 * (4 + 7)
         _, body, headers, path = server.tries[0]
-    assert [answer.text for answer in answers] == list("012345") and answers[0].tokens == (4, 7)
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
     assert body["model"] == "judge" and body["temperature"] == 0 and body["max_tokens"] == 4096
     assert body["chat_template_kwargs"] == dict(enable_thinking=False)
@@ -109,7 +109,7 @@ def test_an_endpoint_that_never_answers_is_given_up(waits):
     with pytest.raises(UserError, match="no answer after 5 retries"):
         ask(SimpleNamespace(url=server.url), ASK[:1])
     with pytest.raises(UserError, match="is not a URL"):
-        Endpoint("localhost:8000", "judge", 1, 1)
+        Endpoint("localhost:8000", "judge")
 
 
 def test_no_answer_and_one_that_is_truncated_are_none():
@@ -123,12 +123,11 @@ class Counting:
     def __init__(self, fails_at=""):
         self.fails_at, self.asked = fails_at, []
 
-    def ask(self, questions, on_answer):
-        for number, question in enumerate(questions):
-            if question.text == self.fails_at:
-                raise UserError("no more")
-            self.asked.append(question.text)
-            on_answer(number, Answer(question.text, (10, 1)))
+    def ask(self, question):
+        if question.text == self.fails_at:
+            raise UserError("no more")
+        self.asked.append(question.text)
+        return Answer(question.text, 11)
 
 
 def run_of(limit=10_000, stopping=lambda: False, model="judge"):
@@ -136,28 +135,36 @@ def run_of(limit=10_000, stopping=lambda: False, model="judge"):
     return SimpleNamespace(configs=Configs(config), say=lambda line: None, stopping=stopping, share=ProcessShare())
 
 
-def test_what_was_answered_is_never_asked_again(tmp_path):
+@pytest.fixture
+def in_turn(monkeypatch):
+    """Questions are asked one after the other."""
+    monkeypatch.setattr(judges, "AT_ONCE", 1)
+
+
+def test_what_was_answered_is_never_asked_again(tmp_path, in_turn):
     judge = Counting(fails_at="number 3")
     with pytest.raises(UserError, match="no more"):
         Answers(run_of(), tmp_path, judge).all(ASK, "labels")
     lines = (tmp_path / ANSWERS).read_text().splitlines()
-    assert [json.loads(line)["answer"] for line in lines] == judge.asked == ["number 0", "number 1", "number 2"]
+    assert [json.loads(line)["answer"] for line in lines] == judge.asked
+    assert judge.asked[:3] == ["number 0", "number 1", "number 2"]
     with (tmp_path / ANSWERS).open("a") as file:
         file.write('{"question": "half a li')  # killed
     again, third, changed = Counting(), Counting(), Counting()
     answers = Answers(run_of(), tmp_path, again)
     assert answers.all([*ASK, ASK[0]], "labels") == [*(question.text for question in ASK), ASK[0].text]
-    assert again.asked == ["number 3", "number 4", "number 5"] and answers.spent == (60, 6)
+    assert sorted(judge.asked + again.asked) == [question.text for question in ASK] and answers.tokens == 66
     Answers(run_of(), tmp_path, third).all(ASK, "labels")
     Answers(run_of(model="other"), tmp_path, changed).all(ASK[:1], "labels")
     assert not third.asked and changed.asked == ["number 0"]
 
 
-def test_the_limit_of_tokens_holds_and_can_be_raised(tmp_path):
-    judge, left = Counting(), r"most_tokens=230: \d+ tokens are spent and \d questions of about [\d,]+ tokens are left"
+def test_the_limit_of_tokens_holds_and_can_be_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr(judges, "_LOT", 2)
+    judge, left = Counting(), r"most_tokens=30: 44 tokens are spent and 2 questions are left"
     with pytest.raises(UserError, match=left):
-        Answers(run_of(limit=230), tmp_path, judge).all(ASK, "labels")
-    assert 0 < len(judge.asked) < len(ASK)
+        Answers(run_of(limit=30), tmp_path, judge).all(ASK, "labels")
+    assert len(judge.asked) == 4
     with pytest.raises(Interrupted, match="what was measured is kept"):
         Answers(run_of(stopping=lambda: True), tmp_path, judge).all(ASK, "labels")
     assert len(Answers(run_of(), tmp_path, judge).all(ASK, "labels")) == len(ASK) == len(judge.asked)

@@ -5,8 +5,7 @@ const atlas = (() => {
   const at = (id) => document.getElementById(id);
   const waiting = new Map();  // chunk -> what to do once it is there
   const chunks = new Map();
-  const maps = [];
-  let about, order = [], matches = [], shown = 0;
+  let about, texts, order = [], matches = [], shown = 0;
   const ROWS = 100, KEPT = 40;  // rows of the list added at a time; chunks kept
 
   function index(data) {
@@ -46,9 +45,9 @@ const atlas = (() => {
     document.head.append(script);
   }
 
-  function map(place, one) {
-    maps[place] = one;
-    if (about.maps === maps.filter(Boolean).length) route();
+  function maps(data) {
+    texts = data;
+    route();
   }
 
   const labelOf = (i) => about.columns.label[i];
@@ -64,8 +63,8 @@ const atlas = (() => {
   function route() {
     const feature = current();
     if (onMaps()) {
-      if (maps.filter(Boolean).length === about.maps) at('feature').replaceChildren(mapsPage(maps, about.dictionary, labelOf));
-      else for (let i = 0; i < about.maps; i++) fetchScript(`data/map-${i}.js`, () => undefined);
+      if (texts) at('feature').replaceChildren(mapsPage(texts, about.dictionary, labelOf));
+      else fetchScript('data/maps.js', () => undefined);
       atlas.painted = 'maps';
       return mark();
     }
@@ -137,5 +136,5 @@ const atlas = (() => {
       if (next >= 0 && next < about.features) location.hash = `#${about.dictionary}/${next}`;
     }
   });
-  return {index, chunk, map};
+  return {index, chunk, maps};
 })();

@@ -23,13 +23,12 @@ const bars = (counts, from, to, alt) => {
 
 const interval = (one) => `${one.mean.toFixed(2)} [${one.low.toFixed(2)}, ${one.high.toFixed(2)}]`;
 
-// What a language model's answers say of a label, and of another feature's.
+// The balanced accuracy of a language model that tells contexts by the label, and by another feature's.
 const judgements = (judged) => {
-  if (!judged) return [];
-  const said = [], score = judged.detection, control = judged.detection_control;
-  if (score) said.push(`detection ${score.accuracy.toFixed(2)}${control ? ` (another feature's label ${control.accuracy.toFixed(2)})` : ''}`);
+  if (!judged || !judged.accuracy) return [];
   const name = judged.label && !judged.kept ? `Label “${visible(judged.label)}”, not kept` : 'Judged by a language model';
-  return said.length ? [[name, `balanced accuracy on held-out text: ${said.join(', ')}`]] : [];
+  const control = judged.control_accuracy === null ? '' : `; with another feature's label ${judged.control_accuracy.toFixed(2)}`;
+  return [[name, `balanced accuracy on held-out text ${interval(judged.accuracy)}${control}`]];
 };
 
 function featurePage(record, dictionary, labelOf) {
@@ -64,8 +63,9 @@ function featurePage(record, dictionary, labelOf) {
   page.append(make('p', {class: 'label'}, ...said));
   const facts = [['Fires on', `${number(record.fires, 9)} tokens, ${percent(record.rate)}`]];
   if (record.fires) facts.push(['Activation', `mean ${number(record.mean)}, largest ${number(record.max)}`]);
-  const best = (record.detectors || [])[0];
-  if (best) facts.push(['Best detector', `F1 ${interval(best.f1)} on held-out text; another feature's ${number(record.shuffled_f1, 2)}`]);
+  const rule = record.detector;
+  if (rule) facts.push(['Best rule', `${visible(rule.says)}: F1 ${interval(rule.f1)} on held-out text, ${rule.search_f1.toFixed(2)} where it was searched; ` +
+    `another feature's rule ${record.shuffled_f1.toFixed(2)}`]);
   facts.push(...judgements(record.judged));
   for (const [behaviour, drop] of Object.entries(record.effects || {})) facts.push([behaviour, `${number(drop)} logits lost without it`]);
   page.append(make('dl', {}, ...facts.flatMap(([name, text]) => [make('dt', {}, name), make('dd', {}, text)])));
@@ -81,14 +81,7 @@ function featurePage(record, dictionary, labelOf) {
     const [first, last] = [used[0], used[used.length - 1] + 1];
     section('Activations', 'Firings by activation; bins of half an octave.',
       ...bars(record.histogram.slice(first, last), number(2 ** (first / 2 - 10), 2), number(2 ** (last / 2 - 10), 2), 'Histogram of activations'));
-    section('Positions', 'Firings by position: 0, 1, 2 to 3, 4 to 7, and so on.', ...bars(record.positions, '0', '1,024 and more', 'Histogram of positions'));
-    if (record.detectors.length) {
-      section('Detectors', 'The best of each sort on training text, scored on held-out text, with 95 % intervals.',
-        table(['', 'precision', 'recall', 'F1', 'F1 in the search'], record.detectors.map((one) =>
-          [`${one.family}: ${visible(one.says)}`, interval(one.precision), interval(one.recall), interval(one.f1), number(one.search_f1)])));
-    }
     section('Tokens', 'Mean: activation over all places of the token.', codes(record.tokens));
-    section('What tokens look like', '', codes(record.shapes));
   }
   if ((record.categories || []).length) {
     section('Prompt categories', 'Prompts on which it fires, in the category and elsewhere; of right answers, against wrong ones of the same category. ' +
@@ -110,9 +103,5 @@ function featurePage(record, dictionary, labelOf) {
       ...(record.logits ? bars(record.logits.counts, number(record.logits.low), number(record.logits.high), 'Histogram of logits of all tokens') : []));
   }
   section('Nearest decoder rows', '', table(['feature', 'cosine'], record.nearest.map(([feature, cosine]) => [link(feature), number(cosine)])));
-  if ((record.together || []).length) {
-    section('Fires together with', 'Jaccard: tokens on which both fire over those on which either does.',
-      table(['feature', 'tokens', 'Jaccard'], record.together.map(([feature, both, share]) => [link(feature), number(both, 9), number(share)])));
-  }
   return page;
 }
