@@ -1,4 +1,4 @@
-"""The figures of the ablation report: effect against dose, and single features."""
+"""The figure of the ablation report: effect against dose."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from saejax.interventions.answers import BASIS_NAMES
 from saejax.interventions.curves import EffectCurve
 from saejax.page import style
-from saejax.page.style import BLUE, GREY, INK, ORANGE, legend, name_rows, panels, point, styled
+from saejax.page.style import BLUE, GREY, INK, ORANGE, legend, panels, styled
 from saejax.results import Interval
 
 _STYLES = (  # colours and dashes of bases; those that need no folder have the same ones in all figures
@@ -77,21 +77,4 @@ def dose_effect(
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
     legend(axes, 1)
-    return figure
-
-
-@styled
-def single_features(features: Sequence[int], drops: Sequence[Interval]) -> Figure:
-    """Draw the effect of each top feature, ablated alone.
-
-    Args:
-      features: their indices, in the order of their attribution.
-      drops: drop of the logit difference of each.
-    """
-    figure, (axes,) = panels((0.19 * len(features) + 1.2,), ("Logit difference lost when one feature is ablated",))
-    for row, drop in enumerate(drops):
-        point(axes, drop, row, ORANGE, "o", "mean and 95 % interval", size=4.5)
-    axes.axvline(0, color=INK, linewidth=0.8)
-    name_rows(axes, [str(feature) for feature in features])
-    axes.set_xlabel("logits (rows: features, largest attribution first)")
     return figure

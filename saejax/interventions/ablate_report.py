@@ -29,7 +29,7 @@ from saejax.page.words import behaviour, detail_title, sentence, signed
 from saejax.runner.preregistration import describe_rule
 from saejax.tasks.results import BaselineResults
 
-TABLE_ROWS, FIGURE_ROWS = 50, 30  # longest list of features in a table and in a figure
+TABLE_ROWS = 50  # longest list of features
 
 
 def answer(findings: Findings, draw: Draw) -> Section:
@@ -64,7 +64,7 @@ def details(findings: Findings) -> list[Section]:
     return sections
 
 
-def features(findings: Findings, draw: Draw, shown: int) -> list[Section]:
+def features(findings: Findings, shown: int) -> list[Section]:
     """Describe the top features of each behaviour, with the contexts of the first ``shown``."""
     ablate = findings.first(AblateResults)
     intro = (
@@ -85,7 +85,7 @@ def features(findings: Findings, draw: Draw, shown: int) -> list[Section]:
             sections.append(Section(detail_title(name), (Text(nothing, strong=True),), level=3))
             continue
         strips = [make_strips(name, item) for item in top[:shown]] if make_strips else []
-        blocks: list[Block] = [_singles(name, top, draw), _feature_table(top, labels), *strips]
+        blocks: list[Block] = [_feature_table(top, labels), *strips]
         importance = (ablate.importance or {}).get(name)
         if importance:
             text = (
@@ -94,7 +94,7 @@ def features(findings: Findings, draw: Draw, shown: int) -> list[Section]:
                 f"is {number(importance.attribution_correlation)}, that of the correlation of activation and logit "
                 f"difference {number(importance.activation_correlation)}."
             )
-            blocks.insert(2, Text(text))
+            blocks.insert(1, Text(text))
         sections.append(Section(detail_title(name), tuple(blocks), level=3))
     return sections
 
@@ -326,20 +326,6 @@ def _template_table(result: BehaviourVerdict) -> Table:
     return Table.of("The effect by template", result.templates.items(), columns, stack=False, note=note)
 
 
-def _singles(name: str, top: tuple[FeatureEffect, ...], draw: Draw) -> Picture:
-    some = top[:FIGURE_ROWS]
-    figure = ablate_figures.single_features([item.feature for item in some], [item.drop for item in some])
-    above = sum(item.drop.low > 0 for item in top)
-    rest = f" The figure shows the first {len(some)}." if len(some) < len(top) else ""
-    caption = (
-        f"In order of attribution. Ablated alone, {above} of {len(top)} features lower the logit difference with an "
-        f"interval above zero; of features without effect about one in forty would.{rest}"
-    )
-    first = "; ".join(f"feature {item.feature} {interval(item.drop)}" for item in some[:5])
-    alt = f"{behaviour(name)}: drop of the logit difference when single features are ablated. {first}."
-    return draw(f"features_{name}", figure, caption, alt)
-
-
 def _feature_table(top: tuple[FeatureEffect, ...], labels: Mapping[int, Label]) -> Table:
     columns = {
         "Feature": lambda item: (
@@ -350,8 +336,14 @@ def _feature_table(top: tuple[FeatureEffect, ...], labels: Mapping[int, Label]) 
         "Fires on": lambda item: percent(item.firing_rate, 1),
         "Mean activation": lambda item: significant(item.mean_activation),
     }
-    rest = f" The first {TABLE_ROWS} of {len(top)} features." if len(top) > TABLE_ROWS else ""
-    note = f"Fires on: share of the tokens of the test prompts.{rest}"
+    above = sum(item.drop.low > 0 for item in top)
+    note = (
+        f"In order of attribution. Ablated alone, {above} of {len(top)} features lower the logit difference with an "
+        "interval above zero; of features without effect about one in forty would. Fires on: share of the tokens of "
+        "the test prompts."
+    )
+    if len(top) > TABLE_ROWS:
+        note += f" The table shows the first {TABLE_ROWS}."
     return Table.of(
         "Features ablated one by one", [(item,) for item in top[:TABLE_ROWS]], columns, stack=False, note=note
     )

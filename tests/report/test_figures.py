@@ -79,10 +79,6 @@ def dose_figure(sets=40, bases=4):
     return figures.dose_effect(NAMES[2], top, interval(3.0), random, random, bases)
 
 
-def features_figure(count=20):
-    return figures.single_features(range(1000, 1000 + count), [interval(i / 10) for i in range(count)])
-
-
 def probe_rows(sizes=(1, 20, None)):
     rows = []
     for name, shift in (("features", 0.1), ("raw", -0.1)):
@@ -133,13 +129,10 @@ DRAWN = [
     density_figure,
     lambda: density_figure(counts=(0, 0, 0)),
     lambda: density_figure(edges=np.linspace(-9, 0, 4)),
-    features_figure,
-    lambda: features_figure(1),
     lambda: dictionary_figures.training({"topk": []}),
     lambda: training_figure(3),
     frontier_figure,
     lambda: dictionary_figures.frontier({kind: [SWEEP] for kind in KINDS}),
-    lambda: figures.single_features([3], [interval(0.0, 0.0)]),
 ]
 
 
@@ -214,13 +207,6 @@ def test_a_heatmap_holds_the_cells_with_the_first_layer_at_the_bottom():
     assert image.origin == "lower" and image.get_array().shape == (3, 5) and image.get_clim() == (-1, 1)
     np.testing.assert_allclose(image.get_array()[:, 2], [0, 1 / 3, 2 / 3])
     assert [label.get_fontweight() for label in axes.get_xticklabels()] == ["normal"] * 2 + ["bold"] + ["normal"] * 2
-
-
-def test_single_features_stand_in_order_from_the_top():
-    (axes,) = features_figure(3).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["1000", "1001", "1002"]
-    assert axes.yaxis_inverted()
-    assert np.allclose([mean for mean, _, _ in bars(axes)], [0, 0.1, 0.2])
 
 
 def test_density_counts_and_axis():
