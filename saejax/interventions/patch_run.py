@@ -18,6 +18,8 @@ from saejax.interventions.ablate_run import summarise
 from saejax.interventions.ablation import BehaviourAblation, measure_behaviour
 from saejax.interventions.answers import CausalVerdict, VerdictConfig, mean_interval
 from saejax.interventions.columns import Columns
+from saejax.interventions.edits import swap
+from saejax.interventions.engine import run_edits
 from saejax.interventions.patching import (
     DIRECTIONS,
     EACH,
@@ -25,7 +27,6 @@ from saejax.interventions.patching import (
     TokenColumn,
     describe_columns,
     fitting_pairs,
-    patch_features,
     patch_sites,
 )
 from saejax.interventions.table import EffectsTable, load_effects, merge_tables, save_effects
@@ -283,19 +284,23 @@ def ablate_config(config: PatchConfig) -> AblateConfig:
 def describe_features(
     lm: LanguageModel, table: EffectsTable, ablation: BehaviourAblation, pairs: BehaviourPairs, config: PatchConfig
 ) -> PatchedFeatures:
-    """Return what the top features of a behaviour carry over, and all features, and the site."""
+    """Return what the top features of a behaviour carry over, and the site."""
     top, split = ablation.top(), ablation.split
-    patched = patch_features(split, pairs.tests, [top], config.batch_rows)
-    (denoised_P,), (noised_P,) = patched.diff_DxSxP
+    prompts = table.select_prompts(ablation.behaviour)
+    # Noising is what the ablation measured. Denoising is the same with prompts and counterparts exchanged.
+    (noised_P,) = table.values(table.select_whole_edits(ablation.behaviour, "top"), prompts, "logit_diff")
+    edits, sides = swap(split.dictionary, [top]), (ablation.counterparts, ablation.runs)
+    denoised = run_edits(split, sides[0], edits, config.batch_rows, counterparts=sides[1])
+    clean_P, corrupted_P = table.clean_values(prompts, "logit_diff"), denoised.clean_P
     weight_RxP = _weights(pairs.tests, config)
     # An answer can only be turned where the model gives the right one to both.
-    both_P = (patched.clean_P > 0) & (patched.corrupted_P < 0)
+    both_P = (clean_P > 0) & (corrupted_P < 0)
     interchange = None
     if both_P.any():
         site = Site.parse(split.dictionary.config.target or split.dictionary.site)
         whole = patch_sites(lm, site.kind, pairs.tests, "all", [site.layer], config.batch_rows)
         random_sets = table.select_whole_edits(ablation.behaviour, "random")
-        random_ExP = table.values(random_sets, table.select_prompts(ablation.behaviour), "logit_diff")
+        random_ExP = table.values(random_sets, prompts, "logit_diff")
         interchange = Interchange(
             prompts=int(both_P.sum()),
             top=wilson((noised_P < 0)[both_P]),
@@ -303,10 +308,10 @@ def describe_features(
             site=wilson((whole.diff_DxLxHxPxC[1, 0, 0, :, 0] < 0)[both_P]),
         )
     return PatchedFeatures(
-        pairs=_describe_pairs(patched.clean_P, patched.corrupted_P, pairs.left_out, weight_RxP),
+        pairs=_describe_pairs(clean_P, corrupted_P, pairs.left_out, weight_RxP),
         features=tuple(top),
-        restored=mean_interval(denoised_P - patched.corrupted_P, weight_RxP),
-        removed=mean_interval(patched.clean_P - noised_P, weight_RxP),
+        restored=mean_interval(denoised.ablated_SxP[0] - corrupted_P, weight_RxP),
+        removed=mean_interval(clean_P - noised_P, weight_RxP),
         interchange=interchange,
     )
 

@@ -1,4 +1,4 @@
-"""Activation patching between prompts and their counterparts: at sites, positions, attention heads, and of features.
+"""Activation patching between prompts and their counterparts: at sites, positions and attention heads.
 
 A prompt and its counterpart have equally many tokens, and the prompt's wrong answer is right for the counterpart. A
 value of the *base* run is replaced by that of the *source* run (Vig et al., 2020; Geiger et al., 2021), and the logit
@@ -26,9 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.errors import UserError, one_of
-from saejax.interventions.edits import swap
-from saejax.interventions.engine import BATCH_ROWS, OnProgress, prefetch, run_edits
-from saejax.interventions.split_model import SplitModel, editable_positions, fit_ids, groups_by_length, parse_positions
+from saejax.interventions.engine import BATCH_ROWS, OnProgress, prefetch
+from saejax.interventions.split_model import editable_positions, fit_ids, groups_by_length, parse_positions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig, TorchConfig
 from saejax.models.decoder import run_layers
@@ -354,37 +353,3 @@ def describe_columns(lm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Toke
         share, differs = count / prompts_here, float((ids != counterpart_ids).mean())
         columns.append(TokenColumn(position, prompts_here, text(token), share, differs))
     return tuple(columns)
-
-
-class PatchedSets(NamedTuple):
-    """Logit differences of P pairs with S sets of features patched; the first axis counts ``DIRECTIONS``."""
-
-    clean_P: np.ndarray
-    corrupted_P: np.ndarray
-    diff_DxSxP: np.ndarray
-
-
-def patch_features(
-    split: SplitModel,
-    prompts: Sequence[Prompt],
-    sets: Sequence[Sequence[int]],
-    batch_rows: int = BATCH_ROWS,
-) -> PatchedSets:
-    """Give features of the base run the activations that they have in the source run, in both directions.
-
-    Error terms, attention sinks and positions that are not editable stay those of the base run.
-
-    Args:
-      split: the model, split at the dictionary's site.
-      prompts: P prompts with counterparts of as many tokens.
-      sets: S sets of features.
-      batch_rows: as for ``effects``.
-
-    Raises:
-      UserError: a prompt has no counterpart of as many tokens, or a logit difference is not finite.
-    """
-    sides, edits = (split.run(prompts), split.run_counterparts(prompts)), swap(split.dictionary, sets)
-    noised, denoised = (
-        run_edits(split, base, edits, batch_rows, counterparts=source) for base, source in (sides, sides[::-1])
-    )
-    return PatchedSets(noised.clean_P, denoised.clean_P, np.stack([denoised.ablated_SxP, noised.ablated_SxP]))

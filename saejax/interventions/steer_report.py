@@ -9,7 +9,7 @@ from saejax.page import style
 from saejax.page.blocks import Block, Picture, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, interval, number, percent, significant, visible
+from saejax.page.tables import MISSING, Table, interval, number, percent, significant
 from saejax.page.words import behaviour, place
 
 _METHODS = dict(add="features added", clamp="features clamped", mean_difference="difference of means")
@@ -38,7 +38,6 @@ def _section(results: SteerResults, draw: Draw) -> Section:
     blocks: list[Block] = [Text(intro)]
     if steered:
         blocks += [_picture(steered, draw), _table(steered), Terms(tuple(_sentences(steered).items()))]
-        blocks.append(Terms(tuple(_examples(steered).items())))
     if unsteered := [
         (behaviour(name), f"not steered: {result.reason}.")
         for name, result in results.behaviours.items()
@@ -115,6 +114,7 @@ def _table(steered: Mapping[str, BehaviourSteering]) -> Table:
                 (
                     behaviour(name),
                     _METHODS[method],
+                    str(result.prompts),
                     number(point.strength),
                     number(point.dose),
                     interval(point.drop),
@@ -126,7 +126,7 @@ def _table(steered: Mapping[str, BehaviourSteering]) -> Table:
                 )
             )
     columns = (
-        "Behaviour", "Changed by", "Strength", "Dose", "Drop", "Controls", "More than controls", "Turned, %",
+        "Behaviour", "Changed by", "Prompts", "Strength", "Dose", "Drop", "Controls", "More than controls", "Turned, %",
         "Controls turned", "Text",
     )  # fmt: skip
     note = (
@@ -137,7 +137,7 @@ def _table(steered: Mapping[str, BehaviourSteering]) -> Table:
         "Turned: share of test prompts whose target has the higher logit, 95 % Wilson interval. Controls turned: the "
         "same share, mean over controls. Text: rise of the cross-entropy of held-out text, nats per token."
     )
-    return Table("Steering at the chosen strengths", columns, tuple(rows), frozenset({1, 6}), stack=False, note=note)
+    return Table("Steering at the chosen strengths", columns, tuple(rows), frozenset({1, 7}), stack=False, note=note)
 
 
 def _sentences(steered: Mapping[str, BehaviourSteering]) -> dict[str, str]:
@@ -147,13 +147,3 @@ def _sentences(steered: Mapping[str, BehaviourSteering]) -> dict[str, str]:
         for name, result in steered.items()
         for method, each in result.methods.items()
     }
-
-
-def _examples(steered: Mapping[str, BehaviourSteering]) -> dict[str, str]:
-    examples = {}
-    for name, result in steered.items():
-        listed = [f"after {visible(result.example)!r} the model writes {visible(result.continuation)!r}"]
-        listed += [f"{_METHODS[m]}: {visible(each.continuation)!r}" for m, each in result.methods.items()]
-        left_out = [f"left out for {reason}: {count}" for reason, count in result.left_out.items() if count]
-        examples[f"{behaviour(name)}, examples"] = "; ".join([*listed, *left_out]) + "."
-    return examples

@@ -24,7 +24,6 @@ from saejax.interventions.steering import (
     AnswerTexts,
     Steered,
     choose_strength,
-    generation_edit,
     group_by_swap,
     map_swaps,
     place_edits,
@@ -53,7 +52,6 @@ TEXT_SWAPS = 4  # answer pairs whose changes are tried on held-out text
 TEXT_DOCUMENTS = 16  # held-out documents on which the rise of cross-entropy is measured
 # Nats per token: a larger rise means that text of any kind has become hard to predict, not that an answer was turned.
 MAX_CE_RISE = 1.0
-NEW_TOKENS = 20  # of a continuation
 CONTROLS = dict(add="random sets of features", clamp="random sets of features", mean_difference="random directions")
 
 
@@ -65,7 +63,6 @@ class SteeringPoint:
     dose: float  #: root mean square over prompts of the norm of the change at the site
     drop: Interval  #: fall of logit(answer) - logit(target), 95 % bootstrap interval over prompts within templates
     turned: Interval  #: share of the prompts whose target has the higher logit, 95 % Wilson interval
-    top1: float  #: share of the prompts whose own answer is the likeliest token
     ce_rise: Interval | None  #: rise of cross-entropy on held-out text, nats per token; None without text
 
 
@@ -81,7 +78,6 @@ class SteeringMethod:
     control_max: float | None  #: largest drop of a control, logits
     control_turned: float | None  #: mean share of prompts that the controls turn
     answer: CausalAnswer  #: does it steer more than the controls at equal dose?
-    continuation: str  #: an example: what the steered model writes after the first test prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +88,6 @@ class BehaviourSteering:
     prompts: int  #: test prompts on which it is judged
     left_out: Mapping[str, int]  #: other test prompts, by reason
     clean: Interval | None  #: logit difference without a change
-    example: str  #: the prompt of the examples
-    continuation: str  #: what the model writes after it without a change
     methods: Mapping[str, SteeringMethod]  #: by name
     features: Mapping[str, tuple[int, ...]]  #: answer → target: the top features
 
@@ -184,7 +178,7 @@ class SteeringTest:
     def results(self) -> BehaviourSteering:
         """Measure every method at every strength, and the controls of the chosen ones."""
         if reason := self._reason():
-            return BehaviourSteering(reason, len(self._test), self._left_out, None, "", "", {}, {})
+            return BehaviourSteering(reason, len(self._test), self._left_out, None, {}, {})
         templates = [prompt.template for prompt in self._test]
         weight_RxP = bootstrap.resampling_weights(templates, self._config.bootstrap, self._config.seed)
         clean_P = self._steer(self._test, self._groups, lambda swap: self._nothing).diff_SxP[0]
@@ -199,8 +193,6 @@ class SteeringTest:
             prompts=len(self._test),
             left_out=self._left_out,
             clean=mean_interval(clean_P, weight_RxP),
-            example=self._test[0].text,
-            continuation=self._continue(self._nothing),
             methods=methods,
             features={
                 " → ".join(decode([token]).strip() for token in swap): tuple(self._tops[swap]) for swap in self._groups
@@ -256,7 +248,6 @@ class SteeringTest:
                 dose=root_mean_square(steered.norm_SxP[s]),
                 drop=mean_interval(clean_P - steered.diff_SxP[s], weight_RxP),
                 turned=wilson(steered.diff_SxP[s] < 0),
-                top1=float(steered.top1_SxP[s].mean()),
                 ce_rise=rises[s] if rises else None,
             )
             for s, strength in enumerate(strengths_of(method, self._config.doses))
@@ -269,7 +260,6 @@ class SteeringTest:
         drop_N, effect = (clean_P - controls.diff_SxP).mean(axis=1), points[chosen].drop
         has_controls = len(drop_N) > 0
         p_value = rank_p(effect.mean, drop_N) if has_controls else None
-        first = next(swap for swap, places in self._groups.items() if 0 in places)
         return SteeringMethod(
             points=points,
             chosen=chosen,
@@ -279,7 +269,6 @@ class SteeringTest:
             control_max=float(drop_N.max()) if has_controls else None,
             control_turned=float((controls.diff_SxP < 0).mean()) if has_controls else None,
             answer=CausalAnswer("not tested", "Not tested: the run has not ended.", effect, p_value),
-            continuation=self._continue(self._edits(method, first), chosen),
         )
 
     def _steer_controls(self, method: str, dose: float) -> Steered:
@@ -296,7 +285,7 @@ class SteeringTest:
         # As many for each swap, since a control is one change on all prompts.
         count = min(map(len, drawn.values()), default=0)
         if not count:
-            return Steered(*np.zeros((3, 0, len(self._test))))
+            return Steered(*np.zeros((2, 0, len(self._test))))
 
         def controls(vectors_of: Callable[[AnswerSwap], list[np.ndarray]], count: int) -> Steered:
             dictionary = self._split.dictionary
@@ -324,21 +313,14 @@ class SteeringTest:
         swaps = [swap for swap in self._groups if method == "mean_difference" or self._tops[swap]] or list(self._groups)
         rises = []
         for swap in swaps[:TEXT_SWAPS]:
-            diffs = self._text.effects(*place_edits(self._lm, self._split, self._edits(method, swap)))
-            rises.append(diffs.rise_SxN / diffs.tokens_N)
+            effects = self._text.effects(*place_edits(self._lm, self._split, self._edits(method, swap)))
+            rises.append(effects.ce_SxN - effects.clean_N)
         rise_SxN = np.mean(rises, axis=0)
         weight_RxN = None
         if rise_SxN.shape[1] > 1:
             documents = [""] * rise_SxN.shape[1]
             weight_RxN = bootstrap.resampling_weights(documents, self._config.bootstrap, self._config.seed)
         return [mean_interval(rise_N, weight_RxN) for rise_N in rise_SxN]
-
-    def _continue(self, edits: FeatureEdits, number: int = 0) -> str:
-        """Return what the model writes greedily after the first test prompt, under one of some edits."""
-        tokens = self._lm.tokenize([self._test[0].text])
-        room = self._lm.config.context - int(tokens.lengths_B[0])
-        edit = generation_edit(edits, number)
-        return self._lm.generate(tokens, min(NEW_TOKENS, room), edits=[edit])[0].text if room >= 1 else ""
 
 
 def judge(behaviours: Mapping[str, BehaviourSteering]) -> dict[str, BehaviourSteering]:

@@ -10,7 +10,8 @@ import pytest
 import saejax
 from saejax.errors import UserError
 from saejax.interventions import patching
-from saejax.interventions.edits import ActivationReplacement
+from saejax.interventions.edits import ActivationReplacement, swap
+from saejax.interventions.engine import run_edits
 from saejax.interventions.patch_run import PatchGrid, find_strongest
 from saejax.interventions.rows import first_change, gather
 from saejax.interventions.split_model import PROMPTS, SplitModel
@@ -108,18 +109,20 @@ def test_features_equal_torch_hooks(tiny, plain, make_dictionary, pairs, site):
     """Sets, and all features, in both directions; sinks and the error term stay those of the base run."""
     dictionary = make_dictionary(site)
     sets = [[3], [3, 50, 77, 120], list(range(dictionary.config.n_features))]
-    patched = patching.patch_features(SplitModel(tiny, dictionary), pairs, sets)
+    split = SplitModel(tiny, dictionary)
+    sides, edits = (split.run(pairs), split.run_counterparts(pairs)), swap(split.dictionary, sets)
+    patched = [run_edits(split, sides[base], edits, counterparts=sides[source]) for base, source in DIRECTIONS]
     for p, pair in enumerate(pairs[:2]):
         runs = [plain(dictionary, pair), plain(dictionary, swapped(pair))]
         values = [run.value() for run in runs]
         f_2xTxF = [run.features(x_TxD) for run, x_TxD in zip(runs, values, strict=True)]
-        for base, source in DIRECTIONS:
+        for (base, source), effects in zip(DIRECTIONS, patched, strict=True):
             run, usable_T = runs[base], runs[base].is_usable(values[base])
             change_TxF = (f_2xTxF[source] - f_2xTxF[base]) * usable_T[:, None]
             for s, members in enumerate(sets):
                 moved_TxD = change_TxF[:, members] @ run.W_dec_FxD[members]
                 wanted = run.diff(lambda x_TxD, moved_TxD=moved_TxD: x_TxD + moved_TxD)
-                np.testing.assert_allclose(patched.diff_DxSxP[source, s, p], wanted, atol=2e-5)
+                np.testing.assert_allclose(effects.ablated_SxP[s, p], wanted, atol=2e-5)
 
 
 def test_memory_does_not_grow_with_prompts_times_features(tiny, make_dictionary):
