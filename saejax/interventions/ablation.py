@@ -405,15 +405,6 @@ def expected_rows(config: AblateConfig, prompts: Mapping[str, Sequence[Prompt]],
     return round(test * (edits + trainings * (len(prompts) - 1))) + chosen
 
 
-def measure_text(lm: LanguageModel, text: HeldOutText, dictionary: Dictionary, error: str = "keep") -> EffectsTable:
-    """Return the clean cross-entropy of held-out documents; ``error`` is that of ``AblateConfig``."""
-    split = SplitModel(lm, dictionary, error=error)
-    # A fraction of 0 changes nothing; the program that measures edits then measures the clean text, too.
-    diffs = text.effects(split, mask(dictionary, [[0]], 0.0))
-    values = dict(ce=(diffs.clean_N / diffs.tokens_N)[None])
-    return EffectsTable.block([EditDefinition(TEXT, "clean")], _documents(text), values)
-
-
 def _measure_dictionary(
     ablation: BehaviourAblation, name: str, prompts: Mapping[str, Sequence[Prompt]], text: HeldOutText | None
 ) -> tuple[list[EffectsTable], float]:
@@ -511,21 +502,18 @@ def _measure_basis(ablation: BehaviourAblation, name: str, dose: float, text: He
 def _measure_text(
     ablation: BehaviourAblation, grid: Sequence[EditDefinition], fractions: Sequence[float], text: HeldOutText
 ) -> EffectsTable:
-    """Measure some edits of a grid on held-out text."""
+    """Measure some edits of a grid, and no edit, on held-out text."""
     chosen = [grid[FRACTIONS.index(fraction)] for fraction in fractions]
-    diffs = text.effects(ablation.split, ablation.edits(chosen))
+    effects = text.effects(ablation.split, ablation.edits(chosen))
     ablation.progress.of_call(len(chosen) * len(text.documents))(1, 1)
-    values = dict(ce=(diffs.clean_N[None] + diffs.rise_SxN) / diffs.tokens_N, kl=diffs.kl_SxN / diffs.tokens_N)
-    return EffectsTable.block(chosen, _documents(text), values)
+    documents = [PromptDefinition(f"{TEXT}/{number:05d}", TEXT) for number in range(len(text.documents))]
+    clean = EffectsTable.block([EditDefinition(TEXT, "clean")], documents, dict(ce=effects.clean_N[None]))
+    return merge_tables([EffectsTable.block(chosen, documents, dict(ce=effects.ce_SxN, kl=effects.kl_SxN)), clean])
 
 
 def root_mean_square(norm_P: np.ndarray) -> float:
     """Return the dose of an edit, given the norm of its change on each prompt."""
     return float(np.sqrt(np.mean(np.square(norm_P))))
-
-
-def _documents(text: HeldOutText) -> list[PromptDefinition]:
-    return [PromptDefinition(f"{TEXT}/{number:05d}", TEXT) for number in range(len(text.documents))]
 
 
 def _basis(

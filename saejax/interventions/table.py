@@ -259,7 +259,7 @@ class EffectsTable:
 
 
 def merge_tables(tables: Sequence[EffectsTable]) -> EffectsTable:
-    """Return the rows of several tables as one; an edit or prompt that several define is the same."""
+    """Return the rows of several tables as one; an edit, prompt or row that several have is the same."""
     edits = tuple({(edit.behaviour, edit.id): edit for table in tables for edit in table.edits}.values())
     prompts = tuple({prompt.id: prompt for table in tables for prompt in table.prompts}.values())
     whole = EffectsTable(edits, prompts, *np.zeros((4, 0)))  # which knows the positions of all edits and prompts
@@ -267,7 +267,10 @@ def merge_tables(tables: Sequence[EffectsTable]) -> EffectsTable:
     for table in tables:
         edit_E, prompt_P = whole.positions(table.edits, table.prompts)
         rows.append((edit_E[table.edit_N], prompt_P[table.prompt_N], table.readout_N, table.value_N))
-    return EffectsTable(edits, prompts, *(np.concatenate(column) for column in zip(*rows, strict=True)))
+    edit_N, prompt_N, readout_N, value_N = (np.concatenate(column) for column in zip(*rows, strict=True))
+    # Every behaviour's table has the clean held-out text.
+    first_N = np.sort(np.unique(whole._keys(edit_N, prompt_N, readout_N), return_index=True)[1])
+    return EffectsTable(edits, prompts, edit_N[first_N], prompt_N[first_N], readout_N[first_N], value_N[first_N])
 
 
 def has_effects(folder: str | Path) -> bool:
