@@ -111,34 +111,6 @@ class EffectsTable:
     value_N: np.ndarray  #: the readout's value, float64, finite
 
     @classmethod
-    def from_blocks(
-        cls,
-        edits: Sequence[EditDefinition],
-        prompts: Sequence[PromptDefinition],
-        blocks: Sequence[tuple[Sequence[EditDefinition], Sequence[PromptDefinition], Sequence[str], np.ndarray]],
-    ) -> "EffectsTable":
-        """Return the table of dense blocks of values.
-
-        Args:
-          edits: every edit of the run.
-          prompts: every prompt of the run.
-          blocks: each its edits, prompts, readouts and values ``[E, P, J]``; NaN marks what was not measured.
-
-        Returns:
-          The table, without the NaN entries.
-        """
-        whole = cls(tuple(edits), tuple(prompts), *np.zeros((4, 0)))
-        columns: list[tuple[np.ndarray, ...]] = []
-        for block_edits, block_prompts, readouts, values in blocks:
-            value_ExPxJ = np.asarray(values, np.float64)
-            # Most edits have some readouts on the prompts of one behaviour only: a dense table would be nearly all NaN.
-            e_K, p_K, j_K = np.nonzero(~np.isnan(value_ExPxJ))
-            edit_E, prompt_P = whole.positions(block_edits, block_prompts)
-            readout_J = np.array([READOUTS.index(readout) for readout in readouts], np.int8)
-            columns.append((edit_E[e_K], prompt_P[p_K], readout_J[j_K], value_ExPxJ[e_K, p_K, j_K]))
-        return cls(whole.edits, whole.prompts, *(np.concatenate(column) for column in zip(*columns, strict=True)))
-
-    @classmethod
     def block(
         cls,
         edits: Sequence[EditDefinition],
@@ -151,11 +123,16 @@ class EffectsTable:
         Args:
           edits: E edits.
           prompts: P prompts.
-          values: ``[E, P]`` of each readout; NaN marks what was not measured.
+          values: ``[E, P]`` of each readout; NaN marks what was not measured, and gets no row.
           defined: prompts that have no row here.
         """
-        block = list(edits), list(prompts), tuple(values), np.stack(list(values.values()), axis=-1)
-        return cls.from_blocks(edits, list(dict.fromkeys([*defined, *prompts])), [block])
+        whole = cls(tuple(edits), tuple(dict.fromkeys([*defined, *prompts])), *np.zeros((4, 0)))
+        value_ExPxJ = np.stack(list(values.values()), axis=-1).astype(np.float64)
+        e_K, p_K, j_K = np.nonzero(~np.isnan(value_ExPxJ))
+        edit_E, prompt_P = whole.positions(edits, prompts)
+        readout_J = np.array([READOUTS.index(readout) for readout in values], np.int8)
+        rows = edit_E[e_K], prompt_P[p_K], readout_J[j_K], value_ExPxJ[e_K, p_K, j_K]
+        return cls(whole.edits, whole.prompts, *rows)
 
     def select_edits(
         self, behaviour: str, group: str, dictionary: str = TESTED, index: int | None = None
