@@ -2,8 +2,7 @@
 
 A unit for each kind of site patches it in every layer, at every position or, at sites of attention heads, in every
 head. The unit of a dictionary patches features: the top ones of each behaviour, compared with random and placebo
-sets, as ``ablate`` does with other replacements. Test prompts judge; train prompts choose features and the strongest
-location: layer, head and position.
+sets, as ``ablate`` does with other replacements. Train prompts choose features, test prompts judge.
 """
 
 import dataclasses
@@ -38,7 +37,6 @@ from saejax.runner import parts
 from saejax.runner.workspace import Run
 from saejax.settings import AblateConfig, PatchConfig
 from saejax.statistics import bootstrap
-from saejax.statistics.ranks import holm_by_key
 from saejax.tasks import run_inputs
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
@@ -62,26 +60,11 @@ class PatchedPairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class StrongestPatch:
-    """The location of largest effect on train prompts, judged on test prompts."""
-
-    layer: int  #: counted from 0
-    head: int | None  #: counted from 0; None at sites of the whole stream
-    position: int | None  #: from the end, -1 is the last token; None: several positions were patched together
-    train_effect: float  #: mean effect on the train prompts that chose it, logits
-    effect: Interval | None  #: on the test prompts, logits; None with fewer than 2 prompts
-    p_value: float | None  #: two-sided, of an effect of 0
-    p_holm: float | None  #: corrected over the behaviours and directions of the unit
-    normalised: float | None  #: share of clean - corrupted; None where that is not above 0
-
-
-@dataclasses.dataclass(frozen=True)
 class PatchedSites:
     """A kind of site patched in every layer; also in `<behaviour>.json`."""
 
     pairs: PatchedPairs  #: the prompts
     columns: tuple[TokenColumn, ...]  #: the tokens at each position, first to last
-    strongest: Mapping[str, StrongestPatch]  #: by direction; none without train prompts that choose it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +188,7 @@ def run_patch(run: Run) -> PatchResults:
             "for features train prompts, too; give them in --task.prompts"
         )
     if dictionary is None:
-        return SitePatchResults(run.name, positions_of(run.name, config), _correct(behaviours), unpatched)
+        return SitePatchResults(run.name, positions_of(run.name, config), behaviours, unpatched)
     tables = [load_effects(run.folder / f"{name}-effects") for name in behaviours]
     answers = verdict(merge_tables(tables), VerdictConfig(resamples=config.bootstrap, seed=config.seed))
     for name in behaviours:
@@ -225,23 +208,15 @@ def _measure_sites(
     run: Run, lm: LanguageModel, name: str, pairs: BehaviourPairs, on_progress: parts.OnProgress
 ) -> parts.Measured:
     config = run.configs[PatchConfig]
-
-    def patch(prompts: Sequence[Prompt]) -> PatchEffects:
-        where = positions_of(run.name, config)
-        return patch_sites(lm, run.name, prompts, where, None, config.batch_rows, on_progress)
-
-    patched = patch(pairs.tests)
+    positions = positions_of(run.name, config)
+    patched = patch_sites(lm, run.name, pairs.tests, positions, None, config.batch_rows, on_progress)
     weight_RxP = _weights(pairs.tests, config)
     grid = PatchGrid.of(patched, weight_RxP)
     grid.save(grid.file(run.folder, name))
-    chosen = pairs.train[: len(pairs.tests)]  # as many choose the strongest location as judge it
-    strongest = find_strongest(patched, patch(chosen), weight_RxP) if chosen else {}
     described = _describe_pairs(patched.clean_P, patched.corrupted_P, pairs.left_out, weight_RxP)
-    results = PatchedSites(described, describe_columns(lm, pairs.tests), strongest)
-    line = "; ".join(describe_strongest(direction, best) for direction, best in strongest.items())
-    return parts.Measured(
-        results, line or "no strongest location: there are no train prompts with counterparts to choose it"
-    )
+    line = f"{described.prompts} pairs; logit difference {described.clean.mean:.2f} of the prompts, "
+    line += f"{described.corrupted.mean:.2f} of their counterparts"
+    return parts.Measured(PatchedSites(described, describe_columns(lm, pairs.tests)), line)
 
 
 def _measure_features(
@@ -381,69 +356,6 @@ class PatchGrid(Columns):
         """Return the column of this name, of one direction, as [L, H x C]."""
         chosen = getattr(self, name)[self.direction == direction]
         return chosen.reshape(len(np.unique(self.layer)), -1)
-
-
-def find_strongest(
-    tests: PatchEffects, train: PatchEffects, weight_RxP: np.ndarray | None
-) -> dict[str, StrongestPatch]:
-    """Return, by direction, the location of largest mean effect on train prompts, with its effect on test prompts.
-
-    The largest of many effects is large by chance, too: on the prompts that chose it, it would seem larger than it is.
-
-    Args:
-      tests: a kind of site patched on the test prompts.
-      train: the same on the train prompts.
-      weight_RxP: weights of the test prompts in bootstrap samples; None with fewer than 2 prompts.
-    """
-    strongest = {}
-    columns = min(effects.diff_DxLxHxPxC.shape[-1] for effects in (tests, train))
-    heads, whole_P = tests.diff_DxLxHxPxC.shape[2], tests.clean_P - tests.corrupted_P
-    for direction, test_effect, train_effect in zip(
-        DIRECTIONS, tests.effect_DxLxHxPxC, train.effect_DxLxHxPxC, strict=True
-    ):
-        # Positions that some prompts lack are no candidates.
-        train_LxHxC = train_effect[..., -columns:].mean(axis=2)
-        train_LxHxC = np.where(np.isnan(test_effect[..., -columns:].mean(axis=2)), np.nan, train_LxHxC)
-        layer, head, column = np.unravel_index(np.nanargmax(train_LxHxC), train_LxHxC.shape)
-        effect_P = test_effect[layer, head, :, column - columns]
-        interval, p_value = None, None
-        if weight_RxP is not None:
-            interval, p_value = mean_interval(effect_P, weight_RxP), bootstrap.two_sided_p(weight_RxP @ effect_P)
-        strongest[direction] = StrongestPatch(
-            layer=tests.layers[layer],
-            head=int(head) if heads > 1 else None,
-            position=int(column) - columns if tests.positions == EACH else None,
-            train_effect=float(train_LxHxC[layer, head, column]),
-            effect=interval,
-            p_value=p_value,
-            p_holm=p_value,
-            normalised=float(effect_P.mean() / whole_P.mean()) if _is_measurable(whole_P, weight_RxP) else None,
-        )
-    return strongest
-
-
-def describe_strongest(direction: str, best: StrongestPatch) -> str:
-    """Return the sentence on the strongest location of a direction."""
-    location = f"layer {best.layer}" + (f", head {best.head}" if best.head is not None else "")
-    location += f", position {best.position}" if best.position is not None else ""
-    verb = "restores" if direction == "denoising" else "removes"
-    text = f"{direction.capitalize()} at {location}, chosen on train prompts, {verb} "
-    if best.effect is None or best.p_holm is None:
-        return f"{text}{best.train_effect:.2f} logits there; not tested: fewer than 2 test prompts"
-    text += f"{best.effect.mean:.2f} logits [{best.effect.low:.2f}, {best.effect.high:.2f}] on test prompts"
-    significance = "" if best.p_holm <= VerdictConfig().level else ", not significant"
-    return f"{text} (p = {best.p_holm:.2g}{significance})"
-
-
-def _correct(behaviours: Mapping[str, PatchedSites]) -> dict[str, PatchedSites]:
-    """Correct the p-values of the strongest locations over behaviours and directions by Holm's method."""
-    bests = {(name, key): best for name, patched in behaviours.items() for key, best in patched.strongest.items()}
-    p_holm = holm_by_key({key: best.p_value for key, best in bests.items() if best.p_value is not None})
-    bests = {key: dataclasses.replace(best, p_holm=p_holm.get(key)) for key, best in bests.items()}
-    return {
-        name: dataclasses.replace(patched, strongest={key: bests[name, key] for key in patched.strongest})
-        for name, patched in behaviours.items()
-    }
 
 
 def _describe_pairs(

@@ -334,9 +334,7 @@ class TokenColumn:
     """The tokens at one position of a behaviour's pairs."""
 
     position: int  #: from the end, -1 is the last token
-    prompts: int  #: number of prompts that have it
     token: str  #: the most frequent one
-    share: float  #: share of the prompts that have this one there
     differs: float  #: share of the pairs whose tokens differ there
 
 
@@ -348,8 +346,6 @@ def describe_columns(lm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Toke
     for position in range(-int(sides[0].lengths_B.max()), 0):
         has_P = sides[0].lengths_B + position >= 0
         ids, counterpart_ids = (tokens.ids_BxT[has_P, (tokens.lengths_B + position)[has_P]] for tokens in sides)
-        ((token, count),) = collections.Counter(ids.tolist()).most_common(1)
-        prompts_here = int(has_P.sum())
-        share, differs = count / prompts_here, float((ids != counterpart_ids).mean())
-        columns.append(TokenColumn(position, prompts_here, text(token), share, differs))
+        ((token, _),) = collections.Counter(ids.tolist()).most_common(1)
+        columns.append(TokenColumn(position, text(token), float((ids != counterpart_ids).mean())))
     return tuple(columns)

@@ -348,17 +348,23 @@ def _conclude(result: SteeringMethod, p_holm: float | None, tests: int) -> Causa
         return CausalAnswer("not tested", reason, effect)
     level = VerdictConfig().level
     answer, needed = "yes" if p_holm <= level and effect.low > 0 else "no", min_controls(tests, level)
+    sentence = (
+        f"At strength {point.strength:g} (dose {point.dose:.3g}) the logit difference changes by {-effect.mean:+.2f} "
+        f"logits [{-effect.high:+.2f}, {-effect.low:+.2f}], and {100 * point.turned.mean:.0f} % of the prompts "
+        f"[{100 * point.turned.low:.0f}, {100 * point.turned.high:.0f}] are turned. "
+    )
+    if point.ce_rise:
+        sentence += f"The cross-entropy of held-out text rises by {point.ce_rise.mean:.2f} nats per token. "
     if result.controls < needed:
         answer = "not testable"
-        sentence = f"Not testable: {result.controls} controls ({result.control}) of {needed} needed."
+        sentence += f"Not testable: {result.controls} controls ({result.control}) of {needed} needed."
     else:
         corrected = f", {p_holm:.2g} after correction for {tests} behaviours" if tests > 1 else ""
         verb = "more than" if answer == "yes" else "not shown to be more than"
-        sentence = (
-            f"Changes the logit difference by {-effect.mean:+.2f} logits [{-effect.high:+.2f}, {-effect.low:+.2f}] and "
-            f"turns {100 * point.turned.mean:.0f} % of the prompts. At equal dose the drop is {verb} that of "
-            f"{result.controls} {result.control} (mean {result.control_mean:.2f}, maximum {result.control_max:.2f}; "
-            f"p = {p_value:.2g}{corrected})."
+        sentence += (
+            f"The drop is {verb} that of {result.controls} {result.control} of equal dose (mean "
+            f"{result.control_mean:.2f}, maximum {result.control_max:.2f}; p = {p_value:.2g}{corrected}), which turn "
+            f"{100 * (result.control_turned or 0):.0f} % of the prompts."
         )
     numbers = dict(controls=float(result.controls), needed=float(needed))
     return CausalAnswer(answer, sentence, effect, p_value, p_holm, numbers)
