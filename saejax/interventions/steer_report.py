@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from saejax.interventions.steer_run import MAX_CE_RISE, BehaviourSteering, SteerResults
@@ -86,8 +87,8 @@ def steering(steered: Mapping[str, BehaviourSteering]) -> Figure:
                     markersize=7.5 if point is chosen else 4, linestyle="none", elinewidth=1, capsize=2,
                     label=_METHODS[method],
                 )  # fmt: skip
-            if each.control_max is not None and chosen.dose > 0:
-                controls = [each.control_mean, each.control_max]
+            if each.controls and chosen.dose > 0:
+                controls = [np.mean(each.controls), max(each.controls)]
                 axes.plot([chosen.dose] * 2, controls, color=style.GREY, marker="_", label="controls: mean, largest")
         axes.set_xscale("log")
         style.plain_log(axes.xaxis)

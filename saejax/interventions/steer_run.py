@@ -73,10 +73,8 @@ class SteeringMethod:
     points: tuple[SteeringPoint, ...]  #: by rising strength
     chosen: int  #: the strength that was chosen on train prompts, counted from 0
     control: str  #: what it is compared with at equal dose: random sets of features, or random directions
-    controls: int  #: number of control changes
-    control_mean: float | None  #: mean drop of the controls, logits
-    control_max: float | None  #: largest drop of a control, logits
-    control_turned: float | None  #: mean share of prompts that the controls turn
+    controls: tuple[float, ...]  #: drop of each control change, logits, mean over prompts
+    control_turned: float | None  #: mean share of prompts that the controls turn; None without any
     answer: CausalAnswer  #: does it steer more than the controls at equal dose?
 
 
@@ -258,16 +256,13 @@ class SteeringTest:
         chosen = choose_strength(self._steer(self._train, self._train_groups, edits_of).diff_SxP, allowed_S)
         controls = self._steer_controls(method, points[chosen].dose)
         drop_N, effect = (clean_P - controls.diff_SxP).mean(axis=1), points[chosen].drop
-        has_controls = len(drop_N) > 0
-        p_value = rank_p(effect.mean, drop_N) if has_controls else None
+        p_value = rank_p(effect.mean, drop_N) if len(drop_N) else None
         return SteeringMethod(
             points=points,
             chosen=chosen,
             control=CONTROLS[method],
-            controls=len(drop_N),
-            control_mean=float(drop_N.mean()) if has_controls else None,
-            control_max=float(drop_N.max()) if has_controls else None,
-            control_turned=float((controls.diff_SxP < 0).mean()) if has_controls else None,
+            controls=tuple(drop_N.tolist()),
+            control_turned=float((controls.diff_SxP < 0).mean()) if len(drop_N) else None,
             answer=CausalAnswer("not tested", "Not tested: the run has not ended.", effect, p_value),
         )
 
@@ -355,18 +350,19 @@ def _conclude(result: SteeringMethod, p_holm: float | None, tests: int) -> Causa
     )
     if point.ce_rise:
         sentence += f"The cross-entropy of held-out text rises by {point.ce_rise.mean:.2f} nats per token. "
-    if result.controls < needed:
+    count = len(result.controls)
+    if count < needed:
         answer = "not testable"
-        sentence += f"Not testable: {result.controls} controls ({result.control}) of {needed} needed."
+        sentence += f"Not testable: {count} controls ({result.control}) of {needed} needed."
     else:
         corrected = f", {p_holm:.2g} after correction for {tests} behaviours" if tests > 1 else ""
         verb = "more than" if answer == "yes" else "not shown to be more than"
         sentence += (
-            f"The drop is {verb} that of {result.controls} {result.control} of equal dose (mean "
-            f"{result.control_mean:.2f}, maximum {result.control_max:.2f}; p = {p_value:.2g}{corrected}), which turn "
+            f"The drop is {verb} that of {count} {result.control} of equal dose (mean {np.mean(result.controls):.2f}, "
+            f"maximum {max(result.controls):.2f}; p = {p_value:.2g}{corrected}), which turn "
             f"{100 * (result.control_turned or 0):.0f} % of the prompts."
         )
-    numbers = dict(controls=float(result.controls), needed=float(needed))
+    numbers = dict(controls=float(count), needed=float(needed))
     return CausalAnswer(answer, sentence, effect, p_value, p_holm, numbers)
 
 

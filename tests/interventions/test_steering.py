@@ -177,8 +177,8 @@ def judged(p_values, controls=99):
         effect = Interval(2.0, 1.0, 3.0)
         point = stage.SteeringPoint(0.4, 3.0, effect, Interval(0.5, 0.4, 0.6), None)
         answer = CausalAnswer("not tested", "", effect, p_value)
-        numbers = (0.1, 1.5, 0.05) if p_value is not None else (None,) * 3
-        method = stage.SteeringMethod((point,), 0, "random features", controls, *numbers, answer)
+        drops, turned = (0.1,) * controls, 0.05 if controls else None
+        method = stage.SteeringMethod((point,), 0, "random features", drops, turned, answer)
         behaviours[str(number)] = stage.BehaviourSteering(None, 9, {}, effect, dict(add=method), {})
     return [each.methods["add"].answer for each in stage.judge(behaviours).values()]
 

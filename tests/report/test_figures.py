@@ -111,8 +111,8 @@ def heatmap_figure(layers=30, length=14, reason=None, heads=1):
 
 def steering_figure():
     points = [SimpleNamespace(dose=dose, drop=interval(dose / 10)) for dose in (0.0, 12.0, 40.0)]
-    method = SimpleNamespace(points=points, chosen=2, control_mean=0.5, control_max=2.0)
-    few = SimpleNamespace(points=points[:2], chosen=1, control_mean=None, control_max=None)
+    method = SimpleNamespace(points=points, chosen=2, controls=(-1.0, 0.5, 2.0))
+    few = SimpleNamespace(points=points[:2], chosen=1, controls=())
     return steering.steering({name: SimpleNamespace(methods=dict(add=method, clamp=few)) for name in NAMES})
 
 
