@@ -31,7 +31,7 @@ from saejax.interventions.answers import FeatureEffect, VerdictConfig, mean_inte
 from saejax.interventions.edits import ActivationReplacement, mask
 from saejax.interventions.engine import LogitDiffs, OnProgress, change_norms, run_edits
 from saejax.interventions.slopes import attribution, leaders, likely_tokens, target_attributions
-from saejax.interventions.split_model import SplitModel
+from saejax.interventions.split_model import CleanRun, SplitModel
 from saejax.interventions.table import (
     BASIS,
     TESTED,
@@ -140,26 +140,26 @@ class BehaviourAblation:
         config = self.config
         self.split = SplitModel(self.lm, self.basis, config.positions, config.error)
         self.train: list[Any] = spread_over_templates(train, config.attribution_prompts)
-        self.train_runs, self.runs = self.split.run(self.train), self.split.run(self.test)
         # Counterparts double the clean runs, so they are run where they are needed only.
-        swaps = config.replacement == "counterpart"
-        self.train_counterparts = self.split.run_counterparts(self.train) if swaps else []
-        self.counterparts = self.split.run_counterparts(self.test) if swaps else []
+        self.train_runs, self.runs = (self._run_clean(prompts) for prompts in (self.train, self.test))
         mean_F = activity.statistics(self.split, self.train_runs).mean_F if config.replacement == "mean" else None
         seed = np.uint32(config.seed) if config.replacement == "random" else None
         self.replacement = ActivationReplacement(config.replacement, mean_F=mean_F, seed=seed)
         self.progress.check()
-        self.attribution_F = self._mean_attribution(self.train_runs, self.train_counterparts)
+        self.attribution_F = self._mean_attribution(self.train_runs)
 
-    def _mean_attribution(self, runs: Sequence, counterparts: Sequence) -> np.ndarray:
-        attribution_NxF = attribution(self.split, runs, source=self.replacement, counterparts=counterparts)
+    def _run_clean(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
+        return self.split.run(prompts, counterparts=self.config.replacement == "counterpart")
+
+    def _mean_attribution(self, runs: Sequence[CleanRun]) -> np.ndarray:
+        attribution_NxF = attribution(self.split, runs, self.replacement)
         self.progress.check()
         # float64, because features of nearly equal attribution are ranked.
         return attribution_NxF.mean(axis=0, dtype=np.float64)
 
     def test_attribution(self) -> np.ndarray:
         """Return each feature's attribution, mean over the test prompts, [F]."""
-        return self._mean_attribution(self.runs, self.counterparts)
+        return self._mean_attribution(self.runs)
 
     def top(self) -> list[int]:
         """Return T: at most k features, largest attribution first, those above zero alone; or the named ones."""
@@ -171,13 +171,9 @@ class BehaviourAblation:
         self, edits: Sequence[EditDefinition], readouts: bool = False, prompts: Sequence[Prompt] | None = None
     ) -> LogitDiffs:
         """Run edits on the test prompts, or on others."""
-        runs, counterparts = self.runs, self.counterparts
-        if prompts is not None:
-            runs = self.split.run(prompts)
-            counterparts = self.split.run_counterparts(prompts) if self.counterparts else []
+        runs = self.runs if prompts is None else self._run_clean(prompts)
         on_progress = self.progress.of_call(len(edits) * sum(len(run.index_P) for run in runs))
-        options = self.config.batch_rows, on_progress, counterparts, readouts
-        return run_edits(self.split, runs, self.edits(edits), *options)
+        return run_edits(self.split, runs, self.edits(edits), self.config.batch_rows, on_progress, readouts)
 
     def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return readouts on the test prompts: by name the clean ones [P] and those of each edit [E, P].
@@ -240,7 +236,7 @@ class BehaviourAblation:
 
     def norms(self, definitions: Sequence[EditDefinition]) -> np.ndarray:
         """Return the norm of each edit's change on each test prompt, [E, P]."""
-        return change_norms(self.split, self.runs, self.edits(definitions), self.counterparts)
+        return change_norms(self.split, self.runs, self.edits(definitions))
 
     def random_sets(self, top: Sequence[int]) -> np.ndarray:
         """Return disjoint random sets of as many features as T has, none of them in T, [m, k]."""

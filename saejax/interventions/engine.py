@@ -94,19 +94,11 @@ def effects(
     # Readouts of whole texts have a program of their own: without others, prompts need not be run as well.
     if values.keys() >= set(readouts):
         return np.stack([values[name] for name in readouts], axis=-1)
-    runs = split.run(prompts)
-    counterparts = split.run_counterparts(prompts) if edits.replacement.kind == "counterpart" else ()
-    measured = run_edits(
-        split,
-        runs,
-        edits,
-        batch_rows,
-        on_progress,
-        counterparts=counterparts,
-        readouts=any(name in READOUTS[1:] for name in readouts),
-    )
+    runs = split.run(prompts, counterparts=edits.replacement.kind == "counterpart")
+    needs_vocabulary = any(name in READOUTS[1:] for name in readouts)
+    measured = run_edits(split, runs, edits, batch_rows, on_progress, needs_vocabulary)
     if "change_norm" in readouts:
-        values["change_norm"] = change_norms(split, runs, edits, counterparts)
+        values["change_norm"] = change_norms(split, runs, edits)
     values |= {"logit_diff": measured.ablated_SxP, **{name: pair[1] for name, pair in measured.readouts.items()}}
     return np.stack([values[name] for name in readouts], axis=-1)
 
@@ -157,18 +149,16 @@ def run_edits(
     edits: FeatureEdits,
     batch_rows: int = BATCH_ROWS,
     on_progress: OnProgress = lambda done, total: None,
-    counterparts: Sequence[CleanRun] = (),
     readouts: bool = False,
 ) -> LogitDiffs:
     """Run S edits on prompts whose clean run is given.
 
     Args:
       split: the model, split at the site that the edits' dictionary writes to.
-      runs: from ``split.run``.
+      runs: from ``split.run``; with counterparts for the replacement ``counterpart``.
       edits: edits of the split's dictionary.
       batch_rows: as for ``effects``.
       on_progress: as for ``effects``.
-      counterparts: for the replacement ``counterpart``, from ``split.run_counterparts``.
       readouts: whether all of ``READOUTS`` are measured, which takes the logits of the whole vocabulary.
 
     Returns:
@@ -179,8 +169,7 @@ def run_edits(
     """
     # Behind the edits stand two clean runs: from all tokens and from the last one alone.
     planned = edits.with_clean_rows(2)
-    pairs = zip(runs, counterparts or runs, strict=True)
-    edited = [EditedRun(*pair, edits.replacement.of_run(number)) for number, pair in enumerate(pairs)]
+    edited = [EditedRun(run, edits.replacement.of_run(number)) for number, run in enumerate(runs)]
     plans = [_plan(split, each, planned, batch_rows) for each in edited]
     batches = [(each.run.index_P, batch) for each, plan in zip(edited, plans, strict=True) for batch in plan]
     measured = _measure(split, edited, plans, planned, readouts, on_progress)
@@ -203,13 +192,11 @@ def run_edits(
     return LogitDiffs(clean_MxP[0], edited_MxSxP[0], np.abs(whole_P - clean_MxP[0]), rows, tokens, more)
 
 
-def change_norms(
-    split: SplitModel, runs: Sequence[CleanRun], edits: FeatureEdits, counterparts: Sequence[CleanRun] = ()
-) -> np.ndarray:
+def change_norms(split: SplitModel, runs: Sequence[CleanRun], edits: FeatureEdits) -> np.ndarray:
     """Return the norm of the change at the site, over all positions of each prompt, float64 ``[S, P]``."""
     norm_SxP = np.zeros((len(edits), sum(len(run.index_P) for run in runs)))
-    for number, (run, counterpart) in enumerate(zip(runs, counterparts or runs, strict=True)):
-        edited = EditedRun(run, counterpart, edits.replacement.of_run(number))
+    for number, run in enumerate(runs):
+        edited = EditedRun(run, edits.replacement.of_run(number))
         count = len(run.index_P)
         editable_PxT = np.asarray(run.domain_BxT)[:count]
         # In chunks, as activations of all named features at all positions may not fit.
@@ -221,10 +208,9 @@ def change_norms(
 
 
 class EditedRun(NamedTuple):
-    """Prompts without an edit, their counterparts (or once more themselves), and what replaces activations."""
+    """Prompts without an edit, and what replaces activations."""
 
     run: CleanRun
-    counterpart: CleanRun
     source: ActivationReplacement
 
     @property
@@ -233,16 +219,21 @@ class EditedRun(NamedTuple):
 
         The arrays are the values read and the editable positions of the prompts and, if used, of their counterparts.
         """
-        arrays = [array for run in (self.run, self.counterpart) for array in (run.read_BxTxD, run.domain_BxT)]
-        return self.source, arrays if self.source.kind == "counterpart" else arrays[:2]
+        runs = [self.run]
+        if self.source.kind == "counterpart":
+            assert self.run.counterpart is not None
+            runs.append(self.run.counterpart)
+        return self.source, [array for run in runs for array in (run.read_BxTxD, run.domain_BxT)]
 
     @property
     def prompts(self) -> Prompts:
         """The prompts, and which prefixes are shared: those in which edits change the same."""
-        prefix_PxT, counterpart_PxT = self.run.prefix_PxT, self.counterpart.prefix_PxT
+        prefix_PxT = self.run.prefix_PxT
         if self.source.kind == "random":  # draws differ from prompt to prompt
             prefix_PxT = all_different(prefix_PxT)
         elif self.source.kind == "counterpart":
+            assert self.run.counterpart is not None
+            counterpart_PxT = self.run.counterpart.prefix_PxT
             prefix_PxT = prefix_PxT * (int(counterpart_PxT.max(initial=0)) + 1) + counterpart_PxT
         return Prompts(self.run.last_B[: len(prefix_PxT)], prefix_PxT)
 

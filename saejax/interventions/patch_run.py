@@ -264,8 +264,8 @@ def describe_features(
     prompts = table.select_prompts(ablation.behaviour)
     # Noising is what the ablation measured. Denoising is the same with prompts and counterparts exchanged.
     (noised_P,) = table.values(table.select_whole_edits(ablation.behaviour, "top"), prompts, "logit_diff")
-    edits, sides = swap(split.dictionary, [top]), (ablation.counterparts, ablation.runs)
-    denoised = run_edits(split, sides[0], edits, config.batch_rows, counterparts=sides[1])
+    exchanged = [dataclasses.replace(run.counterpart, counterpart=run) for run in ablation.runs if run.counterpart]
+    denoised = run_edits(split, exchanged, swap(split.dictionary, [top]), config.batch_rows)
     clean_P, corrupted_P = table.clean_values(prompts, "logit_diff"), denoised.clean_P
     weight_RxP = _weights(pairs.tests, config)
     # An answer can only be turned where the model gives the right one to both.

@@ -31,7 +31,7 @@ def ablate_sets(
 
 def draw_falls(split: SplitModel, run: CleanRun, source: ActivationReplacement, features_K: np.ndarray) -> np.ndarray:
     """Return by how much activations of a clean run's prompts fall when they are replaced by draws, [P, T, K]."""
-    edited = EditedRun(run, run, source)
+    edited = EditedRun(run, source)
     fall_BxTxK, _ = gather(split.point, split.dictionary, *edited.arrays, features_K, len(run.index_P))
     return np.asarray(fall_BxTxK, np.float64)[: len(run.index_P)]
 

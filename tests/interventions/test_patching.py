@@ -110,8 +110,9 @@ def test_features_equal_torch_hooks(tiny, plain, make_dictionary, pairs, site):
     dictionary = make_dictionary(site)
     sets = [[3], [3, 50, 77, 120], list(range(dictionary.config.n_features))]
     split = SplitModel(tiny, dictionary)
-    sides, edits = (split.run(pairs), split.run_counterparts(pairs)), swap(split.dictionary, sets)
-    patched = [run_edits(split, sides[base], edits, counterparts=sides[source]) for base, source in DIRECTIONS]
+    noised = split.run(pairs, counterparts=True)
+    denoised = [dataclasses.replace(run.counterpart, counterpart=run) for run in noised]
+    patched = [run_edits(split, runs, swap(split.dictionary, sets)) for runs in (denoised, noised)]
     for p, pair in enumerate(pairs[:2]):
         runs = [plain(dictionary, pair), plain(dictionary, swapped(pair))]
         values = [run.value() for run in runs]
