@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, recall_score, roc_auc_score
+from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
@@ -44,7 +44,6 @@ from saejax.parallel.mesh import sharding
 from saejax.results import Interval
 from saejax.settings import ProbeConfig
 from saejax.statistics.bootstrap import resampling_weights
-from saejax.statistics.ranks import rank_p
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
 
@@ -66,14 +65,12 @@ class ProbeFit:
     strength: float  #: inverse strength of the penalty (C of scikit-learn)
     inputs: tuple[int, ...] | None  #: those that a sparse probe sees, best first; None: all
     accuracy: Interval  #: share of test prompts whose class is named, 95 % Wilson interval
-    balanced_accuracy: float  #: the same within each class, mean over classes
     f1: float  #: F1 score, mean over classes
     auc: float | None  #: area under the ROC curve on test prompts; None unless there are two classes
     majority: float  #: accuracy of always naming the largest train class
     shuffled: Interval  #: accuracy of probes of shuffled train labels: mean, 5th and 95th percentile
     #: accuracy of probes of matched features, or of random directions: mean, 5th and 95th percentile; None: all inputs
     control: Interval | None
-    control_p: float | None  #: share of these probes that are at least as accurate, the probe among them
     against_dense: Interval | None  #: accuracy - that of the dense probe, paired by prompt; None for that probe itself
     p_value: float  #: permutations of the test labels, one-sided
     p_holm: float  #: corrected by Holm's method over the labels of the run, for probes of the same inputs
@@ -188,13 +185,11 @@ def run_probes(
             strength=strength,
             inputs=tuple(varying_C[select_inputs(task, k)].tolist()) if k else None,
             accuracy=wilson(right_M),
-            balanced_accuracy=float(recall_score(class_M, answers.class_M, **averaged)),
             f1=float(f1_score(class_M, answers.class_M, **averaged)),
             auc=_auc(answers.score_M, class_M),
             majority=float((class_M == np.bincount(task.train_class_N).argmax()).mean()),
             shuffled=_spread(shuffled_accuracies),
             control=_spread(control_accuracies) if k else None,
-            control_p=rank_p(right_M.mean(), control_accuracies) if k else None,
             against_dense=None,
             p_value=p_value,
             p_holm=p_value,
