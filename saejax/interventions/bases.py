@@ -25,6 +25,7 @@ import numpy as np
 from flax import nnx
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.interventions.edits import linear_dictionary
 from saejax.interventions.split_model import CleanRun
 from saejax.models import decoder
 from saejax.models.config import GRADIENT, DecoderConfig
@@ -77,22 +78,9 @@ class Neurons(Dictionary):
 
 
 def linear(like: Dictionary, directions_FxD: np.ndarray, centre_D: np.ndarray | None = None) -> Dictionary:
-    """Return directions as a linear dictionary at the site that another one writes to, with its sink rule.
-
-    Args:
-      like: a dictionary that gives the site and its sink rule.
-      directions_FxD: F directions.
-      centre_D: where a value stands from which all directions were removed; None: at 0.
-    """
+    """Return ``linear_dictionary`` at the site that another dictionary, ``like``, writes to, with its sink rule."""
     count, width = directions_FxD.shape
-    arrays = dict(
-        W_enc_DxF=directions_FxD.T,
-        b_enc_F=np.zeros(count),
-        W_dec_FxD=directions_FxD,
-        b_dec_D=np.zeros(width) if centre_D is None else centre_D,
-    )
-    config = _like(like, kind="linear", d_in=width, n_features=count)
-    return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
+    return linear_dictionary(_like(like, kind="linear", d_in=width, n_features=count), directions_FxD, centre_D)
 
 
 def principal_directions(like: Dictionary, rows_RxD: np.ndarray, values_NxD: np.ndarray) -> Dictionary | None:
