@@ -18,8 +18,8 @@ simpler basis as many directions, by the same attribution, as reach T's dose, ab
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -147,6 +147,10 @@ class BehaviourAblation:
         self.replacement = ActivationReplacement(config.replacement, mean_F=mean_F, seed=seed)
         self.progress.check()
         self.attribution_F = self._mean_attribution(self.train_runs)
+
+    def on(self, basis: Dictionary) -> Self:
+        """Return another basis on the behaviour."""
+        return dataclasses.replace(self, basis=basis, features=None)
 
     def _run_clean(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
         return self.split.run(prompts, counterparts=self.config.replacement == "counterpart")
@@ -329,23 +333,16 @@ def measure_behaviour(
     Raises:
       UserError: prompts are missing, a dictionary does not fit the model, or no feature has an attribution above zero.
     """
-    expected = expected_rows(config, prompts, behaviour, dictionary.config.n_features)
-    if text:
-        edits = len(KL_FRACTIONS) * (1 + len(config.baselines)) + config.untrained + len(config.repeats)
-        expected += edits * len(text.documents)
-    progress = RowProgress(on_progress, expected)
-
-    def ablation(basis: Dictionary) -> BehaviourAblation:
-        return BehaviourAblation(lm, basis, behaviour, prompts[behaviour], config, progress)
-
-    tested = ablation(dictionary)
-    tested.features = features
-    return measure_all(tested, ablation, prompts, text, repeats), tested
+    documents = len(text.documents) if text else 0
+    progress = RowProgress(
+        on_progress, expected_rows(config, prompts, behaviour, dictionary.config.n_features, documents)
+    )
+    tested = BehaviourAblation(lm, dictionary, behaviour, prompts[behaviour], config, progress, features)
+    return measure_all(tested, prompts, text, repeats), tested
 
 
 def measure_all(
-    tested: "BehaviourAblation",
-    ablation: Callable[[Dictionary], "BehaviourAblation"],
+    tested: BehaviourAblation,
     prompts: Mapping[str, Sequence[Prompt]],
     text: HeldOutText | None = None,
     repeats: Mapping[str, Dictionary] | None = None,
@@ -354,7 +351,6 @@ def measure_all(
 
     Args:
       tested: the tested dictionary on the behaviour.
-      ablation: puts another basis on the behaviour.
       prompts: prompts of the other behaviours; T is ablated there, too.
       text: held-out documents, if there are any.
       repeats: dictionaries of other seeds, by name.
@@ -362,34 +358,43 @@ def measure_all(
     Raises:
       UserError: no feature has an attribution above zero, or repeats do not go with the settings.
     """
-    config, dictionary = tested.config, tested.basis
+    config = tested.config
     keeps_error = config.error == "keep"  # otherwise the clean run is that of the tested dictionary alone
-    baselines = config.baselines if keeps_error else ()
-    needs_untrained = keeps_error and (config.untrained or "untrained" in baselines)
     if repeats and not keeps_error:
         raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
-    untrained = None
-    if needs_untrained:
-        # As sparse as the dictionary on these prompts, or it would change more or fewer directions at a time.
-        active = round(tested.statistics.fires_F.sum() / max(tested.statistics.positions, 1))
-        untrained = ablation(bases.untrained(dictionary, active, config.seed))
-    repeated = {name: ablation(repeat) for name, repeat in (repeats or {}).items()}
-    # Before anything is measured, so that the slopes of placebo targets are computed once for all dictionaries.
-    tested.choose_placebos([*([untrained] if untrained and config.untrained else []), *repeated.values()])
-    tables, dose = _measure_dictionary(tested, TESTED, prompts, text)
+    baselines = config.baselines if keeps_error else ()
+    others, untrained = {name: tested.on(repeat) for name, repeat in (repeats or {}).items()}, None
+    if keeps_error and (config.untrained or "untrained" in baselines):
+        untrained = _on_basis(tested, "untrained")
     if untrained and config.untrained:
-        tables += _measure_dictionary(untrained, UNTRAINED, prompts, text)[0]
+        others = {UNTRAINED: untrained, **others}
+    # Before anything is measured, so that the slopes of placebo targets are computed once for all dictionaries.
+    tested.choose_placebos(list(others.values()))
+    tables, dose = _measure_dictionary(tested, TESTED, prompts, text)
+    for name, other in others.items():
+        tables += _measure_dictionary(other, name, prompts, text)[0]
     for name in baselines:
-        basis = untrained if name == "untrained" else _basis(name, tested, dictionary, ablation)
-        if basis is not None:
-            tables += _measure_basis(basis, name, dose, text)
-    for name, repeat in repeated.items():
-        tables += _measure_dictionary(repeat, name, prompts, text)[0]
+        on_basis = untrained if name == "untrained" else _on_basis(tested, name)
+        tables += _measure_basis(on_basis, name, dose, text) if on_basis else []
     return merge_tables(tables)
 
 
-def expected_rows(config: AblateConfig, prompts: Mapping[str, Sequence[Prompt]], behaviour: str, features: int) -> int:
-    """Return about how many rows, as ``RowProgress`` has them, a behaviour takes with a dictionary of ``features``."""
+def expected_rows(
+    config: AblateConfig,
+    prompts: Mapping[str, Sequence[Prompt]],
+    behaviour: str,
+    features: int,
+    documents: int = 0,
+) -> int:
+    """Return about how many rows, as ``RowProgress`` has them, a behaviour takes.
+
+    Args:
+      config: settings of the ablation.
+      prompts: prompts of all behaviours, by name.
+      behaviour: its name.
+      features: number of features of the dictionary.
+      documents: number of held-out documents.
+    """
     test = sum(prompt.split == "test" for prompt in prompts[behaviour])
     train = sum(prompt.split == "train" for prompt in prompts[behaviour])
     pool = min(config.random_sets, features // 4 // config.top)  # about a quarter of the features fire
@@ -397,8 +402,9 @@ def expected_rows(config: AblateConfig, prompts: Mapping[str, Sequence[Prompt]],
     trainings = 1 + config.untrained + len(config.repeats)
     edits = trainings * (len(FRACTIONS) + controls) + len(FRACTIONS) * len(config.baselines) + 2 * config.top
     edits += features / 4 * (config.effects == "all")
+    on_text = len(KL_FRACTIONS) * (1 + len(config.baselines)) + trainings - 1
     chosen = config.placebo_targets * min(train, config.attribution_prompts or train)  # for all dictionaries at once
-    return round(test * (edits + trainings * (len(prompts) - 1))) + chosen
+    return round(test * (edits + trainings * (len(prompts) - 1))) + chosen + documents * on_text
 
 
 def _measure_dictionary(
@@ -512,30 +518,30 @@ def root_mean_square(norm_P: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(norm_P))))
 
 
-def _basis(
-    name: str,
-    tested: BehaviourAblation,
-    dictionary: Dictionary,
-    ablation: Callable[[Dictionary], BehaviourAblation],
-) -> BehaviourAblation | None:
-    """Return a basis on the behaviour; None where it cannot be had."""
+def _on_basis(tested: BehaviourAblation, name: str) -> BehaviourAblation | None:
+    """Return a simpler basis on the behaviour of a dictionary; None where it cannot be had."""
+    dictionary, lm = tested.basis, tested.lm
     if name not in BASES:
-        return ablation(load_dictionary(name))
+        return tested.on(load_dictionary(name))
+    if name == "untrained":
+        # As sparse as the dictionary on these prompts, or it would change more or fewer directions at a time.
+        active = round(tested.statistics.fires_F.sum() / max(tested.statistics.positions, 1))
+        return tested.on(bases.untrained(dictionary, active, tested.config.seed))
     if name == "neurons":
-        if isinstance(tested.lm.config, TorchConfig):  # which has no table of its weights
+        if isinstance(lm.config, TorchConfig):  # which has no table of its weights
             return None
         site = Site.parse(dictionary.config.target or dictionary.site)
         # Where a norm follows the MLP, or the site is what it reads, a neuron has no direction at the site's scale.
-        if tested.lm.config.post_norms or site.kind == "mlp_in":
+        if lm.config.post_norms or site.kind == "mlp_in":
             return None
-        return ablation(bases.Neurons(tested.lm, site.layer))
+        return tested.on(bases.Neurons(lm, site.layer))
     values_NxD = tested.site_values()
-    if not len(values_NxD):
-        return None
     rows = values_NxD if name == "pca" else tested.answer_means()
     # Of a single answer there is no difference of means.
-    directions = bases.principal_directions(dictionary, rows, values_NxD) if len(rows) > 1 else None
-    return ablation(directions) if directions is not None else None
+    if not len(values_NxD) or len(rows) < 2:
+        return None
+    directions = bases.principal_directions(dictionary, rows, values_NxD)
+    return tested.on(directions) if directions is not None else None
 
 
 def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[FeatureEffect, ...]:

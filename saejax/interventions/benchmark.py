@@ -239,14 +239,17 @@ def measure_benchmark(
     settings = ablate_config(config)
     definitions = {items.name: items.definitions()}
     expected = expected_rows(settings, cast(Mapping, definitions), items.name, dictionary.config.n_features)
-    progress = RowProgress(on_progress, expected)
-
-    def ablation(basis: Dictionary) -> BenchmarkAblation:
-        options: dict[str, Any] = dict(items=items, batch_tokens=config.batch_tokens)
-        return BenchmarkAblation(items.lm, basis, items.name, [], settings, progress, **options)
-
-    tested = ablation(dictionary)
-    return measure_all(tested, ablation, {items.name: []}, repeats=repeats), tested
+    tested = BenchmarkAblation(
+        items.lm,
+        dictionary,
+        items.name,
+        [],
+        settings,
+        RowProgress(on_progress, expected),
+        items=items,
+        batch_tokens=config.batch_tokens,
+    )
+    return measure_all(tested, {items.name: []}, repeats=repeats), tested
 
 
 def measure_sets(ablation: BenchmarkAblation, sets: Mapping[str, Sequence[int]]) -> EffectsTable:

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
 from saejax.evaluation.results import DensityHistogram
-from saejax.interventions import ablate_figures as figures
+from saejax.interventions import ablate_report as figures
 from saejax.interventions import patch_report as patching
 from saejax.interventions import probe_report as probes
 from saejax.interventions import steer_report as steering
