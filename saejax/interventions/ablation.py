@@ -551,7 +551,7 @@ def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[Feat
     drop_KxP = table.drops(edits, prompts, table.objective(ablation.behaviour))
     templates = [prompt.template for prompt in prompts]
     config = ablation.config
-    weights_SxP = resampling_weights(templates, config.bootstrap, config.seed) if len(prompts) > 1 else None
+    weights_SxP = resampling_weights(templates, config.bootstrap, config.seed)
     intervals = [mean_interval(drop_P, weights_SxP) for drop_P in drop_KxP]
     statistics = ablation.statistics
     return tuple(

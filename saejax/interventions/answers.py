@@ -140,17 +140,9 @@ class AblateResults:
     importance: Mapping[str, ImportanceSummary] | None = None  #: of all features, by behaviour
 
 
-def mean_interval(values_P: np.ndarray, weight_RxP: np.ndarray | None) -> Interval:
-    """Return a mean and its 95 % bootstrap interval.
-
-    Args:
-      values_P: the values.
-      weight_RxP: their weights in bootstrap samples; None: both ends are the mean.
-    """
-    mean = float(values_P.mean())
-    if weight_RxP is None:
-        return Interval(mean, mean, mean)
-    return Interval(mean, *percentile_interval(weight_RxP @ values_P))
+def mean_interval(values_P: np.ndarray, weight_RxP: np.ndarray) -> Interval:
+    """Return the mean of some values and its 95 % bootstrap interval, given their weights in bootstrap samples."""
+    return Interval(float(values_P.mean()), *percentile_interval(weight_RxP @ values_P))
 
 
 def ablation_sentence(

@@ -14,7 +14,7 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.ablate_run import summarise
-from saejax.interventions.ablation import BehaviourAblation, measure_behaviour
+from saejax.interventions.ablation import measure_behaviour
 from saejax.interventions.answers import CausalVerdict, VerdictConfig, mean_interval
 from saejax.interventions.columns import Columns
 from saejax.interventions.edits import swap
@@ -28,7 +28,7 @@ from saejax.interventions.patching import (
     fitting_pairs,
     patch_sites,
 )
-from saejax.interventions.table import EffectsTable, load_effects, merge_tables, save_effects
+from saejax.interventions.table import load_effects, merge_tables, save_effects
 from saejax.interventions.verdict import verdict
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
@@ -227,23 +227,49 @@ def _measure_features(
     pairs: Mapping[str, BehaviourPairs],
     on_progress: parts.OnProgress,
 ) -> parts.Measured:
-    config = run.configs[PatchConfig]
+    config, tests = run.configs[PatchConfig], pairs[name].tests
     prompts = {each: [*theirs.train, *theirs.tests] for each, theirs in pairs.items() if theirs.tests}
     settings = ablate_config(config)
     table, ablation = measure_behaviour(lm, dictionary, name, prompts, settings, on_progress=on_progress)
     save_effects(run.folder / f"{name}-effects", table)
-    results = describe_features(lm, table, ablation, pairs[name], config)
-    line = "on no pair is the model right about both the prompt and its counterpart"
-    if interchange := results.interchange:
+    top, split, definitions = ablation.top(), ablation.split, table.select_prompts(name)
+    # Noising is what the ablation measured. Denoising is the same with prompts and counterparts exchanged.
+    (noised_P,) = table.values(table.select_whole_edits(name, "top"), definitions, "logit_diff")
+    exchanged = [
+        dataclasses.replace(clean.counterpart, counterpart=clean) for clean in ablation.runs if clean.counterpart
+    ]
+    denoised = run_edits(split, exchanged, swap(split.dictionary, [top]), config.batch_rows)
+    clean_P, corrupted_P = table.clean_values(definitions, "logit_diff"), denoised.clean_P
+    weight_RxP = _weights(tests, config)
+    # An answer can only be turned where the model gives the right one to both.
+    both_P = (clean_P > 0) & (corrupted_P < 0)
+    interchange, line = None, "on no pair is the model right about both the prompt and its counterpart"
+    if both_P.any():
+        site = Site.parse(split.dictionary.config.target or split.dictionary.site)
+        whole = patch_sites(lm, site.kind, tests, "all", [site.layer], config.batch_rows)
+        random_sets = table.select_whole_edits(name, "random")
+        random_ExP = table.values(random_sets, definitions, "logit_diff")
+        interchange = Interchange(
+            prompts=int(both_P.sum()),
+            top=wilson((noised_P < 0)[both_P]),
+            random=float((random_ExP[:, both_P] < 0).mean()) if random_sets else None,
+            site=wilson((whole.diff_DxLxHxPxC[1, 0, 0, :, 0] < 0)[both_P]),
+        )
         line = f"answers that become the counterpart's: top features {100 * interchange.top.mean:.0f} %, "
         line += f"whole site {100 * interchange.site.mean:.0f} %"
+    results = PatchedFeatures(
+        pairs=_describe_pairs(clean_P, corrupted_P, pairs[name].left_out, weight_RxP),
+        features=tuple(top),
+        restored=mean_interval(denoised.ablated_SxP[0] - corrupted_P, weight_RxP),
+        removed=mean_interval(clean_P - noised_P, weight_RxP),
+        interchange=interchange,
+    )
     return parts.Measured(results, line)
 
 
 def ablate_config(config: PatchConfig) -> AblateConfig:
     """Return the settings with which features take the activations that they have in the counterpart."""
     return AblateConfig(
-        dictionary=config.dictionary,
         top=config.top,
         replacement="counterpart",
         random_sets=config.random_sets,
@@ -253,41 +279,6 @@ def ablate_config(config: PatchConfig) -> AblateConfig:
         seed=config.seed,
         bootstrap=config.bootstrap,
         batch_rows=config.batch_rows,
-    )
-
-
-def describe_features(
-    lm: LanguageModel, table: EffectsTable, ablation: BehaviourAblation, pairs: BehaviourPairs, config: PatchConfig
-) -> PatchedFeatures:
-    """Return what the top features of a behaviour carry over, and the site."""
-    top, split = ablation.top(), ablation.split
-    prompts = table.select_prompts(ablation.behaviour)
-    # Noising is what the ablation measured. Denoising is the same with prompts and counterparts exchanged.
-    (noised_P,) = table.values(table.select_whole_edits(ablation.behaviour, "top"), prompts, "logit_diff")
-    exchanged = [dataclasses.replace(run.counterpart, counterpart=run) for run in ablation.runs if run.counterpart]
-    denoised = run_edits(split, exchanged, swap(split.dictionary, [top]), config.batch_rows)
-    clean_P, corrupted_P = table.clean_values(prompts, "logit_diff"), denoised.clean_P
-    weight_RxP = _weights(pairs.tests, config)
-    # An answer can only be turned where the model gives the right one to both.
-    both_P = (clean_P > 0) & (corrupted_P < 0)
-    interchange = None
-    if both_P.any():
-        site = Site.parse(split.dictionary.config.target or split.dictionary.site)
-        whole = patch_sites(lm, site.kind, pairs.tests, "all", [site.layer], config.batch_rows)
-        random_sets = table.select_whole_edits(ablation.behaviour, "random")
-        random_ExP = table.values(random_sets, prompts, "logit_diff")
-        interchange = Interchange(
-            prompts=int(both_P.sum()),
-            top=wilson((noised_P < 0)[both_P]),
-            random=float((random_ExP[:, both_P] < 0).mean()) if random_sets else None,
-            site=wilson((whole.diff_DxLxHxPxC[1, 0, 0, :, 0] < 0)[both_P]),
-        )
-    return PatchedFeatures(
-        pairs=_describe_pairs(clean_P, corrupted_P, pairs.left_out, weight_RxP),
-        features=tuple(top),
-        restored=mean_interval(denoised.ablated_SxP[0] - corrupted_P, weight_RxP),
-        removed=mean_interval(clean_P - noised_P, weight_RxP),
-        interchange=interchange,
     )
 
 
@@ -311,13 +302,8 @@ class PatchGrid(Columns):
     prompts: np.ndarray  #: number of prompts with a token there
 
     @classmethod
-    def of(cls, patched: PatchEffects, weight_RxP: np.ndarray | None) -> "PatchGrid":
-        """Summarise the effects on one behaviour.
-
-        Args:
-          patched: the effects.
-          weight_RxP: weights of the prompts in bootstrap samples; None with fewer than 2 prompts.
-        """
+    def of(cls, patched: PatchEffects, weight_RxP: np.ndarray) -> "PatchGrid":
+        """Summarise the effects on one behaviour, given the weights of its prompts in bootstrap samples."""
         effect_DxLxHxPxC, whole_P = patched.effect_DxLxHxPxC, patched.clean_P - patched.corrupted_P
         *shape, _, columns = effect_DxLxHxPxC.shape
         values_5xDxLxHxC = np.full((5, *shape, columns), np.nan)
@@ -328,7 +314,7 @@ class PatchGrid(Columns):
             effect_NxQ = effect_DxLxHxPxC[..., has_P, column].reshape(-1, has_P.sum())
             rows = np.full((5, len(effect_NxQ)), np.nan)
             rows[0], rows[4] = effect_NxQ.mean(axis=1), has_P.sum()
-            if weight_RxP is not None and has_P.sum() > 1:
+            if has_P.sum() > 1:
                 weight_RxQ = weight_RxP[:, has_P]
                 sum_Rx1 = weight_RxQ.sum(axis=1, keepdims=True)
                 # Prompts without this position drop out of a sample, so the weights of the rest are scaled to sum to 1.
@@ -359,7 +345,7 @@ class PatchGrid(Columns):
 
 
 def _describe_pairs(
-    clean_P: np.ndarray, corrupted_P: np.ndarray, left_out: Mapping[str, int], weight_RxP: np.ndarray | None
+    clean_P: np.ndarray, corrupted_P: np.ndarray, left_out: Mapping[str, int], weight_RxP: np.ndarray
 ) -> PatchedPairs:
     difference = mean_interval(clean_P - corrupted_P, weight_RxP)
     return PatchedPairs(
@@ -372,13 +358,10 @@ def _describe_pairs(
     )
 
 
-def _weights(prompts: Sequence[Prompt], config: PatchConfig) -> np.ndarray | None:
-    """Return the weights of the prompts in bootstrap samples within templates; None with fewer than 2 prompts."""
-    if len(prompts) < 2:
-        return None
+def _weights(prompts: Sequence[Prompt], config: PatchConfig) -> np.ndarray:
     return bootstrap.resampling_weights([prompt.template for prompt in prompts], config.bootstrap, config.seed)
 
 
-def _is_measurable(difference_P: np.ndarray, weight_RxP: np.ndarray | None) -> bool:
+def _is_measurable(difference_P: np.ndarray, weight_RxP: np.ndarray) -> bool:
     """Return whether the whole interval of clean - corrupted is above 0; False for one prompt, which has none."""
-    return weight_RxP is not None and mean_interval(difference_P, weight_RxP).low > 0
+    return len(difference_P) > 1 and mean_interval(difference_P, weight_RxP).low > 0

@@ -284,8 +284,7 @@ def permutation_p(answer_M: np.ndarray, class_M: np.ndarray, draws: int, rng: np
 def paired_difference(right_M: np.ndarray, baseline_M: np.ndarray, seed: int) -> Interval:
     """Return how much more often a probe is right (right_M) than another (baseline_M); the seed is the bootstrap's."""
     difference_M = right_M.astype(float) - baseline_M
-    count = len(difference_M)
-    return mean_interval(difference_M, resampling_weights(np.zeros(count), _RESAMPLES, seed) if count > 1 else None)
+    return mean_interval(difference_M, resampling_weights(np.zeros(len(difference_M)), _RESAMPLES, seed))
 
 
 class FeatureAblation(NamedTuple):

@@ -311,10 +311,8 @@ class SteeringTest:
             effects = self._text.effects(*place_edits(self._lm, self._split, self._edits(method, swap)))
             rises.append(effects.ce_SxN - effects.clean_N)
         rise_SxN = np.mean(rises, axis=0)
-        weight_RxN = None
-        if rise_SxN.shape[1] > 1:
-            documents = [""] * rise_SxN.shape[1]
-            weight_RxN = bootstrap.resampling_weights(documents, self._config.bootstrap, self._config.seed)
+        documents = [""] * rise_SxN.shape[1]
+        weight_RxN = bootstrap.resampling_weights(documents, self._config.bootstrap, self._config.seed)
         return [mean_interval(rise_N, weight_RxN) for rise_N in rise_SxN]
 
 

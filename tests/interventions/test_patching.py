@@ -177,7 +177,7 @@ def test_a_grid_has_the_means_and_ratios_of_its_prompts(tmp_path):
 
 def test_one_prompt_is_not_normalised():
     patched = made_up(np.ones((2, 3)), prompts=1)
-    grid = PatchGrid.of(patched, None)
+    grid = PatchGrid.of(patched, weights(1))
     assert np.isnan(grid.low).all() and np.isnan(grid.normalised).all() and np.isfinite(grid.effect).all()
 
 
