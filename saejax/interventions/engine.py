@@ -168,20 +168,31 @@ def run_edits(
       UserError: a readout is not finite.
     """
     # Behind the edits stand two clean runs: from all tokens and from the last one alone.
-    planned = edits.with_clean_rows(2)
+    planned, count = edits.with_clean_rows(2), len(edits)
     edited = [EditedRun(run, edits.replacement.of_run(number)) for number, run in enumerate(runs)]
     plans = [_plan(split, each, planned, batch_rows) for each in edited]
     batches = [(each.run.index_P, batch) for each, plan in zip(edited, plans, strict=True) for batch in plan]
-    measured = _measure(split, edited, plans, planned, readouts, on_progress)
     names = READOUTS if readouts else READOUTS[:1]
-    count, prompts = len(edits), sum(len(run.index_P) for run in runs)
     # NaN marks rows that are not run, because no readout of a finite run is NaN.
-    values_MxExP = np.full((len(names), count + 2, prompts), np.nan)
-    for (index_Q, batch), values_SxRxM in zip(batches, measured, strict=True):
-        for shard, values_RxM in zip(batch.shards, values_SxRxM, strict=True):
-            values_MxExP[:, shard.set_N, index_Q[shard.place_N]] = values_RxM[: len(shard.set_N)].T
-    rows = sum(int((shard.set_N != count).sum()) for _, batch in batches for shard in batch.shards)
-    tokens = sum(batch.tokens * len(batch.shards) for _, batch in batches)
+    values_MxExP = np.full((len(names), count + 2, sum(len(run.index_P) for run in runs)), np.nan)
+    rows, done, tokens = 0, 0, sum(batch.tokens * len(batch.shards) for _, batch in batches)
+    on_progress(0, tokens)
+    pairs = zip(edited, plans, strict=True)
+    started = (array for each, plan in pairs if plan for array in _start(split, each, plan, planned, readouts))
+    # Results are fetched some batches later, so that the device has work while the host reads.
+    for (index_Q, batch), device_SxRxM in zip(batches, prefetch(started), strict=True):
+        for shard, values_RxM in zip(batch.shards, np.asarray(device_SxRxM), strict=True):
+            # Rows that fill a batch are not prompts: what they hold is not looked at.
+            values_NxM = values_RxM[: len(shard.set_N)]
+            if not np.isfinite(values_NxM).all():
+                raise UserError(
+                    f"a logit difference after an edit at {split.point.site} is not finite: the model or the "
+                    "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
+                )
+            values_MxExP[:, shard.set_N, index_Q[shard.place_N]] = values_NxM.T
+            rows += int((shard.set_N != count).sum())
+        done += batch.tokens * len(batch.shards)
+        on_progress(done, tokens)
     clean_MxP, whole_P = values_MxExP[:, -1], values_MxExP[0, -2]
     if readouts:
         # The divergence from itself, which rounding would leave a little off.
@@ -246,38 +257,6 @@ def _plan(split: SplitModel, edited: EditedRun, edits: FeatureEdits, batch_rows:
     first_SxP = first_changes(first_BxF[:count], edits, domain_BxT[:count])
     first_SxP[-2], first_SxP[-1] = 0, prompts.last_P
     return batches_of(first_SxP, prompts, edits, batch_rows * length, FEATURES, split.point.mesh.shape["data"])
-
-
-def _measure(
-    split: SplitModel,
-    edited: Sequence[EditedRun],
-    plans: Sequence[Sequence[RowBatch]],
-    edits: FeatureEdits,
-    readouts: bool,
-    on_progress: OnProgress,
-) -> list[np.ndarray]:
-    """Run the batches of all plans; return the readouts of each, float32 ``[S, R, M]``."""
-    batches = [batch for plan in plans for batch in plan]
-    done, total = 0, sum(batch.tokens * len(batch.shards) for batch in batches)
-    on_progress(0, total)
-    values = []
-    started = (
-        array for pair in zip(edited, plans, strict=True) if pair[1] for array in _start(split, *pair, edits, readouts)
-    )
-    # Results are fetched some batches later, so that the device has work while the host reads.
-    for batch, device_SxRxM in zip(batches, prefetch(started), strict=True):
-        values_SxRxM = np.asarray(device_SxRxM)
-        # Rows that fill a batch are not prompts: what they hold is not looked at.
-        real_SxR = np.arange(batch.size)[None, :] < np.array([[len(shard.set_N)] for shard in batch.shards])
-        if not np.isfinite(values_SxRxM[real_SxR]).all():
-            raise UserError(
-                f"a logit difference after an edit at {split.point.site} is not finite: the model or the "
-                "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
-            )
-        values.append(values_SxRxM)
-        done += batch.tokens * len(batch.shards)
-        on_progress(done, total)
-    return values
 
 
 def _start(

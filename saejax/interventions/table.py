@@ -134,19 +134,9 @@ class EffectsTable:
         rows = edit_E[e_K], prompt_P[p_K], readout_J[j_K], value_ExPxJ[e_K, p_K, j_K]
         return cls(whole.edits, whole.prompts, *rows)
 
-    def select_edits(
-        self, behaviour: str, group: str, dictionary: str = TESTED, index: int | None = None
-    ) -> list[EditDefinition]:
-        """Return the edits of one ``behaviour`` and ``group``, ordered by index and fraction.
-
-        Args:
-          behaviour: its name.
-          group: "top", "random", "placebo", ...
-          dictionary: whose features they ablate.
-          index: of one set of the group; default all.
-        """
-        chosen = self._edits_by_group.get((behaviour, group, dictionary), [])
-        return [edit for edit in chosen if index is None or edit.index == index]
+    def select_edits(self, behaviour: str, group: str, dictionary: str = TESTED) -> list[EditDefinition]:
+        """Return the edits of one ``behaviour``, ``group`` and ``dictionary``, ordered by index and fraction."""
+        return list(self._edits_by_group.get((behaviour, group, dictionary), []))
 
     def select_whole_edits(self, behaviour: str, group: str) -> list[EditDefinition]:
         """Return a ``behaviour``'s edits of a group that are applied whole, of the tested dictionary, by index."""
