@@ -8,7 +8,7 @@ import pytest
 from effect_worlds import attribution, planted_world, top_features, world_table
 
 from saejax.errors import UserError
-from saejax.interventions.answers import BehaviourVerdict, VerdictConfig, sets_sentence
+from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, VerdictConfig, sets_sentence
 from saejax.interventions.curves import read_curves
 from saejax.interventions.table import (
     TESTED,
@@ -136,7 +136,8 @@ def test_random_sets_by_hand():
 
 def test_a_single_feature_that_raises_the_logit_difference_is_compared_in_words():
     numbers = dict(sets=19.0, needed=19.0, mean=-0.001, max=0.1, top=-0.3)
-    assert sets_sentence("no", "random", 1, numbers, 0.1, 0.2, 2) == (
+    answer = CausalAnswer("no", p_value=0.1, p_holm=0.2, numbers=numbers)
+    assert sets_sentence(answer, "random", 1, 2) == (
         "Compared with each of 19 random sets at the smaller of the two doses, the 1 top feature raises the logit "
         "difference by 0.30 on average and the sets by 0.00; 1 of the 19 sets raises it no more (p = 0.1, 0.2 after "
         "correction for 2 behaviours): not significantly more than random sets."
