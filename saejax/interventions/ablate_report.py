@@ -62,7 +62,7 @@ def answer(findings: Findings, draw: Draw) -> Section:
         "as a control."
     )
     caption = f"The five questions, for the {ablate.k} top features of each behaviour"
-    blocks.append(answer_table(caption, "Behaviour", rows, note))
+    blocks.append(table_of_answers(caption, "Behaviour", rows, note))
     if not any(result.placebo.answer == "yes" for result in tested.values()):
         blocks.append(Text("For no behaviour are the top features shown to be specific to its answer.", strong=True))
     blocks += [summary(tested), rule_in_full(findings, "ablate", ablate.verdict.rule)]
@@ -273,7 +273,7 @@ def dose_effect(
     return figure
 
 
-def answer_table(caption: str, what: str, verdicts: Mapping[str, BehaviourVerdict], note: str) -> Table:
+def table_of_answers(caption: str, what: str, verdicts: Mapping[str, BehaviourVerdict], note: str) -> Table:
     """Return the table of the answers to all questions.
 
     Args:

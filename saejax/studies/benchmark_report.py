@@ -1,6 +1,6 @@
 """The report on benchmarks: effects of ablating top features, pictures first."""
 
-from saejax.interventions.ablate_report import answer_table, dose_picture, rule_in_full, summary
+from saejax.interventions.ablate_report import dose_picture, rule_in_full, summary, table_of_answers
 from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.falsify import Falsification, FalsifiedFeature
 from saejax.interventions.table import TESTED, UNTRAINED, load_effects, merge_tables
@@ -54,7 +54,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         "reference answer, with its 95 % interval over items. Questions 2 and 3: mean effect of the control sets and "
         "the corrected p-value."
     )
-    blocks.append(answer_table("The five questions, for benchmarks", "Benchmark", rows, note))
+    blocks.append(table_of_answers("The five questions, for benchmarks", "Benchmark", rows, note))
     blocks += [_score_table(name, results) for name, results in studies.items() if results.scores]
     for name, results in studies.items():
         if results.falsification:
