@@ -146,7 +146,7 @@ class BehaviourAblation:
         seed = np.uint32(config.seed) if config.replacement == "random" else None
         self.replacement = ActivationReplacement(config.replacement, mean_F=mean_F, seed=seed)
         self.progress.check()
-        self.attribution_F = self._mean_attribution(self.train_runs)
+        self.attribution_F = self.mean_attribution(self.train_runs)
 
     def on(self, basis: Dictionary) -> Self:
         """Return another basis on the behaviour."""
@@ -155,15 +155,12 @@ class BehaviourAblation:
     def _run_clean(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
         return self.split.run(prompts, counterparts=self.config.replacement == "counterpart")
 
-    def _mean_attribution(self, runs: Sequence[CleanRun]) -> np.ndarray:
+    def mean_attribution(self, runs: Sequence[CleanRun]) -> np.ndarray:
+        """Return each feature's attribution, mean over the prompts of some clean runs, [F]."""
         attribution_NxF = attribution(self.split, runs, self.replacement)
         self.progress.check()
         # float64, because features of nearly equal attribution are ranked.
         return attribution_NxF.mean(axis=0, dtype=np.float64)
-
-    def test_attribution(self) -> np.ndarray:
-        """Return each feature's attribution, mean over the test prompts, [F]."""
-        return self._mean_attribution(self.runs)
 
     def top(self) -> list[int]:
         """Return T: at most k features, largest attribution first, those above zero alone; or the named ones."""
@@ -227,11 +224,21 @@ class BehaviourAblation:
 
     def site_values(self) -> np.ndarray:
         """Return the site's values at editable positions of the train prompts, [N, D]."""
-        return bases.train_values(self.train_runs)
+        parts = []
+        for run in self.train_runs:
+            count = len(run.index_P)
+            parts.append(np.asarray(run.value_BxTxD[:count], np.float32)[np.asarray(run.domain_BxT[:count])])
+        return np.concatenate(parts)
 
     def answer_means(self) -> np.ndarray:
-        """Return the site's mean last value on the train prompts of each correct answer, [G, D]."""
-        return bases.answer_means(self.train_runs)
+        """Return the site's mean last value on the train prompts of each of G correct answers, [G, D]."""
+        values: dict[int, list[np.ndarray]] = {}
+        for run in self.train_runs:
+            for row in range(len(run.index_P)):
+                value_D = np.asarray(run.value_BxTxD[row, run.last_B[row]], np.float64)
+                values.setdefault(int(run.answers_Bx2[row, 0]), []).append(value_D)
+        # By token id, so that the result does not depend on the order of prompts.
+        return np.stack([np.mean(rows, axis=0) for _, rows in sorted(values.items())])
 
     def edits(self, definitions: Sequence[EditDefinition]):
         """Return the batched edits of some definitions."""

@@ -163,12 +163,12 @@ def run_probes(
     task = dataclasses.replace(task, train_NxC=task.train_NxC.astype(float), test_MxC=task.test_MxC.astype(float))
     class_M = task.test_class_M
     # Classes that no test prompt has are left out: scikit-learn would count them as missed.
-    averaged: dict[str, Any] = dict(labels=np.unique(class_M), average="macro", zero_division=0)
+    labels = np.unique(class_M)
     for k in (*sorted(set(config.sparse)), None):
         rng = np.random.default_rng([config.seed, *seed, k or 0])
         strength = choose_strength(task, k, config, int(rng.integers(2**31)))
         answers = fit_probe(task, k, strength)
-        right_M = answers.class_M == class_M
+        right_M, score_M = answers.class_M == class_M, answers.score_M if len(labels) == 2 else None
         control_tasks = [_control_task(task, k, name, rng) for _ in range(config.shuffles)] if k else []
         controls = [fit_probe(control, None, strength) for control in control_tasks]
         shuffled = [
@@ -185,8 +185,8 @@ def run_probes(
             strength=strength,
             inputs=tuple(varying_C[select_inputs(task, k)].tolist()) if k else None,
             accuracy=wilson(right_M),
-            f1=float(f1_score(class_M, answers.class_M, **averaged)),
-            auc=_auc(answers.score_M, class_M),
+            f1=float(f1_score(class_M, answers.class_M, labels=labels, average="macro", zero_division=0)),
+            auc=float(roc_auc_score(class_M, score_M)) if score_M is not None else None,
             majority=float((class_M == np.bincount(task.train_class_N).argmax()).mean()),
             shuffled=_spread(shuffled_accuracies),
             control=_spread(control_accuracies) if k else None,
@@ -353,10 +353,6 @@ def _rotate(train_NxC: np.ndarray, test_MxC: np.ndarray) -> tuple[np.ndarray, np
 def _fit(train_NxR: np.ndarray, class_N: np.ndarray, strength: float) -> Any:
     model = LogisticRegression(C=strength, max_iter=_ITERATIONS, tol=_TOLERANCE)
     return model.fit(train_NxR, class_N)
-
-
-def _auc(score_M: np.ndarray | None, class_M: np.ndarray) -> float | None:
-    return None if score_M is None or len(np.unique(class_M)) != 2 else float(roc_auc_score(class_M, score_M))
 
 
 def _spread(accuracy_R: np.ndarray) -> Interval:
