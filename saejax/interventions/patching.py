@@ -282,17 +282,15 @@ def _rows_to_run(
     """Return the rows in which the two runs differ, by rising layer, and the column of each among the positions."""
     heads = count_heads(point.config, point.site.kind)
     differs_LxHxBxT = to_host(_differences(heads, *(run.value_LxBxTxX for run in runs)))
-    # Number of differing positions before each position, and before the end.
-    differing_before = np.pad(np.cumsum(differs_LxHxBxT[:, :, : len(last_P)], axis=-1), [(0, 0)] * 3 + [(1, 0)])
+    wanted_PxT = editable_positions("all" if positions == EACH else positions, last_P, length)
+    changed_LxHxPxC = differs_LxHxBxT[:, :, : len(last_P)] & wanted_PxT
     if positions == EACH:
-        first_PxC = np.broadcast_to(np.arange(length), (len(last_P), length))
-        stop_PxC = first_PxC + (first_PxC <= last_P[:, None])
+        first_PxC = np.broadcast_to(np.arange(length), wanted_PxT.shape)
+        stop_PxC = first_PxC + 1
     else:
-        wanted_PxT = editable_positions(positions, last_P, length)
+        changed_LxHxPxC = changed_LxHxPxC.any(axis=-1, keepdims=True)
         first_PxC = wanted_PxT.argmax(axis=1)[:, None]
         stop_PxC = first_PxC + wanted_PxT.sum(axis=1)[:, None]
-    place_Px1 = np.arange(len(last_P))[:, None]
-    changed_LxHxPxC = differing_before[:, :, place_Px1, stop_PxC] > differing_before[:, :, place_Px1, first_PxC]
     is_wanted_L = np.isin(np.arange(len(changed_LxHxPxC)), layers)
     layer_R, head_R, place_R, column_R = np.nonzero(changed_LxHxPxC & is_wanted_L[:, None, None, None])
     ends = first_PxC[place_R, column_R], stop_PxC[place_R, column_R]
