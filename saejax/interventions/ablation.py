@@ -370,11 +370,10 @@ def measure_all(
     if repeats and not keeps_error:
         raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
     baselines = config.baselines if keeps_error else ()
-    others, untrained = {name: tested.on(repeat) for name, repeat in (repeats or {}).items()}, None
-    if keeps_error and (config.untrained or "untrained" in baselines):
-        untrained = _on_basis(tested, "untrained")
-    if untrained and config.untrained:
-        others = {UNTRAINED: untrained, **others}
+    needs_untrained = keeps_error and (config.untrained or "untrained" in baselines)
+    untrained = _on_basis(tested, "untrained") if needs_untrained else None
+    others = {UNTRAINED: untrained} if untrained and config.untrained else {}
+    others |= {name: tested.on(repeat) for name, repeat in (repeats or {}).items()}
     # Before anything is measured, so that the slopes of placebo targets are computed once for all dictionaries.
     tested.choose_placebos(list(others.values()))
     tables, dose = _measure_dictionary(tested, TESTED, prompts, text)
