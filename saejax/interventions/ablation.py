@@ -29,7 +29,7 @@ from saejax.interventions import activity, bases
 from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.answers import FeatureEffect, VerdictConfig, mean_interval
 from saejax.interventions.edits import ActivationReplacement, mask
-from saejax.interventions.engine import LogitDiffs, OnProgress, change_norms, run_edits
+from saejax.interventions.engine import OnProgress, change_norms, run_edits
 from saejax.interventions.slopes import attribution, leaders, likely_tokens, target_attributions
 from saejax.interventions.split_model import CleanRun, SplitModel
 from saejax.interventions.table import (
@@ -169,24 +169,23 @@ class BehaviourAblation:
         return leaders(self.attribution_F, self.config.top)
 
     def run(
-        self, edits: Sequence[EditDefinition], readouts: bool = False, prompts: Sequence[Prompt] | None = None
-    ) -> LogitDiffs:
-        """Run edits on the test prompts, or on others."""
+        self, edits: Sequence[EditDefinition], prompts: Sequence[Prompt] | None = None, **options: bool
+    ) -> dict[str, np.ndarray]:
+        """Run edits on the test prompts, or on others; options and what is returned are those of ``run_edits``."""
         runs = self.runs if prompts is None else self._run_clean(prompts)
         on_progress = self.progress.of_call(len(edits) * sum(len(run.index_P) for run in runs))
-        return run_edits(self.split, runs, self.edits(edits), self.config.batch_rows, on_progress, readouts)
+        return run_edits(self.split, runs, self.edits(edits), self.config.batch_rows, on_progress, **options)
 
-    def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return readouts on the test prompts: by name the clean ones [P] and those of each edit [E, P].
+    def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, np.ndarray]:
+        """Return readouts on the test prompts, [1 + E, P] each: without an edit, then with each edit.
 
         Args:
           edits: what is run.
           full: whether all readouts are measured, which takes the logits of the whole vocabulary.
         """
-        diffs = self.run(edits, readouts=full)
-        values = dict(logit_diff=(diffs.clean_P, diffs.ablated_SxP), **diffs.readouts)
+        values = self.run(edits, readouts=full)
         if full:
-            values["two_way"] = (diffs.clean_P > 0).astype(np.float64), (diffs.ablated_SxP > 0).astype(np.float64)
+            values["two_way"] = (values["logit_diff"] > 0).astype(np.float64)
         return values
 
     def table(
@@ -200,13 +199,10 @@ class BehaviourAblation:
           full: as for ``measure``.
           clean: whether the unedited model is one more row.
         """
-        pairs = self.measure(edits, full)
-        values = {name: edited_ExP for name, (_, edited_ExP) in pairs.items()} | dict(change_norm=norm_ExP)
-        if clean:
-            edits = [EditDefinition(self.behaviour, "clean"), *edits]
-            clean_of = {name: clean_P for name, (clean_P, _) in pairs.items()} | dict(change_norm=0 * norm_ExP[0])
-            values = {name: np.stack([clean_of[name], *edited_ExP]) for name, edited_ExP in values.items()}
-        return EffectsTable.block(edits, self.tests, values, self.definitions())
+        values = self.measure(edits, full) | dict(change_norm=np.vstack([0 * norm_ExP[:1], norm_ExP]))
+        rows, first = [EditDefinition(self.behaviour, "clean"), *edits], 0 if clean else 1
+        shown = {name: value[first:] for name, value in values.items()}
+        return EffectsTable.block(rows[first:], self.tests, shown, self.definitions())
 
     def definitions(self) -> list[PromptDefinition]:
         """Return the definitions of all prompts."""
@@ -464,9 +460,9 @@ def _measure_dictionary(
     for group in [[item] for item in behaviours] if ablation.config.replacement == "random" else [behaviours]:
         tests = [prompt for _, each in group for prompt in each if prompt.split == "test"]
         if tests:
-            diffs = ablation.run(grid[-1:], prompts=tests)
+            diff_ExP = ablation.run(grid[-1:], tests)["logit_diff"][1:]
             definitions = [prompt for item in group for prompt in define_prompts(*item) if prompt.split == "test"]
-            tables.append(EffectsTable.block(grid[-1:], definitions, dict(logit_diff=diffs.ablated_SxP)))
+            tables.append(EffectsTable.block(grid[-1:], definitions, dict(logit_diff=diff_ExP)))
     if text:
         tables.append(_measure_text(ablation, grid, KL_FRACTIONS if name == TESTED else KL_FRACTIONS[-1:], text))
     if name == TESTED and ablation.config.effects == "all":
@@ -479,11 +475,8 @@ def _measure_every(ablation: BehaviourAblation) -> EffectsTable:
     # The effect of a feature that never fires is known to be 0.
     live = np.flatnonzero(ablation.statistics.prompts_F > 0)
     every = [EditDefinition(ablation.behaviour, "every", int(i), (int(i),)) for i in live]
-    diffs = ablation.run(every)
-    # All features share one rounding error per prompt, which would make many small effects agree.
-    is_rounding_SxP = np.abs(diffs.drop_SxP) <= 4 * diffs.rounding_P[None, :]
-    values = dict(logit_diff=np.where(is_rounding_SxP, diffs.clean_P, diffs.ablated_SxP))
-    return EffectsTable.block(every, ablation.tests, values)
+    diff_ExP = ablation.run(every, snap_rounding=True)["logit_diff"][1:]
+    return EffectsTable.block(every, ablation.tests, dict(logit_diff=diff_ExP))
 
 
 def _measure_basis(ablation: BehaviourAblation, name: str, dose: float, text: HeldOutText | None) -> list[EffectsTable]:

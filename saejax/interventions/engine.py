@@ -19,8 +19,7 @@ The rows go through one jitted program in batches of bounded size, sharded over 
 """
 
 import collections
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -99,7 +98,7 @@ def effects(
     measured = run_edits(split, runs, edits, batch_rows, on_progress, needs_vocabulary)
     if "change_norm" in readouts:
         values["change_norm"] = change_norms(split, runs, edits)
-    values |= {"logit_diff": measured.ablated_SxP, **{name: pair[1] for name, pair in measured.readouts.items()}}
+    values |= {name: value_ExP[1:] for name, value_ExP in measured.items()}
     return np.stack([values[name] for name in readouts], axis=-1)
 
 
@@ -123,26 +122,6 @@ def _whole_texts(
     return edited_ExP if readout == "answer_log_prob" else -edited_ExP / np.array([len(each[1]) for each in pairs])
 
 
-@dataclasses.dataclass(frozen=True)
-class LogitDiffs:
-    """Logit differences, logit(correct) - logit(wrong), without an edit and with each of S edits."""
-
-    clean_P: np.ndarray  #: float64, P prompts
-    ablated_SxP: np.ndarray  #: float64; equal to the clean one, to the last bit, where the edit changes nothing
-    #: how far the clean logit difference of each prompt, computed from all of its tokens, is from that computed from
-    #: the last one: effects of this size are rounding, and all edits share it.
-    rounding_P: np.ndarray
-    rows: int  #: number of (edit, prompt) pairs that were run, the clean ones counted once
-    tokens: int  #: number of tokens that went through the layers above the site, padding included
-    #: by name, the clean values ``[P]`` and those of each edit ``[S, P]`` of ``READOUTS[1:]``, if measured.
-    readouts: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def drop_SxP(self) -> np.ndarray:
-        """By how much each edit lowers the logit difference."""
-        return self.clean_P[None, :] - self.ablated_SxP
-
-
 def run_edits(
     split: SplitModel,
     runs: Sequence[CleanRun],
@@ -150,7 +129,8 @@ def run_edits(
     batch_rows: int = BATCH_ROWS,
     on_progress: OnProgress = lambda done, total: None,
     readouts: bool = False,
-) -> LogitDiffs:
+    snap_rounding: bool = False,
+) -> dict[str, np.ndarray]:
     """Run S edits on prompts whose clean run is given.
 
     Args:
@@ -160,25 +140,30 @@ def run_edits(
       batch_rows: as for ``effects``.
       on_progress: as for ``effects``.
       readouts: whether all of ``READOUTS`` are measured, which takes the logits of the whole vocabulary.
+      snap_rounding: whether changes of a logit difference that may be rounding are taken for none.
 
     Returns:
-      The logit differences and, if asked for, the other readouts.
+      The logit difference and, if asked for, the other readouts, float64 ``[1 + S, P]`` each: without an edit, then
+      with each edit; equal to the last bit where the edit changes nothing.
 
     Raises:
       UserError: a readout is not finite.
     """
     # Behind the edits stand two clean runs: from all tokens and from the last one alone.
-    planned, count = edits.with_clean_rows(2), len(edits)
+    planned = edits.with_clean_rows(2)
     edited = [EditedRun(run, edits.replacement.of_run(number)) for number, run in enumerate(runs)]
     plans = [_plan(split, each, planned, batch_rows) for each in edited]
     batches = [(each.run.index_P, batch) for each, plan in zip(edited, plans, strict=True) for batch in plan]
     names = READOUTS if readouts else READOUTS[:1]
     # NaN marks rows that are not run, because no readout of a finite run is NaN.
-    values_MxExP = np.full((len(names), count + 2, sum(len(run.index_P) for run in runs)), np.nan)
-    rows, done, tokens = 0, 0, sum(batch.tokens * len(batch.shards) for _, batch in batches)
-    on_progress(0, tokens)
-    pairs = zip(edited, plans, strict=True)
-    started = (array for each, plan in pairs if plan for array in _start(split, each, plan, planned, readouts))
+    values_MxExP = np.full((len(names), len(planned), sum(len(run.index_P) for run in runs)), np.nan)
+    done, total = 0, sum(batch.tokens * len(batch.shards) for _, batch in batches)
+    on_progress(0, total)
+    started = (
+        array
+        for each, plan in zip(edited, plans, strict=True)
+        for array in (_start(split, each, plan, planned, readouts) if plan else ())
+    )
     # Results are fetched some batches later, so that the device has work while the host reads.
     for (index_Q, batch), device_SxRxM in zip(batches, prefetch(started), strict=True):
         for shard, values_RxM in zip(batch.shards, np.asarray(device_SxRxM), strict=True):
@@ -190,17 +175,20 @@ def run_edits(
                     "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
                 )
             values_MxExP[:, shard.set_N, index_Q[shard.place_N]] = values_NxM.T
-            rows += int((shard.set_N != count).sum())
         done += batch.tokens * len(batch.shards)
-        on_progress(done, tokens)
+        on_progress(done, total)
     clean_MxP, whole_P = values_MxExP[:, -1], values_MxExP[0, -2]
     if readouts:
         # The divergence from itself, which rounding would leave a little off.
         clean_MxP[names.index("kl")] = 0.0
     # A row that was not run changes nothing.
     edited_MxSxP = np.where(np.isnan(values_MxExP[:, :-2]), clean_MxP[:, None, :], values_MxExP[:, :-2])
-    more = {name: (clean_MxP[m], edited_MxSxP[m]) for m, name in enumerate(names) if m}
-    return LogitDiffs(clean_MxP[0], edited_MxSxP[0], np.abs(whole_P - clean_MxP[0]), rows, tokens, more)
+    if snap_rounding:
+        # All edits share the rounding error of a prompt, which would make many small effects agree.
+        is_rounding_SxP = np.abs(edited_MxSxP[0] - clean_MxP[0]) <= 4 * np.abs(whole_P - clean_MxP[0])
+        edited_MxSxP[0] = np.where(is_rounding_SxP, clean_MxP[0], edited_MxSxP[0])
+    pairs = zip(names, clean_MxP, edited_MxSxP, strict=True)
+    return {name: np.vstack([clean_P, edited_SxP]) for name, clean_P, edited_SxP in pairs}
 
 
 def change_norms(split: SplitModel, runs: Sequence[CleanRun], edits: FeatureEdits) -> np.ndarray:

@@ -239,7 +239,8 @@ def _measure_features(
         dataclasses.replace(clean.counterpart, counterpart=clean) for clean in ablation.runs if clean.counterpart
     ]
     denoised = run_edits(split, exchanged, swap(split.dictionary, [top]), config.batch_rows)
-    clean_P, corrupted_P = table.clean_values(definitions, "logit_diff"), denoised.clean_P
+    corrupted_P, denoised_P = denoised["logit_diff"]
+    clean_P = table.clean_values(definitions, "logit_diff")
     weight_RxP = _weights(tests, config)
     # An answer can only be turned where the model gives the right one to both.
     both_P = (clean_P > 0) & (corrupted_P < 0)
@@ -260,7 +261,7 @@ def _measure_features(
     results = PatchedFeatures(
         pairs=_describe_pairs(clean_P, corrupted_P, pairs[name].left_out, weight_RxP),
         features=tuple(top),
-        restored=mean_interval(denoised.ablated_SxP[0] - corrupted_P, weight_RxP),
+        restored=mean_interval(denoised_P - corrupted_P, weight_RxP),
         removed=mean_interval(clean_P - noised_P, weight_RxP),
         interchange=interchange,
     )

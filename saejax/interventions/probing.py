@@ -302,7 +302,9 @@ def ablation_on_prompts(split: SplitModel, prompts: Sequence[Prompt]) -> Feature
     runs, templates = split.run(prompts), [prompt.template for prompt in prompts]
 
     def measure_drop(features: Sequence[int]) -> np.ndarray:
-        return run_edits(split, runs, mask(split.dictionary, [[feature] for feature in features])).drop_SxP
+        edits = mask(split.dictionary, [[feature] for feature in features])
+        clean_P, *edited_SxP = run_edits(split, runs, edits)["logit_diff"]
+        return clean_P - np.array(edited_SxP)
 
     return FeatureAblation(LOGIT_DIFFERENCE, activity.statistics(split, runs).prompts_F, templates, measure_drop)
 

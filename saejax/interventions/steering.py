@@ -207,8 +207,8 @@ def steer(
     """
     split, edits = place_edits(lm, split, edits)
     runs = split.run(prompts)
-    measured = run_edits(split, runs, edits, batch_rows, on_progress)
-    return Steered(measured.ablated_SxP, change_norms(split, runs, edits))
+    diff_SxP = run_edits(split, runs, edits, batch_rows, on_progress)["logit_diff"][1:]
+    return Steered(diff_SxP, change_norms(split, runs, edits))
 
 
 def choose_strength(diff_SxP: np.ndarray, is_allowed_S: np.ndarray) -> int:

@@ -199,7 +199,7 @@ def probe(
     split = SplitModel(lm, dictionary)
     diffs = [0.0] * len(prompts)
     if "correct" in config.labels:
-        diffs = run_edits(split, split.run(prompts), mask(split.dictionary, [[]])).clean_P.tolist()
+        diffs = run_edits(split, split.run(prompts), mask(split.dictionary, [[]]))["logit_diff"][0].tolist()
     probed = []
     for labelled in label_all(config, (prompts, diffs)).values():
         ablation = functools.partial(ablation_of, split, labelled)

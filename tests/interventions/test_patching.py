@@ -112,18 +112,18 @@ def test_features_equal_torch_hooks(tiny, plain, make_dictionary, pairs, site):
     split = SplitModel(tiny, dictionary)
     noised = split.run(pairs, counterparts=True)
     denoised = [dataclasses.replace(run.counterpart, counterpart=run) for run in noised]
-    patched = [run_edits(split, runs, swap(split.dictionary, sets)) for runs in (denoised, noised)]
+    patched = [run_edits(split, runs, swap(split.dictionary, sets))["logit_diff"] for runs in (denoised, noised)]
     for p, pair in enumerate(pairs[:2]):
         runs = [plain(dictionary, pair), plain(dictionary, swapped(pair))]
         values = [run.value() for run in runs]
         f_2xTxF = [run.features(x_TxD) for run, x_TxD in zip(runs, values, strict=True)]
-        for (base, source), effects in zip(DIRECTIONS, patched, strict=True):
+        for (base, source), (_, *diff_SxP) in zip(DIRECTIONS, patched, strict=True):
             run, usable_T = runs[base], runs[base].is_usable(values[base])
             change_TxF = (f_2xTxF[source] - f_2xTxF[base]) * usable_T[:, None]
             for s, members in enumerate(sets):
                 moved_TxD = change_TxF[:, members] @ run.W_dec_FxD[members]
                 wanted = run.diff(lambda x_TxD, moved_TxD=moved_TxD: x_TxD + moved_TxD)
-                np.testing.assert_allclose(effects.ablated_SxP[s, p], wanted, atol=2e-5)
+                np.testing.assert_allclose(diff_SxP[s][p], wanted, atol=2e-5)
 
 
 def test_memory_does_not_grow_with_prompts_times_features(tiny, make_dictionary):
