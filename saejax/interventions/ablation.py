@@ -505,11 +505,10 @@ def _measure_text(
 ) -> EffectsTable:
     """Measure some edits of a grid, and no edit, on held-out text."""
     chosen = [grid[FRACTIONS.index(fraction)] for fraction in fractions]
-    effects = text.effects(ablation.split, ablation.edits(chosen))
+    values = text.effects(ablation.split, ablation.edits(chosen))
     ablation.progress.of_call(len(chosen) * len(text.documents))(1, 1)
     documents = [PromptDefinition(f"{TEXT}/{number:05d}", TEXT) for number in range(len(text.documents))]
-    clean = EffectsTable.block([EditDefinition(TEXT, "clean")], documents, dict(ce=effects.clean_N[None]))
-    return merge_tables([EffectsTable.block(chosen, documents, dict(ce=effects.ce_SxN, kl=effects.kl_SxN)), clean])
+    return EffectsTable.block([EditDefinition(TEXT, "clean"), *chosen], documents, values)
 
 
 def root_mean_square(norm_P: np.ndarray) -> float:

@@ -308,8 +308,8 @@ class SteeringTest:
         swaps = [swap for swap in self._groups if method == "mean_difference" or self._tops[swap]] or list(self._groups)
         rises = []
         for swap in swaps[:TEXT_SWAPS]:
-            effects = self._text.effects(*place_edits(self._lm, self._split, self._edits(method, swap)))
-            rises.append(effects.ce_SxN - effects.clean_N)
+            ce_ExN = self._text.effects(*place_edits(self._lm, self._split, self._edits(method, swap)))["ce"]
+            rises.append(ce_ExN[1:] - ce_ExN[0])
         rise_SxN = np.mean(rises, axis=0)
         documents = [""] * rise_SxN.shape[1]
         weight_RxN = bootstrap.resampling_weights(documents, self._config.bootstrap, self._config.seed)

@@ -6,7 +6,6 @@ attention sinks. Where a counterpart's activations replace others, text has none
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +26,6 @@ from saejax.tasks import corpora
 
 LENGTH = 64  # tokens of a document
 _AT_ONCE = 4  # documents of a program
-
-
-class TextEffects(NamedTuple):
-    """Means over the predicted tokens of N documents, nats per token, float64."""
-
-    clean_N: np.ndarray  #: clean cross-entropy
-    ce_SxN: np.ndarray  #: cross-entropy under each of S edits
-    kl_SxN: np.ndarray  #: KL(clean || edited)
 
 
 class HeldOutText:
@@ -74,18 +65,22 @@ class HeldOutText:
         read = [document for document in ids if len(document) > 1]
         return cls(read) if read else None
 
-    def effects(self, split: SplitModel, edits: FeatureEdits) -> TextEffects:
-        """Return the effects of S edits on the documents.
+    def effects(self, split: SplitModel, edits: FeatureEdits) -> dict[str, np.ndarray]:
+        """Return the effects of S edits on N documents.
 
         Args:
           split: the model, split at the site that the edits' dictionary writes to.
           edits: edits of the split's dictionary.
+
+        Returns:
+          Cross-entropy ``ce`` and KL(clean || edited) ``kl``, float64 ``[1 + S, N]``: without an edit, then with each;
+          means over the predicted tokens, nats per token.
         """
         starts = range(0, len(self.documents), _AT_ONCE)
         parts = [self._run_batch(split, edits, self.documents[first : first + _AT_ONCE]) for first in starts]
         ce_ExN, kl_ExN = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
         tokens_N = np.array([len(document) - 1 for document in self.documents])
-        return TextEffects(ce_ExN[0] / tokens_N, ce_ExN[1:] / tokens_N, kl_ExN[1:] / tokens_N)
+        return dict(ce=ce_ExN / tokens_N, kl=kl_ExN / tokens_N)
 
     def _run_batch(
         self, split: SplitModel, edits: FeatureEdits, documents: Sequence[Sequence[int]]

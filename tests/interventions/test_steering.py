@@ -76,7 +76,7 @@ def test_text_under_a_change_equals_whole_runs(tiny, dictionary):
     split, rng = SplitModel(tiny, dictionary), np.random.default_rng(1)
     documents = [rng.integers(5, 200, size=n).tolist() for n in (7, 12, 2)]
     for edits in make_edits(split.dictionary, tiny.config.d_model):
-        text = HeldOutText(documents).effects(*steering.place_edits(tiny, split, edits))
+        ce_ExN = HeldOutText(documents).effects(*steering.place_edits(tiny, split, edits))["ce"]
         for n, ids in enumerate(documents):
             tokens = dataclasses.replace(
                 tiny.tokenize(["x"]), ids_BxT=np.array([ids], np.int32), lengths_B=np.array([len(ids)])
@@ -88,16 +88,16 @@ def test_text_under_a_change_equals_whole_runs(tiny, dictionary):
 
             for s in range(len(edits)):
                 wanted = cross_entropy([model_edit(edits, s)]) - cross_entropy([])
-                assert text.ce_SxN[s, n] - text.clean_N[n] == pytest.approx(wanted, abs=2e-5)
+                assert ce_ExN[1 + s, n] - ce_ExN[0, n] == pytest.approx(wanted, abs=2e-5)
 
 
 def test_without_the_error_clean_text_goes_through_the_dictionary(tiny, dictionary):
     text = HeldOutText([np.random.default_rng(2).integers(5, 200, size=n).tolist() for n in (7, 12)])
     kept, dropped = (
-        text.effects(SplitModel(tiny, dictionary, error=error), mask(dictionary, [[3, 50]]))
+        text.effects(SplitModel(tiny, dictionary, error=error), mask(dictionary, [[3, 50]]))["ce"]
         for error in ("keep", "drop")
     )
-    assert np.abs(kept.clean_N - dropped.clean_N).max() > 1e-4
+    assert np.abs(kept[0] - dropped[0]).max() > 1e-4
 
 
 def made_texts(answers, seed=0, features=30, width=8):
