@@ -188,21 +188,21 @@ class BehaviourAblation:
             values["two_way"] = (values["logit_diff"] > 0).astype(np.float64)
         return values
 
-    def table(
-        self, edits: Sequence[EditDefinition], norm_ExP: np.ndarray, full: bool = False, clean: bool = False
-    ) -> EffectsTable:
-        """Return the table of some edits on the test prompts.
+    def table(self, edits: Sequence[EditDefinition], norm_ExP: np.ndarray, full: bool = False) -> EffectsTable:
+        """Return the table of the unedited model and of some edits on the test prompts.
 
         Args:
           edits: E edits.
           norm_ExP: the norms of their changes.
           full: as for ``measure``.
-          clean: whether the unedited model is one more row.
         """
         values = self.measure(edits, full) | dict(change_norm=np.vstack([0 * norm_ExP[:1], norm_ExP]))
-        rows, first = [EditDefinition(self.behaviour, "clean"), *edits], 0 if clean else 1
-        shown = {name: value[first:] for name, value in values.items()}
-        return EffectsTable.block(rows[first:], self.tests, shown, self.definitions())
+        return EffectsTable.block([self.clean, *edits], self.tests, values, self.definitions())
+
+    @property
+    def clean(self) -> EditDefinition:
+        """The definition of the unedited model."""
+        return EditDefinition(self.behaviour, "clean")
 
     def definitions(self) -> list[PromptDefinition]:
         """Return the definitions of all prompts."""
@@ -449,7 +449,7 @@ def _measure_dictionary(
     ]
 
     edits = [*grid, *extra]
-    tables = [ablation.table(edits, norms(edits), full=True, clean=name == TESTED)]
+    tables = [ablation.table(edits, norms(edits), full=True)]
     if controls:
         # Controls without the readouts that take the logits of the whole vocabulary: they are compared on the
         # objective.
@@ -475,8 +475,7 @@ def _measure_every(ablation: BehaviourAblation) -> EffectsTable:
     # The effect of a feature that never fires is known to be 0.
     live = np.flatnonzero(ablation.statistics.prompts_F > 0)
     every = [EditDefinition(ablation.behaviour, "every", int(i), (int(i),)) for i in live]
-    diff_ExP = ablation.run(every, snap_rounding=True)["logit_diff"][1:]
-    return EffectsTable.block(every, ablation.tests, dict(logit_diff=diff_ExP))
+    return EffectsTable.block([ablation.clean, *every], ablation.tests, ablation.run(every, snap_rounding=True))
 
 
 def _measure_basis(ablation: BehaviourAblation, name: str, dose: float, text: HeldOutText | None) -> list[EffectsTable]:
