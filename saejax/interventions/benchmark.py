@@ -137,7 +137,7 @@ class BenchmarkAblation(BehaviourAblation):
     def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, np.ndarray]:
         """Return the log-likelihood of the reference answers, [1 + E, P]: without an edit, then with each edit."""
         on_progress = self.progress.of_call(len(edits) * len(self.test))
-        return dict(answer_log_prob=np.vstack(self.test_references.log_likelihoods(self.edits(edits), on_progress)))
+        return dict(answer_log_prob=self.test_references.log_likelihoods(self.edits(edits), on_progress))
 
     def definitions(self) -> list[PromptDefinition]:
         """Return the definitions of all items."""

@@ -118,7 +118,7 @@ def _whole_texts(
         # Cross-entropy of a text is the log-likelihood of all of it after its first token.
         pairs = [(each[:1], each[1:]) for each in ids]
     references = [Reference(*pair) for pair in pairs]
-    _, edited_ExP = References(split, references, GROUP_TOKENS).log_likelihoods(edits)
+    edited_ExP = References(split, references, GROUP_TOKENS).log_likelihoods(edits)[1:]
     return edited_ExP if readout == "answer_log_prob" else -edited_ExP / np.array([len(each[1]) for each in pairs])
 
 

@@ -302,9 +302,8 @@ def ablation_on_prompts(split: SplitModel, prompts: Sequence[Prompt]) -> Feature
     runs, templates = split.run(prompts), [prompt.template for prompt in prompts]
 
     def measure_drop(features: Sequence[int]) -> np.ndarray:
-        edits = mask(split.dictionary, [[feature] for feature in features])
-        clean_P, *edited_SxP = run_edits(split, runs, edits)["logit_diff"]
-        return clean_P - np.array(edited_SxP)
+        diff_ExP = run_edits(split, runs, mask(split.dictionary, [[feature] for feature in features]))["logit_diff"]
+        return diff_ExP[0] - diff_ExP[1:]
 
     return FeatureAblation(LOGIT_DIFFERENCE, activity.statistics(split, runs).prompts_F, templates, measure_drop)
 
@@ -314,8 +313,8 @@ def ablation_on_references(split: SplitModel, references: Sequence[Reference]) -
     answers, templates = References(split, references, GROUP_TOKENS), [""] * len(references)
 
     def measure_drop(features: Sequence[int]) -> np.ndarray:
-        clean_N, edited_SxN = answers.log_likelihoods(mask(split.dictionary, [[feature] for feature in features]))
-        return clean_N - edited_SxN
+        value_ExN = answers.log_likelihoods(mask(split.dictionary, [[feature] for feature in features]))
+        return value_ExN[0] - value_ExN[1:]
 
     return FeatureAblation(LOG_LIKELIHOOD, answers.statistics().prompts_F, templates, measure_drop)
 

@@ -144,10 +144,8 @@ class References:
         arrays = [batch.read_BxTxD, batch.domain_BxT]
         return gather(self._split.point, self._split.dictionary, ZERO, arrays, features_K, len(batch.domain_BxT))
 
-    def log_likelihoods(
-        self, edits: FeatureEdits, on_progress: OnProgress = lambda done, total: None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the log-likelihood of each reference without an edit [N] and with each edit [E, N], in nats.
+    def log_likelihoods(self, edits: FeatureEdits, on_progress: OnProgress = lambda done, total: None) -> np.ndarray:
+        """Return the log-likelihood of each reference without an edit, then with each edit, in nats, [1 + E, N].
 
         Args:
           edits: masks of features, which are set to zero.
@@ -171,7 +169,7 @@ class References:
                 "--model.dtype=float32, or train the dictionary again"
             )
         clean_N = value_ExN[-1]
-        return clean_N, np.where(value_ExN[:-1] == _NOT_RUN, clean_N, value_ExN[:-1])
+        return np.vstack([clean_N, np.where(value_ExN[:-1] == _NOT_RUN, clean_N, value_ExN[:-1])])
 
     def _run(
         self, batch: ReferenceBatch, count: int, edits: FeatureEdits, chosen: Sequence[int], features_K: np.ndarray
