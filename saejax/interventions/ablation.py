@@ -148,8 +148,8 @@ class BehaviourAblation:
         self.progress.check()
         self.attribution_F = self.mean_attribution(self.train_runs)
 
-    def on(self, basis: Dictionary) -> Self:
-        """Return another basis on the behaviour."""
+    def with_basis(self, basis: Dictionary) -> Self:
+        """Return the ablation of another basis on the behaviour."""
         return dataclasses.replace(self, basis=basis, features=None)
 
     def _run_clean(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
@@ -369,7 +369,7 @@ def measure_all(
     needs_untrained = keeps_error and (config.untrained or "untrained" in baselines)
     untrained = _on_basis(tested, "untrained") if needs_untrained else None
     others = {UNTRAINED: untrained} if untrained and config.untrained else {}
-    others |= {name: tested.on(repeat) for name, repeat in (repeats or {}).items()}
+    others |= {name: tested.with_basis(repeat) for name, repeat in (repeats or {}).items()}
     # Before anything is measured, so that the slopes of placebo targets are computed once for all dictionaries.
     tested.choose_placebos(list(others.values()))
     tables, dose = _measure_dictionary(tested, TESTED, prompts, text)
@@ -519,11 +519,11 @@ def _on_basis(tested: BehaviourAblation, name: str) -> BehaviourAblation | None:
     """Return a simpler basis on the behaviour of a dictionary; None where it cannot be had."""
     dictionary, lm = tested.basis, tested.lm
     if name not in BASES:
-        return tested.on(load_dictionary(name))
+        return tested.with_basis(load_dictionary(name))
     if name == "untrained":
         # As sparse as the dictionary on these prompts, or it would change more or fewer directions at a time.
         active = round(tested.statistics.fires_F.sum() / max(tested.statistics.positions, 1))
-        return tested.on(bases.untrained(dictionary, active, tested.config.seed))
+        return tested.with_basis(bases.untrained(dictionary, active, tested.config.seed))
     if name == "neurons":
         if isinstance(lm.config, TorchConfig):  # which has no table of its weights
             return None
@@ -531,14 +531,14 @@ def _on_basis(tested: BehaviourAblation, name: str) -> BehaviourAblation | None:
         # Where a norm follows the MLP, or the site is what it reads, a neuron has no direction at the site's scale.
         if lm.config.post_norms or site.kind == "mlp_in":
             return None
-        return tested.on(bases.Neurons(lm, site.layer))
+        return tested.with_basis(bases.Neurons(lm, site.layer))
     values_NxD = tested.site_values()
     rows = values_NxD if name == "pca" else tested.answer_means()
     # Of a single answer there is no difference of means.
     if not len(values_NxD) or len(rows) < 2:
         return None
     directions = bases.principal_directions(dictionary, rows, values_NxD)
-    return tested.on(directions) if directions is not None else None
+    return tested.with_basis(directions) if directions is not None else None
 
 
 def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[FeatureEffect, ...]:
