@@ -88,6 +88,8 @@ def effects(
     """
     for name in readouts:
         one_of(name, (*READOUTS, "change_norm", *TEXT_READOUTS), "readout")
+        if name in TEXT_READOUTS and (positions, error) != ("all", "keep"):
+            raise UserError(f"{name} is measured with edits at all positions and the error kept: use the defaults")
     split = SplitModel(lm, edits.dictionary, positions, error)
     values = {name: _whole_texts(lm, split, prompts, edits, name) for name in TEXT_READOUTS if name in readouts}
     # Readouts of whole texts have a program of their own: without others, prompts need not be run as well.
@@ -106,8 +108,6 @@ def _whole_texts(
     lm: LanguageModel, split: SplitModel, prompts: Sequence[Prompt], edits: FeatureEdits, readout: str
 ) -> np.ndarray:
     """Return one of ``TEXT_READOUTS`` of each edit on each prompt, float64 ``[E, P]``."""
-    if not split.edits_everywhere:
-        raise UserError(f"{readout} is measured with edits at all positions and the error kept: use the defaults")
     if readout == "answer_log_prob":
         pairs = [encode_pair(lm.tokenizer, prompt.text, prompt.correct) for prompt in prompts]
     else:

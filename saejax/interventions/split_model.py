@@ -94,11 +94,6 @@ class SplitModel:
         self.dictionary = jax.device_put(jax.tree.map(to_host, dictionary), sharding(model.mesh))
         self._model, self._positions, self.error = model, positions, error
 
-    @property
-    def edits_everywhere(self) -> bool:
-        """True if every position except attention sinks is editable and the reconstruction error is kept."""
-        return self._positions == "all" and self.error == "keep"
-
     def run(self, prompts: Sequence[Prompt], counterparts: bool = False) -> list[CleanRun]:
         """Run prompts without an edit, sorted by length, in groups of at most ``GROUP_TOKENS`` tokens.
 
