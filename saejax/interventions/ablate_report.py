@@ -146,13 +146,16 @@ def summary(verdicts: Mapping[str, BehaviourVerdict]) -> Terms:
         if each.fooled is not None and each.placebo_sets
     ]
     passing = f" Of placebo sets, chosen for unrelated tokens, as many pass this: {', '.join(fooled)}."
-    effects = [
-        f"On {ABLATION_READOUTS[readout][0]}: {listed(lambda result, readout=readout: result.ablation[readout])}."
-        for readout in _main_readouts(next(iter(verdicts.values())))
-    ]
+    objective, accuracy = _main_readouts(next(iter(verdicts.values())))
+    effects = {
+        objective: listed(lambda result: result.ablation[objective]),
+        accuracy: listed(lambda result: result.ablation[accuracy]),
+    }
     bases = [f"{behaviour(name)}: {_bases_phrase(each)}." for name, each in verdicts.items()]
     sentences = {
-        "1. Does ablating the top features have an effect?": " ".join(effects),
+        "1. Does ablating the top features have an effect?": " ".join(
+            f"On {ABLATION_READOUTS[readout][0]}: {answers}." for readout, answers in effects.items()
+        ),
         "2. Do they do more than random features at the same dose?": (
             sentence(listed(lambda result: result.random)) + (passing if fooled else "")
         ),
