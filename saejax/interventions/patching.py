@@ -283,12 +283,13 @@ def _rows_to_run(
     heads = count_heads(point.config, point.site.kind)
     differs_LxHxBxT = to_host(_differences(heads, *(run.value_LxBxTxX for run in runs)))
     wanted_PxT = editable_positions("all" if positions == EACH else positions, last_P, length)
-    changed_LxHxPxC = differs_LxHxBxT[:, :, : len(last_P)] & wanted_PxT
+    changed_LxHxPxT = differs_LxHxBxT[:, :, : len(last_P)] & wanted_PxT
     if positions == EACH:
+        changed_LxHxPxC = changed_LxHxPxT
         first_PxC = np.broadcast_to(np.arange(length), wanted_PxT.shape)
         stop_PxC = first_PxC + 1
     else:
-        changed_LxHxPxC = changed_LxHxPxC.any(axis=-1, keepdims=True)
+        changed_LxHxPxC = changed_LxHxPxT.any(axis=-1, keepdims=True)
         first_PxC = wanted_PxT.argmax(axis=1)[:, None]
         stop_PxC = first_PxC + wanted_PxT.sum(axis=1)[:, None]
     is_wanted_L = np.isin(np.arange(len(changed_LxHxPxC)), layers)

@@ -236,8 +236,8 @@ def merge_tables(tables: Sequence[EffectsTable]) -> EffectsTable:
         rows.append((edit_E[table.edit_N], prompt_P[table.prompt_N], table.readout_N, table.value_N))
     edit_N, prompt_N, readout_N, value_N = (np.concatenate(column) for column in zip(*rows, strict=True))
     # The clean run is measured with every batch of edits: the first values stand.
-    first_N = np.sort(np.unique(whole._keys(edit_N, prompt_N, readout_N), return_index=True)[1])
-    return EffectsTable(edits, prompts, edit_N[first_N], prompt_N[first_N], readout_N[first_N], value_N[first_N])
+    first_K = np.sort(np.unique(whole._keys(edit_N, prompt_N, readout_N), return_index=True)[1])
+    return EffectsTable(edits, prompts, edit_N[first_K], prompt_N[first_K], readout_N[first_K], value_N[first_K])
 
 
 def has_effects(folder: str | Path) -> bool:
