@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ import torch
 from saejax import load_dictionary, load_model
 from saejax.costs.passes import head_flops, pass_flops
 from saejax.dictionaries import Dictionary
-from saejax.interventions import engine as ablation
 from saejax.interventions.edits import mask
+from saejax.interventions.engine import run_edits
 from saejax.interventions.split_model import SplitModel
 from saejax.models import source
 from saejax.models.sites import Site
@@ -90,28 +91,41 @@ class PlainLoop:
         return (chosen_Bx2[:, 0] - chosen_Bx2[:, 1]).double().numpy(), seen[0]
 
 
-def measure(split: SplitModel, prompts: Sequence[Prompt], features: Sequence[int]) -> tuple[float, ablation.LogitDiffs]:
+class Effects(NamedTuple):
+    """Drops of the logit difference without each of S features, and the tokens that were run for them."""
+
+    drop_SxP: np.ndarray
+    tokens: int
+
+
+def measure(split: SplitModel, prompts: Sequence[Prompt], features: Sequence[int]) -> tuple[float, Effects]:
     """Return the seconds of the effects of some features one by one, the clean run and compiling included."""
+    tokens = 0
+
+    def count(done: int, total: int) -> None:
+        nonlocal tokens
+        tokens = total
+
     start = time.perf_counter()
     edits = mask(split.dictionary, [[int(feature)] for feature in features])
-    diffs = ablation.run_edits(split, split.run(prompts), edits)
-    return time.perf_counter() - start, diffs
+    clean_P, *edited_SxP = run_edits(split, split.run(prompts), edits, on_progress=count)["logit_diff"]
+    return time.perf_counter() - start, Effects(clean_P - np.array(edited_SxP), tokens)
 
 
-def work(split: SplitModel, plain: PlainLoop, features: int, diffs: ablation.LogitDiffs) -> tuple[float, float]:
+def work(split: SplitModel, plain: PlainLoop, features: int, effects: Effects) -> tuple[float, float]:
     """Return the floating-point operations of ours and of the hooks."""
     config = split.point.config
     texts, length = plain.shape
     below = Site.parse(str(split.point.site)).layer + 1
     head = pass_flops(config, texts * length, length, below)
-    tail = pass_flops(config, diffs.tokens, length, config.n_layers - below)
+    tail = pass_flops(config, effects.tokens, length, config.n_layers - below)
     full_pass = pass_flops(config, texts * length, length, config.n_layers) + head_flops(config, texts * length)
     return head + tail, features * full_pass
 
 
 def compare(
     split: SplitModel, plain: PlainLoop, prompts: Sequence[Prompt], features: Sequence[int], rounds: int
-) -> tuple[float, float, float, float, ablation.LogitDiffs]:
+) -> tuple[float, float, float, float, Effects]:
     """Return our seconds with compiling and our median without, the hooks' seconds, the ratio, and our figures.
 
     Ends if the two sides differ by more than ``AGREEMENT`` logits.
@@ -122,13 +136,13 @@ def compare(
     theirs = time.perf_counter() - start
     our_seconds = []
     for _ in range(rounds):
-        seconds, diffs = measure(split, prompts, features)
+        seconds, effects = measure(split, prompts, features)
         our_seconds.append(seconds)
-    worst = np.abs(diffs.drop_SxP - (plain.clean_B[None, :] - theirs_SxP)).max()
+    worst = np.abs(effects.drop_SxP - (plain.clean_B[None, :] - theirs_SxP)).max()
     if worst > AGREEMENT:
         raise SystemExit(f"the two sides differ by {worst:.2g} logits: this is a bug")
     ours = float(np.median(our_seconds))
-    return first, ours, theirs, theirs / ours, diffs
+    return first, ours, theirs, theirs / ours, effects
 
 
 def main() -> None:
@@ -158,26 +172,22 @@ def main() -> None:
     )
     ratios = {}
     for name, features in (("ratio", drawn), ("ratio_frequent", frequent)):
-        first, our_s, their_s, ratios[name], diffs = compare(split, plain, prompts, features, args.rounds)
-        effects = len(features) * args.prompts
-        skipped = 1 - (diffs.rows - args.prompts) / effects
-        ours, hooks = work(split, plain, len(features), diffs)
+        first, our_s, their_s, ratios[name], effects = compare(split, plain, prompts, features, args.rounds)
+        skipped = (effects.drop_SxP == 0).mean()  # a feature that does not fire changes nothing, to the last bit
+        ours, hooks = work(split, plain, len(features), effects)
         rates = f"{ours / our_s / 1e9:.0f} / {hooks / their_s / 1e9:.0f}"
         label = f"{len(features)} {'at random' if name == 'ratio' else 'most frequent'}"
         print(
             f"{label:>20} {first:8.2f} {our_s:8.2f} {their_s:8.1f} {ratios[name]:7.1f} {hooks / ours:8.1f} {rates:>11} "
-            f"{effects / our_s:10,.0f} "
-            f"{skipped:13.0%} {diffs.tokens:9,}",
+            f"{effects.drop_SxP.size / our_s:10,.0f} "
+            f"{skipped:13.0%} {effects.tokens:9,}",
             flush=True,
         )
     line = dict(bench="ablate", **{name: round(ratio, 1) for name, ratio in ratios.items()})
     if args.all:
-        seconds, diffs = measure(split, prompts, range(dictionary.config.n_features))
+        seconds, effects = measure(split, prompts, range(dictionary.config.n_features))
         line["all_features_s"] = round(seconds, 1)
-        print(
-            f"all {dictionary.config.n_features:,} features: {seconds:.1f} s, {diffs.rows:,} rows, "
-            f"{diffs.tokens:,} tokens"
-        )
+        print(f"all {dictionary.config.n_features:,} features: {seconds:.1f} s, {effects.tokens:,} tokens")
     print(json.dumps(line))
 
 

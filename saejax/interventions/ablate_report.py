@@ -1,16 +1,19 @@
 """The report on ablation: pictures, a table and a sentence for each question; then each behaviour and its features."""
 
+import itertools
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import Label, labels_in
 from saejax.errors import UserError
-from saejax.interventions import ablate_figures
 from saejax.interventions.answers import (
+    ABLATION_READOUTS,
     BASIS_NAMES,
     AblateResults,
     BehaviourVerdict,
@@ -18,33 +21,58 @@ from saejax.interventions.answers import (
     FeatureEffect,
     fooled_sentence,
 )
-from saejax.interventions.curves import read_curves
+from saejax.interventions.curves import EffectCurve, read_curves
 from saejax.interventions.table import BASIS, TESTED, UNTRAINED, EffectsTable, load_effects
+from saejax.page import style
 from saejax.page.blocks import Block, Code, Picture, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.strips import Strips
+from saejax.page.style import BLUE, GREY, INK, ORANGE, legend, panels, styled
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant
 from saejax.page.words import behaviour, detail_title, sentence, signed
+from saejax.results import Interval
 from saejax.runner.preregistration import describe_rule
 from saejax.tasks.results import BaselineResults
 
-TABLE_ROWS, FIGURE_ROWS = 50, 30  # longest list of features in a table and in a figure
+TABLE_ROWS = 50  # longest list of features
+_STYLES = (  # colours and dashes of bases; those that need no folder have the same ones in all figures
+    (style.GREEN, "--"),
+    (style.VIOLET, "-."),
+    (style.OCHRE, ":"),
+    (style.PINK, (0, (8, 2))),
+    (INK, (0, (3, 1))),
+)
 
 
 def answer(findings: Findings, draw: Draw) -> Section:
     """Write the opening: a picture for each behaviour, the table of answers, a sentence for each question, the rule."""
     ablate = findings.first(AblateResults)
-    tested = ablate.verdict.dictionaries[TESTED]
-    blocks: list[Block] = list(_pictures(findings, draw))
-    blocks.append(_answer_table(ablate))
+    tested, untrained = (ablate.verdict.dictionaries.get(name, {}) for name in (TESTED, UNTRAINED))
+    unit = next(unit for unit, summary in findings.summaries.items() if summary.stage == "ablate")
+    table = load_effects(findings.folders[unit])
+    blocks: list[Block] = [
+        dose_picture(f"ablation_{name}", behaviour(name), table, name, result, draw) for name, result in tested.items()
+    ]
+    rows = {behaviour(name): result for name, result in tested.items()}
+    rows |= {f"{behaviour(name)}, untrained dictionary": result for name, result in untrained.items()}
+    note = (
+        "Effect: logit difference lost when the top features are ablated, with its 95 % interval. Questions 2 and 3: "
+        "mean effect of the control sets and the corrected p-value. An untrained dictionary answers the same questions "
+        "as a control."
+    )
+    caption = f"The five questions, for the {ablate.k} top features of each behaviour"
+    blocks.append(table_of_answers(caption, "Behaviour", rows, note))
     if not any(result.placebo.answer == "yes" for result in tested.values()):
         blocks.append(Text("For no behaviour are the top features shown to be specific to its answer.", strong=True))
-    blocks.append(Terms(tuple((title, signed(text)) for title, text in summary_sentences(tested).items())))
-    rule = ablate.verdict.rule
-    written = f"{describe_rule(findings.report.parent, 'ablate', rule)}."
-    blocks.append(Code("The rule in full", "\n".join(textwrap.wrap(written, 96) + [""] + textwrap.wrap(rule, 96))))
+    blocks += [summary(tested), rule_in_full(findings, "ablate", ablate.verdict.rule)]
     return Section("The answer", tuple(blocks))
+
+
+def rule_in_full(findings: Findings, stage: str, rule: str) -> Code:
+    """Return the rule of a stage's verdict, and when it was written down."""
+    written = f"{describe_rule(findings.report.parent, stage, rule)}."
+    return Code("The rule in full", "\n".join([*textwrap.wrap(written, 96), "", *textwrap.wrap(rule, 96)]))
 
 
 def details(findings: Findings) -> list[Section]:
@@ -64,7 +92,7 @@ def details(findings: Findings) -> list[Section]:
     return sections
 
 
-def features(findings: Findings, draw: Draw, shown: int) -> list[Section]:
+def features(findings: Findings, shown: int) -> list[Section]:
     """Describe the top features of each behaviour, with the contexts of the first ``shown``."""
     ablate = findings.first(AblateResults)
     intro = (
@@ -85,7 +113,7 @@ def features(findings: Findings, draw: Draw, shown: int) -> list[Section]:
             sections.append(Section(detail_title(name), (Text(nothing, strong=True),), level=3))
             continue
         strips = [make_strips(name, item) for item in top[:shown]] if make_strips else []
-        blocks: list[Block] = [_singles(name, top, draw), _feature_table(top, labels), *strips]
+        blocks: list[Block] = [_feature_table(top, labels), *strips]
         importance = (ablate.importance or {}).get(name)
         if importance:
             text = (
@@ -94,64 +122,55 @@ def features(findings: Findings, draw: Draw, shown: int) -> list[Section]:
                 f"is {number(importance.attribution_correlation)}, that of the correlation of activation and logit "
                 f"difference {number(importance.activation_correlation)}."
             )
-            blocks.insert(2, Text(text))
+            blocks.insert(1, Text(text))
         sections.append(Section(detail_title(name), tuple(blocks), level=3))
     return sections
 
 
-def summary_sentences(
-    verdicts: Mapping[str, BehaviourVerdict],
-    objective: str = "the logit difference",
-    readout: str = "top1",
-    accuracy: str = "top-1 accuracy",
-) -> dict[str, str]:
-    """Return each question with one plain sentence, over all behaviours.
+def summary(verdicts: Mapping[str, BehaviourVerdict]) -> Terms:
+    """Answer each question in one plain sentence, over all behaviours or benchmarks."""
 
-    Args:
-      verdicts: the verdict on each behaviour or benchmark.
-      objective: the objective in words.
-      readout: the readout of accuracy.
-      accuracy: accuracy in words.
-    """
-
-    def listed(answers: Mapping[str, str]) -> str:
+    def listed(answer_of: Callable[[BehaviourVerdict], CausalAnswer]) -> str:
         """Group behaviours by their answer: "yes for A, B; no for C"."""
+        answers = {behaviour(name): answer_of(result).answer for name, result in verdicts.items()}
         groups = dict.fromkeys(answers.values())
         if len(groups) == 1 and len(answers) > 1:
             return f"{next(iter(groups))} for all {len(answers)}"
         return "; ".join(
-            f"{group} for {', '.join(behaviour(name) for name, each in answers.items() if each == group)}"
-            for group in groups
+            f"{group} for {', '.join(name for name, each in answers.items() if each == group)}" for group in groups
         )
-
-    def ablation(readout: str) -> str:
-        return listed({name: each.ablation[readout].answer for name, each in verdicts.items()})
 
     fooled = [
         f"{each.fooled} of {each.placebo_sets} ({behaviour(name)})"
         for name, each in verdicts.items()
         if each.fooled is not None and each.placebo_sets
     ]
-    passing = (
-        f" Of placebo sets, chosen for unrelated tokens, as many pass this: {', '.join(fooled)}." if fooled else ""
-    )
-    bases = [f"{behaviour(name)}: {_bases_phrase(each)}" for name, each in verdicts.items()]
-    return {
-        "1. Does ablating the top features have an effect?": (
-            f"On {objective}: {ablation(next(iter(next(iter(verdicts.values())).ablation)))}. "
-            f"On {accuracy}: {ablation(readout)}."
+    passing = f" Of placebo sets, chosen for unrelated tokens, as many pass this: {', '.join(fooled)}."
+    objective, accuracy = _main_readouts(next(iter(verdicts.values())))
+    effects = {
+        objective: listed(lambda result: result.ablation[objective]),
+        accuracy: listed(lambda result: result.ablation[accuracy]),
+    }
+    bases = [f"{behaviour(name)}: {_bases_phrase(each)}." for name, each in verdicts.items()]
+    sentences = {
+        "1. Does ablating the top features have an effect?": " ".join(
+            f"On {ABLATION_READOUTS[readout][0]}: {answers}." for readout, answers in effects.items()
         ),
         "2. Do they do more than random features at the same dose?": (
-            sentence(listed({name: each.random.answer for name, each in verdicts.items()})) + passing
+            sentence(listed(lambda result: result.random)) + (passing if fooled else "")
         ),
         "3. Is the effect specific to this answer: larger than that of placebo sets at the same dose?": sentence(
-            listed({name: each.placebo.answer for name, each in verdicts.items()})
+            listed(lambda result: result.placebo)
         ),
-        "4. Do they do more than simpler directions at the same dose?": f"{'. '.join(bases)}.",
-        "5. Are other behaviours and held-out text spared?": sentence(
-            listed({name: each.selective.answer for name, each in verdicts.items()})
-        ),
+        "4. Do they do more than simpler directions at the same dose?": " ".join(bases),
+        "5. Are other behaviours and held-out text spared?": sentence(listed(lambda result: result.selective)),
     }
+    return Terms(tuple((title, signed(text)) for title, text in sentences.items()))
+
+
+def _main_readouts(result: BehaviourVerdict) -> tuple[str, str]:
+    """Return the objective, and the readout of accuracy."""
+    return next(iter(result.ablation)), "top1" if "top1" in result.ablation else "accuracy"
 
 
 def _bases_phrase(result: BehaviourVerdict) -> str:
@@ -163,110 +182,130 @@ def _bases_phrase(result: BehaviourVerdict) -> str:
         "no significant difference": "no significant difference from",
         "contradictory": "contradictory against",
     }
-    phrases = [
-        f"{words.get(answer, f'{answer} against')} {', '.join(BASIS_NAMES.get(basis, basis) for basis in bases)}"
-        for answer, bases in _bases_by_answer(result).items()
-    ]
-    return "; ".join(phrases) or "not tested"
-
-
-def _bases_by_answer(result: BehaviourVerdict) -> dict[str, list[str]]:
     by_answer: dict[str, list[str]] = {}
     for basis, comparison in result.bases.items():
-        by_answer.setdefault(comparison.answer, []).append(basis)
-    return by_answer
-
-
-def _pictures(findings: Findings, draw: Draw) -> list[Picture]:
-    ablate = findings.first(AblateResults)
-    unit = next(unit for unit, summary in findings.summaries.items() if summary.stage == "ablate")
-    table = load_effects(findings.folders[unit])
-    return [
-        dose_picture(name, behaviour(name), table, result, draw)
-        for name, result in ablate.verdict.dictionaries[TESTED].items()
-    ]
+        by_answer.setdefault(comparison.answer, []).append(BASIS_NAMES.get(basis, basis))
+    return "; ".join(f"{words[answer]} {', '.join(bases)}" for answer, bases in by_answer.items()) or "not tested"
 
 
 def dose_picture(
-    name: str,
-    title: str,
-    table: EffectsTable,
-    result: BehaviourVerdict,
-    draw: Draw,
-    unit: str = "logit difference lost",
+    name: str, title: str, table: EffectsTable, tested: str, result: BehaviourVerdict, draw: Draw
 ) -> Picture:
     """Return the picture of effects against dose: top features, random and placebo sets, simpler bases.
 
     Args:
-      name: names the figure's file; behind the last underscore of a benchmark's stands its name.
+      name: names the figure's file.
       title: the behaviour or benchmark in words.
       table: the effects table.
-      result: the verdict on the behaviour or benchmark.
+      tested: the behaviour or benchmark in the table.
+      result: the verdict on it.
       draw: draws a figure.
-      unit: the effect in words.
     """
-    key = name.removeprefix("benchmark_")
-    (top,) = read_curves(table, key, "top")
-    random, placebo = (read_curves(table, key, group) for group in ("random", "placebo"))
-    groups = [edit.group for edit in table.edits if edit.behaviour == key and edit.group.startswith(BASIS)]
-    bases = {group.removeprefix(BASIS): read_curves(table, key, group)[0] for group in dict.fromkeys(groups)}
-    effect = next(iter(result.ablation.values())).effect
-    assert effect is not None
+    (top,) = read_curves(table, tested, "top")
+    random, placebo = (read_curves(table, tested, group) for group in ("random", "placebo"))
+    groups = [edit.group for edit in table.edits if edit.behaviour == tested and edit.group.startswith(BASIS)]
+    bases = {group.removeprefix(BASIS): read_curves(table, tested, group)[0] for group in dict.fromkeys(groups)}
     named = {BASIS_NAMES.get(basis, basis): curve for basis, curve in bases.items()}
-    figure = ablate_figures.dose_effect(title, top, effect, random, placebo, named, unit)
+    objective, ablation = next(iter(result.ablation.items()))
+    assert ablation.effect is not None
+    unit = f"effect, {ABLATION_READOUTS[objective][2]}"
     caption = (
         "Every point is a set of as many features, at the smaller of its dose and that of the top features. Points on "
         "the orange line do as much as the top features at the same dose; points below it do less. "
         f"{fooled_sentence(result.fooled, result.placebo_sets)}"
     )
-    return draw(f"ablation_{name}", figure, caption, f"{title}. {_described(result)}")
+    alt = signed(f"{title}. {ablation.sentence} {result.random.sentence} {result.placebo.sentence}")
+    return draw(name, dose_effect(title, top, ablation.effect, random, placebo, named, unit), caption, alt)
 
 
-def _described(result: BehaviourVerdict) -> str:
-    return signed(f"{next(iter(result.ablation.values())).sentence} {result.random.sentence} {result.placebo.sentence}")
-
-
-def _answer_table(ablate: AblateResults) -> Table:
-    rows = [
-        (behaviour(name) + (", untrained dictionary" if dictionary == UNTRAINED else ""), result)
-        for dictionary, results in ablate.verdict.dictionaries.items()
-        if dictionary in (TESTED, UNTRAINED)
-        for name, result in results.items()
-    ]
-    columns = answer_columns("Behaviour", "1. Effect, logits", ("top1", "Top-1 accuracy, points"))
-    if any(result.replication for _, result in rows):
-        columns["In other seeds"] = _replication_cell
-    note = (
-        "Effect: logit difference lost when the top features are ablated, with its 95 % interval. Questions 2 and 3: "
-        "mean effect of the control sets and the corrected p-value. An untrained dictionary answers the same questions "
-        "as a control."
-    )
-    caption = f"The five questions, for the {ablate.k} top features of each behaviour"
-    return Table.of(caption, rows, columns, words=set(columns), note=note)
-
-
-def answer_columns(what: str, effect: str, accuracy: tuple[str, str]) -> dict[str, Callable]:
-    """Return the columns of the table of answers, as functions of a row's name and verdict.
+@styled
+def dose_effect(
+    title: str,
+    top: EffectCurve,
+    effect: Interval,
+    random: Sequence[EffectCurve],
+    placebo: Sequence[EffectCurve],
+    bases: Mapping[str, EffectCurve],
+    unit: str = "effect, logits",
+) -> Figure:
+    """Draw the effects of the top features, random sets, placebo sets and other bases against their doses.
 
     Args:
-      what: what a row is about.
-      effect: title of the effect.
-      accuracy: the readout of accuracy, and its title.
+      title: the behaviour.
+      top: the top features.
+      effect: their effect at full dose.
+      random: the random sets; each is a point at the smaller of its dose and that of the top features.
+      placebo: the placebo sets, likewise.
+      bases: the other bases by name, each drawn up to the dose of the top features.
+      unit: the effect in words.
     """
+    figure, (axes,) = panels((4.1,), (title,))
+    k = len(top.edits[-1].features)
+    label = f"the {k} top features, ablated by growing fractions"
+    axes.plot(top.dose_A, top.drop_AxP.mean(axis=1), "-D", color=ORANGE, markersize=4.5, zorder=4, label=label)
+    axes.errorbar(
+        [top.dose_A[-1]], [effect.mean], yerr=style.error_lengths(effect), color=ORANGE, capsize=3, elinewidth=1.8
+    )
+    for curves, color, marker, name in (
+        (random, GREY, "o", "random sets"),
+        (placebo, BLUE, "x", "placebo sets: top features for unrelated tokens"),
+    ):
+        if curves:
+            dose_N = np.array([min(curve.reach, top.reach) for curve in curves])
+            drop_N = np.array([curve.drop_at(dose)[0].mean() for curve, dose in zip(curves, dose_N, strict=True)])
+            axes.plot(
+                dose_N, drop_N, marker, color=color, markersize=4.2, alpha=0.75, zorder=2, label=f"{len(curves)} {name}"
+            )
+    # A folder's basis comes after those that any figure may have.
+    order = dict.fromkeys([*BASIS_NAMES.values(), *bases])
+    styles = dict(zip(order, itertools.cycle(_STYLES), strict=False))
+    for name, curve in bases.items():
+        color, dashes = styles[name]
+        # Up to the dose of the top features: nothing is compared beyond it.
+        inside = curve.dose_A < top.reach
+        end = min(curve.reach, top.reach)
+        doses = [*curve.dose_A[inside], end]
+        drops = [*curve.drop_AxP[inside].mean(axis=1), float(curve.drop_at(end)[0].mean())]
+        axes.plot(doses, drops, linestyle=dashes, color=color, linewidth=1.6, zorder=3, label=name)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set(xlabel="dose: norm of the change at the site", ylabel=unit)
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
+    legend(axes, 1)
+    return figure
+
+
+def table_of_answers(caption: str, what: str, verdicts: Mapping[str, BehaviourVerdict], note: str) -> Table:
+    """Return the table of the answers to all questions.
+
+    Args:
+      caption: what it shows.
+      what: what a row is about.
+      verdicts: title of a row -> its verdict.
+      note: a line below it.
+    """
+    objective, accuracy = _main_readouts(next(iter(verdicts.values())))
+    accuracy_name = ABLATION_READOUTS[accuracy][0]
 
     def fooled(_: str, result: BehaviourVerdict) -> str:
         return MISSING if result.fooled is None else f"{result.fooled} of {result.placebo_sets}"
 
-    return {
-        what: lambda name, _: name,
-        effect: lambda _, result: _effect_cell(next(iter(result.ablation.values()))),
-        accuracy[1]: lambda _, result: _effect_cell(result.ablation[accuracy[0]], 0, 100),
+    columns: dict[str, Callable[[str, BehaviourVerdict], str]] = {
+        what: lambda title, _: title,
+        f"1. Effect, {ABLATION_READOUTS[objective][2]}": lambda _, result: _effect_cell(result.ablation[objective]),
+        f"{accuracy_name[:1].upper()}{accuracy_name[1:]}, points": lambda _, result: _effect_cell(
+            result.ablation[accuracy], 0, 100
+        ),
         "2. More than random sets": lambda _, result: _set_cell(result.random),
         "Placebo sets that pass 2": fooled,
         "3. Specific": lambda _, result: _set_cell(result.placebo),
-        "4. More than bases": lambda _, result: _bases_cell(result),
+        "4. More than bases": lambda _, result: _bases_phrase(result),
         "5. Selective": lambda _, result: result.selective.answer,
     }
+    if any(result.replication for result in verdicts.values()):
+        columns["In other seeds"] = _replication_cell
+    return Table.of(caption, verdicts.items(), columns, words=set(columns), note=note)
 
 
 def _effect_cell(answer: CausalAnswer, digits: int = 2, scale: float = 1) -> str:
@@ -280,14 +319,6 @@ def _set_cell(comparison: CausalAnswer) -> str:
     if comparison.answer == "not testable":
         return f"not testable ({figures['sets']:.0f} of {figures['needed']:.0f} sets)"
     return f"{comparison.answer} ({figures['sets']:.0f} sets, {number(figures['mean'])}; p {comparison.p_holm:.2g})"
-
-
-def _bases_cell(result: BehaviourVerdict) -> str:
-    listed = [
-        f"{answer}: {', '.join(BASIS_NAMES.get(basis, basis) for basis in bases)}"
-        for answer, bases in _bases_by_answer(result).items()
-    ]
-    return "; ".join(listed) or "not tested"
 
 
 def _replication_cell(_: str, result: BehaviourVerdict) -> str:
@@ -326,20 +357,6 @@ def _template_table(result: BehaviourVerdict) -> Table:
     return Table.of("The effect by template", result.templates.items(), columns, stack=False, note=note)
 
 
-def _singles(name: str, top: tuple[FeatureEffect, ...], draw: Draw) -> Picture:
-    some = top[:FIGURE_ROWS]
-    figure = ablate_figures.single_features([item.feature for item in some], [item.drop for item in some])
-    above = sum(item.drop.low > 0 for item in top)
-    rest = f" The figure shows the first {len(some)}." if len(some) < len(top) else ""
-    caption = (
-        f"In order of attribution. Ablated alone, {above} of {len(top)} features lower the logit difference with an "
-        f"interval above zero; of features without effect about one in forty would.{rest}"
-    )
-    first = "; ".join(f"feature {item.feature} {interval(item.drop)}" for item in some[:5])
-    alt = f"{behaviour(name)}: drop of the logit difference when single features are ablated. {first}."
-    return draw(f"features_{name}", figure, caption, alt)
-
-
 def _feature_table(top: tuple[FeatureEffect, ...], labels: Mapping[int, Label]) -> Table:
     columns = {
         "Feature": lambda item: (
@@ -350,8 +367,14 @@ def _feature_table(top: tuple[FeatureEffect, ...], labels: Mapping[int, Label]) 
         "Fires on": lambda item: percent(item.firing_rate, 1),
         "Mean activation": lambda item: significant(item.mean_activation),
     }
-    rest = f" The first {TABLE_ROWS} of {len(top)} features." if len(top) > TABLE_ROWS else ""
-    note = f"Fires on: share of the tokens of the test prompts.{rest}"
+    above = sum(item.drop.low > 0 for item in top)
+    note = (
+        f"In order of attribution. Ablated alone, {above} of {len(top)} features lower the logit difference with an "
+        "interval above zero; of features without effect about one in forty would. Fires on: share of the tokens of "
+        "the test prompts."
+    )
+    if len(top) > TABLE_ROWS:
+        note += f" The table shows the first {TABLE_ROWS}."
     return Table.of(
         "Features ablated one by one", [(item,) for item in top[:TABLE_ROWS]], columns, stack=False, note=note
     )

@@ -1,27 +1,19 @@
 """The stage ``ablate``: do a dictionary's features cause the behaviours?
 
 A behaviour is a part in the sense of ``saejax.runner.parts``. What it measures goes to ``<behaviour>-effects/`` at
-once, so that a killed run continues with the next one; at the end all of it becomes the unit's effects table, of
-which the verdict is a pure function.
+once, so that a killed run continues with the next one. Together these tables are the unit's effects table, of which
+the verdict is a pure function.
 """
 
 import dataclasses
-import shutil
-from pathlib import Path
 
 from saejax.dictionaries import load_dictionary, stacks
 from saejax.errors import UserError
-from saejax.interventions.ablation import (
-    TEXT_LENGTH,
-    describe_top,
-    measure_behaviour,
-    measure_text,
-    verdict_config,
-)
+from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, verdict_config
 from saejax.interventions.answers import AblateResults, CausalVerdict, FeatureEffect, ImportanceSummary
 from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.split_model import parse_positions
-from saejax.interventions.table import TESTED, has_effects, load_effects, merge_tables, save_effects
+from saejax.interventions.table import TESTED, load_effects, merge_tables, save_effects
 from saejax.interventions.text import HeldOutText
 from saejax.interventions.verdict import verdict
 from saejax.parallel.collectives import is_first_process, wait_for_all
@@ -66,23 +58,18 @@ def run_ablate(run: Run) -> AblateResults:
             load_dictionary(name)  # refused before any work is done
     prompts, dictionary = run_inputs.read_behaviours(run), run_inputs.load_run_dictionary(run)
     repeats = {name: stacks.load_trained(name, run.inputs, "--ablate.repeats") for name in config.repeats}
-    text_folder = run.folder / "text-effects"
 
     def begin() -> parts.Measure:
         lm = run_inputs.load_run_model(run)
         corpus, task = run.configs[CorpusConfig], run.configs[TaskConfig]
         text = HeldOutText.of(corpus, task, lm, config.text_documents, TEXT_LENGTH)
-        if text and not has_effects(text_folder):
-            table = measure_text(lm, text, dictionary, config.error)
-            if is_first_process():
-                save_effects(text_folder, table)
 
         def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
             table, ablation = measure_behaviour(lm, dictionary, name, prompts, config, text, repeats, on_progress)
             importance = measure_importance(table, ablation) if config.effects == "all" else None
             if is_first_process():
                 # Before the part's results, whose file says that the part is done.
-                save_effects(_effects_folder(run, name), table)
+                save_effects(parts.part_file(run, name, "-effects"), table)
                 if importance:
                     importance.save(Importance.file(run.folder, name))
             results = BehaviourResults(describe_top(table, ablation), importance.summary if importance else None)
@@ -92,21 +79,12 @@ def run_ablate(run: Run) -> AblateResults:
 
     measured = parts.each_part(run, list(prompts), begin, BehaviourResults, unit="rows")
     wait_for_all("ablate: effects written")  # by the first process
-    folders = [_effects_folder(run, name) for name in prompts]
-    folders += [text_folder] if text_folder.exists() else []
-    # A run that was killed while it removed the parts has left the whole table.
-    is_merged = has_effects(run.folder)
-    table = load_effects(run.folder) if is_merged else merge_tables([load_effects(folder) for folder in folders])
+    table = merge_tables([load_effects(parts.part_file(run, name, "-effects")) for name in prompts])
     answers = verdict(table, verdict_config(config))
     for name in prompts:
         run.say(f"{name}: {summarise(answers, name)}")
-    # Nothing is removed before every process has read it.
-    wait_for_all("ablate: effects read")
     if is_first_process():
-        if not is_merged:
-            save_effects(run.folder, table)
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+        save_effects(run.folder, table)
     importance = {name: results.importance for name, results in measured.items() if results.importance}
     return AblateResults(
         dictionary=config.dictionary,
@@ -132,7 +110,3 @@ def summarise(answers: CausalVerdict, behaviour: str) -> str:
         **{f"more_than_{name}": answer.answer for name, answer in result.bases.items()},
     )
     return "; ".join(f"{question.replace('_', ' ')}: {answer}" for question, answer in answer_of.items())
-
-
-def _effects_folder(run: Run, behaviour: str) -> Path:
-    return parts.part_file(run, behaviour, "-effects")

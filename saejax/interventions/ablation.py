@@ -18,8 +18,8 @@ simpler basis as many directions, by the same attribution, as reach T's dose, ab
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,9 +29,9 @@ from saejax.interventions import activity, bases
 from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.answers import FeatureEffect, VerdictConfig, mean_interval
 from saejax.interventions.edits import ActivationReplacement, mask
-from saejax.interventions.engine import LogitDiffs, OnProgress, change_norms, run_edits
+from saejax.interventions.engine import OnProgress, change_norms, run_edits
 from saejax.interventions.slopes import attribution, leaders, likely_tokens, target_attributions
-from saejax.interventions.split_model import SplitModel
+from saejax.interventions.split_model import CleanRun, SplitModel
 from saejax.interventions.table import (
     BASIS,
     TESTED,
@@ -140,26 +140,27 @@ class BehaviourAblation:
         config = self.config
         self.split = SplitModel(self.lm, self.basis, config.positions, config.error)
         self.train: list[Any] = spread_over_templates(train, config.attribution_prompts)
-        self.train_runs, self.runs = self.split.run(self.train), self.split.run(self.test)
         # Counterparts double the clean runs, so they are run where they are needed only.
-        swaps = config.replacement == "counterpart"
-        self.train_counterparts = self.split.run_counterparts(self.train) if swaps else []
-        self.counterparts = self.split.run_counterparts(self.test) if swaps else []
+        self.train_runs, self.runs = (self._run_clean(prompts) for prompts in (self.train, self.test))
         mean_F = activity.statistics(self.split, self.train_runs).mean_F if config.replacement == "mean" else None
         seed = np.uint32(config.seed) if config.replacement == "random" else None
         self.replacement = ActivationReplacement(config.replacement, mean_F=mean_F, seed=seed)
         self.progress.check()
-        self.attribution_F = self._mean_attribution(self.train_runs, self.train_counterparts)
+        self.attribution_F = self.mean_attribution(self.train_runs)
 
-    def _mean_attribution(self, runs: Sequence, counterparts: Sequence) -> np.ndarray:
-        attribution_NxF = attribution(self.split, runs, source=self.replacement, counterparts=counterparts)
+    def with_basis(self, basis: Dictionary) -> Self:
+        """Return the ablation of another basis on the behaviour."""
+        return dataclasses.replace(self, basis=basis, features=None)
+
+    def _run_clean(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
+        return self.split.run(prompts, counterparts=self.config.replacement == "counterpart")
+
+    def mean_attribution(self, runs: Sequence[CleanRun]) -> np.ndarray:
+        """Return each feature's attribution, mean over the prompts of some clean runs, [F]."""
+        attribution_NxF = attribution(self.split, runs, self.replacement)
         self.progress.check()
         # float64, because features of nearly equal attribution are ranked.
         return attribution_NxF.mean(axis=0, dtype=np.float64)
-
-    def test_attribution(self) -> np.ndarray:
-        """Return each feature's attribution, mean over the test prompts, [F]."""
-        return self._mean_attribution(self.runs, self.counterparts)
 
     def top(self) -> list[int]:
         """Return T: at most k features, largest attribution first, those above zero alone; or the named ones."""
@@ -168,48 +169,40 @@ class BehaviourAblation:
         return leaders(self.attribution_F, self.config.top)
 
     def run(
-        self, edits: Sequence[EditDefinition], readouts: bool = False, prompts: Sequence[Prompt] | None = None
-    ) -> LogitDiffs:
-        """Run edits on the test prompts, or on others."""
-        runs, counterparts = self.runs, self.counterparts
-        if prompts is not None:
-            runs = self.split.run(prompts)
-            counterparts = self.split.run_counterparts(prompts) if self.counterparts else []
+        self, edits: Sequence[EditDefinition], prompts: Sequence[Prompt] | None = None, **options: bool
+    ) -> dict[str, np.ndarray]:
+        """Run edits on the test prompts, or on others; options and what is returned are those of ``run_edits``."""
+        runs = self.runs if prompts is None else self._run_clean(prompts)
         on_progress = self.progress.of_call(len(edits) * sum(len(run.index_P) for run in runs))
-        options = self.config.batch_rows, on_progress, counterparts, readouts
-        return run_edits(self.split, runs, self.edits(edits), *options)
+        return run_edits(self.split, runs, self.edits(edits), self.config.batch_rows, on_progress, **options)
 
-    def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return readouts on the test prompts: by name the clean ones [P] and those of each edit [E, P].
+    def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, np.ndarray]:
+        """Return readouts on the test prompts, [1 + E, P] each: without an edit, then with each edit.
 
         Args:
           edits: what is run.
           full: whether all readouts are measured, which takes the logits of the whole vocabulary.
         """
-        diffs = self.run(edits, readouts=full)
-        values = dict(logit_diff=(diffs.clean_P, diffs.ablated_SxP), **diffs.readouts)
+        values = self.run(edits, readouts=full)
         if full:
-            values["two_way"] = (diffs.clean_P > 0).astype(np.float64), (diffs.ablated_SxP > 0).astype(np.float64)
+            values["two_way"] = (values["logit_diff"] > 0).astype(np.float64)
         return values
 
-    def table(
-        self, edits: Sequence[EditDefinition], norm_ExP: np.ndarray, full: bool = False, clean: bool = False
-    ) -> EffectsTable:
-        """Return the table of some edits on the test prompts.
+    def table(self, edits: Sequence[EditDefinition], norm_ExP: np.ndarray, full: bool = False) -> EffectsTable:
+        """Return the table of the unedited model and of some edits on the test prompts.
 
         Args:
           edits: E edits.
           norm_ExP: the norms of their changes.
           full: as for ``measure``.
-          clean: whether the unedited model is one more row.
         """
-        pairs = self.measure(edits, full)
-        values = {name: edited_ExP for name, (_, edited_ExP) in pairs.items()} | dict(change_norm=norm_ExP)
-        if clean:
-            edits = [EditDefinition(self.behaviour, "clean"), *edits]
-            clean_of = {name: clean_P for name, (clean_P, _) in pairs.items()} | dict(change_norm=0 * norm_ExP[0])
-            values = {name: np.stack([clean_of[name], *edited_ExP]) for name, edited_ExP in values.items()}
-        return EffectsTable.block(edits, self.tests, values, self.definitions())
+        values = self.measure(edits, full) | dict(change_norm=np.vstack([0 * norm_ExP[:1], norm_ExP]))
+        return EffectsTable.block([self.clean, *edits], self.tests, values, self.definitions())
+
+    @property
+    def clean(self) -> EditDefinition:
+        """The definition of the unedited model."""
+        return EditDefinition(self.behaviour, "clean")
 
     def definitions(self) -> list[PromptDefinition]:
         """Return the definitions of all prompts."""
@@ -227,11 +220,21 @@ class BehaviourAblation:
 
     def site_values(self) -> np.ndarray:
         """Return the site's values at editable positions of the train prompts, [N, D]."""
-        return bases.train_values(self.train_runs)
+        parts = []
+        for run in self.train_runs:
+            count = len(run.index_P)
+            parts.append(np.asarray(run.value_BxTxD[:count], np.float32)[np.asarray(run.domain_BxT[:count])])
+        return np.concatenate(parts)
 
     def answer_means(self) -> np.ndarray:
-        """Return the site's mean last value on the train prompts of each correct answer, [G, D]."""
-        return bases.answer_means(self.train_runs)
+        """Return the site's mean last value on the train prompts of each of G correct answers, [G, D]."""
+        values: dict[int, list[np.ndarray]] = {}
+        for run in self.train_runs:
+            for row in range(len(run.index_P)):
+                value_D = np.asarray(run.value_BxTxD[row, run.last_B[row]], np.float64)
+                values.setdefault(int(run.answers_Bx2[row, 0]), []).append(value_D)
+        # By token id, so that the result does not depend on the order of prompts.
+        return np.stack([np.mean(rows, axis=0) for _, rows in sorted(values.items())])
 
     def edits(self, definitions: Sequence[EditDefinition]):
         """Return the batched edits of some definitions."""
@@ -240,7 +243,7 @@ class BehaviourAblation:
 
     def norms(self, definitions: Sequence[EditDefinition]) -> np.ndarray:
         """Return the norm of each edit's change on each test prompt, [E, P]."""
-        return change_norms(self.split, self.runs, self.edits(definitions), self.counterparts)
+        return change_norms(self.split, self.runs, self.edits(definitions))
 
     def random_sets(self, top: Sequence[int]) -> np.ndarray:
         """Return disjoint random sets of as many features as T has, none of them in T, [m, k]."""
@@ -333,23 +336,16 @@ def measure_behaviour(
     Raises:
       UserError: prompts are missing, a dictionary does not fit the model, or no feature has an attribution above zero.
     """
-    expected = expected_rows(config, prompts, behaviour, dictionary.config.n_features)
-    if text:
-        edits = len(KL_FRACTIONS) * (1 + len(config.baselines)) + config.untrained + len(config.repeats)
-        expected += edits * len(text.documents)
-    progress = RowProgress(on_progress, expected)
-
-    def ablation(basis: Dictionary) -> BehaviourAblation:
-        return BehaviourAblation(lm, basis, behaviour, prompts[behaviour], config, progress)
-
-    tested = ablation(dictionary)
-    tested.features = features
-    return measure_all(tested, ablation, prompts, text, repeats), tested
+    documents = len(text.documents) if text else 0
+    progress = RowProgress(
+        on_progress, expected_rows(config, prompts, behaviour, dictionary.config.n_features, documents)
+    )
+    tested = BehaviourAblation(lm, dictionary, behaviour, prompts[behaviour], config, progress, features)
+    return measure_all(tested, prompts, text, repeats), tested
 
 
 def measure_all(
-    tested: "BehaviourAblation",
-    ablation: Callable[[Dictionary], "BehaviourAblation"],
+    tested: BehaviourAblation,
     prompts: Mapping[str, Sequence[Prompt]],
     text: HeldOutText | None = None,
     repeats: Mapping[str, Dictionary] | None = None,
@@ -358,7 +354,6 @@ def measure_all(
 
     Args:
       tested: the tested dictionary on the behaviour.
-      ablation: puts another basis on the behaviour.
       prompts: prompts of the other behaviours; T is ablated there, too.
       text: held-out documents, if there are any.
       repeats: dictionaries of other seeds, by name.
@@ -366,34 +361,42 @@ def measure_all(
     Raises:
       UserError: no feature has an attribution above zero, or repeats do not go with the settings.
     """
-    config, dictionary = tested.config, tested.basis
+    config = tested.config
     keeps_error = config.error == "keep"  # otherwise the clean run is that of the tested dictionary alone
-    baselines = config.baselines if keeps_error else ()
-    needs_untrained = keeps_error and (config.untrained or "untrained" in baselines)
     if repeats and not keeps_error:
         raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
-    untrained = None
-    if needs_untrained:
-        # As sparse as the dictionary on these prompts, or it would change more or fewer directions at a time.
-        active = round(tested.statistics.fires_F.sum() / max(tested.statistics.positions, 1))
-        untrained = ablation(bases.untrained(dictionary, active, config.seed))
-    repeated = {name: ablation(repeat) for name, repeat in (repeats or {}).items()}
+    baselines = config.baselines if keeps_error else ()
+    needs_untrained = keeps_error and (config.untrained or "untrained" in baselines)
+    untrained = _on_basis(tested, "untrained") if needs_untrained else None
+    others = {UNTRAINED: untrained} if untrained and config.untrained else {}
+    others |= {name: tested.with_basis(repeat) for name, repeat in (repeats or {}).items()}
     # Before anything is measured, so that the slopes of placebo targets are computed once for all dictionaries.
-    tested.choose_placebos([*([untrained] if untrained and config.untrained else []), *repeated.values()])
+    tested.choose_placebos(list(others.values()))
     tables, dose = _measure_dictionary(tested, TESTED, prompts, text)
-    if untrained and config.untrained:
-        tables += _measure_dictionary(untrained, UNTRAINED, prompts, text)[0]
+    for name, other in others.items():
+        tables += _measure_dictionary(other, name, prompts, text)[0]
     for name in baselines:
-        basis = untrained if name == "untrained" else _basis(name, tested, dictionary, ablation)
-        if basis is not None:
-            tables += _measure_basis(basis, name, dose, text)
-    for name, repeat in repeated.items():
-        tables += _measure_dictionary(repeat, name, prompts, text)[0]
+        on_basis = untrained if name == "untrained" else _on_basis(tested, name)
+        tables += _measure_basis(on_basis, name, dose, text) if on_basis else []
     return merge_tables(tables)
 
 
-def expected_rows(config: AblateConfig, prompts: Mapping[str, Sequence[Prompt]], behaviour: str, features: int) -> int:
-    """Return about how many rows, as ``RowProgress`` has them, a behaviour takes with a dictionary of ``features``."""
+def expected_rows(
+    config: AblateConfig,
+    prompts: Mapping[str, Sequence[Prompt]],
+    behaviour: str,
+    features: int,
+    documents: int = 0,
+) -> int:
+    """Return about how many rows, as ``RowProgress`` has them, a behaviour takes.
+
+    Args:
+      config: settings of the ablation.
+      prompts: prompts of all behaviours, by name.
+      behaviour: its name.
+      features: number of features of the dictionary.
+      documents: number of held-out documents.
+    """
     test = sum(prompt.split == "test" for prompt in prompts[behaviour])
     train = sum(prompt.split == "train" for prompt in prompts[behaviour])
     pool = min(config.random_sets, features // 4 // config.top)  # about a quarter of the features fire
@@ -401,17 +404,9 @@ def expected_rows(config: AblateConfig, prompts: Mapping[str, Sequence[Prompt]],
     trainings = 1 + config.untrained + len(config.repeats)
     edits = trainings * (len(FRACTIONS) + controls) + len(FRACTIONS) * len(config.baselines) + 2 * config.top
     edits += features / 4 * (config.effects == "all")
+    on_text = len(KL_FRACTIONS) * (1 + len(config.baselines)) + trainings - 1
     chosen = config.placebo_targets * min(train, config.attribution_prompts or train)  # for all dictionaries at once
-    return round(test * (edits + trainings * (len(prompts) - 1))) + chosen
-
-
-def measure_text(lm: LanguageModel, text: HeldOutText, dictionary: Dictionary, error: str = "keep") -> EffectsTable:
-    """Return the clean cross-entropy of held-out documents; ``error`` is that of ``AblateConfig``."""
-    split = SplitModel(lm, dictionary, error=error)
-    # A fraction of 0 changes nothing; the program that measures edits then measures the clean text, too.
-    diffs = text.effects(split, mask(dictionary, [[0]], 0.0))
-    values = dict(ce=(diffs.clean_N / diffs.tokens_N)[None])
-    return EffectsTable.block([EditDefinition(TEXT, "clean")], _documents(text), values)
+    return round(test * (edits + trainings * (len(prompts) - 1))) + chosen + documents * on_text
 
 
 def _measure_dictionary(
@@ -454,7 +449,7 @@ def _measure_dictionary(
     ]
 
     edits = [*grid, *extra]
-    tables = [ablation.table(edits, norms(edits), full=True, clean=name == TESTED)]
+    tables = [ablation.table(edits, norms(edits), full=True)]
     if controls:
         # Controls without the readouts that take the logits of the whole vocabulary: they are compared on the
         # objective.
@@ -465,9 +460,9 @@ def _measure_dictionary(
     for group in [[item] for item in behaviours] if ablation.config.replacement == "random" else [behaviours]:
         tests = [prompt for _, each in group for prompt in each if prompt.split == "test"]
         if tests:
-            diffs = ablation.run(grid[-1:], prompts=tests)
+            diff_ExP = ablation.run(grid[-1:], tests)["logit_diff"][1:]
             definitions = [prompt for item in group for prompt in define_prompts(*item) if prompt.split == "test"]
-            tables.append(EffectsTable.block(grid[-1:], definitions, dict(logit_diff=diffs.ablated_SxP)))
+            tables.append(EffectsTable.block(grid[-1:], definitions, dict(logit_diff=diff_ExP)))
     if text:
         tables.append(_measure_text(ablation, grid, KL_FRACTIONS if name == TESTED else KL_FRACTIONS[-1:], text))
     if name == TESTED and ablation.config.effects == "all":
@@ -480,11 +475,7 @@ def _measure_every(ablation: BehaviourAblation) -> EffectsTable:
     # The effect of a feature that never fires is known to be 0.
     live = np.flatnonzero(ablation.statistics.prompts_F > 0)
     every = [EditDefinition(ablation.behaviour, "every", int(i), (int(i),)) for i in live]
-    diffs = ablation.run(every)
-    # All features share one rounding error per prompt, which would make many small effects agree.
-    is_rounding_SxP = np.abs(diffs.drop_SxP) <= 4 * diffs.rounding_P[None, :]
-    values = dict(logit_diff=np.where(is_rounding_SxP, diffs.clean_P, diffs.ablated_SxP))
-    return EffectsTable.block(every, ablation.tests, values)
+    return EffectsTable.block([ablation.clean, *every], ablation.tests, ablation.run(every, snap_rounding=True))
 
 
 def _measure_basis(ablation: BehaviourAblation, name: str, dose: float, text: HeldOutText | None) -> list[EffectsTable]:
@@ -511,12 +502,12 @@ def _measure_basis(ablation: BehaviourAblation, name: str, dose: float, text: He
 def _measure_text(
     ablation: BehaviourAblation, grid: Sequence[EditDefinition], fractions: Sequence[float], text: HeldOutText
 ) -> EffectsTable:
-    """Measure some edits of a grid on held-out text."""
+    """Measure some edits of a grid, and no edit, on held-out text."""
     chosen = [grid[FRACTIONS.index(fraction)] for fraction in fractions]
-    diffs = text.effects(ablation.split, ablation.edits(chosen))
+    values = text.effects(ablation.split, ablation.edits(chosen))
     ablation.progress.of_call(len(chosen) * len(text.documents))(1, 1)
-    values = dict(ce=(diffs.clean_N[None] + diffs.rise_SxN) / diffs.tokens_N, kl=diffs.kl_SxN / diffs.tokens_N)
-    return EffectsTable.block(chosen, _documents(text), values)
+    documents = [PromptDefinition(f"{TEXT}/{number:05d}", TEXT) for number in range(len(text.documents))]
+    return EffectsTable.block([EditDefinition(TEXT, "clean"), *chosen], documents, values)
 
 
 def root_mean_square(norm_P: np.ndarray) -> float:
@@ -524,34 +515,30 @@ def root_mean_square(norm_P: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(norm_P))))
 
 
-def _documents(text: HeldOutText) -> list[PromptDefinition]:
-    return [PromptDefinition(f"{TEXT}/{number:05d}", TEXT) for number in range(len(text.documents))]
-
-
-def _basis(
-    name: str,
-    tested: BehaviourAblation,
-    dictionary: Dictionary,
-    ablation: Callable[[Dictionary], BehaviourAblation],
-) -> BehaviourAblation | None:
-    """Return a basis on the behaviour; None where it cannot be had."""
+def _on_basis(tested: BehaviourAblation, name: str) -> BehaviourAblation | None:
+    """Return a simpler basis on the behaviour of a dictionary; None where it cannot be had."""
+    dictionary, lm = tested.basis, tested.lm
     if name not in BASES:
-        return ablation(load_dictionary(name))
+        return tested.with_basis(load_dictionary(name))
+    if name == "untrained":
+        # As sparse as the dictionary on these prompts, or it would change more or fewer directions at a time.
+        active = round(tested.statistics.fires_F.sum() / max(tested.statistics.positions, 1))
+        return tested.with_basis(bases.untrained(dictionary, active, tested.config.seed))
     if name == "neurons":
-        if isinstance(tested.lm.config, TorchConfig):  # which has no table of its weights
+        if isinstance(lm.config, TorchConfig):  # which has no table of its weights
             return None
         site = Site.parse(dictionary.config.target or dictionary.site)
         # Where a norm follows the MLP, or the site is what it reads, a neuron has no direction at the site's scale.
-        if tested.lm.config.post_norms or site.kind == "mlp_in":
+        if lm.config.post_norms or site.kind == "mlp_in":
             return None
-        return ablation(bases.Neurons(tested.lm, site.layer))
+        return tested.with_basis(bases.Neurons(lm, site.layer))
     values_NxD = tested.site_values()
-    if not len(values_NxD):
-        return None
     rows = values_NxD if name == "pca" else tested.answer_means()
     # Of a single answer there is no difference of means.
-    directions = bases.principal_directions(dictionary, rows, values_NxD) if len(rows) > 1 else None
-    return ablation(directions) if directions is not None else None
+    if not len(values_NxD) or len(rows) < 2:
+        return None
+    directions = bases.principal_directions(dictionary, rows, values_NxD)
+    return tested.with_basis(directions) if directions is not None else None
 
 
 def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[FeatureEffect, ...]:
@@ -561,7 +548,7 @@ def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[Feat
     drop_KxP = table.drops(edits, prompts, table.objective(ablation.behaviour))
     templates = [prompt.template for prompt in prompts]
     config = ablation.config
-    weights_SxP = resampling_weights(templates, config.bootstrap, config.seed) if len(prompts) > 1 else None
+    weights_SxP = resampling_weights(templates, config.bootstrap, config.seed)
     intervals = [mean_interval(drop_P, weights_SxP) for drop_P in drop_KxP]
     statistics = ablation.statistics
     return tuple(

@@ -60,10 +60,6 @@ class FeatureStatistics(NamedTuple):
         """Mean activation over all positions, also those at which the feature is silent; 0 without positions."""
         return self.total_F / max(self.positions, 1)
 
-    def firing(self, features: Sequence[int]) -> list[int]:
-        """Return those of some features that fire anywhere."""
-        return [feature for feature in features if self.fires_F[feature] > 0]
-
     def of(self, feature: int) -> dict[str, float]:
         """Return a feature's ``firing_rate`` and ``mean_activation``, for JSON."""
         return dict(

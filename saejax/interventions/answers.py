@@ -68,7 +68,7 @@ class CausalAnswer:
     #: yes, no, not testable or not tested; beside a basis more, less, no significant difference, equivalent or
     #: contradictory
     answer: str
-    sentence: str  #: the answer in words
+    sentence: str = ""  #: the answer in words
     effect: Interval | None = None  #: the effect size that the question is about, with its 95 % interval
     p_value: float | None = None  #: before correction
     p_holm: float | None = None  #: after Holm's correction within the question
@@ -140,17 +140,9 @@ class AblateResults:
     importance: Mapping[str, ImportanceSummary] | None = None  #: of all features, by behaviour
 
 
-def mean_interval(values_P: np.ndarray, weight_RxP: np.ndarray | None) -> Interval:
-    """Return a mean and its 95 % bootstrap interval.
-
-    Args:
-      values_P: the values.
-      weight_RxP: their weights in bootstrap samples; None: both ends are the mean.
-    """
-    mean = float(values_P.mean())
-    if weight_RxP is None:
-        return Interval(mean, mean, mean)
-    return Interval(mean, *percentile_interval(weight_RxP @ values_P))
+def mean_interval(values_P: np.ndarray, weight_RxP: np.ndarray) -> Interval:
+    """Return the mean of some values and its 95 % bootstrap interval, given their weights in bootstrap samples."""
+    return Interval(float(values_P.mean()), *percentile_interval(weight_RxP @ values_P))
 
 
 def ablation_sentence(
@@ -193,52 +185,43 @@ def ablation_sentence(
     return f"{text}, in every template."
 
 
-def sets_sentence(
-    answer: str,
-    group: str,
-    k: int,
-    numbers: Mapping[str, float],
-    p_value: float,
-    p_holm: float,
-    behaviours: int,
-    objective: str = "logit_diff",
-) -> str:
+def sets_sentence(answer: CausalAnswer, group: str, k: int, behaviours: int, objective: str = "logit_diff") -> str:
     """Return the sentence of questions 2 (``group`` random) and 3 (placebo).
 
     Args:
-      answer: yes, no or not testable.
+      answer: the answer without its sentence. Its numbers are sets, needed, mean (effect of the controls) and top (mean
+        effect of the features). Each pair is compared at the smaller of its two doses, so the effect of the features
+        differs between pairs.
       group: group of the control sets.
       k: number of features of each set.
-      numbers: sets, needed, mean (effect of the controls), top (mean effect of the features). Each pair is compared at
-        the smaller of its two doses, so the effect of the features differs between pairs.
-      p_value: before correction.
-      p_holm: after correction.
       behaviours: number of behaviours that the correction is over.
       objective: the readout whose drop is the effect.
     """
+    assert answer.numbers and answer.p_value is not None
+    numbers, is_yes = answer.numbers, answer.answer == "yes"
     count, needed = int(numbers["sets"]), int(numbers["needed"])
-    if answer == "not testable" and group == "random":
+    if answer.answer == "not testable" and group == "random":
         return (
             f"Not testable with k = {k}: {count} independent sets of {needed} needed; use a smaller k or a wider "
             "dictionary."
         )
-    if answer == "not testable":
+    if answer.answer == "not testable":
         return f"Not testable: {count} placebo targets of {needed} needed; raise their number."
     lowers = numbers["top"] >= 0
     verb, sign = ("lower", 1) if lowers else ("raise", -1)
     # p = (1 + sets that lower the objective at least as much) / (1 + sets); see ``ranks.rank_p``.
-    reaching = round(p_value * (count + 1)) - 1
+    reaching = round(answer.p_value * (count + 1)) - 1
     reach = f"{_conjugate(verb, reaching)} it {'at least as much' if lowers else 'no more'}"
-    corrected = f", {p_holm:.2g} after correction for {behaviours} behaviours" if behaviours > 1 else ""
+    corrected = f", {answer.p_holm:.2g} after correction for {behaviours} behaviours" if behaviours > 1 else ""
     if group == "placebo":
-        conclusion = "specific to this answer" if answer == "yes" else "not shown to be specific to this answer"
+        conclusion = "specific to this answer" if is_yes else "not shown to be specific to this answer"
     else:
-        conclusion = f"{'more' if answer == 'yes' else 'not significantly more'} than {group} sets"
+        conclusion = f"{'more' if is_yes else 'not significantly more'} than {group} sets"
     return (
         f"Compared with each of {count} {group} sets at the smaller of the two doses, the {features(k)} "
         f"{_conjugate(verb, k)} {ABLATION_READOUTS[objective][0]} by {sign * numbers['top']:z.2f} on average and the "
         f"sets by {sign * numbers['mean']:z.2f}; {reaching} of the {count} sets {reach} "
-        f"(p = {p_value:.2g}{corrected}): {conclusion}."
+        f"(p = {answer.p_value:.2g}{corrected}): {conclusion}."
     )
 
 
@@ -257,22 +240,15 @@ def fooled_sentence(count: int | None, placebo_sets: int) -> str:
     )
 
 
-def basis_sentence(
-    answer: str,
-    name: str,
-    numbers: Mapping[str, float],
-    differences: Mapping[str, Interval],
-    objective: str = "logit_diff",
-) -> str:
+def basis_sentence(answer: CausalAnswer, name: str, objective: str) -> str:
     """Return the sentence of question 4.
 
     Args:
-      answer: more, less, equivalent, no significant difference or contradictory.
+      answer: the answer without its sentence; its parts are the features' effect minus the basis's, by kind of dose.
       name: name of the basis.
-      numbers: top, basis and dose at which they were compared.
-      differences: features' effect minus the basis's, by kind of dose.
       objective: the readout whose drop is the effect.
     """
+    assert answer.numbers and answer.parts
     endings = {
         "more": "the features have the larger effect",
         "less": "the features have the smaller effect",
@@ -282,33 +258,32 @@ def basis_sentence(
     }
     kinds = dict(norm="norm", kl="KL on text")
     listed = ", ".join(
-        f"{at.mean:+.2f} [{at.low:.2f}, {at.high:.2f}] by {kinds[kind]}" for kind, at in differences.items()
+        f"{at.mean:+.2f} [{at.low:.2f}, {at.high:.2f}] by {kinds[kind]}" for kind, at in answer.parts.items()
     )
     return (
-        f"Against {BASIS_NAMES.get(name, name)} at equal dose: {numbers['top']:.2f} {ABLATION_READOUTS[objective][2]} "
-        f"lost to {numbers['basis']:.2f}; difference {listed}: {endings[answer]}."
+        f"Against {BASIS_NAMES.get(name, name)} at equal dose: {answer.numbers['top']:.2f} "
+        f"{ABLATION_READOUTS[objective][2]} lost to {answer.numbers['basis']:.2f}; difference {listed}: "
+        f"{endings[answer.answer]}."
     )
 
 
-def selective_sentence(
-    answer: str, parts: Mapping[str, Interval], margins: Mapping[str, float], failing: Sequence[str]
-) -> str:
+def selective_sentence(answer: CausalAnswer, failing: Sequence[str]) -> str:
     """Return the sentence of question 5.
 
     Args:
-      answer: yes or no.
-      parts: loss on held-out text (nats) and on other behaviours (logits).
-      margins: margin of each.
+      answer: the answer without its sentence. Its parts are the losses on held-out text (nats) and on other behaviours
+        (logits), its numbers their margins.
       failing: parts whose interval reaches the margin.
     """
-    names = failing or list(parts)
+    assert answer.parts and answer.numbers
+    parts, names = answer.parts, failing or list(answer.parts)
     # "z": a rounded -0.001 is written 0.00, so runs that differ by rounding errors get the same sentence.
     listed = "; ".join(
         f"{name.replace('_', ' ')} {parts[name].mean:z.2f} [{parts[name].low:z.2f}, {parts[name].high:z.2f}], margin "
-        f"{margins[name]:z.2f}"
+        f"{answer.numbers[name]:z.2f}"
         for name in names
     )
-    if answer == "yes":
+    if answer.answer == "yes":
         return f"Held-out text and all other behaviours are spared ({listed})."
     if not failing:
         return f"Not shown to spare held-out text and the other behaviours after correction ({listed})."

@@ -16,7 +16,7 @@ features do no more than these has not earned its place.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.interventions.split_model import CleanRun
+from saejax.interventions.edits import linear_dictionary
 from saejax.models import decoder
 from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.language_model import LanguageModel
@@ -77,22 +77,9 @@ class Neurons(Dictionary):
 
 
 def linear(like: Dictionary, directions_FxD: np.ndarray, centre_D: np.ndarray | None = None) -> Dictionary:
-    """Return directions as a linear dictionary at the site that another one writes to, with its sink rule.
-
-    Args:
-      like: a dictionary that gives the site and its sink rule.
-      directions_FxD: F directions.
-      centre_D: where a value stands from which all directions were removed; None: at 0.
-    """
+    """Return ``linear_dictionary`` at the site that another dictionary, ``like``, writes to, with its sink rule."""
     count, width = directions_FxD.shape
-    arrays = dict(
-        W_enc_DxF=directions_FxD.T,
-        b_enc_F=np.zeros(count),
-        W_dec_FxD=directions_FxD,
-        b_dec_D=np.zeros(width) if centre_D is None else centre_D,
-    )
-    config = _like(like, kind="linear", d_in=width, n_features=count)
-    return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
+    return linear_dictionary(_like(like, kind="linear", d_in=width, n_features=count), directions_FxD, centre_D)
 
 
 def principal_directions(like: Dictionary, rows_RxD: np.ndarray, values_NxD: np.ndarray) -> Dictionary | None:
@@ -125,26 +112,6 @@ def untrained(dictionary: Dictionary, active: int, seed: int) -> Dictionary:
     # TopK, so that as many are active as in the dictionary, whose own kind has thresholds that only training sets.
     random = Dictionary.initial(_like(dictionary, kind="topk", k=max(active, 1)), jax.random.key(seed))
     return Dictionary(random.config, **random.arrays | dict(b_dec_D=dictionary.b_dec_D[...]))
-
-
-def train_values(runs: Sequence[CleanRun]) -> np.ndarray:
-    """Return the site's values at the editable positions of prompts, [N, D]."""
-    parts = []
-    for run in runs:
-        count = len(run.index_P)
-        parts.append(np.asarray(run.value_BxTxD[:count], np.float32)[np.asarray(run.domain_BxT[:count])])
-    return np.concatenate(parts)
-
-
-def answer_means(runs: Sequence[CleanRun]) -> np.ndarray:
-    """Return the mean of the site's last value over the prompts of each of G correct answers, [G, D]."""
-    values: dict[int, list[np.ndarray]] = {}
-    for run in runs:
-        for row in range(len(run.index_P)):
-            value_D = np.asarray(run.value_BxTxD[row, run.last_B[row]], np.float64)
-            values.setdefault(int(run.answers_Bx2[row, 0]), []).append(value_D)
-    # By token id, so that the result does not depend on the order of prompts.
-    return np.stack([np.mean(rows, axis=0) for _, rows in sorted(values.items())])
 
 
 def _like(dictionary: Dictionary, **changes: object) -> DictionaryConfig:

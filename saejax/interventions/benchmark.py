@@ -134,11 +134,10 @@ class BenchmarkAblation(BehaviourAblation):
         """Return attributions for each of N references, [N, F], of this dictionary and of those in ``splits``."""
         return attributions([self.split, *splits], references, self.batch_tokens, self.progress.check)
 
-    def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return the log-likelihood of the reference answers, clean [P] and under each edit [E, P]."""
+    def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, np.ndarray]:
+        """Return the log-likelihood of the reference answers, [1 + E, P]: without an edit, then with each edit."""
         on_progress = self.progress.of_call(len(edits) * len(self.test))
-        clean_P, edited_ExP = self.test_references.log_likelihoods(self.edits(edits), on_progress)
-        return dict(answer_log_prob=(clean_P, edited_ExP))
+        return dict(answer_log_prob=self.test_references.log_likelihoods(self.edits(edits), on_progress))
 
     def definitions(self) -> list[PromptDefinition]:
         """Return the definitions of all items."""
@@ -239,14 +238,17 @@ def measure_benchmark(
     settings = ablate_config(config)
     definitions = {items.name: items.definitions()}
     expected = expected_rows(settings, cast(Mapping, definitions), items.name, dictionary.config.n_features)
-    progress = RowProgress(on_progress, expected)
-
-    def ablation(basis: Dictionary) -> BenchmarkAblation:
-        options: dict[str, Any] = dict(items=items, batch_tokens=config.batch_tokens)
-        return BenchmarkAblation(items.lm, basis, items.name, [], settings, progress, **options)
-
-    tested = ablation(dictionary)
-    return measure_all(tested, ablation, {items.name: []}, repeats=repeats), tested
+    tested = BenchmarkAblation(
+        items.lm,
+        dictionary,
+        items.name,
+        [],
+        settings,
+        RowProgress(on_progress, expected),
+        items=items,
+        batch_tokens=config.batch_tokens,
+    )
+    return measure_all(tested, {items.name: []}, repeats=repeats), tested
 
 
 def measure_sets(ablation: BenchmarkAblation, sets: Mapping[str, Sequence[int]]) -> EffectsTable:

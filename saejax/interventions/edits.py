@@ -310,16 +310,28 @@ def project(site: str, subspaces: Sequence[np.ndarray], fractions: Amount = 1.0)
             raise UserError("the directions of a subspace depend on each other: give linearly independent ones")
         sets.append(np.arange(len(rows), len(rows) + Q_DxN.shape[1]))
         rows += list(Q_DxN.T)
-    directions_FxD = jnp.asarray(np.stack(rows), jnp.float32)
+    config = DictionaryConfig(kind="linear", site=site, d_in=len(rows[0]), n_features=len(rows))
+    return mask(linear_dictionary(config, np.stack(rows)), sets, fractions)
+
+
+def linear_dictionary(
+    config: DictionaryConfig, directions_FxD: np.ndarray, centre_D: np.ndarray | None = None
+) -> Dictionary:
+    """Return F directions as a linear dictionary.
+
+    Args:
+      config: of the dictionary.
+      directions_FxD: the directions.
+      centre_D: where a value stands from which all directions were removed; None: at 0.
+    """
     count, width = directions_FxD.shape
-    basis = Dictionary(
-        DictionaryConfig(kind="linear", site=site, d_in=width, n_features=count),
+    arrays = dict(
         W_enc_DxF=directions_FxD.T,
-        b_enc_F=jnp.zeros(count),
+        b_enc_F=np.zeros(count),
         W_dec_FxD=directions_FxD,
-        b_dec_D=jnp.zeros(width),
+        b_dec_D=np.zeros(width) if centre_D is None else centre_D,
     )
-    return mask(basis, sets, fractions)
+    return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
 
 
 def _sets(sets: Sets) -> tuple[np.ndarray, ...]:

@@ -19,8 +19,7 @@ The rows go through one jitted program in batches of bounded size, sharded over 
 """
 
 import collections
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -89,25 +88,19 @@ def effects(
     """
     for name in readouts:
         one_of(name, (*READOUTS, "change_norm", *TEXT_READOUTS), "readout")
+        if name in TEXT_READOUTS and (positions, error) != ("all", "keep"):
+            raise UserError(f"{name} is measured with edits at all positions and the error kept: use the defaults")
     split = SplitModel(lm, edits.dictionary, positions, error)
     values = {name: _whole_texts(lm, split, prompts, edits, name) for name in TEXT_READOUTS if name in readouts}
     # Readouts of whole texts have a program of their own: without others, prompts need not be run as well.
     if values.keys() >= set(readouts):
         return np.stack([values[name] for name in readouts], axis=-1)
-    runs = split.run(prompts)
-    counterparts = split.run_counterparts(prompts) if edits.replacement.kind == "counterpart" else ()
-    measured = run_edits(
-        split,
-        runs,
-        edits,
-        batch_rows,
-        on_progress,
-        counterparts=counterparts,
-        readouts=any(name in READOUTS[1:] for name in readouts),
-    )
+    runs = split.run(prompts, counterparts=edits.replacement.kind == "counterpart")
+    needs_vocabulary = any(name in READOUTS[1:] for name in readouts)
+    measured = run_edits(split, runs, edits, batch_rows, on_progress, needs_vocabulary)
     if "change_norm" in readouts:
-        values["change_norm"] = change_norms(split, runs, edits, counterparts)
-    values |= {"logit_diff": measured.ablated_SxP, **{name: pair[1] for name, pair in measured.readouts.items()}}
+        values["change_norm"] = change_norms(split, runs, edits)
+    values |= {name: value_ExP[1:] for name, value_ExP in measured.items()}
     return np.stack([values[name] for name in readouts], axis=-1)
 
 
@@ -115,8 +108,6 @@ def _whole_texts(
     lm: LanguageModel, split: SplitModel, prompts: Sequence[Prompt], edits: FeatureEdits, readout: str
 ) -> np.ndarray:
     """Return one of ``TEXT_READOUTS`` of each edit on each prompt, float64 ``[E, P]``."""
-    if not split.edits_everywhere:
-        raise UserError(f"{readout} is measured with edits at all positions and the error kept: use the defaults")
     if readout == "answer_log_prob":
         pairs = [encode_pair(lm.tokenizer, prompt.text, prompt.correct) for prompt in prompts]
     else:
@@ -127,28 +118,8 @@ def _whole_texts(
         # Cross-entropy of a text is the log-likelihood of all of it after its first token.
         pairs = [(each[:1], each[1:]) for each in ids]
     references = [Reference(*pair) for pair in pairs]
-    _, edited_ExP = References(split, references, GROUP_TOKENS).log_likelihoods(edits)
+    edited_ExP = References(split, references, GROUP_TOKENS).log_likelihoods(edits)[1:]
     return edited_ExP if readout == "answer_log_prob" else -edited_ExP / np.array([len(each[1]) for each in pairs])
-
-
-@dataclasses.dataclass(frozen=True)
-class LogitDiffs:
-    """Logit differences, logit(correct) - logit(wrong), without an edit and with each of S edits."""
-
-    clean_P: np.ndarray  #: float64, P prompts
-    ablated_SxP: np.ndarray  #: float64; equal to the clean one, to the last bit, where the edit changes nothing
-    #: how far the clean logit difference of each prompt, computed from all of its tokens, is from that computed from
-    #: the last one: effects of this size are rounding, and all edits share it.
-    rounding_P: np.ndarray
-    rows: int  #: number of (edit, prompt) pairs that were run, the clean ones counted once
-    tokens: int  #: number of tokens that went through the layers above the site, padding included
-    #: by name, the clean values ``[P]`` and those of each edit ``[S, P]`` of ``READOUTS[1:]``, if measured.
-    readouts: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def drop_SxP(self) -> np.ndarray:
-        """By how much each edit lowers the logit difference."""
-        return self.clean_P[None, :] - self.ablated_SxP
 
 
 def run_edits(
@@ -157,59 +128,74 @@ def run_edits(
     edits: FeatureEdits,
     batch_rows: int = BATCH_ROWS,
     on_progress: OnProgress = lambda done, total: None,
-    counterparts: Sequence[CleanRun] = (),
     readouts: bool = False,
-) -> LogitDiffs:
+    snap_rounding: bool = False,
+) -> dict[str, np.ndarray]:
     """Run S edits on prompts whose clean run is given.
 
     Args:
       split: the model, split at the site that the edits' dictionary writes to.
-      runs: from ``split.run``.
+      runs: from ``split.run``; with counterparts for the replacement ``counterpart``.
       edits: edits of the split's dictionary.
       batch_rows: as for ``effects``.
       on_progress: as for ``effects``.
-      counterparts: for the replacement ``counterpart``, from ``split.run_counterparts``.
       readouts: whether all of ``READOUTS`` are measured, which takes the logits of the whole vocabulary.
+      snap_rounding: whether changes of a logit difference that may be rounding are taken for none.
 
     Returns:
-      The logit differences and, if asked for, the other readouts.
+      The logit difference and, if asked for, the other readouts, float64 ``[1 + S, P]`` each: without an edit, then
+      with each edit; equal to the last bit where the edit changes nothing.
 
     Raises:
       UserError: a readout is not finite.
     """
     # Behind the edits stand two clean runs: from all tokens and from the last one alone.
     planned = edits.with_clean_rows(2)
-    pairs = zip(runs, counterparts or runs, strict=True)
-    edited = [EditedRun(*pair, edits.replacement.of_run(number)) for number, pair in enumerate(pairs)]
+    edited = [EditedRun(run, edits.replacement.of_run(number)) for number, run in enumerate(runs)]
     plans = [_plan(split, each, planned, batch_rows) for each in edited]
     batches = [(each.run.index_P, batch) for each, plan in zip(edited, plans, strict=True) for batch in plan]
-    measured = _measure(split, edited, plans, planned, readouts, on_progress)
     names = READOUTS if readouts else READOUTS[:1]
-    count, prompts = len(edits), sum(len(run.index_P) for run in runs)
     # NaN marks rows that are not run, because no readout of a finite run is NaN.
-    values_MxExP = np.full((len(names), count + 2, prompts), np.nan)
-    for (index_Q, batch), values_SxRxM in zip(batches, measured, strict=True):
-        for shard, values_RxM in zip(batch.shards, values_SxRxM, strict=True):
-            values_MxExP[:, shard.set_N, index_Q[shard.place_N]] = values_RxM[: len(shard.set_N)].T
-    rows = sum(int((shard.set_N != count).sum()) for _, batch in batches for shard in batch.shards)
-    tokens = sum(batch.tokens * len(batch.shards) for _, batch in batches)
+    values_MxExP = np.full((len(names), len(planned), sum(len(run.index_P) for run in runs)), np.nan)
+    done, total = 0, sum(batch.tokens * len(batch.shards) for _, batch in batches)
+    on_progress(0, total)
+    started = (
+        array
+        for each, plan in zip(edited, plans, strict=True)
+        for array in (_start(split, each, plan, planned, readouts) if plan else ())
+    )
+    # Results are fetched some batches later, so that the device has work while the host reads.
+    for (index_Q, batch), device_SxRxM in zip(batches, prefetch(started), strict=True):
+        for shard, values_RxM in zip(batch.shards, np.asarray(device_SxRxM), strict=True):
+            # Rows that fill a batch are not prompts: what they hold is not looked at.
+            values_NxM = values_RxM[: len(shard.set_N)]
+            if not np.isfinite(values_NxM).all():
+                raise UserError(
+                    f"a logit difference after an edit at {split.point.site} is not finite: the model or the "
+                    "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
+                )
+            values_MxExP[:, shard.set_N, index_Q[shard.place_N]] = values_NxM.T
+        done += batch.tokens * len(batch.shards)
+        on_progress(done, total)
     clean_MxP, whole_P = values_MxExP[:, -1], values_MxExP[0, -2]
     if readouts:
         # The divergence from itself, which rounding would leave a little off.
         clean_MxP[names.index("kl")] = 0.0
     # A row that was not run changes nothing.
     edited_MxSxP = np.where(np.isnan(values_MxExP[:, :-2]), clean_MxP[:, None, :], values_MxExP[:, :-2])
-    more = {name: (clean_MxP[m], edited_MxSxP[m]) for m, name in enumerate(names) if m}
-    return LogitDiffs(clean_MxP[0], edited_MxSxP[0], np.abs(whole_P - clean_MxP[0]), rows, tokens, more)
+    if snap_rounding:
+        # All edits share the rounding error of a prompt, which would make many small effects agree.
+        is_rounding_SxP = np.abs(edited_MxSxP[0] - clean_MxP[0]) <= 4 * np.abs(whole_P - clean_MxP[0])
+        edited_MxSxP[0] = np.where(is_rounding_SxP, clean_MxP[0], edited_MxSxP[0])
+    pairs = zip(names, clean_MxP, edited_MxSxP, strict=True)
+    return {name: np.vstack([clean_P, edited_SxP]) for name, clean_P, edited_SxP in pairs}
 
 
-def change_norms(
-    split: SplitModel, runs: Sequence[CleanRun], edits: FeatureEdits, counterparts: Sequence[CleanRun] = ()
-) -> np.ndarray:
+def change_norms(split: SplitModel, runs: Sequence[CleanRun], edits: FeatureEdits) -> np.ndarray:
     """Return the norm of the change at the site, over all positions of each prompt, float64 ``[S, P]``."""
     norm_SxP = np.zeros((len(edits), sum(len(run.index_P) for run in runs)))
-    for number, (run, counterpart) in enumerate(zip(runs, counterparts or runs, strict=True)):
-        edited = EditedRun(run, counterpart, edits.replacement.of_run(number))
+    for number, run in enumerate(runs):
+        edited = EditedRun(run, edits.replacement.of_run(number))
         count = len(run.index_P)
         editable_PxT = np.asarray(run.domain_BxT)[:count]
         # In chunks, as activations of all named features at all positions may not fit.
@@ -221,10 +207,9 @@ def change_norms(
 
 
 class EditedRun(NamedTuple):
-    """Prompts without an edit, their counterparts (or once more themselves), and what replaces activations."""
+    """Prompts without an edit, and what replaces activations."""
 
     run: CleanRun
-    counterpart: CleanRun
     source: ActivationReplacement
 
     @property
@@ -233,16 +218,21 @@ class EditedRun(NamedTuple):
 
         The arrays are the values read and the editable positions of the prompts and, if used, of their counterparts.
         """
-        arrays = [array for run in (self.run, self.counterpart) for array in (run.read_BxTxD, run.domain_BxT)]
-        return self.source, arrays if self.source.kind == "counterpart" else arrays[:2]
+        runs = [self.run]
+        if self.source.kind == "counterpart":
+            assert self.run.counterpart is not None
+            runs.append(self.run.counterpart)
+        return self.source, [array for run in runs for array in (run.read_BxTxD, run.domain_BxT)]
 
     @property
     def prompts(self) -> Prompts:
         """The prompts, and which prefixes are shared: those in which edits change the same."""
-        prefix_PxT, counterpart_PxT = self.run.prefix_PxT, self.counterpart.prefix_PxT
+        prefix_PxT = self.run.prefix_PxT
         if self.source.kind == "random":  # draws differ from prompt to prompt
             prefix_PxT = all_different(prefix_PxT)
         elif self.source.kind == "counterpart":
+            assert self.run.counterpart is not None
+            counterpart_PxT = self.run.counterpart.prefix_PxT
             prefix_PxT = prefix_PxT * (int(counterpart_PxT.max(initial=0)) + 1) + counterpart_PxT
         return Prompts(self.run.last_B[: len(prefix_PxT)], prefix_PxT)
 
@@ -255,38 +245,6 @@ def _plan(split: SplitModel, edited: EditedRun, edits: FeatureEdits, batch_rows:
     first_SxP = first_changes(first_BxF[:count], edits, domain_BxT[:count])
     first_SxP[-2], first_SxP[-1] = 0, prompts.last_P
     return batches_of(first_SxP, prompts, edits, batch_rows * length, FEATURES, split.point.mesh.shape["data"])
-
-
-def _measure(
-    split: SplitModel,
-    edited: Sequence[EditedRun],
-    plans: Sequence[Sequence[RowBatch]],
-    edits: FeatureEdits,
-    readouts: bool,
-    on_progress: OnProgress,
-) -> list[np.ndarray]:
-    """Run the batches of all plans; return the readouts of each, float32 ``[S, R, M]``."""
-    batches = [batch for plan in plans for batch in plan]
-    done, total = 0, sum(batch.tokens * len(batch.shards) for batch in batches)
-    on_progress(0, total)
-    values = []
-    started = (
-        array for pair in zip(edited, plans, strict=True) if pair[1] for array in _start(split, *pair, edits, readouts)
-    )
-    # Results are fetched some batches later, so that the device has work while the host reads.
-    for batch, device_SxRxM in zip(batches, prefetch(started), strict=True):
-        values_SxRxM = np.asarray(device_SxRxM)
-        # Rows that fill a batch are not prompts: what they hold is not looked at.
-        real_SxR = np.arange(batch.size)[None, :] < np.array([[len(shard.set_N)] for shard in batch.shards])
-        if not np.isfinite(values_SxRxM[real_SxR]).all():
-            raise UserError(
-                f"a logit difference after an edit at {split.point.site} is not finite: the model or the "
-                "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
-            )
-        values.append(values_SxRxM)
-        done += batch.tokens * len(batch.shards)
-        on_progress(done, total)
-    return values
 
 
 def _start(

@@ -90,7 +90,7 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation) -> Impo
         accuracy_drop=(clean_P > 0).mean() - (ablated_NxP > 0).mean(axis=1),
         p_fwer=max_t_p(drop_NxP, PERMUTATIONS, ablation.config.seed),
         same_sign=has_same_sign(drop_NxP, templates).astype(np.float64),
-        attribution=ablation.test_attribution()[feature_N],
+        attribution=ablation.mean_attribution(ablation.runs)[feature_N],
         activation_correlation=correlations(largest_NxP, clean_P[None]),
     )
 

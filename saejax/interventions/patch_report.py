@@ -9,7 +9,6 @@ from saejax.interventions.patch_run import (
     PatchedSites,
     PatchGrid,
     SitePatchResults,
-    describe_strongest,
 )
 from saejax.interventions.patching import DIRECTIONS
 from saejax.interventions.table import TESTED
@@ -28,9 +27,8 @@ _TITLES = dict(
 _INTRO = (
     "Denoising puts a value of the prompt's run into the counterpart's run; its effect is the rise of the logit "
     "difference of the prompt's answers. Noising puts a value of the counterpart's run into the prompt's run; its "
-    "effect is the drop. The strongest location is chosen on train prompts and judged on test prompts, because the "
-    "largest of many effects is large by chance, too; its p-values are corrected by Holm's method over behaviours and "
-    "directions."
+    "effect is the drop. The largest of many effects is large by chance, too: the interval of each is in the unit's "
+    "file <behaviour>-patching.parquet."
 )
 
 
@@ -72,10 +70,7 @@ def _picture(results: SitePatchResults, name: str, result: PatchedSites, grid: P
         )
     if result.pairs.reason:
         caption += f" Not normalised: {result.pairs.reason}."
-    strongest = [f"{describe_strongest(direction, best)}." for direction, best in result.strongest.items()]
-    text = " ".join(strongest or ["No position was tested: there are no train prompts with counterparts to choose it."])
-    alt = f"Patching {results.kind}, {behaviour(name)}. {text}"
-    return draw(f"patching-{results.kind}-{name}", heatmap(grid, result), f"{caption} {text}", alt)
+    return draw(f"patching-{results.kind}-{name}", heatmap(grid, result), caption, f"Patching. {caption}")
 
 
 def _axis(grid: PatchGrid) -> str:

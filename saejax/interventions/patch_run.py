@@ -2,8 +2,7 @@
 
 A unit for each kind of site patches it in every layer, at every position or, at sites of attention heads, in every
 head. The unit of a dictionary patches features: the top ones of each behaviour, compared with random and placebo
-sets, as ``ablate`` does with other replacements. Test prompts judge; train prompts choose features and the strongest
-location: layer, head and position.
+sets, as ``ablate`` does with other replacements. Train prompts choose features, test prompts judge.
 """
 
 import dataclasses
@@ -15,9 +14,11 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.ablate_run import summarise
-from saejax.interventions.ablation import BehaviourAblation, measure_behaviour
+from saejax.interventions.ablation import measure_behaviour
 from saejax.interventions.answers import CausalVerdict, VerdictConfig, mean_interval
 from saejax.interventions.columns import Columns
+from saejax.interventions.edits import swap
+from saejax.interventions.engine import run_edits
 from saejax.interventions.patching import (
     DIRECTIONS,
     EACH,
@@ -25,10 +26,9 @@ from saejax.interventions.patching import (
     TokenColumn,
     describe_columns,
     fitting_pairs,
-    patch_features,
     patch_sites,
 )
-from saejax.interventions.table import EffectsTable, load_effects, merge_tables, save_effects
+from saejax.interventions.table import load_effects, merge_tables, save_effects
 from saejax.interventions.verdict import verdict
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
@@ -37,7 +37,6 @@ from saejax.runner import parts
 from saejax.runner.workspace import Run
 from saejax.settings import AblateConfig, PatchConfig
 from saejax.statistics import bootstrap
-from saejax.statistics.ranks import holm_by_key
 from saejax.tasks import run_inputs
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
@@ -61,26 +60,11 @@ class PatchedPairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class StrongestPatch:
-    """The location of largest effect on train prompts, judged on test prompts."""
-
-    layer: int  #: counted from 0
-    head: int | None  #: counted from 0; None at sites of the whole stream
-    position: int | None  #: from the end, -1 is the last token; None: several positions were patched together
-    train_effect: float  #: mean effect on the train prompts that chose it, logits
-    effect: Interval | None  #: on the test prompts, logits; None with fewer than 2 prompts
-    p_value: float | None  #: two-sided, of an effect of 0
-    p_holm: float | None  #: corrected over the behaviours and directions of the unit
-    normalised: float | None  #: share of clean - corrupted; None where that is not above 0
-
-
-@dataclasses.dataclass(frozen=True)
 class PatchedSites:
     """A kind of site patched in every layer; also in `<behaviour>.json`."""
 
     pairs: PatchedPairs  #: the prompts
     columns: tuple[TokenColumn, ...]  #: the tokens at each position, first to last
-    strongest: Mapping[str, StrongestPatch]  #: by direction; none without train prompts that choose it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +188,7 @@ def run_patch(run: Run) -> PatchResults:
             "for features train prompts, too; give them in --task.prompts"
         )
     if dictionary is None:
-        return SitePatchResults(run.name, positions_of(run.name, config), _correct(behaviours), unpatched)
+        return SitePatchResults(run.name, positions_of(run.name, config), behaviours, unpatched)
     tables = [load_effects(run.folder / f"{name}-effects") for name in behaviours]
     answers = verdict(merge_tables(tables), VerdictConfig(resamples=config.bootstrap, seed=config.seed))
     for name in behaviours:
@@ -224,23 +208,15 @@ def _measure_sites(
     run: Run, lm: LanguageModel, name: str, pairs: BehaviourPairs, on_progress: parts.OnProgress
 ) -> parts.Measured:
     config = run.configs[PatchConfig]
-
-    def patch(prompts: Sequence[Prompt]) -> PatchEffects:
-        where = positions_of(run.name, config)
-        return patch_sites(lm, run.name, prompts, where, None, config.batch_rows, on_progress)
-
-    patched = patch(pairs.tests)
+    positions = positions_of(run.name, config)
+    patched = patch_sites(lm, run.name, pairs.tests, positions, None, config.batch_rows, on_progress)
     weight_RxP = _weights(pairs.tests, config)
     grid = PatchGrid.of(patched, weight_RxP)
     grid.save(grid.file(run.folder, name))
-    chosen = pairs.train[: len(pairs.tests)]  # as many choose the strongest location as judge it
-    strongest = find_strongest(patched, patch(chosen), weight_RxP) if chosen else {}
     described = _describe_pairs(patched.clean_P, patched.corrupted_P, pairs.left_out, weight_RxP)
-    results = PatchedSites(described, describe_columns(lm, pairs.tests), strongest)
-    line = "; ".join(describe_strongest(direction, best) for direction, best in strongest.items())
-    return parts.Measured(
-        results, line or "no strongest location: there are no train prompts with counterparts to choose it"
-    )
+    line = f"{described.prompts} pairs; logit difference {described.clean.mean:.2f} of the prompts, "
+    line += f"{described.corrupted.mean:.2f} of their counterparts"
+    return parts.Measured(PatchedSites(described, describe_columns(lm, pairs.tests)), line)
 
 
 def _measure_features(
@@ -251,23 +227,50 @@ def _measure_features(
     pairs: Mapping[str, BehaviourPairs],
     on_progress: parts.OnProgress,
 ) -> parts.Measured:
-    config = run.configs[PatchConfig]
+    config, tests = run.configs[PatchConfig], pairs[name].tests
     prompts = {each: [*theirs.train, *theirs.tests] for each, theirs in pairs.items() if theirs.tests}
     settings = ablate_config(config)
     table, ablation = measure_behaviour(lm, dictionary, name, prompts, settings, on_progress=on_progress)
     save_effects(run.folder / f"{name}-effects", table)
-    results = describe_features(lm, table, ablation, pairs[name], config)
-    line = "on no pair is the model right about both the prompt and its counterpart"
-    if interchange := results.interchange:
+    top, split, definitions = ablation.top(), ablation.split, table.select_prompts(name)
+    # Noising is what the ablation measured. Denoising is the same with prompts and counterparts exchanged.
+    (noised_P,) = table.values(table.select_whole_edits(name, "top"), definitions, "logit_diff")
+    exchanged = [
+        dataclasses.replace(clean.counterpart, counterpart=clean) for clean in ablation.runs if clean.counterpart
+    ]
+    denoised = run_edits(split, exchanged, swap(split.dictionary, [top]), config.batch_rows)
+    corrupted_P, denoised_P = denoised["logit_diff"]
+    clean_P = table.clean_values(definitions, "logit_diff")
+    weight_RxP = _weights(tests, config)
+    # An answer can only be turned where the model gives the right one to both.
+    both_P = (clean_P > 0) & (corrupted_P < 0)
+    interchange, line = None, "on no pair is the model right about both the prompt and its counterpart"
+    if both_P.any():
+        site = Site.parse(split.dictionary.config.target or split.dictionary.site)
+        whole = patch_sites(lm, site.kind, tests, "all", [site.layer], config.batch_rows)
+        random_sets = table.select_whole_edits(name, "random")
+        random_ExP = table.values(random_sets, definitions, "logit_diff")
+        interchange = Interchange(
+            prompts=int(both_P.sum()),
+            top=wilson((noised_P < 0)[both_P]),
+            random=float((random_ExP[:, both_P] < 0).mean()) if random_sets else None,
+            site=wilson((whole.diff_DxLxHxPxC[1, 0, 0, :, 0] < 0)[both_P]),
+        )
         line = f"answers that become the counterpart's: top features {100 * interchange.top.mean:.0f} %, "
         line += f"whole site {100 * interchange.site.mean:.0f} %"
+    results = PatchedFeatures(
+        pairs=_describe_pairs(clean_P, corrupted_P, pairs[name].left_out, weight_RxP),
+        features=tuple(top),
+        restored=mean_interval(denoised_P - corrupted_P, weight_RxP),
+        removed=mean_interval(clean_P - noised_P, weight_RxP),
+        interchange=interchange,
+    )
     return parts.Measured(results, line)
 
 
 def ablate_config(config: PatchConfig) -> AblateConfig:
     """Return the settings with which features take the activations that they have in the counterpart."""
     return AblateConfig(
-        dictionary=config.dictionary,
         top=config.top,
         replacement="counterpart",
         random_sets=config.random_sets,
@@ -277,37 +280,6 @@ def ablate_config(config: PatchConfig) -> AblateConfig:
         seed=config.seed,
         bootstrap=config.bootstrap,
         batch_rows=config.batch_rows,
-    )
-
-
-def describe_features(
-    lm: LanguageModel, table: EffectsTable, ablation: BehaviourAblation, pairs: BehaviourPairs, config: PatchConfig
-) -> PatchedFeatures:
-    """Return what the top features of a behaviour carry over, and all features, and the site."""
-    top, split = ablation.top(), ablation.split
-    patched = patch_features(split, pairs.tests, [top], config.batch_rows)
-    (denoised_P,), (noised_P,) = patched.diff_DxSxP
-    weight_RxP = _weights(pairs.tests, config)
-    # An answer can only be turned where the model gives the right one to both.
-    both_P = (patched.clean_P > 0) & (patched.corrupted_P < 0)
-    interchange = None
-    if both_P.any():
-        site = Site.parse(split.dictionary.config.target or split.dictionary.site)
-        whole = patch_sites(lm, site.kind, pairs.tests, "all", [site.layer], config.batch_rows)
-        random_sets = table.select_whole_edits(ablation.behaviour, "random")
-        random_ExP = table.values(random_sets, table.select_prompts(ablation.behaviour), "logit_diff")
-        interchange = Interchange(
-            prompts=int(both_P.sum()),
-            top=wilson((noised_P < 0)[both_P]),
-            random=float((random_ExP[:, both_P] < 0).mean()) if random_sets else None,
-            site=wilson((whole.diff_DxLxHxPxC[1, 0, 0, :, 0] < 0)[both_P]),
-        )
-    return PatchedFeatures(
-        pairs=_describe_pairs(patched.clean_P, patched.corrupted_P, pairs.left_out, weight_RxP),
-        features=tuple(top),
-        restored=mean_interval(denoised_P - patched.corrupted_P, weight_RxP),
-        removed=mean_interval(patched.clean_P - noised_P, weight_RxP),
-        interchange=interchange,
     )
 
 
@@ -331,13 +303,8 @@ class PatchGrid(Columns):
     prompts: np.ndarray  #: number of prompts with a token there
 
     @classmethod
-    def of(cls, patched: PatchEffects, weight_RxP: np.ndarray | None) -> "PatchGrid":
-        """Summarise the effects on one behaviour.
-
-        Args:
-          patched: the effects.
-          weight_RxP: weights of the prompts in bootstrap samples; None with fewer than 2 prompts.
-        """
+    def of(cls, patched: PatchEffects, weight_RxP: np.ndarray) -> "PatchGrid":
+        """Summarise the effects on one behaviour, given the weights of its prompts in bootstrap samples."""
         effect_DxLxHxPxC, whole_P = patched.effect_DxLxHxPxC, patched.clean_P - patched.corrupted_P
         *shape, _, columns = effect_DxLxHxPxC.shape
         values_5xDxLxHxC = np.full((5, *shape, columns), np.nan)
@@ -348,7 +315,7 @@ class PatchGrid(Columns):
             effect_NxQ = effect_DxLxHxPxC[..., has_P, column].reshape(-1, has_P.sum())
             rows = np.full((5, len(effect_NxQ)), np.nan)
             rows[0], rows[4] = effect_NxQ.mean(axis=1), has_P.sum()
-            if weight_RxP is not None and has_P.sum() > 1:
+            if has_P.sum() > 1:
                 weight_RxQ = weight_RxP[:, has_P]
                 sum_Rx1 = weight_RxQ.sum(axis=1, keepdims=True)
                 # Prompts without this position drop out of a sample, so the weights of the rest are scaled to sum to 1.
@@ -378,71 +345,8 @@ class PatchGrid(Columns):
         return chosen.reshape(len(np.unique(self.layer)), -1)
 
 
-def find_strongest(
-    tests: PatchEffects, train: PatchEffects, weight_RxP: np.ndarray | None
-) -> dict[str, StrongestPatch]:
-    """Return, by direction, the location of largest mean effect on train prompts, with its effect on test prompts.
-
-    The largest of many effects is large by chance, too: on the prompts that chose it, it would seem larger than it is.
-
-    Args:
-      tests: a kind of site patched on the test prompts.
-      train: the same on the train prompts.
-      weight_RxP: weights of the test prompts in bootstrap samples; None with fewer than 2 prompts.
-    """
-    strongest = {}
-    columns = min(effects.diff_DxLxHxPxC.shape[-1] for effects in (tests, train))
-    heads, whole_P = tests.diff_DxLxHxPxC.shape[2], tests.clean_P - tests.corrupted_P
-    for direction, test_effect, train_effect in zip(
-        DIRECTIONS, tests.effect_DxLxHxPxC, train.effect_DxLxHxPxC, strict=True
-    ):
-        # Positions that some prompts lack are no candidates.
-        train_LxHxC = train_effect[..., -columns:].mean(axis=2)
-        train_LxHxC = np.where(np.isnan(test_effect[..., -columns:].mean(axis=2)), np.nan, train_LxHxC)
-        layer, head, column = np.unravel_index(np.nanargmax(train_LxHxC), train_LxHxC.shape)
-        effect_P = test_effect[layer, head, :, column - columns]
-        interval, p_value = None, None
-        if weight_RxP is not None:
-            interval, p_value = mean_interval(effect_P, weight_RxP), bootstrap.two_sided_p(weight_RxP @ effect_P)
-        strongest[direction] = StrongestPatch(
-            layer=tests.layers[layer],
-            head=int(head) if heads > 1 else None,
-            position=int(column) - columns if tests.positions == EACH else None,
-            train_effect=float(train_LxHxC[layer, head, column]),
-            effect=interval,
-            p_value=p_value,
-            p_holm=p_value,
-            normalised=float(effect_P.mean() / whole_P.mean()) if _is_measurable(whole_P, weight_RxP) else None,
-        )
-    return strongest
-
-
-def describe_strongest(direction: str, best: StrongestPatch) -> str:
-    """Return the sentence on the strongest location of a direction."""
-    location = f"layer {best.layer}" + (f", head {best.head}" if best.head is not None else "")
-    location += f", position {best.position}" if best.position is not None else ""
-    verb = "restores" if direction == "denoising" else "removes"
-    text = f"{direction.capitalize()} at {location}, chosen on train prompts, {verb} "
-    if best.effect is None or best.p_holm is None:
-        return f"{text}{best.train_effect:.2f} logits there; not tested: fewer than 2 test prompts"
-    text += f"{best.effect.mean:.2f} logits [{best.effect.low:.2f}, {best.effect.high:.2f}] on test prompts"
-    significance = "" if best.p_holm <= VerdictConfig().level else ", not significant"
-    return f"{text} (p = {best.p_holm:.2g}{significance})"
-
-
-def _correct(behaviours: Mapping[str, PatchedSites]) -> dict[str, PatchedSites]:
-    """Correct the p-values of the strongest locations over behaviours and directions by Holm's method."""
-    bests = {(name, key): best for name, patched in behaviours.items() for key, best in patched.strongest.items()}
-    p_holm = holm_by_key({key: best.p_value for key, best in bests.items() if best.p_value is not None})
-    bests = {key: dataclasses.replace(best, p_holm=p_holm.get(key)) for key, best in bests.items()}
-    return {
-        name: dataclasses.replace(patched, strongest={key: bests[name, key] for key in patched.strongest})
-        for name, patched in behaviours.items()
-    }
-
-
 def _describe_pairs(
-    clean_P: np.ndarray, corrupted_P: np.ndarray, left_out: Mapping[str, int], weight_RxP: np.ndarray | None
+    clean_P: np.ndarray, corrupted_P: np.ndarray, left_out: Mapping[str, int], weight_RxP: np.ndarray
 ) -> PatchedPairs:
     difference = mean_interval(clean_P - corrupted_P, weight_RxP)
     return PatchedPairs(
@@ -455,13 +359,10 @@ def _describe_pairs(
     )
 
 
-def _weights(prompts: Sequence[Prompt], config: PatchConfig) -> np.ndarray | None:
-    """Return the weights of the prompts in bootstrap samples within templates; None with fewer than 2 prompts."""
-    if len(prompts) < 2:
-        return None
+def _weights(prompts: Sequence[Prompt], config: PatchConfig) -> np.ndarray:
     return bootstrap.resampling_weights([prompt.template for prompt in prompts], config.bootstrap, config.seed)
 
 
-def _is_measurable(difference_P: np.ndarray, weight_RxP: np.ndarray | None) -> bool:
+def _is_measurable(difference_P: np.ndarray, weight_RxP: np.ndarray) -> bool:
     """Return whether the whole interval of clean - corrupted is above 0; False for one prompt, which has none."""
-    return weight_RxP is not None and mean_interval(difference_P, weight_RxP).low > 0
+    return len(difference_P) > 1 and mean_interval(difference_P, weight_RxP).low > 0

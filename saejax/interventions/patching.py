@@ -1,4 +1,4 @@
-"""Activation patching between prompts and their counterparts: at sites, positions, attention heads, and of features.
+"""Activation patching between prompts and their counterparts: at sites, positions and attention heads.
 
 A prompt and its counterpart have equally many tokens, and the prompt's wrong answer is right for the counterpart. A
 value of the *base* run is replaced by that of the *source* run (Vig et al., 2020; Geiger et al., 2021), and the logit
@@ -26,9 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.errors import UserError, one_of
-from saejax.interventions.edits import swap
-from saejax.interventions.engine import BATCH_ROWS, OnProgress, prefetch, run_edits
-from saejax.interventions.split_model import SplitModel, editable_positions, fit_ids, groups_by_length, parse_positions
+from saejax.interventions.engine import BATCH_ROWS, OnProgress, prefetch
+from saejax.interventions.split_model import editable_positions, fit_ids, groups_by_length, parse_positions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig, TorchConfig
 from saejax.models.decoder import run_layers
@@ -283,17 +282,16 @@ def _rows_to_run(
     """Return the rows in which the two runs differ, by rising layer, and the column of each among the positions."""
     heads = count_heads(point.config, point.site.kind)
     differs_LxHxBxT = to_host(_differences(heads, *(run.value_LxBxTxX for run in runs)))
-    # Number of differing positions before each position, and before the end.
-    differing_before = np.pad(np.cumsum(differs_LxHxBxT[:, :, : len(last_P)], axis=-1), [(0, 0)] * 3 + [(1, 0)])
+    wanted_PxT = editable_positions("all" if positions == EACH else positions, last_P, length)
+    changed_LxHxPxT = differs_LxHxBxT[:, :, : len(last_P)] & wanted_PxT
     if positions == EACH:
-        first_PxC = np.broadcast_to(np.arange(length), (len(last_P), length))
-        stop_PxC = first_PxC + (first_PxC <= last_P[:, None])
+        changed_LxHxPxC = changed_LxHxPxT
+        first_PxC = np.broadcast_to(np.arange(length), wanted_PxT.shape)
+        stop_PxC = first_PxC + 1
     else:
-        wanted_PxT = editable_positions(positions, last_P, length)
+        changed_LxHxPxC = changed_LxHxPxT.any(axis=-1, keepdims=True)
         first_PxC = wanted_PxT.argmax(axis=1)[:, None]
         stop_PxC = first_PxC + wanted_PxT.sum(axis=1)[:, None]
-    place_Px1 = np.arange(len(last_P))[:, None]
-    changed_LxHxPxC = differing_before[:, :, place_Px1, stop_PxC] > differing_before[:, :, place_Px1, first_PxC]
     is_wanted_L = np.isin(np.arange(len(changed_LxHxPxC)), layers)
     layer_R, head_R, place_R, column_R = np.nonzero(changed_LxHxPxC & is_wanted_L[:, None, None, None])
     ends = first_PxC[place_R, column_R], stop_PxC[place_R, column_R]
@@ -335,9 +333,7 @@ class TokenColumn:
     """The tokens at one position of a behaviour's pairs."""
 
     position: int  #: from the end, -1 is the last token
-    prompts: int  #: number of prompts that have it
     token: str  #: the most frequent one
-    share: float  #: share of the prompts that have this one there
     differs: float  #: share of the pairs whose tokens differ there
 
 
@@ -349,42 +345,6 @@ def describe_columns(lm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Toke
     for position in range(-int(sides[0].lengths_B.max()), 0):
         has_P = sides[0].lengths_B + position >= 0
         ids, counterpart_ids = (tokens.ids_BxT[has_P, (tokens.lengths_B + position)[has_P]] for tokens in sides)
-        ((token, count),) = collections.Counter(ids.tolist()).most_common(1)
-        prompts_here = int(has_P.sum())
-        share, differs = count / prompts_here, float((ids != counterpart_ids).mean())
-        columns.append(TokenColumn(position, prompts_here, text(token), share, differs))
+        ((token, _),) = collections.Counter(ids.tolist()).most_common(1)
+        columns.append(TokenColumn(position, text(token), float((ids != counterpart_ids).mean())))
     return tuple(columns)
-
-
-class PatchedSets(NamedTuple):
-    """Logit differences of P pairs with S sets of features patched; the first axis counts ``DIRECTIONS``."""
-
-    clean_P: np.ndarray
-    corrupted_P: np.ndarray
-    diff_DxSxP: np.ndarray
-
-
-def patch_features(
-    split: SplitModel,
-    prompts: Sequence[Prompt],
-    sets: Sequence[Sequence[int]],
-    batch_rows: int = BATCH_ROWS,
-) -> PatchedSets:
-    """Give features of the base run the activations that they have in the source run, in both directions.
-
-    Error terms, attention sinks and positions that are not editable stay those of the base run.
-
-    Args:
-      split: the model, split at the dictionary's site.
-      prompts: P prompts with counterparts of as many tokens.
-      sets: S sets of features.
-      batch_rows: as for ``effects``.
-
-    Raises:
-      UserError: a prompt has no counterpart of as many tokens, or a logit difference is not finite.
-    """
-    sides, edits = (split.run(prompts), split.run_counterparts(prompts)), swap(split.dictionary, sets)
-    noised, denoised = (
-        run_edits(split, base, edits, batch_rows, counterparts=source) for base, source in (sides, sides[::-1])
-    )
-    return PatchedSets(noised.clean_P, denoised.clean_P, np.stack([denoised.ablated_SxP, noised.ablated_SxP]))

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from saejax.interventions.probe_run import ProbedLabel, ProbeFit, ProbeResults
-from saejax.page.blocks import Block, Picture, Terms, Text
+from saejax.page.blocks import Block, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.style import BLUE, GREY, INK, ORANGE, error_lengths, legend, panels, styled
@@ -44,14 +44,27 @@ def _section(results: ProbeResults, findings: Findings, draw: Draw) -> Section:
             f" For the number of the subject, the noun next to the verb was given the subject's number in "
             f"{sum(label.congruent for label in congruent)} prompts, so that this noun does not predict the label."
         )
-    without = [(_title(label), f"no probe: {label.reason}.") for label in results.labels if label.reason]
     blocks: list[Block] = [Text(intro)]
     if learned:
         shuffles = findings.settings()["probe"]["shuffles"]
-        blocks += [_picture(learned, shuffles, draw), _table(learned, shuffles)]
+        shown = {_title(label): label.probes for label in learned}
+        caption = (
+            "Probe accuracy on test prompts against the number of features, or raw dimensions, that the probe sees, "
+            "with 95 % Wilson intervals. Grey: probes fitted on shuffled labels, 5th to 95th percentile over "
+            f"{shuffles} shuffles. Dotted: accuracy of always predicting the largest class."
+        )
+        dense = [
+            f"{title}, {_INPUTS[row.input]}: {interval(row.accuracy, 0, 100)} %."
+            for title, rows in shown.items()
+            for row in rows
+            if row.k is None
+        ]
+        alt = " ".join(["Probe accuracy of probes of all inputs.", *dense])
+        blocks += [draw("probes", probes(shown), caption, alt), _table(learned, shuffles)]
     if selected := [label for label in learned if label.selected]:
-        blocks += [_selected_table(selected), _answers(selected)]
-    if without:
+        answers = tuple((_title(label), label.selected.sentence) for label in selected if label.selected)
+        blocks += [_selected_table(selected), Terms(answers)]
+    if without := [(_title(label), f"no probe: {label.reason}.") for label in results.labels if label.reason]:
         blocks.append(Terms(tuple(without)))
     return Section("Linear probes", tuple(blocks))
 
@@ -59,22 +72,6 @@ def _section(results: ProbeResults, findings: Findings, draw: Draw) -> Section:
 def _title(label: ProbedLabel) -> str:
     of_behaviour = f": {behaviour(label.behaviour)}" if label.behaviour else ""
     return f"{_LABELS.get(label.label, label.label)}{of_behaviour}"
-
-
-def _picture(learned: Sequence[ProbedLabel], shuffles: int, draw: Draw) -> Picture:
-    shown = {_title(label): label.probes for label in learned}
-    caption = (
-        "Probe accuracy on test prompts against the number of features, or raw dimensions, that the probe sees, with "
-        f"95 % Wilson intervals. Grey: probes fitted on shuffled labels, 5th to 95th percentile over {shuffles} "
-        "shuffles. Dotted: accuracy of always predicting the largest class."
-    )
-    alt = "Probe accuracy of probes of all inputs. " + " ".join(
-        f"{title}: "
-        + ", ".join(f"{_INPUTS[row.input]} {interval(row.accuracy, 0, 100)} %" for row in rows if row.k is None)
-        + "."
-        for title, rows in shown.items()
-    )
-    return draw("probes", probes(shown), caption, alt)
 
 
 @styled
@@ -119,15 +116,10 @@ def probes(labels: Mapping[str, Sequence[ProbeFit]]) -> Figure:
     return figure
 
 
-def _inputs(row: ProbeFit) -> str:
-    name = _INPUTS[row.input]
-    return f"1 {name.removesuffix('s')}" if row.k == 1 else f"{row.k or 'all'} {name}"
-
-
 def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
     columns = {
         "Label": lambda label, row: _title(label),
-        "Probe sees": lambda label, row: _inputs(row),
+        "Probe sees": lambda label, row: f"{_INPUTS[row.input]}: {row.k or 'all'}",
         "Probe accuracy, %": lambda label, row: interval(row.accuracy, 0, 100),
         "F1": lambda label, row: number(row.f1),
         "AUC": lambda label, row: number(row.auc),
@@ -169,7 +161,3 @@ def _selected_table(labels: Sequence[ProbedLabel]) -> Table:
     )
     rows = [(label, row) for label in labels if label.selected for row in label.selected.features]
     return Table.of("Does the model use the features that probes select?", rows, columns, {"Feature"}, note=note)
-
-
-def _answers(labels: Sequence[ProbedLabel]) -> Terms:
-    return Terms(tuple((_title(label), label.selected.sentence) for label in labels if label.selected))

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, recall_score, roc_auc_score
+from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
@@ -44,7 +44,6 @@ from saejax.parallel.mesh import sharding
 from saejax.results import Interval
 from saejax.settings import ProbeConfig
 from saejax.statistics.bootstrap import resampling_weights
-from saejax.statistics.ranks import rank_p
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
 
@@ -66,14 +65,12 @@ class ProbeFit:
     strength: float  #: inverse strength of the penalty (C of scikit-learn)
     inputs: tuple[int, ...] | None  #: those that a sparse probe sees, best first; None: all
     accuracy: Interval  #: share of test prompts whose class is named, 95 % Wilson interval
-    balanced_accuracy: float  #: the same within each class, mean over classes
     f1: float  #: F1 score, mean over classes
     auc: float | None  #: area under the ROC curve on test prompts; None unless there are two classes
     majority: float  #: accuracy of always naming the largest train class
     shuffled: Interval  #: accuracy of probes of shuffled train labels: mean, 5th and 95th percentile
     #: accuracy of probes of matched features, or of random directions: mean, 5th and 95th percentile; None: all inputs
     control: Interval | None
-    control_p: float | None  #: share of these probes that are at least as accurate, the probe among them
     against_dense: Interval | None  #: accuracy - that of the dense probe, paired by prompt; None for that probe itself
     p_value: float  #: permutations of the test labels, one-sided
     p_holm: float  #: corrected by Holm's method over the labels of the run, for probes of the same inputs
@@ -166,12 +163,12 @@ def run_probes(
     task = dataclasses.replace(task, train_NxC=task.train_NxC.astype(float), test_MxC=task.test_MxC.astype(float))
     class_M = task.test_class_M
     # Classes that no test prompt has are left out: scikit-learn would count them as missed.
-    averaged: dict[str, Any] = dict(labels=np.unique(class_M), average="macro", zero_division=0)
+    labels = np.unique(class_M)
     for k in (*sorted(set(config.sparse)), None):
         rng = np.random.default_rng([config.seed, *seed, k or 0])
         strength = choose_strength(task, k, config, int(rng.integers(2**31)))
         answers = fit_probe(task, k, strength)
-        right_M = answers.class_M == class_M
+        right_M, score_M = answers.class_M == class_M, answers.score_M if len(labels) == 2 else None
         control_tasks = [_control_task(task, k, name, rng) for _ in range(config.shuffles)] if k else []
         controls = [fit_probe(control, None, strength) for control in control_tasks]
         shuffled = [
@@ -188,13 +185,11 @@ def run_probes(
             strength=strength,
             inputs=tuple(varying_C[select_inputs(task, k)].tolist()) if k else None,
             accuracy=wilson(right_M),
-            balanced_accuracy=float(recall_score(class_M, answers.class_M, **averaged)),
-            f1=float(f1_score(class_M, answers.class_M, **averaged)),
-            auc=_auc(answers.score_M, class_M),
+            f1=float(f1_score(class_M, answers.class_M, labels=labels, average="macro", zero_division=0)),
+            auc=float(roc_auc_score(class_M, score_M)) if score_M is not None else None,
             majority=float((class_M == np.bincount(task.train_class_N).argmax()).mean()),
             shuffled=_spread(shuffled_accuracies),
             control=_spread(control_accuracies) if k else None,
-            control_p=rank_p(right_M.mean(), control_accuracies) if k else None,
             against_dense=None,
             p_value=p_value,
             p_holm=p_value,
@@ -289,8 +284,7 @@ def permutation_p(answer_M: np.ndarray, class_M: np.ndarray, draws: int, rng: np
 def paired_difference(right_M: np.ndarray, baseline_M: np.ndarray, seed: int) -> Interval:
     """Return how much more often a probe is right (right_M) than another (baseline_M); the seed is the bootstrap's."""
     difference_M = right_M.astype(float) - baseline_M
-    count = len(difference_M)
-    return mean_interval(difference_M, resampling_weights(np.zeros(count), _RESAMPLES, seed) if count > 1 else None)
+    return mean_interval(difference_M, resampling_weights(np.zeros(len(difference_M)), _RESAMPLES, seed))
 
 
 class FeatureAblation(NamedTuple):
@@ -308,7 +302,8 @@ def ablation_on_prompts(split: SplitModel, prompts: Sequence[Prompt]) -> Feature
     runs, templates = split.run(prompts), [prompt.template for prompt in prompts]
 
     def measure_drop(features: Sequence[int]) -> np.ndarray:
-        return run_edits(split, runs, mask(split.dictionary, [[feature] for feature in features])).drop_SxP
+        diff_ExP = run_edits(split, runs, mask(split.dictionary, [[feature] for feature in features]))["logit_diff"]
+        return diff_ExP[0] - diff_ExP[1:]
 
     return FeatureAblation(LOGIT_DIFFERENCE, activity.statistics(split, runs).prompts_F, templates, measure_drop)
 
@@ -318,8 +313,8 @@ def ablation_on_references(split: SplitModel, references: Sequence[Reference]) -
     answers, templates = References(split, references, GROUP_TOKENS), [""] * len(references)
 
     def measure_drop(features: Sequence[int]) -> np.ndarray:
-        clean_N, edited_SxN = answers.log_likelihoods(mask(split.dictionary, [[feature] for feature in features]))
-        return clean_N - edited_SxN
+        value_ExN = answers.log_likelihoods(mask(split.dictionary, [[feature] for feature in features]))
+        return value_ExN[0] - value_ExN[1:]
 
     return FeatureAblation(LOG_LIKELIHOOD, answers.statistics().prompts_F, templates, measure_drop)
 
@@ -359,10 +354,6 @@ def _rotate(train_NxC: np.ndarray, test_MxC: np.ndarray) -> tuple[np.ndarray, np
 def _fit(train_NxR: np.ndarray, class_N: np.ndarray, strength: float) -> Any:
     model = LogisticRegression(C=strength, max_iter=_ITERATIONS, tol=_TOLERANCE)
     return model.fit(train_NxR, class_N)
-
-
-def _auc(score_M: np.ndarray | None, class_M: np.ndarray) -> float | None:
-    return None if score_M is None or len(np.unique(class_M)) != 2 else float(roc_auc_score(class_M, score_M))
 
 
 def _spread(accuracy_R: np.ndarray) -> Interval:

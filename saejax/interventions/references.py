@@ -100,12 +100,12 @@ class References:
             count_firings(
                 split.point, split.dictionary, batch.read_BxTxD, batch.domain_BxT, np.ones(len(batch.domain_BxT), bool)
             )
-            for batch in self.batches()
+            for _, batch in self.batches()
         )
 
     def values(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield what the dictionary reads and the site's value at editable positions, [N, D] each, batch by batch."""
-        for batch in self.batches():
+        for _, batch in self.batches():
             domain_BxT = np.asarray(batch.domain_BxT)
             read_BxTxD, value_BxTxD = np.asarray(batch.read_BxTxD), np.asarray(batch.value_BxTxD)
             yield read_BxTxD[domain_BxT].astype(np.float32), value_BxTxD[domain_BxT].astype(np.float32)
@@ -113,7 +113,7 @@ class References:
     def pools(self, features: Sequence[int], most: int, seed: int) -> dict[int, list[float]]:
         """Return activations of each feature where it fires: all, or ``most`` drawn by ``seed``, for each by itself."""
         parts: list[list[np.ndarray]] = [[] for _ in features]
-        for batch in self.batches() if len(features) else ():
+        for _, batch in self.batches() if len(features) else ():
             f_BxTxK, _ = self._gather(batch, np.asarray(features, np.int32))
             fires_BxTxK = np.asarray(self._split.dictionary.fires(f_BxTxK))
             for k, part in enumerate(parts):
@@ -131,8 +131,8 @@ class References:
         """Return the norm of each edit's change at the site, over all positions, float64 [E, N]."""
         _check_masks(edits)
         norm_ExN = np.zeros((len(edits), len(self._references)))
-        for places_Q, *shape in self.planned():
-            batch, count = self.batch(places_Q, *shape), len(places_Q)
+        for places_Q, batch in self.batches():
+            count = len(places_Q)
             for chosen, features_K in edits.chunks(FEATURES):
                 f_BxTxK, W_dec_KxD = self._gather(batch, features_K)
                 arrays = np.asarray(f_BxTxK)[:count], np.asarray(W_dec_KxD), np.asarray(batch.domain_BxT)[:count]
@@ -144,10 +144,8 @@ class References:
         arrays = [batch.read_BxTxD, batch.domain_BxT]
         return gather(self._split.point, self._split.dictionary, ZERO, arrays, features_K, len(batch.domain_BxT))
 
-    def log_likelihoods(
-        self, edits: FeatureEdits, on_progress: OnProgress = lambda done, total: None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the log-likelihood of each reference without an edit [N] and with each edit [E, N], in nats.
+    def log_likelihoods(self, edits: FeatureEdits, on_progress: OnProgress = lambda done, total: None) -> np.ndarray:
+        """Return the log-likelihood of each reference without an edit, then with each edit, in nats, [1 + E, N].
 
         Args:
           edits: masks of features, which are set to zero.
@@ -159,8 +157,7 @@ class References:
         _check_masks(edits)
         edits = edits.with_clean_rows(1)  # the last edit changes nothing
         value_ExN, done = np.full((len(edits), len(self._references)), np.nan), 0
-        for places_Q, *shape in self.planned():
-            batch = self.batch(places_Q, *shape)
+        for places_Q, batch in self.batches():
             for chosen, features_K in edits.chunks(FEATURES):
                 on_progress(done, value_ExN.size)
                 value_MxQ = self._run(batch, len(places_Q), edits, chosen, features_K)
@@ -172,7 +169,7 @@ class References:
                 "--model.dtype=float32, or train the dictionary again"
             )
         clean_N = value_ExN[-1]
-        return clean_N, np.where(value_ExN[:-1] == _NOT_RUN, clean_N, value_ExN[:-1])
+        return np.vstack([clean_N, np.where(value_ExN[:-1] == _NOT_RUN, clean_N, value_ExN[:-1])])
 
     def _run(
         self, batch: ReferenceBatch, count: int, edits: FeatureEdits, chosen: Sequence[int], features_K: np.ndarray
@@ -195,25 +192,22 @@ class References:
             value_MxN[edit_R[part], place_R[part]] = np.asarray(total_B)[: len(edit_R[part])]
         return value_MxN
 
-    def planned(self) -> list[tuple[np.ndarray, int, int]]:
-        """Return for each batch the indices of its references, its rows and its length; similar lengths together."""
-        lengths_N = np.array([len(reference) for reference in self._references])
-        return even_batches(lengths_N, self._batch_tokens, self._split.point.mesh.shape["data"], _PROGRAM)
-
-    def batches(self) -> Iterator[ReferenceBatch]:
-        """Yield every batch."""
-        return (self.batch(*planned) for planned in self.planned())
-
-    def batch(self, places_N: np.ndarray, rows: int, length: int) -> ReferenceBatch:
-        """Return a planned batch (see ``planned``) after the layers below the site; ``places_N`` are its references.
+    def batches(self) -> Iterator[tuple[np.ndarray, ReferenceBatch]]:
+        """Yield the indices of the references of every batch, and the batch; similar lengths are together.
 
         Raises:
           UserError: the site's value is not finite.
         """
-        self._check_stop()
-        split, count = self._split, len(places_N)
+        lengths_N = np.array([len(reference) for reference in self._references])
+        row_multiple = self._split.point.mesh.shape["data"]
+        for places_Q, rows, length in even_batches(lengths_N, self._batch_tokens, row_multiple, _PROGRAM):
+            self._check_stop()
+            yield places_Q, self._batch(places_Q, rows, length)
+
+    def _batch(self, places_Q: np.ndarray, rows: int, length: int) -> ReferenceBatch:
+        split, count = self._split, len(places_Q)
         # Copies are real texts, so that no row is without tokens; their weights are 0.
-        filled = [self._references[i] for i in np.resize(places_N, rows)]
+        filled = [self._references[i] for i in np.resize(places_Q, rows)]
         pairs = [(reference.context, reference.answer) for reference in filled]
         tokens, positions_BxC, targets_BxC = align(pairs, length)
         kept_Bx1 = np.arange(rows)[:, None] < count
@@ -260,9 +254,7 @@ def attributions(
         first = splits[group[0]]
         # Rematerialised: what is kept of each layer for the gradient of long prompts would not fit.
         keeping_little = dataclasses.replace(point, rules=dataclasses.replace(point.rules, remat=True))
-        at_site = References(first, references, batch_tokens, check_stop)
-        for places_Q, *shape in at_site.planned():
-            batch = at_site.batch(places_Q, *shape)
+        for places_Q, batch in References(first, references, batch_tokens, check_stop).batches():
             slope_BxTxD = _answer_slopes(keeping_little, first.params, batch)
             for place in group:
                 rows_BxF = np.asarray(_attribute(point, splits[place].dictionary, batch, slope_BxTxD))

@@ -60,35 +60,36 @@ def slopes(lm: LanguageModel, prompts: Sequence[Prompt], readout: str, site: str
     for first in range(0, len(prompts), PROMPTS):
         # The last batch is padded with copies, so that one program serves all.
         rows_B = np.minimum(np.arange(first, first + PROMPTS), len(prompts) - 1)
-        arrays = tokens.ids_BxT, tokens.mask_BxT, tokens.last_B, answers_Px2
-        ids_BxT, *positions_and_answers = by_row(lm.mesh, *(array[rows_B] for array in arrays))
-        rows = SiteRows(*_prefix(point, lm.params, ids_BxT), *positions_and_answers)
-        parts.append(to_host(_readout_slopes(point, lm.params, rows, readout))[: len(prompts) - first])
+        arrays = by_row(lm.mesh, *(array[rows_B] for array in (tokens.ids_BxT, tokens.last_B, answers_Px2)))
+        parts.append(to_host(_readout_slopes(point, readout, lm.params, *arrays))[: len(prompts) - first])
     slope_PxTxD = np.concatenate(parts).astype(np.float32, copy=False)
     if not np.isfinite(slope_PxTxD).all():
         raise UserError(_not_finite(point))
     return slope_PxTxD
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _readout_slopes(point: SplitPoint, params: decoder.Params, rows: SiteRows, readout: str) -> jax.Array:
-    """Return the slope of a readout (static) with respect to the site's value, [B, T, D]."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _readout_slopes(
+    point: SplitPoint,
+    readout: str,
+    params: decoder.Params,
+    ids_BxT: jax.Array,
+    last_B: jax.Array,
+    answers_Bx2: jax.Array,
+) -> jax.Array:
+    """Return the slope of a readout (static) with respect to the site's value, [B, T, D]; see ``run_head``."""
+    stream_BxTxD, value_BxTxD, _ = point.run_prefix(params, ids_BxT)
 
     def total(value_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
+        x_BxTxD = point.run_suffix(params, stream_BxTxD, value_BxTxD)
         # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
         if readout == "logit_diff":
-            return point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
-        last_BxD = jnp.take_along_axis(x_BxTxD, rows.last_B[:, None, None], axis=1)[:, 0]
+            return point.logit_difference(params, x_BxTxD, last_B, answers_Bx2).sum()
+        last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
         logp_BxV = jax.nn.log_softmax(decoder.unembed(point.config, params, last_BxD, point.rules))
-        return jnp.take_along_axis(logp_BxV, rows.answers_Bx2[:, :1], axis=1).sum()
+        return jnp.take_along_axis(logp_BxV, answers_Bx2[:, :1], axis=1).sum()
 
-    return jax.lax.with_sharding_constraint(jax.grad(total)(rows.value_BxTxD), sharding(point.mesh))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _prefix(point: SplitPoint, params: decoder.Params, ids_BxT: jax.Array) -> tuple[jax.Array, ...]:
-    return jax.lax.with_sharding_constraint(point.run_prefix(params, ids_BxT), sharding(point.mesh))
+    return jax.lax.with_sharding_constraint(jax.grad(total)(value_BxTxD), sharding(point.mesh))
 
 
 def likely_tokens(split: SplitModel, runs: Sequence[CleanRun], most: int) -> np.ndarray:
@@ -112,19 +113,13 @@ def _likeliest(point: SplitPoint, most: int, params: decoder.Params, end_BxD: ja
     return jax.lax.with_sharding_constraint(jax.lax.top_k(logits_BxV, most)[1], sharding(point.mesh))
 
 
-def attribution(
-    split: SplitModel,
-    runs: Sequence[CleanRun],
-    source: ActivationReplacement = ZERO,
-    counterparts: Sequence[CleanRun] = (),
-) -> np.ndarray:
+def attribution(split: SplitModel, runs: Sequence[CleanRun], source: ActivationReplacement = ZERO) -> np.ndarray:
     """Return activation x slope of every feature on every prompt.
 
     Args:
       split: the model, split at the site that the dictionary writes to.
-      runs: from ``split.run``; N prompts in all.
+      runs: from ``split.run``, with counterparts for the source ``counterpart``; N prompts in all.
       source: what replaces activations.
-      counterparts: for the source ``counterpart``, from ``split.run_counterparts``.
 
     Returns:
       fp32 [N, F] in logits; above 0 where ablating the feature should lower the logit difference.
@@ -135,11 +130,11 @@ def attribution(
     """
     shape = sum(len(run.index_P) for run in runs), split.dictionary.config.n_features
     attribution_NxF = np.zeros(shape, np.float32)
-    for run, counterpart in zip(runs, counterparts or runs, strict=True):
+    for run in runs:
         arrays = _random_sums(split, run, source)
         for part, rows in split.slices(run):
-            if source.kind == "counterpart":
-                arrays = tuple(split.by_row(counterpart.read_BxTxD[part], counterpart.domain_BxT[part]))
+            if source.kind == "counterpart" and run.counterpart:
+                arrays = tuple(split.by_row(run.counterpart.read_BxTxD[part], run.counterpart.domain_BxT[part]))
             model, targets_1xBx2 = (split.point, split.params, [split.dictionary]), run.answers_Bx2[None, part]
             (scores_1xBxF,) = score_targets(*model, [rows], None, targets_1xBx2, source, [arrays])
             index_P = run.index_P[part]

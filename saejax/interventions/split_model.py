@@ -54,6 +54,7 @@ class CleanRun:
     prefix_PxT: np.ndarray
     last_B: np.ndarray  #: index of each prompt's last token, int32
     answers_Bx2: np.ndarray  #: token ids of the correct and the wrong answer, int32
+    counterpart: "CleanRun | None" = None  #: the prompts' counterparts, row by row, if they were run
 
 
 class SplitModel:
@@ -93,17 +94,20 @@ class SplitModel:
         self.dictionary = jax.device_put(jax.tree.map(to_host, dictionary), sharding(model.mesh))
         self._model, self._positions, self.error = model, positions, error
 
-    @property
-    def edits_everywhere(self) -> bool:
-        """True if every position except attention sinks is editable and the reconstruction error is kept."""
-        return self._positions == "all" and self.error == "keep"
-
-    def run(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
+    def run(self, prompts: Sequence[Prompt], counterparts: bool = False) -> list[CleanRun]:
         """Run prompts without an edit, sorted by length, in groups of at most ``GROUP_TOKENS`` tokens.
 
+        Args:
+          prompts: the prompts.
+          counterparts: whether their counterparts are run, too.
+
         Raises:
-          UserError: a prompt is too long, an answer has no token of its own, or the site's value is not finite.
+          UserError: a prompt is too long, an answer has no token of its own, or the site's value is not finite; or a
+            counterpart is asked for that does not exist, or has another number of tokens.
         """
+        if counterparts:
+            pairs = zip(self.run(prompts), self.run(self._swap_sides(prompts)), strict=True)
+            return [dataclasses.replace(run, counterpart=counterpart) for run, counterpart in pairs]
         tokens = self._model.tokenize([prompt.text for prompt in prompts])
         answers_Nx2 = first_answer_ids(self._model.tokenizer, prompts)
         runs = []
@@ -116,12 +120,8 @@ class SplitModel:
             runs.append(CleanRun(index_P, stream, value, read, domain, prefix_PxT, last_B, answers_Nx2[rows_B]))
         return runs
 
-    def run_counterparts(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
-        """Run the prompts' counterparts: row by row those of ``run(prompts)``.
-
-        Raises:
-          UserError: a prompt has no counterpart, or one of another number of tokens; and as ``run``.
-        """
+    def _swap_sides(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Return the counterparts as prompts, with the prompts' answers."""
         for prompt in prompts:
             if not prompt.counterpart:
                 raise UserError(
@@ -136,7 +136,7 @@ class SplitModel:
                 f"{prompts[row].counterpart!r} {counterpart_lengths[row]}: --ablate.replacement=counterpart takes "
                 "pairs of one length"
             )
-        return self.run([dataclasses.replace(prompt, text=prompt.counterpart) for prompt in prompts])
+        return [dataclasses.replace(prompt, text=prompt.counterpart) for prompt in prompts]
 
     def slices(self, run: CleanRun, size: int = PROMPTS) -> Iterator[tuple[slice, SiteRows]]:
         """Yield ``size`` rows of a run at a time: which they are, and their arrays, on the devices as by ``by_row``."""

@@ -2,20 +2,26 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from saejax.interventions.steer_run import MAX_CE_RISE, BehaviourSteering, SteeringPoint, SteerResults
+from saejax.interventions.steer_run import MAX_CE_RISE, BehaviourSteering, SteerResults
 from saejax.page import style
-from saejax.page.blocks import Block, Picture, Terms, Text
+from saejax.page.blocks import Block, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, interval, number, percent, significant, visible
-from saejax.page.words import behaviour, place
+from saejax.page.tables import number
+from saejax.page.words import behaviour, place, signed
 
 _METHODS = dict(add="features added", clamp="features clamped", mean_difference="difference of means")
 _LOOKS = dict(
     add=(style.ORANGE, "-", "o"), clamp=(style.PINK, ":", "D"), mean_difference=(style.BLUE, "--", "s")
 )  # fmt: skip
+_CAPTION = (
+    "Drop of the logit difference on test prompts against the dose, with 95 % bootstrap intervals. Large marks: the "
+    "strengths chosen on train prompts. Grey lines run from the mean to the largest drop of the controls at the same "
+    "dose."
+)
 
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
@@ -24,7 +30,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
 
 
 def _section(results: SteerResults, draw: Draw) -> Section:
-    steered = {name: result for name, result in results.behaviours.items() if not result.reason}
+    steered = {behaviour(name): result for name, result in results.behaviours.items() if not result.reason}
     intro = (
         f"Prompts that the model answers correctly are steered to the answer of their counterpart by changing "
         f"{place(results.site)} at every position. Three methods are compared. Features added: the top features of "
@@ -33,37 +39,31 @@ def _section(results: SteerResults, draw: Draw) -> Section:
         "with the target answer. Difference of means: the difference between the site's mean values on the two kinds "
         "of text is added. The texts are train prompts and their counterparts. The dose is the root mean square over "
         "prompts of the norm of the change. Controls are random changes of the same dose: random sets of as many "
-        "features, or differences of means after the answers were shuffled among the texts."
+        "features, or differences of means after the answers were shuffled among the texts. Each method's strength is "
+        "the one that turns most train prompts, among those that raise the cross-entropy of held-out text by at most "
+        f"{MAX_CE_RISE:g} nats per token; test prompts judge it. A prompt is turned if its target has the higher "
+        "logit. p is the share of controls with at least the method's drop of the logit difference."
     )
     blocks: list[Block] = [Text(intro)]
     if steered:
-        blocks += [_picture(steered, draw), _table(steered), Terms(tuple(_sentences(steered).items()))]
-        blocks.append(Terms(tuple(_examples(steered).items())))
-    if unsteered := [
-        (behaviour(name), f"not steered: {result.reason}.")
-        for name, result in results.behaviours.items()
-        if result.reason
-    ]:
-        blocks.append(Terms(tuple(unsteered)))
-    return Section("Steering", tuple(blocks))
-
-
-def _picture(steered: Mapping[str, BehaviourSteering], draw: Draw) -> Picture:
-    caption = (
-        "Drop of the logit difference on test prompts against the dose, with 95 % bootstrap intervals. Large marks: "
-        "the strengths chosen on train prompts. Grey lines run from the mean to the largest drop of the controls at "
-        "the same dose."
-    )
-    alt = "Steering. " + " ".join(
-        f"{behaviour(name)}: "
-        + ", ".join(
-            f"{_METHODS[method]} {number(each.points[each.chosen].drop.mean)} logits"
+        drops = {
+            title: ", ".join(
+                f"{_METHODS[method]} {number(each.points[each.chosen].drop.mean)} logits"
+                for method, each in result.methods.items()
+            )
+            for title, result in steered.items()
+        }
+        alt = "Steering. " + " ".join(f"{title}: {listed}." for title, listed in drops.items())
+        answers = {
+            f"{title}, {_METHODS[method]}": signed(each.answer.sentence)
+            for title, result in steered.items()
             for method, each in result.methods.items()
-        )
-        + "."
-        for name, result in steered.items()
-    )
-    return draw("steering", steering({behaviour(name): each for name, each in steered.items()}), caption, alt)
+        }
+        blocks += [draw("steering", steering(steered), _CAPTION, alt), Terms(tuple(answers.items()))]
+    reasons = {behaviour(name): result.reason for name, result in results.behaviours.items() if result.reason}
+    if reasons:
+        blocks.append(Terms(tuple((title, f"not steered: {reason}.") for title, reason in reasons.items())))
+    return Section("Steering", tuple(blocks))
 
 
 @style.styled
@@ -80,12 +80,15 @@ def steering(steered: Mapping[str, BehaviourSteering]) -> Figure:
             points = sorted((point for point in each.points if point.dose > 0), key=lambda point: point.dose)
             doses, drops = [point.dose for point in points], [point.drop.mean for point in points]
             axes.plot(doses, drops, dashes, color=color, linewidth=1.4)
-            for point in points:
-                is_chosen = point is each.points[each.chosen]
-                _mark(axes, point, color, marker, 7.5 if is_chosen else 4, _METHODS[method])
             chosen = each.points[each.chosen]
-            if each.control_max is not None and chosen.dose > 0:
-                controls = [each.control_mean, each.control_max]
+            for point in points:
+                axes.errorbar(
+                    [point.dose], [point.drop.mean], yerr=style.error_lengths(point.drop), color=color, marker=marker,
+                    markersize=7.5 if point is chosen else 4, linestyle="none", elinewidth=1, capsize=2,
+                    label=_METHODS[method],
+                )  # fmt: skip
+            if each.controls and chosen.dose > 0:
+                controls = [np.mean(each.controls), max(each.controls)]
                 axes.plot([chosen.dose] * 2, controls, color=style.GREY, marker="_", label="controls: mean, largest")
         axes.set_xscale("log")
         style.plain_log(axes.xaxis)
@@ -95,65 +98,3 @@ def steering(steered: Mapping[str, BehaviourSteering]) -> Figure:
     below[-1].set_xlabel("dose: norm of the change at the site")
     style.legend(below[-1], 1)
     return figure
-
-
-def _mark(axes, point: SteeringPoint, color: str, marker: str, size: float, label: str) -> None:
-    lengths_2x1 = style.error_lengths(point.drop)
-    axes.errorbar(
-        [point.dose], [point.drop.mean], yerr=lengths_2x1, color=color, marker=marker, markersize=size,
-        linestyle="none", elinewidth=1, capsize=2, label=label,
-    )  # fmt: skip
-
-
-def _table(steered: Mapping[str, BehaviourSteering]) -> Table:
-    rows = []
-    for name, result in steered.items():
-        for method, each in result.methods.items():
-            point = each.points[each.chosen]
-            controls = f"{number(each.control_mean)}, {number(each.control_max)} ({each.controls})"
-            rows.append(
-                (
-                    behaviour(name),
-                    _METHODS[method],
-                    number(point.strength),
-                    number(point.dose),
-                    interval(point.drop),
-                    controls if each.controls else MISSING,
-                    f"{each.answer.answer}, p = {significant(each.answer.p_holm, 2)}",
-                    interval(point.turned, 0, 100),
-                    percent(each.control_turned),
-                    interval(point.ce_rise),
-                )
-            )
-    columns = (
-        "Behaviour", "Changed by", "Strength", "Dose", "Drop", "Controls", "More than controls", "Turned, %",
-        "Controls turned", "Text",
-    )  # fmt: skip
-    note = (
-        "The strength of each method is the one that turns most train prompts, among those that raise the "
-        f"cross-entropy of held-out text by at most {MAX_CE_RISE:g} nats per token. Drop: of logit(answer) - "
-        "logit(target) on test prompts, logits. Controls: mean and largest drop, and their number, at the same dose; p "
-        "is the share of controls with at least the method's drop, after Holm's correction over the behaviours. "
-        "Turned: share of test prompts whose target has the higher logit, 95 % Wilson interval. Controls turned: the "
-        "same share, mean over controls. Text: rise of the cross-entropy of held-out text, nats per token."
-    )
-    return Table("Steering at the chosen strengths", columns, tuple(rows), frozenset({1, 6}), stack=False, note=note)
-
-
-def _sentences(steered: Mapping[str, BehaviourSteering]) -> dict[str, str]:
-    """Return the answer of each method, for each behaviour."""
-    return {
-        f"{behaviour(name)}, {_METHODS[method]}": each.answer.sentence
-        for name, result in steered.items()
-        for method, each in result.methods.items()
-    }
-
-
-def _examples(steered: Mapping[str, BehaviourSteering]) -> dict[str, str]:
-    examples = {}
-    for name, result in steered.items():
-        listed = [f"after {visible(result.example)!r} the model writes {visible(result.continuation)!r}"]
-        listed += [f"{_METHODS[m]}: {visible(each.continuation)!r}" for m, each in result.methods.items()]
-        left_out = [f"left out for {reason}: {count}" for reason, count in result.left_out.items() if count]
-        examples[f"{behaviour(name)}, examples"] = "; ".join([*listed, *left_out]) + "."
-    return examples

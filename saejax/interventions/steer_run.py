@@ -24,7 +24,6 @@ from saejax.interventions.steering import (
     AnswerTexts,
     Steered,
     choose_strength,
-    generation_edit,
     group_by_swap,
     map_swaps,
     place_edits,
@@ -53,7 +52,6 @@ TEXT_SWAPS = 4  # answer pairs whose changes are tried on held-out text
 TEXT_DOCUMENTS = 16  # held-out documents on which the rise of cross-entropy is measured
 # Nats per token: a larger rise means that text of any kind has become hard to predict, not that an answer was turned.
 MAX_CE_RISE = 1.0
-NEW_TOKENS = 20  # of a continuation
 CONTROLS = dict(add="random sets of features", clamp="random sets of features", mean_difference="random directions")
 
 
@@ -65,7 +63,6 @@ class SteeringPoint:
     dose: float  #: root mean square over prompts of the norm of the change at the site
     drop: Interval  #: fall of logit(answer) - logit(target), 95 % bootstrap interval over prompts within templates
     turned: Interval  #: share of the prompts whose target has the higher logit, 95 % Wilson interval
-    top1: float  #: share of the prompts whose own answer is the likeliest token
     ce_rise: Interval | None  #: rise of cross-entropy on held-out text, nats per token; None without text
 
 
@@ -76,12 +73,9 @@ class SteeringMethod:
     points: tuple[SteeringPoint, ...]  #: by rising strength
     chosen: int  #: the strength that was chosen on train prompts, counted from 0
     control: str  #: what it is compared with at equal dose: random sets of features, or random directions
-    controls: int  #: number of control changes
-    control_mean: float | None  #: mean drop of the controls, logits
-    control_max: float | None  #: largest drop of a control, logits
-    control_turned: float | None  #: mean share of prompts that the controls turn
+    controls: tuple[float, ...]  #: drop of each control change, logits, mean over prompts
+    control_turned: float | None  #: mean share of prompts that the controls turn; None without any
     answer: CausalAnswer  #: does it steer more than the controls at equal dose?
-    continuation: str  #: an example: what the steered model writes after the first test prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +86,6 @@ class BehaviourSteering:
     prompts: int  #: test prompts on which it is judged
     left_out: Mapping[str, int]  #: other test prompts, by reason
     clean: Interval | None  #: logit difference without a change
-    example: str  #: the prompt of the examples
-    continuation: str  #: what the model writes after it without a change
     methods: Mapping[str, SteeringMethod]  #: by name
     features: Mapping[str, tuple[int, ...]]  #: answer → target: the top features
 
@@ -184,7 +176,7 @@ class SteeringTest:
     def results(self) -> BehaviourSteering:
         """Measure every method at every strength, and the controls of the chosen ones."""
         if reason := self._reason():
-            return BehaviourSteering(reason, len(self._test), self._left_out, None, "", "", {}, {})
+            return BehaviourSteering(reason, len(self._test), self._left_out, None, {}, {})
         templates = [prompt.template for prompt in self._test]
         weight_RxP = bootstrap.resampling_weights(templates, self._config.bootstrap, self._config.seed)
         clean_P = self._steer(self._test, self._groups, lambda swap: self._nothing).diff_SxP[0]
@@ -199,8 +191,6 @@ class SteeringTest:
             prompts=len(self._test),
             left_out=self._left_out,
             clean=mean_interval(clean_P, weight_RxP),
-            example=self._test[0].text,
-            continuation=self._continue(self._nothing),
             methods=methods,
             features={
                 " → ".join(decode([token]).strip() for token in swap): tuple(self._tops[swap]) for swap in self._groups
@@ -256,7 +246,6 @@ class SteeringTest:
                 dose=root_mean_square(steered.norm_SxP[s]),
                 drop=mean_interval(clean_P - steered.diff_SxP[s], weight_RxP),
                 turned=wilson(steered.diff_SxP[s] < 0),
-                top1=float(steered.top1_SxP[s].mean()),
                 ce_rise=rises[s] if rises else None,
             )
             for s, strength in enumerate(strengths_of(method, self._config.doses))
@@ -267,19 +256,14 @@ class SteeringTest:
         chosen = choose_strength(self._steer(self._train, self._train_groups, edits_of).diff_SxP, allowed_S)
         controls = self._steer_controls(method, points[chosen].dose)
         drop_N, effect = (clean_P - controls.diff_SxP).mean(axis=1), points[chosen].drop
-        has_controls = len(drop_N) > 0
-        p_value = rank_p(effect.mean, drop_N) if has_controls else None
-        first = next(swap for swap, places in self._groups.items() if 0 in places)
+        p_value = rank_p(effect.mean, drop_N) if len(drop_N) else None
         return SteeringMethod(
             points=points,
             chosen=chosen,
             control=CONTROLS[method],
-            controls=len(drop_N),
-            control_mean=float(drop_N.mean()) if has_controls else None,
-            control_max=float(drop_N.max()) if has_controls else None,
-            control_turned=float((controls.diff_SxP < 0).mean()) if has_controls else None,
+            controls=tuple(drop_N.tolist()),
+            control_turned=float((controls.diff_SxP < 0).mean()) if len(drop_N) else None,
             answer=CausalAnswer("not tested", "Not tested: the run has not ended.", effect, p_value),
-            continuation=self._continue(self._edits(method, first), chosen),
         )
 
     def _steer_controls(self, method: str, dose: float) -> Steered:
@@ -296,7 +280,7 @@ class SteeringTest:
         # As many for each swap, since a control is one change on all prompts.
         count = min(map(len, drawn.values()), default=0)
         if not count:
-            return Steered(*np.zeros((3, 0, len(self._test))))
+            return Steered(*np.zeros((2, 0, len(self._test))))
 
         def controls(vectors_of: Callable[[AnswerSwap], list[np.ndarray]], count: int) -> Steered:
             dictionary = self._split.dictionary
@@ -324,21 +308,12 @@ class SteeringTest:
         swaps = [swap for swap in self._groups if method == "mean_difference" or self._tops[swap]] or list(self._groups)
         rises = []
         for swap in swaps[:TEXT_SWAPS]:
-            diffs = self._text.effects(*place_edits(self._lm, self._split, self._edits(method, swap)))
-            rises.append(diffs.rise_SxN / diffs.tokens_N)
+            ce_ExN = self._text.effects(*place_edits(self._lm, self._split, self._edits(method, swap)))["ce"]
+            rises.append(ce_ExN[1:] - ce_ExN[0])
         rise_SxN = np.mean(rises, axis=0)
-        weight_RxN = None
-        if rise_SxN.shape[1] > 1:
-            documents = [""] * rise_SxN.shape[1]
-            weight_RxN = bootstrap.resampling_weights(documents, self._config.bootstrap, self._config.seed)
+        documents = [""] * rise_SxN.shape[1]
+        weight_RxN = bootstrap.resampling_weights(documents, self._config.bootstrap, self._config.seed)
         return [mean_interval(rise_N, weight_RxN) for rise_N in rise_SxN]
-
-    def _continue(self, edits: FeatureEdits, number: int = 0) -> str:
-        """Return what the model writes greedily after the first test prompt, under one of some edits."""
-        tokens = self._lm.tokenize([self._test[0].text])
-        room = self._lm.config.context - int(tokens.lengths_B[0])
-        edit = generation_edit(edits, number)
-        return self._lm.generate(tokens, min(NEW_TOKENS, room), edits=[edit])[0].text if room >= 1 else ""
 
 
 def judge(behaviours: Mapping[str, BehaviourSteering]) -> dict[str, BehaviourSteering]:
@@ -366,19 +341,26 @@ def _conclude(result: SteeringMethod, p_holm: float | None, tests: int) -> Causa
         return CausalAnswer("not tested", reason, effect)
     level = VerdictConfig().level
     answer, needed = "yes" if p_holm <= level and effect.low > 0 else "no", min_controls(tests, level)
-    if result.controls < needed:
+    sentence = (
+        f"At strength {point.strength:g} (dose {point.dose:.3g}) the logit difference changes by {-effect.mean:+.2f} "
+        f"logits [{-effect.high:+.2f}, {-effect.low:+.2f}], and {100 * point.turned.mean:.0f} % of the prompts "
+        f"[{100 * point.turned.low:.0f}, {100 * point.turned.high:.0f}] are turned. "
+    )
+    if point.ce_rise:
+        sentence += f"The cross-entropy of held-out text rises by {point.ce_rise.mean:.2f} nats per token. "
+    count = len(result.controls)
+    if count < needed:
         answer = "not testable"
-        sentence = f"Not testable: {result.controls} controls ({result.control}) of {needed} needed."
+        sentence += f"Not testable: {count} controls ({result.control}) of {needed} needed."
     else:
         corrected = f", {p_holm:.2g} after correction for {tests} behaviours" if tests > 1 else ""
         verb = "more than" if answer == "yes" else "not shown to be more than"
-        sentence = (
-            f"Changes the logit difference by {-effect.mean:+.2f} logits [{-effect.high:+.2f}, {-effect.low:+.2f}] and "
-            f"turns {100 * point.turned.mean:.0f} % of the prompts. At equal dose the drop is {verb} that of "
-            f"{result.controls} {result.control} (mean {result.control_mean:.2f}, maximum {result.control_max:.2f}; "
-            f"p = {p_value:.2g}{corrected})."
+        sentence += (
+            f"The drop is {verb} that of {count} {result.control} of equal dose (mean {np.mean(result.controls):.2f}, "
+            f"maximum {max(result.controls):.2f}; p = {p_value:.2g}{corrected}), which turn "
+            f"{100 * (result.control_turned or 0):.0f} % of the prompts."
         )
-    numbers = dict(controls=float(result.controls), needed=float(needed))
+    numbers = dict(controls=float(count), needed=float(needed))
     return CausalAnswer(answer, sentence, effect, p_value, p_holm, numbers)
 
 

@@ -22,7 +22,7 @@ All changes are edits (``saejax.interventions.edits``) at the editable positions
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -144,16 +144,6 @@ def vector_edits(dictionary: Dictionary, vectors: Sequence[np.ndarray]) -> Featu
     return add(bases.linear(dictionary, np.stack(vectors)), [[number] for number in range(len(vectors))], 1.0)
 
 
-def generation_edit(edits: FeatureEdits, number: int) -> Any:
-    """Return one of ``steering_edits`` as an edit for ``lm.generate`` and ``lm(...)``."""
-    features = edits.sets[number].tolist()
-    if not features or edits.addends is None:
-        # Features as they are: an edit that changes nothing.
-        return edits.dictionary.scale([0], 1.0)
-    change = edits.dictionary.set if edits.fractions[number].all() else edits.dictionary.steer
-    return change(features, edits.addends[number])
-
-
 def random_feature_vectors(
     texts: AnswerTexts, share_F: np.ndarray, top: Sequence[int], count: int, seed: int
 ) -> list[np.ndarray]:
@@ -185,7 +175,6 @@ class Steered(NamedTuple):
     """Readouts of S changes on P prompts, float64 [S, P]."""
 
     diff_SxP: np.ndarray  #: logit(answer) - logit(target)
-    top1_SxP: np.ndarray  #: 1 where the prompt's answer is the likeliest token
     norm_SxP: np.ndarray  #: norm of the change at the site, over all positions
 
 
@@ -218,8 +207,8 @@ def steer(
     """
     split, edits = place_edits(lm, split, edits)
     runs = split.run(prompts)
-    measured = run_edits(split, runs, edits, batch_rows, on_progress, readouts=True)
-    return Steered(measured.ablated_SxP, measured.readouts["top1"][1], change_norms(split, runs, edits))
+    diff_SxP = run_edits(split, runs, edits, batch_rows, on_progress)["logit_diff"][1:]
+    return Steered(diff_SxP, change_norms(split, runs, edits))
 
 
 def choose_strength(diff_SxP: np.ndarray, is_allowed_S: np.ndarray) -> int:

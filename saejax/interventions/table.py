@@ -111,34 +111,6 @@ class EffectsTable:
     value_N: np.ndarray  #: the readout's value, float64, finite
 
     @classmethod
-    def from_blocks(
-        cls,
-        edits: Sequence[EditDefinition],
-        prompts: Sequence[PromptDefinition],
-        blocks: Sequence[tuple[Sequence[EditDefinition], Sequence[PromptDefinition], Sequence[str], np.ndarray]],
-    ) -> "EffectsTable":
-        """Return the table of dense blocks of values.
-
-        Args:
-          edits: every edit of the run.
-          prompts: every prompt of the run.
-          blocks: each its edits, prompts, readouts and values ``[E, P, J]``; NaN marks what was not measured.
-
-        Returns:
-          The table, without the NaN entries.
-        """
-        whole = cls(tuple(edits), tuple(prompts), *np.zeros((4, 0)))
-        columns: list[tuple[np.ndarray, ...]] = []
-        for block_edits, block_prompts, readouts, values in blocks:
-            value_ExPxJ = np.asarray(values, np.float64)
-            # Most edits have some readouts on the prompts of one behaviour only: a dense table would be nearly all NaN.
-            e_K, p_K, j_K = np.nonzero(~np.isnan(value_ExPxJ))
-            edit_E, prompt_P = whole.positions(block_edits, block_prompts)
-            readout_J = np.array([READOUTS.index(readout) for readout in readouts], np.int8)
-            columns.append((edit_E[e_K], prompt_P[p_K], readout_J[j_K], value_ExPxJ[e_K, p_K, j_K]))
-        return cls(whole.edits, whole.prompts, *(np.concatenate(column) for column in zip(*columns, strict=True)))
-
-    @classmethod
     def block(
         cls,
         edits: Sequence[EditDefinition],
@@ -151,25 +123,20 @@ class EffectsTable:
         Args:
           edits: E edits.
           prompts: P prompts.
-          values: ``[E, P]`` of each readout; NaN marks what was not measured.
+          values: ``[E, P]`` of each readout; NaN marks what was not measured, and gets no row.
           defined: prompts that have no row here.
         """
-        block = list(edits), list(prompts), tuple(values), np.stack(list(values.values()), axis=-1)
-        return cls.from_blocks(edits, list(dict.fromkeys([*defined, *prompts])), [block])
+        whole = cls(tuple(edits), tuple(dict.fromkeys([*defined, *prompts])), *np.zeros((4, 0)))
+        value_ExPxJ = np.stack(list(values.values()), axis=-1).astype(np.float64)
+        e_K, p_K, j_K = np.nonzero(~np.isnan(value_ExPxJ))
+        edit_E, prompt_P = whole.positions(edits, prompts)
+        readout_J = np.array([READOUTS.index(readout) for readout in values], np.int8)
+        rows = edit_E[e_K], prompt_P[p_K], readout_J[j_K], value_ExPxJ[e_K, p_K, j_K]
+        return cls(whole.edits, whole.prompts, *rows)
 
-    def select_edits(
-        self, behaviour: str, group: str, dictionary: str = TESTED, index: int | None = None
-    ) -> list[EditDefinition]:
-        """Return the edits of one ``behaviour`` and ``group``, ordered by index and fraction.
-
-        Args:
-          behaviour: its name.
-          group: "top", "random", "placebo", ...
-          dictionary: whose features they ablate.
-          index: of one set of the group; default all.
-        """
-        chosen = self._edits_by_group.get((behaviour, group, dictionary), [])
-        return [edit for edit in chosen if index is None or edit.index == index]
+    def select_edits(self, behaviour: str, group: str, dictionary: str = TESTED) -> list[EditDefinition]:
+        """Return the edits of one ``behaviour``, ``group`` and ``dictionary``, ordered by index and fraction."""
+        return list(self._edits_by_group.get((behaviour, group, dictionary), []))
 
     def select_whole_edits(self, behaviour: str, group: str) -> list[EditDefinition]:
         """Return a ``behaviour``'s edits of a group that are applied whole, of the tested dictionary, by index."""
@@ -259,7 +226,7 @@ class EffectsTable:
 
 
 def merge_tables(tables: Sequence[EffectsTable]) -> EffectsTable:
-    """Return the rows of several tables as one; an edit or prompt that several define is the same."""
+    """Return the rows of several tables as one; an edit, prompt or row that several have is the same."""
     edits = tuple({(edit.behaviour, edit.id): edit for table in tables for edit in table.edits}.values())
     prompts = tuple({prompt.id: prompt for table in tables for prompt in table.prompts}.values())
     whole = EffectsTable(edits, prompts, *np.zeros((4, 0)))  # which knows the positions of all edits and prompts
@@ -267,7 +234,10 @@ def merge_tables(tables: Sequence[EffectsTable]) -> EffectsTable:
     for table in tables:
         edit_E, prompt_P = whole.positions(table.edits, table.prompts)
         rows.append((edit_E[table.edit_N], prompt_P[table.prompt_N], table.readout_N, table.value_N))
-    return EffectsTable(edits, prompts, *(np.concatenate(column) for column in zip(*rows, strict=True)))
+    edit_N, prompt_N, readout_N, value_N = (np.concatenate(column) for column in zip(*rows, strict=True))
+    # The clean run is measured with every batch of edits: the first values stand.
+    first_K = np.sort(np.unique(whole._keys(edit_N, prompt_N, readout_N), return_index=True)[1])
+    return EffectsTable(edits, prompts, edit_N[first_K], prompt_N[first_K], readout_N[first_K], value_N[first_K])
 
 
 def has_effects(folder: str | Path) -> bool:

@@ -173,10 +173,9 @@ def _test_sets(
         # With so few sets even the first rank of all is not significant after correction: "no" would say too much.
         if len(controls) < needed:
             answer = "not testable"
-        sentence = wording.sets_sentence(
-            answer, group, measured.k, numbers, p_value, p_holm, behaviours, measured.objective
-        )
-        return CausalAnswer(answer, sentence, effect, p_value, p_holm, numbers)
+        answered = CausalAnswer(answer, "", effect, p_value, p_holm, numbers)
+        sentence = wording.sets_sentence(answered, group, measured.k, behaviours, measured.objective)
+        return dataclasses.replace(answered, sentence=sentence)
 
     return _Test(p_value, conclude)
 
@@ -245,8 +244,8 @@ def _combine_views(basis: str, views: Mapping[str, CausalAnswer], objective: str
     if {view.answer for view in views.values()} == {"more", "less"}:
         answer = "contradictory"
     parts = {dose: view.effect for dose, view in views.items() if view.effect}
-    sentence = wording.basis_sentence(answer, basis, main.numbers or {}, parts, objective)
-    return dataclasses.replace(main, answer=answer, sentence=sentence, parts=parts)
+    answered = dataclasses.replace(main, answer=answer, parts=parts)
+    return dataclasses.replace(answered, sentence=wording.basis_sentence(answered, basis, objective))
 
 
 def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: VerdictConfig) -> _Test:
@@ -282,8 +281,8 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
         assert p_holm is not None
         failing = [name for name, interval in parts.items() if interval.high >= margins[name]]
         answer = "yes" if p_holm <= config.level and not failing else "no"
-        sentence = wording.selective_sentence(answer, parts, margins, failing)
-        return CausalAnswer(answer, sentence, None, p_value, p_holm, margins, parts)
+        answered = CausalAnswer(answer, "", None, p_value, p_holm, margins, parts)
+        return dataclasses.replace(answered, sentence=wording.selective_sentence(answered, failing))
 
     return _Test(p_value, conclude)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
-from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, measure_text, verdict_config
+from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, verdict_config
 from saejax.interventions.answers import CausalVerdict, FeatureEffect
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import run_edits
@@ -92,8 +92,7 @@ def ablate(
         if "/" not in name:
             one_of(name, BASES, "basis, and no folder of a dictionary:")
     text = _held_out_text(lm, documents, TEXT_LENGTH)
-    tables = [measure_text(lm, text, dictionary, config.error)] if text else []
-    top, importance = {}, {}
+    tables, top, importance = [], {}, {}
     for name in by_behaviour:
         table, ablation = measure_behaviour(
             lm, dictionary, name, by_behaviour, config, text, repeats, features=features
@@ -200,7 +199,7 @@ def probe(
     split = SplitModel(lm, dictionary)
     diffs = [0.0] * len(prompts)
     if "correct" in config.labels:
-        diffs = run_edits(split, split.run(prompts), mask(split.dictionary, [[]])).clean_P.tolist()
+        diffs = run_edits(split, split.run(prompts), mask(split.dictionary, [[]]))["logit_diff"][0].tolist()
     probed = []
     for labelled in label_all(config, (prompts, diffs)).values():
         ablation = functools.partial(ablation_of, split, labelled)

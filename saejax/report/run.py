@@ -120,7 +120,7 @@ def sections(findings: Findings, draw: Draw, shown: int) -> list[Section]:
         *tasks.benchmark_sections(findings),
         *([training.section(findings, draw, findings.first(AblateResults).dictionary)] if is_evaluated else []),
         *_stage_sections(findings, draw),
-        *ablation.features(findings, draw, shown),
+        *ablation.features(findings, shown),
         *([overview.left_out(findings)] if is_evaluated else []),
         overview.limits(findings),
         overview.reproduce(findings),

@@ -49,7 +49,7 @@ STEER = Stage(
         corpus=identities.corpus,
         dictionary=lambda configs: identities.dictionary(configs, "steer"),
     ),
-    revision=2,
+    revision=3,
     processes="items",
     section=_sections,
 )

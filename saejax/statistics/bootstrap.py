@@ -20,10 +20,11 @@ def resampling_weights(strata: Sequence[object] | np.ndarray, resamples: int, se
     """Return the weight of each prompt in each bootstrap sample of a mean.
 
     From a stratum of n prompts n - 1 are drawn with replacement, and the stratum keeps its share n / P of the mean.
-    Strata of a single prompt are joined into one, which joins the largest stratum if it is still alone.
+    Strata of a single prompt are joined into one, which joins the largest stratum if it is still alone. A single prompt
+    is the mean in every sample.
 
     Args:
-      strata: label of each of the P prompts, at least 2.
+      strata: label of each of the P prompts, at least one.
       resamples: number of samples, at least 1.
       seed: seed of the draws.
 
@@ -31,12 +32,14 @@ def resampling_weights(strata: Sequence[object] | np.ndarray, resamples: int, se
       Float64 array ``[resamples, P]``, rows sum to 1: ``weights @ values`` are the samples of the mean.
 
     Raises:
-      ValueError: fewer than 2 prompts.
+      ValueError: there is no prompt.
     """
     _, label_P, size_S = np.unique(np.asarray(strata), return_inverse=True, return_counts=True)
     count, size_P = len(label_P), size_S[label_P]
-    if count < 2:
-        raise ValueError(f"expected at least 2 prompts to resample, got {count}")
+    if not count:
+        raise ValueError("expected at least one prompt to resample, got none")
+    if count == 1:
+        return np.ones((resamples, 1))
     # From a stratum of one prompt n - 1 = 0 prompts would be drawn: it would have no weight in any sample.
     is_alone_P = size_P == 1
     label_P = np.where(is_alone_P, -1, label_P)

@@ -1,18 +1,15 @@
 """The report on benchmarks: effects of ablating top features, pictures first."""
 
-import textwrap
-
-from saejax.interventions.ablate_report import answer_columns, dose_picture, summary_sentences
+from saejax.interventions.ablate_report import dose_picture, rule_in_full, summary, table_of_answers
 from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.falsify import Falsification, FalsifiedFeature
 from saejax.interventions.table import TESTED, UNTRAINED, load_effects, merge_tables
 from saejax.interventions.verdict import verdict
-from saejax.page.blocks import Block, Code, Terms, Text
+from saejax.page.blocks import Block, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
-from saejax.page.words import place, signed
-from saejax.runner.preregistration import describe_rule
+from saejax.page.words import place
 from saejax.studies.benchmark_results import AnswerScores, StudyResults
 
 _GROUPS = dict(
@@ -43,22 +40,21 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
     judged = verdict(table, config).dictionaries
     first = next(iter(studies.values()))
     blocks: list[Block] = [
-        dose_picture(f"benchmark_{name}", name, table, result, draw, "log-likelihood lost, nats")
+        dose_picture(f"ablation_benchmark_{name}", name, table, name, result, draw)
         for name, result in judged[TESTED].items()
     ]
-    rows = [
-        (name if dictionary == TESTED else f"{name}, {dictionary} dictionary", result)
+    rows = {
+        name if dictionary == TESTED else f"{name}, {dictionary} dictionary": result
         for dictionary in (TESTED, UNTRAINED)
         for name, result in judged.get(dictionary, {}).items()
-    ]
-    columns = answer_columns("Benchmark", "1. Effect, nats", ("accuracy", "Accuracy, points"))
+    }
     note = (
         f"The {first.k} features of {first.dictionary} (in {place(first.site)}) with the largest attribution for the "
         "reference answers to one half of the items, ablated on the other half. Effect: lost log-likelihood of the "
         "reference answer, with its 95 % interval over items. Questions 2 and 3: mean effect of the control sets and "
         "the corrected p-value."
     )
-    blocks.append(Table.of("The five questions, for benchmarks", rows, columns, words=set(columns), note=note))
+    blocks.append(table_of_answers("The five questions, for benchmarks", "Benchmark", rows, note))
     blocks += [_score_table(name, results) for name, results in studies.items() if results.scores]
     for name, results in studies.items():
         if results.falsification:
@@ -69,10 +65,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
             f"The unedited model is at chance on {', '.join(at_chance)}, so only log-likelihoods are compared there."
         )
         blocks.append(Text(chance, strong=True))
-    summary = summary_sentences(judged[TESTED], "the log-likelihood of the reference answer", "accuracy", "accuracy")
-    blocks.append(Terms(tuple((title, signed(text)) for title, text in summary.items())))
-    rule = f"{describe_rule(findings.report.parent, 'study', first.rule)}."
-    blocks.append(Code("The rule in full", "\n".join([*textwrap.wrap(rule, 96), "", *textwrap.wrap(first.rule, 96)])))
+    blocks += [summary(judged[TESTED]), rule_in_full(findings, "study", first.rule)]
     return [Section("Benchmarks under ablation", tuple(blocks))]
 
 
@@ -93,17 +86,12 @@ def falsification_tables(benchmark: str, falsification: Falsification) -> list[B
         "Its tokens": lambda row: number(row.activation.mean),
         "Real text": lambda row: number(row.real.mean),
         "Reach": lambda row: interval(row.test.reach),
-        "Effect size": lambda row: number(row.test.effect_size),
-        "Same tokens elsewhere": lambda row: (
-            f"{number(row.counterexample and row.counterexample.mean)} ({row.counterexamples})"
-        ),
         "Driven by": lambda row: row.test.driver,
     }
     tested: list[tuple[FalsifiedFeature]] = [(row,) for row in falsification.features if row.group == "tested"]
     note = (
         f"{falsification.rule} Activations are means over texts of the largest one of each: {falsification.ordinary} "
-        f"ordinary texts, without and with injected tokens, and {falsification.texts} texts of the benchmark. Same "
-        "tokens elsewhere: at these tokens in ordinary text, and the number of texts that hold them."
+        f"ordinary texts, without and with injected tokens, and {falsification.texts} texts of the benchmark."
     )
     caption = f"Do the top features of {benchmark} fire on words alone?"
     return [

@@ -146,4 +146,4 @@ def world_table(
         PromptDefinition(f"{behaviour}/{p:03d}", behaviour, name, correct=correct, wrong=wrong)
         for p, (name, (correct, wrong)) in enumerate(zip(names, words, strict=True))
     ]
-    return EffectsTable.from_blocks(edits, prompts, [(edits, prompts, READOUTS, values)])
+    return EffectsTable.block(edits, prompts, dict(zip(READOUTS, np.moveaxis(values, -1, 0), strict=True)))

@@ -7,31 +7,63 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.nn import functional
 
 from saejax.dictionaries import Dictionary
+from saejax.interventions import engine
 from saejax.interventions.edits import ZERO, ActivationReplacement, mask
-from saejax.interventions.engine import EditedRun, LogitDiffs, run_edits
+from saejax.interventions.engine import EditedRun
 from saejax.interventions.rows import gather
 from saejax.interventions.split_model import CleanRun, SplitModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablated:
+    """Logit differences without an edit and with each of S edits, and the work that was done for them."""
+
+    clean_P: np.ndarray
+    ablated_SxP: np.ndarray
+    rows: int  # pairs of an edit and a prompt that were run, the clean ones counted once
+    tokens: int
+
+    @property
+    def drop_SxP(self) -> np.ndarray:
+        return self.clean_P - self.ablated_SxP
 
 
 def ablate_sets(
     split: SplitModel,
     runs: Sequence,
     sets: Sequence[Sequence[int]],
-    *options: Any,
+    batch_rows: int = engine.BATCH_ROWS,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     source: ActivationReplacement = ZERO,
-    **more: Any,
-) -> LogitDiffs:
+) -> Ablated:
     """Ablate each set of features on the prompts of clean runs; options as those of ``run_edits``."""
-    return run_edits(split, runs, mask(split.dictionary, sets, replacement=source), *options, **more)
+    seen, totals, batches_of = [], [], engine.batches_of
+
+    def count_rows(first_SxP, *rest):
+        batches = batches_of(first_SxP, *rest)
+        # Of the two clean rows behind the edits the first is not counted.
+        seen.extend(int((shard.set_N != len(sets)).sum()) for batch in batches for shard in batch.shards)
+        return batches
+
+    def count_tokens(done, total):
+        totals.append(total)
+        on_progress(done, total)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "batches_of", count_rows)
+        edits = mask(split.dictionary, sets, replacement=source)
+        clean_P, *edited = engine.run_edits(split, runs, edits, batch_rows, count_tokens)["logit_diff"]
+    return Ablated(clean_P, np.array(edited), sum(seen), totals[-1])
 
 
 def draw_falls(split: SplitModel, run: CleanRun, source: ActivationReplacement, features_K: np.ndarray) -> np.ndarray:
     """Return by how much activations of a clean run's prompts fall when they are replaced by draws, [P, T, K]."""
-    edited = EditedRun(run, run, source)
+    edited = EditedRun(run, source)
     fall_BxTxK, _ = gather(split.point, split.dictionary, *edited.arrays, features_K, len(run.index_P))
     return np.asarray(fall_BxTxK, np.float64)[: len(run.index_P)]
 

@@ -14,6 +14,7 @@ from saejax.errors import Interrupted, UserError
 from saejax.interventions import activity
 from saejax.interventions import engine as ablation
 from saejax.interventions import split_model as split_module
+from saejax.interventions.edits import mask
 from saejax.interventions.split_model import PROMPTS, SplitModel
 
 
@@ -155,6 +156,17 @@ def test_progress_counts_tokens_and_may_stop(split, runs, dictionary):
 
     with pytest.raises(Interrupted):
         ablate_sets(split, runs, sets, 32, stop)
+
+
+def test_changes_that_may_be_rounding_are_taken_for_none(split, runs, dictionary):
+    edits = mask(split.dictionary, [[i] for i in range(dictionary.config.n_features)], 1e-6)
+    exact, snapped = (
+        ablation.run_edits(split, runs, edits, snap_rounding=snaps)["logit_diff"] for snaps in (False, True)
+    )
+    changed = exact != snapped
+    assert changed.any() and (snapped[0] == exact[0]).all()
+    np.testing.assert_array_equal(snapped[changed], np.broadcast_to(exact[0], exact.shape)[changed])
+    assert np.abs(exact - exact[0])[changed].max() < 1e-4
 
 
 def test_nan_in_the_dictionary(tiny, prompts, dictionary, split, runs):

@@ -43,19 +43,21 @@ def test_every_kind_is_described():
 
 def test_a_prefix_is_shared_where_that_of_the_counterpart_is_too():
     prefix_PxT, second_PxT = np.array([[0, 1, 1], [0, 2, 2], [0, 1, 0]]), np.array([[0, 0, 2], [2, 0, 0], [0, 0, 2]])
-    runs = [types.SimpleNamespace(prefix_PxT=number_PxT, last_B=np.zeros(3)) for number_PxT in (prefix_PxT, second_PxT)]
-    shared_PxT = engine.EditedRun(*runs, ActivationReplacement("counterpart")).prompts.prefix_PxT
+    second = types.SimpleNamespace(prefix_PxT=second_PxT)
+    run = types.SimpleNamespace(prefix_PxT=prefix_PxT, last_B=np.zeros(3), counterpart=second)
+    shared_PxT = engine.EditedRun(run, ActivationReplacement("counterpart")).prompts.prefix_PxT
     pairs = list(zip(prefix_PxT.ravel().tolist(), second_PxT.ravel().tolist(), strict=True))
     for a, first in zip(shared_PxT.ravel(), pairs, strict=True):
         assert [a == b for b in shared_PxT.ravel()] == [first == second for second in pairs]
     # Draws differ from prompt to prompt, so nothing is shared.
-    drawn_PxT = engine.EditedRun(*runs, draws(3)).prompts.prefix_PxT
+    drawn_PxT = engine.EditedRun(run, draws(3)).prompts.prefix_PxT
     assert len(np.unique(drawn_PxT)) == drawn_PxT.size
 
 
 def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(split, pairs):
     (run,) = split.run(pairs)
-    diffs = ablate_sets(split, [run], SETS, source=ActivationReplacement("counterpart"), counterparts=[run])
+    paired = dataclasses.replace(run, counterpart=run)
+    diffs = ablate_sets(split, [paired], SETS, source=ActivationReplacement("counterpart"))
     assert (diffs.drop_SxP == 0).all() and diffs.rows == len(pairs)
 
 
@@ -120,4 +122,4 @@ def test_a_feature_that_fires_once_stays():
 def test_a_counterpart_of_another_length_is_refused(split, pairs):
     longer = dataclasses.replace(pairs[0], counterpart=pairs[0].text + " and so on")
     with pytest.raises(UserError, match="takes pairs of one length"):
-        split.run_counterparts([*pairs[1:3], longer])
+        split.run([*pairs[1:3], longer], counterparts=True)

@@ -151,7 +151,8 @@ def test_log_likelihoods_and_changes_equal_torch_hooks(tiny, dictionary, run_ref
     often = np.argsort(-measured.statistics().prompts_F, kind="stable")[:6].tolist()
     sets, fractions = [often[:1], often[:4], often[2:6], [159]], np.array([1.0, 0.5, 1.0, 1.0])
     edits = mask(dictionary, sets, fractions)
-    clean_N, edited_ExN = measured.log_likelihoods(edits)
+    values_ExN = measured.log_likelihoods(edits)
+    clean_N, edited_ExN = values_ExN[0], values_ExN[1:]
     norm_ExN = measured.change_norms(edits)
     for n, reference in enumerate(references):
         run = run_reference(reference)

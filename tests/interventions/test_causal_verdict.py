@@ -8,7 +8,7 @@ import pytest
 from effect_worlds import attribution, planted_world, top_features, world_table
 
 from saejax.errors import UserError
-from saejax.interventions.answers import BehaviourVerdict, VerdictConfig, sets_sentence
+from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, VerdictConfig, sets_sentence
 from saejax.interventions.curves import read_curves
 from saejax.interventions.table import (
     TESTED,
@@ -17,6 +17,7 @@ from saejax.interventions.table import (
     EffectsTable,
     PromptDefinition,
     load_effects,
+    merge_tables,
     save_effects,
 )
 from saejax.interventions.verdict import verdict
@@ -32,7 +33,7 @@ class Rows:
     clean: float = 5.0  # logit difference of every prompt
     edits: list[EditDefinition] = dataclasses.field(default_factory=list)
     prompts: list[PromptDefinition] = dataclasses.field(default_factory=list)
-    blocks: list[tuple] = dataclasses.field(default_factory=list)
+    blocks: list[EffectsTable] = dataclasses.field(default_factory=list)
 
     def add_prompts(self, behaviour: str) -> None:
         """Add prompts of the templates x, y and z in turn, of which z is held out."""
@@ -48,8 +49,8 @@ class Rows:
         if edit not in self.edits:
             self.edits.append(edit)
         prompts = [prompt for prompt in self.prompts if prompt.behaviour == (on or edit.behaviour)]
-        values = np.stack([np.broadcast_to(value, PROMPTS) for value in readouts.values()], axis=-1)[None]
-        self.blocks.append(([edit], prompts, list(readouts), np.array(values, np.float64)))
+        values = {name: np.broadcast_to(value, (1, PROMPTS)) for name, value in readouts.items()}
+        self.blocks.append(EffectsTable.block([edit], prompts, values))
 
     def add_set(self, edit: EditDefinition, drop: float | np.ndarray, dose: float = 1.0) -> None:
         self.add(edit, logit_diff=self.clean - drop, change_norm=dose)
@@ -76,7 +77,7 @@ class Rows:
             self.add_set(EditDefinition(name, "placebo", index, (3, 4), target=target), varied(0.1 * index), 2.0)
 
     def judge(self, config: VerdictConfig = CONFIG) -> dict[str, dict[str, BehaviourVerdict]]:
-        return verdict(EffectsTable.from_blocks(self.edits, self.prompts, self.blocks), config).dictionaries
+        return verdict(merge_tables(self.blocks), config).dictionaries
 
 
 def varied(mean: float, spread: float = 0.2) -> np.ndarray:
@@ -135,7 +136,8 @@ def test_random_sets_by_hand():
 
 def test_a_single_feature_that_raises_the_logit_difference_is_compared_in_words():
     numbers = dict(sets=19.0, needed=19.0, mean=-0.001, max=0.1, top=-0.3)
-    assert sets_sentence("no", "random", 1, numbers, 0.1, 0.2, 2) == (
+    answer = CausalAnswer("no", p_value=0.1, p_holm=0.2, numbers=numbers)
+    assert sets_sentence(answer, "random", 1, 2) == (
         "Compared with each of 19 random sets at the smaller of the two doses, the 1 top feature raises the logit "
         "difference by 0.30 on average and the sets by 0.00; 1 of the 19 sets raises it no more (p = 0.1, 0.2 after "
         "correction for 2 behaviours): not significantly more than random sets."
@@ -345,10 +347,10 @@ def test_a_dose_is_the_root_mean_square_over_prompts():
 
 
 def test_one_prompt_is_refused():
-    rows = make_rows()
-    blocks = [(edits, prompts[:1], names, values[:, :1]) for edits, prompts, names, values in rows.blocks]
+    table = merge_tables(make_rows().blocks)
+    columns = (column[table.prompt_N == 0] for column in (table.edit_N, table.prompt_N, table.readout_N, table.value_N))
     with pytest.raises(UserError, match="b has 1 test prompts: expected at least 2"):
-        verdict(EffectsTable.from_blocks(rows.edits, rows.prompts[:1], blocks), CONFIG)
+        verdict(EffectsTable(table.edits, table.prompts[:1], *columns), CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,6 @@ def test_sites_killed_and_resumed(make_run):
     first = results.behaviours["first"]
     assert first.pairs.prompts + sum(first.pairs.left_out.values()) == 8 and first.pairs.left_out["no counterpart"] == 1
     grid = stage.PatchGrid.load(stage.PatchGrid.file(whole.folder, "first"))
-    for direction, best in first.strongest.items():
-        place = (grid.direction == direction) & (grid.layer == best.layer) & (grid.position == best.position)
-        assert grid.effect[place] == pytest.approx(best.effect.mean) and best.effect.mean != best.train_effect
-        assert best.p_value <= best.p_holm <= 1
     assert [column.position for column in first.columns] == sorted(set(grid.position.tolist()))
 
     folder = whole.folder.parent / "stopped"
@@ -65,9 +61,6 @@ def test_heads_are_patched_at_all_positions_together(make_run):
     assert results.positions == "all"
     grid = stage.PatchGrid.load(stage.PatchGrid.file(run.folder, "second"))
     assert set(grid.head.tolist()) == {0, 1, 2, 3} and np.isnan(grid.position.astype(float)).all()
-    assert all(
-        best.head is not None and best.position is None for best in results.behaviours["first"].strongest.values()
-    )
 
 
 def test_features(make_run):
@@ -94,10 +87,9 @@ def test_a_behaviour_that_cannot_be_patched_is_named_and_the_others_go_on(make_r
     write_prompts(path, [p for p in prompts if (p.behaviour, p.split) != ("first", "train")])
     results = stage.run_patch(run)
     assert list(results.behaviours) == ["second"] and "no train prompts" in results.unpatched["first"]
-    # Sites need no train prompts, but without them no place is the strongest.
+    # Sites need no train prompts.
     results = stage.run_patch(make_run("resid_post", "sites"))
-    assert results.behaviours["first"].strongest == {} and len(results.behaviours["second"].strongest) == 2
-    assert results.unpatched == {}
+    assert list(results.behaviours) == ["first", "second"] and results.unpatched == {}
 
     write_prompts(path, [dataclasses.replace(p, counterpart="") for p in prompts])
     with pytest.raises(UserError, match=r"no behaviour can be patched .first: of 8 test prompts 8 have no counterpart"):

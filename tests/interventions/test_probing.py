@@ -60,7 +60,6 @@ def test_sparse_probes_find_the_planted_inputs():
     assert single.accuracy.mean < 0.6 < two.accuracy.mean
     assert two.p_value == pytest.approx(1 / 10_001)
     assert two.shuffled.high < 0.5 and two.control.mean < 0.5 and full.control is None
-    assert two.balanced_accuracy == pytest.approx(two.accuracy.mean, abs=0.1)
 
 
 def test_random_labels_are_not_read():
@@ -278,7 +277,7 @@ def test_scores_are_those_of_sklearn():
     answers = probing.fit_probe(task, 2, two.strength)
     assert two.auc == pytest.approx(roc_auc_score(task.test_class_M, answers.score_M)) and two.auc > 0.9
     assert two.f1 == pytest.approx(f1_score(task.test_class_M, answers.class_M, average="macro"))
-    assert two.accuracy.mean == right_M.mean() and two.control_p <= 0.2 and two.p_holm == two.p_value
+    assert two.accuracy.mean == right_M.mean() and two.p_holm == two.p_value
     assert all(row.auc is None for row, _ in probing.run_probes(make_task(classes=4), CONFIG, [1]))
     alone = dataclasses.replace(make_task(), test_class_M=np.zeros(60, int))  # one class among test prompts
     assert all(row.auc is None and 0 <= row.f1 <= 1 for row, _ in probing.run_probes(alone, CONFIG, [1]))

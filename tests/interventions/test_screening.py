@@ -40,12 +40,13 @@ def test_attribution_equals_torch_autograd_and_relevance_its_rules(tiny, prompts
 def test_with_counterparts_their_activations_stand_in(tiny, pairs, make_dictionary, plain):
     dictionary, few = make_dictionary("resid_post.1"), pairs[:6]
     split, source = SplitModel(tiny, dictionary), ActivationReplacement("counterpart")
-    runs = split.run(few), split.run_counterparts(few)
-    attribution_NxF = screening.attribution(split, runs[0], source, runs[1])
+    runs = split.run(few, counterparts=True)
+    attribution_NxF = screening.attribution(split, runs, source)
     for p in range(0, len(few), 2):
         counterpart = plain(dictionary, dataclasses.replace(few[p], text=few[p].counterpart))
         assert_attributed(attribution_NxF[p], plain(dictionary, few[p]).attribution(counterpart))
-    assert (screening.attribution(split, runs[0], source, runs[0]) == 0).all()
+    same = [dataclasses.replace(run, counterpart=run) for run in runs]
+    assert (screening.attribution(split, same, source) == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["mean", "random"])

@@ -10,7 +10,7 @@ import numpy as np
 from saejax import settings
 from saejax.files import write_json
 from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary, VerdictConfig
-from saejax.interventions.table import TEXT, EditDefinition, EffectsTable, PromptDefinition, save_effects
+from saejax.interventions.table import TEXT, EditDefinition, EffectsTable, PromptDefinition, merge_tables, save_effects
 from saejax.interventions.verdict import verdict
 from saejax.page.strips import Example
 from saejax.results import Interval
@@ -79,14 +79,12 @@ def made_up_table(rng, tops: dict[str, list[int]], sets: int) -> EffectsTable:
         for name in (*NAMES, TEXT)
         for p in range(20)
     ]
-    edits, blocks = [], []
+    blocks = []
 
     def add(edit: EditDefinition, on: str = "", **values) -> None:
-        if edit not in edits:
-            edits.append(edit)
         some = [prompt for prompt in prompts if prompt.behaviour == (on or edit.behaviour)]
-        columns = np.stack([value + rng.normal(0, 0.02, 20) for value in values.values()], axis=-1)
-        blocks.append(([edit], some, list(values), columns[None]))
+        noisy = {name: value + rng.normal(0, 0.02, (1, 20)) for name, value in values.items()}
+        blocks.append(EffectsTable.block([edit], some, noisy))
 
     add(EditDefinition(TEXT, "clean"), ce=3.0)
     for name in NAMES:
@@ -112,17 +110,18 @@ def made_up_table(rng, tops: dict[str, list[int]], sets: int) -> EffectsTable:
                 some = [EditDefinition(name, group, n, features[n], 1.0, dictionary, target) for n in range(count)]
                 dose_Ex1 = rng.uniform(5, 60, (count, 1))
                 drop_Ex1 = largest * rng.uniform(0, 1, (count, 1)) * dose_Ex1 / 60
-                value_ExPxJ = np.stack(np.broadcast_arrays(4.1 - drop_Ex1, dose_Ex1, np.zeros((1, 20)))[:2], axis=-1)
-                edits += some
+                noise_ExPx2 = rng.normal(0, 0.02, (count, 20, 2))
                 shown = [prompt for prompt in prompts if prompt.behaviour == name]
-                noise = rng.normal(0, 0.02, value_ExPxJ.shape)
-                blocks.append((some, shown, ["logit_diff", "change_norm"], value_ExPxJ + noise))
+                values = dict(
+                    logit_diff=4.1 - drop_Ex1 + noise_ExPx2[..., 0], change_norm=dose_Ex1 + noise_ExPx2[..., 1]
+                )
+                blocks.append(EffectsTable.block(some, shown, values))
         for basis, effect in (("neurons", 0.4), ("pca", 1.0)) if strong else ():
             for fraction in (0.5, 1.0):
                 edit = EditDefinition(name, f"basis:{basis}", 0, (0, 1), fraction)
                 add(edit, logit_diff=4.1 - effect * fraction * lost, change_norm=70 * fraction)
                 add(edit, on=TEXT, kl=0.12 * fraction)
-    return EffectsTable.from_blocks(edits, prompts, blocks)
+    return merge_tables(blocks)
 
 
 def made_up_ablation(rng, dictionary: str, k: int, sets: int) -> tuple[AblateResults, EffectsTable]:

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
 from saejax.evaluation.results import DensityHistogram
-from saejax.interventions import ablate_figures as figures
+from saejax.interventions import ablate_report as figures
 from saejax.interventions import patch_report as patching
 from saejax.interventions import probe_report as probes
 from saejax.interventions import steer_report as steering
@@ -79,10 +79,6 @@ def dose_figure(sets=40, bases=4):
     return figures.dose_effect(NAMES[2], top, interval(3.0), random, random, bases)
 
 
-def features_figure(count=20):
-    return figures.single_features(range(1000, 1000 + count), [interval(i / 10) for i in range(count)])
-
-
 def probe_rows(sizes=(1, 20, None)):
     rows = []
     for name, shift in (("features", 0.1), ("raw", -0.1)):
@@ -115,8 +111,8 @@ def heatmap_figure(layers=30, length=14, reason=None, heads=1):
 
 def steering_figure():
     points = [SimpleNamespace(dose=dose, drop=interval(dose / 10)) for dose in (0.0, 12.0, 40.0)]
-    method = SimpleNamespace(points=points, chosen=2, control_mean=0.5, control_max=2.0)
-    few = SimpleNamespace(points=points[:2], chosen=1, control_mean=None, control_max=None)
+    method = SimpleNamespace(points=points, chosen=2, controls=(-1.0, 0.5, 2.0))
+    few = SimpleNamespace(points=points[:2], chosen=1, controls=())
     return steering.steering({name: SimpleNamespace(methods=dict(add=method, clamp=few)) for name in NAMES})
 
 
@@ -133,13 +129,10 @@ DRAWN = [
     density_figure,
     lambda: density_figure(counts=(0, 0, 0)),
     lambda: density_figure(edges=np.linspace(-9, 0, 4)),
-    features_figure,
-    lambda: features_figure(1),
     lambda: dictionary_figures.training({"topk": []}),
     lambda: training_figure(3),
     frontier_figure,
     lambda: dictionary_figures.frontier({kind: [SWEEP] for kind in KINDS}),
-    lambda: figures.single_features([3], [interval(0.0, 0.0)]),
 ]
 
 
@@ -214,13 +207,6 @@ def test_a_heatmap_holds_the_cells_with_the_first_layer_at_the_bottom():
     assert image.origin == "lower" and image.get_array().shape == (3, 5) and image.get_clim() == (-1, 1)
     np.testing.assert_allclose(image.get_array()[:, 2], [0, 1 / 3, 2 / 3])
     assert [label.get_fontweight() for label in axes.get_xticklabels()] == ["normal"] * 2 + ["bold"] + ["normal"] * 2
-
-
-def test_single_features_stand_in_order_from_the_top():
-    (axes,) = features_figure(3).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["1000", "1001", "1002"]
-    assert axes.yaxis_inverted()
-    assert np.allclose([mean for mean, _, _ in bars(axes)], [0, 0.1, 0.2])
 
 
 def test_density_counts_and_axis():

@@ -26,7 +26,7 @@ def test_the_page_is_complete_in_itself(report):
 def test_figures_are_written_embedded_and_described(report):
     folder, results, page = report.folder, report.results, report.page
     names = {"baselines", "training", "density"}
-    names |= {f"{figure}_{name}" for figure in ("ablation", "features") for name in results.specific}
+    names |= {f"ablation_{name}" for name in results.specific}
     assert set(results.figures) == names
     files = {path.name for path in (folder / "figures").iterdir()}
     assert files == {f"{name}.{end}" for name in names for end in ("png", "svg")}

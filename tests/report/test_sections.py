@@ -98,10 +98,10 @@ def test_probes_are_shown_and_labels_without_one_named():
     (section,) = probes.sections(findings(settings, topk=partly(ProbeResults, **results)), draw)
     intro, picture, table, ablated, answers, without = section.blocks
     assert "the features of topk" in intro.text and "at a prompt's last position" in intro.text
-    assert "Answer: Two-digit addition: features 50 [40,\u00a060] %, raw dimensions 50 [40,\u00a060] %." in picture.alt
-    assert table.rows[0][:4] == ("Answer: Two-digit addition", "2 features", "50 [40,\u00a060]", "0.40")
+    assert "Answer: Two-digit addition, raw dimensions: 50 [40,\u00a060] %." in picture.alt
+    assert table.rows[0][:4] == ("Answer: Two-digit addition", "features: 2", "50 [40,\u00a060]", "0.40")
     assert table.rows[0][7:] == ("10 [0,\u00a020]", "−20 [−30,\u00a0−10]", "0.0123", "7, 8")
-    assert table.rows[1][1] == "all features" and table.rows[1][7] == table.rows[1][10] == "–"
+    assert table.rows[1][1] == "features: all" and table.rows[1][7] == table.rows[1][10] == "–"
     assert ablated.rows == (("Answer: Two-digit addition", "7", "0.50 [0.40,\u00a00.60]", "0.0100", "1 of 2"),)
     assert answers.items == (("Answer: Two-digit addition", "Of 1."),)
     assert without.items == (("Model right or wrong: Capital of a country", f"no probe: {reason}."),)

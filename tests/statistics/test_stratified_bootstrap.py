@@ -15,6 +15,7 @@ def test_samples_keep_every_stratum_at_its_share():
     np.testing.assert_allclose(together[:, 2:].sum(axis=1), 3 / 5)
     assert together[:, 2].std() > 0
     assert bootstrap.resampling_weights(["a", "a", "a", "b"], 50, seed=0)[:, 3].std() > 0
+    assert (bootstrap.resampling_weights(["a"], 50, seed=0) == 1).all()
 
 
 def test_the_variance_is_that_of_a_stratified_mean():
@@ -55,8 +56,8 @@ def test_p_values_by_hand():
 def test_rules_by_hand():
     sample_R = bootstrap.resampling_weights(["a"] * 5, 100, seed=0) @ np.full(5, 2.0)
     assert bootstrap.percentile_interval(sample_R) == pytest.approx((2.0, 2.0)), "equal values: no width"
-    with pytest.raises(ValueError, match="at least 2 prompts"):
-        bootstrap.resampling_weights(["a"], 10, seed=0)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        bootstrap.resampling_weights([], 10, seed=0)
     # Equivalence takes the whole interval within the margin.
     intervals = ((-0.1, 0.1), (-0.1, 0.2), (-0.2, 0.0))
     assert [bootstrap.is_equivalent(interval, 0.1) for interval in intervals] == [True, False, False]

@@ -115,8 +115,7 @@ def test_items_of_two_rows_are_read_from_their_tables(tmp_path):
         edits += [EditDefinition("gsm8k", "random", index=i, features=(2 + i,)) for i in range(SETS)]
         prompts = [PromptDefinition(f"test:{i:03d}", "gsm8k", correct="9" * (i % 7)) for i in order]
         value_ExP = -20.0 - np.concatenate([np.zeros((1, ITEMS)), losses.top_N[None], losses.control_DxN])[:, order]
-        blocks = [(edits, prompts, ["answer_log_prob"], value_ExP[..., None])]
-        save_effects(tmp_path / name, EffectsTable.from_blocks(edits, prompts, blocks))
+        save_effects(tmp_path / name, EffectsTable.block(edits, prompts, dict(answer_log_prob=value_ExP)))
         kinds = {prompt.id: KINDS_OF_TWO[place] for prompt, place in zip(prompts, order, strict=True)}
         results = {"gsm8k": SimpleNamespace(origin="one file", dictionary="topk", categories=kinds)}
         folders = {"study/gsm8k": tmp_path / name}

@@ -118,8 +118,9 @@ def make_table(strength, items=20, sets=39, groups=1, control=0.0, outside=1.0):
         lost_P = strength * edit.fraction * is_sum_P if is_group else control + 0.1 * rng.normal(size=items)
         norm_P = np.full(items, edit.fraction) if is_group else np.where(is_sum_P, 1.0, outside)
         values.append([-5 - lost_P * (edit.group != "clean"), norm_P * (edit.group != "clean")])
-    block = (edits, prompts, ["answer_log_prob", "change_norm"], np.array(values).transpose(0, 2, 1))
-    return EffectsTable.from_blocks(edits, prompts, [block]), categories
+    value_2xExP = np.array(values).swapaxes(0, 1)
+    readouts = dict(answer_log_prob=value_2xExP[0], change_norm=value_2xExP[1])
+    return EffectsTable.block(edits, prompts, readouts), categories
 
 
 def judge(table, categories, *groups):

@@ -26,8 +26,8 @@ def make_table(strength, features=(50, 51)):
         per_dose = dict(clean=0.0, top=2.0, random=rng.normal() * 0.1).get(edit.group, strength)
         norm_P = edit.fraction * size_P * (edit.group != "clean")
         values.append([-10 - per_dose * norm_P, norm_P])
-    block = (edits, prompts, ["answer_log_prob", "change_norm"], np.array(values).transpose(0, 2, 1))
-    return EffectsTable.from_blocks(edits, prompts, [block]), size_P
+    value_2xExP = np.array(values).swapaxes(0, 1)
+    return EffectsTable.block(edits, prompts, dict(answer_log_prob=value_2xExP[0], change_norm=value_2xExP[1])), size_P
 
 
 def test_an_effect_beyond_random_sets():

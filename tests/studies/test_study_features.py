@@ -33,8 +33,7 @@ def read(splits=("test", "test")):
     ]
     edits = [EditDefinition("sums", "clean")]
     test = [prompt for prompt in prompts if prompt.split == "test"]
-    block = (edits, test, ["answer_log_prob"], np.zeros((1, len(test), 1)))
-    table = EffectsTable.from_blocks(edits, prompts, [block])
+    table = EffectsTable.block(edits, test, dict(answer_log_prob=np.zeros((1, len(test)))), prompts)
     activity = Activity(sparse.csr_array(acts_NxF), np.ones(len(flat), bool))
     text_N = np.repeat([0, 1], list(map(len, words)))
     features = ItemFeatures(("0", "1"), activity, text_N, np.concatenate(ends), np.zeros(3), np.zeros((0, 3)))
