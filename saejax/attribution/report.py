@@ -40,7 +40,7 @@ class ReportedGraph:
     @property
     def correlation(self) -> float | None:
         """Correlation of edges with the effects of doubling features, nothing frozen; None: not known."""
-        return self.results.doubling.free.pearson if self.results.doubling else None
+        return self.results.doubling.correlation if self.results.doubling else None
 
     @property
     def held_error(self) -> float | None:

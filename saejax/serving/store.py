@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import GraphDocument, read_document
+from saejax.attribution.forms.document import GraphDocument, are_groups, check_groups, read_document
 from saejax.attribution.forms.neuronpedia import INDEX
 from saejax.attribution.forms.outputs import details_of, read_shown
 from saejax.attribution.graph import Graph
@@ -158,23 +158,20 @@ class GraphStore:
         folder = self.root / "features"
         return details_of(config, document, [folder] if folder.is_dir() else [])
 
-    def save_groups(self, graph: StoredGraph, groups: Sequence[Sequence[str]]) -> Path:
+    def save_groups(self, graph: StoredGraph, groups: Any) -> Path:
         """Save groups for ``--graph.supernodes``, each a label and ids of nodes, and return the file.
 
         Raises:
-          UserError: a group lacks nodes, names a node that is not in the graph, or repeats a node.
+          UserError: these are no groups, or one names a node that is not in the graph, or repeats a node.
         """
         document = self.document(graph)
-        ids = {node["node_id"] for node in document["nodes"]}
-        members = [member for group in groups for member in group[1:]]
-        if not all(len(group) > 1 for group in groups) or len(set(members)) < len(members) or set(members) - ids:
-            raise UserError("these are no groups: expected of each a label and nodes of the saved graph, each once")
+        if not are_groups(groups):
+            raise UserError("these are no groups: expected of each a label and nodes of the saved graph")
+        check_groups([node["node_id"] for node in document["nodes"]], groups)
         path = self._groups_file(graph)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f".{path.name}.lock")):
-            write_json(
-                path, self._saved_groups(graph) | {document["metadata"]["slug"]: [list(group) for group in groups]}
-            )
+            write_json(path, self._saved_groups(graph) | {document["metadata"]["slug"]: groups})
         return path
 
     def labels(self, graph: StoredGraph, folders: Sequence[str]) -> dict[tuple[int, int], str]:

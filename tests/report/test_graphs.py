@@ -33,13 +33,13 @@ def curve(**changes) -> dict:
 def result(**changes) -> dict:
     """What the stage says of a graph."""
     about = dict(prompt="The capital of\nFrance <b>is", tokens=["The"], active=12_345, traced=4_096, untraced=0.05)
-    about |= dict(features=52, errors=9, edges=1_977, unexplained=1e-7, seconds=7.3, supernodes=0, heads=None)
+    about |= dict(features=52, errors=9, edges=1_977, unexplained=1e-7, seconds=7.3, supernodes=0)
     return (
         about
         | dict(
             targets=[dict(label=" Paris", logit=9.0, weight=0.62), dict(label=" Rome", logit=5.0, weight=0.034)],
             scores=dict(replacement=0.654, completeness=0.879),
-            doubling=dict(features=32, held_error=2.2e-7, free=dict(pearson=0.751, spearman=0.6, sign=0.7)),
+            doubling=dict(features=32, held_error=2.2e-7, correlation=0.751),
             circuits=curve(faithfulness=[0.0, 0.75, 1.0], incompleteness=[1.0, 0.5, 0.25]),
             query_key=[],
         )

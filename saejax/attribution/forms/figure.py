@@ -12,7 +12,6 @@ import io
 import itertools
 import re
 import textwrap
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 from matplotlib.textpath import TextPath
 
-from saejax.attribution.forms.document import DocumentNode, GraphDocument, check_document, strongest
-from saejax.errors import UserError
-from saejax.files import whole_file
+from saejax.attribution.forms.document import DocumentNode, GraphDocument, check_document, ranked_links
+from saejax.files import write_text
+from saejax.page.tables import visible
 
 INK, SOFT, LINE, CARD, PAPER, BLUE, ORANGE = "#1b1f24", "#555e68", "#d4d9df", "#f5f7f9", "#ffffff", "#0072b2", "#d55e00"
 SIZE = 6.5  # points, of all text
@@ -34,6 +33,7 @@ _STYLE = {"font.family": "DejaVu Sans", "svg.fonttype": "path", "svg.hashsalt": 
 _GAP, _GUTTER, _PAD = 0.05, 0.32, 0.045  # between boxes; for the names of layers; inside boxes
 _WIDTH, _COLUMN = 7.2, 0.25  # of the figure, unless its columns, at least so wide, need more
 _LETTERS, _LINES = 16, 2  # of a label; longer labels are cut
+_NODES, _EDGES = 50, 150  # features and errors, and edges by their score, that are drawn
 _KINDS = {"embedding": "token", "logit": "output", "mlp reconstruction error": "error"}
 _DIFFERENCE = re.compile(r"""(['"])(.*)\1 - (['"])(.*)\3""", re.DOTALL)  # of logits, as ``targets`` names it
 
@@ -52,23 +52,19 @@ class Box:
     y: float = 0.0
 
 
-def draw_graph(document: GraphDocument, *, max_nodes: int = 50, max_edges: int = 150) -> Figure:
+def draw_graph(document: GraphDocument) -> Figure:
     """Draw a graph in Neuronpedia's format.
 
-    Args:
-      document: metadata, qParams, nodes, links.
-      max_nodes: how many features and errors are drawn at most, the most influential ones. Those without an edge to
-        another of them are left out, and so are such tokens; outputs are always drawn.
-      max_edges: how many edges between them are drawn, those of the largest score (``link_scores``); besides, the
-        strongest input and the strongest output of every node, so that each has its place in the circuit.
+    The most influential features and errors are drawn. Those without an edge to another of them are left out, and so
+    are such tokens; outputs are always drawn. Of the edges between them, those of the largest score are drawn
+    (``ranked_links``); besides, the strongest input and the strongest output of every node, so that each has its place
+    in the circuit.
 
     Raises:
-      UserError: the document is not a graph, or nothing is asked for.
+      UserError: the document is not a graph.
     """
     check_document(document)
-    if max_nodes < 1 or max_edges < 1:
-        raise UserError(f"a figure of {max_nodes} nodes and {max_edges} edges is empty: ask for at least 1 of each")
-    nodes, links = _chosen(document, max_nodes, max_edges)
+    nodes, links = _choose(document)
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
         boxes = {node["node_id"]: _box(node, document) for node in nodes}
         rows, (width, height) = _place(list(boxes.values()))
@@ -89,40 +85,32 @@ def draw_graph(document: GraphDocument, *, max_nodes: int = 50, max_edges: int =
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as .svg or .pdf, by the path's suffix, atomically and reproducibly to the byte."""
-    kind = Path(path).suffix[1:]
-    empty = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
-    if kind not in empty:
-        raise UserError(f"{path}: a figure is written as .svg or .pdf")
-    rendered = io.BytesIO()
+    """Write a figure as .svg, atomically and reproducibly to the byte."""
+    text = io.StringIO()
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
-        figure.savefig(rendered, format=kind, metadata=empty[kind])
-    with whole_file(Path(path)) as temporary:
-        temporary.write_bytes(rendered.getvalue())
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    write_text(path, text.getvalue())
 
 
 def visible_token(text: str) -> str:
-    """Return a token with visible signs for spaces, line ends and invisible characters."""
-    sign_of = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
-    invisible = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
-    signs = (sign_of.get(c) or (f"\\u{ord(c):04x}" if unicodedata.category(c) in invisible else c) for c in text)
-    return "".join(signs) or "∅"
+    """Return a token with visible signs for spaces and line ends."""
+    return visible(text).replace(" ", "␣") or "∅"
 
 
-def _chosen(document: GraphDocument, max_nodes: int, max_edges: int) -> tuple[list[Any], list[Any]]:
+def _choose(document: GraphDocument) -> tuple[list[Any], list[Any]]:
     """Return the nodes and edges that are drawn."""
     fixed = ("embedding", "logit")
     inner = [node for node in document["nodes"] if node["feature_type"] not in fixed]
     inner.sort(key=lambda node: (node.get("influence") is None, node.get("influence") or 0.0))
-    kept = {node["node_id"] for node in inner[:max_nodes]}
+    kept = {node["node_id"] for node in inner[:_NODES]}
     around = {node["node_id"] for node in document["nodes"] if node["feature_type"] in fixed}
-    ordered = [document["links"][place] for place in strongest(document)]
+    ordered = [document["links"][place] for place in ranked_links(document)[0]]
     links = [link for link in ordered if {link["source"], link["target"]} <= kept | around]
     seen: set[tuple[str, str]] = set()
     wanted = []
     for k, link in enumerate(links):
         ends = {(end, link[end]) for end in ("source", "target") if link[end] in kept}
-        if k < max_edges or ends - seen:
+        if k < _EDGES or ends - seen:
             wanted.append(link)
         seen |= ends
     ends = {link[end] for link in wanted for end in ("source", "target")}

@@ -53,7 +53,7 @@ class Vectors:
     #: which node each belongs to, ascending from 0; a node has several where it writes to several layers.
     node_E: np.ndarray
     #: the layer whose entering stream a vector is added to; or, of what is read, the layer whose transcoder reads it,
-    #: or L + the layer whose entering stream is read.
+    #: or L for the stream leaving the last layer.
     layer_E: np.ndarray
     position_E: np.ndarray  #: where
     vector_ExD: np.ndarray  #: the vectors
@@ -133,7 +133,7 @@ class LocalModel(LocalState):
             not finite.
         """
         n_layers, length, last = self.model.config.n_layers, self.stream_LxTxD.shape[1], len(self.ids_P) - 1
-        readouts, index_J = readouts or Readouts.none(self.model.config.d_model), np.asarray(features, np.int64)
+        index_J = np.asarray(features, np.int64)
         modes, plan = _freeze_by_layer(freeze, freeze_until, n_layers), self._plan(edits, freeze)
         changed = plan.layers if isinstance(plan, ChangeEdits) else set()
         if freeze == "constrained" and any(modes[layer] not in FIXED for layer in changed):
@@ -142,7 +142,7 @@ class LocalModel(LocalState):
             )
         # The prompt's own values, to which changes are added: a small effect keeps its digits.
         feature_RxJ = np.tile(self.active.value_A[index_J], (len(edits), 1))
-        readout_RxK = np.tile(readouts.value_K, (len(edits), 1))
+        readout_RxK = np.tile(readouts.value_K if readouts else np.empty(0, np.float32), (len(edits), 1))
         logits_RxV = np.tile(self.logits_V, (len(edits), 1)) if logits else None
         layer_J, position_J = self.active.layer_A[index_J], self.active.position_A[index_J]
         # From the lowest layer that is changed: below it all rows are the prompt.
@@ -151,16 +151,12 @@ class LocalModel(LocalState):
         for rows in plan.padded if first < n_layers else ():
             states += by_row(self.model.mesh, jnp.tile(self.stream_LxTxD[first][None], (rows, 1, 1)))
         for layer in range(first, n_layers):
-            x_TxD, directions = self.stream_LxTxD[layer], np.flatnonzero(readouts.layer_K == layer)
             here = np.flatnonzero(layer_J == layer)
             encoded = position_J[here], self.encoder_rows(index_J[here])
-            probes = readouts.position_K[directions], readouts.vector_KxD[directions]
             for number, chunk in enumerate(plan.chunks):
                 count = chunk.stop - chunk.start
-                if len(directions):
-                    readout_RxK[chunk, directions] += read_changes(x_TxD, states[number], *probes)[:count]
                 # The prompt goes along as the first row: what is frozen is taken from it.
-                streams = jnp.concatenate([x_TxD[None], states[number]])
+                streams = jnp.concatenate([self.stream_LxTxD[layer][None], states[number]])
                 leaving, read, out = layers.run_layer(
                     self.frozen, modes[layer], self.model.params, np.int32(layer), streams, self.skip(layer), length
                 )
@@ -169,12 +165,11 @@ class LocalModel(LocalState):
                 if len(here):
                     feature_RxJ[chunk, here] += read_changes(read[0], read[1:], *encoded)[:count]
             on_progress(layer + 1 - first, n_layers - first)
-        top = np.flatnonzero(readouts.layer_K == n_layers)
         for chunk, state in zip(plan.chunks, states, strict=False):
             leaving, count = state[:, last], chunk.stop - chunk.start
-            if len(top):
-                vectors = readouts.vector_KxD[top], readouts.normed_K[top]
-                readout_RxK[chunk, top] += read_last(self.frozen, modes[-1], self.last_D, leaving, *vectors)[:count]
+            if readouts:
+                moved_RxK = read_last(self.frozen, modes[-1], self.last_D, leaving, readouts.vector_KxD)
+                readout_RxK[chunk] += moved_RxK[:count]
             if logits_RxV is not None:
                 row_logits = read_logits(self.frozen, modes[-1], self.model.params, self.last_D, leaving)
                 logits_RxV[chunk] = to_host(row_logits)[:count]
@@ -287,13 +282,12 @@ class LocalModel(LocalState):
           count: number of nodes, padding included.
 
         Yields:
-          Each layer from the highest that is read down to 0, and the cotangents of the values by the head that mixes
-          them, [N, R, G, T, K].
+          Each layer from the last down to 0, and the cotangents of the values by the head that mixes them,
+          [N, R, G, T, K].
         """
         n_layers, length = self.model.config.n_layers, self.stream_LxTxD.shape[1]
-        cotangent_RxTxD = jnp.zeros((count, length, self.model.config.d_model), jnp.float32)
+        cotangent_RxTxD = jnp.asarray(read.at(n_layers, count, length))
         for layer in reversed(range(n_layers)):
-            cotangent_RxTxD = cotangent_RxTxD + read.at(n_layers + layer + 1, count, length)
             inputs = self.stream_LxTxD[layer], self.skip(layer), cotangent_RxTxD, read.at(layer, count, length)
             cotangent_RxTxD, wanted = layers.pull_layer(self.frozen, self.model.params, np.int32(layer), *inputs)
             yield layer, wanted

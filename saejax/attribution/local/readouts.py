@@ -1,9 +1,7 @@
-"""Readouts of the residual stream: targets as directions, and programs that read them in edited runs."""
+"""Readouts: logits as directions of the residual stream, and programs that read the stream in edited runs."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,34 +30,18 @@ def padded(count: int, least: int = 4) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Readouts:
-    """K targets as directions of the stream; tokens and differences first, other directions last."""
+    """K logits or differences of two, read from the stream that leaves the last layer, at the last position."""
 
-    #: layer_K and position_K: int32 layer whose entering stream is read, and position.
-    layer_K: np.ndarray
-    position_K: np.ndarray
-    token_K: np.ndarray  #: int32 token of a logit; -1 for others
-    pair_Kx2: np.ndarray  #: int32 tokens of a logit or a difference, -1 where there is none
-    vector_KxD: np.ndarray  #: fp32 directions
+    pair_Kx2: np.ndarray  #: int32 tokens of a difference; the second is -1 for a logit
+    vector_KxD: np.ndarray  #: fp32 directions, pulled back through the final norm
     value_K: np.ndarray  #: fp32 dot product with the stream, plus biases
-    normed_K: np.ndarray  #: whether they were pulled back through the final norm
     constant_K: np.ndarray  #: fp32 part of it that biases of the final norm and the unembedding are
-    weight_K: np.ndarray  #: fp32 weight in influences: the probability of a token, 1 for others
-    logit_K: np.ndarray  #: fp32 logit, or difference of two; the value for other directions
+    weight_K: np.ndarray  #: fp32 weight in influences: the probability of a token, 1 for a difference
+    logit_K: np.ndarray  #: fp32 logit, or difference of two
     labels: tuple[str, ...]  #: names
 
-    @classmethod
-    def none(cls, width: int) -> "Readouts":
-        """Return no targets."""
-        index, number = np.empty(0, np.int32), np.empty(0, np.float32)
-        pairs, vectors = np.empty((0, 2), np.int32), np.empty((0, width), np.float32)
-        return cls(index, index, index, pairs, vectors, number, np.empty(0, bool), number, number, number, ())
-
-    @classmethod
-    def joined(cls, parts: Sequence["Readouts"]) -> "Readouts":
-        """Return the targets of all parts, one at least, in their order."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "labels"]
-        arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        return cls(**arrays, labels=tuple(label for part in parts for label in part.labels))
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 def read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: np.ndarray, vector_JxD: np.ndarray) -> np.ndarray:
@@ -87,7 +69,7 @@ def _read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: jax.Array, v
 
 
 def read_last(
-    frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, vector_KxD: np.ndarray, normed_K: np.ndarray
+    frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, vector_KxD: np.ndarray
 ) -> np.ndarray:
     """Return how much readouts of the stream leaving the last layer differ from the prompt's, [R, K].
 
@@ -100,16 +82,15 @@ def read_last(
       last_D: the stream of the prompt at the last position.
       x_RxD: the same stream in the rows.
       vector_KxD: the readouts' directions.
-      normed_K: whether they were pulled back.
     """
-    count, room = len(vector_KxD), padded(len(vector_KxD), 16) - len(vector_KxD)
-    filled = np.pad(vector_KxD, ((0, room), (0, 0))), np.pad(normed_K, (0, room))
-    return to_host(_read_last(frozen, freeze, last_D, x_RxD, *filled))[:, :count]
+    count = len(vector_KxD)
+    filled_XxD = np.pad(vector_KxD, ((0, padded(count, 16) - count), (0, 0)))
+    return to_host(_read_last(frozen, freeze, last_D, x_RxD, filled_XxD))[:, :count]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _read_last(
-    frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, vector_KxD: jax.Array, normed_K: jax.Array
+    frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, vector_KxD: jax.Array
 ) -> jax.Array:
     config = frozen.config
     if freeze == "all":
@@ -119,9 +100,9 @@ def _read_last(
         centred_RxD = x_RxD - jnp.mean(x_RxD, axis=-1, keepdims=True) if config.norm == "layer" else x_RxD
         return lax.rsqrt(jnp.mean(jnp.square(centred_RxD), axis=-1, keepdims=True) + config.norm_eps)
 
-    ratio_RxK = jnp.where(normed_K[None], scale(x_RxD) / scale(last_D[None]), 1.0)
+    ratio_Rx1 = scale(x_RxD) / scale(last_D[None])
     # Two products here: with a scale for each row there is no single difference to read.
-    return einsum("rd,kd->rk", x_RxD, vector_KxD) * ratio_RxK - einsum("rd,kd->rk", last_D[None], vector_KxD)
+    return einsum("rd,kd->rk", x_RxD, vector_KxD) * ratio_Rx1 - einsum("rd,kd->rk", last_D[None], vector_KxD)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

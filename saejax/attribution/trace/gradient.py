@@ -88,9 +88,9 @@ def trace_saes(
 
     def fill(new_F: np.ndarray | None, put: Put) -> None:
         if new_F is None:
-            stream_K = np.full(len(readouts.labels), IN_STREAM, np.int32)
-            readings = Readings(readouts.vector_KxD, readouts.layer_K, stream_K, readouts.position_K)
-            rows(readings, readouts.layer_K, put)
+            top_K, stream_K = (np.full(len(readouts), n, np.int32) for n in (model.config.n_layers, IN_STREAM))
+            last_K = np.full_like(top_K, len(ids_P) - 1)
+            rows(Readings(readouts.vector_KxD, top_K, stream_K, last_K), top_K, put)
         else:
             layer_F, position_F = active.layer_A[new_F], active.position_A[new_F]
             vector_FxD = run.dictionaries.rows_of("W_enc", layer_F, active.feature_A[new_F])

@@ -1,7 +1,7 @@
 """Trace a prompt into an attribution graph.
 
 1. The model is run once, and its local replacement model holds what is frozen (``LocalModel``).
-2. The targets are chosen: logits, differences of logits, or other directions (``read_targets``).
+2. The targets are chosen: logits, or differences of logits (``read_targets``).
 3. Rows are computed by pulling targets back to all sources: first those of the readouts, then those of features, in
    rounds of the most influential ones so far (``attribute_in_rounds``).
 
@@ -197,7 +197,7 @@ def trace_prompt(
       prompt: the text, before which the tokenizer's first special token is put if it begins with none, or its token
         ids, which are taken as they are. At the first position no feature is used.
       targets: what is explained: tokens, as ids or texts of one token; pairs of them, for the difference of their
-        logits; ``Direction``s. None: the most probable next tokens.
+        logits. None: the most probable next tokens.
       max_logits: maximum number of tokens that are explained, if no targets are named; 1 or more.
       logit_mass: the smallest set of most probable tokens with this total probability is explained, 0 to 1.
       max_features: maximum number of features with nodes, the most influential ones; None: all active ones.
@@ -218,11 +218,12 @@ def trace_prompt(
     readouts = read_targets(local, targets, max_logits, logit_mass)
     active, nodes = local.active, local.sources.nodes
     count = min(max_features or len(active), len(active))
-    rows = local.row_tracer(count + len(readouts.labels))
+    rows = local.row_tracer(count + len(readouts))
+    top_K = np.full(len(readouts), model.config.n_layers, np.int32)
 
     def fill(new_F: np.ndarray | None, put: Put) -> None:
         if new_F is None:
-            rows(readouts.layer_K, readouts.position_K, readouts.vector_KxD, put, in_stream=True)
+            rows(top_K, np.full_like(top_K, len(ids_P) - 1), readouts.vector_KxD, put, in_stream=True)
         else:
             rows(active.layer_A[new_F], active.position_A[new_F], local.encoder_rows(new_F), put)
 

@@ -230,8 +230,8 @@ def attribute_in_rounds(
     Returns:
       Which of the active features these are, ascending; and their rows.
     """
-    active, total, lock = run.active, count + len(readouts.labels), threading.Lock()
-    store = RowStore(count, len(readouts.labels), len(active), len(nodes))
+    active, total, lock = run.active, count + len(readouts), threading.Lock()
+    store = RowStore(count, len(readouts), len(active), len(nodes))
     done = 0
 
     def counted(put: Put) -> Put:
@@ -290,7 +290,9 @@ def make_graph(
     """
     active, model = run.active, run.model
     text, source = token_text(model.tokenizer), model.source
-    of_logits = Nodes.of(LOGIT, model.config.n_layers, readouts.position_K, readouts.token_K, readouts.weight_K)
+    # The difference of two logits has no token of its own.
+    token_K = np.where(readouts.pair_Kx2[:, 1] < 0, readouts.pair_Kx2[:, 0], -1)
+    of_logits = Nodes.of(LOGIT, model.config.n_layers, len(run.ids_P) - 1, token_K, readouts.weight_K)
     return Graph(
         adjacency_RxS=store.row_BxC,
         nodes=Nodes.joined(nodes[store.column_C], of_logits),
@@ -307,5 +309,10 @@ def make_graph(
             name=source.name, revision=source.revision, fingerprint=source.fingerprint, family=model.config.family
         ),
         transcoders=run.dictionaries.describe(),
-        settings=dict(settings, active_features=len(active), traced_features=len(chosen_F)),
+        settings=dict(
+            settings,
+            active_features=len(active),
+            traced_features=len(chosen_F),
+            targets=readouts.pair_Kx2.tolist(),
+        ),
     )

@@ -163,17 +163,16 @@ class SaeRun(PromptRun):
         if freeze != "none":
             raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
         model, n_layers, last = self.model, self.model.config.n_layers, len(self.ids_P) - 1
-        readouts, index_J = readouts or Readouts.none(model.config.d_model), np.asarray(features, np.int64)
+        index_J = np.asarray(features, np.int64)
         feature_J, position_J, layer_J = (
             column[index_J] for column in (self.active.feature_A, self.active.position_A, self.active.layer_A)
         )
         encoder_JxD = self.dictionaries.rows_of("W_enc", layer_J, feature_J)
         site_of = {site.layer: site for site in self.dictionaries.sites}
-        entering = {layer: Site("resid_pre", layer) for layer in readouts.layer_K.tolist() if layer < n_layers}
         leaving = Site("resid_post", n_layers - 1)
-        capture = [*(site_of[layer] for layer in np.unique(layer_J).tolist()), *entering.values(), leaving]
+        capture = list(dict.fromkeys([*(site_of[layer] for layer in np.unique(layer_J).tolist()), leaving]))
         feature_RxJ = np.tile(self.active.value_A[index_J], (len(edits), 1))
-        readout_RxK = np.tile(readouts.value_K, (len(edits), 1))
+        readout_RxK = np.tile(readouts.value_K if readouts else np.empty(0, np.float32), (len(edits), 1))
         logits_RxV = np.tile(self.logits_V, (len(edits), 1))
         size = max(CHUNK // (len(self.ids_P) * model.config.d_model), 1)
         for start in range(0, len(edits), size):
@@ -182,21 +181,15 @@ class SaeRun(PromptRun):
             # The prompt goes along as the first row: a small effect is a difference of values of one program.
             batch = [[], *edits[rows]]
             tokens = Tokens(np.tile(self.ids_P, (len(batch), 1)), np.full(len(batch), last + 1, np.int32))
-            sites = model(tokens, capture=list(dict.fromkeys(capture)), edits=self._edits(batch), logits=False).sites
-
+            sites = model(tokens, capture=capture, edits=self._edits(batch), logits=False).sites
             for layer in np.unique(layer_J).tolist():
                 here, value = np.flatnonzero(layer_J == layer), sites[str(site_of[layer])].astype(jnp.float32)
                 feature_RxJ[rows, here] += read_changes(value[0], value[1:], position_J[here], encoder_JxD[here])
-            for layer in np.unique(readouts.layer_K[~readouts.normed_K]).tolist():
-                here = np.flatnonzero((readouts.layer_K == layer) & ~readouts.normed_K)
-                value = sites[str(entering.get(layer, leaving))].astype(jnp.float32)
-                probes = readouts.position_K[here], readouts.vector_KxD[here]
-                readout_RxK[rows, here] += read_changes(value[0], value[1:], *probes)
-            last_BxD, top = sites[str(leaving)][:, last], np.flatnonzero(readouts.normed_K)
-            if len(top):
-                pairs = readouts.pair_Kx2[top].T
-                value_BxX = _read_logits(model.config, self.rules, model.params, last_BxD.astype(jnp.float32), *pairs)
-                readout_RxK[rows, top] += to_host(value_BxX[1:] - value_BxX[:1])
+            last_BxD = sites[str(leaving)][:, last]
+            if readouts:
+                at_last = last_BxD.astype(jnp.float32), *readouts.pair_Kx2.T
+                value_BxK = _read_logits(model.config, self.rules, model.params, *at_last)
+                readout_RxK[rows] += to_host(value_BxK[1:] - value_BxK[:1])
             if logits:
                 logits_RxV[rows] = to_host(decoder.unembed(model.config, model.params, last_BxD[1:], self.rules))
         return LocalRun(feature_RxJ, readout_RxK, logits_RxV if logits else None)

@@ -1,11 +1,10 @@
-"""Targets of a graph: logits, differences of two, other directions of the stream.
+"""Targets of a graph: logits, and differences of two.
 
 A logit is read from the stream leaving the last layer, at the last position, through the final norm, whose factor is
 constant where the model is frozen. Its direction is its column of the unembedding less the mean over the vocabulary, as
 only differences of logits matter. Capping of logits is left out of it; probabilities are those of the capped logits.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -24,20 +23,9 @@ from saejax.models.layers import einsum, norm
 from saejax.models.tokens import continuation_ids, token_text
 from saejax.parallel.collectives import to_host
 
-
-@dataclasses.dataclass(frozen=True)
-class Direction:
-    """A direction of the stream as a target."""
-
-    vector_D: np.ndarray  #: the direction; its dot product with the stream is explained
-    label: str = "direction"  #: its name in the graph
-    layer: int | None = None  #: the stream entering this layer is read; None: the one leaving the last layer
-    position: int = -1  #: where; below 0, from the end. Of the stream leaving the last layer it must be the last.
-
-
 _STEP = 16  # least size to which logits are filled up
 
-Target = str | int | tuple[str | int, str | int] | Direction
+Target = str | int | tuple[str | int, str | int]
 
 
 def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, logit_mass: float) -> Readouts:
@@ -45,13 +33,13 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
 
     Args:
       run: of the prompt.
-      targets: tokens (ids, or texts of one token), pairs of them for the difference of their logits, directions; none:
-        the most probable tokens.
+      targets: tokens (ids, or texts of one token), pairs of them for the difference of their logits; none: the most
+        probable tokens.
       max_logits: maximum number of tokens, where no targets are named.
       logit_mass: the smallest set of tokens with this total probability is taken, 0 to 1.
 
     Raises:
-      UserError: a token does not exist, a text is not one token, or a direction does not fit the model.
+      UserError: a token does not exist, or a text is not one token.
     """
     logits_V = run.logits_V.astype(np.float64)
     probability_V = np.exp(logits_V - logits_V.max())
@@ -61,68 +49,24 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
         # The token that reaches the share is one of them.
         count = int(np.searchsorted(np.cumsum(probability_V[order]), logit_mass)) + 1
         targets = [int(token) for token in order[:count]]
-    tokens = [target for target in targets if not isinstance(target, Direction)]
-    parts = [_logits(run, tokens, probability_V)] if tokens else []
-    parts += [_direction(run, target) for target in targets if isinstance(target, Direction)]
-    return Readouts.joined(parts)
-
-
-def _logits(run: PromptRun, targets: Sequence[Any], probability_V: np.ndarray) -> Readouts:
-    """Return the readouts of tokens and of pairs of them."""
     model, text, count = run.model, token_text(run.model.tokenizer), len(targets)
-    pairs = [target if isinstance(target, tuple) else (target,) for target in targets]
+    pairs: list[tuple[Any, ...]] = [target if isinstance(target, tuple) else (target,) for target in targets]
     # Filled up, so that prompts with other numbers of targets share the program.
     pair_Xx2 = np.full((padded(count, _STEP), 2), -1, np.int32)
     for k, pair in enumerate(pairs):
         pair_Xx2[k, : len(pair)] = [token_of(model, token) for token in pair]
     arrays = logit_directions(model.config, run.rules, model.params, run.last_D, *pair_Xx2.T)
     vector_KxD, value_K, constant_K = (to_host(array)[:count] for array in arrays)
-    pair_Kx2, logits_V = pair_Xx2[:count], run.logits_V
-    first_K, second_K = pair_Kx2.T
+    first_K, second_K = pair_Xx2[:count].T
     single_K = second_K < 0
     return Readouts(
-        layer_K=np.full(count, model.config.n_layers, np.int32),
-        position_K=np.full(count, len(run.ids_P) - 1, np.int32),
-        token_K=np.where(single_K, first_K, -1).astype(np.int32),
-        pair_Kx2=pair_Kx2,
+        pair_Kx2=pair_Xx2[:count],
         vector_KxD=vector_KxD,
         value_K=value_K,
-        normed_K=np.ones(count, bool),
         constant_K=constant_K,
         weight_K=np.where(single_K, probability_V[first_K], 1).astype(np.float32),
-        logit_K=logits_V[first_K] - np.where(single_K, 0, logits_V[second_K]).astype(np.float32),
-        labels=tuple(text(a) if b < 0 else f"{text(a)!r} - {text(b)!r}" for a, b in pair_Kx2.tolist()),
-    )
-
-
-def _direction(run: PromptRun, target: Direction) -> Readouts:
-    config, tokens = run.model.config, len(run.ids_P)
-    vector_D = np.asarray(target.vector_D, np.float32)
-    if vector_D.shape != (config.d_model,) or not np.isfinite(vector_D).all():
-        raise UserError(f"the target {target.label!r} has the shape {vector_D.shape}: expected ({config.d_model},)")
-    layer = config.n_layers if target.layer is None else target.layer
-    position = target.position + (tokens if target.position < 0 else 0)
-    if not 0 <= layer <= config.n_layers or not 0 <= position < tokens:
-        raise UserError(
-            f"the target {target.label!r} is at layer {target.layer}, position {target.position}: expected a layer "
-            f"from 0 to {config.n_layers} and one of the {tokens} positions"
-        )
-    if layer == config.n_layers and position != tokens - 1:
-        raise UserError(f"the target {target.label!r} leaves the last layer: expected it at the last position")
-    stream_D = run.last_D if layer == config.n_layers else run.stream_LxTxD[layer, position]
-    value_K = np.array([to_host(stream_D).astype(np.float64) @ vector_D], np.float32)
-    return Readouts(
-        layer_K=np.full(1, layer, np.int32),
-        position_K=np.full(1, position, np.int32),
-        token_K=np.full(1, -1, np.int32),
-        pair_Kx2=np.full((1, 2), -1, np.int32),
-        vector_KxD=vector_D[None],
-        value_K=value_K,
-        normed_K=np.zeros(1, bool),
-        constant_K=np.zeros(1, np.float32),
-        weight_K=np.ones(1, np.float32),
-        logit_K=value_K,
-        labels=(target.label,),
+        logit_K=run.logits_V[first_K] - np.where(single_K, 0, run.logits_V[second_K]).astype(np.float32),
+        labels=tuple(text(a) if b < 0 else f"{text(a)!r} - {text(b)!r}" for a, b in pair_Xx2[:count].tolist()),
     )
 
 

@@ -8,7 +8,8 @@ from made_transcoders import made_set
 
 from saejax import save_transcoders
 from saejax.attribution import requests
-from saejax.attribution.requests import check_groups, read_groups
+from saejax.attribution.forms.document import check_groups
+from saejax.attribution.requests import read_groups
 from saejax.errors import UserError
 from saejax.runner import command
 from saejax.settings import GraphConfig
