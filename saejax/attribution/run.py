@@ -18,13 +18,13 @@ from saejax.attribution.heads.query_key import check_head, split_scores
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.local.readouts import Target, token_of
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.requests import Request, read_groups, read_heads, read_labels, read_requests
 from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
 from saejax.attribution.trace.gradient import trace_saes
 from saejax.attribution.trace.prompt import GraphSize, certain_active, check_memory, trace_prompt
 from saejax.attribution.trace.rounds import Traced
-from saejax.attribution.trace.targets import Target, token_of
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.runner.parts import Measure, Measured, OnProgress, each_part, silent

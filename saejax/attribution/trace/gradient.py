@@ -27,11 +27,11 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, TOKEN, Nodes
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.local.readouts import Target, read_targets
 from saejax.attribution.local.rows import TOKENS, Put
 from saejax.attribution.trace.prompt import check_max_features
 from saejax.attribution.trace.rounds import Traced, attribute_in_rounds, make_graph
 from saejax.attribution.trace.sae_run import IN_STREAM, Readings, SaeRun
-from saejax.attribution.trace.targets import Target, read_targets
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel

@@ -25,12 +25,11 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.local.directions import READ_AT_ONCE
 from saejax.attribution.local.model import AnySet, LocalModel, open_set
 from saejax.attribution.local.prompt_run import AT_ONCE, prompt_ids
-from saejax.attribution.local.readouts import padded
+from saejax.attribution.local.readouts import Target, padded, read_targets
 from saejax.attribution.local.rows import Put, batch_tokens
 from saejax.attribution.local.sources import WIDTH
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.rounds import ROUND_ROWS, WHOLE, Traced, attribute_in_rounds, columns_kept, make_graph
-from saejax.attribution.trace.targets import Target, read_targets
 from saejax.dictionaries import DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig

@@ -22,8 +22,7 @@ from saejax.attribution.local.prompt_run import (
     active_features,
     encode_used,
 )
-from saejax.attribution.local.readouts import Readouts, padded, read_changes
-from saejax.attribution.trace.targets import logit_directions
+from saejax.attribution.local.readouts import Readouts, logit_directions, padded, read_changes
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.models import decoder

@@ -21,9 +21,9 @@ from saejax.attribution.local.edits import Change, Circuit
 from saejax.attribution.local.layers import FREEZE_MODES, embed
 from saejax.attribution.local.model import LocalModel, LocalRun, Vectors
 from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.local.readouts import read_targets
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
-from saejax.attribution.trace.targets import read_targets
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.tokens import Tokens
