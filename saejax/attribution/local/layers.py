@@ -123,33 +123,6 @@ class FrozenModel:
             plain[f"{name}_bias_D"] = jnp.zeros_like(gain_D)
         return norm(config, rules, plain, name, stream)
 
-    def biases(
-        self,
-        params: decoder.Params,
-        layer: int | jax.Array,
-        tables: TablesByLayer,
-        x_TxD: jax.Array,
-        skip_DxD: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return the constant part of ``layer``, both [T, D]: what its biases add to the stream and to what is read.
-
-        It is linear in the biases, so it is its own derivative along them.
-
-        Args:
-          params: of the model.
-          layer: its number.
-          tables: of the prompt.
-          x_TxD: the stream entering the layer, that of the prompt.
-          skip_DxD: skip path of the layer's transcoder; None: there is none.
-        """
-        bias_params = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
-
-        def with_biases(biases: decoder.Params) -> tuple[jax.Array, jax.Array]:
-            function = functools.partial(attend, self.config, RELP)  # which can be differentiated this way round
-            return self.layer({**params, **biases}, layer, tables, x_TxD, skip_DxD, function)
-
-        return jax.jvp(with_biases, (bias_params,), (bias_params,))[1]
-
 
 @jax.custom_vjp
 def _weighted(weights_NxGxTxS: jax.Array, v_SxNxK: jax.Array) -> jax.Array:
@@ -240,7 +213,9 @@ def read_out(
 def run_biases(
     frozen: FrozenModel, params: decoder.Params, stream_LxTxD: jax.Array, skip_LxDxD: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return ``FrozenModel.biases`` of all layers, both [L, T, D].
+    """Return the constant parts of all layers: what biases add to the stream and to what is read, both [L, T, D].
+
+    A constant part is linear in the biases, so it is its own derivative along them.
 
     Args:
       frozen: the model (static).
@@ -249,10 +224,13 @@ def run_biases(
       skip_LxDxD: skip paths of the transcoders; None: there are none.
     """
     tables = whole_prompt_tables(frozen.config, stream_LxTxD.shape[1])
+    biases = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
+    function = functools.partial(attend, frozen.config, RELP)  # which can be differentiated this way round
 
     def step(_: None, part: tuple[Any, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         layer, x_TxD, skip_DxD = part
-        return None, frozen.biases(params, layer, tables, x_TxD, skip_DxD)
+        run = lambda biases: frozen.layer({**params, **biases}, layer, tables, x_TxD, skip_DxD, function)  # noqa: E731
+        return None, jax.jvp(run, (biases,), (biases,))[1]
 
     layers = jnp.arange(frozen.config.n_layers)
     return lax.scan(step, None, (layers, stream_LxTxD, skip_LxDxD))[1]
