@@ -51,12 +51,13 @@ _FROZEN_TIMES = 64
 
 def scale(features: Nodes, factor: float) -> list[Change]:
     """Return changes that set features to a multiple of the activation that they have in the prompt."""
-    return _changes(features, factor * features.value_N.astype(np.float64))
+    return set_to(features, factor * features.value_N.astype(np.float64))
 
 
 def set_to(features: Nodes, value: float | np.ndarray) -> list[Change]:
     """Return changes that set features to an activation, all to one or each to its own."""
-    return _changes(features, np.broadcast_to(np.asarray(value, np.float64), len(features)))
+    values = np.broadcast_to(np.asarray(value, np.float64), len(features)).tolist()
+    return [Change(*key, value) for key, value in zip(_keys(features), values, strict=True)]
 
 
 def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> list[Nodes]:
@@ -113,10 +114,6 @@ def _keys(features: Nodes) -> list[tuple[int, int, int]]:
     """Return layer, position and index of each."""
     columns = features.layer_N, features.position_N, features.index_N
     return list(zip(*(column.tolist() for column in columns), strict=True))
-
-
-def _changes(features: Nodes, value_N: np.ndarray) -> list[Change]:
-    return [Change(*key, value) for key, value in zip(_keys(features), value_N.tolist(), strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

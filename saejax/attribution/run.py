@@ -22,7 +22,6 @@ from saejax.attribution.local.readouts import Target, token_of
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.requests import Request, read_groups, read_heads, read_labels, read_requests
 from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
-from saejax.attribution.trace.gradient import trace_saes
 from saejax.attribution.trace.prompt import GraphSize, certain_active, check_memory, trace_prompt
 from saejax.attribution.trace.rounds import Traced
 from saejax.errors import UserError
@@ -134,7 +133,7 @@ def _measure(
     request: Request,
     groups: Sequence[Sequence[str]],
     labels: Mapping[tuple[int, int], str],
-    trace: Callable[..., Traced[Any]] | None = None,
+    trace: Callable[..., Traced] | None = None,
 ) -> Measured:
     config = run.configs[GraphConfig]
     start = time.monotonic()
@@ -188,20 +187,21 @@ def trace_request(
     request: Request,
     config: GraphConfig,
     on_progress: OnProgress = silent,
-) -> Traced[Any]:
+) -> Traced:
     """Return the graph of a prompt as a configuration wants it; ``on_progress`` as in ``trace_prompt``."""
-    options: dict[str, Any] = dict(
+    return trace_prompt(
+        model,
+        dictionaries,
+        request.prompt,
         targets=_targets(model, request),
         max_logits=config.max_logits,
         logit_mass=config.logit_mass,
         max_features=config.max_features or None,
+        estimate=config.estimate,
+        direct=config.direct,
         chat=config.chat_template,
         on_progress=on_progress,
     )
-    if isinstance(dictionaries, LayerSaes):
-        options |= dict(estimate=config.estimate, direct=config.direct)
-        return trace_saes(model, dictionaries, request.prompt, **options)
-    return trace_prompt(model, dictionaries, request.prompt, **options)
 
 
 def _message(results: GraphResults) -> str:

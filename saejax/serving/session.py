@@ -108,7 +108,7 @@ class ModelSession:
             self._keep(key, run)
         return self._runs[key]
 
-    def keep(self, graph: StoredGraph, traced: Traced[Any]) -> None:
+    def keep(self, graph: StoredGraph, traced: Traced) -> None:
         """Keep the run of a graph that was traced here."""
         self._keep(self._key(graph), traced.local)
 

@@ -297,7 +297,7 @@ class LayerSaes(LayerDictionaries):
         super().__init__(name, [sae.config for _, sae in kept], lambda layer: by_layer[layer][1])
 
     @classmethod
-    def of(cls, saes: "LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]") -> "LayerSaes":
+    def of(cls, saes: "Saes") -> "LayerSaes":
         """Return a set of SAEs from memory or folders; a folder of several SAEs, such as a stack, stands for all."""
         if isinstance(saes, LayerSaes):
             return saes
@@ -325,3 +325,7 @@ class LayerSaes(LayerDictionaries):
             name=self.name, revision=self.revision, sites=list(map(str, self.sites)), layers=len(self.sites),
             kind=first.kind, n_features=first.n_features, skip=False, model=first.model,
         )  # fmt: skip
+
+
+# SAEs, or folders of such or of trained stacks; at most one of each layer, at any of its sites.
+Saes = LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]

@@ -13,7 +13,7 @@ layers.
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,6 @@ _BLOCK = 1 << 20  # numbers that are copied at once
 _IN_CACHE = 1 << 16  # numbers of rows that a ranking works on at once: they stay in a core's cache
 # Writes the rows of some of the active features, or of the readouts (None), over all sources.
 FillRows = Callable[[np.ndarray | None, Put], None]
-AnyRun = TypeVar("AnyRun", bound=PromptRun)
 ROUNDS, ROUND_ROWS = 4, 2048  # rankings, at the least, and features that are attributed between two, at the most
 
 
@@ -203,11 +202,11 @@ class Ranking:
             yield part, np.abs(self._store.row_BxC[rows[part], :columns])
 
 
-class Traced(NamedTuple, Generic[AnyRun]):
+class Traced(NamedTuple):
     """A graph, the run of the prompt that it is of, and what it explains."""
 
     graph: Graph
-    local: AnyRun
+    local: Any  #: a ``LocalModel``, or with SAEs a ``SaeRun``
     readouts: Readouts
 
 

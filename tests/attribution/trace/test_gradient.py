@@ -13,7 +13,8 @@ from saejax import save_dictionary, trace_gradient
 from saejax.attribution.checks import double
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT, TOKEN
-from saejax.attribution.trace.gradient import trace_saes
+from saejax.attribution.local.dictionaries import LayerSaes
+from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
@@ -165,7 +166,7 @@ def edited(lm, saes, graph, node, factor):
 
 def test_edges_foretell_edits_of_the_model(llama):
     lm, saes = llama
-    traced = trace_saes(lm, saes, IDS, max_logits=3)
+    traced = trace_prompt(lm, LayerSaes.of(saes), IDS, max_logits=3)
     graph = traced.graph
     doubling = double(traced.local, graph, traced.readouts, count=10)
     assert doubling.held_error is None
