@@ -164,6 +164,14 @@ class LayerDictionaries(abc.ABC):
             vector_FxD[here] = self.rows(int(layer), name, feature_U)[index]
         return vector_FxD
 
+    def written_layers(self, layer: int) -> int:
+        """Return the number of layers that the features of a layer write to, from their own on."""
+        return 1
+
+    def writes(self, layer: int, features_U: np.ndarray) -> np.ndarray:
+        """Return what features of a layer write to each layer that they write to, fp32 [U, X, D]."""
+        return self.rows(layer, "W_dec", features_U)[:, None]
+
     def check_features(self, named: Iterable[tuple[int, int]], origin: str) -> None:
         """Refuse labels or groups of features that the set does not have: they are those of another set.
 

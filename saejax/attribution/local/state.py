@@ -102,7 +102,7 @@ class LocalState(PromptRun):
             if written_TxD is None:
                 written_TxD = np.zeros((length, model.config.d_model), np.float32)
             error_TxD, mlp_TxD = _errors(encoder, read[0], out[0], written_TxD, used_T)
-            # Raised at the end: where the model itself is not finite, that is the cause to name.
+            # Raised at the end, after what is more general.
             if not (np.isfinite(active.value_A).all() and jnp.isfinite(error_TxD).all()):
                 broken.append(layer)
             active_by_layer.append(active)
@@ -114,16 +114,14 @@ class LocalState(PromptRun):
             x_TxD = leaving[0]
         self.last_D, logits_V = layers.read_out(self.frozen, model.params, x_TxD, np.int32(len(self.ids_P) - 1))
         self.logits_V = to_host(logits_V)
-        if not np.isfinite(self.logits_V).all():
-            raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
+        self.active = Active.concatenate(active_by_layer)
+        # Where the model itself is not finite, that is the cause to name.
+        self.check()
         if broken:
             raise UserError(
                 f"{transcoders.name}, layer {broken[0]}: what the transcoder gives is not finite: its file is damaged, "
                 "fetch or train it again"
             )
-        self.active = Active.concatenate(active_by_layer)
-        if not len(self.active):
-            raise UserError(f"no feature of {transcoders.name} is active in this prompt: is it of this model?")
         stacks: dict[str, Any] = {name: jnp.stack(parts.pop(name)) for name in list(parts)}
         self.stream_LxTxD, self.error_LxTxD = stacks["stream"], stacks["error"]
         self.first_LxUxD, self.b_dec_LxD = stacks["first"], stacks["b_dec"]

@@ -60,7 +60,7 @@ class LayerTranscoders(LayerDictionaries):
     def writes(self, layer: int, features_U: np.ndarray) -> np.ndarray:
         """Return what features of a layer write to each layer that they write to, fp32 [U, X, D]."""
         if self._writes is None:
-            return self.rows(layer, "W_dec", features_U)[:, None]
+            return super().writes(layer, features_U)
         return np.asarray(self._writes(layer, features_U), np.float32)
 
     @classmethod

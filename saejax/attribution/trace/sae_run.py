@@ -11,16 +11,15 @@ import numpy as np
 from jax import lax
 
 from saejax.attribution.local.dictionaries import LayerSaes
+from saejax.attribution.local.directions import FeatureOutputs
 from saejax.attribution.local.edits import CHUNK, Change
 from saejax.attribution.local.layers import FrozenModel, embed
 from saejax.attribution.local.prompt_run import (
-    AT_ONCE,
     Active,
     LocalRun,
     PromptRun,
     activations,
     active_features,
-    encode_used,
 )
 from saejax.attribution.local.readouts import Readouts, logit_directions, padded, read_changes
 from saejax.dictionaries import Dictionary
@@ -105,26 +104,24 @@ class SaeRun(PromptRun):
             model.config, rules, model.params, sites, x_TxD, np.int32(len(ids_P) - 1)
         )
         logits_V = to_host(decoder.unembed(model.config, model.params, last_D[None], rules)[0])
-        if not np.isfinite(logits_V).all():
-            raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
-        active_by_site, errors, biases = [], [], []
+        active_by_site, errors, biases, outputs = [], [], [], FeatureOutputs(saes, length)
         for site, read_TxD in zip(saes.sites, read_SxTxD, strict=True):
             sae = saes.load(site.layer, model.mesh)
             # Padding has no features; attention sinks are left out by the SAE's own rule.
             used_T = np.arange(length) < len(ids_P)
-            active_by_site.append(active_features(sae, site.layer, read_TxD, used_T))
-            size = max(1, min(length, AT_ONCE // sae.config.n_features))
-            # Chunk by chunk: the activations of all positions would exceed the memory with a wide SAE.
-            chunks = [slice(start, start + size) for start in range(0, length, size)]
-            errors.append(np.concatenate([to_host(_errors(sae, read_TxD[chunk], used_T[chunk])) for chunk in chunks]))
-            biases.append(to_host(sae.b_dec_D[...]))
-        active = Active.concatenate(active_by_site)
-        if not len(active):
-            raise UserError(f"no feature of {saes.name} is active in this prompt: is it of this model?")
-        return cls(
-            model, saes, rules, ids_P, active, logits_V, last_D, stream_LxTxD, sites, read_SxTxD, np.stack(errors),
-            np.stack(biases), direct,
+            active = active_features(sae, site.layer, read_TxD, used_T)
+            outputs.add(site.layer, active.position_A, active.feature_A, active.value_A)
+            written_TxD, b_dec_D = outputs.pop(site.layer), to_host(sae.b_dec_D[...])
+            error_TxD = to_host(read_TxD) - b_dec_D - (0 if written_TxD is None else written_TxD)
+            active_by_site.append(active)
+            errors.append(np.where(used_T[:, None], error_TxD, 0))
+            biases.append(b_dec_D)
+        run = cls(
+            model, saes, rules, ids_P, Active.concatenate(active_by_site), logits_V, last_D, stream_LxTxD, sites,
+            read_SxTxD, np.stack(errors), np.stack(biases), direct,
         )  # fmt: skip
+        run.check()
+        return run
 
     def gradients(self, readings: Readings, top: np.int32) -> tuple[np.ndarray, np.ndarray]:
         """Return the gradients of targets with respect to changes at sites and to the embedded tokens.
@@ -238,13 +235,6 @@ def _run(
     leaving_TxD, seen, _ = decoder.run_layers(config, params, x_TxD, 0, config.n_layers, rules=rules, collect=collect)
     read_LxKxTxD = jnp.stack([seen[kind] for kind in sites.kinds], axis=1)
     return seen["resid_pre"], leaving_TxD[last], read_LxKxTxD[sites.layer_S, sites.kind_S]
-
-
-@jax.jit
-def _errors(sae: Dictionary, read_TxD: jax.Array, used_T: jax.Array) -> jax.Array:
-    """Return what an SAE does not explain of what it reads, 0 where it is not used."""
-    error_TxD = read_TxD - sae.decode(encode_used(sae, read_TxD, used_T), read_TxD)
-    return jnp.where(used_T[:, None], error_TxD, jnp.zeros_like(error_TxD))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
