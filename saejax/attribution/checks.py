@@ -202,8 +202,6 @@ def faithfulness_curve(
         share=tuple(shares),
         features=tuple(int(circuit.features_A.sum()) for circuit in circuits),
         errors=tuple(int(circuit.errors_LxP.sum()) for circuit in circuits),
-        readout=tuple(read[:count]),
-        complement=tuple(read[count:]),
         faithfulness=tuple(relative[:count]),
         incompleteness=tuple(relative[count:]),
         model=model,

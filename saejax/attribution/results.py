@@ -35,11 +35,9 @@ class CurveResults:
     share: tuple[float, ...]  #: of the influence of all nodes, 0 to 1
     features: tuple[int, ...]  #: that are kept
     errors: tuple[int, ...]  #: that are kept
-    readout: tuple[float | None, ...]  #: the first target with these alone
-    complement: tuple[float | None, ...]  #: the first target with all others alone
-    #: ``readout`` between ``empty`` (0) and ``model`` (1); None where these two are the same
+    #: the first target with these alone, between ``empty`` (0) and ``model`` (1); None where these two are the same
     faithfulness: tuple[float | None, ...]
-    incompleteness: tuple[float | None, ...]  #: ``complement`` likewise
+    incompleteness: tuple[float | None, ...]  #: the same with all others alone
     model: float  #: the first target of the whole model
     empty: float  #: the first target without any feature and error
 
@@ -91,8 +89,6 @@ class GraphResults:
     scores: GraphScores  #: of the graph before pruning; they depend on the share of active features that was traced
     #: what rows with bias nodes lack of their pre-activations: the largest by size, over the largest value
     unexplained: float
-    #: groups of nodes in the document's ``qParams.supernodes``; their members and the logits are pinned
-    supernodes: int
     seconds: float  #: of tracing
     doubling: DoublingResults | None  #: None: not asked for
     circuits: CurveResults | None  #: None: not asked for, or a graph of SAEs

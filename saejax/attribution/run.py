@@ -13,7 +13,7 @@ from saejax.attribution.forms.features import open_folder
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.forms.outputs import score_table, write_outputs
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT
-from saejax.attribution.heads.contributions import head_contributions
+from saejax.attribution.heads.contributions import head_contributions, largest_heads
 from saejax.attribution.heads.query_key import check_head, split_scores
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
@@ -149,7 +149,7 @@ def _measure(
     # Edges of SAEs are estimates, and not paths through heads.
     scores, heads = tuple(split_scores(traced.local, *head) for head in read_heads(config)), {}
     if config.heads:
-        heads = head_contributions(traced.local, traced.readouts, pruned).by_edge()
+        heads = largest_heads(pruned, head_contributions(traced.local, traced.readouts, pruned))
     write_outputs(run, graph, document, heads, [score_table(score, pruned) for score in scores])
     # After the files are written, because the checks take longer than the graph.
     doubling, curve = None, None
@@ -172,7 +172,6 @@ def _measure(
         edges=int((pruned.adjacency_RxS != 0).sum()),
         scores=graph.scores(),
         unexplained=float(abs(graph.unexplained_R).max() / abs(graph.value_R).max()),
-        supernodes=len(groups),
         seconds=round(seconds, 2),
         doubling=doubling,
         circuits=curve,

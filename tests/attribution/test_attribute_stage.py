@@ -184,4 +184,4 @@ def test_two_processes_trace_as_one(flags, tmp_path, mesh, is_checked):
     assert first["scores"] == pytest.approx(second["scores"], abs=1e-6)
     if is_checked:
         assert second["doubling"]["held_error"] < 1e-4
-        np.testing.assert_allclose(second["circuits"]["readout"], first["circuits"]["readout"], atol=1e-4)
+        np.testing.assert_allclose(second["circuits"]["faithfulness"], first["circuits"]["faithfulness"], atol=1e-4)

@@ -26,14 +26,13 @@ SVG = (
 
 def curve(**changes) -> dict:
     """What the stage says of parts of a graph."""
-    same = dict.fromkeys(("readout", "complement"), [0.0] * 3) | dict.fromkeys(("features", "errors"), [1] * 3)
-    return dict(share=SHARE, **same, model=3.0, empty=1.0) | changes
+    return dict(share=SHARE, features=[1] * 3, errors=[1] * 3, model=3.0, empty=1.0) | changes
 
 
 def result(**changes) -> dict:
     """What the stage says of a graph."""
     about = dict(prompt="The capital of\nFrance <b>is", tokens=["The"], active=12_345, traced=4_096, untraced=0.05)
-    about |= dict(features=52, errors=9, edges=1_977, unexplained=1e-7, seconds=7.3, supernodes=0)
+    about |= dict(features=52, errors=9, edges=1_977, unexplained=1e-7, seconds=7.3)
     return (
         about
         | dict(

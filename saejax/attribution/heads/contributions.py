@@ -11,7 +11,6 @@ heads, one after the other, counts for each of them, so contributions need not a
 Where the values of all sources are more than half of the free memory, targets are pulled down again for each part.
 """
 
-import dataclasses
 from collections.abc import Iterator
 
 import jax
@@ -29,45 +28,8 @@ _POSITIONS = {"cpu": 1 << 10, "gpu": 1 << 14, "tpu": 1 << 14}  # of the nodes of
 _BLOCK = 16, 128  # least and largest size of a block
 
 
-@dataclasses.dataclass(frozen=True)
-class HeadContributions:
-    """Contributions of heads to the edges of a graph."""
-
-    graph: Graph  #: the pruned graph
-    #: source_E and target_E: the edges' ends, as indices of the graph's nodes; target by target.
-    source_E: np.ndarray
-    target_E: np.ndarray
-    value_ExLxH: np.ndarray  #: fp32 contribution of each head to each edge, signed
-
-    def by_edge(self, top: int = 3) -> dict[tuple[str, str], list[tuple[int, int, float]]]:
-        """Return the largest contributions to each edge, edges without any left out.
-
-        Args:
-          top: heads of each edge.
-
-        Returns:
-          (id of the source, id of the target) -> (layer, head, contribution to four digits), the largest by size first,
-          as ``page.write_page`` takes it.
-        """
-        ids, (layers, heads) = self.graph.ids, self.value_ExLxH.shape[1:]
-        value_ExX = self.value_ExLxH.reshape(-1, layers * heads)
-        # Only the heads that are kept are sorted.
-        head_ExJ = np.argpartition(-np.abs(value_ExX), min(top, value_ExX.shape[1]) - 1, axis=1)[:, :top]
-        top_ExJ = np.take_along_axis(value_ExX, head_ExJ, axis=1)
-        edges = zip(self.source_E.tolist(), self.target_E.tolist(), head_ExJ.tolist(), top_ExJ.tolist(), strict=True)
-        return {
-            (ids[source], ids[target]): [
-                (*divmod(head, heads), float(f"{value:.4g}"))
-                for value, head in sorted(zip(values, numbers, strict=True), key=lambda pair: -abs(pair[0]))
-                if value
-            ]
-            for source, target, numbers, values in edges
-            if any(values)
-        }
-
-
-def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph) -> HeadContributions:
-    """Return the contributions of all heads to each edge.
+def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph) -> np.ndarray:
+    """Return the contributions of all heads to each edge, signed, fp32 [E, L, H] in the order of ``graph.edges``.
 
     Args:
       local: the local replacement model of which the graph is.
@@ -103,7 +65,36 @@ def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph) -> H
                         at_B = _places(block, len(sources))[index_E[edge_B]]
                         part_BxNxG = part_NxRxGxS[:, at_E[edge_B], :, at_B]
                         value_ExLxH[edge_B, layer] = part_BxNxG.reshape(len(edge_B), config.n_heads)
-    return HeadContributions(graph, source_E, target_E, value_ExLxH)
+    return value_ExLxH
+
+
+def largest_heads(graph: Graph, value_ExLxH: np.ndarray, top: int = 3) -> dict[tuple[str, str], list]:
+    """Return the largest contributions to each edge, edges without any left out.
+
+    Args:
+      graph: the graph.
+      value_ExLxH: contributions of heads to its edges.
+      top: heads of each edge.
+
+    Returns:
+      (id of the source, id of the target) -> (layer, head, contribution to four digits), the largest by size first, as
+      ``page.write_page`` takes it.
+    """
+    ids, (source_E, target_E, _), (_, layers, heads) = graph.ids, graph.edges(), value_ExLxH.shape
+    value_ExX = value_ExLxH.reshape(-1, layers * heads)
+    # Only the heads that are kept are sorted.
+    head_ExJ = np.argpartition(-np.abs(value_ExX), min(top, value_ExX.shape[1]) - 1, axis=1)[:, :top]
+    top_ExJ = np.take_along_axis(value_ExX, head_ExJ, axis=1)
+    edges = zip(source_E.tolist(), target_E.tolist(), head_ExJ.tolist(), top_ExJ.tolist(), strict=True)
+    return {
+        (ids[source], ids[target]): [
+            (*divmod(head, heads), float(f"{value:.4g}"))
+            for value, head in sorted(zip(values, numbers, strict=True), key=lambda pair: -abs(pair[0]))
+            if value
+        ]
+        for source, target, numbers, values in edges
+        if any(values)
+    }
 
 
 @jax.jit

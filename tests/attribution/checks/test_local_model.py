@@ -254,7 +254,7 @@ def test_a_curve_that_is_not_defined_is_json(traced, monkeypatch):
     flat = lambda self, rows, **rest: LocalRun(None, np.ones((len(rows), 1), np.float32))  # noqa: E731
     monkeypatch.setattr(LocalModel, "run", flat)
     checked = json.loads(json.dumps(to_json(faithfulness_curve(local, graph, readouts, (0.3, 0.8))), allow_nan=False))
-    assert checked["faithfulness"] == [None, None] == checked["incompleteness"] and checked["readout"] == [1.0, 1.0]
+    assert checked["faithfulness"] == [None, None] == checked["incompleteness"] and checked["model"] == 1.0
 
 
 def test_everything_kept_is_the_model_with_sinks_too(lm):

@@ -14,7 +14,7 @@ from saejax.attribution.forms import outputs
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.forms.outputs import score_table
 from saejax.attribution.heads import contributions
-from saejax.attribution.heads.contributions import head_contributions
+from saejax.attribution.heads.contributions import head_contributions, largest_heads
 from saejax.attribution.heads.query_key import OWN_BIAS, split_scores
 from saejax.attribution.local.rows import RowTracer
 from saejax.attribution.local.sources import Sources
@@ -63,7 +63,7 @@ def edges_without(traced, layer, head):
 @plain  # a head that is taken out changes the norm before its layer's skip path, which is to be held
 def test_a_part_is_what_vanishes_without_the_head(traced):
     graph, pruned = traced.graph, traced.graph.prune(1.0, 1.0)
-    found = heads_by_edge(head_contributions(traced.local, traced.readouts, pruned))
+    found = heads_by_edge(pruned, head_contributions(traced.local, traced.readouts, pruned))
     edges, whole = edges_of(pruned), pruned.pruning.node_N
     row_of = {node: row for row, node in enumerate(graph.target_R.tolist())}
     scale, compared = max(abs(weight) for *_, weight in edges), 0
@@ -87,15 +87,15 @@ def test_heads_alone_move_between_positions(traced):
 def test_blocks_and_groups_of_sources_and_targets_change_nothing(traced, monkeypatch):
     pruned = traced.graph.prune(1.0, 1.0)
     whole = head_contributions(traced.local, traced.readouts, pruned)
-    assert len(np.unique(whole.source_E)) > 32
+    assert len(np.unique(pruned.edges()[0])) > 32
     monkeypatch.setattr(contributions, "_BLOCK", (16, 16))
     monkeypatch.setattr(contributions, "free_bytes", lambda mesh: 0)  # as many groups as blocks
     parts = head_contributions(traced.local, traced.readouts, pruned)
-    np.testing.assert_allclose(parts.value_ExLxH, whole.value_ExLxH, atol=1e-6)
+    np.testing.assert_allclose(parts, whole, atol=1e-6)
     # By the nodes' ids the largest contributions, to four digits.
-    named, ids = whole.by_edge(top=2), pruned.ids
-    assert named.keys() == {(ids[source], ids[target]) for source, target in heads_by_edge(whole)}
-    for (source, target), heads in heads_by_edge(whole).items():
+    named, ids, by_edge = largest_heads(pruned, whole, top=2), pruned.ids, heads_by_edge(pruned, whole)
+    assert named.keys() == {(ids[source], ids[target]) for source, target in by_edge}
+    for (source, target), heads in by_edge.items():
         wanted = sorted(heads.items(), key=lambda item: -abs(item[1]))[:2]
         assert [head[:2] for head in named[ids[source], ids[target]]] == [head for head, _ in wanted]
         values = [head[2] for head in named[ids[source], ids[target]]]
@@ -126,7 +126,7 @@ def test_the_table_of_a_head_has_its_scores_and_pairs(traced, pruned):
 def test_of_a_graph_without_edges_there_is_nothing(traced):
     graph = traced.graph.prune(0.0, 0.0)
     bare = dataclasses.replace(graph, adjacency_RxS=np.zeros_like(graph.adjacency_RxS))
-    assert head_contributions(traced.local, traced.readouts, bare).by_edge() == {}
+    assert largest_heads(bare, head_contributions(traced.local, traced.readouts, bare)) == {}
 
 
 @plain
@@ -134,7 +134,7 @@ def test_the_page_has_the_heads_of_the_strongest_edges(monkeypatch, tmp_path, tr
     written = {}
     monkeypatch.setattr(outputs, "_HEADS_ON_PAGE", 5)
     monkeypatch.setattr(outputs, "write_page", lambda path, document, **rest: written.update(rest))
-    heads = head_contributions(traced.local, traced.readouts, pruned).by_edge()
+    heads = largest_heads(pruned, head_contributions(traced.local, traced.readouts, pruned))
     (tmp_path / "heads").mkdir()
     run = SimpleNamespace(folder=tmp_path, configs=Configs(GraphConfig()))
     outputs.write_outputs(run, traced.graph, to_document(pruned, "one"), heads, [])
