@@ -201,15 +201,6 @@ def run_layer(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def read_out(
-    frozen: FrozenModel, params: decoder.Params, x_TxD: jax.Array, last: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return, of the stream ``x_TxD``, its value at the position ``last`` [D], and the logits there [V]."""
-    last_1xD = lax.dynamic_slice_in_dim(x_TxD, last, 1)
-    return last_1xD[0], decoder.unembed(frozen.config, params, last_1xD, RELP)[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
 def run_biases(
     frozen: FrozenModel, params: decoder.Params, stream_LxTxD: jax.Array, skip_LxDxD: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:

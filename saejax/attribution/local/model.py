@@ -25,7 +25,7 @@ from saejax.attribution.local.edits import Change, ChangeEdits, Circuit, Circuit
 from saejax.attribution.local.layers import FIXED, FREEZE_MODES
 from saejax.attribution.local.prompt_run import LocalRun, prompt_ids
 from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, read_logits
-from saejax.attribution.local.rows import Put, RowTracer
+from saejax.attribution.local.rows import RowTracer
 from saejax.attribution.local.sources import Sources
 from saejax.attribution.local.state import LocalState
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
@@ -227,17 +227,12 @@ class LocalModel(LocalState):
         none = np.empty((0, self.model.config.vocab), np.float32)
         return Continuation(np.array(ids[length:], np.int32), np.stack(logits) if logits else none)
 
-    def row_tracer(self, count: int) -> RowTracer:
-        """Return what pulls ``count`` targets back to all sources, batch by batch."""
-        return RowTracer(self, self.sources, count)
-
     def pullback(
         self,
         layer_R: np.ndarray,
         position_R: np.ndarray,
         vector_RxD: np.ndarray,
         in_stream: bool = False,
-        put: Put | None = None,
     ) -> np.ndarray:
         """Return what each source adds to each target: the rows of a graph, fp32 [R, S].
 
@@ -246,11 +241,10 @@ class LocalModel(LocalState):
           position_R: int32 positions.
           vector_RxD: the directions that are read.
           in_stream: whether the directions are of the stream.
-          put: takes indices of rows, and the rows, as they come, in any order and from several threads; then nothing
-            is returned.
         """
-        row_RxS = np.zeros((len(layer_R) if put is None else 0, len(self.sources.nodes)), np.float32)
-        self.row_tracer(len(layer_R))(layer_R, position_R, vector_RxD, put or row_RxS.__setitem__, in_stream)
+        row_RxS = np.zeros((len(layer_R), len(self.sources.nodes)), np.float32)
+        rows = RowTracer(self, self.sources, len(layer_R))
+        rows(layer_R, position_R, vector_RxD, row_RxS.__setitem__, in_stream)
         return row_RxS
 
     def pushforward(self, added: Vectors, count: int) -> Iterator[tuple[int, jax.Array, jax.Array]]:

@@ -83,6 +83,7 @@ class RowTracer:
         # Shorter lengths only where enough targets share them to pay for another program.
         step = -(-length // min(max(batches // _WORTH, 1), _LENGTHS))
         self._lengths = np.array([*range(step, length, step), length])
+        self._sizes = [chunk_size(mesh.devices.flat[0].platform, int(length), mesh) for length in self._lengths]
         self._streams = [state.stream_LxTxD[:, :length] for length in self._lengths]
         self._stops = [sources.stop_X(length) for length in self._lengths]
 
@@ -131,16 +132,12 @@ class RowTracer:
             # From high layers to low, in the order in which the program takes chunks up.
             targets = targets[np.argsort(-layer_R[targets], kind="stable")]
             changes = np.flatnonzero(np.diff(layer_R[targets]) * in_stream) + 1
-            size = self._chunk_size(index)
+            size = self._sizes[index]
             chunks = [
                 part[start : start + size] for part in np.split(targets, changes) for start in range(0, len(part), size)
             ]
             for start in range(0, len(chunks), CHUNKS):
                 yield index, chunks[start : start + CHUNKS]
-
-    def _chunk_size(self, index: int) -> int:
-        mesh = self._state.model.mesh
-        return chunk_size(mesh.devices.flat[0].platform, int(self._lengths[index]), mesh)
 
     def _start(
         self,
@@ -152,8 +149,7 @@ class RowTracer:
         in_stream: bool,
     ) -> jax.Array:
         """Start the program on a batch; chunks are filled up with copies, the batch with chunks that never start."""
-        size = self._chunk_size(index)
-        filled = np.stack([np.resize(targets, size) for targets in chunks])
+        filled = np.stack([np.resize(targets, self._sizes[index]) for targets in chunks])
         filled_NxR = filled[np.minimum(np.arange(CHUNKS), len(chunks) - 1)]
         start_N = np.zeros(CHUNKS, np.int32)
         # A transcoder reads within its layer, which a target then goes down through, too.

@@ -21,12 +21,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from saejax.attribution.local import layers
 from saejax.attribution.local.directions import FeatureOutputs
 from saejax.attribution.local.layers import RELP, FrozenModel
 from saejax.attribution.local.prompt_run import Active, PromptRun, active_features
-from saejax.attribution.local.readouts import padded
+from saejax.attribution.local.readouts import padded, read_logits
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
@@ -112,8 +113,8 @@ class LocalState(PromptRun):
             for name, value in values.items():
                 parts.setdefault(name, []).append(value)
             x_TxD = leaving[0]
-        self.last_D, logits_V = layers.read_out(self.frozen, model.params, x_TxD, np.int32(len(self.ids_P) - 1))
-        self.logits_V = to_host(logits_V)
+        self.last_D = lax.dynamic_index_in_dim(x_TxD, np.int32(len(self.ids_P) - 1), keepdims=False)
+        self.logits_V = to_host(read_logits(self.frozen, "none", model.params, self.last_D, self.last_D[None]))[0]
         self.active = Active.concatenate(active_by_layer)
         # Where the model itself is not finite, that is the cause to name.
         self.check()

@@ -23,7 +23,7 @@ import numpy as np
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, TOKEN, Nodes
 from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.local.rows import TOKENS, Put
-from saejax.attribution.trace.sae_run import IN_STREAM, Readings, SaeRun
+from saejax.attribution.trace.sae_run import Readings, SaeRun
 from saejax.errors import UserError
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
@@ -54,7 +54,7 @@ class GradientRows:
         _, first_U, self._row_A = np.unique(key_A, return_index=True, return_inverse=True)
         self._table_UxD = run.dictionaries.rows_of("W_dec", active.layer_A[first_U], active.feature_A[first_U])
         # The features of each site and position, which stand together.
-        group_A = _slots(run, active.layer_A) * tokens + active.position_A
+        group_A = run.sites.slot_L[active.layer_A] * tokens + active.position_A
         self._starts = np.searchsorted(group_A, np.arange(len(layer_S) * tokens + 1))
         self._token_PxD = to_host(run.stream_LxTxD[0, :tokens])
 
@@ -62,15 +62,14 @@ class GradientRows:
         """Compute the rows of some active features, or (None) of the readouts; see ``rounds.FillRows``."""
         run, readouts = self._run, self._readouts
         if new_F is None:
-            at_last = run.model.config.n_layers, IN_STREAM, len(run.ids_P) - 1
-            top_B, kind_B, position_B = (np.full(len(readouts), number, np.int32) for number in at_last)
-            self._read(Readings(readouts.vector_KxD, top_B, kind_B, position_B), top_B, put)
+            top_B = np.full(len(readouts), run.model.config.n_layers, np.int32)
+            last_B = np.full(len(readouts), len(run.ids_P) - 1, np.int32)
+            self._read(Readings(readouts.vector_KxD, top_B, np.ones(len(readouts), bool), last_B), top_B, put)
         else:
             layer_F, position_F = run.active.layer_A[new_F], run.active.position_A[new_F]
             vector_FxD = run.dictionaries.rows_of("W_enc", layer_F, run.active.feature_A[new_F])
-            kind_F = run.sites.kind_S[_slots(run, layer_F)]
             # A site lies within its layer, below the stream that enters the next.
-            self._read(Readings(vector_FxD, layer_F, kind_F, position_F), layer_F + 1, put)
+            self._read(Readings(vector_FxD, layer_F, np.zeros(len(new_F), bool), position_F), layer_F + 1, put)
 
     def _read(self, readings: Readings, top_B: np.ndarray, put: Put) -> None:
         """Compute what each source contributes to each target.
@@ -117,8 +116,3 @@ class GradientRows:
         ]
         into_NxB[features:] = np.concatenate(products)
         return into_NxB.T
-
-
-def _slots(run: SaeRun, layer_A: np.ndarray) -> np.ndarray:
-    """Return the index of each layer's SAE among the SAEs."""
-    return np.searchsorted(run.sites.layer_S, layer_A)

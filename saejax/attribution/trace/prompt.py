@@ -28,7 +28,7 @@ from saejax.attribution.local.directions import READ_AT_ONCE
 from saejax.attribution.local.model import AnySet, LocalModel, open_set
 from saejax.attribution.local.prompt_run import AT_ONCE, prompt_ids
 from saejax.attribution.local.readouts import Readouts, Target, padded, read_targets
-from saejax.attribution.local.rows import Put, batch_tokens
+from saejax.attribution.local.rows import Put, RowTracer, batch_tokens
 from saejax.attribution.local.sources import WIDTH
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.gradient import GradientRows
@@ -258,7 +258,7 @@ def trace_prompt(
 
 def _fill_rows(local: LocalModel, readouts: Readouts, count: int) -> FillRows:
     """Return what pulls readouts, and ``count`` features, back to all sources."""
-    rows, active = local.row_tracer(count + len(readouts)), local.active
+    rows, active = RowTracer(local, local.sources, count + len(readouts)), local.active
     top_K = np.full(len(readouts), local.model.config.n_layers, np.int32)
 
     def fill(new_F: np.ndarray | None, put: Put) -> None:

@@ -35,8 +35,6 @@ from saejax.parallel.collectives import to_host
 from saejax.runner.parts import OnProgress, silent
 from saejax.settings import GRAPH_ESTIMATES
 
-IN_STREAM = -1  # in place of a kind: the stream that enters a layer is read
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,7 @@ class SaeSites:
     #: layer_S and kind_S: int32 of each site; kinds are counted in ``kinds``.
     layer_S: np.ndarray
     kind_S: np.ndarray
-    slot_LxK: np.ndarray  #: int32, which site stands at a layer; S: none
+    slot_L: np.ndarray  #: int32, which site stands in a layer; S: none
     kinds: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))  #: those that there are (static)
 
     @classmethod
@@ -55,17 +53,17 @@ class SaeSites:
         kinds = tuple(sorted({site.kind for site in sites}))
         layer_S = np.array([site.layer for site in sites], np.int32)
         kind_S = np.array([kinds.index(site.kind) for site in sites], np.int32)
-        slot_LxK = np.full((layers, len(kinds)), len(sites), np.int32)
-        slot_LxK[layer_S, kind_S] = np.arange(len(sites))
-        return cls(layer_S, kind_S, slot_LxK, kinds)
+        slot_L = np.full(layers, len(sites), np.int32)
+        slot_L[layer_S] = np.arange(len(sites))
+        return cls(layer_S, kind_S, slot_L, kinds)
 
 
 class Readings(NamedTuple):
-    """A batch of targets: directions at a layer, a kind of site or ``IN_STREAM``, and a position."""
+    """A batch of targets: directions at a layer and a position."""
 
     vector_BxD: np.ndarray
     layer_B: np.ndarray
-    kind_B: np.ndarray
+    in_stream_B: np.ndarray  #: whether the stream that enters the layer is read, or its site
     position_B: np.ndarray
 
 
@@ -264,48 +262,46 @@ def _gradients(
 
     With ``frozen_SxTxD`` the model goes on with these values at the sites, whatever comes from below.
     """
-    batch, width = readings.vector_BxD.shape
-    tokens, kinds = stream_LxTxD.shape[1], len(sites.kinds)
     # As arrays of JAX, which the layer's number can index within the loop.
-    tables, sites = whole_prompt_tables(config, tokens), jax.tree.map(jnp.asarray, sites)
-    at_BxTxD = (jnp.arange(tokens)[None] == readings.position_B[:, None])[..., None] * readings.vector_BxD[:, None]
+    tables, sites = whole_prompt_tables(config, stream_LxTxD.shape[1]), jax.tree.map(jnp.asarray, sites)
+    at_BxT = jnp.arange(stream_LxTxD.shape[1])[None] == readings.position_B[:, None]
 
-    def seed(layer: jax.Array, kind: jax.Array) -> jax.Array:
-        """Return the directions that are read at a layer and a kind, [B, T, D]; else 0."""
-        here_B = (readings.layer_B == layer) & (readings.kind_B == kind)
-        return jnp.where(here_B[:, None, None], at_BxTxD, 0)
+    def seed(layer: jax.Array, in_stream: bool) -> jax.Array:
+        """Return the directions that are read of the stream entering a layer, or at its site, [B, T, D]; else 0."""
+        here_B = (readings.layer_B == layer) & (readings.in_stream_B == in_stream)
+        return jnp.where((at_BxT & here_B[:, None])[..., None], readings.vector_BxD[:, None], 0)
 
     def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Pull the gradients through one layer, from its output to its input."""
         (above_BxTxD, site_SxBxTxD), layer = carry, top - 1 - index
-        slot_K = sites.slot_LxK[layer]
+        slot = sites.slot_L[layer]
+        kind_here = sites.kind_S.at[slot].get(mode="fill", fill_value=-1)
 
-        def run_layer(x_TxD: jax.Array, delta_KxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Return the stream leaving the layer [T, D], and what is read at its sites [K, T, D], before changes."""
-            read = {}
+        def run_layer(x_TxD: jax.Array, delta_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Return the stream leaving the layer, and what is read at its site before changes, both [T, D]."""
+            read = []
 
             def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
-                read[kind] = value_TxD
                 if kind not in sites.kinds:
                     return value_TxD
-                number = sites.kinds.index(kind)
+                # Only where there is a site: elsewhere the model goes on with its value.
+                is_site = kind_here == sites.kinds.index(kind)
+                read.append(jnp.where(is_site, value_TxD, 0))
                 if frozen_SxTxD is not None:
-                    frozen_TxD = frozen_SxTxD.at[slot_K[number]].get(mode="fill", fill_value=0)
-                    # Only where there is a site: elsewhere the model goes on with its value.
-                    value_TxD = jnp.where(slot_K[number] < len(frozen_SxTxD), frozen_TxD, value_TxD)
-                return value_TxD + delta_KxTxD[number]
+                    frozen_TxD = frozen_SxTxD.at[slot].get(mode="fill", fill_value=0)
+                    value_TxD = jnp.where(is_site, frozen_TxD, value_TxD)
+                return value_TxD + jnp.where(is_site, delta_TxD, 0)
 
             leaving_TxD = decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook)
-            return leaving_TxD, jnp.stack([read[kind] for kind in sites.kinds])
+            return leaving_TxD, sum(read)
 
-        delta_KxTxD = jnp.zeros((kinds, tokens, width), stream_LxTxD.dtype)
-        _, pull = jax.vjp(run_layer, stream_LxTxD[layer], delta_KxTxD)
-        read_BxKxTxD = jnp.moveaxis(jax.vmap(seed, (None, 0))(layer, jnp.arange(kinds)), 0, 1)
-        below_BxTxD, of_BxKxTxD = jax.vmap(lambda *both: pull(both))(above_BxTxD, read_BxKxTxD)
-        # Kinds without a site in this layer stand at a slot beyond the last, which is dropped.
-        site_SxBxTxD = site_SxBxTxD.at[slot_K].set(jnp.moveaxis(of_BxKxTxD, 1, 0), mode="drop")
-        return below_BxTxD + seed(layer, jnp.int32(IN_STREAM)), site_SxBxTxD
+        _, pull = jax.vjp(run_layer, stream_LxTxD[layer], jnp.zeros_like(stream_LxTxD[0]))
+        below_BxTxD, of_BxTxD = jax.vmap(lambda *both: pull(both))(above_BxTxD, seed(layer, False))
+        # A layer without a site has a slot beyond the last, which is dropped.
+        site_SxBxTxD = site_SxBxTxD.at[slot].set(of_BxTxD, mode="drop")
+        return below_BxTxD + seed(layer, True), site_SxBxTxD
 
-    site_SxBxTxD = jnp.zeros((len(sites.layer_S), batch, tokens, width), stream_LxTxD.dtype)
-    token_BxTxD, site_SxBxTxD = lax.fori_loop(0, top, down, (seed(top, jnp.int32(IN_STREAM)), site_SxBxTxD))
+    above_BxTxD = seed(top, True)
+    site_SxBxTxD = jnp.zeros((len(sites.layer_S), *above_BxTxD.shape), stream_LxTxD.dtype)
+    token_BxTxD, site_SxBxTxD = lax.fori_loop(0, top, down, (above_BxTxD, site_SxBxTxD))
     return site_SxBxTxD, token_BxTxD
