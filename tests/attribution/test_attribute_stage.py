@@ -76,7 +76,6 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     (split,) = water["query_key"]
     assert split["query"] == len(water["tokens"]) - 1 and (split["layer"], split["head"]) == (1, 2)
     assert f"Head {split['layer']}.{split['head']} at " in (folder / "water.html").read_text()
-    assert (folder / "water.svg").stat().st_size > 1000
     # Killed before the second prompt was done, and after its graph was written.
     (folder / "done.json").unlink()
     (folder / "ids.json").unlink()

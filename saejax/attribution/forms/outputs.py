@@ -1,7 +1,6 @@
 """Write the files of a graph, in the folder of its run.
 
 <slug>.html          the interactive page
-<slug>.svg           a figure
 <slug>-graph/        the whole graph, for ``Graph.load``: to prune it again, nothing has to be traced
 heads/<slug>.json    on request: contributions of attention heads to edges, and the page's tables of attention
 graphs/<slug>.json   the pruned graph as Neuronpedia and circuit-tracer's viewer read it, listed in graph-metadata.json
@@ -10,13 +9,12 @@ graphs/<slug>.json   the pruned graph as Neuronpedia and circuit-tracer's viewer
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import FEATURE_TYPE, GraphDocument, feature_nodes, feature_of, ranked_links
+from saejax.attribution.forms.document import GraphDocument, feature_nodes, feature_of, ranked_links
 from saejax.attribution.forms.features import Feature, FeatureDetails, read_details
-from saejax.attribution.forms.figure import draw_graph, save_figure, visible_token
 from saejax.attribution.forms.neuronpedia import write_graph
 from saejax.attribution.forms.page import EdgeHeads, PageTable, write_page
 from saejax.attribution.graph import Graph
@@ -65,17 +63,6 @@ def write_outputs(
     shown = {edge: heads[edge] for edge in ends if edge in heads}
     details = details_of(run.configs[GraphConfig], document)
     write_page(part_file(run, slug, ".html"), document, heads=shown, tables=tables, details=details)
-    save_figure(draw_graph(_named(document, details)), part_file(run, slug, ".svg"))
-
-
-def _named(document: GraphDocument, details: Mapping[Feature, FeatureDetails]) -> GraphDocument:
-    """Return a document whose unlabelled features are named by their details."""
-    nodes = []
-    for node in document["nodes"]:
-        is_bare = node["feature_type"] == FEATURE_TYPE and not node["clerp"]
-        feature_details = details.get(feature_of(node)) if is_bare else None
-        nodes.append({**node, "clerp": feature_details.name} if feature_details else node)
-    return {**document, "nodes": nodes}
 
 
 def details_of(
@@ -170,4 +157,4 @@ def _words(name: str, graph: Graph) -> str:
 
 def _place(graph: Graph, position: int) -> str:
     """Return a token as the page shows it, and its position."""
-    return f"{visible_token(graph.tokens[position])} ({position})"
+    return f"{graph.tokens[position].replace(' ', '␣')} ({position})"

@@ -267,7 +267,7 @@ def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, caps
     assert document["metadata"]["generation_settings"]["edges"].startswith("total gradient x activation")
     whole = trace_gradient(lm, folders, IDS, max_logits=3)
     assert relative_error(Graph.load(folder / "mine-graph").adjacency_RxS, whole.adjacency_RxS) < 1e-4
-    assert (folder / "mine.html").stat().st_size > 1000 < (folder / "mine.svg").stat().st_size
+    assert (folder / "mine.html").stat().st_size > 1000
     for wrong, message in (
         (["--graph.transcoders=set", named], "--graph.transcoders and --graph.dictionaries: expected one of them"),
         (["--graph.transcoders=set", "--graph.direct=true"], "are for SAEs"),
