@@ -12,6 +12,7 @@ from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.forms.features import open_folder
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.forms.outputs import score_table, write_outputs
+from saejax.attribution.forms.page import EdgeHeads
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT
 from saejax.attribution.heads.contributions import head_contributions, largest_heads
 from saejax.attribution.heads.query_key import check_head, split_scores
@@ -147,7 +148,8 @@ def _measure(
         pruned, request.slug, supernodes=groups, pinned=pinned, source_set=config.source_set, labels=labels
     )
     # Edges of SAEs are estimates, and not paths through heads.
-    scores, heads = tuple(split_scores(traced.local, *head) for head in read_heads(config)), {}
+    scores = tuple(split_scores(traced.local, *head) for head in read_heads(config))
+    heads: EdgeHeads = {}
     if config.heads:
         heads = largest_heads(pruned, head_contributions(traced.local, traced.readouts, pruned))
     write_outputs(run, graph, document, heads, [score_table(score, pruned) for score in scores])

@@ -20,7 +20,6 @@ from saejax.attribution.forms.page import EdgeHeads, PageTable, write_page
 from saejax.attribution.graph import Graph
 from saejax.attribution.heads.query_key import OWN_BIAS
 from saejax.attribution.results import QueryScores
-from saejax.dictionaries.formats.place import split_address
 from saejax.errors import UserError
 from saejax.files import read_json, write_text
 from saejax.page.tables import percent
@@ -89,15 +88,8 @@ def details_of_features(
     config: GraphConfig, features: Sequence[Feature], folders: Sequence[Path] = ()
 ) -> dict[Feature, FeatureDetails]:
     """Return what is known of features of the set that ``config`` names; see ``details_of``."""
-    dictionaries, place = list(config.dictionaries), config.transcoders
-    # A folder here goes before a repository of the same name.
-    if place and not Path(place).expanduser().exists():
-        name, revision, folder = split_address(f"hf://{place.removeprefix('hf://')}", "main", "")
-        place = f"hf://{'/'.join(filter(None, (name, folder)))}@{revision}"
-    if place:
-        dictionaries = [place]
-    named = [config.features] if config.features else []
-    return read_details(dictionaries, [*named, *folders], features)
+    dictionaries = [config.transcoders] if config.transcoders else config.dictionaries
+    return read_details(dictionaries, [*filter(None, [config.features]), *folders], features)
 
 
 def write_shown(path: Path, heads: EdgeHeads, tables: Sequence[PageTable]) -> None:
