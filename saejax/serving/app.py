@@ -275,23 +275,20 @@ class StoppingServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(
-    folder: Path, configs: Configs, named: bool, labels: Path | None, token: str, listening: socket.socket
-) -> None:
+def serve(folder: Path, configs: Configs, named: bool, token: str, listening: socket.socket) -> None:
     """Answer requests until the process is stopped.
 
     Args:
       folder: folder with the graphs.
       configs: configuration of the model and the dictionaries.
       named: whether it names a set of dictionaries, which is then used for all graphs.
-      labels: a file of labels; None: a file in the folder.
       token: secret first part of the address.
       listening: a socket of 127.0.0.1.
 
     Raises:
       UserError: there is no graph, and no model and dictionaries to trace one with.
     """
-    store, jobs = GraphStore(folder, labels), Jobs()
+    store, jobs = GraphStore(folder), Jobs()
     graphs = len(store.graphs())
     if not graphs and not named:
         raise UserError(

@@ -96,14 +96,13 @@ class GraphStore:
 
     Args:
       root: a workdir, or any folder with graphs.
-      labels: a file of labels to read and write; None: one for each set of dictionaries, in ``serve/``.
 
     Attributes:
       problems: what is wrong with files and units that are not listed, a line each, by path; as of the last ``graphs``.
     """
 
-    def __init__(self, root: Path, labels: Path | None = None):
-        self.root, self._labels, self.problems = root, labels, dict[str, str]()
+    def __init__(self, root: Path):
+        self.root, self.problems = root, dict[str, str]()
 
     def graphs(self) -> dict[str, StoredGraph]:
         """Return all graphs by id, the most recently changed first; damaged files and units are noted as problems."""
@@ -189,17 +188,17 @@ class GraphStore:
             return {}
         layers = {int(node["layer"]) for node in document["nodes"] if node["layer"] != "E"}
         names = names_of_layers(folders, layers)
-        read = {layer: read_labels(path, name, _ANY, several=False, flag="--labels") for layer, name in names.items()}
+        read = {layer: read_labels(path, name, _ANY, several=False) for layer, name in names.items()}
         return {(layer, feature): record.label for layer, labels in read.items() for feature, record in labels.items()}
 
     def save_label(self, folders: Sequence[str], layer: int, feature: int, label: str) -> Path:
         """Save a label, for ``--atlas.labels``; return the file. See ``labels``."""
         path = self._labels_file(folders)
-        write_label(path, names_of_layers(folders, {layer})[layer], feature, label, "by hand", "--labels")
+        write_label(path, names_of_layers(folders, {layer})[layer], feature, label, "by hand", "--atlas.labels")
         return path
 
     def _labels_file(self, folders: Sequence[str]) -> Path:
-        return self._labels or self.root / _SAVED / folder_name("-".join(folders)) / "labels.csv"
+        return self.root / _SAVED / folder_name("-".join(folders)) / "labels.csv"
 
     def _groups_file(self, graph: StoredGraph) -> Path:
         return self.root / _SAVED / folder_name(graph.id.rpartition("/graphs/")[0] or "graphs") / "groups.json"

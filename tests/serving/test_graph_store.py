@@ -129,10 +129,10 @@ def test_labels_are_saved_for_the_atlas_and_shown(root):
     assert store.labels(graph, ["another set"]) == {}
 
 
-def test_labels_of_ones_own_keep_their_lines_and_columns(root, tmp_path):
-    own = tmp_path / "own.csv"
+def test_labels_of_ones_own_keep_their_lines_and_columns(root):
+    store = GraphStore(root)
+    own = store.save_label(SET, 3, 17, "first")
     own.write_text('feature,label,note,reviewer,seen\n17,"old, one",a note,me,yes\n5,keep,,you,no\n')
-    store = GraphStore(root, own)
     graph = store.find("attribute/p/graphs/war")
     assert store.labels(graph, SET)[3, 5] == "keep"
     assert store.save_label(SET, 3, 17, "new") == own
@@ -141,6 +141,6 @@ def test_labels_of_ones_own_keep_their_lines_and_columns(root, tmp_path):
     )
     own.write_text("feature;label\n17;x\n")
     before = own.read_bytes()
-    with pytest.raises(UserError, match="--labels=.* has no column"):
+    with pytest.raises(UserError, match="--atlas.labels=.* has no column"):
         store.save_label(SET, 3, 17, "new")
     assert own.read_bytes() == before
