@@ -206,13 +206,8 @@ def run_biases(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the constant parts of all layers: what biases add to the stream and to what is read, both [L, T, D].
 
-    A constant part is linear in the biases, so it is its own derivative along them.
-
-    Args:
-      frozen: the model (static).
-      params: its parameters.
-      stream_LxTxD: the prompt's stream entering each layer.
-      skip_LxDxD: skip paths of the transcoders; None: there are none.
+    A constant part is linear in the biases, so it is its own derivative along them. The parameters are those of
+    ``FrozenModel.layer``, for all layers.
     """
     tables = whole_prompt_tables(frozen.config, stream_LxTxD.shape[1])
     biases = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
@@ -268,16 +263,9 @@ def pull_layer(
     leaving_RxTxD: jax.Array,
     read_RxTxD: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Pull cotangents back through the linear part of a layer.
+    """Pull cotangents back through the linear part of a layer: of the stream leaving it, and of what is read in it.
 
-    Args:
-      frozen: the model (static).
-      params: of the model.
-      layer: its number.
-      x_TxD: the prompt's stream entering the layer.
-      skip_DxD: skip path of its transcoder; None: there is none.
-      leaving_RxTxD: cotangents of the stream leaving it.
-      read_RxTxD: cotangents of what its transcoder reads.
+    The parameters are those of ``push_layer``.
 
     Returns:
       The cotangents of the stream entering it [R, T, D], and of the values by the head that mixes them,

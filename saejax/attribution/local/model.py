@@ -168,8 +168,8 @@ class LocalModel(LocalState):
         for chunk, state in zip(plan.chunks, states, strict=False):
             leaving, count = state[:, last], chunk.stop - chunk.start
             if readouts:
-                moved_RxK = read_last(self.frozen, modes[-1], self.last_D, leaving, readouts.vector_KxD)
-                readout_RxK[chunk] += moved_RxK[:count]
+                vectors = readouts.vector_KxD
+                readout_RxK[chunk] += read_last(self.frozen, modes[-1], self.last_D, leaving, vectors)[:count]
             if logits_RxV is not None:
                 row_logits = read_logits(self.frozen, modes[-1], self.model.params, self.last_D, leaving)
                 logits_RxV[chunk] = to_host(row_logits)[:count]

@@ -155,13 +155,8 @@ def find_folder(
 ) -> tuple[str, Path, str]:
     """Return the name of a set, its folder, which is fetched from the hub if need be, and the commit there.
 
-    Of a repository with several transcoders of each layer nothing is fetched but those that are meant.
-
-    Args:
-      path: a folder, or ORG/NAME/SUBFOLDER@REVISION with hf:// before it or without.
-      revision: on the hub, where the path names none.
-      subfolder: within the folder or repository, where the path names none.
-      choice: among several transcoders of each layer, see ``open_transcoders``.
+    Of a repository with several transcoders of each layer nothing is fetched but those that are meant. The path may be
+    ORG/NAME/SUBFOLDER@REVISION, with hf:// before it or without; for all parameters see ``open_transcoders``.
     """
     # A folder here goes before a repository of the same name.
     if _REFERENCE.fullmatch(path) and not Path(path).exists():
