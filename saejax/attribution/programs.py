@@ -137,7 +137,7 @@ def rows_program(plan: PlannedRun, mesh: Mesh, planned: PlannedGraphs, stage: st
         f"{stage}: rows",
         f"{count * chunks:,} targets, {table:,} directions",
         rows.contributions,
-        (FrozenModel(model), mesh, params, stream_LxTxD, skip_LxDxD, bank, *places, batch),
+        (FrozenModel(model, params, skip_LxDxD=skip_LxDxD), mesh, stream_LxTxD, bank, *places, batch),
         stream_LxTxD,  # the errors, beside it
         flops,
     )

@@ -19,13 +19,12 @@ import numpy as np
 from jax import lax
 
 from saejax.attribution.local.directions import FeatureOutputs
-from saejax.attribution.local.layers import FIXED
+from saejax.attribution.local.layers import FIXED, FrozenModel
 from saejax.attribution.local.prompt_run import AT_ONCE, activations, encode_used
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.state import LocalState
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.models.layers import einsum
 from saejax.parallel.collectives import to_host
 
 CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
@@ -182,14 +181,15 @@ class CircuitEdits:
         if sums is None:
             sums = np.zeros((2, *out_RxTxD.shape), np.float32)
         return _circuit_difference(
-            state.b_dec_LxD[layer], state.skip(layer), read_RxTxD, out_RxTxD, sums, error_RxT, used_T
+            state.frozen, np.int32(layer), state.b_dec_LxD[layer], read_RxTxD, out_RxTxD, sums, error_RxT, used_T
         )
 
 
 @jax.jit
 def _circuit_difference(
+    frozen: FrozenModel,
+    layer: jax.Array,
     b_dec_D: jax.Array,
-    skip_DxD: jax.Array | None,
     read_RxTxD: jax.Array,
     out_RxTxD: jax.Array,
     sums_2xRxTxD: jax.Array,
@@ -197,9 +197,7 @@ def _circuit_difference(
     used_T: jax.Array,
 ) -> jax.Array:
     all_RxTxD, kept_RxTxD = sums_2xRxTxD
-    fixed_RxTxD = jnp.broadcast_to(b_dec_D, out_RxTxD.shape)
-    if skip_DxD is not None:
-        fixed_RxTxD += einsum("rtd,de->rte", read_RxTxD, skip_DxD)
+    fixed_RxTxD = b_dec_D + frozen.skip(layer, read_RxTxD)
     error_RxTxD = jnp.where(error_RxT[..., None], out_RxTxD - all_RxTxD - fixed_RxTxD, 0)
     return jnp.where(used_T[None, :, None], kept_RxTxD + fixed_RxTxD + error_RxTxD - out_RxTxD, 0)
 

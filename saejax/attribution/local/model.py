@@ -157,9 +157,7 @@ class LocalModel(LocalState):
                 count = chunk.stop - chunk.start
                 # The prompt goes along as the first row: what is frozen is taken from it.
                 streams = jnp.concatenate([self.stream_LxTxD[layer][None], states[number]])
-                leaving, read, out = layers.run_layer(
-                    self.frozen, modes[layer], self.model.params, np.int32(layer), streams, self.skip(layer), length
-                )
+                leaving, read, out = layers.run_layer(self.frozen, modes[layer], np.int32(layer), streams, length)
                 difference = plan.difference(number, layer, modes[layer], read[1:], out[1:])
                 states[number] = leaving[1:] if difference is None else leaving[1:] + difference
                 if len(here):
@@ -171,7 +169,7 @@ class LocalModel(LocalState):
                 vectors = readouts.vector_KxD
                 readout_RxK[chunk] += read_last(self.frozen, modes[-1], self.last_D, leaving, vectors)[:count]
             if logits_RxV is not None:
-                row_logits = read_logits(self.frozen, modes[-1], self.model.params, self.last_D, leaving)
+                row_logits = read_logits(self.frozen, modes[-1], self.last_D, leaving)
                 logits_RxV[chunk] = to_host(row_logits)[:count]
         # Only what is read is checked: an activation that no feature can have overflows somewhere on the way.
         if not (np.isfinite(feature_RxJ).all() and np.isfinite(readout_RxK).all()):
@@ -212,17 +210,16 @@ class LocalModel(LocalState):
             for change in changes
         ]
         while len(ids) < min(length + max_new_tokens, self.model.config.context):
-            plan, params = ChangeEdits(self, [bounded], len(ids)), self.model.params
+            plan = ChangeEdits(self, [bounded], len(ids))
             # Padded, so that a program serves several lengths.
             ids_T = np.pad(np.array(ids, np.int32), (0, padded(len(ids)) - len(ids)))
-            x_BxTxD = jnp.tile(layers.embed(self.frozen, params, ids_T)[None], (2, 1, 1))  # the first row is unchanged
+            x_BxTxD = jnp.tile(layers.embed(self.frozen, ids_T)[None], (2, 1, 1))  # the first row is unchanged
             for layer in range(self.model.config.n_layers):
-                inputs = params, np.int32(layer), x_BxTxD, self.skip(layer), length
-                x_BxTxD, read, out = layers.run_layer(self.frozen, freeze, *inputs)
+                x_BxTxD, read, out = layers.run_layer(self.frozen, freeze, np.int32(layer), x_BxTxD, length)
                 if (difference := plan.difference(0, layer, freeze, read[1:], out[1:])) is not None:
                     x_BxTxD = x_BxTxD.at[1:].add(difference)
             last_BxD = x_BxTxD[:, len(ids) - 1]
-            logits.append(to_host(read_logits(self.frozen, "none", params, last_BxD[0], last_BxD[1:]))[0])
+            logits.append(to_host(read_logits(self.frozen, "none", last_BxD[0], last_BxD[1:]))[0])
             ids.append(int(logits[-1].argmax()))
         none = np.empty((0, self.model.config.vocab), np.float32)
         return Continuation(np.array(ids[length:], np.int32), np.stack(logits) if logits else none)
@@ -263,8 +260,8 @@ class LocalModel(LocalState):
         first = int(added.layer_E.min()) if len(added.layer_E) else 0
         for layer in range(first, self.model.config.n_layers):
             change_SxTxD = change_SxTxD + added.at(layer, count, length)
-            inputs = np.int32(layer), self.stream_LxTxD[layer], self.skip(layer), change_SxTxD
-            leaving_SxTxD, values_NxTxKxS = layers.push_layer(self.frozen, self.model.params, *inputs)
+            inputs = np.int32(layer), self.stream_LxTxD[layer], change_SxTxD
+            leaving_SxTxD, values_NxTxKxS = layers.push_layer(self.frozen, *inputs)
             yield layer, change_SxTxD, values_NxTxKxS
             change_SxTxD = leaving_SxTxD
 
@@ -282,8 +279,8 @@ class LocalModel(LocalState):
         n_layers, length = self.model.config.n_layers, self.stream_LxTxD.shape[1]
         cotangent_RxTxD = jnp.asarray(read.at(n_layers, count, length))
         for layer in reversed(range(n_layers)):
-            inputs = self.stream_LxTxD[layer], self.skip(layer), cotangent_RxTxD, read.at(layer, count, length)
-            cotangent_RxTxD, wanted = layers.pull_layer(self.frozen, self.model.params, np.int32(layer), *inputs)
+            inputs = self.stream_LxTxD[layer], cotangent_RxTxD, read.at(layer, count, length)
+            cotangent_RxTxD, wanted = layers.pull_layer(self.frozen, np.int32(layer), *inputs)
             yield layer, wanted
 
 

@@ -202,7 +202,7 @@ def read_last(
     return to_host(_read_last(frozen, freeze, last_D, x_RxD, filled_XxD))[:, :count]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=1)
 def _read_last(
     frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, vector_KxD: jax.Array
 ) -> jax.Array:
@@ -219,10 +219,9 @@ def _read_last(
     return einsum("rd,kd->rk", x_RxD, vector_KxD) * ratio_Rx1 - einsum("rd,kd->rk", last_D[None], vector_KxD)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def read_logits(
-    frozen: FrozenModel, freeze: str, params: decoder.Params, last_D: jax.Array, x_RxD: jax.Array
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1)
+def read_logits(frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array) -> jax.Array:
     """Return the logits of the rows at the last position, [R, V]; see ``read_last``."""
     x_BxD = jnp.concatenate([last_D[None], x_RxD])  # the prompt comes first: its scale may be frozen
-    return decoder.unembed(frozen.config, params, x_BxD[:, None], RunRules(first_fixes=freeze == "all"))[1:, 0]
+    rules = RunRules(first_fixes=freeze == "all")
+    return decoder.unembed(frozen.config, frozen.params, x_BxD[:, None], rules)[1:, 0]

@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 from saejax.attribution.local.layers import FrozenModel
 from saejax.attribution.local.sources import STEP, WIDTH, SourceBank, Sources
 from saejax.attribution.local.state import LocalState
-from saejax.models import decoder
 from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import DecoderConfig
 from saejax.models.layers import einsum
@@ -161,9 +160,8 @@ class RowTracer:
             for array in arrays
         )
         batch = TargetBatch(vector_NxRxD, layer_NxR, position_NxR, start_N)
-        fixed = model.params, self._streams[index], self._state.skip_LxDxD, sources.bank
         places = sources.first_X, self._stops[index]
-        return contributions(self._state.frozen, model.mesh, *fixed, *places, batch)
+        return contributions(self._state.frozen, model.mesh, self._streams[index], sources.bank, *places, batch)
 
 
 @jax.tree_util.register_dataclass
@@ -179,13 +177,11 @@ class TargetBatch:
     start_N: jax.Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=1)
 def contributions(
     frozen: FrozenModel,
     mesh: Mesh,
-    params: decoder.Params,
     stream_LxTxD: jax.Array,
-    skip_LxDxD: jax.Array | None,
     bank: SourceBank,
     first_X: jax.Array,
     stops: jax.Array,
@@ -197,11 +193,9 @@ def contributions(
     layer where its highest target reads.
 
     Args:
-      frozen: the model (static).
+      frozen: the model.
       mesh: the devices (static).
-      params: parameters of the model.
       stream_LxTxD: the stream entering each layer, at no more positions than the targets need.
-      skip_LxDxD: skip paths of the transcoders; None: there are none.
       bank: the sources' vectors in blocks.
       first_X: index of the first block of each place.
       stops: index after the last block of each place at these positions.
@@ -224,8 +218,7 @@ def contributions(
         """Take all chunks down through one layer."""
         layer = batch.start_N[0] - 1 - index
         x_TxD = lax.dynamic_index_in_dim(stream_LxTxD, layer, keepdims=False)
-        skip_DxD = None if skip_LxDxD is None else lax.dynamic_index_in_dim(skip_LxDxD, layer, keepdims=False)
-        _, pull = jax.vjp(lambda x_TxD: frozen.layer(params, layer, tables, x_TxD, skip_DxD), x_TxD)
+        _, pull = jax.vjp(lambda x_TxD: frozen.layer(layer, tables, x_TxD), x_TxD)
         turned, turned_back = _turned(pull, x_TxD.shape[-1])
 
         def pull_chunk(chunk: jax.Array, cotangent_NxRxTxD: jax.Array) -> jax.Array:

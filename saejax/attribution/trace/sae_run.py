@@ -97,7 +97,7 @@ class SaeRun(PromptRun):
         saes.check(model)
         rules = RunRules(backward=one_of(estimate, GRAPH_ESTIMATES, "estimate"))
         sites, length = SaeSites.of(saes.sites, model.config.n_layers), padded(len(ids_P))
-        x_TxD = embed(FrozenModel(model.config), model.params, np.pad(ids_P, (0, length - len(ids_P))))
+        x_TxD = embed(FrozenModel(model.config, model.params), np.pad(ids_P, (0, length - len(ids_P))))
         stream_LxTxD, last_D, read_SxTxD = _run(
             model.config, rules, model.params, sites, x_TxD, np.int32(len(ids_P) - 1)
         )

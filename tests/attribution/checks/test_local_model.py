@@ -280,14 +280,14 @@ def test_with_another_prompts_tokens_under_the_frozen_constants_edges_are_the_sa
     local, _, readouts, graph = traced
     active = local.active
     other_T = np.pad([88, 3, 61, 12, 240, 7], (0, local.stream_LxTxD.shape[1] - len(IDS)))
-    other_TxD = embed(local.frozen, local.model.params, other_T)
+    other_TxD = embed(local.frozen, other_T)
     real, starts = layers.run_layer, []
 
-    def run_layer(frozen, freeze, params, layer, x_BxTxD, *rest):
+    def run_layer(frozen, freeze, layer, x_BxTxD, *rest):
         if not starts:  # the rows enter layer 0 with the other prompt's tokens
             starts.append(layer)
             x_BxTxD = jnp.concatenate([x_BxTxD[:1], jnp.tile(other_TxD[None], (len(x_BxTxD) - 1, 1, 1))])
-        return real(frozen, freeze, params, layer, x_BxTxD, *rest)
+        return real(frozen, freeze, layer, x_BxTxD, *rest)
 
     monkeypatch.setattr(layers, "run_layer", run_layer)
     chosen = np.linspace(0, len(active) - 1, 8).astype(int)

@@ -52,7 +52,7 @@ def edges_without(traced, layer, head):
     params["layers.o_HxKxD"] = params["layers.o_HxKxD"].at[layer, head].set(0)
     model.params = params
     changed, sources, active = copy.copy(local), Sources.of(local), local.active
-    changed.model = model
+    changed.model, changed.frozen = model, dataclasses.replace(local.frozen, params=params)
     matrix_TxS = np.zeros((len(active) + len(readouts.labels), len(sources.nodes)), np.float32)
     rows, put = RowTracer(changed, sources, len(matrix_TxS)), matrix_TxS[len(active) :].__setitem__
     rows(active.layer_A, active.position_A, changed.encoder_rows(np.arange(len(active))), matrix_TxS.__setitem__)
