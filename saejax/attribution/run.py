@@ -147,7 +147,7 @@ def _measure(
     document = to_document(
         pruned, request.slug, supernodes=groups, pinned=pinned, source_set=config.source_set, labels=labels
     )
-    # Edges of SAEs are estimates, and not paths through heads.
+    # Neither is requested of SAEs, whose edges are estimates and not paths through heads.
     scores = tuple(split_scores(traced.local, *head) for head in read_heads(config))
     heads: EdgeHeads = {}
     if config.heads:

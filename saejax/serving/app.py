@@ -56,7 +56,7 @@ def list_page(store: GraphStore, graphs: Sequence[StoredGraph], config: GraphCon
             id=graph.id,
             address=address(graph.id),
             prompt=str(graph.entry.get("prompt", "")),
-            about=f"model {graph.entry.get('scan', '')}, {len(graph.entry.get('prompt_tokens', ()))} tokens",
+            about=f"model {graph.entry.get('scan', '')}, {len(graph.entry.get('prompt_tokens') or ())} tokens",
         )
         for graph in graphs
     ]

@@ -169,7 +169,7 @@ def token_ids(document: GraphDocument) -> list[int]:
 def targets_of(document: GraphDocument) -> list[Target]:
     """Return the targets of a graph: ids of tokens, and pairs of ids for logit differences.
 
-    Other programs do not name them: their graphs explain the tokens of the logits.
+    Documents of other programs do not name them; their graphs explain the tokens of the logits.
     """
     settings = document["metadata"].get("generation_settings") or {}
     logits = [node["node_id"] for node in document["nodes"] if node["feature_type"] == "logit"]
