@@ -31,7 +31,7 @@ class ReportedGraph:
 
     @property
     def doubling(self) -> DoublingResults:
-        """What doubling features showed; where it was not requested, nothing."""
+        """The results of doubling features; those of no feature where it was not requested."""
         return self.results.doubling or DoublingResults(0, None, None)
 
 

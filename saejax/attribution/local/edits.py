@@ -197,7 +197,7 @@ def _circuit_difference(
     used_T: jax.Array,
 ) -> jax.Array:
     all_RxTxD, kept_RxTxD = sums_2xRxTxD
-    fixed_RxTxD = b_dec_D + frozen.skip(layer, read_RxTxD)
+    fixed_RxTxD = jnp.broadcast_to(b_dec_D, out_RxTxD.shape) + frozen.skip(layer, read_RxTxD)
     error_RxTxD = jnp.where(error_RxT[..., None], out_RxTxD - all_RxTxD - fixed_RxTxD, 0)
     return jnp.where(used_T[None, :, None], kept_RxTxD + fixed_RxTxD + error_RxTxD - out_RxTxD, 0)
 

@@ -117,8 +117,8 @@ class RowStore:
           chosen_F: the feature of each row.
         """
         order = np.concatenate([np.argsort(chosen_F), np.arange(self._count, len(self.row_BxC))])
-        is_kept_C = (self.column_C >= self._active) | np.isin(self.column_C, chosen_F)
-        kept, left = np.flatnonzero(is_kept_C), np.flatnonzero(~is_kept_C)
+        is_kept = (self.column_C >= self._active) | np.isin(self.column_C, chosen_F)
+        kept, left = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
         old, self.row_BxC = self.row_BxC, np.empty((len(order), len(kept)), np.float32)
         self.dropped_R, self.column_C = self.dropped_R[order], self.column_C[kept]
         # Row by row: what all rows lose takes no memory of its own.
