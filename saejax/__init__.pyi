@@ -5,8 +5,8 @@ from saejax.attribution.local.edits import Change as Change
 from saejax.attribution.local.model import LocalModel as LocalModel
 from saejax.attribution.local.model import intervene as intervene
 from saejax.attribution.local.transcoders import open_transcoders as open_transcoders
-from saejax.attribution.trace.gradient import trace_gradient as trace_gradient
 from saejax.attribution.trace.prompt import trace as trace
+from saejax.attribution.trace.prompt import trace_gradient as trace_gradient
 from saejax.dictionaries import Dictionary as Dictionary
 from saejax.dictionaries import check_dictionary as check_dictionary
 from saejax.dictionaries import load_dictionary as load_dictionary

@@ -30,7 +30,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, Nodes
@@ -39,7 +38,7 @@ from saejax.attribution.local.edits import Change, Circuit
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Readouts
-from saejax.attribution.results import CurveResults, DoublingResults, EdgeCorrelation
+from saejax.attribution.results import CurveResults, DoublingResults
 from saejax.attribution.trace.sae_run import SaeRun
 from saejax.errors import UserError
 
@@ -52,12 +51,13 @@ _FROZEN_TIMES = 64
 
 def scale(features: Nodes, factor: float) -> list[Change]:
     """Return changes that set features to a multiple of the activation that they have in the prompt."""
-    return _changes(features, factor * features.value_N.astype(np.float64))
+    return set_to(features, factor * features.value_N.astype(np.float64))
 
 
 def set_to(features: Nodes, value: float | np.ndarray) -> list[Change]:
     """Return changes that set features to an activation, all to one or each to its own."""
-    return _changes(features, np.broadcast_to(np.asarray(value, np.float64), len(features)))
+    values = np.broadcast_to(np.asarray(value, np.float64), len(features)).tolist()
+    return [Change(*key, value) for key, value in zip(_keys(features), values, strict=True)]
 
 
 def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> list[Nodes]:
@@ -116,10 +116,6 @@ def _keys(features: Nodes) -> list[tuple[int, int, int]]:
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def _changes(features: Nodes, value_N: np.ndarray) -> list[Change]:
-    return [Change(*key, value) for key, value in zip(_keys(features), value_N.tolist(), strict=True)]
-
-
 @dataclasses.dataclass(frozen=True)
 class Doubling:
     """Changes of the targets when features were doubled, one by one."""
@@ -137,23 +133,20 @@ class Doubling:
         largest = np.abs(self.edge_ExR).max()
         return float(np.abs(self.frozen_ExR - self.edge_ExR).max() / (largest or 1.0))
 
-    def correlations(self) -> EdgeCorrelation:
-        """Return correlations of edges and changes with nothing frozen, over all targets that an edge reaches."""
+    @property
+    def correlation(self) -> float | None:
+        """The correlation of edges and changes with nothing frozen, over all targets that an edge reaches."""
         reached_ExR = self.edge_ExR != 0
         edges, free = self.edge_ExR[reached_ExR], self.free_ExR[reached_ExR]
         # Two points always lie on a line.
         if len(edges) < 3 or not edges.std() or not free.std():
-            return EdgeCorrelation(None, None, None)
-        return EdgeCorrelation(
-            pearson=float(np.corrcoef(edges, free)[0, 1]),
-            spearman=float(spearmanr(edges, free).statistic),
-            sign=float((np.sign(edges) == np.sign(free)).mean()),
-        )
+            return None
+        return float(np.corrcoef(edges, free)[0, 1])
 
     @property
     def results(self) -> DoublingResults:
         """The figures that the stage reports."""
-        return DoublingResults(len(self.node_E), self.held_error, self.correlations())
+        return DoublingResults(len(self.node_E), self.held_error, self.correlation)
 
 
 def double(local: LocalModel | SaeRun, graph: Graph, readouts: Readouts, count: int = 32, seed: int = 456) -> Doubling:
@@ -196,10 +189,8 @@ def faithfulness_curve(
       shares: of influence, 0 to 1.
 
     Raises:
-      UserError: the first readout is not of the last layer's output, or is not finite in a run.
+      UserError: the first readout is not finite in a run.
     """
-    if readouts.layer_K[0] != local.model.config.n_layers:
-        raise UserError("a circuit is judged by logits, or by a direction of the stream that leaves the last layer")
     circuits = [circuit_of(local, pruned) for pruned in prune_each(graph, shares)]
     nothing = Circuit(np.zeros(len(local.active), bool), np.zeros_like(circuits[0].errors_LxP))
     # The model, too, is run as a circuit, of everything: differences have the rounding of one program.
@@ -211,8 +202,6 @@ def faithfulness_curve(
         share=tuple(shares),
         features=tuple(int(circuit.features_A.sum()) for circuit in circuits),
         errors=tuple(int(circuit.errors_LxP.sum()) for circuit in circuits),
-        readout=tuple(read[:count]),
-        complement=tuple(read[count:]),
         faithfulness=tuple(relative[:count]),
         incompleteness=tuple(relative[count:]),
         model=model,

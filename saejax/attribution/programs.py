@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.attribution.local import backward, rows
+from saejax.attribution.local import rows
 from saejax.attribution.local.layers import FrozenModel
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.sources import WIDTH, SourceBank
@@ -121,7 +121,7 @@ def rows_program(plan: PlannedRun, mesh: Mesh, planned: PlannedGraphs, stage: st
         abstract((table, width), jnp.float32, None, "model"), whole(mesh, (blocks, WIDTH), index),
         whole(mesh, (blocks,), index),
     )  # fmt: skip
-    batch = backward.TargetBatch(
+    batch = rows.TargetBatch(
         abstract((chunks, count, width), jnp.float32, None, "data", None),
         abstract((chunks, count), index, None, "data"),
         abstract((chunks, count), index, None, "data"),
@@ -136,8 +136,8 @@ def rows_program(plan: PlannedRun, mesh: Mesh, planned: PlannedGraphs, stage: st
     program = Program(
         f"{stage}: rows",
         f"{count * chunks:,} targets, {table:,} directions",
-        backward.contributions,
-        (FrozenModel(model), mesh, params, stream_LxTxD, skip_LxDxD, bank, *places, batch),
+        rows.contributions,
+        (FrozenModel(model, params, skip_LxDxD=skip_LxDxD), mesh, stream_LxTxD, bank, *places, batch),
         stream_LxTxD,  # the errors, beside it
         flops,
     )

@@ -1,24 +1,16 @@
 """The report on attribution graphs: what was traced, how much of it features explain, and whether the edges hold."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from saejax.attribution.forms import figure as graph_figure
-from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
-from saejax.errors import UserError
-from saejax.files import write_text
-from saejax.page import style
-from saejax.page.blocks import Block, Links, Picture, Terms, Text
+from saejax.attribution.results import AttributeResults, DoublingResults, GraphResults, GraphTarget
+from saejax.page.blocks import Block, Links, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, number, percent, significant, visible
-
-SHOWN = 6  # graphs whose figures are on the page; the others are in the tables and have links
-_ENLARGED = 1.3  # the figures are for print, with text of 6.5 points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,26 +30,13 @@ class ReportedGraph:
         return f"{self.number}: {self.slug}"
 
     @property
-    def correlation(self) -> float | None:
-        """Correlation of edges with the effects of doubling features, nothing frozen; None: not known."""
-        return self.results.doubling.free.pearson if self.results.doubling else None
-
-    @property
-    def held_error(self) -> float | None:
-        """The largest difference of edges and changes with all frozen; None: not known."""
-        return self.results.doubling.held_error if self.results.doubling else None
-
-    def link(self, findings: Findings) -> tuple[str, str]:
-        """Return the words and the address of a link to its page."""
-        return f"Open the interactive page of graph {self.name}", findings.address(self.folder / f"{self.slug}.html")
+    def doubling(self) -> DoublingResults:
+        """The results of doubling features; those of no feature where it was not requested."""
+        return self.results.doubling or DoublingResults(0, None, None)
 
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
-    """Return a table of all graphs, and the figures of the first ones; no section if there are none.
-
-    Raises:
-      UserError: the figure of a graph is missing.
-    """
+    """Return a section with tables of all graphs, and links to their pages; none if there are none."""
     graphs = _traced(findings)
     if not graphs:
         return []
@@ -73,11 +52,13 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         f"{''.join(stays[kind] for kind in kinds)}. {several} pruned to the nodes and edges with the most influence on "
         "the answer."
     )
+    names = [f"{graph.name}: {_one_line(graph.results.prompt)}" for graph in graphs]
+    addresses = [findings.address(graph.folder / f"{graph.slug}.html") for graph in graphs]
     blocks: list[Block] = [Text(intro), *_tables(graphs), _meaning(graphs), *_curves(graphs)]
-    if graphs[SHOWN:]:
-        blocks.append(Links("Pages of the other graphs", tuple(graph.link(findings) for graph in graphs[SHOWN:])))
-    first = Section("Attribution graphs", tuple(blocks), lead=_lead(graphs, kinds))
-    return [first, *(_section(graph, findings) for graph in graphs[:SHOWN])]
+    blocks.append(
+        Links("Interactive pages of the graphs, and their prompts", tuple(zip(names, addresses, strict=True)))
+    )
+    return [Section("Attribution graphs", tuple(blocks), lead=_lead(graphs, kinds))]
 
 
 def _traced(findings: Findings) -> list[ReportedGraph]:
@@ -100,7 +81,7 @@ def _lead(graphs: Sequence[ReportedGraph], kinds: Sequence[str]) -> str:
         f"it {explained} comes from the prompt's tokens through features; the rest starts at what the "
         f"{' or '.join(kinds)} do not explain."
     )
-    if correlations := [graph.correlation for graph in graphs if graph.correlation is not None]:
+    if correlations := [graph.doubling.correlation for graph in graphs if graph.doubling.correlation is not None]:
         paragraph += (
             f" What the edges foretell has a correlation of {_span(correlations, number)} with what happens when "
             "features are doubled."
@@ -123,8 +104,8 @@ def _tables(graphs: Sequence[ReportedGraph]) -> list[Table]:
         "Replacement": lambda graph: number(graph.results.scores.replacement),
         "Completeness": lambda graph: number(graph.results.scores.completeness),
         "Untraced input": lambda graph: percent(graph.results.untraced, 1),
-        "Edges off by": lambda graph: significant(graph.held_error, 2),
-        "Correlation": lambda graph: number(graph.correlation),
+        "Edges off by": lambda graph: significant(graph.doubling.held_error, 2),
+        "Correlation": lambda graph: number(graph.doubling.correlation),
     }
     return [
         Table.of(title, [(graph,) for graph in graphs if graph.title == title], columns, ["Answer"], stack=False)
@@ -173,52 +154,8 @@ def _meaning(graphs: Sequence[ReportedGraph]) -> Terms:
     return Terms(tuple(meanings.items()))
 
 
-def _section(graph: ReportedGraph, findings: Findings) -> Section:
-    results = graph.results
-    summary = f"Prompt: “{_one_line(results.prompt)}”. Explained: {_targets(results.targets)}."
-    blocks = (Text(summary), _picture(graph, findings.report), Links("", (graph.link(findings),)))
-    return Section(f"Graph {graph.name}", blocks, level=3)
-
-
 def _answer(targets: Sequence[GraphTarget]) -> str:
     return _one_line(targets[0].label) + (f" and {len(targets) - 1} more" if targets[1:] else "")
-
-
-def _targets(targets: Sequence[GraphTarget], most: int = 5) -> str:
-    """Return tokens with their probabilities and differences with their logits; of many, the first ones."""
-    descriptions = []
-    for target in targets[:most]:
-        chance = percent(target.weight, 0 if target.weight >= 0.1 else 1)
-        value = f"difference of {number(target.logit)}" if " - " in target.label else chance
-        descriptions.append(f"{_one_line(target.label)} ({value})")
-    rest = f", and {len(targets) - most} more" if len(targets) > most else ""
-    return ", ".join(descriptions) + rest
-
-
-def _picture(graph: ReportedGraph, report: Path) -> Picture:
-    """Return the figure that the stage wrote, in the colours of the page."""
-    name, results = f"graph_{graph.number}_{graph.slug}", graph.results
-    path = graph.folder / f"{graph.slug}.svg"
-    try:
-        svg = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"{path} is missing or damaged: delete {graph.folder} and run attribute again") from None
-    write_text(report / "figures" / f"{name}.svg", svg)
-    caption = (
-        f"The most influential of {results.features:,} features (rounded boxes, named by their numbers) and "
-        f"{results.errors:,} errors (broken outline), the strongest edges between them, and the tokens and logits. "
-        "From below: layer by layer. Across: the prompt's positions."
-    )
-    alt = (
-        f"Attribution graph of “{_one_line(results.prompt)}” with {results.features:,} features, "
-        f"{results.errors:,} errors and {results.edges:,} edges; replacement score "
-        f"{number(results.scores.replacement)}, completeness {number(results.scores.completeness)}."
-    )
-    colours = {graph_figure.CARD: "--card", graph_figure.PAPER: "--paper", graph_figure.SOFT: "--soft"}
-    colours[graph_figure.LINE] = "--line"
-    width_match = re.search(r'<svg[^>]*? width="([\d.]+)pt"', svg)
-    width = f"{_ENLARGED * float(width_match[1]):.0f}pt" if width_match else "100%"
-    return Picture(name, style.inline(svg, name, alt, colours), caption, alt, "svg", width)
 
 
 def _span(values: Sequence[float], written: Callable[[float], str]) -> str:

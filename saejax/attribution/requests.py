@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from saejax.attribution.forms.document import are_groups
 from saejax.errors import UserError
 from saejax.files import file_sha256
 from saejax.models.identity import content_sha256
@@ -155,10 +156,11 @@ def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
     from saejax.dictionaries.labels import labels_of_folders  # this file is read by every binary
 
     # Labels by hand go before those that were found.
-    return labels_of_folders(_folders(config)) | read_given_labels(config)
+    return labels_of_folders(folders(config)) | read_given_labels(config)
 
 
-def _folders(config: GraphConfig) -> Sequence[str]:
+def folders(config: GraphConfig) -> Sequence[str]:
+    """Return the folder or hub id of the transcoders, or the folders of the SAEs."""
     return [config.transcoders] if config.transcoders else config.dictionaries
 
 
@@ -174,7 +176,7 @@ def read_given_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
     if path.is_dir() or path.suffix == ".csv":
         from saejax.dictionaries.labels import labels_of_sheets
 
-        return labels_of_sheets(path, "--graph.labels", _folders(config))
+        return labels_of_sheets(path, "--graph.labels", folders(config))
     text = decode(read_bytes(path, "--graph.labels", "name a file of labels"), path)
     try:
         labels = json.loads(text)
@@ -243,32 +245,6 @@ def _checked_slug(slug: Any, where: str) -> str:
     return slug
 
 
-def check_groups(ids: Sequence[str], groups: Sequence[Sequence[str]]) -> None:
-    """Check groups as in Neuronpedia's ``qParams.supernodes``, each a label and ids of nodes.
-
-    Args:
-      ids: of the graph's nodes.
-      groups: of each the label and the ids.
-
-    Raises:
-      UserError: the graph has no node of an id, or a node is in two groups, or in one twice.
-    """
-    id_set, label_of = set(ids), dict[str, str]()
-    for label, *members in groups:
-        for member in members:
-            if member not in id_set:
-                raise UserError(
-                    f"the supernode {label!r} names {member!r}, and no node of the graph has that id: was it made of "
-                    "another prompt, or is it pruned away?"
-                )
-            if member in label_of:
-                raise UserError(
-                    f"the node {member!r} is in the supernodes {label_of[member]!r} and {label!r}: expected it in one, "
-                    "once"
-                )
-            label_of[member] = label
-
-
 def read_groups(config: GraphConfig, slugs: Sequence[str]) -> dict[str, list[list[str]]]:
     """Return the supernodes in the file of ``--graph.supernodes`` by graph: label and ids of nodes of each.
 
@@ -286,7 +262,7 @@ def read_groups(config: GraphConfig, slugs: Sequence[str]) -> dict[str, list[lis
     path = Path(config.supernodes)
     text = decode(read_bytes(path, "--graph.supernodes", "name a file of supernodes"), path)
     groups = _by_graph(text)
-    if not all(map(_are_groups, groups.values())) or not groups:
+    if not all(map(are_groups, groups.values())) or not groups:
         raise UserError(f"{path} holds no supernodes: expected {_GROUPS}")
     if not {"*", *slugs} & set(groups):
         raise UserError(f"{path} has supernodes for {', '.join(groups)}: expected {', '.join(slugs)}, or * for all")
@@ -305,10 +281,3 @@ def _by_graph(text: str) -> dict[str, Any]:
     if isinstance(params, dict) and isinstance(metadata, dict):  # a whole graph
         return {str(metadata.get("slug", "*")): params.get("supernodes")}
     return {"*": content.get("supernodes")} if "pinnedIds" in content else content
-
-
-def _are_groups(groups: Any) -> bool:
-    """Return whether this is a list of groups, each a label followed by ids."""
-    return isinstance(groups, list) and all(
-        isinstance(group, list) and len(group) > 1 and all(isinstance(part, str) for part in group) for group in groups
-    )

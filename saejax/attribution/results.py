@@ -8,20 +8,11 @@ from saejax.attribution.graph.data import GraphScores
 
 @dataclasses.dataclass(frozen=True)
 class GraphTarget:
-    """A logit, logit difference or direction that a graph explains."""
+    """A logit or logit difference that a graph explains."""
 
-    label: str  #: a token, a difference of two such as "' Paris' - ' Rome'", or the name of a direction
+    label: str  #: a token, or a difference of two such as "' Paris' - ' Rome'"
     logit: float  #: the logit or the difference, as the model gives it
-    weight: float  #: in influences: the probability of a token, 1 for others
-
-
-@dataclasses.dataclass(frozen=True)
-class EdgeCorrelation:
-    """Agreement of edges with measured effects over all targets that an edge reaches; None if fewer than 3."""
-
-    pearson: float | None  #: correlation, -1 to 1
-    spearman: float | None  #: of the ranks
-    sign: float | None  #: share of equal signs, 0 to 1
+    weight: float  #: in influences: the probability of a token, 1 for a difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +23,9 @@ class DoublingResults:
     #: their activation added 64 times with all frozen as the graph does, a 64th of what happens against the edges: the
     #: largest difference over the largest edge; None: a graph of SAEs
     held_error: float | None
-    free: EdgeCorrelation  #: edges against what happens when activations are doubled and nothing is frozen
+    #: of edges with what happens when activations are doubled and nothing is frozen, over all targets that an edge
+    #: reaches, -1 to 1; None: fewer than 3 such edges
+    correlation: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,34 +35,11 @@ class CurveResults:
     share: tuple[float, ...]  #: of the influence of all nodes, 0 to 1
     features: tuple[int, ...]  #: that are kept
     errors: tuple[int, ...]  #: that are kept
-    readout: tuple[float | None, ...]  #: the first target with these alone
-    complement: tuple[float | None, ...]  #: the first target with all others alone
-    #: ``readout`` between ``empty`` (0) and ``model`` (1); None where these two are the same
+    #: the first target with these alone, between ``empty`` (0) and ``model`` (1); None where these two are the same
     faithfulness: tuple[float | None, ...]
-    incompleteness: tuple[float | None, ...]  #: ``complement`` likewise
+    incompleteness: tuple[float | None, ...]  #: the same with all others alone
     model: float  #: the first target of the whole model
     empty: float  #: the first target without any feature and error
-
-
-@dataclasses.dataclass(frozen=True)
-class LeadingHeadResults:
-    """An attention head with large contributions to a graph's edges; they are signed, and heads do not add up."""
-
-    layer: int  #: of the head
-    head: int  #: its index in the layer
-    logit: float  #: sum of its contributions to edges into the first target, in the target's units
-    mean: float  #: mean over targets of its contributions over the target's input by size
-    source: str  #: id of the node from which the edge of its largest contribution goes
-    target: str  #: id of the node to which it goes
-    contribution: float  #: to this edge
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadResults:
-    """Contributions of heads to edges; ``heads/<slug>.json`` has those of each edge."""
-
-    edges: int  #: to which a head contributes
-    leading: tuple[LeadingHeadResults, ...]  #: at most ten heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +89,9 @@ class GraphResults:
     scores: GraphScores  #: of the graph before pruning; they depend on the share of active features that was traced
     #: what rows with bias nodes lack of their pre-activations: the largest by size, over the largest value
     unexplained: float
-    #: groups of nodes in the document's ``qParams.supernodes``; their members and the logits are pinned
-    supernodes: int
     seconds: float  #: of tracing
     doubling: DoublingResults | None  #: None: not asked for
     circuits: CurveResults | None  #: None: not asked for, or a graph of SAEs
-    heads: HeadResults | None  #: None: not asked for, or a graph of SAEs
     query_key: tuple[QueryScores, ...]  #: of each head of ``--graph.query_key``
 
 

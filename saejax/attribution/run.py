@@ -10,20 +10,21 @@ from typing import Any
 
 from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.forms.features import open_folder
-from saejax.attribution.forms.outputs import write_outputs
-from saejax.attribution.graph.nodes import ERROR, FEATURE
-from saejax.attribution.heads.contributions import Attention, read_attention
-from saejax.attribution.heads.query_key import check_head
+from saejax.attribution.forms.neuronpedia import to_document
+from saejax.attribution.forms.outputs import score_table, write_outputs
+from saejax.attribution.forms.page import EdgeHeads
+from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT
+from saejax.attribution.heads.contributions import head_contributions, largest_heads
+from saejax.attribution.heads.query_key import check_head, split_scores
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.local.readouts import Target, token_of
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
-from saejax.attribution.requests import Request, check_groups, read_groups, read_heads, read_labels, read_requests
+from saejax.attribution.requests import Request, read_groups, read_heads, read_labels, read_requests
 from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
-from saejax.attribution.trace.gradient import trace_saes
 from saejax.attribution.trace.prompt import GraphSize, certain_active, check_memory, trace_prompt
 from saejax.attribution.trace.rounds import Traced
-from saejax.attribution.trace.targets import Target, token_of
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.runner.parts import Measure, Measured, OnProgress, each_part, silent
@@ -31,8 +32,6 @@ from saejax.runner.workspace import Run
 from saejax.settings.attribution import GraphConfig
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.run_inputs import load_run_model, read_behaviours
-
-_NO_ATTENTION = Attention()  # of SAEs' graphs, whose edges are not paths
 
 
 def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders | LayerSaes]:
@@ -135,7 +134,7 @@ def _measure(
     request: Request,
     groups: Sequence[Sequence[str]],
     labels: Mapping[tuple[int, int], str],
-    trace: Callable[..., Traced[Any]] | None = None,
+    trace: Callable[..., Traced] | None = None,
 ) -> Measured:
     config = run.configs[GraphConfig]
     start = time.monotonic()
@@ -144,14 +143,20 @@ def _measure(
     seconds = time.monotonic() - start
     graph = traced.graph
     pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
-    check_groups(pruned.ids, groups)  # before anything is written
-    attention = _NO_ATTENTION
-    if isinstance(traced.local, LocalModel):
-        attention = read_attention(traced, pruned, config.heads, read_heads(config))
-    write_outputs(run, request.slug, graph, pruned, groups, attention, labels)
+    pinned = pruned.ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
+    document = to_document(
+        pruned, request.slug, supernodes=groups, pinned=pinned, source_set=config.source_set, labels=labels
+    )
+    # Neither is requested of SAEs, whose edges are estimates and not paths through heads.
+    scores = tuple(split_scores(traced.local, *head) for head in read_heads(config))
+    heads: EdgeHeads = {}
+    if config.heads:
+        heads = largest_heads(pruned, head_contributions(traced.local, traced.readouts, pruned))
+    write_outputs(run, graph, document, heads, [score_table(score, pruned) for score in scores])
     # After the files are written, because the checks take longer than the graph.
-    doubling = double(traced.local, graph, traced.readouts, config.doubled, config.seed) if config.doubled else None
-    curve = None
+    doubling, curve = None, None
+    if config.doubled:
+        doubling = double(traced.local, graph, traced.readouts, config.doubled, config.seed).results
     if config.circuits and isinstance(traced.local, LocalModel):
         curve = faithfulness_curve(traced.local, graph, traced.readouts)
     results = GraphResults(
@@ -169,12 +174,10 @@ def _measure(
         edges=int((pruned.adjacency_RxS != 0).sum()),
         scores=graph.scores(),
         unexplained=float(abs(graph.unexplained_R).max() / abs(graph.value_R).max()),
-        supernodes=len(groups),
         seconds=round(seconds, 2),
-        doubling=doubling.results if doubling else None,
+        doubling=doubling,
         circuits=curve,
-        heads=attention.heads,
-        query_key=attention.query_key,
+        query_key=scores,
     )
     return Measured(results, _message(results))
 
@@ -185,20 +188,21 @@ def trace_request(
     request: Request,
     config: GraphConfig,
     on_progress: OnProgress = silent,
-) -> Traced[Any]:
+) -> Traced:
     """Return the graph of a prompt as a configuration wants it; ``on_progress`` as in ``trace_prompt``."""
-    options: dict[str, Any] = dict(
+    return trace_prompt(
+        model,
+        dictionaries,
+        request.prompt,
         targets=_targets(model, request),
         max_logits=config.max_logits,
         logit_mass=config.logit_mass,
         max_features=config.max_features or None,
+        estimate=config.estimate,
+        direct=config.direct,
         chat=config.chat_template,
         on_progress=on_progress,
     )
-    if isinstance(dictionaries, LayerSaes):
-        options |= dict(estimate=config.estimate, direct=config.direct)
-        return trace_saes(model, dictionaries, request.prompt, **options)
-    return trace_prompt(model, dictionaries, request.prompt, **options)
 
 
 def _message(results: GraphResults) -> str:
@@ -210,9 +214,8 @@ def _message(results: GraphResults) -> str:
         f"{results.traced / results.active:.0%} of the active features traced"
     )
     if doubling := results.doubling:
-        pearson = doubling.free.pearson
-        foretold = "none" if pearson is None else f"{pearson:.2f}"
         if doubling.held_error is not None:
             message += f"; edges off by {doubling.held_error:.1e}"
+        foretold = "none" if doubling.correlation is None else f"{doubling.correlation:.2f}"
         message += f"; correlation with what happens {foretold}"
     return message

@@ -26,12 +26,14 @@ def circuit_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     model, length = plan.model, padded(planned.longest)
     rows = padded(len(EDITS) * MAX_GROUPS * (1 + len(CONTROLS) * CONTROL_SETS), 8)
     streams = by_row(mesh, (1 + rows, length, model.d_model), jnp.float32)
-    skip = whole(mesh, (model.d_model, model.d_model), jnp.float32) if planned.size.transcoder.skip else None
+    sizes = model.n_layers, model.d_model, model.d_model
+    skip_LxDxD = whole(mesh, sizes, jnp.float32) if planned.size.transcoder.skip else None
+    frozen = FrozenModel(model, abstract_params(model, mesh, plan.dtype), skip_LxDxD=skip_LxDxD)
     edits = Program(
         "circuits: a layer of edited runs",
         f"{rows} runs of {length} tokens",
         layers.run_layer,
-        (FrozenModel(model), "none", abstract_params(model, mesh, plan.dtype), np.int32(0), streams, skip, length),
+        (frozen, "none", np.int32(0), streams, length),
         streams,
         pass_flops(model, (1 + rows) * length, length, 1),
         runs=float(config.measured * count * model.n_layers),

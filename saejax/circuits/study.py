@@ -8,9 +8,9 @@ import numpy as np
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.local.readouts import read_targets
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
-from saejax.attribution.trace.targets import read_targets
 from saejax.circuits.contexts import telling_tokens
 from saejax.circuits.edges import Edge, judge_edges
 from saejax.circuits.groups import Group, Key, find_returning, influence_by_key, position_roles, propose_groups

@@ -16,15 +16,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from saejax.attribution.forms.document import FEATURE_TYPE
+from saejax.attribution.forms.document import feature_nodes, feature_of
 from saejax.attribution.forms.page import VIEWER, page_html
 from saejax.attribution.graph.nodes import FEATURE
-from saejax.attribution.results import GraphResults
+from saejax.attribution.requests import folders
 from saejax.errors import UserError
-from saejax.files import read_json
 from saejax.page.scripts import interactive
-from saejax.page.tables import number, percent
-from saejax.results import from_json
 from saejax.runner.config import Configs
 from saejax.serving.effects import FREEZE_MODES, effects
 from saejax.serving.guard import Guard
@@ -53,13 +50,13 @@ def list_page(store: GraphStore, graphs: Sequence[StoredGraph], config: GraphCon
       note: what traces.
       why: nothing can be traced; "": it can.
     """
-    root, problems = store.root, dict(store.problems)
+    root = store.root
     listed = [
         dict(
             id=graph.id,
             address=address(graph.id),
             prompt=str(graph.entry.get("prompt", "")),
-            about=_about(graph, problems),
+            about=f"model {graph.entry.get('scan', '')}, {len(graph.entry.get('prompt_tokens') or ())} tokens",
         )
         for graph in graphs
     ]
@@ -68,7 +65,7 @@ def list_page(store: GraphStore, graphs: Sequence[StoredGraph], config: GraphCon
         _OWN,
         "index",
         [path.read_text("utf-8") for path in scripts],
-        dict(graphs=listed, problems=[f"{path}: {problem}" for path, problem in problems.items()]),
+        dict(graphs=listed, problems=[f"{path}: {problem}" for path, problem in store.problems.items()]),
         style=(VIEWER / "graph.css").read_text("utf-8"),
         title=f"Attribution graphs of {root.resolve().name}",
         about=f"{len(graphs)} graph{'s' * (len(graphs) != 1)} in {root}",
@@ -78,25 +75,6 @@ def list_page(store: GraphStore, graphs: Sequence[StoredGraph], config: GraphCon
         nodes=config.node_threshold,
         edges=config.edge_threshold,
     )
-
-
-def _about(graph: StoredGraph, problems: dict[str, str]) -> str:
-    """Return a line about a graph; results that cannot be read are added to ``problems``."""
-    parts = [f"model {graph.entry['scan']}"] if graph.entry.get("scan") else []
-    parts += [f"{len(graph.entry['prompt_tokens'])} tokens"] if graph.entry.get("prompt_tokens") else []
-    results = graph.unit / f"{graph.path.stem}.json" if graph.unit else None
-    if results and results.exists():
-        try:
-            graph_results = from_json(GraphResults, read_json(results), results)
-        except UserError as error:
-            problems[graph.id] = " ".join(str(error).split())
-        else:
-            parts += [f"{graph_results.features:,} features", f"{graph_results.edges:,} edges"]
-            share = percent(graph_results.traced / max(graph_results.active, 1))
-            parts.append(
-                f"replacement {number(graph_results.scores.replacement)} with {share} of active features traced"
-            )
-    return ", ".join(parts)
 
 
 class GraphServer:
@@ -141,9 +119,7 @@ class GraphServer:
         try:
             configs = self._configs()
             config = configs[GraphConfig]
-            note = (
-                f"With {configs[ModelConfig].path} and {_set_name(config)}. Checks are those of experiments.attribute."
-            )
+            note = f"With {_parts(configs)}. Checks are those of experiments.attribute."
         except UserError as error:
             config, note, why = self._session.defaults[GraphConfig], "", _line(error)
         return list_page(self._store, graphs, config, note, why)
@@ -161,10 +137,10 @@ class GraphServer:
             document = self._session.prune(graph, document, nodes, edges)
         try:
             configs = self._session.configs_of(graph)
-            labels = self._store.labels(graph, _folders(configs))
+            labels = self._store.labels(graph, folders(configs[GraphConfig]))
             details = self._store.details(document, configs[GraphConfig])
             freeze_modes = FREEZE_MODES[:1] if configs[GraphConfig].dictionaries else FREEZE_MODES
-            note = f"With {configs[ModelConfig].path} and {_set_name(configs[GraphConfig])}."
+            note = f"With {_parts(configs)}."
             note += "" if graph.whole else " It cannot be pruned again, as the whole graph is not saved here."
         except UserError as error:
             why = _line(error)
@@ -198,25 +174,18 @@ class GraphServer:
 
     def _label(self, fields: Mapping[str, Any]) -> Any:
         graph, name, label = self._find_graph(fields), _text(fields, "node"), _text(fields, "label").strip()
-        features = {
-            node["node_id"] for node in self._store.document(graph)["nodes"] if node["feature_type"] == FEATURE_TYPE
-        }
+        features = {node["node_id"] for node in feature_nodes(self._store.document(graph))}
         # One that was pruned away is on the page with other thresholds.
         if name not in features and graph.whole:
             whole = graph.load_whole()
             features = set(whole.ids[whole.slice_of(FEATURE)])
         if name not in features:
             raise UserError(f"{name!r} is no feature of the graph")
-        layer, feature = map(int, name.split("_")[:2])
-        return self._store.save_label(_folders(self._session.configs_of(graph)), layer, feature, label)
+        layer, feature = feature_of(dict(node_id=name))
+        return self._store.save_label(folders(self._session.configs_of(graph)[GraphConfig]), layer, feature, label)
 
     def _groups(self, fields: Mapping[str, Any]) -> Any:
-        groups = fields.get("groups")
-        if not isinstance(groups, list) or not all(
-            isinstance(group, list) and set(map(type, group)) == {str} for group in groups
-        ):
-            raise UserError("groups are lists of a label and ids of nodes")
-        return self._store.save_groups(self._find_graph(fields), groups)
+        return self._store.save_groups(self._find_graph(fields), fields.get("groups"))
 
     def _configs(self) -> Configs:
         """Return the configuration for new prompts: that of the command line, or of the newest graph traced here."""
@@ -284,13 +253,9 @@ def _is_feature(name: str) -> bool:
     return len(parts) == 3 and all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts)
 
 
-def _folders(configs: Configs) -> list[str]:
-    graph = configs[GraphConfig]
-    return [graph.transcoders] if graph.transcoders else list(graph.dictionaries)
-
-
-def _set_name(config: Any) -> str:
-    return config.transcoders or ", ".join(config.dictionaries)
+def _parts(configs: Configs) -> str:
+    """Return the names of a model and its dictionaries."""
+    return f"{configs[ModelConfig].path} and {', '.join(folders(configs[GraphConfig]))}"
 
 
 class StoppingServer(uvicorn.Server):
@@ -310,23 +275,20 @@ class StoppingServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(
-    folder: Path, configs: Configs, named: bool, labels: Path | None, token: str, listening: socket.socket
-) -> None:
+def serve(folder: Path, configs: Configs, named: bool, token: str, listening: socket.socket) -> None:
     """Answer requests until the process is stopped.
 
     Args:
       folder: folder with the graphs.
       configs: configuration of the model and the dictionaries.
       named: whether it names a set of dictionaries, which is then used for all graphs.
-      labels: a file of labels; None: a file in the folder.
       token: secret first part of the address.
       listening: a socket of 127.0.0.1.
 
     Raises:
       UserError: there is no graph, and no model and dictionaries to trace one with.
     """
-    store, jobs = GraphStore(folder, labels), Jobs()
+    store, jobs = GraphStore(folder), Jobs()
     graphs = len(store.graphs())
     if not graphs and not named:
         raise UserError(

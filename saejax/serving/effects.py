@@ -1,6 +1,6 @@
 """Next-token effects of edited features of a prompt, beside as many random features."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,8 @@ from saejax.attribution.graph.nodes import FEATURE, Nodes
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
-from saejax.attribution.requests import TargetText
+from saejax.attribution.local.readouts import Target, read_targets
 from saejax.attribution.trace.sae_run import SaeRun
-from saejax.attribution.trace.targets import read_targets
 from saejax.errors import UserError
 from saejax.models.tokens import token_text
 from saejax.runner.parts import OnProgress, silent
@@ -26,7 +25,7 @@ def effects(
     run: LocalModel | SaeRun,
     changes: Sequence[tuple[str, float, Sequence[str]]],
     freeze: str,
-    targets: Sequence[TargetText] = (),
+    targets: Sequence[Target] = (),
     on_progress: OnProgress = silent,
 ) -> dict[str, Any]:
     """Run a prompt with some features changed, and with as many random active features changed in the same way.
@@ -57,22 +56,9 @@ def effects(
     readouts = read_targets(run, targets, 1, 0.0)
     changed_RxV = run.run(rows, freeze, readouts=readouts, on_progress=on_progress).logits_RxV
     assert changed_RxV is not None
+    # Before the changes, after them, and with each random set changed.
     logits_RxV = np.concatenate([run.logits_V[None], changed_RxV]).astype(np.float64)
-    text = token_text(run.model.tokenizer)
-    return _change_effects(logits_RxV, readouts.pair_Kx2.tolist(), text, why)
-
-
-def _change_effects(
-    logits_RxV: np.ndarray, pairs: Sequence[Sequence[int]], text: Callable[[int], str], no_draws: str
-) -> dict[str, Any]:
-    """Return what ``effects`` does.
-
-    Args:
-      logits_RxV: logits before the changes, after, and with each random set changed, fp64.
-      pairs: the targets' tokens; the second below 0 where a target is one token.
-      text: returns the text of a token.
-      no_draws: why no random set was changed.
-    """
+    text, pairs = token_text(run.model.tokenizer), readouts.pair_Kx2.tolist()
     log_RxV = logits_RxV - logits_RxV.max(axis=1, keepdims=True)
     log_RxV -= np.log(np.exp(log_RxV).sum(axis=1, keepdims=True))
     p_RxV, kl_R = np.exp(log_RxV), (np.exp(log_RxV[0]) * (log_RxV[0] - log_RxV)).sum(axis=1)
@@ -99,7 +85,7 @@ def _change_effects(
         kl=float(kl_R[1]),
         random_kl=kl_R[2:].tolist(),
         draws=len(kl_R) - 2,
-        no_draws=no_draws,
+        no_draws=why,
     )
 
 

@@ -17,7 +17,6 @@ from typing import Any
 from saejax.errors import Interrupted, UserError
 
 THREAD = "saejax-job"  # the name of such threads
-_LOOK_EVERY = 0.05  # seconds, while other work goes on
 _JOIN = 30.0  # seconds that a server which ends waits for its work
 _MOST_LINES = 200  # steps that are told of one piece of work
 
@@ -42,19 +41,20 @@ class Job:
 
     def say(self, words: str) -> None:
         """Send a line that says what is done now; raise ``Interrupted`` if it is to stop."""
-        self._check()
+        self.check()
         self._last_step = -1
         self._tell(dict(say=words.strip()))
 
     def progress(self, done: int, total: int) -> None:
         """Send the progress, in any unit; raise ``Interrupted`` if it is to stop."""
-        self._check()
+        self.check()
         step = done * _MOST_LINES // max(total, 1)
         if step != self._last_step:
             self._last_step = step
             self._tell(dict(done=done, total=total))
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise ``Interrupted`` if the work is to stop."""
         if self.stopping():
             raise Interrupted("stopped")
 
@@ -81,6 +81,8 @@ class Jobs:
         job = Job(tell)
         thread = threading.Thread(target=self._run, args=(job, work, tell), name=THREAD, daemon=True)
         self._going[job] = thread
+        if self._closed:
+            job.stop()
         thread.start()
         try:
             last = False
@@ -104,7 +106,10 @@ class Jobs:
 
     def _run(self, job: Job, work: Callable[[Job], Any], tell: Callable[[dict[str, Any]], None]) -> None:
         try:
-            with self._own_turn(job):
+            if self._turn.locked():
+                job.say("Waiting for other work")
+            with self._turn:
+                job.check()
                 tell(dict(result=work(job)))
         except Interrupted:
             tell(dict(error="The work was stopped."))
@@ -115,18 +120,3 @@ class Jobs:
             tell(dict(error=f"This is a bug of saejax ({type(error).__name__}); the server's terminal has more."))
         finally:
             self._going.pop(job, None)
-
-    @contextlib.contextmanager
-    def _own_turn(self, job: Job) -> Any:
-        if self._closed:
-            job.stop()
-        if not self._turn.acquire(blocking=False):
-            job.say("Waiting for other work")
-            while not self._turn.acquire(timeout=_LOOK_EVERY):
-                job.progress(0, 1)
-        try:
-            if job.stopping():
-                raise Interrupted("stopped")
-            yield
-        finally:
-            self._turn.release()

@@ -17,9 +17,8 @@ ABOUT = """\
 serve: shows the attribution graphs of a folder in a browser on this machine, and works on them: traces prompts, prunes
 again, runs the model with features changed, saves labels and groups.
 
-  serve DIR, --dir=DIR or --workdir=DIR  a workdir, or a folder of graphs in Neuronpedia's format (required)
+  serve DIR or --workdir=DIR  a workdir, or a folder of graphs in Neuronpedia's format (required)
   --port=N  of 127.0.0.1; 0: a free one (default: 8765)
-  --labels=FILE  .csv file of labels to read and write, as --atlas.labels reads it (default: in DIR/serve/, by set)
   --debug  show the traceback of bad input too
 
 With --model.path=MODEL and --graph.transcoders=SET, and other flags of experiments.attribute, these go for all graphs;
@@ -34,20 +33,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str]) -> int:
     """Like ``main``, but returns the exit status."""
     flag_values = command_line.stage_flags()
-    flags.DEFINE_string("dir", "", "", flag_values=flag_values)
     flags.DEFINE_integer("port", 8765, "", lower_bound=0, upper_bound=65535, flag_values=flag_values)
-    flags.DEFINE_string("labels", "", "", flag_values=flag_values)
     program, *rest = argv
     if rest and not rest[0].startswith("-"):
-        rest[0] = f"--dir={rest[0]}"
+        rest[0] = f"--workdir={rest[0]}"
 
     def work() -> None:
         configs = command_line.read_configs(flag_values, [program, *rest], ["attribute"])
         if flag_values["help"].value:
             return print(ABOUT)
-        folder = flag_values["dir"].value or flag_values["workdir"].value
+        folder = flag_values["workdir"].value
         if not folder:
-            raise UserError("--dir=DIR is missing: name a workdir, or a folder of graphs")
+            raise UserError("--workdir=DIR is missing: name a workdir, or a folder of graphs")
         if not Path(folder).is_dir():
             raise UserError(f"there is no folder {folder}: expected a workdir, or a folder of graphs")
         for package in ("starlette", "uvicorn"):
@@ -56,10 +53,9 @@ def run(argv: Sequence[str]) -> int:
         token, listening = secrets.token_urlsafe(24), _listen(int(flag_values["port"].value or 0))
         stopped = command.install_signal_handlers()
         named = bool(configs[GraphConfig].transcoders or configs[GraphConfig].dictionaries)
-        labels = Path(flag_values["labels"].value) if flag_values["labels"].value else None
         from saejax.serving.app import serve
 
-        serve(Path(folder), configs, named, labels, token, listening)
+        serve(Path(folder), configs, named, token, listening)
         if stopped():
             raise Interrupted("serve: stopped")
 

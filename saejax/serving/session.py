@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution.forms.document import FEATURE_TYPE, DocumentNode, GraphDocument
+from saejax.attribution.forms.document import GraphDocument, feature_nodes, feature_of
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
-from saejax.attribution.requests import Request, TargetText, read_labels, unit_name
+from saejax.attribution.local.readouts import Target
+from saejax.attribution.requests import Request, read_labels, unit_name
 from saejax.attribution.run import open_parts, run_attribute, trace_request
 from saejax.attribution.trace.rounds import Traced
 from saejax.attribution.trace.sae_run import SaeRun
@@ -37,7 +38,6 @@ from saejax.settings import GraphConfig, MeshConfig, ModelConfig
 Key = tuple[str, Any]  # hash of a graph's document; model and set
 _KEPT = 2  # prompts that stay in memory
 _SAME = 0.9  # share of a graph's features that must be active when its prompt is run again
-_DIFFERENCE = re.compile(r"^Output \"((?:'|\").*(?:'|\")) - ((?:'|\").*(?:'|\"))\" \(p=[\d.e+-]+\)$", re.DOTALL)
 # Of a typed prompt: checks take longer than the tracing, and ``experiments.attribute`` with the same flags makes them.
 _UNCHECKED: dict[str, Any] = dict(doubled=0, circuits=False, heads=False, query_key=())
 _OTHERWISE: dict[str, Any] = dict(prompts="", behaviours=(), supernodes="", slug="")  # the reader's prompt alone
@@ -108,7 +108,7 @@ class ModelSession:
             self._keep(key, run)
         return self._runs[key]
 
-    def keep(self, graph: StoredGraph, traced: Traced[Any]) -> None:
+    def keep(self, graph: StoredGraph, traced: Traced) -> None:
         """Keep the run of a graph that was traced here."""
         self._keep(self._key(graph), traced.local)
 
@@ -126,7 +126,7 @@ class ModelSession:
         """
         config, params = self.configs_of(graph)[GraphConfig], document["qParams"]
         pruned = graph.load_whole().prune(nodes, edges, config.top_edges)
-        document_labels = {_feature(node): node["clerp"] for node in _features(document) if node["clerp"]}
+        document_labels = {feature_of(node): node["clerp"] for node in feature_nodes(document) if node["clerp"]}
         ids = set(pruned.ids)
         groups = [[label, *(name for name in names if name in ids)] for label, *names in params.get("supernodes", [])]
         return to_document(
@@ -166,36 +166,18 @@ def token_ids(document: GraphDocument) -> list[int]:
     return [id_at[position] for position in sorted(id_at)]
 
 
-def targets_of(document: GraphDocument) -> list[TargetText]:
-    """Return the targets of a graph: ids of tokens, and pairs of texts for logit differences.
+def targets_of(document: GraphDocument) -> list[Target]:
+    """Return the targets of a graph: ids of tokens, and pairs of ids for logit differences.
 
-    Raises:
-      UserError: a target is another direction.
+    Documents of other programs do not name them; their graphs explain the tokens of the logits.
     """
-    targets: list[TargetText] = []
-    for node in document["nodes"]:
-        if node["feature_type"] == "logit":
-            token = node["node_id"].split("_")[1]
-            pair = _DIFFERENCE.match(node["clerp"])
-            if token.isdecimal() and not pair:
-                targets.append(int(token))
-            elif pair:
-                targets.append((_unquote(pair[1]), _unquote(pair[2])))
-            else:
-                raise UserError(f"the graph explains {node['clerp'] or 'a direction'}, which is no token to trace")
-    return targets
-
-
-def _unquote(text: str) -> str:
-    """Return the text that ``repr`` wrote, without ``eval``: a file may come from anyone."""
-    control_characters = {"n": "\n", "r": "\r", "t": "\t"}
-    escape = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8})|(.))", re.DOTALL)
-
-    def plain(match: re.Match[str]) -> str:
-        code = match[1] or match[2] or match[3]
-        return chr(int(code, 16)) if code else control_characters.get(match[4], match[4])
-
-    return escape.sub(plain, text[1:-1])
+    settings = document["metadata"].get("generation_settings") or {}
+    logits = [node["node_id"] for node in document["nodes"] if node["feature_type"] == "logit"]
+    try:
+        pairs = settings.get("targets") or [(int(name.split("_")[1]), -1) for name in logits]
+        return [(int(first), int(second)) if second >= 0 else int(first) for first, second in pairs]
+    except (TypeError, ValueError, IndexError):
+        raise UserError("the graph does not name the tokens that it explains") from None
 
 
 def _parts_key(configs: Configs) -> Any:
@@ -206,22 +188,13 @@ def _parts_key(configs: Configs) -> Any:
 
 def _check_same(document: GraphDocument, run: PromptRun) -> None:
     """Raise ``UserError`` if too few of a graph's features are active in a run with this model and set."""
-    features = [(*_feature(node), node["ctx_idx"]) for node in _features(document)]
+    features = [(*feature_of(node), node["ctx_idx"]) for node in feature_nodes(document)]
     still_active = sum((layer, position, feature) in run.active.index_of for layer, feature, position in features)
     if still_active < _SAME * len(features):
         raise UserError(
             f"of the graph's {len(features)} features {still_active} are active when {run.model.source.name} runs its "
             f"prompt with {run.dictionaries.name}: are these the model and the set that it was made with?"
         )
-
-
-def _features(document: GraphDocument) -> list[DocumentNode]:
-    return [node for node in document["nodes"] if node["feature_type"] == FEATURE_TYPE]
-
-
-def _feature(node: DocumentNode) -> tuple[int, int]:
-    layer, feature = node["node_id"].split("_")[:2]
-    return int(layer), int(feature)
 
 
 def trace_typed(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import GraphDocument, read_document
+from saejax.attribution.forms.document import GraphDocument, are_groups, check_groups, read_document
 from saejax.attribution.forms.neuronpedia import INDEX
 from saejax.attribution.forms.outputs import details_of, read_shown
 from saejax.attribution.graph import Graph
@@ -96,14 +96,13 @@ class GraphStore:
 
     Args:
       root: a workdir, or any folder with graphs.
-      labels: a file of labels to read and write; None: one for each set of dictionaries, in ``serve/``.
 
     Attributes:
       problems: what is wrong with files and units that are not listed, a line each, by path; as of the last ``graphs``.
     """
 
-    def __init__(self, root: Path, labels: Path | None = None):
-        self.root, self._labels, self.problems = root, labels, dict[str, str]()
+    def __init__(self, root: Path):
+        self.root, self.problems = root, dict[str, str]()
 
     def graphs(self) -> dict[str, StoredGraph]:
         """Return all graphs by id, the most recently changed first; damaged files and units are noted as problems."""
@@ -158,23 +157,20 @@ class GraphStore:
         folder = self.root / "features"
         return details_of(config, document, [folder] if folder.is_dir() else [])
 
-    def save_groups(self, graph: StoredGraph, groups: Sequence[Sequence[str]]) -> Path:
+    def save_groups(self, graph: StoredGraph, groups: Any) -> Path:
         """Save groups for ``--graph.supernodes``, each a label and ids of nodes, and return the file.
 
         Raises:
-          UserError: a group lacks nodes, names a node that is not in the graph, or repeats a node.
+          UserError: these are no groups, or one names a node that is not in the graph, or repeats a node.
         """
         document = self.document(graph)
-        ids = {node["node_id"] for node in document["nodes"]}
-        members = [member for group in groups for member in group[1:]]
-        if not all(len(group) > 1 for group in groups) or len(set(members)) < len(members) or set(members) - ids:
-            raise UserError("these are no groups: expected of each a label and nodes of the saved graph, each once")
+        if not are_groups(groups):
+            raise UserError("these are no groups: expected of each a label and nodes of the saved graph")
+        check_groups([node["node_id"] for node in document["nodes"]], groups)
         path = self._groups_file(graph)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f".{path.name}.lock")):
-            write_json(
-                path, self._saved_groups(graph) | {document["metadata"]["slug"]: [list(group) for group in groups]}
-            )
+            write_json(path, self._saved_groups(graph) | {document["metadata"]["slug"]: groups})
         return path
 
     def labels(self, graph: StoredGraph, folders: Sequence[str]) -> dict[tuple[int, int], str]:
@@ -192,17 +188,17 @@ class GraphStore:
             return {}
         layers = {int(node["layer"]) for node in document["nodes"] if node["layer"] != "E"}
         names = names_of_layers(folders, layers)
-        read = {layer: read_labels(path, name, _ANY, several=False, flag="--labels") for layer, name in names.items()}
+        read = {layer: read_labels(path, name, _ANY, several=False) for layer, name in names.items()}
         return {(layer, feature): record.label for layer, labels in read.items() for feature, record in labels.items()}
 
     def save_label(self, folders: Sequence[str], layer: int, feature: int, label: str) -> Path:
         """Save a label, for ``--atlas.labels``; return the file. See ``labels``."""
         path = self._labels_file(folders)
-        write_label(path, names_of_layers(folders, {layer})[layer], feature, label, "by hand", "--labels")
+        write_label(path, names_of_layers(folders, {layer})[layer], feature, label, "by hand", "--atlas.labels")
         return path
 
     def _labels_file(self, folders: Sequence[str]) -> Path:
-        return self._labels or self.root / _SAVED / folder_name("-".join(folders)) / "labels.csv"
+        return self.root / _SAVED / folder_name("-".join(folders)) / "labels.csv"
 
     def _groups_file(self, graph: StoredGraph) -> Path:
         return self.root / _SAVED / folder_name(graph.id.rpartition("/graphs/")[0] or "graphs") / "groups.json"

@@ -48,16 +48,17 @@ def make_graph(features=7, layers=2, positions=3, logits=2, seed=0) -> Graph:
     )
 
 
-def heads_by_edge(found) -> dict[tuple[int, int], dict[tuple[int, int], float]]:
+def heads_by_edge(graph, value_ExLxH) -> dict[tuple[int, int], dict[tuple[int, int], float]]:
     """All contributions of heads that are not 0: (source, target) -> (layer, head) -> contribution."""
-    ends = zip(found.source_E.tolist(), found.target_E.tolist(), found.value_ExLxH, strict=True)
+    ends = zip(*(ends.tolist() for ends in graph.edges()[:2]), value_ExLxH, strict=True)
     return {(s, t): {(int(x), int(h)): float(v[x, h]) for x, h in zip(*v.nonzero())} for s, t, v in ends if v.any()}
 
 
 def assert_heads_are_the_only_way(traced):
     """From what enters a layer to what reads in it elsewhere, the parts of that layer's heads are the edge."""
     graph = traced.graph.prune(1.0, 1.0)
-    parts, nodes, compared = heads_by_edge(head_contributions(traced.local, traced.readouts, graph)), graph.nodes, 0
+    parts = heads_by_edge(graph, head_contributions(traced.local, traced.readouts, graph))
+    nodes, compared = graph.nodes, 0
     for source, target, weight in zip(*(part.tolist() for part in graph.edges()), strict=True):
         if nodes.position_N[source] == nodes.position_N[target]:
             continue

@@ -47,7 +47,7 @@ def test_graphs_are_found_by_their_lists(root):
     with pytest.raises(UserError, match="the whole graph of attribute/p/graphs/war is not saved"):
         graph.load_whole()
     before = graph.fingerprint
-    write_graph(root / "attribute" / "p" / "graphs", made("war", 3), replace=True)
+    write_graph(root / "attribute" / "p" / "graphs", made("war", 3))
     assert store.find("attribute/p/graphs/war").fingerprint != before
 
 
@@ -80,10 +80,8 @@ def test_a_damaged_graph_or_unit_is_one_line_and_hides_no_other(root, tmp_path):
     assert list(store.graphs()) == ["attribute/p/graphs/water"]
     (problem,) = store.problems.items()
     assert problem == ("attribute/p/graphs/war.json", "is damaged: it does not end as JSON does")
-    # The unit's results are those of an older version.
-    (root / "attribute" / "p" / "water.json").write_text('{"prompt": "x"}')
     page = list_page(store, list(store.graphs().values()), GraphConfig(), "", "")
-    assert '"problems":["attribute/p/graphs/war.json: is damaged' in page and "attribute/p/graphs/water: " in page
+    assert '"problems":["attribute/p/graphs/war.json: is damaged' in page and "model made-up-model, 11 tokens" in page
 
 
 def test_a_folder_of_files_without_a_list(tmp_path):
@@ -109,8 +107,9 @@ def test_groups_are_saved_for_the_stage_and_shown(root):
     assert read_groups(GraphConfig(supernodes=str(path)), ["war"]) == {"war": groups}
     assert graph.path.read_bytes() == before  # units are as they were, or they would be made again
     assert store.document(store.find("attribute/p/graphs/water"))["qParams"]["supernodes"] == []
-    for wrong in ([["a", "nobody"]], [["a"]], [["a", ids[0]], ["b", ids[0]]]):
-        with pytest.raises(UserError, match="no groups"):
+    repeated = [["a", ids[0]], ["b", ids[0]]]
+    for wrong, message in (([["a", "nobody"]], "names 'nobody'"), ([["a"]], "no groups"), (repeated, "'a' and 'b'")):
+        with pytest.raises(UserError, match=message):
             store.save_groups(graph, wrong)
     store.save_groups(graph, [])
     assert GraphStore(root).document(graph)["qParams"]["supernodes"] == []
@@ -130,10 +129,10 @@ def test_labels_are_saved_for_the_atlas_and_shown(root):
     assert store.labels(graph, ["another set"]) == {}
 
 
-def test_labels_of_ones_own_keep_their_lines_and_columns(root, tmp_path):
-    own = tmp_path / "own.csv"
+def test_labels_of_ones_own_keep_their_lines_and_columns(root):
+    store = GraphStore(root)
+    own = store.save_label(SET, 3, 17, "first")
     own.write_text('feature,label,note,reviewer,seen\n17,"old, one",a note,me,yes\n5,keep,,you,no\n')
-    store = GraphStore(root, own)
     graph = store.find("attribute/p/graphs/war")
     assert store.labels(graph, SET)[3, 5] == "keep"
     assert store.save_label(SET, 3, 17, "new") == own
@@ -142,6 +141,6 @@ def test_labels_of_ones_own_keep_their_lines_and_columns(root, tmp_path):
     )
     own.write_text("feature;label\n17;x\n")
     before = own.read_bytes()
-    with pytest.raises(UserError, match="--labels=.* has no column"):
+    with pytest.raises(UserError, match="--atlas.labels=.* has no column"):
         store.save_label(SET, 3, 17, "new")
     assert own.read_bytes() == before

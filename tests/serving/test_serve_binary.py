@@ -54,18 +54,18 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys, monkeypatch):
         taken.listen()
         port = taken.getsockname()[1]
         for words, said in (
-            ([], "--dir=DIR is missing"),
-            (["--dir=/nowhere/at/all"], "there is no folder /nowhere/at/all"),
+            ([], "--workdir=DIR is missing"),
+            (["--workdir=/nowhere/at/all"], "there is no folder /nowhere/at/all"),
             ([str(folder / "graphs" / "made-up.json")], "there is no folder"),
             ([str(tmp_path / "empty"), "--port=0"], "holds no graphs: expected a workdir"),
-            ([f"--dir={folder}", f"--port={port}"], f"--port={port} of 127.0.0.1 cannot be used (Address already"),
-            ([f"--dir={folder}", "--port=99999"], "port"),
-            ([f"--dir={folder}", "--dirr=x"], "Unknown command line flag 'dirr'"),
+            ([f"--workdir={folder}", f"--port={port}"], f"--port={port} of 127.0.0.1 cannot be used (Address already"),
+            ([f"--workdir={folder}", "--port=99999"], "port"),
+            ([f"--workdir={folder}", "--portt=x"], "Unknown command line flag 'portt'"),
             ([str(folder), "more"], "'more' is not a flag"),
         ):
             assert run.run(["serve", *words]) == 2, words
             error = capsys.readouterr().err
             assert said in error and error.count("\n") == 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert run.run(["serve", f"--dir={folder}"]) == 2
+    assert run.run(["serve", f"--workdir={folder}"]) == 2
     assert "needs starlette, which is not installed: pip install -e '.[serve]'" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from made_transcoders import made_set
+from made_up_documents import made_up_document
 
 from saejax import save_transcoders
 from saejax.attribution.forms.neuronpedia import to_document, write_graph
@@ -84,7 +85,8 @@ def test_a_typed_prompt_becomes_a_unit_of_the_stage(asker, traced, wanted, place
     assert weights[0].keys() == weights[1].keys()
     np.testing.assert_allclose(*([w[edge] for edge in weights[0]] for w in weights), rtol=1e-4, atol=1e-6)
     # What a document says is enough to run it again.
-    assert token_ids(document) == wanted.graph.ids_P.tolist() and targets_of(document) == [(" way", " runs")]
+    pair = tuple(wanted.readouts.pair_Kx2[0].tolist())
+    assert token_ids(document) == wanted.graph.ids_P.tolist() and targets_of(document) == [pair]
     results = load_results(root / UNIT).graphs["the-war-near"]
     assert results.doubling is None and results.circuits is None and results.prompt == PROMPT
     status, page = asker.get(f"graph?id={GRAPH}")
@@ -186,7 +188,7 @@ def test_a_prompt_that_is_traced_again_under_its_slug_is_run_anew(place, asker, 
     session, store, runs = ModelSession(place[1], named=True), GraphStore(tmp_path), []
     for prompt in (PROMPT, "The water near the war"):
         graph = trace_prompt(lm, LayerTranscoders.of(transcoders), prompt, max_logits=1).graph
-        write_graph(tmp_path, to_document(graph.prune(), "same"), replace=True)
+        write_graph(tmp_path, to_document(graph.prune(), "same"))
         found = store.find("same")
         runs.append(session.run(found, store.document(found), JOB))
         assert runs[-1].ids_P.tolist() == graph.ids_P.tolist()
@@ -212,6 +214,14 @@ def test_a_unit_that_another_process_makes_is_left_alone(asker, traced, place, m
     shutil.rmtree(made[0])
 
 
-def test_texts_of_differences_are_read_and_not_evaluated():
-    for text in (" Paris", "it's", 'say "x"', "\n\t\\", "é\u200b", "'\""):
-        assert benches._unquote(repr(text)) == text
+def test_targets_are_those_that_a_document_names_or_the_tokens_of_its_logits():
+    document = made_up_document(features=4, edges=5, outputs=2)
+    logits = [node["node_id"].split("_")[1] for node in document["nodes"] if node["feature_type"] == "logit"]
+    assert targets_of(document) == list(map(int, logits))
+    for targets, wanted in (([[3, 4], [5, -1]], [(3, 4), 5]), ("ab", None), ([[1]], None), ([["a", 1]], None)):
+        document["metadata"]["generation_settings"] = dict(targets=targets)
+        if wanted:
+            assert targets_of(document) == wanted
+        else:
+            with pytest.raises(UserError, match="does not name the tokens that it explains"):
+                targets_of(document)

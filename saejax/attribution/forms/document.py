@@ -12,7 +12,7 @@ between nodes that exist, numbers that are finite.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -184,8 +184,52 @@ def _check_optional(item: Mapping[str, Any], types: Mapping[str, Any], where: st
             raise UserError(f"{where}.{name} must be {expected}; it is {item[name]!r:.60}")
 
 
-def link_scores(document: GraphDocument) -> np.ndarray:
-    """Return the score of each link, float64 [E]: one measure for all targets.
+def feature_nodes(document: GraphDocument) -> list[DocumentNode]:
+    """Return the nodes that are features."""
+    return [node for node in document["nodes"] if node["feature_type"] == FEATURE_TYPE]
+
+
+def feature_of(node: DocumentNode) -> tuple[int, int]:
+    """Return the layer and the index of a node that is a feature."""
+    layer, index = node["node_id"].split("_")[:2]
+    return int(layer), int(index)
+
+
+def are_groups(groups: Any) -> bool:
+    """Return whether this is a list of groups, each a label followed by ids."""
+    return isinstance(groups, list) and all(
+        isinstance(group, list) and len(group) > 1 and all(isinstance(part, str) for part in group) for group in groups
+    )
+
+
+def check_groups(ids: Collection[str], groups: Sequence[Sequence[str]]) -> None:
+    """Check groups as in ``qParams.supernodes``, each a label and ids of nodes.
+
+    Args:
+      ids: of the graph's nodes.
+      groups: of each the label and the ids.
+
+    Raises:
+      UserError: the graph has no node of an id, or a node is in two groups, or in one twice.
+    """
+    id_set, label_of = set(ids), dict[str, str]()
+    for label, *members in groups:
+        for member in members:
+            if member not in id_set:
+                raise UserError(
+                    f"the supernode {label!r} names {member!r}, and no node of the graph has that id: was it made of "
+                    "another prompt, or is it pruned away?"
+                )
+            if member in label_of:
+                raise UserError(
+                    f"the node {member!r} is in the supernodes {label_of[member]!r} and {label!r}: expected it in one, "
+                    "once"
+                )
+            label_of[member] = label
+
+
+def ranked_links(document: GraphDocument) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of links by falling score, of equal ones the larger weight first; and the score of each link.
 
     Weights are in the units of their targets, pre-activations and logits, so those of different targets do not compare.
     The score of an edge is the share that it has of its target's input, by size, times the target's influence, as edges
@@ -194,6 +238,9 @@ def link_scores(document: GraphDocument) -> np.ndarray:
 
     Args:
       document: a document that passes ``check_document``.
+
+    Returns:
+      int64 and float64, both [E].
     """
     nodes, links = document["nodes"], document["links"]
     place = {node["node_id"]: n for n, node in enumerate(nodes)}
@@ -210,15 +257,4 @@ def link_scores(document: GraphDocument) -> np.ndarray:
         at_height = np.flatnonzero(height_E == height)
         score_E[at_height] = share_E[at_height] * influence_N[target_E[at_height]]
         influence_N += np.bincount(source_E[at_height], score_E[at_height], len(nodes))
-    return score_E
-
-
-def strongest(document: GraphDocument) -> np.ndarray:
-    """Return the indices of links from the largest score to the smallest, of equal ones the larger weight first."""
-    return ranked(document, link_scores(document))
-
-
-def ranked(document: GraphDocument, score_E: np.ndarray) -> np.ndarray:
-    """``strongest`` where the scores are known."""
-    size_E = np.abs(np.array([link["weight"] for link in document["links"]], np.float64))
-    return np.lexsort((-size_E, -score_E))
+    return np.lexsort((-size_E, -score_E)), score_E

@@ -195,9 +195,9 @@ def _open_own(dictionaries: str | Path) -> Callable[[Feature], Mapping[str, Any]
     local = Path(dictionaries).expanduser()
     if local.exists():
         return open_folder(local / "features") if (local / "features").is_dir() else None
-    address, at, revision = str(dictionaries).removeprefix("hf://").partition("@")
+    name, revision, folder = split_address(f"hf://{str(dictionaries).removeprefix('hf://')}", "main", "features")
     try:
-        return open_folder(f"hf://{address}/features{at}{revision}")
+        return open_folder(f"hf://{name}/{folder}@{revision}")
     except UserError:
         return None
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saejax.attribution.forms.document import ERROR_TYPE, FEATURE_TYPE, GraphDocument, check_document
+from saejax.attribution.forms.document import ERROR_TYPE, FEATURE_TYPE, GraphDocument, check_document, check_groups
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, KINDS, LOGIT, TOKEN
 from saejax.errors import UserError
-from saejax.files import locked, write_json, write_text
+from saejax.files import write_json, write_text
 from saejax.runner.workspace import package_versions
 
 _TYPES = {
@@ -55,8 +55,8 @@ def to_document(
       pinned: ids of more nodes to pin.
 
     Raises:
-      UserError: the graph is not pruned, the slug is no file name, a supernode names a node that is not there, or two
-        logits have the same token.
+      UserError: the graph is not pruned, the slug is no file name, a supernode or a pin names a node that is not there,
+        a node is in two supernodes, or two logits have the same token.
     """
     if graph.pruning is None:
         raise UserError("the graph is not pruned: prune it first (nodes=1, edges=1 keeps all that has influence)")
@@ -69,9 +69,9 @@ def to_document(
     ]
     groups = [list(group) for group in supernodes]
     pins = list(dict.fromkeys([*(member for group in groups for member in group[1:]), *pinned]))
-    unknown = set(pins) - set(ids)
-    if unknown:
-        raise UserError(f"supernodes name {min(unknown)!r}, and no node of the graph has that id")
+    check_groups(ids, groups)
+    if unknown := set(pinned) - set(ids):
+        raise UserError(f"{min(unknown)!r} is pinned, and no node of the graph has that id")
     document = dict(
         metadata=_metadata(graph, slug, scan or _scan(graph, source_set), source_set),
         qParams=dict(pinnedIds=pins, supernodes=groups, linkType="both", clickedId="", sg_pos=""),
@@ -165,39 +165,31 @@ def check_slug(slug: str) -> None:
         raise UserError(f"{slug!r} cannot name a graph: use letters, digits, '.', '_' and '-', as in a file's name")
 
 
-def write_graph(folder: Path, document: GraphDocument, *, replace: bool = False) -> Path:
-    """Write ``folder/<slug>.json`` and enter the graph in ``folder/graph-metadata.json``.
+def write_graph(folder: Path, document: GraphDocument) -> None:
+    """Write ``folder/<slug>.json``, in place of a graph of that slug, and enter it in ``folder/graph-metadata.json``.
 
-    The entries of other graphs stay, also when several processes write at once.
+    The entries of other graphs stay.
 
     Args:
       folder: folder of graphs, created if it does not exist.
       document: a graph from ``to_document``.
-      replace: whether a graph of the same slug may be replaced.
-
-    Returns:
-      The path of the graph.
 
     Raises:
-      UserError: there is a graph of that slug and ``replace`` is False, or the list is damaged.
+      UserError: the slug is no file name, or the list is damaged.
     """
     check_document(document)
     folder, metadata = Path(folder), document["metadata"]
     slug, path = metadata["slug"], folder / f"{metadata['slug']}.json"
     check_slug(slug)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / f".{INDEX}.lock"):
-        listed = _listed(folder / INDEX)
-        slugs = [item.get("slug") if isinstance(item, dict) else None for item in listed["graphs"]]
-        if not replace and (slug in slugs or path.exists()):
-            raise UserError(f"{folder} has a graph {slug!r} already: name another slug, or ask for it to be replaced")
-        entry = {name: value for name, value in metadata.items() if name in _LISTED}
-        place = slugs.index(slug) if slug in slugs else len(slugs)
-        entries = [item for item, name in zip(listed["graphs"], slugs) if name != slug]
-        # Before its entry: a list never names a graph that is not there. Without indents: graphs are large.
-        write_text(path, json.dumps(document, allow_nan=False, separators=(",", ":")))
-        write_json(folder / INDEX, {**listed, "graphs": [*entries[:place], entry, *entries[place:]]})
-    return path
+    listed = _listed(folder / INDEX)
+    slugs = [item.get("slug") if isinstance(item, dict) else None for item in listed["graphs"]]
+    place = slugs.index(slug) if slug in slugs else len(slugs)
+    entries = [item for item, name in zip(listed["graphs"], slugs) if name != slug]
+    entries.insert(place, {name: value for name, value in metadata.items() if name in _LISTED})
+    # Before its entry: a list never names a graph that is not there. Without indents: graphs are large.
+    write_text(path, json.dumps(document, allow_nan=False, separators=(",", ":")))
+    write_json(folder / INDEX, {**listed, "graphs": entries})
 
 
 def _listed(path: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Write the files of a graph, in the folder of its run.
 
 <slug>.html          the interactive page
-<slug>.svg           a figure
 <slug>-graph/        the whole graph, for ``Graph.load``: to prune it again, nothing has to be traced
 heads/<slug>.json    on request: contributions of attention heads to edges, and the page's tables of attention
 graphs/<slug>.json   the pruned graph as Neuronpedia and circuit-tracer's viewer read it, listed in graph-metadata.json
@@ -10,21 +9,17 @@ graphs/<slug>.json   the pruned graph as Neuronpedia and circuit-tracer's viewer
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import FEATURE_TYPE, DocumentNode, GraphDocument, strongest
+from saejax.attribution.forms.document import GraphDocument, feature_nodes, feature_of, ranked_links
 from saejax.attribution.forms.features import Feature, FeatureDetails, read_details
-from saejax.attribution.forms.figure import draw_graph, save_figure
-from saejax.attribution.forms.neuronpedia import to_document, write_graph
-from saejax.attribution.forms.page import PageTable, write_page
+from saejax.attribution.forms.neuronpedia import write_graph
+from saejax.attribution.forms.page import EdgeHeads, PageTable, write_page
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import LOGIT
-from saejax.attribution.heads.contributions import Attention
 from saejax.attribution.heads.query_key import OWN_BIAS
 from saejax.attribution.results import QueryScores
-from saejax.dictionaries.formats.place import split_address
 from saejax.errors import UserError
 from saejax.files import read_json, write_text
 from saejax.page.tables import percent
@@ -39,68 +34,34 @@ _NOTE = (
     "The score of a query with a key, before the softmax, is a sum over pairs: what one source adds to the query times "
     "what another adds to the key. The largest pairs are listed; those that are no buttons are not in the pruned graph."
 )
-_LEADING_NOTE = (
-    "A head's contribution to an edge is what the edge loses without the head. To the output: the sum of its "
-    "contributions to edges into the first output. Mean: of its contributions to a target, over the target's input by "
-    "size, over all targets. Both are signed, and heads do not add up: a path through two heads counts for both."
-)
 
 
 def write_outputs(
-    run: Run,
-    slug: str,
-    whole: Graph,
-    pruned: Graph,
-    groups: Sequence[Sequence[str]],
-    attention: Attention,
-    labels: Mapping[tuple[int, int], str],
+    run: Run, whole: Graph, document: GraphDocument, heads: EdgeHeads, tables: Sequence[PageTable]
 ) -> None:
     """Write a graph in all its forms, over what a run that was killed may have left; the first process does.
 
     Args:
       run: of the stage.
-      slug: the graph's name.
       whole: the graph before pruning.
-      pruned: the graph that is shown.
-      groups: its supernodes, of each the label and the ids of its nodes.
-      attention: what was requested of its attention.
-      labels: (layer, feature) -> what the feature is called.
+      document: the pruned graph.
+      heads: contributions of attention heads to its edges; {}: not requested.
+      tables: tables below the graph.
     """
     if not is_first_process():
         return
+    slug = document["metadata"]["slug"]
     folder: Path = part_file(run, slug, "-graph")
     shutil.rmtree(folder, ignore_errors=True)
     whole.save(folder)
-    ids = pruned.ids
-    pinned = ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
-    config = run.configs[GraphConfig]
-    document = to_document(pruned, slug, supernodes=groups, pinned=pinned, source_set=config.source_set, labels=labels)
-    write_graph(run.folder / "graphs", document, replace=True)
-    heads = attention.contributions.by_edge() if attention.contributions else {}
-    tables = attention_tables(attention, pruned)
+    write_graph(run.folder / "graphs", document)
     if heads or tables:
         write_shown(run.folder / "heads" / f"{slug}.json", heads, tables)
-    strong = [document["links"][place] for place in strongest(document)[:_HEADS_ON_PAGE]]
+    strong = [document["links"][place] for place in ranked_links(document)[0][:_HEADS_ON_PAGE]]
     ends = [(link["source"], link["target"]) for link in strong]
     shown = {edge: heads[edge] for edge in ends if edge in heads}
-    details = details_of(config, document)
+    details = details_of(run.configs[GraphConfig], document)
     write_page(part_file(run, slug, ".html"), document, heads=shown, tables=tables, details=details)
-    save_figure(draw_graph(_named(document, details)), part_file(run, slug, ".svg"))
-
-
-def _named(document: GraphDocument, details: Mapping[Feature, FeatureDetails]) -> GraphDocument:
-    """Return a document whose unlabelled features are named by their details."""
-    nodes = []
-    for node in document["nodes"]:
-        is_bare = node["feature_type"] == FEATURE_TYPE and not node["clerp"]
-        feature_details = details.get(_feature_of(node)) if is_bare else None
-        nodes.append({**node, "clerp": feature_details.name} if feature_details else node)
-    return {**document, "nodes": nodes}
-
-
-def _feature_of(node: DocumentNode) -> Feature:
-    layer, index = map(int, node["node_id"].split("_")[:2])
-    return layer, index
 
 
 def details_of(
@@ -116,10 +77,10 @@ def details_of(
     Raises:
       UserError: a file is damaged.
     """
-    nodes = [node for node in document["nodes"] if node["feature_type"] == FEATURE_TYPE]
+    nodes = feature_nodes(document)
     # Shares are cumulative: the most influential node has the smallest.
     nodes.sort(key=lambda node: (node.get("influence") is None, node.get("influence") or 0.0))
-    features = list(dict.fromkeys(map(_feature_of, nodes)))[:_DETAILS_ON_PAGE]
+    features = list(dict.fromkeys(map(feature_of, nodes)))[:_DETAILS_ON_PAGE]
     return details_of_features(config, features, folders)
 
 
@@ -127,20 +88,11 @@ def details_of_features(
     config: GraphConfig, features: Sequence[Feature], folders: Sequence[Path] = ()
 ) -> dict[Feature, FeatureDetails]:
     """Return what is known of features of the set that ``config`` names; see ``details_of``."""
-    dictionaries, place = list(config.dictionaries), config.transcoders
-    # A folder here goes before a repository of the same name.
-    if place and not Path(place).expanduser().exists():
-        name, revision, folder = split_address(f"hf://{place.removeprefix('hf://')}", "main", "")
-        place = f"hf://{'/'.join(filter(None, (name, folder)))}@{revision}"
-    if place:
-        dictionaries = [place]
-    named = [config.features] if config.features else []
-    return read_details(dictionaries, [*named, *folders], features)
+    dictionaries = [config.transcoders] if config.transcoders else config.dictionaries
+    return read_details(dictionaries, [*filter(None, [config.features]), *folders], features)
 
 
-def write_shown(
-    path: Path, heads: Mapping[tuple[str, str], Sequence[tuple[int, int, float]]], tables: Sequence[PageTable]
-) -> None:
+def write_shown(path: Path, heads: EdgeHeads, tables: Sequence[PageTable]) -> None:
     """Write what a page shows beside its document: contributions of heads, an edge to a line, and tables."""
     edges = [dict(source=source, target=target, heads=some) for (source, target), some in heads.items()]
     lines = ",\n".join(json.dumps(edge, separators=(",", ":")) for edge in edges)
@@ -165,20 +117,8 @@ def read_shown(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: trace the prompt again") from None
 
 
-def attention_tables(attention: Attention, graph: Graph) -> list[PageTable]:
-    """Return the tables below a pruned graph: its leading heads, and each head whose scores were split."""
-    tables = [_score_table(scores, graph) for scores in attention.query_key]
-    if not attention.heads or not attention.heads.leading:
-        return tables
-    rows: list[list[str | float]] = [
-        [f"{h.layer}.{h.head}", h.logit, h.mean, h.source, h.target, h.contribution] for h in attention.heads.leading
-    ]
-    columns = ["Head", "To the output", "Mean", "Largest from", "to", "Contribution"]
-    return [PageTable("Attention heads with the largest contributions", columns, rows, _LEADING_NOTE), *tables]
-
-
-def _score_table(scores: QueryScores, graph: Graph) -> PageTable:
-    """Return a block of rows for each key: the score, its largest pairs, all others."""
+def score_table(scores: QueryScores, graph: Graph) -> PageTable:
+    """Return the table of a head below a pruned graph, with a block for each key: score, largest pairs, all others."""
     ids, rows = set(graph.ids), list[list[str | float]]()
     for key in scores.keys:
         rows.append([f"{_place(graph, key.key)}, {percent(key.weight)}", "score", "", key.score])

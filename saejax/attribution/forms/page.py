@@ -14,13 +14,15 @@ from urllib.parse import quote
 
 import numpy as np
 
-from saejax.attribution.forms.document import GraphDocument, link_scores, ranked, read_document
+from saejax.attribution.forms.document import GraphDocument, ranked_links, read_document
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.forms.neuronpedia import shortest
 from saejax.files import write_text
 from saejax.page.scripts import interactive
 from saejax.page.tables import percent
 
+# (id of the source, id of the target) -> layer, head and contribution of attention heads, the largest first.
+EdgeHeads = Mapping[tuple[str, str], Sequence[tuple[int, int, float]]]
 VIEWER = Path(__file__).parent / "viewer"
 _SCRIPTS = [
     *("model", "state", "layout", "paint", "draw", "elements", "panel", "tip", "search", "units", "pins", "subgraph"),
@@ -50,7 +52,7 @@ def page_html(
     *,
     labels: Mapping[Feature, str] | None = None,
     details: Mapping[Feature, FeatureDetails] | None = None,
-    heads: Mapping[tuple[str, str], Sequence[tuple[int, int, float]]] | None = None,
+    heads: EdgeHeads | None = None,
     tables: Sequence[PageTable] = (),
     live: Mapping[str, Any] | None = None,
 ) -> str:
@@ -60,8 +62,7 @@ def page_html(
       document: the graph in Neuronpedia's format: metadata, qParams, nodes, links.
       labels: labels of features; they replace the document's ``clerp``, which replaces the names in ``details``.
       details: contexts, logits and labels of features.
-      heads: (id of the source, id of the target) -> the attention heads that carry the edge, the strongest first:
-        (layer, head, part of the weight that vanishes without it).
+      heads: of each edge the attention heads that carry most of it, and what the edge loses without each.
       tables: shown below the graph, such as query-key scores split over pairs of nodes.
       live: state of the server for the page's controls, from ``serving.app``; None: the page stands alone.
 
@@ -101,10 +102,9 @@ def page_edges(document: GraphDocument) -> dict[str, list[float]]:
     """Return the links as columns, the strongest first, so that the page neither parses names nor sorts.
 
     Returns:
-      ``source`` and ``target``, indices of nodes, ``weight`` and ``score`` (``link_scores``).
+      ``source`` and ``target``, indices of nodes, ``weight`` and ``score`` (``ranked_links``).
     """
-    links, scores_E = document["links"], link_scores(document)
-    order = ranked(document, scores_E).tolist()
+    links, (order, scores_E) = document["links"], ranked_links(document)
     place = {node["node_id"]: n for n, node in enumerate(document["nodes"])}
     columns: dict[str, list[float]] = {end: [place[links[e][end]] for e in order] for end in ("source", "target")}
     return columns | dict(

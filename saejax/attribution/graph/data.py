@@ -51,7 +51,7 @@ class GraphData:
     ids_P: np.ndarray  #: int32 token ids of the prompt
     tokens: tuple[str, ...]  #: their texts
     logit_K: np.ndarray  #: float32 logits of the targets, as the model gives them
-    labels: tuple[str, ...]  #: the texts of the logits: a token, or a name of the direction
+    labels: tuple[str, ...]  #: the texts of the logits: a token, or both of a difference
     prompt: str  #: the text
     n_layers: int  #: of the model
     model: Mapping[str, Any]  #: that was traced: name, revision, fingerprint, family
@@ -59,7 +59,8 @@ class GraphData:
     #: transcoders ``reads`` and ``cross_layer``, of SAEs ``sites``.
     transcoders: Mapping[str, Any]
     #: how the graph was made: max_logits, logit_mass, max_features (None: no limit), active_features (of the prompt),
-    #: traced_features (those with a node), and with SAEs ``edges``, what an edge estimates.
+    #: traced_features (those with a node), targets (of each logit its token and -1, of a difference both tokens), and
+    #: with SAEs ``edges``, what an edge estimates.
     settings: Mapping[str, Any]
     #: for a pruned graph, what it was cut from; then ``value_R`` and its parts are those of the whole one.
     pruning: Pruning | None = None

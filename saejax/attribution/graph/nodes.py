@@ -6,7 +6,7 @@ error       what a layer's transcoder does not explain of the MLP's output at a 
 token       the embedding of the token at a position
 first_mlp   the MLP's output at the first position (or first few), which no feature explains; one for each layer
 bias        what the biases of a layer's attention, norms and decoder add, at all positions; one for each layer
-logit       a logit, a difference of two, or another direction of the last layer's output
+logit       a logit, or a difference of two
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ class Nodes:
         Args:
           n_layers: of the model.
         """
-        ids, directions = [], 0
+        ids, differences = [], 0
         columns = self.kind_N, self.layer_N, self.position_N, self.index_N
         for kind, layer, position, index in zip(*(column.tolist() for column in columns)):
             if kind == FEATURE:
@@ -77,8 +77,8 @@ class Nodes:
             elif kind == TOKEN:
                 ids.append(f"E_{index}_{position}")
             elif kind == LOGIT:
-                directions += index < 0  # a direction is no token: -1, -2, ...
-                ids.append(f"{n_layers + 1}_{index if index >= 0 else -directions}_{position}")
+                differences += index < 0  # a difference is no token: -1, -2, ...
+                ids.append(f"{n_layers + 1}_{index if index >= 0 else -differences}_{position}")
             else:
                 ids.append(f"{KINDS[kind]}_{layer}")
         return ids

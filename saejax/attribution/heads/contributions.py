@@ -11,19 +11,15 @@ heads, one after the other, counts for each of them, so contributions need not a
 Where the values of all sources are more than half of the free memory, targets are pulled down again for each part.
 """
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
-from saejax.attribution.heads.query_key import split_scores
 from saejax.attribution.local.model import LocalModel, Vectors
 from saejax.attribution.local.readouts import Readouts
-from saejax.attribution.results import HeadResults, LeadingHeadResults, QueryScores
-from saejax.attribution.trace.rounds import Traced
 from saejax.models.layers import einsum
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import free_bytes
@@ -32,71 +28,8 @@ _POSITIONS = {"cpu": 1 << 10, "gpu": 1 << 14, "tpu": 1 << 14}  # of the nodes of
 _BLOCK = 16, 128  # least and largest size of a block
 
 
-@dataclasses.dataclass(frozen=True)
-class HeadContributions:
-    """Contributions of heads to the edges of a graph."""
-
-    graph: Graph  #: the pruned graph
-    #: source_E and target_E: the edges' ends, as indices of the graph's nodes; target by target.
-    source_E: np.ndarray
-    target_E: np.ndarray
-    value_ExLxH: np.ndarray  #: fp32 contribution of each head to each edge, signed
-
-    def by_edge(self, top: int = 3) -> dict[tuple[str, str], list[tuple[int, int, float]]]:
-        """Return the largest contributions to each edge, edges without any left out.
-
-        Args:
-          top: heads of each edge.
-
-        Returns:
-          (id of the source, id of the target) -> (layer, head, contribution to four digits), the largest by size first,
-          as ``page.write_page`` takes it.
-        """
-        ids, (layers, heads) = self.graph.ids, self.value_ExLxH.shape[1:]
-        value_ExX = self.value_ExLxH.reshape(-1, layers * heads)
-        # Only the heads that are kept are sorted.
-        order_ExJ = np.argpartition(-np.abs(value_ExX), min(top, value_ExX.shape[1]) - 1, axis=1)[:, :top]
-        top_ExJ = np.take_along_axis(value_ExX, order_ExJ, axis=1)
-        by_size_ExJ = np.argsort(-np.abs(top_ExJ), axis=1, kind="stable")
-        order_ExJ, top_ExJ = (np.take_along_axis(array, by_size_ExJ, axis=1) for array in (order_ExJ, top_ExJ))
-        ends = zip(self.source_E.tolist(), self.target_E.tolist(), order_ExJ.tolist(), top_ExJ.tolist(), strict=True)
-        return {
-            (ids[source], ids[target]): [
-                (*divmod(head, heads), float(f"{value:.4g}"))
-                for head, value in zip(order, values, strict=True)
-                if value
-            ]
-            for source, target, order, values in ends
-            if values[0]
-        }
-
-    def results(self, count: int = 10) -> HeadResults:
-        """Return the heads of the largest contributions, relative to targets' inputs by size, mean over targets.
-
-        Args:
-          count: maximum number of heads.
-        """
-        targets, start_R = np.unique(self.target_E, return_index=True)  # edges stand target by target
-        if not len(targets):
-            return HeadResults(0, ())
-        net_RxLxH = np.add.reduceat(self.value_ExLxH, start_R, axis=0)
-        # Relative to the target's input: otherwise targets with large activations would decide alone.
-        input_R = np.add.reduceat(np.abs(self.graph.edges()[2]), start_R)
-        relative_RxLxH = net_RxLxH / input_R[:, None, None]
-        size_LxH, mean_LxH = np.abs(relative_RxLxH).mean(axis=0), relative_RxLxH.mean(axis=0)
-        logit_LxH = net_RxLxH[targets == self.graph.slice_of(LOGIT).start].sum(axis=0)
-        ids, edge_LxH, leading = self.graph.ids, np.abs(self.value_ExLxH).argmax(axis=0), []
-        for flat in np.argsort(-size_LxH.reshape(-1), kind="stable")[:count]:
-            at = layer, head = np.unravel_index(flat, size_LxH.shape)
-            if size_LxH[at] > 0:
-                ends = ids[self.source_E[edge_LxH[at]]], ids[self.target_E[edge_LxH[at]]]
-                values = float(logit_LxH[at]), float(mean_LxH[at]), *ends, float(self.value_ExLxH[edge_LxH[at]][at])
-                leading.append(LeadingHeadResults(int(layer), int(head), *values))
-        return HeadResults(int(self.value_ExLxH.any(axis=(1, 2)).sum()), tuple(leading))
-
-
-def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph) -> HeadContributions:
-    """Return the contributions of all heads to each edge.
+def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph) -> np.ndarray:
+    """Return the contributions of all heads to each edge, signed, fp32 [E, L, H] in the order of ``graph.edges``.
 
     Args:
       local: the local replacement model of which the graph is.
@@ -132,7 +65,36 @@ def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph) -> H
                         at_B = _places(block, len(sources))[index_E[edge_B]]
                         part_BxNxG = part_NxRxGxS[:, at_E[edge_B], :, at_B]
                         value_ExLxH[edge_B, layer] = part_BxNxG.reshape(len(edge_B), config.n_heads)
-    return HeadContributions(graph, source_E, target_E, value_ExLxH)
+    return value_ExLxH
+
+
+def largest_heads(graph: Graph, value_ExLxH: np.ndarray, top: int = 3) -> dict[tuple[str, str], list]:
+    """Return the largest contributions to each edge, edges without any left out.
+
+    Args:
+      graph: the graph.
+      value_ExLxH: contributions of heads to its edges.
+      top: heads of each edge.
+
+    Returns:
+      (id of the source, id of the target) -> (layer, head, contribution to four digits), the largest by size first, as
+      ``page.write_page`` takes it.
+    """
+    ids, (source_E, target_E, _), (_, layers, heads) = graph.ids, graph.edges(), value_ExLxH.shape
+    value_ExX = value_ExLxH.reshape(-1, layers * heads)
+    # Only the heads that are kept are sorted.
+    head_ExJ = np.argpartition(-np.abs(value_ExX), min(top, value_ExX.shape[1]) - 1, axis=1)[:, :top]
+    top_ExJ = np.take_along_axis(value_ExX, head_ExJ, axis=1)
+    edges = zip(source_E.tolist(), target_E.tolist(), head_ExJ.tolist(), top_ExJ.tolist(), strict=True)
+    return {
+        (ids[source], ids[target]): [
+            (*divmod(head, heads), float(f"{value:.4g}"))
+            for value, head in sorted(zip(values, numbers, strict=True), key=lambda pair: -abs(pair[0]))
+            if value
+        ]
+        for source, target, numbers, values in edges
+        if any(values)
+    }
 
 
 @jax.jit
@@ -175,42 +137,13 @@ def _source_vectors(local: LocalModel, graph: Graph, chosen: np.ndarray) -> Vect
 
 
 def _target_vectors(local: LocalModel, readouts: Readouts, graph: Graph, chosen: np.ndarray) -> Vectors:
-    """Return what targets read, by the layer of their transcoder, or L + the layer whose entering stream they read."""
-    nodes, n_layers = graph.nodes[chosen], local.model.config.n_layers
+    """Return what targets read, by the layer of their transcoder, or L for the stream leaving the last layer."""
+    nodes = graph.nodes[chosen]
     features, logits = (np.flatnonzero(nodes.kind_N == kind) for kind in (FEATURE, LOGIT))
     layer_R, vector_RxD = nodes.layer_N.copy(), np.zeros((len(nodes), local.model.config.d_model), np.float32)
     of_features = nodes[features]
     index = local.active.find(of_features.layer_N, of_features.position_N, of_features.index_N)
     vector_RxD[features] = local.encoder_rows(index)
-    number = chosen[logits] - graph.slice_of(LOGIT).start
-    vector_RxD[logits] = readouts.vector_KxD[number]
-    layer_R[logits] = n_layers + readouts.layer_K[number]
+    vector_RxD[logits] = readouts.vector_KxD[chosen[logits] - graph.slice_of(LOGIT).start]
+    layer_R[logits] = local.model.config.n_layers
     return Vectors(np.arange(len(nodes)), layer_R, nodes.position_N, vector_RxD)
-
-
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """Attention of a pruned graph."""
-
-    contributions: HeadContributions | None = None  #: of heads to edges; None: not requested
-    heads: HeadResults | None = None  #: their results
-    query_key: tuple[QueryScores, ...] = ()  #: the scores of each head that is split
-
-
-def read_attention(
-    traced: Traced[LocalModel], pruned: Graph, heads: bool, split_heads: Sequence[tuple[int, int, int]]
-) -> Attention:
-    """Compute what is requested of the attention of a pruned graph.
-
-    Args:
-      traced: what the graph was pruned from.
-      pruned: the graph.
-      heads: whether contributions of heads to edges are requested.
-      split_heads: layer, head and position of the query of each score to split.
-
-    Raises:
-      UserError: a head or a position does not exist.
-    """
-    contributions = head_contributions(traced.local, traced.readouts, pruned) if heads else None
-    results = contributions.results() if contributions else None
-    return Attention(contributions, results, tuple(split_scores(traced.local, *head) for head in split_heads))

@@ -11,6 +11,7 @@ with q[a] the part of the query that comes from source a and k[b] that of the ke
 sources add to 2 K directions of the stream, one for each dimension of the query and the key (``LocalModel.pullback``).
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -19,14 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.attribution.local.layers import RELP, FrozenModel
+from saejax.attribution.local.layers import RELP, FrozenModel, layer_biases
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.results import KeyScore, QueryScores, SourcePair
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import AttentionTables, attention_weights, whole_prompt_tables
 from saejax.models.config import DecoderConfig
-from saejax.models.parameters import LAYERS
 from saejax.parallel.collectives import to_host
 
 OWN_BIAS = "own_bias"  # stands for the biases of the head's own layer, beside ids of nodes
@@ -97,7 +97,7 @@ def split_scores(
     position = check_head(model.config, layer, head, position, len(local.ids_P))
     names = [*local.sources.nodes.ids(model.config.n_layers), OWN_BIAS]
     x_TxD, where = local.stream_LxTxD[layer], (np.int32(layer), np.int32(head), np.int32(position))
-    opened = Opened(*map(to_host, open_head(local.frozen, min(keys, len(x_TxD)), model.params, *where, x_TxD)))
+    opened = Opened(*map(to_host, open_head(local.frozen, min(keys, len(x_TxD)), *where, x_TxD)))
     count = int((np.asarray(opened.weight_J) > 0).sum())  # fewer at early positions
     query_KxS, *part_JxKxS = _parts(local, opened, layer, position, count)
     scores = []
@@ -156,22 +156,15 @@ def _largest(query_KxS: np.ndarray, key_KxS: np.ndarray, count: int) -> tuple[np
     return best
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=1)
 def open_head(
-    frozen: FrozenModel,
-    keys: int,
-    params: decoder.Params,
-    layer: jax.Array,
-    head: jax.Array,
-    query: jax.Array,
-    x_TxD: jax.Array,
+    frozen: FrozenModel, keys: int, layer: jax.Array, head: jax.Array, query: jax.Array, x_TxD: jax.Array
 ) -> Opened:
     """Return the directions along which a head's query and keys read the stream.
 
     Args:
-      frozen: the model (static).
+      frozen: the model.
       keys: number of keys (static).
-      params: of the model.
       layer: of the head.
       head: its index in the layer.
       query: its position.
@@ -190,10 +183,10 @@ def open_head(
             seen.append(((q[:, head] * tables.scale, k[:, of_key]), weight_HxTxS[head, query]))
             return jnp.zeros_like(q)  # what comes after is not asked for
 
-        frozen.layer(params, layer, tables, x_TxD, None, look)
+        dataclasses.replace(frozen, params=params).layer(layer, tables, x_TxD, look)
         return seen[0]
 
-    (q_TxK, k_TxK), pull, weight_S = jax.vjp(functools.partial(meets, params), x_TxD, has_aux=True)
+    (q_TxK, k_TxK), pull, weight_S = jax.vjp(functools.partial(meets, frozen.params), x_TxD, has_aux=True)
     weight_J, key_J = lax.top_k(weight_S, keys)
 
     def read_by(unit_K: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -204,9 +197,8 @@ def open_head(
     # Dimension by dimension: all at once would hold K streams.
     query_KxD, key_KxJxD = lax.map(read_by, jnp.eye(q_TxK.shape[-1], dtype=q_TxK.dtype))
     own_q_TxK, own_k_TxK = jnp.zeros_like(q_TxK), jnp.zeros_like(k_TxK)
-    biases = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
-    if biases:  # linear in the biases, so it is its own derivative along them
-        with_biases = lambda biases: meets({**params, **biases}, x_TxD)[0]  # noqa: E731
+    if biases := layer_biases(frozen.params):  # linear in the biases, so it is its own derivative along them
+        with_biases = lambda biases: meets({**frozen.params, **biases}, x_TxD)[0]  # noqa: E731
         own_q_TxK, own_k_TxK = jax.jvp(with_biases, (biases,), (biases,))[1]
     score_J = jnp.sum(q_TxK[query][None] * k_TxK[key_J], axis=-1)
     return Opened(weight_J, key_J, score_J, query_KxD, key_KxJxD, own_q_TxK[query], own_k_TxK[key_J])

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import hooks, load_all
+from saejax.dictionaries.formats.circuit_tracer import TranscoderSet
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
@@ -21,10 +22,8 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
 from saejax.models.sites import Site
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import fitting_sharding, free_bytes, make_mesh, on_host, part_size
+from saejax.parallel.mesh import fitting_sharding, free_bytes, make_mesh, on_host
 
-ReadRows = Callable[[int, str, np.ndarray], np.ndarray]
-LoadEncoder = Callable[[int], dict[str, jax.Array] | None]
 KEPT_SHARE = 4  # encoders stay on the devices up to one part in so many of what is free
 
 
@@ -35,11 +34,9 @@ class LayerDictionaries(abc.ABC):
       name: where the set comes from, for messages and results.
       configs: what each is, in the order of layers.
       load: reads one layer's.
-      rows: given a layer, "W_enc" or "W_dec" and features [U], reads the directions that these read from or write to,
-        [U, D]; None: by loading the layer.
       reads: see ``FrozenModel``.
       revision: of a hub repository.
-      load_encoder: reads the arrays of a layer but its decoder rows; None, or if it returns None: by loading the layer.
+      files: from which rows, and encoders alone, are read; None: by loading the layer.
 
     Attributes:
       sizes: to which arrays of earlier prompts were padded; see ``LocalState.padded_size``.
@@ -50,10 +47,9 @@ class LayerDictionaries(abc.ABC):
         name: str,
         configs: Sequence[DictionaryConfig],
         load: Callable[[int], Dictionary],
-        rows: ReadRows | None = None,
         reads: str = "mlp_in",
         revision: str = "",
-        load_encoder: LoadEncoder | None = None,
+        files: TranscoderSet | None = None,
     ):
         self.name, self.configs, self.reads, self.revision = name, tuple(configs), reads, revision
         self._load, self._kept = load, dict[tuple[int, Mesh], Dictionary]()
@@ -61,9 +57,7 @@ class LayerDictionaries(abc.ABC):
         self._sink_norm: Callable[[str], float] | None = None
         self.sizes: dict[tuple[str, int], int] = {}
         # Folding changes encoders, so rows in files are not those of the folded dictionary.
-        is_stored = not any(config.centred or config.kind == "gated" for config in configs)
-        self._rows = rows if rows and is_stored else self._rows_of_layer
-        self._load_encoder = load_encoder if is_stored else None
+        self._files = None if any(config.centred or config.kind == "gated" for config in configs) else files
 
     def load(self, layer: int, mesh: Mesh | None = None) -> Dictionary:
         """Return the dictionary of a layer, decoder included, in fp32, or in fp64 if it is that in its file.
@@ -85,7 +79,8 @@ class LayerDictionaries(abc.ABC):
         mesh = mesh or _first_device()
         if (layer, mesh) not in self._kept:
             encoder = _place(self._encoder_on_host(layer), mesh)
-            room = free_bytes(mesh) // KEPT_SHARE // max(_bytes_per_device(encoder, mesh), 1)
+            size = sum(array.addressable_shards[0].data.nbytes for array in encoder.arrays.values())
+            room = free_bytes(mesh) // KEPT_SHARE // max(size, 1)
             while len(self._kept) >= max(room, 1):
                 self._kept.popitem()
             self._kept[layer, mesh] = encoder
@@ -108,9 +103,9 @@ class LayerDictionaries(abc.ABC):
 
     def _encoder_on_host(self, layer: int) -> Dictionary:
         arrays = None
-        if self._load_encoder:
+        if self._files:
             with on_host():
-                arrays = self._load_encoder(layer)
+                arrays = self._files.load_encoder(layer)
         if arrays is None:
             dictionary = self._on_host(layer)
             arrays = {name: array for name, array in dictionary.arrays.items() if name != "W_dec_FxD"}
@@ -141,7 +136,15 @@ class LayerDictionaries(abc.ABC):
 
     def rows(self, layer: int, name: str, feature_U: np.ndarray) -> np.ndarray:
         """Return rows of a layer's "W_dec", or columns of its "W_enc", fp32 [U, D]."""
-        return np.asarray(self._rows(layer, name, feature_U), np.float32)
+        if self._files:
+            vector_UxD = self._files.rows(layer, name, feature_U)
+        elif name == "W_dec":
+            vector_UxD = to_host(self._on_host(layer).arrays["W_dec_FxD"])[feature_U]
+        else:
+            # An encoder that is on the devices already is not read from its file again.
+            kept = next((encoder for (number, _), encoder in self._kept.items() if number == layer), None)
+            vector_UxD = to_host((kept or self._on_host(layer)).arrays["W_enc_DxF"])[:, feature_U].T
+        return np.asarray(vector_UxD, np.float32)
 
     def rows_of(self, name: str, layer_F: np.ndarray, feature_F: np.ndarray) -> np.ndarray:
         """Return rows of "W_dec" or columns of "W_enc" of features of several layers; each layer is read once.
@@ -160,6 +163,14 @@ class LayerDictionaries(abc.ABC):
             feature_U, index = np.unique(feature_F[here], return_inverse=True)
             vector_FxD[here] = self.rows(int(layer), name, feature_U)[index]
         return vector_FxD
+
+    def written_layers(self, layer: int) -> int:
+        """Return the number of layers that the features of a layer write to, from their own on."""
+        return 1
+
+    def writes(self, layer: int, features_U: np.ndarray) -> np.ndarray:
+        """Return what features of a layer write to each layer that they write to, fp32 [U, X, D]."""
+        return self.rows(layer, "W_dec", features_U)[:, None]
 
     def check_features(self, named: Iterable[tuple[int, int]], origin: str) -> None:
         """Refuse labels or groups of features that the set does not have: they are those of another set.
@@ -182,13 +193,6 @@ class LayerDictionaries(abc.ABC):
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return what a graph says of the set."""
-
-    def _rows_of_layer(self, layer: int, name: str, feature_U: np.ndarray) -> np.ndarray:
-        # An encoder that is on the devices already is not read from its file again.
-        kept = next((encoder for (number, _), encoder in self._kept.items() if number == layer), None)
-        if name == "W_enc":
-            return to_host((kept or self._on_host(layer)).arrays["W_enc_DxF"])[:, feature_U].T
-        return to_host(self._on_host(layer).arrays["W_dec_FxD"])[feature_U]
 
 
 def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) -> None:
@@ -267,12 +271,6 @@ def _first_device() -> Mesh:
     return make_mesh(devices=jax.local_devices()[:1])
 
 
-def _bytes_per_device(dictionary: Dictionary, mesh: Mesh) -> int:
-    table, arrays = parameter_table(dictionary.config), dictionary.arrays
-    sizes = {name: part_size(mesh.shape, shape, *spec) for name, (shape, spec) in table.items() if name in arrays}
-    return sum(size * arrays[name].dtype.itemsize for name, size in sizes.items())
-
-
 class LayerSaes(LayerDictionaries):
     """SAEs of a model's sites; ``load`` and ``rows`` take the number of the layer.
 
@@ -307,7 +305,7 @@ class LayerSaes(LayerDictionaries):
         super().__init__(name, [sae.config for _, sae in kept], lambda layer: by_layer[layer][1])
 
     @classmethod
-    def of(cls, saes: "LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]") -> "LayerSaes":
+    def of(cls, saes: "Saes") -> "LayerSaes":
         """Return a set of SAEs from memory or folders; a folder of several SAEs, such as a stack, stands for all."""
         if isinstance(saes, LayerSaes):
             return saes
@@ -335,3 +333,7 @@ class LayerSaes(LayerDictionaries):
             name=self.name, revision=self.revision, sites=list(map(str, self.sites)), layers=len(self.sites),
             kind=first.kind, n_features=first.n_features, skip=False, model=first.model,
         )  # fmt: skip
+
+
+# SAEs, or folders of such or of trained stacks; at most one of each layer, at any of its sites.
+Saes = LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]

@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from scipy.sparse import csr_array
 
+from saejax.attribution.local.dictionaries import LayerDictionaries
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import fitting_sharding
@@ -87,12 +88,12 @@ class FeatureOutputs:
     Sums are made as runs go up through the layers: ``add`` a layer's features, then ``pop`` its sum.
 
     Args:
-      transcoders: the set.
+      dictionaries: the set.
       shape: of the runs' positions, such as (R, T).
     """
 
-    def __init__(self, transcoders: LayerTranscoders, *shape: int):
-        self._transcoders, self._shape = transcoders, shape
+    def __init__(self, dictionaries: LayerDictionaries, *shape: int):
+        self._dictionaries, self._shape = dictionaries, shape
         self._sums: dict[int, np.ndarray] = {}
 
     def add(self, layer: int, places: np.ndarray, features: np.ndarray, values: np.ndarray | jax.Array) -> None:
@@ -106,7 +107,7 @@ class FeatureOutputs:
         """
         if not places.size:
             return
-        written, width = self._transcoders.written_layers(layer), self._transcoders.configs[0].d_in
+        written, width = self._dictionaries.written_layers(layer), self._dictionaries.configs[0].d_in
         # A decoder row is read once, however many positions its feature is active at.
         features_U, index_E = np.unique(features.reshape(-1), return_inverse=True)
         entries = to_host(values).reshape(-1).astype(np.float32), (places.reshape(-1), index_E.reshape(-1))
@@ -115,7 +116,7 @@ class FeatureOutputs:
         size = max(READ_AT_ONCE // (written * width), 1)
         for start in range(0, len(features_U), size):
             chunk = slice(start, start + size)
-            writes_UxX = self._transcoders.writes(layer, features_U[chunk]).reshape(-1, written * width)
+            writes_UxX = self._dictionaries.writes(layer, features_U[chunk]).reshape(-1, written * width)
             sum_NxLxD = (acts_NxU[:, chunk] @ writes_UxX).reshape(-1, written, width)
             for above, sum_NxD in enumerate(np.moveaxis(sum_NxLxD, 1, 0)):
                 self._sums[layer + above] = self._sums.get(layer + above, np.float32(0)) + sum_NxD

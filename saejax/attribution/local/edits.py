@@ -19,13 +19,12 @@ import numpy as np
 from jax import lax
 
 from saejax.attribution.local.directions import FeatureOutputs
-from saejax.attribution.local.layers import FIXED
+from saejax.attribution.local.layers import FIXED, FrozenModel
 from saejax.attribution.local.prompt_run import AT_ONCE, activations, encode_used
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.state import LocalState
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.models.layers import einsum
 from saejax.parallel.collectives import to_host
 
 CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
@@ -182,14 +181,15 @@ class CircuitEdits:
         if sums is None:
             sums = np.zeros((2, *out_RxTxD.shape), np.float32)
         return _circuit_difference(
-            state.b_dec_LxD[layer], state.skip(layer), read_RxTxD, out_RxTxD, sums, error_RxT, used_T
+            state.frozen, np.int32(layer), state.b_dec_LxD[layer], read_RxTxD, out_RxTxD, sums, error_RxT, used_T
         )
 
 
 @jax.jit
 def _circuit_difference(
+    frozen: FrozenModel,
+    layer: jax.Array,
     b_dec_D: jax.Array,
-    skip_DxD: jax.Array | None,
     read_RxTxD: jax.Array,
     out_RxTxD: jax.Array,
     sums_2xRxTxD: jax.Array,
@@ -197,9 +197,7 @@ def _circuit_difference(
     used_T: jax.Array,
 ) -> jax.Array:
     all_RxTxD, kept_RxTxD = sums_2xRxTxD
-    fixed_RxTxD = jnp.broadcast_to(b_dec_D, out_RxTxD.shape)
-    if skip_DxD is not None:
-        fixed_RxTxD += einsum("rtd,de->rte", read_RxTxD, skip_DxD)
+    fixed_RxTxD = jnp.broadcast_to(b_dec_D, out_RxTxD.shape) + frozen.skip(layer, read_RxTxD)
     error_RxTxD = jnp.where(error_RxT[..., None], out_RxTxD - all_RxTxD - fixed_RxTxD, 0)
     return jnp.where(used_T[None, :, None], kept_RxTxD + fixed_RxTxD + error_RxTxD - out_RxTxD, 0)
 
@@ -231,36 +229,37 @@ def _encode_places(
 def _changes_by_layer(state: LocalState, rows: Sequence[Sequence[Change]], tokens: int) -> dict[int, LayerChanges]:
     """Return the changes of all rows by layer, slices as their positions."""
     active, configs = state.active, state.dictionaries.configs
-    by_layer: dict[int, list[list[tuple[int, int, float]]]] = {}
-    for row, changes in enumerate(rows):
-        single = [
-            (change.layer, position, change.feature, change.value)
-            for change in changes
-            for position in (
-                range(*change.position.indices(tokens)) if isinstance(change.position, slice) else [change.position]
+    entries = [
+        (row, change.layer, position, change.feature, change.value)
+        for row, changes in enumerate(rows)
+        for change in changes
+        for position in (
+            range(*change.position.indices(tokens)) if isinstance(change.position, slice) else [change.position]
+        )
+    ]
+    by_layer: dict[int, list[dict[tuple[int, int], tuple[float, float]]]] = {}
+    for row, layer, position, feature, value in entries:
+        exists = 0 <= layer < len(configs) and 0 <= feature < configs[layer].n_features
+        if not (exists and np.isfinite(value)):
+            raise UserError(
+                f"feature {feature} of layer {layer} cannot be set to {value}: expected one of {len(configs)} layers, "
+                f"of {configs[0].n_features} features, and a finite number"
             )
-        ]
-        if len({change[:3] for change in single}) != len(single):
+        if not 0 <= position < tokens:
+            raise UserError(f"position {position}: this prompt has the positions 0 to {tokens - 1}")
+        of_row = by_layer.setdefault(int(layer), [{} for _ in rows])[row]
+        if (position, feature) in of_row:
             raise UserError(f"row {row} changes a feature twice at one position: give it one value")
-        for layer, position, feature, value in single:
-            exists = 0 <= layer < len(configs) and 0 <= feature < configs[layer].n_features
-            if not (exists and np.isfinite(value)):
-                raise UserError(
-                    f"feature {feature} of layer {layer} cannot be set to {value}: expected one of {len(configs)} "
-                    f"layers, of {configs[0].n_features} features, and a finite number"
-                )
-            if not 0 <= position < tokens:
-                raise UserError(f"position {position}: this prompt has the positions 0 to {tokens - 1}")
-            by_layer.setdefault(int(layer), [[] for _ in rows])[row].append((int(position), int(feature), value))
+        index = active.index_of.get((layer, position, feature))
+        of_row[position, feature] = value, 0.0 if index is None else active.value_A[index]
     # One size for all layers, so that these share their programs.
-    most = max((len(entries) for lists in by_layer.values() for entries in lists), default=0)
+    most = max((len(of_row) for by_row in by_layer.values() for of_row in by_row), default=0)
     changes_by_layer = {}
-    for layer, lists in by_layer.items():
+    for layer, by_row in by_layer.items():
         table_RxMx4 = np.zeros((len(rows), most, 4))
-        for row, entries in enumerate(lists):
-            for m, (position, feature, value) in enumerate(entries):
-                index = active.index_of.get((layer, position, feature))
-                table_RxMx4[row, m] = position, feature, value, 0.0 if index is None else active.value_A[index]
+        for row, of_row in enumerate(by_row):
+            if of_row:
+                table_RxMx4[row, : len(of_row)] = [(*place, *values) for place, values in of_row.items()]
         columns, dtypes = np.moveaxis(table_RxMx4, 2, 0), [np.int32] * 2 + [np.float32] * 2
         changes_by_layer[layer] = LayerChanges(*(c.astype(dtype) for c, dtype in zip(columns, dtypes, strict=True)))
     return changes_by_layer

@@ -39,32 +39,38 @@ FREEZE_MODES = ("none", "attention", "all", "constrained")
 FIXED = ("all", "constrained")
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FrozenModel:
-    """A decoder whose layers are frozen. Hashable, so that it can be a static argument of ``jax.jit``."""
+    """A decoder whose layers are frozen, with the skip paths of its transcoders."""
 
-    config: DecoderConfig  #: the decoder
+    config: DecoderConfig = dataclasses.field(metadata=dict(static=True))  #: of the decoder (static)
+    params: decoder.Params  #: its parameters
     #: what transcoders read: "mlp_in", what the MLP does; "mlp_normed", the same before the norm's gain; or
-    #: "resid_mid", the stream before that norm.
-    reads: str = "mlp_in"
+    #: "resid_mid", the stream before that norm (static).
+    reads: str = dataclasses.field(default="mlp_in", metadata=dict(static=True))
+    skip_LxDxD: jax.Array | None = None  #: skip paths of the transcoders, applied as x @ skip; None: there are none
+
+    def skip(self, layer: int | jax.Array, read_xD: jax.Array) -> jax.Array:
+        """Return what the skip path of a layer's transcoder gives of what is read, [..., D]."""
+        if self.skip_LxDxD is None:
+            return jnp.zeros_like(read_xD)
+        skip_DxD = lax.dynamic_index_in_dim(self.skip_LxDxD, layer, keepdims=False)
+        return einsum("...d,de->...e", read_xD, skip_DxD)
 
     def layer(
         self,
-        params: decoder.Params,
         layer: int | jax.Array,
         tables: TablesByLayer,
         x_TxD: jax.Array,
-        skip_DxD: jax.Array | None = None,
         function: AttentionFunction | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Return the frozen layer.
 
         Args:
-          params: of the model.
           layer: its number.
           tables: of the prompt.
           x_TxD: the stream entering the layer, that of the prompt: it fixes what is constant.
-          skip_DxD: skip path of the layer's transcoder, applied as read @ skip.
           function: the attention function; None: one that is quick to differentiate backwards, and cannot be forwards.
 
         Returns:
@@ -76,13 +82,11 @@ class FrozenModel:
         def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
             seen[kind] = value_TxD
             # What the MLP adds is a source of its own, and no part of the linear layer.
-            if kind != "mlp_out":
-                return value_TxD
-            read_TxD = self.read(params, layer, seen)
-            return jnp.zeros_like(value_TxD) if skip_DxD is None else einsum("td,de->te", read_TxD, skip_DxD)
+            return value_TxD if kind != "mlp_out" else self.skip(layer, self.read(layer, seen))
 
-        leaving_TxD = decoder.run_layer(self.config, RELP, params, layer, x_TxD, tables, hook, function or self._attend)
-        return leaving_TxD, self.read(params, layer, seen)
+        function = function or self._attend
+        leaving_TxD = decoder.run_layer(self.config, RELP, self.params, layer, x_TxD, tables, hook, function)
+        return leaving_TxD, self.read(layer, seen)
 
     def _attend(self, q_TxHxK: jax.Array, k_TxNxK: jax.Array, v_TxNxK: jax.Array, tables: AttentionTables) -> jax.Array:
         """Attend as ``attention.attend`` does, with constant weights and a cheap transpose."""
@@ -94,17 +98,10 @@ class FrozenModel:
             parts.append(_weighted(attention_weights(self.config, RELP, *block_inputs, block), v_TxNxK[keys]))
         return jnp.concatenate(parts).reshape(q_TxHxK.shape)
 
-    def read(
-        self,
-        params: decoder.Params,
-        layer: int | jax.Array,
-        seen: Mapping[str, jax.Array],
-        rules: RunRules = RELP,
-    ) -> jax.Array:
+    def read(self, layer: int | jax.Array, seen: Mapping[str, jax.Array], rules: RunRules = RELP) -> jax.Array:
         """Return what the transcoder reads, from the values at a layer's sites.
 
         Args:
-          params: of the model.
           layer: its number.
           seen: values [..., T, D] by kind of site.
           rules: of the run.
@@ -114,7 +111,7 @@ class FrozenModel:
         stream = seen["resid_pre" if self.config.parallel else "resid_mid"]
         if self.reads == "resid_mid":
             return stream
-        config, weights = self.config, decoder.layer_params(params, layer)
+        config, weights = self.config, decoder.layer_params(self.params, layer)
         name = "attn_norm" if config.shared_norm else "mlp_norm"
         gain_D = weights[f"{name}_D"]
         # A gain of 1, which these norms store as 0.
@@ -122,33 +119,6 @@ class FrozenModel:
         if config.norm == "layer":
             plain[f"{name}_bias_D"] = jnp.zeros_like(gain_D)
         return norm(config, rules, plain, name, stream)
-
-    def biases(
-        self,
-        params: decoder.Params,
-        layer: int | jax.Array,
-        tables: TablesByLayer,
-        x_TxD: jax.Array,
-        skip_DxD: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return the constant part of ``layer``, both [T, D]: what its biases add to the stream and to what is read.
-
-        It is linear in the biases, so it is its own derivative along them.
-
-        Args:
-          params: of the model.
-          layer: its number.
-          tables: of the prompt.
-          x_TxD: the stream entering the layer, that of the prompt.
-          skip_DxD: skip path of the layer's transcoder; None: there is none.
-        """
-        bias_params = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
-
-        def with_biases(biases: decoder.Params) -> tuple[jax.Array, jax.Array]:
-            function = functools.partial(attend, self.config, RELP)  # which can be differentiated this way round
-            return self.layer({**params, **biases}, layer, tables, x_TxD, skip_DxD, function)
-
-        return jax.jvp(with_biases, (bias_params,), (bias_params,))[1]
 
 
 @jax.custom_vjp
@@ -168,32 +138,24 @@ def _weighted_back(weights_NxGxTxS: jax.Array, cotangent_TxNxGxK: jax.Array) -> 
 _weighted.defvjp(lambda weights, v: (_weighted(weights, v), weights), _weighted_back)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def embed(frozen: FrozenModel, params: decoder.Params, ids_T: jax.Array) -> jax.Array:
+@jax.jit
+def embed(frozen: FrozenModel, ids_T: jax.Array) -> jax.Array:
     """Return the stream entering layer 0, fp32 [T, D]: it stays fp32 in all layers, whatever the weights are."""
-    x_TxD = decoder.embed(frozen.config, params, ids_T)
+    x_TxD = decoder.embed(frozen.config, frozen.params, ids_T)
     return x_TxD.astype(jnp.promote_types(x_TxD.dtype, jnp.float32))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=1)
 def run_layer(
-    frozen: FrozenModel,
-    freeze: str,
-    params: decoder.Params,
-    layer: jax.Array,
-    x_BxTxD: jax.Array,
-    skip_DxD: jax.Array | None = None,
-    frozen_until: jax.Array | int = 0,
+    frozen: FrozenModel, freeze: str, layer: jax.Array, x_BxTxD: jax.Array, frozen_until: jax.Array | int = 0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Run a layer on a batch whose first row is the prompt itself.
 
     Args:
-      frozen: the model (static).
+      frozen: the model.
       freeze: what stays as it is in the first row, one of ``FREEZE_MODES`` (static).
-      params: of the model.
       layer: its number.
       x_BxTxD: the streams entering it.
-      skip_DxD: the skip path of its transcoder, the only part of a fixed MLP output that reacts; None: there is none.
       frozen_until: attention is frozen at positions before this one.
 
     Returns:
@@ -205,10 +167,10 @@ def run_layer(
 
     def hook(kind: str, value_BxTxD: jax.Array) -> jax.Array:
         if kind == "mlp_out" and freeze in FIXED:
-            read_BxTxD = frozen.read(params, layer, seen, rules)
-            change = 0 if skip_DxD is None else einsum("btd,de->bte", read_BxTxD - read_BxTxD[:1], skip_DxD)
-            # Each run gets the prompt's MLP output, which is that of the first row.
-            value_BxTxD = jnp.broadcast_to(value_BxTxD[:1], value_BxTxD.shape) + change
+            read_BxTxD = frozen.read(layer, seen, rules)
+            # Each run gets the prompt's MLP output, which is that of the first row; the skip path alone reacts.
+            change_BxTxD = frozen.skip(layer, read_BxTxD - read_BxTxD[:1])
+            value_BxTxD = jnp.broadcast_to(value_BxTxD[:1], value_BxTxD.shape) + change_BxTxD
         seen[kind] = value_BxTxD
         return value_BxTxD
 
@@ -223,65 +185,55 @@ def run_layer(
 
     function = attend_as_prompt if freeze in ("attention", "constrained") else None
     tables = whole_prompt_tables(config, x_BxTxD.shape[1])
-    leaving_BxTxD = decoder.run_layer(config, rules, params, layer, x_BxTxD, tables, hook, function)
-    return leaving_BxTxD, frozen.read(params, layer, seen, rules), seen["mlp_out"]
+    leaving_BxTxD = decoder.run_layer(config, rules, frozen.params, layer, x_BxTxD, tables, hook, function)
+    return leaving_BxTxD, frozen.read(layer, seen, rules), seen["mlp_out"]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def read_out(
-    frozen: FrozenModel, params: decoder.Params, x_TxD: jax.Array, last: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return, of the stream ``x_TxD``, its value at the position ``last`` [D], and the logits there [V]."""
-    last_1xD = lax.dynamic_slice_in_dim(x_TxD, last, 1)
-    return last_1xD[0], decoder.unembed(frozen.config, params, last_1xD, RELP)[0]
+@jax.jit
+def run_biases(frozen: FrozenModel, stream_LxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the constant parts of all layers: what biases add to the stream and to what is read, both [L, T, D].
 
-
-@functools.partial(jax.jit, static_argnums=0)
-def run_biases(
-    frozen: FrozenModel, params: decoder.Params, stream_LxTxD: jax.Array, skip_LxDxD: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Return ``FrozenModel.biases`` of all layers, both [L, T, D].
-
-    Args:
-      frozen: the model (static).
-      params: its parameters.
-      stream_LxTxD: the prompt's stream entering each layer.
-      skip_LxDxD: skip paths of the transcoders; None: there are none.
+    A constant part is linear in the biases, so it is its own derivative along them. ``stream_LxTxD`` is the prompt's
+    stream entering each layer.
     """
     tables = whole_prompt_tables(frozen.config, stream_LxTxD.shape[1])
+    biases = layer_biases(frozen.params)
+    function = functools.partial(attend, frozen.config, RELP)  # which can be differentiated this way round
 
-    def step(_: None, part: tuple[Any, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        layer, x_TxD, skip_DxD = part
-        return None, frozen.biases(params, layer, tables, x_TxD, skip_DxD)
+    def step(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        layer, x_TxD = part
 
-    layers = jnp.arange(frozen.config.n_layers)
-    return lax.scan(step, None, (layers, stream_LxTxD, skip_LxDxD))[1]
+        def run(biases: decoder.Params) -> tuple[jax.Array, jax.Array]:
+            """Run the layer with these biases."""
+            changed = dataclasses.replace(frozen, params={**frozen.params, **biases})
+            return changed.layer(layer, tables, x_TxD, function)
+
+        return None, jax.jvp(run, (biases,), (biases,))[1]
+
+    return lax.scan(step, None, (jnp.arange(frozen.config.n_layers), stream_LxTxD))[1]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def layer_biases(params: decoder.Params) -> decoder.Params:
+    """Return the biases of layers among the parameters of a decoder."""
+    return {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
+
+
+@jax.jit
 def push_layer(
-    frozen: FrozenModel,
-    params: decoder.Params,
-    layer: jax.Array,
-    x_TxD: jax.Array,
-    skip_DxD: jax.Array | None,
-    change_SxTxD: jax.Array,
+    frozen: FrozenModel, layer: jax.Array, x_TxD: jax.Array, change_SxTxD: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Push changes of the stream through the linear part of a layer.
 
     Args:
-      frozen: the model (static).
-      params: of the model.
+      frozen: the model.
       layer: its number.
       x_TxD: the prompt's stream entering the layer.
-      skip_DxD: skip path of its transcoder; None: there is none.
       change_SxTxD: changes of that stream.
 
     Returns:
       The changes of the stream leaving it [S, T, D], and of the values that its heads mix [N, T, K, S].
     """
-    open_layer = _open_layer(frozen, params, layer, skip_DxD)
-    none = _no_values(frozen, x_TxD)
+    open_layer, none = _open_layer(frozen, layer), _no_values(frozen, x_TxD)
     along = jax.vmap(
         lambda change_TxD: jax.jvp(lambda x: open_layer(x, none), (x_TxD,), (change_TxD,))[1], out_axes=(0, 0, 3)
     )
@@ -289,39 +241,25 @@ def push_layer(
     return leaving_SxTxD, values_NxTxKxS
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit
 def pull_layer(
-    frozen: FrozenModel,
-    params: decoder.Params,
-    layer: jax.Array,
-    x_TxD: jax.Array,
-    skip_DxD: jax.Array | None,
-    leaving_RxTxD: jax.Array,
-    read_RxTxD: jax.Array,
+    frozen: FrozenModel, layer: jax.Array, x_TxD: jax.Array, leaving_RxTxD: jax.Array, read_RxTxD: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Pull cotangents back through the linear part of a layer.
+    """Pull cotangents back through the linear part of a layer: of the stream leaving it, and of what is read in it.
 
-    Args:
-      frozen: the model (static).
-      params: of the model.
-      layer: its number.
-      x_TxD: the prompt's stream entering the layer.
-      skip_DxD: skip path of its transcoder; None: there is none.
-      leaving_RxTxD: cotangents of the stream leaving it.
-      read_RxTxD: cotangents of what its transcoder reads.
+    The parameters are those of ``push_layer``.
 
     Returns:
       The cotangents of the stream entering it [R, T, D], and of the values by the head that mixes them,
       [N, R, G, T, K].
     """
-    open_layer = _open_layer(frozen, params, layer, skip_DxD)
-    (_, _, values_NxTxK), pull = jax.vjp(open_layer, x_TxD, _no_values(frozen, x_TxD))
+    (_, _, values_NxTxK), pull = jax.vjp(_open_layer(frozen, layer), x_TxD, _no_values(frozen, x_TxD))
     no_values = jnp.zeros_like(values_NxTxK)
     down = jax.vmap(lambda leaving, read: pull((leaving, read, no_values)), out_axes=(0, 1))
     return down(leaving_RxTxD, read_RxTxD)
 
 
-def _open_layer(frozen: FrozenModel, params: decoder.Params, layer: jax.Array, skip_DxD: jax.Array | None) -> Any:
+def _open_layer(frozen: FrozenModel, layer: jax.Array) -> Any:
     """Return the frozen layer with its values open: (stream, added values) to (leaving, read, values)."""
 
     # What is added is zero; its cotangent is what the path through each head carries.
@@ -335,7 +273,7 @@ def _open_layer(frozen: FrozenModel, params: decoder.Params, layer: jax.Array, s
             return mixed_TxNxGxK.reshape(q.shape)
 
         tables = whole_prompt_tables(frozen.config, len(x_TxD))
-        leaving_TxD, read_TxD = frozen.layer(params, layer, tables, x_TxD, skip_DxD, mix)
+        leaving_TxD, read_TxD = frozen.layer(layer, tables, x_TxD, mix)
         return leaving_TxD, read_TxD, values[0]
 
     return open_layer

@@ -25,7 +25,7 @@ from saejax.attribution.local.edits import Change, ChangeEdits, Circuit, Circuit
 from saejax.attribution.local.layers import FIXED, FREEZE_MODES
 from saejax.attribution.local.prompt_run import LocalRun, prompt_ids
 from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, read_logits
-from saejax.attribution.local.rows import Put, RowTracer
+from saejax.attribution.local.rows import RowTracer
 from saejax.attribution.local.sources import Sources
 from saejax.attribution.local.state import LocalState
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
@@ -53,7 +53,7 @@ class Vectors:
     #: which node each belongs to, ascending from 0; a node has several where it writes to several layers.
     node_E: np.ndarray
     #: the layer whose entering stream a vector is added to; or, of what is read, the layer whose transcoder reads it,
-    #: or L + the layer whose entering stream is read.
+    #: or L for the stream leaving the last layer.
     layer_E: np.ndarray
     position_E: np.ndarray  #: where
     vector_ExD: np.ndarray  #: the vectors
@@ -133,7 +133,7 @@ class LocalModel(LocalState):
             not finite.
         """
         n_layers, length, last = self.model.config.n_layers, self.stream_LxTxD.shape[1], len(self.ids_P) - 1
-        readouts, index_J = readouts or Readouts.none(self.model.config.d_model), np.asarray(features, np.int64)
+        index_J = np.asarray(features, np.int64)
         modes, plan = _freeze_by_layer(freeze, freeze_until, n_layers), self._plan(edits, freeze)
         changed = plan.layers if isinstance(plan, ChangeEdits) else set()
         if freeze == "constrained" and any(modes[layer] not in FIXED for layer in changed):
@@ -142,7 +142,7 @@ class LocalModel(LocalState):
             )
         # The prompt's own values, to which changes are added: a small effect keeps its digits.
         feature_RxJ = np.tile(self.active.value_A[index_J], (len(edits), 1))
-        readout_RxK = np.tile(readouts.value_K, (len(edits), 1))
+        readout_RxK = np.tile(readouts.value_K if readouts else np.empty(0, np.float32), (len(edits), 1))
         logits_RxV = np.tile(self.logits_V, (len(edits), 1)) if logits else None
         layer_J, position_J = self.active.layer_A[index_J], self.active.position_A[index_J]
         # From the lowest layer that is changed: below it all rows are the prompt.
@@ -151,32 +151,25 @@ class LocalModel(LocalState):
         for rows in plan.padded if first < n_layers else ():
             states += by_row(self.model.mesh, jnp.tile(self.stream_LxTxD[first][None], (rows, 1, 1)))
         for layer in range(first, n_layers):
-            x_TxD, directions = self.stream_LxTxD[layer], np.flatnonzero(readouts.layer_K == layer)
             here = np.flatnonzero(layer_J == layer)
             encoded = position_J[here], self.encoder_rows(index_J[here])
-            probes = readouts.position_K[directions], readouts.vector_KxD[directions]
             for number, chunk in enumerate(plan.chunks):
                 count = chunk.stop - chunk.start
-                if len(directions):
-                    readout_RxK[chunk, directions] += read_changes(x_TxD, states[number], *probes)[:count]
                 # The prompt goes along as the first row: what is frozen is taken from it.
-                streams = jnp.concatenate([x_TxD[None], states[number]])
-                leaving, read, out = layers.run_layer(
-                    self.frozen, modes[layer], self.model.params, np.int32(layer), streams, self.skip(layer), length
-                )
+                streams = jnp.concatenate([self.stream_LxTxD[layer][None], states[number]])
+                leaving, read, out = layers.run_layer(self.frozen, modes[layer], np.int32(layer), streams, length)
                 difference = plan.difference(number, layer, modes[layer], read[1:], out[1:])
                 states[number] = leaving[1:] if difference is None else leaving[1:] + difference
                 if len(here):
                     feature_RxJ[chunk, here] += read_changes(read[0], read[1:], *encoded)[:count]
             on_progress(layer + 1 - first, n_layers - first)
-        top = np.flatnonzero(readouts.layer_K == n_layers)
         for chunk, state in zip(plan.chunks, states, strict=False):
             leaving, count = state[:, last], chunk.stop - chunk.start
-            if len(top):
-                vectors = readouts.vector_KxD[top], readouts.normed_K[top]
-                readout_RxK[chunk, top] += read_last(self.frozen, modes[-1], self.last_D, leaving, *vectors)[:count]
+            if readouts:
+                vectors = readouts.vector_KxD
+                readout_RxK[chunk] += read_last(self.frozen, modes[-1], self.last_D, leaving, vectors)[:count]
             if logits_RxV is not None:
-                row_logits = read_logits(self.frozen, modes[-1], self.model.params, self.last_D, leaving)
+                row_logits = read_logits(self.frozen, modes[-1], self.last_D, leaving)
                 logits_RxV[chunk] = to_host(row_logits)[:count]
         # Only what is read is checked: an activation that no feature can have overflows somewhere on the way.
         if not (np.isfinite(feature_RxJ).all() and np.isfinite(readout_RxK).all()):
@@ -217,24 +210,19 @@ class LocalModel(LocalState):
             for change in changes
         ]
         while len(ids) < min(length + max_new_tokens, self.model.config.context):
-            plan, params = ChangeEdits(self, [bounded], len(ids)), self.model.params
+            plan = ChangeEdits(self, [bounded], len(ids))
             # Padded, so that a program serves several lengths.
             ids_T = np.pad(np.array(ids, np.int32), (0, padded(len(ids)) - len(ids)))
-            x_BxTxD = jnp.tile(layers.embed(self.frozen, params, ids_T)[None], (2, 1, 1))  # the first row is unchanged
+            x_BxTxD = jnp.tile(layers.embed(self.frozen, ids_T)[None], (2, 1, 1))  # the first row is unchanged
             for layer in range(self.model.config.n_layers):
-                inputs = params, np.int32(layer), x_BxTxD, self.skip(layer), length
-                x_BxTxD, read, out = layers.run_layer(self.frozen, freeze, *inputs)
+                x_BxTxD, read, out = layers.run_layer(self.frozen, freeze, np.int32(layer), x_BxTxD, length)
                 if (difference := plan.difference(0, layer, freeze, read[1:], out[1:])) is not None:
                     x_BxTxD = x_BxTxD.at[1:].add(difference)
             last_BxD = x_BxTxD[:, len(ids) - 1]
-            logits.append(to_host(read_logits(self.frozen, "none", params, last_BxD[0], last_BxD[1:]))[0])
+            logits.append(to_host(read_logits(self.frozen, "none", last_BxD[0], last_BxD[1:]))[0])
             ids.append(int(logits[-1].argmax()))
         none = np.empty((0, self.model.config.vocab), np.float32)
         return Continuation(np.array(ids[length:], np.int32), np.stack(logits) if logits else none)
-
-    def row_tracer(self, count: int) -> RowTracer:
-        """Return what pulls ``count`` targets back to all sources, batch by batch."""
-        return RowTracer(self, self.sources, count)
 
     def pullback(
         self,
@@ -242,7 +230,6 @@ class LocalModel(LocalState):
         position_R: np.ndarray,
         vector_RxD: np.ndarray,
         in_stream: bool = False,
-        put: Put | None = None,
     ) -> np.ndarray:
         """Return what each source adds to each target: the rows of a graph, fp32 [R, S].
 
@@ -251,11 +238,10 @@ class LocalModel(LocalState):
           position_R: int32 positions.
           vector_RxD: the directions that are read.
           in_stream: whether the directions are of the stream.
-          put: takes indices of rows, and the rows, as they come, in any order and from several threads; then nothing
-            is returned.
         """
-        row_RxS = np.zeros((len(layer_R) if put is None else 0, len(self.sources.nodes)), np.float32)
-        self.row_tracer(len(layer_R))(layer_R, position_R, vector_RxD, put or row_RxS.__setitem__, in_stream)
+        row_RxS = np.zeros((len(layer_R), len(self.sources.nodes)), np.float32)
+        rows = RowTracer(self, self.sources, len(layer_R))
+        rows(layer_R, position_R, vector_RxD, row_RxS.__setitem__, in_stream)
         return row_RxS
 
     def pushforward(self, added: Vectors, count: int) -> Iterator[tuple[int, jax.Array, jax.Array]]:
@@ -274,8 +260,8 @@ class LocalModel(LocalState):
         first = int(added.layer_E.min()) if len(added.layer_E) else 0
         for layer in range(first, self.model.config.n_layers):
             change_SxTxD = change_SxTxD + added.at(layer, count, length)
-            inputs = np.int32(layer), self.stream_LxTxD[layer], self.skip(layer), change_SxTxD
-            leaving_SxTxD, values_NxTxKxS = layers.push_layer(self.frozen, self.model.params, *inputs)
+            inputs = np.int32(layer), self.stream_LxTxD[layer], change_SxTxD
+            leaving_SxTxD, values_NxTxKxS = layers.push_layer(self.frozen, *inputs)
             yield layer, change_SxTxD, values_NxTxKxS
             change_SxTxD = leaving_SxTxD
 
@@ -287,15 +273,14 @@ class LocalModel(LocalState):
           count: number of nodes, padding included.
 
         Yields:
-          Each layer from the highest that is read down to 0, and the cotangents of the values by the head that mixes
-          them, [N, R, G, T, K].
+          Each layer from the last down to 0, and the cotangents of the values by the head that mixes them,
+          [N, R, G, T, K].
         """
         n_layers, length = self.model.config.n_layers, self.stream_LxTxD.shape[1]
-        cotangent_RxTxD = jnp.zeros((count, length, self.model.config.d_model), jnp.float32)
+        cotangent_RxTxD = jnp.asarray(read.at(n_layers, count, length))
         for layer in reversed(range(n_layers)):
-            cotangent_RxTxD = cotangent_RxTxD + read.at(n_layers + layer + 1, count, length)
-            inputs = self.stream_LxTxD[layer], self.skip(layer), cotangent_RxTxD, read.at(layer, count, length)
-            cotangent_RxTxD, wanted = layers.pull_layer(self.frozen, self.model.params, np.int32(layer), *inputs)
+            inputs = self.stream_LxTxD[layer], cotangent_RxTxD, read.at(layer, count, length)
+            cotangent_RxTxD, wanted = layers.pull_layer(self.frozen, np.int32(layer), *inputs)
             yield layer, wanted
 
 

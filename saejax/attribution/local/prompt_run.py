@@ -122,6 +122,13 @@ class PromptRun:
     last_D: jax.Array  #: fp32 stream leaving the last layer at the prompt's last position
     stream_LxTxD: jax.Array  #: fp32 stream entering each layer
 
+    def check(self) -> None:
+        """Refuse a run whose logits are not finite, or in which no feature is active."""
+        if not np.isfinite(self.logits_V).all():
+            raise UserError(f"the logits of {self.model.source.name} are not finite: try --model.dtype=float32")
+        if not len(self.active):
+            raise UserError(f"no feature of {self.dictionaries.name} is active in this prompt: is it of this model?")
+
     def constants(self, chosen_F: np.ndarray) -> np.ndarray:
         """Return what biases of no source add to the pre-activations of some active features, fp32 [F]."""
         return self.active.b_enc_A[chosen_F]

@@ -1,4 +1,9 @@
-"""Readouts of the residual stream: targets as directions, and programs that read them in edited runs."""
+"""Readouts: logits as directions of the residual stream, and programs that read the stream in edited runs.
+
+A logit is read from the stream leaving the last layer, at the last position, through the final norm, whose factor is
+constant where the model is frozen. Its direction is its column of the unembedding less the mean over the vocabulary, as
+only differences of logits matter. Capping of logits is left out of it; probabilities are those of the capped logits.
+"""
 
 import dataclasses
 import functools
@@ -11,12 +16,19 @@ import numpy as np
 from jax import lax
 
 from saejax.attribution.local.layers import FrozenModel
+from saejax.attribution.local.prompt_run import PromptRun
+from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.config import RunRules
-from saejax.models.layers import einsum
+from saejax.models.config import DecoderConfig, RunRules
+from saejax.models.language_model import LanguageModel
+from saejax.models.layers import einsum, norm
+from saejax.models.tokens import continuation_ids, token_text
 from saejax.parallel.collectives import to_host
 
 _READ = 128  # directions that are read at once, so that layers and prompts share a program
+_STEP = 16  # least size to which logits are filled up
+
+Target = str | int | tuple[str | int, str | int]
 
 
 def padded(count: int, least: int = 4) -> int:
@@ -32,34 +44,118 @@ def padded(count: int, least: int = 4) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Readouts:
-    """K targets as directions of the stream; tokens and differences first, other directions last."""
+    """K logits or differences of two, read from the stream that leaves the last layer, at the last position."""
 
-    #: layer_K and position_K: int32 layer whose entering stream is read, and position.
-    layer_K: np.ndarray
-    position_K: np.ndarray
-    token_K: np.ndarray  #: int32 token of a logit; -1 for others
-    pair_Kx2: np.ndarray  #: int32 tokens of a logit or a difference, -1 where there is none
-    vector_KxD: np.ndarray  #: fp32 directions
+    pair_Kx2: np.ndarray  #: int32 tokens of a difference; the second is -1 for a logit
+    vector_KxD: np.ndarray  #: fp32 directions, pulled back through the final norm
     value_K: np.ndarray  #: fp32 dot product with the stream, plus biases
-    normed_K: np.ndarray  #: whether they were pulled back through the final norm
     constant_K: np.ndarray  #: fp32 part of it that biases of the final norm and the unembedding are
-    weight_K: np.ndarray  #: fp32 weight in influences: the probability of a token, 1 for others
-    logit_K: np.ndarray  #: fp32 logit, or difference of two; the value for other directions
+    weight_K: np.ndarray  #: fp32 weight in influences: the probability of a token, 1 for a difference
+    logit_K: np.ndarray  #: fp32 logit, or difference of two
     labels: tuple[str, ...]  #: names
 
-    @classmethod
-    def none(cls, width: int) -> "Readouts":
-        """Return no targets."""
-        index, number = np.empty(0, np.int32), np.empty(0, np.float32)
-        pairs, vectors = np.empty((0, 2), np.int32), np.empty((0, width), np.float32)
-        return cls(index, index, index, pairs, vectors, number, np.empty(0, bool), number, number, number, ())
+    def __len__(self) -> int:
+        return len(self.labels)
 
-    @classmethod
-    def joined(cls, parts: Sequence["Readouts"]) -> "Readouts":
-        """Return the targets of all parts, one at least, in their order."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "labels"]
-        arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        return cls(**arrays, labels=tuple(label for part in parts for label in part.labels))
+
+def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, logit_mass: float) -> Readouts:
+    """Return the requested targets.
+
+    Args:
+      run: of the prompt.
+      targets: tokens (ids, or texts of one token), pairs of them for the difference of their logits; none: the most
+        probable tokens.
+      max_logits: maximum number of tokens, where no targets are named.
+      logit_mass: the smallest set of tokens with this total probability is taken, 0 to 1.
+
+    Raises:
+      UserError: a token does not exist, or a text is not one token.
+    """
+    logits_V = run.logits_V.astype(np.float64)
+    probability_V = np.exp(logits_V - logits_V.max())
+    probability_V /= probability_V.sum()
+    if not targets:
+        order = np.argsort(-probability_V, kind="stable")[: max(max_logits, 1)]
+        # The token that reaches the share is one of them.
+        count = int(np.searchsorted(np.cumsum(probability_V[order]), logit_mass)) + 1
+        targets = [int(token) for token in order[:count]]
+    model, text, count = run.model, token_text(run.model.tokenizer), len(targets)
+    pairs: list[tuple[Any, ...]] = [target if isinstance(target, tuple) else (target,) for target in targets]
+    # Filled up, so that prompts with other numbers of targets share the program.
+    pair_Xx2 = np.full((padded(count, _STEP), 2), -1, np.int32)
+    for k, pair in enumerate(pairs):
+        pair_Xx2[k, : len(pair)] = [token_of(model, token) for token in pair]
+    arrays = logit_directions(model.config, run.rules, model.params, run.last_D, *pair_Xx2.T)
+    vector_KxD, value_K, constant_K = (to_host(array)[:count] for array in arrays)
+    first_K, second_K = pair_Xx2[:count].T
+    single_K = second_K < 0
+    return Readouts(
+        pair_Kx2=pair_Xx2[:count],
+        vector_KxD=vector_KxD,
+        value_K=value_K,
+        constant_K=constant_K,
+        weight_K=np.where(single_K, probability_V[first_K], 1).astype(np.float32),
+        logit_K=run.logits_V[first_K] - np.where(single_K, 0, run.logits_V[second_K]).astype(np.float32),
+        labels=tuple(text(a) if b < 0 else f"{text(a)!r} - {text(b)!r}" for a, b in pair_Xx2[:count].tolist()),
+    )
+
+
+def token_of(model: LanguageModel, target: str | int) -> int:
+    """Return the id of a token; of a text, the one with which it continues another, taken as it is written.
+
+    Raises:
+      UserError: the text is not one token, or there is no such token.
+    """
+    if isinstance(target, str):
+        ids = continuation_ids(model.tokenizer, target)
+        if len(ids) != 1:
+            raise UserError(f"the target {target!r} is {len(ids)} tokens: expected a text of one, such as ' Paris'")
+        target = int(ids[0])
+    if not 0 <= target < model.config.vocab:
+        raise UserError(f"the target token {target} does not exist: expected 0 to {model.config.vocab - 1}")
+    return target
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def logit_directions(
+    config: DecoderConfig,
+    rules: RunRules,
+    params: decoder.Params,
+    last_D: jax.Array,
+    first_K: jax.Array,
+    second_K: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return differences of logits, before capping, as directions of the stream that leaves the last layer.
+
+    Args:
+      config: of the decoder (static).
+      rules: say whether the final norm's factor is constant.
+      params: of the model.
+      last_D: that stream at the last position.
+      first_K: token ids.
+      second_K: token ids that are subtracted; -1 for the mean over the vocabulary.
+
+    Returns:
+      The directions [K, D], the differences [K], and the part of them [K] that biases are.
+    """
+    embed_VxD = params["embed_VxD"] if config.tied else params["unembed_DxV"].T
+    rows_VxD = embed_VxD.astype(last_D.dtype)
+
+    def less(rows: jax.Array) -> jax.Array:
+        """Return the rows of the first tokens less those of the second ones or the mean."""
+        single = jnp.reshape(second_K < 0, (-1,) + (1,) * (rows.ndim - 1))
+        # Less the mean over the vocabulary, as only differences of logits matter.
+        return rows[first_K] - jnp.where(single, jnp.mean(rows, axis=0, keepdims=True), rows[second_K])
+
+    vector_KxD = less(rows_VxD)
+    # By the rules the norm's factor is constant where the model is frozen; then this is its transpose.
+    final_D, pull = jax.vjp(functools.partial(norm, config, rules, params, "final_norm"), last_D)
+    constant_K = jnp.zeros(len(vector_KxD), last_D.dtype)
+    if "final_norm_bias_D" in params:
+        constant_K += einsum("kd,d->k", vector_KxD, params["final_norm_bias_D"].astype(last_D.dtype))
+    bias = less(params["unembed_bias_V"].astype(last_D.dtype)) if config.unembed_bias else 0
+    value_K = einsum("kd,d->k", vector_KxD, final_D) + bias
+    return jax.vmap(pull)(vector_KxD)[0], value_K, constant_K + bias
 
 
 def read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: np.ndarray, vector_JxD: np.ndarray) -> np.ndarray:
@@ -87,7 +183,7 @@ def _read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: jax.Array, v
 
 
 def read_last(
-    frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, vector_KxD: np.ndarray, normed_K: np.ndarray
+    frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, vector_KxD: np.ndarray
 ) -> np.ndarray:
     """Return how much readouts of the stream leaving the last layer differ from the prompt's, [R, K].
 
@@ -100,16 +196,15 @@ def read_last(
       last_D: the stream of the prompt at the last position.
       x_RxD: the same stream in the rows.
       vector_KxD: the readouts' directions.
-      normed_K: whether they were pulled back.
     """
-    count, room = len(vector_KxD), padded(len(vector_KxD), 16) - len(vector_KxD)
-    filled = np.pad(vector_KxD, ((0, room), (0, 0))), np.pad(normed_K, (0, room))
-    return to_host(_read_last(frozen, freeze, last_D, x_RxD, *filled))[:, :count]
+    count = len(vector_KxD)
+    filled_XxD = np.pad(vector_KxD, ((0, padded(count, _STEP) - count), (0, 0)))
+    return to_host(_read_last(frozen, freeze, last_D, x_RxD, filled_XxD))[:, :count]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=1)
 def _read_last(
-    frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, vector_KxD: jax.Array, normed_K: jax.Array
+    frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, vector_KxD: jax.Array
 ) -> jax.Array:
     config = frozen.config
     if freeze == "all":
@@ -119,15 +214,14 @@ def _read_last(
         centred_RxD = x_RxD - jnp.mean(x_RxD, axis=-1, keepdims=True) if config.norm == "layer" else x_RxD
         return lax.rsqrt(jnp.mean(jnp.square(centred_RxD), axis=-1, keepdims=True) + config.norm_eps)
 
-    ratio_RxK = jnp.where(normed_K[None], scale(x_RxD) / scale(last_D[None]), 1.0)
+    ratio_Rx1 = scale(x_RxD) / scale(last_D[None])
     # Two products here: with a scale for each row there is no single difference to read.
-    return einsum("rd,kd->rk", x_RxD, vector_KxD) * ratio_RxK - einsum("rd,kd->rk", last_D[None], vector_KxD)
+    return einsum("rd,kd->rk", x_RxD, vector_KxD) * ratio_Rx1 - einsum("rd,kd->rk", last_D[None], vector_KxD)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def read_logits(
-    frozen: FrozenModel, freeze: str, params: decoder.Params, last_D: jax.Array, x_RxD: jax.Array
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1)
+def read_logits(frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array) -> jax.Array:
     """Return the logits of the rows at the last position, [R, V]; see ``read_last``."""
     x_BxD = jnp.concatenate([last_D[None], x_RxD])  # the prompt comes first: its scale may be frozen
-    return decoder.unembed(frozen.config, params, x_BxD[:, None], RunRules(first_fixes=freeze == "all"))[1:, 0]
+    rules = RunRules(first_fixes=freeze == "all")
+    return decoder.unembed(frozen.config, frozen.params, x_BxD[:, None], rules)[1:, 0]

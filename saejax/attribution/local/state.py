@@ -16,17 +16,19 @@ The model is run once, layer by layer:
 3. The decoder rows of these features, read from the file, give what they write; what is left is the error.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from saejax.attribution.local import layers
 from saejax.attribution.local.directions import FeatureOutputs
 from saejax.attribution.local.layers import RELP, FrozenModel
 from saejax.attribution.local.prompt_run import Active, PromptRun, active_features
-from saejax.attribution.local.readouts import padded
+from saejax.attribution.local.readouts import padded, read_logits
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
@@ -59,7 +61,6 @@ class LocalState(PromptRun):
     """
 
     dictionaries: LayerTranscoders
-    skip_LxDxD: jax.Array | None = None  #: skip paths of the transcoders, applied as x @ skip; None: there are none
     #: bias_LxTxD and read_bias_LxTxD: what the model's own biases in each layer add to the stream and to what is read;
     #: None: it has none in its layers.
     bias_LxTxD: jax.Array | None = None
@@ -74,13 +75,13 @@ class LocalState(PromptRun):
             raise UserError("the prompt is a single token, at which no feature is used: expected two at least")
         if len(self.ids_P) <= first:
             raise UserError(f"no feature is used at the first {first} tokens, and the prompt has no further one")
-        self.frozen = FrozenModel(model.config, transcoders.reads)
+        self.frozen = FrozenModel(model.config, model.params, transcoders.reads)
         # Padded, so that prompts of similar lengths share compiled programs.
         ids_T = np.pad(self.ids_P, (0, padded(len(self.ids_P)) - len(self.ids_P)))
-        x_TxD = layers.embed(self.frozen, model.params, ids_T)
+        x_TxD = layers.embed(self.frozen, ids_T)
         self._run_layers(x_TxD, first)
         if any("_bias" in name for name in model.params):
-            biases = layers.run_biases(self.frozen, model.params, self.stream_LxTxD, self.skip_LxDxD)
+            biases = layers.run_biases(self.frozen, self.stream_LxTxD)
             self.bias_LxTxD, self.read_bias_LxTxD = biases
 
     def _run_layers(self, x_TxD: jax.Array, first: int) -> None:
@@ -91,8 +92,7 @@ class LocalState(PromptRun):
         parts: dict[str, list[jax.Array]] = {}
         for layer in range(model.config.n_layers):
             # 1. The layer.
-            inputs = np.int32(layer), x_TxD[None]
-            leaving, read, out = layers.run_layer(self.frozen, "none", model.params, *inputs)
+            leaving, read, out = layers.run_layer(self.frozen, "none", np.int32(layer), x_TxD[None])
             # 2. Its active features.
             encoder = transcoders.encoder(layer, model.mesh)
             active = active_features(encoder, layer, read[0], used_T)
@@ -102,7 +102,7 @@ class LocalState(PromptRun):
             if written_TxD is None:
                 written_TxD = np.zeros((length, model.config.d_model), np.float32)
             error_TxD, mlp_TxD = _errors(encoder, read[0], out[0], written_TxD, used_T)
-            # Raised at the end: where the model itself is not finite, that is the cause to name.
+            # Raised at the end, after what is more general.
             if not (np.isfinite(active.value_A).all() and jnp.isfinite(error_TxD).all()):
                 broken.append(layer)
             active_by_layer.append(active)
@@ -112,22 +112,20 @@ class LocalState(PromptRun):
             for name, value in values.items():
                 parts.setdefault(name, []).append(value)
             x_TxD = leaving[0]
-        self.last_D, logits_V = layers.read_out(self.frozen, model.params, x_TxD, np.int32(len(self.ids_P) - 1))
-        self.logits_V = to_host(logits_V)
-        if not np.isfinite(self.logits_V).all():
-            raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
+        self.last_D = lax.dynamic_index_in_dim(x_TxD, np.int32(len(self.ids_P) - 1), keepdims=False)
+        self.logits_V = to_host(read_logits(self.frozen, "none", self.last_D, self.last_D[None]))[0]
+        self.active = Active.concatenate(active_by_layer)
+        # Where the model itself is not finite, that is the cause to name.
+        self.check()
         if broken:
             raise UserError(
                 f"{transcoders.name}, layer {broken[0]}: what the transcoder gives is not finite: its file is damaged, "
                 "fetch or train it again"
             )
-        self.active = Active.concatenate(active_by_layer)
-        if not len(self.active):
-            raise UserError(f"no feature of {transcoders.name} is active in this prompt: is it of this model?")
         stacks: dict[str, Any] = {name: jnp.stack(parts.pop(name)) for name in list(parts)}
         self.stream_LxTxD, self.error_LxTxD = stacks["stream"], stacks["error"]
         self.first_LxUxD, self.b_dec_LxD = stacks["first"], stacks["b_dec"]
-        self.skip_LxDxD = stacks.get("skip")
+        self.frozen = dataclasses.replace(self.frozen, skip_LxDxD=stacks.get("skip"))
 
     @property
     def first(self) -> int:
@@ -137,10 +135,6 @@ class LocalState(PromptRun):
     def encoder(self, layer: int) -> Dictionary:
         """Return a layer's encoder, on the model's devices."""
         return self.dictionaries.encoder(layer, self.model.mesh)
-
-    def skip(self, layer: int) -> jax.Array | None:
-        """Return the skip path of a layer's transcoder [D, D]; None: there is none."""
-        return None if self.skip_LxDxD is None else self.skip_LxDxD[layer]
 
     def padded_size(self, name: str, count: int, least: int) -> int:
         """Return the size to which arrays that grow with the active features are padded.

@@ -3,6 +3,7 @@
 A set may be circuit-tracer's, Gemma Scope's files, our own checkpoints, or dictionaries in memory.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,13 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution.local.dictionaries import (
-    LayerDictionaries,
-    LoadEncoder,
-    ReadRows,
-    check_dictionary,
-    check_width,
-)
+from saejax.attribution.local.dictionaries import LayerDictionaries, check_dictionary, check_width
 from saejax.dictionaries import Dictionary, DictionaryConfig, formats
 from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, place
 from saejax.errors import UserError
@@ -29,15 +24,13 @@ _READS = ("mlp_in", "resid_mid", hooks.NORMED)  # kinds of site that transcoders
 _REFERENCE = re.compile(r"(?![./~])[^/@:]+/[^/@:]+(/[^@:]+)?(@.+)?")
 _FILES = ("layer_*.safetensors", "W_enc_*.safetensors", "W_dec_*.safetensors", "params_layer_*.safetensors")
 
-ReadWrites = Callable[[int, np.ndarray], np.ndarray]
-
 
 class LayerTranscoders(LayerDictionaries):
     """A transcoder for every layer, from layer 0; or a cross-layer one, whose features write to later layers, too.
 
     Args:
-      name, configs, load, rows, reads, revision, load_encoder: see ``LayerDictionaries``; in a cross-layer set, the
-        decoder of a layer is what its features write to their own layer.
+      name, configs, load, reads, revision, files: see ``LayerDictionaries``; in a cross-layer set, the decoder of a
+        layer is what its features write to their own layer.
       writes: given a layer and features [U], reads what these write to their own layer and to each later one,
         [U, L - layer, D]; None: they write to their own alone.
     """
@@ -47,13 +40,12 @@ class LayerTranscoders(LayerDictionaries):
         name: str,
         configs: Sequence[DictionaryConfig],
         load: Callable[[int], Dictionary],
-        rows: ReadRows | None = None,
         reads: str = "mlp_in",
         revision: str = "",
-        writes: ReadWrites | None = None,
-        load_encoder: LoadEncoder | None = None,
+        files: circuit_tracer.TranscoderSet | None = None,
+        writes: Callable[[int, np.ndarray], np.ndarray] | None = None,
     ):
-        super().__init__(name, configs, load, rows, reads, revision, load_encoder)
+        super().__init__(name, configs, load, reads, revision, files)
         self._writes = writes
 
     @property
@@ -68,7 +60,7 @@ class LayerTranscoders(LayerDictionaries):
     def writes(self, layer: int, features_U: np.ndarray) -> np.ndarray:
         """Return what features of a layer write to each layer that they write to, fp32 [U, X, D]."""
         if self._writes is None:
-            return self.rows(layer, "W_dec", features_U)[:, None]
+            return super().writes(layer, features_U)
         return np.asarray(self._writes(layer, features_U), np.float32)
 
     @classmethod
@@ -145,24 +137,17 @@ def open_transcoders(
     """
     name, folder, commit = find_folder(str(path), revision, subfolder, choice)
     if circuit_tracer.is_set(folder):
-        return _opened(name, circuit_tracer.open_set(folder), commit)
-    if files := gemma_scope.find_layers(folder, choice):
-        return _opened(name, circuit_tracer.of_files(files), commit)
-    located = formats.locate_transcoders(folder)
-    return LayerTranscoders(
-        name, [each.config for each in located], lambda layer: located[layer].load("float32", "auto")
-    )
-
-
-def _opened(name: str, opened: circuit_tracer.TranscoderSet, commit: str) -> LayerTranscoders:
-    """Return the layers of an open set; they stay in their files' dtype on the devices."""
-
-    def load(layer: int) -> Dictionary:
-        return opened.load(layer, dtype="auto")
-
-    writes = opened.writes if opened.decoders else None
-    encoder = opened.load_encoder
-    return LayerTranscoders(name, opened.configs, load, opened.rows, opened.reads, commit, writes, encoder)
+        files = circuit_tracer.open_set(folder)
+    elif layers := gemma_scope.find_layers(folder, choice):
+        files = circuit_tracer.of_files(layers)
+    else:
+        located = formats.locate_transcoders(folder)
+        configs = [each.config for each in located]
+        return LayerTranscoders(name, configs, lambda layer: located[layer].load("float32", "auto"))
+    # In the files' dtype, in which they stay on the devices.
+    load = functools.partial(files.load, dtype="auto")
+    writes = files.writes if files.decoders else None
+    return LayerTranscoders(name, files.configs, load, files.reads, commit, files, writes)
 
 
 def find_folder(
@@ -170,13 +155,8 @@ def find_folder(
 ) -> tuple[str, Path, str]:
     """Return the name of a set, its folder, which is fetched from the hub if need be, and the commit there.
 
-    Of a repository with several transcoders of each layer nothing is fetched but those that are meant.
-
-    Args:
-      path: a folder, or ORG/NAME/SUBFOLDER@REVISION with hf:// before it or without.
-      revision: on the hub, where the path names none.
-      subfolder: within the folder or repository, where the path names none.
-      choice: among several transcoders of each layer, see ``open_transcoders``.
+    Of a repository with several transcoders of each layer nothing is fetched but those that are meant. The path may be
+    ORG/NAME/SUBFOLDER@REVISION, with hf:// before it or without; for all parameters see ``open_transcoders``.
     """
     # A folder here goes before a repository of the same name.
     if _REFERENCE.fullmatch(path) and not Path(path).exists():

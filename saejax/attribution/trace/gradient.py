@@ -16,105 +16,32 @@ direct edges with ``estimate="relp"`` in a model without biases do, since its ru
 (``DecoderConfig.backward``).
 """
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, TOKEN, Nodes
-from saejax.attribution.local.dictionaries import LayerSaes
-from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.local.rows import TOKENS, Put
-from saejax.attribution.trace.prompt import check_max_features
-from saejax.attribution.trace.rounds import Traced, attribute_in_rounds, make_graph
-from saejax.attribution.trace.sae_run import IN_STREAM, Readings, SaeRun
-from saejax.attribution.trace.targets import Target, read_targets
-from saejax.dictionaries import Dictionary
+from saejax.attribution.trace.sae_run import Readings, SaeRun
 from saejax.errors import UserError
-from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
-from saejax.runner.parts import OnProgress, silent
-
-Saes = LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]
 
 
-def trace_gradient(model: LanguageModel, saes: Saes, prompt: str | Sequence[int], **options: Any) -> Graph:
-    """Return the graph of a prompt with SAEs: that of ``trace_saes``, which has the same arguments."""
-    return trace_saes(model, saes, prompt, **options).graph
-
-
-def trace_saes(
-    model: LanguageModel,
-    saes: Saes,
-    prompt: str | Sequence[int],
-    *,
-    targets: Sequence[Target] = (),
-    max_logits: int = 10,
-    logit_mass: float = 0.95,
-    max_features: int | None = None,
-    estimate: str = "gradient",
-    direct: bool = False,
-    chat: bool = False,
-    on_progress: OnProgress = silent,
-) -> Traced[SaeRun]:
-    """Trace a prompt with SAEs; features are used at all positions but attention sinks.
+class GradientRows:
+    """Reads the sources' contributions off gradients.
 
     Args:
-      model: the language model.
-      saes: SAEs, or folders of such or of trained stacks; at most one of each layer, at any of its sites.
-      prompt: the text, or its token ids.
-      targets: what is explained, as in ``trace_prompt``.
-      max_logits: maximum number of tokens that are explained, if no targets are named.
-      logit_mass: total probability of these tokens, 0 to 1.
-      max_features: maximum number of features with nodes; None: all active ones.
-      estimate: "gradient", or "relp", by the rules of relevance patching.
-      direct: whether edges are direct; see the top of this module.
-      chat: put a text into the tokenizer's chat template, as a user's turn.
-      on_progress: called with the rows of the graph that are done and of all; may raise to stop.
-
-    Raises:
-      UserError: SAEs, model, prompt or targets do not go together; the message says why.
-    """
-    check_max_features(max_features)
-    ids_P = prompt_ids(model, prompt, chat)
-    run = SaeRun.of(model, LayerSaes.of(saes), ids_P, estimate, direct)
-    readouts = read_targets(run, targets, max_logits, logit_mass)
-    rows, active = _Rows(run), run.active
-    kind_A = run.sites.kind_S[_slots(run, active.layer_A)]
-
-    def fill(new_F: np.ndarray | None, put: Put) -> None:
-        if new_F is None:
-            stream_K = np.full(len(readouts.labels), IN_STREAM, np.int32)
-            readings = Readings(readouts.vector_KxD, readouts.layer_K, stream_K, readouts.position_K)
-            rows(readings, readouts.layer_K, put)
-        else:
-            layer_F, position_F = active.layer_A[new_F], active.position_A[new_F]
-            vector_FxD = run.dictionaries.rows_of("W_enc", layer_F, active.feature_A[new_F])
-            # A site lies within its layer, below the stream that enters the next.
-            rows(Readings(vector_FxD, layer_F, kind_A[new_F], position_F), layer_F + 1, put)
-
-    count = min(max_features or len(active), len(active))
-    chosen_F, store = attribute_in_rounds(run, rows.nodes, readouts, fill, count, on_progress)
-    if not (np.isfinite(store.row_BxC).all() and np.isfinite(store.dropped_R).all()):
-        raise UserError(f"gradients of {model.source.name} are not finite: try --model.dtype=float32")
-    edges = f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates"
-    settings = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features, edges=edges)
-    return Traced(make_graph(run, rows.nodes, readouts, chosen_F, store, prompt, settings), run, readouts)
-
-
-class _Rows:
-    """Reads the sources' contributions off gradients.
+      run: of the prompt.
+      readouts: the targets that are no features.
 
     Attributes:
       nodes: the sources: features, errors, tokens, and a bias for each SAE.
     """
 
-    def __init__(self, run: SaeRun):
-        self._run, active, tokens = run, run.active, len(run.ids_P)
+    def __init__(self, run: SaeRun, readouts: Readouts):
+        self._run, self._readouts, active, tokens = run, readouts, run.active, len(run.ids_P)
         layer_S, every_P = run.sites.layer_S, np.arange(tokens)
         self.nodes = Nodes.joined(
             Nodes.of(FEATURE, active.layer_A, active.position_A, active.feature_A, active.value_A),
@@ -127,11 +54,24 @@ class _Rows:
         _, first_U, self._row_A = np.unique(key_A, return_index=True, return_inverse=True)
         self._table_UxD = run.dictionaries.rows_of("W_dec", active.layer_A[first_U], active.feature_A[first_U])
         # The features of each site and position, which stand together.
-        group_A = _slots(run, active.layer_A) * tokens + active.position_A
+        group_A = run.sites.slot_L[active.layer_A] * tokens + active.position_A
         self._starts = np.searchsorted(group_A, np.arange(len(layer_S) * tokens + 1))
         self._token_PxD = to_host(run.stream_LxTxD[0, :tokens])
 
-    def __call__(self, readings: Readings, top_B: np.ndarray, put: Put) -> None:
+    def __call__(self, new_F: np.ndarray | None, put: Put) -> None:
+        """Compute the rows of some active features, or (None) of the readouts; see ``rounds.FillRows``."""
+        run, readouts = self._run, self._readouts
+        if new_F is None:
+            top_B = np.full(len(readouts), run.model.config.n_layers, np.int32)
+            last_B = np.full(len(readouts), len(run.ids_P) - 1, np.int32)
+            self._read(Readings(readouts.vector_KxD, top_B, np.ones(len(readouts), bool), last_B), top_B, put)
+        else:
+            layer_F, position_F = run.active.layer_A[new_F], run.active.position_A[new_F]
+            vector_FxD = run.dictionaries.rows_of("W_enc", layer_F, run.active.feature_A[new_F])
+            # A site lies within its layer, below the stream that enters the next.
+            self._read(Readings(vector_FxD, layer_F, np.zeros(len(new_F), bool), position_F), layer_F + 1, put)
+
+    def _read(self, readings: Readings, top_B: np.ndarray, put: Put) -> None:
         """Compute what each source contributes to each target.
 
         Args:
@@ -149,7 +89,10 @@ class _Rows:
             # Filled up with copies, so that one program serves all batches.
             batch = Readings(*by_row(mesh, *(part[np.resize(chosen_B, size)] for part in readings)))
             gradients = run.gradients(batch, np.int32(top_B[chosen_B[0]]))
-            put(chosen_B, self._contributions(*gradients)[: len(chosen_B)])
+            row_BxN = self._contributions(*gradients)[: len(chosen_B)]
+            if not np.isfinite(row_BxN).all():
+                raise UserError(f"gradients of {run.model.source.name} are not finite: try --model.dtype=float32")
+            put(chosen_B, row_BxN)
 
         with ThreadPoolExecutor(2 if mesh.size == 1 else 1) as pool:  # as in ``rows.RowTracer``
             list(pool.map(read, range(0, len(order_B), size)))
@@ -173,8 +116,3 @@ class _Rows:
         ]
         into_NxB[features:] = np.concatenate(products)
         return into_NxB.T
-
-
-def _slots(run: SaeRun, layer_A: np.ndarray) -> np.ndarray:
-    """Return the index of each layer's SAE among the SAEs."""
-    return np.searchsorted(run.sites.layer_S, layer_A)

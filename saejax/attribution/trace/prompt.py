@@ -1,9 +1,10 @@
 """Trace a prompt into an attribution graph.
 
-1. The model is run once, and its local replacement model holds what is frozen (``LocalModel``).
-2. The targets are chosen: logits, differences of logits, or other directions (``read_targets``).
-3. Rows are computed by pulling targets back to all sources: first those of the readouts, then those of features, in
-   rounds of the most influential ones so far (``attribute_in_rounds``).
+1. The model is run once. Its local replacement model holds what is frozen (``LocalModel``); with SAEs in place of
+   transcoders, the run holds what they read (``SaeRun``).
+2. The targets are chosen: logits, or differences of logits (``read_targets``).
+3. Rows are computed by pulling targets back to all sources, or from gradients (``gradient``): first those of the
+   readouts, then those of features, in rounds of the most influential ones so far (``attribute_in_rounds``).
 
 Its memory is estimated before the work starts, and again when the features of the prompt are counted
 (``check_memory``). A graph is made in two phases, and the larger one counts: in the layers, each transcoder's encoder
@@ -22,15 +23,25 @@ import psutil
 from jax.sharding import Mesh
 
 from saejax.attribution.graph import Graph
+from saejax.attribution.local.dictionaries import LayerSaes, Saes
 from saejax.attribution.local.directions import READ_AT_ONCE
 from saejax.attribution.local.model import AnySet, LocalModel, open_set
 from saejax.attribution.local.prompt_run import AT_ONCE, prompt_ids
-from saejax.attribution.local.readouts import padded
-from saejax.attribution.local.rows import Put, batch_tokens
+from saejax.attribution.local.readouts import Readouts, Target, padded, read_targets
+from saejax.attribution.local.rows import Put, RowTracer, batch_tokens
 from saejax.attribution.local.sources import WIDTH
 from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.attribution.trace.rounds import ROUND_ROWS, WHOLE, Traced, attribute_in_rounds, columns_kept, make_graph
-from saejax.attribution.trace.targets import Target, read_targets
+from saejax.attribution.trace.gradient import GradientRows
+from saejax.attribution.trace.rounds import (
+    ROUND_ROWS,
+    WHOLE,
+    FillRows,
+    Traced,
+    attribute_in_rounds,
+    columns_kept,
+    make_graph,
+)
+from saejax.attribution.trace.sae_run import SaeRun
 from saejax.dictionaries import DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
@@ -129,8 +140,11 @@ def estimate_memory(size: GraphSize, tokens: int, mesh: Mesh) -> Memory:
     entries = sources + active * (size.writes - 1)
     targets = traced + size.logits
     columns = columns_kept(targets, active, sources - active)
-    # Rows are copied when columns are given up while they are computed.
-    adjacency = targets * columns + (WHOLE if columns < sources else 0)
+    # Rows are copied when columns are given up: while they are computed, and at the end.
+    copied = WHOLE if columns < sources else 0
+    if traced < active:
+        copied = max(copied, targets * (traced + sources - active))
+    adjacency = targets * columns + copied
     encoders = width * (min(traced, ROUND_ROWS) if traced < active else traced)
     rows_host = adjacency + 2 * at_once * positions / length * entries + encoders
     rows_host += min(READ_AT_ONCE, width * directions)
@@ -177,58 +191,86 @@ def trace(model: LanguageModel, transcoders: AnySet, prompt: str | Sequence[int]
     return trace_prompt(model, transcoders, prompt, **options).graph
 
 
+def trace_gradient(model: LanguageModel, saes: Saes, prompt: str | Sequence[int], **options: Any) -> Graph:
+    """Return the graph of a prompt with SAEs: that of ``trace_prompt``, which has the same arguments."""
+    return trace_prompt(model, LayerSaes.of(saes), prompt, **options).graph
+
+
 def trace_prompt(
     model: LanguageModel,
-    transcoders: AnySet,
+    dictionaries: AnySet | LayerSaes,
     prompt: str | Sequence[int],
     *,
     targets: Sequence[Target] = (),
     max_logits: int = 10,
     logit_mass: float = 0.95,
     max_features: int | None = None,
+    estimate: str = "gradient",
+    direct: bool = False,
     chat: bool = False,
     on_progress: OnProgress = silent,
-) -> Traced[LocalModel]:
+) -> Traced:
     """Trace a prompt.
 
     Args:
       model: the language model.
-      transcoders: one for each layer: an open set, dictionaries in memory, or what ``open_transcoders`` opens.
+      dictionaries: a transcoder for each layer: an open set, dictionaries in memory, or what ``open_transcoders``
+        opens; or SAEs of some layers, whose features are used at all positions but attention sinks.
       prompt: the text, before which the tokenizer's first special token is put if it begins with none, or its token
-        ids, which are taken as they are. At the first position no feature is used.
+        ids, which are taken as they are. At the first position no feature of a transcoder is used.
       targets: what is explained: tokens, as ids or texts of one token; pairs of them, for the difference of their
-        logits; ``Direction``s. None: the most probable next tokens.
+        logits. None: the most probable next tokens.
       max_logits: maximum number of tokens that are explained, if no targets are named; 1 or more.
       logit_mass: the smallest set of most probable tokens with this total probability is explained, 0 to 1.
       max_features: maximum number of features with nodes, the most influential ones; None: all active ones.
+      estimate: with SAEs, "gradient", or "relp", by the rules of relevance patching.
+      direct: with SAEs, whether edges are direct; see ``gradient``.
       chat: put a text into the tokenizer's chat template, as a user's turn.
       on_progress: called with the rows of the graph that are done and of all; may raise to stop.
 
     Returns:
-      The whole graph, its local replacement model, and the targets.
+      The whole graph, the run of the prompt, and the targets.
 
     Raises:
-      UserError: set, model, prompt or targets do not go together, or the graph does not fit into the free memory; the
-        message says why.
+      UserError: dictionaries, model, prompt or targets do not go together, or the graph does not fit into the free
+        memory; the message says why.
     """
-    dictionaries = open_set(transcoders)
-    check_max_features(max_features)
+    if max_features is not None and max_features < 1:
+        raise UserError(f"max_features is {max_features}: expected 1 or more")
+    settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
+    # 1. The run.
     ids_P = prompt_ids(model, prompt, chat)
-    local = _run(model, dictionaries, ids_P, max_features, len(targets) or max_logits)
-    readouts = read_targets(local, targets, max_logits, logit_mass)
-    active, nodes = local.active, local.sources.nodes
-    count = min(max_features or len(active), len(active))
-    rows = local.row_tracer(count + len(readouts.labels))
+    if isinstance(dictionaries, LayerSaes):
+        run: LocalModel | SaeRun = SaeRun.of(model, dictionaries, ids_P, estimate, direct)
+        settings["edges"] = f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates"
+    else:
+        run = _run(model, open_set(dictionaries), ids_P, max_features, len(targets) or max_logits)
+    # 2. The targets.
+    readouts = read_targets(run, targets, max_logits, logit_mass)
+    # 3. The rows.
+    count = min(max_features or len(run.active), len(run.active))
+    if isinstance(run, SaeRun):
+        gradient_rows = GradientRows(run, readouts)
+        fill: FillRows = gradient_rows
+        nodes = gradient_rows.nodes
+    else:
+        fill, nodes = _fill_rows(run, readouts, count), run.sources.nodes
+    chosen_F, store = attribute_in_rounds(run, nodes, readouts, fill, count, on_progress)
+    return Traced(make_graph(run, nodes, readouts, chosen_F, store, prompt, settings), run, readouts)
+
+
+def _fill_rows(local: LocalModel, readouts: Readouts, count: int) -> FillRows:
+    """Return what pulls readouts, and ``count`` features, back to all sources."""
+    rows, active = RowTracer(local, local.sources, count + len(readouts)), local.active
+    top_K = np.full(len(readouts), local.model.config.n_layers, np.int32)
 
     def fill(new_F: np.ndarray | None, put: Put) -> None:
         if new_F is None:
-            rows(readouts.layer_K, readouts.position_K, readouts.vector_KxD, put, in_stream=True)
+            rows(top_K, np.full_like(top_K, len(local.ids_P) - 1), readouts.vector_KxD, put, in_stream=True)
         else:
             rows(active.layer_A[new_F], active.position_A[new_F], local.encoder_rows(new_F), put)
 
-    chosen_F, store = attribute_in_rounds(local, nodes, readouts, fill, count, on_progress)
-    settings = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
-    return Traced(make_graph(local, nodes, readouts, chosen_F, store, prompt, settings), local, readouts)
+    return fill
 
 
 def _run(
@@ -250,9 +292,3 @@ def _run(
     # The features of this prompt, counted, in place of those that were certain before.
     make_room(len(local.active) / (model.config.n_layers * (len(ids_P) - 1)))
     return local
-
-
-def check_max_features(max_features: int | None) -> None:
-    """Refuse, with a ``UserError``, what is neither None nor a number of features."""
-    if max_features is not None and max_features < 1:
-        raise UserError(f"max_features is {max_features}: expected 1 or more")

@@ -11,19 +11,17 @@ import numpy as np
 from jax import lax
 
 from saejax.attribution.local.dictionaries import LayerSaes
+from saejax.attribution.local.directions import FeatureOutputs
 from saejax.attribution.local.edits import CHUNK, Change
 from saejax.attribution.local.layers import FrozenModel, embed
 from saejax.attribution.local.prompt_run import (
-    AT_ONCE,
     Active,
     LocalRun,
     PromptRun,
     activations,
     active_features,
-    encode_used,
 )
-from saejax.attribution.local.readouts import Readouts, padded, read_changes
-from saejax.attribution.trace.targets import logit_directions
+from saejax.attribution.local.readouts import Readouts, logit_directions, padded, read_changes
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.models import decoder
@@ -37,8 +35,6 @@ from saejax.parallel.collectives import to_host
 from saejax.runner.parts import OnProgress, silent
 from saejax.settings import GRAPH_ESTIMATES
 
-IN_STREAM = -1  # in place of a kind: the stream that enters a layer is read
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +44,7 @@ class SaeSites:
     #: layer_S and kind_S: int32 of each site; kinds are counted in ``kinds``.
     layer_S: np.ndarray
     kind_S: np.ndarray
-    slot_LxK: np.ndarray  #: int32, which site stands at a layer; S: none
+    slot_L: np.ndarray  #: int32, which site stands in a layer; S: none
     kinds: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))  #: those that there are (static)
 
     @classmethod
@@ -57,17 +53,17 @@ class SaeSites:
         kinds = tuple(sorted({site.kind for site in sites}))
         layer_S = np.array([site.layer for site in sites], np.int32)
         kind_S = np.array([kinds.index(site.kind) for site in sites], np.int32)
-        slot_LxK = np.full((layers, len(kinds)), len(sites), np.int32)
-        slot_LxK[layer_S, kind_S] = np.arange(len(sites))
-        return cls(layer_S, kind_S, slot_LxK, kinds)
+        slot_L = np.full(layers, len(sites), np.int32)
+        slot_L[layer_S] = np.arange(len(sites))
+        return cls(layer_S, kind_S, slot_L, kinds)
 
 
 class Readings(NamedTuple):
-    """A batch of targets: directions at a layer, a kind of site or ``IN_STREAM``, and a position."""
+    """A batch of targets: directions at a layer and a position."""
 
     vector_BxD: np.ndarray
     layer_B: np.ndarray
-    kind_B: np.ndarray
+    in_stream_B: np.ndarray  #: whether the stream that enters the layer is read, or its site
     position_B: np.ndarray
 
 
@@ -101,31 +97,29 @@ class SaeRun(PromptRun):
         saes.check(model)
         rules = RunRules(backward=one_of(estimate, GRAPH_ESTIMATES, "estimate"))
         sites, length = SaeSites.of(saes.sites, model.config.n_layers), padded(len(ids_P))
-        x_TxD = embed(FrozenModel(model.config), model.params, np.pad(ids_P, (0, length - len(ids_P))))
+        x_TxD = embed(FrozenModel(model.config, model.params), np.pad(ids_P, (0, length - len(ids_P))))
         stream_LxTxD, last_D, read_SxTxD = _run(
             model.config, rules, model.params, sites, x_TxD, np.int32(len(ids_P) - 1)
         )
         logits_V = to_host(decoder.unembed(model.config, model.params, last_D[None], rules)[0])
-        if not np.isfinite(logits_V).all():
-            raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
-        active_by_site, errors, biases = [], [], []
+        active_by_site, errors, biases, outputs = [], [], [], FeatureOutputs(saes, length)
         for site, read_TxD in zip(saes.sites, read_SxTxD, strict=True):
             sae = saes.load(site.layer, model.mesh)
             # Padding has no features; attention sinks are left out by the SAE's own rule.
             used_T = np.arange(length) < len(ids_P)
-            active_by_site.append(active_features(sae, site.layer, read_TxD, used_T))
-            size = max(1, min(length, AT_ONCE // sae.config.n_features))
-            # Chunk by chunk: the activations of all positions would exceed the memory with a wide SAE.
-            chunks = [slice(start, start + size) for start in range(0, length, size)]
-            errors.append(np.concatenate([to_host(_errors(sae, read_TxD[chunk], used_T[chunk])) for chunk in chunks]))
-            biases.append(to_host(sae.b_dec_D[...]))
-        active = Active.concatenate(active_by_site)
-        if not len(active):
-            raise UserError(f"no feature of {saes.name} is active in this prompt: is it of this model?")
-        return cls(
-            model, saes, rules, ids_P, active, logits_V, last_D, stream_LxTxD, sites, read_SxTxD, np.stack(errors),
-            np.stack(biases), direct,
+            active = active_features(sae, site.layer, read_TxD, used_T)
+            outputs.add(site.layer, active.position_A, active.feature_A, active.value_A)
+            written_TxD, b_dec_D = outputs.pop(site.layer), to_host(sae.b_dec_D[...])
+            error_TxD = to_host(read_TxD) - b_dec_D - (0 if written_TxD is None else written_TxD)
+            active_by_site.append(active)
+            errors.append(np.where(used_T[:, None], error_TxD, 0))
+            biases.append(b_dec_D)
+        run = cls(
+            model, saes, rules, ids_P, Active.concatenate(active_by_site), logits_V, last_D, stream_LxTxD, sites,
+            read_SxTxD, np.stack(errors), np.stack(biases), direct,
         )  # fmt: skip
+        run.check()
+        return run
 
     def gradients(self, readings: Readings, top: np.int32) -> tuple[np.ndarray, np.ndarray]:
         """Return the gradients of targets with respect to changes at sites and to the embedded tokens.
@@ -163,17 +157,16 @@ class SaeRun(PromptRun):
         if freeze != "none":
             raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
         model, n_layers, last = self.model, self.model.config.n_layers, len(self.ids_P) - 1
-        readouts, index_J = readouts or Readouts.none(model.config.d_model), np.asarray(features, np.int64)
+        index_J = np.asarray(features, np.int64)
         feature_J, position_J, layer_J = (
             column[index_J] for column in (self.active.feature_A, self.active.position_A, self.active.layer_A)
         )
         encoder_JxD = self.dictionaries.rows_of("W_enc", layer_J, feature_J)
         site_of = {site.layer: site for site in self.dictionaries.sites}
-        entering = {layer: Site("resid_pre", layer) for layer in readouts.layer_K.tolist() if layer < n_layers}
         leaving = Site("resid_post", n_layers - 1)
-        capture = [*(site_of[layer] for layer in np.unique(layer_J).tolist()), *entering.values(), leaving]
+        capture = list(dict.fromkeys([*(site_of[layer] for layer in np.unique(layer_J).tolist()), leaving]))
         feature_RxJ = np.tile(self.active.value_A[index_J], (len(edits), 1))
-        readout_RxK = np.tile(readouts.value_K, (len(edits), 1))
+        readout_RxK = np.tile(readouts.value_K if readouts else np.empty(0, np.float32), (len(edits), 1))
         logits_RxV = np.tile(self.logits_V, (len(edits), 1))
         size = max(CHUNK // (len(self.ids_P) * model.config.d_model), 1)
         for start in range(0, len(edits), size):
@@ -182,21 +175,15 @@ class SaeRun(PromptRun):
             # The prompt goes along as the first row: a small effect is a difference of values of one program.
             batch = [[], *edits[rows]]
             tokens = Tokens(np.tile(self.ids_P, (len(batch), 1)), np.full(len(batch), last + 1, np.int32))
-            sites = model(tokens, capture=list(dict.fromkeys(capture)), edits=self._edits(batch), logits=False).sites
-
+            sites = model(tokens, capture=capture, edits=self._edits(batch), logits=False).sites
             for layer in np.unique(layer_J).tolist():
                 here, value = np.flatnonzero(layer_J == layer), sites[str(site_of[layer])].astype(jnp.float32)
                 feature_RxJ[rows, here] += read_changes(value[0], value[1:], position_J[here], encoder_JxD[here])
-            for layer in np.unique(readouts.layer_K[~readouts.normed_K]).tolist():
-                here = np.flatnonzero((readouts.layer_K == layer) & ~readouts.normed_K)
-                value = sites[str(entering.get(layer, leaving))].astype(jnp.float32)
-                probes = readouts.position_K[here], readouts.vector_KxD[here]
-                readout_RxK[rows, here] += read_changes(value[0], value[1:], *probes)
-            last_BxD, top = sites[str(leaving)][:, last], np.flatnonzero(readouts.normed_K)
-            if len(top):
-                pairs = readouts.pair_Kx2[top].T
-                value_BxX = _read_logits(model.config, self.rules, model.params, last_BxD.astype(jnp.float32), *pairs)
-                readout_RxK[rows, top] += to_host(value_BxX[1:] - value_BxX[:1])
+            last_BxD = sites[str(leaving)][:, last]
+            if readouts:
+                at_last = last_BxD.astype(jnp.float32), *readouts.pair_Kx2.T
+                value_BxK = _read_logits(model.config, self.rules, model.params, *at_last)
+                readout_RxK[rows] += to_host(value_BxK[1:] - value_BxK[:1])
             if logits:
                 logits_RxV[rows] = to_host(decoder.unembed(model.config, model.params, last_BxD[1:], self.rules))
         return LocalRun(feature_RxJ, readout_RxK, logits_RxV if logits else None)
@@ -248,13 +235,6 @@ def _run(
     return seen["resid_pre"], leaving_TxD[last], read_LxKxTxD[sites.layer_S, sites.kind_S]
 
 
-@jax.jit
-def _errors(sae: Dictionary, read_TxD: jax.Array, used_T: jax.Array) -> jax.Array:
-    """Return what an SAE does not explain of what it reads, 0 where it is not used."""
-    error_TxD = read_TxD - sae.decode(encode_used(sae, read_TxD, used_T), read_TxD)
-    return jnp.where(used_T[:, None], error_TxD, jnp.zeros_like(error_TxD))
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _read_logits(
     config: DecoderConfig,
@@ -282,48 +262,46 @@ def _gradients(
 
     With ``frozen_SxTxD`` the model goes on with these values at the sites, whatever comes from below.
     """
-    batch, width = readings.vector_BxD.shape
-    tokens, kinds = stream_LxTxD.shape[1], len(sites.kinds)
     # As arrays of JAX, which the layer's number can index within the loop.
-    tables, sites = whole_prompt_tables(config, tokens), jax.tree.map(jnp.asarray, sites)
-    at_BxTxD = (jnp.arange(tokens)[None] == readings.position_B[:, None])[..., None] * readings.vector_BxD[:, None]
+    tables, sites = whole_prompt_tables(config, stream_LxTxD.shape[1]), jax.tree.map(jnp.asarray, sites)
+    at_BxT = jnp.arange(stream_LxTxD.shape[1])[None] == readings.position_B[:, None]
 
-    def seed(layer: jax.Array, kind: jax.Array) -> jax.Array:
-        """Return the directions that are read at a layer and a kind, [B, T, D]; else 0."""
-        here_B = (readings.layer_B == layer) & (readings.kind_B == kind)
-        return jnp.where(here_B[:, None, None], at_BxTxD, 0)
+    def seed(layer: jax.Array, in_stream: bool) -> jax.Array:
+        """Return the directions that are read of the stream entering a layer, or at its site, [B, T, D]; else 0."""
+        here_B = (readings.layer_B == layer) & (readings.in_stream_B == in_stream)
+        return jnp.where((at_BxT & here_B[:, None])[..., None], readings.vector_BxD[:, None], 0)
 
     def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Pull the gradients through one layer, from its output to its input."""
         (above_BxTxD, site_SxBxTxD), layer = carry, top - 1 - index
-        slot_K = sites.slot_LxK[layer]
+        slot = sites.slot_L[layer]
+        kind_here = sites.kind_S.at[slot].get(mode="fill", fill_value=-1)
 
-        def run_layer(x_TxD: jax.Array, delta_KxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Return the stream leaving the layer [T, D], and what is read at its sites [K, T, D], before changes."""
-            read = {}
+        def run_layer(x_TxD: jax.Array, delta_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Return the stream leaving the layer, and what is read at its site before changes, both [T, D]."""
+            read = []
 
             def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
-                read[kind] = value_TxD
                 if kind not in sites.kinds:
                     return value_TxD
-                number = sites.kinds.index(kind)
+                # Only where there is a site: elsewhere the model goes on with its value.
+                is_site = kind_here == sites.kinds.index(kind)
+                read.append(jnp.where(is_site, value_TxD, 0))
                 if frozen_SxTxD is not None:
-                    frozen_TxD = frozen_SxTxD.at[slot_K[number]].get(mode="fill", fill_value=0)
-                    # Only where there is a site: elsewhere the model goes on with its value.
-                    value_TxD = jnp.where(slot_K[number] < len(frozen_SxTxD), frozen_TxD, value_TxD)
-                return value_TxD + delta_KxTxD[number]
+                    frozen_TxD = frozen_SxTxD.at[slot].get(mode="fill", fill_value=0)
+                    value_TxD = jnp.where(is_site, frozen_TxD, value_TxD)
+                return value_TxD + jnp.where(is_site, delta_TxD, 0)
 
             leaving_TxD = decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook)
-            return leaving_TxD, jnp.stack([read[kind] for kind in sites.kinds])
+            return leaving_TxD, sum(read)
 
-        delta_KxTxD = jnp.zeros((kinds, tokens, width), stream_LxTxD.dtype)
-        _, pull = jax.vjp(run_layer, stream_LxTxD[layer], delta_KxTxD)
-        read_BxKxTxD = jnp.moveaxis(jax.vmap(seed, (None, 0))(layer, jnp.arange(kinds)), 0, 1)
-        below_BxTxD, of_BxKxTxD = jax.vmap(lambda *both: pull(both))(above_BxTxD, read_BxKxTxD)
-        # Kinds without a site in this layer stand at a slot beyond the last, which is dropped.
-        site_SxBxTxD = site_SxBxTxD.at[slot_K].set(jnp.moveaxis(of_BxKxTxD, 1, 0), mode="drop")
-        return below_BxTxD + seed(layer, jnp.int32(IN_STREAM)), site_SxBxTxD
+        _, pull = jax.vjp(run_layer, stream_LxTxD[layer], jnp.zeros_like(stream_LxTxD[0]))
+        below_BxTxD, of_BxTxD = jax.vmap(lambda *both: pull(both))(above_BxTxD, seed(layer, False))
+        # A layer without a site has a slot beyond the last, which is dropped.
+        site_SxBxTxD = site_SxBxTxD.at[slot].set(of_BxTxD, mode="drop")
+        return below_BxTxD + seed(layer, True), site_SxBxTxD
 
-    site_SxBxTxD = jnp.zeros((len(sites.layer_S), batch, tokens, width), stream_LxTxD.dtype)
-    token_BxTxD, site_SxBxTxD = lax.fori_loop(0, top, down, (seed(top, jnp.int32(IN_STREAM)), site_SxBxTxD))
+    above_BxTxD = seed(top, True)
+    site_SxBxTxD = jnp.zeros((len(sites.layer_S), *above_BxTxD.shape), stream_LxTxD.dtype)
+    token_BxTxD, site_SxBxTxD = lax.fori_loop(0, top, down, (above_BxTxD, site_SxBxTxD))
     return site_SxBxTxD, token_BxTxD

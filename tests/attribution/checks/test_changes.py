@@ -11,9 +11,9 @@ from made_transcoders import IDS, made_set
 from saejax.attribution.checks import matched, scale, set_to
 from saejax.attribution.graph.nodes import Nodes
 from saejax.attribution.local import edits
+from saejax.attribution.local.model import Vectors
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
-from saejax.attribution.trace.targets import Direction, read_targets
 from saejax.errors import UserError
 
 
@@ -22,7 +22,8 @@ def setting(lm):
     """A prompt's local model, its readouts and graph, and the model in PyTorch."""
     transcoders = made_set(lm, kind="topk")
     graph, here, readouts = trace_prompt(lm, LayerTranscoders.of(transcoders), IDS, targets=[7, (9, 11)])
-    return SimpleNamespace(here=here, readouts=readouts, graph=graph, edited=EditedModel(lm, transcoders))
+    edited = EditedModel(lm, transcoders)
+    return SimpleNamespace(here=here, readouts=readouts, graph=graph, edited=edited, transcoders=transcoders)
 
 
 def readouts_of(logits_V):
@@ -78,12 +79,15 @@ def test_above_the_last_held_layer_the_model_runs_freely(setting):
     np.testing.assert_array_equal(ways[0], ways["none"])
     np.testing.assert_allclose(ways[1], ways["none"], atol=5e-6)  # nothing has changed when layer 0 runs
     assert all(np.abs(ways[u] - ways[v]).max() > 1e-3 for u, v in ((1, 2), (2, 3), (3, 4), (4, "all")))
-    # The stream that enters layer 2 is the prompt's and what all changes below add to it, number by number.
-    width = here.model.config.d_model
-    places = [(t, axis_D) for t in range(len(IDS)) for axis_D in np.eye(width, dtype=np.float32)]
-    axes = read_targets(here, [Direction(axis_D, layer=until, position=t) for t, axis_D in places], 10, 0.95)
+    # The stream that enters layer 2 is the prompt's and what all changes below add to it.
     below, above = ([c for c in row if (c.layer < until) == is_below] for is_below in (True, False))
-    entering_TxD = here.run([below], "all", readouts=axes).readout_RxK.reshape(len(IDS), width).astype(np.float64)
+    rows = [np.asarray(setting.transcoders[c.layer].W_dec_FxD[...])[c.feature] for c in below]
+    old = [here.active.value_A[here.active.index_of[c.layer, c.position, c.feature]] for c in below]
+    vector_ExD = np.stack([(c.value - value) * row for c, value, row in zip(below, old, rows, strict=True)])
+    layer_E, position_E = (np.array([getattr(c, name) for c in below]) for name in ("layer", "position"))
+    added = Vectors(np.zeros(len(below), np.int64), layer_E + 1, position_E, vector_ExD.astype(np.float32))
+    change_TxD = next(change[0] for layer, change, _ in here.pushforward(added, 1) if layer == until)
+    entering_TxD = np.asarray(here.stream_LxTxD[until] + change_TxD, np.float64)[: len(IDS)]
     logits_V, _ = setting.edited.run(IDS, above, (until, entering_TxD))
     np.testing.assert_allclose(ways[until], readouts_of(logits_V), atol=2e-5)
 

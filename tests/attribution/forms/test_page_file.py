@@ -9,7 +9,7 @@ from graph_pages import scores
 from made_up_documents import made_up_document
 from reference_graphs import LAYERS, each_graph, needs_graphs
 
-from saejax.attribution.forms.document import ERROR_TYPE, check_document, read_document
+from saejax.attribution.forms.document import ERROR_TYPE, check_document, ranked_links, read_document
 from saejax.attribution.forms.page import page_edges, page_html, write_page
 from saejax.errors import UserError
 from saejax.page.scripts import embedded
@@ -66,6 +66,18 @@ def test_edges_come_as_they_were_the_strongest_first():
     score = dict(zip(wanted, scores(document), strict=True))
     np.testing.assert_allclose(edges["score"], [score[edge] for edge in found], rtol=1e-5)
     assert page_edges({**document, "links": []})["source"] == []
+
+
+def test_edges_are_ranked_by_the_influence_that_goes_through_them_not_by_their_units():
+    document = made_up_document(features=40, edges=300)
+    order, score_E = ranked_links(document)
+    assert np.allclose(score_E, scores(document), atol=1e-12) and (np.diff(score_E[order]) <= 0).all()
+    # A target whose unit is a thousandth of what it was: nothing that matters is another.
+    target = document["links"][0]["target"]
+    scaled = dict(document, links=[dict(one) for one in document["links"]])
+    for link in scaled["links"]:
+        link["weight"] *= 1000 if link["target"] == target else 1
+    assert np.allclose(ranked_links(scaled)[1], score_E, atol=1e-12)
 
 
 @needs_graphs
