@@ -15,18 +15,20 @@ answers. Features are added until the dose is reached; then all are edited parti
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.readouts import Readouts
-from saejax.circuits.groups import THIRDS, Group, Key
+from saejax.circuits.groups import Group, Key
 from saejax.parallel.collectives import to_host
 
 EDITS = ("total", "direct", "swap")
 CONTROLS = ("random", "placebo")
+CONTROL_SETS = 2  # of each kind, that each edit of a group is compared with, in every prompt
+SETS = 1 + len(CONTROLS) * CONTROL_SETS  # a group's own features first
 _BLOCK = 64  # features whose decoder rows are read at once
 
 
@@ -74,15 +76,14 @@ def edit_table(
       groups: that own features.
       counterpart: of a prompt of the same length, whose active features are changed, too; None: activations become 0.
     """
-    index_of, new_index_of = local.active.index_of, counterpart.active.index_of if counterpart else {}
-    places = sorted(index_of.keys() | new_index_of.keys())
-    old_N = np.array(
-        [local.active.value_A[index_of[place]] if place in index_of else 0 for place in places], np.float32
+    value_of, new_value_of = (
+        dict(zip(model.active.index_of, model.active.value_A, strict=True)) if model else {}
+        for model in (local, counterpart)
     )
-    new_N = np.zeros_like(old_N)
-    if counterpart:
-        value_A = counterpart.active.value_A
-        new_N[:] = [value_A[new_index_of[place]] if place in new_index_of else 0 for place in places]
+    places = sorted(value_of.keys() | new_value_of.keys())
+    old_N, new_N = (
+        np.array([values.get(place, 0) for place in places], np.float32) for values in (value_of, new_value_of)
+    )
     layer_N, position_N, feature_N = np.array(places, np.int32).reshape(-1, 3).T
     keys = [Key(layer, feature, str(roles[position])) for layer, position, feature in places]
     group_of = {key: number for number, group in enumerate(groups) for key in group.members}
@@ -98,7 +99,6 @@ def measure_prompt(
     *,
     counterpart: LocalModel | None = None,
     placebo: Mapping[Key, float] = {},
-    controls: int = 2,
     seed: int = 0,
 ) -> PromptEffects:
     """Measure all groups on a prompt.
@@ -110,38 +110,37 @@ def measure_prompt(
       answer: the logit difference of the answers, one readout.
       counterpart: of its counterpart, of the same length; None: nothing is swapped.
       placebo: influence of features on a placebo target.
-      controls: random and placebo sets of each group and edit.
       seed: of the control sets.
     """
-    rng, sets = np.random.default_rng(seed), 1 + len(CONTROLS) * controls
+    rng = np.random.default_rng(seed)
     ablation = edit_table(local, roles, groups)
-    swap = edit_table(local, roles, groups, counterpart) if counterpart else None
-    # An edit to its own value: the feature is not computed again, and so passes nothing on.
+    tables = dict(total=ablation, direct=ablation)
+    if counterpart:
+        tables["swap"] = edit_table(local, roles, groups, counterpart)
+    # Holding a feature is setting it to the activation that it has.
     same = dataclasses.replace(ablation, new_N=ablation.old_N)
     held = [same.changes(np.flatnonzero(ablation.owner_N == g)) for g in range(len(groups))]
-    rows: list[list[Change]] = []
-    dose_ExGxS = np.full((len(EDITS), len(groups), sets), np.nan)
-    for e, edit in enumerate(EDITS):
-        table = swap if edit == "swap" else ablation
+    rows: list[list[list[Change]]] = [[] for _ in groups]
+    dose_ExGxS = np.full((len(EDITS), len(groups), SETS), np.nan)
+    for e, (edit, table) in enumerate(tables.items()):
         for g, group in enumerate(groups):
-            if table is None:
-                rows += [[]] * sets
-                continue
             # Below the group nothing changes, so there is nothing to hold.
             lowest = min(key.layer for key in group.members)
             above = [change for h, some in enumerate(held) if h != g for change in some if change.layer >= lowest]
             kept = above if edit == "direct" else []
-            for s, (chosen, fraction, dose) in enumerate(_draw_sets(local, table, group, g, controls, placebo, rng)):
-                rows.append(table.changes(chosen, fraction) + kept)
+            for s, (chosen, fraction, dose) in enumerate(_draw_sets(local, table, group, g, placebo, rng)):
+                rows[g].append(table.changes(chosen, fraction) + kept)
                 dose_ExGxS[e, g, s] = dose
+
     # The rows of ``ablation`` are the active features, in their order.
     member_J = np.flatnonzero(ablation.owner_N >= 0)
-    readout_R, feature_RxJ = _run_rows(local, rows, answer, member_J)
-    answer_ExGxS = (answer.value_K[0] - readout_R).astype(np.float64).reshape(dose_ExGxS.shape)
-    if swap is None:
-        answer_ExGxS[EDITS.index("swap")] = np.nan
-    act_ExGxSxJ = activations(local, member_J, feature_RxJ).astype(np.float64).reshape(*dose_ExGxS.shape, -1)
-    act_GxSxJ = act_ExGxSxJ[EDITS.index("direct")]
+    answer_ExGxS, act_GxSxJ = np.full_like(dose_ExGxS, np.nan), np.empty((len(groups), SETS, len(member_J)))
+    for g in range(len(groups)):
+        # The rows of a group run together: what lies below its features is not run again.
+        run = local.run(rows[g], readouts=answer, features=member_J, logits=False)
+        answer_ExGxS[: len(tables), g] = (answer.value_K[0] - run.readout_RxK[:, 0]).reshape(len(tables), SETS)
+        act_ExSxJ = activations(local, member_J, run.feature_RxJ).reshape(len(tables), SETS, -1)
+        act_GxSxJ[g] = act_ExSxJ[EDITS.index("direct")]
     return PromptEffects(answer_ExGxS, _lost_shares(local, ablation.owner_N[member_J], member_J, act_GxSxJ), dose_ExGxS)
 
 
@@ -160,30 +159,11 @@ def activations(local: LocalModel, member_J: np.ndarray, pre_RxJ: np.ndarray) ->
     return np.where(pre_RxJ > threshold_J, pre_RxJ, 0)
 
 
-def _run_rows(
-    local: LocalModel, rows: Sequence[list[Change]], answer: Readouts, member_J: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the readout of each row of changes [R], and the pre-activations of some features [R, J].
-
-    Rows whose changes begin in one third of the layers run together: what lies below a change is not run again.
-    """
-    n_layers = local.model.config.n_layers
-    start_R = np.array([min((change.layer for change in row), default=n_layers - 1) for row in rows])
-    readout_R, feature_RxJ = np.empty(len(rows), np.float32), np.empty((len(rows), len(member_J)), np.float32)
-    # By thirds: rows run from the lowest layer of any of them.
-    third_R = start_R * len(THIRDS) // n_layers
-    for third in np.unique(third_R):
-        here = np.flatnonzero(third_R == third)
-        run = local.run([rows[r] for r in here.tolist()], readouts=answer, features=member_J, logits=False)
-        readout_R[here], feature_RxJ[here] = run.readout_RxK[:, 0], run.feature_RxJ
-    return readout_R, feature_RxJ
-
-
 def _lost_shares(local: LocalModel, owner_J: np.ndarray, member_J: np.ndarray, act_GxSxJ: np.ndarray) -> np.ndarray:
     """Return the share of each group's activation, weighted by what it writes, that vanishes: [G, S, G]."""
     # Weighted by what they write: a large activation with a short decoder row matters little.
-    vectors = _written(local, local.active.layer_A[member_J], local.active.feature_A[member_J])
-    size_J = np.array([np.linalg.norm(vector) for vector in vectors])
+    written = _written(local, local.active.layer_A[member_J], local.active.feature_A[member_J])
+    size_J = np.array([np.linalg.norm(vector_XxD) for vector_XxD in written])
     clean_J = local.active.value_A[member_J].astype(np.float64)
     lost_GxSxG = np.full((*act_GxSxJ.shape[:2], len(act_GxSxJ)), np.nan)
     for h in range(len(act_GxSxJ)):
@@ -194,17 +174,19 @@ def _lost_shares(local: LocalModel, owner_J: np.ndarray, member_J: np.ndarray, a
     return lost_GxSxG
 
 
-def _written(local: LocalModel, layer_J: np.ndarray, feature_J: np.ndarray) -> list[np.ndarray]:
-    """Return what each feature writes at activation 1 to the layers that it writes to, each [X, D]."""
-    vectors: list[np.ndarray] = [np.empty(0)] * len(layer_J)
-    # Layer by layer, since a layer's rows are read from its files together.
-    for layer in np.unique(layer_J):
-        here = np.flatnonzero(layer_J == layer)
-        feature_U, index = np.unique(feature_J[here], return_inverse=True)
-        vector_UxXxD = local.dictionaries.writes(int(layer), feature_U)
-        for j, u in zip(here, index, strict=True):
-            vectors[j] = vector_UxXxD[u]
-    return vectors
+def _written(local: LocalModel, layer_J: np.ndarray, feature_J: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield what each feature writes at activation 1 to the layers that it writes to, each [X, D]."""
+    for start in range(0, len(layer_J), _BLOCK):
+        layer_B, feature_B = layer_J[start : start + _BLOCK], feature_J[start : start + _BLOCK]
+        vector_of: dict[tuple[int, int], np.ndarray] = {}
+        # Layer by layer, since a layer's rows are read from its files together.
+        for layer in np.unique(layer_B).tolist():
+            feature_U = np.unique(feature_B[layer_B == layer])
+            vector_UxXxD = local.dictionaries.writes(layer, feature_U)
+            vector_of |= {
+                (layer, u): vector_XxD for u, vector_XxD in zip(feature_U.tolist(), vector_UxXxD, strict=True)
+            }
+        yield from (vector_of[place] for place in zip(layer_B.tolist(), feature_B.tolist(), strict=True))
 
 
 def _draw_sets(
@@ -212,7 +194,6 @@ def _draw_sets(
     table: EditTable,
     group: Group,
     number: int,
-    controls: int,
     placebo: Mapping[Key, float],
     rng: np.random.Generator,
 ) -> list[tuple[np.ndarray, float, float]]:
@@ -227,15 +208,14 @@ def _draw_sets(
     # No dose is too large: all of the group's features are taken.
     drawn = [_reach(local, table, np.flatnonzero((table.owner_N == number) & changed_N), np.inf)]
     influence_M = np.array([placebo.get(table.keys[row], 0.0) for row in pool_M.tolist()])
-    for control in CONTROLS:
-        for _ in range(controls):
-            order = rng.permutation(len(pool_M))
-            if control == "placebo":  # the most influential half in random order, so that placebo sets differ
-                ranked = order[np.argsort(-influence_M[order], kind="stable")]
-                # Half of those with any influence; the others follow where these do not reach the dose.
-                first = max((influence_M > 0).sum() // 2, 1)
-                order = np.concatenate([rng.permutation(ranked[:first]), ranked[first:]])
-            drawn.append(_reach(local, table, pool_M[order], drawn[0][2]))
+    for control in np.repeat(CONTROLS, CONTROL_SETS):
+        order = rng.permutation(len(pool_M))
+        if control == "placebo":  # the most influential half in random order, so that placebo sets differ
+            ranked = order[np.argsort(-influence_M[order], kind="stable")]
+            # Half of those with any influence; the others follow where these do not reach the dose.
+            first = max((influence_M > 0).sum() // 2, 1)
+            order = np.concatenate([rng.permutation(ranked[:first]), ranked[first:]])
+        drawn.append(_reach(local, table, pool_M[order], drawn[0][2]))
     return drawn
 
 
@@ -243,18 +223,16 @@ def _reach(local: LocalModel, table: EditTable, rows: np.ndarray, dose: float) -
     """Return as many of the first rows as reach a dose, the fraction of their change that does, and the dose."""
     sums: dict[tuple[int, int], np.ndarray] = {}
     taken, square = 0, 0.0
-    while taken < len(rows) and square < dose**2:
-        block = rows[taken : taken + _BLOCK]
-        vectors = _written(local, table.layer_N[block], table.feature_N[block])
-        for row, vector_XxD in zip(block.tolist(), vectors, strict=True):
-            place = int(table.layer_N[row]), int(table.position_N[row])
-            before_XxD = sums.get(place, np.zeros_like(vector_XxD))
-            # Changes at one place are summed as vectors: the dose is the norm of what reaches the stream.
-            sums[place] = before_XxD + (table.new_N[row] - table.old_N[row]) * vector_XxD
-            square += float((sums[place] ** 2).sum() - (before_XxD**2).sum())
-            taken += 1
-            if square >= dose**2:
-                break
+    written = _written(local, table.layer_N[rows], table.feature_N[rows])
+    for row, vector_XxD in zip(rows.tolist(), written, strict=True):
+        if square >= dose**2:
+            break
+        place = int(table.layer_N[row]), int(table.position_N[row])
+        before_XxD = sums.get(place, np.zeros_like(vector_XxD))
+        # Changes at one place are summed as vectors: the dose is the norm of what reaches the stream.
+        sums[place] = before_XxD + (table.new_N[row] - table.old_N[row]) * vector_XxD
+        square += float((sums[place] ** 2).sum() - (before_XxD**2).sum())
+        taken += 1
     reached = max(square, 0.0) ** 0.5
     # Partially, where the last feature went beyond the dose; never beyond what the features are.
     fraction = min(dose / reached, 1.0) if reached > 0 else 1.0
