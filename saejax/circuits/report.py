@@ -139,7 +139,7 @@ def _feature_strips(key: Key, name: str, details: FeatureDetails) -> Strips:
     for context in details.examples:
         acts = tuple(map(float, context["activations"]))
         tokens = tuple(map(str, context["tokens"]))
-        examples.append(Example(0, 0, tokens, acts, acts.index(max(acts)), "strongest of its text"))
+        examples.append(Example(tokens, acts, acts.index(max(acts)), "strongest of its text"))
     return Strips(name, note, tuple(examples))
 
 

@@ -62,14 +62,15 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     circuit = results.behaviours["sides"]
     assert circuit.traced == 3 and circuit.measured == circuit.swapped == 4 and circuit.proposed
     assert 0 < len(circuit.groups) <= 6 and circuit.edges
-    page = html.unescape((unit / "sides.html").read_text())
+    page = html.unescape((unit / "sides.html").read_text()).replace("\u00a0", " ")
     # Every effect has a row, with its interval, its controls, and how far it exceeds them.
     rows = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in re.findall("<tr.*?</tr>", page)]
     for edge in circuit.edges:
         figures = [edge.in_unit(number, value) for value in (edge.random, edge.placebo)]
         figures += [edge.in_unit(interval, value) for value in (edge.over_random, edge.over_placebo)]
         row = [edge.source, edge.target, edge.in_unit(interval, edge.effect), *figures]
-        assert [*row, percent(edge.dose), answer(edge.drawn)] in rows
+        row += [percent(edge.dose), answer(edge.drawn)]
+        assert [cell.replace("\u00a0", " ") for cell in row] in rows
     assert page.index("<figure") < page.index("<table") and 'class="contexts"' in page and "promotes" in page
     assert "does not fire" not in page  # at the latest in the prompts that were traced
     assert all(f"Group: {group.name}" in page for group in circuit.groups)
