@@ -45,7 +45,7 @@ class PromptEffects:
     dose_ExGxS: np.ndarray  #: fp64 doses
 
 
-class Edit(NamedTuple):
+class KeyEdit(NamedTuple):
     """A feature at a position, and the activation that an edit gives it."""
 
     key: Key  #: layer, index, and role of the position
@@ -62,7 +62,7 @@ class Edit(NamedTuple):
 
 def list_edits(
     local: LocalModel, roles: np.ndarray, groups: Sequence[Group], counterpart: LocalModel | None = None
-) -> list[Edit]:
+) -> list[KeyEdit]:
     """Return the edits that set features to 0, or to the activations that they have in the counterpart.
 
     Args:
@@ -80,7 +80,7 @@ def list_edits(
     for place in sorted(old_of.keys() | new_of.keys()):
         layer, position, feature = place
         key, zero = Key(layer, feature, str(roles[position])), np.float32(0)
-        edits.append(Edit(key, position, old_of.get(place, zero), new_of.get(place, zero), group_of.get(key, -1)))
+        edits.append(KeyEdit(key, position, old_of.get(place, zero), new_of.get(place, zero), group_of.get(key, -1)))
     return edits
 
 
@@ -153,7 +153,7 @@ def activations(local: LocalModel, member_J: np.ndarray, pre_RxJ: np.ndarray) ->
     return np.where(pre_RxJ > threshold_J, pre_RxJ, 0)
 
 
-def _lost_shares(local: LocalModel, members: Sequence[Edit], act_GxSxJ: np.ndarray) -> np.ndarray:
+def _lost_shares(local: LocalModel, members: Sequence[KeyEdit], act_GxSxJ: np.ndarray) -> np.ndarray:
     """Return the share of each group's activation, weighted by what it writes, that vanishes: [G, S, G]."""
     # Weighted by what they write: a large activation with a short decoder row matters little.
     size_J = np.array([np.linalg.norm(vector_XxD) for vector_XxD in _written(local, members)])
@@ -167,7 +167,7 @@ def _lost_shares(local: LocalModel, members: Sequence[Edit], act_GxSxJ: np.ndarr
     return lost_GxSxG
 
 
-def _written(local: LocalModel, edits: Sequence[Edit]) -> Iterator[np.ndarray]:
+def _written(local: LocalModel, edits: Sequence[KeyEdit]) -> Iterator[np.ndarray]:
     """Yield what each feature writes at activation 1 to the layers that it writes to, each [X, D]."""
     for start in range(0, len(edits), _BLOCK):
         block = [edit.key for edit in edits[start : start + _BLOCK]]
@@ -184,12 +184,12 @@ def _written(local: LocalModel, edits: Sequence[Edit]) -> Iterator[np.ndarray]:
 
 def _draw_sets(
     local: LocalModel,
-    edits: Sequence[Edit],
+    edits: Sequence[KeyEdit],
     group: Group,
     number: int,
     placebo: Mapping[Key, float],
     rng: np.random.Generator,
-) -> list[tuple[Sequence[Edit], float, float]]:
+) -> list[tuple[Sequence[KeyEdit], float, float]]:
     """Return edits, the fraction to which they are made, and the dose: of the group, random and placebo sets."""
     layers, roles = [key.layer for key in group.members], {key.role for key in group.members}
     # Features that the edit leaves as they are, such as equal ones in a swap, cannot make up a dose.
@@ -211,7 +211,7 @@ def _draw_sets(
     return drawn
 
 
-def _reach(local: LocalModel, edits: Sequence[Edit], dose: float) -> tuple[Sequence[Edit], float, float]:
+def _reach(local: LocalModel, edits: Sequence[KeyEdit], dose: float) -> tuple[Sequence[KeyEdit], float, float]:
     """Return as many of the first edits as reach a dose, the fraction of them that does, and the dose."""
     sums: dict[tuple[int, int], np.ndarray] = {}
     taken, square = 0, 0.0
