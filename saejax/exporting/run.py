@@ -6,13 +6,14 @@ circuit_tracer    the members of all layers in one set; where the stack is a swe
 neuronpedia       what their features are, for Neuronpedia and viewers of graphs, see ``export.neuronpedia``
 """
 
+import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from saejax.dictionaries import stacks
 from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own, saelens
-from saejax.dictionaries.modules import DictionaryConfig
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.exporting.neuronpedia import setting_of, write_bundle
@@ -75,11 +76,13 @@ def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs
         circuit_tracer.check([configs[i] for i in indices])
     for setting, indices in sets.items():
         folders = [member_folder(unit, members[i].name) for i in indices]
-        # One dictionary is loaded at a time: all layers together may be larger than the memory.
-        circuit_tracer.save_each(
-            out / setting, [configs[i] for i in indices], lambda n, folders=folders: load_dictionary(folders[n])
-        )
+        load = functools.partial(_load_nth, folders)  # one at a time: all layers may be larger than the memory
+        circuit_tracer.save_each(out / setting, [configs[i] for i in indices], load)
     return [setting or "." for setting in settings]
+
+
+def _load_nth(folders: Sequence[Path], index: int) -> Dictionary:
+    return load_dictionary(folders[index])
 
 
 def _clear(folder: Path) -> None:
