@@ -13,7 +13,8 @@ t interval over prompts: a bootstrap of few prompts excludes 0 whenever these ha
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import t
@@ -46,6 +47,10 @@ class Edge:
     prompts: int  #: number of prompts
     drawn: bool  #: whether it is an edge of the circuit
 
+    def in_unit(self, show: Callable[..., str], value: Any) -> str:
+        """Return one of its values as ``show`` writes it: in logits, or in % of the activation of a group."""
+        return show(value) if self.target == ANSWER else f"{show(value, 0, 100)} %"
+
 
 def judge_edges(
     names: Sequence[str],
@@ -68,31 +73,25 @@ def judge_edges(
         np.stack([getattr(effect, name) for effect in effects])
         for name in ("answer_ExGxS", "group_GxSxG", "dose_ExGxS")
     )
-    direct, numbers = EDITS.index("direct"), range(len(names))
     measured = [
-        ((names[g], ANSWER, edit), answer_PxExGxS[:, e, g], dose_PxExGxS[:, e, g])
+        ((source, ANSWER, edit), answer_PxExGxS[:, e, g], dose_PxExGxS[:, e, g])
         for e, edit in enumerate(EDITS)
-        for g in numbers
+        for g, source in enumerate(names)
     ]
     measured += [
-        ((names[g], names[h], "direct"), group_PxGxSxG[:, g, :, h], dose_PxExGxS[:, direct, g])
-        for g in numbers
-        for h in numbers
+        ((source, target, "direct"), group_PxGxSxG[:, g, :, h], dose_PxExGxS[:, EDITS.index("direct"), g])
+        for g, source in enumerate(names)
+        for h, target in enumerate(names)
         if g != h
     ]
-    # A silent group cannot be lost, and without a counterpart of equal length nothing is swapped.
-    finite = [np.isfinite(value_PxS).all(axis=1) for _, value_PxS, _ in measured]
-    kept = [
-        (
-            ends,
-            value_PxS[finite_P],
-            dose_PxS[finite_P],
+    kept = []
+    for ends, value_PxS, dose_PxS in measured:
+        # A silent group cannot be lost, and without a counterpart of equal length nothing is swapped.
+        finite_P = np.isfinite(value_PxS).all(axis=1)
+        if finite_P.sum() > 1 and np.abs(value_PxS[finite_P]).max() > _ROUNDING:
             # Drawn from the prompts that are left, in their templates: a group may be silent on some.
-            resampling_weights(np.asarray(templates)[finite_P], resamples, seed),
-        )
-        for (ends, value_PxS, dose_PxS), finite_P in zip(measured, finite, strict=True)
-        if finite_P.sum() > 1 and np.abs(value_PxS[finite_P]).max() > _ROUNDING
-    ]
+            weight_RxP = resampling_weights(np.asarray(templates)[finite_P], resamples, seed)
+            kept.append((ends, value_PxS[finite_P], dose_PxS[finite_P], weight_RxP))
     # All edges of a behaviour hold together: the level is divided by their number (Bonferroni).
     edges = [_judge(*case, level=1 - _LEVEL / len(kept)) for case in kept]
     return sorted(edges, key=lambda edge: EDITS.index(edge.edit))

@@ -1,6 +1,6 @@
 """The picture of a circuit: groups as boxes, layers from below, roles across, measured edges as arrows.
 
-Where a circuit of the behaviour was published, its outline stands beside ours, drawn in the same way from
+Where a circuit of the behaviour was published, its outline stands to the right, drawn in the same way from
 ``data/outlines.json``: groups with their role and row, and arrows without sizes.
 """
 
@@ -15,168 +15,145 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from saejax.circuits.edges import ANSWER
-from saejax.circuits.groups import ROLE_WORDS, ROLES, short_name
-from saejax.circuits.results import CircuitResults, GroupResults
+from saejax.circuits.groups import ROLE_WORDS, ROLES, Key
+from saejax.circuits.results import CircuitResults
 from saejax.page.style import BLUE, INK, ORANGE, styled
-from saejax.page.tables import number, percent
+from saejax.page.tables import number
 
 CARD, SOFT, LINE = "#f5f7f9", "#555e68", "#d4d9df"  # the page's theme replaces them
-_BOX, _TALL, _GAP, _BELOW, _LEFT = 2.2, 0.86, 0.5, 0.75, 0.75  # inches
-_COLUMN, _NARROW, _SPARE = 2.65, 1.6, 0.3  # inches of a column of ours, of the outline, and of the latter free
+# Inches: boxes of ours and of the outline, the height of both, what is between rows, and margins.
+_BOX, _OUTLINE_BOX, _TALL, _GAP, _BELOW, _LEFT, _ABOVE = 2.2, 1.3, 0.86, 0.5, 0.75, 0.75, 0.75
+_BETWEEN = 0.4  # inches between columns
 _ASIDE = 0.55  # inches, twice as far as arrows go aside that pass boxes
 _SIZE = 8.5  # points
 _NAMED = 3  # features that a box names
-_LANGUAGES = dict(antonym_french="antonym", antonym_spanish="antonym")  # one published circuit is of all three
-
 
 _Point = tuple[float, float]
 
 
 class _Box(NamedTuple):
-    """A group in a picture: its role and row, and lines of text, of which the first ones are its name."""
+    """A group in a picture: its role, height in inches, name, and a text below the name."""
 
     role: str
-    row: float
-    name: list[str]
-    lines: list[str]
+    y: float
+    name: str
+    text: str = ""
 
 
 class _Arrow(NamedTuple):
-    """An edge in a picture: its ends, its share of what it acts on, from -1 to 1, and its text."""
+    """An edge in a picture: its ends, its share of what it acts on, and its text."""
 
     source: str
     target: str
     share: float
-    text: str
+    text: str = ""
 
 
 def read_outline(behaviour: str) -> Mapping[str, Any] | None:
     """Return the outline of the circuit that was published of a behaviour; None if there is none."""
-    text = (importlib.resources.files(__package__) / "data" / "outlines.json").read_text("utf-8")
-    return json.loads(text).get(_LANGUAGES.get(behaviour, behaviour))
+    outlines = json.loads((importlib.resources.files(__package__) / "data" / "outlines.json").read_text("utf-8"))
+    # One published circuit is of antonyms in all languages.
+    return outlines.get(behaviour) or outlines.get(behaviour.removesuffix("_french").removesuffix("_spanish"))
 
 
 @styled
-def draw_circuit(circuit: CircuitResults, names: Mapping[str, str], outline: Mapping[str, Any] | None = None) -> Figure:
+def draw_circuit(circuit: CircuitResults, names: Mapping[Key, str], outline: Mapping[str, Any] | None = None) -> Figure:
     """Draw the groups, and the edges that ``edges.judge_edges`` calls drawn.
 
     Args:
       circuit: of a behaviour.
-      names: feature, as layer_index_role -> what it is called.
+      names: what features are called.
       outline: of the published circuit, drawn to the right.
     """
-    order = sorted(circuit.groups, key=lambda group: group.layer)
-    boxes, arrows = _measured(circuit, order, names), _arrows(circuit)
+    step = _TALL + _GAP
+    top = _BELOW + max(len(circuit.groups), 3) * step + 0.4  # of the answer
+    boxes = {ANSWER: _Box("last", top, f"answer “{circuit.answer}”", f"logit difference {number(circuit.logit_diff)}")}
+    for row, group in enumerate(sorted(circuit.groups, key=lambda group: group.layer)):
+        shown = ", ".join(dict.fromkeys(names[key] for key in group.members[:_NAMED]))
+        text = f"{len(group.members)} feature{'s' * (len(group.members) > 1)}: {shown}"
+        boxes[group.name] = _Box(group.role, _BELOW + row * step + _TALL / 2, group.name, text)
+    arrows = []
+    for edge in circuit.drawn():
+        whole = abs(circuit.logit_diff) if edge.target == ANSWER else 1.0
+        text = edge.in_unit(number, edge.effect.mean)
+        arrows.append(_Arrow(edge.source, edge.target, edge.effect.mean / max(whole, 1e-9), text))
     # The answer's column is there whatever the groups.
-    roles = [role for role in ROLES if role in {box.role for box in boxes.values()} | {"last"}]
-    width, rows = _LEFT + len(roles) * _COLUMN, len(order)
-    outline_width = 0.5 + len(ROLES) * _NARROW if outline else 0.0
-    height = _BELOW + max(rows, 3) * (_TALL + _GAP) + 1.15
-    figure = Figure(figsize=(width + outline_width, height))
+    roles = [role for role in ROLES if role in {box.role for box in boxes.values()}]
+    width = _LEFT + len(roles) * (_BOX + _BETWEEN)
+    whole_width = width + (0.3 + len(ROLES) * (_OUTLINE_BOX + _BETWEEN) if outline else 0.0)
+    figure = Figure(figsize=(whole_width, top + _ABOVE))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width + outline_width), ylim=(0, height))
+    axes.set(xlim=(0, whole_width), ylim=(0, top + _ABOVE))
     axes.set_axis_off()
-    words = {role: f"“{text}”" if (text := circuit.example.get(role)) else "" for role in roles}
-    x_of = {role: _LEFT + _COLUMN * (k + 0.5) for k, role in enumerate(roles)}
-    for row, group in enumerate(order):
-        y = _BELOW + row * (_TALL + _GAP) + _TALL / 2
+    for group in circuit.groups:
+        y = boxes[group.name].y
         axes.plot([_LEFT - 0.05, width], [y, y], color=LINE, linewidth=0.5, zorder=0)
         axes.text(_LEFT - 0.1, y, f"layer {group.layer:.0f}", size=_SIZE, color=SOFT, ha="right", va="center")
-    top = height - 0.75
-    _panel(axes, "Measured here", x_of, words, boxes, arrows, top, _BOX)
+    _draw_panel(axes, "Measured here", _LEFT, roles, boxes, arrows, _BOX)
     if outline:
-        start = width + 0.3
-        axes.plot([start - 0.15] * 2, [0.1, height - 0.1], color=LINE, linewidth=0.8)
-        columns = {role: start + _NARROW * (k + 0.5) for k, role in enumerate(ROLES)}
-        step = (top - 0.5 - _BELOW) / ((max(row for *_, row in outline["groups"]) + 1) * (_TALL + _GAP))
-        published = {
-            key: _Box(role, row * step, textwrap.wrap(text, 16), []) for key, text, role, row in outline["groups"]
-        }
-        edges = [_Arrow(source, target, 0.3, "") for source, target in outline["edges"]]
-        published[ANSWER] = _Box("last", -1, [f"answer “{outline['answer']}”"], [])
-        _panel(axes, "As published, of a larger model", columns, {}, published, edges, top, _NARROW - _SPARE)
+        axes.plot([width + 0.1] * 2, [0.1, top + _ABOVE - 0.1], color=LINE, linewidth=0.8)
+        spread = (top - 0.5 - _BELOW) / (max(row for *_, row in outline["groups"]) + 1)
+        published = {ANSWER: _Box("last", top, f"answer “{outline['answer']}”")}
+        for key, name, role, row in outline["groups"]:
+            published[key] = _Box(role, _BELOW + row * spread + _TALL / 2, name)
+        edges = [_Arrow(source, target, 0.3) for source, target in outline["edges"]]
+        _draw_panel(axes, "As published, of a larger model", width + 0.3, ROLES, published, edges, _OUTLINE_BOX)
     return figure
 
 
-def _measured(circuit: CircuitResults, order: Sequence[GroupResults], names: Mapping[str, str]) -> dict[str, _Box]:
-    boxes = {
-        ANSWER: _Box("last", -1, [f"answer “{circuit.answer}”"], [f"logit difference {number(circuit.logit_diff)}"])
-    }
-    for row, group in enumerate(order):
-        shown = ", ".join(dict.fromkeys(names.get(member, member) for member in group.members[:_NAMED]))
-        title = short_name(group.name)  # the rest is said by rows and columns
-        lines = [f"{len(group.members)} feature{'s' * (len(group.members) > 1)}: {shown}"]
-        boxes[group.name] = _Box(role_of(group), row, textwrap.wrap(title, 30)[:2], textwrap.wrap(lines[0], 38)[:2])
-    return boxes
-
-
-def _arrows(circuit: CircuitResults) -> list[_Arrow]:
-    arrows = []
-    for edge in circuit.drawn():
-        effect, to_answer = edge.effect.mean, edge.target == ANSWER
-        share = effect / max(abs(circuit.logit_diff), 1e-9) if to_answer else effect
-        text = number(effect) if to_answer else percent(effect)
-        arrows.append(_Arrow(edge.source, edge.target, min(max(share, -1.0), 1.0), text))
-    return arrows
-
-
-def _panel(
+def _draw_panel(
     axes: Axes,
     title: str,
-    x_of: Mapping[str, float],
-    words: Mapping[str, str],
+    left: float,
+    roles: Sequence[str],
     boxes: Mapping[str, _Box],
     arrows: Sequence[_Arrow],
-    top: float,
     wide: float,
 ) -> None:
-    """Draw boxes and arrows under a title, the answer at the top."""
-    left = min(x_of.values()) - wide / 2
-    axes.text(left, top + 0.55, title, size=_SIZE + 1.5, color=INK, weight="bold", va="center")
+    """Draw boxes and arrows under a title, a column for each role."""
+    x_of = {role: left + (k + 0.5) * (wide + _BETWEEN) for k, role in enumerate(roles)}
+    axes.text(
+        left + _BETWEEN / 2, boxes[ANSWER].y + 0.55, title, size=_SIZE + 1.5, color=INK, weight="bold", va="center"
+    )
     for role, x in x_of.items():
         axes.text(x, 0.38, ROLE_WORDS[role], size=_SIZE, color=SOFT, ha="center", va="center")
-        example = textwrap.shorten(words.get(role, ""), 38, placeholder=" …”").replace("… …", "…")
-        axes.text(x, 0.18, example, size=_SIZE - 1, color=SOFT, ha="center", va="center", parse_math=False)
-    height = {name: 0.5 if name == ANSWER else _TALL for name in boxes}
-    place = {
-        name: (x_of[box.role], top if name == ANSWER else _BELOW + box.row * (_TALL + _GAP) + _TALL / 2)
-        for name, box in boxes.items()
-    }
+    centre = {name: (x_of[box.role], box.y) for name, box in boxes.items()}
+    tall = {name: 0.5 if name == ANSWER else _TALL for name in boxes}
     for name, box in boxes.items():
-        _draw_box(axes, *place[name], box, wide, height[name])
-    labels: list[tuple[float, float]] = []
+        _draw_box(axes, *centre[name], box, wide, tall[name])
+    # Where no text of an arrow may be: centres, and half of widths and heights.
+    taken = [(*centre[name], wide / 2, tall[name] / 2 + 0.08) for name in boxes]
     for arrow in arrows:
-        start, bend, end = _route(place, height, arrow.source, arrow.target, wide)
-        color = BLUE if arrow.share > 0 else ORANGE
+        start, bend, end = _route(centre, tall, arrow.source, arrow.target, wide)
+        color, style = (BLUE, "-") if arrow.share > 0 else (ORANGE, (0, (4, 1.5)))
         axes.add_patch(
             FancyArrowPatch(
                 start, end, connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", mutation_scale=9, color=color,
-                linewidth=0.8 + 3.0 * abs(arrow.share), linestyle="-" if color == BLUE else (0, (4, 1.5)), zorder=2,
-                shrinkA=0, shrinkB=0,
+                linewidth=0.8 + 3.0 * min(abs(arrow.share), 1.0), linestyle=style, zorder=2, shrinkA=0, shrinkB=0,
             )
         )  # fmt: skip
+        # The middle first; then further away from both ends, where other arrows meet.
+        points = [_along(start, bend, end, part) for part in (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8)]
+        free = [p for p in points if all(abs(p[0] - x) > w or abs(p[1] - y) > h for x, y, w, h in taken)]
+        x, y = (free or points)[0]
         if arrow.text:
-            # The middle first; then further away from both ends, where other arrows meet.
-            points = [_along(start, bend, end, part) for part in (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8)]
-            free = [p for p in points if all(abs(p[0] - x) > 0.4 or abs(p[1] - y) > 0.17 for x, y in labels)]
-            clear = [p for p in free if not any(_inside(p, place[name], wide, height[name]) for name in boxes)]
-            labels.append((clear or free or points)[0])
+            taken.append((x, y, 0.4, 0.17))
             axes.text(
-                *labels[-1], arrow.text, size=_SIZE, color=INK, ha="center", va="center", zorder=5,
+                x, y, arrow.text, size=_SIZE, color=INK, ha="center", va="center", zorder=5,
                 bbox=dict(facecolor=CARD, edgecolor="none", pad=1.0),
             )  # fmt: skip
 
 
 def _route(
-    place: Mapping[str, _Point], height: Mapping[str, float], source: str, target: str, wide: float
+    centre: Mapping[str, _Point], tall: Mapping[str, float], source: str, target: str, wide: float
 ) -> tuple[_Point, float, _Point]:
     """Return start, bend and end of an arrow; one that would cross boxes of its own column passes on their right."""
-    (x0, y0), (x1, y1) = place[source], place[target]
+    (x0, y0), (x1, y1) = centre[source], centre[target]
     low, high = sorted((y0, y1))
-    if abs(x0 - x1) < 0.1 and any(abs(x - x0) < 0.1 and low < y < high for x, y in place.values()):
+    if abs(x0 - x1) < 0.1 and any(abs(x - x0) < 0.1 and low < y < high for x, y in centre.values()):
         return (x0 + wide / 2, y0), _ASIDE / (y1 - y0), (x1 + wide / 2, y1)
     up = 1 if y1 >= y0 else -1
-    return (x0, y0 + up * height[source] / 2), 0.0, (x1, y1 - up * height[target] / 2)
+    return (x0, y0 + up * tall[source] / 2), 0.0, (x1, y1 - up * tall[target] / 2)
 
 
 def _along(start: _Point, bend: float, end: _Point, part: float) -> _Point:
@@ -187,16 +164,6 @@ def _along(start: _Point, bend: float, end: _Point, part: float) -> _Point:
     return first * x0 + middle * x + last * x1, first * y0 + middle * y + last * y1
 
 
-def _inside(point: _Point, box: _Point, wide: float, tall: float) -> bool:
-    return abs(point[0] - box[0]) < wide / 2 and abs(point[1] - box[1]) < tall / 2 + 0.08
-
-
-def role_of(group: GroupResults) -> str:
-    """Return the role at which most features of a group stand."""
-    roles = [member.rpartition("_")[2] for member in group.members]
-    return max(ROLES, key=roles.count)
-
-
 def _draw_box(axes: Axes, x: float, y: float, box: _Box, wide: float, tall: float) -> None:
     axes.add_patch(
         FancyBboxPatch(
@@ -204,12 +171,15 @@ def _draw_box(axes: Axes, x: float, y: float, box: _Box, wide: float, tall: floa
             edgecolor=SOFT, linewidth=0.8, zorder=3,
         )
     )  # fmt: skip
-    lines = [*box.name, *box.lines]
-    step = min(tall / (len(lines) + 0.4), 0.18)
-    top = y + step * (len(lines) - 1) / 2
-    for k, text in enumerate(lines):
-        is_name = k < len(box.name)
+    # As many letters to a line as a box has room for.
+    name, text = (
+        textwrap.wrap(words, int(wide * letters))[:2] for words, letters in ((box.name, 13.5), (box.text, 17))
+    )
+    step = min(tall / (len(name + text) + 0.4), 0.18)
+    top = y + step * (len(name + text) - 1) / 2
+    for k, line in enumerate(name + text):
+        size, color, weight = (_SIZE, INK, "bold") if k < len(name) else (_SIZE - 1, SOFT, "normal")
         axes.text(
-            x, top - k * step, text, size=_SIZE if is_name else _SIZE - 1, color=INK if is_name else SOFT, ha="center",
-            va="center", zorder=4, weight="bold" if is_name else "normal", parse_math=False,
+            x, top - k * step, line, size=size, color=color, weight=weight, ha="center", va="center", zorder=4,
+            parse_math=False,
         )  # fmt: skip

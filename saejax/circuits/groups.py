@@ -5,22 +5,23 @@
    prompt and its counterpart, ``last`` the last position, ``context`` all others. So a feature can return in a prompt
    of another template or length.
 3. Features that are among the most influential ones of several prompts return (``find_returning``).
-4. Those that share a label are a group; others are grouped by role and by third of the layers, and named by the tokens
-   that tell their features (``propose_groups``).
+4. Those that share a label are a group; others are grouped by role and by third of the layers, and named after their
+   most influential feature (``propose_groups``).
 
 The proposal is written to ``groups.json``; an edited copy is read back by ``read_groups``.
 """
 
+import dataclasses
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.graph.pruning import source_influence
@@ -30,29 +31,44 @@ from saejax.tasks.files import decode, read_bytes
 ROLES = ("content", "context", "last")
 ROLE_WORDS = dict(content="differing words", context="other words", last="last position")
 THIRDS = ("early", "middle", "late")  # of the layers
-# How the names of proposed groups say where their features stand.
-_PLACE = re.compile(rf" \((?:{'|'.join(ROLE_WORDS.values())})(?:, (?:{'|'.join(THIRDS)}) layers)?\)$")
-_NAMING = 3  # tokens that name a group
 _LEAST = 1e-3  # of a prompt's largest influence; less may be rounding
 _FORMAT = '{"two_hop": [["places", "3_17_content", "12_208_last"]]}: a label, then features as layer_index_role'
 
 
-class Key(NamedTuple):
+@dataclasses.dataclass(frozen=True, order=True)
+class Key:
     """A feature at positions of a role."""
 
-    layer: int
-    feature: int
-    role: str
+    layer: int  #: of the feature
+    feature: int  #: its index
+    role: str  #: one of ``ROLES``
 
     def __str__(self) -> str:
         return f"{self.layer}_{self.feature}_{self.role}"
 
+    @property
+    def address(self) -> Feature:
+        """Its layer and index: the feature at any position."""
+        return self.layer, self.feature
 
-class Group(NamedTuple):
+
+@dataclasses.dataclass(frozen=True)
+class Group:
     """Features that are taken to do one thing together."""
 
-    name: str
-    members: tuple[Key, ...]
+    name: str  #: as in ``groups.json``
+    members: tuple[Key, ...]  #: its features, the most influential first
+
+    @property
+    def role(self) -> str:
+        """The role at which most of its features stand."""
+        roles = [key.role for key in self.members]
+        return max(ROLES, key=roles.count)
+
+    @property
+    def layer(self) -> float:
+        """The mean layer of its features."""
+        return sum(key.layer for key in self.members) / len(self.members)
 
 
 def position_roles(ids_P: np.ndarray, counterpart_P: np.ndarray | None) -> np.ndarray:
@@ -118,8 +134,7 @@ def propose_groups(
     n_layers: int,
     size: int,
     most: int,
-    labels: Mapping[tuple[int, int], str] = {},
-    tokens: Mapping[Key, Mapping[str, float]] = {},
+    details: Mapping[Feature, FeatureDetails] = {},
 ) -> list[Group]:
     """Return groups of features that return, the most influential first.
 
@@ -128,43 +143,39 @@ def propose_groups(
       n_layers: of the model.
       size: most features of a group, the most influential ones.
       most: most groups.
-      labels: (layer, index) -> label; two features or more of one role and label are a group.
-      tokens: that tell each feature, with weights; the leading ones name a group without a label.
+      details: labels, by which features of one role are grouped, and what else names a feature.
     """
-    named = {key: f"{label} ({ROLE_WORDS[key.role]})" for key in scores if (label := labels.get(key[:2], "").strip())}
+    label_of = {key: details[key.address].label.strip() for key in scores if key.address in details}
+    named = {key: f"{label} ({ROLE_WORDS[key.role]})" for key, label in label_of.items() if label}
     counts = Counter(named.values())
     members: dict[str, list[Key]] = defaultdict(list)
     for key in sorted(scores, key=lambda key: -scores[key]):
         place = f"{ROLE_WORDS[key.role]}, {third_of(key.layer, n_layers)} layers"
         # A label of a single feature makes no group: it goes with the others of its place.
         members[named[key] if counts[named.get(key, "")] > 1 else place].append(key)
-    groups = [Group(name, tuple(keys[:size])) for name, keys in members.items()]
-    groups.sort(key=lambda group: -sum(scores[key] for key in group.members))
-    return [
-        group if counts[group.name] > 1 else group._replace(name=_name_by_tokens(group, scores, tokens))
-        for group in groups[:most]
-    ]
+    groups = []
+    for name, keys in members.items():
+        leading = details.get(keys[0].address) if name not in counts else None
+        name = f"{name_feature(keys[0], leading, n_layers)} ({name})" if leading else name
+        groups.append(Group(name, tuple(keys[:size])))
+    return sorted(groups, key=lambda group: -sum(scores[key] for key in group.members))[:most]
 
 
-def _name_by_tokens(group: Group, scores: Mapping[Key, float], tokens: Mapping[Key, Mapping[str, float]]) -> str:
-    """Return the tokens that tell most of a group's influence, before where it stands."""
-    weight: Counter[str] = Counter()
-    for key in group.members:
-        total = sum(tokens.get(key, {}).values())
-        for token, value in tokens.get(key, {}).items():
-            weight[token] += scores[key] * value / total  # type: ignore[assignment]
-    leading = " ".join(token for token, _ in weight.most_common(_NAMING))
-    return f"{leading} ({group.name})" if leading else group.name
-
-
-def short_name(name: str) -> str:
-    """Return the name of a proposed group without where its features stand; that of any other group as it is."""
-    return _PLACE.sub("", name)
-
-
-def third_of(layer: int, n_layers: int) -> str:
+def third_of(layer: float, n_layers: int) -> str:
     """Return the third of the layers that a layer is in."""
-    return THIRDS[layer * len(THIRDS) // n_layers]
+    return THIRDS[int(layer) * len(THIRDS) // n_layers]
+
+
+def is_output(feature: Key | Group, n_layers: int) -> bool:
+    """Return whether a feature or group may say the answer: it is late, at the position where the answer is read."""
+    return feature.role == "last" and third_of(feature.layer, n_layers) == THIRDS[-1]
+
+
+def name_feature(key: Key, details: FeatureDetails, n_layers: int) -> str:
+    """Return the label, or else the tokens on which a feature fires; of an output those that it promotes, if known."""
+    if is_output(key, n_layers) and details.top_logits:
+        details = dataclasses.replace(details, examples=())
+    return details.name or f"layer {key.layer}, feature {key.feature}"
 
 
 def as_json(behaviour: str, groups: Sequence[Group]) -> str:
@@ -200,14 +211,12 @@ def read_groups(file: str, behaviours: Iterable[str]) -> dict[str, list[Group]]:
 def _parse(entry: Any) -> Group:
     """Return a group of the file; raises ``ValueError`` where it is none."""
     name, *members = entry
-    if not isinstance(name, str) or not members:
+    keys = []
+    for member in members:
+        layer, feature, role = member.split("_")
+        if role not in ROLES or not layer.isdecimal() or not feature.isdecimal():
+            raise ValueError(member)
+        keys.append(Key(int(layer), int(feature), role))
+    if not isinstance(name, str) or not keys:
         raise ValueError
-    return Group(name, tuple(map(parse_key, members)))
-
-
-def parse_key(member: str) -> Key:
-    """Return the key that a text such as 3_17_content names; raises ``ValueError`` where it is none."""
-    layer, feature, role = member.split("_")
-    if role not in ROLES or not layer.isdecimal() or not feature.isdecimal():
-        raise ValueError(member)
-    return Key(int(layer), int(feature), role)
+    return Group(name, tuple(keys))

@@ -15,18 +15,21 @@ answers. Features are added until the dose is reached; then all are edited parti
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.readouts import Readouts
-from saejax.circuits.groups import THIRDS, Group, Key
+from saejax.circuits.groups import Group, Key
 from saejax.parallel.collectives import to_host
 
 EDITS = ("total", "direct", "swap")
 CONTROLS = ("random", "placebo")
+CONTROL_SETS = 2  # of each kind, that each edit of a group is compared with, in every prompt
+SETS = 1 + len(CONTROLS) * CONTROL_SETS  # a group's own features first
 _BLOCK = 64  # features whose decoder rows are read at once
 
 
@@ -42,52 +45,43 @@ class PromptEffects:
     dose_ExGxS: np.ndarray  #: fp64 doses
 
 
-@dataclasses.dataclass(frozen=True)
-class EditTable:
-    """Features of a prompt that an edit may change."""
+class KeyEdit(NamedTuple):
+    """A feature at a position, and the activation that an edit gives it."""
 
-    #: layer_N, position_N, feature_N: layer, position and index of each.
-    layer_N: np.ndarray
-    position_N: np.ndarray
-    feature_N: np.ndarray
-    #: old_N and new_N: its activations before and after.
-    old_N: np.ndarray
-    new_N: np.ndarray
-    keys: Sequence[Key]  #: of each
-    owner_N: np.ndarray  #: index of the group that it is in; -1: none
+    key: Key  #: layer, index, and role of the position
+    position: int
+    old: float  #: activation in the prompt
+    new: float  #: activation after the edit
+    group: int  #: index of the group that it is in; -1: none
 
-    def changes(self, rows: np.ndarray, fraction: float = 1.0) -> list[Change]:
-        """Return the changes of some rows, made to a fraction."""
-        value_N = self.old_N[rows] + fraction * (self.new_N[rows] - self.old_N[rows])
-        columns = (column[rows].tolist() for column in (self.layer_N, self.position_N, self.feature_N))
-        return [Change(*change) for change in zip(*columns, value_N.tolist(), strict=True)]
+    def change(self, fraction: float = 1.0) -> Change:
+        """Return the change of a run, made to a fraction."""
+        value = self.old + fraction * (self.new - self.old)
+        return Change(self.key.layer, self.position, self.key.feature, float(value))
 
 
-def edit_table(
+def list_edits(
     local: LocalModel, roles: np.ndarray, groups: Sequence[Group], counterpart: LocalModel | None = None
-) -> EditTable:
-    """Return the table of setting active features to 0, or to the activations that they have in the counterpart.
+) -> list[KeyEdit]:
+    """Return the edits that set features to 0, or to the activations that they have in the counterpart.
 
     Args:
-      local: of the prompt.
+      local: of the prompt, each of whose active features has an edit, in their order.
       roles: of its positions.
       groups: that own features.
       counterpart: of a prompt of the same length, whose active features are changed, too; None: activations become 0.
     """
-    index_of, new_index_of = local.active.index_of, counterpart.active.index_of if counterpart else {}
-    places = sorted(index_of.keys() | new_index_of.keys())
-    old_N = np.array(
-        [local.active.value_A[index_of[place]] if place in index_of else 0 for place in places], np.float32
-    )
-    new_N = np.zeros_like(old_N)
-    if counterpart:
-        value_A = counterpart.active.value_A
-        new_N[:] = [value_A[new_index_of[place]] if place in new_index_of else 0 for place in places]
-    layer_N, position_N, feature_N = np.array(places, np.int32).reshape(-1, 3).T
-    keys = [Key(layer, feature, str(roles[position])) for layer, position, feature in places]
     group_of = {key: number for number, group in enumerate(groups) for key in group.members}
-    owner_N = np.array([group_of.get(key, -1) for key in keys], np.int64)
-    return EditTable(layer_N, position_N, feature_N, old_N, new_N, keys, owner_N)
+    old_of, new_of = (
+        dict(zip(model.active.index_of, model.active.value_A, strict=True)) if model else {}
+        for model in (local, counterpart)
+    )
+    edits = []
+    for place in sorted(old_of.keys() | new_of.keys()):
+        layer, position, feature = place
+        key, zero = Key(layer, feature, str(roles[position])), np.float32(0)
+        edits.append(KeyEdit(key, position, old_of.get(place, zero), new_of.get(place, zero), group_of.get(key, -1)))
+    return edits
 
 
 def measure_prompt(
@@ -98,7 +92,6 @@ def measure_prompt(
     *,
     counterpart: LocalModel | None = None,
     placebo: Mapping[Key, float] = {},
-    controls: int = 2,
     seed: int = 0,
 ) -> PromptEffects:
     """Measure all groups on a prompt.
@@ -110,39 +103,39 @@ def measure_prompt(
       answer: the logit difference of the answers, one readout.
       counterpart: of its counterpart, of the same length; None: nothing is swapped.
       placebo: influence of features on a placebo target.
-      controls: random and placebo sets of each group and edit.
       seed: of the control sets.
     """
-    rng, sets = np.random.default_rng(seed), 1 + len(CONTROLS) * controls
-    ablation = edit_table(local, roles, groups)
-    swap = edit_table(local, roles, groups, counterpart) if counterpart else None
-    # An edit to its own value: the feature is not computed again, and so passes nothing on.
-    same = dataclasses.replace(ablation, new_N=ablation.old_N)
-    held = [same.changes(np.flatnonzero(ablation.owner_N == g)) for g in range(len(groups))]
-    rows: list[list[Change]] = []
-    dose_ExGxS = np.full((len(EDITS), len(groups), sets), np.nan)
-    for e, edit in enumerate(EDITS):
-        table = swap if edit == "swap" else ablation
+    rng = np.random.default_rng(seed)
+    ablation = list_edits(local, roles, groups)
+    edits_of = dict(total=ablation, direct=ablation)
+    if counterpart:
+        edits_of["swap"] = list_edits(local, roles, groups, counterpart)
+    rows: list[list[list[Change]]] = [[] for _ in groups]
+    dose_ExGxS = np.full((len(EDITS), len(groups), SETS), np.nan)
+    for e, (name, edits) in enumerate(edits_of.items()):
         for g, group in enumerate(groups):
-            if table is None:
-                rows += [[]] * sets
-                continue
-            # Below the group nothing changes, so there is nothing to hold.
             lowest = min(key.layer for key in group.members)
-            above = [change for h, some in enumerate(held) if h != g for change in some if change.layer >= lowest]
-            kept = above if edit == "direct" else []
-            for s, (chosen, fraction, dose) in enumerate(_draw_sets(local, table, group, g, controls, placebo, rng)):
-                rows.append(table.changes(chosen, fraction) + kept)
+            # Holding a feature is setting it to the activation that it has. Below the group nothing changes.
+            held = [
+                edit._replace(new=edit.old).change()
+                for edit in ablation
+                if name == "direct" and edit.group not in (-1, g) and edit.key.layer >= lowest
+            ]
+            for s, (chosen, fraction, dose) in enumerate(_draw_sets(local, edits, group, g, placebo, rng)):
+                rows[g].append([edit.change(fraction) for edit in chosen] + held)
                 dose_ExGxS[e, g, s] = dose
-    # The rows of ``ablation`` are the active features, in their order.
-    member_J = np.flatnonzero(ablation.owner_N >= 0)
-    readout_R, feature_RxJ = _run_rows(local, rows, answer, member_J)
-    answer_ExGxS = (answer.value_K[0] - readout_R).astype(np.float64).reshape(dose_ExGxS.shape)
-    if swap is None:
-        answer_ExGxS[EDITS.index("swap")] = np.nan
-    act_ExGxSxJ = activations(local, member_J, feature_RxJ).astype(np.float64).reshape(*dose_ExGxS.shape, -1)
-    act_GxSxJ = act_ExGxSxJ[EDITS.index("direct")]
-    return PromptEffects(answer_ExGxS, _lost_shares(local, ablation.owner_N[member_J], member_J, act_GxSxJ), dose_ExGxS)
+
+    # Edits of ``ablation`` are of the active features, in their order.
+    member_J = np.array([index for index, edit in enumerate(ablation) if edit.group >= 0], np.int64)
+    answer_ExGxS, act_GxSxJ = np.full_like(dose_ExGxS, np.nan), np.empty((len(groups), SETS, len(member_J)))
+    for g in range(len(groups)):
+        # The rows of a group run together: what lies below its features is not run again.
+        run = local.run(rows[g], readouts=answer, features=member_J, logits=False)
+        answer_ExGxS[: len(edits_of), g] = (answer.value_K[0] - run.readout_RxK[:, 0]).reshape(len(edits_of), SETS)
+        act_ExSxJ = activations(local, member_J, run.feature_RxJ).reshape(len(edits_of), SETS, -1)
+        act_GxSxJ[g] = act_ExSxJ[EDITS.index("direct")]
+    members = [ablation[index] for index in member_J.tolist()]
+    return PromptEffects(answer_ExGxS, _lost_shares(local, members, act_GxSxJ), dose_ExGxS)
 
 
 def activations(local: LocalModel, member_J: np.ndarray, pre_RxJ: np.ndarray) -> np.ndarray:
@@ -160,102 +153,78 @@ def activations(local: LocalModel, member_J: np.ndarray, pre_RxJ: np.ndarray) ->
     return np.where(pre_RxJ > threshold_J, pre_RxJ, 0)
 
 
-def _run_rows(
-    local: LocalModel, rows: Sequence[list[Change]], answer: Readouts, member_J: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the readout of each row of changes [R], and the pre-activations of some features [R, J].
-
-    Rows whose changes begin in one third of the layers run together: what lies below a change is not run again.
-    """
-    n_layers = local.model.config.n_layers
-    start_R = np.array([min((change.layer for change in row), default=n_layers - 1) for row in rows])
-    readout_R, feature_RxJ = np.empty(len(rows), np.float32), np.empty((len(rows), len(member_J)), np.float32)
-    # By thirds: rows run from the lowest layer of any of them.
-    third_R = start_R * len(THIRDS) // n_layers
-    for third in np.unique(third_R):
-        here = np.flatnonzero(third_R == third)
-        run = local.run([rows[r] for r in here.tolist()], readouts=answer, features=member_J, logits=False)
-        readout_R[here], feature_RxJ[here] = run.readout_RxK[:, 0], run.feature_RxJ
-    return readout_R, feature_RxJ
-
-
-def _lost_shares(local: LocalModel, owner_J: np.ndarray, member_J: np.ndarray, act_GxSxJ: np.ndarray) -> np.ndarray:
+def _lost_shares(local: LocalModel, members: Sequence[KeyEdit], act_GxSxJ: np.ndarray) -> np.ndarray:
     """Return the share of each group's activation, weighted by what it writes, that vanishes: [G, S, G]."""
     # Weighted by what they write: a large activation with a short decoder row matters little.
-    vectors = _written(local, local.active.layer_A[member_J], local.active.feature_A[member_J])
-    size_J = np.array([np.linalg.norm(vector) for vector in vectors])
-    clean_J = local.active.value_A[member_J].astype(np.float64)
+    size_J = np.array([np.linalg.norm(vector_XxD) for vector_XxD in _written(local, members)])
+    clean_J, group_J = np.array([(edit.old, edit.group) for edit in members], np.float64).reshape(-1, 2).T
     lost_GxSxG = np.full((*act_GxSxJ.shape[:2], len(act_GxSxJ)), np.nan)
     for h in range(len(act_GxSxJ)):
-        here = owner_J == h
+        here = group_J == h
         if (clean := float(clean_J[here] @ size_J[here])) > 0:
             lost_GxSxG[:, :, h] = 1 - act_GxSxJ[:, :, here] @ size_J[here] / clean
             lost_GxSxG[h, :, h] = np.nan
     return lost_GxSxG
 
 
-def _written(local: LocalModel, layer_J: np.ndarray, feature_J: np.ndarray) -> list[np.ndarray]:
-    """Return what each feature writes at activation 1 to the layers that it writes to, each [X, D]."""
-    vectors: list[np.ndarray] = [np.empty(0)] * len(layer_J)
-    # Layer by layer, since a layer's rows are read from its files together.
-    for layer in np.unique(layer_J):
-        here = np.flatnonzero(layer_J == layer)
-        feature_U, index = np.unique(feature_J[here], return_inverse=True)
-        vector_UxXxD = local.dictionaries.writes(int(layer), feature_U)
-        for j, u in zip(here, index, strict=True):
-            vectors[j] = vector_UxXxD[u]
-    return vectors
+def _written(local: LocalModel, edits: Sequence[KeyEdit]) -> Iterator[np.ndarray]:
+    """Yield what each feature writes at activation 1 to the layers that it writes to, each [X, D]."""
+    for start in range(0, len(edits), _BLOCK):
+        block = [edit.key for edit in edits[start : start + _BLOCK]]
+        vector_of: dict[tuple[int, int], np.ndarray] = {}
+        # Layer by layer, since a layer's rows are read from its files together.
+        for layer in {key.layer for key in block}:
+            feature_U = np.unique([key.feature for key in block if key.layer == layer])
+            vector_UxXxD = local.dictionaries.writes(layer, feature_U)
+            vector_of |= {
+                (layer, u): vector_XxD for u, vector_XxD in zip(feature_U.tolist(), vector_UxXxD, strict=True)
+            }
+        yield from (vector_of[key.address] for key in block)
 
 
 def _draw_sets(
     local: LocalModel,
-    table: EditTable,
+    edits: Sequence[KeyEdit],
     group: Group,
     number: int,
-    controls: int,
     placebo: Mapping[Key, float],
     rng: np.random.Generator,
-) -> list[tuple[np.ndarray, float, float]]:
-    """Return rows, the fraction to which they are changed, and the dose: of the group, random and placebo sets."""
-    # Features that the edit leaves as they are, such as equal ones in a swap, cannot make up a dose.
-    changed_N = table.old_N != table.new_N
+) -> list[tuple[Sequence[KeyEdit], float, float]]:
+    """Return edits, the fraction to which they are made, and the dose: of the group, random and placebo sets."""
     layers, roles = [key.layer for key in group.members], {key.role for key in group.members}
-    near_N = (table.layer_N >= min(layers)) & (table.layer_N <= max(layers))
-    near_N &= np.array([key.role in roles for key in table.keys], bool)
+    # Features that the edit leaves as they are, such as equal ones in a swap, cannot make up a dose.
+    changed = [edit for edit in edits if edit.old != edit.new]
     # Of no group at all, so that a control set cannot hold what another group does.
-    pool_M = np.flatnonzero(near_N & (table.owner_N < 0) & changed_N)
+    near = [edit for edit in changed if edit.group < 0 and min(layers) <= edit.key.layer <= max(layers)]
+    pool = [edit for edit in near if edit.key.role in roles]
     # No dose is too large: all of the group's features are taken.
-    drawn = [_reach(local, table, np.flatnonzero((table.owner_N == number) & changed_N), np.inf)]
-    influence_M = np.array([placebo.get(table.keys[row], 0.0) for row in pool_M.tolist()])
-    for control in CONTROLS:
-        for _ in range(controls):
-            order = rng.permutation(len(pool_M))
-            if control == "placebo":  # the most influential half in random order, so that placebo sets differ
-                ranked = order[np.argsort(-influence_M[order], kind="stable")]
-                # Half of those with any influence; the others follow where these do not reach the dose.
-                first = max((influence_M > 0).sum() // 2, 1)
-                order = np.concatenate([rng.permutation(ranked[:first]), ranked[first:]])
-            drawn.append(_reach(local, table, pool_M[order], drawn[0][2]))
+    drawn = [_reach(local, [edit for edit in changed if edit.group == number], np.inf)]
+    influence_M = np.array([placebo.get(edit.key, 0.0) for edit in pool])
+    for control in np.repeat(CONTROLS, CONTROL_SETS):
+        order = rng.permutation(len(pool))
+        if control == "placebo":  # the most influential half in random order, so that placebo sets differ
+            ranked = order[np.argsort(-influence_M[order], kind="stable")]
+            # Half of those with any influence; the others follow where these do not reach the dose.
+            first = max((influence_M > 0).sum() // 2, 1)
+            order = np.concatenate([rng.permutation(ranked[:first]), ranked[first:]])
+        drawn.append(_reach(local, [pool[m] for m in order.tolist()], drawn[0][2]))
     return drawn
 
 
-def _reach(local: LocalModel, table: EditTable, rows: np.ndarray, dose: float) -> tuple[np.ndarray, float, float]:
-    """Return as many of the first rows as reach a dose, the fraction of their change that does, and the dose."""
+def _reach(local: LocalModel, edits: Sequence[KeyEdit], dose: float) -> tuple[Sequence[KeyEdit], float, float]:
+    """Return as many of the first edits as reach a dose, the fraction of them that does, and the dose."""
     sums: dict[tuple[int, int], np.ndarray] = {}
     taken, square = 0, 0.0
-    while taken < len(rows) and square < dose**2:
-        block = rows[taken : taken + _BLOCK]
-        vectors = _written(local, table.layer_N[block], table.feature_N[block])
-        for row, vector_XxD in zip(block.tolist(), vectors, strict=True):
-            place = int(table.layer_N[row]), int(table.position_N[row])
-            before_XxD = sums.get(place, np.zeros_like(vector_XxD))
-            # Changes at one place are summed as vectors: the dose is the norm of what reaches the stream.
-            sums[place] = before_XxD + (table.new_N[row] - table.old_N[row]) * vector_XxD
-            square += float((sums[place] ** 2).sum() - (before_XxD**2).sum())
-            taken += 1
-            if square >= dose**2:
-                break
+    for edit, vector_XxD in zip(edits, _written(local, edits), strict=True):
+        if square >= dose**2:
+            break
+        place = edit.key.layer, edit.position
+        before_XxD = sums.get(place, np.zeros_like(vector_XxD))
+        # Changes at one place are summed as vectors: the dose is the norm of what reaches the stream.
+        sums[place] = before_XxD + (edit.new - edit.old) * vector_XxD
+        square += float((sums[place] ** 2).sum() - (before_XxD**2).sum())
+        taken += 1
     reached = max(square, 0.0) ** 0.5
     # Partially, where the last feature went beyond the dose; never beyond what the features are.
     fraction = min(dose / reached, 1.0) if reached > 0 else 1.0
-    return rows[:taken], fraction, reached * fraction
+    return edits[:taken], fraction, reached * fraction

@@ -8,8 +8,8 @@ from saejax.attribution.local import layers
 from saejax.attribution.local.layers import FrozenModel
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.programs import planned_graphs, rows_program
-from saejax.circuits.measure import CONTROLS, EDITS
-from saejax.circuits.study import CONTROL_SETS, MAX_GROUPS
+from saejax.circuits.measure import EDITS, SETS
+from saejax.circuits.study import MAX_GROUPS
 from saejax.costs.passes import pass_flops
 from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program, abstract_params, by_row, whole
@@ -17,14 +17,14 @@ from saejax.stages.circuits import CircuitsConfig
 
 
 def circuit_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
-    """Return the programs that trace prompts, and that run a layer of all edits of a prompt."""
+    """Return the programs that trace prompts, and that run a layer of all edits of a group."""
     config = plan.configs[CircuitsConfig]
     count = len(config.behaviours)
     planned = planned_graphs(plan, config.traced * count) if count else None
     if planned is None:
         return []
     model, length = plan.model, padded(planned.longest)
-    rows = padded(len(EDITS) * MAX_GROUPS * (1 + len(CONTROLS) * CONTROL_SETS), 8)
+    rows = padded(len(EDITS) * SETS, 8)  # of a group, which run together
     streams = by_row(mesh, (1 + rows, length, model.d_model), jnp.float32)
     sizes = model.n_layers, model.d_model, model.d_model
     skip_LxDxD = whole(mesh, sizes, jnp.float32) if planned.size.transcoder.skip else None
@@ -36,6 +36,6 @@ def circuit_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
         (frozen, "none", np.int32(0), streams, length),
         streams,
         pass_flops(model, (1 + rows) * length, length, 1),
-        runs=float(config.measured * count * model.n_layers),
+        runs=float(config.measured * count * MAX_GROUPS * model.n_layers),
     )
     return [rows_program(plan, mesh, planned, "circuits"), edits]

@@ -4,15 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from saejax.circuits.edges import Edge
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupResults:
-    """A group of features."""
-
-    name: str  #: as in ``groups.json``
-    members: tuple[str, ...]  #: its features, each layer_index_role
-    layer: float  #: mean layer of its features
+from saejax.circuits.groups import Group, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +16,11 @@ class CircuitResults:
     swapped: int  #: of these, those whose counterpart has as many tokens
     logit_diff: float  #: mean logit difference of the measured prompts
     answer: str  #: correct answer of the first measured prompt
-    example: Mapping[str, str]  #: role -> words of the first measured prompt at its positions
-    groups: tuple[GroupResults, ...]  #: the most influential first
+    groups: tuple[Group, ...]  #: the most influential first
     proposed: bool  #: whether the groups are the proposal, and not a file's
     edges: tuple[Edge, ...]  #: every measured effect with its controls
-    returning: Mapping[str, float]  #: features that return, layer_index_role -> mean influence on the answer
+    returning: tuple[Key, ...]  #: the features that return, the most influential first
     layers: int  #: of the model
-    seconds: float  #: that it took
 
     def drawn(self, edit: str = "direct") -> list[Edge]:
         """Return the drawn edges of one of ``measure.EDITS``; those of "direct" are the arrows of the picture."""

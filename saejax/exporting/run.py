@@ -75,14 +75,14 @@ def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs
     for indices in sets.values():
         circuit_tracer.check([configs[i] for i in indices])
     for setting, indices in sets.items():
-        names = [members[i].name for i in indices]
-        load = functools.partial(_load_nth, unit, names)
+        folders = [member_folder(unit, members[i].name) for i in indices]
+        load = functools.partial(_load_nth, folders)  # one at a time: all layers may be larger than the memory
         circuit_tracer.save_each(out / setting, [configs[i] for i in indices], load)
     return [setting or "." for setting in settings]
 
 
-def _load_nth(unit: Path, names: list[str], index: int) -> Dictionary:
-    return load_dictionary(unit / names[index])
+def _load_nth(folders: Sequence[Path], index: int) -> Dictionary:
+    return load_dictionary(folders[index])
 
 
 def _clear(folder: Path) -> None:

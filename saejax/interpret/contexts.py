@@ -138,8 +138,6 @@ def contexts(
 def as_example(context: FeatureContext, documents: Documents) -> Example:
     """Return a context as the report shows it."""
     return Example(
-        document=context["document"],
-        position=context["position"],
         tokens=tuple(context["tokens"]),
         activations=tuple(math.nan if act is None else act for act in context["acts"]),
         peak=context["peak"],

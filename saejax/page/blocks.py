@@ -1,6 +1,6 @@
 """The blocks of a report: each knows its ``kind``, by which ``page.html.jinja`` lays it out, and its own Markdown.
 
-Texts are plain; escaping happens here and in the template.
+Texts are plain; escaping happens here for Markdown, and in the template for HTML.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from saejax.page.blocks import Block
-from saejax.page.tables import escape_markdown
+from saejax.page.tables import escape_markdown, visible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def to_html(title: str, lead: Sequence[str], sections: Sequence[Section], footer
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["runs"] = _runs
+    environment.filters |= dict(runs=_runs, visible=visible)
     template = environment.get_template("page.html.jinja")
     return template.render(title=title, lead=lead, sections=sections, footer=footer)
 

@@ -20,8 +20,6 @@ class Piece:
 class Example:
     """One context of a feature in the captured text."""
 
-    document: int  #: index of the document in the store
-    position: int  #: position of the maximum in it, from 0
     tokens: tuple[str, ...]  #: the text of each token shown, in order
     #: the feature's activation on each; NaN where the store holds no row (an attention sink, or a position that was not
     #: captured).

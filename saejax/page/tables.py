@@ -1,7 +1,8 @@
-"""Tables and figures' numbers as text: one description of a table, written as Markdown and as HTML.
+"""Tables and figures' numbers as text.
 
-A cell is plain text. Escaping is done here, on the way out, so that a token such as ``<b>`` or ``|`` arrives
-on the page as itself. Numbers use a true minus sign and intervals read ``mean [low, high]``.
+A cell is plain text. Escaping is done on the way out, here for Markdown and in ``page.html.jinja`` for HTML, so that a
+token such as ``<b>`` or ``|`` arrives on the page as itself. Numbers use a true minus sign and intervals read
+``mean [low, high]``.
 """
 
 import dataclasses
@@ -9,8 +10,6 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
-
-from markupsafe import Markup, escape
 
 from saejax.results import Interval
 
@@ -118,47 +117,15 @@ class Table:
             if len(row) != len(self.columns):
                 raise ValueError(f"table {self.caption!r}: {len(self.columns)} columns, but a row of {len(row)}: {row}")
 
-    def _is_words(self, column: int) -> bool:
+    def is_words(self, column: int) -> bool:
+        """Return whether a column, by its index, holds words."""
         return column == 0 or column in self.words
 
     def markdown(self) -> str:
         """Return the table in GitHub's Markdown, caption above and note below."""
-        rules = [":--" if self._is_words(i) else "--:" for i in range(len(self.columns))]
+        rules = [":--" if self.is_words(i) else "--:" for i in range(len(self.columns))]
         lines = [[escape_markdown(cell) for cell in row] for row in (self.columns, *self.rows)]
         lines.insert(1, rules)
         table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         note = f"\n\n{escape_markdown(self.note)}" if self.note else ""
         return f"**{escape_markdown(self.caption)}**\n\n{table}{note}"
-
-    def html(self) -> Markup:
-        """Return the table as HTML.
-
-        Every cell carries its column's heading, which the page shows where rows are stacked.
-
-
-        The roles are spelt out because browsers drop a table's own ones when its rows are laid out as cards.
-        """
-        kinds = ["" if self._is_words(i) else ' class="number"' for i in range(len(self.columns))]
-        head = "".join(
-            f'<th role="columnheader" scope="col"{kind}>{escape(column)}</th>'
-            for column, kind in zip(self.columns, kinds, strict=True)
-        )
-        body = "".join(
-            '<tr role="row">'
-            + "".join(
-                f'<th role="rowheader" scope="row">{escape(visible(cell))}</th>'
-                if i == 0
-                else f'<td role="cell"{kinds[i]} data-label="{escape(self.columns[i])}">{escape(visible(cell))}</td>'
-                for i, cell in enumerate(row)
-            )
-            + "</tr>"
-            for row in self.rows
-        )
-        note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
-        return Markup(
-            f'<div class="table {"stack" if self.stack else "scroll"}" tabindex="0" role="region" '
-            f'aria-label="{escape(self.caption)}"><table role="table">'
-            f"<caption><span>{escape(self.caption)}</span></caption>"
-            f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
-            f'<tbody role="rowgroup">{body}</tbody></table></div>{note}'
-        )

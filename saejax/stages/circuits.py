@@ -81,7 +81,7 @@ CIRCUITS = Stage(
     name="circuits",
     summary="groups features that return over a behaviour's prompts and measures what each group does, if "
     "--circuits.behaviours is set",
-    revision=3,  # features below their threshold are silent
+    revision=4,  # a group is named after its most influential feature
     run=_run,
     results=_results,
     groups=(ModelConfig, GraphConfig, CircuitsConfig),

@@ -4,6 +4,7 @@ import csv
 import html
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from saejax import load_results, save_transcoders
 from saejax.circuits.claims import compare_claims
 from saejax.circuits.report import sections
 from saejax.page.findings import read_findings
+from saejax.page.tables import answer, interval, number, percent
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -60,17 +62,20 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     circuit = results.behaviours["sides"]
     assert circuit.traced == 3 and circuit.measured == circuit.swapped == 4 and circuit.proposed
     assert 0 < len(circuit.groups) <= 6 and circuit.edges
-    rows = read_table(unit / "sides-edges.csv")
-    assert [(row["source"], row["target"], row["edit"]) for row in rows] == [
-        (edge.source, edge.target, edge.edit) for edge in circuit.edges
-    ]
-    assert {"effect_mean", "random", "placebo", "over_random_low", "over_placebo_high", "dose", "drawn"} <= set(rows[0])
-    page = html.unescape((unit / "sides.html").read_text())
+    page = html.unescape((unit / "sides.html").read_text()).replace("\u00a0", " ")
+    # Every effect has a row, with its interval, its controls, and how far it exceeds them.
+    rows = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in re.findall("<tr.*?</tr>", page)]
+    for edge in circuit.edges:
+        figures = [edge.in_unit(number, value) for value in (edge.random, edge.placebo)]
+        figures += [edge.in_unit(interval, value) for value in (edge.over_random, edge.over_placebo)]
+        row = [edge.source, edge.target, edge.in_unit(interval, edge.effect), *figures]
+        row += [percent(edge.dose), answer(edge.drawn)]
+        assert [cell.replace("\u00a0", " ") for cell in row] in rows
     assert page.index("<figure") < page.index("<table") and 'class="contexts"' in page and "promotes" in page
     assert "does not fire" not in page  # at the latest in the prompts that were traced
     assert all(f"Group: {group.name}" in page for group in circuit.groups)
     index = (unit / "index.html").read_text()
-    assert 'href="sides.html"' in index and all(row.claim.id in index for row in compare_claims(results))
+    assert 'href="sides.html"' in index and all(claim.id in index for claim in compare_claims(results))
     circuits, claims = sections(read_findings({"circuits": unit}, tmp_path / "run" / "report", {}), None)
     assert claims.blocks[0].rows and circuits.blocks[1].items == (("Sides", "../circuits/sides.html"),)
 

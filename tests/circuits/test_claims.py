@@ -6,15 +6,16 @@ import pytest
 
 from saejax.circuits.claims import CONFIRMED, NOT_SEEN, NOT_TESTABLE, TESTS, compare_claims, read_claims
 from saejax.circuits.edges import ANSWER, Edge
-from saejax.circuits.results import CircuitResults, CircuitsResults, GroupResults
+from saejax.circuits.groups import Group, Key
+from saejax.circuits.results import CircuitResults, CircuitsResults
 from saejax.results import Interval
 from saejax.settings import BEHAVIOURS
 
 GROUPS = (
-    GroupResults("city", ("0_1_content", "1_2_content"), 0.5),
-    GroupResults("asks", ("1_3_context",), 1),
-    GroupResults("state", ("4_5_content", "5_6_last", "4_8_last"), 4.3),
-    GroupResults("says", ("7_4_last",), 7),
+    Group("city", (Key(0, 1, "content"), Key(1, 2, "content"))),
+    Group("asks", (Key(1, 3, "context"),)),
+    Group("state", (Key(4, 5, "content"), Key(5, 6, "last"), Key(4, 8, "last"))),
+    Group("says", (Key(7, 4, "last"),)),
 )
 
 
@@ -29,14 +30,12 @@ CHAIN = (
 EVERY = (*CHAIN, edge("city", ANSWER, "swap", effect=3.0), edge("state", ANSWER, "swap"))
 
 
-def circuit(edges=EVERY, returning=("0_1_content",), layers=9):
-    return CircuitResults(
-        10, 20, 20, 2.0, "Austin", {}, GROUPS, True, tuple(edges), dict.fromkeys(returning, 1.0), layers, 1.0
-    )
+def circuit(edges=EVERY, returning=GROUPS[0].members, layers=9):
+    return CircuitResults(10, 20, 20, 2.0, "Austin", GROUPS, True, tuple(edges), tuple(returning), layers)
 
 
 def outcomes(results) -> dict[str, str]:
-    return {row.claim.id: row.outcome for row in compare_claims(results)}
+    return {claim.id: claim.outcome for claim in compare_claims(results)}
 
 
 def test_every_claim_has_a_row():
@@ -83,14 +82,14 @@ def test_each_claim_takes_its_own_edges(edges, claim):
 
 
 def test_sharing_is_compared_with_unrelated_behaviours():
-    shared = [f"4_{n}_last" for n in range(6)]
+    shared = [Key(4, n, "last") for n in range(6)]
     languages = {
-        "antonym": circuit(returning=[*shared, "0_1_last", "8_1_last"]),
-        "antonym_french": circuit(returning=[*shared, "0_2_last", "8_2_last"]),
+        "antonym": circuit(returning=[*shared, Key(0, 1, "last"), Key(8, 1, "last")]),
+        "antonym_french": circuit(returning=[*shared, Key(0, 2, "last"), Key(8, 2, "last")]),
     }
-    unrelated = circuit(returning=["4_0_context", "0_9_last", "8_9_last"])
+    unrelated = circuit(returning=[Key(4, 0, "context"), Key(0, 9, "last"), Key(8, 9, "last")])
     outcome_of = outcomes(CircuitsResults("set", languages | dict(capital=unrelated), {}))
     assert outcome_of["ant-1"] == outcome_of["ant-3"] == CONFIRMED
-    alike = circuit(returning=[*shared, "0_1_last", "8_1_last"])
+    alike = circuit(returning=[*shared, Key(0, 1, "last"), Key(8, 1, "last")])
     assert outcomes(CircuitsResults("set", languages | dict(capital=alike), {}))["ant-1"] == NOT_SEEN
     assert outcomes(CircuitsResults("set", languages, {}))["ant-1"] == NOT_TESTABLE  # there is no control

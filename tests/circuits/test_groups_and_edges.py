@@ -11,17 +11,16 @@ from made_transcoders import made_set
 
 from saejax.attribution.forms.features import FeatureDetails
 from saejax.attribution.local.model import LocalModel
-from saejax.circuits.contexts import name_feature
 from saejax.circuits.edges import ANSWER, judge_edges
 from saejax.circuits.groups import (
     Group,
     Key,
     as_json,
     find_returning,
+    name_feature,
     position_roles,
     propose_groups,
     read_groups,
-    short_name,
 )  # fmt: skip
 from saejax.circuits.measure import PromptEffects, activations
 from saejax.errors import UserError
@@ -68,18 +67,20 @@ def test_groups_are_proposed_from_labels_and_positions():
         Group("last position, late layers", (D,)),
     ]
     labels = {(5, 2): "capitals", (11, 4): "capitals", (0, 1): "alone"}
-    labelled = propose_groups(scores, 12, 10, 9, labels)
+    details = {feature: FeatureDetails(label=label) for feature, label in labels.items()}
+    labelled = propose_groups(scores, 12, 10, 9, details)
     assert {group.name: group.members for group in labelled} == {
         "capitals (last position)": (B, D),
-        "differing words, early layers": (A,),
+        "alone (differing words, early layers)": (A,),
         "last position, middle layers": (C,),
     }
     assert [group.members for group in propose_groups(scores, 12, size=1, most=2)] == [(A,), (B,)]
 
-    # Without a label they are named by the tokens of their most influential features.
-    tokens = {A: {"“Dallas”": 5, "“Boston”": 2}, B: {"“of”": 1}, C: {"“is”": 2, "“of”": 2}}
-    assert [group.name for group in propose_groups(scores, 12, 10, 9, {}, tokens)] == [
-        "“of” “is” (last position, middle layers)",
+    # Without a common label they are named after their most influential feature.
+    details = {(5, 2): FeatureDetails((context("is"),)), (5, 3): FeatureDetails((context("of"),))}
+    details[0, 1] = FeatureDetails((context("in", " Dallas"), context("in", " Boston")))
+    assert [group.name for group in propose_groups(scores, 12, 10, 9, details)] == [
+        "“is” (last position, middle layers)",
         "“Dallas” “Boston” (differing words, early layers)",
         "last position, late layers",
     ]
@@ -198,16 +199,3 @@ def test_activations_in_edited_runs_are_those_of_the_encoder(lm, kind):
     expected_RxJ = np.asarray(transcoders[1].encode(read_RxD))[:, feature_J]
     assert kind == "standard" or ((expected_RxJ == 0) & (pre_RxF[:, feature_J] > 0)).any()
     np.testing.assert_allclose(activations(local, member_J, pre_RxF[:, feature_J]), expected_RxJ, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "short"),
-    [
-        ("cities (in Texas) (last position)", "cities (in Texas)"),
-        ("“f(” “ (” (other words, late layers)", "“f(” “ (”"),
-        ("cities (in Texas)", "cities (in Texas)"),
-        ("last position, early layers", "last position, early layers"),
-    ],
-)
-def test_names_of_groups_without_their_places(name, short):
-    assert short_name(name) == short

@@ -235,7 +235,7 @@ def made_up_contexts(features, count: int) -> dict[int, list[Example]]:
             values = [max(0.0, 9.0 - i - 2.5 * abs(j - peak)) for j in range(len(tokens))]
             values[0] = math.nan if peak else values[0]
             place = f"document {40 + i} of the corpus, position {11 + peak}"
-            examples[feature].append(Example(40 + i, 11 + peak, tokens, tuple(values), peak, place))
+            examples[feature].append(Example(tokens, tuple(values), peak, place))
     return examples
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 from report_page import Page
 
+from saejax.page.document import Section, to_html
 from saejax.page.tables import Table, escape_markdown, interval, number, percent, significant, visible
 from saejax.results import Interval
 
@@ -58,8 +59,17 @@ def test_markdown_has_one_line_per_row_and_literal_cells():
 
 
 def test_html_says_the_same():
-    page = Page(AWKWARD.html())
-    assert page.texts == ["Cap & <tion>", "Name", "Value", "a|b", "<1>", "new↵line", '"2"', "Not < this."]
+    page = Page(to_html("", (), [Section("", (AWKWARD,))], "").partition("<main>")[2].partition("</main>")[0])
+    assert [text for text in page.texts if text.strip()] == [
+        "Cap & <tion>",
+        "Name",
+        "Value",
+        "a|b",
+        "<1>",
+        "new↵line",
+        '"2"',
+        "Not < this.",
+    ]
     assert page.attributes("data-label") == ["Value", "Value"]
     tags = [tag for tag, _ in page.tags]
     assert tags.count("th") == 4 and tags.count("td") == 2
