@@ -48,7 +48,7 @@ def run_atlas(run: Run) -> AtlasResults:
     pages = []
     for name, member, hand_labels in zip(names, interpreted.members, by_hand, strict=True):
         folder, source = run.folder / member.name, member_folder(run.inputs[f"interpret/{run.name}"], member.name)
-        automatic, judged = load_labels(source / LABELS), {}
+        automatic, judged = load_labels(source / LABELS), dict[str, Any]()
         if explained := run.inputs.get(f"explain/{run.name}"):
             automatic |= load_labels(explained / member.name / LABELS)
             judged = read_json(explained / member.name / EXPLAINED)

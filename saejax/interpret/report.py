@@ -4,7 +4,14 @@ from collections.abc import Sequence
 
 from saejax.dictionaries import stacks
 from saejax.interpret.held_out import MIN_FIRINGS
-from saejax.interpret.results import AtlasResults, ExplainResults, InterpretedDictionary, InterpretResults, LabelCounts
+from saejax.interpret.results import (
+    AtlasResults,
+    ExplainResults,
+    InterpretedDictionary,
+    InterpretResults,
+    LabelCounts,
+    ReviewedFeatures,
+)
 from saejax.page.blocks import Block, Links, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
@@ -77,7 +84,7 @@ def _categories(members: Sequence[tuple[str, InterpretedDictionary]]) -> list[Ta
 
 def links(findings: Findings, draw: Draw) -> list[Section]:
     """Return links to the pages of all features; none if there are none."""
-    items, sheets = [], []
+    items, sheets = list[tuple[str, str]](), list[tuple[str, ReviewedFeatures]]()
     for unit, results in findings.each(AtlasResults).items():
         for member in results.members:
             address = findings.address(findings.folders[f"atlas/{unit}"] / member.folder / "index.html")

@@ -141,7 +141,7 @@ class AblateResults:
 
 
 def mean_interval(values_P: np.ndarray, weight_RxP: np.ndarray) -> Interval:
-    """Return the mean of some values and its 95 % bootstrap interval, given their weights in bootstrap samples."""
+    """Return the mean of some values and its 95 % bootstrap interval, given the weight of each in bootstrap samples."""
     return Interval(float(values_P.mean()), *percentile_interval(weight_RxP @ values_P))
 
 

@@ -77,7 +77,7 @@ class Neurons(Dictionary):
 
 
 def linear(like: Dictionary, directions_FxD: np.ndarray, centre_D: np.ndarray | None = None) -> Dictionary:
-    """Return ``linear_dictionary`` at the site that another dictionary, ``like``, writes to, with its sink rule."""
+    """Return directions at the site that ``like`` writes to, with its sink rule; see ``linear_dictionary``."""
     count, width = directions_FxD.shape
     return linear_dictionary(_like(like, kind="linear", d_in=width, n_features=count), directions_FxD, centre_D)
 
