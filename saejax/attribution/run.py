@@ -9,13 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from saejax.attribution.checks import double, faithfulness_curve
-from saejax.attribution.forms.features import open_folder
+from saejax.attribution.forms.document import GraphDocument
+from saejax.attribution.forms.features import open_folder, write_contexts
 from saejax.attribution.forms.neuronpedia import to_document
-from saejax.attribution.forms.outputs import score_table, write_outputs
+from saejax.attribution.forms.outputs import (
+    FEATURES,
+    described_features,
+    details_of_features,
+    score_table,
+    write_outputs,
+)
 from saejax.attribution.forms.page import EdgeHeads
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT
 from saejax.attribution.heads.contributions import head_contributions, largest_heads
 from saejax.attribution.heads.query_key import check_head, split_scores
+from saejax.attribution.local.contexts import ContextSearch
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
@@ -27,10 +35,13 @@ from saejax.attribution.trace.prompt import GraphSize, certain_active, check_mem
 from saejax.attribution.trace.rounds import Traced
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
+from saejax.parallel.collectives import is_first_process
 from saejax.runner.parts import Measure, Measured, OnProgress, each_part, silent
 from saejax.runner.workspace import Run
+from saejax.settings import CorpusConfig
 from saejax.settings.attribution import GraphConfig
 from saejax.tasks.answer_tokens import answer_ids
+from saejax.tasks.corpora import read_corpus
 from saejax.tasks.run_inputs import load_run_model, read_behaviours
 
 
@@ -152,6 +163,8 @@ def _measure(
     heads: EdgeHeads = {}
     if config.heads:
         heads = largest_heads(pruned, head_contributions(traced.local, traced.readouts, pruned))
+    if config.contexts and isinstance(dictionaries, LayerTranscoders):
+        _search_contexts(run, model, dictionaries, document)
     write_outputs(run, graph, document, heads, [score_table(score, pruned) for score in scores])
     # After the files are written, because the checks take longer than the graph.
     doubling, curve = None, None
@@ -180,6 +193,22 @@ def _measure(
         query_key=scores,
     )
     return Measured(results, _message(results))
+
+
+def _search_contexts(run: Run, model: LanguageModel, transcoders: LayerTranscoders, document: GraphDocument) -> None:
+    """Search contexts of the features on a graph's page that have no name, and write them beside the graph."""
+    config, features = run.configs[GraphConfig], described_features(document)
+    # Every process searches, as the devices of all run the texts; what is missing is the same in each.
+    details = details_of_features(config, features)
+    missing = [feature for feature in features if feature not in details or not details[feature].name]
+    found = _corpus_search(model, transcoders, config.contexts).contexts(missing)
+    if is_first_process():
+        write_contexts(run.folder / FEATURES, found)
+
+
+@functools.lru_cache(1)  # a server traces one prompt after another
+def _corpus_search(model: LanguageModel, transcoders: LayerTranscoders, count: int) -> ContextSearch:
+    return ContextSearch(model, transcoders, [document.text for document in read_corpus(CorpusConfig())[:count]])
 
 
 def trace_request(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax.attribution.forms.features import Feature, FeatureDetails
+from saejax.attribution.local.contexts import ContextSearch
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.requests import read_given_labels, read_labels
 from saejax.attribution.run import open_parts
@@ -64,7 +65,7 @@ def run_circuits(run: Run) -> CircuitsResults:
         # Features of a circuit fire on the traced prompts, if on no document of the corpus.
         texts = [document.text for document in read_corpus(CorpusConfig())[:_DOCUMENTS]]
         texts += [prompt.text for some in traced.values() for prompt in some]
-        search = FeatureSearch(model, transcoders, graph_config, labels, texts)
+        search = FeatureSearch(ContextSearch(model, transcoders, texts), graph_config, labels)
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
             test = [prompt for prompt in tested.prompts[name] if prompt.split == "test"][: config.measured]

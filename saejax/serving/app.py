@@ -138,7 +138,7 @@ class GraphServer:
         try:
             configs = self._session.configs_of(graph)
             labels = self._store.labels(graph, folders(configs[GraphConfig]))
-            details = self._store.details(document, configs[GraphConfig])
+            details = self._store.details(graph, document, configs[GraphConfig])
             freeze_modes = FREEZE_MODES[:1] if configs[GraphConfig].dictionaries else FREEZE_MODES
             note = f"With {_parts(configs)}."
             note += "" if graph.whole else " It cannot be pruned again, as the whole graph is not saved here."
@@ -147,7 +147,7 @@ class GraphServer:
         live: dict[str, Any] = dict(graph=graph.id, note=note, why=why, freeze_modes=freeze_modes)
         live |= dict(nodes=nodes, edges=edges, whole=graph.whole is not None)
         if not details:  # of a graph without a known set
-            details = self._store.details(document, self._session.defaults[GraphConfig])
+            details = self._store.details(graph, document, self._session.defaults[GraphConfig])
         return page_html(document, labels=labels, details=details, live=live, **shown)
 
     def _trace(self, fields: Mapping[str, Any], job: Job) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from saejax.attribution.forms.document import GraphDocument, are_groups, check_groups, read_document
 from saejax.attribution.forms.neuronpedia import INDEX
-from saejax.attribution.forms.outputs import details_of, read_shown
+from saejax.attribution.forms.outputs import FEATURES, details_of, read_shown
 from saejax.attribution.graph import Graph
 from saejax.dictionaries.labels import names_of_layers
 from saejax.errors import UserError
@@ -152,10 +152,10 @@ class GraphStore:
         """Return what the graph's own page shows beside it: heads and tables."""
         return read_shown(graph.unit / "heads" / f"{graph.path.stem}.json") if graph.unit else {}
 
-    def details(self, document: GraphDocument, config: GraphConfig) -> dict[tuple[int, int], Any]:
-        """Return the details of a graph's features, also from ``features/`` in the folder."""
-        folder = self.root / "features"
-        return details_of(config, document, [folder] if folder.is_dir() else [])
+    def details(self, graph: StoredGraph, document: GraphDocument, config: GraphConfig) -> dict[tuple[int, int], Any]:
+        """Return the details of a graph's features, also from ``features/`` in its unit and in the folder."""
+        folders = [place / FEATURES for place in (graph.unit, self.root) if place]
+        return details_of(config, document, [folder for folder in folders if folder.is_dir()])
 
     def save_groups(self, graph: StoredGraph, groups: Any) -> Path:
         """Save groups for ``--graph.supernodes``, each a label and ids of nodes, and return the file.

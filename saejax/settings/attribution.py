@@ -92,6 +92,12 @@ class GraphConfig(Config):
         "Neuronpedia's name of the set, such as gemmascope-transcoder-16k: graphs are then written for Neuronpedia, "
         "which takes files of at most 100 MB; empty: for circuit-tracer's viewer",
     )
+    contexts: int = setting(
+        40,
+        "number of texts of the embedded corpus in which features without a description are searched, so that the page "
+        "names them by the tokens on which they fire (transcoders only); 0: none",
+        low=0,
+    )
     heads: bool = setting(
         False, "find what each attention head contributes to each edge of the pruned graph; takes longer than tracing"
     )

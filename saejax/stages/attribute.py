@@ -55,7 +55,7 @@ ATTRIBUTE = Stage(
     needs=lambda configs, name: ("baseline",) if configs[GraphConfig].behaviours else (),
     names=_names,
     identity=dict(model=identities.model, graph=_dictionaries),
-    revision=3,  # a graph names its targets, and leading heads are not listed
+    revision=4,  # features without a description are searched in texts
     section=_sections,
     processes="all",
 )

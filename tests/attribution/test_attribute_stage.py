@@ -11,15 +11,18 @@ from torch_sites import relative_error
 
 from saejax import save_transcoders
 from saejax.attribution import run as stage
+from saejax.attribution.forms.features import parse_feature
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.requests import Request, read_requests, unit_name
 from saejax.attribution.results import AttributeResults
 from saejax.attribution.trace import prompt
 from saejax.errors import UserError
+from saejax.models.tokens import encode, pad
 from saejax.results import from_json, to_json
 from saejax.runner import command
-from saejax.settings import GraphConfig
+from saejax.settings import CorpusConfig, GraphConfig
+from saejax.tasks.corpora import read_corpus
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
@@ -29,7 +32,7 @@ def flags(tiny_llama, lm, tmp_path_factory):
     """The model and a set of transcoders for it."""
     folder = tmp_path_factory.mktemp("set") / "transcoders"
     save_transcoders(folder, made_set(lm))
-    checks = ["--graph.doubled=4", "--graph.circuits", "--graph.heads", "--mesh.data=2"]
+    checks = ["--graph.contexts=2", "--graph.doubled=4", "--graph.circuits", "--graph.heads", "--mesh.data=2"]
     return [f"--model.path={tiny_llama}", f"--graph.transcoders={folder}", *checks]
 
 
@@ -37,7 +40,25 @@ def attribute(tmp_path, *flags: str) -> int:
     return command.run(["attribute"], "", ["attribute", f"--workdir={tmp_path}", *flags])
 
 
-def test_two_prompts_of_a_file(flags, tmp_path, capsys):
+def assert_contexts_are_those_of_the_corpus(folder, lm):
+    """Features that no file describes are searched in the first texts: each one's strongest firing in each text."""
+    transcoders, values = made_set(lm), []
+    for document in read_corpus(CorpusConfig())[:2]:
+        ids_T = encode(lm.tokenizer, document.text)[:64]
+        sites = lm(pad([ids_T]), capture=[f"mlp_in.{layer}" for layer in range(len(transcoders))]).sites
+        values.append([np.asarray(each.encode(sites[each.site]))[0] for each in transcoders])
+    paths = list(folder.iterdir())
+    assert len(paths) > 4
+    for path in paths:
+        layer, index = map(int, path.stem.split("_"))
+        details = parse_feature(json.loads(path.read_text()))
+        peaks = [value_LxTxF[layer][:, index].max() for value_LxTxF in values]
+        expected = sorted((peak for peak in peaks if peak > 0), reverse=True)
+        np.testing.assert_allclose([max(each["activations"]) for each in details.examples], expected, rtol=1e-4)
+        assert details.name
+
+
+def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
     prompts = tmp_path / "some.jsonl"
     lines = [
         dict(slug="water", prompt="The water near the war", targets=[" runs> way"]),
@@ -67,6 +88,7 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     labels = {node["node_id"]: node["clerp"] for node in document["nodes"] if node["activation"] is not None}
     assert labels == {name: f"my {name.split('_')[1]}" if name.startswith("0_") else "" for name in labels}
     assert any(labels.values()) and "my " in (folder / "ids.html").read_text()
+    assert_contexts_are_those_of_the_corpus(folder / "features", lm)
     listed = json.loads((folder / "graphs" / "graph-metadata.json").read_text())["graphs"]
     assert [entry["slug"] for entry in listed] == ["water", "ids"]
     carried = json.loads((folder / "heads" / "ids.json").read_text())["edges"]

@@ -25,7 +25,7 @@ from saejax.dictionaries.formats.place import fetch_file, split_address
 from saejax.dictionaries.labels import trained_units
 from saejax.dictionaries.stacks import results_folder
 from saejax.errors import UserError
-from saejax.files import read_json
+from saejax.files import read_json, write_json
 from saejax.models.hub import hub_errors
 from saejax.page.tables import visible
 
@@ -97,6 +97,15 @@ def read_details(
         if len(details) < len(wanted) and (read_own := _open_own(dictionary)):
             _add_missing(details, wanted, read_own)
     return details
+
+
+def write_contexts(folder: Path, contexts: Mapping[Feature, Sequence[Mapping[str, list]]]) -> None:
+    """Write a file for each feature with contexts, ``<layer>_<index>.json``, which ``open_folder`` reads."""
+    folder.mkdir(exist_ok=True)
+    for (layer, index), some in contexts.items():
+        activations = [dict(tokens=context["tokens"], values=context["activations"]) for context in some]
+        if activations:
+            write_json(folder / f"{layer}_{index}.json", dict(activations=activations))
 
 
 def _add_missing(

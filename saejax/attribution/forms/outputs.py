@@ -4,6 +4,7 @@
 <slug>-graph/        the whole graph, for ``Graph.load``: to prune it again, nothing has to be traced
 heads/<slug>.json    on request: contributions of attention heads to edges, and the page's tables of attention
 graphs/<slug>.json   the pruned graph as Neuronpedia and circuit-tracer's viewer read it, listed in graph-metadata.json
+features/<layer>_<index>.json  contexts of features that no file describes, as Neuronpedia writes them
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from saejax.runner.parts import part_file
 from saejax.runner.workspace import Run
 from saejax.settings.attribution import GraphConfig
 
+FEATURES = "features"  # folder of contexts that were searched, a file for each feature
 _HEADS_ON_PAGE = 20_000  # edges, the strongest ones, whose heads the page has; the file has all
 _DETAILS_ON_PAGE = 300  # features, the most influential ones, whose contexts the page has
 _NOTE = (
@@ -60,7 +62,8 @@ def write_outputs(
     strong = [document["links"][place] for place in ranked_links(document)[0][:_HEADS_ON_PAGE]]
     ends = [(link["source"], link["target"]) for link in strong]
     shown = {edge: heads[edge] for edge in ends if edge in heads}
-    details = details_of(run.configs[GraphConfig], document)
+    found = run.folder / FEATURES
+    details = details_of(run.configs[GraphConfig], document, [found] if found.is_dir() else [])
     write_page(part_file(run, slug, ".html"), document, heads=shown, tables=tables, details=details)
 
 
@@ -77,11 +80,15 @@ def details_of(
     Raises:
       UserError: a file is damaged.
     """
+    return details_of_features(config, described_features(document), folders)
+
+
+def described_features(document: GraphDocument) -> list[Feature]:
+    """Return the features whose details a page shows: the most influential ones."""
     nodes = feature_nodes(document)
     # Shares are cumulative: the most influential node has the smallest.
     nodes.sort(key=lambda node: (node.get("influence") is None, node.get("influence") or 0.0))
-    features = list(dict.fromkeys(map(feature_of, nodes)))[:_DETAILS_ON_PAGE]
-    return details_of_features(config, features, folders)
+    return list(dict.fromkeys(map(feature_of, nodes)))[:_DETAILS_ON_PAGE]
 
 
 def details_of_features(
