@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ class LayerDictionaries(abc.ABC):
         mesh = mesh or _first_device()
         if (layer, mesh) not in self._kept:
             encoder = _place(self._encoder_on_host(layer), mesh)
-            size = sum(array.addressable_shards[0].data.nbytes for array in encoder.arrays.values())
+            parts = ((array, array.sharding.shard_shape(array.shape)) for array in encoder.arrays.values())
+            size = sum(math.prod(shape) * array.dtype.itemsize for array, shape in parts)
             room = free_bytes(mesh) // KEPT_SHARE // max(size, 1)
             while len(self._kept) >= max(room, 1):
                 self._kept.popitem()
