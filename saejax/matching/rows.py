@@ -16,9 +16,7 @@ def unit(rows_NxD: np.ndarray) -> np.ndarray:
 
 def weight_rows(measure: str, dictionary: Dictionary) -> np.ndarray:
     """Return the unit rows of a dictionary's features, fp32 [F, D]; their products are cosines."""
-    if measure == "encoder":
-        return unit(np.asarray(dictionary.W_enc_DxF[...]).T)
-    return unit(np.asarray(dictionary.W_dec_FxD[...]))
+    return unit(np.asarray(dictionary.W_enc_DxF[...].T if measure == "encoder" else dictionary.W_dec_FxD[...]))
 
 
 def independent_rows(rows_FxD: np.ndarray, seed: Sequence[int]) -> np.ndarray:

@@ -53,7 +53,6 @@ def shown_text(
     """
     words: dict[int, int] = {}
     features = [[each.feature for part in parts for each in part] for parts in chosen]
-    shown_reading = _reading(stack, reading, words)
     layers = [
         dict(
             name=each.name,
@@ -66,12 +65,13 @@ def shown_text(
     ]
     return dict(
         tokens=text.tokens,
-        texts=[as_text(token) for token in words],
         layers=layers,
         cells=[[_cell(layer_firings, position) for position in range(len(text.tokens))] for layer_firings in shown],
         links=[(*source, *target, float(f"{weight:.4g}")) for source, target, weight in links],
         belongs=to_json(chosen),
-        reading=shown_reading,
+        reading=_reading(stack, reading, words),
+        # After the reading, which names its tokens by their place here.
+        texts=[as_text(token) for token in words],
     )
 
 

@@ -166,9 +166,12 @@ def run_rows(
     tree = SharedPrefixBatch.unshared(jnp.zeros(rows, jnp.int32), jnp.full(rows, start), window, shards)
     # A window filled up beyond the text reads its last token; those scores are dropped.
     at_W = jnp.minimum(start + jnp.arange(window), stream_1xTxD.shape[1] - 1)
+    stream_RxWxD, value_RxWxD, removed_RxWxK = (
+        jnp.broadcast_to(row, (rows, *row.shape[-2:]))
+        for row in (stream_1xTxD[:, at_W], value_1xTxD[:, at_W], removed_WxX)
+    )
     W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
-    edited_RxWxD = edit_value(value_1xTxD[:, at_W], removed_WxX[None], W_dec_KxD, fraction_RxX[:, None, :])
-    stream_RxWxD = jnp.broadcast_to(stream_1xTxD[:, at_W], edited_RxWxD.shape)
+    edited_RxWxD = edit_value(value_RxWxD, removed_RxWxK, W_dec_KxD, fraction_RxX[:, None, :])
     flat = (array.reshape(shards, -1, array.shape[-1]) for array in (stream_RxWxD, edited_RxWxD))
     x = point.run_shared_suffix(params, past, tree, *flat).reshape(edited_RxWxD.shape)
     positions_RxW, targets_RxW = (jnp.tile(each[None], (rows, 1)) for each in (jnp.arange(window), targets_W))

@@ -189,9 +189,8 @@ class Reading:
         on_text = {}
         for side, index in enumerate(pair):
             values_NxD = self._shared.values(self._compared[index])
-            on_text[index] = DictionaryOnText(
-                self._load(index), *(np.asarray(values_NxD[half[side]]) for half in halves)
-            )
+            parts = (np.asarray(values_NxD[half[side]]) for half in halves)
+            on_text[index] = DictionaryOnText(self._load(index), *parts)
         return {
             name: evaluate_at_other_site(
                 on_text[moved], on_text[native], self._mesh, self._config.batch_tokens, [self._config.seed, moved]
