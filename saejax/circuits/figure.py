@@ -24,7 +24,7 @@ CARD, SOFT, LINE = "#f5f7f9", "#555e68", "#d4d9df"  # the page's theme replaces 
 # Inches: boxes of ours and of the outline, the height of both, what is between rows, and margins.
 _BOX, _OUTLINE_BOX, _TALL, _GAP, _BELOW, _LEFT, _ABOVE = 2.2, 1.3, 0.86, 0.5, 0.75, 0.75, 0.75
 _BETWEEN = 0.4  # inches between columns
-_ASIDE = 0.55  # inches, twice as far as arrows go aside that pass boxes
+_ASIDE = 0.55  # inches: to the outline, and twice as far as arrows go aside that pass boxes
 _SIZE = 8.5  # points
 _NAMED = 3  # features that a box names
 
@@ -80,7 +80,7 @@ def draw_circuit(circuit: CircuitResults, names: Mapping[Key, str], outline: Map
     # The answer's column is there whatever the groups.
     roles = [role for role in ROLES if role in {box.role for box in boxes.values()}]
     width = _LEFT + len(roles) * (_BOX + _BETWEEN)
-    whole_width = width + (0.3 + len(ROLES) * (_OUTLINE_BOX + _BETWEEN) if outline else 0.0)
+    whole_width = width + (_ASIDE + len(ROLES) * (_OUTLINE_BOX + _BETWEEN) if outline else 0.0)
     figure = Figure(figsize=(whole_width, top + _ABOVE))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, whole_width), ylim=(0, top + _ABOVE))
@@ -91,13 +91,13 @@ def draw_circuit(circuit: CircuitResults, names: Mapping[Key, str], outline: Map
         axes.text(_LEFT - 0.1, y, f"layer {group.layer:.0f}", size=_SIZE, color=SOFT, ha="right", va="center")
     _draw_panel(axes, "Measured here", _LEFT, roles, boxes, arrows, _BOX)
     if outline:
-        axes.plot([width + 0.1] * 2, [0.1, top + _ABOVE - 0.1], color=LINE, linewidth=0.8)
+        axes.plot([width + 0.3] * 2, [0.1, top + _ABOVE - 0.1], color=LINE, linewidth=0.8)
         spread = (top - 0.5 - _BELOW) / (max(row for *_, row in outline["groups"]) + 1)
         published = {ANSWER: _Box("last", top, f"answer “{outline['answer']}”")}
         for key, name, role, row in outline["groups"]:
             published[key] = _Box(role, _BELOW + row * spread + _TALL / 2, name)
         edges = [_Arrow(source, target, 0.3) for source, target in outline["edges"]]
-        _draw_panel(axes, "As published, of a larger model", width + 0.3, ROLES, published, edges, _OUTLINE_BOX)
+        _draw_panel(axes, "As published, of a larger model", width + _ASIDE, ROLES, published, edges, _OUTLINE_BOX)
     return figure
 
 
