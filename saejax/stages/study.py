@@ -75,7 +75,7 @@ STUDY = Stage(
     unit_identity=dict(benchmark=identities.benchmark),
     check=_check,
     rule=_rule,
-    revision=5,
+    revision=4,
     processes="items",
     section=_sections,
 )

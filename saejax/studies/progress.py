@@ -14,7 +14,8 @@ class TimeToGo:
     """Seconds that are left, as far as they are known.
 
     A unit is expected to take what preflight says, times what units of its stage took in proportion, in this row or
-    another; or, before there are any, all units together.
+    another; or, before there are any, all units together. A unit at work that is late counts with the time that it has
+    taken so far.
 
     Args:
       at_once: units that run at once, each of another row.
@@ -52,16 +53,21 @@ class TimeToGo:
         every = [*waiting, *running]
         if not all(key in self._expected for key in every):
             return None
-        rates, rows = self._rates(), defaultdict[str, float](float)
+        rates = self._rates(self._took)
+        late = {key: spent for key, spent in running.items() if spent > self._usual(key, rates)}
+        rates, rows = self._rates(self._took | late), defaultdict[str, float](float)
         for key in every:
-            whole, elapsed = self._expected[key] * rates.get(_stage(key[1]), rates[""]), running.get(key, 0.0)
-            rows[key[0]] += max(whole - elapsed, _LATE * elapsed)
+            elapsed = running.get(key, 0.0)
+            rows[key[0]] += max(self._usual(key, rates) - elapsed, _LATE * elapsed)
         return max([sum(rows.values()) / self._at_once, *rows.values()])  # a row's units run one after the other
 
-    def _rates(self) -> dict[str, float]:
-        """Return the time of finished units over the expected one, by stage; of all together under ""."""
+    def _usual(self, key: Key, rates: Mapping[str, float]) -> float:
+        return self._expected[key] * rates.get(_stage(key[1]), rates[""])
+
+    def _rates(self, seconds_of: Mapping[Key, float]) -> dict[str, float]:
+        """Return the time of units over the expected one, by stage; of all together under ""."""
         took, expected = defaultdict[str, float](float), defaultdict[str, float](float)
-        for key, seconds in self._took.items():
+        for key, seconds in seconds_of.items():
             for name in (_stage(key[1]), "") if key in self._expected else ():
                 took[name] += seconds
                 expected[name] += self._expected[key]

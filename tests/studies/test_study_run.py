@@ -186,6 +186,9 @@ def test_time_to_go_follows_what_units_took():
     clock.took("a", "train/topk", 30.0)  # three times as long as expected
     assert clock.left([("a", "report")], {("a", "train/gated"): 5.0}) == pytest.approx(25.0 + 30.0)
     assert clock.left([], {("a", "train/gated"): 99.0}) == 24.75
+    clock.expect("b", ["train/topk"], dict(train=10.0))
+    # 10 seconds were expected of each unit so far, which took 30 and 90: so the next is expected to take 60.
+    assert clock.left([("b", "train/topk")], {("a", "train/gated"): 90.0}) == pytest.approx(60.0 + 22.5)
     two = TimeToGo(2)
     for row, seconds in (("a", 10.0), ("b", 20.0), ("c", 60.0)):
         two.expect(row, ["train/topk"], dict(train=seconds))

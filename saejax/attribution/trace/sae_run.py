@@ -275,7 +275,7 @@ def _gradients(
         """Pull the gradients through one layer, from its output to its input."""
         (above_BxTxD, site_SxBxTxD), layer = carry, top - 1 - index
         slot = sites.slot_L[layer]
-        kind_here = sites.kind_S.at[slot].get(mode="fill", fill_value=-1)
+        kind_here = jnp.asarray(sites.kind_S).at[slot].get(mode="fill", fill_value=-1)
 
         def run_layer(x_TxD: jax.Array, delta_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Return the stream leaving the layer, and what is read at its site before changes, both [T, D]."""
