@@ -201,9 +201,9 @@ def _search_contexts(run: Run, model: LanguageModel, transcoders: LayerTranscode
     # Every process searches, as the devices of all run the texts; what is missing is the same in each.
     details = details_of_features(config, features)
     missing = [feature for feature in features if feature not in details or not details[feature].name]
-    found = _corpus_search(model, transcoders, config.contexts).contexts(missing)
+    contexts = _corpus_search(model, transcoders, config.contexts).contexts(missing)
     if is_first_process():
-        write_contexts(run.folder / FEATURES, found)
+        write_contexts(run.folder / FEATURES, contexts)
 
 
 @functools.lru_cache(1)  # a server traces one prompt after another

@@ -1,4 +1,4 @@
-"""What the weights say of a feature: tokens that it promotes and suppresses, and the nearest decoder rows."""
+"""Descriptions of features by weights alone: tokens promoted and suppressed, and the nearest decoder rows."""
 
 import dataclasses
 import functools

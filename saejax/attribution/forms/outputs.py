@@ -62,8 +62,8 @@ def write_outputs(
     strong = [document["links"][place] for place in ranked_links(document)[0][:_HEADS_ON_PAGE]]
     ends = [(link["source"], link["target"]) for link in strong]
     shown = {edge: heads[edge] for edge in ends if edge in heads}
-    found = run.folder / FEATURES
-    details = details_of(run.configs[GraphConfig], document, [found] if found.is_dir() else [])
+    searched = run.folder / FEATURES
+    details = details_of(run.configs[GraphConfig], document, [searched] if searched.is_dir() else [])
     write_page(part_file(run, slug, ".html"), document, heads=shown, tables=tables, details=details)
 
 

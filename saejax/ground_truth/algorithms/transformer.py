@@ -23,7 +23,12 @@ Params = dict[str, jax.Array]
 
 
 def make_optimizer(steps: int, learning_rate: float) -> optax.GradientTransformation:
-    """Return AdamW whose learning rate rises over a twentieth of the steps and then falls to 0 as a cosine."""
+    """Return AdamW.
+
+    Args:
+      steps: number of steps.
+      learning_rate: the largest; it rises over a twentieth of the steps and then falls to 0 as a cosine.
+    """
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(steps // 20, 1), steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05))
 
