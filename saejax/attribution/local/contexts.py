@@ -31,8 +31,9 @@ class ContextSearch:
     def _firings(self) -> list[tuple[Active, list[str]]]:
         """The active features of each text, and its tokens."""
         firings, as_text = [], token_text(self.model.tokenizer)
+        most = min(_TOKENS, self.model.config.context)
         for text in self.texts:
-            local = LocalModel(self.model, self.transcoders, encode(self.model.tokenizer, text)[:_TOKENS])
+            local = LocalModel(self.model, self.transcoders, encode(self.model.tokenizer, text)[:most])
             firings.append((local.active, [as_text(int(token)) for token in local.ids_P]))
         return firings
 
