@@ -92,7 +92,7 @@ EVERYTHING = dict.fromkeys(
     "topk",
 )
 EVERYTHING |= dict(
-    explain__url="http://localhost/v1", explain__model="judge", track__prompt="A cat sat.", known__circuits="chain",
+    explain__url="http://localhost/v1", explain__model="judge", track__prompt="A cat sat.", known__circuits="logic",
     algorithm__names="addition", truth__features=64, patch__kinds="mlp_out", probe__labels="answer",
     ablate__effects="all", graph__behaviours="capital", circuits__behaviours="capital", corpus__stream=True,
 )  # fmt: skip

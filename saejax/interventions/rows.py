@@ -281,16 +281,16 @@ def edit_value(
       value_xD: the clean value.
       fall_xK: by how much ablation lowers the activation of each feature; from ``gather``.
       W_dec_KxD: directions of the features.
-      fractions: share of each fall that is applied; broadcast to ``fall_xK``.
+      fractions: share of each fall that is applied; it and ``fall_xK`` are broadcast to each other.
       addends: what is added to each activation, likewise; None: nothing.
     """
     fractions = fractions.astype(fall_xK.dtype)
     # Not a plain product: a feature that overflows would reach the rows that do not edit it as 0 x NaN.
-    fall_xK = jnp.where(fractions != 0, fall_xK * fractions, jnp.zeros_like(fall_xK))
+    applied = jnp.where(fractions != 0, fall_xK * fractions, jnp.zeros_like(fall_xK))
     if addends is not None:
-        fall_xK = fall_xK - addends.astype(fall_xK.dtype)
+        applied = applied - addends.astype(fall_xK.dtype)
     # The fall is subtracted from the clean value: what the dictionary does not explain stays as it is.
-    fall_xD = matmul(fall_xK.astype(W_dec_KxD.dtype), W_dec_KxD)
+    fall_xD = matmul(applied.astype(W_dec_KxD.dtype), W_dec_KxD)
     return (value_xD.astype(fall_xD.dtype) - fall_xD).astype(value_xD.dtype)
 
 

@@ -122,7 +122,7 @@ def test_results_are_not_empty(on_one_device):
     steered = on_one_device["steer"]["tiny"]
     assert steered["reason"] is None and set(steered["methods"]) == {"add", "clamp", "mean_difference"}
     for method in steered["methods"].values():
-        assert method["controls"] > 0 and method["points"][0]["ce_rise"] is not None
+        assert method["controls"] and method["points"][0]["ce_rise"] is not None
     length, correct = on_one_device["probe"]
     assert len(length["probes"]) == 6 and length["selected"]["matched"]
     assert correct["reason"].startswith("fewer than two classes")

@@ -111,7 +111,7 @@ def match_scores(shared) -> MatchScores:
 
 def transfer(shared, null) -> TransferResults:
     rows = dict(decoder=ComparedRows(match_scores(shared), match_scores(null), (8, 8), (0, 0)))
-    return TransferResults((), "", (ComparedPair("topk", "standard", rows),), (), ())
+    return TransferResults((), "", (ComparedPair("topk", "standard", rows),), ())
 
 
 def tracked(answers) -> TrackResults:
