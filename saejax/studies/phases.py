@@ -61,7 +61,9 @@ def _known_features(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
     results = [(row, truth) for row, findings in rows.items() for truth in findings.each(TruthResults).values()]
     for row, truth in results:
         trained = [each.scores.f1 for each in truth.dictionaries if not each.control]
-        controls = [each.scores.f1 for each in truth.dictionaries if each.control]
+        # Controls are a unit of their own, one for all kinds of a row.
+        units = [each for name, each in results if name == row]
+        controls = [each.scores.f1 for unit in units for each in unit.dictionaries if each.control]
         for best in sorted(trained, key=lambda f1: -f1.mean)[:1]:
             control = max(controls, key=lambda f1: f1.mean, default=None)
             yield PhaseFigures(
@@ -69,7 +71,7 @@ def _known_features(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
                 "features of a synthetic world that a dictionary finds",
                 f"{row}, {truth.kind}",
                 f"F1 {interval(best)}",
-                f"frozen random decoder: {interval(control)}" if control else "none in this unit",
+                f"frozen random decoder: {interval(control)}" if control else "none in this row",
                 "cannot tell" if control is None else _yes(best.low > control.high),
             )
     if not results:
