@@ -140,11 +140,8 @@ def estimate_memory(size: GraphSize, tokens: int, mesh: Mesh) -> Memory:
     entries = sources + active * (size.writes - 1)
     targets = traced + size.logits
     columns = columns_kept(targets, active, sources - active)
-    # Rows are copied when columns are given up: while they are computed, and at the end.
-    copied = WHOLE if columns < sources else 0
-    if traced < active:
-        copied = max(copied, targets * (traced + sources - active))
-    adjacency = targets * columns + copied
+    # Rows are copied when columns are given up while they are computed.
+    adjacency = targets * columns + (WHOLE if columns < sources else 0)
     encoders = width * (min(traced, ROUND_ROWS) if traced < active else traced)
     rows_host = adjacency + 2 * at_once * positions / length * entries + encoders
     rows_host += min(READ_AT_ONCE, width * directions)

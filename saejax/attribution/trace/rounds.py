@@ -30,6 +30,7 @@ WHOLE = 1 << 28  # numbers that whole rows may have together: 1 GiB
 _SPARE = 4  # features with a column for each that gets a row
 _LEAST = 1 << 15  # features with a column, at the least
 _LEAST_ROWS = 256  # that are whole, at the least
+_BLOCK = 1 << 20  # numbers that are copied at once
 _IN_CACHE = 1 << 16  # numbers of rows that a ranking works on at once: they stay in a core's cache
 # Writes the rows of some of the active features, or of the readouts (None), over all sources.
 FillRows = Callable[[np.ndarray | None, Put], None]
@@ -110,21 +111,33 @@ class RowStore:
         for row in (*range(done), *range(-self._targets, 0)):  # one by one: there is no room for copies
             self._write_narrow(np.array([row]), old[row][None])
 
-    def finish(self, chosen_F: np.ndarray) -> None:
-        """Sort the rows of features, and give up the columns of features without a row, when all rows are there.
+    def sort(self, order_F: np.ndarray) -> None:
+        """Reorder the rows of features in place: there is no room for a second copy.
 
         Args:
-          chosen_F: the feature of each row.
+          order_F: which row comes to each place.
         """
-        order = np.concatenate([np.argsort(chosen_F), np.arange(self._count, len(self.row_BxC))])
-        is_kept = (self.column_C >= self._active) | np.isin(self.column_C, chosen_F)
-        kept, left = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
-        old, self.row_BxC = self.row_BxC, np.empty((len(order), len(kept)), np.float32)
-        self.dropped_R, self.column_C = self.dropped_R[order], self.column_C[kept]
-        # Row by row: what all rows lose takes no memory of its own.
-        for row, values in enumerate(old[place] for place in order):
-            self.row_BxC[row] = values[kept]
-            self.dropped_R[row] += values[left].sum()
+        rows_FxC, step = self.row_BxC[: self._count], max(_BLOCK // self._count, 1)
+        for start in range(0, rows_FxC.shape[1], step):
+            columns = slice(start, start + step)
+            rows_FxC[:, columns] = rows_FxC[order_F, columns]
+        for sum_R in (self.dropped_R, self.size_R):
+            sum_R[: self._count] = sum_R[: self._count][order_F]
+
+    def leave_out(self, left_X: np.ndarray) -> None:
+        """Drop columns when all rows are there, in place: there is no room for a second copy.
+
+        Args:
+          left_X: the places of those that go; ``dropped_R`` gets what they contribute.
+        """
+        kept = np.delete(np.arange(len(self.column_C)), left_X)
+        flat, width = self.row_BxC.reshape(-1), len(kept)
+        for row, values in enumerate(self.row_BxC):  # where its new place ends, no row begins that is still to be read
+            self.dropped_R[row] += values[left_X].sum()
+            flat[row * width : (row + 1) * width] = values[kept]
+        # refcheck=False: the loop's views of rows still exist, and are not used any more.
+        self.row_BxC.resize((len(self.row_BxC), width), refcheck=False)
+        self.column_C = self.column_C[kept]
 
 
 class Ranking:
@@ -245,10 +258,13 @@ def attribute_in_rounds(
             new = ranked[: min(-(-count // ROUNDS), ROUND_ROWS, store.room(len(chosen)))]
         fill(new, counted(store.put(len(chosen))))
         chosen = np.concatenate([chosen, new])
-    if count < len(active):
-        store.finish(chosen)
     # In the order of the active features, which is that of the nodes.
-    return np.sort(chosen), store
+    order = np.argsort(chosen)
+    if count < len(active):
+        store.sort(order)
+        # Features that got no row have no column: what they contribute becomes one number of each row.
+        store.leave_out(np.flatnonzero((store.column_C < len(active)) & ~np.isin(store.column_C, chosen)))
+    return chosen[order], store
 
 
 def make_graph(
