@@ -82,8 +82,9 @@ def test_text_documents_are_separated_by_blank_lines(tmp_path):
 
 
 GOOD = '{"text": "good"}\n'
-PACKED = gzip.compress(GOOD.encode() * 50)
-DAMAGED = bytearray(gzip.compress("".join(f"{i * i}\n" for i in range(500)).encode()))
+# Without the time: workers that begin in different seconds would collect tests of different names.
+PACKED = gzip.compress(GOOD.encode() * 50, mtime=0)
+DAMAGED = bytearray(gzip.compress("".join(f"{i * i}\n" for i in range(500)).encode(), mtime=0))
 DAMAGED[len(DAMAGED) // 2] ^= 0xFF
 
 
