@@ -107,7 +107,9 @@ class Picture {
         this.drawNode(context, i, look, touched);
     }
     context.globalAlpha = 1;
-    for (const i of new Set([...pinned, focus, ...this.namedNodes()])) this.drawName(context, i);
+    const names = []; // their boxes
+    for (const i of new Set([...pinned, focus])) this.drawName(context, i, names);
+    for (const i of this.namedNodes()) this.drawName(context, i, names, true);
     for (const box of layout.pills.boxes) this.drawPill(context, box, look, touched);
     context.restore();
     paintGutters(context, graph, layout, scroll, this.ink);
@@ -154,16 +156,23 @@ class Picture {
     const shown = [];
     for (let i = 0; i < graph.n && shown.length <= NAMED_AT_MOST; i++)
       if (visible.node[i] && graph.kind[i] !== TOKEN && graph.kind[i] !== LOGIT) shown.push(i);
-    return shown.length > NAMED_AT_MOST ? [] : shown.filter((i) => graph.named[i]);
+    if (shown.length > NAMED_AT_MOST) return [];
+    return shown.filter((i) => graph.named[i]).sort((a, b) => graph.share[a] - graph.share[b]); // most influential first
   }
 
-  /** Names what is selected or pinned; tokens and outputs have their names already. */
-  drawName(context, i) {
+  /** Names a node; ``ifFree``: only where no other name is. Tokens and outputs have their names already. */
+  drawName(context, i, names, ifFree = false) {
     const { graph, layout } = this;
     if (i < 0 || !this.visible.node[i] || graph.kind[i] === LOGIT || graph.kind[i] === TOKEN) return;
     const name = clip(graph.labels[i], 26);
     const away = layout.radius[i] + 7;
-    const toLeft = layout.x[i] + away + this.measure(name, 11, true) > this.scroll + layout.width;
+    const width = this.measure(name, 11, true);
+    const toLeft = layout.x[i] + away + width > this.scroll + layout.width;
+    const left = layout.x[i] + (toLeft ? -away - width : away);
+    const box = { left, right: left + width, y: layout.y[i] };
+    const meets = (other) => Math.abs(other.y - box.y) < 12 && other.left < box.right && box.left < other.right;
+    if (names.some(meets) && ifFree) return;
+    names.push(box);
     paintName(context, name, layout.x[i] + (toLeft ? -away : away), layout.y[i], toLeft, this.ink);
   }
 
