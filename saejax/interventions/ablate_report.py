@@ -208,7 +208,7 @@ def dose_picture(
     named = {BASIS_NAMES.get(basis, basis): curve for basis, curve in bases.items()}
     objective, ablation = next(iter(result.ablation.items()))
     assert ablation.effect is not None
-    unit = f"effect, {ABLATION_READOUTS[objective][2]}"
+    unit = f"{ABLATION_READOUTS[objective][0].removeprefix('the ')} lost"
     caption = (
         "Every point is a set of as many features, at the smaller of its dose and that of the top features. Points on "
         "the orange line do as much as the top features at the same dose; points below it do less. "
@@ -226,7 +226,7 @@ def dose_effect(
     random: Sequence[EffectCurve],
     placebo: Sequence[EffectCurve],
     bases: Mapping[str, EffectCurve],
-    unit: str = "effect, logits",
+    unit: str = "logit difference lost",
 ) -> Figure:
     """Draw the effects of the top features, random sets, placebo sets and other bases against their doses.
 

@@ -129,11 +129,27 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     programs.append(program("features", f"{prompts} prompts, {gathered} features", gather, chosen, flops, attributions))
 
     # Rows that share no tokens, each changed from its start on: batches are full.
-    batch, shards = ablate.batch_rows, mesh.shape["data"]
-    value_PxTxD = value(whole, prompts)
-    past = placed(jax.eval_shape(point.run_suffix_with_kv, params, value_PxTxD, value_PxTxD)[1], mesh)
+    batch = ablate.batch_rows
     f_PxTxK = whole(mesh, (prompts, length, gathered), kept_dtype)
     W_dec_KxD = whole(mesh, (gathered, used.d_in), kept_dtype)
+    edited = _edited_rows(point, params, value(whole, prompts), f_PxTxK, W_dec_KxD, batch)
+    flops = suffix_flops(batch) + 2.0 * batch * length * gathered * used.d_in
+    programs.append(program("tail", f"{batch} edited prompts", run_rows, edited, flops, edited_rows / batch))
+    return programs
+
+
+def _edited_rows(
+    point: SplitPoint,
+    params: Any,
+    value_PxTxD: jax.ShapeDtypeStruct,
+    f_PxTxK: jax.ShapeDtypeStruct,
+    W_dec_KxD: jax.ShapeDtypeStruct,
+    batch: int,
+) -> tuple:
+    """Return the arguments of the program that runs a batch of edited prompts, each changed from its start on."""
+    mesh, (_, length, gathered) = point.mesh, f_PxTxK.shape
+    shards = mesh.shape["data"]
+    past = placed(jax.eval_shape(point.run_suffix_with_kv, params, value_PxTxD, value_PxTxD)[1], mesh)
     clean = CleanValues(value_PxTxD, value_PxTxD, f_PxTxK, W_dec_KxD, past, None, None)
     of_shard = -(-batch // shards)
     row_count, tokens = few_rows(of_shard), full_batch(of_shard * length, length)
@@ -141,7 +157,4 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     tree = SharedPrefixBatch(*(by_row(mesh, (shards, *shape), jnp.int32) for shape in shapes))
     answers_SxRx2 = by_row(mesh, (shards, row_count, 2), jnp.int32)
     fraction_SxRxK = by_row(mesh, (shards, row_count, gathered), jnp.float32)
-    edited = point, params, clean, tree, tree.prompt_SxR, answers_SxRx2, fraction_SxRxK, None
-    flops = suffix_flops(batch) + 2.0 * batch * length * gathered * used.d_in
-    programs.append(program("tail", f"{batch} edited prompts", run_rows, edited, flops, edited_rows / batch))
-    return programs
+    return point, params, clean, tree, tree.prompt_SxR, answers_SxRx2, fraction_SxRxK, None
