@@ -271,8 +271,22 @@ def run_head(
       last_B: index of each prompt's last token.
       wanted_BxT: positions that were asked for.
     """
-    stream_BxTxD, value_BxTxD, read_BxTxD = point.run_prefix(params, ids_BxT)
-    real_BxT = jnp.arange(ids_BxT.shape[1])[None, :] <= last_B[:, None]
+    return read_site(point, error, dictionary, *point.run_prefix(params, ids_BxT), last_B, wanted_BxT)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def read_site(
+    point: SplitPoint,
+    error: str,
+    dictionary: Dictionary,
+    stream_BxTxD: jax.Array,
+    value_BxTxD: jax.Array,
+    read_BxTxD: jax.Array,
+    last_B: jax.Array,
+    wanted_BxT: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Return what ``run_head`` does, given what ``SplitPoint.run_prefix`` returns."""
+    real_BxT = jnp.arange(value_BxTxD.shape[1])[None, :] <= last_B[:, None]
     # Padding has values, too, which no prompt sees: nothing is edited or counted there.
     domain_BxT = real_BxT & dictionary.is_not_sink(read_BxTxD, value_BxTxD)
     finite_BxT = jnp.isfinite(value_BxTxD).all(axis=-1) & jnp.isfinite(read_BxTxD).all(axis=-1)

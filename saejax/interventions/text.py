@@ -6,6 +6,7 @@ attention sinks. Where a counterpart's activations replace others, text has none
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ import numpy as np
 from saejax.evaluation import programs
 from saejax.interventions.edits import ZERO, FeatureEdits
 from saejax.interventions.rows import edit_value, gather
-from saejax.interventions.split_model import SplitModel, fit_ids, run_head
+from saejax.interventions.split_model import SplitModel, fit_ids, read_site
+from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
 from saejax.models.split import SplitPoint
@@ -28,6 +30,16 @@ LENGTH = 64  # tokens of a document
 _AT_ONCE = 4  # documents of a program
 
 
+class DocumentBatch(NamedTuple):
+    """A few documents without an edit. Rows beyond ``count`` are padding."""
+
+    ids_BxT: jax.Array  #: token ids
+    lengths_B: jax.Array  #: tokens of each document
+    count: int  #: number of documents
+    sites: tuple[jax.Array, jax.Array, jax.Array]  #: stream, value and what is read at the site, [B, T, D] each
+    end_BxTxD: jax.Array  #: the stream leaving the last layer
+
+
 class HeldOutText:
     """Documents on which edits are run.
 
@@ -37,6 +49,7 @@ class HeldOutText:
 
     def __init__(self, documents: Sequence[Sequence[int]]):
         self.documents = [list(document) for document in documents]
+        self._clean: tuple[SplitPoint, list[DocumentBatch]] | None = None
 
     @classmethod
     def of(
@@ -76,36 +89,53 @@ class HeldOutText:
           Cross-entropy ``ce`` and KL(clean || edited) ``kl``, float64 ``[1 + S, N]``: without an edit, then with each;
           means over the predicted tokens, nats per token.
         """
-        starts = range(0, len(self.documents), _AT_ONCE)
-        parts = [self._run_batch(split, edits, self.documents[first : first + _AT_ONCE]) for first in starts]
+        # All dictionaries and bases of a site are compared on one clean run, which takes as long as two edits do.
+        if self._clean is None or self._clean[0] != split.point:
+            starts = range(0, len(self.documents), _AT_ONCE)
+            batches = [self._run_clean(split, self.documents[first : first + _AT_ONCE]) for first in starts]
+            self._clean = split.point, batches
+        parts = [_run_edits(split, edits, batch) for batch in self._clean[1]]
         ce_ExN, kl_ExN = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
         tokens_N = np.array([len(document) - 1 for document in self.documents])
         return dict(ce=ce_ExN / tokens_N, kl=kl_ExN / tokens_N)
 
-    def _run_batch(
-        self, split: SplitModel, edits: FeatureEdits, documents: Sequence[Sequence[int]]
-    ) -> list[np.ndarray]:
-        """Return the cross-entropy and divergence of a few documents, sums [E, N]: the clean ones, then the edited."""
-        point, count = split.point, len(documents)
-        padded = pad([*documents, *[[0, 0]] * (_AT_ONCE - count)])
+    def _run_clean(self, split: SplitModel, documents: Sequence[Sequence[int]]) -> DocumentBatch:
+        padded = pad([*documents, *[[0, 0]] * (_AT_ONCE - len(documents))])
         # All batches have the length of the longest document: one shape, so that each program is compiled once.
         ids_BxT = fit_ids(padded.ids_BxT, round_length(max(map(len, self.documents))))
-        arrays = ids_BxT, padded.last_B, np.ones(ids_BxT.shape, bool), padded.lengths_B
-        *rows, lengths_B = split.by_row(*arrays)
-        stream, value, read, domain_BxT, _ = run_head(point, split.error, split.params, split.dictionary, *rows)
-        ((chosen, features_K),) = edits.chunks(edits.dictionary.config.n_features)
-        # Documents have no counterparts: there a swapped feature is taken away.
-        source = ZERO if edits.replacement.kind == "counterpart" else edits.replacement
-        changes = gather(point, split.dictionary, source, [read, domain_BxT], features_K, count)
-        ends = [programs.tail(point, split.params, stream, value)]
-        fraction_SxK, addend_SxK = edits.over(chosen, features_K)
-        addend_SxK = np.zeros_like(fraction_SxK) if addend_SxK is None else addend_SxK
-        for fraction_K, addend_K in zip(fraction_SxK, addend_SxK, strict=True):
-            edited_BxTxD = _edited(point, value, domain_BxT, *changes, fraction_K, addend_K)
-            ends.append(programs.tail(point, split.params, stream, edited_BxTxD))
-        # All edits with one clean run: its log-probabilities are not kept between programs.
-        sums = programs.compare(point.config, split.params, jnp.stack(ends), rows[0], lengths_B)
-        return [to_host(part).astype(np.float64).sum(axis=0)[:, :count] for part in sums]
+        ids, lengths = split.by_row(ids_BxT, padded.lengths_B)
+        *sites, end_BxTxD = _clean_values(split.point, split.params, ids)
+        return DocumentBatch(ids, lengths, len(documents), tuple(sites), end_BxTxD)
+
+
+def _run_edits(split: SplitModel, edits: FeatureEdits, batch: DocumentBatch) -> list[np.ndarray]:
+    """Return the cross-entropy and divergence of a few documents, sums [1 + S, N]: the clean ones, then the edited."""
+    point, every_BxT = split.point, np.ones(batch.ids_BxT.shape, bool)
+    stream, value, read, domain_BxT, _ = read_site(
+        point, split.error, split.dictionary, *batch.sites, batch.lengths_B - 1, *split.by_row(every_BxT)
+    )
+    ((chosen, features_K),) = edits.chunks(edits.dictionary.config.n_features)
+    # Documents have no counterparts: there a swapped feature is taken away.
+    source = ZERO if edits.replacement.kind == "counterpart" else edits.replacement
+    changes = gather(point, split.dictionary, source, [read, domain_BxT], features_K, batch.count)
+    # Without the error, the clean run is that of the dictionary's reconstruction.
+    is_shared = split.error == "keep"
+    ends = [batch.end_BxTxD if is_shared else programs.tail(point, split.params, stream, value)]
+    fraction_SxK, addend_SxK = edits.over(chosen, features_K)
+    addend_SxK = np.zeros_like(fraction_SxK) if addend_SxK is None else addend_SxK
+    for fraction_K, addend_K in zip(fraction_SxK, addend_SxK, strict=True):
+        edited_BxTxD = _edited(point, value, domain_BxT, *changes, fraction_K, addend_K)
+        ends.append(programs.tail(point, split.params, stream, edited_BxTxD))
+    sums = programs.compare(point.config, split.params, jnp.stack(ends), batch.ids_BxT, batch.lengths_B)
+    return [to_host(part).astype(np.float64).sum(axis=0)[:, : batch.count] for part in sums]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _clean_values(point: SplitPoint, params: decoder.Params, ids_BxT: jax.Array) -> tuple[jax.Array, ...]:
+    """Return stream, value and what is read at the site, and the stream leaving the last layer, [B, T, D] each."""
+    stream_BxTxD, value_BxTxD, read_BxTxD = point.run_prefix(params, ids_BxT)
+    end_BxTxD = point.run_suffix(params, stream_BxTxD, value_BxTxD)
+    return jax.lax.with_sharding_constraint((stream_BxTxD, value_BxTxD, read_BxTxD, end_BxTxD), sharding(point.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
