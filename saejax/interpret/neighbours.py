@@ -64,7 +64,9 @@ def logit_lens(
     logits_RxV -= logits_RxV.mean(axis=-1, keepdims=True)
     up, up_ids = lax.top_k(logits_RxV, count)
     down, down_ids = lax.top_k(-logits_RxV, count)
-    low_Rx1, width_Rx1 = -down[:, :1], jnp.maximum(up[:, :1] + down[:, :1], 1e-30) / BINS
+    # Not from ``up`` and ``down``: of a slice of a top-k XLA makes a sort of the whole vocabulary.
+    low_Rx1, high_Rx1 = logits_RxV.min(axis=-1, keepdims=True), logits_RxV.max(axis=-1, keepdims=True)
+    width_Rx1 = jnp.maximum(high_Rx1 - low_Rx1, 1e-30) / BINS
     bin_RxV = jnp.clip(jnp.floor((logits_RxV - low_Rx1) / width_Rx1).astype(jnp.int32), 0, BINS - 1)
     counts = jax.vmap(functools.partial(jnp.bincount, length=BINS))(bin_RxV)
     return (

@@ -106,7 +106,8 @@ def _search(errors_NxD: jax.Array, w_CxD: jax.Array) -> tuple[jax.Array, jax.Arr
 
     def step(_: int, carried: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         z_NxC = errors_NxD @ carried[0].T
-        level_C = jnp.maximum(lax.top_k(z_NxC[:sampled].T, max(round(_RATE * sampled), 1))[0][:, -1], 0.0)
+        largest_CxK = lax.top_k(z_NxC[:sampled].T, max(round(_RATE * sampled), 1))[0]
+        level_C = jnp.maximum(largest_CxK.min(axis=1), 0.0)  # not by a slice, of which XLA makes a sort of all values
         active_NxC = jnp.where(z_NxC >= level_C[None], z_NxC, 0.0)
         w_CxD = active_NxC.T @ errors_NxD
         length_Cx1 = jnp.linalg.norm(w_CxD, axis=1, keepdims=True)

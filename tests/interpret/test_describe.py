@@ -85,6 +85,11 @@ def test_nearest_rows(made, monkeypatch):
     np.testing.assert_allclose(np.take_along_axis(cosine, ids, 1), found, atol=1e-6)
 
 
+def test_on_a_cpu_xla_does_not_sort_the_vocabulary(lm):
+    program = neighbours.logit_lens.lower(lm.config, 4, lm.params, jnp.zeros((8, 64))).compile().as_text()
+    assert "TopK" in program and " sort(" not in program, "a sort takes forty times as long"
+
+
 def test_output_tokens(lm):
     rows = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
     found = neighbours.output_tokens(lm, rows, 4)

@@ -11,6 +11,7 @@ from small_stacks import make_stack
 from test_initial import random_dictionary
 
 from saejax.dictionaries import Dictionary, rescale, save_dictionary
+from saejax.training import widening
 from saejax.training.init_from import state_from_folder
 from saejax.training.state import finish_dictionary, init_state
 from saejax.training.widening import missing_features, widen
@@ -136,3 +137,8 @@ def test_every_kind_starts_from_it(kind, tmp_path):
     assert not np.allclose(new[F // 2], old[F // 2])
     columns = np.asarray(state.params["W_enc_DxF"][0])[:, F // 2]
     np.testing.assert_allclose(columns / np.linalg.norm(columns), new[F // 2] / np.linalg.norm(new[F // 2]), atol=1e-5)
+
+
+def test_on_a_cpu_xla_does_not_sort_the_projections():
+    program = widening._search.lower(jnp.zeros((256, D)), jnp.zeros((8, D))).compile().as_text()
+    assert "TopK" in program and " sort(" not in program, "a sort takes forty times as long"
