@@ -61,6 +61,7 @@ def record(
     *,
     stopping: Callable[[], bool] = lambda: False,
     features: Sequence[int] | None = None,
+    on_tokens: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
     """Write the firings of dictionaries of one site on a split of a store.
 
@@ -72,6 +73,7 @@ def record(
       batch: tokens in a batch, rounded up to a multiple of 32.
       stopping: returns whether the process was asked to stop.
       features: features whose firings are written; None: all.
+      on_tokens: called with the number of tokens of each batch.
 
     Returns:
       The encoded places (no attention sinks), ascending, int64.
@@ -105,6 +107,7 @@ def record(
             waiting.append((places_of(store, rows_N), encoded))
             if len(waiting) > 1:
                 _write(files, *waiting.pop(0), features)
+            on_tokens(len(rows_N))
         _write(files, *waiting.pop(), features)
     return np.sort(places_of(store, rows))
 

@@ -109,6 +109,7 @@ class Interpreter:
         nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], _NEAREST)
         describer = Describer(self.text, place, bases["token"], _EXAMPLES, _DRAWS, output, nearest, self._heads())
         maps = TokenMaps(self.text, place, _HEATMAPS)
+        progress = self._progress("records are written", features, "features")
         for number, block in enumerate(blocks(trained_path, features)):
             records = describer.records(block)
             for feature_record in records:
@@ -120,6 +121,7 @@ class Interpreter:
                     feature_record["categories"] = categories[feature]
             _write_compact(folder / FEATURES / f"{number:05d}.json", records)
             maps.add(block)
+            progress.add(block.size)
         _write_compact(folder / MAPS, maps.maps(np.linalg.norm(np.asarray(self.dictionary.W_dec_FxD[...]), axis=1)))
         shutil.rmtree(scratch)
         return InterpretedDictionary(
@@ -158,8 +160,7 @@ class Interpreter:
         """
         all_detectors: list[Detector | None] = []
         fires_F = np.zeros(features)
-        prefix = f"labels are searched ({firings.name})"
-        progress = TextProgress(lambda line: self.run.say(f"{prefix}: {line}"), features, "features")
+        progress = self._progress(f"labels are searched ({firings.name})", features, "features")
         for block in blocks(firings, features):
             of_block = slice(block.first, block.first + block.size)
             all_detectors += best_detectors(block, self.text, bases, output.raised(of_block) if output else ())
@@ -176,8 +177,13 @@ class Interpreter:
         return reconstruct([dictionary], values, self.mesh)[0].explained_variance
 
     def _record(self, split: str, dictionaries: dict[Path, Dictionary]) -> np.ndarray:
-        batch = self.run.configs[InterpretConfig].batch_tokens
-        return record(self.store, split, dictionaries, self.mesh, batch, stopping=self.run.stopping)
+        batch, names = self.run.configs[InterpretConfig].batch_tokens, ", ".join(path.name for path in dictionaries)
+        progress = self._progress(f"firings are recorded ({names})", len(self.store.rows(split, self.dictionary.site)))
+        options: dict[str, Any] = dict(stopping=self.run.stopping, on_tokens=progress.add)
+        return record(self.store, split, dictionaries, self.mesh, batch, **options)
+
+    def _progress(self, doing: str, total: int, unit: str = "tokens") -> TextProgress:
+        return TextProgress(lambda line: self.run.say(f"{doing}: {line}"), total, unit)
 
     def _output(self, dictionary: Dictionary) -> neighbours.OutputTokens | None:
         """Return the tokens that features promote and suppress; None if they do not write to the residual stream."""

@@ -159,10 +159,14 @@ class References:
         value_ExN, done = np.full((len(edits), len(self._references)), np.nan), 0
         for places_Q, batch in self.batches():
             for chosen, features_K in edits.chunks(FEATURES):
-                on_progress(done, value_ExN.size)
-                value_MxQ = self._run(batch, len(places_Q), edits, chosen, features_K)
+                size = len(chosen) * len(places_Q)
+
+                def on_share(share: float, done: int = done, size: int = size) -> None:
+                    on_progress(done + int(share * size), value_ExN.size)
+
+                value_MxQ = self._run(batch, len(places_Q), edits, chosen, features_K, on_share)
                 value_ExN[np.array(chosen)[:, None], places_Q] = value_MxQ
-                done += value_MxQ.size
+                done += size
         if not np.isfinite(value_ExN).all():
             raise UserError(
                 "log-likelihoods under edits are not finite: the model or the dictionary holds NaN or overflows; try "
@@ -172,9 +176,18 @@ class References:
         return np.vstack([clean_N, np.where(value_ExN[:-1] == _NOT_RUN, clean_N, value_ExN[:-1])])
 
     def _run(
-        self, batch: ReferenceBatch, count: int, edits: FeatureEdits, chosen: Sequence[int], features_K: np.ndarray
+        self,
+        batch: ReferenceBatch,
+        count: int,
+        edits: FeatureEdits,
+        chosen: Sequence[int],
+        features_K: np.ndarray,
+        on_share: Callable[[float], None],
     ) -> np.ndarray:
-        """Return the log-likelihood of a batch's first ``count`` references under some edits, float32 [M, N]."""
+        """Return the log-likelihood of a batch's first ``count`` references under some edits, float32 [M, N].
+
+        ``on_share`` is called with the share of the work that is done; it may raise to stop.
+        """
         split, rows = self._split, len(batch.domain_BxT)
         f_BxTxK, W_dec_KxD = self._gather(batch, features_K)
         fires_NxK = np.asarray((f_BxTxK != 0).any(axis=1))[:count]
@@ -185,6 +198,7 @@ class References:
         value_MxN = np.full(runs_MxN.shape, _NOT_RUN, np.float32)
         edit_R, place_R = np.nonzero(runs_MxN)
         for first in range(0, len(edit_R), rows):
+            on_share(first / len(edit_R))
             part = slice(first, first + rows)
             # Filled up with copies to the batch's rows: one program for all parts.
             some_B, which_B = np.resize(place_R[part], rows), np.resize(edit_R[part], rows)

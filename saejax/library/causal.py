@@ -33,7 +33,7 @@ class Ablation:
     """Effects of ablating a dictionary's features on behaviours."""
 
     table: EffectsTable  #: every measured value; ``table.values(edits, prompts, readout)`` gives ``[E, P]``
-    verdict: CausalVerdict  #: the answers to the five questions, by dictionary ("" is the tested one) and behaviour
+    verdict: CausalVerdict  #: answers by dictionary ("tested", "untrained", names of repeats) and behaviour
     top: Mapping[str, tuple[FeatureEffect, ...]]  #: the top features of each behaviour, with their effects alone
     #: of all live features, by behaviour; None without ``effects="all"``.
     importance: Mapping[str, Importance] | None = None
