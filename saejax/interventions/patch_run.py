@@ -18,7 +18,7 @@ from saejax.interventions.ablation import measure_behaviour
 from saejax.interventions.answers import CausalVerdict, VerdictConfig, mean_interval
 from saejax.interventions.columns import Columns
 from saejax.interventions.edits import swap
-from saejax.interventions.engine import run_edits
+from saejax.interventions.engine import effects
 from saejax.interventions.patching import (
     DIRECTIONS,
     EACH,
@@ -31,7 +31,7 @@ from saejax.interventions.patching import (
 from saejax.interventions.table import load_effects, merge_tables, save_effects
 from saejax.interventions.verdict import verdict
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import Site
+from saejax.models.sites import HEAD_KINDS, Site
 from saejax.results import Interval
 from saejax.runner import parts
 from saejax.runner.workspace import Run
@@ -41,29 +41,18 @@ from saejax.tasks import run_inputs
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
 
-AT_CHANCE = (
-    "the model's logit difference does not clearly fall from the prompts to their counterparts, so that there is "
-    "nothing to divide effects by"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class PatchedPairs:
-    """The test prompts of a behaviour and their counterparts, without a patch."""
-
-    prompts: int  #: number of pairs
-    left_out: Mapping[str, int]  #: other test prompts, by reason
-    clean: Interval  #: logit difference of the prompts
-    corrupted: Interval  #: that of their counterparts, for the prompts' answers
-    difference: Interval  #: clean - corrupted
-    reason: str | None  #: why effects are not normalised; None: they are
-
 
 @dataclasses.dataclass(frozen=True)
 class PatchedSites:
-    """A kind of site patched in every layer; also in `<behaviour>.json`."""
+    """A kind of site patched in every layer on a behaviour; also in `<behaviour>.json`."""
 
-    pairs: PatchedPairs  #: the prompts
+    prompts: int  #: test prompts with a counterpart of as many tokens
+    left_out: Mapping[str, int]  #: other test prompts, by reason
+    clean: Interval  #: logit difference of the prompts, without a patch
+    corrupted: Interval  #: that of their counterparts, for the prompts' answers
+    #: whether the logit difference clearly falls from the prompts to their counterparts, and effects are divided by its
+    #: fall.
+    is_normalised: bool
     columns: tuple[TokenColumn, ...]  #: the tokens at each position, first to last
 
 
@@ -94,10 +83,8 @@ class Interchange:
 class PatchedFeatures:
     """Features of a dictionary patched on a behaviour; also in `<behaviour>.json`."""
 
-    pairs: PatchedPairs  #: the prompts
-    features: tuple[int, ...]  #: the top features, best first
-    restored: Interval  #: logits that they restore in the counterparts (denoising)
-    removed: Interval  #: logits that they remove from the prompts (noising)
+    left_out: Mapping[str, int]  #: test prompts without a counterpart of as many tokens, by reason
+    restored: Interval  #: logits that the top features restore in the counterparts (denoising)
     interchange: Interchange | None  #: None where the model is right about both prompt and counterpart on no pair
 
 
@@ -110,14 +97,7 @@ class FeaturePatchResults:
     k: int  #: number of top features
     behaviours: Mapping[str, PatchedFeatures]  #: by name
     unpatched: Mapping[str, str]  #: behaviours that cannot be patched, and why
-    verdict: CausalVerdict  #: the answers on giving top features their counterparts' activations
-
-
-@dataclasses.dataclass(frozen=True)
-class UnpatchedBehaviour:
-    """A behaviour that cannot be patched."""
-
-    unpatched: str  #: why
+    verdict: CausalVerdict  #: the answers on giving top features their counterparts' activations (noising)
 
 
 PatchResults = SitePatchResults | FeaturePatchResults
@@ -170,7 +150,7 @@ def run_patch(run: Run) -> PatchResults:
 
         def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
             if missing := pairs[name].missing(chooses_features=dictionary is not None):
-                return parts.Measured(UnpatchedBehaviour(missing), f"not patched: {missing}")
+                return parts.Measured(missing, f"not patched: {missing}")
             if dictionary is None:
                 return _measure_sites(run, lm, name, pairs[name], on_progress)
             return _measure_features(run, lm, dictionary, name, pairs, on_progress)
@@ -178,8 +158,8 @@ def run_patch(run: Run) -> PatchResults:
         return measure
 
     kind: Any = PatchedSites if dictionary is None else PatchedFeatures
-    results = parts.each_part(run, list(prompts), begin, kind | UnpatchedBehaviour, "rows")
-    unpatched = {name: each.unpatched for name, each in results.items() if isinstance(each, UnpatchedBehaviour)}
+    results = parts.each_part(run, list(prompts), begin, kind | str, "rows")  # in words: why it is not patched
+    unpatched = {name: each for name, each in results.items() if isinstance(each, str)}
     behaviours = {name: each for name, each in results.items() if name not in unpatched}
     if not behaviours:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unpatched.items())
@@ -201,7 +181,7 @@ def positions_of(kind: str, config: PatchConfig) -> str:
 
     Every head at every position would be thousands of runs of the model for each pair.
     """
-    return "all" if config.positions == EACH and kind.startswith("attn_") and kind != "attn_out" else config.positions
+    return "all" if config.positions == EACH and kind in HEAD_KINDS else config.positions
 
 
 def _measure_sites(
@@ -213,10 +193,17 @@ def _measure_sites(
     weight_RxP = _weights(pairs.tests, config)
     grid = PatchGrid.of(patched, weight_RxP)
     grid.save(grid.file(run.folder, name))
-    described = _describe_pairs(patched.clean_P, patched.corrupted_P, pairs.left_out, weight_RxP)
-    line = f"{described.prompts} pairs; logit difference {described.clean.mean:.2f} of the prompts, "
-    line += f"{described.corrupted.mean:.2f} of their counterparts"
-    return parts.Measured(PatchedSites(described, describe_columns(lm, pairs.tests)), line)
+    results = PatchedSites(
+        prompts=len(pairs.tests),
+        left_out=pairs.left_out,
+        clean=mean_interval(patched.clean_P, weight_RxP),
+        corrupted=mean_interval(patched.corrupted_P, weight_RxP),
+        is_normalised=_is_measurable(patched.clean_P - patched.corrupted_P, weight_RxP),
+        columns=describe_columns(lm, pairs.tests),
+    )
+    line = f"{results.prompts} pairs; logit difference {results.clean.mean:.2f} of the prompts, "
+    line += f"{results.corrupted.mean:.2f} of their counterparts"
+    return parts.Measured(results, line)
 
 
 def _measure_features(
@@ -229,24 +216,32 @@ def _measure_features(
 ) -> parts.Measured:
     config, tests = run.configs[PatchConfig], pairs[name].tests
     prompts = {each: [*theirs.train, *theirs.tests] for each, theirs in pairs.items() if theirs.tests}
-    settings = ablate_config(config)
+    # Features take the activations that they have in the counterpart.
+    settings = AblateConfig(
+        top=config.top,
+        replacement="counterpart",
+        random_sets=config.random_sets,
+        placebo_targets=config.placebo_targets,
+        untrained=False,
+        baselines=(),
+        seed=config.seed,
+        bootstrap=config.bootstrap,
+        batch_rows=config.batch_rows,
+    )
     table, ablation = measure_behaviour(lm, dictionary, name, prompts, settings, on_progress=on_progress)
     save_effects(run.folder / f"{name}-effects", table)
-    top, split, definitions = ablation.top(), ablation.split, table.select_prompts(name)
+    definitions = table.select_prompts(name)
     # Noising is what the ablation measured. Denoising is the same with prompts and counterparts exchanged.
     (noised_P,) = table.values(table.select_whole_edits(name, "top"), definitions, "logit_diff")
-    exchanged = [
-        dataclasses.replace(clean.counterpart, counterpart=clean) for clean in ablation.runs if clean.counterpart
-    ]
-    denoised = run_edits(split, exchanged, swap(split.dictionary, [top]), config.batch_rows)
-    corrupted_P, denoised_P = denoised["logit_diff"]
+    exchanged = [dataclasses.replace(p, text=p.counterpart, counterpart=p.text) for p in tests]
+    edits = swap(dictionary, [[], ablation.top()])
+    corrupted_P, denoised_P = effects(lm, exchanged, edits, batch_rows=config.batch_rows)[..., 0]
     clean_P = table.clean_values(definitions, "logit_diff")
-    weight_RxP = _weights(tests, config)
     # An answer can only be turned where the model gives the right one to both.
     both_P = (clean_P > 0) & (corrupted_P < 0)
     interchange, line = None, "on no pair is the model right about both the prompt and its counterpart"
     if both_P.any():
-        site = Site.parse(split.dictionary.config.target or split.dictionary.site)
+        site = Site.parse(dictionary.config.target or dictionary.site)
         whole = patch_sites(lm, site.kind, tests, "all", [site.layer], config.batch_rows)
         random_sets = table.select_whole_edits(name, "random")
         random_ExP = table.values(random_sets, definitions, "logit_diff")
@@ -259,28 +254,11 @@ def _measure_features(
         line = f"answers that become the counterpart's: top features {100 * interchange.top.mean:.0f} %, "
         line += f"whole site {100 * interchange.site.mean:.0f} %"
     results = PatchedFeatures(
-        pairs=_describe_pairs(clean_P, corrupted_P, pairs[name].left_out, weight_RxP),
-        features=tuple(top),
-        restored=mean_interval(denoised_P - corrupted_P, weight_RxP),
-        removed=mean_interval(clean_P - noised_P, weight_RxP),
+        left_out=pairs[name].left_out,
+        restored=mean_interval(denoised_P - corrupted_P, _weights(tests, config)),
         interchange=interchange,
     )
     return parts.Measured(results, line)
-
-
-def ablate_config(config: PatchConfig) -> AblateConfig:
-    """Return the settings with which features take the activations that they have in the counterpart."""
-    return AblateConfig(
-        top=config.top,
-        replacement="counterpart",
-        random_sets=config.random_sets,
-        placebo_targets=config.placebo_targets,
-        untrained=False,
-        baselines=(),
-        seed=config.seed,
-        bootstrap=config.bootstrap,
-        batch_rows=config.batch_rows,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,20 +321,6 @@ class PatchGrid(Columns):
         """Return the column of this name, of one direction, as [L, H x C]."""
         chosen = getattr(self, name)[self.direction == direction]
         return chosen.reshape(len(np.unique(self.layer)), -1)
-
-
-def _describe_pairs(
-    clean_P: np.ndarray, corrupted_P: np.ndarray, left_out: Mapping[str, int], weight_RxP: np.ndarray
-) -> PatchedPairs:
-    difference = mean_interval(clean_P - corrupted_P, weight_RxP)
-    return PatchedPairs(
-        prompts=len(clean_P),
-        left_out=dict(left_out),
-        clean=mean_interval(clean_P, weight_RxP),
-        corrupted=mean_interval(corrupted_P, weight_RxP),
-        difference=difference,
-        reason=None if _is_measurable(clean_P - corrupted_P, weight_RxP) else AT_CHANCE,
-    )
 
 
 def _weights(prompts: Sequence[Prompt], config: PatchConfig) -> np.ndarray:

@@ -59,8 +59,6 @@ class PatchEffects:
     #: positions, aligned at the end: the last column is the last token of every prompt; NaN where a prompt has no such
     #: position. Otherwise C is 1.
     diff_DxLxHxPxC: np.ndarray
-    rows: int  #: number of rows that were run
-    all_rows: int  #: number of rows, with those whose effect is known to be 0
 
     @property
     def effect_DxLxHxPxC(self) -> np.ndarray:
@@ -122,7 +120,8 @@ def patch_sites(
       positions: ``each``, or positions that are patched together: all, last, or a slice such as 1:4 or -3:.
       layers: the layers; None: all.
       batch_rows: rows of a batch.
-      on_progress: called at the start and after each batch with the rows done and in total; may raise to stop.
+      on_progress: called at the start and after each batch with the rows done and in total, also those that are not
+        run; may raise to stop.
 
     Raises:
       UserError: there is no such kind or layer, the model runs in PyTorch and the kind is one of heads, a counterpart
@@ -147,7 +146,7 @@ def patch_sites(
     base_2xP = np.full((2, len(prompts)), np.nan)
     diff_DxLxHxPxC = np.full((2, len(layers), count_heads(lm.config, kind), len(prompts), columns), np.nan)
     all_rows = 2 * diff_DxLxHxPxC[0, :, :, 0, 0].size * int(lengths_P.sum() if positions == EACH else len(prompts))
-    rows = done = 0
+    done = 0
     on_progress(0, all_rows)
     # Bytes that one token takes in the recorded runs of a pair.
     token_bytes = 2 * 4 * lm.config.n_layers * (lm.config.d_model + point.site.width(lm.config))
@@ -182,8 +181,7 @@ def patch_sites(
                 diff_DxLxHxPxC[direction][tuple(array[batch] for array in places)] = values_R
                 done += len(batch)
                 on_progress(done, all_rows)
-        rows += 2 * len(column_R)
-    return PatchEffects(kind, layers, positions, base_2xP[0], base_2xP[1], diff_DxLxHxPxC, rows, all_rows)
+    return PatchEffects(kind, layers, positions, base_2xP[0], base_2xP[1], diff_DxLxHxPxC)
 
 
 def count_heads(config: DecoderConfig, kind: str) -> int:

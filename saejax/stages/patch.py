@@ -65,7 +65,7 @@ PATCH = Stage(
     identity=dict(model=identities.model),
     unit_identity=dict(dictionary=_dictionary),
     unread=_unread,
-    revision=3,
+    revision=4,
     processes="items",
     section=_sections,
 )
