@@ -15,10 +15,9 @@ from threadpoolctl import threadpool_limits
 
 from saejax.errors import UserError
 from saejax.files import read_lines
-from saejax.interventions.answers import VerdictConfig, mean_interval
+from saejax.interventions.answers import mean_interval
 from saejax.interventions.benchmark import BenchmarkItems
 from saejax.interventions.probing import (
-    UNITS,
     FeatureAblation,
     ProbeFit,
     ProbeTask,
@@ -65,11 +64,9 @@ class SelectedFeature:
 class SelectedFeatures:
     """Effects of ablating the features that a probe selects."""
 
-    k: int  #: size of the probe that selected them
     readout: str  #: the readout whose fall is measured: logit difference, or log-likelihood of the reference answer
     features: tuple[SelectedFeature, ...]  #: in the order of the probe
     matched: tuple[float, ...]  #: mean fall of the readout for each feature matched in firing rate
-    sentence: str  #: the answer in words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +292,7 @@ def ablate_selected(
         p_value = bootstrap.two_sided_p(weight_RxP @ drop_P)
         selected.append(SelectedFeature(feature, mean_interval(drop_P, weight_RxP), p_value, p_value))
     matched_drops = tuple(drop_SxP[len(features) :].mean(axis=1).tolist())
-    return SelectedFeatures(len(features), tests.readout, tuple(selected), matched_drops, "")
+    return SelectedFeatures(tests.readout, tuple(selected), matched_drops)
 
 
 def correct(labels: Sequence[ProbedLabel]) -> tuple[ProbedLabel, ...]:
@@ -303,42 +300,22 @@ def correct(labels: Sequence[ProbedLabel]) -> tuple[ProbedLabel, ...]:
     p_fits = {(n, fit.input, fit.k): fit.p_value for n, label in enumerate(labels) for fit in label.probes}
     for inputs in {key[1:] for key in p_fits}:
         p_fits |= holm_by_key({key: p for key, p in p_fits.items() if key[1:] == inputs})
-    chosen = {n: label.selected for n, label in enumerate(labels) if label.selected}
     p_features = holm_by_key(
-        {(n, each.feature): each.p_value for n, selected in chosen.items() for each in selected.features}
-    )
-    for n, selected in chosen.items():
-        features = tuple(dataclasses.replace(each, p_holm=p_features[n, each.feature]) for each in selected.features)
-        chosen[n] = dataclasses.replace(selected, features=features)
-        chosen[n] = dataclasses.replace(chosen[n], sentence=describe_selected(chosen[n]))
-    return tuple(
-        dataclasses.replace(
-            label,
-            probes=tuple(dataclasses.replace(fit, p_holm=p_fits[n, fit.input, fit.k]) for fit in label.probes),
-            selected=chosen.get(n),
-        )
-        for n, label in enumerate(labels)
+        {
+            (n, each.feature): each.p_value
+            for n, label in enumerate(labels)
+            for each in (label.selected.features if label.selected else ())
+        }
     )
 
+    def corrected(n: int, label: ProbedLabel) -> ProbedLabel:
+        probes = tuple(dataclasses.replace(fit, p_holm=p_fits[n, fit.input, fit.k]) for fit in label.probes)
+        if selected := label.selected:
+            features = [dataclasses.replace(each, p_holm=p_features[n, each.feature]) for each in selected.features]
+            selected = dataclasses.replace(selected, features=tuple(features))
+        return dataclasses.replace(label, probes=probes, selected=selected)
 
-def describe_selected(selected: SelectedFeatures) -> str:
-    """Return in words whether the features that a probe selects have an effect when they are ablated."""
-    level, count = VerdictConfig().level, len(selected.features)
-    effective = [each for each in selected.features if each.p_holm <= level]
-    lowering = [each for each in effective if each.drop.low > 0]
-    text = (
-        f"Of {count} feature{'' if count == 1 else 's'} that the probe selects, {len(effective)} "
-        f"change{'s' if len(effective) == 1 else ''} the {selected.readout} significantly when ablated alone, "
-        f"{len(lowering)} of them lowering it"
-    )
-    if not selected.matched:
-        return f"{text}. There are no features of similar firing rate to compare with."
-    largest = max(selected.features, key=lambda each: each.drop.mean)
-    above, unit = sum(drop >= largest.drop.mean for drop in selected.matched), UNITS[selected.readout]
-    return (
-        f"{text}. The largest drop is {largest.drop.mean:.2f} {unit} (feature {largest.feature}); {above} of "
-        f"{len(selected.matched)} features of similar firing rate have one at least as large."
-    )
+    return tuple(corrected(n, label) for n, label in enumerate(labels))
 
 
 def _line(result: ProbedLabel) -> str:

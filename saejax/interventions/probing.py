@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
@@ -49,7 +49,6 @@ from saejax.tasks.scoring import wilson
 
 MATCHES = 10  # nearest features by firing rate, from which a matched one is drawn
 LOGIT_DIFFERENCE, LOG_LIKELIHOOD = "logit difference", "log-likelihood of the reference answer"
-UNITS = {LOGIT_DIFFERENCE: "logits", LOG_LIKELIHOOD: "nats"}  # of the readouts whose fall is measured
 _RESAMPLES = 2_000  # of test prompts
 _PERMUTATIONS = 10_000  # of the test labels: the smallest p-value is a ten-thousandth
 _FOLDS = 5  # a class with as many train prompts has one of them in each
@@ -66,7 +65,6 @@ class ProbeFit:
     inputs: tuple[int, ...] | None  #: those that a sparse probe sees, best first; None: all
     accuracy: Interval  #: share of test prompts whose class is named, 95 % Wilson interval
     f1: float  #: F1 score, mean over classes
-    auc: float | None  #: area under the ROC curve on test prompts; None unless there are two classes
     majority: float  #: accuracy of always naming the largest train class
     shuffled: Interval  #: accuracy of probes of shuffled train labels: mean, 5th and 95th percentile
     #: accuracy of probes of matched features, or of random directions: mean, 5th and 95th percentile; None: all inputs
@@ -88,11 +86,6 @@ class ProbeTask:
     def with_inputs(self, inputs: np.ndarray) -> "ProbeTask":
         """Return the task with some of the inputs."""
         return dataclasses.replace(self, train_NxC=self.train_NxC[:, inputs], test_MxC=self.test_MxC[:, inputs])
-
-    def projected(self, directions_CxK: np.ndarray) -> "ProbeTask":
-        """Return the task with the inputs' projections on K directions."""
-        parts = dict(train_NxC=self.train_NxC @ directions_CxK, test_MxC=self.test_MxC @ directions_CxK)
-        return dataclasses.replace(self, **parts)
 
 
 class ProbeAnswers(NamedTuple):
@@ -168,16 +161,10 @@ def run_probes(
         rng = np.random.default_rng([config.seed, *seed, k or 0])
         strength = choose_strength(task, k, config, int(rng.integers(2**31)))
         answers = fit_probe(task, k, strength)
-        right_M, score_M = answers.class_M == class_M, answers.score_M if len(labels) == 2 else None
-        control_tasks = [_control_task(task, k, name, rng) for _ in range(config.shuffles)] if k else []
-        controls = [fit_probe(control, None, strength) for control in control_tasks]
-        shuffled = [
-            fit_probe(dataclasses.replace(task, train_class_N=rng.permutation(task.train_class_N)), k, strength)
-            for _ in range(config.shuffles)
-        ]
-        control_accuracies, shuffled_accuracies = (
-            np.array([(each.class_M == class_M).mean() for each in fits]) for fits in (controls, shuffled)
-        )
+        right_M = answers.class_M == class_M
+        draws, train_class_N = range(config.shuffles), task.train_class_N
+        controls = [_control_task(task, k, name, rng) for _ in draws] if k else []
+        shuffled = [dataclasses.replace(task, train_class_N=rng.permutation(train_class_N)) for _ in draws]
         p_value = permutation_p(answers.class_M, class_M, _PERMUTATIONS, rng)
         fit = ProbeFit(
             input=name,
@@ -186,10 +173,9 @@ def run_probes(
             inputs=tuple(varying_C[select_inputs(task, k)].tolist()) if k else None,
             accuracy=wilson(right_M),
             f1=float(f1_score(class_M, answers.class_M, labels=labels, average="macro", zero_division=0)),
-            auc=float(roc_auc_score(class_M, score_M)) if score_M is not None else None,
-            majority=float((class_M == np.bincount(task.train_class_N).argmax()).mean()),
-            shuffled=_spread(shuffled_accuracies),
-            control=_spread(control_accuracies) if k else None,
+            majority=float((class_M == np.bincount(train_class_N).argmax()).mean()),
+            shuffled=_control_accuracy(shuffled, k, strength),
+            control=_control_accuracy(controls, None, strength) if k else None,
             against_dense=None,
             p_value=p_value,
             p_holm=p_value,
@@ -203,6 +189,13 @@ def fit_probe(task: ProbeTask, k: int | None, strength: float) -> ProbeAnswers:
     model = _fit(train_NxR, task.train_class_N, strength)
     score_M = model.decision_function(test_MxR) if len(model.classes_) == 2 else None
     return ProbeAnswers(model.predict(test_MxR), score_M)
+
+
+def _control_accuracy(tasks: Sequence[ProbeTask], k: int | None, strength: float) -> Interval:
+    """Return the accuracy of the probes of some tasks: mean, 5th and 95th percentile."""
+    accuracy_R = np.array([(fit_probe(task, k, strength).class_M == task.test_class_M).mean() for task in tasks])
+    low, high = np.quantile(accuracy_R, (0.05, 0.95))
+    return Interval(float(accuracy_R.mean()), float(low), float(high))
 
 
 def choose_strength(task: ProbeTask, k: int | None, config: ProbeConfig, seed: int) -> float:
@@ -323,7 +316,9 @@ def _control_task(task: ProbeTask, k: int, name: str, rng: np.random.Generator) 
     """Return the task with matched features, or with random directions of the dense space, in the inputs' place."""
     inputs = task.train_NxC.shape[1]
     if name == "raw":
-        return task.projected(rng.normal(size=(inputs, min(k, inputs))))
+        directions_CxK = rng.normal(size=(inputs, min(k, inputs)))
+        projected = dict(train_NxC=task.train_NxC @ directions_CxK, test_MxC=task.test_MxC @ directions_CxK)
+        return dataclasses.replace(task, **projected)
     active_C = (task.train_NxC != 0).sum(axis=0)
     return task.with_inputs(match_firing_rates(active_C, select_inputs(task, k).tolist(), rng))
 
@@ -354,8 +349,3 @@ def _rotate(train_NxC: np.ndarray, test_MxC: np.ndarray) -> tuple[np.ndarray, np
 def _fit(train_NxR: np.ndarray, class_N: np.ndarray, strength: float) -> Any:
     model = LogisticRegression(C=strength, max_iter=_ITERATIONS, tol=_TOLERANCE)
     return model.fit(train_NxR, class_N)
-
-
-def _spread(accuracy_R: np.ndarray) -> Interval:
-    low, high = np.quantile(accuracy_R, (0.05, 0.95))
-    return Interval(float(accuracy_R.mean()), float(low), float(high))

@@ -53,7 +53,7 @@ PROBE = Stage(
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "probe")),
-    revision=3,
+    revision=4,
     processes="items",
     section=_sections,
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
@@ -215,7 +215,7 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
     for probe in answer.probes[:-1]:
         assert probe.against_dense.mean == pytest.approx(probe.accuracy.mean - dense.accuracy.mean)
     assert dense.against_dense is None
-    assert answer.selected.k == 2 and answer.selected.readout == "logit difference"
+    assert answer.selected.readout == "logit difference"
     assert [each.feature for each in answer.selected.features] == list(answer.probes[1].inputs)
 
     folder = whole.folder.parent / "stopped"
@@ -275,12 +275,10 @@ def test_scores_are_those_of_sklearn():
     task = make_task(classes=2)
     ((two, right_M),) = [row for row in probing.run_probes(task, CONFIG, [1]) if row[0].k == 2]
     answers = probing.fit_probe(task, 2, two.strength)
-    assert two.auc == pytest.approx(roc_auc_score(task.test_class_M, answers.score_M)) and two.auc > 0.9
     assert two.f1 == pytest.approx(f1_score(task.test_class_M, answers.class_M, average="macro"))
     assert two.accuracy.mean == right_M.mean() and two.p_holm == two.p_value
-    assert all(row.auc is None for row, _ in probing.run_probes(make_task(classes=4), CONFIG, [1]))
     alone = dataclasses.replace(make_task(), test_class_M=np.zeros(60, int))  # one class among test prompts
-    assert all(row.auc is None and 0 <= row.f1 <= 1 for row, _ in probing.run_probes(alone, CONFIG, [1]))
+    assert all(0 <= row.f1 <= 1 for row, _ in probing.run_probes(alone, CONFIG, [1]))
 
 
 def test_controls_of_features_fire_as_often():
@@ -328,7 +326,7 @@ def test_effects_of_selected_features(tiny, make_dictionary, prompts, plain):
     assert np.abs(drop_SxP).max() > 1e-3
 
 
-def test_p_values_are_corrected_and_sentences_say_what_was_tested():
+def test_p_values_are_corrected_over_labels_and_features():
     fit = next(probing.run_probes(make_task(), CONFIG, [1]))[0]
     features = (
         stage.SelectedFeature(3, Interval(1.0, 0.5, 1.5), 0.01, 0.01),
@@ -336,18 +334,12 @@ def test_p_values_are_corrected_and_sentences_say_what_was_tested():
     )
     labels = []
     for number, matched in enumerate(((0.2, 1.2), ())):
-        selected = stage.SelectedFeatures(2, "logit difference", features, matched, "")
+        selected = stage.SelectedFeatures("logit difference", features, matched)
         probe = dataclasses.replace(fit, p_value=(0.01, 0.04)[number])
         labels.append(stage.ProbedLabel("answer", "b", None, {}, {}, 0, 0, 0, (probe,), selected))
     first, second = stage.correct(labels)
     assert [label.probes[0].p_holm for label in (first, second)] == pytest.approx([0.02, 0.04])
     assert [each.p_holm for each in first.selected.features] == pytest.approx([0.04, 0.6])
-    assert first.selected.sentence == (
-        "Of 2 features that the probe selects, 1 changes the logit difference significantly when ablated alone, 1 of "
-        "them lowering it. The largest drop is 1.00 logits (feature 3); 1 of 2 features of similar firing rate have "
-        "one at least as large."
-    )
-    assert "no features of similar firing rate to compare with" in second.selected.sentence
 
 
 def test_questions_of_benchmarks_are_probed_and_ablated(tmp_path, make_run):
@@ -375,4 +367,4 @@ def test_questions_of_benchmarks_are_probed_and_ablated(tmp_path, make_run):
     *_, last = stage.run_probe(run).labels
     assert last.behaviour == "gsm8k" and last.reason is None and len(last.probes) == 6
     assert last.selected.readout == "log-likelihood of the reference answer"
-    assert "nats" in last.selected.sentence and len(last.selected.features) == 2
+    assert len(last.selected.features) == 2
