@@ -35,7 +35,6 @@ from saejax.results import Interval
 from saejax.runner.preregistration import describe_rule
 from saejax.tasks.results import BaselineResults
 
-TABLE_ROWS = 50  # longest list of features
 _STYLES = (  # colours and dashes of bases; those that need no folder have the same ones in all figures
     (style.GREEN, "--"),
     (style.VIOLET, "-."),
@@ -108,10 +107,6 @@ def features(findings: Findings, shown: int) -> list[Section]:
     labels = labels_in(findings.folders, ablate.dictionary)
     make_strips = _make_strips(findings, labels) if shown and findings.examples else None
     for name, top in ablate.top.items():
-        if not top:
-            nothing = "No feature was tested: none has an attribution above zero on the train prompts."
-            sections.append(Section(detail_title(name), (Text(nothing, strong=True),), level=3))
-            continue
         strips = [make_strips(name, item) for item in top[:shown]] if make_strips else []
         blocks: list[Block] = [_feature_table(top, labels), *strips]
         importance = (ablate.importance or {}).get(name)
@@ -373,11 +368,7 @@ def _feature_table(top: tuple[FeatureEffect, ...], labels: Mapping[int, Label]) 
         "interval above zero; of features without effect about one in forty would. Fires on: share of the tokens of "
         "the test prompts."
     )
-    if len(top) > TABLE_ROWS:
-        note += f" The table shows the first {TABLE_ROWS}."
-    return Table.of(
-        "Features ablated one by one", [(item,) for item in top[:TABLE_ROWS]], columns, stack=False, note=note
-    )
+    return Table.of("Features ablated one by one", [(item,) for item in top], columns, stack=False, note=note)
 
 
 def held_out(findings: Findings, name: str) -> np.ndarray:
