@@ -300,13 +300,8 @@ def correct(labels: Sequence[ProbedLabel]) -> tuple[ProbedLabel, ...]:
     p_fits = {(n, fit.input, fit.k): fit.p_value for n, label in enumerate(labels) for fit in label.probes}
     for inputs in {key[1:] for key in p_fits}:
         p_fits |= holm_by_key({key: p for key, p in p_fits.items() if key[1:] == inputs})
-    p_features = holm_by_key(
-        {
-            (n, each.feature): each.p_value
-            for n, label in enumerate(labels)
-            for each in (label.selected.features if label.selected else ())
-        }
-    )
+    chosen = {n: label.selected for n, label in enumerate(labels) if label.selected}
+    p_features = holm_by_key({(n, each.feature): each.p_value for n, some in chosen.items() for each in some.features})
 
     def corrected(n: int, label: ProbedLabel) -> ProbedLabel:
         probes = tuple(dataclasses.replace(fit, p_holm=p_fits[n, fit.input, fit.k]) for fit in label.probes)

@@ -357,10 +357,10 @@ class SteeringTest:
         Returns:
           The logit differences, and the norms of the changes at the site, float64 [S, P] each.
         """
-        options = dict(batch_rows=self._config.batch_rows, on_progress=self._on_progress)
+        measure = functools.partial(effects, batch_rows=self._config.batch_rows, on_progress=self._on_progress)
         readouts = ("logit_diff", "change_norm")
         steered = [
-            effects(self._lm, [prompts[place] for place in places], edits[swap], readouts, **options)
+            measure(self._lm, [prompts[place] for place in places], edits[swap], readouts)
             for swap, places in groups.items()
         ]
         order_P = np.argsort(np.concatenate(list(groups.values())))
