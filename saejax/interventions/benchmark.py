@@ -26,7 +26,7 @@ from saejax.interventions.ablation import (
     measure_all,
 )
 from saejax.interventions.activity import FeatureStatistics
-from saejax.interventions.edits import mask
+from saejax.interventions.edits import ZERO
 from saejax.interventions.engine import OnProgress
 from saejax.interventions.references import Reference, References, attributions, placebo_references
 from saejax.interventions.slopes import leaders
@@ -120,7 +120,7 @@ class BenchmarkAblation(BehaviourAblation):
         config, train = self.config, self.items.train
         self.test = list(self.items.test)
         self.train = list(train[: config.attribution_prompts or len(train)])
-        self.split = SplitModel(self.lm, self.basis)
+        self.split, self.replacement = SplitModel(self.lm, self.basis), ZERO
         self.test_references = self._references(self.items.references(self.test))
         # Train items alone choose features; test items judge them.
         self._train_references = self.items.references(self.train)
@@ -142,10 +142,6 @@ class BenchmarkAblation(BehaviourAblation):
     def definitions(self) -> list[PromptDefinition]:
         """Return the definitions of all items."""
         return self.items.definitions()
-
-    def edits(self, definitions: Sequence[EditDefinition]):
-        """Return the batched edits of some definitions: features are set to zero."""
-        return mask(self.split.dictionary, [edit.features for edit in definitions], [e.fraction for e in definitions])
 
     def norms(self, definitions: Sequence[EditDefinition]) -> np.ndarray:
         """Return the norm of each edit's change on each test item, [E, P]."""
