@@ -18,7 +18,7 @@ from saejax.interventions.ablation import measure_behaviour
 from saejax.interventions.answers import CausalVerdict, VerdictConfig, mean_interval
 from saejax.interventions.columns import Columns
 from saejax.interventions.edits import swap
-from saejax.interventions.engine import effects
+from saejax.interventions.engine import run_edits
 from saejax.interventions.patching import (
     DIRECTIONS,
     EACH,
@@ -233,9 +233,11 @@ def _measure_features(
     definitions = table.select_prompts(name)
     # Noising is what the ablation measured. Denoising is the same with prompts and counterparts exchanged.
     (noised_P,) = table.values(table.select_whole_edits(name, "top"), definitions, "logit_diff")
-    exchanged = [dataclasses.replace(p, text=p.counterpart, counterpart=p.text) for p in tests]
-    edits = swap(dictionary, [[], ablation.top()])
-    corrupted_P, denoised_P = effects(lm, exchanged, edits, batch_rows=config.batch_rows)[..., 0]
+    exchanged = [
+        dataclasses.replace(clean.counterpart, counterpart=clean) for clean in ablation.runs if clean.counterpart
+    ]
+    edits = swap(ablation.split.dictionary, [ablation.top()])
+    corrupted_P, denoised_P = run_edits(ablation.split, exchanged, edits, config.batch_rows)["logit_diff"]
     clean_P = table.clean_values(definitions, "logit_diff")
     # An answer can only be turned where the model gives the right one to both.
     both_P = (clean_P > 0) & (corrupted_P < 0)

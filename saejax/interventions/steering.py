@@ -34,7 +34,7 @@ from saejax.interventions import activity, bases
 from saejax.interventions.ablation import MIN_FIRING, root_mean_square, spread_over_templates
 from saejax.interventions.answers import CausalAnswer, VerdictConfig, mean_interval
 from saejax.interventions.edits import FeatureEdits, add, mask
-from saejax.interventions.engine import effects
+from saejax.interventions.engine import change_norms, run_edits
 from saejax.interventions.slopes import leaders, slopes
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.text import HeldOutText
@@ -342,7 +342,8 @@ class SteeringTest:
         swaps, texts = group_by_swap(self._lm, prompts), self._texts
         covered = sorted(p for swap, places in swaps.items() if texts and texts.covers(swap) for p in places)
         chosen = [prompts[place] for place in covered]
-        diff_P = effects(self._lm, chosen, self._nothing)[0, :, 0] if chosen else np.zeros(0)
+        split = self._split
+        diff_P = run_edits(split, split.run(chosen), self._nothing)["logit_diff"][0] if chosen else np.zeros(0)
         right = [prompt for prompt, diff in zip(chosen, diff_P, strict=True) if diff > 0]
         return right, {"unknown answers": len(prompts) - len(chosen), "answered wrongly": len(chosen) - len(right)}
 
@@ -357,15 +358,21 @@ class SteeringTest:
         Returns:
           The logit differences, and the norms of the changes at the site, float64 [S, P] each.
         """
-        measure = functools.partial(effects, batch_rows=self._config.batch_rows, on_progress=self._on_progress)
-        readouts = ("logit_diff", "change_norm")
-        steered = [
-            measure(self._lm, [prompts[place] for place in places], edits[swap], readouts)
-            for swap, places in groups.items()
-        ]
+        diffs, norms = [], []
+        for swap, places in groups.items():
+            split = self._split_for(edits[swap])
+            runs = split.run([prompts[place] for place in places])
+            measured = run_edits(split, runs, edits[swap], self._config.batch_rows, self._on_progress)
+            diffs.append(measured["logit_diff"][1:])
+            norms.append(change_norms(split, runs, edits[swap]))
         order_P = np.argsort(np.concatenate(list(groups.values())))
-        diff_SxP, norm_SxP = np.moveaxis(np.concatenate(steered, axis=1)[:, order_P], -1, 0)
-        return diff_SxP, norm_SxP
+        return np.concatenate(diffs, axis=1)[:, order_P], np.concatenate(norms, axis=1)[:, order_P]
+
+    def _split_for(self, edits: FeatureEdits) -> SplitModel:
+        """Return the model split for the edits' dictionary, which may be another basis at the site."""
+        # The dictionary itself may be large: it is placed on the devices once.
+        is_same = edits.dictionary is self._split.dictionary
+        return self._split if is_same else SplitModel(self._lm, edits.dictionary)
 
     def _edits(self, method: str, swaps: Iterable[AnswerSwap]) -> dict[AnswerSwap, FeatureEdits]:
         """Return the edits of a method for some swaps, one for each strength."""
@@ -447,7 +454,7 @@ class SteeringTest:
         swaps = [swap for swap in self._groups if method == "mean_difference" or self._tops[swap]] or list(self._groups)
         rises = []
         for swap in swaps[:TEXT_SWAPS]:
-            ce_ExN = self._text.effects(SplitModel(self._lm, edits[swap].dictionary), edits[swap])["ce"]
+            ce_ExN = self._text.effects(self._split_for(edits[swap]), edits[swap])["ce"]
             rises.append(ce_ExN[1:] - ce_ExN[0])
         rise_SxN = np.mean(rises, axis=0)
         documents = [""] * rise_SxN.shape[1]
