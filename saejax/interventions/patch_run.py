@@ -158,7 +158,7 @@ def run_patch(run: Run) -> PatchResults:
         return measure
 
     kind: Any = PatchedSites if dictionary is None else PatchedFeatures
-    results = parts.each_part(run, list(prompts), begin, kind | str, "rows")  # in words: why it is not patched
+    results = parts.each_part(run, list(prompts), begin, str | kind, "rows")  # a text: why it is not patched
     unpatched = {name: each for name, each in results.items() if isinstance(each, str)}
     behaviours = {name: each for name, each in results.items() if name not in unpatched}
     if not behaviours:
