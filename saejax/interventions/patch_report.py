@@ -4,8 +4,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from saejax.interventions.answers import fooled_sentence
-from saejax.interventions.patch_run import FeaturePatchResults, PatchedSites, PatchGrid, SitePatchResults
-from saejax.interventions.patching import DIRECTIONS, EACH
+from saejax.interventions.patching import (
+    DIRECTIONS,
+    EACH,
+    FeaturePatchResults,
+    PatchedSites,
+    PatchGrid,
+    SitePatchResults,
+)
 from saejax.interventions.table import TESTED
 from saejax.models.sites import HEAD_KINDS
 from saejax.page import style

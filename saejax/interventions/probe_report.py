@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from saejax.interventions.probe_run import ProbedLabel, ProbeFit, ProbeResults
+from saejax.interventions.probing import ProbedLabel, ProbeFit, ProbeResults
 from saejax.page.blocks import Block, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings

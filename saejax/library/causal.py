@@ -13,8 +13,7 @@ from saejax.interventions.edits import mask
 from saejax.interventions.engine import run_edits
 from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.patching import EACH, PatchEffects, fitting_pairs, patch_sites
-from saejax.interventions.probe_run import ProbedLabel, ablation_of, correct, label_all, probe_label
-from saejax.interventions.probing import probe_inputs
+from saejax.interventions.probing import ProbedLabel, ablation_of, correct, label_all, probe_inputs, probe_label
 from saejax.interventions.split_model import SplitModel, parse_positions
 from saejax.interventions.steering import BehaviourSteering, SteeringTest, judge
 from saejax.interventions.table import EffectsTable, merge_tables

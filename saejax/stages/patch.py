@@ -27,13 +27,13 @@ def _dictionary(configs: Configs, name: str) -> str:
 
 
 def _run(run: Run) -> Any:
-    from saejax.interventions.patch_run import run_patch
+    from saejax.interventions.patching import run_patch
 
     return run_patch(run)
 
 
 def _results() -> Any:
-    from saejax.interventions.patch_run import PatchResults
+    from saejax.interventions.patching import PatchResults
 
     return PatchResults
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from saejax.errors import Interrupted, UserError
-from saejax.interventions import patch_run as stage
+from saejax.interventions import patching as stage
 from saejax.interventions.edits import swap
 from saejax.interventions.engine import effects
 from saejax.interventions.patching import fitting_pairs

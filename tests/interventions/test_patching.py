@@ -12,7 +12,7 @@ from saejax.errors import UserError
 from saejax.interventions import patching
 from saejax.interventions.edits import ActivationReplacement, swap
 from saejax.interventions.engine import run_edits
-from saejax.interventions.patch_run import PatchGrid
+from saejax.interventions.patching import PatchGrid
 from saejax.interventions.rows import first_change, gather
 from saejax.interventions.split_model import PROMPTS, SplitModel
 from saejax.statistics.bootstrap import resampling_weights

@@ -19,8 +19,7 @@ from saejax.interventions import probe_report as probes
 from saejax.interventions import steer_report as steering
 from saejax.interventions.answers import BASIS_NAMES
 from saejax.interventions.curves import EffectCurve
-from saejax.interventions.patch_run import PatchGrid
-from saejax.interventions.patching import DIRECTIONS
+from saejax.interventions.patching import DIRECTIONS, PatchGrid
 from saejax.interventions.table import EditDefinition
 from saejax.page import style
 from saejax.results import Interval

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from saejax.interventions import patch_report as patching
 from saejax.interventions import probe_report as probes
-from saejax.interventions.patch_run import FeaturePatchResults
-from saejax.interventions.probe_run import ProbeResults
+from saejax.interventions.patching import FeaturePatchResults
+from saejax.interventions.probing import ProbeResults
 from saejax.matching.track import report as tracks
 from saejax.matching.track.results import LensLayers, TrackedText, TrackResults
 from saejax.page.blocks import Picture
