@@ -21,7 +21,7 @@ from saejax.interventions.answers import (
     FeatureEffect,
     fooled_sentence,
 )
-from saejax.interventions.curves import EffectCurve, read_curves
+from saejax.interventions.curves import EffectCurve, compare_at_equal_dose, read_curves
 from saejax.interventions.table import BASIS, TESTED, UNTRAINED, EffectsTable, load_effects
 from saejax.page import style
 from saejax.page.blocks import Block, Code, Picture, Terms, Text
@@ -246,11 +246,9 @@ def dose_effect(
         (placebo, BLUE, "x", "placebo sets: top features for unrelated tokens"),
     ):
         if curves:
-            dose_N = np.array([min(curve.reach, top.reach) for curve in curves])
-            drop_N = np.array([curve.drop_at(dose)[0].mean() for curve, dose in zip(curves, dose_N, strict=True)])
-            axes.plot(
-                dose_N, drop_N, marker, color=color, markersize=4.2, alpha=0.75, zorder=2, label=f"{len(curves)} {name}"
-            )
+            _, drop_NxP, dose_N = compare_at_equal_dose(top, curves)
+            drop_N, label = drop_NxP.mean(axis=1), f"{len(curves)} {name}"
+            axes.plot(dose_N, drop_N, marker, color=color, markersize=4.2, alpha=0.75, zorder=2, label=label)
     # A folder's basis comes after those that any figure may have.
     order = dict.fromkeys([*BASIS_NAMES.values(), *bases])
     styles = dict(zip(order, itertools.cycle(_STYLES), strict=False))
