@@ -255,11 +255,9 @@ def dose_effect(
     for name, curve in bases.items():
         color, dashes = styles[name]
         # Up to the dose of the top features: nothing is compared beyond it.
-        inside = curve.dose_A < top.reach
-        end = min(curve.reach, top.reach)
-        doses = [*curve.dose_A[inside], end]
-        drops = [*curve.drop_AxP[inside].mean(axis=1), float(curve.drop_at(end)[0].mean())]
-        axes.plot(doses, drops, linestyle=dashes, color=color, linewidth=1.6, zorder=3, label=name)
+        dose_M = np.append(curve.dose_A[curve.dose_A < top.reach], min(curve.reach, top.reach))
+        drop_M = curve.drop_at(dose_M).mean(axis=1)
+        axes.plot(dose_M, drop_M, linestyle=dashes, color=color, linewidth=1.6, zorder=3, label=name)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set(xlabel="dose: norm of the change at the site", ylabel=unit)
     axes.set_xlim(left=0)
