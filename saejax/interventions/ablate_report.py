@@ -21,7 +21,7 @@ from saejax.interventions.answers import (
     FeatureEffect,
     fooled_sentence,
 )
-from saejax.interventions.curves import EffectCurve, read_curves
+from saejax.interventions.curves import EffectCurve, compare_at_equal_dose, read_curves
 from saejax.interventions.table import BASIS, TESTED, UNTRAINED, EffectsTable, load_effects
 from saejax.page import style
 from saejax.page.blocks import Block, Code, Picture, Terms, Text
@@ -35,7 +35,6 @@ from saejax.results import Interval
 from saejax.runner.preregistration import describe_rule
 from saejax.tasks.results import BaselineResults
 
-TABLE_ROWS = 50  # longest list of features
 _STYLES = (  # colours and dashes of bases; those that need no folder have the same ones in all figures
     (style.GREEN, "--"),
     (style.VIOLET, "-."),
@@ -108,10 +107,6 @@ def features(findings: Findings, shown: int) -> list[Section]:
     labels = labels_in(findings.folders, ablate.dictionary)
     make_strips = _make_strips(findings, labels) if shown and findings.examples else None
     for name, top in ablate.top.items():
-        if not top:
-            nothing = "No feature was tested: none has an attribution above zero on the train prompts."
-            sections.append(Section(detail_title(name), (Text(nothing, strong=True),), level=3))
-            continue
         strips = [make_strips(name, item) for item in top[:shown]] if make_strips else []
         blocks: list[Block] = [_feature_table(top, labels), *strips]
         importance = (ablate.importance or {}).get(name)
@@ -251,22 +246,18 @@ def dose_effect(
         (placebo, BLUE, "x", "placebo sets: top features for unrelated tokens"),
     ):
         if curves:
-            dose_N = np.array([min(curve.reach, top.reach) for curve in curves])
-            drop_N = np.array([curve.drop_at(dose)[0].mean() for curve, dose in zip(curves, dose_N, strict=True)])
-            axes.plot(
-                dose_N, drop_N, marker, color=color, markersize=4.2, alpha=0.75, zorder=2, label=f"{len(curves)} {name}"
-            )
+            _, drop_NxP, dose_N = compare_at_equal_dose(top, curves)
+            drop_N, label = drop_NxP.mean(axis=1), f"{len(curves)} {name}"
+            axes.plot(dose_N, drop_N, marker, color=color, markersize=4.2, alpha=0.75, zorder=2, label=label)
     # A folder's basis comes after those that any figure may have.
     order = dict.fromkeys([*BASIS_NAMES.values(), *bases])
     styles = dict(zip(order, itertools.cycle(_STYLES), strict=False))
     for name, curve in bases.items():
         color, dashes = styles[name]
         # Up to the dose of the top features: nothing is compared beyond it.
-        inside = curve.dose_A < top.reach
-        end = min(curve.reach, top.reach)
-        doses = [*curve.dose_A[inside], end]
-        drops = [*curve.drop_AxP[inside].mean(axis=1), float(curve.drop_at(end)[0].mean())]
-        axes.plot(doses, drops, linestyle=dashes, color=color, linewidth=1.6, zorder=3, label=name)
+        dose_M = np.append(curve.dose_A[curve.dose_A < top.reach], min(curve.reach, top.reach))
+        drop_M = curve.drop_at(dose_M).mean(axis=1)
+        axes.plot(dose_M, drop_M, linestyle=dashes, color=color, linewidth=1.6, zorder=3, label=name)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set(xlabel="dose: norm of the change at the site", ylabel=unit)
     axes.set_xlim(left=0)
@@ -373,11 +364,7 @@ def _feature_table(top: tuple[FeatureEffect, ...], labels: Mapping[int, Label]) 
         "interval above zero; of features without effect about one in forty would. Fires on: share of the tokens of "
         "the test prompts."
     )
-    if len(top) > TABLE_ROWS:
-        note += f" The table shows the first {TABLE_ROWS}."
-    return Table.of(
-        "Features ablated one by one", [(item,) for item in top[:TABLE_ROWS]], columns, stack=False, note=note
-    )
+    return Table.of("Features ablated one by one", [(item,) for item in top], columns, stack=False, note=note)
 
 
 def held_out(findings: Findings, name: str) -> np.ndarray:

@@ -26,7 +26,7 @@ from saejax.interventions.ablation import (
     measure_all,
 )
 from saejax.interventions.activity import FeatureStatistics
-from saejax.interventions.edits import mask
+from saejax.interventions.edits import ZERO
 from saejax.interventions.engine import OnProgress
 from saejax.interventions.references import Reference, References, attributions, placebo_references
 from saejax.interventions.slopes import leaders
@@ -120,7 +120,7 @@ class BenchmarkAblation(BehaviourAblation):
         config, train = self.config, self.items.train
         self.test = list(self.items.test)
         self.train = list(train[: config.attribution_prompts or len(train)])
-        self.split = SplitModel(self.lm, self.basis)
+        self.split, self.replacement = SplitModel(self.lm, self.basis), ZERO
         self.test_references = self._references(self.items.references(self.test))
         # Train items alone choose features; test items judge them.
         self._train_references = self.items.references(self.train)
@@ -142,10 +142,6 @@ class BenchmarkAblation(BehaviourAblation):
     def definitions(self) -> list[PromptDefinition]:
         """Return the definitions of all items."""
         return self.items.definitions()
-
-    def edits(self, definitions: Sequence[EditDefinition]):
-        """Return the batched edits of some definitions: features are set to zero."""
-        return mask(self.split.dictionary, [edit.features for edit in definitions], [e.fraction for e in definitions])
 
     def norms(self, definitions: Sequence[EditDefinition]) -> np.ndarray:
         """Return the norm of each edit's change on each test item, [E, P]."""
@@ -183,23 +179,19 @@ class BenchmarkAblation(BehaviourAblation):
         references = items.references(items.train[: self.config.attribution_prompts or len(items.train)])
         return leaders(self._attributions(references)[0].mean(axis=0, dtype=np.float64), self.config.top)
 
-    def item_attributions(self, items: Sequence[Item], dictionaries: Sequence[Dictionary] = ()) -> list[np.ndarray]:
-        """Return the attribution of each feature for the answer to each of P items, float32 [P, F].
+    def item_attributions(self, dictionaries: Sequence[Dictionary] = ()) -> list[np.ndarray]:
+        """Return the attribution of each feature for the answer to each item, train items first, float32 [P, F].
 
         Args:
-          items: P items.
           dictionaries: some of those of ``sharing``, whose attributions follow those of the tested one.
         """
         ablation_of = {id(each.basis): each for each in self.sharing}
         chosen = [self, *(ablation_of[id(dictionary)] for dictionary in dictionaries)]
-        # Those for the items that chose features are there already.
-        train_ids = {item.id for item in self.train}
-        new = [item for item in items if item.id not in train_ids]
+        # Those for the first train items, which chose features, are there already.
+        new = [*self.items.train, *self.items.test][len(self.train) :]
         rows_of = self._attributions(self.items.references(new), [each.split for each in chosen[1:]])
-        place_of = {item.id: place for place, item in enumerate([*self.train, *new])}
-        order_P = np.array([place_of[item.id] for item in items])
         pairs = zip(chosen, rows_of, strict=True)
-        return [np.concatenate([each._train_rows_NxF, rows_MxF])[order_P] for each, rows_MxF in pairs]
+        return [np.concatenate([each._train_rows_NxF, rows_MxF]) for each, rows_MxF in pairs]
 
     def pools(self, features: Sequence[int]) -> dict[int, list[float]]:
         """Return activations of each feature where it fires on train items, from which it is resampled."""

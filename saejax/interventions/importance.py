@@ -13,7 +13,6 @@ its mean drop of the logit difference there are
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -23,7 +22,7 @@ from saejax.interventions.ablation import BehaviourAblation
 from saejax.interventions.answers import ImportanceSummary
 from saejax.interventions.columns import Columns
 from saejax.interventions.table import EffectsTable
-from saejax.statistics.bootstrap import resampling_weights
+from saejax.statistics.bootstrap import has_same_sign, resampling_weights, stratum_means
 from saejax.statistics.permutation import correlations, max_t_p
 
 PERMUTATIONS = 20_000
@@ -78,6 +77,7 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation) -> Impo
     # Prompts of one template are alike: resampled within templates, the interval speaks of these templates.
     weights_SxP = resampling_weights(templates, ablation.config.bootstrap, ablation.config.seed)
     low_N, high_N = np.quantile(drop_NxP @ weights_SxP.T, [0.025, 0.975], axis=1)
+    same_signs = [has_same_sign(list(stratum_means(drop_P, templates).values())) for drop_P in drop_NxP]
     statistics = ablation.statistics
     largest_NxP = activity.maxima(ablation.split, ablation.runs)[:, feature_N].T.astype(np.float64)
     return Importance(
@@ -89,17 +89,10 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation) -> Impo
         drop_high=high_N,
         accuracy_drop=(clean_P > 0).mean() - (ablated_NxP > 0).mean(axis=1),
         p_fwer=max_t_p(drop_NxP, PERMUTATIONS, ablation.config.seed),
-        same_sign=has_same_sign(drop_NxP, templates).astype(np.float64),
+        same_sign=np.array(same_signs, np.float64),
         attribution=ablation.mean_attribution(ablation.runs)[feature_N],
         activation_correlation=correlations(largest_NxP, clean_P[None]),
     )
-
-
-def has_same_sign(drop_NxP: np.ndarray, templates: Sequence[str]) -> np.ndarray:
-    """Return whether the mean drop of each of N features has the same sign in every template, [N]."""
-    label_P = np.unique(np.asarray(templates), return_inverse=True)[1]
-    sign_NxG = np.stack([np.sign(drop_NxP[:, label_P == g].mean(axis=1)) for g in range(label_P.max() + 1)], axis=1)
-    return np.abs(sign_NxG.sum(axis=1)) == sign_NxG.shape[1]
 
 
 def _rank_correlation(first_N: np.ndarray, second_N: np.ndarray) -> float | None:

@@ -4,14 +4,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from saejax.interventions.answers import fooled_sentence
-from saejax.interventions.patch_run import (
+from saejax.interventions.patching import (
+    DIRECTIONS,
+    EACH,
     FeaturePatchResults,
     PatchedSites,
     PatchGrid,
     SitePatchResults,
 )
-from saejax.interventions.patching import DIRECTIONS
 from saejax.interventions.table import TESTED
+from saejax.models.sites import HEAD_KINDS
 from saejax.page import style
 from saejax.page.blocks import Block, Picture, Terms, Text
 from saejax.page.document import Section
@@ -54,52 +56,50 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
 
 
 def _picture(results: SitePatchResults, name: str, result: PatchedSites, grid: PatchGrid, draw: Draw) -> Picture:
-    scale = "as a share of clean - corrupted" if result.pairs.reason is None else "in logits"
-    if results.positions == "each":
-        where = "of one layer at one position"
-    else:
-        where = f"of one {'head' if _axis(grid) == 'head' else 'layer'} at positions {results.positions} together"
-    caption = (
-        f"{behaviour(name)}: {results.kind} {where} is replaced by its value in the other run, on "
-        f"{result.pairs.prompts} pairs of prompts. Colour is the mean effect on the logit difference, {scale}."
-    )
-    if results.positions == "each":
-        caption += (
+    scale = "as a share of clean - corrupted" if result.is_normalised else "in logits"
+    where, labels = f"of one {'head' if results.kind in HEAD_KINDS else 'layer'} at", ""
+    if results.positions == EACH:
+        where += " one position"
+        labels = (
             " Positions are counted from the end and labelled with their most frequent token; labels are bold where "
             "prompt and counterpart differ."
         )
-    if result.pairs.reason:
-        caption += f" Not normalised: {result.pairs.reason}."
+    else:
+        where += f" positions {results.positions} together"
+    caption = (
+        f"{behaviour(name)}: {results.kind} {where} is replaced by its value in the other run, on "
+        f"{result.prompts} pairs of prompts. Colour is the mean effect on the logit difference, {scale}.{labels}"
+    )
+    if not result.is_normalised:
+        caption += (
+            " Not normalised: the model's logit difference does not clearly fall from the prompts to their "
+            "counterparts, so that there is nothing to divide effects by."
+        )
     return draw(f"patching-{results.kind}-{name}", heatmap(grid, result), caption, f"Patching. {caption}")
-
-
-def _axis(grid: PatchGrid) -> str:
-    """Return what the columns of the heatmap are."""
-    return "head" if not np.isnan(grid.head.astype(float)).all() else "position"
 
 
 @style.styled
 def heatmap(grid: PatchGrid, result: PatchedSites) -> Figure:
     """Draw the effect of every layer and position, or head, a panel for each direction."""
-    value = "normalised" if result.pairs.reason is None else "effect"
+    value = "normalised" if result.is_normalised else "effect"
     matrices = {direction: grid.matrix(value, direction) for direction in DIRECTIONS}
     layers, columns = matrices["noising"].shape
     limit = 1.0 if value == "normalised" else float(np.nanmax(np.abs(list(matrices.values())), initial=1e-6))
-    height = 0.9 + 0.055 * layers + 0.4
+    height, has_positions = 0.9 + 0.055 * layers + 0.4, not np.isnan(grid.position.astype(float)).all()
     figure, below = style.panels([height, height], [_TITLES[direction] for direction in DIRECTIONS])
     for axes, matrix in zip(below, matrices.values(), strict=True):
         image = axes.imshow(
             matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, origin="lower", aspect="auto", interpolation="nearest"
         )
         axes.set_ylabel("layer")
-        if columns == len(result.columns) and _axis(grid) == "position":
+        if has_positions:
             size = min(9.0, 190 / columns)  # points: labels of neighbours do not touch
             labels = [_label(column.token) for column in result.columns]
             axes.set_xticks(range(columns), labels, rotation=90, size=size)
             for text, column in zip(axes.get_xticklabels(), result.columns, strict=True):
                 text.set_fontweight("bold" if column.differs else "normal")
         elif columns > 1:
-            axes.set_xlabel("head" if _axis(grid) == "head" else "position")
+            axes.set_xlabel("head")
         else:
             axes.set_xticks([])
         axes.tick_params(axis="x", length=2)
@@ -113,13 +113,14 @@ def _label(token: str) -> str:
 
 
 def _carried_table(results: FeaturePatchResults) -> Table:
+    verdicts = results.verdict.dictionaries[TESTED]
     columns = {
         "Behaviour": lambda name, row: behaviour(name),
         "Pairs": lambda name, row: str(row.interchange.prompts if row.interchange else 0),
         "Top features, %": lambda name, row: interval(row.interchange and row.interchange.top, 0, 100),
         "Random sets, %": lambda name, row: percent(row.interchange and row.interchange.random),
         "Whole site, %": lambda name, row: interval(row.interchange and row.interchange.site, 0, 100),
-        "Removed": lambda name, row: interval(row.removed),
+        "Removed": lambda name, row: interval(verdicts[name].ablation["logit_diff"].effect),
         "Restored": lambda name, row: interval(row.restored),
     }
     note = (

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from saejax.interventions.probe_run import ProbedLabel, ProbeFit, ProbeResults
+from saejax.interventions.probing import ProbedLabel, ProbeFit, ProbeResults
 from saejax.page.blocks import Block, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
@@ -62,8 +62,7 @@ def _section(results: ProbeResults, findings: Findings, draw: Draw) -> Section:
         alt = " ".join(["Probe accuracy of probes of all inputs.", *dense])
         blocks += [draw("probes", probes(shown), caption, alt), _table(learned, shuffles)]
     if selected := [label for label in learned if label.selected]:
-        answers = tuple((_title(label), label.selected.sentence) for label in selected if label.selected)
-        blocks += [_selected_table(selected), Terms(answers)]
+        blocks.append(_selected_table(selected))
     if without := [(_title(label), f"no probe: {label.reason}.") for label in results.labels if label.reason]:
         blocks.append(Terms(tuple(without)))
     return Section("Linear probes", tuple(blocks))
@@ -122,7 +121,6 @@ def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
         "Probe sees": lambda label, row: f"{_INPUTS[row.input]}: {row.k or 'all'}",
         "Probe accuracy, %": lambda label, row: interval(row.accuracy, 0, 100),
         "F1": lambda label, row: number(row.f1),
-        "AUC": lambda label, row: number(row.auc),
         "Largest class": lambda label, row: percent(row.majority),
         "Shuffled labels, %": lambda label, row: interval(row.shuffled, 0, 100),
         "Controls, %": lambda label, row: interval(row.control, 0, 100),
@@ -131,12 +129,12 @@ def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
         "Inputs": lambda label, row: ", ".join(map(str, (row.inputs or ())[:3])) or MISSING,
     }
     note = (
-        "Probe accuracy: 95 % Wilson interval. F1: mean over classes. AUC: area under the ROC curve, for two classes. "
-        "Shuffled labels: accuracy of probes fitted on them. Controls: accuracy of probes of as many features matched "
-        f"in firing rate, or of as many random directions of the raw activations. Both: mean over {shuffles} draws, "
-        "5th and 95th percentile. Minus dense: probe accuracy minus that of the probe of all raw dimensions, on the "
-        "same prompts. p: share of permutations of the test labels with at least this accuracy, after Holm's "
-        "correction over the labels. Inputs: the first three that a sparse probe sees."
+        "Probe accuracy: 95 % Wilson interval. F1: mean over classes. Shuffled labels: accuracy of probes fitted on "
+        "them. Controls: accuracy of probes of as many features matched in firing rate, or of as many random "
+        f"directions of the raw activations. Both: mean over {shuffles} draws, 5th and 95th percentile. Minus dense: "
+        "probe accuracy minus that of the probe of all raw dimensions, on the same prompts. p: share of permutations "
+        "of the test labels with at least this accuracy, after Holm's correction over the labels. Inputs: the first "
+        "three that a sparse probe sees."
     )
     rows = [(label, row) for label in learned for row in label.probes]
     return Table.of("Probes", rows, columns, {"Probe sees", "Inputs"}, stack=False, note=note)

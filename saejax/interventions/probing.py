@@ -1,4 +1,7 @@
-"""Linear probes: how well a class can be read from activations, and how much of that is chance.
+"""Linear probes: how well a class can be read from activations, and how much of that is chance; the stage ``probe``.
+
+Labels (``saejax.tasks.labels``) are predicted for prompts of behaviours and, with ``--probe.benchmarks``, for the
+questions of benchmarks, from a dictionary's features and from the raw activations at its site.
 
 A probe is a logistic regression (multinomial for more than two classes) with an L2 penalty on inputs standardised over
 the train prompts. Cross-validation on the train prompts chooses the penalty; test prompts judge. A *sparse* probe sees
@@ -14,46 +17,63 @@ Controls of each probe:
 - of a sparse probe of raw activations, as many random directions of the dense space;
 - a permutation test on the test labels.
 
-A probe reads what is there; whether the model uses it is another question, which ``FeatureAblation`` asks of the
-features that a probe selects.
+A probe reads what is there, and the model need not use it. So the features that a sparse probe selects are ablated one
+by one on test prompts, and compared with features matched in firing rate.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.metrics import f1_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
+from saejax.files import read_lines
 from saejax.interventions import activity
 from saejax.interventions.answers import mean_interval
+from saejax.interventions.benchmark import BenchmarkItems
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import run_edits
 from saejax.interventions.references import Reference, References
 from saejax.interventions.split_model import GROUP_TOKENS, SplitModel, in_order, of_features
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
-from saejax.results import Interval
-from saejax.settings import ProbeConfig
-from saejax.statistics.bootstrap import resampling_weights
-from saejax.tasks.behaviours import Prompt
+from saejax.results import Interval, from_json
+from saejax.runner import parts
+from saejax.runner.workspace import Run
+from saejax.settings import ProbeConfig, TaskConfig
+from saejax.statistics.bootstrap import resampling_weights, two_sided_p
+from saejax.statistics.ranks import holm_by_key
+from saejax.tasks import run_inputs
+from saejax.tasks.behaviours import SPLITS, Prompt, read_logit_diffs, read_prompts
+from saejax.tasks.benchmark_definitions import way
+from saejax.tasks.benchmark_stage import FILE
+from saejax.tasks.benchmarks import read_items
+from saejax.tasks.labels import LABELS, Labelled, label_prompts
+from saejax.tasks.scored_items import WAYS, GeneratedItem
 from saejax.tasks.scoring import wilson
 
 MATCHES = 10  # nearest features by firing rate, from which a matched one is drawn
 LOGIT_DIFFERENCE, LOG_LIKELIHOOD = "logit difference", "log-likelihood of the reference answer"
-UNITS = {LOGIT_DIFFERENCE: "logits", LOG_LIKELIHOOD: "nats"}  # of the readouts whose fall is measured
-_RESAMPLES = 2_000  # of test prompts
+_PAIRED_RESAMPLES = 2_000  # of test prompts, for differences between probes
 _PERMUTATIONS = 10_000  # of the test labels: the smallest p-value is a ten-thousandth
 _FOLDS = 5  # a class with as many train prompts has one of them in each
 _ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
+ABLATED = 10  # features of a probe that are ablated, at most
+BENCHMARK_ITEMS = 40  # test items of a benchmark on which they are ablated, at most
+_RESAMPLES = 10_000  # of test prompts, for effects of ablated features
+_CONTROLS = 2  # matched features of each ablated one
+_CALCULATION = re.compile(r"<<([^=>]*)=[^>]*>>")  # in solutions of GSM8K
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +86,6 @@ class ProbeFit:
     inputs: tuple[int, ...] | None  #: those that a sparse probe sees, best first; None: all
     accuracy: Interval  #: share of test prompts whose class is named, 95 % Wilson interval
     f1: float  #: F1 score, mean over classes
-    auc: float | None  #: area under the ROC curve on test prompts; None unless there are two classes
     majority: float  #: accuracy of always naming the largest train class
     shuffled: Interval  #: accuracy of probes of shuffled train labels: mean, 5th and 95th percentile
     #: accuracy of probes of matched features, or of random directions: mean, 5th and 95th percentile; None: all inputs
@@ -88,11 +107,6 @@ class ProbeTask:
     def with_inputs(self, inputs: np.ndarray) -> "ProbeTask":
         """Return the task with some of the inputs."""
         return dataclasses.replace(self, train_NxC=self.train_NxC[:, inputs], test_MxC=self.test_MxC[:, inputs])
-
-    def projected(self, directions_CxK: np.ndarray) -> "ProbeTask":
-        """Return the task with the inputs' projections on K directions."""
-        parts = dict(train_NxC=self.train_NxC @ directions_CxK, test_MxC=self.test_MxC @ directions_CxK)
-        return dataclasses.replace(self, **parts)
 
 
 class ProbeAnswers(NamedTuple):
@@ -168,16 +182,10 @@ def run_probes(
         rng = np.random.default_rng([config.seed, *seed, k or 0])
         strength = choose_strength(task, k, config, int(rng.integers(2**31)))
         answers = fit_probe(task, k, strength)
-        right_M, score_M = answers.class_M == class_M, answers.score_M if len(labels) == 2 else None
-        control_tasks = [_control_task(task, k, name, rng) for _ in range(config.shuffles)] if k else []
-        controls = [fit_probe(control, None, strength) for control in control_tasks]
-        shuffled = [
-            fit_probe(dataclasses.replace(task, train_class_N=rng.permutation(task.train_class_N)), k, strength)
-            for _ in range(config.shuffles)
-        ]
-        control_accuracies, shuffled_accuracies = (
-            np.array([(each.class_M == class_M).mean() for each in fits]) for fits in (controls, shuffled)
-        )
+        right_M = answers.class_M == class_M
+        draws, train_class_N = range(config.shuffles), task.train_class_N
+        controls = [_control_task(task, k, name, rng) for _ in draws] if k else []
+        shuffled = [dataclasses.replace(task, train_class_N=rng.permutation(train_class_N)) for _ in draws]
         p_value = permutation_p(answers.class_M, class_M, _PERMUTATIONS, rng)
         fit = ProbeFit(
             input=name,
@@ -186,10 +194,9 @@ def run_probes(
             inputs=tuple(varying_C[select_inputs(task, k)].tolist()) if k else None,
             accuracy=wilson(right_M),
             f1=float(f1_score(class_M, answers.class_M, labels=labels, average="macro", zero_division=0)),
-            auc=float(roc_auc_score(class_M, score_M)) if score_M is not None else None,
-            majority=float((class_M == np.bincount(task.train_class_N).argmax()).mean()),
-            shuffled=_spread(shuffled_accuracies),
-            control=_spread(control_accuracies) if k else None,
+            majority=float((class_M == np.bincount(train_class_N).argmax()).mean()),
+            shuffled=_control_accuracy(shuffled, k, strength),
+            control=_control_accuracy(controls, None, strength) if k else None,
             against_dense=None,
             p_value=p_value,
             p_holm=p_value,
@@ -203,6 +210,13 @@ def fit_probe(task: ProbeTask, k: int | None, strength: float) -> ProbeAnswers:
     model = _fit(train_NxR, task.train_class_N, strength)
     score_M = model.decision_function(test_MxR) if len(model.classes_) == 2 else None
     return ProbeAnswers(model.predict(test_MxR), score_M)
+
+
+def _control_accuracy(tasks: Sequence[ProbeTask], k: int | None, strength: float) -> Interval:
+    """Return the accuracy of the probes of some tasks: mean, 5th and 95th percentile."""
+    accuracy_R = np.array([(fit_probe(task, k, strength).class_M == task.test_class_M).mean() for task in tasks])
+    low, high = np.quantile(accuracy_R, (0.05, 0.95))
+    return Interval(float(accuracy_R.mean()), float(low), float(high))
 
 
 def choose_strength(task: ProbeTask, k: int | None, config: ProbeConfig, seed: int) -> float:
@@ -284,7 +298,7 @@ def permutation_p(answer_M: np.ndarray, class_M: np.ndarray, draws: int, rng: np
 def paired_difference(right_M: np.ndarray, baseline_M: np.ndarray, seed: int) -> Interval:
     """Return how much more often a probe is right (right_M) than another (baseline_M); the seed is the bootstrap's."""
     difference_M = right_M.astype(float) - baseline_M
-    return mean_interval(difference_M, resampling_weights(np.zeros(len(difference_M)), _RESAMPLES, seed))
+    return mean_interval(difference_M, resampling_weights(np.zeros(len(difference_M)), _PAIRED_RESAMPLES, seed))
 
 
 class FeatureAblation(NamedTuple):
@@ -323,7 +337,9 @@ def _control_task(task: ProbeTask, k: int, name: str, rng: np.random.Generator) 
     """Return the task with matched features, or with random directions of the dense space, in the inputs' place."""
     inputs = task.train_NxC.shape[1]
     if name == "raw":
-        return task.projected(rng.normal(size=(inputs, min(k, inputs))))
+        directions_CxK = rng.normal(size=(inputs, min(k, inputs)))
+        projected = dict(train_NxC=task.train_NxC @ directions_CxK, test_MxC=task.test_MxC @ directions_CxK)
+        return dataclasses.replace(task, **projected)
     active_C = (task.train_NxC != 0).sum(axis=0)
     return task.with_inputs(match_firing_rates(active_C, select_inputs(task, k).tolist(), rng))
 
@@ -356,6 +372,274 @@ def _fit(train_NxR: np.ndarray, class_N: np.ndarray, strength: float) -> Any:
     return model.fit(train_NxR, class_N)
 
 
-def _spread(accuracy_R: np.ndarray) -> Interval:
-    low, high = np.quantile(accuracy_R, (0.05, 0.95))
-    return Interval(float(accuracy_R.mean()), float(low), float(high))
+@dataclasses.dataclass(frozen=True)
+class SelectedFeature:
+    """A feature that a probe selects, ablated alone on the behaviour's test prompts."""
+
+    feature: int  #: its index
+    drop: Interval  #: fall of the readout, logits or nats, 95 % bootstrap interval over prompts within templates
+    p_value: float  #: two-sided, of no effect
+    p_holm: float  #: corrected by Holm's method over all ablated features of the run
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectedFeatures:
+    """Effects of ablating the features that a probe selects."""
+
+    readout: str  #: the readout whose fall is measured: logit difference, or log-likelihood of the reference answer
+    features: tuple[SelectedFeature, ...]  #: in the order of the probe
+    matched: tuple[float, ...]  #: mean fall of the readout for each feature matched in firing rate
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbedLabel:
+    """The probes of a label; also in `<label>.json` or `<label>-<behaviour>.json`."""
+
+    label: str  #: its name
+    behaviour: str  #: behaviour or benchmark whose prompts are read; "" for all behaviours
+    reason: str | None  #: why there is no probe; None where there is
+    classes: Mapping[str, Mapping[str, int]]  #: class -> its prompts by split
+    left_out: Mapping[str, int]  #: prompts of classes with fewer than 5 train prompts, by class
+    unlabelled: int  #: prompts without such a label
+    #: of `number`: prompts whose noun beside the verb was given the subject's number, half of those of agreement; 0:
+    #: that noun, if there is one, may give the number away
+    congruent: int
+    unread: int  #: prompts without a position that the dictionary reads: their inputs are 0
+    probes: tuple[ProbeFit, ...]  #: none if there is a reason
+    selected: SelectedFeatures | None  #: None where none were ablated
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeResults:
+    """Linear probes of a dictionary's features and of raw activations."""
+
+    dictionary: str  #: its name
+    site: str  #: that it reads: of a transcoder, its input
+    labels: tuple[ProbedLabel, ...]  #: each of all behaviours, of a behaviour or of a benchmark
+
+
+def run_probe(run: Run) -> ProbeResults:
+    """Probe a dictionary's features, and the raw activations, for every label.
+
+    Args:
+      run: of the unit.
+
+    Returns:
+      The results of the unit.
+
+    Raises:
+      UserError: there are no prompts of a split, the dictionary belongs to another model, or an activation is not
+        finite.
+    """
+    config = run.configs[ProbeConfig]
+    benchmarks = {unit.partition("/")[2]: unit for unit in run.inputs if unit.startswith("benchmark/")}
+    groups = [read_benchmark_prompts(run, unit) for unit in benchmarks.values()]
+    wanted = label_all(config, _behaviour_prompts(run) if "baseline" in run.inputs else ([], []), groups)
+    dictionary = run_inputs.load_run_dictionary(run)
+
+    def begin() -> parts.Measure:
+        lm = run_inputs.load_run_model(run)
+        split = SplitModel(lm, dictionary)
+        # Labels of the same prompts share their inputs, whose computation takes most of the time.
+        inputs_of = functools.cache(lambda prompts: probe_inputs(split, prompts))
+
+        def ablation(name: str) -> FeatureAblation | None:
+            labelled = wanted[name]
+            if labelled.behaviour not in benchmarks:
+                return ablation_of(split, labelled)
+            task = run.configs[TaskConfig]
+            ids = [prompt.items[0] for prompt in labelled.prompts if prompt.split == "test"][:BENCHMARK_ITEMS]
+            items = {item.id: item for item in read_items(labelled.behaviour, task)}
+            chosen = [items[each] for each in ids]
+            return ablation_on_references(
+                split, BenchmarkItems(lm, labelled.behaviour, task, (), chosen).references(chosen)
+            )
+
+        def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
+            inputs = inputs_of(wanted[name].prompts)
+            results = probe_label(config, wanted[name], *inputs, lambda: ablation(name), lambda: on_progress(0, 0))
+            return parts.Measured(results, _line(results))
+
+        return measure
+
+    measured = parts.each_part(run, list(wanted), begin, ProbedLabel)
+    return ProbeResults(config.dictionary, dictionary.site, correct(tuple(measured.values())))
+
+
+def label_all(
+    config: ProbeConfig,
+    behaviours: tuple[Sequence[Prompt], Sequence[float]],
+    benchmarks: Sequence[tuple[Sequence[Prompt], Sequence[float]]] = (),
+) -> dict[str, Labelled]:
+    """Return the labelled prompts of each label and behaviour or benchmark, by name.
+
+    Args:
+      config: settings of the stage.
+      behaviours: prompts of behaviours and their logit differences.
+      benchmarks: questions of each benchmark, with 1 where the model is right and -1 elsewhere.
+
+    Raises:
+      UserError: there is no strength, no such label, or no prompt that has one.
+    """
+    if not config.strengths:
+        raise UserError("--probe.strengths is empty: name at least one inverse strength, such as 0.01")
+    of_benchmarks = {name for prompts, _ in benchmarks for prompt in prompts for name, _ in prompt.labels}
+    wanted: dict[str, Labelled] = {}
+    for label in dict.fromkeys(config.labels):
+        of_prompts = label in LABELS or any(label in dict(prompt.labels) for prompt in behaviours[0])
+        # A label that benchmarks alone have is no mistake for behaviours.
+        if behaviours[0] and (of_prompts or label not in of_benchmarks):
+            wanted |= {each.name: each for each in label_prompts(label, *behaviours)}
+        for prompts, diffs in benchmarks:
+            if any(label in dict(prompt.labels) for prompt in prompts):
+                wanted |= {each.name: each for each in label_prompts(label, prompts, diffs)}
+    if not wanted:
+        raise UserError(f"no prompt has a label of --probe.labels={','.join(config.labels)}: name one that some have")
+    return wanted
+
+
+def _behaviour_prompts(run: Run) -> tuple[list[Prompt], list[float]]:
+    """Return the prompts of the tested behaviours, and their logit differences."""
+    path = run.inputs["baseline"] / "prompts.jsonl"
+    tested = run_inputs.read_behaviours(run)
+    rows = [row for row in zip(read_prompts(path), read_logit_diffs(path), strict=True) if row[0].behaviour in tested]
+    for split in SPLITS:
+        if not any(prompt.split == split for prompt, _ in rows):
+            raise UserError(f"{path} has no {split} prompts: run the stage baseline again")
+    return [prompt for prompt, _ in rows], [diff for _, diff in rows]
+
+
+def read_benchmark_prompts(run: Run, unit: str) -> tuple[list[Prompt], list[float]]:
+    """Return a benchmark's questions as prompts with labels, half of them train prompts, drawn by seed.
+
+    The labels are ``correct`` (right or wrong; the flexible rule judges generated answers), ``steps`` (calculations of
+    the reference solution), ``operation`` (the operator of its last one) and ``task``, each where the benchmark has it.
+
+    Args:
+      run: of the stage.
+      unit: unit of the benchmark, such as ``benchmark/gsm8k``.
+    """
+    name, task = unit.partition("/")[2], run.configs[TaskConfig]
+    path = run.inputs[unit] / FILE
+    scored = [from_json(WAYS[way(name, task)], row, path) for row in read_lines(path)]
+    solutions = {item.id: item.solution for item in read_items(name, task)}
+    # Benchmarks have no splits of their own; halves are drawn.
+    is_train = np.random.default_rng(run.configs[ProbeConfig].seed).permutation(len(scored)) % 2 == 0
+    prompts = []
+    for item, train in zip(scored, is_train, strict=True):
+        right = item.flexible.correct if isinstance(item, GeneratedItem) else item.judged[1]
+        labels = {"task": item.task} if item.task else {}
+        if right is not None:
+            labels["correct"] = "right" if right else "wrong"
+        calculations = _CALCULATION.findall(solutions.get(item.id, ""))
+        if calculations:
+            labels["steps"] = str(len(calculations))
+            # A leading minus is a sign.
+            operators = re.findall(r"[-+*/]", calculations[-1].lstrip("-"))
+            labels |= {"operation": operators[-1]} if operators else {}
+        split = "train" if train else "test"
+        prompt = Prompt(name, split, item.prompt, item.reference, "", items=(item.id,), labels=tuple(labels.items()))
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{path} has no items: run the stage benchmark again")
+    return prompts, [1.0 if dict(prompt.labels).get("correct") == "right" else -1.0 for prompt in prompts]
+
+
+def probe_label(
+    config: ProbeConfig,
+    labelled: Labelled,
+    inputs: Mapping[str, np.ndarray],
+    is_read_P: np.ndarray,
+    ablation: Callable[[], FeatureAblation | None],
+    check_stop: Callable[[], None] = lambda: None,
+) -> ProbedLabel:
+    """Fit the probes of a label, and ablate the features that one of them selects.
+
+    Args:
+      config: settings of the stage.
+      labelled: the labelled prompts.
+      inputs: from ``probe_inputs``.
+      is_read_P: from ``probe_inputs``.
+      ablation: returns the test prompts on which features are ablated; None where there are none.
+      check_stop: called now and then; may raise to stop.
+    """
+    fits, rights = [], []
+    with threadpool_limits(1):  # threads of products this small only wait for each other
+        for name, x_PxC in inputs.items() if not labelled.reason else ():
+            train_NxC, test_MxC = x_PxC[labelled.train_N], x_PxC[labelled.test_M]
+            task = ProbeTask(train_NxC, labelled.train_class_N, test_MxC, labelled.test_class_M)
+            for fit, right_M in run_probes(task, config, [*f"{labelled.name} {name}".encode()], name):
+                fits.append(fit)
+                rights.append(right_M)
+                check_stop()
+    # The last one is the dense probe, of all raw activations.
+    for place, right_M in enumerate(rights[:-1]):
+        gap = paired_difference(right_M, rights[-1], config.seed)
+        fits[place] = dataclasses.replace(fits[place], against_dense=gap)
+    return ProbedLabel(
+        label=labelled.label,
+        behaviour=labelled.behaviour,
+        reason=labelled.reason or None,
+        classes={name: dict(zip(SPLITS, counts, strict=True)) for name, counts in labelled.classes.items()},
+        left_out=dict(labelled.left_out),
+        unlabelled=labelled.unlabelled,
+        congruent=labelled.congruent,
+        unread=sum(int((~is_read_P[places]).sum()) for places in (labelled.train_N, labelled.test_M)),
+        probes=tuple(fits),
+        selected=ablate_selected(config, fits, ablation),
+    )
+
+
+def ablation_of(split: SplitModel, labelled: Labelled) -> FeatureAblation | None:
+    """Return the ablation of features on a behaviour's test prompts; None with fewer than 2 of them."""
+    tests = [p for p in labelled.prompts if p.split == "test" and p.wrong and labelled.behaviour == p.behaviour]
+    return ablation_on_prompts(split, tests) if len(tests) > 1 else None
+
+
+def ablate_selected(
+    config: ProbeConfig, fits: Sequence[ProbeFit], ablation: Callable[[], FeatureAblation | None]
+) -> SelectedFeatures | None:
+    """Ablate the features of the largest sparse probe that sees at most ``ABLATED``, and matched ones."""
+    sparse = [fit for fit in fits if fit.input == "features" and fit.k and fit.k <= ABLATED and fit.inputs]
+    tests = ablation() if sparse else None
+    if tests is None:
+        return None
+    features = list(sparse[-1].inputs or ())
+    # Matched on the prompts of the ablation: what fires on few of them can change few.
+    matched = match_firing_rates(tests.fires_F, _CONTROLS * features, np.random.default_rng(config.seed))
+    drop_SxP = tests.measure_drop([*features, *matched.tolist()])
+    weight_RxP = resampling_weights(tests.templates, _RESAMPLES, config.seed)
+    selected = []
+    for feature, drop_P in zip(features, drop_SxP, strict=False):
+        p_value = two_sided_p(weight_RxP @ drop_P)
+        selected.append(SelectedFeature(feature, mean_interval(drop_P, weight_RxP), p_value, p_value))
+    matched_drops = tuple(drop_SxP[len(features) :].mean(axis=1).tolist())
+    return SelectedFeatures(tests.readout, tuple(selected), matched_drops)
+
+
+def correct(labels: Sequence[ProbedLabel]) -> tuple[ProbedLabel, ...]:
+    """Correct p-values by Holm's method: of probes over the labels, of ablated features over all of them."""
+    p_fits = {(n, fit.input, fit.k): fit.p_value for n, label in enumerate(labels) for fit in label.probes}
+    for inputs in {key[1:] for key in p_fits}:
+        p_fits |= holm_by_key({key: p for key, p in p_fits.items() if key[1:] == inputs})
+    chosen = {n: label.selected for n, label in enumerate(labels) if label.selected}
+    p_features = holm_by_key({(n, each.feature): each.p_value for n, some in chosen.items() for each in some.features})
+
+    def corrected(n: int, label: ProbedLabel) -> ProbedLabel:
+        probes = tuple(dataclasses.replace(fit, p_holm=p_fits[n, fit.input, fit.k]) for fit in label.probes)
+        if selected := label.selected:
+            features = [dataclasses.replace(each, p_holm=p_features[n, each.feature]) for each in selected.features]
+            selected = dataclasses.replace(selected, features=tuple(features))
+        return dataclasses.replace(label, probes=probes, selected=selected)
+
+    return tuple(corrected(n, label) for n, label in enumerate(labels))
+
+
+def _line(result: ProbedLabel) -> str:
+    if result.reason:
+        return f"no probe: {result.reason}"
+    shares = {fit.input: fit.accuracy * 100 for fit in result.probes if fit.k is None}
+    dense = [f"{name} {each.mean:.0f} % [{each.low:.0f}, {each.high:.0f}]" for name, each in shares.items()]
+    tests = sum(counts["test"] for counts in result.classes.values())
+    majority = f"largest class {100 * result.probes[0].majority:.0f} %"
+    return f"probe accuracy on {tests} test prompts from all inputs: {', '.join(dense)}; {majority}"

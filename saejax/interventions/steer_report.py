@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from saejax.interventions.steer_run import MAX_CE_RISE, BehaviourSteering, SteerResults
+from saejax.interventions.steering import MAX_CE_RISE, BehaviourSteering, SteerResults
 from saejax.page import style
 from saejax.page.blocks import Block, Terms, Text
 from saejax.page.document import Section

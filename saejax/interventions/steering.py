@@ -1,4 +1,4 @@
-"""Steering: a prompt's answer turned into that of its counterpart by a change of one site.
+"""Steering: prompts turned to the answers of their counterparts by a change of one site; the stage ``steer``.
 
 A *text* is a train prompt, or its counterpart, to which the prompt's wrong answer is right; it is read at its last
 position. Steering from answer c to answer w uses one of
@@ -10,7 +10,8 @@ position. Steering from answer c to answer w uses one of
 - ``mean_difference``: the difference between the site's mean values on the two kinds of text is added (Rimsky et al.,
   2024, arXiv 2312.06681).
 
-Controls are added at the same norm, so that doses are equal:
+Train prompts also choose the strength of each method, among those that raise the cross-entropy of held-out text little.
+Test prompts judge it. Controls are added at the same norm, so that doses are equal:
 
 - *random features*: disjoint sets of as many features, drawn from those that fire on at least 5 % of the test prompts,
   without the top ones, each added in proportion to its mean activation on the texts;
@@ -21,27 +22,46 @@ All changes are edits (``saejax.interventions.edits``) at the editable positions
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from saejax.dictionaries import Dictionary
-from saejax.interventions import bases
-from saejax.interventions.ablation import MIN_FIRING
-from saejax.interventions.edits import FeatureEdits, add
-from saejax.interventions.engine import BATCH_ROWS, OnProgress, change_norms, run_edits
+from saejax.errors import UserError
+from saejax.interventions import activity, bases
+from saejax.interventions.ablation import MIN_FIRING, root_mean_square, spread_over_templates
+from saejax.interventions.answers import CausalAnswer, VerdictConfig, mean_interval
+from saejax.interventions.edits import FeatureEdits, add, mask
+from saejax.interventions.engine import change_norms, run_edits
 from saejax.interventions.slopes import leaders, slopes
 from saejax.interventions.split_model import SplitModel
+from saejax.interventions.text import HeldOutText
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
+from saejax.results import Interval
+from saejax.runner import parts
+from saejax.runner.workspace import Run
+from saejax.settings import CorpusConfig, SteerConfig, TaskConfig
+from saejax.statistics import bootstrap
 from saejax.statistics.partition import disjoint_sets
+from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
+from saejax.tasks import run_inputs
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
+from saejax.tasks.scoring import wilson
 
 METHODS = ("add", "clamp", "mean_difference")
 MIN_TEXTS = 3  # texts of an answer, of which a mean is taken
 FACTORS = (1.0, 2.0, 4.0, 8.0)  # of the activation that features are clamped to
+MIN_PROMPTS = 5  # prompts of a split; fewer are not steered
+MAX_PROMPTS = 40  # test prompts of a behaviour that the stage steers: 99 controls at 9 strengths are run on each
+TEXT_SWAPS = 4  # answer pairs whose changes are tried on held-out text
+TEXT_DOCUMENTS = 16  # held-out documents on which the rise of cross-entropy is measured
+# Nats per token: a larger rise means that text of any kind has become hard to predict, not that an answer was turned.
+MAX_CE_RISE = 1.0
+CONTROLS = dict(add="random sets of features", clamp="random sets of features", mean_difference="random directions")
 
 
 class AnswerSwap(NamedTuple):
@@ -99,11 +119,6 @@ class AnswerTexts:
         """Return the features of largest change times slope, at most ``count``, those above zero alone."""
         slope_D = self.mean_difference(self.slope_NxD, swap) / 2  # texts of either answer have opposite slopes
         return leaders(self.mean_difference(self.f_NxF, swap) * (self.W_dec_FxD @ slope_D), count)
-
-
-def strengths_of(method: str, doses: Sequence[float]) -> tuple[float, ...]:
-    """Return the strengths of a method: factors of activations for ``clamp``, otherwise doses."""
-    return FACTORS if method == "clamp" else tuple(doses)
 
 
 def steering_edits(
@@ -171,46 +186,6 @@ def random_directions(texts: AnswerTexts, swap: AnswerSwap, count: int, seed: in
     return [_unit(each.mean_difference(each.value_NxD, swap)) for each in drawn]
 
 
-class Steered(NamedTuple):
-    """Readouts of S changes on P prompts, float64 [S, P]."""
-
-    diff_SxP: np.ndarray  #: logit(answer) - logit(target)
-    norm_SxP: np.ndarray  #: norm of the change at the site, over all positions
-
-
-def place_edits(lm: LanguageModel, split: SplitModel, edits: FeatureEdits) -> tuple[SplitModel, FeatureEdits]:
-    """Return the model split for the edits' dictionary, which may be another basis at the site, and edits of it."""
-    edited = split if edits.dictionary is split.dictionary else SplitModel(lm, edits.dictionary)
-    return edited, dataclasses.replace(edits, dictionary=edited.dictionary)
-
-
-def steer(
-    lm: LanguageModel,
-    split: SplitModel,
-    prompts: Sequence[Prompt],
-    edits: FeatureEdits,
-    batch_rows: int = BATCH_ROWS,
-    on_progress: OnProgress = lambda done, total: None,
-) -> Steered:
-    """Run every edit on every prompt.
-
-    Args:
-      lm: the model.
-      split: the model, split at the dictionary's site.
-      prompts: P prompts.
-      edits: S edits of the dictionary's features, or of other directions at its site.
-      batch_rows: as for ``effects``.
-      on_progress: called with the tokens done and in total; may raise to stop.
-
-    Raises:
-      UserError: a logit difference is not finite.
-    """
-    split, edits = place_edits(lm, split, edits)
-    runs = split.run(prompts)
-    diff_SxP = run_edits(split, runs, edits, batch_rows, on_progress)["logit_diff"][1:]
-    return Steered(diff_SxP, change_norms(split, runs, edits))
-
-
 def choose_strength(diff_SxP: np.ndarray, is_allowed_S: np.ndarray) -> int:
     """Return the strength that turns most prompts, of those allowed; of equal ones that of the lowest mean difference.
 
@@ -230,19 +205,344 @@ def group_by_swap(lm: LanguageModel, prompts: Sequence[Prompt]) -> dict[AnswerSw
     return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 
 
-def map_swaps(
-    groups: Mapping[AnswerSwap, Sequence[int]],
-    prompts: Sequence[Prompt],
-    run: Callable[[AnswerSwap, list[Prompt]], Steered],
-) -> Steered:
-    """Run the prompts of each pair of answers by themselves, and return the readouts of all in their order."""
-    parts = [(places, run(swap, [prompts[place] for place in places])) for swap, places in groups.items()]
-    order = np.argsort(np.concatenate([places for places, _ in parts]))
-    columns = zip(*(part for _, part in parts), strict=True)
-    return Steered(*(np.concatenate(column, axis=1)[:, order] for column in columns))
-
-
 def _unit(vector_D: np.ndarray) -> np.ndarray:
     """Return a vector of norm 1, or 0 if it has none."""
     norm = float(np.linalg.norm(vector_D))
     return vector_D / norm if norm > 0 else vector_D
+
+
+@dataclasses.dataclass(frozen=True)
+class SteeringPoint:
+    """One strength of a method, on the test prompts."""
+
+    strength: float  #: norm of what is added in mean norms of the site's values; of `clamp` the factor
+    dose: float  #: root mean square over prompts of the norm of the change at the site
+    drop: Interval  #: fall of logit(answer) - logit(target), 95 % bootstrap interval over prompts within templates
+    turned: Interval  #: share of the prompts whose target has the higher logit, 95 % Wilson interval
+    ce_rise: Interval | None  #: rise of cross-entropy on held-out text, nats per token; None without text
+
+
+@dataclasses.dataclass(frozen=True)
+class SteeringMethod:
+    """A way to steer."""
+
+    points: tuple[SteeringPoint, ...]  #: by rising strength
+    chosen: int  #: the strength that was chosen on train prompts, counted from 0
+    control: str  #: what it is compared with at equal dose: random sets of features, or random directions
+    controls: tuple[float, ...]  #: drop of each control change, logits, mean over prompts
+    control_turned: float | None  #: mean share of prompts that the controls turn; None without any
+    answer: CausalAnswer  #: does it steer more than the controls at equal dose?
+
+
+@dataclasses.dataclass(frozen=True)
+class BehaviourSteering:
+    """A behaviour steered; also in `<behaviour>.json`."""
+
+    reason: str | None  #: why it is not steered; None where it is
+    prompts: int  #: test prompts on which it is judged
+    left_out: Mapping[str, int]  #: other test prompts, by reason
+    clean: Interval | None  #: logit difference without a change
+    methods: Mapping[str, SteeringMethod]  #: by name
+    features: Mapping[str, tuple[int, ...]]  #: answer → target: the top features
+
+
+@dataclasses.dataclass(frozen=True)
+class SteerResults:
+    """Steering of prompts to the answers of their counterparts."""
+
+    dictionary: str  #: its name
+    site: str  #: that is changed
+    behaviours: Mapping[str, BehaviourSteering]  #: by name
+
+
+class SteeringTest:
+    """A behaviour on a model and a dictionary.
+
+    Args:
+      lm: the model.
+      dictionary: the dictionary whose features, and at whose site, prompts are steered.
+      prompts: prompts of both splits.
+      text: held-out text, if there is any.
+      config: settings of the stage.
+      max_prompts: test prompts that are steered, at most, spread evenly over templates; 0: all.
+      on_progress: called with the tokens done and in total of each measurement; may raise to stop.
+
+    Raises:
+      UserError: there are no doses.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        dictionary: Dictionary,
+        prompts: Sequence[Prompt],
+        text: HeldOutText | None,
+        config: SteerConfig,
+        max_prompts: int = 0,
+        on_progress: parts.OnProgress = parts.silent,
+    ):
+        if not config.doses:
+            raise UserError("--steer.doses is empty: name at least one, such as 0.4")
+        config = dataclasses.replace(config, doses=tuple(sorted(set(config.doses))))
+        self._lm, self._text, self._config, self._on_progress = lm, text, config, on_progress
+        self._split = SplitModel(lm, dictionary)
+        self._nothing = mask(self._split.dictionary, [[]])
+        train, test = ([prompt for prompt in prompts if prompt.split == name] for name in ("train", "test"))
+        on_progress(0, 0)
+        self._texts = AnswerTexts.read(lm, self._split, train) if train else None
+        self._train, _ = self._fitting(train)
+        # What the model gets wrong cannot be turned from right.
+        tests, self._left_out = self._fitting(test)
+        self._test = spread_over_templates(tests, max_prompts)
+        self._left_out[f"beyond {max_prompts} prompts"] = len(tests) - len(self._test)
+        self._train_groups, self._groups = group_by_swap(lm, self._train), group_by_swap(lm, self._test)
+        swaps = {**self._groups, **self._train_groups} if self._texts else {}
+        self._tops = {swap: self._texts.top(swap, config.top) for swap in swaps if self._texts}
+
+    def results(self) -> BehaviourSteering:
+        """Measure every method at every strength, and the controls of the chosen ones."""
+        if reason := self._reason():
+            return BehaviourSteering(reason, len(self._test), self._left_out, None, {}, {})
+        templates = [prompt.template for prompt in self._test]
+        weight_RxP = bootstrap.resampling_weights(templates, self._config.bootstrap, self._config.seed)
+        (clean_P,), _ = self._steer(self._test, self._groups, dict.fromkeys(self._groups, self._nothing))
+        methods = {
+            method: self._measure(method, clean_P, weight_RxP)
+            for method in METHODS
+            if method == "mean_difference" or any(self._tops.values())
+        }
+        decode = self._lm.tokenizer.decode
+        return BehaviourSteering(
+            reason=None,
+            prompts=len(self._test),
+            left_out=self._left_out,
+            clean=mean_interval(clean_P, weight_RxP),
+            methods=methods,
+            features={
+                " → ".join(decode([token]).strip() for token in swap): tuple(self._tops[swap]) for swap in self._groups
+            },
+        )
+
+    def _reason(self) -> str:
+        """Return why the behaviour is not steered; "" if it is."""
+        if self._texts is None:
+            return "it has no train prompts"
+        if not self._texts.norm > 0:
+            return "no position of its train prompts may be changed"
+        for split, prompts in (("train", self._train), ("test", self._test)):
+            if len(prompts) < MIN_PROMPTS:
+                return (
+                    f"{len(prompts)} of its {split} prompts are answered correctly and have two answers that "
+                    f"at least {MIN_TEXTS} train texts have, too; expected at least {MIN_PROMPTS}"
+                )
+        return ""
+
+    def _fitting(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], dict[str, int]]:
+        """Return prompts answered correctly whose answers the texts have, and the number of others by reason."""
+        swaps, texts = group_by_swap(self._lm, prompts), self._texts
+        covered = sorted(p for swap, places in swaps.items() if texts and texts.covers(swap) for p in places)
+        chosen = [prompts[place] for place in covered]
+        split = self._split
+        diff_P = run_edits(split, split.run(chosen), self._nothing)["logit_diff"][0] if chosen else np.zeros(0)
+        right = [prompt for prompt, diff in zip(chosen, diff_P, strict=True) if diff > 0]
+        return right, {"unknown answers": len(prompts) - len(chosen), "answered wrongly": len(chosen) - len(right)}
+
+    def _steer(
+        self,
+        prompts: Sequence[Prompt],
+        groups: Mapping[AnswerSwap, Sequence[int]],
+        edits: Mapping[AnswerSwap, FeatureEdits],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Run the edits of each swap, S for each, on the prompts of that swap.
+
+        Returns:
+          The logit differences, and the norms of the changes at the site, float64 [S, P] each.
+        """
+        diffs, norms = [], []
+        for swap, places in groups.items():
+            split = self._split_for(edits[swap])
+            runs = split.run([prompts[place] for place in places])
+            measured = run_edits(split, runs, edits[swap], self._config.batch_rows, self._on_progress)
+            diffs.append(measured["logit_diff"][1:])
+            norms.append(change_norms(split, runs, edits[swap]))
+        order_P = np.argsort(np.concatenate(list(groups.values())))
+        return np.concatenate(diffs, axis=1)[:, order_P], np.concatenate(norms, axis=1)[:, order_P]
+
+    def _split_for(self, edits: FeatureEdits) -> SplitModel:
+        """Return the model split for the edits' dictionary, which may be another basis at the site."""
+        # The dictionary itself may be large: it is placed on the devices once.
+        is_same = edits.dictionary is self._split.dictionary
+        return self._split if is_same else SplitModel(self._lm, edits.dictionary)
+
+    def _edits(self, method: str, swaps: Iterable[AnswerSwap]) -> dict[AnswerSwap, FeatureEdits]:
+        """Return the edits of a method for some swaps, one for each strength."""
+        assert self._texts
+        fixed = self._texts, self._split.dictionary, method
+        return {swap: steering_edits(*fixed, swap, self._tops[swap], self._strengths(method)) for swap in swaps}
+
+    def _strengths(self, method: str) -> tuple[float, ...]:
+        """Return the strengths of a method: factors of activations for ``clamp``, otherwise doses."""
+        return FACTORS if method == "clamp" else self._config.doses
+
+    def _measure(self, method: str, clean_P: np.ndarray, weight_RxP: np.ndarray) -> SteeringMethod:
+        edits = self._edits(method, [*self._groups, *self._train_groups])
+        diff_SxP, norm_SxP = self._steer(self._test, self._groups, edits)
+        rises = self._text_rises(method, edits)
+        points = tuple(
+            SteeringPoint(
+                strength=strength,
+                dose=root_mean_square(norm_SxP[s]),
+                drop=mean_interval(clean_P - diff_SxP[s], weight_RxP),
+                turned=wilson(diff_SxP[s] < 0),
+                ce_rise=rises[s] if rises else None,
+            )
+            for s, strength in enumerate(self._strengths(method))
+        )
+        # A strength that breaks the model turns many prompts, too: text has to stay as likely as it was.
+        allowed_S = np.array([not p.ce_rise or p.ce_rise.mean <= MAX_CE_RISE for p in points])
+        # On train prompts, or the best of several strengths would look better than it is.
+        chosen = choose_strength(self._steer(self._train, self._train_groups, edits)[0], allowed_S)
+        control_NxP, _ = self._steer_controls(method, points[chosen].dose)
+        drop_N, effect = (clean_P - control_NxP).mean(axis=1), points[chosen].drop
+        p_value = rank_p(effect.mean, drop_N) if len(drop_N) else None
+        return SteeringMethod(
+            points=points,
+            chosen=chosen,
+            control=CONTROLS[method],
+            controls=tuple(drop_N.tolist()),
+            control_turned=float((control_NxP < 0).mean()) if len(drop_N) else None,
+            answer=CausalAnswer("not tested", "Not tested: the run has not ended.", effect, p_value),
+        )
+
+    def _steer_controls(self, method: str, dose: float) -> tuple[np.ndarray, np.ndarray]:
+        """Run the controls of a method, scaled so that their dose is the method's; see ``_steer``."""
+        assert self._texts
+        texts, config = self._texts, self._config
+        # The method changes nothing in prompts of a swap without top features, and neither do its controls.
+        drawn: dict[AnswerSwap, list[np.ndarray]] = {}
+        for swap in self._groups:
+            if CONTROLS[method] == "random directions":
+                drawn[swap] = random_directions(texts, swap, config.random_sets, config.seed)
+            elif top := self._tops[swap]:
+                drawn[swap] = random_feature_vectors(texts, self._firing_share_F, top, config.random_sets, config.seed)
+        # As many for each swap, since a control is one change on all prompts.
+        count = min(map(len, drawn.values()), default=0)
+        if not count:
+            return np.zeros((0, len(self._test))), np.zeros((0, len(self._test)))
+
+        dictionary = self._split.dictionary
+        # A vector of norm 1 has the dose sqrt(n) on a prompt with n positions that may change.
+        unit = vector_edits(dictionary, [np.eye(1, texts.value_NxD.shape[1])[0]])
+        edits = dict.fromkeys(self._groups, self._nothing) | dict.fromkeys(drawn, unit)
+        _, (unit_norm_P,) = self._steer(self._test, self._groups, edits)
+        norm = dose / max(root_mean_square(unit_norm_P), 1e-6)
+        edits = dict.fromkeys(self._groups, mask(dictionary, [[]] * count))
+        for swap, vectors in drawn.items():
+            edits[swap] = vector_edits(dictionary, [norm * vector_D for vector_D in vectors[:count]])
+        return self._steer(self._test, self._groups, edits)
+
+    @functools.cached_property
+    def _firing_share_F(self) -> np.ndarray:
+        """Return the share of the test prompts on which each feature fires."""
+        return activity.statistics(self._split, self._split.run(self._test)).prompts_F / len(self._test)
+
+    def _text_rises(self, method: str, edits: Mapping[AnswerSwap, FeatureEdits]) -> list[Interval] | None:
+        """Return the rise of cross-entropy at each strength, mean over the most frequent swaps; None without text."""
+        if self._text is None:
+            return None
+        # Without top features there is nothing to add: such a swap would leave text as it is.
+        swaps = [swap for swap in self._groups if method == "mean_difference" or self._tops[swap]] or list(self._groups)
+        rises = []
+        for swap in swaps[:TEXT_SWAPS]:
+            ce_ExN = self._text.effects(self._split_for(edits[swap]), edits[swap])["ce"]
+            rises.append(ce_ExN[1:] - ce_ExN[0])
+        rise_SxN = np.mean(rises, axis=0)
+        documents = [""] * rise_SxN.shape[1]
+        weight_RxN = bootstrap.resampling_weights(documents, self._config.bootstrap, self._config.seed)
+        return [mean_interval(rise_N, weight_RxN) for rise_N in rise_SxN]
+
+
+def judge(behaviours: Mapping[str, BehaviourSteering]) -> dict[str, BehaviourSteering]:
+    """Answer, for each method and behaviour, whether it steers more than its controls at equal dose.
+
+    p-values are corrected by Holm's method over the behaviours, for each method by itself.
+    """
+    judged = dict(behaviours)
+    # Methods are not corrected for each other: each is a question by itself.
+    for method in METHODS:
+        measured = {name: result.methods[method] for name, result in behaviours.items() if method in result.methods}
+        p_values = {name: each.answer.p_value for name, each in measured.items() if each.answer.p_value is not None}
+        p_holm = holm_by_key(p_values)
+        for name, each in measured.items():
+            answered = dataclasses.replace(each, answer=_conclude(each, p_holm.get(name), len(p_holm)))
+            judged[name] = dataclasses.replace(judged[name], methods={**judged[name].methods, method: answered})
+    return judged
+
+
+def _conclude(result: SteeringMethod, p_holm: float | None, tests: int) -> CausalAnswer:
+    """Return the answer of a method on a behaviour, given its corrected p-value and the number of tests."""
+    effect, point, p_value = result.answer.effect, result.points[result.chosen], result.answer.p_value
+    if p_holm is None or effect is None:
+        reason = f"Not tested: there are no {result.control} to compare with."
+        return CausalAnswer("not tested", reason, effect)
+    level = VerdictConfig().level
+    answer, needed = "yes" if p_holm <= level and effect.low > 0 else "no", min_controls(tests, level)
+    sentence = (
+        f"At strength {point.strength:g} (dose {point.dose:.3g}) the logit difference changes by {-effect.mean:+.2f} "
+        f"logits [{-effect.high:+.2f}, {-effect.low:+.2f}], and {100 * point.turned.mean:.0f} % of the prompts "
+        f"[{100 * point.turned.low:.0f}, {100 * point.turned.high:.0f}] are turned. "
+    )
+    if point.ce_rise:
+        sentence += f"The cross-entropy of held-out text rises by {point.ce_rise.mean:.2f} nats per token. "
+    count = len(result.controls)
+    if count < needed:
+        answer = "not testable"
+        sentence += f"Not testable: {count} controls ({result.control}) of {needed} needed."
+    else:
+        corrected = f", {p_holm:.2g} after correction for {tests} behaviours" if tests > 1 else ""
+        verb = "more than" if answer == "yes" else "not shown to be more than"
+        sentence += (
+            f"The drop is {verb} that of {count} {result.control} of equal dose (mean {np.mean(result.controls):.2f}, "
+            f"maximum {max(result.controls):.2f}; p = {p_value:.2g}{corrected}), which turn "
+            f"{100 * (result.control_turned or 0):.0f} % of the prompts."
+        )
+    numbers = dict(controls=float(count), needed=float(needed))
+    return CausalAnswer(answer, sentence, effect, p_value, p_holm, numbers)
+
+
+def _line(result: BehaviourSteering) -> str:
+    if result.reason:
+        return f"not steered: {result.reason}"
+    chosen = {name: each.points[each.chosen] for name, each in result.methods.items()}
+    listed = [f"{name} turns {100 * p.turned.mean:.0f} % at strength {p.strength:g}" for name, p in chosen.items()]
+    return f"{result.prompts} test prompts: {', '.join(listed)}"
+
+
+def run_steer(run: Run) -> SteerResults:
+    """Steer every behaviour.
+
+    Args:
+      run: of the unit.
+
+    Returns:
+      The results of the unit.
+
+    Raises:
+      UserError: the dictionary belongs to another model, there are no doses, or a logit is not finite.
+    """
+    config = run.configs[SteerConfig]
+    prompts, dictionary = run_inputs.read_behaviours(run), run_inputs.load_run_dictionary(run)
+
+    def begin() -> parts.Measure:
+        lm = run_inputs.load_run_model(run)
+        text = HeldOutText.of(run.configs[CorpusConfig], run.configs[TaskConfig], lm, TEXT_DOCUMENTS)
+
+        def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
+            results = SteeringTest(lm, dictionary, prompts[name], text, config, MAX_PROMPTS, on_progress).results()
+            return parts.Measured(results, _line(results))
+
+        return measure
+
+    measured = parts.each_part(run, list(prompts), begin, BehaviourSteering, "tokens")
+    site = dictionary.config.target or dictionary.site
+    return SteerResults(config.dictionary, site, judge(measured))

@@ -13,10 +13,9 @@ from saejax.interventions.edits import mask
 from saejax.interventions.engine import run_edits
 from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.patching import EACH, PatchEffects, fitting_pairs, patch_sites
-from saejax.interventions.probe_run import ProbedLabel, ablation_of, correct, label_all, probe_label
-from saejax.interventions.probing import probe_inputs
+from saejax.interventions.probing import ProbedLabel, ablation_of, correct, label_all, probe_inputs, probe_label
 from saejax.interventions.split_model import SplitModel, parse_positions
-from saejax.interventions.steer_run import BehaviourSteering, SteeringTest, judge
+from saejax.interventions.steering import BehaviourSteering, SteeringTest, judge
 from saejax.interventions.table import EffectsTable, merge_tables
 from saejax.interventions.text import LENGTH, HeldOutText
 from saejax.interventions.verdict import verdict
@@ -166,9 +165,9 @@ def steer(
       UserError: a setting is unknown or out of range, or there are no prompts.
     """
     config = make_config(SteerConfig, **settings)
-    split, text = SplitModel(lm, dictionary), _held_out_text(lm, documents, LENGTH)
+    text = _held_out_text(lm, documents, LENGTH)
     measured = {
-        name: SteeringTest(lm, split, behaviour_prompts, text, config).results()
+        name: SteeringTest(lm, dictionary, behaviour_prompts, text, config).results()
         for name, behaviour_prompts in _group(prompts).items()
     }
     return judge(measured)

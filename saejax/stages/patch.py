@@ -27,13 +27,13 @@ def _dictionary(configs: Configs, name: str) -> str:
 
 
 def _run(run: Run) -> Any:
-    from saejax.interventions.patch_run import run_patch
+    from saejax.interventions.patching import run_patch
 
     return run_patch(run)
 
 
 def _results() -> Any:
-    from saejax.interventions.patch_run import PatchResults
+    from saejax.interventions.patching import PatchResults
 
     return PatchResults
 
@@ -65,7 +65,7 @@ PATCH = Stage(
     identity=dict(model=identities.model),
     unit_identity=dict(dictionary=_dictionary),
     unread=_unread,
-    revision=3,
+    revision=4,
     processes="items",
     section=_sections,
 )

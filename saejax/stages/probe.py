@@ -24,13 +24,13 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
 
 
 def _run(run: Run) -> Any:
-    from saejax.interventions.probe_run import run_probe
+    from saejax.interventions.probing import run_probe
 
     return run_probe(run)
 
 
 def _results() -> Any:
-    from saejax.interventions.probe_run import ProbeResults
+    from saejax.interventions.probing import ProbeResults
 
     return ProbeResults
 
@@ -53,7 +53,7 @@ PROBE = Stage(
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "probe")),
-    revision=3,
+    revision=4,
     processes="items",
     section=_sections,
 )

@@ -16,13 +16,13 @@ def _names(configs: Configs) -> Sequence[str]:
 
 
 def _run(run: Run) -> Any:
-    from saejax.interventions.steer_run import run_steer
+    from saejax.interventions.steering import run_steer
 
     return run_steer(run)
 
 
 def _results() -> Any:
-    from saejax.interventions.steer_run import SteerResults
+    from saejax.interventions.steering import SteerResults
 
     return SteerResults
 

@@ -185,7 +185,7 @@ def _measure(run: Run, items: BenchmarkItems, dictionary: Dictionary, repeats: M
     config = run.configs[StudyConfig]
     on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
     table, ablation = measure_benchmark(items, dictionary, config, repeats, on_progress)
-    attribution_PxF, *of_repeats = ablation.item_attributions([*items.train, *items.test], list(repeats.values()))
+    attribution_PxF, *of_repeats = ablation.item_attributions(list(repeats.values()))
     of_seeds = dict(zip(repeats, of_repeats, strict=True))
     chosen = ChosenFeatures(
         top=describe_top(table, ablation),

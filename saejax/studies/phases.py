@@ -13,7 +13,7 @@ import numpy as np
 
 from saejax.ground_truth.results import TruthResults
 from saejax.interventions.answers import AblateResults
-from saejax.interventions.probe_run import ProbeResults
+from saejax.interventions.probing import ProbeResults
 from saejax.page.findings import Findings
 from saejax.page.tables import interval, number, percent
 from saejax.results import Interval

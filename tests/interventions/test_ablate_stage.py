@@ -11,7 +11,6 @@ from saejax.errors import Interrupted, UserError
 from saejax.interventions import ablate_run as stage
 from saejax.interventions.ablation import verdict_config
 from saejax.interventions.answers import AblateResults
-from saejax.interventions.importance import has_same_sign
 from saejax.interventions.table import TESTED
 from saejax.results import from_json, to_json
 from saejax.settings import AblateConfig, CorpusConfig, TaskConfig
@@ -75,11 +74,6 @@ def test_the_stage_end_to_end_stopped_and_resumed(make_run, tiny, make_dictionar
         edits, prompts_P = again.select_edits("second", group), again.select_prompts("second")
         resumed_ExP, whole_ExP = (each.values(edits, prompts_P, "logit_diff") for each in (again, table))
         np.testing.assert_array_equal(resumed_ExP, whole_ExP)
-
-
-def test_an_effect_of_one_sign_in_every_template():
-    drop_NxP = np.array([[1.0, 2.0, 0.5, 0.1], [1.0, 2.0, -0.5, -0.1], [0.0, 0.0, 0.0, 0.0], [-1.0, -1.0, -2.0, 1.0]])
-    assert has_same_sign(drop_NxP, ["a", "a", "b", "b"]).tolist() == [True, False, False, True]
 
 
 def test_what_cannot_be_run_is_said(make_run):

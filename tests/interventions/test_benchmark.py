@@ -322,11 +322,11 @@ def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary
     monkeypatch.setattr(benchmark, "attributions", record)
     monkeypatch.setattr(benchmark, "SplitModel", place)
     halves = benchmark_run.split_items(read_items("gsm8k", task), CONFIG, "gsm8k")
-    items, every = benchmark.BenchmarkItems(tiny, "gsm8k", task, *halves), [*halves[0], *halves[1]]
+    items = benchmark.BenchmarkItems(tiny, "gsm8k", task, *halves)
     config = dataclasses.replace(CONFIG, attribution_items=4, baselines=(), placebo_targets=1, repeats=("again",))
     repeat = make_dictionary(SITE, dead=8, seed=9)
     _, ablation = benchmark.measure_benchmark(items, dictionary, config, dict(again=repeat))
-    ablation.item_attributions(every, [repeat])
+    ablation.item_attributions([repeat])
     # Four train items choose, with a placebo target; the eight others follow.
     assert len(set(seen)) == len(seen) == 2 * (4 + 4 + 8) and placed == [id(dictionary), id(repeat)]
 

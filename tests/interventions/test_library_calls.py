@@ -9,7 +9,7 @@ import pytest
 import saejax
 from saejax.dictionaries import Dictionary
 from saejax.interventions import edits
-from saejax.interventions.patch_run import run_patch
+from saejax.interventions.patching import run_patch
 from saejax.interventions.table import TESTED
 from saejax.results import to_json
 from saejax.settings import (

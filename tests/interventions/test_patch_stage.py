@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from saejax.errors import Interrupted, UserError
-from saejax.interventions import patch_run as stage
+from saejax.interventions import patching as stage
+from saejax.interventions.edits import swap
+from saejax.interventions.engine import effects
+from saejax.interventions.patching import fitting_pairs
 from saejax.interventions.table import TESTED, load_effects
 from saejax.results import from_json, to_json
 from saejax.settings import PatchConfig
@@ -44,7 +47,7 @@ def test_sites_killed_and_resumed(make_run):
     results = stage.run_patch(whole)
     assert_is_json(results)
     first = results.behaviours["first"]
-    assert first.pairs.prompts + sum(first.pairs.left_out.values()) == 8 and first.pairs.left_out["no counterpart"] == 1
+    assert first.prompts + sum(first.left_out.values()) == 8 and first.left_out["no counterpart"] == 1
     grid = stage.PatchGrid.load(stage.PatchGrid.file(whole.folder, "first"))
     assert [column.position for column in first.columns] == sorted(set(grid.position.tolist()))
 
@@ -63,17 +66,22 @@ def test_heads_are_patched_at_all_positions_together(make_run):
     assert set(grid.head.tolist()) == {0, 1, 2, 3} and np.isnan(grid.position.astype(float)).all()
 
 
-def test_features(make_run):
+def test_features(make_run, tiny, make_dictionary):
     run = make_run("topk", "features")
+    prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl")
     results = stage.run_patch(run)
     assert_is_json(results)
     assert (results.dictionary, results.site, results.k) == ("topk", "resid_post.1", 3)
     for name, entry in results.behaviours.items():
         verdict, table = results.verdict.dictionaries[TESTED][name], load_effects(run.folder / f"{name}-effects")
-        # Noising is what the effects table has of the same edits, measured by another call.
-        (drop_P,) = table.drops(table.select_whole_edits(name, "top"), table.select_prompts(name), "logit_diff")
-        assert entry.removed.mean == pytest.approx(drop_P.mean(), abs=1e-6)
-        assert verdict.features == entry.features
+        (top,) = table.select_whole_edits(name, "top")
+        assert verdict.features == top.features
+        # Denoising is noising with prompts and counterparts exchanged, here by the engine.
+        tests, _ = fitting_pairs(tiny, [prompt for prompt in prompts if prompt.behaviour == name])
+        exchanged = [dataclasses.replace(p, text=p.counterpart, counterpart=p.text) for p in tests]
+        edits = swap(make_dictionary("resid_post.1"), [[], top.features])
+        corrupted_P, restored_P = effects(tiny, exchanged, edits)[..., 0]
+        assert entry.restored.mean == pytest.approx((restored_P - corrupted_P).mean(), abs=1e-5)
         numbers = verdict.random.numbers
         assert numbers["needed"] == 39, "two behaviours"
         assert (verdict.random.answer == "not testable") == (numbers["sets"] < 39)

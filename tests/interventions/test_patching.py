@@ -12,7 +12,7 @@ from saejax.errors import UserError
 from saejax.interventions import patching
 from saejax.interventions.edits import ActivationReplacement, swap
 from saejax.interventions.engine import run_edits
-from saejax.interventions.patch_run import PatchGrid
+from saejax.interventions.patching import PatchGrid
 from saejax.interventions.rows import first_change, gather
 from saejax.interventions.split_model import PROMPTS, SplitModel
 from saejax.statistics.bootstrap import resampling_weights
@@ -78,20 +78,23 @@ def test_all_positions_together_equal_the_other_run(tiny, pairs):
 
 def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(tiny, pairs):
     same = [dataclasses.replace(pair, counterpart=pair.text) for pair in pairs]
-    patched = patching.patch_sites(tiny, "resid_post", same)
+    progress = []
+    patched = patching.patch_sites(tiny, "resid_post", same, on_progress=lambda *rows: progress.append(rows))
     effect = patched.effect_DxLxHxPxC
-    assert (effect[~np.isnan(effect)] == 0).all() and patched.rows == 0
+    assert (effect[~np.isnan(effect)] == 0).all() and [done for done, _ in progress] == [0]
     grid = PatchGrid.of(patched, weights(len(same)))
     assert np.isnan(grid.normalised).all() and (grid.effect == 0).all()
 
 
 def test_only_places_that_differ_are_run(tiny, pairs):
     """Tokens before the first that differs are the same in both runs, in every layer."""
-    patched = patching.patch_sites(tiny, "resid_post", pairs)
+    progress = []
+    patching.patch_sites(tiny, "resid_post", pairs, on_progress=lambda *rows: progress.append(rows))
     sides = [tiny.tokenize(texts).ids_BxT for texts in ([p.text for p in pairs], [p.counterpart for p in pairs])]
     lengths_P = tiny.tokenize([pair.text for pair in pairs]).lengths_B
     differing = sum(int(n - (a[:n] != b[:n]).argmax()) for a, b, n in zip(*sides, lengths_P, strict=True))
-    assert patched.rows <= 2 * tiny.config.n_layers * differing < patched.all_rows
+    rows, all_rows = progress[-1]
+    assert 0 < rows <= 2 * tiny.config.n_layers * differing < all_rows
 
 
 @pytest.mark.slow
@@ -157,7 +160,7 @@ def made_up(effect_LxC, prompts=30, seed=0) -> patching.PatchEffects:
     denoised_LxPxC = effect_LxC[:, None, :] + noise_LxPxC - 1.0
     diff = np.stack([denoised_LxPxC, 1.0 - noise_LxPxC])[:, :, None]
     layers = tuple(range(len(effect_LxC)))
-    return patching.PatchEffects("resid_post", layers, "each", np.ones(prompts), -np.ones(prompts), diff, 1, 1)
+    return patching.PatchEffects("resid_post", layers, "each", np.ones(prompts), -np.ones(prompts), diff)
 
 
 def test_a_grid_has_the_means_and_ratios_of_its_prompts(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
@@ -16,7 +16,6 @@ from threadpoolctl import threadpool_limits
 from saejax.dictionaries import Dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.files import write_lines
-from saejax.interventions import probe_run as stage
 from saejax.interventions import probing
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import effects
@@ -198,8 +197,8 @@ def make_run(tmp_path, save_inputs, stage_run, make_prompt):
 
 def test_the_stage_end_to_end_killed_and_resumed(make_run):
     whole, lines = make_run("whole")
-    results = stage.run_probe(whole)
-    assert from_json(stage.ProbeResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+    results = probing.run_probe(whole)
+    assert from_json(probing.ProbeResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     assert (results.dictionary, results.site) == ("topk", "resid_post.1")
     answer, again, first, second = results.labels
     assert (answer.label, answer.behaviour) == ("answer", "first") and again.behaviour == "second"
@@ -215,16 +214,16 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
     for probe in answer.probes[:-1]:
         assert probe.against_dense.mean == pytest.approx(probe.accuracy.mean - dense.accuracy.mean)
     assert dense.against_dense is None
-    assert answer.selected.k == 2 and answer.selected.readout == "logit difference"
+    assert answer.selected.readout == "logit difference"
     assert [each.feature for each in answer.selected.features] == list(answer.probes[1].inputs)
 
     folder = whole.folder.parent / "stopped"
     stopped, _ = make_run("stopped", stopping=lambda: (folder / "answer-first.json").exists())
     with pytest.raises(Interrupted, match="answer-second .2 of 4.: stopped"):
-        stage.run_probe(stopped)
+        probing.run_probe(stopped)
     assert not (folder / "answer-second.json").exists()
     resumed, lines = make_run("stopped")
-    assert stage.run_probe(resumed) == results
+    assert probing.run_probe(resumed) == results
     assert lines[0] == "probe: kept from an earlier run: answer-first"
 
 
@@ -260,7 +259,7 @@ def test_what_is_refused(make_run, tiny, make_dictionary, prompts):
         (dict(strengths=()), "--probe.strengths is empty"),
     ):
         with pytest.raises(UserError, match=message):
-            stage.run_probe(make_run("refused", **settings)[0])
+            probing.run_probe(make_run("refused", **settings)[0])
     run, _ = make_run("refused")
     for written, message in (
         (prompts, r"line 1 of .* is not a prompt with its scores"),
@@ -268,19 +267,17 @@ def test_what_is_refused(make_run, tiny, make_dictionary, prompts):
     ):
         write_prompts(run.inputs["baseline"] / "prompts.jsonl", written)
         with pytest.raises(UserError, match=message):
-            stage.run_probe(run)
+            probing.run_probe(run)
 
 
 def test_scores_are_those_of_sklearn():
     task = make_task(classes=2)
     ((two, right_M),) = [row for row in probing.run_probes(task, CONFIG, [1]) if row[0].k == 2]
     answers = probing.fit_probe(task, 2, two.strength)
-    assert two.auc == pytest.approx(roc_auc_score(task.test_class_M, answers.score_M)) and two.auc > 0.9
     assert two.f1 == pytest.approx(f1_score(task.test_class_M, answers.class_M, average="macro"))
     assert two.accuracy.mean == right_M.mean() and two.p_holm == two.p_value
-    assert all(row.auc is None for row, _ in probing.run_probes(make_task(classes=4), CONFIG, [1]))
     alone = dataclasses.replace(make_task(), test_class_M=np.zeros(60, int))  # one class among test prompts
-    assert all(row.auc is None and 0 <= row.f1 <= 1 for row, _ in probing.run_probes(alone, CONFIG, [1]))
+    assert all(0 <= row.f1 <= 1 for row, _ in probing.run_probes(alone, CONFIG, [1]))
 
 
 def test_controls_of_features_fire_as_often():
@@ -328,26 +325,20 @@ def test_effects_of_selected_features(tiny, make_dictionary, prompts, plain):
     assert np.abs(drop_SxP).max() > 1e-3
 
 
-def test_p_values_are_corrected_and_sentences_say_what_was_tested():
+def test_p_values_are_corrected_over_labels_and_features():
     fit = next(probing.run_probes(make_task(), CONFIG, [1]))[0]
     features = (
-        stage.SelectedFeature(3, Interval(1.0, 0.5, 1.5), 0.01, 0.01),
-        stage.SelectedFeature(8, Interval(0.1, -0.1, 0.3), 0.3, 0.3),
+        probing.SelectedFeature(3, Interval(1.0, 0.5, 1.5), 0.01, 0.01),
+        probing.SelectedFeature(8, Interval(0.1, -0.1, 0.3), 0.3, 0.3),
     )
     labels = []
     for number, matched in enumerate(((0.2, 1.2), ())):
-        selected = stage.SelectedFeatures(2, "logit difference", features, matched, "")
+        selected = probing.SelectedFeatures("logit difference", features, matched)
         probe = dataclasses.replace(fit, p_value=(0.01, 0.04)[number])
-        labels.append(stage.ProbedLabel("answer", "b", None, {}, {}, 0, 0, 0, (probe,), selected))
-    first, second = stage.correct(labels)
+        labels.append(probing.ProbedLabel("answer", "b", None, {}, {}, 0, 0, 0, (probe,), selected))
+    first, second = probing.correct(labels)
     assert [label.probes[0].p_holm for label in (first, second)] == pytest.approx([0.02, 0.04])
     assert [each.p_holm for each in first.selected.features] == pytest.approx([0.04, 0.6])
-    assert first.selected.sentence == (
-        "Of 2 features that the probe selects, 1 changes the logit difference significantly when ablated alone, 1 of "
-        "them lowering it. The largest drop is 1.00 logits (feature 3); 1 of 2 features of similar firing rate have "
-        "one at least as large."
-    )
-    assert "no features of similar firing rate to compare with" in second.selected.sentence
 
 
 def test_questions_of_benchmarks_are_probed_and_ablated(tmp_path, make_run):
@@ -360,19 +351,19 @@ def test_questions_of_benchmarks_are_probed_and_ablated(tmp_path, make_run):
     rest = dict(task="", reference="7", output="7", finished="eos", strict=dict(answer=None, correct=False))
     rows = [
         dict(id=item.id, prompt=f"Q {n}", flexible=dict(answer="7", correct=n % 2 == 0), **rest)
-        for n, item in enumerate(stage.read_items("gsm8k", task))
+        for n, item in enumerate(probing.read_items("gsm8k", task))
     ]
     write_lines(unit / "items.jsonl", rows)
     run, _ = make_run("benchmarks", task, labels=("correct",))
     run = dataclasses.replace(run, inputs={**run.inputs, "benchmark/gsm8k": unit})
-    prompts, diffs = stage.read_benchmark_prompts(run, "benchmark/gsm8k")
+    prompts, diffs = probing.read_benchmark_prompts(run, "benchmark/gsm8k")
     assert [dict(p.labels) for p in prompts] == [
         dict(correct="wrong" if n % 2 else "right", steps="2", operation="-") for n in range(40)
     ]
     assert [diff > 0 for diff in diffs] == [n % 2 == 0 for n in range(40)]
     assert sorted(p.split for p in prompts) == ["test"] * 20 + ["train"] * 20
     assert {p.behaviour for p in prompts} == {"gsm8k"}
-    *_, last = stage.run_probe(run).labels
+    *_, last = probing.run_probe(run).labels
     assert last.behaviour == "gsm8k" and last.reason is None and len(last.probes) == 6
     assert last.selected.readout == "log-likelihood of the reference answer"
-    assert "nats" in last.selected.sentence and len(last.selected.features) == 2
+    assert len(last.selected.features) == 2

@@ -11,10 +11,10 @@ from runs import save_corpus
 from scipy.special import log_softmax
 
 from saejax.errors import Interrupted, UserError
-from saejax.interventions import steer_run as stage
 from saejax.interventions import steering
 from saejax.interventions.answers import CausalAnswer
 from saejax.interventions.edits import FeatureEdits, mask
+from saejax.interventions.engine import effects
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.text import HeldOutText
 from saejax.models.tokens import encode
@@ -63,20 +63,21 @@ def plain_change(run, edits, number):
 def test_steered_prompts_equal_a_hook_in_fp64(tiny, dictionary, prompts, plain):
     some = prompts[:5]
     for edits in make_edits(dictionary, tiny.config.d_model):
-        steered = steering.steer(tiny, SplitModel(tiny, dictionary), some, edits, batch_rows=8)
+        readout_SxPx2 = effects(tiny, some, edits, ("logit_diff", "change_norm"), batch_rows=8)
         for s, (p, prompt) in itertools.product(range(len(edits)), enumerate(some)):
             run = plain(dictionary, prompt)
             wanted = run.diff(plain_change(run, edits, s))
-            assert steered.diff_SxP[s, p] == pytest.approx(wanted, abs=2e-5), (s, p)
+            assert readout_SxPx2[s, p, 0] == pytest.approx(wanted, abs=2e-5), (s, p)
         is_clean_S = np.array([not len(members) for members in edits.sets])
-        assert (steered.norm_SxP[is_clean_S] == 0).all() and (steered.norm_SxP[~is_clean_S] > 0).any()
+        norm_SxP = readout_SxPx2[..., 1]
+        assert (norm_SxP[is_clean_S] == 0).all() and (norm_SxP[~is_clean_S] > 0).any()
 
 
 def test_text_under_a_change_equals_whole_runs(tiny, dictionary):
-    split, rng = SplitModel(tiny, dictionary), np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     documents = [rng.integers(5, 200, size=n).tolist() for n in (7, 12, 2)]
-    for edits in make_edits(split.dictionary, tiny.config.d_model):
-        ce_ExN = HeldOutText(documents).effects(*steering.place_edits(tiny, split, edits))["ce"]
+    for edits in make_edits(SplitModel(tiny, dictionary).dictionary, tiny.config.d_model):
+        ce_ExN = HeldOutText(documents).effects(SplitModel(tiny, edits.dictionary), edits)["ce"]
         for n, ids in enumerate(documents):
             tokens = dataclasses.replace(
                 tiny.tokenize(["x"]), ids_BxT=np.array([ids], np.int32), lengths_B=np.array([len(ids)])
@@ -175,12 +176,12 @@ def judged(p_values, controls=99):
     behaviours = {}
     for number, p_value in enumerate(p_values):
         effect = Interval(2.0, 1.0, 3.0)
-        point = stage.SteeringPoint(0.4, 3.0, effect, Interval(0.5, 0.4, 0.6), None)
+        point = steering.SteeringPoint(0.4, 3.0, effect, Interval(0.5, 0.4, 0.6), None)
         answer = CausalAnswer("not tested", "", effect, p_value)
         drops, turned = (0.1,) * controls, 0.05 if controls else None
-        method = stage.SteeringMethod((point,), 0, "random features", drops, turned, answer)
-        behaviours[str(number)] = stage.BehaviourSteering(None, 9, {}, effect, dict(add=method), {})
-    return [each.methods["add"].answer for each in stage.judge(behaviours).values()]
+        method = steering.SteeringMethod((point,), 0, "random features", drops, turned, answer)
+        behaviours[str(number)] = steering.BehaviourSteering(None, 9, {}, effect, dict(add=method), {})
+    return [each.methods["add"].answer for each in steering.judge(behaviours).values()]
 
 
 def test_answers_follow_the_rule():
@@ -216,8 +217,8 @@ def make_run(tmp_path, save_inputs, stage_run, make_answered, answered, single_d
 
 def test_the_stage_killed_and_resumed(make_run):
     whole = make_run("whole")
-    results = stage.run_steer(whole)
-    assert from_json(stage.SteerResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+    results = steering.run_steer(whole)
+    assert from_json(steering.SteerResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     for result in results.behaviours.values():
         assert result.reason is None and result.prompts + sum(result.left_out.values()) == 16
         assert list(result.methods) == ["add", "clamp", "mean_difference"]
@@ -228,8 +229,8 @@ def test_the_stage_killed_and_resumed(make_run):
     folder = shutil.copytree(whole.folder, whole.folder.parent / "stopped")
     (folder / "second.json").unlink()
     with pytest.raises(Interrupted, match="second .2 of 2.: stopped"):
-        stage.run_steer(make_run("stopped", stopping=lambda: True))
-    assert stage.run_steer(make_run("stopped")) == results
+        steering.run_steer(make_run("stopped", stopping=lambda: True))
+    assert steering.run_steer(make_run("stopped")) == results
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def make_test(tiny, dictionary):
     """make_test(prompts, config, **options): a test of steering without text."""
 
     def make(prompts, config=CONFIG, **options):
-        return stage.SteeringTest(tiny, SplitModel(tiny, dictionary), prompts, None, config, **options)
+        return steering.SteeringTest(tiny, dictionary, prompts, None, config, **options)
 
     return make
 
@@ -248,7 +249,7 @@ def test_controls_have_the_dose_that_is_asked_for(make_test, answered):
     for method, silent in (("mean_difference", False), ("add", False), ("add", True)):
         if silent:
             steered._tops[next(iter(steered._groups))] = []
-        norm_SxP = steered._steer_controls(method, 3.0).norm_SxP
+        _, norm_SxP = steered._steer_controls(method, 3.0)
         assert len(norm_SxP) and (norm_SxP == 0).any() == silent
         np.testing.assert_allclose(np.sqrt(np.square(norm_SxP).mean(axis=1)), 3.0, rtol=1e-5)
 

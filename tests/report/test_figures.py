@@ -19,8 +19,7 @@ from saejax.interventions import probe_report as probes
 from saejax.interventions import steer_report as steering
 from saejax.interventions.answers import BASIS_NAMES
 from saejax.interventions.curves import EffectCurve
-from saejax.interventions.patch_run import PatchGrid
-from saejax.interventions.patching import DIRECTIONS
+from saejax.interventions.patching import DIRECTIONS, PatchGrid
 from saejax.interventions.table import EditDefinition
 from saejax.page import style
 from saejax.results import Interval
@@ -91,7 +90,7 @@ def probes_figure():
     return probes.probes({name: probe_rows() for name in NAMES})
 
 
-def heatmap_figure(layers=30, length=14, reason=None, heads=1):
+def heatmap_figure(layers=30, length=14, is_normalised=True, heads=1):
     shape = (2, layers, heads, length)
     direction_N, layer_N, head_N, column_N = (index.ravel() for index in np.indices(shape))
     share_N = np.where(np.abs(column_N - length // 2) < 1, layer_N / layers, 0.02)
@@ -106,7 +105,7 @@ def heatmap_figure(layers=30, length=14, reason=None, heads=1):
     )
     words = ["The", " near", "\n", " ", " extraordinarily", "7"]
     columns = [SimpleNamespace(token=words[i % 6], differs=float(i == length // 2)) for i in range(length)]
-    return patching.heatmap(grid, SimpleNamespace(pairs=SimpleNamespace(reason=reason), columns=columns))
+    return patching.heatmap(grid, SimpleNamespace(is_normalised=is_normalised, columns=columns))
 
 
 def steering_figure():
@@ -121,7 +120,7 @@ DRAWN = [
     lambda: dose_figure(0, 0),
     steering_figure,
     lambda: heatmap_figure(length=1, heads=9),
-    *(partial(heatmap_figure, *size, reason="at chance") for size in ((30, 14), (2, 40), (1, 1), (30, 1))),
+    *(partial(heatmap_figure, *size, is_normalised=False) for size in ((30, 14), (2, 40), (1, 1), (30, 1))),
     probes_figure,
     lambda: probes.probes({"x": probe_rows((None,))}),
     baselines_figure,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from saejax.interventions import patch_report as patching
 from saejax.interventions import probe_report as probes
-from saejax.interventions.patch_run import FeaturePatchResults
-from saejax.interventions.probe_run import ProbeResults
+from saejax.interventions.patching import FeaturePatchResults
+from saejax.interventions.probing import ProbeResults
 from saejax.matching.track import report as tracks
 from saejax.matching.track.results import LensLayers, TrackedText, TrackResults
 from saejax.page.blocks import Picture
@@ -64,29 +64,30 @@ def test_benchmarks_are_shown_by_their_kind_of_score():
 
 def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
     carried = some(prompts=12, top=interval(0.5), random=0.1, site=interval(0.9))
-    moved = dict(restored=interval(0.4), removed=interval(2.0))
-    answers = {"logit_diff": some(sentence="Ablating the 7 top features lowers the logit difference by 2 logits.")}
+    sentence = "Ablating the 7 top features lowers the logit difference by 2 logits."
+    answers = {"logit_diff": some(sentence=sentence, effect=interval(2.0))}
     verdict = some(ablation=answers, random=some(sentence="Not testable."), placebo=some(sentence="Not tested."),
                    fooled=None, placebo_sets=0)  # fmt: skip
     results = dict(dictionary="topk", site="resid_post.15", k=7, unpatched=dict(addition="it has no train prompts"))
-    results["behaviours"] = dict(capital=some(interchange=carried, **moved), agreement=some(interchange=None, **moved))
-    results["verdict"] = some(dictionaries=dict(tested=dict(capital=verdict)))
+    carrying, not_carrying = (some(interchange=each, restored=interval(0.4)) for each in (carried, None))
+    results["behaviours"] = dict(capital=carrying, agreement=not_carrying)
+    results["verdict"] = some(dictionaries=dict(tested=dict(capital=verdict, agreement=verdict)))
     section = patching.sections(findings(topk=partly(FeaturePatchResults, **results)), None)[0]
     table, terms, without = section.blocks
     shares = ("50 [40,\u00a060]", "10\u00a0%", "90 [80,\u00a0100]")
     effects = ("2.00 [1.90,\u00a02.10]", "0.40 [0.30,\u00a00.50]")
     assert table.rows[0] == ("Capital of a country", "12", *shares, *effects)
     assert table.rows[1] == ("Subject-verb agreement", "0", *["–"] * 3, *effects)
-    ((name, text),) = terms.items
+    (name, text), _ = terms.items
     assert name == "Capital of a country" and text.startswith("Patching the 7 top features") and "Not tested." in text
     assert without.items == (("Two-digit addition", "not patched: it has no train prompts."),)
 
 
 def test_probes_are_shown_and_labels_without_one_named():
-    row = dict(input="features", k=2, inputs=[7, 8], f1=0.4, majority=0.3, p_holm=0.0123, auc=0.8)
+    row = dict(input="features", k=2, inputs=[7, 8], f1=0.4, majority=0.3, p_holm=0.0123)
     row |= dict(accuracy=interval(0.5), shuffled=interval(0.2), control=interval(0.1), against_dense=interval(-0.2))
     whole, raw = row | dict(k=None, inputs=None, control=None), dict(input="raw")
-    selected = some(features=[some(feature=7, drop=interval(0.5), p_holm=0.01)], matched=[0.1, 0.6], sentence="Of 1.")
+    selected = some(features=[some(feature=7, drop=interval(0.5), p_holm=0.01)], matched=[0.1, 0.6])
     rows = [some(**each) for each in (row, whole, row | raw, whole | raw)]
     reason = "fewer than two classes: right 80"
     labels = [
@@ -96,14 +97,13 @@ def test_probes_are_shown_and_labels_without_one_named():
     results = dict(dictionary="topk", site="resid_post.15", pool="last", labels=labels)
     settings = dict(probe=dict(shuffles=20))
     (section,) = probes.sections(findings(settings, topk=partly(ProbeResults, **results)), draw)
-    intro, picture, table, ablated, answers, without = section.blocks
+    intro, picture, table, ablated, without = section.blocks
     assert "the features of topk" in intro.text and "at a prompt's last position" in intro.text
     assert "Answer: Two-digit addition, raw dimensions: 50 [40,\u00a060] %." in picture.alt
     assert table.rows[0][:4] == ("Answer: Two-digit addition", "features: 2", "50 [40,\u00a060]", "0.40")
-    assert table.rows[0][7:] == ("10 [0,\u00a020]", "−20 [−30,\u00a0−10]", "0.0123", "7, 8")
-    assert table.rows[1][1] == "features: all" and table.rows[1][7] == table.rows[1][10] == "–"
+    assert table.rows[0][6:] == ("10 [0,\u00a020]", "−20 [−30,\u00a0−10]", "0.0123", "7, 8")
+    assert table.rows[1][1] == "features: all" and table.rows[1][6] == table.rows[1][9] == "–"
     assert ablated.rows == (("Answer: Two-digit addition", "7", "0.50 [0.40,\u00a00.60]", "0.0100", "1 of 2"),)
-    assert answers.items == (("Answer: Two-digit addition", "Of 1."),)
     assert without.items == (("Model right or wrong: Capital of a country", f"no probe: {reason}."),)
     without = findings(settings, topk=partly(ProbeResults, **results | dict(labels=labels[1:])))
     assert [block.kind for block in probes.sections(without, lambda *drawn: None)[0].blocks] == ["text", "terms"]
