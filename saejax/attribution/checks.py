@@ -76,8 +76,7 @@ def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> lis
     """
     rng = np.random.default_rng(seed)
     taken = set(_keys(features))
-    columns = run.active.layer_A, run.active.position_A, run.active.feature_A, run.active.value_A
-    active = Nodes.of(FEATURE, *columns)
+    active = run.active.nodes
     candidates = active[np.array([key not in taken for key in _keys(active)], bool)]
     chosen_sets: dict[tuple[int, ...], Nodes] = {}
     # At the positions first; only where these give too few sets, anywhere.

@@ -55,8 +55,8 @@ def list_page(store: GraphStore, graphs: Sequence[StoredGraph], config: GraphCon
         dict(
             id=graph.id,
             address=address(graph.id),
-            prompt=str(graph.entry.get("prompt", "")),
-            about=f"model {graph.entry.get('scan', '')}, {len(graph.entry.get('prompt_tokens') or ())} tokens",
+            prompt=graph.metadata["prompt"],
+            about=f"model {graph.metadata['scan']}, {len(graph.metadata['prompt_tokens'])} tokens",
         )
         for graph in graphs
     ]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from saejax.attribution.checks import matched, set_to
-from saejax.attribution.graph.nodes import FEATURE, Nodes
+from saejax.attribution.graph.nodes import Nodes
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
@@ -103,8 +103,7 @@ def _changed(
     if (np.diff(chosen_N) == 0).any():
         raise UserError("a feature is in two changes: give it one")
     amount_N, is_factor_N = np.array([(amount, scaled) for amount, scaled, _ in each], np.float64)[order_N].T
-    columns = (column[chosen_N] for column in (active.layer_A, active.position_A, active.feature_A, active.value_A))
-    return Nodes.of(FEATURE, *columns), amount_N, is_factor_N.astype(bool)
+    return active[chosen_N].nodes, amount_N, is_factor_N.astype(bool)
 
 
 def _row(features: Nodes, amount_N: np.ndarray, is_factor_N: np.ndarray) -> list[Change]:

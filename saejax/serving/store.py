@@ -1,8 +1,8 @@
 """The graphs of a folder, and what readers say of them: labels of features and groups of nodes.
 
-A graph is a file that a list ``graph-metadata.json`` names, as every ``attribute`` unit and circuit-tracer write one; a
-folder without such lists may hold graphs in Neuronpedia's format themselves. Units are only read: what readers save is
-kept in ``DIR/serve/``, in files that the stages take.
+A graph is a file in Neuronpedia's format, in the folder itself or beside a list ``graph-metadata.json``, as every
+``attribute`` unit and circuit-tracer write one. Units are only read: what readers save is kept in ``DIR/serve/``, in
+files that the stages take.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class StoredGraph:
 
     id: str  #: its path in the folder, without ".json"; what pages call it
     path: Path  #: its file
-    entry: Mapping[str, Any]  #: what a list says of it, such as ``slug`` and ``prompt``
+    metadata: Mapping[str, Any]  #: of its document, such as ``slug`` and ``prompt``
 
     @property
     def unit(self) -> Path | None:
@@ -80,13 +80,13 @@ def _read_graph(path: Path, changed: int) -> GraphDocument:
 
 
 @functools.lru_cache(1024)
-def _read_loose(path: Path, changed: int) -> Mapping[str, Any] | str | None:
+def _read_metadata(path: Path, changed: int) -> Mapping[str, Any] | str | None:
     """Return a graph's metadata; what is wrong with it; None: it is something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return read_document(content)["metadata"] if isinstance(content, dict) and "nodes" in content else None
     except UserError as error:
-        return str(error)
+        return " ".join(str(error).split())
     except (OSError, ValueError, RecursionError):
         return "is not JSON, or is cut off"
 
@@ -106,25 +106,33 @@ class GraphStore:
 
     def graphs(self) -> dict[str, StoredGraph]:
         """Return all graphs by id, the most recently changed first; damaged files and units are noted as problems."""
-        self.problems = {}
-        graphs = [graph for path in self._lists() for graph in self._of_list(path)] or self._loose()
+        self.problems, graphs = {}, list[StoredGraph]()
+        for path in (path for folder in self._folders() for path in sorted(folder.glob("*.json"))):
+            # A link may lead out of the folder.
+            if path.name == INDEX or not path.resolve().is_relative_to(self.root.resolve()):
+                continue
+            name, metadata = path.relative_to(self.root), _read_metadata(path, path.stat().st_mtime_ns)
+            if isinstance(metadata, str):
+                self.problems[name.as_posix()] = metadata
+            elif metadata is not None:
+                graphs.append(StoredGraph(name.with_suffix("").as_posix(), path, metadata))
         graphs.sort(key=lambda graph: (-graph.path.stat().st_mtime, graph.id))
         return {graph.id: graph for graph in graphs}
 
-    def _lists(self) -> list[Path]:
-        """Return the lists of graphs: those of current units, by paths that stay when settings change, and others."""
+    def _folders(self) -> list[Path]:
+        """Return the folders of graphs: of current units, by paths that stay when settings change, and others."""
         units: Mapping[str, Path] = {}
         try:
             units = current_units(self.root)
         except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-            self._note(self.root, error)
+            self.problems["."] = " ".join(str(error).split())
         places = [self.root / name if (self.root / name).exists() else folder for name, folder in units.items()]
-        lists = [path for place in places for path in sorted(place.rglob(INDEX))]
+        folders = [self.root, *(path.parent for place in places for path in sorted(place.rglob(INDEX)))]
         for path in sorted(self.root.rglob(INDEX)):
             within = path.relative_to(self.root).parents
             if not any((self.root / folder / STARTED).exists() for folder in within):
-                lists.append(path)
-        return lists
+                folders.append(path.parent)
+        return list(dict.fromkeys(folders))
 
     def find(self, graph: str) -> StoredGraph:
         """Return the graph with an id.
@@ -206,45 +214,3 @@ class GraphStore:
     def _saved_groups(self, graph: StoredGraph) -> dict[str, Any]:
         path = self._groups_file(graph)
         return read_json(path) if path.exists() else {}
-
-    def _of_list(self, path: Path) -> list[StoredGraph]:
-        """Return the graphs of a list that exist and are whole; entries that lead elsewhere are left out."""
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))["graphs"]
-            slugs = [(entry, entry["slug"]) for entry in entries]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            self._note(path, f"is no list of graphs ({type(error).__name__})")
-            return []
-        graphs = [graph for entry, slug in slugs if (graph := self._at(path.parent / f"{slug}.json", entry))]
-        whole = [graph for graph in graphs if _is_whole(graph.path)]
-        for graph in graphs:
-            if graph not in whole:
-                self._note(graph.path, "is damaged: it does not end as JSON does")
-        return whole
-
-    def _note(self, path: Path, error: object) -> None:
-        name = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
-        self.problems[name] = " ".join(str(error).split())
-
-    def _loose(self) -> list[StoredGraph]:
-        """Return graphs of the folder without a list."""
-        graphs = []
-        for path in sorted(self.root.glob("*.json")):
-            entry = _read_loose(path, path.stat().st_mtime_ns)
-            if isinstance(entry, str):
-                self._note(path, entry)
-            elif entry is not None and (graph := self._at(path, entry)):
-                graphs.append(graph)
-        return graphs
-
-    def _at(self, path: Path, entry: Mapping[str, Any]) -> StoredGraph | None:
-        inside = path.is_file() and path.resolve().is_relative_to(self.root.resolve()) and isinstance(entry, Mapping)
-        return StoredGraph(path.relative_to(self.root).with_suffix("").as_posix(), path, entry) if inside else None
-
-
-def _is_whole(path: Path) -> bool:
-    """Return whether a file begins and ends as a JSON object does: most damaged files were cut off."""
-    with path.open("rb") as file:
-        first = file.read(1)
-        file.seek(max(path.stat().st_size - 64, 0))
-        return first == b"{" and file.read().rstrip().endswith(b"}")

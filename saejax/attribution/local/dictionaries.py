@@ -1,6 +1,5 @@
 """The dictionaries of several layers of a model, and SAEs of some of its sites, read layer by layer and row by row."""
 
-import abc
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +27,7 @@ from saejax.parallel.mesh import fitting_sharding, free_bytes, make_mesh, on_hos
 KEPT_SHARE = 4  # encoders stay on the devices up to one part in so many of what is free
 
 
-class LayerDictionaries(abc.ABC):
+class LayerDictionaries:
     """Dictionaries of several layers, one of each, whose encoders stay on the devices as far as there is room.
 
     Args:
@@ -38,6 +37,8 @@ class LayerDictionaries(abc.ABC):
       reads: see ``FrozenModel``.
       revision: of a hub repository.
       files: from which rows, and encoders alone, are read; None: by loading the layer.
+      writes: of a cross-layer set: given a layer and features [U], reads what these write to their own layer and to
+        each later one, [U, L - layer, D]; None: features write to their own layer alone.
 
     Attributes:
       sizes: to which arrays of earlier prompts were padded; see ``LocalState.padded_size``.
@@ -51,9 +52,10 @@ class LayerDictionaries(abc.ABC):
         reads: str = "mlp_in",
         revision: str = "",
         files: TranscoderSet | None = None,
+        writes: Callable[[int, np.ndarray], np.ndarray] | None = None,
     ):
         self.name, self.configs, self.reads, self.revision = name, tuple(configs), reads, revision
-        self._load, self._kept = load, dict[tuple[int, Mesh], Dictionary]()
+        self._load, self._writes, self._kept = load, writes, dict[tuple[int, Mesh], Dictionary]()
         self._hosts: dict[int, Dictionary] = {}  # of sets whose files have no rows to read
         self._sink_norm: Callable[[str], float] | None = None
         self.sizes: dict[tuple[str, int], int] = {}
@@ -166,13 +168,20 @@ class LayerDictionaries(abc.ABC):
             vector_FxD[here] = self.rows(int(layer), name, feature_U)[index]
         return vector_FxD
 
+    @property
+    def cross_layer(self) -> bool:
+        """True if features also write to later layers than their own."""
+        return self._writes is not None
+
     def written_layers(self, layer: int) -> int:
         """Return the number of layers that the features of a layer write to, from their own on."""
-        return 1
+        return len(self.configs) - layer if self.cross_layer else 1
 
     def writes(self, layer: int, features_U: np.ndarray) -> np.ndarray:
         """Return what features of a layer write to each layer that they write to, fp32 [U, X, D]."""
-        return self.rows(layer, "W_dec", features_U)[:, None]
+        if self._writes is None:
+            return self.rows(layer, "W_dec", features_U)[:, None]
+        return np.asarray(self._writes(layer, features_U), np.float32)
 
     def check_features(self, named: Iterable[tuple[int, int]], origin: str) -> None:
         """Refuse labels or groups of features that the set does not have: they are those of another set.
@@ -192,9 +201,13 @@ class LayerDictionaries(abc.ABC):
                     f"{features.get(layer, 0):,} features: expected features of this set"
                 )
 
-    @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return what a graph says of the set."""
+        first = self.configs[0]
+        return dict(
+            name=self.name, revision=self.revision, layers=len(self.configs), kind=first.kind,
+            n_features=first.n_features, skip=first.skip, model=first.model,
+        )  # fmt: skip
 
 
 def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) -> None:
@@ -330,11 +343,7 @@ class LayerSaes(LayerDictionaries):
 
     def describe(self) -> dict[str, Any]:
         """Return what a graph says of the set."""
-        first = self.configs[0]
-        return dict(
-            name=self.name, revision=self.revision, sites=list(map(str, self.sites)), layers=len(self.sites),
-            kind=first.kind, n_features=first.n_features, skip=False, model=first.model,
-        )  # fmt: skip
+        return super().describe() | dict(sites=list(map(str, self.sites)))
 
 
 # SAEs, or folders of such or of trained stacks; at most one of each layer, at any of its sites.

@@ -121,7 +121,7 @@ class FeatureOutputs:
             for above, sum_NxD in enumerate(np.moveaxis(sum_NxLxD, 1, 0)):
                 self._sums[layer + above] = self._sums.get(layer + above, np.float32(0)) + sum_NxD
 
-    def pop(self, layer: int) -> np.ndarray | None:
-        """Return what was written to a layer, fp32 [..., D], and forget it; None: nothing was."""
-        sum_NxD = self._sums.pop(layer, None)
-        return None if sum_NxD is None else sum_NxD.reshape(*self._shape, -1)
+    def pop(self, layer: int) -> np.ndarray:
+        """Return what was written to a layer, fp32 [..., D], and forget it."""
+        shape = *self._shape, self._dictionaries.configs[0].d_in
+        return self._sums.pop(layer).reshape(shape) if layer in self._sums else np.zeros(shape, np.float32)

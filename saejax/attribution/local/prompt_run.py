@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.attribution.graph.nodes import FEATURE, Nodes
 from saejax.attribution.local.dictionaries import LayerDictionaries
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
@@ -32,6 +33,14 @@ class Active:
 
     def __len__(self) -> int:
         return len(self.layer_A)
+
+    def __getitem__(self, chosen: np.ndarray | slice) -> "Active":
+        return Active(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+
+    @property
+    def nodes(self) -> Nodes:
+        """The features as nodes of a graph."""
+        return Nodes.of(FEATURE, self.layer_A, self.position_A, self.feature_A, self.value_A)
 
     @classmethod
     def concatenate(cls, parts: Sequence["Active"]) -> "Active":
@@ -99,6 +108,11 @@ def activations(encoder: Dictionary, read_xD: jax.Array) -> jax.Array:
     """Return activations [..., F], 0 at attention sinks, where no feature is used."""
     acts_xF = encoder.encode(read_xD)
     return jnp.where(encoder.is_not_sink(read_xD)[..., None], acts_xF, jnp.zeros_like(acts_xF))
+
+
+def activations_of(encoder: Dictionary, read_MxD: jax.Array, feature_M: jax.Array) -> jax.Array:
+    """Return the activation of a feature of each of some values that the encoder reads, [M]."""
+    return jnp.take_along_axis(activations(encoder, read_MxD), feature_M[:, None], axis=1)[:, 0]
 
 
 @jax.jit

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
+from saejax.attribution.graph.nodes import BIAS, ERROR, FIRST_MLP, TOKEN, Nodes
 from saejax.attribution.local.directions import CHUNK, fill_table, read_directions
 from saejax.attribution.local.state import LocalState
 from saejax.parallel.mesh import sharding
@@ -131,9 +131,8 @@ def _features(state: LocalState) -> tuple[_Part, list[np.ndarray]]:
     of_E = np.repeat(np.arange(len(active)), count_A)
     above_E = np.arange(len(of_E)) - np.repeat(np.cumsum(count_A) - count_A, count_A)
     place_E = active.layer_A[of_E] + 1 + above_E
-    nodes = Nodes.of(FEATURE, active.layer_A, active.position_A, active.feature_A, active.value_A)
     none_0xD = state.stream_LxTxD[0, :0]
-    return _Part(nodes, count_A, place_E, active.position_A[of_E], row_A[of_E] + above_E, none_0xD), features
+    return _Part(active.nodes, count_A, place_E, active.position_A[of_E], row_A[of_E] + above_E, none_0xD), features
 
 
 def _errors(state: LocalState) -> _Part:

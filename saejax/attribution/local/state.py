@@ -98,10 +98,7 @@ class LocalState(PromptRun):
             active = active_features(encoder, layer, read[0], used_T)
             # 3. What they write, and the error.
             outputs.add(layer, active.position_A, active.feature_A, active.value_A)
-            written_TxD = outputs.pop(layer)
-            if written_TxD is None:
-                written_TxD = np.zeros((length, model.config.d_model), np.float32)
-            error_TxD, mlp_TxD = _errors(encoder, read[0], out[0], written_TxD, used_T)
+            error_TxD, mlp_TxD = _errors(encoder, read[0], out[0], outputs.pop(layer), used_T)
             # Raised at the end, after what is more general.
             if not (np.isfinite(active.value_A).all() and jnp.isfinite(error_TxD).all()):
                 broken.append(layer)

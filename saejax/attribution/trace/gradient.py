@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, TOKEN, Nodes
+from saejax.attribution.graph.nodes import BIAS, ERROR, TOKEN, Nodes
 from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.local.rows import TOKENS, Put
 from saejax.attribution.trace.sae_run import Readings, SaeRun
@@ -44,7 +44,7 @@ class GradientRows:
         self._run, self._readouts, active, tokens = run, readouts, run.active, len(run.ids_P)
         layer_S, every_P = run.sites.layer_S, np.arange(tokens)
         self.nodes = Nodes.joined(
-            Nodes.of(FEATURE, active.layer_A, active.position_A, active.feature_A, active.value_A),
+            active.nodes,
             Nodes.of(ERROR, np.repeat(layer_S, tokens), np.tile(every_P, len(layer_S))),
             Nodes.of(TOKEN, -1, every_P, run.ids_P),
             Nodes.of(BIAS, layer_S, 0),

@@ -18,7 +18,7 @@ from saejax.attribution.local.prompt_run import (
     Active,
     LocalRun,
     PromptRun,
-    activations,
+    activations_of,
     active_features,
 )
 from saejax.attribution.local.readouts import Readouts, logit_directions, padded, read_changes
@@ -73,10 +73,9 @@ class SaeRun(PromptRun):
 
     dictionaries: LayerSaes
     sites: SaeSites  #: where the SAEs stand
-    read_SxTxD: jax.Array  #: fp32, what they read
     error_SxTxD: np.ndarray  #: fp32, what the SAEs do not explain; at attention sinks all but b_dec
     b_dec_SxD: np.ndarray  #: biases of the decoders
-    direct: bool  #: whether gradients stop at the sites, as these are frozen at their values
+    direct: bool  #: whether gradients stop at the sites, as if these were frozen
 
     @classmethod
     def of(
@@ -109,14 +108,12 @@ class SaeRun(PromptRun):
             used_T = np.arange(length) < len(ids_P)
             active = active_features(sae, site.layer, read_TxD, used_T)
             outputs.add(site.layer, active.position_A, active.feature_A, active.value_A)
-            written_TxD, b_dec_D = outputs.pop(site.layer), to_host(sae.b_dec_D[...])
-            error_TxD = to_host(read_TxD) - b_dec_D - (0 if written_TxD is None else written_TxD)
             active_by_site.append(active)
-            errors.append(np.where(used_T[:, None], error_TxD, 0))
-            biases.append(b_dec_D)
+            biases.append(to_host(sae.b_dec_D[...]))
+            errors.append(np.where(used_T[:, None], to_host(read_TxD) - biases[-1] - outputs.pop(site.layer), 0))
         run = cls(
             model, saes, rules, ids_P, Active.concatenate(active_by_site), logits_V, last_D, stream_LxTxD, sites,
-            read_SxTxD, np.stack(errors), np.stack(biases), direct,
+            np.stack(errors), np.stack(biases), direct,
         )  # fmt: skip
         run.check()
         return run
@@ -131,9 +128,8 @@ class SaeRun(PromptRun):
         Returns:
           [S, B, T, D] and [B, T, D].
         """
-        frozen_SxTxD = self.read_SxTxD if self.direct else None
-        fixed = self.model.params, self.sites, self.stream_LxTxD, frozen_SxTxD
-        site_SxBxTxD, token_BxTxD = _gradients(self.model.config, self.rules, *fixed, readings, top)
+        fixed = self.model.config, self.rules, self.direct, self.model.params, self.sites, self.stream_LxTxD
+        site_SxBxTxD, token_BxTxD = _gradients(*fixed, readings, top)
         return to_host(site_SxBxTxD), to_host(token_BxTxD)
 
     def run(
@@ -158,14 +154,12 @@ class SaeRun(PromptRun):
             raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
         model, n_layers, last = self.model, self.model.config.n_layers, len(self.ids_P) - 1
         index_J = np.asarray(features, np.int64)
-        feature_J, position_J, layer_J = (
-            column[index_J] for column in (self.active.feature_A, self.active.position_A, self.active.layer_A)
-        )
-        encoder_JxD = self.dictionaries.rows_of("W_enc", layer_J, feature_J)
+        wanted = self.active[index_J]
+        encoder_JxD = self.dictionaries.rows_of("W_enc", wanted.layer_A, wanted.feature_A)
         site_of = {site.layer: site for site in self.dictionaries.sites}
         leaving = Site("resid_post", n_layers - 1)
-        capture = list(dict.fromkeys([*(site_of[layer] for layer in np.unique(layer_J).tolist()), leaving]))
-        feature_RxJ = np.tile(self.active.value_A[index_J], (len(edits), 1))
+        capture = list(dict.fromkeys([*(site_of[layer] for layer in np.unique(wanted.layer_A).tolist()), leaving]))
+        feature_RxJ = np.tile(wanted.value_A, (len(edits), 1))
         readout_RxK = np.tile(readouts.value_K if readouts else np.empty(0, np.float32), (len(edits), 1))
         logits_RxV = np.tile(self.logits_V, (len(edits), 1))
         size = max(CHUNK // (len(self.ids_P) * model.config.d_model), 1)
@@ -176,9 +170,10 @@ class SaeRun(PromptRun):
             batch = [[], *edits[rows]]
             tokens = Tokens(np.tile(self.ids_P, (len(batch), 1)), np.full(len(batch), last + 1, np.int32))
             sites = model(tokens, capture=capture, edits=self._edits(batch), logits=False).sites
-            for layer in np.unique(layer_J).tolist():
-                here, value = np.flatnonzero(layer_J == layer), sites[str(site_of[layer])].astype(jnp.float32)
-                feature_RxJ[rows, here] += read_changes(value[0], value[1:], position_J[here], encoder_JxD[here])
+            for layer in np.unique(wanted.layer_A).tolist():
+                value, here = sites[str(site_of[layer])].astype(jnp.float32), np.flatnonzero(wanted.layer_A == layer)
+                places = wanted.position_A[here], encoder_JxD[here]
+                feature_RxJ[rows, here] += read_changes(value[0], value[1:], *places)
             last_BxD = sites[str(leaving)][:, last]
             if readouts:
                 at_last = last_BxD.astype(jnp.float32), *readouts.pair_Kx2.T
@@ -217,7 +212,7 @@ class PlacedEdit:
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         """Return the edited value of ``site``; attention sinks, where no feature is used, stay as they are."""
         x_MxD = value_BxTxD[self.row_M, self.position_M]
-        old_M = jnp.take_along_axis(activations(self.dictionary, x_MxD), self.feature_M[:, None], axis=1)[:, 0]
+        old_M = activations_of(self.dictionary, x_MxD, self.feature_M)
         # At a sink the SAE has no features that could be set.
         change_M = jnp.where(self.dictionary.is_not_sink(x_MxD), self.value_M - old_M, 0)
         added_MxD = change_M[:, None] * self.dictionary.W_dec_FxD[...][self.feature_M]
@@ -247,21 +242,18 @@ def _read_logits(
     return jax.vmap(lambda last_D: logit_directions(config, rules, params, last_D, first_K, second_K)[1])(last_BxD)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _gradients(
     config: DecoderConfig,
     rules: RunRules,
+    direct: bool,
     params: decoder.Params,
     sites: SaeSites,
     stream_LxTxD: jax.Array,
-    frozen_SxTxD: jax.Array | None,
     readings: Readings,
     top: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return what ``SaeRun.gradients`` does, layer by layer from the top, as few streams are then kept.
-
-    With ``frozen_SxTxD`` the model goes on with these values at the sites, whatever comes from below.
-    """
+    """Return what ``SaeRun.gradients`` does, layer by layer from the top, as few streams are then kept."""
     # As arrays of JAX, which the layer's number can index within the loop.
     tables, sites = whole_prompt_tables(config, stream_LxTxD.shape[1]), jax.tree.map(jnp.asarray, sites)
     at_BxT = jnp.arange(stream_LxTxD.shape[1])[None] == readings.position_B[:, None]
@@ -287,9 +279,8 @@ def _gradients(
                 # Only where there is a site: elsewhere the model goes on with its value.
                 is_site = kind_here == sites.kinds.index(kind)
                 read.append(jnp.where(is_site, value_TxD, 0))
-                if frozen_SxTxD is not None:
-                    frozen_TxD = frozen_SxTxD.at[slot].get(mode="fill", fill_value=0)
-                    value_TxD = jnp.where(is_site, frozen_TxD, value_TxD)
+                if direct:  # the model goes on with this value, whatever comes from below
+                    value_TxD = jnp.where(is_site, lax.stop_gradient(value_TxD), value_TxD)
                 return value_TxD + jnp.where(is_site, delta_TxD, 0)
 
             leaving_TxD = decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook)
