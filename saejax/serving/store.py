@@ -14,7 +14,7 @@ from typing import Any
 
 from saejax.attribution.forms.document import GraphDocument, are_groups, check_groups, read_document
 from saejax.attribution.forms.neuronpedia import INDEX
-from saejax.attribution.forms.outputs import FEATURES, details_of, read_shown
+from saejax.attribution.forms.outputs import FEATURES, described_features, details_of_features, read_shown
 from saejax.attribution.graph import Graph
 from saejax.dictionaries.labels import names_of_layers
 from saejax.errors import UserError
@@ -163,7 +163,7 @@ class GraphStore:
     def details(self, graph: StoredGraph, document: GraphDocument, config: GraphConfig) -> dict[tuple[int, int], Any]:
         """Return the details of a graph's features, also from ``features/`` in its unit and in the folder."""
         folders = [place / FEATURES for place in (graph.unit, self.root) if place]
-        return details_of(config, document, [folder for folder in folders if folder.is_dir()])
+        return details_of_features(config, described_features(document), folders)
 
     def save_groups(self, graph: StoredGraph, groups: Any) -> Path:
         """Save groups for ``--graph.supernodes``, each a label and ids of nodes, and return the file.

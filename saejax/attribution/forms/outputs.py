@@ -62,25 +62,8 @@ def write_outputs(
     strong = [document["links"][place] for place in ranked_links(document)[0][:_HEADS_ON_PAGE]]
     ends = [(link["source"], link["target"]) for link in strong]
     shown = {edge: heads[edge] for edge in ends if edge in heads}
-    searched = run.folder / FEATURES
-    details = details_of(run.configs[GraphConfig], document, [searched] if searched.is_dir() else [])
+    details = details_of_features(run.configs[GraphConfig], described_features(document), [run.folder / FEATURES])
     write_page(part_file(run, slug, ".html"), document, heads=shown, tables=tables, details=details)
-
-
-def details_of(
-    config: GraphConfig, document: GraphDocument, folders: Sequence[Path] = ()
-) -> dict[tuple[int, int], FeatureDetails]:
-    """Return what is known of the most influential features of a graph.
-
-    Args:
-      config: names the set and a folder of feature files.
-      document: of the graph.
-      folders: more folders of feature files.
-
-    Raises:
-      UserError: a file is damaged.
-    """
-    return details_of_features(config, described_features(document), folders)
 
 
 def described_features(document: GraphDocument) -> list[Feature]:
@@ -94,9 +77,19 @@ def described_features(document: GraphDocument) -> list[Feature]:
 def details_of_features(
     config: GraphConfig, features: Sequence[Feature], folders: Sequence[Path] = ()
 ) -> dict[Feature, FeatureDetails]:
-    """Return what is known of features of the set that ``config`` names; see ``details_of``."""
+    """Return what is known of features.
+
+    Args:
+      config: names the set and a folder of feature files.
+      features: layers and indices.
+      folders: more folders of feature files, where they exist.
+
+    Raises:
+      UserError: a file is damaged.
+    """
     dictionaries = [config.transcoders] if config.transcoders else config.dictionaries
-    return read_details(dictionaries, [*filter(None, [config.features]), *folders], features)
+    more = [folder for folder in folders if folder.is_dir()]
+    return read_details(dictionaries, [*filter(None, [config.features]), *more], features)
 
 
 def write_shown(path: Path, heads: EdgeHeads, tables: Sequence[PageTable]) -> None:

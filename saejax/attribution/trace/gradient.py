@@ -16,17 +16,34 @@ direct edges with ``estimate="relp"`` in a model without biases do, since its ru
 (``DecoderConfig.backward``).
 """
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from saejax.attribution.graph.nodes import BIAS, ERROR, TOKEN, Nodes
 from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.local.rows import TOKENS, Put
-from saejax.attribution.trace.sae_run import Readings, SaeRun
+from saejax.attribution.trace.sae_run import SaeRun, SaeSites
 from saejax.errors import UserError
+from saejax.models import decoder
+from saejax.models.attention import whole_prompt_tables
+from saejax.models.config import DecoderConfig, RunRules
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
+
+
+class Readings(NamedTuple):
+    """A batch of targets: directions at a layer and a position."""
+
+    vector_BxD: np.ndarray
+    layer_B: np.ndarray
+    in_stream_B: np.ndarray  #: whether the stream that enters the layer is read, or its site
+    position_B: np.ndarray
 
 
 class GradientRows:
@@ -88,8 +105,9 @@ class GradientRows:
             chosen_B = order_B[start : start + size]
             # Filled up with copies, so that one program serves all batches.
             batch = Readings(*by_row(mesh, *(part[np.resize(chosen_B, size)] for part in readings)))
-            gradients = run.gradients(batch, np.int32(top_B[chosen_B[0]]))
-            row_BxN = self._contributions(*gradients)[: len(chosen_B)]
+            fixed = run.model.config, run.rules, run.direct, run.model.params, run.sites, run.stream_LxTxD
+            gradients = _gradients(*fixed, batch, np.int32(top_B[chosen_B[0]]))
+            row_BxN = self._contributions(*map(to_host, gradients))[: len(chosen_B)]
             if not np.isfinite(row_BxN).all():
                 raise UserError(f"gradients of {run.model.source.name} are not finite: try --model.dtype=float32")
             put(chosen_B, row_BxN)
@@ -116,3 +134,72 @@ class GradientRows:
         ]
         into_NxB[features:] = np.concatenate(products)
         return into_NxB.T
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _gradients(
+    config: DecoderConfig,
+    rules: RunRules,
+    direct: bool,
+    params: decoder.Params,
+    sites: SaeSites,
+    stream_LxTxD: jax.Array,
+    readings: Readings,
+    top: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients of targets with respect to changes at sites [S, B, T, D] and to embedded tokens [B, T, D].
+
+    Layer by layer from the top, as few streams are then kept.
+
+    Args:
+      config: of the decoder (static).
+      rules: by which gradients go through the model (static).
+      direct: whether gradients stop at sites (static).
+      params: of the model.
+      sites: of the SAEs.
+      stream_LxTxD: the stream entering each layer.
+      readings: the targets.
+      top: no target reads above the stream entering this layer.
+    """
+    # As arrays of JAX, which the layer's number can index within the loop.
+    tables, sites = whole_prompt_tables(config, stream_LxTxD.shape[1]), jax.tree.map(jnp.asarray, sites)
+    at_BxT = jnp.arange(stream_LxTxD.shape[1])[None] == readings.position_B[:, None]
+
+    def seed(layer: jax.Array, in_stream: bool) -> jax.Array:
+        """Return the directions that are read of the stream entering a layer, or at its site, [B, T, D]; else 0."""
+        here_B = (readings.layer_B == layer) & (readings.in_stream_B == in_stream)
+        return jnp.where((at_BxT & here_B[:, None])[..., None], readings.vector_BxD[:, None], 0)
+
+    def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Pull the gradients through one layer, from its output to its input."""
+        (above_BxTxD, site_SxBxTxD), layer = carry, top - 1 - index
+        slot = sites.slot_L[layer]
+        kind_here = jnp.asarray(sites.kind_S).at[slot].get(mode="fill", fill_value=-1)
+
+        def run_layer(x_TxD: jax.Array, delta_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Return the stream leaving the layer, and what is read at its site before changes, both [T, D]."""
+            read = []
+
+            def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
+                if kind not in sites.kinds:
+                    return value_TxD
+                # Only where there is a site: elsewhere the model goes on with its value.
+                is_site = kind_here == sites.kinds.index(kind)
+                read.append(jnp.where(is_site, value_TxD, 0))
+                if direct:  # the model goes on with this value, whatever comes from below
+                    value_TxD = jnp.where(is_site, lax.stop_gradient(value_TxD), value_TxD)
+                return value_TxD + jnp.where(is_site, delta_TxD, 0)
+
+            leaving_TxD = decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook)
+            return leaving_TxD, sum(read)
+
+        _, pull = jax.vjp(run_layer, stream_LxTxD[layer], jnp.zeros_like(stream_LxTxD[0]))
+        below_BxTxD, of_BxTxD = jax.vmap(lambda *both: pull(both))(above_BxTxD, seed(layer, False))
+        # A layer without a site has a slot beyond the last, which is dropped.
+        site_SxBxTxD = site_SxBxTxD.at[slot].set(of_BxTxD, mode="drop")
+        return below_BxTxD + seed(layer, True), site_SxBxTxD
+
+    above_BxTxD = seed(top, True)
+    site_SxBxTxD = jnp.zeros((len(sites.layer_S), *above_BxTxD.shape), stream_LxTxD.dtype)
+    token_BxTxD, site_SxBxTxD = lax.fori_loop(0, top, down, (above_BxTxD, site_SxBxTxD))
+    return site_SxBxTxD, token_BxTxD

@@ -1,14 +1,12 @@
-"""A model that was run on a prompt with SAEs at some of its sites: their features, gradients, and runs with edits."""
+"""A model that was run on a prompt with SAEs at some of its sites: their features, and runs with edits."""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.directions import FeatureOutputs
@@ -25,7 +23,6 @@ from saejax.attribution.local.readouts import Readouts, logit_directions, padded
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.models import decoder
-from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import DecoderConfig, RunRules
 from saejax.models.edits import ForwardPass
 from saejax.models.language_model import LanguageModel
@@ -56,15 +53,6 @@ class SaeSites:
         slot_L = np.full(layers, len(sites), np.int32)
         slot_L[layer_S] = np.arange(len(sites))
         return cls(layer_S, kind_S, slot_L, kinds)
-
-
-class Readings(NamedTuple):
-    """A batch of targets: directions at a layer and a position."""
-
-    vector_BxD: np.ndarray
-    layer_B: np.ndarray
-    in_stream_B: np.ndarray  #: whether the stream that enters the layer is read, or its site
-    position_B: np.ndarray
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -117,20 +105,6 @@ class SaeRun(PromptRun):
         )  # fmt: skip
         run.check()
         return run
-
-    def gradients(self, readings: Readings, top: np.int32) -> tuple[np.ndarray, np.ndarray]:
-        """Return the gradients of targets with respect to changes at sites and to the embedded tokens.
-
-        Args:
-          readings: the targets.
-          top: no target reads above the stream entering this layer.
-
-        Returns:
-          [S, B, T, D] and [B, T, D].
-        """
-        fixed = self.model.config, self.rules, self.direct, self.model.params, self.sites, self.stream_LxTxD
-        site_SxBxTxD, token_BxTxD = _gradients(*fixed, readings, top)
-        return to_host(site_SxBxTxD), to_host(token_BxTxD)
 
     def run(
         self,
@@ -240,59 +214,3 @@ def _read_logits(
     second_K: jax.Array,
 ) -> jax.Array:
     return jax.vmap(lambda last_D: logit_directions(config, rules, params, last_D, first_K, second_K)[1])(last_BxD)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _gradients(
-    config: DecoderConfig,
-    rules: RunRules,
-    direct: bool,
-    params: decoder.Params,
-    sites: SaeSites,
-    stream_LxTxD: jax.Array,
-    readings: Readings,
-    top: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Return what ``SaeRun.gradients`` does, layer by layer from the top, as few streams are then kept."""
-    # As arrays of JAX, which the layer's number can index within the loop.
-    tables, sites = whole_prompt_tables(config, stream_LxTxD.shape[1]), jax.tree.map(jnp.asarray, sites)
-    at_BxT = jnp.arange(stream_LxTxD.shape[1])[None] == readings.position_B[:, None]
-
-    def seed(layer: jax.Array, in_stream: bool) -> jax.Array:
-        """Return the directions that are read of the stream entering a layer, or at its site, [B, T, D]; else 0."""
-        here_B = (readings.layer_B == layer) & (readings.in_stream_B == in_stream)
-        return jnp.where((at_BxT & here_B[:, None])[..., None], readings.vector_BxD[:, None], 0)
-
-    def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Pull the gradients through one layer, from its output to its input."""
-        (above_BxTxD, site_SxBxTxD), layer = carry, top - 1 - index
-        slot = sites.slot_L[layer]
-        kind_here = jnp.asarray(sites.kind_S).at[slot].get(mode="fill", fill_value=-1)
-
-        def run_layer(x_TxD: jax.Array, delta_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Return the stream leaving the layer, and what is read at its site before changes, both [T, D]."""
-            read = []
-
-            def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
-                if kind not in sites.kinds:
-                    return value_TxD
-                # Only where there is a site: elsewhere the model goes on with its value.
-                is_site = kind_here == sites.kinds.index(kind)
-                read.append(jnp.where(is_site, value_TxD, 0))
-                if direct:  # the model goes on with this value, whatever comes from below
-                    value_TxD = jnp.where(is_site, lax.stop_gradient(value_TxD), value_TxD)
-                return value_TxD + jnp.where(is_site, delta_TxD, 0)
-
-            leaving_TxD = decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook)
-            return leaving_TxD, sum(read)
-
-        _, pull = jax.vjp(run_layer, stream_LxTxD[layer], jnp.zeros_like(stream_LxTxD[0]))
-        below_BxTxD, of_BxTxD = jax.vmap(lambda *both: pull(both))(above_BxTxD, seed(layer, False))
-        # A layer without a site has a slot beyond the last, which is dropped.
-        site_SxBxTxD = site_SxBxTxD.at[slot].set(of_BxTxD, mode="drop")
-        return below_BxTxD + seed(layer, True), site_SxBxTxD
-
-    above_BxTxD = seed(top, True)
-    site_SxBxTxD = jnp.zeros((len(sites.layer_S), *above_BxTxD.shape), stream_LxTxD.dtype)
-    token_BxTxD, site_SxBxTxD = lax.fori_loop(0, top, down, (above_BxTxD, site_SxBxTxD))
-    return site_SxBxTxD, token_BxTxD
