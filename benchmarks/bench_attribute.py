@@ -126,6 +126,7 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
     for start in range(1 + rounds):
         if start == 1:
             events.clear()
+        graph = local = readouts = pruned = None  # of the last prompt, which the stage does not keep either
         prompt = [lm.tokenizer.bos_token_id, *ids_P[start : start + tokens - 1].tolist()]
         with clock.times("trace"):
             graph, local, readouts = trace_prompt(lm, transcoders, prompt, max_features=rows)

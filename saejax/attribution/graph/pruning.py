@@ -142,11 +142,18 @@ def share_threshold(values: np.ndarray, share: float) -> float:
 
 def _influential_edges(graph: GraphData, share: float) -> np.ndarray:
     """Step 2 of ``prune_each``: True where an edge stays, [R, S]."""
-    factor_R = _target_influence(graph, source_influence(graph))
-    score_RxS = np.abs(graph.adjacency_RxS)
-    total_R = np.maximum(score_RxS.sum(axis=1, dtype=np.float64), SMALLEST)
-    score_RxS *= (factor_R / total_R).astype(np.float32)[:, None]
-    return score_RxS >= share_threshold(score_RxS, share)
+    adjacency_RxS, factor_R = graph.adjacency_RxS, _target_influence(graph, source_influence(graph))
+
+    def blocks() -> Iterator[np.ndarray]:
+        for rows in _blocks(np.arange(len(factor_R)), adjacency_RxS.shape[1]):
+            score_BxS = np.abs(adjacency_RxS[rows])
+            total_B = np.maximum(score_BxS.sum(axis=1, dtype=np.float64), SMALLEST)
+            score_BxS *= (factor_R[rows] / total_B).astype(np.float32)[:, None]
+            yield score_BxS
+
+    # Computed twice: the scores of all edges, most of them 0, would take as much memory as the matrix.
+    threshold = share_threshold(np.concatenate([score_BxS[score_BxS > 0] for score_BxS in blocks()]), share)
+    return np.concatenate([score_BxS >= threshold for score_BxS in blocks()])
 
 
 def _largest_edges(graph: GraphData, count: int) -> np.ndarray:
