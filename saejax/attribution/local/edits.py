@@ -28,7 +28,7 @@ from saejax.parallel.collectives import to_host
 
 CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
 _ROWS = 8  # least size to which rows are padded
-_ENTRIES = 64  # least size to which the changes of a layer are padded
+_CHANGES = 16  # least size to which the changes of a layer, and their features, are padded
 
 
 class Change(NamedTuple):
@@ -151,9 +151,10 @@ class ChangeEdits:
         if encoder.kind.is_elementwise():  # TopK compares features with each other, and needs all of them
             feature_U, index_M = np.unique(feature_M, return_inverse=True)
             # Filled up with copies, whose activations nobody reads, so that layers share programs.
-            encoder = encoder.restrict(np.pad(feature_U, (0, padded(len(feature_U), 16) - len(feature_U)), mode="edge"))
+            room = padded(len(feature_U), _CHANGES) - len(feature_U)
+            encoder = encoder.restrict(np.pad(feature_U, (0, room), mode="edge"))
             column_M = index_M.astype(np.int32)
-        size = min(padded(len(row_M), _ENTRIES), max(AT_ONCE // encoder.config.n_features, 1))
+        size = min(padded(len(row_M), _CHANGES), max(AT_ONCE // encoder.config.n_features, 1))
         parts = []
         for start in range(0, len(row_M), size):
             places = (np.resize(part[start : start + size], size) for part in (row_M, position_M, column_M))
