@@ -137,7 +137,7 @@ def test_a_feature_set_to_its_own_value_changes_nothing(traced, freeze):
 def test_with_all_held_a_change_is_its_edge(traced):
     local, _, readouts, graph = traced
     doubling = double(local, graph, readouts, 12)
-    assert doubling.held_error < 3e-6
+    assert doubling.results.held_error < 3e-6
     assert np.abs(doubling.edge_ExR).max() > 0.01
     assert np.abs(doubling.free_ExR - doubling.edge_ExR).max() > 1e-3  # norms, attention and MLPs do react
     assert 0 < doubling.results.correlation <= 1
