@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 
 from saejax.attribution.checks import matched, set_to
 from saejax.attribution.graph.nodes import Nodes
@@ -59,8 +60,7 @@ def effects(
     # Before the changes, after them, and with each random set changed.
     logits_RxV = np.concatenate([run.logits_V[None], changed_RxV]).astype(np.float64)
     text, pairs = token_text(run.model.tokenizer), readouts.pair_Kx2.tolist()
-    log_RxV = logits_RxV - logits_RxV.max(axis=1, keepdims=True)
-    log_RxV -= np.log(np.exp(log_RxV).sum(axis=1, keepdims=True))
+    log_RxV = log_softmax(logits_RxV, axis=1)
     p_RxV, kl_R = np.exp(log_RxV), (np.exp(log_RxV[0]) * (log_RxV[0] - log_RxV)).sum(axis=1)
     top = [token for row in p_RxV[:2] for token in np.argsort(-row, kind="stable")[:_SHOWN].tolist()]
     shown = sorted(dict.fromkeys([*top, *(a for a, b in pairs if b < 0)]), key=lambda token: -p_RxV[1, token])

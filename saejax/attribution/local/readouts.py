@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from scipy.special import softmax
 
 from saejax.attribution.local.layers import FrozenModel
 from saejax.attribution.local.prompt_run import PromptRun
@@ -71,9 +72,7 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
     Raises:
       UserError: a token does not exist, or a text is not one token.
     """
-    logits_V = run.logits_V.astype(np.float64)
-    probability_V = np.exp(logits_V - logits_V.max())
-    probability_V /= probability_V.sum()
+    probability_V = softmax(run.logits_V.astype(np.float64))
     if not targets:
         order = np.argsort(-probability_V, kind="stable")[: max(max_logits, 1)]
         # The token that reaches the share is one of them.
