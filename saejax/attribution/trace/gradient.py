@@ -18,7 +18,6 @@ direct edges with ``estimate="relp"`` in a model without biases do, since its ru
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,22 +27,13 @@ from jax import lax
 from saejax.attribution.graph.nodes import BIAS, ERROR, TOKEN, Nodes
 from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.local.rows import TOKENS, Put
-from saejax.attribution.trace.sae_run import SaeRun, SaeSites
+from saejax.attribution.trace.sae_run import SaeRun
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import DecoderConfig, RunRules
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
-
-
-class Readings(NamedTuple):
-    """A batch of targets: directions at a layer and a position."""
-
-    vector_BxD: np.ndarray
-    layer_B: np.ndarray
-    in_stream_B: np.ndarray  #: whether the stream that enters the layer is read, or its site
-    position_B: np.ndarray
 
 
 class GradientRows:
@@ -59,7 +49,7 @@ class GradientRows:
 
     def __init__(self, run: SaeRun, readouts: Readouts):
         self._run, self._readouts, active, tokens = run, readouts, run.active, len(run.ids_P)
-        layer_S, every_P = run.sites.layer_S, np.arange(tokens)
+        layer_S, every_P = np.array([site.layer for site in run.dictionaries.sites]), np.arange(tokens)
         self.nodes = Nodes.joined(
             active.nodes,
             Nodes.of(ERROR, np.repeat(layer_S, tokens), np.tile(every_P, len(layer_S))),
@@ -71,49 +61,70 @@ class GradientRows:
         _, first_U, self._row_A = np.unique(key_A, return_index=True, return_inverse=True)
         self._table_UxD = run.dictionaries.rows_of("W_dec", active.layer_A[first_U], active.feature_A[first_U])
         # The features of each site and position, which stand together.
-        group_A = run.sites.slot_L[active.layer_A] * tokens + active.position_A
+        group_A = np.searchsorted(layer_S, active.layer_A) * tokens + active.position_A
         self._starts = np.searchsorted(group_A, np.arange(len(layer_S) * tokens + 1))
         self._token_PxD = to_host(run.stream_LxTxD[0, :tokens])
 
     def __call__(self, new_F: np.ndarray | None, put: Put) -> None:
         """Compute the rows of some active features, or (None) of the readouts; see ``rounds.FillRows``."""
-        run, readouts = self._run, self._readouts
+        run, readouts, mesh = self._run, self._readouts, self._run.model.mesh
         if new_F is None:
-            top_B = np.full(len(readouts), run.model.config.n_layers, np.int32)
-            last_B = np.full(len(readouts), len(run.ids_P) - 1, np.int32)
-            self._read(Readings(readouts.vector_KxD, top_B, np.ones(len(readouts), bool), last_B), top_B, put)
+            vector_RxD, position_R = readouts.vector_KxD, np.full(len(readouts), len(run.ids_P) - 1)
+            layer_R = np.full(len(readouts), run.model.config.n_layers)
         else:
-            layer_F, position_F = run.active.layer_A[new_F], run.active.position_A[new_F]
-            vector_FxD = run.dictionaries.rows_of("W_enc", layer_F, run.active.feature_A[new_F])
-            # A site lies within its layer, below the stream that enters the next.
-            self._read(Readings(vector_FxD, layer_F, np.zeros(len(new_F), bool), position_F), layer_F + 1, put)
-
-    def _read(self, readings: Readings, top_B: np.ndarray, put: Put) -> None:
-        """Compute what each source contributes to each target.
-
-        Args:
-          readings: any number of targets.
-          top_B: for each the layer whose entering stream it does not reach above.
-          put: takes targets and their rows, in any order and from more than one thread.
-        """
-        run, mesh = self._run, self._run.model.mesh
+            layer_R, position_R = run.active.layer_A[new_F], run.active.position_A[new_F]
+            vector_RxD = run.dictionaries.rows_of("W_enc", layer_R, run.active.feature_A[new_F])
         length = run.stream_LxTxD.shape[1]
         size = max(TOKENS[mesh.devices.flat[0].platform] // length, 1) * mesh.shape["data"]
-        order_B = np.argsort(-top_B, kind="stable")  # targets of one layer go together, and no higher than it
+        order_R = np.argsort(-layer_R, kind="stable")  # targets of one layer go together, and no higher than it
 
-        def read(start: int) -> None:
-            chosen_B = order_B[start : start + size]
+        def fill(start: int) -> None:
+            chosen_B = order_R[start : start + size]
             # Filled up with copies, so that one program serves all batches.
-            batch = Readings(*by_row(mesh, *(part[np.resize(chosen_B, size)] for part in readings)))
-            fixed = run.model.config, run.rules, run.direct, run.model.params, run.sites, run.stream_LxTxD
-            gradients = _gradients(*fixed, batch, np.int32(top_B[chosen_B[0]]))
-            row_BxN = self._contributions(*map(to_host, gradients))[: len(chosen_B)]
+            filled_B = np.resize(chosen_B, size)
+            gradients = self._gradients(layer_R[filled_B], position_R[filled_B], vector_RxD[filled_B])
+            row_BxN = self._contributions(*gradients)[: len(chosen_B)]
             if not np.isfinite(row_BxN).all():
                 raise UserError(f"gradients of {run.model.source.name} are not finite: try --model.dtype=float32")
             put(chosen_B, row_BxN)
 
         with ThreadPoolExecutor(2 if mesh.size == 1 else 1) as pool:  # as in ``rows.RowTracer``
-            list(pool.map(read, range(0, len(order_B), size)))
+            list(pool.map(fill, range(0, len(order_R), size)))
+
+    def _gradients(
+        self, layer_B: np.ndarray, position_B: np.ndarray, vector_BxD: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the gradients of targets with respect to changes at sites and to the embedded tokens.
+
+        Args:
+          layer_B: the layer at whose site each reads, or the number of layers: it reads the stream leaving the last.
+          position_B: where.
+          vector_BxD: the directions that are read.
+
+        Returns:
+          [S, B, T, D] and [B, T, D].
+        """
+        run, (n_layers, length, width) = self._run, self._run.stream_LxTxD.shape
+
+        def read_at(layer: int) -> jax.Array:
+            """Return the directions that are read at a layer, [B, T, D]."""
+            read_BxTxD, here = np.zeros((len(layer_B), length, width), np.float32), np.flatnonzero(layer_B == layer)
+            read_BxTxD[here, position_B[here]] = vector_BxD[here]
+            return by_row(run.model.mesh, read_BxTxD)[0]
+
+        kind_of, of_sites = {site.layer: site.kind for site in run.dictionaries.sites}, list[jax.Array]()
+        above_BxTxD = read_at(n_layers)
+        # Layer by layer from the top, as few streams are then kept.
+        for layer in reversed(range(n_layers)):
+            if layer > layer_B.max():  # nothing is read above
+                site_BxTxD = jnp.zeros_like(above_BxTxD)
+            else:
+                static = run.model.config, run.rules, kind_of.get(layer, ""), run.direct
+                inputs = np.int32(layer), run.stream_LxTxD[layer], above_BxTxD, read_at(layer)
+                above_BxTxD, site_BxTxD = _pull_layer(*static, run.model.params, *inputs)
+            if layer in kind_of:
+                of_sites.append(site_BxTxD)
+        return np.stack([to_host(site_BxTxD) for site_BxTxD in reversed(of_sites)]), to_host(above_BxTxD)
 
     def _contributions(self, site_SxBxTxD: np.ndarray, token_BxTxD: np.ndarray) -> np.ndarray:
         """Dot products of gradients with the sources' directions, fp32 [B, N]."""
@@ -136,70 +147,44 @@ class GradientRows:
         return into_NxB.T
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _gradients(
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _pull_layer(
     config: DecoderConfig,
     rules: RunRules,
+    kind: str,
     direct: bool,
     params: decoder.Params,
-    sites: SaeSites,
-    stream_LxTxD: jax.Array,
-    readings: Readings,
-    top: jax.Array,
+    layer: jax.Array,
+    x_TxD: jax.Array,
+    above_BxTxD: jax.Array,
+    read_BxTxD: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the gradients of targets with respect to changes at sites [S, B, T, D] and to embedded tokens [B, T, D].
-
-    Layer by layer from the top, as few streams are then kept.
+    """Pull gradients through a layer, from its output to its input; and to changes at its site, each [B, T, D].
 
     Args:
       config: of the decoder (static).
       rules: by which gradients go through the model (static).
-      direct: whether gradients stop at sites (static).
+      kind: of the layer's site; "": it has none (static).
+      direct: whether gradients stop at the site (static).
       params: of the model.
-      sites: of the SAEs.
-      stream_LxTxD: the stream entering each layer.
-      readings: the targets.
-      top: no target reads above the stream entering this layer.
+      layer: its number.
+      x_TxD: the stream entering it.
+      above_BxTxD: gradients with respect to the stream leaving it.
+      read_BxTxD: directions that are read at the site, before changes.
     """
-    # As arrays of JAX, which the layer's number can index within the loop.
-    tables, sites = whole_prompt_tables(config, stream_LxTxD.shape[1]), jax.tree.map(jnp.asarray, sites)
-    at_BxT = jnp.arange(stream_LxTxD.shape[1])[None] == readings.position_B[:, None]
+    tables = whole_prompt_tables(config, len(x_TxD))
 
-    def seed(layer: jax.Array, in_stream: bool) -> jax.Array:
-        """Return the directions that are read of the stream entering a layer, or at its site, [B, T, D]; else 0."""
-        here_B = (readings.layer_B == layer) & (readings.in_stream_B == in_stream)
-        return jnp.where((at_BxT & here_B[:, None])[..., None], readings.vector_BxD[:, None], 0)
+    def run_layer(x_TxD: jax.Array, delta_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        read = [jnp.zeros_like(x_TxD)]
 
-    def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Pull the gradients through one layer, from its output to its input."""
-        (above_BxTxD, site_SxBxTxD), layer = carry, top - 1 - index
-        slot = sites.slot_L[layer]
-        kind_here = jnp.asarray(sites.kind_S).at[slot].get(mode="fill", fill_value=-1)
+        def hook(hook_kind: str, value_TxD: jax.Array) -> jax.Array:
+            if hook_kind != kind:
+                return value_TxD
+            read.append(value_TxD)
+            # Frozen, the model goes on with this value, whatever comes from below.
+            return (lax.stop_gradient(value_TxD) if direct else value_TxD) + delta_TxD
 
-        def run_layer(x_TxD: jax.Array, delta_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """Return the stream leaving the layer, and what is read at its site before changes, both [T, D]."""
-            read = []
+        return decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook), read[-1]
 
-            def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
-                if kind not in sites.kinds:
-                    return value_TxD
-                # Only where there is a site: elsewhere the model goes on with its value.
-                is_site = kind_here == sites.kinds.index(kind)
-                read.append(jnp.where(is_site, value_TxD, 0))
-                if direct:  # the model goes on with this value, whatever comes from below
-                    value_TxD = jnp.where(is_site, lax.stop_gradient(value_TxD), value_TxD)
-                return value_TxD + jnp.where(is_site, delta_TxD, 0)
-
-            leaving_TxD = decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook)
-            return leaving_TxD, sum(read)
-
-        _, pull = jax.vjp(run_layer, stream_LxTxD[layer], jnp.zeros_like(stream_LxTxD[0]))
-        below_BxTxD, of_BxTxD = jax.vmap(lambda *both: pull(both))(above_BxTxD, seed(layer, False))
-        # A layer without a site has a slot beyond the last, which is dropped.
-        site_SxBxTxD = site_SxBxTxD.at[slot].set(of_BxTxD, mode="drop")
-        return below_BxTxD + seed(layer, True), site_SxBxTxD
-
-    above_BxTxD = seed(top, True)
-    site_SxBxTxD = jnp.zeros((len(sites.layer_S), *above_BxTxD.shape), stream_LxTxD.dtype)
-    token_BxTxD, site_SxBxTxD = lax.fori_loop(0, top, down, (above_BxTxD, site_SxBxTxD))
-    return site_SxBxTxD, token_BxTxD
+    _, pull = jax.vjp(run_layer, x_TxD, jnp.zeros_like(x_TxD))
+    return jax.vmap(lambda *both: pull(both))(above_BxTxD, read_BxTxD)

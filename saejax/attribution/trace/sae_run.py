@@ -33,34 +33,11 @@ from saejax.runner.parts import OnProgress, silent
 from saejax.settings import GRAPH_ESTIMATES
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SaeSites:
-    """The sites of a model that SAEs read; compiled programs depend on their kinds alone."""
-
-    #: layer_S and kind_S: int32 of each site; kinds are counted in ``kinds``.
-    layer_S: np.ndarray
-    kind_S: np.ndarray
-    slot_L: np.ndarray  #: int32, which site stands in a layer; S: none
-    kinds: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))  #: those that there are (static)
-
-    @classmethod
-    def of(cls, sites: Sequence[Site], layers: int) -> "SaeSites":
-        """Return the sites of a model with so many layers."""
-        kinds = tuple(sorted({site.kind for site in sites}))
-        layer_S = np.array([site.layer for site in sites], np.int32)
-        kind_S = np.array([kinds.index(site.kind) for site in sites], np.int32)
-        slot_L = np.full(layers, len(sites), np.int32)
-        slot_L[layer_S] = np.arange(len(sites))
-        return cls(layer_S, kind_S, slot_L, kinds)
-
-
 @dataclasses.dataclass(eq=False, repr=False)
 class SaeRun(PromptRun):
     """A model that was run on a prompt, and what its SAEs say of it; see also ``PromptRun``."""
 
     dictionaries: LayerSaes
-    sites: SaeSites  #: where the SAEs stand
     error_SxTxD: np.ndarray  #: fp32, what the SAEs do not explain; at attention sinks all but b_dec
     b_dec_SxD: np.ndarray  #: biases of the decoders
     direct: bool  #: whether gradients stop at the sites, as if these were frozen
@@ -83,15 +60,14 @@ class SaeRun(PromptRun):
         """
         saes.check(model)
         rules = RunRules(backward=one_of(estimate, GRAPH_ESTIMATES, "estimate"))
-        sites, length = SaeSites.of(saes.sites, model.config.n_layers), padded(len(ids_P))
+        kinds, length = tuple(sorted({"resid_pre", *(site.kind for site in saes.sites)})), padded(len(ids_P))
         x_TxD = embed(FrozenModel(model.config, model.params), np.pad(ids_P, (0, length - len(ids_P))))
-        stream_LxTxD, last_D, read_SxTxD = _run(
-            model.config, rules, model.params, sites, x_TxD, np.int32(len(ids_P) - 1)
-        )
+        leaving_TxD, values = _run(model.config, rules, kinds, model.params, x_TxD)
+        last_D = leaving_TxD[len(ids_P) - 1]
         logits_V = to_host(decoder.unembed(model.config, model.params, last_D[None], rules)[0])
         active_by_site, errors, biases, outputs = [], [], [], FeatureOutputs(saes, length)
-        for site, read_TxD in zip(saes.sites, read_SxTxD, strict=True):
-            sae = saes.load(site.layer, model.mesh)
+        for site in saes.sites:
+            sae, read_TxD = saes.load(site.layer, model.mesh), values[site.kind][site.layer]
             # Padding has no features; attention sinks are left out by the SAE's own rule.
             used_T = np.arange(length) < len(ids_P)
             active = active_features(sae, site.layer, read_TxD, used_T)
@@ -100,7 +76,7 @@ class SaeRun(PromptRun):
             biases.append(to_host(sae.b_dec_D[...]))
             errors.append(np.where(used_T[:, None], to_host(read_TxD) - biases[-1] - outputs.pop(site.layer), 0))
         run = cls(
-            model, saes, rules, ids_P, Active.concatenate(active_by_site), logits_V, last_D, stream_LxTxD, sites,
+            model, saes, rules, ids_P, Active.concatenate(active_by_site), logits_V, last_D, values["resid_pre"],
             np.stack(errors), np.stack(biases), direct,
         )  # fmt: skip
         run.check()
@@ -193,15 +169,12 @@ class PlacedEdit:
         return value_BxTxD.at[self.row_M, self.position_M].add(added_MxD.astype(value_BxTxD.dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(
-    config: DecoderConfig, rules: RunRules, params: decoder.Params, sites: SaeSites, x_TxD: jax.Array, last: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the stream entering each layer, the one leaving the last at ``last``, and what is read at each site."""
-    collect = ("resid_pre", *sites.kinds)
-    leaving_TxD, seen, _ = decoder.run_layers(config, params, x_TxD, 0, config.n_layers, rules=rules, collect=collect)
-    read_LxKxTxD = jnp.stack([seen[kind] for kind in sites.kinds], axis=1)
-    return seen["resid_pre"], leaving_TxD[last], read_LxKxTxD[sites.layer_S, sites.kind_S]
+    config: DecoderConfig, rules: RunRules, kinds: tuple[str, ...], params: decoder.Params, x_TxD: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the stream leaving the last layer, and the values at kinds of sites in all layers, each [L, T, D]."""
+    return decoder.run_layers(config, params, x_TxD, 0, config.n_layers, rules=rules, collect=kinds)[:2]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
