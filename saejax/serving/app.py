@@ -137,7 +137,7 @@ class GraphServer:
             document = self._session.prune(graph, document, nodes, edges)
         try:
             configs = self._session.configs_of(graph)
-            labels = self._store.labels(graph, folders(configs[GraphConfig]))
+            labels = self._store.labels(folders(configs[GraphConfig]))
             details = self._store.details(graph, document, configs[GraphConfig])
             freeze_modes = FREEZE_MODES[:1] if configs[GraphConfig].dictionaries else FREEZE_MODES
             note = f"With {_parts(configs)}."

@@ -16,16 +16,15 @@ from saejax.attribution.forms.document import GraphDocument, are_groups, check_g
 from saejax.attribution.forms.neuronpedia import INDEX
 from saejax.attribution.forms.outputs import FEATURES, described_features, details_of_features, read_shown
 from saejax.attribution.graph import Graph
-from saejax.dictionaries.labels import names_of_layers
+from saejax.dictionaries.labels import labels_of_sheets, names_of_layers
 from saejax.errors import UserError
 from saejax.files import file_sha256, locked, read_json, write_json
-from saejax.interpret.labels import read_labels, write_label
+from saejax.interpret.labels import write_label
 from saejax.runner.stage import folder_name
 from saejax.runner.workspace import STARTED, SUMMARY, current_units
 from saejax.settings import GraphConfig
 
 _SAVED = "serve"  # the folder for what readers save
-_ANY = 1 << 40  # features that a dictionary may have; which there are is not known here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,23 +180,17 @@ class GraphStore:
             write_json(path, self._saved_groups(graph) | {document["metadata"]["slug"]: groups})
         return path
 
-    def labels(self, graph: StoredGraph, folders: Sequence[str]) -> dict[tuple[int, int], str]:
+    def labels(self, folders: Sequence[str]) -> dict[tuple[int, int], str]:
         """Return the labels that readers gave features, by layer and index.
 
         Args:
-          graph: graph whose features are labelled.
           folders: the folder of the set, or those of the SAEs.
 
         Raises:
           UserError: the file of labels is damaged.
         """
-        path, document = self._labels_file(folders), self.document(graph)
-        if not path.exists():
-            return {}
-        layers = {int(node["layer"]) for node in document["nodes"] if node["layer"] != "E"}
-        names = names_of_layers(folders, layers)
-        read = {layer: read_labels(path, name, _ANY, several=False) for layer, name in names.items()}
-        return {(layer, feature): record.label for layer, labels in read.items() for feature, record in labels.items()}
+        path = self._labels_file(folders)
+        return labels_of_sheets(path, "--atlas.labels", folders) if path.exists() else {}
 
     def save_label(self, folders: Sequence[str], layer: int, feature: int, label: str) -> Path:
         """Save a label, for ``--atlas.labels``; return the file. See ``labels``."""

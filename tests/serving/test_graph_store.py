@@ -115,28 +115,30 @@ def test_groups_are_saved_for_the_stage_and_shown(root):
 
 def test_labels_are_saved_for_the_atlas_and_shown(root):
     store = GraphStore(root)
-    graph = store.find("attribute/p/graphs/war")
     path = store.save_label(SET, 3, 17, '=cmd|"<b>", "line\n2"')
     store.save_label(SET, 2, 17, "other layer")
     store.save_label(SET, 3, 17, "cities, towns")
     store.save_label(SET, 3, 18, "gone")
     store.save_label(SET, 3, 18, "")
-    assert store.labels(graph, SET) == {(3, 17): "cities, towns", (2, 17): "other layer"}
+    assert store.labels(SET) == {(3, 17): "cities, towns", (2, 17): "other layer"}
     read = read_labels(path, "layer 3", 20, several=True)
     assert {feature: one.label for feature, one in read.items()} == {17: "cities, towns"}
-    assert store.labels(graph, ["another set"]) == {}
+    assert store.labels(["another set"]) == {}
 
 
 def test_labels_of_ones_own_keep_their_lines_and_columns(root):
     store = GraphStore(root)
     own = store.save_label(SET, 3, 17, "first")
-    own.write_text('feature,label,note,reviewer,seen\n17,"old, one",a note,me,yes\n5,keep,,you,no\n')
-    graph = store.find("attribute/p/graphs/war")
-    assert store.labels(graph, SET)[3, 5] == "keep"
+    own.write_text(
+        'feature,label,note,reviewer,seen,dictionary\n17,"old, one",a note,me,yes,\n5,keep,,you,no,layer 3\n'
+    )
+    with pytest.raises(UserError, match="line 2: '' and '17' name no layer and feature"):
+        store.labels(SET)
     assert store.save_label(SET, 3, 17, "new") == own
     assert own.read_text() == (
-        "feature,label,note,reviewer,dictionary,seen\n5,keep,,you,,no\n17,new,a note,by hand,layer 3,yes\n"
+        "feature,label,note,reviewer,dictionary,seen\n5,keep,,you,layer 3,no\n17,new,a note,by hand,layer 3,yes\n"
     )
+    assert store.labels(SET) == {(3, 5): "keep", (3, 17): "new"}
     own.write_text("feature;label\n17;x\n")
     before = own.read_bytes()
     with pytest.raises(UserError, match="--atlas.labels=.* has no column"):
