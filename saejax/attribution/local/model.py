@@ -134,7 +134,7 @@ class LocalModel(LocalState):
                 on_progress(number * n_layers + layer + 1, len(plans) * n_layers)
             end = self.frozen, modes[-1], self.last_D, state[:, last]
             if readouts:
-                readout_RxK[rows] += read_last(*end, readouts.vector_KxD)[:count]
+                readout_RxK[rows] += read_last(*end, readouts)[:count]
             if logits_RxV is not None:
                 logits_RxV[rows] = to_host(read_logits(*end))[:count]
         # Only what is read is checked: an activation that no feature can have overflows somewhere on the way.

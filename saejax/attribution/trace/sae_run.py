@@ -19,7 +19,7 @@ from saejax.attribution.local.prompt_run import (
     activations_of,
     active_features,
 )
-from saejax.attribution.local.readouts import Readouts, logit_directions, padded, read_changes
+from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_values
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.models import decoder
@@ -126,9 +126,9 @@ class SaeRun(PromptRun):
                 feature_RxJ[rows, here] += read_changes(value[0], value[1:], *places)
             last_BxD = sites[str(leaving)][:, last]
             if readouts:
-                at_last = last_BxD.astype(jnp.float32), *readouts.pair_Kx2.T
-                value_BxK = _read_logits(model.config, self.rules, model.params, *at_last)
-                readout_RxK[rows] += to_host(value_BxK[1:] - value_BxK[:1])
+                at_last = last_BxD.astype(jnp.float32), readouts.pair_Kx2
+                value_BxK = read_values(model.config, self.rules, model.params, *at_last)
+                readout_RxK[rows] += value_BxK[1:] - value_BxK[:1]
             if logits:
                 logits_RxV[rows] = to_host(decoder.unembed(model.config, model.params, last_BxD[1:], self.rules))
         return LocalRun(feature_RxJ, readout_RxK, logits_RxV if logits else None)
@@ -175,15 +175,3 @@ def _run(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the stream leaving the last layer, and the values at kinds of sites in all layers, each [L, T, D]."""
     return decoder.run_layers(config, params, x_TxD, 0, config.n_layers, rules=rules, collect=kinds)[:2]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _read_logits(
-    config: DecoderConfig,
-    rules: RunRules,
-    params: decoder.Params,
-    last_BxD: jax.Array,
-    first_K: jax.Array,
-    second_K: jax.Array,
-) -> jax.Array:
-    return jax.vmap(lambda last_D: logit_directions(config, rules, params, last_D, first_K, second_K)[1])(last_BxD)
