@@ -181,11 +181,8 @@ def prompt_ids(model: LanguageModel, prompt: str | Sequence[int] | np.ndarray, c
         tokenizer = model.tokenizer
         specials = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
         specials = [token for token in specials if token is not None]
-        if specials and not set(ids[:1].tolist()) & set(tokenizer.all_special_ids):
+        if specials and ids[0] not in tokenizer.all_special_ids:
             ids = np.concatenate([specials[:1], ids]).astype(np.int32)
-        # Both the tokenizer and the text may have put it there.
-        while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text began with it, too
-            ids = ids[1:]
     Tokens(ids[None], np.array([len(ids)], np.int32)).check(model.config.vocab, model.config.context)
     return ids
 

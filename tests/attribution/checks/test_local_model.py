@@ -83,10 +83,9 @@ def test_pushing_a_source_up_gives_what_pulling_a_target_down_does(traced):
     ("text", "ids", "wanted"),
     [
         ("The cat", [2, 5, 6], [2, 5, 6]),
-        ("<bos>The cat", [2, 2, 5, 6], [2, 5, 6]),  # the tokenizer puts one before the text's own
-        ("The cat", [5, 6], [2, 5, 6]),  # it puts none
+        ("The cat", [5, 6], [2, 5, 6]),  # the tokenizer puts none
         ("<bos>The cat", [2, 5, 6], [2, 5, 6]),
-        ("<bos>", [2, 2], [2]),
+        ("<bos>", [2], [2]),
     ],
 )
 def test_a_prompt_begins_with_one_bos(text, ids, wanted):
