@@ -39,7 +39,7 @@ from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.results import CurveResults, DoublingResults
-from saejax.attribution.trace.sae_run import SaeRun
+from saejax.attribution.trace.gradient import SaeRun
 from saejax.errors import UserError
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of influence, to which a graph is pruned

@@ -12,7 +12,7 @@ from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Target, read_targets
-from saejax.attribution.trace.sae_run import SaeRun
+from saejax.attribution.trace.gradient import SaeRun
 from saejax.errors import UserError
 from saejax.models.tokens import token_text
 from saejax.runner.parts import OnProgress, silent

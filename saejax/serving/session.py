@@ -22,8 +22,8 @@ from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Target
 from saejax.attribution.requests import Request, read_labels, unit_name
 from saejax.attribution.run import open_parts, run_attribute, trace_request
+from saejax.attribution.trace.gradient import SaeRun
 from saejax.attribution.trace.rounds import Traced
-from saejax.attribution.trace.sae_run import SaeRun
 from saejax.errors import UserError
 from saejax.results import load_summary
 from saejax.runner import config as configuration

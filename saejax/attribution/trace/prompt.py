@@ -31,7 +31,7 @@ from saejax.attribution.local.readouts import Readouts, Target, padded, read_tar
 from saejax.attribution.local.rows import Put, RowTracer, batch_tokens
 from saejax.attribution.local.sources import WIDTH
 from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.attribution.trace.gradient import GradientRows
+from saejax.attribution.trace.gradient import GradientRows, SaeRun
 from saejax.attribution.trace.rounds import (
     ROUND_ROWS,
     WHOLE,
@@ -41,7 +41,6 @@ from saejax.attribution.trace.rounds import (
     columns_kept,
     make_graph,
 )
-from saejax.attribution.trace.sae_run import SaeRun
 from saejax.dictionaries import DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
