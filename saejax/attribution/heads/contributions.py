@@ -18,7 +18,7 @@ import numpy as np
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
-from saejax.attribution.local.directions import FeatureOutputs
+from saejax.attribution.local.dictionaries import FeatureOutputs
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.readouts import Readouts
 from saejax.models.layers import einsum

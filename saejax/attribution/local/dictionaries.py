@@ -1,4 +1,7 @@
-"""The dictionaries of several layers of a model, and SAEs of some of its sites, read layer by layer and row by row."""
+"""The dictionaries of several layers of a model, and SAEs of some of its sites, read layer by layer and row by row.
+
+``FeatureOutputs`` sums what features write, of which only the decoder rows in use are read.
+"""
 
 import dataclasses
 import math
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 from jax.sharding import Mesh
+from scipy.sparse import csr_array
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import hooks, load_all
@@ -24,6 +28,7 @@ from saejax.models.sites import Site
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import fitting_sharding, free_bytes, make_mesh, on_host
 
+READ_AT_ONCE = 1 << 26  # numbers that are read of decoders at once
 KEPT_SHARE = 4  # encoders stay on the devices up to one part in so many of what is free
 
 
@@ -208,6 +213,51 @@ class LayerDictionaries:
             name=self.name, revision=self.revision, layers=len(self.configs), kind=first.kind,
             n_features=first.n_features, skip=first.skip, model=first.model,
         )  # fmt: skip
+
+
+class FeatureOutputs:
+    """The outputs of features to their own layer and, in cross-layer transcoders, to later ones.
+
+    Sums are made as runs go up through the layers: ``add`` a layer's features, then ``pop`` its sum.
+
+    Args:
+      dictionaries: the set.
+      shape: of the runs' positions, such as (R, T).
+    """
+
+    def __init__(self, dictionaries: LayerDictionaries, *shape: int):
+        self._dictionaries, self._shape = dictionaries, shape
+        self._sums: dict[int, np.ndarray] = {}
+
+    def add(self, layer: int, places: np.ndarray, features: np.ndarray, values: np.ndarray | jax.Array) -> None:
+        """Add what features of a layer write.
+
+        Args:
+          layer: of the features.
+          places: flat indices into ``shape``, where the features are active.
+          features: indices of the features, in the same shape.
+          values: their activations, in the same shape.
+        """
+        if not places.size:
+            return
+        written, width = self._dictionaries.written_layers(layer), self._dictionaries.configs[0].d_in
+        # A decoder row is read once, however many positions its feature is active at.
+        features_U, index_E = np.unique(features.reshape(-1), return_inverse=True)
+        entries = to_host(values).reshape(-1).astype(np.float32), (places.reshape(-1), index_E.reshape(-1))
+        # By columns, as features are cut into parts below.
+        acts_NxU = csr_array(entries, (int(np.prod(self._shape)), len(features_U))).tocsc()
+        size = max(READ_AT_ONCE // (written * width), 1)
+        for start in range(0, len(features_U), size):
+            chunk = slice(start, start + size)
+            writes_UxX = self._dictionaries.writes(layer, features_U[chunk]).reshape(-1, written * width)
+            sum_NxLxD = (acts_NxU[:, chunk] @ writes_UxX).reshape(-1, written, width)
+            for above, sum_NxD in enumerate(np.moveaxis(sum_NxLxD, 1, 0)):
+                self._sums[layer + above] = self._sums.get(layer + above, np.float32(0)) + sum_NxD
+
+    def pop(self, layer: int) -> np.ndarray:
+        """Return what was written to a layer, fp32 [..., D], and forget it."""
+        shape = *self._shape, self._dictionaries.configs[0].d_in
+        return self._sums.pop(layer).reshape(shape) if layer in self._sums else np.zeros(shape, np.float32)
 
 
 def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) -> None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.local.directions import FeatureOutputs
+from saejax.attribution.local.dictionaries import FeatureOutputs
 from saejax.attribution.local.layers import FIXED, FrozenModel
 from saejax.attribution.local.prompt_run import AT_ONCE, activations_of, encode_used
 from saejax.attribution.local.readouts import padded

@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from saejax.attribution.local import layers
-from saejax.attribution.local.directions import FeatureOutputs
+from saejax.attribution.local.dictionaries import FeatureOutputs
 from saejax.attribution.local.layers import RELP, FrozenModel
 from saejax.attribution.local.prompt_run import Active, PromptRun, active_features
 from saejax.attribution.local.readouts import padded, read_logits

@@ -30,8 +30,7 @@ import numpy as np
 from jax import lax
 
 from saejax.attribution.graph.nodes import BIAS, ERROR, TOKEN, Nodes
-from saejax.attribution.local.dictionaries import LayerSaes
-from saejax.attribution.local.directions import FeatureOutputs
+from saejax.attribution.local.dictionaries import FeatureOutputs, LayerSaes
 from saejax.attribution.local.edits import CHUNK, Change
 from saejax.attribution.local.layers import FrozenModel, embed
 from saejax.attribution.local.prompt_run import Active, LocalRun, PromptRun, activations_of, active_features

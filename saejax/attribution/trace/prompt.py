@@ -23,8 +23,7 @@ import psutil
 from jax.sharding import Mesh
 
 from saejax.attribution.graph import Graph
-from saejax.attribution.local.dictionaries import LayerSaes, Saes
-from saejax.attribution.local.directions import READ_AT_ONCE
+from saejax.attribution.local.dictionaries import READ_AT_ONCE, LayerSaes, Saes
 from saejax.attribution.local.model import AnySet, LocalModel, open_set
 from saejax.attribution.local.prompt_run import AT_ONCE, prompt_ids
 from saejax.attribution.local.readouts import Readouts, Target, padded, read_targets
