@@ -23,9 +23,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from saejax.attribution.graph.nodes import BIAS, ERROR, FIRST_MLP, TOKEN, Nodes
-from saejax.attribution.local.dictionaries import READ_AT_ONCE
+from saejax.attribution.local.dictionaries import READ_AT_ONCE, LayerDictionaries
 from saejax.attribution.local.state import LocalState
-from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.parallel.mesh import fitting_sharding, sharding
 
 WIDTH = 32  # directions in a block
@@ -208,7 +207,7 @@ def _blocks(
     return at_E, first_X.astype(np.int32), row_BxW, position_B
 
 
-def read_directions(transcoders: LayerTranscoders, features: list[np.ndarray]) -> Iterator[np.ndarray]:
+def read_directions(transcoders: LayerDictionaries, features: list[np.ndarray]) -> Iterator[np.ndarray]:
     """Return what features write: for each one after the other the rows of all layers that it writes to, fp32 [X, D].
 
     Args:
