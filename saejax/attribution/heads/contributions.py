@@ -59,6 +59,8 @@ def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph) -> I
             # 2. Targets down.
             row_E = _places(block, len(nodes))[target_E]
             edge_B = np.flatnonzero(in_part_E & (row_E >= 0))
+            if not len(edge_B):
+                continue
             value_BxLxH = np.zeros((len(edge_B), config.n_layers, config.n_heads), np.float32)
             for layer, wanted in local.pull_values(_what_targets_read(local, readouts, graph, block, size)):
                 # 3. Products, for the edges between each pair of blocks.

@@ -273,13 +273,14 @@ class GradientRows:
 
         kind_of, of_sites = {site.layer: site.kind for site in run.dictionaries.sites}, list[jax.Array]()
         above_BxTxD = read_at(n_layers)
+        nothing_BxTxD, layers = jnp.zeros_like(above_BxTxD), set(layer_B.tolist())
         # Layer by layer from the top, as few streams are then kept.
         for layer in reversed(range(n_layers)):
-            if layer > layer_B.max():  # nothing is read above
-                site_BxTxD = jnp.zeros_like(above_BxTxD)
-            else:
+            site_BxTxD = nothing_BxTxD
+            if layer <= max(layers):
+                read_BxTxD = read_at(layer) if layer in layers else nothing_BxTxD
                 static = run.model.config, run.rules, kind_of.get(layer, ""), run.direct
-                inputs = np.int32(layer), run.stream_LxTxD[layer], above_BxTxD, read_at(layer)
+                inputs = np.int32(layer), run.stream_LxTxD[layer], above_BxTxD, read_BxTxD
                 above_BxTxD, site_BxTxD = _pull_layer(*static, run.model.params, *inputs)
             if layer in kind_of:
                 of_sites.append(site_BxTxD)
