@@ -274,14 +274,17 @@ class GradientRows:
         kind_of, of_sites = {site.layer: site.kind for site in run.dictionaries.sites}, list[jax.Array]()
         above_BxTxD = read_at(n_layers)
         nothing_BxTxD, layers = jnp.zeros_like(above_BxTxD), set(layer_B.tolist())
+        is_zero = n_layers not in layers
         # Layer by layer from the top, as few streams are then kept.
         for layer in reversed(range(n_layers)):
-            site_BxTxD = nothing_BxTxD
-            if layer <= max(layers):
+            site_BxTxD, kind = nothing_BxTxD, kind_of.get(layer, "")
+            if layer in layers or not is_zero:
                 read_BxTxD = read_at(layer) if layer in layers else nothing_BxTxD
-                static = run.model.config, run.rules, kind_of.get(layer, ""), run.direct
                 inputs = np.int32(layer), run.stream_LxTxD[layer], above_BxTxD, read_BxTxD
+                static = run.model.config, run.rules, kind, run.direct
                 above_BxTxD, site_BxTxD = _pull_layer(*static, run.model.params, *inputs)
+                # All of the stream goes through such a site: frozen, it lets nothing through, unless it is read itself.
+                is_zero = run.direct and kind in ("resid_pre", "resid_post") and layer not in layers
             if layer in kind_of:
                 of_sites.append(site_BxTxD)
         return np.stack([to_host(site_BxTxD) for site_BxTxD in reversed(of_sites)]), to_host(above_BxTxD)
