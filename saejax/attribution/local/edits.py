@@ -108,9 +108,9 @@ class ChangeEdits:
             if (row, layer, position, feature) in places:
                 raise UserError(f"row {row} changes a feature twice at one position: give it one value")
             places.add((row, layer, position, feature))
-        *columns, value_N = zip(*entries, strict=True) if entries else ((), (), (), (), ())
-        self._row_N, self._layer_N, self._position_N, self._feature_N = (np.array(c, np.int32) for c in columns)
-        self._value_N = np.array(value_N, np.float32)
+        table_Nx5 = np.array(entries, np.float64).reshape(-1, 5)
+        self._row_N, self._layer_N, self._position_N, self._feature_N = table_Nx5[:, :4].T.astype(np.int32)
+        self._value_N = table_Nx5[:, 4].astype(np.float32)
 
     @property
     def layers(self) -> Collection[int]:
