@@ -111,7 +111,13 @@ def activations(encoder: Dictionary, read_xD: jax.Array) -> jax.Array:
 
 
 def activations_of(encoder: Dictionary, read_MxD: jax.Array, feature_M: jax.Array) -> jax.Array:
-    """Return the activation of a feature of each of some values that the encoder reads, [M]."""
+    """Return activations of single features, [M].
+
+    Args:
+      encoder: of the features.
+      read_MxD: what it reads.
+      feature_M: the feature of each value that is read.
+    """
     return jnp.take_along_axis(activations(encoder, read_MxD), feature_M[:, None], axis=1)[:, 0]
 
 
