@@ -125,17 +125,17 @@ def _places(block: np.ndarray, count: int) -> np.ndarray:
 def _what_sources_add(local: LocalModel, nodes: Nodes, size: int) -> Callable[[int], np.ndarray]:
     """Return what gives, layer after layer, what each source adds to the stream entering the layer, fp32 [S, T, D]."""
     length = local.stream_LxTxD.shape[1]
-    outputs, place_S = FeatureOutputs(local.dictionaries, size, length), np.arange(len(nodes)) * length
-    place_S += nodes.position_N
+    outputs, place_N = FeatureOutputs(local.dictionaries, size, length), np.arange(len(nodes)) * length
+    place_N += nodes.position_N
 
     def added(layer: int) -> np.ndarray:
         # Features and errors are parts of the MLP's output one layer below.
-        here_S = nodes.layer_N == layer - 1
-        features = here_S & (nodes.kind_N == FEATURE)
-        outputs.add(layer - 1, place_S[features], nodes.index_N[features], nodes.value_N[features])
+        here_N = nodes.layer_N == layer - 1
+        features = here_N & (nodes.kind_N == FEATURE)
+        outputs.add(layer - 1, place_N[features], nodes.index_N[features], nodes.value_N[features])
         value_SxTxD = outputs.pop(layer - 1)
         kind, table_LxTxD = (TOKEN, local.stream_LxTxD) if layer == 0 else (ERROR, local.error_LxTxD)
-        others = np.flatnonzero(here_S & (nodes.kind_N == kind))
+        others = np.flatnonzero(here_N & (nodes.kind_N == kind))
         position_X = nodes.position_N[others]
         value_SxTxD[others, position_X] = to_host(table_LxTxD[max(layer - 1, 0)])[position_X]
         return value_SxTxD

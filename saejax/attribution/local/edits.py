@@ -135,7 +135,7 @@ class ChangeEdits:
             if freeze in FIXED:  # a feature keeps the activation that it has in the prompt
                 active = self._state.active
                 places = zip(position_M.tolist(), feature_M.tolist(), strict=True)
-                index_M = [active.index_of.get((layer, *place), -1) for place in places]
+                index_M = np.array([active.index_of.get((layer, *place), -1) for place in places])
                 old_M = np.append(active.value_A, np.float32(0))[index_M]
             else:
                 acts_M = self._activations(layer, row_M, position_M, feature_M, read_RxTxD)

@@ -216,9 +216,10 @@ class LocalModel(LocalState):
           Each layer from ``first`` on; the changes of the stream entering it, [S, T, D]; and of the values that its
           heads mix, [N, T, K, S].
         """
-        change_SxTxD: jax.Array | float = 0.0
+        change_SxTxD = None
         for layer in range(first, self.model.config.n_layers):
-            change_SxTxD = change_SxTxD + jnp.asarray(added(layer))
+            added_SxTxD = jnp.asarray(added(layer))
+            change_SxTxD = added_SxTxD if change_SxTxD is None else change_SxTxD + added_SxTxD
             inputs = np.int32(layer), self.stream_LxTxD[layer], change_SxTxD
             leaving_SxTxD, values_NxTxKxS = layers.push_layer(self.frozen, *inputs)
             yield layer, change_SxTxD, values_NxTxKxS

@@ -240,8 +240,8 @@ class GradientRows:
         def fill(start: int) -> None:
             chosen_B = order_R[start : start + size]
             # Filled up with copies, so that one program serves all batches.
-            filled_B = np.resize(chosen_B, size)
-            gradients = self._gradients(layer_R[filled_B], position_R[filled_B], vector_RxD[filled_B])
+            filled_X = np.resize(chosen_B, size)
+            gradients = self._gradients(layer_R[filled_X], position_R[filled_X], vector_RxD[filled_X])
             row_BxN = self._contributions(*gradients)[: len(chosen_B)]
             if not np.isfinite(row_BxN).all():
                 raise UserError(f"gradients of {run.model.source.name} are not finite: try --model.dtype=float32")
