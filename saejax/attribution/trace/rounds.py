@@ -160,9 +160,9 @@ def rank(store: RowStore, layer_A: np.ndarray, chosen_F: np.ndarray, weight_K: n
         factor_R, step = (weight_R / store.size_R[rows]).astype(np.float32), max(_IN_CACHE // max(columns, 1), 1)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            size_BxC = np.abs(store.row_BxC[rows[part], :columns])
+            size_BxX = np.abs(store.row_BxC[rows[part], :columns])
             # Not ``@``: for so few numbers BLAS wakes threads, which then wait busily while the devices' work.
-            influence_C[:columns] += np.einsum("b,bc->c", factor_R[part], size_BxC)
+            influence_C[:columns] += np.einsum("b,bc->c", factor_R[part], size_BxX)
 
     # The targets first, as influence goes down from them.
     add(np.arange(-len(weight_K), 0), weight_K.astype(np.float64), features)
