@@ -29,7 +29,7 @@ import saejax
 from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, LOGIT
-from saejax.attribution.heads.contributions import head_contributions
+from saejax.attribution.heads.contributions import largest_heads
 from saejax.attribution.local.rows import row_flops
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
@@ -126,6 +126,7 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
     for start in range(1 + rounds):
         if start == 1:
             events.clear()
+        graph = local = readouts = pruned = None  # of the last prompt, which the stage does not keep either
         prompt = [lm.tokenizer.bos_token_id, *ids_P[start : start + tokens - 1].tolist()]
         with clock.times("trace"):
             graph, local, readouts = trace_prompt(lm, transcoders, prompt, max_features=rows)
@@ -134,7 +135,7 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
         if checked:
             pruned = graph.prune(SHARE)
             with clock.times("heads"):
-                head_contributions(local, readouts, pruned)
+                largest_heads(local, readouts, pruned)
             with clock.times("checks"):
                 double(local, graph, readouts)
                 faithfulness_curve(local, graph, readouts)

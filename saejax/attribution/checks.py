@@ -26,8 +26,8 @@ Checks of a graph:
    A circuit that does the work has the first near 1 and the second near 0.
 """
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,7 +39,7 @@ from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.results import CurveResults, DoublingResults
-from saejax.attribution.trace.sae_run import SaeRun
+from saejax.attribution.trace.gradient import SaeRun
 from saejax.errors import UserError
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of influence, to which a graph is pruned
@@ -76,8 +76,7 @@ def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> lis
     """
     rng = np.random.default_rng(seed)
     taken = set(_keys(features))
-    columns = run.active.layer_A, run.active.position_A, run.active.feature_A, run.active.value_A
-    active = Nodes.of(FEATURE, *columns)
+    active = run.active.nodes
     candidates = active[np.array([key not in taken for key in _keys(active)], bool)]
     chosen_sets: dict[tuple[int, ...], Nodes] = {}
     # At the positions first; only where these give too few sets, anywhere.
@@ -116,37 +115,13 @@ def _keys(features: Nodes) -> list[tuple[int, int, int]]:
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class Doubling:
+class Doubling(NamedTuple):
     """Changes of the targets when features were doubled, one by one."""
 
     node_E: np.ndarray  #: nodes of the graph that were doubled
     edge_ExR: np.ndarray  #: the weights of their edges
-    frozen_ExR: np.ndarray | None  #: changes with all frozen, per activation added; None with SAEs
     free_ExR: np.ndarray  #: changes with nothing frozen
-
-    @property
-    def held_error(self) -> float | None:
-        """The largest difference of edges and changes with all frozen, over the largest edge (1 if all are 0)."""
-        if self.frozen_ExR is None:
-            return None
-        largest = np.abs(self.edge_ExR).max()
-        return float(np.abs(self.frozen_ExR - self.edge_ExR).max() / (largest or 1.0))
-
-    @property
-    def correlation(self) -> float | None:
-        """The correlation of edges and changes with nothing frozen, over all targets that an edge reaches."""
-        reached_ExR = self.edge_ExR != 0
-        edges, free = self.edge_ExR[reached_ExR], self.free_ExR[reached_ExR]
-        # Two points always lie on a line.
-        if len(edges) < 3 or not edges.std() or not free.std():
-            return None
-        return float(np.corrcoef(edges, free)[0, 1])
-
-    @property
-    def results(self) -> DoublingResults:
-        """The figures that the stage reports."""
-        return DoublingResults(len(self.node_E), self.held_error, self.correlation)
+    results: DoublingResults  #: the figures that the stage reports
 
 
 def double(local: LocalModel | SaeRun, graph: Graph, readouts: Readouts, count: int = 32, seed: int = 456) -> Doubling:
@@ -172,9 +147,15 @@ def double(local: LocalModel | SaeRun, graph: Graph, readouts: Readouts, count: 
         changed = local.run(rows, freeze, readouts=readouts, features=index_F, logits=False)
         return (np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1) - clean_R) / times
 
-    edge_ExR = graph.adjacency_RxS[:, node_E].T.astype(np.float64)
-    frozen_ExR = effects(_FROZEN_TIMES, "all") if isinstance(local, LocalModel) else None
-    return Doubling(node_E, edge_ExR, frozen_ExR, effects(1, "none"))
+    edge_ExR, free_ExR = graph.adjacency_RxS[:, node_E].T.astype(np.float64), effects(1, "none")
+    held_error, correlation = None, None
+    if isinstance(local, LocalModel):
+        difference = np.abs(effects(_FROZEN_TIMES, "all") - edge_ExR).max()
+        held_error = float(difference / (np.abs(edge_ExR).max() or 1.0))
+    edges, free = edge_ExR[edge_ExR != 0], free_ExR[edge_ExR != 0]
+    if len(edges) > 2 and edges.std() and free.std():  # two points always lie on a line
+        correlation = float(np.corrcoef(edges, free)[0, 1])
+    return Doubling(node_E, edge_ExR, free_ExR, DoublingResults(len(node_E), held_error, correlation))
 
 
 def faithfulness_curve(

@@ -133,12 +133,12 @@ def rows_program(plan: PlannedRun, mesh: Mesh, planned: PlannedGraphs, stage: st
     params = abstract_params(model, mesh, plan.dtype)
     flops = rows.row_flops(model, np.full(count * chunks, model.n_layers), length)
     flops += 2.0 * count * chunks * blocks * WIDTH * width
-    program = Program(
+    return Program(
         f"{stage}: rows",
         f"{count * chunks:,} targets, {table:,} directions",
         rows.contributions,
         (FrozenModel(model, params, skip_LxDxD=skip_LxDxD), mesh, stream_LxTxD, bank, *places, batch),
         stream_LxTxD,  # the errors, beside it
         flops,
+        runs=planned.rows / (count * chunks),
     )
-    return dataclasses.replace(program, runs=planned.rows / (count * chunks))

@@ -43,12 +43,7 @@ def unit_name(config: GraphConfig) -> str:
       UserError: prompts are given in two ways, transcoders and SAEs are both given or both missing, or a head is
         malformed.
     """
-    is_given = {
-        "--graph.prompt": bool(config.prompt),
-        "--graph.prompts": bool(config.prompts),
-        "--graph.behaviours": bool(config.behaviours),
-    }
-    named = [flag for flag, is_set in is_given.items() if is_set]
+    named = [f"--graph.{name}" for name in ("prompt", "prompts", "behaviours") if getattr(config, name)]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)}: expected one of them")
     if not named:
@@ -76,41 +71,31 @@ def unit_name(config: GraphConfig) -> str:
 
 def identity(config: GraphConfig) -> str:
     """Return a fingerprint of all input files but the model's: dictionaries, prompts, labels, supernodes."""
+    places, commit = list(map(Path, config.dictionaries)), ""
     if config.transcoders:
         from saejax.attribution.local.transcoders import find_folder  # the stage's own imports take seconds
 
         _, folder, commit = find_folder(config.transcoders, choice=config.l0)
-        folders = [folder]
-    else:
-        folders, commit = list(map(Path, config.dictionaries)), ""
-    if not folders:
+        places = [folder]
+    if not places:
         return ""
     from saejax.dictionaries.labels import labels_of_folders
 
     # A commit stands for the content of all files.
-    marks = [commit] if commit else [mark for folder in folders for mark in _marks(folder)]
-    if labels := labels_of_folders(folders):
+    marks = [commit] if commit else [mark for folder in places for mark in _marks(folder)]
+    if labels := labels_of_folders(places):
         marks.append(fingerprint(sorted([*place, label] for place, label in labels.items())))
-    return fingerprint([*_given_files(config), *_feature_files(config), *marks])
-
-
-def _given_files(config: GraphConfig) -> list[str]:
-    """Return what the files hold that the flags name; "" for one that is not there."""
     named = [Path(file or "-") for file in (config.prompts, config.labels, config.supernodes)]
     files = [path for place in named for path in (sorted(place.glob("*.csv")) if place.is_dir() else [place])]
-    return [file_sha256(path) if path.is_file() else "" for path in files]
+    hashes = [file_sha256(path) if path.is_file() else "" for path in files]
+    if config.features.startswith("hf://"):
+        from saejax.attribution.forms.features import index_on_hub
 
-
-def _feature_files(config: GraphConfig) -> list[str]:
-    """Return what identifies the feature files that a flag names: contents, or the commit on the hub.
-
-    Of packed files, gigabytes, the index stands for all: it has the size of every feature.
-    """
-    if not config.features.startswith("hf://"):
-        return _marks(Path(config.features).expanduser()) if config.features else []
-    from saejax.attribution.forms.features import index_on_hub
-
-    return [content_sha256(index_on_hub(config.features))]
+        # Of packed files, gigabytes, the index stands for all: it has the size of every feature.
+        hashes.append(content_sha256(index_on_hub(config.features)))
+    elif config.features:
+        hashes += _marks(Path(config.features).expanduser())
+    return fingerprint([*hashes, *marks])
 
 
 def _marks(folder: Path) -> list[str]:
@@ -182,11 +167,10 @@ def read_given_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
         labels = json.loads(text)
     except ValueError:
         labels = None
-    has_feature_keys = isinstance(labels, dict) and all(re.fullmatch(r"\d+_\d+", key) for key in labels)
-    if not has_feature_keys or not all(isinstance(label, str) for label in labels.values()):
+    features = [re.fullmatch(r"(\d+)_(\d+)", key) for key in labels] if isinstance(labels, dict) else [None]
+    if not all(features) or not all(isinstance(label, str) for label in labels.values()):
         raise UserError(f'{path} holds no labels: expected {{"3_17": "cities"}}, by layer and number of the feature')
-    pairs = {key: key.split("_") for key in labels}
-    return {(int(layer), int(index)): labels[key] for key, (layer, index) in pairs.items()}
+    return {(int(at[1]), int(at[2])): label for at, label in zip(features, labels.values(), strict=True) if at}
 
 
 def read_heads(config: GraphConfig) -> list[tuple[int, int, int]]:

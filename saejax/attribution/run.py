@@ -21,7 +21,7 @@ from saejax.attribution.forms.outputs import (
 )
 from saejax.attribution.forms.page import EdgeHeads
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT
-from saejax.attribution.heads.contributions import head_contributions, largest_heads
+from saejax.attribution.heads.contributions import largest_heads
 from saejax.attribution.heads.query_key import check_head, split_scores
 from saejax.attribution.local.contexts import ContextSearch
 from saejax.attribution.local.dictionaries import LayerSaes
@@ -162,7 +162,7 @@ def _measure(
     scores = tuple(split_scores(traced.local, *head) for head in read_heads(config))
     heads: EdgeHeads = {}
     if config.heads:
-        heads = largest_heads(pruned, head_contributions(traced.local, traced.readouts, pruned))
+        heads = largest_heads(traced.local, traced.readouts, pruned)
     if config.contexts and isinstance(dictionaries, LayerTranscoders):
         _search_contexts(run, model, dictionaries, document)
     write_outputs(run, graph, document, heads, [score_table(score, pruned) for score in scores])

@@ -55,8 +55,8 @@ def list_page(store: GraphStore, graphs: Sequence[StoredGraph], config: GraphCon
         dict(
             id=graph.id,
             address=address(graph.id),
-            prompt=str(graph.entry.get("prompt", "")),
-            about=f"model {graph.entry.get('scan', '')}, {len(graph.entry.get('prompt_tokens') or ())} tokens",
+            prompt=graph.metadata["prompt"],
+            about=f"model {graph.metadata['scan']}, {len(graph.metadata['prompt_tokens'])} tokens",
         )
         for graph in graphs
     ]
@@ -137,7 +137,7 @@ class GraphServer:
             document = self._session.prune(graph, document, nodes, edges)
         try:
             configs = self._session.configs_of(graph)
-            labels = self._store.labels(graph, folders(configs[GraphConfig]))
+            labels = self._store.labels(folders(configs[GraphConfig]))
             details = self._store.details(graph, document, configs[GraphConfig])
             freeze_modes = FREEZE_MODES[:1] if configs[GraphConfig].dictionaries else FREEZE_MODES
             note = f"With {_parts(configs)}."

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 
 from saejax.attribution.checks import matched, set_to
-from saejax.attribution.graph.nodes import FEATURE, Nodes
+from saejax.attribution.graph.nodes import Nodes
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Target, read_targets
-from saejax.attribution.trace.sae_run import SaeRun
+from saejax.attribution.trace.gradient import SaeRun
 from saejax.errors import UserError
 from saejax.models.tokens import token_text
 from saejax.runner.parts import OnProgress, silent
@@ -59,8 +60,7 @@ def effects(
     # Before the changes, after them, and with each random set changed.
     logits_RxV = np.concatenate([run.logits_V[None], changed_RxV]).astype(np.float64)
     text, pairs = token_text(run.model.tokenizer), readouts.pair_Kx2.tolist()
-    log_RxV = logits_RxV - logits_RxV.max(axis=1, keepdims=True)
-    log_RxV -= np.log(np.exp(log_RxV).sum(axis=1, keepdims=True))
+    log_RxV = log_softmax(logits_RxV, axis=1)
     p_RxV, kl_R = np.exp(log_RxV), (np.exp(log_RxV[0]) * (log_RxV[0] - log_RxV)).sum(axis=1)
     top = [token for row in p_RxV[:2] for token in np.argsort(-row, kind="stable")[:_SHOWN].tolist()]
     shown = sorted(dict.fromkeys([*top, *(a for a, b in pairs if b < 0)]), key=lambda token: -p_RxV[1, token])
@@ -103,8 +103,7 @@ def _changed(
     if (np.diff(chosen_N) == 0).any():
         raise UserError("a feature is in two changes: give it one")
     amount_N, is_factor_N = np.array([(amount, scaled) for amount, scaled, _ in each], np.float64)[order_N].T
-    columns = (column[chosen_N] for column in (active.layer_A, active.position_A, active.feature_A, active.value_A))
-    return Nodes.of(FEATURE, *columns), amount_N, is_factor_N.astype(bool)
+    return active[chosen_N].nodes, amount_N, is_factor_N.astype(bool)
 
 
 def _row(features: Nodes, amount_N: np.ndarray, is_factor_N: np.ndarray) -> list[Change]:

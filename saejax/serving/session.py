@@ -7,7 +7,6 @@ graph that is traced again under its slug is another graph.
 
 import dataclasses
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,7 @@ from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Target
 from saejax.attribution.requests import Request, read_labels, unit_name
 from saejax.attribution.run import open_parts, run_attribute, trace_request
-from saejax.attribution.trace.rounds import Traced
-from saejax.attribution.trace.sae_run import SaeRun
+from saejax.attribution.trace.gradient import SaeRun
 from saejax.errors import UserError
 from saejax.results import load_summary
 from saejax.runner import config as configuration
@@ -57,7 +55,7 @@ class ModelSession:
     def __init__(self, configs: Configs, named: bool):
         self.defaults, self._named = configs, named
         self._parts: tuple[Any, Any] | None = None  # what they are of, and the model and its dictionaries
-        self._runs: OrderedDict[Key, LocalModel | SaeRun] = OrderedDict()
+        self._runs: dict[Key, LocalModel | SaeRun] = {}
 
     def configs_of(self, graph: StoredGraph | None) -> Configs:
         """Return the configuration that a graph was made with; of None, that of the command line.
@@ -80,16 +78,13 @@ class ModelSession:
         """Return what ``run.open_parts`` does, from memory where the last call was for the same."""
         key = _parts_key(run.configs)
         if self._parts is None or self._parts[0] != key:
-            self.forget()
+            # Before the next one is loaded: both would take memory.
+            self._parts = None
+            self._runs.clear()
             job.say("Loading the model")
             self._parts = key, open_parts(run)
             job.say("The model is loaded")  # stops here if the work was cancelled meanwhile
         return self._parts[1]
-
-    def forget(self) -> None:
-        """Free all memory."""
-        self._parts = None
-        self._runs.clear()
 
     def run(self, graph: StoredGraph, document: GraphDocument, job: Job) -> LocalModel | SaeRun:
         """Return the model that was run on a graph's prompt, with what its set makes of it.
@@ -105,12 +100,14 @@ class ModelSession:
             ids_P, is_saes = np.array(token_ids(document), np.int32), isinstance(dictionaries, LayerSaes)
             run = SaeRun.of(model, dictionaries, ids_P) if is_saes else LocalModel(model, dictionaries, ids_P)
             _check_same(document, run)
-            self._keep(key, run)
+            self.keep(graph, run)
         return self._runs[key]
 
-    def keep(self, graph: StoredGraph, traced: Traced) -> None:
-        """Keep the run of a graph that was traced here."""
-        self._keep(self._key(graph), traced.local)
+    def keep(self, graph: StoredGraph, run: LocalModel | SaeRun) -> None:
+        """Keep the run of a graph's prompt, and forget the oldest."""
+        self._runs[self._key(graph)] = run
+        while len(self._runs) > _KEPT:
+            del self._runs[next(iter(self._runs))]
 
     def prune(self, graph: StoredGraph, document: GraphDocument, nodes: float, edges: float) -> GraphDocument:
         """Return a graph pruned with other thresholds, from the whole one in its unit.
@@ -141,13 +138,6 @@ class ModelSession:
 
     def _key(self, graph: StoredGraph) -> Key:
         return graph.fingerprint, _parts_key(self.configs_of(graph))
-
-    def _keep(self, key: Key, run: LocalModel | SaeRun) -> None:
-        """Keep a run as the newest, and forget the oldest."""
-        self._runs[key] = run
-        self._runs.move_to_end(key)
-        while len(self._runs) > _KEPT:
-            self._runs.popitem(last=False)
 
 
 def token_ids(document: GraphDocument) -> list[int]:
@@ -240,7 +230,7 @@ def trace_typed(
             workspace.discard(unit, folder.name.rpartition("-")[2])
     graph = f"attribute/{slug}/graphs/{slug}"
     if traced:
-        session.keep(store.find(graph), traced[0])
+        session.keep(store.find(graph), traced[0].local)
     return graph
 
 

@@ -1,8 +1,8 @@
 """The graphs of a folder, and what readers say of them: labels of features and groups of nodes.
 
-A graph is a file that a list ``graph-metadata.json`` names, as every ``attribute`` unit and circuit-tracer write one; a
-folder without such lists may hold graphs in Neuronpedia's format themselves. Units are only read: what readers save is
-kept in ``DIR/serve/``, in files that the stages take.
+A graph is a file in Neuronpedia's format, in the folder itself or beside a list ``graph-metadata.json``, as every
+``attribute`` unit and circuit-tracer write one. Units are only read: what readers save is kept in ``DIR/serve/``, in
+files that the stages take.
 """
 
 import dataclasses
@@ -14,18 +14,17 @@ from typing import Any
 
 from saejax.attribution.forms.document import GraphDocument, are_groups, check_groups, read_document
 from saejax.attribution.forms.neuronpedia import INDEX
-from saejax.attribution.forms.outputs import FEATURES, details_of, read_shown
+from saejax.attribution.forms.outputs import FEATURES, described_features, details_of_features, read_shown
 from saejax.attribution.graph import Graph
-from saejax.dictionaries.labels import names_of_layers
+from saejax.dictionaries.labels import labels_of_sheets, names_of_layers
 from saejax.errors import UserError
 from saejax.files import file_sha256, locked, read_json, write_json
-from saejax.interpret.labels import read_labels, write_label
+from saejax.interpret.labels import write_label
 from saejax.runner.stage import folder_name
 from saejax.runner.workspace import STARTED, SUMMARY, current_units
 from saejax.settings import GraphConfig
 
 _SAVED = "serve"  # the folder for what readers save
-_ANY = 1 << 40  # features that a dictionary may have; which there are is not known here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ class StoredGraph:
 
     id: str  #: its path in the folder, without ".json"; what pages call it
     path: Path  #: its file
-    entry: Mapping[str, Any]  #: what a list says of it, such as ``slug`` and ``prompt``
+    metadata: Mapping[str, Any]  #: of its document, such as ``slug`` and ``prompt``
 
     @property
     def unit(self) -> Path | None:
@@ -80,13 +79,13 @@ def _read_graph(path: Path, changed: int) -> GraphDocument:
 
 
 @functools.lru_cache(1024)
-def _read_loose(path: Path, changed: int) -> Mapping[str, Any] | str | None:
+def _read_metadata(path: Path, changed: int) -> Mapping[str, Any] | str | None:
     """Return a graph's metadata; what is wrong with it; None: it is something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return read_document(content)["metadata"] if isinstance(content, dict) and "nodes" in content else None
     except UserError as error:
-        return str(error)
+        return " ".join(str(error).split())
     except (OSError, ValueError, RecursionError):
         return "is not JSON, or is cut off"
 
@@ -106,25 +105,33 @@ class GraphStore:
 
     def graphs(self) -> dict[str, StoredGraph]:
         """Return all graphs by id, the most recently changed first; damaged files and units are noted as problems."""
-        self.problems = {}
-        graphs = [graph for path in self._lists() for graph in self._of_list(path)] or self._loose()
+        self.problems, graphs = {}, list[StoredGraph]()
+        for path in (path for folder in self._folders() for path in sorted(folder.glob("*.json"))):
+            # A link may lead out of the folder.
+            if path.name == INDEX or not path.resolve().is_relative_to(self.root.resolve()):
+                continue
+            name, metadata = path.relative_to(self.root), _read_metadata(path, path.stat().st_mtime_ns)
+            if isinstance(metadata, str):
+                self.problems[name.as_posix()] = metadata
+            elif metadata is not None:
+                graphs.append(StoredGraph(name.with_suffix("").as_posix(), path, metadata))
         graphs.sort(key=lambda graph: (-graph.path.stat().st_mtime, graph.id))
         return {graph.id: graph for graph in graphs}
 
-    def _lists(self) -> list[Path]:
-        """Return the lists of graphs: those of current units, by paths that stay when settings change, and others."""
+    def _folders(self) -> list[Path]:
+        """Return the folders of graphs: of current units, by paths that stay when settings change, and others."""
         units: Mapping[str, Path] = {}
         try:
             units = current_units(self.root)
         except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-            self._note(self.root, error)
+            self.problems["."] = " ".join(str(error).split())
         places = [self.root / name if (self.root / name).exists() else folder for name, folder in units.items()]
-        lists = [path for place in places for path in sorted(place.rglob(INDEX))]
+        folders = [self.root, *(path.parent for place in places for path in sorted(place.rglob(INDEX)))]
         for path in sorted(self.root.rglob(INDEX)):
             within = path.relative_to(self.root).parents
             if not any((self.root / folder / STARTED).exists() for folder in within):
-                lists.append(path)
-        return lists
+                folders.append(path.parent)
+        return list(dict.fromkeys(folders))
 
     def find(self, graph: str) -> StoredGraph:
         """Return the graph with an id.
@@ -155,7 +162,7 @@ class GraphStore:
     def details(self, graph: StoredGraph, document: GraphDocument, config: GraphConfig) -> dict[tuple[int, int], Any]:
         """Return the details of a graph's features, also from ``features/`` in its unit and in the folder."""
         folders = [place / FEATURES for place in (graph.unit, self.root) if place]
-        return details_of(config, document, [folder for folder in folders if folder.is_dir()])
+        return details_of_features(config, described_features(document), folders)
 
     def save_groups(self, graph: StoredGraph, groups: Any) -> Path:
         """Save groups for ``--graph.supernodes``, each a label and ids of nodes, and return the file.
@@ -173,23 +180,17 @@ class GraphStore:
             write_json(path, self._saved_groups(graph) | {document["metadata"]["slug"]: groups})
         return path
 
-    def labels(self, graph: StoredGraph, folders: Sequence[str]) -> dict[tuple[int, int], str]:
+    def labels(self, folders: Sequence[str]) -> dict[tuple[int, int], str]:
         """Return the labels that readers gave features, by layer and index.
 
         Args:
-          graph: graph whose features are labelled.
           folders: the folder of the set, or those of the SAEs.
 
         Raises:
           UserError: the file of labels is damaged.
         """
-        path, document = self._labels_file(folders), self.document(graph)
-        if not path.exists():
-            return {}
-        layers = {int(node["layer"]) for node in document["nodes"] if node["layer"] != "E"}
-        names = names_of_layers(folders, layers)
-        read = {layer: read_labels(path, name, _ANY, several=False) for layer, name in names.items()}
-        return {(layer, feature): record.label for layer, labels in read.items() for feature, record in labels.items()}
+        path = self._labels_file(folders)
+        return labels_of_sheets(path, "--atlas.labels", folders) if path.exists() else {}
 
     def save_label(self, folders: Sequence[str], layer: int, feature: int, label: str) -> Path:
         """Save a label, for ``--atlas.labels``; return the file. See ``labels``."""
@@ -206,45 +207,3 @@ class GraphStore:
     def _saved_groups(self, graph: StoredGraph) -> dict[str, Any]:
         path = self._groups_file(graph)
         return read_json(path) if path.exists() else {}
-
-    def _of_list(self, path: Path) -> list[StoredGraph]:
-        """Return the graphs of a list that exist and are whole; entries that lead elsewhere are left out."""
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))["graphs"]
-            slugs = [(entry, entry["slug"]) for entry in entries]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            self._note(path, f"is no list of graphs ({type(error).__name__})")
-            return []
-        graphs = [graph for entry, slug in slugs if (graph := self._at(path.parent / f"{slug}.json", entry))]
-        whole = [graph for graph in graphs if _is_whole(graph.path)]
-        for graph in graphs:
-            if graph not in whole:
-                self._note(graph.path, "is damaged: it does not end as JSON does")
-        return whole
-
-    def _note(self, path: Path, error: object) -> None:
-        name = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
-        self.problems[name] = " ".join(str(error).split())
-
-    def _loose(self) -> list[StoredGraph]:
-        """Return graphs of the folder without a list."""
-        graphs = []
-        for path in sorted(self.root.glob("*.json")):
-            entry = _read_loose(path, path.stat().st_mtime_ns)
-            if isinstance(entry, str):
-                self._note(path, entry)
-            elif entry is not None and (graph := self._at(path, entry)):
-                graphs.append(graph)
-        return graphs
-
-    def _at(self, path: Path, entry: Mapping[str, Any]) -> StoredGraph | None:
-        inside = path.is_file() and path.resolve().is_relative_to(self.root.resolve()) and isinstance(entry, Mapping)
-        return StoredGraph(path.relative_to(self.root).with_suffix("").as_posix(), path, entry) if inside else None
-
-
-def _is_whole(path: Path) -> bool:
-    """Return whether a file begins and ends as a JSON object does: most damaged files were cut off."""
-    with path.open("rb") as file:
-        first = file.read(1)
-        file.seek(max(path.stat().st_size - 64, 0))
-        return first == b"{" and file.read().rstrip().endswith(b"}")

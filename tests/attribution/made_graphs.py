@@ -48,6 +48,17 @@ def make_graph(features=7, layers=2, positions=3, logits=2, seed=0) -> Graph:
     )
 
 
+def all_heads(traced, graph) -> np.ndarray:
+    """The contributions of all heads to each edge, [E, L, H]."""
+    config, seen = traced.local.model.config, []
+    value_ExLxH = np.zeros((len(graph.edges()[0]), config.n_layers, config.n_heads), np.float32)
+    for edge_B, value_BxLxH in head_contributions(traced.local, traced.readouts, graph):
+        value_ExLxH[edge_B] = value_BxLxH
+        seen += edge_B.tolist()
+    assert sorted(seen) == list(range(len(value_ExLxH)))  # each edge once
+    return value_ExLxH
+
+
 def heads_by_edge(graph, value_ExLxH) -> dict[tuple[int, int], dict[tuple[int, int], float]]:
     """All contributions of heads that are not 0: (source, target) -> (layer, head) -> contribution."""
     ends = zip(*(ends.tolist() for ends in graph.edges()[:2]), value_ExLxH, strict=True)
@@ -57,7 +68,7 @@ def heads_by_edge(graph, value_ExLxH) -> dict[tuple[int, int], dict[tuple[int, i
 def assert_heads_are_the_only_way(traced):
     """From what enters a layer to what reads in it elsewhere, the parts of that layer's heads are the edge."""
     graph = traced.graph.prune(1.0, 1.0)
-    parts = heads_by_edge(graph, head_contributions(traced.local, traced.readouts, graph))
+    parts = heads_by_edge(graph, all_heads(traced, graph))
     nodes, compared = graph.nodes, 0
     for source, target, weight in zip(*(part.tolist() for part in graph.edges()), strict=True):
         if nodes.position_N[source] == nodes.position_N[target]:

@@ -37,11 +37,11 @@ def root(tmp_path):
     return root
 
 
-def test_graphs_are_found_by_their_lists(root):
+def test_graphs_are_found_beside_their_lists(root):
     store = GraphStore(root)
     assert set(store.graphs()) == {"attribute/p/graphs/water", "attribute/p/graphs/war"}
     graph = store.find("attribute/p/graphs/war")
-    assert graph.unit == root / "attribute" / "p" and graph.entry["slug"] == "war"
+    assert graph.unit == root / "attribute" / "p" and graph.metadata["slug"] == "war"
     assert store.document(graph)["metadata"]["slug"] == "war"
     assert graph.whole is None
     with pytest.raises(UserError, match="the whole graph of attribute/p/graphs/war is not saved"):
@@ -66,11 +66,9 @@ def test_nothing_outside_the_folder_is_reached(root):
 
 
 @pytest.mark.parametrize("damaged", ["{", "[]", '{"graphs": [3]}', '{"graphs": {"slug": "a"}}'])
-def test_a_damaged_list_hides_no_other(root, damaged):
-    (root / "broken").mkdir()
-    (root / "broken" / INDEX).write_text(damaged)
-    store = GraphStore(root)
-    assert len(store.graphs()) == 2 and list(store.problems) == [f"broken/{INDEX}"]
+def test_a_damaged_list_hides_no_graph(root, damaged):
+    (root / "attribute" / "p" / "graphs" / INDEX).write_text(damaged)
+    assert len(GraphStore(root).graphs()) == 2
 
 
 def test_a_damaged_graph_or_unit_is_one_line_and_hides_no_other(root, tmp_path):
@@ -79,9 +77,9 @@ def test_a_damaged_graph_or_unit_is_one_line_and_hides_no_other(root, tmp_path):
     store = GraphStore(root)
     assert list(store.graphs()) == ["attribute/p/graphs/water"]
     (problem,) = store.problems.items()
-    assert problem == ("attribute/p/graphs/war.json", "is damaged: it does not end as JSON does")
+    assert problem == ("attribute/p/graphs/war.json", "is not JSON, or is cut off")
     page = list_page(store, list(store.graphs().values()), GraphConfig(), "", "")
-    assert '"problems":["attribute/p/graphs/war.json: is damaged' in page and "model made-up-model, 11 tokens" in page
+    assert '"problems":["attribute/p/graphs/war.json: is not JSON' in page and "model made-up-model, 11 tokens" in page
 
 
 def test_a_folder_of_files_without_a_list(tmp_path):
@@ -117,28 +115,30 @@ def test_groups_are_saved_for_the_stage_and_shown(root):
 
 def test_labels_are_saved_for_the_atlas_and_shown(root):
     store = GraphStore(root)
-    graph = store.find("attribute/p/graphs/war")
     path = store.save_label(SET, 3, 17, '=cmd|"<b>", "line\n2"')
     store.save_label(SET, 2, 17, "other layer")
     store.save_label(SET, 3, 17, "cities, towns")
     store.save_label(SET, 3, 18, "gone")
     store.save_label(SET, 3, 18, "")
-    assert store.labels(graph, SET) == {(3, 17): "cities, towns", (2, 17): "other layer"}
+    assert store.labels(SET) == {(3, 17): "cities, towns", (2, 17): "other layer"}
     read = read_labels(path, "layer 3", 20, several=True)
     assert {feature: one.label for feature, one in read.items()} == {17: "cities, towns"}
-    assert store.labels(graph, ["another set"]) == {}
+    assert store.labels(["another set"]) == {}
 
 
 def test_labels_of_ones_own_keep_their_lines_and_columns(root):
     store = GraphStore(root)
     own = store.save_label(SET, 3, 17, "first")
-    own.write_text('feature,label,note,reviewer,seen\n17,"old, one",a note,me,yes\n5,keep,,you,no\n')
-    graph = store.find("attribute/p/graphs/war")
-    assert store.labels(graph, SET)[3, 5] == "keep"
+    own.write_text(
+        'feature,label,note,reviewer,seen,dictionary\n17,"old, one",a note,me,yes,\n5,keep,,you,no,layer 3\n'
+    )
+    with pytest.raises(UserError, match="line 2: '' and '17' name no layer and feature"):
+        store.labels(SET)
     assert store.save_label(SET, 3, 17, "new") == own
     assert own.read_text() == (
-        "feature,label,note,reviewer,dictionary,seen\n5,keep,,you,,no\n17,new,a note,by hand,layer 3,yes\n"
+        "feature,label,note,reviewer,dictionary,seen\n5,keep,,you,layer 3,no\n17,new,a note,by hand,layer 3,yes\n"
     )
+    assert store.labels(SET) == {(3, 5): "keep", (3, 17): "new"}
     own.write_text("feature;label\n17;x\n")
     before = own.read_bytes()
     with pytest.raises(UserError, match="--atlas.labels=.* has no column"):

@@ -30,6 +30,7 @@ from saejax.models.hub import hub_errors
 from saejax.page.tables import visible
 
 Feature = tuple[int, int]  # layer, index of the feature
+ReadFeature = Callable[[Feature], Mapping[str, Any] | None]  # gives the JSON of a feature; None: it is not known
 ReadRange = Callable[[str, int, int], bytes]  # of a file beside an index, from one byte to before another
 EXAMPLES = 5  # contexts of a feature that a page shows
 _NAMING = 2  # tokens that name a feature without a label
@@ -90,12 +91,15 @@ def read_details(
     """
     wanted = list(dict.fromkeys(features))
     details = _from_interpret(dictionaries, wanted)
-    for read in [open_folder(folder) for folder in folders]:
-        _add_missing(details, wanted, read)
-    for dictionary in dictionaries:
+    places: list[tuple[Callable[[str | Path], ReadFeature | None], str | Path]]
+    places = [*((open_folder, folder) for folder in folders), *((_open_own, dictionary) for dictionary in dictionaries)]
+    for open_place, place in places:
+        missing = [feature for feature in wanted if feature not in details]
         # Opening a set on the hub fetches its index, so this is done only if features are still missing.
-        if len(details) < len(wanted) and (read_own := _open_own(dictionary)):
-            _add_missing(details, wanted, read_own)
+        if missing and (read := open_place(place)):
+            with ThreadPoolExecutor(_CONNECTIONS) as pool:
+                data_by_feature = zip(missing, pool.map(read, missing), strict=True)
+                details |= {feature: parse_feature(data) for feature, data in data_by_feature if data is not None}
     return details
 
 
@@ -106,16 +110,6 @@ def write_contexts(folder: Path, contexts: Mapping[Feature, Sequence[Mapping[str
         activations = [dict(tokens=context["tokens"], values=context["activations"]) for context in some]
         if activations:
             write_json(folder / f"{layer}_{index}.json", dict(activations=activations))
-
-
-def _add_missing(
-    details: dict[Feature, FeatureDetails], wanted: Sequence[Feature], read: Callable[[Feature], Mapping | None]
-) -> None:
-    """Read those of the wanted features that ``details`` lacks, and add what there is."""
-    missing = [feature for feature in wanted if feature not in details]
-    with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        data_by_feature = dict(zip(missing, pool.map(read, missing), strict=True))
-    details |= {feature: parse_feature(data) for feature, data in data_by_feature.items() if data is not None}
 
 
 def parse_feature(data: Mapping[str, Any]) -> FeatureDetails:
@@ -173,8 +167,8 @@ def _from_interpret(dictionaries: Sequence[str | Path], features: Sequence[Featu
     return details
 
 
-def open_folder(folder: str | Path) -> Callable[[Feature], Mapping[str, Any] | None]:
-    """Return what reads the JSON of a feature in a folder, or gives None where the folder does not know it.
+def open_folder(folder: str | Path) -> ReadFeature:
+    """Return what reads the JSON of a feature in a folder.
 
     Raises:
       UserError: there is no such folder.
@@ -199,7 +193,7 @@ def index_on_hub(address: str) -> Path:
     return fetch_file(f"{folder}/{_INDEX}{at}{revision}")
 
 
-def _open_own(dictionaries: str | Path) -> Callable[[Feature], Mapping[str, Any] | None] | None:
+def _open_own(dictionaries: str | Path) -> ReadFeature | None:
     """Return what reads the feature files that come with a set, as ``open_folder``; None where there are none."""
     local = Path(dictionaries).expanduser()
     if local.exists():

@@ -185,11 +185,10 @@ def write_graph(folder: Path, document: GraphDocument) -> None:
     listed = _listed(folder / INDEX)
     slugs = [item.get("slug") if isinstance(item, dict) else None for item in listed["graphs"]]
     place = slugs.index(slug) if slug in slugs else len(slugs)
-    entries = [item for item, name in zip(listed["graphs"], slugs) if name != slug]
-    entries.insert(place, {name: value for name, value in metadata.items() if name in _LISTED})
+    listed["graphs"][place : place + 1] = [{name: value for name, value in metadata.items() if name in _LISTED}]
     # Before its entry: a list never names a graph that is not there. Without indents: graphs are large.
     write_text(path, json.dumps(document, allow_nan=False, separators=(",", ":")))
-    write_json(folder / INDEX, {**listed, "graphs": entries})
+    write_json(folder / INDEX, listed)
 
 
 def _listed(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import GraphDocument, feature_nodes, feature_of, ranked_links
+from saejax.attribution.forms.document import GraphDocument, feature_nodes, feature_of
 from saejax.attribution.forms.features import Feature, FeatureDetails, read_details
 from saejax.attribution.forms.neuronpedia import write_graph
 from saejax.attribution.forms.page import EdgeHeads, PageTable, write_page
@@ -30,7 +30,6 @@ from saejax.runner.workspace import Run
 from saejax.settings.attribution import GraphConfig
 
 FEATURES = "features"  # folder of contexts that were searched, a file for each feature
-_HEADS_ON_PAGE = 20_000  # edges, the strongest ones, whose heads the page has; the file has all
 _DETAILS_ON_PAGE = 300  # features, the most influential ones, whose contexts the page has
 _NOTE = (
     "The score of a query with a key, before the softmax, is a sum over pairs: what one source adds to the query times "
@@ -59,28 +58,8 @@ def write_outputs(
     write_graph(run.folder / "graphs", document)
     if heads or tables:
         write_shown(run.folder / "heads" / f"{slug}.json", heads, tables)
-    strong = [document["links"][place] for place in ranked_links(document)[0][:_HEADS_ON_PAGE]]
-    ends = [(link["source"], link["target"]) for link in strong]
-    shown = {edge: heads[edge] for edge in ends if edge in heads}
-    searched = run.folder / FEATURES
-    details = details_of(run.configs[GraphConfig], document, [searched] if searched.is_dir() else [])
-    write_page(part_file(run, slug, ".html"), document, heads=shown, tables=tables, details=details)
-
-
-def details_of(
-    config: GraphConfig, document: GraphDocument, folders: Sequence[Path] = ()
-) -> dict[tuple[int, int], FeatureDetails]:
-    """Return what is known of the most influential features of a graph.
-
-    Args:
-      config: names the set and a folder of feature files.
-      document: of the graph.
-      folders: more folders of feature files.
-
-    Raises:
-      UserError: a file is damaged.
-    """
-    return details_of_features(config, described_features(document), folders)
+    details = details_of_features(run.configs[GraphConfig], described_features(document), [run.folder / FEATURES])
+    write_page(part_file(run, slug, ".html"), document, heads=heads, tables=tables, details=details)
 
 
 def described_features(document: GraphDocument) -> list[Feature]:
@@ -94,18 +73,27 @@ def described_features(document: GraphDocument) -> list[Feature]:
 def details_of_features(
     config: GraphConfig, features: Sequence[Feature], folders: Sequence[Path] = ()
 ) -> dict[Feature, FeatureDetails]:
-    """Return what is known of features of the set that ``config`` names; see ``details_of``."""
+    """Return what is known of features.
+
+    Args:
+      config: names the set and a folder of feature files.
+      features: layers and indices.
+      folders: more folders of feature files, where they exist.
+
+    Raises:
+      UserError: a file is damaged.
+    """
     dictionaries = [config.transcoders] if config.transcoders else config.dictionaries
-    return read_details(dictionaries, [*filter(None, [config.features]), *folders], features)
+    more = [folder for folder in folders if folder.is_dir()]
+    return read_details(dictionaries, [*filter(None, [config.features]), *more], features)
 
 
 def write_shown(path: Path, heads: EdgeHeads, tables: Sequence[PageTable]) -> None:
-    """Write what a page shows beside its document: contributions of heads, an edge to a line, and tables."""
+    """Write what a page shows beside its document: contributions of heads, and tables."""
     edges = [dict(source=source, target=target, heads=some) for (source, target), some in heads.items()]
-    lines = ",\n".join(json.dumps(edge, separators=(",", ":")) for edge in edges)
-    below = json.dumps([dataclasses.asdict(table) for table in tables])
     path.parent.mkdir(exist_ok=True)
-    write_text(path, f'{{"edges":[\n{lines}\n],\n"tables":{below}}}\n')
+    # Without indents: there are many edges.
+    write_text(path, json.dumps(dict(edges=edges, tables=[dataclasses.asdict(table) for table in tables])))
 
 
 def read_shown(path: Path) -> dict[str, Any]:
@@ -118,7 +106,7 @@ def read_shown(path: Path) -> dict[str, Any]:
         return {}
     shown = read_json(path)
     try:
-        heads = {(edge["source"], edge["target"]): edge["heads"] for edge in shown["edges"][:_HEADS_ON_PAGE]}
+        heads = {(edge["source"], edge["target"]): edge["heads"] for edge in shown["edges"]}
         return dict(heads=heads, tables=[PageTable(**table) for table in shown["tables"]])
     except (KeyError, TypeError):
         raise UserError(f"{path} is damaged: trace the prompt again") from None

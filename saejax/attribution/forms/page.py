@@ -98,18 +98,20 @@ def page_html(
     )
 
 
-def page_edges(document: GraphDocument) -> dict[str, list[float]]:
+def page_edges(document: GraphDocument) -> dict[str, list[Any]]:
     """Return the links as columns, the strongest first, so that the page neither parses names nor sorts.
 
     Returns:
-      ``source`` and ``target``, indices of nodes, ``weight`` and ``score`` (``ranked_links``).
+      ``source`` and ``target``, indices of nodes, ``weight`` and ``score`` (``ranked_links``); and ``more``, the other
+      keys of each link, where a link has any: the page saves them again.
     """
-    links, (order, scores_E) = document["links"], ranked_links(document)
-    place = {node["node_id"]: n for n, node in enumerate(document["nodes"])}
-    columns: dict[str, list[float]] = {end: [place[links[e][end]] for e in order] for end in ("source", "target")}
-    return columns | dict(
-        weight=[links[e]["weight"] for e in order], score=shortest(scores_E[order].astype(np.float32)).tolist()
-    )
+    order, scores_E = ranked_links(document)
+    links, place = [document["links"][e] for e in order], {n["node_id"]: i for i, n in enumerate(document["nodes"])}
+    columns: dict[str, list[Any]] = {end: [place[link[end]] for link in links] for end in ("source", "target")}
+    columns["weight"] = [link["weight"] for link in links]
+    columns["score"] = shortest(scores_E[order].astype(np.float32)).tolist()
+    more = [{key: value for key, value in link.items() if key not in ("source", "target", "weight")} for link in links]
+    return columns | (dict(more=more) if any(more) else {})
 
 
 def _source(metadata: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ nodes by nodes. Nodes of the kinds first_mlp and bias are left out.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -23,7 +23,6 @@ from saejax.errors import UserError
 AnyGraph = TypeVar("AnyGraph", bound=GraphData)
 SMALLEST = 1e-10  # least sum of a row's weights that it is divided by
 _BLOCK = 1 << 22  # numbers of the matrix that are worked on at once
-_LOW_BITS = 16  # of an fp32 score, those that the first pass of the search for a threshold leaves out
 
 
 def influence(
@@ -111,7 +110,7 @@ def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, to
         for name, share in (("nodes", nodes), ("edges", edges)):
             if not 0 <= share <= 1:
                 raise UserError(f"prune: {name} is {share}: expected a share of influence, 0 to 1")
-        kept_N = influence_N >= share_threshold(lambda: [influence_N], nodes)
+        kept_N = influence_N >= share_threshold(influence_N, nodes)
         kept_N |= np.isin(graph.nodes.kind_N, (TOKEN, LOGIT))
         # Their columns are not scored, so that they have no influence to be kept by.
         kept_N &= ~np.isin(graph.nodes.kind_N, (FIRST_MLP, BIAS))
@@ -127,48 +126,34 @@ def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, to
         yield dataclasses.replace(_cut(cut, connected_N), pruning=pruning)
 
 
-def share_threshold(blocks: Callable[[], Iterable[np.ndarray]], share: float) -> float:
+def share_threshold(values: np.ndarray, share: float) -> float:
     """Return the threshold at or above which values have a share of the sum of all values; infinity if all are 0.
 
-    Values are not sorted: a first pass sums them by their leading bits, a second one sorts those whose leading bits are
-    the threshold's.
-
     Args:
-      blocks: yields all values, fp32 and 0 or above, in several arrays; called twice.
+      values: fp32, 0 or above, of any shape.
       share: share of the sum, 0 to 1.
     """
-    sum_B = np.zeros(1 << (32 - _LOW_BITS))
-    for values in blocks():
-        bits = values.reshape(-1).view(np.uint32) >> _LOW_BITS
-        sum_B += np.bincount(bits, weights=values.reshape(-1), minlength=len(sum_B))
-    if not sum_B.any():
+    descending = -np.sort(-values[values > 0])
+    if not len(descending):
         return float("inf")
-    down_B = np.cumsum(sum_B[::-1])[::-1]  # of values with these leading bits or larger ones
-    wanted = share * down_B[0]
-    # The highest bucket at or above which values have the share.
-    bucket = int(np.flatnonzero((sum_B > 0) & (down_B >= wanted))[-1])
-    candidates = [v[v.view(np.uint32) >> _LOW_BITS == bucket] for v in (block.reshape(-1) for block in blocks())]
-    descending = -np.sort(-np.concatenate(candidates))
-    above = down_B[bucket] - sum_B[bucket]
-    index = np.searchsorted(above + np.cumsum(descending, dtype=np.float64), wanted)
-    return float(descending[min(index, len(descending) - 1)])
+    sums = np.cumsum(descending, dtype=np.float64)
+    return float(descending[min(np.searchsorted(sums, share * sums[-1]), len(sums) - 1)])
 
 
 def _influential_edges(graph: GraphData, share: float) -> np.ndarray:
     """Step 2 of ``prune_each``: True where an edge stays, [R, S]."""
-    adjacency_RxS, influence_S = graph.adjacency_RxS, source_influence(graph)
-    factor_R = _target_influence(graph, influence_S)
+    adjacency_RxS, factor_R = graph.adjacency_RxS, _target_influence(graph, source_influence(graph))
 
     def blocks() -> Iterator[np.ndarray]:
         for rows in _blocks(np.arange(len(factor_R)), adjacency_RxS.shape[1]):
-            part_RxS = np.abs(adjacency_RxS[rows])
-            total_R = np.maximum(part_RxS.sum(axis=1, dtype=np.float64), SMALLEST)
-            # In fp32, as the threshold is searched on the bits of fp32.
-            yield part_RxS * (factor_R[rows] / total_R).astype(np.float32)[:, None]
+            score_BxS = np.abs(adjacency_RxS[rows])
+            total_B = np.maximum(score_BxS.sum(axis=1, dtype=np.float64), SMALLEST)
+            score_BxS *= (factor_R[rows] / total_B).astype(np.float32)[:, None]
+            yield score_BxS
 
-    threshold = share_threshold(blocks, share)
-    # Computed again: the scores of all edges would take as much memory as the matrix.
-    return np.concatenate([score_RxS >= threshold for score_RxS in blocks()])
+    # Computed twice: the scores of all edges, most of them 0, would take as much memory as the matrix.
+    threshold = share_threshold(np.concatenate([score_BxS[score_BxS > 0] for score_BxS in blocks()]), share)
+    return np.concatenate([score_BxS >= threshold for score_BxS in blocks()])
 
 
 def _largest_edges(graph: GraphData, count: int) -> np.ndarray:

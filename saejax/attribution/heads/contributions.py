@@ -11,14 +11,15 @@ heads, one after the other, counts for each of them, so contributions need not a
 Where the values of all sources are more than half of the free memory, targets are pulled down again for each part.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
-from saejax.attribution.local.model import LocalModel, Vectors
+from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
+from saejax.attribution.local.dictionaries import FeatureOutputs
+from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.readouts import Readouts
 from saejax.models.layers import einsum
 from saejax.parallel.collectives import to_host
@@ -28,8 +29,10 @@ _POSITIONS = {"cpu": 1 << 10, "gpu": 1 << 14, "tpu": 1 << 14}  # of the nodes of
 _BLOCK = 16, 128  # least and largest size of a block
 
 
-def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph) -> np.ndarray:
-    """Return the contributions of all heads to each edge, signed, fp32 [E, L, H] in the order of ``graph.edges``.
+def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield edges, [B] indices in the order of ``graph.edges``, and what each head gives to them, fp32 [B, L, H].
+
+    Those into a block of targets come together; each edge comes once.
 
     Args:
       local: the local replacement model of which the graph is.
@@ -37,64 +40,67 @@ def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph) -> n
       graph: a pruned one; bias and first_mlp nodes have no edges here.
     """
     config, length, mesh = local.model.config, local.stream_LxTxD.shape[1], local.model.mesh
-    source_E, target_E, _ = graph.edges()
-    value_ExLxH = np.zeros((len(source_E), config.n_layers, config.n_heads), np.float32)
-    sources, index_E = np.unique(source_E, return_inverse=True)
-    targets, target_index_E = np.unique(target_E, return_inverse=True)
+    nodes, (source_E, target_E, _) = graph.nodes, graph.edges()
+    sources, targets = np.unique(source_E), np.unique(target_E)
     size = min(max(_POSITIONS[mesh.devices.flat[0].platform] // length, _BLOCK[0]), _BLOCK[1])
-    added, read = _source_vectors(local, graph, sources), _target_vectors(local, readouts, graph, targets)
     values_bytes = 4 * size * config.n_layers * config.n_kv_heads * config.d_head * length
     # Half of what is free: the targets' cotangents and products take the rest.
     together = max(free_bytes(mesh) // 2 // values_bytes, 1)  # blocks of sources whose values are kept
-    source_blocks = list(_blocks(graph.nodes.layer_N[sources], size))
+    source_blocks = list(_blocks(sources, nodes.layer_N[sources], size))
     for start in range(0, len(source_blocks), together):
         # 1. Sources up.
-        pushed = [
-            (block, {layer: values for layer, _, values in local.pushforward(added.choose(block), size)})
-            for block in source_blocks[start : start + together]
-        ]
-        for target_block in _blocks(-graph.nodes.layer_N[targets], size):
+        pushed, part = [], source_blocks[start : start + together]
+        in_part_E = np.isin(source_E, np.concatenate(part))
+        for block in part:
+            first = int(nodes.layer_N[block].min()) + 1  # tokens have the layer -1
+            steps = local.pushforward(_what_sources_add(local, nodes[block], size), first)
+            pushed.append((_places(block, len(nodes)), {layer: values for layer, _, values in steps}))
+        for block in _blocks(targets, -nodes.layer_N[targets], size):
             # 2. Targets down.
-            at_E = _places(target_block, len(targets))[target_index_E]
-            edges = [np.flatnonzero((_places(block, len(sources))[index_E] >= 0) & (at_E >= 0)) for block, _ in pushed]
-            for layer, wanted in local.pull_values(read.choose(target_block), size):
+            row_E = _places(block, len(nodes))[target_E]
+            edge_B = np.flatnonzero(in_part_E & (row_E >= 0))
+            if not len(edge_B):
+                continue
+            value_BxLxH = np.zeros((len(edge_B), config.n_layers, config.n_heads), np.float32)
+            for layer, wanted in local.pull_values(_what_targets_read(local, readouts, graph, block, size)):
                 # 3. Products, for the edges between each pair of blocks.
-                for (block, values), edge_B in zip(pushed, edges, strict=True):
-                    if len(edge_B) and layer in values:
+                for place_N, values in pushed:
+                    column_B = place_N[source_E[edge_B]]
+                    here = np.flatnonzero(column_B >= 0)
+                    if len(here) and layer in values:
                         part_NxRxGxS = to_host(_products(wanted, values[layer]))
-                        at_B = _places(block, len(sources))[index_E[edge_B]]
-                        part_BxNxG = part_NxRxGxS[:, at_E[edge_B], :, at_B]
-                        value_ExLxH[edge_B, layer] = part_BxNxG.reshape(len(edge_B), config.n_heads)
-    return value_ExLxH
+                        part_BxNxG = part_NxRxGxS[:, row_E[edge_B[here]], :, column_B[here]]
+                        value_BxLxH[here, layer] = part_BxNxG.reshape(len(here), config.n_heads)
+            yield edge_B, value_BxLxH
 
 
-def largest_heads(graph: Graph, value_ExLxH: np.ndarray, top: int = 3) -> dict[tuple[str, str], list]:
-    """Return the largest contributions to each edge, edges without any left out.
+def largest_heads(local: LocalModel, readouts: Readouts, graph: Graph, top: int = 3) -> dict[tuple[str, str], list]:
+    """Return the largest contributions of heads to each edge, edges without any left out.
 
     Args:
-      graph: the graph.
-      value_ExLxH: contributions of heads to its edges.
+      local: see ``head_contributions``.
+      readouts: see there.
+      graph: see there.
       top: heads of each edge.
 
     Returns:
       (id of the source, id of the target) -> (layer, head, contribution to four digits), the largest by size first, as
       ``page.write_page`` takes it.
     """
-    ids, (source_E, target_E, _), (_, layers, heads) = graph.ids, graph.edges(), value_ExLxH.shape
-    value_ExX = value_ExLxH.reshape(-1, layers * heads)
-    # Only the heads that are kept are sorted.
-    head_ExJ = np.argpartition(-np.abs(value_ExX), min(top, value_ExX.shape[1]) - 1, axis=1)[:, :top]
-    top_ExJ = np.take_along_axis(value_ExX, head_ExJ, axis=1)
-    edges = zip(source_E.tolist(), target_E.tolist(), head_ExJ.tolist(), top_ExJ.tolist(), strict=True)
-    return {
-        (ids[source], ids[target]): [
-            (*divmod(head, heads), float(f"{value:.4g}"))
-            for value, head in sorted(zip(values, numbers, strict=True), key=lambda pair: -abs(pair[0]))
-            if value
-        ]
-        for source, target, numbers, values in edges
-        if any(values)
-    }
+    ids, (source_E, target_E, _), largest = graph.ids, graph.edges(), dict[tuple[str, str], list]()
+    for edge_B, value_BxLxH in head_contributions(local, readouts, graph):
+        value_BxX, heads = value_BxLxH.reshape(len(edge_B), -1), value_BxLxH.shape[2]
+        # Only the heads that are kept are sorted.
+        head_BxJ = np.argpartition(-np.abs(value_BxX), min(top, value_BxX.shape[1]) - 1, axis=1)[:, :top]
+        top_BxJ = np.take_along_axis(value_BxX, head_BxJ, axis=1)
+        ends = source_E[edge_B].tolist(), target_E[edge_B].tolist()
+        for source, target, numbers, values in zip(*ends, head_BxJ.tolist(), top_BxJ.tolist(), strict=True):
+            ranked = sorted(zip(values, numbers, strict=True), key=lambda pair: -abs(pair[0]))
+            if any(values):
+                largest[ids[source], ids[target]] = [
+                    (*divmod(head, heads), float(f"{value:.4g}")) for value, head in ranked if value
+                ]
+    return largest
 
 
 @jax.jit
@@ -102,11 +108,11 @@ def _products(wanted_NxRxGxTxK: jax.Array, values_NxTxKxS: jax.Array) -> jax.Arr
     return einsum("nrgtk,ntks->nrgs", wanted_NxRxGxTxK, values_NxTxKxS)
 
 
-def _blocks(order_N: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Yield indices in blocks of at most ``size``, in the order of ``order_N``."""
+def _blocks(chosen: np.ndarray, order_N: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Yield chosen nodes in blocks of at most ``size``, in the order of ``order_N``."""
     order = np.argsort(order_N, kind="stable")
     for start in range(0, len(order), size):
-        yield order[start : start + size]
+        yield chosen[order[start : start + size]]
 
 
 def _places(block: np.ndarray, count: int) -> np.ndarray:
@@ -116,34 +122,41 @@ def _places(block: np.ndarray, count: int) -> np.ndarray:
     return place_N
 
 
-def _source_vectors(local: LocalModel, graph: Graph, chosen: np.ndarray) -> Vectors:
-    """Return what sources add, by the layer whose entering stream it is added to."""
-    nodes, transcoders = graph.nodes[chosen], local.dictionaries
-    features, errors, tokens = (np.flatnonzero(nodes.kind_N == kind) for kind in (FEATURE, ERROR, TOKEN))
-    count_S = np.ones(len(nodes), np.int64)
-    count_S[features] = [transcoders.written_layers(layer) for layer in nodes.layer_N[features].tolist()]
-    start_S = np.cumsum(count_S) - count_S
-    node_E = np.repeat(np.arange(len(nodes)), count_S)
-    vector_ExD = np.zeros((len(node_E), local.model.config.d_model), np.float32)
-    for layer in np.unique(nodes.layer_N[features]).tolist():
-        here = features[nodes.layer_N[features] == layer]
-        writes_FxXxD = nodes.value_N[here, None, None] * transcoders.writes(layer, nodes.index_N[here])
-        vector_ExD[start_S[here][:, None] + np.arange(writes_FxXxD.shape[1])] = writes_FxXxD
-    vector_ExD[start_S[errors]] = to_host(local.error_LxTxD)[nodes.layer_N[errors], nodes.position_N[errors]]
-    vector_ExD[start_S[tokens]] = to_host(local.stream_LxTxD[0])[nodes.position_N[tokens]]
-    # A feature writes to its own and each later layer, one entry after the other.
-    layer_E = nodes.layer_N[node_E] + 1 + np.arange(len(node_E)) - start_S[node_E]  # tokens have the layer -1
-    return Vectors(node_E, layer_E, nodes.position_N[node_E], vector_ExD)
+def _what_sources_add(local: LocalModel, nodes: Nodes, size: int) -> Callable[[int], np.ndarray]:
+    """Return what gives, layer after layer, what each source adds to the stream entering the layer, fp32 [S, T, D]."""
+    length = local.stream_LxTxD.shape[1]
+    outputs, place_N = FeatureOutputs(local.dictionaries, size, length), np.arange(len(nodes)) * length
+    place_N += nodes.position_N
+
+    def added(layer: int) -> np.ndarray:
+        # Features and errors are parts of the MLP's output one layer below.
+        here_N = nodes.layer_N == layer - 1
+        features = here_N & (nodes.kind_N == FEATURE)
+        outputs.add(layer - 1, place_N[features], nodes.index_N[features], nodes.value_N[features])
+        value_SxTxD = outputs.pop(layer - 1)
+        kind, table_LxTxD = (TOKEN, local.stream_LxTxD) if layer == 0 else (ERROR, local.error_LxTxD)
+        others = np.flatnonzero(here_N & (nodes.kind_N == kind))
+        position_X = nodes.position_N[others]
+        value_SxTxD[others, position_X] = to_host(table_LxTxD[max(layer - 1, 0)])[position_X]
+        return value_SxTxD
+
+    return added
 
 
-def _target_vectors(local: LocalModel, readouts: Readouts, graph: Graph, chosen: np.ndarray) -> Vectors:
-    """Return what targets read, by the layer of their transcoder, or L for the stream leaving the last layer."""
-    nodes = graph.nodes[chosen]
+def _what_targets_read(
+    local: LocalModel, readouts: Readouts, graph: Graph, block: np.ndarray, size: int
+) -> Callable[[int], np.ndarray]:
+    """Return what gives what each target reads in a layer, or of the stream leaving the last, fp32 [R, T, D]."""
+    nodes, (length, width) = graph.nodes[block], local.stream_LxTxD.shape[1:]
     features, logits = (np.flatnonzero(nodes.kind_N == kind) for kind in (FEATURE, LOGIT))
-    layer_R, vector_RxD = nodes.layer_N.copy(), np.zeros((len(nodes), local.model.config.d_model), np.float32)
-    of_features = nodes[features]
-    index = local.active.find(of_features.layer_N, of_features.position_N, of_features.index_N)
+    vector_RxD = np.zeros((len(nodes), width), np.float32)
+    index = local.active.find(nodes.layer_N[features], nodes.position_N[features], nodes.index_N[features])
     vector_RxD[features] = local.encoder_rows(index)
-    vector_RxD[logits] = readouts.vector_KxD[chosen[logits] - graph.slice_of(LOGIT).start]
-    layer_R[logits] = local.model.config.n_layers
-    return Vectors(np.arange(len(nodes)), layer_R, nodes.position_N, vector_RxD)
+    vector_RxD[logits] = readouts.vector_KxD[block[logits] - graph.slice_of(LOGIT).start]
+
+    def read(layer: int) -> np.ndarray:
+        value_RxTxD, here = np.zeros((size, length, width), np.float32), np.flatnonzero(nodes.layer_N == layer)
+        value_RxTxD[here, nodes.position_N[here]] = vector_RxD[here]
+        return value_RxTxD
+
+    return read

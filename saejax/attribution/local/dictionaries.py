@@ -1,6 +1,8 @@
-"""The dictionaries of several layers of a model, and SAEs of some of its sites, read layer by layer and row by row."""
+"""The dictionaries of several layers of a model, and SAEs of some of its sites, read layer by layer and row by row.
 
-import abc
+``FeatureOutputs`` sums what features write, of which only the decoder rows in use are read.
+"""
+
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 from jax.sharding import Mesh
+from scipy.sparse import csr_array
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import hooks, load_all
@@ -25,10 +28,11 @@ from saejax.models.sites import Site
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import fitting_sharding, free_bytes, make_mesh, on_host
 
+READ_AT_ONCE = 1 << 26  # numbers that are read of decoders at once
 KEPT_SHARE = 4  # encoders stay on the devices up to one part in so many of what is free
 
 
-class LayerDictionaries(abc.ABC):
+class LayerDictionaries:
     """Dictionaries of several layers, one of each, whose encoders stay on the devices as far as there is room.
 
     Args:
@@ -38,6 +42,8 @@ class LayerDictionaries(abc.ABC):
       reads: see ``FrozenModel``.
       revision: of a hub repository.
       files: from which rows, and encoders alone, are read; None: by loading the layer.
+      writes: of a cross-layer set: given a layer and features [U], reads what these write to their own layer and to
+        each later one, [U, L - layer, D]; None: features write to their own layer alone.
 
     Attributes:
       sizes: to which arrays of earlier prompts were padded; see ``LocalState.padded_size``.
@@ -51,9 +57,10 @@ class LayerDictionaries(abc.ABC):
         reads: str = "mlp_in",
         revision: str = "",
         files: TranscoderSet | None = None,
+        writes: Callable[[int, np.ndarray], np.ndarray] | None = None,
     ):
         self.name, self.configs, self.reads, self.revision = name, tuple(configs), reads, revision
-        self._load, self._kept = load, dict[tuple[int, Mesh], Dictionary]()
+        self._load, self._writes, self._kept = load, writes, dict[tuple[int, Mesh], Dictionary]()
         self._hosts: dict[int, Dictionary] = {}  # of sets whose files have no rows to read
         self._sink_norm: Callable[[str], float] | None = None
         self.sizes: dict[tuple[str, int], int] = {}
@@ -166,13 +173,20 @@ class LayerDictionaries(abc.ABC):
             vector_FxD[here] = self.rows(int(layer), name, feature_U)[index]
         return vector_FxD
 
+    @property
+    def cross_layer(self) -> bool:
+        """True if features also write to later layers than their own."""
+        return self._writes is not None
+
     def written_layers(self, layer: int) -> int:
         """Return the number of layers that the features of a layer write to, from their own on."""
-        return 1
+        return len(self.configs) - layer if self.cross_layer else 1
 
     def writes(self, layer: int, features_U: np.ndarray) -> np.ndarray:
         """Return what features of a layer write to each layer that they write to, fp32 [U, X, D]."""
-        return self.rows(layer, "W_dec", features_U)[:, None]
+        if self._writes is None:
+            return self.rows(layer, "W_dec", features_U)[:, None]
+        return np.asarray(self._writes(layer, features_U), np.float32)
 
     def check_features(self, named: Iterable[tuple[int, int]], origin: str) -> None:
         """Refuse labels or groups of features that the set does not have: they are those of another set.
@@ -192,9 +206,58 @@ class LayerDictionaries(abc.ABC):
                     f"{features.get(layer, 0):,} features: expected features of this set"
                 )
 
-    @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return what a graph says of the set."""
+        first = self.configs[0]
+        return dict(
+            name=self.name, revision=self.revision, layers=len(self.configs), kind=first.kind,
+            n_features=first.n_features, skip=first.skip, model=first.model,
+        )  # fmt: skip
+
+
+class FeatureOutputs:
+    """The outputs of features to their own layer and, in cross-layer transcoders, to later ones.
+
+    Sums are made as runs go up through the layers: ``add`` a layer's features, then ``pop`` its sum.
+
+    Args:
+      dictionaries: the set.
+      shape: of the runs' positions, such as (R, T).
+    """
+
+    def __init__(self, dictionaries: LayerDictionaries, *shape: int):
+        self._dictionaries, self._shape = dictionaries, shape
+        self._sums: dict[int, np.ndarray] = {}
+
+    def add(self, layer: int, places: np.ndarray, features: np.ndarray, values: np.ndarray | jax.Array) -> None:
+        """Add what features of a layer write.
+
+        Args:
+          layer: of the features.
+          places: flat indices into ``shape``, where the features are active.
+          features: indices of the features, in the same shape.
+          values: their activations, in the same shape.
+        """
+        if not places.size:
+            return
+        written, width = self._dictionaries.written_layers(layer), self._dictionaries.configs[0].d_in
+        # A decoder row is read once, however many positions its feature is active at.
+        features_U, index_E = np.unique(features.reshape(-1), return_inverse=True)
+        entries = to_host(values).reshape(-1).astype(np.float32), (places.reshape(-1), index_E.reshape(-1))
+        # By columns, as features are cut into parts below.
+        acts_NxU = csr_array(entries, (int(np.prod(self._shape)), len(features_U))).tocsc()
+        size = max(READ_AT_ONCE // (written * width), 1)
+        for start in range(0, len(features_U), size):
+            chunk = slice(start, start + size)
+            writes_UxX = self._dictionaries.writes(layer, features_U[chunk]).reshape(-1, written * width)
+            sum_NxLxD = (acts_NxU[:, chunk] @ writes_UxX).reshape(-1, written, width)
+            for above, sum_NxD in enumerate(np.moveaxis(sum_NxLxD, 1, 0)):
+                self._sums[layer + above] = self._sums.get(layer + above, np.float32(0)) + sum_NxD
+
+    def pop(self, layer: int) -> np.ndarray:
+        """Return what was written to a layer, fp32 [..., D], and forget it."""
+        shape = *self._shape, self._dictionaries.configs[0].d_in
+        return self._sums.pop(layer).reshape(shape) if layer in self._sums else np.zeros(shape, np.float32)
 
 
 def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) -> None:
@@ -330,11 +393,7 @@ class LayerSaes(LayerDictionaries):
 
     def describe(self) -> dict[str, Any]:
         """Return what a graph says of the set."""
-        first = self.configs[0]
-        return dict(
-            name=self.name, revision=self.revision, sites=list(map(str, self.sites)), layers=len(self.sites),
-            kind=first.kind, n_features=first.n_features, skip=False, model=first.model,
-        )  # fmt: skip
+        return super().describe() | dict(sites=list(map(str, self.sites)))
 
 
 # SAEs, or folders of such or of trained stacks; at most one of each layer, at any of its sites.

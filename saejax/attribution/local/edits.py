@@ -10,17 +10,16 @@ with f the activation in the edited run (with MLPs frozen: in the prompt) and er
 run's own MLP output. Features of cross-layer transcoders write to later layers, too.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from saejax.attribution.local.directions import FeatureOutputs
+from saejax.attribution.local.dictionaries import FeatureOutputs
 from saejax.attribution.local.layers import FIXED, FrozenModel
-from saejax.attribution.local.prompt_run import AT_ONCE, activations, encode_used
+from saejax.attribution.local.prompt_run import AT_ONCE, activations_of, encode_used
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.state import LocalState
 from saejax.dictionaries import Dictionary
@@ -29,6 +28,7 @@ from saejax.parallel.collectives import to_host
 
 CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
 _ROWS = 8  # least size to which rows are padded
+_CHANGES = 16  # least size to which the changes of a layer, and their features, are padded
 
 
 class Change(NamedTuple):
@@ -51,14 +51,22 @@ class Circuit(NamedTuple):
         return Circuit(~self.features_A, ~self.errors_LxP)
 
 
-class LayerChanges(NamedTuple):
-    """The changes of R rows in one layer, arrays [R, M]; padding sets features to 0 where they are: position 0."""
-
-    #: position_RxM and feature_RxM: int32.
-    position_RxM: np.ndarray
-    feature_RxM: np.ndarray
-    value_RxM: np.ndarray  #: fp32 new activations
-    old_RxM: np.ndarray  #: fp32 activations in the prompt
+def plan_edits(
+    state: LocalState, edits: Sequence[Any], freeze: str
+) -> "list[tuple[slice, ChangeEdits | CircuitEdits]]":
+    """Return the edits of the rows that go through the layers together; see ``LocalModel.run``."""
+    _, length, width = state.stream_LxTxD.shape
+    is_circuits = any(isinstance(row, Circuit) for row in edits)
+    if is_circuits and freeze != "none":
+        raise UserError(f"freeze is {freeze!r}: circuits run freely, expected none")
+    size = max(CHUNK // (length * width) // _ROWS, 1) * _ROWS
+    if is_circuits:  # of which all activations are in memory
+        size = max(AT_ONCE // (length * state.dictionaries.configs[0].n_features), 1)
+    chunks = [slice(start, min(start + size, len(edits))) for start in range(0, len(edits), size)]
+    if is_circuits:
+        # One size for all chunks, whose rows then share programs.
+        return [(rows, CircuitEdits(state, edits[rows], min(size, len(edits)))) for rows in chunks]
+    return [(rows, ChangeEdits(state, edits[rows], len(state.ids_P))) for rows in chunks]
 
 
 class ChangeEdits:
@@ -70,68 +78,88 @@ class ChangeEdits:
       tokens: of the run, which slices of positions refer to.
 
     Attributes:
-      chunks: the rows that go through a layer at once.
-      padded: the size to which the rows of each chunk are padded.
-      first_layer: the lowest that is changed; None: nothing is.
+      rows: number of rows that run, padding included.
 
     Raises:
       UserError: a feature or a position does not exist, or is changed twice in a row.
     """
 
     def __init__(self, state: LocalState, rows: Sequence[Sequence[Change]], tokens: int):
-        self._state, self._by_layer = state, _changes_by_layer(state, rows, tokens)
-        self.first_layer = min(self._by_layer, default=None)
-        _, length, width = state.stream_LxTxD.shape
-        most = max((part.position_RxM.shape[1] for part in self._by_layer.values()), default=1)
-        # By whichever is longer, tokens or changes: a layer's arrays hold both.
-        size = max(CHUNK // (max(length, most) * width) // _ROWS, 1) * _ROWS
-        self.chunks = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-        self.padded = [padded(chunk.stop - chunk.start, _ROWS) for chunk in self.chunks]
-        self._outputs: dict[int, FeatureOutputs] = {}
+        self._state, self.rows = state, padded(len(rows), _ROWS)
+        self._outputs: FeatureOutputs | None = None
+        entries = [
+            (row, change.layer, position, change.feature, change.value)
+            for row, changes in enumerate(rows)
+            for change in changes
+            for position in (
+                range(*change.position.indices(tokens)) if isinstance(change.position, slice) else [change.position]
+            )
+        ]
+        configs, places = state.dictionaries.configs, set[tuple[int, ...]]()
+        for row, layer, position, feature, value in entries:
+            exists = 0 <= layer < len(configs) and 0 <= feature < configs[layer].n_features
+            if not (exists and np.isfinite(value)):
+                raise UserError(
+                    f"feature {feature} of layer {layer} cannot be set to {value}: expected one of {len(configs)} "
+                    f"layers, of {configs[0].n_features} features, and a finite number"
+                )
+            if not 0 <= position < tokens:
+                raise UserError(f"position {position}: this prompt has the positions 0 to {tokens - 1}")
+            if (row, layer, position, feature) in places:
+                raise UserError(f"row {row} changes a feature twice at one position: give it one value")
+            places.add((row, layer, position, feature))
+        table_Nx5 = np.array(entries, np.float64).reshape(-1, 5)
+        self._row_N, self._layer_N, self._position_N, self._feature_N = table_Nx5[:, :4].T.astype(np.int32)
+        self._value_N = table_Nx5[:, 4].astype(np.float32)
 
     @property
-    def layers(self) -> set[int]:
+    def layers(self) -> Collection[int]:
         """The layers in which features are changed."""
-        return set(self._by_layer)
+        return set(self._layer_N.tolist())
 
-    def difference(
-        self, number: int, layer: int, freeze: str, read_RxTxD: jax.Array, out_RxTxD: jax.Array
-    ) -> np.ndarray | None:
-        """Return what the edits of a chunk add to the stream leaving a layer, [R, T, D]; None: nothing.
+    def difference(self, layer: int, freeze: str, read_RxTxD: jax.Array, out_RxTxD: jax.Array) -> np.ndarray:
+        """Return what the edits add to the stream leaving a layer, [R, T, D].
 
         Args:
-          number: of the chunk.
-          layer: its number.
+          layer: its number; layers come in order.
           freeze: what the layer keeps of the prompt, one of ``layers.FREEZE_MODES``.
           read_RxTxD: what the transcoder reads in the runs.
           out_RxTxD: what the MLP adds in the runs.
         """
         rows, length = read_RxTxD.shape[:2]
         # Kept from layer to layer: features of cross-layer transcoders write to layers that come later.
-        outputs = self._outputs.setdefault(number, FeatureOutputs(self._state.dictionaries, rows, length))
-        if layer in self._by_layer:
-            chunk = self.chunks[number]
-            filler = ((0, rows - (chunk.stop - chunk.start)), (0, 0))
-            changes = LayerChanges(*(np.pad(array[chunk], filler) for array in self._by_layer[layer]))
-            old_RxM = changes.old_RxM
-            # With frozen MLPs a feature keeps the activation that it has in the prompt.
-            if freeze not in FIXED:
-                acts_RxM = self._activations(layer, changes, read_RxTxD)
-                old_RxM = np.where(changes.position_RxM >= self._state.first, acts_RxM, 0)
-            places = np.arange(rows)[:, None] * length + changes.position_RxM
-            outputs.add(layer, places, changes.feature_RxM, changes.value_RxM - old_RxM)
+        outputs = self._outputs = self._outputs or FeatureOutputs(self._state.dictionaries, rows, length)
+        here = np.flatnonzero(self._layer_N == layer)
+        if len(here):
+            row_M, position_M, feature_M = self._row_N[here], self._position_N[here], self._feature_N[here]
+            if freeze in FIXED:  # a feature keeps the activation that it has in the prompt
+                active = self._state.active
+                places = zip(position_M.tolist(), feature_M.tolist(), strict=True)
+                index_M = np.array([active.index_of.get((layer, *place), -1) for place in places])
+                old_M = np.append(active.value_A, np.float32(0))[index_M]
+            else:
+                acts_M = self._activations(layer, row_M, position_M, feature_M, read_RxTxD)
+                old_M = np.where(position_M >= self._state.first, acts_M, 0)
+            outputs.add(layer, row_M * length + position_M, feature_M, self._value_N[here] - old_M)
         return outputs.pop(layer)
 
-    def _activations(self, layer: int, changes: LayerChanges, read_RxTxD: jax.Array) -> np.ndarray:
-        """Return the activations of the changed features in each row, of which only these are encoded if possible."""
-        feature_U, index = np.unique(changes.feature_RxM, return_inverse=True)
-        room = padded(len(feature_U), 16) - len(feature_U)  # so that layers share programs
-        # Filled up with copies, whose activations nobody reads.
-        encoder, columns = self._state.encoder(layer), np.pad(feature_U, (0, room), mode="edge")
+    def _activations(
+        self, layer: int, row_M: np.ndarray, position_M: np.ndarray, feature_M: np.ndarray, read_RxTxD: jax.Array
+    ) -> np.ndarray:
+        """Return the activations of the changed features in the runs, of which only these are encoded if possible."""
+        encoder, column_M = self._state.encoder(layer), feature_M
         if encoder.kind.is_elementwise():  # TopK compares features with each other, and needs all of them
-            encoder, columns = encoder.restrict(columns), np.arange(len(columns))
-        column_RxM = columns[index.reshape(changes.feature_RxM.shape)].astype(np.int32)
-        return to_host(_encode_places(encoder, changes.position_RxM, column_RxM, read_RxTxD))
+            feature_U, index_M = np.unique(feature_M, return_inverse=True)
+            # Filled up with copies, whose activations nobody reads, so that layers share programs.
+            room = padded(len(feature_U), _CHANGES) - len(feature_U)
+            encoder = encoder.restrict(np.pad(feature_U, (0, room), mode="edge"))
+            column_M = index_M.astype(np.int32)
+        size = min(padded(len(row_M), _CHANGES), max(AT_ONCE // encoder.config.n_features, 1))
+        parts = []
+        for start in range(0, len(row_M), size):
+            places = (np.resize(part[start : start + size], size) for part in (row_M, position_M, column_M))
+            parts.append(to_host(_encode_places(encoder, read_RxTxD, *places)))
+        return np.concatenate(parts)[: len(row_M)]
 
 
 class CircuitEdits:
@@ -140,33 +168,24 @@ class CircuitEdits:
     Args:
       state: of the prompt.
       circuits: what is kept; a feature that is not active in the prompt is in none.
+      rows: number of rows that run, padding included.
     """
 
-    first_layer = 0
+    def __init__(self, state: LocalState, circuits: Sequence[Circuit], rows: int):
+        self._state, self._circuits, self.rows = state, circuits, rows
+        self.layers: Collection[int] = range(state.model.config.n_layers)
+        self._outputs = FeatureOutputs(state.dictionaries, 2, rows, state.stream_LxTxD.shape[1])
 
-    def __init__(self, state: LocalState, circuits: Sequence[Circuit]):
-        self._state, self._circuits = state, circuits
-        length = state.stream_LxTxD.shape[1]
-        size = max(AT_ONCE // (length * state.dictionaries.configs[0].n_features), 1)
-        self.chunks = [slice(start, min(start + size, len(circuits))) for start in range(0, len(circuits), size)]
-        # One size for all chunks, whose rows then share programs.
-        self.padded = [min(size, len(circuits))] * len(self.chunks)
-        self._outputs: dict[int, FeatureOutputs] = {}
-
-    def difference(
-        self, number: int, layer: int, freeze: str, read_RxTxD: jax.Array, out_RxTxD: jax.Array
-    ) -> jax.Array:
+    def difference(self, layer: int, freeze: str, read_RxTxD: jax.Array, out_RxTxD: jax.Array) -> jax.Array:
         """Return what leaving out all but the circuits adds to the stream leaving a layer, [R, T, D]."""
         state, (rows, length) = self._state, read_RxTxD.shape[:2]
-        circuits = self._circuits[self.chunks[number]]
-        outputs = self._outputs.setdefault(number, FeatureOutputs(state.dictionaries, 2, rows, length))
         used_T = (np.arange(length) >= state.first) & (np.arange(length) < len(state.ids_P))
         acts_RxTxF = to_host(encode_used(state.encoder(layer), read_RxTxD, used_T))
         # Which features of the prompt are kept in each row; one that is not active in the prompt is in no circuit.
         kept_RxTxF, error_RxT = np.zeros(acts_RxTxF.shape, bool), np.zeros((rows, length), bool)
         here = state.active.of_layer(layer)
         position_A, feature_A = state.active.position_A[here], state.active.feature_A[here]
-        for row, circuit in enumerate(circuits):
+        for row, circuit in enumerate(self._circuits):
             kept_RxTxF[row, position_A, feature_A] = circuit.features_A[here]
             error_RxT[row, : len(state.ids_P)] = circuit.errors_LxP[layer]
         row_E, position_E, feature_E = np.nonzero(acts_RxTxF)
@@ -176,13 +195,9 @@ class CircuitEdits:
         place_E = row_E * length + position_E
         places = np.concatenate([place_E, place_E[kept_E] + rows * length])
         features, values = (np.concatenate([part, part[kept_E]]) for part in (feature_E, value_E))
-        outputs.add(layer, places, features, values)
-        sums = outputs.pop(layer)
-        if sums is None:
-            sums = np.zeros((2, *out_RxTxD.shape), np.float32)
-        return _circuit_difference(
-            state.frozen, np.int32(layer), state.b_dec_LxD[layer], read_RxTxD, out_RxTxD, sums, error_RxT, used_T
-        )
+        self._outputs.add(layer, places, features, values)
+        inputs = read_RxTxD, out_RxTxD, self._outputs.pop(layer), error_RxT, used_T
+        return _circuit_difference(state.frozen, np.int32(layer), state.b_dec_LxD[layer], *inputs)
 
 
 @jax.jit
@@ -204,62 +219,7 @@ def _circuit_difference(
 
 @jax.jit
 def _encode_places(
-    encoder: Dictionary, position_RxM: jax.Array, column_RxM: jax.Array, read_RxTxD: jax.Array
+    encoder: Dictionary, read_RxTxD: jax.Array, row_M: jax.Array, position_M: jax.Array, column_M: jax.Array
 ) -> jax.Array:
-    """Return the activations of columns of the encoder at positions of each row, [R, M]."""
-    row_R, length = jnp.arange(len(read_RxTxD)), read_RxTxD.shape[1]
-    # Change by change: the activations of all positions would be [R, T, F].
-    if position_RxM.shape[1] <= length:
-
-        def encode_change(place: tuple[jax.Array, jax.Array]) -> jax.Array:
-            position_R, column_R = place
-            acts_RxF = activations(encoder, read_RxTxD[row_R, position_R])
-            return jnp.take_along_axis(acts_RxF, column_R[:, None], axis=1)[:, 0]
-
-        return lax.map(encode_change, (position_RxM.T, column_RxM.T)).T
-
-    # With more changes than positions, each position is encoded once.
-    def encode_position(acts_RxM: jax.Array, position: jax.Array) -> tuple[jax.Array, None]:
-        here_RxM = jnp.take_along_axis(activations(encoder, read_RxTxD[:, position]), column_RxM, axis=1)
-        return jnp.where(position_RxM == position, here_RxM.astype(acts_RxM.dtype), acts_RxM), None
-
-    return lax.scan(encode_position, jnp.zeros(position_RxM.shape, read_RxTxD.dtype), jnp.arange(length))[0]
-
-
-def _changes_by_layer(state: LocalState, rows: Sequence[Sequence[Change]], tokens: int) -> dict[int, LayerChanges]:
-    """Return the changes of all rows by layer, slices as their positions."""
-    active, configs = state.active, state.dictionaries.configs
-    entries = [
-        (row, change.layer, position, change.feature, change.value)
-        for row, changes in enumerate(rows)
-        for change in changes
-        for position in (
-            range(*change.position.indices(tokens)) if isinstance(change.position, slice) else [change.position]
-        )
-    ]
-    by_layer: dict[int, list[dict[tuple[int, int], tuple[float, float]]]] = {}
-    for row, layer, position, feature, value in entries:
-        exists = 0 <= layer < len(configs) and 0 <= feature < configs[layer].n_features
-        if not (exists and np.isfinite(value)):
-            raise UserError(
-                f"feature {feature} of layer {layer} cannot be set to {value}: expected one of {len(configs)} layers, "
-                f"of {configs[0].n_features} features, and a finite number"
-            )
-        if not 0 <= position < tokens:
-            raise UserError(f"position {position}: this prompt has the positions 0 to {tokens - 1}")
-        of_row = by_layer.setdefault(int(layer), [{} for _ in rows])[row]
-        if (position, feature) in of_row:
-            raise UserError(f"row {row} changes a feature twice at one position: give it one value")
-        index = active.index_of.get((layer, position, feature))
-        of_row[position, feature] = value, 0.0 if index is None else active.value_A[index]
-    # One size for all layers, so that these share their programs.
-    most = max((len(of_row) for by_row in by_layer.values() for of_row in by_row), default=0)
-    changes_by_layer = {}
-    for layer, by_row in by_layer.items():
-        table_RxMx4 = np.zeros((len(rows), most, 4))
-        for row, of_row in enumerate(by_row):
-            if of_row:
-                table_RxMx4[row, : len(of_row)] = [(*place, *values) for place, values in of_row.items()]
-        columns, dtypes = np.moveaxis(table_RxMx4, 2, 0), [np.int32] * 2 + [np.float32] * 2
-        changes_by_layer[layer] = LayerChanges(*(c.astype(dtype) for c, dtype in zip(columns, dtypes, strict=True)))
-    return changes_by_layer
+    """Return the activations of a feature of the encoder at a position of a row, each [M]."""
+    return activations_of(encoder, read_RxTxD[row_M, position_M], column_M)

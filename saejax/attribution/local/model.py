@@ -14,14 +14,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.local import layers
-from saejax.attribution.local.edits import Change, ChangeEdits, Circuit, CircuitEdits
+from saejax.attribution.local.edits import Change, ChangeEdits, Circuit, plan_edits
 from saejax.attribution.local.layers import FIXED, FREEZE_MODES
 from saejax.attribution.local.prompt_run import LocalRun, prompt_ids
 from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, read_logits
@@ -44,34 +43,6 @@ class Continuation:
 
     ids_N: np.ndarray
     logits_NxV: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Vectors:
-    """Vectors [E, D] of nodes, added or read at positions [E] and layers [E]; int32 and fp32."""
-
-    #: which node each belongs to, ascending from 0; a node has several where it writes to several layers.
-    node_E: np.ndarray
-    #: the layer whose entering stream a vector is added to; or, of what is read, the layer whose transcoder reads it,
-    #: or L for the stream leaving the last layer.
-    layer_E: np.ndarray
-    position_E: np.ndarray  #: where
-    vector_ExD: np.ndarray  #: the vectors
-
-    def choose(self, nodes_B: np.ndarray) -> "Vectors":
-        """Return the vectors of some nodes, which are numbered anew."""
-        number_N = np.full(max(self.node_E.max(initial=0), nodes_B.max(initial=0)) + 1, -1)
-        number_N[nodes_B] = np.arange(len(nodes_B))
-        here = np.flatnonzero(number_N[self.node_E] >= 0)
-        return Vectors(number_N[self.node_E[here]], self.layer_E[here], self.position_E[here], self.vector_ExD[here])
-
-    def at(self, layer: int, count: int, length: int) -> np.ndarray:
-        """Return the vectors that each of ``count`` nodes has at a layer, of ``length`` positions, [N, T, D]."""
-        value_NxTxD = np.zeros((count, length, self.vector_ExD.shape[1]), np.float32)
-        here = np.flatnonzero(self.layer_E == layer)
-        # Not by +=, as a node may have several vectors at one layer and position.
-        np.add.at(value_NxTxD, (self.node_E[here], self.position_E[here]), self.vector_ExD[here])
-        return value_NxTxD
 
 
 class LocalModel(LocalState):
@@ -126,7 +97,7 @@ class LocalModel(LocalState):
           freeze_until: the layer from which on the model runs freely; the number of layers: only the final norm does.
             None: ``freeze`` applies to all.
           logits: whether to compute all logits at the last position.
-          on_progress: called with the layers done and of all; may raise to stop.
+          on_progress: called with the work done and of all; may raise to stop.
 
         Raises:
           UserError: a feature does not exist or is changed twice in a row, there is no such mode, or what is read is
@@ -134,54 +105,42 @@ class LocalModel(LocalState):
         """
         n_layers, length, last = self.model.config.n_layers, self.stream_LxTxD.shape[1], len(self.ids_P) - 1
         index_J = np.asarray(features, np.int64)
-        modes, plan = _freeze_by_layer(freeze, freeze_until, n_layers), self._plan(edits, freeze)
-        changed = plan.layers if isinstance(plan, ChangeEdits) else set()
+        modes, plans = _freeze_by_layer(freeze, freeze_until, n_layers), plan_edits(self, edits, freeze)
+        changed = {layer for _, plan in plans for layer in plan.layers}
         if freeze == "constrained" and any(modes[layer] not in FIXED for layer in changed):
             raise UserError(
                 f"a feature of layer {max(changed)} is changed, and layers below {freeze_until} are constrained"
             )
+        wanted, encoder_JxD = self.active[index_J], self.encoder_rows(index_J)
         # The prompt's own values, to which changes are added: a small effect keeps its digits.
-        feature_RxJ = np.tile(self.active.value_A[index_J], (len(edits), 1))
+        feature_RxJ = np.tile(wanted.value_A, (len(edits), 1))
         readout_RxK = np.tile(readouts.value_K if readouts else np.empty(0, np.float32), (len(edits), 1))
         logits_RxV = np.tile(self.logits_V, (len(edits), 1)) if logits else None
-        layer_J, position_J = self.active.layer_A[index_J], self.active.position_A[index_J]
-        # From the lowest layer that is changed: below it all rows are the prompt.
-        first = n_layers if plan.first_layer is None or not len(edits) else plan.first_layer
-        states = []
-        for rows in plan.padded if first < n_layers else ():
-            states += by_row(self.model.mesh, jnp.tile(self.stream_LxTxD[first][None], (rows, 1, 1)))
-        for layer in range(first, n_layers):
-            here = np.flatnonzero(layer_J == layer)
-            encoded = position_J[here], self.encoder_rows(index_J[here])
-            for number, chunk in enumerate(plan.chunks):
-                count = chunk.stop - chunk.start
+        for number, (rows, plan) in enumerate(plans):
+            # From the lowest layer that is changed: below it all rows are the prompt.
+            first, count = min(plan.layers, default=n_layers), rows.stop - rows.start
+            if first == n_layers:
+                continue
+            (state,) = by_row(self.model.mesh, jnp.tile(self.stream_LxTxD[first][None], (plan.rows, 1, 1)))
+            for layer in range(first, n_layers):
                 # The prompt goes along as the first row: what is frozen is taken from it.
-                streams = jnp.concatenate([self.stream_LxTxD[layer][None], states[number]])
+                streams = jnp.concatenate([self.stream_LxTxD[layer][None], state])
                 leaving, read, out = layers.run_layer(self.frozen, modes[layer], np.int32(layer), streams, length)
-                difference = plan.difference(number, layer, modes[layer], read[1:], out[1:])
-                states[number] = leaving[1:] if difference is None else leaving[1:] + difference
+                state = leaving[1:] + plan.difference(layer, modes[layer], read[1:], out[1:])
+                here = np.flatnonzero(wanted.layer_A == layer)
                 if len(here):
-                    feature_RxJ[chunk, here] += read_changes(read[0], read[1:], *encoded)[:count]
-            on_progress(layer + 1 - first, n_layers - first)
-        for chunk, state in zip(plan.chunks, states, strict=False):
-            leaving, count = state[:, last], chunk.stop - chunk.start
+                    changes = read_changes(read[0], read[1:], wanted.position_A[here], encoder_JxD[here])
+                    feature_RxJ[rows, here] += changes[:count]
+                on_progress(number * n_layers + layer + 1, len(plans) * n_layers)
+            end = self.frozen, modes[-1], self.last_D, state[:, last]
             if readouts:
-                vectors = readouts.vector_KxD
-                readout_RxK[chunk] += read_last(self.frozen, modes[-1], self.last_D, leaving, vectors)[:count]
+                readout_RxK[rows] += read_last(*end, readouts)[:count]
             if logits_RxV is not None:
-                row_logits = read_logits(self.frozen, modes[-1], self.last_D, leaving)
-                logits_RxV[chunk] = to_host(row_logits)[:count]
+                logits_RxV[rows] = to_host(read_logits(*end))[:count]
         # Only what is read is checked: an activation that no feature can have overflows somewhere on the way.
         if not (np.isfinite(feature_RxJ).all() and np.isfinite(readout_RxK).all()):
             raise UserError("the model is not finite after these changes: give features values that they can have")
         return LocalRun(feature_RxJ, readout_RxK, logits_RxV)
-
-    def _plan(self, edits: Sequence[Any], freeze: str) -> ChangeEdits | CircuitEdits:
-        if not any(isinstance(row, Circuit) for row in edits):
-            return ChangeEdits(self, edits, len(self.ids_P))
-        if freeze != "none":
-            raise UserError(f"freeze is {freeze!r}: circuits run freely, expected none")
-        return CircuitEdits(self, edits)
 
     def generate(self, changes: Sequence[Change], max_new_tokens: int, freeze: str = "none") -> Continuation:
         """Continue the prompt greedily with changes.
@@ -216,8 +175,7 @@ class LocalModel(LocalState):
             x_BxTxD = jnp.tile(layers.embed(self.frozen, ids_T)[None], (2, 1, 1))  # the first row is unchanged
             for layer in range(self.model.config.n_layers):
                 x_BxTxD, read, out = layers.run_layer(self.frozen, freeze, np.int32(layer), x_BxTxD, length)
-                if (difference := plan.difference(0, layer, freeze, read[1:], out[1:])) is not None:
-                    x_BxTxD = x_BxTxD.at[1:].add(difference)
+                x_BxTxD = x_BxTxD.at[1:].add(plan.difference(layer, freeze, read[1:], out[1:]))
             last_BxD = x_BxTxD[:, len(ids) - 1]
             logits.append(to_host(read_logits(self.frozen, "none", last_BxD[0], last_BxD[1:]))[0])
             ids.append(int(logits[-1].argmax()))
@@ -244,42 +202,44 @@ class LocalModel(LocalState):
         rows(layer_R, position_R, vector_RxD, row_RxS.__setitem__, in_stream)
         return row_RxS
 
-    def pushforward(self, added: Vectors, count: int) -> Iterator[tuple[int, jax.Array, jax.Array]]:
+    def pushforward(
+        self, added: Callable[[int], np.ndarray], first: int = 0
+    ) -> Iterator[tuple[int, jax.Array, jax.Array]]:
         """Push vectors up through the linear layers.
 
         Args:
-          added: vectors of ``count`` nodes, by the layer whose entering stream they are added to.
-          count: number of nodes, padding included.
+          added: returns what is added to the stream entering a layer, fp32 [S, T, D]; called for one layer after the
+            other.
+          first: the lowest layer at which something is added.
 
         Yields:
-          Each layer from the lowest vector on; the changes of the stream entering it, [S, T, D]; and of the values that
-          its heads mix, [N, T, K, S].
+          Each layer from ``first`` on; the changes of the stream entering it, [S, T, D]; and of the values that its
+          heads mix, [N, T, K, S].
         """
-        length = self.stream_LxTxD.shape[1]
-        change_SxTxD = jnp.zeros((count, length, self.model.config.d_model), jnp.float32)
-        first = int(added.layer_E.min()) if len(added.layer_E) else 0
+        change_SxTxD = None
         for layer in range(first, self.model.config.n_layers):
-            change_SxTxD = change_SxTxD + added.at(layer, count, length)
+            added_SxTxD = jnp.asarray(added(layer))
+            change_SxTxD = added_SxTxD if change_SxTxD is None else change_SxTxD + added_SxTxD
             inputs = np.int32(layer), self.stream_LxTxD[layer], change_SxTxD
             leaving_SxTxD, values_NxTxKxS = layers.push_layer(self.frozen, *inputs)
             yield layer, change_SxTxD, values_NxTxKxS
             change_SxTxD = leaving_SxTxD
 
-    def pull_values(self, read: Vectors, count: int) -> Iterator[tuple[int, jax.Array]]:
+    def pull_values(self, read: Callable[[int], np.ndarray]) -> Iterator[tuple[int, jax.Array]]:
         """Pull vectors that are read down through the linear layers.
 
         Args:
-          read: vectors of ``count`` nodes, by what reads them; see ``Vectors``.
-          count: number of nodes, padding included.
+          read: returns what is read by the transcoder of a layer, fp32 [R, T, D], or of the stream leaving the last
+            layer, for the number of layers; called from there down.
 
         Yields:
           Each layer from the last down to 0, and the cotangents of the values by the head that mixes them,
           [N, R, G, T, K].
         """
-        n_layers, length = self.model.config.n_layers, self.stream_LxTxD.shape[1]
-        cotangent_RxTxD = jnp.asarray(read.at(n_layers, count, length))
+        n_layers = self.model.config.n_layers
+        cotangent_RxTxD = jnp.asarray(read(n_layers))
         for layer in reversed(range(n_layers)):
-            inputs = self.stream_LxTxD[layer], cotangent_RxTxD, read.at(layer, count, length)
+            inputs = self.stream_LxTxD[layer], cotangent_RxTxD, read(layer)
             cotangent_RxTxD, wanted = layers.pull_layer(self.frozen, np.int32(layer), *inputs)
             yield layer, wanted
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.attribution.graph.nodes import FEATURE, Nodes
 from saejax.attribution.local.dictionaries import LayerDictionaries
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
@@ -32,6 +33,14 @@ class Active:
 
     def __len__(self) -> int:
         return len(self.layer_A)
+
+    def __getitem__(self, chosen: np.ndarray | slice) -> "Active":
+        return Active(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+
+    @property
+    def nodes(self) -> Nodes:
+        """The features as nodes of a graph."""
+        return Nodes.of(FEATURE, self.layer_A, self.position_A, self.feature_A, self.value_A)
 
     @classmethod
     def concatenate(cls, parts: Sequence["Active"]) -> "Active":
@@ -101,6 +110,17 @@ def activations(encoder: Dictionary, read_xD: jax.Array) -> jax.Array:
     return jnp.where(encoder.is_not_sink(read_xD)[..., None], acts_xF, jnp.zeros_like(acts_xF))
 
 
+def activations_of(encoder: Dictionary, read_MxD: jax.Array, feature_M: jax.Array) -> jax.Array:
+    """Return activations of single features, [M].
+
+    Args:
+      encoder: of the features.
+      read_MxD: what it reads.
+      feature_M: the feature of each value that is read.
+    """
+    return jnp.take_along_axis(activations(encoder, read_MxD), feature_M[:, None], axis=1)[:, 0]
+
+
 @jax.jit
 def encode_used(encoder: Dictionary, read_xTxD: jax.Array, used_T: jax.Array) -> jax.Array:
     """Return activations [..., T, F] of what is read [..., T, D], 0 at sinks and where ``used_T`` is False."""
@@ -167,11 +187,8 @@ def prompt_ids(model: LanguageModel, prompt: str | Sequence[int] | np.ndarray, c
         tokenizer = model.tokenizer
         specials = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
         specials = [token for token in specials if token is not None]
-        if specials and not set(ids[:1].tolist()) & set(tokenizer.all_special_ids):
+        if specials and ids[0] not in tokenizer.all_special_ids:
             ids = np.concatenate([specials[:1], ids]).astype(np.int32)
-        # Both the tokenizer and the text may have put it there.
-        while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text began with it, too
-            ids = ids[1:]
     Tokens(ids[None], np.array([len(ids)], np.int32)).check(model.config.vocab, model.config.context)
     return ids
 

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from scipy.special import softmax
 
-from saejax.attribution.local.layers import FrozenModel
+from saejax.attribution.local.layers import RELP, FrozenModel
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.errors import UserError
 from saejax.models import decoder
@@ -71,9 +71,7 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
     Raises:
       UserError: a token does not exist, or a text is not one token.
     """
-    logits_V = run.logits_V.astype(np.float64)
-    probability_V = np.exp(logits_V - logits_V.max())
-    probability_V /= probability_V.sum()
+    probability_V = softmax(run.logits_V.astype(np.float64))
     if not targets:
         order = np.argsort(-probability_V, kind="stable")[: max(max_logits, 1)]
         # The token that reaches the share is one of them.
@@ -182,41 +180,44 @@ def _read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: jax.Array, v
     return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, position_J], vector_JxD)
 
 
-def read_last(
-    frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, vector_KxD: np.ndarray
-) -> np.ndarray:
+def read_last(frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, readouts: Readouts) -> np.ndarray:
     """Return how much readouts of the stream leaving the last layer differ from the prompt's, [R, K].
-
-    Their directions were pulled back through the final norm with the prompt's scale. Unless that norm is frozen, each
-    row has its own scale, which multiplies what is read.
 
     Args:
       frozen: the model.
       freeze: what the final norm keeps, one of ``layers.FREEZE_MODES``.
       last_D: the stream of the prompt at the last position.
       x_RxD: the same stream in the rows.
-      vector_KxD: the readouts' directions.
+      readouts: what is read.
     """
-    count = len(vector_KxD)
-    filled_XxD = np.pad(vector_KxD, ((0, padded(count, _STEP) - count), (0, 0)))
-    return to_host(_read_last(frozen, freeze, last_D, x_RxD, filled_XxD))[:, :count]
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _read_last(
-    frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, vector_KxD: jax.Array
-) -> jax.Array:
-    config = frozen.config
     if freeze == "all":
-        return einsum("rd,kd->rk", x_RxD - last_D[None], vector_KxD)
+        # Their directions were pulled back through the final norm with the prompt's scale.
+        positions = np.zeros(len(readouts), np.int32)
+        return read_changes(last_D[None], x_RxD[:, None], positions, readouts.vector_KxD)
+    x_BxD = jnp.concatenate([last_D[None], x_RxD])
+    value_BxK = read_values(frozen.config, RELP, frozen.params, x_BxD, readouts.pair_Kx2)
+    return value_BxK[1:] - value_BxK[:1]
 
-    def scale(x_RxD: jax.Array) -> jax.Array:
-        centred_RxD = x_RxD - jnp.mean(x_RxD, axis=-1, keepdims=True) if config.norm == "layer" else x_RxD
-        return lax.rsqrt(jnp.mean(jnp.square(centred_RxD), axis=-1, keepdims=True) + config.norm_eps)
 
-    ratio_Rx1 = scale(x_RxD) / scale(last_D[None])
-    # Two products here: with a scale for each row there is no single difference to read.
-    return einsum("rd,kd->rk", x_RxD, vector_KxD) * ratio_Rx1 - einsum("rd,kd->rk", last_D[None], vector_KxD)
+def read_values(
+    config: DecoderConfig, rules: RunRules, params: decoder.Params, x_BxD: jax.Array, pair_Kx2: np.ndarray
+) -> np.ndarray:
+    """Return readouts of streams that leave the last layer, before capping, [B, K]; see ``logit_directions``."""
+    count = len(pair_Kx2)
+    pair_Xx2 = np.pad(pair_Kx2, ((0, padded(count, _STEP) - count), (0, 0)), constant_values=-1)
+    return to_host(_read_values(config, rules, params, x_BxD, *pair_Xx2.T))[:, :count]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read_values(
+    config: DecoderConfig,
+    rules: RunRules,
+    params: decoder.Params,
+    x_BxD: jax.Array,
+    first_K: jax.Array,
+    second_K: jax.Array,
+) -> jax.Array:
+    return jax.vmap(lambda x_D: logit_directions(config, rules, params, x_D, first_K, second_K)[1])(x_BxD)
 
 
 @functools.partial(jax.jit, static_argnums=1)

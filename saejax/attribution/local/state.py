@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from saejax.attribution.local import layers
-from saejax.attribution.local.directions import FeatureOutputs
+from saejax.attribution.local.dictionaries import FeatureOutputs
 from saejax.attribution.local.layers import RELP, FrozenModel
 from saejax.attribution.local.prompt_run import Active, PromptRun, active_features
 from saejax.attribution.local.readouts import padded, read_logits
@@ -56,7 +56,7 @@ class LocalState(PromptRun):
       b_dec_LxD: biases of the decoders.
 
     Raises:
-      UserError: the set does not belong to the model, the prompt has a single token, a value is not finite, or no
+      UserError: the set does not belong to the model, the prompt is too short, a value is not finite, or no
         feature is active.
     """
 
@@ -71,10 +71,9 @@ class LocalState(PromptRun):
         self.model, self.dictionaries, self.rules = model, transcoders, RELP
         self.ids_P = np.asarray(ids, np.int32)
         first = first_used(model.config, self.ids_P)
-        if len(self.ids_P) < 2:
-            raise UserError("the prompt is a single token, at which no feature is used: expected two at least")
         if len(self.ids_P) <= first:
-            raise UserError(f"no feature is used at the first {first} tokens, and the prompt has no further one")
+            which = f"first {first} tokens" if first > 1 else "first token"
+            raise UserError(f"no feature is used at the {which}, and the prompt has no further one")
         self.frozen = FrozenModel(model.config, model.params, transcoders.reads)
         # Padded, so that prompts of similar lengths share compiled programs.
         ids_T = np.pad(self.ids_P, (0, padded(len(self.ids_P)) - len(self.ids_P)))
@@ -88,7 +87,7 @@ class LocalState(PromptRun):
         model, transcoders, length = self.model, self.dictionaries, len(x_TxD)
         # Neither at the first positions, where the MLP's output stays whole, nor at padding.
         used_T = (np.arange(length) >= first) & (np.arange(length) < len(self.ids_P))
-        outputs, active_by_layer, broken = FeatureOutputs(transcoders, length), list[Active](), list[int]()
+        outputs, active_by_layer = FeatureOutputs(transcoders, length), list[Active]()
         parts: dict[str, list[jax.Array]] = {}
         for layer in range(model.config.n_layers):
             # 1. The layer.
@@ -98,13 +97,7 @@ class LocalState(PromptRun):
             active = active_features(encoder, layer, read[0], used_T)
             # 3. What they write, and the error.
             outputs.add(layer, active.position_A, active.feature_A, active.value_A)
-            written_TxD = outputs.pop(layer)
-            if written_TxD is None:
-                written_TxD = np.zeros((length, model.config.d_model), np.float32)
-            error_TxD, mlp_TxD = _errors(encoder, read[0], out[0], written_TxD, used_T)
-            # Raised at the end, after what is more general.
-            if not (np.isfinite(active.value_A).all() and jnp.isfinite(error_TxD).all()):
-                broken.append(layer)
+            error_TxD, mlp_TxD = _errors(encoder, read[0], out[0], outputs.pop(layer), used_T)
             active_by_layer.append(active)
             values = dict(stream=x_TxD, error=error_TxD, first=mlp_TxD[:first], b_dec=encoder.b_dec_D[...])
             if encoder.config.skip:
@@ -115,17 +108,18 @@ class LocalState(PromptRun):
         self.last_D = lax.dynamic_index_in_dim(x_TxD, np.int32(len(self.ids_P) - 1), keepdims=False)
         self.logits_V = to_host(read_logits(self.frozen, "none", self.last_D, self.last_D[None]))[0]
         self.active = Active.concatenate(active_by_layer)
-        # Where the model itself is not finite, that is the cause to name.
-        self.check()
-        if broken:
-            raise UserError(
-                f"{transcoders.name}, layer {broken[0]}: what the transcoder gives is not finite: its file is damaged, "
-                "fetch or train it again"
-            )
         stacks: dict[str, Any] = {name: jnp.stack(parts.pop(name)) for name in list(parts)}
         self.stream_LxTxD, self.error_LxTxD = stacks["stream"], stacks["error"]
         self.first_LxUxD, self.b_dec_LxD = stacks["first"], stacks["b_dec"]
         self.frozen = dataclasses.replace(self.frozen, skip_LxDxD=stacks.get("skip"))
+        # First the model: where it is not finite itself, that is the cause to name.
+        self.check()
+        broken = np.flatnonzero(~to_host(jnp.isfinite(self.error_LxTxD).all(axis=(1, 2))))
+        if len(broken):
+            raise UserError(
+                f"{transcoders.name}, layer {broken[0]}: what the transcoder gives is not finite: its file is damaged, "
+                "fetch or train it again"
+            )
 
     @property
     def first(self) -> int:

@@ -5,14 +5,12 @@ A set may be circuit-tracer's, Gemma Scope's files, our own checkpoints, or dict
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from saejax.attribution.local.dictionaries import LayerDictionaries, check_dictionary, check_width
-from saejax.dictionaries import Dictionary, DictionaryConfig, formats
+from saejax.dictionaries import Dictionary, formats
 from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, place
 from saejax.errors import UserError
 from saejax.models import hub
@@ -26,42 +24,10 @@ _FILES = ("layer_*.safetensors", "W_enc_*.safetensors", "W_dec_*.safetensors", "
 
 
 class LayerTranscoders(LayerDictionaries):
-    """A transcoder for every layer, from layer 0; or a cross-layer one, whose features write to later layers, too.
+    """A transcoder for every layer, from layer 0; in a cross-layer set, features write to later layers, too.
 
-    Args:
-      name, configs, load, reads, revision, files: see ``LayerDictionaries``; in a cross-layer set, the decoder of a
-        layer is what its features write to their own layer.
-      writes: given a layer and features [U], reads what these write to their own layer and to each later one,
-        [U, L - layer, D]; None: they write to their own alone.
+    There the decoder of a layer is what its features write to their own layer. See ``LayerDictionaries``.
     """
-
-    def __init__(
-        self,
-        name: str,
-        configs: Sequence[DictionaryConfig],
-        load: Callable[[int], Dictionary],
-        reads: str = "mlp_in",
-        revision: str = "",
-        files: circuit_tracer.TranscoderSet | None = None,
-        writes: Callable[[int, np.ndarray], np.ndarray] | None = None,
-    ):
-        super().__init__(name, configs, load, reads, revision, files)
-        self._writes = writes
-
-    @property
-    def cross_layer(self) -> bool:
-        """True if features also write to later layers than their own."""
-        return self._writes is not None
-
-    def written_layers(self, layer: int) -> int:
-        """Return the number of layers that the features of a layer write to, from their own on."""
-        return len(self.configs) - layer if self.cross_layer else 1
-
-    def writes(self, layer: int, features_U: np.ndarray) -> np.ndarray:
-        """Return what features of a layer write to each layer that they write to, fp32 [U, X, D]."""
-        if self._writes is None:
-            return super().writes(layer, features_U)
-        return np.asarray(self._writes(layer, features_U), np.float32)
 
     @classmethod
     def of(cls, dictionaries: Sequence[Dictionary], name: str = "dictionaries in memory") -> "LayerTranscoders":
@@ -109,14 +75,7 @@ class LayerTranscoders(LayerDictionaries):
 
     def describe(self) -> dict[str, Any]:
         """Return what a graph says of the set."""
-        first = self.configs[0]
-        description: dict[str, Any] = dict(
-            name=self.name, revision=self.revision, reads=self.reads, layers=len(self.configs),
-            kind=first.kind, n_features=first.n_features, skip=first.skip, model=first.model,
-        )  # fmt: skip
-        if self.cross_layer:
-            description["cross_layer"] = True
-        return description
+        return super().describe() | dict(reads=self.reads) | (dict(cross_layer=True) if self.cross_layer else {})
 
 
 def open_transcoders(

@@ -14,19 +14,185 @@ logit; one backward pass gives its edges from all sites. Two kinds of edges:
 Edges are estimates: rows do not add up to their targets (``Graph.unexplained_R`` says by how much), with one exception:
 direct edges with ``estimate="relp"`` in a model without biases do, since its rules make of every layer what is linear
 (``DecoderConfig.backward``).
+
+``SaeRun`` is a model that was run on a prompt with SAEs at some of its sites: their features, and runs with edits.
+``GradientRows`` reads the rows of a graph off its gradients.
 """
 
+import dataclasses
+import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, TOKEN, Nodes
-from saejax.attribution.local.readouts import Readouts
+from saejax.attribution.graph.nodes import BIAS, ERROR, TOKEN, Nodes
+from saejax.attribution.local.dictionaries import FeatureOutputs, LayerSaes
+from saejax.attribution.local.edits import CHUNK, Change
+from saejax.attribution.local.layers import FrozenModel, embed
+from saejax.attribution.local.prompt_run import Active, LocalRun, PromptRun, activations_of, active_features
+from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_values
 from saejax.attribution.local.rows import TOKENS, Put
-from saejax.attribution.trace.sae_run import Readings, SaeRun
-from saejax.errors import UserError
+from saejax.dictionaries import Dictionary
+from saejax.errors import UserError, one_of
+from saejax.models import decoder
+from saejax.models.attention import whole_prompt_tables
+from saejax.models.config import DecoderConfig, RunRules
+from saejax.models.edits import ForwardPass
+from saejax.models.language_model import LanguageModel
+from saejax.models.sites import Site
+from saejax.models.tokens import Tokens
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
+from saejax.runner.parts import OnProgress, silent
+from saejax.settings import GRAPH_ESTIMATES
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class SaeRun(PromptRun):
+    """A model that was run on a prompt, and what its SAEs say of it; see also ``PromptRun``."""
+
+    dictionaries: LayerSaes
+    error_SxTxD: np.ndarray  #: fp32, what the SAEs do not explain; at attention sinks all but b_dec
+    b_dec_SxD: np.ndarray  #: biases of the decoders
+    direct: bool  #: whether gradients stop at the sites, as if these were frozen
+
+    @classmethod
+    def of(
+        cls, model: LanguageModel, saes: LayerSaes, ids_P: np.ndarray, estimate: str = "gradient", direct: bool = False
+    ) -> "SaeRun":
+        """Run the model on a prompt, and each SAE on its site.
+
+        Args:
+          model: the language model.
+          saes: of some of its sites.
+          ids_P: int32 token ids of the prompt.
+          estimate: one of ``GRAPH_ESTIMATES``: the rules by which gradients go through the model.
+          direct: whether gradients stop at sites.
+
+        Raises:
+          UserError: SAEs and model do not go together, a value is not finite, or no feature is active.
+        """
+        saes.check(model)
+        rules = RunRules(backward=one_of(estimate, GRAPH_ESTIMATES, "estimate"))
+        kinds, length = tuple(sorted({"resid_pre", *(site.kind for site in saes.sites)})), padded(len(ids_P))
+        x_TxD = embed(FrozenModel(model.config, model.params), np.pad(ids_P, (0, length - len(ids_P))))
+        leaving_TxD, values = _run(model.config, rules, kinds, model.params, x_TxD)
+        last_D = leaving_TxD[len(ids_P) - 1]
+        logits_V = to_host(decoder.unembed(model.config, model.params, last_D[None], rules)[0])
+        active_by_site, errors, biases, outputs = [], [], [], FeatureOutputs(saes, length)
+        for site in saes.sites:
+            sae, read_TxD = saes.load(site.layer, model.mesh), values[site.kind][site.layer]
+            # Padding has no features; attention sinks are left out by the SAE's own rule.
+            used_T = np.arange(length) < len(ids_P)
+            active = active_features(sae, site.layer, read_TxD, used_T)
+            outputs.add(site.layer, active.position_A, active.feature_A, active.value_A)
+            active_by_site.append(active)
+            biases.append(to_host(sae.b_dec_D[...]))
+            errors.append(np.where(used_T[:, None], to_host(read_TxD) - biases[-1] - outputs.pop(site.layer), 0))
+        run = cls(
+            model, saes, rules, ids_P, Active.concatenate(active_by_site), logits_V, last_D, values["resid_pre"],
+            np.stack(errors), np.stack(biases), direct,
+        )  # fmt: skip
+        run.check()
+        return run
+
+    def run(
+        self,
+        edits: Sequence[Sequence[Change]],
+        freeze: str = "none",
+        *,
+        readouts: Readouts | None = None,
+        features: Sequence[int] | np.ndarray = (),
+        logits: bool = True,
+        on_progress: OnProgress = silent,
+    ) -> LocalRun:
+        """Run the prompt with each row of changes, nothing frozen; see ``LocalModel.run``.
+
+        Each activation is set in the changed run: SAEs of later layers read the effects of changes in earlier layers.
+        What a changed site itself reads is read after the change.
+
+        Raises:
+          UserError: ``freeze`` is another mode.
+        """
+        if freeze != "none":
+            raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
+        model, n_layers, last = self.model, self.model.config.n_layers, len(self.ids_P) - 1
+        index_J = np.asarray(features, np.int64)
+        wanted = self.active[index_J]
+        encoder_JxD = self.dictionaries.rows_of("W_enc", wanted.layer_A, wanted.feature_A)
+        site_of = {site.layer: site for site in self.dictionaries.sites}
+        leaving = Site("resid_post", n_layers - 1)
+        capture = list(dict.fromkeys([*(site_of[layer] for layer in np.unique(wanted.layer_A).tolist()), leaving]))
+        feature_RxJ = np.tile(wanted.value_A, (len(edits), 1))
+        readout_RxK = np.tile(readouts.value_K if readouts else np.empty(0, np.float32), (len(edits), 1))
+        logits_RxV = np.tile(self.logits_V, (len(edits), 1))
+        size = max(CHUNK // (len(self.ids_P) * model.config.d_model), 1)
+        for start in range(0, len(edits), size):
+            on_progress(start, len(edits))
+            rows = slice(start, min(start + size, len(edits)))
+            # The prompt goes along as the first row: a small effect is a difference of values of one program.
+            batch = [[], *edits[rows]]
+            tokens = Tokens(np.tile(self.ids_P, (len(batch), 1)), np.full(len(batch), last + 1, np.int32))
+            sites = model(tokens, capture=capture, edits=self._edits(batch), logits=False).sites
+            for layer in np.unique(wanted.layer_A).tolist():
+                value, here = sites[str(site_of[layer])].astype(jnp.float32), np.flatnonzero(wanted.layer_A == layer)
+                places = wanted.position_A[here], encoder_JxD[here]
+                feature_RxJ[rows, here] += read_changes(value[0], value[1:], *places)
+            last_BxD = sites[str(leaving)][:, last]
+            if readouts:
+                at_last = last_BxD.astype(jnp.float32), readouts.pair_Kx2
+                value_BxK = read_values(model.config, self.rules, model.params, *at_last)
+                readout_RxK[rows] += value_BxK[1:] - value_BxK[:1]
+            if logits:
+                logits_RxV[rows] = to_host(decoder.unembed(model.config, model.params, last_BxD[1:], self.rules))
+        return LocalRun(feature_RxJ, readout_RxK, logits_RxV if logits else None)
+
+    def _edits(self, rows: Sequence[Sequence[Change]]) -> list["PlacedEdit"]:
+        changes = [(row, *change) for row, row_changes in enumerate(rows) for change in row_changes]
+        change_Nx5, edits = np.array(changes, np.float64).reshape(-1, 5), []
+        for site in self.dictionaries.sites:
+            here_Mx5 = change_Nx5[change_Nx5[:, 1] == site.layer]
+            if len(here_Mx5):
+                row_M, _, position_M, feature_M = jnp.asarray(here_Mx5[:, :4].T, jnp.int32)
+                value_M = jnp.asarray(here_Mx5[:, 4], jnp.float32)
+                sae = self.dictionaries.load(site.layer, self.model.mesh)
+                edits.append(PlacedEdit(sae, row_M, position_M, feature_M, value_M, site))
+        return edits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlacedEdit:
+    """Sets features of an SAE to activations; the error term stays. An ``Edit``."""
+
+    dictionary: Dictionary  #: the SAE
+    #: row_M, position_M, feature_M: int32, where and which, each once.
+    row_M: jax.Array
+    position_M: jax.Array
+    feature_M: jax.Array
+    value_M: jax.Array  #: fp32 activations
+    site: Site = dataclasses.field(metadata=dict(static=True))  #: of the SAE (static)
+
+    def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
+        """Return the edited value of ``site``; attention sinks, where no feature is used, stay as they are."""
+        x_MxD = value_BxTxD[self.row_M, self.position_M]
+        old_M = activations_of(self.dictionary, x_MxD, self.feature_M)
+        # At a sink the SAE has no features that could be set.
+        change_M = jnp.where(self.dictionary.is_not_sink(x_MxD), self.value_M - old_M, 0)
+        added_MxD = change_M[:, None] * self.dictionary.W_dec_FxD[...][self.feature_M]
+        return value_BxTxD.at[self.row_M, self.position_M].add(added_MxD.astype(value_BxTxD.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    config: DecoderConfig, rules: RunRules, kinds: tuple[str, ...], params: decoder.Params, x_TxD: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the stream leaving the last layer, and the values at kinds of sites in all layers, each [L, T, D]."""
+    return decoder.run_layers(config, params, x_TxD, 0, config.n_layers, rules=rules, collect=kinds)[:2]
 
 
 class GradientRows:
@@ -42,9 +208,9 @@ class GradientRows:
 
     def __init__(self, run: SaeRun, readouts: Readouts):
         self._run, self._readouts, active, tokens = run, readouts, run.active, len(run.ids_P)
-        layer_S, every_P = run.sites.layer_S, np.arange(tokens)
+        layer_S, every_P = np.array([site.layer for site in run.dictionaries.sites]), np.arange(tokens)
         self.nodes = Nodes.joined(
-            Nodes.of(FEATURE, active.layer_A, active.position_A, active.feature_A, active.value_A),
+            active.nodes,
             Nodes.of(ERROR, np.repeat(layer_S, tokens), np.tile(every_P, len(layer_S))),
             Nodes.of(TOKEN, -1, every_P, run.ids_P),
             Nodes.of(BIAS, layer_S, 0),
@@ -54,48 +220,74 @@ class GradientRows:
         _, first_U, self._row_A = np.unique(key_A, return_index=True, return_inverse=True)
         self._table_UxD = run.dictionaries.rows_of("W_dec", active.layer_A[first_U], active.feature_A[first_U])
         # The features of each site and position, which stand together.
-        group_A = run.sites.slot_L[active.layer_A] * tokens + active.position_A
+        group_A = np.searchsorted(layer_S, active.layer_A) * tokens + active.position_A
         self._starts = np.searchsorted(group_A, np.arange(len(layer_S) * tokens + 1))
         self._token_PxD = to_host(run.stream_LxTxD[0, :tokens])
 
     def __call__(self, new_F: np.ndarray | None, put: Put) -> None:
         """Compute the rows of some active features, or (None) of the readouts; see ``rounds.FillRows``."""
-        run, readouts = self._run, self._readouts
+        run, readouts, mesh = self._run, self._readouts, self._run.model.mesh
         if new_F is None:
-            top_B = np.full(len(readouts), run.model.config.n_layers, np.int32)
-            last_B = np.full(len(readouts), len(run.ids_P) - 1, np.int32)
-            self._read(Readings(readouts.vector_KxD, top_B, np.ones(len(readouts), bool), last_B), top_B, put)
+            vector_RxD, position_R = readouts.vector_KxD, np.full(len(readouts), len(run.ids_P) - 1)
+            layer_R = np.full(len(readouts), run.model.config.n_layers)
         else:
-            layer_F, position_F = run.active.layer_A[new_F], run.active.position_A[new_F]
-            vector_FxD = run.dictionaries.rows_of("W_enc", layer_F, run.active.feature_A[new_F])
-            # A site lies within its layer, below the stream that enters the next.
-            self._read(Readings(vector_FxD, layer_F, np.zeros(len(new_F), bool), position_F), layer_F + 1, put)
-
-    def _read(self, readings: Readings, top_B: np.ndarray, put: Put) -> None:
-        """Compute what each source contributes to each target.
-
-        Args:
-          readings: any number of targets.
-          top_B: for each the layer whose entering stream it does not reach above.
-          put: takes targets and their rows, in any order and from more than one thread.
-        """
-        run, mesh = self._run, self._run.model.mesh
+            layer_R, position_R = run.active.layer_A[new_F], run.active.position_A[new_F]
+            vector_RxD = run.dictionaries.rows_of("W_enc", layer_R, run.active.feature_A[new_F])
         length = run.stream_LxTxD.shape[1]
         size = max(TOKENS[mesh.devices.flat[0].platform] // length, 1) * mesh.shape["data"]
-        order_B = np.argsort(-top_B, kind="stable")  # targets of one layer go together, and no higher than it
+        order_R = np.argsort(-layer_R, kind="stable")  # targets of one layer go together, and no higher than it
 
-        def read(start: int) -> None:
-            chosen_B = order_B[start : start + size]
+        def fill(start: int) -> None:
+            chosen_B = order_R[start : start + size]
             # Filled up with copies, so that one program serves all batches.
-            batch = Readings(*by_row(mesh, *(part[np.resize(chosen_B, size)] for part in readings)))
-            gradients = run.gradients(batch, np.int32(top_B[chosen_B[0]]))
+            filled_X = np.resize(chosen_B, size)
+            gradients = self._gradients(layer_R[filled_X], position_R[filled_X], vector_RxD[filled_X])
             row_BxN = self._contributions(*gradients)[: len(chosen_B)]
             if not np.isfinite(row_BxN).all():
                 raise UserError(f"gradients of {run.model.source.name} are not finite: try --model.dtype=float32")
             put(chosen_B, row_BxN)
 
         with ThreadPoolExecutor(2 if mesh.size == 1 else 1) as pool:  # as in ``rows.RowTracer``
-            list(pool.map(read, range(0, len(order_B), size)))
+            list(pool.map(fill, range(0, len(order_R), size)))
+
+    def _gradients(
+        self, layer_B: np.ndarray, position_B: np.ndarray, vector_BxD: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the gradients of targets with respect to changes at sites and to the embedded tokens.
+
+        Args:
+          layer_B: the layer at whose site each reads, or the number of layers: it reads the stream leaving the last.
+          position_B: where.
+          vector_BxD: the directions that are read.
+
+        Returns:
+          [S, B, T, D] and [B, T, D].
+        """
+        run, (n_layers, length, width) = self._run, self._run.stream_LxTxD.shape
+
+        def read_at(layer: int) -> jax.Array:
+            """Return the directions that are read at a layer, [B, T, D]."""
+            read_BxTxD, here = np.zeros((len(layer_B), length, width), np.float32), np.flatnonzero(layer_B == layer)
+            read_BxTxD[here, position_B[here]] = vector_BxD[here]
+            return by_row(run.model.mesh, read_BxTxD)[0]
+
+        kind_of, of_sites = {site.layer: site.kind for site in run.dictionaries.sites}, list[jax.Array]()
+        above_BxTxD = read_at(n_layers)
+        nothing_BxTxD, layers = jnp.zeros_like(above_BxTxD), set(layer_B.tolist())
+        is_zero = n_layers not in layers
+        # Layer by layer from the top, as few streams are then kept.
+        for layer in reversed(range(n_layers)):
+            site_BxTxD, kind = nothing_BxTxD, kind_of.get(layer, "")
+            if layer in layers or not is_zero:
+                read_BxTxD = read_at(layer) if layer in layers else nothing_BxTxD
+                inputs = np.int32(layer), run.stream_LxTxD[layer], above_BxTxD, read_BxTxD
+                static = run.model.config, run.rules, kind, run.direct
+                above_BxTxD, site_BxTxD = _pull_layer(*static, run.model.params, *inputs)
+                # All of the stream goes through such a site: frozen, it lets nothing through, unless it is read itself.
+                is_zero = run.direct and kind in ("resid_pre", "resid_post") and layer not in layers
+            if layer in kind_of:
+                of_sites.append(site_BxTxD)
+        return np.stack([to_host(site_BxTxD) for site_BxTxD in reversed(of_sites)]), to_host(above_BxTxD)
 
     def _contributions(self, site_SxBxTxD: np.ndarray, token_BxTxD: np.ndarray) -> np.ndarray:
         """Dot products of gradients with the sources' directions, fp32 [B, N]."""
@@ -116,3 +308,46 @@ class GradientRows:
         ]
         into_NxB[features:] = np.concatenate(products)
         return into_NxB.T
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _pull_layer(
+    config: DecoderConfig,
+    rules: RunRules,
+    kind: str,
+    direct: bool,
+    params: decoder.Params,
+    layer: jax.Array,
+    x_TxD: jax.Array,
+    above_BxTxD: jax.Array,
+    read_BxTxD: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Pull gradients through a layer, from its output to its input; and to changes at its site, each [B, T, D].
+
+    Args:
+      config: of the decoder (static).
+      rules: by which gradients go through the model (static).
+      kind: of the layer's site; "": it has none (static).
+      direct: whether gradients stop at the site (static).
+      params: of the model.
+      layer: its number.
+      x_TxD: the stream entering it.
+      above_BxTxD: gradients with respect to the stream leaving it.
+      read_BxTxD: directions that are read at the site, before changes.
+    """
+    tables = whole_prompt_tables(config, len(x_TxD))
+
+    def run_layer(x_TxD: jax.Array, delta_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        read = [jnp.zeros_like(x_TxD)]
+
+        def hook(hook_kind: str, value_TxD: jax.Array) -> jax.Array:
+            if hook_kind != kind:
+                return value_TxD
+            read.append(value_TxD)
+            # Frozen, the model goes on with this value, whatever comes from below.
+            return (lax.stop_gradient(value_TxD) if direct else value_TxD) + delta_TxD
+
+        return decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook), read[-1]
+
+    _, pull = jax.vjp(run_layer, x_TxD, jnp.zeros_like(x_TxD))
+    return jax.vmap(lambda *both: pull(both))(above_BxTxD, read_BxTxD)

@@ -23,15 +23,14 @@ import psutil
 from jax.sharding import Mesh
 
 from saejax.attribution.graph import Graph
-from saejax.attribution.local.dictionaries import LayerSaes, Saes
-from saejax.attribution.local.directions import READ_AT_ONCE
+from saejax.attribution.local.dictionaries import READ_AT_ONCE, LayerSaes, Saes
 from saejax.attribution.local.model import AnySet, LocalModel, open_set
 from saejax.attribution.local.prompt_run import AT_ONCE, prompt_ids
 from saejax.attribution.local.readouts import Readouts, Target, padded, read_targets
 from saejax.attribution.local.rows import Put, RowTracer, batch_tokens
 from saejax.attribution.local.sources import WIDTH
 from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.attribution.trace.gradient import GradientRows
+from saejax.attribution.trace.gradient import GradientRows, SaeRun
 from saejax.attribution.trace.rounds import (
     ROUND_ROWS,
     WHOLE,
@@ -41,7 +40,6 @@ from saejax.attribution.trace.rounds import (
     columns_kept,
     make_graph,
 )
-from saejax.attribution.trace.sae_run import SaeRun
 from saejax.dictionaries import DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig

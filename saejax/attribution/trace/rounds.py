@@ -7,12 +7,12 @@ influential so far, several times as many as rows are wanted; no other gets a ro
 column contribute to a row is kept as one sum. Errors, tokens and biases always have their columns.
 
 Rankings. Influences are those of ``graph.pruning``. Between two rounds they are looked for anew, while the devices
-wait: so a row's weights are summed once, when it is new, and read only where it may have any, from features of lower
-layers.
+wait: so a row's weights are summed once, when it is written, and read only where it may have any, from features of
+lower layers.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,21 +57,23 @@ class RowStore:
       count: features that get a row.
       targets: rows of targets that are no features, K.
       active: active features, which are the first of the sources.
+      scored: number of sources, the first ones, that take part in influences.
       sources: their number S.
 
     Attributes:
       row_BxC: fp32 rows that there is room for, over the sources that have a column.
       column_C: which sources these are, ascending.
-      dropped_R, size_R: fp32 sums, and sums of absolute values, over the sources that have none.
+      dropped_R: fp32 sums over the sources that have none.
+      size_R: float64 sums of absolute values over all scored sources.
     """
 
-    def __init__(self, count: int, targets: int, active: int, sources: int):
-        self._count, self._targets, self._active = count, targets, active
+    def __init__(self, count: int, targets: int, active: int, scored: int, sources: int):
+        self._count, self._targets, self._active, self._scored = count, targets, active, scored
         self._room = columns_kept(count + targets, active, sources - active)
         first = count if self._room == sources else min(count, max(WHOLE // sources - targets, _LEAST_ROWS))
         self.row_BxC = np.zeros((first + targets, sources), np.float32)
         self.column_C = np.arange(sources)
-        self.dropped_R, self.size_R = np.zeros((2, count + targets), np.float32)
+        self.dropped_R, self.size_R = np.zeros(count + targets, np.float32), np.empty(count + targets)
         self._left_X = np.empty(0, np.int64)
 
     def room(self, done: int) -> int:
@@ -80,20 +82,21 @@ class RowStore:
 
     def put(self, start: int | None) -> Put:
         """Return the writer of the rows from ``start`` on, or (None) of the rows that belong to no feature."""
-        first = len(self.row_BxC) - self._targets if start is None else start
+        first = -self._targets if start is None else start
 
         def write(row_B: np.ndarray, value_BxS: np.ndarray) -> None:
-            if len(self._left_X):
-                self._write_narrow(first + row_B, value_BxS)
-            else:
-                self.row_BxC[first + row_B] = value_BxS
+            size_B = np.abs(value_BxS[:, : self._scored]).sum(axis=1, dtype=np.float64)
+            self.size_R[first + row_B] = np.maximum(size_B, SMALLEST)
+            self._write(first + row_B, value_BxS)
 
         return write
 
-    def _write_narrow(self, row_B: np.ndarray, value_BxS: np.ndarray) -> None:
-        left_BxX = value_BxS[:, self._left_X]
+    def _write(self, row_B: np.ndarray, value_BxS: np.ndarray) -> None:
+        if not len(self._left_X):
+            self.row_BxC[row_B] = value_BxS
+            return
         self.row_BxC[row_B] = value_BxS[:, self.column_C]
-        self.dropped_R[row_B], self.size_R[row_B] = left_BxX.sum(axis=1), np.abs(left_BxX).sum(axis=1)
+        self.dropped_R[row_B] = value_BxS[:, self._left_X].sum(axis=1)
 
     def narrow(self, ranked_A: np.ndarray, done: int) -> None:
         """Give up columns of features, and make room for the remaining rows.
@@ -109,7 +112,7 @@ class RowStore:
         self.column_C, self._left_X = np.flatnonzero(kept_S), np.flatnonzero(~kept_S)
         self.row_BxC = np.zeros((self._count + self._targets, len(self.column_C)), np.float32)
         for row in (*range(done), *range(-self._targets, 0)):  # one by one: there is no room for copies
-            self._write_narrow(np.array([row]), old[row][None])
+            self._write(np.array([row]), old[row][None])
 
     def sort(self, order_F: np.ndarray) -> None:
         """Reorder the rows of features in place: there is no room for a second copy.
@@ -121,8 +124,7 @@ class RowStore:
         for start in range(0, rows_FxC.shape[1], step):
             columns = slice(start, start + step)
             rows_FxC[:, columns] = rows_FxC[order_F, columns]
-        for sum_R in (self.dropped_R, self.size_R):
-            sum_R[: self._count] = sum_R[: self._count][order_F]
+        self.dropped_R[: self._count] = self.dropped_R[order_F]
 
     def leave_out(self, left_X: np.ndarray) -> None:
         """Drop columns when all rows are there, in place: there is no room for a second copy.
@@ -140,66 +142,36 @@ class RowStore:
         self.column_C = self.column_C[kept]
 
 
-class Ranking:
-    """Ranks the active features by their influence through those that have a row.
+def rank(store: RowStore, layer_A: np.ndarray, chosen_F: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
+    """Return the active features that may get a row, by their influence through those that have one, falling.
 
     Args:
-      run: of the prompt.
-      readouts: what is explained.
       store: the rows; those of the readouts are there already.
-      scored: number of sources, the first ones, that take part in influences.
+      layer_A: layers of the active features.
+      chosen_F: indices of the features that have a row, in the order of their rows.
+      weight_K: weights of the readouts.
     """
+    features = np.searchsorted(store.column_C, len(layer_A))
+    layer_C, layer_F = layer_A[store.column_C[:features]], layer_A[chosen_F]
+    column_F, influence_C = np.searchsorted(store.column_C, chosen_F), np.zeros(features)
 
-    def __init__(self, run: PromptRun, readouts: Readouts, store: RowStore, scored: int):
-        self._layer_A, self._store, self._scored = run.active.layer_A, store, scored
-        self._weight_K = readouts.weight_K.astype(np.float64)
-        self._sum_F = np.empty(0)  # of the rows of features that were there before
-        self._sum_K = self._sums(np.arange(len(store.row_BxC) - len(self._weight_K), len(store.row_BxC)))
-
-    def __call__(self, chosen_F: np.ndarray) -> np.ndarray:
-        """Return the features that may get a row, the most influential first.
-
-        Args:
-          chosen_F: indices of the features that have a row already, in the order of their rows.
-        """
-        store, done = self._store, len(chosen_F)
-        self._sum_F = np.concatenate([self._sum_F, self._sums(np.arange(len(self._sum_F), done))])
-        features = np.searchsorted(store.column_C, len(self._layer_A))
-        layer_C, layer_F = self._layer_A[store.column_C[:features]], self._layer_A[chosen_F]
-        column_F, influence_C = np.searchsorted(store.column_C, chosen_F), np.zeros(features)
-        last = np.arange(len(store.row_BxC) - len(self._sum_K), len(store.row_BxC))
-        # The targets first, as influence goes down from them.
-        self._add(influence_C, last, self._weight_K / self._sum_K)
-        for layer in np.unique(layer_F)[::-1]:
-            layer_rows = np.flatnonzero(layer_F == layer)
-            below = influence_C[: np.searchsorted(layer_C, layer)]
-            self._add(below, layer_rows, influence_C[column_F[layer_rows]] / self._sum_F[layer_rows])
-        # Features that have a row come last: no other influence is below 0.
-        influence_C[column_F] = -1
-        order = np.argsort(-influence_C, kind="stable")[: features - done]
-        return store.column_C[order]
-
-    def _sums(self, rows: np.ndarray) -> np.ndarray:
-        """Return sums of the absolute weights of some rows, float64."""
-        store, scored = self._store, int(np.searchsorted(self._store.column_C, self._scored))
-        sums, elsewhere_R = np.empty(len(rows)), store.size_R[: len(store.row_BxC)]
-        for part, size_BxC in self._sizes(rows, scored):
-            # Columns that were given up still count in what a row sums to.
-            sums[part] = size_BxC.sum(axis=1, dtype=np.float64) + elsewhere_R[rows[part]]
-        return np.maximum(sums, SMALLEST)
-
-    def _add(self, influence_C: np.ndarray, rows: np.ndarray, factor_R: np.ndarray) -> None:
-        """Add what sources have of the influence of some rows, in place."""
-        for part, size_BxC in self._sizes(rows, len(influence_C)):
-            # Not ``@``: for so few numbers BLAS wakes threads, which then wait busily while the devices' work.
-            influence_C += np.einsum("b,bc->c", factor_R[part].astype(np.float32), size_BxC)
-
-    def _sizes(self, rows: np.ndarray, columns: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """Return the absolute weights of some rows in the first columns, a few rows at a time."""
-        step = max(_IN_CACHE // max(columns, 1), 1)
+    def add(rows: np.ndarray, weight_R: np.ndarray, columns: int) -> None:
+        """Add what the first sources have of the influence of some rows."""
+        factor_R, step = (weight_R / store.size_R[rows]).astype(np.float32), max(_IN_CACHE // max(columns, 1), 1)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            yield part, np.abs(self._store.row_BxC[rows[part], :columns])
+            size_BxX = np.abs(store.row_BxC[rows[part], :columns])
+            # Not ``@``: for so few numbers BLAS wakes threads, which then wait busily while the devices' work.
+            influence_C[:columns] += np.einsum("b,bc->c", factor_R[part], size_BxX)
+
+    # The targets first, as influence goes down from them.
+    add(np.arange(-len(weight_K), 0), weight_K.astype(np.float64), features)
+    for layer in np.unique(layer_F)[::-1]:
+        layer_rows = np.flatnonzero(layer_F == layer)
+        add(layer_rows, influence_C[column_F[layer_rows]], int(np.searchsorted(layer_C, layer)))
+    # Features that have a row come last: no other influence is below 0.
+    influence_C[column_F] = -1
+    return store.column_C[np.argsort(-influence_C, kind="stable")[: features - len(chosen_F)]]
 
 
 class Traced(NamedTuple):
@@ -230,8 +202,8 @@ def attribute_in_rounds(
       Which of the active features these are, ascending; and their rows.
     """
     active, total, lock = run.active, count + len(readouts), threading.Lock()
-    store = RowStore(count, len(readouts), len(active), len(nodes))
-    done = 0
+    scored = int(np.isin(nodes.kind_N, (FEATURE, ERROR, TOKEN)).sum())
+    store, done = RowStore(count, len(readouts), len(active), scored, len(nodes)), 0
 
     def counted(put: Put) -> Put:
         def write(row_B: np.ndarray, value_BxS: np.ndarray) -> None:
@@ -245,13 +217,12 @@ def attribute_in_rounds(
         return write
 
     fill(None, counted(store.put(None)))
-    scored = int(np.isin(nodes.kind_N, (FEATURE, ERROR, TOKEN)).sum())
-    ranking, chosen = Ranking(run, readouts, store, scored), np.empty(0, np.int64)
+    chosen = np.empty(0, np.int64)
     while len(chosen) < count:
         # Where all get rows, their order does not matter.
         new = np.arange(count)
         if count < len(active):
-            ranked = ranking(chosen)
+            ranked = rank(store, active.layer_A, chosen, readouts.weight_K)
             # Only once the memory of whole rows is full: a column that is given up does not come back.
             if not store.room(len(chosen)):
                 store.narrow(np.concatenate([chosen, ranked]), len(chosen))

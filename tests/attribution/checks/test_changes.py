@@ -11,7 +11,6 @@ from made_transcoders import IDS, made_set
 from saejax.attribution.checks import matched, scale, set_to
 from saejax.attribution.graph.nodes import Nodes
 from saejax.attribution.local import edits
-from saejax.attribution.local.model import Vectors
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.errors import UserError
@@ -84,9 +83,14 @@ def test_above_the_last_held_layer_the_model_runs_freely(setting):
     rows = [np.asarray(setting.transcoders[c.layer].W_dec_FxD[...])[c.feature] for c in below]
     old = [here.active.value_A[here.active.index_of[c.layer, c.position, c.feature]] for c in below]
     vector_ExD = np.stack([(c.value - value) * row for c, value, row in zip(below, old, rows, strict=True)])
-    layer_E, position_E = (np.array([getattr(c, name) for c in below]) for name in ("layer", "position"))
-    added = Vectors(np.zeros(len(below), np.int64), layer_E + 1, position_E, vector_ExD.astype(np.float32))
-    change_TxD = next(change[0] for layer, change, _ in here.pushforward(added, 1) if layer == until)
+
+    def added(layer: int) -> np.ndarray:
+        value_1xTxD = np.zeros((1, *here.stream_LxTxD.shape[1:]), np.float32)
+        for change, vector_D in zip(below, vector_ExD, strict=True):
+            value_1xTxD[0, change.position] += vector_D * (change.layer + 1 == layer)
+        return value_1xTxD
+
+    change_TxD = next(change[0] for layer, change, _ in here.pushforward(added) if layer == until)
     entering_TxD = np.asarray(here.stream_LxTxD[until] + change_TxD, np.float64)[: len(IDS)]
     logits_V, _ = setting.edited.run(IDS, above, (until, entering_TxD))
     np.testing.assert_allclose(ways[until], readouts_of(logits_V), atol=2e-5)

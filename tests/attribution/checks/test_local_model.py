@@ -19,7 +19,7 @@ from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.local import layers
 from saejax.attribution.local.edits import Change, Circuit
 from saejax.attribution.local.layers import FREEZE_MODES, embed
-from saejax.attribution.local.model import LocalModel, LocalRun, Vectors
+from saejax.attribution.local.model import LocalModel, LocalRun
 from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.readouts import read_targets
 from saejax.attribution.local.transcoders import LayerTranscoders
@@ -61,8 +61,14 @@ def test_pushing_a_source_up_gives_what_pulling_a_target_down_does(traced):
     chosen = below[:: max(len(below) // 8, 1)]
     written = [np.asarray(transcoders[layer].W_dec_FxD[...])[f] for layer, _, f in places(active, chosen)]
     vector_SxD = active.value_A[chosen, None] * np.stack(written)
-    added = Vectors(np.arange(len(chosen)), active.layer_A[chosen] + 1, active.position_A[chosen], vector_SxD)
-    changes = {layer: change for layer, change, _ in local.pushforward(added, len(chosen))}
+
+    def added(layer: int) -> np.ndarray:
+        here = np.flatnonzero(active.layer_A[chosen] + 1 == layer)
+        value_SxTxD = np.zeros((len(chosen), *local.stream_LxTxD.shape[1:]), np.float32)
+        value_SxTxD[here, active.position_A[chosen][here]] = vector_SxD[here]
+        return value_SxTxD
+
+    changes = {layer: change for layer, change, _ in local.pushforward(added)}
     axis_D = np.eye(local.model.config.d_model, dtype=np.float32)[3]
     found_S = np.asarray(changes[2])[:, 4, 3]
     wanted_S = local.pullback(np.array([2]), np.array([4]), axis_D[None], in_stream=True)[0, chosen]
@@ -77,10 +83,9 @@ def test_pushing_a_source_up_gives_what_pulling_a_target_down_does(traced):
     ("text", "ids", "wanted"),
     [
         ("The cat", [2, 5, 6], [2, 5, 6]),
-        ("<bos>The cat", [2, 2, 5, 6], [2, 5, 6]),  # the tokenizer puts one before the text's own
-        ("The cat", [5, 6], [2, 5, 6]),  # it puts none
+        ("The cat", [5, 6], [2, 5, 6]),  # the tokenizer puts none
         ("<bos>The cat", [2, 5, 6], [2, 5, 6]),
-        ("<bos>", [2, 2], [2]),
+        ("<bos>", [2], [2]),
     ],
 )
 def test_a_prompt_begins_with_one_bos(text, ids, wanted):
@@ -131,7 +136,7 @@ def test_a_feature_set_to_its_own_value_changes_nothing(traced, freeze):
 def test_with_all_held_a_change_is_its_edge(traced):
     local, _, readouts, graph = traced
     doubling = double(local, graph, readouts, 12)
-    assert doubling.held_error < 3e-6
+    assert doubling.results.held_error < 3e-6
     assert np.abs(doubling.edge_ExR).max() > 0.01
     assert np.abs(doubling.free_ExR - doubling.edge_ExR).max() > 1e-3  # norms, attention and MLPs do react
     assert 0 < doubling.results.correlation <= 1

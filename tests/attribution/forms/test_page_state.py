@@ -84,7 +84,11 @@ def test_the_state_of_the_document_is_shown(show_page, document):
     assert rows(browser, "outputs") == [] and rows(browser, "inputs")
 
 
-def test_downloads_hold_the_state_and_the_graph(opened, document, tmp_path):
+def test_downloads_hold_the_state_and_the_graph(show_page, document, tmp_path):
+    """Keys of links that only another program knows, too."""
+    links = [{**link, "score": n, "from": {"ov": 1}} for n, link in enumerate(document["links"])]
+    document = {**document, "links": links}
+    opened = show_page(document)
     opened.send("Browser.setDownloadBehavior", at_page=False, behavior="allow", downloadPath=str(tmp_path))
     node = busy_feature(document)
     click_node(opened, node, modifiers=8)

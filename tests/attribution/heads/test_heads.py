@@ -6,15 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from graph_pages import scores
-from made_graphs import assert_heads_are_the_only_way, heads_by_edge
+from made_graphs import all_heads, assert_heads_are_the_only_way, heads_by_edge
 from made_transcoders import made_set
 
 from saejax.attribution.forms import outputs
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.forms.outputs import score_table
 from saejax.attribution.heads import contributions
-from saejax.attribution.heads.contributions import head_contributions, largest_heads
+from saejax.attribution.heads.contributions import largest_heads
 from saejax.attribution.heads.query_key import OWN_BIAS, split_scores
 from saejax.attribution.local.rows import RowTracer
 from saejax.attribution.local.sources import Sources
@@ -63,7 +62,7 @@ def edges_without(traced, layer, head):
 @plain  # a head that is taken out changes the norm before its layer's skip path, which is to be held
 def test_a_part_is_what_vanishes_without_the_head(traced):
     graph, pruned = traced.graph, traced.graph.prune(1.0, 1.0)
-    found = heads_by_edge(pruned, head_contributions(traced.local, traced.readouts, pruned))
+    found = heads_by_edge(pruned, all_heads(traced, pruned))
     edges, whole = edges_of(pruned), pruned.pruning.node_N
     row_of = {node: row for row, node in enumerate(graph.target_R.tolist())}
     scale, compared = max(abs(weight) for *_, weight in edges), 0
@@ -86,14 +85,15 @@ def test_heads_alone_move_between_positions(traced):
 
 def test_blocks_and_groups_of_sources_and_targets_change_nothing(traced, monkeypatch):
     pruned = traced.graph.prune(1.0, 1.0)
-    whole = head_contributions(traced.local, traced.readouts, pruned)
+    whole = all_heads(traced, pruned)
     assert len(np.unique(pruned.edges()[0])) > 32
     monkeypatch.setattr(contributions, "_BLOCK", (16, 16))
     monkeypatch.setattr(contributions, "free_bytes", lambda mesh: 0)  # as many groups as blocks
-    parts = head_contributions(traced.local, traced.readouts, pruned)
+    parts = all_heads(traced, pruned)
     np.testing.assert_allclose(parts, whole, atol=1e-6)
     # By the nodes' ids the largest contributions, to four digits.
-    named, ids, by_edge = largest_heads(pruned, whole, top=2), pruned.ids, heads_by_edge(pruned, whole)
+    named = largest_heads(traced.local, traced.readouts, pruned, top=2)
+    ids, by_edge = pruned.ids, heads_by_edge(pruned, whole)
     assert named.keys() == {(ids[source], ids[target]) for source, target in by_edge}
     for (source, target), heads in by_edge.items():
         wanted = sorted(heads.items(), key=lambda item: -abs(item[1]))[:2]
@@ -126,23 +126,19 @@ def test_the_table_of_a_head_has_its_scores_and_pairs(traced, pruned):
 def test_of_a_graph_without_edges_there_is_nothing(traced):
     graph = traced.graph.prune(0.0, 0.0)
     bare = dataclasses.replace(graph, adjacency_RxS=np.zeros_like(graph.adjacency_RxS))
-    assert largest_heads(bare, head_contributions(traced.local, traced.readouts, bare)) == {}
+    assert largest_heads(traced.local, traced.readouts, bare) == {}
 
 
 @plain
-def test_the_page_has_the_heads_of_the_strongest_edges(monkeypatch, tmp_path, traced, pruned):
+def test_the_page_and_a_file_have_the_heads(monkeypatch, tmp_path, traced, pruned):
     written = {}
-    monkeypatch.setattr(outputs, "_HEADS_ON_PAGE", 5)
     monkeypatch.setattr(outputs, "write_page", lambda path, document, **rest: written.update(rest))
-    heads = largest_heads(pruned, head_contributions(traced.local, traced.readouts, pruned))
-    (tmp_path / "heads").mkdir()
+    heads = largest_heads(traced.local, traced.readouts, pruned)
     run = SimpleNamespace(folder=tmp_path, configs=Configs(GraphConfig()))
     outputs.write_outputs(run, traced.graph, to_document(pruned, "one"), heads, [])
-    ids, (source_E, target_E, _) = pruned.ids, pruned.edges()
-    score_E = np.array(scores(to_document(pruned, "one")))
-    strongest = {(ids[source_E[edge]], ids[target_E[edge]]) for edge in np.argsort(-score_E, kind="stable")[:5]}
-    assert set(written["heads"]) == strongest & set(heads)
-    assert 0 < len(written["heads"]) < len(heads)
+    assert written["heads"] == heads and len(heads) > 5
+    shown = outputs.read_shown(tmp_path / "heads" / "one.json")["heads"]
+    assert {edge: [tuple(head) for head in some] for edge, some in shown.items()} == heads
 
 
 def test_heads_are_read_from_a_flag():

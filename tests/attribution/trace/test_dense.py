@@ -58,4 +58,4 @@ def test_rows_are_those_of_an_explicit_jacobian(family, kind, skip, reads, cross
     assert bool(graph.transcoders.get("cross_layer")) == cross_layer
     # Raised with all held, a feature does what its edges say.
     if cross_layer or (family, skip) in (("gemma2", False), ("gpt_neox", True)):
-        assert double(local, graph, readouts, 8).held_error < 1e-5
+        assert double(local, graph, readouts, 8).results.held_error < 1e-5

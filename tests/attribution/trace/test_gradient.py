@@ -169,7 +169,7 @@ def test_edges_foretell_edits_of_the_model(llama):
     traced = trace_prompt(lm, LayerSaes.of(saes), IDS, max_logits=3)
     graph = traced.graph
     doubling = double(traced.local, graph, traced.readouts, count=10)
-    assert doubling.held_error is None
+    assert doubling.results.held_error is None
     lower = np.flatnonzero(graph.nodes.layer_N[doubling.node_E] == 0)[:3]
     above_T = graph.nodes.layer_N[graph.target_R] > 0  # an edit shows at its own site, too
     for row in lower:

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from made_graphs import IDS, make_transcoders
 
 from saejax import trace
-from saejax.attribution.local.directions import READ_AT_ONCE
+from saejax.attribution.local.dictionaries import READ_AT_ONCE
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.trace import prompt, rounds
 from saejax.attribution.trace.prompt import GraphSize, Memory, certain_active, check_memory, estimate_memory

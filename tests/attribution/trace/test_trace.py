@@ -144,7 +144,7 @@ def test_a_text_begins_with_a_special_token(tiny, made):
 @pytest.mark.parametrize(
     "prompt,settings,message",
     [
-        ([5], {}, "a single token"),
+        ([5], {}, "no feature is used at the first token, and the prompt has no further one"),
         ([], {}, "the prompt is empty"),
         ("", {}, "the prompt is empty: expected a text, or token ids"),
         (IDS, dict(targets=["cat near the"]), "is [0-9]+ tokens: expected a text of one"),

@@ -100,7 +100,7 @@ function readGraph(doc, labels, edges) {
 }
 
 /** Weights are in the units of their targets; scores, the influence that goes through an edge, compare. */
-function readEdges({ source, target, weight, score }, n) {
+function readEdges({ source, target, weight, score, more }, n) {
   const m = source.length;
   const before = new Float64Array(m); // share of all scores that stronger edges have
   const inTotal = new Float64Array(n); // of |weight|
@@ -116,12 +116,12 @@ function readEdges({ source, target, weight, score }, n) {
     ins[target[e]].push(e);
     outs[source[e]].push(e);
   }
-  return { m, source, target, weight, score, before, inTotal, outTotal, ins, outs };
+  return { m, source, target, weight, score, more, before, inTotal, outTotal, ins, outs };
 }
 
-/** The edges as the document has them. */
-const linksOf = ({ ids, source, target, weight }) =>
-  weight.map((_, e) => ({ source: ids[source[e]], target: ids[target[e]], weight: weight[e] }));
+/** The edges as the document has them, keys of other programs included. */
+const linksOf = ({ ids, source, target, weight, more }) =>
+  weight.map((_, e) => ({ source: ids[source[e]], target: ids[target[e]], weight: weight[e], ...more?.[e] }));
 
 /** "layer_feature" of a feature node: what labels and examples are keyed by. */
 function featureKey(node) {
