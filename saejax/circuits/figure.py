@@ -51,7 +51,7 @@ def draw_circuit(circuit: CircuitResults, names: Mapping[Key, str], outline: Map
       outline: of the published circuit, drawn to the right.
     """
     top = max(len(circuit.groups), 3)  # row of the answer
-    width = len(ROLES) * _COLUMN
+    width = len(ROLES) * _COLUMN + _ASIDE
     size = width + (len(ROLES) * _OUTLINE_COLUMN if outline else 0.0), _BELOW + top * _ROW + _ABOVE
     figure = Figure(figsize=size)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, size[0]), ylim=(0, size[1]))
