@@ -6,17 +6,20 @@ measured and are not drawn, and *not testable* where the model does not have the
 """
 
 import dataclasses
-import importlib.resources
+import functools
 import itertools
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from statistics import fmean
 
 from saejax.circuits.edges import ANSWER, Edge
 from saejax.circuits.groups import THIRDS, is_output, third_of
 from saejax.circuits.results import CircuitResults, CircuitsResults
+from saejax.files import read_json
 from saejax.page.tables import interval, number, percent
 from saejax.page.words import behaviour as title
 
+DATA = Path(__file__).parent / "data"
 CONFIRMED, NOT_SEEN, NOT_TESTABLE = "confirmed", "not seen", "not testable"
 _LANGUAGES = ("antonym", "antonym_french", "antonym_spanish")
 _NO_PAIRS = "It takes two languages and an unrelated behaviour that the model has."
@@ -38,8 +41,7 @@ class Claim:
 
 def read_claims() -> list[Claim]:
     """Return the claims of ``data/claims.json``."""
-    text = (importlib.resources.files(__package__) / "data" / "claims.json").read_text("utf-8")
-    return [Claim(**fields) for fields in json.loads(text)]
+    return [Claim(**fields) for fields in read_json(DATA / "claims.json")]
 
 
 def compare_claims(results: CircuitsResults) -> list[Claim]:
@@ -57,82 +59,65 @@ def compare_claims(results: CircuitsResults) -> list[Claim]:
     return compared
 
 
-def _describe(*edges: Edge) -> str:
-    """Return edges with their effects and controls in words."""
-    return "; ".join(
-        f"{edge.source} to {'the answer' if edge.target == ANSWER else edge.target}: "
-        f"{edge.in_unit(interval, edge.effect)} (random {edge.in_unit(number, edge.random)}, "
-        f"placebo {edge.in_unit(number, edge.placebo)})"
+def _judge(*edges: Edge) -> tuple[str, str]:
+    """Return confirmed, with the edges that a claim predicts and their controls in words; not seen without any."""
+    if not edges:
+        return NOT_SEEN, "The edges that it predicts were measured and are not drawn."
+    words = (
+        f"{edge.source}{', exchanged,' if edge.edit == 'swap' else ''} to "
+        f"{'the answer' if edge.target == ANSWER else edge.target}: {edge.in_unit(interval, edge.effect)} "
+        f"(random {edge.in_unit(number, edge.random)}, placebo {edge.in_unit(number, edge.placebo)})"
         for edge in edges
     )
+    return CONFIRMED, f"{'; '.join(words)}."
 
 
-def _steps(circuit: CircuitResults, role: str) -> dict[str, tuple[Edge, Edge]]:
-    """Return the groups on a drawn path from a group of a role to the answer, each with both edges."""
+def _step(roles: Collection[str], carries: bool, results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
+    """Judge a step before the answer: a group on a drawn path to it, on which groups of all these roles act.
+
+    Args:
+      roles: of the groups that act on it.
+      carries: whether the group must also carry which answer it is, and be none of those that say it.
+      results: of all behaviours.
+      circuit: of the claim's behaviour.
+    """
     drawn, role_of = circuit.drawn(), {group.name: group.role for group in circuit.groups}
     onward = {edge.source: edge for edge in drawn if edge.target == ANSWER}
     # What reaches the answer through others, too: as often as there are groups, since no path is longer.
     for _ in circuit.groups:
-        for edge in drawn:
-            if edge.target in onward:
-                onward.setdefault(edge.source, edge)
-    return {
-        edge.target: (edge, onward[edge.target])
-        for edge in drawn
-        if edge.target in onward and role_of[edge.source] == role
-    }
-
-
-def _through(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
-    for edges in _steps(circuit, "content").values():
-        return CONFIRMED, f"{_describe(*edges)}."
-    return NOT_SEEN, "No drawn path leads from what differs between prompts through another group to the answer."
-
-
-def _through_entity(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
-    """Judge a step before the answer: a group that carries which answer it is, and is none of those that say it."""
-    steps, carrying = _steps(circuit, "content"), {edge.source for edge in circuit.drawn("swap")}
+        onward = {edge.source: edge for edge in drawn if edge.target in onward} | onward
+    exchanged = {edge.source: edge for edge in circuit.drawn("swap")}
     for group in circuit.groups:
-        # What says the answer is no step: the claim is about one before it.
-        if group.name in steps.keys() & carrying and not is_output(group, circuit.layers):
-            evidence = _describe(*steps[group.name])
-            return CONFIRMED, f"{evidence}; exchanged with the counterpart's, it moves the answer."
-    return NOT_SEEN, "No group before those that say the answer is on a drawn path to it and carries which one it is."
-
-
-def _meeting(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
-    content, context = _steps(circuit, "content"), _steps(circuit, "context")
-    for name in content.keys() & context.keys():
-        return CONFIRMED, f"{_describe(content[name][0], context[name][0], content[name][1])}."
-    return NOT_SEEN, "No group on a drawn path to the answer is fed by both the content and the words around it."
+        acting = {role_of[edge.source]: edge for edge in drawn if edge.target == group.name}
+        if group.name in onward and acting.keys() >= set(roles):
+            path = [*(acting[role] for role in roles), onward[group.name]]
+            if not carries:
+                return _judge(*path)
+            if group.name in exchanged and not is_output(group, circuit.layers):
+                return _judge(*path, exchanged[group.name])
+    return _judge()
 
 
 def _direct(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
-    content = {group.name for group in circuit.groups if group.role == "content"}
-    for edge in circuit.drawn():
-        if edge.target == ANSWER and edge.source in content:
-            return CONFIRMED, f"{_describe(edge)} while all other groups were held."
-    return NOT_SEEN, "No group at the content acts on the answer while the other groups are held."
+    content = [group.name for group in circuit.groups if group.role == "content"]
+    return _judge(*(edge for edge in circuit.drawn() if edge.target == ANSWER and edge.source in content))
 
 
 def _swap(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
-    if not circuit.swapped:
-        return NOT_TESTABLE, "Prompts and counterparts differ in length, so nothing was exchanged."
-    best = max(circuit.drawn("swap"), key=lambda edge: edge.effect.mean, default=None)
-    if best is None:
-        return NOT_SEEN, "No group moves the answer to the counterpart's when its activations are exchanged."
-    evidence = f"Exchanged with the counterpart's activations, {_describe(best)}"
-    if best.effect.mean > circuit.logit_diff:
-        return CONFIRMED, f"{evidence}, which turns the mean answer around."
-    of_all = f"of a mean logit difference of {circuit.logit_diff:.2f}"
-    return NOT_SEEN, f"{evidence}, {of_all}, which does not turn the answer around."
+    if not any(edge.edit == "swap" for edge in circuit.edges):
+        return NOT_TESTABLE, "Nothing was exchanged: prompts and counterparts differ in length."
+    best = sorted(circuit.drawn("swap"), key=lambda edge: -edge.effect.mean)[:1]
+    outcome, evidence = _judge(*best)
+    if best and best[0].effect.mean <= circuit.logit_diff:
+        return NOT_SEEN, f"{evidence} It does not turn the mean logit difference of {circuit.logit_diff:.2f} around."
+    return outcome, evidence
 
 
-def _overlaps(results: CircuitsResults, thirds: tuple[str, ...]) -> tuple[list[float], list[float]] | None:
+def _overlaps(results: CircuitsResults, *thirds: str) -> tuple[list[float], list[float]]:
     """Return the shared parts of the features that return in some thirds of the layers, of their union.
 
     Returns:
-      Those of pairs of languages, and of a language with every unrelated behaviour; None where there is no such pair.
+      Those of pairs of languages, and of a language with every unrelated behaviour.
     """
     features = {
         name: {key.address for key in circuit.returning if third_of(key.layer, circuit.layers) in thirds}
@@ -144,14 +129,13 @@ def _overlaps(results: CircuitsResults, thirds: tuple[str, ...]) -> tuple[list[f
     related, unrelated = (
         [len(features[a] & features[b]) / max(len(features[a] | features[b]), 1) for a, b in some] for some in pairs
     )
-    return (related, unrelated) if related and unrelated else None
+    return related, unrelated
 
 
 def _shared(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
-    overlaps = _overlaps(results, THIRDS)
-    if overlaps is None:
+    related, unrelated = _overlaps(results, *THIRDS)
+    if not related or not unrelated:
         return NOT_TESTABLE, _NO_PAIRS
-    related, unrelated = overlaps
     # The least similar languages must share more than any unrelated pair: of so few pairs there is no test.
     outcome = CONFIRMED if min(related) > max(unrelated) else NOT_SEEN
     return outcome, (
@@ -161,23 +145,20 @@ def _shared(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str
 
 
 def _shared_middle(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
-    beyond = {}
-    for third in THIRDS:
-        overlaps = _overlaps(results, (third,))
-        if overlaps is None:
-            return NOT_TESTABLE, _NO_PAIRS
-        related, unrelated = overlaps
-        # Less what unrelated behaviours share there: late layers share features of any text.
-        beyond[third] = sum(related) / len(related) - sum(unrelated) / len(unrelated)
+    overlaps = {third: _overlaps(results, third) for third in THIRDS}
+    if not all(map(all, overlaps.values())):
+        return NOT_TESTABLE, _NO_PAIRS
+    # Less what unrelated behaviours share there: late layers share features of any text.
+    beyond = {third: fmean(related) - fmean(unrelated) for third, (related, unrelated) in overlaps.items()}
     outcome = CONFIRMED if beyond["middle"] > max(beyond["early"], beyond["late"], 0.0) else NOT_SEEN
     shares = ", ".join(f"{third} {percent(value)}" for third, value in beyond.items())
     return outcome, f"Shared by languages beyond what unrelated behaviours share, by third of the layers: {shares}."
 
 
 TESTS: Mapping[str, Callable[[CircuitsResults, CircuitResults], tuple[str, str]]] = dict(
-    through=_through,
-    through_entity=_through_entity,
-    meeting=_meeting,
+    through=functools.partial(_step, ("content",), False),
+    through_entity=functools.partial(_step, ("content",), True),
+    meeting=functools.partial(_step, ("content", "context"), False),
     direct=_direct,
     swap=_swap,
     shared=_shared,

@@ -69,39 +69,34 @@ def judge_edges(
       resamples: number of bootstrap samples of the prompts.
       seed: seed of the bootstrap.
     """
-    answer_PxExGxS, group_PxGxSxG, dose_PxExGxS = (
-        np.stack([getattr(effect, name) for effect in effects])
-        for name in ("answer_ExGxS", "group_GxSxG", "dose_ExGxS")
-    )
-    measured = [
-        ((source, ANSWER, edit), answer_PxExGxS[:, e, g], dose_PxExGxS[:, e, g])
-        for e, edit in enumerate(EDITS)
-        for g, source in enumerate(names)
-    ]
-    measured += [
-        ((source, target, "direct"), group_PxGxSxG[:, g, :, h], dose_PxExGxS[:, EDITS.index("direct"), g])
-        for g, source in enumerate(names)
-        for h, target in enumerate(names)
-        if g != h
-    ]
+    effect_PxExGxSxH, dose_PxExGxS = map(np.stack, zip(*effects, strict=True))
     kept = []
-    for ends, value_PxS, dose_PxS in measured:
-        # A silent group cannot be lost, and without a counterpart of equal length nothing is swapped.
+    for e, g, h in np.ndindex(len(EDITS), len(names), len(names) + 1):
+        # Groups act on each other while all others are held; the answer, last, is read under every edit.
+        if EDITS[e] != "direct" and h < len(names):
+            continue
+        value_PxS, dose_PxS = effect_PxExGxSxH[:, e, g, :, h], dose_PxExGxS[:, e, g]
+        # A group has no effect on itself, a silent one cannot be lost, and not every prompt has something to swap.
         finite_P = np.isfinite(value_PxS).all(axis=1)
         if finite_P.sum() > 1 and np.abs(value_PxS[finite_P]).max() > _ROUNDING:
             # Drawn from the prompts that are left, in their templates: a group may be silent on some.
             weight_RxP = resampling_weights(np.asarray(templates)[finite_P], resamples, seed)
+            ends = names[g], [*names, ANSWER][h], EDITS[e]
             kept.append((ends, value_PxS[finite_P], dose_PxS[finite_P], weight_RxP))
     # All edges of a behaviour hold together: the level is divided by their number (Bonferroni).
     edges = [_judge(*case, level=1 - _LEVEL / len(kept)) for case in kept]
-    return sorted(edges, key=lambda edge: EDITS.index(edge.edit))
+    return sorted(edges, key=lambda edge: (EDITS.index(edge.edit), edge.target != ANSWER))
 
 
 def _judge(
     ends: tuple[str, str, str], value_PxS: np.ndarray, dose_PxS: np.ndarray, weight_RxP: np.ndarray, level: float
 ) -> Edge:
-    own_P, control_PxKxC = value_PxS[:, 0], value_PxS[:, 1:].reshape(len(value_PxS), len(CONTROLS), -1)
-    random_P, placebo_P = control_PxKxC.mean(axis=2).T
+    """Return an edge from the values and doses of a group and its control sets on each prompt."""
+
+    def by_kind(array_PxS: np.ndarray) -> np.ndarray:
+        """Return the values of the group, and the means of its random and placebo sets, [3, P]."""
+        control_PxKxC = array_PxS[:, 1:].reshape(len(array_PxS), len(CONTROLS), -1)
+        return np.stack([array_PxS[:, 0], *control_PxKxC.mean(axis=2).T])
 
     def interval(value_P: np.ndarray) -> Interval:
         mean, low, high = float(value_P.mean()), *percentile_interval(weight_RxP @ value_P, level)
@@ -109,15 +104,14 @@ def _judge(
         # The wider of both: each alone is too narrow somewhere.
         return Interval(mean, min(low, mean - error), max(high, mean + error))
 
-    parts = effect, over_random, over_placebo = [
-        interval(part) for part in (own_P, own_P - random_P, own_P - placebo_P)
-    ]
-    reached = dose_PxS.mean(axis=0)
-    dose = float(reached[1:].reshape(len(CONTROLS), -1).mean(axis=1).min() / reached[0]) if reached[0] > 0 else 0.0
-    sign = 1 if effect.mean > 0 else -1
+    group_P, random_P, placebo_P = by_kind(value_PxS)
+    parts = [interval(part_P) for part_P in (group_P, group_P - random_P, group_P - placebo_P)]
+    dose, *control_doses = by_kind(dose_PxS).mean(axis=1).tolist()
+    reached = min(control_doses) / dose if dose > 0 else 0.0
+    sign = 1 if parts[0].mean > 0 else -1
     # In the direction of the effect: a group that inhibits must do so more than its controls.
     is_clear = all(min(sign * part.low, sign * part.high) > 0 for part in parts)
     return Edge(
-        *ends, effect, float(random_P.mean()), float(placebo_P.mean()), over_random, over_placebo, dose, level,
-        len(own_P), is_clear and abs(effect.mean) >= LEAST_EFFECT and dose >= LEAST_DOSE,
+        *ends, parts[0], float(random_P.mean()), float(placebo_P.mean()), *parts[1:], reached, level, len(group_P),
+        is_clear and abs(parts[0].mean) >= LEAST_EFFECT and reached >= LEAST_DOSE,
     )  # fmt: skip

@@ -13,11 +13,11 @@ The proposal is written to ``groups.json``; an edited copy is read back by ``rea
 
 import dataclasses
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,10 +28,11 @@ from saejax.attribution.graph.pruning import source_influence
 from saejax.errors import UserError
 from saejax.tasks.files import decode, read_bytes
 
-ROLES = ("content", "context", "last")
 ROLE_WORDS = dict(content="differing words", context="other words", last="last position")
+ROLES = tuple(ROLE_WORDS)
 THIRDS = ("early", "middle", "late")  # of the layers
 _LEAST = 1e-3  # of a prompt's largest influence; less may be rounding
+_MEMBER = re.compile(rf"(\d+)_(\d+)_({'|'.join(ROLES)})")
 _FORMAT = '{"two_hop": [["places", "3_17_content", "12_208_last"]]}: a label, then features as layer_index_role'
 
 
@@ -99,13 +100,12 @@ def influence_by_key(graph: Graph, roles: np.ndarray, target: int) -> dict[Key, 
       target: index of the target.
     """
     nodes = graph.nodes[graph.slice_of(FEATURE)]
-    weight_K = (np.arange(len(graph.labels)) == target).astype(np.float64)
-    influence_F = source_influence(graph, weight_K)[: len(nodes)]
+    influence_F = source_influence(graph, np.eye(len(graph.labels))[target])[: len(nodes)]
     columns = nodes.layer_N.tolist(), nodes.index_N.tolist(), roles[nodes.position_N].tolist()
     by_key: dict[Key, float] = defaultdict(float)
     for key, influence in zip(map(Key, *columns), influence_F.tolist(), strict=True):
         by_key[key] += influence
-    return dict(by_key)
+    return by_key
 
 
 def find_returning(prompts: Sequence[Mapping[Key, float]], top: int, share: float) -> dict[Key, float]:
@@ -196,27 +196,21 @@ def read_groups(file: str, behaviours: Iterable[str]) -> dict[str, list[Group]]:
     path = Path(file)
     try:
         content = json.loads(decode(read_bytes(path, "--circuits.groups", "name a file of groups"), path))
-        groups = {name: [_parse(entry) for entry in entries] for name, entries in content.items()}
+        groups = {name: [_parse(*entry) for entry in entries] for name, entries in content.items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} holds no groups of features: expected {_FORMAT}") from None
     for name, some in groups.items():
-        members = [key for group in some for key in group.members]
-        for key in {key for key in members if members.count(key) > 1}:
-            raise UserError(f"{path}: the feature {key} is in the groups of {name} twice: expected it in one, once")
+        for key, count in Counter(key for group in some for key in group.members).items():
+            if count > 1:
+                raise UserError(f"{path}: the feature {key} is in the groups of {name} twice: expected it in one, once")
     if not set(groups) & set(behaviours):
         raise UserError(f"{path} has groups for {', '.join(groups)}: expected some of {', '.join(behaviours)}")
     return groups
 
 
-def _parse(entry: Any) -> Group:
-    """Return a group of the file; raises ``ValueError`` where it is none."""
-    name, *members = entry
-    keys = []
-    for member in members:
-        layer, feature, role = member.split("_")
-        if role not in ROLES or not layer.isdecimal() or not feature.isdecimal():
-            raise ValueError(member)
-        keys.append(Key(int(layer), int(feature), role))
-    if not isinstance(name, str) or not keys:
+def _parse(name: str, *members: str) -> Group:
+    """Return a group of the file; raises ``ValueError`` or ``TypeError`` where it is none."""
+    parts = [_MEMBER.fullmatch(member) for member in members]
+    if not isinstance(name, str) or not parts or not all(parts):
         raise ValueError
-    return Group(name, tuple(keys))
+    return Group(name, tuple(Key(int(part[1]), int(part[2]), part[3]) for part in parts if part))

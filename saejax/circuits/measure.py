@@ -14,7 +14,6 @@ of layers: *random* ones, and *placebo* ones, the most influential ones on the d
 answers. Features are added until the dose is reached; then all are edited partially, so that doses are equal.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -33,15 +32,12 @@ SETS = 1 + len(CONTROLS) * CONTROL_SETS  # a group's own features first
 _BLOCK = 64  # features whose decoder rows are read at once
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptEffects:
+class PromptEffects(NamedTuple):
     """Effects of G groups on one prompt; each has its own sets first, then random and placebo sets, S in all."""
 
-    #: fp64 fall of the logit difference by each of ``EDITS``; NaN: there is no counterpart to swap with.
-    answer_ExGxS: np.ndarray
-    #: fp64 share of each group's activation that vanishes by the edit ``direct`` of another; NaN for the group itself,
-    #: and for groups that are silent in this prompt.
-    group_GxSxG: np.ndarray
+    #: fp64 share of each group's activation that vanishes by each of ``EDITS`` of another, and last the fall of the
+    #: logit difference. NaN: there is no counterpart to swap with; a group by itself, or one that is silent here.
+    effect_ExGxSxH: np.ndarray
     dose_ExGxS: np.ndarray  #: fp64 doses
 
 
@@ -54,34 +50,10 @@ class KeyEdit(NamedTuple):
     new: float  #: activation after the edit
     group: int  #: index of the group that it is in; -1: none
 
-    def change(self, fraction: float = 1.0) -> Change:
-        """Return the change of a run, made to a fraction."""
+    def change(self, fraction: float) -> Change:
+        """Return the change of a run, made to a fraction; to 0 it holds the feature at its activation."""
         value = self.old + fraction * (self.new - self.old)
         return Change(self.key.layer, self.position, self.key.feature, float(value))
-
-
-def list_edits(
-    local: LocalModel, roles: np.ndarray, groups: Sequence[Group], counterpart: LocalModel | None = None
-) -> list[KeyEdit]:
-    """Return the edits that set features to 0, or to the activations that they have in the counterpart.
-
-    Args:
-      local: of the prompt, each of whose active features has an edit, in their order.
-      roles: of its positions.
-      groups: that own features.
-      counterpart: of a prompt of the same length, whose active features are changed, too; None: activations become 0.
-    """
-    group_of = {key: number for number, group in enumerate(groups) for key in group.members}
-    old_of, new_of = (
-        dict(zip(model.active.index_of, model.active.value_A, strict=True)) if model else {}
-        for model in (local, counterpart)
-    )
-    edits = []
-    for place in sorted(old_of.keys() | new_of.keys()):
-        layer, position, feature = place
-        key, zero = Key(layer, feature, str(roles[position])), np.float32(0)
-        edits.append(KeyEdit(key, position, old_of.get(place, zero), new_of.get(place, zero), group_of.get(key, -1)))
-    return edits
 
 
 def measure_prompt(
@@ -105,37 +77,44 @@ def measure_prompt(
       placebo: influence of features on a placebo target.
       seed: of the control sets.
     """
-    rng = np.random.default_rng(seed)
-    ablation = list_edits(local, roles, groups)
+    rng, count = np.random.default_rng(seed), len(groups)
+    ablation = _list_edits(local, roles, groups)
     edits_of = dict(total=ablation, direct=ablation)
     if counterpart:
-        edits_of["swap"] = list_edits(local, roles, groups, counterpart)
-    rows: list[list[list[Change]]] = [[] for _ in groups]
-    dose_ExGxS = np.full((len(EDITS), len(groups), SETS), np.nan)
-    for e, (name, edits) in enumerate(edits_of.items()):
-        for g, group in enumerate(groups):
-            lowest = min(key.layer for key in group.members)
-            # Holding a feature is setting it to the activation that it has. Below the group nothing changes.
-            held = [
-                edit._replace(new=edit.old).change()
-                for edit in ablation
-                if name == "direct" and edit.group not in (-1, g) and edit.key.layer >= lowest
-            ]
-            for s, (chosen, fraction, dose) in enumerate(_draw_sets(local, edits, group, g, placebo, rng)):
-                rows[g].append([edit.change(fraction) for edit in chosen] + held)
-                dose_ExGxS[e, g, s] = dose
-
+        edits_of["swap"] = _list_edits(local, roles, groups, counterpart)
+    # All sets before all runs: the random draws then have one order.
+    sets_ExG = [
+        [_draw_sets(local, edits, groups, g, placebo, rng) for g in range(count)] for edits in edits_of.values()
+    ]
     # Edits of ``ablation`` are of the active features, in their order.
     member_J = np.array([index for index, edit in enumerate(ablation) if edit.group >= 0], np.int64)
-    answer_ExGxS, act_GxSxJ = np.full_like(dose_ExGxS, np.nan), np.empty((len(groups), SETS, len(member_J)))
-    for g in range(len(groups)):
-        # The rows of a group run together: what lies below its features is not run again.
-        run = local.run(rows[g], readouts=answer, features=member_J, logits=False)
-        answer_ExGxS[: len(edits_of), g] = (answer.value_K[0] - run.readout_RxK[:, 0]).reshape(len(edits_of), SETS)
-        act_ExSxJ = activations(local, member_J, run.feature_RxJ).reshape(len(edits_of), SETS, -1)
-        act_GxSxJ[g] = act_ExSxJ[EDITS.index("direct")]
     members = [ablation[index] for index in member_J.tolist()]
-    return PromptEffects(answer_ExGxS, _lost_shares(local, members, act_GxSxJ), dose_ExGxS)
+    # Weighted by what they write: a large activation with a short decoder row matters little.
+    size_J = np.array([np.linalg.norm(vector_XxD) for vector_XxD in _written(local, members)], np.float64)
+    old_J, group_J = np.array([(edit.old, edit.group) for edit in members], np.float64).reshape(-1, 2).T
+    weight_JxG = np.where(group_J[:, None] == np.arange(count), size_J[:, None], 0)
+    clean_G = old_J @ weight_JxG
+    clean_G[clean_G == 0] = np.nan
+
+    effect_ExGxSxH = np.full((len(EDITS), count, SETS, count + 1), np.nan)
+    dose_ExGxS = np.full(effect_ExGxSxH.shape[:3], np.nan)
+    for g, group in enumerate(groups):
+        lowest = min(key.layer for key in group.members)
+        # Below the group nothing changes.
+        held = [edit.change(0) for edit in members if edit.group != g and edit.key.layer >= lowest]
+        # The rows of a group run together: what lies below its features is not run again.
+        rows = [
+            changes + (held if name == "direct" else [])
+            for name, sets_G in zip(edits_of, sets_ExG, strict=True)
+            for changes, _ in sets_G[g]
+        ]
+        run = local.run(rows, readouts=answer, features=member_J, logits=False)
+        lost_RxG = 1 - activations(local, member_J, run.feature_RxJ) @ weight_JxG / clean_G
+        lost_RxG[:, g] = np.nan
+        lost_RxH = np.concatenate([lost_RxG, answer.value_K - run.readout_RxK], axis=1)
+        effect_ExGxSxH[: len(edits_of), g] = lost_RxH.reshape(-1, SETS, count + 1)
+        dose_ExGxS[: len(edits_of), g] = [[dose for _, dose in sets_G[g]] for sets_G in sets_ExG]
+    return PromptEffects(effect_ExGxSxH, dose_ExGxS)
 
 
 def activations(local: LocalModel, member_J: np.ndarray, pre_RxJ: np.ndarray) -> np.ndarray:
@@ -146,59 +125,51 @@ def activations(local: LocalModel, member_J: np.ndarray, pre_RxJ: np.ndarray) ->
     layer_J, feature_J = local.active.layer_A[member_J], local.active.feature_A[member_J]
     threshold_J = np.zeros(len(member_J), np.float32)
     for layer in np.unique(layer_J):
-        arrays = local.dictionaries.encoder(int(layer), local.model.mesh).arrays
+        arrays = local.encoder(int(layer)).arrays
         if "threshold_F" in arrays:
             here = layer_J == layer
             threshold_J[here] = to_host(arrays["threshold_F"])[feature_J[here]]
     return np.where(pre_RxJ > threshold_J, pre_RxJ, 0)
 
 
-def _lost_shares(local: LocalModel, members: Sequence[KeyEdit], act_GxSxJ: np.ndarray) -> np.ndarray:
-    """Return the share of each group's activation, weighted by what it writes, that vanishes: [G, S, G]."""
-    # Weighted by what they write: a large activation with a short decoder row matters little.
-    size_J = np.array([np.linalg.norm(vector_XxD) for vector_XxD in _written(local, members)])
-    clean_J, group_J = np.array([(edit.old, edit.group) for edit in members], np.float64).reshape(-1, 2).T
-    lost_GxSxG = np.full((*act_GxSxJ.shape[:2], len(act_GxSxJ)), np.nan)
-    for h in range(len(act_GxSxJ)):
-        here = group_J == h
-        if (clean := float(clean_J[here] @ size_J[here])) > 0:
-            lost_GxSxG[:, :, h] = 1 - act_GxSxJ[:, :, here] @ size_J[here] / clean
-            lost_GxSxG[h, :, h] = np.nan
-    return lost_GxSxG
-
-
-def _written(local: LocalModel, edits: Sequence[KeyEdit]) -> Iterator[np.ndarray]:
-    """Yield what each feature writes at activation 1 to the layers that it writes to, each [X, D]."""
-    for start in range(0, len(edits), _BLOCK):
-        block = [edit.key for edit in edits[start : start + _BLOCK]]
-        vector_of: dict[tuple[int, int], np.ndarray] = {}
-        # Layer by layer, since a layer's rows are read from its files together.
-        for layer in {key.layer for key in block}:
-            feature_U = np.unique([key.feature for key in block if key.layer == layer])
-            vector_UxXxD = local.dictionaries.writes(layer, feature_U)
-            vector_of |= {
-                (layer, u): vector_XxD for u, vector_XxD in zip(feature_U.tolist(), vector_UxXxD, strict=True)
-            }
-        yield from (vector_of[key.address] for key in block)
+def _list_edits(
+    local: LocalModel, roles: np.ndarray, groups: Sequence[Group], counterpart: LocalModel | None = None
+) -> list[KeyEdit]:
+    """Return an edit of every active feature, of the counterpart's too, to its activation there; without one to 0."""
+    group_of = {key: number for number, group in enumerate(groups) for key in group.members}
+    old_of, new_of = (
+        dict(zip(model.active.index_of, model.active.value_A, strict=True)) if model else {}
+        for model in (local, counterpart)
+    )
+    edits, zero = [], np.float32(0)
+    for place in sorted(old_of.keys() | new_of.keys()):
+        layer, position, feature = place
+        key = Key(layer, feature, str(roles[position]))
+        edits.append(KeyEdit(key, position, old_of.get(place, zero), new_of.get(place, zero), group_of.get(key, -1)))
+    return edits
 
 
 def _draw_sets(
     local: LocalModel,
     edits: Sequence[KeyEdit],
-    group: Group,
+    groups: Sequence[Group],
     number: int,
     placebo: Mapping[Key, float],
     rng: np.random.Generator,
-) -> list[tuple[Sequence[KeyEdit], float, float]]:
-    """Return edits, the fraction to which they are made, and the dose: of the group, random and placebo sets."""
-    layers, roles = [key.layer for key in group.members], {key.role for key in group.members}
+) -> list[tuple[list[Change], float]]:
+    """Return the changes and the dose of a group, by its number, then those of random and of placebo sets."""
+    members = groups[number].members
+    layers, roles = [key.layer for key in members], {key.role for key in members}
     # Features that the edit leaves as they are, such as equal ones in a swap, cannot make up a dose.
     changed = [edit for edit in edits if edit.old != edit.new]
-    # Of no group at all, so that a control set cannot hold what another group does.
-    near = [edit for edit in changed if edit.group < 0 and min(layers) <= edit.key.layer <= max(layers)]
-    pool = [edit for edit in near if edit.key.role in roles]
     # No dose is too large: all of the group's features are taken.
-    drawn = [_reach(local, [edit for edit in changed if edit.group == number], np.inf)]
+    sets = [_reach(local, [edit for edit in changed if edit.group == number], np.inf)]
+    # Of no group at all, so that a control set cannot hold what another group does.
+    pool = [
+        edit
+        for edit in changed
+        if edit.group < 0 and min(layers) <= edit.key.layer <= max(layers) and edit.key.role in roles
+    ]
     influence_M = np.array([placebo.get(edit.key, 0.0) for edit in pool])
     for control in np.repeat(CONTROLS, CONTROL_SETS):
         order = rng.permutation(len(pool))
@@ -207,12 +178,12 @@ def _draw_sets(
             # Half of those with any influence; the others follow where these do not reach the dose.
             first = max((influence_M > 0).sum() // 2, 1)
             order = np.concatenate([rng.permutation(ranked[:first]), ranked[first:]])
-        drawn.append(_reach(local, [pool[m] for m in order.tolist()], drawn[0][2]))
-    return drawn
+        sets.append(_reach(local, [pool[m] for m in order.tolist()], sets[0][1]))
+    return sets
 
 
-def _reach(local: LocalModel, edits: Sequence[KeyEdit], dose: float) -> tuple[Sequence[KeyEdit], float, float]:
-    """Return as many of the first edits as reach a dose, the fraction of them that does, and the dose."""
+def _reach(local: LocalModel, edits: Sequence[KeyEdit], dose: float) -> tuple[list[Change], float]:
+    """Return as many of the first edits as reach a dose, made partially where they exceed it, and their dose."""
     sums: dict[tuple[int, int], np.ndarray] = {}
     taken, square = 0, 0.0
     for edit, vector_XxD in zip(edits, _written(local, edits), strict=True):
@@ -225,6 +196,19 @@ def _reach(local: LocalModel, edits: Sequence[KeyEdit], dose: float) -> tuple[Se
         square += float((sums[place] ** 2).sum() - (before_XxD**2).sum())
         taken += 1
     reached = max(square, 0.0) ** 0.5
-    # Partially, where the last feature went beyond the dose; never beyond what the features are.
+    # Never beyond what the features are.
     fraction = min(dose / reached, 1.0) if reached > 0 else 1.0
-    return edits[:taken], fraction, reached * fraction
+    return [edit.change(fraction) for edit in edits[:taken]], reached * fraction
+
+
+def _written(local: LocalModel, edits: Sequence[KeyEdit]) -> Iterator[np.ndarray]:
+    """Yield what each feature writes at activation 1 to the layers that it writes to, each [X, D]."""
+    for start in range(0, len(edits), _BLOCK):
+        block = [edit.key.address for edit in edits[start : start + _BLOCK]]
+        vectors = {}
+        # Layer by layer, since a layer's rows are read from its files together.
+        for layer in {layer for layer, _ in block}:
+            features = sorted({feature for own_layer, feature in block if own_layer == layer})
+            written_UxXxD = local.dictionaries.writes(layer, np.array(features))
+            vectors |= {(layer, feature): written_UxXxD[u] for u, feature in enumerate(features)}
+        yield from map(vectors.__getitem__, block)

@@ -13,11 +13,9 @@ class CircuitResults:
 
     traced: int  #: train prompts whose graphs chose the features
     measured: int  #: test prompts on which effects were measured
-    swapped: int  #: of these, those whose counterpart has as many tokens
     logit_diff: float  #: mean logit difference of the measured prompts
     answer: str  #: correct answer of the first measured prompt
     groups: tuple[Group, ...]  #: the most influential first
-    proposed: bool  #: whether the groups are the proposal, and not a file's
     edges: tuple[Edge, ...]  #: every measured effect with its controls
     returning: tuple[Key, ...]  #: the features that return, the most influential first
     layers: int  #: of the model
@@ -31,6 +29,5 @@ class CircuitResults:
 class CircuitsResults:
     """Circuits of behaviours."""
 
-    transcoders: str  #: the set
     behaviours: Mapping[str, CircuitResults]  #: by behaviour
     left_out: Mapping[str, str]  #: behaviours that the model does not have, and why

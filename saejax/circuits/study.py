@@ -6,6 +6,7 @@
 4. Judge which effects are edges.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from saejax.attribution.local.readouts import read_targets
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.circuits.edges import judge_edges
-from saejax.circuits.groups import Group, find_returning, influence_by_key, position_roles, propose_groups
+from saejax.circuits.groups import Group, Key, find_returning, influence_by_key, position_roles, propose_groups
 from saejax.circuits.measure import PromptEffects, measure_prompt
 from saejax.circuits.results import CircuitResults
 from saejax.errors import UserError
@@ -68,33 +69,26 @@ def find_circuit(
     """
     if len(measured) < 2:
         raise UserError(f"effects are measured on {len(measured)} prompts: expected 2 or more")
-    # Now, as the first graph would take a minute to fail.
-    transcoders.check(model)
     # 1. Trace.
-    total, answers, placebos = len(traced) + len(measured), [], []
-    pairs = draw_placebo_pairs(model, traced, measured, seed)
-    for number, (prompt, answer, pair) in enumerate(
-        zip(traced, first_answer_ids(model.tokenizer, traced).tolist(), pairs, strict=True)
-    ):
+    total, answers, placebo = len(traced) + len(measured), [], defaultdict[Key, float](float)
+    pairs = _draw_placebo_pairs(model, traced, measured, seed)
+    for number, (prompt, pair) in enumerate(zip(traced, pairs, strict=True)):
         on_progress(number, total)
         # Both targets in one graph: a second row costs little, a second graph as much as the first.
-        graph = trace_prompt(
-            model, transcoders, prompt.text, targets=[tuple(answer), pair], max_features=max_features
-        ).graph
+        targets = [_answer_ids(model, prompt), pair]
+        graph = trace_prompt(model, transcoders, prompt.text, targets=targets, max_features=max_features).graph
         roles = _roles(model, prompt)
         answers.append(influence_by_key(graph, roles, 0))
-        placebos.append(influence_by_key(graph, roles, 1))
+        # Over all traced prompts: of a prompt alone, placebo features would be few.
+        for key, influence in influence_by_key(graph, roles, 1).items():
+            placebo[key] += influence
     # 2. Group.
     returning = find_returning(answers, _TOP, _RETURNS)
     keys = [*returning, *(key for group in groups for key in group.members)]
     details = describe(list(dict.fromkeys(key.address for key in keys)))
     n_layers = model.config.n_layers
     chosen = tuple(groups) or tuple(propose_groups(returning, n_layers, _GROUP_SIZE, MAX_GROUPS, details))
-    # 3. Measure. Placebo features are those of all traced prompts: of a prompt alone they would be few.
-    placebo = {
-        key: sum(influence.get(key, 0.0) for influence in placebos)
-        for key in {key for influence in placebos for key in influence}
-    }
+    # 3. Measure.
     diffs, effects = list[float](), list[PromptEffects]()
     for number, prompt in enumerate(measured):
         on_progress(len(traced) + number, total)
@@ -102,8 +96,7 @@ def find_circuit(
         # Activations are exchanged position by position, so both prompts need one length.
         swaps = prompt.counterpart and len(prompt_ids(model, prompt.counterpart)) == len(local.ids_P)
         counterpart = LocalModel(model, transcoders, prompt.counterpart) if swaps else None
-        correct, wrong = first_answer_ids(model.tokenizer, [prompt])[0].tolist()
-        readout = read_targets(local, [(correct, wrong)], 1, 1.0)
+        readout = read_targets(local, [_answer_ids(model, prompt)], 1, 1.0)
         diffs.append(float(readout.value_K[0]))
         effects.append(
             measure_prompt(
@@ -113,19 +106,17 @@ def find_circuit(
         )  # fmt: skip
     # 4. Judge.
     templates = [prompt.template for prompt in measured]
+    edges = judge_edges([group.name for group in chosen], effects, templates, resamples=resamples, seed=seed)
     results = CircuitResults(
-        traced=len(traced),
-        measured=len(measured),
-        swapped=sum(bool(np.isfinite(effect.dose_ExGxS[-1]).any()) for effect in effects),
-        logit_diff=sum(diffs) / len(diffs),
-        answer=measured[0].correct.strip(),
-        groups=chosen,
-        proposed=not groups,
-        edges=tuple(judge_edges([group.name for group in chosen], effects, templates, resamples=resamples, seed=seed)),
-        returning=tuple(returning),
-        layers=n_layers,
-    )
+        len(traced), len(measured), sum(diffs) / len(diffs), measured[0].correct.strip(), chosen, tuple(edges),
+        tuple(returning), n_layers,
+    )  # fmt: skip
     return results, details
+
+
+def _answer_ids(model: LanguageModel, prompt: Prompt) -> tuple[int, int]:
+    correct, wrong = first_answer_ids(model.tokenizer, [prompt])[0].tolist()
+    return correct, wrong
 
 
 def _roles(model: LanguageModel, prompt: Prompt) -> np.ndarray:
@@ -133,16 +124,10 @@ def _roles(model: LanguageModel, prompt: Prompt) -> np.ndarray:
     return position_roles(prompt_ids(model, prompt.text), counterpart_P)
 
 
-def draw_placebo_pairs(
+def _draw_placebo_pairs(
     model: LanguageModel, traced: Sequence[Prompt], measured: Sequence[Prompt], seed: int
 ) -> list[tuple[int, int]]:
     """Return a placebo target for each traced prompt: two tokens that are likely in these contexts and no answers.
-
-    Args:
-      model: the language model.
-      traced: prompts whose most probable next tokens are taken.
-      measured: prompts whose answers are left out, too.
-      seed: of the choice.
 
     Raises:
       UserError: the vocabulary has no two such tokens.

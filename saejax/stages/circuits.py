@@ -12,7 +12,8 @@ from saejax.runner.workspace import Run
 from saejax.settings import GraphConfig, MeshConfig, ModelConfig, shared
 from saejax.tasks import identities
 
-_READ = ("transcoders", "l0", "max_features", "labels", "features")  # of GraphConfig
+_READ = ("transcoders", "l0", "max_features", "labels", "features")
+_UNREAD = [f"graph.{field.name}" for field in dataclasses.fields(GraphConfig) if field.name not in _READ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,6 @@ class CircuitsConfig(Config):
     seed: int = shared.causal_seed()
 
 
-def _names(configs: Configs) -> Sequence[str]:
-    return ("",) if configs[CircuitsConfig].behaviours else ()
-
-
 def _files(configs: Configs) -> str:
     """Return the identity of the transcoders, labels and groups."""
     from saejax.attribution import requests
@@ -44,10 +41,6 @@ def _files(configs: Configs) -> str:
     path = Path(configs[CircuitsConfig].groups)
     graph = dataclasses.replace(configs[GraphConfig], prompts="", supernodes="")
     return requests.identity(graph) + (file_sha256(path) if path.is_file() else "")
-
-
-def _unread(configs: Configs, name: str) -> Sequence[str]:
-    return [f"graph.{field.name}" for field in dataclasses.fields(GraphConfig) if field.name not in _READ]
 
 
 def check(configs: Configs) -> None:
@@ -81,7 +74,7 @@ CIRCUITS = Stage(
     name="circuits",
     summary="groups features that return over a behaviour's prompts and measures what each group does, if "
     "--circuits.behaviours is set",
-    revision=4,  # a group is named after its most influential feature
+    revision=5,  # results have fewer fields
     run=_run,
     results=_results,
     groups=(ModelConfig, GraphConfig, CircuitsConfig),
@@ -89,10 +82,10 @@ CIRCUITS = Stage(
     reads=("baseline",),
     follows=("train", "ablate", "attribute"),  # --graph.transcoders may name what this run trains
     needs=lambda configs, name: ("baseline",),
-    names=_names,
+    names=lambda configs: ("",) if configs[CircuitsConfig].behaviours else (),
     identity=dict(model=identities.model, graph=_files),
     check=check,
     section=_sections,
-    unread=_unread,
+    unread=lambda configs, name: _UNREAD,
     processes="all",
 )

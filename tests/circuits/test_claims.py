@@ -31,7 +31,7 @@ EVERY = (*CHAIN, edge("city", ANSWER, "swap", effect=3.0), edge("state", ANSWER,
 
 
 def circuit(edges=EVERY, returning=GROUPS[0].members, layers=9):
-    return CircuitResults(10, 20, 20, 2.0, "Austin", GROUPS, True, tuple(edges), tuple(returning), layers)
+    return CircuitResults(10, 20, 2.0, "Austin", GROUPS, tuple(edges), tuple(returning), layers)
 
 
 def outcomes(results) -> dict[str, str]:
@@ -45,22 +45,21 @@ def test_every_claim_has_a_row():
     assert {claim.test for claim in claims} <= {*TESTS, ""}
     for claim in claims:
         assert claim.source and claim.claim and (claim.test or claim.note)  # what is not tested says why
-    assert set(outcomes(CircuitsResults("set", {}, {})).values()) == {NOT_TESTABLE}
-    rows = compare_claims(CircuitsResults("set", {}, {"two_hop": "the model does not have it"}))
+    assert set(outcomes(CircuitsResults({}, {})).values()) == {NOT_TESTABLE}
+    rows = compare_claims(CircuitsResults({}, {"two_hop": "the model does not have it"}))
     assert rows[0].evidence == "Capital of a city's state or country: the model does not have it."
 
 
 def test_drawn_edges_confirm_claims():
-    outcome_of = outcomes(CircuitsResults("set", dict(two_hop=circuit(), sport=circuit(), rhyme=circuit()), {}))
+    outcome_of = outcomes(CircuitsResults(dict(two_hop=circuit(), sport=circuit(), rhyme=circuit()), {}))
     for claim in ("hop-1", "hop-2", "hop-3", "hop-4", "fact-1", "rhyme-2"):
         assert outcome_of[claim] == CONFIRMED
     assert outcome_of["ant-1"] == outcome_of["add-1"] == NOT_TESTABLE
     faint = [dataclasses.replace(each, drawn=False) for each in EVERY]
-    outcome_of = outcomes(CircuitsResults("set", dict(two_hop=circuit(faint)), {}))
+    outcome_of = outcomes(CircuitsResults(dict(two_hop=circuit(faint)), {}))
     assert {outcome_of[f"hop-{n}"] for n in (1, 2, 3, 4)} == {NOT_SEEN}
     # Without counterparts of equal length nothing is swapped.
-    unswapped = dataclasses.replace(circuit(), swapped=0)
-    assert outcomes(CircuitsResults("set", dict(rhyme=unswapped), {}))["rhyme-2"] == NOT_TESTABLE
+    assert outcomes(CircuitsResults(dict(rhyme=circuit(CHAIN)), {}))["rhyme-2"] == NOT_TESTABLE
 
 
 SAYS = edge("says", ANSWER, "swap")
@@ -78,7 +77,7 @@ SAYS = edge("says", ANSWER, "swap")
     ],
 )
 def test_each_claim_takes_its_own_edges(edges, claim):
-    assert outcomes(CircuitsResults("set", dict(two_hop=circuit(edges)), {}))[claim] == NOT_SEEN
+    assert outcomes(CircuitsResults(dict(two_hop=circuit(edges)), {}))[claim] == NOT_SEEN
 
 
 def test_sharing_is_compared_with_unrelated_behaviours():
@@ -88,8 +87,8 @@ def test_sharing_is_compared_with_unrelated_behaviours():
         "antonym_french": circuit(returning=[*shared, Key(0, 2, "last"), Key(8, 2, "last")]),
     }
     unrelated = circuit(returning=[Key(4, 0, "context"), Key(0, 9, "last"), Key(8, 9, "last")])
-    outcome_of = outcomes(CircuitsResults("set", languages | dict(capital=unrelated), {}))
+    outcome_of = outcomes(CircuitsResults(languages | dict(capital=unrelated), {}))
     assert outcome_of["ant-1"] == outcome_of["ant-3"] == CONFIRMED
     alike = circuit(returning=[*shared, Key(0, 1, "last"), Key(8, 1, "last")])
-    assert outcomes(CircuitsResults("set", languages | dict(capital=alike), {}))["ant-1"] == NOT_SEEN
-    assert outcomes(CircuitsResults("set", languages, {}))["ant-1"] == NOT_TESTABLE  # there is no control
+    assert outcomes(CircuitsResults(languages | dict(capital=alike), {}))["ant-1"] == NOT_SEEN
+    assert outcomes(CircuitsResults(languages, {}))["ant-1"] == NOT_TESTABLE  # there is no control

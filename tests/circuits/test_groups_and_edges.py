@@ -132,12 +132,12 @@ def measured(effect, control, dose=1.0, prompts=20, placebo=None, seed=0) -> lis
     effects = []
     for _ in range(prompts):
         means = np.array([effect, control, control, *[control if placebo is None else placebo] * 2])
-        answer_ExGxS = np.full((3, 1, 5), np.nan)
-        answer_ExGxS[0, 0] = means + 0.1 * rng.normal(size=5)
-        answer_ExGxS[1, 0] = 0.0
+        effect_ExGxSxH = np.full((3, 1, 5, 2), np.nan)
+        effect_ExGxSxH[0, 0, :, 1] = means + 0.1 * rng.normal(size=5)
+        effect_ExGxSxH[1, 0, :, 1] = 0.0
         dose_ExGxS = np.full((3, 1, 5), 2.0)
         dose_ExGxS[..., 1:] *= dose
-        effects.append(PromptEffects(answer_ExGxS, np.full((1, 5, 1), np.nan), dose_ExGxS))
+        effects.append(PromptEffects(effect_ExGxSxH, dose_ExGxS))
     return effects
 
 
@@ -166,9 +166,9 @@ def test_noise_draws_no_edge(count):
     """Forty-eight edges between six groups, where nothing is true: two prompts agree on half of them."""
     rng, drawn = np.random.default_rng(0), 0
     for seed in range(40):
-        noise = [rng.normal(size=(6, 5, 6)) for _ in range(count)]
-        effects = [PromptEffects(rng.normal(size=(3, 6, 5)), np.where(np.eye(6)[:, None], np.nan, group_GxSxG),
-                                 np.ones((3, 6, 5))) for group_GxSxG in noise]  # fmt: skip
+        noise = rng.normal(size=(count, 3, 6, 5, 7))
+        noise[:, :, range(6), :, range(6)] = np.nan
+        effects = [PromptEffects(effect_ExGxSxH, np.ones((3, 6, 5))) for effect_ExGxSxH in noise]
         edges = judge_edges("abcdef", effects, ["a"] * count, resamples=1000, seed=seed)
         assert len(edges) == 48
         drawn += any(edge.drawn for edge in edges)
@@ -177,10 +177,11 @@ def test_noise_draws_no_edge(count):
 
 def test_the_level_is_divided_by_the_number_of_edges():
     single = measured(1.0, 0.0)
-    both = [
-        PromptEffects(np.tile(p.answer_ExGxS, (1, 2, 1)), np.full((2, 5, 2), np.nan), np.tile(p.dose_ExGxS, (1, 2, 1)))
-        for p in single
-    ]
+    both = []
+    for effect_ExGxSxH, dose_ExGxS in single:
+        twice_ExGxSxH = np.full((3, 2, 5, 3), np.nan)
+        twice_ExGxSxH[..., 2] = effect_ExGxSxH[..., 1]
+        both.append(PromptEffects(twice_ExGxSxH, np.tile(dose_ExGxS, (1, 2, 1))))
     first, second = (judge_edges(*groups, ["a"] * 20, resamples=500) for groups in (("g", single), ("gh", both)))
     assert first[0].level == pytest.approx(0.95) and second[0].level == pytest.approx(0.975)
     assert [edge.drawn for edge in second] == [True, True]
