@@ -1,10 +1,8 @@
-"""Features as files for Neuronpedia and for viewers of attribution graphs.
+"""Features as files for Neuronpedia.
 
 v1/<model>/<source>/      Neuronpedia's import bundle of a dictionary: release, model, sourceset and source (``.jsonl``,
                           one line each); features, activations and explanations in batches (``.jsonl.gz``). Its
                           importer takes the columns from a file's first line, so all lines of a file have the same keys
-features/<set>/<n>.json   a feature for viewers (``feature_json_base_url``); n is the Cantor pair of layer and number,
-                          as in graphs
 """
 
 import gzip
@@ -17,20 +15,12 @@ from typing import Any
 import numpy as np
 
 from saejax.activations.store import Store
-from saejax.attribution.forms.neuronpedia import cantor_pair
 from saejax.dictionaries import load_dictionary, stacks
 from saejax.dictionaries.formats.hooks import to_hook
 from saejax.dictionaries.labels import LABELS, Label, load_labels
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
-from saejax.exporting.rows import (
-    CREATOR_ID,
-    NeuronpediaSource,
-    activation_rows,
-    explanation_row,
-    feature_json,
-    feature_row,
-)
+from saejax.exporting.rows import CREATOR_ID, NeuronpediaSource, activation_rows, explanation_row, feature_row
 from saejax.files import read_json, whole_file, write_text
 from saejax.interpret.feature_record import FEATURES, FeatureRecord
 from saejax.models.sites import Site
@@ -49,7 +39,7 @@ def setting_of(member: TrainedMember) -> str:
 
 
 def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list[str]:
-    """Write the bundles and the viewers' files of all members of a train unit.
+    """Write the bundles of all members of a train unit.
 
     Args:
       run: of the stage, which reads the capture, and ``interpret`` and ``atlas`` of the dictionaries.
@@ -74,12 +64,9 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
         labels = load_labels(run.inputs[f"atlas/{kind}"] / member.name / LABELS)
         described = sorted((member_folder(run.inputs[f"interpret/{kind}"], member.name) / FEATURES).glob("*.json"))
         _write_about(run.folder / folder, source, store.manifest.documents.train)
-        viewers = run.folder / "features" / source.set
-        viewers.mkdir(parents=True, exist_ok=True)
         for number, path in enumerate(described):
             records = read_json(path)
             _write_batch(run.folder / folder, number, source, records, labels, W_dec_FxD)
-            _write_viewers(viewers, source, records, labels)
         run.say(f"{stacks.full_name(kind, member.name)}: {len(W_dec_FxD):,} features, {len(labels):,} of them labelled")
     return folders
 
@@ -158,18 +145,6 @@ def _write_batch(
         if text:
             with whole_file(folder / name / f"batch-{number}.jsonl.gz") as path:
                 path.write_bytes(gzip.compress(text.encode(), 5, mtime=0))
-
-
-def _write_viewers(
-    folder: Path, source: NeuronpediaSource, records: Sequence[FeatureRecord], labels: Mapping[int, Label]
-) -> None:
-    """Write a file for each feature that fires."""
-    for record in records:
-        if record["fires"]:
-            feature = record["feature"]
-            label = labels[feature].label if feature in labels else ""
-            text = _line(feature_json(record, source.layer, label))
-            (folder / f"{cantor_pair(source.layer, feature)}.json").write_text(text, encoding="utf-8")
 
 
 def _line(row: Any) -> str:

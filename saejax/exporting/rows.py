@@ -1,4 +1,4 @@
-"""A feature as rows of Neuronpedia's database, and as a viewer of attribution graphs reads it.
+"""A feature as rows of Neuronpedia's database.
 
 The keys of rows are columns (``apps/webapp/prisma/schema.prisma`` of hijohnnylin/neuronpedia). Groups of contexts are
 tenths of a feature's firings by activation; ``binContains`` is the share of all tokens in one. Columns about a model's
@@ -116,38 +116,6 @@ def explanation_row(source: NeuronpediaSource, feature: int, label: Label) -> di
         authorId=CREATOR_ID,
         notes=f"by {label.by}{score}" + (f": {label.note}" if label.note else ""),
     )
-
-
-def feature_json(record: FeatureRecord, layer: int, label: str) -> dict[str, Any]:
-    """Return a feature as viewers of attribution graphs read it (Neuronpedia's ``feature-details-schema.json``).
-
-    Args:
-      record: record of a feature that fires, as the stage ``interpret`` writes it.
-      layer: layer of its dictionary.
-      label: its label; "" if it has none.
-    """
-    quantiles = [("Top activations", record["examples"])]
-    for group in reversed(range(GROUPS)):
-        drawn = [context for context in record["groups"] if context["group"] == group]
-        quantiles += (
-            [(f"{group * 100 // GROUPS} to {(group + 1) * 100 // GROUPS} % of firings", drawn)] if drawn else []
-        )
-    return dict(
-        index=record["feature"],
-        layer=layer,
-        label=label,
-        act_min=record["tenths"][0],
-        act_max=record["max"],
-        activation_frequency=record["rate"],
-        top_logits=[text for text, _ in record.get("up", ())],
-        bottom_logits=[text for text, _ in record.get("down", ())],
-        examples_quantiles=[dict(quantile_name=name, examples=list(map(_example, some))) for name, some in quantiles],
-    )
-
-
-def _example(context: FeatureContext) -> dict[str, Any]:
-    peak = dict(train_token_ind=context["peak"], is_repeated_datapoint=False)
-    return dict(tokens=context["tokens"], tokens_acts_list=_acts(context)) | peak
 
 
 def _acts(context: FeatureContext) -> list[float]:

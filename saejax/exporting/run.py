@@ -3,7 +3,7 @@
 saelens           a folder for each member, of its name; of its site where it is alone
 circuit_tracer    the members of all layers in one set; where the stack is a sweep, a set for each setting, in a folder
                   of the setting's name; a cross-layer transcoder is one already, and copied
-neuronpedia       what their features are, for Neuronpedia and viewers of graphs, see ``export.neuronpedia``
+neuronpedia       what their features are, for Neuronpedia, see ``export.neuronpedia``
 """
 
 import functools

@@ -365,8 +365,6 @@ class CriterionFigures(Figures):
     #: None: it cannot be asked, because a stage was not run
     met: bool | None = column("Met", lambda met: yes_or_no(met, "not tested"))
     evidence: str = column("Evidence")  #: figures, in words
-    #: what the reasoning study reports; "" where it says nothing
-    published: str = column("The reasoning study reports", lambda text: text or MISSING)
 
 
 class TransferFigures(Figures):
