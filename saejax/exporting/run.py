@@ -6,14 +6,13 @@ circuit_tracer    the members of all layers in one set; where the stack is a swe
 neuronpedia       what their features are, for Neuronpedia, see ``export.neuronpedia``
 """
 
-import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from saejax.dictionaries import stacks
 from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own, saelens
-from saejax.dictionaries.modules import Dictionary, DictionaryConfig
+from saejax.dictionaries.modules import DictionaryConfig
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.exporting.neuronpedia import setting_of, write_bundle
@@ -76,13 +75,11 @@ def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs
         circuit_tracer.check([configs[i] for i in indices])
     for setting, indices in sets.items():
         folders = [member_folder(unit, members[i].name) for i in indices]
-        load = functools.partial(_load_nth, folders)  # one at a time: all layers may be larger than the memory
-        circuit_tracer.save_each(out / setting, [configs[i] for i in indices], load)
+        # One at a time: all layers may be larger than the memory.
+        circuit_tracer.save_each(
+            out / setting, [configs[i] for i in indices], lambda index, read=folders: load_dictionary(read[index])
+        )
     return [setting or "." for setting in settings]
-
-
-def _load_nth(folders: Sequence[Path], index: int) -> Dictionary:
-    return load_dictionary(folders[index])
 
 
 def _clear(folder: Path) -> None:

@@ -55,16 +55,11 @@ def alignments(rows: Mapping[str, Findings]) -> list[AlignmentFigures]:
     ]
     comparisons.sort(key=lambda comparison: (comparison.by, comparison.benchmark))
     p_values = {number: each.p_value for number, each in enumerate(comparisons) if each.p_value is not None}
-    for number, p_holm in holm_by_key(p_values).items():
-        comparisons[number] = _judge(comparisons[number], p_holm)
+    for number, p in holm_by_key(p_values).items():
+        correlation, control = comparisons[number].rank_correlation or 0.0, comparisons[number].control
+        aligned = correlation >= LEAST and p <= LEVEL and (control is None or correlation > control)
+        comparisons[number] = dataclasses.replace(comparisons[number], p_holm=p, aligned=aligned)
     return comparisons
-
-
-def _judge(comparison: AlignmentFigures, p: float) -> AlignmentFigures:
-    """Return a comparison with what the rule says, given its corrected p."""
-    correlation = comparison.rank_correlation or 0.0
-    above = comparison.control is None or correlation > comparison.control
-    return dataclasses.replace(comparison, p_holm=p, aligned=correlation >= LEAST and p <= LEVEL and above)
 
 
 def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -> Iterator[AlignmentFigures]:

@@ -12,7 +12,7 @@ from saejax.activations.results import CaptureResults
 from saejax.dictionaries.stacks import full_name
 from saejax.evaluation.results import EvaluateResults
 from saejax.page.findings import Findings, read_findings
-from saejax.preflight.results import ModelNeeds, PreflightResults
+from saejax.preflight.results import PreflightResults
 from saejax.settings import ModelConfig, StudyConfig, TaskConfig, TrainConfig
 from saejax.studies import criteria, gather_effects, gather_features
 from saejax.studies.alignment import alignments
@@ -55,8 +55,13 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
     Raises:
       UserError: a file of a finished unit is missing or damaged.
     """
-    findings = {row.name: _read_row_findings(root, row.name, states) for row in rows}
-    read = {name: gather_features.read_benchmarks(findings, name) for name in _benchmarks(findings.values())}
+    findings = {}
+    for row in rows:
+        done = [state.unit for state in states if state.row == row.name and state.state == "done"]
+        findings[row.name] = read_findings({unit: root / ROWS / row.name / unit for unit in done}, root, {})
+    # Benchmarks on which any row ablated features.
+    benchmarks = dict.fromkeys(name for each in findings.values() for name in each.each(StudyResults))
+    read = {name: gather_features.read_benchmarks(findings, name) for name in benchmarks}
     figures = StudyFigures(
         fingerprint=mark,
         rules=tuple(criteria.RULES.values()),
@@ -94,20 +99,11 @@ def _collect(read: Callable[[str, Findings], Iterable[T]], findings: Mapping[str
     return tuple(figure for row, row_findings in findings.items() for figure in read(row, row_findings))
 
 
-def _benchmarks(rows: Iterable[Findings]) -> list[str]:
-    """Return the benchmarks on which any row ablated features."""
-    return list(dict.fromkeys(name for findings in rows for name in findings.each(StudyResults)))
-
-
-def _read_row_findings(root: Path, row: str, states: Sequence[UnitState]) -> Findings:
-    """Return the results of a row's finished units."""
-    done = [state.unit for state in states if state.row == row and state.state == "done"]
-    return read_findings({unit: root / ROWS / row / unit for unit in done}, root, {})
-
-
 def _model(row: StudyRow, findings: Findings, states: Sequence[UnitState]) -> ModelFigures:
     model, task, train = row.configs[ModelConfig], row.configs[TaskConfig], row.configs[TrainConfig]
-    needs, row_states = _needs(findings), [state for state in states if state.row == row.name]
+    row_states = [state for state in states if state.row == row.name]
+    checked = [each for results in findings.each(PreflightResults).values() for each in results.models]
+    needs = checked[0] if checked else None  # of the row's model, the first of those that preflight looks at
     return ModelFigures(
         row=row.name,
         control=row.configs[StudyConfig].control,
@@ -124,12 +120,6 @@ def _model(row: StudyRow, findings: Findings, states: Sequence[UnitState]) -> Mo
         units=len(row_states),
         done=sum(state.state == "done" for state in row_states),
     )
-
-
-def _needs(findings: Findings) -> ModelNeeds | None:
-    """Return preflight's figures of the row's model."""
-    checked = list(findings.each(PreflightResults).values())
-    return checked[0].models[0] if checked and checked[0].models else None
 
 
 def _baselines(row: str, findings: Findings) -> Iterator[BaselineFigures]:

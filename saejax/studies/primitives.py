@@ -24,7 +24,7 @@ from saejax.interventions.table import EffectsTable
 from saejax.matching.clusters.groups import DISSOLVED, overlaps
 from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
-from saejax.statistics.ranks import holm, min_controls, rank_p
+from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 
 GROUP = "primitive "  # and its number: the group of its edits
 LEVEL = 0.05  # of a name, and of the comparison with control sets
@@ -301,22 +301,14 @@ def _corrected(rows: Sequence[PrimitiveEffect]) -> tuple[PrimitiveEffect, ...]:
         if len(able) == count:
             break
     p_random, p_placebo = (
-        dict(zip(able, holm(np.array([getattr(rows[place], name) for place in able])).tolist(), strict=True))
-        for name in ("p_random", "p_placebo")
+        holm_by_key({place: getattr(rows[place], name) for place in able}) for name in ("p_random", "p_placebo")
     )
     corrected = []
     for place, row in enumerate(rows):
         is_tested = place in able
-        answer = row.answer
-        if is_tested:
-            answer = "yes" if max(p_random[place], p_placebo[place]) <= LEVEL else "no"
-        corrected.append(
-            dataclasses.replace(
-                row,
-                needed=min_controls(len(able) + (not is_tested), LEVEL),
-                p_random=p_random.get(place),
-                p_placebo=p_placebo.get(place),
-                answer=answer,
-            )
-        )
+        as_rare = is_tested and max(p_random[place], p_placebo[place]) <= LEVEL
+        needed = min_controls(len(able) + (not is_tested), LEVEL)
+        p_values = dict(p_random=p_random.get(place), p_placebo=p_placebo.get(place))
+        answer = ("yes" if as_rare else "no") if is_tested else row.answer
+        corrected.append(dataclasses.replace(row, needed=needed, answer=answer, **p_values))
     return tuple(corrected)

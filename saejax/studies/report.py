@@ -23,16 +23,9 @@ from saejax.runner.workspace import package_versions
 from saejax.studies.criteria import EPOCH, RULES
 from saejax.studies.learned import holds, sentences, table_rows
 from saejax.studies.phases import disagreements
-from saejax.studies.pictures import (
-    draw_drivers,
-    draw_effects,
-    draw_losses,
-    draw_models,
-    draw_primitives,
-    draw_trends,
-)
-from saejax.studies.results import SHEETS, StudyFigures
-from saejax.studies.sheet import duration
+from saejax.studies.pictures import draw_drivers, draw_drops, draw_losses, draw_models, draw_trends
+from saejax.studies.results import TABLES, StudyFigures
+from saejax.studies.sheet import as_csv, duration
 from saejax.studies.units import ROWS
 
 FILE, STAGE = "study.json", "study_run"  # STAGE: of the rules in ``rules.jsonl``
@@ -46,8 +39,8 @@ def write_report(root: Path, figures: StudyFigures) -> None:
     title = f"A study of {_count(len(figures.models), 'model')}"
     parts, lead = _sections(root, figures), _lead(figures)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
-    for name, sheet in SHEETS.items():
-        write_text(root / "tables" / f"{name}.csv", sheet.csv(getattr(figures, name)))
+    for name in TABLES:
+        write_text(root / "tables" / f"{name}.csv", as_csv(getattr(figures, name)))
     write_text(root / "study.md", to_markdown(title, lead, parts, footer))
     write_text(root / "index.html", to_html(title, lead, parts, footer))
     write_json(root / FILE, to_json(figures))
@@ -111,8 +104,14 @@ def _learned(root: Path, figures: StudyFigures) -> Iterator[Block]:
     yield Table.of("Rows by questions", rows, columns, set(columns), True, note)
     yield Terms(sentences(figures.learned))
     if figures.effects:
+        figure = draw_drops(
+            "Log-likelihood of the answers lost under ablation",
+            [f"{effect.row}, {effect.benchmark}" for effect in figures.effects],
+            [{"top features, with their 95 % interval": effect.nats_drop} for effect in figures.effects],
+            [(effect.random_nats, effect.placebo_nats) for effect in figures.effects],
+        )
         caption = "Effects of the top features, beside those of control sets at equal dose."
-        yield _picture(root, "study_effects", draw_effects(figures.effects), caption)
+        yield _picture(root, "study_effects", figure, caption)
     if figures.drivers:
         caption = "Shares of features that fire on words alone, beside random features and a random dictionary."
         yield _picture(root, "study_drivers", draw_drivers(figures.drivers), caption)
@@ -137,8 +136,14 @@ def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
     yield Text(sentence)
     ablated = [primitive for primitive in figures.primitives if primitive.effect is not None]
     if ablated:
+        figure = draw_drops(
+            "Log-likelihood lost when a group is ablated",
+            [f"{group.row}: {group.name or 'no category'}" for group in ablated],
+            [{"on items of its category": group.effect, "on other items": group.elsewhere} for group in ablated],
+            [(group.random, group.placebo) for group in ablated],
+        )
         caption = "What ablating each group costs, beside control sets at equal dose."
-        yield _picture(root, "study_primitives", draw_primitives(ablated), caption)
+        yield _picture(root, "study_primitives", figure, caption)
     yield _table(figures, "primitives")
 
 
@@ -232,12 +237,12 @@ def _section(title: str, figures: StudyFigures, sheet: str, otherwise: str = "")
 
 
 def _table(figures: StudyFigures, name: str) -> Table:
-    return SHEETS[name].table(getattr(figures, name))
+    return TABLES[name].table(getattr(figures, name))
 
 
 def _reports(root: Path, figures: StudyFigures) -> Links:
     """Return the rows' own reports, and the files of this one's figures."""
     rows = [model.row for model in figures.models if (root / ROWS / model.row / "report" / "index.html").exists()]
     items = [(f"The report of {row}", f"{ROWS}/{quote(row)}/report/index.html") for row in rows]
-    items += [(FILE, FILE), *((f"tables/{name}.csv", f"tables/{name}.csv") for name in SHEETS)]
+    items += [(FILE, FILE), *((f"tables/{name}.csv", f"tables/{name}.csv") for name in TABLES)]
     return Links("More, and all figures as files", tuple(items))

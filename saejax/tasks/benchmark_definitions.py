@@ -1,7 +1,7 @@
 r"""The benchmarks: how each is read, asked and scored.
 
 - ``gsm8k``: word problems of primary school with worked solutions that end in "#### number" (Cobbe et al., 2021); as
-  multiple choice, for models too weak to answer, ``number_choices`` says among which numbers.
+  multiple choice, for models too weak to answer, ``benchmarks.number_choices`` says among which numbers.
 - ``math``: competition problems whose solutions hold the answer in ``\boxed{}`` (Hendrycks et al., 2021).
 - ``logic``: multiple choice, six tasks of BIG-Bench Hard (Suzgun et al., 2022) under one name.
 - ``logiqa``: multiple choice, questions of civil service examinations (Liu et al., 2020; LogiQA 2.0, 2023).

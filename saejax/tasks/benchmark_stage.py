@@ -9,16 +9,14 @@ from pathlib import Path
 
 from saejax.errors import Interrupted
 from saejax.files import read_lines, write_lines
-from saejax.models.language_model import LanguageModel
-from saejax.models.loading import load_configured_model
-from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.runner.workspace import Run
-from saejax.settings import MeshConfig, ModelConfig, TaskConfig
+from saejax.settings import TaskConfig
 from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmark_definitions import way
 from saejax.tasks.benchmarks import origin, read_items
 from saejax.tasks.results import BenchmarkResults
+from saejax.tasks.run_inputs import load_run_model
 from saejax.tasks.scored_items import WAYS
 
 FILE, BATCHES = "items.jsonl", "batches"
@@ -33,7 +31,7 @@ def run_benchmark(run: Run) -> BenchmarkResults:
         not fit.
       Interrupted: asked to stop; finished items are kept.
     """
-    name, task, model = run.name, run.configs[TaskConfig], run.configs[ModelConfig]
+    name, task = run.name, run.configs[TaskConfig]
     items = read_items(name, task)
     scored = way(name, task)
     # Generation takes long, so each of its batches is kept; log-likelihoods are grouped by length over more items.
@@ -48,10 +46,8 @@ def run_benchmark(run: Run) -> BenchmarkResults:
     def done() -> str:
         return f"{sum(len(items[first : first + step]) for first in starts if file(first).exists())} of {len(items)}"
 
-    @functools.cache
     # Loaded when a batch is left to do: a run that is continued at its end needs no model.
-    def lm() -> LanguageModel:
-        return load_configured_model(model, make_mesh(run.configs.get(MeshConfig)))
+    lm = functools.cache(lambda: load_run_model(run))
 
     def score(first: int) -> None:
         if run.stopping():

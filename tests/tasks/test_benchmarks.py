@@ -12,8 +12,7 @@ from saejax.errors import UserError
 from saejax.settings import TaskConfig
 from saejax.tasks.benchmark_definitions import Item
 from saejax.tasks.benchmark_prompts import worked_examples
-from saejax.tasks.benchmarks import read_items
-from saejax.tasks.number_choices import number_choices, plain_number
+from saejax.tasks.benchmarks import number_choices, plain_number, read_items
 
 
 def test_items_hold_what_the_rows_say(folder):
