@@ -78,14 +78,19 @@ class RowProcess:
         """Return the units that the process said have failed, and why."""
         return dict(match.groups() for match in map(_FAILED.search, self._lines()) if match)
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal has ended the process."""
+        return self._process.returncode < 0
+
     def why_it_failed(self) -> str:
-        """Return the last line that an ended process wrote, or the signal that ended it; "" if it did not fail."""
+        """Return the last line that an ended process wrote, or the signal that ended it."""
         status, last = self._process.returncode, self.last_line.removeprefix("error: ").removeprefix("failed: ")
-        if status < 0:
+        if self.was_killed:
             name = signal.Signals(-status).name
             memory = ", as the system ends processes when memory runs out" if -status == signal.SIGKILL else ""
             return f"ended by {name}{memory}; the last line before: {last}"
-        return (last or f"ended with status {status} and said nothing") if status else ""
+        return (last or "said nothing") if status else "the pipeline left it out"
 
 
 def _settle(parent: int, share: Share) -> None:

@@ -2,7 +2,7 @@
 
 1. The first stage of every row runs before all else: what does not fit is known before hours are spent.
 2. Rows run one after the other, or several at once, each with its share of the host. A row whose units are all finished
-   takes no process. The pipeline itself skips units that read what is not there.
+   takes no process. The pipeline itself goes on with units that do not read what has failed.
 3. The state of each unit is read off the row's workdir and what its process said.
 """
 
@@ -31,19 +31,19 @@ _STOPPED = "what is done is kept: run the same command to go on"
 
 
 class RowUnits:
-    """The units of a row, and the process that makes them.
+    """The units of a row, and the processes that make them.
 
     Args:
       root: the study's folder.
       row: the row.
     """
 
-    process: RowProcess | None = None  #: the last one, which knows why units failed
-
     def __init__(self, root: Path, row: StudyRow):
         self.name, self.workspace = row.name, Workspace(root / ROWS / row.name)
         self._root, self._row, self._plan = root, row, Workplan(row.configs)
-        self._asked: Sequence[str] = ()  # units that the process makes
+        self._asked: Sequence[str] = ()  # units that the process at work may make
+        self._reasons: dict[str, str] = {}  # unit -> why it failed
+        self._was_killed = False
         self._bad_settings = ""
         try:
             units = {unit: stage.first for stage in STAGES.values() for unit in stage.units(row.configs)}
@@ -51,19 +51,30 @@ class RowUnits:
             self._bad_settings, units = str(error), {}
         self._units, self._first = list(units), [unit for unit, is_first in units.items() if is_first]
 
-    def left(self, first: bool) -> bool:
-        """Return whether units are left to do that do not wait for others, of the first stage or of all later ones."""
-        left = [state.unit for state in self.states() if state.state == "failed" and not self._bad_settings]
-        return bool(left) and first == any(unit in self._first for unit in left)
+    def left(self, first: bool) -> list[str]:
+        """Return units, of the first stage or all, that are not done, have not failed, and read what is there."""
+        left = [state.unit for state in self.states() if state.state == "failed" and not state.reason]
+        return [unit for unit in left if not first or unit in self._first]
 
     def start(self, first: bool, share: Share) -> RowProcess:
         """Start a process that makes the unit of the first stage, or all units that can be made."""
-        self._asked = self._first if first else self._units
-        only = [f"--unit={unit}" for unit in self._first] if first else []
+        # What was killed, as for want of memory, would be so again: the others are made one by one.
+        is_single = first or self._was_killed
+        self._asked = self.left(first)[:1] if is_single else self._units
+        only = [f"--unit={unit}" for unit in self._asked] if is_single else []
         options = [f"--workdir={self.workspace.root}", "--keep_going", *only]
         command = [sys.executable, "-c", _CHILD, *options, *self._row.argv]
-        self.process = RowProcess(command, self._root / LOGS / f"{self.name}.log", share)
-        return self.process
+        return RowProcess(command, self._root / LOGS / f"{self.name}.log", share)
+
+    def end(self, process: RowProcess) -> dict[str, str]:
+        """Return the units that have failed in a process that has ended, and why."""
+        failed = process.failed_units()
+        left = [unit for unit in self.left(False) if unit in self._asked and unit not in failed]
+        # A process that is killed has not come to what follows the unit at work.
+        self._was_killed |= process.was_killed
+        failed |= dict.fromkeys(left[:1] if process.was_killed else left, process.why_it_failed())
+        self._reasons |= failed
+        return failed
 
     def is_claimed(self) -> bool:
         """Return whether a process makes a unit: a child of a study that was killed saves before it ends."""
@@ -72,24 +83,18 @@ class RowUnits:
         return False
 
     def states(self) -> list[UnitState]:
-        """Return the state of every unit; one that is left to do counts as failed, with no reason before it ran."""
+        """Return the state of every unit; one that is left to do counts as failed without a reason."""
         if self._bad_settings:
             return [UnitState(self.name, "settings", "failed", self._bad_settings, "", "")]
-        reasons = self.process.failed_units() if self.process else {}
-        ended = self.process.why_it_failed() if self.process else ""
         states: dict[str, UnitState] = {}
         for unit in self._units:
-            states[unit] = state = self._state(unit, states)
-            if state.state == "failed" and not state.reason and unit in self._asked:
-                why = reasons.get(unit) or ended or "the pipeline left it out"
-                states[unit] = dataclasses.replace(state, reason=why)
-                # A process that ended early did so in the first unit that it does not name, and made none after it.
-                ended = ended if unit in reasons else f"the row ended at {unit}"
+            states[unit] = self._state(unit, states)
         return list(states.values())
 
     def _state(self, unit: str, earlier: Mapping[str, UnitState]) -> UnitState:
         log = self.workspace.root / LOGS / f"{unit.replace('/', '-')}.log"
-        state = UnitState(self.name, unit, "failed", "", str(log.relative_to(self._root)) if log.exists() else "", "")
+        path = str(log.relative_to(self._root)) if log.exists() else ""
+        state = UnitState(self.name, unit, "failed", self._reasons.get(unit, ""), path, "")
         try:
             needs = [] if unit in self._first else [*self._first, *map(_whole, self._plan.needs(unit))]
             for need in needs:
@@ -98,7 +103,7 @@ class RowUnits:
             state = dataclasses.replace(state, fingerprint=self._plan.fingerprint(unit))
             if self._plan.is_done(self.workspace, unit):
                 self.workspace.point(unit, state.fingerprint)
-                return dataclasses.replace(state, state="done")
+                return dataclasses.replace(state, state="done", reason="")
         except UserError as error:
             return dataclasses.replace(state, reason=str(error))
         return state
@@ -161,7 +166,10 @@ def _run_side_by_side(
             for row, process in list(running.items()):
                 if process.ended(_LOOK_EVERY / len(running)):
                     free.append(running.pop(row).share)
-                    _say_end(row, process, say)
+                    for unit, why in row.end(process).items():
+                        say(f"{row.name}  {unit}: failed: {why}")
+                    say(f"{row.name}: {_count_done(row)} after {duration(process.seconds)}")
+                    waiting += [row] if row.left(first) else []
                 elif time.monotonic() - process.last_report > _SAY_EVERY:
                     process.last_report = time.monotonic()
                     say(f"{row.name}  {process.last_line or 'starting'}")
@@ -172,13 +180,6 @@ def _run_side_by_side(
             process.ask_to_stop()
         for process in running.values():
             process.ended(within=None)
-
-
-def _say_end(row: RowUnits, process: RowProcess, say: Callable[[str], None]) -> None:
-    for state in row.states():
-        if state.state == "failed" and state.reason:
-            say(f"{row.name}  {state.unit}: failed: {state.reason}")
-    say(f"{row.name}: {_count_done(row)} after {duration(process.seconds)}")
 
 
 def _count_done(row: RowUnits) -> str:

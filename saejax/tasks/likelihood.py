@@ -39,11 +39,6 @@ class Likelihood:
     correct_tokens: int  #: how many of them had the highest logit of all where they stand
 
     @property
-    def greedy(self) -> bool:
-        """True if greedy decoding from the context gives the continuation."""
-        return self.correct_tokens == self.tokens
-
-    @property
     def per_token(self) -> float:
         """Nats per token."""
         return self.total / self.tokens

@@ -16,7 +16,7 @@ from saejax.runner import command, pipeline, workplan
 from saejax.runner.registry import default_configs
 from saejax.runner.workspace import Run
 from saejax.settings import BENCHMARKS, ModelConfig, TaskConfig
-from saejax.tasks import benchmark_scores, benchmark_stage
+from saejax.tasks import benchmark_scores
 from saejax.tasks.answers import Verdict
 from saejax.tasks.benchmark_scores import line, score_items, summarize
 from saejax.tasks.benchmarks import read_items
@@ -195,10 +195,10 @@ def test_an_interrupted_benchmark_goes_on(inputs, task, tmp_path, writes):
     texts += ["#### 1\u2028x", "2", "3", "4"]  # a line separator of Unicode is no end of a row
     calls = iter([False, True])
     with pytest.raises(Interrupted, match="stopped after 4 of 6 items, which are kept"):
-        benchmark_stage.run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, stopping=lambda: next(calls)))
+        benchmark_scores.run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, stopping=lambda: next(calls)))
     texts += ["5", "6"]
     lines = []
-    results = benchmark_stage.run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, lines))
+    results = benchmark_scores.run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, lines))
     assert lines[0] == "4 of 6 items were done before" and results.n == 6 and not texts
     assert [row["output"] for row in rows_of(tmp_path)] == ["#### 1\u2028x", "2", "3", "4", "5", "6"]
 
