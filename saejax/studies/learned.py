@@ -5,10 +5,9 @@ row, so that both share most features; a *stranger* has random weights, so that 
 interpretable.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from saejax.page.tables import interval, number, percent
+from saejax.page.tables import Table, interval, number, percent
 from saejax.studies.results import (
     QUESTIONS,
     Answered,
@@ -152,18 +151,16 @@ def _names(places: Sequence[tuple[str, str]], several: bool) -> str:
     return ", ".join(shown) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
 
 
-def table_rows(
-    answers: Sequence[LearnedFigures],
-) -> tuple[list[tuple[str, str]], Mapping[str, Callable[[str, str], str]]]:
-    """Return the rows of the first table, (row, benchmark), and its columns; "" where a question was not asked."""
-    by_key = {(answer.row, answer.benchmark, answer.question): answer for answer in answers}
-
-    def cell(name: Asked, row: str, benchmark: str) -> str:
-        answer = by_key.get((row, benchmark, name))
-        if answer is None:
-            return ""
-        return f"{answer.answer} (expected: {answer.expected})" if answer.expected else answer.answer
-
-    columns: dict[str, Callable[[str, str], str]] = {"Row": lambda row, benchmark: f"{row}, {benchmark}"}
-    columns |= {question.heading: functools.partial(cell, name) for name, question in QUESTIONS.items()}
-    return list(dict.fromkeys((answer.row, answer.benchmark) for answer in answers)), columns
+def answers_table(answers: Sequence[LearnedFigures]) -> Table:
+    """Return the first table of the page, rows and benchmarks by questions; a cell is empty if that was not asked."""
+    cells = {
+        (answer.row, answer.benchmark, answer.question): f"{answer.answer} (expected: {answer.expected})"
+        if answer.expected
+        else answer.answer
+        for answer in answers
+    }
+    places = dict.fromkeys((answer.row, answer.benchmark) for answer in answers)
+    rows = tuple((", ".join(place), *(cells.get((*place, name), "") for name in QUESTIONS)) for place in places)
+    columns = ("Row", *(question.heading for question in QUESTIONS.values()))
+    note = "Known: the answer that a control row must give. The sections below say how each question is answered."
+    return Table("Rows by questions", columns, rows, frozenset(range(len(columns))), note=note)

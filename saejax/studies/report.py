@@ -21,7 +21,7 @@ from saejax.results import to_json
 from saejax.runner.preregistration import describe_rule
 from saejax.runner.workspace import package_versions
 from saejax.studies.criteria import EPOCH, RULES
-from saejax.studies.learned import holds, sentences, table_rows
+from saejax.studies.learned import answers_table, holds, sentences
 from saejax.studies.phases import disagreements
 from saejax.studies.pictures import draw_drivers, draw_drops, draw_losses, draw_models, draw_trends
 from saejax.studies.results import TABLES, StudyFigures
@@ -99,9 +99,7 @@ def _learned(root: Path, figures: StudyFigures) -> Iterator[Block]:
     if not figures.learned:
         yield Text("No row ran feature ablation on a benchmark (--study.benchmarks), so nothing was learned about it.")
         return
-    rows, columns = table_rows(figures.learned)
-    note = "Known: the answer that a control row must give. The sections below say how each question is answered."
-    yield Table.of("Rows by questions", rows, columns, set(columns), True, note)
+    yield answers_table(figures.learned)
     yield Terms(sentences(figures.learned))
     if figures.effects:
         figure = draw_drops(
