@@ -1,28 +1,15 @@
-"""Items of benchmarks: read from the hub or from local files, and chosen by seed.
+"""Items of benchmarks: read from the hub or from local files, and chosen by seed."""
 
-Questions whose answers are numbers become multiple choice where that is asked for: the wrong choices are right answers
-to other questions. Questions are put into groups of four (of five where they do not divide) whose answers are different
-numbers of like size, and these answers are the choices of every question of the group. So each choice is right as often
-as every other one, and a model that does not read the question is right by chance, whatever numbers it prefers: it
-answers all questions of a group alike, and one of them rightly.
-"""
-
-import dataclasses
 import zlib
-from collections import Counter
-from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
 
 import numpy as np
 
 from saejax.errors import UserError
 from saejax.runner.workspace import fingerprint
 from saejax.settings import TaskConfig
-from saejax.tasks.benchmark_definitions import Item, definition, way
+from saejax.tasks.benchmark_definitions import Item, definition
 from saejax.tasks.benchmark_files import TRAIN, Origin, find, training_files
 from saejax.tasks.hub import hub_configurations
-
-_CHOICES = 4  # of a question whose answer is a number
 
 
 def origin(name: str, task: TaskConfig) -> Origin:
@@ -72,8 +59,6 @@ def read_items(name: str, task: TaskConfig) -> list[Item]:
     """
     benchmark, source = definition(name), origin(name, task)
     items = [benchmark.parse(row) for row in source.rows()]
-    if way(name, task) == "choice":
-        items = _with_choices(items)
     wanted = task.examples or benchmark.examples
     if len(items) < wanted:
         reason = "were asked for" if task.examples else f"are asked by default of {name}"
@@ -82,62 +67,6 @@ def read_items(name: str, task: TaskConfig) -> list[Item]:
     # By the benchmark's name, so that its items do not depend on which others are asked; ``hash`` differs by process.
     rng = np.random.default_rng((task.seed, zlib.crc32(name.encode())))
     return [items[i] for i in rng.permutation(len(items))[:wanted]]
-
-
-def _with_choices(items: Sequence[Item]) -> list[Item]:
-    """Return items as multiple choice: an item without choices gets numbers to choose among."""
-    without_choices = [item for item in items if not item.choices]
-    right = [plain_number(item.answer, item.id) for item in without_choices]
-    with_choices = {
-        item.id: dataclasses.replace(item, answer=answer, solution=answer, choices=choices)
-        for item, answer, choices in zip(without_choices, right, number_choices(right), strict=True)
-    }
-    return [with_choices.get(item.id, item) for item in items]
-
-
-def number_choices(answers: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the choices of each question, from the smallest number to the largest.
-
-    Args:
-      answers: of all questions of a benchmark, as ``plain_number`` gives them.
-
-    Raises:
-      UserError: too many answers are the same.
-    """
-    values = [Decimal(answer) for answer in answers]
-    order = sorted(range(len(values)), key=lambda index: values[index])
-    # A group takes every ``stride``-th question of a block, so that equal answers, which follow each other, part.
-    blocks = max(len(values) // (_CHOICES * max(Counter(values).values(), default=1)), 1)
-    choices: list[tuple[str, ...]] = [()] * len(values)
-    for block in np.array_split(np.array(order, np.int64), blocks) if answers else ():
-        stride = max(len(block) // _CHOICES, 1)
-        for first in range(stride):
-            group = block[first::stride].tolist()
-            different = {values[index]: answers[index] for index in group}
-            if len(different) < 2:
-                raise UserError(
-                    "--task.score=choice: too few questions have different answers to choose among: give more "
-                    "questions, or another --task.score"
-                )
-            for index in group:
-                choices[index] = tuple(different[value] for value in sorted(different))
-    return choices
-
-
-def plain_number(answer: str, where: str) -> str:
-    """Return a number as it is written in choices: without thousands commas and dollar signs, "1,250.0" as "1250".
-
-    Raises:
-      UserError: the answer is no finite number; ``where`` names its row in the message.
-    """
-    try:
-        value = Decimal(answer.replace(",", "").replace("$", "").removesuffix("."))
-    except InvalidOperation:
-        value = Decimal("nan")
-    if not value.is_finite():
-        raise UserError(f"{where}: the answer {answer!r} is no number: fix or remove the row")
-    whole = value.to_integral_value()
-    return f"{whole if whole == value else value.normalize():f}"
 
 
 def training_items(name: str, task: TaskConfig) -> list[Item]:

@@ -106,20 +106,6 @@ def test_choices_are_judged_by_likelihood(lm, task):
     assert line(figures).endswith("; chance 36.7 %")
 
 
-def test_numbers_are_chosen_among(lm, task):
-    """Examples are asked as the question is, whatever is scored."""
-    asked = dataclasses.replace(task, score="choice", shots=2)
-    items = read_items("gsm8k", asked)
-    rows = score_items(lm, "gsm8k", items, asked)
-    figures = summarize("gsm8k", rows, asked)
-    assert figures.chance == 0.25 and figures.tasks == {} and figures.score == "choice"
-    solutions = score_items(lm, "gsm8k", items, asked, (), "likelihood")
-    for item, row, solution in zip(items, rows, solutions, strict=True):
-        assert row.prompt == solution.prompt and "#" not in row.prompt and solution.solution == item.answer
-        right = row.log_likelihoods[item.choices.index(item.answer)]
-        assert right == pytest.approx(solution.log_likelihood, rel=1e-4)
-
-
 def test_length_normalisation_can_change_the_choice(lm, task, monkeypatch):
     found = [benchmark_scores.Likelihood(total, 1, 0) for total in (-4.5, -4.0)]
     monkeypatch.setattr(benchmark_scores, "loglikelihoods", lambda *args: found)
