@@ -86,7 +86,8 @@ def _probes(figures: StudyFigures, rows: Mapping[str, Findings]) -> Iterator[Pha
                     test = f"linear probe of all {probe.input}"
                     yield PhaseFigures(PROBES, test, where, result, control, plain(probe.p_holm <= 0.05))
     for row, benchmark in dict.fromkeys((label.row, label.benchmark) for label in figures.labels):
-        labels, tested = (select(some, row=row, benchmark=benchmark) for some in (figures.labels, figures.associations))
+        labels = select(figures.labels, row=row, benchmark=benchmark)
+        tested = select(figures.associations, row=row, benchmark=benchmark)
         associated, features = sum(label.associated for label in labels), max(label.features for label in labels)
         shuffled = sum(label.shuffled for label in labels)
         result = f"{associated} associations of {features} features with {len(labels)} labels"

@@ -323,9 +323,9 @@ def _corrected(rows: Sequence[PrimitiveEffect]) -> tuple[PrimitiveEffect, ...]:
         is_tested = place in able
         as_rare = is_tested and max(p_random[place], p_placebo[place]) <= LEVEL
         needed = min_controls(len(able) + (not is_tested), LEVEL)
-        p_values = dict(p_random=p_random.get(place), p_placebo=p_placebo.get(place))
         answer = ("yes" if as_rare else "no") if is_tested else row.answer
-        corrected.append(dataclasses.replace(row, needed=needed, answer=answer, **p_values))
+        row = dataclasses.replace(row, p_random=p_random.get(place), p_placebo=p_placebo.get(place))
+        corrected.append(dataclasses.replace(row, needed=needed, answer=answer))
     return tuple(corrected)
 
 

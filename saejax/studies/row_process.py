@@ -76,7 +76,7 @@ class RowProcess:
 
     def failed_units(self) -> dict[str, str]:
         """Return the units that the process said have failed, and why."""
-        return dict(match.groups() for match in map(_FAILED.search, self._lines()) if match)
+        return {match[1]: match[2] for match in map(_FAILED.search, self._lines()) if match}
 
     @property
     def was_killed(self) -> bool:

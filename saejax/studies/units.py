@@ -159,7 +159,7 @@ def _run_side_by_side(
             for row in claimed - reported:
                 say(f"{row.name}: waiting for another process in {row.workspace.root}")
             reported |= claimed
-            while free and (row := next((row for row in waiting if row not in claimed), None)):
+            for row in [row for row in waiting if row not in claimed][: len(free)]:
                 waiting.remove(row)
                 say(f"{row.name}: started, {_count_done(row)} before")
                 running[row] = row.start(first, free.pop())
