@@ -34,7 +34,6 @@ from saejax.studies.results import (
     EffectFigures,
     GateFigures,
     ModelFigures,
-    ResourceFigures,
     StudyFigures,
     TrackingFigures,
     TransferFigures,
@@ -98,7 +97,6 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         tracking=_collect(tracking, findings),
         learned=(),
         criteria=(),
-        resources=_collect(_resources, findings),
         failures=tuple(state for state in states if state.state != "done"),
     )
     figures = dataclasses.replace(figures, phases=phases(figures, findings))
@@ -131,7 +129,14 @@ def _model(row: StudyRow, findings: Findings, states: Sequence[UnitState]) -> Mo
         benchmarks=task.benchmarks,
         units=len(row_states),
         done=sum(state.state == "done" for state in row_states),
+        seconds=sum(summary.seconds for summary in findings.summaries.values()),
+        peak_host_bytes=_peak(summary.peak_host_bytes for summary in findings.summaries.values()),
+        peak_device_bytes=_peak(summary.peak_device_bytes for summary in findings.summaries.values()),
     )
+
+
+def _peak(values: Iterable[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _baselines(row: str, findings: Findings) -> Iterator[BaselineFigures]:
@@ -198,14 +203,6 @@ def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
     for benchmark, study in findings.each(StudyResults).items():
         if read := study.activations:
             yield fill(ActivationFigures, read, row=row, text=benchmark, site=study.site, beyond_sinks=None)
-
-
-def _resources(row: str, findings: Findings) -> Iterator[ResourceFigures]:
-    for unit, summary in findings.summaries.items():
-        used = summary.devices.count if summary.devices else 0
-        device_hours = used * summary.seconds / 3600 if used else None
-        disk_bytes = sum(summary.files.values())
-        yield fill(ResourceFigures, summary, row=row, unit=unit, device_hours=device_hours, disk_bytes=disk_bytes)
 
 
 def _effects(row: str, findings: Findings) -> Iterator[EffectFigures]:

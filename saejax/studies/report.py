@@ -65,8 +65,7 @@ def _lead(figures: StudyFigures) -> Sequence[str]:
 
 
 def _sections(root: Path, figures: StudyFigures) -> list[Section]:
-    seconds = sum(unit.seconds for unit in figures.resources)
-    took = Text(f"All units together took {duration(seconds)}.")
+    took = Text(f"All units together took {duration(sum(model.seconds for model in figures.models))}.")
     return [
         Section("What was learned", tuple(_learned(root, figures))),
         _section(
@@ -88,8 +87,7 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         _section("Activations", figures, "activations", "No row has captured activations."),
         _section("All answers", figures, "learned", "No row ran feature ablation on a benchmark."),
         Section("Criteria", (_table(figures, "criteria"), *_rules(root))),
-        Section("Setup", (_table(figures, "models"), _reports(root, figures))),
-        Section("Resources", (took, _table(figures, "resources"))),
+        Section("Setup", (_table(figures, "models"), took, _reports(root, figures))),
         _section("What is not done", figures, "failures", "All units finished."),
     ]
 

@@ -77,6 +77,13 @@ class ModelFigures(RowFigures):
     behaviours: tuple[str, ...] = column("Behaviours", listed)  #: that are tested
     units: int  #: of the row
     done: int = joined("Units done", lambda row: f"{row.done} of {row.units}")  #: of them
+    #: that these took, together
+    seconds: float = joined(
+        "Time; memory of host, device",
+        lambda row: f"{duration(row.seconds)}; {size(row.peak_host_bytes)}, {size(row.peak_device_bytes)}",
+    )
+    peak_host_bytes: int | None  #: the most of a unit; None where the system did not tell
+    peak_device_bytes: int | None  #: the most of a unit on a device; None on CPUs
 
 
 class BaselineFigures(RowFigures):
@@ -465,21 +472,6 @@ class TrackingFigures(RowFigures):
     hurt: int = column("Hurt")  #: of them: those whose features have a larger effect than random sets at equal dose
 
 
-class ResourceFigures(RowFigures):
-    """Time and memory.
-
-    Time and memory: of the process that finished the unit. A dash: not measured, or none.
-    """
-
-    unit: str = column("Unit")  #: such as "train/topk"
-    seconds: float = column("Time", duration)  #: in the process that finished it
-    #: seconds x devices; None where no device was used
-    device_hours: float | None = column("Device-hours", lambda hours: significant(hours, 2))
-    peak_host_bytes: int | None = column("Host memory", size)  #: while it ran; None where the system did not tell
-    peak_device_bytes: int | None = column("Device memory", size)  #: of a device's memory; None on CPUs
-    disk_bytes: int = column("On disk", size)  #: of its files
-
-
 class UnitState(RowFigures, cards=True):
     """Units that are not done."""
 
@@ -516,7 +508,6 @@ class StudyFigures:
     tracking: tuple[TrackingFigures, ...]  #: of texts
     learned: tuple[LearnedFigures, ...]  #: by row, benchmark and question
     criteria: tuple[CriterionFigures, ...]  #: of success
-    resources: tuple[ResourceFigures, ...]  #: of finished units
     failures: tuple[UnitState, ...]  #: units that are not done
 
 

@@ -91,7 +91,7 @@ def empty(**changes) -> StudyFigures:
 
 
 def test_a_criterion_that_cannot_be_asked_is_not_met_and_not_failed():
-    model = ModelFigures("row", "", "m", "main", "float32", None, None, None, (), (), (), (), units=3, done=2)
+    model = ModelFigures("row", "", "m", "main", "float32", None, None, None, (), (), (), (), 3, 2, 9.0, None, None)
     found = {one.criterion: one for one in criteria.criteria(empty(models=(model,)), [])}
     assert len(found) == 9 and all(isinstance(one, CriterionFigures) for one in found.values())
     assert found["Every unit is done"].met is False and found["Every unit is done"].evidence == "2 of 3"

@@ -19,7 +19,7 @@ from saejax.studies.results import (
 
 
 def model(row, control=""):
-    return ModelFigures(row, control, "m", "main", "float32", None, None, None, (), (), (), (), 1, 1)
+    return ModelFigures(row, control, "m", "main", "float32", None, None, None, (), (), (), (), 1, 1, 9.0, None, None)
 
 
 def effect(row, lowers, random, placebo):
