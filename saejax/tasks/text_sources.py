@@ -107,7 +107,16 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 
 def hub_source(hub: str, configuration: str, revision: str, split: str, field: str, most: int) -> TextSource:
-    """Return a split of a data set of the hub, from its front: ``most`` characters, or 0 for all."""
+    """Return a split of a data set of the hub, read from its front.
+
+    Args:
+      hub: its id.
+      configuration: of the data set; "": its only one.
+      revision: branch, tag or commit.
+      split: "train" or another.
+      field: of a row, which holds the text.
+      most: characters that are read; 0: all.
+    """
 
     def identity() -> str:
         # The commit, as a branch may hold other text tomorrow.
