@@ -296,7 +296,7 @@ def _compared(row: "PrimitiveFigures") -> str:
     return f"{row.more}: {row.sets} sets of {row.needed}"
 
 
-class PrimitiveFigures(RowFigures, cards=True):
+class PrimitiveFigures(BenchmarkFigures, cards=True):
     """Groups of features that matter for the same items.
 
     Important features are grouped by the items whose answers they matter for, and a group is named after the category
@@ -307,7 +307,6 @@ class PrimitiveFigures(RowFigures, cards=True):
     their number allows: 19 of each kind for one group, 20 more for each further one.
     """
 
-    benchmark: str  #: its name
     #: category that it is named after; "" where none stands out
     name: str = column("Group", lambda name: name or "no category stands out")
     #: the most important first
@@ -354,7 +353,7 @@ class LabelFigures(BenchmarkFigures):
     shuffled: float = column("With labels permuted", number)  #: the same with labels permuted over items, mean
 
 
-class AssociationFigures(RowFigures):
+class AssociationFigures(BenchmarkFigures):
     """Three answers for each top feature.
 
     Each top feature with the category that it goes with most on train items, judged on test items. The correlation is
@@ -362,7 +361,6 @@ class AssociationFigures(RowFigures):
     Causes it: ablating the feature alone costs items with the label more than others.
     """
 
-    benchmark: str  #: its name
     feature: int = joined("Feature", lambda row: f"{row.feature}, {row.label}", words=True)  #: its index
     label: str  #: category that it goes with most on train items
     #: of its activation of largest size on a test item with having the label
