@@ -6,7 +6,7 @@ rules at the end. Written to the study's folder: ``index.html`` (complete in its
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -193,27 +193,25 @@ def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
 
 def trend_sentence(figures: StudyFigures) -> str:
     """Return how losses, errors and activations differ between rows, in one sentence each."""
-    errors = {
-        model.row: [
-            1 - dictionary.explained_variance for dictionary in figures.dictionaries if dictionary.row == model.row
-        ]
-        for model in figures.models
-    }
-    means = {row: sum(some) / len(some) for row, some in errors.items() if some}
-    low, high = (choose(means, key=lambda row: means[row]) for choose in (min, max))
     fell = [dictionary.improvement for dictionary in figures.dictionaries if dictionary.improvement is not None]
-    falling = (
-        f"The loss still falls after epoch {EPOCH} in {sum(fall > 0 for fall in fell)} of {len(fell)} dictionaries."
+    errors: dict[str, list[float]] = {}
+    for dictionary in figures.dictionaries:
+        errors.setdefault(dictionary.row, []).append(1 - dictionary.explained_variance)
+    means = {row: sum(some) / len(some) for row, some in errors.items()}
+    low, high = _extremes(means)
+    text = (
+        f"The loss still falls after epoch {EPOCH} in {sum(fall > 0 for fall in fell)} of {len(fell)} dictionaries. "
+        f"The normalised error is smallest in {low} ({means[low]:.2f}) and largest in {high} ({means[high]:.2f})."
     )
-    error = f"The normalised error is smallest in {low} ({means[low]:.2f}) and largest in {high} ({means[high]:.2f})."
-    norms = {(site.row, site.text): site.median_norm for site in figures.activations}
-    if not norms:
-        return f"{falling} {error}"
-    least, most = (choose(norms, key=lambda key: norms[key]) for choose in (min, max))
-    return (
-        f"{falling} {error} The median norm of activations ranges from {norms[least]:.3g} ({', '.join(least)}) to "
-        f"{norms[most]:.3g} ({', '.join(most)})."
-    )
+    norms = {f"{site.row}, {site.text}": site.median_norm for site in figures.activations}
+    if norms:
+        low, high = _extremes(norms)
+        text += f" The median norm of activations ranges from {norms[low]:.3g} ({low}) to {norms[high]:.3g} ({high})."
+    return text
+
+
+def _extremes(values: Mapping[str, float]) -> tuple[str, str]:
+    return min(values, key=lambda name: values[name]), max(values, key=lambda name: values[name])
 
 
 def _picture(root: Path, name: str, figure: Figure, caption: str) -> Picture:
