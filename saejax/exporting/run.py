@@ -12,7 +12,7 @@ from pathlib import Path
 
 from saejax.dictionaries import stacks
 from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own, saelens
-from saejax.dictionaries.modules import DictionaryConfig
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.exporting.neuronpedia import setting_of, write_bundle
@@ -75,10 +75,12 @@ def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs
         circuit_tracer.check([configs[i] for i in indices])
     for setting, indices in sets.items():
         folders = [member_folder(unit, members[i].name) for i in indices]
+
+        def load(index: int, folders: Sequence[Path] = folders) -> Dictionary:
+            return load_dictionary(folders[index])
+
         # One at a time: all layers may be larger than the memory.
-        circuit_tracer.save_each(
-            out / setting, [configs[i] for i in indices], lambda index, read=folders: load_dictionary(read[index])
-        )
+        circuit_tracer.save_each(out / setting, [configs[i] for i in indices], load)
     return [setting or "." for setting in settings]
 
 

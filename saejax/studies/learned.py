@@ -59,7 +59,8 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
         if "nats" not in baseline.measure:
             evidence = f"{percent(baseline.value.mean, 1)}; by guessing {percent(chance, 1)}"
             yield "solves", (plain(baseline.value.low > chance), evidence)
-    for effect in select(figures.effects, **here):
+    effects = select(figures.effects, **here)
+    for effect in effects:
         yield "effect", (plain(effect.lowers), f"{interval(effect.nats_drop)} nats")
         yield "random", (plain(effect.random), f"random sets at equal dose: {number(effect.random_nats)} nats")
         yield "placebo", (plain(effect.placebo), f"placebo sets at equal dose: {number(effect.placebo_nats)} nats")
@@ -69,7 +70,7 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
     for drivers in select(figures.drivers, **here, group="tested"):
         yield "context", (_driven(drivers), f"{percent(drivers.tokens.mean)} of {drivers.features} by tokens alone")
     groups = select(figures.primitives, **here)
-    if groups or select(figures.effects, **here):
+    if groups or effects:
         yield "primitives", _primitives(groups)
     ranked: tuple[Asked, ...] = ("features", "items")
     for name in ranked if row != first else ():

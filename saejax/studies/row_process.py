@@ -80,7 +80,7 @@ class RowProcess:
 
     @property
     def was_killed(self) -> bool:
-        """Whether a signal has ended the process."""
+        """True if a signal has ended the process."""
         return self._process.returncode < 0
 
     def why_it_failed(self) -> str:
