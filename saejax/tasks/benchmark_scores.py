@@ -112,12 +112,11 @@ def score_items(
     Raises:
       UserError: a prompt and its answer are longer than the model's context, or an option does not fit.
     """
-    prompter = make_prompter(name, task, lm.tokenizer)
+    prompter, scored, edits = make_prompter(name, task, lm.tokenizer), scored or way(name, task), tuple(edits)
     if not items:
         return []
     prompts = [prompter.prompt(item) for item in items]
     about = [(item.id, item.task, prompt, item.answer) for item, prompt in zip(items, prompts, strict=True)]
-    scored, edits = scored or way(name, task), tuple(edits)
     if scored == "generate":
         return [*_generate(lm, prompter, items, about, task, edits)]
     # Choices, or solutions, of all items in one list: batches are filled across items.
