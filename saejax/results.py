@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from saejax.errors import UserError
-from saejax.files import read_json, read_object
+from saejax.files import read_json
 from saejax.runner.registry import STAGES
-from saejax.runner.workspace import STACK, SUMMARY
+from saejax.runner.workspace import SUMMARY
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -108,14 +108,6 @@ def load_summary(folder: Path) -> Summary:
     summary = from_json(Summary, read_json(path), path)
     cls = results_class(summary.stage)
     return dataclasses.replace(summary, results=from_json(cls, summary.results, path, "results"))
-
-
-def unit_seconds(folder: Path) -> float:
-    """Return how long a finished unit took in the processes that finished it; of a stack, all members together."""
-    if not (folder / STACK).exists():
-        return read_object(folder / SUMMARY, "seconds")["seconds"]
-    members = read_object(folder / STACK, "members")["members"]
-    return sum(unit_seconds(folder.with_name(name)) for name in members.values())
 
 
 def results_class(stage: str) -> Any:

@@ -1,46 +1,68 @@
-"""Features as files for Neuronpedia and for viewers of attribution graphs.
+"""Features as files for Neuronpedia.
 
 v1/<model>/<source>/      Neuronpedia's import bundle of a dictionary: release, model, sourceset and source (``.jsonl``,
                           one line each); features, activations and explanations in batches (``.jsonl.gz``). Its
                           importer takes the columns from a file's first line, so all lines of a file have the same keys
-features/<set>/<n>.json   a feature for viewers (``feature_json_base_url``); n is the Cantor pair of layer and number,
-                          as in graphs
+
+The keys of rows are columns of its database (``apps/webapp/prisma/schema.prisma`` of hijohnnylin/neuronpedia). Groups
+of contexts are tenths of a feature's firings by activation; ``binContains`` is the share of all tokens in one. Columns
+about a model's neurons, and about text that is not kept, are left at their defaults.
 """
 
+import dataclasses
 import gzip
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saejax.activations.store import Store
-from saejax.attribution.forms.neuronpedia import cantor_pair
 from saejax.dictionaries import load_dictionary, stacks
 from saejax.dictionaries.formats.hooks import to_hook
 from saejax.dictionaries.labels import LABELS, Label, load_labels
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
-from saejax.exporting.rows import (
-    CREATOR_ID,
-    NeuronpediaSource,
-    activation_rows,
-    explanation_row,
-    feature_json,
-    feature_row,
-)
 from saejax.files import read_json, whole_file, write_text
-from saejax.interpret.feature_record import FEATURES, FeatureRecord
+from saejax.interpret.feature_record import FEATURES, FeatureContext, FeatureRecord, LogitHistogram
+from saejax.interpret.records import GROUPS, LOWEST, PER_OCTAVE
 from saejax.models.sites import Site
 from saejax.runner.workspace import Run, member_folder
 from saejax.settings import ExportConfig
 
+CREATOR_ID = "clkht01d40000jv08hvalcvly"  # the account that imported bundles belong to, as other writers give it
+_ALIGNED = 3  # coordinates of the stream that a feature writes to most
+_LONGEST = 512  # characters of an explanation, at most
 # Names that Neuronpedia gives sets of sources, by the site that the dictionaries read.
 _SHORT = dict(resid_pre="res", resid_mid="res", resid_post="res", attn_out="att", mlp_in="transcoder", mlp_out="mlp")
 _MODEL_ID = re.compile(r"(?!.*(--|\.\.))[a-z][a-z0-9.-]{0,30}[a-z0-9]")
 _SET = re.compile(r"(?!neurons$)(?!.*--)[a-z][a-z0-9-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuronpediaSource:
+    """A dictionary at Neuronpedia."""
+
+    model: str  #: its id there
+    set: str  #: name of the set of sources, such as "res-topk"
+    layer: int  #: of the site that the dictionary reads
+    hook: str | None  #: TransformerLens' name of the site that it writes to; None where there is none
+
+    @property
+    def id(self) -> str:
+        """The source's name, such as "15-res-topk"."""
+        return f"{self.layer}-{self.set}"
+
+    def key(self, feature: int) -> dict[str, str]:
+        """Return the columns that name a feature."""
+        return dict(modelId=self.model, layer=self.id, index=str(feature))
+
+    def row_id(self, *parts: Any) -> str:
+        """Return a name of a row, as long as those that the database gives; the same in every run."""
+        return "c" + hashlib.sha256("/".join(map(str, (self.model, self.id, *parts))).encode()).hexdigest()[:24]
 
 
 def setting_of(member: TrainedMember) -> str:
@@ -49,7 +71,7 @@ def setting_of(member: TrainedMember) -> str:
 
 
 def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list[str]:
-    """Write the bundles and the viewers' files of all members of a train unit.
+    """Write the bundles of all members of a train unit.
 
     Args:
       run: of the stage, which reads the capture, and ``interpret`` and ``atlas`` of the dictionaries.
@@ -74,12 +96,9 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
         labels = load_labels(run.inputs[f"atlas/{kind}"] / member.name / LABELS)
         described = sorted((member_folder(run.inputs[f"interpret/{kind}"], member.name) / FEATURES).glob("*.json"))
         _write_about(run.folder / folder, source, store.manifest.documents.train)
-        viewers = run.folder / "features" / source.set
-        viewers.mkdir(parents=True, exist_ok=True)
         for number, path in enumerate(described):
             records = read_json(path)
             _write_batch(run.folder / folder, number, source, records, labels, W_dec_FxD)
-            _write_viewers(viewers, source, records, labels)
         run.say(f"{stacks.full_name(kind, member.name)}: {len(W_dec_FxD):,} features, {len(labels):,} of them labelled")
     return folders
 
@@ -160,18 +179,6 @@ def _write_batch(
                 path.write_bytes(gzip.compress(text.encode(), 5, mtime=0))
 
 
-def _write_viewers(
-    folder: Path, source: NeuronpediaSource, records: Sequence[FeatureRecord], labels: Mapping[int, Label]
-) -> None:
-    """Write a file for each feature that fires."""
-    for record in records:
-        if record["fires"]:
-            feature = record["feature"]
-            label = labels[feature].label if feature in labels else ""
-            text = _line(feature_json(record, source.layer, label))
-            (folder / f"{cantor_pair(source.layer, feature)}.json").write_text(text, encoding="utf-8")
-
-
 def _line(row: Any) -> str:
     return json.dumps(_clean(row), separators=(",", ":"), allow_nan=False) + "\n"
 
@@ -184,3 +191,86 @@ def _clean(data: Any) -> Any:
         fields = {name: _clean(value) for name, value in data.items()}
         return fields | ({"tokens": [token or "\ufffd" for token in fields["tokens"]]} if "tokens" in fields else {})
     return [_clean(item) for item in data] if isinstance(data, list) else data
+
+
+def feature_row(source: NeuronpediaSource, record: FeatureRecord, row_D: np.ndarray) -> dict[str, Any]:
+    """Return a row of features.
+
+    Args:
+      source: which set of features it belongs to.
+      record: as the stage ``interpret`` writes it.
+      row_D: its decoder row.
+    """
+    aligned, length = np.argsort(-row_D, kind="stable")[:_ALIGNED], max(float(np.abs(row_D).sum()), 1e-30)
+    bins = [(i, count) for i, count in enumerate(record.get("histogram", ())) if count]
+    logits = record.get("logits") or LogitHistogram(low=0.0, high=0.0, counts=[])
+    edges = np.linspace(logits["low"], logits["high"], len(logits["counts"]) + 1)
+    return source.key(record["feature"]) | dict(
+        creatorId=CREATOR_ID,
+        sourceSetName=source.set,
+        maxActApprox=record.get("max", 0.0),
+        frac_nonzero=record["rate"],
+        pos_str=[text for text, _ in record.get("up", ())],
+        pos_values=[value for _, value in record.get("up", ())],
+        neg_str=[text for text, _ in record.get("down", ())],
+        neg_values=[value for _, value in record.get("down", ())],
+        freq_hist_data_bar_heights=[count for _, count in bins],
+        freq_hist_data_bar_values=[float(f"{2 ** ((i + 0.5) / PER_OCTAVE + LOWEST):.4g}") for i, _ in bins],
+        logits_hist_data_bar_heights=logits["counts"],
+        logits_hist_data_bar_values=_rounded((edges[1:] + edges[:-1]) / 2),
+        neuron_alignment_indices=aligned.tolist(),
+        neuron_alignment_values=_rounded(row_D[aligned]),
+        neuron_alignment_l1=_rounded(row_D[aligned] / length),
+        topkCosSimIndices=[neighbour for neighbour, _ in record["nearest"]],
+        topkCosSimValues=[cosine for _, cosine in record["nearest"]],
+        hasVector=True,
+        vector=_rounded(row_D),
+        vectorDefaultSteerStrength=record.get("max", 0.0),
+        hookName=source.hook,
+    )
+
+
+def activation_rows(source: NeuronpediaSource, record: FeatureRecord) -> Iterator[dict[str, Any]]:
+    """Return the rows of a feature's contexts: the strongest, then those of its groups; none if it never fires."""
+    for number, context in enumerate([*record.get("examples", ()), *record.get("groups", ())]):
+        values, group = _acts(context), context.get("group")
+        if group is None:
+            bounds = dict(binMin=-1.0, binMax=record["max"], binContains=-1.0)  # so the strongest are marked
+        else:
+            low, high = record["tenths"][group : group + 2]
+            bounds = dict(binMin=low, binMax=high, binContains=record["rate"] / GROUPS)
+        yield (
+            source.key(record["feature"])
+            | bounds
+            | dict(
+                id=source.row_id(record["feature"], number),
+                tokens=context["tokens"],
+                values=values,
+                maxValue=max(values),
+                maxValueTokenIndex=int(np.argmax(values)),
+                minValue=min(values),
+                qualifyingTokenIndex=context["peak"],
+                dataIndex=str(context["document"]),
+                creatorId=CREATOR_ID,
+            )
+        )
+
+
+def explanation_row(source: NeuronpediaSource, feature: int, label: Label) -> dict[str, Any]:
+    """Return the row of a feature's label. Who gave it is a note: columns for that take registered names alone."""
+    score = "" if label.f1 is None else f", F1 {label.f1:.2f} on held-out text"
+    return source.key(feature) | dict(
+        id=source.row_id(feature, "label"),
+        description=label.label[:_LONGEST],
+        authorId=CREATOR_ID,
+        notes=f"by {label.by}{score}" + (f": {label.note}" if label.note else ""),
+    )
+
+
+def _acts(context: FeatureContext) -> list[float]:
+    """Return the activations of a context, 0 where the store has none."""
+    return [act or 0.0 for act in context["acts"]]
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return np.round(values, 6).tolist()

@@ -3,10 +3,9 @@
 saelens           a folder for each member, of its name; of its site where it is alone
 circuit_tracer    the members of all layers in one set; where the stack is a sweep, a set for each setting, in a folder
                   of the setting's name; a cross-layer transcoder is one already, and copied
-neuronpedia       what their features are, for Neuronpedia and viewers of graphs, see ``export.neuronpedia``
+neuronpedia       what their features are, for Neuronpedia, see ``export.neuronpedia``
 """
 
-import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,13 +75,13 @@ def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs
         circuit_tracer.check([configs[i] for i in indices])
     for setting, indices in sets.items():
         folders = [member_folder(unit, members[i].name) for i in indices]
-        load = functools.partial(_load_nth, folders)  # one at a time: all layers may be larger than the memory
+
+        def load(index: int, folders: Sequence[Path] = folders) -> Dictionary:
+            return load_dictionary(folders[index])
+
+        # One at a time: all layers may be larger than the memory.
         circuit_tracer.save_each(out / setting, [configs[i] for i in indices], load)
     return [setting or "." for setting in settings]
-
-
-def _load_nth(folders: Sequence[Path], index: int) -> Dictionary:
-    return load_dictionary(folders[index])
 
 
 def _clear(folder: Path) -> None:

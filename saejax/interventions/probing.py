@@ -57,7 +57,7 @@ from saejax.statistics.ranks import holm_by_key
 from saejax.tasks import run_inputs
 from saejax.tasks.behaviours import SPLITS, Prompt, read_logit_diffs, read_prompts
 from saejax.tasks.benchmark_definitions import way
-from saejax.tasks.benchmark_stage import FILE
+from saejax.tasks.benchmark_scores import FILE
 from saejax.tasks.benchmarks import read_items
 from saejax.tasks.labels import LABELS, Labelled, label_prompts
 from saejax.tasks.scored_items import WAYS, GeneratedItem

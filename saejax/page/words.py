@@ -1,12 +1,6 @@
-"""Words that several sections of the report share: titles of behaviours and sites, signs, spreads of control draws."""
+"""Words that several sections of the report share: titles of behaviours and sites, signs."""
 
 import re
-from collections.abc import Sequence
-
-import numpy as np
-
-from saejax.page.tables import interval, number
-from saejax.results import Interval
 
 # Title, and what the model is to name.
 BEHAVIOURS = {
@@ -59,12 +53,3 @@ def sentence(text: str) -> str:
     """Return the text with a capital at the start, a full stop at the end, and true minus signs."""
     text = signed(text.strip())
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
-
-
-def spread(draws: Sequence[float], digits: int = 2) -> str:
-    """Return the mean of the control draws and the range of the middle 95 % of them, as text."""
-    values = np.asarray(draws, float)
-    if np.ptp(values) == 0:
-        return f"{number(float(values[0]), digits)} in every draw"
-    low, high = np.quantile(values, [0.025, 0.975])
-    return interval(Interval(float(values.mean()), float(low), float(high)), digits)

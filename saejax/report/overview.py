@@ -11,9 +11,9 @@ from saejax.interventions.edits import WORDS
 from saejax.page.blocks import Code, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Findings
-from saejax.page.tables import MISSING, Table, number, percent, significant
+from saejax.page.tables import MISSING, Table, number, percent
 from saejax.page.words import BEHAVIOURS, behaviour, place
-from saejax.results import Devices, Settings, unit_seconds
+from saejax.results import Devices, Settings
 from saejax.runner.registry import flag_of
 from saejax.tasks.results import BaselineResults
 from saejax.training.report import scores_of
@@ -134,23 +134,9 @@ def reproduce(findings: Findings) -> Section:
         Code("With the settings below saved as run.flags", command, folded=False),
         Code("Settings, as a flag file", flags),
         Code("Package versions", versions),
-        _hours_by_stage(findings),
         stages,
     )
     return Section("How to reproduce", blocks)
-
-
-def _hours_by_stage(findings: Findings) -> Table:
-    """Return a table of the hours that the units of each stage took, and of hours times devices."""
-    hours: dict[str, list[float]] = {}
-    for unit, summary in findings.summaries.items():
-        used = unit_seconds(findings.folders[unit]) / 3600
-        of_stage = hours.setdefault(unit.partition("/")[0], [0.0, 0.0])
-        of_stage[0] += used
-        of_stage[1] += used * (summary.devices.count if summary.devices else 0)
-    hours["all"] = [sum(column) for column in zip(*hours.values(), strict=True)]
-    rows = tuple((stage, *(significant(value, 2) for value in values)) for stage, values in hours.items())
-    return Table("Hours that the stages took", ("Stage", "Hours", "Device-hours"), rows)
 
 
 def _devices(devices: Devices | None) -> str:

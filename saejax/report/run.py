@@ -65,7 +65,7 @@ def run_report(run: Run) -> ReportResults:
         svg = style.save(figure, run.folder / "figures", name)
         return Picture(name, style.inline(svg, name, alt), caption, alt)
 
-    parts = sections(findings, draw, _FEATURES) if ablate else without_behaviours(findings, draw)
+    parts = sections(findings, draw, _FEATURES)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
     lead = (*(overview.lead(findings) if ablate else ()), *(part.lead for part in parts if part.lead))
     # The default title names an answer, which a run without behaviours does not have.
@@ -108,40 +108,26 @@ def sections(findings: Findings, draw: Draw, shown: int) -> list[Section]:
     """Return all sections of the report; those of optional stages stand before the features.
 
     Args:
-      findings: the results to write about.
+      findings: the results to write about; those of a run without behaviours have no tested dictionary.
       draw: saves a figure and returns its block.
       shown: number of features of each behaviour that are shown with contexts.
     """
+    tested = next((results.dictionary for results in findings.each(AblateResults).values()), "")
     is_evaluated = bool(findings.each(EvaluateResults))  # False for a dictionary that was trained elsewhere
-    return [
-        ablation.answer(findings, draw),
-        *ablation.details(findings),
-        tasks.behaviours_section(findings, draw),
-        *tasks.benchmark_sections(findings),
-        *([training.section(findings, draw, findings.first(AblateResults).dictionary)] if is_evaluated else []),
-        *_stage_sections(findings, draw),
-        *ablation.features(findings, shown),
-        *([overview.left_out(findings)] if is_evaluated else []),
-        overview.limits(findings),
-        overview.reproduce(findings),
-    ]
-
-
-def without_behaviours(findings: Findings, draw: Draw) -> list[Section]:
-    """Return the sections for a run in which no behaviour was tested."""
-    dictionaries = [training.section(findings, draw, "")] if findings.each(EvaluateResults) else []
-    return [
-        *tasks.benchmark_sections(findings),
-        *dictionaries,
-        *_stage_sections(findings, draw),
-        overview.reproduce(findings),
-    ]
-
-
-def _stage_sections(findings: Findings, draw: Draw) -> list[Section]:
-    """Return the sections that stages write themselves."""
-    writers = [stage.section for stage in STAGES.values() if stage.section]
-    return [section for write in writers for section in write(findings, draw)]
+    written: list[Section] = []
+    if tested:
+        written += [ablation.answer(findings, draw), *ablation.details(findings)]
+        written.append(tasks.behaviours_section(findings, draw))
+    written += tasks.benchmark_sections(findings)
+    if is_evaluated:
+        written.append(training.section(findings, draw, tested))
+    writers = [stage.section for stage in STAGES.values() if stage.section]  # stages that write their part themselves
+    written += [section for write in writers for section in write(findings, draw)]
+    if tested:
+        written += ablation.features(findings, shown)
+        written += [overview.left_out(findings)] if is_evaluated else []
+        written.append(overview.limits(findings))
+    return [*written, overview.reproduce(findings)]
 
 
 def contexts(run: Run, findings: Findings, features: Sequence[int], count: int) -> dict[int, list[Example]]:

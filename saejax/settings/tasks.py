@@ -67,9 +67,8 @@ class TaskConfig(Config):
     score: str = setting(
         "auto",
         "how benchmarks are scored: 'generate' (exact match of the generated answer), 'choice' (the likeliest of the "
-        "given answers; of gsm8k among numbers that are right elsewhere, for models too weak to answer), 'likelihood' "
-        "(log-likelihood per token of the reference, for weak models); 'auto': generate for gsm8k and math, choice for "
-        "others",
+        "given answers), 'likelihood' (log-likelihood per token of the reference, for weak models); 'auto': generate "
+        "for gsm8k and math, choice for others",
         choices=("auto", "generate", "choice", "likelihood"),
         only=BENCHMARKS,
     )

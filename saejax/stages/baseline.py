@@ -33,7 +33,7 @@ BASELINE = Stage(
 
 
 def _run_benchmark(run: Run) -> Any:
-    from saejax.tasks.benchmark_stage import run_benchmark
+    from saejax.tasks.benchmark_scores import run_benchmark
 
     return run_benchmark(run)
 

@@ -23,7 +23,7 @@ from scipy.stats import rankdata
 from saejax.interventions.probing import ProbeTask, fit_probe
 from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
-from saejax.statistics.ranks import holm
+from saejax.statistics.ranks import holm_by_key
 
 LEVEL = 0.05  # of all answers of a kind together: correlations of all features and labels, probes and drops of all rows
 RIGHT = "answered rightly"  # the label of items that the model answers rightly
@@ -233,13 +233,10 @@ def contrast_p(drop_Q: np.ndarray, has_Q: np.ndarray, order_SxQ: np.ndarray) -> 
 
 def _corrected(rows: Sequence[FeatureAssociation]) -> tuple[FeatureAssociation, ...]:
     """Return the rows with p-values after Holm's correction, of probes and of drops, and their answers."""
-    columns = []
-    for name in ("p_probe", "p_causal"):
-        p_values = [getattr(row, name) for row in rows]
-        measured = [p_value for p_value in p_values if p_value is not None]
-        corrected = iter(holm(np.array(measured)).tolist() if measured else [])
-        columns.append([None if p_value is None else next(corrected) for p_value in p_values])
+    probe = holm_by_key({place: row.p_probe for place, row in enumerate(rows)})
+    causal = holm_by_key({place: row.p_causal for place, row in enumerate(rows) if row.p_causal is not None})
+    p_values = [(probe[place], causal.get(place)) for place in range(len(rows))]
     return tuple(
-        dataclasses.replace(row, p_probe=probe, probe=_answer(probe), p_causal=causal, causal=_answer(causal))
-        for row, probe, causal in zip(rows, *columns, strict=True)
+        dataclasses.replace(row, p_probe=p_probe, probe=_answer(p_probe), p_causal=p_causal, causal=_answer(p_causal))
+        for row, (p_probe, p_causal) in zip(rows, p_values, strict=True)
     )

@@ -125,19 +125,15 @@ def _score_table(name: str, results: StudyResults) -> Table:
         "Accuracy, %": lambda row: percent(row.accuracy, 1),
         "Drop, points": lambda row: number(100 * row.drop, 1) if row.group != "clean" else MISSING,
         "Largest drop": lambda row: number(100 * row.largest_drop, 1) if row.p_value is not None else MISSING,
-        "p": lambda row: number(row.p_value, 3) if row.p_value is not None else MISSING,
+        "p": lambda row: number(row.p_value, 3),
     }
     note = "p: share of the top features and the control sets that lose at least as much accuracy as the top features."
     if results.scores[0].strict is not None:
         columns |= {
-            "Strict rule, %": lambda row: _share(row.strict),
-            "No answer by it, %": lambda row: _share(row.unformatted),
-            "Cut off, %": lambda row: _share(row.cut),
+            "Strict rule, %": lambda row: percent(row.strict, 1),
+            "No answer by it, %": lambda row: percent(row.unformatted, 1),
+            "Cut off, %": lambda row: percent(row.cut, 1),
         }
         note += " Accuracy is by the flexible rule, which takes the last number or formula of the text."
     rows: list[tuple[AnswerScores]] = [(row,) for row in results.scores]
     return Table.of(f"Answers to {name} ({results.items.test} items)", rows, columns, stack=False, note=note)
-
-
-def _share(share: float | None) -> str:
-    return MISSING if share is None else percent(share, 1)

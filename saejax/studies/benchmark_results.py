@@ -7,8 +7,7 @@ from saejax.interventions.answers import CausalVerdict, FeatureEffect
 from saejax.interventions.falsify import Falsification
 from saejax.results import Interval
 from saejax.studies.associations import BenchmarkAssociations
-from saejax.studies.domains import DomainEffect
-from saejax.studies.primitives import BenchmarkPrimitives
+from saejax.studies.primitives import BenchmarkPrimitives, DomainEffect
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,13 +63,13 @@ from saejax.studies.benchmark_results import (
     StudyItems,
     StudyResults,
 )
-from saejax.studies.domains import GROUP as CHOSEN_ON
-from saejax.studies.domains import judge_domains
 from saejax.studies.primitives import (
+    CHOSEN_ON,
     GROUP,
     MOST,
     BenchmarkPrimitives,
     find_primitives,
+    judge_domains,
     judge_primitives,
     recurring,
 )

@@ -4,8 +4,9 @@ The gate asks about log-likelihoods, which every model has, however weak. Beside
 also do more than random sets.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from scipy.stats import norm
 
@@ -40,11 +41,6 @@ CRITERIA = (
     "hurt by ablating their features."
 )
 RULES = dict(gate=GATE, alignment=alignment.RULE, criteria=CRITERIA)
-# What the reasoning study reports of its own four models.
-_TRAINED = "4 dictionaries, 20 epochs each, trained in 372 s in all; linear, so that almost every feature is on"
-_CAUSAL = "the same criterion, a drop of more than 5 points; its causal stage was not finished, and had no control"
-_LATENTS = "100 % of the latents change the output; without a control"
-_TRANSFER = "planned for its 98 layers"
 
 
 def gate(row: str, benchmark: str, answers: Sequence[BehaviourVerdict], items: int, clean: float) -> GateFigures:
@@ -110,110 +106,79 @@ def criteria(figures: StudyFigures, rows: Sequence[Findings]) -> list[CriterionF
       rows: the findings of each row.
     """
     units, done = sum(model.units for model in figures.models), sum(model.done for model in figures.models)
-    finished = CriterionFigures("Every unit is done", done == units, f"{done} of {units}", "4 models of 6 planned")
-    return [
-        finished,
-        *_dictionaries(figures),
-        *_causal(figures),
-        _single_feature_effects(rows),
-        _aligned(figures),
-        *_later(figures),
-    ]
+    finished = CriterionFigures("Every unit is done", done == units, f"{done} of {units}")
+    return [finished, *_dictionaries(figures), *_causal(figures, rows), *_between(figures)]
 
 
-def _dictionaries(figures: StudyFigures) -> list[CriterionFigures]:
-    falls = [scores.improvement for scores in figures.dictionaries if scores.improvement is not None]
-    seconds = sum(
-        {(scores.row, scores.dictionary.split("/")[0]): scores.seconds for scores in figures.dictionaries}.values()
+def _criterion(text: str, answers: Sequence[bool], counted: str, more: str = "") -> CriterionFigures:
+    """Return a criterion that is met where all answers are yes, and that cannot be asked without an answer."""
+    return CriterionFigures(
+        text, all(answers) if answers else None, f"{sum(answers)} of {len(answers)} {counted}{more}"
     )
-    fell = f"{sum(fall > 0 for fall in falls)} of {len(falls)} dictionaries"
-    if falls:
-        fell += f"; improvement {percent(min(falls), 1)} to {percent(max(falls), 1)}; trained in {number(seconds, 0)} s"
+
+
+def _range(shares: Sequence[float], text: str, show: Callable[[float], str]) -> str:
+    """Return the smallest and the largest value in words, after a semicolon; "" without any."""
+    return f"; {text}{show(min(shares))} to {show(max(shares))}" if shares else ""
+
+
+def _dictionaries(figures: StudyFigures) -> Iterator[CriterionFigures]:
+    falls = [scores.improvement for scores in figures.dictionaries if scores.improvement is not None]
+    seconds = {(scores.row, scores.dictionary.split("/")[0]): scores.seconds for scores in figures.dictionaries}
+    fell = _range(falls, "improvement ", _percent)
+    fell += f"; trained in {number(sum(seconds.values()), 0)} s" if falls else ""
+    text = f"Loss is lower in the last epoch than in epoch {EPOCH}"
+    yield _criterion(text, [fall > 0 for fall in falls], "dictionaries", fell)
     recovered = [scores.ce_recovered for scores in figures.dictionaries if scores.ce_recovered is not None]
-    kept = f"{sum(share >= FAITHFUL for share in recovered)} of {len(recovered)} dictionaries"
-    if recovered:
-        kept += f"; {number(min(recovered), 3)} to {number(max(recovered), 3)}"
-    return [
-        CriterionFigures(
-            f"Loss is lower in the last epoch than in epoch {EPOCH}", _all(fall > 0 for fall in falls), fell, _TRAINED
-        ),
-        CriterionFigures(
-            f"Dictionaries recover {FAITHFUL:g} of the cross-entropy", _all(x >= FAITHFUL for x in recovered), kept, ""
-        ),
-    ]
+    text, kept = f"Dictionaries recover {FAITHFUL:g} of the cross-entropy", [share >= FAITHFUL for share in recovered]
+    yield _criterion(text, kept, "dictionaries", _range(recovered, "", lambda share: number(share, 3)))
 
 
-def _causal(figures: StudyFigures) -> list[CriterionFigures]:
+def _causal(figures: StudyFigures, rows: Sequence[Findings]) -> Iterator[CriterionFigures]:
     measured = [effect for effect in figures.effects if effect.accuracy_drop is not None]
-    falls = {
-        row: any(effect.effect == effect.effect_resampled == "yes" for effect in measured if effect.row == row)
-        for row in dict.fromkeys(effect.row for effect in measured)
-    }
-    chance = sorted((effect.row, effect.benchmark) for effect in figures.effects if effect.at_chance)
-    evidence = f"{sum(falls.values())} of {len(falls)} rows whose accuracy was measured"
-    if chance:
-        evidence += "; at chance before any edit: " + ", ".join(f"{row} on {name}" for row, name in chance)
+    falls = _any_by_row((effect.row, effect.effect == effect.effect_resampled == "yes") for effect in measured)
+    chance = sorted(f"{effect.row} on {effect.benchmark}" for effect in figures.effects if effect.at_chance)
+    more = f"; at chance before any edit: {', '.join(chance)}" if chance else ""
+    text = "Accuracy falls for both replacements on a benchmark of every row"
+    yield _criterion(text, falls, "rows whose accuracy was measured", more)
     tested = [effect for effect in figures.effects if {effect.random, effect.placebo} <= {"yes", "no"}]
-    specific = {
-        row: any(effect.random == effect.placebo == "yes" for effect in tested if effect.row == row)
-        for row in dict.fromkeys(effect.row for effect in tested)
-    }
-    return [
-        CriterionFigures(
-            "Accuracy falls for both replacements on a benchmark of every row", _all(falls.values()), evidence, _CAUSAL
-        ),
-        CriterionFigures(
-            "Top features do more than random and placebo sets on a benchmark of every row",
-            _all(specific.values()),
-            f"{sum(specific.values())} of {len(specific)} rows with enough control sets",
-            "no control",
-        ),
-    ]
-
-
-def _single_feature_effects(rows: Sequence[Findings]) -> CriterionFigures:
-    summaries = [
-        summary
-        for row in rows
-        for results in row.each(AblateResults).values()
-        for summary in (results.importance or {}).values()
-    ]
-    shares = [summary.significant / summary.features for summary in summaries if summary.features]
+    specific = _any_by_row((effect.row, effect.random == effect.placebo == "yes") for effect in tested)
+    text = "Top features do more than random and placebo sets on a benchmark of every row"
+    yield _criterion(text, specific, "rows with enough control sets")
+    each = [results.importance or {} for row in rows for results in row.each(AblateResults).values()]
+    shares = [effect.significant / effect.features for some in each for effect in some.values() if effect.features]
     evidence = "no stage measured single features (--ablate.effects=all)"
     if shares:
-        evidence = f"{percent(min(shares), 1)} to {percent(max(shares), 1)} of the features that fire on a behaviour"
-    name = "Half of the features that fire have an effect of their own"
-    return CriterionFigures(name, _all(share >= 0.5 for share in shares), evidence, _LATENTS)
+        evidence = f"{_range(shares, '', _percent)[2:]} of the features that fire on a behaviour"
+    half = [share >= 0.5 for share in shares]
+    text = "Half of the features that fire have an effect of their own"
+    yield dataclasses.replace(_criterion(text, half, ""), evidence=evidence)
 
 
-def _aligned(figures: StudyFigures) -> CriterionFigures:
-    answers = [comparison.aligned for comparison in figures.alignment if comparison.aligned is not None]
-    evidence = f"{sum(answers)} of {len(answers)} comparisons"
-    return CriterionFigures("Rows agree on what matters", _all(answers), evidence, "")
+def _any_by_row(answers: Iterable[tuple[str, bool]]) -> list[bool]:
+    """Return for each row whether one of its answers is yes."""
+    by_row: dict[str, bool] = {}
+    for row, answer in answers:
+        by_row[row] = by_row.get(row, False) or answer
+    return list(by_row.values())
 
 
-def _later(figures: StudyFigures) -> list[CriterionFigures]:
-    above = [pair.shared.low > pair.shared_null.high for pair in figures.transfer]
-    compared = f"{sum(above)} of {len(above)} comparisons"
-    if above:
-        shared = [pair.shared.mean for pair in figures.transfer]
-        null = [pair.shared_null.mean for pair in figures.transfer]
-        compared += f"; shared {percent(min(shared), 1)} to {percent(max(shared), 1)}"
-        compared += f", by chance at most {percent(max(null), 1)}"
+def _between(figures: StudyFigures) -> Iterator[CriterionFigures]:
+    """Yield what is said of rows, layers and texts together."""
+    aligned = [comparison.aligned for comparison in figures.alignment if comparison.aligned is not None]
+    yield _criterion("Rows agree on what matters", aligned, "comparisons")
+    pairs, text = figures.transfer, "Dictionaries transfer"
+    shared = _range([pair.shared.mean for pair in pairs], "shared ", _percent)
+    null = _percent(max((pair.shared_null.mean for pair in pairs), default=0.0))
+    above = [pair.shared.low > pair.shared_null.high for pair in pairs]
+    compared = _criterion(text, above, "comparisons", f"{shared}, by chance at most {null}")
+    yield compared if pairs else CriterionFigures(text, None, "not run")
     tests, hurt = (sum(getattr(text, name) for text in figures.tracking if text.tests) for name in ("tests", "hurt"))
-    followed, more = "no step of the texts has enough random sets", None
+    followed = "no step of the texts has enough random sets" if figures.tracking else "not run"
     if tests:
-        more = hurt / tests >= 0.5
         followed = f"{hurt} of {tests} steps with enough random sets are hurt"
-    return [
-        CriterionFigures("Dictionaries transfer", _all(above), compared if above else "not run", _TRANSFER),
-        CriterionFigures(
-            "Features are tracked through layers", more, followed if figures.tracking else "not run", _TRANSFER
-        ),
-    ]
+    yield CriterionFigures("Features are tracked through layers", hurt / tests >= 0.5 if tests else None, followed)
 
 
-def _all(answers) -> bool | None:
-    """Return whether all answers are yes; None if there is no answer."""
-    answers = list(answers)
-    return all(answers) if answers else None
+def _percent(share: float) -> str:
+    return percent(share, 1)

@@ -11,10 +11,15 @@ import numpy as np
 from saejax.activations.results import CaptureResults
 from saejax.dictionaries.stacks import full_name
 from saejax.evaluation.results import EvaluateResults
+from saejax.interventions.answers import RESAMPLED, AblateResults, CausalAnswer
+from saejax.interventions.table import TESTED, UNTRAINED
+from saejax.matching.track.results import TrackResults
+from saejax.matching.transfer.results import TransferResults
 from saejax.page.findings import Findings, read_findings
-from saejax.preflight.results import ModelNeeds, PreflightResults
+from saejax.preflight.results import PreflightResults
 from saejax.settings import ModelConfig, StudyConfig, TaskConfig, TrainConfig
-from saejax.studies import criteria, gather_effects, gather_features
+from saejax.statistics.ranks import holm_by_key
+from saejax.studies import criteria, gather_features
 from saejax.studies.alignment import alignments
 from saejax.studies.benchmark_results import StudyResults
 from saejax.studies.learned import learned
@@ -22,10 +27,16 @@ from saejax.studies.phases import phases
 from saejax.studies.results import (
     ActivationFigures,
     BaselineFigures,
+    BehaviourFigures,
     DictionaryFigures,
+    DomainFigures,
+    DriverFigures,
+    EffectFigures,
+    GateFigures,
     ModelFigures,
-    ResourceFigures,
     StudyFigures,
+    TrackingFigures,
+    TransferFigures,
     UnitState,
 )
 from saejax.studies.rows import StudyRow
@@ -55,8 +66,13 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
     Raises:
       UserError: a file of a finished unit is missing or damaged.
     """
-    findings = {row.name: _read_row_findings(root, row.name, states) for row in rows}
-    read = {name: gather_features.read_benchmarks(findings, name) for name in _benchmarks(findings.values())}
+    findings = {}
+    for row in rows:
+        done = [state.unit for state in states if state.row == row.name and state.state == "done"]
+        findings[row.name] = read_findings({unit: root / ROWS / row.name / unit for unit in done}, root, {})
+    # Benchmarks on which any row ablated features.
+    benchmarks = dict.fromkeys(name for each in findings.values() for name in each.each(StudyResults))
+    read = {name: gather_features.read_benchmarks(findings, name) for name in benchmarks}
     figures = StudyFigures(
         fingerprint=mark,
         rules=tuple(criteria.RULES.values()),
@@ -64,12 +80,12 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         baselines=_collect(_baselines, findings),
         dictionaries=_collect(_dictionaries, findings),
         activations=_collect(_activations, findings),
-        effects=_collect(gather_effects.effects, findings),
-        behaviours=_collect(gather_effects.behaviours, findings),
+        effects=_collect(_effects, findings),
+        behaviours=_collect(_behaviours, findings),
         alignment=tuple(alignments(findings)),
-        gates=_collect(gather_effects.gates, findings),
-        domains=gather_effects.domains(findings),
-        drivers=_collect(gather_effects.drivers, findings),
+        gates=_collect(_gates, findings),
+        domains=_domains(findings),
+        drivers=_collect(_drivers, findings),
         primitives=tuple(
             primitive for name in read for primitive in gather_features.primitives(findings, name, read[name])
         ),
@@ -77,11 +93,10 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         associations=_collect(gather_features.associations, findings),
         problems=tuple(problem for name in read for problem in gather_features.problems(findings, name, read[name])),
         phases=(),
-        transfer=_collect(gather_effects.transfer, findings),
-        tracking=_collect(gather_effects.tracking, findings),
+        transfer=_collect(transfer, findings),
+        tracking=_collect(tracking, findings),
         learned=(),
         criteria=(),
-        resources=_collect(_resources, findings),
         failures=tuple(state for state in states if state.state != "done"),
     )
     figures = dataclasses.replace(figures, phases=phases(figures, findings))
@@ -94,20 +109,11 @@ def _collect(read: Callable[[str, Findings], Iterable[T]], findings: Mapping[str
     return tuple(figure for row, row_findings in findings.items() for figure in read(row, row_findings))
 
 
-def _benchmarks(rows: Iterable[Findings]) -> list[str]:
-    """Return the benchmarks on which any row ablated features."""
-    return list(dict.fromkeys(name for findings in rows for name in findings.each(StudyResults)))
-
-
-def _read_row_findings(root: Path, row: str, states: Sequence[UnitState]) -> Findings:
-    """Return the results of a row's finished units."""
-    done = [state.unit for state in states if state.row == row and state.state == "done"]
-    return read_findings({unit: root / ROWS / row / unit for unit in done}, root, {})
-
-
 def _model(row: StudyRow, findings: Findings, states: Sequence[UnitState]) -> ModelFigures:
     model, task, train = row.configs[ModelConfig], row.configs[TaskConfig], row.configs[TrainConfig]
-    needs, row_states = _needs(findings), [state for state in states if state.row == row.name]
+    row_states = [state for state in states if state.row == row.name]
+    checked = [each for results in findings.each(PreflightResults).values() for each in results.models]
+    needs = checked[0] if checked else None  # of the row's model, the first of those that preflight looks at
     return ModelFigures(
         row=row.name,
         control=row.configs[StudyConfig].control,
@@ -123,13 +129,14 @@ def _model(row: StudyRow, findings: Findings, states: Sequence[UnitState]) -> Mo
         benchmarks=task.benchmarks,
         units=len(row_states),
         done=sum(state.state == "done" for state in row_states),
+        seconds=sum(summary.seconds for summary in findings.summaries.values()),
+        peak_host_bytes=_peak(summary.peak_host_bytes for summary in findings.summaries.values()),
+        peak_device_bytes=_peak(summary.peak_device_bytes for summary in findings.summaries.values()),
     )
 
 
-def _needs(findings: Findings) -> ModelNeeds | None:
-    """Return preflight's figures of the row's model."""
-    checked = list(findings.each(PreflightResults).values())
-    return checked[0].models[0] if checked and checked[0].models else None
+def _peak(values: Iterable[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _baselines(row: str, findings: Findings) -> Iterator[BaselineFigures]:
@@ -198,9 +205,119 @@ def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
             yield fill(ActivationFigures, read, row=row, text=benchmark, site=study.site, beyond_sinks=None)
 
 
-def _resources(row: str, findings: Findings) -> Iterator[ResourceFigures]:
-    for unit, summary in findings.summaries.items():
-        used = summary.devices.count if summary.devices else 0
-        device_hours = used * summary.seconds / 3600 if used else None
-        disk_bytes = sum(summary.files.values())
-        yield fill(ResourceFigures, summary, row=row, unit=unit, device_hours=device_hours, disk_bytes=disk_bytes)
+def _effects(row: str, findings: Findings) -> Iterator[EffectFigures]:
+    """Yield the effects of ablated features on each benchmark."""
+    for benchmark, results in findings.each(StudyResults).items():
+        result = results.verdict.dictionaries[TESTED][benchmark]
+        scores = {score.group: score for score in results.scores}
+        answers = result.ablation
+        resampled = [answers.get(name + RESAMPLED) for name in ("accuracy", "answer_log_prob")]
+        yield EffectFigures(
+            row=row,
+            benchmark=benchmark,
+            dictionary=results.dictionary,
+            top=results.k,
+            items=results.items.test,
+            at_chance=results.at_chance,
+            accuracy=scores["clean"].accuracy if scores else None,
+            accuracy_drop=answers["accuracy"].effect,
+            accuracy_drop_resampled=resampled[0].effect if resampled[0] else None,
+            random_accuracy_drop=scores["random"].drop if "random" in scores else None,
+            placebo_accuracy_drop=scores["placebo"].drop if "placebo" in scores else None,
+            nats_drop=answers["answer_log_prob"].effect,
+            nats_drop_resampled=resampled[1].effect if resampled[1] else None,
+            random_nats=_mean_of(result.random),
+            placebo_nats=_mean_of(result.placebo),
+            lowers=answers["answer_log_prob"].answer,
+            effect=answers["accuracy"].answer,
+            effect_resampled=resampled[0].answer if resampled[0] else "not tested",
+            random=result.random.answer,
+            fooled=result.fooled / result.placebo_sets if result.fooled is not None else None,
+            placebo=result.placebo.answer,
+        )
+
+
+def _mean_of(answer: CausalAnswer) -> float | None:
+    """Return the mean effect of control sets; None where there were none."""
+    return (answer.numbers or {}).get("mean")
+
+
+def _behaviours(row: str, findings: Findings) -> Iterator[BehaviourFigures]:
+    """Yield the answers of the causal verdict for each behaviour."""
+    for results in findings.each(AblateResults).values():
+        for name, result in results.verdict.dictionaries[TESTED].items():
+            yield BehaviourFigures(
+                row=row,
+                behaviour=name,
+                dictionary=results.dictionary,
+                drop=result.ablation["logit_diff"].effect,
+                top1_drop=result.ablation["top1"].effect,
+                random=result.random.answer,
+                fooled=result.fooled / result.placebo_sets if result.fooled is not None else None,
+                placebo=result.placebo.answer,
+                selective=result.selective.answer,
+            )
+
+
+def _gates(row: str, findings: Findings) -> Iterator[GateFigures]:
+    """Yield the gate of each benchmark: what must hold before its effects are believed."""
+    for benchmark, results in findings.each(StudyResults).items():
+        judged = results.verdict.dictionaries
+        seeds = [judged[TESTED], *(answers for name, answers in judged.items() if name not in (TESTED, UNTRAINED))]
+        answers = [each[benchmark] for each in seeds if benchmark in each]
+        yield criteria.gate(row, benchmark, answers, results.items.test, results.log_likelihood)
+
+
+def _domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:
+    """Return what features chosen on one benchmark do on another; p-values corrected over all of them."""
+    figures = [
+        fill(
+            DomainFigures,
+            transferred,
+            row=row,
+            chosen_on=chosen_on,
+            benchmark=benchmark,
+            chosen_here=results.verdict.dictionaries[TESTED][benchmark].ablation["answer_log_prob"].effect,
+            p_holm=None,
+        )
+        for row, findings in rows.items()
+        for benchmark, results in findings.each(StudyResults).items()
+        for chosen_on, transferred in (results.domains or {}).items()
+    ]
+    p_values = {number: each.p_value for number, each in enumerate(figures) if each.p_value is not None}
+    corrected = holm_by_key(p_values)
+    return tuple(dataclasses.replace(each, p_holm=corrected.get(number)) for number, each in enumerate(figures))
+
+
+def _drivers(row: str, findings: Findings) -> Iterator[DriverFigures]:
+    """Yield what drives the features of each benchmark, by group."""
+    for benchmark, results in findings.each(StudyResults).items():
+        for shares in results.falsification.shares if results.falsification else ():
+            yield fill(DriverFigures, shares, row=row, benchmark=benchmark)
+
+
+def transfer(row: str, findings: Findings) -> Iterator[TransferFigures]:
+    """Yield, for each pair of dictionaries and each measure, how much they share, and how much by chance."""
+    for results in findings.each(TransferResults).values():
+        for pair in results.pairs:
+            for measure, both in pair.measures.items():
+                matched, shared = (both.scores.matched, both.null.matched), (both.scores.shared, both.null.shared)
+                yield TransferFigures(row, pair.first, pair.second, measure, *matched, *shared)
+
+
+def tracking(row: str, findings: Findings) -> Iterator[TrackingFigures]:
+    """Yield the links of each tracked text between layers, and how many of its steps were hurt."""
+    for results in findings.each(TrackResults).values():
+        for slug, text in results.texts.items():
+            tests = [step.test for step in text.steps if step.test]
+            yield fill(
+                TrackingFigures,
+                text,
+                row=row,
+                text=slug,
+                sites=len(text.sites),
+                tests=sum(test.hurt != "not testable" for test in tests),
+                measured=len(text.chains),
+                holding=sum(chain.holds for chain in text.chains),
+                hurt=sum(test.hurt == "yes" for test in tests),
+            )

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy import sparse
@@ -66,11 +65,16 @@ def read_benchmarks(rows: Mapping[str, Findings], benchmark: str) -> dict[str, R
     Raises:
       UserError: a file of a unit is damaged.
     """
-    folders = {
-        name: findings.folders[f"study/{benchmark}"] for name, findings in rows.items() if _has(findings, benchmark)
-    }
-    origins = {name: rows[name].each(StudyResults)[benchmark].origin for name in folders}
-    read = {name: _read(origins[name], folder) for name, folder in folders.items()}
+    read: dict[str, ReadBenchmark] = {}
+    for name, findings in rows.items():
+        folder = findings.folders.get(f"study/{benchmark}")
+        if folder is not None and all((folder / file).exists() for file in (FEATURES_ON_ITEMS, ITEM_ATTRIBUTION)):
+            read[name] = ReadBenchmark(
+                findings.each(StudyResults)[benchmark].origin,
+                load_effects(folder),
+                ItemFeatures.load(folder / FEATURES_ON_ITEMS),
+                sparse.csr_array(sparse.load_npz(folder / ITEM_ATTRIBUTION)),
+            )
     for first, second in itertools.permutations(read, 2):
         first_read, second_read = read[first], read[second]
         if first_read.origin == second_read.origin and first_read.features.ids == second_read.features.ids:
@@ -79,16 +83,6 @@ def read_benchmarks(rows: Mapping[str, Findings], benchmark: str) -> dict[str, R
             first_read.partner[second] = dict(zip(first_M.tolist(), second_M.tolist(), strict=True))
             first_read.shared[second] = (len(first_M) / max(live, 1), len(shifted_M) / max(live, 1))
     return read
-
-
-def _has(findings: Findings, benchmark: str) -> bool:
-    folder = findings.folders.get(f"study/{benchmark}")
-    return folder is not None and all((folder / name).exists() for name in (FEATURES_ON_ITEMS, ITEM_ATTRIBUTION))
-
-
-def _read(origin: str, folder: Path) -> ReadBenchmark:
-    attribution_PxF = sparse.csr_array(sparse.load_npz(folder / ITEM_ATTRIBUTION))
-    return ReadBenchmark(origin, load_effects(folder), ItemFeatures.load(folder / FEATURES_ON_ITEMS), attribution_PxF)
 
 
 def exciting_words(read: ReadBenchmark, benchmark: str, features: Sequence[int]) -> tuple[str, ...]:

@@ -5,11 +5,9 @@ row, so that both share most features; a *stranger* has random weights, so that 
 interpretable.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from saejax.page.tables import interval, number, percent
+from saejax.page.tables import Table, interval, number, percent
 from saejax.studies.results import (
     QUESTIONS,
     Answered,
@@ -18,7 +16,9 @@ from saejax.studies.results import (
     LearnedFigures,
     PrimitiveFigures,
     StudyFigures,
+    plain,
 )
+from saejax.studies.sheet import select
 
 #: Answers that contradict each other: (question, answer, question, answer, what that means).
 _CONTRADICTIONS: tuple[tuple[Asked, Answered, Asked, Answered, str], ...] = (
@@ -53,40 +53,32 @@ def learned(figures: StudyFigures) -> tuple[LearnedFigures, ...]:
 
 def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[Asked, tuple[Answered, str]]]:
     """Yield each question that was asked, with its answer and evidence."""
-    first = figures.models[0].row
-
-    def of(kind: Sequence[Any], **fields: str) -> Any:
-        return next((each for each in kind if all(getattr(each, key) == fields[key] for key in fields)), None)
-
-    if baseline := of(figures.baselines, row=row, task=benchmark):
+    here, first = dict(row=row, benchmark=benchmark), figures.models[0].row
+    for baseline in select(figures.baselines, row=row, task=benchmark)[:1]:
         chance = baseline.chance or 0.0
         if "nats" not in baseline.measure:
-            yield (
-                "solves",
-                (
-                    _yes(baseline.value.low > chance),
-                    f"{percent(baseline.value.mean, 1)}; by guessing {percent(chance, 1)}",
-                ),
-            )
-    if effect := of(figures.effects, row=row, benchmark=benchmark):
-        yield "effect", (_plain(effect.lowers), f"{interval(effect.nats_drop)} nats")
-        yield "random", (_plain(effect.random), f"random sets at equal dose: {number(effect.random_nats)} nats")
-        yield "placebo", (_plain(effect.placebo), f"placebo sets at equal dose: {number(effect.placebo_nats)} nats")
-    gate = of(figures.gates, row=row, benchmark=benchmark)
+            evidence = f"{percent(baseline.value.mean, 1)}; by guessing {percent(chance, 1)}"
+            yield "solves", (plain(baseline.value.low > chance), evidence)
+    effects = select(figures.effects, **here)
+    for effect in effects:
+        yield "effect", (plain(effect.lowers), f"{interval(effect.nats_drop)} nats")
+        yield "random", (plain(effect.random), f"random sets at equal dose: {number(effect.random_nats)} nats")
+        yield "placebo", (plain(effect.placebo), f"placebo sets at equal dose: {number(effect.placebo_nats)} nats")
     by_gate: dict[str, Answered] = {"interpretable": "yes", "cannot tell": "cannot tell"}
-    yield "gate", (by_gate.get(gate.gate, "no"), f"{gate.gate}: {gate.reason}")
-    if drivers := of(figures.drivers, row=row, benchmark=benchmark, group="tested"):
+    for gate in select(figures.gates, **here):
+        yield "gate", (by_gate.get(gate.gate, "no"), f"{gate.gate}: {gate.reason}")
+    for drivers in select(figures.drivers, **here, group="tested"):
         yield "context", (_driven(drivers), f"{percent(drivers.tokens.mean)} of {drivers.features} by tokens alone")
-    groups = [primitive for primitive in figures.primitives if (primitive.row, primitive.benchmark) == (row, benchmark)]
-    if groups or effect:
+    groups = select(figures.primitives, **here)
+    if groups or effects:
         yield "primitives", _primitives(groups)
     ranked: tuple[Asked, ...] = ("features", "items")
-    for name in ranked:
-        if row != first and (pair := of(figures.alignment, first=first, second=row, benchmark=benchmark, by=name)):
-            yield name, (_yes(pair.aligned), f"rank correlation {number(pair.rank_correlation)}")
+    for name in ranked if row != first else ():
+        for pair in select(figures.alignment, first=first, second=row, benchmark=benchmark, by=name):
+            yield name, (plain(pair.aligned), f"rank correlation {number(pair.rank_correlation)}")
             if pair.shared is not None and pair.shared_null is not None:
                 evidence = f"{percent(pair.shared)} have a partner, by chance {percent(pair.shared_null)}"
-                yield "shared", (_yes(pair.shared - pair.shared_null > MOST), evidence)
+                yield "shared", (plain(pair.shared - pair.shared_null > MOST), evidence)
 
 
 def _primitives(groups: Sequence[PrimitiveFigures]) -> tuple[Answered, str]:
@@ -96,20 +88,12 @@ def _primitives(groups: Sequence[PrimitiveFigures]) -> tuple[Answered, str]:
     evidence = f"{len(held)} of {len(named)} groups named after a category, {len(groups)} stable groups"
     if not held and any(group.more == "not testable" or (group.more == "yes" and not group.seeds) for group in named):
         return "cannot tell", evidence
-    return _yes(bool(held)), evidence
+    return plain(bool(held)), evidence
 
 
 def holds(group: PrimitiveFigures) -> bool:
     """Return whether a group is named, does more than its controls, and recurs in at least half of the other seeds."""
     return bool(group.name) and group.more == "yes" and 0 < group.seeds <= 2 * group.recurs
-
-
-def _yes(answer: bool | None) -> Answered:
-    return "cannot tell" if answer is None else "yes" if answer else "no"
-
-
-def _plain(answer: str) -> Answered:
-    return "yes" if answer == "yes" else "no" if answer == "no" else "cannot tell"
 
 
 def _driven(drivers: DriverFigures) -> Answered:
@@ -121,14 +105,14 @@ def _driven(drivers: DriverFigures) -> Answered:
 
 def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:
     """Return five sentences: what held, what did not, what cannot be told, contradictions, and the controls."""
-    by_key = {(answer.row, answer.benchmark, answer.question): answer for answer in answers}
+    by_key = {(answer.row, answer.benchmark, answer.question): answer.answer for answer in answers}
     places = list(dict.fromkeys((answer.row, answer.benchmark) for answer in answers))
     several = len({benchmark for _, benchmark in places}) > 1
     clashes = [
         f"{_names([place], several)}: {meaning}"
         for first, first_answer, second, second_answer, meaning in _CONTRADICTIONS
         for place in places
-        if _is(by_key.get((*place, first)), first_answer) and _is(by_key.get((*place, second)), second_answer)
+        if by_key.get((*place, first)) == first_answer and by_key.get((*place, second)) == second_answer
     ]
     controls = [answer for answer in answers if answer.expected]
     wrong = [answer for answer in controls if answer.answer not in (answer.expected, "cannot tell")]
@@ -151,10 +135,6 @@ def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _is(answer: LearnedFigures | None, wanted: Answered) -> bool:
-    return answer is not None and answer.answer == wanted
-
-
 def _by_question(answers: Sequence[LearnedFigures], wanted: Answered, several: bool) -> str:
     parts = []
     for name, question in QUESTIONS.items():
@@ -172,18 +152,16 @@ def _names(places: Sequence[tuple[str, str]], several: bool) -> str:
     return ", ".join(shown) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
 
 
-def table_rows(
-    answers: Sequence[LearnedFigures],
-) -> tuple[list[tuple[str, str]], Mapping[str, Callable[[str, str], str]]]:
-    """Return the rows of the first table, (row, benchmark), and its columns; "" where a question was not asked."""
-    by_key = {(answer.row, answer.benchmark, answer.question): answer for answer in answers}
-
-    def cell(name: Asked, row: str, benchmark: str) -> str:
-        answer = by_key.get((row, benchmark, name))
-        if answer is None:
-            return ""
-        return f"{answer.answer} (expected: {answer.expected})" if answer.expected else answer.answer
-
-    columns: dict[str, Callable[[str, str], str]] = {"Row": lambda row, benchmark: f"{row}, {benchmark}"}
-    columns |= {question.heading: functools.partial(cell, name) for name, question in QUESTIONS.items()}
-    return list(dict.fromkeys((answer.row, answer.benchmark) for answer in answers)), columns
+def answers_table(answers: Sequence[LearnedFigures]) -> Table:
+    """Return the first table of the page, rows and benchmarks by questions; a cell is empty if that was not asked."""
+    cells = {
+        (answer.row, answer.benchmark, answer.question): f"{answer.answer} (expected: {answer.expected})"
+        if answer.expected
+        else answer.answer
+        for answer in answers
+    }
+    places = dict.fromkeys((answer.row, answer.benchmark) for answer in answers)
+    rows = tuple((", ".join(place), *(cells.get((*place, name), "") for name in QUESTIONS)) for place in places)
+    columns = ("Row", *(question.heading for question in QUESTIONS.values()))
+    note = "Known: the answer that a control row must give. The sections below say how each question is answered."
+    return Table("Rows by questions", columns, rows, frozenset(range(len(columns))), note=note)

@@ -16,9 +16,9 @@ from saejax.interventions.answers import AblateResults
 from saejax.interventions.probing import ProbeResults
 from saejax.page.findings import Findings
 from saejax.page.tables import interval, number, percent
-from saejax.results import Interval
 from saejax.studies.benchmark_results import StudyResults
-from saejax.studies.results import Answered, PhaseFigures, StudyFigures
+from saejax.studies.results import PhaseFigures, StudyFigures, plain
+from saejax.studies.sheet import select
 
 EFFECTS, KNOWN = "1. Which features change the output", "2. Are known features found"
 PROBES, CAUSES, LAYERS = "3. What can be read", "4. What causes the answers", "5. Layers and models"
@@ -36,10 +36,6 @@ def phases(figures: StudyFigures, rows: Mapping[str, Findings]) -> tuple[PhaseFi
     return tuple(sorted(every, key=lambda test: ORDER.index(test.phase)))
 
 
-def _yes(is_beyond: bool) -> Answered:
-    return "yes" if is_beyond else "no"
-
-
 def _effects(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
     for row, findings in rows.items():
         for results in findings.each(AblateResults).values():
@@ -47,14 +43,14 @@ def _effects(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
                 result = f"{summary.significant} of {summary.features} features"
                 control = "corrected for all features: 5 % of studies would have one by chance"
                 test = "features whose ablation alone changes the answer"
-                yield PhaseFigures(EFFECTS, test, f"{row}, {name}", result, control, _yes(summary.significant > 0))
+                yield PhaseFigures(EFFECTS, test, f"{row}, {name}", result, control, plain(summary.significant > 0))
         for name, study in findings.each(StudyResults).items():
             above = sum(effect.drop.low > 0 for effect in study.top)
             result = f"{above} of {len(study.top)} top features"
             control = f"{0.025 * len(study.top):.1f} expected by chance"
             test = "top features whose ablation alone lowers the answers"
             # Two above what chance gives, as single ones are not corrected for their number.
-            yield PhaseFigures(EFFECTS, test, f"{row}, {name}", result, control, _yes(above >= 3))
+            yield PhaseFigures(EFFECTS, test, f"{row}, {name}", result, control, plain(above >= 3))
 
 
 def _known_features(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
@@ -72,7 +68,7 @@ def _known_features(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
                 f"{row}, {truth.kind}",
                 f"F1 {interval(best)}",
                 f"frozen random decoder: {interval(control)}" if control else "none in this row",
-                "cannot tell" if control is None else _yes(best.low > control.high),
+                plain(None if control is None else best.low > control.high),
             )
     if not results:
         test = "features of a synthetic world that a dictionary finds"
@@ -88,25 +84,21 @@ def _probes(figures: StudyFigures, rows: Mapping[str, Findings]) -> Iterator[Pha
                     result = f"accuracy {interval(probe.accuracy, 1, 100)} %"
                     control = f"shuffled labels {interval(probe.shuffled, 1, 100)} %"
                     test = f"linear probe of all {probe.input}"
-                    yield PhaseFigures(PROBES, test, where, result, control, _yes(probe.p_holm <= 0.05))
+                    yield PhaseFigures(PROBES, test, where, result, control, plain(probe.p_holm <= 0.05))
     for row, benchmark in dict.fromkeys((label.row, label.benchmark) for label in figures.labels):
-        labels = [label for label in figures.labels if (label.row, label.benchmark) == (row, benchmark)]
-        tested = [
-            association
-            for association in figures.associations
-            if (association.row, association.benchmark) == (row, benchmark)
-        ]
+        labels = select(figures.labels, row=row, benchmark=benchmark)
+        tested = select(figures.associations, row=row, benchmark=benchmark)
         associated, features = sum(label.associated for label in labels), max(label.features for label in labels)
         shuffled = sum(label.shuffled for label in labels)
         result = f"{associated} associations of {features} features with {len(labels)} labels"
         control = f"permuted labels: {number(shuffled)}"
         test = "features that go with a category or with right answers"
-        yield PhaseFigures(PROBES, test, f"{row}, {benchmark}", result, control, _yes(associated > max(shuffled, 0.5)))
+        yield PhaseFigures(PROBES, test, f"{row}, {benchmark}", result, control, plain(associated > max(shuffled, 0.5)))
         if tested:
             right = sum(association.probe == "yes" for association in tested)
             result, control = f"{right} of {len(tested)} top features", "permuted labels, corrected by Holm's method"
             test = "a probe of one feature finds the label on new items"
-            yield PhaseFigures(PROBES, test, f"{row}, {benchmark}", result, control, _yes(right > 0))
+            yield PhaseFigures(PROBES, test, f"{row}, {benchmark}", result, control, plain(right > 0))
 
 
 def _causes(figures: StudyFigures) -> Iterator[PhaseFigures]:
@@ -116,11 +108,8 @@ def _causes(figures: StudyFigures) -> Iterator[PhaseFigures]:
             ("top features lower the answers more than random sets at equal dose", effect.random_nats, effect.random),
             ("more than sets chosen for other answers", effect.placebo_nats, effect.placebo),
         ):
-            beyond: Answered = "yes" if answer == "yes" else "no" if answer == "no" else "cannot tell"
-            yield PhaseFigures(CAUSES, test, where, result, f"{number(mean)} nats", beyond)
-    ablated = [primitive for primitive in figures.primitives if primitive.effect is not None]
-    for primitive in ablated:
-        beyond = "yes" if primitive.more == "yes" else "no" if primitive.more == "no" else "cannot tell"
+            yield PhaseFigures(CAUSES, test, where, result, f"{number(mean)} nats", plain(answer))
+    for primitive in (group for group in figures.primitives if group.effect is not None):
         title = primitive.name or "a group without a name"
         yield PhaseFigures(
             CAUSES,
@@ -129,46 +118,38 @@ def _causes(figures: StudyFigures) -> Iterator[PhaseFigures]:
             f"{interval(primitive.effect)} nats",
             f"random sets {number(primitive.random)}, other answers {number(primitive.placebo)} nats "
             f"({primitive.sets} sets of the kind with fewer, {primitive.needed} needed)",
-            beyond,
+            plain(primitive.more),
         )
 
 
 def _layers(figures: StudyFigures) -> Iterator[PhaseFigures]:
     for row, measure in dict.fromkeys((pair.row, pair.measure) for pair in figures.transfer):
-        pairs = [pair for pair in figures.transfer if (pair.row, pair.measure) == (row, measure)]
-        shared, null = (_mean([getattr(pair, name) for pair in pairs]) for name in ("shared", "shared_null"))
+        pairs = select(figures.transfer, row=row, measure=measure)
+        shared, null = (np.mean([getattr(pair, name).mean for pair in pairs]) for name in ("shared", "shared_null"))
         above = sum(pair.shared.low > pair.shared_null.high for pair in pairs)
-        result = f"{percent(shared, 1)} shared, mean of {len(pairs)} pairs"
+        result = f"{percent(float(shared), 1)} shared, mean of {len(pairs)} pairs"
         test = f"features that dictionaries of a row share, by {measure}"
-        yield PhaseFigures(LAYERS, test, row, result, f"by chance {percent(null, 1)}", _yes(2 * above > len(pairs)))
+        yield PhaseFigures(
+            LAYERS, test, row, result, f"by chance {percent(float(null), 1)}", plain(2 * above > len(pairs))
+        )
     for text in figures.tracking:
         result = f"{text.hurt} of {text.tests} steps" if text.tests else "no step could be tested"
         test = "steps of a solution that their features lower more than random sets"
-        answer: Answered = _yes(2 * text.hurt >= text.tests) if text.tests else "cannot tell"
+        answer = plain(2 * text.hurt >= text.tests if text.tests else None)
         yield PhaseFigures(LAYERS, test, f"{text.row}, {text.text}", result, "5 % by chance, corrected", answer)
     for pair in figures.alignment:
         where = f"{pair.first} and {pair.second}, {pair.benchmark}"
         result, control = f"rank correlation {number(pair.rank_correlation)}", f"placebo {number(pair.control)}"
-        beyond = "cannot tell" if pair.aligned is None else _yes(pair.aligned)
-        yield PhaseFigures(LAYERS, f"the same {pair.by} matter in two models", where, result, control, beyond)
-
-
-def _mean(values: list[Interval]) -> float:
-    return float(np.mean([value.mean for value in values])) if values else 0.0
+        test = f"the same {pair.by} matter in two models"
+        yield PhaseFigures(LAYERS, test, where, result, control, plain(pair.aligned))
 
 
 def disagreements(figures: StudyFigures) -> tuple[str, ...]:
     """Return where two phases disagree, in words: features that go with a label, but that it does not depend on."""
     lines = []
-    for row, benchmark in dict.fromkeys(
-        (association.row, association.benchmark) for association in figures.associations
-    ):
-        where = f"{row} on {benchmark}"
-        tested = [
-            association
-            for association in figures.associations
-            if (association.row, association.benchmark) == (row, benchmark) and association.agree is not None
-        ]
+    for row, benchmark in dict.fromkeys((each.row, each.benchmark) for each in figures.associations):
+        where, here = f"{row} on {benchmark}", select(figures.associations, row=row, benchmark=benchmark)
+        tested = [association for association in here if association.agree is not None]
         read = sum(association.probe == "yes" and association.causal == "no" for association in tested)
         used = sum(association.probe == "no" and association.causal == "yes" for association in tested)
         if read:
@@ -181,12 +162,11 @@ def disagreements(figures: StudyFigures) -> tuple[str, ...]:
                 f"{where}: {used} of {len(tested)} top features matter more for items of a label (phase 4), but do not "
                 "tell it (phase 3)."
             )
-    by_key = {(effect.row, effect.benchmark): effect for effect in figures.effects}
-    for (row, benchmark), effect in by_key.items():
-        alone = [test for test in figures.phases if test.phase == EFFECTS and test.row == f"{row}, {benchmark}"]
-        if effect.placebo == "no" and any(test.answer == "yes" for test in alone):
+    for effect in figures.effects:
+        where = f"{effect.row}, {effect.benchmark}"
+        if effect.placebo == "no" and select(figures.phases, phase=EFFECTS, row=where, answer="yes"):
             lines.append(
-                f"{row} on {benchmark}: features change the output (phase 1), but no more than features chosen for "
-                "other answers (phase 4)."
+                f"{effect.row} on {effect.benchmark}: features change the output (phase 1), but no more than features "
+                "chosen for other answers (phase 4)."
             )
     return tuple(lines)

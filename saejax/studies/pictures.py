@@ -3,32 +3,46 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from saejax.matching.transfer.report import draw_heatmaps
 from saejax.page.style import BLUE, GREEN, GREY, INK, LINES, ORANGE, height_of, legend, name_rows, panels, point, styled
 from saejax.results import Interval
-from saejax.studies.results import (
-    AlignmentFigures,
-    DictionaryFigures,
-    DriverFigures,
-    EffectFigures,
-    PrimitiveFigures,
-)
+from saejax.studies.results import AlignmentFigures, DictionaryFigures, DriverFigures
 
 
 @styled
-def draw_effects(effects: Sequence[EffectFigures]) -> Figure:
-    """Draw what ablating the top features costs in each row, beside random and placebo sets at equal dose."""
-    names = [f"{effect.row}, {effect.benchmark}" for effect in effects]
-    figure, (axes,) = panels((height_of(names, 0.5) + 1.5,), ("Log-likelihood of the answers lost under ablation",))
-    for row, effect in enumerate(effects):
-        if effect.nats_drop:
-            point(axes, effect.nats_drop, row, ORANGE, "D", "top features, with their 95 % interval", size=5)
-        _draw_controls(axes, row + 0.22, effect.random_nats, effect.placebo_nats)
-    _finish_nats_axes(axes, names)
+def draw_drops(
+    title: str,
+    names: Sequence[str],
+    drops: Sequence[Mapping[str, Interval | None]],
+    controls: Sequence[tuple[float | None, float | None]],
+) -> Figure:
+    """Draw what ablation costs, in nats per answer, beside control sets at equal dose.
+
+    Args:
+      title: of the figure.
+      names: of its rows.
+      drops: of each row, one or two by what they are; None is left out.
+      controls: of each row the mean under random sets, and under sets chosen for other answers; None is left out.
+    """
+    figure, (axes,) = panels((height_of(names, 0.5) + 1.5,), (title,))
+    for row, (of_row, means) in enumerate(zip(drops, controls, strict=True)):
+        for place, (label, drop) in enumerate(of_row.items()):
+            if drop:
+                y = row + 0.24 * (place - (len(of_row) - 1) / 2)
+                point(axes, drop, y, (ORANGE, GREEN)[place], "Ds"[place], label, size=5)
+        for mean, kind, color, marker in zip(
+            means, ("random sets", "sets chosen for other answers"), (GREY, BLUE), "ox"
+        ):
+            if mean is not None:
+                label = f"{kind} at equal dose, mean"
+                axes.plot([mean], [row + 0.3], marker, color=color, label=label, markersize=5)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    name_rows(axes, names)
+    axes.set_xlabel("nats per answer")
+    legend(axes, 1)
     return figure
 
 
@@ -74,21 +88,6 @@ def draw_losses(dictionaries: Sequence[DictionaryFigures]) -> Figure:
 
 
 @styled
-def draw_primitives(primitives: Sequence[PrimitiveFigures]) -> Figure:
-    """Draw what ablating each group costs the items of its category and others, beside control sets."""
-    names = [f"{primitive.row}: {primitive.name or 'no category'}" for primitive in primitives]
-    figure, (axes,) = panels((height_of(names, 0.42) + 1.5,), ("Log-likelihood lost when a group is ablated",))
-    for row, primitive in enumerate(primitives):
-        if primitive.effect:
-            point(axes, primitive.effect, row - 0.12, ORANGE, "D", "on items of its category", size=5)
-        if primitive.elsewhere:
-            point(axes, primitive.elsewhere, row + 0.12, GREEN, "s", "on other items", size=5)
-        _draw_controls(axes, row + 0.3, primitive.random, primitive.placebo)
-    _finish_nats_axes(axes, names)
-    return figure
-
-
-@styled
 def draw_models(rows: Sequence[str], alignment: Sequence[AlignmentFigures]) -> Figure:
     """Draw the share of features that two rows share by activity on a benchmark, and the same by chance."""
     matrices = {}
@@ -119,28 +118,3 @@ def draw_trends(dictionaries: Sequence[DictionaryFigures], widths: Mapping[str, 
         axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
     legend(below[-1], 1)
     return figure
-
-
-def _draw_controls(axes: Axes, y: float, random: float | None, placebo: float | None) -> None:
-    """Draw the mean effects of both kinds of control sets, in nats; one that was not measured is left out.
-
-    Args:
-      axes: to draw on.
-      y: height of the points.
-      random: effect of random sets at equal dose.
-      placebo: effect of sets chosen for other answers at equal dose.
-    """
-    for value, color, marker, label in (
-        (random, GREY, "o", "random sets at equal dose, mean"),
-        (placebo, BLUE, "x", "sets chosen for other answers at equal dose, mean"),
-    ):
-        if value is not None:
-            axes.plot([value], [y], marker, color=color, label=label, markersize=5)
-
-
-def _finish_nats_axes(axes: Axes, names: Sequence[str]) -> None:
-    """Add the line of no effect, the names of the rows, the unit and the legend."""
-    axes.axvline(0, color=INK, linewidth=0.8)
-    name_rows(axes, names)
-    axes.set_xlabel("nats per answer")
-    legend(axes, 1)

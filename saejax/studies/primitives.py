@@ -10,6 +10,9 @@
    random and placebo sets, doses measured on the same items, and with its effect on other items. As many groups are
    tested, those that stand out most first, as can pass Holm's correction with the control sets that there are.
 4. A group recurs in a dictionary of another seed, or in another model, if a stable group there has the same name.
+
+Transfer to unseen domains is measured alike: features chosen on one benchmark are ablated on the items of another, and
+compared at equal dose with the random sets there that hold none of them.
 """
 
 import dataclasses
@@ -24,9 +27,10 @@ from saejax.interventions.table import EffectsTable
 from saejax.matching.clusters.groups import DISSOLVED, overlaps
 from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
-from saejax.statistics.ranks import holm, min_controls, rank_p
+from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 
 GROUP = "primitive "  # and its number: the group of its edits
+CHOSEN_ON = "chosen on "  # and the benchmark: the group of edits of features that another benchmark chose
 LEVEL = 0.05  # of a name, and of the comparison with control sets
 IMPORTANT, SMALLEST, MOST = 64, 3, 4  # features that are grouped; of the smallest group; groups that are ablated
 _RESAMPLES, _PERMUTATIONS = 50, 999
@@ -69,6 +73,17 @@ class PrimitiveEffect:
     p_random: float | None  #: rank among random sets, corrected by Holm over the tested groups; None: not testable
     p_placebo: float | None  #: the same among placebo sets
     answer: str  #: whether it is more than both: yes, no or not testable
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainEffect:
+    """The effect of features that were chosen on another benchmark."""
+
+    effect: Interval  #: drop of the reference's log-likelihood, nats
+    random: float | None  #: mean drop under random sets at equal dose; None without any
+    p_value: float | None  #: rank among random sets at equal dose, not corrected
+    random_sets: int  #: that hold none of the features
+    common: int  #: features that were also chosen here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,22 +316,43 @@ def _corrected(rows: Sequence[PrimitiveEffect]) -> tuple[PrimitiveEffect, ...]:
         if len(able) == count:
             break
     p_random, p_placebo = (
-        dict(zip(able, holm(np.array([getattr(rows[place], name) for place in able])).tolist(), strict=True))
-        for name in ("p_random", "p_placebo")
+        holm_by_key({place: getattr(rows[place], name) for place in able}) for name in ("p_random", "p_placebo")
     )
     corrected = []
     for place, row in enumerate(rows):
         is_tested = place in able
-        answer = row.answer
-        if is_tested:
-            answer = "yes" if max(p_random[place], p_placebo[place]) <= LEVEL else "no"
-        corrected.append(
-            dataclasses.replace(
-                row,
-                needed=min_controls(len(able) + (not is_tested), LEVEL),
-                p_random=p_random.get(place),
-                p_placebo=p_placebo.get(place),
-                answer=answer,
-            )
-        )
+        as_rare = is_tested and max(p_random[place], p_placebo[place]) <= LEVEL
+        needed = min_controls(len(able) + (not is_tested), LEVEL)
+        answer = ("yes" if as_rare else "no") if is_tested else row.answer
+        row = dataclasses.replace(row, p_random=p_random.get(place), p_placebo=p_placebo.get(place))
+        corrected.append(dataclasses.replace(row, needed=needed, answer=answer))
     return tuple(corrected)
+
+
+def judge_domains(table: EffectsTable, name: str, resamples: int, seed: int) -> dict[str, DomainEffect]:
+    """Return the effects of features that other benchmarks chose, a function of the table alone.
+
+    Args:
+      table: effects table of a benchmark.
+      name: the benchmark.
+      resamples: bootstrap samples of the intervals.
+      seed: seed of the bootstrap.
+    """
+    groups = dict.fromkeys(edit.group for edit in table.edits if edit.group.startswith(CHOSEN_ON))
+    effects, prompts = {}, table.select_prompts(name)
+    (top,) = read_curves(table, name, "top")
+    random = read_curves(table, name, "random")
+    weight_RxP = resampling_weights([prompt.template for prompt in prompts], resamples, seed)
+    for group in groups:
+        (curve,) = read_curves(table, name, group)
+        features, drop_P = curve.edits[-1].features, curve.drop_AxP[-1]
+        controls = without(features, random)
+        random_mean, p_value = rank_among(curve, controls)
+        effects[group.removeprefix(CHOSEN_ON)] = DomainEffect(
+            effect=Interval(float(drop_P.mean()), *percentile_interval(weight_RxP @ drop_P)),
+            random=random_mean,
+            p_value=p_value,
+            random_sets=len(controls),
+            common=len({*features} & {*top.edits[-1].features}),
+        )
+    return effects

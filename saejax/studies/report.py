@@ -6,7 +6,7 @@ rules at the end. Written to the study's folder: ``index.html`` (complete in its
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,18 +21,11 @@ from saejax.results import to_json
 from saejax.runner.preregistration import describe_rule
 from saejax.runner.workspace import package_versions
 from saejax.studies.criteria import EPOCH, RULES
-from saejax.studies.learned import holds, sentences, table_rows
+from saejax.studies.learned import answers_table, holds, sentences
 from saejax.studies.phases import disagreements
-from saejax.studies.pictures import (
-    draw_drivers,
-    draw_effects,
-    draw_losses,
-    draw_models,
-    draw_primitives,
-    draw_trends,
-)
-from saejax.studies.results import SHEETS, StudyFigures
-from saejax.studies.sheet import duration
+from saejax.studies.pictures import draw_drivers, draw_drops, draw_losses, draw_models, draw_trends
+from saejax.studies.results import TABLES, StudyFigures
+from saejax.studies.sheet import as_csv, duration
 from saejax.studies.units import ROWS
 
 FILE, STAGE = "study.json", "study_run"  # STAGE: of the rules in ``rules.jsonl``
@@ -46,8 +39,8 @@ def write_report(root: Path, figures: StudyFigures) -> None:
     title = f"A study of {_count(len(figures.models), 'model')}"
     parts, lead = _sections(root, figures), _lead(figures)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
-    for name, sheet in SHEETS.items():
-        write_text(root / "tables" / f"{name}.csv", sheet.csv(getattr(figures, name)))
+    for name in TABLES:
+        write_text(root / "tables" / f"{name}.csv", as_csv(getattr(figures, name)))
     write_text(root / "study.md", to_markdown(title, lead, parts, footer))
     write_text(root / "index.html", to_html(title, lead, parts, footer))
     write_json(root / FILE, to_json(figures))
@@ -72,8 +65,7 @@ def _lead(figures: StudyFigures) -> Sequence[str]:
 
 
 def _sections(root: Path, figures: StudyFigures) -> list[Section]:
-    seconds = sum(unit.seconds for unit in figures.resources)
-    took = Text(f"All units together took {duration(seconds)}.")
+    took = Text(f"All units together took {duration(sum(model.seconds for model in figures.models))}.")
     return [
         Section("What was learned", tuple(_learned(root, figures))),
         _section(
@@ -95,8 +87,7 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         _section("Activations", figures, "activations", "No row has captured activations."),
         _section("All answers", figures, "learned", "No row ran feature ablation on a benchmark."),
         Section("Criteria", (_table(figures, "criteria"), *_rules(root))),
-        Section("Setup", (_table(figures, "models"), _reports(root, figures))),
-        Section("Resources", (took, _table(figures, "resources"))),
+        Section("Setup", (_table(figures, "models"), took, _reports(root, figures))),
         _section("What is not done", figures, "failures", "All units finished."),
     ]
 
@@ -106,13 +97,17 @@ def _learned(root: Path, figures: StudyFigures) -> Iterator[Block]:
     if not figures.learned:
         yield Text("No row ran feature ablation on a benchmark (--study.benchmarks), so nothing was learned about it.")
         return
-    rows, columns = table_rows(figures.learned)
-    note = "Known: the answer that a control row must give. The sections below say how each question is answered."
-    yield Table.of("Rows by questions", rows, columns, set(columns), True, note)
+    yield answers_table(figures.learned)
     yield Terms(sentences(figures.learned))
     if figures.effects:
+        figure = draw_drops(
+            "Log-likelihood of the answers lost under ablation",
+            [f"{effect.row}, {effect.benchmark}" for effect in figures.effects],
+            [{"top features, with their 95 % interval": effect.nats_drop} for effect in figures.effects],
+            [(effect.random_nats, effect.placebo_nats) for effect in figures.effects],
+        )
         caption = "Effects of the top features, beside those of control sets at equal dose."
-        yield _picture(root, "study_effects", draw_effects(figures.effects), caption)
+        yield _picture(root, "study_effects", figure, caption)
     if figures.drivers:
         caption = "Shares of features that fire on words alone, beside random features and a random dictionary."
         yield _picture(root, "study_drivers", draw_drivers(figures.drivers), caption)
@@ -137,8 +132,14 @@ def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
     yield Text(sentence)
     ablated = [primitive for primitive in figures.primitives if primitive.effect is not None]
     if ablated:
+        figure = draw_drops(
+            "Log-likelihood lost when a group is ablated",
+            [f"{group.row}: {group.name or 'no category'}" for group in ablated],
+            [{"on items of its category": group.effect, "on other items": group.elsewhere} for group in ablated],
+            [(group.random, group.placebo) for group in ablated],
+        )
         caption = "What ablating each group costs, beside control sets at equal dose."
-        yield _picture(root, "study_primitives", draw_primitives(ablated), caption)
+        yield _picture(root, "study_primitives", figure, caption)
     yield _table(figures, "primitives")
 
 
@@ -192,27 +193,25 @@ def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
 
 def trend_sentence(figures: StudyFigures) -> str:
     """Return how losses, errors and activations differ between rows, in one sentence each."""
-    errors = {
-        model.row: [
-            1 - dictionary.explained_variance for dictionary in figures.dictionaries if dictionary.row == model.row
-        ]
-        for model in figures.models
-    }
-    means = {row: sum(some) / len(some) for row, some in errors.items() if some}
-    low, high = (choose(means, key=lambda row: means[row]) for choose in (min, max))
     fell = [dictionary.improvement for dictionary in figures.dictionaries if dictionary.improvement is not None]
-    falling = (
-        f"The loss still falls after epoch {EPOCH} in {sum(fall > 0 for fall in fell)} of {len(fell)} dictionaries."
+    errors: dict[str, list[float]] = {}
+    for dictionary in figures.dictionaries:
+        errors.setdefault(dictionary.row, []).append(1 - dictionary.explained_variance)
+    means = {row: sum(some) / len(some) for row, some in errors.items()}
+    low, high = _extremes(means)
+    text = (
+        f"The loss still falls after epoch {EPOCH} in {sum(fall > 0 for fall in fell)} of {len(fell)} dictionaries. "
+        f"The normalised error is smallest in {low} ({means[low]:.2f}) and largest in {high} ({means[high]:.2f})."
     )
-    error = f"The normalised error is smallest in {low} ({means[low]:.2f}) and largest in {high} ({means[high]:.2f})."
-    norms = {(site.row, site.text): site.median_norm for site in figures.activations}
-    if not norms:
-        return f"{falling} {error}"
-    least, most = (choose(norms, key=lambda key: norms[key]) for choose in (min, max))
-    return (
-        f"{falling} {error} The median norm of activations ranges from {norms[least]:.3g} ({', '.join(least)}) to "
-        f"{norms[most]:.3g} ({', '.join(most)})."
-    )
+    norms = {f"{site.row}, {site.text}": site.median_norm for site in figures.activations}
+    if norms:
+        low, high = _extremes(norms)
+        text += f" The median norm of activations ranges from {norms[low]:.3g} ({low}) to {norms[high]:.3g} ({high})."
+    return text
+
+
+def _extremes(values: Mapping[str, float]) -> tuple[str, str]:
+    return min(values, key=lambda name: values[name]), max(values, key=lambda name: values[name])
 
 
 def _picture(root: Path, name: str, figure: Figure, caption: str) -> Picture:
@@ -232,12 +231,12 @@ def _section(title: str, figures: StudyFigures, sheet: str, otherwise: str = "")
 
 
 def _table(figures: StudyFigures, name: str) -> Table:
-    return SHEETS[name].table(getattr(figures, name))
+    return TABLES[name].table(getattr(figures, name))
 
 
 def _reports(root: Path, figures: StudyFigures) -> Links:
     """Return the rows' own reports, and the files of this one's figures."""
     rows = [model.row for model in figures.models if (root / ROWS / model.row / "report" / "index.html").exists()]
     items = [(f"The report of {row}", f"{ROWS}/{quote(row)}/report/index.html") for row in rows]
-    items += [(FILE, FILE), *((f"tables/{name}.csv", f"tables/{name}.csv") for name in SHEETS)]
+    items += [(FILE, FILE), *((f"tables/{name}.csv", f"tables/{name}.csv") for name in TABLES)]
     return Links("More, and all figures as files", tuple(items))

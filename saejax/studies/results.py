@@ -7,11 +7,16 @@ from typing import Any, Literal, get_args, get_type_hints
 from saejax.page.tables import MISSING, count, interval, number, percent, significant
 from saejax.page.tables import answer as yes_or_no
 from saejax.results import Interval
-from saejax.studies.sheet import Figures, Sheet, column, duration, joined, listed, points, quoted, size, table
+from saejax.studies.sheet import Figures, column, duration, joined, listed, points, quoted, size
 
 Answered = Literal["yes", "no", "cannot tell"]
 Asked = Literal["solves", "effect", "random", "placebo", "gate", "context", "primitives", "shared", "features", "items"]
 Gated = Literal["interpretable", "unstable", "no signal", "cannot tell"]
+
+
+def plain(answer: str | bool | None) -> Answered:
+    """Return one of three answers: yes or no, and cannot tell for None and for other words."""
+    return "yes" if answer in ("yes", True) else "no" if answer in ("no", False) else "cannot tell"
 
 
 def _digits(digits: int, scale: float = 1.0) -> Any:
@@ -44,10 +49,21 @@ QUESTIONS: Mapping[Asked, StudyQuestion] = {
 }
 
 
-class ModelFigures(Figures):
-    """A row of the study: what was run on what."""
+class RowFigures(Figures):
+    """Figures of a row of the study."""
 
     row: str = column("Row")  #: its name
+
+
+class BenchmarkFigures(RowFigures):
+    """Figures of a row on a benchmark."""
+
+    benchmark: str = column("Benchmark")  #: its name
+
+
+class ModelFigures(RowFigures):
+    """Rows of the study: what was run on what."""
+
     control: str  #: relative or stranger: a control row, whose answers are known; "" for others
     model: str = column("Model")  #: path or hub id
     revision: str  #: of the model
@@ -61,12 +77,21 @@ class ModelFigures(Figures):
     behaviours: tuple[str, ...] = column("Behaviours", listed)  #: that are tested
     units: int  #: of the row
     done: int = joined("Units done", lambda row: f"{row.done} of {row.units}")  #: of them
+    #: that these took, together
+    seconds: float = joined(
+        "Time; memory of host, device",
+        lambda row: f"{duration(row.seconds)}; {size(row.peak_host_bytes)}, {size(row.peak_device_bytes)}",
+    )
+    peak_host_bytes: int | None  #: the most of a unit; None where the system did not tell
+    peak_device_bytes: int | None  #: the most of a unit on a device; None on CPUs
 
 
-class BaselineFigures(Figures):
-    """The model's score on a task before any intervention."""
+class BaselineFigures(RowFigures):
+    """The models before anything is changed.
 
-    row: str = column("Row")  #: of the study
+    Square brackets: 95 % intervals over items or prompts.
+    """
+
     task: str = column("Task")  #: benchmark or behaviour
     measure: str = column("Measure")  #: of the value
     #: with its 95 % interval
@@ -77,10 +102,14 @@ class BaselineFigures(Figures):
     n: int = column("Items")  #: items, or test prompts
 
 
-class DictionaryFigures(Figures):
-    """A dictionary: how its training went, and what it is worth on held-out text."""
+class DictionaryFigures(RowFigures):
+    """Dictionaries: how training went, and what they are worth.
 
-    row: str = column("Row")  #: of the study
+    Losses are means over the recorded steps of an epoch, on training batches; a dash: no more than four epochs. L0 and
+    what follows it up to the tokens, on held-out text. Tokens: of training, repeats counted. Seconds: of training all
+    members of a stack together.
+    """
+
     dictionary: str = column("Dictionary")  #: its name
     site: str = column("Reads")  #: that it reads
     features: int = column("Features", count)  #: how many
@@ -99,10 +128,13 @@ class DictionaryFigures(Figures):
     seconds: float = column("Seconds", _digits(0))  #: of training all members of its stack
 
 
-class ActivationFigures(Figures):
-    """Activations of a site on a text."""
+class ActivationFigures(RowFigures):
+    """Activations by model and text.
 
-    row: str = column("Row")  #: of the study
+    Corpus: what dictionaries are trained on. Benchmarks: test items with their reference answers, sinks left out; L0,
+    features and explained variance are those of the tested dictionary there.
+    """
+
     text: str = column("Text")  #: the corpus, or a benchmark
     site: str = column("Site")  #: of the model
     tokens: int = column("Tokens", count)  #: that were read; of a benchmark those of its test items, sinks left out
@@ -115,10 +147,16 @@ class ActivationFigures(Figures):
     explained_variance: float | None = column("Explained variance", _digits(3))  #: by that dictionary; likewise
 
 
-class EffectFigures(Figures):
-    """Effects of ablating a dictionary's top features on a benchmark, beside random and placebo sets."""
+class EffectFigures(RowFigures):
+    """Benchmarks under ablation.
 
-    row: str = column("Row")  #: of the study
+    Top features ablated, or each resampled: where it fires, its activation is drawn from those elsewhere. Drop: of
+    accuracy, in percentage points, also under random and placebo sets; nats: drop of the reference's log-likelihood;
+    square brackets: 95 % intervals over items. Falls: whether accuracy falls by more than the criterion, set to zero
+    and resampled. Placebo sets too: the share of sets chosen for other items' answers that also do more than random
+    sets.
+    """
+
     #: its name
     benchmark: str = joined(
         "Benchmark",
@@ -161,10 +199,13 @@ class EffectFigures(Figures):
     placebo: str = column("Specific")  #: whether it is specific to the answers
 
 
-class BehaviourFigures(Figures):
-    """Effects of removing a dictionary's top features on a behaviour."""
+class BehaviourFigures(RowFigures):
+    """Behaviours under ablation.
 
-    row: str = column("Row")  #: of the study
+    Ablation of each behaviour's top features. Placebo sets too: the share of sets chosen for unrelated tokens that also
+    do more than random sets.
+    """
+
     behaviour: str = column("Behaviour")  #: its name
     dictionary: str = column("Dictionary")  #: whose features
     drop: Interval | None = column("Logit difference lost", interval)  #: of the logit difference
@@ -176,7 +217,13 @@ class BehaviourFigures(Figures):
 
 
 class AlignmentFigures(Figures):
-    """Agreement of two rows on which items or features matter in a benchmark."""
+    """Do rows agree on what matters?
+
+    Items: without what their category, the length of their answer and random sets explain. Features: matched by their
+    activity on the items. Placebo: of items, a random set in the place of one row's top features; of features, a
+    rotated dictionary, and the importance for other answers. Shared: of the first row's features that fire. A dash: too
+    few items or features.
+    """
 
     first: str = joined("Rows", lambda row: f"{row.first}, {row.second}")  #: row
     second: str  #: row
@@ -196,11 +243,9 @@ class AlignmentFigures(Figures):
     shared_null: float | None  #: the same with the text shifted by half
 
 
-class GateFigures(Figures):
-    """The gate's answer, one of four, for a row on a benchmark."""
+class GateFigures(BenchmarkFigures, cards=True):
+    """The gate: interpretable, unstable, no signal, or cannot tell."""
 
-    row: str = column("Row")  #: of the study
-    benchmark: str = column("Benchmark")  #: its name
     gate: Gated = column("Gate")  #: the answer
     reason: str = column("Why")  #: in words
     seeds: int  #: dictionaries that differ in their seed, the tested one included
@@ -212,10 +257,13 @@ class GateFigures(Figures):
     fooled: float | None = column("Placebo sets beyond random", _percent(1))
 
 
-class DomainFigures(Figures):
-    """Features chosen on one benchmark, ablated on another."""
+class DomainFigures(RowFigures):
+    """Transfer to unseen domains.
 
-    row: str = column("Row")  #: of the study
+    Features chosen on the train items of one benchmark, ablated on the test items of another, beside those chosen
+    there. Random sets: mean effect at equal dose, of those that hold none of the features, and their number.
+    """
+
     chosen_on: str = column("Chosen on")  #: benchmark
     benchmark: str = column("Ablated on")  #: whose items judge
     effect: Interval = column("Effect, nats", interval)  #: drop of the reference's log-likelihood
@@ -228,11 +276,13 @@ class DomainFigures(Figures):
     p_holm: float | None = column("p (Holm)", _digits(3))  #: over all pairs of benchmarks of the report
 
 
-class DriverFigures(Figures):
-    """Shares of the features of a group by what drives them, under injected tokens; see ``saejax.falsify``."""
+class DriverFigures(BenchmarkFigures):
+    """Words or context?
 
-    row: str = column("Row")  #: of the study
-    benchmark: str = column("Benchmark")  #: its name
+    The tokens that excite a feature most are injected into ordinary text. A feature is driven by tokens if that brings
+    it more than half of the way to its activation on the benchmark. Square brackets: 95 % intervals over features.
+    """
+
     group: str  #: tested, random features or random dictionary
     features: int = joined("Features", lambda row: f"{row.features}, {row.group}", words=True)  #: of it
     tokens: Interval = column("Driven by tokens, %", lambda value: interval(value, 0, 100))  #: fires on words alone
@@ -246,11 +296,17 @@ def _compared(row: "PrimitiveFigures") -> str:
     return f"{row.more}: {row.sets} sets of {row.needed}"
 
 
-class PrimitiveFigures(Figures):
-    """A group of features that matter for the same items of a benchmark, and what ablating it does."""
+class PrimitiveFigures(BenchmarkFigures, cards=True):
+    """Groups of features that matter for the same items.
 
-    row: str = column("Row")  #: of the study
-    benchmark: str  #: its name
+    Important features are grouped by the items whose answers they matter for, and a group is named after the category
+    for which it matters most, if that is more than by chance. In quotation marks: the tokens on which its features are
+    most active. Stable: overlap with the groups of resampled items (1: always the same), and dictionaries of other
+    seeds with a group of that name. Nats lost: when the whole group is ablated, on test items of its category and on
+    others, beside control sets at equal dose. A dash: not ablated. As many groups are compared with control sets as
+    their number allows: 19 of each kind for one group, 20 more for each further one.
+    """
+
     #: category that it is named after; "" where none stands out
     name: str = column("Group", lambda name: name or "no category stands out")
     #: the most important first
@@ -282,11 +338,13 @@ class PrimitiveFigures(Figures):
     more: str = joined("More than both", _compared, words=True)
 
 
-class LabelFigures(Figures):
-    """Numbers of features that are associated with a label of a benchmark's items."""
+class LabelFigures(BenchmarkFigures):
+    """Features that go with a label.
 
-    row: str = column("Row")  #: of the study
-    benchmark: str = column("Benchmark")  #: its name
+    A feature goes with a label if its activation on test items is correlated with it, after correction for all features
+    and labels. Labels: categories, and whether the model answers rightly.
+    """
+
     label: str = column("Label")  #: category, or "answered rightly"
     items: int = column("Items")  #: test items with it
     features: int  #: that fire on at least 4 test items
@@ -295,11 +353,14 @@ class LabelFigures(Figures):
     shuffled: float = column("With labels permuted", number)  #: the same with labels permuted over items, mean
 
 
-class AssociationFigures(Figures):
-    """A tested feature and the label that it goes with, by three ways of asking."""
+class AssociationFigures(BenchmarkFigures):
+    """Three answers for each top feature.
 
-    row: str = column("Row")  #: of the study
-    benchmark: str  #: its name
+    Each top feature with the category that it goes with most on train items, judged on test items. The correlation is
+    corrected for all features and labels, the probe (of this feature alone) and the drop for all rows of a benchmark.
+    Causes it: ablating the feature alone costs items with the label more than others.
+    """
+
     feature: int = joined("Feature", lambda row: f"{row.feature}, {row.label}", words=True)  #: its index
     label: str  #: category that it goes with most on train items
     #: of its activation of largest size on a test item with having the label
@@ -317,8 +378,13 @@ class AssociationFigures(Figures):
     agree: bool | None = column("Agree", yes_or_no)
 
 
-class ProblemFigures(Figures):
-    """A problem in one row: what its model makes of it, and the features that matter for its answer."""
+class ProblemFigures(Figures, cards=True):
+    """The same problems in every row.
+
+    The features with the largest attribution for the right answer: number, tokens on which each is most active,
+    attribution in nats. In every row: a feature with a partner, by its activity on the items, in each other row; dashes
+    alone: a row with other items, which cannot be compared. Nats: log-likelihood of the right answer.
+    """
 
     benchmark: str  #: its name
     item: str  #: id
@@ -335,8 +401,8 @@ class ProblemFigures(Figures):
     specific: tuple[str, ...] = column("In this row alone", lambda some: "; ".join(some) or MISSING)  #: none
 
 
-class PhaseFigures(Figures):
-    """A test of one of the five phases of the former study, in one row."""
+class PhaseFigures(Figures, cards=True):
+    """All phases."""
 
     phase: str = column("Phase")  #: 1 to 5, and what it is about
     test: str = column("Test")  #: in words
@@ -346,11 +412,9 @@ class PhaseFigures(Figures):
     answer: Answered = column("Beyond the control")  #: whether the result is beyond the control
 
 
-class LearnedFigures(Figures):
-    """The answer to a question for a row on a benchmark."""
+class LearnedFigures(BenchmarkFigures, cards=True):
+    """All answers."""
 
-    row: str = column("Row")  #: of the study
-    benchmark: str = column("Benchmark")  #: its name
     question: Asked = column("Question", lambda name: QUESTIONS[name].heading)  #: see ``QUESTIONS``
     answer: Answered = column("Answer")  #: as found
     #: the right answer of a control row; "" where none is known
@@ -358,21 +422,22 @@ class LearnedFigures(Figures):
     evidence: str = column("Evidence")  #: figures, in words
 
 
-class CriterionFigures(Figures):
-    """A criterion of success."""
+class CriterionFigures(Figures, cards=True):
+    """Criteria of success."""
 
     criterion: str = column("Criterion")  #: in words
     #: None: it cannot be asked, because a stage was not run
     met: bool | None = column("Met", lambda met: yes_or_no(met, "not tested"))
     evidence: str = column("Evidence")  #: figures, in words
-    #: what the reasoning study reports; "" where it says nothing
-    published: str = column("The reasoning study reports", lambda text: text or MISSING)
 
 
-class TransferFigures(Figures):
-    """Similarity of two dictionaries by one measure; chance: of random directions, or text shifted by half."""
+class TransferFigures(RowFigures):
+    """Shared features of dictionaries.
 
-    row: str = column("Row")  #: of the study
+    Pairs: mean cosine or correlation of the one-to-one pairs of features with the largest sum. Square brackets: 95 %
+    intervals over features.
+    """
+
     first: str = joined("Dictionaries", lambda row: f"{row.first}, {row.second}", words=True)  #: dictionary
     second: str  #: dictionary
     measure: str = column("By")  #: decoder, encoder or activity
@@ -383,10 +448,15 @@ class TransferFigures(Figures):
     shared_null: Interval = column("Shared by chance", lambda null: percent(null.mean, 1))  #: the same by chance
 
 
-class TrackingFigures(Figures):
-    """A text that was followed through the layers."""
+class TrackingFigures(RowFigures):
+    """Texts followed through the layers.
 
-    row: str = column("Row")  #: of the study
+    Output: what the model writes after the prompt. The strongest chains of features, from layer to layer to the answer,
+    are measured: one holds if setting each feature to zero takes more from the next one than each of five random active
+    features does, at equal dose, and more from the answer. A step is hurt if ablating its features lowers its
+    log-likelihood more than random sets.
+    """
+
     text: str = column("Text")  #: its slug
     tokens: int = column("Tokens")  #: of it
     sites: int = column("Layers")  #: of dictionaries
@@ -400,23 +470,9 @@ class TrackingFigures(Figures):
     hurt: int = column("Hurt")  #: of them: those whose features have a larger effect than random sets at equal dose
 
 
-class ResourceFigures(Figures):
-    """Time and memory that a finished unit took."""
+class UnitState(RowFigures, cards=True):
+    """Units that are not done."""
 
-    row: str = column("Row")  #: of the study
-    unit: str = column("Unit")  #: such as "train/topk"
-    seconds: float = column("Time", duration)  #: in the process that finished it
-    #: seconds x devices; None where no device was used
-    device_hours: float | None = column("Device-hours", lambda hours: significant(hours, 2))
-    peak_host_bytes: int | None = column("Host memory", size)  #: while it ran; None where the system did not tell
-    peak_device_bytes: int | None = column("Device memory", size)  #: of a device's memory; None on CPUs
-    disk_bytes: int = column("On disk", size)  #: of its files
-
-
-class UnitState(Figures):
-    """The final state of a unit of a row."""
-
-    row: str = column("Row")  #: its name
     unit: str = column("Unit")  #: such as "train/topk"
     state: Literal["done", "failed", "not run"] = column("State")  #: "not run": it reads what is not there
     reason: str = column("Why")  #: why it is not done; "" if it is
@@ -425,127 +481,36 @@ class UnitState(Figures):
     fingerprint: str  #: of its settings and inputs; "" where these could not be read
 
 
-class StudyFigures(Figures):
+@dataclasses.dataclass(frozen=True)
+class StudyFigures:
     """All figures of a report; ``study.json``."""
 
     fingerprint: str  #: of all units and their states
     rules: tuple[str, ...]  #: the rules of the gate, the alignment and the criteria, in words
-    models: tuple[ModelFigures, ...] = table("The rows")  #: the rows
-    #: before anything is changed
-    baselines: tuple[BaselineFigures, ...] = table(
-        "The models before anything is changed", "Square brackets: 95 % intervals over items or prompts."
-    )
-    #: that were trained
-    dictionaries: tuple[DictionaryFigures, ...] = table(
-        "The dictionaries",
-        "Losses are means over the recorded steps of an epoch, on training batches; a dash: no more than four "
-        "epochs. L0 and what follows it up to the tokens, on held-out text. Tokens: of training, repeats counted. "
-        "Seconds: of training all members of a stack together.",
-    )
-    #: by model and text
-    activations: tuple[ActivationFigures, ...] = table(
-        "Activations by model and text",
-        "Corpus: what dictionaries are trained on. Benchmarks: test items with their reference answers, sinks left "
-        "out; L0, features and explained variance are those of the tested dictionary there.",
-    )
-    #: on benchmarks
-    effects: tuple[EffectFigures, ...] = table(
-        "Benchmarks under ablation",
-        "Top features ablated, or each resampled: where it fires, its activation is drawn from those elsewhere. Drop: "
-        "of accuracy, in percentage points, also under random and placebo sets; nats: drop of the reference's "
-        "log-likelihood; square brackets: 95 % intervals over items. Falls: whether accuracy falls by more than the "
-        "criterion, set to zero and resampled. Placebo sets too: the share of sets chosen for other items' answers "
-        "that also do more than random sets.",
-    )
-    #: effects on them
-    behaviours: tuple[BehaviourFigures, ...] = table(
-        "Behaviours under ablation",
-        "Ablation of each behaviour's top features. Placebo sets too: the share of sets chosen for unrelated tokens "
-        "that also do more than random sets.",
-    )
-    #: between rows
-    alignment: tuple[AlignmentFigures, ...] = table(
-        "Do rows agree on what matters?",
-        "Items: without what their category, the length of their answer and random sets explain. Features: matched by "
-        "their activity on the items. Placebo: of items, a random set in the place of one row's top features; of "
-        "features, a rotated dictionary, and the importance for other answers. Shared: of the first row's features "
-        "that fire. A dash: too few items or features.",
-    )
-    gates: tuple[GateFigures, ...] = table("Interpretable, unstable, no signal, or cannot tell", cards=True)  #: gate
-    #: features chosen on one benchmark, ablated on another
-    domains: tuple[DomainFigures, ...] = table(
-        "Transfer to unseen domains",
-        "Features chosen on the train items of one benchmark, ablated on the test items of another, beside those "
-        "chosen there. Random sets: mean effect at equal dose, of those that hold none of the features, and their "
-        "number.",
-    )
-    #: of features, by row, benchmark and group
-    drivers: tuple[DriverFigures, ...] = table(
-        "Words or context?",
-        "The tokens that excite a feature most are injected into ordinary text. A feature is driven by tokens if that "
-        "brings it more than half of the way to its activation on the benchmark. Square brackets: 95 % intervals over "
-        "features.",
-    )
-    #: groups of features, by row and benchmark
-    primitives: tuple[PrimitiveFigures, ...] = table(
-        "Groups of features that matter for the same items",
-        "Important features are grouped by the items whose answers they matter for, and a group is named after the "
-        "category for which it matters most, if that is more than by chance. In quotation marks: the tokens on which "
-        "its features are most active. Stable: overlap with the groups of resampled items (1: always the same), and "
-        "dictionaries of other seeds with a group of that name. Nats lost: when the whole group is ablated, on test "
-        "items of its category and on others, beside control sets at equal dose. A dash: not ablated. As many groups "
-        "are compared with control sets as their number allows: 19 of each kind for one group, 20 more for each "
-        "further one.",
-        cards=True,
-    )
-    #: of items, by row and benchmark
-    labels: tuple[LabelFigures, ...] = table(
-        "How many features go with a label",
-        "A feature goes with a label if its activation on test items is correlated with it, after correction for all "
-        "features and labels. Labels: categories, and whether the model answers rightly.",
-    )
-    #: of tested features with labels
-    associations: tuple[AssociationFigures, ...] = table(
-        "Three answers for each top feature",
-        "Each top feature with the category that it goes with most on train items, judged on test items. The "
-        "correlation is corrected for all features and labels, the probe (of this feature alone) and the drop for all "
-        "rows of a benchmark. Causes it: ablating the feature alone costs items with the label more than others.",
-    )
-    #: the same problem in every row
-    problems: tuple[ProblemFigures, ...] = table(
-        "The same problems in every row",
-        "The features with the largest attribution for the right answer: number, tokens on which each is most active, "
-        "attribution in nats. In every row: a feature with a partner, by its activity on the items, in each other row; "
-        "dashes alone: a row with other items, which cannot be compared. Nats: log-likelihood of the right answer.",
-        cards=True,
-    )
-    phases: tuple[PhaseFigures, ...] = table("All phases", cards=True)  #: of the former study, by row
-    #: between dictionaries of a row
-    transfer: tuple[TransferFigures, ...] = table(
-        "What dictionaries share",
-        "Pairs: mean cosine or correlation of the one-to-one pairs of features with the largest sum. Square "
-        "brackets: 95 % intervals over features.",
-    )
-    #: of texts
-    tracking: tuple[TrackingFigures, ...] = table(
-        "Texts followed through the layers",
-        "Output: what the model writes after the prompt. The strongest chains of features, from layer to layer to the "
-        "answer, are measured: one holds if setting each feature to zero takes more from the next one than each of "
-        "five random active features does, at equal dose, and more from the answer. A step is hurt if ablating its "
-        "features lowers its log-likelihood more than random sets.",
-    )
-    learned: tuple[LearnedFigures, ...] = table("All answers", cards=True)  #: by row, benchmark and question
-    criteria: tuple[CriterionFigures, ...] = table("Criteria of success", cards=True)  #: of success
-    #: of finished units
-    resources: tuple[ResourceFigures, ...] = table(
-        "What it took",
-        "Time and memory: of the process that finished the unit. A dash: not measured, or none.",
-    )
-    failures: tuple[UnitState, ...] = table("What is not done", cards=True)  #: units that are not done
+    models: tuple[ModelFigures, ...]  #: the rows
+    baselines: tuple[BaselineFigures, ...]  #: before anything is changed
+    dictionaries: tuple[DictionaryFigures, ...]  #: that were trained
+    activations: tuple[ActivationFigures, ...]  #: by model and text
+    effects: tuple[EffectFigures, ...]  #: on benchmarks
+    behaviours: tuple[BehaviourFigures, ...]  #: effects on them
+    alignment: tuple[AlignmentFigures, ...]  #: between rows
+    gates: tuple[GateFigures, ...]  #: by row and benchmark
+    domains: tuple[DomainFigures, ...]  #: features chosen on one benchmark, ablated on another
+    drivers: tuple[DriverFigures, ...]  #: of features, by row, benchmark and group
+    primitives: tuple[PrimitiveFigures, ...]  #: groups of features, by row and benchmark
+    labels: tuple[LabelFigures, ...]  #: of items, by row and benchmark
+    associations: tuple[AssociationFigures, ...]  #: of tested features with labels
+    problems: tuple[ProblemFigures, ...]  #: the same problem in every row
+    phases: tuple[PhaseFigures, ...]  #: of the former study, by row
+    transfer: tuple[TransferFigures, ...]  #: between dictionaries of a row
+    tracking: tuple[TrackingFigures, ...]  #: of texts
+    learned: tuple[LearnedFigures, ...]  #: by row, benchmark and question
+    criteria: tuple[CriterionFigures, ...]  #: of success
+    failures: tuple[UnitState, ...]  #: units that are not done
 
 
-SHEETS = {
-    field.name: Sheet(get_args(get_type_hints(StudyFigures)[field.name])[0], **field.metadata)
-    for field in dataclasses.fields(StudyFigures)
-    if field.metadata
+TABLES: Mapping[str, type[Figures]] = {  # field of ``StudyFigures`` -> class of its rows
+    field: get_args(hint)[0]
+    for field, hint in get_type_hints(StudyFigures).items()
+    if field not in ("fingerprint", "rules")
 }

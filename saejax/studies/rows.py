@@ -6,7 +6,7 @@ takes them. Flags of the study's own command line come after those of every file
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -60,18 +60,13 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read_row(file: Path, common: Sequence[str]) -> StudyRow:
-    argv = (f"--flagfile={file}", *common)
-    values = stage_flags()
-    configs = _naming(file, lambda: read_configs(values, ["row", *argv]))
+    argv, values = (f"--flagfile={file}", *common), stage_flags()
+    try:
+        configs = read_configs(values, ["row", *argv])
+    except (flags.Error, UserError) as error:
+        message = flag_error(error) if isinstance(error, flags.Error) else str(error)
+        raise UserError(f"row {file.stem} ({file}): {message}") from None
     for name in ("workdir", "take_over", "unit", "help"):
         if values[name].present:
             raise UserError(f"{file}: --{name} is no flag of a row: a row works in a folder of the study")
     return StudyRow(file.stem, argv, configs)
-
-
-def _naming(file: Path, read: Callable[[], Configs]) -> Configs:
-    try:
-        return read()
-    except (flags.Error, UserError) as error:
-        message = flag_error(error) if isinstance(error, flags.Error) else str(error)
-        raise UserError(f"row {file.stem} ({file}): {message}") from None

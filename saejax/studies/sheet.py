@@ -1,11 +1,12 @@
 """A table of a study's report: a list of figures, shown on the page, and as CSV beside it.
 
 The class of a row says how it is shown: a field made by ``column`` or ``joined`` is a column of the table, in the order
-of fields; others are in the files alone. A field of ``StudyFigures`` made by ``table`` is a table.
+of fields; others are in the files alone.
 """
 
 import csv
 import dataclasses
+import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, dataclass_transform, get_args, get_type_hints
@@ -38,25 +39,33 @@ def joined(heading: str, show: Callable[[Any], str], words: bool = False) -> Any
     return dataclasses.field(metadata=dict(heading=heading, show=show, words=words))
 
 
-def table(caption: str, note: str = "", cards: bool = False) -> Any:
-    """Return a dataclass field, a tuple of rows, that is a table.
-
-    Args:
-      caption: what it shows.
-      note: a line below.
-      cards: whether rows become cards on a narrow screen, which suits a few columns of words.
-    """
-    return dataclasses.field(metadata=dict(caption=caption, note=note, cards=cards))
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(column, joined, table))
+@dataclass_transform(frozen_default=True, field_specifiers=(column, joined))
 class Figures:
-    """A row of a table, or all tables together: its subclasses are frozen dataclasses."""
+    """A row of a table, a frozen dataclass: the docstring of a subclass is the table's caption and its note.
+
+    Its argument ``cards`` says that rows become cards on a narrow screen, which suits a few columns of words.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    _cards: ClassVar[bool]
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, cards: bool = False) -> None:
         dataclasses.dataclass(frozen=True)(cls)
+        cls._cards = cards
+
+    @classmethod
+    def table(cls, rows: Sequence[Any]) -> Table:
+        """Return the rows as text."""
+        columns, words, hints = dict[str, Callable[[Any], str]](), set(), get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if how := field.metadata:
+                is_joined = "words" in how
+                columns[how["heading"]] = how["show"] if is_joined else _shows(field.name, how["show"])
+                if how["words"] if is_joined else not _NUMBERS & {hints[field.name], *get_args(hints[field.name])}:
+                    words.add(how["heading"])
+        caption, _, note = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")
+        note = note.replace("\n", " ")
+        return Table.of(caption.removesuffix("."), [(row,) for row in rows], columns, words, cls._cards, note)
 
 
 def fill(cls: type[T], source: Any, /, **more: Any) -> T:
@@ -71,34 +80,19 @@ def fill(cls: type[T], source: Any, /, **more: Any) -> T:
     return cls(**{name: getattr(source, name) for name in names}, **more)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sheet:
-    """A table of a report."""
+def select(rows: Sequence[T], **fields: str) -> list[T]:
+    """Return the rows whose fields have these values."""
+    return [row for row in rows if all(getattr(row, name) == value for name, value in fields.items())]
 
-    row: type  #: the class of its rows
-    caption: str  #: what it shows
-    note: str  #: a line below
-    cards: bool  #: as in ``table``
 
-    def table(self, rows: Sequence[Any]) -> Table:
-        """Return the rows as text."""
-        columns, words, hints = dict[str, Callable[[Any], str]](), set(), get_type_hints(self.row)
-        for field in dataclasses.fields(self.row):
-            if how := field.metadata:
-                is_joined = "words" in how
-                columns[how["heading"]] = how["show"] if is_joined else _shows(field.name, how["show"])
-                if how["words"] if is_joined else not _NUMBERS & {hints[field.name], *get_args(hints[field.name])}:
-                    words.add(how["heading"])
-        return Table.of(self.caption, [(row,) for row in rows], columns, words, self.cards, self.note)
-
-    def csv(self, rows: Sequence[Any]) -> str:
-        """Return all fields of the rows; an interval is three columns, what is not known is empty."""
-        lines = [_flat(to_json(row)) for row in rows]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-        return text.getvalue()
+def as_csv(rows: Sequence[Figures]) -> str:
+    """Return all fields of the rows; an interval is three columns, what is not known is empty."""
+    lines = [_flat(to_json(row)) for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
 
 
 def _shows(name: str, show: Callable[[Any], str]) -> Callable[[Any], str]:

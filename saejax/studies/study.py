@@ -12,7 +12,7 @@ from saejax.studies import criteria, report
 from saejax.studies.gather import gather
 from saejax.studies.rows import StudyRow
 from saejax.studies.shares import shares
-from saejax.studies.units import ROWS, StudyUnits, UnitState
+from saejax.studies.units import ROWS, UnitState, run_rows
 
 
 def run_study_rows(
@@ -41,7 +41,7 @@ def run_study_rows(
     parts, root = shares(at_once), Workspace(workdir).root
     with hold_claim(root, f"the study in {root}", take_over):
         _write_rules(root, rows)
-        states = StudyUnits(root, rows, say, stopping, parts).run()
+        states = run_rows(root, rows, say, stopping, parts)
         mark = fingerprint([[vars(state) for state in states], list(criteria.RULES.values())])
         path = root / report.FILE
         if path.exists() and read_json(path).get("fingerprint") == mark:

@@ -1,30 +1,28 @@
-"""The units of a study's rows, each run in a process of its own: what fails stops no other row.
+"""The rows of a study at work: each is the pipeline in a process of its own, so what fails stops no other row.
 
-One after the other, or several at once, each of another row, with its share of the host. Units that read what is not
-there are not run.
+1. The first stage of every row runs before all else: what does not fit is known before hours are spent.
+2. Rows run one after the other, or several at once, each with its share of the host. A row whose units are all finished
+   takes no process. The pipeline itself goes on with units that do not read what has failed.
+3. The state of each unit is read off the row's workdir and what its process said.
 """
 
+import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NoReturn
 
 from saejax.errors import Interrupted, UserError
-from saejax.files import read_object
-from saejax.preflight.results import PreflightResults
-from saejax.results import load_results
 from saejax.runner.registry import STAGES
 from saejax.runner.stage import split_unit
 from saejax.runner.workplan import Workplan
-from saejax.runner.workspace import SUMMARY, Workspace
-from saejax.studies.progress import Key, TimeToGo
+from saejax.runner.workspace import Workspace
 from saejax.studies.results import UnitState
+from saejax.studies.row_process import RowProcess
 from saejax.studies.rows import StudyRow
 from saejax.studies.shares import Share
 from saejax.studies.sheet import duration
-from saejax.studies.unit_process import UnitProcess
 
 ROWS, LOGS = "rows", "logs"
 _CHILD = "from saejax.experiments import pipeline; pipeline()"
@@ -32,175 +30,158 @@ _LOOK_EVERY, _SAY_EVERY = 0.2, 30.0  # seconds
 _STOPPED = "what is done is kept: run the same command to go on"
 
 
-@dataclasses.dataclass
-class _Running:
-    """A unit at work."""
-
-    process: UnitProcess
-    share: Share
-    fingerprint: str
-    last_report: float = dataclasses.field(default_factory=time.monotonic)  #: when its progress was last logged
-
-
-class StudyUnits:
-    """The units of all rows.
+class RowUnits:
+    """The units of a row, and the processes that make them.
 
     Args:
       root: the study's folder.
-      stopping: whether the process was asked to stop.
-      shares: parts of the host; so many units run at once, each of another row.
+      row: the row.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        rows: Sequence[StudyRow],
-        say: Callable[[str], None],
-        stopping: Callable[[], bool],
-        shares: Sequence[Share] = (Share(),),
-    ):
-        self._root, self._say, self._stopping = root, say, stopping
-        self._rows = {row.name: row for row in rows}
-        self._plans = {row.name: Workplan(row.configs) for row in rows}
-        self._states: dict[Key, UnitState] = {}
-        self._waiting: list[Key] = []
-        self._running: dict[Key, _Running] = {}
-        self._shares = list(shares)  # those that are free
-        self._time = TimeToGo(len(shares))
-
-    def run(self) -> list[UnitState]:
-        """Run what is not finished, the first stage of every row before all else.
-
-        Returns:
-          How they ended, row by row.
-
-        Raises:
-          Interrupted: asked to stop; the units at work have saved what they had.
-        """
-        every = self._every()
-        self._waiting = list(every)
+    def __init__(self, root: Path, row: StudyRow):
+        self.name, self.workspace = row.name, Workspace(root / ROWS / row.name)
+        self._root, self._row, self._plan = root, row, Workplan(row.configs)
+        self._asked: Sequence[str] = ()  # units that the process at work may make
+        self._reasons: dict[str, str] = {}  # unit -> why it failed
+        self._was_killed = False
+        self._bad_settings = ""
         try:
-            while self._waiting or self._running:
-                if self._stopping():
-                    self._interrupt()
-                while self._shares and (key := self._next()):
-                    self._waiting.remove(key)
-                    self._begin(key)
-                self._look()
-        finally:
-            for running in self._running.values():
-                running.process.ask_to_stop()
-            for running in self._running.values():
-                running.process.ended(within=None)
-        unread = [state for key, state in self._states.items() if key not in every]
-        return unread + [self._states[key] for key in every]
+            units = {unit: stage.first for stage in STAGES.values() for unit in stage.units(row.configs)}
+        except UserError as error:  # such as a file of prompts that is not there
+            self._bad_settings, units = str(error), {}
+        self._units, self._first = list(units), [unit for unit, is_first in units.items() if is_first]
 
-    def _every(self) -> list[Key]:
-        every: list[Key] = []
-        for row in self._rows.values():
-            try:
-                units = [unit for stage in STAGES.values() for unit in stage.units(row.configs)]
-            except UserError as error:  # such as a file of prompts that is not there
-                key = (row.name, "settings")
-                self._states[key] = UnitState(*key, "failed", str(error), "", "")
-                self._say(f"{row.name}: {error}")
-            else:
-                every += [(row.name, unit) for unit in units]
-        return sorted(every, key=lambda key: not _is_first(key[1]))
+    def left(self, first: bool) -> list[str]:
+        """Return units, of the first stage or all, that are not done, have not failed, and read what is there."""
+        left = [state.unit for state in self.states() if state.state == "failed" and not state.reason]
+        return [unit for unit in left if not first or unit in self._first]
 
-    def _next(self) -> Key | None:
-        """Return the first unit that waits whose row has none at work."""
-        busy = {row for row, _ in self._running}
-        return next((key for key in self._waiting if key[0] not in busy), None)
+    def start(self, first: bool, share: Share) -> RowProcess:
+        """Start a process that makes the unit of the first stage, or all units that can be made."""
+        # What was killed, as for want of memory, would be so again: the others are made one by one.
+        is_single = first or self._was_killed
+        self._asked = self.left(first)[:1] if is_single else self._units
+        only = [f"--unit={unit}" for unit in self._asked] if is_single else []
+        options = [f"--workdir={self.workspace.root}", "--keep_going", *only]
+        command = [sys.executable, "-c", _CHILD, *options, *self._row.argv]
+        return RowProcess(command, self._root / LOGS / f"{self.name}.log", share)
 
-    def _begin(self, key: Key) -> None:
-        """Start a unit, unless it is finished or cannot run."""
-        row, unit = key
-        plan, workspace = self._plans[row], Workspace(self._root / ROWS / row)
-        firsts = [first for name, first in self._states if name == row and _is_first(first)]
+    def end(self, process: RowProcess) -> dict[str, str]:
+        """Return the units that have failed in a process that has ended, and why."""
+        failed = process.failed_units()
+        left = [unit for unit in self.left(False) if unit in self._asked and unit not in failed]
+        # A process that is killed has not come to what follows the unit at work.
+        self._was_killed |= process.was_killed
+        failed |= dict.fromkeys(left[:1] if process.was_killed else left, process.why_it_failed())
+        self._reasons |= failed
+        return failed
+
+    def is_claimed(self) -> bool:
+        """Return whether a process makes a unit: a child of a study that was killed saves before it ends."""
+        with contextlib.suppress(UserError):  # ``states`` says what cannot be read
+            return any(self.workspace.is_claimed(unit, self._plan.fingerprint(unit)) for unit in self._units)
+        return False
+
+    def states(self) -> list[UnitState]:
+        """Return the state of every unit; one that is left to do counts as failed without a reason."""
+        if self._bad_settings:
+            return [UnitState(self.name, "settings", "failed", self._bad_settings, "", "")]
+        states: dict[str, UnitState] = {}
+        for unit in self._units:
+            states[unit] = self._state(unit, states)
+        return list(states.values())
+
+    def _state(self, unit: str, earlier: Mapping[str, UnitState]) -> UnitState:
+        log = self.workspace.root / LOGS / f"{unit.replace('/', '-')}.log"
+        path = str(log.relative_to(self._root)) if log.exists() else ""
+        state = UnitState(self.name, unit, "failed", self._reasons.get(unit, ""), path, "")
         try:
-            for need in [*firsts, *(split_unit(need)[0] for need in plan.needs(unit))]:
-                if (row, need) not in self._states or self._states[row, need].state != "done":
-                    return self._ended(key, "not run", f"{need} is not done")
-            mark = plan.fingerprint(unit)
+            needs = [] if unit in self._first else [*self._first, *map(_whole, self._plan.needs(unit))]
+            for need in needs:
+                if need not in earlier or earlier[need].state != "done":
+                    return dataclasses.replace(state, state="not run", reason=f"{need} is not done", log="")
+            state = dataclasses.replace(state, fingerprint=self._plan.fingerprint(unit))
+            if self._plan.is_done(self.workspace, unit):
+                self.workspace.point(unit, state.fingerprint)
+                return dataclasses.replace(state, state="done", reason="")
         except UserError as error:
-            return self._ended(key, "failed", str(error))
-        if plan.is_done(workspace, unit):
-            workspace.point(unit, mark)
-            return self._ended(key, "done", mark=mark, ran=self._log(key).exists())
-        self._wait_for(workspace, row, unit, mark)
-        command = [sys.executable, "-c", _CHILD, f"--workdir={workspace.root}", f"--unit={unit}", *self._rows[row].argv]
-        done, units = sum(state.state == "done" for state in self._states.values()), len(self._states)
-        share = self._shares.pop()
-        self._running[key] = _Running(UnitProcess(command, self._log(key), share), share, mark)
-        about = f"{done} of {units + len(self._running) + len(self._waiting)} units done"
-        self._say(f"{row}  {unit}: started; {about}, {self._left()} to go")
-
-    def _look(self) -> None:
-        """Take the units that have ended, and log the progress of the others now and then."""
-        for key, running in list(self._running.items()):
-            if running.process.ended(_LOOK_EVERY / len(self._running)):
-                self._take(key)
-            elif time.monotonic() - running.last_report > _SAY_EVERY:
-                running.last_report = time.monotonic()
-                last = running.process.last_line or f"{key[1]}: starting"
-                self._say(f"{key[0]}  {last}; {self._left()} to go in all")
-
-    def _take(self, key: Key) -> None:
-        """Note how a unit's process ended."""
-        running = self._running.pop(key)
-        self._shares.append(running.share)
-        if why := running.process.why_it_failed():
-            self._ended(key, "failed", why, running.fingerprint, ran=True)
-        else:
-            self._say(f"{key[0]}  {key[1]}: done in {duration(running.process.seconds)}")
-            self._ended(key, "done", mark=running.fingerprint, ran=True)
-
-    def _ended(
-        self, key: Key, state: Literal["done", "failed", "not run"], why: str = "", mark: str = "", ran: bool = False
-    ) -> None:
-        if state == "failed":
-            self._say(f"{key[0]}  {key[1]}: failed: {why}")
-        log = str(self._log(key).relative_to(self._root)) if ran else ""
-        self._states[key] = UnitState(*key, state, why, log, mark)
-        self._learn(key)
-
-    def _learn(self, key: Key) -> None:
-        """Record the unit's duration and, after preflight, the durations to expect of the row."""
-        units = [unit for row, unit in (*self._states, *self._running, *self._waiting) if row == key[0]]
-        if self._states[key].state == "done":
-            folder = self._root / ROWS / key[0] / key[1]
-            if _is_first(key[1]):
-                results = load_results(folder)
-                self._time.expect(key[0], units, results.seconds or {} if isinstance(results, PreflightResults) else {})
-            self._time.took(*key, read_object(folder / SUMMARY, "seconds")["seconds"])
-        elif _is_first(key[1]):  # nothing of this row will run
-            self._time.expect(key[0], units, dict.fromkeys(STAGES, 0.0))
-
-    def _left(self) -> str:
-        """Return in words how long all units still take."""
-        elapsed = {key: running.process.seconds for key, running in self._running.items()}
-        seconds = self._time.left(self._waiting, elapsed)
-        return "an unknown time" if seconds is None else duration(seconds)
-
-    def _log(self, key: Key) -> Path:
-        return self._root / LOGS / key[0] / (key[1].replace("/", "-") + ".log")
-
-    def _wait_for(self, workspace: Workspace, row: str, unit: str, mark: str) -> None:
-        """Wait until nobody makes a unit: a child of a study that was killed saves before it ends."""
-        if workspace.is_claimed(unit, mark):
-            self._say(f"{row}: waiting for another process to finish {unit} in {workspace.root}")
-        while workspace.is_claimed(unit, mark):
-            if self._stopping():
-                self._interrupt()
-            time.sleep(_LOOK_EVERY)
-
-    def _interrupt(self) -> NoReturn:
-        """End the study; the units at work are asked to save what they have."""
-        names = [", ".join(key) for key in self._running]
-        raise Interrupted(f"stopped{' in ' if names else ''}{' and in '.join(names)}; {_STOPPED}")
+            return dataclasses.replace(state, reason=str(error))
+        return state
 
 
-def _is_first(unit: str) -> bool:
-    stage = unit.partition("/")[0]
-    return stage in STAGES and STAGES[stage].first
+def _whole(need: str) -> str:
+    return split_unit(need)[0]
+
+
+def run_rows(
+    root: Path,
+    rows: Sequence[StudyRow],
+    say: Callable[[str], None],
+    stopping: Callable[[], bool],
+    shares: Sequence[Share] = (Share(),),
+) -> list[UnitState]:
+    """Run what is not finished.
+
+    Args:
+      root: the study's folder.
+      rows: what to run.
+      say: writes a line of progress.
+      stopping: whether the process was asked to stop.
+      shares: parts of the host; as many rows run at once.
+
+    Returns:
+      How all units ended, row by row.
+
+    Raises:
+      Interrupted: asked to stop; the rows at work have saved what they had.
+    """
+    every = [RowUnits(root, row) for row in rows]
+    for first in (True, False):
+        _run_side_by_side([row for row in every if row.left(first)], first, say, stopping, shares)
+    return [state for row in every for state in row.states()]
+
+
+def _run_side_by_side(
+    rows: Sequence[RowUnits],
+    first: bool,
+    say: Callable[[str], None],
+    stopping: Callable[[], bool],
+    shares: Sequence[Share],
+) -> None:
+    """Run the first stage of rows, or all of them, as many at once as there are shares."""
+    waiting, running, free, reported = list(rows), dict[RowUnits, RowProcess](), list(shares), set[RowUnits]()
+    try:
+        while waiting or running:
+            if stopping():
+                names = ", ".join(row.name for row in running)
+                raise Interrupted(f"stopped{' in ' if names else ''}{names}; {_STOPPED}")
+            claimed = {row for row in waiting if free and row.is_claimed()}
+            for row in claimed - reported:
+                say(f"{row.name}: waiting for another process in {row.workspace.root}")
+            reported |= claimed
+            for row in [row for row in waiting if row not in claimed][: len(free)]:
+                waiting.remove(row)
+                say(f"{row.name}: started, {_count_done(row)} before")
+                running[row] = row.start(first, free.pop())
+            for row, process in list(running.items()):
+                if process.ended(_LOOK_EVERY / len(running)):
+                    free.append(running.pop(row).share)
+                    for unit, why in row.end(process).items():
+                        say(f"{row.name}  {unit}: failed: {why}")
+                    say(f"{row.name}: {_count_done(row)} after {duration(process.seconds)}")
+                    waiting += [row] if row.left(first) else []
+                elif time.monotonic() - process.last_report > _SAY_EVERY:
+                    process.last_report = time.monotonic()
+                    say(f"{row.name}  {process.last_line or 'starting'}")
+            if not running and waiting:
+                time.sleep(_LOOK_EVERY)
+    finally:
+        for process in running.values():
+            process.ask_to_stop()
+        for process in running.values():
+            process.ended(within=None)
+
+
+def _count_done(row: RowUnits) -> str:
+    states = row.states()
+    return f"{sum(state.state == 'done' for state in states)} of {len(states)} units done"

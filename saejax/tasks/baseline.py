@@ -31,13 +31,11 @@ from saejax.files import read_json, write_json
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
-from saejax.models.loading import load_configured_model
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import Tokens
-from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.runner.workspace import Run
-from saejax.settings import MeshConfig, ModelConfig, TaskConfig
+from saejax.settings import ModelConfig, TaskConfig
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.behaviours import SPLITS, Prompt, PromptScore, write_prompts
 from saejax.tasks.draw import Drawn, TooFewPrompts, make_prompts
@@ -45,6 +43,7 @@ from saejax.tasks.gate import gate, none_left, write_left_out
 from saejax.tasks.likelihood import loglikelihoods
 from saejax.tasks.own_prompts import read_own_prompts
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BaselineScores, PromptExample
+from saejax.tasks.run_inputs import load_run_model
 from saejax.tasks.scoring import MIN_ACCURACY, MIN_SEPARATION, bootstrap_mean, bootstrap_separation, wilson
 
 PARTS = "parts"  # folder of behaviours that are measured, until all are
@@ -61,7 +60,7 @@ def run_baseline(run: Run) -> BaselineResults:
     """
     task = run.configs[TaskConfig]
     # The weights are loaded when prompts are there: bad prompts should not wait for a model.
-    tokenizer, model = load_tokenizer(resolve(run.configs[ModelConfig])), functools.cache(lambda: _load(run))
+    tokenizer, model = load_tokenizer(resolve(run.configs[ModelConfig])), functools.cache(lambda: load_run_model(run))
     own_prompts = read_own_prompts(task, tokenizer)
     names = (*task.behaviours, *own_prompts)
 
@@ -78,31 +77,26 @@ def run_baseline(run: Run) -> BaselineResults:
                 drawn = make_prompts(name, task.train_prompts, task.test_prompts, task.seed, tokenizer)
         except TooFewPrompts as error:
             run.say(f"{name}: not measured: {error}")
-            measured = _Measured(None, str(error))
+            measured = _Measured(str(error))
         else:
             scores = score_prompts(model(), drawn.prompts)
             result = summarize(drawn, scores, task)
-            measured = _Measured(result, None, tuple(drawn.prompts), tuple(scores))
+            measured = _Measured(result.left_out, result, tuple(drawn.prompts), tuple(scores))
             run.say(_line(name, result))
         file(name).parent.mkdir(exist_ok=True)
         write_json(file(name), to_json(measured))
 
     run.each(names, file, measure)
     measured_by_name = {name: from_json(_Measured, read_json(file(name)), file(name)) for name in names}
+    outcomes = list(measured_by_name.values())
     behaviours = {name: outcome.result for name, outcome in measured_by_name.items() if outcome.result}
-    reasons = {
-        name: outcome.result.left_out if outcome.result else outcome.too_few
-        for name, outcome in measured_by_name.items()
-    }
-    left_out = {name: why for name, why in reasons.items() if why}
-    if not behaviours and left_out:
-        shutil.rmtree(run.folder / PARTS, ignore_errors=True)
-        raise UserError(none_left(left_out))
+    left_out = {name: outcome.left_out for name, outcome in measured_by_name.items() if outcome.left_out}
     if left_out and len(left_out) == len(names):
+        if not behaviours:
+            shutil.rmtree(run.folder / PARTS, ignore_errors=True)
+            raise UserError(none_left(left_out))
         run.say(none_left(left_out))
-    prompts, scores = (
-        [each for outcome in measured_by_name.values() for each in getattr(outcome, of)] for of in ("prompts", "scores")
-    )
+    prompts, scores = ([each for some in outcomes for each in getattr(some, of)] for of in ("prompts", "scores"))
     write_prompts(run.folder / "prompts.jsonl", prompts, scores)
     # Before the parts are removed: a run that stops in between still finds them.
     write_left_out(run.folder, left_out)
@@ -112,17 +106,12 @@ def run_baseline(run: Run) -> BaselineResults:
 
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """A behaviour as one process measured it; ``too_few`` says why it was not."""
+    """A behaviour as one process measured it; without a result there are too few prompts."""
 
-    result: BaselineBehaviour | None
-    too_few: str | None
+    left_out: str | None
+    result: BaselineBehaviour | None = None
     prompts: tuple[Prompt, ...] = ()
     scores: tuple[PromptScore, ...] = ()
-
-
-def _load(run: Run) -> LanguageModel:
-    config = run.configs[ModelConfig]
-    return load_configured_model(config, make_mesh(run.configs.get(MeshConfig)))
 
 
 def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[PromptScore]:

@@ -1,7 +1,6 @@
 r"""The benchmarks: how each is read, asked and scored.
 
-- ``gsm8k``: word problems of primary school with worked solutions that end in "#### number" (Cobbe et al., 2021); as
-  multiple choice, for models too weak to answer, ``number_choices`` says among which numbers.
+- ``gsm8k``: word problems of primary school with worked solutions that end in "#### number" (Cobbe et al., 2021).
 - ``math``: competition problems whose solutions hold the answer in ``\boxed{}`` (Hendrycks et al., 2021).
 - ``logic``: multiple choice, six tasks of BIG-Bench Hard (Suzgun et al., 2022) under one name.
 - ``logiqa``: multiple choice, questions of civil service examinations (Liu et al., 2020; LogiQA 2.0, 2023).
@@ -72,22 +71,15 @@ class Benchmark:
     #: the hub's data set and its configurations whose split "train" goes with it; empty: there is none.
     training: tuple[str, tuple[str, ...]] = ("", ())
     new_tokens: int = 0  #: longest generated answer by default, in tokens; 0: none is generated
-    brief: str = ""  #: the instruction where the final answer alone is asked for; "": it always is, or never
     splits: tuple[str, ...] = TEST  #: names of the split that is asked, in local files; on the hub the first
 
 
 def _gsm8k(row: Row) -> Item:
     question, solution = (row.text(column, ("question", "answer")) for column in ("question", "answer"))
-    answer = final_number(solution)
-    if not answer:
-        raise UserError(f"{row.where}: 'answer' does not end in '#### ' and a number: fix or remove the row")
-    return Item(row.name, "", question, solution, answer)
-
-
-def final_number(solution: str) -> str:
-    """Return the number that a solution of gsm8k ends in; "" if it has no final answer."""
     _, mark, answer = solution.rpartition("####")
-    return answer.strip() if mark else ""
+    if not mark or not answer.strip():
+        raise UserError(f"{row.where}: 'answer' does not end in '#### ' and a number: fix or remove the row")
+    return Item(row.name, "", question, solution, answer.strip())
 
 
 def _math(row: Row) -> Item:
@@ -194,14 +186,13 @@ DEFINITIONS = {
         parts=("",),
         examples=500,
         shots=5,
-        scores=("generate", "choice", "likelihood"),
+        scores=("generate", "likelihood"),
         question="Question: {}\nAnswer:",
         instruction="Solve the problem step by step. End with a line that holds '#### ' and the answer as a number.",
         stop=("Question:", "</s>", "<|im_end|>"),
         parse=_gsm8k,
         training=("openai/gsm8k", ("main",)),
         new_tokens=256,
-        brief="Answer with a number alone.",
     ),
     "math": Benchmark(
         hub="HuggingFaceH4/MATH-500",

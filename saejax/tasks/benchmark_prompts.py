@@ -15,7 +15,7 @@ from typing import Any
 from saejax.errors import UserError
 from saejax.models.tokens import encode
 from saejax.settings import TaskConfig
-from saejax.tasks.benchmark_definitions import Item, definition, final_number, way
+from saejax.tasks.benchmark_definitions import Item, definition
 
 _ENDS = "\n\n"  # between worked examples
 
@@ -28,7 +28,6 @@ class Prompter:
     shots: int  #: worked examples before each question
     chat: bool  #: whether the prompt is put into the chat template
     tokenizer: Any  #: of the model
-    brief: bool = False  #: whether the final answer alone is asked for, where a worked solution could be
 
     @property
     def delimiter(self) -> str:
@@ -39,9 +38,6 @@ class Prompter:
         """Return the text before the answer to a question."""
         benchmark = definition(self.name)
         shown = _examples(self.name, item.task)[: self.shots]
-        if self.brief:
-            # Worked solutions would teach the model to go on with steps where a number alone is asked for.
-            shown = [(question, final_number(answer)) for question, answer in shown]
         if not self.chat:
             worked = "".join(f"{benchmark.question.format(question)} {answer}{_ENDS}" for question, answer in shown)
             return worked + benchmark.question.format(item.question)
@@ -50,8 +46,7 @@ class Prompter:
             messages += [dict(role="user", content=question), dict(role="assistant", content=answer)]
         messages.append(dict(role="user", content=item.question))
         # Not as a system message, which some templates do not have.
-        instruction = benchmark.brief if self.brief else benchmark.instruction
-        messages[0]["content"] = f"{instruction}\n\n{messages[0]['content']}"
+        messages[0]["content"] = f"{benchmark.instruction}\n\n{messages[0]['content']}"
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def encode(self, text: str) -> list[int]:
@@ -74,8 +69,7 @@ def make_prompter(name: str, task: TaskConfig, tokenizer: Any) -> Prompter:
         raise UserError(
             "--task.chat_template: the model's tokenizer has no chat template (base models have none): leave it out"
         )
-    brief = way(name, task) == "choice" and bool(benchmark.brief)
-    return Prompter(name, shots, task.chat_template, tokenizer, brief)
+    return Prompter(name, shots, task.chat_template, tokenizer)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Scoring of benchmarks: the model's answer to each item, and the figures over all items.
+"""The stage ``benchmark``: the model's answer to each item of a benchmark, and the figures over all items.
 
 - ``generate``: greedy answers, right by exact match (``answers``), under a strict and a flexible rule.
 - ``choice``: every choice is scored by its log-likelihood after the prompt. The model's answer is the likeliest one
@@ -6,30 +6,86 @@
   accuracies acc and acc_norm.
 - ``likelihood``: log-likelihood per token of the reference solution, and the share of its tokens that were the
   likeliest where they stand. It tells models apart that are too weak to generate a right answer.
+
+A batch of items is an item of ``Run.each``: its rows are kept as soon as they are there, and put together at the end.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+import functools
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from saejax.errors import UserError
+from saejax.errors import Interrupted, UserError
+from saejax.files import read_lines, write_lines
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.models.tokens import pad
-from saejax.results import Interval
+from saejax.results import Interval, from_json, to_json
+from saejax.runner.workspace import Run
 from saejax.settings import TaskConfig
 from saejax.tasks.answers import Verdict, formula_verdicts, number_verdicts
 from saejax.tasks.benchmark_definitions import Item, answer_tokens, definition, way
 from saejax.tasks.benchmark_prompts import Prompter, make_prompter
+from saejax.tasks.benchmarks import origin, read_items
 from saejax.tasks.likelihood import Likelihood, encode_pair, loglikelihoods
 from saejax.tasks.results import BenchmarkResults, ChoiceScores, UnparsedExample
-from saejax.tasks.scored_items import ChosenItem, GeneratedItem, ReferenceItem, ScoredItem
+from saejax.tasks.run_inputs import load_run_model
+from saejax.tasks.scored_items import WAYS, ChosenItem, GeneratedItem, ReferenceItem, ScoredItem
 from saejax.tasks.scoring import bootstrap_mean, wilson
 
+FILE, BATCHES = "items.jsonl", "batches"
+_ITEMS = 64  # scored by log-likelihood between two writings
 _VERDICTS: dict[str, Callable[[str, str], dict[str, Verdict]]] = dict(gsm8k=number_verdicts, math=formula_verdicts)
 _SHOWN = 3  # answers without a final answer that are shown
 _TEXT = 300  # characters of them, from the end
+
+
+def run_benchmark(run: Run) -> BenchmarkResults:
+    """Score the model on the benchmark named ``run.name``; write ``items.jsonl``, a line per item.
+
+    Raises:
+      UserError: the items or the model cannot be read, an item is longer than the model's context, or a setting does
+        not fit.
+      Interrupted: asked to stop; finished items are kept.
+    """
+    name, task = run.name, run.configs[TaskConfig]
+    items = read_items(name, task)
+    scored = way(name, task)
+    # Generation takes long, so each of its batches is kept; log-likelihoods are grouped by length over more items.
+    step = task.batch if scored == "generate" else _ITEMS
+    starts = range(0, len(items), step)
+    (run.folder / BATCHES).mkdir(exist_ok=True)
+
+    def file(first: int) -> Path:
+        # With the step in its name, as batches of another size hold other items.
+        return run.folder / BATCHES / f"{step}-{first}.jsonl"
+
+    def done() -> str:
+        return f"{sum(len(items[first : first + step]) for first in starts if file(first).exists())} of {len(items)}"
+
+    # Loaded when a batch is left to do: a run that is continued at its end needs no model.
+    lm = functools.cache(lambda: load_run_model(run))
+
+    def score(first: int) -> None:
+        if run.stopping():
+            raise Interrupted(f"{name}: stopped after {done()} items, which are kept")
+        rows = score_items(lm(), name, items[first : first + step], task)
+        write_lines(file(first), map(to_json, rows))
+        if run.share.leads:
+            run.say(f"{done()} items")
+
+    if any(file(first).exists() for first in starts):
+        run.say(f"{done()} items were done before")
+    run.each(starts, file, score)
+    rows = [from_json(WAYS[scored], row, file(first)) for first in starts for row in read_lines(file(first))]
+    write_lines(run.folder / FILE, map(to_json, rows))
+    results = summarize(name, rows, task, str(origin(name, task)))
+    run.say(line(results))
+    shutil.rmtree(run.folder / BATCHES)
+    return results
 
 
 def score_items(
@@ -56,80 +112,62 @@ def score_items(
     Raises:
       UserError: a prompt and its answer are longer than the model's context, or an option does not fit.
     """
-    prompter = make_prompter(name, task, lm.tokenizer)
-    ways: dict[str, Callable[..., Sequence[ScoredItem]]]
-    ways = dict(generate=_generate, choice=_choose, likelihood=_reference)
-    score, prompts = ways[scored or way(name, task)], [prompter.prompt(item) for item in items]
-    return [*score(lm, _ScoringRequest(prompter, items, prompts, task, tuple(edits)))] if items else []
+    prompter, scored, edits = make_prompter(name, task, lm.tokenizer), scored or way(name, task), tuple(edits)
+    if not items:
+        return []
+    prompts = [prompter.prompt(item) for item in items]
+    about = [(item.id, item.task, prompt, item.answer) for item, prompt in zip(items, prompts, strict=True)]
+    if scored == "generate":
+        return [*_generate(lm, prompter, items, about, task, edits)]
+    # Choices, or solutions, of all items in one list: batches are filled across items.
+    answers = [item.choices if scored == "choice" else (item.solution,) for item in items]
+    pairs = [
+        encode_answer(lm, prompter, item, prompt, answer)
+        for item, prompt, of_item in zip(items, prompts, answers, strict=True)
+        for answer in of_item
+    ]
+    likelihoods = iter(loglikelihoods(lm, [context for context, _ in pairs], [answer for _, answer in pairs], edits))
+    make = _choose if scored == "choice" else _reference
+    return [
+        make(item, fields, [next(likelihoods) for _ in of_item])
+        for item, fields, of_item in zip(items, about, answers, strict=True)
+    ]
 
 
-class _ScoringRequest(NamedTuple):
-    """Items to score, with their prompts and settings."""
-
-    prompter: Prompter
-    items: Sequence[Item]
-    prompts: Sequence[str]
-    task: TaskConfig
-    edits: tuple[Edit, ...]
-
-    def each(self) -> list[tuple[Item, tuple[str, str, str, str]]]:
-        """Return every item with the fields of its ``ScoredItem``."""
-        pairs = zip(self.items, self.prompts, strict=True)
-        return [(item, (item.id, item.task, prompt, item.answer)) for item, prompt in pairs]
+_About = tuple[str, str, str, str]  # fields of a ``ScoredItem``
 
 
-def _generate(lm: LanguageModel, request: _ScoringRequest) -> list[GeneratedItem]:
-    prompter, task = request.prompter, request.task
-    benchmark, ids = definition(prompter.name), [prompter.encode(prompt) for prompt in request.prompts]
-    most = answer_tokens(prompter.name, task)
-    for item, prompt_ids in zip(request.items, ids):
+def _generate(
+    lm: LanguageModel,
+    prompter: Prompter,
+    items: Sequence[Item],
+    about: Sequence[_About],
+    task: TaskConfig,
+    edits: Sequence[Edit],
+) -> Iterator[GeneratedItem]:
+    ids, most = [prompter.encode(prompt) for _, _, prompt, _ in about], answer_tokens(prompter.name, task)
+    for item, prompt_ids in zip(items, ids, strict=True):
         _check_length(lm, prompter, item, len(prompt_ids), most, " or --task.max_new_tokens")
-    rows = []
     for first in range(0, len(ids), task.batch):
         batch = slice(first, first + task.batch)
-        answers = lm.generate(pad(ids[batch]), most, stop=benchmark.stop, edits=request.edits)
-        for (item, about), answer in zip(request.each()[batch], answers, strict=True):
+        answers = lm.generate(pad(ids[batch]), most, stop=definition(prompter.name).stop, edits=edits)
+        for item, fields, answer in zip(items[batch], about[batch], answers, strict=True):
             verdicts = _VERDICTS[prompter.name](answer.text, item.answer)
-            rows.append(GeneratedItem(*about, answer.text, answer.finished, verdicts["strict"], verdicts["flexible"]))
-    return rows
+            yield GeneratedItem(*fields, answer.text, answer.finished, verdicts["strict"], verdicts["flexible"])
 
 
-def _choose(lm: LanguageModel, request: _ScoringRequest) -> list[ChosenItem]:
-    choices = [
-        (item, prompt, choice) for item, prompt in zip(request.items, request.prompts) for choice in item.choices
-    ]
-    scored = iter(_scored(lm, request, choices))
-    rows = []
-    for item, about in request.each():
-        # All choices of all items in one list: batches are filled across items.
-        totals = [next(scored).total for _ in item.choices]
-        # By character, not by token, so that figures of models with other vocabularies compare.
-        per_character = [total / len(choice) for total, choice in zip(totals, item.choices)]
-        chosen = (item.choices[int(np.argmax(scores))] for scores in (totals, per_character))
-        verdicts = (Verdict(choice, choice == item.answer) for choice in chosen)
-        rows.append(ChosenItem(*about, item.choices, totals, *verdicts))
-    return rows
+def _choose(item: Item, about: _About, likelihoods: Sequence[Likelihood]) -> ChosenItem:
+    totals = [likelihood.total for likelihood in likelihoods]
+    # By character, not by token, so that figures of models with other vocabularies compare.
+    per_character = [total / len(choice) for total, choice in zip(totals, item.choices, strict=True)]
+    chosen = (item.choices[int(np.argmax(scores))] for scores in (totals, per_character))
+    return ChosenItem(*about, item.choices, totals, *(Verdict(choice, choice == item.answer) for choice in chosen))
 
 
-def _reference(lm: LanguageModel, request: _ScoringRequest) -> list[ReferenceItem]:
-    solutions = [(item, prompt, item.solution) for item, prompt in zip(request.items, request.prompts)]
-    return [
-        ReferenceItem(
-            *about,
-            solution=item.solution,
-            tokens=likelihood.tokens,
-            log_likelihood=likelihood.total,
-            log_likelihood_per_token=likelihood.per_token,
-            token_accuracy=likelihood.correct_tokens / likelihood.tokens,
-        )
-        for (item, about), likelihood in zip(request.each(), _scored(lm, request, solutions), strict=True)
-    ]
-
-
-def _scored(lm: LanguageModel, request: _ScoringRequest, answers: Sequence[tuple[Item, str, str]]) -> list[Likelihood]:
-    """Return the log-likelihood of each answer after its item's prompt."""
-    pairs = [encode_answer(lm, request.prompter, *answer) for answer in answers]
-    return loglikelihoods(lm, [context for context, _ in pairs], [answer for _, answer in pairs], request.edits)
+def _reference(item: Item, about: _About, likelihoods: Sequence[Likelihood]) -> ReferenceItem:
+    (likelihood,) = likelihoods
+    share = likelihood.correct_tokens / likelihood.tokens
+    return ReferenceItem(*about, item.solution, likelihood.tokens, likelihood.total, likelihood.per_token, share)
 
 
 def encode_answer(

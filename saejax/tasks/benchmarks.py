@@ -1,18 +1,15 @@
 """Items of benchmarks: read from the hub or from local files, and chosen by seed."""
 
-import dataclasses
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
 
 from saejax.errors import UserError
 from saejax.runner.workspace import fingerprint
 from saejax.settings import TaskConfig
-from saejax.tasks.benchmark_definitions import Item, definition, way
+from saejax.tasks.benchmark_definitions import Item, definition
 from saejax.tasks.benchmark_files import TRAIN, Origin, find, training_files
 from saejax.tasks.hub import hub_configurations
-from saejax.tasks.number_choices import number_choices, plain_number
 
 
 def origin(name: str, task: TaskConfig) -> Origin:
@@ -62,8 +59,6 @@ def read_items(name: str, task: TaskConfig) -> list[Item]:
     """
     benchmark, source = definition(name), origin(name, task)
     items = [benchmark.parse(row) for row in source.rows()]
-    if way(name, task) == "choice":
-        items = _with_choices(items)
     wanted = task.examples or benchmark.examples
     if len(items) < wanted:
         reason = "were asked for" if task.examples else f"are asked by default of {name}"
@@ -72,17 +67,6 @@ def read_items(name: str, task: TaskConfig) -> list[Item]:
     # By the benchmark's name, so that its items do not depend on which others are asked; ``hash`` differs by process.
     rng = np.random.default_rng((task.seed, zlib.crc32(name.encode())))
     return [items[i] for i in rng.permutation(len(items))[:wanted]]
-
-
-def _with_choices(items: Sequence[Item]) -> list[Item]:
-    """Return items as multiple choice: an item without choices gets numbers to choose among."""
-    without_choices = [item for item in items if not item.choices]
-    right = [plain_number(item.answer, item.id) for item in without_choices]
-    with_choices = {
-        item.id: dataclasses.replace(item, answer=answer, solution=answer, choices=choices)
-        for item, answer, choices in zip(without_choices, right, number_choices(right), strict=True)
-    }
-    return [with_choices.get(item.id, item) for item in items]
 
 
 def training_items(name: str, task: TaskConfig) -> list[Item]:

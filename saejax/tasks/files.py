@@ -70,16 +70,12 @@ def text_lines(file: IO[bytes], path: Path) -> Iterator[str]:
     """Return the lines of a UTF-8 file, one after the other; a ``UserError`` says where it is none."""
     read = 0
     for line in file:
-        yield _line(line.removesuffix(b"\n"), read, path)
+        try:
+            # A mark of byte order can only be in the first line.
+            yield line.removesuffix(b"\n").decode("utf-8" if read else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, read + error.start) from None
         read += len(line)
-
-
-def _line(line: bytes, start: int, path: Path) -> str:
-    try:
-        # A mark of byte order can only be in the first line.
-        return line.decode("utf-8" if start else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, start + error.start) from None
 
 
 def _not_utf8(path: Path, byte: int) -> UserError:

@@ -39,11 +39,6 @@ class Likelihood:
     correct_tokens: int  #: how many of them had the highest logit of all where they stand
 
     @property
-    def greedy(self) -> bool:
-        """True if greedy decoding from the context gives the continuation."""
-        return self.correct_tokens == self.tokens
-
-    @property
     def per_token(self) -> float:
         """Nats per token."""
         return self.total / self.tokens
@@ -94,8 +89,15 @@ def loglikelihoods(
         fit, or a log-likelihood is not finite.
     """
     pairs = [(list(context), list(continuation)) for context, continuation in zip(contexts, continuations, strict=True)]
-    for number, pair in enumerate(pairs):
-        _check(number, *pair, lm.config.context)
+    for number, (context, continuation) in enumerate(pairs):
+        for name, ids in (("context", context), ("continuation", continuation)):
+            if not ids:
+                raise UserError(f"{name} {number} has no tokens: expected at least one")
+        if len(context) + len(continuation) > lm.config.context:
+            raise UserError(
+                f"context {number} has {len(context)} tokens and its continuation {len(continuation)}, together more "
+                f"than the model's context of {lm.config.context}: shorten it"
+            )
     by_pair: dict[int, Likelihood] = {}
     # Longest first: pairs of like length share a batch, and what needs the most memory comes first.
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]), reverse=True)
@@ -121,17 +123,6 @@ def loglikelihoods(
     return [by_pair[number] for number in range(len(pairs))]
 
 
-def _check(number: int, context: Sequence[int], continuation: Sequence[int], limit: int) -> None:
-    for name, ids in (("context", context), ("continuation", continuation)):
-        if not ids:
-            raise UserError(f"{name} {number} has no tokens: expected at least one")
-    if len(context) + len(continuation) > limit:
-        raise UserError(
-            f"context {number} has {len(context)} tokens and its continuation {len(continuation)}, together more than "
-            f"the model's context of {limit}: shorten it"
-        )
-
-
 def batch_shape(longest: int, left: int, limit: int, data: int, batch_tokens: int = BATCH_TOKENS) -> tuple[int, int]:
     """Return the rows and the length of a forward pass.
 
@@ -143,14 +134,9 @@ def batch_shape(longest: int, left: int, limit: int, data: int, batch_tokens: in
       batch_tokens: as for ``loglikelihoods``.
     """
     length = min(round_length(longest), limit)
-    return _rows(batch_tokens // length, left, data), length
-
-
-def _rows(fitting: int, left: int, data: int) -> int:
-    """Return the rows of a batch: those that fit, at most double those left, and a multiple of the data axis."""
-    # A power of two for the rest, so that its size is seldom a new one.
-    count = max(1, min(fitting, 1 << (left - 1).bit_length()))
-    return -(-count // data) * data
+    # At most double those that are left: a power of two, so that the size of the rest is seldom a new one.
+    count = max(1, min(batch_tokens // length, 1 << (left - 1).bit_length()))
+    return -(-count // data) * data, length
 
 
 def _score(

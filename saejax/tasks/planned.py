@@ -19,7 +19,6 @@ from saejax.tasks.benchmark_definitions import answer_tokens, definition, way
 from saejax.tasks.benchmark_prompts import worked_examples
 from saejax.tasks.own_prompts import count_behaviours
 
-PROMPT = 16  # tokens: the behaviours' prompts have 7 to 32
 QUESTION = 1000  # characters of the longest questions of a batch
 PER_TOKEN = 3  # characters: worked solutions are mostly numbers
 

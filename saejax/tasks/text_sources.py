@@ -16,9 +16,9 @@ import hashlib
 import itertools
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from saejax.errors import UserError
 from saejax.settings import BENCHMARKS, CorpusConfig, TaskConfig
@@ -41,67 +41,44 @@ _COMPRESSION = 3  # characters of text for a byte of a compressed file, roughly
 Text = tuple[str, str]  # the text, and its group or ""
 
 
-class TextSource(Protocol):
+@dataclasses.dataclass(frozen=True)
+class TextSource:
     """One part of ``--corpus.path``."""
 
-    @property
-    def name(self) -> str:
-        """Return a short name, without a slash."""
-
-    def identity(self) -> str:
-        """Return a hash, 16 hexadecimal digits, of what its texts depend on."""
-
-    def texts(self) -> Iterator[Text]:
-        """Yield its documents one at a time, each with its group or "".
-
-        Raises:
-          UserError: a document is malformed or cannot be read.
-        """
-
-    def characters(self) -> int:
-        """Return an estimate of its number of characters; 0 if unknown."""
+    name: str  #: short, without a slash, for groups and messages
+    identity: Callable[[], str]  #: returns a hash, 16 hexadecimal digits, of what its texts depend on
+    #: yields its documents one at a time, each with its group or ""; a ``UserError`` says which is malformed.
+    texts: Callable[[], Iterator[Text]]
+    characters: Callable[[], int] = lambda: 0  #: estimates its number of characters; 0 if unknown
 
 
-@dataclasses.dataclass(frozen=True)
-class FileText:
-    """A file; its identity is of its content alone."""
+def file_source(path: Path, field: str) -> TextSource:
+    """Return the text of a file; its identity is of its content alone."""
 
-    path: Path
-    field: str
-
-    @property
-    def name(self) -> str:
-        """Return the name of the source in groups and messages."""
-        return self.path.name.partition(".")[0]
-
-    def identity(self) -> str:
-        """Return a hash of what its texts depend on."""
-        kind = next(ending for ending in _FORMATS if self.path.name.endswith(ending)).split(".")[1]
+    def identity() -> str:
+        kind = next(ending for ending in _FORMATS if path.name.endswith(ending)).split(".")[1]
         # A .txt file has no fields, and the usual one needs no mention.
-        field = "" if self.field == "text" or kind == "txt" else self.field
+        named = "" if field == "text" or kind == "txt" else field
         state = None
         with contextlib.suppress(OSError):  # ``_hash`` opens the file and reports the error
-            status = self.path.stat()
+            status = path.stat()
             # Large files are hashed once per process, unless they have changed.
             state = status.st_size, status.st_mtime_ns, status.st_ino
-        return _hash(self.path, kind.encode() + b"\0" + field.encode(), state)
+        return _hash(path, kind.encode() + b"\0" + named.encode(), state)
 
-    def characters(self) -> int:
-        """Return an estimate of its number of characters; 0 if unknown."""
-        return self.path.stat().st_size * (1 if self.path.suffix in (".jsonl", ".txt", ".arrow") else _COMPRESSION)
-
-    def texts(self) -> Iterator[Text]:
-        """Yield its texts, each with its group."""
-        path = self.path
+    def texts() -> Iterator[Text]:
         with _opened(path) as file:
             if path.name.endswith(".txt"):
                 yield from ((piece, "") for piece in _paragraphs(text_lines(file, path)))
             elif path.name.endswith((".parquet", ".arrow")):
                 for number, row in enumerate(table_rows(path, file), start=1):
-                    yield _text_of(row, self.field, f"{path}, row {number}")
+                    yield _text_of(row, field, f"{path}, row {number}")
             else:
-                for number, record in json_lines(text_lines(file, path), path, f'{{"{self.field}": "..."}}'):
-                    yield _text_of(record, self.field, f"{path}, line {number}")
+                for number, record in json_lines(text_lines(file, path), path, f'{{"{field}": "..."}}'):
+                    yield _text_of(record, field, f"{path}, line {number}")
+
+    scale = 1 if path.suffix in (".jsonl", ".txt", ".arrow") else _COMPRESSION
+    return TextSource(path.name.partition(".")[0], identity, texts, lambda: path.stat().st_size * scale)
 
 
 def _opened(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
@@ -129,65 +106,45 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
             paragraph = []
 
 
-@dataclasses.dataclass(frozen=True)
-class HubText:
-    """A split of a data set of the hub, from its front: so many characters, or 0 for all."""
+def hub_source(hub: str, configuration: str, revision: str, split: str, field: str, most: int) -> TextSource:
+    """Return a split of a data set of the hub, read from its front.
 
-    hub: str
-    configuration: str
-    revision: str
-    split: str
-    field: str
-    most: int
+    Args:
+      hub: its id.
+      configuration: of the data set; "": its only one.
+      revision: branch, tag or commit.
+      split: "train" or another.
+      field: of a row, which holds the text.
+      most: characters that are read; 0: all.
+    """
 
-    @property
-    def name(self) -> str:
-        """Return the name of the source in groups and messages."""
-        return self.hub.replace("/", "_")
-
-    def identity(self) -> str:
-        """Return a hash of what its texts depend on."""
+    def identity() -> str:
         # The commit, as a branch may hold other text tomorrow.
-        read = dataclasses.replace(self, revision=hub_commit(self.hub, self.revision))
-        return hashlib.sha256(repr(dataclasses.astuple(read)).encode()).hexdigest()[:16]
+        read = (hub, configuration, hub_commit(hub, revision), split, field, most)
+        return hashlib.sha256(repr(read).encode()).hexdigest()[:16]
 
-    def characters(self) -> int:
-        """Return an estimate of its number of characters; 0 if unknown."""
-        return self.most
-
-    def texts(self) -> Iterator[Text]:
-        """Yield its texts, each with its group."""
-        left = self.most or sys.maxsize
-        rows = hub_rows(self.hub, self.configuration, hub_commit(self.hub, self.revision), self.split, stream=True)
-        for number, row in enumerate(rows, start=1):
-            if self.field in row and not str(row[self.field]).strip():
+    def texts() -> Iterator[Text]:
+        left = most or sys.maxsize
+        for number, row in enumerate(hub_rows(hub, configuration, hub_commit(hub, revision), split, stream=True), 1):
+            if field in row and not str(row[field]).strip():
                 continue  # data sets made line by line have blank ones
-            yield _text_of(row, self.field, f"{self.hub}, {self.split}, row {number}")
-            left -= len(row[self.field])
+            yield _text_of(row, field, f"{hub}, {split}, row {number}")
+            left -= len(row[field])
             if left <= 0:
                 return
 
+    return TextSource(hub.replace("/", "_"), identity, texts, lambda: most)
 
-@dataclasses.dataclass(frozen=True)
-class BenchmarkText:
-    """The questions of a benchmark that are not asked, with their solutions."""
 
-    name: str
-    task: TaskConfig
+def benchmark_source(name: str, task: TaskConfig) -> TextSource:
+    """Return the questions of a benchmark that are not asked, with their solutions."""
 
-    def identity(self) -> str:
-        """Return a hash of what its texts depend on."""
-        return benchmarks.training_identity(self.name, self.task)
-
-    def characters(self) -> int:
-        """Return an estimate of its number of characters; 0 if unknown."""
-        return 0
-
-    def texts(self) -> Iterator[Text]:
-        """Yield its texts, each with its group."""
-        benchmark = benchmarks.definition(self.name)
-        for item in benchmarks.training_items(self.name, self.task):
+    def texts() -> Iterator[Text]:
+        benchmark = benchmarks.definition(name)
+        for item in benchmarks.training_items(name, task):
             yield f"{benchmark.question.format(item.question)} {item.solution}", item.id
+
+    return TextSource(name, lambda: benchmarks.training_identity(name, task), texts)
 
 
 def text_sources(config: CorpusConfig, task: TaskConfig) -> list[TextSource]:
@@ -201,19 +158,19 @@ def text_sources(config: CorpusConfig, task: TaskConfig) -> list[TextSource]:
       UserError: a part names nothing that is known, or text of the hub without a number of tokens.
     """
     if not config.path:
-        return [FileText(EMBEDDED, "text")]
+        return [file_source(EMBEDDED, "text")]
     sources: list[TextSource] = []
     for part in filter(None, map(str.strip, config.path.split(","))):
         if part in BENCHMARKS:
-            sources.append(BenchmarkText(part, task))
+            sources.append(benchmark_source(part, task))
         elif part.startswith("hf://"):
             sources.append(_hub_text(part, config))
         else:
-            sources += [FileText(path, config.field) for path in _files(part)]
+            sources += [file_source(path, config.field) for path in _files(part)]
     return sources
 
 
-def _hub_text(part: str, config: CorpusConfig) -> HubText:
+def _hub_text(part: str, config: CorpusConfig) -> TextSource:
     named = _HUB.fullmatch(part)
     if not named:
         raise UserError(f"{_FLAG}={part}: expected hf://ORG/NAME[/CONFIGURATION][@REVISION][:SPLIT]")
@@ -221,7 +178,7 @@ def _hub_text(part: str, config: CorpusConfig) -> HubText:
         raise UserError(
             f"{_FLAG}={part} takes --corpus.max_tokens, or --corpus.stream=True: a data set may be of any size"
         )
-    return HubText(
+    return hub_source(
         named["id"],
         named["configuration"] or "",
         named["revision"] or "main",

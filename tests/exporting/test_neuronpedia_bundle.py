@@ -1,4 +1,4 @@
-"""The bundle for Neuronpedia and the files for viewers, against the published columns and schema."""
+"""The bundle for Neuronpedia, against the published columns."""
 
 import gzip
 import json
@@ -14,7 +14,6 @@ import known_dictionaries as known
 from made_up_records import BAD, made_up_record
 
 from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments
-from saejax.attribution.forms.neuronpedia import cantor_pair
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import FOUND, Label
 from saejax.errors import UserError
@@ -54,9 +53,6 @@ OPTIONAL = dict(
     activations=dict(qualifyingTokenIndex=int, dataIndex=str, binMin=NUMBER, binMax=NUMBER, binContains=NUMBER),
     explanations=dict(notes=str),
 )  # fmt: skip
-# feature-details-schema.json: what a viewer's file must have.
-FEATURE = dict(index=NUMBER, examples_quantiles=[dict], top_logits=[str], bottom_logits=[str])
-QUANTILE, EXAMPLE = dict(quantile_name=str, examples=[dict]), dict(tokens_acts_list=[NUMBER], tokens=[str])
 
 
 def fits(row, columns):
@@ -111,14 +107,13 @@ def make_unit(tmp_path, members=("",), **settings):
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
+def source(tmp_path_factory):
     folder, run = make_unit(tmp_path_factory.mktemp("bundle"))
     (member,) = run_export(run).members
-    return folder, folder / member.folder
+    return folder / member.folder
 
 
-def test_every_row_fits_the_published_columns(bundle):
-    _, source = bundle
+def test_every_row_fits_the_published_columns(source):
     assert source.parts[-3:] == ("v1", "model-1.5", "3-res-topk")
     for name, columns in REQUIRED.items():
         rows = read(*(source / name).glob("batch-*.jsonl.gz")) or read(source / f"{name}.jsonl")
@@ -130,8 +125,7 @@ def test_every_row_fits_the_published_columns(bundle):
     assert about["setName"] == its_set["name"] == "res-topk" and its_set["releaseName"] == release["name"]
 
 
-def test_rows_hold_what_was_found(bundle):
-    _, source = bundle
+def test_rows_hold_what_was_found(source):
     features, activations, explanations = (
         read(*sorted((source / name).iterdir())) for name in ("features", "activations", "explanations")
     )
@@ -154,30 +148,11 @@ def test_rows_hold_what_was_found(bundle):
     ]  # fmt: skip
 
 
-def test_viewers_files_fit_their_schema(bundle):
-    folder, _ = bundle
-    features = {int(path.stem): json.loads(path.read_text()) for path in (folder / "features" / "res-topk").iterdir()}
-    assert {cantor_pair(3, feature["index"]) for feature in features.values()} == set(features)
-    assert 2 not in [feature["index"] for feature in features.values()]  # it never fires
-    for feature in features.values():
-        fits(feature, FEATURE)
-        groups = feature["examples_quantiles"]
-        names = ["Top activations", "90 to 100 % of firings", "0 to 10 % of firings"]
-        assert [group["quantile_name"] for group in groups] == names
-        for group in groups:
-            fits(group, QUANTILE)
-            for example in group["examples"]:
-                fits(example, EXAMPLE)
-                assert len(example["tokens"]) == len(example["tokens_acts_list"])
-                assert example["tokens_acts_list"][example["train_token_ind"]] == 2.5
-
-
 def test_members_of_a_sweep_are_sources_of_their_own(tmp_path):
-    folder, run = make_unit(tmp_path, ("resid_post.3-k16", "resid_post.3-learning_rate0.01"), source_set="mine")
+    _, run = make_unit(tmp_path, ("resid_post.3-k16", "resid_post.3-learning_rate0.01"), source_set="mine")
     assert [member.folder for member in run_export(run).members] == [
         "v1/model-1.5/3-mine-k16", "v1/model-1.5/3-mine-learning-rate0-01",
     ]  # fmt: skip
-    assert sorted(path.name for path in (folder / "features").iterdir()) == ["mine-k16", "mine-learning-rate0-01"]
 
 
 @pytest.mark.parametrize("settings", [dict(model_id="Model"), dict(model_id="m--1"), dict(source_set="Mine_1")])

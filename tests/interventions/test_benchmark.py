@@ -27,7 +27,7 @@ from saejax.settings import StudyConfig, TaskConfig
 from saejax.statistics.ranks import rank_p
 from saejax.studies import associations, benchmark_report, benchmark_run
 from saejax.studies.benchmark_results import StudyItems, StudyResults
-from saejax.studies.domains import GROUP
+from saejax.studies.primitives import CHOSEN_ON
 from saejax.tasks import run_inputs
 from saejax.tasks.answers import Verdict
 from saejax.tasks.benchmark_definitions import LOGIC_TASKS
@@ -265,7 +265,7 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     assert_scored(clean_P)
     assert results.log_likelihood == pytest.approx(clean_P.mean())
     beside = {"gsm8k": "logic", "logic": "gsm8k"}[name]
-    for group in ("top", "single", "random", "placebo", GROUP + beside):
+    for group in ("top", "single", "random", "placebo", CHOSEN_ON + beside):
         edit = table.select_whole_edits(name, group)[-1]
         (measured_P,) = table.values([edit], prompts, "answer_log_prob")
         assert_scored(measured_P, [dictionary.ablate(edit.features)])

@@ -12,10 +12,6 @@ from saejax.errors import UserError
 from saejax.runner import command, pipeline, workplan
 from saejax.settings import ModelConfig
 
-PREFLIGHT = dict(
-    mesh=dict(devices=1, kinds=[], axes={}, processes=1), topology="", limit_bytes=1, models=[], seconds=dict(train=3.0)
-)
-
 
 def fake_stages() -> dict:
     """The stages with ``fake_stage`` in place of their work, which read nothing from outside."""
@@ -40,7 +36,7 @@ def fake_stage(run) -> dict:
     if wish == "slow":
         time.sleep(0.3)
     (run.folder / "out.txt").write_text(unit)
-    return PREFLIGHT if run.stage == "preflight" else dict(unit=unit)
+    return dict(unit=unit)
 
 
 def meet(folder: Path) -> None:

@@ -17,7 +17,6 @@ def install(set_attribute=setattr) -> None:
     set_attribute(units, "_CHILD", child)
     for module in (pipeline, workplan):
         set_attribute(module, "STAGES", fake_child.fake_stages())
-    set_attribute(units, "load_results", lambda folder: None)
     set_attribute(study, "gather", lambda root, rows, states, mark: [vars(state) for state in states] + [mark])
     set_attribute(report, "write_report", write_states)
 

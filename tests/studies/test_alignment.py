@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition, save_effects
 from saejax.studies import alignment
-from saejax.studies.item_alignment import ItemLosses, align_items
+from saejax.studies.alignment import ItemLosses, align_items
 
 ITEMS, SETS, PAIRS = 100, 20, 20
 
@@ -34,7 +34,7 @@ def pairs(shared):
 
 @pytest.fixture(autouse=True)
 def fewer_permutations(monkeypatch):
-    monkeypatch.setattr("saejax.studies.item_alignment._PERMUTATIONS", 199)
+    monkeypatch.setattr("saejax.studies.alignment._PERMUTATIONS", 199)
 
 
 KINDS = ["any"] * ITEMS  # of one category

@@ -16,7 +16,7 @@ from saejax.matching.track.results import LensLayers, StepTest, TrackedStep, Tra
 from saejax.matching.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
 from saejax.page.findings import Findings
 from saejax.results import Interval, Summary
-from saejax.studies import criteria, gather_effects
+from saejax.studies import criteria, gather
 from saejax.studies.results import CriterionFigures, ModelFigures, StudyFigures
 
 sys.path.append(str(Path(__file__).parent.parent / "interventions"))
@@ -91,7 +91,7 @@ def empty(**changes) -> StudyFigures:
 
 
 def test_a_criterion_that_cannot_be_asked_is_not_met_and_not_failed():
-    model = ModelFigures("row", "", "m", "main", "float32", None, None, None, (), (), (), (), units=3, done=2)
+    model = ModelFigures("row", "", "m", "main", "float32", None, None, None, (), (), (), (), 3, 2, 9.0, None, None)
     found = {one.criterion: one for one in criteria.criteria(empty(models=(model,)), [])}
     assert len(found) == 9 and all(isinstance(one, CriterionFigures) for one in found.values())
     assert found["Every unit is done"].met is False and found["Every unit is done"].evidence == "2 of 3"
@@ -133,7 +133,7 @@ def tracked(answers) -> TrackResults:
 def test_transfer_and_tracking_are_judged_by_their_results(shared, null, answers, met):
     units = {"transfer": summary_of(transfer(shared, null)), "track/sum": summary_of(tracked(answers))}
     found = Findings(units, {}, Path(), {})
-    (pair,), (text,) = list(gather_effects.transfer("row", found)), list(gather_effects.tracking("row", found))
+    (pair,), (text,) = list(gather.transfer("row", found)), list(gather.tracking("row", found))
     assert (pair.first, pair.second, pair.measure) == ("topk", "standard", "decoder")
     assert (pair.shared.mean, pair.shared_null.mean) == (shared, null)
     tested = [answer for answer in answers if answer != "not testable"]

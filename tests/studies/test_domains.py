@@ -7,7 +7,7 @@ import pytest
 
 from saejax.interventions.ablation import FRACTIONS
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
-from saejax.studies.domains import GROUP, judge_domains
+from saejax.studies.primitives import CHOSEN_ON, judge_domains
 
 ITEMS, SETS = 40, 30
 
@@ -18,7 +18,7 @@ def make_table(strength, features=(50, 51)):
     prompts = [PromptDefinition(f"logic/{i:02d}", "logic") for i in range(ITEMS)]
     sets = [EditDefinition("logic", "random", i, (100 + 2 * i, 101 + 2 * i)) for i in range(SETS)]
     edits = [EditDefinition("logic", "clean"), *sets]
-    for group, members in (("top", (50, 2)), (GROUP + "gsm8k", features)):
+    for group, members in (("top", (50, 2)), (CHOSEN_ON + "gsm8k", features)):
         edits += [EditDefinition("logic", group, 0, members, fraction) for fraction in FRACTIONS]
     size_P = rng.uniform(0.5, 1.5, ITEMS)
     values = []

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from saejax.results import Interval
-from saejax.studies.learned import QUESTIONS, learned, sentences, table_rows
+from saejax.studies.learned import QUESTIONS, answers_table, learned, sentences
 from saejax.studies.results import (
     AlignmentFigures,
     BaselineFigures,
@@ -19,7 +19,7 @@ from saejax.studies.results import (
 
 
 def model(row, control=""):
-    return ModelFigures(row, control, "m", "main", "float32", None, None, None, (), (), (), (), 1, 1)
+    return ModelFigures(row, control, "m", "main", "float32", None, None, None, (), (), (), (), 1, 1, 9.0, None, None)
 
 
 def effect(row, lowers, random, placebo):
@@ -91,10 +91,10 @@ def test_every_question_is_answered_once_with_the_known_answer_beside_it(figures
         random=dict.fromkeys(("solves", "placebo", "gate", "context", "primitives", "shared", "features"), "no"),
     )
     assert answers["base", "random"].evidence == "random sets at equal dose: 0.25 nats"
-    rows, columns = table_rows(learned(figures))
-    assert rows == [("base", "sums"), ("tuned", "sums"), ("random", "sums")]
-    assert [column(*rows[2]) for column in columns.values()][:2] == ["random, sums", "no (expected: no)"]
-    assert len(columns) == 1 + len(QUESTIONS) and columns[QUESTIONS["items"].heading](*rows[0]) == ""
+    table = answers_table(learned(figures))
+    assert [row[0] for row in table.rows] == ["base, sums", "tuned, sums", "random, sums"]
+    assert table.rows[2][:2] == ("random, sums", "no (expected: no)")
+    assert table.columns[-1] == QUESTIONS["items"].heading and table.rows[0][-1] == ""
 
 
 def test_five_sentences(figures):

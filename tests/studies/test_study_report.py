@@ -11,7 +11,7 @@ from browser import chromium, needs_chromium
 
 from saejax.results import Interval, from_json
 from saejax.studies.report import write_report
-from saejax.studies.results import SHEETS, StudyFigures
+from saejax.studies.results import TABLES, StudyFigures
 from saejax.studies.sheet import duration
 
 WORDS = "smollm2-135m-bfloat16"
@@ -55,8 +55,8 @@ def test_page_and_text_say_nothing_that_is_not_in_the_json(study, tmp_path):
 def test_every_table_is_a_file(study):
     assert [duration(seconds) for seconds in (61, 600, 7200)] == ["61 s", "10 min", "2.0 h"]
     figures = json.loads((study / "study.json").read_text())
-    assert set(SHEETS) == {name for name, rows in figures.items() if rows and isinstance(rows[0], dict)}
-    for name in SHEETS:
+    assert set(TABLES) == {name for name, rows in figures.items() if rows and isinstance(rows[0], dict)}
+    for name in TABLES:
         with (study / "tables" / f"{name}.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == len(figures[name]) == 3

@@ -16,7 +16,7 @@ from saejax.runner import command, pipeline, workplan
 from saejax.runner.registry import default_configs
 from saejax.runner.workspace import Run
 from saejax.settings import BENCHMARKS, ModelConfig, TaskConfig
-from saejax.tasks import benchmark_scores, benchmark_stage
+from saejax.tasks import benchmark_scores
 from saejax.tasks.answers import Verdict
 from saejax.tasks.benchmark_scores import line, score_items, summarize
 from saejax.tasks.benchmarks import read_items
@@ -106,20 +106,6 @@ def test_choices_are_judged_by_likelihood(lm, task):
     assert line(figures).endswith("; chance 36.7 %")
 
 
-def test_numbers_are_chosen_among(lm, task):
-    """Examples are asked as the question is, whatever is scored."""
-    asked = dataclasses.replace(task, score="choice", shots=2)
-    items = read_items("gsm8k", asked)
-    rows = score_items(lm, "gsm8k", items, asked)
-    figures = summarize("gsm8k", rows, asked)
-    assert figures.chance == 0.25 and figures.tasks == {} and figures.score == "choice"
-    solutions = score_items(lm, "gsm8k", items, asked, (), "likelihood")
-    for item, row, solution in zip(items, rows, solutions, strict=True):
-        assert row.prompt == solution.prompt and "#" not in row.prompt and solution.solution == item.answer
-        right = row.log_likelihoods[item.choices.index(item.answer)]
-        assert right == pytest.approx(solution.log_likelihood, rel=1e-4)
-
-
 def test_length_normalisation_can_change_the_choice(lm, task, monkeypatch):
     found = [benchmark_scores.Likelihood(total, 1, 0) for total in (-4.5, -4.0)]
     monkeypatch.setattr(benchmark_scores, "loglikelihoods", lambda *args: found)
@@ -195,10 +181,10 @@ def test_an_interrupted_benchmark_goes_on(inputs, task, tmp_path, writes):
     texts += ["#### 1\u2028x", "2", "3", "4"]  # a line separator of Unicode is no end of a row
     calls = iter([False, True])
     with pytest.raises(Interrupted, match="stopped after 4 of 6 items, which are kept"):
-        benchmark_stage.run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, stopping=lambda: next(calls)))
+        benchmark_scores.run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, stopping=lambda: next(calls)))
     texts += ["5", "6"]
     lines = []
-    results = benchmark_stage.run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, lines))
+    results = benchmark_scores.run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, lines))
     assert lines[0] == "4 of 6 items were done before" and results.n == 6 and not texts
     assert [row["output"] for row in rows_of(tmp_path)] == ["#### 1\u2028x", "2", "3", "4", "5", "6"]
 

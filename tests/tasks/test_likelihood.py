@@ -63,9 +63,9 @@ def test_greedy_means_what_greedy_decoding_gives(lm):
         logits = lm(likelihood.pad([ids])).logits_BxTxV
         ids = [*ids, int(logits[0, -1].argmax())]
     (found,) = loglikelihoods(lm, [ids[:-3]], [ids[-3:]])
-    assert found.greedy and found.correct_tokens == 3 and found.per_token == found.total / 3
+    assert found.correct_tokens == found.tokens == 3 and found.per_token == found.total / 3
     (wrong,) = loglikelihoods(lm, [ids[:-3]], [[*ids[-3:-1], (ids[-1] + 1) % 384]])
-    assert not wrong.greedy and wrong.correct_tokens == 2
+    assert wrong.correct_tokens == 2 < wrong.tokens
 
 
 @jax.tree_util.register_dataclass

@@ -1,11 +1,12 @@
-"""A unit of a study's row at work: the pipeline in a process of its own, with a log and a share of the host.
+"""A study's row at work: the pipeline in a process of its own, with a log and a share of the host.
 
 So its memory is its own, its output a file, and whatever ends it (bad input, a bug, the system for want of memory)
-leaves a unit with its reason.
+leaves a row with its reason.
 """
 
 import functools
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,9 +18,11 @@ from saejax.runner.usage import end_with_parent
 from saejax.runner.workspace import now
 from saejax.studies.shares import Share
 
+_FAILED = re.compile(r"\] (\S+): failed: (.*)")  # as ``pipeline`` prints it with ``--keep_going``
 
-class UnitProcess:
-    """A process that runs a unit, and that ends with this one.
+
+class RowProcess:
+    """A process that runs the units of a row, and that ends with this one.
 
     Args:
       command: its arguments.
@@ -42,7 +45,8 @@ class UnitProcess:
                 env=os.environ | share.environment,
                 preexec_fn=functools.partial(_settle, os.getpid(), share),
             )
-        self._began = time.monotonic()
+        self.share = share
+        self._began = self.last_report = time.monotonic()  # last_report: when its progress was last logged
 
     @property
     def seconds(self) -> float:
@@ -52,8 +56,11 @@ class UnitProcess:
     @property
     def last_line(self) -> str:
         """The last line that the process printed; "" if there is none."""
+        return ["", *self._lines()][-1]
+
+    def _lines(self) -> list[str]:
         text = self._log.read_bytes()[self._start :].decode(errors="replace")
-        return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+        return [line.strip() for line in text.splitlines() if line.strip()]
 
     def ended(self, within: float | None = 0.0) -> bool:
         """Return whether the process has ended, or ends within some seconds; None: wait until it has."""
@@ -67,14 +74,23 @@ class UnitProcess:
         """Ask the process to save what it has and to end."""
         self._process.send_signal(signal.SIGTERM)
 
+    def failed_units(self) -> dict[str, str]:
+        """Return the units that the process said have failed, and why."""
+        return {match[1]: match[2] for match in map(_FAILED.search, self._lines()) if match}
+
+    @property
+    def was_killed(self) -> bool:
+        """True if a signal has ended the process."""
+        return self._process.returncode < 0
+
     def why_it_failed(self) -> str:
-        """Return the last line that an ended process wrote, or the signal that ended it; "" if it did not fail."""
+        """Return the last line that an ended process wrote, or the signal that ended it."""
         status, last = self._process.returncode, self.last_line.removeprefix("error: ").removeprefix("failed: ")
-        if status < 0:
+        if self.was_killed:
             name = signal.Signals(-status).name
             memory = ", as the system ends processes when memory runs out" if -status == signal.SIGKILL else ""
             return f"ended by {name}{memory}; the last line before: {last}"
-        return (last or f"ended with status {status} and said nothing") if status else ""
+        return (last or "said nothing") if status else "the pipeline left it out"
 
 
 def _settle(parent: int, share: Share) -> None:
