@@ -149,6 +149,6 @@ def _features_line(name: str, results: AlgorithmResults) -> str:
     return (
         f"Do single features of the {name} transformer change its output more than random directions? {answer}: "
         f"ablated alone, {percent(trained.above.mean)} of {trained.live:,} features have a larger effect than 95 % of "
-        f"the random directions. {percent(trained.changing.mean)} of the features change an answer, and "
+        f"the random directions. {percent(trained.changing.mean)} of the features change an answer, and so do "
         f"{percent(random.changing.mean)} of the random directions."
     )
