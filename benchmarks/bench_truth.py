@@ -59,6 +59,7 @@ WORLDS: dict[str, dict[str, object]] = {
         "truth.dimensions": 256,
         "truth.samples": 1_000_000,
         "truth.rate_min": 5e-4,
+        "train.expansion": 4,
         "train.learning_rate": 6e-3,
         "train.dead_tokens": 12_000,
     },
