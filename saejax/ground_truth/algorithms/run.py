@@ -152,7 +152,7 @@ def compare(ablated: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, A
     level = np.quantile(ablated[RANDOM][1], _LEVEL)
     return {
         name: AblatedFeatures(
-            len(effect_N), wilson(changed_N), wilson(effect_N > level), over_seeds(effect_N, (0.0, np.inf))
+            len(effect_N), wilson(changed_N), wilson(effect_N > level), over_seeds(effect_N.tolist(), (0.0, np.inf))
         )
         for name, (changed_N, effect_N) in ablated.items()
     }

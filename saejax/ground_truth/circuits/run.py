@@ -6,7 +6,7 @@ The causal tests are those of ``saejax.ablate``, with the features of one layer.
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ def judge_features(
     """
     top = max(map(len, case.causes.values()))
     prompts = {name: [prompt for prompt in case.prompts if prompt.behaviour == name] for name in case.causes}
-    run = functools.partial(ablate, model, dictionary, **_ABLATION)
+    run: Callable[..., Ablation] = functools.partial(ablate, model, dictionary, **_ABLATION)
     ablated = run(case.prompts, top=top)
     claimed = {name for name in case.causes if _has_effect(ablated, name)}
     # Patching is ablation with the counterpart's activations in place of zeros. One behaviour at a time: in one call,
