@@ -73,12 +73,15 @@ demo-tiny: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_tiny --flagfile=configs/demo_tiny.flags
 	@echo "Open runs/demo_tiny/report/index.html"
 
-# Dictionaries on a synthetic world whose features are known, and transformers whose circuits are known.
+# Dictionaries on a synthetic world whose features are known, and transformers whose circuits or algorithm are known. Two stages
+# run at a time, since most of their programs are too small for two cores.
 demo-truth: $(INSTALLED)
-	$(BIN)/python -m experiments.known_circuits --workdir=runs/truth --flagfile=configs/ground_truth.flags
-	$(BIN)/python -m experiments.ground_truth --workdir=runs/truth --flagfile=configs/ground_truth.flags
+	@$(MAKE) --no-print-directory -j2 truth-algorithm truth-known_circuits truth-ground_truth
 	$(BIN)/python -m experiments.report --workdir=runs/truth --flagfile=configs/ground_truth.flags
 	@echo "Open runs/truth/report/index.html"
+
+truth-%: $(INSTALLED)
+	$(BIN)/python -m experiments.$* --workdir=runs/truth --flagfile=configs/ground_truth.flags
 
 # A model, a relative of it and a stranger with random weights on word problems, one report. BENCHMARKS: a folder with gsm8k (a folder
 # or file) and logic (a folder), which are tested, too. ROWS: other rows, such as configs/phase4 (BENCHMARKS, or the hub's data sets).

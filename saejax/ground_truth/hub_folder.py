@@ -21,20 +21,10 @@ def save_model(
       words: the vocabulary; the first is the BOS token.
     """
     from safetensors.numpy import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    _save_tokenizer(folder, words)
-    contiguous = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
-    with whole_file(folder / "model.safetensors") as temporary:
-        save_file(contiguous, temporary, {"format": "pt"})
-    special = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    write_json(folder / "config.json", dict(fields) | special | dict(vocab_size=len(words), dtype="float32"))
-
-
-def _save_tokenizer(folder: Path, words: Sequence[str]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
+    folder.mkdir(parents=True, exist_ok=True)
     first = words[0]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=first))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -44,3 +34,8 @@ def _save_tokenizer(folder: Path, words: Sequence[str]) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=first, eos_token=first, pad_token=first, unk_token=first
     ).save_pretrained(folder)
+    contiguous = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
+    with whole_file(folder / "model.safetensors") as temporary:
+        save_file(contiguous, temporary, {"format": "pt"})
+    special = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    write_json(folder / "config.json", dict(fields) | special | dict(vocab_size=len(words), dtype="float32"))

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
+from saejax.ground_truth.algorithms.run import RANDOM, TRAINED
 from saejax.ground_truth.results import AlgorithmResults, JudgedDictionary, TruthResults
 from saejax.ground_truth.scores import FREQUENT
 from saejax.page.blocks import Block, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, interval, number, percent
+from saejax.page.tables import Table, interval, number, percent
 from saejax.stages.ground_truth import CONTROLS
 
 ENOUGH = 0.9  # share of the frequent directions that the best kind must recover
@@ -33,18 +34,22 @@ _NOTE = (
     "absorbed by a child latent. Invented: share of live latents that are close to no true feature. Best possible: the "
     "largest true activations, as many as the dictionary above has, decoded by the true directions."
 )
+_ABLATED_NOTE = (
+    "Live features fire on a test prompt. Change an answer: share of them with which an answer becomes right or wrong. "
+    "Effect: absolute change of the logit difference on prompts on which a feature fires. Random directions: the same "
+    "activations along random directions, with the mean, covariance and lengths of the features' directions. Intervals "
+    "are Wilson's, and t intervals over features for the effect."
+)
 
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
-    """Return a section on the synthetic world; none if there is none."""
+    """Return a section on what dictionaries recovered of the synthetic world, and controls; none if there is none."""
     units = findings.each(TruthResults)
-    return [section(list(units.values()))] if CONTROLS in units else []
-
-
-def section(results: Sequence[TruthResults]) -> Section:
-    """Return the section: what dictionaries of each kind recovered of the world, and the controls."""
-    world, some = results[0].world, results[0]
-    judged = [(name, dictionary) for each in results for name, dictionary in _named(each)]
+    if CONTROLS not in units:
+        return []
+    some = units[CONTROLS]
+    world = some.world
+    judged = [(name, dictionary) for each in units.values() for name, dictionary in _named(each)]
     seeds = len(judged[0][1].seeds)
     spread = f"with 95 % t intervals over {seeds} seeds" if seeds > 1 else "one seed each, so without intervals"
     intro = (
@@ -61,7 +66,7 @@ def section(results: Sequence[TruthResults]) -> Section:
         f"True features and what dictionaries recover of them, {spread}", columns, rows, stack=False, note=_NOTE
     )
     blocks: tuple[Block, ...] = (Text(verdict, strong=True), Text(intro), table)
-    return Section("Known features", blocks, lead=verdict)
+    return [Section("Known features", blocks, lead=verdict)]
 
 
 def line(judged: Sequence[tuple[str, JudgedDictionary]]) -> str:
@@ -89,8 +94,6 @@ def _rows(name: str, judged: JudgedDictionary) -> Iterator[tuple[str, ...]]:
 
     def cell(field: str, digits: int, scale: float) -> str:
         value = getattr(judged.scores, field)
-        if value is None:
-            return MISSING
         return interval(value, digits, scale) if len(judged.seeds) > 1 else number(value.mean * scale, digits)
 
     yield name, *(cell(field, digits, scale) for _, field, digits, scale in _COLUMNS)
@@ -107,23 +110,45 @@ def _rows(name: str, judged: JudgedDictionary) -> Iterator[tuple[str, ...]]:
 
 
 def algorithm_sections(findings: Findings, draw: Draw) -> list[Section]:
-    """Return a section on the accuracy of the trained transformers; none if none was trained."""
+    """Return a section on the trained transformers and their features; none if none was trained."""
     units = findings.each(AlgorithmResults)
     if not units:
         return []
     rows = [(results, kind, share) for results in units.values() for kind, share in results.accuracy.items()]
     short = [kind for results, kind, share in rows if share.mean < results.required[kind]]
-    verdict = (
+    learned = (
         f"Not learned to the required accuracy: {', '.join(short)}."
         if short
         else "Every algorithm was learned to the required accuracy, on questions kept from training."
     )
+    verdict = " ".join([learned, *(_features_line(name, results) for name, results in units.items())])
     columns = {
         "Questions": lambda results, kind, share: kind,
         "Correct, %": lambda results, kind, share: interval(share, 2, 100),
         "Required": lambda results, kind, share: percent(results.required[kind]),
-        "Kept from training": lambda results, kind, share: f"{results.fresh:,}",
-        "Steps": lambda results, kind, share: f"{results.steps:,}",
     }
     table = Table.of("Transformers trained on algorithms, with 95 % Wilson intervals", rows, columns)
-    return [Section("Trained algorithms", (Text(verdict, strong=True), table), lead=verdict)]
+    blocks: list[Block] = [Text(verdict, strong=True), table]
+    ablated = {
+        "Dictionary": lambda name, features: name,
+        "Live features": lambda name, features: f"{features.live:,}",
+        "Change an answer, %": lambda name, features: interval(features.changing, 1, 100),
+        "Above 95 % of random, %": lambda name, features: interval(features.above, 1, 100),
+        "Effect, logits": lambda name, features: interval(features.effect, 3),
+    }
+    for name, results in units.items():
+        caption = f"{name}: features ablated one at a time on {results.prompts} test prompts"
+        blocks.append(Table.of(caption, results.features.items(), ablated, note=_ABLATED_NOTE))
+    return [Section("Trained algorithms", tuple(blocks), lead=verdict)]
+
+
+def _features_line(name: str, results: AlgorithmResults) -> str:
+    """Return in a sentence or two what single features do, beside the same activations along random directions."""
+    trained, random = results.features[TRAINED], results.features[RANDOM]
+    answer = "YES" if trained.above.low > random.above.mean else "NO"
+    return (
+        f"Do single features of the {name} transformer change its output more than random directions? {answer}: "
+        f"ablated alone, {percent(trained.above.mean)} of {trained.live:,} features have a larger effect than 95 % of "
+        f"the random directions. {percent(trained.changing.mean)} of the features change an answer, and so do "
+        f"{percent(random.changing.mean)} of the random directions."
+    )

@@ -26,7 +26,7 @@ class FoundFeatures:
     explained_variance: Interval  #: of the vectors
     best_f1: Interval  #: `f1` of the world's largest activations, as many as `l0`
     best_explained_variance: Interval  #: `explained_variance` of these, decoded by the true directions
-    invented: Interval | None = None  #: share of the live features with no absolute cosine above 0.71 to any direction
+    invented: Interval  #: share of the live features with no absolute cosine above 0.71 to any direction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +76,17 @@ class EdgeScores:
 
 @dataclasses.dataclass(frozen=True)
 class CausalScores:
-    """Causal tests compared with the known variables; None: a test was refused, see ``refused``."""
+    """Causal tests compared with the known variables."""
 
     behaviours: int  #: that were tested
     #: share of prompts whose answer becomes the counterpart's when its top features do, with a 95 % Wilson interval
-    interchange: Interval | None
+    interchange: Interval
     interchange_random: float | None  #: the same of random sets of as many features; None: there are too few features
-    claimed: int | None  #: behaviours whose two-way accuracy falls when the top features are ablated
-    carried: int | None  #: behaviours most of whose answers the top features carry over
-    shown: int | None  #: behaviours that are both claimed and carried: the features stand for the variable
+    claimed: int  #: behaviours whose two-way accuracy falls when the top features are ablated
+    carried: int  #: behaviours most of whose answers the top features carry over
+    shown: int  #: behaviours that are both claimed and carried: the features stand for the variable
     idle: int  #: variables that no answer depends on
-    idle_claimed: int | None  #: of these, how many have an effect on two-way accuracy
-    refused: tuple[str, ...]  #: what a test said instead
+    idle_claimed: int  #: of these, how many have an effect on two-way accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,18 +104,25 @@ class KnownCircuitResults:
 
     layers: int  #: of the transformer
     neurons: int  #: of all layers
-    accuracy: float  #: of the transformer on its prompts
-    logit_error: float  #: largest difference of its logits from those of its description in float64, over the largest
-    circuit: float  #: edges of a known circuit, mean over prompts
     sets: Mapping[str, JudgedSet]  #: exact, wrong, random, trained
+
+
+@dataclasses.dataclass(frozen=True)
+class AblatedFeatures:
+    """The features of a dictionary, each ablated alone."""
+
+    live: int  #: that fire on a test prompt
+    changing: Interval  #: share of these with which an answer becomes right or wrong, with a 95 % Wilson interval
+    above: Interval  #: share of these whose effect is larger than that of 95 % of the random directions, likewise
+    effect: Interval  #: absolute change of the logit difference on prompts on which a feature fires, mean over features
 
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmResults:
     """A transformer that was trained on an algorithm."""
 
-    steps: int  #: of training
-    fresh: int  #: questions of each kind that were kept from training
-    accuracy: Mapping[str, Interval]  #: by kind of question: share of correct answers, with a 95 % Wilson interval
+    #: by kind of question: share of correct answers to questions kept from training, with a 95 % Wilson interval
+    accuracy: Mapping[str, Interval]
     required: Mapping[str, float]  #: by kind of question: the share that training aims at
-    labels: tuple[str, ...]  #: variables of the algorithm that `prompts.jsonl` states for each prompt
+    prompts: int  #: test prompts, on which features are ablated
+    features: Mapping[str, AblatedFeatures]  #: of the residual stream between its layers: trained, random directions

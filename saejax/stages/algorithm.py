@@ -23,8 +23,8 @@ class AlgorithmConfig(Config):
         choices=ALGORITHMS,
         changes_results=False,
     )
-    digits: int = setting(3, "digits of each number to add", low=1, high=8, only=("addition",))
-    steps: int = setting(4000, "maximum number of training steps; it ends once fresh questions are answered", low=1)
+    digits: int = setting(3, "digits of each number to add", low=2, high=8, only=("addition",))
+    steps: int = setting(800, "training steps; the report says whether they were enough", low=1)
     seed: int = setting(0, "seed of weights, questions and prompts", low=0, high=2**31 - 1)
 
 
@@ -48,7 +48,7 @@ def _sections(findings: Any, draw: Any) -> Sequence[Any]:
 
 ALGORITHM = Stage(
     name="algorithm",
-    summary="trains a small transformer on an algorithm with known variables, and writes prompts that state them",
+    summary="trains a small transformer on an algorithm, and says which of its features change its answers",
     run=_run,
     results=_results,
     groups=(AlgorithmConfig,),
@@ -56,5 +56,5 @@ ALGORITHM = Stage(
     placement=(MeshConfig,),
     names=lambda configs: configs[AlgorithmConfig].names,
     section=_sections,
-    revision=2,  # results without seconds and questions
+    revision=3,  # with the effects of features
 )

@@ -8,10 +8,13 @@ import runs
 from scipy.sparse.csgraph import shortest_path
 
 from saejax import load_model, load_results
-from saejax.errors import UserError
+from saejax.ground_truth.algorithms import run as algorithms_run
 from saejax.ground_truth.algorithms import transformer
 from saejax.ground_truth.algorithms.addition import Addition
 from saejax.ground_truth.algorithms.paths import Paths
+from saejax.ground_truth.circuits.cases import make_case
+from saejax.ground_truth.circuits.dictionaries import untrained_sets
+from saejax.ground_truth.circuits.handset import checkpoint
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models.families import read_config
 from saejax.runner import command
@@ -104,7 +107,9 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path, one_device):
         np.testing.assert_array_equal(model.params[name], value, err_msg=name)
 
 
-def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path):
+def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path, monkeypatch):
+    monkeypatch.setattr(algorithms_run, "_TEXTS", 100)
+    monkeypatch.setattr(algorithms_run, "_PROMPTS", 10)
     flags = ["--task.behaviours=", "--algorithm.names=addition", "--algorithm.digits=2", "--algorithm.steps=10"]
     made = []
     for name in ("first", "second"):
@@ -114,7 +119,12 @@ def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path):
         made.append([(folder / file).read_bytes() for file in ("model/model.safetensors", "prompts.jsonl")])
     assert made[0] == made[1]
     results = load_results(folder)
-    assert results.steps == 10 and results.labels == ("carry", "column")
+    assert list(results.features) == ["trained", "random directions"]
+    assert command.run(["report"], "", arguments) == 0
+    text = (tmp_path / "second" / "report" / "report.md").read_text()
+    assert (
+        "Not learned to the required accuracy: addition" in text and "addition: features ablated one at a time" in text
+    )
     # Weights of the loss are 0 for fresh questions: with nothing else there is nothing to learn.
     algorithm, optimizer = Addition(2), transformer.make_optimizer(10, 0.0)
     config = read_config(transformer.describe(len(algorithm.words), 16, 1, 16), "config.json")
@@ -132,6 +142,7 @@ def test_algorithms_are_learned_and_the_binaries_take_them(name, tmp_path):
     unit = tmp_path / "algorithm" / name
     results = load_results(unit)
     assert all(share.mean >= results.required[sort] for sort, share in results.accuracy.items())
+    assert results.features["trained"].above.low > 0.05
     baseline = [
         f"--workdir={tmp_path / 'own'}",
         f"--model.path={unit / 'model'}",
@@ -143,6 +154,39 @@ def test_algorithms_are_learned_and_the_binaries_take_them(name, tmp_path):
     assert all(each["test"]["accuracy"]["mean"] > 0.9 for each in summary["results"]["behaviours"].values())
 
 
-def test_too_few_questions_are_said():
-    with pytest.raises(UserError, match="too few different prompts of units"):
-        Addition(1).prompts(50, np.random.default_rng(0))
+def test_features_change_the_answers_that_depend_on_them(tmp_path, one_device):
+    """Neurons of a transformer set by hand: without a pair of bits that is asked for, the last bit decides."""
+    case = make_case("logic", 20, 3)
+    save_model(tmp_path, *checkpoint(case.model, 3), list(case.model.words))
+    lm = load_model(str(tmp_path), mesh=one_device)
+    exact = untrained_sets(case, lm, 1, 3)["exact"]
+    tests = [prompt for prompt in case.prompts if prompt.split == "test"]
+    changed_N, effect_N = algorithms_run.ablate_each(lm, exact, tests)
+    bits_PxN = np.array([[int(bit) for bit in prompt.text.split()[:-1]] for prompt in tests])
+    pair_PxM = np.arange(8)[None] * 4 + bits_PxN[:, ::2] * 2 + bits_PxN[:, 1::2]
+    asked_P = np.array([["xor", "both", "either"].index(prompt.behaviour) for prompt in tests])
+    right_P = np.array([prompt.correct == " yes" for prompt in tests])
+    used_P = pair_PxM[np.arange(len(tests)), asked_P]
+    live, fires_N = np.unique(pair_PxM, return_counts=True)
+    changing = np.isin(live, used_P[(bits_PxN[:, -1] == 1) != right_P])
+    # Features come in random order. With the pair goes the answer's logit of 8.
+    wanted_N = 8 * np.array([(used_P == pair).sum() for pair in live]) / fires_N
+    np.testing.assert_allclose(np.sort(effect_N), np.sort(wanted_N), atol=1e-4)
+    assert 0 < changed_N.sum() == changing.sum() < len(live) == len(changed_N)
+
+
+def test_effects_are_compared_with_those_of_random_directions():
+    ablated = {
+        "trained": (np.arange(100) < 30, np.arange(100) / 10),
+        "random directions": (np.zeros(100, bool), np.arange(100) / 100),
+    }
+    trained, random = algorithms_run.compare(ablated).values()
+    assert (trained.live, trained.changing.mean, random.changing.mean) == (100, 0.3, 0.0)
+    assert (trained.above.mean, random.above.mean) == (0.9, 0.05)
+    assert trained.effect.mean == pytest.approx(4.95)
+
+
+def test_sums_of_one_digit_are_refused(tmp_path, capsys):
+    flags = ["--algorithm.names=addition", "--algorithm.digits=1"]
+    assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path}", *flags]) == 2
+    assert "--algorithm.digits is 1: expected at least 2" in capsys.readouterr().err.strip().splitlines()[-1]

@@ -7,12 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from saejax.errors import UserError
 from saejax.tasks.behaviours import SPLITS, Prompt
 
 START = "<s>"  # the first word of every text
-_TRIES = 500  # draws for each wanted question before giving up
-_ADVICE = "raise --algorithm.digits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,37 +54,23 @@ class Algorithm(abc.ABC):
         return Questions.concatenate([self.draw(kind, -(-count // len(kinds)), rng) for kind in kinds], count)
 
     def fresh(self, kind: str, count: int, rng: np.random.Generator) -> Questions:
-        """Return ``count`` fresh questions of a kind.
-
-        Raises:
-          UserError: there are next to none.
-        """
+        """Return ``count`` fresh questions of a kind."""
         parts: list[Questions] = []
-        for _ in range(_TRIES):
+        while sum(len(part.fresh_B) for part in parts) < count:
             parts.append(self.draw(kind, 4 * count, rng).select_fresh())
-            if sum(len(part.fresh_B) for part in parts) >= count:
-                return Questions.concatenate(parts, count)
-        raise UserError(f"there are too few questions of the kind {kind} to keep some from training: {_ADVICE}")
+        return Questions.concatenate(parts, count)
 
     def prompts(self, count: int, rng: np.random.Generator) -> list[Prompt]:
-        """Return ``count`` prompts of each behaviour and split, no text twice in a behaviour.
-
-        Raises:
-          UserError: there are too few.
-        """
+        """Return ``count`` prompts of each behaviour and split, no text twice in a behaviour."""
         prompts: list[Prompt] = []
         for behaviour in self.behaviours:
             by_text: dict[str, Prompt] = {}
             for split in SPLITS:
                 wanted = len(by_text) + count
-                for _ in range(_TRIES * count):
+                while len(by_text) < wanted:
                     if prompt := self.prompt(behaviour, split, rng):
                         # A text of the train split is drawn again here: it counts once, and is no test prompt.
                         by_text.setdefault(prompt.text, prompt)
-                    if len(by_text) == wanted:
-                        break
-                else:
-                    raise UserError(f"there are too few different prompts of {behaviour}: {_ADVICE}")
             prompts += by_text.values()
         return prompts
 

@@ -1,13 +1,13 @@
 """The report's section on transformers set by hand: what graphs and causal tests recover."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from saejax.ground_truth.circuits.dictionaries import EXACT, RANDOM, TRAINED, WRONG
 from saejax.ground_truth.results import JudgedSet, KnownCircuitResults
 from saejax.page.blocks import Block, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, interval, number, percent, significant
+from saejax.page.tables import Table, interval, number, significant
 
 _EDGE = 1e-5  # largest relative error of an edge
 _ABOUT = {
@@ -38,24 +38,24 @@ _CAUSAL_NOTE = (
 
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
-    """Return a section on the transformers set by hand; none if there are none."""
+    """Return a section on the transformers set by hand, with two tables for each; none if there are none."""
     units = findings.each(KnownCircuitResults)
-    return [section(units)] if units else []
-
-
-def section(units: Mapping[str, KnownCircuitResults]) -> Section:
-    """Return the section, with two tables for each transformer."""
+    if not units:
+        return []
     verdict = line(units)
     intro = (
         "The weights of these transformers are set by hand, so every path from a word to an answer is known. They "
         "are run, traced and tested by the code for language models, with exact transcoders and with others for "
         "comparison."
     )
-    blocks: list[Block] = [Text(verdict, strong=True), Text(intro), Terms(tuple(_terms(units)))]
+    terms = [
+        (name, f"{_ABOUT[name]} {results.layers} layers, {results.neurons} neurons.") for name, results in units.items()
+    ]
+    blocks: list[Block] = [Text(verdict, strong=True), Text(intro), Terms(tuple(terms))]
     for name, results in units.items():
-        ordered = {kind: results.sets[kind] for kind in _SETS if kind in results.sets}
+        ordered = {kind: results.sets[kind] for kind in _SETS}
         blocks += [_edges_table(name, ordered), _causal_table(name, ordered)]
-    return Section("Known circuits", tuple(blocks), lead=verdict)
+    return [Section("Known circuits", tuple(blocks), lead=verdict)]
 
 
 def holds(results: KnownCircuitResults) -> bool:
@@ -64,7 +64,7 @@ def holds(results: KnownCircuitResults) -> bool:
     edges, causal = exact.edges, exact.causal
     edges_recovered = edges.error <= _EDGE and edges.precision.mean == edges.recall.mean == edges.auroc.mean == 1
     variables_recovered = causal.shown == causal.behaviours and causal.idle_claimed == 0
-    return edges_recovered and variables_recovered and causal.interchange is not None and causal.interchange.mean == 1
+    return edges_recovered and variables_recovered and causal.interchange.mean == 1
 
 
 def line(units: Mapping[str, KnownCircuitResults]) -> str:
@@ -73,32 +73,17 @@ def line(units: Mapping[str, KnownCircuitResults]) -> str:
     worst = max(results.sets[EXACT].edges.error for results in units.values())
     answer = "YES" if len(right) == len(units) else "NO"
     failed = ", ".join(name for name in units if name not in right)
-    wrong = [
-        judged.causal for results in units.values() for name, judged in results.sets.items() if name in (WRONG, RANDOM)
-    ]
-    learned = [results.sets[TRAINED].edges.auroc.mean for results in units.values() if TRAINED in results.sets]
-    text = (
+    wrong = [results.sets[kind].causal for results in units.values() for kind in (WRONG, RANDOM)]
+    shown, claimed = (sum(getattr(causal, of) for causal in wrong) for of in ("shown", "claimed"))
+    least = min(results.sets[TRAINED].edges.auroc.mean for results in units.values())
+    return (
         f"Are known circuits recovered? {answer}, with exact transcoders: {len(right)} of {len(units)} hand-set "
         f"transformers are recovered exactly, with edge errors of at most {significant(worst, 2)}"
+        + (f"; not {failed}." if failed else ".")
+        + f" Of {sum(causal.behaviours for causal in wrong)} behaviours tested with permuted and random transcoders "
+        f"{claimed} pass the ablation test, {shown} ablation and interchange. With trained ones the AUROC of edges is "
+        f"at least {number(least, 3)}."
     )
-    text += f"; not {failed}." if failed else "."
-    if wrong:
-        shown, claimed = (sum(getattr(causal, of) or 0 for causal in wrong) for of in ("shown", "claimed"))
-        text += (
-            f" Of {sum(causal.behaviours for causal in wrong)} behaviours tested with permuted and random transcoders "
-            f"{claimed} pass the ablation test, {shown} ablation and interchange."
-        )
-    return f"{text} With trained ones the AUROC of edges is at least {number(min(learned), 3)}." if learned else text
-
-
-def _terms(units: Mapping[str, KnownCircuitResults]) -> Iterator[tuple[str, str]]:
-    for name, results in units.items():
-        yield (
-            name,
-            f"{_ABOUT[name]} {results.layers} layers, {results.neurons} neurons, {results.circuit:.0f} edges in a "
-            f"circuit; accuracy {percent(results.accuracy)}, largest relative error of its logits "
-            f"{significant(results.logit_error, 2)}.",
-        )
 
 
 def _edges_table(name: str, sets: Mapping[str, JudgedSet]) -> Table:
@@ -116,16 +101,13 @@ def _edges_table(name: str, sets: Mapping[str, JudgedSet]) -> Table:
 
 
 def _causal_table(name: str, sets: Mapping[str, JudgedSet]) -> Table:
-    def share(value: int | None, of: int) -> str:
-        return MISSING if value is None else f"{value} of {of}"
-
     columns = {
         "Transcoder": lambda kind, causal: _SETS[kind],
         "Interchange, %": lambda kind, causal: interval(causal.interchange, 0, 100),
         "Random, %": lambda kind, causal: number(causal.interchange_random, 0, 100),
-        "Ablation effect": lambda kind, causal: share(causal.claimed, causal.behaviours),
-        "And interchange": lambda kind, causal: share(causal.shown, causal.behaviours),
-        "Idle variables": lambda kind, causal: share(causal.idle_claimed, causal.idle),
+        "Ablation effect": lambda kind, causal: f"{causal.claimed} of {causal.behaviours}",
+        "And interchange": lambda kind, causal: f"{causal.shown} of {causal.behaviours}",
+        "Idle variables": lambda kind, causal: f"{causal.idle_claimed} of {causal.idle}",
     }
     rows = [(kind, judged.causal) for kind, judged in sets.items()]
     return Table.of(f"{name}: causal tests", rows, columns, stack=False, note=_CAUSAL_NOTE)

@@ -4,21 +4,21 @@ Its folder is in the hub's format and its transcoders are in the project's, so t
 The causal tests are those of ``saejax.ablate``, with the features of one layer.
 """
 
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.dictionaries import Dictionary, load_dictionary
-from saejax.errors import Interrupted, UserError
+from saejax.errors import Interrupted
 from saejax.files import write_text
 from saejax.ground_truth.circuits.cases import Case, make_case
 from saejax.ground_truth.circuits.dictionaries import write_sets
-from saejax.ground_truth.circuits.edges import SHARE, circuit, judge_edges, known_edges
+from saejax.ground_truth.circuits.edges import judge_edges
 from saejax.ground_truth.circuits.handset import checkpoint, frame, neuron_arrays
-from saejax.ground_truth.circuits.handset import run as run_known
 from saejax.ground_truth.hub_folder import save_model
 from saejax.ground_truth.results import CausalScores, JudgedSet, KnownCircuitResults
 from saejax.ground_truth.scores import RECOVERED, Matching
@@ -49,38 +49,27 @@ def judge_features(
       case: the case.
       idle: idle variable -> the features that represent it.
     """
-    refused: list[str] = []
-
-    def tried(name: str, prompts: Sequence[Prompt], **settings: Any) -> Ablation | None:
-        try:
-            return ablate(model, dictionary, prompts, **_ABLATION, **settings)
-        except UserError as error:
-            refused.append(f"{name}: {error}")
-            return None
-
     top = max(map(len, case.causes.values()))
-    ablated = tried("ablation", case.prompts, top=top)
-    # Patching is ablation with the counterpart's activations in place of zeros.
-    patched = tried("patching", case.prompts, top=top, replacement="counterpart")
-    claimed = {name for name in case.causes if _has_effect(ablated, name)} if ablated else None
-    flips = {name: _flips(patched, name) for name in case.causes} if patched else {}
+    prompts = {name: [prompt for prompt in case.prompts if prompt.behaviour == name] for name in case.causes}
+    run: Callable[..., Ablation] = functools.partial(ablate, model, dictionary, **_ABLATION)
+    ablated = run(case.prompts, top=top)
+    claimed = {name for name in case.causes if _has_effect(ablated, name)}
+    # Patching is ablation with the counterpart's activations in place of zeros. One behaviour at a time: in one call,
+    # each would be measured on the prompts of the others as well.
+    flips = {name: _flips(run(some, top=top, replacement="counterpart"), name) for name, some in prompts.items()}
     # A layer's few features leave too few random sets to compare with: most answers must turn.
-    carried = {name for name, (top_P, _) in flips.items() if wilson(top_P).low > 0.5} if patched else None
+    carried = {name for name, (top_P, _) in flips.items() if wilson(top_P).low > 0.5}
     random = [random_ExP.mean() for _, random_ExP in flips.values() if len(random_ExP)]
-    behaviour = next(iter(case.causes))
-    prompts = [prompt for prompt in case.prompts if prompt.behaviour == behaviour]
-    without_idle = [tried(f"ablation of {name}", prompts, features=features) for name, features in idle.items()]
-    idle_effects = [_has_effect(each, behaviour) for each in without_idle if each]
+    first = next(iter(prompts))
     return CausalScores(
         behaviours=len(case.causes),
-        interchange=wilson(np.concatenate([top_P for top_P, _ in flips.values()])) if flips else None,
+        interchange=wilson(np.concatenate([top_P for top_P, _ in flips.values()])),
         interchange_random=float(np.mean(random)) if random else None,
-        claimed=None if claimed is None else len(claimed),
-        carried=None if carried is None else len(carried),
-        shown=None if claimed is None or carried is None else len(claimed & carried),
+        claimed=len(claimed),
+        carried=len(carried),
+        shown=len(claimed & carried),
         idle=len(idle),
-        idle_claimed=sum(idle_effects) if len(idle_effects) == len(idle) else None,
-        refused=tuple(refused),
+        idle_claimed=sum(_has_effect(run(prompts[first], features=features), first) for features in idle.values()),
     )
 
 
@@ -128,13 +117,9 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
         causal = judge_features(model, load_dictionary(folder / f"layer{case.layer}"), case, idle)
         judged[name] = JudgedSet(recovered, edges, causal)
         run.say(_line(name, judged[name]))
-    accuracy, logit_error = _compare_logits(case, model)
     return KnownCircuitResults(
         layers=len(case.model.layers),
         neurons=sum(len(layer.neurons) for layer in case.model.layers),
-        accuracy=accuracy,
-        logit_error=logit_error,
-        circuit=float(np.mean([len(circuit(known_edges(case.model, prompt), SHARE)) for prompt in traced])),
         sets=judged,
     )
 
@@ -158,20 +143,6 @@ def matched_neurons(case: Case, transcoders: LayerTranscoders, seed: int) -> tup
         matched |= {(layer, int(feature)): neuron for neuron, feature in enumerate(matching.feature_J) if feature >= 0}
         cosines.append(matching.matched_J)
     return matched, float((np.concatenate(cosines) > RECOVERED).mean())
-
-
-def _compare_logits(case: Case, model: LanguageModel) -> tuple[float, float]:
-    """Return the accuracy on test prompts, and the largest error of their logits, relative to the largest logit."""
-    tests = [prompt for prompt in case.prompts if prompt.split == "test"]
-    output = model(model.tokenize([prompt.text for prompt in tests]))
-    assert output.logits_BxTxV is not None
-    logits_BxV = np.asarray(output.logits_BxTxV)[np.arange(len(tests)), output.tokens.last_B]
-    known_BxV = np.stack([run_known(case.model, prompt.text).logits_V for prompt in tests])
-    right = [
-        logits_V[model.token_id(prompt.correct)] > logits_V[model.token_id(prompt.wrong)]
-        for logits_V, prompt in zip(logits_BxV, tests, strict=True)
-    ]
-    return float(np.mean(right)), float(np.abs(logits_BxV - known_BxV).max() / np.abs(known_BxV).max())
 
 
 def _line(name: str, judged: JudgedSet) -> str:
