@@ -85,14 +85,13 @@ def test_heads_alone_move_between_positions(traced):
 
 def test_blocks_and_groups_of_sources_and_targets_change_nothing(traced, monkeypatch):
     pruned = traced.graph.prune(1.0, 1.0)
-    whole = all_heads(traced, pruned)
+    whole, named = all_heads(traced, pruned), largest_heads(traced.local, traced.readouts, pruned, top=2)
     assert len(np.unique(pruned.edges()[0])) > 32
     monkeypatch.setattr(contributions, "_BLOCK", (16, 16))
     monkeypatch.setattr(contributions, "free_bytes", lambda mesh: 0)  # as many groups as blocks
     parts = all_heads(traced, pruned)
     np.testing.assert_allclose(parts, whole, atol=1e-6)
     # By the nodes' ids the largest contributions, to four digits.
-    named = largest_heads(traced.local, traced.readouts, pruned, top=2)
     ids, by_edge = pruned.ids, heads_by_edge(pruned, whole)
     assert named.keys() == {(ids[source], ids[target]) for source, target in by_edge}
     for (source, target), heads in by_edge.items():
