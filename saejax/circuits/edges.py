@@ -69,7 +69,7 @@ def judge_edges(
       resamples: number of bootstrap samples of the prompts.
       seed: seed of the bootstrap.
     """
-    effect_PxExGxSxH, dose_PxExGxS = map(np.stack, zip(*effects, strict=True))
+    effect_PxExGxSxH, dose_PxExGxS = (np.stack(arrays) for arrays in zip(*effects, strict=True))
     kept = []
     for e, g, h in np.ndindex(len(EDITS), len(names), len(names) + 1):
         # Groups act on each other while all others are held; the answer, last, is read under every edit.
@@ -105,13 +105,15 @@ def _judge(
         return Interval(mean, min(low, mean - error), max(high, mean + error))
 
     group_P, random_P, placebo_P = by_kind(value_PxS)
-    parts = [interval(part_P) for part_P in (group_P, group_P - random_P, group_P - placebo_P)]
+    parts = effect, over_random, over_placebo = [
+        interval(part_P) for part_P in (group_P, group_P - random_P, group_P - placebo_P)
+    ]
     dose, *control_doses = by_kind(dose_PxS).mean(axis=1).tolist()
     reached = min(control_doses) / dose if dose > 0 else 0.0
-    sign = 1 if parts[0].mean > 0 else -1
+    sign = 1 if effect.mean > 0 else -1
     # In the direction of the effect: a group that inhibits must do so more than its controls.
     is_clear = all(min(sign * part.low, sign * part.high) > 0 for part in parts)
     return Edge(
-        *ends, parts[0], float(random_P.mean()), float(placebo_P.mean()), *parts[1:], reached, level, len(group_P),
-        is_clear and abs(parts[0].mean) >= LEAST_EFFECT and reached >= LEAST_DOSE,
+        *ends, effect, float(random_P.mean()), float(placebo_P.mean()), over_random, over_placebo, reached, level,
+        len(group_P), is_clear and abs(effect.mean) >= LEAST_EFFECT and reached >= LEAST_DOSE,
     )  # fmt: skip

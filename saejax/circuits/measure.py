@@ -205,7 +205,7 @@ def _written(local: LocalModel, edits: Sequence[KeyEdit]) -> Iterator[np.ndarray
     """Yield what each feature writes at activation 1 to the layers that it writes to, each [X, D]."""
     for start in range(0, len(edits), _BLOCK):
         block = [edit.key.address for edit in edits[start : start + _BLOCK]]
-        vectors = {}
+        vectors = dict[tuple[int, int], np.ndarray]()
         # Layer by layer, since a layer's rows are read from its files together.
         for layer in {layer for layer, _ in block}:
             features = sorted({feature for own_layer, feature in block if own_layer == layer})
