@@ -151,7 +151,7 @@ def rank(store: RowStore, layer_A: np.ndarray, chosen_F: np.ndarray, weight_K: n
       chosen_F: indices of the features that have a row, in the order of their rows.
       weight_K: weights of the readouts.
     """
-    features = np.searchsorted(store.column_C, len(layer_A))
+    features = int(np.searchsorted(store.column_C, len(layer_A)))
     layer_C, layer_F = layer_A[store.column_C[:features]], layer_A[chosen_F]
     column_F, influence_C = np.searchsorted(store.column_C, chosen_F), np.zeros(features)
 
