@@ -285,7 +285,18 @@ def read_site(
     last_B: jax.Array,
     wanted_BxT: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Return what ``run_head`` does, given what ``SplitPoint.run_prefix`` returns."""
+    """Return what ``run_head`` does, for the values of a prefix that was run before.
+
+    Args:
+      point: as for ``run_head`` (static).
+      error: likewise (static).
+      dictionary: likewise.
+      stream_BxTxD: from ``SplitPoint.run_prefix``, as are
+      value_BxTxD: the site's value, and
+      read_BxTxD: what the dictionary reads.
+      last_B: as for ``run_head``.
+      wanted_BxT: likewise.
+    """
     real_BxT = jnp.arange(value_BxTxD.shape[1])[None, :] <= last_B[:, None]
     # Padding has values, too, which no prompt sees: nothing is edited or counted there.
     domain_BxT = real_BxT & dictionary.is_not_sink(read_BxTxD, value_BxTxD)
