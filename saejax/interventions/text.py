@@ -31,11 +31,11 @@ _AT_ONCE = 4  # documents of a program
 
 
 class DocumentBatch(NamedTuple):
-    """A few documents without an edit. Rows beyond ``count`` are padding."""
+    """A few documents without an edit. Rows beyond ``documents`` are padding."""
 
     ids_BxT: jax.Array  #: token ids
     lengths_B: jax.Array  #: tokens of each document
-    count: int  #: number of documents
+    documents: int  #: how many they are
     sites: tuple[jax.Array, jax.Array, jax.Array]  #: stream, value and what is read at the site, [B, T, D] each
     end_BxTxD: jax.Array  #: the stream leaving the last layer
 
@@ -117,7 +117,7 @@ def _run_edits(split: SplitModel, edits: FeatureEdits, batch: DocumentBatch) -> 
     ((chosen, features_K),) = edits.chunks(edits.dictionary.config.n_features)
     # Documents have no counterparts: there a swapped feature is taken away.
     source = ZERO if edits.replacement.kind == "counterpart" else edits.replacement
-    changes = gather(point, split.dictionary, source, [read, domain_BxT], features_K, batch.count)
+    changes = gather(point, split.dictionary, source, [read, domain_BxT], features_K, batch.documents)
     # Without the error, the clean run is that of the dictionary's reconstruction.
     is_shared = split.error == "keep"
     ends = [batch.end_BxTxD if is_shared else programs.tail(point, split.params, stream, value)]
@@ -127,7 +127,7 @@ def _run_edits(split: SplitModel, edits: FeatureEdits, batch: DocumentBatch) -> 
         edited_BxTxD = _edited(point, value, domain_BxT, *changes, fraction_K, addend_K)
         ends.append(programs.tail(point, split.params, stream, edited_BxTxD))
     sums = programs.compare(point.config, split.params, jnp.stack(ends), batch.ids_BxT, batch.lengths_B)
-    return [to_host(part).astype(np.float64).sum(axis=0)[:, : batch.count] for part in sums]
+    return [to_host(part).astype(np.float64).sum(axis=0)[:, : batch.documents] for part in sums]
 
 
 @functools.partial(jax.jit, static_argnums=0)
