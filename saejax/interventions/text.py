@@ -49,7 +49,7 @@ class HeldOutText:
 
     def __init__(self, documents: Sequence[Sequence[int]]):
         self.documents = [list(document) for document in documents]
-        self._clean: tuple[SplitPoint, list[DocumentBatch]] | None = None
+        self._clean: tuple[SplitPoint, decoder.Params, list[DocumentBatch]] | None = None
 
     @classmethod
     def of(
@@ -89,12 +89,12 @@ class HeldOutText:
           Cross-entropy ``ce`` and KL(clean || edited) ``kl``, float64 ``[1 + S, N]``: without an edit, then with each;
           means over the predicted tokens, nats per token.
         """
-        # All dictionaries and bases of a site are compared on one clean run, which takes as long as two edits do.
-        if self._clean is None or self._clean[0] != split.point:
+        # All dictionaries and bases of a site are compared on one clean run, which takes longer than an edit does.
+        if self._clean is None or self._clean[0] != split.point or self._clean[1] is not split.params:
             starts = range(0, len(self.documents), _AT_ONCE)
             batches = [self._run_clean(split, self.documents[first : first + _AT_ONCE]) for first in starts]
-            self._clean = split.point, batches
-        parts = [_run_edits(split, edits, batch) for batch in self._clean[1]]
+            self._clean = split.point, split.params, batches
+        parts = [_run_edits(split, edits, batch) for batch in self._clean[2]]
         ce_ExN, kl_ExN = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
         tokens_N = np.array([len(document) - 1 for document in self.documents])
         return dict(ce=ce_ExN / tokens_N, kl=kl_ExN / tokens_N)
