@@ -1,5 +1,6 @@
 """Steering against a hook in the HF model in fp64, directions and choices by hand, and the stage end to end."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -90,6 +91,17 @@ def test_text_under_a_change_equals_whole_runs(tiny, dictionary):
             for s in range(len(edits)):
                 wanted = cross_entropy([model_edit(edits, s)]) - cross_entropy([])
                 assert ce_ExN[1 + s, n] - ce_ExN[0, n] == pytest.approx(wanted, abs=2e-5)
+
+
+def test_clean_text_is_kept_for_one_model_alone(tiny, dictionary):
+    documents = [np.random.default_rng(3).integers(5, 200, size=9).tolist()]
+    second = copy.copy(tiny)
+    second.params = {name: 1.1 * values for name, values in tiny.params.items()}
+    edits, text = mask(dictionary, [[3, 50]]), HeldOutText(documents)
+    first_ExN, second_ExN = (text.effects(SplitModel(lm, dictionary), edits)["ce"] for lm in (tiny, second))
+    alone_ExN = HeldOutText(documents).effects(SplitModel(second, dictionary), edits)["ce"]
+    np.testing.assert_array_equal(second_ExN, alone_ExN)
+    assert (first_ExN != second_ExN).all()
 
 
 def test_without_the_error_clean_text_goes_through_the_dictionary(tiny, dictionary):
