@@ -8,7 +8,7 @@ measured and are not drawn, and *not testable* where the model does not have the
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -59,10 +59,15 @@ def compare_claims(results: CircuitsResults) -> list[Claim]:
     return compared
 
 
-def _judge(*edges: Edge) -> tuple[str, str]:
-    """Return confirmed, with the edges that a claim predicts and their controls in words; not seen without any."""
+def _judge(edges: Sequence[Edge], missing: str) -> tuple[str, str]:
+    """Return the outcome and the evidence of a claim: confirmed by the drawn edges that it predicts, else not seen.
+
+    Args:
+      edges: the edges.
+      missing: what is not drawn if there are none, a sentence.
+    """
     if not edges:
-        return NOT_SEEN, "The edges that it predicts were measured and are not drawn."
+        return NOT_SEEN, missing
     words = (
         f"{edge.source}{', exchanged,' if edge.edit == 'swap' else ''} to "
         f"{'the answer' if edge.target == ANSWER else edge.target}: {edge.in_unit(interval, edge.effect)} "
@@ -72,12 +77,15 @@ def _judge(*edges: Edge) -> tuple[str, str]:
     return CONFIRMED, f"{'; '.join(words)}."
 
 
-def _step(roles: Collection[str], carries: bool, results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
+def _step(
+    roles: Collection[str], carries: bool, missing: str, results: CircuitsResults, circuit: CircuitResults
+) -> tuple[str, str]:
     """Judge a step before the answer: a group on a drawn path to it, on which groups of all these roles act.
 
     Args:
       roles: of the groups that act on it.
       carries: whether the group must also carry which answer it is, and be none of those that say it.
+      missing: as for ``_judge``.
       results: of all behaviours.
       circuit: of the claim's behaviour.
     """
@@ -92,22 +100,23 @@ def _step(roles: Collection[str], carries: bool, results: CircuitsResults, circu
         if group.name in onward and acting.keys() >= set(roles):
             path = [*(acting[role] for role in roles), onward[group.name]]
             if not carries:
-                return _judge(*path)
+                return _judge(path, missing)
             if group.name in exchanged and not is_output(group, circuit.layers):
-                return _judge(*path, exchanged[group.name])
-    return _judge()
+                return _judge([*path, exchanged[group.name]], missing)
+    return _judge([], missing)
 
 
 def _direct(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     content = [group.name for group in circuit.groups if group.role == "content"]
-    return _judge(*(edge for edge in circuit.drawn() if edge.target == ANSWER and edge.source in content))
+    edges = [edge for edge in circuit.drawn() if edge.target == ANSWER and edge.source in content]
+    return _judge(edges, "No group at the content acts on the answer while the other groups are held.")
 
 
 def _swap(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
-    if not any(edge.edit == "swap" for edge in circuit.edges):
+    if not circuit.swapped:
         return NOT_TESTABLE, "Nothing was exchanged: prompts and counterparts differ in length."
     best = sorted(circuit.drawn("swap"), key=lambda edge: -edge.effect.mean)[:1]
-    outcome, evidence = _judge(*best)
+    outcome, evidence = _judge(best, "No group moves the answer to the counterpart's when it takes its activations.")
     if best and best[0].effect.mean <= circuit.logit_diff:
         return NOT_SEEN, f"{evidence} It does not turn the mean logit difference of {circuit.logit_diff:.2f} around."
     return outcome, evidence
@@ -156,9 +165,24 @@ def _shared_middle(results: CircuitsResults, circuit: CircuitResults) -> tuple[s
 
 
 TESTS: Mapping[str, Callable[[CircuitsResults, CircuitResults], tuple[str, str]]] = dict(
-    through=functools.partial(_step, ("content",), False),
-    through_entity=functools.partial(_step, ("content",), True),
-    meeting=functools.partial(_step, ("content", "context"), False),
+    through=functools.partial(
+        _step,
+        ("content",),
+        False,
+        "No drawn path leads from what differs between prompts through another group to the answer.",
+    ),
+    through_entity=functools.partial(
+        _step,
+        ("content",),
+        True,
+        "No group before those that say the answer is on a drawn path to it and carries which one it is.",
+    ),
+    meeting=functools.partial(
+        _step,
+        ("content", "context"),
+        False,
+        "On no group on a drawn path to the answer act both the content and the words around it.",
+    ),
     direct=_direct,
     swap=_swap,
     shared=_shared,

@@ -13,6 +13,7 @@ class CircuitResults:
 
     traced: int  #: train prompts whose graphs chose the features
     measured: int  #: test prompts on which effects were measured
+    swapped: int  #: of these, those whose counterpart has as many tokens
     logit_diff: float  #: mean logit difference of the measured prompts
     answer: str  #: correct answer of the first measured prompt
     groups: tuple[Group, ...]  #: the most influential first

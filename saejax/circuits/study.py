@@ -89,13 +89,14 @@ def find_circuit(
     n_layers = model.config.n_layers
     chosen = tuple(groups) or tuple(propose_groups(returning, n_layers, _GROUP_SIZE, MAX_GROUPS, details))
     # 3. Measure.
-    diffs, effects = list[float](), list[PromptEffects]()
+    diffs, effects, swapped = list[float](), list[PromptEffects](), 0
     for number, prompt in enumerate(measured):
         on_progress(len(traced) + number, total)
         local = LocalModel(model, transcoders, prompt.text)
         # Activations are exchanged position by position, so both prompts need one length.
         swaps = prompt.counterpart and len(prompt_ids(model, prompt.counterpart)) == len(local.ids_P)
         counterpart = LocalModel(model, transcoders, prompt.counterpart) if swaps else None
+        swapped += bool(swaps)
         readout = read_targets(local, [_answer_ids(model, prompt)], 1, 1.0)
         diffs.append(float(readout.value_K[0]))
         effects.append(
@@ -108,8 +109,8 @@ def find_circuit(
     templates = [prompt.template for prompt in measured]
     edges = judge_edges([group.name for group in chosen], effects, templates, resamples=resamples, seed=seed)
     results = CircuitResults(
-        len(traced), len(measured), sum(diffs) / len(diffs), measured[0].correct.strip(), chosen, tuple(edges),
-        tuple(returning), n_layers,
+        len(traced), len(measured), swapped, sum(diffs) / len(diffs), measured[0].correct.strip(), chosen,
+        tuple(edges), tuple(returning), n_layers,
     )  # fmt: skip
     return results, details
 

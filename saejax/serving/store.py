@@ -107,8 +107,8 @@ class GraphStore:
         """Return all graphs by id, the most recently changed first; damaged files and units are noted as problems."""
         self.problems, graphs = {}, list[StoredGraph]()
         for path in (path for folder in self._folders() for path in sorted(folder.glob("*.json"))):
-            # A link may lead out of the folder.
-            if path.name == INDEX or not path.resolve().is_relative_to(self.root.resolve()):
+            # A link may lead nowhere, or out of the folder.
+            if path.name == INDEX or not path.is_file() or not path.resolve().is_relative_to(self.root.resolve()):
                 continue
             name, metadata = path.relative_to(self.root), _read_metadata(path, path.stat().st_mtime_ns)
             if isinstance(metadata, str):

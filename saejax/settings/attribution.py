@@ -15,7 +15,8 @@ class GraphConfig(Config):
     transcoders: str = setting(
         "",
         "transcoders of all layers: a folder or hub id of a set (circuit-tracer's or Gemma Scope's, per layer or "
-        "cross-layer; org/name/subfolder, org/name@revision), or the folder of our own, such as runs/mine/train/topk",
+        "cross-layer; org/name/subfolder, org/name@revision), a short name such as qwen3-4b, or the folder of our own, "
+        "such as runs/mine/train/topk",
     )
     l0: tuple[str, ...] = setting(
         (),

@@ -74,7 +74,7 @@ CIRCUITS = Stage(
     name="circuits",
     summary="groups features that return over a behaviour's prompts and measures what each group does, if "
     "--circuits.behaviours is set",
-    revision=5,  # results have fewer fields
+    revision=6,  # results say on how many prompts groups were exchanged
     run=_run,
     results=_results,
     groups=(ModelConfig, GraphConfig, CircuitsConfig),

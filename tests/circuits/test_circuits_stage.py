@@ -60,7 +60,7 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     unit = tmp_path / "run" / "circuits"
     results = load_results(tmp_path / "run", "circuits")
     circuit = results.behaviours["sides"]
-    assert circuit.traced == 3 and circuit.measured == 4 and {edge.edit for edge in circuit.edges} >= {"swap"}
+    assert circuit.traced == 3 and circuit.measured == circuit.swapped == 4
     assert 0 < len(circuit.groups) <= 6 and circuit.edges
     page = html.unescape((unit / "sides.html").read_text()).replace("\u00a0", " ")
     # Every effect has a row, with its interval, its controls, and how far it exceeds them.

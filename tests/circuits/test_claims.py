@@ -31,7 +31,7 @@ EVERY = (*CHAIN, edge("city", ANSWER, "swap", effect=3.0), edge("state", ANSWER,
 
 
 def circuit(edges=EVERY, returning=GROUPS[0].members, layers=9):
-    return CircuitResults(10, 20, 2.0, "Austin", GROUPS, tuple(edges), tuple(returning), layers)
+    return CircuitResults(10, 20, 20, 2.0, "Austin", GROUPS, tuple(edges), tuple(returning), layers)
 
 
 def outcomes(results) -> dict[str, str]:
@@ -59,7 +59,10 @@ def test_drawn_edges_confirm_claims():
     outcome_of = outcomes(CircuitsResults(dict(two_hop=circuit(faint)), {}))
     assert {outcome_of[f"hop-{n}"] for n in (1, 2, 3, 4)} == {NOT_SEEN}
     # Without counterparts of equal length nothing is swapped.
-    assert outcomes(CircuitsResults(dict(rhyme=circuit(CHAIN)), {}))["rhyme-2"] == NOT_TESTABLE
+    unswapped = dataclasses.replace(circuit(), swapped=0)
+    assert outcomes(CircuitsResults(dict(rhyme=unswapped), {}))["rhyme-2"] == NOT_TESTABLE
+    # With counterparts of which no group was judged, nothing was seen.
+    assert outcomes(CircuitsResults(dict(rhyme=circuit(CHAIN)), {}))["rhyme-2"] == NOT_SEEN
 
 
 SAYS = edge("says", ANSWER, "swap")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax.attribution.forms.neuronpedia import cantor_pair
-from saejax.dictionaries.formats.place import fetch_file, split_address
+from saejax.dictionaries.formats.place import fetch_file, full_name, split_address
 from saejax.dictionaries.labels import trained_units
 from saejax.dictionaries.stacks import results_folder
 from saejax.errors import UserError
@@ -90,13 +90,14 @@ def read_details(
       UserError: a file is damaged, or ``folders`` names one that is not there.
     """
     wanted = list(dict.fromkeys(features))
+    # Folders that are named are opened first, so that a wrong name is refused. Opening a set on the hub fetches its
+    # index, so this is done only if features are still missing.
+    reads = [open_folder(folder) for folder in folders]
     details = _from_interpret(dictionaries, wanted)
-    places: list[tuple[Callable[[str | Path], ReadFeature | None], str | Path]]
-    places = [*((open_folder, folder) for folder in folders), *((_open_own, dictionary) for dictionary in dictionaries)]
-    for open_place, place in places:
+    for read_or_set in [*reads, *dictionaries]:
         missing = [feature for feature in wanted if feature not in details]
-        # Opening a set on the hub fetches its index, so this is done only if features are still missing.
-        if missing and (read := open_place(place)):
+        read = read_or_set if callable(read_or_set) or not missing else _open_own(read_or_set)
+        if missing and read:
             with ThreadPoolExecutor(_CONNECTIONS) as pool:
                 data_by_feature = zip(missing, pool.map(read, missing), strict=True)
                 details |= {feature: parse_feature(data) for feature, data in data_by_feature if data is not None}
@@ -198,7 +199,8 @@ def _open_own(dictionaries: str | Path) -> ReadFeature | None:
     local = Path(dictionaries).expanduser()
     if local.exists():
         return open_folder(local / "features") if (local / "features").is_dir() else None
-    name, revision, folder = split_address(f"hf://{str(dictionaries).removeprefix('hf://')}", "main", "features")
+    address = full_name(str(dictionaries)).removeprefix("hf://")
+    name, revision, folder = split_address(f"hf://{address}", "main", "features")
     try:
         return open_folder(f"hf://{name}/{folder}@{revision}")
     except UserError:

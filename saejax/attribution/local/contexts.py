@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.prompt_run import Active
+from saejax.attribution.local.prompt_run import Active, NothingActive
 from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode, token_text
 
@@ -34,9 +33,10 @@ class ContextSearch:
         firings, as_text = [], token_text(self.model.tokenizer)
         most = min(_TOKENS, self.model.config.context)
         for text in self.texts:
+            ids = encode(self.model.tokenizer, text)[:most]
             try:
-                local = LocalModel(self.model, self.transcoders, encode(self.model.tokenizer, text)[:most])
-            except UserError:  # no feature fires on it, as on words that a small vocabulary does not have
+                local = LocalModel(self.model, self.transcoders, ids)
+            except NothingActive:  # as on words that a small vocabulary does not have
                 continue
             firings.append((local.active, [as_text(int(token)) for token in local.ids_P]))
         return firings

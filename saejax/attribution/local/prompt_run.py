@@ -20,6 +20,10 @@ from saejax.parallel.collectives import to_host
 AT_ONCE = 1 << 26  # activations of a layer that are in memory at once
 
 
+class NothingActive(UserError):
+    """No feature is active in a prompt."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Active:
     """The features that are active in a prompt, in the order (layer, position, feature)."""
@@ -147,7 +151,8 @@ class PromptRun:
         if not np.isfinite(self.logits_V).all():
             raise UserError(f"the logits of {self.model.source.name} are not finite: try --model.dtype=float32")
         if not len(self.active):
-            raise UserError(f"no feature of {self.dictionaries.name} is active in this prompt: is it of this model?")
+            name = self.dictionaries.name
+            raise NothingActive(f"no feature of {name} is active in this prompt: is it of this model?")
 
     def constants(self, chosen_F: np.ndarray) -> np.ndarray:
         """Return what biases of no source add to the pre-activations of some active features, fp32 [F]."""

@@ -27,7 +27,7 @@ from jax import lax
 from saejax.attribution.local import layers
 from saejax.attribution.local.dictionaries import FeatureOutputs
 from saejax.attribution.local.layers import RELP, FrozenModel
-from saejax.attribution.local.prompt_run import Active, PromptRun, active_features
+from saejax.attribution.local.prompt_run import Active, NothingActive, PromptRun, active_features
 from saejax.attribution.local.readouts import padded, read_logits
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import Dictionary
@@ -73,7 +73,7 @@ class LocalState(PromptRun):
         first = first_used(model.config, self.ids_P)
         if len(self.ids_P) <= first:
             which = f"first {first} tokens" if first > 1 else "first token"
-            raise UserError(f"no feature is used at the {which}, and the prompt has no further one")
+            raise NothingActive(f"no feature is used at the {which}, and the prompt has no further one")
         self.frozen = FrozenModel(model.config, model.params, transcoders.reads)
         # Padded, so that prompts of similar lengths share compiled programs.
         ids_T = np.pad(self.ids_P, (0, padded(len(self.ids_P)) - len(self.ids_P)))

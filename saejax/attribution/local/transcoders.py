@@ -85,7 +85,8 @@ def open_transcoders(
 
     Args:
       path: a circuit-tracer set or Gemma Scope's files, of each layer or cross-layer; a folder of folders with our own
-        dictionaries or SAELens ones; or the hub id of a repository with such.
+        dictionaries or SAELens ones; the hub id of a repository with such; or a short name, see
+        ``place.SHORT_NAMES``.
       revision: branch, tag or commit of a hub repository.
       subfolder: where in it the set is.
       choice: which of several transcoders of a layer are meant, by words of their names such as "16k" and "small"; see
@@ -117,6 +118,7 @@ def find_folder(
     Of a repository with several transcoders of each layer nothing is fetched but those that are meant. The path may be
     ORG/NAME/SUBFOLDER@REVISION, with hf:// before it or without; for all parameters see ``open_transcoders``.
     """
+    path = place.full_name(path)
     # A folder here goes before a repository of the same name.
     if _REFERENCE.fullmatch(path) and not Path(path).exists():
         path = f"hf://{path}"

@@ -21,6 +21,23 @@ _PICKLED = ("*.pt", "*.pth")  # fetched where there is nothing else: a repositor
 _SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")  # of addresses of files
 BESIDE = ("config.json", "cfg.json", "config.yaml")  # settings beside a dictionary that is one file
 
+#: Short names of published sets, and their repositories on the hub.
+SHORT_NAMES = {
+    "qwen3-0.6b": "mwhanna/qwen3-0.6b-transcoders-lowl0",
+    "qwen3-1.7b": "mwhanna/qwen3-1.7b-transcoders-lowl0",
+    "qwen3-4b": "mwhanna/qwen3-4b-transcoders",
+    "qwen3-8b": "mwhanna/qwen3-8b-transcoders",
+    "qwen3-14b": "mwhanna/qwen3-14b-transcoders-lowl0",
+    "gemma-2-2b": "mntss/gemma-scope-transcoders",
+    "llama-3.2-1b": "mntss/transcoder-Llama-3.2-1B",
+}
+
+
+def full_name(name: str) -> str:
+    """Return the hub id of a set of transcoders that is named by its short name; any other name as it is."""
+    # A folder here goes before a short name.
+    return name if Path(name).exists() else SHORT_NAMES.get(name, name)
+
 
 def resolve_path(path: str | os.PathLike) -> Path:
     """Return the folder or file that a path or an address means, fetched if need be.

@@ -87,7 +87,7 @@ def test_of_a_set_on_the_hub_the_bytes_of_its_features_are_fetched(tmp_path, mon
     assert read_details([], ["hf://org/set/features"], [(3, 2)])[3, 2].label == "towns"
     for absent in ("hf://org/nothing/features", tmp_path / "none"):
         with pytest.raises(UserError, match=r"no index|no folder"):
-            read_details([], [absent], [(3, 2)])
+            read_details([], [absent], [])  # even if no feature is looked for
 
 
 def test_feature_files_belong_to_the_identity_of_graphs(tmp_path):

@@ -104,6 +104,7 @@ def test_values_at_or_above_the_threshold_have_the_share(share):
     values = np.exp(4 * np.random.default_rng(1).normal(size=(50, 100))).astype(np.float32)
     values[::3], values[1] = 0, values[1, 1]
     threshold, total = pruning.share_threshold(values, share), values.sum(dtype=np.float64)
+    assert threshold in values
     assert values[values >= threshold].sum(dtype=np.float64) >= share * total * (1 - 1e-12)  # rounding
     assert values[values > threshold].sum(dtype=np.float64) <= share * total
     assert pruning.share_threshold(values, 1.0) <= threshold

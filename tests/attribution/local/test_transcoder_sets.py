@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -14,10 +15,12 @@ from safetensors.numpy import load_file, save_file
 
 from saejax import save_dictionary, save_transcoders, trace
 from saejax.attribution.local import dictionaries
+from saejax.attribution.local.contexts import ContextSearch
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.trace.prompt import trace_prompt
-from saejax.dictionaries.formats import tensors
+from saejax.dictionaries import Dictionary
+from saejax.dictionaries.formats import place, tensors
 from saejax.dictionaries.formats.gemma_scope import choose_layers
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
@@ -66,6 +69,33 @@ def test_every_format_gives_the_same_rows(form, tiny, tmp_path):
         for name, array in transcoder.arrays.items():
             assert np.array_equal(loaded.arrays[name], array), name
     assert_same_rows(opened, made)
+
+
+def test_a_short_name_is_a_set_with_its_feature_files(tiny, tmp_path, monkeypatch):
+    folder = write(tmp_path / "set", make_transcoders(tiny.config), "circuit_tracer")
+    (folder / "features").mkdir()
+    monkeypatch.setitem(place.SHORT_NAMES, "tiny-set", str(folder))
+    assert open_transcoders("tiny-set").check(tiny).name == str(folder)
+    monkeypatch.chdir(tmp_path)
+    assert place.full_name("set") == "set"  # a folder here goes before a short name
+    docs = (Path(__file__).parents[3] / "docs" / "graphs.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| `([\w.-]+)` \| `([\w.-]+/[\w.-]+)` \|", docs, re.MULTILINE))
+    monkeypatch.undo()
+    assert rows == place.SHORT_NAMES
+
+
+def test_contexts_leave_out_silent_texts_and_nothing_else(tiny):
+    made = make_transcoders(tiny.config)
+    silent = [altered_bias(each, -1e6) for each in made]
+    texts = ["one two three", "four five"]
+    assert ContextSearch(tiny, LayerTranscoders.of(silent), texts).contexts([(0, 5)]) == {(0, 5): ()}
+    broken = [altered_bias(each, np.nan) for each in made]
+    with pytest.raises(UserError, match="finite"):
+        ContextSearch(tiny, LayerTranscoders.of(broken), texts).contexts([(0, 5)])
+
+
+def altered_bias(transcoder, value):
+    return Dictionary(transcoder.config, **transcoder.arrays | dict(b_enc_F=jnp.full(FEATURES, value)))
 
 
 def assert_same_rows(opened, made):
