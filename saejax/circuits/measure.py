@@ -135,7 +135,10 @@ def activations(local: LocalModel, member_J: np.ndarray, pre_RxJ: np.ndarray) ->
 def _list_edits(
     local: LocalModel, roles: np.ndarray, groups: Sequence[Group], counterpart: LocalModel | None = None
 ) -> list[KeyEdit]:
-    """Return an edit of every active feature, of the counterpart's too, to its activation there; without one to 0."""
+    """List an edit of every feature that is active in either prompt: to its activation in the counterpart.
+
+    Without a counterpart it is an edit to 0.
+    """
     group_of = {key: number for number, group in enumerate(groups) for key in group.members}
     old_of, new_of = (
         dict(zip(model.active.index_of, model.active.value_A, strict=True)) if model else {}
@@ -208,7 +211,7 @@ def _written(local: LocalModel, edits: Sequence[KeyEdit]) -> Iterator[np.ndarray
         vectors = dict[tuple[int, int], np.ndarray]()
         # Layer by layer, since a layer's rows are read from its files together.
         for layer in {layer for layer, _ in block}:
-            features = sorted({feature for own_layer, feature in block if own_layer == layer})
+            features = sorted({feature for member_layer, feature in block if member_layer == layer})
             written_UxXxD = local.dictionaries.writes(layer, np.array(features))
             vectors |= {(layer, feature): written_UxXxD[u] for u, feature in enumerate(features)}
         yield from map(vectors.__getitem__, block)

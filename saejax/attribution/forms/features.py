@@ -96,7 +96,7 @@ def read_details(
     details = _from_interpret(dictionaries, wanted)
     for read_or_set in [*reads, *dictionaries]:
         missing = [feature for feature in wanted if feature not in details]
-        read = read_or_set if callable(read_or_set) or not missing else _open_own(read_or_set)
+        read = read_or_set if callable(read_or_set) or not missing else _open_set_features(read_or_set)
         if missing and read:
             with ThreadPoolExecutor(_CONNECTIONS) as pool:
                 data_by_feature = zip(missing, pool.map(read, missing), strict=True)
@@ -156,7 +156,7 @@ def _from_interpret(dictionaries: Sequence[str | Path], features: Sequence[Featu
     trained = trained_units(dictionaries)
     for layer in {layer for layer, _ in features} & set(trained):
         workdir, name = trained[layer]
-        wanted = {index for own_layer, index in features if own_layer == layer}
+        wanted = {index for member_layer, index in features if member_layer == layer}
         for path in sorted((results_folder(workdir, "interpret", name) / "features").glob("*.json")):
             for record in read_json(path):
                 if record["feature"] in wanted and "examples" in record:
@@ -194,7 +194,7 @@ def index_on_hub(address: str) -> Path:
     return fetch_file(f"{folder}/{_INDEX}{at}{revision}")
 
 
-def _open_own(dictionaries: str | Path) -> ReadFeature | None:
+def _open_set_features(dictionaries: str | Path) -> ReadFeature | None:
     """Return what reads the feature files that come with a set, as ``open_folder``; None where there are none."""
     local = Path(dictionaries).expanduser()
     if local.exists():

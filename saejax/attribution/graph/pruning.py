@@ -133,9 +133,11 @@ def share_threshold(values: np.ndarray, share: float) -> float:
       values: fp32, 0 or above, of any shape.
       share: share of the sum, 0 to 1.
     """
-    descending = -np.sort(-values[values > 0])
-    if not len(descending):
+    rising = values[values > 0]
+    if not len(rising):
         return float("inf")
+    rising.sort()  # in place: of a large graph these are hundreds of millions
+    descending = rising[::-1]
     sums = np.cumsum(descending, dtype=np.float64)
     return float(descending[min(np.searchsorted(sums, share * sums[-1]), len(sums) - 1)])
 

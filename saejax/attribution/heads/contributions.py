@@ -53,7 +53,7 @@ def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph) -> I
         in_part_E = np.isin(source_E, np.concatenate(part))
         for block in part:
             first = int(nodes.layer_N[block].min()) + 1  # tokens have the layer -1
-            steps = local.pushforward(_what_sources_add(local, nodes[block], size), first)
+            steps = local.pushforward(_source_writer(local, nodes[block], size), first)
             pushed.append((_places(block, len(nodes)), {layer: values for layer, _, values in steps}))
         for block in _blocks(targets, -nodes.layer_N[targets], size):
             # 2. Targets down.
@@ -62,7 +62,7 @@ def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph) -> I
             if not len(edge_B):
                 continue
             value_BxLxH = np.zeros((len(edge_B), config.n_layers, config.n_heads), np.float32)
-            for layer, wanted in local.pull_values(_what_targets_read(local, readouts, graph, block, size)):
+            for layer, wanted in local.pull_values(_target_reader(local, readouts, graph, block, size)):
                 # 3. Products, for the edges between each pair of blocks.
                 for place_N, values in pushed:
                     column_B = place_N[source_E[edge_B]]
@@ -122,8 +122,11 @@ def _places(block: np.ndarray, count: int) -> np.ndarray:
     return place_N
 
 
-def _what_sources_add(local: LocalModel, nodes: Nodes, size: int) -> Callable[[int], np.ndarray]:
-    """Return what gives, layer after layer, what each source adds to the stream entering the layer, fp32 [S, T, D]."""
+def _source_writer(local: LocalModel, nodes: Nodes, size: int) -> Callable[[int], np.ndarray]:
+    """Return a function of a layer that gives what each source adds to the stream entering it, fp32 [S, T, D].
+
+    It is called for layer after layer.
+    """
     length = local.stream_LxTxD.shape[1]
     outputs, place_N = FeatureOutputs(local.dictionaries, size, length), np.arange(len(nodes)) * length
     place_N += nodes.position_N
@@ -143,10 +146,13 @@ def _what_sources_add(local: LocalModel, nodes: Nodes, size: int) -> Callable[[i
     return added
 
 
-def _what_targets_read(
+def _target_reader(
     local: LocalModel, readouts: Readouts, graph: Graph, block: np.ndarray, size: int
 ) -> Callable[[int], np.ndarray]:
-    """Return what gives what each target reads in a layer, or of the stream leaving the last, fp32 [R, T, D]."""
+    """Return a function of a layer that gives what each target reads there, fp32 [R, T, D].
+
+    The number of layers stands for the stream leaving the last one.
+    """
     nodes, (length, width) = graph.nodes[block], local.stream_LxTxD.shape[1:]
     features, logits = (np.flatnonzero(nodes.kind_N == kind) for kind in (FEATURE, LOGIT))
     vector_RxD = np.zeros((len(nodes), width), np.float32)

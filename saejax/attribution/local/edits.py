@@ -54,7 +54,16 @@ class Circuit(NamedTuple):
 def plan_edits(
     state: LocalState, edits: Sequence[Any], freeze: str
 ) -> "list[tuple[slice, ChangeEdits | CircuitEdits]]":
-    """Return the edits of the rows that go through the layers together; see ``LocalModel.run``."""
+    """Split the rows of edits into chunks that go through the layers together.
+
+    Args:
+      state: of the prompt.
+      edits: of each row, its changes, or a ``Circuit``.
+      freeze: as for ``LocalModel.run``.
+
+    Raises:
+      UserError: circuits are frozen, or a change does not fit the prompt.
+    """
     _, length, width = state.stream_LxTxD.shape
     is_circuits = any(isinstance(row, Circuit) for row in edits)
     if is_circuits and freeze != "none":

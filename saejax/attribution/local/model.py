@@ -97,7 +97,7 @@ class LocalModel(LocalState):
           freeze_until: the layer from which on the model runs freely; the number of layers: only the final norm does.
             None: ``freeze`` applies to all.
           logits: whether to compute all logits at the last position.
-          on_progress: called with the work done and of all; may raise to stop.
+          on_progress: called with the layers run, of all chunks, and their total; may raise to stop.
 
         Raises:
           UserError: a feature does not exist or is changed twice in a row, there is no such mode, or what is read is

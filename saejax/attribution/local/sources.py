@@ -208,7 +208,9 @@ def _blocks(
 
 
 def read_directions(transcoders: LayerDictionaries, features: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """Return what features write: for each one after the other the rows of all layers that it writes to, fp32 [X, D].
+    """Yield the directions that features write to, layer by layer, in parts, fp32 [X, D].
+
+    A feature has a row for each layer that it writes to.
 
     Args:
       transcoders: the set.
@@ -223,7 +225,7 @@ def read_directions(transcoders: LayerDictionaries, features: list[np.ndarray]) 
 
 
 def fill_table(mesh: Mesh, first: list[jax.Array], parts: Iterator[np.ndarray], rows: int) -> jax.Array:
-    """Return a table of rows that are on the devices already and then rows that come in parts, padded with zeros.
+    """Build a table on the devices: rows that are there already, rows that come in parts, then zeros.
 
     Args:
       mesh: the devices, over whose axis ``model`` the table's width is split.
@@ -237,7 +239,7 @@ def fill_table(mesh: Mesh, first: list[jax.Array], parts: Iterator[np.ndarray], 
     start, width = sum(map(len, first)), first[0].shape[1]
     where = fitting_sharding(mesh, (start + rows, width), None, "model")
     by_width = fitting_sharding(mesh, (CHUNK, width), None, "model")
-    table_UxD = _begun(where, rows, first)
+    table_UxD = _start_table(where, rows, first)
     for part_XxD in parts:
         for begin in range(0, len(part_XxD), CHUNK):
             # Whole chunks, so that one program writes them all: the next one overwrites what fills this one up.
@@ -245,20 +247,20 @@ def fill_table(mesh: Mesh, first: list[jax.Array], parts: Iterator[np.ndarray], 
             chunk_CxD[: len(part_XxD) - begin] = part_XxD[begin : begin + CHUNK]
             # ``jax.device_put`` would ask all processes each time whether they have the same.
             placed_CxD = jax.make_array_from_callback(chunk_CxD.shape, by_width, chunk_CxD.__getitem__)
-            table_UxD = _written(where, table_UxD, placed_CxD, np.int32(start + begin))
+            table_UxD = _write_rows(where, table_UxD, placed_CxD, np.int32(start + begin))
         start += len(part_XxD)
     return table_UxD
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _begun(where: NamedSharding, rows: int, first: list[jax.Array]) -> jax.Array:
-    """Return the table with its first rows, and so many empty ones."""
+def _start_table(where: NamedSharding, rows: int, first: list[jax.Array]) -> jax.Array:
+    """Return the table with its first rows, and ``rows`` empty ones."""
     return lax.with_sharding_constraint(jnp.pad(jnp.concatenate(first), ((0, rows), (0, 0))), where)
 
 
 # Donated: the table is the largest array here, and is written in place.
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _written(where: NamedSharding, table_UxD: jax.Array, chunk_CxD: jax.Array, start: jax.Array) -> jax.Array:
+def _write_rows(where: NamedSharding, table_UxD: jax.Array, chunk_CxD: jax.Array, start: jax.Array) -> jax.Array:
     """Return the table with some rows in their place."""
     table_UxD = lax.dynamic_update_slice_in_dim(table_UxD, chunk_CxD, start, 0)
     return lax.with_sharding_constraint(table_UxD, where)

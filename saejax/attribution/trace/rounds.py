@@ -124,7 +124,8 @@ class RowStore:
         for start in range(0, rows_FxC.shape[1], step):
             columns = slice(start, start + step)
             rows_FxC[:, columns] = rows_FxC[order_F, columns]
-        self.dropped_R[: self._count] = self.dropped_R[order_F]
+        for values_R in (self.dropped_R, self.size_R):
+            values_R[: self._count] = values_R[order_F]
 
     def leave_out(self, left_X: np.ndarray) -> None:
         """Drop columns when all rows are there, in place: there is no room for a second copy.
@@ -143,7 +144,7 @@ class RowStore:
 
 
 def rank(store: RowStore, layer_A: np.ndarray, chosen_F: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
-    """Return the active features that may get a row, by their influence through those that have one, falling.
+    """Rank the active features that may get a row by their influence through those that have one, largest first.
 
     Args:
       store: the rows; those of the readouts are there already.
