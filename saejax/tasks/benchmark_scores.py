@@ -173,7 +173,7 @@ def _reference(item: Item, about: _About, likelihoods: Sequence[Likelihood]) -> 
 def encode_answer(
     lm: LanguageModel, prompter: Prompter, item: Item, prompt: str, answer: str
 ) -> tuple[list[int], list[int]]:
-    """Token ids of an item's prompt and of an answer after it; a ``UserError`` if they are longer than the context."""
+    """Return the token ids of an item's prompt and of an answer after it; refuse more than the model reads."""
     pair = encode_pair(lm.tokenizer, prompt, prompter.delimiter + answer, special_tokens=not prompter.chat)
     _check_length(lm, prompter, item, len(pair[0]), len(pair[1]))
     return pair
