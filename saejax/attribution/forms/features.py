@@ -94,10 +94,13 @@ def read_details(
     # index, so this is done only if features are still missing.
     reads = [open_folder(folder) for folder in folders]
     details = _from_interpret(dictionaries, wanted)
-    for read_or_set in [*reads, *dictionaries]:
+    sources: list[ReadFeature | str | Path] = [*reads, *dictionaries]
+    for source in sources:
         missing = [feature for feature in wanted if feature not in details]
-        read = read_or_set if callable(read_or_set) or not missing else _open_set_features(read_or_set)
-        if missing and read:
+        if not missing:
+            break
+        read = _open_set_features(source) if isinstance(source, str | Path) else source
+        if read:
             with ThreadPoolExecutor(_CONNECTIONS) as pool:
                 data_by_feature = zip(missing, pool.map(read, missing), strict=True)
                 details |= {feature: parse_feature(data) for feature, data in data_by_feature if data is not None}
