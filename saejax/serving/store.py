@@ -8,12 +8,13 @@ files that the stages take.
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import GraphDocument, are_groups, check_groups, read_document
-from saejax.attribution.forms.neuronpedia import INDEX
+from saejax.attribution.forms.document import GraphDocument, are_groups, check_groups, check_metadata, read_document
+from saejax.attribution.forms.neuronpedia import INDEX, read_list
 from saejax.attribution.forms.outputs import FEATURES, described_features, details_of_features, read_shown
 from saejax.attribution.graph import Graph
 from saejax.dictionaries.labels import labels_of_sheets, names_of_layers
@@ -80,10 +81,13 @@ def _read_graph(path: Path, changed: int) -> GraphDocument:
 
 @functools.lru_cache(1024)
 def _read_metadata(path: Path, changed: int) -> Mapping[str, Any] | str | None:
-    """Return a graph's metadata; what is wrong with it; None: it is something else."""
+    """Return a graph's metadata; what is wrong with it; None: it is something else.
+
+    Nodes and links are checked when the graph is opened: of many graphs that would take a minute.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return read_document(content)["metadata"] if isinstance(content, dict) and "nodes" in content else None
+        return check_metadata(content) if isinstance(content, dict) and "nodes" in content else None
     except UserError as error:
         return " ".join(str(error).split())
     except (OSError, ValueError, RecursionError):
@@ -105,26 +109,48 @@ class GraphStore:
 
     def graphs(self) -> dict[str, StoredGraph]:
         """Return all graphs by id, the most recently changed first; damaged files and units are noted as problems."""
-        self.problems, graphs = {}, list[StoredGraph]()
-        for path in (path for folder in self._folders() for path in sorted(folder.glob("*.json"))):
-            # A link may lead nowhere, or out of the folder.
-            if path.name == INDEX or not path.is_file() or not path.resolve().is_relative_to(self.root.resolve()):
-                continue
-            name, metadata = path.relative_to(self.root), _read_metadata(path, path.stat().st_mtime_ns)
-            if isinstance(metadata, str):
-                self.problems[name.as_posix()] = metadata
-            elif metadata is not None:
-                graphs.append(StoredGraph(name.with_suffix("").as_posix(), path, metadata))
+        problems, graphs = dict[str, str](), list[StoredGraph]()
+        for folder in self._folders(problems):
+            listed = self._listed(folder, problems)
+            for path in sorted({*folder.glob("*.json"), *listed}):
+                name, problem = path.relative_to(self.root), ""
+                if path.name == INDEX or path.is_dir():
+                    continue
+                if not path.is_file():
+                    problem = "is a link to nothing" if path.is_symlink() else "is in the list of graphs, and is gone"
+                elif not path.resolve().is_relative_to(self.root.resolve()):
+                    problem = "is a link out of the folder"
+                else:
+                    metadata = _read_metadata(path, path.stat().st_mtime_ns)
+                    if isinstance(metadata, Mapping):
+                        graphs.append(StoredGraph(name.with_suffix("").as_posix(), path, metadata))
+                        continue
+                    # Beside graphs there may be other files, which nobody listed.
+                    problem = metadata or ("is in the list of graphs, and is none" if path in listed else "")
+                if problem:
+                    problems[name.as_posix()] = problem
+        self.problems = problems  # in one step, as requests come from several threads
         graphs.sort(key=lambda graph: (-graph.path.stat().st_mtime, graph.id))
         return {graph.id: graph for graph in graphs}
 
-    def _folders(self) -> list[Path]:
+    def _listed(self, folder: Path, problems: dict[str, str]) -> set[Path]:
+        """Return the files that the list of a folder names there; a damaged list is noted."""
+        try:
+            entries = read_list(folder / INDEX)["graphs"]
+        except UserError:
+            problems[(folder / INDEX).relative_to(self.root).as_posix()] = "is no list of graphs, or is cut off"
+            return set()
+        slugs = (str(entry.get("slug", "")) for entry in entries if isinstance(entry, Mapping))
+        # Not of names that lead elsewhere, or that no file can have.
+        return {folder / f"{slug}.json" for slug in slugs if re.fullmatch(r"[\w.-]{1,200}", slug, re.ASCII)}
+
+    def _folders(self, problems: dict[str, str]) -> list[Path]:
         """Return the folders of graphs: of current units, by paths that stay when settings change, and others."""
         units: Mapping[str, Path] = {}
         try:
             units = current_units(self.root)
         except (UserError, OSError, ValueError, KeyError, TypeError) as error:
-            self.problems["."] = " ".join(str(error).split())
+            problems["."] = " ".join(str(error).split())
         places = [self.root / name if (self.root / name).exists() else folder for name, folder in units.items()]
         folders = [self.root, *(path.parent for place in places for path in sorted(place.rglob(INDEX)))]
         for path in sorted(self.root.rglob(INDEX)):

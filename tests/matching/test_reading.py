@@ -128,11 +128,15 @@ def described(fingerprint, number=0):
     return Compared(f"{fingerprint}{number}", Path(), config)
 
 
-def test_models_of_equal_width_are_compared_by_activity_alone():
+def test_models_of_equal_width_are_compared_by_activity_alone_and_their_pairs_sampled():
     first, same, second, unknown = described("a"), described("a", 1), described("b"), described("")
     measures = "decoder", "activity"
     assert measures_of(measures, first, second) == ["activity"] and measures_of(("decoder",), first, second) == []
     assert measures_of(("decoder",), first, same) == measures_of(("decoder",), first, unknown) == ["decoder"]
+    compared = [described("ab"[number % 2], number) for number in range(8)]
+    assert len(select_pairs(compared, 0, 0)) == 28
+    pairs = select_pairs(compared, 5, 0)
+    assert len(pairs) == 12 + 5 == 12 + sum((first + second) % 2 for first, second in pairs)
 
 
 def comparison(tmp_path, dictionaries):
@@ -182,13 +186,6 @@ def test_dictionaries_are_dropped_after_use(tmp_path, monkeypatch):
         made.measure(f"{first:03d}-d{first}", first, lambda done, total: None)
     assert most[0] <= 3
     assert made._weights.cache_info().currsize == 5
-
-
-def test_pairs_between_models_are_sampled():
-    compared = [described("ab"[number % 2], number) for number in range(8)]
-    assert len(select_pairs(compared, 0, 0)) == 28
-    pairs = select_pairs(compared, 5, 0)
-    assert len(pairs) == 12 + 5 == 12 + sum((first + second) % 2 for first, second in pairs)
 
 
 def test_where_nothing_fires_there_are_no_partners_and_no_figure(tmp_path):

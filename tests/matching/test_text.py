@@ -67,8 +67,5 @@ def test_pieces_hold_all_tokens_behind_the_special_ones():
     assert read.front == 1 and all(piece[0] == tokenizer.bos_token_id and len(piece) <= 8 for piece in read.pieces)
     ids = [id for text in TEXTS for id in tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert np.concatenate([piece[1:] for piece in read.pieces]).tolist() == ids and len(ids) == len(read.text_N)
-
-
-def test_first_texts():
     assert first_texts(["a" * 50, "b" * 50, "c" * 50], 12) == ["a" * 50, "b" * 50]
     assert first_texts(["a"], 1000) == ["a"]

@@ -57,30 +57,51 @@ def test_nothing_outside_the_folder_is_reached(root):
     listed["graphs"] += [dict(slug="../../../../beside/secret"), dict(slug="linked"), dict(slug=str(root.parent / "x"))]
     (folder / INDEX).write_text(json.dumps(listed))
     os.symlink(root.parent / "beside" / "secret.json", folder / "linked.json")
-    store = GraphStore(root)
+    store, graphs = GraphStore(root), "attribute/p/graphs"
     assert set(store.graphs()) == {"attribute/p/graphs/water", "attribute/p/graphs/war"}
-    graphs = "attribute/p/graphs"
+    assert store.problems == {f"{graphs}/linked.json": "is a link out of the folder"}
     for name in ("../beside/secret", f"{graphs}/../graphs/war", f"{graphs}/linked", "/etc/passwd", ""):
         with pytest.raises(UserError, match="there is no graph"):
             store.find(name)
 
 
-def test_a_damaged_list_or_a_link_to_nothing_hides_no_graph(root):
-    folder = root / "attribute" / "p" / "graphs"
-    (folder / INDEX).write_text("{")
-    os.symlink(folder / "gone", folder / "dangling.json")
-    assert len(GraphStore(root).graphs()) == 2
-
-
-def test_a_damaged_graph_or_unit_is_one_line_and_hides_no_other(root, tmp_path):
-    path = root / "attribute" / "p" / "graphs" / "war.json"
-    path.write_bytes(path.read_bytes()[:-40])
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("war.json", lambda text: text[:-40], "is not JSON, or is cut off"),
+        ("war.json", lambda text: "[]", "is in the list of graphs, and is none"),
+        ("war.json", lambda text: text.replace('"scan":', '"scam":', 1), "metadata has no scan: is this a graph"),
+        ("war.json", None, "is in the list of graphs, and is gone"),
+        ("dangling.json", "link", "is a link to nothing"),
+        (INDEX, lambda text: text[:-9], "is no list of graphs, or is cut off"),
+        (INDEX, lambda text: "[]", "is no list of graphs, or is cut off"),
+    ],
+)
+def test_a_damaged_file_is_one_line_and_hides_no_other(root, file, content, problem):
+    path = root / "attribute" / "p" / "graphs" / file
+    if content == "link":
+        os.symlink(path.parent / "gone", path)
+    elif content:
+        path.write_text(content(path.read_text()))
+    else:
+        path.unlink()
     store = GraphStore(root)
-    assert list(store.graphs()) == ["attribute/p/graphs/water"]
-    (problem,) = store.problems.items()
-    assert problem == ("attribute/p/graphs/war.json", "is not JSON, or is cut off")
+    assert list(store.graphs()) == [f"attribute/p/graphs/{name}" for name in ("war", "water") if file != f"{name}.json"]
+    ((name, line),) = store.problems.items()
+    assert name == f"attribute/p/graphs/{file}" and line.startswith(problem)
     page = list_page(store, list(store.graphs().values()), GraphConfig(), "", "")
-    assert '"problems":["attribute/p/graphs/war.json: is not JSON' in page and "model made-up-model, 11 tokens" in page
+    assert f'"problems":["{name}: {problem}' in page and "model made-up-model, 11 tokens" in page
+
+
+def test_nodes_and_links_are_checked_when_a_graph_is_opened(root):
+    """The list of many graphs looks at their metadata alone."""
+    path = root / "attribute" / "p" / "graphs" / "war.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "links": [dict(source="a", target="b", weight=1.0)]}))
+    store = GraphStore(root)
+    assert len(store.graphs()) == 2 and not store.problems
+    with pytest.raises(UserError, match=r"links\[0\].source of the graph is 'a'"):
+        store.document(store.find("attribute/p/graphs/war"))
 
 
 def test_a_folder_of_files_without_a_list(tmp_path):

@@ -128,12 +128,8 @@ def check_document(document: Any) -> dict[str, Any]:
     Raises:
       UserError: names the first thing that is not as it must be.
     """
-    _check_keys(document, {"metadata": Mapping, "qParams": Mapping, "nodes": list, "links": list}, "the graph")
-    metadata = document["metadata"]
-    _check_keys(metadata, _METADATA, "metadata")
+    metadata = check_metadata(document)
     _check_optional(document["qParams"], _QPARAMS, "qParams")
-    if not all(isinstance(token, str) for token in metadata["prompt_tokens"]):
-        raise UserError("metadata.prompt_tokens of the graph must be a list of strings")
     if not document["nodes"]:
         raise UserError("the graph has no nodes: prune it less")
     for k, node in enumerate(document["nodes"]):
@@ -152,6 +148,20 @@ def check_document(document: Any) -> dict[str, Any]:
             if link[end] not in counts:
                 raise UserError(f"links[{k}].{end} of the graph is {link[end]!r}, and no node has that id")
     return document
+
+
+def check_metadata(document: Any) -> Mapping[str, Any]:
+    """Check that a document has the keys of a graph, and return its metadata; nodes and links are not looked at.
+
+    Raises:
+      UserError: as of ``check_document``.
+    """
+    _check_keys(document, {"metadata": Mapping, "qParams": Mapping, "nodes": list, "links": list}, "the graph")
+    metadata = document["metadata"]
+    _check_keys(metadata, _METADATA, "metadata")
+    if not all(isinstance(token, str) for token in metadata["prompt_tokens"]):
+        raise UserError("metadata.prompt_tokens of the graph must be a list of strings")
+    return metadata
 
 
 def _check_node(node: Any, where: str, n_tokens: int) -> None:

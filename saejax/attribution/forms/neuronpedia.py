@@ -182,7 +182,7 @@ def write_graph(folder: Path, document: GraphDocument) -> None:
     slug, path = metadata["slug"], folder / f"{metadata['slug']}.json"
     check_slug(slug)
     folder.mkdir(parents=True, exist_ok=True)
-    listed = _listed(folder / INDEX)
+    listed = read_list(folder / INDEX)
     slugs = [item.get("slug") if isinstance(item, dict) else None for item in listed["graphs"]]
     place = slugs.index(slug) if slug in slugs else len(slugs)
     listed["graphs"][place : place + 1] = [{name: value for name, value in metadata.items() if name in _LISTED}]
@@ -191,11 +191,15 @@ def write_graph(folder: Path, document: GraphDocument) -> None:
     write_json(folder / INDEX, listed)
 
 
-def _listed(path: Path) -> dict[str, Any]:
-    """Return the list of a folder's graphs; what is no such list is left alone."""
+def read_list(path: Path) -> dict[str, Any]:
+    """Return the list of a folder's graphs, an empty one if there is no file.
+
+    Raises:
+      UserError: the file is no such list, or damaged.
+    """
     try:
         listed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"graphs": []}
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         listed = None
     if not isinstance(listed, dict) or not isinstance(listed.get("graphs"), list):
         raise UserError(f"{path} is no list of graphs: move it away, or name another folder")

@@ -20,7 +20,7 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
 from saejax.attribution.local.dictionaries import FeatureOutputs
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.readouts import Readouts
+from saejax.attribution.local.readouts import Readouts, scatter_directions
 from saejax.models.layers import einsum
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import free_bytes
@@ -122,8 +122,8 @@ def _places(block: np.ndarray, count: int) -> np.ndarray:
     return place_N
 
 
-def _source_writer(local: LocalModel, nodes: Nodes, size: int) -> Callable[[int], np.ndarray]:
-    """Return a function of a layer that gives what each source adds to the stream entering it, fp32 [S, T, D].
+def _source_writer(local: LocalModel, nodes: Nodes, size: int) -> Callable[[int], np.ndarray | None]:
+    """Return a function of a layer that gives what each source adds to the stream entering it, fp32 [S, T, D], or None.
 
     It is called for layer after layer.
     """
@@ -131,15 +131,16 @@ def _source_writer(local: LocalModel, nodes: Nodes, size: int) -> Callable[[int]
     outputs, place_N = FeatureOutputs(local.dictionaries, size, length), np.arange(len(nodes)) * length
     place_N += nodes.position_N
 
-    def added(layer: int) -> np.ndarray:
+    def added(layer: int) -> np.ndarray | None:
         # Features and errors are parts of the MLP's output one layer below.
         here_N = nodes.layer_N == layer - 1
         features = here_N & (nodes.kind_N == FEATURE)
         outputs.add(layer - 1, place_N[features], nodes.index_N[features], nodes.value_N[features])
-        value_SxTxD = outputs.pop(layer - 1)
         kind, table_LxTxD = (TOKEN, local.stream_LxTxD) if layer == 0 else (ERROR, local.error_LxTxD)
         others = np.flatnonzero(here_N & (nodes.kind_N == kind))
-        position_X = nodes.position_N[others]
+        if not len(others) and layer - 1 not in outputs:
+            return None
+        value_SxTxD, position_X = outputs.pop(layer - 1), nodes.position_N[others]
         value_SxTxD[others, position_X] = to_host(table_LxTxD[max(layer - 1, 0)])[position_X]
         return value_SxTxD
 
@@ -160,9 +161,5 @@ def _target_reader(
     vector_RxD[features] = local.encoder_rows(index)
     vector_RxD[logits] = readouts.vector_KxD[block[logits] - graph.slice_of(LOGIT).start]
 
-    def read(layer: int) -> np.ndarray:
-        value_RxTxD, here = np.zeros((size, length, width), np.float32), np.flatnonzero(nodes.layer_N == layer)
-        value_RxTxD[here, nodes.position_N[here]] = vector_RxD[here]
-        return value_RxTxD
-
-    return read
+    at = nodes.layer_N, nodes.position_N, vector_RxD
+    return lambda layer: scatter_directions(layer, *at, (size, length))

@@ -227,7 +227,9 @@ class FeatureOutputs:
 
     def __init__(self, dictionaries: LayerDictionaries, *shape: int):
         self._dictionaries, self._shape = dictionaries, shape
-        self._sums: dict[int, np.ndarray] = {}
+        # For each layer the positions that something was written at, ascending, and the sums there. What cross-layer
+        # features write waits for the layers to come, and in runs with one feature each few positions have any.
+        self._sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def add(self, layer: int, places: np.ndarray, features: np.ndarray, values: np.ndarray | jax.Array) -> None:
         """Add what features of a layer write.
@@ -242,22 +244,43 @@ class FeatureOutputs:
             return
         written, width = self._dictionaries.written_layers(layer), self._dictionaries.configs[0].d_in
         # A decoder row is read once, however many positions its feature is active at.
-        features_U, index_E = np.unique(features.reshape(-1), return_inverse=True)
-        entries = to_host(values).reshape(-1).astype(np.float32), (places.reshape(-1), index_E.reshape(-1))
+        features_U, column_E = np.unique(features.reshape(-1), return_inverse=True)
+        place_N, row_E = np.unique(places.reshape(-1), return_inverse=True)
+        entries = to_host(values).reshape(-1).astype(np.float32), (row_E.reshape(-1), column_E.reshape(-1))
         # By columns, as features are cut into parts below.
-        acts_NxU = csr_array(entries, (int(np.prod(self._shape)), len(features_U))).tocsc()
+        acts_NxU = csr_array(entries, (len(place_N), len(features_U))).tocsc()
         size = max(READ_AT_ONCE // (written * width), 1)
+        sum_NxX = np.zeros((len(place_N), written * width), np.float32)
         for start in range(0, len(features_U), size):
             chunk = slice(start, start + size)
             writes_UxX = self._dictionaries.writes(layer, features_U[chunk]).reshape(-1, written * width)
-            sum_NxLxD = (acts_NxU[:, chunk] @ writes_UxX).reshape(-1, written, width)
-            for above, sum_NxD in enumerate(np.moveaxis(sum_NxLxD, 1, 0)):
-                self._sums[layer + above] = self._sums.get(layer + above, np.float32(0)) + sum_NxD
+            sum_NxX += acts_NxU[:, chunk] @ writes_UxX
+        for above, sum_NxD in enumerate(np.split(sum_NxX, written, axis=1)):
+            self._add_sums(layer + above, place_N, sum_NxD)
+
+    def _add_sums(self, layer: int, place_N: np.ndarray, sum_NxD: np.ndarray) -> None:
+        """Add sums at some positions, ascending, to those of a layer."""
+        place_M, sum_MxD = self._sums.get(layer, (place_N[:0], sum_NxD[:0]))
+        place_U = np.union1d(place_M, place_N)
+        if len(place_U) == len(place_M):
+            sum_UxD = sum_MxD
+        else:
+            sum_UxD = np.zeros((len(place_U), sum_NxD.shape[1]), np.float32)
+            sum_UxD[np.searchsorted(place_U, place_M)] = sum_MxD
+        sum_UxD[np.searchsorted(place_U, place_N)] += sum_NxD
+        self._sums[layer] = place_U, sum_UxD
+
+    def __contains__(self, layer: int) -> bool:
+        """Return whether something was written to a layer."""
+        return layer in self._sums
 
     def pop(self, layer: int) -> np.ndarray:
         """Return what was written to a layer, fp32 [..., D], and forget it."""
-        shape = *self._shape, self._dictionaries.configs[0].d_in
-        return self._sums.pop(layer).reshape(shape) if layer in self._sums else np.zeros(shape, np.float32)
+        sum_xD = np.zeros((int(np.prod(self._shape)), self._dictionaries.configs[0].d_in), np.float32)
+        if layer in self._sums:
+            place_N, sum_NxD = self._sums.pop(layer)
+            sum_xD[place_N] = sum_NxD
+        return sum_xD.reshape(*self._shape, -1)
 
 
 def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) -> None:

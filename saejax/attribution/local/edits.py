@@ -19,7 +19,7 @@ import numpy as np
 
 from saejax.attribution.local.dictionaries import FeatureOutputs
 from saejax.attribution.local.layers import FIXED, FrozenModel
-from saejax.attribution.local.prompt_run import AT_ONCE, activations_of, encode_used
+from saejax.attribution.local.prompt_run import AT_ONCE, activations, encode_used
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.state import LocalState
 from saejax.dictionaries import Dictionary
@@ -27,6 +27,7 @@ from saejax.errors import UserError
 from saejax.parallel.collectives import to_host
 
 CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
+TOGETHER = 2**26  # numbers of the chunks that go up layer by layer together, so that each encoder is read once for them
 _ROWS = 8  # least size to which rows are padded
 _CHANGES = 16  # least size to which the changes of a layer, and their features, are padded
 
@@ -126,8 +127,8 @@ class ChangeEdits:
         """The layers in which features are changed."""
         return set(self._layer_N.tolist())
 
-    def difference(self, layer: int, freeze: str, read_RxTxD: jax.Array, out_RxTxD: jax.Array) -> np.ndarray:
-        """Return what the edits add to the stream leaving a layer, [R, T, D].
+    def difference(self, layer: int, freeze: str, read_RxTxD: jax.Array, out_RxTxD: jax.Array) -> np.ndarray | None:
+        """Return what the edits add to the stream leaving a layer, [R, T, D]; None: nothing.
 
         Args:
           layer: its number; layers come in order.
@@ -150,7 +151,7 @@ class ChangeEdits:
                 acts_M = self._activations(layer, row_M, position_M, feature_M, read_RxTxD)
                 old_M = np.where(position_M >= self._state.first, acts_M, 0)
             outputs.add(layer, row_M * length + position_M, feature_M, self._value_N[here] - old_M)
-        return outputs.pop(layer)
+        return outputs.pop(layer) if layer in outputs else None
 
     def _activations(
         self, layer: int, row_M: np.ndarray, position_M: np.ndarray, feature_M: np.ndarray, read_RxTxD: jax.Array
@@ -163,12 +164,17 @@ class ChangeEdits:
             room = padded(len(feature_U), _CHANGES) - len(feature_U)
             encoder = encoder.restrict(np.pad(feature_U, (0, room), mode="edge"))
             column_M = index_M.astype(np.int32)
-        size = min(padded(len(row_M), _CHANGES), max(AT_ONCE // encoder.config.n_features, 1))
-        parts = []
-        for start in range(0, len(row_M), size):
-            places = (np.resize(part[start : start + size], size) for part in (row_M, position_M, column_M))
-            parts.append(to_host(_encode_places(encoder, read_RxTxD, *places)))
-        return np.concatenate(parts)[: len(row_M)]
+        # A position is encoded once, however many of its features are changed.
+        place_N, index_M = np.unique(row_M * read_RxTxD.shape[1] + position_M, return_inverse=True)
+        size = min(padded(len(place_N), _CHANGES), max(AT_ONCE // encoder.config.n_features, 1))
+        acts_M = np.empty(len(row_M), np.float32)
+        for start in range(0, len(place_N), size):
+            here = np.flatnonzero((index_M >= start) & (index_M < start + size))
+            count = padded(len(here), _CHANGES)
+            places = np.divmod(np.resize(place_N[start : start + size], size), read_RxTxD.shape[1])
+            picked = np.resize(index_M[here] - start, count), np.resize(column_M[here], count)
+            acts_M[here] = to_host(_encode_places(encoder, read_RxTxD, *places, *picked))[: len(here)]
+        return acts_M
 
 
 class CircuitEdits:
@@ -228,7 +234,12 @@ def _circuit_difference(
 
 @jax.jit
 def _encode_places(
-    encoder: Dictionary, read_RxTxD: jax.Array, row_M: jax.Array, position_M: jax.Array, column_M: jax.Array
+    encoder: Dictionary,
+    read_RxTxD: jax.Array,
+    row_N: jax.Array,
+    position_N: jax.Array,
+    index_M: jax.Array,
+    column_M: jax.Array,
 ) -> jax.Array:
-    """Return the activations of a feature of the encoder at a position of a row, each [M]."""
-    return activations_of(encoder, read_RxTxD[row_M, position_M], column_M)
+    """Return single activations at N positions of rows, [M]; of each the index of its position, and its feature."""
+    return activations(encoder, read_RxTxD[row_N, position_N])[index_M, column_M]

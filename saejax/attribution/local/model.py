@@ -12,6 +12,8 @@ of it frozen as is asked for.
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.local import layers
-from saejax.attribution.local.edits import Change, ChangeEdits, Circuit, plan_edits
+from saejax.attribution.local.edits import TOGETHER, Change, ChangeEdits, Circuit, plan_edits
 from saejax.attribution.local.layers import FIXED, FREEZE_MODES
 from saejax.attribution.local.prompt_run import LocalRun, prompt_ids
 from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, read_logits
@@ -116,27 +118,37 @@ class LocalModel(LocalState):
         feature_RxJ = np.tile(wanted.value_A, (len(edits), 1))
         readout_RxK = np.tile(readouts.value_K if readouts else np.empty(0, np.float32), (len(edits), 1))
         logits_RxV = np.tile(self.logits_V, (len(edits), 1)) if logits else None
-        for number, (rows, plan) in enumerate(plans):
-            # From the lowest layer that is changed: below it all rows are the prompt.
-            first, count = min(plan.layers, default=n_layers), rows.stop - rows.start
-            if first == n_layers:
-                continue
-            (state,) = by_row(self.model.mesh, jnp.tile(self.stream_LxTxD[first][None], (plan.rows, 1, 1)))
-            for layer in range(first, n_layers):
+        # Of cross-layer transcoders, what features wrote waits for all later layers, too.
+        waiting = 1 + self.dictionaries.cross_layer * n_layers
+        most_numbers = max((plan.rows for _, plan in plans), default=1) * math.prod(self.stream_LxTxD.shape[1:])
+        together = max(TOGETHER // (waiting * most_numbers), 1)
+        for start in range(0, len(plans), together):
+            group, states = plans[start : start + together], dict[int, jax.Array]()
+            lowest = [min(plan.layers, default=n_layers) for _, plan in group]
+            # All chunks of a group pass a layer before the next one: each encoder may have to be read from disk.
+            for layer, (number, (rows, plan)) in itertools.product(range(n_layers), enumerate(group)):
+                if layer < lowest[number]:
+                    continue  # below all changes the rows are the prompt
+                if number not in states:
+                    tiled = jnp.tile(self.stream_LxTxD[layer][None], (plan.rows, 1, 1))
+                    (states[number],) = by_row(self.model.mesh, tiled)
                 # The prompt goes along as the first row: what is frozen is taken from it.
-                streams = jnp.concatenate([self.stream_LxTxD[layer][None], state])
+                streams = jnp.concatenate([self.stream_LxTxD[layer][None], states[number]])
                 leaving, read, out = layers.run_layer(self.frozen, modes[layer], np.int32(layer), streams, length)
-                state = leaving[1:] + plan.difference(layer, modes[layer], read[1:], out[1:])
+                difference = plan.difference(layer, modes[layer], read[1:], out[1:])
+                states[number] = leaving[1:] if difference is None else leaving[1:] + difference
                 here = np.flatnonzero(wanted.layer_A == layer)
                 if len(here):
                     changes = read_changes(read[0], read[1:], wanted.position_A[here], encoder_JxD[here])
-                    feature_RxJ[rows, here] += changes[:count]
-                on_progress(number * n_layers + layer + 1, len(plans) * n_layers)
-            end = self.frozen, modes[-1], self.last_D, state[:, last]
-            if readouts:
-                readout_RxK[rows] += read_last(*end, readouts)[:count]
-            if logits_RxV is not None:
-                logits_RxV[rows] = to_host(read_logits(*end))[:count]
+                    feature_RxJ[rows, here] += changes[: rows.stop - rows.start]
+                on_progress(start * n_layers + layer * len(group) + number + 1, len(plans) * n_layers)
+            for number, state in states.items():
+                rows = group[number][0]
+                end, count = (self.frozen, modes[-1], self.last_D, state[:, last]), rows.stop - rows.start
+                if readouts:
+                    readout_RxK[rows] += read_last(*end, readouts)[:count]
+                if logits_RxV is not None:
+                    logits_RxV[rows] = to_host(read_logits(*end))[:count]
         # Only what is read is checked: an activation that no feature can have overflows somewhere on the way.
         if not (np.isfinite(feature_RxJ).all() and np.isfinite(readout_RxK).all()):
             raise UserError("the model is not finite after these changes: give features values that they can have")
@@ -175,7 +187,8 @@ class LocalModel(LocalState):
             x_BxTxD = jnp.tile(layers.embed(self.frozen, ids_T)[None], (2, 1, 1))  # the first row is unchanged
             for layer in range(self.model.config.n_layers):
                 x_BxTxD, read, out = layers.run_layer(self.frozen, freeze, np.int32(layer), x_BxTxD, length)
-                x_BxTxD = x_BxTxD.at[1:].add(plan.difference(layer, freeze, read[1:], out[1:]))
+                difference = plan.difference(layer, freeze, read[1:], out[1:])
+                x_BxTxD = x_BxTxD if difference is None else x_BxTxD.at[1:].add(difference)
             last_BxD = x_BxTxD[:, len(ids) - 1]
             logits.append(to_host(read_logits(self.frozen, "none", last_BxD[0], last_BxD[1:]))[0])
             ids.append(int(logits[-1].argmax()))
@@ -203,13 +216,13 @@ class LocalModel(LocalState):
         return row_RxS
 
     def pushforward(
-        self, added: Callable[[int], np.ndarray], first: int = 0
+        self, added: Callable[[int], np.ndarray | None], first: int = 0
     ) -> Iterator[tuple[int, jax.Array, jax.Array]]:
         """Push vectors up through the linear layers.
 
         Args:
-          added: returns what is added to the stream entering a layer, fp32 [S, T, D]; called for one layer after the
-            other.
+          added: returns what is added to the stream entering a layer, fp32 [S, T, D], or None: nothing; called for one
+            layer after the other.
           first: the lowest layer at which something is added.
 
         Yields:
@@ -218,8 +231,12 @@ class LocalModel(LocalState):
         """
         change_SxTxD = None
         for layer in range(first, self.model.config.n_layers):
-            added_SxTxD = jnp.asarray(added(layer))
-            change_SxTxD = added_SxTxD if change_SxTxD is None else change_SxTxD + added_SxTxD
+            added_SxTxD = added(layer)
+            if added_SxTxD is not None:
+                added_SxTxD = jnp.asarray(added_SxTxD)
+                change_SxTxD = added_SxTxD if change_SxTxD is None else change_SxTxD + added_SxTxD
+            if change_SxTxD is None:
+                raise ValueError(f"nothing is added at layer {first}: expected its first addition there")
             inputs = np.int32(layer), self.stream_LxTxD[layer], change_SxTxD
             leaving_SxTxD, values_NxTxKxS = layers.push_layer(self.frozen, *inputs)
             yield layer, change_SxTxD, values_NxTxKxS

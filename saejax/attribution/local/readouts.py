@@ -47,7 +47,8 @@ class Readouts:
     """K logits or differences of two, read from the stream that leaves the last layer, at the last position."""
 
     pair_Kx2: np.ndarray  #: int32 tokens of a difference; the second is -1 for a logit
-    vector_KxD: np.ndarray  #: fp32 directions, pulled back through the final norm
+    column_KxD: np.ndarray  #: fp32 directions behind the final norm: columns of the unembedding, less mean or second
+    vector_KxD: np.ndarray  #: fp32 the same, pulled back through the final norm at the prompt's scale
     value_K: np.ndarray  #: fp32 dot product with the stream, plus biases
     constant_K: np.ndarray  #: fp32 part of it that biases of the final norm and the unembedding are
     weight_K: np.ndarray  #: fp32 weight in influences: the probability of a token, 1 for a difference
@@ -84,11 +85,12 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
     for k, pair in enumerate(pairs):
         pair_Xx2[k, : len(pair)] = [token_of(model, token) for token in pair]
     arrays = logit_directions(model.config, run.rules, model.params, run.last_D, *pair_Xx2.T)
-    vector_KxD, value_K, constant_K = (to_host(array)[:count] for array in arrays)
+    column_KxD, vector_KxD, value_K, constant_K = (to_host(array)[:count] for array in arrays)
     first_K, second_K = pair_Xx2[:count].T
     single_K = second_K < 0
     return Readouts(
         pair_Kx2=pair_Xx2[:count],
+        column_KxD=column_KxD,
         vector_KxD=vector_KxD,
         value_K=value_K,
         constant_K=constant_K,
@@ -122,7 +124,7 @@ def logit_directions(
     last_D: jax.Array,
     first_K: jax.Array,
     second_K: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return differences of logits, before capping, as directions of the stream that leaves the last layer.
 
     Args:
@@ -134,7 +136,8 @@ def logit_directions(
       second_K: token ids that are subtracted; -1 for the mean over the vocabulary.
 
     Returns:
-      The directions [K, D], the differences [K], and the part of them [K] that biases are.
+      The directions [K, D] behind the final norm and before it, the differences [K], and the part of them [K] that
+      biases are.
     """
     embed_VxD = params["embed_VxD"] if config.tied else params["unembed_DxV"].T
     rows_VxD = embed_VxD.astype(last_D.dtype)
@@ -145,15 +148,32 @@ def logit_directions(
         # Less the mean over the vocabulary, as only differences of logits matter.
         return rows[first_K] - jnp.where(single, jnp.mean(rows, axis=0, keepdims=True), rows[second_K])
 
-    vector_KxD = less(rows_VxD)
+    column_KxD = less(rows_VxD)
     # By the rules the norm's factor is constant where the model is frozen; then this is its transpose.
     final_D, pull = jax.vjp(functools.partial(norm, config, rules, params, "final_norm"), last_D)
-    constant_K = jnp.zeros(len(vector_KxD), last_D.dtype)
+    constant_K = jnp.zeros(len(column_KxD), last_D.dtype)
     if "final_norm_bias_D" in params:
-        constant_K += einsum("kd,d->k", vector_KxD, params["final_norm_bias_D"].astype(last_D.dtype))
+        constant_K += einsum("kd,d->k", column_KxD, params["final_norm_bias_D"].astype(last_D.dtype))
     bias = less(params["unembed_bias_V"].astype(last_D.dtype)) if config.unembed_bias else 0
-    value_K = einsum("kd,d->k", vector_KxD, final_D) + bias
-    return jax.vmap(pull)(vector_KxD)[0], value_K, constant_K + bias
+    value_K = einsum("kd,d->k", column_KxD, final_D) + bias
+    return column_KxD, jax.vmap(pull)(column_KxD)[0], value_K, constant_K + bias
+
+
+def scatter_directions(
+    layer: int, layer_R: np.ndarray, position_R: np.ndarray, vector_RxD: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """Return the directions that targets read at a layer, each at its position, else 0, fp32 [B, T, D].
+
+    Args:
+      layer: its number, or the number of layers for the stream leaving the last one.
+      layer_R: the layer at which each target reads.
+      position_R: where.
+      vector_RxD: what it reads.
+      shape: B, at least the number of targets, and T.
+    """
+    read_BxTxD, here = np.zeros((*shape, vector_RxD.shape[1]), np.float32), np.flatnonzero(layer_R == layer)
+    read_BxTxD[here, position_R[here]] = vector_RxD[here]
+    return read_BxTxD
 
 
 def read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: np.ndarray, vector_JxD: np.ndarray) -> np.ndarray:
@@ -190,34 +210,17 @@ def read_last(frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Ar
       x_RxD: the same stream in the rows.
       readouts: what is read.
     """
-    if freeze == "all":
-        # Their directions were pulled back through the final norm with the prompt's scale.
-        positions = np.zeros(len(readouts), np.int32)
-        return read_changes(last_D[None], x_RxD[:, None], positions, readouts.vector_KxD)
-    x_BxD = jnp.concatenate([last_D[None], x_RxD])
-    value_BxK = read_values(frozen.config, RELP, frozen.params, x_BxD, readouts.pair_Kx2)
-    return value_BxK[1:] - value_BxK[:1]
+    vector_KxD = readouts.vector_KxD  # pulled back through the final norm with the prompt's scale
+    if freeze != "all":
+        # Each row has its own scale. The columns were picked once: the unembedding is not read again for a run.
+        x_BxD = _final_norm(frozen, jnp.concatenate([last_D[None], x_RxD]))
+        last_D, x_RxD, vector_KxD = x_BxD[0], x_BxD[1:], readouts.column_KxD
+    return read_changes(last_D[None], x_RxD[:, None], np.zeros(len(readouts), np.int32), vector_KxD)
 
 
-def read_values(
-    config: DecoderConfig, rules: RunRules, params: decoder.Params, x_BxD: jax.Array, pair_Kx2: np.ndarray
-) -> np.ndarray:
-    """Return readouts of streams that leave the last layer, before capping, [B, K]; see ``logit_directions``."""
-    count = len(pair_Kx2)
-    pair_Xx2 = np.pad(pair_Kx2, ((0, padded(count, _STEP) - count), (0, 0)), constant_values=-1)
-    return to_host(_read_values(config, rules, params, x_BxD, *pair_Xx2.T))[:, :count]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _read_values(
-    config: DecoderConfig,
-    rules: RunRules,
-    params: decoder.Params,
-    x_BxD: jax.Array,
-    first_K: jax.Array,
-    second_K: jax.Array,
-) -> jax.Array:
-    return jax.vmap(lambda x_D: logit_directions(config, rules, params, x_D, first_K, second_K)[1])(x_BxD)
+@jax.jit
+def _final_norm(frozen: FrozenModel, x_BxD: jax.Array) -> jax.Array:
+    return norm(frozen.config, RELP, frozen.params, "final_norm", x_BxD)
 
 
 @functools.partial(jax.jit, static_argnums=1)

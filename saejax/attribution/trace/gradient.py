@@ -34,7 +34,7 @@ from saejax.attribution.local.dictionaries import FeatureOutputs, LayerSaes
 from saejax.attribution.local.edits import CHUNK, Change
 from saejax.attribution.local.layers import FrozenModel, embed
 from saejax.attribution.local.prompt_run import Active, LocalRun, PromptRun, activations_of, active_features
-from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_values
+from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, scatter_directions
 from saejax.attribution.local.rows import TOKENS, Put
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
@@ -144,9 +144,8 @@ class SaeRun(PromptRun):
                 feature_RxJ[rows, here] += read_changes(value[0], value[1:], *places)
             last_BxD = sites[str(leaving)][:, last]
             if readouts:
-                at_last = last_BxD.astype(jnp.float32), readouts.pair_Kx2
-                value_BxK = read_values(model.config, self.rules, model.params, *at_last)
-                readout_RxK[rows] += value_BxK[1:] - value_BxK[:1]
+                frozen, x_BxD = FrozenModel(model.config, model.params), last_BxD.astype(jnp.float32)
+                readout_RxK[rows] += read_last(frozen, freeze, x_BxD[0], x_BxD[1:], readouts)
             if logits:
                 logits_RxV[rows] = to_host(decoder.unembed(model.config, model.params, last_BxD[1:], self.rules))
         return LocalRun(feature_RxJ, readout_RxK, logits_RxV if logits else None)
@@ -263,12 +262,11 @@ class GradientRows:
         Returns:
           [S, B, T, D] and [B, T, D].
         """
-        run, (n_layers, length, width) = self._run, self._run.stream_LxTxD.shape
+        run, (n_layers, length, _) = self._run, self._run.stream_LxTxD.shape
 
         def read_at(layer: int) -> jax.Array:
             """Return the directions that are read at a layer, [B, T, D]."""
-            read_BxTxD, here = np.zeros((len(layer_B), length, width), np.float32), np.flatnonzero(layer_B == layer)
-            read_BxTxD[here, position_B[here]] = vector_BxD[here]
+            read_BxTxD = scatter_directions(layer, layer_B, position_B, vector_BxD, (len(layer_B), length))
             return by_row(run.model.mesh, read_BxTxD)[0]
 
         kind_of, of_sites = {site.layer: site.kind for site in run.dictionaries.sites}, list[jax.Array]()

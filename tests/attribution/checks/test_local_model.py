@@ -1,8 +1,10 @@
 """The local model of a prompt: runs with edits against hooks in PyTorch, its linear directions, parts run alone."""
 
 import contextlib
+import copy
 import dataclasses
 import json
+from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
 
@@ -15,8 +17,9 @@ from made_transcoders import IDS, made_set
 
 import saejax
 from saejax import trace
-from saejax.attribution.checks import double, faithfulness_curve
-from saejax.attribution.local import layers
+from saejax.attribution.checks import double, faithfulness_curve, matched, scale, set_to
+from saejax.attribution.graph.nodes import Nodes
+from saejax.attribution.local import dictionaries, edits, layers, model
 from saejax.attribution.local.edits import Change, Circuit
 from saejax.attribution.local.layers import FREEZE_MODES, embed
 from saejax.attribution.local.model import LocalModel, LocalRun
@@ -42,6 +45,18 @@ def traced(lm, request):
 @pytest.fixture(scope="module")
 def edited(traced, lm):
     return EditedModel(lm, traced[1])
+
+
+def readouts_of(logits_V):
+    """The three readouts of some logits."""
+    mean = logits_V.mean()
+    return [logits_V[7] - mean, logits_V[9] - mean, logits_V[7] - logits_V[11]]
+
+
+def some_features(traced, seed=1, count=9) -> Nodes:
+    """Some features of all layers."""
+    chosen = np.random.default_rng(seed).permutation(len(traced[0].active))[:count]
+    return traced[3].nodes[np.sort(chosen)]
 
 
 def every_part(local) -> Circuit:
@@ -107,18 +122,67 @@ def some_rows(local, rng):
 
 
 def test_the_model_runs_on_as_with_hooks_in_torch(traced, edited):
-    """Also with a feature at every position, of which the first has the activation 0 before."""
+    """Also with a feature at every position, of which the first has the activation 0 before, and with many features."""
     local, _, readouts, _ = traced
-    rows = [*some_rows(local, np.random.default_rng(1)), [Change(1, slice(None), 3, 2.0)], []]
+    rows, group = some_rows(local, np.random.default_rng(1)), some_features(traced)
+    rows += [[Change(1, slice(None), 3, 2.0)], [], scale(group, 0.0), scale(group, -1.5)]
+    rows.append(set_to(group, np.linspace(0, 2, len(group))))
     ours = local.run(rows, readouts=readouts)
     for row, ours_K, ours_V in zip(rows, ours.readout_RxK, ours.logits_RxV, strict=True):
         logits_V, _ = edited.run(IDS, row)
-        mean = logits_V.mean()
-        wanted_K = [logits_V[7] - mean, logits_V[9] - mean, logits_V[7] - logits_V[11]]
-        np.testing.assert_allclose(ours_K, wanted_K, atol=2e-5)
+        np.testing.assert_allclose(ours_K, readouts_of(logits_V), atol=2e-5)
         np.testing.assert_allclose(ours_V, logits_V, atol=2e-5)
+    assert (np.abs(ours.readout_RxK[-3:] - readouts.value_K).max(axis=1) > 0.01).all()
     np.testing.assert_allclose(saejax.intervene(local, rows), ours.logits_RxV, atol=1e-6)
     np.testing.assert_allclose(local.run([[]], readouts=readouts).logits_RxV[0], local.logits_V)
+
+
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
+def test_chunks_share_encoders_and_changes_positions(traced, monkeypatch):
+    """Where one encoder alone fits into memory, each is read once for all rows, and encodes a position once."""
+    local, _, readouts, _ = traced
+    keys, loaded, encoded = [(layer, 3, feature) for layer in range(4) for feature in range(20)], [], []
+    rows = [[Change(*key, 1 + number / 8) for key in keys] for number in range(24)]
+    some = [0, 7, 8, 23]
+    alone_RxK = np.concatenate([local.run([rows[number]], readouts=readouts).readout_RxK for number in some])
+    load, encode = LayerTranscoders._encoder_on_host, edits._encode_places
+
+    def load_encoder(self, layer):
+        loaded.append(layer)
+        return load(self, layer)
+
+    def encode_places(encoder, read_RxTxD, row_N, *rest):
+        encoded.append(len(row_N))
+        return encode(encoder, read_RxTxD, row_N, *rest)
+
+    monkeypatch.setattr(LayerTranscoders, "_encoder_on_host", load_encoder)
+    monkeypatch.setattr(edits, "_encode_places", encode_places)
+    monkeypatch.setattr(edits, "CHUNK", 1)  # eight rows at once
+    monkeypatch.setattr(dictionaries, "free_bytes", lambda mesh: 0)
+    local.dictionaries.forget()
+    together_RxK = local.run(rows, readouts=readouts).readout_RxK
+    np.testing.assert_allclose(together_RxK[some], alone_RxK, atol=5e-6)
+    assert len(np.unique(together_RxK[:, 0])) == 24
+    assert loaded == [0, 1, 2, 3] and encoded == [16] * 12  # the least size, where 160 features are changed
+    monkeypatch.setattr(model, "TOGETHER", 1)  # each chunk goes up alone
+    np.testing.assert_array_equal(local.run(rows, readouts=readouts).readout_RxK, together_RxK)
+
+
+@pytest.mark.parametrize("traced", ["standard"], indirect=True)
+def test_readouts_and_layers_without_changes_cost_nothing(traced):
+    """The columns of the unembedding are picked once, and where nothing is changed nothing is added."""
+    local, _, readouts, _ = traced
+    rows, params = some_rows(local, np.random.default_rng(3)), dict(local.frozen.params)
+    wanted_RxK = local.run(rows, readouts=readouts).readout_RxK
+    for name in ("embed_VxD", "unembed_DxV"):
+        params.pop(name, None)
+    without = copy.copy(local)
+    without.frozen = dataclasses.replace(local.frozen, params=params)
+    np.testing.assert_array_equal(without.run(rows, readouts=readouts, logits=False).readout_RxK, wanted_RxK)
+    ((_, plan),) = edits.plan_edits(local, [[Change(1, 3, 0, 2.5)]], "none")
+    nothing_RxTxD = jnp.zeros((plan.rows, *local.stream_LxTxD.shape[1:]))
+    added = [plan.difference(layer, "none", nothing_RxTxD, nothing_RxTxD) is not None for layer in range(3)]
+    assert added == [False, True, False]
 
 
 @pytest.mark.parametrize("freeze", FREEZE_MODES)
@@ -140,6 +204,49 @@ def test_with_all_held_a_change_is_its_edge(traced):
     assert np.abs(doubling.edge_ExR).max() > 0.01
     assert np.abs(doubling.free_ExR - doubling.edge_ExR).max() > 1e-3  # norms, attention and MLPs do react
     assert 0 < doubling.results.correlation <= 1
+
+
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
+def test_with_all_held_ablation_takes_the_sum_of_the_edges_away(traced):
+    here, _, readouts, graph = traced
+    groups = [np.arange(0, 40, 3), np.arange(len(here.active)), np.array([7]), np.arange(5, 60, 6), np.arange(9)]
+    factor_R = np.array([0.0, 0.0, 0.0, -1.0, 2.0])
+    rows = [scale(graph.nodes[group], factor) for group, factor in zip(groups, factor_R, strict=True)]
+    every_A = np.arange(len(here.active))
+    changed = here.run(rows, "all", readouts=readouts, features=every_A)
+    after_RxT = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1).astype(np.float64)
+    moved_RxT = after_RxT - np.concatenate([here.active.value_A, readouts.value_K])
+    edges_RxT = np.stack([graph.adjacency_RxS[:, group].sum(axis=1, dtype=np.float64) for group in groups])
+    assert np.abs(moved_RxT - (factor_R[:, None] - 1) * edges_RxT).max() < 1e-5 * np.abs(edges_RxT).max()
+    size_K = np.abs(graph.adjacency_RxS[-3:, : len(every_A)]).sum(axis=1)  # of all features, the parts of each logit
+    assert (np.abs(moved_RxT[1, -3:] + edges_RxT[1, -3:]) < 1e-5 * size_K).all() and (size_K > 0.1).all()
+
+
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
+def test_above_the_last_held_layer_the_model_runs_freely(traced, edited):
+    (here, transcoders, readouts, _), row, until = traced, scale(some_features(traced, 2, 24), 0.0), 2
+    assert {change.layer for change in row} == {0, 1, 2, 3}
+    ways = {u: here.run([row], "all", readouts=readouts, freeze_until=u).readout_RxK[0] for u in range(5)}
+    ways |= {freeze: here.run([row], freeze, readouts=readouts).readout_RxK[0] for freeze in ("none", "all")}
+    np.testing.assert_array_equal(ways[0], ways["none"])
+    np.testing.assert_allclose(ways[1], ways["none"], atol=5e-6)  # nothing has changed when layer 0 runs
+    assert all(np.abs(ways[u] - ways[v]).max() > 1e-3 for u, v in ((1, 2), (2, 3), (3, 4), (4, "all")))
+    # The stream that enters layer 2 is the prompt's and what all changes below add to it.
+    below, above = ([c for c in row if (c.layer < until) == is_below] for is_below in (True, False))
+    rows = [np.asarray(transcoders[c.layer].W_dec_FxD[...])[c.feature] for c in below]
+    old = [here.active.value_A[here.active.index_of[c.layer, c.position, c.feature]] for c in below]
+    vector_ExD = np.stack([(c.value - value) * row for c, value, row in zip(below, old, rows, strict=True)])
+
+    def added(layer: int) -> np.ndarray:
+        value_1xTxD = np.zeros((1, *here.stream_LxTxD.shape[1:]), np.float32)
+        for change, vector_D in zip(below, vector_ExD, strict=True):
+            value_1xTxD[0, change.position] += vector_D * (change.layer + 1 == layer)
+        return value_1xTxD
+
+    change_TxD = next(change[0] for layer, change, _ in here.pushforward(added) if layer == until)
+    entering_TxD = np.asarray(here.stream_LxTxD[until] + change_TxD, np.float64)[: len(IDS)]
+    logits_V, _ = edited.run(IDS, above, (until, entering_TxD))
+    np.testing.assert_allclose(ways[until], readouts_of(logits_V), atol=2e-5)
 
 
 def test_attention_can_be_held_alone(traced):
@@ -171,6 +278,9 @@ def test_bad_input(traced, row, freeze, message):
     local, _, readouts, _ = traced
     with pytest.raises(UserError, match=message):
         local.run([every_part(local) if row == "every part" else row], freeze, readouts=readouts)
+    with pytest.raises(UserError, match="freeze_until is 5: expected a layer, 0 to 3, or 4"):
+        local.run([], "all", readouts=readouts, freeze_until=5)
+    assert scale(local.active.nodes[:0], 0.0) == [] and local.run([], readouts=readouts).readout_RxK.size == 0
 
 
 def test_constrained_is_all_held_below_a_layer_but_for_norms(traced, edited):
@@ -212,8 +322,40 @@ def test_constrained_is_all_held_below_a_layer_but_for_norms(traced, edited):
     assert len(patterns) == 4
     again = iter(patterns)
     logits_V = run([hold(0), hold(1)], lambda x, dim, dtype=None: next(again))
-    wanted_K = [logits_V[7] - logits_V.mean(), logits_V[9] - logits_V.mean(), logits_V[7] - logits_V[11]]
-    np.testing.assert_allclose(some.readout_RxK[0], wanted_K, atol=2e-5)
+    np.testing.assert_allclose(some.readout_RxK[0], readouts_of(logits_V), atol=2e-5)
+
+
+def keys_of(features: Nodes) -> set[tuple[int, int, int]]:
+    """Layer, position and number of some features."""
+    return set(zip(features.layer_N.tolist(), features.position_N.tolist(), features.index_N.tolist()))
+
+
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
+def test_other_sets_have_as_many_features_of_the_same_layers_and_positions(traced):
+    here, group = traced[0], some_features(traced)
+    controls = matched(here, group, 3)
+    members, every = keys_of(group), keys_of(here.active.nodes)
+    for control in controls:
+        keys = keys_of(control)
+        assert len(keys) == len(group) and not keys & members
+        assert np.array_equal(np.sort(control.layer_N), np.sort(group.layer_N))
+        counts, taken, free = (Counter(key[:2] for key in part) for part in (keys, members, every))
+        assert all(counts[at] >= min(taken[at], free[at] - taken[at]) for at in taken)
+    again, reseeded = matched(here, group, 3), matched(here, group, 3, 1)
+    assert all(np.array_equal(a.index_N, b.index_N) for a, b in zip(controls, again))
+    assert any(not np.array_equal(a.index_N, b.index_N) for a, b in zip(controls, reseeded))
+    # With more than there are at one position, those come first, and all are different.
+    active = here.active
+    at_N = np.stack([active.layer_A, active.position_A], axis=1)
+    place = next(n for n, at in enumerate(at_N) if 2 < (at_N == at).all(axis=1).sum() < 9)
+    sets = [keys_of(one) for one in matched(here, active.nodes[[place]], 99)]
+    keys = places(active, slice(None))
+    removed = keys.pop(place)
+    near = [{key} for key in keys if key[:2] == removed[:2]]
+    assert all(one in sets[: len(near)] for one in near) and len(sets) == sum(key[0] == removed[0] for key in keys)
+    assert len(set(map(frozenset, sets))) == len(sets)
+    with pytest.raises(UserError, match="other active features: expected"):
+        matched(here, active.nodes, 1)
 
 
 def test_a_prompt_is_continued_with_changes_as_with_hooks_in_torch(traced, edited):

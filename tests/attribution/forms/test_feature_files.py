@@ -101,14 +101,11 @@ def test_feature_files_belong_to_the_identity_of_graphs(tmp_path):
     assert first == copy and len({first, others, identity(without)}) == 3
 
 
-def test_long_contexts_are_cut_around_their_strongest_token():
+def test_long_contexts_are_cut_around_their_strongest_token_and_odd_ones_mended():
+    """Fewer activations than tokens, no tokens, none of the activations known, and half of a character."""
     long = dict(tokens=[str(k) for k in range(200)], values=[float(k == 150) for k in range(200)])
     (context,) = parse_feature(dict(activations=[long])).examples
     assert len(context["tokens"]) < 60 and context["tokens"][context["activations"].index(1.0)] == "150"
-
-
-def test_odd_contexts_are_mended():
-    """Fewer activations than tokens, no tokens, none of the activations known, and half of a character."""
     contexts = [
         dict(tokens=["a", " b", " c"], values=[0.5, 1.0]), dict(tokens=[], values=[2.0]), dict(tokens=["x"], values=[]),
         dict(tokens=["\ud83d", " y"], values=[3.0, 0.0, 9.0]), dict(tokens=["n"], values=[None]),

@@ -89,16 +89,6 @@ def test_of_each_target_only_the_largest_edges_stay():
         assert (size_RxS[row_of[int(pruned.pruning.node_N[target])]] > abs(weight)).sum() < 3
 
 
-def test_bias_nodes_change_no_figure():
-    graph = layered(features=40)
-    without = graph.nodes.kind_N != BIAS
-    plain = pruning._cut(graph, without)
-    (a, b), bias = (graph.prune(), plain.prune()), graph.count(BIAS)
-    assert bias and len(plain.nodes) == len(graph.nodes) - bias and graph.scores() == plain.scores()
-    assert np.array_equal(a.adjacency_RxS, b.adjacency_RxS) and a.count(BIAS) == 0
-    assert np.array_equal(a.pruning.influence_N, b.pruning.influence_N)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.98, 0.9999])
 def test_values_at_or_above_the_threshold_have_the_share(share):
     values = np.exp(4 * np.random.default_rng(1).normal(size=(50, 100))).astype(np.float32)

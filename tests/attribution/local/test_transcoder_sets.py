@@ -59,10 +59,28 @@ def write(folder, made, form):
     return folder
 
 
-@pytest.mark.parametrize("form", ["circuit_tracer", "own", "gemma_scope_1", "gemma_scope_2"])
-def test_every_format_gives_the_same_rows(form, tiny, tmp_path):
-    made = make_transcoders(tiny.config, "jumprelu", skip=form == "gemma_scope_2")
-    opened = open_transcoders(write(tmp_path / "set", made, form)).check(tiny)
+@pytest.mark.parametrize("form", ["circuit_tracer", "own", "gemma_scope_1", "gemma_scope_2", "gemma_scope_2_listed"])
+def test_every_format_gives_the_same_rows(form, tiny, tmp_path, monkeypatch):
+    """Gemma Scope 2 has other names, and is affine; a folder of circuit-tracer may list such files on the hub."""
+    made, asked = make_transcoders(tiny.config, "jumprelu", skip="gemma_scope_2" in form), []
+    folder = write(tmp_path / "set", made, form.removesuffix("_listed"))
+    if form.endswith("listed"):
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("params.*"))
+        settings = dict(model_name="m", model_kind="transcoder_set", feature_input_hook="mlp.hook_in")
+        listed = [f"hf://org/scope/{files[0]}", f"hf://org/scope/{files[1]}?revision=v2"]
+        settings |= dict(feature_output_hook="hook_mlp_out", transcoders=listed)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+
+        def fetch(repository, file, revision):
+            asked.append((repository, file, revision))
+            return folder / file
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+        opened = open_transcoders(tmp_path).check(tiny)
+        assert asked == [("org/scope", files[0], "main"), ("org/scope", files[1], "v2")]
+    else:
+        opened = open_transcoders(folder).check(tiny)
+    assert [config.skip for config in opened.configs] == ["gemma_scope_2" in form] * 2
     assert opened.reads == ("mlp_normed" if form == "gemma_scope_1" else "mlp_in")
     for layer, transcoder in enumerate(made):
         loaded = opened.load(layer)
@@ -104,32 +122,6 @@ def assert_same_rows(opened, made):
     for layer, transcoder in enumerate(made):
         assert np.array_equal(opened.rows(layer, "W_dec", chosen), np.asarray(transcoder.W_dec_FxD)[chosen])
         assert np.array_equal(opened.rows(layer, "W_enc", chosen), np.asarray(transcoder.W_enc_DxF)[:, chosen].T)
-
-
-@pytest.mark.parametrize(
-    ("version", "hook", "reads"), [(1, "ln2.hook_normalized", "mlp_normed"), (2, "mlp.hook_in", "mlp_in")]
-)
-def test_a_set_may_list_files_of_gemma_scope_on_the_hub(version, hook, reads, tiny, tmp_path, monkeypatch):
-    """As circuit-tracer's folder lists them: the second are safetensors under other names, and affine."""
-    made, asked = make_transcoders(tiny.config, "jumprelu", skip=version == 2), []
-    hub = gemma_scope(tmp_path / "hub", made, version)
-    files = sorted(path.relative_to(hub).as_posix() for path in hub.rglob("params.*"))
-
-    def fetch(repository, file, revision):
-        asked.append((repository, file, revision))
-        return hub / file
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
-    settings = dict(model_name="m", model_kind="transcoder_set", feature_input_hook=hook)
-    listed = [f"hf://org/scope/{files[0]}", f"hf://org/scope/{files[1]}?revision=v2"]
-    settings |= dict(feature_output_hook="hook_mlp_out", transcoders=listed)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    opened = open_transcoders(tmp_path)
-    assert opened.reads == reads and [config.skip for config in opened.configs] == [version == 2] * 2
-    assert asked == [("org/scope", files[0], "main"), ("org/scope", files[1], "v2")]
-    for layer, transcoder in enumerate(made):
-        for name, array in transcoder.arrays.items():
-            assert np.array_equal(opened.load(layer).arrays[name], array), name
 
 
 def test_of_several_transcoders_of_a_layer_words_choose(tiny, tmp_path, monkeypatch):
@@ -278,9 +270,6 @@ def test_a_truncated_file_a_missing_layer_and_wrong_widths_are_named(tiny, tmp_p
 def test_damaged_files_are_refused(tiny, tmp_path):
     folder = gemma_scope(tmp_path / "a", make_transcoders(tiny.config, "jumprelu"), 1)
     file = next(folder.rglob("layer_1/**/params.npz"))
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"params.npz is truncated"):
-        open_transcoders(folder)
     np.savez(file, W_enc=np.zeros((3, FEATURES)))
     with pytest.raises(UserError, match="lacks W_dec: it has W_enc"):
         open_transcoders(folder)
@@ -323,13 +312,3 @@ def test_topk_transcoders_keep_negative_values_as_circuit_tracer_does(tiny):
     assert set(per_position.values()) == {made[0].config.k}
     graph = trace(tiny, made, IDS, max_logits=2)
     assert np.abs(graph.unexplained_R).max() < 1e-5 * np.abs(graph.value_R).max()
-
-
-def test_crv_transcoders_have_the_k_of_circuit_tracer(tmp_path):
-    folder = tmp_path / "crv-8b-instruct-transcoders"
-    folder.mkdir()
-    hooks = dict(feature_input_hook="mlp.hook_in", feature_output_hook="mlp.hook_out", activation="topk")
-    (folder / "config.yaml").write_text(yaml.safe_dump(dict(model_name="m", model_kind="transcoder_set", **hooks)))
-    arrays = dict(W_enc=np.zeros((256, 8)), W_dec=np.zeros((256, 8)), b_enc=np.zeros(256), b_dec=np.zeros(8))
-    save_file({name: array.astype(np.float32) for name, array in arrays.items()}, folder / "layer_0.safetensors")
-    assert (open_transcoders(folder).configs[0].k, open_transcoders(folder).configs[0].signed) == (128, True)

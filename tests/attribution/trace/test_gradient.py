@@ -130,7 +130,7 @@ def test_rows_are_torchs_gradients(case):
     assert error < 1e-5 and (wanted[: len(features)] != 0).any()
 
 
-def test_direct_edges_go_through_no_other_site(llama):
+def test_direct_edges_go_through_no_other_site_and_those_of_relevance_patching_add_up(llama):
     lm, saes = llama
     model = source.load_torch_model(lm.source, "float32").double()
     graph = trace_gradient(lm, saes, IDS, max_logits=2, direct=True)
@@ -139,10 +139,6 @@ def test_direct_edges_go_through_no_other_site(llama):
     later = graph.nodes.layer_N[graph.target_R] > 0
     assert not graph.adjacency_RxS[later, graph.slice_of(TOKEN)].any()
     assert graph.adjacency_RxS[~later, graph.slice_of(TOKEN)].any()
-
-
-def test_direct_rows_of_relevance_patching_add_up(llama):
-    lm, saes = llama
     graph = trace_gradient(lm, saes, IDS, max_logits=3, direct=True, estimate="relp")
     assert np.abs(graph.unexplained_R).max() < 1e-5 * np.abs(graph.value_R).max()
     total = trace_gradient(lm, saes, IDS, max_logits=3)

@@ -38,15 +38,13 @@ def graph(tiny, made):
     return trace(tiny, made, IDS, max_logits=4)
 
 
-def test_one_device_and_eight_agree(tiny, made, graph):
+def test_one_device_and_eight_agree_and_batches_of_any_length(tiny, made, graph, monkeypatch):
     mesh = Mesh(np.array(jax.devices()).reshape(1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
     split = trace(load_model(str(tiny.source.folder), mesh=mesh), made, IDS, max_logits=4)
     assert np.array_equal(split.nodes.index_N, graph.nodes.index_N)
     assert relative_error(split.adjacency_RxS, graph.adjacency_RxS) < 1e-5
     assert np.array_equal(split.prune().pruning.node_N, graph.prune().pruning.node_N)
 
-
-def test_short_batches_and_long_ones_agree(tiny, made, graph, monkeypatch):
     monkeypatch.setattr(rows, "TOKENS", dict(cpu=24))
     monkeypatch.setattr(rows, "CHUNKS", 3)
     assert relative_error(trace(tiny, made, IDS, max_logits=4).adjacency_RxS, graph.adjacency_RxS) < 1e-6
@@ -105,7 +103,7 @@ def test_biases_have_no_part_in_the_choice_and_rounds_see_more_than_one_ranking(
     nodes = Nodes.joined(Nodes.of(FEATURE, layer_A, 1), Nodes.of(TOKEN, -1, [0, 1]), Nodes.of(BIAS, [0, 1], 0))
     active = Active(layer_A, *(np.zeros(40) for _ in range(4)))
     run = SimpleNamespace(active=active, model=SimpleNamespace(config=SimpleNamespace(n_layers=2)))
-    readouts = Readouts(*[None] * 4, weight_K=np.ones(1), logit_K=None, labels=("one",))
+    readouts = Readouts(*[None] * 5, weight_K=np.ones(1), logit_K=None, labels=("one",))
 
     def chosen(biases=0.0):
         rows = matrix_RxS.copy()
@@ -135,12 +133,6 @@ def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
     assert np.abs(part.unexplained_R).max() < 1e-5 * np.abs(part.value_R).max()
 
 
-def test_a_text_begins_with_a_special_token(tiny, made):
-    text = trace(tiny, made, "The cat near the dogs", max_logits=2)
-    assert text.tokens[0] == "<end>" and "".join(text.tokens[1:]) == text.prompt == "The cat near the dogs"
-    assert trace(tiny, made, "<end>The cat", max_logits=2).ids_P[1] != text.ids_P[0]
-
-
 @pytest.mark.parametrize(
     "prompt,settings,message",
     [
@@ -160,16 +152,13 @@ def test_what_cannot_be_traced_is_refused(prompt, settings, message, tiny, made)
 
 
 @pytest.mark.parametrize("name", ["W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D", "W_skip_DxD"])
-def test_a_transcoder_with_values_that_are_no_numbers_is_named(name, tiny, made):
+def test_a_transcoder_with_values_that_are_no_numbers_is_named_and_a_silent_set_refused(name, tiny, made):
     broken = np.array(made[1].arrays[name])
     broken.flat[3] = np.nan
     damaged = [made[0], type(made[1])(made[1].config, **{**made[1].arrays, name: broken}), *made[2:]]
     with pytest.raises(UserError, match="layer 1: what the transcoder gives is not finite: its file is") as error:
         trace(tiny, damaged, IDS)
     assert "\n" not in str(error.value)
-
-
-def test_no_active_feature_is_an_error(tiny, made):
     silent = [type(t)(t.config, **{**t.arrays, "b_enc_F": t.arrays["b_enc_F"] - 1e4}) for t in made]
     with pytest.raises(UserError, match="no feature of .* is active"):
         trace(tiny, silent, IDS)
@@ -197,7 +186,10 @@ def test_a_chat_prefix_of_sinks_has_no_features_and_sums_stay_whole(tiny_model, 
     assert kept == pytest.approx(found.readouts.value_K[0], abs=1e-5) and abs(none - kept) > 1e-3
 
 
-def test_a_text_may_stand_in_the_chat_template(tiny, made, monkeypatch):
+def test_a_text_begins_with_a_special_token_or_stands_in_the_chat_template(tiny, made, monkeypatch):
+    text = trace(tiny, made, "The cat near the dogs", max_logits=2)
+    assert text.tokens[0] == "<end>" and "".join(text.tokens[1:]) == text.prompt == "The cat near the dogs"
+    assert trace(tiny, made, "<end>The cat", max_logits=2).ids_P[1] != text.ids_P[0]
     with pytest.raises(UserError, match="has no chat template: leave --graph.chat_template out"):
         trace(tiny, made, "The war", chat=True)
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}>"
