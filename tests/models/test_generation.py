@@ -170,7 +170,7 @@ def test_a_prompt_that_ends_early_leaves_the_others_alone(lm, tokens, greedy, mo
     assert lm.generate(pad(rows(tokens)[:1]), 20) == [Generated((), "", "eos")]  # nothing at all
 
 
-def test_a_stop_string_ends_the_text_wherever_tokens_begin(lm, tokens, greedy):
+def test_a_stop_string_ends_the_text_wherever_tokens_begin(lm, tokens, greedy, monkeypatch):
     """Inside a token, over several, and over the place where the host looks."""
     text, pieces = greedy[0].text, [lm.tokenizer.decode([id]) for id in greedy[0].ids]
     assert len(text) > 24
@@ -183,9 +183,7 @@ def test_a_stop_string_ends_the_text_wherever_tokens_begin(lm, tokens, greedy):
     assert lm.generate(tokens, 20, stop=["never there"]) == greedy
     first, second = text[6:8], text[2:4]
     assert lm.generate(tokens, 20, stop=[first, second])[0].text == text[: min(text.index(first), text.index(second))]
-
-
-def test_a_special_token_can_be_a_stop_string(lm, tokens, greedy, monkeypatch):
+    # A special token can be one, too.
     monkeypatch.setattr(generation, "eos_ids", lambda folder, tokenizer: ())
     assert lm.tokenizer.all_special_tokens == ["<end>"]
     name = lm.tokenizer.convert_ids_to_tokens(greedy[0].ids[3])

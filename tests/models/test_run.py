@@ -51,11 +51,7 @@ def test_a_hook_of_all_layers_in_the_loop_or_unrolled(model):
     change_L = (looped.collected["attn_out"] - before.collected["attn_out"]).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(change_L, [0, 0.5, 0, 0.5], atol=1e-5)
     assert np.abs(looped.x - run_layers(config, params, x_BxTxD, 0, LAYERS).x).max() > 0.1
-
-
-def test_a_hook_of_some_layers_sees_their_sites_in_order(model):
-    config, params, x_BxTxD = model
-    seen = []
+    seen = []  # by a hook of some layers: their sites in order
     run_layers(config, params, x_BxTxD, 0, LAYERS, lambda *place: seen.append(place[:2]) or place[2], (2, 0, 9))
     assert seen == [(kind, layer) for layer in (0, 2) for kind in KINDS]
 
