@@ -104,14 +104,11 @@ def tpu_vm(tmp_path):
     return run
 
 
-def test_a_slice_is_asked_for_waited_for_and_used(tpu_vm):
+def test_a_slice_is_asked_for_waited_for_and_used_unless_it_is_lost(tpu_vm):
     status, _, asked = tpu_vm("", "PROVISIONING", "PROVISIONING", "ACTIVE")
     assert status == 0 and [line.split()[0] for line in asked] == ["create", "ssh", "scp", "ssh", "ssh"]
     assert asked[0] == "create --spot" and ".[tpu]" in asked[3]
     assert asked[4].endswith(r"saejax-pipeline --mesh.distributed=auto --workdir=x\ y ")
-
-
-def test_a_slice_that_there_is_is_used_and_one_that_is_lost_is_not(tpu_vm):
     assert [line.split()[0] for line in tpu_vm("ACTIVE", "ACTIVE")[2]] == ["ssh", "scp", "ssh", "ssh"]
     status, said, asked = tpu_vm(*["SUSPENDED"] * 4)
     assert status == 1 and "the slice saejax is SUSPENDED: delete it" in said and not asked
