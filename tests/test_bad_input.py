@@ -12,10 +12,13 @@ import sys
 import numpy as np
 import pytest
 import runs
+from safetensors.numpy import load_file, save_file
 
 from saejax.runner import command, command_line
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import Workspace
+from saejax.tasks.answer_tokens import MERGED
+from saejax.tasks.recipes import recipes
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
@@ -38,9 +41,9 @@ def workdir(captured, tmp_path):
 def refuse(inputs, tmp_path, capsys):
     """Runs stages that must be refused; gives the line that says why."""
 
-    def run(stages, *extra, workdir=tmp_path / "run", model=inputs[0], corpus=inputs[1], **changes):
+    def run(stages, extra="", workdir=tmp_path / "run", model=inputs[0], corpus=inputs[1], **changes):
         capsys.readouterr()
-        flags = [*runs.small_flags(model, corpus, workdir, **changes), *extra]
+        flags = [*runs.small_flags(model, corpus, workdir, **changes), *extra.split()]
         assert command.run(stages, "", ["program", *flags]) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert len(error) == 1 and error[0].startswith("error: "), error
@@ -56,7 +59,7 @@ def small_disk(tmp_path):
     with contextlib.ExitStack() as mounted:
 
         def mount(size):
-            folder = tmp_path / "small"
+            folder = tmp_path / f"small-{size}"
             folder.mkdir()
             command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder]
             if subprocess.run(command, capture_output=True).returncode:
@@ -115,17 +118,14 @@ def test_settings_that_preflight_refuses(refuse, changes, message):
             "explain/topk reads interpret/topk, which this run does not make: add --interpret.dictionaries=topk",
         ),
         ("patch", {}, "it patches activations.*--patch.dictionary is set"),
+        ("train", dict(extra="--train.bach=3"), "Did you mean: train.batch"),
+        ("train", dict(extra="batch=3"), "is not a flag"),
+        ("train", dict(extra="--flagfile=nowhere.flags"), "error: Unable to open flagfile"),
+        ("capture", dict(capture__sites="resid_last.0", task__behaviours=""), "there is no site 'resid_last.0'"),
     ],
 )
 def test_settings_that_a_stage_refuses(refuse, stage, changes, message):
     assert re.search(message, refuse([stage], **changes))
-
-
-def test_flags_and_sites_that_do_not_exist(refuse):
-    assert "Did you mean: train.batch" in refuse(["train"], "--train.bach=3")
-    assert "is not a flag" in refuse(["train"], "batch=3")
-    assert "error: Unable to open flagfile" in refuse(["train"], "--flagfile=nowhere.flags")
-    assert "there is no site 'resid_last.0'" in refuse(["baseline", "capture"], capture__sites="resid_last.0")
 
 
 def test_a_process_that_cannot_find_the_others(tmp_path):
@@ -167,7 +167,9 @@ def test_json_that_is_something_else(refuse, workdir, tmp_path, content):
     assert "dictionary.json" in refuse(["preflight"], ablate__dictionary=tmp_path / "folder")
 
 
-def test_truncated_and_corrupted_shards(refuse, workdir):
+def test_stores_that_are_damaged_or_of_another_model(refuse, workdir, tmp_path):
+    line = refuse(["train"], model=runs.save_model(tmp_path / "wider", hidden_size=64))
+    assert "was made with other settings (model is different)" in line
     shard = workdir / "capture" / "resid_post.0" / "shard-00000.npy"
     content = shard.read_bytes()
     for damaged in (content[:-100], content[:-100] + bytes(100)):
@@ -175,14 +177,7 @@ def test_truncated_and_corrupted_shards(refuse, workdir):
         assert "shard-00000.npy" in refuse(["train"])
 
 
-def test_a_store_from_another_model(refuse, workdir, tmp_path):
-    line = refuse(["train"], model=runs.save_model(tmp_path / "wider", hidden_size=64))
-    assert "was made with other settings (model is different)" in line
-
-
 def test_nan_in_activations_is_located(refuse, inputs, tmp_path):
-    from safetensors.numpy import load_file, save_file
-
     shutil.copytree(inputs[0], tmp_path / "model")
     file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.down_proj.weight"
     weights = load_file(file)
@@ -192,13 +187,10 @@ def test_nan_in_activations_is_located(refuse, inputs, tmp_path):
     assert "nan" in refuse(["baseline", "capture"], model=tmp_path / "model").lower()
 
 
-def test_a_full_disk(refuse, small_disk):
+def test_a_disk_that_fills_during_capture_and_during_a_checkpoint(refuse, captured, small_disk):
     run = small_disk(150) / "run"
     assert "disk is full" in refuse(["baseline", "capture"], workdir=run)
     assert not (run / "capture" / "manifest.json").exists()
-
-
-def test_a_disk_that_fills_during_a_checkpoint(refuse, captured, small_disk):
     size = sum(path.stat().st_size for path in captured.rglob("*") if path.is_file()) // 1024 + 250
     assert "disk is full" in refuse(["train"], workdir=runs.copy_run(captured, small_disk(size) / "run"))
 
@@ -214,14 +206,11 @@ def test_a_quota_that_ends(error, capsys):
     assert capsys.readouterr().err == "error: x: the disk quota is used up: free space, then run again\n"
 
 
-def test_corpora(refuse, tmp_path):
+def test_corpora_and_prompts_that_do_not_fit(refuse, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl" in refuse(["preflight"], corpus=tmp_path / "empty.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
     assert "2" in refuse(["preflight"], corpus=tmp_path / "bad.jsonl")
-
-
-def test_a_prompt_longer_than_the_context(refuse, tmp_path):
     assert "context" in refuse(["baseline"], model=runs.save_model(tmp_path / "short", max_position_embeddings=8))
 
 
@@ -266,18 +255,13 @@ def test_folders_of_dictionaries_that_do_not_fit(refuse, inputs, workdir, tmp_pa
     assert "n_features" in refuse(["ablate"], **ablated, ablate__baselines=tmp_path / "none")
 
 
-def test_a_tokenizer_that_merges_every_answer(refuse, monkeypatch):
-    from saejax.tasks.answer_tokens import MERGED
-
+def test_words_that_make_too_few_prompts(refuse, monkeypatch):
+    """A template without items, and a tokenizer that merges every answer."""
+    empty = recipes()["capital"]._replace(templates=("Paris lies in", "Rome lies in", "The city lies in"))
+    with monkeypatch.context() as patch:
+        patch.setattr("saejax.tasks.draw.recipes", lambda: dict(capital=empty))
+        line = refuse(["baseline"], task__behaviours="capital")
+    assert "the word lists of capital give 2 train prompts of 4, and no more of the template 'Paris lies in'" in line
     monkeypatch.setattr("saejax.tasks.draw.fault", lambda tokenizer, prompt: MERGED)
     line = refuse(["baseline"])
     assert "no behaviour is left to test: agreement: 0 of 4 train prompts could be made" in line and MERGED in line
-
-
-def test_a_template_without_items(refuse, monkeypatch):
-    from saejax.tasks.recipes import recipes
-
-    empty = recipes()["capital"]._replace(templates=("Paris lies in", "Rome lies in", "The city lies in"))
-    monkeypatch.setattr("saejax.tasks.draw.recipes", lambda: dict(capital=empty))
-    line = refuse(["baseline"], task__behaviours="capital")
-    assert "the word lists of capital give 2 train prompts of 4, and no more of the template 'Paris lies in'" in line

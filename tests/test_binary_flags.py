@@ -33,12 +33,11 @@ def test_another_stages_flag_is_refused_on_the_command_line(flag, tmp_path, caps
 
 
 def test_another_stages_flag_is_ignored_in_a_file(tmp_path):
-    file = tmp_path / "shared.flags"
-    file.write_text("--patch.top=0\n--train.k=3\n--capture.bos=never\n")
-    configs = read(["capture"], f"--flagfile={file}")
+    flag = runs.flag_file(["--patch.top=0", "--train.k=3", "--capture.bos=never"], tmp_path)
+    configs = read(["capture"], flag)
     assert configs[CaptureConfig].bos == "never"
     assert (configs[PatchConfig], configs[TrainConfig]) == (PatchConfig(), TrainConfig())
-    assert read(["train"], f"--flagfile={file}")[TrainConfig].k == (3,)
+    assert read(["train"], flag)[TrainConfig].k == (3,)
 
 
 def test_a_shared_flag_is_accepted_where_a_group_that_shares_it_is():
@@ -122,10 +121,9 @@ def test_units_and_hashes_of_a_stage_follow_from_the_groups_that_its_binary_acce
 
 def test_every_stage_comes_after_those_whose_units_it_reads(everything):
     benchmarks = ["--task.benchmarks=gsm8k", "--study.benchmarks=logic", "--graph.transcoders=set"]
-    configs = read(list(STAGES), *everything[0], *benchmarks)
-    order = list(STAGES)
+    configs, order = read(list(STAGES), *everything[0], *benchmarks), list(STAGES)
     for name, declared in STAGES.items():
         names = declared.names(configs)
         assert names, f"{name} has no unit here"
-        for need in (need for unit in names for need in declared.needs(configs, unit)):
-            assert order.index(need.partition("/")[0]) < order.index(name), f"{name} reads {need}"
+        for need in (need.partition("/")[0] for unit in names for need in declared.needs(configs, unit)):
+            assert order.index(need) < order.index(name), f"{name} reads {need}"

@@ -89,23 +89,18 @@ def test_pages_of_the_site(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_pages_link_to_what_exists(path):
+def test_pages_link_to_and_guides_name_what_exists(path):
+    """Pages, targets; in guides also files, binaries and commands, flags, and names of the library."""
     text = path.read_text("utf-8")
     assert not HOSTS.search(text)
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert (path.parent / link).exists(), link
-    for target in re.findall(r"^make ([\w-]+)", text, re.MULTILINE):
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
-
-
-@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
-def test_guides_name_what_exists(path):
-    """Files, targets, binaries and commands; flags, and names of the library."""
-    text = path.read_text("utf-8")
+    if path not in GUIDES:
+        return
     for name in re.findall(r"(?:configs|docs|scripts|saejax|tests)/[\w./]+\.\w+", text):
         assert (ROOT / name).exists(), name
-    for target in re.findall(r"`make ([\w-]+)`", text):
-        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
     for binary in re.findall(r"experiments\.(?!py\b)(\w+)", text):
         assert (ROOT / "experiments" / f"{binary}.py").exists(), binary
     values = flags.FlagValues()
@@ -132,17 +127,13 @@ def test_command_lines_of_the_guides_are_read(path, tmp_path):
             command_line.read_configs(command_line.stage_flags(), words, several.get(binary, [binary]))
 
 
-def test_what_guides_and_launchers_install_is_there():
+def test_what_guides_launchers_and_hooks_install_and_use_is_there():
     files = [*PAGES, ROOT / "Makefile", *sorted((ROOT / "launch").iterdir())]
     texts = [text for path in files for text in re.findall(r"'\.\[([\w,]+)\]'", path.read_text("utf-8"))]
     named = {extra for text in texts for extra in text.split(",")}
     assert named <= PROJECT["optional-dependencies"].keys() and {"cuda12", "cuda13", "tpu"} <= named
-
-
-def test_hooks_and_workflow_use_what_the_environment_has():
-    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    assert [repo["repo"] for repo in hooks] == ["local"]
-    assert all(hook["entry"].startswith(".venv/bin/") for hook in hooks[0]["hooks"])
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert hooks["repo"] == "local" and all(hook["entry"].startswith(".venv/bin/") for hook in hooks["hooks"])
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     assert workflow["jobs"]["run"]["steps"][-1]["run"] == ".ci/run" and (ROOT / ".ci/run").stat().st_mode & 0o111
 

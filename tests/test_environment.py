@@ -1,6 +1,8 @@
 """What a process finds when it starts: which devices it may count on, and compiled programs that are kept."""
 
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,32 +26,64 @@ def test_accelerators_keep_programs_in_the_workdir(monkeypatch, tmp_path, accele
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
 
 
-def test_processors_alone_are_no_accelerators(monkeypatch):
+def test_processors_alone_are_no_accelerators_and_get_no_flags(monkeypatch):
     monkeypatch.setattr(environment.glob, "glob", lambda pattern: ["/dev/nvidia0"])
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert not environment.may_have_accelerators()
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    environment.for_devices(deterministic=False, shares_gpu=False)
+    assert "XLA_FLAGS" not in os.environ
     monkeypatch.delenv("JAX_PLATFORMS")
     assert environment.may_have_accelerators()
 
 
-@pytest.mark.parametrize(
-    ("user_flags", "expected"),
-    [
-        ("", "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"),
-        ("--xla_gpu_enable_triton_gemm=true", "--xla_gpu_enable_triton_gemm=true --xla_gpu_deterministic_ops=true"),
-    ],
-)
-def test_kernels_of_a_gpu(monkeypatch, user_flags, expected):
+DETERMINISTIC, NO_TRITON = "--xla_gpu_deterministic_ops=true", "--xla_gpu_enable_triton_gemm=false"
+TRITON = "--xla_gpu_enable_triton_gemm=true"
+
+
+def test_kernels_of_a_gpu(monkeypatch):
+    """The user's own flags stay."""
     monkeypatch.setattr(environment, "may_have_accelerators", lambda: True)
-    monkeypatch.setenv("XLA_FLAGS", user_flags)
-    environment.for_devices(deterministic=True, shares_gpu=False)
-    assert os.environ["XLA_FLAGS"] == expected
+    for user_flags, expected in (("", f"{DETERMINISTIC} {NO_TRITON}"), (TRITON, f"{TRITON} {DETERMINISTIC}")):
+        monkeypatch.setenv("XLA_FLAGS", user_flags)
+        environment.for_devices(deterministic=True, shares_gpu=False)
+        assert os.environ["XLA_FLAGS"] == expected
 
 
-def test_a_cpu_gets_no_flags_of_gpus(monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    environment.for_devices(deterministic=False, shares_gpu=False)
-    assert "XLA_FLAGS" not in os.environ
+FREED = """
+import ctypes, resource, threading
+from saejax.runner.environment import keep_freed_memory
+
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+def faults(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    thread = threading.Thread(target=steps, args=(count,))  # XLA allocates on threads of its own
+    thread.start()
+    thread.join()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def steps(count):
+    for _ in range(count):
+        block = libc.malloc({size})
+        libc.memset(block, 1, {size})
+        libc.free(block)
+
+faults(1)
+print(faults(4))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has to be told")
+def test_pages_of_large_blocks_are_faulted_in_once():
+    """Memory that a step frees stays with the process for the next step."""
+    size = 100 * 2**20
+    done = subprocess.run([sys.executable, "-c", FREED.format(size=size)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 0.1 * 4 * size / 4096
 
 
 def test_hosts_of_accelerators_keep_many_heaps(monkeypatch):

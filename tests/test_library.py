@@ -219,9 +219,8 @@ def test_every_binary_is_a_command_and_every_stage_has_one():
     assert set(STAGES) - {"benchmark"} <= names  # which the baseline's binary runs
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_settings_of_another_type_are_refused():
+    for settings, message in (
         (dict(k="x"), "k is 'x': expected a whole number"),
         (dict(k=2.5), "k is 2.5: expected a whole number"),
         (dict(k=True), "k is True: expected a whole number"),
@@ -229,9 +228,7 @@ def test_every_binary_is_a_command_and_every_stage_has_one():
         (dict(learning_rate="fast"), "learning_rate is 'fast': expected a number"),
         (dict(k=()), "k is empty"),
         (dict(no_such=1), "unknown setting of TrainConfig 'no_such'"),
-    ],
-)
-def test_settings_of_another_type_are_refused(settings, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        make_config(TrainConfig, "topk", **settings)
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            make_config(TrainConfig, "topk", **settings)
     assert make_config(TrainConfig, "topk", k=np.int64(3), learning_rate=1).k == (3,)

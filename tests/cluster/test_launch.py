@@ -29,7 +29,7 @@ esac
 
 
 def dry_run(script):
-    command = ["bash", str(LAUNCH / script), "--dry-run", "--workdir=/shared/run", FLAGS]
+    command = ["bash", str(LAUNCH / script), "--dry-run", "--workdir=/shared/a run", FLAGS]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(NAME="a b"), check=True)
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
@@ -75,7 +75,7 @@ def test_its_command_has_flags_that_there_are(of_file, monkeypatch):
     assert program.endswith("saejax-pipeline") and FLAGS in flags
     read = command_line.stage_flags()
     configs = command_line.read_configs(read, [program, *flags])
-    assert command_line.named_workdir(read) == "/shared/run"
+    assert command_line.named_workdir(read) == ("/shared/a run" if of_file in (of_slurm, of_tpu_vm) else "/shared/run")
     mesh = configs[MeshConfig]
     if of_file is of_skypilot:
         assert (mesh.processes, mesh.process_id, mesh.coordinator) == (4, 2, "10.0.0.1:8476")
@@ -104,14 +104,11 @@ def tpu_vm(tmp_path):
     return run
 
 
-def test_a_slice_is_asked_for_waited_for_and_used(tpu_vm):
+def test_a_slice_is_asked_for_waited_for_and_used_unless_it_is_lost(tpu_vm):
     status, _, asked = tpu_vm("", "PROVISIONING", "PROVISIONING", "ACTIVE")
     assert status == 0 and [line.split()[0] for line in asked] == ["create", "ssh", "scp", "ssh", "ssh"]
     assert asked[0] == "create --spot" and ".[tpu]" in asked[3]
     assert asked[4].endswith(r"saejax-pipeline --mesh.distributed=auto --workdir=x\ y ")
-
-
-def test_a_slice_that_there_is_is_used_and_one_that_is_lost_is_not(tpu_vm):
     assert [line.split()[0] for line in tpu_vm("ACTIVE", "ACTIVE")[2]] == ["ssh", "scp", "ssh", "ssh"]
     status, said, asked = tpu_vm(*["SUSPENDED"] * 4)
     assert status == 1 and "the slice saejax is SUSPENDED: delete it" in said and not asked
@@ -120,8 +117,8 @@ def test_a_slice_that_there_is_is_used_and_one_that_is_lost_is_not(tpu_vm):
         assert (status, len(told)) == (1, asked)
 
 
-@pytest.mark.parametrize("named", ["", "python3.12"])
-def test_the_hosts_python_may_be_named(named, monkeypatch):
-    monkeypatch.setenv("PYTHON", named)
-    installed = dry_run("tpu_vm.sh")[-2][-1]
-    assert installed.startswith(f"cd saejax && {named or 'python3'} -m venv .venv")
+def test_the_hosts_python_may_be_named(monkeypatch):
+    for named in ("", "python3.12"):
+        monkeypatch.setenv("PYTHON", named)
+        installed = dry_run("tpu_vm.sh")[-2][-1]
+        assert installed.startswith(f"cd saejax && {named or 'python3'} -m venv .venv")

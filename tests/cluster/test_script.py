@@ -77,9 +77,3 @@ def test_a_run_that_is_told_to_stop_is_queued_again(started):
             if process != job.pid and os.getsid(process) == job.pid:
                 os.kill(process, signal.SIGTERM)
     assert job.wait(300) == 143 and queue.read_text() == "requeue 7\n"
-
-
-def test_the_script_says_what_it_would_run():
-    said = subprocess.run(["bash", SCRIPT, "--dry-run", "--workdir=x y"], capture_output=True, text=True, check=True)
-    assert said.stdout.startswith("srun --kill-on-bad-exit=1 bash -c ")
-    assert said.stdout.endswith(" saejax saejax-pipeline --mesh.distributed=auto --workdir=x\\ y \n")

@@ -1,10 +1,131 @@
-"""The batch script on a real SLURM: two nodes train together, are preempted, and end with the same bits."""
+"""The batch script on a real SLURM: two nodes train together, are preempted, and end with the same bits.
 
+The cluster of two nodes is on this machine, in one folder: slurm-wlm and munge, as root, without systemd.
+"""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import runs
-from slurm import Slurm, free_ports, missing
+
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
+_CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+KillWait=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=d0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 State=UNKNOWN
+NodeName=d1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 State=UNKNOWN
+PartitionName=low Nodes=d0,d1 PriorityTier=1 GraceTime=60 Default=YES State=UP
+PartitionName=high Nodes=d0,d1 PriorityTier=2 PreemptMode=OFF State=UP
+"""
+
+
+def missing() -> list[str]:
+    """What this machine lacks for a cluster."""
+    return [name for name in _PROGRAMS if not shutil.which(name)] + ([] if os.getuid() == 0 else ["root"])
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that no one listens on."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+class Slurm:
+    """A cluster that runs while the block does.
+
+    Args:
+      folder: of its state and logs.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = os.environ | dict(SLURM_CONF=str(folder / "slurm.conf"))
+
+    def __enter__(self) -> "Slurm":
+        (self.folder / "state").mkdir(parents=True)
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(32))
+        key.chmod(0o600)
+        host = socket.gethostname().partition(".")[0]
+        ports = free_ports(3)
+        (self.folder / "slurm.conf").write_text(_CONFIG.format(host=host, folder=self.folder, ports=ports))
+        own = {name: self.folder / f"munge.{name}" for name in ("socket", "pid", "log", "seed")}
+        self._munge_pid = own["pid"]
+        self.call(
+            "munged", "--force", f"--key-file={key}", f"--socket={own['socket']}", f"--pid-file={own['pid']}",
+            f"--log-file={own['log']}", f"--seed-file={own['seed']}",
+        )  # fmt: skip
+        conf = str(self.folder / "slurm.conf")
+        self.call("slurmctld", "-f", conf)
+        for node in ("d0", "d1"):
+            self.call("slurmd", "-N", node, "-f", conf)
+        try:
+            self.wait(lambda: set(self.call("sinfo", "-h", "-o", "%T").split()) == {"idle"}, 60)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        subprocess.run(["scancel", "--user=root"], env=self.environment, check=False)
+        time.sleep(2)
+        subprocess.run(["scontrol", "shutdown"], env=self.environment, check=False)
+        os.kill(int(self._munge_pid.read_text()), 15)
+
+    def call(self, *command: str) -> str:
+        """What a command prints."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def submit(self, *arguments: str) -> str:
+        """The number of a job that ``sbatch`` takes."""
+        return self.call("sbatch", "--parsable", *arguments).strip()
+
+    def state(self, job: str) -> str:
+        """Of a job: PENDING, RUNNING, COMPLETED, ..."""
+        facts = dict(part.split("=", 1) for part in self.call("scontrol", "show", "job", job).split() if "=" in part)
+        return facts["JobState"]
+
+    @staticmethod
+    def wait(true: object, seconds: float) -> None:
+        """Waits until a condition holds, for so many seconds at most."""
+        end = time.monotonic() + seconds
+        while not true():  # type: ignore[operator]
+            assert time.monotonic() < end, "it did not come to pass"
+            time.sleep(0.5)
+
 
 SCRIPT = str(runs.ROOT / "launch" / "slurm.sbatch")
 pytestmark = [

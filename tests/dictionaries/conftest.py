@@ -1,17 +1,22 @@
 """Models whose features are edited, each made once."""
 
+import functools
+
 import pytest
-from edited_model import EditedModel
+from plain_edits import EditedModel
+from tiny_models import save_tiny, save_tiny_tokenizer
+
+from saejax import load_model
 
 
 @pytest.fixture(scope="session")
 def setups(tmp_path_factory, one_device):
-    made = {}
-
+    @functools.cache
     def make(family):
-        if family not in made:
-            made[family] = EditedModel(family, tmp_path_factory.mktemp(family), one_device)
-        return made[family]
+        folder = tmp_path_factory.mktemp(family)
+        save_tiny(folder, family, vocab_size=257)
+        save_tiny_tokenizer(folder, 257)
+        return EditedModel(load_model(str(folder), mesh=one_device))
 
     return make
 

@@ -1,5 +1,6 @@
 """Random dictionaries of every kind and form, and what files of other tools compute, by formula in float64."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -22,28 +23,18 @@ IN_SAELENS = [pair for pair in EVERY if pair not in NOT_IN_SAELENS]
 def make(kind: str = "standard", form: str = "sae", layer: int = 3, seed: int = 0, **changes) -> Dictionary:
     """A random dictionary with decoder rows of length 1."""
     of_k = kind in ("topk", "batchtopk", "matryoshka")
-    config = DictionaryConfig(
-        kind=kind,
-        site=f"resid_post.{layer}" if form == "sae" else f"mlp_in.{layer}",
-        target="" if form == "sae" else f"mlp_out.{layer}",
-        d_in=D,
-        n_features=F,
-        k=4 if of_k else 0,
-        groups=(10, 20, F) if kind == "matryoshka" else (),
-        skip=form == "skip_transcoder",
-        centred=form == "sae",
-        max_norm=123.5,
-        model="some/model",
-        revision="abc",
-        fingerprint="0123",
-    )
+    centred, skip = form == "sae", form == "skip_transcoder"
+    site, target = (f"resid_post.{layer}", "") if centred else (f"mlp_in.{layer}", f"mlp_out.{layer}")
+    k, groups = 4 if of_k else 0, (10, 20, F) if kind == "matryoshka" else ()
+    facts = dict(max_norm=123.5, model="some/model", revision="abc", fingerprint="0123")
+    config = DictionaryConfig(kind, site, target, D, F, k=k, groups=groups, skip=skip, centred=centred, **facts)
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(size=shape) for name, (shape, _) in parameter_table(config).items()}
     arrays["W_dec_FxD"] /= np.linalg.norm(arrays["W_dec_FxD"], axis=1, keepdims=True)
     for name in ("threshold_F", "r_mag_F"):
         if name in arrays:
             arrays[name] = np.abs(arrays[name]) * 0.3
-    config = DictionaryConfig(**{**vars(config), **changes})
+    config = dataclasses.replace(config, **changes)
     return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
 
 

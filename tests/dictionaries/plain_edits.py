@@ -9,8 +9,11 @@ import torch
 from torch_sites import MODULES
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.models import source
+from saejax.models.tokens import pad
 
 N_FEATURES = 60
+FEATURES, SITE = [3, 17, 40], "resid_post.1"
 
 
 def make_dictionary(lm, tokens, site: str, target: str = "", skip: bool = False) -> Dictionary:
@@ -115,3 +118,26 @@ class PlainModel:
         kept = []
         self.logits(ids_T, (site, lambda value: kept.append(value) or value))
         return kept[0]
+
+
+class EditedModel:
+    """A model, here and in PyTorch, three prompts and a dictionary."""
+
+    def __init__(self, lm):
+        self.lm = lm
+        self.plain = PlainModel(source.load_torch_model(lm.source, "float32"))
+        rng = np.random.default_rng(7)
+        self.prompts = [rng.integers(1, 257, n).tolist() for n in (5, 13, 9)]
+        self.tokens = pad(self.prompts)
+        self.sae = make_dictionary(self.lm, self.tokens, SITE)
+        self.clean = self.lm(self.tokens, capture=[SITE])
+        self.given_BxTxK = rng.uniform(0, 3, (3, 13, 3)).astype(np.float32)
+
+    def check(self, edits, plain):
+        """Logits with edits equal those with plain(b)'s edits; errors relative to the largest logit."""
+        found = np.asarray(self.lm(self.tokens, edits=edits).logits_BxTxV)
+        for b, ids in enumerate(self.prompts):
+            expected = self.plain.logits(ids, *plain(b))
+            assert np.abs(found[b, : len(ids)] - expected).max() < 1e-4 * np.abs(expected).max()
+        change = np.abs(found - np.asarray(self.clean.logits_BxTxV))[self.tokens.mask_BxT].max()
+        assert change > 0.01 * np.abs(expected).max()

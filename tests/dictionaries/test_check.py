@@ -22,22 +22,17 @@ def identity(d: int, **changes) -> Dictionary:
     return Dictionary(DictionaryConfig(**config), **{name: jnp.asarray(a, jnp.float32) for name, a in arrays.items()})
 
 
-def test_a_dictionary_that_reconstructs_everything_explains_all(lm, caplog):
-    d = lm.config.d_model
-    with caplog.at_level(logging.INFO, "absl"):
-        check = check_dictionary(lm, identity(d))
-    assert check.explained_variance == pytest.approx(1) and check.l0 == pytest.approx(d, abs=0.5)
-    assert 30 < check.tokens <= 64 and [record.levelname for record in caplog.records] == ["INFO"]
-    assert "standard dictionary of resid_post.0: L0 " in caplog.text
-
-
-def test_a_dictionary_of_something_else_is_warned_of(lm, caplog):
-    wrong = identity(lm.config.d_model)
+def test_what_a_dictionary_explains_is_logged(lm, caplog):
+    """One that reconstructs everything; one of something else is warned of."""
+    d, wrong = lm.config.d_model, identity(lm.config.d_model)
     wrong.W_dec_FxD[...] = -wrong.W_dec_FxD[...]
     with caplog.at_level(logging.INFO, "absl"):
+        check = check_dictionary(lm, identity(d))
         assert check_dictionary(lm, wrong).explained_variance < 0
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "trained on another site or model" in caplog.text
+    assert check.explained_variance == pytest.approx(1) and check.l0 == pytest.approx(d, abs=0.5)
+    assert 30 < check.tokens <= 64 and [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert "standard dictionary of resid_post.0: L0 " in caplog.messages[0]
+    assert "trained on another site or model" in caplog.messages[1]
 
 
 @pytest.mark.parametrize(
@@ -49,20 +44,16 @@ def test_what_the_model_has_no_site_for_cannot_be_measured(lm, site):
 
 
 def test_loading_logs_what_a_dictionary_is_and_measures_it(lm, tmp_path, caplog):
-    save_dictionary(tmp_path, identity(lm.config.d_model, bos="always"), "saelens")
+    save_dictionary(tmp_path / "saelens", identity(lm.config.d_model, bos="always"), "saelens")
     with caplog.at_level(logging.INFO, "absl"):
-        load_dictionary(tmp_path, lm=lm)
+        load_dictionary(tmp_path / "saelens", lm=lm)
     d = lm.config.d_model
     first, second = (record.getMessage() for record in caplog.records)
     told = f"SAELens: standard of resid_post.0, width {d}, {2 * d} features; texts always began with BOS"
     assert first == told and "explained variance 1.000" in second
-
-
-def test_the_users_own_logging_by_absl_is_left_alone(tmp_path, caplog):
-    """Saving and loading through Orbax must not silence absl for good."""
-    with caplog.at_level(logging.INFO, "absl"):
-        save_dictionary(tmp_path / "a", make())
-        load_dictionary(tmp_path / "a")
+    with caplog.at_level(logging.INFO, "absl"):  # saving and loading through Orbax must not silence absl for good
+        save_dictionary(tmp_path / "orbax", make())
+        load_dictionary(tmp_path / "orbax")
         caplog.clear()
         absl_logging.info("an information of the user's")
         assert caplog.messages == ["an information of the user's"]

@@ -7,9 +7,11 @@ import jax
 import known_dictionaries as known
 import numpy as np
 import pytest
+import torch
 import yaml
 from known_dictionaries import D, F
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from saejax.dictionaries import load_dictionary, load_transcoders, save_dictionary, save_transcoders, stacks
 from saejax.dictionaries.formats import circuit_tracer
@@ -70,40 +72,31 @@ def test_one_layer_of_a_set_is_a_dictionary(kind, form, tmp_path):
 
 
 def test_the_layout_is_that_of_circuit_tracer(tmp_path):
-    save_transcoders(tmp_path, make_set("jumprelu", "skip_transcoder", layers=1))
+    """Layers are in the order of their numbers and read one by one."""
+    save_transcoders(tmp_path, make_set("jumprelu", "skip_transcoder", layers=12))
     shapes = dict(W_enc=(F, D), W_dec=(F, D), b_enc=(F,), b_dec=(D,), W_skip=(D, D))
     found = {name: array.shape for name, array in load_file(tmp_path / "layer_0.safetensors").items()}
     assert found == shapes | {"activation_function.threshold": (F,)}
     hooks = dict(feature_input_hook="mlp.hook_in", feature_output_hook="mlp.hook_out")
     description = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert description == dict(model_name="some/model", model_kind="transcoder_set") | hooks
-
-
-def test_layers_are_in_the_order_of_their_numbers_and_read_one_by_one(tmp_path):
-    save_transcoders(tmp_path, make_set(layers=12))
     opened = circuit_tracer.open_set(tmp_path)
     assert len(opened.layers) == 12 and opened.configs[10].site == "mlp_in.10"
     rows = opened.rows(10, "W_dec", np.array([3, 5]))
     np.testing.assert_array_equal(rows, opened.load(10).W_dec_FxD[...][np.array([3, 5])])
 
 
-def test_a_model_with_norms_after_the_mlp_has_another_output_hook(tmp_path):
-    save_transcoders(tmp_path, make_set(model="google/gemma-2-2b"))
-    assert "feature_output_hook: hook_mlp_out" in (tmp_path / "config.yaml").read_text()
-    change(tmp_path, feature_output_hook="mlp.hook_out")
+def test_files_and_sites_can_be_named(tmp_path):
+    """A model with norms after the MLP has another output hook; hooks that are no sites can be replaced by sites."""
+    save_transcoders(tmp_path / "a", make_set(model="google/gemma-2-2b"))
+    assert "feature_output_hook: hook_mlp_out" in (tmp_path / "a" / "config.yaml").read_text()
+    change(tmp_path / "a", feature_output_hook="mlp.hook_out")
     with pytest.raises(UserError, match="the hook blocks.0.mlp.hook_out is none of the sites"):
-        load_transcoders(tmp_path)
-
-
-def test_files_can_be_listed(tmp_path):
+        load_transcoders(tmp_path / "a")
     save_transcoders(tmp_path, make_set(layers=2))
     (tmp_path / "layer_1.safetensors").rename(tmp_path / "second.safetensors")
     change(tmp_path, transcoders=["layer_0.safetensors", "second.safetensors"])
     assert [transcoder.site for transcoder in load_transcoders(tmp_path)] == ["mlp_in.0", "mlp_in.1"]
-
-
-def test_hooks_can_be_replaced_by_sites(tmp_path):
-    save_transcoders(tmp_path, make_set(layers=2))
     change(tmp_path, feature_input_hook="hook_mlp_in")
     with pytest.raises(UserError, match=r"the hook blocks.0.hook_mlp_in is none of the sites"):
         load_transcoders(tmp_path)
@@ -212,19 +205,9 @@ def test_a_stack_of_folders_is_a_set_too(tmp_path):
 
 @needs_reference
 @pytest.mark.parametrize("graph", SETS, ids=lambda path: path.name)
-def test_published_sets_compute_what_their_formula_says(graph):
-    folder, x = graph / "transcoders", np.random.default_rng(0).normal(size=(20, 32)).astype(np.float32)
-    for layer, transcoder in enumerate(load_transcoders(folder)):
-        known.assert_computes(transcoder, x, known.circuit_tracer_by_formula(folder, layer, x))
-
-
-@needs_reference
-@pytest.mark.parametrize("graph", SETS, ids=lambda path: path.name)
-def test_activations_are_those_that_circuit_tracer_found(graph):
+def test_published_sets_compute_what_their_formula_and_circuit_tracer_say(graph):
     """Its graphs list the active features of a prompt: (layer, position, feature), without position 0."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    folder, x = graph / "transcoders", np.random.default_rng(0).normal(size=(20, 32)).astype(np.float32)
     reference = np.load(graph / "reference.npz")
     model = AutoModelForCausalLM.from_pretrained(graph / "hf_model", dtype=torch.float32)
     inputs = []
@@ -233,7 +216,8 @@ def test_activations_are_those_that_circuit_tracer_found(graph):
     with torch.inference_mode():
         model(torch.from_numpy(reference["ids"].astype(np.int64))[None])
     found, values = [], []
-    for layer, transcoder in enumerate(load_transcoders(graph / "transcoders")):
+    for layer, transcoder in enumerate(load_transcoders(folder)):
+        known.assert_computes(transcoder, x, known.circuit_tracer_by_formula(folder, layer, x))
         acts_TxF = np.array(transcoder.encode(jax.numpy.asarray(inputs[layer])))
         acts_TxF[0] = 0
         positions, features = np.nonzero(acts_TxF)

@@ -4,8 +4,7 @@ import functools
 
 import numpy as np
 import pytest
-from edited_model import FEATURES, SITE
-from plain_edits import PlainDictionary
+from plain_edits import FEATURES, SITE, PlainDictionary
 
 from saejax.errors import UserError
 from saejax.tasks.likelihood import loglikelihoods

@@ -5,8 +5,7 @@ import functools
 
 import numpy as np
 import pytest
-from edited_model import FEATURES, SITE
-from plain_edits import PlainDictionary, PlainModel, make_dictionary, wanted
+from plain_edits import FEATURES, SITE, PlainDictionary, PlainModel, make_dictionary, wanted
 
 from saejax import SiteEdit
 

@@ -39,22 +39,33 @@ def test_hooks_and_modules_mean_sites(hook, site):
     assert hooks.to_site(hook) == site
 
 
+GEMMA = {  # norms after the MLP make its module another place
+    "blocks.3.hook_mlp_out": "mlp_out.3",
+    "model.layers.3.mlp": "module:model.layers.3.mlp",
+    "model.layers.3": "resid_post.3",
+    "mlp_out_layer_3": "module:model.layers.3.mlp",
+    "attn_layer_3": "module:model.layers.3.self_attn",
+}
+
+
+def test_hooks_of_a_model_with_norms_after_the_mlp():
+    for model in ("google/gemma-2-2b", "google/gemma-3-1b"):
+        assert {hook: hooks.to_site(hook, model) for hook in GEMMA} == GEMMA
+
+
 @pytest.mark.parametrize(
-    "hook", ["blocks.3.ln1.hook_normalized", "blocks.3.hook_mlp_in", "blocks.0.attn.hook_q", "hook_embed"]
+    ("hook", "model"),
+    [
+        ("blocks.3.ln1.hook_normalized", ""),
+        ("blocks.3.hook_mlp_in", ""),
+        ("blocks.0.attn.hook_q", ""),
+        ("hook_embed", ""),
+        ("blocks.3.mlp.hook_out", "google/gemma-3-4b"),
+    ],
 )
-def test_hooks_that_are_no_site_are_refused_by_name(hook):
+def test_hooks_that_are_no_site_are_refused_by_name(hook, model):
     with pytest.raises(UserError, match=f"the hook {hook} is none of the sites"):
-        hooks.require_sites(hooks.to_site(hook))
-
-
-def test_norms_after_the_mlp_make_its_module_another_place():
-    assert hooks.to_site("blocks.3.hook_mlp_out", "google/gemma-2-2b") == "mlp_out.3"
-    assert hooks.to_site("model.layers.3.mlp", "google/gemma-2-2b") == "module:model.layers.3.mlp"
-    assert hooks.to_site("model.layers.3", "google/gemma-2-2b") == "resid_post.3"
-    assert hooks.to_site("mlp_out_layer_3", "google/gemma-2-2b") == "module:model.layers.3.mlp"
-    assert hooks.to_site("attn_layer_3", "google/gemma-3-1b") == "module:model.layers.3.self_attn"
-    with pytest.raises(UserError, match="none of the sites"):
-        hooks.require_sites(hooks.to_site("blocks.3.mlp.hook_out", "google/gemma-3-4b"))
+        hooks.require_sites(hooks.to_site(hook, model))
 
 
 def test_sites_that_have_no_name_elsewhere():

@@ -1,6 +1,5 @@
 """The registry of kinds, kinds from a user's file, and the settings that each has."""
 
-import dataclasses
 import json
 
 import jax
@@ -75,52 +74,55 @@ def test_a_unit_depends_on_the_settings_that_its_kind_reads():
     assert config.identity(TrainConfig(), "standard")["l1"] == [2.0]
 
 
-def test_a_changed_file_is_another_unit(tmp_path):
+@pytest.fixture
+def load_plugin(tmp_path):
+    """A function that loads a file of kinds, of which others have their own again afterwards."""
+
+    def load(text):
+        (tmp_path / "plugin.py").write_text(text)
+        plugins.load([tmp_path / "plugin.py"])
+
+    yield load
+    plugins.load([PLUGIN])
+    for table in (kinds.KINDS, KIND_SETTINGS):
+        table.pop("above", None)
+
+
+def test_a_changed_file_is_another_unit(load_plugin):
     before = config.identity(TrainConfig(), MADE_UP)
-    file = tmp_path / "kind.py"
-    file.write_text(PLUGIN.read_text() + "\n# changed\n")
-    try:
-        plugins.load([file])
-        after = config.identity(TrainConfig(), MADE_UP)
-    finally:
-        plugins.load([PLUGIN])
+    load_plugin(PLUGIN.read_text() + "\n# changed\n")
+    after = config.identity(TrainConfig(), MADE_UP)
     assert before.pop("plugin") != after.pop("plugin") and before == after
 
 
-def test_the_example_of_the_guide_is_a_kind(tmp_path):
+def initial(kind: str, **vectors: float) -> Dictionary:
+    """A dictionary of a kind, with the same number in all of a vector."""
+    described = DictionaryConfig(kind=kind, site="resid_post.1", d_in=8, n_features=16)
+    dictionary = Dictionary.initial(described, jax.random.key(0))
+    return Dictionary(described, **dictionary.arrays | {name: jnp.full(16, value) for name, value in vectors.items()})
+
+
+def test_the_example_of_the_guide_is_a_kind(load_plugin):
     page = (runs.ROOT / "docs" / "extending.md").read_text()
-    (tmp_path / "shrunk.py").write_text(page[page.index("# shrunk.py\n") :].partition("```")[0])
-    described = DictionaryConfig(kind=MADE_UP, site="resid_post.1", d_in=8, n_features=16)
-    try:
-        plugins.load([tmp_path / "shrunk.py"])
-        dictionary = Dictionary.initial(described, jax.random.key(0))
-        dictionary.margin_F[...] = jnp.full(16, 0.5)
-        x_BxD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)
-        plain = Dictionary.initial(dataclasses.replace(described, kind="standard"), jax.random.key(0))
-        np.testing.assert_allclose(dictionary.encode(x_BxD), np.maximum(plain.encode(x_BxD) - 0.5, 0), atol=1e-6)
-    finally:
-        plugins.load([PLUGIN])
+    load_plugin(page[page.index("# shrunk.py\n") :].partition("```")[0])
+    x_BxD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)
+    expected = np.maximum(initial("standard").encode(x_BxD) - 0.5, 0)
+    np.testing.assert_allclose(initial(MADE_UP, margin_F=0.5).encode(x_BxD), expected, atol=1e-6)
 
 
-def test_a_kind_that_is_a_jumprelu_at_inference_is_written_for_other_tools(tmp_path):
-    (tmp_path / "above.py").write_text(
+def test_a_kind_that_is_a_jumprelu_at_inference_is_written_for_other_tools(load_plugin, tmp_path):
+    load_plugin(
         "from saejax.dictionaries import kinds, sparsity\n\n\n@kinds.register\nclass Above(kinds.Kind):\n"
         "    name, vectors, jumprelu = 'above', ('threshold_F',), True\n\n"
         "    def encode(self, member, pre, projected, numbers):\n"
         "        return sparsity.threshold(pre, member.arrays['threshold_F'])\n"
     )
-    try:
-        plugins.load([tmp_path / "above.py"])
-        described = DictionaryConfig(kind="above", site="resid_post.1", d_in=8, n_features=16)
-        dictionary = Dictionary.initial(described, jax.random.key(0))
-        dictionary.threshold_F[...] = jnp.full(16, 0.5)
-        save_dictionary(tmp_path / "written", dictionary, "saelens")
-        loaded, x_BxD = load_dictionary(tmp_path / "written"), jax.random.normal(jax.random.key(1), (9, 8))
-        f_BxF = loaded.encode(x_BxD)
-        assert loaded.config.kind == "jumprelu" and (f_BxF > 0).any()
-        np.testing.assert_array_equal(f_BxF, dictionary.encode(x_BxD))
-    finally:
-        del kinds.KINDS["above"], KIND_SETTINGS["above"]
+    dictionary = initial("above", threshold_F=0.5)
+    save_dictionary(tmp_path / "written", dictionary, "saelens")
+    loaded, x_BxD = load_dictionary(tmp_path / "written"), jax.random.normal(jax.random.key(1), (9, 8))
+    f_BxF = loaded.encode(x_BxD)
+    assert loaded.config.kind == "jumprelu" and (f_BxF > 0).any()
+    np.testing.assert_array_equal(f_BxF, dictionary.encode(x_BxD))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Labels of features, by the folders of dictionaries and from sheets that a person filled in (``--graph.labels``)."""
 
 import csv
-import json
 
 import pytest
 from runs import write_members
@@ -31,6 +30,13 @@ def test_labels_are_read_by_layer_and_feature(tmp_path):
     one = {(3, 17): "cities, “old”", (12, 4): "x"}
     assert labels_of_sheets(tmp_path / "one.csv", "--graph.labels") == one
     assert read_labels(GraphConfig(transcoders="a/set", labels=str(tmp_path))) == one | {(3, 18): "rivers"}
+    # What they say belongs to a graph's identity.
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "config.json").write_text("{}")
+    config = GraphConfig(transcoders=str(tmp_path / "set"), labels=str(tmp_path))
+    before = identity(config)
+    write(tmp_path / "two.csv", ("mlp_in.3", "18", "lakes"))
+    assert identity(config) != before
 
 
 def test_a_dictionary_without_its_layer_in_the_name(tmp_path):
@@ -47,17 +53,6 @@ def test_a_dictionary_without_its_layer_in_the_name(tmp_path):
             labels_of_sheets(tmp_path / "a.csv", "--graph.labels")
 
 
-def test_what_a_sheet_says_belongs_to_the_identity(tmp_path):
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "config.json").write_text(json.dumps({}))
-    (tmp_path / "filled").mkdir()
-    config = GraphConfig(transcoders=str(tmp_path / "set"), labels=str(tmp_path / "filled"))
-    write(tmp_path / "filled" / "a.csv", ("layer 3", "17", "cities"))
-    before = identity(config)
-    write(tmp_path / "filled" / "a.csv", ("layer 3", "17", "towns"))
-    assert identity(config) != before
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -72,15 +67,16 @@ def test_a_bad_sheet_is_one_line(tmp_path, rows, message):
         labels_of_sheets(tmp_path / "a.csv", "--graph.labels")
 
 
-def test_a_sheet_without_a_column(tmp_path):
+def test_no_labels(tmp_path):
     write(tmp_path / "a.csv", ("layer 3", "1", "a"), columns=COLUMNS)
-    with pytest.raises(UserError, match="--graph.labels=.* has no column dictionary"):
-        labels_of_sheets(tmp_path / "a.csv", "--graph.labels")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="--graph.labels=.*empty is a folder without .csv files"):
-        labels_of_sheets(tmp_path / "empty", "--graph.labels")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_labels(GraphConfig(transcoders="a/set", labels=str(tmp_path / "none.csv")))
+    for name, message in (
+        ("a.csv", "--graph.labels=.* has no column dictionary"),
+        ("empty", "--graph.labels=.*empty is a folder without .csv files"),
+        ("none.csv", "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_labels(GraphConfig(transcoders="a/set", labels=str(tmp_path / name)))
 
 
 def test_labels_are_found_by_the_folder_of_a_unit_or_a_member(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from known_dictionaries import assert_computes
 from safetensors.numpy import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -89,12 +90,6 @@ def normalised(compute, norm):
         return f, y * scale + mean
 
     return normed
-
-
-def assert_computes(dictionary: Dictionary, x, expected, atol: float = 1e-5) -> None:
-    """That it computes these activations and outputs, to so much of the largest of them."""
-    for found, wanted in zip((dictionary.encode(jnp.asarray(x)), dictionary(jnp.asarray(x))), expected, strict=True):
-        np.testing.assert_allclose(found, wanted, atol=atol * np.abs(wanted).max())
 
 
 def write_json(file: Path, value) -> None:
@@ -449,11 +444,9 @@ def test_a_published_layout_computes_what_its_publisher_says(name, tmp_path):
     assert read_config(path) == dictionary.config
 
 
-@pytest.mark.parametrize(
-    "name,kind", [("standard", "standard"), ("matryoshka", "matryoshka"), ("jumprelu", "jumprelu")]
-)
-def test_a_folder_without_a_description_is_known_by_its_tensors(name, kind, tmp_path):
-    path, compute, _ = LAYOUTS[f"dictionary_learning_{name}"](tmp_path)
+@pytest.mark.parametrize("kind", ["standard", "matryoshka", "jumprelu"])
+def test_a_folder_without_a_description_is_known_by_its_tensors(kind, tmp_path):
+    path, compute, _ = LAYOUTS[f"dictionary_learning_{kind}"](tmp_path)
     (path / "config.json").unlink()
     dictionary = load_dictionary(path)
     assert dictionary.config.kind == kind
@@ -533,12 +526,10 @@ def test_a_set_may_lack_its_description_and_k_of_one_set_is_known(described, tmp
     settings = dict(model_kind="transcoder_set", model_name="m", activation="topk")
     settings |= dict(feature_input_hook="mlp.hook_in", feature_output_hook="mlp.hook_out")
     if described:
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-        with pytest.raises(UserError, match="k is 128: expected a whole number from 1 to the 40"):
-            load_transcoders(folder)
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings | dict(k=0)))
-        with pytest.raises(UserError, match="k is 0: expected a whole number above 0"):
-            load_transcoders(folder)
+        for k, message in (({}, "k is 128: expected a whole number from 1 to the 40"), (dict(k=0), "number above 0")):
+            (folder / "config.yaml").write_text(yaml.safe_dump(settings | k))
+            with pytest.raises(UserError, match=message):
+                load_transcoders(folder)
         (folder / "config.yaml").write_text(yaml.safe_dump(settings | dict(k=F)))
         assert load_transcoders(folder)[0].config.k == F  # all of them
         (folder / "config.yaml").write_text(yaml.safe_dump(settings | dict(k=30)))
@@ -574,7 +565,15 @@ def test_a_set_lists_files_on_the_hub_of_a_revision(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def registry(tmp_path, monkeypatch):
+def nothing_fetched():
+    """Repositories on the hub are fetched once in a process."""
+    place._fetch.cache_clear()
+    yield
+    place._fetch.cache_clear()
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch, nothing_fetched):
     """SAELens' registry as its package has it, and its repository on the hub."""
     package = tmp_path / "site" / "sae_lens"
     package.mkdir(parents=True)
@@ -585,9 +584,7 @@ def registry(tmp_path, monkeypatch):
     (package / "pretrained_saes.yaml").write_text(yaml.safe_dump({"gpt2-small-res-jb": centred, "plain": release}))
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **wanted: str(tmp_path / name))
-    place._fetch.cache_clear()
-    yield saelens(tmp_path / "jbloom" / "GPT2" / "a" / "b", arrays(), **OLD)
-    place._fetch.cache_clear()
+    return saelens(tmp_path / "jbloom" / "GPT2" / "a" / "b", arrays(), **OLD)
 
 
 def test_a_release_of_saelens_registry_brings_the_settings_that_its_folder_lacks(registry, monkeypatch):
@@ -606,7 +603,7 @@ def test_a_release_of_saelens_registry_brings_the_settings_that_its_folder_lacks
         load_dictionary("saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre")
 
 
-def test_only_the_named_folder_of_a_repository_is_fetched(tmp_path, monkeypatch):
+def test_only_the_named_folder_of_a_repository_is_fetched(tmp_path, monkeypatch, nothing_fetched):
     asked = []
 
     def snapshot(name, revision, allow_patterns, ignore_patterns):
@@ -614,7 +611,6 @@ def test_only_the_named_folder_of_a_repository_is_fetched(tmp_path, monkeypatch)
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    place._fetch.cache_clear()
     path, _, _ = LAYOUTS["gemma_scope_1"](tmp_path)
     below = path.relative_to(tmp_path).as_posix()
     assert load_dictionary(f"hf://google/scope/{below}@v1").site == "resid_post.12"
@@ -628,7 +624,6 @@ def test_only_the_named_folder_of_a_repository_is_fetched(tmp_path, monkeypatch)
     for address in ("hf://alone", "hf://", "hf://a/b@"):
         with pytest.raises(UserError, match="expected hf://ORG/NAME"):
             load_dictionary(address)
-    place._fetch.cache_clear()
 
 
 def test_files_of_one_layer_each_are_a_folders_dictionaries(tmp_path):
@@ -682,6 +677,7 @@ OLDEST, NEWEST, LEARNED = "saelens_before_version_3", "saelens_6_with_unknown_se
         ("llama_scope_1", settings("hyperparams.json", jump_relu_threshold=0), "jump_relu_threshold is 0"),
         ("llama_scope_1", settings("hyperparams.json", dataset_average_activation_norm=...), "expected norms above 0"),
         ("llama_scope_r1", settings("config.json", sae_type="lorsa"), "sae_type is 'lorsa'"),
+        ("llama_scope_2", settings("config.json", top_k=F + 1), "k is 41: expected a whole number from 1 to the 40"),
         ("sparsify_skip_transcoder", settings("cfg.json", activation="groupmax"), "activation is 'groupmax'"),
         ("sparsify_skip_transcoder", settings("cfg.json", k=F + 1), "k is 41: expected a whole number from 1 to the"),
     ],

@@ -27,25 +27,20 @@ def test_the_encoders_bias_can_centre_the_input(kind):
     known.assert_computes(uncentred, x, (centred.encode(x), centred(x)))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in known.KINDS if kind != "topk"])
+@pytest.mark.parametrize("kind", known.KINDS)
 def test_decoder_rows_of_any_length(kind):
+    """Those of a TopK have one length."""
     dictionary, x = known.make(kind), known.activations()
-    factor_F = np.linspace(0.2, 5, known.F)
+    factor_F = np.full(known.F, 3.0) if kind == "topk" else np.linspace(0.2, 5, known.F)
     dictionary.W_dec_FxD[...] = dictionary.W_dec_FxD[...] * factor_F[:, None].astype(np.float32)
-    dictionary.W_dec_FxD[...] = dictionary.W_dec_FxD[...].at[7].set(0)
+    if kind != "topk":
+        dictionary.W_dec_FxD[...] = dictionary.W_dec_FxD[...].at[7].set(0)
+        factor_F[7] = 1
     unit = rescale.unit_decoder(dictionary)
-    lengths = np.linalg.norm(unit.W_dec_FxD[...], axis=1)
-    np.testing.assert_allclose(np.delete(lengths, 7), 1, rtol=1e-6)
-    assert lengths[7] == 0
-    factor_F[7] = 1
+    lengths_F = np.ones(known.F)
+    lengths_F[7] = kind == "topk"
+    np.testing.assert_allclose(np.linalg.norm(unit.W_dec_FxD[...], axis=1), lengths_F, rtol=1e-6)
     known.assert_computes(unit, x, (dictionary.encode(x) * factor_F[None].astype(np.float32), dictionary(x)))
-
-
-def test_a_topk_with_rows_of_one_length():
-    dictionary, x = known.make("topk"), known.activations()
-    dictionary.W_dec_FxD[...] = dictionary.W_dec_FxD[...] * 3
-    unit = rescale.unit_decoder(dictionary)
-    known.assert_computes(unit, x, (3 * dictionary.encode(x), dictionary(x)))
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "token_norm"])

@@ -13,7 +13,6 @@ from saejax.dictionaries import load_dictionary, save_dictionary
 from saejax.dictionaries.formats import saelens, tensors
 from saejax.errors import UserError
 
-ARCHITECTURES = list(saelens.ARCHITECTURES)
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FOLDED = dict(metadata__model_from_pretrained_kwargs=dict(fold_ln=True), metadata__hook_name="blocks.0.mlp.hook_in")
 UNTOLD = dict(metadata__training_architecture="batchtopk", metadata__training_architecture_details=[3])
@@ -24,16 +23,21 @@ def cfg_of(folder) -> dict:
     return json.loads((folder / CFG).read_text())
 
 
-@pytest.mark.parametrize("kind,form", known.IN_SAELENS)
-def test_a_dictionary_is_written_as_what_it_computes_and_comes_back(kind, form, tmp_path):
-    dictionary, x = known.make(kind, form), known.activations()
+WRITTEN = [(kind, form, form == "sae") for kind, form in known.IN_SAELENS]
+WRITTEN += [(kind, "transcoder", True) for kind in ("standard", "gated", "jumprelu")]
+
+
+@pytest.mark.parametrize("kind,form,centred", WRITTEN)
+def test_a_dictionary_is_written_as_what_it_computes_and_comes_back(kind, form, centred, tmp_path):
+    """A transcoder that centres its input is written as one that does not."""
+    dictionary, x = known.make(kind, form, centred=centred), known.activations()
     save_dictionary(tmp_path / "a", dictionary, "saelens")
     f, y = known.saelens_by_formula(tmp_path / "a", x)
     known.assert_computes(dictionary, x, (f, y))
-    assert (f > 0).mean() > 0.02
+    assert (f > 0).mean() > 0.02 and cfg_of(tmp_path / "a")["apply_b_dec_to_input"] == (form == "sae")
     loaded = load_dictionary(tmp_path / "a")
     folded = kind == "gated" and form != "sae"  # to a JumpReLU
-    if not folded:
+    if not folded and centred == (form == "sae"):
         assert loaded.config == dictionary.config
         for name, array in dictionary.arrays.items():
             np.testing.assert_array_equal(loaded.arrays[name], array, name)
@@ -41,14 +45,6 @@ def test_a_dictionary_is_written_as_what_it_computes_and_comes_back(kind, form, 
     save_dictionary(tmp_path / "b", loaded, "saelens")
     assert cfg_of(tmp_path / "a") == cfg_of(tmp_path / "b")
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
-
-
-@pytest.mark.parametrize("kind", ["standard", "gated", "jumprelu"])
-def test_a_transcoder_that_centres_its_input_is_written_as_one_that_does_not(kind, tmp_path):
-    dictionary, x = known.make(kind, "transcoder", centred=True), known.activations()
-    save_dictionary(tmp_path / "a", dictionary, "saelens")
-    assert cfg_of(tmp_path / "a")["apply_b_dec_to_input"] is False
-    known.assert_computes(dictionary, x, known.saelens_by_formula(tmp_path / "a", x))
 
 
 @pytest.mark.parametrize(
@@ -100,9 +96,16 @@ def test_what_saelens_has_nothing_like_is_refused_by_name(tmp_path):
         assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "topk"])
+@pytest.mark.parametrize("architecture", saelens.ARCHITECTURES)
 def test_unit_norm_brings_rows_to_length_one_and_keeps_the_output(architecture, tmp_path):
-    folder, x = known.write_saelens(tmp_path, architecture), known.activations()
+    """It is refused where it would change a TopK."""
+    folder, x = known.write_saelens(tmp_path / "a", architecture), known.activations()
+    if architecture == "topk":
+        with pytest.raises(UserError, match="rows of different lengths"):
+            load_dictionary(folder, unit_norm=True)
+        save_dictionary(tmp_path / "b", known.make("topk"), "saelens")
+        assert load_dictionary(tmp_path / "b", unit_norm=True).config.k == 4
+        return
     plain, unit = load_dictionary(folder), load_dictionary(folder, unit_norm=True)
     lengths = np.linalg.norm(plain.W_dec_FxD[...], axis=1)
     np.testing.assert_allclose(np.linalg.norm(unit.W_dec_FxD[...], axis=1), 1, rtol=1e-6)
@@ -115,13 +118,6 @@ def test_conventions_of_training_are_written(norm, bos, tmp_path):
     dictionary = known.make("standard", input_norm=norm, bos=bos, context=128, model="gpt2")
     save_dictionary(tmp_path, dictionary, "saelens")
     assert load_dictionary(tmp_path).config == dictionary.config
-
-
-def test_unit_norm_is_refused_where_it_would_change_a_topk(tmp_path):
-    with pytest.raises(UserError, match="rows of different lengths"):
-        load_dictionary(known.write_saelens(tmp_path / "a", "topk"), unit_norm=True)
-    save_dictionary(tmp_path / "b", known.make("topk"), "saelens")
-    assert load_dictionary(tmp_path / "b", unit_norm=True).config.k == 4
 
 
 def test_what_was_trained_as_something_else_says_so(tmp_path):
@@ -193,17 +189,19 @@ def test_sites_can_be_given_where_the_file_names_no_site(tmp_path):
     assert (dictionary.config.site, dictionary.config.target) == ("unknown", "unknown")
     save_dictionary(tmp_path / "c", dictionary, "saelens")
     assert load_dictionary(tmp_path / "c").config == dictionary.config
-
-
-def test_a_changed_site_is_what_is_written(tmp_path):
-    dictionary = load_dictionary(known.write_saelens(tmp_path / "a", "standard"), site="resid_post.7")
-    save_dictionary(tmp_path / "b", dictionary, "saelens")
-    assert cfg_of(tmp_path / "b")["metadata"]["hook_name"] == "blocks.7.hook_resid_post"
-    assert load_dictionary(tmp_path / "b").site == "resid_post.7"
+    dictionary = load_dictionary(known.write_saelens(tmp_path / "d", "standard"), site="resid_post.7")
+    save_dictionary(tmp_path / "e", dictionary, "saelens")
+    assert cfg_of(tmp_path / "e")["metadata"]["hook_name"] == "blocks.7.hook_resid_post"
+    assert load_dictionary(tmp_path / "e").site == "resid_post.7"
 
 
 def test_nothing_is_replaced_or_half_written(tmp_path, monkeypatch):
-    save_dictionary(tmp_path / "a", known.make(), "saelens")
+    """The description appears last: a folder of a killed process is not taken for a whole one."""
+    order, replace = [], tensors.os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(tensors.os, "replace", lambda a, b: (order.append(b), replace(a, b)))
+        save_dictionary(tmp_path / "a", known.make(), "saelens")
+    assert [path for path in order if path.parent == tmp_path / "a"] == [tmp_path / "a" / WEIGHTS, tmp_path / "a" / CFG]
     with pytest.raises(UserError, match=r"already holds cfg.json"):
         save_dictionary(tmp_path / "a", known.make(), "saelens")
 
@@ -217,20 +215,10 @@ def test_nothing_is_replaced_or_half_written(tmp_path, monkeypatch):
     monkeypatch.undo()
     save_dictionary(tmp_path / "b", known.make(), "saelens")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        save_dictionary(tmp_path / "file", known.make(), "saelens")
-
-
-def test_the_description_appears_last(tmp_path, monkeypatch):
-    """So that a folder that was being written when the process was killed is not taken for a whole one."""
-    order, replace = [], tensors.os.replace
-    monkeypatch.setattr(tensors.os, "replace", lambda a, b: (order.append(b), replace(a, b)))
-    save_dictionary(tmp_path / "a", known.make(), "saelens")
-    assert [path for path in order if path.parent == tmp_path / "a"] == [tmp_path / "a" / WEIGHTS, tmp_path / "a" / CFG]
-
-
-def test_formats_are_named(tmp_path):
-    with pytest.raises(UserError, match="unknown format 'pickle': expected one of saejax, saelens"):
-        save_dictionary(tmp_path, known.make(), "pickle")
-    with pytest.raises(UserError, match="use save_transcoders"):
-        save_dictionary(tmp_path, known.make(), "circuit_tracer")
+    for folder, kind, message in (
+        ("file", "saelens", "is a file"),
+        ("c", "pickle", "unknown format 'pickle': expected one of saejax, saelens"),
+        ("c", "circuit_tracer", "use save_transcoders"),
+    ):
+        with pytest.raises(UserError, match=message):
+            save_dictionary(tmp_path / folder, known.make(), kind)

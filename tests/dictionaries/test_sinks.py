@@ -93,9 +93,7 @@ def test_a_dictionary_that_does_not_know_the_rule_refuses_to_guess(foreign):
         crosscoder.require_sink_norms()
     known = crosscoder.with_sink_norms(dict(zip(crosscoder.site.split("+"), (3.0, 5.0), strict=True)).__getitem__)
     assert known.max_norms == (3.0, 5.0)
-
-
-def test_a_known_rule_stays_unless_it_is_replaced(foreign):
+    # A known rule stays unless it is replaced.
     known = foreign.with_sink_norms({SITE: 4.0}.__getitem__)
     assert known.config.max_norm == 4.0
     assert known.with_sink_norms({SITE: 5.0}.__getitem__).config.max_norm == 4.0

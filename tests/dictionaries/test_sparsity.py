@@ -60,36 +60,26 @@ def test_both_ways_to_find_the_largest_blocks(platform, values, monkeypatch):
     np.testing.assert_array_equal(acts, np.where(positive >= kth, positive, 0))
 
 
-@pytest.mark.parametrize("features,k", [(64, 3), (33, 5), (640, 9), (64, 64)])
-@pytest.mark.parametrize("ties", [False, True])
-def test_batch_topk_keeps_the_largest_of_all_tokens(features, k, ties):
-    pre = np.random.default_rng(features).normal(size=(50, features)).astype(np.float32)
-    pre[:5] += 3  # tokens that take more than their share
-    pre = np.round(pre * 4) if ties else pre
+@pytest.mark.parametrize("kind", ["normal", "ties", "large first", "large where sampled", "few positive", "equal"])
+@pytest.mark.parametrize("tokens,features,k", [(50, 64, 3), (50, 33, 5), (50, 640, 9), (50, 64, 64), (515, 64, 5)])
+def test_batch_topk_keeps_the_largest_of_all_tokens(tokens, features, k, kind):
+    """Of few tokens, and of many, which are sampled first."""
+    pre = np.random.default_rng(features).normal(size=(tokens, features)).astype(np.float32)
+    if kind in ("ties", "large first"):
+        pre[:5] += 3  # tokens that take more than their share
+    if kind == "ties":
+        pre = np.round(pre * 4)
+    elif kind == "few positive":
+        pre -= 3
+    elif kind == "equal":
+        pre[:] = 0.7
+    elif kind == "large where sampled":
+        pre[:: selection._SAMPLED] *= 100
     acts, smallest = jax.jit(sparsity.batch_topk, static_argnums=1)(pre, k)
     positive = np.maximum(pre, 0)
-    kth = np.sort(positive.ravel())[-50 * k]
+    kth = np.sort(positive.ravel())[-tokens * k]
     np.testing.assert_array_equal(acts, np.where(positive >= kth, positive, 0))
     assert smallest == positive[(positive >= kth) & (positive > 0)].min()
-
-
-@pytest.mark.parametrize(
-    "kind", ["normal", "ties", "sampled tokens are unlike the others", "few are positive", "one value"]
-)
-def test_batch_topk_of_many_tokens_that_are_sampled_first(kind):
-    pre = np.random.default_rng(3).normal(size=(515, 64)).astype(np.float32)
-    if kind == "ties":
-        pre = np.round(pre * 2)
-    elif kind == "few are positive":
-        pre -= 3
-    elif kind == "one value":
-        pre[:] = 0.7
-    elif kind != "normal":
-        pre[:: selection._SAMPLED] *= 100
-    acts, _ = jax.jit(sparsity.batch_topk, static_argnums=1)(pre, 5)
-    positive = np.maximum(pre, 0)
-    kth = np.sort(positive.ravel())[-515 * 5]
-    np.testing.assert_array_equal(acts, np.where(positive >= kth, positive, 0))
 
 
 def test_what_lies_at_the_threshold():

@@ -1,5 +1,7 @@
 """Models in folders as the decoder reads them, meshes of the first devices, and prompts."""
 
+import json
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
@@ -7,9 +9,11 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 from saejax.files import read_json
+from saejax.models import source
 from saejax.models.families import read_config
 from saejax.models.weights import load_params
 from saejax.parallel.mesh import AXES
+from saejax.settings import ModelConfig
 
 
 def mesh_of(*shape) -> Mesh:
@@ -19,6 +23,15 @@ def mesh_of(*shape) -> Mesh:
 
 def config_of(folder):
     return read_config(read_json(folder / "config.json"), "config.json")
+
+
+def resolve(path, revision="main", decoder=False):
+    return source.resolve(ModelConfig(path=str(path), revision=revision), decoder)
+
+
+def change_config(folder, **changes):
+    fields = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(fields))
 
 
 def load(folder, dtype="float32", mesh=None):

@@ -44,9 +44,21 @@ def attended(config, tables, q, k, v):
     return jax.jit(lambda *qkv: attention.attend(config, GRADIENT, *qkv, tables.at(config, 0)))(*arrays)
 
 
-@pytest.mark.parametrize("config", [CONFIG, capped_local(50)], ids=["plain", "local, soft cap"])
-@pytest.mark.parametrize("length", [1, 127, 128, 131])
-def test_whole_prompts(config, length):
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Every prompt is long, and five rows of queries are computed at a time."""
+    for name, value in dict(_LONG=8, _ROW_SCORES=1, _MIN_ROWS=5).items():
+        monkeypatch.setattr(attention, name, value)
+
+
+@pytest.mark.parametrize("config", [CONFIG, capped_local(2), capped_local(50)], ids=["plain", "local 2", "local 50"])
+@pytest.mark.parametrize(
+    ("length", "by_rows"), [(1, False), (127, False), (128, False), (131, False), (8, True), (40, True), (131, True)]
+)
+def test_whole_prompts(request, config, length, by_rows):
+    """At once, in blocks and row by row; also where a window ends within the rows."""
+    if by_rows:
+        request.getfixturevalue("few_rows")
     q, k, v = draw(2, length, 6, 8), draw(2, length, 2, 8, seed=1), draw(2, length, 2, 8, seed=2)
     age_TxT = np.arange(length)[:, None] - np.arange(length)
     seen_TxT = (age_TxT >= 0) & (age_TxT < (config.sliding_window or length))
@@ -67,21 +79,6 @@ def test_left_padded_prompts_with_a_cache(new, slots):
     seen_BxTxS = (age_TxS >= 0) & (np.arange(slots) >= pad_B[:, None])[:, None] | (age_TxS == 0)
     expected = formula(CONFIG, q, k, v, seen_BxTxS)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
-
-
-@pytest.fixture
-def few_rows(monkeypatch):
-    """Every prompt is long, and five rows of queries are computed at a time."""
-    monkeypatch.setattr(attention, "_LONG", 8)
-    monkeypatch.setattr(attention, "_ROW_SCORES", 1)
-    monkeypatch.setattr(attention, "_MIN_ROWS", 5)
-
-
-@pytest.mark.parametrize("config", [CONFIG, capped_local(2), capped_local(50)], ids=["plain", "local 2", "local 50"])
-@pytest.mark.parametrize("length", [8, 40, 131])
-def test_long_prompts_row_by_row(few_rows, config, length):
-    """Also where a window ends within the rows."""
-    test_whole_prompts(config, length)
 
 
 RULES = dict(gradient=GRADIENT, relp=RunRules(backward="relp"), first=RunRules(first_fixes=True))

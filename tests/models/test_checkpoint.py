@@ -53,7 +53,11 @@ def test_every_dtype_is_found_at_its_place(tmp_path):
 
 
 def test_the_order_of_transformers(folder):
-    """A whole file before an index, safetensors before pickled ones; an old index is no obstacle."""
+    """A whole file before an index, safetensors before pickled ones; an index decides between files of one tensor."""
+    save_file(dict(a=A, b=0 * B), folder / "one.safetensors")
+    np.testing.assert_array_equal(values(folder)["b"], B)
+    write_index(folder, dict(a="one.safetensors", b="one.safetensors", c="two.safetensors"))
+    np.testing.assert_array_equal(values(folder)["b"], 0 * B)
     state = dict(d=torch.ones(2), mask=torch.ones(2, dtype=torch.bool))
     torch.save(state, folder / "part-1.bin")
     write_index(folder, dict(d="part-1.bin"), "pytorch_model.bin.index.json")
@@ -69,13 +73,6 @@ def test_the_order_of_transformers(folder):
     save_file(dict(a=A), folder / "model.safetensors")
     write_index(folder, dict(a="shard-that-is-gone.safetensors"))
     assert weight_files(folder) == [folder / "model.safetensors"] and sorted(values(folder)) == ["a"]
-
-
-def test_the_index_decides_between_two_files_of_one_tensor(folder):
-    save_file(dict(a=A, b=0 * B), folder / "one.safetensors")
-    np.testing.assert_array_equal(values(folder)["b"], B)
-    write_index(folder, dict(a="one.safetensors", b="one.safetensors", c="two.safetensors"))
-    np.testing.assert_array_equal(values(folder)["b"], 0 * B)
 
 
 def test_what_a_folder_without_weights_holds_is_said(folder):
@@ -172,15 +169,12 @@ class Dangerous:
         return pathlib.Path.touch, (self.path,)
 
 
-def test_objects_are_refused_and_not_run(tmp_path):
-    torch.save({"x": Dangerous(tmp_path / "run")}, tmp_path / "ae.pt")
-    with pytest.raises(UserError, match=r"ae\.pt holds objects other than tensors"):
-        read_pickled_tensors(tmp_path / "ae.pt")
-    assert not (tmp_path / "run").exists()
-
-
-def test_damaged_files_are_named(tmp_path):
+def test_objects_are_refused_and_not_run_and_damaged_files_are_named(tmp_path):
     file = tmp_path / "ae.pt"
+    torch.save({"x": Dangerous(tmp_path / "run")}, file)
+    with pytest.raises(UserError, match=r"ae\.pt holds objects other than tensors"):
+        read_pickled_tensors(file)
+    assert not (tmp_path / "run").exists()
     torch.save({"x": torch.ones(100)}, file)
     for content in (file.read_bytes()[:300], b""):
         file.write_bytes(content)

@@ -21,10 +21,18 @@ SITES = [str(Site(kind, layer)) for layer in range(30) for kind in KINDS]
 
 
 def test_smollm2_equals_transformers(smollm2, smollm2_torch):
+    """In fp32; and as close to fp64, where fp32 is not good to 1e-5: a sink that layer 10 all but cancels."""
     tokens = smollm2.tokenize(fifty_prompts())
-    ours = smollm2(tokens, capture=SITES)
+    sink = smollm2.tokenize(["The war lasted from the year 17"])  # the space before a year
+    ours, ours_of_sink = smollm2(tokens, capture=SITES), smollm2(sink, capture=SITES).sites
     with torch.no_grad():
         logits, theirs = run_torch(smollm2_torch, tokens.ids_BxT)
+        theirs_of_sink = {name: value.numpy() for name, value in run_torch(smollm2_torch, sink.ids_BxT)[1].items()}
+        smollm2_torch.double()
+        try:
+            exact = {name: value.numpy() for name, value in run_torch(smollm2_torch, sink.ids_BxT)[1].items()}
+        finally:
+            smollm2_torch.float()
     mask = tokens.mask_BxT
     assert len(mask) == 50
     difference = np.abs(np.asarray(ours.logits_BxTxV) - logits.detach().numpy())[mask].max()
@@ -35,23 +43,11 @@ def test_smollm2_equals_transformers(smollm2, smollm2_torch):
     assert difference < 1e-3
     # Programs that are compiled with little effort (conftest.py) add in another order: 1.06e-5 at resid_post.10.
     assert errors[worst] < (1e-5 if os.environ.get("SAEJAX_FULL_COMPILER") else 1.2e-5), worst
-
-
-def test_smollm2_is_as_close_to_fp64_as_transformers(smollm2, smollm2_torch):
-    """Where fp32 itself is not good to 1e-5: the space before a year is a sink that layer 10 all but cancels."""
-    tokens = smollm2.tokenize(["The war lasted from the year 17"])
-    ours = smollm2(tokens, capture=SITES)
-    with torch.no_grad():
-        theirs = {name: value.numpy() for name, value in run_torch(smollm2_torch, tokens.ids_BxT)[1].items()}
-        smollm2_torch.double()
-        try:
-            exact = {name: value.numpy() for name, value in run_torch(smollm2_torch, tokens.ids_BxT)[1].items()}
-        finally:
-            smollm2_torch.float()
-    our_errors = [relative_error(ours.sites[name], exact[name]) for name in exact]
-    their_errors = [relative_error(theirs[name], exact[name]) for name in exact]
-    print(f"largest errors against fp64: ours {max(our_errors):.2e}, transformers' {max(their_errors):.2e}")
-    assert max(our_errors) < max(2e-5, 1.5 * max(their_errors))
+    our_error, their_error = (
+        max(relative_error(values[name], exact[name]) for name in exact) for values in (ours_of_sink, theirs_of_sink)
+    )
+    print(f"largest errors against fp64: ours {our_error:.2e}, transformers' {their_error:.2e}")
+    assert our_error < max(2e-5, 1.5 * their_error)
 
 
 def test_smollm2_gradient_equals_autograd(smollm2, smollm2_torch):

@@ -51,18 +51,13 @@ def test_absent_fields_are_read_as_transformers_reads_them(family, tmp_path):
     assert unread_fields(whole.to_dict(), "config.json") == []
 
 
-def test_every_family_is_tested():
-    assert {*TINY_FIELDS, "gemma3"} - {*OTHER_FIELDS} == {*FAMILIES}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_weight_has_a_place(family):
+def test_every_family_is_tested_and_every_weight_has_a_place():
     """Whatever a config can switch on, of what its family has."""
-    weights = FAMILIES[family].weights
-    config = read("gemma3_text" if family == "gemma3" else family)
-    table = parameter_table(dataclasses.replace(config, tied=False))
-    assert set(table) <= set(weights)
-    assert {"embed_VxD", "unembed_DxV"} <= set(weights)
+    assert {*TINY_FIELDS, "gemma3"} - {*OTHER_FIELDS} == {*FAMILIES}
+    for name, family in FAMILIES.items():
+        config = read("gemma3_text" if name == "gemma3" else name)
+        assert {*parameter_table(dataclasses.replace(config, tied=False))} <= {*family.weights}, name
+        assert {"embed_VxD", "unembed_DxV"} <= {*family.weights}, name
 
 
 def test_a_model_that_also_reads_images_is_read_as_its_text_part():
@@ -107,8 +102,8 @@ def test_rotary_fields_of_old_and_new_files(family, width, fields):
     np.testing.assert_allclose(read(family, **fields).rope.frequencies, plain_frequencies(5e5, width))
 
 
-def test_yarn_scales_attention():
-    """By its formula; the frequencies of scaled embeddings are held against transformers with whole models."""
+def test_yarn_and_longrope_scale_attention():
+    """By their formulas; the frequencies of scaled embeddings are held against transformers with whole models."""
     yarn = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=512)
     for changes, scaling in (
         ({}, 0.1 * math.log(4) + 1),
@@ -116,6 +111,11 @@ def test_yarn_scales_attention():
         (dict(mscale=1.0, mscale_all_dim=0.5), (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)),
     ):
         assert read(rope_parameters=yarn | changes).rope.attention_scaling == pytest.approx(scaling)
+    longrope = dict(type="longrope", short_factor=[1.0, 2.0] * 4, long_factor=[9.0] * 8)
+    config = read("phi3", max_position_embeddings=131_072, rope_scaling=longrope)
+    assert config.context == 4096  # the original one
+    np.testing.assert_allclose(config.rope.frequencies, np.array(plain_frequencies(1e4, 16)) / ([1.0, 2.0] * 4))
+    assert config.rope.attention_scaling == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
 
 
 @pytest.mark.parametrize(
@@ -145,14 +145,6 @@ def test_layers_without_a_rotary_embedding():
     config = read("smollm3")
     assert config.sliding_layers == (False, False, False, True) and config.sliding_window == config.context
     assert set(config.sliding_rope.frequencies) == {0.0} and 0.0 not in config.rope.frequencies
-
-
-def test_longrope_is_read_up_to_the_original_context():
-    scaling = dict(type="longrope", short_factor=[1.0, 2.0] * 4, long_factor=[9.0] * 8)
-    config = read("phi3", max_position_embeddings=131_072, rope_scaling=scaling)
-    assert config.context == 4096
-    np.testing.assert_allclose(config.rope.frequencies, np.array(plain_frequencies(1e4, 16)) / ([1.0, 2.0] * 4))
-    assert config.rope.attention_scaling == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,14 @@ def until_end(ids: list[int]) -> list[int]:
     return ids[: ids.index(0)] if 0 in ids else ids
 
 
-def test_without_a_cache_it_is_the_same(lm, tokens, greedy):
-    whole = continue_without_cache(lm, tokens, 20)
-    assert [list(done.ids) for done in greedy] == [until_end(ids) for ids in whole]
+@pytest.mark.parametrize("scale", [0, 1 / 16], ids=["plain", "edits"])
+def test_without_a_cache_it_is_the_same(lm, tokens, greedy, scale):
+    """Edits act on the prompt and on every new token."""
+    matrix_DxD = scale * jax.random.normal(jax.random.key(0), (64, 64))
+    edits = [Push(matrix_DxD, Site("resid_post", 1)), Push(-matrix_DxD, Site("attn_out", 3))] if scale else []
+    found = lm.generate(tokens, 20, edits=edits)
+    assert [list(done.ids) for done in found] == list(map(until_end, continue_without_cache(lm, tokens, 20, edits)))
+    assert (found == greedy) == (not scale)
     assert len({done.ids for done in greedy}) == 3 and len({id for done in greedy for id in done.ids}) > 5
 
 
@@ -114,15 +119,6 @@ def test_a_mesh_of_eight_devices_generates_the_same(lm, tokens, greedy, mesh):
     assert parallel.generate(tokens, 20) == greedy
     eight = parallel.generate(pad((rows(tokens) * 3)[:8]), 20)
     assert eight == (greedy * 3)[:8]
-
-
-def test_edits_act_on_the_prompt_and_on_every_new_token(lm, tokens, greedy):
-    matrix_DxD = jax.random.normal(jax.random.key(0), (64, 64)) / 16
-    edits = [Push(matrix_DxD, Site("resid_post", 1)), Push(-matrix_DxD, Site("attn_out", 3))]
-    found = lm.generate(tokens, 12, edits=edits)
-    whole = continue_without_cache(lm, tokens, 12, edits)
-    assert [list(done.ids) for done in found] == [until_end(ids) for ids in whole]
-    assert [done.ids for done in found] != [done.ids[:12] for done in greedy]
 
 
 def test_samples_repeat_by_seed_and_become_greedy(lm, tokens, greedy):
@@ -170,7 +166,7 @@ def test_a_prompt_that_ends_early_leaves_the_others_alone(lm, tokens, greedy, mo
     assert lm.generate(pad(rows(tokens)[:1]), 20) == [Generated((), "", "eos")]  # nothing at all
 
 
-def test_a_stop_string_ends_the_text_wherever_tokens_begin(lm, tokens, greedy):
+def test_a_stop_string_ends_the_text_wherever_tokens_begin(lm, tokens, greedy, monkeypatch):
     """Inside a token, over several, and over the place where the host looks."""
     text, pieces = greedy[0].text, [lm.tokenizer.decode([id]) for id in greedy[0].ids]
     assert len(text) > 24
@@ -183,9 +179,7 @@ def test_a_stop_string_ends_the_text_wherever_tokens_begin(lm, tokens, greedy):
     assert lm.generate(tokens, 20, stop=["never there"]) == greedy
     first, second = text[6:8], text[2:4]
     assert lm.generate(tokens, 20, stop=[first, second])[0].text == text[: min(text.index(first), text.index(second))]
-
-
-def test_a_special_token_can_be_a_stop_string(lm, tokens, greedy, monkeypatch):
+    # A special token can be one, too.
     monkeypatch.setattr(generation, "eos_ids", lambda folder, tokenizer: ())
     assert lm.tokenizer.all_special_tokens == ["<end>"]
     name = lm.tokenizer.convert_ids_to_tokens(greedy[0].ids[3])

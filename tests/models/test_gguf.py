@@ -9,15 +9,11 @@ import gguf as gguf_package
 import huggingface_hub
 import numpy as np
 import pytest
+from loaded_models import resolve
 from safetensors.numpy import load_file
 
 from saejax.errors import UserError
 from saejax.models import gguf, source
-from saejax.settings import ModelConfig
-
-
-def resolve(path):
-    return source.resolve(ModelConfig(path=str(path)))
 
 
 def write_gguf(file, tokenizer, architecture="llama", settings=(), drop=(), add=()):
@@ -61,6 +57,10 @@ def write_gguf(file, tokenizer, architecture="llama", settings=(), drop=(), add=
     return tensors | {"token_embd.weight": gguf_package.quants.dequantize(packed, kind)}
 
 
+def names_in(cache):
+    return [path.name for path in cache.iterdir() if not path.name.endswith(".lock")]
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tiny_llama):
     return json.loads((tiny_llama / "tokenizer.json").read_text())
@@ -71,12 +71,6 @@ def tiny_gguf(tokenizer, tmp_path_factory):
     """A GGUF file, and its tensors."""
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     return file, write_gguf(file, tokenizer)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +94,7 @@ def conversions(converted, monkeypatch):
     return begun
 
 
-def test_a_gguf_file_is_dequantised(tiny_gguf, converted):
+def test_a_gguf_file_is_dequantised(tiny_gguf, converted, cache, monkeypatch):
     _, tensors = tiny_gguf
     weights = load_file(converted.folder / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {np.dtype("float32")}
@@ -115,9 +109,7 @@ def test_a_gguf_file_is_dequantised(tiny_gguf, converted):
     tokenizer = source.load_tokenizer(converted)
     assert tokenizer.decode(tokenizer("The war lasted, 17 years\n")["input_ids"]) == "The war lasted, 17 years\n"
     assert not hasattr(source.load_torch_model(converted), "hf_quantizer")
-
-
-def test_what_is_made_does_not_depend_on_whether_the_hub_can_be_reached(tiny_gguf, converted, cache, monkeypatch):
+    # What is made does not depend on whether the hub can be reached.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", not huggingface_hub.constants.HF_HUB_OFFLINE)
     found = resolve(tiny_gguf[0])
     assert found.fingerprint == converted.fingerprint and found.folder.parent == cache != converted.folder.parent
@@ -142,7 +134,7 @@ def test_a_damaged_cache_is_not_used(tiny_gguf, cache, conversions, damage):
     damage(first.folder)
     assert resolve(tiny_gguf[0]) == first
     assert len(conversions) == 2
-    assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == [first.folder.name]
+    assert names_in(cache) == [first.folder.name]
 
 
 def test_two_at_once_convert_once(tiny_gguf, cache, conversions):
@@ -161,7 +153,7 @@ def test_a_cache_that_cannot_be_written(tiny_gguf, tmp_path, cache, monkeypatch)
     monkeypatch.setattr(gguf, "_convert", full)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): set SAEJAX_CACHE"):
         resolve(tiny_gguf[0])
-    assert [path for path in cache.iterdir() if not path.name.endswith(".lock")] == []
+    assert names_in(cache) == []
     (tmp_path / "file").touch()
     monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="file/cache cannot be written"):
@@ -196,7 +188,7 @@ def test_what_transformers_would_leave_out_is_refused(tokenizer, cache, tmp_path
     write_gguf(tmp_path / "model.gguf", tokenizer, **options)
     with pytest.raises(UserError, match=message):
         resolve(tmp_path / "model.gguf")
-    assert [path for path in cache.iterdir() if not path.name.endswith(".lock")] == []
+    assert names_in(cache) == []
 
 
 def test_settings_that_agree_are_accepted(tokenizer, cache, tmp_path):

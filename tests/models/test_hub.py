@@ -8,30 +8,24 @@ import threading
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import torch
+from huggingface_hub import constants
+from loaded_models import resolve
 
 from saejax.errors import UserError
-from saejax.models import identity, source
-from saejax.settings import ModelConfig
+from saejax.models import identity
 
 COMMIT = "0123456789" * 4
 REFUSALS = {
-    "renew": (401, "", "Invalid credentials in Authorization header"),
-    "disabled": (403, "", "Access to this resource is disabled."),
-    "busy": (429,),
-    "broken": (500,),
-    "missing": (401, "RepoNotFound"),
-    "nosuch": (404, "RevisionNotFound"),
+    "renew": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
+    "disabled": (403, {"X-Error-Message": "Access to this resource is disabled."}),
+    "busy": (429, {}),
+    "broken": (500, {}),
+    "missing": (401, {"X-Error-Code": "RepoNotFound"}),
+    "nosuch": (404, {"X-Error-Code": "RevisionNotFound"}),
 }
-
-
-def resolve(path, revision="main", decoder=False):
-    return source.resolve(ModelConfig(path=path, revision=revision), decoder)
-
-
-@pytest.fixture
-def copy(tiny_llama, tmp_path):
-    return shutil.copytree(tiny_llama, tmp_path / "copy")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -44,17 +38,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def refuse(self, status, code="", message=""):
+    def answer(self, status, headers, body=b""):
         self.send_response(status)
-        for name, value in {"X-Error-Code": code, "X-Error-Message": message}.items():
-            if value:
-                self.send_header(name, value)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def reply(self, body, **headers):
-        self.send_response(200)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -64,27 +50,28 @@ class Hub(http.server.BaseHTTPRequestHandler):
         parts = self.path.split("?")[0].strip("/").split("/")
         for name, refusal in REFUSALS.items():
             if name in parts:
-                return self.refuse(*refusal)
-        if "gated" in parts and "resolve" in parts:
-            return self.refuse(403, "GatedRepo")
-        files = sorted(self.folder.iterdir())
+                return self.answer(*refusal)
         if "resolve" in parts:
-            file = self.folder / parts[-1]
-            if not file.exists():
-                return self.refuse(404, "EntryNotFound")
-            body = file.read_bytes()
-            etag = f'"{hashlib.sha1(body).hexdigest()}"'
-            known = {"ETag": etag, "X-Repo-Commit": COMMIT}
-            if "cut" in parts and self.breaks and self.command == "GET":  # half of it once, and then nothing
-                body = b"" if file.name in self.served else body[: len(body) // 2]
-                known["Content-Length"] = str(file.stat().st_size)
-                self.served.add(file.name)
-            return self.reply(body, **known)
+            return self.answer(*self.file(parts))
+        files = sorted(self.folder.iterdir())
+        data = dict(_id="1", id="/".join(parts[2:4]), sha=COMMIT, siblings=[dict(rfilename=f.name) for f in files])
         if "tree" in parts:
-            listing = [dict(type="file", path=f.name, size=f.stat().st_size, oid="0" * 40) for f in files]
-            return self.reply(json.dumps(listing).encode(), **{"Content-Type": "application/json"})
-        info = dict(_id="1", id="/".join(parts[2:4]), sha=COMMIT, siblings=[dict(rfilename=f.name) for f in files])
-        return self.reply(json.dumps(info).encode(), **{"Content-Type": "application/json"})
+            data = [dict(type="file", path=f.name, size=f.stat().st_size, oid="0" * 40) for f in files]
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(data).encode())
+
+    def file(self, parts):
+        file = self.folder / parts[-1]
+        if "gated" in parts:
+            return 403, {"X-Error-Code": "GatedRepo"}
+        if not file.exists():
+            return 404, {"X-Error-Code": "EntryNotFound"}
+        body = file.read_bytes()
+        headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        if "cut" in parts and self.breaks and self.command == "GET":  # half of it once, and then nothing
+            headers["Content-Length"] = str(len(body))
+            body = b"" if file.name in self.served else body[: len(body) // 2]
+            self.served.add(file.name)
+        return 200, headers, body
 
     do_HEAD = do_GET
 
@@ -92,8 +79,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(copy, tmp_path, monkeypatch):
     """A server that has the tiny model under every name but those that ``Hub`` refuses."""
-    from huggingface_hub import constants
-
     handler = type("Handler", (Hub,), dict(folder=copy, served=set()))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -102,11 +87,13 @@ def hub(copy, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
     yield copy
     server.shutdown()
 
 
-def test_a_model_from_the_hub(hub):
+def test_a_model_from_the_hub(hub, monkeypatch):
+    """Also once it was fetched, without network."""
     wanted = {file.name for file in hub.iterdir()}
     for name in ("consolidated.safetensors", "pytorch_model.bin", "model.fp16.safetensors", "model.onnx", "m.gguf"):
         (hub / name).write_bytes(b"the weights again")
@@ -114,13 +101,13 @@ def test_a_model_from_the_hub(hub):
     assert (found.name, found.revision) == ("org/model", COMMIT)
     assert {file.name for file in found.folder.iterdir()} == wanted
     assert found.fingerprint == identity.fingerprint(found.folder)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve("org/model") == found
 
 
 @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
 def test_shards_from_the_hub(hub, kind):
     """Those that the index names, and no weights of another format than the first that there is."""
-    import torch
-
     parts = [f"{kind.partition('.')[0]}-0000{part}-of-00002.{kind.partition('.')[2]}" for part in (1, 2)]
     for part in parts:
         torch.save({}, hub / part) if part.endswith("bin") else shutil.copy(hub / "model.safetensors", hub / part)
@@ -150,15 +137,13 @@ def test_a_model_without_weights_on_the_hub(hub):
         ("org/broken", "main", r"could not be fetched \(.*500.*\): try again"),
     ],
 )
-def test_what_the_hub_refuses(hub, name, revision, message, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
+def test_what_the_hub_refuses(hub, name, revision, message):
     with pytest.raises(UserError, match=message) as error:
         resolve(name, revision)
     assert "\n" not in str(error.value)
 
 
 def test_a_download_that_is_cut_off_goes_on_later(hub, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
     with pytest.raises(UserError, match=r"org/cut could not be fetched \(.*\): try again, or give a loc") as error:
         resolve("org/cut")
     assert "\n" not in str(error.value)
@@ -166,31 +151,17 @@ def test_a_download_that_is_cut_off_goes_on_later(hub, monkeypatch):
     assert resolve("org/cut").fingerprint == identity.fingerprint(hub)
 
 
-def test_a_disk_without_room_for_what_the_hub_sends(hub, monkeypatch):
-    import huggingface_hub
-
+def test_a_disk_without_room_and_a_network_that_is_gone(hub, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
-    with pytest.raises(UserError, match=r"No space left on device\): free space, or set the variable HF_HOME"):
-        resolve("org/model")
-
-
-def test_the_network_is_gone(hub, monkeypatch):
-    from huggingface_hub import constants
-
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "snapshot_download", full)
+        with pytest.raises(UserError, match=r"No space left on device\): free space, or set the variable HF_HOME"):
+            resolve("org/model")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="org/model is not in the local cache and the hub cannot be reached"):
         resolve("org/model")
-
-
-def test_a_fetched_model_is_found_without_network(hub, monkeypatch):
-    from huggingface_hub import constants
-
-    fetched = resolve("org/model")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert resolve("org/model") == fetched
 
 
 def test_the_family_is_looked_at_before_the_weights_are_fetched(hub, tmp_path):

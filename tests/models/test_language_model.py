@@ -59,19 +59,22 @@ def test_texts_that_cannot_be_run(lm, texts, message):
 
 
 @pytest.mark.parametrize(
-    "ids, lengths, message",
+    ("ids", "lengths", "options", "message"),
     [
-        ([[1, 384]], [2], "token ids are 1 to 384: expected 0 to 383"),
-        ([[-1, 3]], [2], "token ids are -1 to 3"),
-        ([[1, 2]], [3], "expected 1 to 2"),
-        ([[1, 2]], [0], "expected 1 to 2"),
-        ([[1] * 129], [129], "expected 1 to 128"),
-        ([[1, 2]], [2, 2], "shapes"),
+        ([[1, 384]], [2], {}, "token ids are 1 to 384: expected 0 to 383"),
+        ([[-1, 3]], [2], {}, "token ids are -1 to 3"),
+        ([[1, 2]], [3], {}, "expected 1 to 2"),
+        ([[1, 2]], [0], {}, "expected 1 to 2"),
+        ([[1] * 129], [129], {}, "expected 1 to 128"),
+        ([[1, 2]], [2, 2], {}, "shapes"),
+        ([[1, 2]], [2], dict(capture=["resid_post.4"]), "4 layers, 0 to 3"),
+        ([[1, 2]], [2], dict(capture=["mlp.1"]), "there is no site 'mlp.1'"),
+        ([[1, 2]], [2], dict(edits=[Add(jnp.zeros(64), Site("mlp_in", 9))]), "there is no site mlp_in.9"),
     ],
 )
-def test_tokens_of_another_model(lm, ids, lengths, message):
+def test_tokens_and_sites_of_another_model(lm, ids, lengths, options, message):
     with pytest.raises(UserError, match=message):
-        lm(Tokens(np.array(ids, np.int32), np.array(lengths, np.int32)))
+        lm(Tokens(np.array(ids, np.int32), np.array(lengths, np.int32)), **options)
 
 
 def test_logit_reads_a_word_as_the_text_going_on(lm, tokens):
@@ -139,13 +142,3 @@ def test_meshes_agree(lm, tiny_llama, shape, texts):
     assert many.logits_BxTxV.sharding.device_set == set(jax.devices())
     np.testing.assert_allclose(many.logits_BxTxV, one.logits_BxTxV, atol=1e-4)
     np.testing.assert_allclose(many.sites["resid_post.2"], one.sites["resid_post.2"], atol=1e-4)
-
-
-def test_no_such_site(lm, tokens):
-    for capture, edits, message in (
-        (["resid_post.4"], [], "4 layers, 0 to 3"),
-        (["mlp.1"], [], "there is no site 'mlp.1'"),
-        ([], [Add(jnp.zeros(64), Site("mlp_in", 9))], "there is no site mlp_in.9"),
-    ):
-        with pytest.raises(UserError, match=message):
-            lm(tokens, capture=capture, edits=edits)

@@ -16,23 +16,20 @@ def test_rounded_lengths_are_few_and_little_longer(multiple):
     assert len(set(rounded)) <= 16 + 8 * 4
 
 
-def test_bucket_lengths_weigh_padding_against_programs():
+def test_bucket_lengths_weigh_padding_against_programs_and_stay_few():
     counts = np.bincount([10, 11, 12, 100, 101] * 50)
     np.testing.assert_array_equal(bucket_lengths(counts, compile_cost=400), [12, 101])
     np.testing.assert_array_equal(bucket_lengths(counts, compile_cost=1), [10, 11, 12, 100, 101])
     np.testing.assert_array_equal(bucket_lengths(counts, compile_cost=10**9), [101])
     assert len(bucket_lengths(np.zeros(0, int), 1)) == 0
-
-
-@pytest.mark.parametrize("texts", [10, 10_000, 100_000_000])
-def test_lengths_stay_few_whatever_the_number_of_texts(texts):
-    counts = np.full(1025, texts)
-    counts[0], counts[1024] = 0, 10 * texts  # pieces cut at 1,024 tokens, most of them whole
-    lengths = bucket_lengths(counts, compile_cost=4096)
-    assert len(lengths) <= 16 and lengths[-1] == 1024
-    real_N, padded_N = np.arange(1025), lengths[np.searchsorted(lengths, np.arange(1025))]
-    assert counts @ padded_N < 1.08 * counts @ real_N
-    np.testing.assert_array_equal(bucket_lengths(counts, compile_cost=4096, max_buckets=1), [1024])
+    for texts in (10, 10_000, 100_000_000):
+        counts = np.full(1025, texts)
+        counts[0], counts[1024] = 0, 10 * texts  # pieces cut at 1,024 tokens, most of them whole
+        lengths = bucket_lengths(counts, compile_cost=4096)
+        assert len(lengths) <= 16 and lengths[-1] == 1024
+        real_N, padded_N = np.arange(1025), lengths[np.searchsorted(lengths, np.arange(1025))]
+        assert counts @ padded_N < 1.08 * counts @ real_N
+        np.testing.assert_array_equal(bucket_lengths(counts, compile_cost=4096, max_buckets=1), [1024])
 
 
 @pytest.mark.parametrize("most", [1, 64, 1000])

@@ -5,21 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loaded_models import resolve
 from safetensors.numpy import load_file, save_file
 
 from saejax import load_model
 from saejax.errors import UserError
-from saejax.models import model_cache, source
-from saejax.settings import ModelConfig
+from saejax.models import model_cache
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def test_the_cache_is_in_the_home_folder_unless_told_otherwise(monkeypatch):
+def test_paths(monkeypatch, tmp_path):
+    """The cache is in the home folder unless a variable names another."""
+    for path, message in [("random:./nowhere", "no model folder"), (f"random:{tmp_path}", "no config.json")]:
+        with pytest.raises(UserError, match=message):
+            resolve(path)
     monkeypatch.setenv("SAEJAX_CACHE", "~/there")
     assert model_cache.cache_folder() == Path.home() / "there"
     monkeypatch.delenv("SAEJAX_CACHE")
@@ -27,8 +25,8 @@ def test_the_cache_is_in_the_home_folder_unless_told_otherwise(monkeypatch):
 
 
 def test_a_random_model_has_all_but_the_weights(tiny_llama, cache):
-    drawn = source.resolve(ModelConfig(path=f"random:{tiny_llama}"), decoder=True)
-    own = source.resolve(ModelConfig(path=str(tiny_llama)))
+    drawn = resolve(f"random:{tiny_llama}", decoder=True)
+    own = resolve(tiny_llama)
     assert drawn.name == f"random:{tiny_llama}" and drawn.folder.parent == cache
     assert drawn.fingerprint != own.fingerprint
     theirs, ours = (load_file(found.folder / "model.safetensors") for found in (own, drawn))
@@ -45,17 +43,11 @@ def test_a_random_model_has_all_but_the_weights(tiny_llama, cache):
 
 def test_it_is_drawn_once_and_needs_no_weights(tiny_llama, cache, tmp_path):
     shutil.copytree(tiny_llama, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
-    wanted = ModelConfig(path=f"random:{tmp_path / 'copy'}")
-    first = source.resolve(wanted)
+    wanted = f"random:{tmp_path / 'copy'}"
+    first = resolve(wanted)
     file = first.folder / "model.safetensors"
     written, tensors = file.stat().st_mtime_ns, load_file(file)
-    assert source.resolve(wanted) == first and file.stat().st_mtime_ns == written
+    assert resolve(wanted) == first and file.stat().st_mtime_ns == written
     save_file({name: value * 0 for name, value in tensors.items()}, file)
-    assert source.resolve(wanted) == first  # damaged, so it was drawn again: the same
+    assert resolve(wanted) == first  # damaged, so it was drawn again: the same
     np.testing.assert_array_equal(load_file(file)["lm_head.weight"], tensors["lm_head.weight"])
-
-
-def test_bad_paths(cache, tmp_path):
-    for path, message in [("random:./nowhere", "no model folder"), (f"random:{tmp_path}", "no config.json")]:
-        with pytest.raises(UserError, match=message):
-            source.resolve(ModelConfig(path=path))

@@ -1,20 +1,14 @@
 """The comparison with transformers that fields of unknown effect call for."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
+from loaded_models import change_config
 
 import saejax
 from saejax.errors import UserError
 from saejax.models import parity
 
-
-@pytest.fixture
-def copy(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
-    return shutil.copytree(tiny_llama, tmp_path / "copy")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -25,11 +19,6 @@ def compared(monkeypatch):
         parity.source, "load_torch_model", lambda model, dtype: loaded.append(dtype) or load(model, dtype)
     )
     return loaded
-
-
-def change_config(folder, **changes):
-    fields = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(fields))
 
 
 def test_the_first_load_of_an_unknown_field_compares_and_later_ones_do_not(copy, compared):

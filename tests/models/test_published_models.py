@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import saejax
-from saejax.errors import UserError
 from saejax.models.families import read_config, unread_fields
 from saejax.models.parameters import parameter_table
 from saejax.models.tokens import pad
@@ -194,11 +194,8 @@ def shrink(config: dict) -> dict:
     sizes |= dict(layer_types=["full_attention"] * LAYERS, attention_layers=["global", "local", "global"])
     sizes |= dict(attention_types=[[["global", "local"], 1], [["global"], 1]], no_rope_layers=[1, 1, 0])
     sizes |= dict(hidden_size=80) if config["model_type"] == "phi" else {}  # so that 0.4 of a head is an even width
+    sizes |= dict(num_key_value_heads=1 if config.get("num_key_value_heads") == 1 else 2, sliding_window=5)
     text |= {name: size for name, size in sizes.items() if text.get(name)}
-    if text.get("num_key_value_heads"):
-        text["num_key_value_heads"] = 1 if config.get("num_key_value_heads") == 1 else 2
-    if text.get("sliding_window"):
-        text["sliding_window"] = 5
     if text["model_type"].startswith("gemma3"):
         text["sliding_window_pattern"] = 2
     if config["model_type"] != "gemma3":
@@ -210,8 +207,6 @@ def shrink(config: dict) -> dict:
 
 def publish(folder: Path, published: Published) -> dict:
     """Write a checkpoint of random weights as it is published; returns its config."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
     config = shrink(published.config)
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
@@ -248,8 +243,6 @@ def write(folder: Path, tensors: Tensors, published: Published) -> None:
 
 
 def check_logits(folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     lm = saejax.load_model(str(folder))
     ids_BxT = np.random.default_rng(1).integers(4, lm.config.vocab, (2, 12))
     ours = np.asarray(lm(pad(ids_BxT.tolist())).logits_BxTxV)
@@ -257,11 +250,6 @@ def check_logits(folder: Path) -> None:
     with torch.no_grad():
         theirs = model(torch.tensor(ids_BxT)).logits.numpy()
     assert np.abs(ours - theirs).max() < 2e-5 * np.abs(theirs).max()
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -302,12 +290,3 @@ def test_a_whole_file_beside_a_stale_index_and_other_formats(tmp_path, cache):
     save_file({"layers.0.attention.wq.weight": torch.ones(4, 4)}, tmp_path / "consolidated.safetensors")
     torch.save({"model.norm.weight": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
     check_logits(tmp_path)
-
-
-@pytest.mark.parametrize("value", [torch.ones(48, 16, dtype=torch.uint8), torch.ones(48, 32, dtype=torch.int8)])
-def test_quantised_weights_are_refused_though_the_config_does_not_say_so(tmp_path, cache, value):
-    publish(tmp_path, PUBLISHED["SmolLM-135M"])
-    tensors = load_file(tmp_path / "model.safetensors") | {"model.layers.1.mlp.up_proj.weight": value}
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"layers.1.mlp.up_proj.weight has dtype [UI]8, expected one of F64"):
-        saejax.load_model(str(tmp_path))

@@ -2,28 +2,18 @@
 
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from loaded_models import change_config, resolve
 from safetensors.numpy import load_file, save_file
 
 import saejax
 from saejax.errors import UserError
 from saejax.models import identity, source
 from saejax.models.tokens import pad
-from saejax.settings import ModelConfig
-
-
-def resolve(path, revision="main", decoder=False):
-    return source.resolve(ModelConfig(path=str(path), revision=revision), decoder)
-
-
-@pytest.fixture
-def copy(tiny_llama, tmp_path):
-    return shutil.copytree(tiny_llama, tmp_path / "copy")
 
 
 @pytest.fixture
@@ -83,25 +73,20 @@ def test_the_fingerprint_changes_with_any_byte_of_a_file_that_matters(tiny_llama
     assert identity.fingerprint(copy) == before
 
 
-def test_a_large_file_is_read_once(copy, tmp_path, monkeypatch):
+def test_a_large_file_is_read_once(copy, cache, monkeypatch, caplog):
+    """A cache that cannot be written costs time only."""
     monkeypatch.setattr(identity, "_HASHED_AT_ONCE", 0)
-    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
     first = identity.fingerprint(copy)
+    with monkeypatch.context() as patch:
+        (copy.parent / "file").write_text("no folder")
+        patch.setenv("SAEJAX_CACHE", str(copy.parent / "file" / "cache"))
+        assert identity.fingerprint(copy) == first and "cannot be kept" in caplog.text
     read = []
     monkeypatch.setattr(identity, "file_sha256", lambda path: read.append(path.name) or 64 * "0")
     assert identity.fingerprint(copy) == first and not read
-    for kept in (tmp_path / "cache" / "hashes").iterdir():
+    for kept in (cache / "hashes").iterdir():
         kept.write_text("damaged")
     assert identity.fingerprint(copy) != first and "model.safetensors" in read
-
-
-def test_a_cache_that_cannot_be_written_costs_time_only(copy, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(identity, "_HASHED_AT_ONCE", 1000)
-    (tmp_path / "file").write_text("no folder")
-    before = identity.fingerprint(copy)
-    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "file" / "cache"))
-    assert identity.fingerprint(copy) == before
-    assert "cannot be kept" in caplog.text
 
 
 def test_large_files_of_the_hub_are_known_by_their_names(tmp_path):
@@ -141,13 +126,6 @@ def test_folders_that_hold_no_model(copy, tmp_path):
             resolve(copy)
 
 
-def test_a_family_that_the_decoder_does_not_know(copy):
-    (copy / "config.json").write_text('{"model_type": "mamba"}')
-    assert resolve(copy).folder == copy  # torch may know it
-    with pytest.raises(UserError, match="does not have the family 'mamba', .* expected one of llama"):
-        resolve(copy, decoder=True)
-
-
 def test_a_model_without_a_tokenizer_runs_on_token_ids(untokenized):
     lm = saejax.load_model(str(untokenized))
     assert lm.tokenizer is None
@@ -161,19 +139,16 @@ def test_a_model_without_a_tokenizer_runs_on_token_ids(untokenized):
         lm.generate(tokens, 4, stop=["."])
 
 
-def test_a_sentencepiece_model_needs_its_package(untokenized, monkeypatch):
+def test_no_usable_tokenizer(untokenized, monkeypatch):
+    assert source.find_tokenizer(resolve(untokenized)) is None
+    with pytest.raises(UserError, match="copy has no tokenizer: expected tokenizer.json, tokenizer.model or"):
+        source.load_tokenizer(resolve(untokenized))
     (untokenized / "tokenizer.model").write_bytes(b"")
     find = importlib.util.find_spec
     absent = {"sentencepiece"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name in absent else find(name, *at))
     with pytest.raises(UserError, match=r"is a SentencePiece model .*: run `pip install sentencepiece`"):
         source.find_tokenizer(resolve(untokenized))
-
-
-def test_no_tokenizer(untokenized):
-    assert source.find_tokenizer(resolve(untokenized)) is None
-    with pytest.raises(UserError, match="copy has no tokenizer: expected tokenizer.json, tokenizer.model or"):
-        source.load_tokenizer(resolve(untokenized))
     (untokenized / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="no usable tokenizer"):
         source.load_tokenizer(resolve(untokenized))
@@ -193,11 +168,6 @@ def test_a_tokenizer_with_more_ids_than_embeddings(copy):
     tokenizer.save_pretrained(copy)
     with pytest.raises(UserError, match="has 372 ids"):
         source.load_tokenizer(resolve(copy))
-
-
-def change_config(folder, **changes):
-    fields = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(fields))
 
 
 def change_weights(folder, **changes):
@@ -220,12 +190,16 @@ def test_torch_models_that_do_not_fit_their_files(copy):
         source.load_torch_model(found)
 
 
-def test_architectures_that_transformers_does_not_know(copy):
-    found = resolve(copy)
-    for kind in ("no_such_kind", "t5"):
+def test_architectures_that_are_not_known(copy):
+    """Those that the decoder does not know, transformers may."""
+    for kind in ("no_such_kind", "t5", "mamba"):
         (copy / "config.json").write_text(json.dumps(dict(model_type=kind)))
-        with pytest.raises(UserError, match=f"cannot be loaded by transformers .*{kind[:2]}"):
-            source.load_torch_model(found)
+        with pytest.raises(UserError, match=f"does not have the family '{kind}', .* expected one of llama"):
+            resolve(copy, decoder=True)
+        assert resolve(copy).folder == copy
+        if kind != "mamba":
+            with pytest.raises(UserError, match=f"cannot be loaded by transformers .*{kind[:2]}"):
+                source.load_torch_model(resolve(copy))
 
 
 def test_the_package_of_the_embedded_model_is_missing(monkeypatch):

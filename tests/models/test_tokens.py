@@ -1,6 +1,8 @@
 """Special tokens, and answers that continue a text."""
 
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from saejax.errors import UserError
 from saejax.models.tokens import bos_tokens, continuation_ids, encode, tokenize
@@ -10,9 +12,6 @@ WORDS = ["the", "city", "of", "Paris", "is", "large", "river"]
 
 def word_tokenizer(template="<s> $A", bos="<s>", marker=False):
     """Words and marked words ("▁Paris"); special tokens as the template says. The BOS token has the id 0."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     special = ["<s>", "</s>", "<unk>"]
     vocab = {word: index for index, word in enumerate([*special, "▁", *WORDS, "▁a", "a", "\n", "▁\n"])}
     vocab |= {f"▁{word}": len(vocab) + index for index, word in enumerate(WORDS)}
@@ -20,8 +19,6 @@ def word_tokenizer(template="<s> $A", bos="<s>", marker=False):
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if marker else spaces
     # A piece is a marker with the letters after it, letters alone, or a line's end.
-    from tokenizers import Regex
-
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[A-Za-z]+|▁?\\n|▁"), "isolated")
     tokenizer.decoder = decoders.Replace("▁", " ")
     tokenizer.add_special_tokens(special)
@@ -40,15 +37,13 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(marker):
     assert encode(tokenizer, "the city")[0] == 0 and bos_tokens(tokenizer) == [0]
 
 
-def test_bos_of_tokenizers_that_add_none():
+def test_special_tokens_of_other_templates():
+    """Without BOS, and with an EOS that is appended: a context does not end in one."""
     tokenizer = word_tokenizer(template="$A")
     assert bos_tokens(tokenizer) == [] and 0 not in encode(tokenizer, "the city")
     assert encode(tokenizer, "the city", "always") == [0, *encode(tokenizer, "the city")]
     with pytest.raises(UserError, match="has no BOS token: expected bos='auto' or 'never'"):
         encode(word_tokenizer(template="$A", bos=None), "the city", "always")
-
-
-def test_a_context_does_not_end_in_an_appended_eos():
     tokenizer = word_tokenizer(template="<s> $A </s>")
     assert tokenizer("the city")["input_ids"][-1] == 1
     tokens = tokenize(tokenizer, ["the city of", "the"], 10)
@@ -69,9 +64,6 @@ def test_an_answer_is_the_token_that_the_text_goes_on_with(marker, template):
     assert continuation_ids(tokenizer, " Paris is", "the city of")[0] == wanted[0]
     with pytest.raises(UserError, match="the answer '' has no tokens"):
         continuation_ids(tokenizer, "", "the city of")
-
-
-def test_a_model_without_a_tokenizer():
     with pytest.raises(UserError, match="this model has no tokenizer: give token ids"):
         tokenize(None, ["the city"], 10)
     with pytest.raises(UserError, match="this model has no tokenizer"):

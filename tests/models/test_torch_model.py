@@ -93,16 +93,11 @@ def test_edits_of_features(both):
         check_same(both, edits, tokens)
 
 
-def module_of(decoder) -> str:
-    """The MLP of a layer as a site."""
-    paths = dict(gpt2="transformer.h.1.mlp", gpt_neox="gpt_neox.layers.1.mlp")
-    return f"module:{paths.get(decoder.config.family, 'model.layers.1.mlp')}"
-
-
 def test_modules(both):
     """A module's output as a site: what is there, an edit of it, and a dictionary of it, which is measured."""
     decoder, lm = both
-    tokens, module = lm.tokenize(TEXTS), module_of(decoder)
+    paths = dict(gpt2="transformer.h.1.mlp", gpt_neox="gpt_neox.layers.1.mlp")
+    tokens, module = lm.tokenize(TEXTS), f"module:{paths.get(decoder.config.family, 'model.layers.1.mlp')}"
     values = lm(tokens, capture=[module, "mlp_out.1"]).sites
     if decoder.config.post_norms:
         assert values[module].shape == values["mlp_out.1"].shape

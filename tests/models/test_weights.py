@@ -1,21 +1,29 @@
-"""Reading safetensors: values, shardings, and checkpoints that do not fit."""
+"""Reading safetensors: values, shardings, checkpoints that do not fit, and the memory that it takes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from loaded_models import config_of, load, mesh_of
+import torch
+from loaded_models import change_config, config_of, load, mesh_of
 from safetensors.numpy import load_file, save_file
 from tiny_models import save_tiny, save_tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from saejax.errors import UserError
 from saejax.models.parameters import parameter_table
 from saejax.models.source import ModelSource, load_torch_model
 from saejax.models.weights import load_params, untie_stored_head
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +71,8 @@ def test_all_mismatches_are_listed_in_one_error(copy):
     def damage(tensors):
         del tensors["model.layers.1.mlp.up_proj.weight"]
         tensors["model.norm.weight"] = np.zeros(63, np.float32)
-        tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((96, 64), np.uint8)
+        tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((96, 64), np.uint8)  # quantised without a word
+        tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((48, 32), np.int8)  # two values in one
         tensors["model.layers.4.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)  # not used
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.int64)
         last = "model.layers.3"
@@ -76,6 +85,7 @@ def test_all_mismatches_are_listed_in_one_error(copy):
     assert sorted(str(error.value).partition(" do not fit its config.json: ")[2].split("; ")) == [
         "lm_head.weight has shape [64, 384], expected [384, 64]",
         "model.embed_tokens.weight has shape [64, 384], expected [384, 64]",
+        "model.layers.0.mlp.up_proj.weight has dtype I8, expected one of F64, F32, F16, BF16: use unquantised weights",
         "model.layers.1.mlp.up_proj.weight is missing",
         "model.layers.2.mlp.up_proj.weight has dtype U8, expected one of F64, F32, F16, BF16: use unquantised weights",
         "model.layers.3.mlp.down_proj.weight has shape [96, 64], expected [64, 96]",
@@ -97,31 +107,24 @@ def test_parts_of_one_tensor_are_named_once(tmp_path):
         assert str(error.value).count(name) == 1
 
 
-@pytest.fixture
-def tied(copy):
-    """A folder whose config says that the head is the embedding."""
-    config = json.loads((copy / "config.json").read_text()) | dict(tie_word_embeddings=True)
-    (copy / "config.json").write_text(json.dumps(config))
-    return copy
-
-
-def test_a_tied_head_that_is_stored_with_other_values_is_used_as_it_is_stored(tied):
-    theirs = AutoModelForCausalLM.from_pretrained(tied)
-    config = untie_stored_head(tied, config_of(tied))
-    params = load_params(tied, config, mesh_of(1, 1, 1), "float32")
-    assert not config.tied
-    np.testing.assert_array_equal(params["unembed_DxV"], theirs.lm_head.weight.detach().T)
-    change(tied, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}))
-    assert untie_stored_head(tied, config_of(tied)).tied
-    change(tied, lambda tensors: tensors.pop("lm_head.weight"))
-    assert untie_stored_head(tied, config_of(tied)).tied
-
-
-def test_a_tied_embedding_may_be_stored_as_the_head(tied):
-    change(tied, lambda tensors: tensors.pop("model.embed_tokens.weight"))
-    params = load_params(tied, untie_stored_head(tied, config_of(tied)), mesh_of(1, 1, 1), "float32")
-    theirs = AutoModelForCausalLM.from_pretrained(tied).get_input_embeddings().weight.detach()
-    np.testing.assert_array_equal(params["embed_VxD"], theirs)
+def test_a_tied_head_is_used_as_it_is_stored(copy):
+    """With other values, with those of the embedding, not at all, and in place of the embedding."""
+    change_config(copy, tie_word_embeddings=True)
+    body = load_file(copy / "model.safetensors")
+    embed_VxD, head_VxD = body.pop(EMBED), body.pop(HEAD)
+    for stored, tied in (
+        ({EMBED: embed_VxD, HEAD: head_VxD}, False),
+        ({EMBED: embed_VxD, HEAD: embed_VxD.copy()}, True),
+        ({EMBED: embed_VxD}, True),
+        ({HEAD: head_VxD}, True),
+    ):
+        save_file(body | stored, copy / "model.safetensors", metadata=dict(format="pt"))
+        config, theirs = untie_stored_head(copy, config_of(copy)), AutoModelForCausalLM.from_pretrained(copy)
+        assert config.tied == tied
+        params = load_params(copy, config, mesh_of(1, 1, 1), "float32")
+        np.testing.assert_array_equal(params["embed_VxD"], theirs.get_input_embeddings().weight.detach())
+        if not tied:
+            np.testing.assert_array_equal(params["unembed_DxV"], theirs.lm_head.weight.detach().T)
 
 
 def test_the_first_layers_alone(copy):
@@ -172,3 +175,85 @@ def test_weights_that_are_not_finite_are_refused_by_name(copy, value):
         load(copy, mesh=mesh_of(1, 2, 4))
     with pytest.raises(UserError, match=message):
         load_torch_model(ModelSource("copy", "", copy, ""))
+
+
+# --- memory
+
+MIB = 2**20
+# Peaks are taken from the kernel's high-water mark of resident memory, which counts mapped pages of files too.
+MEASURE = """
+import json, sys
+from pathlib import Path
+import jax, numpy as np
+from jax.sharding import AxisType, Mesh
+from saejax.models.families import read_config
+from saejax.models.weights import load_params
+from saejax.parallel.mesh import AXES
+
+def status(key):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+folder = Path(sys.argv[1])
+config = read_config(json.loads((folder / "config.json").read_text()), "config.json")
+for argument in sys.argv[2:]:
+    dtype, devices, layers = argument.split(",")
+    mesh = Mesh(np.array(jax.devices()[: int(devices)]).reshape(1, 1, -1), AXES, axis_types=(AxisType.Auto,) * 3)
+    jax.block_until_ready([jax.device_put(np.ones(8, np.float32), device) for device in mesh.devices.flat])
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the present
+    before = status("VmRSS")
+    params = jax.block_until_ready(load_params(folder, config, mesh, dtype, int(layers) or None))
+    peak = status("VmHWM") - before
+    kept = sum(value.nbytes for value in params.values())
+    shards = sum(shard.data.nbytes for value in params.values() for shard in value.addressable_shards)
+    largest = max(shard.data.nbytes for value in params.values() for shard in value.addressable_shards)
+    print(json.dumps(dict(kept=kept, shards=shards, largest=largest, peak=peak)))
+    del params
+"""
+
+
+def measure(folder, *loads: str) -> list[dict[str, int]]:
+    """Bytes of each load: "DTYPE,DEVICES,LAYERS" (0: all)."""
+    # Freed memory goes back to the system at once, so that the second load does not take over that of the first.
+    environment = os.environ | dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    environment |= dict(JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu")
+    command = [sys.executable, "-c", MEASURE, str(folder), *loads]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def save_random(folder) -> int:
+    """Saves a model of random bfloat16 numbers in several files; returns the number of bytes of its tensors."""
+    sizes = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)
+    config = LlamaConfig(**sizes, vocab_size=20_000)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    rng, index, total, names = np.random.default_rng(0), {}, 0, list(shapes)
+    for start in range(0, len(names), 20):
+        file, some = f"model-{start:05d}.safetensors", names[start : start + 20]
+        # 0x3c00 to 0x3cff are the bfloat16 numbers around 0.01.
+        bits = {name: rng.integers(0x3C00, 0x3D00, shapes[name], dtype=np.uint16) for name in some}
+        save_file({name: value.view(ml_dtypes.bfloat16) for name, value in bits.items()}, folder / file)
+        index |= dict.fromkeys(some, file)
+        total += sum(value.nbytes for value in bits.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=index)))
+    return total
+
+
+def test_reading_takes_little_more_than_what_is_kept():
+    """In host memory, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest would keep the gigabytes of three runs
+        size = save_random(Path(folder))
+        half, whole, spread, part = measure(folder, "bfloat16,1,0", "float32,1,0", "bfloat16,8,0", "bfloat16,1,2")
+    print([(taken["peak"], taken["kept"]) for taken in (half, whole, spread, part)])
+    # The head is the largest tensor, a sixth of the model.
+    assert half["kept"] == size > 100 * MIB and whole["kept"] == 2 * size and part["kept"] < 0.6 * size
+    # A gauge that sees nothing would pass every upper bound; pages freed since it was set may lie below what is kept.
+    assert 0.8 * half["kept"] < half["peak"]
+    # Every device holds an eighth, but for the norms, which are replicated.
+    assert spread["shards"] < 1.01 * size and spread["largest"] < 0.03 * size
+    for taken, kept in ((half, size), (whole, 2 * size), (spread, size), (part, part["kept"])):
+        assert taken["peak"] < 1.1 * kept + 16 * MIB

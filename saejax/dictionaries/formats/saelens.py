@@ -124,10 +124,7 @@ def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int
         k = settings.get("k")
         if k is None:  # where old versions had it
             k = (settings.get("activation_fn_kwargs") or {}).get("k")
-        k = tensors.positive_int(file, "k", k)
-        if k > features:
-            raise UserError(f"{file}: k is {k}: expected a whole number from 1 to the {features} features")
-        facts |= dict(k=k)
+        facts |= dict(k=tensors.positive_int(file, "k", k))
     context = settings.get("context_size")
     return DictionaryConfig(
         **facts,

@@ -158,8 +158,11 @@ def arrange(
     Shapes are compared with those of the ``config``, if there is one. ``state`` are all tensors of the file.
 
     Raises:
-      UserError: tensors are missing or of other shapes; all are listed.
+      UserError: tensors are missing or of other shapes; all are listed. Or k is larger than the number of features.
     """
+    if config and config.k > config.n_features:
+        count = config.n_features
+        raise UserError(f"{file} has {count} features, k is {config.k}: expected a whole number from 1 to the {count}")
     plain = {ours: name.removesuffix(".T") for ours, name in layout.items()}
     transposed = frozenset(ours for ours, name in layout.items() if name.endswith(".T"))
     missing = sorted(name for name in plain.values() if name not in state)
@@ -222,8 +225,6 @@ def describe(
     """
     width, features = sizes(file, state, layout)
     config = DictionaryConfig(d_in=width, n_features=features, skip="W_skip_DxD" in layout, **facts)
-    if config.k > features:
-        raise UserError(f"{file}: k is {config.k}: expected a whole number from 1 to the {features} features")
     return Published(config, *arrange(file, state, layout, config), fold)
 
 
