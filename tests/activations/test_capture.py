@@ -1,5 +1,7 @@
 """What a capture stores: which tokens, in which order, rounded how, with which description."""
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 import torch
@@ -24,10 +26,13 @@ def test_every_token_is_stored_once_and_no_padding(captured):
     assert (results.sites["attn_out.0"].d, results.sites["attn_out.0"].bytes) == (64, len(expected) * 64 * 4)
 
 
-def test_every_site_equals_a_plain_forward_pass(captured, torch_model):
+def test_every_site_equals_a_plain_forward_pass_of_the_model_that_the_manifest_names(captured, setup, torch_model):
     store, _ = captured
     assert store.sites == ALL_SITES
     check_against_plain_forward(store, torch_model, 1e-5)
+    found = source.resolve(ModelConfig(path=str(setup.model)))
+    assert store.model == CapturedModel(str(setup.model), "", found.fingerprint, "float32")
+    store.check_model(found)
 
 
 def test_the_model_can_run_in_bfloat16(setup):
@@ -54,17 +59,6 @@ def test_documents_are_the_texts_cut_up(captured, setup):
     assert not set(groups[documents.split_N == 0]) & set(groups[documents.split_N == 1])
 
 
-def test_the_manifest_ties_the_store_to_model_and_corpus(captured, setup):
-    store, _ = captured
-    found = source.resolve(ModelConfig(path=str(setup.model)))
-    assert store.model == CapturedModel(str(setup.model), "", found.fingerprint, "float32")
-    store.check_model(found)
-    store.verify()
-    norms = store.norms("mlp_in.2", np.arange(store.manifest.rows))
-    vectors = store.read("mlp_in.2", np.arange(store.manifest.rows)).astype(np.float64)
-    np.testing.assert_allclose(norms, np.linalg.norm(vectors, axis=1), rtol=1e-6)
-
-
 @pytest.mark.parametrize("bos", ["auto", "always", "never"])
 def test_the_manifest_says_whether_documents_begin_with_bos(setup, monkeypatch, bos):
     load = source.load_tokenizer
@@ -86,11 +80,11 @@ def test_the_last_positions_of_every_text(setup, torch_model, last):
     store, _ = setup.capture(f"last{last}", last=last, sites=("resid_post.1", "mlp_in.0"))
     check_against_plain_forward(store, torch_model, 1e-5)
     text_N, start_N = (store.documents.column(name).tolist() for name in ("source", "start"))
-    texts, lengths = {}, {}
+    texts, lengths = defaultdict(set), defaultdict(int)
     for i, position in rows_by_place(store):
-        texts.setdefault(text_N[i], set()).add(start_N[i] + position)
+        texts[text_N[i]].add(start_N[i] + position)
     for i, ids in enumerate(store.documents):
-        lengths[text_N[i]] = max(lengths.get(text_N[i], 0), start_N[i] + len(ids))
+        lengths[text_N[i]] = max(lengths[text_N[i]], start_N[i] + len(ids))
     assert max(lengths.values()) > 64  # a text in three pieces
     assert texts == {key: set(range(max(0, length - last), length)) for key, length in lengths.items()}
 
@@ -115,19 +109,16 @@ def test_bfloat16_on_disk_is_the_rounded_value(setup, captured):
     assert np.array_equal(rounded.read("resid_post.2", rows).astype(np.float32), exact)
 
 
-def test_max_tokens_takes_that_many_tokens_of_the_corpus(setup, captured):
-    store, _ = setup.capture("limited", corpus=dict(max_tokens=151), sites=("resid_pre.0",))
+def test_max_tokens_takes_that_many_tokens_of_the_corpus_and_progress_tells_speed_and_time_to_go(
+    setup, captured, monkeypatch
+):
+    monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
+    lines = []
+    store, results = setup.capture("limited", say=lines.append, corpus=dict(max_tokens=151), sites=("resid_pre.0",))
+    assert sum("tokens/s" in line and "s to go" in line for line in lines) > 2 and results.tokens_per_second > 0
     assert int(store.documents.lengths_N.sum()) == 151
     sides = []
     for documents in (captured[0].documents, store.documents):
         columns = (documents.column(name).tolist() for name in ("source", "split"))
         sides.append(set(zip(*columns, strict=True)))
     assert sides[1] < sides[0]  # every text that was taken is in the split in which it always is
-
-
-def test_progress_tells_speed_and_time_to_go(setup, monkeypatch):
-    monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
-    lines = []
-    _, results = setup.capture("progress", say=lines.append, sites=("resid_pre.0",))
-    assert sum("tokens/s" in line and "s to go" in line for line in lines) > 3
-    assert results.tokens_per_second > 0
