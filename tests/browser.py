@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 CHROMIUM = next(
@@ -176,11 +175,6 @@ class Browser:
     def type(self, text: str) -> None:
         self.send("Input.insertText", text=text)
         self.settle()
-
-    def renderers(self) -> list[psutil.Process]:
-        """The processes that show pages."""
-        children = psutil.Process(self._process.pid).children(recursive=True)
-        return [child for child in children if "--type=renderer" in child.cmdline()]
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
