@@ -1,5 +1,6 @@
 """Two workdirs compared: what a process made alone, and what several or killed ones did."""
 
+import itertools
 import json
 import random
 import time
@@ -48,21 +49,23 @@ def assert_as_one(alone, together):
     assert runs.checksums(alone) == runs.checksums(together)
 
 
-def kill_at_random_moments(start, check, root, kills: int, least: float, most: float) -> Path:
-    """Kill a run so often, each time between these seconds after its start, then let it finish; gives its folder.
+def kill_at_random_moments(start, check, root, kills: int, lines: int) -> Path:
+    """Kill a run so often, each time within a second of a random line of its output, then let it finish.
 
-    ``start(folder)`` starts the run's processes, of which one is killed, and ``check(folder)`` looks at what a run that
-    has finished made.
+    ``start(folder)`` starts the run's processes, of which one is killed, ``check(folder)`` looks at what a run that has
+    finished made, and ``lines`` is how many lines the first process of a whole run prints. Gives the run's folder.
     """
-    moments, number, struck = random.Random(kills), 0, []
+    moments, number, struck = random.Random(60 * kills), 0, []  # the first strikes a small run while it trains
     while len(struck) < kills:
         processes = start(root / f"run{number}")
-        time.sleep(moments.uniform(least, most))
+        # A line comes as late on a busy machine as what it tells of.
+        *_, last = itertools.islice(processes[0].stdout, moments.randrange(1, lines))
+        time.sleep(moments.random())
         if all(process.poll() is None for process in processes):
-            clock = time.monotonic()
             moments.choice(processes).kill()
-            outputs = [process.communicate()[0] for process in processes]  # JAX ends the others
-            struck.append((round(time.monotonic() - clock, 1), *(output.splitlines()[-1:] for output in outputs)))
+            for process in processes:
+                process.communicate()  # JAX ends the others
+            struck.append(last)
             # Nothing but a stop that was saved asks for another start.
             assert not {process.returncode for process in processes} & {0, 2, 143}
         else:  # it was done before the moment came: the next kill strikes a fresh run
@@ -70,7 +73,7 @@ def kill_at_random_moments(start, check, root, kills: int, least: float, most: f
                 runs.finish(process)
             check(root / f"run{number}")
             number += 1
-    print(*struck, sep="\n")  # the seconds until all had ended, and what they were doing
+    print("killed after:", *struck)
     for process in start(root / f"run{number}"):
         runs.finish(process)
     check(root / f"run{number}")

@@ -48,8 +48,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import shapes
 
-if (shown := os.environ.get("SAEJAX_CHECK_SHAPES")) != "off":
-    shapes.install(listed=shown == "list")
+if os.environ.get("SAEJAX_CHECK_SHAPES") != "off":
+    shapes.install()
 
 import jax
 import numpy as np
@@ -82,14 +82,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no process works on one alone at the end."""
     order = {name: place for place, name in enumerate(LONGEST.split())}
     items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The arrays that contradict their names, where they are listed."""
-    if shapes.CONTRADICTIONS.listed:
-        terminalreporter.section(f"{len(shapes.CONTRADICTIONS.listed)} arrays contradict their names")
-        for place, what in sorted(shapes.CONTRADICTIONS.listed.items()):
-            terminalreporter.write_line(f"{place} {what}")
 
 
 def pytest_collection_finish() -> None:

@@ -1,7 +1,7 @@
 """Shapes checked while tests run: what a name's suffix says of an array must be so.
 
-An array of the ``CHECKED`` packages that contradicts its name fails the test in which it does.
-``SAEJAX_CHECK_SHAPES=list pytest tests/interventions`` lists the contradictions at the end; ``=off`` checks nothing.
+An array of the ``CHECKED`` packages that contradicts its name fails the test in which it does
+(``SAEJAX_CHECK_SHAPES=off`` checks nothing).
 
 An argument, a local variable or a field called ``acts_BxTxD`` must be an array of three dimensions, and B, T and D must
 be the same wherever these letters stand in one call of one function (in one round of a loop). A number is a fixed size,
@@ -57,29 +57,14 @@ def parsed(name: str) -> tuple[bool, tuple[str | int, ...], bool]:
     return shape.startswith("x"), tuple(int(part) if part.isdigit() else part for part in parts), shape.endswith("x")
 
 
-class Contradictions:
-    """What is wrong: raised at once, or kept to be listed at the end."""
-
-    def __init__(self) -> None:
-        self.listed: dict[str, str] | None = None
-
-    def check(self, name: str, value: Any, where: str) -> None:
-        """Compares a value with its name, in the scope that was entered last."""
-        shape = getattr(value, "shape", None)
-        if value is None or isinstance(value, type):
-            return
-        if shape is None or not hasattr(value, "dtype"):
-            return self._report(f"{where} {name}", f"{type(value).__name__} is no array")
-        if fault := mismatch(name, tuple(shape)):
-            self._report(f"{where} {name}", f"is {list(shape)}: {fault}")
-
-    def _report(self, place: str, what: str) -> None:
-        if self.listed is None:
-            raise AssertionError(f"{place} {what}")
-        self.listed.setdefault(place, what)
-
-
-CONTRADICTIONS = Contradictions()
+def check(name: str, value: Any, where: str) -> None:
+    """Compares a value with its name, in the scope that was entered last."""
+    shape = getattr(value, "shape", None)
+    if value is None or isinstance(value, type):
+        return
+    assert shape is not None and hasattr(value, "dtype"), f"{where} {name} {type(value).__name__} is no array"
+    fault = mismatch(name, tuple(shape))
+    assert not fault, f"{where} {name} is {list(shape)}: {fault}"
 
 
 class _Scopes(threading.local):
@@ -117,10 +102,9 @@ def mismatch(name: str, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def install(listed: bool) -> None:
-    """Rewrites packages at their import; contradictions are raised, or listed. saejax must not be imported yet."""
+def install() -> None:
+    """Rewrites packages at their import. saejax must not be imported yet."""
     assert not any(name.startswith("saejax.") for name in sys.modules), "shapes must be installed before saejax"
-    CONTRADICTIONS.listed = {} if listed else None
     sys.meta_path.insert(0, _Finder())
 
 
@@ -145,7 +129,7 @@ def rewritten(source: str, path: str) -> CodeType:
     """A module with its checks."""
     tree = _Checked(path).visit(ast.parse(source))
     start = _start(tree.body)
-    tree.body[start:start] = ast.parse("from shapes import CONTRADICTIONS as _shapes_, SCOPE as _scope_").body
+    tree.body[start:start] = ast.parse("import shapes as _shapes_\nfrom shapes import SCOPE as _scope_").body
     return compile(ast.fix_missing_locations(tree), str(ROOT / path), "exec", dont_inherit=True)
 
 

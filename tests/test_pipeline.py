@@ -38,12 +38,19 @@ def go(workdir, stages=tuple(STAGES), say=lambda line: None, refused=(), stopped
     return ran
 
 
-def test_units_that_do_not_depend_on_a_changed_flag_do_not_run_again(tmp_path):
-    """Which units those are, ``test_reuse`` says."""
+def test_only_what_depends_on_a_changed_flag_runs_and_setting_it_back_finds_the_earlier_result(tmp_path):
+    """Which units depend on which flag, ``test_reuse`` says."""
     assert go(tmp_path) == ALL.split() and go(tmp_path) == []
     changed = dict(train__l1=(9.0,))
     assert go(tmp_path, **changed) == ["train/standard", "evaluate/standard", "report"]
     assert go(tmp_path, **changed) == []
+    before = (tmp_path / "ablate" / "topk").resolve()
+    lines: list[str] = []
+    assert go(tmp_path, say=lines.append, ablate__top=9)[1:] == ["ablate/topk", "report"]  # after preflight
+    assert "ablate/topk: started (--ablate.top was 10, is 9)" in lines
+    assert (tmp_path / "ablate" / "topk").resolve() != before
+    assert go(tmp_path) == [] and (tmp_path / "ablate" / "topk").resolve() == before
+    assert len(list((tmp_path / "ablate").glob("topk-*/out.txt"))) == 2
 
 
 @pytest.mark.parametrize("folder", ["runs/other/train/topk/k9", "/else/where/topk", "./topk"])
@@ -53,17 +60,6 @@ def test_a_dictionary_in_a_folder_is_tested_without_capture_and_training(tmp_pat
     units = [f"{stage}/{folder.strip('./').replace('/', '-')}" for stage in stages]
     assert go(tmp_path, ["baseline", *stages], **changes) == ["baseline", *units]
     assert go(tmp_path, ["report"], **changes) == ["report"]
-
-
-def test_setting_a_flag_back_finds_the_earlier_result(tmp_path):
-    go(tmp_path)
-    before = (tmp_path / "ablate" / "topk").resolve()
-    lines: list[str] = []
-    assert go(tmp_path, say=lines.append, ablate__top=9)[1:] == ["ablate/topk", "report"]  # after preflight
-    assert "ablate/topk: started (--ablate.top was 10, is 9)" in lines
-    assert (tmp_path / "ablate" / "topk").resolve() != before
-    assert go(tmp_path) == [] and (tmp_path / "ablate" / "topk").resolve() == before
-    assert len(list((tmp_path / "ablate").glob("topk-*/out.txt"))) == 2
 
 
 def test_what_is_refused_or_stopped_leaves_the_earlier_result_in_its_place(tmp_path):

@@ -57,8 +57,7 @@ class Holder:
 
 
 @pytest.fixture
-def module(monkeypatch):
-    monkeypatch.setattr(shapes.CONTRADICTIONS, "listed", None)
+def module():
     names = {"__name__": "made_up"}
     exec(shapes.rewritten(SOURCE, "made_up.py"), names)
     return names
@@ -111,10 +110,3 @@ def test_scopes_and_fields(module):
     holder.add(acts_BxF)
     with wrong("total_F"):
         holder.add(acts_BxF)
-
-
-def test_contradictions_are_listed(module, monkeypatch):
-    monkeypatch.setattr(shapes.CONTRADICTIONS, "listed", {})
-    module["fixed"](np.ones((3, 4)))
-    module["assigned"](np.ones((3, 4)))
-    assert [place.split()[1] for place in shapes.CONTRADICTIONS.listed] == ["pair_Bx2", "high_B"]

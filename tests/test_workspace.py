@@ -52,20 +52,15 @@ def test_each_setting_has_a_folder_and_the_link_stands_for_the_current_one(tmp_p
         make(space, "m2", "second", unit)
         assert (space.current(unit) / "result.txt").read_text() == "second"
         assert space.is_done(unit, "m1") and space.is_done(unit, "m2"), "nothing was moved or overwritten"
+        with space.claim(unit, "m3"):
+            space.begin(unit, "m3")
+            assert space.current(unit).name.endswith("-m2"), "until the new one is finished"
+            space.finish(unit, "m3", dict(results={}))
+        assert space.current(unit).name.endswith("-m3")
         space.point(unit, "m1")
         assert (space.current(unit) / "result.txt").read_text() == "first"
         assert (tmp_path / unit).is_symlink() == links
     assert current_units(tmp_path) == {unit: tmp_path / f"{unit}-m1" for unit in ("capture", "train/topk")}
-
-
-def test_a_link_stays_until_the_new_unit_is_finished(tmp_path):
-    space = Workspace(tmp_path)
-    make(space, "m1")
-    with space.claim("train/topk", "m2"):
-        space.begin("train/topk", "m2")
-        assert space.current("train/topk").name == "topk-m1"
-        space.finish("train/topk", "m2", dict(results={}))
-    assert space.current("train/topk").name == "topk-m2"
 
 
 def test_a_unit_in_which_nothing_was_made_goes(tmp_path):
@@ -79,32 +74,20 @@ def test_a_unit_in_which_nothing_was_made_goes(tmp_path):
         assert folder.exists() == (space.current("train/topk") is not None) == bool(files)
 
 
-def test_checkpoints_of_a_finished_unit_may_be_deleted(tmp_path):
-    space = Workspace(tmp_path)
-    with space.claim("train/topk", "m") as folder:
-        space.begin("train/topk", "m")
-        for file in ("dictionary/weights", "checkpoints/5/state", "expansion4/checkpoints/5/state"):
-            (folder / file).parent.mkdir(parents=True)
-            (folder / file).write_text("abc")
-        space.finish("train/topk", "m", dict(results={}))
-    assert json.loads((folder / "done.json").read_text())["files"] == {"dictionary/weights": 3}
-    shutil.rmtree(folder / "checkpoints")
-    assert space.is_done("train/topk", "m")
-
-
-def test_what_a_killed_process_left_half_written_is_no_part_of_a_unit(tmp_path):
+def test_checkpoints_and_what_a_killed_process_left_half_written_are_no_part_of_a_unit(tmp_path):
     """Neither a file nor a folder of files, not even the unit's first file, which a kill can leave alone."""
     space = Workspace(tmp_path)
     folder = space.folder("train/topk", "m")
-    (folder / "member" / ".writing-1").mkdir(parents=True)
-    (folder / "member" / ".writing-1" / "large").write_text("half")
-    (folder / ".scores.json.writing-2").write_text("half")
-    (folder / ".started.json.writing-1").write_text("{")
+    halves = ("member/.writing-1/large", ".scores.json.writing-2", ".started.json.writing-1")
+    for file in (*halves, "checkpoints/5/state", "expansion4/checkpoints/5/state", "dictionary/weights"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("abc")
     with space.claim("train/topk", "m"):
         assert not space.begin("train/topk", "m")
-        (folder / "whole").write_text("whole")
         space.finish("train/topk", "m", dict(results={}))
-    assert json.loads((folder / "done.json").read_text())["files"] == {"whole": 5} and space.is_done("train/topk", "m")
+    assert json.loads((folder / "done.json").read_text())["files"] == {"dictionary/weights": 3}
+    shutil.rmtree(folder / "checkpoints")
+    assert space.is_done("train/topk", "m"), "checkpoints of a finished unit may be deleted"
 
 
 def test_missing_and_truncated_files_of_a_finished_unit_are_named(tmp_path):

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import torch
+from torch_sites import relative_error, run_torch
 
 from saejax.activations import capture
 from saejax.activations.store import Store
@@ -68,10 +69,6 @@ def rows_by_place(store):
     return places
 
 
-def relative_error(found, expected) -> float:
-    return np.abs(found.astype(np.float64) - expected).max() / np.abs(expected).max()
-
-
 def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -79,29 +76,13 @@ def files(folder):
 def plain_forward(model, ids) -> dict[str, np.ndarray]:
     """The value at every site for one document without padding, by other ways than those of the capture.
 
-    The stream comes from ``output_hidden_states`` (the last of which is normalised, so layer 3 is not read); what
-    attention and MLP read and write from their innermost products.
+    The stream comes from ``output_hidden_states`` (the last of which is normalised, so layer 3 is not read).
     """
-    values, handles = {}, []
-
-    def keep(name, module, before):
-        def hook(module, args, output):
-            values[name] = (args[0] if before else output)[0].detach().clone()
-
-        handles.append(module.register_forward_hook(hook))
-
-    for number, layer in enumerate(model.model.layers):
-        keep(f"attn_out.{number}", layer.self_attn.o_proj, False)
-        keep(f"mlp_in.{number}", layer.mlp.up_proj, True)
-        keep(f"mlp_out.{number}", layer.mlp.down_proj, False)
-    with torch.no_grad():
-        stream = model(torch.tensor(ids[None].astype(np.int64)), output_hidden_states=True).hidden_states
-    for handle in handles:
-        handle.remove()
+    ids_BxT = torch.tensor(ids[None].astype(np.int64))
+    stream, (_, values) = model(ids_BxT, output_hidden_states=True).hidden_states, run_torch(model, ids_BxT)
     for layer in range(3):
-        values[f"resid_pre.{layer}"], values[f"resid_post.{layer}"] = stream[layer][0], stream[layer + 1][0]
-        values[f"resid_mid.{layer}"] = stream[layer][0] + values[f"attn_out.{layer}"]
-    return {name: value.float().numpy() for name, value in values.items()}
+        values[f"resid_pre.{layer}"], values[f"resid_post.{layer}"] = stream[layer], stream[layer + 1]
+    return {name: value[0].detach().float().numpy() for name, value in values.items()}
 
 
 def check_against_plain_forward(store, model, tolerance):

@@ -1,5 +1,8 @@
-"""A tiny model captured with the torch backend, for the tests of capture."""
+"""A tiny model captured with the torch backend, for the tests of capture, and stores of known vectors."""
 
+import functools
+
+import known_store
 import pytest
 from capture_setup import Setup, make_setup
 
@@ -21,6 +24,12 @@ def captured(setup):
 @pytest.fixture(scope="module")
 def torch_model(tiny_llama):
     return source.load_torch_model(source.resolve(ModelConfig(path=str(tiny_llama))), "float32")
+
+
+@pytest.fixture
+def make_store(tmp_path):
+    """Writes a store of known vectors: ``make_store(dtype, shard_rows)`` gives a ``known_store.Known``."""
+    return functools.partial(known_store.write, tmp_path / "store")
 
 
 @pytest.fixture

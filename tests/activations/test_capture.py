@@ -1,14 +1,21 @@
-"""What a capture stores: which tokens, in which order, rounded how, with which description."""
+"""What a capture stores, what it refuses, and that killed, stopped or damaged ones go on to the same files."""
+
+import dataclasses
+import json
+import shutil
+from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
-from capture_setup import ALL_SITES, check_against_plain_forward, corpus_texts, rows_by_place
+from capture_setup import ALL_SITES, RESUMED, check_against_plain_forward, corpus_texts, files, rows_by_place
+from safetensors.numpy import load_file, save_file
 
-from saejax.activations import progress
+from saejax.activations import capture, progress
 from saejax.activations.documents import Documents
 from saejax.activations.manifest import CapturedModel
-from saejax.errors import UserError
+from saejax.activations.writer import StoreWriter
+from saejax.errors import Interrupted, UserError
 from saejax.models import source
 from saejax.settings import ModelConfig
 
@@ -24,10 +31,13 @@ def test_every_token_is_stored_once_and_no_padding(captured):
     assert (results.sites["attn_out.0"].d, results.sites["attn_out.0"].bytes) == (64, len(expected) * 64 * 4)
 
 
-def test_every_site_equals_a_plain_forward_pass(captured, torch_model):
+def test_every_site_equals_a_plain_forward_pass_of_the_model_that_the_manifest_names(captured, setup, torch_model):
     store, _ = captured
     assert store.sites == ALL_SITES
     check_against_plain_forward(store, torch_model, 1e-5)
+    found = source.resolve(ModelConfig(path=str(setup.model)))
+    assert store.model == CapturedModel(str(setup.model), "", found.fingerprint, "float32")
+    store.check_model(found)
 
 
 def test_the_model_can_run_in_bfloat16(setup):
@@ -54,17 +64,6 @@ def test_documents_are_the_texts_cut_up(captured, setup):
     assert not set(groups[documents.split_N == 0]) & set(groups[documents.split_N == 1])
 
 
-def test_the_manifest_ties_the_store_to_model_and_corpus(captured, setup):
-    store, _ = captured
-    found = source.resolve(ModelConfig(path=str(setup.model)))
-    assert store.model == CapturedModel(str(setup.model), "", found.fingerprint, "float32")
-    store.check_model(found)
-    store.verify()
-    norms = store.norms("mlp_in.2", np.arange(store.manifest.rows))
-    vectors = store.read("mlp_in.2", np.arange(store.manifest.rows)).astype(np.float64)
-    np.testing.assert_allclose(norms, np.linalg.norm(vectors, axis=1), rtol=1e-6)
-
-
 @pytest.mark.parametrize("bos", ["auto", "always", "never"])
 def test_the_manifest_says_whether_documents_begin_with_bos(setup, monkeypatch, bos):
     load = source.load_tokenizer
@@ -86,11 +85,11 @@ def test_the_last_positions_of_every_text(setup, torch_model, last):
     store, _ = setup.capture(f"last{last}", last=last, sites=("resid_post.1", "mlp_in.0"))
     check_against_plain_forward(store, torch_model, 1e-5)
     text_N, start_N = (store.documents.column(name).tolist() for name in ("source", "start"))
-    texts, lengths = {}, {}
+    texts, lengths = defaultdict(set), defaultdict(int)
     for i, position in rows_by_place(store):
-        texts.setdefault(text_N[i], set()).add(start_N[i] + position)
+        texts[text_N[i]].add(start_N[i] + position)
     for i, ids in enumerate(store.documents):
-        lengths[text_N[i]] = max(lengths.get(text_N[i], 0), start_N[i] + len(ids))
+        lengths[text_N[i]] = max(lengths[text_N[i]], start_N[i] + len(ids))
     assert max(lengths.values()) > 64  # a text in three pieces
     assert texts == {key: set(range(max(0, length - last), length)) for key, length in lengths.items()}
 
@@ -115,8 +114,13 @@ def test_bfloat16_on_disk_is_the_rounded_value(setup, captured):
     assert np.array_equal(rounded.read("resid_post.2", rows).astype(np.float32), exact)
 
 
-def test_max_tokens_takes_that_many_tokens_of_the_corpus(setup, captured):
-    store, _ = setup.capture("limited", corpus=dict(max_tokens=151), sites=("resid_pre.0",))
+def test_max_tokens_takes_that_many_tokens_of_the_corpus_and_progress_tells_speed_and_time_to_go(
+    setup, captured, monkeypatch
+):
+    monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
+    lines = []
+    store, results = setup.capture("limited", say=lines.append, corpus=dict(max_tokens=151), sites=("resid_pre.0",))
+    assert sum("tokens/s" in line and "s to go" in line for line in lines) > 2 and results.tokens_per_second > 0
     assert int(store.documents.lengths_N.sum()) == 151
     sides = []
     for documents in (captured[0].documents, store.documents):
@@ -125,9 +129,145 @@ def test_max_tokens_takes_that_many_tokens_of_the_corpus(setup, captured):
     assert sides[1] < sides[0]  # every text that was taken is in the split in which it always is
 
 
-def test_progress_tells_speed_and_time_to_go(setup, monkeypatch):
-    monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
-    lines = []
-    _, results = setup.capture("progress", say=lines.append, sites=("resid_pre.0",))
-    assert sum("tokens/s" in line and "s to go" in line for line in lines) > 3
-    assert results.tokens_per_second > 0
+def test_a_nan_is_located_and_nothing_is_stored(setup, tiny_llama, tmp_path, monkeypatch):
+    tokenizer = source.load_tokenizer(source.resolve(ModelConfig(path=str(tiny_llama))))
+    token = tokenizer.encode("z")[0]  # in no text but the one below
+    texts = [*corpus_texts(), "the cat " * 30 + "z the"]
+    lines = [json.dumps(dict(text=text, group=f"g{i}")) for i, text in enumerate(texts)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].copy()
+    weights["model.embed_tokens.weight"][token, 3] = np.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata=dict(format="pt"))
+    # Weights that are not finite are refused before; values can also overflow in the model.
+    monkeypatch.setattr(source, "_damaged_parameters", lambda model: [])
+    run = setup.make_run(
+        "nan",
+        model=tmp_path / "model",
+        # Attention multiplies what is masked by zero, which leaves a NaN one: behind it all positions are NaN.
+        sites=("resid_pre.0", "mlp_out.1"),
+        shard_rows=10_000,
+        corpus=dict(path=str(tmp_path / "corpus.jsonl")),
+    )
+    position = tokenizer.encode(texts[-1]).index(token)
+    with pytest.raises(UserError, match=rf"at resid_pre\.0 are NaN .* document 12 of the corpus, position {position},"):
+        capture.run_capture(run)
+    assert not (run.folder / "manifest.json").exists()
+    assert not list(run.folder.rglob("shard-*.npy"))
+
+
+def test_too_many_sinks_are_an_error_that_names_share_and_flag(setup):
+    options = dict(sites=("resid_post.1",), sink_factor=1.0)
+    store, results = setup.capture("sinks", **options)
+    norms = store.norms("resid_post.1", np.arange(store.manifest.rows))
+    median = np.median(norms[store.documents.split_N[store.tokens(np.arange(len(norms)))[0]] == 0])
+    sinks = results.sites["resid_post.1"].sinks
+    assert sinks.position_0 + sinks.beyond == (norms > median).sum() > 10
+    kept = sum(len(store.rows(split, "resid_post.1")) for split in ("train", "held_out"))
+    assert kept == (norms <= median).sum()
+    message = rf"at resid_post\.1, {sinks.share_beyond:.2%} of .* at most 30.00%.*--capture.sink_factor.*"
+    with pytest.raises(UserError, match=message) as e:
+        setup.capture("sinks_refused", max_sink_share=0.3, **options)
+    assert "--capture.max_sink_share" in str(e.value)
+    assert not (setup.folder / "sinks_refused" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(sites=("resid_last.1",)), "there is no site 'resid_last.1'"),
+        (dict(sites=("resid_post.4",)), "4 layers, 0 to 3"),
+        (dict(sites=()), "--capture.sites is empty"),
+        (dict(sites=("mlp_in.0", "mlp_in.0")), "names mlp_in.0 twice"),
+        (dict(corpus=dict(path="nowhere.jsonl")), "nowhere.jsonl does not exist"),
+        (dict(corpus=dict(context=129)), "exceeds the model's context of 128"),
+        (dict(corpus=dict(max_tokens=1)), "split has no text.*--corpus.max_tokens=1"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(setup, options, message):
+    run = setup.make_run("refused", **options)
+    with pytest.raises(UserError, match=message):
+        capture.run_capture(run)
+    assert not list(run.folder.rglob("*"))
+
+
+def test_a_disk_without_room_is_refused_at_the_start(setup, monkeypatch):
+    monkeypatch.setattr(capture.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(UserError, match=r"disk is full: the store needs .* MiB more"):
+        setup.capture("no_room")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(setup):
+    store, _ = setup.capture("uninterrupted", **RESUMED)
+    assert store.manifest.shards > 5
+    return files(store.folder)
+
+
+def test_a_capture_killed_at_any_shard_goes_on_to_the_same_files(setup, uninterrupted, monkeypatch):
+    """Killed in the middle of every shard in turn: some of the shard's files are there, not its record."""
+    finished, write_site = [], StoreWriter.write_site
+
+    class Killed(BaseException):
+        pass
+
+    def killed_in_the_middle(self, site, shard, rows):
+        if site == "mlp_in.2" or (finished and finished[-1] == shard):
+            return write_site(self, site, shard, rows)
+        finished.append(shard)
+        (self.folder / "resid_post.1").mkdir(exist_ok=True)
+        (self.folder / "resid_post.1" / f"shard-{shard:05d}.npy").write_bytes(b"half a file")
+        (self.folder / "resid_post.1" / f".shard-{shard:05d}.npy.writing-1").write_bytes(b"half a file")
+        raise Killed
+
+    monkeypatch.setattr(StoreWriter, "write_site", killed_in_the_middle)
+    run = setup.make_run("killed", **RESUMED)
+    kills = 0
+    while not (run.folder / "manifest.json").exists():
+        said = []
+        try:
+            capture.run_capture(dataclasses.replace(run, say=said.append))
+        except Killed:
+            kills += 1
+            assert f"; {max(kills - 2, 0)} of " in said[0]  # all before the shard that the last kill hit
+    assert finished == list(range(kills)) and kills > 5
+    assert files(run.folder) == uninterrupted
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_stopped_capture_keeps_its_shards_and_goes_on(setup, on_one_device, backend):
+    asked = 0
+
+    def stopping():
+        nonlocal asked
+        asked += 1
+        return asked % 5 == 0
+
+    run = setup.make_run(f"stopped_{backend}", stopping=stopping, backend=backend, **RESUMED)
+    stops = 0
+    while not (run.folder / "manifest.json").exists():
+        try:
+            capture.run_capture(run)
+        except Interrupted as stop:
+            stops += 1
+            assert f"{len(list(run.folder.glob('mlp_in.2/record-*')))} of " in str(stop)
+    whole, _ = setup.capture(f"whole_{backend}", backend=backend, **RESUMED)
+    assert stops > 2 and files(run.folder) == files(whole.folder)
+
+
+def test_a_finished_shard_that_was_damaged_is_made_again(setup, uninterrupted):
+    store, _ = setup.capture("damaged", **RESUMED)
+    (store.folder / "manifest.json").unlink()
+    shard = store.folder / "mlp_in.2" / "shard-00003.npy"
+    shard.write_bytes(shard.read_bytes()[:-4] + b"\0\0\0\0")
+    setup.capture("damaged", **RESUMED)
+    assert files(store.folder) == uninterrupted
+
+
+@pytest.mark.parametrize("other", [dict(corpus=dict(max_tokens=150)), dict(backend="jax")], ids=["corpus", "backend"])
+def test_shards_of_other_work_are_not_taken_over(setup, on_one_device, other):
+    name, lines = f"before_{next(iter(other))}", []
+    setup.capture(name, **RESUMED)
+    setup.capture(name, say=lines.append, **RESUMED | other)
+    assert "; 0 of " in lines[0]

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from capture_setup import relative_error
 from tiny_models import save_tiny, save_tiny_tokenizer
+from torch_sites import relative_error
 
 from saejax import load_model
 from saejax.activations import jax_capture
@@ -42,12 +42,10 @@ def assert_same_store(found, expected, tolerance=1e-5):
     ids=["every site", "last positions", "many shards, one by one"],
 )
 def test_both_backends_make_the_same_store(setup, on_one_device, options):
-    stores = [setup.capture(backend, backend=backend, **options) for backend in ("torch", "jax")]
-    assert_same_store(stores[1][0], stores[0][0])
-    speeds = [results.tokens_per_second for _, results in stores]
-    assert min(speeds) > 0
-    counts = [(results.documents, results.tokens) for _, results in stores]
-    assert counts[0] == counts[1]
+    (expected, by_torch), (found, by_jax) = (setup.capture(name, backend=name, **options) for name in ("torch", "jax"))
+    assert_same_store(found, expected)
+    assert min(by_torch.tokens_per_second, by_jax.tokens_per_second) > 0
+    assert (by_torch.documents, by_torch.tokens) == (by_jax.documents, by_jax.tokens)
 
 
 @pytest.mark.parametrize(("mesh", "rows"), [(dict(), 90), (dict(data=2, model=4), 110)], ids=["data 8", "data 2"])

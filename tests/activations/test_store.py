@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import errno
-import functools
 import json
 import os
 import resource
@@ -24,15 +23,9 @@ from saejax.models.source import ModelSource
 SITES = ("resid_post.1", "mlp_out.0")
 
 
-@pytest.fixture
-def make_store(tmp_path):
-    """Writes a store of known vectors: ``make_store(dtype, shard_rows)`` gives a ``known_store.Known``."""
-    return functools.partial(known_store.write, tmp_path / "store")
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shard_rows", [16, 7, 1000])
-def test_every_vector_is_read_back_under_its_document_and_position(make_store, dtype, shard_rows):
+def test_what_was_written_is_read_back_under_its_document_and_position(make_store, dtype, shard_rows):
     known = make_store(dtype, shard_rows)
     store = known.store
     store.verify()
@@ -47,15 +40,26 @@ def test_every_vector_is_read_back_under_its_document_and_position(make_store, d
         np.testing.assert_allclose(store.norms(site, rows), norms, rtol=1e-6)
     _, _, token_N = store.tokens(rows)
     assert token_N.tolist() == [known.documents[i][position] for i, position in places]
+    assert [ids.tolist() for ids in store.documents] == [ids.tolist() for ids in known.documents]
+    assert [len(ids) for ids in store.documents.of("held_out")] == [3, 11, 2]
+    with pytest.raises(IndexError):
+        store.documents[12]
+    for site, more_sites in (("resid_post.1", ()), ("mlp_out.0", ()), ("mlp_out.0", ("resid_post.1",))):
+        values_NxD = store.read(site, store.rows("train", site, *more_sites)).astype(np.float64)
+        np.testing.assert_allclose(store.mean(site, *more_sites), values_NxD.mean(0), rtol=0, atol=1e-12)
 
 
-def test_rows_are_those_of_the_split_without_the_sites_sinks(make_store):
-    known = make_store()
+def test_rows_are_those_of_the_split_without_sinks_beyond_ten_medians_of_the_training_rows(make_store):
+    known = make_store("float32")
     for site in SITES:
+        vectors, split_N = known.vectors[site], known.documents.split_N
+        norms = [np.linalg.norm(vector) for (i, _), vector in vectors.items() if split_N[i] == 0]
+        assert known.store.median_norm(site) == pytest.approx(np.median(norms), rel=1e-6)
+        assert known.store.max_norm(site) == pytest.approx(10 * np.median(norms), rel=1e-6)
         for split, index in (("train", 0), ("held_out", 1)):
             rows = known.store.rows(split, site)
             assert rows.dtype == np.int64 and (np.diff(rows) > 0).all()
-            expected = {place for place in known.vectors[site] if known.documents.split_N[place[0]] == index}
+            expected = {place for place in vectors if split_N[place[0]] == index}
             assert set(known.places(rows)) == expected - known.sinks[site]
     sinks = known.store.sinks("resid_post.1")
     assert (sinks.position_0, sinks.beyond, sinks.share_beyond) == (12, 0, 0.0)
@@ -64,52 +68,29 @@ def test_rows_are_those_of_the_split_without_the_sites_sinks(make_store):
     assert sinks.share_beyond == pytest.approx(1 / (93 - 12))
 
 
-def test_the_sink_rule_is_the_median_of_the_training_rows(make_store):
-    known = make_store("float32")
-    for site in SITES:
-        vectors, split_N = known.vectors[site], known.documents.split_N
-        norms = [np.linalg.norm(vector) for (i, _), vector in vectors.items() if split_N[i] == 0]
-        assert known.store.median_norm(site) == pytest.approx(np.median(norms), rel=1e-6)
-        assert known.store.max_norm(site) == pytest.approx(10 * np.median(norms), rel=1e-6)
-
-
-def test_documents_are_read_back(make_store):
-    known = make_store()
-    assert len(known.store.documents) == 12
-    for found, written in zip(known.store.documents, known.documents, strict=True):
-        assert found.tolist() == written.tolist()
-    assert [len(ids) for ids in known.store.documents.of("held_out")] == [3, 11, 2]
-    with pytest.raises(IndexError):
-        known.store.documents[12]
-
-
-def test_a_folder_without_manifest_is_not_a_store(make_store, tmp_path):
-    folder = make_store().store.folder
-    (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"no finished activation store.*run capture"):
-        Store.open(folder)
-    with pytest.raises(UserError, match="no finished activation store"):
-        Store.open(tmp_path / "nowhere")
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda manifest: manifest.update(schema_version=99), "schema version"),
+        (lambda path: path.unlink(), r"no finished activation store.*run capture"),
+        (lambda path: change_manifest(path, lambda manifest: manifest.update(schema_version=99)), "schema version"),
         (
-            lambda manifest: manifest["sites"]["mlp_out.0"].pop("max_norm"),
+            lambda path: change_manifest(path, lambda manifest: manifest["sites"]["mlp_out.0"].pop("max_norm")),
             r"manifest.json has no field sites.mlp_out.0.max_norm: it is damaged",
         ),
     ],
 )
 def test_a_manifest_that_cannot_be_read_is_refused_in_one_line(make_store, spoil, message):
     folder = make_store().store.folder
-    manifest = json.loads((folder / "manifest.json").read_text())
-    spoil(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    spoil(folder / "manifest.json")
     with pytest.raises(UserError, match=message) as raised:
         Store.open(folder)
     assert "\n" not in str(raised.value)
+
+
+def change_manifest(path, change):
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
 
 
 FILES = [
@@ -180,14 +161,6 @@ def test_another_array_of_the_same_size_is_refused(make_store):
         Store.open(store.folder).read("resid_post.1", [20])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_mean_is_that_of_training_rows_without_sinks(make_store, dtype):
-    store = make_store(dtype).store
-    for site, more_sites in (("resid_post.1", ()), ("mlp_out.0", ()), ("mlp_out.0", ("resid_post.1",))):
-        values_NxD = store.read(site, store.rows("train", site, *more_sites)).astype(np.float64)
-        np.testing.assert_allclose(store.mean(site, *more_sites), values_NxD.mean(0), rtol=0, atol=1e-12)
-
-
 def test_a_store_of_another_model_is_refused_with_both_names(make_store):
     store = make_store().store
     store.check_model(ModelSource("known/model", "abc", Path("."), "0123456789abcdef"))
@@ -197,13 +170,9 @@ def test_a_store_of_another_model_is_refused_with_both_names(make_store):
 
 def test_unknown_sites_splits_and_rows_are_refused(make_store):
     store = make_store().store
-    for ask in (
-        lambda: store.read("resid_post.2", [0]),
-        lambda: store.d("x"),
-        lambda: store.rows("train", "mlp_out.1"),
-    ):
+    for method, *arguments in ((store.read, "resid_post.2", [0]), (store.d, "x"), (store.rows, "train", "mlp_out.1")):
         with pytest.raises(UserError, match="expected one of resid_post.1, mlp_out.0"):
-            ask()
+            method(*arguments)
     with pytest.raises(UserError, match="train, held_out"):
         store.rows("test", "mlp_out.0")
     for row in (-1, 93):
@@ -262,6 +231,7 @@ def test_a_full_disk_is_said_and_leaves_no_part_of_a_file(make_store, monkeypatc
 
 
 def test_a_store_of_more_files_than_a_process_may_open_is_read(make_store, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # of hundreds of small files
     known = make_store("float32", shard_rows=1)
     assert known.store.manifest.shards > 64
     rows, limits = np.random.default_rng(0).permutation(93), resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -29,7 +29,7 @@ def backend(request):
 
 
 @pytest.fixture
-def make_run(tiny_llama, tmp_path, backend):
+def run(tiny_llama, tmp_path, backend):
     """A run over 60 short documents."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n\n".join(f"The {i % 7} dogs run near {i} rivers, and {i + 3} trees." for i in range(60)))
@@ -37,10 +37,7 @@ def make_run(tiny_llama, tmp_path, backend):
     configs |= CorpusConfig(path=str(corpus), held_out=0.2, context=20)
     configs |= CaptureConfig(sites=SITES, store_dtype="float32", max_sink_share=1.0, batch_tokens=128, backend=backend)
 
-    def make(stopping=lambda: False):
-        return Run("train", "topk", tmp_path, configs, {}, say=lambda line: None, stopping=stopping)
-
-    return make
+    return Run("train", "topk", tmp_path, configs, {}, say=lambda line: None)
 
 
 def all_rows(stream):
@@ -52,8 +49,7 @@ def all_rows(stream):
     return vectors
 
 
-def test_the_buffers_hold_the_training_rows_of_a_store(make_run, tmp_path):
-    run = make_run()
+def test_the_buffers_hold_the_training_rows_of_a_store(run, tmp_path):
     stream = ModelStream(run, [SITES], BUFFER)
     vectors = all_rows(stream)
     assert [len(part) for part in vectors[:-1]] == [BUFFER] * (len(stream) - 1) and len(stream) > 3
@@ -73,8 +69,7 @@ def test_the_buffers_hold_the_training_rows_of_a_store(make_run, tmp_path):
 
 @pytest.mark.parametrize("backend", ["jax"], indirect=True)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_on_the_devices_the_rows_are_those_of_the_host(make_run, dtype, monkeypatch):
-    run = make_run()
+def test_on_the_devices_the_rows_are_those_of_the_host(run, dtype, monkeypatch):
     capture = dataclasses.replace(run.configs[CaptureConfig], store_dtype=dtype)
     run = dataclasses.replace(run, configs=run.configs | capture | MeshConfig(member=2))
     parts = [(SITES[1], SITES[0]), (SITES[0], SITES[0].replace("1", "0"))]  # inputs and targets of two members
@@ -96,8 +91,8 @@ def test_on_the_devices_the_rows_are_those_of_the_host(make_run, dtype, monkeypa
 
 
 @pytest.mark.parametrize("backend", ["jax"], indirect=True)
-def test_nothing_passes_through_the_host(make_run, monkeypatch):
-    stream, programs = ModelStream(make_run(), [SITES], BUFFER), []
+def test_nothing_passes_through_the_host(run, monkeypatch):
+    stream, programs = ModelStream(run, [SITES], BUFFER), []
     write = stream._buffers._write
 
     def noted(*given):
@@ -109,8 +104,8 @@ def test_nothing_passes_through_the_host(make_run, monkeypatch):
     assert not any(re.search(r"infeed|outfeed|callback|host_transfer|send-done|recv-done", text) for text in programs)
 
 
-def test_a_value_that_is_not_finite_ends_it(make_run):
-    stream = ModelStream(make_run(), [SITES], BUFFER)
+def test_a_value_that_is_not_finite_ends_it(run):
+    stream = ModelStream(run, [SITES], BUFFER)
     assert stream.fill(0)
     norms = stream._norms[SITES[0]]
     stream._norms = {**stream._norms, SITES[0]: np.where(np.arange(len(norms)) == 7, np.nan, norms)}
@@ -121,22 +116,22 @@ def test_a_value_that_is_not_finite_ends_it(make_run):
 
 
 @pytest.mark.parametrize("backend", ["jax"], indirect=True)
-def test_a_buffer_that_does_not_fit_is_refused(make_run, monkeypatch):
+def test_a_buffer_that_does_not_fit_is_refused(run, monkeypatch):
     monkeypatch.setattr(device_buffers, "free_bytes", lambda mesh: 1000)
     with pytest.raises(UserError, match="a buffer of 104 tokens takes 0.00 GB on each device"):
-        ModelStream(make_run(), [SITES], BUFFER)
+        ModelStream(run, [SITES], BUFFER)
 
 
-def test_a_buffer_comes_out_the_same_whenever_it_is_made(make_run):
-    stream = ModelStream(make_run(), [SITES], BUFFER)
+def test_a_buffer_comes_out_the_same_whenever_it_is_made(run):
+    stream = ModelStream(run, [SITES], BUFFER)
     first = all_rows(stream)
-    repeated = ModelStream(make_run(), [SITES], BUFFER)
+    repeated = ModelStream(run, [SITES], BUFFER)
     assert repeated.fill(0) and repeated.fill(2)
     np.testing.assert_array_equal(repeated.read(SITES[0], np.arange(BUFFER)), first[2])
 
 
-def test_sinks_are_left_out_by_the_first_buffers_median(make_run):
-    stream = ModelStream(make_run(), [SITES], BUFFER)
+def test_sinks_are_left_out_by_the_first_buffers_median(run):
+    stream = ModelStream(run, [SITES], BUFFER)
     stream.fill(0)
     norms = np.linalg.norm(stream.read(SITES[0], np.arange(BUFFER)).astype(np.float64), axis=1)
     assert stream.max_norm(SITES[0]) == pytest.approx(10 * np.median(norms), rel=1e-6)
@@ -146,12 +141,6 @@ def test_sinks_are_left_out_by_the_first_buffers_median(make_run):
     before = stream.max_norm(SITES[1])
     stream.fill(1)
     assert stream.max_norm(SITES[1]) == before
-
-
-def test_it_stops_while_a_buffer_is_made(make_run):
-    asked = iter([False, True])
-    stream = ModelStream(make_run(lambda: next(asked)), [SITES], 400)  # several batches
-    assert not stream.fill(0) and next(asked, None) is None
 
 
 def test_every_row_comes_once_an_epoch():

@@ -25,15 +25,8 @@ from saejax.tasks.corpora import Document
 TEXTS = [f"{name} number {n} is {n * 37 % 101} of them." * (1 + n % 9) for n in range(300) for name in ("Bird", "Fish")]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    from runs import save_model
-
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
-def stream(model, tmp_path, monkeypatch):
+def stream(inputs, tmp_path, monkeypatch):
     """Tokenizes texts as a stream; gives the run, its results and the documents."""
 
     def run(texts=TEXTS, name="tokenize", stopping=lambda: False, **settings):
@@ -42,7 +35,7 @@ def stream(model, tmp_path, monkeypatch):
             file.write("\n".join(json.dumps(dict(text=text)) for text in texts))
         corpus = CorpusConfig(**dict(path=str(path), context=16, stream=True) | settings)
         capture = CaptureConfig(sites=("resid_post.0",))
-        configs = Configs(ModelConfig(path=str(model)), corpus, TaskConfig(), capture)
+        configs = Configs(ModelConfig(path=str(inputs[0])), corpus, TaskConfig(), capture)
         run = Run("tokenize", "", tmp_path / name, configs, {}, lambda line: None, stopping)
         results = run_tokenize(run)
         monkeypatch.setattr(tokenize, "load_results", lambda folder: results)
@@ -164,12 +157,12 @@ def test_contexts_begin_with_bos_once_and_end_in_no_eos(bos, adds):
 
 
 def test_of_many_documents_a_sample_takes_little_memory():
-    lengths_N = np.random.default_rng(0).integers(1, 7, 200_000)
+    lengths_N = np.random.default_rng(0).integers(1, 7, 50_000)
     split_N = np.sort(np.random.default_rng(1).random(len(lengths_N)) < 0.3)
     table_Nx4 = np.zeros((len(lengths_N), len(COLUMNS)), np.int32)
     table_Nx4[:, 0], table_Nx4[:, 2] = split_N, np.arange(len(lengths_N))
     documents = Documents.contiguous(np.zeros(lengths_N.sum(), np.int32), lengths_N, table_Nx4, ())
-    for tokens in (1, 6, 7, 240_000):
+    for tokens in (1, 6, 7, 60_000):
         sample = documents.sample(tokens)
         for split in range(2):
             own = np.flatnonzero(split_N == split)

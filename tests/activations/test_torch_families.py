@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from capture_setup import relative_error
 from tiny_models import save_tiny
-from torch_sites import MODULES, run_torch
+from torch_sites import MODULES, relative_error, run_torch
 from transformers import AutoModelForCausalLM
 
 from saejax.activations.plan import Batch

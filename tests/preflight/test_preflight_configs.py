@@ -1,12 +1,13 @@
-"""The flag files of both studies."""
+"""The flag files: their settings, and what of their jobs fits machines that are not here."""
 
 import dataclasses
 
 import jax
 import pytest
 from absl import flags
-from preflight_setup import CONFIGS
+from preflight_setup import CONFIGS, needs_libtpu
 
+from benchmarks import bench_jobs
 from saejax.attribution.programs import planned_graphs
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
@@ -116,3 +117,20 @@ def test_phi_2s_32_layers_fit_one_device_of_80_gb_in_turn(monkeypatch, quick_com
     compiled = topology.compile_for(step, limit, 1)
     weights = 32 * 2 * 2560 * 20_480 * 4  # of all members; Adam has two means of them
     assert 3 * weights < compiled.memory < 4.5 * weights and compiled.fits, "57 GB; with all members at once 82 GB"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["node", "nodes", pytest.param("slice", marks=needs_libtpu)])
+def test_every_program_of_a_large_job_fits(job):
+    """A dictionary for each of Qwen3-4B's layers, from its text to its report."""
+    results = bench_jobs.programs(CONFIGS / "large/qwen3-4b-every-layer.flags", job)
+    (needs,) = results.models
+    assert needs.layers == 36 and needs.fits and needs.peak_bytes < results.limit_bytes
+    stages = {program.name.partition(":")[0] for program in needs.programs}
+    assert stages == {"capture", "train", "evaluate", "ablate"}
+    for program in needs.programs:
+        assert program.fits and program.sends is not None, program.name
+    (step,) = (program for program in needs.programs if program.name == "train: topk step")
+    # Of all dictionaries, whose sums a device sends of its own ones, with the rows.
+    gradients = 36 * 2 * 20_480 * 2560 * 4
+    assert sum(step.sends.values()) < 2 * 1.25 * gradients / 4

@@ -93,10 +93,15 @@ def step(stack: TrainStack, state, batch):
     return compiled(stack)(state, stack.hyperparams, placed)
 
 
-def run(stack: TrainStack, data: np.ndarray, state=None):
-    """The state after these batches, from the initial or another one, and the metrics [M] of the last."""
+def train(stack: TrainStack, data, state=None):
+    """The state after these batches of parts, from the initial or another one, and the metrics [M] of the last."""
     state = init_state(stack) if state is None else state
     for batch in data:
-        state, metrics = step(stack, state, parts(stack, batch))
+        state, metrics = step(stack, state, batch)
         jax.block_until_ready(metrics)  # eight devices on two cores must not queue up steps
     return state, metrics
+
+
+def run(stack: TrainStack, data: np.ndarray, state=None):
+    """The same after the ``parts`` of these batches."""
+    return train(stack, (parts(stack, batch) for batch in data), state)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_runs import STEPS, assert_same_bits, go
 from small_runs import make_stack as make_small_run
-from small_stacks import B, D, F, compiled, make_stack, step
+from small_stacks import B, D, F, compiled, make_stack, train
 
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.dictionaries.formats import circuit_tracer
@@ -128,22 +128,14 @@ def planted(steps, tokens=B, features=6):
     return x, y, writes
 
 
-def train_on(stack, x, y, state=None):
-    state = init_state(stack) if state is None else state
-    for batch in zip(x, y, strict=True):
-        state, metrics = step(stack, state, batch)
-        jax.block_until_ready(metrics)
-    return state, metrics
-
-
 def test_features_that_write_across_layers_are_found_again(one_device):
     """A transcoder of the last layer alone cannot know what the first writes there: its own input does not tell."""
-    x, y, writes = planted(600, tokens=128)
-    settings = dict(sites=SITES, steps=600, k=(1,), learning_rate=(1e-2,), batch=128)
+    x, y, writes = planted(400, tokens=128)
+    settings = dict(sites=SITES, steps=400, k=(1,), learning_rate=(1e-2,), batch=128)
     stack, alone = (
         make_stack("batchtopk", one_device, 1.0, form=form, **settings) for form in (FORM["form"], "transcoder")
     )
-    (state, metrics), (_, of_transcoders) = train_on(stack, x, y), train_on(alone, x, y)
+    (state, metrics), (_, of_transcoders) = (train(each, zip(x, y, strict=True)) for each in (stack, alone))
     found = finish_layer(stack, state, 0)[1].reshape(F, -1)
     wanted = writes[0].reshape(len(writes[0]), -1)
     lengths = np.linalg.norm(wanted, axis=1)[:, None] * np.maximum(np.linalg.norm(found, axis=1), 1e-9)
@@ -157,10 +149,10 @@ def test_features_that_write_across_layers_are_found_again(one_device):
 def test_features_over_eight_devices_are_those_of_one(kind, shape, zero, one_device):
     with jax.enable_x64(True):
         x, y, _ = planted(10)
-        wanted, _ = train_on(make(kind, one_device, state_dtype="float64"), x, y)
+        wanted, _ = train(make(kind, one_device, state_dtype="float64"), zip(x, y, strict=True))
         mesh = make_mesh(MeshConfig(**dict(zip(("member", "data", "model"), shape, strict=True))))
         stack = make(kind, mesh, state_dtype="float64", zero_optimizer=zero)
-        found, _ = train_on(stack, x, y)
+        found, _ = train(stack, zip(x, y, strict=True))
         for layer, arrays in enumerate(found.params):  # only what is written is stored
             decoder = arrays["W_dec_FxD"]
             assert decoder.sharding.shard_shape(decoder.shape) == (F // shape[2], (LAYERS - layer) * D)
@@ -187,7 +179,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(kind, tmp_path):
 def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device):
     stack = make(kind, one_device)
     x, y, _ = planted(8)
-    state, _ = train_on(stack, x, y)
+    state, _ = train(stack, zip(x, y, strict=True))
     load = lambda layer: finish_layer(stack, state, layer)  # noqa: E731
     circuit_tracer.save_cross_layer(tmp_path / "set", LAYERS, load)
     opened = open_transcoders(tmp_path / "set")
@@ -219,7 +211,7 @@ def test_a_feature_that_never_fires_and_no_spread_are_no_trouble(one_device):
     state = init_state(stack)
     silent = tuple(arrays | dict(b_enc_F=arrays["b_enc_F"] - 100) for arrays in state.params)
     x = np.ones((3, LAYERS, B, D), np.float32)
-    state, metrics = train_on(stack, x, 0 * x, dataclasses.replace(state, params=silent))
+    state, metrics = train(stack, zip(x, 0 * x, strict=True), dataclasses.replace(state, params=silent))
     assert not np.asarray(metrics["l0"]).any() and np.isfinite(jax.tree.leaves(metrics)).all()
     assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(state))
 

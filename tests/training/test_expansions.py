@@ -7,14 +7,15 @@ import pytest
 import runs
 
 from saejax import load_dictionary, load_results, train
+from saejax.dictionaries.cross_layer import FORM
 from saejax.errors import UserError
 from saejax.runner import command
 from saejax.settings import TrainConfig
 from saejax.training.report import training_curves
 
 pytestmark = pytest.mark.usefixtures("single_device")
-STAGES = ["baseline", "capture", "train", "evaluate"]
-SEEDS = dict(train__kinds="topk", train__seed="1,2")
+STAGES = ["capture", "train", "evaluate"]
+SEEDS = dict(train__kinds="topk", train__seed="1,2", task__behaviours="")
 
 
 def go(stages, inputs, folder, **changes) -> int:
@@ -31,7 +32,7 @@ def workdir(inputs, tmp_path_factory):
 
 def test_each_has_the_bits_of_a_run_of_its_own(inputs, workdir, tmp_path):
     for expansion in (2, 4):
-        runs.captured_only(workdir, tmp_path / f"run{expansion}")
+        runs.copy_units(workdir, tmp_path / f"run{expansion}", "capture")
         assert go(["train"], inputs, tmp_path / f"run{expansion}", train__expansion=expansion) == 0
         for seed in (1, 2):
             together = load_dictionary(workdir / "train" / "topk" / f"expansion{expansion}-seed{seed}")
@@ -64,15 +65,9 @@ def test_a_stopped_run_goes_on_with_the_one_it_was_at(inputs, workdir, tmp_path,
     assert runs.dictionary_checksums(run) == runs.dictionary_checksums(workdir)
 
 
-FORM = dict(form="cross_layer_transcoder")
-
-
-@pytest.mark.parametrize("changes", [dict(expansions=(0,)), dict(expansions=(4, 4)), dict(features=512), FORM], ids=str)
-def test_what_does_not_go_together_is_refused(changes):
-    with pytest.raises(UserError, match="expansions"):
-        TrainConfig(**dict(expansions=(4, 8)) | changes)
-
-
-def test_one_call_trains_one(workdir):
+def test_what_does_not_go_together_is_refused(workdir):
+    for changes in (dict(expansions=(0,)), dict(expansions=(4, 4)), dict(features=512), dict(form=FORM)):
+        with pytest.raises(UserError, match="expansions"):
+            TrainConfig(**dict(expansions=(4, 8)) | changes)
     with pytest.raises(UserError, match="make 2 dictionaries"):
         train(workdir / "capture", k=4, batch=64, expansions=(2, 4))

@@ -1,17 +1,9 @@
 """Resident and streamed inputs give the same training, bit for bit."""
 
-import os
-import sys
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import pytest
-from runs import finish, start
 from small_runs import ORDER, STEPS, Rows, assert_same_bits, go, make_stack, resident, streamed
-
-sys.path.append(str(Path(__file__).parent.parent / "activations"))
-import known_store
 
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
@@ -64,29 +56,3 @@ def test_what_fits_is_resident_and_what_does_not_is_streamed_or_refused(monkeypa
     assert made(3 * size, "streamed") is inputs.StreamedBatches
     with pytest.raises(UserError, match="would put 0.00 GB of activations on each device"):
         made(size - 1, "resident")
-
-
-SHARDS, FILES = 5000, 256
-TRAIN = f"""
-import resource, sys
-from pathlib import Path
-resource.setrlimit(resource.RLIMIT_NOFILE, ({FILES}, {FILES}))
-from saejax.runner.config import Configs
-from saejax.settings import MeshConfig, TrainConfig
-from saejax.training.train import run_train
-from saejax.runner.workspace import Run
-settings = dict(sites=("resid_post.1",), batch=512, epochs=1, k=(2,), max_steps=8, input="streamed")
-configs = Configs(MeshConfig(), TrainConfig(**settings))
-run = Run("train", "topk", Path(sys.argv[2]), configs, dict(capture=Path(sys.argv[1])))
-print("trained", run_train(run).steps)
-"""
-
-
-@pytest.mark.slow
-def test_a_store_of_more_shards_than_files_may_be_open_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # of 25,000 small files
-    lengths = known_store.LENGTHS * (2 * SHARDS // sum(known_store.LENGTHS) + 1)
-    written = known_store.write(tmp_path / "store", shard_rows=2, lengths=lengths)
-    assert written.store.manifest.shards >= SHARDS
-    (tmp_path / "run").mkdir()
-    assert "trained 8" in finish(start(TRAIN, [str(tmp_path / "store"), str(tmp_path / "run")]))

@@ -20,18 +20,21 @@ from saejax.training.optimizer import apply_constraints, project_out_radial_grad
 WIDTHS = (3, 5)
 
 
-def test_lengths_are_summed_over_parts_and_normals_are_their_gradient():
+@pytest.mark.parametrize("widths", [WIDTHS, ()])
+def test_lengths_are_summed_over_parts_and_normals_are_their_gradient(widths):
     rows_FxD = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
-    rows_FxD[1, :3] = 0  # a part without a direction has no gradient
-    by_hand = [np.linalg.norm(row[:3]) + np.linalg.norm(row[3:]) for row in rows_FxD.astype(np.float64)]
-    np.testing.assert_allclose(row_lengths(jnp.asarray(rows_FxD), WIDTHS), by_hand, rtol=1e-6)
-    np.testing.assert_allclose(row_lengths(jnp.asarray(rows_FxD)), np.linalg.norm(rows_FxD, axis=1), rtol=1e-6)
-    gradient = jax.grad(lambda rows: row_lengths(rows, WIDTHS).sum())(jnp.asarray(rows_FxD))
-    np.testing.assert_allclose(row_normals(jnp.asarray(rows_FxD), WIDTHS), gradient, atol=1e-6)
+    rows_FxD[1, :3], rows_FxD[2] = 0, 0  # a part without a direction has no gradient
+    parts = np.split(rows_FxD.astype(np.float64), [3] if widths else [], axis=1)
+    norms = [np.linalg.norm(part, axis=1, keepdims=True) for part in parts]
+    by_hand_F, rows = sum(norms)[:, 0], jnp.asarray(rows_FxD)
+    normals_FxD = np.concatenate([part / np.maximum(norm, 1e-30) for part, norm in zip(parts, norms, strict=True)], 1)
+    gradient = jax.grad(lambda rows: row_lengths(rows, widths).sum())(rows)
+    np.testing.assert_allclose(row_lengths(rows, widths), by_hand_F, rtol=1e-6)
+    np.testing.assert_allclose(gradient, normals_FxD, atol=1e-6)
+    np.testing.assert_allclose(row_normals(rows, widths), normals_FxD, atol=1e-6)
     f = np.abs(np.random.default_rng(1).normal(size=(6, 4)))
-    expected = (f.mean(0) * by_hand).sum()
-    norms_F = row_lengths(jnp.asarray(rows_FxD), WIDTHS)
-    np.testing.assert_allclose(l1_norm_weighted(jnp.asarray(f), norms_F), expected, rtol=1e-6)
+    weighted = l1_norm_weighted(jnp.asarray(f), row_lengths(rows, widths))
+    np.testing.assert_allclose(weighted, (f.mean(0) * by_hand_F).sum(), rtol=1e-6)
 
 
 def test_a_turned_gradient_leaves_the_length_as_it_is():

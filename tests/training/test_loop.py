@@ -1,6 +1,9 @@
-"""The loop never waits for the step, compiles once, saves, resumes bit for bit, and stops on NaN and SIGTERM."""
+"""The loop never waits for the step, compiles once, saves, resumes bit for bit, stops on NaN, and keeps its metrics."""
 
+import json
+import sys
 import types
+from unittest.mock import MagicMock
 
 import numpy as np
 import optax
@@ -11,10 +14,10 @@ from small_stacks import B, D, F, compiled
 
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig
+from saejax.settings import MeshConfig, TrainConfig
 from saejax.training import metrics as metrics_module
 from saejax.training.checkpoints import Checkpoints
-from saejax.training.metrics import METRICS, Metrics
+from saejax.training.metrics import METRICS, Metrics, Wandb
 from saejax.training.state import abstract_state
 
 
@@ -83,26 +86,25 @@ def test_restoring_onto_another_mesh_goes_on_from_the_same_state(tmp_path, zero)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
-@pytest.mark.parametrize("every", [1, 2, 4])
-def test_a_gradient_that_overflows_is_not_saved(tmp_path, every):
-    """The loss of step 4 is finite, but what it makes of the parameters would not be."""
-    rows = Rows()
-    rows.values[ORDER.rows(3)] *= 2e17
-    with pytest.raises(UserError, match="gradient_norm is .* at step 4: .* the last checkpoint is kept"):
-        go(tmp_path, make_stack(checkpoint_every=every, log_every=1000), store=rows)
-    latest = Checkpoints(tmp_path / "checkpoints").latest_step
-    assert latest == {1: 3, 2: 2, 4: None}[every]
-
-
 @pytest.mark.parametrize(
-    ("make_batches", "step", "log_every", "kept"),
-    [(streamed, 4, 1, 3), (streamed, 4, 1000, 3), (resident, 1, 1000, None), (resident, 5, 1000, 3)],
+    ("make_batches", "size", "step", "every", "log_every", "kept"),
+    [
+        (streamed, np.nan, 4, 3, 1, 3),
+        (streamed, np.nan, 4, 3, 1000, 3),
+        (resident, np.nan, 1, 3, 1000, None),
+        (resident, np.nan, 5, 3, 1000, 3),
+        # The loss of step 4 is finite, but what it makes of the parameters would not be.
+        *((streamed, 2e17, 4, every, 1000, kept) for every, kept in ((1, 3), (2, 2), (4, None))),
+    ],
 )
-def test_nan_stops_at_its_step_and_keeps_the_last_good_checkpoint(tmp_path, make_batches, step, log_every, kept):
-    rows = Rows()
-    rows.values[ORDER.rows(step - 1)[0], 2] = np.nan
-    with pytest.raises(UserError, match=f"at step {step}:"):
-        go(tmp_path, make_stack(checkpoint_every=3, log_every=log_every), make_batches, rows)
+def test_what_is_not_finite_stops_at_its_step_and_is_not_saved(
+    tmp_path, make_batches, size, step, every, log_every, kept
+):
+    rows, stack = Rows(), make_stack(checkpoint_every=every, log_every=log_every)
+    rows.values[ORDER.rows(step - 1) if size > 0 else (ORDER.rows(step - 1)[0], 2)] *= size
+    fault = "gradient_norm is .*" if size > 0 else ""
+    with pytest.raises(UserError, match=f"{fault} at step {step}: .* the last checkpoint is kept"):
+        go(tmp_path, stack, make_batches, rows)
     assert Checkpoints(tmp_path / "checkpoints").latest_step == kept
 
 
@@ -151,12 +153,6 @@ def test_a_record_that_was_cut_off_is_made_again(tmp_path):
     assert [record["step"] for record in records(tmp_path)] == list(range(1, STEPS + 1))
 
 
-def test_every_member_has_its_own_metrics(tmp_path):
-    go(tmp_path, make_stack(k=(2, 4), log_every=4))
-    written = [(record["step"], record["member"], record["l0"]) for record in records(tmp_path)]
-    assert written == [(step, f"k{k}", k) for step in (4, 8, 12) for k in (2, 4)]
-
-
 def test_records_say_how_fast_it_goes(tmp_path, monkeypatch):
     """By a clock that stands at 10 s for each step: of two members, and their share of a device's peak."""
     stack, lines = make_stack("standard", k=(4,), seed=(1, 2), auxk=0.0), []
@@ -173,3 +169,41 @@ def test_records_say_how_fast_it_goes(tmp_path, monkeypatch):
     flops = 2 * 12 * B * D * F / 10  # encoder and decoder, once forwards and twice backwards, of both members
     assert last["tflop_per_second"] == pytest.approx(flops / 1e12, rel=1e-3)
     assert last["mfu"] == pytest.approx(flops / 1e6, rel=1e-3) and "of peak" in lines[-1]
+
+
+def test_wandb_takes_every_record_of_every_member(tmp_path, monkeypatch):
+    wandb, unit = MagicMock(), tmp_path / "train" / "topk"
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    unit.mkdir(parents=True)
+    (unit / "started.json").write_text("{}")
+    narrow, wide = TrainConfig(wandb="people/saes", expansions=(2, 4)).each_expansion()
+    for config in (narrow, narrow, wide):
+        with Wandb(config, unit, "topk") as writer:
+            pass
+    first, again, second = (call.kwargs for call in wandb.init.call_args_list)
+    assert (first["entity"], first["project"], first["name"]) == ("people", "saes", "topk")
+    assert first["id"] == again["id"] != second["id"] and first["resume"] == "allow" and first["config"]["k"] == [32]
+    assert first["dir"] == second["dir"] == str(tmp_path)
+    run = wandb.init.return_value
+    go(tmp_path, make_stack(k=(2, 4), log_every=6), wandb=writer)
+    assert [call.kwargs["step"] for call in run.log.call_args_list] == [6, 6, STEPS, STEPS]
+    assert run.finish.call_count == 3
+    assert all(f"k{k}/loss" in call.args[0] for k, call in zip((2, 4), run.log.call_args_list, strict=False))
+    written = [(record["step"], record["member"], record["l0"]) for record in records(tmp_path)]
+    assert written == [(step, f"k{k}", k) for step in (6, 12) for k in (2, 4)], "every member has its own metrics"
+
+
+def test_a_missing_package_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"--train.wandb takes the package wandb, .* pip install 'saejax\[wandb\]'"):
+        Wandb(TrainConfig(wandb="project"), tmp_path, "topk")
+
+
+def test_seconds_are_those_of_the_last_record_and_go_on_after_a_kill(tmp_path):
+    stack, path = make_stack(), tmp_path / METRICS
+    lines = [json.dumps(dict(step=step, seconds=2.0 * step, member="")) + "\n" for step in (1, 2, 3)]
+    path.write_text("".join(lines) + lines[0][:9])  # the last line was cut off
+    assert Metrics(stack, path, 3, print).seconds == 6.0
+    assert Metrics(stack, path, 2, print).seconds == 4.0 and path.read_text() == "".join(lines[:2])
+    path.unlink()
+    assert Metrics(stack, path, 0, print).seconds == 0.0

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from every_kind import KINDS, MADE_UP
-from small_stacks import D, F, batches, compiled, make_stack, run, step
+from small_stacks import D, F, batches, compiled, make_stack, run, train
 
 from saejax.parallel.mesh import make_mesh
 from saejax.runner.config import Configs
@@ -20,10 +20,7 @@ from saejax.training.train import _fitting_mesh
 
 SHAPES = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 2, 2), (4, 2, 1)]
 # One kind that shards its features freely and two that must find the largest over all of them; the others take minutes.
-FEW_KINDS = [
-    kind if kind in ("standard", "topk", "batchtopk", MADE_UP) else pytest.param(kind, marks=pytest.mark.slow)
-    for kind in KINDS
-]
+FEW = ("standard", "topk", "batchtopk", MADE_UP)
 SWEEP = dict(learning_rate=(3e-3, 1e-3), seed=(1, 2))  # four members
 EXTRAS = dict(auxk=0.03, decorrelation=0.01)
 
@@ -33,42 +30,36 @@ def on_one_device(kind, dtype, one_device):
     return run(make_stack(kind, one_device, state_dtype=dtype, **SWEEP, **EXTRAS), batches())[0]
 
 
-def check(kind, shape, dtype, tolerance, one_device, zero=False):
+@pytest.mark.parametrize(
+    ("kind", "shape", "zero", "dtype"),
+    [
+        *((kind, (2, 2, 2), False, "float64") for kind in FEW),
+        *(("topk", shape, True, "float64") for shape in ((1, 8, 1), (2, 2, 2))),  # the optimizer is split over tokens
+        *(
+            pytest.param(kind, shape, False, dtype, marks=pytest.mark.slow)
+            for kind in KINDS
+            for shape in SHAPES
+            for dtype in ("float64", "float32")
+        ),
+    ],
+)
+def test_meshes_agree_with_one_device(kind, shape, zero, dtype, one_device):
     with jax.enable_x64(dtype == "float64"):
         expected = on_one_device(kind, dtype, one_device)
         mesh = make_mesh(MeshConfig(**dict(zip(("member", "data", "model"), shape, strict=True))))
         stack = make_stack(kind, mesh, state_dtype=dtype, zero_optimizer=zero, **SWEEP, **EXTRAS)
         state, _ = run(stack, batches())
-        moments = optax.tree.get(state.optimizer, "mu"), optax.tree.get(state.optimizer, "nu")
-        for moment in moments:
-            part = (4 // shape[0], D // (shape[1] if zero else 1), F // shape[2])
+        members, features = 4 // shape[0], F // shape[2]
+        for moment in (optax.tree.get(state.optimizer, "mu"), optax.tree.get(state.optimizer, "nu")):
+            part = (members, D // (shape[1] if zero else 1), features)
             assert moment["W_enc_DxF"].sharding.shard_shape((4, D, F)) == part
-        shard = state.params["W_enc_DxF"].sharding.shard_shape((4, D, F))
-        assert shard == (4 // shape[0], D, F // shape[2])
+        assert state.params["W_enc_DxF"].sharding.shard_shape((4, D, F)) == (members, D, features)
         for name, value in expected.params.items():
             a, b = np.asarray(value, np.float64), np.asarray(state.params[name], np.float64)
-            assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), name
+            assert np.linalg.norm(a - b) <= (1e-9 if dtype == "float64" else 1e-4) * np.linalg.norm(a), name
 
 
-@pytest.mark.parametrize("kind", FEW_KINDS)
-def test_a_mesh_of_all_axes_agrees_in_fp64(kind, one_device):
-    check(kind, (2, 2, 2), "float64", 1e-9, one_device)
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-def test_an_optimizer_that_is_split_over_tokens_too_moves_parameters_alike(shape, one_device):
-    check("topk", shape, "float64", 1e-9, one_device, zero=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_five_meshes_agree(kind, shape, one_device):
-    check(kind, shape, "float64", 1e-9, one_device)
-    check(kind, shape, "float32", 1e-4, one_device)
-
-
-@pytest.mark.parametrize("kind", FEW_KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in FEW else pytest.mark.slow) for k in KINDS])
 def test_a_stack_of_four_equals_four_single_runs(kind, one_device):
     with jax.enable_x64(True):
         together = on_one_device(kind, "float64", one_device)
@@ -86,11 +77,8 @@ def test_layers_of_a_stack_train_on_their_own_values(one_device):
     """Members with their own sites, split over `member`: each equals a single run on its site."""
     stack = make_stack(mesh=make_mesh(MeshConfig(member=4, data=2)), sites=tuple(f"resid_post.{i}" for i in range(4)))
     data = np.stack([batches(6, seed) for seed in range(4)], axis=1)  # [steps, sites, B, D]
-    state = init_state(stack)
-    start = jax.tree.map(np.asarray, state.params)  # other directions at each site
-    for batch in data:
-        state, metrics = step(stack, state, (batch,))
-        jax.block_until_ready(metrics)
+    start = jax.tree.map(np.asarray, init_state(stack).params)  # other directions at each site
+    state, _ = train(stack, zip(data, strict=True))
     single = make_stack(mesh=one_device)
     for index in range(4):
         params = {name: jax.device_put(value[index : index + 1]) for name, value in start.items()}

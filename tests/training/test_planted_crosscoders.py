@@ -2,11 +2,10 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from small_stacks import first_device
+from small_stacks import first_device, train
 
 from saejax.activations.joined import with_joined
 from saejax.activations.manifest import CapturedModel
@@ -18,8 +17,7 @@ from saejax.settings import MeshConfig, TrainConfig
 from saejax.training.members import make_members
 from saejax.training.scales import estimate_scales
 from saejax.training.stack import TrainStack, describe_stack
-from saejax.training.state import finish_dictionary, init_state
-from saejax.training.step import compile_step
+from saejax.training.state import finish_dictionary
 
 SITE = "resid_post.0+other:resid_post.0"
 WIDTHS = (24, 16)
@@ -72,12 +70,8 @@ def trained(store, kind: str, steps: int = STEPS, mesh: Mesh | None = None, **ch
     dictionary = dataclasses.replace(describe_stack(config, kind, store, members), n_features=48)
     scales = estimate_scales(store, config, [(SITE, SITE)] * len(members))
     stack = TrainStack(config, dictionary, members, scales, steps, mesh or first_device())
-    train_step, state = compile_step(stack), init_state(stack)
-    for step in range(steps):
-        rows = np.arange(BATCH) + BATCH * (step % 200)
-        raw = jax.device_put(store.read(SITE, rows)[None], stack.batch_sharding)
-        state, metrics = train_step(state, stack.hyperparams, (raw,))
-        jax.block_until_ready(metrics)
+    rows = (np.arange(BATCH) + BATCH * (step % 200) for step in range(steps))
+    state, _ = train(stack, ((store.read(SITE, each)[None],) for each in rows))
     return finish_dictionary(stack, state, 0)
 
 

@@ -1,20 +1,19 @@
 """At inference, what was trained to keep k activations per token keeps k on its training rows: within 5 %."""
 
-import jax
 import numpy as np
 import pytest
 from small_runs import Rows, streamed
 from small_runs import make_stack as make_run
-from small_stacks import D, make_stack
+from small_stacks import D, make_stack, train
 
 import saejax
 from saejax.activations.manifest import CapturedModel
+from saejax.dictionaries.cross_layer import FORM
 from saejax.library.activations import Activations
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 from saejax.training.cross_layer import finish_layer
 from saejax.training.state import finish_dictionary, init_state
-from saejax.training.step import compile_step
 from saejax.training.thresholds import calibrate_thresholds
 
 
@@ -29,46 +28,37 @@ def activations(rows=4096) -> Activations:
 
 
 @pytest.mark.parametrize("steps", [20, pytest.param(600, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])
-def test_short_and_long_runs(kind, steps):
+def test_short_and_long_runs(steps):
     """After few steps the running mean of the batches' thresholds lags far behind."""
     acts = activations()
     settings = dict(k=4, features=64, batch=64, max_steps=steps, epochs=20)
-    sae = saejax.train(acts, kind=kind, on_progress=lambda line: None, **settings)
+    sae = saejax.train(acts, kind="batchtopk", on_progress=lambda line: None, **settings)
     l0 = (np.asarray(sae.encode(acts.values["resid_post.0"])) > 0).sum(1).mean()
     assert l0 == pytest.approx(4, rel=0.05)
 
 
-def trained(stack, rows):
-    state, train_step, batches = init_state(stack), compile_step(stack), streamed(stack, rows)
-    for step in range(stack.steps):
-        state, metrics = train_step(state, stack.hyperparams, batches.batch(step))
-        jax.block_until_ready(metrics)
-    return calibrate_thresholds(stack, state, batches)
+SWEEP = dict(k=(2, 6), sites=("resid_post.0", "resid_post.1"))
 
 
-def check(dictionary, rows, member, k):
-    f = np.asarray(dictionary.encode(rows.read(member.site, rows.rows("train"))))
-    assert (f > 0).sum(1).mean() == pytest.approx(k, rel=0.05), member.name
-
-
-@pytest.mark.parametrize("mesh", [None, MeshConfig(2, 2, 2)], ids=["one device", "eight devices"])
-def test_members_of_a_sweep(mesh):
-    """Each by its own k, and by its own site."""
-    sites = ("resid_post.0", "resid_post.1")
-    changes = dict(k=(2, 6), sites=sites, learning_rate=(1e-2,))
-    stack, rows = make_run("batchtopk", mesh and make_mesh(mesh), **changes), Rows()
-    state = trained(stack, rows)
+@pytest.mark.parametrize(
+    ("kind", "mesh", "changes"),
+    [
+        ("batchtopk", None, SWEEP),
+        ("matryoshka", None, SWEEP),
+        ("batchtopk", MeshConfig(2, 2, 2), SWEEP),
+        ("batchtopk", None, dict(form=FORM, sites=("mlp_in.0", "mlp_in.1", "mlp_in.2"), auxk=0.0, k=(3,))),
+    ],
+    ids=["batchtopk", "matryoshka", "eight devices", "cross-layer transcoder"],
+)
+def test_each_member_keeps_its_own_k_at_its_own_site(kind, mesh, changes):
+    stack, rows = make_run(kind, mesh and make_mesh(mesh), learning_rate=(1e-2,), **changes), Rows()
+    batches = streamed(stack, rows)
+    state, _ = train(stack, map(batches.batch, range(stack.steps)))
+    state = calibrate_thresholds(stack, state, batches)
     for index, member in enumerate(stack.members):
-        check(finish_dictionary(stack, state, index), rows, member, member.settings["k"])
-
-
-def test_layers_of_a_cross_layer_transcoder():
-    form = dict(form="cross_layer_transcoder", sites=("mlp_in.0", "mlp_in.1", "mlp_in.2"), auxk=0.0)
-    stack, rows = make_run("batchtopk", k=(3,), learning_rate=(1e-2,), **form), Rows()
-    state = trained(stack, rows)
-    for layer, member in enumerate(stack.members):
-        check(finish_layer(stack, state, layer)[0], rows, member, 3)
+        finished = finish_layer(stack, state, index)[0] if "form" in changes else finish_dictionary(stack, state, index)
+        f = np.asarray(finished.encode(rows.read(member.site, rows.rows("train"))))
+        assert (f > 0).sum(1).mean() == pytest.approx(member.settings["k"], rel=0.05), member.name
 
 
 def test_kinds_without_a_running_threshold_stay_as_they_are():
