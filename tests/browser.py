@@ -196,3 +196,17 @@ def chromium(profile: Path) -> Iterator[Browser]:
         yield browser
     finally:
         browser.close()
+
+
+def find_cut_off(page: Path, profile: Path, media: str, width: int) -> list[str]:
+    """What stands out beyond a page of this width; on a screen tables, code and pictures may scroll, on paper none."""
+    kept = "" if media == "print" else "!e.closest('.table, pre, svg') && "
+    with chromium(profile) as browser:
+        browser.view(width, 800)
+        browser.send("Emulation.setEmulatedMedia", media=media)
+        browser.open(page.resolve().as_uri())
+        return browser.js(
+            f"""[...document.querySelectorAll('html, body *')].filter(e => {kept}(e.getBoundingClientRect().right >
+              {width + 1} || e === document.documentElement && e.scrollWidth > {width + 1})).map(
+              e => e.outerHTML.slice(0, 90))"""
+        )

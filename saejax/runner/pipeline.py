@@ -105,7 +105,7 @@ def run_stages(
     workspace = workdir if isinstance(workdir, Workspace) else Workspace(workdir)
     # A binary of one stage gives that stage's own error instead.
     if len(stages) > 1:
-        stages = _without_decoder_stages(stages, configs, say)
+        stages = without_decoder_stages(stages, configs, say)
     units = [unit for stage in stages for unit in STAGES[stage].units(configs)]
     if not units:
         more = f"it {STAGES[stages[0]].summary}" if len(stages) == 1 else "--help says what to name"
@@ -161,7 +161,7 @@ def _check_keep_going(options: RunOptions, configs: Configs) -> None:
         raise UserError("--keep_going is for one process: of several, one that fails ends the run; leave it out")
 
 
-def _without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callable[[str], None]) -> Sequence[str]:
+def without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callable[[str], None]) -> Sequence[str]:
     """Leave out stages that only the JAX decoder's models have, where the model runs in PyTorch."""
     if not any(STAGES[stage].needs_decoder for stage in stages):
         return stages

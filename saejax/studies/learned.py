@@ -163,5 +163,5 @@ def answers_table(answers: Sequence[LearnedFigures]) -> Table:
     places = dict.fromkeys((answer.row, answer.benchmark) for answer in answers)
     rows = tuple((", ".join(place), *(cells.get((*place, name), "") for name in QUESTIONS)) for place in places)
     columns = ("Row", *(question.heading for question in QUESTIONS.values()))
-    note = "Known: the answer that a control row must give. The sections below say how each question is answered."
+    note = "Expected: the answer that a control row must give. The sections below say how each question is answered."
     return Table("Rows by questions", columns, rows, frozenset(range(len(columns))), note=note)

@@ -18,7 +18,7 @@ from saejax.runner.usage import end_with_parent
 from saejax.runner.workspace import now
 from saejax.studies.shares import Share
 
-_FAILED = re.compile(r"\] (\S+): failed: (.*)")  # as ``pipeline`` prints it with ``--keep_going``
+_FAILED = re.compile(r"\[ *[\d.]+ s\] (\S+): failed: (.*)")  # as ``pipeline`` prints it with ``--keep_going``
 
 
 class RowProcess:
@@ -76,7 +76,7 @@ class RowProcess:
 
     def failed_units(self) -> dict[str, str]:
         """Return the units that the process said have failed, and why."""
-        return {match[1]: match[2] for match in map(_FAILED.search, self._lines()) if match}
+        return {match[1]: match[2] for match in map(_FAILED.match, self._lines()) if match}
 
     @property
     def was_killed(self) -> bool:

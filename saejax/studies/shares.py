@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,7 +45,11 @@ def _gpus() -> list[str]:
     """Return the GPUs that this process may use."""
     if _VISIBLE in os.environ:
         return [name for name in os.environ[_VISIBLE].split(",") if name]
-    return [str(place) for place, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+    count = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if not count and shutil.which("nvidia-smi"):  # Linux on Windows has no such files
+        listed = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return list(map(str, range(count)))
 
 
 def _parts(total: int, count: int, name: str) -> list[slice]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from saejax.errors import Interrupted, UserError
+from saejax.runner.pipeline import without_decoder_stages
 from saejax.runner.registry import STAGES
 from saejax.runner.stage import split_unit
 from saejax.runner.workplan import Workplan
@@ -46,8 +47,9 @@ class RowUnits:
         self._was_killed = False
         self._bad_settings = ""
         try:
-            units = {unit: stage.first for stage in STAGES.values() for unit in stage.units(row.configs)}
-        except UserError as error:  # such as a file of prompts that is not there
+            stages = [STAGES[name] for name in without_decoder_stages([*STAGES], row.configs, lambda line: None)]
+            units = {unit: stage.first for stage in stages for unit in stage.units(row.configs)}
+        except UserError as error:  # such as a text to follow without dictionaries
             self._bad_settings, units = str(error), {}
         self._units, self._first = list(units), [unit for unit, is_first in units.items() if is_first]
 
@@ -78,8 +80,10 @@ class RowUnits:
 
     def is_claimed(self) -> bool:
         """Return whether a process makes a unit: a child of a study that was killed saves before it ends."""
-        with contextlib.suppress(UserError):  # ``states`` says what cannot be read
-            return any(self.workspace.is_claimed(unit, self._plan.fingerprint(unit)) for unit in self._units)
+        for unit in self._units:
+            with contextlib.suppress(UserError):  # ``states`` says what cannot be read
+                if self.workspace.is_claimed(unit, self._plan.fingerprint(unit)):
+                    return True
         return False
 
     def states(self) -> list[UnitState]:
@@ -136,6 +140,9 @@ def run_rows(
       Interrupted: asked to stop; the rows at work have saved what they had.
     """
     every = [RowUnits(root, row) for row in rows]
+    for state in (state for row in every for state in row.states()):
+        if state.state == "failed" and state.reason:  # now, not in hours: no process will say it
+            say(f"{state.row}  {state.unit}: failed: {state.reason}")
     for first in (True, False):
         _run_side_by_side([row for row in every if row.left(first)], first, say, stopping, shares)
     return [state for row in every for state in row.states()]
@@ -151,21 +158,28 @@ def _run_side_by_side(
     """Run the first stage of rows, or all of them, as many at once as there are shares."""
     waiting, running, free, reported = list(rows), dict[RowUnits, RowProcess](), list(shares), set[RowUnits]()
     longest = 0.0  # seconds of the longest row that ended
+
+    def check_stop() -> None:
+        if stopping():
+            names = ", ".join(row.name for row in running)
+            raise Interrupted(f"stopped{' in ' if names else ''}{names}; {_STOPPED}")
+
     try:
         while waiting or running:
-            if stopping():
-                names = ", ".join(row.name for row in running)
-                raise Interrupted(f"stopped{' in ' if names else ''}{names}; {_STOPPED}")
+            check_stop()
             claimed = {row for row in waiting if free and row.is_claimed()}
             for row in claimed - reported:
                 say(f"{row.name}: waiting for another process in {row.workspace.root}")
             reported |= claimed
             for row in [row for row in waiting if row not in claimed][: len(free)]:
                 waiting.remove(row)
+                if not row.left(first):  # the process that it waited for has made them
+                    continue
                 say(f"{row.name}: started, {_count_done(row)} before")
                 running[row] = row.start(first, free.pop())
             for row, process in list(running.items()):
                 if process.ended(_LOOK_EVERY / len(running)):
+                    check_stop()  # the signal may have ended the row, too: that is no failure
                     free.append(running.pop(row).share)
                     longest = max(longest, process.seconds)
                     for unit, why in row.end(process).items():
@@ -174,7 +188,7 @@ def _run_side_by_side(
                     waiting += [row] if row.left(first) else []
                 elif time.monotonic() - process.last_report > _SAY_EVERY:
                     process.last_report = time.monotonic()
-                    to_go = _say_to_go(longest, [each.seconds for each in running.values()], len(waiting), len(shares))
+                    to_go = _time_to_go(longest, [each.seconds for each in running.values()], len(waiting), len(shares))
                     say(f"{row.name}  {process.last_line or 'starting'}{to_go}")
             if not running and waiting:
                 time.sleep(_LOOK_EVERY)
@@ -185,11 +199,11 @@ def _run_side_by_side(
             process.ended(within=None)
 
 
-def _say_to_go(longest: float, running: Sequence[float], waiting: int, at_once: int) -> str:
-    """Return the time that is left, if every row takes as long as the longest that ended; nothing before one did.
+def _time_to_go(longest: float, running: Sequence[float], waiting: int, at_once: int) -> str:
+    """Return in words the time that is left, if every row takes as long as the longest; "" before a row has ended.
 
     Args:
-      longest: seconds of that row; 0: none ended.
+      longest: seconds of the longest row that has ended; 0: none has.
       running: seconds for which the rows at work have run.
       waiting: rows that wait.
       at_once: rows that run at once.

@@ -184,9 +184,3 @@ def test_effects_are_compared_with_those_of_random_directions():
     assert (trained.live, trained.changing.mean, random.changing.mean) == (100, 0.3, 0.0)
     assert (trained.above.mean, random.above.mean) == (0.9, 0.05)
     assert trained.effect.mean == pytest.approx(4.95)
-
-
-def test_sums_of_one_digit_are_refused(tmp_path, capsys):
-    flags = ["--algorithm.names=addition", "--algorithm.digits=1"]
-    assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path}", *flags]) == 2
-    assert "--algorithm.digits is 1: expected at least 2" in capsys.readouterr().err.strip().splitlines()[-1]

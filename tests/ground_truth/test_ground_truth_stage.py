@@ -94,18 +94,21 @@ def test_verdict():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("stage", "changes", "message"),
     [
-        (dict(truth__rate_max=1.0, truth__rate_min=0.9), "more than --truth.dimensions=16"),
-        (dict(truth__roots=30), "more than --truth.features=32"),
-        (dict(truth__samples=100), "fewer than one batch"),
-        (dict(train__form="transcoder"), "--train.form=transcoder"),
-        (dict(train__k=99), "--train.k=99 is more than the 32 features"),
-        (dict(truth__features=0), "nothing to make"),
+        ("ground_truth", dict(truth__rate_max=1.0, truth__rate_min=0.9), "more than --truth.dimensions=16"),
+        ("ground_truth", dict(truth__rate_min=0.4), "rate_min=0.4 is above --truth.rate_max=0.2"),
+        ("ground_truth", dict(truth__roots=30), "more than --truth.features=32"),
+        ("ground_truth", dict(truth__samples=100), "fewer than one batch"),
+        ("ground_truth", dict(train__form="transcoder"), "--train.form=transcoder"),
+        ("ground_truth", dict(train__k=99), "--train.k=99 is more than the 32 features"),
+        ("ground_truth", dict(truth__features=0), "nothing to make"),
+        ("known_circuits", dict(known__circuits="sorting"), "expected one of induction, logic"),
+        ("algorithm", dict(algorithm__names="addition", algorithm__digits=1), "digits is 1: expected at least 2"),
     ],
 )
-def test_bad_settings_are_one_line(tmp_path, capsys, changes, message):
-    assert run("ground_truth", tmp_path, **changes) == 2
+def test_bad_settings_are_one_line(tmp_path, capsys, stage, changes, message):
+    assert run(stage, tmp_path, **changes) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and message in error[0]
 

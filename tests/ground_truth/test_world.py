@@ -6,11 +6,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from absl import flags
 from scipy.stats import norm
 
-from saejax.errors import UserError
 from saejax.ground_truth import world as worlds
 from saejax.parallel.mesh import fitting_sharding, make_mesh
 from saejax.runner import config
@@ -153,19 +151,6 @@ def test_statistics_of_synthsaebench_16k():
     loading_JxQ = np.asarray(world.loading_JxQ)[:1000]
     correlation_JxJ = loading_JxQ @ loading_JxQ.T
     assert abs(np.sqrt(np.mean(correlation_JxJ[~np.eye(1000, dtype=bool)] ** 2)) - 0.05) < 0.003
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(features=20), "26 features, more than --truth.features=20"),
-        (dict(rate_min=0.4), "rate_min=0.4 is above --truth.rate_max=0.3"),
-        (dict(rate_max=1.0, rate_min=0.9, roots=0), "more than --truth.dimensions=16"),
-    ],
-)
-def test_worlds_that_cannot_be(changes, message):
-    with pytest.raises(UserError, match=message):
-        worlds.check(dataclasses.replace(SMALL, **changes))
 
 
 def test_same_seed_same_bits():

@@ -100,13 +100,10 @@ def unit_of(*slugs: str, **changes) -> dict:
 
 
 def test_all_graphs_have_a_row_and_a_link(tmp_path):
+    assert sections_of(tmp_path) == []
     (section,) = sections_of(tmp_path, u=unit_of(*(f"g{number}" for number in range(9))))
     assert len(section.blocks[1].rows) == 9
     assert [len(block.items) for block in section.blocks if isinstance(block, Links)] == [9]
-
-
-def test_without_graphs_there_is_nothing(tmp_path):
-    assert sections_of(tmp_path) == []
 
 
 def test_graphs_of_saes_have_a_title_and_their_own_words(tmp_path):

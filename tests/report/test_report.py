@@ -27,7 +27,7 @@ def test_the_page_opens_with_pictures_the_table_and_a_sentence_for_each_question
     assert html[: order[1]].count("<figure") == 4, "a picture for each behaviour"
 
 
-def test_both_say_the_answers_and_their_figures(report):
+def test_both_say_the_answers_figures_scores_and_settings(report):
     assert report.results.specific == dict(agreement="yes", capital="yes", greater_than="no", addition="no")
     answers = "yes for Subject-verb agreement, Capital of a country; no for Greater-than on years, Two-digit addition."
     tested = load_results(report.root / "inputs/ablate/topk").verdict.dictionaries["tested"]
@@ -44,6 +44,10 @@ def test_both_say_the_answers_and_their_figures(report):
             "p-values are corrected by Holm's method over the behaviours within each question.",  # the rule
             "Of all 900 live features, each ablated alone, 40 have a significant effect",
             "The rank correlation of attribution with the effect is 0.91",
+            *("0.860", "0.991", "58.7", "0.931", "0.988", "0.31"),  # at the end: cosine, KL recovered, neighbours
+            "1,017 captured tokens at position 0 and 41 beyond it, which is 0.16 %",
+            "here 1,778,",
+            *("jax==0.10.2", "12.3", "1 × cpu", "task 42, train 123"),  # the settings
         ):
             assert words in text
         assert text.count(f"Y{answers[1:]}") == 2, "questions 2 and 3"
@@ -62,21 +66,6 @@ def test_without_a_specific_behaviour_this_is_said_first(report, tmp_path):
     text = Report(tmp_path, inputs).markdown
     place = text.index("For no behaviour are the top features shown to be specific to its answer.")
     assert place < text.index("Does ablating the top features have an effect?")
-
-
-def test_both_say_scores_sinks_and_settings(report):
-    scores = ("0.860", "0.991", "58.7", "0.931", "0.988", "0.31")  # the last ones: cosine, KL recovered, neighbours
-    for text in report.texts:
-        for words in (
-            *scores,
-            "1,017 captured tokens at position 0 and 41 beyond it, which is 0.16 %",
-            "here 1,778,",
-            "jax==0.10.2",
-            "12.3",
-            "1 × cpu",
-            "task 42, train 123",
-        ):
-            assert words in text
 
 
 def test_the_settings_can_be_used_as_a_flag_file(report, tmp_path):

@@ -11,42 +11,36 @@ from saejax.results import Interval
 
 
 @pytest.mark.parametrize(
-    ("value", "digits", "text"),
-    [(-0.5, 2, "−0.50"), (1234.5, 1, "1,234.5"), (-0.001, 2, "0.00"), (None, 2, "–"), (math.nan, 2, "–"), (3, 0, "3")],
-)
-def test_number(value, digits, text):
-    assert number(value, digits) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.00123456, "0.00123"), (12345.6, "12,346"), (-9.87654, "−9.88"), (0.0, "0"), (3e-9, "3.00e−09"), (None, "–")],
-)
-def test_significant(value, text):
-    assert significant(value) == text
-
-
-def test_interval_percent_and_text_on_a_line():
-    assert interval(Interval(-0.055, -0.1, 0), 1, 100) == "−5.5 [−10.0,\u00a00.0]"
-    assert percent(0.875, 1) == "87.5\u00a0%" and percent(None) == "–"
-    assert visible("a\r\nb\n\tc\x00") == "a↵b↵⇥c·"
-
-
-@pytest.mark.parametrize(
-    ("text", "escaped"),
+    ("show", "arguments", "text"),
     [
-        ("<b> & |", "\\<b\\> &amp; \\|"),
-        ("_a_ b_c", "\\_a\\_ b_c"),
-        ("1. x", "1\\. x"),
-        ("1.5 x", "1.5 x"),
-        ("# x", "\\# x"),
-        ("- x", "\\- x"),
-        ("a - x\ny", "a - x↵y"),
-        ("`*[$~", "\\`\\*\\[\\$\\~"),
+        (number, (-0.5, 2), "−0.50"),
+        (number, (1234.5, 1), "1,234.5"),
+        (number, (-0.001, 2), "0.00"),
+        (number, (None, 2), "–"),
+        (number, (math.nan, 2), "–"),
+        (number, (3, 0), "3"),
+        (significant, (0.00123456,), "0.00123"),
+        (significant, (12345.6,), "12,346"),
+        (significant, (-9.87654,), "−9.88"),
+        (significant, (0.0,), "0"),
+        (significant, (3e-9,), "3.00e−09"),
+        (significant, (None,), "–"),
+        (interval, (Interval(-0.055, -0.1, 0), 1, 100), "−5.5 [−10.0,\u00a00.0]"),
+        (percent, (0.875, 1), "87.5\u00a0%"),
+        (percent, (None,), "–"),
+        (visible, ("a\r\nb\n\tc\x00",), "a↵b↵⇥c·"),
+        (escape_markdown, ("<b> & |",), "\\<b\\> &amp; \\|"),
+        (escape_markdown, ("_a_ b_c",), "\\_a\\_ b_c"),
+        (escape_markdown, ("1. x",), "1\\. x"),
+        (escape_markdown, ("1.5 x",), "1.5 x"),
+        (escape_markdown, ("# x",), "\\# x"),
+        (escape_markdown, ("- x",), "\\- x"),
+        (escape_markdown, ("a - x\ny",), "a - x↵y"),
+        (escape_markdown, ("`*[$~",), "\\`\\*\\[\\$\\~"),
     ],
 )
-def test_escape_markdown(text, escaped):
-    assert escape_markdown(text) == escaped
+def test_values_as_text(show, arguments, text):
+    assert show(*arguments) == text
 
 
 AWKWARD = Table("Cap & <tion>", ("Name", "Value"), (("a|b", "<1>"), ("new\nline", '"2"')), note="Not < this.")

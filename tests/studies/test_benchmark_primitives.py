@@ -1,4 +1,9 @@
-"""Primitives of a benchmark: planted groups of features are found and named, and none where there are none."""
+"""Primitives of a benchmark: planted groups of features are found and named, and none where there are none.
+
+And features chosen on one benchmark and ablated on another: effects of the formula, beside random sets without them.
+"""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,10 +13,12 @@ from saejax.interventions.ablation import FRACTIONS
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
 from saejax.studies import primitives
 from saejax.studies.primitives import (
+    CHOSEN_ON,
     GROUP,
     FeaturePrimitive,
     category_contrasts,
     find_primitives,
+    judge_domains,
     judge_primitives,
     recurring,
 )
@@ -97,35 +104,46 @@ def test_correlated_groups_that_have_nothing_to_do_with_categories_have_no_name_
     assert stable > 100 and named <= 0.05 * stable
 
 
+def prompts_of(items):
+    """Items of two categories in turn: additions come first."""
+    prompts = [PromptDefinition(f"sums/{i:02d}", "sums") for i in range(items)]
+    return prompts, {prompt.id: ("addition", "logic")[i % 2] for i, prompt in enumerate(prompts)}
+
+
+def table_of(prompts, edits, measure):
+    """A table of the log-likelihoods that edits lose and of their doses, which ``measure`` gives of each."""
+    value_2xExP = np.swapaxes(
+        [measure(edit) if edit.group != "clean" else np.zeros((2, len(prompts))) for edit in edits], 0, 1
+    )
+    return EffectsTable.block(edits, prompts, dict(answer_log_prob=-5 - value_2xExP[0], change_norm=value_2xExP[1]))
+
+
 def make_table(strength, items=20, sets=39, groups=1, control=0.0, outside=1.0):
     """Groups of additions that lose ``strength`` on them; sets lose ``control`` and noise of 0.1.
 
     The change of a set has a norm of 1 on additions, as that of a group has everywhere, and ``outside`` on others.
     """
     rng = np.random.default_rng(1)
-    prompts = [PromptDefinition(f"sums/{i}", "sums") for i in range(items)]
-    categories = {prompt.id: ("addition", "logic")[i % 2] for i, prompt in enumerate(prompts)}
-    is_sum_P = np.array([categories[prompt.id] == "addition" for prompt in prompts])
+    prompts, categories = prompts_of(items)
+    is_sum_P = np.array([*categories.values()]) == "addition"
     edits = [EditDefinition("sums", "clean")]
     for number in range(groups):
         features = (1, 2, 3 + number)
         edits += [EditDefinition("sums", f"{GROUP}{number}", 0, features, fraction) for fraction in FRACTIONS]
     for group in ("random", "placebo"):
         edits += [EditDefinition("sums", group, i, (10 + 3 * i, 11 + 3 * i)) for i in range(sets)]
-    values = []
-    for edit in edits:
-        is_group = edit.group.startswith(GROUP)
-        lost_P = strength * edit.fraction * is_sum_P if is_group else control + 0.1 * rng.normal(size=items)
-        norm_P = np.full(items, edit.fraction) if is_group else np.where(is_sum_P, 1.0, outside)
-        values.append([-5 - lost_P * (edit.group != "clean"), norm_P * (edit.group != "clean")])
-    value_2xExP = np.array(values).swapaxes(0, 1)
-    readouts = dict(answer_log_prob=value_2xExP[0], change_norm=value_2xExP[1])
-    return EffectsTable.block(edits, prompts, readouts), categories
+
+    def measure(edit):
+        if edit.group.startswith(GROUP):
+            return strength * edit.fraction * is_sum_P, np.full(items, edit.fraction)
+        return control + 0.1 * rng.normal(size=items), np.where(is_sum_P, 1.0, outside)
+
+    return table_of(prompts, edits, measure), categories
 
 
 def judge(table, categories, *groups):
     """Effects of groups, each a category and its features."""
-    every = [FeaturePrimitive(name, features, 0.9, 4.0, 0.01, ("sums/0",)) for name, features in groups]
+    every = [FeaturePrimitive(name, features, 0.9, 4.0, 0.01, ("sums/00",)) for name, features in groups]
     return judge_primitives(table, "sums", every, categories, 200, 0)
 
 
@@ -160,9 +178,54 @@ def test_doses_are_those_on_the_items_of_the_category():
     table, categories = make_table(1.0, control=2.0, outside=10.0)
     (found,) = judge(table, categories, ("addition", (1, 2, 3)))
     assert found.random == pytest.approx(2.0, abs=0.1) and found.answer == "no"
+    # Averaged over all items the group would lose less than the sets.
+    (found,) = judge(*make_table(1.0, control=0.7), ("addition", (1, 2, 3)))
+    assert found.random == pytest.approx(0.7, abs=0.1) and found.answer == "yes"
 
 
 def test_a_category_without_test_items_does_not_hide_the_others():
     table, categories = make_table(1.0, groups=2)
     (found,) = judge(table, categories, ("division", (1, 2, 3)), ("addition", (1, 2, 4)))
     assert (found.group, found.answer) == (1, "yes")
+
+
+# Features chosen on one benchmark and ablated on another
+
+
+def judge_chosen(strength, features, shuffle=False):
+    """The effect of features that another benchmark chose, and the dose of each item.
+
+    Every set loses its strength per unit of dose; random set i holds features 100 + 2 i and the next.
+    """
+    rng = np.random.default_rng(0)
+    prompts, _ = prompts_of(40)
+    edits = [EditDefinition("sums", "clean")]
+    edits += [EditDefinition("sums", "random", i, (100 + 2 * i, 101 + 2 * i)) for i in range(30)]
+    for group, members in (("top", (50, 2)), (CHOSEN_ON + "gsm8k", features)):
+        edits += [EditDefinition("sums", group, 0, members, fraction) for fraction in FRACTIONS]
+    size_P = rng.uniform(0.5, 1.5, 40)
+
+    def measure(edit):
+        per_dose = dict(top=2.0, random=rng.normal() * 0.1).get(edit.group, strength)
+        return per_dose * edit.fraction * size_P, edit.fraction * size_P
+
+    table = table_of(prompts, edits, measure)
+    if shuffle:
+        order_N = np.random.default_rng(1).permutation(len(table.value_N))
+        names = ("edit_N", "prompt_N", "readout_N", "value_N")
+        table = dataclasses.replace(table, **{name: getattr(table, name)[order_N] for name in names})
+    (effect,) = judge_domains(table, "sums", 500, 0).values()
+    return effect, size_P
+
+
+def test_an_effect_beyond_random_sets():
+    effect, size_P = judge_chosen(1.0, (50, 51))
+    assert effect.effect.mean == pytest.approx(size_P.mean()) and effect.effect.low > 0.8
+    assert effect.p_value == pytest.approx(1 / 31) and abs(effect.random) < 0.1
+    assert (effect.random_sets, effect.common) == (30, 1)
+
+
+def test_no_effect_and_random_sets_that_hold_the_features():
+    effect, _ = judge_chosen(0.0, (100, 103))
+    assert effect.p_value > 0.05 and effect.random_sets == 28
+    assert judge_chosen(0.0, (100, 103), shuffle=True)[0] == effect

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import fake_study
 import pytest
 
-from saejax.errors import UserError
+from saejax.errors import Interrupted, UserError
 from saejax.runner import pipeline, workplan
 from saejax.runner.workspace import hold_claim
 from saejax.studies import run, shares, units
@@ -94,7 +95,25 @@ def test_rows_run_side_by_side_on_their_shares_and_units_that_fail_stop_no_other
     assert states["bug", "report"]["state"] == "done", "mended, and run again"
 
 
-def test_shares_of_a_host(monkeypatch):
+def test_a_model_that_runs_in_torch_has_no_preflight(fake):
+    status, states = fake("--model.backend=torch", a="main")
+    assert status == 0 and {unit: state["state"] for (_, unit), state in states.items()} == dict.fromkeys(
+        UNITS[1:], "done"
+    )
+
+
+def test_a_signal_that_ends_a_row_with_the_study_is_no_failure(tmp_path):
+    """A terminal and a batch system send it to both, and the row may end first."""
+    asked = iter([False, True])
+    process = mock.Mock(ended=lambda within: True, share=shares.Share())
+    row = mock.Mock(is_claimed=lambda: False, start=lambda first, share: process, states=list)
+    row.name = "a"
+    with pytest.raises(Interrupted, match="stopped in a"):
+        units._run_side_by_side([row], False, print, lambda: next(asked), [shares.Share()])
+    row.end.assert_not_called()
+
+
+def test_shares_of_a_host(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 4}, raising=False)
     assert shares.shares(1) == [shares.Share()]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -105,10 +124,16 @@ def test_shares_of_a_host(monkeypatch):
     assert [part.environment["CUDA_VISIBLE_DEVICES"] for part in shares.shares(2)] == ["1,3", "GPU-5,7"]
     with pytest.raises(UserError, match="this host has 4 GPUs"):
         shares.shares(5)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: a (UUID: b)'\necho 'GPU 1: a (UUID: c)'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))  # and no files of GPUs, as in Linux on Windows
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [])
+    assert [part.environment["CUDA_VISIBLE_DEVICES"] for part in shares.shares(2)] == ["0", "1"]
 
 
-def test_a_row_whose_files_cannot_be_read(fake, monkeypatch):
-    """Found only when the unit's fingerprint is made."""
+def test_rows_whose_files_cannot_be_read(fake, monkeypatch, capsys):
+    """One lacks what only a unit's fingerprint asks for; the other cannot be planned, which is said before any runs."""
 
     def missing(configs):
         raise UserError("there is no model folder here")
@@ -116,7 +141,9 @@ def test_a_row_whose_files_cannot_be_read(fake, monkeypatch):
     capture = dataclasses.replace(pipeline.STAGES["capture"], identity=dict(model=missing))
     for module in (pipeline, workplan):
         monkeypatch.setattr(module, "STAGES", pipeline.STAGES | dict(capture=capture))
-    _, states = fake(a="main")
+    _, states = fake(a="main", b="main\n--track.prompt=x")
+    output = capsys.readouterr().out
+    assert 0 < output.index("b  settings: failed: --track.dictionaries is missing") < output.index("a: started")
     assert states["a", "capture"]["reason"] == "there is no model folder here"
     assert states["a", "baseline"]["state"] == "done" and states["a", "train/topk"]["state"] == "not run"
 
@@ -181,7 +208,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
 
 
 def test_the_time_to_go_is_that_of_the_longest_row():
-    assert units._say_to_go(0, [5], 2, 1) == ""  # not known before a row ended
-    assert units._say_to_go(60, [20], 0, 1) == "; about 40 s to go in all"
-    assert units._say_to_go(60, [20, 40], 2, 2) == "; about 2 min to go in all"
-    assert units._say_to_go(60, [200], 0, 1) == "; about 20 s to go in all"  # late
+    assert units._time_to_go(0, [5], 2, 1) == ""  # not known before a row ended
+    assert units._time_to_go(60, [20], 0, 1) == "; about 40 s to go in all"
+    assert units._time_to_go(60, [20, 40], 2, 2) == "; about 2 min to go in all"
+    assert units._time_to_go(60, [200], 0, 1) == "; about 20 s to go in all"  # late

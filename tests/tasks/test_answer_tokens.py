@@ -34,16 +34,6 @@ def test_every_family_has_the_behaviours_by_default(kind):
             assert first != second
 
 
-def test_numbers_are_cut_as_in_each_family():
-    """The kinds differ where it matters: what one token is, and what a space belongs to."""
-    cut = {kind: tokenizer(kind).tokenize("a 1762=13") for kind in KINDS}
-    assert cut["gpt2"][-2:] == ["=", "13"] and cut["gpt2"][1].startswith("Ġ1")
-    assert cut["llama3"][1] == "Ġ" and all(len(piece) <= 3 for piece in cut["llama3"])
-    assert cut["qwen3"][-3:] == ["=", "1", "3"] and cut["qwen3"][1] == "Ġ"
-    assert cut["gemma"][-3:] == ["=", "1", "3"] and cut["gemma"][0] == "a"
-    assert cut["mistral"][0] == "▁a"
-
-
 def test_an_answer_alone_may_have_another_token():
     reads = tokenizer("mistral")
     alone, after = reads("66", add_special_tokens=False)["input_ids"][0], answer_ids(reads, "21+45=", "66")[0]

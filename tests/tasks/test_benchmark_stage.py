@@ -136,20 +136,11 @@ def test_solutions_are_scored_by_likelihood(lm, task):
     assert summarize("logic", score_items(lm, "logic", read_items("logic", weak), weak), weak).n == 6
 
 
-def test_edits_reach_every_way_of_scoring(lm, task, writes, monkeypatch):
-    edit, seen = object(), []
-
-    def record(lm, contexts, continuations, *rest):
-        seen.append(rest[-1])
-        return [benchmark_scores.Likelihood(-4.0, 1, 0) for _ in contexts]
-
-    monkeypatch.setattr(benchmark_scores, "loglikelihoods", record)
-    items = read_items("gsm8k", task)
+def test_edits_reach_the_model_that_writes(lm, task, writes):
+    edit, items = object(), read_items("gsm8k", task)
     writes[1].extend(["7"] * 6)
     score_items(lm, "gsm8k", items, task, edits=[edit])
-    assert all(call[3] == (edit,) for call in writes[0]) and not seen
-    score_items(lm, "gsm8k", items, dataclasses.replace(task, score="likelihood"), edits=[edit])
-    assert set(seen) == {(edit,)}
+    assert all(call[3] == (edit,) for call in writes[0])
 
 
 def test_what_does_not_fit_is_refused(lm, task):
@@ -212,13 +203,9 @@ def test_the_binary_writes_a_unit_per_benchmark(inputs, folder, tmp_path):
 @pytest.mark.parametrize(
     "flag, said",
     [
-        ("--task.benchmarks=mmlu", "--task.benchmarks is 'mmlu': expected one of gsm8k, math, logic"),
         ("--task.path=", "the commit of the data set openai/gsm8k (revision main) could not be found"),
-        ("--task.path=./nowhere.jsonl", "--task.path=./nowhere.jsonl does not exist"),
-        ("--task.examples=13", "gsm8k has 12 examples in"),
         ("--task.shots=99", "--task.shots=99: gsm8k has 8 worked examples; expected 0 to 8"),
         ("--task.score=guess", "--task.score is 'guess': expected one of auto, generate, choice, likelihood"),
-        ("--task.max_new_tokens=250", "lower --task.shots (now 0) or --task.max_new_tokens"),
     ],
 )
 def test_bad_input_is_one_line(inputs, folder, tmp_path, capsys, flag, said):

@@ -62,20 +62,19 @@ def test_too_few_examples_are_said(folder, tmp_path):
         ("math", dict(problem="p", solution="It is 3.", answer=""), "'answer' is \"\": expected text"),
         ("logic", dict(input="True is", target="Maybe"), "'target' is 'Maybe', which is not one of True, False"),
         ("logic", dict(input="True is", answer="True"), "has no column 'target'"),
+        ("date_understanding", dict(input="What day is it?", target="(A)"), "'.A.', which is not one of its options"),
     ],
 )
 def test_bad_rows_are_refused_with_their_line(tmp_path, name, row, said):
-    good = dict(gsm8k=GSM8K[0], math=MATH[0], logic=LOGIC["boolean_expressions"][0])[name]
-    path = write_lines(tmp_path / "boolean_expressions.jsonl", [good, row])
+    part, name = (name, "logic") if name in LOGIC else ("boolean_expressions", name)
+    good = dict(gsm8k=GSM8K[0], math=MATH[0], logic=LOGIC[part][0])[name]
+    path = write_lines(tmp_path / f"{part}.jsonl", [good, row])
     with pytest.raises(UserError, match=said) as caught:
         read_items(name, TaskConfig(path=str(path), examples=1))
     assert f"{path}, line 2" in str(caught.value)
 
 
-def test_options_without_a_list_are_refused_and_an_answer_column_is_used(tmp_path):
-    path = write_lines(tmp_path / "date_understanding.jsonl", [dict(input="What day is it?", target="(A)")])
-    with pytest.raises(UserError, match="line 1: 'target' is '.A.', which is not one of its options .none."):
-        read_items("logic", TaskConfig(path=str(path), examples=1))
+def test_an_answer_column_is_used_and_an_unknown_benchmark_refused(tmp_path):
     path = write_lines(tmp_path / "math.jsonl", [dict(problem="p", solution="Thus 1/2.", answer=r"\frac12")])
     assert read_items("math", TaskConfig(path=str(path), examples=1))[0].answer == r"\frac12"
     with pytest.raises(UserError, match="unknown benchmark 'mmlu': expected one of gsm8k, math, logic"):

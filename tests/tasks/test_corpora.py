@@ -89,32 +89,21 @@ DAMAGED[len(DAMAGED) // 2] ^= 0xFF
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (GOOD + "{text: 1}", "line 2 is not JSON"),
-        (GOOD + '{"txt": "a"}', "line 2 has no field 'text'"),
-        ('["a"]', "line 1 has no field 'text'"),
-        ('{"text": 3}', "line 1: 'text' is 3"),
-        ('{"text": " \\n"}', "line 1: 'text' is"),
-        ('{"text": null}', "line 1: 'text' is null"),
-        ('{"text": "a", "group": 7}', "line 1: 'group' is 7"),
-        ('{"text": "a", "group": ""}', "line 1: 'group' is"),
-        ('{"text": "\\ud83d"}', "line 1: 'text' holds half of a surrogate"),
-        ("[" * 100_000, "line 1 is not JSON"),
-        ("", "holds no document"),
-        ("\n \n", "holds no document"),
-        ('{"text": "sch\xf6n"}'.encode("latin-1"), "not UTF-8 at byte 13"),
-    ],
-)
-def test_bad_json_lines(tmp_path, content, message):
-    with pytest.raises(UserError, match=message) as error:
-        read_corpus(written(tmp_path, content))
-    assert "text.jsonl" in str(error.value) and "expected" in str(error.value)
-
-
-@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.jsonl", GOOD + "{text: 1}", "a.jsonl.* line 2 is not JSON.* expected"),
+        ("a.jsonl", GOOD + '{"txt": "a"}', "a.jsonl.* line 2 has no field 'text'.* expected"),
+        ("a.jsonl", '["a"]', "line 1 has no field 'text'"),
+        ("a.jsonl", '{"text": 3}', "a.jsonl.* line 1: 'text' is 3: expected"),
+        ("a.jsonl", '{"text": " \\n"}', "line 1: 'text' is"),
+        ("a.jsonl", '{"text": null}', "line 1: 'text' is null"),
+        ("a.jsonl", '{"text": "a", "group": 7}', "a.jsonl.* line 1: 'group' is 7: expected"),
+        ("a.jsonl", '{"text": "a", "group": ""}', "line 1: 'group' is"),
+        ("a.jsonl", '{"text": "\\ud83d"}', "line 1: 'text' holds half of a surrogate"),
+        ("a.jsonl", "[" * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", "", "a.jsonl holds no document.* expected"),
+        ("a.jsonl", "\n \n", "holds no document"),
+        ("a.jsonl", '{"text": "sch\xf6n"}'.encode("latin-1"), "a.jsonl.* not UTF-8 at byte 13"),
         ("text.txt", b"\n\n  \n", "holds no document"),
         ("text.jsonl.gz", b"", "holds no document"),  # of an empty file, Python's gzip makes empty content
         ("text.jsonl.gz", PACKED[:5], "not a whole gzip file"),
@@ -122,6 +111,7 @@ def test_bad_json_lines(tmp_path, content, message):
         ("text.jsonl.gz", PACKED[:-1], "not a whole gzip file"),
         ("text.jsonl.gz", bytes(DAMAGED), "not a whole gzip file"),
         ("text.jsonl.gz", GOOD.encode(), "not a whole gzip file"),
+        ("a.parquet", b"PAR1 and no more", "not a whole parquet file"),
         ("a.csv", b"a", "expected one of"),
         ("none.txt", None, "does not exist"),
         ("folder.txt", None, "cannot be read"),

@@ -12,20 +12,6 @@ from saejax.runner.workspace import current_units
 pytestmark = pytest.mark.usefixtures("single_device")
 
 
-@pytest.fixture(scope="module")
-def trained(inputs, tmp_path_factory):
-    """A workdir with a dictionary, and a file of a behaviour that was not thought of."""
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert go(["baseline", "capture", "train"], inputs, workdir) == 0
-    lines = [
-        dict(behaviour="colour", text=f"The {thing} is painted", correct=" red", wrong=" blue", template=thing[0])
-        for thing in ("door", "boat", "wall", "fence", "chair", "table", "house")
-    ]
-    lines = [line | dict(counterpart=line["text"].replace(" is ", " are ")) for line in lines]
-    (workdir.parent / "colour.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return workdir
-
-
 def go(stages, inputs, workdir, **changes):
     small = dict(train__epochs=1, patch__top=2, causal__random_sets=2, ablate__baselines="", ablate__untrained=False)
     changes = dict(train__kinds="topk") | small | changes
@@ -33,22 +19,25 @@ def go(stages, inputs, workdir, **changes):
 
 
 @pytest.fixture(scope="module")
-def added(inputs, trained, tmp_path_factory):
-    """A copy of the workdir in which the behaviour was added and tested."""
-    workdir = runs.copy_run(trained, tmp_path_factory.mktemp("added") / "run")
-    changes = dict(task__prompts=trained.parent / "colour.jsonl", task__behaviours="")
+def trained(inputs, tmp_path_factory):
+    """A workdir with a dictionary, in which a behaviour that was not thought of is added and tested."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    assert go(["baseline", "capture", "train"], inputs, workdir) == 0
+    before = [(workdir / unit / "done.json").read_text() for unit in ("capture", "train/topk")]
+    lines = [
+        dict(behaviour="colour", text=f"The {thing} is painted", correct=" red", wrong=" blue", template=thing[0])
+        for thing in ("door", "boat", "wall", "fence", "chair", "table", "house")
+    ]
+    lines = [line | dict(counterpart=line["text"].replace(" is ", " are ")) for line in lines]
+    (workdir.parent / "colour.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    changes = dict(task__prompts=workdir.parent / "colour.jsonl", task__behaviours="")
     assert go(["baseline", "capture", "train", "ablate"], inputs, workdir, **changes) == 0
+    assert before == [(workdir / unit / "done.json").read_text() for unit in ("capture", "train/topk")]
+    assert list(load_results(workdir, "ablate/topk").top) == ["colour"]
     return workdir
 
 
-def test_it_is_added_in_the_same_workdir(trained, added):
-    for unit in ("capture", "train/topk"):
-        before, after = ((folder / unit / "done.json").read_text() for folder in (trained, added))
-        assert before == after, "done before, unchanged"
-    assert list(load_results(added, "ablate/topk").top) == ["colour"]
-
-
-def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, added, tmp_path):
+def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, tmp_path):
     workdir, folder = tmp_path / "fresh", trained / "train" / "topk"
     changes = dict(task__prompts=trained.parent / "colour.jsonl", task__behaviours="", probe__labels="correct")
     changes |= {f"{stage}__dictionary": folder for stage in ("ablate", "patch", "probe")}
@@ -58,7 +47,7 @@ def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, added, tmp_path
     unit = units["ablate"]
     assert load_results(unit).dictionary == str(folder)
     # The same as by name where it was trained.
-    assert load_results(added, "ablate/topk").verdict == load_results(unit).verdict
+    assert load_results(trained, "ablate/topk").verdict == load_results(unit).verdict
     # The report tells of the dictionary what is told where it was trained: nothing before it is evaluated there.
     asked = {name: value for name, value in changes.items() if not name.startswith(("patch", "probe"))}
     again = runs.copy_run(workdir, tmp_path / "again")

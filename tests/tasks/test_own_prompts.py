@@ -97,6 +97,10 @@ def test_the_identity_is_of_the_content(tmp_path):
         ([*LINES, LINES[2]], "line 7 has the text of an earlier line of 'plural'"),
         ([line | dict(wrong=" cows") for line in LINES], r"line 1: 'Two' with .* begin with the same token"),
         ([*LINES[:3], LINES[3] | dict(counterpart="Four\\")], "line 4: 'Five' .*joined"),
+        ([LINES[0] | dict(labels="yes")], 'is "yes"'),
+        ([LINES[0] | dict(labels={"answer": "a"})], "none of"),
+        ([LINES[0] | dict(labels={"a b": "c"})], "digits and _"),
+        ([LINES[0] | dict(labels={"a": 1})], "'a' is 1"),
     ],
 )
 def test_bad_files(read, lines, message):
