@@ -22,7 +22,7 @@ from saejax.interventions.ablation import BehaviourAblation
 from saejax.interventions.answers import ImportanceSummary
 from saejax.interventions.columns import Columns
 from saejax.interventions.table import EffectsTable
-from saejax.statistics.bootstrap import has_same_sign, resampling_weights, stratum_means
+from saejax.statistics.bootstrap import resampling_weights
 from saejax.statistics.permutation import correlations, max_t_p
 
 PERMUTATIONS = 20_000
@@ -77,7 +77,9 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation) -> Impo
     # Prompts of one template are alike: resampled within templates, the interval speaks of these templates.
     weights_SxP = resampling_weights(templates, ablation.config.bootstrap, ablation.config.seed)
     low_N, high_N = np.quantile(drop_NxP @ weights_SxP.T, [0.025, 0.975], axis=1)
-    same_signs = [has_same_sign(list(stratum_means(drop_P, templates).values())) for drop_P in drop_NxP]
+    # All features at once: there may be tens of thousands.
+    template_P = np.array(templates)
+    sign_GxN = np.sign([drop_NxP[:, template_P == name].mean(axis=1) for name in dict.fromkeys(templates)])
     statistics = ablation.statistics
     largest_NxP = activity.maxima(ablation.split, ablation.runs)[:, feature_N].T.astype(np.float64)
     return Importance(
@@ -89,7 +91,7 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation) -> Impo
         drop_high=high_N,
         accuracy_drop=(clean_P > 0).mean() - (ablated_NxP > 0).mean(axis=1),
         p_fwer=max_t_p(drop_NxP, PERMUTATIONS, ablation.config.seed),
-        same_sign=np.array(same_signs, np.float64),
+        same_sign=(np.abs(sign_GxN.sum(axis=0)) == len(sign_GxN)).astype(np.float64),
         attribution=ablation.mean_attribution(ablation.runs)[feature_N],
         activation_correlation=correlations(largest_NxP, clean_P[None]),
     )

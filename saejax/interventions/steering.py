@@ -343,7 +343,8 @@ class SteeringTest:
         covered = sorted(p for swap, places in swaps.items() if texts and texts.covers(swap) for p in places)
         chosen = [prompts[place] for place in covered]
         split = self._split
-        diff_P = run_edits(split, split.run(chosen), self._nothing)["logit_diff"][0] if chosen else np.zeros(0)
+        measured = run_edits(split, split.run(chosen), self._nothing, self._config.batch_rows) if chosen else {}
+        diff_P = measured["logit_diff"][0] if chosen else np.zeros(0)
         right = [prompt for prompt, diff in zip(chosen, diff_P, strict=True) if diff > 0]
         return right, {"unknown answers": len(prompts) - len(chosen), "answered wrongly": len(chosen) - len(right)}
 

@@ -104,8 +104,10 @@ class HeldOutText:
         # All batches have the length of the longest document: one shape, so that each program is compiled once.
         ids_BxT = fit_ids(padded.ids_BxT, round_length(max(map(len, self.documents))))
         ids, lengths = split.by_row(ids_BxT, padded.lengths_B)
-        *sites, end_BxTxD = _clean_values(split.point, split.params, ids)
-        return DocumentBatch(ids, lengths, len(documents), tuple(sites), end_BxTxD)
+        sites = _run_prefix(split.point, split.params, ids)
+        # By the program that runs edits, so that an edit that changes nothing has no effect to the last bit.
+        end_BxTxD = programs.tail(split.point, split.params, *sites[:2])
+        return DocumentBatch(ids, lengths, len(documents), sites, end_BxTxD)
 
 
 def _run_edits(split: SplitModel, edits: FeatureEdits, batch: DocumentBatch) -> list[np.ndarray]:
@@ -131,11 +133,11 @@ def _run_edits(split: SplitModel, edits: FeatureEdits, batch: DocumentBatch) -> 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _clean_values(point: SplitPoint, params: decoder.Params, ids_BxT: jax.Array) -> tuple[jax.Array, ...]:
-    """Return stream, value and what is read at the site, and the stream leaving the last layer, [B, T, D] each."""
-    stream_BxTxD, value_BxTxD, read_BxTxD = point.run_prefix(params, ids_BxT)
-    end_BxTxD = point.run_suffix(params, stream_BxTxD, value_BxTxD)
-    return jax.lax.with_sharding_constraint((stream_BxTxD, value_BxTxD, read_BxTxD, end_BxTxD), sharding(point.mesh))
+def _run_prefix(
+    point: SplitPoint, params: decoder.Params, ids_BxT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return stream, value and what is read at the site, [B, T, D] each."""
+    return jax.lax.with_sharding_constraint(point.run_prefix(params, ids_BxT), sharding(point.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)

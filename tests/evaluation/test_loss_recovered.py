@@ -102,17 +102,26 @@ def test_a_perfect_stand_in_recovers_everything_in_bfloat16_nearly(lm, tiny_llam
     np.testing.assert_allclose(rounded.ce["clean"], full.ce["clean"], rtol=0.03)
 
 
-def test_a_transcoders_prediction_replaces_its_target(lm, model):
-    transcoder = random_dictionary(lm, site="mlp_in.1", target="mlp_out.1", centred=False, skip=True)
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_a_transcoders_prediction_replaces_its_target_but_for_sinks(lm, model, has_sinks):
+    mlp, norms = model.model.layers[1].mlp, []
+    log_probabilities(model, [(mlp, lambda module, inputs, output: norms.append(output.norm(dim=-1).flatten()))])
+    limit = float(torch.cat(norms).quantile(0.7)) if has_sinks else 1e9
+    sites = dict(site="mlp_in.1", target="mlp_out.1", target_max_norm=limit)
+    transcoder = random_dictionary(lm, centred=False, skip=True, **sites)
     mean = np.random.default_rng(1).normal(size=64).astype(np.float32)
     (losses,) = stand_in_losses(lm, [transcoder], documents(), mean)
-    mlp = model.model.layers[1].mlp
     predict = as_torch(transcoder)
     clean = log_probabilities(model)
-    for name, hook in (
-        ("reconstructed", lambda module, inputs, output: predict(inputs[0])),
-        ("mean_ablated", lambda module, inputs, output: torch.tensor(mean, dtype=output.dtype).expand_as(output)),
+    for name, stand_in in (
+        ("reconstructed", lambda x, y: predict(x)),
+        ("mean_ablated", lambda x, y: torch.tensor(mean, dtype=y.dtype).expand_as(y)),
+        ("zero_ablated", lambda x, y: torch.zeros_like(y)),
     ):
+
+        def hook(module, inputs, output, stand_in=stand_in):
+            return torch.where(output.norm(dim=-1, keepdim=True) <= limit, stand_in(inputs[0], output), output)
+
         ce, kl = ce_and_kl(clean, log_probabilities(model, [(mlp, hook)]))
         np.testing.assert_allclose(losses.ce[name], ce, rtol=1e-5)
         np.testing.assert_allclose(losses.kl[name], kl, rtol=1e-4)
@@ -151,21 +160,6 @@ def test_sinks_keep_their_value(lm, model):
         np.testing.assert_allclose([losses.ce[name], losses.kl[name]], [ce, kl], rtol=1e-4)
         everything, _ = ce_and_kl(clean, log_probabilities(model, change_stream(model, stand_in)))
         assert abs(losses.ce[name] - everything) > 1e-3, "the limit must leave some positions as they are"
-
-
-def test_sinks_of_a_transcoders_target_keep_their_value(lm, model):
-    mlp, norms = model.model.layers[1].mlp, []
-    log_probabilities(model, [(mlp, lambda module, inputs, output: norms.append(output.norm(dim=-1).flatten()))])
-    limit = float(torch.cat(norms).quantile(0.7))
-
-    def hook(module, inputs, output):
-        return torch.where(output.norm(dim=-1, keepdim=True) <= limit, torch.zeros_like(output), output)
-
-    sites = dict(site="mlp_in.1", target="mlp_out.1", target_max_norm=limit)
-    transcoder = random_dictionary(lm, centred=False, **sites)
-    (losses,) = stand_in_losses(lm, [transcoder], documents(), np.zeros(64))
-    ce, _ = ce_and_kl(log_probabilities(model), log_probabilities(model, [(mlp, hook)]))
-    np.testing.assert_allclose(losses.ce["zero_ablated"], ce, rtol=1e-5)
 
 
 def test_worse_than_the_floor_is_below_zero_and_nothing_to_recover_is_none():

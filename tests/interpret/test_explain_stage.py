@@ -13,7 +13,6 @@ from sklearn.metrics import balanced_accuracy_score
 
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import load_labels
-from saejax.errors import UserError
 from saejax.interpret import explain
 from saejax.interpret.held_out import MIN_FIRINGS, detection_score, is_kept
 from saejax.interpret.results import ExplainedFeature
@@ -189,21 +188,3 @@ def test_no_answer_that_can_be_read(workdir, tmp_path):
         member, found = go(workdir, tmp_path / "unit", server.url, sample=3)
     assert member.kept == 0 and all(one.label == "" and not one.kept for one in found.values())
     assert member.accuracy is None and member.control_accuracy is None
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (dict(features=(3, 40)), "--explain.features names 40: expected numbers from 0 to 39"),
-        (dict(model=""), "--explain.model is missing"),
-        (dict(url=""), "--explain.url is missing"),
-        (dict(url="nowhere"), "--explain.url=nowhere is not a URL"),
-    ],
-)
-def test_what_is_refused(workdir, tmp_path, settings, said):
-    settings = dict(model="judge", url="http://127.0.0.1:9/v1") | settings
-    config = ExplainConfig(dictionaries=("standard",), **settings)
-    inputs = {unit: workdir[0] / unit for unit in ("train/standard", "interpret/standard", "capture")}
-    made = Run("explain", "standard", tmp_path, Configs(config, MeshConfig()), inputs, lambda line: None)
-    with pytest.raises(UserError, match=re.escape(said)):
-        explain.run_explain(made)

@@ -1,8 +1,11 @@
-"""The stages ``interpret`` and ``atlas`` as programs, on a tiny model."""
+"""The stages ``interpret``, ``atlas`` and ``explain`` as programs, on a tiny model and against a server."""
 
 import json
+import re
+import time
 
 import numpy as np
+import protocol
 import pytest
 import runs
 
@@ -10,10 +13,12 @@ from saejax import load_results
 from saejax.activations.store import Store
 from saejax.dictionaries import load_dictionary
 from saejax.dictionaries.labels import labels_of
+from saejax.interpret.results import ExplainResults
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 STAGES = ["baseline", "capture", "train", "interpret", "atlas"]
+EXPLAIN = ["--explain.dictionaries=topk", "--explain.model=judge", "--explain.sample=6"]
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +100,70 @@ def test_a_model_that_the_text_was_not_captured_from_is_refused(workdir, tmp_pat
     deeper = runs.save_model(tmp_path / "other", num_hidden_layers=3)
     assert command.run(["interpret"], "", ["test", *flags, f"--model.path={deeper}"]) == 2
     assert "capture" in capsys.readouterr().err
+
+
+def answer(prompt):
+    """Labels with the prompt's length, and yes to everything."""
+    if "[EXPLANATION]" in prompt:
+        return f"[EXPLANATION]: word {len(prompt)}"
+    return json.dumps([1] * len(protocol.texts_of(prompt)))
+
+
+def test_it_stops_at_its_limit_goes_on_and_asks_nothing_twice(workdir, capsys):
+    folder, flags = workdir
+    unit = folder / "explain" / "topk"
+
+    def answers():
+        return [line for file in unit.glob("*/answers.jsonl") for line in file.read_text().splitlines()]
+
+    with protocol.Server(answer) as server:
+        flags = [*flags, *EXPLAIN, f"--explain.url={server.url}"]
+        assert command.run(["explain"], "", ["test", *flags, "--explain.most_tokens=100"]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and "--explain.most_tokens=100" in error and "raise the limit" in error
+        before = list(server.asked)
+        assert 0 < len(before) == len(answers())
+        assert not (unit / "done.json").exists() and not list(unit.glob("*/labels.json"))
+        output = runs.finish(runs.start("explain", flags))  # the binary itself
+        assert re.search(r"of 6 features keep a label, detection 0.50 \(control 0.50\)", output), output
+        assert len(server.asked) == len(set(server.asked)) and server.asked[: len(before)] == before
+        count = len(server.tries)
+        assert command.run(["explain"], "", ["test", *flags]) == 0
+        assert "explain/topk: done before, unchanged" in capsys.readouterr().out and len(server.tries) == count
+    results = load_results(unit)
+    assert isinstance(results, ExplainResults) and results.model == "judge"
+    for member in results.members:
+        assert member.judged == 6 and member.accuracy.mean == member.control_accuracy == 0.5
+    assert len(answers()) == len(server.asked) == count
+    assert server.tries[0][1]["model"] == "judge"
+
+
+def test_an_endpoint_that_is_down_ends_it_with_one_line(workdir, monkeypatch, capsys):
+    folder, flags = workdir
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with protocol.Server(answer) as server:
+        pass  # its port is free again
+    assert command.run(["explain"], "", ["test", *flags, *EXPLAIN, f"--explain.url={server.url}"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "gave no answer after 5 retries" in said and server.url in said and "run the same command again" in said
+    (unit,) = [path for path in (folder / "explain").glob("topk-*") if not (path / "done.json").exists()]
+    assert [path.name for path in unit.rglob("*") if path.is_file() and path.stat().st_size] == ["started.json"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--explain.sample=few", "sample"),
+        ("--explain.url=localhost", "is not a URL"),
+        ("--explain.features=128", "--explain.features names 128"),
+        ("--explain.modell=x", "modell"),
+        ("--explain.model=", "--explain.model is missing"),
+        ("--explain.url=", "--explain.url is missing"),
+    ],
+)
+def test_flags_that_are_refused(workdir, capsys, flag, said):
+    _, flags = workdir
+    url = "--explain.url=http://127.0.0.1:9/v1"
+    assert command.run(["explain"], "", ["test", *flags, *EXPLAIN, url, flag]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1

@@ -21,12 +21,11 @@ from saejax.interventions.split_model import CleanRun, SplitModel
 
 @dataclasses.dataclass(frozen=True)
 class Ablated:
-    """Logit differences without an edit and with each of S edits, and the work that was done for them."""
+    """Logit differences without an edit and with each of S edits."""
 
     clean_P: np.ndarray
     ablated_SxP: np.ndarray
     rows: int  # pairs of an edit and a prompt that were run, the clean ones counted once
-    tokens: int
 
     @property
     def drop_SxP(self) -> np.ndarray:
@@ -42,7 +41,7 @@ def ablate_sets(
     source: ActivationReplacement = ZERO,
 ) -> Ablated:
     """Ablate each set of features on the prompts of clean runs; options as those of ``run_edits``."""
-    seen, totals, batches_of = [], [], engine.batches_of
+    seen, batches_of = [], engine.batches_of
 
     def count_rows(first_SxP, *rest):
         batches = batches_of(first_SxP, *rest)
@@ -50,15 +49,11 @@ def ablate_sets(
         seen.extend(int((shard.set_N != len(sets)).sum()) for batch in batches for shard in batch.shards)
         return batches
 
-    def count_tokens(done, total):
-        totals.append(total)
-        on_progress(done, total)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "batches_of", count_rows)
         edits = mask(split.dictionary, sets, replacement=source)
-        clean_P, *edited = engine.run_edits(split, runs, edits, batch_rows, count_tokens)["logit_diff"]
-    return Ablated(clean_P, np.array(edited), sum(seen), totals[-1])
+        clean_P, *edited = engine.run_edits(split, runs, edits, batch_rows, on_progress)["logit_diff"]
+    return Ablated(clean_P, np.array(edited), sum(seen))
 
 
 def draw_falls(split: SplitModel, run: CleanRun, source: ActivationReplacement, features_K: np.ndarray) -> np.ndarray:

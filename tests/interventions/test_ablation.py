@@ -1,12 +1,13 @@
-"""What ablation runs and counts, dictionaries of other kinds, meshes, and what is not finite or does not fit."""
+"""What ablation runs and counts, what replaces activations, other kinds and meshes, and what does not fit."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from full_passes import ablate_sets
+from full_passes import ablate_sets, draw_falls
 
 from saejax import load_model
 from saejax.dictionaries import Dictionary
@@ -14,8 +15,9 @@ from saejax.errors import Interrupted, UserError
 from saejax.interventions import activity
 from saejax.interventions import engine as ablation
 from saejax.interventions import split_model as split_module
-from saejax.interventions.edits import mask
+from saejax.interventions.edits import WORDS, ActivationReplacement, mask
 from saejax.interventions.split_model import PROMPTS, SplitModel
+from saejax.settings import REPLACEMENTS
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +105,6 @@ def test_what_does_not_fire_has_no_effect_to_the_bit_and_is_not_run(split, runs,
     assert (everything.drop_SxP[~silent_SxP] != 0.0).mean() > 0.95
 
 
-def test_sinks_and_padding_are_never_edited(split, runs, dictionary):
-    sinks = 0
-    for run in runs:
-        norm_BxT = np.linalg.norm(np.asarray(run.value_BxTxD), axis=2)
-        real_BxT = np.arange(norm_BxT.shape[1])[None, :] <= run.last_B[:, None]
-        domain_BxT = real_BxT & (norm_BxT <= dictionary.config.max_norm)
-        np.testing.assert_array_equal(np.asarray(run.domain_BxT), domain_BxT)
-        sinks += (real_BxT & ~domain_BxT).sum()
-    assert sinks > 10
-
-
 def test_neither_batch_size_nor_mesh_matter(split, runs, dictionary, prompts, tiny_llama):
     sets = draw_sets(np.random.default_rng(5), dictionary.config.n_features)
     wanted = ablate_sets(split, runs, sets, batch_rows=64)
@@ -127,19 +118,15 @@ def test_neither_batch_size_nor_mesh_matter(split, runs, dictionary, prompts, ti
         np.testing.assert_allclose(again.clean_P, wanted.clean_P, atol=1e-5)
 
 
-def test_runs_hold_every_prompt_once_sorted_by_length(split, prompts, tiny, monkeypatch):
+def test_groups_of_prompts_are_small_and_change_nothing(split, prompts, monkeypatch):
     monkeypatch.setattr(split_module, "GROUP_TOKENS", 20 * PROMPTS)
     runs = split.run(prompts)
     assert len(runs) > 1
-    assert sorted(np.concatenate([run.index_P for run in runs]).tolist()) == list(range(len(prompts)))
-    lengths_P = tiny.tokenize([prompt.text for prompt in prompts]).lengths_B
     for run in runs:
-        np.testing.assert_array_equal(run.last_B[: len(run.index_P)] + 1, lengths_P[run.index_P])
         rows, length = run.value_BxTxD.shape[:2]
         assert rows % PROMPTS == 0 and 0 <= rows - len(run.index_P) < PROMPTS
         assert rows == PROMPTS or rows * length <= split_module.GROUP_TOKENS
-        assert 0 <= length - lengths_P[run.index_P].max() < 2
-    assert max(runs[0].last_B) <= min(runs[1].last_B)
+        assert 0 < length - max(run.last_B) <= 2
     sets = draw_sets(np.random.default_rng(6), 100)
     together, apart = (ablate_sets(split, groups, sets) for groups in (runs, split.run(prompts)))
     np.testing.assert_allclose(together.ablated_SxP, apart.ablated_SxP, atol=1e-5)
@@ -147,8 +134,8 @@ def test_runs_hold_every_prompt_once_sorted_by_length(split, prompts, tiny, monk
 
 def test_progress_counts_tokens_and_may_stop(split, runs, dictionary):
     sets, seen = [[i] for i in range(dictionary.config.n_features)], []
-    diffs = ablate_sets(split, runs, sets, 32, lambda done, total: seen.append((done, total)))
-    assert seen[0] == (0, diffs.tokens) and seen[-1] == (diffs.tokens, diffs.tokens)
+    ablate_sets(split, runs, sets, 32, lambda done, total: seen.append((done, total)))
+    assert seen[0] == (0, seen[-1][0]) and {total for _, total in seen} == {seen[-1][0]}
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
 
     def stop(done, total):
@@ -221,3 +208,104 @@ def test_few_programs(split, runs, dictionary):
     n = dictionary.config.n_features
     ablate_sets(split, runs, [[i] for i in range(n)] + [list(range(n))], batch_rows=48)
     assert ablation.run_rows._cache_size() - before <= 6
+
+
+SETS = [[3], [40], [7, 90, 120], list(range(0, 160, 2))]
+
+
+def draws(seed):
+    return ActivationReplacement("random", seed=np.uint32(seed))
+
+
+def activations(dictionary, run):
+    """f [B, T, F] of a clean run, 0 outside the domain, in fp64."""
+    f_BxTxF = np.asarray(dictionary.encode(run.value_BxTxD), np.float64)
+    return f_BxTxF * np.asarray(run.domain_BxT)[:, :, None]
+
+
+def test_every_kind_is_described():
+    assert tuple(WORDS) == REPLACEMENTS
+
+
+def test_a_prefix_is_shared_where_that_of_the_counterpart_is_too():
+    prefix_PxT, second_PxT = np.array([[0, 1, 1], [0, 2, 2], [0, 1, 0]]), np.array([[0, 0, 2], [2, 0, 0], [0, 0, 2]])
+    second = types.SimpleNamespace(prefix_PxT=second_PxT)
+    run = types.SimpleNamespace(prefix_PxT=prefix_PxT, last_B=np.zeros(3), counterpart=second)
+    shared_PxT = ablation.EditedRun(run, ActivationReplacement("counterpart")).prompts.prefix_PxT
+    pairs = list(zip(prefix_PxT.ravel().tolist(), second_PxT.ravel().tolist(), strict=True))
+    for a, first in zip(shared_PxT.ravel(), pairs, strict=True):
+        assert [a == b for b in shared_PxT.ravel()] == [first == second for second in pairs]
+    # Draws differ from prompt to prompt, so nothing is shared.
+    drawn_PxT = ablation.EditedRun(run, draws(3)).prompts.prefix_PxT
+    assert len(np.unique(drawn_PxT)) == drawn_PxT.size
+
+
+def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(split, pairs):
+    (run,) = split.run(pairs)
+    paired = dataclasses.replace(run, counterpart=run)
+    diffs = ablate_sets(split, [paired], SETS, source=ActivationReplacement("counterpart"))
+    assert (diffs.drop_SxP == 0).all() and diffs.rows == len(pairs)
+
+
+def test_draws_are_activations_at_other_positions(split, dictionary, pairs):
+    (run,) = split.run(pairs)
+    f_BxTxF = activations(dictionary, run)[: len(run.index_P)]
+    features_K = np.arange(f_BxTxF.shape[2])
+    fall_BxTxK = draw_falls(split, run, draws(7), features_K)
+    kept_BxTxK = f_BxTxF - fall_BxTxK
+    moved = 0
+    for feature in features_K:
+        before, drawn = f_BxTxF[:, :, feature], kept_BxTxK[:, :, feature]
+        fires = before != 0
+        assert (drawn[~fires] == 0).all()
+        values = before[fires]
+        for value, at in zip(drawn[fires], values, strict=True):
+            assert np.isclose(value, values, atol=1e-5).any()
+            if len(values) > 1 and np.isclose(values, at, atol=1e-5).sum() == 1:
+                assert not np.isclose(value, at, atol=1e-6)
+                moved += 1
+    assert moved > 300
+    # Draws do not depend on what else is gathered, and others come with another seed.
+    some = features_K[30:50]
+    again = draw_falls(split, run, draws(7), some)
+    np.testing.assert_allclose(again, fall_BxTxK[:, :, some], atol=1e-6)
+    assert np.abs(draw_falls(split, run, draws(8), some) - again).max() > 0.1
+
+
+def test_every_other_position_is_drawn_as_often(split, dictionary, prompts):
+    (run,) = split.run(prompts[:11])
+    f_BxTxF = activations(dictionary, run)[: len(run.index_P)]
+    feature = int(np.argmax((f_BxTxF != 0).sum((0, 1)) == 6))
+    values = f_BxTxF[:, :, feature][f_BxTxF[:, :, feature] != 0]
+    assert len(values) == 6
+    drawn = []
+    for seed in range(150):
+        kept = f_BxTxF[:, :, feature] - draw_falls(split, run, draws(seed), np.array([feature]))[:, :, 0]
+        drawn.append(kept[f_BxTxF[:, :, feature] != 0])
+    counts = np.array([np.isclose(np.concatenate(drawn), value, atol=1e-5).sum() for value in values])
+    assert counts.sum() >= 900 and counts.min() > 0.7 * 150 and counts.max() < 1.3 * 150
+
+
+def test_two_clean_runs_of_the_same_prompts_are_replaced_differently(split, pairs):
+    (run,) = split.run(pairs)
+    again = dataclasses.replace(run, index_P=run.index_P + len(pairs))
+    diffs = ablate_sets(split, [run, again], SETS, source=draws(3))
+    first_SxP, second_SxP = np.split(diffs.drop_SxP, 2, axis=1)
+    assert np.abs(first_SxP - second_SxP).max() > 0.01
+
+
+def test_a_feature_that_fires_once_stays():
+    f_BxTxK = jnp.zeros((2, 3, 2)).at[0, 1, 0].set(2.0).at[:, 2, 1].set(jnp.array([1.0, 5.0]))
+
+    def removed(rows):
+        return draws(0).removed(f_BxTxK, f_BxTxK, jnp.ones((2, 3), bool), jnp.arange(2), jnp.int32(rows))
+
+    assert (removed(2)[:, :, 0] == 0).all()
+    np.testing.assert_array_equal(removed(2)[:, 2, 1], [-4.0, 4.0])  # the two change places
+    assert (removed(1)[0] == 0).all()  # the second row is a copy that does not count
+
+
+def test_a_counterpart_of_another_length_is_refused(split, pairs):
+    longer = dataclasses.replace(pairs[0], counterpart=pairs[0].text + " and so on")
+    with pytest.raises(UserError, match="takes pairs of one length"):
+        split.run([*pairs[1:3], longer], counterparts=True)

@@ -55,11 +55,6 @@ class Rows:
     def add_set(self, edit: EditDefinition, drop: float | np.ndarray, dose: float = 1.0) -> None:
         self.add(edit, logit_diff=self.clean - drop, change_norm=dose)
 
-    def add_random(
-        self, index: int, features: tuple[int, int], drop: float, dose: float, fraction: float = 1.0
-    ) -> None:
-        self.add_set(EditDefinition("b", "random", index, features, fraction), drop, dose)
-
     def add_behaviour(
         self, name: str, drop: float | np.ndarray = 3.0, sets: int = 19, placebo: int = 19, first: int = 0, **accuracy
     ) -> None:
@@ -154,12 +149,13 @@ def test_placebo_sets_that_pass_are_counted():
 
 def test_both_are_compared_at_the_smaller_dose():
     rows = make_rows(sets=18)
-    rows.add_random(18, (90, 91), 1.6, 1.0)  # at its dose of 1 the top features lose 1.5: less than this set
+    edit = EditDefinition("b", "random", 18, (90, 91))
+    rows.add_set(edit, 1.6, 1.0)  # at its dose of 1 the top features lose 1.5: less than this set
     assert judge(rows).random.p_value == pytest.approx(2 / 20)
     rows = make_rows(sets=18)
     # It loses more at three times the dose, and 1.7 where it is ablated as far as the dose of the top features.
-    rows.add_random(18, (90, 91), 5.0, 6.0)
-    rows.add_random(18, (90, 91), 1.7, 2.0, fraction=1 / 3)
+    rows.add_set(edit, 5.0, 6.0)
+    rows.add_set(dataclasses.replace(edit, fraction=1 / 3), 1.7, 2.0)
     random = judge(rows).random
     assert random.p_value == pytest.approx(1 / 20)
     assert random.numbers["max"] == pytest.approx(1.7)
@@ -198,15 +194,12 @@ def test_intervals_are_over_prompts_within_templates():
     assert effect.high - effect.low < 0.5
 
 
-def test_two_way_and_top1_accuracy_are_separate_answers_with_their_names():
+def test_two_accuracies_are_separate_answers_and_may_fall_too_little_to_count():
     ablation = judge(make_rows(two_way=1.0, top1=np.arange(PROMPTS) % 2)).ablation
     assert (ablation["two_way"].answer, ablation["top1"].answer) == ("no", "yes")
     for name, words in dict(two_way="two-way accuracy", top1="top-1 accuracy").items():
         assert words in ablation[name].sentence
         assert ablation[name].sentence.count("accuracy") == 1
-
-
-def test_a_fall_of_accuracy_below_the_criterion_is_no_effect():
     answer = judge(make_rows(), dataclasses.replace(CONFIG, min_accuracy_drop=0.6)).ablation["two_way"]
     assert answer.answer == "no"
     assert answer.sentence.endswith("too little to count.")
@@ -337,13 +330,6 @@ def test_a_removed_prompt_changes_what_it_should():
     )
     assert before.ablation["logit_diff"].effect != after.ablation["logit_diff"].effect
     assert before.features == after.features
-
-
-def test_a_dose_is_the_root_mean_square_over_prompts():
-    table = world()
-    (curve,) = read_curves(table, "b", "top")
-    norm_P = table.values(table.select_edits("b", "top")[-1:], table.select_prompts("b"), "change_norm")[0]
-    assert norm_P.std() > 0 and curve.reach == pytest.approx(np.sqrt(np.mean(norm_P**2)))
 
 
 def test_one_prompt_is_refused():

@@ -1,7 +1,8 @@
-"""Activation patching: against a plain loop with PyTorch hooks, and effects that are known by construction."""
+"""Activation patching: against a plain loop with PyTorch hooks, by construction, and the stage end to end."""
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import numpy as np
@@ -11,11 +12,15 @@ import saejax
 from saejax.errors import UserError
 from saejax.interventions import patching
 from saejax.interventions.edits import ActivationReplacement, swap
-from saejax.interventions.engine import run_edits
-from saejax.interventions.patching import PatchGrid
+from saejax.interventions.engine import effects
+from saejax.interventions.patching import PatchGrid, fitting_pairs
 from saejax.interventions.rows import first_change, gather
 from saejax.interventions.split_model import PROMPTS, SplitModel
+from saejax.interventions.table import TESTED, load_effects
+from saejax.results import from_json, to_json
+from saejax.settings import PatchConfig
 from saejax.statistics.bootstrap import resampling_weights
+from saejax.tasks.behaviours import read_prompts, write_prompts
 
 
 @pytest.fixture(scope="module")
@@ -107,28 +112,6 @@ def test_one_prompt_small_batches_and_a_mesh_of_eight(tiny, tiny_llama, pairs):
     np.testing.assert_allclose(spread.diff_DxLxHxPxC, wanted.diff_DxLxHxPxC, atol=1e-5)
 
 
-@pytest.mark.parametrize("site", ["resid_post.1", pytest.param("mlp_out.2", marks=pytest.mark.slow)])
-def test_features_equal_torch_hooks(tiny, plain, make_dictionary, pairs, site):
-    """Sets, and all features, in both directions; sinks and the error term stay those of the base run."""
-    dictionary = make_dictionary(site)
-    sets = [[3], [3, 50, 77, 120], list(range(dictionary.config.n_features))]
-    split = SplitModel(tiny, dictionary)
-    noised = split.run(pairs, counterparts=True)
-    denoised = [dataclasses.replace(run.counterpart, counterpart=run) for run in noised]
-    patched = [run_edits(split, runs, swap(split.dictionary, sets))["logit_diff"] for runs in (denoised, noised)]
-    for p, pair in enumerate(pairs[:2]):
-        runs = [plain(dictionary, pair), plain(dictionary, swapped(pair))]
-        values = [run.value() for run in runs]
-        f_2xTxF = [run.features(x_TxD) for run, x_TxD in zip(runs, values, strict=True)]
-        for (base, source), (_, *diff_SxP) in zip(DIRECTIONS, patched, strict=True):
-            run, usable_T = runs[base], runs[base].is_usable(values[base])
-            change_TxF = (f_2xTxF[source] - f_2xTxF[base]) * usable_T[:, None]
-            for s, members in enumerate(sets):
-                moved_TxD = change_TxF[:, members] @ run.W_dec_FxD[members]
-                wanted = run.diff(lambda x_TxD, moved_TxD=moved_TxD: x_TxD + moved_TxD)
-                np.testing.assert_allclose(diff_SxP[s][p], wanted, atol=2e-5)
-
-
 def test_memory_does_not_grow_with_prompts_times_features(tiny, make_dictionary):
     """Activations of all features exist of ``PROMPTS`` prompts at a time, however many are patched."""
     split = SplitModel(tiny, make_dictionary("resid_post.1"))
@@ -201,3 +184,83 @@ def test_what_cannot_be_patched_is_refused_in_a_line(tiny, tiny_llama, pairs):
     ):
         with pytest.raises(UserError, match=message):
             call()
+
+
+@pytest.fixture
+def make_run(tmp_path, save_inputs, stage_run, make_prompt, two_devices):
+    prompts = []
+    for behaviour, templates in (("first", 1), ("second", 2)):
+        some = [make_prompt(i, "train" if i < 8 else "test", behaviour, False) for i in range(16)]
+        some = [dataclasses.replace(p, template=str(i % templates)) for i, p in enumerate(some)]
+        prompts += [dataclasses.replace(p, counterpart=p.text.replace(" near ", " that ")) for p in some[:-1]]
+        prompts.append(dataclasses.replace(some[-1], counterpart=""))
+    inputs = save_inputs(tmp_path, prompts)
+    config = PatchConfig(
+        kinds=("resid_post", "attn_z"), dictionary="topk", top=3, placebo_targets=3, bootstrap=200, batch_rows=16
+    )
+
+    def make(unit, folder, **fields):
+        return stage_run("patch", unit, inputs, folder, config, **fields)[0]
+
+    return make
+
+
+def assert_is_json(results):
+    assert from_json(patching.PatchResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+
+
+def test_sites(make_run):
+    whole = make_run("resid_post", "whole")
+    results = patching.run_patch(whole)
+    assert_is_json(results)
+    first = results.behaviours["first"]
+    assert first.prompts + sum(first.left_out.values()) == 8 and first.left_out["no counterpart"] == 1
+    grid = patching.PatchGrid.load(patching.PatchGrid.file(whole.folder, "first"))
+    assert [column.position for column in first.columns] == sorted(set(grid.position.tolist()))
+
+
+def test_heads_are_patched_at_all_positions_together(make_run):
+    run = make_run("attn_z", "heads")
+    results = patching.run_patch(run)
+    assert_is_json(results)
+    assert results.positions == "all"
+    grid = patching.PatchGrid.load(patching.PatchGrid.file(run.folder, "second"))
+    assert set(grid.head.tolist()) == {0, 1, 2, 3} and np.isnan(grid.position.astype(float)).all()
+
+
+def test_features(make_run, tiny, make_dictionary):
+    run = make_run("topk", "features")
+    prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl")
+    results = patching.run_patch(run)
+    assert_is_json(results)
+    assert (results.dictionary, results.site, results.k) == ("topk", "resid_post.1", 3)
+    for name, entry in results.behaviours.items():
+        verdict, table = results.verdict.dictionaries[TESTED][name], load_effects(run.folder / f"{name}-effects")
+        (top,) = table.select_whole_edits(name, "top")
+        assert verdict.features == top.features
+        # Denoising is noising with prompts and counterparts exchanged, here by the engine.
+        tests, _ = fitting_pairs(tiny, [prompt for prompt in prompts if prompt.behaviour == name])
+        exchanged = [dataclasses.replace(p, text=p.counterpart, counterpart=p.text) for p in tests]
+        edits = swap(make_dictionary("resid_post.1"), [[], top.features])
+        corrupted_P, restored_P = effects(tiny, exchanged, edits)[..., 0]
+        assert entry.restored.mean == pytest.approx((restored_P - corrupted_P).mean(), abs=1e-5)
+        numbers = verdict.random.numbers
+        assert numbers["needed"] == 39, "two behaviours"
+        assert (verdict.random.answer == "not testable") == (numbers["sets"] < 39)
+        assert verdict.selective.answer == "not tested"
+
+
+def test_a_behaviour_that_cannot_be_patched_is_named_and_the_others_go_on(make_run):
+    run = make_run("topk", "some")
+    path = run.inputs["baseline"] / "prompts.jsonl"
+    prompts = read_prompts(path)
+    write_prompts(path, [p for p in prompts if (p.behaviour, p.split) != ("first", "train")])
+    results = patching.run_patch(run)
+    assert list(results.behaviours) == ["second"] and "no train prompts" in results.unpatched["first"]
+    # Sites need no train prompts.
+    results = patching.run_patch(make_run("resid_post", "sites"))
+    assert list(results.behaviours) == ["first", "second"] and results.unpatched == {}
+
+    write_prompts(path, [dataclasses.replace(p, counterpart="") for p in prompts])
+    with pytest.raises(UserError, match=r"no behaviour can be patched .first: of 8 test prompts 8 have no counterpart"):
+        patching.run_patch(make_run("resid_post", "none"))

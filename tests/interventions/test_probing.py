@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from saejax.dictionaries import Dictionary
-from saejax.errors import Interrupted, UserError
+from saejax.errors import UserError
 from saejax.files import write_lines
 from saejax.interventions import probing
 from saejax.interventions.edits import mask
@@ -195,7 +195,7 @@ def make_run(tmp_path, save_inputs, stage_run, make_prompt):
     return make
 
 
-def test_the_stage_end_to_end_killed_and_resumed(make_run):
+def test_the_stage_end_to_end(make_run):
     whole, lines = make_run("whole")
     results = probing.run_probe(whole)
     assert from_json(probing.ProbeResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
@@ -216,15 +216,6 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
     assert dense.against_dense is None
     assert answer.selected.readout == "logit difference"
     assert [each.feature for each in answer.selected.features] == list(answer.probes[1].inputs)
-
-    folder = whole.folder.parent / "stopped"
-    stopped, _ = make_run("stopped", stopping=lambda: (folder / "answer-first.json").exists())
-    with pytest.raises(Interrupted, match="answer-second .2 of 4.: stopped"):
-        probing.run_probe(stopped)
-    assert not (folder / "answer-second.json").exists()
-    resumed, lines = make_run("stopped")
-    assert probing.run_probe(resumed) == results
-    assert lines[0] == "probe: kept from an earlier run: answer-first"
 
 
 @pytest.mark.parametrize(

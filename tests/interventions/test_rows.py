@@ -1,52 +1,20 @@
 """Which rows are run, on which tokens and in which batches."""
 
-import itertools
 import types
 
 import numpy as np
 import pytest
 
 from saejax.interventions.edits import FeatureEdits, filled_features
-from saejax.interventions.rows import Prompts, all_different, batches_of, first_changes
+from saejax.interventions.rows import Prompts, all_different, batches_of
 from saejax.interventions.split_model import prefixes
 
-FIRST_PxF = np.array([[3, 9, 1, 4], [9, 9, 2, 0]], np.int32)  # 9: never
-SETS = [np.array(s, np.int64) for s in ([0], [1], [0, 2], [3], [])]
-
-
-NEVER = np.iinfo(np.int32).max
 DICTIONARY = types.SimpleNamespace(config=types.SimpleNamespace(n_features=1000))
 
 
-def amounts(sets, addends=None, fraction=0.5):
-    """Edits that ablate half of each set, or another fraction."""
-    return FeatureEdits(DICTIONARY, tuple(sets), tuple(np.full(len(members), fraction) for members in sets), addends)
-
-
-EVERYWHERE = np.ones((2, 9), bool)
-FROM_2 = np.arange(9)[None, :] >= np.array([[2], [99]])  # nowhere in the second prompt
-ADDED = tuple(np.full(len(members), float(number == 1)) for number, members in enumerate(SETS))
-
-
-@pytest.mark.parametrize(
-    ("edits", "editable_PxT", "wanted_SxP"),
-    [
-        (amounts(SETS), EVERYWHERE, [[3, 9], [9, 9], [1, 2], [4, 0], [NEVER, NEVER]]),
-        (amounts(SETS, ADDED), FROM_2, [[3, 9], [2, 9], [1, 2], [4, 0], [NEVER, NEVER]]),
-        (amounts(SETS, fraction=0.0), EVERYWHERE, np.full((5, 2), NEVER)),
-    ],
-    ids=["from its first feature on", "an addend from the first editable position on", "a fraction of zero never"],
-)
-def test_an_edit_changes_a_prompt(edits, editable_PxT, wanted_SxP):
-    np.testing.assert_array_equal(first_changes(FIRST_PxF, edits, editable_PxT), wanted_SxP)
-
-
-def test_prompts_that_begin_alike_share_their_numbers():
-    ids_PxT = np.array([[5, 6, 7], [5, 6, 8], [4, 6, 7], [5, 6, 7]])
-    prefix_PxT = prefixes(ids_PxT)
-    for t, p, q in itertools.product(range(3), range(4), range(4)):
-        alike = (ids_PxT[p, : t + 1] == ids_PxT[q, : t + 1]).all()
-        assert (prefix_PxT[p, t] == prefix_PxT[q, t]) == alike
+def halved(sets):
+    """Edits that ablate half of each set."""
+    return FeatureEdits(DICTIONARY, tuple(sets), tuple(np.full(len(members), 0.5) for members in sets))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +31,7 @@ def many():
         for p in range(9):
             hits = [t for t in range(last_P[p] + 1) if int(prefix_PxT[p, t]) in hit_T[t]]
             first_SxP[s, p] = hits[0] if hits else 99
-    return first_SxP, Prompts(last_P, prefix_PxT), amounts(sets), ids_PxT
+    return first_SxP, Prompts(last_P, prefix_PxT), halved(sets), ids_PxT
 
 
 @pytest.mark.parametrize("most", [1, 30, 2000])
@@ -118,12 +86,7 @@ def test_batches_have_few_shapes(many):
     first_SxP, prompts, edits, _ = many
     shapes, counts = set(), range(1, 51)
     for count in counts:
-        batches = batches_of(first_SxP[:count], prompts, amounts(edits.sets[:count]), 80, 1000)
+        batches = batches_of(first_SxP[:count], prompts, halved(edits.sets[:count]), 80, 1000)
         shapes |= {(batch.size, batch.length, batch.tokens, len(batch.features_K)) for batch in batches}
     assert len(shapes) <= 12 and {features for *_, features in shapes} == {filled_features(40)}
     assert max(tokens for *_, tokens, _ in shapes) <= 96
-
-
-def test_nothing_to_run():
-    prompts = Prompts(np.array([2, 3]), all_different(np.zeros((2, 4))))
-    assert batches_of(np.full((2, 2), 9), prompts, amounts(SETS[:2]), 10, 4) == []
