@@ -1,5 +1,6 @@
 """Questions of known algorithms against other ways to answer them, and the transformers trained on them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -86,10 +87,11 @@ def test_paths_are_scipy_s_paths(sort):
 
 
 def test_counterparts_of_paths_have_the_other_answer():
-    for prompt in Paths(6, 8).prompts(10, np.random.default_rng(2)):
+    for prompt in Paths(6, 8).prompts(40, np.random.default_rng(2)):
         words, swapped = prompt.text.split(), prompt.counterpart.split()
         assert len(words) == len(swapped)
         assert right_answers(words) == {prompt.correct.strip()} and right_answers(swapped) == {prompt.wrong.strip()}
+        assert prompt.correct != prompt.wrong
         far_N = distances(words)[1][NODES.index(words[-3].strip("<>"))]
         labels = dict(prompt.labels)
         assert [labels[f"two_{name}"] == "yes" for name in NODES] == [far == 2 for far in far_N]
@@ -105,6 +107,20 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path, one_device):
     assert model.config == config and model.params.keys() == params.keys()
     for name, value in params.items():
         np.testing.assert_array_equal(model.params[name], value, err_msg=name)
+
+
+def test_each_question_is_judged_once_whatever_the_batch(monkeypatch):
+    algorithm = Addition(2)
+    config = read_config(transformer.describe(len(algorithm.words), 16, 1, 16), "config.json")
+    params, questions = transformer.initial(config, 0), algorithm.draw("addition", 5, np.random.default_rng(0))
+    logits_BxNxV = transformer.answer_logits(config, params, questions.ids_BxT, questions.place_BxN)
+    best_BxN = np.asarray(logits_BxNxV).argmax(axis=-1)
+    right_BxNxV = np.zeros_like(questions.right_BxNxV)
+    for number in (0, 3, 4):  # as if these were the right answers
+        right_BxNxV[number, np.arange(best_BxN.shape[1]), best_BxN[number]] = True
+    judged = dataclasses.replace(questions, right_BxNxV=right_BxNxV)
+    monkeypatch.setattr(transformer, "_BATCH", 2)
+    assert transformer.correct(config, params, judged).tolist() == [True, False, False, True, True]
 
 
 def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path, monkeypatch):

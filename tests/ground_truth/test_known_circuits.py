@@ -1,6 +1,7 @@
 """Transformers set by hand: they do what their description says, and graphs have the edges that they have."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from saejax import load_model, load_results
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.errors import UserError
+from saejax.ground_truth.circuits import run as known_run
 from saejax.ground_truth.circuits.cases import CASES, make_case
 from saejax.ground_truth.circuits.dictionaries import EXACT, WRONG, order, untrained_sets, without_silent_tokens
 from saejax.ground_truth.circuits.edges import Edges, aligned, circuit, judge_edges, known_edges, possible
@@ -121,6 +123,22 @@ def test_exact_features_stand_for_the_variables_and_wrong_decoders_for_nothing(c
     assert judged.interchange_random is None or judged.interchange_random < 0.5
     wrong = judge_features(model, sets[case.layer][WRONG], case, {})
     assert wrong.carried == wrong.shown == 0 and wrong.interchange.mean < 0.5
+
+
+def test_random_sets_turn_the_mean_share_of_answers(monkeypatch):
+    case = make_case("logic", 30, 0)
+    # Whose answers turn with each of N random sets [N, P]; of the third behaviour there are none.
+    turned = [[[True, False], [False, False]], [[True, True], [False, True]], np.zeros((0, 2), bool)]
+    of_behaviour = dict(zip(case.causes, turned, strict=True))
+    table = SimpleNamespace(
+        select_prompts=lambda name: name,
+        select_whole_edits=lambda name, group: group,
+        values=lambda edits, name, _: np.where(of_behaviour[name] if edits == "random" else [[True, True]], -1, 1),
+    )
+    monkeypatch.setattr(known_run, "ablate", lambda *_, **__: SimpleNamespace(table=table))
+    monkeypatch.setattr(known_run, "_has_effect", lambda ablated, name: True)
+    judged = judge_features(None, None, case, {})
+    assert judged.interchange.mean == 1 and judged.interchange_random == pytest.approx((0.25 + 0.75) / 2)
 
 
 @pytest.mark.slow

@@ -1,6 +1,4 @@
-"""The firings on disk, and heatmaps, against the dense activations."""
-
-import json
+"""The firings on disk, against the dense activations."""
 
 import numpy as np
 import planted
@@ -10,10 +8,8 @@ from every_kind import KINDS
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import Interrupted, UserError
-from saejax.interpret import firings, heatmaps
-from saejax.interpret.firings import BLOCK, blocks, places_of, priority, record
-from saejax.interpret.heatmaps import TokenMaps
-from saejax.interpret.text import CodedText
+from saejax.interpret import firings
+from saejax.interpret.firings import BLOCK, blocks, encode_tokens, places_of, record
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 
@@ -68,38 +64,12 @@ def test_stops_when_asked_and_refuses_a_store_without_text(store, tmp_path, one_
         record(empty, "held_out", {tmp_path: make("standard")}, one_device, 64)
 
 
-FEATURES = 30
-
-
-@pytest.mark.parametrize("documents", [3, 0])
-def test_features_by_tokens(tmp_path, monkeypatch, documents):
-    monkeypatch.setattr(heatmaps, "TOKENS", 24)
-    monkeypatch.setattr(heatmaps, "SHOWN", 6)
-    store, dictionary = planted.make_store(tmp_path / "store", documents=40), planted.dictionary(FEATURES)
-    place = record(store, "train", {tmp_path / "own": dictionary}, make_mesh(), 500)
-    place = np.delete(place, np.arange(7, len(place), 50))  # as if these were sinks
-    text = CodedText(store.documents, planted.TEXTS)
-    maps = TokenMaps(text, place, documents)
-    for block in blocks(tmp_path / "own", FEATURES):
-        maps.add(block)
-    length_F = np.linspace(1, 2, FEATURES)
-    made = maps.maps(length_F)
-    json.dumps(made, allow_nan=False)
-    dense = planted.Dense(store, dictionary)
-    mean, train = dense.f.sum(0) / len(place), np.unique(dense.document)
-    wanted = sorted(train.tolist(), key=lambda d: -int(priority(np.array([d]))[0]))[:documents]
-    assert [one["document"] for one in made] == wanted
-    for one in made:
-        assert one["tokens"] == [planted.TEXTS[i] for i in store.documents[one["document"]][:24]]
-        start = store.documents.starts_N[one["document"]]
-        scored = np.isin(start + np.arange(24), place)
-        acts = np.zeros((FEATURES, 24))
-        here = (dense.document == one["document"]) & (dense.position < 24)
-        acts[:, dense.position[here]] = dense.f[here].T
-        excess = (acts.sum(1) - scored.sum() * mean) * length_F
-        best = [i for i in np.argsort(-excess)[:6].tolist() if excess[i] > 0]
-        assert one["features"] == best and best
-        for feature, row in zip(best, one["acts"], strict=True):
-            assert [value is None for value in row] == (~scored).tolist()
-            there = [value for value in row if value is not None]
-            np.testing.assert_allclose(there, acts[feature][scored], rtol=6e-3, atol=1e-5)
+def test_values_in_memory_have_no_firings_at_sinks_nor_below_what_counts():
+    dictionary = make("linear").with_sink_norms(lambda site: 5.0)
+    x_NxD = np.random.default_rng(0).normal(size=(7, planted.WIDTH)).astype(np.float32)
+    x_NxD *= np.array([1, 9, 1, 1, 9, 1, 1])[:, None] / np.linalg.norm(x_NxD, axis=1, keepdims=True)
+    found, real_N = encode_tokens(dictionary, x_NxD, 3)
+    wanted = np.asarray(dictionary.encode(x_NxD))
+    wanted = np.where((np.abs(wanted) > 0.4) & real_N[:, None], wanted, 0)
+    assert real_N.tolist() == [True, False, True, True, False, True, True] and wanted[0].any()
+    np.testing.assert_allclose(found.toarray(), wanted, atol=1e-5)

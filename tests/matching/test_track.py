@@ -10,7 +10,7 @@ import pytest
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
-from saejax.matching.track.firings import LayerFirings, follow, step_features
+from saejax.matching.track.firings import LayerFirings, activations, follow, step_features
 from saejax.matching.track.links import find_links, strongest_chains
 from saejax.matching.track.stack import LayerDictionary
 from saejax.matching.track.tested import StepTester, judge_steps
@@ -39,6 +39,19 @@ def stack_of(*dictionaries):
 
 def unit(rows):
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def test_only_what_counts_as_firing_is_followed(identity_llama):
+    """Of a linear dictionary nearly all activations differ from 0, and those near it are no firings."""
+    config = DictionaryConfig(kind="linear", site="resid_post.0", d_in=D, n_features=F, centred=False, fires_above=0.3)
+    arrays = dict(W_enc_DxF=unit(np.random.default_rng(0).standard_normal((F, D))).T, b_enc_F=np.zeros(F))
+    arrays |= dict(W_dec_FxD=arrays["W_enc_DxF"].T, b_dec_D=np.zeros(D))
+    linear = Dictionary(config, **{name: np.asarray(array, np.float32) for name, array in arrays.items()})
+    x_1xTxD = unit(np.random.default_rng(1).standard_normal((1, 5, D))).astype(np.float32)
+    dense = x_1xTxD[0] @ arrays["W_enc_DxF"]
+    assert 0 < (np.abs(dense) > 0.3).mean() < 0.1
+    found = activations(identity_llama, linear.with_sink_norms(lambda site: 1e9), x_1xTxD)
+    np.testing.assert_allclose(found, np.where(np.abs(dense) > 0.3, dense, 0), atol=1e-5)
 
 
 def test_planted_chains_are_followed_and_nothing_else(identity_llama):

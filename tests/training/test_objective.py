@@ -117,6 +117,17 @@ def test_the_l0_penalty_moves_thresholds_only(penalty):
     )
 
 
+def test_the_tanh_penalty_is_its_formula_times_its_coefficient():
+    values = []
+    for coefficient in (0.0, 0.03):
+        stack, params, x, y, hyper = setting("jumprelu", l0_penalty="tanh", l0_coefficient=(coefficient,))
+        values.append(float(loss_of(stack, x, y, hyper)(params)))
+    f_BxF = np.asarray(_member(stack, params).encode(x))
+    norm_F = np.linalg.norm(params["W_dec_FxD"], axis=1)
+    wanted = 0.03 * np.tanh(4 * f_BxF * norm_F).sum(axis=1).mean()
+    assert wanted > 0.01 and values[1] - values[0] == pytest.approx(wanted, rel=1e-6)
+
+
 @pytest.mark.parametrize(("k", "metric"), [(3, False), (3, True), (8, False)])  # five are dead
 def test_auxk_reaches_dead_features_and_no_others(k, metric):
     rng = np.random.default_rng(4)

@@ -1,0 +1,104 @@
+"""The frozen-random control: as large, as sparse, fitted by least squares, and searched like the dictionary."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import planted
+import pytest
+from scipy import sparse
+
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries.kinds.topk import is_plain_topk
+from saejax.interpret import control
+from saejax.interpret.control import fit_decoder, frozen_random
+from saejax.interpret.report import _rows
+from saejax.interpret.results import InterpretedDictionary
+from saejax.models.loading import load_model
+from saejax.results import from_json, to_json
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return planted.make_store(tmp_path_factory.mktemp("control") / "store", documents=80)
+
+
+def read(store, split="train"):
+    return store.read(planted.SITE, store.rows(split, planted.SITE))
+
+
+def topk(features, k=4):
+    config = DictionaryConfig(kind="topk", site=planted.SITE, d_in=planted.WIDTH, n_features=features, k=k)
+    return Dictionary.initial(config, jax.random.key(3))
+
+
+@pytest.mark.parametrize("like", [topk(50), planted.dictionary(50)])
+def test_it_is_as_large_and_as_sparse_and_its_directions_are_drawn(store, like):
+    made, again, reseeded = (frozen_random(store, like, seed) for seed in (1, 1, 2))
+    own, f_BxF = (np.asarray(one.encode(read(store))) for one in (like, made))
+    assert f_BxF.shape == own.shape and (f_BxF >= 0).all()
+    assert (f_BxF > 0).sum(1).mean() == pytest.approx((own > 0).sum(1).mean(), rel=0.02)
+    if is_plain_topk(like.kind):
+        assert ((f_BxF > 0).sum(1) == 4).all()
+    W = np.asarray(made.W_enc_DxF[...])
+    np.testing.assert_allclose(np.linalg.norm(W, axis=0), 1, rtol=1e-5)
+    assert np.abs(W.T @ np.asarray(like.W_enc_DxF[...]))[:7, :7].max() < 0.7  # nothing of the dictionary's
+    for name, array in made.arrays.items():
+        assert np.array_equal(array, again.arrays[name])
+    assert not np.array_equal(W, reseeded.W_enc_DxF[...])
+    # What a token's activations are, in fp64: directions on the input less its mean.
+    x = read(store).astype(np.float64)
+    pre = (x - x.mean(0)) @ W.astype(np.float64)
+    kept = np.sort(pre, axis=1)[:, [-4]] if is_plain_topk(like.kind) else float(made.threshold_F[0])
+    np.testing.assert_allclose(f_BxF, np.where((pre >= kept) & (pre > 0), pre, 0), atol=2e-4)
+
+
+def test_its_decoder_is_that_of_least_squares(monkeypatch):
+    """Against the normal equations, solved in fp64; ten steps are near, sixty are there."""
+    rng = np.random.default_rng(0)
+    f = np.where(rng.random((900, 60)) < 0.1, rng.uniform(1, 3, (900, 60)), 0)
+    f[:, 7] = 0  # never fires
+    y = f @ rng.normal(size=(60, 9)) + rng.normal(size=(900, 9))
+    gram = f.T @ f
+    expected = np.linalg.solve(gram + 1e-3 * np.trace(gram) / 60 * np.eye(60), f.T @ y)
+    for steps, near in ((10, 2e-3), (60, 2e-5)):
+        monkeypatch.setattr(control, "_STEPS", steps)
+        found = fit_decoder(sparse.csr_array(f.astype(np.float32)), y)
+        assert not found[7].any() and np.abs(found - expected).max() < near * np.abs(expected).max()
+    assert not fit_decoder(sparse.csr_array((900, 60), dtype=np.float32), y).any()  # nothing fires at all
+
+
+def test_a_transcoders_control_predicts_its_target(store, monkeypatch):
+    """The target is another place's: here the same vectors, doubled."""
+    source = planted.dictionary(40)
+    like = Dictionary(dataclasses.replace(source.config, target="mlp_out.1"), **source.arrays)
+    x = store.read
+    monkeypatch.setattr(store, "rows", lambda split, *sites: type(store).rows(store, split, planted.SITE))
+    monkeypatch.setattr(store, "read", lambda site, rows: x(planted.SITE, rows) * (2 if site == "mlp_out.1" else 1))
+    made, plain = frozen_random(store, like, 1), frozen_random(store, source, 1)
+    assert made.config.target == "mlp_out.1"
+    for name in ("W_dec_FxD", "b_dec_D"):
+        np.testing.assert_allclose(made.arrays[name], 2 * plain.arrays[name], rtol=1e-3, atol=1e-4)
+
+
+def test_its_labels_stand_beside_the_dictionarys(tmp_path, tiny_llama):
+    """Planted features are told; directions drawn among them are not, and the result is read back."""
+    store, lm = planted.make_store(tmp_path / "store"), load_model(str(tiny_llama))
+    result = planted.interpreter(tmp_path / "unit", store, lm, planted.dictionary(24)).interpret()
+    assert len(json.loads((tmp_path / "unit" / "heatmaps.json").read_text())) == 4
+    frozen = result.frozen
+    assert result.labels.labelled >= len(planted.CONCEPTS) and frozen.share.mean < result.labels.share.mean
+    for counts in (result.labels, frozen, result.random):
+        assert counts.share.low <= counts.share.mean == counts.labelled / counts.features <= counts.share.high
+        assert counts.f1.low <= counts.f1.mean <= counts.f1.high
+    own, made = planted.dictionary(24), frozen_random(store, planted.dictionary(24), 789)
+    x = read(store, "held_out").astype(np.float64)
+    for one, variance in ((own, result.explained_variance), (made, result.frozen_explained_variance)):
+        error = x - np.asarray(one.decode(one.encode(jnp.asarray(x, jnp.float32))), np.float64)
+        assert variance == pytest.approx(1 - (error**2).sum() / ((x - x.mean(0)) ** 2).sum(), abs=1e-4)
+    data = json.loads(json.dumps(to_json(result)))
+    assert from_json(InterpretedDictionary, data, "x") == result
+    rows = _rows("topk", result)
+    assert [row[0] for row in rows] == ["topk", "topk: frozen-random", "topk: random directions"]

@@ -1,0 +1,103 @@
+"""Activation x gradient of every feature, against PyTorch's autograd and against the effects it estimates."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax.dictionaries import Dictionary
+from saejax.errors import UserError
+from saejax.interventions import slopes
+from saejax.interventions.edits import ActivationReplacement
+from saejax.interventions.split_model import SplitModel
+from saejax.models import language_model
+from saejax.models.config import RunRules
+
+
+@pytest.fixture(scope="module")
+def dictionary(make_dictionary):
+    return make_dictionary("resid_post.1")
+
+
+def assert_attributed(attribution_F, wanted_F, tolerance=1e-4):
+    assert np.abs(wanted_F).max() > 0.01
+    np.testing.assert_allclose(attribution_F, wanted_F, atol=tolerance * np.abs(wanted_F).max())
+
+
+@pytest.mark.parametrize("site", ["resid_post.1", "mlp_in.1", "attn_out.2"])
+def test_attribution_equals_torch_autograd_and_relevance_its_rules(tiny, prompts, make_dictionary, plain, site):
+    dictionary, few = make_dictionary(site), prompts[:12]
+    split = SplitModel(tiny, dictionary)
+    gradient_NxF = slopes.attribution(split, split.run(few))
+    assert gradient_NxF.shape == (len(few), dictionary.config.n_features)
+    split.point = dataclasses.replace(split.point, rules=RunRules(backward="relp"))
+    relevance_NxF = slopes.attribution(split, split.run(few))
+    for p in range(0, len(few), 2):
+        run = plain(dictionary, few[p])
+        assert_attributed(gradient_NxF[p], run.attribution())
+        with run.relevance_rules():
+            wanted_F = run.attribution()
+        assert_attributed(relevance_NxF[p], wanted_F)
+        assert np.abs(gradient_NxF[p] - wanted_F).max() > 0.05 * np.abs(wanted_F).max()
+
+
+def test_with_counterparts_their_activations_stand_in(tiny, pairs, dictionary, plain):
+    few = pairs[:6]
+    split, source = SplitModel(tiny, dictionary), ActivationReplacement("counterpart")
+    runs = split.run(few, counterparts=True)
+    attribution_NxF = slopes.attribution(split, runs, source)
+    for p in range(0, len(few), 2):
+        counterpart = plain(dictionary, dataclasses.replace(few[p], text=few[p].counterpart))
+        assert_attributed(attribution_NxF[p], plain(dictionary, few[p]).attribution(counterpart))
+    same = [dataclasses.replace(run, counterpart=run) for run in runs]
+    assert (slopes.attribution(split, same, source) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["mean", "random"])
+def test_the_ranking_follows_the_replacement(tiny, prompts, dictionary, plain, kind):
+    """(f - g) x gradient: of means g at every position that is read, of random draws their mean where f is not 0."""
+    split, few = SplitModel(tiny, dictionary), prompts[:12]
+    (run,) = split.run(few)
+    # As the model computes them: what is nearly 0 there may be 0 in fp64, and is then not drawn.
+    place_P = np.argsort(run.index_P)
+    read_PxT = np.asarray(run.domain_BxT)[place_P]
+    f_PxTxF = np.asarray(dictionary.encode(run.read_BxTxD), np.float64)[place_P] * read_PxT[:, :, None]
+    f_NxF = f_PxTxF[read_PxT]
+    fires_F, mean_F = (f_NxF != 0).sum(axis=0), f_NxF.mean(axis=0)
+    source = ActivationReplacement("mean", mean_F=mean_F) if kind == "mean" else ActivationReplacement("random", seed=3)
+    attribution_NxF = slopes.attribution(split, [run], source)
+    for p in range(0, len(few), 3):
+        whole = plain(dictionary, few[p])
+        gradient_TxF = whole.slopes() @ whole.W_dec_FxD.T
+        f_TxF, read_Tx1 = f_PxTxF[p, : len(gradient_TxF)], read_PxT[p, : len(gradient_TxF), None]
+        if kind == "mean":
+            fall_TxF = (f_TxF - mean_F) * read_Tx1
+        else:
+            others_TxF = (f_NxF.sum(axis=0) - f_TxF) / np.maximum(fires_F - 1, 1)
+            fall_TxF = np.where((f_TxF != 0) & (fires_F > 1), f_TxF - others_TxF, 0.0)
+        wanted_F = (fall_TxF * gradient_TxF).sum(axis=0)
+        assert_attributed(attribution_NxF[p], wanted_F, 2e-4)
+        assert np.abs(wanted_F - (f_TxF * gradient_TxF).sum(axis=0)).max() > 0.05 * np.abs(wanted_F).max()
+
+
+def test_the_rules_change_no_value(tiny):
+    tokens = tiny.tokenize(["The cat near the dogs"])
+    fixed = tiny.config, (), True, tiny.params, tokens.ids_BxT, tokens.lengths_B
+    plain, again = (language_model.forward(*fixed, rules=rules)[0] for rules in (RunRules(), RunRules(backward="relp")))
+    np.testing.assert_allclose(again, plain, atol=2e-6 * np.abs(plain).max())
+
+
+def test_leaders_are_positive_and_in_order():
+    attribution_F = np.array([0.1, -3.0, 0.5, 0.0, 0.2])
+    assert slopes.leaders(attribution_F, 2) == [2, 4]
+    assert slopes.leaders(attribution_F, 5) == [2, 4, 0]
+    assert slopes.leaders(-np.abs(attribution_F), 3) == []
+
+
+def test_a_gradient_that_is_not_finite(tiny, prompts, dictionary):
+    arrays = dictionary.arrays
+    arrays["W_dec_FxD"] = arrays["W_dec_FxD"].at[3].set(jnp.nan)
+    split = SplitModel(tiny, Dictionary(dictionary.config, **arrays))
+    with pytest.raises(UserError, match="gradient .* resid_post.1 is not finite"):
+        slopes.attribution(split, split.run(prompts))

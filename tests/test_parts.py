@@ -1,0 +1,40 @@
+"""How far a stage of several parts is."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from saejax.runner import parts
+
+
+@pytest.fixture
+def seconds_to_go(monkeypatch):
+    """The seconds to go that a stage of two parts prints, if any, as (clock, done, total) go by in each."""
+
+    def read_lines(*of_parts):
+        clock, lines = [0.0], []
+        monkeypatch.setattr(parts.time, "monotonic", lambda: clock[0])
+        run = SimpleNamespace(say=lines.append, stopping=lambda: False, share=SimpleNamespace(leads=True))
+        progress = parts.Progress(run, "tokens")
+        for index, counted in enumerate(of_parts):
+            on_progress = progress.of_part(f"part {index}", len(of_parts) - index - 1)
+            for clock[0], done, total in counted:
+                on_progress(done, total)
+        matches = [re.search(r"([\d.]+) s to go", line) for line in lines]
+        return [float(match[1]) for match in matches if match]
+
+    return read_lines
+
+
+def test_compiling_and_what_an_earlier_run_did_are_no_speed(seconds_to_go):
+    # The first count, after which nothing is known, gives no time to go.
+    assert seconds_to_go([(100, 10, 1000), (110, 110, 1000), (120, 210, 1000)]) == [89, 79]
+    assert seconds_to_go([(1, 500, 1000), (11, 600, 1000)]) == [40]  # half was kept from an earlier run
+
+
+def test_parts_that_are_left_take_as_long_as_this_one(seconds_to_go):
+    first = [(0, 0, 100), (10, 10, 100), (20, 20, 100), (100, 100, 100)]
+    assert seconds_to_go(first, [(110, 10, 100)]) == [180, 90]
+    # Work that is counted from 0 again, within a part.
+    assert seconds_to_go([(1, 10, 20), (2, 20, 20), (11, 10, 80)]) == [35]
