@@ -102,7 +102,7 @@ def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[Traine
     alike: dict[tuple, list[TrainedMember]] = {}
     for member in stack:
         config = read_config(member_folder(trained, member.name))
-        alike.setdefault((member.site, member.target, compiled_in(config), config.scales), []).append(member)
+        alike.setdefault((member.site, member.target, compiled_in(config)), []).append(member)
     return [group[first : first + _AT_A_TIME] for group in alike.values() for first in range(0, len(group), _AT_A_TIME)]
 
 

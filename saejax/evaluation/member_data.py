@@ -16,12 +16,18 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 from saejax.parallel.mesh import fitting_sharding, sharding
 
-_COMPILED_IN = ("kind", "d_in", "n_features", "groups", "skip", "centred")  # in addition to the largest of its numbers
+# A list of what programs do not depend on: a field that is added later is kept until someone has thought about it.
+_LEFT_OUT = frozenset({
+    "site", "target", "model", "revision", "fingerprint", "bos", "context",
+    "max_norm", "target_max_norm", "max_norms",  # whoever calls the program leaves attention sinks out
+    "k", "fires_above",  # numbers of kinds
+})  # fmt: skip
 
 
 def compiled_in(config: DictionaryConfig) -> DictionaryConfig:
-    """Return what a program depends on: the same for dictionaries that share one."""
-    return DictionaryConfig(**{name: getattr(config, name) for name in _COMPILED_IN})
+    """Return the config without its place and its numbers: the same for dictionaries that share a program."""
+    fields = dataclasses.fields(config)
+    return DictionaryConfig(**{each.name: getattr(config, each.name) for each in fields if each.name not in _LEFT_OUT})
 
 
 @jax.tree_util.register_dataclass

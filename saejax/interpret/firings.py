@@ -12,10 +12,11 @@ TB, 64 GB. The bits take a further pass over f on the device; what is made of a 
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from scipy import sparse
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
 from saejax.errors import Interrupted, UserError
-from saejax.evaluation.member_data import MemberData
+from saejax.evaluation.member_data import MemberData, compiled_in
 from saejax.parallel.mesh import fitting_sharding, sharding
 
 BLOCK = 512  # features of a file
@@ -174,20 +175,24 @@ def encode_tokens(dictionary: Dictionary, x_NxD: np.ndarray, batch: int) -> tupl
       x_NxD: values of its site.
       batch: tokens that are encoded at a time; the last batch is padded, so that one program serves all.
     """
+    # Without its place, so that dictionaries of one shape share the program, which takes 50 MB each.
+    numbers: dict[str, Any] = dictionary.numbers
+    placeless = dictionary.with_config(dataclasses.replace(compiled_in(dictionary.config), **numbers))
     parts, real = [sparse.csr_array((0, dictionary.config.n_features), dtype=np.float32)], [np.zeros(0, bool)]
     for start in range(0, len(x_NxD), batch):
         batch_XxD = x_NxD[start : start + batch]
         padded_BxD = np.pad(batch_XxD, ((0, batch - len(batch_XxD)), (0, 0)))
-        f_BxF, real_B = jax.device_get(_encode_tokens(dictionary, padded_BxD))
+        real_B = np.asarray(dictionary.is_not_sink(padded_BxD))
+        f_BxF = np.asarray(_encode_tokens(placeless, padded_BxD, real_B))
         parts.append(sparse.csr_array(f_BxF[: len(batch_XxD)]))
         real.append(real_B[: len(batch_XxD)])
     return sparse.vstack(parts, format="csr"), np.concatenate(real)
 
 
 @jax.jit
-def _encode_tokens(dictionary: Dictionary, x_BxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    f_BxF, real_B = dictionary.encode(x_BxD), dictionary.is_not_sink(x_BxD)
-    return jnp.where(dictionary.fires(f_BxF) & real_B[:, None], f_BxF, 0.0), real_B
+def _encode_tokens(dictionary: Dictionary, x_BxD: jax.Array, real_B: jax.Array) -> jax.Array:
+    f_BxF = dictionary.encode(x_BxD)
+    return jnp.where(dictionary.fires(f_BxF) & real_B[:, None], f_BxF, 0.0)
 
 
 class Block:

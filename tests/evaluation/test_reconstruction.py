@@ -76,6 +76,27 @@ def test_a_transcoder_is_scored_against_its_target(skip):
     check(scores, dictionary, x, y)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(dict(kind="standard", input_norm=norm) for norm in ("layer_norm", "token_norm", "center")),
+        dict(kind="standard", input_norm="layer_norm", output_units=True),
+        dict(kind="topk", k=F - 2, signed=True),
+        dict(kind="topk", k=3, widths=(8, D - 8), scales=(1.0, 2.0)),
+    ],
+)
+def test_dictionaries_with_conventions_of_other_tools_are_scored_by_them(changes):
+    """Each token normalised, activations in the site's units, values below 0 kept, parts side by side."""
+    dictionary = make(**changes)
+    (scores,) = reconstruct([dictionary], [[activations()]], make_mesh(), batch=32)
+    x_NxD = np.asarray(activations(), np.float32)
+    f_NxF = np.asarray(dictionary.encode(x_NxD))
+    y_NxD = np.asarray(dictionary.decode(f_NxF, x_NxD), np.float64)
+    error = np.square(x_NxD - y_NxD).sum() / np.square(x_NxD - x_NxD.mean(axis=0)).sum()
+    assert 1 - scores.explained_variance == pytest.approx(error, rel=1e-5)
+    assert scores.l0 == pytest.approx(np.asarray(dictionary.fires(f_NxF)).sum(axis=1).mean())
+
+
 def test_of_one_token_the_features_that_fire_are_counted_and_no_variance_is_explained():
     (scores,) = reconstruct([make("topk")], [[activations()[:1]]], make_mesh(), batch=32)
     histogram = scores.density_histogram()

@@ -12,6 +12,7 @@ import pytest
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.files import write_array
+from saejax.interpret import firings
 from saejax.matching.match import match
 from saejax.matching.transfer import compared as compared_file
 from saejax.matching.transfer import run as transfer_run
@@ -208,3 +209,27 @@ def test_scores_leave_features_out_on_both_sides(sizes):
     table = (first @ second.T)[np.ix_(*masks)]
     assert scores.nearest.mean == pytest.approx(np.maximum(table.max(1), 0).mean(), abs=1e-6)
     assert scores.nearest_back.mean == pytest.approx(np.maximum(table.max(0), 0).mean(), abs=1e-6)
+
+
+@pytest.mark.usefixtures("cold_programs")
+def test_dictionaries_of_one_shape_are_encoded_by_one_program():
+    values_NxD, before = np.random.default_rng(0).normal(size=(20, 8)), firings._encode_tokens._cache_size()
+    for layer in range(3):
+        dictionary = random_dictionary(8, 16, layer)
+        placed = dataclasses.replace(
+            dictionary.config, site=f"resid_post.{layer}", max_norm=2.0 + layer / 4, fingerprint=str(layer), context=layer
+        )
+        activity = encode(dictionary.with_config(placed), values_NxD, 16)
+        real_N = np.linalg.norm(values_NxD, axis=1) <= 2.0 + layer / 4
+        assert 0 < real_N.sum() < 20 and np.array_equal(activity.real_N, real_N)
+        wanted_NxF = np.asarray(dictionary.encode(values_NxD)) * real_N[:, None]
+        np.testing.assert_allclose(activity.f_NxF.toarray(), wanted_NxF, atol=1e-5)
+    assert firings._encode_tokens._cache_size() == before + 1
+
+
+def test_dictionaries_that_normalise_tokens_are_not_moved_to_other_sites(tmp_path):
+    values_NxD = np.random.default_rng(0).normal(size=(len(TEXT_N), 8)).astype(np.float32)
+    plain, normal = random_dictionary(8, 16, 0), random_dictionary(8, 16, 1)
+    normal = normal.with_config(dataclasses.replace(normal.config, input_norm="layer_norm"))
+    found = made_reading(tmp_path, *((each, values_NxD, read_of()) for each in (plain, plain, normal)))
+    assert found.transfers(0, 1).keys() == {"onto_second", "onto_first"} and found.transfers(0, 2) == {}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.dictionaries import Dictionary
+from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.matching.transfer.activity import (
     MIN_FIRINGS,
@@ -140,6 +140,11 @@ def load_model_of(run: Run, each: Compared, mesh: Mesh) -> LanguageModel:
     return lm
 
 
+def is_movable(config: DictionaryConfig) -> bool:
+    """Return whether affine maps can be multiplied into a dictionary: into no transcoder, and no normalisation."""
+    return not (config.target or config.input_norm)
+
+
 class Reading:
     """Dictionaries on shared text: activities on the tokens that two models share, and maps between sites.
 
@@ -181,9 +186,9 @@ class Reading:
         return first_FxN, self._activity(second).rows(second_N, second_G)
 
     def transfers(self, first: int, second: int) -> dict[str, ReconstructionTransfer]:
-        """Return each of two SAEs evaluated at the other's site; nothing for transcoders."""
+        """Return each of two SAEs evaluated at the other's site; nothing if one of them cannot be moved."""
         pair = (first, second)
-        if any(self._compared[index].config.target for index in pair):
+        if not all(is_movable(self._compared[index].config) for index in pair):
             return {}
         halves = self._halves(first, second)
         on_text = {}

@@ -26,7 +26,7 @@ from saejax.errors import UserError
 from saejax.matching.match import Matched, match
 from saejax.matching.rows import independent_rows, weight_rows
 from saejax.matching.transfer.compared import Compared, load_compared, measures_of, same_model
-from saejax.matching.transfer.reading import CEILING, NULL, SCORES, Reading, read_shared_text
+from saejax.matching.transfer.reading import CEILING, NULL, SCORES, Reading, is_movable, read_shared_text
 from saejax.matching.transfer.reconstruction import ROWS_PER_DIMENSION
 from saejax.matching.transfer.results import (
     ComparedPair,
@@ -113,6 +113,9 @@ class Comparison:
         self._reading = None
         if "activity" in self._config.measures or self._config.reconstruction:
             settings = self._config.tokens, self._config.batch_tokens, self._config.seed, self._config.reconstruction
+            fixed = [each.name for each in compared if not is_movable(each.config)]
+            if self._config.reconstruction and fixed:
+                run.say(f"not evaluated at other sites, as transcoders or with tokens normalised: {', '.join(fixed)}")
             self._reading = Reading(run, compared, self._mesh, read_shared_text(run, compared, self._mesh, *settings))
 
     def measure(self, part: str, first: int, on_progress: OnProgress) -> Measured:
