@@ -137,6 +137,7 @@ def _check(stack: TrainStack, index: int, dictionary: Dictionary) -> None:
             for config in (start, expected)
         ),
         width=(start.d_in, expected.d_in),
+        normalisation=tuple(config.input_norm or "none" for config in (start, expected)),
         features=(start.n_features, f"at most {expected.n_features}"),
         model=tuple(_model(config, start.model == expected.model) for config in (start, expected)),
     )

@@ -136,6 +136,9 @@ def test_what_does_not_fit_is_listed(tmp_path):
         started("standard", tmp_path / "topk", form="transcoder", sites=("mlp_in.1",))
     with pytest.raises(UserError, match="holds no dictionary"):
         started("topk", tmp_path / "nowhere")
+    save_dictionary(tmp_path / "normal", random_dictionary(described=dict(input_norm="layer_norm")))
+    with pytest.raises(UserError, match="normalisation is layer_norm, expected none$"):
+        started("topk", tmp_path / "normal")
     for changes, message in [
         (dict(n_features=63), "features is 64, expected at most 63$"),
         (dict(d_in=8), "width is 16, expected 8$"),
