@@ -149,6 +149,8 @@ def test_a_line_of_a_flag_file_is_named(refuse, tmp_path):
         error = refuse(["train"], f"--flagfile={file}")
         assert f"{file}, line 3: " in error and message in error
         assert len(error) < len(str(file)) + 250
+    # What stands on the command line is not blamed on a flag file that sets the same flag.
+    assert refuse(["train"], "--train.k=8,x").startswith("error: flag --train.k=8,x: 'x' is not a whole number")
 
 
 def test_a_start_that_was_refused_leaves_nothing_behind(inputs, tmp_path):

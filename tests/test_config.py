@@ -50,7 +50,8 @@ def test_defaults_and_every_type():
         ("--ex.kinds=a,d", "--ex.kinds is 'd': expected one of a, b, c"),
         ("--ex.sizes=3,-1", "--ex.sizes is -1: expected at least 0"),
         ("--ex.nmber=3", r"ex\.nmber.*ex\.number"),
-        ("--ex.number=three", r"ex\.number"),
+        ("--ex.number=three", "ex.number=three: 'three' is not a whole number"),
+        ("--ex.sizes=3,1.5", "ex.sizes=3,1.5: '1.5' is not a whole number"),
     ],
 )
 def test_wrong_values_name_the_flag(argument, message):

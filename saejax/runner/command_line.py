@@ -98,10 +98,9 @@ def read_configs(
         rest = flag_values(list(argv), known_only=False)
     except flags.Error as error:
         message, named = flag_error(error), re.search(r"flag '?-*([\w.]+)", str(error))
-        where = _line_of(
-            argv, lambda line: bool(line) and f"{line}:" in message
-        )  # the flag with its value, or else its name
-        where = where or _line_of(argv, lambda line: bool(named and re.split("[= ]", line.lstrip("-"))[0] == named[1]))
+        where = _line_of(argv, lambda line: bool(line) and f"{line}:" in message)  # the flag with its value
+        if named and not any(_flag_of(argument) == named[1] for argument in argv[1:]):  # or else its name
+            where = where or _line_of(argv, lambda line: _flag_of(line) == named[1])
         raise flags.Error(where + message) from error
     if flag_values["help"].value:
         return config.Configs()
@@ -130,6 +129,11 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
                 f"--{flag} belongs to the stage {' or '.join(owners)}, which {stages[0]} does not read: "
                 "leave it out (in a flag file it is ignored)"
             )
+
+
+def _flag_of(argument: str) -> str:
+    """Return the name of the flag that an argument, or a line of a flag file, sets."""
+    return re.split("[= ]", argument.lstrip("-"))[0]
 
 
 def _line_of(argv: Sequence[str], matches: Callable[[str], bool]) -> str:

@@ -206,8 +206,8 @@ def _define_all(group: str, cls: type, flag_values: flags.FlagValues) -> None:
 def _define(name: str, hint: Any, default: Any, help_text: str, flag_values: flags.FlagValues) -> None:
     parsers: dict[Any, tuple[flags.ArgumentParser, flags.ArgumentSerializer]] = {
         str: (flags.ArgumentParser(), flags.ArgumentSerializer()),
-        int: (flags.IntegerParser(), flags.ArgumentSerializer()),
-        float: (flags.FloatParser(), flags.ArgumentSerializer()),
+        int: (_IntParser(), flags.ArgumentSerializer()),
+        float: (_FloatParser(), flags.ArgumentSerializer()),
     }
     if hint is bool:
         flags.DEFINE_bool(name, default, help_text, flag_values=flag_values)
@@ -217,6 +217,26 @@ def _define(name: str, hint: Any, default: Any, help_text: str, flag_values: fla
     else:
         parser, serializer = parsers[hint]
         flags.DEFINE(parser, name, default, help_text, flag_values, serializer)
+
+
+class _IntParser(flags.IntegerParser):
+    """absl's parser of whole numbers, with an error message in plain words."""
+
+    def convert(self, argument: Any) -> int:
+        try:
+            return super().convert(argument)
+        except ValueError:
+            raise ValueError(f"{argument!r} is not a whole number") from None
+
+
+class _FloatParser(flags.FloatParser):
+    """absl's parser of numbers, with an error message in plain words."""
+
+    def convert(self, argument: Any) -> float:
+        try:
+            return super().convert(argument)
+        except ValueError:
+            raise ValueError(f"{argument!r} is not a number") from None
 
 
 class _TupleParser(flags.ArgumentParser):
