@@ -149,6 +149,8 @@ def test_a_line_of_a_flag_file_is_named(refuse, tmp_path):
         error = refuse(["train"], f"--flagfile={file}")
         assert f"{file}, line 3: " in error and message in error
         assert len(error) < len(str(file)) + 250
+    file.write_bytes("--train.k=8".encode("utf-16"))
+    assert f"{file} is not UTF-8 text" in refuse(["train"], f"--flagfile={file}")
     # What stands on the command line is not blamed on a flag file that sets the same flag.
     assert refuse(["train"], "--train.k=8,x").startswith("error: flag --train.k=8,x: 'x' is not a whole number")
 

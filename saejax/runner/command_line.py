@@ -91,6 +91,9 @@ def read_configs(
       flags.Error: a flag is unknown or cannot be read.
     """
     environment.for_libraries()
+    for name, _, file in (argument.partition("=") for argument in argv):
+        if name.lstrip("-") == "flagfile" and Path(file).is_file():
+            _check_text(Path(file))
     # Plugins define settings, so they are loaded before flags are defined.
     _load_plugins(argv)
     config.define_flags(GROUPS, flag_values)
@@ -129,6 +132,14 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
                 f"--{flag} belongs to the stage {' or '.join(owners)}, which {stages[0]} does not read: "
                 "leave it out (in a flag file it is ignored)"
             )
+
+
+def _check_text(file: Path) -> None:
+    """Raise a ``UserError`` if a flag file is not UTF-8 text, which absl answers with a traceback."""
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"the flag file {file} is not UTF-8 text: save it as UTF-8") from None
 
 
 def _flag_of(argument: str) -> str:
