@@ -82,11 +82,9 @@ class Summary:
     seconds: float  #: how long it took in the process that finished it
     results: Any  #: the stage's; see ``Stage.results``
     files: Mapping[str, int]  #: every file of the unit with its size in bytes
-    #: the most memory that the process held while it worked on the unit; None: the system did not tell, or a file of
-    #: before
+    #: the most memory that the process held while it worked on the unit; None: the system did not tell
     peak_host_bytes: int | None = None
-    #: the most that a device held by then, as JAX counts it; None on a CPU, or a file of before
-    peak_device_bytes: int | None = None
+    peak_device_bytes: int | None = None  #: the most that a device held by then, as JAX counts it; None on a CPU
 
 
 def load_results(folder: str | Path, unit: str = "") -> Any:

@@ -50,5 +50,5 @@ class CaptureResults:
     tokens: Mapping[str, int]  #: recorded ones, by split
     tokens_per_second: float  #: padding left out; 0 if all was done before
     padding_share: float  #: of the tokens that the model ran on
-    backend: str | None = None  #: which ran the model, torch or jax; None in results of before it was written down
-    dtype: str | None = None  #: in which it ran; None likewise
+    backend: str  #: which ran the model, torch or jax
+    dtype: str  #: in which it ran

@@ -17,9 +17,8 @@ class BaselineScores:
     separation: Interval  #: its mean over its standard deviation, cut at 1e6
     #: share of the counterparts that prefer their own answer; None where no prompt has one
     counterpart_accuracy: Interval | None
-    #: share whose whole correct answer is likelier than the whole wrong one; not in files of before it was measured
-    answer_accuracy: Interval | None = None
-    log_likelihood: Interval | None = None  #: mean log-likelihood of the whole correct answer, nats; likewise
+    answer_accuracy: Interval  #: share whose whole correct answer is likelier than the whole wrong one
+    log_likelihood: Interval  #: mean log-likelihood of the whole correct answer, nats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +39,7 @@ class BaselineBehaviour:
     test: BaselineScores  #: on those that judge them
     flags: tuple[str, ...]  #: what is weak, in words
     examples: tuple[PromptExample, ...]  #: the first test prompts
-    #: of the exact binomial test that the model is right on more than half of the train prompts; not in files of before
-    p_value: float | None = None
+    p_value: float  #: of the exact binomial test that the model is right on more than half of the train prompts
     left_out: str | None = None  #: why the causal tests leave it out; None: they do not
     #: drafts that this model's tokenizer cannot be asked and in whose place others were drawn, by why; None: there were
     #: none

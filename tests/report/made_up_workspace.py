@@ -42,10 +42,12 @@ def made_up_baseline() -> dict:
             logit_diff=interval(6 * accuracy - 3, 0.6),
             separation=interval(2 * accuracy, 0.3),
             counterpart_accuracy=None,
+            answer_accuracy=interval(accuracy - 0.1, 0.08),
+            log_likelihood=interval(-2.0, 0.5),
         )
         example = dict(text=text, correct=correct, wrong=wrong, logit_diff=3.21)
         splits = dict(train=measured | dict(n=80), test=measured | dict(n=20))
-        scores[name] = dict(**splits, flags=[], examples=[example] * 3)
+        scores[name] = dict(**splits, flags=[], examples=[example] * 3, p_value=1e-6)
     scores["addition"]["flags"] = ["accuracy 0.70 on test prompts is below 0.80", "separation -0.1 is below 1.00"]
     scores["addition"]["train"]["separation"] = dict(mean=-0.1, low=-1e6, high=1.2)
     return dict(behaviours=scores)
@@ -172,7 +174,8 @@ def make_workspace(
     site = dict(rows=9, bytes=9, d=4, median_norm=1.0, largest_norm=2.0, max_norm=10.0, sinks=sinks)
     counts = dict(train=8, held_out=1)
     captured = dict(sites={"resid_post.15": site}, documents=counts, tokens=counts)
-    results = dict(baseline=made_up_baseline(), capture=captured | dict(tokens_per_second=0.0, padding_share=0.1))
+    captured |= dict(tokens_per_second=0.0, padding_share=0.1, backend="jax", dtype="float32")
+    results = dict(baseline=made_up_baseline(), capture=captured)
     trained = dict(site="resid_post.15", target="resid_post.15", settings=dict(seed=123), final={})
     trained |= dict(input_scale=1.0, output_scale=1.0, dead_fraction=0.0)
     for kind in kinds:
