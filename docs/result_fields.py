@@ -4,7 +4,7 @@ They are read from the classes of results: the comment (``#:``) beside each fiel
 ``<!-- results: STAGE -->`` followed by ``<!-- end -->``. A class is described where it first occurs; the place
 "common" has those of several stages, and "manifest" what a store says of itself.
 
-``python docs/result_fields.py STAGE`` prints the fields of a stage's results.
+``python docs/result_fields.py STAGE`` prints the fields of a stage's results; ``study_run`` those of ``study.json``.
 """
 
 import ast
@@ -22,6 +22,7 @@ from pathlib import Path
 from saejax import results
 from saejax.activations.manifest import Manifest
 from saejax.runner.registry import STAGES
+from saejax.studies.results import StudyFigures
 
 PAGE = Path(__file__).parent / "artifacts.md"
 COMMON = (results.Interval, results.MeshShape)
@@ -57,14 +58,19 @@ def every_class(hint: object) -> Iterator[type]:
     """Yield the classes of a stage's results, from the outside in; a class may come twice."""
     for cls in classes(hint):
         yield cls
-        for inner in typing.get_type_hints(cls).values():
+        for inner in _field_types(cls).values():
             yield from every_class(inner)
+
+
+def _field_types(cls: type) -> dict[str, object]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def describe(cls: type) -> str:
     """Return a class as a paragraph of a list: what it is, and each of its fields."""
     fields: dict[str, list[str]] = {}  # description -> the fields that it describes
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in _field_types(cls).items():
         inner = " or ".join(
             f"`{inner_class.__name__}`" for inner_class in classes(hint) if inner_class is not results.Interval
         )
@@ -107,6 +113,9 @@ def documented_stages(text: str) -> set[str]:
 
 
 if __name__ == "__main__":
-    for stage in sys.argv[1:]:
-        outer = results.results_class(stage)
+    names = [name for name in STAGES if dataclasses.is_dataclass(results.results_class(name))] + ["study_run"]
+    for stage in sys.argv[1:] or ["--help"]:
+        if stage not in names:
+            sys.exit(f"usage: python docs/result_fields.py STAGE, one or more of {', '.join(names)}")
+        outer = StudyFigures if stage == "study_run" else results.results_class(stage)
         print("\n".join(describe(cls) for cls in dict.fromkeys(every_class(outer))))

@@ -17,7 +17,7 @@ state() { "${tpus[@]}" queued-resources describe "$name" --zone="$zone" --format
 if [ "${1:-}" = --dry-run ]; then
   shift
   run() { printf '%q ' "$@"; echo; }
-  state() { [ "${asked:-}" ] && echo ACTIVE || true; }
+  state() { [ "${requested:-}" ] && echo ACTIVE || true; }
 fi
 each_host=("${tpus[@]}" tpu-vm ssh "$name" --zone="$zone" --worker=all --command)
 
@@ -26,7 +26,7 @@ if [ -z "$(state)" ]; then
   run "${tpus[@]}" queued-resources create "$name" --node-id="$name" --zone="$zone" --accelerator-type="$type" \
     --runtime-version="$runtime" ${MORE:-}
 fi
-asked=yes
+requested=yes
 until [ "$(state)" = ACTIVE ]; do
   case "$(state)" in FAILED | SUSPENDED) echo "the slice $name is $(state): delete it, then run this again" >&2; exit 1 ;; esac
   sleep 30

@@ -30,9 +30,9 @@ Settings = Mapping[str, Mapping[str, Any]]  # group -> field -> value
 class Interval:
     """A figure and its 95 % interval, bootstrap over prompts or items unless something else is said."""
 
-    mean: float  #: the statistic on the values themselves: their mean, unless something else was asked for
+    mean: float  #: the statistic of the values themselves, usually their mean
     low: float  #: lower end of the interval
-    high: float  #: upper end
+    high: float  #: upper end of the interval
 
     def __mul__(self, factor: float) -> "Interval":
         return Interval(self.mean * factor, self.low * factor, self.high * factor)
@@ -51,10 +51,10 @@ class Devices:
 class MeshShape:
     """A mesh."""
 
-    devices: int  #: how many
-    kinds: tuple[str, ...]  #: their names, each once
-    axes: Mapping[str, int]  #: size of each
-    processes: int  #: how many
+    devices: int  #: number of devices
+    kinds: tuple[str, ...]  #: kinds of device, each once
+    axes: Mapping[str, int]  #: size of each axis
+    processes: int  #: number of processes
 
     @classmethod
     def of(cls, mesh: "Mesh", processes: int) -> "MeshShape":
@@ -103,6 +103,10 @@ def load_results(folder: str | Path, unit: str = "") -> Any:
 def load_summary(folder: Path) -> Summary:
     """Return the whole summary of a finished unit; errors as in ``load_results``."""
     path = folder / SUMMARY
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist: expected the folder of a finished unit; run its stage, or name another"
+        )
     summary = from_json(Summary, read_json(path), path)
     cls = results_class(summary.stage)
     return dataclasses.replace(summary, results=from_json(cls, summary.results, path, "results"))

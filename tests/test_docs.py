@@ -88,13 +88,20 @@ def test_pages_of_the_site(tmp_path, monkeypatch):
     assert modules == set(re.findall(r"automodule:: (\S+)", text))
 
 
+def headings(path: Path) -> set[str]:
+    """The names by which a page's headings are linked to: small letters and digits, with dashes for spaces."""
+    lines = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in lines}
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_pages_link_to_and_guides_name_what_exists(path):
     """Pages, targets; in guides also files, binaries and commands, flags, and names of the library."""
     text = path.read_text("utf-8")
     assert not HOSTS.search(text)
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+    for link, heading in re.findall(r"\]\(([^)#]+)#?([^)]*)\)", text):
         assert (path.parent / link).exists(), link
+        assert not heading or heading in headings(path.parent / link), f"{link}#{heading}"
     for target in re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
     if path not in GUIDES:

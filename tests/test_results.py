@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -112,3 +114,11 @@ def test_the_page_says_what_every_field_is(monkeypatch):
     lines = script.fill_page(text).splitlines()
     assert any("**CaptureResults**" in line for line in lines) and len(lines) > len(text.splitlines()) + 400
     assert not any(": ;" in line or line.endswith(":.") for line in lines)  # fields without a comment
+
+
+@pytest.mark.parametrize(("stage", "status", "words"), [("study_run", 0, "**GateFigures**"), ("nothing", 1, "usage: ")])
+def test_the_program_that_explains_fields(stage, status, words):
+    command = [sys.executable, Path(__file__).parent.parent / "docs/result_fields.py", stage]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == status and words in finished.stdout + finished.stderr
+    assert "Traceback" not in finished.stderr

@@ -110,14 +110,20 @@ class JoinedRows:
         parts = single_sites(names)
         rows = self._rows.rows("train", *parts)
         if not len(rows):
-            raise UserError(f"every training token is an attention sink at one of {', '.join(parts)}")
+            raise UserError(
+                f"every training token is an attention sink at one of {', '.join(parts)}: raise --capture.sink_factor, "
+                "or capture other sites"
+            )
         # Spread over all rows: the first ones are of few documents.
         sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).astype(np.int64)]
         factor = {}
         for part in parts:
             norm = float(np.linalg.norm(self._rows.read(part, sample).astype(np.float64), axis=1).mean())
             if norm == 0:
-                raise UserError(f"all activations at {part} are zero: nothing can be learned from this store")
+                raise UserError(
+                    f"all activations at {part} are zero: nothing can be learned from this store; check the model's "
+                    "weights, or capture another site"
+                )
             factor[part] = 1 / norm
         # The mean norm that training scales inputs to, for a part of the mean width.
         size = {name: np.sqrt(self.d(name) / len(site_parts(name))) for name in names}

@@ -17,9 +17,9 @@ class TokenizeResults:
 class SinkCounts:
     """Counts of the tokens that the sink rule leaves out at a site."""
 
-    position_0: int  #: tokens at position 0
-    beyond: int  #: tokens after it
-    share_beyond: float  #: these, of all tokens after position 0
+    position_0: int  #: sinks at position 0
+    beyond: int  #: sinks after position 0
+    share_beyond: float  #: `beyond` as a share of all tokens after position 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +36,19 @@ class SiteNorms:
 class CapturedSite(SiteNorms):
     """A site as it was recorded."""
 
-    rows: int  #: tokens
-    bytes: int  #: of the activations
-    d: int  #: width
+    rows: int  #: number of rows (tokens)
+    bytes: int  #: size of the activations
+    d: int  #: width of the site
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptureResults:
     """The activation store."""
 
-    sites: Mapping[str, CapturedSite]  #: by name
-    documents: Mapping[str, int]  #: by split
-    tokens: Mapping[str, int]  #: recorded ones, by split
-    tokens_per_second: float  #: padding left out; 0 if all was done before
-    padding_share: float  #: of the tokens that the model ran on
+    sites: Mapping[str, CapturedSite]  #: facts about each site
+    documents: Mapping[str, int]  #: documents by split
+    tokens: Mapping[str, int]  #: recorded tokens by split
+    tokens_per_second: float  #: speed, padding excluded; 0 if nothing was left to do
+    padding_share: float  #: share of padding in the tokens that the model ran on
     backend: str  #: which ran the model, torch or jax
     dtype: str  #: in which it ran

@@ -76,10 +76,10 @@ class QueryScores:
 class GraphResults:
     """The graph of one prompt; also in ``<slug>.json``."""
 
-    prompt: str  #: its text
-    tokens: tuple[str, ...]  #: their texts
-    targets: tuple[GraphTarget, ...]  #: what is explained
-    active: int  #: active features of the prompt
+    prompt: str  #: text of the prompt
+    tokens: tuple[str, ...]  #: texts of its tokens
+    targets: tuple[GraphTarget, ...]  #: the explained logits
+    active: int  #: number of active features of the prompt
     traced: int  #: those that have a node; scores of graphs with different traced shares do not compare
     #: input from active features without a node: sum of sizes over targets, over that of the targets' values
     untraced: float
@@ -89,7 +89,7 @@ class GraphResults:
     scores: GraphScores  #: of the graph before pruning; they depend on the share of active features that was traced
     #: what rows with bias nodes lack of their pre-activations: the largest by size, over the largest value
     unexplained: float
-    seconds: float  #: of tracing
+    seconds: float  #: time of tracing
     doubling: DoublingResults | None  #: None: not asked for
     circuits: CurveResults | None  #: None: not asked for, or a graph of SAEs
     query_key: tuple[QueryScores, ...]  #: of each head of ``--graph.query_key``
@@ -99,6 +99,6 @@ class GraphResults:
 class AttributeResults:
     """Attribution graphs."""
 
-    transcoders: str  #: the set that they were made with; "" with SAEs
-    dictionaries: tuple[str, ...]  #: the SAEs' folders; none with transcoders
-    graphs: Mapping[str, GraphResults]  #: by slug
+    transcoders: str  #: the set of transcoders; "" for graphs of SAEs
+    dictionaries: tuple[str, ...]  #: folders of the SAEs; none for graphs of transcoders
+    graphs: Mapping[str, GraphResults]  #: results by slug

@@ -230,5 +230,5 @@ def circuit_sections(results: CircuitsResults, address: Callable[[str], str]) ->
     )
     return [
         Section("Circuits", tuple(blocks), lead=lead),
-        Section("Circuits beside published ones", (claims,), level=3),
+        Section("Circuits compared with published ones", (claims,), level=3),
     ]

@@ -68,7 +68,10 @@ def find_circuit(
       UserError: a prompt cannot be traced, or there are fewer than two prompts to measure.
     """
     if len(measured) < 2:
-        raise UserError(f"effects are measured on {len(measured)} prompts: expected 2 or more")
+        raise UserError(
+            f"effects are measured on {len(measured)} prompts: expected 2 or more; raise --circuits.measured or "
+            "--task.test_prompts"
+        )
     # 1. Trace.
     total, answers, placebo = len(traced) + len(measured), [], defaultdict[Key, float](float)
     pairs = _draw_placebo_pairs(model, traced, measured, seed)
@@ -143,6 +146,9 @@ def _draw_placebo_pairs(
     # Answers of the measured prompts too, or a placebo could be the answer of a test prompt.
     pool = np.setdiff1d(likely, first_answer_ids(model.tokenizer, [*traced, *measured]))
     if len(pool) < 2:
-        raise UserError(f"{len(pool)} likely tokens are no answers of {traced[0].behaviour}: a placebo target takes 2")
+        raise UserError(
+            f"{len(pool)} of the likely next tokens are no answers of {traced[0].behaviour}: expected 2 or more, of "
+            "which placebo targets are made; raise --circuits.traced, or give other prompts"
+        )
     rng = np.random.default_rng(seed)
     return [tuple(rng.choice(pool, 2, replace=False).tolist()) for _ in traced]

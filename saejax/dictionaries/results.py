@@ -9,11 +9,12 @@ from typing import Any
 class TrainedMember:
     """A dictionary of a stack."""
 
-    name: str  #: among the members; "" for one alone
-    site: str  #: that it reads
-    target: str  #: that it rebuilds or predicts
-    settings: Mapping[str, Any]  #: its own, such as seed, k and coefficients
+    name: str  #: name of the member; "" for a single dictionary
+    site: str  #: site that it reads
+    target: str  #: site that it reconstructs or predicts
+    settings: Mapping[str, Any]  #: settings in which members may differ, such as seed, k and coefficients
     input_scale: float  #: by which activations are multiplied for training; folded into the dictionary
     output_scale: float  #: by which activations are multiplied for training; folded into the dictionary
-    dead_fraction: float | None  #: of the features, those silent for an epoch or a shorter run; None: not trained here
-    final: Mapping[str, float]  #: its metrics at the last recorded step, as in `metrics.jsonl`
+    #: share of the features that were silent for an epoch (or a shorter run); None: not trained here
+    dead_fraction: float | None
+    final: Mapping[str, float]  #: metrics at the last recorded step, as in `metrics.jsonl`

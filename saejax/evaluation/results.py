@@ -12,7 +12,7 @@ DENSE_ABOVE = 0.1  # share of tokens: a feature that fires on more counts as den
 class LeftOutSinks(SinkCounts):
     """Tokens that the sink rule left out of the scores."""
 
-    max_norm: float  #: the rule: positions with a longer activation
+    max_norm: float  #: sink threshold: positions with a larger norm are attention sinks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +25,18 @@ class NeighbourCosines:
     p99: float  #: of the cosines
     max: float  #: of the cosines
     near: float  #: share of the features whose neighbour is above 0.9
-    looked_at: int | None = None  #: how many features, where it is not all of them
+    looked_at: int | None = None  #: number of compared features, if not all
 
 
 @dataclasses.dataclass(frozen=True)
 class StandInMeans:
     """A loss of the model with something else in the place of the site's activations; means over tokens, nats."""
 
-    clean: float  #: with nothing changed
+    clean: float  #: without an edit
     reconstructed: float  #: with the dictionary's reconstruction
     mean_ablated: float  #: with the mean over training tokens
     zero_ablated: float  #: with zeros
-    tokens: int | None = None  #: predicted ones; of the cross-entropy
+    tokens: int | None = None  #: number of predicted tokens; only for the cross-entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +52,10 @@ class DensityHistogram:
 class PartScores:
     """A crosscoder at one part of its joined site."""
 
-    explained_variance: float  #: of the part
+    explained_variance: float  #: explained variance of this part
     ce: StandInMeans  #: next-token cross-entropy of the part's model, with this part alone replaced
     kl: StandInMeans  #: the same of KL divergence from that model
-    ce_recovered_mean: float | None  #: as of a dictionary of one site
+    ce_recovered_mean: float | None  #: share of cross-entropy recovered against the mean
     kl_recovered_mean: float | None  #: share of KL recovered against the mean
     private: int  #: live features written here alone: relative norms of their decoder rows above 0.9
     relative_norms: tuple[int, ...]  #: live features by relative norm here: 20 bins from 0 to 1 (here alone)
@@ -65,53 +65,55 @@ class PartScores:
 class DictionaryScores:
     """A dictionary on held-out text; also in ``scores.json``."""
 
-    name: str  #: the member of its stack; "" for one alone
-    site: str  #: read
-    target: str  #: rebuilt or predicted
-    tokens: int  #: held-out ones, sinks left out
+    name: str  #: name of the member; "" for a single dictionary
+    site: str  #: site that it reads
+    target: str  #: site that it reconstructs or predicts
+    tokens: int  #: number of held-out tokens, attention sinks excluded
     explained_variance: float  #: 1 - sum |x - x_hat|^2 / sum |x - mean|^2, fp64 sums
-    fvu: float  #: 1 - that
-    cosine: float  #: of activations and reconstruction, mean over tokens
-    l0: float  #: features active per token, mean
-    dead_fraction: float  #: of the features, those that fire on no held-out token
-    dense_fraction: float  #: those that fire on more than 10 % of them
-    decoder_neighbours: NeighbourCosines | None  #: None for a single feature
+    fvu: float  #: fraction of variance unexplained, 1 - explained_variance
+    cosine: float  #: cosine of activation and reconstruction, mean over tokens
+    l0: float  #: number of features that fire on a token, mean
+    dead_fraction: float  #: share of the features that fire on no held-out token
+    dense_fraction: float  #: share of the features that fire on more than 10 % of the tokens
+    #: cosines of decoder rows with their nearest; None for a single feature
+    decoder_neighbours: NeighbourCosines | None
     #: next-token cross-entropy; of a crosscoder, that of the first model with all its parts replaced at once
     ce: StandInMeans
     kl: StandInMeans  #: KL divergence from the clean model
     #: (mean_ablated - reconstructed) / (mean_ablated - clean) of `ce`; None where ablation does no harm
     ce_recovered_mean: float | None
-    ce_recovered_zero: float | None  #: the same against zeros
+    ce_recovered_zero: float | None  #: the same against zero ablation
     kl_recovered_mean: float | None  #: the same of `kl`
     kl_recovered_zero: float | None  #: the same of `kl`
-    density_histogram: DensityHistogram  #: of firing rates
-    sinks: LeftOutSinks  #: left out, at the site
-    target_sinks: LeftOutSinks | None = None  #: at the target, if that is another site
-    parts: Mapping[str, PartScores] | None = None  #: of a crosscoder, by part
-    shared: int | None = None  #: of a crosscoder: live features with a relative norm between 0.4 and 0.6
+    density_histogram: DensityHistogram  #: histogram of firing rates
+    sinks: LeftOutSinks  #: attention sinks at the site, which are not scored
+    target_sinks: LeftOutSinks | None = None  #: attention sinks at the target, if that is another site
+    parts: Mapping[str, PartScores] | None = None  #: scores of each part of a crosscoder
+    shared: int | None = None  #: number of a crosscoder's live features with a relative norm between 0.4 and 0.6
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerScores:
     """A layer of a cross-layer transcoder on held-out text."""
 
-    layer: int  #: its number
-    explained_variance: float  #: of what its MLP adds, by all that is written there from it and from below
-    cosine: float  #: of the two, mean over tokens
-    l0: float  #: its own features that are active per token, mean
-    dead_fraction: float  #: of its features, those that fire on no held-out token
-    dense_fraction: float  #: those that fire on more than 10 % of them
+    layer: int  #: number of the layer
+    #: share of the variance of this MLP's output that features of this layer and of lower ones explain
+    explained_variance: float
+    cosine: float  #: cosine of this MLP's output and its reconstruction, mean over tokens
+    l0: float  #: number of this layer's features that fire on a token, mean
+    dead_fraction: float  #: share of this layer's features that fire on no held-out token
+    dense_fraction: float  #: share of this layer's features that fire on more than 10 % of the tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class CrossLayerScores:
     """A cross-layer transcoder on held-out text; also in ``scores.json``."""
 
-    tokens: int  #: held-out ones; those that are sinks at any layer are left out
+    tokens: int  #: number of held-out tokens, without those that are sinks at any layer
     explained_variance: float  #: mean over the layers
     l0: float  #: features of all layers active per token, mean
-    dead_fraction: float  #: of all features
-    layers: tuple[LayerScores, ...]  #: from the first on
+    dead_fraction: float  #: share of all features that fire on no held-out token
+    layers: tuple[LayerScores, ...]  #: scores of each layer, from the first on
     #: next-token cross-entropy with all MLPs replaced at once, features read in the stream that this gives; the floors
     #: replace them by what they add on average, and by nothing
     ce: StandInMeans
@@ -124,6 +126,6 @@ class CrossLayerScores:
 class EvaluateResults:
     """The members of a train unit on held-out text."""
 
-    kind: str  #: of the dictionaries
-    members: tuple[DictionaryScores, ...]  #: in their order; none of a cross-layer transcoder
-    cross_layer: CrossLayerScores | None = None  #: of a cross-layer transcoder
+    kind: str  #: kind of the dictionaries
+    members: tuple[DictionaryScores, ...]  #: scores of each member, in their order; none of a cross-layer transcoder
+    cross_layer: CrossLayerScores | None = None  #: scores of a cross-layer transcoder

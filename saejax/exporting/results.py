@@ -10,12 +10,12 @@ class ExportedMember:
     name: str  #: as trained
     site: str  #: as trained
     target: str  #: as trained
-    folder: str  #: that holds it
+    folder: str  #: folder with its files
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportResults:
     """A train unit in the format of another tool."""
 
-    format: str  #: of `export.format`
-    members: tuple[ExportedMember, ...]  #: each with its folder
+    format: str  #: format of the files
+    members: tuple[ExportedMember, ...]  #: exported dictionaries, each with its folder

@@ -43,7 +43,7 @@ class JudgedDictionary:
 class WorldFacts:
     """The synthetic world, measured on the held-out vectors."""
 
-    features: int  #: directions
+    features: int  #: number of directions
     frequent: int  #: of these, active in more than a ten-thousandth of the vectors
     dimensions: int  #: width of a vector
     l0: float  #: active directions of a vector, mean
@@ -53,11 +53,11 @@ class WorldFacts:
 class TruthResults:
     """Dictionaries of one kind, or controls, compared with the synthetic world that they were trained on."""
 
-    kind: str  #: of the dictionaries
-    features: int  #: of each
+    kind: str  #: kind of the dictionaries
+    features: int  #: features of each dictionary
     samples: int  #: vectors that each was trained on, repeats counted
     held_out: int  #: vectors that each was judged on
-    world: WorldFacts  #: what was to be found
+    world: WorldFacts  #: facts about the world
     dictionaries: tuple[JudgedDictionary, ...]  #: in the order of the stack
 
 
@@ -111,9 +111,11 @@ class KnownCircuitResults:
 class AblatedFeatures:
     """The features of a dictionary, each ablated alone."""
 
-    live: int  #: that fire on a test prompt
-    changing: Interval  #: share of these with which an answer becomes right or wrong, with a 95 % Wilson interval
-    above: Interval  #: share of these whose effect is larger than that of 95 % of the random directions, likewise
+    live: int  #: features that fire on a test prompt
+    #: share of the live features whose ablation makes an answer right or wrong, with a 95 % Wilson interval
+    changing: Interval
+    #: share of the live features with a larger effect than 95 % of the random directions, with a 95 % Wilson interval
+    above: Interval
     effect: Interval  #: absolute change of the logit difference on prompts on which a feature fires, mean over features
 
 

@@ -31,15 +31,15 @@ class CategoryCounts:
 class InterpretedDictionary:
     """Interpretation of a dictionary's features; ``features/*.json`` has the record of each."""
 
-    name: str  #: the member of its stack; "" for one alone
-    site: str  #: read
-    target: str  #: rebuilt or predicted
-    features: int  #: all of them
-    search_tokens: int  #: on which labels were searched, sinks left out
-    held_out_tokens: int  #: on which they were scored
-    labels: LabelCounts  #: of the dictionary
-    frozen: LabelCounts  #: the same of a frozen-random dictionary as large and as sparse
-    random: LabelCounts  #: the same of random directions that fire as often
+    name: str  #: name of the member; "" for a single dictionary
+    site: str  #: site that it reads
+    target: str  #: site that it reconstructs or predicts
+    features: int  #: number of features
+    search_tokens: int  #: number of tokens on which labels were searched, sinks excluded
+    held_out_tokens: int  #: number of tokens on which labels were scored
+    labels: LabelCounts  #: labels of the dictionary
+    frozen: LabelCounts  #: labels of a frozen-random dictionary as large and as sparse
+    random: LabelCounts  #: labels of random directions that fire as often
     explained_variance: float  #: share of the variance of held-out tokens, at most 4,096, that the dictionary rebuilds
     frozen_explained_variance: float  #: the same of the frozen-random dictionary, its decoder fitted
     categories: CategoryCounts | None = None  #: associations with prompt categories; None: not asked for
@@ -49,7 +49,7 @@ class InterpretedDictionary:
 class InterpretResults:
     """The members of a train unit."""
 
-    kind: str  #: of the dictionaries
+    kind: str  #: kind of the dictionaries
     members: tuple[InterpretedDictionary, ...]  #: in their order
 
 
@@ -66,10 +66,10 @@ class ReviewedFeatures:
 class AtlasPages:
     """The atlas of a dictionary."""
 
-    dictionary: str  #: such as "topk" or "topk/k32"
-    folder: str  #: in the unit; "" for the unit's own
-    features: int  #: with a page
-    by_hand: int  #: features with a label by a person
+    dictionary: str  #: name, such as "topk" or "topk/k32"
+    folder: str  #: folder in the unit; "" for the unit itself
+    features: int  #: number of features with a page
+    by_hand: int  #: number of features with a label by a person
     reviewed: tuple[ReviewedFeatures, ...] = ()  #: by behaviour, where effects of top features were measured
 
 
@@ -77,7 +77,7 @@ class AtlasPages:
 class AtlasResults:
     """The atlases of a train unit."""
 
-    kind: str  #: of the dictionaries
+    kind: str  #: kind of the dictionaries
     members: tuple[AtlasPages, ...]  #: in their order
 
 
@@ -109,6 +109,6 @@ class ExplainedDictionary:
 class ExplainResults:
     """The members of a train unit."""
 
-    kind: str  #: of the dictionaries
-    model: str  #: that wrote and judged the labels
+    kind: str  #: kind of the dictionaries
+    model: str  #: language model that wrote and judged the labels
     members: tuple[ExplainedDictionary, ...]  #: in the order of the stack

@@ -87,32 +87,32 @@ class BehaviourVerdict:
     ablation: Mapping[str, CausalAnswer]
     templates: Mapping[str, float]  #: mean effect by template
     held_out: tuple[str, ...]  #: templates that no train prompt has
-    random: CausalAnswer  #: 2. more than random sets at equal dose?
-    placebo: CausalAnswer  #: 3. specific to this answer?
-    bases: Mapping[str, CausalAnswer]  #: 4. more than a simpler basis at equal dose? By basis
-    selective: CausalAnswer  #: 5. are other behaviours and held-out text spared?
+    random: CausalAnswer  #: question 2: more than random sets at equal dose?
+    placebo: CausalAnswer  #: question 3: specific to this answer?
+    bases: Mapping[str, CausalAnswer]  #: question 4: more than a simpler basis at equal dose? By basis
+    selective: CausalAnswer  #: question 5: are other behaviours and held-out text spared?
     fooled: int | None  #: number of placebo sets that pass question 2; None: not testable
     placebo_sets: int  #: number of placebo sets
-    replication: CausalAnswer | None = None  #: the answers of dictionaries of other seeds
+    replication: CausalAnswer | None = None  #: answers of dictionaries of other seeds
 
 
 @dataclasses.dataclass(frozen=True)
 class CausalVerdict:
     """The verdict on a run: for every dictionary (the tested one is named "tested") and behaviour."""
 
-    rule: str  #: in words
-    dictionaries: Mapping[str, Mapping[str, BehaviourVerdict]]  #: by dictionary and behaviour
+    rule: str  #: the rule, in words
+    dictionaries: Mapping[str, Mapping[str, BehaviourVerdict]]  #: answers by dictionary and behaviour
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureEffect:
     """A top feature, ablated alone."""
 
-    feature: int  #: its index
+    feature: int  #: index of the feature
     attribution: float  #: estimated effect on the train prompts, logits
-    drop: Interval  #: of the logit difference on the test prompts
+    drop: Interval  #: drop of the logit difference on the test prompts
     firing_rate: float  #: share of the editable tokens of the test prompts on which it fires
-    mean_activation: float  #: over the tokens on which it fires
+    mean_activation: float  #: mean activation over the tokens on which it fires
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,15 +129,16 @@ class ImportanceSummary:
 class AblateResults:
     """Effects of ablating a dictionary's features on behaviours."""
 
-    dictionary: str  #: its name
-    site: str  #: that it writes to, or reads
+    dictionary: str  #: name of the dictionary
+    site: str  #: site that is edited: where the dictionary writes to, or reads
     k: int  #: number of top features
-    replacement: str  #: what stands in an ablated feature's place
+    replacement: str  #: value that replaces an ablated feature's activation
     positions: str  #: where features are ablated
     error: str  #: whether the reconstruction error is kept or dropped
     top: Mapping[str, tuple[FeatureEffect, ...]]  #: the top features of each behaviour, one by one
-    verdict: CausalVerdict  #: the five answers
-    importance: Mapping[str, ImportanceSummary] | None = None  #: of all features, by behaviour
+    verdict: CausalVerdict  #: the answers to the five questions
+    #: effects of ablating every feature alone, by behaviour (--ablate.effects=all)
+    importance: Mapping[str, ImportanceSummary] | None = None
 
 
 def mean_interval(values_P: np.ndarray, weight_RxP: np.ndarray) -> Interval:

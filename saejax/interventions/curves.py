@@ -106,7 +106,7 @@ class MeasuredBehaviour:
         prompts = table.select_prompts(behaviour)
         if len(prompts) < 2:
             raise UserError(
-                f"{behaviour} has {len(prompts)} test prompts: expected at least 2; raise task.test_prompts"
+                f"{behaviour} has {len(prompts)} test prompts: expected at least 2; raise --task.test_prompts"
             )
         strata = [prompt.template for prompt in prompts]
         weight_RxP = bootstrap.resampling_weights(strata, resamples, seed)

@@ -387,7 +387,7 @@ class SitePatchResults:
 
     kind: str  #: kind of site
     positions: str  #: each, or the positions that were patched together
-    behaviours: Mapping[str, PatchedSites]  #: by name
+    behaviours: Mapping[str, PatchedSites]  #: results by behaviour
     unpatched: Mapping[str, str]  #: behaviours that cannot be patched, and why
 
 
@@ -417,10 +417,10 @@ class PatchedFeatures:
 class FeaturePatchResults:
     """Features of a dictionary patched between prompts and counterparts."""
 
-    dictionary: str  #: its name
-    site: str  #: that it reads
+    dictionary: str  #: name of the dictionary
+    site: str  #: site that it reads
     k: int  #: number of top features
-    behaviours: Mapping[str, PatchedFeatures]  #: by name
+    behaviours: Mapping[str, PatchedFeatures]  #: results by behaviour
     unpatched: Mapping[str, str]  #: behaviours that cannot be patched, and why
     verdict: CausalVerdict  #: the answers on giving top features their counterparts' activations (noising)
 

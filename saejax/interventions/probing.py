@@ -81,7 +81,7 @@ class ProbeFit:
     """A linear probe."""
 
     input: str  #: what it reads: "features" or "raw"
-    k: int | None  #: number of features or dimensions that it sees; None: all
+    k: int | None  #: number of features or dimensions that it reads; None: all
     strength: float  #: inverse strength of the penalty (C of scikit-learn)
     inputs: tuple[int, ...] | None  #: those that a sparse probe sees, best first; None: all
     accuracy: Interval  #: share of test prompts whose class is named, 95 % Wilson interval
@@ -395,7 +395,7 @@ class SelectedFeatures:
 class ProbedLabel:
     """The probes of a label; also in `<label>.json` or `<label>-<behaviour>.json`."""
 
-    label: str  #: its name
+    label: str  #: name of the label
     behaviour: str  #: behaviour or benchmark whose prompts are read; "" for all behaviours
     reason: str | None  #: why there is no probe; None where there is
     classes: Mapping[str, Mapping[str, int]]  #: class -> its prompts by split
@@ -413,8 +413,8 @@ class ProbedLabel:
 class ProbeResults:
     """Linear probes of a dictionary's features and of raw activations."""
 
-    dictionary: str  #: its name
-    site: str  #: that it reads: of a transcoder, its input
+    dictionary: str  #: name of the dictionary
+    site: str  #: site that it reads; of a transcoder, its input
     labels: tuple[ProbedLabel, ...]  #: each of all behaviours, of a behaviour or of a benchmark
 
 

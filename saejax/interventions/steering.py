@@ -226,7 +226,7 @@ class SteeringPoint:
 class SteeringMethod:
     """A way to steer."""
 
-    points: tuple[SteeringPoint, ...]  #: by rising strength
+    points: tuple[SteeringPoint, ...]  #: measurements by rising strength
     chosen: int  #: the strength that was chosen on train prompts, counted from 0
     control: str  #: what it is compared with at equal dose: random sets of features, or random directions
     controls: tuple[float, ...]  #: drop of each control change, logits, mean over prompts
@@ -238,7 +238,7 @@ class SteeringMethod:
 class BehaviourSteering:
     """A behaviour steered; also in `<behaviour>.json`."""
 
-    reason: str | None  #: why it is not steered; None where it is
+    reason: str | None  #: why the behaviour was not steered; None where it was
     prompts: int  #: test prompts on which it is judged
     left_out: Mapping[str, int]  #: other test prompts, by reason
     clean: Interval | None  #: logit difference without a change
@@ -250,9 +250,9 @@ class BehaviourSteering:
 class SteerResults:
     """Steering of prompts to the answers of their counterparts."""
 
-    dictionary: str  #: its name
-    site: str  #: that is changed
-    behaviours: Mapping[str, BehaviourSteering]  #: by name
+    dictionary: str  #: name of the dictionary
+    site: str  #: site that is changed
+    behaviours: Mapping[str, BehaviourSteering]  #: results by behaviour
 
 
 class SteeringTest:

@@ -287,6 +287,11 @@ def load_effects(folder: str | Path) -> EffectsTable:
     import pyarrow.parquet as pq
 
     folder = Path(folder)
+    if not (folder / _FILES[2]).exists():  # it is written last
+        raise UserError(
+            f"{folder / _FILES[2]} does not exist: expected the folder of a unit of ablate, patch or study; run its "
+            "stage to the end, or name another"
+        )
     try:
         edits = tuple(_edit(entry) for entry in read_json(folder / _FILES[1]))
         prompts = tuple(PromptDefinition(**entry) for entry in read_json(folder / _FILES[2]))

@@ -100,7 +100,7 @@ class Evaluation:
 def evaluate(
     lm: LanguageModel, dictionary: Dictionary, texts: Sequence[str], *, mean_D: np.ndarray | None = None
 ) -> Evaluation:
-    """Scores a dictionary as the stage ``evaluate`` does, on texts that it was not trained on.
+    """Score a dictionary as the stage ``evaluate`` does, on texts that it was not trained on.
 
     Args:
       lm: the model that it was trained on.

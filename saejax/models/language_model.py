@@ -25,7 +25,7 @@ from saejax.models.lengths import round_length
 from saejax.models.lens import LensOutput
 from saejax.models.sites import AnySite, Site, parse_site
 from saejax.models.source import ModelSource
-from saejax.models.tokens import Tokens, continuation_ids, tokenize
+from saejax.models.tokens import Tokens, continuation_ids, require_tokens, tokenize
 from saejax.parallel.mesh import fitting_sharding, sharding
 
 _UNROLLED = 4  # when more layers than this are captured, all go into one scan: unrolled ones take long to compile
@@ -105,7 +105,7 @@ class LanguageModel:
         """Run the model. Compiled once for each combination of sites, kinds of edits and padded shape.
 
         Args:
-          tokens: the prompts, padded on the right.
+          tokens: the prompts, as ``tokenize`` returns them.
           capture: sites whose values are returned, or a single one, such as "resid_post.15".
           edits: applied in the given order where several act at one site; see ``Dictionary`` and ``SiteEdit``.
           logits: False stops after the last captured site.
@@ -113,6 +113,7 @@ class LanguageModel:
         Raises:
           UserError: a site does not exist, or an edit does not fit it or the prompts.
         """
+        require_tokens(tokens)
         length = tokens.ids_BxT.shape[1]
         padded = round_length(length)
         sites, edits = self._prepare(tokens, capture, edits, padded)
@@ -143,7 +144,7 @@ class LanguageModel:
         """Continue the prompts, each until the model or a stop string ends it.
 
         Args:
-          tokens: the prompts, padded on the right.
+          tokens: the prompts, as ``tokenize`` returns them.
           max_new_tokens: largest number of new tokens of each, at least 1.
           temperature: divides the logits before sampling; 0: the most probable token is taken.
           top_p: in (0, 1]: sampling is from the smallest set of most probable tokens with this total probability.
@@ -157,6 +158,7 @@ class LanguageModel:
           UserError: a site does not exist, an edit does not fit, the context is too short, a setting is out of range,
             or logits are not finite.
         """
+        require_tokens(tokens)
         _, edits = self._prepare(tokens, (), edits, self._length_with_cache(tokens))
         generation.check_limit(tokens.lengths_B, max_new_tokens, self.config.context)
         sampling = decoding.sampling_params(temperature, top_p, seed)

@@ -49,6 +49,15 @@ class Tokens:
             )
 
 
+def require_tokens(tokens: object) -> None:
+    """Raise a ``UserError`` unless this is a batch of prompts: texts and lists of ids are easily taken for one."""
+    if not isinstance(tokens, Tokens):
+        raise UserError(
+            f"tokens is a {type(tokens).__name__}: expected the result of lm.tokenize(texts), or of "
+            "saejax.models.tokens.pad for lists of token ids"
+        )
+
+
 def pad(sequences: Sequence[Sequence[int]], fill: int = 0) -> Tokens:
     """Pad token id sequences of any length above 0 into one batch."""
     lengths_B = np.array([len(sequence) for sequence in sequences], np.int32)

@@ -25,7 +25,7 @@ from saejax.models.language_model import LanguageModel, Output
 from saejax.models.lengths import round_length
 from saejax.models.sites import KINDS, AnySite, Site
 from saejax.models.source import ModelSource, longest_input
-from saejax.models.tokens import Tokens
+from saejax.models.tokens import Tokens, require_tokens
 from saejax.models.torch_bridge import LayerSegment
 from saejax.models.torch_hooks import HookedModel
 from saejax.parallel.mesh import make_mesh, sharding
@@ -76,6 +76,7 @@ class TorchModel(LanguageModel):
         logits: bool = True,
     ) -> Output:
         """Run the model; see ``LanguageModel``. Sites may be modules, as in "module:model.layers.3.mlp"."""
+        require_tokens(tokens)
         length = tokens.ids_BxT.shape[1]
         # Not beyond the context: models with learned positions have no more.
         padded = max(length, min(round_length(length), self.config.context))

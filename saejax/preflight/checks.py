@@ -107,8 +107,8 @@ def _check_model(run: Run, plan: PlannedRun, place: Place) -> ModelNeeds:
     programs = stage_programs(plan)
     if programs:
         run.say(
-            "  programs, as compiled: memory of a device, with what else the stage keeps there; GFLOP of all devices "
-            "by formula (by XLA, of one device, counting the body of a loop once)"
+            "  compiled programs: memory on each device, other data of the stage included; GFLOP of all devices by "
+            "formula (in brackets: of one device as XLA counts them, the body of a loop once)"
         )
     compiled = []
     for program in programs:

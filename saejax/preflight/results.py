@@ -28,32 +28,33 @@ class ModelNeeds:
     """A model that was checked."""
 
     name: str  #: last part of its path
-    family: str  #: of models
-    layers: int  #: how many
+    family: str  #: family of models
+    layers: int  #: number of layers
     d: int  #: width of the residual stream
-    parameters: int  #: how many
+    parameters: int  #: number of parameters
     dtype: str  #: of weights and products in JAX
-    peak_bytes: int  #: of a device, for the largest program
-    fits: bool  #: whether a device has them
-    programs: tuple[CompiledProgram, ...]  #: that were compiled
+    peak_bytes: int  #: memory of the largest program on a device
+    fits: bool  #: whether a device has this memory
+    programs: tuple[CompiledProgram, ...]  #: the compiled programs
 
 
 @dataclasses.dataclass(frozen=True)
 class PreflightResults:
     """The programs that will run, their memory and their expected time."""
 
-    mesh: MeshShape  #: of the run
+    mesh: MeshShape  #: mesh of the run
     topology: str  #: the devices that programs were compiled for; "" for the devices at hand
     limit_bytes: int  #: memory of a device
-    models: tuple[ModelNeeds, ...]  #: each that was checked
+    models: tuple[ModelNeeds, ...]  #: the checked models
     #: of the text that is used; this and what follows up to `device_hours` for one model on the devices at hand
     documents: int | None = None
-    tokens: int | None = None  #: of that text, estimated
-    disk_bytes: int | None = None  #: that the run writes
-    disk_free_bytes: int | None = None  #: in the workdir
+    tokens: int | None = None  #: estimated number of tokens of that text
+    disk_bytes: int | None = None  #: bytes that the run writes to disk
+    disk_free_bytes: int | None = None  #: free bytes in the workdir
     host_bytes: int | None = None  #: memory of the host for buffers and checkpoints while dictionaries are trained
-    matmul_flops_per_second: Mapping[str, float] | None = None  #: measured, by dtype
-    seconds: Mapping[str, float] | None = None  #: of the compiled programs of each stage, at the measured rate
+    matmul_flops_per_second: Mapping[str, float] | None = None  #: measured speed of matrix products, by dtype
+    #: expected time of the compiled programs of each stage, at the measured speed
+    seconds: Mapping[str, float] | None = None
     device_hours: float | None = None  #: those seconds, times the devices
     #: model -> kind of tokens -> kind of site -> the largest relative error (`preflight.parity`)
     parity: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None

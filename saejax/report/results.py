@@ -9,6 +9,6 @@ class ReportResults:
     """The written report."""
 
     specific: Mapping[str, str]  #: by behaviour, whether the top features are specific to its answer (question 3)
-    figures: tuple[str, ...]  #: names of all
-    contexts: Mapping[int, int]  #: feature -> how many contexts are shown
-    html_bytes: int  #: of the page
+    figures: tuple[str, ...]  #: names of all figures
+    contexts: Mapping[int, int]  #: number of contexts shown for each feature
+    html_bytes: int  #: size of the page

@@ -74,7 +74,7 @@ def run_report(run: Run) -> ReportResults:
     page = to_html(title, lead, parts, footer)
     write_text(run.folder / "report.md", to_markdown(title, lead, parts, footer))
     write_text(run.folder / "index.html", page)
-    run.say(f"read {run.folder / 'index.html'}")
+    run.say(f"open {run.folder / 'index.html'}")
     verdicts = ablate.verdict.dictionaries[TESTED] if ablate else {}
     return ReportResults(
         specific={name: result.placebo.answer for name, result in verdicts.items()},

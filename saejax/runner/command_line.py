@@ -30,11 +30,11 @@ def stage_flags() -> flags.FlagValues:
         "plugins", [], "Python files that add kinds of dictionary, with commas between", flag_values=flag_values
     )
     define_workdir(flag_values)
-    flags.DEFINE_string("unit", "", "run this unit alone, such as train/topk, in place of all", flag_values=flag_values)
+    flags.DEFINE_string("unit", "", "run only this unit, such as train/topk", flag_values=flag_values)
     flags.DEFINE_bool(
         "keep_going",
         False,
-        "after a unit failed, go on with the units that do not depend on it, and list the failures at the end",
+        "continue after a failure with the units that do not depend on it, and list the failures at the end",
         flag_values=flag_values,
     )
     flags.DEFINE_string(
@@ -46,12 +46,12 @@ def stage_flags() -> flags.FlagValues:
     flags.DEFINE_float(
         "budget_device_hours",
         0.0,
-        "device-hours of the workdir after which no further unit is begun, with a warning from 80 % on; 0: no limit",
+        "device-hours of the workdir after which no further unit starts, with a warning from 80 % on; 0: no limit",
         lower_bound=0.0,
         flag_values=flag_values,
     )
     flags.DEFINE_bool(
-        "deterministic", False, "the same bits on a GPU at every run, at some speed", flag_values=flag_values
+        "deterministic", False, "give the same bits in every run on a GPU, which is slower", flag_values=flag_values
     )
     define_common(flag_values)
     return flag_values
@@ -63,14 +63,14 @@ def define_workdir(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "take_over",
         False,
-        "make units whose claim was left by a process that is gone",
+        "replace the lock (claim.json) that a process which is gone has left on a unit",
         flag_values=flag_values,
     )
 
 
 def define_common(flag_values: flags.FlagValues) -> None:
     """Define the flags of every program, including programs without stages."""
-    flags.DEFINE_bool("debug", False, "show the traceback of bad input too", flag_values=flag_values)
+    flags.DEFINE_bool("debug", False, "also show the traceback of bad input", flag_values=flag_values)
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
 
 

@@ -222,7 +222,7 @@ def _run_claimed(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], cla
     mark, previous = plan.fingerprint(unit), workspace.current(unit)
     resumed = workspace.begin(unit, mark, _start(plan, unit, plan.configs))
     differences = "" if resumed or previous is None else _describe_changes(plan, unit, previous)
-    pipeline.report(unit, f"{unit}: {'going on' if resumed else 'started'}{differences}")
+    pipeline.report(unit, f"{unit}: {'resumed' if resumed else 'started'}{differences}")
     stack: StackWork | None = None
     try:
         stack = _open_stack(pipeline, unit, claims) if plan.members(unit) else None

@@ -19,7 +19,7 @@ again, runs the model with features changed, saves labels and groups.
 
   serve DIR or --workdir=DIR  a workdir, or a folder of graphs in Neuronpedia's format (required)
   --port=N  of 127.0.0.1; 0: a free one (default: 8765)
-  --debug  show the traceback of bad input too
+  --debug  also show the traceback of bad input
 
 With --model.path=MODEL and --graph.transcoders=SET, and other flags of experiments.attribute, these go for all graphs;
 else each graph's own are taken from its unit. It answers at an address with a random token, and ends with Ctrl-C."""

@@ -15,8 +15,8 @@ class GraphConfig(Config):
     transcoders: str = setting(
         "",
         "transcoders of all layers: a folder or hub id of a set (circuit-tracer's or Gemma Scope's, per layer or "
-        "cross-layer; org/name/subfolder, org/name@revision), a short name such as qwen3-4b, or the folder of our own, "
-        "such as runs/mine/train/topk",
+        "cross-layer; org/name/subfolder, org/name@revision), a short name such as qwen3-4b, or the folder of a "
+        "set trained here, such as runs/mine/train/topk",
     )
     l0: tuple[str, ...] = setting(
         (),
@@ -70,7 +70,8 @@ class GraphConfig(Config):
     )
     circuits: bool = setting(
         False,
-        "run parts of the graph alone, and all the rest alone, to check whether they do the work (transcoders only)",
+        "run the model with parts of the graph alone, and with all the rest alone, to measure how much of the answer "
+        "the graph explains (transcoders only)",
     )
     supernodes: str = setting(
         "",
@@ -80,13 +81,13 @@ class GraphConfig(Config):
     labels: str = setting(
         "",
         'file of labels of features, .json: {"3_17": "cities"}, by layer and index; or a sheet that a person filled '
-        "in, .csv, as the stages atlas and circuits write them, or a folder of such",
+        "in, .csv, as the stages atlas and circuits write them; or a folder of such sheets",
     )
     features: str = setting(
         "",
         "folder of feature files, whose contexts and labels the page shows: circuit-tracer's or Neuronpedia's, or "
-        "hf://org/name/folder for packed ones on the hub; those of the set's own features/ and of interpret are shown "
-        "anyway",
+        "hf://org/name/folder for packed ones on the hub; those in the set's folder features/ and those of interpret "
+        "are always shown",
     )
     source_set: str = setting(
         "",

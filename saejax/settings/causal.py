@@ -19,40 +19,41 @@ class AblateConfig(Config):
 
     dictionary: str = setting(
         "topk",
-        "which trained dictionary to test: topk, a member of a stack as in topk/k32, or the folder of one, such as "
-        "runs/demo/train/topk or, on the hub, hf://ORG/NAME/FOLDER@REVISION; then nothing is captured or trained",
+        "dictionary to test: a kind trained here (topk), a member of its stack (topk/k32), a folder such as "
+        "runs/demo/train/topk, or a hub address hf://ORG/NAME/FOLDER@REVISION. With a folder or address nothing is "
+        "captured or trained",
         changes_results=False,
     )
     top: int = setting(10, "number of features, ranked by attribution on train prompts, that are ablated", low=1)
     replacement: str = setting(
         "zero",
-        "what replaces an ablated feature's activation: zero, its mean over the train prompts (mean), its activation "
-        "at a random other position at which it fires (random), or at the same position of the prompt's counterpart "
-        "(counterpart)",
+        "value that replaces an ablated feature's activation: zero, its mean over the train prompts (mean), its "
+        "activation at a random other position at which it fires (random), or at the same position of the prompt's "
+        "counterpart (counterpart)",
         choices=REPLACEMENTS,
     )
     effects: str = setting(
         "top",
-        "which features are also ablated one by one: the top ones (top), or every feature that fires on the test "
-        "prompts (all), with a ranking in <behaviour>-importance.parquet",
+        "features that are also ablated one by one: the top ones (top), or all that fire on the test prompts (all), "
+        "with a ranking in <behaviour>-importance.parquet",
         choices=("top", "all"),
     )
     positions: str = setting(
         "all",
-        "where features are ablated: all, last, or a slice of a prompt's tokens such as 1:4 or -3:",
+        "positions at which features are ablated: all, last, or a slice of a prompt's tokens such as 1:4 or -3:",
     )
     error: str = setting(
         "keep",
-        "whether the part of the site that the dictionary does not explain is kept, or dropped; then the clean run "
-        "goes through the dictionary, too, and no other basis is compared",
+        "keep the part of the site that the dictionary does not explain, or drop it; with drop, the clean run also "
+        "goes through the dictionary, and no other basis is compared",
         choices=("keep", "drop"),
     )
     random_sets: int = shared.random_sets()
     placebo_targets: int = shared.placebo_targets()
     attribution_prompts: int = setting(
-        0, "train prompts that rank features, for the answers and for placebo targets alike; 0: all", low=0
+        0, "number of train prompts that rank features, for the answers and for placebo targets alike; 0: all", low=0
     )
-    untrained: bool = setting(True, "answer all questions for an untrained dictionary, too")
+    untrained: bool = setting(True, "answer all questions for an untrained dictionary as well")
     baselines: tuple[str, ...] = setting(
         BASES,
         "simpler bases to compare with at equal dose: neurons (of the layer's MLP), pca (principal components of the "
@@ -92,7 +93,8 @@ class ProbeConfig(Config):
     )
     dictionary: str = setting(
         "topk",
-        "whose features to probe: topk, a member of a stack as in topk/k32, or the folder of a dictionary",
+        "dictionary whose features are probed: a kind trained here (topk), a member of its stack (topk/k32), or a "
+        "folder or hub address as in --ablate.dictionary",
         changes_results=False,
     )
     sparse: tuple[int, ...] = setting(
@@ -124,13 +126,13 @@ class PatchConfig(Config):
     )
     positions: str = setting(
         "each",
-        "where kinds of site are patched: at every position by itself (each; of heads, at all positions together), or "
-        "at these together: all, last, or a slice of a prompt's tokens such as 1:4 or -3:",
+        "positions at which kinds of site are patched: each by itself (each; for heads: all together), or these "
+        "together: all, last, or a slice of a prompt's tokens such as 1:4 or -3:",
     )
     dictionary: str = setting(
         "",
-        "which trained dictionary's features to patch: topk, a member of a stack as in topk/k32, or the folder of one; "
-        "empty: none",
+        "dictionary whose features are patched: a kind trained here (topk), a member of its stack (topk/k32), or a "
+        "folder or hub address as in --ablate.dictionary; empty: none",
         changes_results=False,
     )
     top: int = setting(10, "number of features, ranked by attribution on train prompts, that are patched", low=1)
@@ -147,11 +149,13 @@ class SteerConfig(Config):
 
     dictionary: str = setting(
         "",
-        "which trained dictionary's features to steer with: topk, a member of a stack as in topk/k32, or the folder of "
-        "one; empty: no steering",
+        "dictionary whose features steer: a kind trained here (topk), a member of its stack (topk/k32), or a folder "
+        "or hub address as in --ablate.dictionary; empty: no steering",
         changes_results=False,
     )
-    top: int = setting(10, "features of each pair of answers, ranked on train texts, that steer together", low=1)
+    top: int = setting(
+        10, "number of features that steer together for each pair of answers, ranked on train texts", low=1
+    )
     doses: tuple[float, ...] = setting(
         (0.1, 0.2, 0.4, 0.6, 0.8),
         "norms of the added vectors, in units of the site's mean norm; features are clamped at 1, 2, 4 and 8 times "
@@ -161,7 +165,7 @@ class SteerConfig(Config):
     random_sets: int = setting(
         99,
         "maximum number of random sets of features, or random directions, that each method is compared with at equal "
-        "dose; a positive answer needs 20 per behaviour, minus one",
+        "dose; a yes needs 19 with one behaviour, 39 with two, and 20 more for each further one",
         low=1,
     )
     seed: int = shared.causal_seed()
@@ -180,11 +184,13 @@ class StudyConfig(Config):
         changes_results=False,
     )
     dictionary: str = setting(
-        "topk", "whose features: topk, a member of a stack as in topk/k32, or the folder of a dictionary"
+        "topk",
+        "dictionary whose features are ablated: a kind trained here (topk), a member of its stack (topk/k32), or a "
+        "folder or hub address as in --ablate.dictionary",
     )
     items: int = setting(
         200,
-        "items of each benchmark at most, of those of --task.examples: half choose features, half judge them",
+        "maximum number of items of each benchmark, of those of --task.examples: half select features, half test them",
         low=2,
     )
     top: int = setting(10, "number of features, ranked by attribution on train items, that are ablated", low=1)

@@ -18,8 +18,8 @@ class JumpReLUConfig(Config):
 
     l0_coefficient: tuple[float, ...] = setting(
         (1.0,),
-        "coefficient of the L0 penalty (or a list); with the penalty 'target', about five times the squared error per "
-        "token keeps L0 within a tenth of the target, less leaves it above",
+        "coefficient of the L0 penalty (or a list); with the penalty 'target', about five times the squared error "
+        "per token keeps L0 within a tenth of the target, and less leaves it above",
         low=0.0,
         swept=True,
     )
@@ -36,7 +36,7 @@ class JumpReLUConfig(Config):
     nested: tuple[float, ...] = setting(
         (),
         "shares of the features, ascending to 1, that must reconstruct by themselves, as in a matryoshka dictionary; "
-        "empty: all together alone",
+        "empty: no nested groups",
         low=0.0,
         high=1.0,
     )

@@ -47,7 +47,9 @@ def placebo_targets() -> Any:
 
 def min_accuracy_drop() -> Any:
     """Return the field ``min_accuracy_drop`` of a causal test."""
-    return setting(0.05, "share of accuracy whose loss counts as an effect", low=0.0, high=1.0, shared="causal")
+    return setting(
+        0.05, "smallest drop of accuracy that counts as an effect, as a share", low=0.0, high=1.0, shared="causal"
+    )
 
 
 def analysis_seed() -> Any:

@@ -18,20 +18,22 @@ class TaskConfig(Config):
     behaviours: tuple[str, ...] = setting(DEMO_BEHAVIOURS, "behaviours to test", choices=BEHAVIOURS, only=("",))
     prompts: str = setting(
         "",
-        "a .jsonl or .jsonl.gz file with behaviours of your own, tested beside --task.behaviours (which may be empty): "
-        "a line for each prompt with 'behaviour', 'text', 'correct' and 'wrong' (the answers as they go on from the "
-        "text), and perhaps 'counterpart' (a text to which the wrong answer is right), 'split' (train or test) and "
-        "'template' (a name that the prompts with the same words around their content share)",
+        "a .jsonl or .jsonl.gz file with your own behaviours, tested together with --task.behaviours (which may be "
+        "empty): a line for each prompt with 'behaviour', 'text', 'correct' and 'wrong' (the answers, as they "
+        "continue the text), and optionally 'counterpart' (a text for which the wrong answer is right), 'split' "
+        "(train or test) and 'template' (a name shared by prompts with the same words around their content)",
         changes_results=False,  # what is in it counts, not its place
         only=("",),
     )
-    train_prompts: int = setting(80, "prompts per behaviour that choose features", low=2, only=("",))
-    test_prompts: int = setting(100, "prompts per behaviour that judge them", low=2, only=("",))
+    train_prompts: int = setting(80, "prompts per behaviour that select features", low=2, only=("",))
+    test_prompts: int = setting(
+        100, "prompts per behaviour on which the selected features are tested", low=2, only=("",)
+    )
     seed: int = setting(42, "seed of the choice of prompts, of benchmark examples and of the bootstrap", low=0)
     gate: float = setting(
         0.05,
-        "level of an exact binomial test that the model is right on more than half of a behaviour's train prompts; a "
-        "behaviour that fails it is left out of the causal tests; 1: none is left out",
+        "level of the filter of behaviours, an exact binomial test that the model is right on more than half of the "
+        "train prompts; a behaviour that fails it is left out of the causal tests; 1: none is left out",
         low=0.0,
         high=1.0,
         only=("",),

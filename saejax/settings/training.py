@@ -15,9 +15,9 @@ MOST_TOKENS = 2**31 - 1  # that a feature's silence is counted in
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
-    """The dictionaries and how they are trained. What may be a list makes a stack: one member for every combination.
+    """The dictionaries and how they are trained. Lists of values make a stack with a member for every combination.
 
-    What one kind alone reads is in its own settings, such as ``--train.jumprelu.bandwidth``.
+    A setting of one kind alone has the kind's name, such as ``--train.jumprelu.bandwidth``.
     """
 
     kinds: tuple[str, ...] = setting(
@@ -29,8 +29,8 @@ class TrainConfig(Config):
     )
     pretrained: tuple[str, ...] = setting(
         (),
-        "dictionaries that are there already, in any format that is read, of one layer or more each: folders, or on "
-        f"the hub hf://ORG/NAME/FOLDER@REVISION; for --train.kinds={PRETRAINED}",
+        f"published or earlier dictionaries for --train.kinds={PRETRAINED}, in any format that saejax reads: folders "
+        "or hub addresses hf://ORG/NAME/FOLDER@REVISION, each with dictionaries of one layer or more",
         only=lambda unit: unit == PRETRAINED,
         changes_results=False,  # what is found there counts, not its place
     )
@@ -46,13 +46,14 @@ class TrainConfig(Config):
         "all later ones",
         choices=("sae", "transcoder", "skip_transcoder", "cross_layer_transcoder"),
     )
-    expansion: int = setting(8, "features per input dimension", low=1)
+    expansion: int = setting(8, "features per dimension of the site", low=1)
     expansions: tuple[int, ...] = setting(
         (),
-        "several values of --train.expansion, such as 4,8,16, in place of it: a stack of each, one after the other",
+        "several values in place of --train.expansion, such as 4,8,16: a stack is trained for each, one after the "
+        "other",
         low=1,
     )
-    features: int = setting(0, "features, such as 16384, whatever the width; 0: by --train.expansion", low=0)
+    features: int = setting(0, "number of features, such as 16384; 0: --train.expansion times the site's width", low=0)
     k: tuple[int, ...] = setting(
         (32,), "active features per token (or a list)", low=1, swept=True, only=read_by_kind("k")
     )
@@ -71,41 +72,51 @@ class TrainConfig(Config):
     )
     by_kind: Mapping[str, Config] = nested(settings_of_kinds)
     auxk: float = setting(
-        0.0, "coefficient of AuxK: dead features learn the error that the other features leave; 0: off", low=0.0
+        0.0,
+        "coefficient of the AuxK loss, in which dead features reconstruct the remaining error (Gao et al., 2024); 0: "
+        "off",
+        low=0.0,
     )
-    auxk_features: int = setting(0, "dead features that act on each token in AuxK; 0: half the width", low=0)
+    auxk_features: int = setting(
+        0, "number of dead features per token in the AuxK loss; 0: half the site's width", low=0
+    )
     whiten_error: float = setting(
         0.0,
-        "how far directions of small variance count as much as large ones: errors are measured after "
-        "covariance^(-w/2); 0: as they are, 1: fully whitened. 0.5 helps where a few directions dominate",
+        "exponent w of error whitening: errors are multiplied by covariance^(-w/2) before they are squared; 0: off, "
+        "1: directions of small variance count as much as large ones. 0.5 helps where a few directions dominate",
         low=0.0,
         high=1.0,
     )
     resample_every: int = setting(
         0,
-        "steps after which dead features start again at tokens of high loss (Bricken et al., 2023), until the learning "
-        "rate falls; 0: never",
+        "steps between resamplings, in which dead features start again at tokens of high loss (Bricken et al., "
+        "2023), until the learning rate falls; 0: never",
         low=0,
     )
     resample_from: str = setting(
         "inputs",
-        "where they start: at the tokens' own directions, as in that work (inputs), or at those of what the dictionary "
-        "leaves of them (errors)",
+        "new direction of a resampled feature: the token's activation (inputs, as in Bricken et al.), or its "
+        "reconstruction error (errors)",
         choices=("inputs", "errors"),
     )
-    dead_tokens: int = setting(100_000, "a feature silent for this many tokens is dead", low=1, high=MOST_TOKENS)
+    dead_tokens: int = setting(
+        100_000, "number of tokens without firing after which a feature counts as dead", low=1, high=MOST_TOKENS
+    )
     decorrelation: float = setting(
-        0.0, "coefficient of the mean squared covariance between features, on 512 tokens of each batch", low=0.0
+        0.0,
+        "coefficient of the decorrelation loss, the mean squared covariance of pairs of features on 512 tokens of "
+        "each batch; 0: off",
+        low=0.0,
     )
     alignment: float = setting(
         0.0,
-        "coefficient of the sum over an SAE's features of 1 - the cosine of encoder and decoder, which are brought "
-        "together",
+        "coefficient of the alignment loss of SAEs, the sum over features of 1 - the cosine of encoder column and "
+        "decoder row; 0: off",
         low=0.0,
     )
     decoder_norm: str = setting(
         "unit",
-        "decoder rows are kept at length 1 (unit) or grow freely under the norm-weighted penalty (free)",
+        "keep decoder rows at length 1 (unit), or let them grow under the norm-weighted penalty (free)",
         choices=("unit", "free"),
     )
     freeze: str = setting(
@@ -116,32 +127,32 @@ class TrainConfig(Config):
     learning_rate: tuple[float, ...] = setting((1e-3,), "peak learning rate of Adam (or a list)", low=0.0, swept=True)
     b1: float = setting(0.9, "decay of Adam's mean of gradients", low=0.0, high=0.999999)
     b2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0.0, high=0.999999)
-    eps: float = setting(1e-8, "what Adam adds to the root of that mean", low=0.0)
+    eps: float = setting(1e-8, "epsilon of Adam, added to the root of its mean of squared gradients", low=0.0)
     mu_dtype: str = setting(
         "float32",
-        "dtype in which Adam's mean of gradients is kept (that of squared gradients needs float32, whose steps of a "
-        "thousandth bfloat16 would round away); bfloat16 spares 2 bytes a parameter",
+        "dtype of Adam's mean of gradients; bfloat16 saves 2 bytes per parameter. The mean of squared gradients "
+        "stays in float32, because bfloat16 would round its small steps away",
         choices=("float32", "bfloat16"),
     )
     zero_optimizer: bool = setting(
         False,
-        "split Adam's two means over --mesh.data too (ZeRO, Rajbhandari et al., 2020): every device updates its part "
-        "of the parameters and is sent the others; results are the same within rounding",
+        "split both of Adam's means over --mesh.data as well (ZeRO, Rajbhandari et al., 2020): each device updates "
+        "its part of the parameters and receives the others; results are the same within rounding",
         changes_results=False,
     )
     members_at_once: int = setting(
         0,
-        "members of a stack that a device computes at once, at most; the others wait for their turn and take no memory "
-        "but their own. 0: one on a CPU, elsewhere as many as hold 64 million values of tokens by features; "
-        "results are the same within rounding",
+        "maximum number of a stack's members that a device computes at the same time; the others wait and take only "
+        "the memory of their state. 0: one on a CPU, elsewhere as many as have 64 million activations (tokens times "
+        "features) together; results are the same within rounding",
         low=0,
         changes_results=False,
     )
     clip: float = setting(
         1.0,
-        "largest global norm of a member's gradient. The loss is a sum over dimensions, so 1 is below nearly every "
-        "step's norm and Adam sees gradients of one length, which serves dictionaries better than clipping a few of "
-        "them (0: gradients stay as they are)",
+        "maximum global norm of a member's gradient; 0: no clipping. The loss is a sum over dimensions, so at the "
+        "default nearly every step is clipped and Adam sees gradients of one length, which trains better "
+        "dictionaries than clipping outliers only",
         low=0.0,
     )
     warmup: float = setting(
@@ -149,8 +160,8 @@ class TrainConfig(Config):
     )
     penalty_warmup: float = setting(
         0.0,
-        "share of the steps over which the penalty rises from 0; 0: as long as the learning rate does. 1 is what "
-        "cross-layer transcoders are published with",
+        "share of the steps over which the penalty rises from 0; 0: as long as --train.warmup. Published cross-layer "
+        "transcoders use 1",
         low=0.0,
         high=1.0,
     )
@@ -158,7 +169,7 @@ class TrainConfig(Config):
         0.2, "share of the steps, at the end, over which the learning rate falls linearly to 0", low=0.0, high=1.0
     )
     accumulate: int = setting(
-        1, "steps whose gradients are averaged into one update, as of a batch so many times as large", low=1
+        1, "number of steps whose gradients are averaged into one update, like a batch that many times as large", low=1
     )
     weight_decay: float = setting(
         0.0,
@@ -185,41 +196,42 @@ class TrainConfig(Config):
     )
     source: str = setting(
         "store",
-        "where activations come from: a captured store, or straight from the model (model), with nothing on disk: the "
-        "corpus's training text goes through it as capture would send it, for the sites of --train.sites",
+        "source of activations: a captured store, or the model itself (model), which reads the corpus's training "
+        "text while the dictionaries train and stores nothing on disk",
         choices=("store", "model"),
     )
     buffer_rows: int = setting(
         262_144,
-        "tokens that are shuffled together: of a store, whole shards of them; with --train.source=model, the tokens "
-        "that go through the model at a time",
+        "number of tokens that are shuffled together: of a store, as many whole shards as hold them; with "
+        "--train.source=model, the tokens that the model reads at a time",
         low=1,
     )
     input: str = setting(
         "auto",
-        "where a store's activations are in training: all on the devices (resident), read from disk as they are needed "
-        "(streamed), or resident if they take at most 40 % of the memory that is free on a GPU or TPU (auto)",
+        "place of a store's activations during training: all on the devices (resident), read from disk when needed "
+        "(streamed), or resident if they take at most 40 % of the free memory of a GPU or TPU (auto)",
         choices=("auto", "resident", "streamed"),
         changes_results=False,
     )
     init_from: str = setting(
         "",
-        "folder of a dictionary to start from, in any format (ours, SAELens, sparsify); for a stack also a train unit "
-        "with members of the same names, or a circuit-tracer set; where it has fewer features, the others start as "
-        "--train.widen says; empty: random dictionaries",
+        "dictionary to start from, in any format that saejax reads: a folder or hf://ORG/NAME/FOLDER@REVISION; for a "
+        "stack also a train unit with members of the same names, or a circuit-tracer set. If it has fewer features, "
+        "--train.widen says how the others start; empty: random dictionaries",
         changes_results=False,  # what is found there counts, not its place
     )
     widen: str = setting(
         "random",
-        "how features start that the dictionary of --train.init_from lacks: at random, at directions found in what it "
-        "leaves of 65,536 tokens (errors), or so and in place of its features that fire on none of these (replace)",
+        "start of the features that the dictionary of --train.init_from lacks: random directions (random), "
+        "directions of its reconstruction errors on 65,536 tokens (errors), or the latter also in place of features "
+        "that fire on none of these tokens (replace)",
         choices=("random", "errors", "replace"),
     )
     checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)
     log_every: int = setting(20, "steps between recorded metrics", low=1, changes_results=False)
     wandb: str = setting(
         "",
-        "project, or entity/project, of Weights & Biases to which metrics go too (takes saejax[wandb]); empty: none",
+        "project, or entity/project, of Weights & Biases that also gets the metrics (needs saejax[wandb]); empty: none",
         changes_results=False,
     )
     max_steps: int = setting(0, "stop after this many steps; 0: all epochs", low=0)

@@ -21,8 +21,8 @@ class CircuitsConfig(Config):
     """Circuits of behaviours, with the transcoders of --graph.transcoders."""
 
     behaviours: tuple[str, ...] = setting((), "behaviours whose circuits are found; empty: none")
-    traced: int = setting(10, "train prompts of each behaviour that are traced, to choose features", low=1)
-    measured: int = setting(20, "most test prompts of each behaviour on which effects are measured", low=2)
+    traced: int = setting(10, "number of train prompts of each behaviour that are traced, to select features", low=1)
+    measured: int = setting(20, "maximum number of test prompts of each behaviour on which effects are measured", low=2)
     groups: str = setting(
         "",
         'file of groups to measure in place of proposed ones, .json: {"two_hop": [["places", "3_17_content", '

@@ -28,12 +28,12 @@ class ExplainConfig(Config):
         "OPENAI_API_KEY has its key",
     )
     model: str = setting("", "name of the model at the endpoint")
-    features: tuple[int, ...] = setting((), "numbers of the features; empty: a random --explain.sample", low=0)
+    features: tuple[int, ...] = setting((), "indices of the features to label; empty: a random --explain.sample", low=0)
     sample: int = setting(100, "number of random features among those that fire often enough on held-out text", low=1)
     most_tokens: int = setting(
         2_000_000,
-        "number of tokens, prompts and answers, earlier runs of the unit included, after which nothing more is asked; "
-        "questions that are under way, 64 at most, still count on top",
+        "number of tokens (prompts and answers, earlier runs of the unit included) after which no further question "
+        "is asked; up to 64 questions under way still count on top",
         low=1,
         changes_results=False,
     )

@@ -43,7 +43,7 @@ class AtlasConfig(Config):
         "",
         "a .csv file with labels of your own: columns feature, label, note, reviewer, and where there are several "
         "dictionaries dictionary (such as topk/k32); or a folder of such files, such as a filled copy of the atlas's "
-        "review/; they go before those that were found",
+        "review/; they replace automatic labels",
         changes_results=False,  # what is in it counts, not its place
     )
 

@@ -25,8 +25,8 @@ class BenchmarkFeature:
 class StudyItems:
     """Items of the benchmark."""
 
-    train: int  #: that choose features
-    test: int  #: that judge them
+    train: int  #: items that select features
+    test: int  #: items on which features are tested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +70,12 @@ class AnswerScores:
 class StudyResults:
     """Effects of ablating a dictionary's top features on a benchmark."""
 
-    dictionary: str  #: its name
-    site: str  #: that it writes to, or reads
+    dictionary: str  #: name of the dictionary
+    site: str  #: site that is edited: where the dictionary writes to, or reads
     k: int  #: number of top features
-    rule: str  #: of the verdict, in words
+    rule: str  #: rule of the verdict, in words
     score: str  #: how items are scored: generate, choice or likelihood
-    items: StudyItems  #: how many
+    items: StudyItems  #: number of items
     log_likelihood: float  #: of the reference answers without an edit, mean over test items, nats
     chance: float  #: accuracy of guessing; 0 of generated answers
     #: whether accuracy's interval before any edit holds that of guessing (of generated answers: whether nothing is
@@ -84,9 +84,9 @@ class StudyResults:
     top: tuple[FeatureEffect, ...]  #: the top features, one by one; drops are of the log-likelihood, nats
     verdict: CausalVerdict  #: the five answers, as if this were the run's only benchmark
     scores: tuple[AnswerScores, ...]  #: accuracy, format failures and cut-off answers by group of edits
-    origin: str  #: of the items
-    categories: Mapping[str, str] = dataclasses.field(default_factory=dict)  #: of each item, by its id
-    activations: BenchmarkActivations | None = None  #: of the test items
+    origin: str  #: source of the items
+    categories: Mapping[str, str] = dataclasses.field(default_factory=dict)  #: category of each item, by its id
+    activations: BenchmarkActivations | None = None  #: statistics of the site's activations on the test items
     primitives: BenchmarkPrimitives | None = None  #: groups of features that matter for the same items
     associations: BenchmarkAssociations | None = None  #: of features with categories and right answers
     domains: Mapping[str, DomainEffect] | None = None  #: effects of the top features of other benchmarks

@@ -1,7 +1,7 @@
-"""Criteria of a study's success, and the gate of a row on a benchmark: rules that are written down before any row runs.
+"""Criteria of a study's success, and the overall answer (gate) of a row on a benchmark.
 
-The gate asks about log-likelihoods, which every model has, however weak. Beside its answer stands how many placebo sets
-also do more than random sets.
+Both are rules that are written down before any row runs. The overall answer is about log-likelihoods, which every model
+has, however weak. Beside its answer stands how many placebo sets also do more than random sets.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from saejax.results import Interval
 from saejax.studies import alignment
 from saejax.studies.results import CriterionFigures, Gated, GateFigures, StudyFigures
 
-LEVEL = 0.05  # of the gate, for each row and benchmark
-SMALLEST = 0.05  # share of the reference answers' log-likelihood: the smallest effect that the gate cares for
+LEVEL = 0.05  # of the overall answer, for each row and benchmark
+SMALLEST = 0.05  # share of the reference answers' log-likelihood: the smallest effect of interest
 POWER, SEEDS = 0.8, 3  # of finding it; dictionaries, the tested one included
 FAITHFUL = 0.8  # cross-entropy that a dictionary recovers
 EPOCH = 4  # with whose loss the last one is compared, as the reasoning study did
@@ -44,7 +44,7 @@ RULES = dict(gate=GATE, alignment=alignment.RULE, criteria=CRITERIA)
 
 
 def gate(row: str, benchmark: str, answers: Sequence[BehaviourVerdict], items: int, clean: float) -> GateFigures:
-    """Return the gate's answer for a row on a benchmark, a function of the verdict's answers alone.
+    """Return the overall answer for a row on a benchmark, a function of the verdict's answers alone.
 
     Args:
       row: its name.

@@ -260,7 +260,7 @@ def _behaviours(row: str, findings: Findings) -> Iterator[BehaviourFigures]:
 
 
 def _gates(row: str, findings: Findings) -> Iterator[GateFigures]:
-    """Yield the gate of each benchmark: what must hold before its effects are believed."""
+    """Yield the overall answer of each benchmark: what must hold before its effects are believed."""
     for benchmark, results in findings.each(StudyResults).items():
         judged = results.verdict.dictionaries
         seeds = [judged[TESTED], *(answers for name, answers in judged.items() if name not in (TESTED, UNTRAINED))]

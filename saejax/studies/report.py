@@ -29,7 +29,7 @@ from saejax.studies.sheet import as_csv, duration
 from saejax.studies.units import ROWS
 
 FILE, STAGE = "study.json", "study_run"  # STAGE: of the rules in ``rules.jsonl``
-_TITLES = dict(gate="The gate", alignment="Alignment", criteria="Success")
+_TITLES = dict(gate="Overall answers", alignment="Alignment", criteria="Success")
 
 
 def write_report(root: Path, figures: StudyFigures) -> None:
@@ -75,7 +75,7 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         Section("Features and categories", tuple(_associations(figures))),
         _section("The same problem in every model", figures, "problems", "No row ran feature ablation on a benchmark."),
         Section("All phases", tuple(_phases(figures))),
-        _section("The gate", figures, "gates", "No row ran feature ablation on a benchmark, so there is no gate."),
+        _section("Overall answers", figures, "gates", "No row ran feature ablation on a benchmark."),
         _section("Words or context", figures, "drivers", "No row injected tokens (--study.falsify)."),
         _section("Transfer to other benchmarks", figures, "domains", "No row tested two benchmarks."),
         Section("Alignment", tuple(_alignment(root, figures))),
@@ -106,10 +106,10 @@ def _learned(root: Path, figures: StudyFigures) -> Iterator[Block]:
             [{"top features, with their 95 % interval": effect.nats_drop} for effect in figures.effects],
             [(effect.random_nats, effect.placebo_nats) for effect in figures.effects],
         )
-        caption = "Effects of the top features, beside those of control sets at equal dose."
+        caption = "Effects of the top features, compared with control sets at equal dose."
         yield _picture(root, "study_effects", figure, caption)
     if figures.drivers:
-        caption = "Shares of features that fire on words alone, beside random features and a random dictionary."
+        caption = "Shares of features that fire on words alone, compared with random features and a random dictionary."
         yield _picture(root, "study_drivers", draw_drivers(figures.drivers), caption)
 
 
@@ -138,7 +138,7 @@ def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
             [{"on items of its category": group.effect, "on other items": group.elsewhere} for group in ablated],
             [(group.random, group.placebo) for group in ablated],
         )
-        caption = "What ablating each group costs, beside control sets at equal dose."
+        caption = "The effect of ablating each group, compared with control sets at equal dose."
         yield _picture(root, "study_primitives", figure, caption)
     yield _table(figures, "primitives")
 

@@ -244,9 +244,9 @@ class AlignmentFigures(Figures):
 
 
 class GateFigures(BenchmarkFigures, cards=True):
-    """The gate: interpretable, unstable, no signal, or cannot tell."""
+    """The overall answer: interpretable, unstable, no signal, or cannot tell."""
 
-    gate: Gated = column("Gate")  #: the answer
+    gate: Gated = column("Overall answer")  #: the answer
     reason: str = column("Why")  #: in words
     seeds: int  #: dictionaries that differ in their seed, the tested one included
     #: of these, those for which questions 1 to 3 are all answered yes
@@ -486,7 +486,7 @@ class StudyFigures:
     """All figures of a report; ``study.json``."""
 
     fingerprint: str  #: of all units and their states
-    rules: tuple[str, ...]  #: the rules of the gate, the alignment and the criteria, in words
+    rules: tuple[str, ...]  #: the rules of the overall answers, the alignment and the criteria, in words
     models: tuple[ModelFigures, ...]  #: the rows
     baselines: tuple[BaselineFigures, ...]  #: before anything is changed
     dictionaries: tuple[DictionaryFigures, ...]  #: that were trained
@@ -494,7 +494,7 @@ class StudyFigures:
     effects: tuple[EffectFigures, ...]  #: on benchmarks
     behaviours: tuple[BehaviourFigures, ...]  #: effects on them
     alignment: tuple[AlignmentFigures, ...]  #: between rows
-    gates: tuple[GateFigures, ...]  #: by row and benchmark
+    gates: tuple[GateFigures, ...]  #: the overall answers, by row and benchmark
     domains: tuple[DomainFigures, ...]  #: features chosen on one benchmark, ablated on another
     drivers: tuple[DriverFigures, ...]  #: of features, by row, benchmark and group
     primitives: tuple[PrimitiveFigures, ...]  #: groups of features, by row and benchmark

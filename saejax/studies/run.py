@@ -14,10 +14,10 @@ ABOUT = """\
 study_run: runs the pipeline on every row of a study, and writes one report of them all.
 
   --workdir=DIR  folder of the study; each row works in DIR/rows/<name>/ (required)
-  --take_over  go on in place of a study whose process you know is gone
+  --take_over  replace the locks (claim.json) that a study whose process is gone has left
   --rows=FILE,FOLDER  flag files, one for each row, and folders of them (required)
-  --at_once=N  rows that run side by side, each on its share of the host's GPUs, or without any of its cores (default 1)
-  --debug  show the traceback of bad input too
+  --at_once=N  rows that run at a time, each on an equal share of the host's GPUs, or else of its cores (default 1)
+  --debug  also show the traceback of bad input
 
 All other flags are those of experiments.pipeline; they hold for every row, and win over its file. What is finished and
 unchanged is not run again. A unit that fails stops no other row; the exit status is 1 then, and the report says why."""

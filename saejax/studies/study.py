@@ -48,7 +48,7 @@ def run_study_rows(
             say(f"all done before, unchanged: {root / 'index.html'}")
         else:
             report.write_report(root, gather(root, rows, states, mark))
-            say(f"read {root / 'index.html'}")
+            say(f"open {root / 'index.html'}")
     _check(states, root)
 
 

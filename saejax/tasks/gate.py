@@ -1,4 +1,4 @@
-"""The gate: which behaviours the model has. Nothing can be said of what causes one that it does not have.
+"""Filter of behaviours: the causal tests leave out those on which the model is not above chance.
 
 A behaviour passes where the model is right on more of its train prompts than guessing between the two answers would be:
 an exact binomial test of accuracy <= 1/2, one-sided, at the level ``--task.gate``. Train prompts decide, so that the

@@ -10,7 +10,7 @@ from saejax.results import Interval
 class BaselineScores:
     """The model's scores on a behaviour's prompts of one split."""
 
-    n: int  #: prompts
+    n: int  #: number of prompts
     accuracy: Interval  #: share of the prompts whose correct answer has a higher logit than the wrong one
     top1: Interval  #: share whose correct answer has the highest logit of all tokens
     logit_diff: Interval  #: mean logit of the correct answer minus the wrong one's
@@ -25,9 +25,9 @@ class BaselineScores:
 class PromptExample:
     """A prompt."""
 
-    text: str  #: what the model reads
+    text: str  #: the text that the model reads
     correct: str  #: the answer, as it goes on from the text
-    wrong: str  #: likewise
+    wrong: str  #: the wrong answer, as it goes on from the text
     logit_diff: float  #: logit of the correct minus that of the wrong answer
 
 
@@ -35,9 +35,9 @@ class PromptExample:
 class BaselineBehaviour:
     """The model's scores on a behaviour, by split."""
 
-    train: BaselineScores  #: on the prompts that choose features
-    test: BaselineScores  #: on those that judge them
-    flags: tuple[str, ...]  #: what is weak, in words
+    train: BaselineScores  #: scores on the train prompts, which select features
+    test: BaselineScores  #: scores on the test prompts, on which features are tested
+    flags: tuple[str, ...]  #: weak points, in words
     examples: tuple[PromptExample, ...]  #: the first test prompts
     p_value: float  #: of the exact binomial test that the model is right on more than half of the train prompts
     left_out: str | None = None  #: why the causal tests leave it out; None: they do not
@@ -55,7 +55,7 @@ class BaselineBehaviour:
 class BaselineResults:
     """Baseline scores of the unedited model."""
 
-    behaviours: Mapping[str, BaselineBehaviour]  #: by name
+    behaviours: Mapping[str, BaselineBehaviour]  #: scores by behaviour
     #: behaviours that the causal tests leave out, and why; one with too few prompts for this model's tokenizer is not
     #: measured at all. None: none is left out
     left_out: Mapping[str, str] | None = None
@@ -65,16 +65,16 @@ class BaselineResults:
 class ChoiceScores:
     """Scores on one of logic's tasks."""
 
-    n: int  #: items
-    raw: Interval  #: accuracy where the likeliest choice is the answer
-    normalised: Interval  #: where the likeliest per character is
+    n: int  #: number of items
+    raw: Interval  #: accuracy of the most probable choice
+    normalised: Interval  #: accuracy of the choice that is most probable per character
 
 
 @dataclasses.dataclass(frozen=True)
 class UnparsedExample:
     """An answer in which no final answer was found."""
 
-    id: str  #: of the item
+    id: str  #: id of the item
     output: str  #: the last 300 characters of what the model wrote
 
 
@@ -83,16 +83,17 @@ class BenchmarkResults:
     """The model on a benchmark."""
 
     score: str  #: how items were scored: generate, choice or likelihood
-    n: int  #: items
-    origin: str  #: where they came from
+    n: int  #: number of items
+    origin: str  #: source of the items
     #: share of right answers by rule: "strict" and "flexible" of generated ones, "raw" and "normalised" of choices;
     #: not of likelihoods
     accuracy: Mapping[str, Interval] | None = None
-    chance: float | None = None  #: accuracy of guessing; of choices
-    tasks: Mapping[str, ChoiceScores] | None = None  #: scores on each of logic's tasks; of choices
-    unparsed: Mapping[str, int] | None = None  #: answers without a final answer, by rule; of generated ones
+    chance: float | None = None  #: accuracy of guessing; only for choices
+    tasks: Mapping[str, ChoiceScores] | None = None  #: scores on each of logic's tasks; only for choices
+    unparsed: Mapping[str, int] | None = None  #: number of generated answers without a final answer, by rule
     unparsed_examples: tuple[UnparsedExample, ...] | None = None  #: the first of them by the strict rule
-    cut: int | None = None  #: answers cut at the token limit; of generated ones
-    log_likelihood_per_token: Interval | None = None  #: of the reference solution, nats; of likelihoods
+    cut: int | None = None  #: number of generated answers that were cut at the token limit
+    #: mean log-likelihood of the reference solution, nats per token; only for likelihoods
+    log_likelihood_per_token: Interval | None = None
     #: share of its tokens that were the likeliest where they stand; of likelihoods
     token_accuracy: Interval | None = None

@@ -11,13 +11,13 @@ from saejax.results import MeshShape
 class TrainResults:
     """A stack that was trained."""
 
-    kind: str  #: of the dictionaries
-    steps: int  #: of the training of each member
-    tokens: int  #: of the training of each member, repeats counted
+    kind: str  #: kind of the dictionaries
+    steps: int  #: training steps of each member
+    tokens: int  #: training tokens of each member, repeats counted
     tokens_per_second: float  #: of all members at once, without compilation; of one member: in its share of the time
     seconds: float  #: of all steps; of one member of a stack: its share
-    members: tuple[TrainedMember, ...]  #: of the stack
-    mesh: MeshShape  #: that it was trained on
+    members: tuple[TrainedMember, ...]  #: the members of the stack
+    mesh: MeshShape  #: mesh of the training
 
     def of_member(self, index: int) -> "TrainResults":
         """Return the results of one of the members as those of a unit of it alone."""

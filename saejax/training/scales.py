@@ -85,7 +85,10 @@ def estimate_scales(rows: ScaledRows, config: TrainConfig, pairs: Sequence[tuple
         acts_NxD = rows.read(site, sampled_N).astype(np.float64)
         norm = float(np.linalg.norm(acts_NxD, axis=1).mean())
         if norm == 0:
-            raise UserError(f"all activations at {site} are zero: nothing can be learned from this store")
+            raise UserError(
+                f"all activations at {site} are zero: nothing can be learned from this store; check the model's "
+                "weights, or capture another site"
+            )
         factor[site] = math.sqrt(acts_NxD.shape[1]) / norm
         if site in targets:
             bias[site] = acts_NxD.mean(0)

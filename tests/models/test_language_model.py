@@ -56,6 +56,9 @@ def test_texts_that_cannot_be_run(lm, texts, message):
         lm.tokenize(texts)
     with pytest.raises(TypeError, match="one string"):
         lm.tokenize("The capital")
+    for run in (lm, lambda tokens: lm.generate(tokens, 1)):
+        with pytest.raises(UserError, match=r"tokens is a str: expected the result of lm.tokenize\(texts\)"):
+            run("The capital")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from saejax.attribution.graph.nodes import FEATURE, LOGIT, Nodes
 class GraphScores:
     """Replacement and completeness scores of a graph, each between 0 and 1."""
 
-    replacement: float  #: influence of the tokens, of that of tokens and errors together
+    replacement: float  #: influence of the tokens, as a share of the influence of tokens and errors together
     completeness: float  #: mean over nodes, weighted by influence, of the share of a node's input that no error gives
 
 

@@ -128,7 +128,10 @@ def find_folder(
     if local.is_dir():
         return name, local / subfolder, ""
     if local.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"there is no folder {path} of transcoders: expected one, or a hub id such as org/name")
+        raise UserError(
+            f"there is no folder {path} of transcoders: expected one, or a hub id such as org/name, or a short name "
+            f"({', '.join(place.SHORT_NAMES)})"
+        )
     prefix = f"{subfolder}/" if subfolder else ""
     listed = [f"{prefix}{circuit_tracer.DESCRIPTION}", *(f"{prefix}{pattern}" for pattern in _FILES)]
     # Not what lies in folders: a repository may hold many sets, each of gigabytes.

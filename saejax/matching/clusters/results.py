@@ -18,13 +18,13 @@ class FeatureGroup:
 class ClusteredDictionary:
     """The groups of a dictionary's features."""
 
-    name: str  #: such as "topk/k32", or its folder
-    site: str  #: that it reads
+    name: str  #: name, such as "topk/k32", or folder
+    site: str  #: site that it reads
     tokens: int  #: of the text on which firings were compared
-    features: int  #: looked at: those that fire on at least 10 of the tokens, in at least 5 documents
-    grouped: int  #: of these, in a group
-    count: int  #: groups
-    stable_groups: int  #: of these, stable
+    features: int  #: compared features, which fire on at least 10 of the tokens, in at least 5 documents
+    grouped: int  #: number of these in a group
+    count: int  #: number of groups
+    stable_groups: int  #: number of stable groups
     bar: float  #: overlap that a stable group exceeds
     count_null: float  #: groups of shuffled data, mean
     largest: tuple[FeatureGroup, ...]  #: stable ones first, by size; the parquet file has the features of all groups

@@ -203,7 +203,10 @@ def encode(lm: LanguageModel, problem: Problem) -> EncodedText:
 def _ends(tokenizer: Any, text: str, count: int) -> np.ndarray:
     """Return where each token's characters end; 0 for special tokens."""
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError("the model's tokenizer does not say which characters a token stands for: no steps can be told")
+        raise UserError(
+            "the model's tokenizer does not say which characters a token stands for, so steps cannot be separated: use "
+            "a fast tokenizer"
+        )
     read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return np.array([0] * (count - len(read)) + [end for _, end in read], np.int64)
 

@@ -10,11 +10,11 @@ from saejax.results import Interval
 class ComparedDictionary:
     """A compared dictionary."""
 
-    name: str  #: such as "topk/k32", or its folder
-    model: str  #: of its training activations
+    name: str  #: name, such as "topk/k32", or folder
+    model: str  #: model of its training activations
     site: str  #: that it reads
     target: str  #: that it writes to
-    features: int  #: of the dictionary
+    features: int  #: number of features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class MatchScores:
 class ComparedRows:
     """Two dictionaries by one measure, with a null."""
 
-    scores: MatchScores  #: of the two
+    scores: MatchScores  #: similarity of the two
     #: the same where nothing is shared: random directions with the mean and covariance of the second's rows; for
     #: activity, the second's on text shifted by half
     null: MatchScores
@@ -47,7 +47,7 @@ class ComparedRows:
 class Rebuilt:
     """Scores of a dictionary at a site."""
 
-    explained_variance: float  #: on the half of the text that measures
+    explained_variance: float  #: explained variance on the half of the text that measures
     l0: float  #: features active per token, mean
 
 
@@ -79,8 +79,8 @@ class ReconstructionTransfer:
 class ComparedPair:
     """Two dictionaries."""
 
-    first: str  #: name
-    second: str  #: name
+    first: str  #: name of the first dictionary
+    second: str  #: name of the second dictionary
     measures: Mapping[str, ComparedRows]  #: by measure: decoder, encoder, activity
     tokens: int | None = None  #: tokens on which activity was compared
     onto_second: ReconstructionTransfer | None = None  #: the first dictionary at the second's site
@@ -101,7 +101,7 @@ class Chain:
 class Chains:
     """Chains of shared features through the layers of a model."""
 
-    dictionaries: tuple[str, ...]  #: in the order of their layers
+    dictionaries: tuple[str, ...]  #: names in the order of their layers
     measure: str  #: by which: the first asked for that applies to all successive layers
     lengths: Mapping[int, int]  #: number of dictionaries of a chain, at least 2 -> number of chains
     lengths_null: Mapping[int, int]  #: the same under the null
