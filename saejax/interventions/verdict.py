@@ -89,7 +89,13 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
             {name: _test_ablation(table, measured[name], readout, config) for name in with_readout}
         )
     random, placebo = (
-        _correct({name: _test_sets(measured[name], group, curves[name], len(names), config) for name in names})
+        _correct(
+            {
+                # Behaviours without sets have no p-value, and are not corrected for.
+                name: _test_sets(measured[name], group, curves[name], sum(map(bool, curves.values())), config)
+                for name in names
+            }
+        )
         for group, curves in sets.items()
     )
     bases = _judge_bases(table, measured, dictionary, config)
@@ -141,12 +147,14 @@ def _test_ablation(table: EffectsTable, measured: MeasuredBehaviour, readout: st
         templates_agree = min(means.values()) >= 0
     else:
         is_large, templates_agree = True, bootstrap.has_same_sign(list(means.values()))
+    too_few = wording.too_few_prompts(len(drop_P), config.least_prompts)
 
     def conclude(p_holm: float | None) -> CausalAnswer:
         is_sure = p_holm is not None and p_holm <= config.level and effect.low > 0
-        answer = "yes" if is_sure and is_large and templates_agree else "no"
+        answer = "not testable" if too_few else "yes" if is_sure and is_large and templates_agree else "no"
+        disagreeing = {} if templates_agree else means
         sentence = wording.ablation_sentence(
-            measured.k, readout, effect, float(clean_P.mean()), is_sure, is_large, means if not templates_agree else {}
+            measured.k, readout, effect, float(clean_P.mean()), is_sure, is_large, disagreeing, too_few
         )
         return CausalAnswer(answer, sentence, effect, p_value, p_holm)
 
@@ -223,7 +231,9 @@ def _test_basis(measured: MeasuredBehaviour, top: EffectCurve, basis: EffectCurv
 
     def conclude(p_holm: float | None) -> CausalAnswer:
         is_significant = p_holm is not None and p_holm <= config.level
-        if is_significant and difference.low > 0:
+        if len(top_P) < config.least_prompts:
+            answer = "not testable"
+        elif is_significant and difference.low > 0:
             answer = "more"
         elif is_significant and difference.high < 0:
             answer = "less"
@@ -263,12 +273,14 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
     if documents:
         rise_P = table.values(top, documents, "ce")[0] - table.clean_values(documents, "ce")
         rises[TEXT] = (rise_P, [""] * len(documents), config.max_ce_rise)
-    # A single prompt has no interval.
-    rises = {name: rise for name, rise in rises.items() if len(rise[0]) > 1 and np.isfinite(rise[0]).all()}
     if not rises.keys() - {TEXT}:
         return _not_tested("the run has no other behaviour")
     if TEXT not in rises:
         return _not_tested("the run has no held-out text")
+    for name, (value_P, _, _) in rises.items():
+        # What was not measured may have changed: the others do not speak for it.
+        if not np.isfinite(value_P).all():
+            return _not_tested(f"the top features were not ablated on all of {name.replace('_', ' ')}")
     parts, p_values = {}, {}
     for name, (value_P, strata, margin) in rises.items():
         sample_R = bootstrap.resampling_weights(strata, config.resamples, config.seed) @ value_P
@@ -281,6 +293,12 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
         assert p_holm is not None
         failing = [name for name, interval in parts.items() if interval.high >= margins[name]]
         answer = "yes" if p_holm <= config.level and not failing else "no"
+        too_few = [name for name, (value_P, _, _) in rises.items() if len(value_P) < config.least_prompts]
+        if too_few:
+            name, count = too_few[0], len(rises[too_few[0]][0])
+            reason = wording.too_few_prompts(count, config.least_prompts)
+            sentence = f"{name.replace('_', ' ').capitalize()}: {reason}."
+            return CausalAnswer("not testable", sentence, None, p_value, p_holm, margins, parts)
         answered = CausalAnswer(answer, "", None, p_value, p_holm, margins, parts)
         return dataclasses.replace(answered, sentence=wording.selective_sentence(answered, failing))
 
@@ -290,8 +308,12 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
 def _replication(behaviour: str, seeds: Sequence[Mapping[str, BehaviourVerdict]]) -> CausalAnswer:
     """Count the dictionaries of other seeds in which the first three questions are answered yes, too."""
     verdicts = [answers[behaviour] for answers in seeds if behaviour in answers]
+    if not verdicts:
+        return CausalAnswer("not tested", "Not tested: dictionaries of other seeds have no top features here.")
     answered = [dict(ablation=next(iter(v.ablation.values())), random=v.random, placebo=v.placebo) for v in verdicts]
     counts = {key: sum(each[key].answer == "yes" for each in answered) for key in ("ablation", "random", "placebo")}
     numbers = {name: float(count) for name, count in counts.items()} | dict(dictionaries=float(len(verdicts)))
-    answer = "yes" if all(count == len(verdicts) for count in counts.values()) else "no"
+    given = {answer.answer for each in answered for answer in each.values()}
+    # What cannot be told of another seed does not contradict the tested dictionary.
+    answer = "no" if "no" in given else "yes" if given == {"yes"} else "not testable"
     return CausalAnswer(answer, wording.replication_sentence(counts, len(verdicts)), numbers=numbers)
