@@ -28,10 +28,9 @@ from saejax.errors import UserError
 from saejax.interventions import activity, bases
 from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.answers import FeatureEffect, VerdictConfig, mean_interval
-from saejax.interventions.curves import begins_answer
 from saejax.interventions.edits import ActivationReplacement, mask
 from saejax.interventions.engine import OnProgress, change_norms, run_edits
-from saejax.interventions.slopes import attribution, leaders, likely_tokens, target_attributions
+from saejax.interventions.slopes import attribution, leaders, likely_tokens, neutral_tokens, target_attributions
 from saejax.interventions.split_model import CleanRun, SplitModel
 from saejax.interventions.table import (
     BASIS,
@@ -289,15 +288,7 @@ class BehaviourAblation:
         likely = likely_tokens(self.split, self.train_runs, LIKELY)
         # Answers of both splits: a placebo that is an answer of a test prompt would be no placebo there.
         answers = {text for prompt in self.prompts for text in (prompt.correct, prompt.wrong)}
-        special = set(getattr(self.lm.tokenizer, "all_special_ids", ()))
-
-        def is_neutral(token: int) -> bool:
-            text = self.lm.tokenizer.decode([token])
-            # A token that is part of a character is no word that could be an answer.
-            is_word = token not in special and bool(text.strip()) and "\N{REPLACEMENT CHARACTER}" not in text
-            return is_word and not begins_answer(text, answers)
-
-        tokens = np.array([token for token in likely.tolist() if is_neutral(token)], np.int64)
+        tokens = neutral_tokens(self.lm.tokenizer, likely, answers)
         pairs = len(tokens) * (len(tokens) - 1)
         count = min(self.config.placebo_targets, pairs)
         # Pairs are numbered instead of listed, since all pairs of thousands of likely tokens are millions.

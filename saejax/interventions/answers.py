@@ -303,6 +303,20 @@ def selective_sentence(answer: CausalAnswer, failing: Sequence[str]) -> str:
     return f"Not shown to spare: {listed}."
 
 
+def replication(behaviour: str, seeds: Sequence[Mapping[str, BehaviourVerdict]]) -> CausalAnswer:
+    """Count the dictionaries of other seeds in which the first three questions are answered yes, too."""
+    verdicts = [answers[behaviour] for answers in seeds if behaviour in answers]
+    if not verdicts:
+        return CausalAnswer("not tested", "Not tested: dictionaries of other seeds have no top features here.")
+    answered = [dict(ablation=next(iter(v.ablation.values())), random=v.random, placebo=v.placebo) for v in verdicts]
+    counts = {key: sum(each[key].answer == "yes" for each in answered) for key in ("ablation", "random", "placebo")}
+    numbers = {name: float(count) for name, count in counts.items()} | dict(dictionaries=float(len(verdicts)))
+    given = {answer.answer for each in answered for answer in each.values()}
+    # What cannot be told of another seed does not contradict the tested dictionary.
+    answer = "no" if "no" in given else "yes" if given == {"yes"} else "not testable"
+    return CausalAnswer(answer, replication_sentence(counts, len(verdicts)), numbers=numbers)
+
+
 def replication_sentence(counts: Mapping[str, int], dictionaries: int) -> str:
     """Return how many dictionaries of other seeds give the same answers.
 

@@ -306,10 +306,11 @@ def project(site: str, subspaces: Sequence[np.ndarray], fractions: Amount = 1.0)
     if not len(subspaces) or any(np.ndim(subspace) != 2 for subspace in subspaces):
         raise UserError("expected at least one subspace, each an array [directions, D]")
     for subspace in subspaces:
+        if len(subspace) > np.shape(subspace)[1]:
+            raise UserError("a subspace has more directions than the site has dimensions: they depend on each other")
         # Orthonormal, or what two oblique directions have in common would be removed twice.
         Q_DxN, R_NxN = np.linalg.qr(np.asarray(subspace, np.float64).T)
-        is_short = len(R_NxN) < len(subspace)  # of more directions than dimensions
-        if is_short or np.abs(np.diagonal(R_NxN)).min(initial=np.inf) <= 1e-6 * np.abs(R_NxN).max(initial=0.0):
+        if np.abs(np.diagonal(R_NxN)).min(initial=np.inf) <= 1e-6 * np.abs(R_NxN).max(initial=0.0):
             raise UserError("the directions of a subspace depend on each other: give linearly independent ones")
         sets.append(np.arange(len(rows), len(rows) + Q_DxN.shape[1]))
         rows += list(Q_DxN.T)

@@ -60,7 +60,7 @@ def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalV
     seeds = [answers for name, answers in judged.items() if name not in (TESTED, UNTRAINED)]
     if seeds and TESTED in judged:
         judged[TESTED] = {
-            behaviour: dataclasses.replace(result, replication=_replication(behaviour, seeds))
+            behaviour: dataclasses.replace(result, replication=wording.replication(behaviour, seeds))
             for behaviour, result in judged[TESTED].items()
         }
     return CausalVerdict(config.rule, judged)
@@ -89,13 +89,7 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
             {name: _test_ablation(table, measured[name], readout, config) for name in with_readout}
         )
     random, placebo = (
-        _correct(
-            {
-                # Behaviours without sets have no p-value, and are not corrected for.
-                name: _test_sets(measured[name], group, curves[name], sum(map(bool, curves.values())), config)
-                for name in names
-            }
-        )
+        _correct({name: _test_sets(measured[name], group, curves, config) for name in names})
         for group, curves in sets.items()
     )
     bases = _judge_bases(table, measured, dictionary, config)
@@ -162,9 +156,11 @@ def _test_ablation(table: EffectsTable, measured: MeasuredBehaviour, readout: st
 
 
 def _test_sets(
-    measured: MeasuredBehaviour, group: str, controls: Sequence[EffectCurve], behaviours: int, config: VerdictConfig
+    measured: MeasuredBehaviour, group: str, sets: Mapping[str, Sequence[EffectCurve]], config: VerdictConfig
 ) -> _Test:
     """Test questions 2 and 3: more than random, and than placebo sets, each pair at the smaller of its two doses?"""
+    # Behaviours without sets have no p-value, and are not corrected for.
+    controls, behaviours = sets[measured.behaviour], sum(map(bool, sets.values()))
     if not controls:
         return _not_tested(f"no {group} sets were measured")
     top_NxP, control_NxP, _ = compare_at_equal_dose(measured.top, controls)
@@ -277,10 +273,9 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
         return _not_tested("the run has no other behaviour")
     if TEXT not in rises:
         return _not_tested("the run has no held-out text")
-    for name, (value_P, _, _) in rises.items():
-        # What was not measured may have changed: the others do not speak for it.
-        if not np.isfinite(value_P).all():
-            return _not_tested(f"the top features were not ablated on all of {name.replace('_', ' ')}")
+    # What was not measured may have changed: the others do not speak for it.
+    for name in (name for name, (value_P, _, _) in rises.items() if not np.isfinite(value_P).all()):
+        return _not_tested(f"the top features were not ablated on all of {name.replace('_', ' ')}")
     parts, p_values = {}, {}
     for name, (value_P, strata, margin) in rises.items():
         sample_R = bootstrap.resampling_weights(strata, config.resamples, config.seed) @ value_P
@@ -293,27 +288,11 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
         assert p_holm is not None
         failing = [name for name, interval in parts.items() if interval.high >= margins[name]]
         answer = "yes" if p_holm <= config.level and not failing else "no"
-        too_few = [name for name, (value_P, _, _) in rises.items() if len(value_P) < config.least_prompts]
-        if too_few:
-            name, count = too_few[0], len(rises[too_few[0]][0])
-            reason = wording.too_few_prompts(count, config.least_prompts)
-            sentence = f"{name.replace('_', ' ').capitalize()}: {reason}."
+        name, count = min(((name, len(value_P)) for name, (value_P, _, _) in rises.items()), key=lambda item: item[1])
+        if too_few := wording.too_few_prompts(count, config.least_prompts):
+            sentence = f"{name.replace('_', ' ').capitalize()}: {too_few}."
             return CausalAnswer("not testable", sentence, None, p_value, p_holm, margins, parts)
         answered = CausalAnswer(answer, "", None, p_value, p_holm, margins, parts)
         return dataclasses.replace(answered, sentence=wording.selective_sentence(answered, failing))
 
     return _Test(p_value, conclude)
-
-
-def _replication(behaviour: str, seeds: Sequence[Mapping[str, BehaviourVerdict]]) -> CausalAnswer:
-    """Count the dictionaries of other seeds in which the first three questions are answered yes, too."""
-    verdicts = [answers[behaviour] for answers in seeds if behaviour in answers]
-    if not verdicts:
-        return CausalAnswer("not tested", "Not tested: dictionaries of other seeds have no top features here.")
-    answered = [dict(ablation=next(iter(v.ablation.values())), random=v.random, placebo=v.placebo) for v in verdicts]
-    counts = {key: sum(each[key].answer == "yes" for each in answered) for key in ("ablation", "random", "placebo")}
-    numbers = {name: float(count) for name, count in counts.items()} | dict(dictionaries=float(len(verdicts)))
-    given = {answer.answer for each in answered for answer in each.values()}
-    # What cannot be told of another seed does not contradict the tested dictionary.
-    answer = "no" if "no" in given else "yes" if given == {"yes"} else "not testable"
-    return CausalAnswer(answer, wording.replication_sentence(counts, len(verdicts)), numbers=numbers)
