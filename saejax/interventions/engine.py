@@ -73,7 +73,7 @@ def effects(
     Args:
       lm: the model.
       prompts: P prompts with a correct and a wrong answer.
-      edits: E edits of one dictionary's features.
+      edits: E edits of one dictionary's features, from a function of ``saejax.interventions.edits`` such as ``mask``.
       readouts: names from ``READOUTS`` and ``TEXT_READOUTS``, and ``change_norm``: the norm of the change at the site,
         over all positions.
       positions: the editable positions: all, last, or a slice such as 1:4 or -3:.
@@ -88,6 +88,11 @@ def effects(
       UserError: a readout is unknown or not finite, or cannot be measured under these edits; a prompt is too long, or
         an answer has no token of its own.
     """
+    if not isinstance(edits, FeatureEdits):
+        raise UserError(
+            f"edits is a {type(edits).__name__}: expected edits of one dictionary's features, such as "
+            "saejax.interventions.edits.mask(dictionary, [[3], [8, 20]])"
+        )
     if not readouts:
         raise UserError(f"readouts is empty: name some of {', '.join((*READOUTS, 'change_norm', *TEXT_READOUTS))}")
     for name in readouts:
@@ -130,6 +135,12 @@ def _whole_texts(
         # Cross-entropy of a text is the log-likelihood of all of it after its first token.
         pairs = [(each[:1], each[1:]) for each in ids]
     references = [Reference(*pair) for pair in pairs]
+    for prompt, reference in zip(prompts, references, strict=True):
+        if len(reference) > lm.config.context:
+            raise UserError(
+                f"the prompt {prompt.text[:40]!r} has {len(reference)} tokens with its answer, more than the model's "
+                f"context of {lm.config.context}: shorten it"
+            )
     edited_ExP = References(split, references, GROUP_TOKENS).log_likelihoods(edits)[1:]
     return edited_ExP if readout == "answer_log_prob" else -edited_ExP / np.array([len(each[1]) for each in pairs])
 

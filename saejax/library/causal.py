@@ -223,6 +223,7 @@ def _group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
 
 def _held_out_text(lm: LanguageModel, documents: Sequence[str], length: int) -> HeldOutText | None:
     """Return documents cut to ``length`` tokens; None if there are none."""
+    length = min(length, lm.config.context)
     ids = [encode(lm.tokenizer, document)[:length] for document in documents]
     read = [document for document in ids if len(document) > 1]
     if ids and not read:

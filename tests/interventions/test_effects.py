@@ -191,6 +191,7 @@ def test_simpler_bases_of_a_dictionary_in_units_of_the_site(dictionary):
         (dict(readouts=()), "readouts is empty"),
         (dict(error="droped"), "unknown error 'droped'"),
         (dict(positions="4:2"), "no positions in '4:2'"),
+        (dict(correct=" runs" * 200, readouts=("answer_log_prob",)), "with its answer, more than the model's context"),
         (dict(wrong="same"), "both answers of prompt 2, counted from 0, begin with the same token"),
         (dict(edits=(edits.add, FEW_SETS, 0.4), readouts=("ce",)), "ce is measured where edits scale activations"),
         (dict(edits=(edits.mask, [[1.5]])), "expected a list of their numbers"),
@@ -202,10 +203,16 @@ def test_simpler_bases_of_a_dictionary_in_units_of_the_site(dictionary):
 def test_requests_that_mean_nothing_are_refused(tiny, few, dictionary, changes, message):
     make, sets, *amounts = changes.pop("edits", (edits.mask, FEW_SETS))
     some = list(few)
-    if changes.pop("wrong", None):
-        some[2] = dataclasses.replace(some[2], wrong=some[2].correct + " far")
+    correct = changes.pop("correct", some[2].correct)
+    wrong = correct + " far" if changes.pop("wrong", None) else some[2].wrong
+    some[2] = dataclasses.replace(some[2], correct=correct, wrong=wrong)
     with pytest.raises(UserError, match=message):
         engine.effects(tiny, some, make(dictionary, sets, *amounts), **changes)
+
+
+def test_edits_of_forward_passes_are_no_batch_of_edits(tiny, few, dictionary):
+    with pytest.raises(UserError, match="edits is a list: expected edits of one dictionary's features"):
+        engine.effects(tiny, few, [dictionary.ablate([3])])
 
 
 def test_subspaces_of_no_directions_are_refused():
