@@ -193,7 +193,12 @@ def ablation_sentence(
 
 
 def too_few_prompts(count: int, least: int) -> str:
-    """Return that a mean over so few prompts is not testable, in words; "" if it is."""
+    """Return that a mean over so few prompts is not testable, in words; "" if it is.
+
+    Args:
+      count: number of prompts.
+      least: number that is needed.
+    """
     return f"not testable with {count} prompts, {least} are needed" if count < least else ""
 
 
@@ -304,16 +309,21 @@ def selective_sentence(answer: CausalAnswer, failing: Sequence[str]) -> str:
 
 
 def replication(behaviour: str, seeds: Sequence[Mapping[str, BehaviourVerdict]]) -> CausalAnswer:
-    """Count the dictionaries of other seeds in which the first three questions are answered yes, too."""
+    """Count the dictionaries of other seeds in which the first three questions are answered yes, too.
+
+    Args:
+      behaviour: its name.
+      seeds: the answers of each of these dictionaries, by behaviour.
+    """
     verdicts = [answers[behaviour] for answers in seeds if behaviour in answers]
     if not verdicts:
         return CausalAnswer("not tested", "Not tested: dictionaries of other seeds have no top features here.")
     answered = [dict(ablation=next(iter(v.ablation.values())), random=v.random, placebo=v.placebo) for v in verdicts]
     counts = {key: sum(each[key].answer == "yes" for each in answered) for key in ("ablation", "random", "placebo")}
     numbers = {name: float(count) for name, count in counts.items()} | dict(dictionaries=float(len(verdicts)))
-    given = {answer.answer for each in answered for answer in each.values()}
+    distinct = {answer.answer for each in answered for answer in each.values()}
     # What cannot be told of another seed does not contradict the tested dictionary.
-    answer = "no" if "no" in given else "yes" if given == {"yes"} else "not testable"
+    answer = "no" if "no" in distinct else "yes" if distinct == {"yes"} else "not testable"
     return CausalAnswer(answer, replication_sentence(counts, len(verdicts)), numbers=numbers)
 
 

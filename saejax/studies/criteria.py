@@ -57,8 +57,8 @@ def gate(row: str, benchmark: str, answers: Sequence[BehaviourVerdict], items: i
     holds = [[_effect(each).answer, each.random.answer, each.placebo.answer] for each in answers]
     agreeing = sum(three == ["yes"] * 3 for three in holds)
     needed = items_needed(_effect(tested).effect, items, SMALLEST * abs(clean))
-    asked = tested.random, tested.placebo, _effect(tested)
-    untestable = [each for each in asked if each.answer not in ("yes", "no")]
+    questions = tested.random, tested.placebo, _effect(tested)
+    untestable = [each for each in questions if each.answer not in ("yes", "no")]
     answer: Gated = "unstable"
     reason = f"All three questions are answered yes in {agreeing} of {len(answers)} dictionaries."
     if untestable:
