@@ -22,6 +22,7 @@ from saejax.circuits.groups import Group, Key, find_returning, influence_by_key,
 from saejax.circuits.measure import PromptEffects, measure_prompt
 from saejax.circuits.results import CircuitResults
 from saejax.errors import UserError
+from saejax.interventions.slopes import neutral_tokens
 from saejax.models.language_model import LanguageModel
 from saejax.runner.parts import OnProgress, silent
 from saejax.tasks.answer_tokens import first_answer_ids
@@ -143,8 +144,9 @@ def _draw_placebo_pairs(
     logits_BxV = np.asarray(output.logits_BxTxV[np.arange(len(traced)), output.tokens.last_B], np.float32)
     # The most probable tokens of each prompt, so that a placebo is likely somewhere.
     likely = np.unique(np.argsort(-logits_BxV, axis=1)[:, :_LIKELY])
-    # Answers of the measured prompts too, or a placebo could be the answer of a test prompt.
-    pool = np.setdiff1d(likely, first_answer_ids(model.tokenizer, [*traced, *measured]))
+    # Answers of the measured prompts too, or a placebo could be the answer of a test prompt; in any case and spacing.
+    answers = {text for prompt in (*traced, *measured) for text in (prompt.correct, prompt.wrong)}
+    pool = neutral_tokens(model.tokenizer, likely, answers)
     if len(pool) < 2:
         raise UserError(
             f"{len(pool)} of the likely next tokens are no answers of {traced[0].behaviour}: expected 2 or more, of "

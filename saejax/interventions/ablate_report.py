@@ -176,6 +176,7 @@ def _bases_phrase(result: BehaviourVerdict) -> str:
         "equivalent": "equivalent to",
         "no significant difference": "no significant difference from",
         "contradictory": "contradictory against",
+        "not testable": "not testable against",
     }
     by_answer: dict[str, list[str]] = {}
     for basis, comparison in result.bases.items():

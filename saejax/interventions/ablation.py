@@ -30,7 +30,7 @@ from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.answers import FeatureEffect, VerdictConfig, mean_interval
 from saejax.interventions.edits import ActivationReplacement, mask
 from saejax.interventions.engine import OnProgress, change_norms, run_edits
-from saejax.interventions.slopes import attribution, leaders, likely_tokens, target_attributions
+from saejax.interventions.slopes import attribution, leaders, likely_tokens, neutral_tokens, target_attributions
 from saejax.interventions.split_model import CleanRun, SplitModel
 from saejax.interventions.table import (
     BASIS,
@@ -287,16 +287,8 @@ class BehaviourAblation:
         """Return pairs of likely tokens that are the beginning of no answer, [R, 2]; drawn without replacement."""
         likely = likely_tokens(self.split, self.train_runs, LIKELY)
         # Answers of both splits: a placebo that is an answer of a test prompt would be no placebo there.
-        answers = {text.strip().casefold() for prompt in self.prompts for text in (prompt.correct, prompt.wrong)}
-        special = set(getattr(self.lm.tokenizer, "all_special_ids", ()))
-
-        def is_neutral(token: int) -> bool:
-            text = self.lm.tokenizer.decode([token]).strip().casefold()
-            # A token that is part of a character is no word that could be an answer.
-            is_word = token not in special and bool(text) and "\N{REPLACEMENT CHARACTER}" not in text
-            return is_word and not any(answer.startswith(text) for answer in answers)
-
-        tokens = np.array([token for token in likely.tolist() if is_neutral(token)], np.int64)
+        answers = {text for prompt in self.prompts for text in (prompt.correct, prompt.wrong)}
+        tokens = neutral_tokens(self.lm.tokenizer, likely, answers)
         pairs = len(tokens) * (len(tokens) - 1)
         count = min(self.config.placebo_targets, pairs)
         # Pairs are numbered instead of listed, since all pairs of thousands of likely tokens are millions.
@@ -528,8 +520,9 @@ def _on_basis(tested: BehaviourAblation, name: str) -> BehaviourAblation | None:
         if isinstance(lm.config, TorchConfig):  # which has no table of its weights
             return None
         site = Site.parse(dictionary.config.target or dictionary.site)
-        # Where a norm follows the MLP, or the site is what it reads, a neuron has no direction at the site's scale.
-        if lm.config.post_norms or site.kind == "mlp_in":
+        # Where a norm follows the MLP, or the site is what it reads, a neuron has no direction at the site's scale. Of
+        # several experts each has neurons of its own.
+        if lm.config.post_norms or lm.config.n_experts or site.kind == "mlp_in":
             return None
         return tested.with_basis(bases.Neurons(lm, site.layer))
     values_NxD = tested.site_values()

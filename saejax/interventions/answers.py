@@ -38,6 +38,8 @@ class VerdictConfig:
     max_ce_rise: float = 0.05  #: nats per token of held-out text below which an edit counts as selective
     max_other_drop: float = 0.10  #: share of another behaviour's clean logit difference, likewise
     equivalence_margin: float = 0.10  #: share of the features' effect within which another basis is equivalent
+    #: prompts of a mean with an interval: fewer all have one sign by chance in more than 5 % of cases.
+    least_prompts: int = 6
     resamples: int = 10_000  #: of the bootstrap
     seed: int = 456  #: of the bootstrap
 
@@ -57,6 +59,7 @@ class VerdictConfig:
             "norm and KL disagree significantly. "
             f"5. Selective: the upper ends of the intervals lie below {self.max_ce_rise:g} nats on held-out text and "
             f"{100 * self.max_other_drop:g} % of the size of every other behaviour's logit difference. "
+            f"Questions 1, 4 and 5 are not testable with fewer than {self.least_prompts} prompts. "
             "p-values are corrected by Holm's method over the behaviours within each question."
         )
 
@@ -65,8 +68,8 @@ class VerdictConfig:
 class CausalAnswer:
     """The answer to one question."""
 
-    #: yes, no, not testable or not tested; beside a basis more, less, no significant difference, equivalent or
-    #: contradictory
+    #: yes, no, not testable or not tested; beside a basis more, less, no significant difference, equivalent,
+    #: contradictory or not testable
     answer: str
     sentence: str = ""  #: the answer in words
     effect: Interval | None = None  #: the effect size that the question is about, with its 95 % interval
@@ -154,6 +157,7 @@ def ablation_sentence(
     is_sure: bool,
     is_large: bool,
     disagreeing: Mapping[str, float],
+    too_few: str = "",
 ) -> str:
     """Return the sentence of question 1.
 
@@ -165,6 +169,7 @@ def ablation_sentence(
       is_sure: whether the drop is significant.
       is_large: whether it exceeds the criterion.
       disagreeing: drop by template, if the templates disagree.
+      too_few: from ``too_few_prompts``.
     """
     name, factor, unit = ABLATION_READOUTS[readout.removesuffix(RESAMPLED)]
     verb = "Resampling" if readout.endswith(RESAMPLED) else "Ablating"
@@ -174,6 +179,8 @@ def ablation_sentence(
     low, high = sorted((shown.low, shown.high))
     text = f"{verb} the {features(k)} {'raises' if rises else 'lowers'} {name} by {shown.mean:.{digits}f} {unit} "
     text += f"[{low:.{digits}f}, {high:.{digits}f}] from {factor * clean:.{digits}f}"
+    if too_few:
+        return f"{text}: {too_few}."
     if rises and effect.high < 0:
         return f"{text}: the opposite of what was asked."
     if not is_sure:
@@ -184,6 +191,16 @@ def ablation_sentence(
         listed = ", ".join(f"{template!r} {factor * drop:.{digits}f}" for template, drop in disagreeing.items())
         return f"{text}, but the templates disagree: {listed}."
     return f"{text}, in every template."
+
+
+def too_few_prompts(count: int, least: int) -> str:
+    """Return that a mean over so few prompts is not testable, in words; "" if it is.
+
+    Args:
+      count: number of prompts.
+      least: number that is needed.
+    """
+    return f"not testable with {count} prompts, {least} are needed" if count < least else ""
 
 
 def sets_sentence(answer: CausalAnswer, group: str, k: int, behaviours: int, objective: str = "logit_diff") -> str:
@@ -256,6 +273,7 @@ def basis_sentence(answer: CausalAnswer, name: str, objective: str) -> str:
         "equivalent": "equivalent",
         "no significant difference": "no significant difference, which is not equality",
         "contradictory": "contradictory, the two doses disagree significantly",
+        "not testable": "not testable with so few prompts",
     }
     kinds = dict(norm="norm", kl="KL on text")
     listed = ", ".join(
@@ -289,6 +307,25 @@ def selective_sentence(answer: CausalAnswer, failing: Sequence[str]) -> str:
     if not failing:
         return f"Not shown to spare held-out text and the other behaviours after correction ({listed})."
     return f"Not shown to spare: {listed}."
+
+
+def replication(behaviour: str, seeds: Sequence[Mapping[str, BehaviourVerdict]]) -> CausalAnswer:
+    """Count the dictionaries of other seeds in which the first three questions are answered yes, too.
+
+    Args:
+      behaviour: its name.
+      seeds: the answers of each of these dictionaries, by behaviour.
+    """
+    verdicts = [answers[behaviour] for answers in seeds if behaviour in answers]
+    if not verdicts:
+        return CausalAnswer("not tested", "Not tested: dictionaries of other seeds have no top features here.")
+    answered = [dict(ablation=next(iter(v.ablation.values())), random=v.random, placebo=v.placebo) for v in verdicts]
+    counts = {key: sum(each[key].answer == "yes" for each in answered) for key in ("ablation", "random", "placebo")}
+    numbers = {name: float(count) for name, count in counts.items()} | dict(dictionaries=float(len(verdicts)))
+    distinct = {answer.answer for each in answered for answer in each.values()}
+    # What cannot be told of another seed does not contradict the tested dictionary.
+    answer = "no" if "no" in distinct else "yes" if distinct == {"yes"} else "not testable"
+    return CausalAnswer(answer, replication_sentence(counts, len(verdicts)), numbers=numbers)
 
 
 def replication_sentence(counts: Mapping[str, int], dictionaries: int) -> str:

@@ -1,7 +1,7 @@
 """Dose-effect curves of the edits of a table, and comparisons at equal dose."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -163,6 +163,15 @@ def mean_drops_at_equal_dose(
     return tested_RxN, control_NxR.T
 
 
+def begins_answer(token: str, answers: Iterable[str]) -> bool:
+    """Return whether a token is the beginning of an answer, whatever the case and the spaces around it.
+
+    Tokenizers of SentencePiece decode a word's first token without the space that the answer begins with.
+    """
+    word = token.strip().casefold()
+    return any(answer.strip().casefold().startswith(word) for answer in answers)
+
+
 def check_controls(table: EffectsTable, behaviour: str, dictionary: str) -> None:
     """Check that the control sets of a behaviour and a dictionary are what the rule says they are.
 
@@ -185,8 +194,8 @@ def check_controls(table: EffectsTable, behaviour: str, dictionary: str) -> None
         # Sets that share features have similar effects: several of them would count as controls and be one.
         used |= dict.fromkeys(features, f"random set {index}")
     prompts = [prompt for prompt in table.prompts if prompt.behaviour == behaviour]
-    answers = {answer for prompt in prompts for answer in (prompt.correct, prompt.wrong) if answer}
+    answers = {answer for prompt in prompts for answer in (prompt.correct, prompt.wrong) if answer.strip()}
     for edit in table.select_edits(behaviour, "placebo", dictionary):
         for token in edit.target or ():
-            if any(answer.startswith(token) for answer in answers):
+            if begins_answer(token, answers):
                 raise UserError(f"placebo target {edit.index} of {behaviour} is an answer ({token!r}): {advice}")

@@ -299,11 +299,15 @@ def project(site: str, subspaces: Sequence[np.ndarray], fractions: Amount = 1.0)
       fractions: a; one number, or one per subspace.
 
     Raises:
-      UserError: the directions of a subspace depend on each other.
+      UserError: there is no subspace, or its directions depend on each other.
     """
     rows: list[np.ndarray] = []
     sets: list[np.ndarray] = []
+    if not len(subspaces) or any(np.ndim(subspace) != 2 for subspace in subspaces):
+        raise UserError("expected at least one subspace, each an array [directions, D]")
     for subspace in subspaces:
+        if len(subspace) > np.shape(subspace)[1]:
+            raise UserError("a subspace has more directions than the site has dimensions: they depend on each other")
         # Orthonormal, or what two oblique directions have in common would be removed twice.
         Q_DxN, R_NxN = np.linalg.qr(np.asarray(subspace, np.float64).T)
         if np.abs(np.diagonal(R_NxN)).min(initial=np.inf) <= 1e-6 * np.abs(R_NxN).max(initial=0.0):
@@ -335,10 +339,18 @@ def linear_dictionary(
 
 
 def _sets(sets: Sets) -> tuple[np.ndarray, ...]:
-    return tuple(np.asarray(members, np.int64) for members in sets)
+    """Return sets as arrays; raise a ``UserError`` where one holds anything but indices."""
+    arrays = [np.asarray(members) for members in sets]
+    for members in arrays:
+        # Not rounded, and no True for 1: a mask over all features would be taken for features 0 and 1.
+        if members.ndim != 1 or (members.size and not np.issubdtype(members.dtype, np.integer)):
+            raise UserError(f"a set of features is {members.tolist()!r:.60}: expected a list of their numbers")
+    return tuple(members.astype(np.int64) for members in arrays)
 
 
 def _per_feature(sets: Sequence[np.ndarray], amounts: Amount) -> tuple[np.ndarray, ...]:
     """Return one amount for each feature of each set."""
+    if np.shape(amounts) not in ((), (len(sets),)):
+        raise UserError(f"there are {len(sets)} sets and amounts of the shape {np.shape(amounts)}: expected one a set")
     amount_E = np.broadcast_to(np.asarray(amounts, np.float64), (len(sets),))
     return tuple(np.full(len(members), amount) for members, amount in zip(sets, amount_E, strict=True))

@@ -25,9 +25,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from saejax.dictionaries.rescale import to_output_units
 from saejax.errors import UserError, one_of
 from saejax.interventions.edits import ActivationReplacement, FeatureEdits
-from saejax.interventions.references import Reference, References
+from saejax.interventions.references import Reference, References, is_mask
 from saejax.interventions.rows import (
     CleanValues,
     Prompts,
@@ -72,7 +73,7 @@ def effects(
     Args:
       lm: the model.
       prompts: P prompts with a correct and a wrong answer.
-      edits: E edits of one dictionary's features.
+      edits: E edits of one dictionary's features, from a function of ``saejax.interventions.edits`` such as ``mask``.
       readouts: names from ``READOUTS`` and ``TEXT_READOUTS``, and ``change_norm``: the norm of the change at the site,
         over all positions.
       positions: the editable positions: all, last, or a slice such as 1:4 or -3:.
@@ -84,12 +85,28 @@ def effects(
       Float64 array ``[E, P, R]``: logits, nats or 0/1.
 
     Raises:
-      UserError: a readout is unknown or not finite, a prompt is too long, or an answer has no token of its own.
+      UserError: a readout is unknown or not finite, or cannot be measured under these edits; a prompt is too long, or
+        an answer has no token of its own.
     """
+    if not isinstance(edits, FeatureEdits):
+        raise UserError(
+            f"edits is a {type(edits).__name__}: expected edits of one dictionary's features, such as "
+            "saejax.interventions.edits.mask(dictionary, [[3], [8, 20]])"
+        )
+    if not readouts:
+        raise UserError(f"readouts is empty: name some of {', '.join((*READOUTS, 'change_norm', *TEXT_READOUTS))}")
     for name in readouts:
         one_of(name, (*READOUTS, "change_norm", *TEXT_READOUTS), "readout")
         if name in TEXT_READOUTS and (positions, error) != ("all", "keep"):
             raise UserError(f"{name} is measured with edits at all positions and the error kept: use the defaults")
+        if name in TEXT_READOUTS and not is_mask(edits):
+            raise UserError(f"{name} is measured where edits scale activations or set them to 0: use mask or scale")
+    has_amounts = edits.addends is not None or edits.replacement.kind == "mean"
+    if has_amounts and to_output_units(edits.dictionary) is not edits.dictionary:
+        raise UserError(
+            "the dictionary normalises each token, so an activation adds another length at each: give amounts in "
+            "units of the site, and the edits the dictionary saejax.dictionaries.rescale.to_output_units(dictionary)"
+        )
     split = SplitModel(lm, edits.dictionary, positions, error)
     values = {name: _whole_texts(lm, split, prompts, edits, name) for name in TEXT_READOUTS if name in readouts}
     # Readouts of whole texts have a program of their own: without others, prompts need not be run as well.
@@ -118,6 +135,12 @@ def _whole_texts(
         # Cross-entropy of a text is the log-likelihood of all of it after its first token.
         pairs = [(each[:1], each[1:]) for each in ids]
     references = [Reference(*pair) for pair in pairs]
+    for prompt, reference in zip(prompts, references, strict=True):
+        if len(reference) > lm.config.context:
+            raise UserError(
+                f"the prompt {prompt.text[:40]!r} has {len(reference)} tokens with its answer, more than the model's "
+                f"context of {lm.config.context}: shorten it"
+            )
     edited_ExP = References(split, references, GROUP_TOKENS).log_likelihoods(edits)[1:]
     return edited_ExP if readout == "answer_log_prob" else -edited_ExP / np.array([len(each[1]) for each in pairs])
 
@@ -147,8 +170,15 @@ def run_edits(
       with each edit; equal to the last bit where the edit changes nothing.
 
     Raises:
-      UserError: a readout is not finite.
+      UserError: a readout is not finite, or both answers of a prompt begin with the same token.
     """
+    for run in runs:
+        answers_Px2 = run.answers_Bx2[: len(run.index_P)]
+        for place in np.flatnonzero(answers_Px2[:, 0] == answers_Px2[:, 1])[:1]:
+            raise UserError(
+                f"both answers of prompt {run.index_P[place]}, counted from 0, begin with the same token: their logit "
+                "difference is always 0; give answers whose first tokens differ"
+            )
     # Behind the edits stand two clean runs: from all tokens and from the last one alone.
     planned = edits.with_clean_rows(2)
     edited = [EditedRun(run, edits.replacement.of_run(number)) for number, run in enumerate(runs)]

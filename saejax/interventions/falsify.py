@@ -27,6 +27,7 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.answers import mean_interval
+from saejax.interventions.edits import mask
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens, encode, token_text
 from saejax.results import Interval
@@ -130,8 +131,10 @@ def falsify(
       The class of every feature, and the shares of each group.
 
     Raises:
-      UserError: there are fewer than 4 texts of a kind, or the dictionary does not fit the model.
+      UserError: there are fewer than 4 texts of a kind, the dictionary does not fit the model, or a feature does not
+        exist or stands there twice.
     """
+    mask(dictionary, [features])  # refuses features that do not exist, or stand there twice
     if not test_texts:
         # Tokens are chosen on other texts than test them: the largest of many is large by chance on its own texts.
         texts, test_texts = texts[::2], texts[1::2]
@@ -325,6 +328,11 @@ def _activations(
         x_BxTxD = lm(Tokens(ids_BxT, lengths_B), capture=[dictionary.site], logits=False).sites[dictionary.site]
         acts_BxTxK = np.asarray(_encode(dictionary, x_BxTxD, jnp.asarray(features_K)))
         for row, ids in enumerate(batch):
+            if not np.isfinite(acts_BxTxK[row, : len(ids)]).all():
+                raise UserError(
+                    "an activation is not finite: the dictionary or the model holds NaN or overflows; try "
+                    "--model.dtype=float32, or train the dictionary again"
+                )
             yield acts_BxTxK[row, : len(ids)]
 
 

@@ -310,8 +310,13 @@ def placebo_references(references: Sequence[Reference], count: int, seed: int) -
     return targets
 
 
+def is_mask(edits: FeatureEdits) -> bool:
+    """Return whether edits do nothing but scale activations, to zero or by another factor."""
+    return edits.replacement.kind == "zero" and edits.addends is None
+
+
 def _check_masks(edits: FeatureEdits) -> None:
-    if edits.replacement.kind != "zero" or edits.addends is not None:
+    if not is_mask(edits):
         raise ValueError("whole answers are measured under masks that set features to zero")
 
 

@@ -11,7 +11,8 @@ their effects are then measured exactly.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError, one_of
 from saejax.interventions.activity import count_run
+from saejax.interventions.curves import begins_answer
 from saejax.interventions.edits import ZERO, ActivationReplacement, removed_on_average
 from saejax.interventions.split_model import PROMPTS, CleanRun, SiteRows, SplitModel, active_features
 from saejax.models import decoder
@@ -105,6 +107,25 @@ def likely_tokens(split: SplitModel, runs: Sequence[CleanRun], most: int) -> np.
         np.asarray(_likeliest(split.point, most, split.params, split.past(run)[0]))[: len(run.index_P)] for run in runs
     ]
     return np.unique(np.concatenate(likeliest))
+
+
+def neutral_tokens(tokenizer: Any, tokens: np.ndarray, answers: Collection[str]) -> np.ndarray:
+    """Return those of some tokens that are words and the beginning of no answer: placebo targets are made of them.
+
+    Args:
+      tokenizer: tokenizer of the model.
+      tokens: token ids.
+      answers: right and wrong ones of all prompts.
+    """
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+
+    def is_neutral(token: int) -> bool:
+        text = tokenizer.decode([token])
+        # A token that is part of a character is no word that could be an answer.
+        is_word = token not in special and bool(text.strip()) and "\N{REPLACEMENT CHARACTER}" not in text
+        return is_word and not begins_answer(text, answers)
+
+    return np.array([token for token in tokens.tolist() if is_neutral(token)], np.int64)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Dictionary
-from saejax.errors import UserError
+from saejax.dictionaries import Dictionary, rescale
+from saejax.errors import UserError, one_of
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
@@ -75,6 +75,8 @@ class SplitModel:
     """
 
     def __init__(self, model: LanguageModel, dictionary: Dictionary, positions: str = "all", error: str = "keep"):
+        one_of(error, ("keep", "drop"), "error")
+        parse_positions(positions)
         reads = Site.parse(dictionary.site).check(model.config)
         writes = Site.parse(dictionary.config.target or dictionary.site).check(model.config)
         if writes != reads and (writes.layer != reads.layer or writes.kind in ("resid_pre", "resid_post")):
@@ -88,6 +90,8 @@ class SplitModel:
         dictionary.config.check_model(model.source.name, model.source.fingerprint)
         # Dictionaries without a rule for attention sinks take the model's.
         dictionary = dictionary.with_sink_norms(model.sink_norm)
+        # Changes at the site are computed as activations times decoder rows.
+        dictionary = rescale.to_output_units(dictionary)
         self.point = SplitPoint(model.config, writes, reads, model.mesh, model.rules)
         self.params = model.params
         # By way of the host: the mesh may reach over processes that each loaded the dictionary, or hold parts of it.
@@ -208,8 +212,11 @@ def parse_positions(positions: str) -> tuple[int | None, int | None]:
         return (None, None) if positions == "all" else (-1, None)
     if not re.fullmatch(r"(-?\d+)?:(-?\d+)?", positions):
         raise UserError(f"there are no positions {positions!r}: expected all, last, or a slice such as 1:4 or -3:")
-    start, _, stop = positions.partition(":")
-    return (int(start) if start else None, int(stop) if stop else None)
+    start, stop = (int(bound) if bound else None for bound in positions.split(":"))
+    # Both counted from the same end: the slice is empty in every prompt.
+    if start is not None and stop is not None and (start < 0) == (stop < 0) and start >= stop:
+        raise UserError(f"there are no positions in {positions!r}: expected a slice that begins before its end")
+    return start, stop
 
 
 def in_order(parts: Iterable[np.ndarray], runs: Sequence[CleanRun]) -> np.ndarray:

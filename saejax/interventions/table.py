@@ -192,6 +192,11 @@ class EffectsTable:
         is_benchmark = bool(prompts) and bool(np.isfinite(self.clean_values(prompts, "answer_log_prob")).all())
         return "answer_log_prob" if is_benchmark else "logit_diff"
 
+    def has_row_twice(self) -> bool:
+        """Return whether an edit, prompt and readout have several values."""
+        key_N, _ = self._sorted_keys
+        return bool((key_N[1:] == key_N[:-1]).any())
+
     @functools.cached_property
     def behaviours(self) -> tuple[str, ...]:
         """The behaviours with tested features, in the order of their edits."""
@@ -281,7 +286,8 @@ def load_effects(folder: str | Path) -> EffectsTable:
       prompts, readout)`` gives ``[E, P]``.
 
     Raises:
-      UserError: a file is missing or damaged, or a row names an edit or prompt without a definition.
+      UserError: a file is missing or damaged, a row names an edit or prompt without a definition, or one stands there
+        twice.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -303,12 +309,16 @@ def load_effects(folder: str | Path) -> EffectsTable:
         prompt_N = np.array([prompt_of[name] for name in rows["prompt"].to_pylist()], np.int32)
         readout_N = np.array([READOUTS.index(name) for name in rows["readout"].to_pylist()], np.int8)
         value_N = rows["value"].to_numpy().astype(np.float64)
+        table = EffectsTable(edits, prompts, edit_N, prompt_N, readout_N, value_N)
+        # Of two values one would be taken, by the order of the rows.
+        if len(edit_of) < len(edits) or len(prompt_of) < len(prompts) or table.has_row_twice():
+            raise ValueError("an edit, a prompt or a row stands in it twice")
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"the effects table in {folder} is missing or damaged ({error}): expected {', '.join(_FILES)}; delete the "
             "folder and run its stage again"
         ) from None
-    return EffectsTable(edits, prompts, edit_N, prompt_N, readout_N, value_N)
+    return table
 
 
 def _edit(entry: Mapping[str, Any]) -> EditDefinition:

@@ -60,7 +60,7 @@ def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalV
     seeds = [answers for name, answers in judged.items() if name not in (TESTED, UNTRAINED)]
     if seeds and TESTED in judged:
         judged[TESTED] = {
-            behaviour: dataclasses.replace(result, replication=_replication(behaviour, seeds))
+            behaviour: dataclasses.replace(result, replication=wording.replication(behaviour, seeds))
             for behaviour, result in judged[TESTED].items()
         }
     return CausalVerdict(config.rule, judged)
@@ -89,7 +89,7 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
             {name: _test_ablation(table, measured[name], readout, config) for name in with_readout}
         )
     random, placebo = (
-        _correct({name: _test_sets(measured[name], group, curves[name], len(names), config) for name in names})
+        _correct({name: _test_sets(measured[name], group, curves, config) for name in names})
         for group, curves in sets.items()
     )
     bases = _judge_bases(table, measured, dictionary, config)
@@ -141,12 +141,14 @@ def _test_ablation(table: EffectsTable, measured: MeasuredBehaviour, readout: st
         templates_agree = min(means.values()) >= 0
     else:
         is_large, templates_agree = True, bootstrap.has_same_sign(list(means.values()))
+    too_few = wording.too_few_prompts(len(drop_P), config.least_prompts)
 
     def conclude(p_holm: float | None) -> CausalAnswer:
         is_sure = p_holm is not None and p_holm <= config.level and effect.low > 0
-        answer = "yes" if is_sure and is_large and templates_agree else "no"
+        answer = "not testable" if too_few else "yes" if is_sure and is_large and templates_agree else "no"
+        disagreeing = {} if templates_agree else means
         sentence = wording.ablation_sentence(
-            measured.k, readout, effect, float(clean_P.mean()), is_sure, is_large, means if not templates_agree else {}
+            measured.k, readout, effect, float(clean_P.mean()), is_sure, is_large, disagreeing, too_few
         )
         return CausalAnswer(answer, sentence, effect, p_value, p_holm)
 
@@ -154,9 +156,11 @@ def _test_ablation(table: EffectsTable, measured: MeasuredBehaviour, readout: st
 
 
 def _test_sets(
-    measured: MeasuredBehaviour, group: str, controls: Sequence[EffectCurve], behaviours: int, config: VerdictConfig
+    measured: MeasuredBehaviour, group: str, sets: Mapping[str, Sequence[EffectCurve]], config: VerdictConfig
 ) -> _Test:
     """Test questions 2 and 3: more than random, and than placebo sets, each pair at the smaller of its two doses?"""
+    # Behaviours without sets have no p-value, and are not corrected for.
+    controls, behaviours = sets[measured.behaviour], sum(map(bool, sets.values()))
     if not controls:
         return _not_tested(f"no {group} sets were measured")
     top_NxP, control_NxP, _ = compare_at_equal_dose(measured.top, controls)
@@ -223,7 +227,9 @@ def _test_basis(measured: MeasuredBehaviour, top: EffectCurve, basis: EffectCurv
 
     def conclude(p_holm: float | None) -> CausalAnswer:
         is_significant = p_holm is not None and p_holm <= config.level
-        if is_significant and difference.low > 0:
+        if len(top_P) < config.least_prompts:
+            answer = "not testable"
+        elif is_significant and difference.low > 0:
             answer = "more"
         elif is_significant and difference.high < 0:
             answer = "less"
@@ -263,12 +269,13 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
     if documents:
         rise_P = table.values(top, documents, "ce")[0] - table.clean_values(documents, "ce")
         rises[TEXT] = (rise_P, [""] * len(documents), config.max_ce_rise)
-    # A single prompt has no interval.
-    rises = {name: rise for name, rise in rises.items() if len(rise[0]) > 1 and np.isfinite(rise[0]).all()}
     if not rises.keys() - {TEXT}:
         return _not_tested("the run has no other behaviour")
     if TEXT not in rises:
         return _not_tested("the run has no held-out text")
+    # What was not measured may have changed: the others do not speak for it.
+    for name in (name for name, (value_P, _, _) in rises.items() if not np.isfinite(value_P).all()):
+        return _not_tested(f"the top features were not ablated on all of {name.replace('_', ' ')}")
     parts, p_values = {}, {}
     for name, (value_P, strata, margin) in rises.items():
         sample_R = bootstrap.resampling_weights(strata, config.resamples, config.seed) @ value_P
@@ -281,17 +288,11 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
         assert p_holm is not None
         failing = [name for name, interval in parts.items() if interval.high >= margins[name]]
         answer = "yes" if p_holm <= config.level and not failing else "no"
+        name, count = min(((name, len(value_P)) for name, (value_P, _, _) in rises.items()), key=lambda item: item[1])
+        if too_few := wording.too_few_prompts(count, config.least_prompts):
+            sentence = f"{name.replace('_', ' ').capitalize()}: {too_few}."
+            return CausalAnswer("not testable", sentence, None, p_value, p_holm, margins, parts)
         answered = CausalAnswer(answer, "", None, p_value, p_holm, margins, parts)
         return dataclasses.replace(answered, sentence=wording.selective_sentence(answered, failing))
 
     return _Test(p_value, conclude)
-
-
-def _replication(behaviour: str, seeds: Sequence[Mapping[str, BehaviourVerdict]]) -> CausalAnswer:
-    """Count the dictionaries of other seeds in which the first three questions are answered yes, too."""
-    verdicts = [answers[behaviour] for answers in seeds if behaviour in answers]
-    answered = [dict(ablation=next(iter(v.ablation.values())), random=v.random, placebo=v.placebo) for v in verdicts]
-    counts = {key: sum(each[key].answer == "yes" for each in answered) for key in ("ablation", "random", "placebo")}
-    numbers = {name: float(count) for name, count in counts.items()} | dict(dictionaries=float(len(verdicts)))
-    answer = "yes" if all(count == len(verdicts) for count in counts.values()) else "no"
-    return CausalAnswer(answer, wording.replication_sentence(counts, len(verdicts)), numbers=numbers)

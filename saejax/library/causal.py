@@ -207,9 +207,14 @@ def probe(
 
 
 def _group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-    """Return the prompts of each behaviour."""
+    """Return the prompts of each behaviour; raise a ``UserError`` if there are none or one stands there twice."""
     by_behaviour: dict[str, list[Prompt]] = {}
+    texts = set()
     for prompt in prompts:
+        if (prompt.behaviour, prompt.text) in texts:
+            # It would count as two in intervals, or judge the features that it chose.
+            raise UserError(f"the prompt {prompt.text!r} stands twice in {prompt.behaviour}: remove one of them")
+        texts.add((prompt.behaviour, prompt.text))
         by_behaviour.setdefault(prompt.behaviour, []).append(prompt)
     if not by_behaviour:
         raise UserError("there are no prompts: give train and test prompts of a behaviour, as from make_prompts")
@@ -218,5 +223,9 @@ def _group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
 
 def _held_out_text(lm: LanguageModel, documents: Sequence[str], length: int) -> HeldOutText | None:
     """Return documents cut to ``length`` tokens; None if there are none."""
+    length = min(length, lm.config.context)
     ids = [encode(lm.tokenizer, document)[:length] for document in documents]
-    return HeldOutText([document for document in ids if len(document) > 1]) if ids else None
+    read = [document for document in ids if len(document) > 1]
+    if ids and not read:
+        raise UserError("none of the documents has two tokens, of which the second is predicted: give longer ones")
+    return HeldOutText(read) if read else None

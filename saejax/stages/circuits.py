@@ -74,7 +74,7 @@ CIRCUITS = Stage(
     name="circuits",
     summary="groups features that return over a behaviour's prompts and measures what each group does, if "
     "--circuits.behaviours is set",
-    revision=6,  # results say on how many prompts groups were exchanged
+    revision=7,  # placebo targets are no answers in another spelling
     run=_run,
     results=_results,
     groups=(ModelConfig, GraphConfig, CircuitsConfig),

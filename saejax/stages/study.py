@@ -75,7 +75,7 @@ STUDY = Stage(
     unit_identity=dict(benchmark=identities.benchmark),
     check=_check,
     rule=_rule,
-    revision=4,
+    revision=5,  # few items are not testable; bases of dictionaries that normalise tokens; number bases
     processes="items",
     section=_sections,
 )

@@ -24,11 +24,11 @@ FAITHFUL = 0.8  # cross-entropy that a dictionary recovers
 EPOCH = 4  # with whose loss the last one is compared, as the reasoning study did
 GATE = (
     "A row on a benchmark gets one of four answers, the first that holds. Cannot tell: the question whether ablation "
-    "does more than random sets (2) or is specific to the answers (3) is not testable, or ablation has no effect (1) "
-    f"but one of {100 * SMALLEST:g} % of the log-likelihood would have been found in fewer than {100 * POWER:g} % of "
-    "cases. No signal: question 1 or 2 is answered no. Interpretable: question 3 is answered yes, and all three are "
-    f"answered yes in at least two of three of at least {SEEDS} dictionaries that differ in their seed; with fewer "
-    "dictionaries, cannot tell. Unstable: everything else."
+    "has an effect (1), does more than random sets (2) or is specific to the answers (3) is not testable, or it has "
+    f"no effect but one of {100 * SMALLEST:g} % of the log-likelihood would have been found in fewer than "
+    f"{100 * POWER:g} % of cases. No signal: question 1 or 2 is answered no. Interpretable: question 3 is answered "
+    "yes, and all three are answered yes in at least two of three of at least "
+    f"{SEEDS} dictionaries that differ in their seed; with fewer dictionaries, cannot tell. Unstable: everything else."
 )
 CRITERIA = (
     f"A study succeeds as far as these hold: every unit is done; every dictionary's loss is lower in the last epoch "
@@ -57,11 +57,12 @@ def gate(row: str, benchmark: str, answers: Sequence[BehaviourVerdict], items: i
     holds = [[_effect(each).answer, each.random.answer, each.placebo.answer] for each in answers]
     agreeing = sum(three == ["yes"] * 3 for three in holds)
     needed = items_needed(_effect(tested).effect, items, SMALLEST * abs(clean))
-    untestable = [each for each in (tested.random, tested.placebo) if each.answer not in ("yes", "no")]
+    questions = tested.random, tested.placebo, _effect(tested)
+    untestable = [each for each in questions if each.answer not in ("yes", "no")]
     answer: Gated = "unstable"
     reason = f"All three questions are answered yes in {agreeing} of {len(answers)} dictionaries."
-    if untestable or _effect(tested).effect is None:
-        answer, reason = "cannot tell", (untestable or [_effect(tested)])[0].sentence
+    if untestable:
+        answer, reason = "cannot tell", untestable[0].sentence
     elif holds[0][0] == "no" and needed is not None and needed > items:
         answer = "cannot tell"
         reason = f"{_effect(tested).sentence} With {items} items the power is short: about {needed:,} are needed."

@@ -22,7 +22,14 @@ from typing import Any
 _STRICT_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 _ANY_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 _IGNORED = re.compile(r"[,$]")
-_BASED = re.compile(r"(?<![0-9A-Za-z])([0-9][0-9A-F,]*)_(?:\{\s*)?(?:\\text\{)?([0-9]+)")  # 2516_9, 2516_{9}
+_BASES = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, eleven=11, twelve=12)
+_DIGITS, _BASE = r"([0-9][0-9A-F,]*)", rf"((?:[1-9][0-9]?|{'|'.join(_BASES)})(?![0-9]))"
+# 2516_9, 2516_{9}, (2516)_9, 2516_{(9)}, \text{2516}_{\text{nine}}
+_BASED = re.compile(
+    rf"(?:\({_DIGITS}\)|\\text\{{{_DIGITS}\}}|(?<![0-9A-Za-z]){_DIGITS})_"
+    rf"(?:\{{\s*(?:\\text\{{\s*{_BASE}\s*\}}|\({_BASE}\)|{_BASE})\s*\}}|\\text\{{\s*{_BASE}\s*\}}|{_BASE})"
+)
+_LAST_POINT = re.compile(r"(?<=[0-9])\.(?=\s*\})")  # \boxed{5.}
 _BOX = re.compile(r"\\(?:boxed|fbox)(?=[\s{])\s*")
 _SECONDS = 5  # for one formula; a tower of powers could take for ever
 
@@ -107,8 +114,18 @@ def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
 
 def _has_same_base(written: str, answer: str) -> bool:
     """Return whether the last number with a base in a text has the base of the answer; True where either has none."""
-    bases = [list(_BASED.finditer(text)) for text in (written, answer)]
-    return not all(bases) or len({matches[-1][2] for matches in bases}) == 1
+    bases = [[_base(match) for match in _BASED.finditer(text)] for text in (written, answer)]
+    return not all(bases) or bases[0][-1] == bases[1][-1]
+
+
+def _base(match: re.Match[str]) -> int:
+    text = next(group for group in match.groups()[3:] if group)
+    return _BASES.get(text) or int(text)
+
+
+def _tidy_number(match: re.Match[str]) -> str:
+    digits = next(group for group in match.groups()[:3] if group)
+    return f"{digits}_{{{_base(match)}}}"
 
 
 def last_boxed(text: str) -> str | None:
@@ -130,6 +147,8 @@ def last_boxed(text: str) -> str | None:
 
 def _parsed(text: str) -> list[Any]:
     """Parse a text with math-verify; return its formula and the formula's text, or nothing if there is none."""
+    # math-verify knows one way to write a base, and no full stop at the end of a number.
+    text = _LAST_POINT.sub("", _BASED.sub(_tidy_number, text))
     # Here, because math-verify loads sympy, which benchmarks of numbers do not need.
     import math_verify
     from math_verify.errors import TimeoutException

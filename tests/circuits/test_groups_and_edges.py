@@ -1,6 +1,7 @@
 """Roles, features that return, proposed groups and their file; edges as a function of the measured arrays."""
 
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,28 @@ from saejax.circuits.groups import (
     read_groups,
 )  # fmt: skip
 from saejax.circuits.measure import PromptEffects, activations
+from saejax.circuits.study import _draw_placebo_pairs
 from saejax.errors import UserError
+from saejax.tasks.behaviours import Prompt
+
+
+def test_placebo_targets_are_no_answers_however_these_are_written():
+    words = ["<s>", " Paris", "Paris", " paris", " Par", "\N{REPLACEMENT CHARACTER}", " ", " blue", " red"]
+    output = types.SimpleNamespace(
+        logits_BxTxV=np.zeros((1, 1, len(words))), tokens=types.SimpleNamespace(last_B=np.zeros(1, int))
+    )
+
+    class Model:
+        tokenizer = types.SimpleNamespace(decode=lambda ids: words[ids[0]], all_special_ids=[0])
+
+        def tokenize(self, texts):
+            return texts
+
+        def __call__(self, tokens):
+            return output
+
+    (pair,) = _draw_placebo_pairs(Model(), [Prompt("b", "train", "It is", " Paris", " Rome")], [], seed=0)
+    assert sorted(words[token] for token in pair) == [" blue", " red"]
 
 
 @pytest.mark.parametrize(

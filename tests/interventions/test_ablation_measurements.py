@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -253,6 +254,12 @@ def test_the_stage_end_to_end_stopped_and_resumed(make_run, tiny, make_dictionar
         edits, prompts_P = again.select_edits("second", group), again.select_prompts("second")
         resumed_ExP, whole_ExP = (each.values(edits, prompts_P, "logit_diff") for each in (again, table))
         np.testing.assert_array_equal(resumed_ExP, whole_ExP)
+
+
+def test_neurons_of_several_experts_are_no_basis(tiny, dictionary):
+    lm = types.SimpleNamespace(config=dataclasses.replace(tiny.config, n_experts=4, experts_per_token=2))
+    tested = types.SimpleNamespace(lm=lm, basis=dictionary)
+    assert ablation_module._on_basis(tested, "neurons") is None
 
 
 def test_what_cannot_be_run_is_said(make_run):

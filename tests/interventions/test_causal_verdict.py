@@ -279,6 +279,59 @@ def test_replication_counts_dictionaries_of_other_seeds():
     assert judged["untrained"]["b"].random.answer == "yes", "the untrained dictionary answers the same questions"
 
 
+def test_replication_needs_dictionaries_with_answers():
+    rows = make_rows()
+    rows.add_behaviour("c", first=100)
+    tested = [edit for edit in rows.edits if edit.behaviour == "b" and edit.group == "top"]
+    for edit in tested:
+        rows.add_set(dataclasses.replace(edit, dictionary="seed43"), varied(3.0 * edit.fraction), 2 * edit.fraction)
+    judged = rows.judge()[TESTED]
+    assert judged["b"].replication.answer == "not testable", "the other seed was compared with no sets"
+    assert judged["c"].replication.answer == "not tested", "the other seed was tested on b alone"
+
+
+def test_sets_that_are_needed_are_those_of_the_behaviours_that_have_some():
+    rows = make_rows()
+    rows.add_behaviour("c", sets=0, first=100)
+    judged = rows.judge()[TESTED]
+    assert (judged["b"].random.answer, judged["b"].random.numbers["needed"]) == ("yes", 19)
+    assert judged["c"].random.answer == "not tested"
+    assert judged["b"].placebo.answer == judged["c"].placebo.answer == "not testable"
+
+
+def test_selective_does_not_speak_for_behaviours_on_which_nothing_was_measured():
+    rows = with_basis(1.0, 1.0)
+    rows.add_behaviour("c", first=100)
+    rows.add_behaviour("d", first=200)
+    rows.add(EditDefinition("b", "top", 0, (1, 2)), on="c", logit_diff=5.0)
+    selective = judge(rows).selective
+    assert selective.answer == "not tested"
+    assert selective.sentence == "Not tested: the top features were not ablated on all of d."
+
+
+def test_means_of_few_prompts_are_not_testable():
+    """Of four prompts all have one sign by chance in an eighth of cases."""
+    rows = with_basis(1.0, 1.0)
+    rows.add_behaviour("c", first=100)
+    rows.add(EditDefinition("b", "top", 0, (1, 2)), on="c", logit_diff=5.0)
+    table = merge_tables(rows.blocks)
+    few = without_prompts(table, [f"b/{p:02d}" for p in range(4, PROMPTS)])
+    result = verdict(few, CONFIG).dictionaries[TESTED]["b"]
+    assert {answer.answer for answer in result.ablation.values()} == {"not testable"}
+    effect = result.ablation["logit_diff"]
+    assert effect.sentence.endswith("from 5.00: not testable with 4 prompts, 6 are needed.")
+    assert effect.effect.mean == pytest.approx(3.0, abs=0.2)
+    assert result.bases["pca"].answer == "not testable"
+    assert "not testable" in result.bases["pca"].sentence
+    assert result.random.answer == judge(rows).random.answer, "ranks need sets, not prompts"
+    fewer = without_prompts(table, [f"c/{p:02d}" for p in range(4, PROMPTS)])
+    selective = verdict(fewer, CONFIG).dictionaries[TESTED]["b"].selective
+    assert selective.sentence == "C: not testable with 4 prompts, 6 are needed."
+    assert judge(rows).selective.answer == "yes"
+    six = without_prompts(table, [f"b/{p:02d}" for p in range(6, PROMPTS)])
+    assert verdict(six, CONFIG).dictionaries[TESTED]["b"].ablation["logit_diff"].answer == "yes"
+
+
 def world() -> EffectsTable:
     made = planted_world(0, 5)
     return world_table(made, top_features(attribution(made, made.answers_Px2), 5))
@@ -299,6 +352,11 @@ def test_the_verdict_is_a_pure_function_of_the_saved_table(tmp_path):
         table.value_N[order_N],
     )
     assert verdict(shuffled, CONFIG) == expected
+    every_N = np.r_[np.arange(len(table.value_N)), 0]  # the first row again
+    twice = (column_N[every_N] for column_N in (table.edit_N, table.prompt_N, table.readout_N, table.value_N))
+    save_effects(tmp_path, EffectsTable(table.edits, table.prompts, *twice))
+    with pytest.raises(UserError, match="stands in it twice"):
+        load_effects(tmp_path)
     (tmp_path / "effects.parquet").write_bytes((tmp_path / "effects.parquet").read_bytes()[:100])
     with pytest.raises(UserError, match="effects table in .* is missing or damaged"):
         load_effects(tmp_path)
@@ -345,6 +403,8 @@ def test_one_prompt_is_refused():
         (EditDefinition("b", "random", 19, (2, 99)), 0.0, "random set 19 of b shares feature 2 with the top features"),
         (EditDefinition("b", "random", 19, (10, 99)), 0.0, "random set 19 of b shares feature 10 with random set 0"),
         (EditDefinition("b", "placebo", 19, (3, 4), target=(" t", " yes")), 0.0, "placebo target 19 of b is an answer"),
+        # As tokenizers of SentencePiece decode a word, and another case of it.
+        (EditDefinition("b", "placebo", 19, (3, 4), target=("N", " t")), 0.0, "placebo target 19 of b is an answer"),
         (
             EditDefinition("b", "random", 19, (98, 99)),
             np.array([np.nan] + [0.0] * (PROMPTS - 1)),

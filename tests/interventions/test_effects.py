@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.interventions import edits, engine, slopes
+from saejax.interventions import bases, edits, engine, slopes
 from saejax.interventions.edits import ActivationReplacement
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.steering import vector_edits
@@ -146,6 +146,81 @@ def test_projections_and_vectors_equal_torch_hooks(tiny, plain, pairs, make_dict
             Q_DxN = np.linalg.qr(subspace_NxD.T)[0]
             wanted = run.diff(lambda x_TxD, Q_DxN=Q_DxN, usable=usable_Tx1: x_TxD - usable * (x_TxD @ Q_DxN @ Q_DxN.T))
             np.testing.assert_allclose(value_ExP[e, p], wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "token_norm"])
+def test_features_of_normalised_tokens_add_what_they_do_in_the_model(tiny, few, dictionary, norm):
+    """The engine, which computes changes from activations and decoder rows, equals edits of forward passes."""
+    known = Dictionary(dataclasses.replace(dictionary.config, input_norm=norm), **dictionary.arrays)
+    some, split = few[:2], SplitModel(tiny, known)
+    value_ExP = engine.effects(tiny, some, edits.mask(known, FEW_SETS))[:, :, 0]
+    attribution_PxF = slopes.attribution(split, split.run(some))
+    slope_PxTxD = slopes.slopes(tiny, some, "logit_diff", known.site)
+    for p, prompt in enumerate(some):
+        tokens = tiny.tokenize([prompt.text])
+        answers = [tiny.token_id(answer) for answer in (prompt.correct, prompt.wrong)]
+        for e, members in enumerate(FEW_SETS):
+            output = tiny(tokens, edits=[known.ablate(members)] if members else [])
+            correct, wrong = np.asarray(output.logits_BxTxV)[0, tokens.last_B[0], answers]
+            assert value_ExP[e, p] == pytest.approx(correct - wrong, abs=2e-5)
+        x_TxD = np.asarray(tiny(tokens, capture=[known.site], logits=False).sites[known.site])[0]
+        f_TxF = np.asarray(known.encode(x_TxD) * known.output_scale(x_TxD) * known.is_not_sink(x_TxD)[:, None])
+        wanted_F = (f_TxF * (slope_PxTxD[p, : len(x_TxD)] @ np.asarray(known.W_dec_FxD[...]).T)).sum(axis=0)
+        np.testing.assert_allclose(attribution_PxF[p], wanted_F, atol=1e-4)
+    assert np.abs(value_ExP[-1:] - value_ExP[:-1]).max() > 0.02
+    with pytest.raises(UserError, match="normalises each token"):
+        engine.effects(tiny, some, edits.add(known, FEW_SETS, 0.4))
+
+
+def test_simpler_bases_of_a_dictionary_in_units_of_the_site(dictionary):
+    """They read the site as it is; an untrained dictionary normalises tokens as the tested one does."""
+    config = dataclasses.replace(dictionary.config, input_norm="layer_norm", output_units=True)
+    published = Dictionary(config, **dictionary.arrays)
+    x_NxD = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32) * 5
+    directions = np.eye(4, 64, dtype=np.float32)
+    np.testing.assert_allclose(bases.linear(published, directions).encode(x_NxD), x_NxD[:, :4], atol=1e-5)
+    untrained = bases.untrained(published, 8, seed=0)
+    f_NxF = np.asarray(untrained.encode(x_NxD))
+    assert ((f_NxF > 0).sum(axis=1) == 8).all()
+    np.testing.assert_allclose(untrained.encode(2 * x_NxD), 2 * f_NxF, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(readouts=()), "readouts is empty"),
+        (dict(error="droped"), "unknown error 'droped'"),
+        (dict(positions="4:2"), "no positions in '4:2'"),
+        (dict(correct=" runs" * 200, readouts=("answer_log_prob",)), "with its answer, more than the model's context"),
+        (dict(wrong="same"), "both answers of prompt 2, counted from 0, begin with the same token"),
+        (dict(edits=(edits.add, FEW_SETS, 0.4), readouts=("ce",)), "ce is measured where edits scale activations"),
+        (dict(edits=(edits.mask, [[1.5]])), "expected a list of their numbers"),
+        (dict(edits=(edits.mask, [[True, False]])), "expected a list of their numbers"),
+        (dict(edits=(edits.mask, [3, 4])), "expected a list of their numbers"),
+        (dict(edits=(edits.scale, FEW_SETS, [1.0, 2.0])), "there are 4 sets and amounts of the shape"),
+    ],
+)
+def test_requests_that_mean_nothing_are_refused(tiny, few, dictionary, changes, message):
+    make, sets, *amounts = changes.pop("edits", (edits.mask, FEW_SETS))
+    some = list(few)
+    correct = changes.pop("correct", some[2].correct)
+    wrong = correct + " far" if changes.pop("wrong", None) else some[2].wrong
+    some[2] = dataclasses.replace(some[2], correct=correct, wrong=wrong)
+    with pytest.raises(UserError, match=message):
+        engine.effects(tiny, some, make(dictionary, sets, *amounts), **changes)
+
+
+def test_edits_of_forward_passes_are_no_batch_of_edits(tiny, few, dictionary):
+    with pytest.raises(UserError, match="edits is a list: expected edits of one dictionary's features"):
+        engine.effects(tiny, few, [dictionary.ablate([3])])
+
+
+def test_subspaces_of_no_directions_are_refused():
+    for subspaces in ([], [np.eye(1, 8)[0]]):
+        with pytest.raises(UserError, match="expected at least one subspace"):
+            edits.project("resid_post.1", subspaces)
+    with pytest.raises(UserError, match="depend on each other"):
+        edits.project("resid_post.1", [np.random.default_rng(0).normal(size=(9, 8))])
 
 
 @pytest.fixture(scope="module")

@@ -160,6 +160,13 @@ def test_a_real_model(tiny, make_dictionary):
     assert [row.group for row in result.features] == ["tested"] * 2 + ["random features"] * 2
     with pytest.raises(UserError, match="falsify has 1, 1, 1, 1 texts"):
         saejax.falsify(tiny, make_dictionary("resid_post.1"), [3], texts[:2], texts[:2])
+    for features, message in (([160], "does not exist"), ([-1], "does not exist"), ([3, 3], "holds a feature twice")):
+        with pytest.raises(UserError, match=message):
+            saejax.falsify(tiny, make_dictionary("resid_post.1"), features, texts, texts)
+    damaged = make_dictionary("resid_post.1")
+    damaged = Dictionary(damaged.config, **damaged.arrays | dict(b_enc_F=damaged.b_enc_F[...].at[3].set(np.nan)))
+    with pytest.raises(UserError, match="an activation is not finite"):
+        saejax.falsify(tiny, damaged, [3], texts, texts)
 
 
 def test_a_feature_of_few_tokens_gets_as_many_insertions_as_its_control():

@@ -8,6 +8,7 @@ import pytest
 
 import saejax
 from saejax.dictionaries import Dictionary
+from saejax.errors import UserError
 from saejax.interventions import edits
 from saejax.interventions.patching import run_patch
 from saejax.interventions.table import TESTED
@@ -126,6 +127,14 @@ def test_results_are_not_empty(on_one_device):
     length, correct = on_one_device["probe"]
     assert len(length["probes"]) == 6 and length["selected"]["matched"]
     assert correct["reason"].startswith("fewer than two classes")
+
+
+def test_prompts_that_stand_twice_and_documents_without_text_are_refused(tiny, dictionary, answered):
+    for call in (saejax.ablate, saejax.steer):
+        with pytest.raises(UserError, match="stands twice in tiny"):
+            call(tiny, dictionary, [*answered, dataclasses.replace(answered[0], split="test")])
+        with pytest.raises(UserError, match="none of the documents has two tokens"):
+            call(tiny, dictionary, answered, documents=["", "a"])
 
 
 def test_controls_are_drawn_by_the_seed_of_interventions():

@@ -43,7 +43,7 @@ def test_the_gate():
     assert gate(yes, result("no"), result(placebo="no")).gate == gate(result(placebo="no"), yes, yes).gate == "unstable"
     for without_effect in (result("no", interval=(-0.1, 0.1)), result(random="no")):
         assert gate(without_effect, yes, yes).gate == "no signal"
-    for untestable in (result(random="not testable"), result(placebo="not tested")):
+    for untestable in (result(random="not testable"), result(placebo="not tested"), result("not testable")):
         assert gate(untestable, yes, yes).gate == "cannot tell"
     assert gate(yes).gate == gate(yes, yes).gate == "cannot tell"
     found = gate(vague, yes, yes)
