@@ -79,6 +79,12 @@ def test_parameters_that_a_model_refuses_are_renamed_or_dropped():
         assert [answer.text for answer in ask(server, ASK[:2])] == ["yes", "yes"]
         bodies = [body for _, body, *_ in server.tries]
     assert len(bodies) == 5
+    # As servers with strict schemas refuse (Mistral's), and behind a long preamble.
+    for status, message in ((422, "{'loc': ['body', 'chat_template_kwargs'], 'msg': 'Extra inputs are not permitted'}"),
+                            (400, 400 * "x" + " chat_template_kwargs")):  # fmt: skip
+        with protocol.Server(lambda prompt: "yes", [(status, message)]) as server:
+            assert ask(server, ASK[:1])[0].text == "yes"
+            assert "chat_template_kwargs" not in server.tries[1][1] and server.tries[1][1]["temperature"] == 0
     for body in bodies[3:]:
         assert not {"max_tokens", "temperature", "chat_template_kwargs"} & body.keys()
         assert body["max_completion_tokens"] == 4096
@@ -115,6 +121,8 @@ def test_an_endpoint_that_never_answers_is_given_up(waits):
 def test_no_answer_and_one_that_is_truncated_are_none():
     with protocol.Server(lambda prompt: "yes", ["null", "cut"]) as server:
         assert [answer.text for answer in ask(server, ASK[:3])] == [None, None, "yes"]
+    with protocol.Server(lambda prompt: "yes", ["uncounted"]) as server:  # usage without numbers: estimated
+        assert ask(server, ASK[:1]) == [Answer("yes", len("Say it.number 0yes") // 4)]
 
 
 class Counting:
