@@ -101,7 +101,7 @@ class Endpoint:
     def _adapt(self, error: Any, options: dict[str, Any], limit_name: str) -> bool:
         """Rename or drop the parameter that a refusal names; return whether to ask again."""
         # Endpoints word a refusal each in their own way: it is searched for the names of our parameters.
-        message = f"{getattr(error, 'param', None) or ''} {error}"
+        message = f"{getattr(error, 'param', None) or ''} {error} {error.body}"
         with self._lock:
             if options != self._options or limit_name != self._limit_name:
                 return True  # another thread adapted the parameters meanwhile
@@ -121,18 +121,20 @@ class Endpoint:
 
 
 def _message(error: Any) -> str:
-    return f"status {error.status_code}: {str(error)[:300]}"
+    # The client tells the reason alone, and of replies in another form than OpenAI's nothing.
+    text = str(error) if " - " in str(error) or not error.body else f"{error} - {error.body}"
+    return f"status {error.status_code}: {text[:300]}"
 
 
 def _read_reply(reply: Any, question: Question) -> Answer:
     """Return the answer in a chat completion."""
     choice, usage = reply.choices[0], reply.usage
     text = choice.message.content
-    counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    counts: list[Any] = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
     estimate = len(question.task + question.text + str(text or "")) // _LETTERS
     tokens = sum(counts) if all(isinstance(count, int) for count in counts) else estimate
-    # A reply cut at the limit may lack its verdict, and half a verdict can be misread.
-    complete = choice.finish_reason != "length" and isinstance(text, str)
+    # A reply that was cut may lack its verdict, and half a verdict can be misread.
+    complete = choice.finish_reason not in ("length", "content_filter") and isinstance(text, str)
     return Answer(text if complete else None, tokens)
 
 

@@ -144,7 +144,7 @@ def _question_and_options(row: Row) -> tuple[str, list[str], list[str]]:
     fields: Mapping[str, Any] = row.fields
     if isinstance(fields.get("question"), Mapping):
         fields = {**fields, **fields["question"]} | dict(question=fields["question"].get("stem"))
-    choices = next((fields[name] for name in ("choices", "options") if fields.get(name) is not None), [])
+    choices: Any = next((fields[name] for name in ("choices", "options") if fields.get(name) is not None), [])
     if isinstance(choices, Mapping):
         columns = [choices.get("label"), choices.get("text")]
     elif isinstance(choices, list) and choices and all(isinstance(choice, Mapping) for choice in choices):

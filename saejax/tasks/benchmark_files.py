@@ -350,6 +350,6 @@ def training_files(files: Mapping[str, Sequence[Path]], parts: Sequence[str]) ->
     folders = dict.fromkeys(path.parent for path in files[""])
     splits = (*TEST, "validation")
     roots = [next((place.parent for place in (each, each.parent) if place.name in splits), each) for each in folders]
-    found = {root: _split_files(root, TRAIN[0]) for root in roots}
-    paths = [path for root, each in found.items() if each for path in _whole_table(each, root, TRAIN[0])]
+    by_root = {root: _split_files(root, TRAIN[0]) for root in roots}
+    paths = [path for root, each in by_root.items() if each for path in _whole_table(each, root, TRAIN[0])]
     return {"": tuple(paths)} if paths else {}

@@ -67,7 +67,7 @@ class Server:
 
     def _reply(self, trouble: int | str | tuple[int, str], prompt: str) -> tuple[int, bytes]:
         if isinstance(trouble, tuple):
-            return trouble[0], json.dumps(dict(error=dict(message=trouble[1]))).encode()
+            return trouble[0], json.dumps(dict(detail=trouble[1])).encode()
         if isinstance(trouble, int):
             return trouble, b'{"error": {"message": "not now"}}'
         if trouble == "nonsense":
