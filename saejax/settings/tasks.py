@@ -62,7 +62,9 @@ class TaskConfig(Config):
         only=BENCHMARKS,
     )
     chat_template: bool = setting(
-        False, "put benchmark prompts into the tokenizer's chat template, with an instruction", only=BENCHMARKS
+        False,
+        "put benchmark prompts into the tokenizer's chat template, with an instruction and without thinking",
+        only=BENCHMARKS,
     )
     score: str = setting(
         "auto",
