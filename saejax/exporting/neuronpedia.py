@@ -38,6 +38,7 @@ _ALIGNED = 3  # coordinates of the stream that a feature writes to most
 _LONGEST = 512  # characters of an explanation, at most
 # Names that Neuronpedia gives sets of sources, by the site that the dictionaries read.
 _SHORT = dict(resid_pre="res", resid_mid="res", resid_post="res", attn_out="att", mlp_in="transcoder", mlp_out="mlp")
+_SHORT |= dict(attn_z="att")
 _MODEL_ID = re.compile(r"(?!.*(--|\.\.))[a-z][a-z0-9.-]{0,30}[a-z0-9]")
 _SET = re.compile(r"(?!neurons$)(?!.*--)[a-z][a-z0-9-]*")
 
@@ -115,13 +116,14 @@ def _model_id(config: ExportConfig, store: Store) -> str:
 
 def _source(member: TrainedMember, kind: str, model: str, config: ExportConfig) -> NeuronpediaSource:
     site, setting = Site.parse(member.site), _tame(setting_of(member)).replace(".", "-")
-    name = "-".join(filter(None, [config.source_set or f"{_SHORT[site.kind]}-{kind}", setting]))
+    hook = to_hook(member.target)  # refuses sites that other tools have no name for
+    name = "-".join(filter(None, [config.source_set or f"{_SHORT.get(site.kind, site.kind)}-{kind}", setting]))
     if not _SET.fullmatch(name):
         raise UserError(
             f"--export.source_set makes a set {name!r}: Neuronpedia takes small letters, digits and single dashes, a "
             "letter first"
         )
-    return NeuronpediaSource(model, name, site.layer, to_hook(member.target))
+    return NeuronpediaSource(model, name, site.layer, hook)
 
 
 def _tame(name: str) -> str:

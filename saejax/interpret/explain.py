@@ -60,7 +60,9 @@ def _line(results: ExplainedDictionary) -> str:
     """Return a dictionary's figures as a log line."""
     name, detection = f"{results.name}: " if results.name else "", "detection unparsed"
     if results.accuracy:
-        control = "none" if results.control_accuracy is None else f"{results.control_accuracy:.2f}"
+        control = "none, so none is kept: judge more features"
+        if results.control_accuracy is not None:
+            control = f"{results.control_accuracy:.2f}"
         detection = f"detection {results.accuracy.mean:.2f} (control {control})"
     return f"{name}{results.kept} of {results.judged} features keep a label, {detection}, {results.tokens:,} tokens"
 
@@ -90,8 +92,11 @@ def _explain(run: Run, member: str, store: Store, text: CodedText, endpoint: End
     control_scores, _ = _detect(answers, chosen, borrowed, config.seed)
     controls = [score.mean if score else None for score in control_scores]
     explained = {
-        held.feature: ExplainedFeature(label or "", is_kept(score, control), score, control)
-        for held, label, score, control in zip(chosen, labels, scores, controls, strict=True)
+        # Without another label nothing shows that this one says more than any.
+        held.feature: ExplainedFeature(label or "", partner >= 0 and is_kept(score, control), score, control)
+        for held, label, score, control, partner in zip(
+            chosen, labels, scores, controls, partner_N.tolist(), strict=True
+        )
     }
     kept = {feature: Label(each.label, config.model) for feature, each in explained.items() if each.kept}
     write_json(folder / EXPLAINED, {str(feature): to_json(each) for feature, each in explained.items()})

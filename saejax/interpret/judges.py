@@ -43,7 +43,7 @@ class Endpoint:
     """An OpenAI-compatible endpoint, asked through OpenAI's client, which retries what may succeed later.
 
     Models differ in the parameters they take. The first request has temperature 0, ``max_tokens`` and no thinking; a
-    parameter that the endpoint names in a status 400 is renamed or dropped, for all later questions too.
+    parameter that the endpoint names in a status 400 or 422 is renamed or dropped, for all later questions too.
 
     Args:
       url: address, up to ``/v1``.
@@ -87,7 +87,7 @@ class Endpoint:
                 )
                 return _read_reply(reply, question)
             except openai.APIStatusError as error:
-                if error.status_code == 400 and self._adapt(error, options, limit_name):
+                if error.status_code in (400, 422) and self._adapt(error, options, limit_name):
                     continue
                 if error.status_code >= 500 or error.status_code in (408, 409, 429):
                     raise self._no_answer(_message(error)) from None
@@ -101,7 +101,7 @@ class Endpoint:
     def _adapt(self, error: Any, options: dict[str, Any], limit_name: str) -> bool:
         """Rename or drop the parameter that a refusal names; return whether to ask again."""
         # Endpoints word a refusal each in their own way: it is searched for the names of our parameters.
-        message = f"{getattr(error, 'param', None) or ''} {_message(error)}"
+        message = f"{getattr(error, 'param', None) or ''} {error} {error.body}"
         with self._lock:
             if options != self._options or limit_name != self._limit_name:
                 return True  # another thread adapted the parameters meanwhile
@@ -121,17 +121,20 @@ class Endpoint:
 
 
 def _message(error: Any) -> str:
-    return f"status {error.status_code}: {str(error)[:300]}"
+    # The client tells the reason alone, and of replies in another form than OpenAI's nothing.
+    text = str(error) if " - " in str(error) or not error.body else f"{error} - {error.body}"
+    return f"status {error.status_code}: {text[:300]}"
 
 
 def _read_reply(reply: Any, question: Question) -> Answer:
     """Return the answer in a chat completion."""
     choice, usage = reply.choices[0], reply.usage
     text = choice.message.content
-    estimate = len(question.task + question.text + (text or "")) // _LETTERS
-    tokens = usage.prompt_tokens + usage.completion_tokens if usage else estimate
-    # A reply cut at the limit may lack its verdict, and half a verdict can be misread.
-    complete = choice.finish_reason != "length" and isinstance(text, str)
+    counts: list[Any] = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+    estimate = len(question.task + question.text + str(text or "")) // _LETTERS
+    tokens = sum(counts) if all(isinstance(count, int) for count in counts) else estimate
+    # A reply that was cut may lack its verdict, and half a verdict can be misread.
+    complete = choice.finish_reason not in ("length", "content_filter") and isinstance(text, str)
     return Answer(text if complete else None, tokens)
 
 

@@ -66,7 +66,10 @@ def read_labels(
     """
     label_of: dict[int, Label] = {}
     columns = (*COLUMNS, "dictionary") if several else COLUMNS
-    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{flag}={path} is a folder without .csv files: name one with sheets that were filled in")
+    for file in files:
         for number, row in enumerate(read_sheet(file, columns, flag), 2):
             text, label = row["feature"].strip(), row["label"].strip()
             if (row.get("dictionary") or dictionary) != dictionary:

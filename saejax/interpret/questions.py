@@ -15,6 +15,7 @@ from saejax.interpret.feature_record import FeatureContext
 MARKED = 0.3  # of a context's largest activation: tokens that reach it are marked
 GROUP = 5  # contexts in a question
 _LONGEST = 300  # characters of a label
+_VALUES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _EXPLAIN = """A feature of a language model is active on some tokens of a text and silent on all others. You are \
 shown pieces of text in which one feature is active; the active tokens stand between << and >>. Say in a short phrase \
 what these tokens, in their contexts, have in common: be specific, leave out the marks, and do not list the examples. \
@@ -85,26 +86,30 @@ def read_label(reply: str | None) -> str | None:
 def read_judgements(reply: str | None, count: int) -> list[bool] | None:
     """Return the yes and no of a reply; None: unparsed.
 
-    Read is the last list of ``count`` values 0, 1, true or false; failing that, a line "Text N: 0 or 1" for each text.
+    Read is the last list of ``count`` values 0, 1, true, false, yes or no; failing that, the last such object, a line
+    "Text N: 0 or 1" for each text, or a reply of such numbers alone.
     """
-    text = _without_thinking(reply)
-    for listed in reversed(re.findall(r"\[[^\[\]]*\]", text)):
-        try:
-            values = json.loads(listed.lower())
-        except json.JSONDecodeError:
-            continue
-        if len(values) == count and all(isinstance(value, bool | int) and value in (0, 1) for value in values):
-            return [bool(value) for value in values]
-    lines = re.findall(r"^\W*text\s*(\d+)\W+([01])\W*$", text, re.IGNORECASE | re.MULTILINE)
-    if [int(number) for number, _ in lines] == list(range(1, count + 1)):
-        return [value == "1" for _, value in lines]
-    return None
+    text = _without_thinking(reply).lower()
+    for pattern in (r"\[([^\[\]]*)\]", r"\{([^{}]*)\}"):
+        for listed in reversed(re.findall(pattern, text)):
+            # Not as JSON: models quote numbers, and leave a comma at the end.
+            items = [item.rpartition(":")[2].strip(" \n\t\"'`*") for item in listed.strip(" \n\t,").split(",")]
+            if len(items) == count and all(item in _VALUES for item in items):
+                return [_VALUES[item] for item in items]
+    lines = re.findall(r"^\W*text\s*(\d+)\W+(\w+)\W*$", text, re.MULTILINE)
+    if [int(number) for number, _ in lines] == list(range(1, count + 1)) and all(item in _VALUES for _, item in lines):
+        return [_VALUES[item] for _, item in lines]
+    alone = re.findall("[01]", text)
+    return [item == "1" for item in alone] if len(alone) == count and re.fullmatch(r"[\W01]+", text) else None
 
 
 def _read_field(reply: str | None, name: str) -> str | None:
     """Return the last value after "[NAME]:", whatever Markdown surrounds name or value; None: there is none."""
-    mark = r"[\s*_`]*"
-    values = re.findall(rf"{mark}\[?\b{name}\b\]?{mark}:{mark}(\S.*)", _without_thinking(reply), re.IGNORECASE)
+    mark, text = r"[\s*_`]*", _without_thinking(reply)
+    values: list[str] = []
+    for before, after in ((r"\[", r"\]"), ("", "")):  # in brackets first: the word may also stand in a sentence
+        pattern = rf"{mark}{before}\b{name}\b{after}{mark}:{mark}(\S.*)"
+        values = values or re.findall(pattern, text, re.IGNORECASE)
     return values[-1].strip().strip("*_`").strip() or None if values else None
 
 

@@ -47,9 +47,9 @@ class TaskConfig(Config):
     )
     path: str = setting(
         "",
-        "where benchmark items are: a .jsonl, .jsonl.gz, .json, .parquet, .arrow or .txt file, a folder laid out as "
-        "it is published (of several benchmarks: with a file or folder named after each), or the hub id of a data set; "
-        "empty: the benchmark's own hub id",
+        "where benchmark items are: a .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet, .arrow or .txt file, a folder "
+        "laid out as it is published (of several benchmarks: with a file or folder named after each), or the hub id of "
+        "a data set; empty: the benchmark's own hub id",
         changes_results=False,  # what is found there counts, not its place
     )
     revision: str = setting("main", "revision (branch, tag or commit) of a benchmark on the hub", changes_results=False)
@@ -64,7 +64,9 @@ class TaskConfig(Config):
         only=BENCHMARKS,
     )
     chat_template: bool = setting(
-        False, "put benchmark prompts into the tokenizer's chat template, with an instruction", only=BENCHMARKS
+        False,
+        "put benchmark prompts into the tokenizer's chat template, with an instruction and without thinking",
+        only=BENCHMARKS,
     )
     score: str = setting(
         "auto",

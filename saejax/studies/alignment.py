@@ -94,7 +94,7 @@ def alignments(rows: Mapping[str, Findings]) -> list[AlignmentFigures]:
     p_values = {number: each.p_value for number, each in enumerate(comparisons) if each.p_value is not None}
     for number, p in holm_by_key(p_values).items():
         correlation, control = comparisons[number].rank_correlation or 0.0, comparisons[number].control
-        aligned = correlation >= LEAST and p <= LEVEL and (control is None or correlation > control)
+        aligned = None if control is None else correlation >= LEAST and p <= LEVEL and correlation > control
         comparisons[number] = dataclasses.replace(comparisons[number], p_holm=p, aligned=aligned)
     return comparisons
 
@@ -123,7 +123,9 @@ def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -
         align_importance(first, second, ItemFeatures.load(folders[1] / ROTATED_ON_ITEMS), _SEED) if same else None
     )
     if importance:
+        # A rotated dictionary may have too few pairs to correlate; without other items' answers there is no placebo.
         controls = [value for value in (importance.rotated, importance.placebo) if value is not None]
+        has_placebo = importance.placebo is not None
         yield AlignmentFigures(
             *pair,
             benchmark,
@@ -132,7 +134,7 @@ def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -
             importance.correlation,
             importance.p_value,
             None,
-            max(controls, default=None),
+            max(controls) if has_placebo else None,
             None,
             importance.shared,
             importance.shared_null,

@@ -116,7 +116,8 @@ def _learned(root: Path, figures: StudyFigures) -> Iterator[Block]:
 def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
     """Yield the groups of features that matter for the same items."""
     if not figures.primitives:
-        yield Text("No group of features was stable: no row has a primitive.")
+        none = "No group of features was stable: no row has a primitive."
+        yield Text(none if figures.gates else "No row ran feature ablation on a benchmark.")
         return
     named = [primitive for primitive in figures.primitives if primitive.name]
     held = [primitive for primitive in named if holds(primitive)]
@@ -150,7 +151,10 @@ def _associations(figures: StudyFigures) -> Iterator[Block]:
         return
     tested = [association for association in figures.associations if association.agree is not None]
     agree = sum(bool(association.agree) for association in tested)
-    yield Text(f"For {agree} of {len(tested)} top features correlation, probe and ablation give the same answer.")
+    if tested:
+        yield Text(f"For {agree} of {len(tested)} top features correlation, probe and ablation give the same answer.")
+    else:
+        yield Text("No top feature has all three answers: of correlation, of a probe and of ablation.")
     yield _table(figures, "associations")
     yield _table(figures, "labels")
 
@@ -159,7 +163,8 @@ def _phases(figures: StudyFigures) -> Iterator[Block]:
     """Yield every test by phase, and where two phases disagree."""
     yield _table(figures, "phases")
     lines = disagreements(figures)
-    yield Terms(tuple(("Disagreement", line) for line in lines)) if lines else Text("No two phases disagree.")
+    none = "No two phases disagree." if figures.gates else "No row ran feature ablation, so phases cannot disagree."
+    yield Terms(tuple(("Disagreement", line) for line in lines)) if lines else Text(none)
 
 
 def _alignment(root: Path, figures: StudyFigures) -> Iterator[Block]:
@@ -199,10 +204,11 @@ def trend_sentence(figures: StudyFigures) -> str:
         errors.setdefault(dictionary.row, []).append(1 - dictionary.explained_variance)
     means = {row: sum(some) / len(some) for row, some in errors.items()}
     low, high = _extremes(means)
-    text = (
-        f"The loss still falls after epoch {EPOCH} in {sum(fall > 0 for fall in fell)} of {len(fell)} dictionaries. "
-        f"The normalised error is smallest in {low} ({means[low]:.2f}) and largest in {high} ({means[high]:.2f})."
-    )
+    falling = f"{sum(fall > 0 for fall in fell)} of {len(fell)} dictionaries"
+    text = f"No loss can be compared with that of epoch {EPOCH}. "
+    if fell:
+        text = f"The loss still falls after epoch {EPOCH} in {falling}. "
+    text += f"The normalised error is smallest in {low} ({means[low]:.2f}) and largest in {high} ({means[high]:.2f})."
     norms = {f"{site.row}, {site.text}": site.median_norm for site in figures.activations}
     if norms:
         low, high = _extremes(norms)

@@ -1,6 +1,7 @@
 """Shares of the host for units that run at once: some of its GPUs, or else of its cores."""
 
 import dataclasses
+import itertools
 import os
 import shutil
 import subprocess
@@ -44,7 +45,8 @@ def shares(count: int) -> list[Share]:
 def _gpus() -> list[str]:
     """Return the GPUs that this process may use."""
     if _VISIBLE in os.environ:
-        return [name for name in os.environ[_VISIBLE].split(",") if name]
+        names = [name.strip() for name in os.environ[_VISIBLE].split(",")]
+        return [*itertools.takewhile(lambda name: name not in ("", "-1"), names)]  # as CUDA reads it
     count = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if not count and shutil.which("nvidia-smi"):  # Linux on Windows has no such files
         listed = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -29,6 +29,7 @@ LOGIC_TASKS = (
     "web_of_lies",
     "date_understanding",
 )
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of options
 _SUBJECTS = (
     "algebra",
     "counting_and_probability",
@@ -77,7 +78,7 @@ class Benchmark:
 def _gsm8k(row: Row) -> Item:
     question, solution = (row.text(column, ("question", "answer")) for column in ("question", "answer"))
     _, mark, answer = solution.rpartition("####")
-    if not mark or not answer.strip():
+    if not mark or not re.search("[0-9]", answer):
         raise UserError(f"{row.where}: 'answer' does not end in '#### ' and a number: fix or remove the row")
     return Item(row.name, "", question, solution, answer.strip())
 
@@ -85,8 +86,10 @@ def _gsm8k(row: Row) -> Item:
 def _math(row: Row) -> Item:
     columns = ("problem", "solution")
     question, solution = (row.text(column, columns) for column in columns)
-    has_answer = row.fields.get("answer") is not None  # a published row has none beside a boxed one
-    answer = row.text("answer", (*columns, "answer")) if has_answer else last_boxed(solution)
+    stated = row.fields.get("answer")  # of a published row None beside a boxed one; of AIME's files a whole number
+    if isinstance(stated, bool) or not isinstance(stated, str | int | None):
+        raise UserError(f"{row.where}: 'answer' is {shown(stated)}: expected text; fix or remove the row")
+    answer = str("" if stated is None else stated).strip() or last_boxed(solution)
     if not answer:
         raise UserError(
             f"{row.where}: 'solution' has no \\boxed{{...}} with an answer, and there is no column 'answer': fix or "
@@ -118,17 +121,19 @@ def _multiple_choice(row: Row) -> Item:
     - CommonsenseQA and ARC on the hub: question, choices = {label: [...], text: [...]}, answerKey;
     - the same as first published: question = {stem, choices: [{label, text}, ...]}, answerKey;
     - OpenBookQA: question_stem in place of question;
-    - LogiQA: context or text, question or query, options = [...], and answer or correct_option, counted from 0.
+    - LogiQA: context or text, question or query, options = [...], and answer, correct_option or label, counted from 0
+      or a letter.
     """
     stem, options, labels = _question_and_options(row)
-    key = next((row.fields[name] for name in ("answerKey", "answer", "correct_option") if name in row.fields), None)
+    keys = ("answerKey", "answer", "correct_option", "label")
+    key = next((row.fields[name] for name in keys if name in row.fields), None)
     right = _right_option(key, labels)
-    if right is None or not options:
+    if right is None:
         raise UserError(
             f"{row.where}: the right answer is {shown(key)}, which is not one of {', '.join(labels) or 'its options'}: "
             "fix the row, or take a split whose answers are published (of CommonsenseQA that is validation)"
         )
-    letters = [f"({chr(ord('A') + index)})" for index in range(len(options))]
+    letters = [f"({letter})" for letter in _LETTERS[: len(options)]]
     lines = [f"{letter} {option}" for letter, option in zip(letters, options, strict=True)]
     question = "\n".join([stem, "Options:", *lines])
     return Item(row.name, "", question, letters[right], letters[right], tuple(letters))
@@ -139,33 +144,50 @@ def _question_and_options(row: Row) -> tuple[str, list[str], list[str]]:
     fields: Mapping[str, Any] = row.fields
     if isinstance(fields.get("question"), Mapping):
         fields = {**fields, **fields["question"]} | dict(question=fields["question"].get("stem"))
-    choices = next((fields[name] for name in ("choices", "options") if fields.get(name) is not None), ())
+    choices: Any = next((fields[name] for name in ("choices", "options") if fields.get(name) is not None), [])
     if isinstance(choices, Mapping):
-        labels, options = ([str(text).strip() for text in choices.get(key, ())] for key in ("label", "text"))
-    elif choices and all(isinstance(choice, Mapping) for choice in choices):
-        labels, options = ([str(choice.get(key, "")).strip() for choice in choices] for key in ("label", "text"))
+        columns = [choices.get("label"), choices.get("text")]
+    elif isinstance(choices, list) and choices and all(isinstance(choice, Mapping) for choice in choices):
+        columns = [[choice.get(key) for choice in choices] for key in ("label", "text")]
     else:
-        options = [str(choice).strip() for choice in choices]
-        labels = [chr(ord("A") + index) for index in range(len(options))]
+        columns = [None, choices]
+    if columns[0] is None and isinstance(columns[1], list):
+        columns[0] = [*_LETTERS[: len(columns[1])]]
+    labels, options = (_texts(row, column) for column in columns)
     texts = [fields.get("context") or fields.get("text")]
     texts.append(next((fields[name] for name in ("question", "query", "question_stem") if fields.get(name)), None))
-    if not isinstance(texts[1], str) or len(labels) != len(options):
+    if not isinstance(texts[1], str):
         has = ", ".join(map(repr, row.fields)) or "none"
         raise UserError(
             f"{row.where} has the columns {has}: expected 'question', 'choices' and 'answerKey', or 'text', "
             "'question', 'options' and 'answer'; fix or rename them"
         )
+    if not 2 <= len(options) == len(set(labels)) == len(labels):
+        raise UserError(
+            f"{row.where} has {len(options)} options with the labels {', '.join(labels) or '(none)'}: expected 2 to "
+            f"{len(_LETTERS)} options, each with a label of its own; fix or remove the row"
+        )
     return "\n".join(text.strip() for text in texts if isinstance(text, str) and text.strip()), options, labels
 
 
+def _texts(row: Row, values: object) -> list[str]:
+    """Return options or labels as text; a ``UserError`` where they are no list of texts or numbers."""
+    if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
+        raise UserError(
+            f"{row.where}: its options are {shown(values)}: expected a list of texts; fix or remove the row"
+        )
+    return [str(value).strip() for value in values]
+
+
 def _right_option(key: object, labels: Sequence[str]) -> int | None:
-    """Return the index of the right option: its label, or a number from 0 where labels are letters."""
+    """Return the index of the right option: its label, in any case, or a number from 0 where labels are letters."""
     # Labels first: "1" is the label of the first option in some rows of ARC, not the index of the second.
-    if isinstance(key, str) and key.strip() in labels:
-        return list(labels).index(key.strip())
-    if isinstance(key, int | str) and str(key).strip().isdigit() and int(key) < len(labels):
-        return int(key)
-    return None
+    named = str(key).strip() if isinstance(key, int | str) and not isinstance(key, bool) else ""
+    for label in (named, named.upper()):
+        if label in labels:
+            return list(labels).index(label)
+    is_index = re.fullmatch("[0-9]+", named) and set(labels) <= set(_LETTERS)
+    return int(named) if is_index and int(named) < len(labels) else None
 
 
 # How multiple choice is asked and scored.

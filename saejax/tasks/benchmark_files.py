@@ -9,6 +9,8 @@ configuration of the data set. Locally it is one file, or the shards of one spli
   in a snapshot of a hub repository (``main/`` of GSM8K, ``TASK/`` of BIG-Bench Hard);
 - ``test/data-00000-of-00001.arrow``: what ``datasets`` saves to disk;
 - ``test/SUBJECT/12.json``: a file a problem, as MATH was first published;
+- ``SUBJECT/test-00000-of-00001.parquet``: a folder for each subject, as in MATH's repositories on the hub;
+- ``Test.txt``: blocks of lines, as LogiQA was first published, or JSON lines, as LogiQA 2.0 was;
 - ``bbh/TASK.json``: an object whose ``examples`` are the rows, as in the repository of BIG-Bench Hard.
 """
 
@@ -26,11 +28,11 @@ from saejax.tasks import word_problems
 from saejax.tasks.files import decode, json_lines, read_bytes, shown, table_rows
 from saejax.tasks.hub import hub_commit, hub_rows
 
-FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow", ".txt")
+FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet", ".arrow", ".txt")
 TEST, TRAIN = ("test",), ("train",)  #: names of a split, the preferred one first
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of ``datasets``
 _LISTS = ("examples", "data", "rows")  # where an object in a .json file keeps its rows
-_SHARD = re.compile(r"(.*?)-(\d{5})-of-(\d{5})")
+_SHARD = re.compile(r"(.*?)-(\d{5})-of-(\d{5})(?:-[0-9a-f]{16})?")  # ``datasets`` used to add a hash
 _FLAG = "--task.path"
 
 
@@ -124,6 +126,7 @@ def find(
     parts: Sequence[str],
     configurations: Sequence[str] = (),
     splits: Sequence[str] = TEST,
+    subjects: Sequence[str] = (),
 ) -> dict[str, tuple[Path, ...]] | None:
     """Return the local files of a benchmark, by part; None if ``path`` is not local.
 
@@ -134,6 +137,7 @@ def find(
       parts: the tasks of logic; ("",) for others.
       configurations: of the data set on the hub, which name folders of its repository.
       splits: names of the split to take, the preferred one first.
+      subjects: folders that make up the table where all of them are there.
 
     Raises:
       UserError: there is no such file, it is of another format, a shard is missing, or a folder lacks a part or has it
@@ -165,7 +169,7 @@ def find(
     if place.is_file():
         return _only_file(place, parts)
     if parts == ("",):
-        return {"": _table_of_folder(place, configurations, splits)}
+        return {"": _table_of_folder(place, configurations, splits, subjects)}
     return {part: _part_of_folder(place, part, parts, splits) for part in parts}
 
 
@@ -182,7 +186,9 @@ def _only_file(path: Path, parts: Sequence[str]) -> dict[str, tuple[Path, ...]]:
     return {_stem(path): (path,)}
 
 
-def _table_of_folder(folder: Path, configurations: Sequence[str], splits: Sequence[str]) -> tuple[Path, ...]:
+def _table_of_folder(
+    folder: Path, configurations: Sequence[str], splits: Sequence[str], subjects: Sequence[str] = ()
+) -> tuple[Path, ...]:
     """Return the files of the wanted split; a folder with one data file may name it as it likes."""
     places = [folder, folder / "data", *(folder / name for name in configurations)]
     # The preferred split anywhere comes before the next one nearby.
@@ -190,6 +196,9 @@ def _table_of_folder(folder: Path, configurations: Sequence[str], splits: Sequen
         for place in places:
             if files := _split_files(place, split):
                 return _whole_table(files, folder, split)
+        of_subjects = [_split_files(folder / name, split) for name in subjects]
+        if of_subjects and all(of_subjects):
+            return tuple(path for files in of_subjects for path in _whole_table(files, files[0].parent, split))
     files = _data_files(folder)
     if len({_table(path) for path in files}) == 1:
         return _whole_table(files, folder, _table(files[0]))
@@ -215,16 +224,24 @@ def _part_of_folder(folder: Path, part: str, parts: Sequence[str], splits: Seque
     )
 
 
-def _data_files(folder: Path) -> list[Path]:
+def _all_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _METADATA)
-    files = [path for path in files if path.name.endswith(FORMATS)]
+    return [path for path in files if path.name.endswith(FORMATS)]
+
+
+def _data_files(folder: Path) -> list[Path]:
+    files = _all_files(folder)
     return [path for path in files if path.suffix != ".txt"] or files  # a text beside tables is a licence or a note
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
     """Return the files of a split: named after it, or in a folder that is."""
+    # Its name alone comes first: LogiQA has "zh_test.txt" beside "Test.txt", LogiQA 2.0 "ood_test.jsonl".
+    exact = [path for path in _all_files(folder) if _table(path).lower() == split]
+    if exact := [path for path in exact if path.suffix != ".txt"] or exact:
+        return exact
     named = [path for path in _data_files(folder) if split in re.split(r"[-_.]", _stem(path).lower())]
     if named or not (folder / split).is_dir():
         return named
@@ -274,7 +291,7 @@ def _local_rows(part: str, path: Path, name: str) -> Iterator[Row]:
     else:
         # A .json file may hold JSON lines, too: the whole is tried first, then its lines.
         text = decode(_content(path), path)
-        if path.suffix == ".txt":
+        if path.suffix == ".txt" and not text.lstrip().startswith("{"):
             numbered = enumerate(_blocks(text, path), start=1)
         elif path.suffix == ".json" and (rows := _json_rows(text, path)) is not None:
             numbered = enumerate(rows, start=1)
@@ -312,7 +329,11 @@ def _blocks(text: str, path: Path) -> Iterator[dict[str, Any]]:
     """
     for number, block in enumerate(re.split(r"\n\s*\n", text.strip()), start=1):
         letter, *lines = [line.strip() for line in block.splitlines()] or [""]
-        options = [line[2:].strip() for line in lines[2:]]
+        # "A.oven", "A oven" and "A? oven" in the published files; a line without its letter is kept whole.
+        options = [
+            line[2:].strip() if re.match(rf"{name}(\W|$)", line, re.IGNORECASE) else line
+            for name, line in zip("ABCDEFGH", lines[2:], strict=False)
+        ]
         if len(lines) < 4 or letter.lower() not in list("abcdefgh"[: len(options)]):
             raise UserError(
                 f"{path}, block {number} starts with {shown(letter)} and has {len(lines) + 1} lines: expected the "
@@ -325,8 +346,10 @@ def training_files(files: Mapping[str, Sequence[Path]], parts: Sequence[str]) ->
     """Return the files of the train split next to a benchmark's local files; none for a benchmark of several parts."""
     if parts != ("",):
         return {}
-    folder = files[""][0].parent
     # "test/data-00000-of-00001.arrow" and "test/algebra/1.json" have their train split beside the folder "test".
-    root = next((place.parent for place in (folder, folder.parent) if place.name in (*TEST, "validation")), folder)
-    files_of_split = _split_files(root, TRAIN[0])
-    return {"": _whole_table(files_of_split, root, TRAIN[0])} if files_of_split else {}
+    folders = dict.fromkeys(path.parent for path in files[""])
+    splits = (*TEST, "validation")
+    roots = [next((place.parent for place in (each, each.parent) if place.name in splits), each) for each in folders]
+    by_root = {root: _split_files(root, TRAIN[0]) for root in roots}
+    paths = [path for root, each in by_root.items() if each for path in _whole_table(each, root, TRAIN[0])]
+    return {"": tuple(paths)} if paths else {}

@@ -47,7 +47,10 @@ class Prompter:
         messages.append(dict(role="user", content=item.question))
         # Not as a system message, which some templates do not have.
         messages[0]["content"] = f"{benchmark.instruction}\n\n{messages[0]['content']}"
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # Answers are short: thoughts would be cut off, and no choice is likely where they should begin.
+        thinks = "enable_thinking" in str(self.tokenizer.chat_template)
+        options = dict(enable_thinking=False) if thinks else {}
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a prompt; a chat template writes the special tokens itself, so none are added."""

@@ -23,7 +23,13 @@ def origin(name: str, task: TaskConfig) -> Origin:
         return Origin(is_generated=True)
     if task.path:
         files = find(
-            task.path, name, len(task.benchmarks) > 1, benchmark.parts, benchmark.configurations, benchmark.splits
+            task.path,
+            name,
+            len(task.benchmarks) > 1,
+            benchmark.parts,
+            benchmark.configurations,
+            benchmark.splits,
+            benchmark.training[1],
         )
         if files is not None:
             return Origin(files=files)

@@ -28,8 +28,11 @@ def opened(path: Path, flag: str, advice: str) -> Iterator[IO[bytes]]:
       UserError: the file is missing, cannot be read, or is not whole; also while it is read in the block.
     """
     try:
-        with open(path, "rb") as file, _uncompressed(path, file) as content:
-            yield content
+        with open(path, "rb") as file:
+            if file.peek(64).startswith(b"version https://git-lfs"):
+                raise UserError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull where it is")
+            with _uncompressed(path, file) as content:
+                yield content
     except FileNotFoundError:
         raise UserError(f"{flag}={path} does not exist: {advice}") from None
     except (EOFError, OSError, zlib.error) as error:

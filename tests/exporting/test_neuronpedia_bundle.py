@@ -4,6 +4,7 @@ import gzip
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import FOUND, Label
 from saejax.errors import UserError
+from saejax.exporting import neuronpedia
 from saejax.exporting.run import run_export
 from saejax.files import write_json
 from saejax.results import to_json
@@ -161,3 +163,13 @@ def test_names_that_neuronpedia_does_not_take_are_refused(tmp_path, settings):
     with pytest.raises(UserError, match="Neuronpedia takes"):
         run_export(run)
     assert [path.name for path in folder.iterdir()] == [STARTED]
+
+
+def test_sites_of_heads_have_a_source_or_are_refused():
+    def source(site):
+        member = SimpleNamespace(name="", site=site, target=site)
+        return neuronpedia._source(member, "topk", "tiny", ExportConfig()).id
+
+    assert source("attn_z.3") == "3-att-topk"
+    with pytest.raises(UserError, match="no name for the site attn_k.0"):
+        source("attn_k.0")

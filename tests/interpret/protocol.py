@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+_ANSWERED = ("", "null", "cut", "uncounted")  # with a chat completion
+
 
 def texts_of(prompt: str) -> list[str]:
     """The numbered texts of a question."""
@@ -20,8 +22,8 @@ class Server:
 
     Args:
       answer: the reply's text to a prompt.
-      troubles: what happens to the first requests, in turn: a status, "slow", "nonsense", "no choices", "closed",
-        "null", "cut", "" (nothing), or the message of a status 400.
+      troubles: what happens to the first requests, in turn: a status, perhaps with its message, "slow", "nonsense",
+        "no choices", "closed", "null", "cut", "uncounted", "" (nothing), or the message of a status 400.
       retry_after: header of replies with a status.
 
     Attributes:
@@ -41,7 +43,7 @@ class Server:
                 with lock:
                     self.tries.append((time.monotonic(), body, handler.headers, handler.path))
                     trouble = self._troubles.pop(0) if self._troubles else ""
-                    if trouble in ("", "null", "cut"):
+                    if trouble in _ANSWERED:
                         self.asked.append(prompt)
                 if trouble == "closed":
                     handler.connection.close()
@@ -63,18 +65,20 @@ class Server:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
-    def _reply(self, trouble: int | str, prompt: str) -> tuple[int, bytes]:
+    def _reply(self, trouble: int | str | tuple[int, str], prompt: str) -> tuple[int, bytes]:
+        if isinstance(trouble, tuple):
+            return trouble[0], json.dumps(dict(detail=trouble[1])).encode()
         if isinstance(trouble, int):
             return trouble, b'{"error": {"message": "not now"}}'
         if trouble == "nonsense":
             return 200, b"<html>down</html>"
         if trouble == "no choices":
             return 200, b'{"choices": []}'
-        if trouble not in ("", "null", "cut"):
+        if trouble not in _ANSWERED:
             return 400, json.dumps(dict(error=dict(message=trouble))).encode()
         message = dict(role="assistant", content=None if trouble == "null" else self._answer(prompt))
         choice = dict(message=message, finish_reason="length" if trouble == "cut" else "stop")
-        usage = dict(prompt_tokens=len(prompt.split()), completion_tokens=7)
+        usage = dict(prompt_tokens=len(prompt.split()), completion_tokens=None if trouble == "uncounted" else 7)
         return 200, json.dumps(dict(choices=[choice], usage=usage)).encode()
 
     def __enter__(self):

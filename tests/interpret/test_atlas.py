@@ -153,6 +153,9 @@ def test_sheets_for_review(tmp_path):
     assert first["logits_lost"] == "1.250" and first["context_1"].startswith("The city") and BAD in first["context_1"]
     assert (second["label"], second["note"], second["reviewer"]) == ("cats", "sure", "Ada")
     assert read_labels(folder, "topk", 9, True) == {2: Label("cats", "Ada", "sure")}
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match="nothing is a folder without .csv files"):
+        read_labels(tmp_path / "nothing", "topk", 9, True)
     (folder / "capital.csv").write_text(text.replace(",cats,", ",dogs,"))
     with pytest.raises(UserError, match=r"plural.csv, line 2: feature 2 is 'cats', and 'dogs' in an earlier line"):
         read_labels(folder, "topk", 9, True)

@@ -173,6 +173,12 @@ def test_labels_are_written_from_training_text_and_kept_only_if_they_tell(workdi
     assert member.kept <= 2  # the judge guesses
 
 
+def test_a_label_without_another_beside_it_is_not_kept(workdir, tmp_path):
+    with protocol.Server(judge(Place(workdir))) as server:
+        member, found = go(workdir, tmp_path / "unit", server.url, features=(1,))
+    assert found[1].accuracy.mean == 1 and member.control_accuracy is None and member.kept == 0
+
+
 def test_a_judge_that_guesses_keeps_few_labels():
     """Worlds in which nothing is true: 20 contexts, answers by a coin, for the label and for the other one."""
     rng, kept = np.random.default_rng(0), 0

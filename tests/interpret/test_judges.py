@@ -79,6 +79,12 @@ def test_parameters_that_a_model_refuses_are_renamed_or_dropped():
         assert [answer.text for answer in ask(server, ASK[:2])] == ["yes", "yes"]
         bodies = [body for _, body, *_ in server.tries]
     assert len(bodies) == 5
+    # As servers with strict schemas refuse (Mistral's), and behind a long preamble.
+    for status, message in ((422, "{'loc': ['body', 'chat_template_kwargs'], 'msg': 'Extra inputs are not permitted'}"),
+                            (400, 400 * "x" + " chat_template_kwargs")):  # fmt: skip
+        with protocol.Server(lambda prompt: "yes", [(status, message)]) as server:
+            assert ask(server, ASK[:1])[0].text == "yes"
+            assert "chat_template_kwargs" not in server.tries[1][1] and server.tries[1][1]["temperature"] == 0
     for body in bodies[3:]:
         assert not {"max_tokens", "temperature", "chat_template_kwargs"} & body.keys()
         assert body["max_completion_tokens"] == 4096
@@ -94,9 +100,28 @@ def test_labels_and_judgements_of_a_reply_are_read():
         "```json\n[true, false, true]\n```",
         "<think>[0, 0, 0]</think>[1, 0, 1]",
         "Text 1: 1\nText 2: 0\n**Text 3**: 1",
+        "Text 1: yes\nText 2: no\nText 3: Yes.",
+        '["1", "0", "1"]',
+        "[1, 0, 1,]",
+        r"\[1, 0, 1\]",
+        '{"answers": [1, 0, 1]}',
+        '{"1": 1, "2": 0, "3": 1}',
+        "**1, 0, 1**",
     ):
         assert read_judgements(reply, 3) == [True, False, True], reply
-    for reply in (None, "[1, 0]", "[1, 0, 2]", '["a", 0, 1]', "Text 1: 1\nText 3: 1", "[1, 0, 0.5]"):
+    assert read_label("[EXPLANATION]: verbs\nThis explanation: covers all examples.") == "verbs"
+    for reply in (
+        None,
+        "1. 1\n2. 0\n3. 1",
+        "1, 0",
+        "Texts 1, 0, 1",
+        "{1, 0}",
+        "[1, 0]",
+        "[1, 0, 2]",
+        '["a", 0, 1]',
+        "Text 1: 1\nText 3: 1",
+        "[1, 0, 0.5]",
+    ):
         assert read_judgements(reply, 3) is None, reply
 
 
@@ -115,6 +140,13 @@ def test_an_endpoint_that_never_answers_is_given_up(waits):
 def test_no_answer_and_one_that_is_truncated_are_none():
     with protocol.Server(lambda prompt: "yes", ["null", "cut"]) as server:
         assert [answer.text for answer in ask(server, ASK[:3])] == [None, None, "yes"]
+    with (
+        protocol.Server(lambda prompt: "yes", [(400, "the context is 2048")]) as server,
+        pytest.raises(UserError, match="refuses the question: status 400: .*the context is 2048"),
+    ):
+        ask(server, ASK[:1])
+    with protocol.Server(lambda prompt: "yes", ["uncounted"]) as server:  # usage without numbers: estimated
+        assert ask(server, ASK[:1]) == [Answer("yes", len("Say it.number 0yes") // 4)]
 
 
 class Counting:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saejax.matching.transfer.activity import aligned, first_texts, read_text
+from saejax.matching.transfer.activity import aligned, first_texts, read_text, site_values
 
 _SPEC = importlib.util.spec_from_file_location("kinds", Path(__file__).parents[1] / "tasks" / "tokenizer_kinds.py")
 KINDS = importlib.util.module_from_spec(_SPEC)
@@ -69,3 +69,20 @@ def test_pieces_hold_all_tokens_behind_the_special_ones():
     assert np.concatenate([piece[1:] for piece in read.pieces]).tolist() == ids and len(ids) == len(read.text_N)
     assert first_texts(["a" * 50, "b" * 50, "c" * 50], 12) == ["a" * 50, "b" * 50]
     assert first_texts(["a"], 1000) == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["llama3", "gemma", "mistral"])
+def test_a_text_that_begins_with_bos_gets_no_second(kind):
+    tokenizer = KINDS.tokenizer(kind)
+    read = read_text(tokenizer, [f"{tokenizer.bos_token}The capital of France"], 64)
+    (piece,) = read.pieces
+    assert piece.tolist().count(tokenizer.bos_token_id) == 1 and len(piece) == 1 + len(read.text_N)
+    assert read.end_N.min() > len(tokenizer.bos_token)
+
+
+def test_sites_of_heads_have_the_width_of_their_heads(lm):
+    read = read_text(lm.tokenizer, TEXTS[:1], 64)
+    values = site_values(lm, read, ["attn_k.1", "resid_post.1"], 256)
+    expected = lm(lm.tokenize(TEXTS[:1]), capture=["attn_k.1"]).sites["attn_k.1"][0]
+    assert values["attn_k.1"].shape[1] == 32 < values["resid_post.1"].shape[1] == lm.config.d_model
+    np.testing.assert_allclose(values["attn_k.1"], expected[read.front :], atol=1e-4)

@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition, save_effects
+from saejax.matching.importance import ImportanceAlignment
 from saejax.studies import alignment
 from saejax.studies.alignment import ItemLosses, align_items
 
@@ -107,7 +108,7 @@ def test_items_that_were_not_measured_are_left_out():
     assert align(first, second) == wanted
 
 
-def test_items_of_two_rows_are_read_from_their_tables(tmp_path):
+def test_items_of_two_rows_are_read_from_their_tables(tmp_path, monkeypatch):
     first, second = next(iter(pairs(shared=1)))
     rows = {}
     for name, losses, order in (("a", first, np.arange(ITEMS)), ("b", second, np.arange(ITEMS)[::-1])):
@@ -126,6 +127,15 @@ def test_items_of_two_rows_are_read_from_their_tables(tmp_path):
     assert found.rank_correlation == pytest.approx(wanted.correlation) and found.control == pytest.approx(
         wanted.placebo
     )
+    # Features that agree are aligned only if there is a placebo that they can exceed.
+    monkeypatch.setattr(alignment.ItemFeatures, "load", lambda path: None)
+    for name in rows:
+        (tmp_path / name / alignment.FEATURES_ON_ITEMS).touch()
+    for rotated, placebo, answer in ((0.1, 0.2, True), (None, 0.2, True), (0.1, 0.95, False), (0.1, None, None)):
+        agreement = ImportanceAlignment(20, 0.5, 0.0, 0.9, 0.001, rotated, placebo)
+        monkeypatch.setattr(alignment, "align_importance", lambda *args, agreement=agreement: agreement)
+        by = {comparison.by: comparison for comparison in alignment.alignments(rows)}
+        assert by["features"].aligned is answer and by["items"].aligned is True
 
 
 def test_too_little_to_compare():

@@ -12,12 +12,13 @@ from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, Verdict
 from saejax.interventions.table import TESTED
 from saejax.interventions.verdict import verdict
 from saejax.matching.importance import rank_correlation
-from saejax.matching.track.results import LensLayers, StepTest, TrackedStep, TrackedText, TrackResults
+from saejax.matching.track.results import LensLayers, MeasuredChain, StepTest, TrackedStep, TrackedText, TrackResults
 from saejax.matching.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
 from saejax.page.findings import Findings
 from saejax.results import Interval, Summary
 from saejax.studies import criteria, gather
 from saejax.studies.results import CriterionFigures, ModelFigures, StudyFigures
+from saejax.tasks.results import BenchmarkResults
 
 sys.path.append(str(Path(__file__).parent.parent / "interventions"))
 
@@ -93,10 +94,10 @@ def empty(**changes) -> StudyFigures:
 def test_a_criterion_that_cannot_be_asked_is_not_met_and_not_failed():
     model = ModelFigures("row", "", "m", "main", "float32", None, None, None, (), (), (), (), 3, 2, 9.0, None, None)
     found = {one.criterion: one for one in criteria.criteria(empty(models=(model,)), [])}
-    assert len(found) == 9 and all(isinstance(one, CriterionFigures) for one in found.values())
+    assert len(found) == 10 and all(isinstance(one, CriterionFigures) for one in found.values())
     assert found["Every unit is done"].met is False and found["Every unit is done"].evidence == "2 of 3"
     assert {one.met for name, one in found.items() if name != "Every unit is done"} == {None}
-    assert found["Dictionaries transfer"].evidence == "not run"
+    assert found["Every dictionary shares features with another"].evidence == "not run"
 
 
 def summary_of(results) -> Summary:
@@ -118,16 +119,18 @@ def tracked(answers) -> TrackResults:
     tests = [StepTest((), 1.0, 40, 19, 0.5, 0.1, 0.02, answer) for answer in answers]
     steps = tuple(TrackedStep(f"step {number}", "", 0, 3, test) for number, test in enumerate(tests))
     lens, site = LensLayers((), (), ()), "resid_post.0"
-    text = TrackedText(9, " 4", 8, (site,), site, steps, lens, 7)
+    chains = tuple(MeasuredChain((), 1.0, 0.1, True, answer == "yes") for answer in answers if answer != "not testable")
+    text = TrackedText(9, " 4", 8, (site,), site, steps, lens, 7, chains=chains[:4])
     return TrackResults(dict(sum=text))
 
 
 @pytest.mark.parametrize(
     ("shared", "null", "answers", "met"),
     [
-        (0.8, 0.1, ["yes"] * 8, [True, True]),
-        (0.3, 0.2, ["yes", "no", "no", "not testable"], [False, False]),  # intervals meet; one of three is hurt
-        (0.8, 0.1, ["not testable"], [True, None]),
+        (0.8, 0.1, ["yes"] * 8, [True, True, True]),
+        (0.3, 0.2, ["yes", "no", "no", "not testable"], [False, False, False]),  # intervals meet; one of three is hurt
+        (0.8, 0.1, ["not testable"], [True, None, None]),
+        (0.8, 0.1, ["yes", "no", "no", "no", "yes", "yes", "yes"], [True, False, True]),  # one of four chains holds
     ],
 )
 def test_transfer_and_tracking_are_judged_by_their_results(shared, null, answers, met):
@@ -139,5 +142,30 @@ def test_transfer_and_tracking_are_judged_by_their_results(shared, null, answers
     tested = [answer for answer in answers if answer != "not testable"]
     assert (text.text, text.tests, text.hurt, text.links) == ("sum", len(tested), tested.count("yes"), 7)
     judged = {one.criterion: one for one in criteria.criteria(empty(transfer=(pair,), tracking=(text,)), [])}
-    names = ["Dictionaries transfer", "Features are tracked through layers"]
+    names = [
+        "Every dictionary shares features with another",
+        "Chains of features through the layers hold",
+        "Ablating a step's features at one layer hurts the step",
+    ]
     assert [judged[name].met for name in names] == met
+
+
+def test_generated_answers_are_judged_whatever_their_format():
+    strict, flexible = Interval(0.1, 0.0, 0.3), Interval(0.6, 0.4, 0.8)
+    for score, accuracy in (("generate", dict(strict=strict, flexible=flexible)), ("choice", dict(raw=flexible))):
+        scores = BenchmarkResults(score, 20, "", accuracy=accuracy)
+        found = Findings({"benchmark/gsm8k": summary_of(scores)}, {}, Path(), {})
+        (baseline,) = gather._baselines("row", found)
+        assert baseline.value == flexible
+
+
+def test_a_distant_pair_of_a_deep_stack_is_no_failure():
+    (near,), (far,) = (
+        list(gather.transfer("row", Findings(dict(transfer=summary_of(transfer(*shared))), {}, Path(), {})))
+        for shared in ((0.8, 0.1), (0.1, 0.1))
+    )
+    pairs = [("0", "1", near), ("1", "2", near), ("0", "2", far)]
+    figures = [dataclasses.replace(pair, first=first, second=second) for first, second, pair in pairs]
+    for chosen, met, evidence in ((figures, True, "3 of 3 dictionaries"), (figures[::2], False, "2 of 3 dictionaries")):
+        (found,) = [one for one in criteria.criteria(empty(transfer=tuple(chosen)), []) if "shares" in one.criterion]
+        assert found.met is met and found.evidence.startswith(evidence)

@@ -65,6 +65,24 @@ def test_every_table_is_a_file(study):
             assert {key: row[key] for key in plain} == {key: str(value) for key, value in plain.items()}
 
 
+def test_a_page_says_nothing_about_what_was_not_run(tmp_path):
+    """All rows have failed, or only trained."""
+    every = made_up(StudyFigures, itertools.count(1001))
+    nothing = dataclasses.replace(every, **dict.fromkeys(TABLES, ()))
+    trained = tuple(dataclasses.replace(each, improvement=None) for each in every.dictionaries)
+    untested = tuple(dataclasses.replace(each, agree=None) for each in every.associations)
+    for name, figures in (
+        ("failed", dataclasses.replace(nothing, failures=every.failures)),
+        ("trained", dataclasses.replace(nothing, dictionaries=trained)),
+        ("tested", dataclasses.replace(nothing, labels=every.labels, associations=untested)),
+    ):
+        (tmp_path / name).mkdir()
+        write_report(tmp_path / name, figures)
+        page = (tmp_path / name / "study.md").read_text()
+        assert "0 of 0" not in page
+        assert "No two phases disagree" not in page and "No group of features was stable" not in page
+
+
 @needs_chromium
 @pytest.mark.parametrize(("media", "width"), [("screen", 360), ("print", 718)], ids=["phone", "paper"])
 def test_nothing_is_cut_off(study, tmp_path, media, width):

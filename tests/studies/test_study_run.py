@@ -120,6 +120,9 @@ def test_shares_of_a_host(monkeypatch, tmp_path):
     assert [part.cores for part in shares.shares(2)] == [{0, 1}, {2, 3, 4}]
     with pytest.raises(UserError, match="this host has 5 cores, too few for 6 units at once"):
         shares.shares(6)
+    for none in ("-1", "-1,0"):  # no GPU, as CUDA reads it: cores are shared
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert shares._gpus() == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,GPU-5,7")
     assert [part.environment["CUDA_VISIBLE_DEVICES"] for part in shares.shares(2)] == ["1,3", "GPU-5,7"]
     with pytest.raises(UserError, match="this host has 4 GPUs"):

@@ -14,7 +14,7 @@ from benchmark_rows import GSM8K, LOGIC, MATH, write_all, write_lines
 from saejax.errors import UserError
 from saejax.settings import TaskConfig
 from saejax.tasks import hub as hub_module
-from saejax.tasks.benchmark_definitions import LOGIC_TASKS
+from saejax.tasks.benchmark_definitions import DEFINITIONS, LOGIC_TASKS
 from saejax.tasks.benchmark_files import Origin, find
 from saejax.tasks.benchmarks import identity, origin, read_items, training_items
 
@@ -124,11 +124,21 @@ LAYOUTS = {
         for split, rows in (("test", test), ("train", [dict(question="More?", answer="#### 5")]))
     },
     "gsm8k shards": {f"data/{shard('test', n, 3)}": GSM8K[4 * n : 4 * n + 4] for n in range(3)},
+    "gsm8k hashed": {
+        f"data/{shard('test', n, 3)[:-8]}-b42a775f407cee45.parquet": GSM8K[4 * n : 4 * n + 4] for n in range(3)
+    },
     "gsm8k array": {"test.json": GSM8K},
     "logic repository": {f"bbh/{task}.json": dict(canary="a", examples=rows) for task, rows in LOGIC.items()},
     "logic snapshot": {f"{task}/{shard('test')}": rows for task, rows in LOGIC.items()},
     "math first": {f"test/{('algebra', 'geometry')[n % 2]}/{n // 2}.json": row for n, row in enumerate(MATH)}
     | {f"train/algebra/{n}.json": MATH[0] for n in range(8)},
+    "math subjects": {
+        f"{subject}/{shard(split)}": rows
+        for n, subject in enumerate(DEFINITIONS["math"].training[1])
+        for split, rows in (("test", [*MATH[n : n + 1], *MATH[7:][: n == 0]]), ("train", MATH[n : n + 1]))
+    },
+    "math empty answer": {"test.jsonl": [row | dict(answer="") for row in MATH]},
+    "math whole numbers": {"test.jsonl": [row | dict(answer=(n + 2) ** 2) for n, row in enumerate(MATH)]},
     "math null answer": {"test.jsonl": [row | dict(answer=None) for row in MATH]},
     "commonsense hub": {
         f"data/{shard('validation')}": [BOOTS, BOOTS], f"data/{shard('test')}": [BOOTS | dict(answerKey="")] * 2,
@@ -138,8 +148,13 @@ LAYOUTS = {
     "logiqa hub": {
         f"data/{shard('test')}": [dict(context="It rains.", query=QUESTION, options=CHOICES, correct_option=1)] * 2
     },
-    "logiqa second": {"test.txt.jsonl": [dict(text="It rains.", question=QUESTION, options=CHOICES, answer=1)] * 2},
-    "logiqa first": {"Test.txt": BLOCK * 2},
+    "logiqa letters": {"test.jsonl": [dict(context="It rains.", question=QUESTION, options=CHOICES, label="b")] * 2},
+    "logiqa second": {
+        "test.txt": "\n".join([json.dumps(dict(text="It rains.", question=QUESTION, options=CHOICES, answer=1))] * 2),
+        "ood_test.jsonl": [dict(text="It snows.", question=QUESTION, options=CHOICES, answer=1)] * 2,
+    },
+    "logiqa first": {"Test.txt": BLOCK * 2, "zh_test.txt": BLOCK.replace("rains", "snows") * 2},
+    "logiqa no letters": {"Test.txt": BLOCK.replace("A.", "").replace("B.", "").replace("C.", "") * 2},
 }  # fmt: skip
 
 
@@ -181,6 +196,9 @@ def test_published_layouts_are_read(tmp_path, layout):
 
 
 def test_the_train_split_is_found_in_published_layouts(tmp_path):
+    publish("math subjects", tmp_path / "subjects")
+    task = TaskConfig(benchmarks=("math",), path=str(tmp_path / "subjects"), examples=1)
+    assert len({item.question for item in training_items("math", task)}) >= 6, "those of all subjects"
     for layout, text in (("gsm8k snapshot", "More?"), ("math first", MATH[0]["problem"])):
         root, name = publish(layout, tmp_path / layout), layout.split()[0]
         left = training_items(name, TaskConfig(benchmarks=(name,), path=str(root), examples=1))
@@ -207,6 +225,42 @@ def test_what_is_not_whole_is_refused(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             read_items(name, TaskConfig(benchmarks=(name,), path=str(tmp_path / path), examples=1))
+
+
+@pytest.mark.parametrize(
+    "name, fields, said",
+    [
+        ("commonsense", dict(choices=["a", None], answer=0), 'its options are .* expected a list of texts'),
+        ("commonsense", dict(choices=[dict(label="A"), dict(label="B", text="b")]), "expected a list of texts"),
+        ("commonsense", dict(options="a ) 38 , b ) 27", answer="a"), "expected a list of texts"),
+        ("commonsense", dict(choices=5, answer="A"), "expected a list of texts"),
+        ("commonsense", dict(choices=["a"], answer=0), "1 options .* expected 2 to 26"),
+        ("commonsense", dict(choices=[*map(str, range(30))], answer=28), "30 options .* expected 2 to 26"),
+        ("commonsense", dict(choices=dict(label=["A", "A"], text=["a", "b"]), answerKey="A"), "a label of its own"),
+        ("commonsense", dict(choices=["a", "b", "c"], answer="²"), "which is not one of A, B, C"),
+        ("commonsense", dict(choices=["a", "b"], answer=True), "the right answer is true, which"),
+        ("gsm8k", dict(answer="so #### seven"), "does not end in '#### ' and a number"),
+        ("math", dict(problem="a", solution="b", answer=[4]), "'answer' is .4.: expected text"),
+    ],
+)  # fmt: skip
+def test_rows_that_mean_nothing_are_refused(tmp_path, name, fields, said):
+    path = write_lines(tmp_path / "test.jsonl", [dict(question="Which?") | fields])
+    with pytest.raises(UserError, match=f"line 1.*{said}"):
+        read_items(name, TaskConfig(benchmarks=(name,), path=str(path), examples=1))
+
+
+def test_a_key_that_is_a_whole_number_names_the_option_with_this_label(tmp_path):
+    fields = dict(choices=dict(label=["1", "2", "3"], text=CHOICES), answerKey=1)
+    path = write_lines(tmp_path / "test.jsonl", [dict(question="Which?") | fields])
+    (item,) = read_items("commonsense", TaskConfig(path=str(path), examples=1))
+    assert item.answer == "(A)"
+
+
+def test_a_pointer_of_git_lfs_is_no_file(tmp_path):
+    for name in ("test.jsonl", "test.parquet"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:35\nsize 4\n")
+        with pytest.raises(UserError, match="is a pointer of Git LFS, .* git lfs pull"):
+            fields(tmp_path / name)
 
 
 # The hub, which no test can reach

@@ -127,6 +127,18 @@ def test_the_chat_template_holds_the_examples_as_turns():
     assert prompter("gsm8k", Chat(), shots=0, chat_template=True).prompt(item) == f"{start}How many?<assistant>"
 
 
+def test_a_template_that_can_think_is_told_not_to():
+    class Thinking(Chat):  # as Qwen3's
+        chat_template = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt, enable_thinking=True):
+            text = super().apply_chat_template(messages, tokenize, add_generation_prompt)
+            return text if enable_thinking else f"{text}<think></think>"
+
+    chat = prompter("gsm8k", Thinking(), shots=0, chat_template=True)
+    assert chat.prompt(Item("a:1", "", "How many?", "", "")).endswith("How many?<assistant><think></think>")
+
+
 def test_smollm2s_own_template():
     tokenizer = source.load_tokenizer(source.resolve(ModelConfig()))
     chat = prompter("logic", tokenizer, shots=0, chat_template=True)

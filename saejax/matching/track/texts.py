@@ -113,7 +113,7 @@ def read_problems(config: TrackConfig) -> list[Problem]:
 
 def _problem(record: Any, where: str) -> Problem:
     if isinstance(record, dict) and set(record) == _GSM8K:
-        record = _from_gsm8k(record)
+        record = _from_gsm8k(record, where)
     keys_fit = isinstance(record, dict) and not set(record) - set(_KEYS)
     if not keys_fit or not isinstance(record.get("prompt", ""), str) or not isinstance(record.get("answer", ""), str):
         raise UserError(f"{where} is no prompt to follow: expected {_EXAMPLE}")
@@ -130,10 +130,14 @@ def _problem(record: Any, where: str) -> Problem:
     return Problem(slug, prompt, steps, record.get("answer", ""))
 
 
-def _from_gsm8k(record: dict[str, Any]) -> dict[str, Any]:
+def _from_gsm8k(record: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a row of GSM8K as a prompt to follow: calculator annotations are removed, the answer follows the steps."""
-    solution, _, answer = str(record["answer"]).rpartition("####")
-    solution = re.sub(r"<<[^>]*>>", "", solution or str(record["answer"]))
+    solution, mark, answer = str(record["answer"]).rpartition("####")
+    if not mark or not answer.strip():
+        raise UserError(
+            f"{where}: 'answer' does not end in '#### ' and a number, as in GSM8K: expected that, or {_EXAMPLE}"
+        )
+    solution = re.sub(r"<<[^>]*>>", "", solution)
     steps = f"{solution.rstrip()}\nThe answer is {answer.strip()}."
     return dict(prompt=record["question"], solution=steps, answer=f" {answer.strip()}")
 

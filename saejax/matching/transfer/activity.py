@@ -66,6 +66,8 @@ def read_text(tokenizer: Any, texts: Sequence[str], context: int) -> ReadText:
     for number, text in enumerate(texts):
         read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, ends = read["input_ids"], [end for _, end in read["offset_mapping"]]
+        if front and ids[: len(front)] == front:  # the text's own; a second one would follow it
+            ids, ends = ids[len(front) :], ends[len(front) :]
         ends = [_whole_end(text, end, as_text(token)) for token, end in zip(ids, ends, strict=True)]
         pieces += [np.array([*front, *ids[i : i + size]], np.int32) for i in range(0, len(ids), size)]
         numbers.append(np.full(len(ids), number))
@@ -133,7 +135,7 @@ class Activity:
 def site_values(lm: LanguageModel, read: ReadText, sites: Sequence[str], batch_tokens: int) -> Mapping[str, np.ndarray]:
     """Return the values of some sites at every token of the texts, special tokens left out, fp32 [N, D] each."""
     starts = np.cumsum([0, *(len(piece) - read.front for piece in read.pieces)])
-    values = {site: np.zeros((starts[-1], lm.config.d_model), np.float32) for site in sites}
+    values: dict[str, np.ndarray] = {}
     lengths = np.array([round_length(len(piece)) for piece in read.pieces], np.int64)
     for chosen, rows, length in even_batches(lengths, batch_tokens, lm.mesh.shape["data"], _PROGRAM):
         filled = pad([*(read.pieces[i].tolist() for i in chosen), *[[0]] * (rows - len(chosen))])
@@ -141,6 +143,8 @@ def site_values(lm: LanguageModel, read: ReadText, sites: Sequence[str], batch_t
         output = lm(Tokens(ids_BxT, filled.lengths_B), capture=sites, logits=False)
         for site in sites:
             value_BxTxD = np.asarray(output.sites[site], np.float32)
+            # Not all sites have the stream's width: those of heads have that of all heads side by side.
+            values.setdefault(site, np.zeros((starts[-1], value_BxTxD.shape[-1]), np.float32))
             for row, piece in enumerate(chosen):
                 # Without special tokens: they end at no character, so no other model's token is their pair.
                 part_NxD = value_BxTxD[row, read.front : filled.lengths_B[row]]
