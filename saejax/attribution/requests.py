@@ -55,8 +55,10 @@ def unit_name(config: GraphConfig) -> str:
         )
     if config.transcoders and config.dictionaries:
         raise UserError("--graph.transcoders and --graph.dictionaries: expected one of them")
-    if config.dictionaries and (config.query_key or config.heads):
-        raise UserError("--graph.query_key and --graph.heads are for transcoders (--graph.transcoders), not for SAEs")
+    if config.dictionaries and (config.query_key or config.heads or config.l0):
+        raise UserError(
+            "--graph.query_key, --graph.heads and --graph.l0 are for transcoders (--graph.transcoders), not for SAEs"
+        )
     if config.transcoders and (config.direct or config.estimate != "gradient"):
         raise UserError("--graph.estimate and --graph.direct are for SAEs (--graph.dictionaries), not for transcoders")
     read_heads(config)

@@ -409,7 +409,11 @@ class LayerSaes(LayerDictionaries):
           UserError: a site does not exist there, or an SAE has another width or was trained on another model.
         """
         for site, config in zip(self.sites, self.configs, strict=True):
-            site.check(model.config)
+            if (width := site.check(model.config).width(model.config)) != model.config.d_model:
+                raise UserError(
+                    f"{self.name}: {site} has {width} numbers, and graphs are of sites as wide as the stream "
+                    f"({model.config.d_model}): expected an SAE of another site, such as attn_out.{site.layer}"
+                )
             check_dictionary(config, model, f"{self.name}: the SAE of {site}")
         self.resolve_sinks(model)
         return self
