@@ -81,7 +81,7 @@ def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
     graph = whole.prune()  # the whole graph is saved, so pruning again traces nothing
     assert whole.pruning is None and len(whole.nodes) > len(graph.nodes)
     assert results["ids"]["traced"] == whole.count(FEATURE) and results["ids"]["untraced"] < 1e-6
-    assert "with 100\u00a0% of the active features traced" in (folder / "ids.html").read_text()
+    assert "active features traced (100\u00a0%)" in (folder / "ids.html").read_text()
     document = json.loads((folder / "graphs" / "ids.json").read_text())
     assert len(document["nodes"]) == len(graph.nodes) and len(document["links"]) == results["ids"]["edges"]
     assert document["metadata"]["feature_details"] == dict(neuronpedia_source_set="plt-9")
@@ -143,6 +143,9 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water", "targets": [" and so on"]}\n')
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
     assert "error: the-water: the target ' and so on' is 6 tokens" in capsys.readouterr().err
+    prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water", "targets": [" way", " way"]}\n')
+    assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
+    assert " is there twice: expected each target once" in capsys.readouterr().err
     # And with less memory than the longest takes.
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water near the war"}\n')
     monkeypatch.setattr(prompt, "free_memory", lambda mesh: prompt.Memory(0, 2**28))
