@@ -121,6 +121,7 @@ class SaeRun(PromptRun):
         if freeze != "none":
             raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
         model, n_layers, last = self.model, self.model.config.n_layers, len(self.ids_P) - 1
+        self.dictionaries.resolve_sinks(model)  # another model may have used the SAEs meanwhile
         index_J = np.asarray(features, np.int64)
         wanted = self.active[index_J]
         encoder_JxD = self.dictionaries.rows_of("W_enc", wanted.layer_A, wanted.feature_A)

@@ -219,6 +219,20 @@ def test_references_name_a_subfolder_and_a_revision(address, options, tiny, tmp_
     assert ("small/config.yaml" if is_inside else "config.yaml") in asked["allow_patterns"]
 
 
+def test_models_in_turn_have_sinks_of_their_own(tiny):
+    """A set that says nothing of sinks may be used with a model before and after tuning."""
+    opened = LayerTranscoders.of(make_transcoders(tiny.config))
+    first, second = (SimpleNamespace(sink_norm=lambda site, limit=limit: limit) for limit in (1.0, 2.0))
+    limits = []
+    for model in (first, second, first):
+        opened.resolve_sinks(model)
+        limits.append([float(each.arrays["max_norm"]) for each in (opened.encoder(0), opened.load(0))])
+    assert limits == [[1, 1], [2, 2], [1, 1]]
+    local = LocalModel(tiny, opened, IDS)
+    opened.resolve_sinks(first)
+    assert float(local.encoder(0).arrays["max_norm"]) == pytest.approx(tiny.sink_norm("mlp_in.0"))
+
+
 @pytest.mark.parametrize("room,read_again", [(2, []), (1, [0, 1]), (0, [0, 1])])
 def test_as_many_layers_are_kept_as_fit(room, read_again, tiny, monkeypatch):
     made, loaded = make_transcoders(tiny.config), []
