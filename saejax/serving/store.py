@@ -205,7 +205,10 @@ class GraphStore:
         document = self.document(graph)
         if not are_groups(groups):
             raise UserError("these are no groups: expected of each a label and nodes of the saved graph")
-        check_groups([node["node_id"] for node in document["nodes"]], groups)
+        ids, members = {node["node_id"] for node in document["nodes"]}, {name for group in groups for name in group[1:]}
+        if graph.whole and not members <= ids:  # pruned away, they are on the page with other thresholds
+            ids |= set(graph.load_whole().ids)
+        check_groups(ids, groups)
         path = self._groups_file(graph)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f".{path.name}.lock")):

@@ -14,7 +14,7 @@ from saejax.attribution import run as stage
 from saejax.attribution.forms.features import parse_feature
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
-from saejax.attribution.requests import Request, read_requests, unit_name
+from saejax.attribution.requests import Request, read_given_labels, read_requests, unit_name
 from saejax.attribution.results import AttributeResults
 from saejax.attribution.trace import prompt
 from saejax.errors import UserError
@@ -161,6 +161,8 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
         ('{"slug": "a"}', "is no prompt to trace"),
         ('{"prompt": "a", "token_ids": [1]}', "is no prompt to trace"),
         ('{"prompt": 3}', "prompt and targets are texts"),
+        ('{"prompt": "a", "targets": 5}', "prompt and targets are texts"),
+        ('{"prompt": "a", "targets": {" b": 1}}', "prompt and targets are texts"),
         ('{"prompt": "a"}\n{"prompt": ""}', "line 2: the prompt is empty"),
         ('{"token_ids": []}', "line 1: the prompt is empty"),
         ('{"prompt": "a", "slug": "summary"}', "cannot name a graph"),
@@ -176,6 +178,19 @@ def test_bad_files_of_prompts(tmp_path, line, message):
     assert unit_name(config) == "prompts"
     with pytest.raises(UserError, match=message):
         read_requests(config)
+
+
+def test_labels_that_no_reader_gets_through_are_one_line(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"deep\.json holds no labels"):
+        read_given_labels(GraphConfig(labels=str(tmp_path / "deep.json")))
+
+
+def test_a_target_without_a_list_is_one_target(tmp_path):
+    """Else each of its letters would be one."""
+    (tmp_path / "some.jsonl").write_text('{"prompt": "a", "targets": " way> runs"}')
+    (request,) = read_requests(GraphConfig(prompts=str(tmp_path / "some.jsonl")))
+    assert request.targets == ((" way", " runs"),)
 
 
 def test_of_an_answer_the_first_token_is_explained(lm):

@@ -206,7 +206,7 @@ def prompt_ids(model: LanguageModel, prompt: str | Sequence[int] | np.ndarray, c
         ids = np.asarray(prompt)
         if ids.dtype.kind not in "iu" or ids.size != ids.shape[-1]:
             raise UserError(f"the prompt is {prompt!r:.60}: expected a text, or the token ids of one, whole numbers")
-        ids = ids.reshape(-1).astype(np.int32)
+        ids = np.clip(ids.reshape(-1), -1, np.iinfo(np.int32).max).astype(np.int32)  # the check below names them
     else:
         ids = model.tokenize([prompt]).ids_BxT[0]
         tokenizer = model.tokenizer

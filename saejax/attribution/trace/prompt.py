@@ -237,7 +237,8 @@ def trace_prompt(
         raise UserError(
             f"max_logits is {max_logits} and logit_mass {logit_mass}: expected 1 or more, and a probability, 0 to 1"
         )
-    targets = [targets] if isinstance(targets, str | int) else targets  # a text is one token, not one for each letter
+    # A text is one token, not one for each of its letters.
+    targets = [targets] if isinstance(targets, str | int) else list(targets)
     settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     # 1. The run.
     ids_P = prompt_ids(model, prompt, chat)

@@ -154,6 +154,7 @@ def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
         ([IDS, IDS], {}, "expected a text, or the token ids of one"),
         (["The", "cat"], {}, "expected a text, or the token ids of one"),
         ([0, 999], {}, "token ids are 0 to 999"),
+        ([0, 2**32 + 5], {}, "token ids are 0 to 2147483647"),
         ([0] * 100, {}, "100 tokens: expected 1 to 64"),
     ],
 )
@@ -167,6 +168,7 @@ def test_one_target_needs_no_list(target, tiny, made):
     """Else a text would be a target for each of its letters."""
     one, listed = (trace(tiny, made, IDS, targets=targets, max_features=5) for targets in (target, [target]))
     assert one.labels == listed.labels and len(one.labels) == 1
+    assert len(trace(tiny, made, IDS, targets=np.array([7, 8]), max_features=5).labels) == 2
 
 
 @pytest.mark.parametrize("name", ["W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D", "W_skip_DxD"])
