@@ -89,7 +89,7 @@ def run_attribute(
 
         return measure
 
-    graphs = each_part(run, list(requests), begin, GraphResults, "prompts")
+    graphs = each_part(run, list(requests), begin, GraphResults, "texts for contexts")
     return AttributeResults(config.transcoders, config.dictionaries, graphs)
 
 
