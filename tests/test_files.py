@@ -24,7 +24,7 @@ def test_bad_json(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "a.json", dict(x=float("nan")))
     assert not os.listdir(tmp_path)
-    for text in ("", "{", '{"a": 1', "\xff"):
+    for text in ("", "{", '{"a": 1', "\xff", "[" * 100_000):
         (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match=r"a\.json is not valid JSON"):
             read_json(tmp_path / "a.json")

@@ -48,10 +48,11 @@ def _lead(rows: Sequence[Row], missed: str) -> str:
     """Return a paragraph on all graphs for the beginning of the report."""
     prompts = "One prompt was" if len(rows) == 1 else f"{len(rows)} prompts were"
     explained = _span([graph.scores.replacement for _, graph in rows], percent)
+    traced = _span([graph.traced / max(graph.active, 1) for _, graph in rows], percent)
     paragraph = (
-        f"{prompts} traced into attribution graphs, which say what in all layers made the answer. Of the influence on "
-        f"it {explained} comes from the prompt's tokens through features; the rest starts at what the {missed} do not "
-        "explain."
+        f"{prompts} traced into attribution graphs, which say what in all layers made the answer. With {traced} of the "
+        f"active features traced, {explained} of the influence on it comes from the prompt's tokens through features; "
+        f"the rest starts at what the {missed} do not explain."
     )
     correlations = [_doubling(graph).correlation for _, graph in rows]
     if measured := [value for value in correlations if value is not None]:

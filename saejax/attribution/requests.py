@@ -55,8 +55,10 @@ def unit_name(config: GraphConfig) -> str:
         )
     if config.transcoders and config.dictionaries:
         raise UserError("--graph.transcoders and --graph.dictionaries: expected one of them")
-    if config.dictionaries and (config.query_key or config.heads):
-        raise UserError("--graph.query_key and --graph.heads are for transcoders (--graph.transcoders), not for SAEs")
+    if config.dictionaries and (config.query_key or config.heads or config.l0):
+        raise UserError(
+            "--graph.query_key, --graph.heads and --graph.l0 are for transcoders (--graph.transcoders), not for SAEs"
+        )
     if config.transcoders and (config.direct or config.estimate != "gradient"):
         raise UserError("--graph.estimate and --graph.direct are for SAEs (--graph.dictionaries), not for transcoders")
     read_heads(config)
@@ -165,7 +167,7 @@ def read_given_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
     text = decode(read_bytes(path, "--graph.labels", "name a file of labels"), path)
     try:
         labels = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         labels = None
     features = [re.fullmatch(r"(\d+)_(\d+)", key) for key in labels] if isinstance(labels, dict) else [None]
     if not all(features) or not all(isinstance(label, str) for label in labels.values()):
@@ -201,10 +203,12 @@ def _of_line(record: Any, targets: tuple[TargetText, ...], where: str) -> Reques
     if not isinstance(record, dict) or set(record) - set(_KEYS) or ("prompt" in record) == ("token_ids" in record):
         raise UserError(f"{where} is no prompt to trace: expected {_EXAMPLE}, or token_ids in place of prompt")
     text, ids, named = record.get("prompt", ""), record.get("token_ids", ()), record.get("targets")
+    named = [named] if isinstance(named, str) else named  # one target, not one for each of its letters
     if text == "" and not ids:
         raise UserError(f"{where}: the prompt is empty: expected {_EXAMPLE}")
     right = isinstance(text, str) and isinstance(ids, list | tuple) and all(type(token) is int for token in ids)
-    if not (right and (text or ids)) or not (named is None or all(isinstance(target, str) for target in named)):
+    listed = named is None or (isinstance(named, list) and all(isinstance(target, str) for target in named))
+    if not (right and (text or ids) and listed):
         raise UserError(f"{where}: prompt and targets are texts, token_ids whole numbers: expected {_EXAMPLE}")
     slug = record.get("slug")
     slug = _slug_of(text or "-".join(map(str, ids))) if slug is None else _checked_slug(slug, where)

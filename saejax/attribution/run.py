@@ -27,7 +27,7 @@ from saejax.attribution.local.contexts import ContextSearch
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
-from saejax.attribution.local.readouts import Target, token_of
+from saejax.attribution.local.readouts import Target, target_pairs, token_of
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.requests import Request, read_groups, read_heads, read_labels, read_requests
 from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
@@ -84,11 +84,12 @@ def run_attribute(
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             on_progress(0, 1)
-            return _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), labels, trace)
+            request = requests[slug]
+            return _measure(run, model, dictionaries, request, groups.get(slug, []), labels, on_progress, trace)
 
         return measure
 
-    graphs = each_part(run, list(requests), begin, GraphResults, "prompts")
+    graphs = each_part(run, list(requests), begin, GraphResults, "texts for contexts")
     return AttributeResults(config.transcoders, config.dictionaries, graphs)
 
 
@@ -110,7 +111,7 @@ def _check_request(
     """
     try:
         ids_P = prompt_ids(model, request.prompt, chat=config.chat_template)
-        _targets(model, request)
+        target_pairs(model, _targets(model, request))
         for head in read_heads(config):
             check_head(model.config, *head, tokens=len(ids_P))
         if isinstance(dictionaries, LayerTranscoders):
@@ -145,6 +146,7 @@ def _measure(
     request: Request,
     groups: Sequence[Sequence[str]],
     labels: Mapping[tuple[int, int], str],
+    on_progress: OnProgress,
     trace: Callable[..., Traced] | None = None,
 ) -> Measured:
     config = run.configs[GraphConfig]
@@ -164,7 +166,7 @@ def _measure(
     if config.heads:
         heads = largest_heads(traced.local, traced.readouts, pruned)
     if config.contexts and isinstance(dictionaries, LayerTranscoders):
-        _search_contexts(run, model, dictionaries, document)
+        _search_contexts(run, model, dictionaries, document, on_progress)
     write_outputs(run, graph, document, heads, [score_table(score, pruned) for score in scores])
     # After the files are written, because the checks take longer than the graph.
     doubling, curve = None, None
@@ -195,13 +197,15 @@ def _measure(
     return Measured(results, _message(results))
 
 
-def _search_contexts(run: Run, model: LanguageModel, transcoders: LayerTranscoders, document: GraphDocument) -> None:
+def _search_contexts(
+    run: Run, model: LanguageModel, transcoders: LayerTranscoders, document: GraphDocument, on_progress: OnProgress
+) -> None:
     """Search contexts of the features on a graph's page that have no name, and write them beside the graph."""
     config, features = run.configs[GraphConfig], described_features(document)
     # Every process searches, as the devices of all run the texts; what is missing is the same in each.
     details = details_of_features(config, features)
     missing = [feature for feature in features if feature not in details or not details[feature].name]
-    contexts = _corpus_search(model, transcoders, config.contexts).contexts(missing)
+    contexts = _corpus_search(model, transcoders, config.contexts).contexts(missing, on_progress)
     if is_first_process():
         write_contexts(run.folder / FEATURES, contexts)
 
@@ -240,7 +244,7 @@ def _message(results: GraphResults) -> str:
         f"{results.active:,} active features, {results.traced:,} traced in {results.seconds:.1f} s; kept "
         f"{results.features} features, {results.errors} errors, {results.edges:,} edges; replacement "
         f"{results.scores.replacement:.2f}, completeness {results.scores.completeness:.2f} with "
-        f"{results.traced / results.active:.0%} of the active features traced"
+        f"{results.traced / results.active:.0%} of the active features traced ({results.untraced:.1%} untraced input)"
     )
     if doubling := results.doubling:
         if doubling.held_error is not None:

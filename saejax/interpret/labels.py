@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,12 @@ def write_label(path: Path, dictionary: str, feature: int, label: str, reviewer:
 
 def write_sheet(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Write lines with these columns to a .csv file; a column that a line does not have is empty there."""
+    # Of the ends of lines in a cell, Python quotes its own alone: another one would cut the line.
+    plain = [{name: re.sub("\r\n?", "\n", str(value)) for name, value in row.items()} for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(plain)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text.getvalue())
 

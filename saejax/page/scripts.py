@@ -32,7 +32,7 @@ def interactive(viewer: Path, name: str, scripts: Sequence[str], data: Any, styl
     own_style, template = ((viewer / f"{name}.{end}").read_text("utf-8") for end in ("css", "html.jinja"))
     style += own_style
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(
+    page = environment.from_string(template).render(
         style=style,
         style_hash=_hash(style),
         script=script,
@@ -40,6 +40,7 @@ def interactive(viewer: Path, name: str, scripts: Sequence[str], data: Any, styl
         data=embedded(data),
         **shown,
     )
+    return _whole(page)  # prompts of other programs may hold halves of characters, which no file can
 
 
 def embedded(data: Any) -> str:
@@ -50,6 +51,11 @@ def embedded(data: Any) -> str:
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
+    return _whole(text)
+
+
+def _whole(text: str) -> str:
+    """Return a text with replacement characters for halves of characters."""
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 

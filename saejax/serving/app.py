@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -32,6 +32,7 @@ from saejax.settings import GraphConfig, ModelConfig
 
 _OWN = Path(__file__).parent / "viewer"
 _LARGEST = 1e30  # factor or activation
+_LONGEST_LABEL = 1000  # characters
 _GRACE = 5  # seconds for answers that are under way when the server is to end
 
 
@@ -93,7 +94,7 @@ class GraphServer:
             Route("/api/label", self._saved(self._label), methods=["PUT"]),
             Route("/api/groups", self._saved(self._groups), methods=["PUT"]),
         ]
-        return Starlette(routes=routes, exception_handlers={UserError: _refuse})
+        return Starlette(routes=routes, exception_handlers={UserError: _refuse, ClientDisconnect: _left})
 
     def _page(self, make: Callable[[Mapping[str, str]], str]) -> Callable:
         async def answer(request: Request) -> Response:
@@ -126,28 +127,33 @@ class GraphServer:
 
     def _graph(self, query: Mapping[str, str]) -> str:
         graph = self._store.find(query.get("id", ""))
-        document, shown, note, why = self._store.document(graph), self._store.shown(graph), "", ""
+        document, note, why, missing = self._store.document(graph), "", "", ""
         freeze_modes: tuple[str, ...] = FREEZE_MODES
         settings = document["metadata"].get("pruning_settings") or {}
         nodes, edges = settings.get("node_threshold", 0.8), settings.get("edge_threshold", 0.98)
         labels: dict[tuple[int, int], str] = {}
         details: dict[tuple[int, int], Any] = {}
+        shown: dict[str, Any] = {}
+        config = self._session.defaults[GraphConfig]  # of a graph without a known set
         if "nodes" in query and "edges" in query:
             nodes, edges = (_share(query, name) for name in ("nodes", "edges"))
             document = self._session.prune(graph, document, nodes, edges)
         try:
             configs = self._session.configs_of(graph)
-            labels = self._store.labels(folders(configs[GraphConfig]))
-            details = self._store.details(graph, document, configs[GraphConfig])
-            freeze_modes = FREEZE_MODES[:1] if configs[GraphConfig].dictionaries else FREEZE_MODES
+            config = configs[GraphConfig]
+            freeze_modes = FREEZE_MODES[:1] if config.dictionaries else FREEZE_MODES
             note = f"With {_parts(configs)}."
             note += "" if graph.whole else " It cannot be pruned again, as the whole graph is not saved here."
         except UserError as error:
             why = _line(error)
-        live: dict[str, Any] = dict(graph=graph.id, note=note, why=why, freeze_modes=freeze_modes)
+        try:  # a damaged file of labels or features hides neither the graph nor what can be done with it
+            shown = self._store.shown(graph)
+            labels = {} if why else self._store.labels(folders(config))
+            details = self._store.details(graph, document, config)
+        except UserError as error:
+            missing = f" Labels or contexts are missing: {_line(error)}"
+        live: dict[str, Any] = dict(graph=graph.id, note=f"{why or note}{missing}", why=why, freeze_modes=freeze_modes)
         live |= dict(nodes=nodes, edges=edges, whole=graph.whole is not None)
-        if not details:  # of a graph without a known set
-            details = self._store.details(graph, document, self._session.defaults[GraphConfig])
         return page_html(document, labels=labels, details=details, live=live, **shown)
 
     def _trace(self, fields: Mapping[str, Any], job: Job) -> Any:
@@ -181,6 +187,8 @@ class GraphServer:
             features = set(whole.ids[whole.slice_of(FEATURE)])
         if name not in features:
             raise UserError(f"{name!r} is no feature of the graph")
+        if len(label) > _LONGEST_LABEL:
+            raise UserError(f"the label has {len(label):,} characters: expected at most {_LONGEST_LABEL}")
         layer, feature = feature_of(dict(node_id=name))
         return self._store.save_label(folders(self._session.configs_of(graph)[GraphConfig]), layer, feature, label)
 
@@ -194,6 +202,11 @@ class GraphServer:
 
     def _find_graph(self, fields: Mapping[str, Any]) -> StoredGraph:
         return self._store.find(_text(fields, "graph"))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """Answer a request that was broken off before all of it came; nobody reads this."""
+    return Response(status_code=400)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -69,5 +69,6 @@ class Guard:
             return None
         if headers.get("content-type") != ["application/json"]:
             return 415, "expected JSON"
-        (size,) = headers.get("content-length", [""])[:1]
+        # Of a body in chunks the length is not known, whatever is said of it.
+        (size,) = [""] if "transfer-encoding" in headers else headers.get("content-length", [""])[:1]
         return None if size.isdecimal() and int(size) <= MOST else (413, f"expected at most {MOST} bytes, and how many")

@@ -70,8 +70,11 @@ class ModelSession:
                 "nothing names" if graph is None else f"{graph.id} was not made by experiments.attribute, which names"
             )
             raise UserError(f"{what} its model and transcoders: start with --model.path=MODEL --graph.transcoders=SET")
-        saved = load_summary(graph.unit).config
-        model, graph_config = (configuration.from_json(of, saved[group_name(of)]) for of in (ModelConfig, GraphConfig))
+        saved, groups = load_summary(graph.unit).config, (ModelConfig, GraphConfig)
+        try:
+            model, graph_config = (configuration.from_json(of, saved[group_name(of)]) for of in groups)
+        except (KeyError, TypeError):
+            raise UserError(f"{graph.unit / SUMMARY} is damaged: trace the prompt again") from None
         return self.defaults | model | graph_config
 
     def opened(self, run: Run, job: Job) -> tuple[Any, Any]:

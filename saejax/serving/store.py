@@ -109,7 +109,7 @@ class GraphStore:
 
     def graphs(self) -> dict[str, StoredGraph]:
         """Return all graphs by id, the most recently changed first; damaged files and units are noted as problems."""
-        problems, graphs = dict[str, str](), list[StoredGraph]()
+        problems, graphs = dict[str, str](), list[tuple[int, StoredGraph]]()
         for folder in self._folders(problems):
             listed = self._listed(folder, problems)
             for path in sorted({*folder.glob("*.json"), *listed}):
@@ -121,17 +121,20 @@ class GraphStore:
                 elif not path.resolve().is_relative_to(self.root.resolve()):
                     problem = "is a link out of the folder"
                 else:
-                    metadata = _read_metadata(path, path.stat().st_mtime_ns)
+                    try:
+                        changed = path.stat().st_mtime_ns
+                    except OSError:  # it was removed just now
+                        continue
+                    metadata = _read_metadata(path, changed)
                     if isinstance(metadata, Mapping):
-                        graphs.append(StoredGraph(name.with_suffix("").as_posix(), path, metadata))
+                        graphs.append((-changed, StoredGraph(name.with_suffix("").as_posix(), path, metadata)))
                         continue
                     # Beside graphs there may be other files, which nobody listed.
                     problem = metadata or ("is in the list of graphs, and is none" if path in listed else "")
                 if problem:
                     problems[name.as_posix()] = problem
         self.problems = problems  # in one step, as requests come from several threads
-        graphs.sort(key=lambda graph: (-graph.path.stat().st_mtime, graph.id))
-        return {graph.id: graph for graph in graphs}
+        return {graph.id: graph for _, graph in sorted(graphs, key=lambda each: (each[0], each[1].id))}
 
     def _listed(self, folder: Path, problems: dict[str, str]) -> set[Path]:
         """Return the files that the list of a folder names there; a damaged list is noted."""
@@ -173,9 +176,12 @@ class GraphStore:
         """Return the graph, with the groups that were saved in place of its own.
 
         Raises:
-          UserError: the file is no graph.
+          UserError: the file is no graph, or gone.
         """
-        document = _read_graph(graph.path, graph.path.stat().st_mtime_ns)
+        try:
+            document = _read_graph(graph.path, graph.path.stat().st_mtime_ns)
+        except OSError:
+            raise UserError(f"{graph.path} is gone, or cannot be read") from None
         saved = self._saved_groups(graph).get(document["metadata"]["slug"])
         if saved is None:
             return document
@@ -199,7 +205,10 @@ class GraphStore:
         document = self.document(graph)
         if not are_groups(groups):
             raise UserError("these are no groups: expected of each a label and nodes of the saved graph")
-        check_groups([node["node_id"] for node in document["nodes"]], groups)
+        ids, members = {node["node_id"] for node in document["nodes"]}, {name for group in groups for name in group[1:]}
+        if graph.whole and not members <= ids:  # pruned away, they are on the page with other thresholds
+            ids |= set(graph.load_whole().ids)
+        check_groups(ids, groups)
         path = self._groups_file(graph)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f".{path.name}.lock")):
@@ -228,8 +237,13 @@ class GraphStore:
         return self.root / _SAVED / folder_name("-".join(folders)) / "labels.csv"
 
     def _groups_file(self, graph: StoredGraph) -> Path:
-        return self.root / _SAVED / folder_name(graph.id.rpartition("/graphs/")[0] or "graphs") / "groups.json"
+        unit = graph.id.rpartition("/graphs/")[0] if graph.unit else ""
+        # Files of other programs may share a slug: each has a folder of its own.
+        return self.root / _SAVED / (folder_name(unit) if unit else graph.id) / "groups.json"
 
     def _saved_groups(self, graph: StoredGraph) -> dict[str, Any]:
         path = self._groups_file(graph)
-        return read_json(path) if path.exists() else {}
+        saved = read_json(path) if path.exists() else {}
+        if not isinstance(saved, dict) or not all(map(are_groups, saved.values())):
+            raise UserError(f"{path} is no file of groups: mend or remove it")
+        return saved

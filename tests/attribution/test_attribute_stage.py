@@ -14,7 +14,7 @@ from saejax.attribution import run as stage
 from saejax.attribution.forms.features import parse_feature
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
-from saejax.attribution.requests import Request, read_requests, unit_name
+from saejax.attribution.requests import Request, read_given_labels, read_requests, unit_name
 from saejax.attribution.results import AttributeResults
 from saejax.attribution.trace import prompt
 from saejax.errors import UserError
@@ -81,7 +81,7 @@ def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
     graph = whole.prune()  # the whole graph is saved, so pruning again traces nothing
     assert whole.pruning is None and len(whole.nodes) > len(graph.nodes)
     assert results["ids"]["traced"] == whole.count(FEATURE) and results["ids"]["untraced"] < 1e-6
-    assert "with 100\u00a0% of the active features traced" in (folder / "ids.html").read_text()
+    assert "active features traced (100\u00a0%)" in (folder / "ids.html").read_text()
     document = json.loads((folder / "graphs" / "ids.json").read_text())
     assert len(document["nodes"]) == len(graph.nodes) and len(document["links"]) == results["ids"]["edges"]
     assert document["metadata"]["feature_details"] == dict(neuronpedia_source_set="plt-9")
@@ -143,6 +143,9 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water", "targets": [" and so on"]}\n')
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
     assert "error: the-water: the target ' and so on' is 6 tokens" in capsys.readouterr().err
+    prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water", "targets": [" way", " way"]}\n')
+    assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
+    assert " is there twice: expected each target once" in capsys.readouterr().err
     # And with less memory than the longest takes.
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water near the war"}\n')
     monkeypatch.setattr(prompt, "free_memory", lambda mesh: prompt.Memory(0, 2**28))
@@ -158,6 +161,8 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
         ('{"slug": "a"}', "is no prompt to trace"),
         ('{"prompt": "a", "token_ids": [1]}', "is no prompt to trace"),
         ('{"prompt": 3}', "prompt and targets are texts"),
+        ('{"prompt": "a", "targets": 5}', "prompt and targets are texts"),
+        ('{"prompt": "a", "targets": {" b": 1}}', "prompt and targets are texts"),
         ('{"prompt": "a"}\n{"prompt": ""}', "line 2: the prompt is empty"),
         ('{"token_ids": []}', "line 1: the prompt is empty"),
         ('{"prompt": "a", "slug": "summary"}', "cannot name a graph"),
@@ -173,6 +178,19 @@ def test_bad_files_of_prompts(tmp_path, line, message):
     assert unit_name(config) == "prompts"
     with pytest.raises(UserError, match=message):
         read_requests(config)
+
+
+def test_labels_that_no_reader_gets_through_are_one_line(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"deep\.json holds no labels"):
+        read_given_labels(GraphConfig(labels=str(tmp_path / "deep.json")))
+
+
+def test_a_target_without_a_list_is_one_target(tmp_path):
+    """Else each of its letters would be one."""
+    (tmp_path / "some.jsonl").write_text('{"prompt": "a", "targets": " way> runs"}')
+    (request,) = read_requests(GraphConfig(prompts=str(tmp_path / "some.jsonl")))
+    assert request.targets == ((" way", " runs"),)
 
 
 def test_of_an_answer_the_first_token_is_explained(lm):

@@ -66,7 +66,9 @@ def traced(tmp_path_factory):
 def test_page_and_markdown_say_what_was_found(traced):
     for text in traced.texts:
         assert "4 prompts were traced into attribution graphs" in text
-        assert re.search(r"it 65\s% to 90\s% comes from the prompt's tokens through features", text)
+        assert re.search(
+            r"With \d+\s% of the active features traced, 65\s% to 90\s% of the influence on it comes", text
+        )
         assert "has a correlation of 0.75 with what happens when features are doubled" in text
         assert text.count("Graphs with the transcoders /far/away/sets/") == 2
         for cell in ("12,345", "4,096 (33", "5.0", "1,977", "0.65", "0.88", "2.2e−7", "0.75"):

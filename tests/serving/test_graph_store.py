@@ -2,6 +2,7 @@
 
 import json
 import os
+from operator import itemgetter
 
 import pytest
 from made_up_documents import made_up_document
@@ -10,7 +11,10 @@ from saejax.attribution.forms.neuronpedia import INDEX, write_graph
 from saejax.attribution.requests import read_groups
 from saejax.errors import UserError
 from saejax.interpret.labels import read_labels
-from saejax.serving.app import list_page
+from saejax.runner import command_line
+from saejax.serving.app import GraphServer, list_page
+from saejax.serving.jobs import Jobs
+from saejax.serving.session import ModelSession
 from saejax.serving.store import GraphStore
 from saejax.settings import GraphConfig
 
@@ -135,6 +139,57 @@ def test_groups_are_saved_for_the_stage_and_shown(root):
     assert GraphStore(root).document(graph)["qParams"]["supernodes"] == []
 
 
+def test_graphs_of_one_slug_have_groups_of_their_own(tmp_path):
+    """A copy of a file has its slug, and so may files in two folders."""
+    for name, seed in (("mine", 0), ("copy", 1)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(made("water", seed)))
+    write_graph(tmp_path / "below", made("water", 2))
+    store = GraphStore(tmp_path)
+    graphs = [store.find(name) for name in ("mine", "copy", "below/water")]
+    for k, graph in enumerate(graphs):
+        store.save_groups(graph, [[f"group {k}", store.document(graph)["nodes"][k]["node_id"]]])
+    shown = [store.document(graph)["qParams"]["supernodes"][0][0] for graph in graphs]
+    assert shown == ["group 0", "group 1", "group 2"]
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"war": "x"}', '{"war": [[]]}', "{"])
+def test_damaged_groups_are_one_line(root, content):
+    store = GraphStore(root)
+    graph = store.find("attribute/p/graphs/war")
+    path = store.save_groups(graph, [])
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"groups\.json is (no file of groups|not valid JSON)"):
+        store.document(graph)
+
+
+def test_a_file_that_is_removed_under_the_server_is_one_line(root):
+    store = GraphStore(root)
+    graph = store.find("attribute/p/graphs/war")
+    graph.path.unlink()
+    with pytest.raises(UserError, match=r"war\.json is gone"):
+        store.document(graph)
+    assert list(store.graphs()) == ["attribute/p/graphs/water"]
+
+
+def test_damaged_files_of_features_and_heads_hide_neither_the_graph_nor_its_run(root):
+    configs = command_line.read_configs(command_line.stage_flags(), ["serve", f"--graph.transcoders={root}"])
+    server = GraphServer(GraphStore(root), ModelSession(configs, named=True), Jobs())
+    query, unit = dict(id="attribute/p/graphs/war"), root / "attribute" / "p-m1"
+    assert '"why":""' in server._graph(query)
+    first = next(name for name in map(itemgetter("node_id"), made("war", 1)["nodes"]) if "_-1_" not in name)
+    for file, content in (("features/{}_{}.json".format(*first.split("_")), "[]"), ("heads/war.json", '{"edges": 3}')):
+        path = unit / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        page = server._graph(query)
+        assert '"why":""' in page and "Labels or contexts are missing: " in page
+        path.unlink()
+    # A unit whose summary is damaged cannot be run, and is shown.
+    bare = GraphServer(GraphStore(root), ModelSession(configs, named=False), Jobs())
+    page = bare._graph(query)
+    assert '"why":"' in page and '"why":""' not in page
+
+
 def test_labels_are_saved_for_the_atlas_and_shown(root):
     store = GraphStore(root)
     path = store.save_label(SET, 3, 17, '=cmd|"<b>", "line\n2"')
@@ -146,6 +201,11 @@ def test_labels_are_saved_for_the_atlas_and_shown(root):
     read = read_labels(path, "layer 3", 20, several=True)
     assert {feature: one.label for feature, one in read.items()} == {17: "cities, towns"}
     assert store.labels(["another set"]) == {}
+    odd = ["a\rb", "a\r\nb", "\x00", '"', '""","', "\x1a", "\ufeffa", "a,b;c\td", "'"]
+    for number, label in enumerate(odd):
+        store.save_label(SET, 4, number, label)
+    wanted = {(4, number): label for number, label in enumerate(odd)} | {(4, 0): "a\nb", (4, 1): "a\nb"}
+    assert wanted.items() <= store.labels(SET).items() and store.labels(SET)[3, 17] == "cities, towns"
 
 
 def test_labels_of_ones_own_keep_their_lines_and_columns(root):

@@ -73,6 +73,7 @@ def test_others_may_not(path, headers, method):
         ([("content-type", "application/json"), ("content-length", str(MOST + 1))], 413),
         ([("content-type", "application/json"), ("content-length", "-1")], 413),
         ([("content-type", "application/json")], 413),
+        ([("content-type", "application/json"), ("content-length", "2"), ("transfer-encoding", "chunked")], 413),
         ([("content-type", "text/plain"), ("content-length", "2")], 415),  # what a form of another page can send
         ([("content-length", "2")], 415),
     ],

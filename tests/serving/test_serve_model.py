@@ -1,5 +1,6 @@
 """The server with a model: what it traces, prunes and changes is what the library gives."""
 
+import contextlib
 import json
 import shutil
 import threading
@@ -108,6 +109,18 @@ def test_pruned_again_from_the_whole_graph(asker, traced, wanted, place, forgott
     for wrong in ("nodes=NaN&edges=0.5", "nodes=2&edges=0.5"):
         status, text = asker.get(f"graph?id={GRAPH}&{wrong}")
         assert status == 404 and "expected a share" in text
+
+
+def test_groups_of_nodes_that_other_thresholds_show_are_saved(asker, traced):
+    first = {node["node_id"] for node in asker.data(f"graph?id={GRAPH}")["document"]["nodes"]}
+    whole = [node["node_id"] for node in asker.data(f"graph?id={GRAPH}&nodes=1&edges=1")["document"]["nodes"]]
+    groups = [["more", *[name for name in whole if name not in first][:2]]]
+    for saved, status in ((groups, 200), ([["none", "9_9_9"]], 400)):
+        connection, answer = asker.open("api/groups", dict(graph=GRAPH, groups=saved), "PUT")
+        with contextlib.closing(connection):
+            assert answer.status == status and len(groups[0]) == 3
+    assert asker.data(f"graph?id={GRAPH}&nodes=1&edges=1")["document"]["qParams"]["supernodes"] == groups
+    assert asker.get(f"graph?id={GRAPH}")[0] == 200
 
 
 def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, wanted):

@@ -181,7 +181,7 @@ def test_labels_and_groups_are_saved(opened, site, features, place):
     assert text(opened, "#panel h2") == EVIL
     (group,) = state(opened, "supernodes")
     assert group[0] == "<i>pair</i>" and set(group[1:]) == set(features[1:3])
-    (saved,) = json.loads((place / "serve" / "graphs" / "groups.json").read_text()).values()
+    (saved,) = json.loads((place / "serve" / GRAPH / "groups.json").read_text()).values()
     assert saved == [group]
 
 

@@ -11,6 +11,7 @@ between nodes that exist, numbers that are finite.
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
@@ -26,10 +27,13 @@ DocumentNode = Mapping[str, Any]
 FEATURE_TYPE, ERROR_TYPE = "cross layer transcoder", "mlp reconstruction error"
 
 _METADATA = dict(slug=str, scan=str, prompt_tokens=list, prompt=str)
+_METADATA_OPTIONAL = dict.fromkeys(
+    ("feature_details", "generation_settings", "pruning_settings"), (Mapping, type(None))
+)
 _QPARAMS = dict(pinnedIds=list, supernodes=list, linkType=str, clickedId=str, sg_pos=str)
 _NODE: dict[str, Any] = dict(node_id=str, feature=(Integral, type(None)), layer=(str, Integral), ctx_idx=Integral)
 _NODE |= dict(feature_type=str, jsNodeId=str, clerp=str)
-_NODE_OPTIONAL = dict(influence=(Real, type(None)), activation=(Real, type(None)))
+_NODE_OPTIONAL = dict.fromkeys(("influence", "activation", "token_prob"), (Real, type(None)))
 _LINK = dict(source=str, target=str, weight=Real)
 _WORDS: dict[Any, str] = {str: "a string", list: "a list", Mapping: "an object", Integral: "an integer"}
 _WORDS |= {Real: "a number", type(None): "null"}
@@ -119,7 +123,7 @@ def _error_id(node: Mapping[str, Any]) -> str:
 
 
 def _height(node: Mapping[str, Any]) -> int:
-    return int(node["layer"]) if str(node["layer"]).isdigit() else -1
+    return int(node["layer"]) if re.fullmatch("[0-9]+", str(node["layer"])) else -1
 
 
 def check_document(document: Any) -> dict[str, Any]:
@@ -159,6 +163,7 @@ def check_metadata(document: Any) -> Mapping[str, Any]:
     _check_keys(document, {"metadata": Mapping, "qParams": Mapping, "nodes": list, "links": list}, "the graph")
     metadata = document["metadata"]
     _check_keys(metadata, _METADATA, "metadata")
+    _check_optional(metadata, _METADATA_OPTIONAL, "metadata")
     if not all(isinstance(token, str) for token in metadata["prompt_tokens"]):
         raise UserError("metadata.prompt_tokens of the graph must be a list of strings")
     return metadata
@@ -169,7 +174,7 @@ def _check_node(node: Any, where: str, n_tokens: int) -> None:
     _check_optional(node, _NODE_OPTIONAL, where)
     if not 0 <= node["ctx_idx"] < n_tokens:
         raise UserError(f"{where}.ctx_idx of the graph is {node['ctx_idx']}: the prompt has {n_tokens} tokens")
-    if node["layer"] != "E" and not str(node["layer"]).isdigit():
+    if node["layer"] != "E" and not re.fullmatch(r"[0-9]{1,4}", str(node["layer"])):  # a page has a row for each
         raise UserError(f"{where}.layer of the graph is {node['layer']!r}: expected a number, or E for a token")
     for name in _NODE_OPTIONAL:
         if node.get(name) is not None and not math.isfinite(node[name]):
@@ -195,8 +200,12 @@ def _check_optional(item: Mapping[str, Any], types: Mapping[str, Any], where: st
 
 
 def feature_nodes(document: GraphDocument) -> list[DocumentNode]:
-    """Return the nodes that are features."""
-    return [node for node in document["nodes"] if node["feature_type"] == FEATURE_TYPE]
+    """Return the nodes that are features, and whose id says which."""
+    return [
+        node
+        for node in document["nodes"]
+        if node["feature_type"] == FEATURE_TYPE and re.fullmatch(r"[0-9]{1,4}_[0-9]{1,9}(_.*)?", node["node_id"])
+    ]
 
 
 def feature_of(node: DocumentNode) -> tuple[int, int]:

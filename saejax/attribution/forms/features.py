@@ -13,12 +13,16 @@ import dataclasses
 import functools
 import gzip
 import json
+import math
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from saejax.attribution.forms.neuronpedia import cantor_pair
 from saejax.dictionaries.formats.place import fetch_file, full_name, split_address
@@ -92,19 +96,26 @@ def read_details(
     wanted = list(dict.fromkeys(features))
     # Folders that are named are opened first, so that a wrong name is refused. Opening a set on the hub fetches its
     # index, so this is done only if features are still missing.
-    reads = [open_folder(folder) for folder in folders]
+    reads: list[ReadFeature | None] = [open_folder(folder) for folder in folders]
     details = _from_interpret(dictionaries, wanted)
-    sources: list[ReadFeature | str | Path] = [*reads, *dictionaries]
-    for source in sources:
+    for source, opened in zip([*folders, *dictionaries], [*reads, *[None] * len(dictionaries)], strict=True):
         missing = [feature for feature in wanted if feature not in details]
         if not missing:
             break
-        read = _open_set_features(source) if isinstance(source, str | Path) else source
-        if read:
+        if read := opened or _open_set_features(source):
             with ThreadPoolExecutor(_CONNECTIONS) as pool:
-                data_by_feature = zip(missing, pool.map(read, missing), strict=True)
-                details |= {feature: parse_feature(data) for feature, data in data_by_feature if data is not None}
+                for feature, data in zip(missing, pool.map(read, missing), strict=True):
+                    if data is not None:
+                        details[feature] = _parse_named(data, feature, source)
     return details
+
+
+def _parse_named(data: Mapping[str, Any], feature: Feature, source: str | Path) -> FeatureDetails:
+    """Return the details of a feature; a message names it, and where its JSON comes from."""
+    try:
+        return parse_feature(data)
+    except UserError as error:
+        raise UserError(f"{source}: feature {feature[1]} of layer {feature[0]}: {error}") from None
 
 
 def write_contexts(folder: Path, contexts: Mapping[Feature, Sequence[Mapping[str, list]]]) -> None:
@@ -124,13 +135,17 @@ def parse_feature(data: Mapping[str, Any]) -> FeatureDetails:
     """
     try:
         if "examples_quantiles" in data:
-            examples = [example for quantile in data["examples_quantiles"] for example in quantile["examples"]]
+            quantiles = data["examples_quantiles"] or ()
+            examples = [example for quantile in quantiles for example in quantile["examples"] or ()]
             contexts = [(example["tokens"], example["tokens_acts_list"]) for example in examples]
             label, up, down = data.get("label"), data.get("top_logits"), data.get("bottom_logits")
         else:  # Neuronpedia
-            contexts = [(example["tokens"], example["values"]) for example in data["activations"]]
-            explained = data.get("explanations") or [{}]
-            label, up, down = explained[0].get("description"), data.get("pos_str"), data.get("neg_str")
+            # A feature that never fired, or whose contexts were not exported, may have no more than a label.
+            if data.keys().isdisjoint(("activations", "explanations", "pos_str")):
+                raise KeyError("activations")
+            contexts = [(example["tokens"], example["values"]) for example in data.get("activations") or ()]
+            described = [explained.get("description") for explained in data.get("explanations") or ()]
+            label, up, down = next(filter(None, described), ""), data.get("pos_str"), data.get("neg_str")
         cut = [_cut(tokens, values) for tokens, values in contexts if tokens and values]
         cut.sort(key=lambda context: -max(context["activations"]))
         raised, lowered = (tuple(map(_whole, some or ())) for some in (up, down))
@@ -148,7 +163,8 @@ def _whole(text: Any) -> str:
 
 def _cut(tokens: Sequence[str], values: Sequence[float | None]) -> dict[str, list]:
     """Return the tokens around the strongest one, and their activations; what has only one of both is left out."""
-    numbers = [0.0 if value is None else float(value) for _, value in zip(tokens, values, strict=False)]
+    numbers = [float(value or 0) for _, value in zip(tokens, values, strict=False)]
+    numbers = [value if math.isfinite(value) else 0.0 for value in numbers]
     peak = max(range(len(numbers)), key=numbers.__getitem__, default=0)
     near = slice(max(peak - _TOKENS, 0), peak + _TOKENS + 1)
     return dict(tokens=[_whole(token) for token in tokens[: len(numbers)][near]], activations=numbers[near])
@@ -184,7 +200,10 @@ def open_folder(folder: str | Path) -> ReadFeature:
         raise UserError(f"there is no folder {folder} of feature files: expected one, or hf://ORG/NAME/FOLDER")
     if (place / _INDEX).is_file():
         return functools.partial(_read_packed, place / _INDEX, functools.partial(_range_of_file, place))
-    return functools.partial(_read_single, place)
+    # The folders in it are looked for once: some hold a file for each of a million features.
+    with os.scandir(place) as entries:
+        below = sorted(entry.path for entry in entries if entry.is_dir())
+    return functools.partial(_read_single, [place, *map(Path, below)])
 
 
 def index_on_hub(address: str) -> Path:
@@ -230,20 +249,26 @@ def _range_on_hub(address: str) -> ReadRange:
     return read
 
 
-def _read_single(place: Path, feature: Feature) -> Mapping[str, Any] | None:
+def _read_single(places: Sequence[Path], feature: Feature) -> Mapping[str, Any] | None:
     for name in (f"{cantor_pair(*feature)}.json", "{}_{}.json".format(*feature)):
-        for path in (place / name, *sorted(place.glob(f"*/{name}"))):
-            if path.is_file():
-                return read_json(path)
+        for place in places:
+            if (place / name).is_file():
+                return read_json(place / name)
     return None
 
 
 @functools.lru_cache(8)
 def _packed_index(path: Path, changed: float) -> Mapping[str, Any]:
     try:
-        return json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError, zlib.error):
+        index = json.loads(gzip.decompress(path.read_bytes()))
+        # Of each layer where its file is and, ascending, where each feature begins in it.
+        for entry in index.values():
+            offsets_N = np.asarray(entry["offsets"] or [0])
+            if offsets_N.dtype.kind != "i" or (np.diff(offsets_N) < 0).any() or not isinstance(entry["filename"], str):
+                raise ValueError
+    except (OSError, EOFError, ValueError, zlib.error, AttributeError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: fetch the feature files again") from None
+    return index
 
 
 def _read_packed(path: Path, read: ReadRange, feature: Feature) -> Mapping[str, Any] | None:

@@ -6,10 +6,13 @@ What they read is the document that Neuronpedia reads, so any graph in that form
 """
 
 import dataclasses
+import functools
+import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import quote
 
 import numpy as np
@@ -85,17 +88,21 @@ def page_html(
     metadata = document["metadata"]
     heading = metadata["prompt"] or metadata["slug"]
     names = [*_LIVE, *_SCRIPTS] if live else _SCRIPTS
-    return interactive(
+    write = functools.partial(
+        interactive,
         VIEWER,
         "graph",
         [(VIEWER / f"{name}.js").read_text(encoding="utf-8") for name in names],
-        data,
         title=f"Attribution graph: {heading}",
         heading=heading,
         about=_about(metadata),
         tables=bool(tables),
         live=bool(live),
     )
+    try:
+        return write(data)
+    except ValueError:  # another program wrote NaN, which is no JSON, into a key that is not ours
+        return write(json.loads(json.dumps(data), parse_constant=lambda name: None))
 
 
 def page_edges(document: GraphDocument) -> dict[str, list[Any]]:
@@ -116,29 +123,36 @@ def page_edges(document: GraphDocument) -> dict[str, list[Any]]:
 
 def _source(metadata: Mapping[str, Any]) -> str:
     """Return the address of features at Neuronpedia, with {layer} and {index} in it; "": the set is not there."""
-    source_set = (metadata.get("feature_details") or {}).get("neuronpedia_source_set", "")
-    if not source_set or not re.fullmatch(r"[A-Za-z0-9._-]+", source_set) or "/" in metadata["scan"]:
+    source_set = (metadata.get("feature_details") or {}).get("neuronpedia_source_set")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", str(source_set or "")) or "/" in metadata["scan"]:
         return ""
-    return f"https://www.neuronpedia.org/{quote(metadata['scan'])}/{{layer}}-{source_set}/{{index}}"
+    return f"https://www.neuronpedia.org/{quote(metadata['scan'], errors='replace')}/{{layer}}-{source_set}/{{index}}"
 
 
 def _about(metadata: Mapping[str, Any]) -> str:
     """Return the line below the heading: the graph's name, the model, the scores, and the shares that were kept."""
     parts = [f"Attribution graph {metadata['slug']}", f"model {metadata['scan']}"]
-    for name in ("replacement_score", "completeness_score"):
-        if isinstance(metadata.get(name), int | float):
-            parts.append(f"{name.replace('_', ' ')} {metadata[name]:.2f}")
+    scores = {name: metadata.get(name) for name in ("replacement_score", "completeness_score")}
+    scores = {name: score for name, score in scores.items() if _is_number(score)}
+    parts += [f"{name.replace('_', ' ')} {score:.2f}" for name, score in scores.items()]
     generation = metadata.get("generation_settings") or {}
     active, traced = generation.get("active_features"), generation.get("traced_features")
-    if isinstance(active, int) and isinstance(traced, int) and active:
-        parts.append(f"with {percent(traced / active)} of the active features traced")
+    if _is_number(active) and _is_number(traced) and active > 0:
+        # Both numbers, as a share of nearly all would look like all.
+        parts.append(f"with {traced:,} of {active:,} active features traced ({percent(traced / active)})")
+    elif scores:
+        parts.append("the share of active features that was traced is not stated")
     settings = metadata.get("pruning_settings") or {}
     kept = settings.get("node_threshold", metadata.get("node_threshold"))
-    if isinstance(kept, int | float):
+    if _is_number(kept):
         parts.append(f"pruned to {percent(kept)} of the influence of nodes")
-    if isinstance(settings.get("edge_threshold"), int | float):
+    if _is_number(settings.get("edge_threshold")):
         parts.append(f"{percent(settings['edge_threshold'])} of that of edges")
     return ", ".join(parts) + "."
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _key(feature: Feature) -> str:

@@ -117,6 +117,8 @@ def _read_fields(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> 
 
 def _problem(graph: GraphData) -> str:
     """Return the first thing that does not fit in a graph that was read; "" if all does."""
+    if type(graph.n_layers) is not int:
+        return f"n_layers is {graph.n_layers!r:.40}, expected a number"
     nodes, logits, positions = graph.nodes, graph.count(LOGIT), len(graph.ids_P)
     count, targets = len(nodes), graph.count(FEATURE) + logits
     arrays = {name: (getattr(nodes, name), count) for name in _COLUMNS}

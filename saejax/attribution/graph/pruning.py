@@ -12,6 +12,7 @@ nodes by nodes. Nodes of the kinds first_mlp and bias are left out.
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from typing import TypeVar
 
 import numpy as np
@@ -97,7 +98,7 @@ def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, to
     Raises:
       UserError: the graph is pruned already, or a share is not between 0 and 1.
     """
-    if top_edges < 0:
+    if not isinstance(top_edges, Integral) or top_edges < 0:
         raise UserError(f"prune: top_edges is {top_edges}: expected a number of edges, or 0 for all")
     if graph.pruning:
         raise UserError("this graph is pruned already: prune the whole one")

@@ -63,6 +63,7 @@ class LayerDictionaries:
         self._load, self._writes, self._kept = load, writes, dict[tuple[int, Mesh], Dictionary]()
         self._hosts: dict[int, Dictionary] = {}  # of sets whose files have no rows to read
         self._sink_norm: Callable[[str], float] | None = None
+        self._sinks_of: LanguageModel | None = None  # whose rule that is
         self.sizes: dict[tuple[str, int], int] = {}
         # Folding changes encoders, so rows in files are not those of the folded dictionary.
         self._files = None if any(config.centred or config.kind == "gated" for config in configs) else files
@@ -125,16 +126,20 @@ class LayerDictionaries:
         return _without_layer(Dictionary(config, **arrays))
 
     def resolve_sinks(self, model: LanguageModel) -> None:
-        """Give dictionaries that do not know it the attention-sink rule of a model, whenever they are loaded."""
-        if self._sink_norm is None:
-            self.forget()
+        """Give dictionaries that do not know it the attention-sink rule of a model, whenever they are loaded.
+
+        A set may serve several models in turn, such as one before and after tuning: each has its rule.
+        """
+        if self._sinks_of is model:
+            return
+        self.forget()
         normed = (hooks.NORMED, "mlp_in") if self.reads == hooks.NORMED else ()
 
         def sink_norm(site: str) -> float:
             # A norm without its gain leaves all positions equally long: none is a sink, nothing has to be measured.
             return NO_SINKS if site.partition(".")[0] in normed else model.sink_norm(site)
 
-        self._sink_norm = sink_norm
+        self._sink_norm, self._sinks_of = sink_norm, model
         for config in self.configs:
             config.with_sink_norms(sink_norm)  # runs the model now, not while a dictionary is read on the host
 
@@ -409,7 +414,11 @@ class LayerSaes(LayerDictionaries):
           UserError: a site does not exist there, or an SAE has another width or was trained on another model.
         """
         for site, config in zip(self.sites, self.configs, strict=True):
-            site.check(model.config)
+            if (width := site.check(model.config).width(model.config)) != model.config.d_model:
+                raise UserError(
+                    f"{self.name}: {site} has {width} numbers, and graphs are of sites as wide as the stream "
+                    f"({model.config.d_model}): expected an SAE of another site, such as attn_out.{site.layer}"
+                )
             check_dictionary(config, model, f"{self.name}: the SAE of {site}")
         self.resolve_sinks(model)
         return self

@@ -11,6 +11,7 @@ run's own MLP output. Features of cross-layer transcoders write to later layers,
 """
 
 from collections.abc import Collection, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -97,6 +98,8 @@ class ChangeEdits:
     def __init__(self, state: LocalState, rows: Sequence[Sequence[Change]], tokens: int):
         self._state, self.rows = state, padded(len(rows), _ROWS)
         self._outputs: FeatureOutputs | None = None
+        if not all(isinstance(change, Change) for changes in rows for change in changes):
+            raise UserError("edits are rows of changes that are made together: expected such as [[Change(...)], []]")
         entries = [
             (row, change.layer, position, change.feature, change.value)
             for row, changes in enumerate(rows)
@@ -107,11 +110,12 @@ class ChangeEdits:
         ]
         configs, places = state.dictionaries.configs, set[tuple[int, ...]]()
         for row, layer, position, feature, value in entries:
-            exists = 0 <= layer < len(configs) and 0 <= feature < configs[layer].n_features
-            if not (exists and np.isfinite(value)):
+            is_index = all(isinstance(number, Integral) for number in (layer, position, feature))
+            exists = is_index and 0 <= layer < len(configs) and 0 <= feature < configs[layer].n_features
+            if not (exists and abs(value) <= np.finfo(np.float32).max):
                 raise UserError(
-                    f"feature {feature} of layer {layer} cannot be set to {value}: expected one of {len(configs)} "
-                    f"layers, of {configs[0].n_features} features, and a finite number"
+                    f"feature {feature} of layer {layer} cannot be set to {value} at position {position}: expected one "
+                    f"of {len(configs)} layers, of {configs[0].n_features} features, a position and a finite number"
                 )
             if not 0 <= position < tokens:
                 raise UserError(f"position {position}: this prompt has the positions 0 to {tokens - 1}")

@@ -24,7 +24,7 @@ import numpy as np
 from saejax.attribution.local import layers
 from saejax.attribution.local.edits import TOGETHER, Change, ChangeEdits, Circuit, plan_edits
 from saejax.attribution.local.layers import FIXED, FREEZE_MODES
-from saejax.attribution.local.prompt_run import LocalRun, prompt_ids
+from saejax.attribution.local.prompt_run import LocalRun, check_finite, prompt_ids
 from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, read_logits
 from saejax.attribution.local.rows import RowTracer
 from saejax.attribution.local.sources import Sources
@@ -149,10 +149,7 @@ class LocalModel(LocalState):
                     readout_RxK[rows] += read_last(*end, readouts)[:count]
                 if logits_RxV is not None:
                     logits_RxV[rows] = to_host(read_logits(*end))[:count]
-        # Only what is read is checked: an activation that no feature can have overflows somewhere on the way.
-        if not (np.isfinite(feature_RxJ).all() and np.isfinite(readout_RxK).all()):
-            raise UserError("the model is not finite after these changes: give features values that they can have")
-        return LocalRun(feature_RxJ, readout_RxK, logits_RxV)
+        return LocalRun(feature_RxJ, readout_RxK, logits_RxV).checked()
 
     def generate(self, changes: Sequence[Change], max_new_tokens: int, freeze: str = "none") -> Continuation:
         """Continue the prompt greedily with changes.
@@ -190,7 +187,8 @@ class LocalModel(LocalState):
                 difference = plan.difference(layer, freeze, read[1:], out[1:])
                 x_BxTxD = x_BxTxD if difference is None else x_BxTxD.at[1:].add(difference)
             last_BxD = x_BxTxD[:, len(ids) - 1]
-            logits.append(to_host(read_logits(self.frozen, "none", last_BxD[0], last_BxD[1:]))[0])
+            logits_1xV = to_host(read_logits(self.frozen, "none", last_BxD[0], last_BxD[1:]))
+            logits.append(check_finite(logits_1xV)[0])
             ids.append(int(logits[-1].argmax()))
         none = np.empty((0, self.model.config.vocab), np.float32)
         return Continuation(np.array(ids[length:], np.int32), np.stack(logits) if logits else none)

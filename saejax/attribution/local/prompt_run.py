@@ -167,6 +167,23 @@ class LocalRun:
     readout_RxK: np.ndarray  #: the readouts, as ``Readouts.value_K`` has them
     logits_RxV: np.ndarray | None = None  #: logits at the last position; None: not requested
 
+    def checked(self) -> "LocalRun":
+        """Return this, or refuse it if a value is not finite; see ``check_finite``."""
+        for array in (self.feature_RxJ, self.readout_RxK, self.logits_RxV):
+            if array is not None:
+                check_finite(array)
+        return self
+
+
+def check_finite(read_x: np.ndarray) -> np.ndarray:
+    """Return what was read after changes, or refuse it if it is not finite.
+
+    Only what is read is checked: an activation that no feature can have overflows somewhere on the way.
+    """
+    if not np.isfinite(read_x).all():
+        raise UserError("the model is not finite after these changes: give features values that they can have")
+    return read_x
+
 
 def prompt_ids(model: LanguageModel, prompt: str | Sequence[int] | np.ndarray, chat: bool = False) -> np.ndarray:
     """Return the token ids of a prompt, int32 [P].
@@ -186,7 +203,10 @@ def prompt_ids(model: LanguageModel, prompt: str | Sequence[int] | np.ndarray, c
     if chat and isinstance(prompt, str):
         prompt = _apply_chat_template(model, prompt)
     if not isinstance(prompt, str):
-        ids = np.asarray(prompt, np.int32).reshape(-1)
+        ids = np.asarray(prompt)
+        if ids.dtype.kind not in "iu" or ids.size != ids.shape[-1]:
+            raise UserError(f"the prompt is {prompt!r:.60}: expected a text, or the token ids of one, whole numbers")
+        ids = np.clip(ids.reshape(-1), -1, np.iinfo(np.int32).max).astype(np.int32)  # the check below names them
     else:
         ids = model.tokenize([prompt]).ids_BxT[0]
         tokenizer = model.tokenizer

@@ -8,7 +8,7 @@ only differences of logits matter. Capping of logits is left out of it; probabil
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -79,11 +79,9 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
         count = int(np.searchsorted(np.cumsum(probability_V[order]), logit_mass)) + 1
         targets = [int(token) for token in order[:count]]
     model, text, count = run.model, token_text(run.model.tokenizer), len(targets)
-    pairs: list[tuple[Any, ...]] = [target if isinstance(target, tuple) else (target,) for target in targets]
     # Filled up, so that prompts with other numbers of targets share the program.
     pair_Xx2 = np.full((padded(count, _STEP), 2), -1, np.int32)
-    for k, pair in enumerate(pairs):
-        pair_Xx2[k, : len(pair)] = [token_of(model, token) for token in pair]
+    pair_Xx2[:count] = target_pairs(model, targets)
     arrays = logit_directions(model.config, run.rules, model.params, run.last_D, *pair_Xx2.T)
     column_KxD, vector_KxD, value_K, constant_K = (to_host(array)[:count] for array in arrays)
     first_K, second_K = pair_Xx2[:count].T
@@ -100,6 +98,24 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
     )
 
 
+def target_pairs(model: LanguageModel, targets: Sequence[Target]) -> list[tuple[int, int]]:
+    """Return the token of each target and the one whose logit is subtracted, -1 for none.
+
+    Raises:
+      UserError: a target is no token and no pair of two different ones, or is there twice.
+    """
+    pairs = []
+    for target in targets:
+        tokens = tuple(target) if isinstance(target, tuple | list) else (target,)
+        pair = [token_of(model, token) for token in tokens[:2]]
+        if not 1 <= len(tokens) <= 2 or len(set(pair)) < len(tokens):
+            raise UserError(f"the target {target!r} is no difference of two logits: expected two tokens that differ")
+        pairs.append((pair[0], pair[1] if pair[1:] else -1))
+        if pairs.count(pairs[-1]) > 1:
+            raise UserError(f"the target {target!r} is there twice: expected each target once")
+    return pairs
+
+
 def token_of(model: LanguageModel, target: str | int) -> int:
     """Return the id of a token; of a text, the one with which it continues another, taken as it is written.
 
@@ -111,9 +127,9 @@ def token_of(model: LanguageModel, target: str | int) -> int:
         if len(ids) != 1:
             raise UserError(f"the target {target!r} is {len(ids)} tokens: expected a text of one, such as ' Paris'")
         target = int(ids[0])
-    if not 0 <= target < model.config.vocab:
+    if not isinstance(target, Integral) or not 0 <= target < model.config.vocab:
         raise UserError(f"the target token {target} does not exist: expected 0 to {model.config.vocab - 1}")
-    return target
+    return int(target)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

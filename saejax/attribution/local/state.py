@@ -128,6 +128,7 @@ class LocalState(PromptRun):
 
     def encoder(self, layer: int) -> Dictionary:
         """Return a layer's encoder, on the model's devices."""
+        self.dictionaries.resolve_sinks(self.model)  # another model may have used the set meanwhile
         return self.dictionaries.encoder(layer, self.model.mesh)
 
     def padded_size(self, name: str, count: int, least: int) -> int:

@@ -96,9 +96,13 @@ def open_transcoders(
       UserError: there is none, it lacks a layer, or it is damaged.
     """
     name, folder, commit = find_folder(str(path), revision, subfolder, choice)
-    if circuit_tracer.is_set(folder):
+    is_set = circuit_tracer.is_set(folder)
+    layers = [] if is_set else gemma_scope.find_layers(folder, choice)
+    if choice and not layers:
+        raise UserError(f"{name} has one transcoder of each layer: leave --graph.l0={','.join(choice)} out")
+    if is_set:
         files = circuit_tracer.open_set(folder)
-    elif layers := gemma_scope.find_layers(folder, choice):
+    elif layers:
         files = circuit_tracer.of_files(layers)
     else:
         located = formats.locate_transcoders(folder)

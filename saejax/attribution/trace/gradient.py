@@ -43,7 +43,7 @@ from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import DecoderConfig, RunRules
 from saejax.models.edits import ForwardPass
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import Site
+from saejax.models.sites import HEAD_KINDS, Site
 from saejax.models.tokens import Tokens
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
@@ -121,6 +121,7 @@ class SaeRun(PromptRun):
         if freeze != "none":
             raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
         model, n_layers, last = self.model, self.model.config.n_layers, len(self.ids_P) - 1
+        self.dictionaries.resolve_sinks(model)  # another model may have used the SAEs meanwhile
         index_J = np.asarray(features, np.int64)
         wanted = self.active[index_J]
         encoder_JxD = self.dictionaries.rows_of("W_enc", wanted.layer_A, wanted.feature_A)
@@ -148,7 +149,7 @@ class SaeRun(PromptRun):
                 readout_RxK[rows] += read_last(frozen, freeze, x_BxD[0], x_BxD[1:], readouts)
             if logits:
                 logits_RxV[rows] = to_host(decoder.unembed(model.config, model.params, last_BxD[1:], self.rules))
-        return LocalRun(feature_RxJ, readout_RxK, logits_RxV if logits else None)
+        return LocalRun(feature_RxJ, readout_RxK, logits_RxV if logits else None).checked()
 
     def _edits(self, rows: Sequence[Sequence[Change]]) -> list["PlacedEdit"]:
         changes = [(row, *change) for row, row_changes in enumerate(rows) for change in row_changes]
@@ -345,7 +346,8 @@ def _pull_layer(
             # Frozen, the model goes on with this value, whatever comes from below.
             return (lax.stop_gradient(value_TxD) if direct else value_TxD) + delta_TxD
 
-        return decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook), read[-1]
+        heads = kind in HEAD_KINDS
+        return decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook, head_sites=heads), read[-1]
 
     _, pull = jax.vjp(run_layer, x_TxD, jnp.zeros_like(x_TxD))
     return jax.vmap(lambda *both: pull(both))(above_BxTxD, read_BxTxD)

@@ -16,6 +16,7 @@ counted, so a run may take a quarter more or less. Arrays are fp32.
 import bisect
 import dataclasses
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -196,7 +197,7 @@ def trace_prompt(
     dictionaries: AnySet | LayerSaes,
     prompt: str | Sequence[int],
     *,
-    targets: Sequence[Target] = (),
+    targets: Sequence[Target] | str | int = (),
     max_logits: int = 10,
     logit_mass: float = 0.95,
     max_features: int | None = None,
@@ -213,8 +214,8 @@ def trace_prompt(
         opens; or SAEs of some layers, whose features are used at all positions but attention sinks.
       prompt: the text, before which the tokenizer's first special token is put if it begins with none, or its token
         ids, which are taken as they are. At the first position no feature of a transcoder is used.
-      targets: what is explained: tokens, as ids or texts of one token; pairs of them, for the difference of their
-        logits. None: the most probable next tokens.
+      targets: what is explained: a token, as its id or a text; or several, or pairs of them, for the difference of
+        their logits. (): the most probable next tokens.
       max_logits: maximum number of tokens that are explained, if no targets are named; 1 or more.
       logit_mass: the smallest set of most probable tokens with this total probability is explained, 0 to 1.
       max_features: maximum number of features with nodes, the most influential ones; None: all active ones.
@@ -230,8 +231,14 @@ def trace_prompt(
       UserError: dictionaries, model, prompt or targets do not go together, or the graph does not fit into the free
         memory; the message says why.
     """
-    if max_features is not None and max_features < 1:
-        raise UserError(f"max_features is {max_features}: expected 1 or more")
+    if max_features is not None and (not isinstance(max_features, Integral) or max_features < 1):
+        raise UserError(f"max_features is {max_features}: expected 1 or more, or None for all")
+    if max_logits < 1 or not 0 <= logit_mass <= 1:
+        raise UserError(
+            f"max_logits is {max_logits} and logit_mass {logit_mass}: expected 1 or more, and a probability, 0 to 1"
+        )
+    # A text is one token, not one for each of its letters.
+    targets = [targets] if isinstance(targets, str | int) else list(targets)
     settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     # 1. The run.
     ids_P = prompt_ids(model, prompt, chat)
@@ -239,6 +246,8 @@ def trace_prompt(
         run: LocalModel | SaeRun = SaeRun.of(model, dictionaries, ids_P, estimate, direct)
         settings["edges"] = f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates"
     else:
+        if estimate != "gradient" or direct:
+            raise UserError("estimate and direct are for SAEs: edges of transcoders are exact, and no estimates")
         run = _run(model, open_set(dictionaries), ids_P, max_features, len(targets) or max_logits)
     # 2. The targets.
     readouts = read_targets(run, targets, max_logits, logit_mass)

@@ -167,7 +167,7 @@ def choose_layers(files: Iterable[str], choice: Sequence[str], where: str) -> li
         raise UserError(f"{where} holds no transcoder of layer {missing[0]}: a set has every layer from 0")
     chosen = []
     for layer, names in sorted(by_layer.items()):
-        kept = _match_words(list(names), choice) if len(names) > 1 else list(names)
+        kept = _match_words(list(names), choice)
         if len(kept) != 1:
             has = f"{len(names)} transcoders of layer {layer} ({', '.join(sorted(names))})"
             hint = f"none of them is {' '.join(choice)}" if not kept else "words of their names tell which"

@@ -267,6 +267,10 @@ def test_attention_can_be_held_alone(traced):
         ([Change(9, 1, 0, 1.0)], "none", "feature 0 of layer 9"),
         ([Change(0, 1, 99, 1.0)], "none", "feature 99 of layer 0"),
         ([Change(0, 1, 0, float("nan"))], "none", "a finite number"),
+        ([Change(0, 1, 0, 1e39)], "none", "a finite number"),  # in fp32 it is infinite
+        ([Change(0, 1, 4.7, 1.0)], "none", "feature 4.7 of layer 0 cannot be set"),
+        ([Change(0, 2.5, 4, 1.0)], "none", "cannot be set to 1.0 at position 2.5"),
+        (Change(0, 1, 0, 1.0), "none", "edits are rows of changes"),
         ([Change(0, 6, 0, 1.0)], "none", "position 6: this prompt has the positions 0 to 5"),
         ([Change(0, slice(2, 4), 0, 1.0), Change(0, 3, 0, 2.0)], "none", "twice"),
         ([Change(0, 1, 0, 1.0), Change(0, 1, 0, 2.0)], "none", "twice"),
@@ -278,6 +282,9 @@ def test_bad_input(traced, row, freeze, message):
     local, _, readouts, _ = traced
     with pytest.raises(UserError, match=message):
         local.run([every_part(local) if row == "every part" else row], freeze, readouts=readouts)
+    for run in (saejax.intervene, lambda local, rows: local.generate(rows[0], 1)):
+        with pytest.raises(UserError, match="not finite after these changes"):
+            run(local, [[Change(0, 5, feature, 3e38) for feature in range(48)]])
     with pytest.raises(UserError, match="freeze_until is 5: expected a layer, 0 to 3, or 4"):
         local.run([], "all", readouts=readouts, freeze_until=5)
     assert scale(local.active.nodes[:0], 0.0) == [] and local.run([], readouts=readouts).readout_RxK.size == 0

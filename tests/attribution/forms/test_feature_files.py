@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import os
 import shutil
 
 import pytest
@@ -134,3 +135,38 @@ def test_damaged_files_are_one_line(tmp_path):
     for other in ({}, dict(examples_quantiles=[{}]), dict(activations=[dict(tokens=[])])):
         with pytest.raises(UserError, match="no feature of circuit-tracer or Neuronpedia"):
             parse_feature(other)
+    for index in (
+        [],
+        {"3": {}},
+        {"3": dict(filename="a", offsets=[0, "9"])},
+        {"3": dict(filename="a", offsets=[9, 0])},
+    ):
+        (tmp_path / "features" / "index.json.gz").write_bytes(gzip.compress(json.dumps(index).encode()))
+        with pytest.raises(UserError, match=r"index\.json\.gz is damaged"):
+            read_details([tmp_path], [], [(3, 0)])
+
+
+def test_a_folder_is_listed_once_for_all_features(tmp_path, monkeypatch):
+    """Some have a file for each of a million features."""
+    (tmp_path / "plt").mkdir()
+    (tmp_path / "plt" / "3_7.json").write_text(json.dumps(NEURONPEDIA))
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr("os.scandir", lambda path: listed.append(path) or scandir(path))
+    assert read_details([], [tmp_path], [(3, feature) for feature in range(20)]).keys() == {(3, 7)}
+    assert len(listed) == 1
+
+
+def test_a_feature_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "3_7.json").write_text("[]")
+    with pytest.raises(UserError, match=f"^{tmp_path}: feature 7 of layer 3: this is no feature of"):
+        read_details([], [tmp_path], [(3, 7)])
+
+
+def test_missing_lists_and_values_that_are_no_numbers_leave_the_rest():
+    """Neuronpedia's JSON of features that never fired, without contexts, or whose first explanation is empty."""
+    label = dict(explanations=[dict(description=None), dict(description="cities")])
+    assert parse_feature(label) == parse_feature(label | dict(activations=None)) == FeatureDetails(label="cities")
+    nan = dict(activations=[dict(tokens=["a", "b"], values=[float("nan"), 2.0])])
+    assert parse_feature(nan).examples == (dict(tokens=["a", "b"], activations=[0.0, 2.0]),)
+    silent = dict(examples_quantiles=None, top_logits=[" Paris"])
+    assert parse_feature(silent | dict(pos_str=None)) == FeatureDetails(top_logits=(" Paris",))

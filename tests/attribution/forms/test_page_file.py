@@ -10,6 +10,7 @@ from made_up_documents import made_up_document
 from reference_graphs import LAYERS, each_graph, needs_graphs
 
 from saejax.attribution.forms.document import ERROR_TYPE, check_document, ranked_links, read_document
+from saejax.attribution.forms.outputs import described_features
 from saejax.attribution.forms.page import page_edges, page_html, write_page
 from saejax.errors import UserError
 from saejax.page.scripts import embedded
@@ -40,7 +41,14 @@ def test_pages_are_the_same_bytes(document, tmp_path):
         (lambda d: d["links"][2].update(weight=float("nan")), "weights must be finite"),
         (lambda d: d["nodes"][0].update(ctx_idx=99), "the prompt has 11 tokens"),
         (lambda d: d["nodes"][0].update(layer="x"), "expected a number, or E"),
+        (lambda d: d["nodes"][0].update(layer="²"), "expected a number, or E"),
+        (lambda d: d["nodes"][0].update(layer="100000"), "expected a number, or E"),  # rows that no page can have
         (lambda d: d["nodes"][0].update(ctx_idx=True), "must be an integer"),
+        (lambda d: d["nodes"][0].update(token_prob="0.5"), r"nodes\[0\].token_prob must be a number or null"),
+        (lambda d: d["nodes"][0].update(token_prob=float("inf")), "token_prob of the graph is inf"),
+        (lambda d: d["metadata"].update(generation_settings=[1]), "generation_settings must be an object or null"),
+        (lambda d: d["metadata"].update(pruning_settings="x"), "pruning_settings must be an object or null"),
+        (lambda d: d["metadata"].update(feature_details=3), "feature_details must be an object or null"),
         (lambda d: d.update(nodes=[], links=[]), "no nodes"),
         (lambda d: d.clear(), "has no metadata, qParams, nodes, links"),
         (lambda d: d.update(nodes=[{}], links=[], qParams={}, metadata={}), "metadata has no slug"),
@@ -57,6 +65,30 @@ def test_a_document_that_is_no_graph_is_refused(document, tmp_path, change, said
     for other in ([], None):
         with pytest.raises(UserError, match="the graph must be an object"):
             read_document(other)
+
+
+def test_odd_values_of_other_programs_hide_no_graph(document):
+    """NaN, halves of characters, a set's name that is no text, and a feature whose id says no layer and number."""
+    odd, old = copy.deepcopy(document), next(n["node_id"] for n in document["nodes"] if n["feature_type"] != ERROR_TYPE)
+    odd = json.loads(json.dumps(odd).replace(f'"{old}"', '"my feature"'))
+    odd["metadata"] |= dict(node_threshold=float("nan"), replacement_score=float("nan"), scan="\ud800", prompt="\ud83d")
+    odd["metadata"] |= dict(feature_details=dict(neuronpedia_source_set="set"), pruning_settings=None)
+    odd["nodes"][1] |= dict(extra=float("nan"), clerp="\udc00")
+    page = page_html(read_document(odd))
+    page.encode()
+    data = json.loads(page.split('id="graph-data">')[1].split("</script>")[0])
+    assert data["document"]["nodes"][1]["extra"] is None and "pruned to" not in page
+    assert not described_features({**odd, "nodes": [node for node in odd["nodes"] if node["node_id"] == "my feature"]})
+    odd["metadata"]["feature_details"]["neuronpedia_source_set"] = ["set"]
+    assert '"source":""' in page_html(odd)
+
+
+def test_scores_stand_beside_the_share_of_features_that_was_traced(document):
+    scored = {**document, "metadata": document["metadata"] | dict(replacement_score=0.5)}
+    assert "score 0.50, the share of active features that was traced is not stated" in page_html(scored)
+    scored["metadata"] |= dict(generation_settings=dict(active_features=4097, traced_features=4096))
+    assert "score 0.50, with 4,096 of 4,097 active features traced (100\u00a0%)" in page_html(scored)
+    assert "not stated" not in page_html(document)
 
 
 def test_edges_come_as_they_were_the_strongest_first():

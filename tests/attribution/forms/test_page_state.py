@@ -160,6 +160,19 @@ def test_nodes_of_other_programs_have_their_kind_and_row(show_page):
     assert "Feature\n" not in text(browser, "#panel .facts")
 
 
+def test_a_feature_of_another_kind_has_not_the_contexts_of_the_transcoder_s(show_page):
+    """Its layer and number may be those of a feature of the transcoders, and it has no page at Neuronpedia."""
+    other = made_up_document(features=20, edges=60)
+    first = next(node for node in other["nodes"] if node["activation"] is not None)
+    first |= dict(feature_type="lorsa", clerp="")
+    other["metadata"]["feature_details"] = dict(neuronpedia_source_set="set")
+    key = tuple(map(int, first["node_id"].split("_")[:2]))
+    browser = show_page(other, details={key: FeatureDetails((dict(tokens=["a"], activations=[1.0]),), label="cities")})
+    click_node(browser, first["node_id"])
+    assert text(browser, "#panel h2") == f"feature {key[1]}"
+    assert "Top contexts" not in text(browser, "#panel") and "Neuronpedia" not in text(browser, "#panel")
+
+
 def test_features_without_a_label_have_the_tokens_of_their_contexts_as_name(show_page, document):
     """As in published sets, whose files have contexts and no labels: no node is called by its number."""
     nodes = [{**one, "clerp": ""} if one["feature_type"] == FEATURE_TYPE else one for one in document["nodes"]]

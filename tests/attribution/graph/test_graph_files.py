@@ -84,6 +84,7 @@ NO_ARRAYS = "graph.safetensors is missing or damaged"
         (lambda folder: (folder / ARRAYS).unlink(), NO_ARRAYS),
         (lambda folder: (folder / DESCRIPTION).write_text('{"a"'), "graph.json is not valid JSON"),
         (without("prompt"), "graph.json is damaged .'prompt' is missing"),
+        (with_fields(n_layers="2"), "n_layers is '2', expected a number"),
         (without("schema_version"), "schema version None: expected 2"),
         (with_fields(logit_K=np.zeros(3, np.float32)), "logit_K has the shape"),
         (with_fields(value_R=np.zeros(9)), "value_R has the shape .* in float64"),

@@ -105,6 +105,9 @@ def test_what_cannot_be_pruned_is_refused():
     graph = layered()
     with pytest.raises(UserError, match="nodes is 1.5: expected a share"):
         graph.prune(nodes=1.5)
+    for top_edges in (-1, 2.5):
+        with pytest.raises(UserError, match=f"top_edges is {top_edges}: expected a number of edges"):
+            graph.prune(top_edges=top_edges)
     with pytest.raises(UserError, match="pruned already"):
         graph.prune().prune()
     without_edges = dataclasses.replace(graph, adjacency_RxS=np.zeros_like(graph.adjacency_RxS))

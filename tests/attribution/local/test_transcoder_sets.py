@@ -22,7 +22,7 @@ from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.formats import place, tensors
 from saejax.dictionaries.formats.gemma_scope import choose_layers
-from saejax.errors import UserError
+from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 
@@ -112,6 +112,23 @@ def test_contexts_leave_out_silent_texts_and_nothing_else(tiny):
         ContextSearch(tiny, LayerTranscoders.of(broken), texts).contexts([(0, 5)])
 
 
+def test_a_search_for_contexts_can_be_stopped_and_goes_on(tiny):
+    transcoders = LayerTranscoders.of(make_transcoders(tiny.config))
+    texts, steps = ["one two", "three", "four five"], []
+
+    def stop(done, total):
+        steps.append((done, total))
+        if done == 1:
+            raise Interrupted("stopped")
+
+    search, features = ContextSearch(tiny, transcoders, texts), [(0, feature) for feature in range(FEATURES)]
+    with pytest.raises(Interrupted):
+        search.contexts(features, stop)
+    contexts = search.contexts(features, lambda *step: steps.append(step))
+    assert steps == [(0, 3), (1, 3), (1, 3), (2, 3)] and any(contexts.values())
+    assert contexts == ContextSearch(tiny, transcoders, texts).contexts(features)
+
+
 def altered_bias(transcoder, value):
     return Dictionary(transcoder.config, **transcoder.arrays | dict(b_enc_F=jnp.full(FEATURES, value)))
 
@@ -168,6 +185,18 @@ def test_a_number_chooses_the_nearest_l0_of_each_layer():
     assert choose_layers(wide, ("16k", "10"), "here") == wide[:1]
 
 
+def test_a_choice_that_cannot_be_met_is_refused(tiny, tmp_path):
+    """Not ignored, where there is one transcoder of each layer."""
+    made = make_transcoders(tiny.config, "jumprelu")
+    save_transcoders(tmp_path / "set", made)
+    gemma_scope(tmp_path / "scope", made, 2)
+    assert len(open_transcoders(tmp_path / "scope", choice=("16k", "small")).configs) == len(made)
+    with pytest.raises(UserError, match="has one transcoder of each layer: leave --graph.l0=16k out"):
+        open_transcoders(tmp_path / "set", choice=("16k",))
+    with pytest.raises(UserError, match=r"1 transcoders? of layer 0 \(.*16k.*\): none of them is 64k"):
+        open_transcoders(tmp_path / "scope", choice=("64k",))
+
+
 @pytest.mark.parametrize(
     ("address", "options"),
     [
@@ -188,6 +217,20 @@ def test_references_name_a_subfolder_and_a_revision(address, options, tiny, tmp_
     revision = "v1" if "@" in address or options else "main"
     assert (opened.check(tiny).revision, asked["name"], asked["revision"]) == ("abc", "org/plts", revision)
     assert ("small/config.yaml" if is_inside else "config.yaml") in asked["allow_patterns"]
+
+
+def test_models_in_turn_have_sinks_of_their_own(tiny):
+    """A set that says nothing of sinks may be used with a model before and after tuning."""
+    opened = LayerTranscoders.of(make_transcoders(tiny.config))
+    first, second = (SimpleNamespace(sink_norm=lambda site, limit=limit: limit) for limit in (1.0, 2.0))
+    limits = []
+    for model in (first, second, first):
+        opened.resolve_sinks(model)
+        limits.append([float(each.arrays["max_norm"]) for each in (opened.encoder(0), opened.load(0))])
+    assert limits == [[1, 1], [2, 2], [1, 1]]
+    local = LocalModel(tiny, opened, IDS)
+    opened.resolve_sinks(first)
+    assert float(local.encoder(0).arrays["max_norm"]) == pytest.approx(tiny.sink_norm("mlp_in.0"))
 
 
 @pytest.mark.parametrize("room,read_again", [(2, []), (1, [0, 1]), (0, [0, 1])])

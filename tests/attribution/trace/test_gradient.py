@@ -14,6 +14,7 @@ from saejax.attribution.checks import double
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT, TOKEN
 from saejax.attribution.local.dictionaries import LayerSaes
+from saejax.attribution.local.edits import Change
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.modules import parameter_table
@@ -177,6 +178,26 @@ def test_edges_foretell_edits_of_the_model(llama):
     assert 0 < doubling.results.correlation <= 1
 
 
+def test_saes_of_what_heads_give_have_edges(tiny_model):
+    """Their site is within attention: as many numbers as the stream has, where heads fill it."""
+    lm, ids = tiny_model("gpt2"), [17, 230, 5, 42]
+    saes = [made_sae(lm, "resid_post.0", ids), made_sae(lm, "attn_z.1", ids, seed=1)]
+    graph, run, readouts = trace_prompt(lm, LayerSaes.of(saes), ids, targets=7)
+    features, layer_N = graph.count(FEATURE), graph.nodes.layer_N
+    upper = np.flatnonzero(layer_N[:features] == 1)
+    source = upper[np.abs(graph.adjacency_RxS[-1, upper]).argmax()]
+    where = [int(column[source]) for column in (layer_N, graph.nodes.position_N, graph.nodes.index_N)]
+    rows = [[Change(*where, graph.nodes.value_N[source] * (1 + step))] for step in (0.03, -0.03)]
+    more, less = run.run(rows, readouts=readouts).readout_RxK[:, 0]
+    assert (more - less) / 0.06 == pytest.approx(graph.adjacency_RxS[-1, source], rel=2e-2) and more != less
+    lower = np.abs(graph.adjacency_RxS[:features, : upper[0]]).sum(axis=0).argmax()
+    where = [int(column[lower]) for column in (layer_N, graph.nodes.position_N, graph.nodes.index_N)]
+    rows = [[Change(*where, graph.nodes.value_N[lower] * (1 + step))] for step in (0.03, -0.03)]
+    more_J, less_J = run.run(rows, features=upper).feature_RxJ
+    assert np.abs(more_J - less_J).max() > 1e-4
+    assert relative_error((more_J - less_J) / 0.06, graph.adjacency_RxS[upper, lower]) < 2e-2
+
+
 def test_fewer_features_are_the_most_influential_ones(llama):
     lm, saes = llama
     graph, part = (trace_gradient(lm, saes, IDS, max_logits=2, max_features=most) for most in (None, 11))
@@ -209,6 +230,7 @@ def test_one_sae_and_one_token(llama):
         (dict(site="mlp_out.2"), r"SAEs of one layer \(mlp_out.2\): expected one of each layer"),
         (dict(site="resid_post.9"), "there is no site resid_post.9: the model has 3 layers"),
         (dict(site="module:a.b"), "a module of the PyTorch model"),
+        (dict(site="attn_k.0"), "attn_k.0 has 20 numbers, and graphs are of sites as wide as the stream"),
         (dict(d_in=5), "reads 5 dimensions, but .* has 40"),
         (dict(fingerprint="another"), "the SAE of resid_post.0 was trained on tiny .fingerprint another"),
         (dict(kind="linear", k=0), "a linear dictionary"),

@@ -141,14 +141,34 @@ def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
         ("", {}, "the prompt is empty: expected a text, or token ids"),
         (IDS, dict(targets=["cat near the"]), "is [0-9]+ tokens: expected a text of one"),
         (IDS, dict(targets=[400]), "token 400 does not exist: expected 0 to 383"),
+        (IDS, dict(targets=[7.5]), "token 7.5 does not exist"),
+        (IDS, dict(targets=[7, (7, 8), 7]), "the target 7 is there twice"),
+        (IDS, dict(targets=[(7, 7)]), "no difference of two logits: expected two tokens that differ"),
+        (IDS, dict(targets=[(7, 8, 9)]), "no difference of two logits"),
+        (IDS, dict(logit_mass=95), "logit_mass 95: expected 1 or more, and a probability"),
+        (IDS, dict(max_logits=0), "max_logits is 0"),
         (IDS, dict(max_features=0), "max_features is 0"),
+        (IDS, dict(max_features=2.5), "max_features is 2.5"),
+        (IDS, dict(estimate="relp"), "estimate and direct are for SAEs"),
+        ([5.7, 8.0], {}, "expected a text, or the token ids of one"),
+        ([IDS, IDS], {}, "expected a text, or the token ids of one"),
+        (["The", "cat"], {}, "expected a text, or the token ids of one"),
         ([0, 999], {}, "token ids are 0 to 999"),
+        ([0, 2**32 + 5], {}, "token ids are 0 to 2147483647"),
         ([0] * 100, {}, "100 tokens: expected 1 to 64"),
     ],
 )
 def test_what_cannot_be_traced_is_refused(prompt, settings, message, tiny, made):
     with pytest.raises(UserError, match=message):
         trace(tiny, made, prompt, **settings)
+
+
+@pytest.mark.parametrize("target", [" the", 7])
+def test_one_target_needs_no_list(target, tiny, made):
+    """Else a text would be a target for each of its letters."""
+    one, listed = (trace(tiny, made, IDS, targets=targets, max_features=5) for targets in (target, [target]))
+    assert one.labels == listed.labels and len(one.labels) == 1
+    assert len(trace(tiny, made, IDS, targets=np.array([7, 8]), max_features=5).labels) == 2
 
 
 @pytest.mark.parametrize("name", ["W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D", "W_skip_DxD"])

@@ -103,7 +103,7 @@ function makeLive(graph, { live, labels }, app) {
   };
   [here("prune-nodes").value, here("prune-edges").value] = [live.nodes, live.edges];
   here("prune-form").querySelector("button").disabled = !live.whole;
-  here("live-note").textContent = live.why || live.note;
+  here("live-note").textContent = live.note;
 
   return {
     /** A field with a feature's label, which is saved for all its positions. */

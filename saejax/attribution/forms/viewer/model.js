@@ -123,9 +123,9 @@ function readEdges({ source, target, weight, score, more }, n) {
 const linksOf = ({ ids, source, target, weight, more }) =>
   weight.map((_, e) => ({ source: ids[source[e]], target: ids[target[e]], weight: weight[e], ...more?.[e] }));
 
-/** "layer_feature" of a feature node: what labels and examples are keyed by. */
+/** "layer_feature" of a transcoder's feature, by which labels and examples are keyed; else "". */
 function featureKey(node) {
-  return (KIND_OF[node.feature_type] ?? FEATURE) === FEATURE ? node.node_id.split("_").slice(0, 2).join("_") : "";
+  return KIND_OF[node.feature_type] === FEATURE ? node.node_id.split("_").slice(0, 2).join("_") : "";
 }
 
 /** The two tokens of an output that is a difference of logits; else null. */

@@ -79,6 +79,7 @@ function makePanel(graph, { details: known, heads, source }, app) {
   };
   /** Where Neuronpedia shows a feature; "" where the set is not there. */
   const addressOf = (i) => {
+    if (!featureKey(graph.doc.nodes[i])) return "";
     const [layer, index] = graph.ids[i].split("_");
     return source.replace("{layer}", layer).replace("{index}", index);
   };
@@ -126,7 +127,7 @@ function makePanel(graph, { details: known, heads, source }, app) {
     return [
       element("div", { class: "head" }, title, element("div", { class: "buttons" }, buttons)),
       factList(group ? [...describe(graph, i), ["Group", visibleText(group[0])]] : describe(graph, i)),
-      live && graph.kind[i] === FEATURE ? [live.labelForm(i)] : [],
+      live && featureKey(graph.doc.nodes[i]) ? [live.labelForm(i)] : [],
       graph.kind[i] === FEATURE ? aboutFeature(about, addressOf(i)) : [],
       element("div", { class: "lists" }, directions.map((into) => edgeList(i, into))),
       carried ? element("p", { class: "note" }, VIA) : [],
