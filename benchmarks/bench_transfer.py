@@ -10,8 +10,8 @@ ours), the peak of memory and, last, one line of JSON. Processor seconds, of all
 which others on the machine make longer.
 
 With --study N the stage itself compares N of the 98 dictionaries of the reasoning study, at an eighth of their widths,
-random, of four random language models: all pairs of a model and 50 pairs of two. The peak of memory of N = 24 and of
-N = 98 should be the same.
+random, of four random language models: all pairs of a model and 50 pairs of two. The peak of memory of N = 98 should
+hardly be above that of N = 24.
 """
 
 import argparse
