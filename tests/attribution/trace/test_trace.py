@@ -138,6 +138,8 @@ def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
     [
         ([5], {}, "no feature is used at the first token, and the prompt has no further one"),
         ([], {}, "the prompt is empty"),
+        ("The \ud800 cat", {}, "holds half a character: expected Unicode text"),  # of bytes that are no UTF-8
+        (IDS, dict(targets=["\udcff"]), "holds half a character"),
         ("", {}, "the prompt is empty: expected a text, or token ids"),
         (IDS, dict(targets=["cat near the"]), "is [0-9]+ tokens: expected a text of one"),
         (IDS, dict(targets=[400]), "token 400 does not exist: expected 0 to 383"),
