@@ -198,7 +198,10 @@ class GraphServer:
     def _configs(self) -> Configs:
         """Return the configuration for new prompts: that of the command line, or of the newest graph traced here."""
         traced = [graph for graph in self._store.graphs().values() if graph.unit]
-        return self._session.configs_of(traced[0] if traced else None)
+        for graph in traced[:-1]:
+            with contextlib.suppress(UserError):  # a damaged unit, or one of an older version
+                return self._session.configs_of(graph)
+        return self._session.configs_of(traced[-1] if traced else None)
 
     def _find_graph(self, fields: Mapping[str, Any]) -> StoredGraph:
         return self._store.find(_text(fields, "graph"))

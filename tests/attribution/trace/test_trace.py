@@ -168,8 +168,8 @@ def test_what_cannot_be_traced_is_refused(prompt, settings, message, tiny, made)
 @pytest.mark.parametrize("target", [" the", 7])
 def test_one_target_needs_no_list(target, tiny, made):
     """Else a text would be a target for each of its letters."""
-    one, listed = (trace(tiny, made, IDS, targets=targets, max_features=5) for targets in (target, [target]))
-    assert one.labels == listed.labels and len(one.labels) == 1
+    alone, listed = (trace(tiny, made, IDS, targets=targets, max_features=5) for targets in (target, [target]))
+    assert alone.labels == listed.labels and len(alone.labels) == 1
     assert len(trace(tiny, made, IDS, targets=np.array([7, 8]), max_features=5).labels) == 2
 
 
