@@ -128,7 +128,10 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
     for number, record in json_lines(text, path, _EXAMPLE):
         requests.append(_of_line(record, targets, f"{path}, line {number}"))
         if requests[-1].slug in {request.slug for request in requests[:-1]}:
-            raise UserError(f"{path}, line {number} has the slug {requests[-1].slug!r} of an earlier line")
+            raise UserError(
+                f"{path}, line {number} has the slug {requests[-1].slug!r} of an earlier line: give it another, as in "
+                f"{_EXAMPLE}"
+            )
     if not requests:
         raise UserError(f"--graph.prompts={path} holds no prompts: expected lines such as {_EXAMPLE}")
     return requests
@@ -223,7 +226,8 @@ def _target(text: str) -> TargetText:
 
 def _slug_of(text: str) -> str:
     """Return a name made of a text."""
-    words = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:_LONGEST].strip("-") or "graph"
+    words = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:_LONGEST].strip("-")
+    words = words or f"graph-{fingerprint(text)}"  # such as of Chinese, where all texts would have one name
     return f"{words}-graph" if words in _TAKEN else words
 
 

@@ -1,6 +1,7 @@
 """Prompts as token ids: special tokens, answers that continue a text, batches of few shapes."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,12 +103,17 @@ def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:
       bos: "auto", the tokenizer's own special tokens in front; "always", the BOS token; "never", neither.
 
     Raises:
-      UserError: there is no tokenizer, or no BOS token though one is asked for.
+      UserError: there is no tokenizer, or no BOS token though one is asked for, or the text is no Unicode.
     """
     if tokenizer is None:
         raise UserError("this model has no tokenizer: give token ids, with saejax.models.tokens.pad")
     # verbose=False: the tokenizer's own warning about long texts goes to the log; ours is an error.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except (TypeError, UnicodeError):
+        if not re.search("[\ud800-\udfff]", text):
+            raise
+        raise UserError(f"the text {text!r:.60} holds half a character: expected Unicode text, in UTF-8") from None
     front = bos_tokens(tokenizer, bos)
     return ids if ids[: len(front)] == front else front + ids
 

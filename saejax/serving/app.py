@@ -134,7 +134,7 @@ class GraphServer:
         labels: dict[tuple[int, int], str] = {}
         details: dict[tuple[int, int], Any] = {}
         shown: dict[str, Any] = {}
-        config = self._session.defaults[GraphConfig]  # of a graph without a known set
+        config = defaults = self._session.defaults[GraphConfig]  # of a graph without a known set
         if "nodes" in query and "edges" in query:
             nodes, edges = (_share(query, name) for name in ("nodes", "edges"))
             document = self._session.prune(graph, document, nodes, edges)
@@ -149,7 +149,7 @@ class GraphServer:
         try:  # a damaged file of labels or features hides neither the graph nor what can be done with it
             shown = self._store.shown(graph)
             labels = {} if why else self._store.labels(folders(config))
-            details = self._store.details(graph, document, config)
+            details = self._store.details(graph, document, config) or self._store.details(graph, document, defaults)
         except UserError as error:
             missing = f" Labels or contexts are missing: {_line(error)}"
         live: dict[str, Any] = dict(graph=graph.id, note=f"{why or note}{missing}", why=why, freeze_modes=freeze_modes)
@@ -198,7 +198,10 @@ class GraphServer:
     def _configs(self) -> Configs:
         """Return the configuration for new prompts: that of the command line, or of the newest graph traced here."""
         traced = [graph for graph in self._store.graphs().values() if graph.unit]
-        return self._session.configs_of(traced[0] if traced else None)
+        for graph in traced[:-1]:
+            with contextlib.suppress(UserError):  # a damaged unit, or one of an older version
+                return self._session.configs_of(graph)
+        return self._session.configs_of(traced[-1] if traced else None)
 
     def _find_graph(self, fields: Mapping[str, Any]) -> StoredGraph:
         return self._store.find(_text(fields, "graph"))

@@ -186,6 +186,13 @@ def test_labels_that_no_reader_gets_through_are_one_line(tmp_path):
         read_given_labels(GraphConfig(labels=str(tmp_path / "deep.json")))
 
 
+def test_prompts_without_latin_letters_have_names_of_their_own(tmp_path):
+    (tmp_path / "some.jsonl").write_text('{"prompt": "法国的首都是"}\n{"prompt": "德国的首都是"}', "utf-8")
+    first, second = read_requests(GraphConfig(prompts=str(tmp_path / "some.jsonl")))
+    assert first.slug.startswith("graph-") and first.slug != second.slug
+    assert first.slug == unit_name(GraphConfig(prompt="法国的首都是", transcoders="set"))
+
+
 def test_a_target_without_a_list_is_one_target(tmp_path):
     """Else each of its letters would be one."""
     (tmp_path / "some.jsonl").write_text('{"prompt": "a", "targets": " way> runs"}')

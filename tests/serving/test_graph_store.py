@@ -190,6 +190,22 @@ def test_damaged_files_of_features_and_heads_hide_neither_the_graph_nor_its_run(
     assert '"why":"' in page and '"why":""' not in page
 
 
+def test_new_prompts_are_traced_as_the_newest_unit_that_can_be_read(root):
+    class Session:
+        def configs_of(self, graph):
+            if graph.metadata["slug"] == newest:
+                raise UserError("damaged")
+            return graph.id
+
+    store = GraphStore(root)
+    newest, older = (graph.metadata["slug"] for graph in store.graphs().values())
+    server = GraphServer(store, Session(), Jobs())
+    assert server._configs() == f"attribute/p/graphs/{older}"
+    (root / "attribute" / "p" / "graphs" / f"{older}.json").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        server._configs()
+
+
 def test_labels_are_saved_for_the_atlas_and_shown(root):
     store = GraphStore(root)
     path = store.save_label(SET, 3, 17, '=cmd|"<b>", "line\n2"')

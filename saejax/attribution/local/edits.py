@@ -112,7 +112,7 @@ class ChangeEdits:
         for row, layer, position, feature, value in entries:
             is_index = all(isinstance(number, Integral) for number in (layer, position, feature))
             exists = is_index and 0 <= layer < len(configs) and 0 <= feature < configs[layer].n_features
-            if not (exists and abs(value) <= np.finfo(np.float32).max):
+            if not (exists and abs(float(value)) <= float(np.finfo(np.float32).max)):
                 raise UserError(
                     f"feature {feature} of layer {layer} cannot be set to {value} at position {position}: expected one "
                     f"of {len(configs)} layers, of {configs[0].n_features} features, a position and a finite number"

@@ -14,7 +14,7 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.config import RunRules
 from saejax.models.language_model import LanguageModel
-from saejax.models.tokens import Tokens
+from saejax.models.tokens import Tokens, encode
 from saejax.parallel.collectives import to_host
 
 AT_ONCE = 1 << 26  # activations of a layer that are in memory at once
@@ -224,4 +224,4 @@ def _apply_chat_template(model: LanguageModel, prompt: str) -> list[int]:
         raise UserError(f"the tokenizer of {model.source.name} has no chat template: leave --graph.chat_template out")
     messages = [dict(role="user", content=prompt)]
     text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return encode(model.tokenizer, text, bos="never")

@@ -162,12 +162,12 @@ def test_nodes_of_other_programs_have_their_kind_and_row(show_page):
 
 def test_a_feature_of_another_kind_has_not_the_contexts_of_the_transcoder_s(show_page):
     """Its layer and number may be those of a feature of the transcoders, and it has no page at Neuronpedia."""
-    other = made_up_document(features=20, edges=60)
-    first = next(node for node in other["nodes"] if node["activation"] is not None)
+    graph = made_up_document(features=20, edges=60)
+    first = next(node for node in graph["nodes"] if node["activation"] is not None)
     first |= dict(feature_type="lorsa", clerp="")
-    other["metadata"]["feature_details"] = dict(neuronpedia_source_set="set")
+    graph["metadata"]["feature_details"] = dict(neuronpedia_source_set="set")
     key = tuple(map(int, first["node_id"].split("_")[:2]))
-    browser = show_page(other, details={key: FeatureDetails((dict(tokens=["a"], activations=[1.0]),), label="cities")})
+    browser = show_page(graph, details={key: FeatureDetails((dict(tokens=["a"], activations=[1.0]),), label="cities")})
     click_node(browser, first["node_id"])
     assert text(browser, "#panel h2") == f"feature {key[1]}"
     assert "Top contexts" not in text(browser, "#panel") and "Neuronpedia" not in text(browser, "#panel")

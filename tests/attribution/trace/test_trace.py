@@ -138,6 +138,8 @@ def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
     [
         ([5], {}, "no feature is used at the first token, and the prompt has no further one"),
         ([], {}, "the prompt is empty"),
+        ("The \ud800 cat", {}, "holds half a character: expected Unicode text"),  # of bytes that are no UTF-8
+        (IDS, dict(targets=["\udcff"]), "holds half a character"),
         ("", {}, "the prompt is empty: expected a text, or token ids"),
         (IDS, dict(targets=["cat near the"]), "is [0-9]+ tokens: expected a text of one"),
         (IDS, dict(targets=[400]), "token 400 does not exist: expected 0 to 383"),
@@ -166,8 +168,8 @@ def test_what_cannot_be_traced_is_refused(prompt, settings, message, tiny, made)
 @pytest.mark.parametrize("target", [" the", 7])
 def test_one_target_needs_no_list(target, tiny, made):
     """Else a text would be a target for each of its letters."""
-    one, listed = (trace(tiny, made, IDS, targets=targets, max_features=5) for targets in (target, [target]))
-    assert one.labels == listed.labels and len(one.labels) == 1
+    alone, listed = (trace(tiny, made, IDS, targets=targets, max_features=5) for targets in (target, [target]))
+    assert alone.labels == listed.labels and len(alone.labels) == 1
     assert len(trace(tiny, made, IDS, targets=np.array([7, 8]), max_features=5).labels) == 2
 
 
