@@ -60,7 +60,7 @@ def _line(results: ExplainedDictionary) -> str:
     """Return a dictionary's figures as a log line."""
     name, detection = f"{results.name}: " if results.name else "", "detection unparsed"
     if results.accuracy:
-        control = "none, so none is kept: judge more features"
+        control = "none; a label is kept only beside another one"
         if results.control_accuracy is not None:
             control = f"{results.control_accuracy:.2f}"
         detection = f"detection {results.accuracy.mean:.2f} (control {control})"

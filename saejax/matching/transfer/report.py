@@ -27,8 +27,8 @@ def _section(results: TransferResults, draw: Draw) -> Section:
     intro = (
         f"{len(results.dictionaries)} dictionaries in {len(results.pairs)} pairs. {results.rule}. Null: random "
         "directions with the mean and covariance of the second dictionary's rows or, for activity, its activations on "
-        "text shifted by half. All values are signed. Dead features, and for activity features with too few firings, "
-        "are not compared."
+        "text shifted by half. All values are signed. Features that the stage evaluate found dead, and for activity "
+        "features with too few firings, are not compared."
     )
     blocks: list[Block] = [Text(intro)]
     if len(results.pairs) <= _ROWS:

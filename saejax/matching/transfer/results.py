@@ -36,7 +36,8 @@ class ComparedRows:
     #: the same where nothing is shared: random directions with the mean and covariance of the second's rows; for
     #: activity, the second's on text shifted by half
     null: MatchScores
-    #: features compared, of the first and of the second: live ones; for activity, those with enough firings
+    #: features compared, of the first and of the second: all but those that the stage evaluate found dead; for
+    #: activity, those with enough firings
     compared: tuple[int, int]
     left_out: tuple[int, int]  #: features not compared, of the first and of the second
     #: for activity: `shared` of the first dictionary matched with itself on the same tokens, the most there can be

@@ -25,7 +25,7 @@ from scipy.stats import norm
 from saejax.errors import UserError
 from saejax.matching.match import Matched, match
 from saejax.matching.rows import independent_rows, weight_rows
-from saejax.matching.transfer.compared import Compared, load_compared, measures_of, same_model
+from saejax.matching.transfer.compared import WEIGHTS, Compared, load_compared, measures_of, same_model
 from saejax.matching.transfer.reading import CEILING, NULL, SCORES, Reading, is_movable, read_shared_text
 from saejax.matching.transfer.reconstruction import ROWS_PER_DIMENSION
 from saejax.matching.transfer.results import (
@@ -107,6 +107,9 @@ class Comparison:
         self._run, self._config, self._compared = run, run.configs[TransferConfig], compared
         self._mesh, self._wanted = make_mesh(run.configs[MeshConfig]), wanted
         self._live = [each.live(run.folder.parent) for each in compared]
+        unknown = [each.name for each, live_F in zip(compared, self._live, strict=True) if live_F is None]
+        if unknown and {*WEIGHTS} & {*self._config.measures}:
+            run.say(f"compared with their dead features, as evaluate has not measured them: {', '.join(unknown)}")
         largest = max(4 * each.config.n_features * each.config.d_in for each in compared)
         # At least both rows of a pair and the second's null.
         self._weights = functools.lru_cache(maxsize=max(4, _ROW_BYTES // largest))(self._make_weights)
