@@ -110,7 +110,10 @@ def untrained(dictionary: Dictionary, active: int, seed: int) -> Dictionary:
       seed: seed of the directions.
     """
     # TopK, so that as many are active as in the dictionary, whose own kind has thresholds that only training sets.
-    random = Dictionary.initial(_like(dictionary, kind="topk", k=max(active, 1)), jax.random.key(seed))
+    config = dictionary.config
+    # The bias is in units of the normalised tokens: where it is subtracted, they are normalised, too.
+    norm = {} if config.target else dict(input_norm=config.input_norm, output_units=config.output_units)
+    random = Dictionary.initial(_like(dictionary, kind="topk", k=max(active, 1), **norm), jax.random.key(seed))
     return Dictionary(random.config, **random.arrays | dict(b_dec_D=dictionary.b_dec_D[...]))
 
 
@@ -120,5 +123,6 @@ def _like(dictionary: Dictionary, **changes: object) -> DictionaryConfig:
     if config.target:
         # Directions are ablated where the dictionary writes: what it reads is another space for a transcoder.
         changes |= dict(site=config.target, target="", max_norm=config.target_max_norm, target_max_norm=None)
-    plain: dict[str, Any] = dict(k=0, groups=(), skip=False, centred=True, fires_above=0.0, signed=False, input_norm="")
+    plain: dict[str, Any] = dict(k=0, groups=(), skip=False, centred=True, fires_above=0.0, signed=False)
+    plain |= dict(input_norm="", output_units=False)
     return dataclasses.replace(config, **plain | changes)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Dictionary
+from saejax.dictionaries import Dictionary, rescale
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
@@ -68,7 +68,7 @@ class SplitModel:
     Attributes:
       point: where the model is split (static).
       params: parameters of the decoder.
-      dictionary: its arrays are on the model's devices.
+      dictionary: in output units (``rescale.to_output_units``); its arrays are on the model's devices.
 
     Raises:
       UserError: the dictionary belongs to another model, or its sites do not exist there.
@@ -88,6 +88,8 @@ class SplitModel:
         dictionary.config.check_model(model.source.name, model.source.fingerprint)
         # Dictionaries without a rule for attention sinks take the model's.
         dictionary = dictionary.with_sink_norms(model.sink_norm)
+        # What a feature adds is then its activation times its decoder row, also where tokens are normalised.
+        dictionary = rescale.to_output_units(dictionary)
         self.point = SplitPoint(model.config, writes, reads, model.mesh, model.rules)
         self.params = model.params
         # By way of the host: the mesh may reach over processes that each loaded the dictionary, or hold parts of it.
