@@ -1,6 +1,7 @@
 """The causal calls of the library: without a workdir, eight devices and PyTorch give the same as one JAX device."""
 
 import dataclasses
+import logging
 import numbers
 
 import jax
@@ -126,6 +127,15 @@ def test_results_are_not_empty(on_one_device):
     length, correct = on_one_device["probe"]
     assert len(length["probes"]) == 6 and length["selected"]["matched"]
     assert correct["reason"].startswith("fewer than two classes")
+
+
+def test_calls_warn_of_texts_that_begin_otherwise_than_those_of_the_training(tiny, dictionary, answered, caplog):
+    trained = dictionary.with_config(dataclasses.replace(dictionary.config, bos="always"))
+    with caplog.at_level(logging.WARNING, "absl"):
+        saejax.evaluate(tiny, trained, DOCUMENTS)
+        saejax.probe(tiny, trained, answered, "length", **PROBE)
+    told = "the dictionary was trained on texts with a BOS token in front, and these are without"
+    assert sum(line.startswith(told) for line in caplog.messages) == 2
 
 
 def test_controls_are_drawn_by_the_seed_of_interventions():
