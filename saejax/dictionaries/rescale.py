@@ -86,6 +86,18 @@ def unit_decoder(dictionary: Dictionary) -> Dictionary:
     return _rebuild(dictionary, scale_features(dictionary.kind, arrays, length_F))
 
 
+def scale_parts(dictionary: Dictionary, scales: Sequence[float]) -> Dictionary:
+    """Return a crosscoder for parts that are multiplied with other ``scales``, with the same activations."""
+    config = dictionary.config
+    if not config.widths or tuple(scales) == config.scales:
+        return dictionary
+    factor_D = np.repeat(np.divide(scales, config.scales), config.widths)
+    arrays = {name: array.astype(np.float64) for name, array in host_arrays(dictionary).items()}
+    arrays["W_enc_DxF"] = arrays["W_enc_DxF"] / factor_D[:, None]
+    arrays |= dict(W_dec_FxD=arrays["W_dec_FxD"] * factor_D[None], b_dec_D=arrays["b_dec_D"] * factor_D)
+    return _rebuild(dictionary, arrays, scales=tuple(scales))
+
+
 def as_jumprelu(dictionary: Dictionary) -> Dictionary:
     """Return the JumpReLU dictionary that a dictionary of another kind is at inference, if its kind is ``jumprelu``."""
     arrays = {name: array.astype(np.float64) for name, array in host_arrays(dictionary).items()}

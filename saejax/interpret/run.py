@@ -234,6 +234,8 @@ def run_interpret(run: Run) -> InterpretResults:
             raise Interrupted("stopped; finished dictionaries are kept: run the same command again to continue")
         lm, mesh, text = read()
         dictionary = load_dictionary(member_folder(trained, member.name))
+        if conflict := dictionary.config.bos_conflict(store.manifest.bos):
+            run.say(f"{member.name or run.name}: {conflict}")
         results = Interpreter(run, store, text, lm, mesh, member.name, dictionary).interpret()
         write_json(path[member.name], to_json(dataclasses.replace(results, name="")))  # as of a run of it alone
         run.say(_line(results))

@@ -24,6 +24,9 @@ What replaces an activation (``ActivationReplacement``):
   same clean run; a feature that fires at one position only keeps its activation there.
 - ``counterpart``: its activation at the same position of the prompt's counterpart; 0 where that is an attention sink.
 
+Activations, and so amounts, are in output units: those of a dictionary that normalises tokens are multiplied with the
+scale of the token (``rescale.to_output_units``).
+
 The replacement of a feature does not depend on which others are ablated with it, so the change of a set is the sum of
 its features' changes.
 """

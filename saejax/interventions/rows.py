@@ -264,7 +264,8 @@ def gather(
     f_BxTxK = of_features(dictionary, arrays[:2], chosen)
     counterpart_BxTxK = of_features(dictionary, arrays[2:], chosen) if arrays[2:] else f_BxTxK
     fall_BxTxK = source.removed(f_BxTxK, counterpart_BxTxK, arrays[1], features_K, prompts)
-    W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
+    # Matrices may be in bfloat16, in which effects would be rounded to two digits.
+    W_dec_KxD = dictionary.W_dec_FxD[...][features_K].astype(fall_BxTxK.dtype)
     return jax.lax.with_sharding_constraint((fall_BxTxK, W_dec_KxD), sharding(point.mesh))
 
 

@@ -305,5 +305,6 @@ def _not_finite(point: SplitPoint) -> str:
 
 def weighted(f_BxTxF: jax.Array, slope_BxTxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
     """Return ``f_BxTxF`` x slope along each row of ``W_dec_FxD``, summed over positions: [B, F]."""
-    along_BxTxF = matmul(slope_BxTxD.astype(W_dec_FxD.dtype), W_dec_FxD.T)  # dL/df
+    # Not in the dtype of the rows, which may be bfloat16.
+    along_BxTxF = matmul(slope_BxTxD.astype(f_BxTxF.dtype), W_dec_FxD.T)  # dL/df
     return (f_BxTxF * along_BxTxF).sum(axis=1)

@@ -68,7 +68,7 @@ class SplitModel:
     Attributes:
       point: where the model is split (static).
       params: parameters of the decoder.
-      dictionary: its arrays are on the model's devices.
+      dictionary: in output units (``rescale.to_output_units``); its arrays are on the model's devices.
 
     Raises:
       UserError: the dictionary belongs to another model, or its sites do not exist there.

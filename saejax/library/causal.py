@@ -5,6 +5,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
+
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, verdict_config
@@ -23,7 +25,7 @@ from saejax.library.settings import make_config
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode
 from saejax.settings import BASES, AblateConfig, ProbeConfig, SteerConfig
-from saejax.tasks import draw
+from saejax.tasks import draw, run_inputs
 from saejax.tasks.behaviours import Prompt
 
 
@@ -81,6 +83,7 @@ def ablate(
       UserError: a setting is unknown or out of range, or a split has no prompts.
     """
     by_behaviour = _group(prompts)
+    warn_of_bos(lm, dictionary)
     if features is not None:
         if len(by_behaviour) > 1:
             raise UserError(f"features were named for {len(by_behaviour)} behaviours: give the prompts of one")
@@ -165,6 +168,7 @@ def steer(
       UserError: a setting is unknown or out of range, or there are no prompts.
     """
     config = make_config(SteerConfig, **settings)
+    warn_of_bos(lm, dictionary)
     text = _held_out_text(lm, documents, LENGTH)
     measured = {
         name: SteeringTest(lm, dictionary, behaviour_prompts, text, config).results()
@@ -195,6 +199,7 @@ def probe(
     """
     config, prompts = make_config(ProbeConfig, labels=labels, **settings), list(prompts)
     _group(prompts)
+    warn_of_bos(lm, dictionary)
     split = SplitModel(lm, dictionary)
     diffs = [0.0] * len(prompts)
     if "correct" in config.labels:
@@ -204,6 +209,12 @@ def probe(
         ablation = functools.partial(ablation_of, split, labelled)
         probed.append(probe_label(config, labelled, *probe_inputs(split, labelled.prompts), ablation))
     return correct(probed)
+
+
+def warn_of_bos(lm: LanguageModel, dictionary: Dictionary) -> None:
+    """Log a warning if one of them, a dictionary's training and the model's texts, has BOS tokens and the other not."""
+    if conflict := run_inputs.bos_conflict(dictionary, lm.tokenizer):
+        logging.warning("%s", conflict)
 
 
 def _group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:

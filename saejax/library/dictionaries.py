@@ -14,6 +14,7 @@ from saejax.errors import UserError, one_of
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.library.activations import Activations, capture
+from saejax.library.causal import warn_of_bos
 from saejax.library.settings import make_config
 from saejax.models.language_model import LanguageModel
 from saejax.runner.config import Configs
@@ -108,6 +109,7 @@ def evaluate(
       texts: each at most as long as the model's context.
       mean_D: mean of the target over training tokens, the floor of ``ce_recovered``. None: its mean over these texts.
     """
+    warn_of_bos(lm, dictionary)
     site, target = dictionary.site, dictionary.config.target or dictionary.site
     acts = capture(lm, texts, list(dict.fromkeys((site, target))))
     # The model's rule, whoever trained the dictionary: as in the stage.

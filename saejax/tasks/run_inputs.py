@@ -1,6 +1,7 @@
 """The inputs of a stage that runs a model: the model and the dictionary that flags name, and tested behaviours."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from saejax.dictionaries import Dictionary, stacks
 from saejax.models.language_model import LanguageModel
@@ -33,12 +34,18 @@ def load_run_dictionary(run: Run) -> Dictionary:
             f"{run.stage}: the dictionary names {named} and records no revision of it; check that it was trained on "
             "this model"
         )
-    if dictionary.config.bos != "auto":
-        tokenizer = load_tokenizer(resolve(run.configs[ModelConfig]))
-        begins = tokenizer.bos_token_id is not None and bos_tokens(tokenizer)[:1] == [tokenizer.bos_token_id]
-        if conflict := dictionary.config.bos_conflict(begins):
-            run.say(f"{run.stage}: {conflict}")
+    tokenizer = load_tokenizer(resolve(run.configs[ModelConfig])) if dictionary.config.bos != "auto" else None
+    if conflict := bos_conflict(dictionary, tokenizer):
+        run.say(f"{run.stage}: {conflict}")
     return dictionary
+
+
+def bos_conflict(dictionary: Dictionary, tokenizer: Any) -> str:
+    """Return in words how texts of a tokenizer differ from those of a dictionary's training; "": not in their BOS."""
+    if tokenizer is None:
+        return ""
+    begins = tokenizer.bos_token_id is not None and bos_tokens(tokenizer)[:1] == [tokenizer.bos_token_id]
+    return dictionary.config.bos_conflict(begins)
 
 
 def read_behaviours(run: Run, named: Sequence[str] = (), flag: str = "") -> dict[str, list[Prompt]]:

@@ -39,6 +39,8 @@ def state_from_folder(
     """
     # Each member starts from its namesake where the folder is a stack of ours.
     dictionaries = [_load(Path(folder), member) for member in stack.members]
+    if any(dictionary.config.signed for dictionary in dictionaries):
+        say(f"{folder} keeps activations below 0, too; training keeps those above 0 alone")
     if stack.config.widen != "random":
         assert rows is not None
         say(f"searching the errors of {stack.config.init_from} for new features, which may take minutes")
@@ -99,7 +101,7 @@ def _load(folder: Path, member: Member) -> Dictionary:
 def _scale(stack: TrainStack, index: int, dictionary: Dictionary) -> dict[str, np.ndarray]:
     """Return the member's parameters, float64, of which ``finish_dictionary`` makes this dictionary."""
     _check(stack, index, dictionary)
-    dictionary = _with_unit_rows(stack, dictionary)
+    dictionary = _with_unit_rows(stack, rescale.scale_parts(dictionary, stack.scales[index].scales))
     dictionary = rescale.centre(dictionary, stack.dictionary.centred)
     arrays = {name: np.asarray(array, np.float64) for name, array in dictionary.arrays.items()}
     scale, kind = stack.scales[index], dictionary.kind
@@ -137,6 +139,7 @@ def _check(stack: TrainStack, index: int, dictionary: Dictionary) -> None:
             for config in (start, expected)
         ),
         width=(start.d_in, expected.d_in),
+        parts=(start.widths or "none", expected.widths or "none"),
         normalisation=tuple(config.input_norm or "none" for config in (start, expected)),
         features=(start.n_features, f"at most {expected.n_features}"),
         model=tuple(_model(config, start.model == expected.model) for config in (start, expected)),

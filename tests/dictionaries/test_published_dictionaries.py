@@ -319,6 +319,18 @@ def gemma_scope_1_transcoder(folder, w):
 
 
 @layout(threshold=(0, 2))
+def gemma_scope_1_embedding(folder, w):
+    """Trained on rows of the table, which the stream has times the root of the width."""
+    path, compute = gemma_scope(folder / "gemma-scope-2b-pt-res" / "embedding" / "width_4k" / "average_l0_6", w)
+
+    def scaled(x):
+        f, y = compute(x / np.sqrt(D))
+        return f, y * np.sqrt(D)
+
+    return path, scaled, dict(site="resid_pre.0", bos="always", model="google/gemma-2-2b")
+
+
+@layout(threshold=(0, 2))
 def gemma_scope_2_affine_transcoder(folder, w):
     w["W_skip"] = arrays(1)["W_enc"][:, :D]
     path = folder / "gemma-scope-2-1b-it" / "transcoder_all" / "layer_5_width_16k_l0_small_affine"
@@ -539,6 +551,13 @@ def test_a_set_may_lack_its_description_and_k_of_one_set_is_known(described, tmp
         assert (transcoder.config.site, transcoder.config.target) == (f"mlp_in.{layer}", f"mlp_out.{layer}")
 
 
+def test_k_of_a_set_without_a_description_is_in_its_files(tmp_path):
+    w = arrays()
+    write_tensors(tmp_path / "layer_0.safetensors", **w | dict(W_enc=w["W_enc"].T, k=np.asarray(30.0)))
+    (transcoder,) = load_transcoders(tmp_path)
+    assert_computes(transcoder, X, function(w, lambda pre: topk(pre, 30), centred=False)(X))
+
+
 def test_a_set_lists_files_on_the_hub_of_a_revision(tmp_path, monkeypatch):
     made, asked = [arrays(layer, threshold=(0, 2)) for layer in range(2)], []
     for layer, w in enumerate(made):
@@ -621,6 +640,10 @@ def test_only_the_named_folder_of_a_repository_is_fetched(tmp_path, monkeypatch,
     assert load_dictionary(f"hf://Qwen/SAE/{named.as_posix()}").site == "resid_post.4"
     besides = [named.with_name(name).as_posix() for name in ("config.json", "cfg.json", "config.yaml")]
     assert asked[-1][2] == [named.as_posix(), *besides]
+    place._fetch.cache_clear()
+    for revision in ("v1", "refs/pr/3"):  # the hub's own order
+        assert load_dictionary(f"hf://google/scope@{revision}/{below}").site == "resid_post.12"
+        assert asked[-1][:2] == ("google/scope", revision) and f"{below}/*.npz" in asked[-1][2]
     for address in ("hf://alone", "hf://", "hf://a/b@"):
         with pytest.raises(UserError, match="expected hf://ORG/NAME"):
             load_dictionary(address)
@@ -654,6 +677,16 @@ def cut(file):
     return lambda path: (path / file).write_bytes((path / file).read_bytes()[:200])
 
 
+def overwrite(file):
+    """Write compressed arrays, and other bytes over the first of them."""
+    np.savez_compressed(file, **arrays(threshold=(0, 2)))
+    content = bytearray(file.read_bytes())
+    content[200:1000] = b"\xff" * 800
+    file.write_bytes(content)
+
+
+TOPK = dict(dict_class="AutoEncoderTopK", k=K)
+WITH_K = "saelens_4_with_k_among_the_activations_arguments"
 OLDEST, NEWEST, LEARNED = "saelens_before_version_3", "saelens_6_with_unknown_settings", "dictionary_learning_topk"
 
 
@@ -679,6 +712,17 @@ OLDEST, NEWEST, LEARNED = "saelens_before_version_3", "saelens_6_with_unknown_se
         ("llama_scope_r1", settings("config.json", sae_type="lorsa"), "sae_type is 'lorsa'"),
         ("llama_scope_2", settings("config.json", top_k=F + 1), "k is 41: expected a whole number from 1 to the 40"),
         ("sparsify_skip_transcoder", settings("cfg.json", activation="groupmax"), "activation is 'groupmax'"),
+        ("sparsify_skip_transcoder", settings("cfg.json", signed="false"), "signed is 'false': expected true or false"),
+        (OLDEST, settings("cfg.json", hook_point=5), "has a setting of another type"),
+        (WITH_K, settings("cfg.json", activation_fn_kwargs="k"), "a setting of another type"),
+        (NEWEST, settings("cfg.json", prepend_bos=[]), "a setting of another type"),
+        (NEWEST, settings("cfg.json", model_from_pretrained_kwargs="x"), "a setting of another type"),
+        (NEWEST, settings("cfg.json", apply_b_dec_to_input="no"), "apply_b_dec_to_input is 'no': expected true or"),
+        ("saelens_6_with_a_constant_factor", settings("cfg.json", activation_normalization_factor="x"), "another type"),
+        ("llama_scope_1", settings("hyperparams.json", hook_point_in=5), "a setting of another type"),
+        ("llama_scope_1", settings("hyperparams.json", dataset_average_activation_norm={"in": "x"}), "another type"),
+        (LEARNED, lambda path: write_json(path / "config.json", dict(trainer=TOPK, buffer="x")), "another type"),
+        ("gemma_scope_1", lambda path: overwrite(path / "params.npz"), "params.npz is truncated or not a npz file"),
         ("sparsify_skip_transcoder", settings("cfg.json", k=F + 1), "k is 41: expected a whole number from 1 to the"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -702,6 +746,22 @@ def test_bfloat16_matrices_stay_so_when_asked_and_compute_the_same(dtype, stored
     np.testing.assert_array_equal(dictionary(jnp.asarray(X)), wide(jnp.asarray(X)))
     with pytest.raises(UserError, match="unknown dtype 'float8'"):
         load_dictionary(tmp_path, dtype="float8")
+
+
+def test_a_damaged_description_of_ours_is_refused_in_one_line(tmp_path):
+    path, _, _ = LAYOUTS[NEWEST](tmp_path / "published")
+    save_dictionary(tmp_path / "ours", load_dictionary(path))
+    file = tmp_path / "ours" / "dictionary.json"
+    content = json.loads(file.read_text())
+    damages = [dict(config=content["config"] | changed) for changed in (dict(d_in=5), dict(n_features=None))]
+    for damage in (*damages, dict(config=5), dict(arrays={}), dict(arrays=[1])):
+        write_json(file, content | damage)
+        with pytest.raises(UserError):
+            load_dictionary(tmp_path / "ours")
+    write_json(file, content)
+    for named, message in (dict(dtype="float16"), "unknown dtype"), (dict(matmul_dtype="float16"), "unknown matmul_dt"):
+        with pytest.raises(UserError, match=message):
+            load_dictionary(tmp_path / "ours", **named)
 
 
 def test_arrays_that_are_not_finite_are_refused_by_name(tmp_path):

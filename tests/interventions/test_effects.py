@@ -8,7 +8,7 @@ import pytest
 from full_passes import draw_falls
 from scipy.special import log_softmax
 
-from saejax.dictionaries import Dictionary
+from saejax.dictionaries import Dictionary, rescale
 from saejax.errors import UserError
 from saejax.interventions import bases, edits, engine, slopes
 from saejax.interventions.edits import ActivationReplacement
@@ -129,6 +129,57 @@ def test_effects_equal_torch_hooks(tiny, plain, pairs, find_dictionary, kind, si
             wanted_R = read_out(put(run, base_TxD + change_TxD), clean_V, run, change_TxD)
             np.testing.assert_allclose(value_ExPxR[e, p], wanted_R, atol=2e-5)
     assert np.ptp(value_ExPxR[:, :, 0], axis=0).max() > 0.02, "an edit changes something"
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "token_norm", "center"])
+def test_features_of_normalised_tokens_write_in_the_units_of_the_site(tiny, plain, pairs, make_dictionary, norm):
+    made = make_dictionary("resid_post.1")
+    arrays = made.arrays | dict(b_enc_F=0 * made.b_enc_F[...] - 0.2)
+    dictionary = Dictionary(dataclasses.replace(made.config, input_norm=norm), **arrays)
+    value_ExP = engine.effects(tiny, pairs[:2], edits.mask(dictionary, FEW_SETS))[:, :, 0]
+    W_enc_DxF, b_enc_F, b_dec_D = (np.asarray(arrays[n], np.float64) for n in ("W_enc_DxF", "b_enc_F", "b_dec_D"))
+    for p, prompt in enumerate(pairs[:2]):
+        run = plain(dictionary, prompt)
+        x_TxD = run.value()
+        mean_Tx1 = 0 if norm == "token_norm" else x_TxD.mean(axis=1, keepdims=True)
+        scale_Tx1 = dict(
+            layer_norm=x_TxD.std(axis=1, ddof=1, keepdims=True),
+            token_norm=np.sqrt(np.square(x_TxD).mean(axis=1, keepdims=True)),
+            center=np.ones((len(x_TxD), 1)),
+        )[norm]
+        normal_TxD = (x_TxD - mean_Tx1) / (scale_Tx1 + (1e-5 if norm == "layer_norm" else 0))
+        f_TxF = np.maximum((normal_TxD - b_dec_D) @ W_enc_DxF + b_enc_F, 0) * run.is_usable(x_TxD)[:, None]
+        for e, members in enumerate(FEW_SETS):
+            wanted = run.diff(lambda _: x_TxD - scale_Tx1 * (f_TxF[:, members] @ run.W_dec_FxD[members]))  # noqa: B023
+            assert value_ExP[e, p] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_other_bases_of_a_site_read_it_whether_or_not_the_dictionary_normalises_tokens(make_dictionary):
+    made = make_dictionary("resid_post.1")
+    normal = rescale.to_output_units(made.with_config(dataclasses.replace(made.config, input_norm="layer_norm")))
+    x_NxD = 4 * np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32) + 1
+    np.testing.assert_allclose(bases.linear(normal, np.eye(64)).encode(x_NxD), x_NxD, rtol=1e-6)
+    random = bases.untrained(normal, 7, 0)
+    scale_Nx1 = x_NxD.std(axis=1, ddof=1, keepdims=True)
+    pre_NxF = (x_NxD - x_NxD.mean(axis=1, keepdims=True)) / scale_Nx1 - np.asarray(made.b_dec_D[...])
+    pre_NxF = pre_NxF @ np.asarray(random.W_enc_DxF[...])
+    wanted_NxF = np.where(pre_NxF >= np.sort(pre_NxF, axis=1)[:, [-7]], pre_NxF, 0) * scale_Nx1
+    np.testing.assert_allclose(random.encode(x_NxD), wanted_NxF, atol=1e-3)
+
+
+def test_effects_of_matrices_in_bfloat16_are_not_rounded(tiny, pairs, make_dictionary):
+    arrays = make_dictionary("resid_post.1").arrays
+    narrow = {name: array.astype("bfloat16") if name.startswith("W") else array for name, array in arrays.items()}
+    config = make_dictionary("resid_post.1").config
+    wide = Dictionary(config, **{name: array.astype("float32") for name, array in narrow.items()})
+    narrow_ExP, wide_ExP = (
+        engine.effects(tiny, pairs[:4], edits.mask(each, SETS))[:, :, 0]
+        for each in (Dictionary(config, **narrow), wide)
+    )
+    np.testing.assert_allclose(narrow_ExP, wide_ExP, atol=1e-5)
+    f_BxTxF, slope_BxTxD = (np.random.default_rng(0).normal(size=(2, 3, n)).astype(np.float32) for n in (160, 64))
+    scores = (slopes.weighted(f_BxTxF, slope_BxTxD, each["W_dec_FxD"]) for each in (narrow, wide.arrays))
+    np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-5)
 
 
 def test_projections_and_vectors_equal_torch_hooks(tiny, plain, pairs, make_dictionary):

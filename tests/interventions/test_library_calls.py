@@ -1,6 +1,7 @@
 """The causal calls of the library: without a workdir, eight devices and PyTorch give the same as one JAX device."""
 
 import dataclasses
+import logging
 import numbers
 
 import jax
@@ -135,6 +136,15 @@ def test_prompts_that_stand_twice_and_documents_without_text_are_refused(tiny, d
             call(tiny, dictionary, [*answered, dataclasses.replace(answered[0], split="test")])
         with pytest.raises(UserError, match="none of the documents has two tokens"):
             call(tiny, dictionary, answered, documents=["", "a"])
+
+
+def test_calls_warn_of_texts_that_begin_otherwise_than_those_of_the_training(tiny, dictionary, answered, caplog):
+    trained = dictionary.with_config(dataclasses.replace(dictionary.config, bos="always"))
+    with caplog.at_level(logging.WARNING, "absl"):
+        saejax.evaluate(tiny, trained, DOCUMENTS)
+        saejax.probe(tiny, trained, answered, "length", **PROBE)
+    told = "the dictionary was trained on texts with a BOS token in front, and these are without"
+    assert sum(line.startswith(told) for line in caplog.messages) == 2
 
 
 def test_controls_are_drawn_by_the_seed_of_interventions():

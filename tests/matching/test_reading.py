@@ -15,6 +15,7 @@ from saejax.files import write_array
 from saejax.interpret import firings
 from saejax.matching.match import match
 from saejax.matching.transfer import compared as compared_file
+from saejax.matching.transfer import reading
 from saejax.matching.transfer import run as transfer_run
 from saejax.matching.transfer.activity import MIN_FIRINGS, ReadText, encode
 from saejax.matching.transfer.compared import Compared, measures_of
@@ -22,7 +23,7 @@ from saejax.matching.transfer.reading import SCORES, Reading, SharedText
 from saejax.matching.transfer.run import Comparison, score, select_pairs
 from saejax.parallel.mesh import make_mesh
 from saejax.runner.config import Configs
-from saejax.settings import MeshConfig
+from saejax.settings import MeshConfig, ModelConfig
 from saejax.stages.transfer import TransferConfig
 
 SITE, TEXTS, TOKENS = "resid_post.0", 60, 20
@@ -138,6 +139,34 @@ def test_models_of_equal_width_are_compared_by_activity_alone_and_their_pairs_sa
     assert len(select_pairs(compared, 0, 0)) == 28
     pairs = select_pairs(compared, 5, 0)
     assert len(pairs) == 12 + 5 == 12 + sum((first + second) % 2 for first, second in pairs)
+
+
+def test_dictionaries_of_other_tools_are_of_the_models_that_they_name(monkeypatch):
+    """Pythia-1.4B and Gemma-2B are equally wide, and files of other tools have no fingerprints."""
+
+    def published(model, fingerprint=""):
+        config = dataclasses.replace(described(fingerprint).config, model=model)
+        return Compared(model, Path(), config)
+
+    pythia, gemma, unnamed = map(published, ("pythia-1.4b", "google/gemma-2b", ""))
+    ours, folder = published("EleutherAI/pythia-1.4b", "x"), published("/models/a/pythia-1.4b", "x")
+    assert measures_of(("decoder", "activity"), pythia, gemma) == ["activity"]
+    assert not measures_of(("decoder",), ours, gemma) and pythia.model_key != gemma.model_key
+    for each in (unnamed, ours, folder, published("EleutherAI/Pythia-1.4b")):
+        assert measures_of(("decoder",), pythia, each) == ["decoder"]
+    loaded = []
+
+    def load(config, mesh):
+        loaded.append(config.path)
+        return SimpleNamespace(source=SimpleNamespace(fingerprint="x"))
+
+    monkeypatch.setattr(reading, "resolve", lambda config, decoder: SimpleNamespace(name=config.path, fingerprint="x"))
+    monkeypatch.setattr(reading, "load_configured_model", load)
+    run = SimpleNamespace(configs={ModelConfig: ModelConfig(path="EleutherAI/pythia-1.4b")})
+    for each in (pythia, gemma, unnamed):
+        reading.load_model_of(run, each, None, by_name=True)
+    reading.load_model_of(run, gemma, None)
+    assert loaded == ["EleutherAI/pythia-1.4b", "google/gemma-2b", *2 * ["EleutherAI/pythia-1.4b"]]
 
 
 def comparison(tmp_path, dictionaries):

@@ -119,6 +119,31 @@ def test_a_dictionary_is_widened(tmp_path, kind):
         np.testing.assert_allclose(new, blank, rtol=2e-6, atol=2e-6, err_msg=name)
 
 
+def test_a_crosscoder_starts_with_the_scales_of_its_parts_in_place_of_those_that_it_had(tmp_path):
+    widths = (6, D - 6)
+    described = dict(site="resid_post.0+resid_post.1", widths=widths, scales=(1.0, 1.0), max_norms=(9.0, 9.0))
+    published = random_dictionary("standard", described=described)
+    save_dictionary(tmp_path / "cross", published)
+    stack = make_stack("standard", scale=1.0, init_from=str(tmp_path / "cross"))
+    dictionary = dataclasses.replace(stack.dictionary, widths=widths, site=described["site"])
+    scales = [dataclasses.replace(each, scales=(0.5, 3.0), max_norms=(9.0, 9.0)) for each in stack.scales]
+    joined = dataclasses.replace(stack, dictionary=dictionary, scales=scales)
+    found = finish_dictionary(joined, state_from_folder(joined, stack.config.init_from), 0)
+    assert found.config.scales == (0.5, 3.0)
+    raw = np.random.default_rng(0).normal(size=(20, D)).astype(np.float32)
+    factor_D = np.repeat([0.5, 3.0], widths).astype(np.float32)
+    np.testing.assert_allclose(np.asarray(found(raw * factor_D)) / factor_D, published(raw), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"parts is \(6, 10\), expected none$"):
+        state_from_folder(stack, stack.config.init_from)
+
+
+def test_training_says_that_it_does_not_keep_negative_activations(tmp_path):
+    save_dictionary(tmp_path / "signed", random_dictionary(described=dict(signed=True)))
+    lines = []
+    state_from_folder(make_stack(init_from=str(tmp_path)), str(tmp_path / "signed"), say=lines.append)
+    assert len(lines) == 1 and lines[0].endswith("keeps activations below 0, too; training keeps those above 0 alone")
+
+
 @pytest.mark.parametrize(
     ("factor", "message"), [(0.0, "1 decoder rows are zero, such as 5"), (2.0, "lengths from 1 to 2")]
 )

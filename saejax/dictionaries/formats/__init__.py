@@ -28,7 +28,7 @@ from saejax.dictionaries import rescale
 from saejax.dictionaries.check import check_dictionary
 from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, own, published, saelens
 from saejax.dictionaries.formats.place import registry_overrides, resolve_path
-from saejax.dictionaries.formats.tensors import Published
+from saejax.dictionaries.formats.tensors import DTYPES, Published, description_errors
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError, one_of
 
@@ -102,6 +102,7 @@ def load_dictionary(
     Raises:
       UserError: no dictionary is there, its files are damaged, or they ask for what no dictionary here does.
     """
+    one_of(matmul_dtype, DTYPES[:2], "matmul_dtype"), one_of(dtype, DTYPES, "dtype")
     located = _locate(path, site, target)
     logging.info("%s", describe(located.config, located.format))
     dictionary = located.load(matmul_dtype, dtype)
@@ -220,7 +221,8 @@ def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Locate
     """Find the dictionary at a path or address; a ``UserError`` if there is none, or its description is damaged."""
     folder = resolve_path(path)
     if ours := _own_folder(folder):
-        config = _with_sites(own.read_config(ours), site, target)
+        with description_errors(ours / own.DESCRIPTION):
+            config = _with_sites(own.read_config(ours), site, target)
         return Located(config, "saejax", lambda matmul, dtype: own.load(ours, matmul, dtype).with_config(config))
     format = next((format for format in FORMATS if format.matches(folder)), None)
     # The folder of a set may hold a file that is a dictionary by itself: the set is asked for by other functions.
@@ -228,7 +230,8 @@ def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Locate
         raise UserError(f"{folder} holds no dictionary {_hint(folder)}")
     # Of SAELens' settings some depend on the site, and some are in its registry.
     is_saelens = format.parse is saelens.parse
-    parsed = saelens.parse(folder, site, registry_overrides(path)) if is_saelens else format.parse(folder)
+    with description_errors(folder):
+        parsed = saelens.parse(folder, site, registry_overrides(path)) if is_saelens else format.parse(folder)
     config = _with_sites(parsed.config, site, target)
     hooks.require_sites(config.site, config.target)
     return Located(config, format.name, dataclasses.replace(parsed, config=config).load)

@@ -3,7 +3,8 @@
 A set is a folder with one or two files for each layer from 0, in one of four layouts:
 
 layer_{i}.safetensors     W_enc [F, d], W_dec [F, d], b_enc [F], b_dec [d]; with a JumpReLU
-                          activation_function.threshold [F]; with a skip path W_skip [d, d], applied as x @ W_skip.T
+                          activation_function.threshold [F], with a TopK maybe k; with a skip path W_skip [d, d],
+                          applied as x @ W_skip.T
 params.npz, w_enc ...     Gemma Scope's, see ``gemma_scope``, where the description lists such files
 W_enc_{i}.safetensors     a cross-layer transcoder (Ameisen et al., 2025): W_enc_{i} [F, d], b_enc_{i}, b_dec_{i} and,
 W_dec_{i}.safetensors     with a JumpReLU, threshold_{i}; W_dec_{i} [F, L - i, d], where j writes to layer i + j
@@ -157,8 +158,13 @@ def open_set(folder: Path, site: str = "", target: str = "") -> TranscoderSet:
       UserError: it is damaged, lacks a layer, or is of a kind that is not known here.
     """
     folder = Path(folder)
-    if is_cross_layer(folder):
-        return _open_cross_layer(folder, site)
+    with tensors.description_errors(folder / DESCRIPTION):
+        open_kind = _open_cross_layer if is_cross_layer(folder) else _open_layers
+        return open_kind(folder, site, target)
+
+
+def _open_layers(folder: Path, site: str, target: str) -> TranscoderSet:
+    """Open a set that is not cross-layer; see ``open_set``."""
     settings = read_settings(folder)
     files = _listed_files(folder, settings) or _numbered_files(folder, LAYERS)
     if not files:
@@ -190,6 +196,8 @@ def _parse_layer(
     state = tensors.open_tensors(file)
     layout = _LAYOUT | ({"threshold_F": _THRESHOLD} if _THRESHOLD in state else {})
     layout |= {"W_skip_DxD": "W_skip.T"} if "W_skip" in state else {}
+    if "k" in state:  # circuit-tracer saves it of a TopK, also where no description is
+        settings = dict(activation="topk", k=int(state["k"].numbers()[0])) | dict(settings)
     kind = _kind(folder, settings, layer, _THRESHOLD in state)
     facts = settings.get(FACTS) if isinstance(settings.get(FACTS), dict) else {}
     return tensors.describe(
@@ -264,7 +272,7 @@ def _sites(settings: Mapping[str, Any], layer: int, site: str, target: str) -> t
 # --- Cross-layer transcoders
 
 
-def _open_cross_layer(folder: Path, site: str) -> TranscoderSet:
+def _open_cross_layer(folder: Path, site: str, target: str) -> TranscoderSet:
     """Open a cross-layer transcoder of either layout."""
     settings = read_settings(folder)
     files = _listed_files(folder, settings) or _numbered_files(folder, gemma_scope.PARAMS)
@@ -280,9 +288,14 @@ def _open_cross_layer(folder: Path, site: str) -> TranscoderSet:
         raise UserError(f"{folder} holds no layer of a cross-layer transcoder: expected {expected}")
     facts, layers, writes = _facts(folder, settings, len(states)), [], []
     for layer, (file, state) in enumerate(zip(files, states, strict=True)):
-        read = _sites(settings, layer, site, "")[0]
-        hooks.require_sites(read)
-        facts[layer] |= dict(site=read, target=f"mlp_out.{layer}", model=str(settings.get("model_name") or ""))
+        read, written = _sites(settings, layer, site, target)
+        hooks.require_sites(read, written)
+        if written != f"mlp_out.{layer}":
+            raise UserError(
+                f"{folder / DESCRIPTION}: {_HOOKS[1]} is {settings[_HOOKS[1]]!r}, but a cross-layer transcoder writes "
+                "to what MLPs add to the stream here: expected hook_mlp_out"
+            )
+        facts[layer] |= dict(site=read, target=written, model=str(settings.get("model_name") or ""))
         parsed, decoder = _parse_cross_layer(file, state, layer, len(states), facts[layer])
         layers.append(parsed)
         writes.append(decoder)

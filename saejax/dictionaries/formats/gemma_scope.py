@@ -11,10 +11,11 @@ params_layer_{i}.safetensors a crosscoder of layers that the folder's name lists
 
 Transcoders predict what the MLP adds to the stream, after the norm that follows it. Where an SAE reads is in the path,
 in the name of its repository ("gemma-scope-2b-pt-res") or a folder ("resid_post"), and so is the layer: "layer_3/..."
-or "layer_3_width_16k_l0_small/...". A folder may hold several transcoders of each layer, of other widths or with more
-features active; words of their names choose.
+or "layer_3_width_16k_l0_small/..."; "embedding/..." is the stream before layer 0. A folder may hold several transcoders
+of each layer, of other widths or with more features active; words of their names choose.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -69,7 +70,15 @@ def parse(folder: Path) -> tensors.Published:
     """Describe the dictionary in a folder that ``find_file`` finds one in."""
     file = find_file(folder)
     assert file is not None
-    return parse_file(file, *_sites(file), _model(file))
+    parsed = parse_file(file, *_sites(file), _model(file))
+    if not _is_of_embedding(file):
+        return parsed
+    # It was trained on rows of the table, and the stream has them times the root of the width.
+    scale = parsed.config.d_in**0.5
+    factors = dict(W_enc_DxF=1 / scale, W_dec_FxD=scale, b_dec_D=scale)
+    return dataclasses.replace(
+        parsed, fold=lambda arrays: {name: array * factors.get(name, 1.0) for name, array in arrays.items()}
+    )
 
 
 def parse_file(file: Path, site: str, target: str, model: str = "") -> tensors.Published:
@@ -193,6 +202,8 @@ def _match_words(names: list[str], choice: Sequence[str]) -> list[str]:
 def _sites(file: Path) -> tuple[str, str]:
     """Return what the dictionary of a file reads and predicts, as its path says."""
     path = file.absolute().as_posix()
+    if _is_of_embedding(file):
+        return "resid_pre.0", ""
     layers = _LAYER.findall(path)
     matched = [kind for kind, words in _SITES.items() if re.search(words, path)]
     if not layers or len(matched) != 1:
@@ -202,6 +213,11 @@ def _sites(file: Path) -> tuple[str, str]:
         # Those of Gemma Scope 1 read the norm before its gain, those of 2 what the MLP reads.
         return f"{hooks.NORMED if file.suffix == '.npz' else 'mlp_in'}.{layer}", f"mlp_out.{layer}"
     return f"{kind}.{layer}", ""
+
+
+def _is_of_embedding(file: Path) -> bool:
+    """Return whether the path of a file is that of an SAE of Gemma 2's token embeddings."""
+    return "embedding" in file.absolute().parts and bool(re.search(_SITES["resid_post"], file.absolute().as_posix()))
 
 
 def _model(file: Path) -> str:

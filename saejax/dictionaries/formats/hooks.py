@@ -62,6 +62,14 @@ def has_layer_norms(model: str) -> bool | None:
     return True if _LAYER_NORMS.search(model.lower()) else None
 
 
+def short_model_name(model: str) -> str:
+    """Return a model's name without its owner, in small letters; "" where a folder is named, which says nothing."""
+    if model.startswith(("/", ".", "~")) or model.rstrip("/").count("/") > 1:
+        return ""
+    name = model.rstrip("/").rpartition("/")[2].lower()
+    return "gpt2" if name == "gpt2-small" else name  # as TransformerLens calls the smallest GPT-2
+
+
 def to_site(hook: str | None, model: str = "") -> str:
     """Return the site that a name means; for other names "module:<path>", or "hook:<name>", which has to be replaced.
 

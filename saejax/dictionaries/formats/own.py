@@ -62,7 +62,10 @@ def save(folder: Path, dictionary: Dictionary) -> None:
 
 def read_config(folder: Path) -> DictionaryConfig:
     """Return the configuration of the dictionary in a folder, without reading its arrays."""
-    return from_json(DictionaryConfig, read_object(Path(folder) / DESCRIPTION, "config")["config"])
+    config = from_json(DictionaryConfig, read_object(Path(folder) / DESCRIPTION, "config")["config"])
+    for name in ("d_in", "n_features"):
+        tensors.positive_int(Path(folder) / DESCRIPTION, name, getattr(config, name))
+    return config
 
 
 def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") -> Dictionary:
@@ -75,14 +78,15 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") ->
     """
     folder = Path(folder).absolute()
     config, description = read_config(folder), read_object(folder / DESCRIPTION, "arrays")
-    stored = description["arrays"]["W_enc_DxF"]["dtype"]
-    if jax.dtypes.canonicalize_dtype(stored) != stored:
-        raise UserError(f"{folder} is in {stored}, which JAX reads only with JAX_ENABLE_X64=1: set it")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {
-        name: jax.ShapeDtypeStruct(facts["shape"], facts["dtype"], sharding=device)
-        for name, facts in description["arrays"].items()
-    }
+    with tensors.description_errors(folder / DESCRIPTION):
+        stored = description["arrays"]["W_enc_DxF"]["dtype"]
+        if jax.dtypes.canonicalize_dtype(stored) != stored:
+            raise UserError(f"{folder} is in {stored}, which JAX reads only with JAX_ENABLE_X64=1: set it")
+        target = {
+            name: jax.ShapeDtypeStruct(facts["shape"], facts["dtype"], sharding=device)
+            for name, facts in description["arrays"].items()
+        }
     process = jax.process_index()
     # Each process reads for itself. Orbax would have all wait for one another, and numbers such meetings by how often
     # each process has read and written: they would never meet again once one of them has read something alone.
@@ -104,7 +108,8 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") ->
     for name in tensors.MATRICES if dtype != "auto" else ():
         if name in placed and (dtype == "bfloat16" or placed[name].dtype == jnp.bfloat16):
             placed[name] = placed[name].astype(dtype)
-    return Dictionary(config, matmul_dtype, **placed)
+    with tensors.description_errors(folder / DESCRIPTION):
+        return Dictionary(config, matmul_dtype, **placed)
 
 
 def _describe_array(array: jax.Array | np.ndarray) -> dict:

@@ -15,6 +15,8 @@ from saejax.models import hub
 _ADDRESS = re.compile(
     r"hf:/+(?P<repository>[^/@?]+/[^/@?]+)(?:/(?P<folder>[^@?]+?))?/?(?:(?:@|\?revision=)(?P<revision>.+))?"
 )
+# The hub's own form has the revision first, as in hf://ORG/NAME@REVISION/FOLDER.
+_REVISION_FIRST = re.compile(r"(hf:/+[^/@?]+/[^/@?]+)(@(?:refs/[^/@?]+/|(?!refs/))[^/@?]+)(/[^@?]+)$")
 REGISTRY = "saelens:"
 _FILES = ("*.json", "*.yaml", "*.safetensors", "*.npz")
 _PICKLED = ("*.pt", "*.pth")  # fetched where there is nothing else: a repository may hold one for every layer
@@ -44,8 +46,9 @@ def resolve_path(path: str | os.PathLike) -> Path:
 
     Args:
       path: a folder or file; hf://ORG/NAME[/FOLDER][@REVISION], such as hf://google/gemma-scope-2b-pt-res/layer_12/
-        width_16k/average_l0_82; or saelens:RELEASE/SAE_ID. Of a repository only that folder's files are fetched. Of
-        repositories with a pickled file for each layer, such as Qwen-Scope, the address names a file.
+        width_16k/average_l0_82, or the hub's hf://ORG/NAME@REVISION/FOLDER; or saelens:RELEASE/SAE_ID. Of a repository
+        only that folder's files are fetched. Of repositories with a pickled file for each layer, such as Qwen-Scope,
+        the address names a file.
 
     Raises:
       UserError: the address is none, or the hub has no such repository or revision, or cannot be reached.
@@ -70,10 +73,15 @@ def split_address(path: str, revision: str, folder: str) -> tuple[str, str, str]
       revision: revision to use where the address names none.
       folder: folder inside the one that the address names.
     """
-    named = _ADDRESS.fullmatch(path)
+    named = _match(path)
     if not named:
         return path, revision, folder
     return named["repository"], named["revision"] or revision, "/".join(filter(None, (named["folder"], folder)))
+
+
+def _match(address: str) -> re.Match[str] | None:
+    """Return the parts of an address on the hub by name; None if it is none."""
+    return _ADDRESS.fullmatch(_REVISION_FIRST.sub(r"\1\3\2", address))
 
 
 def fetch_file(address: str) -> Path:
@@ -82,7 +90,7 @@ def fetch_file(address: str) -> Path:
     Raises:
       UserError: it names no file, or cannot be fetched.
     """
-    named = _ADDRESS.fullmatch(address)
+    named = _match(address)
     if not named or not named["folder"]:
         raise UserError(f"{address} is no file on the hub: expected hf://ORG/NAME/FILE")
     from huggingface_hub import hf_hub_download
@@ -95,7 +103,7 @@ def fetch_file(address: str) -> Path:
 @functools.lru_cache
 def _fetch(address: str) -> Path:
     """Fetch the files of an address on the hub; return its folder or file here."""
-    named = _ADDRESS.fullmatch(address)
+    named = _match(address)
     if not named:
         raise UserError(f"{address} names no folder on the hub: expected hf://ORG/NAME[/FOLDER][@REVISION]")
     repository, revision = named["repository"], named["revision"] or "main"

@@ -50,7 +50,9 @@ def parse_sparsify(folder: Path) -> tensors.Published:
     settings, state = tensors.read_settings(file), tensors.open_tensors(weights)
     if (activation := settings.get("activation", "topk")) != "topk":
         raise UserError(f"{file}: activation is {activation!r}, which no dictionary here has: expected 'topk'")
-    skip, transcoder = (bool(settings.get(key, False)) for key in ("skip_connection", "transcode"))
+    skip, transcoder, signed = (
+        tensors.flag(file, settings, key, False) for key in ("skip_connection", "transcode", "signed")
+    )
     layout = _SPARSIFY | ({"W_skip_DxD": "W_skip.T"} if skip else {})
     run = folder.parent / "config.json"  # of the run that trained all folders beside this one
     model = str(tensors.read_settings(run).get("model") or "") if run.is_file() else ""
@@ -63,7 +65,7 @@ def parse_sparsify(folder: Path) -> tensors.Published:
         site=_input_of(output) if transcoder else output,
         target=output if transcoder else "",
         k=tensors.positive_int(file, "k", settings.get("k")),
-        signed=bool(settings.get("signed", False)),
+        signed=signed,
         centred=not transcoder,
         model=model,
     )
@@ -279,7 +281,7 @@ def parse_llama_scope(folder: Path) -> tensors.Published:
             raise UserError(f"{file}: {key} is {value!r}, which no dictionary here has: expected {values[0]!r}")
     kind = "jumprelu" if first_release else {"relu": "standard"}.get(settings["act_fn"], settings["act_fn"])
     layout = dict(_NEW_NAMES if "W_E" in state else _LINEAR | {"b_dec_D": "decoder.bias"})
-    if not settings.get("use_decoder_bias", True):
+    if not tensors.flag(file, settings, "use_decoder_bias", True):
         layout.pop("b_dec_D")
     if kind == "jumprelu" and not first_release:
         layout["threshold_F"] = next(
@@ -294,7 +296,7 @@ def parse_llama_scope(folder: Path) -> tensors.Published:
         d_in=width,
         n_features=features,
         k=tensors.positive_int(file, "top_k", settings.get("top_k")) if kind == "topk" else 0,
-        centred=bool(settings.get("apply_decoder_bias_to_pre_encoder", False)),
+        centred=tensors.flag(file, settings, "apply_decoder_bias_to_pre_encoder", False),
         bos="always" if first_release else "auto",
     )
     arranged, transposed = tensors.arrange(weights, state, layout, config)
@@ -303,11 +305,13 @@ def parse_llama_scope(folder: Path) -> tensors.Published:
     if first_release and not (isinstance(threshold, int | float) and threshold > 0):
         raise UserError(f"{file}: jump_relu_threshold is {threshold!r}: expected a number above 0")
 
+    with_lengths = tensors.flag(file, settings, "sparsity_include_decoder_norm", True)
+
     def fold(arrays: Arrays) -> Arrays:
         arrays = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
         arrays.setdefault("b_dec_D", np.zeros(width))
         length_F = rescale.decoder_lengths(arrays["W_dec_FxD"])
-        scale_F = length_F if settings.get("sparsity_include_decoder_norm", True) else np.ones(features)
+        scale_F = length_F if with_lengths else np.ones(features)
         if kind == "jumprelu":  # thresholds of activations times length, in the units of training
             given_F = (
                 np.full(features, float(threshold or 0) * outputs) if first_release else np.exp(arrays["threshold_F"])
@@ -315,7 +319,7 @@ def parse_llama_scope(folder: Path) -> tensors.Published:
             arrays["threshold_F"] = given_F / scale_F
         arrays = rescale.scale_features(by_name(kind), arrays, scale_F)
         folded = rescale.fold_input_scaling(by_name(kind), arrays, inputs, outputs)
-        if first_release and not settings.get("sparsity_include_decoder_norm", True):
+        if first_release and not with_lengths:
             # Then its one threshold is of activations that its inputs' scale alone was folded into.
             folded = rescale.scale_features(by_name(kind), folded, np.full(features, outputs / inputs))
             folded["threshold_F"] = np.full(features, threshold)

@@ -133,7 +133,7 @@ def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int
         d_in=width,
         n_features=features,
         skip=skip,
-        centred=not transcoder and bool(settings.get("apply_b_dec_to_input", True)),
+        centred=not transcoder and tensors.flag(file, settings, "apply_b_dec_to_input", True),
         input_norm=_input_norm(file, settings, model, site, transcoder),
         bos={True: "always", False: "never"}.get(settings.get("prepend_bos"), "auto"),  # type: ignore[arg-type]
         context=context if isinstance(context, int) and context > 0 else 0,
@@ -265,7 +265,7 @@ def _fold(file: Path, settings: Mapping[str, Any], arrays: Arrays, log_threshold
     scale = next((arrays.pop(name) for name in ("finetuning_scaling_factor", "scaling_factor") if name in arrays), None)
     arrays.pop("scaling_factor", None)
     if scale is not None and not np.allclose(scale, 1):
-        if not settings.get("finetuning_scaling_factor"):
+        if not tensors.flag(file, settings, "finetuning_scaling_factor", False):
             raise UserError(
                 f"{file}: there is a scaling_factor, but finetuning_scaling_factor is not set: it is damaged"
             )
@@ -274,7 +274,7 @@ def _fold(file: Path, settings: Mapping[str, Any], arrays: Arrays, log_threshold
     if "threshold_F" in arrays:
         threshold_F = np.exp(arrays["threshold_F"]) if log_threshold else arrays["threshold_F"]
         arrays["threshold_F"] = np.maximum(threshold_F, 0)  # SAELens multiplies max(pre, 0) by the gate
-    if settings.get("rescale_acts_by_decoder_norm") and kind.name == "topk":
+    if kind.name == "topk" and tensors.flag(file, settings, "rescale_acts_by_decoder_norm", False):
         length_F = rescale.decoder_lengths(arrays["W_dec_FxD"])
         if np.abs(length_F - 1).max() > _UNIT:  # SAELens trains with the setting, and saves rows of length 1
             arrays = rescale.scale_features(kind, arrays, length_F)

@@ -14,6 +14,7 @@ import functools
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ class Published:
         """
         arrays = {name: self._read(name) for name in self.tensors}
         if self.fold:
-            arrays = self.fold(arrays)
+            with description_errors(next(iter(self.tensors.values())).file.parent):
+                arrays = self.fold(arrays)
         return Dictionary(self.config, matmul_dtype, **self._place(arrays, tuple(parameter_table(self.config)), dtype))
 
     def load_encoder(self, dtype: str = "float32") -> dict[str, jax.Array] | None:
@@ -146,7 +148,7 @@ def _npz_errors(file: Path) -> Iterator[None]:
     """Turn the errors of a damaged file into a ``UserError``."""
     try:
         yield
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, LookupError, EOFError, OSError, NotImplementedError) as error:
         raise UserError(f"{file} is truncated or not a npz file ({error}): fetch it again") from None
 
 
@@ -234,6 +236,26 @@ def read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{file} is not the description of a dictionary: expected an object")
     return settings
+
+
+@contextlib.contextmanager
+def description_errors(place: Path) -> Iterator[None]:
+    """Turn what a setting of a wrong type makes of the code that reads it into a ``UserError`` about ``place``."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{place} has a setting of another type than its format has ({reason}): fetch its description again"
+        ) from error
+
+
+def flag(file: Path, settings: Mapping[str, Any], name: str, default: bool) -> bool:
+    """Return the setting ``name`` of a file, true or false, or the default without it; a ``UserError`` for others."""
+    value = settings.get(name)
+    if value is not None and value not in (True, False):  # "false" is a text, which Python takes for true
+        raise UserError(f"{file}: {name} is {value!r}: expected true or false")
+    return default if value is None else bool(value)
 
 
 def positive_int(file: Path, name: str, value: Any) -> int:

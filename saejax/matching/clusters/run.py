@@ -56,7 +56,7 @@ def open_texts(run: Run, compared: Sequence[Compared]) -> ActivityOf:
     def activity_of(each: Compared) -> tuple[Activity, np.ndarray]:
         if each.name not in stored:
             assert shared
-            return shared.activity(others.index(each)), shared.reads[each.fingerprint].text_N
+            return shared.activity(others.index(each)), shared.reads[each.model_key].text_N
         assert store
         dictionary = each.dictionary.with_sink_norms(store.max_norm)
         rows = store.rows("train", dictionary.site)

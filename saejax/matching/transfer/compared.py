@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, stacks
-from saejax.dictionaries.formats import folders_of, read_config
+from saejax.dictionaries.formats import folders_of, hooks, read_config
 from saejax.errors import UserError
 from saejax.models.sites import Site
 from saejax.runner.stage import is_folder
@@ -39,6 +39,16 @@ class Compared:
     def fingerprint(self) -> str:
         """Fingerprint of its model; "" where its files do not state it."""
         return self.config.fingerprint
+
+    @property
+    def model_name(self) -> str:
+        """Short name of its model; "" where its files do not state it."""
+        return hooks.short_model_name(self.config.model)
+
+    @property
+    def model_key(self) -> str:
+        """Mark of its model: the fingerprint, or else the name; "" where its files state neither."""
+        return self.fingerprint or self.model_name
 
     @property
     def target(self) -> str:
@@ -92,7 +102,9 @@ def load_compared(names: Sequence[str], units: Mapping[str, Path], flag: str) ->
 
 def same_model(first: Compared, second: Compared) -> bool:
     """Return whether two dictionaries can be of one model: their files state the same one, or one states none."""
-    return first.fingerprint == second.fingerprint or not (first.fingerprint and second.fingerprint)
+    if first.fingerprint and second.fingerprint:
+        return first.fingerprint == second.fingerprint
+    return first.model_name == second.model_name or not (first.model_name and second.model_name)
 
 
 def measures_of(wanted: Sequence[str], first: Compared, second: Compared) -> list[str]:
@@ -101,6 +113,6 @@ def measures_of(wanted: Sequence[str], first: Compared, second: Compared) -> lis
     Directions of two models have nothing to do with each other, whatever their widths: across models only activity on
     shared text is compared.
     """
-    # Files without a fingerprint may be of one model: widths are then all that speaks against it.
+    # Files that name no model may be of one: widths are then all that speaks against it.
     one_space = same_model(first, second) and first.config.d_in == second.config.d_in
     return [measure for measure in wanted if measure not in WEIGHTS or one_space]

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries.formats import hooks
 from saejax.errors import UserError
 from saejax.matching.transfer.activity import (
     MIN_FIRINGS,
@@ -47,8 +48,8 @@ class SharedText(NamedTuple):
     """Models and dictionaries on the same texts."""
 
     folder: Path  #: folder with the files of activities and values
-    reads: dict[str, ReadText]  #: how each model reads the texts, by its fingerprint
-    sink_norms: dict[tuple[str, str], float]  #: sink rule of each model (fingerprint) and site
+    reads: dict[str, ReadText]  #: how each model reads the texts, by ``Compared.model_key``
+    sink_norms: dict[tuple[str, str], float]  #: sink rule of each model (its key) and site
 
     def activity(self, index: int) -> Activity:
         """Return the activity of the dictionary number ``index``."""
@@ -60,7 +61,7 @@ class SharedText(NamedTuple):
 
 
 def _value_file(each: Compared) -> str:
-    return f"values-{each.fingerprint or 'model'}-{each.config.site.replace('/', '_')}.npy"
+    return f"values-{each.model_key or 'model'}-{each.config.site.replace('/', '_')}.npy"
 
 
 def read_shared_text(
@@ -93,9 +94,11 @@ def read_shared_text(
     texts = first_texts([held_out[i].text for i in order], tokens)
     shared = SharedText(run.folder / "text", {}, {})
     shared.folder.mkdir(parents=True, exist_ok=True)
-    for model in dict.fromkeys(each.fingerprint for each in compared):
-        members = [(index, each) for index, each in enumerate(compared) if each.fingerprint == model]
-        lm = load_model_of(run, members[0][1], mesh)
+    # Files of other tools have names of models alone: where all have one, it is the run's, however that is called.
+    by_name = len({each.model_name for each in compared} - {""}) > 1
+    for model in dict.fromkeys(each.model_key for each in compared):
+        members = [(index, each) for index, each in enumerate(compared) if each.model_key == model]
+        lm = load_model_of(run, members[0][1], mesh, by_name)
         read = shared.reads[model] = read_text(lm.tokenizer, texts, min(corpus.context, lm.config.context))
         sites = list(dict.fromkeys(each.config.site for _, each in members))
         # All sites of a model in as few passes as memory allows.
@@ -118,14 +121,23 @@ def read_shared_text(
     return shared
 
 
-def load_model_of(run: Run, each: Compared, mesh: Mesh) -> LanguageModel:
+def load_model_of(run: Run, each: Compared, mesh: Mesh, by_name: bool = False) -> LanguageModel:
     """Return the model that a dictionary belongs to: the run's, if it is that one or its files do not state one.
+
+    Args:
+      run: the run.
+      each: the dictionary.
+      mesh: devices of the model.
+      by_name: whether a name alone states a model.
 
     Raises:
       UserError: the model cannot be loaded, or has changed.
     """
     config, stated = run.configs[ModelConfig], each.config
-    if each.fingerprint not in ("", resolve(config, decoder=True).fingerprint):
+    source = resolve(config, decoder=True)
+    names = ("", hooks.short_model_name(config.path), hooks.short_model_name(source.name))
+    other_name = by_name and not each.fingerprint and each.model_name not in names
+    if other_name or each.fingerprint not in ("", source.fingerprint):
         if not stated.model:
             raise UserError(
                 f"{each.name} belongs to another model than --model.path={config.path}, and does not state which"
@@ -205,17 +217,17 @@ class Reading:
 
     def _load(self, index: int) -> Dictionary:
         each = self._compared[index]
-        return each.dictionary.with_sink_norms(lambda site: self._shared.sink_norms[each.fingerprint, site])
+        return each.dictionary.with_sink_norms(lambda site: self._shared.sink_norms[each.model_key, site])
 
     def _shared_tokens(self, first: int, second: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the tokens at which both dictionaries apply, among those of each model: a pair for each half."""
         left, right = self._compared[first], self._compared[second]
-        first_N, second_N = aligned(self._shared.reads[left.fingerprint], self._shared.reads[right.fingerprint])
+        first_N, second_N = aligned(self._shared.reads[left.model_key], self._shared.reads[right.model_key])
         # Neither dictionary reads its model's attention sinks, which may be at other tokens in the other model.
         real = self._activity(first).real_N[first_N] & self._activity(second).real_N[second_N]
         first_N, second_N = first_N[real], second_N[real]
         # Halves of whole texts: tokens of a text resemble each other, so halves of its tokens would not be independent.
-        odd_N = self._shared.reads[left.fingerprint].text_N[first_N] % 2 == 1
+        odd_N = self._shared.reads[left.model_key].text_N[first_N] % 2 == 1
         if min(odd_N.sum(), (~odd_N).sum()) < _MIN_SHARED:
             raise UserError(
                 f"{left.name} and {right.name} share {real.sum()} tokens of {self._config.tokens} asked for, in halves "

@@ -167,7 +167,7 @@ def _by_layer(compared: Sequence[Compared]) -> list[list[int]]:
     """
     groups: dict[tuple[str, str], dict[int, int]] = {}
     for place, dictionary in enumerate(compared):
-        group = groups.setdefault((dictionary.fingerprint, dictionary.target.partition(".")[0]), {})
+        group = groups.setdefault((dictionary.model_key, dictionary.target.partition(".")[0]), {})
         group.setdefault(dictionary.layer, place)
     return [[layers[layer] for layer in sorted(layers)] for layers in groups.values() if len(layers) > 1]
 

@@ -152,6 +152,12 @@ def test_sets_on_disk_are_those_in_memory(form, reads, tiny, tmp_path):
 def test_damaged_sets_are_refused(tiny, tmp_path):
     made = make_cross_layer(tiny.config, "jumprelu", True)
     folder = write_set(tmp_path / "a", made, "mlp.hook_in")
+    description = (folder / "config.yaml").read_text()
+    for written in ("hook_resid_post", "hook_attn_out"):
+        (folder / "config.yaml").write_text(description.replace("hook_mlp_out", written))
+        with pytest.raises(UserError, match=f"feature_output_hook is '{written}', .*: expected hook_mlp_out$"):
+            open_transcoders(folder)
+    (folder / "config.yaml").write_text(description)
     (folder / "W_dec_1.safetensors").rename(tmp_path / "kept")
     with pytest.raises(UserError, match="W_dec_1.safetensors is missing"):
         open_transcoders(folder)
