@@ -87,9 +87,10 @@ def _math(row: Row) -> Item:
     columns = ("problem", "solution")
     question, solution = (row.text(column, columns) for column in columns)
     stated = row.fields.get("answer")  # of a published row None beside a boxed one; of AIME's files a whole number
-    if isinstance(stated, bool) or not isinstance(stated, str | int | None):
+    is_text = isinstance(stated, str | int) and not isinstance(stated, bool)
+    answer = (str(stated).strip() if is_text else "") or last_boxed(solution)
+    if stated is not None and not (is_text and answer):
         raise UserError(f"{row.where}: 'answer' is {shown(stated)}: expected text; fix or remove the row")
-    answer = str("" if stated is None else stated).strip() or last_boxed(solution)
     if not answer:
         raise UserError(
             f"{row.where}: 'solution' has no \\boxed{{...}} with an answer, and there is no column 'answer': fix or "
