@@ -155,7 +155,7 @@ def _measure(
     # Tracing alone: how long pruning, checks and pages take depends on other settings.
     seconds = time.monotonic() - start
     graph = traced.graph
-    pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
+    pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges, config.min_weight)
     pinned = pruned.ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
     document = to_document(
         pruned, request.slug, supernodes=groups, pinned=pinned, source_set=config.source_set, labels=labels

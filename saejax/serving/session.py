@@ -125,7 +125,7 @@ class ModelSession:
           UserError: the whole graph is not saved, or is damaged.
         """
         config, params = self.configs_of(graph)[GraphConfig], document["qParams"]
-        pruned = graph.load_whole().prune(nodes, edges, config.top_edges)
+        pruned = graph.load_whole().prune(nodes, edges, config.top_edges, config.min_weight)
         document_labels = {feature_of(node): node["clerp"] for node in feature_nodes(document) if node["clerp"]}
         ids = set(pruned.ids)
         groups = [[label, *(name for name in names if name in ids)] for label, *names in params.get("supernodes", [])]

@@ -61,6 +61,9 @@ class GraphConfig(Config):
     node_threshold: float = setting(0.8, "share of the total influence that the kept nodes have", low=0.0, high=1.0)
     edge_threshold: float = setting(0.98, "share of the total influence that the kept edges have", low=0.0, high=1.0)
     top_edges: int = setting(0, "maximum number of edges kept per target, the largest first; 0: all", low=0)
+    min_weight: float = setting(
+        0.0, "smallest size of the edges that are kept, in units of the target's pre-activation", low=0.0
+    )
     slug: str = setting("", "name of the graph and of its folder; empty: derived from the prompt or the file name")
     doubled: int = setting(
         0,

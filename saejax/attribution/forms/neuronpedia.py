@@ -132,6 +132,7 @@ def _metadata(graph: Graph, slug: str, scan: str, source_set: str) -> dict[str, 
     assert pruning
     settings = {_SETTINGS.get(name, name): value for name, value in graph.settings.items() if value is not None}
     shares: dict[str, float] = dict(node_threshold=pruning.node_threshold, edge_threshold=pruning.edge_threshold)
+    limits = dict(top_edges=pruning.top_edges, min_weight=pruning.min_weight)
     generator = dict(name="saejax", version=package_versions().get("saejax", ""))
     metadata: dict[str, Any] = dict(
         slug=slug,
@@ -143,7 +144,7 @@ def _metadata(graph: Graph, slug: str, scan: str, source_set: str) -> dict[str, 
         schema_version=1,  # says that ``feature`` is a Cantor pair
         info=dict(generator=generator),
         generation_settings=settings | dict(transcoders=graph.transcoders.get("name", "")),
-        pruning_settings=shares | (dict(top_edges=pruning.top_edges) if pruning.top_edges else {}),
+        pruning_settings=shares | {name: value for name, value in limits.items() if value},
         replacement_score=pruning.scores.replacement,
         completeness_score=pruning.scores.completeness,
     )

@@ -36,6 +36,7 @@ class Pruning:
     influence_N: np.ndarray
     scores: GraphScores  #: of the whole graph
     top_edges: int = 0  #: most edges of a target that were kept; 0: any number
+    min_weight: float = 0.0  #: smallest size of the edges that were kept
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ graph.json          schema version, texts, settings, scores, SHA-256 of the othe
 
 import dataclasses
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,18 +39,44 @@ class Graph(GraphData):
         """Return replacement and completeness scores, of the whole graph where this is a part of one."""
         return self.pruning.scores if self.pruning else scores(self)
 
-    def prune(self, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0) -> Self:
+    def prune(self, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0, min_weight: float = 0.0) -> Self:
         """Return the most influential part of the graph; see ``pruning.prune_each``.
+
+        Influence counts what reaches the logits. The size of a weight does not: a large edge may end at a feature that
+        changes nothing, and late features have larger inputs than early ones.
 
         Args:
           nodes: share of the influence of all nodes, 0 to 1.
           edges: share of the scores of all edges between them, 0 to 1.
           top_edges: maximum number of edges of each target; 0: any number.
+          min_weight: smallest size of an edge, in units of the target's pre-activation.
 
         Raises:
-          UserError: the graph is pruned already, or a share is not between 0 and 1.
+          UserError: the graph is pruned already, a share is not between 0 and 1, or a number is negative.
         """
-        return next(prune_each(self, [nodes], edges, top_edges))
+        return next(prune_each(self, [nodes], edges, top_edges, min_weight))
+
+    def supernodes(self, groups: Mapping[str, Sequence[str]]) -> np.ndarray:
+        """Return the edges between groups of nodes: the sums of their weights, float64 [G, G], targets by sources.
+
+        Args:
+          groups: name of each of the G groups -> ids of its nodes, as in ``ids``; a node may be in several.
+
+        Raises:
+          UserError: the graph has no such node, or a group none.
+        """
+        place = {name: node for node, name in enumerate(self.ids)}
+        for name, members in groups.items():
+            if missing := [member for member in members if member not in place]:
+                raise UserError(
+                    f"supernodes: {name!r} holds {missing[0]!r}, which is no node of this graph: see its ids"
+                )
+            if not members:
+                raise UserError(f"supernodes: {name!r} holds no node")
+        member_GxN = np.zeros((len(groups), len(self.nodes)))
+        for group, members in enumerate(groups.values()):
+            member_GxN[group, [place[member] for member in members]] = 1
+        return member_GxN[:, self.target_R] @ self.adjacency_RxS @ member_GxN[:, : self.adjacency_RxS.shape[1]].T
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write ``graph.json`` and ``graph.safetensors``, whole or not at all; the folder is made.
@@ -64,7 +91,9 @@ class Graph(GraphData):
         description = dict(schema_version=SCHEMA_VERSION, **{name: getattr(self, name) for name in _TEXTS})
         if pruning := self.pruning:
             arrays |= dict(node_N=pruning.node_N, influence_N=pruning.influence_N)
-            how = {name: getattr(pruning, name) for name in ("node_threshold", "edge_threshold", "top_edges")}
+            how = {
+                name: getattr(pruning, name) for name in ("node_threshold", "edge_threshold", "top_edges", "min_weight")
+            }
             description["pruning"] = how | dataclasses.asdict(pruning.scores)
         with tensors.whole_folder(Path(folder), DESCRIPTION, ARRAYS) as temporary:
             tensors.write(temporary / ARRAYS, arrays)
@@ -103,7 +132,7 @@ def _read_fields(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> 
     if stored := description.get("pruning"):
         shares, kept = (stored["node_threshold"], stored["edge_threshold"]), (arrays["node_N"], arrays["influence_N"])
         scores = GraphScores(stored["replacement"], stored["completeness"])
-        fields["pruning"] = Pruning(*shares, *kept, scores, stored.get("top_edges", 0))
+        fields["pruning"] = Pruning(*shares, *kept, scores, stored["top_edges"], stored["min_weight"])
     logits = int((nodes.kind_N == LOGIT).sum())
     shape = int((nodes.kind_N == FEATURE).sum()) + logits, len(nodes) - logits
     # Bits are filled up to whole bytes.

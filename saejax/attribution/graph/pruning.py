@@ -78,12 +78,15 @@ def cumulative_share(influence_N: np.ndarray) -> np.ndarray:
     return share_N
 
 
-def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, top_edges: int = 0) -> Iterator[AnyGraph]:
+def prune_each(
+    graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, top_edges: int = 0, min_weight: float = 0.0
+) -> Iterator[AnyGraph]:
     """Yield the most influential nodes of a graph, for each of several shares of influence.
 
     1. Nodes are kept, the most influential first, until they have the share of all influence; tokens and logits always.
     2. Among these, an edge scores N[r, s] (influence[r] + w[r]); edges are kept until they have the share ``edges`` of
-       all scores, and of each target at most ``top_edges``, the largest by size (0: all).
+       all scores, and of each target at most ``top_edges``, the largest by size (0: all), none of them smaller than
+       ``min_weight``.
     3. Features and errors from which no edge goes, and features to which none comes, are dropped until there are none.
 
     Args:
@@ -91,15 +94,18 @@ def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, to
       shares: of the influence of all nodes, 0 to 1.
       edges: share of the scores of all edges between them, 0 to 1.
       top_edges: maximum number of edges of each target, 0 for all.
+      min_weight: smallest size of an edge, in units of the target's pre-activation.
 
     Yields:
       Graphs with matrices of their own; their ``pruning`` says what was kept.
 
     Raises:
-      UserError: the graph is pruned already, or a share is not between 0 and 1.
+      UserError: the graph is pruned already, a share is not between 0 and 1, or a number is negative.
     """
     if not isinstance(top_edges, Integral) or top_edges < 0:
         raise UserError(f"prune: top_edges is {top_edges}: expected a number of edges, or 0 for all")
+    if not 0 <= min_weight < float("inf"):
+        raise UserError(f"prune: min_weight is {min_weight}: expected a size, 0 or above")
     if graph.pruning:
         raise UserError("this graph is pruned already: prune the whole one")
     influence_S = source_influence(graph)
@@ -119,11 +125,13 @@ def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, to
         edge_RxS = _influential_edges(cut, edges)
         if top_edges:
             edge_RxS &= _largest_edges(cut, top_edges)
+        if min_weight:
+            edge_RxS &= np.abs(cut.adjacency_RxS) >= min_weight
         connected_N = _connected(cut, edge_RxS)
         # The cut has a matrix of its own: the whole graph keeps all edges.
         cut.adjacency_RxS[~edge_RxS] = 0
         node_N = np.flatnonzero(kept_N)[connected_N].astype(np.int32)
-        pruning = Pruning(nodes, edges, node_N, share_N[node_N], whole, top_edges)
+        pruning = Pruning(nodes, edges, node_N, share_N[node_N], whole, top_edges, min_weight)
         yield dataclasses.replace(_cut(cut, connected_N), pruning=pruning)
 
 

@@ -89,6 +89,46 @@ def test_of_each_target_only_the_largest_edges_stay():
         assert (size_RxS[row_of[int(pruned.pruning.node_N[target])]] > abs(weight)).sum() < 3
 
 
+def test_edges_smaller_than_the_least_weight_go():
+    graph = layered(features=40)
+    least = float(np.median(np.abs(graph.edges()[2])))
+    pruned = graph.prune(1.0, 1.0, min_weight=least)
+    ids = np.array(graph.ids)
+    large = [
+        (ids[source], ids[target])
+        for source, target, weight in zip(*graph.edges(), strict=True)
+        if abs(weight) >= least and {ids[source], ids[target]} <= set(pruned.ids)
+    ]
+    source_E, target_E, weight_E = pruned.edges()
+    ids = np.array(pruned.ids)
+    assert sorted(zip(ids[source_E], ids[target_E], strict=True)) == sorted(large)
+    assert np.abs(weight_E).min() >= least and len(large) > 20
+
+
+def test_edges_of_supernodes_are_sums_of_those_of_their_nodes():
+    graph = layered(features=40)
+    ids, rng = graph.ids, np.random.default_rng(2)
+    groups = {name: [ids[node] for node in rng.choice(len(ids), 9, replace=False)] for name in ("a", "b", "c")}
+    source_E, target_E, weight_E = graph.edges()
+    expected = [
+        [
+            sum(
+                weight
+                for source, target, weight in zip(source_E, target_E, weight_E.astype(float), strict=True)
+                if ids[source] in groups[sources] and ids[target] in groups[targets]
+            )
+            for sources in groups
+        ]
+        for targets in groups
+    ]
+    np.testing.assert_allclose(graph.supernodes(groups), expected, rtol=0, atol=1e-12)
+    assert np.abs(expected).max() > 0.01 and graph.supernodes({}).shape == (0, 0)
+    with pytest.raises(UserError, match="'a' holds 'nothing', which is no node of"):
+        graph.supernodes(dict(a=["nothing"]))
+    with pytest.raises(UserError, match="'a' holds no node"):
+        graph.supernodes(dict(a=[]))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.98, 0.9999])
 def test_values_at_or_above_the_threshold_have_the_share(share):
     values = np.exp(4 * np.random.default_rng(1).normal(size=(50, 100))).astype(np.float32)
@@ -105,6 +145,8 @@ def test_what_cannot_be_pruned_is_refused():
     graph = layered()
     with pytest.raises(UserError, match="nodes is 1.5: expected a share"):
         graph.prune(nodes=1.5)
+    with pytest.raises(UserError, match="min_weight is -0.1: expected a size"):
+        graph.prune(min_weight=-0.1)
     for top_edges in (-1, 2.5):
         with pytest.raises(UserError, match=f"top_edges is {top_edges}: expected a number of edges"):
             graph.prune(top_edges=top_edges)
