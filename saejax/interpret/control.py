@@ -14,6 +14,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries.input_norm import normalise
 from saejax.dictionaries.kinds.topk import is_plain_topk
 from saejax.interpret.firings import encode_tokens
 
@@ -38,14 +39,20 @@ def random_directions(store: Store, dictionary: Dictionary, rate_F: np.ndarray, 
     count = min(MOST, len(live))
     rate = live[np.linspace(0, len(live) - 1, count).round().astype(np.int64)]
     rows = spread(store.rows("train", dictionary.site), _ROWS)
-    x_NxD = store.read(dictionary.site, rows).astype(np.float32)
+    norm = dictionary.config.input_norm
+    x_NxD = _normalised(store.read(dictionary.site, rows).astype(np.float32), norm)[0]
     W_enc_DxG = _directions(x_NxD.shape[1], count, seed)
     # Thresholds come from ranks, so that no distribution of projections has to be assumed.
     pre_GxN = np.sort((x_NxD @ W_enc_DxG).T, axis=1)
     above = np.clip(np.round(rate * len(rows)).astype(np.int64), 1, len(rows))
     threshold_G = pre_GxN[np.arange(count), np.maximum(len(rows) - above - 1, 0)]
     config = DictionaryConfig(
-        kind="standard", site=dictionary.site, d_in=x_NxD.shape[1], n_features=count, centred=False
+        kind="standard",
+        site=dictionary.site,
+        d_in=x_NxD.shape[1],
+        n_features=count,
+        centred=False,
+        input_norm=norm,
     )
     zeros = jnp.zeros(x_NxD.shape[1])
     arrays = dict(W_enc_DxF=W_enc_DxG, W_dec_FxD=W_enc_DxG.T, b_enc_F=-threshold_G, b_dec_D=zeros)
@@ -55,9 +62,9 @@ def random_directions(store: Store, dictionary: Dictionary, rate_F: np.ndarray, 
 def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary:
     """Return a frozen-random dictionary of the size and sparsity of another one, at its sites.
 
-    Encoder directions are uniform on the sphere and read the input minus its mean. A TopK kind keeps its k; any other
-    becomes a JumpReLU with one threshold for all features that gives the same mean L0. The decoder is fitted by
-    ``fit_decoder``.
+    Encoder directions are uniform on the sphere and read the input minus its mean; where the dictionary normalises
+    tokens, so does this one. A TopK kind keeps its k, and its sign; any other becomes a JumpReLU with one threshold for
+    all features that gives the same mean L0. The decoder is fitted by ``fit_decoder``.
 
     Args:
       store: activations of the dictionary's sites.
@@ -68,19 +75,21 @@ def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary
     rows = spread(store.rows("train", *{original.site, original.target or original.site}), _FITTED)
     x_NxD = store.read(original.site, rows).astype(np.float32)
     y_NxD = store.read(original.target, rows).astype(np.float32) if original.target else x_NxD
-    W_enc_DxF, mean_D = _directions(original.d_in, original.n_features, seed), x_NxD.mean(axis=0)
-    shape: dict[str, Any] = dict(
-        site=original.site, target=original.target, d_in=original.d_in, n_features=original.n_features, centred=False
-    )
+    read_NxD, scale_Nx1, shift_Nx1 = _normalised(x_NxD, original.input_norm)
+    # The norm is undone on what is decoded, so the decoder is fitted to what gives the target then.
+    y_NxD = (y_NxD - shift_Nx1) / np.where(scale_Nx1 > 0, scale_Nx1, 1)
+    W_enc_DxF, mean_D = _directions(original.d_in, original.n_features, seed), read_NxD.mean(axis=0)
+    names = ("site", "target", "d_in", "n_features", "input_norm")
+    shape: dict[str, Any] = dict(centred=False, **{name: getattr(original, name) for name in names})
     # The mean is subtracted by way of the bias: no centring that the original has not is needed.
     b_enc_F = -mean_D @ W_enc_DxF
     arrays = dict(W_enc_DxF=W_enc_DxF, b_enc_F=b_enc_F, W_dec_FxD=W_enc_DxF.T, b_dec_D=y_NxD.mean(axis=0))
     if is_plain_topk(dictionary.kind):
-        config = DictionaryConfig(kind="topk", k=original.k, **shape)
+        config = DictionaryConfig(kind="topk", k=original.k, signed=original.signed, **shape)
     else:
         counted = slice(None, None, -(-len(rows) // _COUNTED))
         fires = _encode(dictionary, x_NxD[counted]).count_nonzero()
-        pre = (x_NxD[counted] @ W_enc_DxF + b_enc_F).reshape(-1)
+        pre = (read_NxD[counted] @ W_enc_DxF + b_enc_F).reshape(-1)
         at = min(max(len(pre) - fires, 0), len(pre) - 1)
         # Not below 0: a JumpReLU with a negative threshold would pass negative activations.
         threshold = max(float(np.partition(pre, at)[at]), 0.0)
@@ -112,6 +121,14 @@ def _encode(dictionary: Dictionary, x_NxD: np.ndarray) -> sparse.csr_array:
     """Return the activations of a store's rows; attention sinks are not among these, so no norm excludes any."""
     largest = float(np.finfo(np.float32).max)
     return encode_tokens(dictionary.with_sink_norms(lambda site: largest, replace=True), x_NxD, _CHUNK)[0]
+
+
+def _normalised(x_NxD: np.ndarray, norm: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what a dictionary with this norm reads, and each token's scale and shift; see ``normalise``."""
+    if not norm:
+        return x_NxD, np.ones_like(x_NxD[:, :1]), np.zeros_like(x_NxD[:, :1])
+    read_NxD, scale_Nx1, shift_Nx1 = map(np.asarray, normalise(jnp.asarray(x_NxD), norm))
+    return read_NxD, scale_Nx1, shift_Nx1
 
 
 def _directions(width: int, count: int, seed: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from scipy import sparse
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.kinds.topk import is_plain_topk
 from saejax.interpret import control
-from saejax.interpret.control import fit_decoder, frozen_random
+from saejax.interpret.control import fit_decoder, frozen_random, random_directions
 from saejax.interpret.report import _rows
 from saejax.interpret.results import InterpretedDictionary
 from saejax.models.loading import load_model
@@ -81,6 +81,35 @@ def test_a_transcoders_control_predicts_its_target(store, monkeypatch):
     assert made.config.target == "mlp_out.1"
     for name in ("W_dec_FxD", "b_dec_D"):
         np.testing.assert_allclose(made.arrays[name], 2 * plain.arrays[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "token_norm", "center"])
+@pytest.mark.parametrize("make", [topk, planted.dictionary])
+def test_controls_of_a_dictionary_that_normalises_tokens_do_so_too(store, make, norm, monkeypatch):
+    """Tokens of any size are alike to them, so both are as sparse and as good on tokens 1 to 9 times as large."""
+    plain = make(40)
+    like = plain.with_config(dataclasses.replace(plain.config, input_norm=norm))
+    rows, whole = store.rows("train", planted.SITE), store.read
+    factor_N = np.random.default_rng(0).uniform(1, 9, (rows.max() + 1, 1)).astype(np.float32)
+    monkeypatch.setattr(store, "read", lambda site, rows: whole(site, rows) * factor_N[rows])
+    made, x_NxD = frozen_random(store, like, 1), read(store)
+    f_NxF = made.encode(x_NxD)
+    assert (f_NxF != 0).sum(1).mean() == pytest.approx(float((like.encode(x_NxD) != 0).sum(1).mean()), rel=0.02)
+    error_NxD = x_NxD - np.asarray(made.decode(f_NxF, x_NxD))
+    centred_NxD = x_NxD - x_NxD.mean(axis=1, keepdims=True) * (norm != "token_norm")
+    share_N = np.square(error_NxD).sum(1) / np.square(centred_NxD).sum(1)
+    if norm != "center":  # which leaves the size alone
+        large_N = factor_N[rows, 0] > 5
+        assert share_N[large_N].mean() == pytest.approx(share_N[~large_N].mean(), rel=0.1) and share_N.mean() < 0.9
+    rate_F = np.linspace(0, 0.2, 40)
+    fires_NxG = np.asarray(random_directions(store, like, rate_F, 1).encode(x_NxD)) > 0
+    np.testing.assert_allclose(np.sort(fires_NxG.mean(0)), rate_F[1:], rtol=0, atol=2 / len(rows))
+
+
+def test_a_signed_control_keeps_its_sign(store):
+    like = topk(40, k=30)  # more than are above 0
+    made = frozen_random(store, like.with_config(dataclasses.replace(like.config, signed=True)), 1)
+    assert (np.asarray(made.encode(read(store))) < 0).any()
 
 
 def test_its_labels_stand_beside_the_dictionarys(tmp_path, tiny_llama):
