@@ -109,7 +109,7 @@ INTERPRET = Stage(
     name="interpret",
     summary="says what features mean: examples, tokens, neighbours, labels that are scored, if "
     "--interpret.dictionaries names any",
-    revision=4,  # one rule for each feature
+    revision=5,  # controls normalise tokens as their dictionary does
     run=_run_interpret,
     results=_results_interpret,
     groups=(ModelConfig, InterpretConfig),

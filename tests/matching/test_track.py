@@ -1,5 +1,6 @@
 """Planted chains are followed, planted steps told apart, and removing features costs what it should."""
 
+import dataclasses
 import itertools
 import json
 from types import SimpleNamespace
@@ -74,11 +75,14 @@ def test_planted_chains_are_followed_and_nothing_else(identity_llama):
         if (t, source) in active[low] and (t, target) in active[high]
     }
     assert len(wanted) > 10 and {(a, b) for a, b, _ in found} == wanted  # precision and recall are 1
-    for source, target, weight in found[:5]:
-        at = shown[source[0]].at(source[1])
-        value = at.value_A[at.feature_A == source[2]][0]
-        row, column = tables[source[0]][source[2]], tables[target[0]][target[2]]
-        np.testing.assert_allclose(weight, value * (row @ column), rtol=1e-4)
+    loaded = [each.load() for each in made]
+    centred = [each.with_config(dataclasses.replace(each.config, input_norm="center")) for each in loaded]
+    for links, mean in ((found, 0), (find_links(stack_of(*centred), shown), 1)):  # a token's mean is not read
+        for source, target, weight in links[:5]:
+            at = shown[source[0]].at(source[1])
+            value = at.value_A[at.feature_A == source[2]][0]
+            row, column = tables[source[0]][source[2]], tables[target[0]][target[2]]
+            np.testing.assert_allclose(weight, value * (row @ (column - mean * column.mean())), rtol=1e-4)
 
 
 def test_the_strongest_chains_are_those_of_a_search_over_all():

@@ -2,9 +2,9 @@
 
 Feature i writes a_i d_i (its activation times its decoder row) at a position; of this a_i <d_i, e_j> goes into the
 pre-activation of feature j of the next dictionary, whose encoder column is e_j, if nothing between changes it. That is
-the link's weight. There is a link if the cosine of d_i and e_j is larger than those of random directions with the
-covariance of the lower decoder: a target with k possible sources has a link from any of k such directions with
-probability ``_LEVEL``, about.
+the link's weight; where the next dictionary divides each token by its size, that is before the division. There is a
+link if the cosine of d_i and e_j is larger than those of random directions with the covariance of the lower decoder: a
+target with k possible sources has a link from any of k such directions with probability ``_LEVEL``, about.
 
 Links show what is carried through the stream. What a layer computes from it, and what attention moves between
 positions, they do not see; ``measured`` tells which of them are causes.
@@ -49,6 +49,8 @@ def _links_into(
     lower_U, upper_J = np.unique(low.feature_A), np.unique(high.feature_A)
     W_dec_FxD = np.asarray(lower.arrays["W_dec_FxD"], np.float32)
     column_JxD = np.asarray(upper.arrays["W_enc_DxF"], np.float32)[:, upper_J].T
+    if upper.config.input_norm in ("center", "layer_norm"):  # which read nothing of a token's mean
+        column_JxD = column_JxD - column_JxD.mean(axis=1, keepdims=True)
     dot_UxJ = W_dec_FxD[lower_U] @ column_JxD.T
     length_U, norm_J = np.linalg.norm(W_dec_FxD[lower_U], axis=1), np.linalg.norm(column_JxD, axis=1)
     cosine_UxJ = dot_UxJ / np.maximum(length_U[:, None] * norm_J[None], 1e-30)
