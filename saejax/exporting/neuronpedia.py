@@ -32,6 +32,7 @@ from saejax.interpret.records import GROUPS, LOWEST, PER_OCTAVE
 from saejax.models.sites import Site
 from saejax.runner.workspace import Run, member_folder
 from saejax.settings import ExportConfig
+from saejax.unicode import replace_surrogates
 
 CREATOR_ID = "clkht01d40000jv08hvalcvly"  # the account that imported bundles belong to, as other writers give it
 _ALIGNED = 3  # coordinates of the stream that a feature writes to most
@@ -186,9 +187,9 @@ def _line(row: Any) -> str:
 
 
 def _clean(data: Any) -> Any:
-    """Replace what databases refuse: lone surrogates and NUL in JSON strings, and empty tokens."""
+    """Replace what databases refuse: unpaired surrogates and NUL in JSON strings, and empty tokens."""
     if isinstance(data, str):
-        return data.encode("utf-8", "surrogatepass").decode("utf-8", "replace").replace("\0", "\ufffd")
+        return replace_surrogates(data).replace("\0", "\ufffd")
     if isinstance(data, dict):
         fields = {name: _clean(value) for name, value in data.items()}
         return fields | ({"tokens": [token or "\ufffd" for token in fields["tokens"]]} if "tokens" in fields else {})

@@ -24,6 +24,7 @@ from saejax.page.scripts import ELEMENTS, elements_script
 from saejax.results import load_results, to_json
 from saejax.runner.workspace import Run, member_folder
 from saejax.stages.interpret import AtlasConfig, InterpretConfig
+from saejax.unicode import replace_surrogates
 
 CHUNK = 32  # features of a file that is loaded at once
 _VIEWER = Path(__file__).parent / "viewer"
@@ -125,4 +126,4 @@ def write_atlas(
 def _json(data: Any) -> str:
     """Return JSON as a JavaScript expression; incomplete characters of tokens become replacement characters."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return replace_surrogates(text)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from saejax.interpret.feature_record import FeatureContext
+from saejax.unicode import replace_surrogates
 
 MARKED = 0.3  # of a context's largest activation: tokens that reach it are marked
 GROUP = 5  # contexts in a question
@@ -41,7 +42,7 @@ class Question:
 
 def _plain(context: FeatureContext) -> str:
     """Return a context as text."""
-    return _clean("".join(context["tokens"]))
+    return replace_surrogates("".join(context["tokens"]))
 
 
 def _marked(context: FeatureContext) -> str:
@@ -53,7 +54,7 @@ def _marked(context: FeatureContext) -> str:
         if (act > 0 and act >= MARKED * max(acts)) != inside:
             text, inside = text + ("<<" if not inside else ">>"), not inside
         text += token
-    return _clean(text)
+    return replace_surrogates(text)
 
 
 def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str]) -> Question:
@@ -64,7 +65,7 @@ def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str]) -> Ques
       promoted: tokens that it makes more likely; empty: unknown.
     """
     text = _numbered(list(map(_marked, contexts)))
-    listed = json.dumps(list(map(_clean, promoted)), ensure_ascii=False)
+    listed = json.dumps(list(map(replace_surrogates, promoted)), ensure_ascii=False)
     text += f"\n\nTokens that the feature makes more likely: {listed}" if promoted else ""
     return Question(_EXPLAIN, text)
 
@@ -121,8 +122,3 @@ def _without_thinking(reply: str | None) -> str:
 
 def _numbered(texts: Sequence[str]) -> str:
     return "\n\n".join(f"Text {number}: {text}" for number, text in enumerate(texts, 1))
-
-
-def _clean(text: str) -> str:
-    """Return text without the incomplete characters that a token may hold."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

@@ -1,13 +1,13 @@
 """Prompts as token ids: special tokens, answers that continue a text, batches of few shapes."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.unicode import has_surrogates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:
       bos: "auto", the tokenizer's own special tokens in front; "always", the BOS token; "never", neither.
 
     Raises:
-      UserError: there is no tokenizer, or no BOS token though one is asked for, or the text is no Unicode.
+      UserError: there is no tokenizer, or no BOS token though one is asked for, or the text is not valid Unicode.
     """
     if tokenizer is None:
         raise UserError("this model has no tokenizer: give token ids, with saejax.models.tokens.pad")
@@ -111,9 +111,9 @@ def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:
     try:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except (TypeError, UnicodeError):
-        if not re.search("[\ud800-\udfff]", text):
+        if not has_surrogates(text):
             raise
-        raise UserError(f"the text {text!r:.60} holds half a character: expected Unicode text, in UTF-8") from None
+        raise UserError(f"the text {text!r:.60} has an unpaired surrogate: expected valid Unicode") from None
     front = bos_tokens(tokenizer, bos)
     return ids if ids[: len(front)] == front else front + ids
 

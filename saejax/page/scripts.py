@@ -9,6 +9,8 @@ from typing import Any
 
 import jinja2
 
+from saejax.unicode import replace_surrogates
+
 ELEMENTS = "elements.js"
 
 
@@ -40,7 +42,7 @@ def interactive(viewer: Path, name: str, scripts: Sequence[str], data: Any, styl
         data=embedded(data),
         **shown,
     )
-    return _whole(page)  # prompts of other programs may hold halves of characters, which no file can
+    return replace_surrogates(page)  # in the prompts of other programs' graphs
 
 
 def embedded(data: Any) -> str:
@@ -51,12 +53,7 @@ def embedded(data: Any) -> str:
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return _whole(text)
-
-
-def _whole(text: str) -> str:
-    """Return a text with replacement characters for halves of characters."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return replace_surrogates(text)
 
 
 def _hash(text: str) -> str:

@@ -29,6 +29,7 @@ from saejax.serving.jobs import Job, Jobs
 from saejax.serving.session import ModelSession, targets_of, trace_typed
 from saejax.serving.store import GraphStore, StoredGraph
 from saejax.settings import GraphConfig, ModelConfig
+from saejax.unicode import has_surrogates
 
 _OWN = Path(__file__).parent / "viewer"
 _LARGEST = 1e30  # factor or activation
@@ -236,8 +237,8 @@ def _fields(body: bytes) -> Mapping[str, Any]:
 def _text(fields: Mapping[str, Any], name: str) -> str:
     if not isinstance(fields.get(name), str):
         raise UserError(f"{name} is {fields.get(name)!r:.40}: expected a text")
-    if any("\ud800" <= character <= "\udfff" for character in fields[name]):
-        raise UserError(f"{name} holds half a character: expected Unicode text")
+    if has_surrogates(fields[name]):
+        raise UserError(f"{name} has an unpaired surrogate: expected valid Unicode")
     return fields[name]
 
 

@@ -25,6 +25,7 @@ from saejax.settings import BENCHMARKS, CorpusConfig, TaskConfig
 from saejax.tasks import benchmarks
 from saejax.tasks.files import json_lines, opened, shown, table_rows, text_lines
 from saejax.tasks.hub import hub_commit, hub_rows
+from saejax.unicode import has_surrogates
 
 EMBEDDED = Path(__file__).parent / "data" / "corpus.jsonl.gz"
 _BLOCK = 1 << 20  # bytes of a file, hashed at once
@@ -214,9 +215,8 @@ def _text_of(row: Any, field: str, where: str) -> Text:
     text, group = row[field], row.get("group")
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: {field!r} is {shown(text)}: expected a string that is not blank; fix or remove it")
-    # JSON can hold half a pair, but no tokenizer can encode it.
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{where}: {field!r} holds half of a surrogate pair: expected whole characters; fix it")
+    if has_surrogates(text):
+        raise UserError(f"{where}: {field!r} has an unpaired surrogate: expected valid Unicode; fix it")
     if group is not None and (not isinstance(group, str) or not group):
         raise UserError(f"{where}: 'group' is {shown(group)}: expected a string that is not empty, or no 'group'")
     return text, group or ""

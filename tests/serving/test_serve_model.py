@@ -141,7 +141,7 @@ def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, w
     [
         ("trace", dict(prompt=""), "the prompt is empty"),
         ("trace", dict(prompt="The war " * 200), "more than the model's context"),
-        ("trace", dict(prompt="\ud800"), "prompt holds half a character"),
+        ("trace", dict(prompt="\ud800"), "prompt has an unpaired surrogate"),
         ("trace", dict(target=" and so on"), "is 6 tokens"),
         ("trace", dict(max_features=-1), "max_features is -1"),
         ("trace", dict(nodes=1.5), "nodes is 1.5: expected a share"),

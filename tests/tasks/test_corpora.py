@@ -99,7 +99,7 @@ DAMAGED[len(DAMAGED) // 2] ^= 0xFF
         ("a.jsonl", '{"text": null}', "line 1: 'text' is null"),
         ("a.jsonl", '{"text": "a", "group": 7}', "a.jsonl.* line 1: 'group' is 7: expected"),
         ("a.jsonl", '{"text": "a", "group": ""}', "line 1: 'group' is"),
-        ("a.jsonl", '{"text": "\\ud83d"}', "line 1: 'text' holds half of a surrogate"),
+        ("a.jsonl", '{"text": "\\ud83d"}', "line 1: 'text' has an unpaired surrogate"),
         ("a.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("a.jsonl", "", "a.jsonl holds no document.* expected"),
         ("a.jsonl", "\n \n", "holds no document"),

@@ -32,6 +32,7 @@ from saejax.errors import UserError
 from saejax.files import read_json, write_json
 from saejax.models.hub import hub_errors
 from saejax.page.tables import visible
+from saejax.unicode import replace_surrogates
 
 Feature = tuple[int, int]  # layer, index of the feature
 ReadFeature = Callable[[Feature], Mapping[str, Any] | None]  # gives the JSON of a feature; None: it is not known
@@ -148,17 +149,12 @@ def parse_feature(data: Mapping[str, Any]) -> FeatureDetails:
             label, up, down = next(filter(None, described), ""), data.get("pos_str"), data.get("neg_str")
         cut = [_cut(tokens, values) for tokens, values in contexts if tokens and values]
         cut.sort(key=lambda context: -max(context["activations"]))
-        raised, lowered = (tuple(map(_whole, some or ())) for some in (up, down))
-        return FeatureDetails(tuple(cut[:EXAMPLES]), raised, lowered, _whole(label or ""))
+        raised, lowered = (tuple(replace_surrogates(str(token)) for token in some or ()) for some in (up, down))
+        return FeatureDetails(tuple(cut[:EXAMPLES]), raised, lowered, replace_surrogates(str(label or "")))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise UserError(
             "this is no feature of circuit-tracer or Neuronpedia: expected examples_quantiles or activations"
         ) from None
-
-
-def _whole(text: Any) -> str:
-    """Return a text, halves of characters, which no file in UTF-8 can hold, as replacement characters."""
-    return str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _cut(tokens: Sequence[str], values: Sequence[float | None]) -> dict[str, list]:
@@ -167,7 +163,9 @@ def _cut(tokens: Sequence[str], values: Sequence[float | None]) -> dict[str, lis
     numbers = [value if math.isfinite(value) else 0.0 for value in numbers]
     peak = max(range(len(numbers)), key=numbers.__getitem__, default=0)
     near = slice(max(peak - _TOKENS, 0), peak + _TOKENS + 1)
-    return dict(tokens=[_whole(token) for token in tokens[: len(numbers)][near]], activations=numbers[near])
+    return dict(
+        tokens=[replace_surrogates(str(token)) for token in tokens[: len(numbers)][near]], activations=numbers[near]
+    )
 
 
 def _from_interpret(dictionaries: Sequence[str | Path], features: Sequence[Feature]) -> dict[Feature, FeatureDetails]:

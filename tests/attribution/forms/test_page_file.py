@@ -68,7 +68,7 @@ def test_a_document_that_is_no_graph_is_refused(document, tmp_path, change, said
 
 
 def test_odd_values_of_other_programs_hide_no_graph(document):
-    """NaN, halves of characters, a set's name that is no text, and a feature whose id says no layer and number."""
+    """NaN, unpaired surrogates, a set's name that is no text, and a feature whose id says no layer and number."""
     odd, old = copy.deepcopy(document), next(n["node_id"] for n in document["nodes"] if n["feature_type"] != ERROR_TYPE)
     odd = json.loads(json.dumps(odd).replace(f'"{old}"', '"my feature"'))
     odd["metadata"] |= dict(node_threshold=float("nan"), replacement_score=float("nan"), scan="\ud800", prompt="\ud83d")

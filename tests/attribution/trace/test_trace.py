@@ -138,13 +138,13 @@ def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
     [
         ([5], {}, "no feature is used at the first token, and the prompt has no further one"),
         ([], {}, "the prompt is empty"),
-        ("The \ud800 cat", {}, "holds half a character: expected Unicode text"),  # of bytes that are no UTF-8
-        (IDS, dict(targets=["\udcff"]), "holds half a character"),
+        ("The \ud800 cat", {}, "has an unpaired surrogate: expected valid Unicode"),  # of bytes that are no UTF-8
+        (IDS, dict(targets=["\udcff"]), "has an unpaired surrogate"),
         ("", {}, "the prompt is empty: expected a text, or token ids"),
         (IDS, dict(targets=["cat near the"]), "is [0-9]+ tokens: expected a text of one"),
         (IDS, dict(targets=[400]), "token 400 does not exist: expected 0 to 383"),
         (IDS, dict(targets=[7.5]), "token 7.5 does not exist"),
-        (IDS, dict(targets=[7, (7, 8), 7]), "the target 7 is there twice"),
+        (IDS, dict(targets=[7, (7, 8), 7]), "the target 7 appears twice"),
         (IDS, dict(targets=[(7, 7)]), "no difference of two logits: expected two tokens that differ"),
         (IDS, dict(targets=[(7, 8, 9)]), "no difference of two logits"),
         (IDS, dict(logit_mass=95), "logit_mass 95: expected 1 or more, and a probability"),

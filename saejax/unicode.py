@@ -1,0 +1,15 @@
+"""Unpaired surrogates: JSON and byte-level tokens can hold them, but no file in UTF-8 and no tokenizer can."""
+
+import re
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def has_surrogates(text: str) -> bool:
+    """Return whether a text holds surrogates, as text that was decoded properly never does."""
+    return bool(_SURROGATE.search(text))
+
+
+def replace_surrogates(text: str) -> str:
+    """Return a text with each unpaired surrogate as a replacement character; two that make a pair are joined."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if has_surrogates(text) else text
