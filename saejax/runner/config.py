@@ -219,24 +219,24 @@ def _define(name: str, hint: Any, default: Any, help_text: str, flag_values: fla
         flags.DEFINE(parser, name, default, help_text, flag_values, serializer)
 
 
-class _IntParser(flags.IntegerParser):
-    """absl's parser of whole numbers, with an error message in plain words."""
+class _PlainErrors:
+    """Mixin of absl's parsers of numbers, whose own message is Python's."""
 
-    def convert(self, argument: Any) -> int:
+    expected: str
+
+    def convert(self, argument: Any) -> Any:
         try:
-            return super().convert(argument)
+            return super().convert(argument)  # type: ignore[misc]
         except ValueError:
-            raise ValueError(f"{argument!r} is not a whole number") from None
+            raise ValueError(f"{argument!r} is not {self.expected}") from None
 
 
-class _FloatParser(flags.FloatParser):
-    """absl's parser of numbers, with an error message in plain words."""
+class _IntParser(_PlainErrors, flags.IntegerParser):
+    expected = "a whole number"
 
-    def convert(self, argument: Any) -> float:
-        try:
-            return super().convert(argument)
-        except ValueError:
-            raise ValueError(f"{argument!r} is not a number") from None
+
+class _FloatParser(_PlainErrors, flags.FloatParser):
+    expected = "a number"
 
 
 class _TupleParser(flags.ArgumentParser):
