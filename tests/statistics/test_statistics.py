@@ -174,3 +174,15 @@ def test_rules_by_hand():
     assert means == {"a": 2.0, "b": -1.0}
     signs = ([2.0, -1.0], [-1.0, -2.0], [1.0, 0.0], [])
     assert [bootstrap.has_same_sign(values) for values in signs] == [False, True, False, False]
+
+
+@pytest.mark.parametrize(("prompts", "rate"), [(2, 0.23), (4, 0.09), (6, 0.06), (20, 0.03)])
+def test_on_noise_few_prompts_are_often_sure(prompts, rate):
+    """Why a mean of fewer than 6 prompts is not testable; at the level of 5 %, half of the errors are above zero."""
+    weights_RxP = bootstrap.resampling_weights(["template"] * prompts, 2000, seed=1)
+    sample_NxR = np.random.default_rng(0).standard_normal((3000, prompts)) @ weights_RxP.T
+    is_sure = [
+        bootstrap.percentile_interval(sample_R)[0] > 0 and bootstrap.two_sided_p(sample_R) <= 0.05
+        for sample_R in sample_NxR
+    ]
+    assert np.mean(is_sure) == pytest.approx(rate, abs=0.015)
