@@ -132,9 +132,9 @@ def falsify(
 
     Raises:
       UserError: there are fewer than 4 texts of a kind, the dictionary does not fit the model, or a feature does not
-        exist or stands there twice.
+        exist or appears twice.
     """
-    mask(dictionary, [features])  # refuses features that do not exist, or stand there twice
+    mask(dictionary, [features])  # refuses features that do not exist, or appear twice
     if not test_texts:
         # Tokens are chosen on other texts than test them: the largest of many is large by chance on its own texts.
         texts, test_texts = texts[::2], texts[1::2]

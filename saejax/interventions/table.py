@@ -286,7 +286,7 @@ def load_effects(folder: str | Path) -> EffectsTable:
       prompts, readout)`` gives ``[E, P]``.
 
     Raises:
-      UserError: a file is missing or damaged, a row names an edit or prompt without a definition, or one stands there
+      UserError: a file is missing or damaged, a row names an edit or prompt without a definition, or one appears
         twice.
     """
     import pyarrow as pa

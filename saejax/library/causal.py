@@ -218,13 +218,13 @@ def warn_of_bos(lm: LanguageModel, dictionary: Dictionary) -> None:
 
 
 def _group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-    """Return the prompts of each behaviour; raise a ``UserError`` if there are none or one stands there twice."""
+    """Return the prompts of each behaviour; raise a ``UserError`` if there are none, or one appears twice."""
     by_behaviour: dict[str, list[Prompt]] = {}
     texts = set()
     for prompt in prompts:
         if (prompt.behaviour, prompt.text) in texts:
             # It would count as two in intervals, or judge the features that it chose.
-            raise UserError(f"the prompt {prompt.text!r} stands twice in {prompt.behaviour}: remove one of them")
+            raise UserError(f"the prompt {prompt.text!r} appears twice in {prompt.behaviour}: remove one of them")
         texts.add((prompt.behaviour, prompt.text))
         by_behaviour.setdefault(prompt.behaviour, []).append(prompt)
     if not by_behaviour:

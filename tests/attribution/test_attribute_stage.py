@@ -145,7 +145,7 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
     assert "error: the-water: the target ' and so on' is 6 tokens" in capsys.readouterr().err
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water", "targets": [" way", " way"]}\n')
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
-    assert " is there twice: expected each target once" in capsys.readouterr().err
+    assert " appears twice: expected each target once" in capsys.readouterr().err
     # And with less memory than the longest takes.
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water near the war"}\n')
     monkeypatch.setattr(prompt, "free_memory", lambda mesh: prompt.Memory(0, 2**28))

@@ -102,7 +102,7 @@ def target_pairs(model: LanguageModel, targets: Sequence[Target]) -> list[tuple[
     """Return the token of each target and the one whose logit is subtracted, -1 for none.
 
     Raises:
-      UserError: a target is no token and no pair of two different ones, or is there twice.
+      UserError: a target is no token and no pair of two different ones, or appears twice.
     """
     pairs = []
     for target in targets:
@@ -112,7 +112,7 @@ def target_pairs(model: LanguageModel, targets: Sequence[Target]) -> list[tuple[
             raise UserError(f"the target {target!r} is no difference of two logits: expected two tokens that differ")
         pairs.append((pair[0], pair[1] if pair[1:] else -1))
         if pairs.count(pairs[-1]) > 1:
-            raise UserError(f"the target {target!r} is there twice: expected each target once")
+            raise UserError(f"the target {target!r} appears twice: expected each target once")
     return pairs
 
 
