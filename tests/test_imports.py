@@ -8,7 +8,8 @@ from test_structure import ROOT, TREES, import_names
 # A module imports only from what stands to its right. A folder that is not named here stands beside the stages.
 PARTS = (
     "experiments studies serving preflight ground_truth library report circuits matching interpret attribution "
-    "interventions training evaluation activations tasks costs dictionaries models page runner files errors unicode statistics"
+    "interventions training evaluation activations tasks costs dictionaries models page runner files errors "
+    "unicode statistics"
 )
 ORDER = PARTS.split()
 # The same inside a package.
