@@ -59,7 +59,8 @@ class VerdictConfig:
             "norm and KL disagree significantly. "
             f"5. Selective: the upper ends of the intervals lie below {self.max_ce_rise:g} nats on held-out text and "
             f"{100 * self.max_other_drop:g} % of the size of every other behaviour's logit difference. "
-            f"Questions 1, 4 and 5 are not testable with fewer than {self.least_prompts} prompts. "
+            f"Questions 1, 4 and 5 are not testable with fewer than {self.least_prompts} prompts, nor with so few "
+            "bootstrap resamples that no p-value can be significant after correction. "
             "p-values are corrected by Holm's method over the behaviours within each question."
         )
 
@@ -273,7 +274,7 @@ def basis_sentence(answer: CausalAnswer, name: str, objective: str) -> str:
         "equivalent": "equivalent",
         "no significant difference": "no significant difference, which is not equality",
         "contradictory": "contradictory, the two doses disagree significantly",
-        "not testable": "not testable with so few prompts",
+        "not testable": "not testable with so few prompts or bootstrap resamples",
     }
     kinds = dict(norm="norm", kl="KL on text")
     listed = ", ".join(

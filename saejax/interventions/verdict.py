@@ -20,6 +20,7 @@ random features" says yes to features that were chosen for an unrelated answer.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -86,14 +87,14 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
     for readout in dict.fromkeys(readout for readouts in readouts_of.values() for readout in readouts):
         with_readout = [name for name in names if readout in readouts_of[name]]
         ablation[readout] = _correct(
-            {name: _test_ablation(table, measured[name], readout, config) for name in with_readout}
+            {name: _test_ablation(table, measured[name], readout, config) for name in with_readout}, config
         )
     random, placebo = (
         _correct({name: _test_sets(measured[name], group, curves, config) for name in names})
         for group, curves in sets.items()
     )
     bases = _judge_bases(table, measured, dictionary, config)
-    selective = _correct({name: _test_selective(table, measured[name], config) for name in names})
+    selective = _correct({name: _test_selective(table, measured[name], config) for name in names}, config)
     return {
         name: BehaviourVerdict(
             features=measured[name].top.edits[-1].features,
@@ -112,12 +113,28 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
     }
 
 
-def _correct(tests: Mapping[Any, _Test]) -> dict[Any, CausalAnswer]:
-    """Correct the p-values of one question over its tests, and conclude."""
+def _correct(tests: Mapping[Any, _Test], config: VerdictConfig | None = None) -> dict[Any, CausalAnswer]:
+    """Correct the p-values of one question over its tests, and conclude.
+
+    Args:
+      tests: of the question.
+      config: numbers of the rule if the p-values are those of a bootstrap; None if they are ranks among sets.
+    """
     p_values = {key: test.p_value for key, test in tests.items() if test.p_value is not None}
     # Within a question, as each question is answered by itself; a test that was not made is none of its hypotheses.
     adjusted = holm_by_key(p_values)
-    return {key: test.conclude(adjusted.get(key)) for key, test in tests.items()}
+    answers = {key: test.conclude(adjusted.get(key)) for key, test in tests.items()}
+    # The p-value of a bootstrap is at least 2 / (1 + resamples), which the correction multiplies by the tests.
+    if config is None or config.resamples >= (needed := math.ceil(2 * len(p_values) / config.level) - 1):
+        return answers
+    sentence = f"Not testable with {config.resamples:,} bootstrap resamples, {needed:,} are needed."
+    return {
+        # What the correction alone denies.
+        key: answer
+        if tests[key].conclude(tests[key].p_value).answer == answer.answer
+        else dataclasses.replace(answer, answer="not testable", sentence=sentence)
+        for key, answer in answers.items()
+    }
 
 
 def _not_tested(reason: str) -> _Test:
@@ -207,7 +224,7 @@ def _judge_bases(
                 basis = read_curves(table, name, group, TESTED, behaviour.prompts, dose)
                 if top and basis:
                     tests[name, group.removeprefix(BASIS), dose] = _test_basis(behaviour, top[0], basis[0], config)
-    answers = _correct(tests)  # over all bases and both doses, too
+    answers = _correct(tests, config)  # over all bases and both doses, too
     judged: dict[str, dict[str, CausalAnswer]] = {name: {} for name in measured}
     for name, basis in dict.fromkeys(key[:2] for key in answers):
         views = {dose: answers[name, basis, dose] for dose in ("norm", "kl") if (name, basis, dose) in answers}

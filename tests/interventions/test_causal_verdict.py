@@ -332,6 +332,21 @@ def test_means_of_few_prompts_are_not_testable():
     assert verdict(six, CONFIG).dictionaries[TESTED]["b"].ablation["logit_diff"].answer == "yes"
 
 
+def test_so_few_resamples_that_nothing_can_be_significant_are_not_testable():
+    """Two p-values, by norm and by KL, of at least 2 / 61 are above 5 % after correction; one is not."""
+    rows, few = with_basis(1.0, 1.0), VerdictConfig(resamples=60)
+    result = judge(rows, few)
+    assert result.ablation["logit_diff"].answer == "yes"
+    assert result.bases["pca"].answer == "not testable"
+    assert "resamples" in result.bases["pca"].sentence
+    assert judge(rows, VerdictConfig(resamples=79)).bases["pca"].answer == "more"
+    assert judge(with_basis(3.0, 1.0, spread=4.0), few).bases["pca"].answer == "no significant difference"
+    rows.add_behaviour("c", first=100)
+    answers = rows.judge(few)[TESTED]
+    assert answers["b"].ablation["logit_diff"].sentence == "Not testable with 60 bootstrap resamples, 79 are needed."
+    assert answers["b"].random.answer == judge(rows).random.answer, "ranks need no resamples"
+
+
 def world() -> EffectsTable:
     made = planted_world(0, 5)
     return world_table(made, top_features(attribution(made, made.answers_Px2), 5))
