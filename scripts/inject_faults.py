@@ -85,7 +85,8 @@ def run_tests(tree: Path, tests: Sequence[str]) -> str:
     except subprocess.TimeoutExpired:
         return f"no end after {TIMEOUT:.0f} s"
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    if failed or done.returncode == 0:
+    # 5: there is no such test here, as of a file whose tests are all slow or take a library that is not installed.
+    if failed or done.returncode in (0, 5):
         return failed[1] if failed else ""
     sys.exit(f"inject_faults: pytest ended with status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
