@@ -1,11 +1,15 @@
 """From effects on prompts to the edges that are drawn: a pure function of the measured arrays.
 
-An edge is *drawn* if three things hold, each at the level 0.05 over the number of edges that are tested together:
+An edge is *drawn* if four things hold, each at the level 0.05 over the number of edges that are tested together:
 
 1. the interval of its mean effect over prompts excludes 0, and the effect is at least ``LEAST_EFFECT``: what rounding
    leaves is as clear as it is small;
 2. the interval of effect minus that of the random sets, in the direction of the effect, lies above 0;
-3. the same of the placebo sets.
+3. the same of the placebo sets;
+4. the effect exceeds the mean of either kind by more than such sets differ from each other: by Student's prediction
+   limit, with the variance between the sets of a prompt, the larger of both kinds. What a group does, it does in every
+   prompt. So without this, many prompts make sure of any small difference, and half of all sets of arbitrary features
+   are above their mean. Sets are drawn anew for each prompt, so what a set does on average varies no more than that.
 
 Where control sets reach less than ``LEAST_DOSE`` of the group's dose they are no fair comparison, and the edge is not
 drawn. An interval covers the bootstrap interval over prompts within templates (``statistics.bootstrap``) and Student's
@@ -19,7 +23,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
-from saejax.circuits.measure import CONTROLS, EDITS, PromptEffects
+from saejax.circuits.measure import CONTROL_SETS, CONTROLS, EDITS, PromptEffects
 from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 
@@ -40,6 +44,8 @@ class Edge:
     effect: Interval  #: fall of the logit difference, or share of the target's activation that vanishes; over prompts
     random: float  #: the same of random sets of equal dose
     placebo: float  #: the same of placebo sets of equal dose
+    random_spread: float  #: standard deviation between the random sets of a prompt
+    placebo_spread: float  #: the same of placebo sets
     over_random: Interval  #: effect minus that of random sets
     over_placebo: Interval  #: effect minus that of placebo sets
     dose: float  #: share of the group's dose that control sets reach, the smaller of both kinds
@@ -93,10 +99,13 @@ def _judge(
 ) -> Edge:
     """Return an edge from the values and doses of a group and its control sets on each prompt."""
 
+    def controls(array_PxS: np.ndarray) -> np.ndarray:
+        """Return the values of the control sets, [P, K, C], of K kinds."""
+        return array_PxS[:, 1:].reshape(len(array_PxS), len(CONTROLS), -1)
+
     def by_kind(array_PxS: np.ndarray) -> np.ndarray:
         """Return the values of the group, and the means of its random and placebo sets, [3, P]."""
-        control_PxKxC = array_PxS[:, 1:].reshape(len(array_PxS), len(CONTROLS), -1)
-        return np.stack([array_PxS[:, 0], *control_PxKxC.mean(axis=2).T])
+        return np.stack([array_PxS[:, 0], *controls(array_PxS).mean(axis=2).T])
 
     def interval(value_P: np.ndarray) -> Interval:
         mean, low, high = float(value_P.mean()), *percentile_interval(weight_RxP @ value_P, level)
@@ -113,7 +122,13 @@ def _judge(
     sign = 1 if effect.mean > 0 else -1
     # In the direction of the effect: a group that inhibits must do so more than its controls.
     is_clear = all(min(sign * part.low, sign * part.high) > 0 for part in parts)
+    spread_K = np.sqrt(controls(value_PxS).var(axis=2, ddof=1).mean(axis=0))
+    values = len(value_PxS) * CONTROL_SETS  # of each kind
+    # The larger spread, as sets of few candidates resemble each other. The mean of the sets adds its own error.
+    limit = float(t.ppf(level, values - len(value_PxS)) * spread_K.max() * (1 + 1 / values) ** 0.5)
+    is_beyond = min(sign * over_random.mean, sign * over_placebo.mean) > limit
+    is_large = abs(effect.mean) >= LEAST_EFFECT and reached >= LEAST_DOSE
     return Edge(
-        *ends, effect, float(random_P.mean()), float(placebo_P.mean()), over_random, over_placebo, reached, level,
-        len(group_P), is_clear and abs(effect.mean) >= LEAST_EFFECT and reached >= LEAST_DOSE,
+        *ends, effect, float(random_P.mean()), float(placebo_P.mean()), *spread_K.tolist(), over_random, over_placebo,
+        reached, level, len(group_P), is_clear and is_beyond and is_large,
     )  # fmt: skip

@@ -44,8 +44,8 @@ _EDGE_COLUMNS: dict[str, Callable[[Edge], str]] = {
     "From": lambda edge: edge.source,
     "To": lambda edge: edge.target,
     "Effect": lambda edge: edge.in_unit(interval, edge.effect),
-    "Random": lambda edge: edge.in_unit(number, edge.random),
-    "Placebo": lambda edge: edge.in_unit(number, edge.placebo),
+    "Random": lambda edge: f"{edge.in_unit(number, edge.random)} ± {edge.in_unit(number, edge.random_spread)}",
+    "Placebo": lambda edge: f"{edge.in_unit(number, edge.placebo)} ± {edge.in_unit(number, edge.placebo_spread)}",
     "Over random": lambda edge: edge.in_unit(interval, edge.over_random),
     "Over placebo": lambda edge: edge.in_unit(interval, edge.over_placebo),
     "Dose": lambda edge: percent(edge.dose),
@@ -166,7 +166,8 @@ def _edge_tables(circuit: CircuitResults) -> list[Block]:
         "To the answer the effect is the fall of the logit difference, to a group the share of its activation that "
         f"vanishes. Intervals are at {percent(level, 2)}, so that all of a behaviour hold together at 95 %. Random and "
         "placebo sets are other features at the same positions and layers, placebo ones chosen for unrelated tokens, "
-        "changed to the group's dose. An edge is drawn where the effect exceeds both, unless they reach less than "
+        "changed to the group's dose; ± is the standard deviation between such sets of one prompt. An edge is drawn "
+        "where the effect exceeds both, by more than sets differ from each other, unless they reach less than "
         f"{percent(LEAST_DOSE)} of the dose (Dose)."
     )
     return [*blocks, Text(note)]

@@ -66,7 +66,8 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     # Every effect has a row, with its interval, its controls, and how far it exceeds them.
     rows = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in re.findall("<tr.*?</tr>", page)]
     for edge in circuit.edges:
-        figures = [edge.in_unit(number, value) for value in (edge.random, edge.placebo)]
+        means = (edge.random, edge.random_spread), (edge.placebo, edge.placebo_spread)
+        figures = [" ± ".join(edge.in_unit(number, value) for value in pair) for pair in means]
         figures += [edge.in_unit(interval, value) for value in (edge.over_random, edge.over_placebo)]
         row = [edge.source, edge.target, edge.in_unit(interval, edge.effect), *figures]
         row += [percent(edge.dose), answer(edge.drawn)]

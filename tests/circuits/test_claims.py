@@ -21,7 +21,7 @@ GROUPS = (
 
 def edge(source, target, edit="direct", drawn=True, effect=1.0):
     part = Interval(effect, effect - 0.1, effect + 0.1)
-    return Edge(source, target, edit, part, 0.0, 0.0, part, part, 1.0, 0.99, 20, drawn)
+    return Edge(source, target, edit, part, 0.0, 0.0, 0.1, 0.1, part, part, 1.0, 0.99, 20, drawn)
 
 
 CHAIN = (

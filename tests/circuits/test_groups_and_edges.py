@@ -180,6 +180,7 @@ def test_an_edge_takes_an_interval_and_both_controls(effect, control, options, d
     assert [edge.edit for edge in edges] == ["total"]  # of the others nothing is known, or all is 0
     assert edges[0].drawn == drawn and edges[0].target == ANSWER and edges[0].prompts == 20
     assert edges[0].effect.mean == pytest.approx(effect, abs=0.1)
+    assert (edges[0].random_spread, edges[0].placebo_spread) == pytest.approx((0.1, 0.1), abs=0.05)
     assert edges[0].dose == pytest.approx(options.get("dose", 1.0))
 
 
@@ -195,6 +196,22 @@ def test_noise_draws_no_edge(count):
         assert len(edges) == 48
         drawn += any(edge.drawn for edge in edges)
     assert drawn <= 4
+
+
+@pytest.mark.parametrize("count", [4, 40])
+def test_groups_of_arbitrary_features_have_no_edge(count):
+    """Each set has an effect of its own, the same in every prompt, and groups are sets like any other."""
+    rng, drawn, groups = np.random.default_rng(0), 0, 6
+    for seed in range(20):
+        # The group's effects stay; control sets are drawn anew for each prompt.
+        effect_PxExGxSxH = rng.normal(size=(count, 3, groups, 5, groups + 1))
+        effect_PxExGxSxH[:, :, :, 0] = rng.normal(size=(3, groups, groups + 1))
+        effect_PxExGxSxH[:, :, :, 0] += 0.1 * rng.normal(size=(count, 3, groups, groups + 1))
+        effect_PxExGxSxH[:, :, range(groups), :, range(groups)] = np.nan
+        effects = [PromptEffects(effect_ExGxSxH, np.ones((3, groups, 5))) for effect_ExGxSxH in effect_PxExGxSxH]
+        edges = judge_edges("abcdef", effects, ["a"] * count, resamples=1000, seed=seed)
+        drawn += any(edge.drawn for edge in edges)
+    assert drawn <= 3
 
 
 def test_the_level_is_divided_by_the_number_of_edges():
