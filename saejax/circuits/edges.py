@@ -128,7 +128,8 @@ def _judge(
     limit = float(t.ppf(level, values - len(value_PxS)) * spread_K.max() * (1 + 1 / values) ** 0.5)
     is_beyond = min(sign * over_random.mean, sign * over_placebo.mean) > limit
     is_large = abs(effect.mean) >= LEAST_EFFECT and reached >= LEAST_DOSE
+    means, (random_spread, placebo_spread) = (float(random_P.mean()), float(placebo_P.mean())), spread_K.tolist()
     return Edge(
-        *ends, effect, float(random_P.mean()), float(placebo_P.mean()), *spread_K.tolist(), over_random, over_placebo,
-        reached, level, len(group_P), is_clear and is_beyond and is_large,
+        *ends, effect, *means, random_spread, placebo_spread, over_random, over_placebo, reached, level,
+        len(group_P), is_clear and is_beyond and is_large,
     )  # fmt: skip
