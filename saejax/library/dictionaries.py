@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from saejax.activations.joined import single_sites
-from saejax.activations.store import Store, shard_file
+from saejax.activations.store import INDEX, Store, shard_file
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders, stacks
 from saejax.errors import UserError, one_of
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
-from saejax.files import read_json, read_object, write_json
+from saejax.files import read_object, write_json
 from saejax.library.activations import Activations, capture
 from saejax.library.causal import warn_of_bos
 from saejax.library.settings import make_config
@@ -99,20 +99,25 @@ def _check_or_record_inputs(folder: Path, store: Store, member: Member, init_fro
     Raises:
       UserError: it is of others, whose dictionary would be returned.
     """
-    sites, shards = single_sites((member.site, member.target)), range(store.manifest.shards)
-    records = [store.folder / shard_file(site, "record", shard) for site in sites for shard in shards]
-    checksums = [read_object(path, "checksums")["checksums"] for path in records]
-    limits = [store.max_norm(site) for site in sites]
-    inputs = dict(
-        activations=fingerprint([checksums, limits]), init_from=stacks.identity(init_from) if init_from else ""
-    )
+    shards = [store.folder / shard_file(INDEX, "record", shard) for shard in range(store.manifest.shards)]
+    tokens = fingerprint([read_object(path, "checksums")["checksums"] for path in shards])
+    means = {site: store.mean(site).tolist() for site in single_sites((member.site, member.target))}
+    inputs = dict(tokens=tokens, means=means, init_from=stacks.identity(init_from) if init_from else "")
     path = folder / "inputs.json"
-    if path.exists() and (different := [name for name, value in inputs.items() if read_json(path).get(name) != value]):
+    recorded = read_object(path, *inputs) if path.exists() else inputs
+    # Captured again, the same activations may differ by rounding.
+    are_near = recorded["means"].keys() == means.keys() and all(
+        np.linalg.norm(np.subtract(mean_D, recorded["means"][site])) <= 0.01 * np.linalg.norm(mean_D)
+        for site, mean_D in means.items()
+    )
+    different = [] if are_near and recorded["tokens"] == tokens else ["activations"]
+    different += ["init_from"] if recorded["init_from"] != inputs["init_from"] else []
+    if different:
         raise UserError(
             f"{folder} holds training with other {' and '.join(different)}: name another folder, or delete it to "
             "train anew"
         )
-    write_json(path, inputs)
+    write_json(path, recorded)
 
 
 @dataclasses.dataclass(frozen=True)
