@@ -104,7 +104,7 @@ def _check_or_record_inputs(folder: Path, store: Store, member: Member, init_fro
     means = {site: store.mean(site).tolist() for site in single_sites((member.site, member.target))}
     inputs = dict(tokens=tokens, means=means, init_from=stacks.identity(init_from) if init_from else "")
     path = folder / "inputs.json"
-    recorded = read_object(path, *inputs) if path.exists() else inputs
+    recorded: dict[str, Any] = read_object(path, *inputs) if path.exists() else inputs
     # Captured again, the same activations may differ by rounding.
     are_near = recorded["means"].keys() == means.keys() and all(
         np.linalg.norm(np.subtract(mean_D, recorded["means"][site])) <= 0.01 * np.linalg.norm(mean_D)
