@@ -41,7 +41,7 @@ OURS = {
     "topk": dict(k="16,32,64", auxk=0.03125, learning_rate=1.5e-3, dead_tokens=50_000),
     "batchtopk": dict(k="16,32,64", auxk=0.03125),
     "standard": dict(l1="0.25,0.5,1"),
-    "jumprelu": dict(l0_penalty="target", l0_coefficient=200),
+    "jumprelu": dict(jumprelu__l0_penalty="target", jumprelu__l0_coefficient=200),
 }
 # Of ours: the precision of sae-lens' autocast, and a learning rate found on topk with k 64 (1e-3 gave 0.891, 2e-3
 # 0.898, 3e-3 0.899 with 7 % dead features; with k 16, 2e-3 left 23 % dead, hence less for topk). The coefficients of
@@ -137,9 +137,8 @@ def measure_theirs(kind: str, store: Store, rows: Path, args: argparse.Namespace
 
 def measure_ours(kind: str, theirs: Sequence[dict], store: Store, args: argparse.Namespace) -> list[dict]:
     """Return the scores of our stack, by rising L0."""
-    flags = (
-        TRAIN | OURS[kind] | (dict(target_l0=",".join(f"{t['l0']:.1f}" for t in theirs)) if kind == "jumprelu" else {})
-    )
+    targets = ",".join(f"{scores['l0']:.1f}" for scores in theirs)
+    flags = TRAIN | OURS[kind] | (dict(jumprelu__target_l0=targets) if kind == "jumprelu" else {})
     run_stage("train", args, train__kinds=kind, **{f"train__{name}": value for name, value in flags.items()})
     trained = args.folder / "run" / "train" / kind
     members = stacks.members(trained)

@@ -149,8 +149,12 @@ def test_a_line_of_a_flag_file_is_named(refuse, tmp_path):
         error = refuse(["train"], f"--flagfile={file}")
         assert f"{file}, line 3: " in error and message in error
         assert len(error) < len(str(file)) + 250
-    file.write_bytes("--train.k=8".encode("utf-16"))
-    assert f"{file} is not UTF-8 text" in refuse(["train"], f"--flagfile={file}")
+    around = tmp_path / "around.flags"
+    around.write_text(f"--flagfile={file}\n")
+    for written, message in (("utf-16", "is not UTF-8 text"), ("utf-8-sig", "begins with a byte order mark")):
+        file.write_bytes("--train.k=8".encode(written))
+        for named in (f"--flagfile={file}", f"--flagfile {file}", f"--flagfile={around}"):
+            assert f"{file} {message}" in refuse(["train"], named)
     # What stands on the command line is not blamed on a flag file that sets the same flag.
     assert refuse(["train"], "--train.k=8,x").startswith("error: flag --train.k=8,x: 'x' is not a whole number")
 
@@ -210,6 +214,26 @@ def test_a_quota_that_ends(error, capsys):
     assert capsys.readouterr().err == "error: x: the disk quota is used up: free space, then run again\n"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore lines"),
+        RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"),
+        MemoryError("Unable to allocate 9 TiB"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_is_used_up(error, capsys):
+    def work():
+        raise error
+
+    flag_values = command_line.stage_flags()
+    flag_values(["program", "--workdir=x"])
+    assert command.run_and_report(work, flag_values) == 2
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"error: memory is used up \([^\n]+\): experiments.preflight with the same flags .*\n", line)
+
+
 def test_corpora_and_prompts_that_do_not_fit(refuse, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl" in refuse(["preflight"], corpus=tmp_path / "empty.jsonl")
@@ -229,11 +253,16 @@ def test_settings_that_do_not_fit_the_store(refuse, workdir):
     streamed = dict(TRANSCODER, train__source="model", train__alignment=0.3)
     for message, changes in {
         "fewer than one batch": dict(train__batch=80000),
+        "--train.accumulate=9 is more than the 8 steps": dict(train__accumulate=9, train__max_steps=8),
         "is more than the 128 features": dict(train__k=129),
         "--train.alignment=0.3 aligns encoder and decoder": streamed,
         "not divisible by the 2 devices": dict(train__batch=63),
         "make the product 2": dict(mesh__model=3),
         "site in this store": dict(train__sites="mlp_out.0"),
+        "--train.jumprelu.target_l0=8 has no effect with --train.jumprelu.l0_penalty=step": {
+            "train__kinds": "jumprelu",
+            "train.jumprelu.target_l0": 8,
+        },
         "replaces what --train.freeze=decoder keeps": dict(train__resample_every=5, train__freeze="decoder"),
     }.items():
         assert message in refuse(["train"], **changes)

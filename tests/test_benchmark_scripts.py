@@ -2,12 +2,15 @@
 
 import json
 import sys
+import types
 
 import jax
 import pytest
 
-from benchmarks import bench_input, gpu_check
+from benchmarks import bench_input, bench_quality, gpu_check
 from saejax.dictionaries.kinds import by_name
+from saejax.runner import command_line
+from saejax.settings import TrainConfig
 
 
 @pytest.mark.usefixtures("cold_programs")
@@ -34,3 +37,16 @@ def test_the_input_pipeline_is_timed(monkeypatch, capsys, dtype):
     bench_input.main()
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["rows"] == 3000 and figures["pipeline, later epochs (ms)"] > 0
+
+
+@pytest.mark.parametrize("kind", bench_quality.OURS)
+def test_flags_of_the_comparison_with_sae_lens_exist(monkeypatch, tmp_path, kind):
+    commands = []
+    monkeypatch.setattr(bench_quality.subprocess, "run", lambda command, **options: commands.append(command))
+    monkeypatch.setattr(bench_quality.stacks, "members", lambda folder: [])
+    args = types.SimpleNamespace(folder=tmp_path, tokens=1000, held_out=0.1)
+    bench_quality.measure_ours(kind, [dict(l0=20.0), dict(l0=30.0)], None, args)
+    configs = command_line.read_configs(command_line.stage_flags(), commands[0][2:], ["train"])
+    assert configs[TrainConfig].kinds == (kind,)
+    if kind == "jumprelu":
+        assert configs[TrainConfig].of_kind(kind).target_l0 == (20.0, 30.0)

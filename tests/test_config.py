@@ -6,7 +6,7 @@ import pytest
 from absl import flags
 
 from saejax.errors import UserError
-from saejax.runner import config
+from saejax.runner import command_line, config
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.registry import GROUPS
 from saejax.settings import CaptureConfig, MeshConfig, ModelConfig
@@ -91,3 +91,11 @@ def test_groups_are_found_by_their_class_and_every_setting_is_explained():
     for missing in (lambda: second[MeshConfig], lambda: second.named("mesh")):
         with pytest.raises(KeyError):
             missing()
+
+
+def test_a_tilde_in_the_workdir_is_the_home(monkeypatch, tmp_path):
+    """No shell expands it behind an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flag_values = command_line.stage_flags()
+    flag_values(["program", "--workdir=~/run"])
+    assert command_line.named_workdir(flag_values) == str(tmp_path / "run")

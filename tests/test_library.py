@@ -1,5 +1,6 @@
 """The library: its names, their types, and its functions against the model and numpy."""
 
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -15,6 +16,7 @@ import saejax
 from saejax import experiments
 from saejax.errors import UserError
 from saejax.library.settings import make_config
+from saejax.runner.config import to_json
 from saejax.runner.registry import STAGES
 from saejax.settings import TrainConfig
 
@@ -147,6 +149,42 @@ def test_training_goes_on_in_its_folder(acts, tmp_path):
         np.testing.assert_array_equal(array, again.arrays[name])
 
 
+def test_a_folder_of_other_inputs_is_refused(acts, tmp_path):
+    """Its dictionary would be returned in place of the one that is asked for."""
+    settings = dict(k=4, expansion=1, batch=64, max_steps=1, on_progress=lambda line: None)
+    saejax.train(acts, SITE, folder=tmp_path / "first", **settings)
+    other = dataclasses.replace(acts, values={site: -value_NxD for site, value_NxD in acts.values.items()})
+    with pytest.raises(UserError, match="first holds training with other activations: name another folder"):
+        saejax.train(other, SITE, folder=tmp_path / "first", **settings)
+    with pytest.raises(UserError, match="first holds training with other init_from"):
+        saejax.train(acts, SITE, folder=tmp_path / "first", init_from=tmp_path / "first", **settings)
+
+
+def test_one_of_several_expansions_is_found(acts):
+    sae = saejax.train(acts, SITE, k=4, expansions=(2,), batch=64, max_steps=1, on_progress=lambda line: None)
+    assert sae.config.n_features == 2 * sae.config.d_in
+
+
+def test_what_cannot_be_trained_on(acts):
+    def put(row, value, site=SITE):
+        values = {site: value_NxD.copy() for site, value_NxD in acts.values.items()}
+        values[site][row] = value
+        return dataclasses.replace(acts, values=values)
+
+    short = dataclasses.replace(acts, values={SITE: acts.values[SITE][1:]})
+    for message, changed, settings in (
+        (f"activations at {SITE} are NaN or infinite, first in row 5", put(5, np.nan), {}),
+        (f"activations at {SITE} are NaN or infinite, first in row 7", put(7, np.inf), {}),
+        ("expected one vector for each", short, {}),
+        ("they have no covariance for --train.whiten_error=0.5", put(slice(None), 1.0), dict(whiten_error=0.5)),
+        ("takes no source: it trains on the activations that it is given", acts, dict(source="model")),
+        ("takes no kinds: give kind=", acts, dict(kinds="topk")),
+        ("takes no pretrained: use saejax.load_dictionary", acts, dict(kind="pretrained")),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            saejax.train(changed, SITE, batch=64, **settings)
+
+
 QUICK = dict(random_sets=3, placebo_targets=3, baselines=(), untrained=False, bootstrap=100)
 
 
@@ -231,4 +269,7 @@ def test_settings_of_another_type_are_refused():
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             make_config(TrainConfig, "topk", **settings)
-    assert make_config(TrainConfig, "topk", k=np.int64(3), learning_rate=1).k == (3,)
+    # Saved with results, as JSON.
+    numbers = dict(k=np.int64(3), learning_rate=np.float32(0.5), zero_optimizer=np.bool_(True), init_from=Path("a"))
+    saved = to_json(make_config(TrainConfig, "topk", **numbers))
+    assert [saved[name] for name in numbers] == [[3], [0.5], True, "a"]

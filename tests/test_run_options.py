@@ -105,6 +105,8 @@ def test_a_budget_warns_and_then_ends_the_run(fake, tmp_path):
     assert lines == []
     check_budget(workspace, 4.5, lines.append)
     assert lines[0].endswith("of 4.5 device-hours are used")
+    with pytest.raises(UserError, match="--budget_device_hours is NaN"):
+        check_budget(workspace, float("nan"), lines.append)
     with pytest.raises(UserError, match=r"--budget_device_hours=3 is used up \(4.0.* device-hours\)"):
         check_budget(workspace, 3.0, lines.append)
     with pytest.raises(UserError, match="is used up"):

@@ -10,6 +10,7 @@ import runs
 
 from saejax import load_dictionary, load_results
 from saejax.errors import UserError
+from saejax.files import write_json
 from saejax.interpret.feature_record import feature_names
 from saejax.runner import command, command_line, pipeline
 from saejax.runner.config import Configs
@@ -108,6 +109,16 @@ def test_members_depend_on_what_their_training_reads(inputs, tmp_path):
         "interpret/topk/seed1-k4": dict(train__sites="resid_post.0"),
     }.items():
         assert stack.fingerprint(first) == plan(inputs, tmp_path, **base | setting).fingerprint(name)
+
+
+def test_a_stack_in_place_of_one_dictionary_is_no_list_of_settings(inputs, tmp_path):
+    alone, stack = (plan(inputs, tmp_path / "run", train__k=k) for k in ("4", "4,8"))
+    for before, after, words in (
+        (alone, stack, "alone before, now a stack of 2"),
+        (stack, alone, "a stack before, now"),
+    ):
+        write_json(tmp_path / "started.json", dict(depends_on=before.dependencies("train/topk")))
+        assert words in pipeline._describe_changes(after, "train/topk", tmp_path)
 
 
 def test_a_stage_reads_the_member_that_its_flag_names(inputs, tmp_path):

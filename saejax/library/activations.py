@@ -44,14 +44,29 @@ class Activations:
 
         Args:
           folder: made if missing; a store that is there is replaced.
+
+        Raises:
+          UserError: a site's values are not one vector for each token, or not finite.
         """
-        folder = Path(folder)
+        folder, tokens = Path(folder), sum(map(len, self.texts))
+        values = {site: np.asarray(value_NxD, np.float32) for site, value_NxD in self.values.items()}
+        for site, value_NxD in values.items():
+            if value_NxD.ndim != 2 or len(value_NxD) != tokens:
+                raise UserError(
+                    f"activations at {site} have the shape {value_NxD.shape}, but the texts have {tokens} tokens: "
+                    "expected one vector for each"
+                )
+            if not (is_finite_N := np.isfinite(value_NxD).all(axis=1)).all():
+                raise UserError(
+                    f"activations at {site} are NaN or infinite, first in row {np.argmin(is_finite_N)}: expected "
+                    "finite values"
+                )
         folder.mkdir(parents=True, exist_ok=True)
         table_Nx4 = np.zeros((len(self.texts), len(COLUMNS)), np.int32)
         table_Nx4[:, COLUMNS.index("source")] = np.arange(len(self.texts))
         lengths_N = np.array([len(text) for text in self.texts])
         documents = Documents.contiguous(np.concatenate(self.texts), lengths_N, table_Nx4, ("text",))
-        write_store(folder, documents, self.values, self.model, bos=self.bos, sink_factor=self.sink_factor)
+        write_store(folder, documents, values, self.model, bos=self.bos, sink_factor=self.sink_factor)
         return Store.open(folder)
 
 

@@ -8,20 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from saejax.activations.store import Store
-from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders
+from saejax.activations.joined import single_sites
+from saejax.activations.store import INDEX, Store, shard_file
+from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders, stacks
 from saejax.errors import UserError, one_of
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
+from saejax.files import read_object, write_json
 from saejax.library.activations import Activations, capture
 from saejax.library.causal import warn_of_bos
 from saejax.library.settings import make_config
 from saejax.models.language_model import LanguageModel
 from saejax.runner.config import Configs
-from saejax.runner.workspace import Run
+from saejax.runner.workspace import Run, fingerprint
 from saejax.settings import MeshConfig, TrainConfig
-from saejax.training.members import choose_sites, make_members
+from saejax.settings.kinds import PRETRAINED
+from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.train import run_train
+
+# Settings of the stage that say what else is trained, and what to do here.
+_NOT_HERE = dict(
+    kinds="give kind=",
+    sites="give site=",
+    pretrained="use saejax.load_dictionary",
+    source="it trains on the activations that it is given",
+)
 
 
 def train(
@@ -48,9 +59,13 @@ def train(
       **settings: other fields of ``saejax.settings.TrainConfig``, such as k=32, expansion=8, learning_rate=1e-3.
 
     Raises:
-      UserError: a setting is unknown, out of range or a list of several values, the site is not there, or training
-        diverges.
+      UserError: a setting is unknown, out of range or a list of several values, the site is not there, the folder
+        holds training on something else, or training diverges.
     """
+    settings |= dict(pretrained=kind) if kind == PRETRAINED else {}
+    for name in _NOT_HERE.keys() & settings.keys():
+        if settings[name] != "store":  # the one source that there is here
+            raise UserError(f"saejax.train takes no {name}: {_NOT_HERE[name]}")
     with tempfile.TemporaryDirectory(prefix="saejax-train-") as temporary:
         if isinstance(acts, Activations):
             store = acts.save(Path(temporary) / "capture")
@@ -70,9 +85,39 @@ def train(
             )
         target = Path(folder or Path(temporary) / "train")
         target.mkdir(parents=True, exist_ok=True)
+        _check_or_record_inputs(target, store, stack[0], config.init_from)
         configs = Configs(config, mesh or MeshConfig())
         run_train(Run("train", kind, target, configs, {"capture": store.folder}, on_progress, lambda: False))
-        return load_dictionary(target)
+        return load_dictionary(target / stack[0].name)
+
+
+def _check_or_record_inputs(folder: Path, store: Store, member: Member, init_from: str) -> None:
+    """Check that a folder's training is on these activations and from this dictionary; record both if it is new.
+
+    Its checkpoints tell with which settings they were made. A stage's folder has a hash of these inputs in its name.
+
+    Raises:
+      UserError: it is of others, whose dictionary would be returned.
+    """
+    shards = [store.folder / shard_file(INDEX, "record", shard) for shard in range(store.manifest.shards)]
+    tokens = fingerprint([read_object(path, "checksums")["checksums"] for path in shards])
+    means = {site: store.mean(site).tolist() for site in single_sites((member.site, member.target))}
+    inputs = dict(tokens=tokens, means=means, init_from=stacks.identity(init_from) if init_from else "")
+    path = folder / "inputs.json"
+    recorded: dict[str, Any] = read_object(path, *inputs) if path.exists() else inputs
+    # Captured again, the same activations may differ by rounding.
+    are_near = recorded["means"].keys() == means.keys() and all(
+        np.linalg.norm(np.subtract(mean_D, recorded["means"][site])) <= 0.01 * np.linalg.norm(mean_D)
+        for site, mean_D in means.items()
+    )
+    different = [] if are_near and recorded["tokens"] == tokens else ["activations"]
+    different += ["init_from"] if recorded["init_from"] != inputs["init_from"] else []
+    if different:
+        raise UserError(
+            f"{folder} holds training with other {' and '.join(different)}: name another folder, or delete it to "
+            "train anew"
+        )
+    write_json(path, recorded)
 
 
 @dataclasses.dataclass(frozen=True)

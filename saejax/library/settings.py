@@ -6,11 +6,13 @@ import typing
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
+import numpy as np
+
 from saejax.errors import UserError, one_of
 from saejax.runner.config import Config
 
 ConfigT = TypeVar("ConfigT", bound=Config)
-_TAKES: dict[Any, Any] = {bool: bool, int: Integral, float: Real, str: str | os.PathLike}
+_TAKES: dict[Any, Any] = {bool: bool | np.bool_, int: Integral, float: Real, str: str | os.PathLike}
 _WORDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -38,7 +40,10 @@ def make_config(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
         listed = value if isinstance(value, tuple | list) else (value,)
         kind = typing.get_args(hints[name])[0] if takes_list else hints[name]
         for item in listed if takes_list else (value,):
-            if kind in _TAKES and (not isinstance(item, _TAKES[kind]) or isinstance(item, bool) != (kind is bool)):
+            is_bool = isinstance(item, bool | np.bool_)
+            if kind in _TAKES and (not isinstance(item, _TAKES[kind]) or is_bool != (kind is bool)):
                 raise UserError(f"{name} is {item!r}: expected {_WORDS[kind]}")
-        values[name] = tuple(listed) if takes_list else value
+        # As Python's own types, which settings are saved as: numbers of numpy and paths are no JSON.
+        plain = tuple(kind(item) if kind in _TAKES else item for item in (listed if takes_list else (value,)))
+        values[name] = plain if takes_list else plain[0]
     return cls(**values)

@@ -109,9 +109,23 @@ def run_and_report(work: Callable[[], None], flag_values: flags.FlagValues) -> i
             raise
         return _refuse(f"{error.filename or 'writing'}: {_DISK[error.errno]}", flag_values)
     except Exception as error:
-        if not (reason := out_of_room(error)):
+        if reason := out_of_room(error):
+            return _refuse(f"{flag_values['workdir'].value}: {reason}: free space, then run again", flag_values)
+        if not _is_out_of_memory(error):
             raise
-        return _refuse(f"{flag_values['workdir'].value}: {reason}: free space, then run again", flag_values)
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return _refuse(
+            f"memory is used up ({what}): experiments.preflight with the same flags says what each program needs and "
+            "how to make it smaller; --debug shows where it was",
+            flag_values,
+        )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory of the host (numpy) or of a device (XLA, torch) could not be had."""
+    text = str(error).lower()
+    in_words = ("resource_exhausted" in text and "memory" in text) or "out of memory" in text
+    return isinstance(error, MemoryError) or in_words
 
 
 def _show(text: str) -> None:

@@ -1,8 +1,9 @@
 """Command lines of the binaries: flags, the groups of settings that they fill, and the text of --help."""
 
+import os
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -91,9 +92,8 @@ def read_configs(
       flags.Error: a flag is unknown or cannot be read.
     """
     environment.for_libraries()
-    for name, _, file in (argument.partition("=") for argument in argv):
-        if name.lstrip("-") == "flagfile" and Path(file).is_file():
-            _check_text(Path(file))
+    for file in _flag_files(argv):
+        _check_text(file)
     # Plugins define settings, so they are loaded before flags are defined.
     _load_plugins(argv)
     config.define_flags(GROUPS, flag_values)
@@ -135,11 +135,13 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
 
 
 def _check_text(file: Path) -> None:
-    """Raise a ``UserError`` if a flag file is not UTF-8 text, which absl answers with a traceback."""
+    """Raise a ``UserError`` if a flag file is not UTF-8 text, which absl answers with a traceback, or has a mark."""
     try:
-        file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"the flag file {file} is not UTF-8 text: save it as UTF-8") from None
+    if text.startswith("\ufeff"):
+        raise UserError(f"the flag file {file} begins with a byte order mark: save it as UTF-8 without one")
 
 
 def _flag_of(argument: str) -> str:
@@ -149,12 +151,21 @@ def _flag_of(argument: str) -> str:
 
 def _line_of(argv: Sequence[str], matches: Callable[[str], bool]) -> str:
     """Return the position of the flag file's line that ``matches``, to begin an error message; "" if there is none."""
-    for name, _, file in (argument.partition("=") for argument in argv):
-        if name.lstrip("-") == "flagfile" and Path(file).is_file():
-            for number, line in enumerate(Path(file).read_text(errors="replace").splitlines(), 1):
-                if matches(line.strip()):
-                    return f"{file}, line {number}: "
+    for file in _flag_files(argv):
+        for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines(), 1):
+            if matches(line.strip()):
+                return f"{file}, line {number}: "
     return ""
+
+
+def _flag_files(argv: Sequence[str], inside: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the flag files that arguments name, and those that lines of these name; ``inside`` are around them."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.strip().partition("=")
+        file = Path(os.path.expanduser(value if equals else following))
+        if name in ("-flagfile", "--flagfile") and file.is_file() and file not in inside:
+            yield file
+            yield from _flag_files(file.read_text("utf-8", errors="replace").splitlines(), (*inside, file))
 
 
 def named_workdir(flag_values: flags.FlagValues) -> str:
@@ -162,7 +173,8 @@ def named_workdir(flag_values: flags.FlagValues) -> str:
     workdir = flag_values["workdir"].value
     if not workdir:
         raise UserError("--workdir=DIR is missing: name the folder of this run")
-    return workdir
+    # No shell expands ~ behind an equals sign, and a folder of that name would be made here.
+    return os.path.expanduser(workdir)
 
 
 def _load_plugins(argv: Sequence[str]) -> None:

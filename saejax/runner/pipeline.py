@@ -396,7 +396,11 @@ def _describe_changes(plan: Workplan, unit: str, previous: Path) -> str:
     for place, part in places:
         with contextlib.suppress(UserError):  # a damaged file: it is for people
             before = read_object(place / STARTED).get("depends_on")
-            if before and (changes := [*_changes(before, plan.dependencies(part))]):
+            after = plan.dependencies(part)
+            if before and bool(before.get("settings")) != bool(after["settings"]):
+                # The settings of a stack are those of its members.
+                return f" (alone before, now a stack of {len(members)})" if members else " (a stack before, now alone)"
+            if before and (changes := [*_changes(before, after)]):
                 return f" ({'; '.join(changes)})"
     return ""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import signal
@@ -81,8 +82,10 @@ def check_budget(workspace: Workspace, budget: float, say: Callable[[str], None]
       say: prints a line.
 
     Raises:
-      UserError: it is used up.
+      UserError: it is used up, or NaN.
     """
+    if math.isnan(budget):  # which is neither below nor above what is used
+        raise UserError("--budget_device_hours is NaN: expected a number of hours")
     if not budget:
         return
     used, preflight, expected = used_device_hours(workspace), workspace.current("preflight"), 0.0

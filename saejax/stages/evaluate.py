@@ -34,5 +34,6 @@ EVALUATE = Stage(
     names=lambda configs: configs[TrainConfig].kinds,
     identity=dict(model=identities.model),
     members=train_members,
+    revision=2,  # dictionaries that normalise tokens are scored with their normalisation
     processes="items",
 )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from saejax.errors import UserError, out_of_room
-from saejax.files import read_json, write_json
+from saejax.files import read_object, write_json
 from saejax.parallel.collectives import is_first_process
 
 RUN = "run.json"
@@ -63,7 +63,7 @@ class Checkpoints:
         """
         path = self._folder / RUN
         if self.latest_step is not None and path.exists():
-            if different := list(_differences(read_json(path), run)):
+            if different := list(_differences(read_object(path), run)):
                 raise UserError(
                     f"{self._folder} holds checkpoints of another configuration: {'; '.join(different)}: give those "
                     "settings, or delete the folder to start anew"

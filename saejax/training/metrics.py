@@ -39,6 +39,9 @@ class Metrics:
       first_step: step at which training starts or resumes.
       say: logs a progress line.
       wandb: takes each record too.
+
+    Raises:
+      UserError: the file is damaged, or lacks the records of a run that has done all steps.
     """
 
     def __init__(
@@ -59,8 +62,13 @@ class Metrics:
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         # Records after the checkpoint were of steps that are done again.
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        complete = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut off
-        self.records = [record for record in complete if record["step"] <= first_step]
+        try:
+            complete = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut off
+            self.records = [record for record in complete if record["step"] <= first_step]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged: delete {path.parent} and run the same command again") from None
+        if first_step == self._steps and not self.records:
+            raise UserError(f"{path} is missing or empty: delete {path.parent} and run the same command again")
         if len(self.records) < len(lines) and is_first_process():
             with whole_file(path) as temporary:
                 temporary.write_text("".join(map(_line, self.records)))
@@ -252,7 +260,8 @@ class Wandb:
 
     Args:
       config: ``config.wandb`` is the project, or "entity/project".
-      unit: folder of the train unit; wandb writes to ``wandb/`` in the workdir, as its files change after the run.
+      unit: folder of the train unit; wandb writes to ``wandb/`` in the workdir, as its files change after the run. In a
+        folder that is no unit's, it writes there.
       name: name of the train unit.
 
     Raises:
@@ -269,13 +278,14 @@ class Wandb:
             ) from None
         folder = log_folder(unit, config)
         entity, _, project = config.wandb.rpartition("/")
+        started = (unit / STARTED).read_text() if (unit / STARTED).exists() else ""
         self._run = library.init(
             project=project,
             entity=entity or None,
             name=name,
-            id=fingerprint(dict(folder=str(folder.absolute()), started=(unit / STARTED).read_text())),
+            id=fingerprint(dict(folder=str(folder.absolute()), started=started)),
             resume="allow",
-            dir=str(unit.parents[1]),
+            dir=str(unit.parents[1] if started else unit),
             config=to_json(config),
             settings=library.Settings(silent=True),
         )

@@ -96,11 +96,9 @@ def checkpoint_bytes(plan: PlannedRun) -> int:
     """Return the bytes of dictionaries and of the checkpoints that are kept: parameters and Adam's two means each."""
     train, total = plan.configs[TrainConfig], 0
     for kind, stack in plan.stacks.items():
-        arrays = sum(prod(shape) for shape, _ in parameter_table(stack.dictionary).values()) * len(stack.members)
-        arrays = round(weights_share(train.form, len(stack.members)) * arrays)
         means = 2 * WIDTH["float32"] if train.mu_dtype == "float32" else WIDTH["float32"] + WIDTH["bfloat16"]
         kept = 0 if kind == PRETRAINED else KEPT
-        total += arrays * (WIDTH["float32"] + kept * (WIDTH[train.state_dtype] + means))
+        total += sum(_parameters(train, kind, stack)) * (WIDTH["float32"] + kept * (WIDTH[train.state_dtype] + means))
     return total
 
 
@@ -111,11 +109,23 @@ def host_bytes(plan: PlannedRun) -> int:
     """
     train = plan.configs[TrainConfig]
     rows = min(train.buffer_rows, recorded_rows(plan) or train.buffer_rows)
-    states = [
-        3 * WIDTH[train.state_dtype] * len(stack.members) * sum(prod(shape) for shape, _ in table.values())
-        for stack, table in ((stack, parameter_table(stack.dictionary)) for stack in plan.stacks.values())
-    ]
-    return rows * _row_bytes(plan) + max(states, default=0)
+    trained = [max(_parameters(train, kind, stack)) for kind, stack in plan.stacks.items() if kind != PRETRAINED]
+    # Of several processes each copies what its own devices hold.
+    parts = plan.mesh.shape["member"] * plan.mesh.shape["model"]
+    share = min(plan.own_devices, parts) / parts if plan.own_devices else 1.0
+    return rows * _row_bytes(plan) + round(share * 3 * WIDTH[train.state_dtype] * max(trained, default=0))
+
+
+def _parameters(train: TrainConfig, kind: str, stack: PlannedStack) -> list[int]:
+    """Return the number of parameters that are trained together, of each of several expansions."""
+    d_in, features, table = stack.dictionary.d_in, stack.dictionary.n_features, parameter_table(stack.dictionary)
+    # The stack has the members of all expansions, and the shape of the widest.
+    widths = [features] if kind == PRETRAINED else [config.features_of(d_in) for config in train.each_expansion()]
+    of_features = sum(prod(shape) for shape, axes in table.values() if "model" in axes) // features
+    others = sum(prod(shape) for shape, axes in table.values() if "model" not in axes)
+    count = len(stack.members) // len(widths)
+    share = 1.0 if kind == PRETRAINED else weights_share(train.form, count)
+    return [round(share * count * (of_features * width + others)) for width in widths]
 
 
 def resident_bytes(plan: PlannedRun) -> int:

@@ -74,7 +74,7 @@ def estimate_scales(rows: ScaledRows, config: TrainConfig, pairs: Sequence[tuple
       pairs: each member's pair.
 
     Raises:
-      UserError: all activations of a site are zero.
+      UserError: all activations of a site are zero, or are the same where errors are to be whitened.
     """
     sites = list(dict.fromkeys(site for column in zip(*pairs, strict=True) for site in column))
     targets = {target for _, target in pairs}
@@ -93,6 +93,11 @@ def estimate_scales(rows: ScaledRows, config: TrainConfig, pairs: Sequence[tuple
         if site in targets:
             bias[site] = acts_NxD.mean(0)
             if config.whiten_error:
+                if not np.ptp(acts_NxD, axis=0).any():
+                    raise UserError(
+                        f"all activations at {site} are the same: they have no covariance for "
+                        f"--train.whiten_error={config.whiten_error:g}; leave it out"
+                    )
                 metric[site] = losses.whitening(acts_NxD, config.whiten_error)
     return [
         SiteScale(

@@ -23,6 +23,7 @@ from saejax.errors import UserError, one_of
 from saejax.models.sites import site_parts
 from saejax.parallel.mesh import fitting_sharding
 from saejax.settings import TrainConfig
+from saejax.settings.kinds import JumpReLUConfig
 from saejax.training.members import Member
 from saejax.training.scales import ScaledRows, SiteScale
 
@@ -236,6 +237,12 @@ def _check_settings(config: TrainConfig, kind: kinds.Kind, k: int, features: int
         raise UserError(f"--train.k={k} is more than the {features} features: lower it")
     if config.auxk and config.auxk_features > features:
         raise UserError(f"--train.auxk_features={config.auxk_features} is more than the {features} features: lower it")
+    settings, usual = config.of_kind(kind.name), JumpReLUConfig().target_l0
+    if isinstance(settings, JumpReLUConfig) and settings.l0_penalty != "target" and settings.target_l0 != usual:
+        raise UserError(
+            f"--train.jumprelu.target_l0={','.join(f'{value:g}' for value in settings.target_l0)} has no effect with "
+            f"--train.jumprelu.l0_penalty={settings.l0_penalty}: use l0_penalty=target, or leave it out"
+        )
     if kind.no_free_decoder and config.decoder_norm == "free":
         raise UserError(f"--train.decoder_norm=free {kind.no_free_decoder}: use unit")
     if config.resample_every and config.freeze != "none":
@@ -280,6 +287,8 @@ def check_cross_layer(config: TrainConfig, kind: str, members: Sequence[Member],
         raise UserError(f"a {FORM} of one layer is a transcoder: use --train.form=transcoder, or name more sites")
     used = [f"--train.{name}={getattr(config, name)}" for name, off in _NOT_CROSS_LAYER.items()
             if getattr(config, name) != off]  # fmt: skip
+    if nested := getattr(config.of_kind(kind), "nested", ()):
+        used.append(f"--train.{kind}.nested={','.join(f'{share:g}' for share in nested)}")
     if used:
         raise UserError(f"{', '.join(used)}: not for a {FORM}: leave it out")
     if axes["member"] > 1:

@@ -105,6 +105,11 @@ def train_stack(run: Run, members: Sequence[Member], source: Source) -> TrainRes
     if source.per_epoch == 0:
         raise UserError(f"the training tokens are fewer than one batch: lower --train.batch={config.batch}")
     steps = min(source.per_epoch * config.epochs, config.max_steps or source.per_epoch * config.epochs)
+    if steps < config.accumulate:
+        raise UserError(
+            f"--train.accumulate={config.accumulate} is more than the {steps} steps of the run: nothing would be "
+            "trained: lower it"
+        )
     check_divides(config, dictionary.n_features, len(members), mesh.shape)
     # Scales are estimated anew on resuming: they are a function of data and seed alone.
     scales = estimate_scales(source.rows, config, [(member.site, member.target) for member in members])

@@ -9,9 +9,11 @@ from preflight_setup import axes, make_stack, on_mesh, plan_run, shape
 
 from saejax.activations.planned import recorded_rows, store_bytes
 from saejax.errors import UserError
+from saejax.parallel.mesh import make_mesh
 from saejax.preflight import rates, topology
 from saejax.preflight.plan import check_dictionaries, disk_bytes, stage_programs, stage_seconds
 from saejax.runner.registry import STAGES
+from saejax.settings import MeshConfig
 from saejax.training.planned import checkpoint_bytes, host_bytes, resident_bytes, train_programs
 from saejax.training.state import init_state
 
@@ -125,6 +127,27 @@ def test_checkpoints_that_are_kept_count():
     parameters = 2 * (2 * 576 * 4608 + 4608 + 576)
     assert checkpoint_bytes(plan_stack()) == parameters * 4 * (1 + 2 * 3)
     assert checkpoint_bytes(plan_stack(train__mu_dtype="bfloat16")) == parameters * (4 + 2 * (4 + 4 + 2))
+
+
+def test_expansions_are_trained_one_after_the_other_and_a_cross_layer_transcoder_has_many_decoders():
+    sizes = [2 * (2 * 576 * 576 * expansion + 576 * expansion + 576) for expansion in (2, 4)]
+    plan = plan_stack(train__expansions=(2, 4))
+    assert checkpoint_bytes(plan) == sum(sizes) * 4 * (1 + 2 * 3)
+    assert host_bytes(plan) - host_bytes(plan_stack(train__expansion=4)) == 0
+    layers = range(30)
+    sites = {f"{kind}.{layer}": kind for kind in ("mlp_in", "mlp_out") for layer in layers}
+    plan = plan_run(
+        shape("smollm2-135m"),
+        capture__sites=tuple(sites),
+        train__sites=tuple(f"mlp_in.{layer}" for layer in layers),
+        train__form="cross_layer_transcoder",
+        train__kinds=("jumprelu",),
+        train__buffer_rows=1,
+    )
+    encoders, decoders = 30 * 576 * 4608, 30 * 31 / 2 * 576 * 4608
+    assert host_bytes(plan) == pytest.approx(3 * 4 * (encoders + decoders), rel=0.01)
+    split = dataclasses.replace(plan, mesh=make_mesh(MeshConfig(model=8), jax.devices()[:8]), own_devices=2)
+    assert host_bytes(split) == pytest.approx(host_bytes(plan) / 4, rel=0.01)
 
 
 def test_each_member_of_a_stack_of_transcoders_has_its_own_sites():

@@ -76,6 +76,9 @@ def test_checkpoints_of_another_configuration(tmp_path):
         checkpoints.check_or_record_run(run)
         with pytest.raises(UserError, match=message):
             checkpoints.check_or_record_run(dict(settings=dict(k=[16], batch=64), steps=11))
+        (tmp_path / "run.json").write_text("[]")
+        with pytest.raises(UserError, match="run.json is no JSON object: it is damaged"):
+            checkpoints.check_or_record_run(run)
 
 
 LINES = re.search(

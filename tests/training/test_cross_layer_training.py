@@ -224,6 +224,7 @@ def test_a_feature_that_never_fires_and_no_spread_are_no_trouble(one_device):
         (dict(seed=(1, 2)), "one value of each setting"),
         (dict(sites=("mlp_in.0",)), "of one layer is a transcoder"),
         (dict(auxk=0.1), "--train.auxk=0.1: not for a cross_layer_transcoder"),
+        (dict(kind="jumprelu", nested=(0.5, 1.0)), "--train.jumprelu.nested=0.5,1: not for a cross_layer_transcoder"),
         (dict(mesh=make_mesh(MeshConfig(member=2))), "--mesh.member=2: the layers of a cross_layer_transcoder are one"),
     ],
 )

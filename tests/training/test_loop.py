@@ -153,6 +153,14 @@ def test_a_record_that_was_cut_off_is_made_again(tmp_path):
     assert [record["step"] for record in records(tmp_path)] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.parametrize("content", ["{}\n", "[]\n", "cut\n", ""])
+def test_damaged_or_missing_records_of_a_finished_training_are_named(tmp_path, content):
+    path = tmp_path / METRICS
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"metrics.jsonl is .*: delete {tmp_path} and run the same command again"):
+        Metrics(make_stack(), path, STEPS, lambda line: None)
+
+
 def test_records_say_how_fast_it_goes(tmp_path, monkeypatch):
     """By a clock that stands at 10 s for each step: of two members, and their share of a device's peak."""
     stack, lines = make_stack("standard", k=(4,), seed=(1, 2), auxk=0.0), []
@@ -184,10 +192,12 @@ def test_wandb_takes_every_record_of_every_member(tmp_path, monkeypatch):
     assert (first["entity"], first["project"], first["name"]) == ("people", "saes", "topk")
     assert first["id"] == again["id"] != second["id"] and first["resume"] == "allow" and first["config"]["k"] == [32]
     assert first["dir"] == second["dir"] == str(tmp_path)
+    with Wandb(narrow, tmp_path / "of saejax.train", "topk"):
+        assert wandb.init.call_args.kwargs["dir"] == str(tmp_path / "of saejax.train")
     run = wandb.init.return_value
     go(tmp_path, make_stack(k=(2, 4), log_every=6), wandb=writer)
     assert [call.kwargs["step"] for call in run.log.call_args_list] == [6, 6, STEPS, STEPS]
-    assert run.finish.call_count == 3
+    assert run.finish.call_count == 4
     assert all(f"k{k}/loss" in call.args[0] for k, call in zip((2, 4), run.log.call_args_list, strict=False))
     written = [(record["step"], record["member"], record["l0"]) for record in records(tmp_path)]
     assert written == [(step, f"k{k}", k) for step in (6, 12) for k in (2, 4)], "every member has its own metrics"
