@@ -15,6 +15,7 @@ from saejax.runner.workspace import fingerprint
 from saejax.settings.attribution import GraphConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes
+from saejax.unicode import replace_surrogates
 
 _EXAMPLE = '{"slug": "paris", "prompt": "The capital of France is", "targets": [" Paris"]}'
 _KEYS = ("slug", "prompt", "token_ids", "targets")
@@ -172,10 +173,11 @@ def read_given_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
         labels = json.loads(text)
     except (ValueError, RecursionError):
         labels = None
-    features = [re.fullmatch(r"(\d+)_(\d+)", key) for key in labels] if isinstance(labels, dict) else [None]
+    features = [re.fullmatch(r"(\d{1,18})_(\d{1,18})", key) for key in labels] if isinstance(labels, dict) else [None]
     if not all(features) or not all(isinstance(label, str) for label in labels.values()):
         raise UserError(f'{path} holds no labels: expected {{"3_17": "cities"}}, by layer and number of the feature')
-    return {(int(at[1]), int(at[2])): label for at, label in zip(features, labels.values(), strict=True) if at}
+    texts = map(replace_surrogates, labels.values())  # JSON may hold what no page can
+    return {(int(at[1]), int(at[2])): label for at, label in zip(features, texts, strict=True) if at}
 
 
 def read_heads(config: GraphConfig) -> list[tuple[int, int, int]]:

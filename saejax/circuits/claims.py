@@ -2,7 +2,8 @@
 
 A claim is *confirmed* if the edges that it predicts are drawn, which takes an interval and two controls
 (``edges.judge_edges``), or if features are shared beyond what unrelated behaviours share. It is *not seen* if they were
-measured and are not drawn, and *not testable* where the model does not have the behaviour or this study has no test.
+measured and are not drawn, and *not testable* where the model does not have the behaviour, nothing was measured, or
+this study has no test.
 """
 
 import dataclasses
@@ -12,8 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from saejax.circuits.edges import ANSWER, Edge
-from saejax.circuits.groups import THIRDS, is_output, third_of
+from saejax.circuits.edges import Edge
+from saejax.circuits.groups import ANSWER, THIRDS, is_output, third_of
 from saejax.circuits.results import CircuitResults, CircuitsResults
 from saejax.files import read_json
 from saejax.page.tables import interval, number, percent
@@ -49,14 +50,22 @@ def compare_claims(results: CircuitsResults) -> list[Claim]:
     compared = []
     for claim in read_claims():
         outcome, evidence = NOT_TESTABLE, claim.note
-        if claim.test and claim.behaviour in results.behaviours:
-            outcome, evidence = TESTS[claim.test](results, results.behaviours[claim.behaviour])
+        circuit = results.behaviours.get(claim.behaviour)
+        if claim.test and circuit and not circuit.groups:
+            evidence = f"{title(claim.behaviour)}: no feature returned over the traced prompts: nothing was measured."
+        elif claim.test and circuit:
+            outcome, evidence = TESTS[claim.test](results, circuit)
             evidence = f"{evidence} {claim.note}".strip()
         elif claim.test:
             why = results.left_out.get(claim.behaviour, "the behaviour was not studied in this run")
             evidence = f"{title(claim.behaviour)}: {why}."
         compared.append(dataclasses.replace(claim, outcome=outcome, evidence=evidence))
     return compared
+
+
+def _supporting(circuit: CircuitResults, edit: str = "direct") -> list[Edge]:
+    """Return the drawn edges of an edit that support what they act on: none of the claims is about inhibition."""
+    return [edge for edge in circuit.drawn(edit) if edge.effect.mean > 0]
 
 
 def _judge(edges: Sequence[Edge], missing: str) -> tuple[str, str]:
@@ -89,12 +98,12 @@ def _step(
       results: of all behaviours.
       circuit: of the claim's behaviour.
     """
-    drawn, role_of = circuit.drawn(), {group.name: group.role for group in circuit.groups}
+    drawn, role_of = _supporting(circuit), {group.name: group.role for group in circuit.groups}
     onward = {edge.source: edge for edge in drawn if edge.target == ANSWER}
     # What reaches the answer through others, too: as often as there are groups, since no path is longer.
     for _ in circuit.groups:
         onward = {edge.source: edge for edge in drawn if edge.target in onward} | onward
-    exchanged = {edge.source: edge for edge in circuit.drawn("swap")}
+    exchanged = {edge.source: edge for edge in _supporting(circuit, "swap")}
     for group in circuit.groups:
         acting = {role_of[edge.source]: edge for edge in drawn if edge.target == group.name}
         if group.name in onward and acting.keys() >= set(roles):
@@ -108,14 +117,14 @@ def _step(
 
 def _direct(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     content = [group.name for group in circuit.groups if group.role == "content"]
-    edges = [edge for edge in circuit.drawn() if edge.target == ANSWER and edge.source in content]
+    edges = [edge for edge in _supporting(circuit) if edge.target == ANSWER and edge.source in content]
     return _judge(edges, "No group at the content acts on the answer while the other groups are held.")
 
 
 def _swap(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     if not circuit.swapped:
         return NOT_TESTABLE, "Nothing was exchanged: prompts and counterparts differ in length."
-    best = sorted(circuit.drawn("swap"), key=lambda edge: -edge.effect.mean)[:1]
+    best = sorted(_supporting(circuit, "swap"), key=lambda edge: -edge.effect.mean)[:1]
     outcome, evidence = _judge(best, "No group moves the answer to the counterpart's when it takes its activations.")
     if best and best[0].effect.mean <= circuit.logit_diff:
         return NOT_SEEN, f"{evidence} It does not turn the mean logit difference of {circuit.logit_diff:.2f} around."

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
+from saejax.circuits.groups import ANSWER
 from saejax.circuits.measure import CONTROL_SETS, CONTROLS, EDITS, PromptEffects
 from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 
-ANSWER = "answer"
 LEAST_DOSE = 0.9
 LEAST_EFFECT = 1e-2  # logits, or share of a group's activation
 _LEVEL = 0.05

@@ -15,8 +15,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Curve
 
 from saejax.circuits.claims import DATA
-from saejax.circuits.edges import ANSWER
-from saejax.circuits.groups import ROLE_WORDS, ROLES, Key
+from saejax.circuits.groups import ANSWER, ROLE_WORDS, ROLES, Key
 from saejax.circuits.results import CircuitResults
 from saejax.files import read_json
 from saejax.page.style import BLUE, INK, ORANGE, styled

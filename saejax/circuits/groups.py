@@ -27,7 +27,9 @@ from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.graph.pruning import source_influence
 from saejax.errors import UserError
 from saejax.tasks.files import decode, read_bytes
+from saejax.unicode import has_surrogates
 
+ANSWER = "answer"  # what groups act on besides each other
 ROLE_WORDS = dict(content="differing words", context="other words", last="last position")
 ROLES = tuple(ROLE_WORDS)
 THIRDS = ("early", "middle", "late")  # of the layers
@@ -188,8 +190,8 @@ def read_groups(file: str, behaviours: Iterable[str]) -> dict[str, list[Group]]:
     """Return the groups of a file by behaviour; none if no file is named.
 
     Raises:
-      UserError: the file cannot be read, holds something else, has a feature in two groups of a behaviour, or groups
-        for none of the behaviours.
+      UserError: the file cannot be read, holds something else, has a feature in two groups of a behaviour or a name
+        twice, or groups for none of the behaviours.
     """
     if not file:
         return {}
@@ -200,6 +202,12 @@ def read_groups(file: str, behaviours: Iterable[str]) -> dict[str, list[Group]]:
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} holds no groups of features: expected {_FORMAT}") from None
     for name, some in groups.items():
+        for group, count in Counter(group.name for group in some).items():
+            if count > 1 or group in ("", ANSWER):
+                raise UserError(
+                    f"{path}: {count} groups of {name} are named {group!r}: expected a different name for each, not "
+                    f"{ANSWER!r}"
+                )
         for key, count in Counter(key for group in some for key in group.members).items():
             if count > 1:
                 raise UserError(f"{path}: the feature {key} is in the groups of {name} twice: expected it in one, once")
@@ -211,6 +219,6 @@ def read_groups(file: str, behaviours: Iterable[str]) -> dict[str, list[Group]]:
 def _parse(name: str, *members: str) -> Group:
     """Return a group of the file; raises ``ValueError`` or ``TypeError`` where it is none."""
     parts = [_MEMBER.fullmatch(member) for member in members]
-    if not isinstance(name, str) or not parts or not all(parts):
+    if not isinstance(name, str) or has_surrogates(name) or not parts or not all(parts):
         raise ValueError
     return Group(name, tuple(Key(int(part[1]), int(part[2]), part[3]) for part in parts if part))

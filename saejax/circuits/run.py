@@ -11,12 +11,13 @@ from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.forms.outputs import details_of_features
 from saejax.attribution.local.contexts import ContextSearch
 from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.attribution.requests import read_given_labels, read_labels
+from saejax.attribution.requests import read_given_labels
 from saejax.attribution.run import open_parts
 from saejax.circuits.groups import read_groups
 from saejax.circuits.report import write_behaviour, write_index
 from saejax.circuits.results import CircuitResults, CircuitsResults
 from saejax.circuits.study import find_circuit
+from saejax.dictionaries.labels import labels_of_folders
 from saejax.errors import UserError
 from saejax.interpret.neighbours import output_tokens
 from saejax.models.tokens import token_text
@@ -43,6 +44,11 @@ def run_circuits(run: Run) -> CircuitsResults:
     for name, why in tested.left_out.items():
         run.say(f"circuits: {name} is left out: {why}")
     given_groups = read_groups(config.groups, config.behaviours)
+    if unused := [name for name in given_groups if name not in config.behaviours]:
+        run.say(
+            f"warning: {config.groups} has groups for {', '.join(unused)}, which are not used: --circuits.behaviours "
+            f"names {', '.join(config.behaviours)}"
+        )
     traced = {
         name: [prompt for prompt in some if prompt.split == "train"][: config.traced]
         for name, some in tested.prompts.items()
@@ -52,7 +58,8 @@ def run_circuits(run: Run) -> CircuitsResults:
         model, transcoders = open_parts(run)
         if not isinstance(transcoders, LayerTranscoders):
             raise UserError("circuits take transcoders of all layers (--graph.transcoders), not SAEs")
-        labels, by_hand = read_labels(graph_config), read_given_labels(graph_config)
+        by_hand = read_given_labels(graph_config)
+        labels = labels_of_folders([graph_config.transcoders]) | by_hand
         # Before anything is traced, which takes minutes.
         transcoders.check_features(labels, graph_config.labels or "its workdir")
         in_groups = [key.address for groups in given_groups.values() for group in groups for key in group.members]

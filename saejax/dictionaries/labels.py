@@ -10,7 +10,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from saejax.dictionaries.stacks import full_name, kind_and_member, members, results_folder
+from absl import logging
+
+from saejax.dictionaries.stacks import full_name, is_of_trained, kind_and_member, members, results_folder
 from saejax.errors import UserError
 from saejax.files import read_json
 from saejax.results import from_json
@@ -20,6 +22,8 @@ LABELS = "labels.json"
 COLUMNS = ("feature", "label", "note", "reviewer")  # of a sheet; where it has several dictionaries, dictionary
 EXPLAINED = "explained.json"  # how a language model judged labels, beside those that it wrote
 FOUND = "detector"  # who gave a label that was found
+INDEX = re.compile(r"\d{1,18}")  # of a feature, as a sheet writes it
+_NAMED = 8  # lines, and dictionaries, that a warning names
 # A dictionary's layer: "layer 3", "mlp_in.3", "topk/mlp_in.3-k32"; settings have numbers, too, but begin otherwise.
 _LAYER = re.compile(r"(?:layer |(?:.*/)?[a-z_]+\.)(\d+)(?:-.*)?")
 
@@ -56,7 +60,12 @@ def trained_units(folders: Iterable[str | Path]) -> dict[int, tuple[Path, str]]:
 
     Folders are such as DIR/train/topk; others have none. A damaged summary is a ``UserError``.
     """
-    trained: dict[int, tuple[Path, str]] = {}
+    return {layer: (workdir, name) for layer, (workdir, name, _) in _trained_members(folders).items()}
+
+
+def _trained_members(folders: Iterable[str | Path]) -> dict[int, tuple[Path, str, str]]:
+    """Return the dictionaries of ``trained_units``, each with the site that it reads."""
+    trained: dict[int, tuple[Path, str, str]] = {}
     for folder in map(Path, folders):
         unit = next((path for path in (folder, folder.parent) if path.parent.name == "train"), None)
         if not unit or not (unit / SUMMARY).exists():
@@ -64,7 +73,7 @@ def trained_units(folders: Iterable[str | Path]) -> dict[int, tuple[Path, str]]:
         for member in members(unit, layers=True):
             layer = member.site.rpartition(".")[2]
             if layer.isdigit() and folder in (unit, unit / member.name):
-                trained[int(layer)] = unit.parent.parent, full_name(unit.name, member.name)
+                trained[int(layer)] = unit.parent.parent, full_name(unit.name, member.name), member.site
     return trained
 
 
@@ -78,11 +87,11 @@ def labels_in(folders: Mapping[str, Path], dictionary: str) -> Mapping[int, Labe
 def labels_of(workdir: Path | str, dictionary: str) -> Mapping[int, Label]:
     """Return the labels of a dictionary's features: those given by hand if there are any, else those that were found.
 
-    The ``dictionary`` is such as "topk" or "topk/k32". There are none if it was not interpreted.
+    The ``dictionary`` is such as "topk" or "topk/k32". There are none if it was not interpreted since it was trained.
     """
     for stage in ("atlas", "interpret"):
         path = results_folder(workdir, stage, dictionary) / LABELS
-        if path.exists():
+        if path.exists() and is_of_trained(workdir, stage, dictionary):
             return load_labels(path)
     return {}
 
@@ -96,6 +105,9 @@ def names_of_layers(folders: Iterable[str | Path], layers: Collection[int]) -> d
 def labels_of_sheets(path: Path, flag: str, folders: Iterable[str | Path] = ()) -> dict[tuple[int, int], str]:
     """Return the labels of a sheet, or of all in a folder, by layer and number; lines without a label have none.
 
+    Of a layer whose dictionary was trained in a workdir, labels of other dictionaries are not used; a warning names
+    these lines.
+
     Args:
       path: a .csv file, or a folder of such. The column dictionary names the layer, as "layer 3" or "topk/mlp_in.3",
         or one of ``folders``, as "topk/k32".
@@ -107,27 +119,49 @@ def labels_of_sheets(path: Path, flag: str, folders: Iterable[str | Path] = ()) 
         folder; or two labels of a feature differ.
     """
     labels: dict[tuple[int, int], str] = {}
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{flag}={path} is a folder without .csv files: name one with sheets that were filled in")
-    layer_of = {name: layer for layer, (_, name) in trained_units(folders).items()}
-    for file in files:
+    trained, unused = _trained_members(folders), list[str]()
+    layer_of = {name: layer for layer, (_, name, _) in trained.items()}
+    for file in sheets_in(path, flag):
         for number, row in enumerate(read_sheet(file, (*COLUMNS, "dictionary"), flag), 2):
             dictionary, feature = row["dictionary"].strip(), row["feature"].strip()
             named = _LAYER.fullmatch(dictionary)
             layer = layer_of.get(dictionary, int(named[1]) if named else None)
-            if layer is None or not feature.isdecimal():
+            if layer is None or not INDEX.fullmatch(feature):
                 raise UserError(
                     f"{file}, line {number}: {row['dictionary']!r} and {feature!r} name no layer and feature: expected "
                     "such as layer 3 and 17"
                 )
             key, label = (layer, int(feature)), row["label"].strip()
+            _, name, site = trained.get(layer, ("", dictionary, ""))
+            # Another site's, kind's or setting's: its feature of this number is another one.
+            if dictionary not in (name, name.partition("/")[2], site, f"layer {layer}"):
+                unused += [f"{file.name}, line {number} ({dictionary})"] if label else []
+                continue
             if label and labels.setdefault(key, label) != label:
                 raise UserError(
                     f"{file}, line {number}: feature {feature} of {row['dictionary']} is {label!r}, and "
                     f"{labels[key]!r} in an earlier line: keep one of them"
                 )
+    if unused:
+        logging.warning("%s", unused_labels(f"{flag}={path}", unused, list(layer_of)))
     return labels
+
+
+def unused_labels(where: str, lines: Sequence[str], names: Sequence[str]) -> str:
+    """Return the warning that labels in these lines are of no dictionary with these names."""
+    listed, named = (
+        ", ".join(some[:_NAMED]) + (f" and {len(some) - _NAMED} more" if len(some) > _NAMED else "")
+        for some in (lines, names)
+    )
+    return f"{where}: no dictionary here has the name in {listed}: these labels are not used; expected {named}"
+
+
+def sheets_in(path: Path, flag: str) -> list[Path]:
+    """Return a sheet, or those in a folder; a folder without any is a ``UserError`` that names the flag."""
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{flag}={path} is a folder without .csv files: name one with sheets that were filled in")
+    return files
 
 
 def read_sheet(path: Path, wanted: Sequence[str], flag: str) -> list[dict[str, str]]:

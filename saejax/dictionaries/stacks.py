@@ -7,6 +7,7 @@ dictionary is "topk", or "topk/k16".
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from saejax.errors import UserError
 from saejax.files import file_sha256, read_json
 from saejax.results import from_json
 from saejax.runner.stage import check_member, is_folder
-from saejax.runner.workspace import SUMMARY, member_folder
+from saejax.runner.workspace import STARTED, SUMMARY, member_folder
 
 # The first holds checksums of its arrays.
 _HASHED = (
@@ -46,6 +47,31 @@ def results_folder(workdir: Path | str, stage: str, name: str) -> Path:
     """
     kind, member = kind_and_member(name)
     return member_folder(member_folder(Path(workdir) / stage, kind), member)
+
+
+def is_of_trained(workdir: Path | str, stage: str, name: str) -> bool:
+    """Return whether what a stage made of a dictionary is of the one that DIR/train/NAME stands for now.
+
+    A dictionary that is trained anew has other features by the same numbers, and other stages may not have run since.
+    What does not say what it was made from passes.
+
+    Args:
+      workdir: DIR.
+      stage: such as "evaluate".
+      name: of the dictionary, such as "topk/k16".
+    """
+    kind, member = kind_and_member(name)
+    trained = results_folder(workdir, "train", name).resolve().name.removeprefix(f"{kind}-")
+    unit = member_folder(Path(workdir) / stage, kind)
+    while re.fullmatch("[0-9a-f]{16}", trained):
+        paths = [path / STARTED for path in (member_folder(unit, member), unit) if (path / STARTED).is_file()]
+        needs = read_json(paths[0]).get("depends_on", {}).get("needs", {}) if paths else {}
+        if mark := needs.get(f"train/{kind}"):
+            return mark == trained
+        if not (mark := needs.get(f"interpret/{kind}")):
+            break
+        unit = Path(workdir) / "interpret" / f"{kind}-{mark}"  # labels of an atlas are of what it shows
+    return True
 
 
 def members(unit: Path, layers: bool = False) -> tuple[TrainedMember, ...]:

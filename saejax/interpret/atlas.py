@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from saejax.dictionaries import stacks
-from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels
+from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels, unused_labels
 from saejax.files import read_json, write_json, write_text
 from saejax.interpret.feature_record import FeatureRecord, TokenMap, iterate_records, read_records
 from saejax.interpret.heatmaps import MAPS
-from saejax.interpret.labels import read_labels
+from saejax.interpret.labels import read_labels, unused_lines
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.interpret.review import write_sheets
 from saejax.page.scripts import ELEMENTS, elements_script
@@ -45,6 +45,9 @@ def run_atlas(run: Run) -> AtlasResults:
         read_labels(Path(sheet), name, member.features, several) if sheet else {}
         for name, member in zip(names, interpreted.members, strict=True)
     ]  # all of them before anything is written
+    others = [kind for kind in run.configs[InterpretConfig].dictionaries if kind != run.name]
+    if unused := unused_lines(Path(sheet), names, others) if sheet else ():
+        run.say(f"warning: {unused_labels(f'--atlas.labels={sheet}', unused, names)}")
     ablated = [load_results(folder) for unit, folder in run.inputs.items() if unit.startswith("ablate/")]
     pages = []
     for name, member, hand_labels in zip(names, interpreted.members, by_hand, strict=True):

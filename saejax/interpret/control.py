@@ -35,7 +35,8 @@ def random_directions(store: Store, dictionary: Dictionary, rate_F: np.ndarray, 
       seed: seed of the directions.
     """
     # Rates are taken evenly from the dictionary's ranks, so that directions and features have the same distribution.
-    live = np.sort(rate_F[rate_F > 0])
+    # One for a dictionary that never fires, so that it has a page that says so.
+    live = np.sort(rate_F[rate_F > 0]) if rate_F.any() else np.zeros(1)
     count = min(MOST, len(live))
     rate = live[np.linspace(0, len(live) - 1, count).round().astype(np.int64)]
     rows = spread(store.rows("train", dictionary.site), _ROWS)

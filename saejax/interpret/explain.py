@@ -15,7 +15,7 @@ from saejax.dictionaries.labels import EXPLAINED, LABELS, Label
 from saejax.errors import Interrupted, UserError
 from saejax.files import write_json
 from saejax.interpret import questions
-from saejax.interpret.feature_record import FeatureRecord, read_records
+from saejax.interpret.feature_record import FeatureRecord, iterate_records, read_records
 from saejax.interpret.firings import blocks, record
 from saejax.interpret.held_out import MIN_FIRINGS, HeldOut, detection, detection_score, held_out, is_kept
 from saejax.interpret.judges import Answers, Endpoint
@@ -92,11 +92,8 @@ def _explain(run: Run, member: str, store: Store, text: CodedText, endpoint: End
     control_scores, _ = _detect(answers, chosen, borrowed, config.seed)
     controls = [score.mean if score else None for score in control_scores]
     explained = {
-        # Without another label nothing shows that this one says more than any.
-        held.feature: ExplainedFeature(label or "", partner >= 0 and is_kept(score, control), score, control)
-        for held, label, score, control, partner in zip(
-            chosen, labels, scores, controls, partner_N.tolist(), strict=True
-        )
+        held.feature: ExplainedFeature(label or "", is_kept(score, control), score, control)
+        for held, label, score, control in zip(chosen, labels, scores, controls, strict=True)
     }
     kept = {feature: Label(each.label, config.model) for feature, each in explained.items() if each.kept}
     write_json(folder / EXPLAINED, {str(feature): to_json(each) for feature, each in explained.items()})
@@ -126,6 +123,9 @@ def _choose_features(run: Run, member: str, store: Store, text: CodedText) -> tu
     # A label is written from training text, where it would describe its own examples best.
     place = record(store, "held_out", {scratch: dictionary}, mesh, _BATCH, stopping=run.stopping)
     able = np.flatnonzero(np.concatenate([block.counts for block in blocks(scratch, features)]) >= MIN_FIRINGS)
+    # A feature that is silent in training text has no contexts to write a label from.
+    interpreted = member_folder(run.inputs[f"interpret/{run.name}"], member)
+    able = np.intersect1d(able, [each["feature"] for each in iterate_records(interpreted) if each["fires"]])
     wanted = np.intersect1d(able, config.features or able)
     if not config.features and len(wanted) > config.sample:
         wanted = np.sort(np.random.default_rng(config.seed).choice(wanted, config.sample, replace=False))

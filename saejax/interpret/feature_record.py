@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from saejax.dictionaries.labels import labels_of
-from saejax.dictionaries.stacks import results_folder
+from saejax.dictionaries.stacks import is_of_trained, results_folder
 from saejax.files import read_json
 
 FEATURES = "features"  # folder of the records, in files of consecutive features
@@ -128,8 +128,10 @@ def feature_names(workdir: Path | str, dictionary: str) -> dict[int, str]:
       dictionary: such as "topk" or "topk/k32".
 
     Returns:
-      Names by feature; empty if the dictionary was not interpreted.
+      Names by feature; empty if the dictionary was not interpreted since it was trained.
     """
+    if not is_of_trained(workdir, "interpret", dictionary):
+        return {}
     records = iterate_records(results_folder(workdir, "interpret", dictionary))
     names = {record["feature"]: top_tokens(record) for record in records if record.get("tokens")}
     return names | {feature: label.label for feature, label in labels_of(workdir, dictionary).items()}

@@ -96,11 +96,14 @@ def detection_score(correct: Sequence[Sequence[bool]], read: Sequence[Sequence[b
     correct_by_class = [[called == fires for fires, called in pairs if fires == side] for side in (True, False)]
     if not all(correct_by_class):
         return None
-    # The mean of both shares: with few silent contexts, always "yes" would otherwise score high.
-    return wilson_of(float(np.mean([np.mean(side) for side in correct_by_class])), len(pairs))
+    # The mean of both shares, or always "yes" would score high where few contexts are silent. These few weigh half, so
+    # the interval is that of twice the harmonic mean of both numbers.
+    count = 4 / sum(1 / len(side) for side in correct_by_class)
+    return wilson_of(float(np.mean([np.mean(side) for side in correct_by_class])), count)
 
 
 def is_kept(score: Interval | None, control: float | None) -> bool:
     """Return whether the lower end of a label's accuracy is above the accuracy of the control, and above chance."""
     # The interval's lower end, because the best of thousands of labels would often exceed a control by luck.
-    return score is not None and score.low > max(CHANCE, control or 0.0)
+    # Without a control nothing shows that this label says more than any.
+    return score is not None and control is not None and score.low > max(CHANCE, control)

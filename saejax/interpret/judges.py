@@ -19,6 +19,7 @@ from saejax.interpret.questions import Question
 from saejax.runner.parts import Progress
 from saejax.runner.workspace import Run, fingerprint
 from saejax.stages.explain import ExplainConfig
+from saejax.unicode import replace_surrogates
 
 KEY = "OPENAI_API_KEY"
 AT_ONCE = 8  # questions that are asked at the same time: few endpoints refuse as many
@@ -130,6 +131,7 @@ def _read_reply(reply: Any, question: Question) -> Answer:
     """Return the answer in a chat completion."""
     choice, usage = reply.choices[0], reply.usage
     text = choice.message.content
+    text = replace_surrogates(text) if isinstance(text, str) else text  # no file could hold them
     counts: list[Any] = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
     estimate = len(question.task + question.text + str(text or "")) // _LETTERS
     tokens = sum(counts) if all(isinstance(count, int) for count in counts) else estimate
@@ -145,10 +147,11 @@ class Answers:
         self._run, self._path, self._endpoint = run, folder / ANSWERS, endpoint
         self._limit, self._model = run.configs[ExplainConfig].most_tokens, run.configs[ExplainConfig].model
         self._answers, self._lock = dict[str, Answer](), threading.Lock()
-        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else ():
+        # By bytes: texts hold Unicode's other line separators, and a killed run may have cut a letter in two.
+        for line in self._path.read_bytes().split(b"\n") if self._path.exists() else ():
             try:
                 kept = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 continue
             self._answers[kept["question"]] = Answer(kept["answer"], kept["tokens"])
 

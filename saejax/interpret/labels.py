@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.dictionaries.labels import COLUMNS, Label, read_sheet
+from saejax.dictionaries.labels import COLUMNS, INDEX, Label, read_sheet, sheets_in
 from saejax.errors import UserError
 from saejax.files import locked, write_text
 
@@ -67,15 +67,12 @@ def read_labels(
     """
     label_of: dict[int, Label] = {}
     columns = (*COLUMNS, "dictionary") if several else COLUMNS
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{flag}={path} is a folder without .csv files: name one with sheets that were filled in")
-    for file in files:
+    for file in sheets_in(path, flag):
         for number, row in enumerate(read_sheet(file, columns, flag), 2):
             text, label = row["feature"].strip(), row["label"].strip()
-            if (row.get("dictionary") or dictionary) != dictionary:
+            if not _is_of(row, dictionary):
                 continue
-            if not text.isdecimal() or int(text) >= features:
+            if not INDEX.fullmatch(text) or int(text) >= features:
                 raise UserError(
                     f"{file}, line {number}: there is no feature {text!r} in {dictionary}: expected 0 to {features - 1}"
                 )
@@ -88,6 +85,25 @@ def read_labels(
                     "earlier line: keep one of them"
                 )
     return label_of
+
+
+def unused_lines(path: Path, names: Sequence[str], kinds: Sequence[str], flag: str = "--atlas.labels") -> list[str]:
+    """Return the lines of a file of labels, or of a folder of such, whose labels are of no dictionary, in words.
+
+    Args:
+      path: as for ``read_labels``, which reads it first.
+      names: names of dictionaries, such as "topk/k32".
+      kinds: kinds of further dictionaries; all of their members' names pass.
+      flag: flag that names the file, for messages.
+    """
+    return [
+        f"{file.name}, line {number} ({row['dictionary'].strip()})"
+        for file in sheets_in(path, flag)
+        for number, row in enumerate(read_sheet(file, COLUMNS, flag), 2)
+        if row["label"].strip()
+        and not any(_is_of(row, name) for name in names)
+        and row["dictionary"].strip().partition("/")[0] not in kinds
+    ]
 
 
 def write_label(path: Path, dictionary: str, feature: int, label: str, reviewer: str, flag: str) -> None:
@@ -131,4 +147,9 @@ def write_sheet(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence
 
 def _means(row: Mapping[str, str], dictionary: str, feature: int) -> bool:
     """Return whether a line is of this feature; a line without a dictionary is of any."""
-    return row["feature"].strip() == str(feature) and (row.get("dictionary") or dictionary) == dictionary
+    return row["feature"].strip() == str(feature) and _is_of(row, dictionary)
+
+
+def _is_of(row: Mapping[str, str], dictionary: str) -> bool:
+    """Return whether a line is of a dictionary's feature; a line without a dictionary is of any."""
+    return (row.get("dictionary") or "").strip() in ("", dictionary)

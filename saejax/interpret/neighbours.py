@@ -10,7 +10,7 @@ from jax import lax
 
 from saejax.evaluation.neighbours import cosines_of_block
 from saejax.models import decoder
-from saejax.models.config import DecoderConfig
+from saejax.models.config import DecoderConfig, TorchConfig
 from saejax.models.language_model import LanguageModel
 
 BINS = 50  # of a histogram of logits
@@ -59,7 +59,11 @@ def logit_lens(
     # The row's part alone: biases are common to all features, and a soft cap would bend logits of long rows.
     plain = dataclasses.replace(config, unembed_bias=False, final_logit_softcap=None)
     bias = {name: jnp.zeros_like(value) for name, value in params.items() if name == "final_norm_bias_D"}
-    logits_RxV = decoder.unembed(plain, {**params, **bias}, rows_RxD[None].astype(params["embed_VxD"].dtype))[0]
+    rows_RxD = rows_RxD.astype(params["embed_VxD"].dtype)
+    logits_RxV = decoder.unembed(plain, {**params, **bias}, rows_RxD[None])[0]
+    if isinstance(config, TorchConfig):
+        # Its modules add their biases in any case: they are all that a row of zeros gives.
+        logits_RxV -= decoder.unembed(config, params, jnp.zeros_like(rows_RxD[None, :1]))[0]
     # Softmax ignores a constant, so only differences from the mean say which tokens gain.
     logits_RxV -= logits_RxV.mean(axis=-1, keepdims=True)
     up, up_ids = lax.top_k(logits_RxV, count)

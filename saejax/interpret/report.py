@@ -118,7 +118,7 @@ def explain_sections(findings: Findings, draw: Draw) -> list[Section]:
         "in held-out text: some from every tenth of a feature's firings and as many in which it does not fire. "
         "Detection: in which contexts does the feature with this label fire? A label is kept if the lower end of the "
         "95 % interval of its balanced accuracy in detection is above that of another feature's label and above one "
-        f"half. Features with fewer than {MIN_FIRINGS} held-out firings are skipped."
+        f"half. Features with fewer than {MIN_FIRINGS} held-out firings, or none in training text, are skipped."
     )
     columns = {
         "Dictionary": lambda name, member: name,

@@ -96,8 +96,8 @@ class ExplainedDictionary:
     """The labels of a dictionary's features and their scores; ``explained.json`` has each feature."""
 
     name: str  #: the member of its stack; "" for a single dictionary
-    judged: int  #: features with enough held-out firings, or a random sample of these
-    skipped: int  #: features asked for, but with too few held-out firings
+    judged: int  #: features that fire in training text and often enough in held-out text, or a random sample of these
+    skipped: int  #: features asked for, but with too few firings
     kept: int  #: features whose label is kept
     accuracy: Interval | None  #: mean balanced accuracy, bootstrap over features; None: no reply could be parsed
     control_accuracy: float | None  #: the same with the label of another feature

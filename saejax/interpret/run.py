@@ -71,6 +71,8 @@ class Interpreter:
 
     def interpret(self) -> InterpretedDictionary:
         """Interpret the dictionary and write the records of its features."""
+        for site in {self.dictionary.site, self.dictionary.config.target or self.dictionary.site}:
+            Site.parse(site)  # of others nothing can be said, which is to be known before the text is encoded
         folder, config = self.run.member_folder(self.name), self.run.configs[InterpretConfig]
         scratch, features = folder / "firings", self.dictionary.config.n_features
         for old in (scratch, folder / FEATURES):

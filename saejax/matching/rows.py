@@ -23,14 +23,18 @@ def independent_rows(rows_FxD: np.ndarray, seed: Sequence[int]) -> np.ndarray:
     """Return random directions with the mean and covariance of some rows, each as long as its row.
 
     They are the null of a comparison of directions. Directions of a residual stream lie in few dimensions, so uniform
-    directions would be too far from everything, and any two dictionaries would seem to share features.
+    directions would be too far from everything, and any two dictionaries would seem to share features. Rows of zeros,
+    of features that are not compared, stay so, and do not count.
     """
-    mean_D = rows_FxD.mean(axis=0)
+    kept_NxD = rows_FxD[rows_FxD.any(axis=1)]
+    if not len(kept_NxD):
+        return np.zeros_like(rows_FxD)
+    mean_D = kept_NxD.mean(axis=0)
     # float64, because small eigenvalues of a covariance in float32 are rounding errors.
-    centred_FxD = (rows_FxD - mean_D[None]).astype(np.float64)
+    centred_NxD = (kept_NxD - mean_D[None]).astype(np.float64)
     rng = np.random.default_rng(seed)
     # An eigendecomposition, as a covariance of few rows is singular and has no Cholesky factor.
-    value_D, vector_DxD = np.linalg.eigh(centred_FxD.T @ centred_FxD / len(centred_FxD))
+    value_D, vector_DxD = np.linalg.eigh(centred_NxD.T @ centred_NxD / len(centred_NxD))
     root_DxD = (vector_DxD * np.sqrt(np.maximum(value_D, 0))[None]).astype(np.float32)
     random_FxD = rng.standard_normal(rows_FxD.shape, np.float32) @ root_DxD.T + mean_D[None]
     return unit(random_FxD) * np.linalg.norm(rows_FxD, axis=1, keepdims=True)

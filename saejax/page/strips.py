@@ -50,7 +50,7 @@ class Strips:
                 [
                     Piece(
                         text=_token(token),
-                        share=0.0 if math.isnan(value) else min(max(value / largest, 0.0), 1.0),
+                        share=0.0 if math.isnan(value) or largest <= 0 else min(max(value / largest, 0.0), 1.0),
                         peak=i == example.peak,
                         label="not scored" if math.isnan(value) else number(value),
                     )

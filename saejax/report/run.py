@@ -99,8 +99,9 @@ def trained_in(folder: str) -> tuple[dict[str, Path], str]:
     for at in (index for index in range(len(names) - 2, 0, -1) if names[index] == "train"):
         workdir, kind = Path(*names[:at]), names[at + 1]
         units = {unit: workdir / unit for unit in ("capture", f"train/{kind}", f"evaluate/{kind}")}
-        if all((unit / SUMMARY).exists() for unit in units.values()):
-            return units, "/".join(names[at + 1 :])
+        name, finished = "/".join(names[at + 1 :]), all((unit / SUMMARY).exists() for unit in units.values())
+        if finished and stacks.is_of_trained(workdir, "evaluate", name):
+            return units, name
     return {}, folder
 
 

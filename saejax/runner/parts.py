@@ -16,7 +16,7 @@ from saejax.errors import Interrupted
 from saejax.files import read_json, write_json
 from saejax.parallel.collectives import AgreedStop, from_first_process, is_first_process
 from saejax.results import from_json, to_json
-from saejax.runner.workspace import Run
+from saejax.runner.workspace import CLAIM, STACK, STARTED, SUMMARY, Run
 
 OnProgress = Callable[[int, int], None]  # called with the work done and to do, mostly in tokens; may raise to stop
 _SAY_EVERY = 5.0  # seconds
@@ -43,7 +43,9 @@ def silent(done: int, total: int) -> None:
 
 def part_file(run: Run, part: str, ending: str = ".json") -> Path:
     """Return the file of a part's results, or with another ending of what belongs to them."""
-    return run.folder / f"{part}{ending}"
+    # A prompt, a label or a behaviour may be called "done", as a file of every unit is.
+    taken = f"{part}{ending}" in (STARTED, CLAIM, SUMMARY, STACK)
+    return run.folder / f"{part}{'-part' if taken else ''}{ending}"
 
 
 def each_part(

@@ -71,7 +71,7 @@ EXPLAIN = Stage(
     name="explain",
     summary="has a language model write labels of features and judge them on held-out text, if --explain.dictionaries "
     "names any",
-    revision=2,  # one figure for each label
+    revision=3,  # wider intervals with few silent contexts, no label without a control's score
     run=_run,
     results=_results,
     groups=(ExplainConfig,),

@@ -109,7 +109,7 @@ INTERPRET = Stage(
     name="interpret",
     summary="says what features mean: examples, tokens, neighbours, labels that are scored, if "
     "--interpret.dictionaries names any",
-    revision=5,  # controls normalise tokens as their dictionary does
+    revision=6,  # tokens that features raise in a PyTorch model leave its biases out
     run=_run_interpret,
     results=_results_interpret,
     groups=(ModelConfig, InterpretConfig),

@@ -26,7 +26,7 @@ from saejax.tasks.behaviours import SPLITS, Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes, shown
 
 _FLAG = "--task.prompts"
-_TAKEN = (*BEHAVIOURS, "started", "summary")  # behaviours of our own, and files of every stage
+_TAKEN = (*BEHAVIOURS, "started", "summary", "index")  # behaviours of our own, and files of every stage
 _NEEDED, _OPTIONAL = ("behaviour", "text", "correct", "wrong"), ("counterpart", "split", "template", "labels")
 _EXAMPLE = '{"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat"}'
 

@@ -104,8 +104,12 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     groups = json.loads((unit / "sides-groups.json").read_text())
     assert [name for name, *_ in groups["sides"]] == [group.name for group in labelled.groups]
     groups["sides"] = [["mine", *groups["sides"][0][1:]]]
+    groups["sidse"] = groups["sides"]
     (tmp_path / "mine.json").write_text(json.dumps(groups))
+    capsys.readouterr()
     assert run(tmp_path / "run", *flags, f"--circuits.groups={tmp_path / 'mine.json'}") == 0
+    warning = "mine.json has groups for sidse, which are not used: --circuits.behaviours names sides"
+    assert warning in capsys.readouterr().out
     mine = load_results(tmp_path / "run", "circuits").behaviours["sides"]
     assert [group.name for group in mine.groups] == ["mine"]
     assert {edge.source for edge in mine.edges} == {"mine"}

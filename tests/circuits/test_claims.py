@@ -65,6 +65,16 @@ def test_drawn_edges_confirm_claims():
     assert outcomes(CircuitsResults(dict(rhyme=circuit(CHAIN)), {}))["rhyme-2"] == NOT_SEEN
 
 
+def test_inhibition_confirms_no_claim_and_nothing_measured_is_not_testable():
+    inhibits = [dataclasses.replace(each, effect=Interval(-1.0, -1.1, -0.9)) for each in EVERY]
+    outcome_of = outcomes(CircuitsResults(dict(two_hop=circuit(inhibits)), {}))
+    assert {outcome_of[f"hop-{n}"] for n in (1, 2, 3, 4)} == {NOT_SEEN}
+    empty = dataclasses.replace(circuit((), ()), groups=())
+    rows = {claim.id: claim for claim in compare_claims(CircuitsResults(dict(two_hop=empty, antonym=empty), {}))}
+    assert {rows[name].outcome for name in ("hop-1", "hop-2", "hop-3", "hop-4", "ant-1")} == {NOT_TESTABLE}
+    assert "no feature returned over the traced prompts" in rows["hop-1"].evidence
+
+
 SAYS = edge("says", ANSWER, "swap")
 
 

@@ -130,6 +130,13 @@ BAD_FILES = [
     ('{"two_hop": [["a", "3_17_middle"]]}', "holds no groups"),
     ('{"two_hop": [["a", "3_17_last"], ["b", "3_17_last"]]}', "3_17_last is in the groups of two_hop twice"),
     ('{"four_hop": [["a", "3_17_last"]]}', "has groups for four_hop: expected some of two_hop"),
+    (
+        '{"two_hop": [["a", "3_17_last"], ["a", "4_17_last"]]}',
+        "2 groups of two_hop are named 'a': expected a different",
+    ),
+    ('{"two_hop": [["answer", "3_17_last"]]}', "named 'answer': expected a different name for each, not 'answer'"),
+    ('{"two_hop": [["", "3_17_last"]]}', "named ''"),
+    (r'{"two_hop": [["\ud800", "3_17_last"]]}', "holds no groups"),
 ]
 
 

@@ -5,10 +5,12 @@ import csv
 import pytest
 from runs import write_members
 
+from saejax.attribution.forms.features import read_details
 from saejax.attribution.requests import identity, read_labels
-from saejax.dictionaries.labels import COLUMNS, Label, labels_of_folders, labels_of_sheets
+from saejax.dictionaries.labels import COLUMNS, Label, labels_of, labels_of_folders, labels_of_sheets
 from saejax.errors import UserError
 from saejax.files import write_json
+from saejax.interpret.feature_record import feature_names
 from saejax.results import to_json
 from saejax.settings import GraphConfig
 
@@ -39,6 +41,12 @@ def test_labels_are_read_by_layer_and_feature(tmp_path):
     assert identity(config) != before
 
 
+def test_labels_in_json_can_be_shown(tmp_path):
+    (tmp_path / "labels.json").write_text(r'{"3_17": "\ud800 and \ud83d\ude00", "0_4": "城市"}')
+    labels = read_labels(GraphConfig(transcoders="a/set", labels=str(tmp_path / "labels.json")))
+    assert labels == {(3, 17): "\N{REPLACEMENT CHARACTER} and \N{GRINNING FACE}", (0, 4): "城市"}
+
+
 def test_a_dictionary_without_its_layer_in_the_name(tmp_path):
     """Of a lone dictionary, or a sweep at one site, the set that is traced tells the layer; a setting is none."""
     unit = tmp_path / "run" / "train" / "topk"
@@ -51,6 +59,21 @@ def test_a_dictionary_without_its_layer_in_the_name(tmp_path):
         write(tmp_path / "a.csv", (name, "17", "cities"))
         with pytest.raises(UserError, match=rf"line 2: '{name}' and '17' name no layer and feature"):
             labels_of_sheets(tmp_path / "a.csv", "--graph.labels")
+
+
+def test_labels_of_other_dictionaries_are_not_used(tmp_path, caplog):
+    """Of the layer, too: feature 17 of an SAE is not feature 17 of a transcoder. A warning names the lines."""
+    unit = tmp_path / "run" / "train" / "topk"
+    unit.mkdir(parents=True)
+    write_members(unit, *((f"mlp_in.{layer}", f"mlp_in.{layer}", f"mlp_out.{layer}") for layer in range(4)))
+    right = ("topk/mlp_in.3", "mlp_in.3", "layer 3")
+    wrong = ("topk/resid_post.3", "tpok/mlp_in.3", "mlp_inn.3", "topk/mlp_in.3-k8")
+    write(tmp_path / "a.csv", *((name, str(n), "a") for n, name in enumerate((*right, *wrong))), (wrong[0], "9", ""))
+    config = GraphConfig(transcoders=str(unit), labels=str(tmp_path / "a.csv"))
+    assert read_labels(config).keys() == {(3, 0), (3, 1), (3, 2)}
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert all(f"a.csv, line {n} ({name})" in said for n, name in enumerate(wrong, 5)) and said.count("line") == 4
+    assert said.endswith("expected topk/mlp_in.0, topk/mlp_in.1, topk/mlp_in.2, topk/mlp_in.3")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +100,34 @@ def test_no_labels(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             read_labels(GraphConfig(transcoders="a/set", labels=str(tmp_path / name)))
+
+
+def test_labels_of_a_dictionary_that_was_here_before_are_not_used(tmp_path):
+    """Its features had other meanings; ``interpret`` and ``atlas`` may not have run since."""
+
+    def unit(stage: str, mark: str, needs: dict[str, str]) -> None:
+        folder = tmp_path / stage / f"topk-{mark}"
+        (folder / "features").mkdir(parents=True)
+        write_json(folder / "started.json", dict(depends_on=dict(needs=needs)))
+        record = dict(feature=7, tokens=[dict(text=f"token of {mark[:1]}")], examples=[])
+        write_json(folder / "features" / "00000.json", [record])
+        write_json(folder / "labels.json", {"5": to_json(Label(f"{stage} {mark[:1]}", "Ada"))})
+        write_members(folder, ("", "resid_post.3", "resid_post.3"))
+        (tmp_path / stage / "topk").unlink(missing_ok=True)
+        (tmp_path / stage / "topk").symlink_to(folder.name)
+
+    unit("train", "a" * 16, {})
+    unit("interpret", "b" * 16, {"train/topk": "a" * 16})
+    unit("atlas", "c" * 16, {"interpret/topk": "b" * 16})
+    names = {5: "atlas c", 7: "“token of b”"}
+    assert feature_names(tmp_path, "topk") == names and labels_of(tmp_path, "topk")[5].label == "atlas c"
+    folder, feature = tmp_path / "train" / "topk", (3, 7)
+    assert labels_of_folders([folder]) == {(3, 5): "atlas c"} and feature in read_details([folder], [], [feature])
+    unit("train", "d" * 16, {})
+    assert feature_names(tmp_path, "topk") == labels_of(tmp_path, "topk") == labels_of_folders([folder]) == {}
+    assert read_details([folder], [], [feature]) == {}
+    unit("interpret", "e" * 16, {"train/topk": "d" * 16})  # the atlas still shows what was interpreted before
+    assert feature_names(tmp_path, "topk") == {5: "interpret e", 7: "“token of e”"}
 
 
 def test_labels_are_found_by_the_folder_of_a_unit_or_a_member(tmp_path):

@@ -11,7 +11,7 @@ from saejax.dictionaries.labels import FOUND, Label, labels_in, labels_of
 from saejax.errors import UserError
 from saejax.files import write_json
 from saejax.interpret.atlas import write_atlas
-from saejax.interpret.labels import read_labels
+from saejax.interpret.labels import read_labels, unused_lines
 from saejax.interpret.review import write_sheets
 from saejax.interventions.answers import FeatureEffect
 from saejax.results import Interval, to_json
@@ -70,6 +70,11 @@ def test_a_feature_the_overview_and_heatmaps_are_shown(browser, page, dark, widt
     bars = browser.js("[...document.querySelectorAll('#feature .bars i')].map(bar => Number(bar.title))")
     assert sum(bars) == 69 and browser.js("document.querySelector('#list a').dataset.feature") == "1"
     assert browser.js(fits) and browser.errors == []
+    wide = "Array.from({length: 200000}, (_, i) => 1 / (i + 1))"  # no list of features is too long for it
+    columns = f"(rate => ({{rate, label: rate.map(() => ''), by: [], token: [], effect: [], f1: []}}))({wide})"
+    counted = f"overviewPage({{dictionary: 'wide', columns: {columns}}}, () => '').querySelectorAll('.bars i')"
+    titles = browser.js(f"[...{counted}].map(bar => bar.title)")  # of three digits
+    assert sum(int(title.replace(",", "")) for title in titles) == pytest.approx(200_000, rel=0.01)
 
     show(browser, page, "maps")
     browser.wait("document.querySelectorAll('#feature table').length === 2")
@@ -126,6 +131,7 @@ HEAD = b"feature,label,note,reviewer\n"
         (b"feature,label\n1,a\n", "no column note, reviewer"),
         (HEAD + b"9,a,,\n", "line 2: there is no feature '9' in topk: expected 0 to 8"),
         (HEAD + b"x,a,,\n", "there is no feature 'x'"),
+        (HEAD + b"9" * 5000 + b",a,,\n", "there is no feature '999"),
         (HEAD + b"1,a,,\n1,b,,\n", "line 3: feature 1 is 'b', and 'a' in an earlier line"),
         (HEAD + b"1,a\n", "line 2 has not as many cells"),
     ],
@@ -162,6 +168,16 @@ def test_sheets_for_review(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("feature,label,note,reviewer,dictionary\n3,a,,Ada,topk/k8\n3,b,,Ada,topk/k16\n")
     assert read_labels(path, "topk/k16", 9, True)[3].label == "b"
+
+
+def test_lines_of_no_dictionary_are_named(tmp_path):
+    path = tmp_path / "labels.csv"
+    names = ("topk/k8", " topk/k16 ", "tpok/k8", "topk/k9", "gated", "")
+    lines = [f"3,{'' if name == 'topk/k9' else 'a'},,Ada,{name}\n" for name in names]
+    path.write_text("feature,label,note,reviewer,dictionary\n" + "".join(lines))
+    assert read_labels(path, "topk/k16", 9, True).keys() == {3}  # spaces around a name mean nothing
+    assert unused_lines(path, ["topk/k8", "topk/k16"], ["gated"]) == ["labels.csv, line 4 (tpok/k8)"]
+    assert len(unused_lines(path, ["topk/k8"], [])) == 3
 
 
 def test_where_labels_are_asked_for(tmp_path):

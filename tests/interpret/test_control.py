@@ -131,3 +131,13 @@ def test_its_labels_stand_beside_the_dictionarys(tmp_path, tiny_llama):
     assert from_json(InterpretedDictionary, data, "x") == result
     rows = _rows("topk", result)
     assert [row[0] for row in rows] == ["topk", "topk: frozen-random", "topk: random directions"]
+
+
+def test_a_dictionary_that_never_fires_is_described_too(store, tmp_path, tiny_llama):
+    """One dead member of a stack must not keep the others from being interpreted."""
+    like = planted.dictionary(20)
+    dead = Dictionary(like.config, like.matmul_dtype, **like.arrays | dict(b_enc_F=jnp.full(20, -1e3)))
+    result = planted.interpreter(tmp_path / "unit", store, load_model(str(tiny_llama)), dead).interpret()
+    assert (result.labels.features, result.labels.labelled, result.labels.f1) == (0, 0, None)
+    (records,) = (json.loads(path.read_text()) for path in (tmp_path / "unit" / "features").glob("*.json"))
+    assert [record["fires"] for record in records] == [0] * 20

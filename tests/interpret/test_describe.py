@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import planted
 import pytest
+from tiny_models import save_tiny
 
 from saejax.activations.documents import COLUMNS, Documents
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interpret import firings, neighbours
 from saejax.interpret.records import BINS, GROUPS, LOWEST
+from saejax.models.loading import load_model
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,16 @@ def test_output_tokens(lm):
     every = neighbours.output_tokens(lm, rows[:2], 1000)  # more than the model knows
     (raised,) = every.raised(slice(1, 2))
     assert sorted(raised) == list(range(lm.config.vocab)) and np.all(np.diff(every.logits[1, : len(raised)]) <= 0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi"])
+def test_output_tokens_leave_biases_out_in_pytorch_too(family, tmp_path, one_device):
+    save_tiny(tmp_path, family)
+    models = load_model(str(tmp_path), mesh=one_device), load_model(str(tmp_path), backend="torch")
+    rows = np.random.default_rng(0).normal(size=(5, models[0].config.d_model)).astype(np.float32)
+    jax_found, torch_found = (neighbours.output_tokens(model, jnp.asarray(rows), 6) for model in models)
+    np.testing.assert_array_equal(torch_found.ids, jax_found.ids)
+    np.testing.assert_allclose(torch_found.logits, jax_found.logits, rtol=1e-4, atol=1e-5)
 
 
 MADE = json.loads((Path(__file__).parent / "sae_dashboard.json").read_text())  # by scripts/dashboard_fixture.py

@@ -47,10 +47,11 @@ def planted_text(workdir, monkeypatch):
     monkeypatch.setattr(explain, "read_text", lambda run: (store, CodedText(store.documents, TOKENS)))
 
 
-def go(workdir, folder, url, **settings):
+def go(workdir, folder, url, interpreted=None, **settings):
     """The results of a run, and each feature's."""
     config = ExplainConfig(url=url, model="judge", dictionaries=("standard",), **settings)
     inputs = {f"{stage}/standard": workdir[0] / stage / "standard" for stage in ("train", "interpret")}
+    inputs |= {"interpret/standard": interpreted} if interpreted else {}
     inputs["capture"] = workdir[0] / "capture"
     run = Run("explain", "standard", folder, Configs(config, MeshConfig()), inputs, lambda line: None)
     (member,) = explain.run_explain(run).members
@@ -179,14 +180,31 @@ def test_a_label_without_another_beside_it_is_not_kept(workdir, tmp_path):
     assert found[1].accuracy.mean == 1 and member.control_accuracy is None and member.kept == 0
 
 
-def test_a_judge_that_guesses_keeps_few_labels():
-    """Worlds in which nothing is true: 20 contexts, answers by a coin, for the label and for the other one."""
+def test_a_feature_that_is_silent_in_training_text_is_skipped(workdir, tmp_path):
+    """It has no contexts that a label could be written from."""
+    folder = tmp_path / "interpreted" / "features"
+    folder.mkdir(parents=True)
+    for path in (workdir[0] / "interpret" / "standard" / "features").glob("*.json"):
+        records = json.loads(path.read_text())
+        silent = {name: value for name, value in records[1].items() if name in ("feature", "nearest", "up", "down")}
+        records[1] = silent | dict(fires=0, rate=0.0)
+        (folder / path.name).write_text(json.dumps(records))
+    with protocol.Server(judge(Place(workdir))) as server:
+        member, found = go(workdir, tmp_path / "unit", server.url, folder.parent, features=(0, 1, 2))
+    assert sorted(found) == [0, 2] and member.skipped == 1
+
+
+@pytest.mark.parametrize("silent", [1, 2, 10])
+def test_a_judge_that_guesses_keeps_few_labels(silent):
+    """Worlds in which nothing is true: ten contexts and few or many others, answers by a coin, for both labels."""
     rng, kept = np.random.default_rng(0), 0
-    right = [[True] * 5, [True] * 5, [False] * 5, [False] * 5]
+    right = [[True] * 10 + [False] * silent]
     for _ in range(2000):
-        own, control = (detection_score(right, rng.integers(0, 2, (4, 5)).astype(bool).tolist()) for _ in range(2))
+        own, control = (detection_score(right, rng.integers(0, 2, (1, 10 + silent)).tolist()) for _ in range(2))
         kept += is_kept(own, control.mean)
     assert kept / 2000 < 0.05
+    sure = detection_score(right, right)
+    assert is_kept(sure, 0.5) == (silent > 1) and not is_kept(sure, None)
 
 
 def test_no_answer_that_can_be_read(workdir, tmp_path):

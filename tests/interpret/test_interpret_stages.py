@@ -82,10 +82,12 @@ def test_what_was_found_goes_to_neuronpedia(workdir, capsys):
 def test_labels_of_ones_own_win_and_only_the_pages_are_written_anew(workdir, tmp_path, capsys):
     folder, flags = workdir
     path = tmp_path / "labels.csv"
-    path.write_text("feature,label,note,reviewer,dictionary\n5,mine,,Ada,topk/k8\n")
+    path.write_text("feature,label,note,reviewer,dictionary\n5,mine,,Ada,topk/k8\n6,other,,Ada,tpok/k8\n")
     flags = [*flags, f"--atlas.labels={path}"]
     assert command.run(STAGES, "", ["test", *flags]) == 0
     said = capsys.readouterr().out
+    (warning,) = (line for line in said.splitlines() if "warning: --atlas.labels" in line)
+    assert "labels.csv, line 3 (tpok/k8)" in warning and warning.endswith("expected topk/k4, topk/k8")
     assert "interpret/topk: done before, unchanged" in said and "atlas/topk: started" in said
     assert labels_of(folder, "topk/k8")[5].by == "Ada"
     assert [one.by_hand for one in load_results(folder / "atlas" / "topk").members] == [0, 1]

@@ -186,9 +186,22 @@ def test_what_was_answered_is_never_asked_again(tmp_path, in_turn):
     answers = Answers(run_of(), tmp_path, again)
     assert answers.all([*ASK, ASK[0]], "labels") == [*(question.text for question in ASK), ASK[0].text]
     assert sorted(judge.asked + again.asked) == [question.text for question in ASK] and answers.tokens == 66
+    with (tmp_path / ANSWERS).open("ab") as file:
+        file.write('{"text": "é'.encode()[:-1])  # killed within a letter
     Answers(run_of(), tmp_path, third).all(ASK, "labels")
     Answers(run_of(model="other"), tmp_path, changed).all(ASK[:1], "labels")
     assert not third.asked and changed.asked == ["number 0"]
+
+
+def test_line_separators_and_unpaired_surrogates_are_kept_in_answers(tmp_path, in_turn):
+    """Unicode has further line ends than the file; a reply may hold what no file in UTF-8 can."""
+    question, counting = Question("Say it.", "a\u2028b\x85c"), Counting()
+    assert Answers(run_of(), tmp_path, counting).all([question], "labels") == [question.text]
+    again = Answers(run_of(), tmp_path, counting)
+    assert again.all([question], "labels") == [question.text] and len(counting.asked) == 1 and again.tokens == 11
+    with protocol.Server(lambda prompt: "a \ud83d") as server:
+        answers = Answers(run_of(), tmp_path / "other", Endpoint(server.url, "judge"))
+        assert answers.all(ASK[:1], "labels") == ["a \N{REPLACEMENT CHARACTER}"]
 
 
 def test_the_limit_of_tokens_holds_and_can_be_raised(tmp_path, monkeypatch):

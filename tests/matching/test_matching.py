@@ -80,6 +80,10 @@ def test_chance_has_the_rows_covariance_and_lengths():
     rows = rng.normal(size=(4000, 4)).astype(np.float32) * scale + np.array([1, 0, 0, 0])
     rows[7] = 0.0
     drawn = independent_rows(rows, [1])
+    # Rows of features that are not compared change nothing.
+    with_dead = independent_rows(np.concatenate([rows, np.zeros_like(rows)]), [1])
+    np.testing.assert_allclose(with_dead, np.concatenate([drawn, np.zeros_like(rows)]), atol=1e-5)
+    assert not independent_rows(np.zeros((3, 4), np.float32), [1]).any()
     np.testing.assert_allclose(np.linalg.norm(drawn, axis=1), np.linalg.norm(rows, axis=1), rtol=1e-4)
     assert np.abs(drawn[:, 3]).max() < 1e-2  # a dimension that no row has
     first, second = (unit(some)[:, 0] ** 2 for some in (rows, drawn))

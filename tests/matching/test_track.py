@@ -228,6 +228,7 @@ def test_prompts_of_other_scripts_and_of_one_token(lm):
         (("He has 12 coins. ", "They cost 1200 cents."), " 12", "He has"),
         (("She ate 12. ", "Now 12.5 and 3,012 and 112 are left."), " 12", "She ate"),
         (("The cat sat. ", "It concatenates."), " cat", "The"),
+        (("她有三个苹果。", "所以她有42个苹果。"), "42", ""),  # without spaces between words
     ],
 )
 def test_the_answer_is_followed_where_it_stands_last_by_itself(lm, steps, answer, before):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ import trained_stack
 from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
 from saejax import load_results
+from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary
+from saejax.files import write_json
 from saejax.matching.match import STEP
 from saejax.matching.transfer.summary import FeaturePairs
 from saejax.runner import command
@@ -28,9 +31,17 @@ def workdir(inputs, tmp_path_factory):
     return folder, flags
 
 
+def live(folder, each):
+    """Which features fire on held-out text, from dense activations."""
+    dictionary, store = load_dictionary(folder / "train" / each.name), Store.open(folder / "capture")
+    f_BxF = np.asarray(dictionary.encode(store.read(each.site, store.rows("held_out", each.site))))
+    return np.asarray(dictionary.fires(f_BxF)).any(0)
+
+
 def test_every_two_members_are_compared_and_pairs_of_features_written(workdir):
     folder, _ = workdir
     results = load_results(folder / "transfer")
+    live_of = {each.name: live(folder, each) for each in results.dictionaries}
     assert len(results.dictionaries) == 4 and len({(pair.first, pair.second) for pair in results.pairs}) == 6
     for pair in results.pairs:
         assert pair.measures.keys() == {"decoder", "encoder", "activity"} and pair.tokens > 200
@@ -41,7 +52,8 @@ def test_every_two_members_are_compared_and_pairs_of_features_written(workdir):
         decoders = [load_dictionary(folder / "train" / name).W_dec_FxD[...] for name in (pair.first, pair.second)]
         first, second = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in map(np.asarray, decoders))
         decoder = pair.measures["decoder"]
-        assert abs(decoder.scores.nearest.mean - (first @ second.T).max(1).mean()) < 1e-5
+        cosine_FxG = first[live_of[pair.first]] @ second[live_of[pair.second]].T
+        assert abs(decoder.scores.nearest.mean - cosine_FxG.max(1).mean()) < 1e-5
         if pair.first.split("-")[0] == pair.second.split("-")[0]:  # of one site
             assert decoder.scores.matched.low > decoder.null.matched.high
     assert [(len(chains.dictionaries), chains.measure) for chains in results.chains] == [(2, "decoder")]
@@ -49,14 +61,38 @@ def test_every_two_members_are_compared_and_pairs_of_features_written(workdir):
     first, *_ = (FeaturePairs.load(path) for path in sorted((folder / "transfer").glob("*-decoder.parquet")))
     assert sorted(set(first.second.tolist())) == [1, 2, 3] and len(first.feature) == 3 * 128
     values, scores = first.value[first.second == 1], results.pairs[0].measures["decoder"].scores
-    assert abs(values.mean() - scores.matched.mean) < 1e-5
-    assert abs((values >= 0.7).mean() - scores.shared.mean) < 1e-9
+    count = min(live_of[each.name].sum() for each in results.dictionaries[:2])
+    assert abs(np.nansum(values) / count - scores.matched.mean) < 1e-5
+    assert abs((values >= 0.7).sum() / count - scores.shared.mean) < 1e-9
     (chains,) = results.chains
     last = [each.name for each in results.dictionaries].index(chains.dictionaries[1])
     assert sum(chains.lengths.values()) == (first.value[first.second == last] >= 0.7).sum()
     assert sum(chains.lengths_null.values()) == (first.null_value[first.second == last] >= 0.7).sum()
     rows = list(csv.DictReader((folder / "transfer" / "pairs.csv").open()))
     assert len(rows) == 18 and {row["measure"] for row in rows} == {"decoder", "encoder", "activity"}
+
+
+def test_dead_features_are_left_out_before_evaluate_has_run_and_by_its_figures_of_this_dictionary(workdir, tmp_path):
+    """What evaluate measured of a dictionary that was here before says nothing of this one's features."""
+    folder, flags = workdir
+    results = load_results(folder / "transfer")
+    left_out = {each.name: int((~live(folder, each)).sum()) for each in results.dictionaries}
+    assert any(left_out.values()) and all(each.dead_known for each in results.dictionaries)
+    for pair in results.pairs:
+        assert pair.measures["decoder"].left_out == (left_out[pair.first], left_out[pair.second])
+    first, second = (each.name for each in results.dictionaries[:2])
+    work = runs.copy_run(folder, tmp_path / "work")
+    rates = work / "evaluate" / first
+    rates.mkdir(parents=True)
+    np.save(rates / "firing_rate.npy", np.r_[np.zeros(28), np.ones(100)])
+    mark = (folder / "train" / first).resolve().name.rpartition("-")[2]
+    flags = [*flags, f"--workdir={work}", f"--transfer.dictionaries={first},{second}", "--transfer.measures=decoder"]
+    for evaluated, count in (("0" * 16, left_out[first]), (mark, 28)):
+        write_json(rates / "started.json", dict(depends_on=dict(needs={"train/topk": evaluated})))
+        shutil.rmtree((work / "transfer").resolve())
+        (work / "transfer").unlink()
+        assert command.run(["transfer"], "", ["test", *flags]) == 0
+        assert load_results(work / "transfer").pairs[0].measures["decoder"].left_out == (count, left_out[second])
 
 
 def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, capsys):

@@ -6,6 +6,7 @@ import pytest
 from report_page import Page
 
 from saejax.page.document import Section, to_html
+from saejax.page.strips import Example, Strips
 from saejax.page.tables import Table, escape_markdown, interval, number, percent, significant, visible
 from saejax.results import Interval
 
@@ -67,6 +68,12 @@ def test_html_says_the_same():
     assert page.attributes("data-label") == ["Value", "Value"]
     tags = [tag for tag, _ in page.tags]
     assert tags.count("th") == 4 and tags.count("td") == 2
+
+
+def test_contexts_without_any_activation_are_shown():
+    """As published files have them of features that never fire."""
+    ((pieces, where),) = Strips("7", "", (Example(("a", "b"), (0.0, math.nan), 0, "in a file"),)).rows()
+    assert [piece.share for piece in pieces] == [0, 0] and where == "activation 0.0, in a file"
 
 
 def test_a_row_of_the_wrong_length_is_refused():

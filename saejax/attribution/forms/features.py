@@ -27,7 +27,7 @@ import numpy as np
 from saejax.attribution.forms.neuronpedia import cantor_pair
 from saejax.dictionaries.formats.place import fetch_file, full_name, split_address
 from saejax.dictionaries.labels import trained_units
-from saejax.dictionaries.stacks import results_folder
+from saejax.dictionaries.stacks import is_of_trained, results_folder
 from saejax.errors import UserError
 from saejax.files import read_json, write_json
 from saejax.models.hub import hub_errors
@@ -173,6 +173,8 @@ def _from_interpret(dictionaries: Sequence[str | Path], features: Sequence[Featu
     trained = trained_units(dictionaries)
     for layer in {layer for layer, _ in features} & set(trained):
         workdir, name = trained[layer]
+        if not is_of_trained(workdir, "interpret", name):
+            continue
         wanted = {index for member_layer, index in features if member_layer == layer}
         for path in sorted((results_folder(workdir, "interpret", name) / "features").glob("*.json")):
             for record in read_json(path):

@@ -20,9 +20,11 @@ function overviewPage(about, labelOf) {
   page.append(make('h2', {id: 'name'}, 'Overview'),
     make('dl', {}, ...facts.flatMap(([name, text]) => [make('dt', {}, name), make('dd', {}, text)])));
   if (live.length) {
-    const bin = (i) => Math.floor(4 * Math.log10(rate[i])), low = Math.min(...live.map(bin)), high = Math.max(...live.map(bin));
+    const bins = live.map((i) => Math.floor(4 * Math.log10(rate[i])));
+    // Not Math.min(...bins): a call takes no more than some 120,000 arguments.
+    const [low, high] = [Math.min, Math.max].map((end) => bins.reduce((a, b) => end(a, b)));
     const counts = Array(high - low + 1).fill(0);
-    for (const i of live) counts[bin(i) - low]++;
+    for (const bin of bins) counts[bin - low]++;
     page.append(make('h3', {}, 'Firing rates'),
       make('p', {class: 'note'}, 'Features by the share of tokens on which they fire; four bins for each factor of ten.'),
       ...bars(counts, percent(10 ** (low / 4)), percent(Math.min(1, 10 ** ((high + 1) / 4))), 'Histogram of firing rates'));

@@ -9,6 +9,7 @@ from saejax.attribution.local.dictionaries import check_dictionary
 from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.labels import Label, labels_of
+from saejax.dictionaries.stacks import is_of_trained
 from saejax.errors import UserError
 from saejax.matching.transfer.compared import load_compared
 from saejax.models.language_model import LanguageModel
@@ -52,9 +53,9 @@ def open_stack(names: Sequence[str], units: Mapping[str, Path], workdir: Path, m
     by_layer: dict[int, LayerDictionary] = {}
     for each in load_compared(names, units, _FLAG):
         root, name = each.trained_in(workdir)
-        page = root / "atlas" / name / "index.html"
-        load = functools.partial(load_dictionary, each.folder)
-        dictionary = LayerDictionary(name, each.config, load, page if page.exists() else None, labels_of(root, name))
+        page, load = root / "atlas" / name / "index.html", functools.partial(load_dictionary, each.folder)
+        shown = page if page.exists() and is_of_trained(root, "atlas", name) else None
+        dictionary = LayerDictionary(name, each.config, load, shown, labels_of(root, name))
         layer = dictionary.reads.check(model.config).layer
         check_dictionary(each.config, model, f"{_FLAG}: {name}")
         if layer in by_layer:

@@ -26,6 +26,8 @@ _ABBREVIATION = re.compile(
     r"""(?:^|[\s(“"'])(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Gen|Col|Lt|Capt|Sgt|Rev|Hon|Mt|No|Fig|Eq|vs|etc|approx|ca|cf|"""
     r"""e\.g|i\.e|a\.m|p\.m|U\.S|[A-Z])\.\s*$"""
 )
+# Of a word or number in a script that puts spaces between words: Chinese, Japanese, Thai and others do not.
+_IN_WORD = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7af\uf900-\ufaff]"
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _SENTENCE = re.compile(r"""(?:[.!?…؟।]+["'”’)\]]*(?=\s)|[。！？]+["'”’)\]」』]*|(?=\n))\s*""")
 
@@ -228,7 +230,7 @@ def _answer(tokenizer: Any, problem: Problem, text: str, ends_T: np.ndarray) -> 
     ids = encode_text(tokenizer, text)
     word = answer.strip()
     # Not inside a word, nor before or after the rest of a number: "12" in "1200", "12.5", "3,012" or "112".
-    whole = re.compile(rf"(?<![\w])(?<!\d[.,]){re.escape(word)}(?![\w])(?![.,]\d)")
+    whole = re.compile(rf"(?<!{_IN_WORD})(?<!\d[.,]){re.escape(word)}(?!{_IN_WORD})(?![.,]\d)")
     # The last occurrence, as worked solutions end in their answer and may name the number on the way.
     places = [match.start() for match in whole.finditer(text)] if problem.steps and word else []
     if places:

@@ -5,10 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
+from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, stacks
 from saejax.dictionaries.formats import folders_of, hooks, read_config
 from saejax.errors import UserError
+from saejax.evaluation.reconstruction import read_blocks, reconstruct
 from saejax.models.sites import Site
 from saejax.runner.stage import is_folder
 
@@ -68,11 +71,43 @@ class Compared:
         index = len(parts) - 1 - parts[::-1].index("train")
         return Path(*parts[:index]), "/".join(parts[index + 1 :])
 
-    def live(self, workdir: Path) -> np.ndarray | None:
-        """Return which features fire on held-out text, bool [F], if ``evaluate`` measured it in the same workdir."""
+    def knows_live(self, workdir: Path) -> bool:
+        """Return whether ``live`` gives an answer."""
+        return bool(self._evaluated(workdir) or self._store(workdir))
+
+    def live(self, workdir: Path, mesh: Mesh, batch: int) -> np.ndarray | None:
+        """Return which features fire on held-out text, bool [F]; None if the workdir that trained it has none.
+
+        Where ``evaluate`` has not measured it, it is measured here, in the same way.
+
+        Args:
+          workdir: of the run.
+          mesh: devices that encode.
+          batch: tokens in a batch.
+        """
+        if path := self._evaluated(workdir):
+            return np.load(path) > 0
+        if not (store := self._store(workdir)):
+            return None
+        dictionary = self.dictionary.with_sink_norms(store.max_norm, True)
+        blocks = read_blocks(store, "held_out", (self.config.site, self.target), batch)
+        return reconstruct([dictionary], blocks, mesh, batch)[0].firing_rate_F > 0
+
+    def _evaluated(self, workdir: Path) -> Path | None:
+        """Return the firing rates that ``evaluate`` wrote; None if there are none of this dictionary."""
         root, name = self.trained_in(workdir)
-        path = root / "evaluate" / name / "firing_rate.npy"
-        return np.load(path) > 0 if path.is_file() else None
+        path = stacks.results_folder(root, "evaluate", name) / "firing_rate.npy"
+        return path if path.is_file() and stacks.is_of_trained(root, "evaluate", name) else None
+
+    def _store(self, workdir: Path) -> Store | None:
+        """Return the store of the workdir that trained it; None if it has no held-out text at its sites."""
+        sites = {self.config.site, self.target}
+        try:
+            store = Store.open(self.trained_in(workdir)[0] / "capture")
+        except UserError:  # there is none, or its values were deleted when training was done
+            return None
+        fits = store.model.fingerprint == self.fingerprint and sites <= {*store.sites}
+        return store if fits and len(store.rows("held_out", *sites)) else None
 
 
 def load_compared(names: Sequence[str], units: Mapping[str, Path], flag: str) -> list[Compared]:

@@ -6,6 +6,7 @@ from pathlib import PurePath
 import numpy as np
 from matplotlib.figure import Figure
 
+from saejax.matching.transfer.compared import WEIGHTS
 from saejax.matching.transfer.results import ComparedPair, ComparedRows, Rebuilt, TransferResults
 from saejax.page import style
 from saejax.page.blocks import Block, Text
@@ -27,9 +28,12 @@ def _section(results: TransferResults, draw: Draw) -> Section:
     intro = (
         f"{len(results.dictionaries)} dictionaries in {len(results.pairs)} pairs. {results.rule}. Null: random "
         "directions with the mean and covariance of the second dictionary's rows or, for activity, its activations on "
-        "text shifted by half. All values are signed. Features that the stage evaluate found dead, and for activity "
+        "text shifted by half. All values are signed. Features that fire on no held-out text, and for activity "
         "features with too few firings, are not compared."
     )
+    unknown = [_short(each.name) for each in results.dictionaries if not each.dead_known]
+    if unknown and {*WEIGHTS} & {measure for pair in results.pairs for measure in pair.measures}:
+        intro += f" Cosines of {', '.join(unknown)} are of all features: which of them never fire is not known."
     blocks: list[Block] = [Text(intro)]
     if len(results.pairs) <= _ROWS:
         blocks.append(_pairs_table(results.pairs))

@@ -15,6 +15,7 @@ class ComparedDictionary:
     site: str  #: that it reads
     target: str  #: that it writes to
     features: int  #: number of features
+    dead_known: bool = True  #: whether it is known which features fire on no held-out text; if not, all are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,8 @@ class ComparedRows:
     #: the same where nothing is shared: random directions with the mean and covariance of the second's rows; for
     #: activity, the second's on text shifted by half
     null: MatchScores
-    #: features compared, of the first and of the second: all but those that the stage evaluate found dead; for
-    #: activity, those with enough firings
+    #: features compared, of the first and of the second: all but those that fire on no held-out text; for activity,
+    #: those with enough firings
     compared: tuple[int, int]
     left_out: tuple[int, int]  #: features not compared, of the first and of the second
     #: for activity: `shared` of the first dictionary matched with itself on the same tokens, the most there can be

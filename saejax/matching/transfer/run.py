@@ -106,10 +106,12 @@ class Comparison:
     def __init__(self, run: Run, compared: Sequence[Compared], wanted: Sequence[Pair]):
         self._run, self._config, self._compared = run, run.configs[TransferConfig], compared
         self._mesh, self._wanted = make_mesh(run.configs[MeshConfig]), wanted
-        self._live = [each.live(run.folder.parent) for each in compared]
-        unknown = [each.name for each, live_F in zip(compared, self._live, strict=True) if live_F is None]
-        if unknown and {*WEIGHTS} & {*self._config.measures}:
-            run.say(f"compared with their dead features, as evaluate has not measured them: {', '.join(unknown)}")
+        self._live: list[np.ndarray | None] = [None] * len(compared)
+        if {*WEIGHTS} & {*self._config.measures}:
+            self._live = [each.live(run.folder.parent, self._mesh, self._config.batch_tokens) for each in compared]
+            unknown = [each.name for each, live_F in zip(compared, self._live, strict=True) if live_F is None]
+            if unknown:
+                run.say(f"compared with their dead features, as evaluate has not measured them: {', '.join(unknown)}")
         largest = max(4 * each.config.n_features * each.config.d_in for each in compared)
         # At least both rows of a pair and the second's null.
         self._weights = functools.lru_cache(maxsize=max(4, _ROW_BYTES // largest))(self._make_weights)

@@ -116,7 +116,14 @@ def summarize(
     write_text(run.folder / "pairs.csv", _csv(pairs))
     return TransferResults(
         tuple(
-            ComparedDictionary(each.name, each.config.model, each.config.site, each.target, each.config.n_features)
+            ComparedDictionary(
+                each.name,
+                each.config.model,
+                each.config.site,
+                each.target,
+                each.config.n_features,
+                each.knows_live(run.folder.parent),
+            )
             for each in compared
         ),
         "Two features are shared if the one-to-one assignment with the largest sum of values makes them a pair, and "
