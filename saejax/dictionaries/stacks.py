@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from saejax.dictionaries import rescale
-from saejax.dictionaries.formats import circuit_tracer, load_dictionary
+from saejax.dictionaries.formats import circuit_tracer, load_dictionary, saelens
 from saejax.dictionaries.formats.place import BESIDE, registry_overrides, resolve_path
 from saejax.dictionaries.modules import Dictionary
 from saejax.dictionaries.results import TrainedMember
@@ -112,10 +112,12 @@ def identity(folder: str) -> str:
     """Hash the dictionaries in a folder, or a file, which may be on the hub: 16 hexadecimal digits."""
     digest, place = hashlib.sha256(), resolve_path(folder)
     files = [place] if place.is_file() else _hashed_files(place)
-    # Where a file is named, its settings are in another one beside it.
-    settings = [place.with_name(name) for name in BESIDE] if place.is_file() else []
+    # Where a file is named, its settings are in another one beside it, or above.
+    settings = [*(place.with_name(name) for name in BESIDE), place.parent.parent / "config.json"]
+    settings = settings if place.is_file() else []
     # What SAELens' registry says of a dictionary is in none of its files.
-    digest.update(repr(sorted(registry_overrides(folder).items())).encode())
+    overrides = saelens.release_settings(place) | registry_overrides(folder)
+    digest.update(repr(sorted(overrides.items())).encode())
     for path in [*files, *filter(Path.is_file, settings)]:
         digest.update(f"{os.path.relpath(path, place)} {file_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from saejax.dictionaries import rescale
 from saejax.dictionaries.formats import circuit_tracer, hooks, tensors
@@ -52,10 +53,20 @@ _OLD_NAMES = {
     "hook_point_head_index": "hook_head_index",
     "activation_fn_str": "activation_fn",
 }
+# Tensors without which a dictionary that has them is another one.
+_OF_ARCHITECTURES = {"threshold", "r_mag", "b_mag", "b_gate", "W_skip"}
 _INPUT_NORMS = {"layer_norm": "layer_norm", "constant_norm_rescale": "token_norm"}
 # SAELens folds the factor of the second into the arrays when it saves a finished dictionary, and only warns otherwise.
 _NO_NORM = ("none", None, False, "expected_average_only_in", True)
 _FACTORS = ("activation_normalization_factor", "norm_scaling_factor")  # of constant_scalar_rescale
+_CENTRED = dict(model_from_pretrained_kwargs=dict(center_writing_weights=True))
+# Settings of releases whose folders lack them, by the names of their repositories: SAELens has them in its registry.
+_RELEASES: dict[str, dict[str, Any]] = {
+    "GPT2-Small-SAEs-Reformatted": _CENTRED,
+    "GPT2-Small-Feature-Splitting-Experiment-Layer-8": _CENTRED,
+    "gpt2-small-mlp-out-saes": _CENTRED,
+    "Mistral-7B-Residual-Stream-SAEs": dict(normalize_activations="constant_norm_rescale"),
+}
 _UNIT = 1e-6  # how far from 1 a length is by rounding alone
 # What TransformerLens changes of the model's weights besides centring, and the sites whose values it changes.
 _PROCESSING = {"fold_ln": ("mlp_in",), "fold_value_biases": ("attn_z",)}
@@ -79,6 +90,11 @@ def parse(folder: Path, site: str = "", overrides: Mapping[str, Any] | None = No
     config = _parse_config(file, settings, sizes, site)
     layout = _layout(config.kind, config.skip)
     layout |= {name: name for name in ("scaling_factor", "finetuning_scaling_factor") if name in state}
+    if strays := sorted(_OF_ARCHITECTURES & set(state) - {name.removesuffix(".T") for name in layout.values()}):
+        raise UserError(
+            f"{file}: architecture is {settings.get('architecture')!r}, but {WEIGHTS} has {', '.join(strays)}, which "
+            "belongs to another one: fetch its description again"
+        )
     if "log_threshold" in state and "threshold" not in state:  # a checkpoint of training
         layout["threshold_F"] = "log_threshold"
     arranged, transposed = tensors.arrange(file.with_name(WEIGHTS), state, layout, config)
@@ -93,12 +109,19 @@ def read_settings(file: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{file} is not the description of a dictionary: expected an object with 'architecture'")
     if "metadata" not in settings:
         settings.setdefault("prepend_bos", True)  # what SAELens assumes of folders from before version 6
+        overrides = release_settings(file.parent) | {**overrides}
     metadata = settings.pop("metadata", {})
     named = {_OLD_NAMES.get(name, name): value for name, value in {**metadata, **settings, **overrides}.items()}
     layer = named.get("hook_layer", named.get("hook_point_layer"))
     if isinstance(named.get("hook_name"), str) and isinstance(layer, int):  # early versions leave the layer open
         named["hook_name"] = named["hook_name"].replace("{layer}", str(layer))
     return named
+
+
+def release_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings that a release's folders lack, by the repository's name in a path; {}: there are none."""
+    path = folder.absolute().as_posix()
+    return next((settings for name, settings in _RELEASES.items() if name in path), {})
 
 
 def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int], site: str) -> DictionaryConfig:
@@ -110,8 +133,8 @@ def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int
             raise UserError(f"{file}: {key} is {settings[key]!r}, but the arrays of {WEIGHTS} have {size}")
     _check(file, settings, transcoder)
     model = str(settings.get("model_name") or "")
-    site = site or hooks.to_site(settings.get("hook_name") or settings.get("hf_hook_name"), model)
-    target = hooks.to_site(settings.get("hook_name_out") or settings.get("hf_hook_name_out"), model)
+    site = site or _named_site(settings, "hook_name", model)
+    target = _named_site(settings, "hook_name_out", model)
     try:
         facts = _training_facts(settings, features) if kind == "jumprelu" else dict(kind=kind)
         ours = settings.get("saejax") or {}
@@ -182,6 +205,13 @@ def architecture(config: DictionaryConfig) -> str:
         f"SAELens has no architecture for a {config.kind} {form}: keep it in the format saejax"
         + (", or write circuit_tracer" if transcoder and circuit_tracer.holds_kind(config.kind) else "")
     )
+
+
+def _named_site(settings: Mapping[str, Any], key: str, model: str) -> str:
+    """Return the site that a setting names, or else that of the module of transformers that is named beside it."""
+    named = [hooks.to_site(settings[name], model) for name in (key, f"hf_{key}") if settings.get(name)]
+    sites = [site for site in named if not site.startswith((hooks.NO_SITE, hooks.MODULE))]
+    return next(iter([*sites, *named]), hooks.UNKNOWN)
 
 
 def _architecture(file: Path, settings: Mapping[str, Any]) -> str:
@@ -282,6 +312,13 @@ def _fold(file: Path, settings: Mapping[str, Any], arrays: Arrays, log_threshold
     factor = next((settings[key] for key in _FACTORS if settings.get(key)), None)
     if norm == "constant_scalar_rescale" and factor is None:
         raise UserError(f"{file}: normalize_activations is {norm}, but {_FACTORS[0]} is missing: it cannot be folded")
+    if factor is None and norm in ("expected_average_only_in", True):
+        logging.warning(
+            "%s: inputs of the training were scaled to a mean norm of sqrt(d) (normalize_activations), and the factor "
+            "is not in the folder: unless it was folded into the arrays, other features fire. SAELens' registry has "
+            "the factors of its releases: load such by their name, saelens:RELEASE/SAE_ID",
+            file,
+        )
     if factor is not None and norm in ("constant_scalar_rescale", "expected_average_only_in", True):
         # Features keep the units in which they were trained; inputs and outputs get those of the model.
         arrays["W_enc_DxF"] = arrays["W_enc_DxF"] * factor
