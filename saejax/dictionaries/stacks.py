@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from saejax.dictionaries import rescale
-from saejax.dictionaries.formats import circuit_tracer, load_dictionary, saelens
+from saejax.dictionaries.formats import circuit_tracer, load_dictionary
 from saejax.dictionaries.formats.place import BESIDE, registry_overrides, resolve_path
 from saejax.dictionaries.modules import Dictionary
 from saejax.dictionaries.results import TrainedMember
@@ -116,8 +116,7 @@ def identity(folder: str) -> str:
     settings = [*(place.with_name(name) for name in BESIDE), place.parent.parent / "config.json"]
     settings = settings if place.is_file() else []
     # What SAELens' registry says of a dictionary is in none of its files.
-    overrides = saelens.release_settings(place) | registry_overrides(folder)
-    digest.update(repr(sorted(overrides.items())).encode())
+    digest.update(repr(sorted(registry_overrides(folder).items())).encode())
     for path in [*files, *filter(Path.is_file, settings)]:
         digest.update(f"{os.path.relpath(path, place)} {file_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]

@@ -4,6 +4,7 @@ A layout is a function of a folder and arrays that writes the files, and returns
 function that its publisher's code computes, in float64 from the arrays as the files hold them, and what is described.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -215,12 +216,6 @@ def saelens_6_of_a_hook_that_its_module_tells(folder, w):
     """As SAELens describes Gemma Scope 2: the older hook's name means another place."""
     hooks = dict(hook_name="blocks.8.hook_mlp_in", hf_hook_name="model.layers.8.pre_feedforward_layernorm.output")
     return saelens(folder, w, **NEW, metadata=META | hooks), function(w), dict(site="mlp_in.8")
-
-
-@layout()
-def saelens_5_of_a_release_whose_settings_are_in_the_registry_alone(folder, w):
-    folder = folder / "models--jbloom--GPT2-Small-SAEs-Reformatted" / "blocks.8.hook_resid_pre"
-    return saelens(folder, w, **OLD), normalised(function(w), "center"), dict(input_norm="center")
 
 
 @layout()
@@ -819,8 +814,7 @@ OLDEST, NEWEST, LEARNED = "saelens_before_version_3", "saelens_6_with_unknown_se
         ("saelens_6_of_centred_weights", settings("cfg.json", model_name="odd"), "cannot undo for odd"),
         ("gemma_scope_1", cut("params.npz"), "params.npz is truncated or not a npz file"),
         ("goodfire", cut(f"{NAME}.pth"), "SAE-l19.pth is truncated"),
-        ("goodfire", lambda path: write_pickled(path / f"{NAME}.pth", odd=1.0), "holds odd, which no dictionary"),
-        ("goodfire", lambda path: write_pickled(path / f"{NAME}.pth", pre_bias=1.0), "lacks decoder.weight, encoder"),
+        ("goodfire", lambda path: write_pickled(path / f"{NAME}.pth", pre_bias=1.0), "holds pre_bias, which no dictio"),
         (
             "goodfire",
             lambda path: write_pickled(path / f"{NAME}.pth", **many),
@@ -880,6 +874,13 @@ def test_bfloat16_matrices_stay_so_when_asked_and_compute_the_same(dtype, stored
         load_dictionary(tmp_path, dtype="float8")
 
 
+def test_a_release_whose_folders_lack_its_normalisation_is_told(tmp_path, caplog):
+    folder = tmp_path / "models--jbloom--GPT2-Small-SAEs-Reformatted" / "blocks.8.hook_resid_pre"
+    with caplog.at_level("WARNING", "absl"):
+        load_dictionary(saelens(folder, arrays(), **OLD))
+    assert "does not say that its release needs input_norm='center'" in caplog.text
+
+
 @pytest.mark.parametrize("value", ["expected_average_only_in", True])
 def test_a_factor_of_the_inputs_that_is_missing_is_told(value, tmp_path, caplog):
     saelens(tmp_path, arrays(), **OLD | dict(normalize_activations=value))
@@ -895,6 +896,24 @@ def test_a_layer_of_a_cross_layer_transcoder_is_refused_by_name(tmp_path):
     for path, what in ((tmp_path, "a cross-layer"), (file, "a layer of a cross-layer")):
         with pytest.raises(UserError, match=f"holds no dictionary but {what} transcoder: trace it"):
             load_dictionary(path)
+
+
+def test_a_site_that_is_named_must_be_there_and_what_is_none_says_what_to_do(tmp_path):
+    path, _, _ = LAYOUTS["goodfire"](tmp_path)
+    assert read_config(path, site="blocks.3.hook_resid_mid").site == "resid_mid.3"
+    for site, message in (
+        ("resid_pots.3", "no site 'resid_pots.3'"),
+        ("blocks.3.hook_k", "hook blocks.3.hook_k is none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_config(path, site=site)
+    for site, message in (
+        ("unknown", "give it as site= of saejax.load"),
+        ("mlp_normed.3", "only attribution graphs read"),
+    ):
+        config = dataclasses.replace(read_config(path), site=site)
+        with pytest.raises(UserError, match=message):
+            load_dictionary(path).with_config(config).ablate([1])
 
 
 def test_the_smallest_gemma_3_has_no_suffix(tmp_path):

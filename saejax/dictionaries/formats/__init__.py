@@ -32,6 +32,7 @@ from saejax.dictionaries.formats.place import registry_overrides, resolve_path
 from saejax.dictionaries.formats.tensors import DTYPES, Published, description_errors
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError, one_of
+from saejax.models.sites import parse_site, site_parts
 
 WRITERS = {"saejax": own.save, "saelens": saelens.save}
 
@@ -221,7 +222,7 @@ def describe(config: DictionaryConfig, format: str) -> str:
 
 def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Located:
     """Find the dictionary at a path or address; a ``UserError`` if there is none, or its description is damaged."""
-    folder = _resolve(path)
+    folder, (site, target) = _resolve(path), map(_named_site, (site, target))
     if ours := _own_folder(folder):
         with description_errors(ours / own.DESCRIPTION):
             config = _with_sites(own.read_config(ours), site, target)
@@ -243,6 +244,16 @@ def _resolve(path: str | os.PathLike) -> Path:
     """Return the folder or file that a path or address means; the folder of a file that may stand for it."""
     place = resolve_path(path)
     return place.parent if place.name in _IN_FOLDERS and place.is_file() else place
+
+
+def _named_site(text: str) -> str:
+    """Return the site that a caller names, also by its hook; a ``UserError`` if there is none of this name."""
+    site = hooks.to_site(text) if "hook_" in text else text
+    hooks.require_sites(site)
+    for part in site_parts(site) if site else ():
+        if part.partition(".")[0] != hooks.NORMED:
+            parse_site(part)
+    return site
 
 
 def _with_sites(config: DictionaryConfig, site: str, target: str) -> DictionaryConfig:

@@ -471,8 +471,8 @@ def parse_pickled(path: Path) -> tensors.Published:
     file = find_pickled(path)
     assert file is not None
     state = tensors.open_tensors(file)
-    if "pre_bias" in state:
-        return _parse_openai(file, state)
+    if "pre_bias" in state and (named := _OPENAI_PATH.search(file.absolute().as_posix())):
+        return _parse_openai(file, state, f"{_OPENAI_SITES[named[1]]}.{named[2]}")
     if set(_PLAIN.values()) <= set(state) and len(state["W_enc"].shape) == 3:
         return _parse_model_diff(file, state)
     layers = _LAYER_SUFFIX.findall(file.absolute().as_posix())
@@ -487,13 +487,14 @@ def parse_pickled(path: Path) -> tensors.Published:
         has = tensors.list_names(state) or "no tensors"
         raise UserError(
             f"{file} holds {has}, which no dictionary that can be read has: expected a file of Qwen-Scope, "
-            "Goodfire, OpenAI or qresearch, or a folder of dictionary_learning or SAELens"
+            "Goodfire, OpenAI (in a folder such as resid_post_mlp_v5_32k/autoencoders) or qresearch, or a folder of "
+            "dictionary_learning or SAELens"
         )
     facts = dict(kind="topk", k=_qwen_k(file), signed=True) if qwen else dict(kind="standard")
     return tensors.describe(file, state, layout, site=site, centred=False, **facts)
 
 
-def _parse_openai(file: Path, state: Mapping[str, tensors.Tensor]) -> tensors.Published:
+def _parse_openai(file: Path, state: Mapping[str, tensors.Tensor], site: str) -> tensors.Published:
     """Describe a file of OpenAI's for GPT-2: pre_bias is subtracted from inputs; those with a TopK normalise tokens."""
     layout = {"W_enc_DxF": "encoder.weight.T", "W_dec_FxD": "decoder.weight.T"}
     layout |= {"b_enc_F": "latent_bias", "b_dec_D": "pre_bias"}
@@ -508,9 +509,7 @@ def _parse_openai(file: Path, state: Mapping[str, tensors.Tensor]) -> tensors.Pu
         facts |= dict(signed=after == "Identity")
     elif name != "ReLU":
         raise UserError(f"{file}: activation is {name!r}, which no dictionary here has: expected 'TopK' or 'ReLU'")
-    named = _OPENAI_PATH.search(file.absolute().as_posix())
-    site = f"{_OPENAI_SITES[named[1]]}.{named[2]}" if named else hooks.UNKNOWN
-    return tensors.describe(file, state, layout, site=site, model="gpt2" if named else "", **facts)
+    return tensors.describe(file, state, layout, site=site, model="gpt2", **facts)
 
 
 def _qwen_k(file: Path) -> int:

@@ -59,13 +59,12 @@ _INPUT_NORMS = {"layer_norm": "layer_norm", "constant_norm_rescale": "token_norm
 # SAELens folds the factor of the second into the arrays when it saves a finished dictionary, and only warns otherwise.
 _NO_NORM = ("none", None, False, "expected_average_only_in", True)
 _FACTORS = ("activation_normalization_factor", "norm_scaling_factor")  # of constant_scalar_rescale
-_CENTRED = dict(model_from_pretrained_kwargs=dict(center_writing_weights=True))
-# Settings of releases whose folders lack them, by the names of their repositories: SAELens has them in its registry.
-_RELEASES: dict[str, dict[str, Any]] = {
-    "GPT2-Small-SAEs-Reformatted": _CENTRED,
-    "GPT2-Small-Feature-Splitting-Experiment-Layer-8": _CENTRED,
-    "gpt2-small-mlp-out-saes": _CENTRED,
-    "Mistral-7B-Residual-Stream-SAEs": dict(normalize_activations="constant_norm_rescale"),
+# Normalisation of releases whose folders do not state it, by the names of their repositories: SAELens' registry does.
+_RELEASES = {
+    "GPT2-Small-SAEs-Reformatted": "center",
+    "GPT2-Small-Feature-Splitting-Experiment-Layer-8": "center",
+    "gpt2-small-mlp-out-saes": "center",
+    "Mistral-7B-Residual-Stream-SAEs": "token_norm",
 }
 _UNIT = 1e-6  # how far from 1 a length is by rounding alone
 # What TransformerLens changes of the model's weights besides centring, and the sites whose values it changes.
@@ -99,7 +98,20 @@ def parse(folder: Path, site: str = "", overrides: Mapping[str, Any] | None = No
         layout["threshold_F"] = "log_threshold"
     arranged, transposed = tensors.arrange(file.with_name(WEIGHTS), state, layout, config)
     log_threshold = layout.get("threshold_F") == "log_threshold"
-    return tensors.Published(config, arranged, transposed, lambda arrays: _fold(file, settings, arrays, log_threshold))
+    path = file.absolute().as_posix()
+    norm = next((norm for name, norm in _RELEASES.items() if name in path and "sae_lens_version" not in settings), "")
+
+    def fold(arrays: Arrays) -> Arrays:
+        if norm and not config.input_norm:
+            logging.warning(
+                "%s does not say that its release needs input_norm=%r, so that other features fire: load it by its "
+                "name in SAELens' registry (saelens:RELEASE/SAE_ID), or take dictionary.with_config("
+                "dataclasses.replace(dictionary.config, input_norm=%r))",
+                *(file, norm, norm),
+            )
+        return _fold(file, settings, arrays, log_threshold)
+
+    return tensors.Published(config, arranged, transposed, fold)
 
 
 def read_settings(file: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,19 +121,12 @@ def read_settings(file: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{file} is not the description of a dictionary: expected an object with 'architecture'")
     if "metadata" not in settings:
         settings.setdefault("prepend_bos", True)  # what SAELens assumes of folders from before version 6
-        overrides = release_settings(file.parent) | {**overrides}
     metadata = settings.pop("metadata", {})
     named = {_OLD_NAMES.get(name, name): value for name, value in {**metadata, **settings, **overrides}.items()}
     layer = named.get("hook_layer", named.get("hook_point_layer"))
     if isinstance(named.get("hook_name"), str) and isinstance(layer, int):  # early versions leave the layer open
         named["hook_name"] = named["hook_name"].replace("{layer}", str(layer))
     return named
-
-
-def release_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings that a release's folders lack, by the repository's name in a path; {}: there are none."""
-    path = folder.absolute().as_posix()
-    return next((settings for name, settings in _RELEASES.items() if name in path), {})
 
 
 def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int], site: str) -> DictionaryConfig:
