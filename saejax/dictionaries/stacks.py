@@ -138,8 +138,9 @@ def identity(folder: str) -> str:
     """Hash the dictionaries in a folder, or a file, which may be on the hub: 16 hexadecimal digits."""
     digest, place = hashlib.sha256(), resolve_path(folder)
     files = [place] if place.is_file() else _hashed_files(place)
-    # Where a file is named, its settings are in another one beside it.
-    settings = [place.with_name(name) for name in BESIDE] if place.is_file() else []
+    # Where a file is named, its settings are in another one beside it, or above.
+    settings = [*(place.with_name(name) for name in BESIDE), place.parent.parent / "config.json"]
+    settings = settings if place.is_file() else []
     # What SAELens' registry says of a dictionary is in none of its files.
     digest.update(repr(sorted(registry_overrides(folder).items())).encode())
     for path in [*files, *filter(Path.is_file, settings)]:

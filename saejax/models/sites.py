@@ -32,6 +32,11 @@ from saejax.models.config import DecoderConfig
 
 KINDS = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 HEAD_KINDS = ("attn_q", "attn_k", "attn_v", "attn_z")
+# What some dictionaries read that is no site, and what to do: see ``dictionaries.formats.hooks``.
+_ELSEWHERE = {
+    "unknown": "stands for a site that a dictionary's files do not name: give it as site= of saejax.load_dictionary",
+    "mlp_normed": "is the norm before an MLP before its gain, which only attribution graphs read (--graph.transcoders)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Site:
                 "a site of a layer and on from there, and a module is no such place; expected one such as resid_post.15"
             )
         kind, _, layer = text.partition(".")
+        if kind in _ELSEWHERE:
+            raise UserError(f"{text} {_ELSEWHERE[kind]}")
         # ``isdigit`` alone accepts digits of other scripts, which ``int`` reads too: one site would have two names.
         if kind not in (*KINDS, *HEAD_KINDS) or not (layer.isascii() and layer.isdigit()):
             raise UserError(

@@ -85,7 +85,7 @@ def _load(folder: Path, member: Member) -> Dictionary:
     target = "" if member.target == member.site else member.target
     if (folder / circuit_tracer.DESCRIPTION).exists():
         kinds = [site.partition(".")[0] for site in (member.site, target)]
-        layers, layer = circuit_tracer.open_set(folder, *kinds), int(member.site.rpartition(".")[2])
+        layers, layer = circuit_tracer.open_transcoders(folder, *kinds), int(member.site.rpartition(".")[2])
         if layer >= len(layers.layers):
             raise UserError(
                 f"--train.init_from={folder} has layers 0 to {len(layers.layers) - 1}, not the {layer} of {member.site}"

@@ -123,7 +123,7 @@ def _dictionaries_at(address: str) -> Iterator[tuple[str, DictionaryConfig, Call
     try:
         folder = resolve_path(address)
         if folder.is_dir() and circuit_tracer.is_set(folder):
-            layers = circuit_tracer.open_set(folder)
+            layers = circuit_tracer.open_transcoders(folder)
             for i, config in enumerate(layers.configs):
                 yield f"{address}/layer_{i}", config, lambda i=i: layers.load(i)  # type: ignore[misc]
             return
@@ -131,8 +131,8 @@ def _dictionaries_at(address: str) -> Iterator[tuple[str, DictionaryConfig, Call
             yield address, read_config(address), lambda: load_dictionary(address)
             return
         for place in folders_of(folder):
-            below = place.relative_to(folder).as_posix()
-            name = address if below == "." else f"{address}/{below}"
+            is_named = place == folder or folder.is_file()  # or a file in it is
+            name = address if is_named else f"{address}/{place.relative_to(folder).as_posix()}"
             yield name, read_config(place), lambda place=place: load_dictionary(place)  # type: ignore[misc]
     except UserError as error:
         raise UserError(f"{_FLAG}: {error}") from None

@@ -32,11 +32,29 @@ def test_every_site_has_a_hook_that_means_it(kind):
         ("mlp_3", "mlp_out.3"),
         ("blocks.3.ln2.hook_normalized", "mlp_normed.3"),
         ("blocks.3.attn.hook_z", "attn_z.3"),
+        ("blocks.3.hook_in", "resid_pre.3"),  # version 3 of TransformerLens
+        ("blocks.3.hook_out", "resid_post.3"),
+        ("blocks.3.ln2.hook_in", "resid_mid.3"),
+        ("blocks.3.attn.hook_out", "attn_out.3"),
+        ("blocks.3.attn.o.hook_in", "attn_z.3"),
+        ("model.layers[7].output[0]", "resid_post.7"),  # nnsight
+        ("transformer.h.7.mlp.output", "mlp_out.7"),
+        ("model.layers.7.mlp.input", "mlp_in.7"),
+        ("gpt_neox.layers[7].input", "resid_pre.7"),
+        ("model.layers.7.self_attn.o_proj.input", "attn_z.7"),
+        ("model.layers.7.mlp.act_fn.input", "module:model.layers.7.mlp.act_fn.input"),
+        ("layers_7", "resid_post.7"),
         (None, "unknown"),
     ],
 )
 def test_hooks_and_modules_mean_sites(hook, site):
     assert hooks.to_site(hook) == site
+
+
+def test_models_of_transformer_lens_are_on_the_hub_under_other_names():
+    names = {"gpt2-small": "gpt2", "pythia-70m-deduped": "EleutherAI/pythia-70m-deduped", "gemma-2b": "google/gemma-2b"}
+    names |= {name: name for name in ("", "gpt2-medium", "some/gemma-2b", "/folder/of/gemma-2b")}
+    assert {name: hooks.hub_name(name) for name in names} == names
 
 
 GEMMA = {  # norms after the MLP make its module another place
@@ -45,6 +63,11 @@ GEMMA = {  # norms after the MLP make its module another place
     "model.layers.3": "resid_post.3",
     "mlp_out_layer_3": "module:model.layers.3.mlp",
     "attn_layer_3": "module:model.layers.3.self_attn",
+    "model.layers.3.mlp.output": "module:model.layers.3.mlp",
+    "model.layers.3.pre_feedforward_layernorm.output": "mlp_in.3",
+    "model.layers.3.post_feedforward_layernorm.output": "mlp_out.3",
+    "model.layers.3.post_attention_layernorm": "attn_out.3",
+    "blocks.3.ln2_post.hook_out": "mlp_out.3",
 }
 
 
@@ -61,6 +84,7 @@ def test_hooks_of_a_model_with_norms_after_the_mlp():
         ("blocks.0.attn.hook_q", ""),
         ("hook_embed", ""),
         ("blocks.3.mlp.hook_out", "google/gemma-3-4b"),
+        ("blocks.3.attn.hook_out", "google/gemma-3-4b"),
     ],
 )
 def test_hooks_that_are_no_site_are_refused_by_name(hook, model):

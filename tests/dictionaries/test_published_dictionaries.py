@@ -4,7 +4,9 @@ A layout is a function of a folder and arrays that writes the files, and returns
 function that its publisher's code computes, in float64 from the arrays as the files hold them, and what is described.
 """
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 from known_dictionaries import assert_computes
 from safetensors.numpy import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from saejax.dictionaries import Dictionary, load_dictionary, load_transcoders, save_dictionary, stacks
+from saejax.dictionaries import Dictionary, joined, load_dictionary, load_transcoders, save_dictionary, stacks
 from saejax.dictionaries.formats import circuit_tracer, load_all, place, read_config
 from saejax.dictionaries.input_norm import normalise
 from saejax.errors import UserError
@@ -208,6 +211,18 @@ def saelens_6_of_heads_side_by_side(folder, w):
     return path, function(w), dict(site="attn_z.8", input_norm="")
 
 
+@layout()
+def saelens_6_of_a_hook_that_its_module_tells(folder, w):
+    """As SAELens describes Gemma Scope 2: the older hook's name means another place."""
+    hooks = dict(hook_name="blocks.8.hook_mlp_in", hf_hook_name="model.layers.8.pre_feedforward_layernorm.output")
+    return saelens(folder, w, **NEW, metadata=META | hooks), function(w), dict(site="mlp_in.8")
+
+
+@layout()
+def saelens_named_by_its_file(folder, w):
+    return saelens(folder, w, **OLD) / "sae_weights.safetensors", function(w), dict(site="resid_pre.8")
+
+
 # --- dictionary_learning
 
 
@@ -254,6 +269,14 @@ def dictionary_learning_of_what_a_module_reads(folder, w):
     path = learned(folder, "AutoEncoder", linears(w, bias="bias"), submodule_name="mlp_layer_3")
     write_json(path / "config.json", json.loads((path / "config.json").read_text()) | dict(buffer=dict(io="in")))
     return path, function(w), dict(site="mlp_in.3", target="")
+
+
+@layout()
+def dictionary_learning_checkpoint(folder, w):
+    path = learned(folder, "AutoEncoderTopK", linears(w, bias="b_dec"), k=K)
+    (path / "checkpoints").mkdir()
+    file = path / "checkpoints" / "ae_100.pt"
+    return (path / "ae.pt").rename(file), function(w, lambda pre: topk(relu(pre))), dict(site="resid_post.12", k=K)
 
 
 @layout()
@@ -404,14 +427,25 @@ def llama_scope_2(folder, w):
 # --- others
 
 
-@layout(seed=3)
-def sparsify_with_negative_activations(folder, w):
+@layout()
+def sparsify_sae(folder, w):
     state = dict(encoder__weight=w["W_enc"].T, encoder__bias=w["b_enc"], W_dec=w["W_dec"], b_dec=w["b_dec"])
     write_tensors(folder / "layers.10" / "sae.safetensors", **state)
-    write_json(folder / "layers.10" / "cfg.json", dict(num_latents=F, k=30, signed=True, d_in=D))
+    write_json(folder / "layers.10" / "cfg.json", dict(num_latents=F, k=K, signed=False, d_in=D))
     write_json(folder / "config.json", dict(model="EleutherAI/pythia-70m"))
-    expected = dict(site="resid_post.10", signed=True, model="EleutherAI/pythia-70m")
-    return folder / "layers.10", function(w, lambda pre: topk(pre, 30)), expected
+    expected = dict(site="resid_post.10", signed=False, model="EleutherAI/pythia-70m")
+    return folder / "layers.10", function(w, lambda pre: topk(relu(pre))), expected
+
+
+@layout()
+def sparsify_transcoder_of_the_first_version(folder, w):
+    """That it is one is said of its run alone, and so the decoder's bias is subtracted."""
+    state = dict(encoder__weight=w["W_enc"].T, encoder__bias=w["b_enc"], W_dec=w["W_dec"], b_dec=w["b_dec"])
+    write_tensors(folder / "h.3.mlp" / "sae.safetensors", **state)
+    write_json(folder / "h.3.mlp" / "cfg.json", dict(num_latents=F, k=K, d_in=D))
+    write_json(folder / "config.json", dict(model="gpt2", transcode=True))
+    expected = dict(site="mlp_in.3", target="mlp_out.3", centred=True)
+    return folder / "h.3.mlp", function(w, lambda pre: topk(relu(pre))), expected
 
 
 @layout()
@@ -423,6 +457,33 @@ def sparsify_skip_transcoder(folder, w):
     write_json(folder / "layers.3.mlp" / "cfg.json", cfg)
     compute = function(w, lambda pre: topk(relu(pre)), False)
     return folder / "layers.3.mlp", compute, dict(site="mlp_in.3", target="mlp_out.3")
+
+
+@layout()
+def sparsify_of_one_of_several_seeds(folder, w):
+    path, compute, expected = LAYOUTS["sparsify_skip_transcoder"](folder / "made")
+    (folder / "layers.3.mlp").mkdir()
+    write_json(folder / "config.json", dict(model="EleutherAI/pythia-70m"))
+    seed = path.rename(folder / "layers.3.mlp" / "seed1")
+    return seed, compute, expected | dict(model="EleutherAI/pythia-70m")
+
+
+@layout()
+def openai_topk(folder, w):
+    file = folder / "resid_post_mlp_v5_32k" / "autoencoders" / "6.pt"
+    state = {"encoder.weight": w["W_enc"].T, "decoder.weight": w["W_dec"].T, "pre_bias": w["b_dec"]}
+    state = {name: torch.tensor(array) for name, array in (state | dict(latent_bias=w["b_enc"])).items()}
+    file.parent.mkdir(parents=True)
+    torch.save(state | dict(activation="TopK", activation_state_dict=dict(k=K, postact_fn="ReLU")), file)
+    expected = dict(site="resid_post.6", kind="topk", k=K, input_norm="layer_norm", model="gpt2")
+    return file, normalised(function(w, lambda pre: relu(topk(pre))), "layer_norm"), expected
+
+
+@layout()
+def openai_relu(folder, w):
+    file = folder / "resid_delta_mlp" / "autoencoders" / "11.pt"
+    write_pickled(file, **linears(w, bias="pre_bias") | dict(encoder__bias=0.0, latent_bias=w["b_enc"]))
+    return file, function(w), dict(site="mlp_out.11", kind="standard", input_norm="")
 
 
 @layout()
@@ -490,7 +551,8 @@ def test_a_crosscoder_of_gemma_scope_2_has_features_that_read_one_layer_and_writ
 
 @pytest.mark.parametrize("batch_topk", [False, True])
 def test_a_crosscoder_of_two_models(batch_topk, tmp_path):
-    folder, rng = tmp_path / "gemma-2-2b-L13-k100-lr1e-04", np.random.default_rng(0)
+    name = "gemma-2-2b-L13-k100-lr1e-04" if batch_topk else "gemma-2-2b-crosscoder-l13-mu4.1e-02-lr1e-04"
+    folder, rng = tmp_path / name, np.random.default_rng(0)
     w = dict(encoder__weight=rng.standard_normal((2, D, F)), decoder__weight=rng.standard_normal((2, F, D)))
     w |= dict(encoder__bias=rng.standard_normal(F), decoder__bias=rng.standard_normal((2, D)))
     more = dict(threshold=np.asarray(3.0), k=np.asarray(7.0)) if batch_topk else {}
@@ -504,6 +566,27 @@ def test_a_crosscoder_of_two_models(batch_topk, tmp_path):
     f = pre * (pre * weight > 3.0) if batch_topk else pre
     y = np.einsum("bf,pfd->bpd", f, stored["decoder.weight"]) + stored["decoder.bias"]
     assert_computes(dictionary, x.reshape(20, -1), (f, y.reshape(20, -1)))
+
+
+def test_a_crosscoder_of_two_models_whose_scales_no_file_states(tmp_path, caplog):
+    scales, rng = (0.2758961493232058, 0.24422852496546169), np.random.default_rng(0)
+    w = dict(W_enc=(2, D, F), W_dec=(F, 2, D), b_enc=(F,), b_dec=(2, D))
+    w = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in w.items()}
+    for name in ("crosscoder-gemma-2-2b-model-diff", "another"):
+        write_pickled(tmp_path / name / "cc_weights.pt", **w)
+        write_json(tmp_path / name / "cfg.json", dict(hook_point="blocks.14.hook_resid_pre", model_name="gemma-2-2b"))
+    with caplog.at_level("WARNING", "absl"):
+        dictionary = load_dictionary(tmp_path / "crosscoder-gemma-2-2b-model-diff")
+        assert not caplog.records
+        load_dictionary(tmp_path / "another")
+        assert "are in no file and are taken as 1" in caplog.text
+    assert (dictionary.site, dictionary.config.scales) == ("resid_pre.14+other:resid_pre.14", scales)
+    x_PxBxD = rng.standard_normal((2, 20, D)).astype(np.float32)
+    inputs = joined.join(dictionary.config, dict(zip(dictionary.site.split("+"), x_PxBxD, strict=True)))
+    scaled = x_PxBxD * np.reshape(scales, (2, 1, 1)).astype(np.float64)
+    f = relu(np.einsum("pbd,pdf->bf", scaled, w["W_enc"]) + w["b_enc"])
+    y = np.einsum("bf,fpd->bpd", f, w["W_dec"]) + w["b_dec"]
+    assert_computes(dictionary, inputs, (f, y.reshape(20, -1)))
 
 
 @torch.no_grad()
@@ -600,7 +683,11 @@ def registry(tmp_path, monkeypatch, nothing_fetched):
     release = dict(repo_id="jbloom/GPT2", model="gpt2-small", saes=[dict(id="blocks.8.hook_resid_pre", path="a/b")])
     overrides = dict(model_from_pretrained_kwargs=dict(center_writing_weights=True))
     centred = json.loads(json.dumps(release)) | dict(config_overrides=overrides)
-    (package / "pretrained_saes.yaml").write_text(yaml.safe_dump({"gpt2-small-res-jb": centred, "plain": release}))
+    releases = {"gpt2-small-res-jb": centred, "plain": release}
+    layers = dict(conversion_func="mntss_clt_layer_transcoder", saes=[dict(id="layer_1", path=1)])
+    releases |= {"layers": release | layers, "heads": release | dict(conversion_func="connor_rob_hook_z")}
+    releases = json.loads(json.dumps(releases))  # or YAML would share what is equal
+    (package / "pretrained_saes.yaml").write_text(yaml.safe_dump(releases))
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **wanted: str(tmp_path / name))
     return saelens(tmp_path / "jbloom" / "GPT2" / "a" / "b", arrays(), **OLD)
@@ -617,6 +704,10 @@ def test_a_release_of_saelens_registry_brings_the_settings_that_its_folder_lacks
         load_dictionary("saelens:plain/x")
     with pytest.raises(UserError, match="no release 'gpt2-medium': expected one such as gpt2-small-res-jb"):
         load_dictionary("saelens:gpt2-medium/x")
+    with pytest.raises(UserError, match="layers/layer_1 is a layer of a cross-layer transcoder"):
+        load_dictionary("saelens:layers/layer_1")
+    with pytest.raises(UserError, match="value biases TransformerLens folded away"):
+        load_dictionary("saelens:heads/blocks.8.hook_resid_pre")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="SAELens is not installed: install it .*, or give the address on the hub"):
         load_dictionary("saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre")
@@ -639,7 +730,7 @@ def test_only_the_named_folder_of_a_repository_is_fetched(tmp_path, monkeypatch,
     named = file.relative_to(tmp_path)
     assert load_dictionary(f"hf://Qwen/SAE/{named.as_posix()}").site == "resid_post.4"
     besides = [named.with_name(name).as_posix() for name in ("config.json", "cfg.json", "config.yaml")]
-    assert asked[-1][2] == [named.as_posix(), *besides]
+    assert asked[-1][2][:4] == [named.as_posix(), *besides]
     place._fetch.cache_clear()
     for revision in ("v1", "refs/pr/3"):  # the hub's own order
         assert load_dictionary(f"hf://google/scope@{revision}/{below}").site == "resid_post.12"
@@ -649,8 +740,27 @@ def test_only_the_named_folder_of_a_repository_is_fetched(tmp_path, monkeypatch,
             load_dictionary(address)
 
 
+def test_a_folder_that_is_called_like_a_file_is_fetched(tmp_path, monkeypatch, nothing_fetched):
+    """As "v5_32k_layer_0.pt" of jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs."""
+    remote = saelens(tmp_path / "remote" / "v5_32k_layer_0.pt", arrays(), **OLD).parent
+
+    def snapshot(name, revision, allow_patterns, ignore_patterns):
+        files = [file.relative_to(remote).as_posix() for file in remote.rglob("*.*") if file.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(remote / file, tmp_path / file)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    dictionary = load_dictionary("hf://jbloom/SAEs/v5_32k_layer_0.pt")
+    assert_computes(dictionary, X, function(arrays())(X))
+
+
 def test_files_of_one_layer_each_are_a_folders_dictionaries(tmp_path):
     file, _, _ = LAYOUTS["qwen_scope"](tmp_path)
+    with pytest.raises(UserError, match="folders of such: name one, such as .*layer4.sae.pt"):
+        load_dictionary(file.parent)  # others may not have been fetched
+    assert [sae.site for sae in load_all(file.parent).values()] == ["resid_post.4"]
     for layer in (0, 10):
         write_pickled(file.with_name(f"layer{layer}.sae.pt"), **{name: array.T for name, array in arrays().items()})
     assert [sae.site for sae in load_all(file.parent).values()] == ["resid_post.0", "resid_post.4", "resid_post.10"]
@@ -686,7 +796,9 @@ def overwrite(file):
 
 
 TOPK = dict(dict_class="AutoEncoderTopK", k=K)
+many = {f"w{number:02}": 1.0 for number in range(40)}
 WITH_K = "saelens_4_with_k_among_the_activations_arguments"
+JUMPS = "saelens_4_jumprelu_with_a_scaling_factor"
 OLDEST, NEWEST, LEARNED = "saelens_before_version_3", "saelens_6_with_unknown_settings", "dictionary_learning_topk"
 
 
@@ -703,6 +815,11 @@ OLDEST, NEWEST, LEARNED = "saelens_before_version_3", "saelens_6_with_unknown_se
         ("gemma_scope_1", cut("params.npz"), "params.npz is truncated or not a npz file"),
         ("goodfire", cut(f"{NAME}.pth"), "SAE-l19.pth is truncated"),
         ("goodfire", lambda path: write_pickled(path / f"{NAME}.pth", pre_bias=1.0), "holds pre_bias, which no dictio"),
+        (
+            "goodfire",
+            lambda path: write_pickled(path / f"{NAME}.pth", **many),
+            "w00, .*w11 and 28 more,",
+        ),
         (LEARNED, settings("config.json", dict_class="Odd"), "dict_class is 'Odd', which cannot"),
         (LEARNED, lambda path: write_pickled(path / "ae.pt", k=3), "lacks decoder.weight, encoder"),
         (LEARNED, settings("config.json", dict_class=...), "of AutoEncoderTopK and BatchTopKSAE: fetch"),
@@ -712,7 +829,16 @@ OLDEST, NEWEST, LEARNED = "saelens_before_version_3", "saelens_6_with_unknown_se
         ("llama_scope_r1", settings("config.json", sae_type="lorsa"), "sae_type is 'lorsa'"),
         ("llama_scope_2", settings("config.json", top_k=F + 1), "k is 41: expected a whole number from 1 to the 40"),
         ("sparsify_skip_transcoder", settings("cfg.json", activation="groupmax"), "activation is 'groupmax'"),
-        ("sparsify_skip_transcoder", settings("cfg.json", signed="false"), "signed is 'false': expected true or false"),
+        ("sparsify_skip_transcoder", settings("cfg.json", transcode="false"), "transcode is 'false': expected true or"),
+        ("sparsify_sae", settings("cfg.json", signed=True), "signed is True, which no dictionary here has"),
+        ("sparsify_sae", settings("cfg.json", normalize_io=True), "normalize_io is True, which no dictionary here has"),
+        (
+            "sparsify_sae",
+            settings("cfg.json", skip_connection=True),
+            "safetensors, which has no W_skip",
+        ),
+        ("sparsify_skip_transcoder", settings("cfg.json", skip_connection=False), "safetensors, which has a W_skip"),
+        (JUMPS, settings("cfg.json", architecture=None), "has threshold, which belongs to another one"),
         (OLDEST, settings("cfg.json", hook_point=5), "has a setting of another type"),
         (WITH_K, settings("cfg.json", activation_fn_kwargs="k"), "a setting of another type"),
         (NEWEST, settings("cfg.json", prepend_bos=[]), "a setting of another type"),
@@ -746,6 +872,54 @@ def test_bfloat16_matrices_stay_so_when_asked_and_compute_the_same(dtype, stored
     np.testing.assert_array_equal(dictionary(jnp.asarray(X)), wide(jnp.asarray(X)))
     with pytest.raises(UserError, match="unknown dtype 'float8'"):
         load_dictionary(tmp_path, dtype="float8")
+
+
+def test_a_release_whose_folders_lack_its_normalisation_is_told(tmp_path, caplog):
+    folder = tmp_path / "models--jbloom--GPT2-Small-SAEs-Reformatted" / "blocks.8.hook_resid_pre"
+    with caplog.at_level("WARNING", "absl"):
+        load_dictionary(saelens(folder, arrays(), **OLD))
+    assert "does not say that its release needs input_norm='center'" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["expected_average_only_in", True])
+def test_a_factor_of_the_inputs_that_is_missing_is_told(value, tmp_path, caplog):
+    saelens(tmp_path, arrays(), **OLD | dict(normalize_activations=value))
+    with caplog.at_level("WARNING", "absl"):
+        load_dictionary(tmp_path)
+    assert "the factor is not in the folder" in caplog.text
+
+
+def test_a_layer_of_a_cross_layer_transcoder_is_refused_by_name(tmp_path):
+    w = arrays(threshold=(0, 1)) | dict(W_dec=np.zeros((F, 1, D), np.float32))
+    file = tmp_path / "params_layer_0.safetensors"
+    write_tensors(file, **{name.lower(): array for name, array in w.items()})
+    for path, what in ((tmp_path, "a cross-layer"), (file, "a layer of a cross-layer")):
+        with pytest.raises(UserError, match=f"holds no dictionary but {what} transcoder: trace it"):
+            load_dictionary(path)
+
+
+def test_a_site_that_is_named_must_be_there_and_what_is_none_says_what_to_do(tmp_path):
+    path, _, _ = LAYOUTS["goodfire"](tmp_path)
+    assert read_config(path, site="blocks.3.hook_resid_mid").site == "resid_mid.3"
+    for site, message in (
+        ("resid_pots.3", "no site 'resid_pots.3'"),
+        ("blocks.3.hook_k", "hook blocks.3.hook_k is none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_config(path, site=site)
+    for site, message in (
+        ("unknown", "give it as site= of saejax.load"),
+        ("mlp_normed.3", "only attribution graphs read"),
+    ):
+        config = dataclasses.replace(read_config(path), site=site)
+        with pytest.raises(UserError, match=message):
+            load_dictionary(path).with_config(config).ablate([1])
+
+
+def test_the_smallest_gemma_3_has_no_suffix(tmp_path):
+    path, _, _ = LAYOUTS["gemma_scope_2_affine_transcoder"](tmp_path)
+    path = (tmp_path / "gemma-scope-2-1b-it").rename(tmp_path / "gemma-scope-2-270m-pt") / path.parent.name / path.name
+    assert read_config(path).model == "google/gemma-3-270m"
 
 
 def test_a_damaged_description_of_ours_is_refused_in_one_line(tmp_path):

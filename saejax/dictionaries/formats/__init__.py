@@ -9,6 +9,7 @@ params_layer_{i}.safetensors in layer_7_13_... Gemma Scope 2's crosscoders (``ge
 hyperparams.json, config.json with sae_type    Llama Scope, Llama-Scope-R1, Llama-Scope-2 (``published``)
 model.safetensors, config.json with num_layers crosscoders of science-of-finetuning (``published``)
 layer3.sae.pt, NAME.pth, NAME.pt               Qwen-Scope, Goodfire, DeepSeek-R1 by qresearch (``published``)
+autoencoders/6.pt, cc_weights.pt               OpenAI, crosscoders of Kissane et al. (``published``)
 config.yaml, layer_0.safetensors, ...          sets of transcoders of all layers (``circuit_tracer``), or one file
 
 Each is in a folder here, on the hub, hf://ORG/NAME[/FOLDER][@REVISION], or named as in SAELens' registry,
@@ -31,6 +32,7 @@ from saejax.dictionaries.formats.place import registry_overrides, resolve_path
 from saejax.dictionaries.formats.tensors import DTYPES, Published, description_errors
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError, one_of
+from saejax.models.sites import parse_site, site_parts
 
 WRITERS = {"saejax": own.save, "saelens": saelens.save}
 
@@ -49,14 +51,17 @@ class Format:
 FORMATS = (
     Format("SAELens", lambda path: (path / saelens.WEIGHTS).is_file() and _has_cfg(path), saelens.parse),
     Format("sparsify", lambda path: (path / "sae.safetensors").is_file(), published.parse_sparsify),
-    Format("dictionary_learning", lambda path: (path / "ae.pt").is_file(), published.parse_dictionary_learning),
+    Format("dictionary_learning", published.find_dictionary_learning, published.parse_dictionary_learning),
     Format("Gemma Scope", gemma_scope.find_file, gemma_scope.parse),
     Format("Gemma Scope 2 crosscoders", gemma_scope.is_crosscoder, gemma_scope.parse_crosscoder),
     Format("Llama Scope", published.find_llama_scope, published.parse_llama_scope),
     Format("science-of-finetuning", published.is_crosscoder, published.parse_crosscoder),
-    Format("Qwen-Scope, Goodfire, qresearch", published.find_pickled, published.parse_pickled),
+    Format("Qwen-Scope, Goodfire, OpenAI, qresearch", published.find_pickled, published.parse_pickled),
     Format("circuit-tracer, one layer", circuit_tracer.is_layer, circuit_tracer.parse_layer),
 )
+
+
+_IN_FOLDERS = (saelens.WEIGHTS, "sae.safetensors")  # files that may be named in place of their folders
 
 
 def _has_cfg(folder: Path) -> bool:
@@ -124,7 +129,7 @@ def folders_of(path: str | os.PathLike) -> list[Path]:
     Raises:
       UserError: no dictionary is there.
     """
-    paths = _find_all(resolve_path(path))
+    paths = _find_all(_resolve(path))
     if not paths:
         _locate(path)  # raises, and says what is there instead
     return paths
@@ -157,9 +162,7 @@ def load_transcoders(
     """
     folder = resolve_path(path)
     if circuit_tracer.is_set(folder):
-        opened = circuit_tracer.open_set(folder, site, target)
-        if opened.decoders:
-            raise UserError(f"{folder} is a cross-layer transcoder: trace it with --graph.transcoders={path}")
+        opened = circuit_tracer.open_transcoders(folder, site, target)
         return [opened.load(layer, matmul_dtype, dtype) for layer in range(len(opened.layers))]
     return [each.load(matmul_dtype, dtype) for each in locate_transcoders(folder)]
 
@@ -219,14 +222,14 @@ def describe(config: DictionaryConfig, format: str) -> str:
 
 def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Located:
     """Find the dictionary at a path or address; a ``UserError`` if there is none, or its description is damaged."""
-    folder = resolve_path(path)
+    folder, (site, target) = _resolve(path), map(_named_site, (site, target))
     if ours := _own_folder(folder):
         with description_errors(ours / own.DESCRIPTION):
             config = _with_sites(own.read_config(ours), site, target)
         return Located(config, "saejax", lambda matmul, dtype: own.load(ours, matmul, dtype).with_config(config))
     format = next((format for format in FORMATS if format.matches(folder)), None)
     # The folder of a set may hold a file that is a dictionary by itself: the set is asked for by other functions.
-    if format is None or (not folder.suffix and circuit_tracer.is_set(folder)):
+    if format is None or (folder.is_dir() and circuit_tracer.is_set(folder)):
         raise UserError(f"{folder} holds no dictionary {_hint(folder)}")
     # Of SAELens' settings some depend on the site, and some are in its registry.
     is_saelens = format.parse is saelens.parse
@@ -235,6 +238,22 @@ def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Locate
     config = _with_sites(parsed.config, site, target)
     hooks.require_sites(config.site, config.target)
     return Located(config, format.name, dataclasses.replace(parsed, config=config).load)
+
+
+def _resolve(path: str | os.PathLike) -> Path:
+    """Return the folder or file that a path or address means; the folder of a file that may stand for it."""
+    place = resolve_path(path)
+    return place.parent if place.name in _IN_FOLDERS and place.is_file() else place
+
+
+def _named_site(text: str) -> str:
+    """Return the site that a caller names, also by its hook; a ``UserError`` if there is none of this name."""
+    site = hooks.to_site(text) if "hook_" in text else text
+    hooks.require_sites(site)
+    for part in site_parts(site) if site else ():
+        if part.partition(".")[0] != hooks.NORMED:
+            parse_site(part)
+    return site
 
 
 def _with_sites(config: DictionaryConfig, site: str, target: str) -> DictionaryConfig:
@@ -271,6 +290,11 @@ def _hint(folder: Path) -> str:
             "because it does not exist: name a folder that the train stage finished, or a published dictionary, on the "
             "hub as hf://ORG/NAME/FOLDER"
         )
+    cross_layer = "a cross-layer transcoder: trace it with --graph.transcoders or saejax.open_transcoders"
+    if folder.is_dir() and circuit_tracer.is_cross_layer(folder):
+        return f"but {cross_layer}"
+    if circuit_tracer.is_cross_layer_file(folder):
+        return f"but a layer of {cross_layer}, given its folder"
     if folder.is_dir() and circuit_tracer.is_set(folder):
         return "but a set of transcoders: name the file of a layer in it, or use load_transcoders"
     if (folder / saelens.DESCRIPTION).is_file():

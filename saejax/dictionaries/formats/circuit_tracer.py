@@ -126,6 +126,12 @@ def is_cross_layer(folder: Path) -> bool:
     return any((folder / pattern.format(0)).is_file() for pattern in (ENCODERS, gemma_scope.PARAMS))
 
 
+def is_cross_layer_file(file: Path) -> bool:
+    """Return whether a path is the file of one layer of a cross-layer transcoder, by its name."""
+    patterns = (ENCODERS, DECODERS, gemma_scope.PARAMS)
+    return file.is_file() and any(file.match(pattern.format("*")) for pattern in patterns)
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return the description of a set; the hooks that sets without one have.
 
@@ -161,6 +167,21 @@ def open_set(folder: Path, site: str = "", target: str = "") -> TranscoderSet:
     with tensors.description_errors(folder / DESCRIPTION):
         open_kind = _open_cross_layer if is_cross_layer(folder) else _open_layers
         return open_kind(folder, site, target)
+
+
+def open_transcoders(folder: Path, site: str = "", target: str = "") -> TranscoderSet:
+    """Open a set of transcoders that each predict their layer; ``site`` and ``target`` are those of ``open_set``.
+
+    Raises:
+      UserError: it is cross-layer: what a layer's features write to their own layer predicts nothing alone.
+    """
+    opened = open_set(folder, site, target)
+    if opened.decoders:
+        raise UserError(
+            f"{folder} is a cross-layer transcoder, whose layers are no transcoders by themselves: trace it with "
+            f"--graph.transcoders={folder}"
+        )
+    return opened
 
 
 def _open_layers(folder: Path, site: str, target: str) -> TranscoderSet:

@@ -226,4 +226,5 @@ def _model(file: Path) -> str:
     if not named:
         return ""
     second, size, training = named.groups()
-    return f"google/gemma-{'3' if second else '2'}-{size}" + ("" if training == "pt" and not second else f"-{training}")
+    plain = training == "pt" and (not second or size == "270m")  # names without "-pt"
+    return f"google/gemma-{'3' if second else '2'}-{size}" + ("" if plain else f"-{training}")

@@ -1,8 +1,9 @@
 """Names of places in other tools, and the sites here that they mean.
 
-TransformerLens, which SAELens and circuit-tracer build on, names hooks: ``blocks.15.hook_resid_post``. With a model of
-the transformers library SAELens names modules, whose output is meant: ``model.layers.15``; sparsify names them without
-the model's prefix: ``layers.15``. dictionary_learning names what it trained on: ``resid_post_layer_15``.
+TransformerLens, which SAELens and circuit-tracer build on, names hooks: ``blocks.15.hook_resid_post``, which is
+``blocks.15.hook_out`` in its version 3. With a model of the transformers library SAELens names modules, whose output is
+meant: ``model.layers.15``; sparsify names them without the model's prefix: ``layers.15``. nnsight says which side of a
+module it means: ``model.layers[15].output[0]``. dictionary_learning names what it trained on: ``resid_post_layer_15``.
 
 Some names need care. ``blocks.L.mlp.hook_out`` and a module ``...L.mlp`` are what the MLP gives, which is what it adds
 to the stream (``mlp_out.L``) only in models that do not normalise it first. ``blocks.L.hook_mlp_in`` is the stream
@@ -12,6 +13,7 @@ before the MLP before its gain: it is called ``mlp_normed.L``, which attribution
 """
 
 import re
+from collections.abc import Mapping
 
 from saejax.errors import UserError
 from saejax.models.sites import KINDS, Site
@@ -31,10 +33,25 @@ _WRITTEN = {
     "resid_post": "hook_resid_post",
     NORMED: "ln2.hook_normalized",
 }
-_READ = {hook: kind for kind, hook in _WRITTEN.items()} | {"mlp.hook_out": "mlp_out"}
+_OF_MODULES = {"mlp.hook_out": "mlp_out", "attn.hook_out": "attn_out"}  # what modules give, before a norm of it
+_READ = {hook: kind for kind, hook in _WRITTEN.items()} | _OF_MODULES
+# In version 3 of TransformerLens the older names are aliases of these.
+_READ |= {"hook_in": "resid_pre", "ln2.hook_in": "resid_mid", "hook_out": "resid_post", "attn.o.hook_in": "attn_z"}
+_READ |= {"ln1_post.hook_out": "attn_out", "ln2_post.hook_out": "mlp_out"}
 _MODULES = {None: "resid_post", "mlp": "mlp_out", "self_attn": "attn_out", "attn": "attn_out", "attention": "attn_out"}
+# Norms of models that normalise what attention and the MLP give; others have the first name for another norm.
+_NORMS = {
+    "post_attention_layernorm": "attn_out",
+    "pre_feedforward_layernorm": "mlp_in",
+    "post_feedforward_layernorm": "mlp_out",
+}
+_INPUTS = {None: "resid_pre", "mlp": "mlp_in"} | dict.fromkeys(
+    ("self_attn.o_proj", "attn.c_proj", "attention.dense"), "attn_z"
+)
 _HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
-_MODULE = re.compile(r"(?:\w+\.)*(?:layers|h)\.(\d+)(?:\.(mlp|self_attn|attn|attention)|\.output)?")
+_MODULE = re.compile(r"(?:\w+\.)*(?:layers|h)[._](\d+)(?:\.([a-z_.]+))?")
+_SIDE = re.compile(r"(.+?)\.(?:(output)|inputs?)(?:\.0)*")
+_INDEX = re.compile(r"\[(\d+)\]")
 _SUBMODULE = re.compile(
     r"(resid_pre|resid_mid|resid_post|resid_out|resid|attn_out|attn|attention_out|mlp_out|mlp_in|mlp)"
     r"(?:_layer)?_?(\d+)"
@@ -43,6 +60,9 @@ _SHORT = dict(resid="resid_post", resid_out="resid_post", attn="attn_out", atten
 _POST_NORMED = {"attn_out": "self_attn", "mlp_out": "mlp"}  # module of each site that some models normalise
 # Names of models that normalise what attention and the MLP give before it is added to the stream.
 _POST_NORMS = re.compile("gemma-?[23]|olmo-?2")
+# Owners of families on the hub, and models that TransformerLens calls otherwise.
+_OWNERS = {"pythia-": "EleutherAI", "gemma-": "google", "opt-": "facebook"}
+_RENAMED = {"gpt2-small": "gpt2", "mistral-7b": "mistralai/Mistral-7B-v0.1"}
 # Names of models by their norms, which decide what TransformerLens' centring of weights does.
 _LAYER_NORMS = re.compile(
     "gpt-?2|pythia|gpt-?neo|gpt-j|phi-[12]|opt-|bloom|tiny-?stories|stablelm|gelu-|solu-|attn-only|redwood"
@@ -70,6 +90,12 @@ def short_model_name(model: str) -> str:
     return "gpt2" if name == "gpt2-small" else name  # as TransformerLens calls the smallest GPT-2
 
 
+def hub_name(model: str) -> str:
+    """Return the hub id of a model that TransformerLens calls by a name without an owner; other names as they are."""
+    owner = next((owner for family, owner in _OWNERS.items() if model.startswith(family)), "")
+    return _RENAMED.get(model, model if "/" in model or not owner else f"{owner}/{model}")
+
+
 def to_site(hook: str | None, model: str = "") -> str:
     """Return the site that a name means; for other names "module:<path>", or "hook:<name>", which has to be replaced.
 
@@ -86,13 +112,25 @@ def to_site(hook: str | None, model: str = "") -> str:
         return f"{kind}.{layer}"
     if match := _HOOK.fullmatch(hook):
         layer, name = match.groups()
-        if name in _READ and not (name == "mlp.hook_out" and has_post_norms(model)):
+        if name in _READ and not (name in _OF_MODULES and has_post_norms(model)):
             return f"{_READ[name]}.{layer}"
-    elif match := _MODULE.fullmatch(hook):
+    return NO_SITE + hook if "hook_" in hook else _module_site(_INDEX.sub(r".\1", hook), model)
+
+
+def _module_site(path: str, model: str) -> str:
+    """Return the site that the path of a module means, its output unless the path ends in its input."""
+    module, output = path, "output"
+    if match := _SIDE.fullmatch(path):
+        module, output = match.groups()
+    if match := _MODULE.fullmatch(module):
         layer, part = match.groups()
-        if part is None or not has_post_norms(model):
-            return f"{_MODULES[part]}.{layer}"
-    return (NO_SITE if "hook_" in hook else MODULE) + hook
+        kinds: Mapping[str | None, str] = _MODULES if output else _INPUTS
+        if output and (has_post_norms(model) or "feedforward" in (part or "")):  # only such models have that norm
+            kinds = _NORMS | {None: "resid_post"}
+        if part in kinds:
+            return f"{kinds[part]}.{layer}"
+        return MODULE + (module if output else path)
+    return MODULE + path
 
 
 def require_sites(*sites: str) -> None:

@@ -23,6 +23,16 @@ _PICKLED = ("*.pt", "*.pth")  # fetched where there is nothing else: a repositor
 _SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")  # of addresses of files
 BESIDE = ("config.json", "cfg.json", "config.yaml")  # settings beside a dictionary that is one file
 
+_OF_ALL_LAYERS = "is a layer of a cross-layer transcoder, whose features write to later layers: trace with all of it"
+# Conversions of SAELens' registry whose dictionaries are none here, and why.
+_UNREAD = {
+    "temporal": "is a temporal SAE, whose features depend on earlier tokens: no dictionary here has that",
+    "connor_rob_hook_z": "reads what heads give in a model whose value biases TransformerLens folded away "
+    "(fold_value_biases), which are not the values of the published model",
+    "mntss_clt_layer_transcoder": f"{_OF_ALL_LAYERS} (--graph.transcoders)",
+    "cross_layer": f"{_OF_ALL_LAYERS} (--graph.transcoders)",
+}
+
 #: Short names of published sets, and their repositories on the hub.
 SHORT_NAMES = {
     "qwen3-0.6b": "mwhanna/qwen3-0.6b-transcoders-lowl0",
@@ -111,11 +121,14 @@ def _fetch(address: str) -> Path:
     fetch = functools.partial(hub.hub_folder, repository, revision, what="dictionary")
     if folder.suffix in _SUFFIXES:
         files = [(folder.parent / name).as_posix() for name in (folder.name, *BESIDE)]
+        # Settings may lie above, and some folders are called like files.
+        files += [(folder.parent.parent / "config.json").as_posix(), *(f"{folder}/{name}" for name in _FILES)]
         return fetch(files) / folder
     prefix = "" if folder == PurePosixPath(".") else f"{folder}/"
     below = [f"{prefix}*/*"]  # in patterns a star stands for slashes, too
-    run = (folder.parent / "config.json").as_posix()  # sparsify says there which model it was
-    root = fetch([*(prefix + name for name in _FILES), run], below)
+    # sparsify says there which model it was.
+    runs = [(above / "config.json").as_posix() for above in (folder.parent, folder.parent.parent)]
+    root = fetch([*(prefix + name for name in _FILES), *runs], below)
     # Settings are fetched first: they tell which format it is, and so which large files are needed.
     if (root / prefix / "dictionary.json").exists():
         root = fetch([f"{prefix}*"])
@@ -150,6 +163,9 @@ def find_release(address: str) -> tuple[str, dict[str, Any]]:
     if chosen is None:
         ids = ", ".join(sae["id"] for sae in listed[:5]) or "none"
         raise UserError(f"{address}: the release {release} has no dictionary {sae_id!r}: expected one such as {ids}")
+    conversion = "cross_layer" if "clt" in str(chosen.get("path")) else entry.get("conversion_func")
+    if conversion in _UNREAD:
+        raise UserError(f"{address} {_UNREAD[conversion]}")
     overrides = dict(entry.get("config_overrides") or {}) | dict(chosen.get("config_overrides") or {})
     if "norm_scaling_factor" in chosen:
         overrides["norm_scaling_factor"] = chosen["norm_scaling_factor"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from saejax.dictionaries import rescale
 from saejax.dictionaries.formats import hooks, tensors
@@ -24,11 +25,27 @@ _PLAIN = {"W_enc_DxF": "W_enc", "b_enc_F": "b_enc", "W_dec_FxD": "W_dec", "b_dec
 _L0 = re.compile(r"-L0_(\d+)")
 _QWEN = re.compile(r"layer(\d+)\.sae\.pt")
 _LAYER_SUFFIX = re.compile(r"-l(\d+)\b", re.IGNORECASE)
+_OPENAI_PATH = re.compile(r"/(resid_(?:delta|post)_(?:attn|mlp))[^/]*/autoencoders/(\d+)\.pt$")
+_OPENAI_SITES = dict(
+    resid_delta_attn="attn_out", resid_post_attn="resid_mid", resid_delta_mlp="mlp_out", resid_post_mlp="resid_post"
+)
+# Factors of the inputs of a crosscoder's parts that its publisher's code states, by the name of its repository.
+_KNOWN_SCALES = {"crosscoder-gemma-2-2b-model-diff": (0.2758961493232058, 0.24422852496546169)}
 
 
 # --- sparsify (EleutherAI)
 
 _SPARSIFY = {"W_enc_DxF": "encoder.weight.T", "b_enc_F": "encoder.bias", "W_dec_FxD": "W_dec", "b_dec_D": "b_dec"}
+# Settings that change what is computed: signed ones keep the k largest by size, of any sign.
+_SPARSIFY_UNREAD = (
+    "signed",
+    "normalize_io",
+    "post_encoder_scale",
+    "embed_skip",
+    "gram_lookup",
+    "n_targets",
+    "n_sources",
+)
 _MODULE_INPUTS = dict(mlp_out="mlp_in", mlp_in="mlp_in", resid_post="resid_pre")  # what a module with this output reads
 
 
@@ -43,20 +60,31 @@ def _input_of(site: str) -> str:
 def parse_sparsify(folder: Path) -> tensors.Published:
     """Describe a folder with ``cfg.json`` and ``sae.safetensors``, named after the module that it reads.
 
-    A transcoder predicts that module's output from its input.
+    A transcoder predicts that module's output from its input. A run of several seeds has folders for each in it.
     """
     folder = folder.absolute()
+    hookpoint = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
     file, weights = folder / "cfg.json", folder / "sae.safetensors"
     settings, state = tensors.read_settings(file), tensors.open_tensors(weights)
     if (activation := settings.get("activation", "topk")) != "topk":
         raise UserError(f"{file}: activation is {activation!r}, which no dictionary here has: expected 'topk'")
-    skip, transcoder, signed = (
-        tensors.flag(file, settings, key, False) for key in ("skip_connection", "transcode", "signed")
-    )
-    layout = _SPARSIFY | ({"W_skip_DxD": "W_skip.T"} if skip else {})
-    run = folder.parent / "config.json"  # of the run that trained all folders beside this one
-    model = str(tensors.read_settings(run).get("model") or "") if run.is_file() else ""
-    output = hooks.to_site(folder.name, model) if "." in folder.name else hooks.UNKNOWN
+    if unread := [f"{key} is {settings[key]!r}" for key in _SPARSIFY_UNREAD if settings.get(key)]:
+        raise UserError(f"{file}: {', '.join(unread)}, which no dictionary here has")
+    has_skip = "W_skip" in state
+    if has_skip != tensors.flag(file, settings, "skip_connection", has_skip):
+        raise UserError(
+            f"{file}: skip_connection does not fit {weights.name}, which has {'a' if has_skip else 'no'} W_skip"
+        )
+    layout = _SPARSIFY | ({"W_skip_DxD": "W_skip.T"} if has_skip else {})
+    run = hookpoint.parent / "config.json"  # of the run that trained all folders beside this one
+    run_settings = tensors.read_settings(run) if run.is_file() else {}
+    model = str(run_settings.get("model") or "")
+    # The first transcoders were trained by a class that did not know it and subtracted the bias as in an SAE.
+    centred = not tensors.flag(file, settings, "transcode", False)
+    transcoder = not centred or ("transcode" not in settings and tensors.flag(run, run_settings, "transcode", False))
+    output = hooks.to_site(hookpoint.name, model)
+    if output.startswith((hooks.MODULE, hooks.NO_SITE)) and "." not in hookpoint.name:  # a name that its user gave
+        output = hooks.UNKNOWN
     parsed = tensors.describe(
         weights,
         state,
@@ -65,8 +93,7 @@ def parse_sparsify(folder: Path) -> tensors.Published:
         site=_input_of(output) if transcoder else output,
         target=output if transcoder else "",
         k=tensors.positive_int(file, "k", settings.get("k")),
-        signed=signed,
-        centred=not transcoder,
+        centred=centred,
         model=model,
     )
     for key, size in (("d_in", parsed.config.d_in), ("num_latents", parsed.config.n_features)):
@@ -98,9 +125,21 @@ _WITH_K = ("topk", "batchtopk", "matryoshka")
 _LENGTHS = ("GatedAutoEncoder", "JumpReluAutoEncoder")
 
 
-def parse_dictionary_learning(folder: Path) -> tensors.Published:
-    """Describe a folder with ``ae.pt`` and ``config.json``, whose ``trainer`` says which class it is."""
-    file, weights = folder / "config.json", folder / "ae.pt"
+def find_dictionary_learning(path: Path) -> Path | None:
+    """Return the file of a dictionary_learning folder, or the path itself where it is one, as of a checkpoint."""
+    file = path if re.fullmatch(r"ae(_\d+)?\.pt", path.name) else path / "ae.pt"
+    return file if file.is_file() else None
+
+
+def parse_dictionary_learning(path: Path) -> tensors.Published:
+    """Describe a folder with ``ae.pt`` and ``config.json``, whose ``trainer`` says which class it is.
+
+    Checkpoints are in a folder in it, ``checkpoints/ae_100.pt``.
+    """
+    weights = find_dictionary_learning(path)
+    assert weights is not None
+    folder = weights.parent.parent if weights.parent.name == "checkpoints" else weights.parent
+    file = folder / "config.json"
     settings = tensors.read_settings(file) if file.is_file() else {}
     trainer = settings.get("trainer") if settings else {}
     if not isinstance(trainer, dict):
@@ -201,7 +240,8 @@ def _parse_crosscoder(
 ) -> tensors.Published:
     """Describe a crosscoder: encoder.weight [P, d, F], decoder.weight [P, F, d], decoder.bias [P, d].
 
-    Its parts are a base model and one that was tuned from it, at the layer that the repository's name gives as "L13".
+    Its parts are a base model and one that was tuned from it, at the layer that the repository's name gives: "L13" or
+    "l13".
     """
     batch_topk = "threshold" in state
     arranged, _ = tensors.arrange(weights, state, _CROSSCODER | ({"threshold_F": "threshold"} if batch_topk else {}))
@@ -209,18 +249,13 @@ def _parse_crosscoder(
     if len(shape) != 3:
         raise UserError(f"{weights} is no crosscoder: encoder.weight has the shape {shape}, expected 3 axes")
     count, width, features = shape
-    wanted = dict(W_dec_FxD=(count, features, width), b_enc_F=(features,), b_dec_D=(count, width))
-    wrong = [
-        f"{_CROSSCODER[name]} is {arranged[name].shape}, expected {shape}"
-        for name, shape in wanted.items()
-        if arranged[name].shape != shape
-    ]
-    if wrong:
-        raise UserError(f"{weights} is no crosscoder: {'; '.join(wrong)}")
+    _check_parts(weights, arranged, _CROSSCODER, W_dec_FxD=(count, features, width))
     normalised = str(settings.get("code_normalization") or "CROSSCODER").rpartition(".")[2].upper()
     if batch_topk and normalised not in ("CROSSCODER", "NONE"):
         raise UserError(f"{weights}: code_normalization is {normalised}, which cannot be followed: expected CROSSCODER")
-    layer = re.findall(r"-L(\d+)(?:-|/)", weights.absolute().as_posix()) if count == 2 else []
+    path = weights.absolute().as_posix()
+    layer = next(filter(None, (re.findall(rf"-{letter}(\d+)(?:-|/)", path) for letter in "Ll")), [])
+    layer = layer if count == 2 else []
     site = f"resid_post.{layer[-1]}+other:resid_post.{layer[-1]}" if layer else hooks.UNKNOWN
     config = DictionaryConfig(
         kind="batchtopk" if batch_topk else "standard",
@@ -241,6 +276,59 @@ def _parse_crosscoder(
             length_F = rescale.decoder_lengths(W_dec_FxD, config.widths) if normalised == "CROSSCODER" else 1.0
             folded["threshold_F"] = np.broadcast_to(np.maximum(arrays["threshold_F"], 0) / length_F, (features,))
         return folded
+
+    return tensors.Published(config, arranged, fold=fold)
+
+
+def _check_parts(
+    file: Path, arranged: Mapping[str, tensors.Tensor], names: Mapping[str, str], **wanted: tuple[int, ...]
+) -> None:
+    """Refuse arrays that do not fit a crosscoder's encoder, [P, d, F]; ``names`` are those of the file."""
+    count, width, features = arranged["W_enc_DxF"].shape
+    wanted |= dict(b_enc_F=(features,), b_dec_D=(count, width))
+    wrong = [
+        f"{names[name]} is {arranged[name].shape}, expected {shape}"
+        for name, shape in wanted.items()
+        if arranged[name].shape != shape
+    ]
+    if wrong:
+        raise UserError(f"{file} is no crosscoder: {'; '.join(wrong)}")
+
+
+def _parse_model_diff(file: Path, state: Mapping[str, tensors.Tensor]) -> tensors.Published:
+    """Describe a crosscoder of two models by Kissane et al.: W_enc [P, d, F], W_dec [F, P, d], b_dec [P, d]; a ReLU.
+
+    The hook is in ``cfg.json`` beside it. Inputs of the training were scaled by a factor for each model, which no file
+    states.
+    """
+    arranged, _ = tensors.arrange(file, state, _PLAIN)
+    count, width, features = arranged["W_enc_DxF"].shape
+    _check_parts(file, arranged, _PLAIN, W_dec_FxD=(features, count, width))
+    description = file.with_name("cfg.json")
+    settings = tensors.read_settings(description) if description.is_file() else {}
+    model = str(settings.get("model_name") or "")
+    site = hooks.to_site(settings.get("hook_point"), model) if count == 2 else hooks.UNKNOWN
+    scales = next((scales for name, scales in _KNOWN_SCALES.items() if name in file.absolute().as_posix()), None)
+    if scales is None:
+        logging.warning(
+            "%s: the factors by which its code scales the activations of each model are in no file and are taken as 1: "
+            "for others give its config scales=(...) with dataclasses.replace and dictionary.with_config",
+            file,
+        )
+    config = DictionaryConfig(
+        kind="standard",
+        site=site if site == hooks.UNKNOWN else f"{site}+other:{site}",
+        d_in=count * width,
+        n_features=features,
+        centred=False,
+        widths=(width,) * count,
+        scales=scales or (1.0,) * count,
+        model=model,
+    )
+
+    def fold(arrays: Arrays) -> Arrays:
+        joined = dict(W_enc_DxF=(-1, features), W_dec_FxD=(features, count * width), b_enc_F=(-1,), b_dec_D=(-1,))
+        return {name: arrays[name].reshape(shape) for name, shape in joined.items()}
 
     return tensors.Published(config, arranged, fold=fold)
 
@@ -365,7 +453,8 @@ def find_pickled(path: Path) -> Path | None:
     if path.suffix in tensors.PICKLED:
         return path
     files = [file for suffix in (".pt", ".pth") for file in path.glob(f"*{suffix}")]
-    return files[0] if len(files) == 1 else None
+    # Of files of a layer each there may be one alone because no other was fetched: it is not what the folder means.
+    return files[0] if len(files) == 1 and not _QWEN.fullmatch(files[0].name) else None
 
 
 def parse_pickled(path: Path) -> tensors.Published:
@@ -376,15 +465,16 @@ def parse_pickled(path: Path) -> tensors.Published:
                              or in the repository's name, "...-L0_50".
     NAME-SAE-l19.pth         Goodfire: encoder_linear.weight [F, d], decoder_linear.weight [d, F] and biases; a ReLU
     NAME-SAE-l19.pt          DeepSeek-R1 by qresearch: encoder.weight, decoder.weight and biases; a ReLU
+    autoencoders/6.pt        OpenAI (Gao et al., 2024), in a folder such as resid_post_mlp_v5_32k: see ``_parse_openai``
+    cc_weights.pt            a crosscoder of two models: see ``_parse_model_diff``
     """
     file = find_pickled(path)
     assert file is not None
     state = tensors.open_tensors(file)
-    if file.with_name(f"{file.stem}_cfg.json").is_file():
-        raise UserError(
-            f"{file} is of Kissane et al., whose SAEs SAELens has in its own format: load those, such as "
-            "saelens:gpt2-small-hook-z-kk/blocks.0.hook_z"
-        )
+    if "pre_bias" in state and (named := _OPENAI_PATH.search(file.absolute().as_posix())):
+        return _parse_openai(file, state, f"{_OPENAI_SITES[named[1]]}.{named[2]}")
+    if set(_PLAIN.values()) <= set(state) and len(state["W_enc"].shape) == 3:
+        return _parse_model_diff(file, state)
     layers = _LAYER_SUFFIX.findall(file.absolute().as_posix())
     site = f"resid_post.{layers[-1]}" if layers else hooks.UNKNOWN  # of files whose names end in "-l19"
     layout = _LINEAR | {"b_dec_D": "decoder.bias"}
@@ -394,13 +484,32 @@ def parse_pickled(path: Path) -> tensors.Published:
     elif qwen:
         site, layout = f"resid_post.{qwen[1]}", _PLAIN | {"W_enc_DxF": "W_enc.T", "W_dec_FxD": "W_dec.T"}
     elif not {tensor.removesuffix(".T") for tensor in layout.values()} <= set(state):
-        has = ", ".join(sorted(state)) or "no tensors"
+        has = tensors.list_names(state) or "no tensors"
         raise UserError(
             f"{file} holds {has}, which no dictionary that can be read has: expected a file of Qwen-Scope, "
-            "Goodfire or qresearch, or a folder of dictionary_learning or SAELens"
+            "Goodfire, OpenAI (in a folder such as resid_post_mlp_v5_32k/autoencoders) or qresearch, or a folder of "
+            "dictionary_learning or SAELens"
         )
     facts = dict(kind="topk", k=_qwen_k(file), signed=True) if qwen else dict(kind="standard")
     return tensors.describe(file, state, layout, site=site, centred=False, **facts)
+
+
+def _parse_openai(file: Path, state: Mapping[str, tensors.Tensor], site: str) -> tensors.Published:
+    """Describe a file of OpenAI's for GPT-2: pre_bias is subtracted from inputs; those with a TopK normalise tokens."""
+    layout = {"W_enc_DxF": "encoder.weight.T", "W_dec_FxD": "decoder.weight.T"}
+    layout |= {"b_enc_F": "latent_bias", "b_dec_D": "pre_bias"}
+    name = str(state["activation"].numbers()[0]) if "activation" in state else "ReLU"
+    facts: dict[str, Any] = dict(kind="standard")
+    if name == "TopK":
+        settings = state["activation_state_dict"].numbers()[0] if "activation_state_dict" in state else {}
+        after = settings.get("postact_fn", "ReLU")
+        if after not in ("ReLU", "Identity"):
+            raise UserError(f"{file}: postact_fn is {after!r}, which no dictionary here has: expected 'ReLU'")
+        facts = dict(kind="topk", k=tensors.positive_int(file, "k", settings.get("k")), input_norm="layer_norm")
+        facts |= dict(signed=after == "Identity")
+    elif name != "ReLU":
+        raise UserError(f"{file}: activation is {name!r}, which no dictionary here has: expected 'TopK' or 'ReLU'")
+    return tensors.describe(file, state, layout, site=site, model="gpt2", **facts)
 
 
 def _qwen_k(file: Path) -> int:

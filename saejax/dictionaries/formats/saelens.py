@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from saejax.dictionaries import rescale
 from saejax.dictionaries.formats import circuit_tracer, hooks, tensors
@@ -52,10 +53,19 @@ _OLD_NAMES = {
     "hook_point_head_index": "hook_head_index",
     "activation_fn_str": "activation_fn",
 }
+# Tensors without which a dictionary that has them is another one.
+_OF_ARCHITECTURES = {"threshold", "r_mag", "b_mag", "b_gate", "W_skip"}
 _INPUT_NORMS = {"layer_norm": "layer_norm", "constant_norm_rescale": "token_norm"}
 # SAELens folds the factor of the second into the arrays when it saves a finished dictionary, and only warns otherwise.
 _NO_NORM = ("none", None, False, "expected_average_only_in", True)
 _FACTORS = ("activation_normalization_factor", "norm_scaling_factor")  # of constant_scalar_rescale
+# Normalisation of releases whose folders do not state it, by the names of their repositories: SAELens' registry does.
+_RELEASES = {
+    "GPT2-Small-SAEs-Reformatted": "center",
+    "GPT2-Small-Feature-Splitting-Experiment-Layer-8": "center",
+    "gpt2-small-mlp-out-saes": "center",
+    "Mistral-7B-Residual-Stream-SAEs": "token_norm",
+}
 _UNIT = 1e-6  # how far from 1 a length is by rounding alone
 # What TransformerLens changes of the model's weights besides centring, and the sites whose values it changes.
 _PROCESSING = {"fold_ln": ("mlp_in",), "fold_value_biases": ("attn_z",)}
@@ -79,11 +89,29 @@ def parse(folder: Path, site: str = "", overrides: Mapping[str, Any] | None = No
     config = _parse_config(file, settings, sizes, site)
     layout = _layout(config.kind, config.skip)
     layout |= {name: name for name in ("scaling_factor", "finetuning_scaling_factor") if name in state}
+    if strays := sorted(_OF_ARCHITECTURES & set(state) - {name.removesuffix(".T") for name in layout.values()}):
+        raise UserError(
+            f"{file}: architecture is {settings.get('architecture')!r}, but {WEIGHTS} has {', '.join(strays)}, which "
+            "belongs to another one: fetch its description again"
+        )
     if "log_threshold" in state and "threshold" not in state:  # a checkpoint of training
         layout["threshold_F"] = "log_threshold"
     arranged, transposed = tensors.arrange(file.with_name(WEIGHTS), state, layout, config)
     log_threshold = layout.get("threshold_F") == "log_threshold"
-    return tensors.Published(config, arranged, transposed, lambda arrays: _fold(file, settings, arrays, log_threshold))
+    path = file.absolute().as_posix()
+    norm = next((norm for name, norm in _RELEASES.items() if name in path and "sae_lens_version" not in settings), "")
+
+    def fold(arrays: Arrays) -> Arrays:
+        if norm and not config.input_norm:
+            logging.warning(
+                "%s does not say that its release needs input_norm=%r, so that other features fire: load it by its "
+                "name in SAELens' registry (saelens:RELEASE/SAE_ID), or take dictionary.with_config("
+                "dataclasses.replace(dictionary.config, input_norm=%r))",
+                *(file, norm, norm),
+            )
+        return _fold(file, settings, arrays, log_threshold)
+
+    return tensors.Published(config, arranged, transposed, fold)
 
 
 def read_settings(file: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,8 +138,8 @@ def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int
             raise UserError(f"{file}: {key} is {settings[key]!r}, but the arrays of {WEIGHTS} have {size}")
     _check(file, settings, transcoder)
     model = str(settings.get("model_name") or "")
-    site = site or hooks.to_site(settings.get("hook_name") or settings.get("hf_hook_name"), model)
-    target = hooks.to_site(settings.get("hook_name_out") or settings.get("hf_hook_name_out"), model)
+    site = site or _named_site(settings, "hook_name", model)
+    target = _named_site(settings, "hook_name_out", model)
     try:
         facts = _training_facts(settings, features) if kind == "jumprelu" else dict(kind=kind)
         ours = settings.get("saejax") or {}
@@ -182,6 +210,13 @@ def architecture(config: DictionaryConfig) -> str:
         f"SAELens has no architecture for a {config.kind} {form}: keep it in the format saejax"
         + (", or write circuit_tracer" if transcoder and circuit_tracer.holds_kind(config.kind) else "")
     )
+
+
+def _named_site(settings: Mapping[str, Any], key: str, model: str) -> str:
+    """Return the site that a setting names, or else that of the module of transformers that is named beside it."""
+    named = [hooks.to_site(settings[name], model) for name in (key, f"hf_{key}") if settings.get(name)]
+    sites = [site for site in named if not site.startswith((hooks.NO_SITE, hooks.MODULE))]
+    return next(iter([*sites, *named]), hooks.UNKNOWN)
 
 
 def _architecture(file: Path, settings: Mapping[str, Any]) -> str:
@@ -282,6 +317,13 @@ def _fold(file: Path, settings: Mapping[str, Any], arrays: Arrays, log_threshold
     factor = next((settings[key] for key in _FACTORS if settings.get(key)), None)
     if norm == "constant_scalar_rescale" and factor is None:
         raise UserError(f"{file}: normalize_activations is {norm}, but {_FACTORS[0]} is missing: it cannot be folded")
+    if factor is None and norm in ("expected_average_only_in", True):
+        logging.warning(
+            "%s: inputs of the training were scaled to a mean norm of sqrt(d) (normalize_activations), and the factor "
+            "is not in the folder: unless it was folded into the arrays, other features fire. SAELens' registry has "
+            "the factors of its releases: load such by their name, saelens:RELEASE/SAE_ID",
+            file,
+        )
     if factor is not None and norm in ("constant_scalar_rescale", "expected_average_only_in", True):
         # Features keep the units in which they were trained; inputs and outputs get those of the model.
         arrays["W_enc_DxF"] = arrays["W_enc_DxF"] * factor

@@ -35,6 +35,7 @@ DTYPES = ("float32", "bfloat16", "auto")  # of the matrices of a dictionary that
 MATRICES = ("W_enc_DxF", "W_dec_FxD", "W_skip_DxD")
 PICKLED = (".pt", ".pth", ".bin")
 _WRAPPERS = ("_orig_mod.", "module.")  # before the names of models that were compiled, or run on several devices
+_LISTED = 12  # names of tensors that a message lists
 _STAMP = "saejax_stamp"  # key of a file's metadata
 
 Layout = Mapping[str, str]
@@ -169,7 +170,7 @@ def arrange(
     transposed = frozenset(ours for ours, name in layout.items() if name.endswith(".T"))
     missing = sorted(name for name in plain.values() if name not in state)
     if missing:
-        has = ", ".join(sorted(state)) or "nothing"
+        has = list_names(state) or "nothing"
         raise UserError(f"{file} lacks {', '.join(missing)}: it has {has}; fetch the dictionary again")
     wrong = []
     for ours, (shape, _) in parameter_table(config).items() if config else ():
@@ -180,6 +181,13 @@ def arrange(
     if wrong:
         raise UserError(f"{file} does not fit its description: {'; '.join(wrong)}")
     return {ours: state[name] for ours, name in plain.items()}, transposed
+
+
+def list_names(state: Mapping[str, Any]) -> str:
+    """Return the names of tensors, of many the first, as a message lists them."""
+    names = sorted(state)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def sizes(file: Path, state: Mapping[str, Tensor], layout: Layout) -> tuple[int, int]:

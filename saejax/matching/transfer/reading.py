@@ -142,7 +142,7 @@ def load_model_of(run: Run, each: Compared, mesh: Mesh, by_name: bool = False) -
             raise UserError(
                 f"{each.name} belongs to another model than --model.path={config.path}, and does not state which"
             )
-        config = ModelConfig(path=stated.model, revision=stated.revision or "main", dtype=config.dtype)
+        config = ModelConfig(path=hooks.hub_name(stated.model), revision=stated.revision or "main", dtype=config.dtype)
     lm = load_configured_model(config, mesh)
     if each.fingerprint not in ("", lm.source.fingerprint):
         raise UserError(
