@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,12 +105,13 @@ def json_lines(lines: str | Iterable[str], path: Path, example: str) -> Iterator
             raise UserError(f"{path}, line {number} is not JSON: expected an object such as {example}") from None
 
 
-def table_rows(path: Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
+def table_rows(path: Path, file: IO[bytes], columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Return the rows of a Parquet file, or of an Arrow file in either of its two layouts, some at a time.
 
     Args:
       path: where it comes from; its ending tells the format.
       file: its content.
+      columns: those that rows are to have; all, where the first of these is missing or none is named.
 
     Raises:
       UserError: it is damaged.
@@ -118,20 +119,29 @@ def table_rows(path: Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
     import pyarrow
 
     try:
-        for batch in _record_batches(path, file):
+        for batch in _record_batches(path, file, columns):
+            chosen = set(_chosen(batch.schema.names, columns))
+            batch = batch.select([i for i, name in enumerate(batch.schema.names) if name in chosen])
             for start in range(0, batch.num_rows, _ROWS):
                 yield from batch.slice(start, _ROWS).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    # The values of a damaged file raise errors of Python's: texts that are not UTF-8, dates beyond its calendar.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not a whole {path.suffix[1:]} file ({error}): copy or make it again") from None
 
 
-def _record_batches(path: Path, file: IO[bytes]) -> Iterator[Any]:
+def _chosen(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Return the names of the columns to read; see ``table_rows``."""
+    return [name for name in names if name in columns] if set(columns[:1]) & set(names) else list(names)
+
+
+def _record_batches(path: Path, file: IO[bytes], columns: Sequence[str]) -> Iterator[Any]:
     import pyarrow
 
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        yield from pyarrow.parquet.ParquetFile(file).iter_batches(_ROWS)
+        table = pyarrow.parquet.ParquetFile(file)
+        yield from table.iter_batches(_ROWS, columns=_chosen(table.schema_arrow.names, columns))
         return
     try:
         # ``datasets`` writes streams; others write files: the ending does not tell.

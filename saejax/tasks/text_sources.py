@@ -70,10 +70,12 @@ def file_source(path: Path, field: str) -> TextSource:
     def texts() -> Iterator[Text]:
         with _opened(path) as file:
             if path.name.endswith(".txt"):
-                yield from ((piece, "") for piece in _paragraphs(text_lines(file, path)))
+                yield from ((piece, "") for piece in _paragraphs(text_lines(file, path), path))
             elif path.name.endswith((".parquet", ".arrow")):
-                for number, row in enumerate(table_rows(path, file), start=1):
-                    yield _text_of(row, field, f"{path}, row {number}")
+                # No other column: embeddings and images would take more memory and time than the text.
+                for number, row in enumerate(table_rows(path, file, (field, "group")), start=1):
+                    if not _is_blank(row, field):
+                        yield _text_of(row, field, f"{path}, row {number}")
             else:
                 for number, record in json_lines(text_lines(file, path), path, f'{{"{field}": "..."}}'):
                     yield _text_of(record, field, f"{path}, line {number}")
@@ -96,10 +98,12 @@ def _hash(path: Path, before: bytes, state: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+def _paragraphs(lines: Iterable[str], path: Path) -> Iterator[str]:
     """Yield the texts between blank lines."""
     paragraph: list[str] = []
     for line in itertools.chain(lines, [""]):
+        if 4 * line.count("\0") > len(line):  # UTF-16 without a mark of byte order passes for UTF-8
+            raise UserError(f"{path} has many zero bytes, as UTF-16 does: expected text in UTF-8; convert it")
         if line.strip():
             paragraph.append(line.removesuffix("\r"))
         elif paragraph:
@@ -127,8 +131,8 @@ def hub_source(hub: str, configuration: str, revision: str, split: str, field: s
     def texts() -> Iterator[Text]:
         left = most or sys.maxsize
         for number, row in enumerate(hub_rows(hub, configuration, hub_commit(hub, revision), split, stream=True), 1):
-            if field in row and not str(row[field]).strip():
-                continue  # data sets made line by line have blank ones
+            if _is_blank(row, field):
+                continue
             yield _text_of(row, field, f"{hub}, {split}, row {number}")
             left -= len(row[field])
             if left <= 0:
@@ -203,6 +207,11 @@ def _files(part: str) -> list[Path]:
                 f"a benchmark ({', '.join(BENCHMARKS)})"
             )
     return paths
+
+
+def _is_blank(row: Mapping[str, Any], field: str) -> bool:
+    """Return whether a data set's row has a blank text: those made line by line have many."""
+    return isinstance(row.get(field), str) and not row[field].strip()
 
 
 def _text_of(row: Any, field: str, where: str) -> Text:

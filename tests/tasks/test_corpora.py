@@ -105,6 +105,7 @@ DAMAGED[len(DAMAGED) // 2] ^= 0xFF
         ("a.jsonl", "\n \n", "holds no document"),
         ("a.jsonl", '{"text": "sch\xf6n"}'.encode("latin-1"), "a.jsonl.* not UTF-8 at byte 13"),
         ("text.txt", b"\n\n  \n", "holds no document"),
+        ("text.txt", "Ein Text.".encode("utf-16-le"), "text.txt has many zero bytes, as UTF-16 does: expected"),
         ("text.jsonl.gz", b"", "holds no document"),  # of an empty file, Python's gzip makes empty content
         ("text.jsonl.gz", PACKED[:5], "not a whole gzip file"),
         ("text.jsonl.gz", PACKED[:30], "not a whole gzip file"),

@@ -34,6 +34,24 @@ def test_tables_give_what_lines_give(tmp_path):
     assert read_corpus(CorpusConfig(path=str(table))) == read_corpus(CorpusConfig(path=str(lines)))
 
 
+def test_of_a_table_only_texts_that_are_not_blank_are_read(tmp_path):
+    """Data sets made line by line have blank rows; other columns may hold what Python cannot, or much of it."""
+    text, late = pyarrow.array(["a", "", "b", " \n"]), pyarrow.array([2**62] * 4, pyarrow.timestamp("us"))
+    table, file = pyarrow.table(dict(text=text, date=late)), tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, file)
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert texts(file) == texts(tmp_path / "a.arrow") == ["a", "b"]
+    with pytest.raises(UserError, match="a.parquet is not a whole parquet file .date value out of range"):
+        texts(file, field="date")
+    pyarrow.parquet.write_table(pyarrow.table(dict(content=text, author=text)), file)
+    with pytest.raises(UserError, match="row 1 has no field 'text', only 'content', 'author'"):
+        texts(file)
+    pyarrow.parquet.write_table(pyarrow.table(dict(text=pyarrow.array([b"\xff"]).view(pyarrow.string()))), file)
+    with pytest.raises(UserError, match="a.parquet is not a whole parquet file .*can't decode"):
+        texts(file)
+
+
 def test_a_pattern_gives_all_its_files_and_a_field_its_column(tmp_path):
     for name in ("b", "a"):
         write_lines(tmp_path / f"{name}.jsonl", [dict(content=f"{name} {n}") for n in range(2)])
