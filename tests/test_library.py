@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_models import TINY_TEXT
@@ -130,6 +131,18 @@ def test_a_trained_dictionary_rebuilds_its_site(lm, acts, sae):
     assert scores.losses.tokens == count
     assert scores.losses.ce["clean"] == pytest.approx(nats / count, rel=1e-5)
     assert scores.losses.kl["clean"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_other_widths_are_refused(lm, sae):
+    d = sae.config.d_in
+    narrow = dataclasses.replace(sae.config, d_in=d - 1)
+    other = saejax.Dictionary.initial(narrow, jax.random.key(0))
+    for dictionary, mean_D, message in (
+        (other, None, f"the dictionary has the width {d - 1}, but {SITE} of .* has {d}: give one of this model"),
+        (sae, np.zeros(d + 1), f"mean_D has the width {d + 1}"),
+    ):
+        with pytest.raises(UserError, match=message):
+            saejax.evaluate(lm, dictionary, TEXTS[:1], mean_D=mean_D)
 
 
 def test_a_transcoder_reads_one_site_and_predicts_the_other(lm, acts):

@@ -153,10 +153,22 @@ def evaluate(
       dictionary: an SAE or a transcoder.
       texts: each at most as long as the model's context.
       mean_D: mean of the target over training tokens, the floor of ``ce_recovered``. None: its mean over these texts.
+
+    Raises:
+      UserError: the dictionary, or the mean, has another width than the model's site.
     """
     warn_of_bos(lm, dictionary)
     site, target = dictionary.site, dictionary.config.target or dictionary.site
     acts = capture(lm, texts, list(dict.fromkeys((site, target))))
+    d = acts.values[target].shape[1]
+    for what, width in {
+        "the dictionary": dictionary.config.d_in,
+        "mean_D": d if mean_D is None else len(mean_D),
+    }.items():
+        if width != d:
+            raise UserError(
+                f"{what} has the width {width}, but {target} of {lm.source.name} has {d}: give one of this model"
+            )
     # The model's rule, whoever trained the dictionary: as in the stage.
     dictionary = dictionary.with_sink_norms(lm.sink_norm, replace=True)
     limits = {site: dictionary.config.max_norm} | (
