@@ -149,7 +149,8 @@ class Fields:
     def refuse(self, name: str, value: Any, expected: str) -> UserError:
         """Return the error for a field whose value the decoder cannot honour; ``expected`` says what it can."""
         return UserError(
-            f"{self.where}: {self._path + name} {value!r} is not supported, expected {expected}: use another model"
+            f"{self.where}: {self._path + name} {value!r} is not supported, expected {expected}: run it in PyTorch "
+            "(--model.backend=torch), or use another model"
         )
 
     def contradiction(self, *names: str) -> UserError:

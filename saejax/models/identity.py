@@ -18,6 +18,8 @@ SETTINGS = (  # the files of a model, apart from its weights
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
+    "*.tiktoken",
     "*.model",
     "*.jinja",
 )

@@ -18,7 +18,10 @@ from saejax.errors import UserError
 from saejax.files import locked, read_json, write_json
 from saejax.models.identity import MARK, cache_folder, fingerprint, settings_fingerprint
 
-_LOADING = ("local_files_only", "is_local")
+# How transformers reads a folder. Unless it is told not to, it asks on the terminal whether to run a model's own code.
+LOCAL: dict[str, bool] = dict(local_files_only=True, trust_remote_code=False)
+_LOADING = ("local_files_only", "is_local", "trust_remote_code")
+_ERROR = 300  # characters of another library's error in a message
 _SEED, _MAKING = 0, 1  # of random weights; raise _MAKING when what is made changes
 
 
@@ -47,6 +50,12 @@ def cached_model(name: str, origin: str, make: Callable[[Path], None]) -> Path:
             "writable folder with room for the model"
         ) from None
     return folder
+
+
+def first_words(error: Exception) -> str:
+    """Return the beginning of an error's text: transformers lists all its classes where one is missing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _ERROR else f"{text[:_ERROR]} ..."
 
 
 def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -116,12 +125,14 @@ def _draw(folder: Path, target: Path) -> None:
 
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
         # A generator of its own: the draws of the caller's program stay as they were.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-    except (ValueError, KeyError, ImportError, OSError) as error:
-        raise UserError(f"transformers cannot make a random model of {folder} ({error}): use another model") from error
+    except Exception as error:  # an unusual configuration makes its reader raise anything
+        raise UserError(
+            f"transformers cannot make a random model of {folder} ({first_words(error)}): use another model"
+        ) from error
     save_pretrained(model, tokenizer, target)

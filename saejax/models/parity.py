@@ -61,7 +61,8 @@ def check_parity(lm: Any, dtype: str) -> float:
         fields = f"; its config.json has fields that saejax does not know: {', '.join(unread)}" if unread else ""
         raise UserError(
             f"{lm.source.name}: logits differ from those of transformers by {error:.2g} of their size on {length} "
-            f"tokens, expected at most {TOLERANCE[dtype]:g}{fields}: run it with PyTorch, or use another model"
+            f"tokens, expected at most {TOLERANCE[dtype]:g}{fields}: run it in PyTorch (--model.backend=torch), or use "
+            "another model"
         )
     record = _record(lm.source, dtype)
     with contextlib.suppress(OSError):  # where the cache cannot be written, the next load compares again

@@ -18,7 +18,7 @@ from saejax.models.families import check_family, has_family, read_config
 from saejax.models.gguf import dequantise
 from saejax.models.hub import hub_errors, hub_folder
 from saejax.models.identity import SETTINGS, fingerprint
-from saejax.models.model_cache import draw_random_model
+from saejax.models.model_cache import LOCAL, draw_random_model, first_words
 from saejax.settings import ModelConfig
 
 SMOLLM2 = "smollm2"
@@ -70,7 +70,11 @@ def longest_input(source: ModelSource) -> int | None:
     """Return the longest input that a model of any family takes, in tokens; None: it has no limit."""
     fields = read_model_config(source.folder)
     if has_family(fields):
-        return read_config(fields, str(source.folder / "config.json")).context
+        try:
+            return read_config(fields, str(source.folder / "config.json")).context
+        except UserError:  # a variant that only PyTorch runs
+            if fields.get("quantization_config"):
+                raise
     text = fields | (fields.get("text_config") or {})
     return next((text[name] for name in _CONTEXT if text.get(name)), None)
 
@@ -167,14 +171,14 @@ def find_tokenizer(source: ModelSource) -> Any | None:
     if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
         return None
     try:
-        tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+        tokenizer = _tokenizer_class(folder).from_pretrained(folder, **LOCAL)
+    except Exception as error:  # a damaged file makes its reader raise anything
         is_sentencepiece = not (folder / "tokenizer.json").exists() and any(folder.glob("*.model"))
         if is_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
             raise UserError(
                 f"the tokenizer in {folder} is a SentencePiece model (tokenizer.model): run `pip install sentencepiece`"
             ) from None
-        raise UserError(f"{folder} has no usable tokenizer ({error}): expected tokenizer.json") from None
+        raise UserError(f"{folder} has no usable tokenizer ({first_words(error)}): expected tokenizer.json") from None
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids = max(set(tokenizer.get_vocab().values()) - special, default=-1) + 1
     vocab = vocabulary(source)
@@ -224,14 +228,17 @@ def load_torch_model(source: ModelSource, dtype: str = "float32") -> Any:
     read_checkpoint(source.folder)  # transformers' own errors name neither file nor remedy
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+            source.folder, dtype=getattr(torch, dtype), output_loading_info=True, **LOCAL
         )
-    except (ValueError, RuntimeError, OSError, ImportError, KeyError) as error:
-        raise UserError(f"{source.folder} cannot be loaded by transformers ({error}): use another model") from error
+    except Exception as error:  # a damaged or unusual configuration makes its reader raise anything
+        raise UserError(
+            f"{source.folder} cannot be loaded by transformers ({first_words(error)}): use another model"
+        ) from error
     if loaded["missing_keys"]:
         raise UserError(f"{source.folder} lacks the weights {', '.join(sorted(loaded['missing_keys'])[:5])}")
     if damaged := _damaged_parameters(model):
         raise not_finite_error(f"the weights in {source.folder}", damaged, dtype)
+    model.config.return_dict = True  # some files say False, for which outputs have no names
     return model.eval()
 
 

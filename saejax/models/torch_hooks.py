@@ -81,6 +81,9 @@ class HookedModel:
       model: a causal language model. It is moved to a GPU if torch has one, and its parameters take no gradients.
       last_layer: if given, the model is cut after this layer, and later layers give back their memory.
 
+    Raises:
+      UserError: the model is not causal.
+
     Attributes:
       model: the model, without its head where it was cut.
       device: where it runs.
@@ -102,6 +105,18 @@ class HookedModel:
         self._skipped = threading.local()
         # Families differ in what they take: some know no mask, others no positions.
         self.accepted = frozenset(inspect.signature(self.model.forward).parameters)
+        self._check_causal()
+
+    def _check_causal(self) -> None:
+        """Raise a ``UserError`` if the model's output changes with later tokens: BERT's class passes for causal."""
+        ids = np.repeat(_PROBE_IDS, 2, axis=0)
+        ids[1, -1] = ids[1, 0]
+        with torch.inference_mode():
+            first, second = self.run(ids, None, (), lambda site, value: value)[0][:, :-1]
+        if (first - second).abs().max() > torch.finfo(first.dtype).eps ** 0.5 * first.abs().max():
+            raise UserError(
+                f"{self._name} attends to later tokens, as encoders do: expected a causal language model; use another"
+            )
 
     def check(self, site: AnySite) -> None:
         """Raise a ``UserError`` unless the model has the site and a forward pass comes by it once."""

@@ -307,7 +307,11 @@ def _read_sizes(model: Any, n_layers: int, context: int | None) -> dict[str, Any
 
     def first(*names: str, default: int) -> int:
         """Return the first of some fields that holds a whole number."""
-        return next((value for name in names if isinstance(value := getattr(config, name, None), int)), default)
+        for name in names:
+            with contextlib.suppress(RuntimeError):  # of a size that differs between layers (Gemma 4)
+                if isinstance(value := getattr(config, name, None), int):
+                    return value
+        return default
 
     d_model, n_heads = config.hidden_size, first("num_attention_heads", default=1)
     formulas: dict[str, Any] = dict(tied=False, norm="", norm_eps=0.0, activation="", gated=False, score_scale=1.0)

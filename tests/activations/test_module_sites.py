@@ -85,8 +85,8 @@ def test_a_pass_ends_after_the_last_module(setup, monkeypatch):
 
     monkeypatch.setattr(LlamaAttention, "forward", noted)
     setup.capture("ends", sites=("module:model.layers.1.mlp", "module:model.layers.0.mlp"))
-    # All layers are there, but only the pass that looks for the modules runs them.
-    assert layers.count(3) == layers.count(2) == 1 < layers.count(1) == layers.count(0)
+    # All layers are there, but only the passes that check the model and look for the modules run them.
+    assert layers.count(3) == layers.count(2) == 2 < layers.count(1) == layers.count(0)
 
 
 @pytest.mark.parametrize(

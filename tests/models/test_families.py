@@ -87,7 +87,6 @@ WHOLE = [
 ]
 HALF = [
     dict(rotary_pct=0.5, rotary_emb_base=5e5),
-    dict(partial_rotary_factor=0.5, rope_theta=5e5),
     dict(rotary_pct=0.5, partial_rotary_factor=0.5, rotary_emb_base=500_000, rope_theta=500_000, rope_scaling=None),
     dict(rope_parameters=dict(rope_type="default", rope_theta=5e5, partial_rotary_factor=0.5)),
     dict(rope_scaling=dict(type="linear", factor=1.0), rotary_pct=0.5, rotary_emb_base=500_000),
@@ -189,6 +188,7 @@ def test_layers_without_a_rotary_embedding():
         ("gemma2", dict(query_pre_attn_scalar=-1), "'query_pre_attn_scalar' is -1, expected above 0"),
         ("gemma3_text", dict(rope_parameters=LONGROPE), "rope_parameters.full_attention.rope_type 'longrope' is not"),
         ("gpt_neo", dict(attention_types=[[["global"], 3]]), "'attention_types' .for 3 layers. and 'num_layers' .2."),
+        ("gpt_neo", dict(attention_layers=["local"] * 2), "'attention_types' and 'attention_layers' contradict"),
         ("gpt_neo", dict(attention_types=[[["global", "dilated"], 1]]), "attention_types 'dilated' is not supported"),
         ("phi3", dict(rope_scaling=dict(type="yarn", factor=2.0)), "rope_scaling.rope_type 'yarn' is not supported"),
         ("phi3", dict(rope_scaling=dict(type="longrope", short_factor=[1.0])), "short_factor 'with 1 numbers' is not"),
@@ -217,3 +217,8 @@ def test_fields_that_nothing_reads():
     assert read(**unknown, **rope) == read()
     names = ["logit_scale", "partial_rotary_factor", "rope_parameters.base", "sliding_window"]
     assert unread_fields(LLAMA | unknown | rope, "config.json") == names
+    # The share that GPT-NeoX rotates has two names in new files; alone, transformers does not read the second.
+    neox = TINY_FIELDS["gpt_neox"] | dict(model_type="gpt_neox", rotary_pct=None)
+    share = dict(partial_rotary_factor=0.4)
+    assert unread_fields(neox | share, "config.json") == ["partial_rotary_factor"]
+    assert unread_fields(neox | share | dict(rotary_pct=0.4), "config.json") == []

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -71,6 +72,10 @@ def test_the_fingerprint_changes_with_any_byte_of_a_file_that_matters(tiny_llama
         content[offset] ^= 1
     (copy / name).write_bytes(content)
     assert identity.fingerprint(copy) == before
+    for vocabulary in ("vocab.txt", "qwen.tiktoken"):  # of other kinds of tokenizers
+        (copy / vocabulary).write_text("a word")
+        before, earlier = identity.fingerprint(copy), before
+        assert before != earlier
 
 
 def test_a_large_file_is_read_once(copy, cache, monkeypatch, caplog):
@@ -150,8 +155,24 @@ def test_no_usable_tokenizer(untokenized, monkeypatch):
     with pytest.raises(UserError, match=r"is a SentencePiece model .*: run `pip install sentencepiece`"):
         source.find_tokenizer(resolve(untokenized))
     (untokenized / "tokenizer.json").write_text("{")
+    for damaged in ("{", "{}", "[]"):
+        (untokenized / "tokenizer.json").write_text(damaged)
+        with pytest.raises(UserError, match="no usable tokenizer"):
+            source.load_tokenizer(resolve(untokenized))
+
+
+def test_a_models_own_code_is_not_run_and_nobody_is_asked(copy, cache, monkeypatch):
+    """By default transformers asks on the terminal, and waits."""
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("a question"))
+    code = {name: f"code.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")}
+    change_config(copy, model_type="no_such_kind", auto_map=code)
+    with pytest.raises(UserError, match="cannot be loaded by transformers"):
+        source.load_torch_model(resolve(copy))
+    with pytest.raises(UserError, match="transformers cannot make a random model"):
+        resolve(f"random:{copy}")
+    (copy / "tokenizer_config.json").write_text(json.dumps(dict(auto_map=dict(AutoTokenizer=["code.Its", None]))))
     with pytest.raises(UserError, match="no usable tokenizer"):
-        source.load_tokenizer(resolve(untokenized))
+        source.find_tokenizer(resolve(copy))
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings(copy):
@@ -185,6 +206,11 @@ def test_torch_models_that_do_not_fit_their_files(copy):
     with pytest.raises(UserError, match="cannot be loaded by transformers .*: use another model") as error:
         source.load_torch_model(found)
     assert "\n" not in str(error.value)
+    whole = (copy / "config.json").read_text()
+    change_config(copy, hidden_size="64")
+    with pytest.raises(UserError, match="cannot be loaded by transformers .*'hidden_size' expected int, got str"):
+        source.load_torch_model(found)
+    (copy / "config.json").write_text(whole)
     (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:-1])
     with pytest.raises(UserError, match="is truncated or not a safetensors file"):
         source.load_torch_model(found)
@@ -192,14 +218,15 @@ def test_torch_models_that_do_not_fit_their_files(copy):
 
 def test_architectures_that_are_not_known(copy):
     """Those that the decoder does not know, transformers may."""
-    for kind in ("no_such_kind", "t5", "mamba"):
+    for kind in ("no_such_kind", "t5", "mamba", ["llama"]):
         (copy / "config.json").write_text(json.dumps(dict(model_type=kind)))
-        with pytest.raises(UserError, match=f"does not have the family '{kind}', .* expected one of llama"):
+        with pytest.raises(UserError, match=f"not have the family {re.escape(repr(kind))}, .* expected one of llama"):
             resolve(copy, decoder=True)
         assert resolve(copy).folder == copy
-        if kind != "mamba":
-            with pytest.raises(UserError, match=f"cannot be loaded by transformers .*{kind[:2]}"):
+        if kind in ("no_such_kind", "t5"):
+            with pytest.raises(UserError, match=f"cannot be loaded by transformers .*{kind[:2]}") as error:
                 source.load_torch_model(resolve(copy))
+            assert len(str(error.value).replace(str(copy), "")) < 400  # not all classes of transformers
 
 
 def test_the_package_of_the_embedded_model_is_missing(monkeypatch):

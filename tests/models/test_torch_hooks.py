@@ -55,6 +55,15 @@ def test_sites_of_a_layout(family):
     assert torch.equal(*skipped.values())
 
 
+def test_an_encoder_is_refused():
+    """transformers has a class for it among the causal language models."""
+    fields = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=131)
+    for last_layer in (None, 0):
+        with pytest.raises(UserError, match="BertLMHeadModel attends to later tokens, as encoders do: expected a"):
+            HookedModel(make_tiny("bert", fields), last_layer)
+        HookedModel(make_tiny("bert", fields | dict(is_decoder=True)), last_layer)
+
+
 def test_a_layout_that_is_not_understood_asks_for_a_module():
     model = HookedModel(make_tiny("mamba", dict(vocab_size=131, hidden_size=16, state_size=4, num_hidden_layers=2)))
     model.check(Site("resid_post", 1))

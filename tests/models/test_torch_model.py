@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import OTHER_FIELDS, save_tiny, save_tiny_tokenizer
+from loaded_models import change_config
+from tiny_models import OTHER_FIELDS, make_tiny, save_tiny, save_tiny_tokenizer
 from torch_sites import relative_error
 
 from saejax import load_model
@@ -194,6 +195,29 @@ def test_an_architecture_without_a_family(family, tmp_path, caplog):
         assert list(made.ids) == ids[-5:][: len(made.ids)]
     split, values = forward(lm.config, (Site("mlp_out", 1),), True, lm.params, tokens.ids_BxT, tokens.lengths_B)
     assert relative_error(split[tokens.mask_BxT], logits[tokens.mask_BxT]) < 1e-5 and values[0].shape[-1] > 1
+
+
+def test_what_the_decoder_refuses_in_a_family_runs_in_torch(tmp_path):
+    """But not where the weights are quantised."""
+    path = save(tmp_path, "qwen3_moe", mlp_only_layers=[1])
+    with pytest.raises(UserError, match=r"mlp_only_layers \[1\] is not supported, .*: run it in PyTorch"):
+        load_model(path)
+    change_config(tmp_path, return_dict=False)  # about the form of outputs, which is not the file's to say
+    lm = load_model(path, backend="torch")
+    assert lm.config.context == 64 and np.isfinite(lm(lm.tokenize(TEXTS)).logits_BxTxV).all()
+    change_config(tmp_path, quantization_config=dict(quant_method="fp8"))
+    with pytest.raises(UserError, match="the weights are quantised|cannot be loaded by"):
+        load_model(path, backend="torch")
+
+
+def test_sizes_that_differ_between_layers(tmp_path):
+    """Such as the width of Gemma 4's heads, which transformers does not tell for the whole model."""
+    fields = OTHER_FIELDS["olmo"] | dict(head_dim=12, hidden_size_per_layer_input=0)
+    make_tiny("gemma4_text", fields).save_pretrained(tmp_path)
+    lm = load_model(str(tmp_path))
+    assert (lm.config.d_model, lm.config.n_layers) == (40, 3)
+    out = lm(pad([[5, 6, 7]]), capture=["mlp_out.1", "resid_post.2"])
+    assert np.isfinite(out.logits_BxTxV).all() and out.sites["resid_post.2"].shape == (1, 3, 40)
 
 
 def test_several_devices_are_refused(tmp_path):

@@ -21,7 +21,7 @@ FAMILIES: dict[str, Family] = {name: family for module in _MODULES for name, fam
 
 def has_family(data: Mapping[str, Any]) -> bool:
     """Return whether the decoder runs models with this ``config.json``."""
-    return data.get("model_type") in FAMILIES
+    return str(data.get("model_type")) in FAMILIES
 
 
 def check_family(data: Mapping[str, Any], where: str) -> str:

@@ -9,7 +9,8 @@ def _read_gpt_neo(fields: Fields) -> DecoderConfig:
     """Read a config of GPT-Neo, whose layers alternate between full and local attention as a pattern says."""
     n_layers, n_heads, d_model = (fields.size(name) for name in ("num_layers", "num_heads", "hidden_size"))
     kinds = [kind for pattern, times in fields.take("attention_types", list) for kind in list(pattern) * times]
-    fields.ignore("attention_layers")  # the same, written out; transformers reads "attention_types"
+    if fields.take("attention_layers", list, kinds) != kinds:  # the same, written out
+        raise fields.contradiction("'attention_types'", "'attention_layers'")
     if len(kinds) != n_layers:
         raise fields.contradiction(f"'attention_types' (for {len(kinds)} layers)", f"'num_layers' ({n_layers})")
     for kind in kinds:

@@ -38,7 +38,9 @@ def _read_gpt_neox(fields: Fields) -> DecoderConfig:
     # Its one matrix holds a query, a key and a value for each head: there are no shared keys.
     fields.expect("num_key_value_heads", fields.size("num_attention_heads"))
     d_head, context = fields.quotient("hidden_size", "num_attention_heads"), fields.size("max_position_embeddings")
-    theta_names, share_names = ("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor")
+    theta_names, share_names = ("rotary_emb_base", "rope_theta"), ("rotary_pct",)
+    if "rotary_pct" in fields:
+        fields.ignore("partial_rotary_factor")  # a copy; by itself, transformers does not read it
     bias = fields.take("attention_bias", bool)
     return _layer_norm_decoder(
         fields,
