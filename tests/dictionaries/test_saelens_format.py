@@ -126,6 +126,9 @@ def test_what_was_trained_as_something_else_says_so(tmp_path):
     metadata |= dict(metadata__training_architecture_details=details)
     config = load_dictionary(known.write_saelens(tmp_path, "jumprelu", **metadata)).config
     assert (config.kind, config.k, config.groups) == ("matryoshka", 16, (10, 20, F))
+    # The threshold is in the file, so a k that says nothing stops no one.
+    details["k"] = F + 1
+    assert load_dictionary(known.write_saelens(tmp_path / "k", "jumprelu", **metadata)).config.kind == "jumprelu"
 
 
 @pytest.mark.parametrize(

@@ -280,11 +280,13 @@ def _training_facts(settings: Mapping[str, Any], features: int) -> dict[str, Any
     """Return kind, k and groups of what is saved as jumprelu."""
     trained_as = settings.get("training_architecture")
     kind = next((kind for kind, name in _TRAINED_AS.items() if name == trained_as), "jumprelu")
-    if kind == "jumprelu":
-        return dict(kind=kind)
     details = settings.get("training_architecture_details") or {}
+    k = round(details.get("k") or 0)
+    # A k that no dictionary of this width has says nothing of how it was trained. Its threshold is in the file.
+    if kind == "jumprelu" or not 0 < k <= features:
+        return dict(kind="jumprelu")
     widths = details.get("matryoshka_widths") or () if kind == "matryoshka" else ()
-    return dict(kind=kind, k=round(details.get("k") or 0), groups=tuple(sorted({*widths, features})) if widths else ())
+    return dict(kind=kind, k=k, groups=tuple(sorted({*widths, features})) if widths else ())
 
 
 def _layout(kind: str, skip: bool) -> dict[str, str]:
