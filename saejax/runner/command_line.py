@@ -1,5 +1,6 @@
 """Command lines of the binaries: flags, the groups of settings that they fill, and the text of --help."""
 
+import itertools
 import os
 import re
 import textwrap
@@ -160,7 +161,7 @@ def _line_of(argv: Sequence[str], matches: Callable[[str], bool]) -> str:
 
 def _flag_files(argv: Sequence[str], inside: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Yield the flag files that arguments name, and those that lines of these name; ``inside`` are around them."""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    for argument, following in itertools.pairwise([*argv, ""]):
         name, equals, value = argument.strip().partition("=")
         file = Path(os.path.expanduser(value if equals else following))
         if name in ("-flagfile", "--flagfile") and file.is_file() and file not in inside:
