@@ -203,14 +203,20 @@ def test_a_disk_that_fills_during_capture_and_during_a_checkpoint(refuse, captur
     assert "disk is full" in refuse(["train"], workdir=runs.copy_run(captured, small_disk(size) / "run"))
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EDQUOT, "", "x"), ValueError("ABORTED: Disk quota exceeded")])
-def test_a_quota_that_ends(error, capsys):
+def status_of(error: Exception) -> int:
+    """Return the exit status of a run in which an error is raised."""
+
     def work():
         raise error
 
     flag_values = command_line.stage_flags()
     flag_values(["program", "--workdir=x"])
-    assert command.run_and_report(work, flag_values) == 2
+    return command.run_and_report(work, flag_values)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EDQUOT, "", "x"), ValueError("ABORTED: Disk quota exceeded")])
+def test_a_quota_that_ends(error, capsys):
+    assert status_of(error) == 2
     assert capsys.readouterr().err == "error: x: the disk quota is used up: free space, then run again\n"
 
 
@@ -224,12 +230,7 @@ def test_a_quota_that_ends(error, capsys):
     ],
 )
 def test_memory_that_is_used_up(error, capsys):
-    def work():
-        raise error
-
-    flag_values = command_line.stage_flags()
-    flag_values(["program", "--workdir=x"])
-    assert command.run_and_report(work, flag_values) == 2
+    assert status_of(error) == 2
     line = capsys.readouterr().err
     assert re.fullmatch(r"error: memory is used up \([^\n]+\): experiments.preflight with the same flags .*\n", line)
 

@@ -111,7 +111,7 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
         "--transfer.reconstruction=true",
     ]
     assert command.run(["transfer"], "", ["test", *flags]) == 0
-    assert "compared with their dead features, as evaluate has not measured them: " in capsys.readouterr().out
+    assert "compared with their dead features, for want of held-out text: " in capsys.readouterr().out
     results = load_results(tmp_path / "work" / "transfer")
     (pair,) = results.pairs
     for measure in ("decoder", "encoder"):

@@ -15,7 +15,7 @@ class ComparedDictionary:
     site: str  #: that it reads
     target: str  #: that it writes to
     features: int  #: number of features
-    dead_known: bool = True  #: whether it is known which features fire on no held-out text; if not, all are compared
+    dead_known: bool  #: whether it is known which features fire on no held-out text; if not, all are compared
 
 
 @dataclasses.dataclass(frozen=True)

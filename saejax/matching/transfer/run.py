@@ -111,7 +111,7 @@ class Comparison:
             self._live = [each.live(run.folder.parent, self._mesh, self._config.batch_tokens) for each in compared]
             unknown = [each.name for each, live_F in zip(compared, self._live, strict=True) if live_F is None]
             if unknown:
-                run.say(f"compared with their dead features, as evaluate has not measured them: {', '.join(unknown)}")
+                run.say(f"compared with their dead features, for want of held-out text: {', '.join(unknown)}")
         largest = max(4 * each.config.n_features * each.config.d_in for each in compared)
         # At least both rows of a pair and the second's null.
         self._weights = functools.lru_cache(maxsize=max(4, _ROW_BYTES // largest))(self._make_weights)
