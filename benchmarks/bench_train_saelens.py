@@ -26,14 +26,14 @@ SETTINGS = {
 NAMES = {"matryoshka": "matryoshka_batchtopk"}  # theirs, where it is another
 
 
-def make_trainer(kind: str, autocast: bool, batches_NxBxD: torch.Tensor, features: int, k: int) -> SAETrainer:
+def make_trainer(kind: str, autocast: bool, batches_NxBxD: torch.Tensor, features: int, k: int, device: str) -> SAETrainer:
     """Return a trainer as its runner makes one, with Adam, warm-up, clipping and dead counters; it logs nothing."""
     batch, d = batches_NxBxD.shape[1:]
     settings = SETTINGS[kind] | (dict(k=k) if kind in ("topk", "batchtopk", "matryoshka") else {})
     if kind == "matryoshka":
         settings["matryoshka_widths"] = [round(share * features) for share in GROUPS]
     sae_class, config_class = get_sae_training_class(NAMES.get(kind, kind))
-    sae = sae_class(config_class(d_in=d, d_sae=features, dtype="float32", device="cpu", **settings))
+    sae = sae_class(config_class(d_in=d, d_sae=features, dtype="float32", device=device, **settings))
     config = SAETrainerConfig(
         total_training_samples=1000 * batch,
         train_batch_size_samples=batch,
@@ -41,7 +41,7 @@ def make_trainer(kind: str, autocast: bool, batches_NxBxD: torch.Tensor, feature
         lr_end=1e-4,
         lr_warm_up_steps=50,
         lr_decay_steps=200,
-        device="cpu",
+        device=device,
         autocast=autocast,
         logger=LoggingConfig(log_to_wandb=False),
     )
@@ -66,7 +66,8 @@ def run(trainer: SAETrainer, steps: int) -> float:
 def main() -> None:
     """Run the benchmark and print its figures."""
     path, features, k = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    batches_NxBxD = torch.from_numpy(np.load(path))
+    device = sys.argv[4] if len(sys.argv) > 4 else "cpu"
+    batches_NxBxD = torch.from_numpy(np.load(path)).to(device)
     torch.manual_seed(0)
     trainers: dict[tuple[str, bool], SAETrainer] = {}
     for line in sys.stdin:
@@ -77,7 +78,7 @@ def main() -> None:
         else:
             side = request["kind"], request["autocast"]
             if side not in trainers:
-                trainers[side] = make_trainer(*side, batches_NxBxD, features, k)
+                trainers[side] = make_trainer(*side, batches_NxBxD, features, k, device)
             answer = dict(seconds=run(trainers[side], request["steps"]))
         print(json.dumps(answer), flush=True)
 
