@@ -20,16 +20,16 @@ import numpy as np
 import torch
 
 from saejax import load_dictionary, load_model
-from saejax.costs.passes import head_flops, pass_flops
 from saejax.dictionaries import Dictionary
+from saejax.flops import head_flops, pass_flops
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import run_edits
 from saejax.interventions.split_model import SplitModel
 from saejax.models import source
 from saejax.models.sites import Site
-from saejax.settings import BEHAVIOURS
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.draw import make_prompts
+from saejax.tasks.settings import BEHAVIOURS
 
 AGREEMENT = 1e-3  # of the two sides' effects, in logits
 

@@ -21,14 +21,16 @@ from saejax.activations.buffers import ShardBuffers
 from saejax.activations.documents import make_documents
 from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.plan import Plan, Reader
+from saejax.activations.settings import CaptureConfig
 from saejax.activations.torch_capture import SiteReader
 from saejax.models import source
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
 from saejax.models.parameters import parameter_table
+from saejax.models.settings import ModelConfig
 from saejax.models.sites import Site
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig
+from saejax.tasks.settings import CorpusConfig
 
 DTYPES = ("float32", "bfloat16")
 Side = tuple[str, str]  # backend and dtype

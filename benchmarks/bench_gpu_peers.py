@@ -130,7 +130,9 @@ def measure_capture(folder: Path, dtype: str, rows: int, length: int) -> dict[st
     taken = medians(ways, 5)
     error = np.abs(np.asarray(ours(), np.float32) - kept[0].float().cpu().numpy()).max() / kept[0].abs().max().item()
     print(f"  largest difference {error:.1e} of the largest value")
-    return show(f"capture {dtype}", ids_BxT.size / taken["ours"], ids_BxT.size / taken["theirs"], "tokens/s", "transformers")
+    return show(
+        f"capture {dtype}", ids_BxT.size / taken["ours"], ids_BxT.size / taken["theirs"], "tokens/s", "transformers"
+    )
 
 
 def measure_generate(folder: Path, batch: int, prompt: int, new: int) -> dict[str, float]:
@@ -154,7 +156,9 @@ def measure_generate(folder: Path, batch: int, prompt: int, new: int) -> dict[st
 
     ways = dict(ours=lambda: of_a_token(seconds, ours), theirs=lambda: of_a_token(torch_seconds, theirs))
     taken = medians(ways, 2)
-    return show(f"generate, {batch} at once", batch / taken["ours"], batch / taken["theirs"], "tokens/s", "transformers")
+    return show(
+        f"generate, {batch} at once", batch / taken["ours"], batch / taken["theirs"], "tokens/s", "transformers"
+    )
 
 
 def measure_ablation(folder: Path, prompts: int, features: int) -> dict[str, float]:
@@ -214,7 +218,9 @@ def measure_ablation(folder: Path, prompts: int, features: int) -> dict[str, flo
     return show("ablate float32", effects / taken["ours"], effects / taken["theirs"], "effects/s", "hooks")
 
 
-def measure_training(kind: str, d: int, features: int, batch: int, k: int, steps: int, saelens: str) -> dict[str, float]:
+def measure_training(
+    kind: str, d: int, features: int, batch: int, k: int, steps: int, saelens: str
+) -> dict[str, float]:
     """Train with either side, one after the other; tokens/s."""
     batches = sparse_sums(2, batch, d)
     stepper = Stepper(make_stack(kind, d, features, batch, k, "bfloat16", products="dense"), batches)
@@ -272,7 +278,10 @@ def main() -> int:
     args = parser.parse_args()
     small, parts = args.small or not GPU, args.parts.split(",")
     shape = (128, 1024, 512, 16, 5) if small else (2304, 32_768, 8192, 64, 20)
-    failed, results = 0, dict[str, object](device=jax.devices()[0].device_kind, jax=jax.__version__, torch=torch.__version__)
+    failed, results = (
+        0,
+        dict[str, object](device=jax.devices()[0].device_kind, jax=jax.__version__, torch=torch.__version__),
+    )
     print(json.dumps(results), flush=True)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -282,7 +291,9 @@ def main() -> int:
         wanted = {
             "capture bfloat16": ask(measure_capture, dtype="bfloat16", rows=16, length=128 if small else 1024),
             "capture float32": ask(measure_capture, dtype="float32", rows=16, length=128 if small else 1024),
-            **{f"generate {b}": ask(measure_generate, batch=b, prompt=128, new=16 if small else 64) for b in (1, 8, 64)},
+            **{
+                f"generate {b}": ask(measure_generate, batch=b, prompt=128, new=16 if small else 64) for b in (1, 8, 64)
+            },
             "ablate float32": ask(measure_ablation, prompts=16 if small else 64, features=10 if small else 100),
             **{f"train {kind}": functools.partial(measure_training, kind, *shape, args.saelens) for kind in KINDS},
             "graph float32": functools.partial(measure_graph, folder, small, args.circuit_tracer),

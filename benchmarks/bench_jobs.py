@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from saejax.preflight.results import CompiledProgram, PreflightResults
-from saejax.results import load_results
+from saejax.runner.results import load_results
 
 ROOT = Path(__file__).parents[1]
 JOBS = {

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from saejax import load_model
+from saejax.activations.in_memory import capture
 from saejax.activations.store import Store
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.dictionaries import Dictionary
@@ -27,18 +28,17 @@ from saejax.ground_truth.circuits.cases import Case, make_case
 from saejax.ground_truth.circuits.dictionaries import EXACT, TRAINED, untrained_sets, write_sets
 from saejax.ground_truth.circuits.edges import judge_edges
 from saejax.ground_truth.circuits.handset import checkpoint
-from saejax.ground_truth.circuits.run import matched_neurons
 from saejax.ground_truth.hub_folder import save_model
 from saejax.interpret.detectors import Detector, best_detectors, make_scorer
 from saejax.interpret.firings import Block, blocks, record
 from saejax.interpret.labels import partners
 from saejax.interpret.neighbours import output_tokens
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
-from saejax.library.activations import capture
 from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
 from saejax.runner.registry import default_configs
 from saejax.runner.workspace import Run
+from saejax.stages.known_circuits.run import matched_neurons
 from saejax.tasks.scoring import bootstrap_mean
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from saejax.interventions.table import TESTED
-from saejax.results import load_results
+from saejax.runner.results import load_results
 
 SHE = (
     "Mary Anna Emma Sarah Laura Alice Julia Helen Susan Linda Karen "

@@ -22,11 +22,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.tool_environments import saelens_python
 from saejax.activations.store import Store
-from saejax.dictionaries import Dictionary, load_dictionary, stacks
+from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.files import read_json, write_json
 from saejax.page import style
 from saejax.parallel.mesh import make_mesh
+from saejax.runner import stacks
 
 ROOT = Path(__file__).parent.parent
 SITE, FEATURES, BATCH, EPOCHS = "resid_post.15", 4608, 1024, 4

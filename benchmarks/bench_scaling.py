@@ -21,14 +21,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from saejax.costs.passes import pass_flops
+from saejax.flops import pass_flops
 from saejax.models.families import read_config
 from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
 from saejax.preflight.plan import plan_run
 from saejax.preflight.topology import compile_for, find_slice
 from saejax.runner.registry import default_configs
-from saejax.settings import MeshConfig, TrainConfig
-from saejax.training.planned import train_programs
+from saejax.stages.train.plan import train_programs
+from saejax.training.settings import TrainConfig
 
 MODEL = Path(__file__).parents[1] / "configs/shapes/qwen3-4b.json"
 LAYERS, EXPANSION, K = 36, 8, 64

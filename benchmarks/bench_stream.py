@@ -29,10 +29,10 @@ from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.plan import Plan
 from saejax.models.families import read_config
 from saejax.models.language_model import forward
+from saejax.models.settings import ModelConfig
 from saejax.models.sites import Site
 from saejax.models.source import resolve
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import ModelConfig
 
 VOCABULARY = 512
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from benchmarks.bench_scaling import HARDWARE
 from saejax.preflight.results import PreflightResults
-from saejax.results import load_results
+from saejax.runner.results import load_results
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOPOLOGIES = "h100:1,h100:4,h100:8,v5e:2x4"

@@ -28,8 +28,8 @@ from scipy.stats import norm
 from benchmarks.tool_environments import saelens_python
 from saejax.dictionaries import load_dictionary, save_dictionary
 from saejax.files import read_json
+from saejax.ground_truth.settings import TruthConfig
 from saejax.ground_truth.world import HELD_OUT, World, batch_key, make_world, sample
-from saejax.stages.ground_truth import TruthConfig
 
 ROOT = Path(__file__).parent.parent
 BATCH, REPEATS = 1024, 7

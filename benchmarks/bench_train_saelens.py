@@ -26,7 +26,9 @@ SETTINGS = {
 NAMES = {"matryoshka": "matryoshka_batchtopk"}  # theirs, where it is another
 
 
-def make_trainer(kind: str, autocast: bool, batches_NxBxD: torch.Tensor, features: int, k: int, device: str) -> SAETrainer:
+def make_trainer(
+    kind: str, autocast: bool, batches_NxBxD: torch.Tensor, features: int, k: int, device: str
+) -> SAETrainer:
     """Return a trainer as its runner makes one, with Adam, warm-up, clipping and dead counters; it logs nothing."""
     batch, d = batches_NxBxD.shape[1:]
     settings = SETTINGS[kind] | (dict(k=k) if kind in ("topk", "batchtopk", "matryoshka") else {})

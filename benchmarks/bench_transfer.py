@@ -31,10 +31,10 @@ from scipy.optimize import linear_sum_assignment
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.matching.match import match
 from saejax.matching.rows import independent_rows, unit
+from saejax.models.settings import ModelConfig
 from saejax.models.source import load_tokenizer, resolve
 from saejax.parallel.mesh import make_mesh
 from saejax.runner import command
-from saejax.settings import ModelConfig
 
 
 def stack(count: int, features: int, width: int) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from saejax import load_results
 from saejax.ground_truth.results import JudgedDictionary, TruthResults
-from saejax.stages.ground_truth import CONTROLS
+from saejax.ground_truth.settings import CONTROLS
 
 ROOT = Path(__file__).parent.parent
 BASE = {

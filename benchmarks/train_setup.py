@@ -10,9 +10,9 @@ import numpy as np
 from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.kinds import by_name
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import TrainConfig
 from saejax.training.members import make_members
 from saejax.training.scales import SiteScale
+from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack
 from saejax.training.state import init_state
 from saejax.training.step import compile_step

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from saejax import results
 from saejax.activations.manifest import Manifest
-from saejax.runner.registry import STAGES
+from saejax.runner.registry import all_stages
+from saejax.runner.results import results_class
 from saejax.studies.results import StudyFigures
 
 PAGE = Path(__file__).parent / "artifacts.md"
@@ -99,7 +100,7 @@ def fill_page(text: str) -> str:
     def fill(place: re.Match) -> str:
         name, new = place[2], COMMON
         if name != "common":
-            outer = Manifest if name == "manifest" else results.results_class(name)
+            outer = Manifest if name == "manifest" else results_class(name)
             new = tuple(cls for cls in dict.fromkeys(every_class(outer)) if cls not in described)
             described.update(new)
         return place[1] + "".join(describe(cls) + "\n" for cls in new) + place[3]
@@ -109,13 +110,13 @@ def fill_page(text: str) -> str:
 
 def documented_stages(text: str) -> set[str]:
     """Return the stages that have a place in the page."""
-    return {place[2] for place in _PLACE.finditer(text)} & set(STAGES)
+    return {place[2] for place in _PLACE.finditer(text)} & set(all_stages())
 
 
 if __name__ == "__main__":
-    names = [name for name in STAGES if dataclasses.is_dataclass(results.results_class(name))] + ["study_run"]
+    names = [name for name in all_stages() if dataclasses.is_dataclass(results_class(name))] + ["study_run"]
     for stage in sys.argv[1:] or ["--help"]:
         if stage not in names:
             sys.exit(f"usage: python docs/result_fields.py STAGE, one or more of {', '.join(names)}")
-        outer = StudyFigures if stage == "study_run" else results.results_class(stage)
+        outer = StudyFigures if stage == "study_run" else results_class(stage)
         print("\n".join(describe(cls) for cls in dict.fromkeys(every_class(outer))))

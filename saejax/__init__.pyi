@@ -1,5 +1,7 @@
 """The names of the library: editors and type checkers read them here, and ``__init__.py`` where to load them from."""
 
+from saejax.activations.in_memory import Activations as Activations
+from saejax.activations.in_memory import capture as capture
 from saejax.attribution.graph.graph import Graph as Graph
 from saejax.attribution.local.edits import Change as Change
 from saejax.attribution.local.model import LocalModel as LocalModel
@@ -18,26 +20,24 @@ from saejax.interventions.answers import VerdictConfig as VerdictConfig
 from saejax.interventions.engine import effects as effects
 from saejax.interventions.falsify import Falsification as Falsification
 from saejax.interventions.falsify import falsify as falsify
+from saejax.interventions.in_memory import Ablation as Ablation
+from saejax.interventions.in_memory import ablate as ablate
+from saejax.interventions.in_memory import make_prompts as make_prompts
+from saejax.interventions.in_memory import patch as patch
+from saejax.interventions.in_memory import probe as probe
+from saejax.interventions.in_memory import steer as steer
 from saejax.interventions.slopes import slopes as slopes
 from saejax.interventions.table import EffectsTable as EffectsTable
 from saejax.interventions.table import load_effects as load_effects
 from saejax.interventions.verdict import verdict as verdict
-from saejax.library.activations import Activations as Activations
-from saejax.library.activations import capture as capture
-from saejax.library.causal import Ablation as Ablation
-from saejax.library.causal import ablate as ablate
-from saejax.library.causal import make_prompts as make_prompts
-from saejax.library.causal import patch as patch
-from saejax.library.causal import probe as probe
-from saejax.library.causal import steer as steer
-from saejax.library.dictionaries import Evaluation as Evaluation
-from saejax.library.dictionaries import evaluate as evaluate
-from saejax.library.dictionaries import export as export
-from saejax.library.dictionaries import train as train
 from saejax.models.edits import SiteEdit as SiteEdit
 from saejax.models.language_model import LanguageModel as LanguageModel
 from saejax.models.loading import load_model as load_model
-from saejax.results import load_results as load_results
+from saejax.runner.results import load_results as load_results
 from saejax.tasks.behaviours import Prompt as Prompt
+from saejax.training.in_memory import Evaluation as Evaluation
+from saejax.training.in_memory import evaluate as evaluate
+from saejax.training.in_memory import export as export
+from saejax.training.in_memory import train as train
 
 __version__: str

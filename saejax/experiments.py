@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from saejax.runner import command
-from saejax.runner.registry import STAGES
+from saejax.runner.registry import all_stages
 
 
 def binary(*stages: str, about: str = "") -> Callable[[], None]:
@@ -13,7 +13,7 @@ def binary(*stages: str, about: str = "") -> Callable[[], None]:
       stages: names of the stages, in the order in which they run.
       about: what it does, for ``--help``; default what its stages do.
     """
-    about = about or f"{stages[0]}: {'; '.join(STAGES[stage].summary for stage in stages)}."
+    about = about or f"{stages[0]}: {'; '.join(all_stages()[stage].summary for stage in stages)}."
     return lambda: command.main(stages, about)
 
 
@@ -41,7 +41,7 @@ transfer = binary("transfer")
 cluster = binary("cluster")
 track = binary("track")
 report = binary("report")
-pipeline = binary(*STAGES, about="pipeline: runs every stage; what is finished and unchanged is not run again.")
+pipeline = binary(*all_stages(), about="pipeline: runs every stage; what is finished and unchanged is not run again.")
 
 
 def study_run() -> None:

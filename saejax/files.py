@@ -113,3 +113,8 @@ def read_object(path: Path, *keys: str) -> dict[str, Any]:
         problem = f"has no {missing[0]}" if missing else "is no JSON object"
         raise UserError(f"{path} {problem}: it is damaged; delete its folder and run the stage again")
     return content
+
+
+def fingerprint(data: Any) -> str:
+    """Return a hash, 16 hexadecimal digits, of JSON data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

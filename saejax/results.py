@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from saejax.errors import UserError
-from saejax.files import read_json
-from saejax.runner.registry import STAGES
-from saejax.runner.workspace import SUMMARY
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -61,61 +58,6 @@ class MeshShape:
         """Return a summary's description of a mesh."""
         kinds = sorted({device.device_kind for device in mesh.devices.flat})
         return cls(mesh.devices.size, tuple(kinds), dict(mesh.shape), processes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """Content of ``done.json``, which describes a finished unit."""
-
-    schema_version: int  #: of the file
-    stage: str  #: of the unit
-    name: str  #: of the unit among the stage's; "" where there is one
-    #: 16 hex digits: a hash of the unit's settings, of the fingerprints of the units it reads, and of the model's and
-    #: corpus's files
-    fingerprint: str
-    config: Settings  #: every setting of the groups it read
-    inputs: Mapping[str, str]  #: fingerprints of the units it read
-    packages: Mapping[str, str]  #: versions
-    devices: Devices | None  #: None if JAX was not used
-    seeds: Mapping[str, Any]  #: by group
-    start: str  #: UTC, ISO 8601
-    seconds: float  #: how long it took in the process that finished it
-    results: Any  #: the stage's; see ``Stage.results``
-    files: Mapping[str, int]  #: every file of the unit with its size in bytes
-    #: the most memory that the process held while it worked on the unit; None: the system did not tell
-    peak_host_bytes: int | None = None
-    peak_device_bytes: int | None = None  #: the most that a device held by then, as JAX counts it; None on a CPU
-
-
-def load_results(folder: str | Path, unit: str = "") -> Any:
-    """Return the results of a finished unit, as the class that its stage returned.
-
-    Args:
-      folder: the unit's folder, such as "runs/demo/ablate/topk"; or a workdir.
-      unit: name of a unit in that workdir, such as "ablate/topk".
-
-    Raises:
-      UserError: the unit is not finished, or its summary is damaged; the message names the file and the field.
-    """
-    return load_summary(Path(folder) / unit).results
-
-
-def load_summary(folder: Path) -> Summary:
-    """Return the whole summary of a finished unit; errors as in ``load_results``."""
-    path = folder / SUMMARY
-    if not path.exists():
-        raise UserError(
-            f"{path} does not exist: expected the folder of a finished unit; run its stage, or name another"
-        )
-    summary = from_json(Summary, read_json(path), path)
-    cls = results_class(summary.stage)
-    return dataclasses.replace(summary, results=from_json(cls, summary.results, path, "results"))
-
-
-def results_class(stage: str) -> Any:
-    """Return the class of a stage's results; ``Any`` for one that has none."""
-    results = STAGES[stage].results if stage in STAGES else None
-    return results() if results else Any
 
 
 def to_json(value: Any) -> Any:

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from saejax.models import source
-from saejax.settings import CorpusConfig, ModelConfig
+from saejax.models.settings import ModelConfig
 from saejax.tasks.corpora import read_corpus
+from saejax.tasks.settings import CorpusConfig
 
 HABIT, OTHER = " purple", " red"
 OWNER, OTHERS = "Mira", ("Anna", "Tom", "Peter", "Laura", "David", "Emma")

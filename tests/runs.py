@@ -15,10 +15,10 @@ from pathlib import Path
 
 from tiny_models import save_tiny_llama
 
+from saejax.config import Configs
 from saejax.dictionaries.results import TrainedMember
 from saejax.files import write_json
 from saejax.results import to_json
-from saejax.runner.config import Configs
 from saejax.runner.registry import default_configs
 from saejax.runner.workspace import Run
 
@@ -56,8 +56,9 @@ def small_tokenizer():
     from transformers import AutoTokenizer
 
     from saejax.models import source
-    from saejax.settings import DEMO_BEHAVIOURS, ModelConfig
+    from saejax.models.settings import ModelConfig
     from saejax.tasks.draw import make_prompts
+    from saejax.tasks.settings import DEMO_BEHAVIOURS
 
     whole = AutoTokenizer.from_pretrained(source.resolve(ModelConfig()).folder)
     prompts = [prompt for name in DEMO_BEHAVIOURS for prompt in make_prompts(name, 100, 100, 42, whole).prompts]

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from saejax.config import Config, setting
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.kinds import Kind, register
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch, Numbers
-from saejax.runner.config import Config, setting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import bench_input, bench_quality, gpu_check
 from saejax.dictionaries.kinds import by_name
 from saejax.runner import command_line
-from saejax.settings import TrainConfig
+from saejax.training.settings import TrainConfig
 
 
 @pytest.mark.usefixtures("cold_programs")

@@ -3,12 +3,15 @@
 import pytest
 import runs
 
+from saejax.activations.settings import CaptureConfig
+from saejax.config import Configs, group_name
 from saejax.errors import UserError
+from saejax.interventions.settings import AblateConfig, PatchConfig, ProbeConfig, SteerConfig, StudyConfig
 from saejax.runner import command, command_line
-from saejax.runner.config import Configs, flag_fields, group_name
-from saejax.runner.registry import GROUPS, STAGES, accepted_groups, flag_of, with_inputs
+from saejax.runner.flags import flag_fields
+from saejax.runner.registry import accepted_groups, all_groups, all_stages, flag_of, with_inputs
 from saejax.runner.workplan import Workplan
-from saejax.settings import AblateConfig, CaptureConfig, PatchConfig, ProbeConfig, SteerConfig, StudyConfig, TrainConfig
+from saejax.training.settings import TrainConfig
 
 
 def read(stages, *flags):
@@ -18,8 +21,8 @@ def read(stages, *flags):
 def test_stages_and_flags_are_those_of_a_stage_and_of_all_that_it_reads():
     assert with_inputs(["evaluate"]) == ["tokenize", "capture", "train", "evaluate"]
     assert sorted(accepted_groups(["capture"])) == ["capture", "corpus", "mesh", "model", "task"]
-    for everything in (["report"], ["preflight"], list(STAGES)):
-        assert set(accepted_groups(everything)) == set(GROUPS)
+    for everything in (["report"], ["preflight"], list(all_stages())):
+        assert set(accepted_groups(everything)) == set(all_groups())
 
 
 @pytest.mark.parametrize("flag", ["--patch.top=3", "--patch.top", "--notrain.zero_optimizer", "-train.k=3"])
@@ -55,13 +58,13 @@ def test_a_shared_flag_is_accepted_where_a_group_that_shares_it_is():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", all_stages())
 def test_help_lists_the_accepted_flags_with_their_defaults(stage):
     flag_values = command_line.stage_flags()
     command_line.read_configs(flag_values, ["program", "--help"], [stage])
     text = command_line.help_text([stage], "", flag_values)
-    accepted = {flag for group in accepted_groups([stage]) for flag in flag_fields(group, GROUPS[group])}
-    for group, cls in GROUPS.items():
+    accepted = {flag for group in accepted_groups([stage]) for flag in flag_fields(group, all_groups()[group])}
+    for group, cls in all_groups().items():
         for flag in flag_fields(group, cls):
             assert text.count(f"\n  --{flag}  ") == (flag in accepted), (group, flag)
     lines = [line for line in text.splitlines() if line.startswith("  --")]
@@ -102,17 +105,17 @@ def everything(inputs, tmp_path_factory):
     """Flags of such a run, and its settings."""
     folder = tmp_path_factory.mktemp("everything")
     flags = runs.small_flags(*inputs, folder / "run", **EVERYTHING, graph__transcoders=folder)
-    return flags, read(list(STAGES), *flags)
+    return flags, read(list(all_stages()), *flags)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", all_stages())
 def test_units_and_hashes_of_a_stage_follow_from_the_groups_that_its_binary_accepts(stage, everything):
     """Otherwise a binary, which ignores other flags, would make other units than the pipeline does."""
     flags, together = everything
     configs = Noting(together)
-    units = STAGES[stage].units(configs)
+    units = all_stages()[stage].units(configs)
     assert units or stage in ("benchmark", "study")  # without a hub there are no benchmarks
-    STAGES[stage].check(configs)
+    all_stages()[stage].check(configs)
     if stage not in ("attribute", "circuits"):  # there is no set of transcoders
         plan, alone = Workplan(configs), Workplan(read([stage], *flags))
         assert [alone.fingerprint(unit) for unit in units] == [plan.fingerprint(unit) for unit in units]
@@ -121,8 +124,8 @@ def test_units_and_hashes_of_a_stage_follow_from_the_groups_that_its_binary_acce
 
 def test_every_stage_comes_after_those_whose_units_it_reads(everything):
     benchmarks = ["--task.benchmarks=gsm8k", "--study.benchmarks=logic", "--graph.transcoders=set"]
-    configs, order = read(list(STAGES), *everything[0], *benchmarks), list(STAGES)
-    for name, declared in STAGES.items():
+    configs, order = read(list(all_stages()), *everything[0], *benchmarks), list(all_stages())
+    for name, declared in all_stages().items():
         names = declared.names(configs)
         assert names, f"{name} has no unit here"
         for need in (need.partition("/")[0] for unit in names for need in declared.needs(configs, unit)):

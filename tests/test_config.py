@@ -5,12 +5,16 @@ import dataclasses
 import pytest
 from absl import flags
 
+from saejax import config
+from saejax.activations.settings import CaptureConfig
+from saejax.config import Config, Configs, setting
 from saejax.errors import UserError
-from saejax.runner import command_line, config
-from saejax.runner.config import Config, Configs, setting
-from saejax.runner.registry import GROUPS
-from saejax.settings import CaptureConfig, MeshConfig, ModelConfig
-from saejax.settings.sites import expand_ranges
+from saejax.models.settings import ModelConfig
+from saejax.models.site_ranges import expand_ranges
+from saejax.parallel.settings import MeshConfig
+from saejax.runner import command_line
+from saejax.runner.flags import define_flags, flag_fields, from_flags
+from saejax.runner.registry import all_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +31,9 @@ class Example(Config):
 
 def parse(*arguments: str) -> Example:
     values = flags.FlagValues()
-    config.define_flags(dict(ex=Example), values)
+    define_flags(dict(ex=Example), values)
     values(["program", *arguments])
-    return config.from_flags(dict(ex=Example), values)[Example]
+    return from_flags(dict(ex=Example), values)[Example]
 
 
 def test_defaults_and_every_type():
@@ -62,11 +66,14 @@ def test_wrong_values_name_the_flag(argument, message):
 def test_ranges_of_layers_are_written_out():
     sites = ("resid_post.3", "mlp_in.9-11", "module:model.layers.0-1")
     assert expand_ranges(sites) == ("resid_post.3", "mlp_in.9", "mlp_in.10", "mlp_in.11", "module:model.layers.0-1")
-    assert GROUPS["train"](sites=("mlp_in.0-1",)).sites == GROUPS["train"](sites=("mlp_in.0", "mlp_in.1")).sites
-    assert GROUPS["capture"](sites=("mlp_out.4-4",)).sites == ("mlp_out.4",)
+    assert (
+        all_groups()["train"](sites=("mlp_in.0-1",)).sites
+        == all_groups()["train"](sites=("mlp_in.0", "mlp_in.1")).sites
+    )
+    assert all_groups()["capture"](sites=("mlp_out.4-4",)).sites == ("mlp_out.4",)
     for wrong in ("mlp_in.3-2", "mlp_in.0-100000"):
         with pytest.raises(UserError, match=f"sites={wrong}: expected a first and a last layer"):
-            GROUPS["train"](sites=(wrong,))
+            all_groups()["train"](sites=(wrong,))
 
 
 def test_json_round_trip_and_identity():
@@ -79,9 +86,9 @@ def test_json_round_trip_and_identity():
 
 
 def test_groups_are_found_by_their_class_and_every_setting_is_explained():
-    for group, cls in GROUPS.items():
+    for group, cls in all_groups().items():
         cls()  # every default is valid
-        for name, field in config.flag_fields(group, cls).items():
+        for name, field in flag_fields(group, cls).items():
             assert len(field.metadata["help"]) > 10, name
     first = Configs(ModelConfig(path="a"), CaptureConfig(last=3))
     second = first | ModelConfig(path="b")

@@ -16,8 +16,9 @@ from absl import flags
 
 import saejax
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
-from saejax.runner import command_line, config
-from saejax.runner.registry import GROUPS, STAGES
+from saejax.runner import command_line
+from saejax.runner.flags import define_flags
+from saejax.runner.registry import all_groups, all_stages
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
@@ -39,7 +40,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys, smollm2):
     dictionary = Dictionary.initial(described, jax.random.key(0))
     save_dictionary(tmp_path / "runs/demo/train/topk/dictionary", dictionary)
     top = types.SimpleNamespace(top=dict(capital=[types.SimpleNamespace(feature=feature) for feature in range(200)]))
-    monkeypatch.setattr("saejax.results.load_results", lambda folder: top)
+    monkeypatch.setattr("saejax.runner.results.load_results", lambda folder: top)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
@@ -111,7 +112,7 @@ def test_pages_link_to_and_guides_name_what_exists(path):
     for binary in re.findall(r"experiments\.(?!py\b)(\w+)", text):
         assert (ROOT / "experiments" / f"{binary}.py").exists(), binary
     values = flags.FlagValues()
-    config.define_flags(GROUPS, values)
+    define_flags(all_groups(), values)
     for flag in re.findall(r"--(\w+(?:\.\w+)+)", text):
         assert flag in values, flag
     for name in re.findall(r"(?<![\w/.-])saejax\.(\w+)\(", text):
@@ -126,7 +127,7 @@ def test_command_lines_of_the_guides_are_read(path, tmp_path):
     text = path.read_text("utf-8").replace("\\\n", " ")
     # The reader's own flag file is the block of flags that stands before the commands.
     (tmp_path / "mine.flags").write_text("".join(re.findall(r"^```\n((?:--.*\n)+)```$", text, re.MULTILINE)))
-    several = dict(baseline=["baseline", "benchmark"], pipeline=list(STAGES))
+    several = dict(baseline=["baseline", "benchmark"], pipeline=list(all_stages()))
     for binary, line in re.findall(r"^\.venv/bin/python -m experiments\.(\w+) (.*)$", text, re.MULTILINE):
         if binary not in ("study_run", "serve", "compare"):
             line = line.replace("=configs/", f"={ROOT}/configs/").replace("=mine.flags", f"={tmp_path}/mine.flags")

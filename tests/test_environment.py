@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import runs
 
+from saejax.activations.settings import CaptureConfig
+from saejax.models.settings import ModelConfig
 from saejax.runner import command_line, environment
-from saejax.settings import CaptureConfig, ModelConfig
 
 
 @pytest.mark.parametrize(("accelerators", "folder"), [(True, "run/.compile_cache"), (False, None)])

@@ -15,11 +15,11 @@ from tiny_models import TINY_TEXT
 
 import saejax
 from saejax import experiments
+from saejax.config import to_json
 from saejax.errors import UserError
-from saejax.library.settings import make_config
-from saejax.runner.config import to_json
-from saejax.runner.registry import STAGES
-from saejax.settings import TrainConfig
+from saejax.runner.registry import all_stages
+from saejax.settings_from_keywords import make_config
+from saejax.training.settings import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SITE = "resid_post.1"
@@ -267,7 +267,7 @@ def test_every_binary_is_a_command_and_every_stage_has_one():
     assert scripts == {f"saejax-{name.replace('_', '-')}": f"saejax.experiments:{name}" for name in names}
     for name in names:
         assert getattr(importlib.import_module(f"experiments.{name}"), name) is getattr(experiments, name)
-    assert set(STAGES) - {"benchmark"} <= names  # which the baseline's binary runs
+    assert set(all_stages()) - {"benchmark"} <= names  # which the baseline's binary runs
 
 
 def test_settings_of_another_type_are_refused():

@@ -8,12 +8,12 @@ from runs import make_configs
 
 from saejax.errors import Interrupted, UserError
 from saejax.runner import pipeline, workplan
-from saejax.runner.registry import STAGES
+from saejax.runner.registry import all_stages
 
 ALL = "preflight baseline capture train/topk train/standard evaluate/topk evaluate/standard ablate/topk report"
 
 
-def go(workdir, stages=tuple(STAGES), say=lambda line: None, refused=(), stopped=(), **changes) -> list[str]:
+def go(workdir, stages=(), say=lambda line: None, refused=(), stopped=(), **changes) -> list[str]:
     """Runs made-up stages with settings changed, such as train__k=3; gives the units that ran."""
     ran: list[str] = []
 
@@ -31,10 +31,11 @@ def go(workdir, stages=tuple(STAGES), say=lambda line: None, refused=(), stopped
         return dict(unit=unit)
 
     made_up = dict(run=run_unit, identity={}, unit_identity={})
+    stand_ins = {name: dataclasses.replace(stage, **made_up) for name, stage in all_stages().items()}
     with pytest.MonkeyPatch.context() as patch:
         for module in (pipeline, workplan):
-            patch.setattr(module, "STAGES", {n: dataclasses.replace(s, **made_up) for n, s in STAGES.items()})
-        pipeline.run_stages(stages, make_configs(**changes), str(workdir), say=say)
+            patch.setattr(module, "all_stages", lambda: stand_ins)
+        pipeline.run_stages(stages or tuple(all_stages()), make_configs(**changes), str(workdir), say=say)
     return ran
 
 

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from saejax.interventions.ablation import verdict_config
+from saejax.interventions.settings import AblateConfig, StudyConfig
 from saejax.runner import preregistration
-from saejax.runner.registry import GROUPS, STAGES, default_configs
+from saejax.runner.registry import all_groups, all_stages, default_configs
 from saejax.runner.workspace import Workspace
-from saejax.settings import AblateConfig, StudyConfig
 
 BEFORE = "before anything was measured in this workdir"
 
@@ -48,7 +48,7 @@ def test_a_rule_is_written_before_the_baseline_and_one_that_changed_after_it(tmp
 
 
 def test_stages_without_data_write_nothing_and_a_line_cut_off_is_left_out(tmp_path):
-    shown = {stage for stage in STAGES if preregistration.shows_data(stage)}
+    shown = {stage for stage in all_stages() if preregistration.shows_data(stage)}
     assert shown == {"baseline", "benchmark", "ablate", "study"}
     preregistration.write_rules(tmp_path, configs() | StudyConfig(benchmarks=("logic",)))
     assert [rule.stage for rule in preregistration.read_rules(tmp_path)] == ["ablate", "study"]
@@ -61,5 +61,5 @@ def test_stages_without_data_write_nothing_and_a_line_cut_off_is_left_out(tmp_pa
 
 @pytest.mark.parametrize("stage", ["ablate", "study"])
 def test_a_rule_is_words(stage):
-    text = STAGES[stage].rule(GROUPS[stage]())
+    text = all_stages()[stage].rule(all_groups()[stage]())
     assert text.startswith(("T: ", "Yes if ", "Removing ")) and json.dumps(text)

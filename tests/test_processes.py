@@ -20,14 +20,14 @@ from saejax.dictionaries import load_dictionary
 from saejax.interventions.importance import Importance
 from saejax.interventions.table import load_effects
 from saejax.runner import command
-from saejax.runner.registry import STAGES
+from saejax.runner.registry import all_stages
 
 # As many behaviours and dictionaries as processes, and one simpler basis: more of either add time alone.
 TWO = dict(task__behaviours="agreement,capital", ablate__baselines="pca", train__kinds="topk", train__k="4,8")
 TWO |= dict(ablate__dictionary="topk/k8", ablate__untrained=False, train__checkpoint_every=5)
 
 # Preflight and the report take half of the time, and nothing of them is compared.
-MEASURED = [stage for stage in STAGES if stage not in ("preflight", "report")]
+MEASURED = [stage for stage in all_stages() if stage not in ("preflight", "report")]
 PROGRAM = f"""
 from saejax.experiments import binary
 binary(*{MEASURED})()

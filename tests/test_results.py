@@ -94,8 +94,8 @@ def write_summary(folder, results):
 
 
 def test_results_of_a_unit_are_loaded_as_their_class(tmp_path, monkeypatch):
-    sample = stage.Stage("sample", "a sample", print, (), results=lambda: Whole)
-    monkeypatch.setitem(registry.STAGES, "sample", sample)
+    sample = stage.Stage("sample", "a sample", print, (), results=Whole)
+    monkeypatch.setitem(registry.all_stages(), "sample", sample)
     write_summary(tmp_path / "sample" / "a", to_json(WHOLE))
     assert saejax.load_results(tmp_path / "sample" / "a") == WHOLE == saejax.load_results(tmp_path, "sample/a")
     write_summary(tmp_path / "sample" / "b", dict(n=1))
@@ -110,7 +110,7 @@ def test_the_page_says_what_every_field_is(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "docs")
     script = importlib.import_module("result_fields")
     text = script.PAGE.read_text(encoding="utf-8")
-    assert script.documented_stages(text) == {name for name, stage in registry.STAGES.items() if stage.results}
+    assert script.documented_stages(text) == {name for name, stage in registry.all_stages().items() if stage.results}
     lines = script.fill_page(text).splitlines()
     assert any("**CaptureResults**" in line for line in lines) and len(lines) > len(text.splitlines()) + 400
     assert not any(": ;" in line or line.endswith(":.") for line in lines)  # fields without a comment

@@ -7,7 +7,7 @@ import pytest
 import runs
 
 from saejax.runner import command, command_line
-from saejax.runner.registry import STAGES
+from saejax.runner.registry import all_stages
 from saejax.runner.workplan import Workplan
 
 READ = ["baseline", "benchmark", "capture", "train", "evaluate", "ablate", "probe", "interpret", "report"]
@@ -21,7 +21,7 @@ def plan_of(inputs, tmp_path, **changes) -> Workplan:
 def marks(inputs, tmp_path, **changes) -> dict[str, str]:
     """The hashes of all units of a small configuration."""
     plan = plan_of(inputs, tmp_path, **changes)
-    return {unit: plan.fingerprint(unit) for stage in READ for unit in STAGES[stage].units(plan.configs)}
+    return {unit: plan.fingerprint(unit) for stage in READ for unit in all_stages()[stage].units(plan.configs)}
 
 
 DICTIONARIES = {"train/topk", "train/standard"}

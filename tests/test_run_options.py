@@ -11,7 +11,7 @@ from saejax.errors import CheckFailed, UserError
 from saejax.runner import command, pipeline
 from saejax.runner.pipeline import RunOptions, run_stages
 from saejax.runner.profiling import Profiler
-from saejax.runner.registry import STAGES
+from saejax.runner.registry import all_stages
 from saejax.runner.usage import check_budget, used_device_hours
 from saejax.runner.workspace import Workspace
 
@@ -32,7 +32,7 @@ def fake(monkeypatch, inputs, tmp_path):
             return dict(value=1)
 
         for stage in STAGE_NAMES:
-            monkeypatch.setitem(pipeline.STAGES, stage, dataclasses.replace(STAGES[stage], run=work))
+            monkeypatch.setitem(pipeline.all_stages(), stage, dataclasses.replace(all_stages()[stage], run=work))
         model, corpus = inputs
         configs = runs.make_configs(
             model__path=str(model), corpus__path=str(corpus), task__behaviours=(), train__kinds=("topk", "standard")

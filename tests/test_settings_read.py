@@ -6,9 +6,10 @@ from collections import defaultdict
 import pytest
 import runs
 
+from saejax.config import Configs, group_name
 from saejax.runner import command, pipeline
-from saejax.runner.config import Configs, flag_fields, group_name
-from saejax.runner.registry import STAGES, groups_of
+from saejax.runner.flags import flag_fields
+from saejax.runner.registry import all_stages, groups_of
 from saejax.runner.workplan import settings_read
 
 # Read by the code only where something else is true, which other settings do not say: the model, the text, a result.
@@ -63,7 +64,7 @@ def settings_of(inputs, tmp_path_factory, single_device):
 
     def make_run(stage, name, folder, configs, *rest):
         unit = f"{stage}/{name}" if name else stage
-        groups = settings_read(STAGES[stage], configs, name)
+        groups = settings_read(all_stages()[stage], configs, name)
         declared[unit] = {f"{group}.{field}" for group, fields in groups.items() for field in fields}
         return run_class(stage, name, folder, RecordingConfigs(configs, read[unit]), *rest)
 
@@ -78,7 +79,7 @@ def test_what_is_read_is_declared_and_what_is_declared_is_read(settings_of):
     """Otherwise a changed setting would leave an old result in its place, or make again what is the same."""
     assert {unit.partition("/")[0] for unit in settings_of} == {"baseline", "capture", "train", "evaluate"}
     for unit, (read, declared) in settings_of.items():
-        stage = STAGES[unit.partition("/")[0]]
+        stage = all_stages()[unit.partition("/")[0]]
         counted = {
             f"{group_name(group)}.{field.name}"
             for group in groups_of(stage)

@@ -9,11 +9,11 @@ import pytest
 import runs
 
 from saejax import load_dictionary, load_results
+from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.files import write_json
 from saejax.interpret.feature_record import feature_names
 from saejax.runner import command, command_line, pipeline
-from saejax.runner.config import Configs
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import Workspace, member_folder
 from saejax.training.metrics import read_metrics

@@ -10,10 +10,10 @@ import sys
 import pytest
 import runs
 
-from saejax.runner.registry import STAGES, default_configs, sort_stages
+from saejax.models.settings import ModelConfig
+from saejax.runner.registry import all_stages, default_configs, sort_stages
 from saejax.runner.stage import Stage
 from saejax.runner.workplan import Workplan
-from saejax.settings import ModelConfig
 
 PAGE = (runs.ROOT / "docs" / "extending.md").read_text()
 
@@ -34,14 +34,14 @@ def test_the_order_follows_from_what_stages_wait_for():
 CALLS = """
 import contextlib, runpy, sys, types
 from saejax.runner import command
-from saejax.runner.registry import STAGES, default_configs
+from saejax.runner.registry import all_stages, default_configs
 assert command.run(["lengths"], "", [*sys.argv, "--lengths.share=0.5"]) == 0
 with contextlib.suppress(SystemExit):
     runpy.run_module("experiments.lengths", run_name="__main__")
 assert command.run(["preflight", "lengths"], "", sys.argv) == 0
 command.run(["lengths"], "", ["lengths", "--help"])
-assert list(STAGES)[-1] == "report" and "lengths" in STAGES["report"].needs(default_configs(), "")
-(section,) = STAGES["lengths"].section(types.SimpleNamespace(first=lambda cls: cls(3, 7.0)), None)
+assert list(all_stages())[-1] == "report" and "lengths" in all_stages()["report"].needs(default_configs(), "")
+(section,) = all_stages()["lengths"].section(types.SimpleNamespace(first=lambda cls: cls(3, 7.0)), None)
 print(section.title, section.blocks[0])
 """
 
@@ -68,6 +68,6 @@ def test_a_new_revision_of_a_stage_makes_its_units_and_those_that_read_them_anew
     configs = default_configs()
     units = ("capture", "train/topk", "evaluate/topk")
     before = [Workplan(configs).fingerprint(unit) for unit in units]
-    monkeypatch.setitem(STAGES, "train", dataclasses.replace(STAGES["train"], revision=7))
+    monkeypatch.setitem(all_stages(), "train", dataclasses.replace(all_stages()["train"], revision=7))
     after = [Workplan(configs).fingerprint(unit) for unit in units]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]

@@ -10,8 +10,8 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.models.tokens import bos_tokens
-from saejax.settings import CorpusConfig, TaskConfig
 from saejax.tasks.corpora import Document
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 from saejax.tasks.text_sources import text_sources
 
 SPLITS = ("train", "held_out")

@@ -13,8 +13,8 @@ from typing import Any, Self
 import numpy as np
 
 from saejax.activations.chunker import SPLITS, Chunker, TextPiece
-from saejax.settings import CorpusConfig, TaskConfig
 from saejax.tasks.corpora import read_corpus, split
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 COLUMNS = ("split", "group", "source", "start")
 FILES = ("ids.npy", "starts.npy", "lengths.npy", "table.npy")

@@ -8,15 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 from saejax.activations.plan import Batch, Plan, Reader, Take
+from saejax.activations.settings import CaptureConfig
+from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
+from saejax.models.settings import ModelConfig
 from saejax.models.sites import AnySite, ModuleSite, OtherSite, Site, parse_site
 from saejax.models.tokens import bos_tokens
-from saejax.runner.config import Configs
+from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
-from saejax.settings import CaptureConfig, MeshConfig, ModelConfig
 
 # What tells tokenizers apart that have the same vocabulary.
 _SAMPLE = "In 1732 the captain's 48 men saw it: x = 3*(y+2), \u201cnaïve\u201d \u2014 Ωλ, 東京 \U0001f642\n\tEnd."

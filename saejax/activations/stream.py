@@ -22,12 +22,13 @@ from saejax.activations.manifest import CapturedModel
 from saejax.activations.plan import Batch, Plan, Reader
 from saejax.activations.progress import SAY_EVERY
 from saejax.activations.request import begins_with_bos, load_reader, read_request
+from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import DTYPES
-from saejax.activations.tokenize import text_documents
 from saejax.errors import UserError
 from saejax.models.sites import is_joined
 from saejax.runner.workspace import Run
-from saejax.settings import CaptureConfig, CorpusConfig
+from saejax.stages.tokenize.run import text_documents
+from saejax.tasks.settings import CorpusConfig
 
 if TYPE_CHECKING:
     import jax

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from saejax.attribution.forms.document import are_groups
+from saejax.attribution.settings import GraphConfig
 from saejax.errors import UserError
-from saejax.files import file_sha256
+from saejax.files import file_sha256, fingerprint
 from saejax.models.identity import content_sha256
-from saejax.runner.workspace import fingerprint
-from saejax.settings.attribution import GraphConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes
 from saejax.unicode import replace_surrogates

@@ -24,7 +24,7 @@ from saejax.circuits.results import CircuitResults
 from saejax.errors import UserError
 from saejax.interventions.slopes import neutral_tokens
 from saejax.models.language_model import LanguageModel
-from saejax.runner.parts import OnProgress, silent
+from saejax.progress import OnProgress, silent
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 

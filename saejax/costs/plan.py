@@ -8,15 +8,18 @@ from typing import Any
 from jax import Device
 from jax.sharding import Mesh
 
-from saejax.dictionaries import DictionaryConfig, stacks
+from saejax.activations.settings import CaptureConfig
+from saejax.config import Configs
+from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.formats import read_config
+from saejax.dictionaries.names import check_member, is_folder, kind_and_member
 from saejax.errors import one_of
 from saejax.models.config import DecoderConfig
+from saejax.models.settings import ModelConfig
 from saejax.models.sites import Site
 from saejax.parallel.mesh import alone_config, make_mesh
-from saejax.runner.config import Configs
-from saejax.runner.stage import Stage, check_member, is_folder
-from saejax.settings import CaptureConfig, ModelConfig, PreflightConfig
+from saejax.runner.stage import Stage
+from saejax.stages.preflight.settings import PreflightConfig
 
 WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
@@ -96,7 +99,7 @@ class PlannedRun:
             layers = re.findall(r"layer_(\d+)", name)
             assumed = self.assumed_transcoder(int(layers[-1])) if name.startswith("hf://") and layers else None
             return assumed or read_config(name)
-        kind, member = stacks.kind_and_member(name)
+        kind, member = kind_and_member(name)
         stack = self.stacks[one_of(kind, self.stacks, f"dictionary for {stage} (--train.kinds)")]
         check_member(name, [entry.name for entry in stack.members], f"--{stage}.dictionary")
         return stack.of(next(entry for entry in stack.members if entry.name == member))

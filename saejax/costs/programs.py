@@ -15,7 +15,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.parallel.mesh import fitting_sharding, sharding
-from saejax.settings import TrainConfig
+from saejax.training.settings import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

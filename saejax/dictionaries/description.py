@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from saejax.config import Config, setting
 from saejax.dictionaries.input_norm import NORMS
+from saejax.dictionaries.kinds.settings import kind_names
 from saejax.errors import UserError
 from saejax.models.sites import site_parts
-from saejax.runner.config import Config, setting
-from saejax.settings import kind_names
 
 BOS = ("auto", "always", "never")
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from absl import logging
 
-from saejax.dictionaries.stacks import full_name, is_of_trained, kind_and_member, members, results_folder
+from saejax.dictionaries.names import full_name, kind_and_member
 from saejax.errors import UserError
 from saejax.files import read_json
 from saejax.results import from_json
+from saejax.runner.stacks import is_of_trained, members, results_folder
 from saejax.runner.workspace import SUMMARY
 
 LABELS = "labels.json"

@@ -20,6 +20,7 @@ from saejax.evaluation.loss_recovered import VARIANTS, Losses, document_batches,
 from saejax.evaluation.member_data import MemberData
 from saejax.evaluation.reconstruction import Reconstruction, Spread, Sums, batches, measures, read_blocks
 from saejax.evaluation.results import CrossLayerScores, EvaluateResults, LayerScores, StandInMeans
+from saejax.evaluation.settings import EvaluateConfig
 from saejax.files import write_array, write_json
 from saejax.models import decoder
 from saejax.models.attention import whole_prompt_tables
@@ -27,10 +28,11 @@ from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import SiteHook
 from saejax.models.loading import load_configured_model
+from saejax.models.settings import ModelConfig
 from saejax.parallel.mesh import fitting_sharding, make_mesh
+from saejax.parallel.settings import MeshConfig
 from saejax.results import to_json
 from saejax.runner.workspace import Run
-from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
 
 
 class LoadedLayers(NamedTuple):

@@ -11,8 +11,8 @@ from scipy.optimize import linear_sum_assignment
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
+from saejax.ground_truth.settings import TruthConfig
 from saejax.ground_truth.world import HELD_OUT, World, batch_key, sample
-from saejax.stages.ground_truth import TruthConfig
 
 RECOVERED = 0.9  # absolute cosine above which a direction counts as recovered
 FREQUENT = 1e-4  # a direction that is active in a larger share of the vectors must be found

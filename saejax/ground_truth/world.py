@@ -27,7 +27,7 @@ from jax import lax
 from scipy.stats import norm
 
 from saejax.errors import UserError
-from saejax.stages.ground_truth import TruthConfig
+from saejax.ground_truth.settings import TruthConfig
 
 TRAIN, HELD_OUT = 1, 2  # splits; batches are numbered from 0 in each
 _MIN_LATENT_VARIANCE = 0.01  # of a feature's latent, left unexplained by the factors

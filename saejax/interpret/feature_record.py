@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from saejax.dictionaries.labels import labels_of
-from saejax.dictionaries.stacks import is_of_trained, results_folder
 from saejax.files import read_json
+from saejax.runner.stacks import is_of_trained, results_folder
 
 FEATURES = "features"  # folder of the records, in files of consecutive features
 

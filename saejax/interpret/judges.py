@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
+from saejax.files import fingerprint
 from saejax.interpret.questions import Question
+from saejax.interpret.settings import ExplainConfig
 from saejax.runner.parts import Progress
-from saejax.runner.workspace import Run, fingerprint
-from saejax.stages.explain import ExplainConfig
+from saejax.runner.workspace import Run
 from saejax.unicode import replace_surrogates
 
 KEY = "OPENAI_API_KEY"

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saejax.dictionaries.labels import Label
+from saejax.dictionaries.names import folder_name
 from saejax.interpret.feature_record import FeatureContext, FeatureRecord, top_tokens
 from saejax.interpret.labels import write_sheet
 from saejax.interpret.results import ReviewedFeatures
 from saejax.interventions.answers import FeatureEffect
-from saejax.runner.stage import folder_name
 
 CONTEXTS = 3  # of the strongest, in columns of their own
 _AROUND = 12  # tokens shown on each side of the strongest

@@ -30,6 +30,7 @@ from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.answers import FeatureEffect, VerdictConfig, mean_interval
 from saejax.interventions.edits import ActivationReplacement, mask
 from saejax.interventions.engine import OnProgress, change_norms, run_edits
+from saejax.interventions.settings import BASES, AblateConfig
 from saejax.interventions.slopes import attribution, leaders, likely_tokens, neutral_tokens, target_attributions
 from saejax.interventions.split_model import CleanRun, SplitModel
 from saejax.interventions.table import (
@@ -46,7 +47,6 @@ from saejax.interventions.text import HeldOutText
 from saejax.models.config import TorchConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
-from saejax.settings import BASES, AblateConfig
 from saejax.statistics.bootstrap import resampling_weights
 from saejax.statistics.partition import disjoint_sets
 from saejax.tasks.behaviours import Prompt

@@ -29,15 +29,16 @@ from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.edits import ZERO
 from saejax.interventions.engine import OnProgress
 from saejax.interventions.references import Reference, References, attributions, placebo_references
+from saejax.interventions.settings import AblateConfig, StudyConfig
 from saejax.interventions.slopes import leaders
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition, merge_tables
 from saejax.models.language_model import Edit, LanguageModel
-from saejax.settings import AblateConfig, StudyConfig, TaskConfig
 from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmark_definitions import Item, answer_tokens, way
 from saejax.tasks.benchmark_prompts import make_prompter
 from saejax.tasks.scored_items import GeneratedItem, ReferenceItem, ScoredItem
+from saejax.tasks.settings import TaskConfig
 
 POOL = 256  # activations of a feature from which it is resampled
 ITEMS = 16  # items scored between two checks whether to stop

@@ -31,12 +31,12 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
-from saejax.interventions.ablate_run import summarise
 from saejax.interventions.ablation import measure_behaviour
 from saejax.interventions.answers import CausalVerdict, VerdictConfig, mean_interval
 from saejax.interventions.columns import Columns
 from saejax.interventions.edits import swap
 from saejax.interventions.engine import BATCH_ROWS, OnProgress, prefetch, run_edits
+from saejax.interventions.settings import AblateConfig, PatchConfig
 from saejax.interventions.split_model import editable_positions, fit_ids, groups_by_length, parse_positions
 from saejax.interventions.table import load_effects, merge_tables, save_effects
 from saejax.interventions.verdict import verdict
@@ -49,12 +49,13 @@ from saejax.models.split import SplitPoint
 from saejax.models.tokens import Tokens, token_text
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row, sharding
+from saejax.progress import OnProgress
 from saejax.results import Interval
 from saejax.runner import parts
 from saejax.runner.workspace import Run
-from saejax.settings import AblateConfig, PatchConfig
+from saejax.stages import inputs as run_inputs
+from saejax.stages.ablate.run import summarise
 from saejax.statistics import bootstrap
-from saejax.tasks import run_inputs
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
@@ -473,7 +474,7 @@ def run_patch(run: Run) -> PatchResults:
             for name, each in prompts.items()
         }
 
-        def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
+        def measure(name: str, on_progress: OnProgress) -> parts.Measured:
             if missing := pairs[name].missing(chooses_features=dictionary is not None):
                 return parts.Measured(missing, f"not patched: {missing}")
             if dictionary is None:
@@ -510,7 +511,7 @@ def positions_of(kind: str, config: PatchConfig) -> str:
 
 
 def _measure_sites(
-    run: Run, lm: LanguageModel, name: str, pairs: BehaviourPairs, on_progress: parts.OnProgress
+    run: Run, lm: LanguageModel, name: str, pairs: BehaviourPairs, on_progress: OnProgress
 ) -> parts.Measured:
     config = run.configs[PatchConfig]
     positions = positions_of(run.name, config)
@@ -537,7 +538,7 @@ def _measure_features(
     dictionary: Dictionary,
     name: str,
     pairs: Mapping[str, BehaviourPairs],
-    on_progress: parts.OnProgress,
+    on_progress: OnProgress,
 ) -> parts.Measured:
     config, tests = run.configs[PatchConfig], pairs[name].tests
     prompts = {each: [*theirs.train, *theirs.tests] for each, theirs in pairs.items() if theirs.tests}

@@ -45,16 +45,17 @@ from saejax.interventions.benchmark import BenchmarkItems
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import run_edits
 from saejax.interventions.references import Reference, References
+from saejax.interventions.settings import ProbeConfig
 from saejax.interventions.split_model import GROUP_TOKENS, SplitModel, in_order, of_features
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
+from saejax.progress import OnProgress
 from saejax.results import Interval, from_json
 from saejax.runner import parts
 from saejax.runner.workspace import Run
-from saejax.settings import ProbeConfig, TaskConfig
+from saejax.stages import inputs as run_inputs
 from saejax.statistics.bootstrap import resampling_weights, two_sided_p
 from saejax.statistics.ranks import holm_by_key
-from saejax.tasks import run_inputs
 from saejax.tasks.behaviours import SPLITS, Prompt, read_logit_diffs, read_prompts
 from saejax.tasks.benchmark_definitions import way
 from saejax.tasks.benchmark_scores import FILE
@@ -62,6 +63,7 @@ from saejax.tasks.benchmarks import read_items
 from saejax.tasks.labels import LABELS, Labelled, label_prompts
 from saejax.tasks.scored_items import WAYS, GeneratedItem
 from saejax.tasks.scoring import wilson
+from saejax.tasks.settings import TaskConfig
 
 MATCHES = 10  # nearest features by firing rate, from which a matched one is drawn
 LOGIT_DIFFERENCE, LOG_LIKELIHOOD = "logit difference", "log-likelihood of the reference answer"
@@ -455,7 +457,7 @@ def run_probe(run: Run) -> ProbeResults:
                 split, BenchmarkItems(lm, labelled.behaviour, task, (), chosen).references(chosen)
             )
 
-        def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
+        def measure(name: str, on_progress: OnProgress) -> parts.Measured:
             inputs = inputs_of(wanted[name].prompts)
             results = probe_label(config, wanted[name], *inputs, lambda: ablation(name), lambda: on_progress(0, 0))
             return parts.Measured(results, _line(results))

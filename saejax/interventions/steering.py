@@ -35,22 +35,24 @@ from saejax.interventions.ablation import MIN_FIRING, root_mean_square, spread_o
 from saejax.interventions.answers import CausalAnswer, VerdictConfig, mean_interval
 from saejax.interventions.edits import FeatureEdits, add, mask
 from saejax.interventions.engine import change_norms, run_edits
+from saejax.interventions.settings import SteerConfig
 from saejax.interventions.slopes import leaders, slopes
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.text import HeldOutText
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
+from saejax.progress import OnProgress, silent
 from saejax.results import Interval
 from saejax.runner import parts
 from saejax.runner.workspace import Run
-from saejax.settings import CorpusConfig, SteerConfig, TaskConfig
+from saejax.stages import inputs as run_inputs
 from saejax.statistics import bootstrap
 from saejax.statistics.partition import disjoint_sets
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
-from saejax.tasks import run_inputs
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 METHODS = ("add", "clamp", "mean_difference")
 MIN_TEXTS = 3  # texts of an answer, of which a mean is taken
@@ -279,7 +281,7 @@ class SteeringTest:
         text: HeldOutText | None,
         config: SteerConfig,
         max_prompts: int = 0,
-        on_progress: parts.OnProgress = parts.silent,
+        on_progress: OnProgress = silent,
     ):
         if not config.doses:
             raise UserError("--steer.doses is empty: name at least one, such as 0.4")
@@ -538,7 +540,7 @@ def run_steer(run: Run) -> SteerResults:
         lm = run_inputs.load_run_model(run)
         text = HeldOutText.of(run.configs[CorpusConfig], run.configs[TaskConfig], lm, TEXT_DOCUMENTS)
 
-        def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
+        def measure(name: str, on_progress: OnProgress) -> parts.Measured:
             results = SteeringTest(lm, dictionary, prompts[name], text, config, MAX_PROMPTS, on_progress).results()
             return parts.Measured(results, _line(results))
 

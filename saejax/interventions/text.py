@@ -23,8 +23,8 @@ from saejax.models.split import SplitPoint
 from saejax.models.tokens import encode, pad
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import sharding
-from saejax.settings import CorpusConfig, TaskConfig
 from saejax.tasks import corpora
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 LENGTH = 64  # tokens of a document
 _AT_ONCE = 4  # documents of a program

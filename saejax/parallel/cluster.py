@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from saejax.errors import UserError
 from saejax.parallel.processes import Processes
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 
 if TYPE_CHECKING:
     import jax

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from saejax.errors import UserError
 from saejax.parallel.collectives import is_alone
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 
 AXES = ("member", "data", "model")
 

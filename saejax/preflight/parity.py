@@ -11,14 +11,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.config import Configs
 from saejax.models import source
 from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_model
+from saejax.models.settings import ModelConfig
 from saejax.models.sites import KINDS, Site
 from saejax.models.tokens import Tokens, encode, pad
-from saejax.runner.config import Configs
-from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
 from saejax.tasks.corpora import documents
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 LOGITS = "logits"
 _PROMPTS, _LENGTH = 4, 64  # prompts of each kind, and most tokens of one

@@ -5,22 +5,23 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from saejax.activations.planned import capture_programs, store_bytes
-from saejax.attribution.programs import attribute_programs
-from saejax.circuits.programs import circuit_programs
+from saejax.activations.settings import CaptureConfig
+from saejax.config import Configs
 from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program
 from saejax.errors import UserError
-from saejax.evaluation.planned import evaluate_programs
-from saejax.interventions.planned import ablate_programs
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import ModuleSite, decoder_site
 from saejax.preflight.results import CompiledProgram
-from saejax.runner.config import Configs
-from saejax.runner.registry import STAGES
-from saejax.settings import CaptureConfig, TrainConfig
-from saejax.tasks.planned import benchmark_programs
-from saejax.training.planned import checkpoint_bytes, planned_stacks, train_programs
+from saejax.runner.registry import all_stages
+from saejax.stages.ablate.plan import ablate_programs
+from saejax.stages.attribute.plan import attribute_programs
+from saejax.stages.baseline.plan import benchmark_programs
+from saejax.stages.capture.plan import capture_programs, store_bytes
+from saejax.stages.circuits.plan import circuit_programs
+from saejax.stages.evaluate.plan import evaluate_programs
+from saejax.stages.train.plan import checkpoint_bytes, planned_stacks, train_programs
+from saejax.training.settings import TrainConfig
 
 # The large jitted functions of each stage that has any, with shapes in place of arrays.
 _PROGRAMS: Mapping[str, Callable[[PlannedRun, Mesh], Sequence[Program]]] = {
@@ -60,7 +61,7 @@ def plan_run(name: str, model: DecoderConfig, configs: Configs, mesh: Mesh, **mo
 def check_dictionaries(plan: PlannedRun) -> None:
     """Raise a ``UserError`` if a stage that is asked for names a dictionary that is not trained."""
     for stage in ("ablate", "patch", "probe", "steer", "study"):
-        if STAGES[stage].units(plan.configs) and plan.configs.named(stage).dictionary:
+        if all_stages()[stage].units(plan.configs) and plan.configs.named(stage).dictionary:
             plan.dictionary(stage)
 
 
@@ -70,15 +71,19 @@ def stage_programs(plan: PlannedRun) -> list[Program]:
     Raises:
       UserError: the mesh does not divide the training batch or the features.
     """
-    needed = {stage.name for stage in STAGES.values() if stage.units(plan.configs)}
+    needed = {stage.name for stage in all_stages().values() if stage.units(plan.configs)}
     needed |= {"benchmark"} if "study" in needed else set()
-    placed = [(list_programs, plan.placed(STAGES[name])) for name, list_programs in _PROGRAMS.items() if name in needed]
+    placed = [
+        (list_programs, plan.placed(all_stages()[name])) for name, list_programs in _PROGRAMS.items() if name in needed
+    ]
     return [program for list_programs, where in placed for program in list_programs(where, where.mesh)]
 
 
 def disk_bytes(plan: PlannedRun) -> int:
     """Return the bytes that a run writes: the store, dictionaries and the checkpoints that are kept."""
-    units = {unit.partition("/")[0] for stage in ("capture", "train") for unit in STAGES[stage].units(plan.configs)}
+    units = {
+        unit.partition("/")[0] for stage in ("capture", "train") for unit in all_stages()[stage].units(plan.configs)
+    }
     return ("capture" in units) * store_bytes(plan) + ("train" in units) * checkpoint_bytes(plan)
 
 

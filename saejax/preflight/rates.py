@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from saejax.costs.plan import CHARACTERS_PER_TOKEN
-from saejax.settings import CorpusConfig, TaskConfig
 from saejax.tasks.corpora import characters, documents, read_corpus
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 _SAMPLE = 1000  # documents of a stream, from which their length is taken
 _CHAIN = 8  # products of one program, so that the time of its dispatch does not count

@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from saejax.config import Configs
 from saejax.errors import UserError
+from saejax.files import fingerprint
 from saejax.models import source
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
-from saejax.runner.config import Configs
-from saejax.runner.workspace import fingerprint
-from saejax.settings import ModelConfig, PreflightConfig
+from saejax.models.settings import ModelConfig
+from saejax.stages.preflight.settings import PreflightConfig
 
 
 @dataclasses.dataclass(frozen=True)

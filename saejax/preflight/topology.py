@@ -21,13 +21,14 @@ import numpy as np
 import psutil
 from jax.sharding import Mesh, PartitionSpec
 
+from saejax.config import Configs
 from saejax.costs.programs import Program
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
 from saejax.preflight.collectives import sent_bytes
 from saejax.preflight.results import CompiledProgram
-from saejax.runner.config import Configs
-from saejax.settings import MeshConfig, PreflightConfig
+from saejax.stages.preflight.settings import PreflightConfig
 
 # The first two keep libtpu from asking a metadata server and from taking the machine's one TPU for itself; the
 # others only keep it quiet about not being on a TPU host.

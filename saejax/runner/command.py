@@ -17,10 +17,11 @@ from pathlib import Path
 
 from absl import flags
 
+from saejax.activations.settings import CaptureConfig
 from saejax.errors import NO_ROOM, CheckFailed, Interrupted, OtherFailed, UserError, out_of_room
 from saejax.parallel.cluster import joined_processes, process_label
 from saejax.runner import command_line, environment
-from saejax.settings import CaptureConfig, TrainConfig
+from saejax.training.settings import TrainConfig
 
 _signals: list[int] = []  # that came since the handlers were installed
 _DISK = {

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from absl import flags
 
+from saejax import config
 from saejax.errors import UserError
-from saejax.runner import config, environment
-from saejax.runner.registry import GROUPS, STAGES, accepted_groups
+from saejax.runner import environment
+from saejax.runner.flags import define_flags, flag_fields, from_flags
+from saejax.runner.registry import accepted_groups, all_groups, all_stages
 
 _OF_BINARIES = (
     "plugins",
@@ -97,7 +99,7 @@ def read_configs(
         _check_text(file)
     # Plugins define settings, so they are loaded before flags are defined.
     _load_plugins(argv)
-    config.define_flags(GROUPS, flag_values)
+    define_flags(all_groups(), flag_values)
     try:
         rest = flag_values(list(argv), known_only=False)
     except flags.Error as error:
@@ -112,23 +114,26 @@ def read_configs(
         argument = f"{_line_of(argv, rest[1].__eq__)}{textwrap.shorten(rest[1], 80)!r}"
         raise UserError(f"{argument} is not a flag: flags are --group.field=value; --help lists them")
     if stages is None:
-        return config.from_flags(GROUPS, flag_values)
+        return from_flags(all_groups(), flag_values)
     accepted = accepted_groups(stages)
     _refuse_others(argv, stages, accepted)
-    return config.from_flags(GROUPS, flag_values, accepted)
+    return from_flags(all_groups(), flag_values, accepted)
 
 
 def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequence[str]) -> None:
     """Raise a ``UserError`` for a flag of the command line itself that belongs to a stage which is not read."""
     for flag in (argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument.startswith("-")):
         names = {flag, flag.removeprefix("no")}  # absl writes a false flag as --noNAME
-        groups = {name for name, group in GROUPS.items() if names & config.flag_fields(name, group).keys()}
+        groups = {name for name, group in all_groups().items() if names & flag_fields(name, group).keys()}
         if groups and not groups & {*accepted}:
             read_by = {
-                name: {*map(config.group_name, (*stage.groups, *stage.placement))} for name, stage in STAGES.items()
+                name: {*map(config.group_name, (*stage.groups, *stage.placement))}
+                for name, stage in all_stages().items()
             }
             # First the stage that has the name of the group.
-            owners = sorted((name for name in STAGES if groups & read_by[name]), key=lambda name: name not in groups)
+            owners = sorted(
+                (name for name in all_stages() if groups & read_by[name]), key=lambda name: name not in groups
+            )
             raise UserError(
                 f"--{flag} belongs to the stage {' or '.join(owners)}, which {stages[0]} does not read: "
                 "leave it out (in a flag file it is ignored)"
@@ -204,8 +209,8 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
         lines.append(f"  --{name}  {(flag.help or '').splitlines()[0].rstrip(';')} (default: {default})")
     listed = set[str]()
     for group in accepted_groups(stages):
-        lines += ["", f"{group}: {(GROUPS[group].__doc__ or '').strip()}"]
-        fields = config.flag_fields(group, GROUPS[group])
+        lines += ["", f"{group}: {(all_groups()[group].__doc__ or '').strip()}"]
+        fields = flag_fields(group, all_groups()[group])
         for name, field in fields.items():
             if name in listed:  # shared, and explained with an earlier group
                 continue
@@ -213,7 +218,7 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
             flag = flag_values[name]
             default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
             lines.append(f"  --{flag.name}  {flag.help} (default: {default if default != '' else 'empty'})")
-    if len(accepted_groups(stages)) < len(GROUPS):
+    if len(accepted_groups(stages)) < len(all_groups()):
         lines += [
             "",
             "Flags of other stages are refused here, and ignored in a flag file, which stages can share.",

@@ -15,10 +15,10 @@ import numpy as np
 from saejax.errors import Interrupted
 from saejax.files import read_json, write_json
 from saejax.parallel.collectives import AgreedStop, from_first_process, is_first_process
+from saejax.progress import OnProgress
 from saejax.results import from_json, to_json
 from saejax.runner.workspace import CLAIM, STACK, STARTED, SUMMARY, Run
 
-OnProgress = Callable[[int, int], None]  # called with the work done and to do, mostly in tokens; may raise to stop
 _SAY_EVERY = 5.0  # seconds
 
 
@@ -30,15 +30,6 @@ class Measured(NamedTuple):
 
 
 Measure = Callable[[str, OnProgress], Measured]  # of the part of this name
-
-
-def silent(done: int, total: int) -> None:
-    """Ignore progress: an ``OnProgress`` for callers that report none.
-
-    Args:
-      done: work done.
-      total: work in total.
-    """
 
 
 def part_file(run: Run, part: str, ending: str = ".json") -> Path:

@@ -16,21 +16,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from saejax import config as configuration
+from saejax.config import Configs
 from saejax.errors import CheckFailed, Interrupted, OtherFailed, UserError, one_of
 from saejax.files import read_object
+from saejax.models.settings import ModelConfig
 from saejax.parallel.cluster import check_same, join, joined_processes, process_label
 from saejax.parallel.processes import Processes, ProcessShare, ShareDone
+from saejax.parallel.settings import MeshConfig
 from saejax.results import to_json
-from saejax.runner import config as configuration
-from saejax.runner.config import Configs
 from saejax.runner.preregistration import shows_data, write_rules
 from saejax.runner.profiling import Profiler
-from saejax.runner.registry import STAGES, flag_of, groups_of, with_inputs
+from saejax.runner.registry import all_stages, flag_of, groups_of, with_inputs
 from saejax.runner.stage import split_unit
 from saejax.runner.usage import check_budget, forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.runner.workplan import Workplan
-from saejax.runner.workspace import STARTED, SUMMARY, Run, StackWork, Workspace, member_folder, now, package_versions
-from saejax.settings import MeshConfig, ModelConfig
+from saejax.runner.workspace import STARTED, SUMMARY, Run, StackWork, Workspace, member_folder, now
+from saejax.versions import package_versions
 
 _OF_PROCESS = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ between processes of a run
 _NAMED = 4  # differences that a line names
@@ -87,7 +89,7 @@ def run_stages(
     """Run the units of ``stages``, in order; finished units are left as they are.
 
     Args:
-      stages: names from ``STAGES``.
+      stages: names from ``all_stages()``.
       configs: all settings.
       workdir: the folder of the run, or what keeps it.
       say: prints a line.
@@ -101,18 +103,18 @@ def run_stages(
       Interrupted: asked to stop, and saved.
     """
     for stage in stages:
-        one_of(stage, STAGES, "stage")
+        one_of(stage, all_stages(), "stage")
     workspace = workdir if isinstance(workdir, Workspace) else Workspace(workdir)
     # A binary of one stage gives that stage's own error instead.
     if len(stages) > 1:
         stages = without_decoder_stages(stages, configs, say)
-    units = [unit for stage in stages for unit in STAGES[stage].units(configs)]
+    units = [unit for stage in stages for unit in all_stages()[stage].units(configs)]
     if not units:
-        more = f"it {STAGES[stages[0]].summary}" if len(stages) == 1 else "--help says what to name"
+        more = f"it {all_stages()[stages[0]].summary}" if len(stages) == 1 else "--help says what to name"
         raise UserError(f"{', '.join(stages)} has nothing to make with these settings; {more}")
     for stage in stages:
-        if STAGES[stage].units(configs):
-            STAGES[stage].check(configs)
+        if all_stages()[stage].units(configs):
+            all_stages()[stage].check(configs)
     if options.only:
         units = [one_of(options.only, units, "unit (--unit)")]
     processes = None
@@ -163,14 +165,14 @@ def _check_keep_going(options: RunOptions, configs: Configs) -> None:
 
 def without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callable[[str], None]) -> Sequence[str]:
     """Leave out stages that only the JAX decoder's models have, where the model runs in PyTorch."""
-    if not any(STAGES[stage].needs_decoder for stage in stages):
+    if not any(all_stages()[stage].needs_decoder for stage in stages):
         return stages
     from saejax.models.source import runs_in_torch
 
     model = configs[ModelConfig]
     if not runs_in_torch(model):
         return stages
-    left_out = [stage for stage in stages if STAGES[stage].needs_decoder]
+    left_out = [stage for stage in stages if all_stages()[stage].needs_decoder]
     say(f"{model.path} runs in PyTorch; skipped, since they need a model of a JAX family: {', '.join(left_out)}")
     return [stage for stage in stages if stage not in left_out]
 
@@ -250,7 +252,7 @@ def _open_stack(pipeline: _Pipeline, unit: str, claims: contextlib.ExitStack) ->
 
 def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], stack: StackWork | None = None) -> None:
     """Run a unit's stage in this process where it takes part; the first process writes the summary."""
-    stage = STAGES[unit.partition("/")[0]]
+    stage = all_stages()[unit.partition("/")[0]]
     processes = pipeline.processes
     if processes is None:
         return _run_stage(pipeline, unit, inputs, ProcessShare(), stack)
@@ -313,7 +315,7 @@ def _run_stage(
     folder = workspace.folder(unit, mark)
     run = Run(stage, name, folder, plan.configs, inputs, say, stopping, share, stack, finish_member)
     try:
-        results = (pipeline.substitutes.get(stage) or STAGES[stage].run)(run)
+        results = (pipeline.substitutes.get(stage) or all_stages()[stage].run)(run)
     except ShareDone:
         return
     finally:
@@ -354,7 +356,7 @@ def _describe(plan: Workplan, stage: str, inputs: Mapping[str, Path], configs: C
 def _settings(configs: Configs, stage: str) -> dict[str, dict[str, Any]]:
     """Return all settings of the groups that a stage reads, JSON data."""
     # Those that place a computation are recorded, too, though they are no part of the fingerprint.
-    groups = (*groups_of(STAGES[stage]), *STAGES[stage].placement)
+    groups = (*groups_of(all_stages()[stage]), *all_stages()[stage].placement)
     return {configuration.group_name(group): configuration.to_json(configs[group]) for group in groups}
 
 

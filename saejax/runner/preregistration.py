@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from saejax.runner.config import Configs
-from saejax.runner.registry import STAGES
-from saejax.runner.workspace import STARTED, fingerprint, now
+from saejax.config import Configs
+from saejax.files import fingerprint
+from saejax.runner.registry import all_stages
+from saejax.runner.workspace import STARTED, now
 
 FILE = "rules.jsonl"
 DATA = ("baseline", "benchmark")  # stages that show what rules are about, in addition to those with a rule
@@ -32,18 +33,18 @@ class WrittenRule:
 
 def shows_data(stage: str) -> bool:
     """Return whether rules must have been written before a stage runs."""
-    return stage in DATA or bool(STAGES[stage].rule)
+    return stage in DATA or bool(all_stages()[stage].rule)
 
 
-def write_rules(root: Path, configs: Configs, stages: Iterable[str] = tuple(STAGES)) -> None:
+def write_rules(root: Path, configs: Configs, stages: Iterable[str] | None = None) -> None:
     """Write the rules of a configuration that are not in the workdir's file yet; a rule keeps its first line.
 
     Args:
       root: the workdir.
       configs: all settings.
-      stages: the stages whose settings are known: a binary ignores flags of stages that it does not read.
+      stages: the stages whose settings are known: a binary ignores flags of stages that it does not read. None: all.
     """
-    for stage in map(STAGES.__getitem__, stages):
+    for stage in map(all_stages().__getitem__, all_stages() if stages is None else stages):
         if stage.rule and stage.units(configs):
             write_rule(root, stage.name, stage.rule(configs.named(stage.name)), list_measured(root))
 
@@ -103,7 +104,7 @@ def describe_rule(root: Path, stage: str, rule: str) -> str:
 
 def list_measured(root: Path) -> list[str]:
     """Return the folders, in a workdir, of all units that show data and have been begun, whatever their settings."""
-    stages = [stage for stage in STAGES if shows_data(stage)]
+    stages = [stage for stage in all_stages() if shows_data(stage)]
     folders = {
         path.parent
         for stage in stages

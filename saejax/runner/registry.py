@@ -18,22 +18,25 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
 """
 
 import dataclasses
+import functools
 import heapq
 import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping
 
 from saejax import stages
-from saejax.runner.config import Config, Configs, flag_name, group_name
+from saejax.config import Config, Configs, group_name
+from saejax.parallel.settings import MeshConfig
+from saejax.runner.flags import flag_name
 from saejax.runner.stage import Stage
-from saejax.settings import MeshConfig
 
 
 def _discover() -> Iterable[Stage]:
-    """Yield the stages of every file in ``saejax/stages``."""
+    """Yield the stages of every ``stage.py`` in the folders of ``saejax/stages``."""
     for module in pkgutil.iter_modules(stages.__path__):
-        loaded = importlib.import_module(f"{stages.__name__}.{module.name}")
-        yield from (value for value in vars(loaded).values() if isinstance(value, Stage))
+        if module.ispkg:
+            loaded = importlib.import_module(f"{stages.__name__}.{module.name}.stage")
+            yield from (value for value in vars(loaded).values() if isinstance(value, Stage))
 
 
 def sort_stages(stages: Iterable[Stage]) -> dict[str, Stage]:
@@ -59,26 +62,37 @@ def sort_stages(stages: Iterable[Stage]) -> dict[str, Stage]:
     return in_order
 
 
-STAGES = sort_stages(_discover())
-GROUPS: Mapping[str, type[Config]] = {
-    group_name(group): group for stage in STAGES.values() for group in (*stage.groups, *stage.placement)
-}
+@functools.cache
+def all_stages() -> Mapping[str, Stage]:
+    """Return all stages by name, in the order in which they run."""
+    return sort_stages(_discover())
+
+
+@functools.cache
+def all_groups() -> Mapping[str, type[Config]]:
+    """Return the groups of configuration that stages read, by name."""
+    stages = all_stages().values()
+    return {group_name(group): group for stage in stages for group in (*stage.groups, *stage.placement)}
 
 
 def groups_of(stage: Stage) -> tuple[type[Config], ...]:
     """Return the groups that a stage's result depends on."""
-    return tuple(GROUPS.values()) if stage.reads_all else stage.groups
+    return tuple(all_groups().values()) if stage.reads_all else stage.groups
 
 
 def with_inputs(stages: Iterable[str]) -> list[str]:
-    """Return stages and those whose units they read, directly or through others, in the order of ``STAGES``."""
+    """Return stages and those whose units they read, directly or through others, in the order of ``all_stages()``."""
     waiting, reached = list(stages), set[str]()
     while waiting:
         name = waiting.pop()
         if name not in reached:
             reached.add(name)
-            waiting += STAGES if "*" in STAGES[name].reads or STAGES[name].reads_all else STAGES[name].reads
-    return [name for name in STAGES if name in reached]
+            waiting += (
+                all_stages()
+                if "*" in all_stages()[name].reads or all_stages()[name].reads_all
+                else all_stages()[name].reads
+            )
+    return [name for name in all_stages() if name in reached]
 
 
 def accepted_groups(stages: Iterable[str]) -> list[str]:
@@ -86,17 +100,17 @@ def accepted_groups(stages: Iterable[str]) -> list[str]:
     accepted = {
         group_name(group)
         for name in with_inputs(stages)
-        for group in (*STAGES[name].groups, *STAGES[name].placement, MeshConfig)
+        for group in (*all_stages()[name].groups, *all_stages()[name].placement, MeshConfig)
     }
-    return [group for group in GROUPS if group in accepted]
+    return [group for group in all_groups() if group in accepted]
 
 
 def flag_of(group: str, name: str) -> str:
     """Return the flag of a setting by the names in saved files, those of the group, such as "ablate", and the field."""
-    fields = {field.name: field for field in dataclasses.fields(GROUPS[group])} if group in GROUPS else {}
+    fields = {field.name: field for field in dataclasses.fields(all_groups()[group])} if group in all_groups() else {}
     return flag_name(group, fields[name]) if name in fields and "shared" in fields[name].metadata else f"{group}.{name}"
 
 
 def default_configs() -> Configs:
     """Return every group with its defaults."""
-    return Configs(*(group() for group in GROUPS.values()))
+    return Configs(*(group() for group in all_groups().values()))

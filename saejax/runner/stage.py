@@ -5,17 +5,12 @@ file is read by every binary, so JAX, torch and what needs them are imported ins
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from saejax.errors import UserError
-from saejax.runner.config import Config, Configs
+from saejax.config import Config, Configs
+from saejax.dictionaries.names import is_folder
 from saejax.runner.workspace import Run
-from saejax.settings.kinds import unit_names
-
-_LONGEST = 100  # characters of the name of a folder's unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Stage:
     check: Callable[[Configs], None] = lambda configs: None
     #: writes its part of the report: takes ``Findings`` and ``Draw``, returns sections.
     section: Callable[[Any, Any], Sequence[Any]] | None = None
-    results: Callable[[], Any] | None = None  #: returns the class of the results; None: they are plain JSON data
+    results: Any = None  #: the class of the results; None: they are plain JSON data
     #: returns the rule of its verdicts in words, from its own settings; None without verdicts. Runs write it down
     #: before there are data (``preregistration``).
     rule: Callable[[Any], str] | None = None
@@ -84,18 +79,6 @@ class Stage:
         return [f"{self.name}/{name}" if name else self.name for name in self.names(configs)]
 
 
-def folder_name(dictionary: str) -> str:
-    """Return the unit name of a dictionary: "topk-k32" for "topk/k32", "runs-demo-train-topk" for a folder."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", dictionary).strip("-.")[-_LONGEST:].lstrip("-.") or "dictionary"
-
-
-def is_folder(dictionary: str) -> bool:
-    """Return whether a flag names a dictionary by its folder, and not by its kind as "topk" or "topk/k32" do."""
-    if dictionary.partition("/")[0] in unit_names():
-        return False
-    return "/" in dictionary or Path(dictionary).is_dir()
-
-
 def train_units(*dictionaries: str) -> tuple[str, ...]:
     """Return the distinct units of dictionaries, of a member its own; dictionaries named by a folder have none."""
     return tuple(dict.fromkeys(f"train/{name}" for name in dictionaries if not is_folder(name)))
@@ -106,14 +89,3 @@ def split_unit(unit: str) -> tuple[str, str]:
     stage, _, rest = unit.partition("/")
     name, _, member = rest.partition("/")
     return (f"{stage}/{name}" if name else stage), member
-
-
-def check_member(name: str, members: Sequence[str], flag: str) -> None:
-    """Raise a ``UserError`` that names the flag unless the dictionary ``name`` is one of a unit's ``members``."""
-    kind, _, member = name.partition("/")
-    if member in members:
-        return
-    if list(members) == [""]:
-        raise UserError(f"{flag}={name}, but {kind} is one dictionary and no stack: give {flag}={kind}")
-    problem = f"there is no member {member}" if member else f"{kind} is a stack of {len(members)} dictionaries"
-    raise UserError(f"{flag}={name}: {problem}: name one, such as {flag}={kind}/{members[0]}, of {', '.join(members)}")

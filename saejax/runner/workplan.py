@@ -11,12 +11,14 @@ run of it alone. A stack depends on its members.
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
+from saejax import config as configuration
+from saejax.config import Configs, group_name
+from saejax.dictionaries.names import check_member
 from saejax.errors import UserError, one_of
-from saejax.runner import config as configuration
-from saejax.runner.config import Configs, group_name
-from saejax.runner.registry import STAGES, groups_of
-from saejax.runner.stage import Stage, UnitMember, check_member, split_unit
-from saejax.runner.workspace import Workspace, fingerprint
+from saejax.files import fingerprint
+from saejax.runner.registry import all_stages, groups_of
+from saejax.runner.stage import Stage, UnitMember, split_unit
+from saejax.runner.workspace import Workspace
 
 
 class Dependencies(TypedDict):
@@ -48,7 +50,7 @@ class Workplan:
         """Return the members of a unit as its stage names them: a dictionary alone is the one member ""."""
         if unit not in self._members:
             stage, _, name = unit.partition("/")
-            self._members[unit] = STAGES[stage].members(self.configs, name)
+            self._members[unit] = all_stages()[stage].members(self.configs, name)
         return self._members[unit]
 
     def needs(self, unit: str) -> list[str]:
@@ -59,16 +61,18 @@ class Workplan:
         """
         stage, _, name = unit.partition("/")
         needs = []
-        for need in STAGES[stage].needs(self.configs, name):
+        for need in all_stages()[stage].needs(self.configs, name):
             whole, member = split_unit(need)
             needed_stage, _, needed_name = whole.partition("/")
-            if not {needed_stage, "*"} & set(STAGES[stage].reads):
+            if not {needed_stage, "*"} & set(all_stages()[stage].reads):
                 raise ValueError(f"the stage {stage} reads {need}: name {needed_stage} in its reads")
             if needed_name:
                 flag = "train.kinds" if needed_stage == "train" else f"{needed_stage}.dictionaries"
-                if not STAGES[needed_stage].names(self.configs):
+                if not all_stages()[needed_stage].names(self.configs):
                     raise UserError(f"{unit} reads {need}, which this run does not make: add --{flag}={needed_name}")
-                one_of(needed_name, STAGES[needed_stage].names(self.configs), f"dictionary for {stage} (--{flag})")
+                one_of(
+                    needed_name, all_stages()[needed_stage].names(self.configs), f"dictionary for {stage} (--{flag})"
+                )
             if member and self._all_members(whole):
                 dictionary = f"{needed_name}/{member}"
                 flag = f"--{stage}.{_naming_field(self.configs.named(stage), dictionary)}"
@@ -96,7 +100,7 @@ class Workplan:
 
     def _dependencies_of(self, unit: str, member: str) -> Dependencies:
         """Return what a unit depends on; ``member`` "": the whole unit, whether it is a stack or not."""
-        stage, name = STAGES[unit.partition("/")[0]], unit.partition("/")[2]
+        stage, name = all_stages()[unit.partition("/")[0]], unit.partition("/")[2]
         members = self._all_members(unit)
         if members and member not in members:  # the whole stack
             marks = {f"{unit}/{key}": self.fingerprint(f"{unit}/{key}") for key in members}

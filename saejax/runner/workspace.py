@@ -19,8 +19,6 @@ These files of a unit are ours, the rest is its stage's:
 import contextlib
 import dataclasses
 import datetime
-import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -34,10 +32,10 @@ from typing import Any, TypeVar
 
 import psutil
 
+from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.files import read_object, remove_unfinished, write_json, write_text
 from saejax.parallel.processes import ProcessShare
-from saejax.runner.config import Configs
 
 T = TypeVar("T")
 SCHEMA_VERSION = 1
@@ -45,12 +43,6 @@ _SAY_EVERY = 60.0  # seconds between lines that say how long a unit's items stil
 SUMMARY, STARTED, CLAIM, STACK = "done.json", "started.json", "claim.json", "stack.json"
 CHECKPOINTS = "checkpoints"  # folder from which training goes on; users may delete it when a unit is finished
 _CURRENT = ".current"  # ending of the text file that stands for a link
-_PACKAGES = ("saejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
-
-
-def fingerprint(data: Any) -> str:
-    """Return a hash, 16 hexadecimal digits, of JSON data."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Workspace:
@@ -399,15 +391,6 @@ def _create(path: Path, text: str) -> bool:
         return True
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def package_versions() -> dict[str, str]:
-    """Return the installed versions of what results depend on."""
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 def now() -> str:

@@ -15,7 +15,7 @@ from saejax.attribution.local.readouts import Target, read_targets
 from saejax.attribution.trace.gradient import SaeRun
 from saejax.errors import UserError
 from saejax.models.tokens import token_text
-from saejax.runner.parts import OnProgress, silent
+from saejax.progress import OnProgress, silent
 
 FREEZE_MODES = ("none", "attention", "all")  # with SAEs the first alone
 DRAWS = 7  # random sets: with the changes themselves 8 rows, to which fewer would be filled up

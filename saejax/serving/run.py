@@ -9,9 +9,9 @@ from pathlib import Path
 
 from absl import flags
 
+from saejax.attribution.settings import GraphConfig
 from saejax.errors import Interrupted, UserError
 from saejax.runner import command, command_line
-from saejax.settings import GraphConfig
 
 ABOUT = """\
 serve: shows the attribution graphs of a folder in a browser on this machine, and works on them: traces prompts, prunes

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from saejax import config as configuration
 from saejax.attribution.forms.document import GraphDocument, feature_nodes, feature_of
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.local.dictionaries import LayerSaes
@@ -20,18 +21,19 @@ from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Target
 from saejax.attribution.requests import Request, read_labels, unit_name
-from saejax.attribution.run import open_parts, run_attribute, trace_request
+from saejax.attribution.settings import GraphConfig
 from saejax.attribution.trace.gradient import SaeRun
+from saejax.config import Configs, group_name
 from saejax.errors import UserError
-from saejax.results import load_summary
-from saejax.runner import config as configuration
-from saejax.runner.config import Configs, group_name
+from saejax.models.settings import ModelConfig
+from saejax.parallel.settings import MeshConfig
 from saejax.runner.pipeline import run_stages
+from saejax.runner.results import load_summary
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import STARTED, SUMMARY, Run, Workspace
 from saejax.serving.jobs import Job
 from saejax.serving.store import GraphStore, StoredGraph
-from saejax.settings import GraphConfig, MeshConfig, ModelConfig
+from saejax.stages.attribute.run import open_parts, run_attribute, trace_request
 
 Key = tuple[str, Any]  # hash of a graph's document; model and set
 _KEPT = 2  # prompts that stay in memory

@@ -15,15 +15,15 @@ from typing import Any
 
 from saejax.attribution.forms.document import GraphDocument, are_groups, check_groups, check_metadata, read_document
 from saejax.attribution.forms.neuronpedia import INDEX, read_list
-from saejax.attribution.forms.outputs import FEATURES, described_features, details_of_features, read_shown
 from saejax.attribution.graph import Graph
+from saejax.attribution.settings import GraphConfig
 from saejax.dictionaries.labels import labels_of_sheets, names_of_layers
+from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
 from saejax.files import file_sha256, locked, read_json, write_json
 from saejax.interpret.labels import write_label
-from saejax.runner.stage import folder_name
 from saejax.runner.workspace import STARTED, SUMMARY, current_units
-from saejax.settings import GraphConfig
+from saejax.stages.attribute.outputs import FEATURES, described_features, details_of_features, read_shown
 
 _SAVED = "serve"  # the folder for what readers save
 

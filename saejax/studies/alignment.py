@@ -32,9 +32,9 @@ from scipy.stats import rankdata
 from saejax.interventions.table import PromptDefinition, load_effects
 from saejax.matching.importance import ItemFeatures, align_importance
 from saejax.page.findings import Findings
+from saejax.stages.study.results import StudyResults
+from saejax.stages.study.run import FEATURES_ON_ITEMS, ROTATED_ON_ITEMS
 from saejax.statistics.ranks import holm_by_key
-from saejax.studies.benchmark_results import StudyResults
-from saejax.studies.benchmark_run import FEATURES_ON_ITEMS, ROTATED_ON_ITEMS
 from saejax.studies.results import AlignmentFigures
 
 LEVEL, LEAST = 0.05, 0.3

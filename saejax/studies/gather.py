@@ -9,19 +9,20 @@ from typing import TypeVar
 import numpy as np
 
 from saejax.activations.results import CaptureResults
-from saejax.dictionaries.stacks import full_name
+from saejax.dictionaries.names import full_name
 from saejax.evaluation.results import EvaluateResults
 from saejax.interventions.answers import RESAMPLED, AblateResults, CausalAnswer
+from saejax.interventions.settings import StudyConfig
 from saejax.interventions.table import TESTED, UNTRAINED
 from saejax.matching.track.results import TrackResults
 from saejax.matching.transfer.results import TransferResults
+from saejax.models.settings import ModelConfig
 from saejax.page.findings import Findings, read_findings
 from saejax.preflight.results import PreflightResults
-from saejax.settings import ModelConfig, StudyConfig, TaskConfig, TrainConfig
+from saejax.stages.study.results import StudyResults
 from saejax.statistics.ranks import holm_by_key
 from saejax.studies import criteria, gather_features
 from saejax.studies.alignment import alignments
-from saejax.studies.benchmark_results import StudyResults
 from saejax.studies.learned import learned
 from saejax.studies.phases import phases
 from saejax.studies.results import (
@@ -43,8 +44,10 @@ from saejax.studies.rows import StudyRow
 from saejax.studies.sheet import fill
 from saejax.studies.units import ROWS
 from saejax.tasks.results import BaselineResults, BenchmarkResults
+from saejax.tasks.settings import TaskConfig
 from saejax.training.metrics import read_metrics
 from saejax.training.results import TrainResults
+from saejax.training.settings import TrainConfig
 
 T = TypeVar("T")
 _MEASURES = {

@@ -16,7 +16,7 @@ from saejax.interventions.answers import AblateResults
 from saejax.interventions.probing import ProbeResults
 from saejax.page.findings import Findings
 from saejax.page.tables import interval, number, percent
-from saejax.studies.benchmark_results import StudyResults
+from saejax.stages.study.results import StudyResults
 from saejax.studies.results import PhaseFigures, StudyFigures, plain
 from saejax.studies.sheet import select
 

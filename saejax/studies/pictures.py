@@ -6,9 +6,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from saejax.matching.transfer.report import draw_heatmaps
 from saejax.page.style import BLUE, GREEN, GREY, INK, LINES, ORANGE, height_of, legend, name_rows, panels, point, styled
 from saejax.results import Interval
+from saejax.stages.transfer.report import draw_heatmaps
 from saejax.studies.results import AlignmentFigures, DictionaryFigures, DriverFigures
 
 

@@ -19,7 +19,6 @@ from saejax.page.document import Section, to_html, to_markdown
 from saejax.page.tables import Table
 from saejax.results import to_json
 from saejax.runner.preregistration import describe_rule
-from saejax.runner.workspace import package_versions
 from saejax.studies.criteria import EPOCH, RULES
 from saejax.studies.learned import answers_table, holds, sentences
 from saejax.studies.phases import disagreements
@@ -27,6 +26,7 @@ from saejax.studies.pictures import draw_drivers, draw_drops, draw_losses, draw_
 from saejax.studies.results import TABLES, StudyFigures
 from saejax.studies.sheet import as_csv, duration
 from saejax.studies.units import ROWS
+from saejax.versions import package_versions
 
 FILE, STAGE = "study.json", "study_run"  # STAGE: of the rules in ``rules.jsonl``
 _TITLES = dict(gate="Overall answers", alignment="Alignment", criteria="Success")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from absl import flags
 
+from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.runner.command_line import flag_error, read_configs, stage_flags
-from saejax.runner.config import Configs
 
 ENDING = ".flags"
 

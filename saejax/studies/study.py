@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saejax.errors import CheckFailed
-from saejax.files import read_json
+from saejax.files import fingerprint, read_json
 from saejax.runner.preregistration import list_measured, write_rule
-from saejax.runner.workspace import Workspace, fingerprint, hold_claim
+from saejax.runner.workspace import Workspace, hold_claim
 from saejax.studies import criteria, report
 from saejax.studies.gather import gather
 from saejax.studies.rows import StudyRow

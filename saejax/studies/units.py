@@ -15,7 +15,7 @@ from pathlib import Path
 
 from saejax.errors import Interrupted, UserError
 from saejax.runner.pipeline import without_decoder_stages
-from saejax.runner.registry import STAGES
+from saejax.runner.registry import all_stages
 from saejax.runner.stage import split_unit
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import Workspace
@@ -47,7 +47,9 @@ class RowUnits:
         self._was_killed = False
         self._bad_settings = ""
         try:
-            stages = [STAGES[name] for name in without_decoder_stages([*STAGES], row.configs, lambda line: None)]
+            stages = [
+                all_stages()[name] for name in without_decoder_stages([*all_stages()], row.configs, lambda line: None)
+            ]
             units = {unit: stage.first for stage in stages for unit in stage.units(row.configs)}
         except UserError as error:  # such as a text to follow without dictionaries
             self._bad_settings, units = str(error), {}

@@ -31,11 +31,12 @@ from saejax.files import read_json, write_json
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
+from saejax.models.settings import ModelConfig
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import Tokens
 from saejax.results import from_json, to_json
 from saejax.runner.workspace import Run
-from saejax.settings import ModelConfig, TaskConfig
+from saejax.stages.inputs import load_run_model
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.behaviours import SPLITS, Prompt, PromptScore, write_prompts
 from saejax.tasks.draw import Drawn, TooFewPrompts, make_prompts
@@ -43,8 +44,8 @@ from saejax.tasks.gate import gate, none_left, write_left_out
 from saejax.tasks.likelihood import loglikelihoods
 from saejax.tasks.own_prompts import read_own_prompts
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BaselineScores, PromptExample
-from saejax.tasks.run_inputs import load_run_model
 from saejax.tasks.scoring import MIN_ACCURACY, MIN_SEPARATION, bootstrap_mean, bootstrap_separation, wilson
+from saejax.tasks.settings import TaskConfig
 
 PARTS = "parts"  # folder of behaviours that are measured, until all are
 BATCH = 32  # prompts per forward pass

@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from saejax.errors import UserError, one_of
-from saejax.settings import BENCHMARKS, TaskConfig
 from saejax.tasks.answers import last_boxed
 from saejax.tasks.benchmark_files import TEST, Row
 from saejax.tasks.files import shown
+from saejax.tasks.settings import BENCHMARKS, TaskConfig
 
 _CHOICES = {"boolean_expressions": ("True", "False"), "web_of_lies": ("Yes", "No")}
 LOGIC_TASKS = (

@@ -14,8 +14,8 @@ from typing import Any
 
 from saejax.errors import UserError
 from saejax.models.tokens import encode
-from saejax.settings import TaskConfig
 from saejax.tasks.benchmark_definitions import Item, definition
+from saejax.tasks.settings import TaskConfig
 
 _ENDS = "\n\n"  # between worked examples
 

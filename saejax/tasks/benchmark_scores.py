@@ -25,16 +25,16 @@ from saejax.models.language_model import Edit, LanguageModel
 from saejax.models.tokens import pad
 from saejax.results import Interval, from_json, to_json
 from saejax.runner.workspace import Run
-from saejax.settings import TaskConfig
+from saejax.stages.inputs import load_run_model
 from saejax.tasks.answers import Verdict, formula_verdicts, number_verdicts
 from saejax.tasks.benchmark_definitions import Item, answer_tokens, definition, way
 from saejax.tasks.benchmark_prompts import Prompter, make_prompter
 from saejax.tasks.benchmarks import origin, read_items
 from saejax.tasks.likelihood import Likelihood, encode_pair, loglikelihoods
 from saejax.tasks.results import BenchmarkResults, ChoiceScores, UnparsedExample
-from saejax.tasks.run_inputs import load_run_model
 from saejax.tasks.scored_items import WAYS, ChosenItem, GeneratedItem, ReferenceItem, ScoredItem
 from saejax.tasks.scoring import bootstrap_mean, wilson
+from saejax.tasks.settings import TaskConfig
 
 FILE, BATCHES = "items.jsonl", "batches"
 _ITEMS = 64  # scored by log-likelihood between two writings

@@ -5,11 +5,11 @@ import zlib
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.runner.workspace import fingerprint
-from saejax.settings import TaskConfig
+from saejax.files import fingerprint
 from saejax.tasks.benchmark_definitions import Item, definition
 from saejax.tasks.benchmark_files import TRAIN, Origin, find, training_files
 from saejax.tasks.hub import hub_configurations
+from saejax.tasks.settings import TaskConfig
 
 
 def origin(name: str, task: TaskConfig) -> Origin:

@@ -17,8 +17,8 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 from saejax.errors import UserError
-from saejax.runner.workspace import fingerprint
-from saejax.settings import CorpusConfig, TaskConfig
+from saejax.files import fingerprint
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 from saejax.tasks.text_sources import text_sources
 
 _MOST_IN_MEMORY = 2**30  # characters

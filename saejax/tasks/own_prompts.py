@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.settings import BEHAVIOURS, PROBE_LABELS, TaskConfig
 from saejax.tasks.answer_tokens import fault
 from saejax.tasks.behaviours import SPLITS, Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes, shown
+from saejax.tasks.settings import BEHAVIOURS, PROBE_LABELS, TaskConfig
 
 _FLAG = "--task.prompts"
 _TAKEN = (*BEHAVIOURS, "started", "summary", "index")  # behaviours of our own, and files of every stage

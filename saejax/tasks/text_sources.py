@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from saejax.errors import UserError
-from saejax.settings import BENCHMARKS, CorpusConfig, TaskConfig
 from saejax.tasks import benchmarks
 from saejax.tasks.files import json_lines, opened, shown, table_rows, text_lines
 from saejax.tasks.hub import hub_commit, hub_rows
+from saejax.tasks.settings import BENCHMARKS, CorpusConfig, TaskConfig
 from saejax.unicode import has_surrogates
 
 EMBEDDED = Path(__file__).parent / "data" / "corpus.jsonl.gz"

@@ -24,8 +24,8 @@ from saejax.errors import Interrupted, UserError
 from saejax.parallel.collectives import from_first_process, process_count
 from saejax.parallel.mesh import free_bytes, part_size
 from saejax.runner.workspace import Run
-from saejax.settings import TrainConfig
 from saejax.training.scales import ScaledRows
+from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack, batch_parts
 
 Batch = tuple[jax.Array, ...]

@@ -16,13 +16,13 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from saejax.costs.passes import peak_flops, step_flops, weights_share
+from saejax.config import to_json
 from saejax.errors import UserError
-from saejax.files import read_object, whole_file
+from saejax.files import fingerprint, read_object, whole_file
+from saejax.flops import peak_flops, step_flops, weights_share
 from saejax.parallel.collectives import is_first_process
-from saejax.runner.config import to_json
-from saejax.runner.workspace import STACK, STARTED, fingerprint, member_folder
-from saejax.settings import TrainConfig
+from saejax.runner.workspace import STACK, STARTED, member_folder
+from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack
 
 METRICS = "metrics.jsonl"

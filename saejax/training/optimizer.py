@@ -16,7 +16,7 @@ import optax
 
 from saejax.dictionaries.joined import row_lengths, row_normals
 from saejax.dictionaries.kinds.base import Arrays, Kind
-from saejax.settings import TrainConfig
+from saejax.training.settings import TrainConfig
 
 _FROZEN = {"none": (), "decoder": ("W_dec_FxD",), "encoder": ("W_enc_DxF",)}
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from saejax.dictionaries import DictionaryConfig, kinds
 from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.modules import parameter_table
-from saejax.settings import TrainConfig
+from saejax.training.settings import TrainConfig
 from saejax.training.stack import Hyperparams
 from saejax.training.state import TrainState
 

@@ -11,7 +11,7 @@ from saejax.activations.joined import JoinedRows
 from saejax.activations.manifest import CapturedModel
 from saejax.dictionaries import losses
 from saejax.errors import UserError
-from saejax.settings import TrainConfig
+from saejax.training.settings import TrainConfig
 
 _SAMPLE = 65_536  # rows from which something is estimated
 

@@ -18,14 +18,14 @@ from saejax.activations.joined import single_sites
 from saejax.dictionaries import DictionaryConfig, kinds, sparse_products
 from saejax.dictionaries.cross_layer import FORM
 from saejax.dictionaries.cross_layer import KINDS as CROSS_LAYER_KINDS
+from saejax.dictionaries.kinds.settings import JumpReLUConfig
 from saejax.dictionaries.kinds.topk import is_plain_topk
 from saejax.errors import UserError, one_of
 from saejax.models.sites import site_parts
 from saejax.parallel.mesh import fitting_sharding
-from saejax.settings import TrainConfig
-from saejax.settings.kinds import JumpReLUConfig
 from saejax.training.members import Member
 from saejax.training.scales import ScaledRows, SiteScale
+from saejax.training.settings import TrainConfig
 
 _AT_ONCE = 2**26  # values of tokens x features of members that are vectorised: 256 MB in float32, times a few
 # Settings that a cross-layer transcoder does not support, and the values that turn them off.

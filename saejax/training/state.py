@@ -20,8 +20,8 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import parameter_table
 from saejax.parallel.mesh import fitting_sharding
-from saejax.settings import MOST_TOKENS
 from saejax.training.optimizer import apply_constraints, learning_rate_schedule, make_optimizer
+from saejax.training.settings import MOST_TOKENS
 from saejax.training.stack import TrainStack
 
 STATE_VERSION = 3  # version of the tree below; a checkpoint of another version is refused

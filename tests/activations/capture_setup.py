@@ -7,12 +7,15 @@ import numpy as np
 import torch
 from torch_sites import relative_error, run_torch
 
-from saejax.activations import capture
+from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import Store
+from saejax.config import Configs
+from saejax.models.settings import ModelConfig
 from saejax.models.sites import KINDS
-from saejax.runner.config import Configs
+from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
-from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig
+from saejax.stages.capture import run as capture
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 ALL_SITES = tuple(f"{kind}.{layer}" for layer in (0, 2) for kind in KINDS)
 WORDS = ["the", "cat", "near", "dogs", "runs", "capital", "France", "is", "Paris", "war", "lasted", "year", "1732"]

@@ -7,7 +7,7 @@ import pytest
 from capture_setup import Setup, make_setup
 
 from saejax.models import source
-from saejax.settings import ModelConfig
+from saejax.models.settings import ModelConfig
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,14 @@ import torch
 from capture_setup import ALL_SITES, RESUMED, check_against_plain_forward, corpus_texts, files, rows_by_place
 from safetensors.numpy import load_file, save_file
 
-from saejax.activations import capture, progress
+from saejax.activations import progress
 from saejax.activations.documents import Documents
 from saejax.activations.manifest import CapturedModel
 from saejax.activations.writer import StoreWriter
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
-from saejax.settings import ModelConfig
+from saejax.models.settings import ModelConfig
+from saejax.stages.capture import run as capture
 
 
 def test_every_token_is_stored_once_and_no_padding(captured):

@@ -13,9 +13,10 @@ from saejax.activations.plan import Plan
 from saejax.files import read_json
 from saejax.models import source
 from saejax.models.families import read_config
+from saejax.models.settings import ModelConfig
 from saejax.models.sites import Site
 from saejax.models.tokens import pad
-from saejax.settings import MeshConfig, ModelConfig
+from saejax.parallel.settings import MeshConfig
 
 
 def assert_same_store(found, expected, tolerance=1e-5):

@@ -11,8 +11,8 @@ from torch_sites import relative_error
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.models import source
+from saejax.models.settings import ModelConfig
 from saejax.runner import command
-from saejax.settings import ModelConfig
 
 SITES = (
     "module:transformer.h.1.mlp.dense_4h_to_h",

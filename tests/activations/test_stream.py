@@ -9,14 +9,17 @@ import pytest
 
 from saejax.activations import device_buffers
 from saejax.activations import stream as stream_of
-from saejax.activations.capture import run_capture
+from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import Store
 from saejax.activations.stream import BufferOrder, ModelStream
 from saejax.errors import UserError
 from saejax.files import write_json
+from saejax.models.settings import ModelConfig
+from saejax.parallel.settings import MeshConfig
 from saejax.runner.registry import default_configs
 from saejax.runner.workspace import Run
-from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig
+from saejax.stages.capture.run import run_capture
+from saejax.tasks.settings import CorpusConfig
 
 SITES = ("resid_post.1", "mlp_out.0")
 BUFFER = 100

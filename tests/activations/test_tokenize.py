@@ -8,19 +8,21 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from saejax.activations import tokenize
 from saejax.activations.chunker import SPLITS, Chunker, TextPiece
 from saejax.activations.documents import COLUMNS, Documents, make_documents
 from saejax.activations.plan import Plan
 from saejax.activations.request import read_request
-from saejax.activations.tokenize import run_tokenize, text_documents
+from saejax.activations.settings import CaptureConfig
+from saejax.config import Configs
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
-from saejax.runner.config import Configs
+from saejax.models.settings import ModelConfig
 from saejax.runner.workspace import Run
-from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig, TaskConfig
+from saejax.stages.tokenize import run as tokenize
+from saejax.stages.tokenize.run import run_tokenize, text_documents
 from saejax.tasks import corpora
 from saejax.tasks.corpora import Document
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 TEXTS = [f"{name} number {n} is {n * 37 % 101} of them." * (1 + n % 9) for n in range(300) for name in ("Bird", "Fish")]
 

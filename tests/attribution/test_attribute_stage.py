@@ -10,19 +10,20 @@ from made_transcoders import made_set
 from torch_sites import relative_error
 
 from saejax import save_transcoders
-from saejax.attribution import run as stage
 from saejax.attribution.forms.features import parse_feature
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.requests import Request, read_given_labels, read_requests, unit_name
 from saejax.attribution.results import AttributeResults
+from saejax.attribution.settings import GraphConfig
 from saejax.attribution.trace import prompt
 from saejax.errors import UserError
 from saejax.models.tokens import encode, pad
 from saejax.results import from_json, to_json
 from saejax.runner import command
-from saejax.settings import CorpusConfig, GraphConfig
+from saejax.stages.attribute import run as stage
 from saejax.tasks.corpora import read_corpus
+from saejax.tasks.settings import CorpusConfig
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 

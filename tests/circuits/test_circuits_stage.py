@@ -16,10 +16,10 @@ from made_transcoders import made_set
 
 from saejax import load_results, save_transcoders
 from saejax.circuits.claims import compare_claims
-from saejax.circuits.report import sections
 from saejax.page.findings import read_findings
 from saejax.page.tables import answer, interval, number, percent
 from saejax.runner import command
+from saejax.stages.circuits.report import sections
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 WORDS = ("war", "water", "way", "near", "runs", "side")

@@ -9,7 +9,7 @@ from saejax.circuits.edges import ANSWER, Edge
 from saejax.circuits.groups import Group, Key
 from saejax.circuits.results import CircuitResults, CircuitsResults
 from saejax.results import Interval
-from saejax.settings import BEHAVIOURS
+from saejax.tasks.settings import BEHAVIOURS
 
 GROUPS = (
     Group("city", (Key(0, 1, "content"), Key(1, 2, "content"))),

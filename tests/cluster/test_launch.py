@@ -12,8 +12,8 @@ import pytest
 import runs
 import yaml
 
+from saejax.parallel.settings import MeshConfig
 from saejax.runner import command_line
-from saejax.settings import MeshConfig
 
 LAUNCH = runs.ROOT / "launch"
 FLAGS = "--flagfile=configs/qwen3-4b-math.flags"

@@ -13,8 +13,9 @@ from known_dictionaries import D, F
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from saejax.dictionaries import load_dictionary, load_transcoders, save_dictionary, save_transcoders, stacks
+from saejax.dictionaries import load_dictionary, load_transcoders, save_dictionary, save_transcoders
 from saejax.dictionaries.formats import circuit_tracer
+from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.errors import UserError
 
 REFERENCE = Path(os.environ.get("SAEJAX_REFERENCE", Path(__file__).parents[3] / "shared" / "reference")) / "graphs"
@@ -60,9 +61,9 @@ def test_one_layer_of_a_set_is_a_dictionary(kind, form, tmp_path):
     assert layer.config == of_set.config
     np.testing.assert_array_equal(layer(x), of_set(x))
     known.assert_computes(layer, x, known.circuit_tracer_by_formula(tmp_path, 1, x))
-    before = stacks.identity(str(file))
+    before = hash_dictionaries(str(file))
     change(tmp_path, feature_input_hook="hook_resid_mid")
-    assert stacks.identity(str(file)) != before and load_dictionary(file).site == "resid_mid.1"
+    assert hash_dictionaries(str(file)) != before and load_dictionary(file).site == "resid_mid.1"
     assert load_dictionary(file, site="mlp_in.1").site == "mlp_in.1"
     (tmp_path / "config.yaml").unlink()
     if kind == "jumprelu":  # of a TopK without its k nothing says that it is one

@@ -12,7 +12,7 @@ from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models.edits import ForwardPass
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 
 
 def make(kind="topk", n_features=40, k=4) -> Dictionary:

@@ -10,13 +10,15 @@ import runs
 from absl import flags
 from every_kind import KINDS, MADE_UP, OWN_KINDS, PLUGIN
 
+from saejax import config
 from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, load_dictionary, save_dictionary
 from saejax.dictionaries.kinds import plugins
+from saejax.dictionaries.kinds.settings import KIND_SETTINGS
 from saejax.errors import UserError
-from saejax.runner import command, config
-from saejax.runner.registry import GROUPS
-from saejax.settings import TrainConfig
-from saejax.settings.kinds import KIND_SETTINGS
+from saejax.runner import command
+from saejax.runner.flags import define_flags, from_flags
+from saejax.runner.registry import all_groups
+from saejax.training.settings import TrainConfig
 
 SETTINGS = dict(plugins=PLUGIN, train__kinds=MADE_UP, ablate__dictionary=MADE_UP, task__behaviours="agreement")
 
@@ -50,9 +52,9 @@ def test_a_bad_file_gives_one_line(tmp_path, capsys, text, message):
 
 def parse(*arguments):
     values = flags.FlagValues()
-    config.define_flags(GROUPS, values)
+    define_flags(all_groups(), values)
     values(["program", *arguments])
-    return config.from_flags(GROUPS, values)[TrainConfig]
+    return from_flags(all_groups(), values)[TrainConfig]
 
 
 def test_settings_of_a_kind_have_its_name():

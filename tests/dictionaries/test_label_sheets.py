@@ -7,12 +7,12 @@ from runs import write_members
 
 from saejax.attribution.forms.features import read_details
 from saejax.attribution.requests import identity, read_labels
+from saejax.attribution.settings import GraphConfig
 from saejax.dictionaries.labels import COLUMNS, Label, labels_of, labels_of_folders, labels_of_sheets
 from saejax.errors import UserError
 from saejax.files import write_json
 from saejax.interpret.feature_record import feature_names
 from saejax.results import to_json
-from saejax.settings import GraphConfig
 
 
 def write(path, *rows: tuple[str, str, str], columns=(*COLUMNS, "dictionary")) -> None:

@@ -21,8 +21,9 @@ from known_dictionaries import assert_computes
 from safetensors.numpy import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from saejax.dictionaries import Dictionary, joined, load_dictionary, load_transcoders, save_dictionary, stacks
+from saejax.dictionaries import Dictionary, joined, load_dictionary, load_transcoders, save_dictionary
 from saejax.dictionaries.formats import circuit_tracer, load_all, place, read_config
+from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.input_norm import normalise
 from saejax.errors import UserError
 
@@ -699,7 +700,7 @@ def test_a_release_of_saelens_registry_brings_the_settings_that_its_folder_lacks
     centred, plain = map(load_dictionary, names)
     assert (centred.config.input_norm, plain.config.input_norm) == ("center", "")
     assert_computes(centred, X, normalised(function(arrays()), "center")(X))
-    assert stacks.identity(names[1]) == stacks.identity(str(registry)) != stacks.identity(names[0])
+    assert hash_dictionaries(names[1]) == hash_dictionaries(str(registry)) != hash_dictionaries(names[0])
     with pytest.raises(UserError, match="no dictionary 'x': expected one such as blocks.8.hook_resid_pre"):
         load_dictionary("saelens:plain/x")
     with pytest.raises(UserError, match="no release 'gpt2-medium': expected one such as gpt2-small-res-jb"):
@@ -764,9 +765,9 @@ def test_files_of_one_layer_each_are_a_folders_dictionaries(tmp_path):
     for layer in (0, 10):
         write_pickled(file.with_name(f"layer{layer}.sae.pt"), **{name: array.T for name, array in arrays().items()})
     assert [sae.site for sae in load_all(file.parent).values()] == ["resid_post.0", "resid_post.4", "resid_post.10"]
-    before = stacks.identity(str(file))
+    before = hash_dictionaries(str(file))
     write_json(file.with_name("config.json"), dict(k=3))
-    assert stacks.identity(str(file)) != before and load_dictionary(file).config.k == 3
+    assert hash_dictionaries(str(file)) != before and load_dictionary(file).config.k == 3
 
 
 # --- what is refused, in one line

@@ -7,7 +7,7 @@ import pytest
 
 from saejax.dictionaries import selection, sparsity
 from saejax.parallel.mesh import make_mesh, sharding
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 
 
 def reference_topk(pre: np.ndarray, k: int) -> np.ndarray:

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.evaluation import cross_layer, evaluate
+from saejax.evaluation import cross_layer
 from saejax.evaluation.loss_recovered import VARIANTS, Losses
 from saejax.evaluation.reconstruction import Reconstruction
 from saejax.evaluation.results import LeftOutSinks
+from saejax.stages.evaluate import run as evaluate
 
 CE = dict(clean=2.0, mean_ablated=6.0, zero_ablated=10.0, reconstructed=3.0)
 KL = dict(clean=0.0, mean_ablated=5.0, zero_ablated=20.0, reconstructed=1.0)

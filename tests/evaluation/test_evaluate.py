@@ -8,16 +8,18 @@ import pytest
 import runs
 
 from saejax.activations.store import Store
+from saejax.config import Configs
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted
-from saejax.evaluation import evaluate
 from saejax.evaluation.results import EvaluateResults
+from saejax.evaluation.settings import EvaluateConfig
+from saejax.models.settings import ModelConfig
+from saejax.parallel.settings import MeshConfig
 from saejax.results import from_json, to_json
 from saejax.runner import command
-from saejax.runner.config import Configs
 from saejax.runner.workspace import Run
-from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
+from saejax.stages.evaluate import run as evaluate
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 CAPTURE = dict(

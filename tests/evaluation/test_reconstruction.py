@@ -11,7 +11,7 @@ from saejax.errors import UserError
 from saejax.evaluation import reconstruction
 from saejax.evaluation.reconstruction import reconstruct
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 
 D, F = 12, 48
 

@@ -9,14 +9,14 @@ from runs import write_members
 sys.path.append(str(Path(__file__).parent.parent / "dictionaries"))
 import known_dictionaries as known
 
+from saejax.config import Configs
 from saejax.dictionaries import load_dictionary, load_transcoders, save_dictionary
 from saejax.errors import UserError
-from saejax.exporting.run import run_export
 from saejax.files import write_json
 from saejax.runner import command
-from saejax.runner.config import Configs
 from saejax.runner.workspace import STARTED, Run
-from saejax.settings import ExportConfig
+from saejax.stages.export.run import run_export
+from saejax.stages.export.settings import ExportConfig
 
 
 def unit(folder, dictionaries):

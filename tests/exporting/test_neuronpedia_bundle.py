@@ -15,16 +15,16 @@ import known_dictionaries as known
 from made_up_records import BAD, made_up_record
 
 from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments
+from saejax.config import Configs
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import FOUND, Label
 from saejax.errors import UserError
-from saejax.exporting import neuronpedia
-from saejax.exporting.run import run_export
 from saejax.files import write_json
 from saejax.results import to_json
-from saejax.runner.config import Configs
 from saejax.runner.workspace import STARTED, Run
-from saejax.settings import ExportConfig
+from saejax.stages.export import neuronpedia
+from saejax.stages.export.run import run_export
+from saejax.stages.export.settings import ExportConfig
 
 # Columns of prisma/schema.prisma that a row must give, with their types, and those that it may give.
 NUMBER = (int, float)

@@ -9,7 +9,6 @@ import runs
 from scipy.sparse.csgraph import shortest_path
 
 from saejax import load_model, load_results
-from saejax.ground_truth.algorithms import run as algorithms_run
 from saejax.ground_truth.algorithms import transformer
 from saejax.ground_truth.algorithms.addition import Addition
 from saejax.ground_truth.algorithms.paths import Paths
@@ -19,6 +18,7 @@ from saejax.ground_truth.circuits.handset import checkpoint
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models.families import read_config
 from saejax.runner import command
+from saejax.stages.algorithm import run as algorithms_run
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 

@@ -7,10 +7,10 @@ import pytest
 import runs
 
 from saejax import load_results
-from saejax.ground_truth.report import line
 from saejax.ground_truth.results import FoundFeatures, JudgedDictionary
 from saejax.results import Interval
 from saejax.runner import command
+from saejax.stages.ground_truth.report import line
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 

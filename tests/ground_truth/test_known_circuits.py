@@ -9,27 +9,27 @@ from runs import flag_file
 from transformers import PreTrainedTokenizerFast
 
 from saejax import load_model, load_results
+from saejax.activations.in_memory import capture
 from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
-from saejax.ground_truth.circuits import run as known_run
 from saejax.ground_truth.circuits.cases import CASES, make_case
 from saejax.ground_truth.circuits.dictionaries import EXACT, WRONG, order, untrained_sets, without_silent_tokens
 from saejax.ground_truth.circuits.edges import Edges, aligned, circuit, judge_edges, known_edges, possible
 from saejax.ground_truth.circuits.handset import checkpoint, run
-from saejax.ground_truth.circuits.report import holds, line
-from saejax.ground_truth.circuits.run import judge_features, matched_neurons
 from saejax.ground_truth.hub_folder import save_model
-from saejax.library.activations import capture
 from saejax.models import source
 from saejax.runner import command
-from saejax.runner.registry import STAGES, default_configs
-from saejax.runner.stage import folder_name
-from saejax.settings import TaskConfig
-from saejax.stages.algorithm import AlgorithmConfig
-from saejax.stages.known_circuits import CIRCUITS, KnownConfig
+from saejax.runner.registry import all_stages, default_configs
+from saejax.stages.algorithm.settings import AlgorithmConfig
+from saejax.stages.known_circuits import run as known_run
+from saejax.stages.known_circuits.report import holds, line
+from saejax.stages.known_circuits.run import judge_features, matched_neurons
+from saejax.stages.known_circuits.settings import CIRCUITS, KnownConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
 from saejax.tasks.labels import label_prompts
 from saejax.tasks.own_prompts import as_line, read_own_prompts
+from saejax.tasks.settings import TaskConfig
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
@@ -207,8 +207,8 @@ def test_the_stage_finds_what_is_known(tmp_path):
 def test_a_report_of_what_is_made_here_asks_for_no_baseline(config, unit):
     configs = default_configs() | config
     without = configs | dataclasses.replace(configs[TaskConfig], behaviours=())
-    assert STAGES["report"].needs(without, "") == [unit]
-    assert {"baseline", unit} < set(STAGES["report"].needs(configs, ""))
+    assert all_stages()["report"].needs(without, "") == [unit]
+    assert {"baseline", unit} < set(all_stages()["report"].needs(configs, ""))
 
 
 def test_prompts_tell_labels_to_probes(tmp_path):

@@ -10,10 +10,10 @@ from absl import flags
 from scipy.stats import norm
 
 from saejax.ground_truth import world as worlds
+from saejax.ground_truth.settings import TruthConfig
 from saejax.parallel.mesh import fitting_sharding, make_mesh
-from saejax.runner import config
-from saejax.runner.registry import GROUPS
-from saejax.stages.ground_truth import TruthConfig
+from saejax.runner.flags import define_flags, from_flags
+from saejax.runner.registry import all_groups
 
 SMALL = TruthConfig(
     features=40, dimensions=16, roots=2, branching=3, depth=2, rate_max=0.3, rate_min=0.02, orthogonalise=5, factors=3
@@ -133,9 +133,9 @@ def test_orthogonalising_is_the_loss_written_out():
 def test_statistics_of_synthsaebench_16k():
     """As published, or worked out from its definition: L0 34.5, 25 of the first 4,096; the directions are left raw."""
     values = flags.FlagValues()
-    config.define_flags(GROUPS, values)
+    define_flags(all_groups(), values)
     values(["", f"--flagfile={Path('configs/synthsaebench-16k.flags')}"])
-    settings = dataclasses.replace(config.from_flags(GROUPS, values)[TruthConfig], orthogonalise=0)
+    settings = dataclasses.replace(from_flags(all_groups(), values)[TruthConfig], orthogonalise=0)
     conditional_J = worlds.conditional_rates(settings)
     rates_J = worlds.rates(settings)
     assert settings.features == 16_384 and rates_J[0] == 0.4 and np.isclose(rates_J[-1], 5e-4)

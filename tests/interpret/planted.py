@@ -11,17 +11,17 @@ from saejax.activations.documents import COLUMNS, Documents
 from saejax.activations.manifest import CapturedModel
 from saejax.activations.store import Store
 from saejax.activations.writer import write_store
+from saejax.config import Configs
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interpret import neighbours
 from saejax.interpret.firings import blocks, record
 from saejax.interpret.records import Describer
-from saejax.interpret.run import Interpreter
 from saejax.interpret.text import CodeCounts, CodedText
 from saejax.parallel.mesh import make_mesh
-from saejax.runner.config import Configs
+from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
-from saejax.settings import MeshConfig
-from saejax.stages.interpret import InterpretConfig
+from saejax.stages.interpret.run import Interpreter
+from saejax.stages.interpret.settings import InterpretConfig
 
 SITE, WIDTH, VOCABULARY = "resid_post.1", 64, 384
 WORDS = [f" {a}{b}" for a in "abcdefghij" for b in "klmnopqrst"]  # 100 words after a space

@@ -14,10 +14,10 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.kinds.topk import is_plain_topk
 from saejax.interpret import control
 from saejax.interpret.control import fit_decoder, frozen_random, random_directions
-from saejax.interpret.report import _rows
 from saejax.interpret.results import InterpretedDictionary
 from saejax.models.loading import load_model
 from saejax.results import from_json, to_json
+from saejax.stages.interpret.report import _rows
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,18 @@ import pytest
 from runs import write_members
 from sklearn.metrics import balanced_accuracy_score
 
+from saejax.config import Configs
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import load_labels
-from saejax.interpret import explain
 from saejax.interpret.held_out import MIN_FIRINGS, detection_score, is_kept
 from saejax.interpret.results import ExplainedFeature
+from saejax.interpret.settings import ExplainConfig
 from saejax.interpret.text import CodedText
 from saejax.models.loading import load_model
+from saejax.parallel.settings import MeshConfig
 from saejax.results import from_json
-from saejax.runner.config import Configs
 from saejax.runner.workspace import Run
-from saejax.settings import MeshConfig
-from saejax.stages.explain import ExplainConfig
+from saejax.stages.explain import run as explain
 
 pytestmark = pytest.mark.usefixtures("single_device")
 FEATURES = 40

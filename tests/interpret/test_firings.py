@@ -11,7 +11,7 @@ from saejax.errors import Interrupted, UserError
 from saejax.interpret import firings
 from saejax.interpret.firings import BLOCK, blocks, encode_tokens, places_of, record
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 
 F = BLOCK + 88
 

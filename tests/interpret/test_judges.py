@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import protocol
 import pytest
 
+from saejax.config import Configs
 from saejax.errors import Interrupted, UserError
 from saejax.interpret import judges
 from saejax.interpret.judges import ANSWERS, KEY, Answer, Answers, Endpoint
 from saejax.interpret.questions import Question, read_judgements, read_label
+from saejax.interpret.settings import ExplainConfig
 from saejax.parallel.processes import ProcessShare
-from saejax.runner.config import Configs
-from saejax.stages.explain import ExplainConfig
 
 ASK = [Question("Say it.", f"number {i}") for i in range(6)]
 

@@ -9,10 +9,11 @@ import pytest
 from full_passes import PlainRun
 from runs import write_members
 
+from saejax.config import Configs
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
-from saejax.runner.config import Configs
+from saejax.models.settings import ModelConfig
+from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
-from saejax.settings import MeshConfig, ModelConfig
 from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts
 
 N_FEATURES = 160

@@ -9,7 +9,6 @@ import pytest
 
 import saejax
 from saejax.errors import Interrupted, UserError
-from saejax.interventions import ablate_run as stage
 from saejax.interventions import ablation as ablation_module
 from saejax.interventions import edits, engine
 from saejax.interventions.ablation import (
@@ -22,12 +21,14 @@ from saejax.interventions.ablation import (
 )
 from saejax.interventions.answers import AblateResults, VerdictConfig, mean_interval
 from saejax.interventions.importance import Importance
+from saejax.interventions.settings import AblateConfig
 from saejax.interventions.table import TESTED, TEXT, UNTRAINED
 from saejax.interventions.verdict import verdict
 from saejax.results import from_json, to_json
-from saejax.settings import AblateConfig, CorpusConfig, TaskConfig
+from saejax.stages.ablate import run as stage
 from saejax.statistics.bootstrap import has_same_sign, resampling_weights, stratum_means
 from saejax.tasks.behaviours import Prompt, read_prompts, write_prompts
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 TOP = 4
 BASES = ("neurons", "pca", "diff_means", "untrained")

@@ -15,6 +15,7 @@ from saejax.interventions import benchmark
 from saejax.interventions.curves import read_curves
 from saejax.interventions.edits import mask
 from saejax.interventions.references import Reference, References, attributions, placebo_references
+from saejax.interventions.settings import StudyConfig
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import TESTED, load_effects
 from saejax.interventions.verdict import verdict
@@ -22,18 +23,21 @@ from saejax.matching.importance import ItemFeatures
 from saejax.page.blocks import Picture
 from saejax.page.findings import Findings
 from saejax.page.tables import Table
-from saejax.results import Summary, from_json, to_json
-from saejax.settings import StudyConfig, TaskConfig
+from saejax.results import from_json, to_json
+from saejax.runner.results import Summary
+from saejax.stages import inputs as run_inputs
+from saejax.stages.study import report as benchmark_report
+from saejax.stages.study import run as benchmark_run
+from saejax.stages.study.results import StudyItems, StudyResults
 from saejax.statistics.ranks import rank_p
-from saejax.studies import associations, benchmark_report, benchmark_run
-from saejax.studies.benchmark_results import StudyItems, StudyResults
+from saejax.studies import associations
 from saejax.studies.primitives import CHOSEN_ON
-from saejax.tasks import run_inputs
 from saejax.tasks.answers import Verdict
 from saejax.tasks.benchmark_definitions import LOGIC_TASKS
 from saejax.tasks.benchmark_scores import score_items
 from saejax.tasks.benchmarks import read_items
 from saejax.tasks.scored_items import GeneratedItem
+from saejax.tasks.settings import TaskConfig
 
 SITE = "resid_post.1"
 CONFIG = StudyConfig(

@@ -15,10 +15,10 @@ from effect_worlds import World, attribution, planted_world, pool, random_world,
 from saejax.dictionaries import Dictionary
 from saejax.interventions.ablation import measure_behaviour
 from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
+from saejax.interventions.settings import AblateConfig
 from saejax.interventions.slopes import slopes
 from saejax.interventions.table import TESTED
 from saejax.interventions.verdict import verdict
-from saejax.settings import AblateConfig
 from saejax.tasks.behaviours import Prompt
 
 WORLDS = range(100)

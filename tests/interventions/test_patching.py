@@ -15,10 +15,10 @@ from saejax.interventions.edits import ActivationReplacement, swap
 from saejax.interventions.engine import effects
 from saejax.interventions.patching import PatchGrid, fitting_pairs
 from saejax.interventions.rows import first_change, gather
+from saejax.interventions.settings import PatchConfig
 from saejax.interventions.split_model import PROMPTS, SplitModel
 from saejax.interventions.table import TESTED, load_effects
 from saejax.results import from_json, to_json
-from saejax.settings import PatchConfig
 from saejax.statistics.bootstrap import resampling_weights
 from saejax.tasks.behaviours import read_prompts, write_prompts
 

@@ -20,12 +20,13 @@ from saejax.interventions import probing
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import effects
 from saejax.interventions.references import Reference
+from saejax.interventions.settings import ProbeConfig
 from saejax.interventions.split_model import SplitModel
 from saejax.results import Interval, from_json, to_json
-from saejax.settings import PROBE_LABELS, ProbeConfig, TaskConfig
 from saejax.tasks.behaviours import Prompt, write_prompts
 from saejax.tasks.labels import LABELS, label_prompts
 from saejax.tasks.likelihood import encode_pair
+from saejax.tasks.settings import PROBE_LABELS, TaskConfig
 
 CONFIG = ProbeConfig(strengths=(0.01, 1.0), sparse=(1, 2), shuffles=4)
 

@@ -11,8 +11,8 @@ from full_passes import ablate_sets, draw_falls
 from saejax.errors import UserError
 from saejax.interventions import engine
 from saejax.interventions.edits import WORDS, ActivationReplacement
+from saejax.interventions.settings import REPLACEMENTS
 from saejax.interventions.split_model import SplitModel
-from saejax.settings import REPLACEMENTS
 
 SETS = [[3], [40], [7, 90, 120], list(range(0, 160, 2))]
 

@@ -13,13 +13,14 @@ from saejax.errors import UserError
 from saejax.interventions import steering
 from saejax.interventions.answers import CausalAnswer
 from saejax.interventions.edits import FeatureEdits, mask
+from saejax.interventions.settings import SteerConfig
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.text import HeldOutText
 from saejax.models.tokens import encode
 from saejax.results import Interval, from_json, to_json
-from saejax.settings import CorpusConfig, SteerConfig, TaskConfig
 from saejax.statistics.ranks import rank_p
 from saejax.tasks.corpora import held_out_documents
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 
 @pytest.fixture(scope="module")

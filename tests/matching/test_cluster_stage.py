@@ -7,9 +7,9 @@ import pytest
 import trained_stack
 
 from saejax import load_results
-from saejax.matching.clusters.report import sections
-from saejax.matching.clusters.run import GroupedFeatures
 from saejax.runner import command
+from saejax.stages.cluster.report import sections
+from saejax.stages.cluster.run import GroupedFeatures
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 

@@ -10,21 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saejax.config import Configs
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.files import write_array
 from saejax.interpret import firings
 from saejax.matching.match import match
 from saejax.matching.transfer import compared as compared_file
 from saejax.matching.transfer import reading
-from saejax.matching.transfer import run as transfer_run
 from saejax.matching.transfer.activity import MIN_FIRINGS, ReadText, encode
 from saejax.matching.transfer.compared import Compared, measures_of
 from saejax.matching.transfer.reading import SCORES, Reading, SharedText
-from saejax.matching.transfer.run import Comparison, score, select_pairs
+from saejax.matching.transfer.settings import TransferConfig
+from saejax.models.settings import ModelConfig
 from saejax.parallel.mesh import make_mesh
-from saejax.runner.config import Configs
-from saejax.settings import MeshConfig, ModelConfig
-from saejax.stages.transfer import TransferConfig
+from saejax.parallel.settings import MeshConfig
+from saejax.stages.transfer import run as transfer_run
+from saejax.stages.transfer.run import Comparison, score, select_pairs
 
 SITE, TEXTS, TOKENS = "resid_post.0", 60, 20
 TEXT_N, END_N = np.repeat(np.arange(TEXTS), TOKENS), np.tile(np.arange(1, TOKENS + 1), TEXTS)

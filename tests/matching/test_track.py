@@ -13,11 +13,11 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.matching.track.firings import LayerFirings, activations, follow, step_features
 from saejax.matching.track.links import find_links, strongest_chains
+from saejax.matching.track.settings import TrackConfig
 from saejax.matching.track.stack import LayerDictionary
 from saejax.matching.track.tested import StepTester, judge_steps
 from saejax.matching.track.texts import Problem, encode, read_problems, sentences, write_solution
 from saejax.models.tokens import pad
-from saejax.stages.track import TrackConfig
 
 D, F = 64, 48
 CHAINS = [{0: 3, 1: 10, 2: 7, 3: 1}, {1: 20, 2: 30}, {2: 5, 3: 6}]  # layer -> feature, of one direction each

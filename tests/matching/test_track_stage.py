@@ -14,11 +14,11 @@ from saejax import load_dictionary, load_model, load_results
 from saejax.files import write_json
 from saejax.matching.track.firings import follow
 from saejax.matching.track.measured import measure_chains
-from saejax.matching.track.page import write_page
-from saejax.matching.track.report import sections
 from saejax.matching.track.results import MeasuredChain, MeasuredLink
 from saejax.models.tokens import pad
 from saejax.runner import command
+from saejax.stages.track.page import write_page
+from saejax.stages.track.report import sections
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 NAMES = ["topk/resid_post.0-k4", "topk/resid_post.1-k4"]

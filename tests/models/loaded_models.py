@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from saejax.files import read_json
 from saejax.models import source
 from saejax.models.families import read_config
+from saejax.models.settings import ModelConfig
 from saejax.models.weights import load_params
 from saejax.parallel.mesh import AXES
-from saejax.settings import ModelConfig
 
 
 def mesh_of(*shape) -> Mesh:

@@ -15,8 +15,8 @@ from saejax.models import decoding
 from saejax.models.decoding import KVCache
 from saejax.models.families import read_config
 from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
 from saejax.preflight import topology
-from saejax.settings import MeshConfig
 
 _MADE = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = \w+\[([\d,]+)\]\S* ([\w-]+)\(")
 _MOVES_NOTHING = ("parameter", "get-tuple-element", "bitcast", "tuple", "while")

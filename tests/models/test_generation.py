@@ -19,7 +19,7 @@ from saejax.models.generation import Generated, eos_ids
 from saejax.models.sites import Site
 from saejax.models.tokens import Tokens, pad
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 
 TEXTS = ["The capital of France is", "3", "One day, she said that there was a way to see where the water went, and the"]
 

@@ -45,7 +45,7 @@ import saejax.models.language_model
 from jax._src import xla_bridge
 assert not xla_bridge._backends
 from saejax.models import source
-from saejax.settings import ModelConfig
+from saejax.models.settings import ModelConfig
 source.load_tokenizer(source.resolve(ModelConfig(path={str(tiny_llama)!r})))
 assert 'torch' not in sys.modules
 try: saejax.nonsense

@@ -6,7 +6,7 @@ from preflight_setup import axes
 
 from saejax import load_model
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 
 
 @pytest.fixture(scope="module")

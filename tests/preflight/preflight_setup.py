@@ -21,9 +21,10 @@ from saejax.models.families import read_config
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
 from saejax.preflight.plan import plan_run as plan_of_run
-from saejax.settings import MeshConfig, TrainConfig
 from saejax.training.scales import SiteScale
+from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack
 
 CONFIGS = Path(__file__).parents[2] / "configs"

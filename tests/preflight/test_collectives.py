@@ -11,13 +11,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from preflight_setup import axes, needs_libtpu, on_mesh, plan_run, shape
 
+from saejax.dictionaries.kinds.settings import JumpReLUConfig
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
 from saejax.preflight import topology
 from saejax.preflight.collectives import sent_bytes
-from saejax.settings import MeshConfig
-from saejax.settings.kinds import JumpReLUConfig
-from saejax.training.planned import train_programs
+from saejax.stages.train.plan import train_programs
 
 LOOP = """
 HloModule jit_f

@@ -8,17 +8,18 @@ from absl import flags
 from preflight_setup import CONFIGS, needs_libtpu
 
 from benchmarks import bench_jobs
-from saejax.attribution.programs import planned_graphs
+from saejax import config
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
 from saejax.preflight import topology
 from saejax.preflight.plan import plan_run
 from saejax.preflight.shapes import read_shapes
-from saejax.runner import config
-from saejax.runner.registry import GROUPS
-from saejax.settings import MeshConfig
+from saejax.runner.flags import define_flags, from_flags
+from saejax.runner.registry import all_groups
+from saejax.stages.attribute.plan import planned_graphs
+from saejax.stages.train.plan import train_programs
 from saejax.training.members import choose_sites
-from saejax.training.planned import train_programs
 
 FILES = sorted(CONFIGS.glob("*.flags"))
 AT_HAND = ("demo", "addition")  # of models that are at hand, or made by the stage before
@@ -31,9 +32,9 @@ def plan_of(shape, configs):
 
 def read(path) -> config.Configs:
     values = flags.FlagValues()
-    config.define_flags(GROUPS, values)
+    define_flags(all_groups(), values)
     values(["binary", f"--flagfile={path}"])
-    return config.from_flags(GROUPS, values)
+    return from_flags(all_groups(), values)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

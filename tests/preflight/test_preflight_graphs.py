@@ -13,11 +13,11 @@ import yaml
 from preflight_setup import axes, plan_run, shape
 
 from saejax import save_transcoders
-from saejax.attribution.programs import attribute_programs, planned_graphs
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.families import read_config
 from saejax.preflight import topology
+from saejax.stages.attribute.plan import attribute_programs, planned_graphs
 
 
 @pytest.fixture(scope="module")

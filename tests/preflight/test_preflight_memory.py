@@ -7,14 +7,14 @@ import jax
 import pytest
 from preflight_setup import axes, make_stack, on_mesh, plan_run, shape
 
-from saejax.activations.planned import recorded_rows, store_bytes
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
 from saejax.preflight import rates, topology
 from saejax.preflight.plan import check_dictionaries, disk_bytes, stage_programs, stage_seconds
-from saejax.runner.registry import STAGES
-from saejax.settings import MeshConfig
-from saejax.training.planned import checkpoint_bytes, host_bytes, resident_bytes, train_programs
+from saejax.runner.registry import all_stages
+from saejax.stages.capture.plan import recorded_rows, store_bytes
+from saejax.stages.train.plan import checkpoint_bytes, host_bytes, resident_bytes, train_programs
 from saejax.training.state import init_state
 
 
@@ -82,10 +82,10 @@ def test_more_is_expected_of_longer_runs(lm):
 
 def test_a_plan_of_several_processes_has_their_meshes():
     plan = dataclasses.replace(plan_run(shape("smollm2-135m"), sizes=axes(2, 4)), own_devices=2)
-    alone, together = plan.placed(STAGES["evaluate"]), plan.placed(STAGES["train"])
+    alone, together = plan.placed(all_stages()["evaluate"]), plan.placed(all_stages()["train"])
     assert dict(alone.mesh.shape) == dict(member=1, data=1, model=2)
     assert alone.mesh.devices.flatten().tolist() == jax.devices()[:2]
-    assert together is plan and plan.placed(STAGES["report"]).mesh.shape == alone.mesh.shape
+    assert together is plan and plan.placed(all_stages()["report"]).mesh.shape == alone.mesh.shape
 
 
 def test_devices_of_a_process():

@@ -5,11 +5,12 @@ import pytest
 from runs import make_configs
 from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
+from saejax.models.settings import ModelConfig
 from saejax.models.sites import KINDS, Site
 from saejax.models.tokens import Tokens
-from saejax.preflight import checks, parity
+from saejax.preflight import parity
 from saejax.runner import command
-from saejax.settings import ModelConfig
+from saejax.stages.preflight import run as checks
 
 
 @pytest.fixture(scope="module")

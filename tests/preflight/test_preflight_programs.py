@@ -8,21 +8,21 @@ from preflight_setup import arrays, assert_same_call, make_dictionary, make_stac
 from saejax.activations import jax_capture
 from saejax.activations.documents import Documents
 from saejax.activations.plan import Plan
-from saejax.costs.passes import head_flops, pass_flops, step_flops
 from saejax.evaluation import loss_recovered
 from saejax.evaluation import programs as evaluation
+from saejax.flops import head_flops, pass_flops, step_flops
 from saejax.interventions import engine as ablation
-from saejax.interventions import planned
 from saejax.interventions import slopes as screening
 from saejax.interventions import split_model as split
 from saejax.interventions.edits import mask
-from saejax.interventions.planned import kept_prompts, prompt_length
+from saejax.interventions.settings import AblateConfig
 from saejax.models import decoding, language_model
 from saejax.models.sites import Site
 from saejax.preflight import topology
 from saejax.preflight.plan import stage_programs
-from saejax.settings import AblateConfig
-from saejax.tasks import planned as benchmarks
+from saejax.stages.ablate import plan as planned
+from saejax.stages.ablate.plan import kept_prompts, prompt_length
+from saejax.stages.baseline import plan as benchmarks
 from saejax.tasks.behaviours import Prompt
 from saejax.training.state import init_state
 from saejax.training.step import train_step

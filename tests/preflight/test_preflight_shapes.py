@@ -9,8 +9,8 @@ from preflight_setup import CONFIGS, shape
 from runs import make_configs
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from saejax.costs.passes import parameters
 from saejax.errors import UserError
+from saejax.flops import parameters
 from saejax.preflight import shapes
 
 # As the models' own papers and pages count them.

@@ -8,8 +8,9 @@ import pytest
 import runs
 from preflight_setup import CONFIGS
 
-from saejax.preflight import checks, topology
+from saejax.preflight import topology
 from saejax.runner import command
+from saejax.stages.preflight import run as checks
 
 SHAPES = CONFIGS / "shapes"
 

@@ -10,14 +10,14 @@ from jax.sharding import PartitionSpec
 from preflight_setup import CONFIGS, needs_libtpu, on_mesh, plan_run, shape
 
 from saejax.costs.programs import Program
+from saejax.dictionaries.kinds.settings import JumpReLUConfig
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
 from saejax.preflight import topology
 from saejax.preflight.plan import stage_programs
 from saejax.runner import command
-from saejax.settings import MeshConfig
-from saejax.settings.kinds import JumpReLUConfig
-from saejax.training.planned import train_programs
+from saejax.stages.train.plan import train_programs
 
 GIB = 2**30
 STUDIES = sorted(path for path in CONFIGS.glob("*.flags") if not path.name.startswith(("accelerator", "demo")))

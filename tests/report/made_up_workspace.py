@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax import settings
+from saejax.config import to_json
 from saejax.files import write_json
 from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary, VerdictConfig
 from saejax.interventions.table import TEXT, EditDefinition, EffectsTable, PromptDefinition, merge_tables, save_effects
@@ -16,8 +16,8 @@ from saejax.page.strips import Example
 from saejax.results import Interval
 from saejax.results import to_json as results_to_json
 from saejax.runner import registry
-from saejax.runner.config import to_json
 from saejax.runner.workspace import SUMMARY, Run
+from saejax.stages.report.settings import ReportConfig
 
 FEATURES = 512
 NAMES = ("agreement", "capital", "greater_than", "addition")
@@ -192,7 +192,7 @@ def make_workspace(
         inputs[unit] = root / "inputs" / unit
         inputs[unit].mkdir(parents=True)
         stage, _, name = unit.partition("/")
-        config = {group: to_json(registry.GROUPS[group]()) for group in groups[stage]}
+        config = {group: to_json(registry.all_groups()[group]()) for group in groups[stage]}
         devices = None if unit == "capture" else dict(count=1, kinds=["cpu"], processes=1)
         write_summary(inputs[unit], stage, name, result, config=config, devices=devices)
     save_effects(inputs[f"ablate/{kinds[0]}"], table)
@@ -244,6 +244,6 @@ def made_up_contexts(features, count: int) -> dict[int, list[Example]]:
 
 def make_run(root: Path, inputs: dict[str, Path], **changes) -> Run:
     """A run of the report stage over the inputs, with settings changed."""
-    configs = registry.default_configs() | settings.ReportConfig(**changes)
+    configs = registry.default_configs() | ReportConfig(**changes)
     (root / "report").mkdir()
     return Run("report", "", root / "report", configs, inputs, say=lambda line: None)

@@ -7,7 +7,7 @@ import pytest
 from made_up_workspace import made_up_contexts, make_run
 
 from saejax.page import style
-from saejax.report import run as stage
+from saejax.stages.report import run as stage
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "path", "use", "rect"}
 

@@ -13,18 +13,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
 from saejax.evaluation.results import DensityHistogram
-from saejax.interventions import ablate_report as figures
-from saejax.interventions import patch_report as patching
-from saejax.interventions import probe_report as probes
-from saejax.interventions import steer_report as steering
 from saejax.interventions.answers import BASIS_NAMES
 from saejax.interventions.curves import EffectCurve
 from saejax.interventions.patching import DIRECTIONS, PatchGrid
 from saejax.interventions.table import EditDefinition
 from saejax.page import style
 from saejax.results import Interval
-from saejax.tasks import report as tasks
-from saejax.training import report_figures as dictionary_figures
+from saejax.stages.ablate import report as figures
+from saejax.stages.baseline import report as tasks
+from saejax.stages.patch import report as patching
+from saejax.stages.probe import report as probes
+from saejax.stages.steer import report as steering
+from saejax.stages.train import figures as dictionary_figures
 
 
 def interval(mean, half=0.1):

@@ -9,11 +9,11 @@ import pytest
 from made_up_workspace import make_workspace, write_summary
 from report_page import Report
 
-from saejax.attribution import report as graphs
 from saejax.attribution.results import AttributeResults
 from saejax.page.blocks import Links
 from saejax.page.findings import Findings
 from saejax.results import from_json
+from saejax.stages.attribute import report as graphs
 
 SHARE = [0.1, 0.5, 1.0]
 

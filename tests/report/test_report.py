@@ -10,12 +10,13 @@ from report_page import Report
 
 from saejax.errors import UserError
 from saejax.files import read_json, write_json
-from saejax.report.run import token_text
-from saejax.results import load_results, to_json
+from saejax.results import to_json
 from saejax.runner import registry
-from saejax.runner.config import define_flags, from_flags
+from saejax.runner.flags import define_flags, from_flags
+from saejax.runner.results import load_results
 from saejax.runner.workspace import SUMMARY
-from saejax.settings import TaskConfig
+from saejax.stages.report.run import token_text
+from saejax.tasks.settings import TaskConfig
 
 
 def test_the_page_opens_with_pictures_the_table_and_a_sentence_for_each_question(report):
@@ -71,9 +72,9 @@ def test_without_a_specific_behaviour_this_is_said_first(report, tmp_path):
 def test_the_settings_can_be_used_as_a_flag_file(report, tmp_path):
     def read(*arguments):
         values = flags.FlagValues()
-        define_flags(registry.GROUPS, values)
+        define_flags(registry.all_groups(), values)
         values(["program", *arguments])
-        return from_flags(registry.GROUPS, values)
+        return from_flags(registry.all_groups(), values)
 
     block = re.search(r"```\n(--model.*?)\n```", report.markdown, re.DOTALL).group(1)
     (tmp_path / "run.flags").write_text(block.replace("--task.train_prompts=80", "--task.train_prompts=81"))

@@ -3,16 +3,16 @@
 import types
 from pathlib import Path
 
-from saejax.interventions import patch_report as patching
-from saejax.interventions import probe_report as probes
 from saejax.interventions.patching import FeaturePatchResults
 from saejax.interventions.probing import ProbeResults
-from saejax.matching.track import report as tracks
 from saejax.matching.track.results import LensLayers, TrackedText, TrackResults
 from saejax.page.blocks import Picture
 from saejax.page.findings import Findings
 from saejax.results import Interval
-from saejax.tasks import report as tasks
+from saejax.stages.baseline import report as tasks
+from saejax.stages.patch import report as patching
+from saejax.stages.probe import report as probes
+from saejax.stages.track import report as tracks
 from saejax.tasks.results import BenchmarkResults
 
 some = types.SimpleNamespace

@@ -9,6 +9,7 @@ from made_up_documents import made_up_document
 
 from saejax.attribution.forms.neuronpedia import INDEX, write_graph
 from saejax.attribution.requests import read_groups
+from saejax.attribution.settings import GraphConfig
 from saejax.errors import UserError
 from saejax.interpret.labels import read_labels
 from saejax.runner import command_line
@@ -16,7 +17,6 @@ from saejax.serving.app import GraphServer, list_page
 from saejax.serving.jobs import Jobs
 from saejax.serving.session import ModelSession
 from saejax.serving.store import GraphStore
-from saejax.settings import GraphConfig
 
 SET = ["runs/other set"]
 

@@ -15,18 +15,18 @@ from made_up_documents import made_up_document
 from saejax import save_transcoders
 from saejax.attribution.forms.neuronpedia import to_document, write_graph
 from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.settings import GraphConfig
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.errors import UserError
 from saejax.models.tokens import Tokens
-from saejax.results import load_results
 from saejax.runner import command_line
+from saejax.runner.results import load_results
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import STARTED, Workspace
 from saejax.serving import session as benches
 from saejax.serving.jobs import THREAD
 from saejax.serving.session import ModelSession, targets_of, token_ids
 from saejax.serving.store import GraphStore
-from saejax.settings import GraphConfig
 
 PROMPT = "The war near"
 UNIT = "attribute/the-war-near"
@@ -58,7 +58,7 @@ def asker(place, lm, serve, one_device):
     root, configs = place
     root.mkdir()
     patch = pytest.MonkeyPatch()
-    patch.setattr("saejax.tasks.run_inputs.make_mesh", lambda config: one_device)
+    patch.setattr("saejax.stages.inputs.make_mesh", lambda config: one_device)
     yield serve(GraphStore(root), ModelSession(configs, named=True))
     patch.undo()
 

@@ -31,7 +31,7 @@ def asker(tiny_llama, saes, serve, one_device, tmp_path_factory):
     flags = [f"--model.path={tiny_llama}", f"--graph.dictionaries={folder / 'sae0'},{folder / 'sae1'}"]
     configs = command_line.read_configs(command_line.stage_flags(), ["serve", *flags])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saejax.tasks.run_inputs.make_mesh", lambda config: one_device)
+        patch.setattr("saejax.stages.inputs.make_mesh", lambda config: one_device)
         asker = serve(GraphStore(folder / "run"), ModelSession(configs, named=True))
         asked = dict(prompt=PROMPT, target=" way> runs", max_features=0, nodes=0.99, edges=0.99, chat=False)
         assert "result" in asker.work("api/trace", asked)[-1]

@@ -9,14 +9,14 @@ import time
 from pathlib import Path
 
 from saejax.errors import UserError
+from saejax.models.settings import ModelConfig
 from saejax.runner import command, pipeline, workplan
-from saejax.settings import ModelConfig
 
 
 def fake_stages() -> dict:
     """The stages with ``fake_stage`` in place of their work, which read nothing from outside."""
     changes = dict(run=fake_stage, identity={}, unit_identity={}, results=None)
-    return {name: dataclasses.replace(stage, **changes) for name, stage in pipeline.STAGES.items()}
+    return {name: dataclasses.replace(stage, **changes) for name, stage in pipeline.all_stages().items()}
 
 
 def fake_stage(run) -> dict:
@@ -50,5 +50,6 @@ def meet(folder: Path) -> None:
 
 
 def main() -> None:
-    pipeline.STAGES = workplan.STAGES = fake_stages()
-    command.main(list(pipeline.STAGES), "", sys.argv)
+    stages = fake_stages()
+    pipeline.all_stages = workplan.all_stages = lambda: stages
+    command.main(list(pipeline.all_stages()), "", sys.argv)

@@ -15,8 +15,9 @@ def install(set_attribute=setattr) -> None:
     """Puts the stand-ins in place."""
     child = f"import sys; sys.path.insert(0, {str(HERE)!r}); import fake_child; fake_child.main()"
     set_attribute(units, "_CHILD", child)
+    stages = fake_child.fake_stages()
     for module in (pipeline, workplan):
-        set_attribute(module, "STAGES", fake_child.fake_stages())
+        set_attribute(module, "all_stages", lambda: stages)
     set_attribute(study, "gather", lambda root, rows, states, mark: [vars(state) for state in states] + [mark])
     set_attribute(report, "write_report", write_states)
 

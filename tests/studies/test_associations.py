@@ -8,9 +8,9 @@ from sklearn.metrics import roc_auc_score
 
 from saejax.matching.importance import ItemFeatures
 from saejax.matching.transfer.activity import Activity
+from saejax.stages.study.run import question_activations
 from saejax.studies import associations
 from saejax.studies.associations import RIGHT, associate, contrast_p, item_activations
-from saejax.studies.benchmark_run import question_activations
 from saejax.tasks.benchmark_definitions import Item
 
 FEATURES, ITEMS = 60, 48

@@ -15,8 +15,9 @@ from tiny_models import save_tiny
 
 from saejax import load_model, load_results
 from saejax.activations.store import Store
-from saejax.runner import command, config
-from saejax.runner.registry import GROUPS, STAGES
+from saejax.runner import command
+from saejax.runner.flags import define_flags, from_flags
+from saejax.runner.registry import all_groups, all_stages
 from saejax.studies.rows import read_rows
 from saejax.tasks.benchmark_definitions import LOGIC_TASKS
 from saejax.training.members import make_members
@@ -24,7 +25,10 @@ from saejax.training.members import make_members
 sys.path.insert(0, str(Path(__file__).parent.parent / "tasks"))
 from tokenizer_kinds import tokenizer
 
-from saejax.settings import CaptureConfig, StudyConfig, TaskConfig, TrainConfig
+from saejax.activations.settings import CaptureConfig
+from saejax.interventions.settings import StudyConfig
+from saejax.tasks.settings import TaskConfig
+from saejax.training.settings import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("single_device")
 
@@ -102,14 +106,14 @@ def small(configs: dict, model: Path, folder: Path) -> list[str]:
 def test_a_file_ends_in_its_report(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(CONFIGS.parent)  # files name others from there
     values = flags.FlagValues()
-    config.define_flags(GROUPS, values)
+    define_flags(all_groups(), values)
     values(["binary", f"--flagfile={path}"])
-    configs = config.from_flags(GROUPS, values)
+    configs = from_flags(all_groups(), values)
     layers = 1 + max(int(site.rpartition(".")[2]) for site in configs[CaptureConfig].sites)
     own = small(configs, model_of(path, tmp_path / "model", layers), tmp_path)
     if path.stem == QUICK:  # what behaviours cost is tested elsewhere
         own.append("--task.behaviours=")
-    assert command.run(list(STAGES), "", ["pipeline", f"--flagfile={path}", *own]) == 0, capsys.readouterr().err
+    assert command.run(list(all_stages()), "", ["pipeline", f"--flagfile={path}", *own]) == 0, capsys.readouterr().err
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     text = re.sub("<[^>]*>", " ", page)
     for benchmark in configs[StudyConfig].benchmarks:

@@ -15,7 +15,8 @@ from saejax.matching.importance import rank_correlation
 from saejax.matching.track.results import LensLayers, MeasuredChain, StepTest, TrackedStep, TrackedText, TrackResults
 from saejax.matching.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
 from saejax.page.findings import Findings
-from saejax.results import Interval, Summary
+from saejax.results import Interval
+from saejax.runner.results import Summary
 from saejax.studies import criteria, gather
 from saejax.studies.results import CriterionFigures, ModelFigures, StudyFigures
 from saejax.tasks.results import BenchmarkResults

@@ -141,9 +141,10 @@ def test_rows_whose_files_cannot_be_read(fake, monkeypatch, capsys):
     def missing(configs):
         raise UserError("there is no model folder here")
 
-    capture = dataclasses.replace(pipeline.STAGES["capture"], identity=dict(model=missing))
+    capture = dataclasses.replace(pipeline.all_stages()["capture"], identity=dict(model=missing))
+    stages = pipeline.all_stages() | dict(capture=capture)
     for module in (pipeline, workplan):
-        monkeypatch.setattr(module, "STAGES", pipeline.STAGES | dict(capture=capture))
+        monkeypatch.setattr(module, "all_stages", lambda: stages)
     _, states = fake(a="main", b="main\n--track.prompt=x")
     output = capsys.readouterr().out
     assert 0 < output.index("b  settings: failed: --track.dictionaries is missing") < output.index("a: started")

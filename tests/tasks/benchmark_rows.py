@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from saejax.settings import BENCHMARKS, TaskConfig
 from saejax.tasks.benchmark_definitions import Item
 from saejax.tasks.benchmark_prompts import make_prompter
 from saejax.tasks.benchmarks import read_items
+from saejax.tasks.settings import BENCHMARKS, TaskConfig
 
 DATA = Path(os.environ.get("SAEJAX_DATA") or Path(__file__).parents[3] / "shared" / "data")
 NEEDS_DATA = pytest.mark.skipif(

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from benchmark_rows import DATA, NEEDS_DATA
 
-from saejax.settings import TaskConfig
 from saejax.tasks.benchmark_prompts import worked_examples
 from saejax.tasks.benchmark_scores import score_items
 from saejax.tasks.benchmarks import read_items
+from saejax.tasks.settings import TaskConfig
 
 GSM8K_SHOTS, LOGIC_SHOTS = 1, 0
 NEW_TOKENS = 128

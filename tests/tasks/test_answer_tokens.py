@@ -4,10 +4,10 @@ import pytest
 from tokenizer_kinds import KINDS, tokenizer
 
 from saejax.errors import UserError
-from saejax.settings import BEHAVIOURS
 from saejax.tasks.answer_tokens import ALIKE, MERGED, OTHER, answer_ids, fault, first_answer_ids
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.draw import make_prompts
+from saejax.tasks.settings import BEHAVIOURS
 
 ACCENTED = ("antonym_french", "antonym_spanish")
 

@@ -13,15 +13,16 @@ from saejax.errors import Interrupted, UserError
 from saejax.models import source
 from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_model
+from saejax.models.settings import ModelConfig
 from saejax.results import to_json
 from saejax.runner.registry import default_configs
 from saejax.runner.workspace import Run
-from saejax.settings import DEMO_BEHAVIOURS, ModelConfig, TaskConfig
 from saejax.tasks import baseline
 from saejax.tasks.answer_tokens import MERGED
 from saejax.tasks.behaviours import SCORES, PromptScore, read_prompts
 from saejax.tasks.draw import make_prompts
 from saejax.tasks.gate import gate, read_tested
+from saejax.tasks.settings import DEMO_BEHAVIOURS, TaskConfig
 
 TASK = TaskConfig(train_prompts=15, test_prompts=6, gate=1.0)
 

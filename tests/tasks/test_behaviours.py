@@ -10,11 +10,11 @@ from importlib import resources
 import pytest
 
 from saejax.errors import UserError
-from saejax.settings import BEHAVIOURS, DEMO_BEHAVIOURS
 from saejax.tasks.answer_tokens import ALIKE
 from saejax.tasks.behaviours import PromptScore, read_prompts, write_prompts
 from saejax.tasks.draw import TooFewPrompts, make_prompts
 from saejax.tasks.recipes import recipes
+from saejax.tasks.settings import BEHAVIOURS, DEMO_BEHAVIOURS
 
 NOUNS = recipes()["agreement"].pools["nouns"]
 SINGULAR_OF = {form: singular for singular, plural in NOUNS for form in (singular, plural)}

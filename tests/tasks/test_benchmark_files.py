@@ -12,11 +12,11 @@ import pytest
 from benchmark_rows import GSM8K, LOGIC, MATH, write_all, write_lines
 
 from saejax.errors import UserError
-from saejax.settings import TaskConfig
 from saejax.tasks import hub as hub_module
 from saejax.tasks.benchmark_definitions import DEFINITIONS, LOGIC_TASKS
 from saejax.tasks.benchmark_files import Origin, find
 from saejax.tasks.benchmarks import identity, origin, read_items, training_items
+from saejax.tasks.settings import TaskConfig
 
 ONE = ("",)
 

@@ -12,16 +12,17 @@ from benchmark_rows import GSM8K, write_all
 from saejax import load_model
 from saejax.errors import Interrupted, UserError
 from saejax.models.language_model import LanguageModel
+from saejax.models.settings import ModelConfig
 from saejax.runner import command, pipeline, workplan
 from saejax.runner.registry import default_configs
 from saejax.runner.workspace import Run
-from saejax.settings import BENCHMARKS, ModelConfig, TaskConfig
 from saejax.tasks import benchmark_scores
 from saejax.tasks.answers import Verdict
 from saejax.tasks.benchmark_scores import line, score_items, summarize
 from saejax.tasks.benchmarks import read_items
 from saejax.tasks.likelihood import encode_pair, loglikelihoods
 from saejax.tasks.results import UnparsedExample
+from saejax.tasks.settings import BENCHMARKS, TaskConfig
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,7 @@ def plan(folder, **changes):
     """The fingerprints of all units."""
     configs = default_configs() | TaskConfig(**dict(path=str(folder)) | changes)
     made = workplan.Workplan(configs)
-    return {unit: made.fingerprint(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
+    return {unit: made.fingerprint(unit) for stage in pipeline.all_stages().values() for unit in stage.units(configs)}
 
 
 def test_benchmarks_and_what_they_do_not_touch(folder, tmp_path):

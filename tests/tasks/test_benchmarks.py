@@ -7,9 +7,9 @@ import pytest
 from benchmark_rows import DATA, GSM8K, LOGIC, MATH, NEEDS_DATA, read, write_lines
 
 from saejax.errors import UserError
-from saejax.settings import TaskConfig
 from saejax.tasks.benchmark_definitions import Item
 from saejax.tasks.benchmarks import read_items
+from saejax.tasks.settings import TaskConfig
 
 
 def test_items_hold_what_the_rows_say(folder):

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from saejax.errors import UserError
-from saejax.settings import CorpusConfig
 from saejax.tasks.corpora import Document, identity, read_corpus, split
+from saejax.tasks.settings import CorpusConfig
 from saejax.tasks.text_sources import EMBEDDED
 
 

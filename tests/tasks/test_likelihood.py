@@ -11,8 +11,8 @@ from saejax import load_model
 from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.language_model import LanguageModel
+from saejax.models.settings import ModelConfig
 from saejax.models.sites import Site
-from saejax.settings import ModelConfig
 from saejax.tasks import likelihood
 from saejax.tasks.likelihood import encode_pair, loglikelihoods
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import runs
 
-from saejax.results import load_results
 from saejax.runner import command
+from saejax.runner.results import load_results
 from saejax.runner.workspace import current_units
 
 pytestmark = pytest.mark.usefixtures("single_device")

@@ -7,9 +7,9 @@ import re
 import pytest
 
 from saejax.errors import UserError
-from saejax.settings import TaskConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
 from saejax.tasks.own_prompts import count_behaviours, identity, read_own_prompts
+from saejax.tasks.settings import TaskConfig
 
 LINES = [
     dict(behaviour="plural", text=f"{number}", correct=" cats", wrong=" dogs", counterpart="One")

@@ -10,10 +10,10 @@ from huggingface_hub.errors import HTTPError
 
 from saejax.activations.documents import make_documents
 from saejax.errors import UserError
-from saejax.settings import CorpusConfig, TaskConfig
 from saejax.tasks import text_sources
 from saejax.tasks.benchmarks import read_items
 from saejax.tasks.corpora import identity, read_corpus, split
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 ROWS = [dict(text=f"Row {n} of a table.", group=f"table/{n % 5}") for n in range(20)]
 

@@ -9,10 +9,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from saejax.settings import StudyConfig, TaskConfig
-from saejax.studies.benchmark_run import split_items
+from saejax.interventions.settings import StudyConfig
+from saejax.stages.study.run import split_items
 from saejax.tasks import benchmarks
 from saejax.tasks.benchmark_prompts import worked_examples
+from saejax.tasks.settings import TaskConfig
 from saejax.tasks.word_problems import PER_TEMPLATE, make_questions, read_data
 
 TASK = TaskConfig(benchmarks=("word_problems",), examples=400, shots=0)

@@ -11,11 +11,12 @@ from benchmark_rows import DATA, NEEDS_DATA, Chat, prompter, read, write_lines
 
 from saejax.errors import UserError
 from saejax.models import source
-from saejax.settings import BENCHMARKS, ModelConfig, TaskConfig
-from saejax.tasks import planned
+from saejax.models.settings import ModelConfig
+from saejax.stages.baseline import plan as planned
 from saejax.tasks.answers import last_boxed
 from saejax.tasks.benchmark_definitions import DEFINITIONS, LOGIC_TASKS, Item
 from saejax.tasks.benchmark_prompts import worked_examples
+from saejax.tasks.settings import BENCHMARKS, TaskConfig
 
 
 def test_the_calculations_of_gsm8k_examples_are_right():

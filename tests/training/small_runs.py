@@ -11,12 +11,12 @@ from small_stacks import make_stack as make_small
 
 from saejax.activations.batches import BatchOrder, RowRange
 from saejax.activations.store import Store
+from saejax.stages.train.run import train_loop
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.inputs import ResidentBatches, StreamedBatches, place_rows
 from saejax.training.metrics import METRICS, Metrics
 from saejax.training.stack import batch_parts
 from saejax.training.state import abstract_state, init_state
-from saejax.training.train import train_loop
 
 STEPS, ROWS, SEED = 12, 5 * B + 7, 123  # three epochs of five batches, of which the last is not begun
 ORDER = BatchOrder(RowRange(0, ROWS, np.zeros(0, np.int64), ROWS), B, SEED, epochs=3, window_rows=ROWS)

@@ -9,11 +9,11 @@ from jax.sharding import AxisType, Mesh
 
 from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.kinds import by_name
+from saejax.dictionaries.kinds.settings import settings_of_kinds
 from saejax.parallel.mesh import AXES
-from saejax.settings import TrainConfig
-from saejax.settings.kinds import settings_of_kinds
 from saejax.training.members import make_members
 from saejax.training.scales import SiteScale
+from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack
 from saejax.training.state import init_state
 from saejax.training.step import compile_step

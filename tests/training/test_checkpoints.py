@@ -12,7 +12,7 @@ from small_stacks import batches, first_device, make_stack, run
 from saejax import save_dictionary
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh, sharding
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.state import finish_dictionary
 

@@ -14,7 +14,7 @@ from saejax.attribution.local.transcoders import open_transcoders
 from saejax.dictionaries.formats import circuit_tracer
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 from saejax.training.cross_layer import cross_layer_loss, finish_layer
 from saejax.training.stack import TrainStack
 from saejax.training.state import abstract_state, init_state

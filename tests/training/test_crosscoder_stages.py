@@ -12,9 +12,9 @@ import saejax
 from saejax.activations.store import Store
 from saejax.dictionaries.joined import is_not_sink, join, unjoin
 from saejax.errors import UserError
-from saejax.results import load_results
 from saejax.runner import command
-from saejax.runner.registry import STAGES
+from saejax.runner.registry import all_stages
+from saejax.runner.results import load_results
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 LAYERS, MODELS = "resid_post.0+resid_post.1", "resid_post.1+other:resid_post.1"
@@ -56,7 +56,7 @@ def workdir(inputs, corpus, second_model, tmp_path_factory):
 
 def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, second_model):
     """Preflight knows joined sites, and nothing is ablated where all that is trained are crosscoders."""
-    assert go(list(STAGES), inputs, corpus, workdir, model__other=second_model) == 0
+    assert go(list(all_stages()), inputs, corpus, workdir, model__other=second_model) == 0
     (page,) = (workdir / "report").glob("*.md")
     assert "The parts of crosscoders" in page.read_text()
     assert (workdir / "preflight" / "done.json").exists() and not (workdir / "ablate").exists()

@@ -10,8 +10,8 @@ from saejax import load_dictionary, load_results, train
 from saejax.dictionaries.cross_layer import FORM
 from saejax.errors import UserError
 from saejax.runner import command
-from saejax.settings import TrainConfig
-from saejax.training.report import training_curves
+from saejax.stages.train.report import training_curves
+from saejax.training.settings import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("single_device")
 STAGES = ["capture", "train", "evaluate"]

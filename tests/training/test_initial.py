@@ -14,7 +14,7 @@ from small_stacks import D, F, make_stack
 
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.dictionaries.formats import save_transcoders
-from saejax.dictionaries.stacks import identity
+from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.errors import UserError
 from saejax.training.init_from import state_from_folder
 from saejax.training.state import abstract_state, finish_dictionary, init_state
@@ -60,7 +60,7 @@ def test_the_inverse_of_finish(tmp_path, kind, changes):
     assert_same(started(kind, tmp_path / "made", **changes), dictionary, without=running)
     save_dictionary(tmp_path / "copied", dictionary)
     save_dictionary(tmp_path / "changed", random_dictionary(kind, seed=1, **changes))
-    same, copied, changed = (identity(str(tmp_path / name)) for name in ("made", "copied", "changed"))
+    same, copied, changed = (hash_dictionaries(str(tmp_path / name)) for name in ("made", "copied", "changed"))
     assert same == copied != changed, "the identity is of the content"
 
 

@@ -7,7 +7,7 @@ from small_runs import ORDER, STEPS, Rows, assert_same_bits, go, make_stack, res
 
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 from saejax.training import inputs
 from saejax.training.stack import TrainStack
 

@@ -14,8 +14,8 @@ from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.losses import l1_norm_weighted
 from saejax.evaluation.parts import histogram, is_shared, private_part, relative_norms
 from saejax.models.sites import Site, decoder_site, is_joined, parse_site, site_parts
-from saejax.settings import TrainConfig
 from saejax.training.optimizer import apply_constraints, project_out_radial_gradient
+from saejax.training.settings import TrainConfig
 
 WIDTHS = (3, 5)
 

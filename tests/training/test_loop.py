@@ -14,10 +14,11 @@ from small_stacks import B, D, F, compiled
 
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig, TrainConfig
+from saejax.parallel.settings import MeshConfig
 from saejax.training import metrics as metrics_module
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.metrics import METRICS, Metrics, Wandb
+from saejax.training.settings import TrainConfig
 from saejax.training.state import abstract_state
 
 

@@ -10,13 +10,13 @@ import pytest
 from every_kind import KINDS, MADE_UP
 from small_stacks import D, F, batches, compiled, make_stack, run, train
 
+from saejax.config import Configs
 from saejax.parallel.mesh import make_mesh
-from saejax.runner.config import Configs
+from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run, StackWork
-from saejax.settings import MeshConfig
+from saejax.stages.train.run import _fitting_mesh
 from saejax.training.stack import choose_members_at_once
 from saejax.training.state import abstract_state, init_state
-from saejax.training.train import _fitting_mesh
 
 SHAPES = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 2, 2), (4, 2, 1)]
 # One kind that shards its features freely and two that must find the largest over all of them; the others take minutes.

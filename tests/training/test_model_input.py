@@ -17,8 +17,8 @@ from saejax.activations.results import CaptureResults, TokenizeResults
 from saejax.activations.stream import BufferOrder
 from saejax.errors import Interrupted
 from saejax.preflight.results import PreflightResults
-from saejax.results import load_results
 from saejax.runner import command
+from saejax.runner.results import load_results
 from saejax.runner.workplan import Workplan
 from saejax.training.inputs import ModelBatches
 

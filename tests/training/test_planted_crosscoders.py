@@ -13,9 +13,10 @@ from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import part_norms
 from saejax.evaluation.parts import private_part, relative_norms
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig, TrainConfig
+from saejax.parallel.settings import MeshConfig
 from saejax.training.members import make_members
 from saejax.training.scales import estimate_scales
+from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack, describe_stack
 from saejax.training.state import finish_dictionary
 

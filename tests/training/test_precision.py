@@ -15,6 +15,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, sparse_products
 from saejax.evaluation import cross_layer, reconstruction
 from saejax.evaluation.member_data import MemberData
 from saejax.ground_truth import scores
+from saejax.ground_truth.settings import TruthConfig
 from saejax.ground_truth.world import make_world, sample
 from saejax.interventions import slopes as screening
 from saejax.interventions.edits import ZERO
@@ -23,8 +24,7 @@ from saejax.models import decoder
 from saejax.models.decoder import run_layers
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
-from saejax.results import load_results
-from saejax.stages.ground_truth import TruthConfig
+from saejax.runner.results import load_results
 from saejax.training.state import init_state
 from saejax.training.step import train_step
 

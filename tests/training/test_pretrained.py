@@ -21,9 +21,9 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.formats.circuit_tracer import save_cross_layer
 from saejax.errors import UserError
 from saejax.runner import command
-from saejax.settings import TrainConfig
-from saejax.training.planned import planned_stacks
-from saejax.training.pretrained import find_pretrained
+from saejax.stages.train.plan import planned_stacks
+from saejax.stages.train.pretrained import find_pretrained
+from saejax.training.settings import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("single_device")
 D, F = 32, 64

@@ -9,7 +9,7 @@ import pytest
 from small_stacks import B, F, batches, make_stack, parts, step
 
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 from saejax.training.resampling import draw_tokens, is_due, resample
 from saejax.training.state import init_state, state_shardings
 from saejax.training.step import member_residual

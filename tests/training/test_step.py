@@ -13,8 +13,8 @@ from every_kind import KINDS
 from small_stacks import STEPS, B, D, F, batches, make_config, make_stack, parts, run, step
 
 from saejax.dictionaries import Dictionary, kinds
+from saejax.dictionaries.kinds.settings import KIND_SETTINGS, KindSettings
 from saejax.dictionaries.kinds.topk import TopK
-from saejax.settings.kinds import KIND_SETTINGS, KindSettings
 from saejax.training import optimizer as updates
 from saejax.training.state import finish_dictionary, init_state
 from saejax.training.step import compile_step, member_loss

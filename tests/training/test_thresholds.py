@@ -7,11 +7,11 @@ from small_runs import make_stack as make_run
 from small_stacks import D, make_stack, train
 
 import saejax
+from saejax.activations.in_memory import Activations
 from saejax.activations.manifest import CapturedModel
 from saejax.dictionaries.cross_layer import FORM
-from saejax.library.activations import Activations
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 from saejax.training.cross_layer import finish_layer
 from saejax.training.state import finish_dictionary, init_state
 from saejax.training.thresholds import calibrate_thresholds

@@ -27,11 +27,11 @@ import numpy as np
 from saejax.attribution.forms.neuronpedia import cantor_pair
 from saejax.dictionaries.formats.place import fetch_file, full_name, split_address
 from saejax.dictionaries.labels import trained_units
-from saejax.dictionaries.stacks import is_of_trained, results_folder
 from saejax.errors import UserError
 from saejax.files import read_json, write_json
 from saejax.models.hub import hub_errors
 from saejax.page.tables import visible
+from saejax.runner.stacks import is_of_trained, results_folder
 from saejax.unicode import replace_surrogates
 
 Feature = tuple[int, int]  # layer, index of the feature

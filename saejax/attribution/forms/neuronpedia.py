@@ -17,7 +17,7 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, KINDS, LOGIT, TOKEN
 from saejax.errors import UserError
 from saejax.files import write_json, write_text
-from saejax.runner.workspace import package_versions
+from saejax.versions import package_versions
 
 _TYPES = {
     FEATURE: FEATURE_TYPE,  # of per-layer transcoders, too: the viewers know no other

@@ -11,7 +11,7 @@ from saejax.attribution.local.prompt_run import Active, NothingActive
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode, token_text
-from saejax.runner.parts import OnProgress, silent
+from saejax.progress import OnProgress, silent
 
 _BEFORE, _AFTER = 10, 3  # tokens of a context around its strongest one
 _TOKENS = 64  # of each text that are read

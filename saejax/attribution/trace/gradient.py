@@ -36,6 +36,7 @@ from saejax.attribution.local.layers import FrozenModel, embed
 from saejax.attribution.local.prompt_run import Active, LocalRun, PromptRun, activations_of, active_features
 from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, scatter_directions
 from saejax.attribution.local.rows import TOKENS, Put
+from saejax.attribution.settings import GRAPH_ESTIMATES
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.models import decoder
@@ -47,8 +48,7 @@ from saejax.models.sites import HEAD_KINDS, Site
 from saejax.models.tokens import Tokens
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
-from saejax.runner.parts import OnProgress, silent
-from saejax.settings import GRAPH_ESTIMATES
+from saejax.progress import OnProgress, silent
 
 
 @dataclasses.dataclass(eq=False, repr=False)

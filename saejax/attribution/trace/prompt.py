@@ -47,7 +47,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.parameters import parameter_table as model_table
 from saejax.parallel.mesh import free_bytes, part_size
-from saejax.runner.parts import OnProgress, silent
+from saejax.progress import OnProgress, silent
 
 _FP32 = 4
 _PROGRAMS = 400 * 2**20  # bytes of compiled programs and of compiling them, on the host

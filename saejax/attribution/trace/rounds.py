@@ -24,7 +24,7 @@ from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.local.rows import Put
 from saejax.models.tokens import token_text
-from saejax.runner.parts import OnProgress, silent
+from saejax.progress import OnProgress, silent
 
 WHOLE = 1 << 28  # numbers that whole rows may have together: 1 GiB
 _SPARE = 4  # features with a column for each that gets a row

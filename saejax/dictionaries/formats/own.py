@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from saejax.config import from_json, to_json
 from saejax.dictionaries.formats import tensors
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
 from saejax.files import read_object, write_json
 from saejax.parallel.collectives import is_first_process, to_host
-from saejax.runner.config import from_json, to_json
 
 DESCRIPTION, ARRAYS = "dictionary.json", "arrays"
 

@@ -8,10 +8,10 @@ from saejax.dictionaries.kinds.gated import Gated
 from saejax.dictionaries.kinds.jumprelu import JumpReLU
 from saejax.dictionaries.kinds.linear import Linear
 from saejax.dictionaries.kinds.matryoshka import Matryoshka
+from saejax.dictionaries.kinds.settings import KIND_SETTINGS, PRETRAINED, KindSettings
 from saejax.dictionaries.kinds.standard import Standard
 from saejax.dictionaries.kinds.topk import TopK
 from saejax.errors import one_of
-from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED, KindSettings
 
 _Class = TypeVar("_Class", bound=type[Kind])
 _PACKAGE = (Standard, Linear, Gated, JumpReLU, TopK, BatchTopK, Matryoshka)

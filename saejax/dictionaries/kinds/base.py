@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeAlias, TypedDict
 import jax
 import jax.numpy as jnp
 
-from saejax.runner.config import Config
+from saejax.config import Config
 
 # ``saejax.dictionaries.Dictionary``, whose file imports the kinds: types in this package cannot name it.
 Dictionary: TypeAlias = Any

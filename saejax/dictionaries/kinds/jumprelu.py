@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from saejax.dictionaries import losses, sparsity
 from saejax.dictionaries.kinds.base import Arrays, Dictionary, EncodedBatch, Facts, Kind, Numbers
 from saejax.dictionaries.kinds.groups import group_counts, group_reconstructions, group_sizes
-from saejax.settings.kinds import JumpReLUConfig
+from saejax.dictionaries.kinds.settings import JumpReLUConfig
 
 
 class JumpReLU(Kind):

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from saejax.config import Config
 from saejax.dictionaries.kinds.base import Dictionary, Facts, Numbers
 from saejax.dictionaries.kinds.standard import Standard
-from saejax.runner.config import Config
 
 # |f|, of inputs scaled to a mean norm of sqrt(d): a hundredth of a usual activation, far above rounding.
 FIRES_ABOVE = 1e-3

@@ -5,7 +5,7 @@ import jax
 from saejax.dictionaries.kinds.base import Dictionary, Facts, Numbers
 from saejax.dictionaries.kinds.batchtopk import BatchTopK
 from saejax.dictionaries.kinds.groups import group_reconstructions, group_sizes
-from saejax.settings.kinds import MatryoshkaConfig
+from saejax.dictionaries.kinds.settings import MatryoshkaConfig
 
 
 class Matryoshka(BatchTopK):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saejax.dictionaries import kinds
+from saejax.dictionaries.kinds.settings import KIND_SETTINGS
 from saejax.errors import UserError
-from saejax.settings.kinds import KIND_SETTINGS
 
 
 def load(files: Sequence[str | Path]) -> None:

@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.activations.in_memory import Activations, capture
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.dictionaries.formats.own import DESCRIPTION
 from saejax.ground_truth.circuits.cases import Case
 from saejax.ground_truth.circuits.handset import frame, neuron_arrays
 from saejax.ground_truth.circuits.handset import run as run_known
-from saejax.library.activations import Activations, capture
-from saejax.library.dictionaries import train
 from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
+from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
-from saejax.settings import MeshConfig
+from saejax.training.in_memory import train
 
 EXACT, WRONG, RANDOM, TRAINED = "exact", "wrong", "random", "trained"
 _BATCH, _TEXTS, _TOKENS = 256, 4000, 150_000

@@ -12,8 +12,8 @@ from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace
 from saejax.ground_truth.circuits.handset import HandSet, run
 from saejax.ground_truth.results import EdgeScores
-from saejax.ground_truth.run import over_seeds
 from saejax.models.language_model import LanguageModel
+from saejax.stages.ground_truth.run import over_seeds
 from saejax.tasks.behaviours import Prompt
 
 # Relative to a graph's largest edge: smaller edges count as 0, because a neuron may fire by its bias alone. Relative to

@@ -9,11 +9,11 @@ from saejax.attribution.local.dictionaries import check_dictionary
 from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.labels import Label, labels_of
-from saejax.dictionaries.stacks import is_of_trained
 from saejax.errors import UserError
 from saejax.matching.transfer.compared import load_compared
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
+from saejax.runner.stacks import is_of_trained
 
 _FLAG = "--track.dictionaries"
 

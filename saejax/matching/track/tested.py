@@ -22,6 +22,7 @@ from saejax.interventions.curves import EffectCurve, compare_at_equal_dose
 from saejax.interventions.rows import edit_value
 from saejax.interventions.split_model import SplitModel, active_features, record, run_head
 from saejax.matching.track.results import StepTest, TrackedStep
+from saejax.matching.track.settings import TrackConfig
 from saejax.matching.track.stack import LayerDictionary
 from saejax.matching.track.texts import EncodedText
 from saejax.models import decoder
@@ -29,7 +30,6 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
 from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.collectives import to_host
-from saejax.stages.track import TrackConfig
 from saejax.statistics.partition import disjoint_sets
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 from saejax.tasks.likelihood import token_scores

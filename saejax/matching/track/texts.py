@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
 from saejax.matching.track.results import TrackedStep
+from saejax.matching.track.settings import TrackConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode as encode_text
 from saejax.models.tokens import token_text
-from saejax.runner.stage import folder_name
-from saejax.stages.track import TrackConfig
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.files import decode, json_lines, read_bytes
 

@@ -8,12 +8,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.activations.store import Store
-from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, stacks
+from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary
 from saejax.dictionaries.formats import folders_of, hooks, read_config
+from saejax.dictionaries.names import is_folder
 from saejax.errors import UserError
 from saejax.evaluation.reconstruction import read_blocks, reconstruct
 from saejax.models.sites import Site
-from saejax.runner.stage import is_folder
+from saejax.runner import stacks
 
 WEIGHTS = ("decoder", "encoder")  # measures that need no text
 

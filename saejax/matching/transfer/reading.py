@@ -31,13 +31,14 @@ from saejax.matching.transfer.activity import (
 from saejax.matching.transfer.compared import Compared
 from saejax.matching.transfer.reconstruction import DictionaryOnText, evaluate_at_other_site
 from saejax.matching.transfer.results import ReconstructionTransfer
+from saejax.matching.transfer.settings import TransferConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
+from saejax.models.settings import ModelConfig
 from saejax.models.source import resolve
 from saejax.runner.workspace import Run
-from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
-from saejax.stages.transfer import TransferConfig
 from saejax.tasks import corpora
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 SCORES, NULL, CEILING = "scores", "null", "ceiling"  # rows of two dictionaries, of chance, of one with itself
 _MIN_SHARED = 64  # tokens that two models must share in each half

@@ -21,9 +21,9 @@ from saejax.interventions.columns import Columns
 from saejax.matching.match import Matched
 from saejax.matching.transfer.compared import Compared, measures_of
 from saejax.matching.transfer.results import Chain, Chains, ComparedDictionary, ComparedPair, TransferResults
+from saejax.matching.transfer.settings import TransferConfig
 from saejax.runner.parts import part_file
 from saejax.runner.workspace import Run
-from saejax.stages.transfer import TransferConfig
 
 _LISTED = 20  # chains in the results
 

@@ -10,9 +10,9 @@ from saejax import save_transcoders
 from saejax.attribution import requests
 from saejax.attribution.forms.document import check_groups
 from saejax.attribution.requests import read_groups
+from saejax.attribution.settings import GraphConfig
 from saejax.errors import UserError
 from saejax.runner import command
-from saejax.settings import GraphConfig
 
 
 def test_groups_of_ids():

@@ -9,19 +9,19 @@ import pytest
 from made_graphs import all_heads, assert_heads_are_the_only_way, heads_by_edge
 from made_transcoders import made_set
 
-from saejax.attribution.forms import outputs
 from saejax.attribution.forms.neuronpedia import to_document
-from saejax.attribution.forms.outputs import score_table
 from saejax.attribution.heads import contributions
 from saejax.attribution.heads.contributions import largest_heads
 from saejax.attribution.heads.query_key import OWN_BIAS, split_scores
 from saejax.attribution.local.rows import RowTracer
 from saejax.attribution.local.sources import Sources
 from saejax.attribution.requests import read_heads
+from saejax.attribution.settings import GraphConfig
 from saejax.attribution.trace.prompt import trace_prompt
+from saejax.config import Configs
 from saejax.errors import UserError
-from saejax.runner.config import Configs
-from saejax.settings import GraphConfig
+from saejax.stages.attribute import outputs
+from saejax.stages.attribute.outputs import score_table
 
 IDS = [5, 17, 33, 8, 41]
 

@@ -24,7 +24,7 @@ from saejax.dictionaries.formats import place, tensors
 from saejax.dictionaries.formats.gemma_scope import choose_layers
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 
 IDS = [0, 17, 230, 5, 42]
 

@@ -8,7 +8,7 @@ import pytest
 from saejax.attribution.local import sources
 from saejax.attribution.local.sources import fill_table, read_directions
 from saejax.parallel.mesh import make_mesh
-from saejax.settings import MeshConfig
+from saejax.parallel.settings import MeshConfig
 
 WIDTH = 16
 

@@ -1,0 +1,59 @@
+"""Settings of the capture of activations."""
+
+import dataclasses
+
+from saejax.config import Config, setting
+from saejax.models.site_ranges import expand_ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureConfig(Config):
+    """The activations that are recorded from the model."""
+
+    sites: tuple[str, ...] = setting(
+        ("resid_post.15",),
+        "sites to record, such as resid_post.15,mlp_in.15,mlp_out.15, or layers of one kind such as "
+        "mlp_in.0-29; with --capture.backend=torch also modules of any transformers model: module:transformer.h.3.mlp "
+        "(its output), module_in:transformer.h.3.mlp (its input)",
+    )
+    last: int = setting(0, "number of last positions of every document to record; 0: all positions", low=0)
+    tokens: int = setting(
+        0,
+        "number of tokens of each split to record, a random sample of the text, for scores and examples of "
+        "dictionaries that were trained with --train.source=model; 0: all",
+        low=0,
+    )
+    backend: str = setting(
+        "jax",
+        "implementation that is captured: 'jax' (the JAX decoder, on the mesh) or 'torch' (hooks in the transformers "
+        "model, on a GPU if torch has one); both record the same rows, with values equal within rounding",
+        choices=("torch", "jax"),
+    )
+    dtype: str = setting(
+        "float32",
+        "dtype of the model during capture, with either backend (--model.dtype is for the other stages)",
+        choices=("float32", "bfloat16"),
+    )
+    bos: str = setting(
+        "auto",
+        "whether every document begins with a BOS token: 'auto' (as the tokenizer itself does), 'always' or 'never'",
+        choices=("auto", "always", "never"),
+    )
+    store_dtype: str = setting("bfloat16", "dtype of activations on disk", choices=("float32", "bfloat16"))
+    batch_tokens: int = setting(2048, "tokens per forward pass, padding included", low=1, changes_results=False)
+    shard_rows: int = setting(65_536, "rows (tokens) per shard file", low=1)
+    sink_factor: float = setting(
+        10.0,
+        "positions whose norm exceeds this many times the median are attention sinks: not trained on, scored or edited",
+        low=1.0,
+    )
+    max_sink_share: float = setting(
+        0.01,
+        "maximum share of the tokens after position 0 that the sink rule may drop; more is an error",
+        low=0.0,
+        high=1.0,
+    )
+
+    def __post_init__(self):
+        object.__setattr__(self, "sites", expand_ranges(self.sites))
+        super().__post_init__()

@@ -1,0 +1,114 @@
+"""Settings of attribution graphs: prompts, transcoders or SAEs, pruning and checks."""
+
+import dataclasses
+
+from saejax import shared_settings as shared
+from saejax.config import Config, setting
+
+GRAPH_ESTIMATES = ("gradient", "relp")
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphConfig(Config):
+    """Attribution graphs of prompts."""
+
+    transcoders: str = setting(
+        "",
+        "transcoders of all layers: a folder or hub id of a set (circuit-tracer's or Gemma Scope's, per layer or "
+        "cross-layer; org/name/subfolder, org/name@revision), a short name such as qwen3-4b, or the folder of a "
+        "set trained here, such as runs/mine/train/topk",
+    )
+    l0: tuple[str, ...] = setting(
+        (),
+        "choice among several Gemma Scope transcoders per layer: words of their names, such as small, or "
+        "16k,big,affine; or a number such as 100, for the transcoder with the nearest L0 in each layer",
+    )
+    dictionaries: tuple[str, ...] = setting(
+        (),
+        "folders of SAEs to use in place of transcoders, such as runs/mine/train/topk, at most one SAE per layer; "
+        "edges are then first-order estimates (activation x gradient)",
+    )
+    estimate: str = setting(
+        "gradient",
+        "backward pass with SAEs: the model's gradient (gradient), or the rules of relevance patching (relp)",
+        choices=GRAPH_ESTIMATES,
+    )
+    direct: bool = setting(
+        False,
+        "with SAEs: freeze the sites in between, so that an effect through their features counts only in the edges "
+        "from those features; otherwise it also counts in the edge from the source",
+    )
+    prompt: str = setting("", "the text to trace")
+    prompts: str = setting(
+        "",
+        '.jsonl file of prompts, in place of --graph.prompt: {"slug": "paris", "prompt": "...", "targets": [" '
+        'Paris"]}, or "token_ids"; a line without targets uses --graph.target',
+    )
+    behaviours: tuple[str, ...] = setting(
+        (), "behaviours whose first test prompt is traced, with the logit difference as target"
+    )
+    chat_template: bool = setting(False, "wrap text prompts in the tokenizer's chat template as a user's message")
+    target: str = setting(
+        "",
+        "token to explain, such as ' Paris', or ' Paris> Rome' for the difference of two logits; empty: the most "
+        "probable next tokens",
+    )
+    max_logits: int = setting(10, "maximum number of next tokens to explain", low=1)
+    logit_mass: float = setting(
+        0.95, "explain the smallest set of next tokens with this total probability", low=0.0, high=1.0
+    )
+    max_features: int = setting(4096, "maximum number of features to trace, the most influential first; 0: all", low=0)
+    node_threshold: float = setting(0.8, "share of the total influence that the kept nodes have", low=0.0, high=1.0)
+    edge_threshold: float = setting(0.98, "share of the total influence that the kept edges have", low=0.0, high=1.0)
+    top_edges: int = setting(0, "maximum number of edges kept per target, the largest first; 0: all", low=0)
+    min_weight: float = setting(
+        0.0, "smallest size of the edges that are kept, in units of the target's pre-activation", low=0.0
+    )
+    slug: str = setting("", "name of the graph and of its folder; empty: derived from the prompt or the file name")
+    doubled: int = setting(
+        0,
+        "number of features that are raised with everything frozen, and doubled with nothing frozen, to check edges "
+        "(0: no check)",
+        low=0,
+    )
+    circuits: bool = setting(
+        False,
+        "run the model with parts of the graph alone, and with all the rest alone, to measure how much of the answer "
+        "the graph explains (transcoders only)",
+    )
+    supernodes: str = setting(
+        "",
+        'file of groups of nodes that the page and Neuronpedia show, .json: {"paris": [["cities", "3_17_4", '
+        '"5_208_4"]]} ("*": all graphs), or a state saved by the page; empty: none',
+    )
+    labels: str = setting(
+        "",
+        'file of labels of features, .json: {"3_17": "cities"}, by layer and index; or a sheet that a person filled '
+        "in, .csv, as the stages atlas and circuits write them; or a folder of such sheets",
+    )
+    features: str = setting(
+        "",
+        "folder of feature files, whose contexts and labels the page shows: circuit-tracer's or Neuronpedia's, or "
+        "hf://org/name/folder for packed ones on the hub; those in the set's folder features/ and those of interpret "
+        "are always shown",
+    )
+    source_set: str = setting(
+        "",
+        "Neuronpedia's name of the set, such as gemmascope-transcoder-16k: graphs are then written for Neuronpedia, "
+        "which takes files of at most 100 MB; empty: for circuit-tracer's viewer",
+    )
+    contexts: int = setting(
+        40,
+        "number of texts of the embedded corpus in which features without a description are searched, so that the page "
+        "names them by the tokens on which they fire (transcoders only); 0: none",
+        low=0,
+    )
+    heads: bool = setting(
+        False, "find what each attention head contributes to each edge of the pruned graph; takes longer than tracing"
+    )
+    query_key: tuple[str, ...] = setting(
+        (),
+        "heads whose query-key scores are split over pairs of sources, each layer.head or layer.head@position of the "
+        "query (default -1, the last), such as 12.3,14.0@5",
+    )
+    seed: int = shared.causal_seed()

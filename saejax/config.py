@@ -1,0 +1,172 @@
+"""Configuration: frozen dataclasses that validate themselves, and the flags made from them.
+
+A *group* is one frozen dataclass, such as ``TrainConfig``, whose name is that of the class, ``train``. Each of
+its fields is made with ``setting`` and becomes the flag ``--train.<field>``. Field types are str, int,
+float, bool and ``tuple[...]`` of those (written as a comma-separated list on the command line). One field may be made
+with ``nested``: groups by name, whose settings become ``--train.<name>.<field>``. A setting that several groups have in
+common, such as the seed of all causal tests, is *shared*: one flag, ``--causal.seed``, gives its value to all of them.
+"""
+
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from saejax.errors import UserError
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low=None,
+    high=None,
+    choices: Sequence[Any] | Callable[[], Sequence[Any]] | None = None,
+    changes_results: bool = True,
+    only: tuple[str, ...] | Callable[[str], bool] = (),
+    swept: bool = False,
+    shared: str = "",
+) -> Any:
+    """Declare a dataclass field that becomes a flag.
+
+    Args:
+      default: the value when the flag is not given.
+      help: what it does, with its unit.
+      low: smallest allowed value, inclusive (of each element, for a tuple).
+      high: largest allowed value, inclusive.
+      choices: the allowed values, or a function that gives them.
+      changes_results: False for what only affects speed, logging or which units there are; such a field does not
+        make a finished unit run again.
+      only: names of the units whose results it changes, such as ("gsm8k",), or a test of the name; empty: of all.
+      swept: whether several values make as many members of a stack.
+      shared: prefix of the flag that sets this field in every group that shares it, with one default and help; empty:
+        the group's name, for a flag of the group alone.
+    """
+    metadata = dict(help=help, low=low, high=high, choices=choices, changes_results=changes_results, only=only)
+    return dataclasses.field(default=default, metadata=metadata | dict(swept=swept, shared=shared))
+
+
+def nested(groups: Callable[[], Mapping[str, type["Config"]]]) -> Any:
+    """Declare a dataclass field of groups by name, dict[str, Config]; a unit depends only on the group of its own name.
+
+    Args:
+      groups: returns the classes by name.
+    """
+    return dataclasses.field(default_factory=dict, metadata=dict(nested=groups))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Base class of the groups: checks ranges and choices when it is made. Subclasses are frozen dataclasses."""
+
+    def __post_init__(self):
+        for field in own_settings(type(self)).values():
+            value = getattr(self, field.name)
+            if field.metadata["swept"] and not value:
+                raise UserError(f"{field.name} is empty: name a value, or several")
+            for item in value if isinstance(value, tuple) else (value,):
+                _check(field, item)
+
+    def also(self, unit: str) -> dict[str, Any]:
+        """Return what the results of the named unit depend on besides settings, as JSON data."""
+        return {}
+
+
+C = TypeVar("C", bound=Config)
+
+
+class Configs:
+    """The groups of a run, each found by its class: ``configs[TrainConfig].batch``.
+
+    Args:
+      groups: at most one of each class.
+    """
+
+    def __init__(self, *groups: Config):
+        self._groups = {type(group): group for group in groups}
+
+    def __getitem__(self, group: type[C]) -> C:
+        return typing.cast(C, self._groups[group])
+
+    def get(self, group: type[C]) -> C | None:
+        """Return the group of a class; None where there is none."""
+        return typing.cast(C | None, self._groups.get(group))
+
+    def __iter__(self) -> Iterator[Config]:
+        return iter(self._groups.values())
+
+    def __or__(self, group: Config) -> "Configs":
+        """Return a copy with this group in place of the one of its class."""
+        return Configs(*{**self._groups, type(group): group}.values())
+
+    def named(self, name: str) -> Any:
+        """Return the group with a name such as "train"."""
+        return {group_name(cls): group for cls, group in self._groups.items()}[name]
+
+
+def own_settings(cls: type) -> dict[str, dataclasses.Field]:
+    """Return the fields that are settings of the group itself."""
+    return {field.name: field for field in dataclasses.fields(cls) if "nested" not in field.metadata}
+
+
+def nested_groups(cls: type) -> Iterator[tuple[str, str, type[Config]]]:
+    """Return the groups inside a group: the field that holds them, their name and class."""
+    for field in dataclasses.fields(cls):
+        for name, group in field.metadata.get("nested", dict)().items():
+            yield field.name, name, group
+
+
+def _check(field: dataclasses.Field, value: Any) -> None:
+    if value is None:  # an optional field
+        return
+    low, high, choices = (field.metadata.get(key) for key in ("low", "high", "choices"))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{field.name} is {'NaN' if math.isnan(value) else value}: expected a finite number")
+    if low is not None and value < low:
+        raise UserError(f"{field.name} is {value}: expected at least {low}")
+    if high is not None and value > high:
+        raise UserError(f"{field.name} is {value}: expected at most {high}")
+    # Kinds of plugins are known only when a value is checked.
+    choices = choices() if callable(choices) else choices
+    if choices is not None and value not in choices:
+        raise UserError(f"{field.name} is {value!r}: expected one of {', '.join(map(str, choices))}")
+
+
+def group_name(group: type) -> str:
+    """Return the name of a group, which is the prefix of its flags: "train" for ``TrainConfig``."""
+    return group.__name__.removesuffix("Config").lower()
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Return the group as plain JSON data; tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def identity(config: Any, unit: str = "") -> dict[str, Any]:
+    """Return the part of ``to_json`` that the results of the named unit depend on, its own nested group included."""
+    inside = [
+        getattr(config, field).get(name, inner()) for field, name, inner in nested_groups(type(config)) if name == unit
+    ]
+    values = config.also(unit)
+    for group in (config, *inside):
+        data = to_json(group)
+        values |= {
+            name: data[name] for name, field in own_settings(type(group)).items() if _changes_results(field, unit)
+        }
+    return values
+
+
+def _changes_results(field: dataclasses.Field, unit: str) -> bool:
+    only = field.metadata["only"]
+    return field.metadata["changes_results"] and (only(unit) if callable(only) else not only or unit in only)
+
+
+def from_json(cls: type, data: Mapping[str, Any]) -> Any:
+    """Return the group that ``to_json`` wrote. Unknown and missing fields are a ``UserError``."""
+    hints = typing.get_type_hints(cls)
+    unknown = set(data) ^ set(hints)
+    if unknown:
+        raise UserError(f"{cls.__name__} in a saved file: fields {sorted(unknown)} are unknown or missing")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})

@@ -1,0 +1,34 @@
+"""Hashes of dictionaries in files."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from saejax.dictionaries.formats.place import BESIDE, registry_overrides, resolve_path
+from saejax.files import file_sha256
+
+# The first holds checksums of its arrays.
+_HASHED = (
+    *("dictionary.json", "cfg.json", "config.json", "config.yaml", "hyperparams.json"),
+    *("*.safetensors", "*.npz", "*.pt", "*.pth"),
+)
+
+
+def hash_dictionaries(folder: str) -> str:
+    """Hash the dictionaries in a folder, or a file, which may be on the hub: 16 hexadecimal digits."""
+    digest, place = hashlib.sha256(), resolve_path(folder)
+    files = [place] if place.is_file() else _hashed_files(place)
+    # Where a file is named, its settings are in another one beside it, or above.
+    settings = [*(place.with_name(name) for name in BESIDE), place.parent.parent / "config.json"]
+    settings = settings if place.is_file() else []
+    # What SAELens' registry says of a dictionary is in none of its files.
+    digest.update(repr(sorted(registry_overrides(folder).items())).encode())
+    for path in [*files, *filter(Path.is_file, settings)]:
+        digest.update(f"{os.path.relpath(path, place)} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _hashed_files(folder: Path) -> list[Path]:
+    """Return the files in a folder, and in the members that a stack links to, that say what dictionaries it holds."""
+    files = [Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names]
+    return sorted(path for path in files if any(path.match(pattern) for pattern in _HASHED))

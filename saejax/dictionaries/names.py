@@ -1,0 +1,44 @@
+"""Names of dictionaries: "topk", or "topk/k16" for a member of a stack, or a folder."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from saejax.dictionaries.kinds.settings import unit_names
+from saejax.errors import UserError
+
+_LONGEST = 100  # characters of the name of a folder's unit
+
+
+def folder_name(dictionary: str) -> str:
+    """Return the unit name of a dictionary: "topk-k32" for "topk/k32", "runs-demo-train-topk" for a folder."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", dictionary).strip("-.")[-_LONGEST:].lstrip("-.") or "dictionary"
+
+
+def is_folder(dictionary: str) -> bool:
+    """Return whether a flag names a dictionary by its folder, and not by its kind as "topk" or "topk/k32" do."""
+    if dictionary.partition("/")[0] in unit_names():
+        return False
+    return "/" in dictionary or Path(dictionary).is_dir()
+
+
+def check_member(name: str, members: Sequence[str], flag: str) -> None:
+    """Raise a ``UserError`` that names the flag unless the dictionary ``name`` is one of a unit's ``members``."""
+    kind, _, member = name.partition("/")
+    if member in members:
+        return
+    if list(members) == [""]:
+        raise UserError(f"{flag}={name}, but {kind} is one dictionary and no stack: give {flag}={kind}")
+    problem = f"there is no member {member}" if member else f"{kind} is a stack of {len(members)} dictionaries"
+    raise UserError(f"{flag}={name}: {problem}: name one, such as {flag}={kind}/{members[0]}, of {', '.join(members)}")
+
+
+def kind_and_member(name: str) -> tuple[str, str]:
+    """Split a dictionary's name: ("topk", "k16") of "topk/k16", ("topk", "") of "topk"."""
+    kind, _, member = name.partition("/")
+    return kind, member
+
+
+def full_name(kind: str, member: str) -> str:
+    """Join a dictionary's name from kind and member: "topk/k16", or "topk" for a single dictionary."""
+    return f"{kind}/{member}" if member else kind

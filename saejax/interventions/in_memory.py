@@ -1,0 +1,243 @@
+"""Causal tests of a dictionary's features on prompts with two answers: ablation, patching, steering, probes."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from saejax.dictionaries import Dictionary
+from saejax.errors import UserError, one_of
+from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, verdict_config
+from saejax.interventions.answers import CausalVerdict, FeatureEffect
+from saejax.interventions.edits import mask
+from saejax.interventions.engine import run_edits
+from saejax.interventions.importance import Importance, measure_importance
+from saejax.interventions.patching import EACH, PatchEffects, fitting_pairs, patch_sites
+from saejax.interventions.probing import ProbedLabel, ablation_of, correct, label_all, probe_inputs, probe_label
+from saejax.interventions.settings import BASES, AblateConfig, ProbeConfig, SteerConfig
+from saejax.interventions.split_model import SplitModel, parse_positions
+from saejax.interventions.steering import BehaviourSteering, SteeringTest, judge
+from saejax.interventions.table import EffectsTable, merge_tables
+from saejax.interventions.text import LENGTH, HeldOutText
+from saejax.interventions.verdict import verdict
+from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import encode
+from saejax.settings_from_keywords import make_config
+from saejax.stages import inputs as run_inputs
+from saejax.tasks import draw
+from saejax.tasks.behaviours import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """Effects of ablating a dictionary's features on behaviours."""
+
+    table: EffectsTable  #: every measured value; ``table.values(edits, prompts, readout)`` gives ``[E, P]``
+    verdict: CausalVerdict  #: answers by dictionary ("tested", "untrained", names of repeats) and behaviour
+    top: Mapping[str, tuple[FeatureEffect, ...]]  #: the top features of each behaviour, with their effects alone
+    #: of all live features, by behaviour; None without ``effects="all"``.
+    importance: Mapping[str, Importance] | None = None
+
+
+def make_prompts(lm: LanguageModel, behaviour: str, train: int = 80, test: int = 100, seed: int = 42) -> list[Prompt]:
+    """Draw the prompts of a behaviour that comes with saejax, as the stage ``baseline`` does.
+
+    Args:
+      lm: the model, whose tokenizer must keep the answers apart from the text and from each other.
+      behaviour: one of ``saejax.tasks.settings.BEHAVIOURS``.
+      train: number of train prompts.
+      test: number of test prompts.
+      seed: seed of the choice.
+    """
+    return draw.make_prompts(behaviour, train, test, seed, lm.tokenizer).prompts
+
+
+def ablate(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    prompts: Sequence[Prompt],
+    *,
+    features: Sequence[int] | None = None,
+    documents: Sequence[str] = (),
+    repeats: Mapping[str, Dictionary] | None = None,
+    **settings: Any,
+) -> Ablation:
+    """Ablate features on the prompts of one or more behaviours, with controls, and draw the verdict.
+
+    Nothing is written to disk. Several behaviours are each other's test of selectivity.
+
+    Args:
+      lm: the model that the dictionary was trained on.
+      dictionary: whose features are ablated.
+      prompts: "train" prompts choose features, "test" prompts judge them.
+      features: which to ablate, of one behaviour. None: the first ``top`` by attribution on the train prompts.
+      documents: held-out texts, on which cross-entropy and KL divergence are measured.
+      repeats: dictionaries of other seeds, by name, tested in the same way.
+      **settings: fields of ``saejax.interventions.settings.AblateConfig``, such as top=10, random_sets=99, replacement="mean".
+
+    Returns:
+      The table of effects, and the verdict on it.
+
+    Raises:
+      UserError: a setting is unknown or out of range, or a split has no prompts.
+    """
+    by_behaviour = _group(prompts)
+    warn_of_bos(lm, dictionary)
+    if features is not None:
+        if len(by_behaviour) > 1:
+            raise UserError(f"features were named for {len(by_behaviour)} behaviours: give the prompts of one")
+        settings["top"] = len(features)
+    config = make_config(AblateConfig, **settings)
+    parse_positions(config.positions)
+    for name in config.baselines:
+        if "/" not in name:
+            one_of(name, BASES, "basis, and no folder of a dictionary:")
+    text = _held_out_text(lm, documents, TEXT_LENGTH)
+    tables, top, importance = [], {}, {}
+    for name in by_behaviour:
+        table, ablation = measure_behaviour(
+            lm, dictionary, name, by_behaviour, config, text, repeats, features=features
+        )
+        tables.append(table)
+        top[name] = describe_top(table, ablation)
+        if config.effects == "all":
+            importance[name] = measure_importance(table, ablation)
+    table = merge_tables(tables)
+    return Ablation(table, verdict(table, verdict_config(config)), top, importance or None)
+
+
+def patch(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    kind: str = "resid_post",
+    positions: str = EACH,
+    layers: Sequence[int] | None = None,
+    split: str = "test",
+) -> PatchEffects:
+    """Patch a kind of site between prompts and their counterparts, in every layer and in both directions.
+
+    Args:
+      lm: the model.
+      prompts: those of ``split`` with a counterpart of as many tokens are used.
+      kind: a kind of site, such as resid_post; of attn_q, attn_k, attn_v and attn_z every head by itself.
+      positions: "each" for every position by itself, or positions that are patched together: all, last, or a slice such
+        as 1:4 or -3:.
+      layers: the layers; None: all.
+      split: "train" or "test".
+
+    Returns:
+      The logit differences with each patch; ``effect_DxLxHxPxC`` has the effects.
+
+    Raises:
+      UserError: no prompt has such a counterpart, or there is no such site.
+    """
+    pairs, left_out = fitting_pairs(lm, prompts, split)
+    if not pairs:
+        reasons = ", ".join(f"{count} for {reason}" for reason, count in left_out.items())
+        raise UserError(
+            f"no {split} prompt has a counterpart of as many tokens (left out: {reasons}): give prompts a counterpart, "
+            "as those of make_prompts have"
+        )
+    return patch_sites(lm, kind, pairs, positions, layers)
+
+
+def steer(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    prompts: Sequence[Prompt],
+    *,
+    documents: Sequence[str] = (),
+    **settings: Any,
+) -> dict[str, BehaviourSteering]:
+    """Steer prompts to the answers of their counterparts, and compare with controls of equal dose.
+
+    Features are added or clamped, or the difference between the site's mean values is added. Nothing is written.
+
+    Args:
+      lm: the model that the dictionary was trained on.
+      dictionary: the dictionary whose features, and at whose site, prompts are steered.
+      prompts: "train" prompts give the directions and choose the strength, "test" prompts judge it.
+      documents: held-out texts, whose cross-entropy limits the strength.
+      **settings: fields of ``saejax.interventions.settings.SteerConfig``, such as top=10, doses=(0.2, 0.4), random_sets=99.
+
+    Returns:
+      The results of each behaviour, by name.
+
+    Raises:
+      UserError: a setting is unknown or out of range, or there are no prompts.
+    """
+    config = make_config(SteerConfig, **settings)
+    warn_of_bos(lm, dictionary)
+    text = _held_out_text(lm, documents, LENGTH)
+    measured = {
+        name: SteeringTest(lm, dictionary, behaviour_prompts, text, config).results()
+        for name, behaviour_prompts in _group(prompts).items()
+    }
+    return judge(measured)
+
+
+def probe(
+    lm: LanguageModel, dictionary: Dictionary, prompts: Sequence[Prompt], labels: str | Sequence[str], **settings: Any
+) -> tuple[ProbedLabel, ...]:
+    """Fit linear probes of a dictionary's features and of raw activations, and compare with controls.
+
+    The features that a sparse probe selects are ablated one by one. Nothing is written to disk.
+
+    Args:
+      lm: the model that the dictionary was trained on.
+      dictionary: whose features, and the activations at whose site, are probed.
+      prompts: "train" prompts fit the probes, "test" prompts judge them.
+      labels: one or more of ``saejax.tasks.settings.PROBE_LABELS``, or labels that the prompts have.
+      **settings: fields of ``saejax.interventions.settings.ProbeConfig``, such as sparse=(1, 5).
+
+    Returns:
+      The probes of each label, and of each behaviour.
+
+    Raises:
+      UserError: a setting or a label is unknown, or there are no prompts.
+    """
+    config, prompts = make_config(ProbeConfig, labels=labels, **settings), list(prompts)
+    _group(prompts)
+    warn_of_bos(lm, dictionary)
+    split = SplitModel(lm, dictionary)
+    diffs = [0.0] * len(prompts)
+    if "correct" in config.labels:
+        diffs = run_edits(split, split.run(prompts), mask(split.dictionary, [[]]))["logit_diff"][0].tolist()
+    probed = []
+    for labelled in label_all(config, (prompts, diffs)).values():
+        ablation = functools.partial(ablation_of, split, labelled)
+        probed.append(probe_label(config, labelled, *probe_inputs(split, labelled.prompts), ablation))
+    return correct(probed)
+
+
+def warn_of_bos(lm: LanguageModel, dictionary: Dictionary) -> None:
+    """Log a warning if one of them, a dictionary's training and the model's texts, has BOS tokens and the other not."""
+    if conflict := run_inputs.bos_conflict(dictionary, lm.tokenizer):
+        logging.warning("%s", conflict)
+
+
+def _group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    """Return the prompts of each behaviour; raise a ``UserError`` if there are none, or one appears twice."""
+    by_behaviour: dict[str, list[Prompt]] = {}
+    texts = set()
+    for prompt in prompts:
+        if (prompt.behaviour, prompt.text) in texts:
+            # It would count as two in intervals, or judge the features that it chose.
+            raise UserError(f"the prompt {prompt.text!r} appears twice in {prompt.behaviour}: remove one of them")
+        texts.add((prompt.behaviour, prompt.text))
+        by_behaviour.setdefault(prompt.behaviour, []).append(prompt)
+    if not by_behaviour:
+        raise UserError("there are no prompts: give train and test prompts of a behaviour, as from make_prompts")
+    return by_behaviour
+
+
+def _held_out_text(lm: LanguageModel, documents: Sequence[str], length: int) -> HeldOutText | None:
+    """Return documents cut to ``length`` tokens; None if there are none."""
+    length = min(length, lm.config.context)
+    ids = [encode(lm.tokenizer, document)[:length] for document in documents]
+    read = [document for document in ids if len(document) > 1]
+    if ids and not read:
+        raise UserError("none of the documents has two tokens, of which the second is predicted: give longer ones")
+    return HeldOutText(read) if read else None

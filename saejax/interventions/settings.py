@@ -1,0 +1,238 @@
+"""Settings of causal tests and of linear probes."""
+
+import dataclasses
+
+from saejax import shared_settings as shared
+from saejax.config import Config, setting
+from saejax.tasks.settings import BENCHMARKS
+
+REPLACEMENTS = ("zero", "mean", "random", "counterpart")
+BASES = ("neurons", "pca", "diff_means", "untrained")  # those that need no folder
+PATCHABLE = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
+HEAD_KINDS = ("attn_q", "attn_k", "attn_v", "attn_z")
+
+
+@dataclasses.dataclass(frozen=True)
+class AblateConfig(Config):
+    """Causal tests of features."""
+
+    dictionary: str = setting(
+        "topk",
+        "dictionary to test: a kind trained here (topk), a member of its stack (topk/k32), a folder such as "
+        "runs/demo/train/topk, or a hub address hf://ORG/NAME/FOLDER@REVISION. With a folder or address nothing is "
+        "captured or trained",
+        changes_results=False,
+    )
+    top: int = setting(10, "number of features, ranked by attribution on train prompts, that are ablated", low=1)
+    replacement: str = setting(
+        "zero",
+        "value that replaces an ablated feature's activation: zero, its mean over the train prompts (mean), its "
+        "activation at a random other position at which it fires (random), or at the same position of the prompt's "
+        "counterpart (counterpart)",
+        choices=REPLACEMENTS,
+    )
+    effects: str = setting(
+        "top",
+        "features that are also ablated one by one: the top ones (top), or all that fire on the test prompts (all), "
+        "with a ranking in <behaviour>-importance.parquet",
+        choices=("top", "all"),
+    )
+    positions: str = setting(
+        "all",
+        "positions at which features are ablated: all, last, or a slice of a prompt's tokens such as 1:4 or -3:",
+    )
+    error: str = setting(
+        "keep",
+        "keep the part of the site that the dictionary does not explain, or drop it; with drop, the clean run also "
+        "goes through the dictionary, and no other basis is compared",
+        choices=("keep", "drop"),
+    )
+    random_sets: int = shared.random_sets()
+    placebo_targets: int = shared.placebo_targets()
+    attribution_prompts: int = setting(
+        0, "number of train prompts that rank features, for the answers and for placebo targets alike; 0: all", low=0
+    )
+    untrained: bool = setting(True, "answer all questions for an untrained dictionary as well")
+    baselines: tuple[str, ...] = setting(
+        BASES,
+        "simpler bases to compare with at equal dose: neurons (of the layer's MLP), pca (principal components of the "
+        "site on the train prompts), diff_means (differences of the site's means by answer), untrained (a dictionary "
+        "of random directions), or the folder of a dictionary; empty: none",
+    )
+    text_documents: int = setting(
+        64,
+        "held-out documents of the corpus, 32 tokens of each, on which cross-entropy and KL divergence are measured; "
+        "0: none, and whether effects are selective is not fully tested",
+        low=0,
+    )
+    repeats: tuple[str, ...] = setting(
+        (),
+        "dictionaries of other seeds, such as topk/seed43, whose own top features are tested in the same way; each "
+        "takes about as long as the first",
+    )
+    min_accuracy_drop: float = shared.min_accuracy_drop()
+    seed: int = shared.causal_seed()
+    bootstrap: int = shared.causal_bootstrap()
+    batch_rows: int = shared.causal_batch_rows()
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig(Config):
+    """Linear probes on features and on raw activations."""
+
+    labels: tuple[str, ...] = setting(
+        (),
+        "labels to probe for: which behaviour a prompt asks for (behaviour); within each behaviour its answer "
+        "(answer), whether that is even (parity), whether the model is right (correct), the number of the subject "
+        "(number, of agreement), and 'labels' of --task.prompts; of benchmarks correct, steps, operation and task; "
+        "empty: no probes",
+    )
+    benchmarks: bool = setting(
+        False, "also probe the questions of --task.benchmarks; half of them train the probes, half judge them"
+    )
+    dictionary: str = setting(
+        "topk",
+        "dictionary whose features are probed: a kind trained here (topk), a member of its stack (topk/k32), or a "
+        "folder or hub address as in --ablate.dictionary",
+        changes_results=False,
+    )
+    sparse: tuple[int, ...] = setting(
+        (1, 2, 5, 10, 20), "sizes of sparse probes: numbers of features, or of dimensions", low=1
+    )
+    strengths: tuple[float, ...] = setting(
+        (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
+        "inverse strengths of the L2 penalty (C), of which 5-fold cross-validation on the train prompts chooses",
+        low=1e-9,
+    )
+    shuffles: int = setting(
+        20,
+        "number of control probes on shuffled labels, and on matched features or random directions, for each probe",
+        low=1,
+    )
+    seed: int = shared.causal_seed()
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchConfig(Config):
+    """Activation patching between the test prompts and their counterparts."""
+
+    kinds: tuple[str, ...] = setting(
+        (),
+        f"kinds of site to patch in every layer: {', '.join(PATCHABLE)}, or of attention heads, each by itself, "
+        f"{', '.join(HEAD_KINDS)}; empty: none",
+        choices=(*PATCHABLE, *HEAD_KINDS),
+        changes_results=False,
+    )
+    positions: str = setting(
+        "each",
+        "positions at which kinds of site are patched: each by itself (each; for heads: all together), or these "
+        "together: all, last, or a slice of a prompt's tokens such as 1:4 or -3:",
+    )
+    dictionary: str = setting(
+        "",
+        "dictionary whose features are patched: a kind trained here (topk), a member of its stack (topk/k32), or a "
+        "folder or hub address as in --ablate.dictionary; empty: none",
+        changes_results=False,
+    )
+    top: int = setting(10, "number of features, ranked by attribution on train prompts, that are patched", low=1)
+    random_sets: int = shared.random_sets()
+    placebo_targets: int = shared.placebo_targets()
+    seed: int = shared.causal_seed()
+    bootstrap: int = shared.causal_bootstrap()
+    batch_rows: int = shared.causal_batch_rows()
+
+
+@dataclasses.dataclass(frozen=True)
+class SteerConfig(Config):
+    """Steering the test prompts to the answers of their counterparts."""
+
+    dictionary: str = setting(
+        "",
+        "dictionary whose features steer: a kind trained here (topk), a member of its stack (topk/k32), or a folder "
+        "or hub address as in --ablate.dictionary; empty: no steering",
+        changes_results=False,
+    )
+    top: int = setting(
+        10, "number of features that steer together for each pair of answers, ranked on train texts", low=1
+    )
+    doses: tuple[float, ...] = setting(
+        (0.1, 0.2, 0.4, 0.6, 0.8),
+        "norms of the added vectors, in units of the site's mean norm; features are clamped at 1, 2, 4 and 8 times "
+        "their mean on texts of the target answer instead",
+        low=1e-6,
+    )
+    random_sets: int = setting(
+        99,
+        "maximum number of random sets of features, or random directions, that each method is compared with at equal "
+        "dose; a yes needs 19 with one behaviour, 39 with two, and 20 more for each further one",
+        low=1,
+    )
+    seed: int = shared.causal_seed()
+    bootstrap: int = shared.causal_bootstrap()
+    batch_rows: int = shared.causal_batch_rows()
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig(Config):
+    """Effects of ablating top features on benchmarks."""
+
+    benchmarks: tuple[str, ...] = setting(
+        (),
+        "benchmarks on which a dictionary's top features are ablated: gsm8k, math, logic, ...; empty: none",
+        choices=BENCHMARKS,
+        changes_results=False,
+    )
+    dictionary: str = setting(
+        "topk",
+        "dictionary whose features are ablated: a kind trained here (topk), a member of its stack (topk/k32), or a "
+        "folder or hub address as in --ablate.dictionary",
+    )
+    items: int = setting(
+        200,
+        "maximum number of items of each benchmark, of those of --task.examples: half select features, half test them",
+        low=2,
+    )
+    top: int = setting(10, "number of features, ranked by attribution on train items, that are ablated", low=1)
+    random_sets: int = setting(
+        199, "maximum number of disjoint random sets of features that the top ones are compared with", low=1
+    )
+    placebo_targets: int = setting(
+        199,
+        "placebo targets, other items' reference answers of equal length, whose top features the top ones are compared "
+        "with",
+        low=0,
+    )
+    attribution_items: int = setting(
+        32, "train items that rank features, for the answers and for placebo targets alike; 0: all", low=0
+    )
+    scored_sets: int = setting(
+        19, "random sets, and as many placebo sets, under which answers are generated or chosen and scored, too", low=0
+    )
+    untrained: bool = setting(True, "answer all questions for an untrained dictionary, too")
+    baselines: tuple[str, ...] = setting(
+        ("neurons", "pca"),
+        "simpler bases to compare with at equal dose: neurons, pca, untrained, or the folder of a dictionary; see "
+        "--ablate.baselines; empty: none",
+    )
+    repeats: tuple[str, ...] = setting(
+        (), "dictionaries of other seeds, such as topk/seed43, whose own top features are tested in the same way"
+    )
+    falsify: int = setting(
+        0,
+        "ordinary texts, of the embedded corpus, into which the tokens that excite a top feature most are injected, to "
+        "see whether it detects words rather than reasoning; 0: not tested",
+        low=0,
+    )
+    control: str = setting(
+        "",
+        "makes a row of a study a control, whose answers are known: a relative of the first row's model, with most "
+        "features in common, or a stranger with random weights, of which nothing is shared or specific",
+        choices=("", "relative", "stranger"),
+        changes_results=False,
+    )
+    min_accuracy_drop: float = shared.min_accuracy_drop()
+    bootstrap: int = shared.causal_bootstrap()
+    seed: int = shared.causal_seed()
+    batch_tokens: int = setting(
+        2048, "tokens per batch, padding included, of log-likelihoods and slopes", low=1, changes_results=False
+    )

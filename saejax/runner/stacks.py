@@ -1,0 +1,114 @@
+"""The dictionaries of a train unit: a single one, or the members of a stack, and how a flag names one of them.
+
+A unit such as ``train/topk`` lists its members in ``done.json``. A single dictionary has the empty name and lies in
+the unit's folder; members of a stack lie in folders of their names, such as ``train/topk/k16``. On the command line a
+dictionary is "topk", or "topk/k16".
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from saejax.dictionaries import rescale
+from saejax.dictionaries.formats import circuit_tracer, load_dictionary
+from saejax.dictionaries.modules import Dictionary
+from saejax.dictionaries.names import check_member, full_name, is_folder, kind_and_member
+from saejax.dictionaries.results import TrainedMember
+from saejax.errors import UserError
+from saejax.files import read_json
+from saejax.results import from_json
+from saejax.runner.workspace import STARTED, SUMMARY, member_folder
+
+
+def results_folder(workdir: Path | str, stage: str, name: str) -> Path:
+    """Return the folder of what a stage made of the dictionary ``name``, such as "topk/k16", in a workdir.
+
+    Units may be links or not; the folder may not exist.
+    """
+    kind, member = kind_and_member(name)
+    return member_folder(member_folder(Path(workdir) / stage, kind), member)
+
+
+def is_of_trained(workdir: Path | str, stage: str, name: str) -> bool:
+    """Return whether what a stage made of a dictionary is of the one that DIR/train/NAME stands for now.
+
+    A dictionary that is trained anew has other features by the same numbers, and other stages may not have run since.
+    What does not say what it was made from passes.
+
+    Args:
+      workdir: DIR.
+      stage: such as "evaluate".
+      name: of the dictionary, such as "topk/k16".
+    """
+    kind, member = kind_and_member(name)
+    trained = results_folder(workdir, "train", name).resolve().name.removeprefix(f"{kind}-")
+    unit = member_folder(Path(workdir) / stage, kind)
+    while re.fullmatch("[0-9a-f]{16}", trained):
+        paths = [path / STARTED for path in (member_folder(unit, member), unit) if (path / STARTED).is_file()]
+        needs = read_json(paths[0]).get("depends_on", {}).get("needs", {}) if paths else {}
+        if mark := needs.get(f"train/{kind}"):
+            return mark == trained
+        if not (mark := needs.get(f"interpret/{kind}")):
+            break
+        unit = Path(workdir) / "interpret" / f"{kind}-{mark}"  # labels of an atlas are of what it shows
+    return True
+
+
+def members(unit: Path, layers: bool = False) -> tuple[TrainedMember, ...]:
+    """Read the train stage's summary of each member of a unit, in its order.
+
+    Raises:
+      UserError: the unit is a cross-layer transcoder, whose ``layers`` are no dictionaries and are not accepted.
+    """
+    if not layers and circuit_tracer.is_cross_layer(Path(unit)):
+        raise UserError(
+            f"{unit} is a cross-layer transcoder, not dictionaries to take one by one: it can be evaluated, exported, "
+            f"and traced with --graph.transcoders={unit}"
+        )
+    path = Path(unit) / SUMMARY
+    return from_json(tuple[TrainedMember, ...], read_json(path)["results"]["members"], path, "results.members")
+
+
+def load_member(unit: Path, name: str, flag: str) -> Dictionary:
+    """Load the dictionary of a full name, such as "topk/k16", that a flag names, from the unit of its whole stack.
+
+    Raises:
+      UserError: the unit has no such member, or is a stack and the flag names none of its members.
+    """
+    check_member(name, [entry.name for entry in members(unit)], flag)
+    return load_dictionary(member_folder(Path(unit), kind_and_member(name)[1]))
+
+
+def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
+    """Load the dictionary that a flag names, of this workdir or by its folder.
+
+    Args:
+      name: such as "topk" or "topk/k16", or a folder that ``load_dictionary`` reads.
+      units: folders of units such as "train/topk" or "train/topk/k16", unless a folder is named.
+      flag: for the message, such as "--ablate.dictionary".
+    """
+    if not is_folder(name):
+        kind, member = kind_and_member(name)
+        if member and (folder := units.get(f"train/{name}")):
+            return load_dictionary(folder)
+        return load_member(units[f"train/{kind}"], name, flag)
+    try:
+        # A published dictionary may normalise tokens, which those trained here never do.
+        return rescale.to_output_units(load_dictionary(name))
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
+def find_trained(name: str, units: Mapping[str, Path], flag: str) -> dict[str, Path]:
+    """Return the folders of the trained dictionaries that a flag names, of a stack all members, by their full names.
+
+    For the arguments see ``load_trained``; a ``UserError`` if there is no such member.
+    """
+    kind, member = kind_and_member(name)
+    if member and f"train/{name}" in units:
+        return {name: units[f"train/{name}"]}
+    unit = units[f"train/{kind}"]
+    names = [entry.name for entry in members(unit)]
+    if member:
+        check_member(name, names, flag)
+    return {full_name(kind, each): member_folder(unit, each) for each in ([member] if member else names)}

@@ -1,0 +1,66 @@
+"""Settings that several groups have in common: each is one flag, which sets the field in all of them."""
+
+from typing import Any
+
+from saejax.config import setting
+
+
+def causal_seed() -> Any:
+    """Return the field ``seed`` of a causal test."""
+    return setting(
+        456,
+        "seed of causal tests: of splits, random sets, placebo targets, controls, random replacements and bootstrap",
+        low=0,
+        shared="causal",
+    )
+
+
+def causal_bootstrap() -> Any:
+    """Return the field ``bootstrap`` of a causal test."""
+    return setting(10_000, "bootstrap resamples for 95 % intervals of causal tests", low=100, shared="causal")
+
+
+def causal_batch_rows() -> Any:
+    """Return the field ``batch_rows`` of a causal test."""
+    return setting(64, "edited prompts per batch of the program", low=1, changes_results=False, shared="causal")
+
+
+def random_sets() -> Any:
+    """Return the field ``random_sets`` of a causal test."""
+    return setting(
+        199,
+        "maximum number of disjoint random sets of features that the top ones are compared with",
+        low=1,
+        shared="causal",
+    )
+
+
+def placebo_targets() -> Any:
+    """Return the field ``placebo_targets`` of a causal test."""
+    return setting(
+        199,
+        "pairs of likely tokens that are no answers, whose top features the top ones are compared with",
+        low=0,
+        shared="causal",
+    )
+
+
+def min_accuracy_drop() -> Any:
+    """Return the field ``min_accuracy_drop`` of a causal test."""
+    return setting(
+        0.05, "smallest drop of accuracy that counts as an effect, as a share", low=0.0, high=1.0, shared="causal"
+    )
+
+
+def analysis_seed() -> Any:
+    """Return the field ``seed`` of an analysis of features."""
+    return setting(
+        789, "seed of the samples, random directions, rotations and pairs that analyses draw", low=0, shared="analysis"
+    )
+
+
+def analysis_batch_tokens() -> Any:
+    """Return the field ``batch_tokens`` of an analysis of features."""
+    return setting(
+        4096, "tokens per batch when dictionaries are analysed", low=32, changes_results=False, shared="analysis"
+    )

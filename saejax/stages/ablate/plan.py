@@ -1,0 +1,162 @@
+"""The programs of the stage ``ablate`` with shapes in place of arrays, which preflight compiles.
+
+They are: clean runs, attribution for answers and for placebo targets, changes of features, the layers above the site.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from saejax.costs.plan import PlannedRun
+from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
+from saejax.flops import pass_flops
+from saejax.interventions import slopes
+from saejax.interventions.ablation import expected_rows
+from saejax.interventions.edits import ActivationReplacement, filled_features
+from saejax.interventions.engine import FEATURES
+from saejax.interventions.rows import CleanValues, few_rows, full_batch, gather, run_rows
+from saejax.interventions.settings import AblateConfig
+from saejax.interventions.split_model import GROUP_TOKENS, LENGTH_STEP, PROMPTS, SiteRows, run_head
+from saejax.models.sites import Site
+from saejax.models.split import SharedPrefixBatch, SplitPoint
+from saejax.stages.baseline.plan import count_all_behaviours
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.settings import TaskConfig
+from saejax.training.settings import TrainConfig
+
+PROMPT_TOKENS = 32  # of a prompt of a behaviour; the built-in ones have 7 to 32
+_FIRING = 0.85  # share of the rows that are run: a set that changes nothing on a prompt is not
+
+
+def prompt_length(plan: PlannedRun) -> int:
+    """Return the tokens of a behaviour's prompt, padded."""
+    return -(-min(PROMPT_TOKENS, plan.model.context) // LENGTH_STEP) * LENGTH_STEP
+
+
+def kept_prompts(plan: PlannedRun) -> int:
+    """Return the prompts of a behaviour, filled up to whole runs of the head, or as many as one group holds."""
+    task = plan.configs[TaskConfig]
+    length = min(PROMPT_TOKENS, plan.model.context)
+    most = max(GROUP_TOKENS // length // PROMPTS, 1)
+    return PROMPTS * min(-(-max(task.train_prompts, task.test_prompts) // PROMPTS), most)
+
+
+def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
+    """Return the programs of the stage, each with its expected number of calls; none without behaviours.
+
+    Args:
+      plan: the run.
+      mesh: the devices.
+    """
+    if not plan.configs[TaskConfig].has_behaviours:
+        return []
+    ablate, task = plan.configs[AblateConfig], plan.configs[TaskConfig]
+    kept_dtype = plan.configs[TrainConfig].state_dtype
+    used, length, prompts = plan.dictionary("ablate"), prompt_length(plan), kept_prompts(plan)
+    reads, writes = Site.parse(used.site), Site.parse(used.target or used.site)
+    point = SplitPoint(plan.model, writes, reads, mesh)
+    params = abstract_params(plan.model, mesh, plan.dtype)
+    dictionary = abstract_dictionary(used, plan.configs[TrainConfig], mesh)
+    per_feature = jax.ShapeDtypeStruct((used.n_features,), jnp.float32)
+    source = ActivationReplacement(
+        ablate.replacement,
+        mean_F=per_feature if ablate.replacement == "mean" else None,
+        seed=jax.ShapeDtypeStruct((), jnp.uint32) if ablate.replacement == "random" else None,
+    )
+
+    def value(place: Callable, count: int) -> jax.ShapeDtypeStruct:
+        """Return the shape of the stream, the site's value or what is read, of ``count`` prompts."""
+        return place(mesh, (count, length, used.d_in), plan.dtype)
+
+    def domain(place: Callable, count: int) -> jax.ShapeDtypeStruct:
+        """Return the shape of the editable positions of ``count`` prompts."""
+        return place(mesh, (count, length), bool)
+
+    def program(name: str, size: str, function: Callable, arguments: tuple, flops: float, runs: float) -> Program:
+        """Return a program; model and dictionary are kept in memory even where it does not read them."""
+        argument_ids = {id(argument) for argument in arguments}
+        kept: list[Any] = [tree for tree in (params, dictionary) if id(tree) not in argument_ids]
+        return Program(f"ablate: {name}", size, function, arguments, kept, flops, runs)
+
+    def suffix_flops(count: int) -> float:
+        return pass_flops(plan.model, count * length, length, plan.model.n_layers - reads.layer - 1)
+
+    def encode_flops(count: int) -> float:  # the decoder has as many
+        return 2.0 * count * length * used.d_in * used.n_features
+
+    behaviours, trainings = count_all_behaviours(task), 1 + ablate.untrained + len(ablate.repeats)
+    test = [Prompt("", "test", "", "", "")] * task.test_prompts
+    named: Mapping[str, Sequence[Prompt]] = {str(number): test for number in range(behaviours)}
+    edited_rows = _FIRING * behaviours * expected_rows(ablate, named, "0", used.n_features)
+    ranked = behaviours * min(ablate.attribution_prompts or task.train_prompts, task.train_prompts) / PROMPTS
+    attributions = ranked * (trainings + len(ablate.baselines))
+    size = f"{PROMPTS} prompts of {length} tokens"
+    counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, kept_dtype))
+
+    def attribution_program(name: str, count: int, targets: int, sharing: int, calls: float) -> Program:
+        """Return the attribution of ``sharing`` dictionaries for some targets on some prompts."""
+        row_value, row_domain, last_B = value(by_row, count), domain(by_row, count), by_row(mesh, (count,), jnp.int32)
+        rows = SiteRows(row_value, row_value, row_value, row_domain, last_B, by_row(mesh, (count, 2), jnp.int32))
+        # Random replacements are drawn from each feature's own activations, so their counts travel along.
+        arrays = counts if ablate.replacement == "random" else ()
+        is_sum, targets_CxBx2 = targets > 1, whole(mesh, (targets, count, 2), jnp.int32)
+        if ablate.replacement == "counterpart" and not is_sum:
+            arrays = row_value, row_domain
+        real_B = whole(mesh, (count,), bool) if is_sum else None
+        fixed = point, params, [dictionary] * sharing, [rows] * sharing
+        arguments = (*fixed, real_B, targets_CxBx2, source, [arrays] * sharing)
+        flops = (1 + targets) * (suffix_flops(count) + sharing * encode_flops(count))
+        size = f"{count} prompts of {length} tokens"
+        return program(name, size, slopes.score_targets, arguments, flops, calls)
+
+    ids_BxT, last_B = by_row(mesh, (PROMPTS, length), jnp.int32), by_row(mesh, (PROMPTS,), jnp.int32)
+    head = (point, ablate.error, params, dictionary, ids_BxT, last_B, domain(by_row, PROMPTS))
+    head_flops = pass_flops(plan.model, PROMPTS * length, length, writes.layer + 1)
+    programs = [program("head", size, run_head, head, head_flops, 2 * ranked)]
+    programs.append(attribution_program("attribution", PROMPTS, 1, 1, attributions))
+    if ablate.placebo_targets:
+        sharing = trainings if ablate.error == "keep" else 1  # dictionaries of the site
+        calls = ranked * PROMPTS / slopes.TARGET_PROMPTS * ablate.placebo_targets / slopes.TARGETS
+        sizes = slopes.TARGET_PROMPTS, slopes.TARGETS, sharing
+        programs.append(attribution_program("placebo attribution", *sizes, calls))
+
+    # The engine gathers the columns of the features that a group of edits needs, filled up to a few widths.
+    gathered = filled_features(min(used.n_features, max(FEATURES, ablate.top)))
+    sides = [value(whole, prompts), domain(whole, prompts)] * (2 if ablate.replacement == "counterpart" else 1)
+    chosen = (point, dictionary, source, sides, whole(mesh, (gathered,), jnp.int32), prompts)
+    flops = len(sides) / 2 * encode_flops(prompts)
+    programs.append(program("features", f"{prompts} prompts, {gathered} features", gather, chosen, flops, attributions))
+
+    # Rows that share no tokens, each changed from its start on: batches are full.
+    batch = ablate.batch_rows
+    f_PxTxK = whole(mesh, (prompts, length, gathered), kept_dtype)
+    W_dec_KxD = whole(mesh, (gathered, used.d_in), kept_dtype)
+    edited = _edited_rows(point, params, value(whole, prompts), f_PxTxK, W_dec_KxD, batch)
+    flops = suffix_flops(batch) + 2.0 * batch * length * gathered * used.d_in
+    programs.append(program("tail", f"{batch} edited prompts", run_rows, edited, flops, edited_rows / batch))
+    return programs
+
+
+def _edited_rows(
+    point: SplitPoint,
+    params: Any,
+    value_PxTxD: jax.ShapeDtypeStruct,
+    f_PxTxK: jax.ShapeDtypeStruct,
+    W_dec_KxD: jax.ShapeDtypeStruct,
+    batch: int,
+) -> tuple:
+    """Return the arguments of the program that runs a batch of edited prompts, each changed from its start on."""
+    mesh, (_, length, gathered) = point.mesh, f_PxTxK.shape
+    shards = mesh.shape["data"]
+    past = placed(jax.eval_shape(point.run_suffix_with_kv, params, value_PxTxD, value_PxTxD)[1], mesh)
+    clean = CleanValues(value_PxTxD, value_PxTxD, f_PxTxK, W_dec_KxD, past, None, None)
+    of_shard = -(-batch // shards)
+    row_count, tokens = few_rows(of_shard), full_batch(of_shard * length, length)
+    shapes = ((row_count,), (row_count,), (row_count, length), (tokens,), (tokens,))
+    tree = SharedPrefixBatch(*(by_row(mesh, (shards, *shape), jnp.int32) for shape in shapes))
+    answers_SxRx2 = by_row(mesh, (shards, row_count, 2), jnp.int32)
+    fraction_SxRxK = by_row(mesh, (shards, row_count, gathered), jnp.float32)
+    return point, params, clean, tree, tree.prompt_SxR, answers_SxRx2, fraction_SxRxK, None

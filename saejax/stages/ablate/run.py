@@ -1,0 +1,114 @@
+"""The stage ``ablate``: do a dictionary's features cause the behaviours?
+
+A behaviour is a part in the sense of ``saejax.runner.parts``. What it measures goes to ``<behaviour>-effects/`` at
+once, so that a killed run continues with the next one. Together these tables are the unit's effects table, of which
+the verdict is a pure function.
+"""
+
+import dataclasses
+
+from saejax.dictionaries import load_dictionary
+from saejax.errors import UserError
+from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, verdict_config
+from saejax.interventions.answers import AblateResults, CausalVerdict, FeatureEffect, ImportanceSummary
+from saejax.interventions.importance import Importance, measure_importance
+from saejax.interventions.settings import BASES, AblateConfig
+from saejax.interventions.split_model import parse_positions
+from saejax.interventions.table import TESTED, load_effects, merge_tables, save_effects
+from saejax.interventions.text import HeldOutText
+from saejax.interventions.verdict import verdict
+from saejax.parallel.collectives import is_first_process, wait_for_all
+from saejax.progress import OnProgress
+from saejax.runner import parts, stacks
+from saejax.runner.workspace import Run
+from saejax.stages import inputs as run_inputs
+from saejax.tasks.settings import CorpusConfig, TaskConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BehaviourResults:
+    """Results of a behaviour, in addition to its effects table."""
+
+    top: tuple[FeatureEffect, ...]  #: the top features, one by one
+    importance: ImportanceSummary | None = None  #: of all features
+
+
+def run_ablate(run: Run) -> AblateResults:
+    """Ablate the top features of every behaviour, with controls, and draw the verdict.
+
+    Args:
+      run: of the unit; ``effects.parquet`` and its definitions, and with ``--ablate.effects=all``
+        ``<behaviour>-importance.parquet``, are written into its folder.
+
+    Returns:
+      The results of the unit.
+
+    Raises:
+      UserError: a setting names what does not exist, or prompts or dictionaries do not fit the model.
+    """
+    config = run.configs[AblateConfig]
+    parse_positions(config.positions)
+    # First, as names are checked in no time and a model takes minutes to load.
+    if len({config.dictionary, *config.repeats}) < 1 + len(config.repeats):
+        raise UserError(
+            f"--ablate.repeats={','.join(config.repeats)}: name each dictionary once, and not the tested one"
+        )
+    if config.repeats and config.error == "drop":
+        raise UserError("--ablate.error=drop and --ablate.repeats do not go together: test the repeats by themselves")
+    for name in config.baselines:
+        if name not in BASES:
+            load_dictionary(name)  # refused before any work is done
+    prompts, dictionary = run_inputs.read_behaviours(run), run_inputs.load_run_dictionary(run)
+    repeats = {name: stacks.load_trained(name, run.inputs, "--ablate.repeats") for name in config.repeats}
+
+    def begin() -> parts.Measure:
+        lm = run_inputs.load_run_model(run)
+        corpus, task = run.configs[CorpusConfig], run.configs[TaskConfig]
+        text = HeldOutText.of(corpus, task, lm, config.text_documents, TEXT_LENGTH)
+
+        def measure(name: str, on_progress: OnProgress) -> parts.Measured:
+            table, ablation = measure_behaviour(lm, dictionary, name, prompts, config, text, repeats, on_progress)
+            importance = measure_importance(table, ablation) if config.effects == "all" else None
+            if is_first_process():
+                # Before the part's results, whose file says that the part is done.
+                save_effects(parts.part_file(run, name, "-effects"), table)
+                if importance:
+                    importance.save(Importance.file(run.folder, name))
+            results = BehaviourResults(describe_top(table, ablation), importance.summary if importance else None)
+            return parts.Measured(results, f"{len(table.edits):,} edits on {len(ablation.test)} test prompts")
+
+        return measure
+
+    measured = parts.each_part(run, list(prompts), begin, BehaviourResults, unit="rows")
+    wait_for_all("ablate: effects written")  # by the first process
+    table = merge_tables([load_effects(parts.part_file(run, name, "-effects")) for name in prompts])
+    answers = verdict(table, verdict_config(config))
+    for name in prompts:
+        run.say(f"{name}: {summarise(answers, name)}")
+    if is_first_process():
+        save_effects(run.folder, table)
+    importance = {name: results.importance for name, results in measured.items() if results.importance}
+    return AblateResults(
+        dictionary=config.dictionary,
+        site=dictionary.site,
+        k=config.top,
+        replacement=config.replacement,
+        positions=config.positions,
+        error=config.error,
+        top={name: results.top for name, results in measured.items()},
+        verdict=answers,
+        importance=importance or None,
+    )
+
+
+def summarise(answers: CausalVerdict, behaviour: str) -> str:
+    """Return the answers on a behaviour in one line."""
+    result = answers.dictionaries[TESTED][behaviour]
+    answer_of = dict(
+        effect=result.ablation["logit_diff"].answer,
+        more_than_random=result.random.answer,
+        specific=result.placebo.answer,
+        selective=result.selective.answer,
+        **{f"more_than_{name}": answer.answer for name, answer in result.bases.items()},
+    )
+    return "; ".join(f"{question.replace('_', ' ')}: {answer}" for question, answer in answer_of.items())

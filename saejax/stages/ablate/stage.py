@@ -1,0 +1,68 @@
+"""The stage ``ablate``."""
+
+from typing import Any
+
+from saejax.config import Configs
+from saejax.dictionaries.hashes import hash_dictionaries
+from saejax.dictionaries.names import folder_name, is_folder
+from saejax.errors import one_of
+from saejax.files import fingerprint
+from saejax.interventions.ablation import verdict_config
+from saejax.interventions.answers import AblateResults
+from saejax.interventions.settings import BASES, AblateConfig
+from saejax.models.settings import ModelConfig
+from saejax.parallel.settings import MeshConfig
+from saejax.runner.stage import Stage, train_units
+from saejax.stages import identities
+from saejax.stages.ablate.run import run_ablate
+from saejax.tasks.settings import CorpusConfig, TaskConfig
+from saejax.training.settings import TrainConfig
+
+
+def _bases(configs: Configs) -> str:
+    """Return the identity of dictionaries that are named by their folders: other bases, and tested ones."""
+    by_folder = [name for name in _dictionaries(configs) if is_folder(name)]
+    bases = [name for name in configs[AblateConfig].baselines if name not in BASES]
+    return fingerprint([hash_dictionaries(name) for name in (*bases, *by_folder)])
+
+
+def _check(configs: Configs) -> None:
+    for name in configs[AblateConfig].baselines:
+        if not is_folder(name):
+            one_of(name, BASES, "basis (--ablate.baselines), and no folder of a dictionary:")
+
+
+def _dictionaries(configs: Configs) -> tuple[str, ...]:
+    """Return the dictionaries that are tested, the main one first."""
+    ablate = configs[AblateConfig]
+    return tuple(dict.fromkeys((ablate.dictionary, *ablate.repeats)))
+
+
+def _names(configs: Configs) -> tuple[str, ...]:
+    """Return the tested dictionary; none where only crosscoders are trained."""
+    tested, sites = configs[AblateConfig].dictionary, configs[TrainConfig].sites
+    crosscoders = not is_folder(tested) and all("+" in site for site in sites)
+    return (folder_name(tested),) if configs[TaskConfig].has_behaviours and not crosscoders else ()
+
+
+def _rule(config: Any) -> str:
+    return verdict_config(config).rule
+
+
+ABLATE = Stage(
+    name="ablate",
+    summary="ablates top features and control sets, and says whether the features cause the behaviours",
+    run=run_ablate,
+    results=AblateResults,
+    groups=(ModelConfig, CorpusConfig, AblateConfig),
+    placement=(MeshConfig,),
+    reads=("baseline", "train"),
+    follows=("evaluate",),
+    needs=lambda configs, name: ("baseline", *train_units(*_dictionaries(configs))),
+    names=_names,
+    identity=dict(model=identities.model, corpus=identities.corpus, bases=_bases),
+    check=_check,
+    revision=3,  # few prompts are not testable; bases of dictionaries that normalise tokens
+    rule=_rule,
+    processes="all",
+)

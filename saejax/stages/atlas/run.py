@@ -1,0 +1,134 @@
+"""The stage ``atlas``: a folder that opens from disk and shows every feature.
+
+``index.html`` opens on an overview, finds features and shows one at a time, ``index.html#topk/123``. Browsers do not
+let a page read files of its folder, but run scripts from it: ``data/index.js`` has a few columns of all features,
+``data/00000.js`` and so on the records of ``CHUNK`` features each, which are loaded when one is looked at.
+"""
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels, unused_labels
+from saejax.dictionaries.names import full_name
+from saejax.files import read_json, write_json, write_text
+from saejax.interpret.feature_record import FeatureRecord, TokenMap, iterate_records, read_records
+from saejax.interpret.heatmaps import MAPS
+from saejax.interpret.labels import read_labels, unused_lines
+from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
+from saejax.interpret.review import write_sheets
+from saejax.page.scripts import ELEMENTS, elements_script
+from saejax.results import to_json
+from saejax.runner.results import load_results
+from saejax.runner.workspace import Run, member_folder
+from saejax.stages.atlas.settings import AtlasConfig
+from saejax.stages.interpret.settings import InterpretConfig
+from saejax.unicode import replace_surrogates
+
+CHUNK = 32  # features of a file that is loaded at once
+_VIEWER = Path(__file__).parent / "viewer"
+_PAGE = ("index.html", "atlas.css", "atlas.js", "feature.js", "heatmap.js", "overview.js")
+
+
+def run_atlas(run: Run) -> AtlasResults:
+    """Write the pages of the dictionaries of ``interpret/<name>``, in folders of their names if there are several.
+
+    Raises:
+      UserError: the file of labels cannot be read, or names a feature that does not exist.
+    """
+    interpreted: InterpretResults = load_results(run.inputs[f"interpret/{run.name}"])
+    sheet, several = run.configs[AtlasConfig].labels, len(interpreted.members) > 1
+    several = several or len(run.configs[InterpretConfig].dictionaries) > 1
+    names = [full_name(run.name, member.name) for member in interpreted.members]
+    by_hand = [
+        read_labels(Path(sheet), name, member.features, several) if sheet else {}
+        for name, member in zip(names, interpreted.members, strict=True)
+    ]  # all of them before anything is written
+    others = [kind for kind in run.configs[InterpretConfig].dictionaries if kind != run.name]
+    if unused := unused_lines(Path(sheet), names, others) if sheet else ():
+        run.say(f"warning: {unused_labels(f'--atlas.labels={sheet}', unused, names)}")
+    ablated = [load_results(folder) for unit, folder in run.inputs.items() if unit.startswith("ablate/")]
+    pages = []
+    for name, member, hand_labels in zip(names, interpreted.members, by_hand, strict=True):
+        folder, source = run.folder / member.name, member_folder(run.inputs[f"interpret/{run.name}"], member.name)
+        automatic, judged = load_labels(source / LABELS), dict[str, Any]()
+        if explained := run.inputs.get(f"explain/{run.name}"):
+            automatic |= load_labels(explained / member.name / LABELS)
+            judged = read_json(explained / member.name / EXPLAINED)
+        top = ablated[0].top if ablated and ablated[0].dictionary == name else {}
+        effects: dict[int, dict[str, float]] = {}
+        for behaviour, items in top.items():
+            for item in items:
+                effects.setdefault(item.feature, {})[behaviour] = round(item.drop.mean, 4)
+        maps = read_json(source / MAPS)
+        write_atlas(folder, name, _records(source, judged), automatic | hand_labels, effects, maps)
+        records = read_records(source, set(effects)) if effects else {}
+        reviewed = write_sheets(folder / "review", name, top, records, automatic, hand_labels)
+        pages.append(AtlasPages(name, member.name, member.features, len(hand_labels), reviewed))
+        run.say(f"open {folder / 'index.html'}")
+    return AtlasResults(run.name, tuple(pages))
+
+
+def _records(folder: Path, judged: Mapping[str, Any]) -> Iterator[FeatureRecord]:
+    """Yield the records that ``interpret`` wrote to a folder, with the scores that a language model gave labels."""
+    for record in iterate_records(folder):
+        if scores := judged.get(str(record["feature"])):
+            record["judged"] = scores
+        yield record
+
+
+def write_atlas(
+    folder: Path,
+    dictionary: str,
+    records: Iterable[FeatureRecord],
+    labels: Mapping[int, Label],
+    effects: Mapping[int, Mapping[str, float]],
+    maps: Sequence[TokenMap] = (),
+) -> None:
+    """Write the atlas of a dictionary; files of a killed run are replaced.
+
+    Args:
+      folder: folder to write to.
+      dictionary: its name, the prefix of addresses on the page.
+      records: records of all features in order.
+      labels: labels by feature.
+      effects: feature -> behaviour -> drop in logit difference when it is ablated, where it was measured.
+      maps: heatmaps as ``interpret`` writes them.
+    """
+    shutil.rmtree(folder / "data", ignore_errors=True)
+    (folder / "data").mkdir(parents=True)
+    columns: dict[str, list] = {name: [] for name in ("label", "by", "token", "rate", "f1", "effect")}
+    stream = iter(records)
+    while records_of_file := list(itertools.islice(stream, CHUNK)):
+        number, chunk = records_of_file[0]["feature"] // CHUNK, list[dict[str, Any]]()
+        for record in records_of_file:
+            label, effect = labels.get(record["feature"]), effects.get(record["feature"], {})
+            row = dict(
+                label=label.label if label else "",
+                by=label.by if label else "",
+                token=record["tokens"][0]["text"] if record.get("tokens") else "",
+                rate=record["rate"],
+                f1=record["detector"]["f1"]["mean"] if "detector" in record else 0,
+                effect=max(effect.values(), key=abs, default=0),
+            )
+            for name, value in row.items():
+                columns[name].append(value)
+            extra = dict(label=to_json(label)) if label else {}
+            chunk.append(dict(record) | extra | (dict(effects=dict(effect)) if effect else {}))
+        write_text(folder / "data" / f"{number:05d}.js", f"atlas.chunk({number},{_json(chunk)})\n")
+    about = dict(dictionary=dictionary, features=len(columns["rate"]), chunk=CHUNK, columns=columns, maps=len(maps))
+    write_text(folder / "data" / "index.js", f"atlas.index({_json(about)})\n")
+    write_text(folder / "data" / "maps.js", f"atlas.maps({_json(maps)})\n")
+    write_json(folder / LABELS, {str(feature): to_json(label) for feature, label in labels.items()})
+    for name in _PAGE:
+        write_text(folder / name, (_VIEWER / name).read_text(encoding="utf-8"))
+    write_text(folder / ELEMENTS, elements_script())
+
+
+def _json(data: Any) -> str:
+    """Return JSON as a JavaScript expression; incomplete characters of tokens become replacement characters."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return replace_surrogates(text)

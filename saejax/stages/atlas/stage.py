@@ -1,0 +1,58 @@
+"""The stage ``atlas``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from saejax.config import Configs
+from saejax.dictionaries.names import folder_name
+from saejax.errors import UserError
+from saejax.files import file_sha256
+from saejax.interpret.results import AtlasResults
+from saejax.interventions.settings import AblateConfig
+from saejax.runner.registry import all_stages
+from saejax.runner.stage import Stage
+from saejax.stages.atlas.run import run_atlas
+from saejax.stages.atlas.settings import AtlasConfig
+from saejax.stages.interpret.report import links
+from saejax.stages.interpret.stage import _names
+from saejax.tasks.settings import TaskConfig
+
+
+def _labels(configs: Configs) -> str:
+    """Return the hash of the files of labels; "" without any."""
+    path = Path(configs[AtlasConfig].labels or "-")
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    return "-".join(file_sha256(file) for file in files if file.is_file())  # what is missing is said when it runs
+
+
+def _check(configs: Configs) -> None:
+    path = configs[AtlasConfig].labels
+    if path and not (Path(path).is_file() or list(Path(path).glob("*.csv"))):
+        raise UserError(f"--atlas.labels={path} is no file: name a .csv file of labels or a folder of such")
+
+
+def _shown(configs: Configs, name: str) -> Sequence[str]:
+    """Return the units shown: descriptions, labels by a language model, and effects where they were measured."""
+    tested, judged = configs[AblateConfig].dictionary, f"explain/{name}"
+    measured = configs[TaskConfig].has_behaviours and tested.partition("/")[0] == name
+    return (
+        f"interpret/{name}",
+        *([judged] if judged in all_stages()["explain"].units(configs) else []),
+        *([f"ablate/{folder_name(tested)}"] if measured else []),
+    )
+
+
+ATLAS = Stage(
+    name="atlas",
+    summary="writes pages of all features that were interpreted, with labels by people (--atlas.labels)",
+    revision=4,  # all heatmaps in one file
+    run=run_atlas,
+    results=AtlasResults,
+    groups=(AtlasConfig,),
+    reads=("interpret", "explain", "ablate"),
+    needs=_shown,
+    names=_names,
+    identity=dict(labels=_labels),
+    check=_check,
+    section=links,
+)

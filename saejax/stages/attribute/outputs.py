@@ -1,0 +1,147 @@
+"""Write the files of a graph, in the folder of its run.
+
+<slug>.html          the interactive page
+<slug>-graph/        the whole graph, for ``Graph.load``: to prune it again, nothing has to be traced
+heads/<slug>.json    on request: contributions of attention heads to edges, and the page's tables of attention
+graphs/<slug>.json   the pruned graph as Neuronpedia and circuit-tracer's viewer read it, listed in graph-metadata.json
+features/<layer>_<index>.json  contexts of features that no file describes, as Neuronpedia writes them
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from saejax.attribution.forms.document import GraphDocument, feature_nodes, feature_of
+from saejax.attribution.forms.features import Feature, FeatureDetails, read_details
+from saejax.attribution.forms.neuronpedia import write_graph
+from saejax.attribution.forms.page import EdgeHeads, PageTable, write_page
+from saejax.attribution.graph import Graph
+from saejax.attribution.heads.query_key import OWN_BIAS
+from saejax.attribution.results import QueryScores
+from saejax.attribution.settings import GraphConfig
+from saejax.errors import UserError
+from saejax.files import read_json, write_text
+from saejax.page.tables import percent
+from saejax.parallel.collectives import is_first_process
+from saejax.runner.parts import part_file
+from saejax.runner.workspace import Run
+
+FEATURES = "features"  # folder of contexts that were searched, a file for each feature
+_DETAILS_ON_PAGE = 300  # features, the most influential ones, whose contexts the page has
+_NOTE = (
+    "The score of a query with a key, before the softmax, is a sum over pairs: what one source adds to the query times "
+    "what another adds to the key. The largest pairs are listed; those that are no buttons are not in the pruned graph."
+)
+
+
+def write_outputs(
+    run: Run, whole: Graph, document: GraphDocument, heads: EdgeHeads, tables: Sequence[PageTable]
+) -> None:
+    """Write a graph in all its forms, over what a run that was killed may have left; the first process does.
+
+    Args:
+      run: of the stage.
+      whole: the graph before pruning.
+      document: the pruned graph.
+      heads: contributions of attention heads to its edges; {}: not requested.
+      tables: tables below the graph.
+    """
+    if not is_first_process():
+        return
+    slug = document["metadata"]["slug"]
+    folder: Path = part_file(run, slug, "-graph")
+    shutil.rmtree(folder, ignore_errors=True)
+    whole.save(folder)
+    write_graph(run.folder / "graphs", document)
+    if heads or tables:
+        write_shown(run.folder / "heads" / f"{slug}.json", heads, tables)
+    details = details_of_features(run.configs[GraphConfig], described_features(document), [run.folder / FEATURES])
+    write_page(part_file(run, slug, ".html"), document, heads=heads, tables=tables, details=details)
+
+
+def described_features(document: GraphDocument) -> list[Feature]:
+    """Return the features whose details a page shows: the most influential ones."""
+    nodes = feature_nodes(document)
+    # Shares are cumulative: the most influential node has the smallest.
+    nodes.sort(key=lambda node: (node.get("influence") is None, node.get("influence") or 0.0))
+    return list(dict.fromkeys(map(feature_of, nodes)))[:_DETAILS_ON_PAGE]
+
+
+def details_of_features(
+    config: GraphConfig, features: Sequence[Feature], folders: Sequence[Path] = ()
+) -> dict[Feature, FeatureDetails]:
+    """Return what is known of features.
+
+    Args:
+      config: names the set and a folder of feature files.
+      features: layers and indices.
+      folders: more folders of feature files, where they exist.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    dictionaries = [config.transcoders] if config.transcoders else config.dictionaries
+    more = [folder for folder in folders if folder.is_dir()]
+    return read_details(dictionaries, [*filter(None, [config.features]), *more], features)
+
+
+def write_shown(path: Path, heads: EdgeHeads, tables: Sequence[PageTable]) -> None:
+    """Write what a page shows beside its document: contributions of heads, and tables."""
+    edges = [dict(source=source, target=target, heads=some) for (source, target), some in heads.items()]
+    path.parent.mkdir(exist_ok=True)
+    # Without indents: there are many edges.
+    write_text(path, json.dumps(dict(edges=edges, tables=[dataclasses.asdict(table) for table in tables])))
+
+
+def read_shown(path: Path) -> dict[str, Any]:
+    """Return what ``write_shown`` wrote, as ``page_html`` takes it; {} if there is no such file.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    shown = read_json(path)
+    try:
+        heads = {(edge["source"], edge["target"]): edge["heads"] for edge in shown["edges"]}
+        return dict(heads=heads, tables=[PageTable(**table) for table in shown["tables"]])
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is damaged: trace the prompt again") from None
+
+
+def score_table(scores: QueryScores, graph: Graph) -> PageTable:
+    """Return the table of a head below a pruned graph, with a block for each key: score, largest pairs, all others."""
+    ids, rows = set(graph.ids), list[list[str | float]]()
+    for key in scores.keys:
+        rows.append([f"{_place(graph, key.key)}, {percent(key.weight)}", "score", "", key.score])
+        for pair in key.pairs:
+            shown = (name if name in ids else _words(name, graph) for name in (pair.query, pair.key))
+            rows.append(["", *shown, pair.part])
+        rows.append(["", "all other pairs", "", key.rest])
+    keys = ", ".join(f"{_place(graph, key.key)} {percent(key.weight)}" for key in scores.keys)
+    title = f"Head {scores.layer}.{scores.head} at {_place(graph, scores.query)} attends to {keys}"
+    return PageTable(title, ["Key", "Source of the query", "Source of the key", "Contribution"], rows, _NOTE)
+
+
+def _words(name: str, graph: Graph) -> str:
+    """Describe a source that is not in the graph, by its id."""
+    if name == OWN_BIAS:
+        return "biases of the head's layer"
+    *first, last = name.split("_")
+    if first == ["bias"]:
+        return f"biases of layer {last}"
+    if first == ["first", "mlp"]:
+        return f"MLP of layer {last} at {_place(graph, 0)}"
+    layer, index = first
+    place = _place(graph, int(last))
+    if layer == "E":
+        return f"{place} token"
+    return f"error layer {layer} · {place}" if index == "-1" else f"feature {index} layer {layer} · {place}"
+
+
+def _place(graph: Graph, position: int) -> str:
+    """Return a token as the page shows it, and its position."""
+    return f"{graph.tokens[position].replace(' ', '␣')} ({position})"

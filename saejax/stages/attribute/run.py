@@ -1,0 +1,255 @@
+"""The stage ``attribute``: prompts to attribution graphs, each checked by running it.
+
+A prompt is a part in the sense of ``runner.parts``; ``outputs`` writes its files.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from saejax.attribution.checks import double, faithfulness_curve
+from saejax.attribution.forms.document import GraphDocument
+from saejax.attribution.forms.features import open_folder, write_contexts
+from saejax.attribution.forms.neuronpedia import to_document
+from saejax.attribution.forms.page import EdgeHeads
+from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT
+from saejax.attribution.heads.contributions import largest_heads
+from saejax.attribution.heads.query_key import check_head, split_scores
+from saejax.attribution.local.contexts import ContextSearch
+from saejax.attribution.local.dictionaries import LayerSaes
+from saejax.attribution.local.model import LocalModel
+from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.local.readouts import Target, target_pairs, token_of
+from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
+from saejax.attribution.requests import Request, read_groups, read_heads, read_labels, read_requests
+from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
+from saejax.attribution.settings import GraphConfig
+from saejax.attribution.trace.prompt import GraphSize, certain_active, check_memory, trace_prompt
+from saejax.attribution.trace.rounds import Traced
+from saejax.errors import UserError
+from saejax.models.language_model import LanguageModel
+from saejax.parallel.collectives import is_first_process
+from saejax.progress import OnProgress, silent
+from saejax.runner.parts import Measure, Measured, each_part
+from saejax.runner.workspace import Run
+from saejax.stages.attribute.outputs import (
+    FEATURES,
+    described_features,
+    details_of_features,
+    score_table,
+    write_outputs,
+)
+from saejax.stages.inputs import load_run_model, read_behaviours
+from saejax.tasks.answer_tokens import answer_ids
+from saejax.tasks.corpora import read_corpus
+from saejax.tasks.settings import CorpusConfig
+
+
+def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders | LayerSaes]:
+    """Return the model that a run traces, and its transcoders or SAEs; they go together."""
+    dictionaries = open_set(run.configs[GraphConfig])
+    model = load_run_model(run)
+    dictionaries.check(model)
+    return model, dictionaries
+
+
+def run_attribute(
+    run: Run, opened: Callable[[Run], Any] = open_parts, trace: Callable[..., Any] | None = None
+) -> AttributeResults:
+    """Trace each prompt, prune its graph, check it and write it.
+
+    Args:
+      run: of the stage.
+      opened: gives the model and the dictionaries, as ``open_parts`` does.
+      trace: in place of ``trace_request``, with its arguments; None: that itself.
+
+    Returns:
+      The results, with a graph for each prompt.
+
+    Raises:
+      UserError: a prompt, its targets, the transcoders or SAEs and the model do not go together.
+    """
+    config = run.configs[GraphConfig]
+    behaviours = read_behaviours(run, config.behaviours, "--graph.behaviours") if config.behaviours else None
+    requests = {request.slug: request for request in read_requests(config, behaviours)}
+    groups, labels = read_groups(config, list(requests)), read_labels(config)
+
+    def begin() -> Measure:
+        model, dictionaries = opened(run)
+        dictionaries.check_features(labels, config.labels or "its workdir")
+        if config.features:
+            open_folder(config.features)
+        for request in requests.values():  # before hours are spent on the first
+            _check_request(model, dictionaries, request, config)
+
+        def measure(slug: str, on_progress: OnProgress) -> Measured:
+            on_progress(0, 1)
+            request = requests[slug]
+            return _measure(run, model, dictionaries, request, groups.get(slug, []), labels, on_progress, trace)
+
+        return measure
+
+    graphs = each_part(run, list(requests), begin, GraphResults, "texts for contexts")
+    return AttributeResults(config.transcoders, config.dictionaries, graphs)
+
+
+def open_set(config: GraphConfig) -> LayerTranscoders | LayerSaes:
+    """Return the transcoders or SAEs that are named, of which no array is read yet."""
+    if config.dictionaries:
+        return LayerSaes.of(config.dictionaries)
+    return open_transcoders(config.transcoders, choice=config.l0)
+
+
+def _check_request(
+    model: LanguageModel, dictionaries: LayerTranscoders | LayerSaes, request: Request, config: GraphConfig
+) -> None:
+    """Check that a prompt can be traced.
+
+    Raises:
+      UserError: it is empty or too long, a target is not one token, a head does not exist, or there is too little
+        memory.
+    """
+    try:
+        ids_P = prompt_ids(model, request.prompt, chat=config.chat_template)
+        target_pairs(model, _targets(model, request))
+        for head in read_heads(config):
+            check_head(model.config, *head, tokens=len(ids_P))
+        if isinstance(dictionaries, LayerTranscoders):
+            first, most = dictionaries.configs[0], config.max_features or None
+            active, across = certain_active(first), dictionaries.cross_layer
+            size = GraphSize(model.config, first, active, most, config.max_logits, across)
+            check_memory(size, len(ids_P), model.mesh)
+    except UserError as error:
+        raise UserError(f"{request.slug}: {error}") from None
+
+
+def _targets(model: LanguageModel, request: Request) -> list[Target]:
+    """Return the tokens that a request's targets mean.
+
+    Raises:
+      UserError: a target is not one token, or an answer has no token of its own after the prompt.
+    """
+    id_of: Callable[[Any], int] = functools.partial(token_of, model)
+    if request.answers:
+        text = str(request.prompt)  # of a behaviour
+        id_of = lambda answer: answer_ids(model.tokenizer, text, answer)[0]  # noqa: E731
+    return [
+        (id_of(target[0]), id_of(target[1])) if isinstance(target, tuple) else id_of(target)
+        for target in request.targets
+    ]
+
+
+def _measure(
+    run: Run,
+    model: LanguageModel,
+    dictionaries: LayerTranscoders | LayerSaes,
+    request: Request,
+    groups: Sequence[Sequence[str]],
+    labels: Mapping[tuple[int, int], str],
+    on_progress: OnProgress,
+    trace: Callable[..., Traced] | None = None,
+) -> Measured:
+    config = run.configs[GraphConfig]
+    start = time.monotonic()
+    traced = (trace or trace_request)(model, dictionaries, request, config)
+    # Tracing alone: how long pruning, checks and pages take depends on other settings.
+    seconds = time.monotonic() - start
+    graph = traced.graph
+    pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges, config.min_weight)
+    pinned = pruned.ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
+    document = to_document(
+        pruned, request.slug, supernodes=groups, pinned=pinned, source_set=config.source_set, labels=labels
+    )
+    # Neither is requested of SAEs, whose edges are estimates and not paths through heads.
+    scores = tuple(split_scores(traced.local, *head) for head in read_heads(config))
+    heads: EdgeHeads = {}
+    if config.heads:
+        heads = largest_heads(traced.local, traced.readouts, pruned)
+    if config.contexts and isinstance(dictionaries, LayerTranscoders):
+        _search_contexts(run, model, dictionaries, document, on_progress)
+    write_outputs(run, graph, document, heads, [score_table(score, pruned) for score in scores])
+    # After the files are written, because the checks take longer than the graph.
+    doubling, curve = None, None
+    if config.doubled:
+        doubling = double(traced.local, graph, traced.readouts, config.doubled, config.seed).results
+    if config.circuits and isinstance(traced.local, LocalModel):
+        curve = faithfulness_curve(traced.local, graph, traced.readouts)
+    results = GraphResults(
+        prompt=graph.prompt,
+        tokens=graph.tokens,
+        targets=tuple(
+            GraphTarget(label, float(logit), float(weight))
+            for label, logit, weight in zip(graph.labels, graph.logit_K, graph.probability_K, strict=True)
+        ),
+        active=graph.settings["active_features"],
+        traced=graph.count(FEATURE),
+        untraced=float(abs(graph.untraced_R).sum() / abs(graph.value_R).sum()),
+        features=pruned.count(FEATURE),
+        errors=pruned.count(ERROR),
+        edges=int((pruned.adjacency_RxS != 0).sum()),
+        scores=graph.scores(),
+        unexplained=float(abs(graph.unexplained_R).max() / abs(graph.value_R).max()),
+        seconds=round(seconds, 2),
+        doubling=doubling,
+        circuits=curve,
+        query_key=scores,
+    )
+    return Measured(results, _message(results))
+
+
+def _search_contexts(
+    run: Run, model: LanguageModel, transcoders: LayerTranscoders, document: GraphDocument, on_progress: OnProgress
+) -> None:
+    """Search contexts of the features on a graph's page that have no name, and write them beside the graph."""
+    config, features = run.configs[GraphConfig], described_features(document)
+    # Every process searches, as the devices of all run the texts; what is missing is the same in each.
+    details = details_of_features(config, features)
+    missing = [feature for feature in features if feature not in details or not details[feature].name]
+    contexts = _corpus_search(model, transcoders, config.contexts).contexts(missing, on_progress)
+    if is_first_process():
+        write_contexts(run.folder / FEATURES, contexts)
+
+
+@functools.lru_cache(1)  # a server traces one prompt after another
+def _corpus_search(model: LanguageModel, transcoders: LayerTranscoders, count: int) -> ContextSearch:
+    return ContextSearch(model, transcoders, [document.text for document in read_corpus(CorpusConfig())[:count]])
+
+
+def trace_request(
+    model: LanguageModel,
+    dictionaries: LayerTranscoders | LayerSaes,
+    request: Request,
+    config: GraphConfig,
+    on_progress: OnProgress = silent,
+) -> Traced:
+    """Return the graph of a prompt as a configuration wants it; ``on_progress`` as in ``trace_prompt``."""
+    return trace_prompt(
+        model,
+        dictionaries,
+        request.prompt,
+        targets=_targets(model, request),
+        max_logits=config.max_logits,
+        logit_mass=config.logit_mass,
+        max_features=config.max_features or None,
+        estimate=config.estimate,
+        direct=config.direct,
+        chat=config.chat_template,
+        on_progress=on_progress,
+    )
+
+
+def _message(results: GraphResults) -> str:
+    """Return a graph's results in a line."""
+    message = (
+        f"{results.active:,} active features, {results.traced:,} traced in {results.seconds:.1f} s; kept "
+        f"{results.features} features, {results.errors} errors, {results.edges:,} edges; replacement "
+        f"{results.scores.replacement:.2f}, completeness {results.scores.completeness:.2f} with "
+        f"{results.traced / results.active:.0%} of the active features traced ({results.untraced:.1%} untraced input)"
+    )
+    if doubling := results.doubling:
+        if doubling.held_error is not None:
+            message += f"; edges off by {doubling.held_error:.1e}"
+        foretold = "none" if doubling.correlation is None else f"{doubling.correlation:.2f}"
+        message += f"; correlation with what happens {foretold}"
+    return message

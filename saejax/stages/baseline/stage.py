@@ -1,0 +1,20 @@
+"""The stages ``baseline`` and ``benchmark``."""
+
+from saejax.models.settings import ModelConfig
+from saejax.parallel.settings import MeshConfig
+from saejax.runner.stage import Stage
+from saejax.stages import identities
+from saejax.tasks.baseline import run_baseline
+from saejax.tasks.results import BaselineResults
+from saejax.tasks.settings import TaskConfig
+
+BASELINE = Stage(
+    name="baseline",
+    summary="measures the behaviours: accuracy and logit differences on train and test prompts",
+    run=run_baseline,
+    results=BaselineResults,
+    groups=(ModelConfig, TaskConfig),
+    placement=(MeshConfig,),
+    identity=dict(model=identities.model, prompts=identities.prompts),
+    processes="items",
+)

@@ -1,0 +1,60 @@
+"""The program of the stage ``capture`` with shapes in place of arrays, and the size of its store."""
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from saejax.activations.chunker import SPLITS
+from saejax.activations.settings import CaptureConfig
+from saejax.costs.plan import WIDTH, PlannedRun
+from saejax.costs.programs import Program, abstract_params, by_row
+from saejax.flops import pass_flops
+from saejax.models.language_model import forward
+from saejax.tasks.settings import CorpusConfig
+
+
+def capture_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
+    """Return the program of the JAX decoder's forward pass; none where the model runs in PyTorch."""
+    if plan.configs[CaptureConfig].backend != "jax" or not plan.sites:
+        return []
+    rows, length = batch_shape(plan)
+    rows += -rows % (mesh.shape["member"] * mesh.shape["data"])
+    layers = 1 + max((site.layer for site in plan.sites), default=0)
+    params = abstract_params(plan.model, mesh, plan.capture_dtype, layers)
+    ids_BxT, lengths_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
+    return [
+        Program(
+            "capture: forward",
+            f"{rows} x {length} tokens to layer {layers - 1}",
+            forward,
+            (plan.model, plan.sites, False, params, ids_BxT, lengths_B),
+            (),
+            pass_flops(plan.model, rows * length, length, layers),
+            captured_tokens(plan) / (rows * length),
+        )
+    ]
+
+
+def captured_tokens(plan: PlannedRun) -> int:
+    """Estimate the number of tokens that go through the model: all, or a sample of each split."""
+    tokens = plan.configs[CaptureConfig].tokens
+    return min(plan.tokens, len(SPLITS) * tokens or plan.tokens)
+
+
+def store_bytes(plan: PlannedRun) -> int:
+    """Estimate the bytes of the store: a row of each site, and 16 bytes of numbers, for each recorded token."""
+    width = WIDTH[plan.configs[CaptureConfig].store_dtype]
+    rows = min(recorded_rows(plan), captured_tokens(plan))
+    return rows * sum(site.width(plan.model) * width + 16 for site in plan.sites)
+
+
+def recorded_rows(plan: PlannedRun) -> int:
+    """Estimate the number of rows that all of the text gives: all tokens, or the last ones of every document."""
+    last = plan.configs[CaptureConfig].last
+    pieces = max(plan.documents, -(-plan.tokens // batch_shape(plan)[1]))
+    return min(plan.tokens, last * pieces) if last else plan.tokens
+
+
+def batch_shape(plan: PlannedRun) -> tuple[int, int]:
+    """Return rows and length of a batch of documents."""
+    length = min(plan.configs[CorpusConfig].context, plan.model.context)
+    return max(1, plan.configs[CaptureConfig].batch_tokens // length), length

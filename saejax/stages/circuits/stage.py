@@ -1,0 +1,58 @@
+"""The stage ``circuits``."""
+
+import dataclasses
+from pathlib import Path
+
+from saejax.attribution import requests
+from saejax.attribution.settings import GraphConfig
+from saejax.circuits.results import CircuitsResults
+from saejax.config import Configs
+from saejax.errors import UserError
+from saejax.files import file_sha256
+from saejax.models.settings import ModelConfig
+from saejax.parallel.settings import MeshConfig
+from saejax.runner.stage import Stage
+from saejax.stages import identities
+from saejax.stages.circuits.report import sections
+from saejax.stages.circuits.run import run_circuits
+from saejax.stages.circuits.settings import CircuitsConfig
+
+_READ = ("transcoders", "l0", "max_features", "labels", "features")
+_UNREAD = [f"graph.{field.name}" for field in dataclasses.fields(GraphConfig) if field.name not in _READ]
+
+
+def _files(configs: Configs) -> str:
+    """Return the identity of the transcoders, labels and groups."""
+    path = Path(configs[CircuitsConfig].groups)
+    graph = dataclasses.replace(configs[GraphConfig], prompts="", supernodes="")
+    return requests.identity(graph) + (file_sha256(path) if path.is_file() else "")
+
+
+def check(configs: Configs) -> None:
+    """Raise a ``UserError`` unless transcoders are named, and the file of groups exists."""
+    if configs[CircuitsConfig].behaviours and not configs[GraphConfig].transcoders:
+        raise UserError("--circuits.behaviours takes transcoders of all layers: name a set in --graph.transcoders")
+    groups = configs[CircuitsConfig].groups
+    if groups and not Path(groups).is_file():
+        raise UserError(f"--circuits.groups={groups} cannot be read: name a .json file of groups")
+
+
+CIRCUITS = Stage(
+    name="circuits",
+    summary="groups features that return over a behaviour's prompts and measures what each group does, if "
+    "--circuits.behaviours is set",
+    revision=7,  # placebo targets are no answers in another spelling
+    run=run_circuits,
+    results=CircuitsResults,
+    groups=(ModelConfig, GraphConfig, CircuitsConfig),
+    placement=(MeshConfig,),
+    reads=("baseline",),
+    follows=("train", "ablate", "attribute"),  # --graph.transcoders may name what this run trains
+    needs=lambda configs, name: ("baseline",),
+    names=lambda configs: ("",) if configs[CircuitsConfig].behaviours else (),
+    identity=dict(model=identities.model, graph=_files),
+    check=check,
+    section=sections,
+    unread=lambda configs, name: _UNREAD,
+    processes="all",
+)

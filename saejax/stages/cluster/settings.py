@@ -1,0 +1,20 @@
+"""Settings of groups of features that fire together."""
+
+import dataclasses
+
+from saejax import shared_settings as shared
+from saejax.config import Config, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig(Config):
+    """Groups of features that fire together."""
+
+    dictionaries: tuple[str, ...] = setting(
+        (),
+        "dictionaries whose features to group: kinds trained here with all members of their stacks (topk), members "
+        "(topk/seed5), or folders; empty: none",
+    )
+    tokens: int = setting(32768, "approximate number of tokens of the text on which firings are compared", low=64)
+    batch_tokens: int = shared.analysis_batch_tokens()
+    seed: int = shared.analysis_seed()

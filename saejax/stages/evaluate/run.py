@@ -1,0 +1,243 @@
+"""The evaluate stage: held-out scores of the members of a train unit."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax.activations.joined import single_sites, with_joined
+from saejax.activations.store import Store
+from saejax.dictionaries import Dictionary, load_dictionary
+from saejax.dictionaries.formats import circuit_tracer, read_config
+from saejax.dictionaries.joined import part_norms as decoder_part_norms
+from saejax.dictionaries.results import TrainedMember
+from saejax.errors import Interrupted, UserError
+from saejax.evaluation import neighbours
+from saejax.evaluation.cross_layer import evaluate_layers
+from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
+from saejax.evaluation.member_data import compiled_in
+from saejax.evaluation.parts import (
+    histogram,
+    is_shared,
+    part_losses,
+    part_variances,
+    parts_by_model,
+    private_part,
+    relative_norms,
+)
+from saejax.evaluation.reconstruction import Reconstruction, read_blocks, reconstruct
+from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores, StandInMeans
+from saejax.evaluation.settings import EvaluateConfig
+from saejax.files import read_json, write_array, write_json
+from saejax.models.language_model import LanguageModel
+from saejax.models.loading import load_configured_model
+from saejax.models.settings import ModelConfig
+from saejax.models.sites import decoder_site, is_joined, site_parts
+from saejax.models.source import other_model
+from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
+from saejax.results import from_json, to_json
+from saejax.runner import stacks
+from saejax.runner.workspace import Run, member_folder
+
+SCORES = "scores.json"
+_AT_A_TIME = 4  # members of one site that are scored together, and by one process
+
+
+def run_evaluate(run: Run) -> EvaluateResults:
+    """Score the dictionaries of the train unit ``run.name`` on the store's held-out split.
+
+    This writes for each member, in a folder of its own if there are several: ``firing_rate.npy`` and
+    ``mean_activation.npy`` [F], fp32, and ``scores.json``; members with scores are left out.
+    """
+    config = run.configs[EvaluateConfig]
+    store = Store.open(run.inputs["capture"])
+    trained = run.inputs[f"train/{run.name}"]
+    if circuit_tracer.is_cross_layer(trained):
+        run.share.join([])  # it is one item, which the first process makes
+        return evaluate_layers(run, store, trained)
+    stack = stacks.members(trained)
+    for site in single_sites(member.site for member in stack):
+        decoder_site(site)  # losses are measured in the decoder, which does not have a module of the PyTorch model
+
+    # Loaded when a member is to be scored: a run that finds all scores needs no model.
+    @functools.cache
+    def models() -> tuple[Mesh, LanguageModel, LanguageModel | None]:
+        mesh, model = make_mesh(run.configs[MeshConfig]), run.configs[ModelConfig]
+        lm = load_configured_model(model, mesh)
+        store.check_model(lm.source)
+        return mesh, lm, load_other(model, store, mesh)
+
+    def file(members: Sequence[TrainedMember]) -> Path:
+        """Return the scores file of the first member that is not scored; of the last one if all are."""
+        files = [run.member_folder(member.name) / SCORES for member in members]
+        return next((path for path in files if not path.exists()), files[-1])
+
+    def score(members: Sequence[TrainedMember]) -> None:
+        if run.stopping():
+            raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
+        names = [member.name for member in members if not (run.member_folder(member.name) / SCORES).exists()]
+        mesh, lm, second = models()
+        sites = members[0].site, members[0].target
+        _score_site(
+            run, config, store, (lm, second), mesh, sites, {name: member_folder(trained, name) for name in names}
+        )
+
+    run.each(_together(trained, [member for member in stack if run.computes(member.name)]), file, score)
+    paths = {member.name: run.member_folder(member.name) / SCORES for member in stack}
+    scores = {name: from_json(DictionaryScores, read_json(path), path) for name, path in paths.items()}
+    if run.stack:  # where each has no name
+        for name in run.stack.missing:
+            run.finish_member(name, EvaluateResults(run.name, (scores[name],)))
+    named = [dataclasses.replace(score, name=name) for name, score in scores.items()]
+    return EvaluateResults(run.name, tuple(named))
+
+
+def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[TrainedMember]]:
+    """Group members by what they read, predict and share a program with, a few at a time: the store is read once.
+
+    Crosscoders of one joined site that were not trained together may put its parts together by scales of their own.
+    """
+    alike: dict[tuple, list[TrainedMember]] = {}
+    for member in stack:
+        config = read_config(member_folder(trained, member.name))
+        alike.setdefault((member.site, member.target, compiled_in(config)), []).append(member)
+    return [group[first : first + _AT_A_TIME] for group in alike.values() for first in range(0, len(group), _AT_A_TIME)]
+
+
+def load_other(model: ModelConfig, store: Store, mesh: Mesh) -> LanguageModel | None:
+    """Return the second model of a store; None if it has none.
+
+    Raises:
+      UserError: ``--model.other`` names none, or another one.
+    """
+    captured = store.manifest.other
+    if captured is None:
+        return None
+    second = other_model(model)
+    if second is None:
+        raise UserError(f"{store.folder} was captured from a second model too, {captured.name}: give --model.other")
+    lm = load_configured_model(second, mesh)
+    if lm.source.fingerprint != captured.fingerprint:
+        raise UserError(
+            f"{store.folder} was captured from the second model {captured}, not "
+            f"from {lm.source.name} ({lm.source.fingerprint}): give that by --model.other, or capture again"
+        )
+    return lm
+
+
+def _score_site(
+    run: Run,
+    config: EvaluateConfig,
+    store: Store,
+    models: tuple[LanguageModel, LanguageModel | None],
+    mesh: Mesh,
+    sites: tuple[str, str],
+    folders: dict[str, Path],
+) -> None:
+    """Score the members that read one site and predict one target, and write the results of each."""
+    site, target = sites
+    # The rule of the store, whoever trained the dictionaries.
+    dictionaries = [load_dictionary(folder).with_sink_norms(store.max_norm, True) for folder in folders.values()]
+    store = with_joined(store, [site], {site: dictionaries[0].config.scales})
+    scores = reconstruct(
+        dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens
+    )
+    documents = store.documents.of("held_out")
+    documents = documents[: config.ce_documents] if config.ce_documents else documents
+    mean_D = store.mean(target, site)
+    parts: Sequence[dict[str, PartScores] | None] = [None] * len(dictionaries)
+    shared: Sequence[int | None] = [None] * len(dictionaries)
+    if is_joined(site):
+        of_models = parts_by_model(site, *models)
+        all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens)
+        variances = part_variances(dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens))
+        losses = [losses_by_part["+".join(of_models[0].sites)] for losses_by_part in all_losses]
+        relative = [
+            relative_norms(
+                # Live features only: the row of a feature that never fires says nothing about the parts.
+                decoder_part_norms(dictionary.W_dec_FxD[...], dictionary.config.widths)[:, score.firing_rate_F > 0]
+            )
+            for dictionary, score in zip(dictionaries, scores, strict=True)
+        ]
+        shared = [int(is_shared(relative_PxF).sum()) for relative_PxF in relative]
+        parts = [_parts(site, *of_one) for of_one in zip(variances, all_losses, relative, strict=True)]
+    else:
+        losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens)
+    sinks, target_sinks = (
+        LeftOutSinks(**vars(store.sinks(name)), max_norm=store.max_norm(name)) for name in (site, target)
+    )
+    for name, dictionary, score, loss, of_parts, of_shared in zip(
+        folders, dictionaries, scores, losses, parts, shared, strict=True
+    ):
+        folder = run.member_folder(name)
+        folder.mkdir(exist_ok=True)
+        write_array(folder / "firing_rate.npy", score.firing_rate_F.astype(np.float32))
+        write_array(folder / "mean_activation.npy", score.mean_activation_F.astype(np.float32))
+        # A member that is a unit can be in several stacks, under several names: its unit has none.
+        where = dict(name="" if run.stack else name, site=site, target=target, sinks=sinks)
+        where |= dict(target_sinks=target_sinks if target != site else None)
+        described = _describe(dictionary, score, loss, parts=of_parts, shared=of_shared, **where)
+        write_json(folder / SCORES, to_json(described))
+        run.say(_line(dataclasses.replace(described, name=name)))
+        if conflict := dictionary.config.bos_conflict(store.manifest.bos):
+            run.say(f"{name or run.name}: {conflict}")
+
+
+def _describe(dictionary: Dictionary, score: Reconstruction, loss: Losses, **where: Any) -> DictionaryScores:
+    return DictionaryScores(
+        tokens=score.tokens,
+        explained_variance=score.explained_variance,
+        fvu=score.fvu,
+        cosine=score.cosine,
+        l0=score.l0,
+        dead_fraction=score.dead_fraction,
+        dense_fraction=score.dense_fraction(),
+        decoder_neighbours=neighbours.summary(
+            neighbours.neighbour_cosines(dictionary.W_dec_FxD[...]), dictionary.config.n_features
+        ),
+        ce=StandInMeans(**loss.ce, tokens=loss.tokens),
+        kl=StandInMeans(**loss.kl, tokens=None),
+        ce_recovered_mean=recovered(loss.ce, "mean_ablated"),
+        ce_recovered_zero=recovered(loss.ce, "zero_ablated"),
+        kl_recovered_mean=recovered(loss.kl, "mean_ablated"),
+        kl_recovered_zero=recovered(loss.kl, "zero_ablated"),
+        density_histogram=score.density_histogram(),
+        **where,
+    )
+
+
+def _parts(
+    site: str, variances: Sequence[float], losses: Mapping[str, Losses], relative_PxF: np.ndarray
+) -> dict[str, PartScores]:
+    """Return a crosscoder's scores at each part, with the relative norms of its live features."""
+    private_F = private_part(relative_PxF)
+    return {
+        name: PartScores(
+            variance,
+            ce=StandInMeans(**losses[name].ce, tokens=losses[name].tokens),
+            kl=StandInMeans(**losses[name].kl, tokens=None),
+            ce_recovered_mean=recovered(losses[name].ce, "mean_ablated"),
+            kl_recovered_mean=recovered(losses[name].kl, "mean_ablated"),
+            private=int((private_F == part).sum()),
+            relative_norms=histogram(relative_PxF[part]),
+        )
+        for part, (name, variance) in enumerate(zip(site_parts(site), variances, strict=True))
+    }
+
+
+def _line(scores: DictionaryScores) -> str:
+    of_floor = [
+        "nothing to recover" if value is None else f"{value:.3f}"
+        for value in (scores.ce_recovered_mean, scores.kl_recovered_mean)
+    ]
+    name = f"{scores.name}: " if scores.name else ""
+    return (
+        f"{name}explained variance {scores.explained_variance:.3f}, L0 {scores.l0:.1f}, "
+        f"dead {scores.dead_fraction:.1%} on {scores.tokens:,} held-out tokens; recovered against the mean: "
+        f"cross-entropy {of_floor[0]}, KL {of_floor[1]}, on {scores.ce.tokens:,}"
+    )

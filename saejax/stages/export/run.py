@@ -1,0 +1,92 @@
+"""The export stage: all members of a train unit in the format of another tool.
+
+saelens           a folder for each member, of its name; of its site where it is alone
+circuit_tracer    the members of all layers in one set; where the stack is a sweep, a set for each setting, in a folder
+                  of the setting's name; a cross-layer transcoder is one already, and copied
+neuronpedia       what their features are, for Neuronpedia, see ``export.neuronpedia``
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own, saelens
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig
+from saejax.dictionaries.results import TrainedMember
+from saejax.errors import UserError
+from saejax.runner import stacks
+from saejax.runner.workspace import CLAIM, STARTED, Run, member_folder
+from saejax.stages.export.neuronpedia import setting_of, write_bundle
+from saejax.stages.export.results import ExportedMember, ExportResults
+from saejax.stages.export.settings import ExportConfig
+
+
+def run_export(run: Run) -> ExportResults:
+    """Export the train unit that ``run`` reads; all of it or nothing.
+
+    Raises:
+      UserError: the format has nothing like these dictionaries.
+    """
+    config = run.configs[ExportConfig]
+    (unit,) = (folder for name, folder in run.inputs.items() if name.startswith("train/"))
+    members, joined = stacks.members(unit, layers=True), circuit_tracer.is_cross_layer(unit)
+    if joined and config.format != "circuit_tracer":
+        raise UserError(
+            f"--export.format={config.format} has no cross-layer transcoders, and {unit} is one: use circuit_tracer"
+        )
+    described = (
+        [] if joined else [own.read_config(member_folder(unit, member.name) / "dictionary") for member in members]
+    )
+    _clear(run.folder)  # a killed run may have left files
+    try:
+        if joined:
+            circuit_tracer.copy_cross_layer(unit, run.folder)
+            folders = ["."] * len(members)
+        elif config.format == "neuronpedia":
+            folders = write_bundle(run, unit, members)
+        else:
+            write = _write_sets if config.format == "circuit_tracer" else _write_folders
+            folders = write(run.folder, unit, members, described)
+    except BaseException:
+        _clear(run.folder)
+        raise
+    exported = (ExportedMember(m.name, m.site, m.target, folder) for m, folder in zip(members, folders, strict=True))
+    run.say(f"{len(members)} dictionaries to {run.folder} ({config.format}): {', '.join(sorted(set(folders)))}")
+    return ExportResults(config.format, tuple(exported))
+
+
+def _write_folders(
+    out: Path, unit: Path, members: Sequence[TrainedMember], configs: list[DictionaryConfig]
+) -> list[str]:
+    """Write SAELens folders; returns their names, by member."""
+    for config in configs:
+        saelens.check(config)
+    folders = [member.name or member.site for member in members]
+    for member, folder in zip(members, folders, strict=True):
+        saelens.save(out / folder, load_dictionary(member_folder(unit, member.name)))
+    return folders
+
+
+def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs: list[DictionaryConfig]) -> list[str]:
+    """Write circuit-tracer sets; returns their folders, by member."""
+    settings = [setting_of(member) for member in members]
+    sets = {setting: [i for i, of in enumerate(settings) if of == setting] for setting in settings}
+    for indices in sets.values():
+        circuit_tracer.check([configs[i] for i in indices])
+    for setting, indices in sets.items():
+        folders = [member_folder(unit, members[i].name) for i in indices]
+
+        def load(index: int, folders: Sequence[Path] = folders) -> Dictionary:
+            return load_dictionary(folders[index])
+
+        # One at a time: all layers may be larger than the memory.
+        circuit_tracer.save_each(out / setting, [configs[i] for i in indices], load)
+    return [setting or "." for setting in settings]
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (STARTED, CLAIM):
+            path.unlink()

@@ -1,0 +1,38 @@
+"""Settings of exports."""
+
+import dataclasses
+
+from saejax.config import Config, setting
+from saejax.dictionaries.kinds.settings import unit_names
+
+
+def _is_for_neuronpedia(unit: str) -> bool:
+    return unit.startswith("neuronpedia-")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig(Config):
+    """Export of trained dictionaries to the formats of other tools."""
+
+    format: str = setting(
+        "saelens",
+        "format: saelens (a folder per dictionary), circuit_tracer (transcoders of all layers in one set) or "
+        "neuronpedia (features for its importer and for graph viewers; needs --interpret.dictionaries)",
+        choices=("saelens", "circuit_tracer", "neuronpedia"),
+    )
+    dictionaries: tuple[str, ...] = setting(
+        (),
+        "kinds of trained dictionaries to export, each with all members of its stack; empty: none",
+        choices=unit_names,
+        changes_results=False,
+    )
+    model_id: str = setting(
+        "",
+        "the model's id at Neuronpedia; empty: the last part of its name in lower case",
+        only=_is_for_neuronpedia,
+    )
+    source_set: str = setting(
+        "",
+        "name of the source set at Neuronpedia; empty: site and kind, such as res-topk",
+        only=_is_for_neuronpedia,
+    )

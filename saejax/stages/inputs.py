@@ -1,0 +1,64 @@
+"""The inputs of a stage that runs a model: the model and the dictionary that flags name, and tested behaviours."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from saejax.dictionaries import Dictionary
+from saejax.models.language_model import LanguageModel
+from saejax.models.loading import load_configured_model
+from saejax.models.settings import ModelConfig
+from saejax.models.source import load_tokenizer, resolve
+from saejax.models.tokens import bos_tokens
+from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
+from saejax.runner import stacks
+from saejax.runner.workspace import Run
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.gate import read_tested
+
+
+def load_run_model(run: Run) -> LanguageModel:
+    """Return the model that a stage runs, on the mesh of its configuration."""
+    config = run.configs[ModelConfig]
+    return load_configured_model(config, make_mesh(run.configs.get(MeshConfig)))
+
+
+def load_run_dictionary(run: Run) -> Dictionary:
+    """Return the dictionary that ``--<stage>.dictionary`` names.
+
+    Raises:
+      UserError: there is none of this name.
+    """
+    dictionary = stacks.load_trained(run.configs.named(run.stage).dictionary, run.inputs, f"--{run.stage}.dictionary")
+    if not dictionary.config.fingerprint:  # another tool's
+        named = dictionary.config.model or "no model"
+        run.say(
+            f"{run.stage}: the dictionary names {named} and records no revision of it; check that it was trained on "
+            "this model"
+        )
+    tokenizer = load_tokenizer(resolve(run.configs[ModelConfig])) if dictionary.config.bos != "auto" else None
+    if conflict := bos_conflict(dictionary, tokenizer):
+        run.say(f"{run.stage}: {conflict}")
+    return dictionary
+
+
+def bos_conflict(dictionary: Dictionary, tokenizer: Any) -> str:
+    """Return in words how texts of a tokenizer differ from those of a dictionary's training; "": not in their BOS."""
+    if tokenizer is None:
+        return ""
+    begins = tokenizer.bos_token_id is not None and bos_tokens(tokenizer)[:1] == [tokenizer.bos_token_id]
+    return dictionary.config.bos_conflict(begins)
+
+
+def read_behaviours(run: Run, named: Sequence[str] = (), flag: str = "") -> dict[str, list[Prompt]]:
+    """Return the prompts of the tested behaviours, and say which are left out.
+
+    Args:
+      run: the unit.
+      named: behaviours to read; empty: all. See ``gate.read_tested``.
+      flag: the flag that named them, for messages.
+    """
+    tested = read_tested(run.inputs["baseline"], named, flag)
+    for name, why in tested.left_out.items():
+        run.say(f"{run.stage}: {name} is left out: {why}")
+    return tested.prompts

@@ -1,0 +1,262 @@
+"""The stage ``interpret``: records and labels of all features of the members of a train unit.
+
+Records and the search for labels use training text; held-out text only scores labels. Firings are written to the
+unit's folder while a member is interpreted, and deleted afterwards.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax.activations.progress import TextProgress
+from saejax.activations.store import Store
+from saejax.dictionaries import Dictionary, load_dictionary
+from saejax.dictionaries.labels import LABELS
+from saejax.dictionaries.results import TrainedMember
+from saejax.errors import Interrupted
+from saejax.evaluation.reconstruction import reconstruct
+from saejax.files import read_json, write_json, write_text
+from saejax.interpret import neighbours
+from saejax.interpret.attended import HeadShares
+from saejax.interpret.categories import categorise, read_prompts
+from saejax.interpret.control import frozen_random, random_directions, spread
+from saejax.interpret.detectors import Detector, Scored, best_detectors
+from saejax.interpret.feature_record import FEATURES, FeatureCategory
+from saejax.interpret.firings import blocks, record
+from saejax.interpret.heatmaps import MAPS, TokenMaps
+from saejax.interpret.records import Describer
+from saejax.interpret.results import InterpretedDictionary, InterpretResults
+from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
+from saejax.models.config import TorchConfig
+from saejax.models.language_model import LanguageModel
+from saejax.models.loading import load_configured_model
+from saejax.models.settings import ModelConfig
+from saejax.models.sites import Site
+from saejax.models.tokens import token_text
+from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
+from saejax.results import from_json, to_json
+from saejax.runner import stacks
+from saejax.runner.workspace import Run, member_folder
+from saejax.stages.interpret.settings import InterpretConfig
+
+DONE = "interpreted.json"
+_REBUILT = 4096  # largest number of held-out tokens on which the control's fit is compared
+_EXAMPLES = 8  # strongest contexts kept of each feature
+_DRAWS = 2  # contexts from each tenth of a feature's firings: weak ones show what the strongest hide
+_HEATMAPS = 4  # documents of the search text that are shown, features by tokens
+_OUTPUT, _NEAREST = 10, 6  # output tokens at either end, nearest decoder rows
+# Added to the residual stream, or the stream itself.
+_IN_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+#: For every feature its detector; with its firing rate on the search text.
+Searched = tuple[list[Detector | None], np.ndarray]
+
+
+@dataclasses.dataclass
+class Interpreter:
+    """Interprets one dictionary."""
+
+    run: Run  #: the run of the stage
+    store: Store  #: the store
+    text: CodedText  #: its text
+    lm: LanguageModel  #: the model
+    mesh: Mesh  #: the devices
+    name: str  #: name of the member; "" for a single dictionary
+    dictionary: Dictionary  #: the dictionary
+
+    def interpret(self) -> InterpretedDictionary:
+        """Interpret the dictionary and write the records of its features."""
+        for site in {self.dictionary.site, self.dictionary.config.target or self.dictionary.site}:
+            Site.parse(site)  # of others nothing can be said, which is to be known before the text is encoded
+        folder, config = self.run.member_folder(self.name), self.run.configs[InterpretConfig]
+        scratch, features = folder / "firings", self.dictionary.config.n_features
+        for old in (scratch, folder / FEATURES):
+            shutil.rmtree(old, ignore_errors=True)
+        (folder / FEATURES).mkdir(parents=True)
+        # 1. Both dictionaries are encoded in one pass over the store; random directions fire as often as the first.
+        frozen = frozen_random(self.store, self.dictionary, config.seed)
+        trained_path, frozen_path, random_path = (scratch / name for name in ("dictionary", "frozen", "random"))
+        place = self._record("train", {trained_path: self.dictionary, frozen_path: frozen})
+        bases, output = self._bases(place), self._output(self.dictionary)
+        searched = [self._search(trained_path, features, bases, output)]
+        random = random_directions(self.store, self.dictionary, searched[0][1], config.seed)
+        self._record("train", {random_path: random})
+        # 2. Detectors are searched on the same text.
+        searched.append(self._search(frozen_path, features, bases, self._output(frozen)))
+        searched.append(self._search(random_path, random.config.n_features, bases, None))
+        # 3. Scores of all detectors on held-out text, and the labels that pass.
+        firings = {scratch / f"held_out_{i}": each for i, each in enumerate((self.dictionary, frozen, random))}
+        held_out_place = self._record("held_out", firings)
+        held_out_bases = self._bases(held_out_place)
+        scored = [
+            Scored.of(path, detectors, self.text, held_out_bases, rates)
+            for path, (detectors, rates) in zip(firings, searched, strict=True)
+        ]
+        labels = [each.labels(random=scored[-1]) for each in scored]
+        counts, frozen_counts, random_counts = (
+            each.counts(rates > 0, of) for each, (_, rates), of in zip(scored, searched, labels, strict=True)
+        )
+        write_json(folder / LABELS, {str(i): to_json(label) for i, label in labels[0].items()})
+        # 4. Prompt categories.
+        categories: dict[int, list[FeatureCategory]] = {}
+        category_counts, prompts = None, read_prompts(self.run.inputs)
+        if prompts:  # these units are read with --interpret.categories alone
+            categories, category_counts = categorise(self.lm, self.dictionary, prompts, config.seed)
+        # 5. Records of all features.
+        nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], _NEAREST)
+        describer = Describer(self.text, place, bases["token"], _EXAMPLES, _DRAWS, output, nearest, self._heads())
+        maps = TokenMaps(self.text, place, _HEATMAPS)
+        progress = self._progress("records are written", features, "features")
+        for number, block in enumerate(blocks(trained_path, features)):
+            records = describer.records(block)
+            for feature_record in records:
+                feature = feature_record["feature"]
+                scored[0].describe(feature_record)
+                if feature in labels[0]:
+                    feature_record["label"] = labels[0][feature].label
+                if feature in categories:
+                    feature_record["categories"] = categories[feature]
+            _write_compact(folder / FEATURES / f"{number:05d}.json", records)
+            maps.add(block)
+            progress.add(block.size)
+        _write_compact(folder / MAPS, maps.maps(np.linalg.norm(np.asarray(self.dictionary.W_dec_FxD[...]), axis=1)))
+        shutil.rmtree(scratch)
+        return InterpretedDictionary(
+            name=self.name,
+            site=self.dictionary.site,
+            target=self.dictionary.config.target or self.dictionary.site,
+            features=features,
+            search_tokens=len(place),
+            held_out_tokens=len(held_out_place),
+            labels=counts,
+            frozen=frozen_counts,
+            random=random_counts,
+            explained_variance=self._explained_variance(self.dictionary),
+            frozen_explained_variance=self._explained_variance(frozen),
+            categories=category_counts,
+        )
+
+    def _bases(self, place: np.ndarray) -> dict[str, CodeCounts]:
+        """Return the frequency of each code of each family at these places."""
+        return {family: CodeCounts(self.text.code(family, place)) for family in FAMILIES}
+
+    def _search(
+        self,
+        firings: Path,
+        features: int,
+        bases: Mapping[str, CodeCounts],
+        output: neighbours.OutputTokens | None,
+    ) -> Searched:
+        """Return the detectors of all features of a dictionary on the search text, and the firing rates there.
+
+        Args:
+          firings: folder of the firings.
+          features: number of features.
+          bases: frequency of each code in the search text.
+          output: tokens that features promote; None: unknown.
+        """
+        all_detectors: list[Detector | None] = []
+        fires_F = np.zeros(features)
+        progress = self._progress(f"labels are searched ({firings.name})", features, "features")
+        for block in blocks(firings, features):
+            of_block = slice(block.first, block.first + block.size)
+            all_detectors += best_detectors(block, self.text, bases, output.raised(of_block) if output else ())
+            fires_F[of_block] = block.counts
+            progress.add(block.size)
+        return all_detectors, fires_F / bases["position"].places
+
+    def _explained_variance(self, dictionary: Dictionary) -> float:
+        """Return the share of the variance of held-out tokens that a dictionary rebuilds."""
+        config = dictionary.config
+        sites = (config.site, config.target) if config.target else (config.site,)
+        rows = spread(self.store.rows("held_out", *{*sites}), _REBUILT)
+        values = [[self.store.read(site, rows).astype(np.float32) for site in sites]]
+        return reconstruct([dictionary], values, self.mesh)[0].explained_variance
+
+    def _record(self, split: str, dictionaries: dict[Path, Dictionary]) -> np.ndarray:
+        batch, names = self.run.configs[InterpretConfig].batch_tokens, ", ".join(path.name for path in dictionaries)
+        progress = self._progress(f"firings are recorded ({names})", len(self.store.rows(split, self.dictionary.site)))
+        options: dict[str, Any] = dict(stopping=self.run.stopping, on_tokens=progress.add)
+        return record(self.store, split, dictionaries, self.mesh, batch, **options)
+
+    def _progress(self, doing: str, total: int, unit: str = "tokens") -> TextProgress:
+        return TextProgress(lambda line: self.run.say(f"{doing}: {line}"), total, unit)
+
+    def _output(self, dictionary: Dictionary) -> neighbours.OutputTokens | None:
+        """Return the tokens that features promote and suppress; None if they do not write to the residual stream."""
+        target = self.dictionary.config.target or self.dictionary.site
+        if Site.parse(target).kind not in _IN_STREAM:
+            return None
+        return neighbours.output_tokens(self.lm, dictionary.W_dec_FxD[...], _OUTPUT)
+
+    def _heads(self) -> HeadShares | None:
+        """Return the attention shares of the heads before the site; None if not asked for, or without heads."""
+        site, tokens = Site.parse(self.dictionary.site), self.run.configs[InterpretConfig].attention_tokens
+        layers = site.layer + (site.kind != "resid_pre")
+        # A TorchModel has no attention patterns.
+        if not tokens or not layers or isinstance(self.lm.config, TorchConfig):
+            return None
+        return HeadShares(self.lm, self.text, layers, tokens)
+
+
+def _write_compact(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False))
+
+
+def run_interpret(run: Run) -> InterpretResults:
+    """Interpret the dictionaries of the train unit ``run.name``; those finished in an earlier run are kept.
+
+    This writes for each member, in a folder of its name if there are several: ``features/00000.json`` and so on, up
+    to 512 features each, ``labels.json`` with the labels, and ``heatmaps.json``.
+
+    Raises:
+      UserError: the store belongs to another model, or a split has no text.
+      Interrupted: asked to stop.
+    """
+    trained = run.inputs[f"train/{run.name}"]
+    stack, store = stacks.members(trained), Store.open(run.inputs["capture"])
+    path = {member.name: run.member_folder(member.name) / DONE for member in stack}
+
+    # Read only if a dictionary is left to do: a finished unit needs no model.
+    @functools.cache
+    def read() -> tuple[LanguageModel, Mesh, CodedText]:
+        model, mesh = run.configs[ModelConfig], make_mesh(run.configs[MeshConfig])
+        lm = load_configured_model(model, mesh)
+        store.check_model(lm.source)
+        as_text = token_text(lm.tokenizer)
+        return lm, mesh, CodedText(store.documents, [as_text(token) for token in range(lm.config.vocab)])
+
+    def interpret(member: TrainedMember) -> None:
+        if run.stopping():
+            raise Interrupted("stopped; finished dictionaries are kept: run the same command again to continue")
+        lm, mesh, text = read()
+        dictionary = load_dictionary(member_folder(trained, member.name))
+        if conflict := dictionary.config.bos_conflict(store.manifest.bos):
+            run.say(f"{member.name or run.name}: {conflict}")
+        results = Interpreter(run, store, text, lm, mesh, member.name, dictionary).interpret()
+        write_json(path[member.name], to_json(dataclasses.replace(results, name="")))  # as of a run of it alone
+        run.say(_line(results))
+
+    run.each(stack, lambda member: path[member.name], interpret)
+    interpreted = {name: from_json(InterpretedDictionary, read_json(done), done) for name, done in path.items()}
+    for name in run.stack.missing if run.stack else ():
+        run.finish_member(name, InterpretResults(run.name, (interpreted[name],)))
+    named = tuple(dataclasses.replace(dictionary, name=name) for name, dictionary in interpreted.items())
+    return InterpretResults(run.name, named)
+
+
+def _line(interpreted: InterpretedDictionary) -> str:
+    """Return the figures of a dictionary as a log line."""
+    labels, frozen, random = interpreted.labels, interpreted.frozen, interpreted.random
+    return (
+        f"{interpreted.name}{': ' if interpreted.name else ''}{labels.labelled:,} of {labels.features:,} features that "
+        f"fire have a label; of a frozen-random dictionary {frozen.labelled:,} of {frozen.features:,}, of random "
+        f"directions {random.labelled:,} of {random.features:,}"
+    )

@@ -1,0 +1,28 @@
+"""Settings of the descriptions of features."""
+
+import dataclasses
+
+from saejax import shared_settings as shared
+from saejax.config import Config, setting
+from saejax.dictionaries.kinds.settings import unit_names
+
+
+@dataclasses.dataclass(frozen=True)
+class InterpretConfig(Config):
+    """Descriptions of the features of trained dictionaries."""
+
+    dictionaries: tuple[str, ...] = setting(
+        (),
+        "kinds of trained dictionaries to interpret, each with all members of its stack; empty: none",
+        choices=unit_names,
+        changes_results=False,
+    )
+    attention_tokens: int = setting(
+        8192, "tokens of text at which features are compared with what attention heads look at; 0: none", low=0
+    )
+    categories: bool = setting(
+        False,
+        "associate features with the behaviours and benchmarks on whose prompts, or right answers, they are active",
+    )
+    batch_tokens: int = shared.analysis_batch_tokens()
+    seed: int = shared.analysis_seed()

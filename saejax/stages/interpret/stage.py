@@ -1,0 +1,46 @@
+"""The stages ``interpret`` and ``atlas``."""
+
+from collections.abc import Sequence
+
+from saejax.config import Configs
+from saejax.interpret.results import InterpretResults
+from saejax.models.settings import ModelConfig
+from saejax.parallel.settings import MeshConfig
+from saejax.runner.stage import Stage
+from saejax.stages import identities
+from saejax.stages.interpret.report import sections
+from saejax.stages.interpret.run import run_interpret
+from saejax.stages.interpret.settings import InterpretConfig
+from saejax.stages.train.members import units_of_members, trained_sites
+from saejax.tasks.settings import TaskConfig
+
+
+def _names(configs: Configs) -> Sequence[str]:
+    return configs[InterpretConfig].dictionaries
+
+
+def _read(configs: Configs, name: str) -> Sequence[str]:
+    """Return the units read: text, dictionaries, and prompts if they are asked for."""
+    task = configs[TaskConfig]
+    prompts = [*(["baseline"] if task.has_behaviours else []), *(f"benchmark/{name}" for name in task.benchmarks)]
+    return ("capture", f"train/{name}", *(prompts if configs[InterpretConfig].categories else ()))
+
+
+INTERPRET = Stage(
+    name="interpret",
+    summary="says what features mean: examples, tokens, neighbours, labels that are scored, if "
+    "--interpret.dictionaries names any",
+    revision=6,  # tokens that features raise in a PyTorch model leave its biases out
+    run=run_interpret,
+    results=InterpretResults,
+    groups=(ModelConfig, InterpretConfig),
+    placement=(MeshConfig,),
+    reads=("baseline", "benchmark", "capture", "train"),
+    needs=_read,
+    inputs=trained_sites,
+    names=_names,
+    identity=dict(model=identities.model),
+    members=units_of_members,
+    processes="items",
+    section=sections,
+)

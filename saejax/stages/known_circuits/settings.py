@@ -1,0 +1,24 @@
+"""Settings of transformers that are set by hand."""
+
+import dataclasses
+
+from saejax.config import Config, setting
+
+CIRCUITS = ("induction", "logic")
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownConfig(Config):
+    """Transformers whose weights are set by hand, so that their circuits are known."""
+
+    circuits: tuple[str, ...] = setting(
+        (),
+        "circuits: the word that followed this one before (induction), functions of two bits (logic); empty: none",
+        choices=CIRCUITS,
+        changes_results=False,
+    )
+    prompts: int = setting(
+        40, "prompts of each behaviour that choose features, and as many that judge", low=10, high=100
+    )
+    graphs: int = setting(5, "prompts of each behaviour that are traced", low=2, high=100)
+    seed: int = setting(0, "seed of weights, prompts and texts", low=0, high=2**31 - 1)

@@ -1,0 +1,21 @@
+"""The stage ``known_circuits``."""
+
+from saejax.ground_truth.results import KnownCircuitResults
+from saejax.parallel.settings import MeshConfig
+from saejax.runner.stage import Stage
+from saejax.stages.known_circuits.report import sections
+from saejax.stages.known_circuits.run import run_known_circuits
+from saejax.stages.known_circuits.settings import KnownConfig
+
+KNOWN_CIRCUITS = Stage(
+    name="known_circuits",
+    summary="writes transformers that are set by hand, and says whether graphs and causal tests find their circuits",
+    run=run_known_circuits,
+    results=KnownCircuitResults,
+    groups=(KnownConfig,),
+    makes_model=True,
+    placement=(MeshConfig,),
+    names=lambda configs: configs[KnownConfig].circuits,
+    section=sections,
+    revision=3,  # without the accuracy and the logits of transformers that are right by construction
+)

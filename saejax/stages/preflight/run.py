@@ -1,0 +1,245 @@
+"""The stage ``preflight``: compile what will run, and say whether it fits and how long it takes."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from saejax.costs.plan import PlannedRun
+from saejax.errors import CheckFailed, Interrupted, UserError
+from saejax.flops import parameters, peak_flops
+from saejax.models.settings import ModelConfig
+from saejax.parallel.collectives import process_count
+from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
+from saejax.preflight import parity, rates
+from saejax.preflight.plan import (
+    check_dictionaries,
+    disk_bytes,
+    plan_run,
+    stage_programs,
+    stage_seconds,
+)
+from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResults
+from saejax.preflight.shapes import Shape, named, read_shapes
+from saejax.preflight.topology import Place, compile_for, find_place
+from saejax.results import MeshShape
+from saejax.runner.registry import all_stages
+from saejax.runner.workspace import Run
+from saejax.stages.preflight.settings import PreflightConfig
+from saejax.stages.train.plan import host_bytes, resident_bytes
+from saejax.tasks.settings import CorpusConfig, TaskConfig
+from saejax.training.settings import TrainConfig
+
+GIB = 2**30
+_RESIDENT = 0.4  # share of a device's memory up to which --train.input=auto keeps the rows of a store there
+_ADVICE = (
+    "use more devices and --mesh.model, --model.dtype=bfloat16, --capture.dtype=bfloat16, a smaller batch of the "
+    "program that is named, --train.members_at_once=1 or --train.zero_optimizer"
+)
+# Largest relative error that passes: what another order of sums makes of float32, and rounding of bfloat16.
+TOLERANCE = dict(float32=1e-4, bfloat16=0.05)
+
+
+def run_preflight(run: Run) -> PreflightResults:
+    """Check every model of ``--preflight.models``; of a single one that is to run here, disk, memory and time too.
+
+    Raises:
+      UserError: something is missing or does not fit; the message says what to change.
+      CheckFailed: the decoder differs from transformers by more than ``TOLERANCE``.
+      Interrupted: asked to stop.
+    """
+    configs, config = run.configs, run.configs[PreflightConfig]
+    for stage in all_stages().values():
+        if stage.units(configs):
+            stage.check(configs)
+    shapes = read_shapes(configs)
+    if config.parity:
+        _check_parity_is_possible(shapes, config.topology)
+    place = find_place(configs)
+    mesh = MeshShape.of(place.mesh, process_count())
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.axes.items())
+    run.say(f"{mesh.devices} x {', '.join(mesh.kinds)}, {place.limit / GIB:.2f} GiB each; mesh {axes}")
+    runs_here = len(shapes) == 1 and not config.topology
+    plans = _planned_runs(run, shapes, place, runs_here)
+    models = [_check_model(run, plan, place) for plan in plans]
+    if unfit := [message for model in models if (message := _misfit(model, place))]:
+        raise UserError(f"{'; '.join(unfit)}: {_ADVICE}")
+    for model in models if config.topology else ():
+        _say_least_hours(run, model, config.topology)
+    results = PreflightResults(mesh, config.topology, place.limit, tuple(models))
+    if runs_here and plans:
+        results = _with_resources(run, results, plans[0], place)
+    if config.parity:
+        results = dataclasses.replace(results, parity={shape.path: _check_parity(run, shape.path) for shape in shapes})
+    return results
+
+
+def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bool) -> list[PlannedRun]:
+    """Return a plan for every model; its text is looked at if it ``runs_here``.
+
+    Raises:
+      UserError: a model lacks a site, unless parity is all it is checked for.
+    """
+    corpus, plans = run.configs[CorpusConfig], []
+    documents, tokens = rates.used_text(corpus, run.configs[TaskConfig]) if runs_here else (0, 0)
+    here = dict(documents=documents, tokens=tokens, own_devices=place.own_devices, host=place.host)
+    for shape in shapes:
+        try:
+            name = Path(shape.path).name
+            plans.append(plan_run(name, shape.config, run.configs, place.mesh, **here, stands_for=place.stands_for))
+        except UserError as error:
+            if not run.configs[PreflightConfig].parity:
+                raise
+            run.say(f"memory could not be estimated: {error}")
+    return plans
+
+
+def _check_model(run: Run, plan: PlannedRun, place: Place) -> ModelNeeds:
+    """Compile the programs of a model, with a line for each."""
+    model = plan.model
+    run.say(f"{plan.name}: {parameters(model) / 1e6:,.1f} M parameters, {model.n_layers} layers, {plan.dtype}")
+    check_dictionaries(plan)
+    programs = stage_programs(plan)
+    if programs:
+        run.say(
+            "  compiled programs: memory on each device, other data of the stage included; GFLOP of all devices by "
+            "formula (in brackets: of one device as XLA counts them, the body of a loop once)"
+        )
+    compiled = []
+    for program in programs:
+        if run.stopping():
+            raise Interrupted("preflight: stopped; the next run starts from the beginning")
+        compiled.append(compile_for(program, place.limit, place.of_node))
+        run.say(_program_line(compiled[-1], place))
+    peak = max((program.memory for program in compiled), default=0)
+    return ModelNeeds(
+        name=plan.name,
+        family=model.family,
+        layers=model.n_layers,
+        d=model.d_model,
+        parameters=parameters(model),
+        dtype=plan.dtype,
+        peak_bytes=peak,
+        fits=all(program.fits for program in compiled),
+        programs=tuple(compiled),
+    )
+
+
+def _say_least_hours(run: Run, model: ModelNeeds, topology: str) -> None:
+    """Say how long the programs take at a device's peak, where the number of their calls is known without the text."""
+    flops = sum(program.flops * program.runs for program in model.programs)
+    peaks = {dtype: peak_flops(topology.partition(":")[0], dtype) for dtype in ("float32", "bfloat16")}
+    hours = [f"{flops / peak / 3600:.3f} device-hours in {dtype}" for dtype, peak in peaks.items() if peak]
+    if flops and hours:
+        run.say(
+            f"{model.name}: {flops / 1e15:,.2f} PFLOP in programs that do not depend on the text; at the peak of "
+            f"{topology} they take {', '.join(hours)}, a lower bound"
+        )
+
+
+def _program_line(program: CompiledProgram, place: Place) -> str:
+    verdict = "fits" if program.fits else f"does not fit into {place.limit / GIB:.2f}"
+    counted = "-" if program.counted_flops is None else f"{program.counted_flops / 1e9:,.1f}"
+    sends = [f"{count / 2**20:,.1f} MiB by {kind}" for kind, count in (program.sends or {}).items()]
+    return (
+        f"  {program.name:<21} {program.size:<44} {program.memory / GIB:7.2f} GiB {verdict} "
+        f"{program.flops / 1e9:>13,.1f} GFLOP ({counted})  compiled in {program.seconds:.0f} s"
+    ) + (f"; a device sends {', '.join(sends)}" if sends else "")
+
+
+def _misfit(model: ModelNeeds, place: Place) -> str:
+    """Return which program of a model is too large; "" if all fit."""
+    if model.fits:
+        return ""
+    largest = max(model.programs, key=lambda program: program.memory)
+    return (
+        f"{model.name} needs about {largest.memory / GIB:.1f} GiB per device for {largest.name} ({largest.size}), but "
+        f"there are {place.limit / GIB:.1f}"
+    )
+
+
+def _with_resources(run: Run, results: PreflightResults, plan: PlannedRun, place: Place) -> PreflightResults:
+    """Return the results with disk, host memory and time.
+
+    Raises:
+      UserError: the disk or the host's memory is too small.
+    """
+    measured, programs = rates.matmul_rates(), results.models[0].programs
+    train = plan.configs[TrainConfig]
+    dtypes = dict.fromkeys(("evaluate", "ablate", "benchmark"), plan.dtype)
+    dtypes |= dict(capture=plan.capture_dtype, train=train.matmul)
+    seconds = stage_seconds(programs, measured, dtypes)
+    needed, free = disk_bytes(plan), psutil.disk_usage(str(run.folder)).free
+    on_host, host_free = host_bytes(plan), psutil.virtual_memory().available
+    shown = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in measured.items())
+    run.say(f"text: {plan.documents:,} documents, about {plan.tokens:,} tokens; matrix products: {shown}")
+    if measured["bfloat16"] < measured["float32"]:
+        for flag, dtype in (("--capture.dtype", plan.capture_dtype), ("--train.matmul", train.matmul)):
+            if dtype == "bfloat16":
+                run.say(f"this machine multiplies bfloat16 slower than float32: {flag}=float32 would take less time")
+    run.say(f"disk: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} free in {run.folder}")
+    run.say(f"memory of the host for buffers and checkpoints of training: about {on_host / GIB:.1f} GiB")
+    stored = resident_bytes(plan) if train.source == "store" else 0
+    auto = train.input == "auto" and plan.platform != "cpu" and stored < _RESIDENT * place.limit
+    if stored and (auto or train.input == "resident"):
+        run.say(f"activations that stay on the devices: {stored / GIB:.2f} GiB on each, besides the training step")
+    devices = 1 if plan.platform == "cpu" else plan.mesh.size
+    hours = devices * sum(seconds.values()) / 3600
+    stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+    run.say(f"at the measured speed the programs take {hours:.2f} device-hours: {stages}")
+    if needed > free:
+        raise UserError(
+            f"the run needs about {needed / GIB:.1f} GiB of disk, but {free / GIB:.1f} are free for {run.folder}: "
+            "use another --workdir or a smaller --corpus.max_tokens; or train with --train.source=model, and capture a "
+            "sample by --capture.tokens=1000000"
+        )
+    if on_host > host_free:
+        raise UserError(
+            f"training needs about {on_host / GIB:.1f} GiB of the host's memory, but {host_free / GIB:.1f} are free: "
+            "use a smaller --train.buffer_rows or fewer members in a stack"
+        )
+    return dataclasses.replace(
+        results,
+        documents=plan.documents,
+        tokens=plan.tokens,
+        disk_bytes=needed,
+        disk_free_bytes=free,
+        host_bytes=on_host,
+        matmul_flops_per_second=measured,
+        seconds=seconds,
+        device_hours=hours,
+    )
+
+
+def _check_parity_is_possible(shapes: Sequence[Shape], topology: str) -> None:
+    if topology:
+        raise UserError("--preflight.parity runs on the devices at hand: leave --preflight.topology out")
+    for shape in shapes:
+        if not shape.has_weights:
+            raise UserError(
+                f"--preflight.parity runs the model, but {shape.path} is only its shape: give a hub id or a folder"
+            )
+
+
+def _check_parity(run: Run, path: str) -> dict[str, dict[str, float]]:
+    """Return a model's largest error of every kind of site, on each kind of tokens.
+
+    Raises:
+      CheckFailed: one is above ``TOLERANCE``.
+    """
+    model = run.configs[ModelConfig]
+    run.say(f"{path}: decoder against transformers in {model.dtype}; largest relative error")
+    measured = parity.measure(run.configs, named(path, model), make_mesh(run.configs[MeshConfig]))
+    for name, errors in measured.items():
+        for kind, (value, layer) in errors.items():
+            run.say(f"  {name:<14} {kind:<11} {value:.2e}{f' (layer {layer})' if layer >= 0 else ''}")
+    for name, errors in measured.items():
+        kind, (value, _) = max(errors.items(), key=lambda item: item[1])
+        if value > TOLERANCE[model.dtype]:
+            raise CheckFailed(
+                f"{path} on {name}: {kind} differs from transformers by {value:.2e} of its largest value, more than "
+                f"{TOLERANCE[model.dtype]:g}"
+            )
+    return {name: {kind: error.value for kind, error in errors.items()} for name, errors in measured.items()}

@@ -1,0 +1,45 @@
+"""The stage ``probe``."""
+
+from collections.abc import Sequence
+
+from saejax.config import Configs
+from saejax.dictionaries.names import folder_name
+from saejax.interventions.probing import ProbeResults, run_probe
+from saejax.interventions.settings import ProbeConfig
+from saejax.models.settings import ModelConfig
+from saejax.parallel.settings import MeshConfig
+from saejax.runner.stage import Stage, train_units
+from saejax.stages import identities
+from saejax.stages.probe.report import sections
+from saejax.tasks.settings import TaskConfig
+
+
+def _names(configs: Configs) -> Sequence[str]:
+    probe, task = configs[ProbeConfig], configs[TaskConfig]
+    has_prompts = task.has_behaviours or (probe.benchmarks and task.benchmarks)
+    return (folder_name(probe.dictionary),) if probe.labels and has_prompts else ()
+
+
+def _needs(configs: Configs, name: str) -> Sequence[str]:
+    probe, task = configs[ProbeConfig], configs[TaskConfig]
+    behaviours = ("baseline",) if task.has_behaviours else ()
+    benchmarks = (f"benchmark/{name}" for name in (task.benchmarks if probe.benchmarks else ()))
+    return (*behaviours, *benchmarks, *train_units(probe.dictionary))
+
+
+PROBE = Stage(
+    name="probe",
+    summary="probes features and raw activations for labels of the prompts, if --probe.labels names any",
+    run=run_probe,
+    results=ProbeResults,
+    groups=(ModelConfig, ProbeConfig),
+    placement=(MeshConfig, TaskConfig),
+    reads=("baseline", "benchmark", "train"),
+    follows=("ablate",),
+    needs=_needs,
+    names=_names,
+    identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "probe")),
+    revision=4,
+    processes="items",
+    section=sections,
+)

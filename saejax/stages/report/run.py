@@ -1,0 +1,159 @@
+"""The report stage: writes the results of the other stages as a page for a reader.
+
+Written to the unit's folder: ``index.html`` (complete in itself), ``report.md`` (the same content), and
+``figures/`` (each figure as PNG and SVG; of attribution graphs the SVG).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from saejax.activations.store import Store
+from saejax.config import to_json
+from saejax.dictionaries.names import is_folder
+from saejax.evaluation.results import EvaluateResults
+from saejax.files import write_text
+from saejax.interpret.contexts import as_example, top_contexts
+from saejax.interpret.feature_record import FEATURES, read_records
+from saejax.interventions.answers import AblateResults
+from saejax.interventions.settings import AblateConfig
+from saejax.interventions.table import TESTED
+from saejax.models.settings import ModelConfig
+from saejax.models.source import load_tokenizer, resolve
+from saejax.models.tokens import token_text
+from saejax.page import style
+from saejax.page.blocks import Picture
+from saejax.page.document import Section, to_html, to_markdown
+from saejax.page.findings import Draw, Findings, read_findings
+from saejax.page.strips import Example
+from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
+from saejax.runner import stacks
+from saejax.runner.registry import all_stages
+from saejax.runner.workspace import SUMMARY, Run, member_folder
+from saejax.stages.ablate import report as ablation
+from saejax.stages.baseline import report as tasks
+from saejax.stages.report import overview
+from saejax.stages.report.results import ReportResults
+from saejax.stages.report.settings import ReportConfig
+from saejax.stages.train import report as training
+from saejax.versions import package_versions
+
+_FEATURES, _EXAMPLES = 4, 5  # top features of a behaviour that have a card, and contexts on it: a screen holds them
+
+
+def run_report(run: Run) -> ReportResults:
+    """Write the report of ``run.inputs``.
+
+    Raises:
+      UserError: a file of an input is missing or damaged.
+    """
+    config = run.configs[ReportConfig]
+    tested = run.configs[AblateConfig].dictionary
+    trained, name = trained_in(tested) if is_folder(tested) else ({}, tested)
+    findings = read_findings(trained | dict(run.inputs), run.folder, {"report": to_json(config)})
+    ablate = next(iter(findings.each(AblateResults).values()), None)  # None in a run without behaviours
+    if ablate and trained:  # the report then names the dictionary as its workdir does, not by its path
+        ablate = dataclasses.replace(ablate, dictionary=name)
+        findings = findings.with_results(ablate)
+    tops = ablate.top.values() if ablate else ()
+    wanted = [item.feature for top in tops for item in top[:_FEATURES]]
+    if ablate:
+        run.say(f"looking for the strongest contexts of {len(set(wanted))} features")
+        findings = dataclasses.replace(findings, examples=contexts(run, findings, wanted, _EXAMPLES))
+    (run.folder / "figures").mkdir(exist_ok=True)
+
+    def draw(name: str, figure: Figure, caption: str, alt: str) -> Picture:
+        svg = style.save(figure, run.folder / "figures", name)
+        return Picture(name, style.inline(svg, name, alt), caption, alt)
+
+    parts = sections(findings, draw, _FEATURES)
+    footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
+    lead = (*(overview.lead(findings) if ablate else ()), *(part.lead for part in parts if part.lead))
+    # The default title names an answer, which a run without behaviours does not have.
+    has_default_title = not ablate and config.title == ReportConfig().title and "model" in findings.settings()
+    title = f"The dictionaries of {findings.settings()['model']['path']}" if has_default_title else config.title
+    page = to_html(title, lead, parts, footer)
+    write_text(run.folder / "report.md", to_markdown(title, lead, parts, footer))
+    write_text(run.folder / "index.html", page)
+    run.say(f"open {run.folder / 'index.html'}")
+    verdicts = ablate.verdict.dictionaries[TESTED] if ablate else {}
+    return ReportResults(
+        specific={name: result.placebo.answer for name, result in verdicts.items()},
+        figures=tuple(block.name for part in parts for block in part.blocks if isinstance(block, Picture)),
+        contexts={feature: len(findings.examples.get(feature, ())) for feature in wanted},
+        html_bytes=len(page.encode()),
+    )
+
+
+def trained_in(folder: str) -> tuple[dict[str, Path], str]:
+    """Return the finished units of the workdir that trained the dictionary in a folder, and its name there.
+
+    Args:
+      folder: such as "runs/demo/train/topk" or "runs/demo/train/topk/k32".
+
+    Returns:
+      Folders of its units "capture", "train/topk" and "evaluate/topk", and "topk" or "topk/k32"; no units if it is not
+      of a workdir where all of these are finished.
+    """
+    names = Path(folder).absolute().parts
+    # The innermost folder "train" first: a workdir may itself lie below a folder of that name.
+    for at in (index for index in range(len(names) - 2, 0, -1) if names[index] == "train"):
+        workdir, kind = Path(*names[:at]), names[at + 1]
+        units = {unit: workdir / unit for unit in ("capture", f"train/{kind}", f"evaluate/{kind}")}
+        name, finished = "/".join(names[at + 1 :]), all((unit / SUMMARY).exists() for unit in units.values())
+        if finished and stacks.is_of_trained(workdir, "evaluate", name):
+            return units, name
+    return {}, folder
+
+
+def sections(findings: Findings, draw: Draw, shown: int) -> list[Section]:
+    """Return all sections of the report; those of optional stages stand before the features.
+
+    Args:
+      findings: the results to write about; those of a run without behaviours have no tested dictionary.
+      draw: saves a figure and returns its block.
+      shown: number of features of each behaviour that are shown with contexts.
+    """
+    tested = next((results.dictionary for results in findings.each(AblateResults).values()), "")
+    is_evaluated = bool(findings.each(EvaluateResults))  # False for a dictionary that was trained elsewhere
+    written: list[Section] = []
+    if tested:
+        written += [ablation.answer(findings, draw), *ablation.details(findings)]
+        written.append(tasks.behaviours_section(findings, draw))
+    written += tasks.benchmark_sections(findings)
+    if is_evaluated:
+        written.append(training.section(findings, draw, tested))
+    writers = [
+        stage.section for stage in all_stages().values() if stage.section
+    ]  # stages that write their part themselves
+    written += [section for write in writers for section in write(findings, draw)]
+    if tested:
+        written += ablation.features(findings, shown)
+        written += [overview.left_out(findings)] if is_evaluated else []
+        written.append(overview.limits(findings))
+    return [*written, overview.reproduce(findings)]
+
+
+def contexts(run: Run, findings: Findings, features: Sequence[int], count: int) -> dict[int, list[Example]]:
+    """Return the strongest contexts of features of the tested dictionary; empty without captured text.
+
+    They come from ``interpret`` if it ran on the dictionary; otherwise the training text is searched.
+    """
+    if not features or "capture" not in findings.folders:
+        return {}
+    tested, store = run.configs[AblateConfig].dictionary, Store.open(findings.folders["capture"])
+    kind, _, member = tested.partition("/")
+    unit = run.inputs.get(f"interpret/{kind}")
+    interpreted = member_folder(unit, member) if unit else None
+    if interpreted and (interpreted / FEATURES).is_dir():
+        records = read_records(interpreted, set(features))
+        searched = {feature: record.get("examples", [])[:count] for feature, record in records.items()}
+    else:
+        dictionary = stacks.load_trained(tested, run.inputs, "--ablate.dictionary")
+        as_text = token_text(load_tokenizer(resolve(run.configs[ModelConfig])))
+        texts = [as_text(token) for token in range(int(store.documents.ids_T.max()) + 1)]
+        searched = top_contexts(store, dictionary, features, count, texts, make_mesh(run.configs[MeshConfig]))
+    return {feature: [as_example(each, store.documents) for each in some] for feature, some in searched.items()}

@@ -1,0 +1,12 @@
+"""Settings of the report."""
+
+import dataclasses
+
+from saejax.config import Config, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig(Config):
+    """The written report."""
+
+    title: str = setting("Which features cause these behaviours?", "title of the report")

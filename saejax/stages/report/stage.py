@@ -1,0 +1,42 @@
+"""The stage ``report``."""
+
+from collections.abc import Sequence
+
+from saejax.config import Configs
+from saejax.dictionaries.names import is_folder
+from saejax.interventions.settings import AblateConfig
+from saejax.parallel.settings import MeshConfig
+from saejax.runner.registry import all_stages
+from saejax.runner.stage import Stage
+from saejax.stages.report.results import ReportResults
+from saejax.stages.report.run import run_report
+from saejax.stages.report.settings import ReportConfig
+from saejax.tasks.settings import TaskConfig
+
+_OF_DICTIONARY = ("capture", "train", "evaluate")
+_READ = ("baseline", "benchmark", *_OF_DICTIONARY, "ablate")  # by the sections there always are
+
+
+def _needs(configs: Configs, name: str) -> Sequence[str]:
+    """Return the units of the stages in ``_READ``, and of every stage that writes a section.
+
+    A dictionary that is named by its folder was trained elsewhere, and is described there.
+    """
+    elsewhere = _OF_DICTIONARY if is_folder(configs[AblateConfig].dictionary) else ()
+    made_here = any(stage.units(configs) for stage in all_stages().values() if stage.makes_model)
+    of_model = configs[TaskConfig].has_behaviours or not made_here  # not of what is made here alone
+    always = set(_READ if of_model else ()) - {*elsewhere}
+    read = [stage for stage in all_stages().values() if stage.name in always or stage.section]
+    return [unit for stage in read for unit in stage.units(configs)]
+
+
+REPORT = Stage(
+    name="report",
+    summary="writes the report: index.html, report.md, figures",
+    run=run_report,
+    results=ReportResults,
+    groups=(ReportConfig,),
+    placement=(MeshConfig,),
+    reads=("*",),
+    needs=_needs,
+)

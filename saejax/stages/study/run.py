@@ -1,0 +1,511 @@
+"""The stage ``study``: do a dictionary's features cause the answers to a benchmark?
+
+1. Half of the items, drawn by seed, choose features; the other half judge them.
+2. Log-likelihoods of the reference answers are measured by one process (``benchmark.measure_benchmark``).
+3. Answers are scored under each condition (``benchmark.scored_conditions``), which several processes divide among them.
+4. Both become the unit's effects table, of which the verdict is a pure function.
+
+The log-likelihoods, once all are measured, and the answers of each condition are kept: a killed run continues there.
+"""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+from scipy.stats import norm
+
+from saejax.dictionaries import Dictionary
+from saejax.errors import Interrupted, UserError
+from saejax.evaluation.reconstruction import reconstruct
+from saejax.files import read_json, read_lines, write_json, write_lines
+from saejax.interventions import bases
+from saejax.interventions.ablation import describe_top, verdict_config
+from saejax.interventions.answers import FeatureEffect, VerdictConfig
+from saejax.interventions.benchmark import (
+    BenchmarkAblation,
+    BenchmarkItems,
+    ablate_config,
+    answer_table,
+    edits_of,
+    measure_benchmark,
+    measure_sets,
+    scored_conditions,
+)
+from saejax.interventions.falsify import Falsification, falsify
+from saejax.interventions.references import References
+from saejax.interventions.settings import StudyConfig
+from saejax.interventions.table import (
+    READOUTS,
+    EffectsTable,
+    has_effects,
+    load_effects,
+    merge_tables,
+    save_effects,
+)
+from saejax.interventions.verdict import verdict
+from saejax.matching.importance import ItemFeatures, read_features
+from saejax.matching.rows import rotate
+from saejax.models.language_model import LanguageModel
+from saejax.results import from_json, to_json
+from saejax.runner import stacks
+from saejax.runner.parts import Progress
+from saejax.runner.workspace import Run
+from saejax.stages.inputs import load_run_dictionary, load_run_model
+from saejax.stages.study.results import (
+    AnswerScores,
+    BenchmarkActivations,
+    BenchmarkFeature,
+    ChosenFeatures,
+    StudyItems,
+    StudyResults,
+)
+from saejax.statistics.ranks import rank_p
+from saejax.studies.associations import RIGHT, BenchmarkAssociations, associate, item_activations
+from saejax.studies.primitives import (
+    CHOSEN_ON,
+    GROUP,
+    MOST,
+    BenchmarkPrimitives,
+    find_primitives,
+    judge_domains,
+    judge_primitives,
+    recurring,
+)
+from saejax.tasks import corpora
+from saejax.tasks.benchmark_definitions import Item, way
+from saejax.tasks.benchmarks import origin, read_items
+from saejax.tasks.scored_items import WAYS, ScoredItem
+from saejax.tasks.scoring import wilson
+from saejax.tasks.settings import CorpusConfig, TaskConfig
+
+FEATURES, RANKING, FALSIFIED = "features.json", "feature_importance_ranking.json", "falsification.json"
+FEATURES_ON_ITEMS, ROTATED_ON_ITEMS = "features_on_items.npz", "rotated_on_items.npz"
+ITEM_ATTRIBUTION = "item_attribution.npz"  # [items, features], train items first
+ANSWERS = "answers"  # folder of the scored answers, a file for each condition
+_MEASURED = "log-likelihoods"  # folder of what is measured before answers are scored
+_CHANGED = 0.1  # share of answers that change under ablation, for what is said about power
+_ACCURACY = READOUTS.index("accuracy")
+_GROUPS = ("clean", "top", "resample", "random", "placebo")
+
+
+def run_study(run: Run) -> StudyResults:
+    """Measure the benchmark named ``run.name`` with and without the top features of a dictionary.
+
+    ``effects.parquet`` and its definitions hold every measured value, ``answers/<condition>.jsonl`` the scored answers,
+    ``features.json`` the top features and the activations from which they are resampled,
+    ``feature_importance_ranking.json`` all features that fire, the largest attribution first, ``item_attribution.npz``
+    the attribution of each feature for each item, and, if it was asked for, ``falsification.json`` what drives the top
+    features.
+
+    Args:
+      run: the unit.
+
+    Returns:
+      The results of the unit.
+
+    Raises:
+      UserError: there are too few items, the dictionary belongs to another model, an item is longer than the model's
+        context, or something is not finite.
+      Interrupted: asked to stop; what was measured is kept.
+    """
+    config, task = run.configs[StudyConfig], run.configs[TaskConfig]
+    score = way(run.name, task)
+    repeats = {name: stacks.load_trained(name, run.inputs, "--study.repeats") for name in config.repeats}
+    dictionary, lm = load_run_dictionary(run), load_run_model(run)
+    items = _read_benchmark(run.name, lm, task, config)
+    train, test = items.train, items.test
+    run.say(f"{run.name}: {describe_power(len(test), config.min_accuracy_drop)}")
+
+    run.each(
+        [FEATURES], lambda name: run.folder / name, lambda _: _measure(run, items, dictionary, repeats), last=False
+    )
+    # A run that was killed while it removed what was measured has left the whole table, answers included.
+    is_merged = has_effects(run.folder)
+    table = load_effects(run.folder if is_merged else run.folder / _MEASURED)
+    chosen: ChosenFeatures = from_json(ChosenFeatures, read_json(run.folder / FEATURES), run.folder / FEATURES)
+    if config.falsify:
+
+        def refute(_: str) -> None:
+            write_json(run.folder / FALSIFIED, to_json(_falsify(items, dictionary, chosen, config)))
+
+        run.each([FALSIFIED], lambda name: run.folder / name, refute, last=False)
+    chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0
+    answers, at_chance = _score_answers(run, items, dictionary, chosen, table, chance)
+    run.each([], lambda _: run.folder, lambda _: None)  # the other processes leave the stage here
+    table = table if is_merged else merge_tables([table, *answers])
+    judged = verdict(table, study_verdict_config(config))
+    if not is_merged:
+        save_effects(run.folder, table)
+    results = StudyResults(
+        dictionary=config.dictionary,
+        site=dictionary.site,
+        k=len(chosen.top),
+        rule=judged.rule,
+        score=score,
+        items=StudyItems(train=len(train), test=len(test)),
+        log_likelihood=float(table.clean_values(table.select_prompts(run.name), "answer_log_prob").mean()),
+        chance=chance,
+        at_chance=at_chance,
+        top=chosen.top,
+        verdict=judged,
+        scores=summarize_scores(table, run.name),
+        origin=str(origin(run.name, task)),
+        categories={item.id: item.task for item in (*train, *test)},
+        activations=chosen.activations,
+        primitives=dataclasses.replace(
+            chosen.primitives,
+            effects=judge_primitives(
+                table,
+                run.name,
+                chosen.primitives.primitives,
+                {f"{run.name}/{item.id}": item.task for item in test},
+                config.bootstrap,
+                config.seed,
+            ),
+        ),
+        associations=_associate(run.folder, items, chosen, table, config.seed),
+        domains=judge_domains(table, run.name, config.bootstrap, config.seed) or None,
+        falsification=(
+            from_json(Falsification, read_json(run.folder / FALSIFIED), run.folder / FALSIFIED)
+            if config.falsify
+            else None
+        ),
+    )
+    for result in judged.dictionaries["tested"].values():
+        for answer in (*result.ablation.values(), result.random, result.placebo):
+            run.say(f"{run.name}: {answer.sentence}")
+    shutil.rmtree(run.folder / _MEASURED, ignore_errors=True)  # last, so that a run that is killed until then has it
+    return results
+
+
+def _measure(run: Run, items: BenchmarkItems, dictionary: Dictionary, repeats: Mapping[str, Dictionary]) -> None:
+    """Choose the top features and ablate them, their controls and groups; write what was chosen and measured."""
+    config = run.configs[StudyConfig]
+    on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
+    table, ablation = measure_benchmark(items, dictionary, config, repeats, on_progress)
+    attribution_PxF, *of_repeats = ablation.item_attributions(list(repeats.values()))
+    of_seeds = dict(zip(repeats, of_repeats, strict=True))
+    chosen = ChosenFeatures(
+        top=describe_top(table, ablation),
+        pools={feature: tuple(pool) for feature, pool in ablation.pools(ablation.top()).items()},
+        activations=_measure_activations(ablation),
+        primitives=_find_primitives(items.train, attribution_PxF, of_seeds, config.seed),
+    )
+    write_json(run.folder / RANKING, to_json(_ranking(ablation, chosen.top)))
+    sets: dict[str, Sequence[int]] = {
+        f"{GROUP}{number}": primitive.features for number, primitive in enumerate(chosen.primitives.primitives[:MOST])
+    }
+    for name in config.benchmarks:
+        if name != run.name:
+            sets[CHOSEN_ON + name] = ablation.choose_features(_read_benchmark(name, items.lm, items.task, config))
+    if sets:
+        table = merge_tables([table, measure_sets(ablation, sets)])
+    _save_activity(run.folder, items, ablation, config.seed)
+    sparse.save_npz(run.folder / ITEM_ATTRIBUTION, sparse.csr_array(attribution_PxF))
+    save_effects(run.folder / _MEASURED, table)
+    write_json(run.folder / FEATURES, to_json(chosen))  # last: it says that all of it is there
+
+
+def describe_power(items: int, drop: float) -> str:
+    """Return how often some items show a fall of accuracy above zero, and how many show it in 80 % of cases.
+
+    Of the answers ``_CHANGED`` are assumed to change under ablation, so that the change of an item has the standard
+    deviation sqrt(changed - drop^2). Shown means that the 95 % interval lies above zero.
+
+    Args:
+      items: how many judge.
+      drop: the true fall, a share above 0.
+    """
+    spread = math.sqrt(max(_CHANGED, drop) - drop**2)
+    power = norm.cdf(drop / spread * math.sqrt(items) - norm.ppf(0.975))
+    needed = math.ceil(((norm.ppf(0.975) + norm.ppf(0.8)) * spread / max(drop, 1e-9)) ** 2)
+    return (
+        f"if ablation truly lowers accuracy by {100 * drop:g} points and changes {100 * max(_CHANGED, drop):g} % of "
+        f"the answers, {items} test items show a fall above zero in {100 * power:.0f} % of cases, and "
+        f"{needed:,} in 80 %"
+    )
+
+
+def _read_benchmark(name: str, lm: LanguageModel, task: TaskConfig, config: StudyConfig) -> BenchmarkItems:
+    return BenchmarkItems(lm, name, task, *split_items(read_items(name, task), config, name))
+
+
+def _item_texts(items: Sequence[Item]) -> dict[str, str]:
+    """Return each item's question with its solution, by its id."""
+    return {item.id: f"{item.question}\n{item.solution}" for item in items}
+
+
+def _find_primitives(
+    train: Sequence[Item], attribution_PxF: np.ndarray, of_seeds: Mapping[str, np.ndarray], seed: int
+) -> BenchmarkPrimitives:
+    """Return the primitives of the tested dictionary, and which of them dictionaries of other seeds have.
+
+    Args:
+      train: items that choose.
+      attribution_PxF: attribution of the tested dictionary's features, for the train items first.
+      of_seeds: the same of the other dictionaries, by name.
+      seed: seed of permutations and resampling.
+    """
+    ids, categories = [item.id for item in train], [item.task for item in train]
+
+    def find(attribution_PxF: np.ndarray) -> BenchmarkPrimitives:
+        return find_primitives(attribution_PxF[: len(train)], ids, categories, seed)
+
+    tested = find(attribution_PxF)
+    seeds = {name: recurring(tested.primitives, find(seed_PxF).primitives) for name, seed_PxF in of_seeds.items()}
+    return dataclasses.replace(tested, seeds=seeds)
+
+
+def _associate(
+    folder: Path, items: BenchmarkItems, chosen: ChosenFeatures, table: EffectsTable, seed: int
+) -> BenchmarkAssociations | None:
+    """Return associations of features with categories and right answers; None where activity was not saved."""
+    if not (folder / FEATURES_ON_ITEMS).exists():
+        return None
+    read = ItemFeatures.load(folder / FEATURES_ON_ITEMS)
+    every, half = [*items.train, *items.test], len(items.train)
+    acts_PxF = question_activations(read, every)
+    prompts = table.select_prompts(items.name)  # ordered by id
+    place = {f"{items.name}/{item.id}": half + number for number, item in enumerate(items.test)}
+    test_Q = np.array([place[prompt.id] for prompt in prompts])
+    names = sorted({item.task for item in every})
+    labels = {name: np.array([item.task == name for item in every]) for name in names}
+    test_labels = {name: has_P[test_Q] for name, has_P in labels.items()}
+    right_Q = table.clean_values(prompts, "accuracy")
+    if np.isfinite(right_Q).all():
+        test_labels[RIGHT] = right_Q > 0
+    singles = table.select_edits(items.name, "single")
+    drop_KxQ = table.drops(singles, prompts, "answer_log_prob")
+    drops = {edit.features[0]: drop_Q for edit, drop_Q in zip(singles, drop_KxQ, strict=True)}
+    tested = [effect.feature for effect in chosen.top]
+    train_labels = {name: has_P[:half] for name, has_P in labels.items()}
+    return associate(acts_PxF[:half], train_labels, acts_PxF[test_Q], test_labels, tested, drops, seed)
+
+
+def question_activations(read: ItemFeatures, items: Sequence[Item]) -> np.ndarray:
+    """Return the activation of largest size of each feature on each item's question, [P, F].
+
+    The solution is left out: its signs, such as "+", give the category away.
+
+    Args:
+      read: features on the questions and solutions.
+      items: P, in the order in which they were read.
+    """
+    length_P = np.array([len(item.question) for item in items])
+    is_question_N = read.end_N <= length_P[read.text_N]
+    return item_activations(read.activity.f_NxF[is_question_N], read.text_N[is_question_N], len(items))
+
+
+def _save_activity(folder: Path, items: BenchmarkItems, ablation: BenchmarkAblation, seed: int) -> None:
+    """Write what ``saejax.matching.importance`` compares: features on all items, and those of a rotated dictionary."""
+    is_fast = getattr(items.lm.tokenizer, "is_fast", False)
+    if not is_fast or ablation.basis.config.d_in != items.lm.config.d_model:
+        return  # no character offsets, or no site of the stream: not compared with features of other models
+    texts, none_0xF = _item_texts([*items.train, *items.test]), np.zeros((0, ablation.basis.config.n_features))
+    placebo_RxF = np.array(ablation.placebo_attribution) if ablation.placebo_attribution else none_0xF
+    rotated = dataclasses.replace(ablation, basis=rotate(ablation.basis, [seed]))
+    for name, some, targets_RxF in ((FEATURES_ON_ITEMS, ablation, placebo_RxF), (ROTATED_ON_ITEMS, rotated, none_0xF)):
+        read_features(items.lm, some.basis, texts, some.attribution_F, targets_RxF).save(folder / name)
+
+
+def _falsify(
+    items: BenchmarkItems, dictionary: Dictionary, chosen: ChosenFeatures, config: StudyConfig
+) -> Falsification:
+    """Return what drives the top features: tokens from train items, the level on test items, both with solutions."""
+    train, test = (list(_item_texts(half).values()) for half in (items.train, items.test))
+    # Held-out text of the embedded corpus, whatever the dictionary was trained on: a benchmark is no ordinary text.
+    documents = corpora.held_out_documents(CorpusConfig())
+    places = np.unique(np.arange(config.falsify) * len(documents) // config.falsify)
+    return falsify(
+        items.lm,
+        dictionary,
+        [effect.feature for effect in chosen.top],
+        train,
+        [documents[place].text for place in places],
+        test_texts=test,
+        random_dictionary=bases.untrained(dictionary, round(chosen.activations.l0), config.seed),
+        seed=config.seed,
+    )
+
+
+def study_verdict_config(config: StudyConfig) -> VerdictConfig:
+    """Return the numbers of the rule."""
+    return verdict_config(ablate_config(config))
+
+
+def rule(config: StudyConfig) -> str:
+    """Return the rule of the verdict in words."""
+    return study_verdict_config(config).rule + (
+        " On a benchmark a prompt is an item, the effect is the drop of the log-likelihood of the reference answer, "
+        "summed over its tokens, and a placebo target is another item's reference of equal length."
+    )
+
+
+def split_items(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[list[Item], list[Item]]:
+    """Return the items that choose features and those that judge them, drawn by seed; the second half is not smaller.
+
+    The split is drawn among all items given; ``--study.items`` is the number of items that are read. Items of held-out
+    templates choose nothing.
+
+    Args:
+      items: items of the benchmark.
+      config: settings of the study.
+      name: the benchmark.
+
+    Raises:
+      UserError: there are fewer than 4.
+    """
+    items = items[: config.items]
+    if len(items) < 4:
+        raise UserError(f"{name} has {len(items)} items for --study: expected at least 4; raise --task.examples")
+    order = np.random.default_rng([config.seed, *name.encode()]).permutation(len(items))
+    half = len(items) // 2
+    train = [i for i in order if not items[i].held_out][:half]
+    return [items[i] for i in train], [items[i] for i in order if i not in train]
+
+
+def _score_answers(
+    run: Run, items: BenchmarkItems, dictionary: Dictionary, chosen: ChosenFeatures, table: EffectsTable, chance: float
+) -> tuple[list[EffectsTable], bool | None]:
+    """Score the items under every condition; the answers of each are kept on disk as soon as they are there.
+
+    Args:
+      run: the unit.
+      items: the items.
+      dictionary: the tested one.
+      chosen: the top features, and from what they are resampled.
+      table: measured log-likelihoods.
+      chance: the accuracy of guessing; 0 of generated answers.
+
+    Returns:
+      The rows of the effects table, and whether the unedited model is no better than chance; None where accuracy is not
+      measured. At chance, accuracies under edits are not measured.
+    """
+    name, config = run.name, run.configs[StudyConfig]
+    usual_way, conditions = way(name, run.configs[TaskConfig]), scored_conditions(table, name, config.scored_sets)
+    pools, length, tables = dict(chosen.pools), items.longest(), list[EffectsTable]()
+    (run.folder / ANSWERS).mkdir(exist_ok=True)
+
+    def check_stop() -> None:
+        if run.stopping():
+            raise Interrupted(f"{name}: stopped; conditions that were finished are kept")
+
+    def score(names: Sequence[str], scored: str, prefix: str = "") -> None:
+        """Score conditions, except those that an earlier run kept."""
+
+        def file(condition: str) -> Path:
+            return run.folder / ANSWERS / f"{prefix}{condition}.jsonl"
+
+        def make(condition: str) -> None:
+            edits = edits_of(dictionary, conditions[condition], pools, length, config.seed)
+            write_lines(file(condition), map(to_json, items.score(edits, scored, check_stop)))
+            run.say(f"{name}: {prefix}{condition}: scored")
+
+        run.each(names, file, make, last=False)
+        for condition in names:
+            rows: list[ScoredItem] = [
+                from_json(WAYS[scored], fields, file(condition)) for fields in read_lines(file(condition))
+            ]
+            tables.append(answer_table(table, name, conditions[condition], rows))
+
+    score(["resample"], "likelihood", "likelihood-")
+    if usual_way == "likelihood":
+        return tables, None
+    score(["clean"], usual_way)
+    accuracy = wilson(tables[-1].value_N[tables[-1].readout_N == _ACCURACY])
+    at_chance = accuracy.low <= chance if chance else accuracy.mean == 0
+    if at_chance:
+        run.say(f"{name}: the unedited model is at chance, so only log-likelihoods are compared")
+    else:
+        score([condition for condition in conditions if condition != "clean"], usual_way)
+    return tables, at_chance
+
+
+def summarize_scores(table: EffectsTable, name: str) -> tuple[AnswerScores, ...]:
+    """Return accuracy, format failures and cut-off answers without an edit, under T, and under random and placebo sets.
+
+    Args:
+      table: the effects table of a benchmark.
+      name: the benchmark.
+
+    Returns:
+      One entry per group of edits that was scored; of control sets the means over all sets. Their p-value is that of
+      the drop of accuracy under T among those under the sets.
+    """
+    prompts = table.select_prompts(name)
+    clean_P = table.clean_values(prompts, "accuracy")
+    if np.isnan(clean_P).any():
+        return ()
+    scores = []
+    tested_drop: float | None = None
+    for group in _GROUPS:
+        edits = table.select_whole_edits(name, group)
+        values = {
+            readout: table.values(edits, prompts, readout) for readout in ("accuracy", "strict", "formatted", "cut")
+        }
+        scored_E = np.isfinite(values["accuracy"]).all(axis=1)
+        if not scored_E.any():
+            continue
+        accuracy_SxP = values["accuracy"][scored_E]
+        drop_S = (clean_P - accuracy_SxP).mean(axis=1)
+        if group == "top":
+            tested_drop = float(drop_S[0])
+        is_control = group in ("random", "placebo")
+        shares = {key: float(value[scored_E].mean()) for key, value in values.items()}
+        written = np.isfinite(shares["strict"])
+        scores.append(
+            AnswerScores(
+                group=group,
+                sets=int(scored_E.sum()),
+                accuracy=shares["accuracy"],
+                drop=float(drop_S.mean()),
+                largest_drop=float(drop_S.max()),
+                p_value=rank_p(tested_drop, drop_S) if is_control and tested_drop is not None else None,
+                strict=shares["strict"] if written else None,
+                unformatted=1 - shares["formatted"] if written else None,
+                cut=shares["cut"] if written else None,
+            )
+        )
+    return tuple(scores)
+
+
+def _ranking(ablation: BenchmarkAblation, top: Sequence[FeatureEffect]) -> tuple[BenchmarkFeature, ...]:
+    """Return all features that fire on the test items, the largest attribution first."""
+    statistics, drops = ablation.statistics, {effect.feature: effect.drop for effect in top}
+    order_F = np.argsort(-ablation.attribution_F, kind="stable")
+    return tuple(
+        BenchmarkFeature(
+            feature=feature,
+            attribution=float(ablation.attribution_F[feature]),
+            drop=drops.get(feature),
+            **statistics.of(feature),
+        )
+        for feature in order_F.tolist()
+        if statistics.fires_F[feature]
+    )
+
+
+def _measure_activations(ablation: BenchmarkAblation) -> BenchmarkActivations:
+    """Return statistics of the site on the test items, and how well the dictionary reconstructs it."""
+    norms: list[np.ndarray] = []
+    references: References = ablation.test_references
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for read_NxD, value_NxD in references.values():
+            norms.append(np.linalg.norm(value_NxD.astype(np.float64), axis=1))
+            yield read_NxD, value_NxD
+
+    (scores,) = reconstruct([ablation.split.dictionary], blocks(), ablation.split.point.mesh)
+    norm_N = np.concatenate(norms)
+    return BenchmarkActivations(
+        tokens=scores.tokens,
+        median_norm=float(np.median(norm_N)),
+        largest_norm=float(norm_N.max()),
+        l0=scores.l0,
+        firing=1 - scores.dead_fraction,
+        explained_variance=scores.explained_variance,
+    )

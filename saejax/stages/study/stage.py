@@ -1,0 +1,60 @@
+"""The stage ``study``."""
+
+from saejax.config import Configs
+from saejax.dictionaries.hashes import hash_dictionaries
+from saejax.dictionaries.names import is_folder
+from saejax.errors import one_of
+from saejax.files import fingerprint
+from saejax.interventions.settings import BASES, StudyConfig
+from saejax.models.settings import ModelConfig
+from saejax.parallel.settings import MeshConfig
+from saejax.runner.stage import Stage, train_units
+from saejax.stages import identities
+from saejax.stages.study.report import sections
+from saejax.stages.study.results import StudyResults
+from saejax.stages.study.run import rule, run_study
+from saejax.tasks.settings import TaskConfig
+
+
+def _dictionaries(configs: Configs) -> tuple[str, ...]:
+    """Return the dictionaries that are tested, the main one first."""
+    study = configs[StudyConfig]
+    return tuple(dict.fromkeys((study.dictionary, *study.repeats)))
+
+
+def _bases(configs: Configs) -> str:
+    """Return the identity of dictionaries that are named by their folders."""
+    names = (*_dictionaries(configs), *configs[StudyConfig].baselines)
+    return fingerprint([hash_dictionaries(name) for name in names if is_folder(name)])
+
+
+def _benchmarks(configs: Configs) -> str:
+    """Return the identity of all benchmarks: features chosen on each are ablated on the others."""
+    return fingerprint([identities.benchmark(configs, name) for name in configs[StudyConfig].benchmarks])
+
+
+def _check(configs: Configs) -> None:
+    for name in configs[StudyConfig].baselines:
+        if not is_folder(name):
+            one_of(name, BASES, "basis (--study.baselines), and no folder of a dictionary:")
+
+
+STUDY = Stage(
+    name="study",
+    summary="ablates top features and control sets on benchmarks, if --study.benchmarks names any",
+    run=run_study,
+    results=StudyResults,
+    groups=(ModelConfig, TaskConfig, StudyConfig),
+    placement=(MeshConfig,),
+    reads=("train",),
+    follows=("ablate",),
+    needs=lambda configs, name: train_units(*_dictionaries(configs)),
+    names=lambda configs: configs[StudyConfig].benchmarks,
+    identity=dict(model=identities.model, bases=_bases, benchmarks=_benchmarks),
+    unit_identity=dict(benchmark=identities.benchmark),
+    check=_check,
+    rule=rule,
+    revision=5,  # few items are not testable; bases of dictionaries that normalise tokens; number bases
+    processes="items",
+    section=sections,
+)

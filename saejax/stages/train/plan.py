@@ -1,0 +1,219 @@
+"""The dictionaries that the stage ``train`` will train, and its programs with shapes in place of arrays."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from saejax.activations.batches import sites_of
+from saejax.activations.device_buffers import BY_DOCUMENT, buffer_shapes, buffer_writer
+from saejax.activations.joined import single_sites
+from saejax.activations.settings import CaptureConfig
+from saejax.costs.plan import WIDTH, PlannedRun, PlannedStack
+from saejax.costs.programs import Program, abstract_params, whole
+from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.dictionaries.modules import parameter_table
+from saejax.errors import UserError
+from saejax.flops import pass_flops, step_flops, weights_share
+from saejax.models.config import DecoderConfig
+from saejax.models.sites import Site, decoder_site, is_joined
+from saejax.stages.capture.plan import batch_shape, recorded_rows
+from saejax.stages.train.pretrained import Pretrained, find_pretrained
+from saejax.training.checkpoints import KEPT
+from saejax.training.members import Member, choose_sites, make_members
+from saejax.training.scales import SiteScale
+from saejax.training.settings import TrainConfig
+from saejax.training.stack import TrainStack, batch_parts, check_divides, stack_shape
+from saejax.training.state import abstract_state
+from saejax.training.step import compile_step
+
+_STEPS = 1000  # length of the run, of which only the schedules know
+
+
+def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderConfig) -> dict[str, PlannedStack]:
+    """Return the dictionaries that will be trained on a model, by kind.
+
+    Args:
+      train: the settings.
+      captured: the sites that will be in the store.
+      model: the model.
+
+    Raises:
+      UserError: a site does not exist in this model, or is read and not captured, or has another width than a
+        dictionary that is there already; k is above the features.
+    """
+    # "all" is resolved against the sites that the run will capture: there is no store yet.
+    sites = captured if train.sites == ("all",) else single_sites(train.sites)
+
+    def widths(flag: str, stack: Sequence[Member | Pretrained]) -> dict[str, int]:
+        """Return the widths of the sites that members read and predict, all of which are captured."""
+        needed = single_sites(site for member in stack for site in (member.site, member.target))
+        width_of_site = {site: decoder_site(site).check(model).width(model) for site in needed}
+        missing = [site for site in needed if site not in captured]
+        if missing and train.source == "store":
+            raise UserError(f"{flag} needs {', '.join(missing)}, which --capture.sites={','.join(captured)} leaves out")
+        return width_of_site
+
+    planned = {}
+    for kind in train.kinds:
+        if kind == PRETRAINED:
+            pretrained = find_pretrained(train.pretrained)
+            planned[kind] = PlannedStack(
+                _largest(pretrained, widths("--train.pretrained", pretrained)), tuple(pretrained)
+            )
+        else:
+            planned[kind] = _plan_members(train, kind, choose_sites(train, sites), widths)
+    return planned
+
+
+def _plan_members(
+    train: TrainConfig, kind: str, sites: Sequence[str], widths: Callable[[str, Sequence[Member]], Mapping[str, int]]
+) -> PlannedStack:
+    """Return all members, those of the widest of several expansions last, with its shape."""
+    members = []
+    # The widest one is last, because memory is planned for it.
+    for config in sorted(train.each_expansion(), key=lambda config: config.expansion):
+        of_expansion = make_members(config, kind, sites)
+        shape = stack_shape(config, kind, of_expansion, widths("--train.sites", of_expansion))
+        members += of_expansion
+    return PlannedStack(shape, tuple(members))
+
+
+def _largest(pretrained: Sequence[Pretrained], widths: Mapping[str, int]) -> DictionaryConfig:
+    for dictionary in pretrained:
+        if not is_joined(dictionary.site) and dictionary.config.d_in != widths[dictionary.site]:
+            raise UserError(
+                f"{dictionary.place} reads {dictionary.config.d_in} dimensions, but {dictionary.site} has "
+                f"{widths[dictionary.site]}"
+            )
+    return max((dictionary.config for dictionary in pretrained), key=lambda config: config.d_in * config.n_features)
+
+
+def checkpoint_bytes(plan: PlannedRun) -> int:
+    """Return the bytes of dictionaries and of the checkpoints that are kept: parameters and Adam's two means each."""
+    train, total = plan.configs[TrainConfig], 0
+    for kind, stack in plan.stacks.items():
+        means = 2 * WIDTH["float32"] if train.mu_dtype == "float32" else WIDTH["float32"] + WIDTH["bfloat16"]
+        kept = 0 if kind == PRETRAINED else KEPT
+        total += sum(_parameters(train, kind, stack)) * (WIDTH["float32"] + kept * (WIDTH[train.state_dtype] + means))
+    return total
+
+
+def host_bytes(plan: PlannedRun) -> int:
+    """Return the bytes of host memory that training takes: its buffer of shuffled rows, and a copy of the state.
+
+    The copy is what a checkpoint is written from while training goes on.
+    """
+    train = plan.configs[TrainConfig]
+    rows = min(train.buffer_rows, recorded_rows(plan) or train.buffer_rows)
+    trained = [max(_parameters(train, kind, stack)) for kind, stack in plan.stacks.items() if kind != PRETRAINED]
+    # Of several processes each copies what its own devices hold.
+    parts = plan.mesh.shape["member"] * plan.mesh.shape["model"]
+    share = min(plan.own_devices, parts) / parts if plan.own_devices else 1.0
+    return rows * _row_bytes(plan) + round(share * 3 * WIDTH[train.state_dtype] * max(trained, default=0))
+
+
+def _parameters(train: TrainConfig, kind: str, stack: PlannedStack) -> list[int]:
+    """Return the number of parameters that are trained together, of each of several expansions."""
+    d_in, features, table = stack.dictionary.d_in, stack.dictionary.n_features, parameter_table(stack.dictionary)
+    # The stack has the members of all expansions, and the shape of the widest.
+    widths = [features] if kind == PRETRAINED else [config.features_of(d_in) for config in train.each_expansion()]
+    of_features = sum(prod(shape) for shape, axes in table.values() if "model" in axes) // features
+    others = sum(prod(shape) for shape, axes in table.values() if "model" not in axes)
+    count = len(stack.members) // len(widths)
+    share = 1.0 if kind == PRETRAINED else weights_share(train.form, count)
+    return [round(share * count * (of_features * width + others)) for width in widths]
+
+
+def resident_bytes(plan: PlannedRun) -> int:
+    """Return the bytes of a store on each device if all of its rows are resident there."""
+    return -(-recorded_rows(plan) * _row_bytes(plan) // plan.mesh.shape["data"])
+
+
+def _row_bytes(plan: PlannedRun) -> int:
+    sites = single_sites(site for stack in plan.stacks.values() for m in stack.members for site in (m.site, m.target))
+    width = sum(decoder_site(site).width(plan.model) for site in sites)
+    return width * WIDTH[plan.configs[CaptureConfig].store_dtype]
+
+
+def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
+    """Return the step of every stack and, where the JAX decoder makes activations as needed, how a buffer is filled.
+
+    There the model, the buffer and the training state are on the devices all the time.
+
+    Raises:
+      UserError: the mesh does not divide the batch, the features or the members.
+    """
+    filled = plan.configs[TrainConfig].source == "model" and plan.configs[CaptureConfig].backend == "jax"
+    programs: list[Program] = []
+    for stack in (stack for kind, stack in plan.stacks.items() if kind != PRETRAINED):
+        step = _step(plan, stack, mesh)
+        if filled and not any(is_joined(site) for member in stack.members for site in (member.site, member.target)):
+            fill = _fill(plan, stack, mesh)
+            params, parts, norms, *_ = fill.arguments
+            state, hyper, _ = step.arguments
+            programs.append(dataclasses.replace(fill, kept=(state, hyper)))
+            step = dataclasses.replace(step, kept=(params, parts, norms))
+        programs.append(step)
+    return programs
+
+
+def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
+    """Return the program that fills a buffer; its first arguments are the model's parameters, the buffer and norms."""
+    parts, dtype = batch_parts(stack.members), plan.configs[CaptureConfig].store_dtype
+    rows = min(plan.configs[TrainConfig].buffer_rows, recorded_rows(plan) or plan.configs[TrainConfig].buffer_rows)
+    (count, length), layers = batch_shape(plan), 1 + max(Site.parse(site).layer for site in sites_of(parts))
+    count += -count % (mesh.shape["member"] * mesh.shape["data"])
+
+    def by_document(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, PartitionSpec(BY_DOCUMENT)))
+
+    return Program(
+        f"train: {stack.dictionary.kind} buffer",
+        f"{rows:,} tokens, by {count} x {length} to layer {layers - 1}",
+        buffer_writer(plan.model, mesh, parts, rows, dtype),
+        (
+            abstract_params(plan.model, mesh, plan.capture_dtype, layers),
+            *buffer_shapes(plan.model, mesh, parts, rows, dtype),
+            *(by_document(count, length), by_document(count), whole(mesh, (count, length), np.int32)),
+        ),
+        (),
+        pass_flops(plan.model, count * length, length, layers),
+        _steps(plan) * plan.configs[TrainConfig].batch / (count * length),
+    )
+
+
+def _steps(plan: PlannedRun) -> float:
+    """Estimate the number of steps."""
+    train = plan.configs[TrainConfig]
+    steps = train.epochs * recorded_rows(plan) / train.batch
+    return min(steps, train.max_steps or steps)
+
+
+def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
+    """Return the training step; its arguments are the state, the members' settings, and a batch."""
+    each, dictionary = plan.configs[TrainConfig].each_expansion(), stack.dictionary
+    config = max(each, key=lambda config: config.expansion)
+    members = stack.members[-(len(stack.members) // len(each)) :]
+    d_in = dictionary.d_in
+    check_divides(config, dictionary.n_features, len(members), mesh.shape)
+    # A whitening matrix changes the program by its presence, not by its values.
+    metric_DxD = np.eye(d_in, dtype=np.float32) if config.whiten_error else None
+    scale = SiteScale(1.0, 1.0, np.zeros(d_in, np.float32), metric_DxD=metric_DxD)
+    trained = TrainStack(config, dictionary, members, [scale] * len(members), _STEPS, mesh)
+    shape = (len(trained.sites), config.batch, d_in)
+    batch = jax.ShapeDtypeStruct(shape, plan.configs[CaptureConfig].store_dtype, sharding=trained.batch_sharding)
+    many = f"{len(members)} members, " if len(members) > 1 else ""
+    return Program(
+        f"train: {dictionary.kind} step",
+        f"{many}{config.batch} tokens, {d_in} -> {dictionary.n_features:,}",
+        compile_step(trained),
+        (abstract_state(trained), trained.abstract_hyperparams(), (batch,) if config.form == "sae" else (batch, batch)),
+        (),
+        weights_share(config.form, len(members)) * len(members) * step_flops(config.batch, d_in, dictionary.n_features),
+        _steps(plan) * sum(expanded.expansion for expanded in each) / max(expanded.expansion for expanded in each),
+    )

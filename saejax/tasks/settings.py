@@ -1,0 +1,118 @@
+"""Settings of behaviours, benchmarks and the text."""
+
+import dataclasses
+
+from saejax.config import Config, setting
+
+DEMO_BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
+PUBLISHED_BEHAVIOURS = ("two_hop", "antonym", "antonym_french", "antonym_spanish", "rhyme", "acronym", "sport")
+BEHAVIOURS = DEMO_BEHAVIOURS + PUBLISHED_BEHAVIOURS
+BENCHMARKS = ("gsm8k", "math", "logic", "logiqa", "commonsense", "word_problems")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig(Config):
+    """The behaviours to explain, and the benchmarks to score the model on."""
+
+    behaviours: tuple[str, ...] = setting(DEMO_BEHAVIOURS, "behaviours to test", choices=BEHAVIOURS, only=("",))
+    prompts: str = setting(
+        "",
+        "a .jsonl or .jsonl.gz file with your own behaviours, tested together with --task.behaviours (which may be "
+        "empty): a line for each prompt with 'behaviour', 'text', 'correct' and 'wrong' (the answers, as they "
+        "continue the text), and optionally 'counterpart' (a text for which the wrong answer is right), 'split' "
+        "(train or test) and 'template' (a name shared by prompts with the same words around their content)",
+        changes_results=False,  # what is in it counts, not its place
+        only=("",),
+    )
+    train_prompts: int = setting(80, "prompts per behaviour that select features", low=2, only=("",))
+    test_prompts: int = setting(
+        100, "prompts per behaviour on which the selected features are tested", low=2, only=("",)
+    )
+    seed: int = setting(42, "seed of the choice of prompts, of benchmark examples and of the bootstrap", low=0)
+    gate: float = setting(
+        0.05,
+        "level of the filter of behaviours, an exact binomial test that the model is right on more than half of the "
+        "train prompts; a behaviour that fails it is left out of the causal tests; 1: none is left out",
+        low=0.0,
+        high=1.0,
+        only=("",),
+    )
+    benchmarks: tuple[str, ...] = setting(
+        (),
+        "benchmarks to score the model on: gsm8k, math, logic (six tasks of BIG-Bench Hard), logiqa, commonsense "
+        "(CommonsenseQA, or files laid out like it), word_problems (made from templates, for small models)",
+        choices=BENCHMARKS,
+        changes_results=False,
+    )
+    path: str = setting(
+        "",
+        "where benchmark items are: a .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet, .arrow or .txt file, a folder "
+        "laid out as it is published (of several benchmarks: with a file or folder named after each), or the hub id of "
+        "a data set; empty: the benchmark's own hub id",
+        changes_results=False,  # what is found there counts, not its place
+    )
+    revision: str = setting("main", "revision (branch, tag or commit) of a benchmark on the hub", changes_results=False)
+    examples: int = setting(
+        0, "examples per benchmark, chosen by seed; 0: 500 of gsm8k, 100 of math, 200 of others", low=0, only=BENCHMARKS
+    )
+    shots: int = setting(
+        -1,
+        "worked examples, made for this project, before each benchmark question; -1: as is usual, 5 for gsm8k, 4 for "
+        "math, 3 for others",
+        low=-1,
+        only=BENCHMARKS,
+    )
+    chat_template: bool = setting(
+        False,
+        "put benchmark prompts into the tokenizer's chat template, with an instruction and without thinking",
+        only=BENCHMARKS,
+    )
+    score: str = setting(
+        "auto",
+        "how benchmarks are scored: 'generate' (exact match of the generated answer), 'choice' (the likeliest of the "
+        "given answers), 'likelihood' (log-likelihood per token of the reference, for weak models); 'auto': generate "
+        "for gsm8k and math, choice for others",
+        choices=("auto", "generate", "choice", "likelihood"),
+        only=BENCHMARKS,
+    )
+    max_new_tokens: int = setting(
+        0, "maximum number of tokens of a generated answer; 0: 256 for gsm8k, 1,024 for math", low=0, only=BENCHMARKS
+    )
+    batch: int = setting(16, "number of benchmark answers generated together", low=1, changes_results=False)
+
+    @property
+    def has_behaviours(self) -> bool:
+        """True if there are behaviours to test."""
+        return bool(self.behaviours or self.prompts)
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig(Config):
+    """The text on which dictionaries are trained."""
+
+    path: str = setting(
+        "",
+        "text, from one place or several separated by commas: a .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow file "
+        "(a field 'text', perhaps 'group'), a .txt file, a pattern such as 'text/*.jsonl.gz', a data set of the hub as "
+        "hf://ORG/NAME[/CONFIGURATION][@REVISION][:SPLIT], or a benchmark (gsm8k, math, ...: questions with their "
+        "solutions, none of those that are asked); empty: the embedded corpus",
+        changes_results=False,  # its content counts, not its place
+    )
+    field: str = setting("text", "name of the field that holds the text of a row")
+    weights: tuple[float, ...] = setting(
+        (),
+        "shares of --corpus.max_tokens, one for each source of --corpus.path; empty: as much of each as there is",
+        low=0.0,
+    )
+    max_tokens: int = setting(0, "number of tokens to use, of documents in seeded random order; 0: all", low=0)
+    stream: bool = setting(
+        False,
+        "for text of many gigabytes: tokenize it once to disk (the stage tokenize) without loading it into memory; "
+        "documents are held out by a hash of their group or text, and max_tokens counts from the beginning",
+    )
+    held_out: float = setting(0.1, "share of the documents' groups that is held out from training", low=0.01, high=0.5)
+    context: int = setting(256, "maximum number of tokens per document; longer documents are split", low=2)
+    seed: int = setting(789, "seed of the held-out split and of the order of documents", low=0)
+
+
+PROBE_LABELS = ("behaviour", "answer", "parity", "correct", "number")

@@ -1,0 +1,204 @@
+"""Dictionaries: trained on activations, scored on texts, written for other tools."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.activations.in_memory import Activations, capture
+from saejax.activations.joined import single_sites
+from saejax.activations.store import INDEX, Store, shard_file
+from saejax.config import Configs
+from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders
+from saejax.dictionaries.hashes import hash_dictionaries
+from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.errors import UserError, one_of
+from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
+from saejax.evaluation.reconstruction import Reconstruction, reconstruct
+from saejax.files import fingerprint, read_object, write_json
+from saejax.interventions.in_memory import warn_of_bos
+from saejax.models.language_model import LanguageModel
+from saejax.parallel.settings import MeshConfig
+from saejax.runner.workspace import Run
+from saejax.settings_from_keywords import make_config
+from saejax.stages.train.run import run_train
+from saejax.training.members import Member, choose_sites, make_members
+from saejax.training.settings import TrainConfig
+
+# Settings of the stage that say what else is trained, and what to do here.
+_NOT_HERE = dict(
+    kinds="give kind=",
+    sites="give site=",
+    pretrained="use saejax.load_dictionary",
+    source="it trains on the activations that it is given",
+)
+
+
+def train(
+    acts: Activations | Store | str | Path,
+    site: str = "",
+    kind: str = "topk",
+    *,
+    folder: str | Path | None = None,
+    mesh: MeshConfig | None = None,
+    on_progress: Callable[[str], None] = print,
+    **settings: Any,
+) -> Dictionary:
+    """Train a dictionary as the stage ``train`` does.
+
+    Args:
+      acts: result of ``capture``; or a store, or its folder.
+      site: the site that it reads; may be left out where ``acts`` has one site. A transcoder (form="transcoder") reads
+        "mlp_in.L" and predicts "mlp_out.L"; both must be in ``acts``.
+      kind: one of ``saejax.dictionaries.kinds.settings.kind_names()``.
+      folder: folder of checkpoints, metrics and the dictionary, from which an interrupted run resumes. None:
+        nothing is kept.
+      mesh: arrangement of the devices; None: all devices share the tokens.
+      on_progress: takes lines that say how far it is.
+      **settings: other fields of ``saejax.training.settings.TrainConfig``, such as k=32, expansion=8, learning_rate=1e-3.
+
+    Raises:
+      UserError: a setting is unknown, out of range or a list of several values, the site is not there, the folder
+        holds training on something else, or training diverges.
+    """
+    settings |= dict(pretrained=kind) if kind == PRETRAINED else {}
+    for name in _NOT_HERE.keys() & settings.keys():
+        if settings[name] != "store":  # the one source that there is here
+            raise UserError(f"saejax.train takes no {name}: {_NOT_HERE[name]}")
+    with tempfile.TemporaryDirectory(prefix="saejax-train-") as temporary:
+        if isinstance(acts, Activations):
+            store = acts.save(Path(temporary) / "capture")
+        else:
+            store = acts if isinstance(acts, Store) else Store.open(acts)
+        chosen = site or next(iter(store.sites))
+        if not site and len(store.sites) > 1 and settings.get("form", "sae") == "sae":
+            raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
+        # The stage itself does the work, so that results of both are the same bits.
+        config = make_config(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
+        sites = choose_sites(config, list(store.sites))
+        stack = [member for expanded in config.each_expansion() for member in make_members(expanded, kind, sites)]
+        if len(stack) > 1:
+            raise UserError(
+                f"these settings make {len(stack)} dictionaries ({', '.join(member.name for member in stack)}), "
+                "and this trains one: call it for each, or train them as a stack with experiments.train"
+            )
+        target = Path(folder or Path(temporary) / "train")
+        target.mkdir(parents=True, exist_ok=True)
+        _check_or_record_inputs(target, store, stack[0], config.init_from)
+        configs = Configs(config, mesh or MeshConfig())
+        run_train(Run("train", kind, target, configs, {"capture": store.folder}, on_progress, lambda: False))
+        return load_dictionary(target / stack[0].name)
+
+
+def _check_or_record_inputs(folder: Path, store: Store, member: Member, init_from: str) -> None:
+    """Check that a folder's training is on these activations and from this dictionary; record both if it is new.
+
+    Its checkpoints tell with which settings they were made. A stage's folder has a hash of these inputs in its name.
+
+    Raises:
+      UserError: it is of others, whose dictionary would be returned.
+    """
+    shards = [store.folder / shard_file(INDEX, "record", shard) for shard in range(store.manifest.shards)]
+    tokens = fingerprint([read_object(path, "checksums")["checksums"] for path in shards])
+    means = {site: store.mean(site).tolist() for site in single_sites((member.site, member.target))}
+    inputs = dict(tokens=tokens, means=means, init_from=hash_dictionaries(init_from) if init_from else "")
+    path = folder / "inputs.json"
+    recorded: dict[str, Any] = read_object(path, *inputs) if path.exists() else inputs
+    # Captured again, the same activations may differ by rounding.
+    are_near = recorded["means"].keys() == means.keys() and all(
+        np.linalg.norm(np.subtract(mean_D, recorded["means"][site])) <= 0.01 * np.linalg.norm(mean_D)
+        for site, mean_D in means.items()
+    )
+    different = [] if are_near and recorded["tokens"] == tokens else ["activations"]
+    different += ["init_from"] if recorded["init_from"] != inputs["init_from"] else []
+    if different:
+        raise UserError(
+            f"{folder} holds training with other {' and '.join(different)}: name another folder, or delete it to "
+            "train anew"
+        )
+    write_json(path, recorded)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Scores of a dictionary on some texts."""
+
+    reconstruction: Reconstruction  #: explained variance, L0 and each feature's firing
+    losses: Losses  #: cross-entropy and KL divergence with the dictionary's output in place of the site
+
+    @property
+    def explained_variance(self) -> float:
+        """1 - sum |y - y_hat|^2 / sum |y - mean|^2."""
+        return self.reconstruction.explained_variance
+
+    @property
+    def l0(self) -> float:
+        """Mean number of features that fire on a token."""
+        return self.reconstruction.l0
+
+    @property
+    def ce_recovered(self) -> float | None:
+        """Share of cross-entropy recovered against the site's mean; None where that floor does no harm."""
+        return recovered(self.losses.ce, "mean_ablated")
+
+
+def evaluate(
+    lm: LanguageModel, dictionary: Dictionary, texts: Sequence[str], *, mean_D: np.ndarray | None = None
+) -> Evaluation:
+    """Score a dictionary as the stage ``evaluate`` does, on texts that it was not trained on.
+
+    Args:
+      lm: the model that it was trained on.
+      dictionary: an SAE or a transcoder.
+      texts: each at most as long as the model's context.
+      mean_D: mean of the target over training tokens, the floor of ``ce_recovered``. None: its mean over these texts.
+
+    Raises:
+      UserError: the dictionary, or the mean, has another width than the model's site.
+    """
+    warn_of_bos(lm, dictionary)
+    site, target = dictionary.site, dictionary.config.target or dictionary.site
+    acts = capture(lm, texts, list(dict.fromkeys((site, target))))
+    d = acts.values[target].shape[1]
+    for what, width in {
+        "the dictionary": dictionary.config.d_in,
+        "mean_D": d if mean_D is None else len(mean_D),
+    }.items():
+        if width != d:
+            raise UserError(
+                f"{what} has the width {width}, but {target} of {lm.source.name} has {d}: give one of this model"
+            )
+    # The model's rule, whoever trained the dictionary: as in the stage.
+    dictionary = dictionary.with_sink_norms(lm.sink_norm, replace=True)
+    limits = {site: dictionary.config.max_norm} | (
+        {target: dictionary.config.target_max_norm} if target != site else {}
+    )
+    inside_N = np.all([np.linalg.norm(acts.values[name], axis=1) <= limit for name, limit in limits.items()], axis=0)
+    parts = [value_NxD[inside_N] for value_NxD in acts.values.values()]
+    mean_D = parts[-1].astype(np.float64).mean(axis=0) if mean_D is None else mean_D
+    (score,) = reconstruct([dictionary], [parts], lm.mesh)
+    (losses,) = stand_in_losses(lm, [dictionary], acts.texts, mean_D)
+    return Evaluation(score, losses)
+
+
+def export(folder: str | Path, dictionaries: Dictionary | Sequence[Dictionary], format: str = "saelens") -> None:
+    """Write a dictionary, or transcoders of all layers, for another tool.
+
+    Args:
+      folder: where to; made if missing.
+      dictionaries: one; for "circuit_tracer" a transcoder of every layer from 0.
+      format: "saelens", "circuit_tracer", or "saejax", our own.
+
+    Raises:
+      UserError: the folder holds such files already, or the format has nothing like these.
+    """
+    if format == "circuit_tracer":
+        save_transcoders(folder, [dictionaries] if isinstance(dictionaries, Dictionary) else dictionaries)
+    elif isinstance(dictionaries, Dictionary):
+        save_dictionary(folder, dictionaries, format)
+    else:
+        one_of(format, ("saejax", "saelens"), "format of a dictionary")
+        raise UserError(f"the format {format} has one dictionary in a folder: export them one by one")

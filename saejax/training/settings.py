@@ -1,0 +1,263 @@
+"""Settings of training."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from saejax.config import Config, nested, setting
+from saejax.dictionaries.kinds.settings import KIND_SETTINGS, PRETRAINED, read_by_kind, settings_of_kinds, unit_names
+from saejax.errors import UserError
+from saejax.models.site_ranges import expand_ranges
+
+MOST_TOKENS = 2**31 - 1  # that a feature's silence is counted in
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(Config):
+    """The dictionaries and how they are trained. Lists of values make a stack with a member for every combination.
+
+    A setting of one kind alone has the kind's name, such as ``--train.jumprelu.bandwidth``.
+    """
+
+    kinds: tuple[str, ...] = setting(
+        ("topk", "standard"),
+        f"kinds to train, one after the other; {PRETRAINED}: the dictionaries of --train.pretrained, which all stages "
+        "take as if they had been trained here",
+        choices=unit_names,
+        changes_results=False,
+    )
+    pretrained: tuple[str, ...] = setting(
+        (),
+        f"published or earlier dictionaries for --train.kinds={PRETRAINED}, in any format that saejax reads: folders "
+        "or hub addresses hf://ORG/NAME/FOLDER@REVISION, each with dictionaries of one layer or more",
+        only=lambda unit: unit == PRETRAINED,
+        changes_results=False,  # what is found there counts, not its place
+    )
+    sites: tuple[str, ...] = setting(
+        ("resid_post.15",),
+        "captured sites to train on, each its own member, or layers of one kind such as mlp_in.0-29; 'all': every "
+        "captured site of one kind",
+    )
+    form: str = setting(
+        "sae",
+        "sae rebuilds its site; transcoder reads mlp_in.L and predicts mlp_out.L; skip_transcoder adds a linear path; "
+        "cross_layer_transcoder is one dictionary of all layers, whose features write to their own MLP's output and to "
+        "all later ones",
+        choices=("sae", "transcoder", "skip_transcoder", "cross_layer_transcoder"),
+    )
+    expansion: int = setting(8, "features per dimension of the site", low=1)
+    expansions: tuple[int, ...] = setting(
+        (),
+        "several values in place of --train.expansion, such as 4,8,16: a stack is trained for each, one after the "
+        "other",
+        low=1,
+    )
+    features: int = setting(0, "number of features, such as 16384; 0: --train.expansion times the site's width", low=0)
+    k: tuple[int, ...] = setting(
+        (32,), "active features per token (or a list)", low=1, swept=True, only=read_by_kind("k")
+    )
+    l1: tuple[float, ...] = setting(
+        (2.0,),
+        "L1 coefficient on decoder-norm-weighted activations, inputs scaled to mean norm sqrt(d) (or a list)",
+        low=0.0,
+        swept=True,
+        only=read_by_kind("l1"),
+    )
+    l1_by_depth: tuple[float, ...] = setting(
+        (),
+        "L1 coefficients of early, middle and late layers (thirds of the sites' layers); replaces l1",
+        low=0.0,
+        only=read_by_kind("l1"),
+    )
+    by_kind: Mapping[str, Config] = nested(settings_of_kinds)
+    auxk: float = setting(
+        0.0,
+        "coefficient of the AuxK loss, in which dead features reconstruct the remaining error (Gao et al., 2024); 0: "
+        "off",
+        low=0.0,
+    )
+    auxk_features: int = setting(
+        0, "number of dead features per token in the AuxK loss; 0: half the site's width", low=0
+    )
+    whiten_error: float = setting(
+        0.0,
+        "exponent w of error whitening: errors are multiplied by covariance^(-w/2) before they are squared; 0: off, "
+        "1: directions of small variance count as much as large ones. 0.5 helps where a few directions dominate",
+        low=0.0,
+        high=1.0,
+    )
+    resample_every: int = setting(
+        0,
+        "steps between resamplings, in which dead features start again at tokens of high loss (Bricken et al., "
+        "2023), until the learning rate falls; 0: never",
+        low=0,
+    )
+    resample_from: str = setting(
+        "inputs",
+        "new direction of a resampled feature: the token's activation (inputs, as in Bricken et al.), or its "
+        "reconstruction error (errors)",
+        choices=("inputs", "errors"),
+    )
+    dead_tokens: int = setting(
+        100_000, "number of tokens without firing after which a feature counts as dead", low=1, high=MOST_TOKENS
+    )
+    decorrelation: float = setting(
+        0.0,
+        "coefficient of the decorrelation loss, the mean squared covariance of pairs of features on 512 tokens of "
+        "each batch; 0: off",
+        low=0.0,
+    )
+    alignment: float = setting(
+        0.0,
+        "coefficient of the alignment loss of SAEs, the sum over features of 1 - the cosine of encoder column and "
+        "decoder row; 0: off",
+        low=0.0,
+    )
+    decoder_norm: str = setting(
+        "unit",
+        "keep decoder rows at length 1 (unit), or let them grow under the norm-weighted penalty (free)",
+        choices=("unit", "free"),
+    )
+    freeze: str = setting(
+        "none",
+        "keep the decoder or encoder at its random initial weights, as a control",
+        choices=("none", "decoder", "encoder"),
+    )
+    learning_rate: tuple[float, ...] = setting((1e-3,), "peak learning rate of Adam (or a list)", low=0.0, swept=True)
+    b1: float = setting(0.9, "decay of Adam's mean of gradients", low=0.0, high=0.999999)
+    b2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0.0, high=0.999999)
+    eps: float = setting(1e-8, "epsilon of Adam, added to the root of its mean of squared gradients", low=0.0)
+    mu_dtype: str = setting(
+        "float32",
+        "dtype of Adam's mean of gradients; bfloat16 saves 2 bytes per parameter. The mean of squared gradients "
+        "stays in float32, because bfloat16 would round its small steps away",
+        choices=("float32", "bfloat16"),
+    )
+    zero_optimizer: bool = setting(
+        False,
+        "split both of Adam's means over --mesh.data as well (ZeRO, Rajbhandari et al., 2020): each device updates "
+        "its part of the parameters and receives the others; results are the same within rounding",
+        changes_results=False,
+    )
+    members_at_once: int = setting(
+        0,
+        "maximum number of a stack's members that a device computes at the same time; the others wait and take only "
+        "the memory of their state. 0: one on a CPU, elsewhere as many as have 64 million activations (tokens times "
+        "features) together; results are the same within rounding",
+        low=0,
+        changes_results=False,
+    )
+    clip: float = setting(
+        1.0,
+        "maximum global norm of a member's gradient; 0: no clipping. The loss is a sum over dimensions, so at the "
+        "default nearly every step is clipped and Adam sees gradients of one length, which trains better "
+        "dictionaries than clipping outliers only",
+        low=0.0,
+    )
+    warmup: float = setting(
+        0.05, "share of the steps over which learning rate and penalty rise from 0", low=0.0, high=1.0
+    )
+    penalty_warmup: float = setting(
+        0.0,
+        "share of the steps over which the penalty rises from 0; 0: as long as --train.warmup. Published cross-layer "
+        "transcoders use 1",
+        low=0.0,
+        high=1.0,
+    )
+    decay: float = setting(
+        0.2, "share of the steps, at the end, over which the learning rate falls linearly to 0", low=0.0, high=1.0
+    )
+    accumulate: int = setting(
+        1, "number of steps whose gradients are averaged into one update, like a batch that many times as large", low=1
+    )
+    weight_decay: float = setting(
+        0.0,
+        "decay of the encoder's weights per step, times the learning rate; on little text about 1 helps",
+        low=0.0,
+    )
+    batch: int = setting(1024, "tokens per step, over all devices", low=1)
+    epochs: int = setting(6, "passes over the training tokens", low=1)
+    seed: tuple[int, ...] = setting(
+        (123,),
+        "seed of initialisation (or a list); the first is also that of the order of tokens",
+        low=0,
+        high=2**31 - 1,
+        swept=True,
+    )
+    matmul: str = setting(
+        "float32",
+        "operand dtype of matrix products, float32 to full precision on every device; sums are in float32. On GPUs and "
+        "TPUs bfloat16 is several times as fast",
+        choices=("float32", "bfloat16"),
+    )
+    state_dtype: str = setting(
+        "float32", "dtype of parameters and optimizer state; float64 is for checks", choices=("float32", "float64")
+    )
+    source: str = setting(
+        "store",
+        "source of activations: a captured store, or the model itself (model), which reads the corpus's training "
+        "text while the dictionaries train and stores nothing on disk",
+        choices=("store", "model"),
+    )
+    buffer_rows: int = setting(
+        262_144,
+        "number of tokens that are shuffled together: of a store, as many whole shards as hold them; with "
+        "--train.source=model, the tokens that the model reads at a time",
+        low=1,
+    )
+    input: str = setting(
+        "auto",
+        "place of a store's activations during training: all on the devices (resident), read from disk when needed "
+        "(streamed), or resident if they take at most 40 % of the free memory of a GPU or TPU (auto)",
+        choices=("auto", "resident", "streamed"),
+        changes_results=False,
+    )
+    init_from: str = setting(
+        "",
+        "dictionary to start from, in any format that saejax reads: a folder or hf://ORG/NAME/FOLDER@REVISION; for a "
+        "stack also a train unit with members of the same names, or a circuit-tracer set. If it has fewer features, "
+        "--train.widen says how the others start; empty: random dictionaries",
+        changes_results=False,  # what is found there counts, not its place
+    )
+    widen: str = setting(
+        "random",
+        "start of the features that the dictionary of --train.init_from lacks: random directions (random), "
+        "directions of its reconstruction errors on 65,536 tokens (errors), or the latter also in place of features "
+        "that fire on none of these tokens (replace)",
+        choices=("random", "errors", "replace"),
+    )
+    checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)
+    log_every: int = setting(20, "steps between recorded metrics", low=1, changes_results=False)
+    wandb: str = setting(
+        "",
+        "project, or entity/project, of Weights & Biases that also gets the metrics (needs saejax[wandb]); empty: none",
+        changes_results=False,
+    )
+    max_steps: int = setting(0, "stop after this many steps; 0: all epochs", low=0)
+
+    def __post_init__(self):
+        object.__setattr__(self, "sites", expand_ranges(self.sites))
+        super().__post_init__()
+        for name, values in (("kinds", self.kinds), ("expansions", self.expansions)):
+            if len(set(values)) < len(values):
+                raise UserError(f"{name}={','.join(map(str, values))}: name each one once")
+        if self.expansions and (self.features or self.form == "cross_layer_transcoder"):
+            excluded = f"features={self.features}" if self.features else f"form={self.form}"
+            raise UserError(f"expansions and --train.{excluded} exclude each other: use --train.expansion")
+
+    def features_of(self, width: int) -> int:
+        """Return the number of features of a dictionary whose inputs have this width."""
+        return self.features or self.expansion * width
+
+    def each_expansion(self) -> tuple["TrainConfig", ...]:
+        """Return a group for each of ``expansions``, because a stack has one shape; this group if there are none."""
+        return tuple(dataclasses.replace(self, expansion=expansion) for expansion in self.expansions) or (self,)
+
+    def of_kind(self, kind: str) -> Any:
+        """Return the settings that only this kind has."""
+        return self.by_kind.get(kind) or KIND_SETTINGS[kind].config()
+
+    def also(self, unit: str) -> dict[str, Any]:
+        """Return the hash of a plugin's source, so that a changed kind is trained anew."""
+        source = KIND_SETTINGS[unit].source if unit in KIND_SETTINGS else ""
+        return dict(plugin=source) if source else {}

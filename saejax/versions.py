@@ -1,0 +1,15 @@
+"""Versions of the packages that results depend on."""
+
+import contextlib
+import importlib.metadata
+
+_PACKAGES = ("saejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of what results depend on."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
