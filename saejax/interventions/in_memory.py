@@ -5,9 +5,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import logging
-
 from saejax.dictionaries import Dictionary
+from saejax.dictionaries.bos import warn_of_bos
 from saejax.errors import UserError, one_of
 from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, verdict_config
 from saejax.interventions.answers import CausalVerdict, FeatureEffect
@@ -25,7 +24,6 @@ from saejax.interventions.verdict import verdict
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode
 from saejax.settings_from_keywords import make_config
-from saejax.stages import inputs as run_inputs
 from saejax.tasks import draw
 from saejax.tasks.behaviours import Prompt
 
@@ -210,12 +208,6 @@ def probe(
         ablation = functools.partial(ablation_of, split, labelled)
         probed.append(probe_label(config, labelled, *probe_inputs(split, labelled.prompts), ablation))
     return correct(probed)
-
-
-def warn_of_bos(lm: LanguageModel, dictionary: Dictionary) -> None:
-    """Log a warning if one of them, a dictionary's training and the model's texts, has BOS tokens and the other not."""
-    if conflict := run_inputs.bos_conflict(dictionary, lm.tokenizer):
-        logging.warning("%s", conflict)
 
 
 def _group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:

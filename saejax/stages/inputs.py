@@ -1,14 +1,13 @@
 """The inputs of a stage that runs a model: the model and the dictionary that flags name, and tested behaviours."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from saejax.dictionaries import Dictionary
+from saejax.dictionaries.bos import bos_conflict
 from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
 from saejax.models.settings import ModelConfig
 from saejax.models.source import load_tokenizer, resolve
-from saejax.models.tokens import bos_tokens
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.runner import stacks
@@ -40,14 +39,6 @@ def load_run_dictionary(run: Run) -> Dictionary:
     if conflict := bos_conflict(dictionary, tokenizer):
         run.say(f"{run.stage}: {conflict}")
     return dictionary
-
-
-def bos_conflict(dictionary: Dictionary, tokenizer: Any) -> str:
-    """Return in words how texts of a tokenizer differ from those of a dictionary's training; "": not in their BOS."""
-    if tokenizer is None:
-        return ""
-    begins = tokenizer.bos_token_id is not None and bos_tokens(tokenizer)[:1] == [tokenizer.bos_token_id]
-    return dictionary.config.bos_conflict(begins)
 
 
 def read_behaviours(run: Run, named: Sequence[str] = (), flag: str = "") -> dict[str, list[Prompt]]:

@@ -19,7 +19,7 @@ from saejax.errors import UserError, one_of
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.files import fingerprint, read_object, write_json
-from saejax.interventions.in_memory import warn_of_bos
+from saejax.dictionaries.bos import warn_of_bos
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
