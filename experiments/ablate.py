@@ -1,6 +1,6 @@
 """``python -m experiments.ablate --help``."""
 
-from saejax.experiments import ablate
+from saejax.cli import main
 
 if __name__ == "__main__":
-    ablate()
+    main("ablate")

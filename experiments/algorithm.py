@@ -1,6 +1,6 @@
 """``python -m experiments.algorithm --help``."""
 
-from saejax.experiments import algorithm
+from saejax.cli import main
 
 if __name__ == "__main__":
-    algorithm()
+    main("algorithm")

@@ -1,6 +1,6 @@
 """``python -m experiments.atlas --help``."""
 
-from saejax.experiments import atlas
+from saejax.cli import main
 
 if __name__ == "__main__":
-    atlas()
+    main("atlas")

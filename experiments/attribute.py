@@ -1,6 +1,6 @@
 """``python -m experiments.attribute --help``."""
 
-from saejax.experiments import attribute
+from saejax.cli import main
 
 if __name__ == "__main__":
-    attribute()
+    main("attribute")

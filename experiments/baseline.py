@@ -1,6 +1,6 @@
 """``python -m experiments.baseline --help``."""
 
-from saejax.experiments import baseline
+from saejax.cli import main
 
 if __name__ == "__main__":
-    baseline()
+    main("baseline")

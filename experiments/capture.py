@@ -1,6 +1,6 @@
 """``python -m experiments.capture --help``."""
 
-from saejax.experiments import capture
+from saejax.cli import main
 
 if __name__ == "__main__":
-    capture()
+    main("capture")

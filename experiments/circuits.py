@@ -1,6 +1,6 @@
 """``python -m experiments.circuits --help``."""
 
-from saejax.experiments import circuits
+from saejax.cli import main
 
 if __name__ == "__main__":
-    circuits()
+    main("circuits")

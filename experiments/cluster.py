@@ -1,6 +1,6 @@
 """``python -m experiments.cluster --help``."""
 
-from saejax.experiments import cluster
+from saejax.cli import main
 
 if __name__ == "__main__":
-    cluster()
+    main("cluster")

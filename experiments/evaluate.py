@@ -1,6 +1,6 @@
 """``python -m experiments.evaluate --help``."""
 
-from saejax.experiments import evaluate
+from saejax.cli import main
 
 if __name__ == "__main__":
-    evaluate()
+    main("evaluate")

@@ -1,6 +1,6 @@
 """``python -m experiments.explain --help``."""
 
-from saejax.experiments import explain
+from saejax.cli import main
 
 if __name__ == "__main__":
-    explain()
+    main("explain")

@@ -1,6 +1,6 @@
 """``python -m experiments.export --help``."""
 
-from saejax.experiments import export
+from saejax.cli import main
 
 if __name__ == "__main__":
-    export()
+    main("export")

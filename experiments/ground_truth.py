@@ -1,6 +1,6 @@
 """``python -m experiments.ground_truth --help``."""
 
-from saejax.experiments import ground_truth
+from saejax.cli import main
 
 if __name__ == "__main__":
-    ground_truth()
+    main("ground_truth")

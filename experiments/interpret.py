@@ -1,6 +1,6 @@
 """``python -m experiments.interpret --help``."""
 
-from saejax.experiments import interpret
+from saejax.cli import main
 
 if __name__ == "__main__":
-    interpret()
+    main("interpret")

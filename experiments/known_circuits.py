@@ -1,6 +1,6 @@
 """``python -m experiments.known_circuits --help``."""
 
-from saejax.experiments import known_circuits
+from saejax.cli import main
 
 if __name__ == "__main__":
-    known_circuits()
+    main("known_circuits")

@@ -1,6 +1,6 @@
 """``python -m experiments.patch --help``."""
 
-from saejax.experiments import patch
+from saejax.cli import main
 
 if __name__ == "__main__":
-    patch()
+    main("patch")

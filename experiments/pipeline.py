@@ -1,6 +1,6 @@
 """``python -m experiments.pipeline --help``."""
 
-from saejax.experiments import pipeline
+from saejax.cli import main
 
 if __name__ == "__main__":
-    pipeline()
+    main("pipeline")

@@ -1,6 +1,6 @@
 """``python -m experiments.preflight --help``."""
 
-from saejax.experiments import preflight
+from saejax.cli import main
 
 if __name__ == "__main__":
-    preflight()
+    main("preflight")

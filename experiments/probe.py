@@ -1,6 +1,6 @@
 """``python -m experiments.probe --help``."""
 
-from saejax.experiments import probe
+from saejax.cli import main
 
 if __name__ == "__main__":
-    probe()
+    main("probe")

@@ -1,6 +1,6 @@
 """``python -m experiments.report --help``."""
 
-from saejax.experiments import report
+from saejax.cli import main
 
 if __name__ == "__main__":
-    report()
+    main("report")

@@ -1,6 +1,6 @@
 """``python -m experiments.serve --help``."""
 
-from saejax.experiments import serve
+from saejax.cli import main
 
 if __name__ == "__main__":
-    serve()
+    main("serve")

@@ -1,6 +1,6 @@
 """``python -m experiments.steer --help``."""
 
-from saejax.experiments import steer
+from saejax.cli import main
 
 if __name__ == "__main__":
-    steer()
+    main("steer")

@@ -1,6 +1,6 @@
 """``python -m experiments.study --help``."""
 
-from saejax.experiments import study
+from saejax.cli import main
 
 if __name__ == "__main__":
-    study()
+    main("study")

@@ -1,6 +1,6 @@
 """``python -m experiments.study_run --help``."""
 
-from saejax.experiments import study_run
+from saejax.cli import main
 
 if __name__ == "__main__":
-    study_run()
+    main("study_run")

@@ -1,6 +1,6 @@
 """``python -m experiments.tokenize --help``."""
 
-from saejax.experiments import tokenize
+from saejax.cli import main
 
 if __name__ == "__main__":
-    tokenize()
+    main("tokenize")

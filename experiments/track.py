@@ -1,6 +1,6 @@
 """``python -m experiments.track --help``."""
 
-from saejax.experiments import track
+from saejax.cli import main
 
 if __name__ == "__main__":
-    track()
+    main("track")

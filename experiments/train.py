@@ -1,6 +1,6 @@
 """``python -m experiments.train --help``."""
 
-from saejax.experiments import train
+from saejax.cli import main
 
 if __name__ == "__main__":
-    train()
+    main("train")

@@ -1,6 +1,6 @@
 """``python -m experiments.transfer --help``."""
 
-from saejax.experiments import transfer
+from saejax.cli import main
 
 if __name__ == "__main__":
-    transfer()
+    main("transfer")

@@ -5,8 +5,8 @@
 #       bash launch/tpu_vm.sh --workdir=/mnt/SHARED/run --flagfile=configs/qwen3-4b-math.flags
 #   bash launch/tpu_vm.sh --dry-run --workdir=...      prints what would run
 #
-# The workdir is on a file system that all hosts have mounted, such as a bucket by gcsfuse. SAEJAX names the binary (default
-# saejax-pipeline), PYTHON the hosts' Python, 3.11 or newer (default python3), MORE further options of the request, such as
+# The workdir is on a file system that all hosts have mounted, such as a bucket by gcsfuse. STAGE names the program (default
+# pipeline), PYTHON the hosts' Python, 3.11 or newer (default python3), MORE further options of the request, such as
 # --spot. The same command with --take_over goes on where an earlier one was stopped: a slice that was preempted has to be
 # deleted first (gcloud compute tpus queued-resources delete NAME --force).
 set -eu
@@ -35,5 +35,5 @@ run "${each_host[@]}" "mkdir -p saejax"
 run "${tpus[@]}" tpu-vm scp --recurse --worker=all --zone="$zone" pyproject.toml constraints.txt README.md LICENSE saejax configs \
   "$name":saejax/
 run "${each_host[@]}" "cd saejax && ${PYTHON:-python3} -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
-printf -v command '%q ' ".venv/bin/${SAEJAX:-saejax-pipeline}" --mesh.distributed=auto "$@"
+printf -v command '%q ' .venv/bin/saejax "${STAGE:-pipeline}" --mesh.distributed=auto "$@"
 run "${each_host[@]}" "cd saejax && $command"

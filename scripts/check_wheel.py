@@ -81,10 +81,10 @@ def main() -> None:
         run(binaries / "python", "-c", MODEL, "model", cwd=place, PYTHONPATH=str(ROOT / "tests"))
         run(binaries / "python", "-c", LIBRARY, cwd=place, WHERE=str(environment))
         flags = ("--workdir=run", "--model.path=model", "--task.behaviours=", "--task.prompts=prompts.jsonl")
-        run(binaries / "saejax-baseline", *flags, cwd=place)
-        run(binaries / "saejax-baseline", *flags, cwd=place)  # finds it done
+        run(binaries / "saejax", "baseline", *flags, cwd=place)
+        run(binaries / "saejax", "baseline", *flags, cwd=place)  # finds it done
         if not (place / "run/baseline/done.json").exists():
-            sys.exit("check_wheel: saejax-baseline wrote no summary")
+            sys.exit("check_wheel: saejax baseline wrote no summary")
 
 
 if __name__ == "__main__":

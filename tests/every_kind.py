@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from saejax.dictionaries import kinds
-from saejax.dictionaries.kinds import plugins
+from saejax.runner import plugins
 
 MADE_UP, PLUGIN = "shrunk", Path(__file__).parent / "shrunk_kind.py"
 OWN_KINDS = tuple(kinds.KINDS)

@@ -15,6 +15,7 @@ import yaml
 from absl import flags
 
 import saejax
+from saejax.cli import list_programs
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.runner import command_line
 from saejax.runner.flags import define_flags
@@ -117,8 +118,8 @@ def test_pages_link_to_and_guides_name_what_exists(path):
         assert flag in values, flag
     for name in re.findall(r"(?<![\w/.-])saejax\.(\w+)\(", text):
         assert name in saejax.__all__, name
-    for command in re.findall(r"\bsaejax-[a-z]+\b", text):
-        assert command in PROJECT["scripts"], command
+    for program in re.findall(r"\bbin/saejax ([a-z_]+)\b", text):
+        assert program in list_programs(), program
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)

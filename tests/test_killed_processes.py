@@ -25,7 +25,7 @@ BUG = """
 import dataclasses
 import sys
 from saejax.runner import pipeline
-from saejax.experiments import baseline
+from saejax.cli import main
 from saejax.parallel.cluster import joined_processes
 
 def fail(run):
@@ -34,7 +34,7 @@ def fail(run):
     run.each(range(2), lambda item: run.folder / str(item), lambda item: (run.folder / str(item)).touch())
 
 pipeline.all_stages()["baseline"] = dataclasses.replace(pipeline.all_stages()["baseline"], run=fail)
-baseline()
+main("baseline")
 """
 
 

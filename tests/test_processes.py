@@ -29,8 +29,8 @@ TWO |= dict(ablate__dictionary="topk/k8", ablate__untrained=False, train__checkp
 # Preflight and the report take half of the time, and nothing of them is compared.
 MEASURED = [stage for stage in all_stages() if stage not in ("preflight", "report")]
 PROGRAM = f"""
-from saejax.experiments import binary
-binary(*{MEASURED})()
+from saejax.runner import command
+command.main({MEASURED}, "")
 """
 
 

@@ -50,13 +50,8 @@ def import_names(tree: ast.Module, nodes: Iterable[ast.AST] | None = None) -> se
 
 
 def imported(name: str) -> set[str]:
-    """The package's modules that a module imports.
-
-    Of a stage's file by statements outside of functions alone: what it runs knows its settings, and is imported when
-    it runs.
-    """
-    nodes = TREES[name].body if name.startswith("saejax.stages.") else None
-    return (import_names(TREES[name], nodes) & MODULES.keys()) - {name}
+    """The package's modules that a module imports."""
+    return (import_names(TREES[name]) & MODULES.keys()) - {name}
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.activations.plan import Batch
 from saejax.config import Configs
 from saejax.models import source
 from saejax.models.language_model import LanguageModel
@@ -84,7 +85,6 @@ def _decoder(lm: LanguageModel, tokens: Tokens) -> tuple[np.ndarray, dict[Site, 
 
 def _transformers(model: Any, sites: Sequence[Site], prompts: Sequence[Tokens]) -> list[dict[Site, np.ndarray]]:
     """Return the same sites by hooks in the transformers model, for each batch of prompts."""
-    from saejax.activations.plan import Batch
     from saejax.activations.torch_capture import SiteReader  # imports torch
 
     values: list[dict[Site, np.ndarray]] = [{} for _ in prompts]

@@ -20,7 +20,7 @@ from absl import flags
 from saejax.activations.settings import CaptureConfig
 from saejax.errors import NO_ROOM, CheckFailed, Interrupted, OtherFailed, UserError, out_of_room
 from saejax.parallel.cluster import joined_processes, process_label
-from saejax.runner import command_line, environment
+from saejax.runner import command_line, environment, pipeline
 from saejax.training.settings import TrainConfig
 
 _signals: list[int] = []  # that came since the handlers were installed
@@ -56,9 +56,6 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         # Before JAX is imported: it reads these variables when it first looks for devices.
         environment.for_devices(bool(flag_values["deterministic"].value), shares_gpu)
         environment.keep_programs(Path(workdir))
-        # Here, so that --help and bad flags end without it.
-        from saejax.runner import pipeline
-
         options = pipeline.RunOptions(
             only=flag_values["unit"].value or "",
             take_over=bool(flag_values["take_over"].value),

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from absl import flags
 
-from saejax import config
+from saejax.config import Configs, group_name
 from saejax.errors import UserError
-from saejax.runner import environment
+from saejax.runner import plugins
 from saejax.runner.flags import define_flags, flag_fields, from_flags
 from saejax.runner.registry import accepted_groups, all_groups, all_stages
 
@@ -31,7 +31,10 @@ def stage_flags() -> flags.FlagValues:
     """Return the flags of every binary except those of groups, which ``read_configs`` defines after loading plugins."""
     flag_values = flags.FlagValues()
     flags.DEFINE_multi_string(
-        "plugins", [], "Python files that add kinds of dictionary, with commas between", flag_values=flag_values
+        "plugins",
+        [],
+        "Python files that add kinds of dictionary or stages, with commas between",
+        flag_values=flag_values,
     )
     define_workdir(flag_values)
     flags.DEFINE_string("unit", "", "run only this unit, such as train/topk", flag_values=flag_values)
@@ -78,9 +81,7 @@ def define_common(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
 
 
-def read_configs(
-    flag_values: flags.FlagValues, argv: Sequence[str], stages: Sequence[str] | None = None
-) -> config.Configs:
+def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Sequence[str] | None = None) -> Configs:
     """Parse a command line of flags alone and return every group of configuration; none if help is asked for.
 
     Args:
@@ -94,11 +95,10 @@ def read_configs(
         loaded.
       flags.Error: a flag is unknown or cannot be read.
     """
-    environment.for_libraries()
     for file in _flag_files(argv):
         _check_text(file)
     # Plugins define settings, so they are loaded before flags are defined.
-    _load_plugins(argv)
+    plugins.load_named(argv[1:])
     define_flags(all_groups(), flag_values)
     try:
         rest = flag_values(list(argv), known_only=False)
@@ -109,7 +109,7 @@ def read_configs(
             where = where or _line_of(argv, lambda line: _flag_of(line) == named[1])
         raise flags.Error(where + message) from error
     if flag_values["help"].value:
-        return config.Configs()
+        return Configs()
     if len(rest) > 1:
         argument = f"{_line_of(argv, rest[1].__eq__)}{textwrap.shorten(rest[1], 80)!r}"
         raise UserError(f"{argument} is not a flag: flags are --group.field=value; --help lists them")
@@ -127,8 +127,7 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
         groups = {name for name, group in all_groups().items() if names & flag_fields(name, group).keys()}
         if groups and not groups & {*accepted}:
             read_by = {
-                name: {*map(config.group_name, (*stage.groups, *stage.placement))}
-                for name, stage in all_stages().items()
+                name: {*map(group_name, (*stage.groups, *stage.placement))} for name, stage in all_stages().items()
             }
             # First the stage that has the name of the group.
             owners = sorted(
@@ -181,18 +180,6 @@ def named_workdir(flag_values: flags.FlagValues) -> str:
         raise UserError("--workdir=DIR is missing: name the folder of this run")
     # No shell expands ~ behind an equals sign, and a folder of that name would be made here.
     return os.path.expanduser(workdir)
-
-
-def _load_plugins(argv: Sequence[str]) -> None:
-    """Run the files of ``--plugins``, which add flags, before these are defined; ignore all other flags."""
-    early = flags.FlagValues()
-    flags.DEFINE_multi_string("plugins", [], "", flag_values=early)
-    early(list(argv), known_only=True)
-    files = [file for value in early["plugins"].value or [] for file in value.split(",") if file]
-    if files:
-        from saejax.dictionaries.kinds import plugins
-
-        plugins.load(files)
 
 
 def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:

@@ -21,6 +21,7 @@ from saejax.config import Configs
 from saejax.errors import CheckFailed, Interrupted, OtherFailed, UserError, one_of
 from saejax.files import read_object
 from saejax.models.settings import ModelConfig
+from saejax.models.source import runs_in_torch
 from saejax.parallel.cluster import check_same, join, joined_processes, process_label
 from saejax.parallel.processes import Processes, ProcessShare, ShareDone
 from saejax.parallel.settings import MeshConfig
@@ -167,8 +168,6 @@ def without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callabl
     """Leave out stages that only the JAX decoder's models have, where the model runs in PyTorch."""
     if not any(all_stages()[stage].needs_decoder for stage in stages):
         return stages
-    from saejax.models.source import runs_in_torch
-
     model = configs[ModelConfig]
     if not runs_in_torch(model):
         return stages

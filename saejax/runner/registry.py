@@ -62,10 +62,31 @@ def sort_stages(stages: Iterable[Stage]) -> dict[str, Stage]:
     return in_order
 
 
+_ADDED: dict[str, Stage] = {}  # by plugins
+
+
 @functools.cache
-def all_stages() -> Mapping[str, Stage]:
-    """Return all stages by name, in the order in which they run."""
-    return sort_stages(_discover())
+def own_stages() -> Mapping[str, Stage]:
+    """Return the stages of saejax itself, by name."""
+    return {stage.name: stage for stage in _discover()}
+
+
+def is_own(stage: Stage) -> bool:
+    """Return whether a stage is one of saejax itself, which a plugin may import."""
+    return own_stages().get(stage.name) is stage
+
+
+def add_stage(stage: Stage) -> None:
+    """Add a plugin's stage, or replace an earlier one of its name."""
+    _ADDED[stage.name] = stage
+    all_stages.cache_clear()
+    all_groups.cache_clear()
+
+
+@functools.cache
+def all_stages() -> dict[str, Stage]:
+    """Return all stages by name, those of plugins included, in the order in which they run."""
+    return sort_stages([*own_stages().values(), *_ADDED.values()])
 
 
 @functools.cache

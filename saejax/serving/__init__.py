@@ -1,4 +1,4 @@
-"""``saejax-serve``: a folder's attribution graphs as living pages, on this machine alone.
+"""``saejax serve``: a folder's attribution graphs as living pages, on this machine alone.
 
 run      the binary                               guard    who may ask: a token, this host, this origin
 app      the addresses and the pages              jobs     work in threads, told line by line, stopped with its request

@@ -9,6 +9,7 @@ from absl import flags
 from saejax.errors import UserError
 from saejax.runner import command, command_line
 from saejax.studies.rows import read_rows
+from saejax.studies.study import run_study_rows
 
 ABOUT = """\
 study_run: runs the pipeline on every row of a study, and writes one report of them all.
@@ -44,8 +45,6 @@ def run(argv: Sequence[str]) -> int:
         if not flag_values["rows"].value:
             raise UserError("--rows=FILE,FOLDER is missing: name the flag files of the study's rows, or their folder")
         rows = read_rows(flag_values["rows"].value, common)
-        from saejax.studies.study import run_study_rows
-
         more: dict[str, Any] = {name: flag_values[name].value for name in ("at_once", "take_over")}
         run_study_rows(workdir, rows, command.make_logger(), command.install_signal_handlers(), **more)
 

@@ -26,7 +26,7 @@ from saejax.studies.shares import Share
 from saejax.studies.sheet import duration
 
 ROWS, LOGS = "rows", "logs"
-_CHILD = "from saejax.experiments import pipeline; pipeline()"
+_CHILD = 'from saejax.cli import main; main("pipeline")'
 _LOOK_EVERY, _SAY_EVERY = 0.2, 30.0  # seconds
 _STOPPED = "what is done is kept: run the same command to go on"
 

@@ -63,7 +63,7 @@ def of_jobset():
 
 def of_skypilot():
     script = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["run"]
-    shown = re.sub(r"^\.venv/bin/saejax-pipeline", "printf '%s\\\\n' saejax-pipeline", script)
+    shown = re.sub(r"^\.venv/bin/saejax pipeline", "printf '%s\\\\n' saejax pipeline", script)
     done = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, env=os.environ | NODE, check=True)
     return done.stdout.splitlines()
 
@@ -71,8 +71,8 @@ def of_skypilot():
 @pytest.mark.parametrize("of_file", [of_slurm, of_tpu_vm, of_jobset, of_skypilot])
 def test_its_command_has_flags_that_there_are(of_file, monkeypatch):
     monkeypatch.chdir(runs.ROOT)
-    program, *flags = of_file()
-    assert program.endswith("saejax-pipeline") and FLAGS in flags
+    program, stage, *flags = of_file()
+    assert program.endswith("saejax") and stage == "pipeline" and FLAGS in flags
     read = command_line.stage_flags()
     configs = command_line.read_configs(read, [program, *flags])
     assert command_line.named_workdir(read) == ("/shared/a run" if of_file in (of_slurm, of_tpu_vm) else "/shared/run")
@@ -108,11 +108,11 @@ def test_a_slice_is_asked_for_waited_for_and_used_unless_it_is_lost(tpu_vm):
     status, _, asked = tpu_vm("", "PROVISIONING", "PROVISIONING", "ACTIVE")
     assert status == 0 and [line.split()[0] for line in asked] == ["create", "ssh", "scp", "ssh", "ssh"]
     assert asked[0] == "create --spot" and ".[tpu]" in asked[3]
-    assert asked[4].endswith(r"saejax-pipeline --mesh.distributed=auto --workdir=x\ y ")
+    assert asked[4].endswith(r"saejax pipeline --mesh.distributed=auto --workdir=x\ y ")
     assert [line.split()[0] for line in tpu_vm("ACTIVE", "ACTIVE")[2]] == ["ssh", "scp", "ssh", "ssh"]
     status, said, asked = tpu_vm(*["SUSPENDED"] * 4)
     assert status == 1 and "the slice saejax is SUSPENDED: delete it" in said and not asked
-    for fails, asked in (("pip install", 3), ("saejax-pipeline", 4)):  # nothing runs without its packages
+    for fails, asked in (("pip install", 3), ("saejax pipeline", 4)):  # nothing runs without its packages
         status, _, told = tpu_vm("ACTIVE", "ACTIVE", fails=fails)
         assert (status, len(told)) == (1, asked)
 

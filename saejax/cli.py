@@ -1,0 +1,89 @@
+"""The console command: ``saejax STAGE --group.field=value ...``, ``saejax --help``.
+
+From the repository's root, ``python -m experiments.STAGE`` does the same. A stage of a plugin has the first form alone:
+``saejax STAGE --plugins=FILE``.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from saejax.runner import environment
+
+environment.for_libraries()  # before the imports below load libraries that read the variables
+
+from saejax.errors import UserError, one_of  # noqa: E402
+from saejax.runner import command, plugins  # noqa: E402
+from saejax.runner.registry import all_stages  # noqa: E402
+from saejax.serving import run as serving  # noqa: E402
+from saejax.studies import run as studies  # noqa: E402
+
+PIPELINE = "pipeline"
+ABOUT_PIPELINE = "pipeline: runs every stage; what is finished and unchanged is not run again."
+#: programs that are more than stages: what they do, and the function that runs one and returns the exit status.
+OTHERS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "study_run": ("runs the pipeline on several models, and writes one report of them all", studies.run),
+    "serve": ("shows the attribution graphs of a folder as living pages", serving.run),
+}
+#: programs that run further stages besides that of their name, which have no program of their own.
+ALSO = dict(baseline=("benchmark",))
+
+
+def main(program: str = "") -> None:
+    """Run a program and exit with its status, which ``saejax.runner.command`` explains.
+
+    Args:
+      program: its name, such as "train"; "": the first argument of the command line names it.
+    """
+    if program:
+        sys.exit(run(program, sys.argv))
+    name, *arguments = sys.argv[1:] or [""]
+    if name in ("--help", "-h", "help"):
+        print(describe_programs())
+        sys.exit(0)
+    try:
+        # Its stages are known only when a plugin has been loaded.
+        plugins.load_named(arguments)
+        if not name or name.startswith("-"):
+            raise UserError("a program is missing: saejax STAGE --flag=value; saejax --help lists them")
+        one_of(name, list_programs(), "program (saejax --help lists them)")
+    except UserError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run(name, [f"saejax {name}", *arguments]))
+
+
+def run(program: str, argv: Sequence[str]) -> int:
+    """Run a program and return its exit status.
+
+    Args:
+      program: one of ``list_programs()``.
+      argv: the program's name and arguments.
+    """
+    if program in OTHERS:
+        return OTHERS[program][1](argv)
+    if program == PIPELINE:
+        return command.run(list(all_stages()), ABOUT_PIPELINE, argv)
+    stages = (program, *ALSO.get(program, ()))
+    about = f"{program}: {'; '.join(all_stages()[stage].summary for stage in stages)}."
+    return command.run(stages, about, argv)
+
+
+def list_programs() -> list[str]:
+    """Return the names of all programs: the stages in the order in which they run, then the others."""
+    within = {stage for others in ALSO.values() for stage in others}
+    return [*(stage for stage in all_stages() if stage not in within), PIPELINE, *OTHERS]
+
+
+def describe_programs() -> str:
+    """Return the text of ``saejax --help``: each program with a line that says what it does."""
+    about = {name: stage.summary for name, stage in all_stages().items()}
+    about |= {PIPELINE: ABOUT_PIPELINE.partition(": ")[2].rstrip(".")} | {
+        name: text for name, (text, _) in OTHERS.items()
+    }
+    width = max(map(len, list_programs()))
+    lines = [f"  {name:{width}}  {about[name]}" for name in list_programs()]
+    return "\n".join(["saejax STAGE --flag=value ...; saejax STAGE --help lists the flags of a stage.", "", *lines])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Labels and names of features, found by a workdir, a dictionary's name in it, or the folders of train units."""
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from saejax.dictionaries.labels import LABELS, Label, load_labels
+from saejax.dictionaries.names import full_name, kind_and_member
+from saejax.interpret.feature_record import iterate_records, top_tokens
+from saejax.runner.stacks import is_of_trained, members, results_folder
+from saejax.runner.workspace import SUMMARY
+
+
+class TrainedLayer(NamedTuple):
+    """The dictionary of a layer that was trained in a workdir."""
+
+    workdir: Path
+    name: str  # such as "topk/mlp_in.3"
+    site: str  # that it reads
+
+
+def labels_of_folders(folders: Iterable[str | Path]) -> dict[tuple[int, int], str]:
+    """Return the labels of features of dictionaries, by layer and number; for the folders see ``trained_layers``.
+
+    Raises:
+      UserError: a file of labels, or a unit's summary, is damaged.
+    """
+    labels: dict[tuple[int, int], str] = {}
+    for layer, trained in trained_layers(folders).items():
+        found = labels_of(trained.workdir, trained.name)
+        labels |= {(layer, feature): label.label for feature, label in found.items()}
+    return labels
+
+
+def trained_layers(folders: Iterable[str | Path]) -> dict[int, TrainedLayer]:
+    """Return the dictionaries of train units, or of their members, by layer.
+
+    Folders are such as DIR/train/topk; others have none. A damaged summary is a ``UserError``.
+    """
+    trained: dict[int, TrainedLayer] = {}
+    for folder in map(Path, folders):
+        unit = next((path for path in (folder, folder.parent) if path.parent.name == "train"), None)
+        if not unit or not (unit / SUMMARY).exists():
+            continue
+        for member in members(unit, layers=True):
+            layer = member.site.rpartition(".")[2]
+            if layer.isdigit() and folder in (unit, unit / member.name):
+                name = full_name(unit.name, member.name)
+                trained[int(layer)] = TrainedLayer(unit.parent.parent, name, member.site)
+    return trained
+
+
+def names_and_sites(folders: Iterable[str | Path]) -> dict[int, tuple[str, str]]:
+    """Return names and sites of dictionaries by layer, as ``labels_of_sheets`` takes them; see ``trained_layers``."""
+    return {layer: (trained.name, trained.site) for layer, trained in trained_layers(folders).items()}
+
+
+def names_of_layers(folders: Iterable[str | Path], layers: Collection[int]) -> dict[int, str]:
+    """Return the names of the dictionaries of layers, as a sheet has them: "topk/mlp_in.3", or "layer 3" if others."""
+    trained = trained_layers(folders)
+    return {layer: trained[layer].name if layer in trained else f"layer {layer}" for layer in layers}
+
+
+def labels_in(folders: Mapping[str, Path], dictionary: str) -> Mapping[int, Label]:
+    """Return the labels of features, as ``labels_of``, if a run with these units' folders interpreted them."""
+    kind, _ = kind_and_member(dictionary)
+    unit = folders.get(f"interpret/{kind}")
+    return labels_of(unit.parent.parent, dictionary) if unit else {}
+
+
+def labels_of(workdir: Path | str, dictionary: str) -> Mapping[int, Label]:
+    """Return the labels of a dictionary's features: those given by hand if there are any, else those that were found.
+
+    The ``dictionary`` is such as "topk" or "topk/k32". There are none if it was not interpreted since it was trained.
+    """
+    for stage in ("atlas", "interpret"):
+        path = results_folder(workdir, stage, dictionary) / LABELS
+        if path.exists() and is_of_trained(workdir, stage, dictionary):
+            return load_labels(path)
+    return {}
+
+
+def feature_names(workdir: Path | str, dictionary: str) -> dict[int, str]:
+    """Return the names of the features of an interpreted dictionary: the label, or else the top tokens in quotes.
+
+    Args:
+      workdir: workdir of the run.
+      dictionary: such as "topk" or "topk/k32".
+
+    Returns:
+      Names by feature; empty if the dictionary was not interpreted since it was trained.
+    """
+    if not is_of_trained(workdir, "interpret", dictionary):
+        return {}
+    records = iterate_records(results_folder(workdir, "interpret", dictionary))
+    names = {record["feature"]: top_tokens(record) for record in records if record.get("tokens")}
+    return names | {feature: label.label for feature, label in labels_of(workdir, dictionary).items()}

@@ -1,0 +1,88 @@
+"""Plugins: Python files that users name with ``--plugins``, and that add kinds of dictionary or stages."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from absl import flags
+
+from saejax.config import group_name
+from saejax.dictionaries import kinds
+from saejax.dictionaries.kinds.settings import KIND_SETTINGS
+from saejax.errors import UserError
+from saejax.runner import registry
+from saejax.runner.stage import Stage
+
+
+def load_named(argv: Sequence[str]) -> None:
+    """Load the files of ``--plugins`` in a command line, before the flags that they add are defined.
+
+    Args:
+      argv: arguments without the program's name; other flags are ignored.
+    """
+    early = flags.FlagValues()
+    flags.DEFINE_multi_string("plugins", [], "", flag_values=early)
+    early(["", *argv], known_only=True)
+    load([file for value in early["plugins"].value or [] for file in value.split(",") if file])
+
+
+def load(files: Sequence[str | Path]) -> None:
+    """Run each file; record its hash with the kinds that it registers and the stages that it declares.
+
+    Raises:
+      UserError: a file is missing, fails, adds nothing, or declares a stage or a group of settings by a name that is
+        taken; one line names it and says why.
+    """
+    for file in map(Path, files):
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"--plugins={file} cannot be read: {error.strerror}") from None
+        source = hashlib.sha256(content).hexdigest()
+        before = dict(kinds.KINDS)
+        module = _run(file, f"saejax_plugin_{source[:16]}")
+        added = [name for name, kind in kinds.KINDS.items() if before.get(name) is not kind]
+        declared = {value.name: value for value in vars(module).values() if isinstance(value, Stage)}
+        stages = {name: stage for name, stage in declared.items() if not registry.is_own(stage)}
+        if not added and not stages:
+            raise UserError(
+                f"--plugins={file} adds nothing: decorate the class of a kind with saejax.dictionaries.kinds.register, "
+                "or declare a saejax.runner.stage.Stage"
+            )
+        for name in added:
+            KIND_SETTINGS[name] = dataclasses.replace(KIND_SETTINGS[name], source=source)
+        _add_stages(file, stages, source)
+
+
+def _add_stages(file: Path, stages: Mapping[str, Stage], source: str) -> None:
+    """Add stages to the registry; the file's hash counts for their units."""
+    for name, stage in stages.items():
+        if name in registry.own_stages():
+            raise UserError(f"--plugins={file} declares the stage {name}, which saejax has: give it another name")
+        taken = {group_name(group): group for own in registry.own_stages().values() for group in own.groups}
+        for group in stage.groups:
+            if taken.get(group_name(group), group) is not group:
+                raise UserError(
+                    f"--plugins={file} has settings {group.__name__}, whose flags --{group_name(group)}.* saejax has: "
+                    "give the class another name"
+                )
+        registry.add_stage(
+            dataclasses.replace(stage, identity={**stage.identity, "plugin": lambda configs, source=source: source})
+        )
+
+
+def _run(file: Path, name: str) -> types.ModuleType:
+    """Run a file as a module of this name."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--plugins={file} is no Python file: expected a name that ends in .py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where its dataclasses look for their types
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--plugins={file} cannot be run: {type(error).__name__}: {error}") from error
+    return module
