@@ -19,20 +19,14 @@ from saejax.evaluation import programs
 from saejax.evaluation.loss_recovered import VARIANTS, Losses, document_batches, recovered
 from saejax.evaluation.member_data import MemberData
 from saejax.evaluation.reconstruction import Reconstruction, Spread, Sums, batches, measures, read_blocks
-from saejax.evaluation.results import CrossLayerScores, EvaluateResults, LayerScores, StandInMeans
+from saejax.evaluation.results import CrossLayerScores, LayerScores, StandInMeans
 from saejax.evaluation.settings import EvaluateConfig
-from saejax.files import write_array, write_json
 from saejax.models import decoder
 from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import SiteHook
-from saejax.models.loading import load_configured_model
-from saejax.models.settings import ModelConfig
-from saejax.parallel.mesh import fitting_sharding, make_mesh
-from saejax.parallel.settings import MeshConfig
-from saejax.results import to_json
-from saejax.runner.workspace import Run
+from saejax.parallel.mesh import fitting_sharding
 
 
 class LoadedLayers(NamedTuple):
@@ -56,41 +50,8 @@ class LoadedLayers(NamedTuple):
         return cls(tuple((config.site, config.target) for config in opened.configs), layers, decoders)
 
 
-def evaluate_layers(run: Run, store: Store, folder: Path) -> EvaluateResults:
-    """Score the cross-layer transcoder of a train unit on the store's held-out split.
-
-    This writes ``firing_rate.npy`` and ``mean_activation.npy`` [L, F], fp32, and ``scores.json``.
-
-    Raises:
-      UserError: the store lacks a layer, or is of another model.
-    """
-    config, mesh, model = run.configs[EvaluateConfig], make_mesh(run.configs[MeshConfig]), run.configs[ModelConfig]
-    loaded = LoadedLayers.of(folder, mesh)
-    missing = [site for pair in loaded.sites for site in pair if site not in store.sites]
-    if missing:
-        last = len(loaded.sites) - 1
-        raise UserError(
-            f"{store.folder} has no {missing[0]}: --capture.sites=mlp_in.0-{last},mlp_out.0-{last} has all that a "
-            "cross-layer transcoder is scored on"
-        )
-    lm = load_configured_model(model, mesh)
-    store.check_model(lm.source)
-    scores = reconstruct_layers(loaded, store, mesh, config.batch_tokens)
-    losses = replaced_losses(lm, loaded.layers, loaded.decoders, loaded.sites, store, config)
-    write_array(run.folder / "firing_rate.npy", np.stack([score.firing_rate_F for score in scores]).astype(np.float32))
-    active_LxF = np.stack([score.mean_activation_F for score in scores])
-    write_array(run.folder / "mean_activation.npy", active_LxF.astype(np.float32))
-    described = _describe(scores, losses)
-    write_json(run.folder / "scores.json", to_json(described))
-    run.say(
-        f"explained variance {described.explained_variance:.3f}, L0 {described.l0:.1f}, dead "
-        f"{described.dead_fraction:.1%} on {described.tokens:,} held-out tokens; all MLPs replaced: cross-entropy "
-        f"{described.ce.reconstructed:.3f}, clean {described.ce.clean:.3f}, means {described.ce.mean_ablated:.3f}"
-    )
-    return EvaluateResults(run.name, (), described)
-
-
-def _describe(scores: Sequence[Reconstruction], losses: Losses) -> CrossLayerScores:
+def describe_layers(scores: Sequence[Reconstruction], losses: Losses) -> CrossLayerScores:
+    """Return the figures of a cross-layer transcoder from the scores of its layers and the losses with all replaced."""
     layers = [
         LayerScores(
             layer, score.explained_variance, score.cosine, score.l0, score.dead_fraction, score.dense_fraction()

@@ -29,7 +29,7 @@ from saejax.interventions import activity, bases
 from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.answers import FeatureEffect, VerdictConfig, mean_interval
 from saejax.interventions.edits import ActivationReplacement, mask
-from saejax.interventions.engine import OnProgress, change_norms, run_edits
+from saejax.interventions.engine import change_norms, run_edits
 from saejax.interventions.settings import BASES, AblateConfig
 from saejax.interventions.slopes import attribution, leaders, likely_tokens, neutral_tokens, target_attributions
 from saejax.interventions.split_model import CleanRun, SplitModel
@@ -47,6 +47,7 @@ from saejax.interventions.text import HeldOutText
 from saejax.models.config import TorchConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
+from saejax.progress import OnProgress, silent
 from saejax.statistics.bootstrap import resampling_weights
 from saejax.statistics.partition import disjoint_sets
 from saejax.tasks.behaviours import Prompt
@@ -69,7 +70,7 @@ class RowProgress:
       rows: expected rows.
     """
 
-    def __init__(self, on_progress: OnProgress = lambda done, total: None, rows: int = 0):
+    def __init__(self, on_progress: OnProgress = silent, rows: int = 0):
         self._on_progress, self._rows, self._done = on_progress, rows, 0
 
     def check(self) -> None:
@@ -306,7 +307,7 @@ def measure_behaviour(
     config: AblateConfig,
     text: HeldOutText | None = None,
     repeats: Mapping[str, Dictionary] | None = None,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: OnProgress = silent,
     features: Sequence[int] | None = None,
 ) -> tuple[EffectsTable, BehaviourAblation]:
     """Measure what the verdict on a behaviour needs.

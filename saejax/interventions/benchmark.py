@@ -27,13 +27,13 @@ from saejax.interventions.ablation import (
 )
 from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.edits import ZERO
-from saejax.interventions.engine import OnProgress
 from saejax.interventions.references import Reference, References, attributions, placebo_references
 from saejax.interventions.settings import AblateConfig, StudyConfig
 from saejax.interventions.slopes import leaders
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition, merge_tables
 from saejax.models.language_model import Edit, LanguageModel
+from saejax.progress import OnProgress, silent
 from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmark_definitions import Item, answer_tokens, way
 from saejax.tasks.benchmark_prompts import make_prompter
@@ -211,7 +211,7 @@ def measure_benchmark(
     dictionary: Dictionary,
     config: StudyConfig,
     repeats: Mapping[str, Dictionary] | None = None,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: OnProgress = silent,
 ) -> tuple[EffectsTable, BenchmarkAblation]:
     """Measure log-likelihoods of the reference answers: all that the verdict needs but accuracy.
 

@@ -19,7 +19,7 @@ The rows go through one jitted program in batches of bounded size, sharded over 
 """
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,6 +44,7 @@ from saejax.interventions.rows import (
 from saejax.interventions.split_model import GROUP_TOKENS, CleanRun, SplitModel
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SharedPrefixBatch
+from saejax.progress import OnProgress, silent
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.likelihood import encode_pair
 
@@ -55,8 +56,6 @@ BATCH_ROWS = 64
 _IN_FLIGHT = 2  # batches on the device while the host waits for an earlier one
 FEATURES = 1024  # features gathered at once, unless one set has more
 
-OnProgress = Callable[[int, int], None]  # called with the tokens done and in total; may raise to stop
-
 
 def effects(
     lm: LanguageModel,
@@ -66,7 +65,7 @@ def effects(
     positions: str = "all",
     error: str = "keep",
     batch_rows: int = BATCH_ROWS,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: OnProgress = silent,
 ) -> np.ndarray:
     """Return readouts of each edit on each prompt.
 
@@ -150,7 +149,7 @@ def run_edits(
     runs: Sequence[CleanRun],
     edits: FeatureEdits,
     batch_rows: int = BATCH_ROWS,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: OnProgress = silent,
     readouts: bool = False,
     snap_rounding: bool = False,
 ) -> dict[str, np.ndarray]:

@@ -15,7 +15,6 @@ its mean drop of the logit difference there are
 import dataclasses
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from saejax.interventions import activity
 from saejax.interventions.ablation import BehaviourAblation
@@ -99,6 +98,8 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation) -> Impo
 
 def _rank_correlation(first_N: np.ndarray, second_N: np.ndarray) -> float | None:
     """Return Spearman's correlation where both are defined; None where there is none."""
+    from scipy.stats import spearmanr
+
     is_known_N = np.isfinite(first_N) & np.isfinite(second_N)
     first, second = first_N[is_known_N], second_N[is_known_N]
     # A constant has no ranks; scipy would warn and return NaN, which JSON does not have.

@@ -73,7 +73,8 @@ def ablate(
       features: which to ablate, of one behaviour. None: the first ``top`` by attribution on the train prompts.
       documents: held-out texts, on which cross-entropy and KL divergence are measured.
       repeats: dictionaries of other seeds, by name, tested in the same way.
-      **settings: fields of ``saejax.interventions.settings.AblateConfig``, such as top=10, random_sets=99, replacement="mean".
+      **settings: fields of ``saejax.interventions.settings.AblateConfig``, such as top=10, random_sets=99 and
+        replacement="mean".
 
     Returns:
       The table of effects, and the verdict on it.
@@ -158,7 +159,8 @@ def steer(
       dictionary: the dictionary whose features, and at whose site, prompts are steered.
       prompts: "train" prompts give the directions and choose the strength, "test" prompts judge it.
       documents: held-out texts, whose cross-entropy limits the strength.
-      **settings: fields of ``saejax.interventions.settings.SteerConfig``, such as top=10, doses=(0.2, 0.4), random_sets=99.
+      **settings: fields of ``saejax.interventions.settings.SteerConfig``, such as top=10, doses=(0.2, 0.4) and
+        random_sets=99.
 
     Returns:
       The results of each behaviour, by name.

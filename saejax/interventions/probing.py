@@ -1,4 +1,4 @@
-"""Linear probes: how well a class can be read from activations, and how much of that is chance; the stage ``probe``.
+"""Linear probes: how well a class can be read from activations, and how much of that is chance.
 
 Labels (``saejax.tasks.labels``) are predicted for prompts of behaviours and, with ``--probe.benchmarks``, for the
 questions of benchmarks, from a dictionary's features and from the raw activations at its site.
@@ -23,25 +23,18 @@ by one on test prompts, and compared with features matched in firing rate.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
-from sklearn.model_selection import StratifiedKFold
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.files import read_lines
 from saejax.interventions import activity
 from saejax.interventions.answers import mean_interval
-from saejax.interventions.benchmark import BenchmarkItems
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import run_edits
 from saejax.interventions.references import Reference, References
@@ -49,21 +42,12 @@ from saejax.interventions.settings import ProbeConfig
 from saejax.interventions.split_model import GROUP_TOKENS, SplitModel, in_order, of_features
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
-from saejax.progress import OnProgress
-from saejax.results import Interval, from_json
-from saejax.runner import parts
-from saejax.runner.workspace import Run
-from saejax.stages import inputs as run_inputs
+from saejax.results import Interval
 from saejax.statistics.bootstrap import resampling_weights, two_sided_p
 from saejax.statistics.ranks import holm_by_key
-from saejax.tasks.behaviours import SPLITS, Prompt, read_logit_diffs, read_prompts
-from saejax.tasks.benchmark_definitions import way
-from saejax.tasks.benchmark_scores import FILE
-from saejax.tasks.benchmarks import read_items
+from saejax.tasks.behaviours import SPLITS, Prompt
 from saejax.tasks.labels import LABELS, Labelled, label_prompts
-from saejax.tasks.scored_items import WAYS, GeneratedItem
 from saejax.tasks.scoring import wilson
-from saejax.tasks.settings import TaskConfig
 
 MATCHES = 10  # nearest features by firing rate, from which a matched one is drawn
 LOGIT_DIFFERENCE, LOG_LIKELIHOOD = "logit difference", "log-likelihood of the reference answer"
@@ -72,10 +56,8 @@ _PERMUTATIONS = 10_000  # of the test labels: the smallest p-value is a ten-thou
 _FOLDS = 5  # a class with as many train prompts has one of them in each
 _ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
 ABLATED = 10  # features of a probe that are ablated, at most
-BENCHMARK_ITEMS = 40  # test items of a benchmark on which they are ablated, at most
 _RESAMPLES = 10_000  # of test prompts, for effects of ablated features
 _CONTROLS = 2  # matched features of each ablated one
-_CALCULATION = re.compile(r"<<([^=>]*)=[^>]*>>")  # in solutions of GSM8K
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +155,8 @@ def run_probes(
       seed: seed of folds, shuffles, controls and permutations, in addition to ``config.seed``.
       name: the inputs, "features" or "raw".
     """
+    from sklearn.metrics import f1_score
+
     # An input that never varies cannot be scaled, and says nothing.
     varying_C = np.flatnonzero(np.ptp(task.train_NxC, axis=0) > 0)
     task = task.with_inputs(varying_C)
@@ -226,6 +210,8 @@ def choose_strength(task: ProbeTask, k: int | None, config: ProbeConfig, seed: i
 
     Each fold, drawn by ``seed``, scales and selects its k inputs (None: all) anew. Of equals, the strongest penalty.
     """
+    from sklearn.model_selection import StratifiedKFold
+
     strengths, class_N = sorted(set(config.strengths)), task.train_class_N
     if len(strengths) == 1:
         return strengths[0]
@@ -348,6 +334,8 @@ def _control_task(task: ProbeTask, k: int, name: str, rng: np.random.Generator) 
 
 def _prepare(task: ProbeTask, k: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Return the solver's inputs of train and test prompts; a column of zeros where nothing varies."""
+    from sklearn.preprocessing import StandardScaler
+
     task = task.with_inputs(select_inputs(task, k)) if k else task
     if not task.train_NxC.size or not np.ptp(task.train_NxC, axis=0).any():
         return np.zeros((len(task.train_NxC), 1)), np.zeros((len(task.test_MxC), 1))
@@ -370,6 +358,8 @@ def _rotate(train_NxC: np.ndarray, test_MxC: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _fit(train_NxR: np.ndarray, class_N: np.ndarray, strength: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
     model = LogisticRegression(C=strength, max_iter=_ITERATIONS, tol=_TOLERANCE)
     return model.fit(train_NxR, class_N)
 
@@ -420,54 +410,6 @@ class ProbeResults:
     labels: tuple[ProbedLabel, ...]  #: each of all behaviours, of a behaviour or of a benchmark
 
 
-def run_probe(run: Run) -> ProbeResults:
-    """Probe a dictionary's features, and the raw activations, for every label.
-
-    Args:
-      run: of the unit.
-
-    Returns:
-      The results of the unit.
-
-    Raises:
-      UserError: there are no prompts of a split, the dictionary belongs to another model, or an activation is not
-        finite.
-    """
-    config = run.configs[ProbeConfig]
-    benchmarks = {unit.partition("/")[2]: unit for unit in run.inputs if unit.startswith("benchmark/")}
-    groups = [read_benchmark_prompts(run, unit) for unit in benchmarks.values()]
-    wanted = label_all(config, _behaviour_prompts(run) if "baseline" in run.inputs else ([], []), groups)
-    dictionary = run_inputs.load_run_dictionary(run)
-
-    def begin() -> parts.Measure:
-        lm = run_inputs.load_run_model(run)
-        split = SplitModel(lm, dictionary)
-        # Labels of the same prompts share their inputs, whose computation takes most of the time.
-        inputs_of = functools.cache(lambda prompts: probe_inputs(split, prompts))
-
-        def ablation(name: str) -> FeatureAblation | None:
-            labelled = wanted[name]
-            if labelled.behaviour not in benchmarks:
-                return ablation_of(split, labelled)
-            task = run.configs[TaskConfig]
-            ids = [prompt.items[0] for prompt in labelled.prompts if prompt.split == "test"][:BENCHMARK_ITEMS]
-            items = {item.id: item for item in read_items(labelled.behaviour, task)}
-            chosen = [items[each] for each in ids]
-            return ablation_on_references(
-                split, BenchmarkItems(lm, labelled.behaviour, task, (), chosen).references(chosen)
-            )
-
-        def measure(name: str, on_progress: OnProgress) -> parts.Measured:
-            inputs = inputs_of(wanted[name].prompts)
-            results = probe_label(config, wanted[name], *inputs, lambda: ablation(name), lambda: on_progress(0, 0))
-            return parts.Measured(results, _line(results))
-
-        return measure
-
-    measured = parts.each_part(run, list(wanted), begin, ProbedLabel)
-    return ProbeResults(config.dictionary, dictionary.site, correct(tuple(measured.values())))
-
-
 def label_all(
     config: ProbeConfig,
     behaviours: tuple[Sequence[Prompt], Sequence[float]],
@@ -498,53 +440,6 @@ def label_all(
     if not wanted:
         raise UserError(f"no prompt has a label of --probe.labels={','.join(config.labels)}: name one that some have")
     return wanted
-
-
-def _behaviour_prompts(run: Run) -> tuple[list[Prompt], list[float]]:
-    """Return the prompts of the tested behaviours, and their logit differences."""
-    path = run.inputs["baseline"] / "prompts.jsonl"
-    tested = run_inputs.read_behaviours(run)
-    rows = [row for row in zip(read_prompts(path), read_logit_diffs(path), strict=True) if row[0].behaviour in tested]
-    for split in SPLITS:
-        if not any(prompt.split == split for prompt, _ in rows):
-            raise UserError(f"{path} has no {split} prompts: run the stage baseline again")
-    return [prompt for prompt, _ in rows], [diff for _, diff in rows]
-
-
-def read_benchmark_prompts(run: Run, unit: str) -> tuple[list[Prompt], list[float]]:
-    """Return a benchmark's questions as prompts with labels, half of them train prompts, drawn by seed.
-
-    The labels are ``correct`` (right or wrong; the flexible rule judges generated answers), ``steps`` (calculations of
-    the reference solution), ``operation`` (the operator of its last one) and ``task``, each where the benchmark has it.
-
-    Args:
-      run: of the stage.
-      unit: unit of the benchmark, such as ``benchmark/gsm8k``.
-    """
-    name, task = unit.partition("/")[2], run.configs[TaskConfig]
-    path = run.inputs[unit] / FILE
-    scored = [from_json(WAYS[way(name, task)], row, path) for row in read_lines(path)]
-    solutions = {item.id: item.solution for item in read_items(name, task)}
-    # Benchmarks have no splits of their own; halves are drawn.
-    is_train = np.random.default_rng(run.configs[ProbeConfig].seed).permutation(len(scored)) % 2 == 0
-    prompts = []
-    for item, train in zip(scored, is_train, strict=True):
-        right = item.flexible.correct if isinstance(item, GeneratedItem) else item.judged[1]
-        labels = {"task": item.task} if item.task else {}
-        if right is not None:
-            labels["correct"] = "right" if right else "wrong"
-        calculations = _CALCULATION.findall(solutions.get(item.id, ""))
-        if calculations:
-            labels["steps"] = str(len(calculations))
-            # A leading minus is a sign.
-            operators = re.findall(r"[-+*/]", calculations[-1].lstrip("-"))
-            labels |= {"operation": operators[-1]} if operators else {}
-        split = "train" if train else "test"
-        prompt = Prompt(name, split, item.prompt, item.reference, "", items=(item.id,), labels=tuple(labels.items()))
-        prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"{path} has no items: run the stage benchmark again")
-    return prompts, [1.0 if dict(prompt.labels).get("correct") == "right" else -1.0 for prompt in prompts]
 
 
 def probe_label(
@@ -635,13 +530,3 @@ def correct(labels: Sequence[ProbedLabel]) -> tuple[ProbedLabel, ...]:
         return dataclasses.replace(label, probes=probes, selected=selected)
 
     return tuple(corrected(n, label) for n, label in enumerate(labels))
-
-
-def _line(result: ProbedLabel) -> str:
-    if result.reason:
-        return f"no probe: {result.reason}"
-    shares = {fit.input: fit.accuracy * 100 for fit in result.probes if fit.k is None}
-    dense = [f"{name} {each.mean:.0f} % [{each.low:.0f}, {each.high:.0f}]" for name, each in shares.items()]
-    tests = sum(counts["test"] for counts in result.classes.values())
-    majority = f"largest class {100 * result.probes[0].majority:.0f} %"
-    return f"probe accuracy on {tests} test prompts from all inputs: {', '.join(dense)}; {majority}"

@@ -32,13 +32,12 @@ from saejax.models import decoder
 from saejax.models.lengths import even_batches
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
+from saejax.progress import OnProgress, silent
 from saejax.tasks.likelihood import align, token_scores
 
 FEATURES = 512  # features gathered at once, unless one set has more
 _PROGRAM = 4096  # tokens that run in the time in which programs of another shape are compiled, roughly
 _NOT_RUN = 1.0  # where an edit changes nothing: no log-likelihood is above 0
-
-OnProgress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +143,7 @@ class References:
         arrays = [batch.read_BxTxD, batch.domain_BxT]
         return gather(self._split.point, self._split.dictionary, ZERO, arrays, features_K, len(batch.domain_BxT))
 
-    def log_likelihoods(self, edits: FeatureEdits, on_progress: OnProgress = lambda done, total: None) -> np.ndarray:
+    def log_likelihoods(self, edits: FeatureEdits, on_progress: OnProgress = silent) -> np.ndarray:
         """Return the log-likelihood of each reference without an edit, then with each edit, in nats, [1 + E, N].
 
         Args:

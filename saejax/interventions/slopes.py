@@ -11,7 +11,7 @@ their effects are then measured exactly.
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row, sharding
+from saejax.progress import OnProgress, silent
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
@@ -170,7 +171,7 @@ def target_attributions(
     runs_of: Sequence[Sequence[CleanRun]],
     targets_Rx2: np.ndarray,
     source: ActivationReplacement = ZERO,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = silent,
 ) -> list[np.ndarray]:
     """Return each feature's attribution for R pairs of tokens, mean over prompts, float64 [R, F] of each dictionary.
 

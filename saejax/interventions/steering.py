@@ -1,4 +1,4 @@
-"""Steering: prompts turned to the answers of their counterparts by a change of one site; the stage ``steer``.
+"""Steering: prompts turned to the answers of their counterparts by a change of one site.
 
 A *text* is a train prompt, or its counterpart, to which the prompt's wrong answer is right; it is read at its last
 position. Steering from answer c to answer w uses one of
@@ -43,24 +43,18 @@ from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
 from saejax.progress import OnProgress, silent
 from saejax.results import Interval
-from saejax.runner import parts
-from saejax.runner.workspace import Run
-from saejax.stages import inputs as run_inputs
 from saejax.statistics import bootstrap
 from saejax.statistics.partition import disjoint_sets
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
-from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 METHODS = ("add", "clamp", "mean_difference")
 MIN_TEXTS = 3  # texts of an answer, of which a mean is taken
 FACTORS = (1.0, 2.0, 4.0, 8.0)  # of the activation that features are clamped to
 MIN_PROMPTS = 5  # prompts of a split; fewer are not steered
-MAX_PROMPTS = 40  # test prompts of a behaviour that the stage steers: 99 controls at 9 strengths are run on each
 TEXT_SWAPS = 4  # answer pairs whose changes are tried on held-out text
-TEXT_DOCUMENTS = 16  # held-out documents on which the rise of cross-entropy is measured
 # Nats per token: a larger rise means that text of any kind has become hard to predict, not that an answer was turned.
 MAX_CE_RISE = 1.0
 CONTROLS = dict(add="random sets of features", clamp="random sets of features", mean_difference="random directions")
@@ -511,41 +505,3 @@ def _conclude(result: SteeringMethod, p_holm: float | None, tests: int) -> Causa
         )
     numbers = dict(controls=float(count), needed=float(needed))
     return CausalAnswer(answer, sentence, effect, p_value, p_holm, numbers)
-
-
-def _line(result: BehaviourSteering) -> str:
-    if result.reason:
-        return f"not steered: {result.reason}"
-    chosen = {name: each.points[each.chosen] for name, each in result.methods.items()}
-    listed = [f"{name} turns {100 * p.turned.mean:.0f} % at strength {p.strength:g}" for name, p in chosen.items()]
-    return f"{result.prompts} test prompts: {', '.join(listed)}"
-
-
-def run_steer(run: Run) -> SteerResults:
-    """Steer every behaviour.
-
-    Args:
-      run: of the unit.
-
-    Returns:
-      The results of the unit.
-
-    Raises:
-      UserError: the dictionary belongs to another model, there are no doses, or a logit is not finite.
-    """
-    config = run.configs[SteerConfig]
-    prompts, dictionary = run_inputs.read_behaviours(run), run_inputs.load_run_dictionary(run)
-
-    def begin() -> parts.Measure:
-        lm = run_inputs.load_run_model(run)
-        text = HeldOutText.of(run.configs[CorpusConfig], run.configs[TaskConfig], lm, TEXT_DOCUMENTS)
-
-        def measure(name: str, on_progress: OnProgress) -> parts.Measured:
-            results = SteeringTest(lm, dictionary, prompts[name], text, config, MAX_PROMPTS, on_progress).results()
-            return parts.Measured(results, _line(results))
-
-        return measure
-
-    measured = parts.each_part(run, list(prompts), begin, BehaviourSteering, "tokens")
-    site = dictionary.config.target or dictionary.site
-    return SteerResults(config.dictionary, site, judge(measured))

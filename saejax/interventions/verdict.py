@@ -313,3 +313,16 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
         return dataclasses.replace(answered, sentence=wording.selective_sentence(answered, failing))
 
     return _Test(p_value, conclude)
+
+
+def summarise(answers: CausalVerdict, behaviour: str) -> str:
+    """Return the answers on a behaviour in one line."""
+    result = answers.dictionaries[TESTED][behaviour]
+    answer_of = dict(
+        effect=result.ablation["logit_diff"].answer,
+        more_than_random=result.random.answer,
+        specific=result.placebo.answer,
+        selective=result.selective.answer,
+        **{f"more_than_{name}": answer.answer for name, answer in result.bases.items()},
+    )
+    return "; ".join(f"{question.replace('_', ' ')}: {answer}" for question, answer in answer_of.items())

@@ -1,4 +1,4 @@
-"""Fingerprints of what stages read from outside the workdir, for their declarations: imports are inside functions."""
+"""Fingerprints of what stages read from outside the workdir, for their declarations."""
 
 from saejax.config import Configs
 from saejax.dictionaries.hashes import hash_dictionaries
@@ -29,7 +29,6 @@ def training_text(configs: Configs) -> tuple[str, ...]:
 
 def dictionary(configs: Configs, stage: str) -> str:
     """Fingerprint the folder that ``--<stage>.dictionary`` names; "" if the dictionary is trained here."""
-
     name = configs.named(stage).dictionary
     return hash_dictionaries(name) if is_folder(name) else ""
 

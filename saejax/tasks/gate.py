@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from scipy.stats import binomtest
-
 from saejax.errors import UserError, one_of
 from saejax.files import read_json, write_json
 from saejax.tasks.behaviours import Prompt, read_prompts
@@ -34,6 +32,8 @@ def gate(right: int, n: int, level: float) -> tuple[float, str]:
       n: number of train prompts, at least 1.
       level: 0 to 1; 1 lets every behaviour pass.
     """
+    from scipy.stats import binomtest
+
     # Against 1/2, as a prompt offers two answers and one of them is right.
     p = float(binomtest(right, n, alternative="greater").pvalue)
     if p <= level:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from saejax.results import Interval
 
@@ -22,7 +22,7 @@ SEPARATION_LIMIT = 1e6  # stands for infinity, which JSON does not have
 RESAMPLES = 10_000  # more would move ends of intervals by less than a tenth of their distance
 _CHUNK = 8_000_000  # numbers held at once: 64 MB
 _ENDS = (0.025, 0.975)
-_Z = float(norm.ppf(_ENDS[1]))
+_Z = float(ndtri(_ENDS[1]))
 
 
 def bootstrap(

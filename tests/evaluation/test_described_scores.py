@@ -67,7 +67,7 @@ def test_the_parts_of_a_crosscoder():
 
 def test_a_cross_layer_transcoder():
     second_layer = Reconstruction(200, 0.8, 0.9, 1.25, np.array([0.5, 0.5, 0.25, 0.0]), np.ones(4))
-    found = cross_layer._describe([SCORE, second_layer], losses())
+    found = cross_layer.describe_layers([SCORE, second_layer], losses())
     assert found.explained_variance == pytest.approx(0.6) and found.l0 == 2.0 and found.dead_fraction == 0.375
     assert (found.ce_recovered_mean, found.kl_recovered_mean) == pytest.approx((0.75, 0.8))
     assert [layer.dense_fraction for layer in found.layers] == [0.5, 0.75]

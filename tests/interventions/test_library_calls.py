@@ -11,11 +11,11 @@ import saejax
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions import edits
-from saejax.interventions.patching import run_patch
 from saejax.interventions.settings import AblateConfig, PatchConfig, ProbeConfig, SteerConfig, StudyConfig
 from saejax.interventions.table import TESTED
 from saejax.models.settings import ModelConfig
 from saejax.results import to_json
+from saejax.stages.patch.run import run_patch
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 SITE = "resid_post.1"

@@ -19,6 +19,7 @@ from saejax.interventions.settings import PatchConfig
 from saejax.interventions.split_model import PROMPTS, SplitModel
 from saejax.interventions.table import TESTED, load_effects
 from saejax.results import from_json, to_json
+from saejax.stages.patch.run import run_patch
 from saejax.statistics.bootstrap import resampling_weights
 from saejax.tasks.behaviours import read_prompts, write_prompts
 
@@ -211,7 +212,7 @@ def assert_is_json(results):
 
 def test_sites(make_run):
     whole = make_run("resid_post", "whole")
-    results = patching.run_patch(whole)
+    results = run_patch(whole)
     assert_is_json(results)
     first = results.behaviours["first"]
     assert first.prompts + sum(first.left_out.values()) == 8 and first.left_out["no counterpart"] == 1
@@ -221,7 +222,7 @@ def test_sites(make_run):
 
 def test_heads_are_patched_at_all_positions_together(make_run):
     run = make_run("attn_z", "heads")
-    results = patching.run_patch(run)
+    results = run_patch(run)
     assert_is_json(results)
     assert results.positions == "all"
     grid = patching.PatchGrid.load(patching.PatchGrid.file(run.folder, "second"))
@@ -231,7 +232,7 @@ def test_heads_are_patched_at_all_positions_together(make_run):
 def test_features(make_run, tiny, make_dictionary):
     run = make_run("topk", "features")
     prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl")
-    results = patching.run_patch(run)
+    results = run_patch(run)
     assert_is_json(results)
     assert (results.dictionary, results.site, results.k) == ("topk", "resid_post.1", 3)
     for name, entry in results.behaviours.items():
@@ -255,12 +256,12 @@ def test_a_behaviour_that_cannot_be_patched_is_named_and_the_others_go_on(make_r
     path = run.inputs["baseline"] / "prompts.jsonl"
     prompts = read_prompts(path)
     write_prompts(path, [p for p in prompts if (p.behaviour, p.split) != ("first", "train")])
-    results = patching.run_patch(run)
+    results = run_patch(run)
     assert list(results.behaviours) == ["second"] and "no train prompts" in results.unpatched["first"]
     # Sites need no train prompts.
-    results = patching.run_patch(make_run("resid_post", "sites"))
+    results = run_patch(make_run("resid_post", "sites"))
     assert list(results.behaviours) == ["first", "second"] and results.unpatched == {}
 
     write_prompts(path, [dataclasses.replace(p, counterpart="") for p in prompts])
     with pytest.raises(UserError, match=r"no behaviour can be patched .first: of 8 test prompts 8 have no counterpart"):
-        patching.run_patch(make_run("resid_post", "none"))
+        run_patch(make_run("resid_post", "none"))

@@ -23,7 +23,9 @@ from saejax.interventions.references import Reference
 from saejax.interventions.settings import ProbeConfig
 from saejax.interventions.split_model import SplitModel
 from saejax.results import Interval, from_json, to_json
+from saejax.stages.probe import run as stage
 from saejax.tasks.behaviours import Prompt, write_prompts
+from saejax.tasks.benchmarks import read_items
 from saejax.tasks.labels import LABELS, label_prompts
 from saejax.tasks.likelihood import encode_pair
 from saejax.tasks.settings import PROBE_LABELS, TaskConfig
@@ -198,7 +200,7 @@ def make_run(tmp_path, save_inputs, stage_run, make_prompt):
 
 def test_the_stage_end_to_end(make_run):
     whole, lines = make_run("whole")
-    results = probing.run_probe(whole)
+    results = stage.run_probe(whole)
     assert from_json(probing.ProbeResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     assert (results.dictionary, results.site) == ("topk", "resid_post.1")
     answer, again, first, second = results.labels
@@ -251,7 +253,7 @@ def test_what_is_refused(make_run, tiny, make_dictionary, prompts):
         (dict(strengths=()), "--probe.strengths is empty"),
     ):
         with pytest.raises(UserError, match=message):
-            probing.run_probe(make_run("refused", **settings)[0])
+            stage.run_probe(make_run("refused", **settings)[0])
     run, _ = make_run("refused")
     for written, message in (
         (prompts, r"line 1 of .* is not a prompt with its scores"),
@@ -259,7 +261,7 @@ def test_what_is_refused(make_run, tiny, make_dictionary, prompts):
     ):
         write_prompts(run.inputs["baseline"] / "prompts.jsonl", written)
         with pytest.raises(UserError, match=message):
-            probing.run_probe(run)
+            stage.run_probe(run)
 
 
 def test_scores_are_those_of_sklearn():
@@ -343,19 +345,19 @@ def test_questions_of_benchmarks_are_probed_and_ablated(tmp_path, make_run):
     rest = dict(task="", reference="7", output="7", finished="eos", strict=dict(answer=None, correct=False))
     rows = [
         dict(id=item.id, prompt=f"Q {n}", flexible=dict(answer="7", correct=n % 2 == 0), **rest)
-        for n, item in enumerate(probing.read_items("gsm8k", task))
+        for n, item in enumerate(read_items("gsm8k", task))
     ]
     write_lines(unit / "items.jsonl", rows)
     run, _ = make_run("benchmarks", task, labels=("correct",))
     run = dataclasses.replace(run, inputs={**run.inputs, "benchmark/gsm8k": unit})
-    prompts, diffs = probing.read_benchmark_prompts(run, "benchmark/gsm8k")
+    prompts, diffs = stage.read_benchmark_prompts(run, "benchmark/gsm8k")
     assert [dict(p.labels) for p in prompts] == [
         dict(correct="wrong" if n % 2 else "right", steps="2", operation="-") for n in range(40)
     ]
     assert [diff > 0 for diff in diffs] == [n % 2 == 0 for n in range(40)]
     assert sorted(p.split for p in prompts) == ["test"] * 20 + ["train"] * 20
     assert {p.behaviour for p in prompts} == {"gsm8k"}
-    *_, last = probing.run_probe(run).labels
+    *_, last = stage.run_probe(run).labels
     assert last.behaviour == "gsm8k" and last.reason is None and len(last.probes) == 6
     assert last.selected.readout == "log-likelihood of the reference answer"
     assert len(last.selected.features) == 2

@@ -17,6 +17,7 @@ from saejax.models.settings import ModelConfig
 from saejax.results import to_json
 from saejax.runner.registry import default_configs
 from saejax.runner.workspace import Run
+from saejax.stages.baseline.run import run_baseline
 from saejax.tasks import baseline
 from saejax.tasks.answer_tokens import MERGED
 from saejax.tasks.behaviours import SCORES, PromptScore, read_prompts
@@ -37,7 +38,7 @@ def finished(tmp_path_factory):
     """A run on a small random model: its model folder, its own folder, its results and what it said."""
     model = runs.save_model(tmp_path_factory.mktemp("model"))
     folder, lines = tmp_path_factory.mktemp("baseline"), []
-    return model, folder, baseline.run_baseline(make_run(folder, model, lines=lines)), lines
+    return model, folder, run_baseline(make_run(folder, model, lines=lines)), lines
 
 
 def test_scores_are_those_of_pytorch(finished):
@@ -146,14 +147,14 @@ def test_behaviours_that_the_model_does_not_have_are_left_out(tmp_path, finished
     def score(model, prompts):  # capital alone
         return [PromptScore(1.0 if p.behaviour == "capital" else -1.0, True, 1.0, -1.0, -2.0) for p in prompts]
 
-    monkeypatch.setattr(baseline, "score_prompts", score)
+    monkeypatch.setattr("saejax.stages.baseline.run.score_prompts", score)
     task, lines = dataclasses.replace(TASK, behaviours=("agreement", "capital"), gate=0.05), []
-    results = baseline.run_baseline(make_run(tmp_path, finished[0], task, lines))
+    results = run_baseline(make_run(tmp_path, finished[0], task, lines))
     assert list(results.left_out) == ["agreement"] and list(results.behaviours) == ["agreement", "capital"]
     assert "left out of the causal tests: the model does not have it: right on 0 of 15" in lines[0]
     (tmp_path / "none").mkdir()
     task = dataclasses.replace(task, behaviours=("agreement",))
-    baseline.run_baseline(make_run(tmp_path / "none", finished[0], task, lines))
+    run_baseline(make_run(tmp_path / "none", finished[0], task, lines))
     assert lines[-1].startswith("no behaviour is left to test: agreement: the model does not have it")
     found = read_tested(tmp_path)
     assert list(found.prompts) == ["capital"] and len(found.prompts["capital"]) == 21
@@ -172,10 +173,10 @@ def test_a_tokenizer_without_the_answers_is_refused_unless_others_are_left(finis
     monkeypatch.setattr("saejax.tasks.draw.fault", joined)
     task, lines = dataclasses.replace(TASK, behaviours=("capital",)), []
     with pytest.raises(UserError, match="no behaviour is left to test: capital: 0 of 15 train .* is joined with"):
-        baseline.run_baseline(make_run(tmp_path, finished[0], task))
+        run_baseline(make_run(tmp_path, finished[0], task))
     assert not list(tmp_path.iterdir())
     task = dataclasses.replace(task, behaviours=("capital", "agreement"))
-    results = baseline.run_baseline(make_run(tmp_path, finished[0], task, lines))
+    results = run_baseline(make_run(tmp_path, finished[0], task, lines))
     assert list(results.behaviours) == ["agreement"] and list(results.left_out) == ["capital"]
     assert lines[0].startswith("capital: not measured: 0 of 15 train prompts could be made")
     assert list(read_tested(tmp_path).prompts) == ["agreement"]
@@ -185,9 +186,9 @@ def test_a_prompt_longer_than_the_context_is_refused_and_a_stop_leaves_nothing(f
     model = runs.save_model(tmp_path / "model", max_position_embeddings=20)
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="has 2[0-9] tokens, more than the model's context of 20"):
-        baseline.run_baseline(make_run(tmp_path / "run", model, dataclasses.replace(TASK, behaviours=("addition",))))
+        run_baseline(make_run(tmp_path / "run", model, dataclasses.replace(TASK, behaviours=("addition",))))
     with pytest.raises(Interrupted):
-        baseline.run_baseline(make_run(tmp_path / "run", finished[0], stopping=lambda: True))
+        run_baseline(make_run(tmp_path / "run", finished[0], stopping=lambda: True))
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -216,7 +217,7 @@ def test_own_behaviours_need_no_counterparts(finished, tmp_path):
     lines = [line | dict(text=text, split=split) for text, split in zip(texts, splits, strict=True)]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = dataclasses.replace(TASK, behaviours=("capital",), prompts=str(tmp_path / "own.jsonl"))
-    results = baseline.run_baseline(make_run(tmp_path, finished[0], task)).behaviours
+    results = run_baseline(make_run(tmp_path, finished[0], task)).behaviours
     assert list(results) == ["capital", "plural"]
     assert results["plural"].test.n == 2 and results["plural"].test.counterpart_accuracy is None
     assert results["capital"].test.counterpart_accuracy.mean >= 0

@@ -16,9 +16,10 @@ from saejax.models.settings import ModelConfig
 from saejax.runner import command, pipeline, workplan
 from saejax.runner.registry import default_configs
 from saejax.runner.workspace import Run
+from saejax.stages.benchmark.run import line, run_benchmark
 from saejax.tasks import benchmark_scores
 from saejax.tasks.answers import Verdict
-from saejax.tasks.benchmark_scores import line, score_items, summarize
+from saejax.tasks.benchmark_scores import score_items, summarize
 from saejax.tasks.benchmarks import read_items
 from saejax.tasks.likelihood import encode_pair, loglikelihoods
 from saejax.tasks.results import UnparsedExample
@@ -173,10 +174,10 @@ def test_an_interrupted_benchmark_goes_on(inputs, task, tmp_path, writes):
     texts += ["#### 1\u2028x", "2", "3", "4"]  # a line separator of Unicode is no end of a row
     calls = iter([False, True])
     with pytest.raises(Interrupted, match="stopped after 4 of 6 items, which are kept"):
-        benchmark_scores.run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, stopping=lambda: next(calls)))
+        run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, stopping=lambda: next(calls)))
     texts += ["5", "6"]
     lines = []
-    results = benchmark_scores.run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, lines))
+    results = run_benchmark(make_run(tmp_path, "gsm8k", inputs[0], task, lines))
     assert lines[0] == "4 of 6 items were done before" and results.n == 6 and not texts
     assert [row["output"] for row in rows_of(tmp_path)] == ["#### 1\u2028x", "2", "3", "4", "5", "6"]
 

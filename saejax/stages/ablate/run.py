@@ -10,13 +10,13 @@ import dataclasses
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, verdict_config
-from saejax.interventions.answers import AblateResults, CausalVerdict, FeatureEffect, ImportanceSummary
+from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary
 from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.settings import BASES, AblateConfig
 from saejax.interventions.split_model import parse_positions
-from saejax.interventions.table import TESTED, load_effects, merge_tables, save_effects
+from saejax.interventions.table import load_effects, merge_tables, save_effects
 from saejax.interventions.text import HeldOutText
-from saejax.interventions.verdict import verdict
+from saejax.interventions.verdict import summarise, verdict
 from saejax.parallel.collectives import is_first_process, wait_for_all
 from saejax.progress import OnProgress
 from saejax.runner import parts, stacks
@@ -99,16 +99,3 @@ def run_ablate(run: Run) -> AblateResults:
         verdict=answers,
         importance=importance or None,
     )
-
-
-def summarise(answers: CausalVerdict, behaviour: str) -> str:
-    """Return the answers on a behaviour in one line."""
-    result = answers.dictionaries[TESTED][behaviour]
-    answer_of = dict(
-        effect=result.ablation["logit_diff"].answer,
-        more_than_random=result.random.answer,
-        specific=result.placebo.answer,
-        selective=result.selective.answer,
-        **{f"more_than_{name}": answer.answer for name, answer in result.bases.items()},
-    )
-    return "; ".join(f"{question.replace('_', ' ')}: {answer}" for question, answer in answer_of.items())

@@ -1,10 +1,10 @@
-"""The stages ``baseline`` and ``benchmark``."""
+"""The stage ``baseline``."""
 
 from saejax.models.settings import ModelConfig
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage
 from saejax.stages import identities
-from saejax.tasks.baseline import run_baseline
+from saejax.stages.baseline.run import run_baseline
 from saejax.tasks.results import BaselineResults
 from saejax.tasks.settings import TaskConfig
 

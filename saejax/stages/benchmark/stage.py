@@ -4,7 +4,7 @@ from saejax.models.settings import ModelConfig
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage
 from saejax.stages import identities
-from saejax.tasks.benchmark_scores import run_benchmark
+from saejax.stages.benchmark.run import run_benchmark
 from saejax.tasks.results import BenchmarkResults
 from saejax.tasks.settings import TaskConfig
 

@@ -17,7 +17,7 @@ from saejax.dictionaries.joined import part_norms as decoder_part_norms
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
 from saejax.evaluation import neighbours
-from saejax.evaluation.cross_layer import evaluate_layers
+from saejax.evaluation.cross_layer import LoadedLayers, describe_layers, reconstruct_layers, replaced_losses
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.member_data import compiled_in
 from saejax.evaluation.parts import (
@@ -33,6 +33,7 @@ from saejax.evaluation.reconstruction import Reconstruction, read_blocks, recons
 from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores, StandInMeans
 from saejax.evaluation.settings import EvaluateConfig
 from saejax.files import read_json, write_array, write_json
+from saejax.links import member_folder
 from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
 from saejax.models.settings import ModelConfig
@@ -42,7 +43,7 @@ from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.results import from_json, to_json
 from saejax.runner import stacks
-from saejax.runner.workspace import Run, member_folder
+from saejax.runner.workspace import Run
 
 SCORES = "scores.json"
 _AT_A_TIME = 4  # members of one site that are scored together, and by one process
@@ -59,7 +60,7 @@ def run_evaluate(run: Run) -> EvaluateResults:
     trained = run.inputs[f"train/{run.name}"]
     if circuit_tracer.is_cross_layer(trained):
         run.share.join([])  # it is one item, which the first process makes
-        return evaluate_layers(run, store, trained)
+        return _evaluate_layers(run, store, trained)
     stack = stacks.members(trained)
     for site in single_sites(member.site for member in stack):
         decoder_site(site)  # losses are measured in the decoder, which does not have a module of the PyTorch model
@@ -95,6 +96,40 @@ def run_evaluate(run: Run) -> EvaluateResults:
             run.finish_member(name, EvaluateResults(run.name, (scores[name],)))
     named = [dataclasses.replace(score, name=name) for name, score in scores.items()]
     return EvaluateResults(run.name, tuple(named))
+
+
+def _evaluate_layers(run: Run, store: Store, folder: Path) -> EvaluateResults:
+    """Score the cross-layer transcoder of a train unit on the store's held-out split.
+
+    This writes ``firing_rate.npy`` and ``mean_activation.npy`` [L, F], fp32, and ``scores.json``.
+
+    Raises:
+      UserError: the store lacks a layer, or is of another model.
+    """
+    config, mesh, model = run.configs[EvaluateConfig], make_mesh(run.configs[MeshConfig]), run.configs[ModelConfig]
+    loaded = LoadedLayers.of(folder, mesh)
+    missing = [site for pair in loaded.sites for site in pair if site not in store.sites]
+    if missing:
+        last = len(loaded.sites) - 1
+        raise UserError(
+            f"{store.folder} has no {missing[0]}: --capture.sites=mlp_in.0-{last},mlp_out.0-{last} has all that a "
+            "cross-layer transcoder is scored on"
+        )
+    lm = load_configured_model(model, mesh)
+    store.check_model(lm.source)
+    scores = reconstruct_layers(loaded, store, mesh, config.batch_tokens)
+    losses = replaced_losses(lm, loaded.layers, loaded.decoders, loaded.sites, store, config)
+    write_array(run.folder / "firing_rate.npy", np.stack([score.firing_rate_F for score in scores]).astype(np.float32))
+    active_LxF = np.stack([score.mean_activation_F for score in scores])
+    write_array(run.folder / "mean_activation.npy", active_LxF.astype(np.float32))
+    described = describe_layers(scores, losses)
+    write_json(run.folder / "scores.json", to_json(described))
+    run.say(
+        f"explained variance {described.explained_variance:.3f}, L0 {described.l0:.1f}, dead "
+        f"{described.dead_fraction:.1%} on {described.tokens:,} held-out tokens; all MLPs replaced: cross-entropy "
+        f"{described.ce.reconstructed:.3f}, clean {described.ce.clean:.3f}, means {described.ce.mean_ablated:.3f}"
+    )
+    return EvaluateResults(run.name, (), described)
 
 
 def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[TrainedMember]]:

@@ -7,7 +7,7 @@ from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage
 from saejax.stages import identities
 from saejax.stages.evaluate.run import run_evaluate
-from saejax.stages.train.members import units_of_members, trained_sites
+from saejax.stages.train.members import trained_sites, units_of_members
 from saejax.training.settings import TrainConfig
 
 EVALUATE = Stage(

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 from saejax.config import Configs
 from saejax.dictionaries.names import folder_name
-from saejax.interventions.patching import PatchResults, run_patch
+from saejax.interventions.patching import PatchResults
 from saejax.interventions.settings import PatchConfig
 from saejax.models.settings import ModelConfig
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage, train_units
 from saejax.stages import identities
 from saejax.stages.patch.report import sections
+from saejax.stages.patch.run import run_patch
 from saejax.tasks.settings import TaskConfig
 
 

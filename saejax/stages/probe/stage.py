@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 from saejax.config import Configs
 from saejax.dictionaries.names import folder_name
-from saejax.interventions.probing import ProbeResults, run_probe
+from saejax.interventions.probing import ProbeResults
 from saejax.interventions.settings import ProbeConfig
 from saejax.models.settings import ModelConfig
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage, train_units
 from saejax.stages import identities
 from saejax.stages.probe.report import sections
+from saejax.stages.probe.run import run_probe
 from saejax.tasks.settings import TaskConfig
 
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from saejax.config import Configs
 from saejax.dictionaries.names import folder_name
 from saejax.interventions.settings import SteerConfig
-from saejax.interventions.steering import SteerResults, run_steer
+from saejax.interventions.steering import SteerResults
 from saejax.models.settings import ModelConfig
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage, train_units
 from saejax.stages import identities
 from saejax.stages.steer.report import sections
+from saejax.stages.steer.run import run_steer
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import sparse
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import Interrupted, UserError
@@ -221,8 +221,8 @@ def describe_power(items: int, drop: float) -> str:
       drop: the true fall, a share above 0.
     """
     spread = math.sqrt(max(_CHANGED, drop) - drop**2)
-    power = norm.cdf(drop / spread * math.sqrt(items) - norm.ppf(0.975))
-    needed = math.ceil(((norm.ppf(0.975) + norm.ppf(0.8)) * spread / max(drop, 1e-9)) ** 2)
+    power = ndtr(drop / spread * math.sqrt(items) - ndtri(0.975))
+    needed = math.ceil(((ndtri(0.975) + ndtri(0.8)) * spread / max(drop, 1e-9)) ** 2)
     return (
         f"if ablation truly lowers accuracy by {100 * drop:g} points and changes {100 * max(_CHANGED, drop):g} % of "
         f"the answers, {items} test items show a fall above zero in {100 * power:.0f} % of cases, and "
