@@ -12,11 +12,12 @@ from saejax import load_dictionary, load_results
 from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.files import write_json
-from saejax.interpret.feature_record import feature_names
+from saejax.links import member_folder
 from saejax.runner import command, command_line, pipeline
+from saejax.runner.labels import feature_names
 from saejax.runner.workplan import Workplan
-from saejax.runner.workspace import Workspace, member_folder
-from saejax.training.metrics import read_metrics
+from saejax.runner.workspace import Workspace
+from saejax.stages.train.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("single_device")
 BASE = dict(

@@ -1,6 +1,5 @@
 """The contexts in which a feature fires: the strongest, chosen to differ, and the tokens around any firing."""
 
-import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +7,11 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.activations.documents import Documents
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
 from saejax.interpret.feature_record import FeatureContext
 from saejax.interpret.firings import Block, blocks, record
 from saejax.interpret.text import CodedText
-from saejax.page.strips import Example
 
 BEFORE, AFTER = 10, 5  # tokens of a context before and after the firing
 _SPARE = 4  # candidates for each wanted context, because repeated contexts are passed over
@@ -133,13 +130,3 @@ def contexts(
         )
         for n, document in enumerate(text.document(place))
     ]
-
-
-def as_example(context: FeatureContext, documents: Documents) -> Example:
-    """Return a context as the report shows it."""
-    return Example(
-        tokens=tuple(context["tokens"]),
-        activations=tuple(math.nan if act is None else act for act in context["acts"]),
-        peak=context["peak"],
-        place=documents.place(context["document"], context["position"]),
-    )

@@ -4,9 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from saejax.dictionaries.labels import labels_of
 from saejax.files import read_json
-from saejax.runner.stacks import is_of_trained, results_folder
 
 FEATURES = "features"  # folder of the records, in files of consecutive features
 
@@ -118,23 +116,6 @@ def iterate_records(folder: Path) -> Iterator[FeatureRecord]:
 def read_records(folder: Path, wanted: set[int]) -> dict[int, FeatureRecord]:
     """Return the records of some features by their index; features without a record are left out."""
     return {record["feature"]: record for record in iterate_records(folder) if record["feature"] in wanted}
-
-
-def feature_names(workdir: Path | str, dictionary: str) -> dict[int, str]:
-    """Return the names of the features of an interpreted dictionary: the label, or else the top tokens in quotes.
-
-    Args:
-      workdir: workdir of the run.
-      dictionary: such as "topk" or "topk/k32".
-
-    Returns:
-      Names by feature; empty if the dictionary was not interpreted since it was trained.
-    """
-    if not is_of_trained(workdir, "interpret", dictionary):
-        return {}
-    records = iterate_records(results_folder(workdir, "interpret", dictionary))
-    names = {record["feature"]: top_tokens(record) for record in records if record.get("tokens")}
-    return names | {feature: label.label for feature, label in labels_of(workdir, dictionary).items()}
 
 
 def top_tokens(record: FeatureRecord) -> str:

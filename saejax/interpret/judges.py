@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from saejax.errors import UserError
 from saejax.files import fingerprint
 from saejax.interpret.questions import Question
 from saejax.interpret.settings import ExplainConfig
-from saejax.runner.parts import Progress
-from saejax.runner.workspace import Run
+from saejax.progress import OnProgress
 from saejax.unicode import replace_surrogates
 
 KEY = "OPENAI_API_KEY"
@@ -142,11 +141,21 @@ def _read_reply(reply: Any, question: Question) -> Answer:
 
 
 class Answers:
-    """The answers of a model, kept in a folder."""
+    """The answers of a model, kept in a folder.
 
-    def __init__(self, run: Run, folder: Path, endpoint: Endpoint):
-        self._run, self._path, self._endpoint = run, folder / ANSWERS, endpoint
-        self._limit, self._model = run.configs[ExplainConfig].most_tokens, run.configs[ExplainConfig].model
+    Args:
+      folder: of the answers.
+      endpoint: where the model is asked.
+      config: its name, and the limit of tokens.
+      begin_progress: given what questions are for, returns what is called with the number of answers there are and of
+        questions; it may raise to stop.
+    """
+
+    def __init__(
+        self, folder: Path, endpoint: Endpoint, config: ExplainConfig, begin_progress: Callable[[str], OnProgress]
+    ):
+        self._path, self._endpoint, self._begin_progress = folder / ANSWERS, endpoint, begin_progress
+        self._limit, self._model = config.most_tokens, config.model
         self._answers, self._lock = dict[str, Answer](), threading.Lock()
         # By bytes: texts hold Unicode's other line separators, and a killed run may have cut a letter in two.
         for line in self._path.read_bytes().split(b"\n") if self._path.exists() else ():
@@ -170,7 +179,7 @@ class Answers:
         """
         keys = [self._key(question) for question in questions]
         missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._answers}
-        left, on_progress = list(missing.items()), Progress(self._run, "answers").of_part(label, 0)
+        left, on_progress = list(missing.items()), self._begin_progress(label)
         while left:
             on_progress(len(missing) - len(left), len(missing))
             if self.tokens >= self._limit:

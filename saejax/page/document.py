@@ -9,7 +9,8 @@ from typing import Any
 import jinja2
 
 from saejax.page.blocks import Block
-from saejax.page.tables import escape_markdown, visible
+from saejax.page.tables import escape_markdown
+from saejax.unicode import visible
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from saejax.page.tables import escape_markdown, number, visible
+from saejax.page.tables import escape_markdown, number
+from saejax.unicode import visible
 
 
 @dataclasses.dataclass(frozen=True)

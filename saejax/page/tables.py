@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from saejax.results import Interval
+from saejax.unicode import visible
 
 MISSING = "–"
 
@@ -54,12 +55,6 @@ def count(value: int | None) -> str:
 def answer(value: bool | None, unknown: str = MISSING) -> str:
     """Return a yes or no; ``unknown`` for None."""
     return unknown if value is None else "yes" if value else "no"
-
-
-def visible(text: str) -> str:
-    """Return the text on one line: a line break becomes ↵, a tab ⇥, any other control character ·."""
-    text = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", "⇥")
-    return "".join("·" if ord(char) < 32 or ord(char) == 127 else char for char in text)
 
 
 def escape_markdown(text: str) -> str:

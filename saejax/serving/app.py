@@ -17,19 +17,19 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from saejax.attribution.forms.document import feature_nodes, feature_of
-from saejax.attribution.forms.page import VIEWER, page_html
 from saejax.attribution.graph.nodes import FEATURE
-from saejax.attribution.requests import folders
 from saejax.attribution.settings import GraphConfig
 from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.models.settings import ModelConfig
+from saejax.page.graph.page import VIEWER, page_html
 from saejax.page.scripts import interactive
 from saejax.serving.effects import FREEZE_MODES, effects
 from saejax.serving.guard import Guard
 from saejax.serving.jobs import Job, Jobs
 from saejax.serving.session import ModelSession, targets_of, trace_typed
 from saejax.serving.store import GraphStore, StoredGraph
+from saejax.stages.attribute.requests import folders
 from saejax.unicode import has_surrogates
 
 _OWN = Path(__file__).parent / "viewer"

@@ -20,7 +20,6 @@ from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Target
-from saejax.attribution.requests import Request, read_labels, unit_name
 from saejax.attribution.settings import GraphConfig
 from saejax.attribution.trace.gradient import SaeRun
 from saejax.config import Configs, group_name
@@ -33,6 +32,7 @@ from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import STARTED, SUMMARY, Run, Workspace
 from saejax.serving.jobs import Job
 from saejax.serving.store import GraphStore, StoredGraph
+from saejax.stages.attribute.requests import Request, read_labels, unit_name
 from saejax.stages.attribute.run import open_parts, run_attribute, trace_request
 
 Key = tuple[str, Any]  # hash of a graph's document; model and set

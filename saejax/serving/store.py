@@ -17,11 +17,12 @@ from saejax.attribution.forms.document import GraphDocument, are_groups, check_g
 from saejax.attribution.forms.neuronpedia import INDEX, read_list
 from saejax.attribution.graph import Graph
 from saejax.attribution.settings import GraphConfig
-from saejax.dictionaries.labels import labels_of_sheets, names_of_layers
+from saejax.dictionaries.labels import labels_of_sheets
 from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
 from saejax.files import file_sha256, locked, read_json, write_json
 from saejax.interpret.labels import write_label
+from saejax.runner.labels import names_and_sites, names_of_layers
 from saejax.runner.workspace import STARTED, SUMMARY, current_units
 from saejax.stages.attribute.outputs import FEATURES, described_features, details_of_features, read_shown
 
@@ -225,7 +226,7 @@ class GraphStore:
           UserError: the file of labels is damaged.
         """
         path = self._labels_file(folders)
-        return labels_of_sheets(path, "--atlas.labels", folders) if path.exists() else {}
+        return labels_of_sheets(path, "--atlas.labels", names_and_sites(folders)) if path.exists() else {}
 
     def save_label(self, folders: Sequence[str], layer: int, feature: int, label: str) -> Path:
         """Save a label, for ``--atlas.labels``; return the file. See ``labels``."""

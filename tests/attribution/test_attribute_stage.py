@@ -13,7 +13,6 @@ from saejax import save_transcoders
 from saejax.attribution.forms.features import parse_feature
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
-from saejax.attribution.requests import Request, read_given_labels, read_requests, unit_name
 from saejax.attribution.results import AttributeResults
 from saejax.attribution.settings import GraphConfig
 from saejax.attribution.trace import prompt
@@ -22,6 +21,7 @@ from saejax.models.tokens import encode, pad
 from saejax.results import from_json, to_json
 from saejax.runner import command
 from saejax.stages.attribute import run as stage
+from saejax.stages.attribute.requests import Request, read_given_labels, read_requests, unit_name
 from saejax.tasks.corpora import read_corpus
 from saejax.tasks.settings import CorpusConfig
 

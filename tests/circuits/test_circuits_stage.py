@@ -15,10 +15,10 @@ import runs
 from made_transcoders import made_set
 
 from saejax import load_results, save_transcoders
-from saejax.circuits.claims import compare_claims
 from saejax.page.findings import read_findings
 from saejax.page.tables import answer, interval, number, percent
 from saejax.runner import command
+from saejax.stages.circuits.claims import compare_claims
 from saejax.stages.circuits.report import sections
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -76,7 +76,7 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     assert "does not fire" not in page  # at the latest in the prompts that were traced
     assert all(f"Group: {group.name}" in page for group in circuit.groups)
     index = (unit / "index.html").read_text()
-    assert 'href="sides.html"' in index and all(claim.id in index for claim in compare_claims(results))
+    assert 'href="sides.html"' in index and all(row.claim.id in index for row in compare_claims(results))
     circuits, claims = sections(read_findings({"circuits": unit}, tmp_path / "run" / "report", {}), None)
     assert claims.blocks[0].rows and circuits.blocks[1].items == (("Sides", "../circuits/sides.html"),)
 

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
-from saejax.circuits.claims import CONFIRMED, NOT_SEEN, NOT_TESTABLE, TESTS, compare_claims, read_claims
+from saejax.circuits.claims import CONFIRMED, NOT_SEEN, NOT_TESTABLE, TESTS, read_claims
 from saejax.circuits.edges import ANSWER, Edge
 from saejax.circuits.groups import Group, Key
 from saejax.circuits.results import CircuitResults, CircuitsResults
 from saejax.results import Interval
+from saejax.stages.circuits.claims import compare_claims
 from saejax.tasks.settings import BEHAVIOURS
 
 GROUPS = (
@@ -35,7 +36,7 @@ def circuit(edges=EVERY, returning=GROUPS[0].members, layers=9):
 
 
 def outcomes(results) -> dict[str, str]:
-    return {claim.id: claim.outcome for claim in compare_claims(results)}
+    return {row.claim.id: row.outcome for row in compare_claims(results)}
 
 
 def test_every_claim_has_a_row():
@@ -70,7 +71,7 @@ def test_inhibition_confirms_no_claim_and_nothing_measured_is_not_testable():
     outcome_of = outcomes(CircuitsResults(dict(two_hop=circuit(inhibits)), {}))
     assert {outcome_of[f"hop-{n}"] for n in (1, 2, 3, 4)} == {NOT_SEEN}
     empty = dataclasses.replace(circuit((), ()), groups=())
-    rows = {claim.id: claim for claim in compare_claims(CircuitsResults(dict(two_hop=empty, antonym=empty), {}))}
+    rows = {row.claim.id: row for row in compare_claims(CircuitsResults(dict(two_hop=empty, antonym=empty), {}))}
     assert {rows[name].outcome for name in ("hop-1", "hop-2", "hop-3", "hop-4", "ant-1")} == {NOT_TESTABLE}
     assert "no feature returned over the traced prompts" in rows["hop-1"].evidence
 

@@ -5,14 +5,14 @@ import csv
 import pytest
 from runs import write_members
 
-from saejax.attribution.forms.features import read_details
-from saejax.attribution.requests import identity, read_labels
 from saejax.attribution.settings import GraphConfig
-from saejax.dictionaries.labels import COLUMNS, Label, labels_of, labels_of_folders, labels_of_sheets
+from saejax.dictionaries.labels import COLUMNS, Label, labels_of_sheets
 from saejax.errors import UserError
 from saejax.files import write_json
-from saejax.interpret.feature_record import feature_names
 from saejax.results import to_json
+from saejax.runner.labels import feature_names, labels_of, labels_of_folders
+from saejax.stages.attribute.outputs import details_of_features
+from saejax.stages.attribute.requests import identity, read_labels
 
 
 def write(path, *rows: tuple[str, str, str], columns=(*COLUMNS, "dictionary")) -> None:
@@ -122,10 +122,11 @@ def test_labels_of_a_dictionary_that_was_here_before_are_not_used(tmp_path):
     names = {5: "atlas c", 7: "“token of b”"}
     assert feature_names(tmp_path, "topk") == names and labels_of(tmp_path, "topk")[5].label == "atlas c"
     folder, feature = tmp_path / "train" / "topk", (3, 7)
-    assert labels_of_folders([folder]) == {(3, 5): "atlas c"} and feature in read_details([folder], [], [feature])
+    config = GraphConfig(transcoders=str(folder))
+    assert labels_of_folders([folder]) == {(3, 5): "atlas c"} and feature in details_of_features(config, [feature])
     unit("train", "d" * 16, {})
     assert feature_names(tmp_path, "topk") == labels_of(tmp_path, "topk") == labels_of_folders([folder]) == {}
-    assert read_details([folder], [], [feature]) == {}
+    assert details_of_features(config, [feature]) == {}
     unit("interpret", "e" * 16, {"train/topk": "d" * 16})  # the atlas still shows what was interpreted before
     assert feature_names(tmp_path, "topk") == {5: "interpret e", 7: "“token of e”"}
 

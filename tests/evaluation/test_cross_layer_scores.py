@@ -8,11 +8,11 @@ from scipy.special import log_softmax
 from saejax import SiteEdit, load_model, load_results
 from saejax.activations.store import Store
 from saejax.attribution.local.transcoders import open_transcoders
-from saejax.dictionaries.labels import labels_of_folders
 from saejax.errors import UserError
 from saejax.evaluation.results import EvaluateResults
 from saejax.models.tokens import Tokens
 from saejax.runner import command, stacks
+from saejax.runner.labels import labels_of_folders
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 

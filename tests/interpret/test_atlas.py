@@ -7,13 +7,14 @@ import pytest
 from browser import chromium, needs_chromium
 from made_up_records import BAD, made_up_record
 
-from saejax.dictionaries.labels import FOUND, Label, labels_in, labels_of
+from saejax.dictionaries.labels import FOUND, Label
 from saejax.errors import UserError
 from saejax.files import write_json
 from saejax.interpret.labels import read_labels, unused_lines
 from saejax.interpret.review import write_sheets
 from saejax.interventions.answers import FeatureEffect
 from saejax.results import Interval, to_json
+from saejax.runner.labels import labels_in, labels_of
 from saejax.stages.atlas.run import write_atlas
 
 LABELS = {1: Label("“ Paris”", FOUND, f1=0.9), 2: Label(f"a city {BAD}", "Ada", "seen & checked")}

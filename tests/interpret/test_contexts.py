@@ -7,10 +7,11 @@ import pytest
 from saejax.activations.chunker import SPLITS
 from saejax.activations.documents import COLUMNS, Documents
 from saejax.interpret import contexts
-from saejax.interpret.contexts import as_example, strongest, surroundings, top_contexts
+from saejax.interpret.contexts import strongest, surroundings, top_contexts
 from saejax.interpret.firings import Block
 from saejax.interpret.text import CodedText
 from saejax.parallel.mesh import make_mesh
+from saejax.stages.report.run import as_example
 
 
 def coded(ids, groups=None):

@@ -12,9 +12,9 @@ import runs
 from saejax import load_results
 from saejax.activations.store import Store
 from saejax.dictionaries import load_dictionary
-from saejax.dictionaries.labels import labels_of
 from saejax.interpret.results import ExplainResults
 from saejax.runner import command
+from saejax.runner.labels import labels_of
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 STAGES = ["baseline", "capture", "train", "interpret", "atlas"]

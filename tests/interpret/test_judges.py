@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import protocol
 import pytest
 
-from saejax.config import Configs
 from saejax.errors import Interrupted, UserError
 from saejax.interpret import judges
 from saejax.interpret.judges import ANSWERS, KEY, Answer, Answers, Endpoint
 from saejax.interpret.questions import Question, read_judgements, read_label
 from saejax.interpret.settings import ExplainConfig
 from saejax.parallel.processes import ProcessShare
+from saejax.runner.parts import Progress
 
 ASK = [Question("Say it.", f"number {i}") for i in range(6)]
 
@@ -34,7 +34,7 @@ def ask(server, questions=ASK, timeout=60.0):
 def test_answers_come_in_their_places_however_many_are_asked_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv(KEY, "secret")
     with protocol.Server(lambda prompt: prompt[-1]) as server:
-        answers = Answers(run_of(), tmp_path, Endpoint(server.url, "judge"))
+        answers = answers_of(tmp_path, Endpoint(server.url, "judge"))
         assert answers.all(ASK, "labels") == list("012345") and answers.tokens == 6 * (4 + 7)
         _, body, headers, path = server.tries[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
@@ -162,9 +162,10 @@ class Counting:
         return Answer(question.text, 11)
 
 
-def run_of(limit=10_000, stopping=lambda: False, model="judge"):
+def answers_of(folder, endpoint, limit=10_000, stopping=lambda: False, model="judge"):
+    run = SimpleNamespace(say=lambda line: None, stopping=stopping, share=ProcessShare())
     config = ExplainConfig(most_tokens=limit, model=model)
-    return SimpleNamespace(configs=Configs(config), say=lambda line: None, stopping=stopping, share=ProcessShare())
+    return Answers(folder, endpoint, config, lambda label: Progress(run, "answers").of_part(label, 0))
 
 
 @pytest.fixture
@@ -176,31 +177,31 @@ def in_turn(monkeypatch):
 def test_what_was_answered_is_never_asked_again(tmp_path, in_turn):
     judge = Counting(fails_at="number 3")
     with pytest.raises(UserError, match="no more"):
-        Answers(run_of(), tmp_path, judge).all(ASK, "labels")
+        answers_of(tmp_path, judge).all(ASK, "labels")
     lines = (tmp_path / ANSWERS).read_text().splitlines()
     assert [json.loads(line)["answer"] for line in lines] == judge.asked
     assert judge.asked[:3] == ["number 0", "number 1", "number 2"]
     with (tmp_path / ANSWERS).open("a") as file:
         file.write('{"question": "half a li')  # killed
     again, third, changed = Counting(), Counting(), Counting()
-    answers = Answers(run_of(), tmp_path, again)
+    answers = answers_of(tmp_path, again)
     assert answers.all([*ASK, ASK[0]], "labels") == [*(question.text for question in ASK), ASK[0].text]
     assert sorted(judge.asked + again.asked) == [question.text for question in ASK] and answers.tokens == 66
     with (tmp_path / ANSWERS).open("ab") as file:
         file.write('{"text": "é'.encode()[:-1])  # killed within a letter
-    Answers(run_of(), tmp_path, third).all(ASK, "labels")
-    Answers(run_of(model="other"), tmp_path, changed).all(ASK[:1], "labels")
+    answers_of(tmp_path, third).all(ASK, "labels")
+    answers_of(tmp_path, changed, model="other").all(ASK[:1], "labels")
     assert not third.asked and changed.asked == ["number 0"]
 
 
 def test_line_separators_and_unpaired_surrogates_are_kept_in_answers(tmp_path, in_turn):
     """Unicode has further line ends than the file; a reply may hold what no file in UTF-8 can."""
     question, counting = Question("Say it.", "a\u2028b\x85c"), Counting()
-    assert Answers(run_of(), tmp_path, counting).all([question], "labels") == [question.text]
-    again = Answers(run_of(), tmp_path, counting)
+    assert answers_of(tmp_path, counting).all([question], "labels") == [question.text]
+    again = answers_of(tmp_path, counting)
     assert again.all([question], "labels") == [question.text] and len(counting.asked) == 1 and again.tokens == 11
     with protocol.Server(lambda prompt: "a \ud83d") as server:
-        answers = Answers(run_of(), tmp_path / "other", Endpoint(server.url, "judge"))
+        answers = answers_of(tmp_path / "other", Endpoint(server.url, "judge"))
         assert answers.all(ASK[:1], "labels") == ["a \N{REPLACEMENT CHARACTER}"]
 
 
@@ -208,8 +209,8 @@ def test_the_limit_of_tokens_holds_and_can_be_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(judges, "_LOT", 2)
     judge, left = Counting(), r"most_tokens=30: 44 tokens are spent and 2 questions are left"
     with pytest.raises(UserError, match=left):
-        Answers(run_of(limit=30), tmp_path, judge).all(ASK, "labels")
+        answers_of(tmp_path, judge, limit=30).all(ASK, "labels")
     assert len(judge.asked) == 4
     with pytest.raises(Interrupted, match="what was measured is kept"):
-        Answers(run_of(stopping=lambda: True), tmp_path, judge).all(ASK, "labels")
-    assert len(Answers(run_of(), tmp_path, judge).all(ASK, "labels")) == len(ASK) == len(judge.asked)
+        answers_of(tmp_path, judge, stopping=lambda: True).all(ASK, "labels")
+    assert len(answers_of(tmp_path, judge).all(ASK, "labels")) == len(ASK) == len(judge.asked)

@@ -59,8 +59,7 @@ def made_reading(folder, *parts):
         norms[fingerprint, SITE] = 50.0
         encode(dictionary, values_NxD, 64).save(folder / "text" / f"activity-{number:04d}.npz")
         np.save(folder / "text" / f"values-{fingerprint}-{SITE}.npy", values_NxD)
-    run = SimpleNamespace(configs=Configs(TransferConfig()), folder=folder)
-    return Reading(run, compared, make_mesh(), SharedText(folder / "text", reads, norms))
+    return Reading(TransferConfig(), compared, make_mesh(), SharedText(folder / "text", reads, norms))
 
 
 def read_of(text_N=TEXT_N, end_N=END_N):
@@ -163,10 +162,10 @@ def test_dictionaries_of_other_tools_are_of_the_models_that_they_name(monkeypatc
 
     monkeypatch.setattr(reading, "resolve", lambda config, decoder: SimpleNamespace(name=config.path, fingerprint="x"))
     monkeypatch.setattr(reading, "load_configured_model", load)
-    run = SimpleNamespace(configs={ModelConfig: ModelConfig(path="EleutherAI/pythia-1.4b")})
+    config = ModelConfig(path="EleutherAI/pythia-1.4b")
     for each in (pythia, gemma, unnamed):
-        reading.load_model_of(run, each, None, by_name=True)
-    reading.load_model_of(run, gemma, None)
+        reading.load_model_of(config, each, None, by_name=True)
+    reading.load_model_of(config, gemma, None)
     assert loaded == ["EleutherAI/pythia-1.4b", "google/gemma-2b", *2 * ["EleutherAI/pythia-1.4b"]]
 
 

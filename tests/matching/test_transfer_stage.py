@@ -17,7 +17,7 @@ from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary
 from saejax.files import write_json
 from saejax.matching.match import STEP
-from saejax.matching.transfer.summary import FeaturePairs
+from saejax.matching.transfer.chains import FeaturePairs
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")

@@ -8,7 +8,7 @@ import pytest
 from made_up_documents import made_up_document
 
 from saejax.attribution.forms.neuronpedia import INDEX, write_graph
-from saejax.attribution.requests import read_groups
+from saejax.stages.attribute.requests import read_groups
 from saejax.attribution.settings import GraphConfig
 from saejax.errors import UserError
 from saejax.interpret.labels import read_labels

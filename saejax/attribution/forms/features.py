@@ -1,12 +1,11 @@
 """Feature descriptions: contexts, logits and labels, from files of other programs and of our own runs.
 
-Three sources, of which the first that knows a feature is used:
+Files are of two programs, and records are those of our stage ``interpret`` (``details_in_record``):
 
-1. Our stage ``interpret``, for sets that were trained in a workdir: ``interpret/<kind>/<member>/features/*.json``.
-2. circuit-tracer's feature files: ``index.json.gz`` names for each layer a file and the byte range of each feature,
+1. circuit-tracer's feature files: ``index.json.gz`` names for each layer a file and the byte range of each feature,
    where 4 bytes of length are followed by gzipped JSON; or one JSON file for each feature, ``<n>.json``, named by the
    Cantor pairing of layer and index. Of a set on the hub the index and the bytes of the features are fetched, no more.
-3. Neuronpedia's JSON of a feature, ``<layer>_<index>.json`` or ``<n>.json``.
+2. Neuronpedia's JSON of a feature, ``<layer>_<index>.json`` or ``<n>.json``.
 """
 
 import dataclasses
@@ -26,13 +25,10 @@ import numpy as np
 
 from saejax.attribution.forms.neuronpedia import cantor_pair
 from saejax.dictionaries.formats.place import fetch_file, full_name, split_address
-from saejax.dictionaries.labels import trained_units
 from saejax.errors import UserError
 from saejax.files import read_json, write_json
 from saejax.models.hub import hub_errors
-from saejax.page.tables import visible
-from saejax.runner.stacks import is_of_trained, results_folder
-from saejax.unicode import replace_surrogates
+from saejax.unicode import replace_surrogates, visible
 
 Feature = tuple[int, int]  # layer, index of the feature
 ReadFeature = Callable[[Feature], Mapping[str, Any] | None]  # gives the JSON of a feature; None: it is not known
@@ -83,7 +79,7 @@ def quoted(token: str) -> str:
 def read_details(
     dictionaries: Sequence[str | Path], folders: Sequence[str | Path], features: Iterable[Feature]
 ) -> dict[Feature, FeatureDetails]:
-    """Return what is known of some features.
+    """Return what files tell of some features.
 
     Args:
       dictionaries: the set of transcoders or SAEs, folders or hub ids; its own ``features/`` is read, too. A set on the
@@ -98,7 +94,7 @@ def read_details(
     # Folders that are named are opened first, so that a wrong name is refused. Opening a set on the hub fetches its
     # index, so this is done only if features are still missing.
     reads: list[ReadFeature | None] = [open_folder(folder) for folder in folders]
-    details = _from_interpret(dictionaries, wanted)
+    details: dict[Feature, FeatureDetails] = {}
     for source, opened in zip([*folders, *dictionaries], [*reads, *[None] * len(dictionaries)], strict=True):
         missing = [feature for feature in wanted if feature not in details]
         if not missing:
@@ -168,23 +164,11 @@ def _cut(tokens: Sequence[str], values: Sequence[float | None]) -> dict[str, lis
     )
 
 
-def _from_interpret(dictionaries: Sequence[str | Path], features: Sequence[Feature]) -> dict[Feature, FeatureDetails]:
-    details = {}
-    trained = trained_units(dictionaries)
-    for layer in {layer for layer, _ in features} & set(trained):
-        workdir, name = trained[layer]
-        if not is_of_trained(workdir, "interpret", name):
-            continue
-        wanted = {index for member_layer, index in features if member_layer == layer}
-        for path in sorted((results_folder(workdir, "interpret", name) / "features").glob("*.json")):
-            for record in read_json(path):
-                if record["feature"] in wanted and "examples" in record:
-                    contexts = tuple(
-                        _cut(example["tokens"], example["acts"]) for example in record["examples"][:EXAMPLES]
-                    )
-                    up, down = (tuple(text for text, _ in record.get(name, ())) for name in ("up", "down"))
-                    details[layer, record["feature"]] = FeatureDetails(contexts, up, down)
-    return details
+def details_in_record(record: Mapping[str, Any]) -> FeatureDetails:
+    """Return the details in a feature's record, as the stage ``interpret`` writes it with contexts."""
+    contexts = tuple(_cut(example["tokens"], example["acts"]) for example in record["examples"][:EXAMPLES])
+    up, down = (tuple(text for text, _ in record.get(name, ())) for name in ("up", "down"))
+    return FeatureDetails(contexts, up, down)
 
 
 def open_folder(folder: str | Path) -> ReadFeature:

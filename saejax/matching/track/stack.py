@@ -1,21 +1,13 @@
 """The dictionaries that a text is followed through: at most one of each layer, loaded one at a time."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from saejax.attribution.local.dictionaries import check_dictionary
-from saejax.dictionaries import Dictionary, load_dictionary
+from saejax.dictionaries import Dictionary
 from saejax.dictionaries.description import DictionaryConfig
-from saejax.dictionaries.labels import Label, labels_of
-from saejax.errors import UserError
-from saejax.matching.transfer.compared import load_compared
-from saejax.models.language_model import LanguageModel
+from saejax.dictionaries.labels import Label
 from saejax.models.sites import Site
-from saejax.runner.stacks import is_of_trained
-
-_FLAG = "--track.dictionaries"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,33 +27,3 @@ class LayerDictionary:
 
 
 Stack = Sequence[LayerDictionary]  # in the order of layers
-
-
-def open_stack(names: Sequence[str], units: Mapping[str, Path], workdir: Path, model: LanguageModel) -> Stack:
-    """Return the dictionaries that a flag names, in the order of layers.
-
-    Args:
-      names: trained stacks ("topk"), members ("topk/resid_post.3"), or folders.
-      units: folders of the train units that are read, such as those of "train/topk" or "train/topk/k16".
-      workdir: of the run, which has labels and pages of what was trained there.
-      model: that they are of.
-
-    Raises:
-      UserError: one does not exist, is of another model or of a layer that the model does not have, or two are of one
-        layer.
-    """
-    by_layer: dict[int, LayerDictionary] = {}
-    for each in load_compared(names, units, _FLAG):
-        root, name = each.trained_in(workdir)
-        page, load = root / "atlas" / name / "index.html", functools.partial(load_dictionary, each.folder)
-        shown = page if page.exists() and is_of_trained(root, "atlas", name) else None
-        dictionary = LayerDictionary(name, each.config, load, shown, labels_of(root, name))
-        layer = dictionary.reads.check(model.config).layer
-        check_dictionary(each.config, model, f"{_FLAG}: {name}")
-        if layer in by_layer:
-            raise UserError(
-                f"{_FLAG}: {by_layer[layer].name} and {name} are both of layer {layer}: name one of each layer, such "
-                "as the members of a stack by themselves"
-            )
-        by_layer[layer] = dictionary
-    return tuple(by_layer[layer] for layer in sorted(by_layer))

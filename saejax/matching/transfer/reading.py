@@ -3,12 +3,11 @@
 One model at a time is loaded, reads the text, and is dropped again; activities, and the values of sites where they are
 needed, go to files. So memory does not grow with the number of models or dictionaries.
 
-The texts are held-out documents of the run's corpus. Those of even number choose pairs of features and fit maps; those
-of odd number measure.
+Texts of even number choose pairs of features and fit maps; those of odd number measure.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,6 @@ from saejax.matching.transfer.activity import (
     ReadText,
     aligned,
     encode,
-    first_texts,
     read_text,
     site_values,
 )
@@ -36,9 +34,6 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
 from saejax.models.settings import ModelConfig
 from saejax.models.source import resolve
-from saejax.runner.workspace import Run
-from saejax.tasks import corpora
-from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 SCORES, NULL, CEILING = "scores", "null", "ceiling"  # rows of two dictionaries, of chance, of one with itself
 _MIN_SHARED = 64  # tokens that two models must share in each half
@@ -66,41 +61,41 @@ def _value_file(each: Compared) -> str:
 
 
 def read_shared_text(
-    run: Run,
+    texts: Sequence[str],
+    context: int,
     compared: Sequence[Compared],
+    config: ModelConfig,
     mesh: Mesh,
-    tokens: int,
+    *,
+    folder: Path,
     batch_tokens: int,
-    seed: int,
-    keep_values: bool = False,
+    keep_values: bool,
+    say: Callable[[str], None],
 ) -> SharedText:
-    """Run every model that dictionaries belong to, one after the other, on held-out text of the run's corpus.
+    """Run every model that dictionaries belong to, one after the other, on the same texts.
 
     Args:
-      run: the run; files go to a folder "text" in its folder.
+      texts: that are read.
+      context: tokens of a text at most.
       compared: the dictionaries.
+      config: of the model that dictionaries belong to which state none.
       mesh: devices of models and dictionaries.
-      tokens: approximate number of tokens.
+      folder: of the files, made here.
       batch_tokens: tokens in a batch.
-      seed: seed of the order of documents.
       keep_values: whether values of sites are written, too.
+      say: takes a line for each model.
 
     Raises:
-      UserError: there is no text, a model does not exist, or it is not the one that a dictionary belongs to.
+      UserError: a model does not exist, or it is not the one that a dictionary belongs to.
     """
-    corpus = run.configs[CorpusConfig]
-    held_out = corpora.held_out_documents(corpus, run.configs[TaskConfig])
-    order = np.random.default_rng(seed).permutation(len(held_out))
-    # Held-out text, because dictionaries fit the text that they were trained on.
-    texts = first_texts([held_out[i].text for i in order], tokens)
-    shared = SharedText(run.folder / "text", {}, {})
+    shared = SharedText(folder, {}, {})
     shared.folder.mkdir(parents=True, exist_ok=True)
     # Files of other tools have names of models alone: where all have one, it is the run's, however that is called.
     by_name = len({each.model_name for each in compared} - {""}) > 1
     for model in dict.fromkeys(each.model_key for each in compared):
         members = [(index, each) for index, each in enumerate(compared) if each.model_key == model]
-        lm = load_model_of(run, members[0][1], mesh, by_name)
-        read = shared.reads[model] = read_text(lm.tokenizer, texts, min(corpus.context, lm.config.context))
+        lm = load_model_of(config, members[0][1], mesh, by_name)
+        read = shared.reads[model] = read_text(lm.tokenizer, texts, min(context, lm.config.context))
         sites = list(dict.fromkeys(each.config.site for _, each in members))
         # All sites of a model in as few passes as memory allows.
         at_once = max(1, _VALUE_BYTES // max(4 * len(read.text_N) * lm.config.d_model, 1))
@@ -117,16 +112,16 @@ def read_shared_text(
         for _, each in members:
             for site in {each.config.site, each.target}:
                 shared.sink_norms[model, site] = float(lm.sink_norm(site))
-        run.say(f"{lm.source.name}: {len(read.text_N):,} tokens of {len(texts)} texts, {len(sites)} sites")
+        say(f"{lm.source.name}: {len(read.text_N):,} tokens of {len(texts)} texts, {len(sites)} sites")
         del lm  # before the next model is loaded
     return shared
 
 
-def load_model_of(run: Run, each: Compared, mesh: Mesh, by_name: bool = False) -> LanguageModel:
-    """Return the model that a dictionary belongs to: the run's, if it is that one or its files do not state one.
+def load_model_of(config: ModelConfig, each: Compared, mesh: Mesh, by_name: bool = False) -> LanguageModel:
+    """Return the model that a dictionary belongs to: a given one, if it is that one or its files do not state one.
 
     Args:
-      run: the run.
+      config: of the given model.
       each: the dictionary.
       mesh: devices of the model.
       by_name: whether a name alone states a model.
@@ -134,8 +129,7 @@ def load_model_of(run: Run, each: Compared, mesh: Mesh, by_name: bool = False) -
     Raises:
       UserError: the model cannot be loaded, or has changed.
     """
-    config, stated = run.configs[ModelConfig], each.config
-    source = resolve(config, decoder=True)
+    stated, source = each.config, resolve(config, decoder=True)
     names = ("", hooks.short_model_name(config.path), hooks.short_model_name(source.name))
     other_name = by_name and not each.fingerprint and each.model_name not in names
     if other_name or each.fingerprint not in ("", source.fingerprint):
@@ -165,8 +159,8 @@ class Reading:
     that measures, not the one that chooses pairs and fits maps.
     """
 
-    def __init__(self, run: Run, compared: Sequence[Compared], mesh: Mesh, shared: SharedText):
-        self._config, self._compared, self._mesh, self._shared = run.configs[TransferConfig], compared, mesh, shared
+    def __init__(self, config: TransferConfig, compared: Sequence[Compared], mesh: Mesh, shared: SharedText):
+        self._config, self._compared, self._mesh, self._shared = config, compared, mesh, shared
         self._activity = functools.lru_cache(maxsize=3)(shared.activity)
         self._halves = functools.lru_cache(maxsize=8)(self._shared_tokens)
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from saejax.dictionaries.labels import Label, labels_in
+from saejax.dictionaries.labels import Label
 from saejax.dictionaries.names import kind_and_member
 from saejax.errors import UserError
 from saejax.interventions.answers import (
@@ -32,6 +32,7 @@ from saejax.page.style import BLUE, GREY, INK, ORANGE, legend, panels, styled
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant
 from saejax.page.words import behaviour, detail_title, sentence, signed
 from saejax.results import Interval
+from saejax.runner.labels import labels_in
 from saejax.runner.preregistration import describe_rule
 from saejax.tasks.results import BaselineResults
 

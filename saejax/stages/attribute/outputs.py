@@ -10,23 +10,26 @@ features/<layer>_<index>.json  contexts of features that no file describes, as N
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from saejax.attribution.forms.document import GraphDocument, feature_nodes, feature_of
-from saejax.attribution.forms.features import Feature, FeatureDetails, read_details
+from saejax.attribution.forms.features import Feature, FeatureDetails, details_in_record, read_details
 from saejax.attribution.forms.neuronpedia import write_graph
-from saejax.attribution.forms.page import EdgeHeads, PageTable, write_page
 from saejax.attribution.graph import Graph
 from saejax.attribution.heads.query_key import OWN_BIAS
 from saejax.attribution.results import QueryScores
 from saejax.attribution.settings import GraphConfig
 from saejax.errors import UserError
 from saejax.files import read_json, write_text
+from saejax.interpret.feature_record import read_records
+from saejax.page.graph.page import EdgeHeads, PageTable, write_page
 from saejax.page.tables import percent
 from saejax.parallel.collectives import is_first_process
+from saejax.runner.labels import trained_layers
 from saejax.runner.parts import part_file
+from saejax.runner.stacks import is_of_trained, results_folder
 from saejax.runner.workspace import Run
 
 FEATURES = "features"  # folder of contexts that were searched, a file for each feature
@@ -73,7 +76,7 @@ def described_features(document: GraphDocument) -> list[Feature]:
 def details_of_features(
     config: GraphConfig, features: Sequence[Feature], folders: Sequence[Path] = ()
 ) -> dict[Feature, FeatureDetails]:
-    """Return what is known of features.
+    """Return what is known of features: of each what ``interpret`` tells in its workdir, or else what files tell.
 
     Args:
       config: names the set and a folder of feature files.
@@ -84,8 +87,25 @@ def details_of_features(
       UserError: a file is damaged.
     """
     dictionaries = [config.transcoders] if config.transcoders else config.dictionaries
-    more = [folder for folder in folders if folder.is_dir()]
-    return read_details(dictionaries, [*filter(None, [config.features]), *more], features)
+    more, interpreted = [folder for folder in folders if folder.is_dir()], interpreted_details(dictionaries, features)
+    missing = [feature for feature in features if feature not in interpreted]
+    return interpreted | read_details(dictionaries, [*filter(None, [config.features]), *more], missing)
+
+
+def interpreted_details(
+    dictionaries: Iterable[str | Path], features: Sequence[Feature]
+) -> dict[Feature, FeatureDetails]:
+    """Return what the stage ``interpret`` tells of features, where the workdir that trained a dictionary has it."""
+    details, trained = dict[Feature, FeatureDetails](), trained_layers(dictionaries)
+    for layer in {layer for layer, _ in features} & set(trained):
+        workdir, name = trained[layer].workdir, trained[layer].name
+        if not is_of_trained(workdir, "interpret", name):
+            continue
+        wanted = {index for member_layer, index in features if member_layer == layer}
+        for index, record in read_records(results_folder(workdir, "interpret", name), wanted).items():
+            if "examples" in record:
+                details[layer, index] = details_in_record(record)
+    return details
 
 
 def write_shown(path: Path, heads: EdgeHeads, tables: Sequence[PageTable]) -> None:

@@ -13,7 +13,6 @@ from saejax.attribution.local.layers import FrozenModel
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.sources import WIDTH, SourceBank
 from saejax.attribution.local.transcoders import open_transcoders
-from saejax.attribution.requests import Request, read_requests, unit_name
 from saejax.attribution.settings import GraphConfig
 from saejax.attribution.trace.prompt import GraphSize, bank_sizes, certain_active
 from saejax.costs.plan import CHARACTERS_PER_TOKEN, PlannedRun
@@ -21,6 +20,7 @@ from saejax.costs.programs import Program, abstract_params, whole
 from saejax.dictionaries import DictionaryConfig
 from saejax.models.settings import ModelConfig
 from saejax.parallel.mesh import fitting_sharding
+from saejax.stages.attribute.requests import Request, read_requests, unit_name
 
 _ACTIVE = 64  # features per layer and token, where the kind of dictionary does not say how many
 _PROMPT = 16  # tokens: the behaviours' prompts have 7 to 32

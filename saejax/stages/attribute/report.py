@@ -8,7 +8,8 @@ from saejax.attribution.results import AttributeResults, DoublingResults, GraphR
 from saejax.page.blocks import Block, Links, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import Table, number, percent, significant, visible
+from saejax.page.tables import Table, number, percent, significant
+from saejax.unicode import visible
 
 Row = tuple[str, GraphResults]  # of a table: a graph's name in the report, and what the stage says of it
 

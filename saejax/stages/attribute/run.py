@@ -12,7 +12,6 @@ from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.forms.document import GraphDocument
 from saejax.attribution.forms.features import open_folder, write_contexts
 from saejax.attribution.forms.neuronpedia import to_document
-from saejax.attribution.forms.page import EdgeHeads
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT
 from saejax.attribution.heads.contributions import largest_heads
 from saejax.attribution.heads.query_key import check_head, split_scores
@@ -22,13 +21,13 @@ from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.readouts import Target, target_pairs, token_of
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
-from saejax.attribution.requests import Request, read_groups, read_heads, read_labels, read_requests
 from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
 from saejax.attribution.settings import GraphConfig
 from saejax.attribution.trace.prompt import GraphSize, certain_active, check_memory, trace_prompt
 from saejax.attribution.trace.rounds import Traced
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
+from saejax.page.graph.page import EdgeHeads
 from saejax.parallel.collectives import is_first_process
 from saejax.progress import OnProgress, silent
 from saejax.runner.parts import Measure, Measured, each_part
@@ -40,6 +39,7 @@ from saejax.stages.attribute.outputs import (
     score_table,
     write_outputs,
 )
+from saejax.stages.attribute.requests import Request, read_groups, read_heads, read_labels, read_requests
 from saejax.stages.inputs import load_run_model, read_behaviours
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.corpora import read_corpus

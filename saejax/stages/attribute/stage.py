@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from saejax.attribution import requests
-from saejax.attribution.requests import unit_name
 from saejax.attribution.results import AttributeResults
 from saejax.attribution.settings import GraphConfig
 from saejax.config import Configs
@@ -11,7 +9,9 @@ from saejax.models.settings import ModelConfig
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage
 from saejax.stages import identities
+from saejax.stages.attribute import requests
 from saejax.stages.attribute.report import sections
+from saejax.stages.attribute.requests import unit_name
 from saejax.stages.attribute.run import run_attribute
 
 

@@ -16,11 +16,11 @@ from typing import Any
 from urllib.parse import quote
 
 from saejax.attribution.forms.features import Feature, FeatureDetails
-from saejax.circuits.claims import CONFIRMED, compare_claims
+from saejax.circuits.claims import CONFIRMED
 from saejax.circuits.edges import LEAST_DOSE, Edge
 from saejax.circuits.groups import ROLE_WORDS, Key, as_json, name_feature
 from saejax.circuits.results import CircuitResults, CircuitsResults
-from saejax.dictionaries.labels import COLUMNS, names_of_layers
+from saejax.dictionaries.labels import COLUMNS
 from saejax.files import write_text
 from saejax.interpret.labels import write_sheet
 from saejax.page import style
@@ -28,10 +28,13 @@ from saejax.page.blocks import Block, Links, Picture, Text
 from saejax.page.document import Section, to_html
 from saejax.page.findings import Draw, Findings
 from saejax.page.strips import Example, Strips
-from saejax.page.tables import Table, answer, interval, number, percent, visible
+from saejax.page.tables import Table, answer, interval, number, percent
 from saejax.page.words import behaviour as title
+from saejax.runner.labels import names_of_layers
 from saejax.stages.circuits import figure
+from saejax.stages.circuits.claims import compare_claims
 from saejax.tasks.behaviours import Prompt
+from saejax.unicode import visible
 
 _COLOURS = {figure.CARD: "--card", figure.SOFT: "--soft"}
 _SHEET = (*COLUMNS, "dictionary", "automatic_label", "group", "role", "promotes", "contexts")
@@ -218,7 +221,7 @@ def circuit_sections(results: CircuitsResults, address: Callable[[str], str]) ->
     claims = Table(
         "Published claims and what was measured here",
         ("Claim", "Published", "Here", "Evidence", "Source"),
-        tuple((claim.id, claim.claim, claim.outcome, claim.evidence, claim.source) for claim in comparisons),
+        tuple((row.claim.id, row.claim.claim, row.outcome, row.evidence, row.claim.source) for row in comparisons),
         frozenset({1, 2, 3, 4}),
         note="Confirmed takes an edge that is drawn, so one that exceeds random and placebo features at equal dose. "
         "Effects on the answer are logits, those on a group a share of its activation. The published studies are of "
@@ -226,7 +229,7 @@ def circuit_sections(results: CircuitsResults, address: Callable[[str], str]) ->
     )
     lead = (
         f"Features that return over prompts were grouped in {len(results.behaviours)} behaviours and each group's "
-        f"effect was measured: {sum(claim.outcome == CONFIRMED for claim in comparisons)} of {len(comparisons)} "
+        f"effect was measured: {sum(row.outcome == CONFIRMED for row in comparisons)} of {len(comparisons)} "
         "published claims about such circuits are confirmed on this model."
     )
     return [

@@ -10,20 +10,20 @@ import numpy as np
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.local.contexts import ContextSearch
 from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.attribution.requests import read_given_labels
 from saejax.attribution.settings import GraphConfig
 from saejax.circuits.groups import read_groups
 from saejax.circuits.results import CircuitResults, CircuitsResults
 from saejax.circuits.study import find_circuit
-from saejax.dictionaries.labels import labels_of_folders
 from saejax.errors import UserError
 from saejax.interpret.neighbours import output_tokens
 from saejax.models.tokens import token_text
 from saejax.parallel.collectives import is_first_process
 from saejax.progress import OnProgress
+from saejax.runner.labels import labels_of_folders
 from saejax.runner.parts import Measure, Measured, each_part
 from saejax.runner.workspace import Run
 from saejax.stages.attribute.outputs import details_of_features
+from saejax.stages.attribute.requests import read_given_labels
 from saejax.stages.attribute.run import open_parts
 from saejax.stages.circuits.report import write_behaviour, write_index
 from saejax.stages.circuits.settings import CircuitsConfig

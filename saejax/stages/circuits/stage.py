@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-from saejax.attribution import requests
 from saejax.attribution.settings import GraphConfig
 from saejax.circuits.results import CircuitsResults
 from saejax.config import Configs
@@ -13,6 +12,7 @@ from saejax.models.settings import ModelConfig
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage
 from saejax.stages import identities
+from saejax.stages.attribute import requests
 from saejax.stages.circuits.report import sections
 from saejax.stages.circuits.run import run_circuits
 from saejax.stages.circuits.settings import CircuitsConfig

@@ -11,19 +11,19 @@ import numpy as np
 
 from saejax.activations.store import Store
 from saejax.dictionaries.names import folder_name
-from saejax.interpret.feature_record import feature_names
 from saejax.interventions.columns import Columns
 from saejax.matching.clusters.groups import DISSOLVED, Coactivation, StableGroups, find_groups
 from saejax.matching.clusters.results import ClusteredDictionary, ClusterResults, FeatureGroup
 from saejax.matching.transfer.activity import Activity, encode
-from saejax.matching.transfer.compared import Compared, load_compared
-from saejax.matching.transfer.reading import read_shared_text
+from saejax.matching.transfer.compared import Compared
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.progress import OnProgress
+from saejax.runner.labels import feature_names
 from saejax.runner.parts import Measure, Measured, each_part, part_file
 from saejax.runner.workspace import Run
 from saejax.stages.cluster.settings import ClusterConfig
+from saejax.stages.transfer.inputs import load_compared, read_run_text, trained_in
 
 _FLAG = "--cluster.dictionaries"
 _LISTED = 20  # groups of a dictionary in the results
@@ -52,7 +52,7 @@ def open_texts(run: Run, compared: Sequence[Compared]) -> ActivityOf:
     ]
     others = [each for each in compared if each.name not in stored]
     settings = make_mesh(run.configs[MeshConfig]), config.tokens, config.batch_tokens, config.seed
-    shared = read_shared_text(run, others, *settings) if others else None
+    shared = read_run_text(run, others, *settings) if others else None
 
     def activity_of(each: Compared) -> tuple[Activity, np.ndarray]:
         if each.name not in stored:
@@ -109,7 +109,7 @@ def _measure(run: Run, compared: Compared, activity_of: ActivityOf, part: str, o
         firings, _SMALLEST, _RESAMPLES, [config.seed, 0], lambda: on_progress(next(steps), 1 + 3 * _RESAMPLES)
     )
     GroupedFeatures(groups.group_F, firings.feature_F).save(part_file(run, part, "-groups.parquet"))
-    names = feature_names(*compared.trained_in(run.folder.parent))
+    names = feature_names(*trained_in(compared, run.folder.parent))
     described = _describe(firings.feature_F, groups, similarity_FxF, names)
     results = ClusteredDictionary(
         name=compared.name,

@@ -24,6 +24,7 @@ from saejax.interpret.labels import partners
 from saejax.interpret.results import ExplainedDictionary, ExplainedFeature, ExplainResults
 from saejax.interpret.settings import ExplainConfig
 from saejax.interpret.text import CodedText
+from saejax.links import member_folder
 from saejax.models.settings import ModelConfig
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
@@ -31,7 +32,8 @@ from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.results import Interval, to_json
 from saejax.runner import stacks
-from saejax.runner.workspace import Run, member_folder
+from saejax.runner.parts import Progress
+from saejax.runner.workspace import Run
 from saejax.tasks.scoring import bootstrap_mean
 
 _BATCH, _RESAMPLES = 4096, 2000
@@ -83,7 +85,7 @@ def _explain(run: Run, member: str, store: Store, text: CodedText, endpoint: End
     config, folder = run.configs[ExplainConfig], run.folder / member
     folder.mkdir(parents=True, exist_ok=True)
     chosen, skipped = _choose_features(run, member, store, text)
-    answers = Answers(run, folder, endpoint)
+    answers = Answers(folder, endpoint, config, lambda label: Progress(run, "answers").of_part(label, 0))
     interpreted = member_folder(run.inputs[f"interpret/{run.name}"], member)
     records = read_records(interpreted, {held.feature for held in chosen})
     labels = _write_labels(answers, chosen, records)

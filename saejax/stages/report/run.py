@@ -5,21 +5,24 @@ Written to the unit's folder: ``index.html`` (complete in itself), ``report.md``
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from saejax.activations.documents import Documents
 from saejax.activations.store import Store
 from saejax.config import to_json
 from saejax.dictionaries.names import is_folder
 from saejax.evaluation.results import EvaluateResults
 from saejax.files import write_text
-from saejax.interpret.contexts import as_example, top_contexts
-from saejax.interpret.feature_record import FEATURES, read_records
+from saejax.interpret.contexts import top_contexts
+from saejax.interpret.feature_record import FEATURES, FeatureContext, read_records
 from saejax.interventions.answers import AblateResults
 from saejax.interventions.settings import AblateConfig
 from saejax.interventions.table import TESTED
+from saejax.links import member_folder
 from saejax.models.settings import ModelConfig
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
@@ -32,7 +35,7 @@ from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.runner import stacks
 from saejax.runner.registry import all_stages
-from saejax.runner.workspace import SUMMARY, Run, member_folder
+from saejax.runner.workspace import SUMMARY, Run
 from saejax.stages.ablate import report as ablation
 from saejax.stages.baseline import report as tasks
 from saejax.stages.report import overview
@@ -157,3 +160,13 @@ def contexts(run: Run, findings: Findings, features: Sequence[int], count: int) 
         texts = [as_text(token) for token in range(int(store.documents.ids_T.max()) + 1)]
         searched = top_contexts(store, dictionary, features, count, texts, make_mesh(run.configs[MeshConfig]))
     return {feature: [as_example(each, store.documents) for each in some] for feature, some in searched.items()}
+
+
+def as_example(context: FeatureContext, documents: Documents) -> Example:
+    """Return a context as the report shows it."""
+    return Example(
+        tokens=tuple(context["tokens"]),
+        activations=tuple(math.nan if act is None else act for act in context["acts"]),
+        peak=context["peak"],
+        place=documents.place(context["document"], context["position"]),
+    )

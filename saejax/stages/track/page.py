@@ -18,8 +18,9 @@ from saejax.matching.track.stack import Stack
 from saejax.matching.track.texts import EncodedText
 from saejax.models.lens import LensOutput
 from saejax.page.scripts import elements_script, interactive
-from saejax.page.tables import number, visible
+from saejax.page.tables import number
 from saejax.results import to_json
+from saejax.unicode import visible
 
 _VIEWER = Path(__file__).parent / "viewer"
 _SCRIPTS = ("grid", "panel", "main")

@@ -14,7 +14,7 @@ from saejax.matching.track.links import find_links
 from saejax.matching.track.measured import measure_chains
 from saejax.matching.track.results import LensLayers, TrackedText, TrackResults
 from saejax.matching.track.settings import TrackConfig
-from saejax.matching.track.stack import Stack, open_stack
+from saejax.matching.track.stack import Stack
 from saejax.matching.track.tested import StepTester, ablate_steps
 from saejax.matching.track.texts import EncodedText, encode, read_problems, write_solution
 from saejax.models.language_model import LanguageModel
@@ -25,6 +25,7 @@ from saejax.runner.parts import Measure, Measured, each_part, part_file
 from saejax.runner.workspace import Run
 from saejax.stages.inputs import load_run_model
 from saejax.stages.track.page import ShownText, shown_text, summary, text_lines, write_page
+from saejax.stages.track.stack import open_stack
 
 _CELLS = "-cells.json"  # ending of the file with what the page shows of a text
 _SHOWN = 12  # strongest features kept of each layer and position, as many as a column of the page holds

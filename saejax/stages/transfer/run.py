@@ -20,14 +20,15 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
 from saejax.matching.match import Matched, match
 from saejax.matching.rows import independent_rows, weight_rows
-from saejax.matching.transfer.compared import WEIGHTS, Compared, load_compared, measures_of, same_model
-from saejax.matching.transfer.reading import CEILING, NULL, SCORES, Reading, is_movable, read_shared_text
+from saejax.matching.transfer.chains import SHARED, FeaturePairs, Pair
+from saejax.matching.transfer.compared import WEIGHTS, Compared, measures_of, same_model
+from saejax.matching.transfer.reading import CEILING, NULL, SCORES, Reading, is_movable
 from saejax.matching.transfer.reconstruction import ROWS_PER_DIMENSION
 from saejax.matching.transfer.results import (
     ComparedPair,
@@ -37,18 +38,19 @@ from saejax.matching.transfer.results import (
     TransferResults,
 )
 from saejax.matching.transfer.settings import TransferConfig
-from saejax.matching.transfer.summary import SHARED, FeaturePairs, Pair, summarize
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.progress import OnProgress
 from saejax.results import Interval
 from saejax.runner.parts import Measure, Measured, each_part, part_file
 from saejax.runner.workspace import Run
+from saejax.stages.transfer.inputs import live_features, load_compared, read_run_text
+from saejax.stages.transfer.summary import summarize
 from saejax.tasks.scoring import wilson
 
 _FLAG = "--transfer.dictionaries"
 _ROW_BYTES = 1 << 30  # rows of dictionaries kept in memory
-_Z = float(norm.ppf(0.975))
+_Z = float(ndtri(0.975))
 Key = tuple[int, str, str]  # number of the second dictionary, measure, side
 
 
@@ -109,7 +111,8 @@ class Comparison:
         self._mesh, self._wanted = make_mesh(run.configs[MeshConfig]), wanted
         self._live: list[np.ndarray | None] = [None] * len(compared)
         if {*WEIGHTS} & {*self._config.measures}:
-            self._live = [each.live(run.folder.parent, self._mesh, self._config.batch_tokens) for each in compared]
+            workdir, batch = run.folder.parent, self._config.batch_tokens
+            self._live = [live_features(each, workdir, self._mesh, batch) for each in compared]
             unknown = [each.name for each, live_F in zip(compared, self._live, strict=True) if live_F is None]
             if unknown:
                 run.say(f"compared with their dead features, for want of held-out text: {', '.join(unknown)}")
@@ -122,7 +125,8 @@ class Comparison:
             fixed = [each.name for each in compared if not is_movable(each.config)]
             if self._config.reconstruction and fixed:
                 run.say(f"not evaluated at other sites, as transcoders or with tokens normalised: {', '.join(fixed)}")
-            self._reading = Reading(run, compared, self._mesh, read_shared_text(run, compared, self._mesh, *settings))
+            shared = read_run_text(run, compared, self._mesh, *settings)
+            self._reading = Reading(self._config, compared, self._mesh, shared)
 
     def measure(self, part: str, first: int, on_progress: OnProgress) -> Measured:
         """Compare a dictionary with all later ones that are wanted, and write the pairs of features of a part.

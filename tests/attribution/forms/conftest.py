@@ -6,7 +6,7 @@ from graph_pages import FEATURE, show
 from made_up_documents import made_up_document
 
 from saejax.attribution.forms.features import FeatureDetails
-from saejax.attribution.forms.page import write_page
+from saejax.page.graph.page import write_page
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ import pytest
 
 from saejax.attribution.forms.features import EXAMPLES, FeatureDetails, parse_feature, read_details
 from saejax.attribution.forms.neuronpedia import cantor_pair
-from saejax.attribution.requests import identity
 from saejax.attribution.settings import GraphConfig
 from saejax.errors import UserError
+from saejax.stages.attribute.requests import identity
 
 CONTEXT = dict(tokens=["The", " city", " of"], tokens_acts_list=[0.0, 2.5, 0.5], train_token_ind=1)
 WEAKER = dict(tokens=["a", " town"], tokens_acts_list=[0.0, 1.0], train_token_ind=1)

@@ -10,8 +10,8 @@ from made_up_documents import made_up_document
 from reference_graphs import LAYERS, each_graph, needs_graphs
 
 from saejax.attribution.forms.document import ERROR_TYPE, check_document, ranked_links, read_document
-from saejax.attribution.forms.page import page_edges, page_html, write_page
 from saejax.errors import UserError
+from saejax.page.graph.page import page_edges, page_html, write_page
 from saejax.page.scripts import embedded
 from saejax.stages.attribute.outputs import described_features
 

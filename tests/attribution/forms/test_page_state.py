@@ -14,7 +14,7 @@ from made_up_documents import made_up_document
 
 from saejax.attribution.forms.document import FEATURE_TYPE
 from saejax.attribution.forms.features import FeatureDetails
-from saejax.attribution.forms.page import write_page
+from saejax.page.graph.page import write_page
 
 pytestmark = needs_chromium
 

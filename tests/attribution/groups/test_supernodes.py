@@ -7,12 +7,12 @@ from made_graphs import make_graph
 from made_transcoders import made_set
 
 from saejax import save_transcoders
-from saejax.attribution import requests
 from saejax.attribution.forms.document import check_groups
-from saejax.attribution.requests import read_groups
 from saejax.attribution.settings import GraphConfig
 from saejax.errors import UserError
 from saejax.runner import command
+from saejax.stages.attribute import requests
+from saejax.stages.attribute.requests import read_groups
 
 
 def test_groups_of_ids():

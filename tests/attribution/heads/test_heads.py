@@ -15,13 +15,13 @@ from saejax.attribution.heads.contributions import largest_heads
 from saejax.attribution.heads.query_key import OWN_BIAS, split_scores
 from saejax.attribution.local.rows import RowTracer
 from saejax.attribution.local.sources import Sources
-from saejax.attribution.requests import read_heads
 from saejax.attribution.settings import GraphConfig
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.stages.attribute import outputs
 from saejax.stages.attribute.outputs import score_table
+from saejax.stages.attribute.requests import read_heads
 
 IDS = [5, 17, 33, 8, 41]
 

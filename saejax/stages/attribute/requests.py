@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from saejax.attribution.forms.document import are_groups
+from saejax.attribution.forms.features import index_on_hub
+from saejax.attribution.local.transcoders import find_folder
 from saejax.attribution.settings import GraphConfig
+from saejax.dictionaries.labels import labels_of_sheets
 from saejax.errors import UserError
 from saejax.files import file_sha256, fingerprint
 from saejax.models.identity import content_sha256
+from saejax.runner.labels import labels_of_folders, names_and_sites
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes
 from saejax.unicode import replace_surrogates
@@ -75,14 +79,10 @@ def identity(config: GraphConfig) -> str:
     """Return a fingerprint of all input files but the model's: dictionaries, prompts, labels, supernodes."""
     places, commit = list(map(Path, config.dictionaries)), ""
     if config.transcoders:
-        from saejax.attribution.local.transcoders import find_folder  # the stage's own imports take seconds
-
         _, folder, commit = find_folder(config.transcoders, choice=config.l0)
         places = [folder]
     if not places:
         return ""
-    from saejax.dictionaries.labels import labels_of_folders
-
     # A commit stands for the content of all files.
     marks = [commit] if commit else [mark for folder in places for mark in _marks(folder)]
     if labels := labels_of_folders(places):
@@ -91,8 +91,6 @@ def identity(config: GraphConfig) -> str:
     files = [path for place in named for path in (sorted(place.glob("*.csv")) if place.is_dir() else [place])]
     hashes = [file_sha256(path) if path.is_file() else "" for path in files]
     if config.features.startswith("hf://"):
-        from saejax.attribution.forms.features import index_on_hub
-
         # Of packed files, gigabytes, the index stands for all: it has the size of every feature.
         hashes.append(content_sha256(index_on_hub(config.features)))
     elif config.features:
@@ -143,8 +141,6 @@ def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
     Raises:
       UserError: a file cannot be read, or is no such file.
     """
-    from saejax.dictionaries.labels import labels_of_folders  # this file is read by every binary
-
     # Labels by hand go before those that were found.
     return labels_of_folders(folders(config)) | read_given_labels(config)
 
@@ -164,9 +160,7 @@ def read_given_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
         return {}
     path = Path(config.labels)
     if path.is_dir() or path.suffix == ".csv":
-        from saejax.dictionaries.labels import labels_of_sheets
-
-        return labels_of_sheets(path, "--graph.labels", folders(config))
+        return labels_of_sheets(path, "--graph.labels", names_and_sites(folders(config)))
     text = decode(read_bytes(path, "--graph.labels", "name a file of labels"), path)
     try:
         labels = json.loads(text)

@@ -1,0 +1,139 @@
+"""What workdirs have for the comparison of dictionaries: the dictionaries, their dead features, and shared text."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax.activations.store import Store
+from saejax.dictionaries.formats import folders_of, read_config
+from saejax.dictionaries.names import is_folder
+from saejax.errors import UserError
+from saejax.evaluation.reconstruction import read_blocks, reconstruct
+from saejax.matching.transfer.activity import first_texts
+from saejax.matching.transfer.compared import Compared
+from saejax.matching.transfer.reading import SharedText, read_shared_text
+from saejax.models.settings import ModelConfig
+from saejax.runner import stacks
+from saejax.runner.workspace import Run
+from saejax.tasks import corpora
+from saejax.tasks.settings import CorpusConfig, TaskConfig
+
+
+def load_compared(names: Sequence[str], units: Mapping[str, Path], flag: str) -> list[Compared]:
+    """Find the dictionaries that a flag names, in its order; of a stack all members.
+
+    Args:
+      names: kinds, members or folders.
+      units: folders of the train units, such as those of "train/topk" or "train/topk/k16".
+      flag: the flag, for messages.
+
+    Raises:
+      UserError: one does not exist or is named twice.
+    """
+    compared: list[Compared] = []
+    for name in names:
+        if is_folder(name):
+            compared += [Compared(str(folder), folder, read_config(folder)) for folder in folders_of(name)]
+            continue
+        folders = stacks.find_trained(name, units, flag)
+        compared += [Compared(full_name, folder, read_config(folder)) for full_name, folder in folders.items()]
+    resolved = [each.folder.resolve() for each in compared]
+    for each, folder in zip(compared, resolved, strict=True):
+        if resolved.count(folder) > 1:
+            raise UserError(f"{flag}={','.join(names)} names {each.name} twice: name each dictionary once")
+    return compared
+
+
+def read_run_text(
+    run: Run,
+    compared: Sequence[Compared],
+    mesh: Mesh,
+    tokens: int,
+    batch_tokens: int,
+    seed: int,
+    keep_values: bool = False,
+) -> SharedText:
+    """Have the models of dictionaries read held-out text of the run's corpus; see ``read_shared_text``.
+
+    Args:
+      run: the run; files go to a folder "text" in its folder.
+      compared: the dictionaries.
+      mesh: devices of models and dictionaries.
+      tokens: approximate number of tokens.
+      batch_tokens: tokens in a batch.
+      seed: seed of the order of documents.
+      keep_values: whether values of sites are written, too.
+
+    Raises:
+      UserError: there is no text, a model does not exist, or it is not the one that a dictionary belongs to.
+    """
+    corpus = run.configs[CorpusConfig]
+    held_out = corpora.held_out_documents(corpus, run.configs[TaskConfig])
+    order = np.random.default_rng(seed).permutation(len(held_out))
+    # Held-out text, because dictionaries fit the text that they were trained on.
+    texts = first_texts([held_out[i].text for i in order], tokens)
+    return read_shared_text(
+        texts,
+        corpus.context,
+        compared,
+        run.configs[ModelConfig],
+        mesh,
+        folder=run.folder / "text",
+        batch_tokens=batch_tokens,
+        keep_values=keep_values,
+        say=run.say,
+    )
+
+
+def trained_in(compared: Compared, workdir: Path) -> tuple[Path, str]:
+    """Return the workdir that trained a dictionary, or else another one, and its name there."""
+    parts = compared.folder.absolute().parts
+    if not is_folder(compared.name) or "train" not in parts:
+        return workdir, compared.name
+    index = len(parts) - 1 - parts[::-1].index("train")
+    return Path(*parts[:index]), "/".join(parts[index + 1 :])
+
+
+def knows_live(compared: Compared, workdir: Path) -> bool:
+    """Return whether ``live_features`` gives an answer."""
+    return bool(_evaluated(compared, workdir) or _store(compared, workdir))
+
+
+def live_features(compared: Compared, workdir: Path, mesh: Mesh, batch: int) -> np.ndarray | None:
+    """Return which features fire on held-out text, bool [F]; None if the workdir that trained them has none.
+
+    Where ``evaluate`` has not measured it, it is measured here, in the same way.
+
+    Args:
+      compared: the dictionary.
+      workdir: of the run.
+      mesh: devices that encode.
+      batch: tokens in a batch.
+    """
+    if path := _evaluated(compared, workdir):
+        return np.load(path) > 0
+    if not (store := _store(compared, workdir)):
+        return None
+    dictionary = compared.dictionary.with_sink_norms(store.max_norm, True)
+    blocks = read_blocks(store, "held_out", (compared.config.site, compared.target), batch)
+    return reconstruct([dictionary], blocks, mesh, batch)[0].firing_rate_F > 0
+
+
+def _evaluated(compared: Compared, workdir: Path) -> Path | None:
+    """Return the firing rates that ``evaluate`` wrote; None if there are none of this dictionary."""
+    root, name = trained_in(compared, workdir)
+    path = stacks.results_folder(root, "evaluate", name) / "firing_rate.npy"
+    return path if path.is_file() and stacks.is_of_trained(root, "evaluate", name) else None
+
+
+def _store(compared: Compared, workdir: Path) -> Store | None:
+    """Return the store of the workdir that trained a dictionary; None if it has no held-out text at its sites."""
+    sites = {compared.config.site, compared.target}
+    try:
+        store = Store.open(trained_in(compared, workdir)[0] / "capture")
+    except UserError:  # there is none, or its values were deleted when training was done
+        return None
+    fits = store.model.fingerprint == compared.fingerprint and sites <= {*store.sites}
+    return store if fits and len(store.rows("held_out", *sites)) else None
