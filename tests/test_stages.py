@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 import runs
 
+from saejax.errors import UserError
 from saejax.models.settings import ModelConfig
+from saejax.runner import plugins
 from saejax.runner.registry import all_stages, default_configs, sort_stages
 from saejax.runner.stage import Stage
 from saejax.runner.workplan import Workplan
@@ -30,38 +31,50 @@ def test_the_order_follows_from_what_stages_wait_for():
             sort_stages(wrong)
 
 
-# The binary, and runs of the stage and its part of the report, all in a process that has the page's files.
-CALLS = """
-import contextlib, runpy, sys, types
-from saejax.runner import command
-from saejax.runner.registry import all_stages, default_configs
-assert command.run(["lengths"], "", [*sys.argv, "--lengths.share=0.5"]) == 0
-with contextlib.suppress(SystemExit):
-    runpy.run_module("experiments.lengths", run_name="__main__")
-assert command.run(["preflight", "lengths"], "", sys.argv) == 0
-command.run(["lengths"], "", ["lengths", "--help"])
-assert list(all_stages())[-1] == "report" and "lengths" in all_stages()["report"].needs(default_configs(), "")
-(section,) = all_stages()["lengths"].section(types.SimpleNamespace(first=lambda cls: cls(3, 7.0)), None)
-print(section.title, section.blocks[0])
-"""
-
-
-def test_the_stage_of_the_page(inputs, tmp_path):
-    root, workdir = tmp_path / "copy", tmp_path / "run"
-    for folder in ("saejax", "experiments"):
-        shutil.copytree(runs.ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("saejax/stages/lengths.py", "experiments/lengths.py"):
-        assert not (root / file).exists()
-        (code,) = re.findall(rf"```python\n# {re.escape(file)}\n(.*?)```", PAGE, re.S)
-        (root / file).write_text(code)
+def test_the_stage_of_the_page_is_a_plugin(inputs, tmp_path):
+    (code,) = re.findall(r"```python\n# lengths\.py\n(.*?)```", PAGE, re.S)
+    (tmp_path / "lengths.py").write_text(code)
+    workdir = tmp_path / "run"
     flags = runs.small_flags(*inputs, workdir, task__behaviours="", train__kinds="topk")  # for a quick preflight
-    command = [sys.executable, "-c", CALLS, *flags, "--lengths.share=1"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    flags += [f"--plugins={tmp_path}/lengths.py", "--lengths.share=1"]
+
+    def call(program, *more, status=0):
+        command = [sys.executable, "-m", "saejax.cli", program, *flags, *more]
+        done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+
+    assert "lengths: started" in call("lengths")
     results = json.loads((workdir / "lengths" / "done.json").read_text())["results"]
     assert results["documents"] == 40 and 20 < results["tokens"] < 200
-    assert "lengths: done before, unchanged" in done.stdout and done.stdout.count("lengths: started") == 2
-    assert "--lengths.share" in done.stdout and "3 documents, at most 7 tokens" in done.stdout
+    assert "--lengths.share was 1.0, is 0.5" in call("lengths", "--lengths.share=0.5")
+    (tmp_path / "lengths.py").write_text(code + "\n# changed\n")
+    assert "lengths: started" in call("lengths")
+    assert "--lengths.share belongs to the stage lengths" in call("capture", status=2)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("", "adds nothing: decorate the class of a kind"),
+        ('Stage(name="capture", summary="", run=print, groups=())', "declares the stage capture, which saejax has"),
+        ('Stage(name="mine", summary="", run=print, groups=(TrainConfig,))', "has settings TrainConfig, whose flags"),
+    ],
+)
+def test_a_plugin_that_adds_nothing_or_takes_a_name_is_refused(tmp_path, code, message):
+    head = """
+from dataclasses import dataclass
+from saejax.config import Config
+from saejax.runner.stage import Stage
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    pass
+"""
+    (tmp_path / "plugin.py").write_text(head + (f"STAGE = {code}" if code else ""))
+    with pytest.raises(UserError, match=message):
+        plugins.load([tmp_path / "plugin.py"])
+    assert "mine" not in all_stages()
 
 
 def test_a_new_revision_of_a_stage_makes_its_units_and_those_that_read_them_anew(monkeypatch):
