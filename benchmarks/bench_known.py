@@ -28,6 +28,7 @@ from saejax.ground_truth.circuits.cases import Case, make_case
 from saejax.ground_truth.circuits.dictionaries import EXACT, TRAINED, untrained_sets, write_sets
 from saejax.ground_truth.circuits.edges import judge_edges
 from saejax.ground_truth.circuits.handset import checkpoint
+from saejax.ground_truth.circuits.judge import matched_neurons
 from saejax.ground_truth.hub_folder import save_model
 from saejax.interpret.detectors import Detector, best_detectors, make_scorer
 from saejax.interpret.firings import Block, blocks, record
@@ -36,9 +37,6 @@ from saejax.interpret.neighbours import output_tokens
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
-from saejax.runner.registry import default_configs
-from saejax.runner.workspace import Run
-from saejax.stages.known_circuits.run import matched_neurons
 from saejax.tasks.scoring import bootstrap_mean
 
 ROOT = Path(__file__).parent.parent
@@ -52,8 +50,8 @@ def make_circuit(folder: Path, name: str, sets: list[str]) -> tuple[Case, Langua
     save_model(folder / "model", *checkpoint(case.model, 0), list(case.model.words))
     model = load_model(str(folder / "model"))
     if TRAINED in sets:
-        run = Run("known_circuits", name, folder, default_configs(), {}, lambda line: None, lambda: False)
-        return case, model, {kind: open_transcoders(path) for kind, path in write_sets(run, case, model, 0).items()}
+        sets_of = write_sets(folder, case, model, 0, say=lambda line: None)
+        return case, model, {kind: open_transcoders(path) for kind, path in sets_of.items()}
     layers = [untrained_sets(case, model, layer, 0) for layer in range(len(case.model.layers))]
     return case, model, {kind: LayerTranscoders.of([layer[kind] for layer in layers]) for kind in (EXACT, *sets)}
 

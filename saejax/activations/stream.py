@@ -5,35 +5,31 @@ store: documents in seeded random order, the rows of a buffer permuted. One buff
 by itself, so any of them can be made again, with the same values: a run that goes on needs no more than a number.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from saejax.activations.batches import Parts, sites_of
 from saejax.activations.buffers import ShardBuffers
+from saejax.activations.device_buffers import DeviceBuffers
+from saejax.activations.documents import Documents
+from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.joined import single_sites
 from saejax.activations.manifest import CapturedModel
 from saejax.activations.plan import Batch, Plan, Reader
 from saejax.activations.progress import SAY_EVERY
-from saejax.activations.request import begins_with_bos, load_reader, read_request
+from saejax.activations.request import CaptureRequest, begins_with_bos, load_reader, read_request
 from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import DTYPES
+from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.models.sites import is_joined
-from saejax.runner.workspace import Run
-from saejax.stages.tokenize.run import text_documents
+from saejax.parallel.settings import MeshConfig
 from saejax.tasks.settings import CorpusConfig
-
-if TYPE_CHECKING:
-    import jax
-
-    from saejax.activations.device_buffers import DeviceBuffers
 
 
 class _Stopped(Exception):
@@ -42,9 +38,6 @@ class _Stopped(Exception):
 
 def _device_buffers(reader: Reader, parts: Parts, rows: int, dtype: str) -> DeviceBuffers | None:
     """Return buffers on the devices where the JAX decoder fills them; None where values go to the host's memory."""
-    from saejax.activations.device_buffers import DeviceBuffers
-    from saejax.activations.jax_capture import DecoderReader
-
     # Joined sites are put together on the host, and torch's values are there already.
     if isinstance(reader, DecoderReader) and not any(map(is_joined, sites_of(parts))):
         return DeviceBuffers(reader, parts, rows, dtype)
@@ -59,25 +52,36 @@ class ModelStream:
     the devices (``on_devices``); those of torch, of a second model and of joined sites pass through the host.
 
     Args:
-      run: the run, whose settings of model, corpus and capture are used; the backend is
-        ``capture.backend``, the values are of ``capture.store_dtype``.
+      configs: settings of model, corpus, capture and mesh; the backend is ``capture.backend``, the values are of
+        ``capture.store_dtype``.
       parts: the sites of every part of a batch.
       rows: number of rows of a buffer.
+      documents: returns the documents of the corpus, given the request for the sites.
+      say: logs how fast buffers are made.
+      stopping: returns whether the process was asked to stop.
 
     Raises:
       UserError: the corpus, the model or a site is not usable, or a buffer does not fit on the devices.
     """
 
-    def __init__(self, run: Run, parts: Parts, rows: int):
+    def __init__(
+        self,
+        configs: Configs,
+        parts: Parts,
+        rows: int,
+        documents: Callable[[CaptureRequest], Documents],
+        say: Callable[[str], None] = print,
+        stopping: Callable[[], bool] = lambda: False,
+    ):
         self.sites = tuple(single_sites(sites_of(parts)))
-        config = dataclasses.replace(run.configs[CaptureConfig], sites=self.sites, tokens=0)
-        run = dataclasses.replace(run, configs=run.configs | config)
-        request = read_request(run.configs)
-        self._run, self._source = run, request.source
+        config = dataclasses.replace(configs[CaptureConfig], sites=self.sites, tokens=0)
+        request = read_request(configs | config)
+        self._say, self._stopping, self._source = say, stopping, request.source
+        self._sink_factor = config.sink_factor
         self.bos = "always" if begins_with_bos(request, config.bos) else "never"
-        documents = text_documents(run, request).training()
-        self._plan = Plan(documents, rows, config.batch_tokens, config.last, run.configs[CorpusConfig].seed)
-        self._reader = load_reader(run, request, self._plan, config)
+        training = documents(request).training()
+        self._plan = Plan(training, rows, config.batch_tokens, config.last, configs[CorpusConfig].seed)
+        self._reader = load_reader(configs[MeshConfig], request, self._plan, config)
         self._dtype, largest = config.store_dtype, max(map(self.size, range(len(self))))
         self._on_devices = _device_buffers(self._reader, parts, largest, self._dtype)
         self._buffers = self._on_devices or ShardBuffers(self._reader.widths, largest, self._dtype)
@@ -134,17 +138,16 @@ class ModelStream:
         self._check(buffer)
         # The first buffer is a fair sample of the text, and later ones must keep its rule.
         if not self._max_norms:
-            factor = self._run.configs[CaptureConfig].sink_factor
-            self._max_norms = {site: factor * float(np.median(self._norms[site])) for site in self.sites}
-        self._say(buffer, start)
+            self._max_norms = {site: self._sink_factor * float(np.median(self._norms[site])) for site in self.sites}
+        self._log_speed(buffer, start)
         return True
 
-    def _say(self, buffer: int, start: float) -> None:
+    def _log_speed(self, buffer: int, start: float) -> None:
         """Log how fast a buffer was made; not for each, as small models make several a second."""
         now = time.monotonic()
         if now - self._last_logged >= SAY_EVERY:
             self._last_logged, rate = now, self.size(buffer) / (now - start)
-            self._run.say(f"buffer {buffer + 1} of {len(self)}: {self.size(buffer):,} tokens, {rate:,.0f} tokens/s")
+            self._say(f"buffer {buffer + 1} of {len(self)}: {self.size(buffer):,} tokens, {rate:,.0f} tokens/s")
 
     def rows(self, split: str, *sites: str) -> np.ndarray:
         """Return the current buffer's rows, all of the split "train", that are sinks at none of the sites, rising."""
@@ -163,7 +166,7 @@ class ModelStream:
     def _batches(self, buffer: int) -> Iterator[Batch]:
         """Yield the batches of a buffer; raise ``_Stopped`` when the process is asked to stop."""
         for batch in self._plan.batches(buffer):
-            if self._run.stopping():
+            if self._stopping():
                 raise _Stopped
             yield batch
 

@@ -1,7 +1,7 @@
 """Features of a dictionary matched to the directions of the world, and scores on held-out vectors."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +13,11 @@ from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.ground_truth.settings import TruthConfig
 from saejax.ground_truth.world import HELD_OUT, World, batch_key, sample
+from saejax.results import Interval
 
 RECOVERED = 0.9  # absolute cosine above which a direction counts as recovered
 FREQUENT = 1e-4  # a direction that is active in a larger share of the vectors must be found
+SHARE_RANGE = (0.0, 1.0)  # of shares and absolute cosines
 _BATCH = 1024
 _MIN_CHILD = 20  # activations of a child before it can count as absorbing its parent
 _CARRIES = 0.25  # absolute cosine above which a child's feature carries the parent's direction, too
@@ -217,3 +219,17 @@ def absorbed(counts: Counts, matching: Matching, world: World) -> np.ndarray:
     carries_N = matching.cosine_FxJ[matching.feature_J[child_N], parent_N] > _CARRIES
     found_J[parent_N[(rest_N > 0) & (without_N > 0.5) & (with_N < without_N / 2) & carries_N]] = True
     return found_J
+
+
+def over_seeds(values: Sequence[float], ends: tuple[float, float] = SHARE_RANGE) -> Interval:
+    """Return the mean and its 95 % t interval, clipped to the range of values; one value has an interval of length 0.
+
+    Args:
+      values: values of seeds or prompts.
+      ends: smallest and largest possible value.
+    """
+    from scipy.stats import t
+
+    mean, count = float(np.mean(values)), len(values)
+    half = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5) if count > 1 else 0.0
+    return Interval(mean, max(mean - half, ends[0]), min(mean + half, ends[1]))

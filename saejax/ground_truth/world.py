@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from saejax.errors import UserError
 from saejax.ground_truth.settings import TruthConfig
@@ -154,7 +154,7 @@ def make_world(config: TruthConfig) -> World:
         directions_JxD=directions_JxD,
         bias_D=config.bias * _unit(jax.random.normal(keys[3], (width,))),
         # Latents are standard normal: above this value lies the share that the rate says.
-        threshold_J=jnp.asarray(norm.isf(conditional_rates(config)), jnp.float32),
+        threshold_J=jnp.asarray(-ndtri(conditional_rates(config)), jnp.float32),
         loading_JxQ=loading_JxQ,
         latent_std_J=jnp.sqrt(1 - jnp.sum(loading_JxQ**2, -1)),
         mean_J=jnp.linspace(config.magnitude_first, config.magnitude_last, count),

@@ -20,6 +20,7 @@ from saejax import config as configuration
 from saejax.config import Configs
 from saejax.errors import CheckFailed, Interrupted, OtherFailed, UserError, one_of
 from saejax.files import read_object
+from saejax.links import member_folder
 from saejax.models.settings import ModelConfig
 from saejax.models.source import runs_in_torch
 from saejax.parallel.cluster import check_same, join, joined_processes, process_label
@@ -32,7 +33,7 @@ from saejax.runner.registry import all_stages, flag_of, groups_of, with_inputs
 from saejax.runner.stage import split_unit
 from saejax.runner.usage import check_budget, forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.runner.workplan import Workplan
-from saejax.runner.workspace import STARTED, SUMMARY, Run, StackWork, Workspace, member_folder, now
+from saejax.runner.workspace import STARTED, SUMMARY, Run, StackWork, Workspace, now
 from saejax.versions import package_versions
 
 _OF_PROCESS = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ between processes of a run

@@ -16,8 +16,9 @@ from saejax.dictionaries.names import check_member, full_name, is_folder, kind_a
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.files import read_json
+from saejax.links import member_folder
 from saejax.results import from_json
-from saejax.runner.workspace import STARTED, SUMMARY, member_folder
+from saejax.runner.workspace import STARTED, SUMMARY
 
 
 def results_folder(workdir: Path | str, stage: str, name: str) -> Path:

@@ -34,7 +34,8 @@ import psutil
 
 from saejax.config import Configs
 from saejax.errors import UserError
-from saejax.files import read_object, remove_unfinished, write_json, write_text
+from saejax.files import read_object, remove_unfinished, write_json
+from saejax.links import STAND_IN, linked_folder, write_link
 from saejax.parallel.processes import ProcessShare
 
 T = TypeVar("T")
@@ -42,7 +43,6 @@ SCHEMA_VERSION = 1
 _SAY_EVERY = 60.0  # seconds between lines that say how long a unit's items still take
 SUMMARY, STARTED, CLAIM, STACK = "done.json", "started.json", "claim.json", "stack.json"
 CHECKPOINTS = "checkpoints"  # folder from which training goes on; users may delete it when a unit is finished
-_CURRENT = ".current"  # ending of the text file that stands for a link
 
 
 class Workspace:
@@ -79,7 +79,7 @@ class Workspace:
 
     def current(self, unit: str) -> Path | None:
         """Return the folder that ``DIR/<unit>`` stands for; None if there is none."""
-        return current_folder(self.root / unit)
+        return linked_folder(self.root / unit)
 
     def is_done(self, unit: str, mark: str) -> bool:
         """Return whether the unit is finished.
@@ -177,7 +177,7 @@ class Workspace:
         """Remove the folder of a unit that is not finished, and the link to it."""
         folder = self.folder(unit, mark)
         if self.current(unit) == folder:
-            for path in (self.root / unit, (self.root / unit).with_name((self.root / unit).name + _CURRENT)):
+            for path in (self.root / unit, (self.root / unit).with_name((self.root / unit).name + STAND_IN)):
                 if path.is_symlink() or path.is_file():
                     path.unlink()
         shutil.rmtree(folder, ignore_errors=True)
@@ -208,7 +208,7 @@ class Workspace:
     def point(self, unit: str, mark: str) -> None:
         """Let ``DIR/<unit>`` stand for the folder with this fingerprint."""
         if self.current(unit) != self.folder(unit, mark):
-            _link(self.root / unit, self.folder(unit, mark).name)
+            write_link(self.root / unit, self.folder(unit, mark).name)
 
     def open_stack(self, unit: str, mark: str, marks: Mapping[str, str]) -> "StackWork":
         """Prepare the claimed folder of a stack for work.
@@ -239,7 +239,7 @@ class Workspace:
     def link_members(self, unit: str, mark: str, work: "StackWork") -> None:
         """Link the finished members of a stack from its folder."""
         for member, folder in work.folders.items():
-            _link(self.folder(unit, mark) / member, f"../{folder.name}")
+            write_link(self.folder(unit, mark) / member, f"../{folder.name}")
 
     def log(self, unit: str, text: str, rank: int = 0) -> None:
         """Append a line to ``DIR/logs/<stage>-<name>.log``; a log that cannot be written stops no run.
@@ -296,43 +296,18 @@ def hold_claim(folder: Path, what: str, take_over: bool = False) -> Iterator[Non
             path.unlink(missing_ok=True)
 
 
-def current_folder(path: Path) -> Path | None:
-    """Return the unit's folder that a path such as DIR/train/topk stands for; None if it stands for none."""
-    if path.is_symlink():
-        return path.parent / os.readlink(path) if path.exists() else None
-    stand_in = path.with_name(path.name + _CURRENT)
-    return path.parent / stand_in.read_text("utf-8").strip() if stand_in.is_file() else None
-
-
-def _link(place: Path, target: str) -> None:
-    """Make a path a symbolic link, or a text file in its place where there are no links; replace an earlier one."""
-    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
-    try:
-        os.symlink(target, temporary)
-        os.replace(temporary, place)
-    except OSError:  # no links here, or a folder of units in the link's place
-        temporary.unlink(missing_ok=True)
-        write_text(place.with_name(place.name + _CURRENT), target + "\n")
-
-
-def member_folder(unit: Path, member: str) -> Path:
-    """Return the folder of a member of a stack, given that of the stack; the folder itself for the one member ""."""
-    place = unit / member
-    return place if place.is_dir() or not member else current_folder(place) or place
-
-
 def current_units(root: Path) -> dict[str, Path]:
     """Return the folders of the current units in a workdir, by name, or in a study's folder, by row and name."""
     units = {}
     for folder, folders, files in os.walk(root):
-        stand_ins = [file.removesuffix(_CURRENT) for file in files if file.endswith(_CURRENT)]
+        stand_ins = [file.removesuffix(STAND_IN) for file in files if file.endswith(STAND_IN)]
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
         folders[:] = sorted(name for name in folders if name not in links and not name.startswith("."))
         if STARTED in files:  # inside of a unit there are no others
             folders.clear()
             continue
         for name in sorted([*links, *stand_ins]):
-            target = current_folder(Path(folder) / name)
+            target = linked_folder(Path(folder) / name)
             if target and (target / STARTED).exists():
                 units[(Path(folder) / name).relative_to(root).as_posix()] = target
     return units

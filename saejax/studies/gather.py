@@ -20,6 +20,7 @@ from saejax.models.settings import ModelConfig
 from saejax.page.findings import Findings, read_findings
 from saejax.preflight.results import PreflightResults
 from saejax.stages.study.results import StudyResults
+from saejax.stages.train.metrics import read_metrics
 from saejax.statistics.ranks import holm_by_key
 from saejax.studies import criteria, gather_features
 from saejax.studies.alignment import alignments
@@ -45,7 +46,6 @@ from saejax.studies.sheet import fill
 from saejax.studies.units import ROWS
 from saejax.tasks.results import BaselineResults, BenchmarkResults
 from saejax.tasks.settings import TaskConfig
-from saejax.training.metrics import read_metrics
 from saejax.training.results import TrainResults
 from saejax.training.settings import TrainConfig
 

@@ -11,22 +11,23 @@ import numpy as np
 from saejax.activations.in_memory import Activations, capture
 from saejax.activations.joined import single_sites
 from saejax.activations.store import INDEX, Store, shard_file
-from saejax.config import Configs
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders
+from saejax.dictionaries.bos import warn_of_bos
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.kinds.settings import PRETRAINED
 from saejax.errors import UserError, one_of
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.files import fingerprint, read_object, write_json
-from saejax.dictionaries.bos import warn_of_bos
 from saejax.models.language_model import LanguageModel
+from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
-from saejax.runner.workspace import Run
 from saejax.settings_from_keywords import make_config
-from saejax.stages.train.run import run_train
+from saejax.training.inputs import store_source
+from saejax.training.loop import TrainFolders, check_state_dtype, train_stack
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.settings import TrainConfig
+from saejax.training.stack import batch_parts
 
 # Settings of the stage that say what else is trained, and what to do here.
 _NOT_HERE = dict(
@@ -76,7 +77,6 @@ def train(
         chosen = site or next(iter(store.sites))
         if not site and len(store.sites) > 1 and settings.get("form", "sae") == "sae":
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
-        # The stage itself does the work, so that results of both are the same bits.
         config = make_config(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
         sites = choose_sites(config, list(store.sites))
         stack = [member for expanded in config.each_expansion() for member in make_members(expanded, kind, sites)]
@@ -88,8 +88,11 @@ def train(
         target = Path(folder or Path(temporary) / "train")
         target.mkdir(parents=True, exist_ok=True)
         _check_or_record_inputs(target, store, stack[0], config.init_from)
-        configs = Configs(config, mesh or MeshConfig())
-        run_train(Run("train", kind, target, configs, {"capture": store.folder}, on_progress, lambda: False))
+        check_state_dtype(config)
+        (expanded,) = config.each_expansion()
+        source = store_source(expanded, store, batch_parts(stack), on_progress)
+        folders = TrainFolders.inside(target, stack)
+        train_stack(expanded, kind, stack, source, make_mesh(mesh or MeshConfig()), folders, on_progress)
         return load_dictionary(target / stack[0].name)
 
 

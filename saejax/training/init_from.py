@@ -13,8 +13,8 @@ import numpy as np
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own
 from saejax.errors import UserError
+from saejax.links import member_folder
 from saejax.parallel.collectives import to_host
-from saejax.runner.workspace import member_folder
 from saejax.training.members import Member
 from saejax.training.scales import ScaledRows, sample_rows
 from saejax.training.stack import TrainStack

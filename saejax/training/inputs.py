@@ -17,13 +17,15 @@ from jax import lax
 
 from saejax.activations.batches import READ_OPTIONS, BatchOrder, Parts, sites_of
 from saejax.activations.device_buffers import check_room
+from saejax.activations.documents import Documents
 from saejax.activations.joined import with_joined
+from saejax.activations.request import CaptureRequest
 from saejax.activations.store import Store
 from saejax.activations.stream import BufferOrder, ModelStream
+from saejax.config import Configs
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.collectives import from_first_process, process_count
 from saejax.parallel.mesh import free_bytes, part_size
-from saejax.runner.workspace import Run
 from saejax.training.scales import ScaledRows
 from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack, batch_parts
@@ -51,6 +53,20 @@ class Source:
     #: returns the batches of a stack; called when the train state is on the devices.
     open: Callable[[TrainStack], Batches]
     close: Callable[[], None] = lambda: None  #: frees memory
+
+
+def store_source(config: TrainConfig, store: Store, parts: Parts, say: Callable[[str], None] = print) -> Source:
+    """Return the training rows of a store as a source.
+
+    Args:
+      config: the settings.
+      store: the store.
+      parts: the sites of every part of a batch.
+      say: logs where activations are kept.
+    """
+    rows = with_joined(store, sites_of(parts))
+    per_epoch = len(rows.usable("train", *sites_of(parts))) // config.batch
+    return Source(rows, per_epoch, lambda stack: open_store(stack, rows, say))
 
 
 def open_store(stack: TrainStack, store: Store, say: Callable[[str], None] = lambda line: None) -> Batches:
@@ -135,21 +151,30 @@ def _take_rows(arrays: Batch, index_B: jax.Array) -> Batch:
     return tuple(lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x for x in taken)
 
 
-def model_source(run: Run, parts: Parts) -> Source:
+def model_source(
+    configs: Configs,
+    parts: Parts,
+    documents: Callable[[CaptureRequest], Documents],
+    say: Callable[[str], None] = print,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Source:
     """Return the model's activations on the corpus's training text as a source, with the first buffer made.
+
+    For the arguments see ``ModelStream``.
 
     Raises:
       UserError: several processes with values that pass through the host, a buffer smaller than a batch, or what
         ``ModelStream`` refuses.
       Interrupted: asked to stop.
     """
-    config = run.configs[TrainConfig]
+    config = configs[TrainConfig]
     if config.buffer_rows < config.batch:
         raise UserError(f"--train.buffer_rows={config.buffer_rows} is less than one batch of {config.batch}: raise it")
     several = process_count() > 1
     if several:  # all make a buffer together: a request to stop is heard between buffers, where all agree on it
-        run = dataclasses.replace(run, stopping=lambda: False)
-    stream = ModelStream(run, parts, config.buffer_rows)
+        stream = ModelStream(configs, parts, config.buffer_rows, documents, say)
+    else:
+        stream = ModelStream(configs, parts, config.buffer_rows, documents, say, stopping)
     if several and stream.on_devices is None:
         raise UserError(
             "--train.source=model runs in several processes with --capture.backend=jax, one model and no joined sites "

@@ -9,7 +9,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,10 +18,9 @@ import numpy as np
 
 from saejax.config import to_json
 from saejax.errors import UserError
-from saejax.files import fingerprint, read_object, whole_file
+from saejax.files import fingerprint, whole_file
 from saejax.flops import peak_flops, step_flops, weights_share
 from saejax.parallel.collectives import is_first_process
-from saejax.runner.workspace import STACK, STARTED, member_folder
 from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack
 
@@ -71,7 +70,7 @@ class Metrics:
             raise UserError(f"{path} is missing or empty: delete {path.parent} and run the same command again")
         if len(self.records) < len(lines) and is_first_process():
             with whole_file(path) as temporary:
-                temporary.write_text("".join(map(_line, self.records)))
+                temporary.write_text("".join(map(record_line, self.records)))
         self._old, self._new = 0, len(self.records)  # indices of the first record since each of the last two writes
         self._seconds_before = self.seconds
         self._start = self._last_line = time.monotonic()
@@ -177,7 +176,7 @@ class Metrics:
             return
         if is_first_process():
             with open(self._path, "a") as file:
-                file.write("".join(map(_line, self.records[self._new :])))
+                file.write("".join(map(record_line, self.records[self._new :])))
                 file.flush()
                 os.fsync(file.fileno())
         # Two intervals are kept: the last metrics of each member are asked for after the final write.
@@ -200,57 +199,14 @@ def _progress_line(steps: int, batch: int, head: Mapping[str, float], means: Map
     )
 
 
-def _line(record: Mapping[str, float | str]) -> str:
+def record_line(record: Mapping[str, float | str]) -> str:
+    """Return the line of ``metrics.jsonl`` for a record."""
     return json.dumps(record) + "\n"
 
 
-def log_folder(unit: Path, config: TrainConfig) -> Path:
-    """Return where a unit's checkpoints and metrics are: in the unit, or in a folder for each of several expansions."""
-    return unit / f"expansion{config.expansion}" if config.expansions else unit
-
-
-def split_metrics(path: Path, folders: Mapping[str, Path]) -> None:
-    """Write the records of members of a stack to files in folders of their own, where they have no names.
-
-    Args:
-      path: the records of all members.
-      folders: the folder of each member whose records are written, by name.
-    """
-    lines: dict[str, list[str]] = {member: [] for member in folders}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        if record["member"] in lines:
-            lines[record["member"]].append(_line(record | dict(member="")))
-    for member, folder in folders.items():
-        with whole_file(folder / METRICS) as temporary:
-            temporary.write_text("".join(lines[member]))
-
-
-def read_metrics(unit: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the metrics of all members of a train unit, in the order of steps of each.
-
-    Args:
-      unit: folder of the unit.
-      names: names of the metrics.
-
-    Yields:
-      For each recorded step and member these metrics as floats, and "member".
-
-    Raises:
-      UserError: the file is missing or damaged.
-    """
-    members = [*read_object(unit / STACK, "members")["members"]] if (unit / STACK).exists() else [""]
-    for member in members:
-        path = member_folder(unit, member) / METRICS
-        try:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
-                yield dict(member=member or record["member"]) | {name: float(record[name]) for name in names}
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path} is missing or damaged: expected one JSON object with member, {', '.join(names)} per line; "
-                f"delete {unit} and run the same command again"
-            ) from None
+def log_folder(folder: Path, config: TrainConfig) -> Path:
+    """Return where checkpoints and metrics are: in the folder itself, or in a folder for each of several expansions."""
+    return folder / f"expansion{config.expansion}" if config.expansions else folder
 
 
 class Wandb:
@@ -260,15 +216,16 @@ class Wandb:
 
     Args:
       config: ``config.wandb`` is the project, or "entity/project".
-      unit: folder of the train unit; wandb writes to ``wandb/`` in the workdir, as its files change after the run. In a
-        folder that is no unit's, it writes there.
-      name: name of the train unit.
+      folder: folder of the metrics; a training that goes on there goes on in the same run of wandb.
+      name: name of the run.
+      parent: where wandb writes, in ``wandb/``.
+      started: text that tells this training from an earlier one in the same folder.
 
     Raises:
       UserError: the package is not installed.
     """
 
-    def __init__(self, config: TrainConfig, unit: Path, name: str):
+    def __init__(self, config: TrainConfig, folder: Path, name: str, parent: Path, started: str = ""):
         try:
             library: Any = importlib.import_module("wandb")
         except ImportError as error:
@@ -276,16 +233,14 @@ class Wandb:
                 f"--train.wandb takes the package wandb, which cannot be imported ({error}): pip install "
                 "'saejax[wandb]', or leave the flag out"
             ) from None
-        folder = log_folder(unit, config)
         entity, _, project = config.wandb.rpartition("/")
-        started = (unit / STARTED).read_text() if (unit / STARTED).exists() else ""
         self._run = library.init(
             project=project,
             entity=entity or None,
             name=name,
             id=fingerprint(dict(folder=str(folder.absolute()), started=started)),
             resume="allow",
-            dir=str(unit.parents[1] if started else unit),
+            dir=str(parent),
             config=to_json(config),
             settings=library.Settings(silent=True),
         )

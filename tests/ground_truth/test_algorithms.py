@@ -11,6 +11,7 @@ from scipy.sparse.csgraph import shortest_path
 from saejax import load_model, load_results
 from saejax.ground_truth.algorithms import transformer
 from saejax.ground_truth.algorithms.addition import Addition
+from saejax.ground_truth.algorithms.features import ablate_each, compare
 from saejax.ground_truth.algorithms.paths import Paths
 from saejax.ground_truth.circuits.cases import make_case
 from saejax.ground_truth.circuits.dictionaries import untrained_sets
@@ -177,7 +178,7 @@ def test_features_change_the_answers_that_depend_on_them(tmp_path, one_device):
     lm = load_model(str(tmp_path), mesh=one_device)
     exact = untrained_sets(case, lm, 1, 3)["exact"]
     tests = [prompt for prompt in case.prompts if prompt.split == "test"]
-    changed_N, effect_N = algorithms_run.ablate_each(lm, exact, tests)
+    changed_N, effect_N = ablate_each(lm, exact, tests)
     bits_PxN = np.array([[int(bit) for bit in prompt.text.split()[:-1]] for prompt in tests])
     pair_PxM = np.arange(8)[None] * 4 + bits_PxN[:, ::2] * 2 + bits_PxN[:, 1::2]
     asked_P = np.array([["xor", "both", "either"].index(prompt.behaviour) for prompt in tests])
@@ -196,7 +197,7 @@ def test_effects_are_compared_with_those_of_random_directions():
         "trained": (np.arange(100) < 30, np.arange(100) / 10),
         "random directions": (np.zeros(100, bool), np.arange(100) / 100),
     }
-    trained, random = algorithms_run.compare(ablated).values()
+    trained, random = compare(ablated).values()
     assert (trained.live, trained.changing.mean, random.changing.mean) == (100, 0.3, 0.0)
     assert (trained.above.mean, random.above.mean) == (0.9, 0.05)
     assert trained.effect.mean == pytest.approx(4.95)

@@ -13,18 +13,18 @@ from saejax.activations.in_memory import capture
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
+from saejax.ground_truth.circuits import judge
 from saejax.ground_truth.circuits.cases import CASES, make_case
 from saejax.ground_truth.circuits.dictionaries import EXACT, WRONG, order, untrained_sets, without_silent_tokens
 from saejax.ground_truth.circuits.edges import Edges, aligned, circuit, judge_edges, known_edges, possible
 from saejax.ground_truth.circuits.handset import checkpoint, run
+from saejax.ground_truth.circuits.judge import judge_features, matched_neurons
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models import source
 from saejax.runner import command
 from saejax.runner.registry import all_stages, default_configs
 from saejax.stages.algorithm.settings import AlgorithmConfig
-from saejax.stages.known_circuits import run as known_run
 from saejax.stages.known_circuits.report import holds, line
-from saejax.stages.known_circuits.run import judge_features, matched_neurons
 from saejax.stages.known_circuits.settings import CIRCUITS, KnownConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
 from saejax.tasks.labels import label_prompts
@@ -135,8 +135,8 @@ def test_random_sets_turn_the_mean_share_of_answers(monkeypatch):
         select_whole_edits=lambda name, group: group,
         values=lambda edits, name, _: np.where(of_behaviour[name] if edits == "random" else [[True, True]], -1, 1),
     )
-    monkeypatch.setattr(known_run, "ablate", lambda *_, **__: SimpleNamespace(table=table))
-    monkeypatch.setattr(known_run, "_has_effect", lambda ablated, name: True)
+    monkeypatch.setattr(judge, "ablate", lambda *_, **__: SimpleNamespace(table=table))
+    monkeypatch.setattr(judge, "_has_effect", lambda ablated, name: True)
     judged = judge_features(None, None, case, {})
     assert judged.interchange.mean == 1 and judged.interchange_random == pytest.approx((0.25 + 0.75) / 2)
 

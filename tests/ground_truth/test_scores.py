@@ -9,10 +9,9 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.ground_truth.scores import Matching, absorbed, count, scores
+from saejax.ground_truth.scores import Matching, absorbed, count, over_seeds, scores
 from saejax.ground_truth.settings import TruthConfig
 from saejax.ground_truth.world import HELD_OUT, batch_key, make_world, sample
-from saejax.stages.ground_truth.run import over_seeds
 
 # Orthogonal directions, so that an encoder of the directions reads the code off.
 WORLD = TruthConfig(

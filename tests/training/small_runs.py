@@ -11,9 +11,9 @@ from small_stacks import make_stack as make_small
 
 from saejax.activations.batches import BatchOrder, RowRange
 from saejax.activations.store import Store
-from saejax.stages.train.run import train_loop
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.inputs import ResidentBatches, StreamedBatches, place_rows
+from saejax.training.loop import train_loop
 from saejax.training.metrics import METRICS, Metrics
 from saejax.training.stack import batch_parts
 from saejax.training.state import abstract_state, init_state

@@ -1,5 +1,6 @@
 """The loop never waits for the step, compiles once, saves, resumes bit for bit, stops on NaN, and keeps its metrics."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -12,12 +13,16 @@ from every_kind import KINDS
 from small_runs import ORDER, STEPS, Rows, assert_same_bits, go, make_stack, records, resident, streamed
 from small_stacks import B, D, F, compiled
 
+from saejax.config import Configs
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
+from saejax.runner.workspace import Run
+from saejax.stages.train.run import _folders
 from saejax.training import metrics as metrics_module
 from saejax.training.checkpoints import Checkpoints
-from saejax.training.metrics import METRICS, Metrics, Wandb
+from saejax.training.loop import TrainFolders
+from saejax.training.metrics import METRICS, Metrics, Wandb, log_folder
 from saejax.training.settings import TrainConfig
 from saejax.training.state import abstract_state
 
@@ -183,18 +188,14 @@ def test_records_say_how_fast_it_goes(tmp_path, monkeypatch):
 def test_wandb_takes_every_record_of_every_member(tmp_path, monkeypatch):
     wandb, unit = MagicMock(), tmp_path / "train" / "topk"
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    unit.mkdir(parents=True)
-    (unit / "started.json").write_text("{}")
     narrow, wide = TrainConfig(wandb="people/saes", expansions=(2, 4)).each_expansion()
-    for config in (narrow, narrow, wide):
-        with Wandb(config, unit, "topk") as writer:
+    for config, started in ((narrow, "{}"), (narrow, "{}"), (wide, "{}"), (narrow, "{1}")):
+        with Wandb(config, log_folder(unit, config), "topk", tmp_path, started) as writer:
             pass
-    first, again, second = (call.kwargs for call in wandb.init.call_args_list)
+    first, again, *others = (call.kwargs for call in wandb.init.call_args_list)
     assert (first["entity"], first["project"], first["name"]) == ("people", "saes", "topk")
-    assert first["id"] == again["id"] != second["id"] and first["resume"] == "allow" and first["config"]["k"] == [32]
-    assert first["dir"] == second["dir"] == str(tmp_path)
-    with Wandb(narrow, tmp_path / "of saejax.train", "topk"):
-        assert wandb.init.call_args.kwargs["dir"] == str(tmp_path / "of saejax.train")
+    assert first["id"] == again["id"] not in [other["id"] for other in others]
+    assert first["resume"] == "allow" and first["config"]["k"] == [32] and first["dir"] == str(tmp_path)
     run = wandb.init.return_value
     go(tmp_path, make_stack(k=(2, 4), log_every=6), wandb=writer)
     assert [call.kwargs["step"] for call in run.log.call_args_list] == [6, 6, STEPS, STEPS]
@@ -204,10 +205,21 @@ def test_wandb_takes_every_record_of_every_member(tmp_path, monkeypatch):
     assert written == [(step, f"k{k}", k) for step in (6, 12) for k in (2, 4)], "every member has its own metrics"
 
 
+def test_wandb_writes_to_the_workdir_of_a_unit(tmp_path):
+    """To no folder of the unit, whose files do not change after the run."""
+    run = Run("train", "topk", tmp_path / "train" / "topk", Configs(), {})
+    run.folder.mkdir(parents=True)
+    members = make_stack(k=(2, 4)).members
+    apart = _folders(run, members)
+    assert apart == TrainFolders.inside(run.folder, members) and apart.wandb == run.folder
+    (run.folder / "started.json").write_text("{}")
+    assert _folders(run, members) == dataclasses.replace(apart, wandb=tmp_path, started="{}")
+
+
 def test_a_missing_package_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(UserError, match=r"--train.wandb takes the package wandb, .* pip install 'saejax\[wandb\]'"):
-        Wandb(TrainConfig(wandb="project"), tmp_path, "topk")
+        Wandb(TrainConfig(wandb="project"), tmp_path, "topk", tmp_path)
 
 
 def test_seconds_are_those_of_the_last_record_and_go_on_after_a_kill(tmp_path):

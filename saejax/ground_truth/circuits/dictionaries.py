@@ -8,7 +8,7 @@ trained     trained by the code that trains on any model's activations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -24,21 +24,36 @@ from saejax.ground_truth.circuits.handset import run as run_known
 from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
 from saejax.parallel.settings import MeshConfig
-from saejax.runner.workspace import Run
 from saejax.training.in_memory import train
 
 EXACT, WRONG, RANDOM, TRAINED = "exact", "wrong", "random", "trained"
 _BATCH, _TEXTS, _TOKENS = 256, 4000, 150_000
 
 
-def write_sets(run: Run, case: Case, model: LanguageModel, seed: int) -> dict[str, Path]:
-    """Write a folder for each set, with a folder for each layer's transcoder; existing ones are kept. Return them."""
-    folders = {name: run.folder / "transcoders" / name for name in (EXACT, WRONG, RANDOM, TRAINED)}
+def write_sets(
+    folder: Path,
+    case: Case,
+    model: LanguageModel,
+    seed: int,
+    mesh: MeshConfig | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Path]:
+    """Write a folder for each set, with a folder for each layer's transcoder; existing ones are kept. Return them.
+
+    Args:
+      folder: where to; what is trained is in it, too.
+      case: the case.
+      model: its transformer.
+      seed: draws texts, the order of features, directions, and initial values.
+      mesh: devices that train; None: all share the tokens.
+      say: logs lines of progress of training.
+    """
+    folders = {name: folder / "transcoders" / name for name in (EXACT, WRONG, RANDOM, TRAINED)}
     layers = range(len(case.model.layers))
     texts = list(dict.fromkeys(case.texts(_TEXTS, seed)))
     acts = capture(model, texts, [f"mlp_{part}.{layer}" for layer in layers for part in ("in", "out")])
     acts = without_silent_tokens(acts, [f"mlp_out.{layer}" for layer in layers])
-    store = acts.save(run.folder / "capture")
+    store = acts.save(folder / "capture")
     for layer in layers:
         sets = untrained_sets(case, model, layer, seed)
         config = sets[RANDOM].config
@@ -46,9 +61,9 @@ def write_sets(run: Run, case: Case, model: LanguageModel, seed: int) -> dict[st
             store,
             config.site,
             config.kind,
-            folder=run.folder / "train" / f"layer{layer}",
-            mesh=run.configs[MeshConfig],
-            on_progress=run.say,
+            folder=folder / "train" / f"layer{layer}",
+            mesh=mesh,
+            on_progress=say,
             form="transcoder",
             expansion=config.n_features // config.d_in,
             k=config.k,

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, LOGIT, TOKEN
@@ -12,8 +11,8 @@ from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace
 from saejax.ground_truth.circuits.handset import HandSet, run
 from saejax.ground_truth.results import EdgeScores
+from saejax.ground_truth.scores import over_seeds
 from saejax.models.language_model import LanguageModel
-from saejax.stages.ground_truth.run import over_seeds
 from saejax.tasks.behaviours import Prompt
 
 # Relative to a graph's largest edge: smaller edges count as 0, because a neuron may fire by its bias alone. Relative to
@@ -172,6 +171,8 @@ def judge_edges(
 
 def _scores(traced: Edges, truth: Edges) -> tuple[float, float, float, float]:
     """Return error, AUROC, precision and recall of one graph."""
+    from sklearn.metrics import roc_auc_score
+
     every = (dict.fromkeys([*getattr(truth, side), *getattr(traced, side)]) for side in ("sources", "targets"))
     sources, targets = map(tuple, every)
     weight_NxM = aligned(truth, sources, targets)

@@ -22,12 +22,11 @@ from saejax.errors import Interrupted
 from saejax.files import write_lines, write_text
 from saejax.ground_truth.algorithms import transformer
 from saejax.ground_truth.algorithms.addition import Addition
+from saejax.ground_truth.algorithms.features import RANDOM, TRAINED, ablate_each, compare
 from saejax.ground_truth.algorithms.paths import Paths
 from saejax.ground_truth.algorithms.questions import Algorithm
 from saejax.ground_truth.hub_folder import save_model
-from saejax.ground_truth.results import AblatedFeatures, AlgorithmResults
-from saejax.interventions.edits import mask
-from saejax.interventions.engine import effects
+from saejax.ground_truth.results import AlgorithmResults
 from saejax.matching.rows import independent_rows
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
@@ -37,8 +36,6 @@ from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
 from saejax.stages.algorithm.settings import AlgorithmConfig
-from saejax.stages.ground_truth.run import over_seeds
-from saejax.tasks.behaviours import Prompt
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.scoring import wilson
 from saejax.training.in_memory import train
@@ -50,12 +47,10 @@ _PROMPTS = 100  # of each behaviour that select features, and as many that test 
 _NODES, _EDGES = 5, 6  # of a graph; more take longer to learn and show nothing else
 # The smallest transformer that learns both algorithms in a few minutes on two cores, and how it does.
 _LAYERS, _WIDTH, _BATCH, _LEARNING_RATE = 2, 96, 256, 2e-3
-TRAINED, RANDOM = "trained", "random directions"
 _SITE = "resid_post.0"
 _DICTIONARY: Mapping[str, Any] = dict(
     kind="topk", k=4, expansion=8, batch=512, epochs=8, learning_rate=1e-3, log_every=500
 )
-_LEVEL = 0.95  # share of the random directions below which the effect of a feature may be chance
 _TRAIN, _JUDGE, _PROMPT, _TEXT = range(4)  # purposes of random numbers
 
 RngOf = Callable[..., np.random.Generator]  # (purpose, further numbers) -> generator
@@ -128,31 +123,3 @@ def _dictionaries(run: Run, lm: LanguageModel, texts: Sequence[str], seed: int) 
     random_FxD = independent_rows(np.asarray(trained.W_dec_FxD[...]), [seed])
     control = Dictionary(trained.config, **trained.arrays | dict(W_dec_FxD=jnp.asarray(random_FxD)))
     return {TRAINED: trained, RANDOM: control}
-
-
-def ablate_each(lm: LanguageModel, dictionary: Dictionary, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """Ablate each feature of a dictionary alone.
-
-    Returns:
-      For each of N features that fire: whether an answer becomes right or wrong, bool [N]; the absolute change of the
-      logit difference, mean over the prompts on which it fires, [N].
-    """
-    # The first edit ablates nothing: its answers are those of the transformer itself.
-    edits = mask(dictionary, [[], *([feature] for feature in range(dictionary.config.n_features))])
-    readouts = effects(lm, prompts, edits, ("top1", "logit_diff", "change_norm"))
-    live_E = (readouts[..., 2] > 0).any(axis=1)
-    # Where a feature is silent nothing changes.
-    change_NxPxR = np.abs(readouts - readouts[:1])[live_E]
-    fires_N = (change_NxPxR[..., 2] > 0).sum(axis=1)
-    return change_NxPxR[..., 0].any(axis=1), change_NxPxR[..., 1].sum(axis=1) / fires_N
-
-
-def compare(ablated: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, AblatedFeatures]:
-    """Compare what ``ablate_each`` returns for each dictionary with the random directions."""
-    level = np.quantile(ablated[RANDOM][1], _LEVEL)
-    return {
-        name: AblatedFeatures(
-            len(effect_N), wilson(changed_N), wilson(effect_N > level), over_seeds(effect_N.tolist(), (0.0, np.inf))
-        )
-        for name, (changed_N, effect_N) in ablated.items()
-    }

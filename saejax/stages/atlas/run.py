@@ -20,10 +20,11 @@ from saejax.interpret.heatmaps import MAPS
 from saejax.interpret.labels import read_labels, unused_lines
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.interpret.review import write_sheets
+from saejax.links import member_folder
 from saejax.page.scripts import ELEMENTS, elements_script
 from saejax.results import to_json
 from saejax.runner.results import load_results
-from saejax.runner.workspace import Run, member_folder
+from saejax.runner.workspace import Run
 from saejax.stages.atlas.settings import AtlasConfig
 from saejax.stages.interpret.settings import InterpretConfig
 from saejax.unicode import replace_surrogates

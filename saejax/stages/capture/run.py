@@ -28,6 +28,8 @@ from saejax.activations.writer import StoreWriter
 from saejax.errors import Interrupted, UserError
 from saejax.files import fingerprint
 from saejax.models.sites import AnySite, OtherSite
+from saejax.parallel.collectives import alone, from_first_process, wait_for_all
+from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
 from saejax.stages.tokenize.run import text_documents
@@ -57,7 +59,7 @@ def run_capture(run: Run) -> CaptureResults:
     reader: Reader | None = None
     site_widths = request.widths()
     if site_widths is None:  # modules tell their width only when they run
-        reader = load_reader(run, request, plan, config)
+        reader = load_reader(mesh, request, plan, config)
         site_widths = reader.widths
     backend = "torch" if request.needs_torch else config.backend
     widths = {str(site): width for site, width in site_widths.items()}
@@ -139,9 +141,6 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> dict[str, 
 
 def _row_multiple(mesh: MeshConfig) -> int:
     """Return the number of devices over which the decoder splits the rows of a batch."""
-    from saejax.parallel.collectives import alone
-    from saejax.parallel.mesh import make_mesh
-
     with alone() if mesh.processes > 1 else contextlib.nullcontext():
         shape = make_mesh(mesh).shape
     return shape["member"] * shape["data"]
@@ -155,8 +154,6 @@ def _missing_shards(writer: StoreWriter, mesh: MeshConfig) -> Missing:
     if mesh.process_id == 0:
         missing_SxP[:] = [[not writer.has(part, shard) for part in parts] for shard in shards]
     if mesh.processes > 1:
-        from saejax.parallel.collectives import from_first_process
-
         missing_SxP = from_first_process(missing_SxP)
     return {
         shard: tuple(part for part, is_missing in zip(parts, row_P, strict=True) if is_missing)
@@ -171,8 +168,6 @@ def _share_shards(
     """Make the missing shards, each process its share of them; return the speed in tokens per second."""
     if mesh.processes == 1:
         return make(missing)
-    from saejax.parallel.collectives import alone, wait_for_all
-
     wait_for_all("store begun")  # which removes what other runs left half-written
     start = time.monotonic()
     share = {shard: missing[shard] for shard in list(missing)[mesh.process_id :: mesh.processes]}
@@ -195,7 +190,7 @@ def _make_shards(
     missing: Missing,
 ) -> float:
     """Run the model over the batches of shards and write its values; return the speed in tokens per second."""
-    reader = reader or load_reader(run, request, plan, run.configs[CaptureConfig])
+    reader = reader or load_reader(run.configs[MeshConfig], request, plan, run.configs[CaptureConfig])
     buffers = ShardBuffers(widths, max(map(plan.size, missing)), writer.dtype)
     progress = TextProgress(run.say, sum(map(plan.size, missing)))
 

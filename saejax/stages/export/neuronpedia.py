@@ -30,8 +30,9 @@ from saejax.errors import UserError
 from saejax.files import read_json, whole_file, write_text
 from saejax.interpret.feature_record import FEATURES, FeatureContext, FeatureRecord, LogitHistogram
 from saejax.interpret.records import GROUPS, LOWEST, PER_OCTAVE
+from saejax.links import member_folder
 from saejax.models.sites import Site
-from saejax.runner.workspace import Run, member_folder
+from saejax.runner.workspace import Run
 from saejax.stages.export.settings import ExportConfig
 from saejax.unicode import replace_surrogates
 

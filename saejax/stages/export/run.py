@@ -14,8 +14,9 @@ from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own, sa
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
+from saejax.links import member_folder
 from saejax.runner import stacks
-from saejax.runner.workspace import CLAIM, STARTED, Run, member_folder
+from saejax.runner.workspace import CLAIM, STARTED, Run
 from saejax.stages.export.neuronpedia import setting_of, write_bundle
 from saejax.stages.export.results import ExportedMember, ExportResults
 from saejax.stages.export.settings import ExportConfig

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from saejax.ground_truth.algorithms.features import RANDOM, TRAINED
 from saejax.ground_truth.results import AlgorithmResults, JudgedDictionary, TruthResults
 from saejax.ground_truth.scores import FREQUENT
 from saejax.ground_truth.settings import CONTROLS
@@ -9,7 +10,6 @@ from saejax.page.blocks import Block, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, interval, number, percent
-from saejax.stages.algorithm.run import RANDOM, TRAINED
 
 ENOUGH = 0.9  # share of the frequent directions that the best kind must recover
 

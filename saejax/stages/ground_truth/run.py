@@ -2,109 +2,26 @@
 
 Each kind of ``--train.kinds`` is a unit, trained by the same code as on a model's activations. One more, ``controls``,
 has dictionaries of the first kind that learn no directions, because their random decoder is frozen.
-Vectors are drawn from the number of their batch alone, so a resumed run needs only its step.
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
 
-import jax
 import numpy as np
-from scipy.stats import t
 
-from saejax.activations.manifest import CapturedModel
-from saejax.config import identity
 from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.errors import Interrupted, UserError
-from saejax.files import fingerprint, write_json
+from saejax.files import write_json
 from saejax.ground_truth.results import FoundFeatures, JudgedDictionary, TruthResults, WorldFacts
-from saejax.ground_truth.scores import FREQUENT, Counts, Matching, count, scores
+from saejax.ground_truth.scores import FREQUENT, SHARE_RANGE, Counts, Matching, count, over_seeds, scores
 from saejax.ground_truth.settings import CONTROLS, TruthConfig
-from saejax.ground_truth.world import TRAIN, World, batch_key, make_world, sample
-from saejax.models.sinks import NO_SINKS
-from saejax.parallel.mesh import fitting_sharding
-from saejax.results import Interval
+from saejax.ground_truth.source import SITE, synthetic_source
+from saejax.ground_truth.world import World, make_world
 from saejax.runner.workspace import Run
-from saejax.stages.train.run import for_expansion, train_stack
-from saejax.training.inputs import Source
+from saejax.stages.train.run import train_members
 from saejax.training.members import Member, make_members
 from saejax.training.settings import TrainConfig
-from saejax.training.stack import TrainStack
 
-SITE = "synthetic.0"
-_SCALE_VECTORS = 65_536  # for the trainer's estimates of scales
-_NOT_OF_THE_WORLD = ("samples", "held_out")  # settings of training and scoring
-_SHARE_RANGE = (0.0, 1.0)  # of shares and absolute cosines
 _RANGES = {"l0": (0.0, np.inf), "explained_variance": (-np.inf, 1.0), "best_explained_variance": (-np.inf, 1.0)}
-
-
-class SyntheticRows:
-    """Vectors from which the trainer estimates scales and means; see ``scales.ScaledRows``."""
-
-    sites = (SITE,)
-
-    def __init__(self, config: TruthConfig, world: World, batch: int):
-        self._world, self._batch = world, batch
-        self._key = functools.partial(batch_key, config.seed, TRAIN)
-        self._count = max(min(config.samples, _SCALE_VECTORS) // batch, 1) * batch
-        settings = {name: value for name, value in identity(config).items() if name not in _NOT_OF_THE_WORLD}
-        self.model = CapturedModel("synthetic", "", fingerprint(settings))
-
-    def d(self, site: str) -> int:
-        """Return the width of a vector."""
-        return self._world.directions_JxD.shape[1]
-
-    def max_norm(self, site: str) -> float:
-        """Return a norm that no vector reaches: there are no attention sinks."""
-        return NO_SINKS
-
-    def rows(self, split: str, *sites: str) -> np.ndarray:
-        """Return the numbers of the first training vectors."""
-        return np.arange(self._count)
-
-    def read(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """Return the vectors of these numbers, [n, d]."""
-        batches = [
-            np.asarray(sample(self._world, self._key(number), self._batch)[0])
-            for number in range(self._count // self._batch)
-        ]
-        return np.concatenate(batches)[rows]
-
-
-class Sampled:
-    """Batches of a synthetic world, drawn on the devices step by step; see ``inputs.Batches``.
-
-    Every epoch has the same batches; from the second on in a new order.
-    """
-
-    def __init__(self, stack: TrainStack, config: TruthConfig, world: World):
-        batch = stack.config.batch
-        self._config, self._world, self._per_epoch = stack.config, world, config.samples // batch
-        self._key = functools.partial(batch_key, config.seed, TRAIN)
-        self._rows = fitting_sharding(stack.mesh, (batch, 1), "data", None)
-
-    def batch(self, step: int) -> tuple[jax.Array, ...]:
-        """Return the batch of a step."""
-        key = self._key(np.int32(self._number(step)))
-        return (sample(self._world, key, self._config.batch, self._rows)[0][None],)
-
-    def _number(self, step: int) -> int:
-        epoch, index = divmod(step, self._per_epoch)
-        return int(_batch_order(self._config.seed[0], epoch, self._per_epoch)[index])
-
-
-@functools.lru_cache(maxsize=2)
-def _batch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Return the numbers of an epoch's batches in the order of training."""
-    # The vectors are drawn at random, so the first pass needs no other order.
-    return np.random.default_rng([seed, epoch]).permutation(count) if epoch else np.arange(count)
-
-
-def synthetic_source(config: TruthConfig, world: World, batch: int) -> Source:
-    """Return the vectors of a world as a source for ``train.train_stack``."""
-    rows = SyntheticRows(config, world, batch)
-    return Source(rows, config.samples // batch, lambda stack: Sampled(stack, config, world))
 
 
 def run_ground_truth(run: Run) -> TruthResults:
@@ -156,8 +73,8 @@ def _judge(
     stack: list[Member] = []
     for config in train.each_expansion():
         members = make_members(config, kind, [SITE])
-        inner = for_expansion(dataclasses.replace(run, name=kind, folder=folder), config)
-        train_stack(inner, members, synthetic_source(truth, world, train.batch))
+        inner = dataclasses.replace(run, name=kind, folder=folder)
+        train_members(inner, config, members, synthetic_source(truth, world, train.batch))
         stack += members
     groups: dict[str, list[Member]] = {}
     for member in stack:
@@ -174,7 +91,7 @@ def _judge(
             seed_scores.append(scores(counts, matching, world))
             write_json(folder / member.name / "scores.json", seed_scores[-1])
         seeds = tuple(member.settings["seed"] for member in members)
-        ends = {score: _RANGES.get(score, _SHARE_RANGE) for score in seed_scores[0]}
+        ends = {score: _RANGES.get(score, SHARE_RANGE) for score in seed_scores[0]}
         spread = FoundFeatures(
             **{score: over_seeds([by_score[score] for by_score in seed_scores], ends[score]) for score in ends}
         )
@@ -184,18 +101,6 @@ def _judge(
 
 def _without_seed(member: Member) -> str:
     return "-".join(part for part in member.name.split("-") if not part.startswith("seed"))
-
-
-def over_seeds(values: Sequence[float], ends: tuple[float, float] = _SHARE_RANGE) -> Interval:
-    """Return the mean and its 95 % t interval, clipped to the range of values; one value has an interval of length 0.
-
-    Args:
-      values: values of seeds or prompts.
-      ends: smallest and largest possible value.
-    """
-    mean, count = float(np.mean(values)), len(values)
-    half = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5) if count > 1 else 0.0
-    return Interval(mean, max(mean - half, ends[0]), min(mean + half, ends[1]))
 
 
 def _line(judged: JudgedDictionary) -> str:

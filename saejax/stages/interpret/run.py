@@ -34,6 +34,7 @@ from saejax.interpret.heatmaps import MAPS, TokenMaps
 from saejax.interpret.records import Describer
 from saejax.interpret.results import InterpretedDictionary, InterpretResults
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
+from saejax.links import member_folder
 from saejax.models.config import TorchConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
@@ -44,7 +45,7 @@ from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.results import from_json, to_json
 from saejax.runner import stacks
-from saejax.runner.workspace import Run, member_folder
+from saejax.runner.workspace import Run
 from saejax.stages.interpret.settings import InterpretConfig
 
 DONE = "interpreted.json"

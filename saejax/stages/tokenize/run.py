@@ -16,11 +16,12 @@ import numpy as np
 
 from saejax.activations.checksums import npy_header
 from saejax.activations.chunker import SPLITS, Chunker, TextPiece
-from saejax.activations.documents import COLUMNS, FILES, Documents, make_documents, shuffled_order
+from saejax.activations.documents import COLUMNS, FILES, Documents, shuffled_order
 from saejax.activations.progress import TextProgress
 from saejax.activations.request import CaptureRequest
 from saejax.activations.results import TokenizeResults
 from saejax.activations.settings import CaptureConfig
+from saejax.activations.text import check_vocabulary, corpus_documents
 from saejax.errors import Interrupted, UserError
 from saejax.files import file_sha256, whole_file
 from saejax.models import source
@@ -67,7 +68,7 @@ def run_tokenize(run: Run) -> TokenizeResults:
     with _DocumentsWriter(run.folder) as writer:
         with _use_all_cores():
             for piece in chunker.pieces(texts(), lambda document: corpora.is_held_out(document, config)):
-                _check_vocabulary(model, vocabulary, piece.ids_T)
+                check_vocabulary(model, vocabulary, piece.ids_T)
                 writer.add(piece)
         # Before the prompts join: they are of the train split and would hide that it has no text.
         chunker.check([split for split, count in enumerate(writer.documents) if count])
@@ -80,10 +81,10 @@ def run_tokenize(run: Run) -> TokenizeResults:
 
 
 def text_documents(run: Run, request: CaptureRequest) -> Documents:
-    """Return the documents of the corpus.
+    """Return the documents of the corpus: those that the stage ``tokenize`` made, if the run reads them.
 
     Raises:
-      UserError: see ``make_documents``; tokenized text is damaged.
+      UserError: see ``corpus_documents``; tokenized text is damaged.
     """
     if "tokenize" in run.inputs:
         folder = run.inputs["tokenize"]
@@ -92,12 +93,7 @@ def text_documents(run: Run, request: CaptureRequest) -> Documents:
             if file_sha256(folder / name) != sha256:
                 raise UserError(f"{folder / name} is damaged: delete {folder} and run tokenize again")
         return Documents.read(folder)
-    config, tokenizer = run.configs[CorpusConfig], source.load_tokenizer(request.source)
-    documents = make_documents(
-        config, tokenizer, request.context or config.context, run.configs[TaskConfig], run.configs[CaptureConfig].bos
-    )
-    _check_vocabulary(request.source, source.vocabulary(request.source), documents.ids_T)
-    return documents
+    return corpus_documents(run.configs, request)
 
 
 class _DocumentsWriter:
@@ -153,16 +149,6 @@ class _DocumentsWriter:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return stack.enter_context(open(stack.enter_context(whole_file(path)), "wb"))
-
-
-def _check_vocabulary(model: source.ModelSource, vocabulary: int | None, ids_T: np.ndarray) -> None:
-    """Raise a ``UserError`` if a token id has no embedding."""
-    largest = int(ids_T.max())
-    if vocabulary is not None and largest >= vocabulary:
-        raise UserError(
-            f"the text holds {source.load_tokenizer(model).decode([largest])!r}, a special token for which the model "
-            "has no embedding: remove it from the text"
-        )
 
 
 @contextlib.contextmanager

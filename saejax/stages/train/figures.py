@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from saejax.evaluation.results import DENSE_ABOVE, DensityHistogram, DictionaryScores
 from saejax.page.style import INK, LINES, legend, log_limits, panels, plain_log, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +23,7 @@ class TrainingCurve:
 
 
 @styled
-def training(curves: Mapping[str, Sequence[TrainingCurve]]) -> Figure:
+def training(curves: Mapping[str, Sequence[TrainingCurve]]) -> "Figure":
     """Plot the training curves: explained variance and L0 on training batches.
 
     Args:
@@ -52,7 +55,7 @@ def training(curves: Mapping[str, Sequence[TrainingCurve]]) -> Figure:
 
 
 @styled
-def frontier(members: Mapping[str, Sequence[Sequence[DictionaryScores]]]) -> Figure:
+def frontier(members: Mapping[str, Sequence[Sequence[DictionaryScores]]]) -> "Figure":
     """Sparsity against fidelity, on held-out text: the higher and the further left, the better.
 
     Args:
@@ -87,7 +90,7 @@ def frontier(members: Mapping[str, Sequence[Sequence[DictionaryScores]]]) -> Fig
 
 
 @styled
-def density(histograms: Mapping[str, Sequence[DensityHistogram]]) -> Figure:
+def density(histograms: Mapping[str, Sequence[DensityHistogram]]) -> "Figure":
     """On what share of held-out tokens features fire.
 
     Args:

@@ -1,7 +1,6 @@
 """Members of a train unit as units of their own, and the captured sites that training reads."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from saejax.activations.settings import CaptureConfig

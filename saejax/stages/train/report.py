@@ -15,7 +15,7 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, number, percent
 from saejax.stages.train import figures as report_figures
 from saejax.stages.train.figures import TrainingCurve
-from saejax.training.metrics import read_metrics
+from saejax.stages.train.metrics import read_metrics
 from saejax.training.results import TrainResults
 
 _POINTS = 400  # of a training curve; a longer one is thinned, its ends kept

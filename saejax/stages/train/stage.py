@@ -14,7 +14,7 @@ from saejax.models.sites import parse_site, site_parts
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage
 from saejax.stages import identities
-from saejax.stages.train.members import units_of_members, trained_sites
+from saejax.stages.train.members import trained_sites, units_of_members
 from saejax.stages.train.run import run_train
 from saejax.tasks.settings import CorpusConfig
 from saejax.training.results import TrainResults
@@ -23,7 +23,6 @@ from saejax.training.settings import TrainConfig
 
 def _initial(configs: Configs) -> str:
     """Return the identity of the dictionaries that training starts from; "" without any."""
-
     folder = configs[TrainConfig].init_from
     return hash_dictionaries(folder) if folder else ""
 
