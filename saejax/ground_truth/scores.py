@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
@@ -39,6 +38,8 @@ class Matching:
     @classmethod
     def of(cls, W_dec_FxD: np.ndarray, directions_JxD: np.ndarray) -> "Matching":
         """Match the decoder rows ``W_dec_FxD`` to directions, both of any length."""
+        from scipy.optimize import linear_sum_assignment
+
         cosine_FxJ = np.abs(_unit(W_dec_FxD) @ _unit(directions_JxD).T)
         # One to one: a feature that is near many directions recovers only one of them.
         rows, columns = linear_sum_assignment(cosine_FxJ, maximize=True)
