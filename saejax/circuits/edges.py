@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
 
 from saejax.circuits.groups import ANSWER
 from saejax.circuits.measure import CONTROL_SETS, CONTROLS, EDITS, PromptEffects
@@ -98,6 +97,7 @@ def _judge(
     ends: tuple[str, str, str], value_PxS: np.ndarray, dose_PxS: np.ndarray, weight_RxP: np.ndarray, level: float
 ) -> Edge:
     """Return an edge from the values and doses of a group and its control sets on each prompt."""
+    from scipy.stats import t
 
     def controls(array_PxS: np.ndarray) -> np.ndarray:
         """Return the values of the control sets, [P, K, C], of K kinds."""

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import false_discovery_control, hypergeom
 
 from saejax.dictionaries import Dictionary
 from saejax.files import read_lines
@@ -110,6 +109,8 @@ def associate(active_PxF: np.ndarray, tests: CategoryTests) -> dict[int, list[Fe
       active_PxF: on which prompts each feature fires.
       tests: of the categories.
     """
+    from scipy.stats import false_discovery_control, hypergeom
+
     live = np.flatnonzero(active_PxF.sum(axis=0) >= _LEAST)
     if not (len(live) and tests):
         return {}

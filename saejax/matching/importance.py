@@ -13,7 +13,6 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import rankdata
 
 from saejax.dictionaries import Dictionary
 from saejax.matching.transfer.activity import MIN_FIRINGS, Activity, ReadText, aligned, encode, read_text, site_values
@@ -202,5 +201,7 @@ def _spearman(first_N: np.ndarray, second_N: np.ndarray) -> float:
 
 def _unit_ranks(value_N: np.ndarray) -> np.ndarray:
     """Return centred ranks of unit length; zeros where all are equal."""
+    from scipy.stats import rankdata
+
     rank_N = rankdata(value_N) - (len(value_N) + 1) / 2
     return rank_N / max(float(np.linalg.norm(rank_N)), 1e-12)

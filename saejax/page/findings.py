@@ -4,18 +4,19 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
-
-from matplotlib.figure import Figure
 
 from saejax.page.blocks import Picture
 from saejax.page.strips import Example
 from saejax.results import Settings
 from saejax.runner.results import Summary, load_summary
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 T = TypeVar("T")
-Draw = Callable[[str, Figure, str, str], Picture]  # name, figure, caption, alt
+Draw = Callable[[str, "Figure", str, str], Picture]  # name, figure, caption, alt
 
 
 @dataclasses.dataclass(frozen=True)

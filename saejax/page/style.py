@@ -12,19 +12,18 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 
 from saejax.files import whole_file
 from saejax.results import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 P = ParamSpec("P")
 
@@ -62,19 +61,24 @@ _STYLE = {
 }
 
 
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+def styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
     """Make a function draw with this module's style, whatever the caller has set."""
 
     @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> "Figure":
+        import matplotlib
+
         with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
             return draw(*args, **kwargs)
 
     return drawn
 
 
-def panels(heights: Sequence[float], titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
+def panels(heights: Sequence[float], titles: Sequence[str]) -> "tuple[Figure, list[Axes]]":
     """Return a figure of panels one below the other, titles at the figure's left edge, heights in inches."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     figure = Figure(figsize=(_WIDTH, sum(heights)), layout=ConstrainedLayoutEngine(h_pad=0.07, hspace=0.04))
     columns = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, title in zip(columns, titles, strict=True):
@@ -93,8 +97,10 @@ def error_lengths(value: Interval, scale: float = 1.0) -> np.ndarray:
     return np.array([[max(mean - low, 0.0)], [max(high - mean, 0.0)]])
 
 
-def name_rows(axes: Axes, names: Sequence[str]) -> None:
+def name_rows(axes: "Axes", names: Sequence[str]) -> None:
     """Name the rows from the top down, and draw a grid across them."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_yticks(range(len(names)), [textwrap.fill(name, 16) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -109,7 +115,7 @@ def height_of(names: Iterable[str], least: float) -> float:
     return len(names) * max(least, 0.05 + 0.155 * lines)
 
 
-def point(axes: Axes, value: Interval, y: float, color: str, marker: str, label: str, scale: float = 1.0, size=6.0):
+def point(axes: "Axes", value: Interval, y: float, color: str, marker: str, label: str, scale: float = 1.0, size=6.0):
     """Draw an interval and its mean as a marker with a horizontal bar at height ``y``."""
     axes.errorbar(
         [value.mean * scale], [y], xerr=error_lengths(value, scale), fmt=marker, color=color, markersize=size,
@@ -117,13 +123,13 @@ def point(axes: Axes, value: Interval, y: float, color: str, marker: str, label:
     )  # fmt: skip
 
 
-def legend(axes: Axes, columns: int) -> None:
+def legend(axes: "Axes", columns: int) -> None:
     """Put a legend below the axes that names each label once."""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=columns, handlelength=1.6)
 
 
-def plain_log(axis: Axis) -> None:
+def plain_log(axis: "Axis") -> None:
     """Write plain numbers at 1, 2, 5, 10, ... on a logarithmic axis."""
     axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axis.set_minor_formatter(lambda value, _: f"{value:,.10g}" if f"{value:.0e}"[0] in "25" else "")
@@ -136,12 +142,14 @@ def log_limits(values: Sequence[float]) -> tuple[float, float]:
     return low / widen, high * widen
 
 
-def save(figure: Figure, folder: Path, name: str) -> str:
+def save(figure: "Figure", folder: Path, name: str) -> str:
     """Write ``folder/name.png`` (200 dpi) and ``folder/name.svg``, each whole or not at all.
 
     Returns:
       The SVG's text.
     """
+    import matplotlib
+
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
         with whole_file(folder / f"{name}.png") as path:
             figure.savefig(path, format="png", dpi=200, metadata={"Software": None})

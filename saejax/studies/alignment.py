@@ -27,7 +27,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import rankdata
 
 from saejax.interventions.table import PromptDefinition, load_effects
 from saejax.matching.importance import ItemFeatures, align_importance
@@ -210,6 +209,8 @@ def _residuals(
 
 def _ranks(value_N: np.ndarray, category_N: np.ndarray) -> np.ndarray:
     """Return centred ranks within categories, from -1/2 to 1/2, so that a large category has no larger ones."""
+    from scipy.stats import rankdata
+
     ranks_N = np.empty(len(value_N))
     for category in np.unique(category_N):
         here = category_N == category

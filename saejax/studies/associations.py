@@ -18,7 +18,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.stats import rankdata
 
 from saejax.interventions.probing import ProbeTask, fit_probe
 from saejax.results import Interval
@@ -173,6 +172,8 @@ def _probe(
     train_Px1: np.ndarray, train_P: np.ndarray, test_Qx1: np.ndarray, test_Q: np.ndarray, rng: np.random.Generator
 ) -> tuple[float, float]:
     """Return the AUC of a probe of one feature on test items, and its permutation p-value."""
+    from scipy.stats import rankdata
+
     answers = fit_probe(ProbeTask(train_Px1.astype(float), train_P, test_Qx1.astype(float), test_Q), None, 1.0)
     assert answers.score_M is not None
     # The AUC is Mann and Whitney's statistic, a sum of ranks, of which only the labels are permuted.

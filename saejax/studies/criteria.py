@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from saejax.interventions.answers import AblateResults, BehaviourVerdict, CausalAnswer
 from saejax.page.findings import Findings
@@ -91,7 +91,7 @@ def items_needed(effect: Interval | None, items: int, smallest: float) -> int | 
     """
     if effect is None or smallest <= 0:
         return None
-    sigmas = 1 + norm.ppf(POWER) / norm.ppf(0.975)  # the effect in half-widths of the interval
+    sigmas = 1 + ndtri(POWER) / ndtri(0.975)  # the effect in half-widths of the interval
     return math.ceil(items * (sigmas * (effect.high - effect.low) / 2 / smallest) ** 2)
 
 

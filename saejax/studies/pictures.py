@@ -1,15 +1,17 @@
 """The figures of a study's report."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from saejax.page.style import BLUE, GREEN, GREY, INK, LINES, ORANGE, height_of, legend, name_rows, panels, point, styled
 from saejax.results import Interval
 from saejax.stages.transfer.report import draw_heatmaps
 from saejax.studies.results import AlignmentFigures, DictionaryFigures, DriverFigures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @styled
@@ -18,7 +20,7 @@ def draw_drops(
     names: Sequence[str],
     drops: Sequence[Mapping[str, Interval | None]],
     controls: Sequence[tuple[float | None, float | None]],
-) -> Figure:
+) -> "Figure":
     """Draw what ablation costs, in nats per answer, beside control sets at equal dose.
 
     Args:
@@ -47,7 +49,7 @@ def draw_drops(
 
 
 @styled
-def draw_drivers(drivers: Sequence[DriverFigures]) -> Figure:
+def draw_drivers(drivers: Sequence[DriverFigures]) -> "Figure":
     """Draw the share of features that fire on injected tokens alone, by row, benchmark and group of features."""
     names = [f"{shares.row}, {shares.benchmark}: {shares.group}" for shares in drivers]
     figure, (axes,) = panels((height_of(names, 0.3) + 1.2,), ("Features that fire on words alone",))
@@ -63,8 +65,10 @@ def draw_drivers(drivers: Sequence[DriverFigures]) -> Figure:
 
 
 @styled
-def draw_losses(dictionaries: Sequence[DictionaryFigures]) -> Figure:
+def draw_losses(dictionaries: Sequence[DictionaryFigures]) -> "Figure":
     """Draw the training loss of every dictionary by epoch, a colour for each row."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, (axes,) = panels((2.6,), ("Training loss, as a share of the first epoch's",))
     rows = list(dict.fromkeys(dictionary.row for dictionary in dictionaries))
     for dictionary in dictionaries:
@@ -88,7 +92,7 @@ def draw_losses(dictionaries: Sequence[DictionaryFigures]) -> Figure:
 
 
 @styled
-def draw_models(rows: Sequence[str], alignment: Sequence[AlignmentFigures]) -> Figure:
+def draw_models(rows: Sequence[str], alignment: Sequence[AlignmentFigures]) -> "Figure":
     """Draw the share of features that two rows share by activity on a benchmark, and the same by chance."""
     matrices = {}
     for title, field in (("Features with a partner", "shared"), ("By chance", "shared_null")):
@@ -103,7 +107,7 @@ def draw_models(rows: Sequence[str], alignment: Sequence[AlignmentFigures]) -> F
 
 
 @styled
-def draw_trends(dictionaries: Sequence[DictionaryFigures], widths: Mapping[str, int]) -> Figure:
+def draw_trends(dictionaries: Sequence[DictionaryFigures], widths: Mapping[str, int]) -> "Figure":
     """Draw the explained variance of every dictionary against the model's width and its expansion, a colour a row."""
     figure, below = panels((2.3, 2.3), ("Normalised error by width of the stream", "Normalised error by expansion"))
     rows = list(dict.fromkeys(dictionary.row for dictionary in dictionaries))

@@ -8,9 +8,8 @@ rules at the end. Written to the study's folder: ``index.html`` (complete in its
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
-
-from matplotlib.figure import Figure
 
 from saejax.files import write_json, write_text
 from saejax.page import style
@@ -27,6 +26,9 @@ from saejax.studies.results import TABLES, StudyFigures
 from saejax.studies.sheet import as_csv, duration
 from saejax.studies.units import ROWS
 from saejax.versions import package_versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FILE, STAGE = "study.json", "study_run"  # STAGE: of the rules in ``rules.jsonl``
 _TITLES = dict(gate="Overall answers", alignment="Alignment", criteria="Success")
@@ -220,7 +222,7 @@ def _extremes(values: Mapping[str, float]) -> tuple[str, str]:
     return min(values, key=lambda name: values[name]), max(values, key=lambda name: values[name])
 
 
-def _picture(root: Path, name: str, figure: Figure, caption: str) -> Picture:
+def _picture(root: Path, name: str, figure: "Figure", caption: str) -> Picture:
     return Picture(name, style.inline(style.save(figure, root / "figures", name), name, caption), caption, caption)
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import sparse
-from sklearn.cluster import HDBSCAN
 
 from saejax.matching.transfer.activity import Activity
 
@@ -152,6 +151,8 @@ def group_features(similarity_FxF: np.ndarray, smallest: int) -> np.ndarray:
       similarity_FxF: similarity of all pairs, at most 1; negative ones count as 0.
       smallest: minimum number of features of a group.
     """
+    from sklearn.cluster import HDBSCAN
+
     features = len(similarity_FxF)
     if features < max(smallest, _CORE):
         return np.full(features, -1)

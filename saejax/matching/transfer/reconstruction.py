@@ -13,8 +13,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from sklearn.linear_model import RidgeCV
-from sklearn.model_selection import KFold
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.evaluation.reconstruction import reconstruct
@@ -36,6 +34,9 @@ class AffineMap(NamedTuple):
     @classmethod
     def fit(cls, x_NxD: np.ndarray, y_NxK: np.ndarray) -> "AffineMap":
         """Return the ridge regression from x to y, its ridge chosen by 3-fold cross-validation."""
+        from sklearn.linear_model import RidgeCV
+        from sklearn.model_selection import KFold
+
         # In float64, because the normal equations square the condition number.
         x_NxD, y_NxK = x_NxD.astype(np.float64), y_NxK.astype(np.float64)
         # The constant keeps a site whose values never vary from dividing by zero.

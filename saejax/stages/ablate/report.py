@@ -4,10 +4,9 @@ import itertools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from saejax.dictionaries.labels import Label
 from saejax.dictionaries.names import kind_and_member
@@ -35,6 +34,9 @@ from saejax.results import Interval
 from saejax.runner.labels import labels_in
 from saejax.runner.preregistration import describe_rule
 from saejax.tasks.results import BaselineResults
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLES = (  # colours and dashes of bases; those that need no folder have the same ones in all figures
     (style.GREEN, "--"),
@@ -224,7 +226,7 @@ def dose_effect(
     placebo: Sequence[EffectCurve],
     bases: Mapping[str, EffectCurve],
     unit: str = "logit difference lost",
-) -> Figure:
+) -> "Figure":
     """Draw the effects of the top features, random sets, placebo sets and other bases against their doses.
 
     Args:
@@ -236,6 +238,8 @@ def dose_effect(
       bases: the other bases by name, each drawn up to the dose of the top features.
       unit: the effect in words.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, (axes,) = panels((4.1,), (title,))
     k = len(top.edits[-1].features)
     label = f"the {k} top features, ablated by growing fractions"

@@ -1,8 +1,7 @@
 """The report on what the model can do: the behaviours, before anything is removed, and benchmarks."""
 
 from collections.abc import Mapping
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from saejax.page.blocks import Text
 from saejax.page.document import Section
@@ -12,6 +11,9 @@ from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import behaviour, signed
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BenchmarkResults
 from saejax.tasks.scoring import MIN_ACCURACY, SEPARATION_LIMIT
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def behaviours_section(findings: Findings, draw: Draw) -> Section:
@@ -71,7 +73,7 @@ def _baseline_table(scores_of: Mapping[str, BaselineBehaviour]) -> Table:
 
 
 @styled
-def baselines(scores: Mapping[str, BaselineBehaviour]) -> Figure:
+def baselines(scores: Mapping[str, BaselineBehaviour]) -> "Figure":
     """Draw the accuracy and the logit difference of each behaviour, before anything is ablated.
 
     Args:

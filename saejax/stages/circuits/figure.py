@@ -6,13 +6,9 @@ Where a circuit of the behaviour was published, its outline stands to the right,
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from matplotlib.path import Path as Curve
 
 from saejax.circuits.claims import DATA
 from saejax.circuits.groups import ANSWER, ROLE_WORDS, ROLES, Key
@@ -20,6 +16,10 @@ from saejax.circuits.results import CircuitResults
 from saejax.files import read_json
 from saejax.page.style import BLUE, INK, ORANGE, styled
 from saejax.page.tables import number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CARD, SOFT = "#f5f7f9", "#555e68"  # the page's theme replaces them
 # Inches: columns of ours and of the outline, rows, the height of a box, and margins around the middles of boxes.
@@ -41,7 +41,9 @@ def read_outline(behaviour: str) -> Mapping[str, Any] | None:
 
 
 @styled
-def draw_circuit(circuit: CircuitResults, names: Mapping[Key, str], outline: Mapping[str, Any] | None = None) -> Figure:
+def draw_circuit(
+    circuit: CircuitResults, names: Mapping[Key, str], outline: Mapping[str, Any] | None = None
+) -> "Figure":
     """Draw the groups, and the edges that ``edges.judge_edges`` calls drawn.
 
     Args:
@@ -49,6 +51,8 @@ def draw_circuit(circuit: CircuitResults, names: Mapping[Key, str], outline: Map
       names: what features are called.
       outline: of the published circuit, drawn to the right.
     """
+    from matplotlib.figure import Figure
+
     top = max(len(circuit.groups), 3)  # row of the answer
     width = len(ROLES) * _COLUMN + _ASIDE
     size = width + (len(ROLES) * _OUTLINE_COLUMN if outline else 0.0), _BELOW + top * _ROW + _ABOVE
@@ -78,9 +82,12 @@ def draw_circuit(circuit: CircuitResults, names: Mapping[Key, str], outline: Map
 
 
 def _draw_panel(
-    axes: Axes, title: str, left: float, column: float, boxes: Mapping[str, _Box], arrows: Sequence[_Arrow]
+    axes: "Axes", title: str, left: float, column: float, boxes: Mapping[str, _Box], arrows: Sequence[_Arrow]
 ) -> None:
     """Draw boxes and arrows under a title, a column for each role."""
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+    from matplotlib.path import Path as Curve
+
     wide = column - _BETWEEN
     x_of = {role: left + (k + 0.5) * column for k, role in enumerate(ROLES)}
     centre = {key: np.array([x_of[role], _BELOW + row * _ROW]) for key, (role, row, *_) in boxes.items()}

@@ -1,7 +1,8 @@
 """The report on activation patching: a heatmap of each kind of site, and interchange accuracy of features."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from matplotlib.figure import Figure
 
 from saejax.interventions.answers import fooled_sentence
 from saejax.interventions.patching import (
@@ -20,6 +21,9 @@ from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, interval, percent
 from saejax.page.words import behaviour
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TITLES = dict(
     denoising="denoising: prompt into counterpart",
@@ -79,7 +83,7 @@ def _picture(results: SitePatchResults, name: str, result: PatchedSites, grid: P
 
 
 @style.styled
-def heatmap(grid: PatchGrid, result: PatchedSites) -> Figure:
+def heatmap(grid: PatchGrid, result: PatchedSites) -> "Figure":
     """Draw the effect of every layer and position, or head, a panel for each direction."""
     value = "normalised" if result.is_normalised else "effect"
     matrices = {direction: grid.matrix(value, direction) for direction in DIRECTIONS}

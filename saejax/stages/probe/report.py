@@ -1,9 +1,9 @@
 """The report on linear probes: probe accuracy with controls, and whether ablating selected features has an effect."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from saejax.interventions.probing import ProbedLabel, ProbeFit, ProbeResults
 from saejax.page.blocks import Block, Terms, Text
@@ -12,6 +12,9 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.style import BLUE, GREY, INK, ORANGE, error_lengths, legend, panels, styled
 from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import behaviour, place
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LABELS = {
     "behaviour": "Which behaviour",
@@ -74,7 +77,7 @@ def _title(label: ProbedLabel) -> str:
 
 
 @styled
-def probes(labels: Mapping[str, Sequence[ProbeFit]]) -> Figure:
+def probes(labels: Mapping[str, Sequence[ProbeFit]]) -> "Figure":
     """Draw probe accuracy against the number of inputs that a probe sees, of features and of raw activations.
 
     Args:

@@ -8,8 +8,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from saejax.activations.documents import Documents
 from saejax.activations.store import Store
@@ -44,6 +43,9 @@ from saejax.stages.report.settings import ReportConfig
 from saejax.stages.train import report as training
 from saejax.versions import package_versions
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _FEATURES, _EXAMPLES = 4, 5  # top features of a behaviour that have a card, and contexts on it: a screen holds them
 
 
@@ -68,7 +70,7 @@ def run_report(run: Run) -> ReportResults:
         findings = dataclasses.replace(findings, examples=contexts(run, findings, wanted, _EXAMPLES))
     (run.folder / "figures").mkdir(exist_ok=True)
 
-    def draw(name: str, figure: Figure, caption: str, alt: str) -> Picture:
+    def draw(name: str, figure: "Figure", caption: str, alt: str) -> Picture:
         svg = style.save(figure, run.folder / "figures", name)
         return Picture(name, style.inline(svg, name, alt), caption, alt)
 

@@ -1,9 +1,9 @@
 """The report on steering: effect against dose, compared with controls, and the rise of cross-entropy on other text."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from saejax.interventions.steering import MAX_CE_RISE, BehaviourSteering, SteerResults
 from saejax.page import style
@@ -12,6 +12,9 @@ from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import number
 from saejax.page.words import behaviour, place, signed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _METHODS = dict(add="features added", clamp="features clamped", mean_difference="difference of means")
 _LOOKS = dict(
@@ -67,7 +70,7 @@ def _section(results: SteerResults, draw: Draw) -> Section:
 
 
 @style.styled
-def steering(steered: Mapping[str, BehaviourSteering]) -> Figure:
+def steering(steered: Mapping[str, BehaviourSteering]) -> "Figure":
     """Draw the fall of the logit difference against the dose, a panel for each behaviour.
 
     Args:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from saejax.matching.transfer.compared import WEIGHTS
 from saejax.matching.transfer.results import ComparedPair, ComparedRows, Rebuilt, TransferResults
@@ -14,6 +14,9 @@ from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, number, percent
 from saejax.results import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _ROWS = 15  # rows of a table
 _MEASURES = dict(decoder="decoder rows", encoder="encoder rows", activity="activity")
@@ -107,7 +110,7 @@ def _share_matrix(names: Sequence[str], pairs: Sequence[ComparedPair], measure: 
 
 
 @style.styled
-def draw_heatmaps(names: Sequence[str], matrices: dict[str, np.ndarray], label: str) -> Figure:
+def draw_heatmaps(names: Sequence[str], matrices: dict[str, np.ndarray], label: str) -> "Figure":
     """Return matrices of dictionaries by dictionaries, one below the other, on one scale from 0 to 1."""
     figure, below = style.panels([3.55] * len(matrices), list(matrices))
     step = -(-len(names) // 12)
