@@ -7,9 +7,13 @@ import io
 import json
 import os
 import shutil
+import socket
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+import psutil
 
 from saejax.errors import UserError
 
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-WRITING = "writing-"  # in names of what is being written, before the process's number
+WRITING = "writing-"  # in names of what is being written, before the writer's mark
 
 
 def file_sha256(path: Path) -> str:
@@ -30,7 +34,7 @@ def file_sha256(path: Path) -> str:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path next to ``path`` to write to; it becomes ``path`` if the block succeeds, and is removed if not."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{WRITING}{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{WRITING}{_writer_mark()}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -38,6 +42,35 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def unfinished_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder to write in, inside of ``folder``, which is made if missing; it is removed afterwards.
+
+    What processes of this host that are gone have left there is removed before: a cross-layer transcoder has gigabytes.
+    """
+    for left in folder.glob(f".{WRITING}*") if folder.is_dir() else ():
+        if _is_of_gone_process(left.name.removeprefix(f".{WRITING}")):
+            shutil.rmtree(left, ignore_errors=True)
+    unfinished = folder / f".{WRITING}{_writer_mark()}"
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _writer_mark() -> str:
+    """Return a mark of this process and moment: in containers, numbers of processes come again."""
+    return f"{os.getpid()}-{uuid.uuid4().hex[:8]}@{socket.gethostname()}"
+
+
+def _is_of_gone_process(mark: str) -> bool:
+    """Return whether a ``_writer_mark`` is of a process of this host that is gone, or had this one's number."""
+    process, _, rest = mark.partition("-")
+    here = rest.partition("@")[2] == socket.gethostname()
+    return here and process.isdigit() and (int(process) == os.getpid() or not psutil.pid_exists(int(process)))
 
 
 def remove_unfinished(folder: Path) -> None:

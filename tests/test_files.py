@@ -1,11 +1,14 @@
 """Files appear whole or not at all; damaged ones are named."""
 
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
 from saejax.errors import UserError
-from saejax.files import read_json, whole_file, write_json, write_text
+from saejax.files import read_json, unfinished_folder, whole_file, write_json, write_text
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -30,3 +33,17 @@ def test_bad_json(tmp_path):
             read_json(tmp_path / "a.json")
     with pytest.raises(UserError, match="does not exist"):
         read_json(tmp_path / "b.json")
+
+
+def test_what_a_killed_process_left_is_no_hindrance_and_does_not_stay(tmp_path, monkeypatch):
+    """In a container the next process may have the number of the killed one."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    here, number = socket.gethostname(), os.getpid()
+    for mark in (f"{number}-0a@{here}", f"{gone.pid}-0b@{here}", f"{gone.pid}-0c@elsewhere", f"1-0d@{here}"):
+        (tmp_path / f".writing-{mark}").mkdir()
+    with unfinished_folder(tmp_path) as folder:
+        (folder / "half").touch()
+        left = sorted(path.name for path in tmp_path.glob(".writing-*") if path != folder)
+    assert left == [f".writing-1-0d@{here}", f".writing-{gone.pid}-0c@elsewhere"], "these may be at work"
+    assert not folder.exists()

@@ -147,6 +147,10 @@ def test_a_claim_of_another_host_is_taken_over_on_request_or_by_the_same_job(tmp
     with pytest.raises(UserError, match="on elsewhere since"):
         claim(space)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    # Another host of the same allocation is alive as far as anyone knows; a restart of the job is proof of its end.
+    with pytest.raises(UserError, match="on elsewhere since"):
+        claim(space)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     claim(space)
     leave_claim("8")
     folder = claim(space, take_over=True)

@@ -7,23 +7,25 @@ processes there are. Elsewhere ``--mesh.processes``, ``process_id`` and ``coordi
 import collections
 import dataclasses
 import glob
+import itertools
 import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+
+import jax
+from orbax.checkpoint import multihost
 
 from saejax.errors import UserError
 from saejax.parallel.processes import Processes
 from saejax.parallel.settings import MeshConfig
-
-if TYPE_CHECKING:
-    import jax
+from saejax.parallel.stopping import StopAgreement
 
 HEARTBEAT = 30  # seconds without a sign of life after which JAX gives a process up and ends the others
 _COME = 300  # seconds that processes wait for one another at the start
 _SHUTDOWN = 50  # seconds that a process which is done waits for the others
 _joined: list[Processes] = []  # the processes of this one's run, once it has joined them
+_agreement: list[StopAgreement] = []  # of these processes, where there are several
 
 
 def join(config: MeshConfig, say: Callable[[str], None]) -> MeshConfig:
@@ -39,9 +41,8 @@ def join(config: MeshConfig, say: Callable[[str], None]) -> MeshConfig:
     Raises:
       UserError: no cluster or no first process can be found, or the processes of a node cannot share its GPUs.
     """
-    import jax
-    from orbax.checkpoint import multihost
-
+    # Its handler of SIGTERM would replace Python's, so that a run of one process would not hear of the signal.
+    jax.config.update("jax_enable_preemption_service", False)
     gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     ids: list[int] | None
     common = dict(initialization_timeout=_COME, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=_SHUTDOWN)
@@ -66,6 +67,7 @@ def join(config: MeshConfig, say: Callable[[str], None]) -> MeshConfig:
             ) from error
     rank, count = jax.process_index(), jax.process_count()
     _joined[:] = [Processes(multihost.get_jax_distributed_client(), rank, count, say)]
+    _agreement[:] = [StopAgreement(processes) for processes in _joined if count > 1]
     check_devices(jax.devices(), rank, None if jax.config.jax_platforms == "cpu" else ids)
     return dataclasses.replace(config, processes=count, process_id=rank)
 
@@ -73,6 +75,12 @@ def join(config: MeshConfig, say: Callable[[str], None]) -> MeshConfig:
 def joined_processes() -> Processes | None:
     """Return the processes that this one has joined; None where it is alone."""
     return next((processes for processes in _joined if processes.count > 1), None)
+
+
+def stop_agreement() -> StopAgreement:
+    """Return the agreement of several processes on where to stop; an error where this one is alone."""
+    (agreement,) = _agreement
+    return agreement
 
 
 def process_label() -> str:
@@ -100,7 +108,7 @@ def check_same(processes: Processes, settings: Mapping[str, str]) -> None:
             )
 
 
-def check_devices(devices: "Sequence[jax.Device]", rank: int, gpus: Sequence[int] | None) -> None:
+def check_devices(devices: Sequence[jax.Device], rank: int, gpus: Sequence[int] | None) -> None:
     """Raise a ``UserError`` unless all processes have equally many devices, and this one all of its GPUs.
 
     JAX without its GPU package runs on the processor instead, where a run would take days longer.
@@ -158,6 +166,14 @@ def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | No
 
 
 def visible_gpus(environment: Mapping[str, str], gpus: int) -> int:
-    """Return how many of a node's GPUs its environment lets a process see."""
+    """Return how many of a node's GPUs its environment lets a process see.
+
+    CUDA_VISIBLE_DEVICES lists numbers or names; CUDA ignores what stands behind the first entry that names no GPU, such
+    as -1.
+    """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    return gpus if visible is None else len([device for device in visible.split(",") if device.strip()])
+    if visible is None:
+        return gpus
+    entries = [entry.strip() for entry in visible.split(",")]
+    named = itertools.takewhile(lambda entry: entry and not entry.startswith("-"), entries)
+    return len([entry for entry in named if not entry.isdigit() or int(entry) < gpus])

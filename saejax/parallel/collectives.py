@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from saejax.parallel.cluster import joined_processes
+from saejax.parallel.cluster import joined_processes, stop_agreement
 
 _alone = [False]  # whether this process works by itself for the time being
 
@@ -59,17 +59,16 @@ def wait_for_all(place: str) -> None:
 class AgreedStop:
     """A decision to stop, the same in all processes: otherwise some would wait for others that have stopped.
 
-    JAX agrees on the number of a question, so all processes must ask equally often.
+    Processes that work together must ask equally often.
 
     Args:
       stopping: whether this process was asked to stop.
     """
 
     def __init__(self, stopping: Callable[[], bool]):
-        self._stopping, self._asked = stopping, 0
+        self._stopping = stopping
 
     def __call__(self) -> bool:
         """Return whether to stop; all processes get the same answer."""
-        self._asked += 1
-        stopping = self._stopping()  # which others hear of, too: this process gets on
-        return multihost_utils.reached_preemption_sync_point(self._asked - 1) if process_count() > 1 else stopping
+        stopping = self._stopping()  # asked here, too: a profiler counts these questions
+        return stop_agreement().ask() if process_count() > 1 else stopping

@@ -67,7 +67,7 @@ class Processes:
         seconds for those that end, too; one that still computes does not hear of the failure, and is not waited for.
         """
         with contextlib.suppress(Exception):  # process 0 may be gone, and with it the store
-            self._client.key_value_set(f"{_FAILED}/{self.rank}", str(status), allow_overwrite=True)
+            self.put(_FAILED, str(status))
             until = time.monotonic() + _LAST
             while self.rank == 0 and self._late(_FAILED, range(self.count)) and time.monotonic() < until:
                 time.sleep(_LOOK_EVERY)
@@ -76,10 +76,16 @@ class Processes:
 
     def failure(self) -> tuple[int, int] | None:
         """Return the rank and the exit status of another process that has failed; None if none has."""
-        for name, status in sorted(self._client.key_value_dir_get(f"{_FAILED}/")):
-            if (rank := int(name.rpartition("/")[2])) != self.rank:
-                return rank, int(status)
-        return None
+        failed = {rank: int(status) for rank, status in self.get(_FAILED).items() if rank != self.rank}
+        return min(failed.items()) if failed else None
+
+    def put(self, topic: str, value: str) -> None:
+        """Give the other processes this one's value of a topic, in place of an earlier one."""
+        self._client.key_value_set(f"{topic}/{self.rank}", value, allow_overwrite=True)
+
+    def get(self, topic: str) -> dict[int, str]:
+        """Return the values of a topic that processes have put so far, by their ranks."""
+        return {int(name.rpartition("/")[2]): value for name, value in self._client.key_value_dir_get(f"{topic}/")}
 
     def _key(self, what: str, place: str) -> str:
         self._visits[what + place] += 1

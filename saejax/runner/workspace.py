@@ -320,13 +320,14 @@ class _Claimant:
     host: str
     process: int
     began: float  #: when the process started, in seconds since 1970: numbers of processes come again
-    job: str  #: of the batch system; "" outside of one
+    job: str  #: of the batch system, with the number of its restarts; "" outside of one
     time: str  #: when it claimed the unit, ISO 8601
 
     @classmethod
     def this(cls) -> "_Claimant":
         began = psutil.Process().create_time()
         job = os.environ.get("SLURM_JOB_ID", "")
+        job = f"{job} restart {os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
         return cls(socket.gethostname(), os.getpid(), began, job, now())
 
     @classmethod
@@ -345,7 +346,9 @@ class _Claimant:
             with contextlib.suppress(psutil.NoSuchProcess):
                 return abs(psutil.Process(self.process).create_time() - self.began) > 1
             return True
-        return bool(self.job) and self.job == observer.job  # the job was requeued
+        # A job that was requeued has ended before. One allocation may hold several runs, on hosts of its own each.
+        (job, _, restart), (own, _, own_restart) = self.job.partition(" restart "), observer.job.partition(" restart ")
+        return bool(job) and job == own and int(restart or 0) < int(own_restart or 0)
 
 
 def _create(path: Path, text: str) -> bool:

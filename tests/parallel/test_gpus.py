@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from saejax.errors import UserError
-from saejax.parallel.cluster import check_devices, gpus_of_process
+from saejax.parallel.cluster import check_devices, gpus_of_process, visible_gpus
 
 
 def step(local: int, tasks: str, **more: str) -> dict[str, str]:
@@ -31,6 +31,13 @@ def step(local: int, tasks: str, **more: str) -> dict[str, str]:
 )
 def test_processes_of_a_node_share_all_of_its_gpus(environment, gpus, numbers):
     assert gpus_of_process(environment, gpus) == numbers
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 8), ("", 0), ("-1", 0), ("0,-1,1", 1), ("5,2", 2), ("GPU-8932f937,GPU-46f2", 2), ("9", 0)]
+)
+def test_gpus_are_counted_as_cuda_does(visible, count):
+    assert visible_gpus({} if visible is None else dict(CUDA_VISIBLE_DEVICES=visible), 8) == count
 
 
 def test_gpus_that_are_not_as_many_as_processes_are_refused():

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +27,7 @@ from safetensors.numpy import save_file
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError, one_of
-from saejax.files import WRITING, read_json
+from saejax.files import read_json, unfinished_folder
 from saejax.models.checkpoint import Tensor, not_finite_error, read_header
 
 DTYPES = ("float32", "bfloat16", "auto")  # of the matrices of a dictionary that is loaded
@@ -307,14 +306,10 @@ def whole_folder(folder: Path, description: str, *patterns: str) -> Iterator[Pat
     present = [path.name for pattern in (description, *patterns) for path in sorted(folder.glob(pattern))]
     if present:
         raise UserError(f"{folder} already holds {present[0]}: delete it or name another folder")
-    unfinished = folder / f".{WRITING}{os.getpid()}"
-    try:
-        unfinished.mkdir(parents=True)
+    with unfinished_folder(folder) as unfinished:
         yield unfinished
         for path in sorted(unfinished.iterdir(), key=lambda path: (path.name == description, path.name)):
             # On disk before it gets its name: after a crash, what has its name is whole.
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,68 @@
+"""When to stop: every process hears of SIGTERM itself, and processes that work together agree on where they stop.
+
+``jax.distributed.initialize`` would install a handler of SIGTERM of its own, after which Python no longer hears of the
+signal: JAX's preemption service is turned off before (``cluster.join``), and the agreement is made here.
+"""
+
+import atexit
+import contextlib
+import threading
+import time
+
+from saejax.parallel.processes import Processes
+
+_LOOK_EVERY = 0.1  # seconds
+
+
+class StopAgreement:
+    """Agreement of the processes of a run on the question at which all of them stop.
+
+    Processes that run one program together have to stop at the same step, or some would wait for others that have
+    left. Each counts how often it has asked whether to stop. When one of them was told to stop, a thread in each
+    process says how far its process has come, which meanwhile gets no answer, and all stop at the question after the
+    largest number. The main threads may wait for each other's devices all the while.
+
+    Example: processes have asked 7 and 8 times when one hears of SIGTERM. Both stop at their ninth question.
+
+    Args:
+      processes: the processes of the run; ``processes.stopping`` says whether this one was told to stop.
+    """
+
+    def __init__(self, processes: Processes):
+        self._processes, self._lock = processes, threading.Lock()
+        self._asked, self._stop_at = 0, None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="saejax-stop", daemon=True)
+        self._thread.start()
+        atexit.register(self.end)  # before JAX leaves the coordination service
+
+    def ask(self) -> bool:
+        """Return whether to stop; all processes get the same answer to their question of the same number."""
+        with self._lock:
+            self._asked += 1
+            return self._stop_at is not None and self._asked >= self._stop_at
+
+    def end(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._thread.join(timeout=5)
+
+    def _watch(self) -> None:
+        """Wait until a process is told to stop, then agree on the question."""
+        with contextlib.suppress(Exception):  # the service is gone when process 0 has ended
+            told = False
+            while not self._ended.wait(_LOOK_EVERY):
+                if self._processes.stopping() and not told:
+                    self._processes.put("stop/told", "")
+                    told = True
+                if self._processes.get("stop/told"):
+                    return self._agree()
+
+    def _agree(self) -> None:
+        with self._lock:
+            self._processes.put("stop/asked", str(self._asked))
+            while len(asked := self._processes.get("stop/asked")) < self._processes.count:
+                if self._ended.is_set() or self._processes.failure():
+                    return
+                time.sleep(_LOOK_EVERY)
+            self._stop_at = max(map(int, asked.values())) + 1

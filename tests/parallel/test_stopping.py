@@ -1,0 +1,113 @@
+"""Processes agree on where they stop, and a run under a cluster's launcher hears of SIGTERM like any other."""
+
+import itertools
+import os
+import random
+import signal
+import socket
+import threading
+import time
+
+import pytest
+import runs
+
+from saejax.parallel.processes import Processes
+from saejax.parallel.stopping import StopAgreement
+
+
+class Store:
+    """The keys and values of a coordination service, in memory."""
+
+    def __init__(self):
+        self.values: dict[str, str] = {}
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        assert allow_overwrite or key not in self.values
+        self.values[key] = value
+
+    def key_value_dir_get(self, folder):
+        return [(key, value) for key, value in dict(self.values).items() if key.startswith(folder)]
+
+
+@pytest.mark.parametrize("told", [0, 2])
+def test_processes_stop_at_the_same_question(told):
+    """Three that may be a question apart, as where each waits for the results of the step before."""
+    count, store, rng = 3, Store(), random.Random(told)
+    steps = [threading.Barrier(count) for _ in range(200)]
+    stopped, is_told = {}, threading.Event()
+
+    def work(rank):
+        processes = Processes(store, rank, count)
+        processes.stopping = is_told.is_set if rank == told else lambda: False
+        agreement = StopAgreement(processes)
+        for number, together in enumerate(steps):
+            if agreement.ask():
+                stopped[rank] = number
+                break
+            if number == 5 and rank == told:
+                is_told.set()
+            time.sleep(rng.random() * 0.02)
+            together.wait(timeout=20)
+        agreement.end()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(stopped) == count and len({*stopped.values()}) == 1 and 5 < min(stopped.values()) < 150
+
+
+def test_one_that_failed_is_not_waited_for():
+    store = Store()
+    first, second = (Processes(store, rank, 2) for rank in range(2))
+    first.stopping = lambda: True
+    agreement = StopAgreement(first)
+    second.tell_failure(1)
+    assert not agreement.ask()
+    agreement.end()
+    assert not agreement.ask()
+
+
+@pytest.fixture(scope="module")
+def captured(inputs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("stopping") / "run"
+    runs.finish(runs.start("capture", runs.small_flags(*inputs, workdir)))
+    return workdir
+
+
+ENDLESS = dict(train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk")
+
+
+def slurm(tmp_path) -> dict:
+    """The variables of a job step of one task, on this host."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    step = dict(SLURM_JOB_ID="77", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="1", SLURM_STEP_NUM_TASKS="1")
+    step |= dict(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_TASKS_PER_NODE="1")
+    return dict(environment=step, coordinator=f"localhost:{port}")
+
+
+def test_a_run_of_one_process_under_a_launcher_hears_of_the_signal(inputs, captured, tmp_path):
+    """One node, ``--mesh.distributed=auto``: JAX's own handler of SIGTERM must not take the place of Python's."""
+    workdir, step = tmp_path / "run", slurm(tmp_path)
+    runs.captured_only(captured, workdir)
+    flags = runs.small_flags(*inputs, workdir, **ENDLESS)
+    flags += ["--mesh.distributed=auto", f"--mesh.coordinator={step['coordinator']}"]
+    process = runs.start("train", flags, **step["environment"])
+    before = list(itertools.takewhile(lambda line: "tokens/s" not in line, process.stdout))
+    process.send_signal(signal.SIGTERM)
+    output = runs.finish(process, 143)
+    assert "run the same command to go on" in output and "Traceback" not in output, [*before, output]
+
+
+def test_a_signal_to_one_of_two_processes_that_train_together_stops_both(inputs, captured, tmp_path):
+    workdir = tmp_path / "run"
+    runs.captured_only(captured, workdir)
+    pair = runs.start_pair("train", runs.small_flags(*inputs, workdir, **ENDLESS))
+    list(itertools.takewhile(lambda line: "tokens/s" not in line, pair[0].stdout))
+    os.kill(pair[1].pid, signal.SIGTERM)
+    for output in [runs.finish(process, 143) for process in pair]:
+        assert "Traceback" not in output
+    assert list((workdir / "train").glob("topk-*/checkpoints/*")), "they have saved together"
