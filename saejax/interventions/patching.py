@@ -476,5 +476,10 @@ class PatchGrid(Columns):
 
 
 def is_measurable(difference_P: np.ndarray, weight_RxP: np.ndarray) -> bool:
-    """Return whether the whole interval of clean - corrupted is above 0; False for one prompt, which has none."""
+    """Return whether the whole interval of clean - corrupted is above 0; False for one prompt, which has none.
+
+    Args:
+      difference_P: clean - corrupted logit difference of each pair of prompts.
+      weight_RxP: weights of the prompts in bootstrap samples.
+    """
     return len(difference_P) > 1 and mean_interval(difference_P, weight_RxP).low > 0
