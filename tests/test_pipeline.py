@@ -7,13 +7,14 @@ import pytest
 from runs import make_configs
 
 from saejax.errors import Interrupted, UserError
-from saejax.runner import pipeline, workplan
+from saejax.runner import changes, pipeline, workplan
+from saejax.runner.pipeline import RunOptions
 from saejax.runner.registry import all_stages
 
 ALL = "preflight baseline capture train/topk train/standard evaluate/topk evaluate/standard ablate/topk report"
 
 
-def go(workdir, stages=(), say=lambda line: None, refused=(), stopped=(), **changes) -> list[str]:
+def go(workdir, stages=(), say=lambda line: None, refused=(), stopped=(), options=RunOptions(), **changes) -> list[str]:
     """Runs made-up stages with settings changed, such as train__k=3; gives the units that ran."""
     ran: list[str] = []
 
@@ -35,7 +36,7 @@ def go(workdir, stages=(), say=lambda line: None, refused=(), stopped=(), **chan
     with pytest.MonkeyPatch.context() as patch:
         for module in (pipeline, workplan):
             patch.setattr(module, "all_stages", lambda: stand_ins)
-        pipeline.run_stages(stages or tuple(all_stages()), make_configs(**changes), str(workdir), say=say)
+        pipeline.run_stages(stages or tuple(all_stages()), make_configs(**changes), str(workdir), say=say, options=options)
     return ran
 
 
@@ -96,12 +97,12 @@ def test_differences_are_named_as_flags():
 
     settings = dict(train=dict(k=[32, 64], form="sae"))
     changed = depends(settings=settings, needs=dict(capture="b"), sources=dict(text="c"))
-    assert ", ".join(pipeline._changes(depends(), changed)) == (
+    assert ", ".join(changes._changes(depends(), changed)) == (
         "--train.form was empty, is sae, --train.k was 32, is 32,64, --train.l1 was 0.5, is unread, "
         "capture is different, and 1 more"
     )
-    assert list(pipeline._changes(depends(), depends(revision=2))) == ["the revision of the stage is different"]
-    assert list(pipeline._changes(depends(), depends())) == []
+    assert list(changes._changes(depends(), depends(revision=2))) == ["the revision of the stage is different"]
+    assert list(changes._changes(depends(), depends())) == []
 
 
 def test_an_interrupted_unit_goes_on_and_finished_ones_stay(tmp_path):
@@ -127,3 +128,27 @@ def test_summaries_say_what_was_done(tmp_path):
     assert list(summary["inputs"]) == ["capture"] and summary["seeds"] == {"train": [123]}
     assert summary["packages"]["jax"] and summary["devices"]["count"] == 8
     assert summary["results"] == {"unit": "train/topk"} and summary["files"] == {"out.txt": 10}
+
+
+def test_a_dry_run_says_what_would_be_done_and_why_and_writes_nothing(tmp_path):
+    """Of units that are done, changed, half made, and read by others that are."""
+    dry, workdir = RunOptions(dry_run=True), tmp_path / "run"
+
+    def planned(**changes):
+        lines: list[str] = []
+        assert go(workdir, say=lines.append, options=dry, **changes) == []
+        return {line.split()[0]: " ".join(line.split()[2:]) for line in lines[:-1]} | dict(last=lines[-1])
+
+    lines = planned()
+    assert not workdir.exists() and set(ALL.split()) == lines.keys() - {"last"}
+    assert lines["train/topk"] == "to run: capture is made first" and lines["last"].startswith("9 of 9 units to make")
+    go(workdir)
+    before = sorted(path.relative_to(workdir) for path in workdir.rglob("*"))
+    assert {*planned().values()} == {"done, reused", planned()["last"]}
+    changed = planned(train__l1=(9.0,))
+    assert changed["train/standard"] == "to run: --train.l1 was 2.0, is 9.0" and changed["train/topk"] == "done, reused"
+    assert "train/standard" in changed["evaluate/standard"] and changed["last"].startswith("3 of 9 units to make")
+    assert sorted(path.relative_to(workdir) for path in workdir.rglob("*")) == before
+    with pytest.raises(Interrupted):
+        go(workdir, stopped=["train/topk"], train__k=(3,))
+    assert planned(train__k=(3,))["train/topk"] == "to resume"

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from saejax.dictionaries.formats.place import BESIDE, registry_overrides, resolve_path
-from saejax.files import file_sha256
+from saejax.models.identity import content_sha256
 
 # The first holds checksums of its arrays.
 _HASHED = (
@@ -24,7 +24,7 @@ def hash_dictionaries(folder: str) -> str:
     # What SAELens' registry says of a dictionary is in none of its files.
     digest.update(repr(sorted(registry_overrides(folder).items())).encode())
     for path in [*files, *filter(Path.is_file, settings)]:
-        digest.update(f"{os.path.relpath(path, place)} {file_sha256(path)}\n".encode())
+        digest.update(f"{os.path.relpath(path, place)} {content_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from saejax.files import file_sha256, write_text
@@ -24,7 +25,7 @@ SETTINGS = (  # the files of a model, apart from its weights
     "*.jinja",
 )
 _HASHED_AT_ONCE = 1 << 20  # bytes up to which a file is hashed each time
-_LFS_BLOB = re.compile(r"[0-9a-f]{64}")
+_LFS_BLOB, _HEXADECIMAL = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16,64}")
 
 
 def cache_folder() -> Path:
@@ -64,19 +65,32 @@ def content_sha256(path: Path) -> str:
     real = path.resolve()
     if real.parent.name == "blobs" and _LFS_BLOB.fullmatch(real.name):
         return real.name
+    return keep_hash(real, "", lambda: file_sha256(real))
+
+
+def keep_hash(path: Path, kind: str, compute: Callable[[], str]) -> str:
+    """Return a hash of a file, which for a large file is computed once and then kept in the cache folder.
+
+    It is kept under path, size, time of change and inode: of a file that was changed or replaced, at least one differs.
+
+    Args:
+      path: the file.
+      kind: distinguishes hashes of one file; "" for that of its bytes.
+      compute: returns the hash, 16 to 64 hexadecimal digits.
+    """
+    real = path.resolve()
     stat = real.stat()
     if stat.st_size <= _HASHED_AT_ONCE:
-        return file_sha256(real)
-    # Of a file that was changed or replaced, at least one of these differs.
-    key = f"{real} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+        return compute()
+    key = " ".join([str(real), str(stat.st_size), str(stat.st_mtime_ns), str(stat.st_ino), *([kind] if kind else [])])
     kept = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
         cached = kept.read_text(encoding="ascii").strip()
-        if _LFS_BLOB.fullmatch(cached):
+        if _HEXADECIMAL.fullmatch(cached):
             return cached
     except (OSError, UnicodeDecodeError):
         pass  # not hashed yet, or damaged
-    content = file_sha256(real)
+    content = compute()
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_text(kept, content)

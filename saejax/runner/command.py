@@ -59,6 +59,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         options = pipeline.RunOptions(
             only=flag_values["unit"].value or "",
             take_over=bool(flag_values["take_over"].value),
+            dry_run=bool(flag_values["dry_run"].value),
             keep_going=bool(flag_values["keep_going"].value),
             profile=flag_values["profile"].value or "",
             budget_device_hours=flag_values["budget_device_hours"].value or 0.0,

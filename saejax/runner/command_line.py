@@ -18,6 +18,7 @@ from saejax.runner.registry import accepted_groups, all_groups, all_stages
 _OF_BINARIES = (
     "plugins",
     "unit",
+    "dry_run",
     "keep_going",
     "take_over",
     "profile",
@@ -38,6 +39,12 @@ def stage_flags() -> flags.FlagValues:
     )
     define_workdir(flag_values)
     flags.DEFINE_string("unit", "", "run only this unit, such as train/topk", flag_values=flag_values)
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "print which units are done, which are left and because of which setting or input, and run nothing",
+        flag_values=flag_values,
+    )
     flags.DEFINE_bool(
         "keep_going",
         False,

@@ -1,6 +1,6 @@
 """Run the stages of a pipeline, one after the other: each unit is found finished, resumed, or made.
 
-1. List the units of the stages and refuse bad settings before anything runs.
+1. List the units of the stages and refuse bad settings before anything runs; several processes compare what units read.
 2. For every unit: skip it if it is done; otherwise claim its folder, run its stage, write its summary.
 3. Several processes run one unit together, or split its items (``Stage.processes``).
 """
@@ -12,32 +12,31 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saejax import config as configuration
 from saejax.config import Configs
 from saejax.errors import CheckFailed, Interrupted, OtherFailed, UserError, one_of
-from saejax.files import read_object
-from saejax.links import member_folder
 from saejax.models.settings import ModelConfig
 from saejax.models.source import runs_in_torch
 from saejax.parallel.cluster import check_same, join, joined_processes, process_label
 from saejax.parallel.processes import Processes, ProcessShare, ShareDone
 from saejax.parallel.settings import MeshConfig
 from saejax.results import to_json
+from saejax.runner.changes import describe_changes
+from saejax.runner.plan import describe_plan, inputs_to_compare, plan_units
 from saejax.runner.preregistration import shows_data, write_rules
 from saejax.runner.profiling import Profiler
 from saejax.runner.registry import all_stages, flag_of, groups_of, with_inputs
 from saejax.runner.stage import split_unit
 from saejax.runner.usage import check_budget, forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.runner.workplan import Workplan
-from saejax.runner.workspace import STARTED, SUMMARY, Run, StackWork, Workspace, now
+from saejax.runner.workspace import SUMMARY, Run, StackWork, Workspace, now
 from saejax.versions import package_versions
 
 _OF_PROCESS = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ between processes of a run
-_NAMED = 4  # differences that a line names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +47,7 @@ class RunOptions:
     take_over: bool = False  #: replace the claims of other processes
     keep_going: bool = False  #: after a unit failed, go on with units that do not depend on it
     profile: str = ""  #: folder for traces of a few steps of each unit; "": none
+    dry_run: bool = False  #: print what would be done with each unit, and do nothing
     budget_device_hours: float = 0.0  #: device-hours of a workdir after which no further unit is begun; 0: no limit
 
 
@@ -106,7 +106,7 @@ def run_stages(
     """
     for stage in stages:
         one_of(stage, all_stages(), "stage")
-    workspace = workdir if isinstance(workdir, Workspace) else Workspace(workdir)
+    workspace = workdir if isinstance(workdir, Workspace) else Workspace(workdir, read_only=options.dry_run)
     # A binary of one stage gives that stage's own error instead.
     if len(stages) > 1:
         stages = without_decoder_stages(stages, configs, say)
@@ -119,6 +119,10 @@ def run_stages(
             all_stages()[stage].check(configs)
     if options.only:
         units = [one_of(options.only, units, "unit (--unit)")]
+    if options.dry_run:
+        for line in describe_plan(plan_units(Workplan(configs), workspace, units)):
+            say(line)
+        return
     processes = None
     if configs[MeshConfig].together:
         _check_keep_going(options, configs)
@@ -128,6 +132,8 @@ def run_stages(
     if processes:
         processes.stopping = stopping
         check_same(processes, _settings_to_compare(configs, units))
+        # By a plan of its own: a unit may read a folder that an earlier one makes.
+        check_same(processes, inputs_to_compare(Workplan(configs), units))
         processes.barrier("all have the same settings")  # before the first process begins a unit
     prefixed = (lambda line: say(process_label() + line)) if processes else say
     pipeline = _Pipeline(workspace, Workplan(configs), processes, prefixed, stopping, substitutes, options, stages)
@@ -223,7 +229,7 @@ def _run_claimed(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], cla
         return
     mark, previous = plan.fingerprint(unit), workspace.current(unit)
     resumed = workspace.begin(unit, mark, _start(plan, unit, plan.configs))
-    differences = "" if resumed or previous is None else _describe_changes(plan, unit, previous)
+    differences = "" if resumed or previous is None else describe_changes(plan, unit, previous)
     pipeline.report(unit, f"{unit}: {'resumed' if resumed else 'started'}{differences}")
     stack: StackWork | None = None
     try:
@@ -378,7 +384,7 @@ def _input_folder(pipeline: _Pipeline, unit: str, need: str) -> Path:
     if not pipeline.plan.is_done(workspace, need):
         previous, state = workspace.current(need), "has not been made"
         if previous and (previous / SUMMARY).exists():
-            state = f"was made with other settings{_describe_changes(pipeline.plan, need, previous)}"
+            state = f"was made with other settings{describe_changes(pipeline.plan, need, previous)}"
         stage = need.partition("/")[0]
         # One program scores prompts and benchmarks.
         program = "baseline" if stage == "benchmark" else stage
@@ -387,52 +393,3 @@ def _input_folder(pipeline: _Pipeline, unit: str, need: str) -> Path:
             f"run experiments.{program} with the same flags first"
         )
     return workspace.folder(whole, mark)
-
-
-def _describe_changes(plan: Workplan, unit: str, previous: Path) -> str:
-    """Return in words in which settings and inputs a unit differs from an earlier one; "" if that does not say."""
-    members = plan.members(unit) if not split_unit(unit)[1] else ()
-    # Of a stack first what differs in one member, which is mostly the same for all.
-    places = [(member_folder(previous, member), f"{unit}/{member}") for member in members]
-    places = [entry for entry in places if entry[0].is_dir()][:1] + [(previous, unit)]
-    for place, part in places:
-        with contextlib.suppress(UserError):  # a damaged file: it is for people
-            before = read_object(place / STARTED).get("depends_on")
-            after = plan.dependencies(part)
-            if before and bool(before.get("settings")) != bool(after["settings"]):
-                # The settings of a stack are those of its members.
-                return f" (alone before, now a stack of {len(members)})" if members else " (a stack before, now alone)"
-            if before and (changes := [*_changes(before, after)]):
-                return f" ({'; '.join(changes)})"
-    return ""
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the differences of two ``Dependencies`` of one unit, the first few in words."""
-    before, after = _flat_dependencies(old), _flat_dependencies(new)
-    names = sorted({*before, *after}, key=lambda name: (not name.startswith("--"), name))
-    differences = [name for name in names if before.get(name) != after.get(name)]
-    for name in differences[:_NAMED]:
-        was, now_is = before.get(name, "unread"), after.get(name, "unread")
-        change = "different" if name in before and name in after else "new" if name in after else "left out"
-        yield f"{name} was {was}, is {now_is}" if name.startswith("--") else f"{name} is {change}"
-    if len(differences) > _NAMED:
-        yield f"and {len(differences) - _NAMED} more"
-
-
-def _flat_dependencies(depends: Mapping[str, Any]) -> dict[str, str]:
-    """Return settings by their flags, and the hashes of everything else."""
-    flags = {
-        f"--{flag_of(group, name)}": _flag_value(value)
-        for group, fields in depends.get("settings", {}).items()
-        for name, value in fields.items()
-    }
-    code = {"the revision of the stage": str(depends.get("revision"))}
-    return flags | depends.get("needs", {}) | depends.get("sources", {}) | code
-
-
-def _flag_value(value: Any) -> str:
-    """Return a setting as it is written on a command line."""
-    if isinstance(value, list):
-        return ",".join(map(_flag_value, value)) or "empty"
-    return value or "empty" if isinstance(value, str) else json.dumps(value)

@@ -50,18 +50,21 @@ class Workspace:
 
     Args:
       root: the folder, made if it does not exist.
+      read_only: whether it is only looked at, and not made.
 
     Raises:
       UserError: it cannot be made or written to.
     """
 
-    def __init__(self, root: str | os.PathLike):
+    def __init__(self, root: str | os.PathLike, read_only: bool = False):
         self.root = Path(root)
         if "://" in str(root):
             raise UserError(
                 f"--workdir={root} is an address: expected a folder; mount the bucket (gcsfuse, s3fs) and name the "
                 "folder that it is mounted at"
             )
+        if read_only:
+            return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             # Permission bits do not tell: the folder may be on a full or read-only disk.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from saejax.errors import UserError
-from saejax.files import file_sha256
 from saejax.models.hub import offline_if_unreachable
+from saejax.models.identity import content_sha256
 
 Found = TypeVar("Found")
 
@@ -34,7 +34,7 @@ def hub_commit(hub: str, revision: str) -> str:
     if Path(hub).is_dir():
         files = sorted(path for path in Path(hub).rglob("*") if path.is_file())
         # By relative path, so that the same folder elsewhere has the same identity.
-        content = [f"{path.relative_to(hub)} {file_sha256(path)}\n" for path in files]
+        content = [f"{path.relative_to(hub)} {content_sha256(path)}\n" for path in files]
         return hashlib.sha256("".join(content).encode()).hexdigest()[:40]
     # A commit needs no network.
     if re.fullmatch("[0-9a-f]{40}", revision):

@@ -10,7 +10,6 @@ gsm8k, math, logic, logiqa, commonsense   questions of a benchmark with their so
 
 import contextlib
 import dataclasses
-import functools
 import glob
 import hashlib
 import itertools
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from saejax.errors import UserError
+from saejax.models.identity import keep_hash
 from saejax.tasks import benchmarks
 from saejax.tasks.files import json_lines, opened, shown, table_rows, text_lines
 from saejax.tasks.hub import hub_commit, hub_rows
@@ -60,12 +60,10 @@ def file_source(path: Path, field: str) -> TextSource:
         kind = next(ending for ending in _FORMATS if path.name.endswith(ending)).split(".")[1]
         # A .txt file has no fields, and the usual one needs no mention.
         named = "" if field == "text" or kind == "txt" else field
-        state = None
-        with contextlib.suppress(OSError):  # ``_hash`` opens the file and reports the error
-            status = path.stat()
-            # Large files are hashed once per process, unless they have changed.
-            state = status.st_size, status.st_mtime_ns, status.st_ino
-        return _hash(path, kind.encode() + b"\0" + named.encode(), state)
+        before = kind.encode() + b"\0" + named.encode()
+        if not path.is_file():
+            return _hash(path, before)  # which opens the file and reports the error
+        return keep_hash(path, f"text {kind} {named}", lambda: _hash(path, before))
 
     def texts() -> Iterator[Text]:
         with _opened(path) as file:
@@ -88,9 +86,8 @@ def _opened(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
     return opened(path, _FLAG, "name a file, or leave it empty")
 
 
-@functools.lru_cache(maxsize=4096)
-def _hash(path: Path, before: bytes, state: object) -> str:
-    """Hash a file's content, read once while the file's ``state`` is the same."""
+def _hash(path: Path, before: bytes) -> str:
+    """Hash a file's content, unpacked."""
     digest = hashlib.sha256(before)
     with _opened(path) as file:
         while block := file.read(_BLOCK):
