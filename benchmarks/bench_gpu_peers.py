@@ -8,11 +8,12 @@ SAE one by one on 64 prompts in float32, against a hook and one pass of the whol
 must agree. train: steps of one dictionary (d 2,304, F 32,768, 8,192 tokens a step, products in bfloat16) against
 sae-lens' trainer with autocast; compared in tokens/s. graph: SmolLM2's graph of 3,000 features with random transcoders
 in float32, against circuit-tracer's. The sides take turns. ``--saelens`` and ``--circuit-tracer`` name interpreters
-that have them, which see the GPU. Without a GPU, or with ``--small``, small shapes on the CPU: does it run? Prints a line
-for each and, last, one line of JSON.
+that have them, which see the GPU. Without a GPU, or with ``--small``, small shapes on the CPU: does it run? Prints a
+line for each and, last, one line of JSON.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -117,11 +118,8 @@ def measure_capture(folder: Path, dtype: str, rows: int, length: int) -> dict[st
     model.model.layers[layer].register_forward_hook(hook)
 
     def theirs() -> None:
-        with torch.inference_mode():
-            try:
-                model.model(ids, use_cache=False)
-            except Stopped:
-                pass
+        with torch.inference_mode(), contextlib.suppress(Stopped):
+            model.model(ids, use_cache=False)
 
     def ours() -> jax.Array:
         return lm(tokens, capture=[site], logits=False).sites[site]
@@ -199,20 +197,20 @@ def measure_ablation(folder: Path, prompts: int, features: int) -> dict[str, flo
     chosen = np.argsort(-(f_BxTxF != 0).any(1).sum(0), kind="stable")[:features]
     f_BxTxS = torch.tensor(f_BxTxF[..., chosen], device=TORCH_DEVICE)
     rows_SxD = torch.tensor(np.array(dictionary.W_dec_FxD)[chosen], device=TORCH_DEVICE)
-    found: dict[str, np.ndarray] = {}
+    results: dict[str, np.ndarray] = {}
 
     def theirs() -> None:
         drops = [clean_B - without(f_BxTxS[..., s, None] * rows_SxD[s]) for s in range(features)]
-        found["theirs"] = torch.stack(drops).cpu().numpy()
+        results["theirs"] = torch.stack(drops).cpu().numpy()
 
     def ours() -> None:
         edits = mask(dictionary, [[int(feature)] for feature in chosen])
         clean_P, *edited_SxP = run_edits(split, split.run(drawn), edits)["logit_diff"]
-        found["ours"] = clean_P - np.array(edited_SxP)
+        results["ours"] = clean_P - np.array(edited_SxP)
 
     taken = medians(dict(ours=lambda: seconds(ours), theirs=lambda: torch_seconds(theirs)), 2)
-    worst = np.abs(found["ours"] - found["theirs"]).max()
-    print(f"  largest difference of effects {worst:.1e} logits, of effects up to {np.abs(found['theirs']).max():.1e}")
+    worst = np.abs(results["ours"] - results["theirs"]).max()
+    print(f"  largest difference of effects {worst:.1e} logits, of effects up to {np.abs(results['theirs']).max():.1e}")
     assert worst < AGREEMENT, "the two sides differ: this is a bug"
     effects = features * prompts
     return show("ablate float32", effects / taken["ours"], effects / taken["theirs"], "effects/s", "hooks")
@@ -232,8 +230,8 @@ def measure_training(
         np.save(path, batches)
         command = [saelens, str(Path(__file__).with_name("bench_train_saelens.py")), str(path), str(features), str(k)]
         lines = [json.dumps(dict(kind=kind, autocast=True, steps=n)) for n in (3, steps, steps, steps)]
-        asked = "\n".join(lines) + "\n"
-        ran = subprocess.run([*command, TORCH_DEVICE], input=asked, capture_output=True, text=True)
+        requests = "\n".join(lines) + "\n"
+        ran = subprocess.run([*command, TORCH_DEVICE], input=requests, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr[-2000:]
     answers = [json.loads(line)["seconds"] for line in ran.stdout.splitlines() if line.startswith("{")]
     return show(f"train {kind}", ours, batch * steps / float(np.median(answers[1:])), "tokens/s", "sae-lens")
@@ -243,7 +241,7 @@ def measure_graph(folder: Path, small: bool, circuit_tracer: str) -> dict[str, f
     """Trace graphs of prompts of 32 tokens; rows (targets) a second. Random transcoders: every one of them is active."""
     lm = saejax.load_model("smollm2")
     transcoders, rows = random_transcoders(lm.config), 200 if small else 3000
-    text = "One day she said that there was a way to see where the water went, and that it was not far from here. The road "
+    text = "One day she said that there was a way to see where the water went, and it was not far from here. A road "
     ids = lm.tokenizer(text * 3)["input_ids"][:33]
 
     def trace(at: int) -> None:
@@ -253,13 +251,13 @@ def measure_graph(folder: Path, small: bool, circuit_tracer: str) -> dict[str, f
     ours = float(np.median([seconds(trace, 1), seconds(trace, 0), seconds(trace, 1)]))
     load_torch_model(lm.source).save_pretrained(folder / "smollm2")
     lm.tokenizer.save_pretrained(folder / "smollm2")
-    made = []
+    exported = []
     for layer in range(lm.config.n_layers):
         dictionary = transcoders.load(layer)
         places = dict(site=f"mlp_in.{layer}", target=f"mlp_out.{layer}")
         config = dataclasses.replace(dictionary.config, **places, signed=True)  # as circuit-tracer's TopK is
-        made.append(saejax.Dictionary(config, **dictionary.arrays))
-    saejax.save_transcoders(folder / "set", made)
+        exported.append(saejax.Dictionary(config, **dictionary.arrays))
+    saejax.save_transcoders(folder / "set", exported)
     judge = Path(__file__).parents[1] / "tests/attribution/circuit_tracer_judge.py"
     request = [str(folder / "smollm2"), str(folder / "set"), ",".join(map(str, ids[:32])), str(rows), TORCH_DEVICE]
     ran = subprocess.run([circuit_tracer, "-W", "ignore", str(judge), "time", *request], capture_output=True, text=True)

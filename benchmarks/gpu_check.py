@@ -29,7 +29,7 @@ import saejax  # noqa: E402
 from benchmarks.bench_attribute import graph_flops, random_transcoders  # noqa: E402
 from benchmarks.train_setup import Stepper, make_stack, matmul_rate, sparse_sums  # noqa: E402
 from saejax.attribution.trace.prompt import trace_prompt  # noqa: E402
-from saejax.flops import pass_flops, peak_flops, step_flops
+from saejax.flops import pass_flops, peak_flops, step_flops  # noqa: E402
 from saejax.models.source import ModelConfig, load_torch_model, resolve  # noqa: E402
 from saejax.training.stack import TrainStack  # noqa: E402
 from saejax.training.state import init_state  # noqa: E402

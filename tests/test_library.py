@@ -1,7 +1,6 @@
 """The library: its names, their types, and its functions against the model and numpy."""
 
 import dataclasses
-import importlib
 import re
 import subprocess
 import sys

@@ -11,10 +11,11 @@ from saejax.runner import changes, pipeline, workplan
 from saejax.runner.pipeline import RunOptions
 from saejax.runner.registry import all_stages
 
+OPTIONS = RunOptions()
 ALL = "preflight baseline capture train/topk train/standard evaluate/topk evaluate/standard ablate/topk report"
 
 
-def go(workdir, stages=(), say=lambda line: None, refused=(), stopped=(), options=RunOptions(), **changes) -> list[str]:
+def go(workdir, stages=(), say=lambda line: None, refused=(), stopped=(), options=OPTIONS, **changes) -> list[str]:
     """Runs made-up stages with settings changed, such as train__k=3; gives the units that ran."""
     ran: list[str] = []
 
@@ -36,7 +37,9 @@ def go(workdir, stages=(), say=lambda line: None, refused=(), stopped=(), option
     with pytest.MonkeyPatch.context() as patch:
         for module in (pipeline, workplan):
             patch.setattr(module, "all_stages", lambda: stand_ins)
-        pipeline.run_stages(stages or tuple(all_stages()), make_configs(**changes), str(workdir), say=say, options=options)
+        pipeline.run_stages(
+            stages or tuple(all_stages()), make_configs(**changes), str(workdir), say=say, options=options
+        )
     return ran
 
 

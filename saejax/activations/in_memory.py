@@ -91,7 +91,7 @@ def capture(
       UserError: a text is empty or too long, a site does not exist, or a value is not finite.
     """
     tokens = lm.tokenize(texts)
-    ends_N = np.concatenate([[0], np.cumsum(tokens.lengths_B)])
+    offsets = np.concatenate([[0], np.cumsum(tokens.lengths_B)])
     values: dict[str, np.ndarray] = {}
     for chosen, rows, length in even_batches(tokens.lengths_B, batch_tokens, lm.mesh.shape["data"], _PROGRAM):
         # Rows are filled up to a number that the devices divide; the copies are not kept.
@@ -99,15 +99,15 @@ def capture(
         batch = Tokens(tokens.ids_BxT[filled_B, :length], tokens.lengths_B[filled_B])
         for site, value_BxTxD in lm(batch, capture=sites, logits=False).sites.items():
             host_BxTxD = np.asarray(value_BxTxD, np.float32)
-            kept_NxD = values.setdefault(site, np.empty((ends_N[-1], host_BxTxD.shape[2]), np.float32))
+            kept_NxD = values.setdefault(site, np.empty((offsets[-1], host_BxTxD.shape[2]), np.float32))
             for text, value_TxD in zip(chosen, host_BxTxD, strict=False):
-                kept_NxD[ends_N[text] : ends_N[text + 1]] = value_TxD[: tokens.lengths_B[text]]
+                kept_NxD[offsets[text] : offsets[text + 1]] = value_TxD[: tokens.lengths_B[text]]
     for site, value_NxD in values.items():
         if not np.isfinite(value_NxD).all():
             raise UserError(f"activations at {site} are NaN or infinite: check the model's weights, or use float32")
     texts_ids = [row_T[:length] for row_T, length in zip(tokens.ids_BxT, tokens.lengths_B, strict=True)]
     text_N = np.repeat(np.arange(len(texts_ids)), tokens.lengths_B)
-    index_Nx3 = np.stack([text_N, np.arange(ends_N[-1]) - ends_N[text_N], np.concatenate(texts_ids)], axis=1)
+    index_Nx3 = np.stack([text_N, np.arange(offsets[-1]) - offsets[text_N], np.concatenate(texts_ids)], axis=1)
     model = CapturedModel.of(lm.source, str(lm.params["embed_VxD"].dtype))
     # Some tokenizers have no BOS token at all.
     bos_id = getattr(lm.tokenizer, "bos_token_id", None)

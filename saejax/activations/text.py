@@ -26,7 +26,13 @@ def corpus_documents(configs: Configs, request: CaptureRequest) -> Documents:
 
 
 def check_vocabulary(model: source.ModelSource, vocabulary: int | None, ids_T: np.ndarray) -> None:
-    """Raise a ``UserError`` if a token id has no embedding."""
+    """Raise a ``UserError`` if a token id has no embedding.
+
+    Args:
+      model: where the model comes from.
+      vocabulary: number of its embeddings; None: not known.
+      ids_T: token ids of the text.
+    """
     largest = int(ids_T.max())
     if vocabulary is not None and largest >= vocabulary:
         raise UserError(

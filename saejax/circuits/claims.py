@@ -37,7 +37,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class JudgedClaim:
-    """What came of a claim here, and by which measurements."""
+    """The outcome of a claim here, and the measurements that decide it."""
 
     outcome: str  #: confirmed, not seen or not testable
     edges: tuple[Edge, ...] = ()  #: the drawn edges that the claim predicts; (): there are none

@@ -30,7 +30,8 @@ class StopAgreement:
 
     def __init__(self, processes: Processes):
         self._processes, self._lock = processes, threading.Lock()
-        self._asked, self._stop_at = 0, None
+        self._questions = 0
+        self._last_question: int | None = None  # at which all stop, once they have agreed
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="saejax-stop", daemon=True)
         self._thread.start()
@@ -39,8 +40,8 @@ class StopAgreement:
     def ask(self) -> bool:
         """Return whether to stop; all processes get the same answer to their question of the same number."""
         with self._lock:
-            self._asked += 1
-            return self._stop_at is not None and self._asked >= self._stop_at
+            self._questions += 1
+            return self._last_question is not None and self._questions >= self._last_question
 
     def end(self) -> None:
         """End the thread."""
@@ -50,19 +51,17 @@ class StopAgreement:
     def _watch(self) -> None:
         """Wait until a process is told to stop, then agree on the question."""
         with contextlib.suppress(Exception):  # the service is gone when process 0 has ended
-            told = False
             while not self._ended.wait(_LOOK_EVERY):
-                if self._processes.stopping() and not told:
-                    self._processes.put("stop/told", "")
-                    told = True
-                if self._processes.get("stop/told"):
+                if self._processes.stopping():
+                    self._processes.put("stop/signals", "")
+                if self._processes.get("stop/signals"):
                     return self._agree()
 
     def _agree(self) -> None:
         with self._lock:
-            self._processes.put("stop/asked", str(self._asked))
-            while len(asked := self._processes.get("stop/asked")) < self._processes.count:
+            self._processes.put("stop/questions", str(self._questions))
+            while len(questions := self._processes.get("stop/questions")) < self._processes.count:
                 if self._ended.is_set() or self._processes.failure():
                     return
                 time.sleep(_LOOK_EVERY)
-            self._stop_at = max(map(int, asked.values())) + 1
+            self._last_question = max(map(int, questions.values())) + 1

@@ -1,4 +1,4 @@
-"""What differs between a unit of now and an earlier one, in words."""
+"""Differences between a unit of now and an earlier one, in words."""
 
 import contextlib
 import json

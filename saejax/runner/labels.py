@@ -27,8 +27,8 @@ def labels_of_folders(folders: Iterable[str | Path]) -> dict[tuple[int, int], st
     """
     labels: dict[tuple[int, int], str] = {}
     for layer, trained in trained_layers(folders).items():
-        found = labels_of(trained.workdir, trained.name)
-        labels |= {(layer, feature): label.label for feature, label in found.items()}
+        by_feature = labels_of(trained.workdir, trained.name)
+        labels |= {(layer, feature): label.label for feature, label in by_feature.items()}
     return labels
 
 

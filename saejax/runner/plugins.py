@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from saejax.config import group_name
+from saejax.config import Configs, group_name
 from saejax.dictionaries import kinds
 from saejax.dictionaries.kinds.settings import KIND_SETTINGS
 from saejax.errors import UserError
@@ -63,16 +63,19 @@ def _add_stages(file: Path, stages: Mapping[str, Stage], source: str) -> None:
     for name, stage in stages.items():
         if name in registry.own_stages():
             raise UserError(f"--plugins={file} declares the stage {name}, which saejax has: give it another name")
-        taken = {group_name(group): group for own in registry.own_stages().values() for group in own.groups}
+        groups = [group for present in registry.own_stages().values() for group in present.groups]
+        taken = {group_name(group): group for group in groups}
         for group in stage.groups:
             if taken.get(group_name(group), group) is not group:
                 raise UserError(
                     f"--plugins={file} has settings {group.__name__}, whose flags --{group_name(group)}.* saejax has: "
                     "give the class another name"
                 )
-        registry.add_stage(
-            dataclasses.replace(stage, identity={**stage.identity, "plugin": lambda configs, source=source: source})
-        )
+
+        def hash_of_file(configs: Configs) -> str:
+            return source
+
+        registry.add_stage(dataclasses.replace(stage, identity={**stage.identity, "plugin": hash_of_file}))
 
 
 def _run(file: Path, name: str) -> types.ModuleType:

@@ -350,8 +350,8 @@ class _Claimant:
                 return abs(psutil.Process(self.process).create_time() - self.began) > 1
             return True
         # A job that was requeued has ended before. One allocation may hold several runs, on hosts of its own each.
-        (job, _, restart), (own, _, own_restart) = self.job.partition(" restart "), observer.job.partition(" restart ")
-        return bool(job) and job == own and int(restart or 0) < int(own_restart or 0)
+        (job, _, before), (job_now, _, restarts) = self.job.partition(" restart "), observer.job.partition(" restart ")
+        return bool(job) and job == job_now and int(before or 0) < int(restarts or 0)
 
 
 def _create(path: Path, text: str) -> bool:

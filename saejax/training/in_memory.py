@@ -59,7 +59,8 @@ def train(
         nothing is kept.
       mesh: arrangement of the devices; None: all devices share the tokens.
       on_progress: takes lines that say how far it is.
-      **settings: other fields of ``saejax.training.settings.TrainConfig``, such as k=32, expansion=8, learning_rate=1e-3.
+      **settings: other fields of ``saejax.training.settings.TrainConfig``, such as k=32, expansion=8,
+        learning_rate=1e-3.
 
     Raises:
       UserError: a setting is unknown, out of range or a list of several values, the site is not there, the folder

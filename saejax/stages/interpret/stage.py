@@ -11,7 +11,7 @@ from saejax.stages import identities
 from saejax.stages.interpret.report import sections
 from saejax.stages.interpret.run import run_interpret
 from saejax.stages.interpret.settings import InterpretConfig
-from saejax.stages.train.members import units_of_members, trained_sites
+from saejax.stages.train.members import trained_sites, units_of_members
 from saejax.tasks.settings import TaskConfig
 
 

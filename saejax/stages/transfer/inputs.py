@@ -1,4 +1,4 @@
-"""What workdirs have for the comparison of dictionaries: the dictionaries, their dead features, and shared text."""
+"""Inputs of the comparison of dictionaries, from workdirs: the dictionaries, their dead features, and shared text."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
