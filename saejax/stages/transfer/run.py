@@ -1,10 +1,10 @@
 """The stage ``transfer``: what dictionaries of different layers, seeds, sizes and models have in common.
 
 1. Dictionaries of one model are compared in every pair; of pairs of different models all, or a sample.
-2. Where it is needed, models read the same text, one model at a time (``reading``).
+2. Where it is needed, models read the same text, one model at a time (``matching.transfer.reading``).
 3. For each first dictionary of a pair: match its features with those of each second one by every measure that applies
    (``matching.match``), and beside it with rows that share nothing with it; evaluate each dictionary at the other's
-   site if asked for (``reconstruction``).
+   site if asked for (``matching.transfer.reconstruction``).
 4. Chains through the layers follow from the pairs of features (``summary``).
 
 Dictionaries are loaded when they are used, and the rows of a few are kept: memory does not grow with their number.
