@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, strict broadcasting, and the models that many tests share."""
 
 import atexit
+import collections
 import contextlib
 import gc
 import os
@@ -19,7 +20,9 @@ if sys.dont_write_bytecode:
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices' threads meet on few cores: a loaded machine must not make XLA give up on them (after 40 s).
-os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+# Of flags that are given, the processor to compile for is kept: XLA_FLAGS=--xla_cpu_max_isa=AVX2 tests as on another.
+_given = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.startswith("--xla_cpu_max_isa=")]
+os.environ["XLA_FLAGS"] = " ".join(["--xla_cpu_collective_call_terminate_timeout_seconds=600", *_given])
 # Tests compile thousands of programs that run for moments: with least effort each takes a third of the time. Set
 # SAEJAX_FULL_COMPILER=1 for the programs that users run; the demos and benchmarks run these anyway.
 if not os.environ.get("SAEJAX_FULL_COMPILER"):
@@ -82,6 +85,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no process works on one alone at the end."""
     order = {name: place for place, name in enumerate(LONGEST.split())}
     items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say at the end which tests were skipped and why, so that one for want of a library or reference is not missed."""
+    tests_of = collections.defaultdict(list)
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        tests_of[reason.removeprefix("Skipped: ")].append(report.nodeid.partition("[")[0])
+    if tests_of:
+        terminalreporter.section("skipped, and why")
+    for reason, tests in sorted(tests_of.items()):
+        terminalreporter.line(f"{len(tests)} skipped: {reason}")
+        for test in sorted(set(tests)):
+            terminalreporter.line(f"    {test}" + f" ({tests.count(test)} cases)" * (tests.count(test) > 1))
 
 
 def pytest_collection_finish() -> None:

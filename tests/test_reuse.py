@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import runs
+from torch_sites import relative_error
 
 from saejax.runner import command, command_line
 from saejax.runner.registry import all_stages
@@ -79,7 +81,7 @@ def test_the_place_of_model_and_text_and_the_kind_of_device_change_nothing(input
 
 
 def test_one_more_site_captures_one_site(inputs, tmp_path, capsys, monkeypatch):
-    """The store of both sites is the bits of a store made at once, and the model is read for the new one alone."""
+    """The store of both sites is the one made at once, to rounding, and the model is read for the new one alone."""
     from saejax.activations.writer import StoreWriter
 
     written, write = [], StoreWriter.write_site
@@ -99,5 +101,10 @@ def test_one_more_site_captures_one_site(inputs, tmp_path, capsys, monkeypatch):
     files = sorted(path.relative_to(whole / "capture") for path in (whole / "capture").rglob("*.npy"))
     assert len(files) > 6
     for file in files:
-        assert (grown / "capture" / file).read_bytes() == (whole / "capture" / file).read_bytes(), file
+        ours, theirs = (np.load(folder / "capture" / file) for folder in (grown, whole))
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, file
+        if ours.dtype == np.float32:  # passes for one site and for two may round otherwise
+            assert relative_error(ours, theirs) < 1e-5, file
+        else:
+            assert np.array_equal(ours, theirs), file
     assert capture(grown, "resid_post.1", ["capture"])[0] == set(), "a store of fewer sites takes all of them"

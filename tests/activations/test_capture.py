@@ -110,9 +110,10 @@ def test_of_a_few_documents_that_hold_no_texts_end_nothing_is_captured(setup, mo
 def test_bfloat16_on_disk_is_the_rounded_value(setup, captured):
     rounded, _ = setup.capture("rounded", store_dtype="bfloat16", sites=("resid_post.2",))
     rows = np.arange(captured[0].manifest.rows)
-    exact = torch.tensor(captured[0].read("resid_post.2", rows)).to(torch.bfloat16).float().numpy()
-    # Batches are the same, so that every bit must be.
-    assert np.array_equal(rounded.read("resid_post.2", rows).astype(np.float32), exact)
+    exact, found = captured[0].read("resid_post.2", rows), rounded.read("resid_post.2", rows).astype(np.float32)
+    assert np.array_equal(found, torch.tensor(found).to(torch.bfloat16).float().numpy())
+    # Half of the last of eight bits; and another pass, which stops earlier, may round fp32 otherwise.
+    assert (np.abs(found - exact) <= 2**-8 * np.abs(exact) + 1e-5 * np.abs(exact).max()).all()
 
 
 def test_max_tokens_takes_that_many_tokens_of_the_corpus_and_progress_tells_speed_and_time_to_go(

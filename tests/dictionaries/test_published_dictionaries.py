@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub.utils import filter_repo_objects
-from known_dictionaries import assert_computes
+from known_dictionaries import assert_computes, relative
 from safetensors.numpy import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -870,7 +870,8 @@ def test_bfloat16_matrices_stay_so_when_asked_and_compute_the_same(dtype, stored
     dictionary, wide = load_dictionary(tmp_path, dtype=dtype), load_dictionary(tmp_path)
     assert dictionary.W_enc_DxF.dtype == dictionary.W_dec_FxD.dtype == stored
     assert dictionary.b_enc_F.dtype == dictionary.b_dec_D.dtype == "float32"
-    np.testing.assert_array_equal(dictionary(jnp.asarray(X)), wide(jnp.asarray(X)))
+    # Products of the stored and of the widened matrices are two programs: the same to rounding of fp32.
+    assert relative(dictionary(jnp.asarray(X)), wide(jnp.asarray(X))) < 1e-5
     with pytest.raises(UserError, match="unknown dtype 'float8'"):
         load_dictionary(tmp_path, dtype="float8")
 

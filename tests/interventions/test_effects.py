@@ -315,8 +315,10 @@ def test_attribution_of_a_target_equals_that_of_answers(tiny, prompts, dictionar
 def test_whole_answers_and_cross_entropy_equal_full_passes(tiny, few, dictionary):
     batch = edits.mask(dictionary, FEW_SETS)
     value_ExPxR = engine.effects(tiny, few, batch, ("answer_log_prob", "ce", "logit_diff"))
-    np.testing.assert_array_equal(value_ExPxR[:, :, 2], engine.effects(tiny, few, batch)[:, :, 0])
-    np.testing.assert_array_equal(value_ExPxR[:, :, :2], engine.effects(tiny, few, batch, ("answer_log_prob", "ce")))
+    # Other readouts make another program: the same to rounding of logits.
+    np.testing.assert_allclose(value_ExPxR[:, :, 2], engine.effects(tiny, few, batch)[:, :, 0], atol=2e-5)
+    two_ExPx2 = engine.effects(tiny, few, batch, ("answer_log_prob", "ce"))
+    np.testing.assert_allclose(value_ExPxR[:, :, :2], two_ExPx2, rtol=1e-6, atol=2e-5)
     pairs = [encode_pair(tiny.tokenizer, prompt.text, prompt.correct + " and on") for prompt in few]
     longer = [dataclasses.replace(prompt, correct=prompt.correct + " and on") for prompt in few]
     tokens = tiny.tokenize([prompt.text for prompt in few])

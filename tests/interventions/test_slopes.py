@@ -51,7 +51,7 @@ def test_with_counterparts_their_activations_stand_in(tiny, pairs, dictionary, p
         counterpart = plain(dictionary, dataclasses.replace(few[p], text=few[p].counterpart))
         assert_attributed(attribution_NxF[p], plain(dictionary, few[p]).attribution(counterpart))
     same = [dataclasses.replace(run, counterpart=run) for run in runs]
-    assert (slopes.attribution(split, same, source) == 0).all()
+    assert np.abs(slopes.attribution(split, same, source)).max() < 1e-6 * np.abs(attribution_NxF).max()
 
 
 @pytest.mark.parametrize("kind", ["mean", "random"])

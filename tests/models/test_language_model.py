@@ -112,7 +112,8 @@ def test_edits_change_what_comes_after_them_at_real_positions(lm, tokens):
     edited = lm(tokens, capture=names, edits=[Add(vector, Site("mlp_out", 1)), Add(-vector, Site("mlp_out", 1))])
     np.testing.assert_allclose(edited.logits_BxTxV, clean.logits_BxTxV, atol=1e-4)
     edited = lm(tokens, capture=names, edits=[Add(vector, Site("mlp_out", 1))])
-    np.testing.assert_array_equal(edited.sites["resid_mid.1"], clean.sites["resid_mid.1"])
+    # Programs with and without edits round otherwise; the edit itself adds up to 63.
+    np.testing.assert_allclose(edited.sites["resid_mid.1"], clean.sites["resid_mid.1"], atol=1e-4)
     change = np.asarray(edited.sites["mlp_out.1"] - clean.sites["mlp_out.1"])
     mask = tokens.mask_BxT
     np.testing.assert_allclose(change[mask], np.broadcast_to(vector, change[mask].shape), atol=1e-4)

@@ -21,11 +21,15 @@ def test_the_logit_lens_reads_what_the_formula_says(tiny_llama, one_device):
         logp = np.asarray(jax.nn.log_softmax(decoder.unembed(lm.config, lm.params, x_BxTxD)))
         np.testing.assert_allclose(lm.unembed(x_BxTxD), decoder.unembed(lm.config, lm.params, x_BxTxD), atol=1e-5)
         np.testing.assert_allclose(reading.answer_logp_LxBxTxN[layer], logp[..., [7, 11]], atol=2e-4)
-        rank = (logp > logp[..., 7:8]).sum(-1)
-        np.testing.assert_array_equal(reading.answer_rank_LxBxTxN[layer, ..., 0], rank, strict=False)
+        # Another program rounds otherwise: tokens that are as likely to 1e-4 may stand on either side.
+        least, most = ((logp > logp[..., 7:8] + by).sum(-1) for by in (1e-4, -1e-4))
+        rank = np.asarray(reading.answer_rank_LxBxTxN[layer, ..., 0])
+        assert (least <= rank).all() and (rank < most).all() and (most - least).mean() < 1.1
         np.testing.assert_allclose(reading.logp_LxBxTxC[layer], -np.sort(-logp)[..., :3], atol=2e-4)
         kl = (np.exp(final) * (final - logp)).sum(-1)
         np.testing.assert_allclose(reading.kl_LxBxT[layer], kl, atol=2e-3)
     assert np.abs(reading.kl_LxBxT[-1]).max() < 1e-4  # the last layer reads as the model's own distribution
     assert reading.control.kl_LxBxT[-1].mean() > 0.5  # and a rotated stream does not
-    assert (reading.ids_LxBxTxC[-1, ..., 0] == np.asarray(full.logits_BxTxV.argmax(-1))).all()
+    logits = np.asarray(full.logits_BxTxV)
+    chosen = np.take_along_axis(logits, np.asarray(reading.ids_LxBxTxC[-1, ..., :1]), -1)[..., 0]
+    np.testing.assert_allclose(chosen, logits.max(-1), atol=1e-4)

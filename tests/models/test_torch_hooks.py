@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import OTHER_FIELDS, make_tiny
+from torch_sites import relative_error
 
 from saejax.errors import UserError
 from saejax.models.sites import KINDS, ModuleSite, Site
@@ -39,8 +40,9 @@ def test_sites_of_a_layout(family):
     at, logits = values_at(model, sites)
     plain = model.model(torch.tensor(IDS_BxT.astype(np.int64)), output_hidden_states=True)
     pre, attn_out, mid, mlp_in, mlp_out, post = (at[site] for site in sites)
-    torch.testing.assert_close(logits, plain.logits, rtol=0, atol=0)
-    torch.testing.assert_close(pre, plain.hidden_states[1], rtol=0, atol=0)
+    # A pass with gradients and one without may take other kernels: the same to rounding.
+    assert relative_error(logits, plain.logits.detach()) < 1e-5
+    assert relative_error(pre, plain.hidden_states[1].detach()) < 1e-5
     torch.testing.assert_close(mid, pre + attn_out)
     torch.testing.assert_close(post, mid + mlp_out, rtol=1e-5, atol=1e-5)
     assert mlp_in.shape == mlp_out.shape and attn_out.abs().max() > 1e-2 and mlp_out.abs().max() > 1e-2

@@ -42,9 +42,11 @@ def test_what_dead_features_become_and_that_the_living_stay(kind):
     living = np.setdiff1d(np.arange(F), DEAD)
     for name, array in state.params.items():
         if name in PER_FEATURE:
-            assert np.array_equal(of_features(name, array[0], living), of_features(name, plain.params[name][0], living))
+            ours, theirs = (of_features(name, one, living) for one in (array[0], plain.params[name][0]))
         else:
-            assert np.array_equal(array, plain.params[name])
+            ours, theirs = np.asarray(array), np.asarray(plain.params[name])
+        # Two programs; a step moves parameters by up to 3e-3, and what comes to life by much more.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * max(np.abs(theirs).max(), 1), err_msg=name)
     W_enc, W_dec = (np.asarray(state.params[name][0], np.float64) for name in ("W_enc_DxF", "W_dec_FxD"))
     offsets = batch - np.asarray(state.params["b_dec_D"][0])
     directions = offsets / np.linalg.norm(offsets, axis=1, keepdims=True)

@@ -178,7 +178,7 @@ def test_readouts_and_layers_without_changes_cost_nothing(traced):
         params.pop(name, None)
     without = copy.copy(local)
     without.frozen = dataclasses.replace(local.frozen, params=params)
-    np.testing.assert_array_equal(without.run(rows, readouts=readouts, logits=False).readout_RxK, wanted_RxK)
+    np.testing.assert_allclose(without.run(rows, readouts=readouts, logits=False).readout_RxK, wanted_RxK, atol=5e-6)
     ((_, plan),) = edits.plan_edits(local, [[Change(1, 3, 0, 2.5)]], "none")
     nothing_RxTxD = jnp.zeros((plan.rows, *local.stream_LxTxD.shape[1:]))
     added = [plan.difference(layer, "none", nothing_RxTxD, nothing_RxTxD) is not None for layer in range(3)]
@@ -295,7 +295,7 @@ def test_constrained_is_all_held_below_a_layer_but_for_norms(traced, edited):
     local, transcoders, readouts, _ = traced
     rows = [[Change(0, 2, 3, 2.0)], [Change(1, 3, 5, 1.0), Change(0, 4, 1, 0.5)]]
     held, constrained = (local.run(rows, freeze, readouts=readouts) for freeze in ("all", "constrained"))
-    np.testing.assert_array_equal(held.readout_RxK, constrained.readout_RxK)
+    np.testing.assert_allclose(held.readout_RxK, constrained.readout_RxK, atol=5e-6)
     with pytest.raises(UserError, match="a feature of layer 1 is changed, and layers below 1 are constrained"):
         local.run(rows[1:], "constrained", readouts=readouts, freeze_until=1)
     some = local.run(rows[:1], "constrained", readouts=readouts, freeze_until=2)
