@@ -21,8 +21,10 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight devices' threads meet on few cores: a loaded machine must not make XLA give up on them (after 40 s).
 # Of flags that are given, the processor to compile for is kept: XLA_FLAGS=--xla_cpu_max_isa=AVX2 tests as on another.
-_given = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.startswith("--xla_cpu_max_isa=")]
-os.environ["XLA_FLAGS"] = " ".join(["--xla_cpu_collective_call_terminate_timeout_seconds=600", *_given])
+os.environ["XLA_FLAGS"] = " ".join(
+    ["--xla_cpu_collective_call_terminate_timeout_seconds=600"]
+    + [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.startswith("--xla_cpu_max_isa=")]
+)
 # Tests compile thousands of programs that run for moments: with least effort each takes a third of the time. Set
 # SAEJAX_FULL_COMPILER=1 for the programs that users run; the demos and benchmarks run these anyway.
 if not os.environ.get("SAEJAX_FULL_COMPILER"):
