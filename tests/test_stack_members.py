@@ -14,6 +14,7 @@ from saejax.errors import UserError
 from saejax.files import write_json
 from saejax.links import member_folder
 from saejax.runner import command, command_line, pipeline
+from saejax.runner.changes import describe_changes
 from saejax.runner.labels import feature_names
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import Workspace
@@ -119,7 +120,7 @@ def test_a_stack_in_place_of_one_dictionary_is_no_list_of_settings(inputs, tmp_p
         (stack, alone, "a stack before, now"),
     ):
         write_json(tmp_path / "started.json", dict(depends_on=before.dependencies("train/topk")))
-        assert words in pipeline._describe_changes(after, "train/topk", tmp_path)
+        assert words in describe_changes(after, "train/topk", tmp_path)
 
 
 def test_a_stage_reads_the_member_that_its_flag_names(inputs, tmp_path):

@@ -8,7 +8,6 @@ import pytest
 from made_up_documents import made_up_document
 
 from saejax.attribution.forms.neuronpedia import INDEX, write_graph
-from saejax.stages.attribute.requests import read_groups
 from saejax.attribution.settings import GraphConfig
 from saejax.errors import UserError
 from saejax.interpret.labels import read_labels
@@ -17,6 +16,7 @@ from saejax.serving.app import GraphServer, list_page
 from saejax.serving.jobs import Jobs
 from saejax.serving.session import ModelSession
 from saejax.serving.store import GraphStore
+from saejax.stages.attribute.requests import read_groups
 
 SET = ["runs/other set"]
 
