@@ -238,7 +238,7 @@ def measure_training(
 
 
 def measure_graph(folder: Path, small: bool, circuit_tracer: str) -> dict[str, float]:
-    """Trace graphs of prompts of 32 tokens; rows (targets) a second. Random transcoders: every one of them is active."""
+    """Trace graphs of prompts of 32 tokens; rows (targets) a second. Of random transcoders, every one is active."""
     lm = saejax.load_model("smollm2")
     transcoders, rows = random_transcoders(lm.config), 200 if small else 3000
     text = "One day she said that there was a way to see where the water went, and it was not far from here. A road "

@@ -27,9 +27,8 @@ from saejax.parallel.settings import MeshConfig
 from saejax.results import to_json
 from saejax.runner.changes import describe_changes
 from saejax.runner.plan import describe_plan, inputs_to_compare, plan_units
-from saejax.runner.preregistration import shows_data, write_rules
 from saejax.runner.profiling import Profiler
-from saejax.runner.registry import all_stages, flag_of, groups_of, with_inputs
+from saejax.runner.registry import all_stages, flag_of, groups_of
 from saejax.runner.stage import split_unit
 from saejax.runner.usage import check_budget, forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.runner.workplan import Workplan
@@ -62,7 +61,6 @@ class _Pipeline:
     stopping: Callable[[], bool]
     substitutes: Mapping[str, Callable[[Run], Any]]
     options: "RunOptions"
-    stages: Sequence[str]
 
     @property
     def leads(self) -> bool:
@@ -136,7 +134,7 @@ def run_stages(
         check_same(processes, inputs_to_compare(Workplan(configs), units))
         processes.barrier("all have the same settings")  # before the first process begins a unit
     prefixed = (lambda line: say(process_label() + line)) if processes else say
-    pipeline = _Pipeline(workspace, Workplan(configs), processes, prefixed, stopping, substitutes, options, stages)
+    pipeline = _Pipeline(workspace, Workplan(configs), processes, prefixed, stopping, substitutes, options)
     failed: dict[str, str] = {}
     for unit in units:
         if stopping():
@@ -197,7 +195,6 @@ def _settings_to_compare(configs: Configs, units: Sequence[str]) -> dict[str, st
 
 def _run_unit(pipeline: _Pipeline, unit: str) -> None:
     """Make a unit unless it is done; several processes return when it is done."""
-    stage, _, _ = unit.partition("/")
     workspace, plan, processes = pipeline.workspace, pipeline.plan, pipeline.processes
     mark = plan.fingerprint(unit)
     done = plan.is_done(workspace, unit) if pipeline.leads else False
@@ -210,8 +207,6 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
         return
     inputs = {need: _input_folder(pipeline, unit, need) for need in plan.needs(unit)}
     if pipeline.leads:
-        if shows_data(stage):
-            write_rules(workspace.root, plan.configs, with_inputs(pipeline.stages))
         with contextlib.ExitStack() as claims:
             claims.enter_context(workspace.claim(unit, mark, pipeline.options.take_over))
             _run_claimed(pipeline, unit, inputs, claims)

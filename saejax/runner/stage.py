@@ -58,9 +58,6 @@ class Stage:
     #: writes its part of the report: takes ``Findings`` and ``Draw``, returns sections.
     section: Callable[[Any, Any], Sequence[Any]] | None = None
     results: Any = None  #: the class of the results; None: they are plain JSON data
-    #: returns the rule of its verdicts in words, from its own settings; None without verdicts. Runs write it down
-    #: before there are data (``preregistration``).
-    rule: Callable[[Any], str] | None = None
     #: settings of its groups, as "group.field", that a unit's code does not read, given the configuration and the
     #: unit's name: what only another value of a setting makes count.
     unread: Callable[[Configs, str], Sequence[str]] = lambda configs, name: ()

@@ -17,7 +17,6 @@ from saejax.page.blocks import Block, Code, Links, Picture, Terms, Text
 from saejax.page.document import Section, to_html, to_markdown
 from saejax.page.tables import Table
 from saejax.results import to_json
-from saejax.runner.preregistration import describe_rule
 from saejax.studies.criteria import EPOCH, RULES
 from saejax.studies.learned import answers_table, holds, sentences
 from saejax.studies.phases import disagreements
@@ -30,7 +29,7 @@ from saejax.versions import package_versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FILE, STAGE = "study.json", "study_run"  # STAGE: of the rules in ``rules.jsonl``
+FILE = "study.json"
 _TITLES = dict(gate="Overall answers", alignment="Alignment", criteria="Success")
 
 
@@ -88,7 +87,7 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         Section("The dictionaries", tuple(_dictionaries(root, figures))),
         _section("Activations", figures, "activations", "No row has captured activations."),
         _section("All answers", figures, "learned", "No row ran feature ablation on a benchmark."),
-        Section("Criteria", (_table(figures, "criteria"), *_rules(root))),
+        Section("Criteria", (_table(figures, "criteria"), *_rules())),
         Section("Setup", (_table(figures, "models"), took, _reports(root, figures))),
         _section("What is not done", figures, "failures", "All units finished."),
     ]
@@ -226,10 +225,10 @@ def _picture(root: Path, name: str, figure: "Figure", caption: str) -> Picture:
     return Picture(name, style.inline(style.save(figure, root / "figures", name), name, caption), caption, caption)
 
 
-def _rules(root: Path) -> Iterator[Code]:
-    """Yield each rule, folded away, with when it was written down."""
+def _rules() -> Iterator[Code]:
+    """Yield each rule, folded away."""
     for name, rule in RULES.items():
-        yield Code(_TITLES[name], "\n".join(textwrap.wrap(f"{describe_rule(root, STAGE, rule)}: {rule}", 96)))
+        yield Code(_TITLES[name], "\n".join(textwrap.wrap(rule, 96)))
 
 
 def _section(title: str, figures: StudyFigures, sheet: str, otherwise: str = "") -> Section:

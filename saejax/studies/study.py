@@ -6,13 +6,12 @@ from pathlib import Path
 
 from saejax.errors import CheckFailed
 from saejax.files import fingerprint, read_json
-from saejax.runner.preregistration import list_measured, write_rule
 from saejax.runner.workspace import Workspace, hold_claim
 from saejax.studies import criteria, report
 from saejax.studies.gather import gather
 from saejax.studies.rows import StudyRow
 from saejax.studies.shares import shares
-from saejax.studies.units import ROWS, UnitState, run_rows
+from saejax.studies.units import UnitState, run_rows
 
 
 def run_study_rows(
@@ -40,7 +39,6 @@ def run_study_rows(
     """
     parts, root = shares(at_once), Workspace(workdir).root
     with hold_claim(root, f"the study in {root}", take_over):
-        _write_rules(root, rows)
         states = run_rows(root, rows, say, stopping, parts)
         mark = fingerprint([[vars(state) for state in states], list(criteria.RULES.values())])
         path = root / report.FILE
@@ -50,13 +48,6 @@ def run_study_rows(
             report.write_report(root, gather(root, rows, states, mark))
             say(f"open {root / 'index.html'}")
     _check(states, root)
-
-
-def _write_rules(root: Path, rows: Sequence[StudyRow]) -> None:
-    """Write down the study's rules, with what its rows have measured by then."""
-    seen = [f"{ROWS}/{row.name}/{unit}" for row in rows for unit in list_measured(root / ROWS / row.name)]
-    for rule in criteria.RULES.values():
-        write_rule(root, report.STAGE, rule, seen)
 
 
 def _check(states: Sequence[UnitState], root: Path) -> None:

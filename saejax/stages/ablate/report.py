@@ -32,7 +32,6 @@ from saejax.page.tables import MISSING, Table, interval, number, percent, signif
 from saejax.page.words import behaviour, detail_title, sentence, signed
 from saejax.results import Interval
 from saejax.runner.labels import labels_in
-from saejax.runner.preregistration import describe_rule
 from saejax.tasks.results import BaselineResults
 
 if TYPE_CHECKING:
@@ -67,14 +66,13 @@ def answer(findings: Findings, draw: Draw) -> Section:
     blocks.append(table_of_answers(caption, "Behaviour", rows, note))
     if not any(result.placebo.answer == "yes" for result in tested.values()):
         blocks.append(Text("For no behaviour are the top features shown to be specific to its answer.", strong=True))
-    blocks += [summary(tested), rule_in_full(findings, "ablate", ablate.verdict.rule)]
+    blocks += [summary(tested), rule_in_full(ablate.verdict.rule)]
     return Section("The answer", tuple(blocks))
 
 
-def rule_in_full(findings: Findings, stage: str, rule: str) -> Code:
-    """Return the rule of a stage's verdict, and when it was written down."""
-    written = f"{describe_rule(findings.report.parent, stage, rule)}."
-    return Code("The rule in full", "\n".join([*textwrap.wrap(written, 96), "", *textwrap.wrap(rule, 96)]))
+def rule_in_full(rule: str) -> Code:
+    """Return the rule of a verdict, folded away."""
+    return Code("The rule in full", "\n".join(textwrap.wrap(rule, 96)))
 
 
 def details(findings: Findings) -> list[Section]:

@@ -1,13 +1,10 @@
 """The stage ``ablate``."""
 
-from typing import Any
-
 from saejax.config import Configs
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.names import folder_name, is_folder
 from saejax.errors import one_of
 from saejax.files import fingerprint
-from saejax.interventions.ablation import verdict_config
 from saejax.interventions.answers import AblateResults
 from saejax.interventions.settings import BASES, AblateConfig
 from saejax.models.settings import ModelConfig
@@ -45,10 +42,6 @@ def _names(configs: Configs) -> tuple[str, ...]:
     return (folder_name(tested),) if configs[TaskConfig].has_behaviours and not crosscoders else ()
 
 
-def _rule(config: Any) -> str:
-    return verdict_config(config).rule
-
-
 ABLATE = Stage(
     name="ablate",
     summary="ablates top features and control sets, and says whether the features cause the behaviours",
@@ -63,6 +56,5 @@ ABLATE = Stage(
     identity=dict(model=identities.model, corpus=identities.corpus, bases=_bases),
     check=_check,
     revision=3,  # few prompts are not testable; bases of dictionaries that normalise tokens
-    rule=_rule,
     processes="all",
 )

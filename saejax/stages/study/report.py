@@ -65,7 +65,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
             f"The unedited model is at chance on {', '.join(at_chance)}, so only log-likelihoods are compared there."
         )
         blocks.append(Text(chance, strong=True))
-    blocks += [summary(judged[TESTED]), rule_in_full(findings, "study", first.rule)]
+    blocks += [summary(judged[TESTED]), rule_in_full(first.rule)]
     return [Section("Benchmarks under ablation", tuple(blocks))]
 
 

@@ -337,14 +337,6 @@ def study_verdict_config(config: StudyConfig) -> VerdictConfig:
     return verdict_config(ablate_config(config))
 
 
-def rule(config: StudyConfig) -> str:
-    """Return the rule of the verdict in words."""
-    return study_verdict_config(config).rule + (
-        " On a benchmark a prompt is an item, the effect is the drop of the log-likelihood of the reference answer, "
-        "summed over its tokens, and a placebo target is another item's reference of equal length."
-    )
-
-
 def split_items(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[list[Item], list[Item]]:
     """Return the items that choose features and those that judge them, drawn by seed; the second half is not smaller.
 

@@ -12,7 +12,7 @@ from saejax.runner.stage import Stage, train_units
 from saejax.stages import identities
 from saejax.stages.study.report import sections
 from saejax.stages.study.results import StudyResults
-from saejax.stages.study.run import rule, run_study
+from saejax.stages.study.run import run_study
 from saejax.tasks.settings import TaskConfig
 
 
@@ -53,7 +53,6 @@ STUDY = Stage(
     identity=dict(model=identities.model, bases=_bases, benchmarks=_benchmarks),
     unit_identity=dict(benchmark=identities.benchmark),
     check=_check,
-    rule=rule,
     revision=5,  # few items are not testable; bases of dictionaries that normalise tokens; number bases
     processes="items",
     section=sections,
