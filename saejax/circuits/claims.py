@@ -103,10 +103,11 @@ def _direct(results: CircuitsResults, circuit: CircuitResults) -> JudgedClaim:
 
 
 def _swap(results: CircuitsResults, circuit: CircuitResults) -> JudgedClaim:
-    if not circuit.swapped:
+    if not circuit.swapped or circuit.swapped_logit_diff is None:
         return JudgedClaim(NOT_TESTABLE)
     best = sorted(_supporting(circuit, "swap"), key=lambda edge: -edge.effect.mean)[:1]
-    if best and best[0].effect.mean <= circuit.logit_diff:  # it does not turn the answer around
+    # The logit difference of the same prompts: others differ from their counterparts in length, and in difficulty.
+    if best and best[0].effect.mean <= circuit.swapped_logit_diff:  # it does not turn the answer around
         return JudgedClaim(NOT_SEEN, tuple(best))
     return _judge(best)
 

@@ -20,6 +20,7 @@ class CircuitResults:
     edges: tuple[Edge, ...]  #: every measured effect with its controls
     returning: tuple[Key, ...]  #: the features that return, the most influential first
     layers: int  #: of the model
+    swapped_logit_diff: float | None = None  #: mean logit difference of the swapped prompts; None if there are none
 
     def drawn(self, edit: str = "direct") -> list[Edge]:
         """Return the drawn edges of one of ``measure.EDITS``; those of "direct" are the arrows of the picture."""

@@ -93,16 +93,17 @@ def find_circuit(
     n_layers = model.config.n_layers
     chosen = tuple(groups) or tuple(propose_groups(returning, n_layers, _GROUP_SIZE, MAX_GROUPS, details))
     # 3. Measure.
-    diffs, effects, swapped = list[float](), list[PromptEffects](), 0
+    diffs, effects, swapped_diffs = list[float](), list[PromptEffects](), list[float]()
     for number, prompt in enumerate(measured):
         on_progress(len(traced) + number, total)
         local = LocalModel(model, transcoders, prompt.text)
         # Activations are exchanged position by position, so both prompts need one length.
         swaps = prompt.counterpart and len(prompt_ids(model, prompt.counterpart)) == len(local.ids_P)
         counterpart = LocalModel(model, transcoders, prompt.counterpart) if swaps else None
-        swapped += bool(swaps)
         readout = read_targets(local, [_answer_ids(model, prompt)], 1, 1.0)
         diffs.append(float(readout.value_K[0]))
+        if swaps:
+            swapped_diffs.append(diffs[-1])
         effects.append(
             measure_prompt(
                 local, _roles(model, prompt), chosen, readout, counterpart=counterpart, placebo=placebo,
@@ -113,8 +114,9 @@ def find_circuit(
     templates = [prompt.template for prompt in measured]
     edges = judge_edges([group.name for group in chosen], effects, templates, resamples=resamples, seed=seed)
     results = CircuitResults(
-        len(traced), len(measured), swapped, sum(diffs) / len(diffs), measured[0].correct.strip(), chosen,
+        len(traced), len(measured), len(swapped_diffs), sum(diffs) / len(diffs), measured[0].correct.strip(), chosen,
         tuple(edges), tuple(returning), n_layers,
+        sum(swapped_diffs) / len(swapped_diffs) if swapped_diffs else None,
     )  # fmt: skip
     return results, details
 

@@ -359,9 +359,10 @@ def measure_all(
     if repeats and not keeps_error:
         raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
     baselines = config.baselines if keeps_error else ()
-    needs_untrained = keeps_error and (config.untrained or "untrained" in baselines)
-    untrained = _on_basis(tested, "untrained") if needs_untrained else None
-    others = {UNTRAINED: untrained} if untrained and config.untrained else {}
+    # Who wants no untrained dictionary wants none as a basis, which the default names.
+    baselines = tuple(name for name in baselines if config.untrained or name != "untrained")
+    untrained = _on_basis(tested, "untrained") if keeps_error and config.untrained else None
+    others = {UNTRAINED: untrained} if untrained else {}
     others |= {name: tested.with_basis(repeat) for name, repeat in (repeats or {}).items()}
     # Before anything is measured, so that the slopes of placebo targets are computed once for all dictionaries.
     tested.choose_placebos(list(others.values()))

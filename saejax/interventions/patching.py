@@ -154,7 +154,7 @@ def patch_sites(
     on_progress(0, all_rows)
     # Bytes that one token takes in the recorded runs of a pair.
     token_bytes = 2 * 4 * lm.config.n_layers * (lm.config.d_model + point.site.width(lm.config))
-    for index_P, rows_B, length in groups_by_length(lengths_P, STEP, GROUP_BYTES // token_bytes):
+    for index_P, rows_B, length in groups_by_length(lengths_P, lambda _: STEP, GROUP_BYTES // token_bytes):
         last_B, answers_Bx2 = sides[0].last_B[rows_B], answers_Px2[rows_B]
         all_ids = [fit_ids(tokens.ids_BxT[rows_B], length) for tokens in sides]
         runs = [record(point, lm.params, *by_row(lm.mesh, ids_BxT, last_B, answers_Bx2)) for ids_BxT in all_ids]

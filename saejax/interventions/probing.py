@@ -58,6 +58,7 @@ _ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
 ABLATED = 10  # features of a probe that are ablated, at most
 _RESAMPLES = 10_000  # of test prompts, for effects of ablated features
 _CONTROLS = 2  # matched features of each ablated one
+LEAST_PROMPTS = 6  # test prompts of a class, and of an effect: fewer all agree by chance in more than 5 % of cases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,9 @@ class ProbeFit:
     #: accuracy of probes of matched features, or of random directions: mean, 5th and 95th percentile; None: all inputs
     control: Interval | None
     against_dense: Interval | None  #: accuracy - that of the dense probe, paired by prompt; None for that probe itself
-    p_value: float  #: permutations of the test labels, one-sided
-    p_holm: float  #: corrected by Holm's method over the labels of the run, for probes of the same inputs
+    #: permutations of the test labels, one-sided; None: not testable, a class has fewer than 6 test prompts
+    p_value: float | None
+    p_holm: float | None  #: corrected by Holm's method over the labels of the run, for probes of the same inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +174,8 @@ def run_probes(
         draws, train_class_N = range(config.shuffles), task.train_class_N
         controls = [_control_task(task, k, name, rng) for _ in draws] if k else []
         shuffled = [dataclasses.replace(task, train_class_N=rng.permutation(train_class_N)) for _ in draws]
-        p_value = permutation_p(answers.class_M, class_M, _PERMUTATIONS, rng)
+        is_testable = np.bincount(class_M)[labels].min() >= LEAST_PROMPTS
+        p_value = permutation_p(answers.class_M, class_M, _PERMUTATIONS, rng) if is_testable else None
         fit = ProbeFit(
             input=name,
             k=k,
@@ -488,18 +491,21 @@ def probe_label(
 
 
 def ablation_of(split: SplitModel, labelled: Labelled) -> FeatureAblation | None:
-    """Return the ablation of features on a behaviour's test prompts; None with fewer than 2 of them."""
+    """Return the ablation of features on a behaviour's test prompts; None if there are none."""
     tests = [p for p in labelled.prompts if p.split == "test" and p.wrong and labelled.behaviour == p.behaviour]
-    return ablation_on_prompts(split, tests) if len(tests) > 1 else None
+    return ablation_on_prompts(split, tests) if tests else None
 
 
 def ablate_selected(
     config: ProbeConfig, fits: Sequence[ProbeFit], ablation: Callable[[], FeatureAblation | None]
 ) -> SelectedFeatures | None:
-    """Ablate the features of the largest sparse probe that sees at most ``ABLATED``, and matched ones."""
+    """Ablate the features of the largest sparse probe that sees at most ``ABLATED``, and matched ones.
+
+    Nothing is ablated on fewer than ``LEAST_PROMPTS`` prompts: on two, noise seems to have an effect.
+    """
     sparse = [fit for fit in fits if fit.input == "features" and fit.k and fit.k <= ABLATED and fit.inputs]
     tests = ablation() if sparse else None
-    if tests is None:
+    if tests is None or len(tests.templates) < LEAST_PROMPTS:
         return None
     features = list(sparse[-1].inputs or ())
     # Matched on the prompts of the ablation: what fires on few of them can change few.
@@ -516,14 +522,15 @@ def ablate_selected(
 
 def correct(labels: Sequence[ProbedLabel]) -> tuple[ProbedLabel, ...]:
     """Correct p-values by Holm's method: of probes over the labels, of ablated features over all of them."""
-    p_fits = {(n, fit.input, fit.k): fit.p_value for n, label in enumerate(labels) for fit in label.probes}
+    fits = [(n, fit) for n, label in enumerate(labels) for fit in label.probes]
+    p_fits = {(n, fit.input, fit.k): fit.p_value for n, fit in fits if fit.p_value is not None}
     for inputs in {key[1:] for key in p_fits}:
         p_fits |= holm_by_key({key: p for key, p in p_fits.items() if key[1:] == inputs})
     chosen = {n: label.selected for n, label in enumerate(labels) if label.selected}
     p_features = holm_by_key({(n, each.feature): each.p_value for n, some in chosen.items() for each in some.features})
 
     def corrected(n: int, label: ProbedLabel) -> ProbedLabel:
-        probes = tuple(dataclasses.replace(fit, p_holm=p_fits[n, fit.input, fit.k]) for fit in label.probes)
+        probes = tuple(dataclasses.replace(fit, p_holm=p_fits.get((n, fit.input, fit.k))) for fit in label.probes)
         if selected := label.selected:
             features = [dataclasses.replace(each, p_holm=p_features[n, each.feature]) for each in selected.features]
             selected = dataclasses.replace(selected, features=tuple(features))

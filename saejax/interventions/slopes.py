@@ -24,7 +24,7 @@ from saejax.errors import UserError, one_of
 from saejax.interventions.activity import count_run
 from saejax.interventions.curves import begins_answer
 from saejax.interventions.edits import ZERO, ActivationReplacement, removed_on_average
-from saejax.interventions.split_model import PROMPTS, CleanRun, SiteRows, SplitModel, active_features
+from saejax.interventions.split_model import CleanRun, SiteRows, SplitModel, active_features, prompts_at_once
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
@@ -36,7 +36,7 @@ from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
 TARGETS = 16  # targets whose slopes are computed together: as many times the tokens of a batch
-TARGET_PROMPTS = 8  # prompts of that batch: a divisor of PROMPTS
+TARGET_PROMPTS = 8  # prompts of that batch, at most: a power of two
 
 
 def slopes(lm: LanguageModel, prompts: Sequence[Prompt], readout: str, site: str) -> np.ndarray:
@@ -59,10 +59,10 @@ def slopes(lm: LanguageModel, prompts: Sequence[Prompt], readout: str, site: str
     point = SplitPoint(lm.config, where, where, lm.mesh, lm.rules)
     tokens = lm.tokenize([prompt.text for prompt in prompts])
     answers_Px2 = first_answer_ids(lm.tokenizer, prompts)
-    parts = []
-    for first in range(0, len(prompts), PROMPTS):
+    parts, size = [], prompts_at_once(tokens.ids_BxT.shape[1])
+    for first in range(0, len(prompts), size):
         # The last batch is padded with copies, so that one program serves all.
-        rows_B = np.minimum(np.arange(first, first + PROMPTS), len(prompts) - 1)
+        rows_B = np.minimum(np.arange(first, first + size), len(prompts) - 1)
         arrays = by_row(lm.mesh, *(array[rows_B] for array in (tokens.ids_BxT, tokens.last_B, answers_Px2)))
         parts.append(to_host(_readout_slopes(point, readout, lm.params, *arrays))[: len(prompts) - first])
     slope_PxTxD = np.concatenate(parts).astype(np.float32, copy=False)
@@ -193,7 +193,6 @@ def target_attributions(
     model, count = (splits[0].point, splits[0].params, [split.dictionary for split in splits]), len(targets_Rx2)
     # Targets are repeated to fill the last group: one program for all.
     padded = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 1, 2)).astype(np.int32)
-    padded = np.broadcast_to(padded, (len(padded), TARGET_PROMPTS, 2))
     totals = [np.zeros((len(padded), split.dictionary.config.n_features)) for split in splits]
     prompts, done = sum(len(run.index_P) for run in runs_of[0]), 0
     for runs in zip(*runs_of, strict=True):
@@ -202,10 +201,11 @@ def target_attributions(
         for parts in zip(*(split.slices(run, TARGET_PROMPTS) for split, run in pairs), strict=True):
             part, rows = parts[0][0], [each for _, each in parts]
             real_B = np.arange(part.start, part.stop) < len(runs[0].index_P)
+            targets = np.broadcast_to(padded, (len(padded), len(real_B), 2))
             for first in range(0, len(padded) if real_B.any() else 0, TARGETS):
                 on_progress(done, count * prompts)
                 chunk = slice(first, first + TARGETS)
-                scores = score_targets(*model, rows, real_B, padded[chunk], source, sums)
+                scores = score_targets(*model, rows, real_B, targets[chunk], source, sums)
                 for total, scores_CxF in zip(totals, scores, strict=True):
                     total[chunk] += to_host(scores_CxF)
                 done += int(real_B.sum()) * min(TARGETS, count - first)

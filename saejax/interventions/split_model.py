@@ -22,7 +22,8 @@ from saejax.parallel.mesh import by_row, sharding
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
-PROMPTS = 16  # prompts of one program
+PROMPTS = 16  # prompts of one program, at most
+PROGRAM_TOKENS = 2048  # and its tokens, unless a single prompt has more
 LENGTH_STEP = 2  # prompts are padded to a multiple of this many tokens
 GROUP_TOKENS = 8192  # maximum number of tokens, padding included, whose clean run is kept at once
 
@@ -40,7 +41,7 @@ class SiteRows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CleanRun:
-    """Prompts run without an edit; B is a multiple of ``PROMPTS``."""
+    """Prompts run without an edit; B is a multiple of ``prompts_at_once`` of their padded length."""
 
     #: the prompts' indices in the list they came from; the first P of the B rows, the rest are copies.
     index_P: np.ndarray
@@ -115,7 +116,7 @@ class SplitModel:
         tokens = self._model.tokenize([prompt.text for prompt in prompts])
         answers_Nx2 = first_answer_ids(self._model.tokenizer, prompts)
         runs = []
-        for index_P, rows_B, length in groups_by_length(tokens.lengths_B, PROMPTS, GROUP_TOKENS):
+        for index_P, rows_B, length in groups_by_length(tokens.lengths_B, prompts_at_once, GROUP_TOKENS):
             ids_BxT, last_B = fit_ids(tokens.ids_BxT[rows_B], length), tokens.last_B[rows_B]
             wanted_BxT = editable_positions(self._positions, last_B, length)
             texts = [prompts[index].text for index in rows_B]
@@ -142,8 +143,9 @@ class SplitModel:
             )
         return [dataclasses.replace(prompt, text=prompt.counterpart) for prompt in prompts]
 
-    def slices(self, run: CleanRun, size: int = PROMPTS) -> Iterator[tuple[slice, SiteRows]]:
-        """Yield ``size`` rows of a run at a time: which they are, and their arrays, on the devices as by ``by_row``."""
+    def slices(self, run: CleanRun, most: int = PROMPTS) -> Iterator[tuple[slice, SiteRows]]:
+        """Yield at most ``most`` rows of a run at a time: which they are, and their arrays by ``by_row``."""
+        size = min(most, prompts_at_once(run.domain_BxT.shape[1]))
         for first in range(0, len(run.last_B), size):
             part = slice(first, first + size)
             yield part, SiteRows(*self.by_row(*(getattr(run, name)[part] for name in SiteRows._fields)))
@@ -162,10 +164,10 @@ class SplitModel:
     def _run_head(
         self, ids_BxT: np.ndarray, last_B: np.ndarray, wanted_BxT: np.ndarray, texts: Sequence[str]
     ) -> list[jax.Array]:
-        """Return the arrays of a ``CleanRun`` that devices compute, ``PROMPTS`` prompts at a time."""
-        parts = []
-        for first in range(0, len(ids_BxT), PROMPTS):
-            batch = slice(first, first + PROMPTS)
+        """Return the arrays of a ``CleanRun`` that devices compute, a few prompts at a time."""
+        parts, size = [], prompts_at_once(ids_BxT.shape[1])
+        for first in range(0, len(ids_BxT), size):
+            batch = slice(first, first + size)
             rows = self.by_row(ids_BxT[batch], last_B[batch], wanted_BxT[batch])
             *part, finite_P = run_head(self.point, self.error, self.params, self.dictionary, *rows)
             for row in np.flatnonzero(~np.asarray(finite_P))[:1]:
@@ -225,12 +227,21 @@ def in_order(parts: Iterable[np.ndarray], runs: Sequence[CleanRun]) -> np.ndarra
     return rows[np.argsort(np.concatenate([run.index_P for run in runs]))]
 
 
-def groups_by_length(lengths_N: np.ndarray, step: int, most: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Yield groups of prompts of similar length, of at most ``most`` tokens with padding, or of ``step`` prompts.
+def prompts_at_once(length: int) -> int:
+    """Return how many prompts of a padded length one program takes: a power of two, fewer of long prompts."""
+    # All features at all tokens of 16 long prompts would take many gigabytes, and few prompts be filled up to 16.
+    fitting = max(PROGRAM_TOKENS // max(length, 1), 1)
+    return min(PROMPTS, 1 << fitting.bit_length() - 1)
+
+
+def groups_by_length(
+    lengths_N: np.ndarray, step_of: Callable[[int], int], most: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Yield groups of prompts of similar length, of at most ``most`` tokens with padding, or of one step of prompts.
 
     Args:
       lengths_N: tokens of each prompt.
-      step: rows of a group are a multiple of this.
+      step_of: a padded length -> what the rows of a group of this length are a multiple of.
       most: tokens of a group.
 
     Yields:
@@ -240,8 +251,11 @@ def groups_by_length(lengths_N: np.ndarray, step: int, most: int) -> Iterator[tu
     while len(left):
         # Sorted, so the last prompt of a group sets its length, and the memory of the first so many is known.
         length_M = -(-lengths_N[left] // LENGTH_STEP) * LENGTH_STEP
-        rows_M = -(-np.arange(1, len(left) + 1) // step) * step
-        count = max(int(np.sum(rows_M * length_M <= most)), min(step, len(left)))
+        step_M = np.array([step_of(int(length)) for length in length_M])
+        rows_M = -(-np.arange(1, len(left) + 1) // step_M) * step_M
+        fits_M = np.append(rows_M * length_M <= most, False)
+        # Where not even one step fits, as many of the shortest prompts as a step has.
+        count = int(np.argmin(fits_M)) or int(np.sum(rows_M == step_M))
         index_P, left = left[:count], left[count:]
         yield index_P, np.resize(index_P, rows_M[count - 1]), int(length_M[count - 1])
 
@@ -327,14 +341,14 @@ def record(
 
 
 def of_features(dictionary: Dictionary, arrays: Sequence[jax.Array], use: Callable) -> Any:
-    """Map ``use(f_PxTxF, *rest)`` over at most ``PROMPTS`` prompts at a time: all features of all would take gigabytes.
+    """Map ``use(f_PxTxF, *rest)`` over a few prompts at a time: all features of all would take gigabytes.
 
     Args:
       dictionary: the dictionary of the features.
       arrays: what is read [B, T, D], editable positions [B, T], and others with B rows, given to ``use`` P at a time.
       use: returns arrays with P rows.
     """
-    size = math.gcd(len(arrays[0]), PROMPTS)
+    size = math.gcd(len(arrays[0]), prompts_at_once(arrays[0].shape[1]))
     chunks = [array.reshape(-1, size, *array.shape[1:]) for array in arrays]
     mapped = jax.lax.map(lambda chunk: use(active_features(dictionary, *chunk[:2]), *chunk[2:]), chunks)
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), mapped)

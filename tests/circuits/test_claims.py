@@ -32,7 +32,7 @@ EVERY = (*CHAIN, edge("city", ANSWER, "swap", effect=3.0), edge("state", ANSWER,
 
 
 def circuit(edges=EVERY, returning=GROUPS[0].members, layers=9):
-    return CircuitResults(10, 20, 20, 2.0, "Austin", GROUPS, tuple(edges), tuple(returning), layers)
+    return CircuitResults(10, 20, 20, 2.0, "Austin", GROUPS, tuple(edges), tuple(returning), layers, 2.0)
 
 
 def outcomes(results) -> dict[str, str]:
@@ -74,6 +74,14 @@ def test_inhibition_confirms_no_claim_and_nothing_measured_is_not_testable():
     rows = {row.claim.id: row for row in compare_claims(CircuitsResults(dict(two_hop=empty, antonym=empty), {}))}
     assert {rows[name].outcome for name in ("hop-1", "hop-2", "hop-3", "hop-4", "ant-1")} == {NOT_TESTABLE}
     assert "no feature returned over the traced prompts" in rows["hop-1"].evidence
+
+
+def test_a_swap_is_compared_with_the_logit_difference_of_the_swapped_prompts():
+    """Those whose counterpart has another length are not swapped, and may be easier."""
+    swap = [edge("city", ANSWER, "swap", effect=1.5)]
+    for logit_diff, outcome in ((1.0, CONFIRMED), (2.0, NOT_SEEN)):
+        of_swapped = dataclasses.replace(circuit(swap), logit_diff=3.0 - logit_diff, swapped_logit_diff=logit_diff)
+        assert outcomes(CircuitsResults(dict(two_hop=of_swapped), {}))["hop-3"] == outcome
 
 
 SAYS = edge("says", ANSWER, "swap")

@@ -319,6 +319,21 @@ def test_effects_of_selected_features(tiny, make_dictionary, prompts, plain):
     assert np.abs(drop_SxP).max() > 1e-3
 
 
+@pytest.mark.parametrize("prompts", [2, 5])
+def test_noise_on_few_prompts_is_not_testable(prompts):
+    """On two prompts with effects of one sign every resample agrees: noise was significant in most runs."""
+    noise = np.random.default_rng(0).normal(size=(40, prompts))
+
+    def ablation():
+        return probing.FeatureAblation("", np.ones(40), [""] * prompts, lambda features: noise[features])
+
+    fits = [fit for fit, _ in probing.run_probes(make_task(test=2 * prompts), CONFIG, [1])]
+    assert probing.ablate_selected(CONFIG, fits, ablation) is None
+    assert {fit.p_value for fit in fits} == {None}
+    label = probing.ProbedLabel("a", "", None, {}, {}, 0, 0, 0, tuple(fits), None)
+    assert {fit.p_holm for fit in probing.correct([label])[0].probes} == {None}
+
+
 def test_p_values_are_corrected_over_labels_and_features():
     fit = next(probing.run_probes(make_task(), CONFIG, [1]))[0]
     features = (

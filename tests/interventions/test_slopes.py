@@ -8,9 +8,9 @@ import pytest
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.interventions import slopes
+from saejax.interventions import slopes, split_model
 from saejax.interventions.edits import ActivationReplacement
-from saejax.interventions.split_model import SplitModel
+from saejax.interventions.split_model import GROUP_TOKENS, SplitModel, groups_by_length, prompts_at_once
 from saejax.models import language_model
 from saejax.models.config import RunRules
 
@@ -101,3 +101,27 @@ def test_a_gradient_that_is_not_finite(tiny, prompts, dictionary):
     split = SplitModel(tiny, Dictionary(dictionary.config, **arrays))
     with pytest.raises(UserError, match="gradient .* resid_post.1 is not finite"):
         slopes.attribution(split, split.run(prompts))
+
+
+def test_long_prompts_are_not_filled_up_to_sixteen():
+    """A prompt of 4,000 tokens runs once, not 16 times; prompts of a few tokens run 16 at a time."""
+    for length, rows in ((4000, 1), (1000, 2), (128, 16), (20, 16)):
+        assert prompts_at_once(length) == rows
+        ((index_P, rows_B, padded),) = groups_by_length(np.array([length]), prompts_at_once, GROUP_TOKENS)
+        assert (len(index_P), len(rows_B), padded) == (1, rows, length)
+    lengths_N = np.array([20] * 3 + [300] * 9 + [9000])
+    groups = list(groups_by_length(lengths_N, prompts_at_once, GROUP_TOKENS))
+    assert sorted(np.concatenate([index_P for index_P, _, _ in groups])) == list(range(13))
+    assert all(len(rows_B) % prompts_at_once(length) == 0 for _, rows_B, length in groups)
+
+
+def test_attribution_of_long_prompts(tiny, prompts, dictionary, monkeypatch):
+    """Programs of a few prompts give what programs of 16 do."""
+    split, targets = SplitModel(tiny, dictionary), np.array([[3, 5], [7, 11]])
+    runs = split.run(prompts)
+    wanted_NxF, (wanted_RxF,) = slopes.attribution(split, runs), slopes.target_attributions([split], [runs], targets)
+    monkeypatch.setattr(split_model, "PROGRAM_TOKENS", 64)
+    runs = split.run(prompts)
+    assert {len(run.last_B) % 16 for run in runs} != {0}
+    assert_attributed(slopes.attribution(split, runs), wanted_NxF)
+    assert_attributed(slopes.target_attributions([split], [runs], targets)[0], wanted_RxF)

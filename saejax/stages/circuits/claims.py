@@ -55,7 +55,9 @@ def _describe(test: str, judged: JudgedClaim, circuit: CircuitResults) -> str:
     if judged.edges:
         evidence = _list_edges(judged.edges)
         if judged.outcome == NOT_SEEN:  # of the test "swap" alone
-            evidence += f" It does not turn the mean logit difference of {circuit.logit_diff:.2f} around."
+            evidence += (
+                f" It does not turn these prompts' mean logit difference of {circuit.swapped_logit_diff:.2f} around."
+            )
         return evidence
     if judged.related:
         related, unrelated = (

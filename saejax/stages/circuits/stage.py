@@ -41,7 +41,7 @@ CIRCUITS = Stage(
     name="circuits",
     summary="groups features that return over a behaviour's prompts and measures what each group does, if "
     "--circuits.behaviours is set",
-    revision=7,  # placebo targets are no answers in another spelling
+    revision=8,  # a swap is compared with the logit difference of the swapped prompts
     run=run_circuits,
     results=CircuitsResults,
     groups=(ModelConfig, GraphConfig, CircuitsConfig),
