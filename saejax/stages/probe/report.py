@@ -136,8 +136,8 @@ def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
         "them. Controls: accuracy of probes of as many features matched in firing rate, or of as many random "
         f"directions of the raw activations. Both: mean over {shuffles} draws, 5th and 95th percentile. Minus dense: "
         "probe accuracy minus that of the probe of all raw dimensions, on the same prompts. p: share of permutations "
-        "of the test labels with at least this accuracy, after Holm's correction over the labels; none where a class has "
-        "fewer than 6 test prompts. Inputs: the first three that a sparse probe sees."
+        "of the test labels with at least this accuracy, after Holm's correction over the labels; none where a "
+        "class has fewer than 6 test prompts. Inputs: the first three that a sparse probe sees."
     )
     rows = [(label, row) for label in learned for row in label.probes]
     return Table.of("Probes", rows, columns, {"Probe sees", "Inputs"}, stack=False, note=note)
