@@ -1,7 +1,6 @@
 """A planned run: a configuration, a model known by its shape, and devices that need not be there."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,6 @@ from saejax.models.settings import ModelConfig
 from saejax.models.sites import Site
 from saejax.parallel.mesh import alone_config, make_mesh
 from saejax.runner.stage import Stage
-from saejax.stages.preflight.settings import PreflightConfig
 
 WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
@@ -78,16 +76,6 @@ class PlannedRun:
         """Dtype in which the model runs while it is captured."""
         return self.configs[CaptureConfig].dtype
 
-    def assumed_transcoder(self, layer: int = 0) -> DictionaryConfig | None:
-        """Return a layer's transcoder of a set on the hub, of ``--preflight.transcoder_features``; None: unknown."""
-        features = self.configs[PreflightConfig].transcoder_features
-        sites = f"mlp_in.{layer}", f"mlp_out.{layer}"
-        if not features:
-            return None
-        return DictionaryConfig(
-            kind="standard", site=sites[0], target=sites[1], d_in=self.model.d_model, n_features=features
-        )
-
     def dictionary(self, stage: str) -> DictionaryConfig:
         """Return the configuration of the dictionary that ``--<stage>.dictionary`` names.
 
@@ -96,9 +84,7 @@ class PlannedRun:
         """
         name = self.configs.named(stage).dictionary
         if is_folder(name):
-            layers = re.findall(r"layer_(\d+)", name)
-            assumed = self.assumed_transcoder(int(layers[-1])) if name.startswith("hf://") and layers else None
-            return assumed or read_config(name)
+            return read_config(name)
         kind, member = kind_and_member(name)
         stack = self.stacks[one_of(kind, self.stacks, f"dictionary for {stage} (--train.kinds)")]
         check_member(name, [entry.name for entry in stack.members], f"--{stage}.dictionary")

@@ -17,12 +17,11 @@ from typing import Any
 from saejax.errors import UserError
 from saejax.files import locked, read_json, write_json
 from saejax.models.identity import MARK, cache_folder, fingerprint, settings_fingerprint
+from saejax.models.tokenizer_files import LOCAL, read_tokenizer
 
-# How transformers reads a folder. Unless it is told not to, it asks on the terminal whether to run a model's own code.
-LOCAL: dict[str, bool] = dict(local_files_only=True, trust_remote_code=False)
 _LOADING = ("local_files_only", "is_local", "trust_remote_code")
 _ERROR = 300  # characters of another library's error in a message
-_SEED, _MAKING = 0, 1  # of random weights; raise _MAKING when what is made changes
+_SEED, _MAKING = 0, 2  # of random weights; raise _MAKING when what is made changes
 
 
 def cached_model(name: str, origin: str, make: Callable[[Path], None]) -> Path:
@@ -121,12 +120,12 @@ def draw_random_model(folder: Path) -> Path:
 def _draw(folder: Path, target: Path) -> None:
     """Save the model that transformers initialises for a configuration."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, **LOCAL)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        tokenizer = read_tokenizer(folder)
         # A generator of its own: the draws of the caller's program stay as they were.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)

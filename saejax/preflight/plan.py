@@ -15,10 +15,8 @@ from saejax.models.sites import ModuleSite, decoder_site
 from saejax.preflight.results import CompiledProgram
 from saejax.runner.registry import all_stages
 from saejax.stages.ablate.plan import ablate_programs
-from saejax.stages.attribute.plan import attribute_programs
 from saejax.stages.baseline.plan import benchmark_programs
 from saejax.stages.capture.plan import capture_programs, store_bytes
-from saejax.stages.circuits.plan import circuit_programs
 from saejax.stages.evaluate.plan import evaluate_programs
 from saejax.stages.train.plan import checkpoint_bytes, planned_stacks, train_programs
 from saejax.training.settings import TrainConfig
@@ -30,8 +28,6 @@ _PROGRAMS: Mapping[str, Callable[[PlannedRun, Mesh], Sequence[Program]]] = {
     "train": train_programs,
     "evaluate": evaluate_programs,
     "ablate": ablate_programs,
-    "attribute": attribute_programs,
-    "circuits": circuit_programs,
 }
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "attribution"))
-import runs
 from made_transcoders import made_set
 
 from saejax import load_results, save_transcoders
@@ -131,12 +130,3 @@ def test_bad_input_is_one_line(flags, tmp_path, capsys):
         assert run(tmp_path / "run", *flags, wrong) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
-
-
-def test_preflight_compiles_its_programs(inputs, tmp_path, capsys):
-    """Of a set on the hub, whose size a flag says."""
-    changes = dict(circuits__behaviours="capital", graph__transcoders="a/set", preflight__transcoder_features=48)
-    flags = runs.small_flags(*inputs, tmp_path / "run", **changes)
-    assert command.run(["preflight"], "", ["preflight", *flags]) == 0, capsys.readouterr().err
-    output = capsys.readouterr().out
-    assert "circuits: rows" in output and "circuits: a layer of edited runs" in output

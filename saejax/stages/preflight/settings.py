@@ -20,12 +20,6 @@ class PreflightConfig(Config):
         "such as a100-40:8, a100-80:8, h100:8 or h100:4x8 (simulated by CPU devices; not in a pipeline); empty: the "
         "devices of this machine",
     )
-    transcoder_features: int = setting(
-        0,
-        "features per layer of a set of transcoders on the hub, so that graphs can be planned before it is downloaded; "
-        "0: unknown, and no graph of such a set is planned",
-        low=0,
-    )
     parity: bool = setting(
         False,
         "compare the decoder with transformers, in --model.dtype; a relative error of a site or of the logits above "
