@@ -29,7 +29,7 @@ def random_sets() -> Any:
     """Return the field ``random_sets`` of a causal test."""
     return setting(
         199,
-        "maximum number of disjoint random sets of features that the top ones are compared with",
+        "random lists of features of the same dose that the top ones are compared with",
         low=1,
         shared="causal",
     )
@@ -39,7 +39,7 @@ def placebo_targets() -> Any:
     """Return the field ``placebo_targets`` of a causal test."""
     return setting(
         199,
-        "pairs of likely tokens that are no answers, whose top features the top ones are compared with",
+        "pairs of likely tokens that are no answers, whose top features, scaled to the same dose, they are compared with",
         low=0,
         shared="causal",
     )

@@ -1,18 +1,17 @@
 """Measurements of an ablation for one behaviour: the rows of the effects table.
 
-For each dictionary (the tested one, an untrained one, those of other seeds):
+For each dictionary (the tested one and those of other seeds):
 
-1. T: the k features with the largest attribution for the behaviour's answers on train prompts.
-2. Random sets: all features that fire on at least 5 % of the test prompts at an editable position, without T, shuffled
-   once and cut into disjoint sets of k.
-3. Placebo targets: pairs of tokens that are likely in these contexts (in the top 40 of some train prompt) and are no
-   answers. Placebo sets: the k features with the largest attribution for such a pair, on the same train prompts.
-4. T is ablated by growing fractions. Every other set is ablated whole and, where its dose exceeds T's, once more by the
-   fraction that brings its dose to T's: the change is linear in the fraction, so that is the ratio of the doses.
-5. T is ablated on the prompts of the other behaviours and on held-out text.
+1. T: the k features with the largest attribution for the behaviour's answers on train prompts. It is ablated by five
+   growing fractions; everything else is measured once, at T's full dose (``saejax.interventions.controls``).
+2. Random lists: features that fire on at least 5 % of the test prompts, without T, in random order, to T's dose.
+3. Placebo sets: the k features with the largest attribution for a pair of tokens that are likely in these contexts (in
+   the top 40 of some train prompt) and are no answers, scaled to T's dose.
+4. T on other answers: the logits of each prompt's 20 likeliest tokens that are no answers.
+5. T on the prompts of the other behaviours and on held-out text.
 
-For the tested dictionary alone: each feature of T, growing sets, on request every live feature alone; and of each
-simpler basis as many directions, by the same attribution, as reach T's dose, ablated by the same fractions.
+For the tested dictionary alone: each feature of T, on request every live feature alone; of the tested dictionary, of
+each untrained one and of each simpler basis the list by the same attribution to T's dose.
 """
 
 import collections
@@ -28,16 +27,33 @@ from saejax.errors import UserError
 from saejax.interventions import activity, bases
 from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.answers import FeatureEffect, VerdictConfig, mean_interval
+from saejax.interventions.controls import (
+    LONGEST,
+    Changes,
+    begins_answer,
+    choose_pool,
+    random_lists,
+    scaled_sets,
+    token_pairs,
+)
 from saejax.interventions.edits import ActivationReplacement, mask
-from saejax.interventions.engine import change_norms, run_edits
+from saejax.interventions.engine import change_norms, measure_changes, rank_logits, run_edits
 from saejax.interventions.settings import BASES, AblateConfig
-from saejax.interventions.slopes import attribution, leaders, likely_tokens, neutral_tokens, target_attributions
+from saejax.interventions.slopes import (
+    answer_slopes,
+    attribute_slopes,
+    attribution,
+    leaders,
+    likely_tokens,
+    neutral_tokens,
+    target_attributions,
+)
 from saejax.interventions.split_model import CleanRun, SplitModel
 from saejax.interventions.table import (
     BASIS,
+    RANKS,
     TESTED,
     TEXT,
-    UNTRAINED,
     EditDefinition,
     EffectsTable,
     PromptDefinition,
@@ -49,15 +65,18 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.progress import OnProgress, silent
 from saejax.statistics.bootstrap import resampling_weights
-from saejax.statistics.partition import disjoint_sets
+from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
-FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-KL_FRACTIONS = (0.5, 1.0)  # those at which held-out text is read, which takes longer than the prompts
-MIN_FIRING = 0.05  # share of test prompts on which a feature of a random set fires, at least
+FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of T, for the figure
+MIN_FIRING = 0.05  # share of test prompts on which a feature of a random list fires, at least
 LIKELY = 40  # a placebo token is among this many most likely ones
+TOKENS = 80  # placebo tokens, at least: each is in at most four pairs
 TEXT_LENGTH = 32  # tokens of a held-out document
-WIDEST = 8  # directions of a basis, in multiples of k, at most
+#: Further right answers of a behaviour, as text: they are no other questions to which T should be indifferent.
+EQUIVALENTS: Mapping[str, tuple[str, ...]] = dict(
+    agreement=(" was", " were", " has", " have", " does", " do", "'s", "'re", " isn", " aren", " wasn", " weren")
+)
 
 
 class RowProgress:
@@ -128,6 +147,7 @@ class BehaviourAblation:
     config: AblateConfig  #: settings of the ablation
     progress: RowProgress  #: progress of the behaviour
     features: Sequence[int] | None = None  #: T, if it is not chosen by attribution
+    like: "BehaviourAblation | None" = None  #: an ablation whose clean runs and slopes are used again where they fit
     _placebos: Sequence[tuple[tuple[str, str] | None, list[int]]] | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self):
@@ -141,17 +161,42 @@ class BehaviourAblation:
         config = self.config
         self.split = SplitModel(self.lm, self.basis, config.positions, config.error)
         self.train: list[Any] = spread_over_templates(train, config.attribution_prompts)
+        shared = self.like if self.like and self._reads_like(self.like) else None
         # Counterparts double the clean runs, so they are run where they are needed only.
-        self.train_runs, self.runs = (self._run_clean(prompts) for prompts in (self.train, self.test))
+        self.train_runs, self.runs = (
+            (shared.train_runs, shared.runs) if shared else map(self._run_clean, (self.train, self.test))
+        )
         mean_F = activity.statistics(self.split, self.train_runs).mean_F if config.replacement == "mean" else None
         seed = np.uint32(config.seed) if config.replacement == "random" else None
         self.replacement = ActivationReplacement(config.replacement, mean_F=mean_F, seed=seed)
         self.progress.check()
-        self.attribution_F = self.mean_attribution(self.train_runs)
+        self.attribution_F = self.attribute(shared.slopes) if shared else self.mean_attribution(self.train_runs)
+        self.like = None
 
-    def with_basis(self, basis: Dictionary) -> Self:
-        """Return the ablation of another basis on the behaviour."""
-        return dataclasses.replace(self, basis=basis, features=None)
+    def _reads_like(self, other: "BehaviourAblation") -> bool:
+        """Return whether the clean runs of another dictionary on the same prompts are those of this one."""
+        mine, theirs = self.basis.config, other.basis.config
+        sinks = [(config.max_norm, config.target_max_norm) for config in (mine, theirs)]
+        return self.split.point == other.split.point and sinks[0] == sinks[1] and self.config.error == "keep"
+
+    def with_basis(self, basis: Dictionary, like: "BehaviourAblation | None" = None) -> Self:
+        """Return the ablation of another basis on the behaviour, with the clean runs and slopes of ``like``."""
+        return dataclasses.replace(self, basis=basis, features=None, like=like)
+
+    @functools.cached_property
+    def slopes(self) -> Any:
+        """Slopes of the answers on the train prompts, which dictionaries of the site share."""
+        return answer_slopes(self.split, self.train_runs)
+
+    def attribute(self, slopes: Any) -> np.ndarray:
+        """Return each feature's attribution on the train prompts, [F], given ``slopes`` of an ablation like this."""
+        attribution_F = attribute_slopes(self.split, self.train_runs, slopes, self.replacement)
+        self.progress.check()
+        return attribution_F
+
+    def changes(self, features: Sequence[int] | np.ndarray) -> Changes:
+        """Return the changes that ablating some features makes on the test prompts."""
+        return measure_changes(self.split, self.runs, self.replacement, features)
 
     def _run_clean(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
         return self.split.run(prompts, counterparts=self.config.replacement == "counterpart")
@@ -246,11 +291,9 @@ class BehaviourAblation:
         """Return the norm of each edit's change on each test prompt, [E, P]."""
         return change_norms(self.split, self.runs, self.edits(definitions))
 
-    def random_sets(self, top: Sequence[int]) -> np.ndarray:
-        """Return disjoint random sets of as many features as T has, none of them in T, [m, k]."""
-        # Features that hardly fire change nothing, and would make any set look more important than random ones.
-        pool = np.setdiff1d(np.flatnonzero(self.statistics.prompts_F / len(self.test) >= MIN_FIRING), np.asarray(top))
-        return disjoint_sets(pool, len(top), self.config.random_sets, self.config.seed)
+    def pool(self, top: Sequence[int]) -> np.ndarray:
+        """Return the features of which random lists are made."""
+        return choose_pool(self.statistics.prompts_F, len(self.test), top, MIN_FIRING, self.config.seed)
 
     def placebo_sets(self) -> Sequence[tuple[tuple[str, str] | None, list[int]]]:
         """Return the placebo targets, as text if they are two tokens, and the top features of each."""
@@ -265,38 +308,61 @@ class BehaviourAblation:
         """
         # Slopes depend on the site and not on the dictionary.
         sharing = [self, *(each for each in ablations if each.split.point == self.split.point)]
-        targets_Rx2 = self.placebo_targets()
-        texts = [[self.lm.tokenizer.decode([int(token)]) for token in pair] for pair in targets_Rx2]
+        tokens = self.placebo_tokens()
+        pairs_Rx2 = token_pairs(np.arange(len(tokens)), self.config.seed)
+        texts = [self.lm.tokenizer.decode([int(token)]) for token in tokens]
         # A swapped activation is one draw of a random one: targets are ranked by what zero ablation would do.
         source = ActivationReplacement() if self.replacement.kind == "counterpart" else self.replacement
         # Mean activations are those of each dictionary's features.
         groups = [[each] for each in sharing] if source.kind == "mean" else [sharing]
-        for group in groups if len(targets_Rx2) else ():
+        for group in groups if len(pairs_Rx2) else ():
+            # Attribution is linear in the target: that of a pair is the difference of both tokens' against a third.
             attributions = target_attributions(
                 [each.split for each in group],
                 [each.train_runs for each in group],
-                targets_Rx2,
+                np.stack([tokens[1:], np.broadcast_to(tokens[0], len(tokens) - 1)], axis=1),
                 group[0].replacement if source.kind == "mean" else source,
-                self.progress.of_call(len(targets_Rx2) * len(self.train)),
+                self.progress.of_call(len(tokens) * len(self.train)),
             )
-            for each, attribution_RxF in zip(group, attributions, strict=True):
-                sets = [leaders(attribution_F, self.config.top) for attribution_F in attribution_RxF]
-                pairs = zip(texts, sets, strict=True)
-                each._placebos = [((right, wrong), members) for (right, wrong), members in pairs if members]
+            for each, attribution_SxF in zip(group, attributions, strict=True):
+                score_NxF = np.concatenate([0 * attribution_SxF[:1], attribution_SxF])
+                sets = [leaders(score_NxF[right] - score_NxF[wrong], self.config.top) for right, wrong in pairs_Rx2]
+                named = zip(pairs_Rx2.tolist(), sets, strict=True)
+                each._placebos = [((texts[right], texts[wrong]), members) for (right, wrong), members in named]
 
-    def placebo_targets(self) -> np.ndarray:
-        """Return pairs of likely tokens that are the beginning of no answer, [R, 2]; drawn without replacement."""
+    def placebo_tokens(self) -> np.ndarray:
+        """Return likely tokens that are the beginning of no answer, drawn at random; none if no targets are wanted."""
+        if not self.config.placebo_targets:
+            return np.zeros(0, np.int64)
         likely = likely_tokens(self.split, self.train_runs, LIKELY)
         # Answers of both splits: a placebo that is an answer of a test prompt would be no placebo there.
         answers = {text for prompt in self.prompts for text in (prompt.correct, prompt.wrong)}
-        tokens = neutral_tokens(self.lm.tokenizer, likely, answers)
-        pairs = len(tokens) * (len(tokens) - 1)
-        count = min(self.config.placebo_targets, pairs)
-        # Pairs are numbered instead of listed, since all pairs of thousands of likely tokens are millions.
-        drawn_R = np.random.default_rng(self.config.seed).choice(pairs, count, replace=False) if count else np.zeros(0)
-        first_R, second_R = np.divmod(drawn_R.astype(np.int64), max(len(tokens) - 1, 1))
-        second_R = second_R + (second_R >= first_R)  # any token but the first
-        return tokens[np.stack([first_R, second_R], axis=1)] if count else np.zeros((0, 2), np.int64)
+        tokens = np.random.default_rng(self.config.seed).permutation(neutral_tokens(self.lm.tokenizer, likely, answers))
+        return tokens[: max(TOKENS, self.config.placebo_targets)]
+
+    def ranked_tokens(self) -> np.ndarray:
+        """Return which tokens are other answers, bool [V]: none that is right, or begins an answer, in some prompt."""
+        answers = {text.strip() for prompt in self.prompts for text in (prompt.correct, prompt.wrong)}
+        equivalents = {text.strip() for text in EQUIVALENTS.get(self.behaviour, ())}
+        are_numbers = all(answer.isdecimal() for answer in answers)
+        is_allowed_V = np.ones(self.split.point.config.vocab, bool)
+        is_allowed_V[first_answer_ids(self.lm.tokenizer, self.prompts).ravel()] = False
+        for token in range(len(is_allowed_V)):
+            text = self.lm.tokenizer.decode([token]).strip()
+            # Where answers are numbers, other numbers may be right, too.
+            is_number = are_numbers and text.isdecimal()
+            is_allowed_V[token] &= not (
+                is_number or text in equivalents or (bool(text) and begins_answer(text, answers))
+            )
+        return is_allowed_V
+
+    def ranks(self, edit: EditDefinition) -> EffectsTable | None:
+        """Return the logits of the likeliest tokens that are no answers, without and with an edit."""
+        is_allowed_V = self.ranked_tokens()
+        most = min(len(RANKS), int(is_allowed_V.sum()))
+        values_2xRxP = rank_logits(self.split, self.runs, self.edits([edit]), is_allowed_V, most)
+        values = dict(zip(RANKS, np.moveaxis(values_2xRxP, 1, 0), strict=False))
+        return EffectsTable.block([self.clean, edit], self.tests, values)
 
 
 def measure_behaviour(
@@ -358,20 +424,18 @@ def measure_all(
     keeps_error = config.error == "keep"  # otherwise the clean run is that of the tested dictionary alone
     if repeats and not keeps_error:
         raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
-    baselines = config.baselines if keeps_error else ()
-    # Who wants no untrained dictionary wants none as a basis, which the default names.
-    baselines = tuple(name for name in baselines if config.untrained or name != "untrained")
-    untrained = _on_basis(tested, "untrained") if keeps_error and config.untrained else None
-    others = {UNTRAINED: untrained} if untrained else {}
-    others |= {name: tested.with_basis(repeat) for name, repeat in (repeats or {}).items()}
+    others = {name: tested.with_basis(repeat) for name, repeat in (repeats or {}).items()}
     # Before anything is measured, so that the slopes of placebo targets are computed once for all dictionaries.
     tested.choose_placebos(list(others.values()))
     tables, dose = _measure_dictionary(tested, TESTED, prompts, text)
     for name, other in others.items():
         tables += _measure_dictionary(other, name, prompts, text)[0]
-    for name in baselines:
-        on_basis = untrained if name == "untrained" else _on_basis(tested, name)
-        tables += _measure_basis(on_basis, name, dose, text) if on_basis else []
+    if keeps_error and config.untrained:
+        tables += _measure_untrained(tested, dose)
+    for name in config.baselines if keeps_error else ():
+        on_basis = _on_basis(tested, name)
+        if on_basis:
+            tables += _measure_list(on_basis, BASIS + name, 0, dose)
     return merge_tables(tables)
 
 
@@ -393,14 +457,13 @@ def expected_rows(
     """
     test = sum(prompt.split == "test" for prompt in prompts[behaviour])
     train = sum(prompt.split == "train" for prompt in prompts[behaviour])
-    pool = min(config.random_sets, features // 4 // config.top)  # about a quarter of the features fire
-    controls = 1.5 * (pool + config.placebo_targets)  # half of the sets are ablated twice
-    trainings = 1 + config.untrained + len(config.repeats)
-    edits = trainings * (len(FRACTIONS) + controls) + len(FRACTIONS) * len(config.baselines) + 2 * config.top
-    edits += features / 4 * (config.effects == "all")
-    on_text = len(KL_FRACTIONS) * (1 + len(config.baselines)) + trainings - 1
-    chosen = config.placebo_targets * min(train, config.attribution_prompts or train)  # for all dictionaries at once
-    return round(test * (edits + trainings * (len(prompts) - 1))) + chosen + documents * on_text
+    trainings = 1 + len(config.repeats)
+    edits = trainings * (len(FRACTIONS) + config.random_sets + config.placebo_targets + len(prompts) - 1)
+    edits += config.top + len(config.baselines) + config.untrained * (1 + config.untrained_dictionaries)
+    edits += features // 4 * (config.effects == "all")  # about a quarter of the features fire
+    tokens = max(TOKENS, config.placebo_targets) if config.placebo_targets else 0
+    chosen = tokens * min(train, config.attribution_prompts or train)  # for all dictionaries at once
+    return test * edits + chosen + documents * trainings
 
 
 def _measure_dictionary(
@@ -419,36 +482,20 @@ def _measure_dictionary(
         return EditDefinition(ablation.behaviour, group, index, features, fraction, name, target)
 
     grid = [define("top", top, fraction=fraction) for fraction in FRACTIONS]
-    controls = [define("random", members, index) for index, members in enumerate(ablation.random_sets(top))]
-    controls += [
-        define("placebo", members, index, target=target)
-        for index, (target, members) in enumerate(ablation.placebo_sets())
-    ]
-    extra = []
-    if name == TESTED:
-        extra += [define("single", [feature], index) for index, feature in enumerate(top)]
-        sizes = [2**n for n in range(len(top).bit_length()) if 2**n < len(top)]
-        extra += [define("growing", top[:size], index) for index, size in enumerate(sizes)]
-    # Norms of whole edits alone: the change is linear in the fraction, and so is its norm.
-    whole = [grid[-1], *extra, *controls]
-    norm_of = dict(zip(whole, ablation.norms(whole), strict=True))
-
-    def norms(edits: Sequence[EditDefinition]) -> np.ndarray:
-        return np.stack([edit.fraction * norm_of[dataclasses.replace(edit, fraction=1.0)] for edit in edits])
-
-    dose = root_mean_square(norm_of[grid[-1]])
-    shares = [dose / max(root_mean_square(norm_of[edit]), 1e-30) for edit in controls]
-    reduced = [
-        dataclasses.replace(edit, fraction=share) for edit, share in zip(controls, shares, strict=True) if share < 1
-    ]
-
-    edits = [*grid, *extra]
-    tables = [ablation.table(edits, norms(edits), full=True)]
-    if controls:
-        # Controls without the readouts that take the logits of the whole vocabulary: they are compared on the
-        # objective.
-        edits = [*controls, *reduced]
-        tables.append(ablation.table(edits, norms(edits)))
+    singles = [define("single", [feature], index) for index, feature in enumerate(top)] if name == TESTED else []
+    norm_ExP = ablation.norms([grid[-1], *singles])
+    dose = root_mean_square(norm_ExP[0])
+    # The change is linear in the fraction, and so is its norm.
+    norms = np.concatenate([np.outer(FRACTIONS, norm_ExP[0]), norm_ExP[1:]])
+    tables = [ablation.table([*grid, *singles], norms, full=True)]
+    controls = _define_controls(ablation, define, dose) if dose > 0 else []
+    run = [edit for edit in controls if edit.group != "pool"]
+    if run:
+        # Without the readouts that take the logits of the whole vocabulary: they are compared on the objective.
+        tables.append(ablation.table(run, ablation.norms(run)))
+    tables.append(EffectsTable((*controls,), (), *np.zeros((4, 0), np.int64)))
+    if ranks := ablation.ranks(grid[-1]):
+        tables.append(ranks)
     behaviours = [item for item in prompts.items() if item[0] != ablation.behaviour]
     # Together, so that few programs are compiled; but random activations are drawn from all prompts of a call.
     for group in [[item] for item in behaviours] if ablation.config.replacement == "random" else [behaviours]:
@@ -458,10 +505,52 @@ def _measure_dictionary(
             definitions = [prompt for item in group for prompt in define_prompts(*item) if prompt.split == "test"]
             tables.append(EffectsTable.block(grid[-1:], definitions, dict(logit_diff=diff_ExP)))
     if text:
-        tables.append(_measure_text(ablation, grid, KL_FRACTIONS if name == TESTED else KL_FRACTIONS[-1:], text))
+        tables.append(_measure_text(ablation, grid[-1], text))
     if name == TESTED and ablation.config.effects == "all":
         tables.append(_measure_every(ablation))
     return tables, dose
+
+
+def _define_controls(ablation: BehaviourAblation, define: Any, dose: float) -> list[EditDefinition]:
+    """Return the random lists and placebo sets of a dictionary at the dose of T, and the pool of the lists."""
+    config, pool = ablation.config, ablation.pool(ablation.top())
+    controls = [define("pool", pool)]
+    if len(pool):
+        lists = random_lists(ablation.changes(pool), pool, dose, config.random_sets, config.seed)
+        controls += [define("random", members, index, share) for index, (members, share) in enumerate(lists)]
+    placebos = ablation.placebo_sets()
+    features = {feature for _, members in placebos for feature in members}
+    if features:
+        changes, sets = ablation.changes(sorted(features)), [members for _, members in placebos]
+        for place, (index, factor) in enumerate(scaled_sets(changes, sets, dose, config.placebo_targets)):
+            target, members = placebos[index]
+            controls.append(define("placebo", members, place, factor, target))
+    return controls
+
+
+def _measure_untrained(tested: BehaviourAblation, dose: float) -> list[EffectsTable]:
+    """Measure the tested dictionary and untrained ones, one at a time, by the same function."""
+    config, statistics = tested.config, tested.statistics
+    # As sparse as the dictionary on these prompts, or they would change more or fewer directions at a time.
+    active = round(statistics.fires_F.sum() / max(statistics.positions, 1))
+    tables, like = _measure_list(tested.with_basis(tested.basis, like=tested), "trained", 0, dose), tested
+    for index in range(config.untrained_dictionaries):
+        basis = bases.untrained(tested.basis, active, config.seed + index)
+        untrained = tested.with_basis(basis, like=like)
+        # Of a transcoder they read another site: its runs and slopes are shared among them.
+        like = like if untrained.split.point == like.split.point else untrained
+        tables += _measure_list(untrained, "untrained", index, dose)
+    return tables
+
+
+def _measure_list(ablation: BehaviourAblation, group: str, index: int, dose: float) -> list[EffectsTable]:
+    """Measure the list of a basis to a dose: its directions in the order of their attribution on train prompts."""
+    order = leaders(ablation.attribution_F, LONGEST)
+    if not order or not dose:
+        return []
+    members, fraction = ablation.changes(order).beginning(order, dose)
+    edit = EditDefinition(ablation.behaviour, group, index, members, fraction)
+    return [ablation.table([edit], ablation.norms([edit]))]
 
 
 def _measure_every(ablation: BehaviourAblation) -> EffectsTable:
@@ -472,36 +561,12 @@ def _measure_every(ablation: BehaviourAblation) -> EffectsTable:
     return EffectsTable.block([ablation.clean, *every], ablation.tests, ablation.run(every, snap_rounding=True))
 
 
-def _measure_basis(ablation: BehaviourAblation, name: str, dose: float, text: HeldOutText | None) -> list[EffectsTable]:
-    """Measure the directions of a basis: as many, by attribution, as reach a dose."""
-    # Directions are chosen as features are: by attribution on train prompts.
-    order = leaders(ablation.attribution_F, WIDEST * ablation.config.top)
-    if not order:
-        return []
-
-    def define(size: int, fraction: float = 1.0) -> EditDefinition:
-        return EditDefinition(ablation.behaviour, BASIS + name, 0, tuple(order[:size]), fraction)
-
-    norm_SxP = ablation.norms([define(size) for size in range(1, len(order) + 1)])
-    dose_S = np.array([root_mean_square(norm_P) for norm_P in norm_SxP])
-    reaches_S = dose_S >= dose
-    size = int(np.argmax(reaches_S)) + 1 if reaches_S.any() else len(order)
-    # Down to T's dose exactly, so that the last points of both curves are at one dose.
-    most = min(1.0, dose / float(dose_S[size - 1])) if dose_S[size - 1] > 0 else 1.0
-    grid = [define(size, fraction * most) for fraction in FRACTIONS]
-    tables = [ablation.table(grid, np.stack([edit.fraction * norm_SxP[size - 1] for edit in grid]))]
-    return tables + ([_measure_text(ablation, grid, KL_FRACTIONS, text)] if text else [])
-
-
-def _measure_text(
-    ablation: BehaviourAblation, grid: Sequence[EditDefinition], fractions: Sequence[float], text: HeldOutText
-) -> EffectsTable:
-    """Measure some edits of a grid, and no edit, on held-out text."""
-    chosen = [grid[FRACTIONS.index(fraction)] for fraction in fractions]
-    values = text.effects(ablation.split, ablation.edits(chosen))
-    ablation.progress.of_call(len(chosen) * len(text.documents))(1, 1)
+def _measure_text(ablation: BehaviourAblation, edit: EditDefinition, text: HeldOutText) -> EffectsTable:
+    """Measure an edit, and no edit, on held-out text."""
+    values = text.effects(ablation.split, ablation.edits([edit]))
+    ablation.progress.of_call(len(text.documents))(1, 1)
     documents = [PromptDefinition(f"{TEXT}/{number:05d}", TEXT) for number in range(len(text.documents))]
-    return EffectsTable.block([EditDefinition(TEXT, "clean"), *chosen], documents, values)
+    return EffectsTable.block([EditDefinition(TEXT, "clean"), edit], documents, values)
 
 
 def root_mean_square(norm_P: np.ndarray) -> float:
@@ -514,10 +579,6 @@ def _on_basis(tested: BehaviourAblation, name: str) -> BehaviourAblation | None:
     dictionary, lm = tested.basis, tested.lm
     if name not in BASES:
         return tested.with_basis(load_dictionary(name))
-    if name == "untrained":
-        # As sparse as the dictionary on these prompts, or it would change more or fewer directions at a time.
-        active = round(tested.statistics.fires_F.sum() / max(tested.statistics.positions, 1))
-        return tested.with_basis(bases.untrained(dictionary, active, tested.config.seed))
     if name == "neurons":
         if isinstance(lm.config, TorchConfig):  # which has no table of its weights
             return None
@@ -533,7 +594,7 @@ def _on_basis(tested: BehaviourAblation, name: str) -> BehaviourAblation | None:
     if not len(values_NxD) or len(rows) < 2:
         return None
     directions = bases.principal_directions(dictionary, rows, values_NxD)
-    return tested.with_basis(directions) if directions is not None else None
+    return tested.with_basis(directions, like=tested) if directions is not None else None
 
 
 def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[FeatureEffect, ...]:

@@ -27,6 +27,8 @@ BASIS_NAMES = dict(
     diff_means="the difference of means",
     untrained="an untrained dictionary",
 )
+#: Controls in words.
+CONTROLS = dict(random="random lists", placebo="placebo sets", untrained="untrained dictionaries")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +37,12 @@ class VerdictConfig:
 
     level: float = 0.05  #: of every test, after correction
     min_accuracy_drop: float = 0.05  #: share of accuracy whose loss counts as an effect
-    max_ce_rise: float = 0.05  #: nats per token of held-out text below which an edit counts as selective
-    max_other_drop: float = 0.10  #: share of another behaviour's clean logit difference, likewise
+    max_ce_change: float = 0.05  #: nats per token of held-out text below which an edit counts as selective
+    max_other_change: float = 0.10  #: share of another behaviour's clean logit difference, likewise
     equivalence_margin: float = 0.10  #: share of the features' effect within which another basis is equivalent
     #: prompts of a mean with an interval: fewer all have one sign by chance in more than 5 % of cases.
     least_prompts: int = 6
+    least_lists: int = 10  #: typical random lists that the pool holds: lists from fewer are nearly the same
     resamples: int = 10_000  #: of the bootstrap
     seed: int = 456  #: of the bootstrap
 
@@ -47,20 +50,24 @@ class VerdictConfig:
     def rule(self) -> str:
         """The rule in words."""
         return (
-            "T: the features with the largest attribution on train prompts, ablated on test prompts. "
+            "T: the features with the largest attribution on train prompts, ablated on test prompts. Every control is "
+            "built to T's dose, the norm of the change at the site, and measured there. "
             "1. Effect: the 95 % bootstrap interval (over prompts within templates) of the drop lies above zero, no "
             f"template disagrees, and accuracy falls by more than {100 * self.min_accuracy_drop:g} points. "
-            "2. More than random: p = (1 + random sets whose effect is at least T's at the smaller of both doses) / "
-            f"(1 + random sets) is at most {self.level:g}; random sets are disjoint, of as many features that fire on "
-            "at least 5 % of the test prompts, without T. "
-            "3. Specific: the same against placebo sets: top features of pairs of likely tokens that are no answers. "
-            "4. More than simpler bases: the interval of the difference at the largest dose that both reach lies above "
-            f"zero; equivalent if it lies within {100 * self.equivalence_margin:g} % of T's effect; contradictory if "
-            "norm and KL disagree significantly. "
-            f"5. Selective: the upper ends of the intervals lie below {self.max_ce_rise:g} nats on held-out text and "
-            f"{100 * self.max_other_drop:g} % of the size of every other behaviour's logit difference. "
-            f"Questions 1, 4 and 5 are not testable with fewer than {self.least_prompts} prompts, nor with so few "
-            "bootstrap resamples that no p-value can be significant after correction. "
+            "2. More than random: p = (1 + random lists whose effect is at least T's) / (1 + random lists) is at most "
+            f"{self.level:g}; a list holds features that fire on at least 5 % of the test prompts, without T, in random "
+            "order, until it reaches T's dose. "
+            "3. Specific: the same against placebo sets, top features of pairs of likely tokens that are no answers; "
+            "and T takes a larger share of this answer's logit difference than of those of other likely tokens: more "
+            f"than their 95th percentile in all but {100 * self.level:g} % of resamples over prompts. "
+            "4. Did training matter: the same rank against untrained dictionaries of random directions, of each the "
+            "directions with the largest attribution to T's dose. Simpler bases: the interval of the difference; "
+            f"equivalent if it lies within {100 * self.equivalence_margin:g} % of T's effect. "
+            f"5. Selective: the upper ends of the intervals of the mean size of the change lie below "
+            f"{self.max_ce_change:g} nats on held-out text and {100 * self.max_other_change:g} % of the mean size of the "
+            "logit difference of every other behaviour above chance. "
+            f"Questions 1, 4 and 5 need {self.least_prompts} prompts and enough bootstrap resamples; 2 to 4 need "
+            "20 controls a behaviour, less one. "
             "p-values are corrected by Holm's method over the behaviours within each question."
         )
 
@@ -69,15 +76,16 @@ class VerdictConfig:
 class CausalAnswer:
     """The answer to one question."""
 
-    #: yes, no, not testable or not tested; beside a basis more, less, no significant difference, equivalent,
-    #: contradictory or not testable
+    #: yes, no, not testable or not tested; beside a basis more, less, no significant difference, equivalent or not
+    #: testable
     answer: str
     sentence: str = ""  #: the answer in words
     effect: Interval | None = None  #: the effect size that the question is about, with its 95 % interval
     p_value: float | None = None  #: before correction
     p_holm: float | None = None  #: after Holm's correction within the question
     numbers: Mapping[str, float] | None = None  #: further figures of the sentence, by name
-    parts: Mapping[str, Interval] | None = None  #: by kind of dose (norm, kl), or by other behaviour and text
+    #: by other behaviour and text; of question 3 the share that T takes from the logit difference
+    parts: Mapping[str, Interval] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +99,10 @@ class BehaviourVerdict:
     ablation: Mapping[str, CausalAnswer]
     templates: Mapping[str, float]  #: mean effect by template
     held_out: tuple[str, ...]  #: templates that no train prompt has
-    random: CausalAnswer  #: question 2: more than random sets at equal dose?
+    random: CausalAnswer  #: question 2: more than random features of the same dose?
     placebo: CausalAnswer  #: question 3: specific to this answer?
-    bases: Mapping[str, CausalAnswer]  #: question 4: more than a simpler basis at equal dose? By basis
+    trained: CausalAnswer  #: question 4: did training matter?
+    bases: Mapping[str, CausalAnswer]  #: more than a simpler basis at the same dose? By basis
     selective: CausalAnswer  #: question 5: are other behaviours and held-out text spared?
     fooled: int | None  #: number of placebo sets that pass question 2; None: not testable
     placebo_sets: int  #: number of placebo sets
@@ -204,44 +213,48 @@ def too_few_prompts(count: int, least: int) -> str:
     return f"not testable with {count} prompts, {least} are needed" if count < least else ""
 
 
-def sets_sentence(answer: CausalAnswer, group: str, k: int, behaviours: int, objective: str = "logit_diff") -> str:
-    """Return the sentence of questions 2 (``group`` random) and 3 (placebo).
+def among_sentence(answer: CausalAnswer, group: str, k: int, behaviours: int, objective: str = "logit_diff") -> str:
+    """Return the sentence of questions 2 (``group`` random), 3 (placebo) and 4 (untrained).
 
     Args:
-      answer: the answer without its sentence. Its numbers are sets, needed, mean (effect of the controls) and top (mean
-        effect of the features). Each pair is compared at the smaller of its two doses, so the effect of the features
-        differs between pairs.
-      group: group of the control sets.
-      k: number of features of each set.
+      answer: the answer without its sentence; its numbers are those of ``verdict``.
+      group: group of the controls.
+      k: number of top features.
       behaviours: number of behaviours that the correction is over.
       objective: the readout whose drop is the effect.
     """
     assert answer.numbers and answer.p_value is not None
-    numbers, is_yes = answer.numbers, answer.answer == "yes"
+    numbers, words = answer.numbers, CONTROLS[group]
     count, needed = int(numbers["sets"]), int(numbers["needed"])
-    if answer.answer == "not testable" and group == "random":
-        return (
-            f"Not testable with k = {k}: {count} independent sets of {needed} needed; use a smaller k or a wider "
-            "dictionary."
-        )
+    if answer.answer == "not testable" and count < needed:
+        return f"Not testable: {count} {words} of {needed} needed; raise their number."
     if answer.answer == "not testable":
-        return f"Not testable: {count} placebo targets of {needed} needed; raise their number."
-    lowers = numbers["top"] >= 0
-    verb, sign = ("lower", 1) if lowers else ("raise", -1)
-    # p = (1 + sets that lower the objective at least as much) / (1 + sets); see ``ranks.rank_p``.
-    reaching = round(answer.p_value * (count + 1)) - 1
-    reach = f"{_conjugate(verb, reaching)} it {'at least as much' if lowers else 'no more'}"
-    corrected = f", {answer.p_holm:.2g} after correction for {behaviours} behaviours" if behaviours > 1 else ""
-    if group == "placebo":
-        conclusion = "specific to this answer" if is_yes else "not shown to be specific to this answer"
-    else:
-        conclusion = f"{'more' if is_yes else 'not significantly more'} than {group} sets"
-    return (
-        f"Compared with each of {count} {group} sets at the smaller of the two doses, the {features(k)} "
-        f"{_conjugate(verb, k)} {ABLATION_READOUTS[objective][0]} by {sign * numbers['top']:z.2f} on average and the "
-        f"sets by {sign * numbers['mean']:z.2f}; {reaching} of the {count} sets {reach} "
-        f"(p = {answer.p_value:.2g}{corrected}): {conclusion}."
+        return (
+            f"Not testable: the {numbers['pool']:.0f} features that fire make fewer than ten lists of "
+            f"{numbers['features']:.0f}; use a smaller k or a wider dictionary."
+        )
+    unit = ABLATION_READOUTS[objective][2]
+    # p = (1 + controls that lower the objective at least as much) / (1 + controls); see ``ranks.rank_p``.
+    reaching = round(numbers["p_controls"] * (count + 1)) - 1
+    text = (
+        f"The {features(k)} cost {numbers['top']:z.2f} {unit}; {count} {words} of the same dose cost "
+        f"{numbers['median']:z.2f} in the median and {numbers['high']:z.2f} at the 95th percentile, and {reaching} of "
+        "them at least as much"
     )
+    if group == "placebo" and answer.parts:
+        share = answer.parts["share"]
+        text += (
+            f". They take {100 * share.mean:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}] of this logit "
+            f"difference, of other likely tokens' {100 * numbers['share_median']:.0f} % in the median and "
+            f"{100 * numbers['share_high']:.0f} % at the 95th percentile"
+        )
+    corrected = f", {answer.p_holm:.2g} after correction for {behaviours} behaviours" if behaviours > 1 else ""
+    endings = dict(
+        random=("more than random features", "not significantly more than random features"),
+        placebo=("specific to this answer", "not shown to be specific to this answer"),
+        untrained=("training mattered", "training is not shown to matter"),
+    )
+    return f"{text} (p = {answer.p_value:.2g}{corrected}): {endings[group][answer.answer != 'yes']}."
 
 
 def fooled_sentence(count: int | None, placebo_sets: int) -> str:
@@ -260,40 +273,42 @@ def fooled_sentence(count: int | None, placebo_sets: int) -> str:
 
 
 def basis_sentence(answer: CausalAnswer, name: str, objective: str) -> str:
-    """Return the sentence of question 4.
+    """Return the sentence about a simpler basis.
 
     Args:
-      answer: the answer without its sentence; its parts are the features' effect minus the basis's, by kind of dose.
+      answer: the answer without its sentence; its effect is the features' minus the basis's.
       name: name of the basis.
       objective: the readout whose drop is the effect.
     """
-    assert answer.numbers and answer.parts
+    assert answer.numbers and answer.effect
     endings = {
         "more": "the features have the larger effect",
         "less": "the features have the smaller effect",
         "equivalent": "equivalent",
         "no significant difference": "no significant difference, which is not equality",
-        "contradictory": "contradictory, the two doses disagree significantly",
-        "not testable": "not testable with so few prompts or bootstrap resamples",
+        "not testable": "not testable with so few prompts, bootstrap resamples or directions",
     }
-    kinds = dict(norm="norm", kl="KL on text")
-    listed = ", ".join(
-        f"{at.mean:+.2f} [{at.low:.2f}, {at.high:.2f}] by {kinds[kind]}" for kind, at in answer.parts.items()
-    )
+    at = answer.effect
     return (
-        f"Against {BASIS_NAMES.get(name, name)} at equal dose: {answer.numbers['top']:.2f} "
-        f"{ABLATION_READOUTS[objective][2]} lost to {answer.numbers['basis']:.2f}; difference {listed}: "
-        f"{endings[answer.answer]}."
+        f"Against {BASIS_NAMES.get(name, name)} of the same dose: {answer.numbers['top']:.2f} "
+        f"{ABLATION_READOUTS[objective][2]} lost to {answer.numbers['basis']:.2f}; difference {at.mean:+.2f} "
+        f"[{at.low:.2f}, {at.high:.2f}]: {endings[answer.answer]}."
     )
 
 
-def selective_sentence(answer: CausalAnswer, failing: Sequence[str]) -> str:
+def at_chance_words(behaviours: Sequence[str]) -> str:
+    """Return which behaviours the model does not do, in words; "" if there are none."""
+    return f"left out, at chance: {', '.join(name.replace('_', ' ') for name in behaviours)}" if behaviours else ""
+
+
+def selective_sentence(answer: CausalAnswer, failing: Sequence[str], left_out: str = "") -> str:
     """Return the sentence of question 5.
 
     Args:
-      answer: the answer without its sentence. Its parts are the losses on held-out text (nats) and on other behaviours
-        (logits), its numbers their margins.
+      answer: the answer without its sentence. Its parts are the mean sizes of the changes on held-out text (nats) and
+        on other behaviours (logits), its numbers their margins.
       failing: parts whose interval reaches the margin.
+      left_out: behaviours that are not looked at, in words.
     """
     assert answer.parts and answer.numbers
     parts, names = answer.parts, failing or list(answer.parts)
@@ -303,6 +318,7 @@ def selective_sentence(answer: CausalAnswer, failing: Sequence[str]) -> str:
         f"{answer.numbers[name]:z.2f}"
         for name in names
     )
+    listed += f"; {left_out}" if left_out else ""
     if answer.answer == "yes":
         return f"Held-out text and all other behaviours are spared ({listed})."
     if not failing:

@@ -26,6 +26,7 @@ from saejax.interventions.ablation import (
     measure_all,
 )
 from saejax.interventions.activity import FeatureStatistics
+from saejax.interventions.controls import Changes
 from saejax.interventions.edits import ZERO
 from saejax.interventions.references import Reference, References, attributions, placebo_references
 from saejax.interventions.settings import AblateConfig, StudyConfig
@@ -125,8 +126,28 @@ class BenchmarkAblation(BehaviourAblation):
         self.test_references = self._references(self.items.references(self.test))
         # Train items alone choose features; test items judge them.
         self._train_references = self.items.references(self.train)
-        (self._train_rows_NxF,) = self._attributions(self._train_references)
-        self.attribution_F = self._train_rows_NxF.mean(axis=0, dtype=np.float64)
+        if self.like and self.like.split.point == self.split.point:
+            self.attribution_F = self._references(self._train_references).attribution(self.like.slopes)
+        else:
+            self.attribution_F = self._train_rows_NxF.mean(axis=0, dtype=np.float64)
+        self.like = None
+
+    @functools.cached_property
+    def _train_rows_NxF(self) -> np.ndarray:
+        """Attribution of each feature for each train reference that chooses features."""
+        return self._attributions(self._train_references)[0]
+
+    @functools.cached_property
+    def slopes(self) -> list[np.ndarray]:
+        """Slopes of the train references' log-likelihoods, which dictionaries of the site share."""
+        return self._references(self._train_references).slopes()
+
+    def changes(self, features: Sequence[int] | np.ndarray) -> Changes:
+        """Return the changes that ablating some features makes on the test items."""
+        return self.test_references.changes(features)
+
+    def ranks(self, edit: EditDefinition) -> None:
+        """Return nothing: answers of several tokens have no ranks beside them."""
 
     def _references(self, references: Sequence[Reference]) -> References:
         return References(self.split, references, self.batch_tokens, self.progress.check)
@@ -201,7 +222,17 @@ class BenchmarkAblation(BehaviourAblation):
 
 def ablate_config(config: StudyConfig) -> AblateConfig:
     """Return the settings of an ablation that a study makes."""
-    names = ("top", "random_sets", "placebo_targets", "untrained", "baselines", "repeats", "min_accuracy_drop", "seed")
+    names = (
+        "top",
+        "random_sets",
+        "placebo_targets",
+        "untrained",
+        "untrained_dictionaries",
+        "baselines",
+        "repeats",
+        "min_accuracy_drop",
+        "seed",
+    )
     shared: dict[str, Any] = {name: getattr(config, name) for name in (*names, "bootstrap")}
     return AblateConfig(attribution_prompts=config.attribution_items, **shared)
 
@@ -299,7 +330,11 @@ def edits_of(
     if edit.group == "resample":
         drawn_from = [pools[feature] for feature in edit.features]
         return lambda item_of_text: [dictionary.redraw(edit.features, drawn_from, length, seed, item_of_text)]
-    return lambda item_of_text: [dictionary.ablate(edit.features)]
+    # Controls are scaled to the dose of the top features.
+    factor = 1 - edit.fraction
+    return lambda item_of_text: [
+        dictionary.scale(edit.features, factor) if factor else dictionary.ablate(edit.features)
+    ]
 
 
 def answer_table(

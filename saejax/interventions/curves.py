@@ -1,15 +1,12 @@
 """Dose-effect curves of the edits of a table, and comparisons at equal dose."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.interventions.answers import RESAMPLED
 from saejax.interventions.table import TESTED, TEXT, EditDefinition, EffectsTable, PromptDefinition
-from saejax.results import Interval
-from saejax.statistics import bootstrap
 from saejax.statistics.curves import interpolation_weights
 
 
@@ -84,61 +81,6 @@ def read_curves(
     return curves
 
 
-@dataclasses.dataclass(frozen=True)
-class MeasuredBehaviour:
-    """Measurements of the top features of one behaviour."""
-
-    behaviour: str  #: its name
-    prompts: Sequence[PromptDefinition]  #: its P test prompts
-    objective: str  #: the readout whose drop is the effect
-    top: EffectCurve  #: the curve of the top features
-    weight_RxP: np.ndarray  #: weight of each prompt in each bootstrap sample of a mean; see ``resampling_weights``
-
-    @classmethod
-    def read(
-        cls, table: EffectsTable, behaviour: str, dictionary: str, resamples: int, seed: int
-    ) -> "MeasuredBehaviour":
-        """Read the top features of a behaviour, check its control sets, and draw bootstrap samples by ``seed``.
-
-        Raises:
-          UserError: there are fewer than 2 test prompts, or see ``check_controls`` and ``read_curves``.
-        """
-        prompts = table.select_prompts(behaviour)
-        if len(prompts) < 2:
-            raise UserError(
-                f"{behaviour} has {len(prompts)} test prompts: expected at least 2; raise --task.test_prompts"
-            )
-        strata = [prompt.template for prompt in prompts]
-        weight_RxP = bootstrap.resampling_weights(strata, resamples, seed)
-        check_controls(table, behaviour, dictionary)
-        (top,) = read_curves(table, behaviour, "top", dictionary, prompts)
-        return cls(behaviour, prompts, table.objective(behaviour), top, weight_RxP)
-
-    @property
-    def k(self) -> int:
-        """The number of top features."""
-        return len(self.top.edits[-1].features)
-
-    @property
-    def templates(self) -> list[str]:
-        """The template of each prompt."""
-        return [prompt.template for prompt in self.prompts]
-
-    def interval(self, value_P: np.ndarray) -> tuple[Interval, np.ndarray]:
-        """Return the mean of a number per prompt with its interval, and its bootstrap samples."""
-        sample_R = self.weight_RxP @ value_P
-        return Interval(float(value_P.mean()), *bootstrap.percentile_interval(sample_R)), sample_R
-
-
-def ablation_readouts(table: EffectsTable, measured: MeasuredBehaviour) -> list[str]:
-    """Return the readouts of question 1 (``answers.ABLATION_READOUTS``), the objective first."""
-    if measured.objective == "logit_diff":
-        return ["logit_diff", "log_prob", "two_way", "top1"]
-    resampled = table.select_edits(measured.behaviour, "resample", measured.top.edits[-1].dictionary)
-    readouts = ["answer_log_prob", "accuracy"]
-    return readouts + [name + RESAMPLED for name in readouts if resampled]
-
-
 def compare_at_equal_dose(
     tested: EffectCurve, controls: Sequence[EffectCurve]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -151,51 +93,3 @@ def compare_at_equal_dose(
     dose_N = np.minimum(tested.reach, np.array([control.reach for control in controls]))
     control_NxP = np.concatenate([control.drop_at(dose_N[n]) for n, control in enumerate(controls)])
     return tested.drop_at(dose_N), control_NxP, dose_N
-
-
-def mean_drops_at_equal_dose(
-    tested: Sequence[EffectCurve], controls: Sequence[EffectCurve]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean drops of R sets and of N control sets, ``[R, N]`` each, a pair at the smaller of its doses."""
-    dose_RxN = np.minimum.outer([curve.reach for curve in tested], [curve.reach for curve in controls])
-    pairs = zip(tested, dose_RxN, strict=True), zip(controls, dose_RxN.T, strict=True)
-    tested_RxN, control_NxR = (np.stack([curve.drop_at(doses).mean(axis=1) for curve, doses in some]) for some in pairs)
-    return tested_RxN, control_NxR.T
-
-
-def begins_answer(token: str, answers: Iterable[str]) -> bool:
-    """Return whether a token is the beginning of an answer, whatever the case and the spaces around it.
-
-    Tokenizers of SentencePiece decode a word's first token without the space that the answer begins with.
-    """
-    word = token.strip().casefold()
-    return any(answer.strip().casefold().startswith(word) for answer in answers)
-
-
-def check_controls(table: EffectsTable, behaviour: str, dictionary: str) -> None:
-    """Check that the control sets of a behaviour and a dictionary are what the rule says they are.
-
-    Raises:
-      UserError: a random set shares a feature with the tested set or another random set, or has another size; or a
-        token of a placebo target is (the beginning of) an answer.
-    """
-    advice = "its figures are no controls; run the stage again"
-    tested = table.select_edits(behaviour, "top", dictionary)[-1].features
-    used = dict.fromkeys(tested, "the top features")
-    full = {edit.index: edit.features for edit in table.select_edits(behaviour, "random", dictionary)}
-    for index, features in full.items():
-        shared = next((feature for feature in features if feature in used), None)
-        if shared is not None:
-            raise UserError(f"random set {index} of {behaviour} shares feature {shared} with {used[shared]}: {advice}")
-        if len(set(features)) != len(tested):
-            raise UserError(
-                f"random set {index} of {behaviour} has {len(features)} features, not {len(tested)}: {advice}"
-            )
-        # Sets that share features have similar effects: several of them would count as controls and be one.
-        used |= dict.fromkeys(features, f"random set {index}")
-    prompts = [prompt for prompt in table.prompts if prompt.behaviour == behaviour]
-    answers = {answer for prompt in prompts for answer in (prompt.correct, prompt.wrong) if answer.strip()}
-    for edit in table.select_edits(behaviour, "placebo", dictionary):
-        for token in edit.target or ():
-            if begins_answer(token, answers):
-                raise UserError(f"placebo target {edit.index} of {behaviour} is an answer ({token!r}): {advice}")

@@ -19,15 +19,18 @@ The rows go through one jitted program in batches of bounded size, sharded over 
 """
 
 import collections
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries.rescale import to_output_units
 from saejax.errors import UserError, one_of
-from saejax.interventions.edits import ActivationReplacement, FeatureEdits
+from saejax.interventions.controls import Changes
+from saejax.interventions.edits import ActivationReplacement, FeatureEdits, filled_features
 from saejax.interventions.references import Reference, References, is_mask
 from saejax.interventions.rows import (
     CleanValues,
@@ -36,14 +39,18 @@ from saejax.interventions.rows import (
     all_different,
     batches_of,
     clean_logp,
+    edit_value,
     first_change,
     first_changes,
     gather,
     run_rows,
 )
-from saejax.interventions.split_model import GROUP_TOKENS, CleanRun, SplitModel
+from saejax.interventions.split_model import GROUP_TOKENS, CleanRun, SiteRows, SplitModel, in_order
+from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
-from saejax.models.split import SharedPrefixBatch
+from saejax.models.split import SharedPrefixBatch, SplitPoint
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import sharding
 from saejax.progress import OnProgress, silent
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.likelihood import encode_pair
@@ -233,6 +240,77 @@ def change_norms(split: SplitModel, runs: Sequence[CleanRun], edits: FeatureEdit
             arrays = np.asarray(fall_BxTxK)[:count], np.asarray(W_dec_KxD), editable_PxT
             norm_SxP[np.array(chosen)[:, None], run.index_P] = edits.norms(chosen, features_K, *arrays)
     return norm_SxP
+
+
+def measure_changes(
+    split: SplitModel, runs: Sequence[CleanRun], source: ActivationReplacement, features: Sequence[int] | np.ndarray
+) -> Changes:
+    """Return the changes that ablating each of some features makes at the site, alone and with each other."""
+    features_K, product_KxK, prompts = np.unique(np.asarray(features, np.int64)), np.zeros(()), 0
+    for number, run in enumerate(runs):
+        count = len(run.index_P)
+        arrays = EditedRun(run, source.of_run(number)).arrays
+        falls, rows = [], []
+        for first in range(0, len(features_K), FEATURES):
+            some = features_K[first : first + FEATURES]
+            filled = np.pad(some, (0, filled_features(len(some)) - len(some)), mode="edge")
+            fall_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *arrays, filled, count)
+            falls.append(np.asarray(fall_BxTxK, np.float64)[:count, :, : len(some)].reshape(-1, len(some)))
+            rows.append(np.asarray(W_dec_KxD, np.float64)[: len(some)])
+        fall_NxK, W_dec_KxD = np.concatenate(falls, axis=1), np.concatenate(rows)
+        product_KxK = product_KxK + (fall_NxK.T @ fall_NxK) * (W_dec_KxD @ W_dec_KxD.T)
+        prompts += count
+    return Changes(features_K, product_KxK / prompts)
+
+
+def rank_logits(
+    split: SplitModel, runs: Sequence[CleanRun], edit: FeatureEdits, is_allowed_V: np.ndarray, most: int
+) -> np.ndarray:
+    """Return the logits of each prompt's likeliest tokens without an edit, and with one.
+
+    Args:
+      split: the model.
+      runs: from ``split.run``.
+      edit: a single edit, which adds nothing.
+      is_allowed_V: the tokens that are ranked, at least ``most``.
+      most: number of tokens.
+
+    Returns:
+      Float64 array ``[2, most, P]``: the same tokens, first without the edit, by falling logit.
+    """
+    parts = []
+    ((chosen, features_K),) = edit.chunks(max(len(edit.sets[0]), 1))
+    fraction_K = edit.over(chosen, features_K)[0][0]
+    for number, run in enumerate(runs):
+        arrays = EditedRun(run, edit.replacement.of_run(number)).arrays
+        fall_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *arrays, features_K, len(run.index_P))
+        some = []
+        for part, rows in split.slices(run):
+            changes = fall_BxTxK[part], W_dec_KxD
+            clean_BxV, edited_BxV = (
+                to_host(_end_logits(split.point, split.params, rows, *changes, share * fraction_K)) for share in (0, 1)
+            )
+            order_BxR = np.argsort(-np.where(is_allowed_V, clean_BxV, -np.inf), axis=1, kind="stable")[:, :most]
+            some.append(np.stack([np.take_along_axis(each, order_BxR, axis=1) for each in (clean_BxV, edited_BxV)], 1))
+        parts.append(np.concatenate(some))
+    return np.moveaxis(in_order(parts, runs), 0, -1).astype(np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _end_logits(
+    point: SplitPoint,
+    params: decoder.Params,
+    rows: SiteRows,
+    fall_BxTxK: jax.Array,
+    W_dec_KxD: jax.Array,
+    fraction_K: jax.Array,
+) -> jax.Array:
+    """Return the logits of the next token after each prompt under an edit, [B, V]."""
+    value_BxTxD = edit_value(rows.value_BxTxD, fall_BxTxK, W_dec_KxD, fraction_K[None, None, :])
+    x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
+    last_BxD = jnp.take_along_axis(x_BxTxD, rows.last_B[:, None, None], axis=1)[:, 0]
+    logits_BxV = decoder.unembed(point.config, params, last_BxD, point.rules)
+    return jax.lax.with_sharding_constraint(logits_BxV, sharding(point.mesh))
 
 
 class EditedRun(NamedTuple):

@@ -24,7 +24,8 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.activity import FeatureStatistics, count_firings
-from saejax.interventions.edits import ZERO, FeatureEdits
+from saejax.interventions.controls import Changes
+from saejax.interventions.edits import ZERO, FeatureEdits, filled_features
 from saejax.interventions.rows import edit_value, gather
 from saejax.interventions.slopes import weighted
 from saejax.interventions.split_model import SplitModel, active_features, run_head
@@ -137,6 +138,36 @@ class References:
                 arrays = np.asarray(f_BxTxK)[:count], np.asarray(W_dec_KxD), np.asarray(batch.domain_BxT)[:count]
                 norm_ExN[np.array(chosen)[:, None], places_Q] = edits.norms(chosen, features_K, *arrays)
         return norm_ExN
+
+    def changes(self, features: Sequence[int] | np.ndarray) -> Changes:
+        """Return the changes that setting each of some features to zero makes, alone and with each other."""
+        features_K, product_KxK = np.unique(np.asarray(features, np.int64)), np.zeros(())
+        for places_Q, batch in self.batches():
+            domain_BxT = np.array(batch.domain_BxT)
+            domain_BxT[len(places_Q) :] = False  # copies
+            falls, rows = [], []
+            for first in range(0, len(features_K), FEATURES):
+                some = features_K[first : first + FEATURES]
+                filled = np.pad(some, (0, filled_features(len(some)) - len(some)), mode="edge")
+                f_BxTxK, W_dec_KxD = self._gather(batch, filled)
+                falls.append(np.asarray(f_BxTxK)[domain_BxT][:, : len(some)].astype(np.float64))
+                rows.append(np.asarray(W_dec_KxD, np.float64)[: len(some)])
+            fall_NxK, W_dec_KxD = np.concatenate(falls, axis=1), np.concatenate(rows)
+            product_KxK = product_KxK + (fall_NxK.T @ fall_NxK) * (W_dec_KxD @ W_dec_KxD.T)
+        return Changes(features_K, product_KxK / len(self._references))
+
+    def slopes(self) -> list[np.ndarray]:
+        """Return the slope of each reference's log-likelihood at the site, [B, T, D] for each batch."""
+        point = _keeping_little(self._split.point)
+        return [np.asarray(_answer_slopes(point, self._split.params, batch)) for _, batch in self.batches()]
+
+    def attribution(self, slopes_of: Sequence[np.ndarray]) -> np.ndarray:
+        """Return each feature's attribution, mean over references, float64 [F], given slopes that dictionaries share."""
+        point, dictionary, total_F = self._split.point, self._split.dictionary, np.zeros(())
+        for (places_Q, batch), slope_BxTxD in zip(self.batches(), slopes_of, strict=True):
+            rows_BxF = np.asarray(_attribute(point, dictionary, batch, slope_BxTxD), np.float64)
+            total_F = total_F + rows_BxF[: len(places_Q)].sum(axis=0)
+        return total_F / len(self._references)
 
     def _gather(self, batch: ReferenceBatch, features_K: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Return activations [B, T, K] of some features on a batch, 0 where not editable, and directions [K, D]."""
@@ -265,8 +296,7 @@ def attributions(
         # The backward pass takes nearly all of the time and does not depend on the dictionary.
         group = [place for place, split in enumerate(splits) if split.point == point]
         first = splits[group[0]]
-        # Rematerialised: what is kept of each layer for the gradient of long prompts would not fit.
-        keeping_little = dataclasses.replace(point, rules=dataclasses.replace(point.rules, remat=True))
+        keeping_little = _keeping_little(point)
         for places_Q, batch in References(first, references, batch_tokens, check_stop).batches():
             slope_BxTxD = _answer_slopes(keeping_little, first.params, batch)
             for place in group:
@@ -278,6 +308,11 @@ def attributions(
                 "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
             )
     return rows_of
+
+
+def _keeping_little(point: SplitPoint) -> SplitPoint:
+    # Rematerialised: what is kept of each layer for the gradient of long prompts would not fit.
+    return dataclasses.replace(point, rules=dataclasses.replace(point.rules, remat=True))
 
 
 def placebo_references(references: Sequence[Reference], count: int, seed: int) -> list[list[Reference]]:

@@ -7,7 +7,7 @@ from saejax.config import Config, setting
 from saejax.tasks.settings import BENCHMARKS
 
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
-BASES = ("neurons", "pca", "diff_means", "untrained")  # those that need no folder
+BASES = ("neurons", "pca", "diff_means")  # those that need no folder
 PATCHABLE = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 HEAD_KINDS = ("attn_q", "attn_k", "attn_v", "attn_z")
 
@@ -52,16 +52,22 @@ class AblateConfig(Config):
     attribution_prompts: int = setting(
         0, "number of train prompts that rank features, for the answers and for placebo targets alike; 0: all", low=0
     )
-    untrained: bool = setting(True, "answer all questions for an untrained dictionary as well")
+    untrained: bool = setting(True, "ask whether training mattered: compare with untrained dictionaries")
+    untrained_dictionaries: int = setting(
+        79,
+        "untrained dictionaries to compare with; a yes needs 19 with one behaviour, 39 with two, and 20 more for each "
+        "further one",
+        low=1,
+    )
     baselines: tuple[str, ...] = setting(
         BASES,
         "simpler bases to compare with at equal dose: neurons (of the layer's MLP), pca (principal components of the "
-        "site on the train prompts), diff_means (differences of the site's means by answer), untrained (a dictionary "
-        "of random directions), or the folder of a dictionary; empty: none",
+        "site on the train prompts), diff_means (differences of the site's means by answer), or the folder of a "
+        "dictionary; empty: none",
     )
     text_documents: int = setting(
         64,
-        "held-out documents of the corpus, 32 tokens of each, on which cross-entropy and KL divergence are measured; "
+        "held-out documents of the corpus, 32 tokens of each, on which cross-entropy is measured; "
         "0: none, and whether effects are selective is not fully tested",
         low=0,
     )
@@ -194,7 +200,7 @@ class StudyConfig(Config):
     )
     top: int = setting(10, "number of features, ranked by attribution on train items, that are ablated", low=1)
     random_sets: int = setting(
-        199, "maximum number of disjoint random sets of features that the top ones are compared with", low=1
+        199, "random lists of features of the same dose that the top ones are compared with", low=1
     )
     placebo_targets: int = setting(
         199,
@@ -208,10 +214,11 @@ class StudyConfig(Config):
     scored_sets: int = setting(
         19, "random sets, and as many placebo sets, under which answers are generated or chosen and scored, too", low=0
     )
-    untrained: bool = setting(True, "answer all questions for an untrained dictionary, too")
+    untrained: bool = setting(True, "ask whether training mattered: compare with untrained dictionaries")
+    untrained_dictionaries: int = setting(39, "untrained dictionaries to compare with", low=1)
     baselines: tuple[str, ...] = setting(
         ("neurons", "pca"),
-        "simpler bases to compare with at equal dose: neurons, pca, untrained, or the folder of a dictionary; see "
+        "simpler bases to compare with at equal dose: neurons, pca, or the folder of a dictionary; see "
         "--ablate.baselines; empty: none",
     )
     repeats: tuple[str, ...] = setting(

@@ -22,7 +22,7 @@ from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError, one_of
 from saejax.interventions.activity import count_run
-from saejax.interventions.curves import begins_answer
+from saejax.interventions.controls import begins_answer
 from saejax.interventions.edits import ZERO, ActivationReplacement, removed_on_average
 from saejax.interventions.split_model import CleanRun, SiteRows, SplitModel, active_features, prompts_at_once
 from saejax.models import decoder
@@ -212,6 +212,68 @@ def target_attributions(
     if not all(np.isfinite(total).all() for total in totals):
         raise UserError(_not_finite(splits[0].point))
     return [total[:count] / prompts for total in totals]
+
+
+def answer_slopes(split: SplitModel, runs: Sequence[CleanRun]) -> list[list[np.ndarray]]:
+    """Return the slope of the logit difference at the site, [B, T, D] for each of ``split.slices`` of each run."""
+    return [[to_host(_answer_slope(split.point, split.params, rows)) for _, rows in split.slices(run)] for run in runs]
+
+
+def attribute_slopes(
+    split: SplitModel,
+    runs: Sequence[CleanRun],
+    slopes_of: Sequence[Sequence[np.ndarray]],
+    source: ActivationReplacement = ZERO,
+) -> np.ndarray:
+    """Return each feature's attribution, mean over prompts, float64 [F], given slopes that dictionaries share.
+
+    Args:
+      split: the model with the dictionary.
+      runs: as for ``attribution``.
+      slopes_of: from ``answer_slopes`` of the same prompts.
+      source: what replaces activations.
+
+    Raises:
+      UserError: the result is not finite.
+    """
+    total_F = np.zeros(split.dictionary.config.n_features)
+    for run, slopes_R in zip(runs, slopes_of, strict=True):
+        arrays = _random_sums(split, run, source)
+        for (part, rows), slope_BxTxD in zip(split.slices(run), slopes_R, strict=True):
+            if source.kind == "counterpart" and run.counterpart:
+                arrays = tuple(split.by_row(run.counterpart.read_BxTxD[part], run.counterpart.domain_BxT[part]))
+            real_B = np.arange(part.start, part.stop) < len(run.index_P)
+            (slope_BxTxD,) = split.by_row(slope_BxTxD)
+            total_F += to_host(_score_slope(split.point, split.dictionary, rows, slope_BxTxD, real_B, source, arrays))
+    if not np.isfinite(total_F).all():
+        raise UserError(_not_finite(split.point))
+    return total_F / sum(len(run.index_P) for run in runs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _answer_slope(point: SplitPoint, params: decoder.Params, rows: SiteRows) -> jax.Array:
+    def total(value_BxTxD: jax.Array) -> jax.Array:
+        x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
+        # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
+        return point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
+
+    return jax.lax.with_sharding_constraint(jax.grad(total)(rows.value_BxTxD), sharding(point.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score_slope(
+    point: SplitPoint,
+    dictionary: Dictionary,
+    rows: SiteRows,
+    slope_BxTxD: jax.Array,
+    real_B: jax.Array,
+    source: ActivationReplacement,
+    source_arrays: tuple[jax.Array, ...],
+) -> jax.Array:
+    """Return the sum of each feature's attribution over the real rows, [F]."""
+    score_BxF = weighted(_mean_fall(dictionary, rows, source, source_arrays), slope_BxTxD, dictionary.W_dec_FxD[...])
+    score_F = jnp.where(real_B[:, None], score_BxF, 0.0).sum(axis=0)
+    return jax.lax.with_sharding_constraint(score_F, sharding(point.mesh))
 
 
 def _random_sums(split: SplitModel, run: CleanRun, source: ActivationReplacement) -> tuple[jax.Array, ...]:

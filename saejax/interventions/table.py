@@ -13,10 +13,10 @@ Vocabulary:
   that behaviour; the edit of the top features is also run on the prompts of the other behaviours and on held-out text.
 - The **group** of an edit says what it is compared as: see ``GROUPS`` and ``BASIS``.
 - The **fraction** a of an edit is how much of it was applied: each activation f becomes f + a (r - f), where r is the
-  replacement (0 for zero ablation). An edit with several fractions has one definition per fraction.
+  replacement (0 for zero ablation). An edit with several fractions has one definition per fraction. Placebo sets may
+  have fractions above 1.
 - A **readout** is one number per prompt; see ``READOUTS``.
-- The **dose** of an edit by norm is the root mean square over prompts of the readout ``change_norm``; its dose by KL is
-  the mean of the readout ``kl`` over held-out documents.
+- The **dose** of an edit is the root mean square over prompts of the readout ``change_norm``.
 """
 
 import dataclasses
@@ -31,11 +31,13 @@ from saejax.errors import UserError
 from saejax.files import read_json, whole_file, write_json
 
 #: ``clean``: no edit. ``top``: the tested features together (index 0). ``single``: one feature alone (index is its
-#: rank). ``growing``: the first 1, 2, 4, ... top features. ``random``: disjoint sets of features of the pool.
-#: ``placebo``: the top features of a placebo target. ``every``: any live feature alone (index is the feature).
-#: ``resample``: the top features, each at every position where it fires with an activation from another such position.
-GROUPS = ("clean", "top", "single", "growing", "random", "placebo", "every", "resample")
-#: Groups named ``basis:<name>`` hold directions of another basis: neurons, pca, diff_means, untrained, or a folder's.
+#: rank). ``random``: random lists to the dose of the top features. ``placebo``: the top features of a placebo target,
+#: scaled to that dose. ``trained`` and ``untrained``: the list to that dose of the tested dictionary, and of each
+#: untrained one (index). ``pool``: the features of which random lists are made; it is not run. ``every``: any live
+#: feature alone (index is the feature). ``resample``: the top features, each at every position where it fires with an
+#: activation from another such position.
+GROUPS = ("clean", "top", "single", "random", "placebo", "trained", "untrained", "pool", "every", "resample")
+#: Groups named ``basis:<name>`` hold directions of another basis: neurons, pca, diff_means, or a folder's.
 BASIS = "basis:"
 #: ``logit_diff``: logit of the correct minus the wrong answer's first token. ``log_prob``: log-probability of the
 #: correct answer's first token, nats. ``top1``: 1 where the correct token is the argmax. ``two_way``: 1 where the logit
@@ -44,17 +46,18 @@ BASIS = "basis:"
 #: site, over all edited positions of the prompt together. Of benchmark items: ``answer_log_prob``, the teacher-forced
 #: log-likelihood of the whole reference answer, nats; ``accuracy``, 1 where the model's answer is right, ``strict``, 1
 #: where it is right by the strict rule, ``formatted``, 1 where that rule finds an answer at all, and ``cut``, 1 where
-#: the generated answer was cut off.
+#: the generated answer was cut off. ``rank_1`` to ``rank_20``: the logit of the token that is so many-th without an
+#: edit, answers left out.
+RANKS = tuple(f"rank_{rank}" for rank in range(1, 21))
 READOUTS = (
     *("logit_diff", "log_prob", "top1", "two_way", "kl", "ce", "change_norm"),
     *("answer_log_prob", "accuracy", "strict", "formatted", "cut"),
+    *RANKS,
 )
 #: The behaviour of held-out documents.
 TEXT = "text"
 #: The value of ``EditDefinition.dictionary`` for the tested dictionary and for edits that need none.
 TESTED = "tested"
-#: The value of ``EditDefinition.dictionary`` for the untrained dictionary.
-UNTRAINED = "untrained"
 
 _FILES = ("effects.parquet", "edits.json", "prompts.json")
 
@@ -68,8 +71,8 @@ class EditDefinition:
     group: str  #: see ``GROUPS`` and ``BASIS``
     index: int = 0  #: index of the set within its group
     features: tuple[int, ...] = ()  #: the indices of the ablated features, or of the directions of the basis
-    fraction: float = 1.0  #: share of the edit that is applied, in [0, 1]
-    #: dictionary of its features: ``TESTED``, ``UNTRAINED``, or the name of a dictionary of another seed.
+    fraction: float = 1.0  #: share of the edit that is applied, at least 0
+    #: dictionary of its features: ``TESTED``, or the name of a dictionary of another seed.
     dictionary: str = TESTED
     target: tuple[str, str] | None = None  #: the two placebo tokens (right, wrong), as text; None for other groups
 
@@ -139,8 +142,8 @@ class EffectsTable:
         return list(self._edits_by_group.get((behaviour, group, dictionary), []))
 
     def select_whole_edits(self, behaviour: str, group: str) -> list[EditDefinition]:
-        """Return a ``behaviour``'s edits of a group that are applied whole, of the tested dictionary, by index."""
-        return [edit for edit in self.select_edits(behaviour, group) if edit.fraction == 1]
+        """Return a ``behaviour``'s edits of a group, of the tested dictionary, by index; of fractions the largest."""
+        return list({edit.index: edit for edit in self.select_edits(behaviour, group)}.values())
 
     def select_prompts(self, behaviour: str) -> list[PromptDefinition]:
         """Return the test prompts of a behaviour (documents for ``TEXT``), ordered by id."""
@@ -184,6 +187,11 @@ class EffectsTable:
     def drops(self, edits: Sequence[EditDefinition], prompts: Sequence[PromptDefinition], readout: str) -> np.ndarray:
         """Return by how much each edit lowers a readout on prompts of one behaviour, ``[E, P]``; NaN: not measured."""
         return self.clean_values(prompts, readout) - self.values(edits, prompts, readout)
+
+    def doses(self, edits: Sequence[EditDefinition], prompts: Sequence[PromptDefinition]) -> np.ndarray:
+        """Return the dose of each edit on prompts, ``[E]``; NaN where it was not measured on all of them."""
+        # Root mean square: this is the norm of the changes of all prompts together, but for their number.
+        return np.sqrt(np.mean(np.square(self.values(edits, prompts, "change_norm")), axis=1))
 
     def objective(self, behaviour: str) -> str:
         """Return the readout whose drop is the effect: of benchmarks ``answer_log_prob``, otherwise ``logit_diff``."""

@@ -1,18 +1,20 @@
 """Verdicts on whether features cause a behaviour: five questions, answered from the effects table alone.
 
-T is the set of the k features with the largest attribution for the behaviour's answer on train prompts; E(S; d) is the
-mean drop of the logit difference on test prompts when the set S is ablated so far that the dose is d, the root mean
-square over prompts of the norm of the change at the site. Doses between measured ones are interpolated, none is
-extrapolated. On a benchmark the log-likelihood of the reference answer takes the logit difference's place
-(``EffectsTable.objective``). The questions are not nested and not combined:
+T is the set of the k features with the largest attribution for the behaviour's answer on train prompts; E(S) is the
+mean drop of the logit difference on test prompts when the set S is ablated. Every control was built to T's dose, the
+root mean square over prompts of the norm of the change at the site, and measured there
+(``saejax.interventions.controls``); nothing is interpolated. On a benchmark the log-likelihood of the reference answer
+takes the logit difference's place (``EffectsTable.objective``). The questions are not nested and not combined:
 
 1. Does ablation have an effect? On logit difference, log-probability, two-way and top-1 accuracy, each by itself; on
    a benchmark on log-likelihood and accuracy, with features set to zero and resampled.
-2. More than random features at equal dose? Against disjoint sets S_j of features that fire and are not in T.
-3. Specific to this answer? Against placebo sets T_r: the top features of the logit difference of two tokens that are
-   likely in these contexts and no answers. They are compared on the real answer.
-4. More than simpler bases at equal dose? By norm, and by KL on held-out text as a second view.
-5. Selective? Other behaviours and held-out text change by less than a margin.
+2. More than random features that change the site as much? Against random lists.
+3. Specific to this answer? Other sets on this answer: against placebo sets, the top features of two tokens that are
+   likely in these contexts and no answers. And T on other answers: the share that T takes from the logit difference is
+   larger than the shares that it takes from those of other likely tokens. A yes needs both.
+4. Did training matter? Against untrained dictionaries, from whose directions a list is made by the same attribution.
+   Beside it simpler bases, one by one.
+5. Selective? Other behaviours and held-out text change by less than a margin, in either direction.
 
 Intervals are bootstrap intervals over prompts within templates. p-values are corrected by Holm's method over the
 behaviours of a run within each question. Beside question 2 stands how many placebo sets pass it: how often "more than
@@ -21,25 +23,20 @@ random features" says yes to features that were chosen for an unrelated answer.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from saejax.errors import UserError
 from saejax.interventions import answers as wording
 from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, CausalVerdict, VerdictConfig
-from saejax.interventions.curves import (
-    EffectCurve,
-    MeasuredBehaviour,
-    ablation_readouts,
-    compare_at_equal_dose,
-    mean_drops_at_equal_dose,
-    read_curves,
-)
-from saejax.interventions.table import BASIS, TESTED, TEXT, UNTRAINED, EffectsTable
+from saejax.interventions.controls import check_controls
+from saejax.interventions.table import BASIS, RANKS, TESTED, TEXT, EditDefinition, EffectsTable, PromptDefinition
 from saejax.results import Interval
 from saejax.statistics import bootstrap
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
+from saejax.tasks.scoring import wilson
 
 
 def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalVerdict:
@@ -53,18 +50,95 @@ def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalV
       The verdict: a pure function of the table's rows, in whatever order they stand.
 
     Raises:
-      UserError: a behaviour has fewer than 2 test prompts, an edit was not measured on some of them, or the control
-        sets are none (``saejax.interventions.curves.check_controls``).
+      UserError: a behaviour has fewer than 2 test prompts, an edit was not measured on some of them, or the controls
+        are none (``saejax.interventions.controls.check_controls``).
     """
     config = config or VerdictConfig()
     judged = {dictionary: _judge_dictionary(table, dictionary, config) for dictionary in table.dictionaries}
-    seeds = [answers for name, answers in judged.items() if name not in (TESTED, UNTRAINED)]
+    seeds = [answers for name, answers in judged.items() if name != TESTED]
     if seeds and TESTED in judged:
         judged[TESTED] = {
             behaviour: dataclasses.replace(result, replication=wording.replication(behaviour, seeds))
             for behaviour, result in judged[TESTED].items()
         }
     return CausalVerdict(config.rule, judged)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredBehaviour:
+    """Measurements of one dictionary on one behaviour."""
+
+    table: EffectsTable  #: of the run
+    behaviour: str  #: its name
+    dictionary: str  #: the dictionary's
+    prompts: list[PromptDefinition]  #: its P test prompts
+    objective: str  #: the readout whose drop is the effect
+    top: EditDefinition  #: T, ablated whole
+    drop_P: np.ndarray  #: by how much T lowers the objective
+    dose: float  #: of T
+    weight_RxP: np.ndarray  #: weight of each prompt in each bootstrap sample of a mean; see ``resampling_weights``
+
+    @classmethod
+    def read(cls, table: EffectsTable, behaviour: str, dictionary: str, config: VerdictConfig) -> "MeasuredBehaviour":
+        """Read the top features of a behaviour, check their controls, and draw bootstrap samples.
+
+        Raises:
+          UserError: there are fewer than 2 test prompts, T was not measured on some, or see ``check_controls``.
+        """
+        prompts = table.select_prompts(behaviour)
+        if len(prompts) < 2:
+            raise UserError(
+                f"{behaviour} has {len(prompts)} test prompts: expected at least 2; raise --task.test_prompts"
+            )
+        weight_RxP = bootstrap.resampling_weights(
+            [prompt.template for prompt in prompts], config.resamples, config.seed
+        )
+        check_controls(table, behaviour, dictionary)
+        top, objective = table.select_edits(behaviour, "top", dictionary)[-1], table.objective(behaviour)
+        (dose,) = table.doses([top], prompts)
+        draft = cls(table, behaviour, dictionary, prompts, objective, top, np.zeros(0), float(dose), weight_RxP)
+        return dataclasses.replace(draft, drop_P=draft.drops([top])[0])
+
+    @property
+    def k(self) -> int:
+        """The number of top features."""
+        return len(self.top.features)
+
+    @property
+    def templates(self) -> list[str]:
+        """The template of each prompt."""
+        return [prompt.template for prompt in self.prompts]
+
+    def edits(self, group: str) -> list[EditDefinition]:
+        """Return the edits of a group of this dictionary."""
+        return self.table.select_edits(self.behaviour, group, self.dictionary)
+
+    def drops(self, edits: list[EditDefinition]) -> np.ndarray:
+        """Return by how much each of E edits lowers the objective of each prompt, ``[E, P]``.
+
+        Raises:
+          UserError: an edit was not measured on some of the prompts.
+        """
+        drop_ExP = self.table.drops(edits, self.prompts, self.objective)
+        for place in np.flatnonzero(~np.isfinite(drop_ExP).all(axis=1))[:1]:
+            raise UserError(
+                f"edit {edits[place].id} of {self.behaviour} was not measured on all its test prompts: run the stage "
+                "again"
+            )
+        return drop_ExP
+
+    def interval(self, value_P: np.ndarray) -> tuple[Interval, np.ndarray]:
+        """Return the mean of a number per prompt with its interval, and its bootstrap samples."""
+        sample_R = self.weight_RxP @ value_P
+        return Interval(float(value_P.mean()), *bootstrap.percentile_interval(sample_R)), sample_R
+
+    @property
+    def readouts(self) -> list[str]:
+        """The readouts of question 1 (``answers.ABLATION_READOUTS``), the objective first."""
+        if self.objective == "logit_diff":
+            return ["logit_diff", "log_prob", "two_way", "top1"]
+        readouts = ["answer_log_prob", "accuracy"]
+        return readouts + [name + wording.RESAMPLED for name in readouts if self.edits("resample")]
 
 
 class _Test(NamedTuple):
@@ -76,38 +150,37 @@ class _Test(NamedTuple):
 
 def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfig) -> dict[str, BehaviourVerdict]:
     names = [name for name in table.behaviours if table.select_edits(name, "top", dictionary)]
-    measured = {name: MeasuredBehaviour.read(table, name, dictionary, config.resamples, config.seed) for name in names}
-    sets = {
-        group: {name: read_curves(table, name, group, dictionary, measured[name].prompts) for name in names}
-        for group in ("random", "placebo")
-    }
-    fooled = {name: _count_fooled(sets["placebo"][name], sets["random"][name], config) for name in names}
-    readouts_of = {name: ablation_readouts(table, measured[name]) for name in names}
+    measured = {name: MeasuredBehaviour.read(table, name, dictionary, config) for name in names}
+    readouts_of = {name: measured[name].readouts for name in names}
     ablation: dict[str, dict[str, CausalAnswer]] = {}
     for readout in dict.fromkeys(readout for readouts in readouts_of.values() for readout in readouts):
         with_readout = [name for name in names if readout in readouts_of[name]]
         ablation[readout] = _correct(
-            {name: _test_ablation(table, measured[name], readout, config) for name in with_readout}, config
+            {name: _test_ablation(measured[name], readout, config) for name in with_readout}, config
         )
-    random, placebo = (
-        _correct({name: _test_sets(measured[name], group, curves, config) for name in names})
-        for group, curves in sets.items()
-    )
-    bases = _judge_bases(table, measured, dictionary, config)
+
+    def among(group: str) -> dict[str, CausalAnswer]:
+        # Behaviours without controls have no p-value, and are not corrected for.
+        count = sum(bool(measured[name].edits(group)) for name in names)
+        return _correct({name: _test_among(measured[name], group, count, config) for name in names})
+
+    random, placebo, trained = map(among, ("random", "placebo", "untrained"))
+    bases = _judge_bases(table, measured, config)
     selective = _correct({name: _test_selective(table, measured[name], config) for name in names}, config)
     return {
         name: BehaviourVerdict(
-            features=measured[name].top.edits[-1].features,
-            dose=float(measured[name].top.dose_A[-1]),
+            features=measured[name].top.features,
+            dose=measured[name].dose,
             ablation={readout: ablation[readout][name] for readout in readouts_of[name]},
             held_out=tuple(sorted({prompt.template for prompt in measured[name].prompts if prompt.held_out})),
-            templates=bootstrap.stratum_means(measured[name].top.drop_AxP[-1], measured[name].templates),
+            templates=bootstrap.stratum_means(measured[name].drop_P, measured[name].templates),
             random=random[name],
             placebo=placebo[name],
+            trained=trained[name],
             bases=bases[name],
             selective=selective[name],
-            fooled=fooled[name],
-            placebo_sets=len(sets["placebo"][name]),
+            fooled=_count_fooled(measured[name], config),
+            placebo_sets=len(measured[name].edits("placebo")),
         )
         for name in names
     }
@@ -141,11 +214,10 @@ def _not_tested(reason: str) -> _Test:
     return _Test(None, lambda _: CausalAnswer("not tested", f"Not tested: {reason}."))
 
 
-def _test_ablation(table: EffectsTable, measured: MeasuredBehaviour, readout: str, config: VerdictConfig) -> _Test:
+def _test_ablation(measured: MeasuredBehaviour, readout: str, config: VerdictConfig) -> _Test:
     """Test question 1: does ablation have an effect on this readout?"""
-    name, edits = readout.removesuffix(wording.RESAMPLED), measured.top.edits[-1:]
-    if readout != name:
-        edits = tuple(table.select_edits(measured.behaviour, "resample", edits[0].dictionary))
+    name, table = readout.removesuffix(wording.RESAMPLED), measured.table
+    edits = measured.edits("resample") if readout != name else [measured.top]
     clean_P, drop_P = table.clean_values(measured.prompts, name), table.drops(edits, measured.prompts, name)[0]
     if np.isnan(drop_P).any():
         return _not_tested(f"{name.replace('_', ' ')} was not measured")
@@ -172,79 +244,152 @@ def _test_ablation(table: EffectsTable, measured: MeasuredBehaviour, readout: st
     return _Test(p_value, conclude)
 
 
-def _test_sets(
-    measured: MeasuredBehaviour, group: str, sets: Mapping[str, Sequence[EffectCurve]], config: VerdictConfig
-) -> _Test:
-    """Test questions 2 and 3: more than random, and than placebo sets, each pair at the smaller of its two doses?"""
-    # Behaviours without sets have no p-value, and are not corrected for.
-    controls, behaviours = sets[measured.behaviour], sum(map(bool, sets.values()))
+def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config: VerdictConfig) -> _Test:
+    """Test whether T has a larger effect than controls of the same dose: questions 2, 3 (both sides) and 4.
+
+    Args:
+      measured: the behaviour.
+      group: random, placebo or untrained.
+      behaviours: number of behaviours with such controls, over which the question is corrected.
+      config: numbers of the rule.
+    """
+    controls = measured.edits(group)
     if not controls:
-        return _not_tested(f"no {group} sets were measured")
-    top_NxP, control_NxP, _ = compare_at_equal_dose(measured.top, controls)
-    effect, _ = measured.interval((top_NxP - control_NxP).mean(axis=0))
-    top_N, control_N = top_NxP.mean(axis=1), control_NxP.mean(axis=1)
-    p_value = rank_p(top_N, control_N)
-    needed = min_controls(behaviours, config.level)
-    numbers = dict(sets=len(controls), needed=needed, mean=control_N.mean(), max=control_N.max(), top=top_N.mean())
+        return _not_tested(_missing(measured, group))
+    # Question 4 compares dictionaries: of the tested one, too, the list to the dose, by the same function.
+    tested_P = measured.drops(measured.edits("trained"))[0] if group == "untrained" else measured.drop_P
+    control_N = measured.drops(controls).mean(axis=1)
+    effect, _ = measured.interval(tested_P - measured.drops(controls).mean(axis=0))
+    p_value, needed = rank_p(float(tested_P.mean()), control_N), min_controls(behaviours, config.level)
+    median, high = np.quantile(control_N, [0.5, 0.95])
+    numbers = dict(sets=len(controls), needed=needed, mean=control_N.mean(), median=median, high=high)
+    numbers |= dict(
+        max=control_N.max(), top=tested_P.mean(), features=np.median([len(each.features) for each in controls])
+    )
+    numbers |= dict(p_controls=p_value)
+    pool = measured.edits("pool")
+    if group == "random" and pool:
+        numbers["pool"] = len(pool[0].features)
+    parts: dict[str, Interval] = {}
+    if group == "placebo" and (shares := _compare_shares(measured)):
+        numbers |= shares.numbers
+        parts = dict(share=shares.share)
+        # A yes needs both sides, so the larger p-value is that of the whole (Berger, 1982).
+        p_value = max(p_value, shares.p_value)
     numbers = {name: float(value) for name, value in numbers.items()}
 
     def conclude(p_holm: float | None) -> CausalAnswer:
         assert p_holm is not None
         answer = "yes" if p_holm <= config.level else "no"
-        # With so few sets even the first rank of all is not significant after correction: "no" would say too much.
-        if len(controls) < needed:
+        # With so few controls even the first rank of all is not significant after correction: "no" would say too much.
+        # Lists from a small pool are nearly the same ones.
+        if len(controls) < needed or numbers.get("pool", np.inf) < config.least_lists * numbers["features"]:
             answer = "not testable"
-        answered = CausalAnswer(answer, "", effect, p_value, p_holm, numbers)
-        sentence = wording.sets_sentence(answered, group, measured.k, behaviours, measured.objective)
+        answered = CausalAnswer(answer, "", effect, p_value, p_holm, numbers, parts or None)
+        sentence = wording.among_sentence(answered, group, measured.k, behaviours, measured.objective)
         return dataclasses.replace(answered, sentence=sentence)
 
     return _Test(p_value, conclude)
 
 
-def _count_fooled(placebo: Sequence[EffectCurve], random: Sequence[EffectCurve], config: VerdictConfig) -> int | None:
+def _missing(measured: MeasuredBehaviour, group: str) -> str:
+    """Return why there are no controls of a group, in words."""
+    pool = measured.edits("pool")
+    if group == "random" and pool:
+        count = len(pool[0].features)
+        return f"all {count} other features that fire change the site less than the {measured.k} top features"
+    return f"no {wording.CONTROLS[group]} were measured"
+
+
+class _Shares(NamedTuple):
+    """What T takes from its own answer and from other answers, as shares of their logit differences."""
+
+    share: Interval
+    p_value: float
+    numbers: dict[str, float]
+
+
+def _compare_shares(measured: MeasuredBehaviour) -> _Shares | None:
+    """Compare the share of the logit difference that T takes with the shares of pairs of other likely tokens.
+
+    Shares and not logits, because a general loss of confidence takes most from the most confident. Pairs share tokens,
+    so this is no rank test: the real share must exceed the 95th percentile of pairs in resamples over prompts, in which
+    pairs and the real one are resampled together.
+
+    Returns:
+      None where ranks were not measured, or the clean logit difference is not above zero.
+    """
+    table, prompts = measured.table, measured.prompts
+    values = [(table.clean_values(prompts, name), table.values([measured.top], prompts, name)[0]) for name in RANKS]
+    known = [pair for pair in values if np.isfinite(pair).all()]
+    clean_P = table.clean_values(prompts, "logit_diff")
+    if measured.objective != "logit_diff" or len(known) < 3 or clean_P.mean() <= 0:
+        return None
+    logit_RxP, edited_RxP = (np.stack(some) for some in zip(*known, strict=True))
+    first_N, second_N = np.triu_indices(len(known), 1)
+    clean_NxP = logit_RxP[first_N] - logit_RxP[second_N]
+    lost_NxP = clean_NxP - (edited_RxP[first_N] - edited_RxP[second_N])
+    # Pairs whose clean difference is small have shares of any size.
+    mean_N = clean_NxP.mean(axis=1)
+    kept_N = mean_N >= 0.5 * min(float(clean_P.mean()), float(np.quantile(mean_N, 0.9)))
+    clean_NxP, lost_NxP = clean_NxP[kept_N], lost_NxP[kept_N]
+    weight_RxP = measured.weight_RxP
+    real_R = (weight_RxP @ measured.drop_P) / (weight_RxP @ clean_P)
+    pairs_RxN = (weight_RxP @ lost_NxP.T) / np.maximum(weight_RxP @ clean_NxP.T, 1e-12)
+    high_R = np.quantile(pairs_RxN, 0.95, axis=1)
+    share_N = lost_NxP.mean(axis=1) / clean_NxP.mean(axis=1)
+    # Where a resample's logit difference is not above zero, its share says nothing for T.
+    fails_R = (real_R <= high_R) | (weight_RxP @ clean_P <= 0)
+    share = Interval(float(measured.drop_P.mean() / clean_P.mean()), *bootstrap.percentile_interval(real_R))
+    numbers = dict(pairs=float(len(share_N)), share_median=float(np.median(share_N)))
+    numbers |= dict(
+        share_high=float(np.quantile(share_N, 0.95)), lost_high=float(np.quantile(lost_NxP.mean(axis=1), 0.95))
+    )
+    p_value = float((1 + fails_R.sum()) / (1 + len(real_R)))
+    return _Shares(share, p_value, numbers | dict(p_shares=p_value))
+
+
+def _count_fooled(measured: MeasuredBehaviour, config: VerdictConfig) -> int | None:
     """Count the placebo sets that pass question 2, uncorrected: how often "more than random" is fooled."""
+    placebo, random = measured.edits("placebo"), measured.edits("random")
     if not placebo or len(random) < min_controls(1, config.level):
         return None
-    placebo_RxN, random_RxN = mean_drops_at_equal_dose(placebo, random)
-    return sum(rank_p(*pair) <= config.level for pair in zip(placebo_RxN, random_RxN, strict=True))
+    random_N = measured.drops(random).mean(axis=1)
+    return sum(rank_p(float(drop), random_N) <= config.level for drop in measured.drops(placebo).mean(axis=1))
 
 
 def _judge_bases(
-    table: EffectsTable, measured: Mapping[str, MeasuredBehaviour], dictionary: str, config: VerdictConfig
+    table: EffectsTable, measured: Mapping[str, MeasuredBehaviour], config: VerdictConfig
 ) -> dict[str, dict[str, CausalAnswer]]:
-    """Test question 4: more than a simpler basis, at the largest dose that both reach, by norm and by KL on text?"""
-    tests: dict[tuple[str, str, str], _Test] = {}
+    """Test whether T has a larger effect than the directions of a simpler basis at the same dose."""
+    tests: dict[tuple[str, str], _Test] = {}
     for name, behaviour in measured.items():
-        groups = dict.fromkeys(edit.group for edit in table.edits if edit.behaviour == name)
-        for group in groups:
-            if not group.startswith(BASIS) or group == f"{BASIS}{dictionary}":
-                continue
-            for dose in ("norm", "kl"):
-                top = read_curves(table, name, "top", dictionary, behaviour.prompts, dose)
-                basis = read_curves(table, name, group, TESTED, behaviour.prompts, dose)
-                if top and basis:
-                    tests[name, group.removeprefix(BASIS), dose] = _test_basis(behaviour, top[0], basis[0], config)
-    answers = _correct(tests, config)  # over all bases and both doses, too
+        groups = dict.fromkeys(edit.group for edit in sorted(table.edits, key=lambda edit: edit.group))
+        for group in groups if behaviour.dictionary == TESTED else ():
+            edits = table.select_edits(name, group) if group.startswith(BASIS) else []
+            if edits:
+                tests[name, group.removeprefix(BASIS)] = _test_basis(behaviour, edits[-1], config)
+    answers = _correct(tests, config)  # over all bases, too
     judged: dict[str, dict[str, CausalAnswer]] = {name: {} for name in measured}
-    for name, basis in dict.fromkeys(key[:2] for key in answers):
-        views = {dose: answers[name, basis, dose] for dose in ("norm", "kl") if (name, basis, dose) in answers}
-        judged[name][basis] = _combine_views(basis, views, measured[name].objective)
+    for (name, basis), answer in answers.items():
+        judged[name][basis] = answer
     return judged
 
 
-def _test_basis(measured: MeasuredBehaviour, top: EffectCurve, basis: EffectCurve, config: VerdictConfig) -> _Test:
-    """Test question 4 for one basis and one kind of dose."""
-    dose = np.array([min(top.reach, basis.reach)])
-    top_P, basis_P = top.drop_at(dose)[0], basis.drop_at(dose)[0]
-    difference, sample_R = measured.interval(top_P - basis_P)
+def _test_basis(measured: MeasuredBehaviour, edit: EditDefinition, config: VerdictConfig) -> _Test:
+    """Compare T with the directions of one basis."""
+    basis_P = measured.drops([edit])[0]
+    (dose,) = measured.table.doses([edit], measured.prompts)
+    difference, sample_R = measured.interval(measured.drop_P - basis_P)
     p_value = bootstrap.two_sided_p(sample_R)
     # Relative to the effect: what is negligible depends on how large it is.
-    margin = config.equivalence_margin * abs(float(top_P.mean()))
-    numbers = dict(top=float(top_P.mean()), basis=float(basis_P.mean()), dose=float(dose[0]))
+    margin = config.equivalence_margin * abs(float(measured.drop_P.mean()))
+    numbers = dict(top=float(measured.drop_P.mean()), basis=float(basis_P.mean()), dose=float(dose / measured.dose))
 
     def conclude(p_holm: float | None) -> CausalAnswer:
         is_significant = p_holm is not None and p_holm <= config.level
-        if len(top_P) < config.least_prompts:
+        # All directions together may change the site less than the features do: then there is nothing to compare.
+        if len(basis_P) < config.least_prompts or numbers["dose"] < 0.99:
             answer = "not testable"
         elif is_significant and difference.low > 0:
             answer = "more"
@@ -254,63 +399,59 @@ def _test_basis(measured: MeasuredBehaviour, top: EffectCurve, basis: EffectCurv
             answer = "equivalent"
         else:
             answer = "no significant difference"
-        return CausalAnswer(answer, "", difference, p_value, p_holm, numbers)
+        answered = CausalAnswer(answer, "", difference, p_value, p_holm, numbers)
+        sentence = wording.basis_sentence(answered, edit.group.removeprefix(BASIS), measured.objective)
+        return dataclasses.replace(answered, sentence=sentence)
 
     return _Test(p_value, conclude)
 
 
-def _combine_views(basis: str, views: Mapping[str, CausalAnswer], objective: str) -> CausalAnswer:
-    """Return the answer by norm, unless the one by KL contradicts it significantly."""
-    main = views.get("norm") or views["kl"]
-    answer = main.answer
-    # Only a significant contradiction counts: one view may be too noisy to say anything.
-    if {view.answer for view in views.values()} == {"more", "less"}:
-        answer = "contradictory"
-    parts = {dose: view.effect for dose, view in views.items() if view.effect}
-    answered = dataclasses.replace(main, answer=answer, parts=parts)
-    return dataclasses.replace(answered, sentence=wording.basis_sentence(answered, basis, objective))
-
-
 def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: VerdictConfig) -> _Test:
-    """Test question 5: are other behaviours and held-out text spared?"""
-    top = measured.top.edits[-1:]
-    rises: dict[str, tuple[np.ndarray, list[str], float]] = {}
+    """Test question 5: do other behaviours and held-out text stay as they are, in either direction?"""
+    top = [measured.top]
+    changes: dict[str, tuple[np.ndarray, list[str], float]] = {}
+    at_chance = []
     for behaviour in (name for name in table.behaviours if name != measured.behaviour):
         prompts = table.select_prompts(behaviour)
         clean_P = table.clean_values(prompts, "logit_diff")
-        # By size: the margin of a behaviour whose wrong answer the model prefers would be one that nothing keeps.
-        margin = config.max_other_drop * abs(float(clean_P.mean()))
-        drop_P = table.drops(top, prompts, "logit_diff")[0]
-        rises[behaviour] = (drop_P, [prompt.template for prompt in prompts], margin)
+        # What the model does not do cannot be spared: its logit differences are noise.
+        if len(prompts) >= config.least_prompts and wilson(clean_P > 0).low <= 0.5:
+            at_chance.append(behaviour)
+            continue
+        # Of each prompt by itself: changes of different signs would cancel in the mean.
+        change_P = np.abs(table.drops(top, prompts, "logit_diff")[0])
+        margin = config.max_other_change * float(np.abs(clean_P).mean())
+        changes[behaviour] = (change_P, [prompt.template for prompt in prompts], margin)
     documents = table.select_prompts(TEXT)
     if documents:
-        rise_P = table.values(top, documents, "ce")[0] - table.clean_values(documents, "ce")
-        rises[TEXT] = (rise_P, [""] * len(documents), config.max_ce_rise)
-    if not rises.keys() - {TEXT}:
-        return _not_tested("the run has no other behaviour")
-    if TEXT not in rises:
+        change_P = np.abs(table.values(top, documents, "ce")[0] - table.clean_values(documents, "ce"))
+        changes[TEXT] = (change_P, [""] * len(documents), config.max_ce_change)
+    left_out = wording.at_chance_words(at_chance)
+    if not changes.keys() - {TEXT}:
+        return _not_tested(f"the run has no other behaviour{left_out and f' above chance ({left_out})'}")
+    if TEXT not in changes:
         return _not_tested("the run has no held-out text")
     # What was not measured may have changed: the others do not speak for it.
-    for name in (name for name, (value_P, _, _) in rises.items() if not np.isfinite(value_P).all()):
+    for name in (name for name, (value_P, _, _) in changes.items() if not np.isfinite(value_P).all()):
         return _not_tested(f"the top features were not ablated on all of {name.replace('_', ' ')}")
     parts, p_values = {}, {}
-    for name, (value_P, strata, margin) in rises.items():
+    for name, (value_P, strata, margin) in changes.items():
         sample_R = bootstrap.resampling_weights(strata, config.resamples, config.seed) @ value_P
         parts[name] = Interval(float(value_P.mean()), *bootstrap.percentile_interval(sample_R))
         p_values[name] = bootstrap.non_inferiority_p(sample_R, margin)
     # All parts must pass, so the largest p-value is that of the whole (Berger, 1982).
-    p_value, margins = max(p_values.values()), {name: margin for name, (_, _, margin) in rises.items()}
+    p_value, margins = max(p_values.values()), {name: margin for name, (_, _, margin) in changes.items()}
 
     def conclude(p_holm: float | None) -> CausalAnswer:
         assert p_holm is not None
         failing = [name for name, interval in parts.items() if interval.high >= margins[name]]
         answer = "yes" if p_holm <= config.level and not failing else "no"
-        name, count = min(((name, len(value_P)) for name, (value_P, _, _) in rises.items()), key=lambda item: item[1])
+        name, count = min(((name, len(each[0])) for name, each in changes.items()), key=lambda item: item[1])
         if too_few := wording.too_few_prompts(count, config.least_prompts):
             sentence = f"{name.replace('_', ' ').capitalize()}: {too_few}."
             return CausalAnswer("not testable", sentence, None, p_value, p_holm, margins, parts)
         answered = CausalAnswer(answer, "", None, p_value, p_holm, margins, parts)
-        return dataclasses.replace(answered, sentence=wording.selective_sentence(answered, failing))
+        return dataclasses.replace(answered, sentence=wording.selective_sentence(answered, failing, left_out))
 
     return _Test(p_value, conclude)
 
@@ -319,9 +460,10 @@ def summarise(answers: CausalVerdict, behaviour: str) -> str:
     """Return the answers on a behaviour in one line."""
     result = answers.dictionaries[TESTED][behaviour]
     answer_of = dict(
-        effect=result.ablation["logit_diff"].answer,
+        effect=next(iter(result.ablation.values())).answer,
         more_than_random=result.random.answer,
         specific=result.placebo.answer,
+        training_mattered=result.trained.answer,
         selective=result.selective.answer,
         **{f"more_than_{name}": answer.answer for name, answer in result.bases.items()},
     )

@@ -1,0 +1,168 @@
+"""Control lists at a dose: what the top features T are compared with, each built to T's full dose and measured there.
+
+A *list to a dose* is the shortest beginning of an ordered list of features, or of directions, whose dose is at least
+that of T, the whole then scaled down to T's dose. Nothing is interpolated. Doses of all beginnings come from the mean
+inner products of the changes that single features make (``Changes``): the change of a set is the sum of its features'.
+
+- *Random lists*: features that fire, without T, in random order.
+- *Placebo sets*: the top features of two likely tokens that are no answers, scaled either way to T's dose.
+- *Untrained dictionaries*, and simpler bases: directions in the order of their attribution.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from saejax.errors import UserError
+from saejax.interventions.table import TESTED, EffectsTable
+
+LARGEST_POOL = 4096  # features of which random lists are made: their inner products take 128 MB
+LONGEST = 512  # directions of a list by attribution, at most
+_FACTORS = (0.5, 2.0)  # by which a placebo set may be scaled: further from what is measured it would be another set
+_TOKEN_PAIRS = 4  # placebo pairs that a token is in, at most
+_BLOCK = 256  # features of a list whose doses are computed at first
+_ROUNDING = 1e-6  # relative: doses are sums of many numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """The changes that ablating each of K features makes at the site."""
+
+    features_K: np.ndarray  #: their numbers, rising
+    product_KxK: np.ndarray  #: inner products of their changes, summed over positions, mean over prompts; float64
+
+    def dose(self, members: Sequence[int]) -> float:
+        """Return the dose of a set: the root mean square over prompts of the norm of its change."""
+        at_N = np.searchsorted(self.features_K, np.asarray(members, np.int64))
+        return float(np.sqrt(max(self.product_KxK[np.ix_(at_N, at_N)].sum(), 0.0)))
+
+    def beginning(self, order: Sequence[int] | np.ndarray, dose: float) -> tuple[tuple[int, ...], float]:
+        """Return the shortest beginning of an ordered list that reaches a dose, and the fraction that brings it there.
+
+        Args:
+          order: features, each of them once; at least one.
+          dose: above 0.
+
+        Returns:
+          The features and the fraction, in (0, 1]; the whole list and 1 if it does not reach the dose.
+        """
+        at_N, count = np.searchsorted(self.features_K, np.asarray(order, np.int64)), _BLOCK
+        while True:
+            some_L = at_N[:count]
+            product_LxL = self.product_KxK[np.ix_(some_L, some_L)]
+            # Each feature adds its own square, and twice its products with those before it.
+            square_L = np.cumsum(2 * np.tril(product_LxL, -1).sum(axis=1) + np.diagonal(product_LxL))
+            reaches_L = square_L >= (dose * (1 - _ROUNDING)) ** 2
+            if reaches_L.any() or count >= len(at_N):
+                break
+            count *= 2
+        size = int(np.argmax(reaches_L)) + 1 if reaches_L.any() else len(at_N)
+        fraction = dose / np.sqrt(square_L[size - 1]) if reaches_L.any() else 1.0
+        return tuple(int(feature) for feature in order[:size]), min(float(fraction), 1.0)
+
+
+def choose_pool(prompts_F: np.ndarray, prompts: int, top: Sequence[int], share: float, seed: int) -> np.ndarray:
+    """Return the features of which random lists are made: those that fire on a share of the prompts, without T.
+
+    Args:
+      prompts_F: number of prompts on which each feature fires.
+      prompts: number of prompts.
+      top: T.
+      share: of the prompts, at least.
+      seed: seed of the draw where there are more than ``LARGEST_POOL``.
+    """
+    # Features that hardly fire change nothing, and lists of them would hold thousands.
+    pool = np.setdiff1d(np.flatnonzero(prompts_F / prompts >= share), np.asarray(top))
+    if len(pool) > LARGEST_POOL:
+        pool = np.sort(np.random.default_rng(seed).choice(pool, LARGEST_POOL, replace=False))
+    return pool
+
+
+def random_lists(
+    changes: Changes, pool: np.ndarray, dose: float, count: int, seed: int
+) -> list[tuple[tuple[int, ...], float]]:
+    """Return independent random lists to a dose, features and fraction each; none of a pool that does not reach it.
+
+    Args:
+      changes: of the pool's features.
+      pool: features to draw from.
+      dose: the dose, above 0.
+      count: number of lists.
+      seed: seed of the draws.
+    """
+    if not len(pool) or changes.dose(pool.tolist()) < dose:
+        return []
+    # A generator for each list, so that more lists leave the first ones as they are.
+    orders = (np.random.default_rng([seed, number]).permutation(pool) for number in range(count))
+    return [changes.beginning(order, dose) for order in orders]
+
+
+def scaled_sets(changes: Changes, sets: Sequence[Sequence[int]], dose: float, count: int) -> list[tuple[int, float]]:
+    """Return the first ``count`` sets that a factor of 0.5 to 2 brings to a dose, as index and factor.
+
+    A set that is silent on the test prompts, or that would have to be scaled further, is replaced by the next.
+    """
+    chosen = []
+    for index, members in enumerate(sets):
+        size = changes.dose(members) if len(members) else 0.0
+        if size > 0 and _FACTORS[0] <= dose / size <= _FACTORS[1]:
+            chosen.append((index, dose / size))
+    return chosen[:count]
+
+
+def token_pairs(tokens: np.ndarray, seed: int) -> np.ndarray:
+    """Return different pairs of different tokens, none of which is in more than four of them, [R, 2]."""
+    rng, pairs = np.random.default_rng(seed), dict[tuple[int, int], None]()
+    for _ in range(_TOKEN_PAIRS):
+        order = rng.permutation(tokens)[: len(tokens) // 2 * 2].reshape(-1, 2)
+        for first, second in order.tolist():
+            if (second, first) not in pairs:  # the same set with another sign
+                pairs[first, second] = None
+    return np.array(list(pairs), np.int64).reshape(-1, 2)
+
+
+def begins_answer(token: str, answers: Iterable[str]) -> bool:
+    """Return whether a token is the beginning of an answer, whatever the case and the spaces around it.
+
+    Tokenizers of SentencePiece decode a word's first token without the space that the answer begins with.
+    """
+    word = token.strip().casefold()
+    return any(answer.strip().casefold().startswith(word) for answer in answers)
+
+
+def check_controls(table: EffectsTable, behaviour: str, dictionary: str = TESTED) -> None:
+    """Check that the controls of a behaviour and a dictionary are what the rule says they are.
+
+    Raises:
+      UserError: a random list holds a tested feature, a control has another dose than T, or a token of a placebo target
+        is (the beginning of) an answer.
+    """
+    advice = "its figures are no controls; run the stage again"
+    prompts = table.select_prompts(behaviour)
+    top = table.select_edits(behaviour, "top", dictionary)[-1:]
+    (dose,) = table.doses(top, prompts)
+    for group in ("random", "placebo"):
+        edits = table.select_edits(behaviour, group, dictionary)
+        for edit, size in zip(edits, table.doses(edits, prompts), strict=True):
+            shared = sorted({*edit.features} & {*top[0].features})
+            if group == "random" and shared:
+                raise UserError(
+                    f"random list {edit.index} of {behaviour} shares feature {shared[0]} with the top features: {advice}"
+                )
+            if abs(size - dose) > 1e-3 * dose:
+                raise UserError(
+                    f"{group} control {edit.index} of {behaviour} has the dose {size:.4g}, not that of the top "
+                    f"features, {dose:.4g}: {advice}"
+                )
+    answers = {
+        answer
+        for prompt in table.prompts
+        if prompt.behaviour == behaviour
+        for answer in (prompt.correct, prompt.wrong)
+        if answer.strip()
+    }
+    for edit in table.select_edits(behaviour, "placebo", dictionary):
+        for token in edit.target or ():
+            if begins_answer(token, answers):
+                raise UserError(f"placebo target {edit.index} of {behaviour} is an answer ({token!r}): {advice}")
