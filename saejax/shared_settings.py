@@ -39,7 +39,7 @@ def placebo_targets() -> Any:
     """Return the field ``placebo_targets`` of a causal test."""
     return setting(
         199,
-        "pairs of likely tokens that are no answers, whose top features, scaled to the same dose, they are compared with",
+        "pairs of likely tokens that are no answers, whose top features, at the same dose, they are compared with",
         low=0,
         shared="causal",
     )

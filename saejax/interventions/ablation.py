@@ -30,7 +30,6 @@ from saejax.interventions.answers import FeatureEffect, VerdictConfig, mean_inte
 from saejax.interventions.controls import (
     LONGEST,
     Changes,
-    begins_answer,
     choose_pool,
     random_lists,
     scaled_sets,
@@ -65,13 +64,13 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.progress import OnProgress, silent
 from saejax.statistics.bootstrap import resampling_weights
-from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
 FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of T, for the figure
 MIN_FIRING = 0.05  # share of test prompts on which a feature of a random list fires, at least
 LIKELY = 40  # a placebo token is among this many most likely ones
 TOKENS = 80  # placebo tokens, at least: each is in at most four pairs
+RANKED = 400  # likeliest tokens of each prompt among which other answers are looked for
 TEXT_LENGTH = 32  # tokens of a held-out document
 #: Further right answers of a behaviour, as text: they are no other questions to which T should be indifferent.
 EQUIVALENTS: Mapping[str, tuple[str, ...]] = dict(
@@ -163,9 +162,8 @@ class BehaviourAblation:
         self.train: list[Any] = spread_over_templates(train, config.attribution_prompts)
         shared = self.like if self.like and self._reads_like(self.like) else None
         # Counterparts double the clean runs, so they are run where they are needed only.
-        self.train_runs, self.runs = (
-            (shared.train_runs, shared.runs) if shared else map(self._run_clean, (self.train, self.test))
-        )
+        self.train_runs: list[CleanRun] = shared.train_runs if shared else self._run_clean(self.train)
+        self.runs: list[CleanRun] = shared.runs if shared else self._run_clean(self.test)
         mean_F = activity.statistics(self.split, self.train_runs).mean_F if config.replacement == "mean" else None
         seed = np.uint32(config.seed) if config.replacement == "random" else None
         self.replacement = ActivationReplacement(config.replacement, mean_F=mean_F, seed=seed)
@@ -341,25 +339,22 @@ class BehaviourAblation:
         return tokens[: max(TOKENS, self.config.placebo_targets)]
 
     def ranked_tokens(self) -> np.ndarray:
-        """Return which tokens are other answers, bool [V]: none that is right, or begins an answer, in some prompt."""
-        answers = {text.strip() for prompt in self.prompts for text in (prompt.correct, prompt.wrong)}
-        equivalents = {text.strip() for text in EQUIVALENTS.get(self.behaviour, ())}
-        are_numbers = all(answer.isdecimal() for answer in answers)
-        is_allowed_V = np.ones(self.split.point.config.vocab, bool)
-        is_allowed_V[first_answer_ids(self.lm.tokenizer, self.prompts).ravel()] = False
-        for token in range(len(is_allowed_V)):
-            text = self.lm.tokenizer.decode([token]).strip()
+        """Return which tokens are other answers, bool [V]: likely ones that are right, or begin an answer, nowhere."""
+        answers = {text for prompt in self.prompts for text in (prompt.correct, prompt.wrong)}
+        are_numbers = all(answer.strip().isdecimal() for answer in answers)
+        tokenizer, is_allowed_V = self.lm.tokenizer, np.zeros(self.split.point.config.vocab, bool)
+        likely = likely_tokens(self.split, self.runs, RANKED)
+        for token in neutral_tokens(tokenizer, likely, answers | {*EQUIVALENTS.get(self.behaviour, ())}).tolist():
             # Where answers are numbers, other numbers may be right, too.
-            is_number = are_numbers and text.isdecimal()
-            is_allowed_V[token] &= not (
-                is_number or text in equivalents or (bool(text) and begins_answer(text, answers))
-            )
+            is_allowed_V[token] = not (are_numbers and tokenizer.decode([token]).strip().isdecimal())
         return is_allowed_V
 
     def ranks(self, edit: EditDefinition) -> EffectsTable | None:
         """Return the logits of the likeliest tokens that are no answers, without and with an edit."""
         is_allowed_V = self.ranked_tokens()
         most = min(len(RANKS), int(is_allowed_V.sum()))
+        if not most:
+            return None
         values_2xRxP = rank_logits(self.split, self.runs, self.edits([edit]), is_allowed_V, most)
         values = dict(zip(RANKS, np.moveaxis(values_2xRxP, 1, 0), strict=False))
         return EffectsTable.block([self.clean, edit], self.tests, values)

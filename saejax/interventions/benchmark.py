@@ -222,18 +222,9 @@ class BenchmarkAblation(BehaviourAblation):
 
 def ablate_config(config: StudyConfig) -> AblateConfig:
     """Return the settings of an ablation that a study makes."""
-    names = (
-        "top",
-        "random_sets",
-        "placebo_targets",
-        "untrained",
-        "untrained_dictionaries",
-        "baselines",
-        "repeats",
-        "min_accuracy_drop",
-        "seed",
-    )
-    shared: dict[str, Any] = {name: getattr(config, name) for name in (*names, "bootstrap")}
+    names = ("top", "random_sets", "placebo_targets", "untrained", "untrained_dictionaries", "baselines", "repeats")
+    every = (*names, "min_accuracy_drop", "seed", "bootstrap")
+    shared: dict[str, Any] = {name: getattr(config, name) for name in every}
     return AblateConfig(attribution_prompts=config.attribution_items, **shared)
 
 
@@ -332,9 +323,8 @@ def edits_of(
         return lambda item_of_text: [dictionary.redraw(edit.features, drawn_from, length, seed, item_of_text)]
     # Controls are scaled to the dose of the top features.
     factor = 1 - edit.fraction
-    return lambda item_of_text: [
-        dictionary.scale(edit.features, factor) if factor else dictionary.ablate(edit.features)
-    ]
+    scaled = dictionary.scale(edit.features, factor) if factor else dictionary.ablate(edit.features)
+    return lambda item_of_text: [scaled]
 
 
 def answer_table(

@@ -147,9 +147,7 @@ def check_controls(table: EffectsTable, behaviour: str, dictionary: str = TESTED
         for edit, size in zip(edits, table.doses(edits, prompts), strict=True):
             shared = sorted({*edit.features} & {*top[0].features})
             if group == "random" and shared:
-                raise UserError(
-                    f"random list {edit.index} of {behaviour} shares feature {shared[0]} with the top features: {advice}"
-                )
+                raise UserError(f"random list {edit.index} of {behaviour} holds the top feature {shared[0]}: {advice}")
             if abs(size - dose) > 1e-3 * dose:
                 raise UserError(
                     f"{group} control {edit.index} of {behaviour} has the dose {size:.4g}, not that of the top "

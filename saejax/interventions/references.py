@@ -162,7 +162,7 @@ class References:
         return [np.asarray(_answer_slopes(point, self._split.params, batch)) for _, batch in self.batches()]
 
     def attribution(self, slopes_of: Sequence[np.ndarray]) -> np.ndarray:
-        """Return each feature's attribution, mean over references, float64 [F], given slopes that dictionaries share."""
+        """Return each feature's attribution, mean over references, [F], given slopes that dictionaries share."""
         point, dictionary, total_F = self._split.point, self._split.dictionary, np.zeros(())
         for (places_Q, batch), slope_BxTxD in zip(self.batches(), slopes_of, strict=True):
             rows_BxF = np.asarray(_attribute(point, dictionary, batch, slope_BxTxD), np.float64)

@@ -255,7 +255,7 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
     """
     controls = measured.edits(group)
     if not controls:
-        return _not_tested(_missing(measured, group))
+        return _without_controls(measured, group)
     # Question 4 compares dictionaries: of the tested one, too, the list to the dose, by the same function.
     tested_P = measured.drops(measured.edits("trained"))[0] if group == "untrained" else measured.drop_P
     control_N = measured.drops(controls).mean(axis=1)
@@ -292,13 +292,16 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
     return _Test(p_value, conclude)
 
 
-def _missing(measured: MeasuredBehaviour, group: str) -> str:
-    """Return why there are no controls of a group, in words."""
+def _without_controls(measured: MeasuredBehaviour, group: str) -> _Test:
+    """Return the answer where there are no controls of a group."""
     pool = measured.edits("pool")
-    if group == "random" and pool:
-        count = len(pool[0].features)
-        return f"all {count} other features that fire change the site less than the {measured.k} top features"
-    return f"no {wording.CONTROLS[group]} were measured"
+    if group != "random" or not pool:
+        return _not_tested(f"no {wording.CONTROLS[group]} were measured")
+    sentence = (
+        f"Not testable: all {len(pool[0].features)} other features that fire change the site less than the "
+        f"{wording.features(measured.k)}; use a smaller k or a wider dictionary."
+    )
+    return _Test(None, lambda _: CausalAnswer("not testable", sentence))
 
 
 class _Shares(NamedTuple):

@@ -13,7 +13,7 @@ from saejax.dictionaries.names import full_name
 from saejax.evaluation.results import EvaluateResults
 from saejax.interventions.answers import RESAMPLED, AblateResults, CausalAnswer
 from saejax.interventions.settings import StudyConfig
-from saejax.interventions.table import TESTED, UNTRAINED
+from saejax.interventions.table import TESTED
 from saejax.matching.track.results import TrackResults
 from saejax.matching.transfer.results import TransferResults
 from saejax.models.settings import ModelConfig
@@ -268,7 +268,7 @@ def _gates(row: str, findings: Findings) -> Iterator[GateFigures]:
     """Yield the overall answer of each benchmark: what must hold before its effects are believed."""
     for benchmark, results in findings.each(StudyResults).items():
         judged = results.verdict.dictionaries
-        seeds = [judged[TESTED], *(answers for name, answers in judged.items() if name not in (TESTED, UNTRAINED))]
+        seeds = [judged[TESTED], *(answers for name, answers in judged.items() if name != TESTED)]
         answers = [each[benchmark] for each in seeds if benchmark in each]
         yield criteria.gate(row, benchmark, answers, results.items.test, results.log_likelihood)
 

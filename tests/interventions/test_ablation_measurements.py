@@ -12,7 +12,6 @@ from saejax.errors import Interrupted, UserError
 from saejax.interventions import ablation as ablation_module
 from saejax.interventions import edits, engine
 from saejax.interventions.ablation import (
-    FRACTIONS,
     BehaviourAblation,
     RowProgress,
     measure_behaviour,
@@ -20,9 +19,10 @@ from saejax.interventions.ablation import (
     verdict_config,
 )
 from saejax.interventions.answers import AblateResults, VerdictConfig, mean_interval
+from saejax.interventions.controls import Changes, scaled_sets, token_pairs
 from saejax.interventions.importance import Importance
 from saejax.interventions.settings import AblateConfig
-from saejax.interventions.table import TESTED, TEXT, UNTRAINED
+from saejax.interventions.table import RANKS, TESTED
 from saejax.interventions.verdict import verdict
 from saejax.results import from_json, to_json
 from saejax.stages.ablate import run as stage
@@ -31,7 +31,7 @@ from saejax.tasks.behaviours import Prompt, read_prompts, write_prompts
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 TOP = 4
-BASES = ("neurons", "pca", "diff_means", "untrained")
+BASES = ("neurons", "pca", "diff_means")
 
 
 def make_prompts(make_prompt, *behaviours):
@@ -52,16 +52,16 @@ def dictionary(make_dictionary):
 def ablation(tiny, dictionary, make_prompt):
     prompts = make_prompts(make_prompt, "first", "second")
     documents = ["The river follows the old road to the sea."] * 3
-    settings = dict(top=TOP, placebo_targets=12, bootstrap=500, effects="all")
+    settings = dict(top=TOP, random_sets=24, placebo_targets=24, untrained_dictionaries=3, bootstrap=500, effects="all")
     return saejax.ablate(tiny, dictionary, prompts, documents=documents, **settings)
 
 
 def random_features(table, behaviour):
-    """Return the features of all random sets."""
+    """Return the features of all random lists."""
     return {feature for edit in table.select_edits(behaviour, "random") for feature in edit.features}
 
 
-def test_features_of_random_sets_fire_on_five_percent_of_test_prompts(tiny, ablation, dictionary, make_prompt):
+def test_features_of_random_lists_fire_on_five_percent_of_test_prompts(tiny, ablation, dictionary, make_prompt):
     test = make_prompts(make_prompt, "first")[10:]
     pool = sorted(random_features(ablation.table, "first"))
     assert len(pool) > 4 * TOP
@@ -77,9 +77,9 @@ def test_likely_tokens_that_are_answers_are_no_placebo_targets(tiny, dictionary,
     others = [token for token in others if token not in ids.values()][:30]
     monkeypatch.setattr(ablation_module, "likely_tokens", lambda *_: np.unique([*ids.values(), *others]))
     config = AblateConfig(top=TOP, placebo_targets=500)
-    targets_Rx2 = BehaviourAblation(tiny, dictionary, "only", prompts, config, RowProgress()).placebo_targets()
-    assert (targets_Rx2[:, 0] != targets_Rx2[:, 1]).all()
-    drawn = {tiny.tokenizer.decode([token]).strip() for token in targets_Rx2.ravel().tolist()}
+    tokens = BehaviourAblation(tiny, dictionary, "only", prompts, config, RowProgress()).placebo_tokens()
+    drawn = {tiny.tokenizer.decode([token]).strip() for token in tokens.tolist()}
+    assert len(drawn) > 10
     assert drawn and not any(answer.strip().startswith(text) for text in drawn for answer in ids)
 
 
@@ -98,31 +98,80 @@ def test_draws_of_another_behaviour_do_not_depend_on_a_third(tiny, dictionary, m
     assert np.isfinite(values).all()
 
 
-@pytest.mark.parametrize("group", ["random", "placebo"])
-def test_sets_of_a_larger_dose_are_ablated_again_at_the_dose_of_the_top_features(ablation, group):
+def doses(table, edits):
+    return table.doses(edits, table.select_prompts("first"))
+
+
+def test_every_control_was_measured_once_at_the_dose_of_the_top_features(ablation):
     table = ablation.table
-    prompts = table.select_prompts("first")
+    (dose,) = doses(table, table.select_edits("first", "top")[-1:])
+    counts = dict(random=24, placebo=24, untrained=3, trained=1)
+    for group in (*counts, *(f"basis:{basis}" for basis in BASES)):
+        edits = table.select_edits("first", group)
+        assert len({edit.index for edit in edits}) == len(edits)
+        if group in ("random", "placebo", "trained", "untrained"):
+            assert len(edits) <= counts[group] and (len(edits) == counts[group] or group == "placebo")
+            np.testing.assert_allclose(doses(table, edits), dose, rtol=1e-5)
+        else:
+            assert doses(table, edits)[0] <= dose * (1 + 1e-5), "all directions together may change less"
+        if group != "placebo":
+            assert all(0 < edit.fraction <= 1 for edit in edits)
+    assert len(table.select_edits("first", "placebo")) > 12
+    assert all(0.5 <= edit.fraction <= 2 for edit in table.select_edits("first", "placebo"))
 
-    def dose(edit):
-        return float(np.sqrt(np.mean(table.values([edit], prompts, "change_norm") ** 2)))
 
-    limit = dose(table.select_edits("first", "top")[-1])
-    by_index = {}
-    for edit in table.select_edits("first", group):
-        by_index.setdefault(edit.index, []).append(edit)
-    reduced = 0
-    for measured in by_index.values():
-        assert measured[-1].fraction == 1.0 and len(measured) == 1 + (dose(measured[-1]) > limit)
-        if len(measured) == 2:
-            assert dose(measured[0]) == pytest.approx(limit, rel=1e-9)
-            reduced += 1
-    assert group == "random" or reduced > 0
+def test_a_list_is_the_shortest_beginning_that_reaches_the_dose(tiny, ablation, dictionary, make_prompt):
+    """By the engine: one feature less stays below the dose."""
+    table, test = ablation.table, make_prompts(make_prompt, "first")[10:]
+    (dose,) = doses(table, table.select_edits("first", "top")[-1:])
+    for edit in table.select_edits("first", "random")[:6]:
+        sets = [edit.features[:size] for size in range(1, len(edit.features) + 1)]
+        norm_ExP = engine.effects(tiny, test, edits.mask(dictionary, sets), ("change_norm",))[:, :, 0]
+        dose_E = np.sqrt(np.mean(norm_ExP**2, axis=1))
+        assert (dose_E[:-1] < dose * (1 + 1e-5)).all() and dose_E[-1] >= dose * (1 - 1e-5)
+
+
+def test_a_placebo_that_is_silent_is_replaced_by_the_next():
+    changes = Changes(np.arange(4), np.diag([0.0, 1.0, 4.0, 100.0]))
+    sets = [[0], [1], [], [3], [2], [1, 2]]  # doses 0, 1, 0, 10, 2 and 2.2
+    assert scaled_sets(changes, sets, 2.0, 2) == [(1, 2.0), (4, 1.0)]
+    assert [index for index, _ in scaled_sets(changes, sets, 2.0, 9)] == [1, 4, 5]
+
+
+def test_no_token_is_in_more_than_four_placebo_pairs():
+    pairs_Rx2 = token_pairs(np.arange(81), seed=3)
+    assert len(pairs_Rx2) > 150 and (pairs_Rx2[:, 0] != pairs_Rx2[:, 1]).all()
+    assert np.bincount(pairs_Rx2.ravel()).max() <= 4
+    assert len({frozenset(pair) for pair in pairs_Rx2.tolist()}) == len(pairs_Rx2)
+
+
+def test_other_answers_are_the_likeliest_tokens_that_are_no_answers(tiny, ablation, dictionary, make_prompt):
+    table, prompts = ablation.table, make_prompts(make_prompt, "first")
+    top, definitions = table.select_edits("first", "top")[-1], table.select_prompts("first")
+    clean_RxP = np.stack([table.clean_values(definitions, name) for name in RANKS])
+    edited_RxP = np.stack([table.values([top], definitions, name)[0] for name in RANKS])
+    assert np.isfinite(clean_RxP).all() and np.isfinite(edited_RxP).all() and (np.diff(clean_RxP, axis=0) <= 0).all()
+    answers = {text.strip() for prompt in prompts for text in (prompt.correct, prompt.wrong)}
+    for place, prompt in enumerate(prompts[10:]):
+        tokens = tiny.tokenize([prompt.text])
+        clean_V = np.asarray(tiny(tokens).logits_BxTxV[0, tokens.last_B[0]], np.float64)
+        edited_V = np.asarray(tiny(tokens, edits=[dictionary.ablate(top.features)]).logits_BxTxV[0, tokens.last_B[0]])
+        ranked = []
+        for token in np.argsort(-clean_V).tolist():
+            text = tiny.tokenizer.decode([token])
+            word = text.strip().casefold()
+            is_word = word and "\N{REPLACEMENT CHARACTER}" not in text
+            is_answer = any(answer.startswith(word) for answer in answers)
+            if is_word and not is_answer and token not in tiny.tokenizer.all_special_ids:
+                ranked.append(token)
+        np.testing.assert_allclose(clean_RxP[:, place], clean_V[ranked[: len(RANKS)]], atol=1e-4)
+        np.testing.assert_allclose(np.sort(edited_RxP[:, place]), np.sort(edited_V[ranked[: len(RANKS)]]), atol=1e-4)
 
 
 def test_doses_and_effects_are_those_of_the_engine(tiny, ablation, dictionary, make_prompt):
     test = make_prompts(make_prompt, "first")[10:]
     table, readouts = ablation.table, ("logit_diff", "change_norm")
-    chosen = [*table.select_edits("first", "top")[::4], *table.select_edits("first", "placebo")[:4]]
+    chosen = [*table.select_edits("first", "top")[::2], *table.select_edits("first", "placebo")[:4]]
     batch = edits.mask(dictionary, [edit.features for edit in chosen], [edit.fraction for edit in chosen])
     want = engine.effects(tiny, test, batch, readouts)
     for r, readout in enumerate(readouts):
@@ -130,28 +179,22 @@ def test_doses_and_effects_are_those_of_the_engine(tiny, ablation, dictionary, m
         np.testing.assert_allclose(value_ExP, want[:, :, r], atol=2e-5)
 
 
-@pytest.mark.parametrize("basis", BASES)
-def test_bases_reach_the_dose_of_the_features_and_go_no_further(ablation, basis):
-    table = ablation.table
-    prompts = table.select_prompts("first")
-    grid, top = (table.select_edits("first", group) for group in (f"basis:{basis}", "top"))
-    dose_A, limit_A = (
-        np.sqrt(np.mean(table.values(chosen, prompts, "change_norm") ** 2, axis=1)) for chosen in (grid, top)
-    )
-    assert len(grid) == len(top) == len(FRACTIONS)
-    assert dose_A[-1] <= limit_A[-1] * (1 + 1e-9)
-    if dose_A[-1] > 0.999 * limit_A[-1]:
-        np.testing.assert_allclose(dose_A, limit_A, rtol=1e-6)
-    kl_AxN = table.values(grid, table.select_prompts(TEXT), "kl")
-    assert np.isfinite(kl_AxN).all(axis=1).sum() == 2
-
-
-def test_the_verdict_is_that_of_the_table_and_covers_both_dictionaries(ablation):
+def test_the_verdict_is_that_of_the_table(ablation):
     assert verdict(ablation.table, VerdictConfig(resamples=500)) == ablation.verdict
-    assert set(ablation.verdict.dictionaries) == {TESTED, UNTRAINED}
-    for answers in ablation.verdict.dictionaries.values():
-        assert set(answers) == {"first", "second"}
-        assert answers["first"].selective.answer != "not tested"
+    assert set(ablation.verdict.dictionaries) == {TESTED}
+    answers = ablation.verdict.dictionaries[TESTED]
+    assert set(answers) == {"first", "second"}
+    for result in answers.values():
+        assert result.trained.answer == "not testable" and result.trained.numbers["sets"] == 3
+        assert set(result.bases) == set(BASES)
+
+
+def test_no_untrained_dictionary_where_none_is_wanted(tiny, dictionary, make_prompt):
+    options = dict(random_sets=2, placebo_targets=0, untrained=False, bootstrap=200)
+    ablation = saejax.ablate(tiny, dictionary, make_prompts(make_prompt, "only"), top=TOP, **options)
+    groups = {edit.group for edit in ablation.table.edits}
+    assert not any("trained" in group for group in groups)
+    assert ablation.verdict.dictionaries[TESTED]["only"].trained.answer == "not tested"
 
 
 def test_every_live_feature_is_ranked_beside_estimates(ablation, tmp_path):

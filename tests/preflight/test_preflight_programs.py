@@ -62,8 +62,7 @@ def test_ablation(programs, plan, lm, spy, monkeypatch):
     runs = cut_model.run(prompts)
     screening.attribution(cut_model, runs)
     calls["ablate: attribution"] = list(calls["ablate: placebo attribution"])
-    both = plan.configs[AblateConfig].untrained + 1  # the untrained dictionary, too
-    screening.target_attributions([cut_model] * both, [runs] * both, np.array([[3, 4]]))
+    screening.target_attributions([cut_model], [runs], np.array([[3, 4]]))
     rows = plan.configs[AblateConfig].batch_rows
     # Every row on all its tokens, and none shared: batches are full.
     batches_of = ablation.batches_of

@@ -14,7 +14,7 @@ from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
 from saejax.flops import pass_flops
 from saejax.interventions import slopes
-from saejax.interventions.ablation import expected_rows
+from saejax.interventions.ablation import TOKENS, expected_rows
 from saejax.interventions.edits import ActivationReplacement, filled_features
 from saejax.interventions.engine import FEATURES
 from saejax.interventions.rows import CleanValues, few_rows, full_batch, gather, run_rows
@@ -87,7 +87,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     def encode_flops(count: int) -> float:  # the decoder has as many
         return 2.0 * count * length * used.d_in * used.n_features
 
-    behaviours, trainings = count_all_behaviours(task), 1 + ablate.untrained + len(ablate.repeats)
+    behaviours, trainings = count_all_behaviours(task), 1 + len(ablate.repeats)
     test = [Prompt("", "test", "", "", "")] * task.test_prompts
     named: Mapping[str, Sequence[Prompt]] = {str(number): test for number in range(behaviours)}
     edited_rows = _FIRING * behaviours * expected_rows(ablate, named, "0", used.n_features)
@@ -119,7 +119,8 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     programs.append(attribution_program("attribution", PROMPTS, 1, 1, attributions))
     if ablate.placebo_targets:
         sharing = trainings if ablate.error == "keep" else 1  # dictionaries of the site
-        calls = ranked * PROMPTS / slopes.TARGET_PROMPTS * ablate.placebo_targets / slopes.TARGETS
+        tokens = max(TOKENS, ablate.placebo_targets)
+        calls = ranked * PROMPTS / slopes.TARGET_PROMPTS * tokens / slopes.TARGETS
         sizes = slopes.TARGET_PROMPTS, slopes.TARGETS, sharing
         programs.append(attribution_program("placebo attribution", *sizes, calls))
 
@@ -128,7 +129,9 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     sides = [value(whole, prompts), domain(whole, prompts)] * (2 if ablate.replacement == "counterpart" else 1)
     chosen = (point, dictionary, source, sides, whole(mesh, (gathered,), jnp.int32), prompts)
     flops = len(sides) / 2 * encode_flops(prompts)
-    programs.append(program("features", f"{prompts} prompts, {gathered} features", gather, chosen, flops, attributions))
+    # Each untrained dictionary encodes the train prompts for its attribution, and the test prompts for its edit.
+    gathers = attributions + (ranked + behaviours) * ablate.untrained * ablate.untrained_dictionaries
+    programs.append(program("features", f"{prompts} prompts, {gathered} features", gather, chosen, flops, gathers))
 
     # Rows that share no tokens, each changed from its start on: batches are full.
     batch = ablate.batch_rows

@@ -1,6 +1,5 @@
-"""The report on ablation: pictures, a table and a sentence for each question; then each behaviour and its features."""
+"""The report on ablation: a sentence and a picture a behaviour, the table; then each behaviour and its features."""
 
-import itertools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,20 +13,20 @@ from saejax.errors import UserError
 from saejax.interventions.answers import (
     ABLATION_READOUTS,
     BASIS_NAMES,
+    CONTROLS,
     AblateResults,
     BehaviourVerdict,
     CausalAnswer,
     FeatureEffect,
     fooled_sentence,
 )
-from saejax.interventions.curves import EffectCurve, compare_at_equal_dose, read_curves
-from saejax.interventions.table import BASIS, TESTED, UNTRAINED, EffectsTable, load_effects
+from saejax.interventions.table import BASIS, TESTED, EditDefinition, EffectsTable, load_effects
 from saejax.page import style
 from saejax.page.blocks import Block, Code, Picture, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.strips import Strips
-from saejax.page.style import BLUE, GREY, INK, ORANGE, legend, panels, styled
+from saejax.page.style import BLUE, GREY, INK, ORANGE, panels, styled
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant
 from saejax.page.words import behaviour, detail_title, sentence, signed
 from saejax.results import Interval
@@ -37,37 +36,54 @@ from saejax.tasks.results import BaselineResults
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_STYLES = (  # colours and dashes of bases; those that need no folder have the same ones in all figures
-    (style.GREEN, "--"),
-    (style.VIOLET, "-."),
-    (style.OCHRE, ":"),
-    (style.PINK, (0, (8, 2))),
-    (INK, (0, (3, 1))),
-)
+_COLOURS = dict(random=GREY, placebo=BLUE, untrained=style.VIOLET, bases=style.GREEN)
 
 
 def answer(findings: Findings, draw: Draw) -> Section:
-    """Write the opening: a picture for each behaviour, the table of answers, a sentence for each question, the rule."""
+    """Write the opening: a sentence and a picture for each behaviour, the table of answers, the rule."""
     ablate = findings.first(AblateResults)
-    tested, untrained = (ablate.verdict.dictionaries.get(name, {}) for name in (TESTED, UNTRAINED))
+    tested = ablate.verdict.dictionaries.get(TESTED, {})
     unit = next(unit for unit, summary in findings.summaries.items() if summary.stage == "ablate")
     table = load_effects(findings.folders[unit])
-    blocks: list[Block] = [
-        dose_picture(f"ablation_{name}", behaviour(name), table, name, result, draw) for name, result in tested.items()
-    ]
-    rows = {behaviour(name): result for name, result in tested.items()}
-    rows |= {f"{behaviour(name)}, untrained dictionary": result for name, result in untrained.items()}
+    blocks: list[Block] = []
+    for name, result in tested.items():
+        blocks.append(Text(headline(behaviour(name), result), strong=True))
+        blocks.append(control_picture(f"ablation_{name}", behaviour(name), table, name, result, draw))
     note = (
-        "Effect: logit difference lost when the top features are ablated, with its 95 % interval. Questions 2 and 3: "
-        "mean effect of the control sets and the corrected p-value. An untrained dictionary answers the same questions "
-        "as a control."
+        "Effect: logit difference lost when the top features are ablated, with its 95 % interval. Controls change the "
+        "site as much as the top features: their median effect, the 95th percentile, and the corrected p-value. "
+        "Shares: what the top features take from this answer's logit difference, and the 95th percentile of what they "
+        "take from those of other likely tokens."
     )
     caption = f"The five questions, for the {ablate.k} top features of each behaviour"
+    rows = {behaviour(name): result for name, result in tested.items()}
     blocks.append(table_of_answers(caption, "Behaviour", rows, note))
     if not any(result.placebo.answer == "yes" for result in tested.values()):
         blocks.append(Text("For no behaviour are the top features shown to be specific to its answer.", strong=True))
     blocks += [summary(tested), rule_in_full(ablate.verdict.rule)]
     return Section("The answer", tuple(blocks))
+
+
+def headline(title: str, result: BehaviourVerdict) -> str:
+    """Return what ablation costs and what the controls cost, in one sentence."""
+    objective, ablation = next(iter(result.ablation.items()))
+    assert ablation.effect is not None
+    share = (result.placebo.parts or {}).get("share")
+    cost = f"{number(ablation.effect.mean)} {ABLATION_READOUTS[objective][2]}"
+    cost += f", {percent(share.mean)}," if share else ""
+    text = f"{title}: ablating {len(result.features)} features costs {cost} of {ABLATION_READOUTS[objective][0]}"
+    parts = []
+    for answered, words in (
+        (result.random, "random features that change the site as much cost"),
+        (result.placebo, "features chosen for other tokens cost"),
+        (result.trained, "those of untrained dictionaries cost"),
+    ):
+        if answered.numbers:
+            parts.append(f"{words} {number(answered.numbers['median'])}")
+    if share and result.placebo.numbers:
+        high = percent(result.placebo.numbers["share_high"])
+        parts.append(f"19 of 20 other likely answers lose at most {high} under the same ablation")
+    return signed(f"{text}; {'; '.join(parts)}." if parts else f"{text}.")
 
 
 def rule_in_full(rule: str) -> Code:
@@ -136,12 +152,6 @@ def summary(verdicts: Mapping[str, BehaviourVerdict]) -> Terms:
             f"{group} for {', '.join(name for name, each in answers.items() if each == group)}" for group in groups
         )
 
-    fooled = [
-        f"{each.fooled} of {each.placebo_sets} ({behaviour(name)})"
-        for name, each in verdicts.items()
-        if each.fooled is not None and each.placebo_sets
-    ]
-    passing = f" Of placebo sets, chosen for unrelated tokens, as many pass this: {', '.join(fooled)}."
     objective, accuracy = _main_readouts(next(iter(verdicts.values())))
     effects = {
         objective: listed(lambda result: result.ablation[objective]),
@@ -152,14 +162,15 @@ def summary(verdicts: Mapping[str, BehaviourVerdict]) -> Terms:
         "1. Does ablating the top features have an effect?": " ".join(
             f"On {ABLATION_READOUTS[readout][0]}: {answers}." for readout, answers in effects.items()
         ),
-        "2. Do they do more than random features at the same dose?": (
-            sentence(listed(lambda result: result.random)) + (passing if fooled else "")
+        "2. Do they do more than random features that change the site as much?": sentence(
+            listed(lambda result: result.random)
         ),
-        "3. Is the effect specific to this answer: larger than that of placebo sets at the same dose?": sentence(
-            listed(lambda result: result.placebo)
+        "3. Is the effect specific to this answer?": sentence(listed(lambda result: result.placebo)),
+        "4. Did training matter: do they do more than those of untrained dictionaries?": sentence(
+            listed(lambda result: result.trained)
         ),
-        "4. Do they do more than simpler directions at the same dose?": " ".join(bases),
-        "5. Are other behaviours and held-out text spared?": sentence(listed(lambda result: result.selective)),
+        "Do they do more than simpler directions?": " ".join(bases),
+        "5. Do other behaviours and held-out text stay as they are?": sentence(listed(lambda result: result.selective)),
     }
     return Terms(tuple((title, signed(text)) for title, text in sentences.items()))
 
@@ -170,13 +181,12 @@ def _main_readouts(result: BehaviourVerdict) -> tuple[str, str]:
 
 
 def _bases_phrase(result: BehaviourVerdict) -> str:
-    """Return the answers to question 4: "more than MLP neurons; no significant difference from ..."."""
+    """Return the comparisons with simpler bases: "more than MLP neurons; no significant difference from ..."."""
     words = {
         "more": "more than",
         "less": "less than",
         "equivalent": "equivalent to",
         "no significant difference": "no significant difference from",
-        "contradictory": "contradictory against",
         "not testable": "not testable against",
     }
     by_answer: dict[str, list[str]] = {}
@@ -185,10 +195,10 @@ def _bases_phrase(result: BehaviourVerdict) -> str:
     return "; ".join(f"{words[answer]} {', '.join(bases)}" for answer, bases in by_answer.items()) or "not tested"
 
 
-def dose_picture(
+def control_picture(
     name: str, title: str, table: EffectsTable, tested: str, result: BehaviourVerdict, draw: Draw
 ) -> Picture:
-    """Return the picture of effects against dose: top features, random and placebo sets, simpler bases.
+    """Return the picture of the top features beside all kinds of controls at one dose.
 
     Args:
       name: names the figure's file.
@@ -198,76 +208,80 @@ def dose_picture(
       result: the verdict on it.
       draw: draws a figure.
     """
-    (top,) = read_curves(table, tested, "top")
-    random, placebo = (read_curves(table, tested, group) for group in ("random", "placebo"))
-    groups = [edit.group for edit in table.edits if edit.behaviour == tested and edit.group.startswith(BASIS)]
-    bases = {group.removeprefix(BASIS): read_curves(table, tested, group)[0] for group in dict.fromkeys(groups)}
-    named = {BASIS_NAMES.get(basis, basis): curve for basis, curve in bases.items()}
     objective, ablation = next(iter(result.ablation.items()))
     assert ablation.effect is not None
+    prompts = table.select_prompts(tested)
+
+    def means(edits: Sequence[EditDefinition]) -> np.ndarray:
+        return table.drops(edits, prompts, objective).mean(axis=1)
+
+    top = table.select_edits(tested, "top")
+    groups = dict.fromkeys(edit.group for edit in table.edits if edit.behaviour == tested)
+    bases = {
+        BASIS_NAMES.get(group.removeprefix(BASIS), group.removeprefix(BASIS)): float(
+            means(table.select_edits(tested, group)[-1:])[0]
+        )
+        for group in groups
+        if group.startswith(BASIS)
+    }
+    controls = {group: means(table.select_edits(tested, group)) for group in CONTROLS}
     unit = f"{ABLATION_READOUTS[objective][0].removeprefix('the ')} lost"
     caption = (
-        "Every point is a set of as many features, at the smaller of its dose and that of the top features. Points on "
-        "the orange line do as much as the top features at the same dose; points below it do less. "
-        f"{fooled_sentence(result.fooled, result.placebo_sets)}"
+        "Every point is a set of features, or of directions, that changes the site as much as the top features do. "
+        "Orange: the top features with their 95 % interval, and, to the left of it, ablated by a fifth, two fifths and "
+        f"so on. {fooled_sentence(result.fooled, result.placebo_sets)}"
     )
     alt = signed(f"{title}. {ablation.sentence} {result.random.sentence} {result.placebo.sentence}")
-    return draw(name, dose_effect(title, top, ablation.effect, random, placebo, named, unit), caption, alt)
+    fractions = {edit.fraction: float(drop) for edit, drop in zip(top, means(top), strict=True)}
+    return draw(name, control_strips(title, fractions, ablation.effect, controls, bases, unit), caption, alt)
 
 
 @styled
-def dose_effect(
+def control_strips(
     title: str,
-    top: EffectCurve,
+    top: Mapping[float, float],
     effect: Interval,
-    random: Sequence[EffectCurve],
-    placebo: Sequence[EffectCurve],
-    bases: Mapping[str, EffectCurve],
+    controls: Mapping[str, np.ndarray],
+    bases: Mapping[str, float],
     unit: str = "logit difference lost",
 ) -> "Figure":
-    """Draw the effects of the top features, random sets, placebo sets and other bases against their doses.
+    """Draw the effect of the top features beside those of each kind of control, a strip of points a kind.
 
     Args:
       title: the behaviour.
-      top: the top features.
-      effect: their effect at full dose.
-      random: the random sets; each is a point at the smaller of its dose and that of the top features.
-      placebo: the placebo sets, likewise.
-      bases: the other bases by name, each drawn up to the dose of the top features.
+      top: effect of the top features by the fraction that is ablated.
+      effect: their effect, ablated whole.
+      controls: effects by kind, one of ``CONTROLS``.
+      bases: effect of each simpler basis, by name.
       unit: the effect in words.
     """
     from matplotlib.ticker import MaxNLocator
 
     figure, (axes,) = panels((4.1,), (title,))
-    k = len(top.edits[-1].features)
-    label = f"the {k} top features, ablated by growing fractions"
-    axes.plot(top.dose_A, top.drop_AxP.mean(axis=1), "-D", color=ORANGE, markersize=4.5, zorder=4, label=label)
+    place_A = [0.35 * (fraction - 1) for fraction in top]
+    axes.plot(place_A, list(top.values()), "-", color=ORANGE, marker="D", markersize=3.5, linewidth=1, zorder=3)
     axes.errorbar(
-        [top.dose_A[-1]], [effect.mean], yerr=style.error_lengths(effect), color=ORANGE, capsize=3, elinewidth=1.8
+        [0], [effect.mean], yerr=style.error_lengths(effect), fmt="D", color=ORANGE, capsize=3, elinewidth=1.8, zorder=4
     )
-    for curves, color, marker, name in (
-        (random, GREY, "o", "random sets"),
-        (placebo, BLUE, "x", "placebo sets: top features for unrelated tokens"),
-    ):
-        if curves:
-            _, drop_NxP, dose_N = compare_at_equal_dose(top, curves)
-            drop_N, label = drop_NxP.mean(axis=1), f"{len(curves)} {name}"
-            axes.plot(dose_N, drop_N, marker, color=color, markersize=4.2, alpha=0.75, zorder=2, label=label)
-    # A folder's basis comes after those that any figure may have.
-    order = dict.fromkeys([*BASIS_NAMES.values(), *bases])
-    styles = dict(zip(order, itertools.cycle(_STYLES), strict=False))
-    for name, curve in bases.items():
-        color, dashes = styles[name]
-        # Up to the dose of the top features: nothing is compared beyond it.
-        dose_M = np.append(curve.dose_A[curve.dose_A < top.reach], min(curve.reach, top.reach))
-        drop_M = curve.drop_at(dose_M).mean(axis=1)
-        axes.plot(dose_M, drop_M, linestyle=dashes, color=color, linewidth=1.6, zorder=3, label=name)
+    axes.axhline(effect.mean, color=ORANGE, linewidth=0.8, linestyle=":", zorder=1)
+    labels = ["top features"]
+    for group, drop_N in controls.items():
+        if not len(drop_N):
+            continue
+        place = len(labels)
+        # By the golden ratio: neighbours in the order of drawing stand apart, and every run draws the same picture.
+        shift_N = (np.arange(len(drop_N)) * 0.618034) % 1.0 - 0.5
+        axes.plot(place + 0.6 * shift_N, drop_N, "o", color=_COLOURS[group], markersize=3.2, alpha=0.6, zorder=2)
+        axes.plot([place - 0.36, place + 0.36], [np.median(drop_N)] * 2, color=INK, linewidth=1.6, zorder=3)
+        labels.append(f"{len(drop_N)} {CONTROLS[group]}")
+    for name, drop in bases.items():
+        axes.plot([len(labels)], [drop], "s", color=_COLOURS["bases"], markersize=5, zorder=3)
+        labels.append(name)
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set(xlabel="dose: norm of the change at the site", ylabel=unit)
-    axes.set_xlim(left=0)
+    axes.set_xticks(range(len(labels)), [textwrap.fill(label, 12) for label in labels])
+    axes.set(ylabel=unit, xlim=(-0.6, len(labels) - 0.4))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
-    legend(axes, 1)
     return figure
 
 
@@ -292,10 +306,11 @@ def table_of_answers(caption: str, what: str, verdicts: Mapping[str, BehaviourVe
         f"{accuracy_name[:1].upper()}{accuracy_name[1:]}, points": lambda _, result: _effect_cell(
             result.ablation[accuracy], 0, 100
         ),
-        "2. More than random sets": lambda _, result: _set_cell(result.random),
+        "2. More than random": lambda _, result: _set_cell(result.random),
         "Placebo sets that pass 2": fooled,
         "3. Specific": lambda _, result: _set_cell(result.placebo),
-        "4. More than bases": lambda _, result: _bases_phrase(result),
+        "Shares": lambda _, result: _share_cell(result.placebo),
+        "4. Training mattered": lambda _, result: _set_cell(result.trained),
         "5. Selective": lambda _, result: result.selective.answer,
     }
     if any(result.replication for result in verdicts.values()):
@@ -313,7 +328,13 @@ def _set_cell(comparison: CausalAnswer) -> str:
     figures = comparison.numbers
     if comparison.answer == "not testable":
         return f"not testable ({figures['sets']:.0f} of {figures['needed']:.0f} sets)"
-    return f"{comparison.answer} ({figures['sets']:.0f} sets, {number(figures['mean'])}; p {comparison.p_holm:.2g})"
+    return f"{comparison.answer} ({number(figures['median'])}, {number(figures['high'])}; p {comparison.p_holm:.2g})"
+
+
+def _share_cell(comparison: CausalAnswer) -> str:
+    if not comparison.parts or comparison.numbers is None:
+        return MISSING
+    return f"{percent(comparison.parts['share'].mean)}; {percent(comparison.numbers['share_high'])}"
 
 
 def _replication_cell(_: str, result: BehaviourVerdict) -> str:
@@ -330,11 +351,12 @@ def _detail_items(result: BehaviourVerdict) -> tuple[tuple[str, str], ...]:
     items = [
         ("1. Effect", ablation),
         (
-            "2. More than random sets",
+            "2. More than random features",
             f"{result.random.sentence} {fooled_sentence(result.fooled, result.placebo_sets)}",
         ),
         ("3. Specific to this answer", result.placebo.sentence),
-        ("4. More than simpler bases", bases),
+        ("4. Did training matter", result.trained.sentence),
+        ("Simpler bases", bases),
         ("5. Selective", result.selective.sentence),
     ]
     if result.replication:

@@ -122,7 +122,7 @@ def _carried_table(results: FeaturePatchResults) -> Table:
         "Behaviour": lambda name, row: behaviour(name),
         "Pairs": lambda name, row: str(row.interchange.prompts if row.interchange else 0),
         "Top features, %": lambda name, row: interval(row.interchange and row.interchange.top, 0, 100),
-        "Random sets, %": lambda name, row: percent(row.interchange and row.interchange.random),
+        "Random lists, %": lambda name, row: percent(row.interchange and row.interchange.random),
         "Whole site, %": lambda name, row: interval(row.interchange and row.interchange.site, 0, 100),
         "Removed": lambda name, row: interval(verdicts[name].ablation["logit_diff"].effect),
         "Restored": lambda name, row: interval(row.restored),
@@ -131,8 +131,8 @@ def _carried_table(results: FeaturePatchResults) -> Table:
         f"Features of {results.dictionary} at {results.site} take the activations that they have in the counterpart. "
         "The three shares are interchange accuracies (Geiger et al., 2021): of the pairs on which the model prefers "
         "the right answer of both prompts, how often its preference becomes the counterpart's; 95 % Wilson intervals. "
-        "Random sets: mean over random sets of as many features, whose doses differ; the comparison at equal dose is "
-        "below. Whole site: all positions patched together, the most that features at this site can reach. Removed: "
+        "Random lists: mean over random lists of features that change the site as much. "
+        "Whole site: all positions patched together, the most that features at this site can reach. Removed: "
         "fall of the logit difference when the top features take the counterpart's activations. Restored: its rise in "
         "the counterpart when they take the prompt's. Logits, 95 % bootstrap intervals over prompts within templates."
     )

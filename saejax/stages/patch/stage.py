@@ -52,7 +52,7 @@ PATCH = Stage(
     identity=dict(model=identities.model),
     unit_identity=dict(dictionary=_dictionary),
     unread=_unread,
-    revision=5,  # few prompts are not testable
+    revision=6,  # controls of one dose, measured there; other answers
     processes="items",
     section=sections,
 )

@@ -2,14 +2,14 @@
 
 from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.falsify import Falsification, FalsifiedFeature
-from saejax.interventions.table import TESTED, UNTRAINED, load_effects, merge_tables
+from saejax.interventions.table import TESTED, load_effects, merge_tables
 from saejax.interventions.verdict import verdict
 from saejax.page.blocks import Block, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import place
-from saejax.stages.ablate.report import dose_picture, rule_in_full, summary, table_of_answers
+from saejax.stages.ablate.report import control_picture, headline, rule_in_full, summary, table_of_answers
 from saejax.stages.study.results import AnswerScores, StudyResults
 
 _GROUPS = dict(
@@ -39,20 +39,16 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
     # Each unit has judged its benchmark alone; here p-values are corrected over all benchmarks of the run.
     judged = verdict(table, config).dictionaries
     first = next(iter(studies.values()))
-    blocks: list[Block] = [
-        dose_picture(f"ablation_benchmark_{name}", name, table, name, result, draw)
-        for name, result in judged[TESTED].items()
-    ]
-    rows = {
-        name if dictionary == TESTED else f"{name}, {dictionary} dictionary": result
-        for dictionary in (TESTED, UNTRAINED)
-        for name, result in judged.get(dictionary, {}).items()
-    }
+    blocks: list[Block] = []
+    for name, result in judged[TESTED].items():
+        blocks.append(control_picture(f"ablation_benchmark_{name}", name, table, name, result, draw))
+        blocks.append(Text(headline(name, result)))
+    rows = judged[TESTED]
     note = (
         f"The {first.k} features of {first.dictionary} (in {place(first.site)}) with the largest attribution for the "
         "reference answers to one half of the items, ablated on the other half. Effect: lost log-likelihood of the "
-        "reference answer, with its 95 % interval over items. Questions 2 and 3: mean effect of the control sets and "
-        "the corrected p-value."
+        "reference answer, with its 95 % interval over items. Questions 2 to 4: median and 95th percentile of the "
+        "effects of controls of the same dose, and the corrected p-value."
     )
     blocks.append(table_of_answers("The five questions, for benchmarks", "Benchmark", rows, note))
     blocks += [_score_table(name, results) for name, results in studies.items() if results.scores]

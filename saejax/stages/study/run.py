@@ -176,7 +176,7 @@ def run_study(run: Run) -> StudyResults:
         ),
     )
     for result in judged.dictionaries["tested"].values():
-        for answer in (*result.ablation.values(), result.random, result.placebo):
+        for answer in (*result.ablation.values(), result.random, result.placebo, result.trained):
             run.say(f"{run.name}: {answer.sentence}")
     shutil.rmtree(run.folder / _MEASURED, ignore_errors=True)  # last, so that a run that is killed until then has it
     return results
