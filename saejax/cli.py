@@ -12,7 +12,7 @@ from saejax.runner import environment
 environment.for_libraries()  # before the imports below load libraries that read the variables
 
 from saejax.errors import UserError, one_of  # noqa: E402
-from saejax.runner import command, plugins  # noqa: E402
+from saejax.runner import command, plugins, runs  # noqa: E402
 from saejax.runner.registry import all_stages  # noqa: E402
 from saejax.serving import run as serving  # noqa: E402
 from saejax.studies import run as studies  # noqa: E402
@@ -22,6 +22,7 @@ ABOUT_PIPELINE = "pipeline: runs every stage; what is finished and unchanged is 
 #: programs that are more than stages: what they do, and the function that runs one and returns the exit status.
 OTHERS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "study_run": ("runs the pipeline on several models, and writes one report of them all", studies.run),
+    "runs": ("lists the units of a workdir, and removes those that nobody needs", runs.run),
     "serve": ("shows the attribution graphs of a folder as living pages", serving.run),
 }
 #: programs that run further stages besides that of their name, which have no program of their own.

@@ -57,7 +57,7 @@ class DecoderReader:
 
     def read(self, batches: Iterable[Batch], take: Take) -> None:
         """See ``plan.Reader``."""
-        running: tuple[Batch, list[jax.Array]] | None = None
+        running: tuple[Batch, Sequence[jax.Array]] | None = None
         for batch in batches:
             started = batch, self._start(batch)
             self._give(running, take)
@@ -77,17 +77,17 @@ class DecoderReader:
         """Give back the devices' memory; the reader cannot be used afterwards."""
         self.params = {}
 
-    def _start(self, batch: Batch) -> list[jax.Array]:
+    def _start(self, batch: Batch) -> Sequence[jax.Array]:
         """Send a batch to the devices, without waiting for it."""
         ids_BxT, lengths_B = self.pad_batch(batch)
         placed = jax.device_put((ids_BxT, lengths_B), (sharding(self.mesh, "data", None), sharding(self.mesh, "data")))
         _, values = forward(self.config, self._sites, False, self.params, *placed)
         # On the devices: values for a store in bfloat16 then take half the bytes on their way to the host.
-        return [value.astype(self._hand_over) for value in values]
+        return jax.tree.map(lambda value: value.astype(self._hand_over), values)
 
-    def _give(self, running: tuple[Batch, list[jax.Array]] | None, take: Take) -> None:
+    def _give(self, running: tuple[Batch, Sequence[jax.Array]] | None, take: Take) -> None:
         """Wait for the values of a batch and hand them over."""
         if running is not None:
             batch, values = running
-            for site, value in zip(self._sites, values, strict=True):
-                take(batch, site, np.asarray(value))
+            for site, value in zip(self._sites, jax.tree.map(np.asarray, values), strict=True):
+                take(batch, site, value)

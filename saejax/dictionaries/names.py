@@ -1,5 +1,6 @@
 """Names of dictionaries: "topk", or "topk/k16" for a member of a stack, or a folder."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,12 +8,19 @@ from pathlib import Path
 from saejax.dictionaries.kinds.settings import unit_names
 from saejax.errors import UserError
 
-_LONGEST = 100  # characters of the name of a folder's unit
+_LONGEST = 100  # bytes of the name of a folder's unit
 
 
 def folder_name(dictionary: str) -> str:
-    """Return the unit name of a dictionary: "topk-k32" for "topk/k32", "runs-demo-train-topk" for a folder."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", dictionary).strip("-.")[-_LONGEST:].lstrip("-.") or "dictionary"
+    """Return the unit name of a dictionary: "topk-k32" for "topk/k32", "runs-demo-train-topk" for a folder.
+
+    Letters of all scripts stay. A name that is too long for a folder keeps its end, behind a hash of the whole.
+    """
+    name = re.sub(r"[^\w.]+", "-", dictionary).strip("-.") or "dictionary"
+    if len(name.encode()) <= _LONGEST:
+        return name
+    end = name.encode()[-_LONGEST:].decode(errors="ignore").lstrip("-.")
+    return f"{hashlib.sha256(dictionary.encode()).hexdigest()[:8]}-{end}"
 
 
 def is_folder(dictionary: str) -> bool:

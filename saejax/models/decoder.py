@@ -8,11 +8,12 @@ fp32.
 """
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from saejax.models import torch_bridge
@@ -136,8 +137,8 @@ class LayersOutput(NamedTuple):
     """Result of a run of layers."""
 
     x: jax.Array  #: the stream leaving the last of them, [B, T, D]
-    #: by kind, the values in all layers of the run, [L, B, T, D]; keys (after the rotary embedding) and values are [L,
-    #: B, T, N, K].
+    #: by kind, the values in the layers of the run that are collected, [L, B, T, D]; keys (after the rotary embedding)
+    #: and values are [L, B, T, N, K].
     collected: dict[str, jax.Array]
     carried: Any  #: what the attention carried out of the last layer
 
@@ -153,7 +154,7 @@ def run_layers(
     *,
     rules: RunRules = GRADIENT,
     attention: AttentionSpec | None = None,
-    collect: Collection[str] = (),
+    collect: Collection[str] | Mapping[str, Sequence[int]] = (),
     before_hook: bool = False,
     head_sites: bool = False,
 ) -> LayersOutput:
@@ -175,7 +176,8 @@ def run_layers(
         within the loop, where the layer's number is an array.
       rules: rules of differentiation.
       attention: how tokens attend; None: to one another, at positions 0 to T - 1.
-      collect: kinds whose values are returned: kinds of site, ``KEYS``, ``VALUES``.
+      collect: kinds whose values are returned: kinds of site, ``KEYS``, ``VALUES``. A mapping gives the layers of each,
+        ascending and at least one: the values of others are in memory no longer than their layers run.
       before_hook: whether values are collected before the hook changes them, not after.
       head_sites: whether the hook is called at the sites of attention heads, too, whose width is not D.
     """
@@ -185,7 +187,7 @@ def run_layers(
     spec = attention or AttentionSpec(whole_prompt_tables(config, x_xTxD.shape[-2]))
     with_heads = head_sites or not set(HEAD_KINDS).isdisjoint(collect)
 
-    def step(hooked: bool, carry: tuple[jax.Array, Any], layer: Layer) -> tuple[tuple[jax.Array, Any], dict[str, Any]]:
+    def run(hooked: bool, carry: tuple[jax.Array, Any], layer: Layer) -> tuple[tuple[jax.Array, Any], dict[str, Any]]:
         """Run one layer; return the stream leaving it and the attention's carry, and what is collected there."""
         (x, carried), collected = carry, {}
 
@@ -209,11 +211,21 @@ def run_layers(
         x = run_layer(config, rules, params, layer, x, spec.tables, at_site, attend_here, with_heads)
         return (x, carried), collected
 
+    def step(hooked: bool, carry: Any, layer: Layer) -> tuple[Any, dict[str, Any]]:
+        """Run one layer, and move what is collected in some layers only to where the carry keeps it."""
+        *carry, kept = carry
+        carry, collected = run(hooked, tuple(carry), layer)
+        kept = {kind: _keep(kept[kind], collected.pop(kind), layers[kind], layer, stop) for kind in kept}
+        return (*carry, kept), collected
+
     body = functools.partial(step, hook_layers is None)
-    carry = x_xTxD, spec.carried
+    carry: Any = x_xTxD, spec.carried
     if not isinstance(start, int):
-        x, carried = lax.fori_loop(start, stop, lambda layer, carry: body(carry, layer)[0], carry)
+        x, carried = lax.fori_loop(start, stop, lambda layer, carry: run(hook_layers is None, carry, layer)[0], carry)
         return LayersOutput(x, {}, carried)
+    layers = collect if isinstance(collect, Mapping) else {}
+    shapes = jax.eval_shape(lambda carry: run(False, carry, start)[1], carry) if layers else {}
+    carry = *carry, {kind: jnp.zeros((len(layers[kind]), *each.shape), each.dtype) for kind, each in shapes.items()}
     # A gradient keeps the matrix products of the forward pass and computes the rest again (everything with remat).
     # Without the checkpoint it would also keep a copy of every layer's parameters.
     # prevent_cse=False: within a scan nothing can be merged, so the barriers against that would only cost.
@@ -228,4 +240,14 @@ def run_layers(
             parts.append({name: value[None] for name, value in collected.items()})
         start = layer + 1
     collected = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if len(parts) > 1 else dict(*parts)
-    return LayersOutput(carry[0], collected, carry[1])
+    x, carried, kept = carry
+    return LayersOutput(x, collected | kept, carried)
+
+
+def _keep(kept_Lx: jax.Array, value_xD: jax.Array, layers: Sequence[int], layer: Layer, stop: int) -> jax.Array:
+    """Put a layer's value among those of ``layers``, if it is one of them; layers come in their order."""
+    # Any other writes where the next of them will, and so nothing is read, but after the last one.
+    place = jnp.asarray(np.minimum(np.searchsorted(layers, np.arange(stop)), len(layers) - 1))[layer]
+    if layers[-1] < stop - 1:
+        value_xD = jnp.where(layer <= layers[-1], value_xD, lax.dynamic_index_in_dim(kept_Lx, place, keepdims=False))
+    return lax.dynamic_update_index_in_dim(kept_Lx, value_xD, place, 0)

@@ -6,7 +6,7 @@ returns the same ``Output`` and ``Generated`` under the same edits.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -125,9 +125,7 @@ class LanguageModel:
         decoder_sites = cast(tuple[Site, ...], sites)  # it has no others: they were checked
         output = forward(self.config, decoder_sites, logits, self.params, ids_BxT, lengths_B, edits)
         # Programs are compiled for few lengths; the caller sees the length that was asked for.
-        if padded > length:
-            output = jax.tree.map(lambda value: value[:, :length], output)
-        all_logits, values = output
+        all_logits, values = jax.tree.map(lambda value: value[:, :length], (output[0], list(output[1])))
         return Output(all_logits, dict(zip(map(str, sites), values, strict=True)), tokens, self.tokenizer)
 
     def generate(
@@ -250,6 +248,25 @@ class LanguageModel:
         return jax.tree.map(place, edits)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("arrays",), meta_fields=("places",))
+@dataclasses.dataclass(frozen=True)
+class SiteValues(Sequence[jax.Array]):
+    """The values at captured sites, [B, T, D] each, in the order of the sites.
+
+    Those of a kind may be one array, out of which a value is cut when it is read, so that they are not in memory twice.
+    """
+
+    arrays: Mapping[str, Any]  #: values by site or, [L, B, T, D], by kind
+    places: tuple[tuple[str, int | None], ...]  #: for each site its key in ``arrays`` and its index, None: all
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        name, place = self.places[index]
+        return self.arrays[name] if place is None else self.arrays[name][place]
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _unembed(config: DecoderConfig, params: decoder.Params, x_BxTxD: jax.Array) -> jax.Array:
     """Run ``decoder.unembed`` as one program."""
@@ -266,7 +283,7 @@ def forward(
     lengths_B: jax.Array,
     edits: tuple[Edit, ...] = (),
     rules: RunRules = GRADIENT,
-) -> tuple[jax.Array | None, list[jax.Array]]:
+) -> tuple[jax.Array | None, SiteValues]:
     """Run a model; compiled once for each combination of static arguments, kinds of edits and shapes.
 
     Args:
@@ -288,13 +305,16 @@ def forward(
     x_BxTxD = decoder.embed(config, params, ids_BxT)
     stop = config.n_layers if logits else max((site.layer + 1 for site in capture), default=0)
     if not edits and len({site.layer for site in capture}) > _UNROLLED:
-        kinds = {site.kind for site in capture}
-        x_BxTxD, stacked, _ = run_layers(config, params, x_BxTxD, 0, stop, rules=rules, collect=kinds)
-        values = {site: stacked[site.kind][site.layer] for site in capture}
+        layers: dict[str, list[int]] = {}
+        for site in sorted(set(capture), key=lambda site: site.layer):
+            layers.setdefault(site.kind, []).append(site.layer)
+        x_BxTxD, stacked, _ = run_layers(config, params, x_BxTxD, 0, stop, rules=rules, collect=layers)
+        values = SiteValues(stacked, tuple((site.kind, layers[site.kind].index(site.layer)) for site in capture))
     else:
         hook_layers = {site.layer for site in capture} | edited_layers(edits)
         hooks = run.hook(edits), hook_layers
         x_BxTxD = run_layers(config, params, x_BxTxD, 0, stop, *hooks, rules=rules, head_sites=True).x
-        values = run.values
+        at_sites = {str(site): run.values[site] for site in capture}
+        values = SiteValues(at_sites, tuple((str(site), None) for site in capture))
     logits_BxTxV = decoder.unembed(config, params, x_BxTxD, rules) if logits else None
-    return logits_BxTxV, [values[site] for site in capture]
+    return logits_BxTxV, values

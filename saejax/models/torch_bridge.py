@@ -10,7 +10,7 @@ thread that has to make them where there is one core.
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,7 +63,7 @@ def run_layers(
     hook_layers: Collection[int] | None,
     rules: RunRules,
     attention: Any,
-    collect: Collection[str],
+    collect: Collection[str] | Mapping[str, Sequence[int]],
     before_hook: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Run layers as ``decoder.run_layers`` does; return the stream leaving them and what is collected.
@@ -74,18 +74,20 @@ def run_layers(
     inside = attention is not None or not set(collect) <= set(KINDS) or hook_layers is None
     if inside or not isinstance(start, int) or rules.backward != "gradient" or rules.first_fixes:
         raise not_in_torch_error(config)
-    parts: list[dict[str, jax.Array]] = []
+    collected: dict[str, list[jax.Array]] = {kind: [] for kind in collect}
+    layers = collect if isinstance(collect, Mapping) else dict.fromkeys(collect, range(stop))
     for layer in [*sorted(set(hook_layers or ()) & set(range(start, stop)) if hook else ()), stop]:
         if start < layer:
-            sites = tuple(Site(kind, each) for kind in collect for each in range(start, layer))
+            sites = tuple(Site(kind, each) for kind in collect for each in range(start, layer) if each in layers[kind])
             *values, x_xTxD = _run(LayerSegment(config, start, layer, get=sites), (x_xTxD,))
-            count = layer - start
-            parts.append({kind: jnp.stack(values[n * count : (n + 1) * count]) for n, kind in enumerate(collect)})
+            for site, value in zip(sites, values, strict=True):
+                collected[site.kind].append(value)
         if layer < stop and hook:
             x_xTxD, at_sites = _run_hooked(config, layer, x_xTxD, hook, before_hook)
-            parts.append({kind: at_sites[kind][None] for kind in collect})
+            for kind in collect:
+                collected[kind] += [at_sites[kind]] if layer in layers[kind] else []
         start = layer + 1
-    return x_xTxD, {kind: jnp.concatenate([part[kind] for part in parts]) for kind in collect}
+    return x_xTxD, {kind: jnp.stack(values) for kind, values in collected.items()}
 
 
 def not_in_torch_error(config: TorchConfig) -> UserError:

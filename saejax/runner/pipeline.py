@@ -61,6 +61,7 @@ class _Pipeline:
     stopping: Callable[[], bool]
     substitutes: Mapping[str, Callable[[Run], Any]]
     options: "RunOptions"
+    units: Sequence[str]  #: of this run
 
     @property
     def leads(self) -> bool:
@@ -134,7 +135,7 @@ def run_stages(
         check_same(processes, inputs_to_compare(Workplan(configs), units))
         processes.barrier("all have the same settings")  # before the first process begins a unit
     prefixed = (lambda line: say(process_label() + line)) if processes else say
-    pipeline = _Pipeline(workspace, Workplan(configs), processes, prefixed, stopping, substitutes, options)
+    pipeline = _Pipeline(workspace, Workplan(configs), processes, prefixed, stopping, substitutes, options, units)
     failed: dict[str, str] = {}
     for unit in units:
         if stopping():
@@ -200,6 +201,8 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
     done = plan.is_done(workspace, unit) if pipeline.leads else False
     if processes:  # the first process looks, since others may see a shared folder a little later
         done = processes.broadcast(f"{unit}: done", json.dumps(done)) == "true"
+    if not done and workspace.is_removed(unit, mark) and not _is_read_later(pipeline, unit):
+        return pipeline.say(f"{unit}: done before, its files removed since, and no unit that is left reads them")
     if done:
         if pipeline.leads:
             workspace.point(unit, mark)
@@ -214,6 +217,12 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
         _run_together(pipeline, unit, inputs)
     if processes:
         processes.barrier(f"{unit}: done")
+
+
+def _is_read_later(pipeline: _Pipeline, unit: str) -> bool:
+    """Return whether a unit of this run that is not finished reads another one."""
+    plan, later = pipeline.plan, (other for other in pipeline.units if other != unit)
+    return any(unit in plan.needs(other) and not plan.is_done(pipeline.workspace, other) for other in later)
 
 
 def _run_claimed(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], claims: contextlib.ExitStack) -> None:
@@ -378,7 +387,9 @@ def _input_folder(pipeline: _Pipeline, unit: str, need: str) -> Path:
         pipeline.processes.wait_until_visible([workspace.folder(whole, mark) / SUMMARY])
     if not pipeline.plan.is_done(workspace, need):
         previous, state = workspace.current(need), "has not been made"
-        if previous and (previous / SUMMARY).exists():
+        if workspace.is_removed(whole, mark):
+            state = "was made, but its files were removed since"
+        elif previous and (previous / SUMMARY).exists():
             state = f"was made with other settings{describe_changes(pipeline.plan, need, previous)}"
         stage = need.partition("/")[0]
         # One program scores prompts and benchmarks.

@@ -53,6 +53,8 @@ def plan_units(plan: Workplan, workspace: Workspace, units: Sequence[str]) -> li
         previous, reason = workspace.current(unit), ""
         if plan.is_done(workspace, unit):
             todo = REUSED
+        elif workspace.is_removed(unit, mark):
+            todo, reason = MADE, "its files were removed; left out if nothing that is left reads them"
         elif (workspace.folder(unit, mark) / STARTED).exists():
             todo = RESUMED
         else:

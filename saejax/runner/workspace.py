@@ -56,6 +56,8 @@ class Workspace:
       UserError: it cannot be made or written to.
     """
 
+    REMOVED = "removed.json"  # marks a finished unit whose files were removed, because nobody reads them any more
+
     def __init__(self, root: str | os.PathLike, read_only: bool = False):
         self.root = Path(root)
         if "://" in str(root):
@@ -91,7 +93,7 @@ class Workspace:
           UserError: it is, but a file that its summary lists is missing or has another size.
         """
         folder = self.folder(unit, mark)
-        if not (folder / SUMMARY).exists():
+        if not (folder / SUMMARY).exists() or self.is_removed(unit, mark):
             return False
         for file, size in read_object(folder / SUMMARY, "files")["files"].items():
             path = folder / file
@@ -101,6 +103,18 @@ class Workspace:
                     f"delete {folder} to make it again"
                 )
         return True
+
+    def is_removed(self, unit: str, mark: str) -> bool:
+        """Return whether the unit was finished, and its files were removed since."""
+        return (self.folder(unit, mark) / self.REMOVED).exists()
+
+    def remove_files(self, unit: str, mark: str) -> None:
+        """Remove the files of a finished unit, but what says that and how it was made; ``begin`` makes them anew."""
+        folder = self.folder(unit, mark)
+        write_json(folder / self.REMOVED, dict(removed=now()))
+        for path in folder.iterdir():
+            if path.name not in (STARTED, SUMMARY, self.REMOVED):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     @contextlib.contextmanager
     def claim(self, unit: str, mark: str, take_over: bool = False) -> Iterator[Path]:
@@ -163,6 +177,9 @@ class Workspace:
         """
         folder = self.folder(unit, mark)
         remove_unfinished(folder)
+        if self.is_removed(unit, mark):
+            (folder / SUMMARY).unlink(missing_ok=True)
+            (folder / self.REMOVED).unlink()
         resumed = (folder / STARTED).exists()
         if not resumed:
             write_json(folder / STARTED, dict(fingerprint=mark, **about))

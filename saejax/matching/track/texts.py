@@ -1,6 +1,7 @@
 """Texts to track: prompts and worked solutions, their tokens, and the sentences that are their steps."""
 
 import dataclasses
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from saejax.tasks.files import decode, json_lines, read_bytes
 
 MOST = 4  # texts side by side
 _EXAMPLE = '{"slug": "apples", "prompt": "Ann has 3 apples ...", "solution": "She buys 4. ...", "answer": " 7"}'
+_NAMED = 40  # characters of a text that its name shows
 _KEYS = ("slug", "prompt", "solution", "answer")
 _GSM8K = {"question", "answer"}  # its fields: the answer is the solution, and ends in "#### 7"
 # Words whose full stop ends no sentence, and initials such as "J.".
@@ -91,6 +93,12 @@ def _continues(part: str) -> bool:
     return bool(re.fullmatch(r"\W*\d{0,3}\W*", part) or _ABBREVIATION.search(part))
 
 
+def name_text(text: str) -> str:
+    """Return a name of a text: its beginning, with a hash where there is more of it."""
+    mark = f"-{hashlib.sha256(text.encode()).hexdigest()[:6]}" if len(text) > _NAMED else ""
+    return folder_name(text[:_NAMED]) + mark
+
+
 def read_problems(config: TrackConfig) -> list[Problem]:
     """Return the texts that flags ask for, with distinct names.
 
@@ -98,7 +106,7 @@ def read_problems(config: TrackConfig) -> list[Problem]:
       UserError: the file cannot be read, a line is no such text, there are more than four, or a step is empty.
     """
     if not config.prompts:
-        return [Problem(folder_name(config.prompt[:40]), config.prompt)]
+        return [Problem(name_text(config.prompt), config.prompt)]
     path, problems = Path(config.prompts), dict[str, Problem]()
     text = decode(read_bytes(path, "--track.prompts", "name a file of prompts"), path)
     for number, record in json_lines(text, path, _EXAMPLE):
@@ -128,7 +136,7 @@ def _problem(record: Any, where: str) -> Problem:
             raise UserError(f"{where}: step {number} of the solution is empty: expected a text for each step")
     if not prompt.strip() and not steps:
         raise UserError(f"{where}: the prompt is empty: expected {_EXAMPLE}")
-    slug = folder_name(str(record.get("slug") or prompt[:40] or steps[0][:40]))
+    slug = folder_name(str(record["slug"])) if record.get("slug") else name_text(prompt or steps[0])
     return Problem(slug, prompt, steps, record.get("answer", ""))
 
 

@@ -11,6 +11,7 @@ from saejax.errors import UserError
 from saejax.files import file_sha256, fingerprint
 from saejax.matching.track.results import TrackResults
 from saejax.matching.track.settings import TrackConfig
+from saejax.matching.track.texts import name_text
 from saejax.models.settings import ModelConfig
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage, split_unit, train_units
@@ -29,7 +30,7 @@ def _names(configs: Configs) -> Sequence[str]:
         return ()
     if not config.dictionaries:
         raise UserError("--track.dictionaries is missing: name dictionaries of some layers, such as a stack's topk")
-    return (folder_name(Path(config.prompts).name.split(".")[0] if config.prompts else config.prompt[:40]),)
+    return (folder_name(Path(config.prompts).name.split(".")[0]) if config.prompts else name_text(config.prompt),)
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:

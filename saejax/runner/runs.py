@@ -1,0 +1,209 @@
+"""The program ``runs``: the units of a workdir with their sizes, and the removal of units that nobody needs."""
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from saejax.errors import UserError, one_of
+from saejax.files import read_object
+from saejax.links import linked_folder
+from saejax.runner import command, command_line
+from saejax.runner.workspace import CHECKPOINTS, STACK, STARTED, SUMMARY, Workspace
+
+ABOUT = """\
+runs: lists the units of a workdir: size, date, whether DIR/<unit> stands for it (current) or for another (obsolete),
+and which units have read it.
+
+  --workdir=DIR  folder of the run (required)
+  --remove=WHAT  with commas between: obsolete (units of settings that were changed since, which no current unit has
+      read), checkpoints (the optimizer's state of dictionaries that are finished), stores (activations whose readers
+      are all finished; they are captured again if a unit that is new reads them); default: nothing
+  --dry_run  say what would be removed, and remove nothing
+  --debug  also show the traceback of bad input"""
+REMOVABLE = ("obsolete", "checkpoints", "stores")
+STORES = ("capture",)  # stages whose units are stores of activations
+_FOLDER = re.compile(r"(.+)-([0-9a-f]{16})")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptUnit:
+    """A folder of a unit, or of a member of a stack, in a workdir."""
+
+    name: str  #: such as "train/topk"
+    fingerprint: str  #: 16 hexadecimal digits
+    folder: Path
+    state: str  #: current, member (of a current stack), obsolete, or unfinished
+    size: int  #: bytes of its files
+    date: str  #: when it was begun, ISO 8601
+    reads: tuple[str, ...]  #: fingerprints of the units that it read
+    readers: tuple[str, ...]  #: names of the units that have read it, those that are obsolete in brackets
+    is_removed: bool  #: whether it is a store whose activations were removed
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the program and return its exit status."""
+    flag_values = flags.FlagValues()
+    command_line.define_workdir(flag_values)
+    flags.DEFINE_list("remove", [], "", flag_values=flag_values)
+    flags.DEFINE_bool("dry_run", False, "", flag_values=flag_values)
+    command_line.define_common(flag_values)
+
+    def work() -> None:
+        rest = flag_values(list(argv))
+        if flag_values["help"].value:
+            return print(ABOUT)
+        root = Path(command_line.named_workdir(flag_values))
+        if len(rest) > 1 or not root.is_dir():
+            raise UserError(f"{rest[1]} is not a flag" if len(rest) > 1 else f"--workdir={root} is no folder")
+        for name in (wanted := [*(flag_values["remove"].value or ())]):
+            one_of(name, REMOVABLE, "thing to remove (--remove)")
+        units = list_units(root)
+        for line in describe_units(units):
+            print(line)
+        for line in remove(Workspace(root), units, wanted, bool(flag_values["dry_run"].value)):
+            print(line)
+
+    return command.run_and_report(work, flag_values)
+
+
+def list_units(root: Path) -> list[KeptUnit]:
+    """Return the units whose folders are in a workdir, by name and date.
+
+    Raises:
+      UserError: a unit's file is damaged.
+    """
+    folders = {path.parent: path for pattern in ("*-*", "*/*-*") for path in root.glob(f"{pattern}/{STARTED}")}
+    started = {folder: read_object(path, "fingerprint") for folder, path in folders.items()}
+    members = {name for folder in started for name in _members(folder) if _is_current(folder)}
+    reads = {folder: tuple(about.get("depends_on", {}).get("needs", {}).values()) for folder, about in started.items()}
+    units = []
+    for folder, about in started.items():
+        name, state = _unit_name(root, folder), "obsolete"
+        if not (folder / SUMMARY).exists():
+            state = "unfinished"
+        elif _is_current(folder):
+            state = "current"
+        elif folder.name in members:
+            state = "member"
+        mark = str(about["fingerprint"])
+        readers = sorted(_reader(root, other, members) for other, marks in reads.items() if mark in marks)
+        size, removed = _size(folder), (folder / Workspace.REMOVED).exists()
+        date = str(about.get("start", ""))
+        units.append(
+            KeptUnit(name, mark, folder, state, size, date, reads[folder], (*dict.fromkeys(readers),), removed)
+        )
+    return sorted(units, key=lambda unit: (unit.name, unit.date))
+
+
+def _unit_name(root: Path, folder: Path) -> str:
+    match = _FOLDER.fullmatch(folder.relative_to(root).as_posix())
+    return match[1] if match else folder.relative_to(root).as_posix()
+
+
+def _is_current(folder: Path) -> bool:
+    """Return whether the link of a unit's name leads to its folder."""
+    match = _FOLDER.fullmatch(folder.name)
+    return match is not None and linked_folder(folder.with_name(match[1])) == folder
+
+
+def _members(folder: Path) -> Iterator[str]:
+    """Yield the names of the folders of a stack's members."""
+    if (folder / STACK).exists():
+        yield from read_object(folder / STACK, "members")["members"].values()
+
+
+def _reader(root: Path, folder: Path, members: set[str]) -> str:
+    name = _unit_name(root, folder)
+    return name if _is_current(folder) or folder.name in members else f"({name})"
+
+
+def _size(folder: Path) -> int:
+    files = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
+    return sum(path.lstat().st_size for path in files if not path.is_symlink())
+
+
+def describe_units(units: Sequence[KeptUnit]) -> list[str]:
+    """Return a table: a line for each unit, and their number and size."""
+    width = max((len(unit.name) for unit in units), default=4)
+    lines = [f"{'unit':{width}}  {'fingerprint':16}  {'state':10}  {'size':>10}  {'begun':16}  read by"]
+    for unit in units:
+        readers = ", ".join(unit.readers) + (" (activations removed)" if unit.is_removed else "")
+        date = unit.date[:16].replace("T", " ")
+        size = _words(unit.size)
+        lines.append(
+            f"{unit.name:{width}}  {unit.fingerprint}  {unit.state:10}  {size:>10}  {date:16}  {readers}".rstrip()
+        )
+    return [*lines, f"{len(units)} units, {_words(sum(unit.size for unit in units))}"]
+
+
+def _words(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
+
+
+def remove(workspace: Workspace, units: Sequence[KeptUnit], wanted: Sequence[str], dry_run: bool = False) -> list[str]:
+    """Remove what is wanted, and return a line for each thing removed.
+
+    Args:
+      workspace: the folder of the run.
+      units: its units, as ``list_units`` gives them.
+      wanted: of ``REMOVABLE``.
+      dry_run: remove nothing.
+
+    Raises:
+      UserError: a process works on a unit that is to go.
+    """
+    doomed: dict[Path, tuple[str, KeptUnit]] = {}
+    if "obsolete" in wanted:
+        kept = _needed(units)
+        doomed |= {u.folder: ("obsolete", u) for u in units if u.state == "obsolete" and u.fingerprint not in kept}
+    for unit in units:
+        if unit.folder in doomed or unit.state == "unfinished":
+            continue
+        if "checkpoints" in wanted:
+            doomed |= {path: ("checkpoints", unit) for path in unit.folder.rglob(CHECKPOINTS) if path.is_dir()}
+        stage = unit.name.partition("/")[0]
+        if "stores" in wanted and stage in STORES and not unit.is_removed and _has_finished_readers(units, unit):
+            doomed[unit.folder / "."] = ("store", unit)
+    for _, unit in doomed.values():
+        if workspace.is_claimed(unit.name, unit.fingerprint):
+            raise UserError(f"{unit.name} is being made by another process: wait for it")
+    lines = []
+    for path, (what, unit) in doomed.items():
+        size = unit.size if what == "obsolete" else _size(path)
+        if not dry_run and what == "store":
+            workspace.remove_files(unit.name, unit.fingerprint)
+        elif not dry_run:
+            shutil.rmtree(path)
+        lines.append(
+            f"{'would remove' if dry_run else 'removed'} {what}: {unit.name}-{unit.fingerprint}, {_words(size)}"
+        )
+    return lines
+
+
+def _needed(units: Sequence[KeptUnit]) -> set[str]:
+    """Return the fingerprints of units that are current or unfinished, and of all that those have read."""
+    by_mark: Mapping[str, KeptUnit] = {unit.fingerprint: unit for unit in units}
+    waiting = [unit.fingerprint for unit in units if unit.state != "obsolete"]
+    needed = set[str]()
+    while waiting:
+        mark = waiting.pop()
+        if mark not in needed:
+            needed.add(mark)
+            waiting += by_mark[mark].reads if mark in by_mark else ()
+    return needed
+
+
+def _has_finished_readers(units: Sequence[KeptUnit], store: KeptUnit) -> bool:
+    """Return whether a store was read, and all units that read it are finished."""
+    readers: list[Any] = [unit for unit in units if store.fingerprint in unit.reads]
+    return bool(readers) and all(unit.state != "unfinished" for unit in readers)

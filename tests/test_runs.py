@@ -1,0 +1,83 @@
+"""Which units a workdir has, and what may go: obsolete ones, checkpoints, stores whose readers are finished."""
+
+import pytest
+from test_pipeline import go
+
+from saejax.errors import Interrupted
+from saejax.runner import runs
+from saejax.runner.workspace import Workspace
+
+CHANGED = dict(train__l1=(9.0,))
+
+
+def states(workdir) -> dict[str, list[str]]:
+    units = runs.list_units(workdir)
+    return {name: [unit.state for unit in units if unit.name == name] for name in {unit.name for unit in units}}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run, changed in one setting: three of its units are obsolete."""
+    go(tmp_path)
+    go(tmp_path, **CHANGED)
+    return tmp_path
+
+
+def test_units_are_listed_with_what_reads_them(workdir, capsys):
+    assert runs.run(["runs", f"--workdir={workdir}"]) == 0
+    output = capsys.readouterr().out
+    lines = {tuple(line.split()[i] for i in (0, 2)): line for line in output.splitlines()[1:-1]}
+    readers = "(evaluate/standard), (report), (train/standard), evaluate/standard, evaluate/topk, report"
+    assert lines["capture", "current"].endswith(f"  {readers}, train/standard, train/topk")
+    assert lines["train/standard", "obsolete"].endswith("(evaluate/standard), (report)")
+    assert output.splitlines()[-1].startswith("12 units, ")
+    assert states(workdir)["train/standard"] == ["obsolete", "current"]
+
+
+def test_obsolete_units_go_and_what_current_ones_read_stays(workdir, capsys):
+    flags = ["runs", f"--workdir={workdir}", "--remove=obsolete"]
+    assert runs.run([*flags, "--dry_run"]) == 0 and capsys.readouterr().out.count("would remove obsolete") == 3
+    assert len(runs.list_units(workdir)) == 12
+    assert runs.run(flags) == 0 and capsys.readouterr().out.count("removed obsolete") == 3
+    assert all(state == ["current"] for state in states(workdir).values())
+    assert go(workdir, **CHANGED) == []
+    assert go(workdir) == ["train/standard", "evaluate/standard", "report"], "made anew"
+
+
+def test_what_an_unfinished_unit_reads_stays(tmp_path):
+    go(tmp_path)
+    with pytest.raises(Interrupted):
+        go(tmp_path, stopped=["evaluate/standard"], **CHANGED)
+    go(tmp_path)  # back: the changed dictionary is not current
+    runs.remove(Workspace(tmp_path), runs.list_units(tmp_path), ["obsolete"])
+    assert go(tmp_path, **CHANGED) == ["evaluate/standard", "report"]
+
+
+def test_a_store_goes_when_its_readers_are_done_and_is_made_again_for_a_new_one(workdir, capsys):
+    (store,) = [unit for unit in runs.list_units(workdir) if unit.name == "capture"]
+    assert runs.run(["runs", f"--workdir={workdir}", "--remove=stores"]) == 0
+    assert "removed store: capture-" in capsys.readouterr().out
+    assert not (store.folder / "out.txt").exists() and (store.folder / "done.json").exists()
+    lines: list[str] = []
+    assert go(workdir, say=lines.append, **CHANGED) == []
+    assert "capture: done before, its files removed since, and no unit that is left reads them" in lines
+    assert go(workdir, train__k=(3,)) == ["capture", "train/topk", "evaluate/topk", "ablate/topk", "report"]
+    assert (store.folder / "out.txt").exists() and not (store.folder / "removed.json").exists()
+    assert runs.remove(Workspace(workdir), runs.list_units(workdir), ["stores"], dry_run=True)
+
+
+def test_checkpoints_of_finished_units_go(workdir):
+    (folder,) = workdir.glob("train/topk-*")
+    (folder / "checkpoints" / "52").mkdir(parents=True)
+    (folder / "checkpoints" / "52" / "state").write_bytes(bytes(5000))
+    (line,) = runs.remove(Workspace(workdir), runs.list_units(workdir), ["checkpoints"])
+    assert line.endswith(", 5 kB") and not (folder / "checkpoints").exists() and go(workdir, **CHANGED) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--workdir=none"], "is no folder"), (["--remove=all"], "unknown thing to remove"), (["what"], "is not a flag")],
+)
+def test_bad_input_is_one_line(workdir, capsys, flags, message):
+    assert runs.run(["runs", f"--workdir={workdir}", *flags]) == 2
+    assert message in capsys.readouterr().err and len(runs.list_units(workdir)) == 12
