@@ -62,6 +62,17 @@ class Changes:
         return tuple(int(feature) for feature in order[:size]), min(float(fraction), 1.0)
 
 
+def inner_products(falls: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the inner products of the changes of K features, summed over N positions, [K, K].
+
+    Args:
+      falls: by how much activations fall, some of the K features at a time, float64 ``[N, X]`` each.
+      rows: directions of these features, ``[X, D]`` each.
+    """
+    fall_NxK, W_dec_KxD = np.concatenate(falls, axis=1), np.concatenate(rows)
+    return (fall_NxK.T @ fall_NxK) * (W_dec_KxD @ W_dec_KxD.T)
+
+
 def choose_pool(prompts_F: np.ndarray, prompts: int, top: Sequence[int], share: float, seed: int) -> np.ndarray:
     """Return the features of which random lists are made: those that fire on a share of the prompts, without T.
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from saejax.dictionaries.rescale import to_output_units
 from saejax.errors import UserError, one_of
-from saejax.interventions.controls import Changes
+from saejax.interventions.controls import Changes, inner_products
 from saejax.interventions.edits import ActivationReplacement, FeatureEdits, filled_features
 from saejax.interventions.references import Reference, References, is_mask
 from saejax.interventions.rows import (
@@ -246,7 +246,7 @@ def measure_changes(
     split: SplitModel, runs: Sequence[CleanRun], source: ActivationReplacement, features: Sequence[int] | np.ndarray
 ) -> Changes:
     """Return the changes that ablating each of some features makes at the site, alone and with each other."""
-    features_K, product_KxK, prompts = np.unique(np.asarray(features, np.int64)), np.zeros(()), 0
+    features_K, total, prompts = np.unique(np.asarray(features, np.int64)), np.zeros(()), 0
     for number, run in enumerate(runs):
         count = len(run.index_P)
         arrays = EditedRun(run, source.of_run(number)).arrays
@@ -254,13 +254,12 @@ def measure_changes(
         for first in range(0, len(features_K), FEATURES):
             some = features_K[first : first + FEATURES]
             filled = np.pad(some, (0, filled_features(len(some)) - len(some)), mode="edge")
-            fall_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *arrays, filled, count)
-            falls.append(np.asarray(fall_BxTxK, np.float64)[:count, :, : len(some)].reshape(-1, len(some)))
-            rows.append(np.asarray(W_dec_KxD, np.float64)[: len(some)])
-        fall_NxK, W_dec_KxD = np.concatenate(falls, axis=1), np.concatenate(rows)
-        product_KxK = product_KxK + (fall_NxK.T @ fall_NxK) * (W_dec_KxD @ W_dec_KxD.T)
+            fall_BxTxX, W_dec_XxD = gather(split.point, split.dictionary, *arrays, filled, count)
+            falls.append(np.asarray(fall_BxTxX, np.float64)[:count, :, : len(some)].reshape(-1, len(some)))
+            rows.append(np.asarray(W_dec_XxD, np.float64)[: len(some)])
+        total = total + inner_products(falls, rows)
         prompts += count
-    return Changes(features_K, product_KxK / prompts)
+    return Changes(features_K, total / prompts)
 
 
 def rank_logits(

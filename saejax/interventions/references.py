@@ -24,7 +24,7 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.activity import FeatureStatistics, count_firings
-from saejax.interventions.controls import Changes
+from saejax.interventions.controls import Changes, inner_products
 from saejax.interventions.edits import ZERO, FeatureEdits, filled_features
 from saejax.interventions.rows import edit_value, gather
 from saejax.interventions.slopes import weighted
@@ -141,7 +141,7 @@ class References:
 
     def changes(self, features: Sequence[int] | np.ndarray) -> Changes:
         """Return the changes that setting each of some features to zero makes, alone and with each other."""
-        features_K, product_KxK = np.unique(np.asarray(features, np.int64)), np.zeros(())
+        features_K, total = np.unique(np.asarray(features, np.int64)), np.zeros(())
         for places_Q, batch in self.batches():
             domain_BxT = np.array(batch.domain_BxT)
             domain_BxT[len(places_Q) :] = False  # copies
@@ -149,12 +149,11 @@ class References:
             for first in range(0, len(features_K), FEATURES):
                 some = features_K[first : first + FEATURES]
                 filled = np.pad(some, (0, filled_features(len(some)) - len(some)), mode="edge")
-                f_BxTxK, W_dec_KxD = self._gather(batch, filled)
-                falls.append(np.asarray(f_BxTxK)[domain_BxT][:, : len(some)].astype(np.float64))
-                rows.append(np.asarray(W_dec_KxD, np.float64)[: len(some)])
-            fall_NxK, W_dec_KxD = np.concatenate(falls, axis=1), np.concatenate(rows)
-            product_KxK = product_KxK + (fall_NxK.T @ fall_NxK) * (W_dec_KxD @ W_dec_KxD.T)
-        return Changes(features_K, product_KxK / len(self._references))
+                f_BxTxX, W_dec_XxD = self._gather(batch, filled)
+                falls.append(np.asarray(f_BxTxX)[domain_BxT][:, : len(some)].astype(np.float64))
+                rows.append(np.asarray(W_dec_XxD, np.float64)[: len(some)])
+            total = total + inner_products(falls, rows)
+        return Changes(features_K, total / len(self._references))
 
     def slopes(self) -> list[np.ndarray]:
         """Return the slope of each reference's log-likelihood at the site, [B, T, D] for each batch."""
@@ -163,11 +162,11 @@ class References:
 
     def attribution(self, slopes_of: Sequence[np.ndarray]) -> np.ndarray:
         """Return each feature's attribution, mean over references, [F], given slopes that dictionaries share."""
-        point, dictionary, total_F = self._split.point, self._split.dictionary, np.zeros(())
+        point, dictionary, total = self._split.point, self._split.dictionary, np.zeros(())
         for (places_Q, batch), slope_BxTxD in zip(self.batches(), slopes_of, strict=True):
             rows_BxF = np.asarray(_attribute(point, dictionary, batch, slope_BxTxD), np.float64)
-            total_F = total_F + rows_BxF[: len(places_Q)].sum(axis=0)
-        return total_F / len(self._references)
+            total = total + rows_BxF[: len(places_Q)].sum(axis=0)
+        return total / len(self._references)
 
     def _gather(self, batch: ReferenceBatch, features_K: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Return activations [B, T, K] of some features on a batch, 0 where not editable, and directions [K, D]."""

@@ -237,9 +237,9 @@ def attribute_slopes(
       UserError: the result is not finite.
     """
     total_F = np.zeros(split.dictionary.config.n_features)
-    for run, slopes_R in zip(runs, slopes_of, strict=True):
+    for run, some in zip(runs, slopes_of, strict=True):
         arrays = _random_sums(split, run, source)
-        for (part, rows), slope_BxTxD in zip(split.slices(run), slopes_R, strict=True):
+        for (part, rows), slope_BxTxD in zip(split.slices(run), some, strict=True):
             if source.kind == "counterpart" and run.counterpart:
                 arrays = tuple(split.by_row(run.counterpart.read_BxTxD[part], run.counterpart.domain_BxT[part]))
             real_B = np.arange(part.start, part.stop) < len(run.index_P)

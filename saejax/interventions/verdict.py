@@ -328,14 +328,14 @@ def _compare_shares(measured: MeasuredBehaviour) -> _Shares | None:
     clean_P = table.clean_values(prompts, "logit_diff")
     if measured.objective != "logit_diff" or len(known) < 3 or clean_P.mean() <= 0:
         return None
-    logit_RxP, edited_RxP = (np.stack(some) for some in zip(*known, strict=True))
-    first_N, second_N = np.triu_indices(len(known), 1)
-    clean_NxP = logit_RxP[first_N] - logit_RxP[second_N]
-    lost_NxP = clean_NxP - (edited_RxP[first_N] - edited_RxP[second_N])
+    logit_SxP, edited_SxP = (np.stack(some) for some in zip(*known, strict=True))
+    first_C, second_C = np.triu_indices(len(known), 1)
+    clean_CxP = logit_SxP[first_C] - logit_SxP[second_C]
+    lost_CxP = clean_CxP - (edited_SxP[first_C] - edited_SxP[second_C])
     # Pairs whose clean difference is small have shares of any size.
-    mean_N = clean_NxP.mean(axis=1)
-    kept_N = mean_N >= 0.5 * min(float(clean_P.mean()), float(np.quantile(mean_N, 0.9)))
-    clean_NxP, lost_NxP = clean_NxP[kept_N], lost_NxP[kept_N]
+    mean_C = clean_CxP.mean(axis=1)
+    kept_C = mean_C >= 0.5 * min(float(clean_P.mean()), float(np.quantile(mean_C, 0.9)))
+    clean_NxP, lost_NxP = clean_CxP[kept_C], lost_CxP[kept_C]
     weight_RxP = measured.weight_RxP
     real_R = (weight_RxP @ measured.drop_P) / (weight_RxP @ clean_P)
     pairs_RxN = (weight_RxP @ lost_NxP.T) / np.maximum(weight_RxP @ clean_NxP.T, 1e-12)
