@@ -8,9 +8,9 @@ import pytest
 from effect_worlds import attribution, planted_world, top_features, world_table
 
 from saejax.errors import UserError
-from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, VerdictConfig, sets_sentence
-from saejax.interventions.curves import read_curves
+from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
 from saejax.interventions.table import (
+    RANKS,
     TESTED,
     TEXT,
     EditDefinition,
@@ -52,7 +52,7 @@ class Rows:
         values = {name: np.broadcast_to(value, (1, PROMPTS)) for name, value in readouts.items()}
         self.blocks.append(EffectsTable.block([edit], prompts, values))
 
-    def add_set(self, edit: EditDefinition, drop: float | np.ndarray, dose: float = 1.0) -> None:
+    def add_set(self, edit: EditDefinition, drop: float | np.ndarray, dose: float = 2.0) -> None:
         self.add(edit, logit_diff=self.clean - drop, change_norm=dose)
 
     def add_behaviour(
@@ -70,6 +70,18 @@ class Rows:
         for index in range(placebo):
             target = (f" t{index}", " u")
             self.add_set(EditDefinition(name, "placebo", index, (3, 4), target=target), varied(0.1 * index), 2.0)
+
+    def add_untrained(self, drops: Sequence[float], dose: float = 2.0) -> None:
+        """Add the list of the tested dictionary, which loses 3 logits, and those of untrained ones."""
+        self.add_set(EditDefinition("b", "trained", 0, (1, 2)), varied(3.0), dose)
+        for index, drop in enumerate(drops):
+            self.add_set(EditDefinition("b", "untrained", index, (5, 6, 7)), varied(drop), dose)
+
+    def add_ranks(self, share: float, spread: float = 0.0, step: float = 1.0) -> None:
+        """Add likely tokens a ``step`` apart, between which T takes a share of the difference."""
+        for edit in (EditDefinition("b", "clean"), EditDefinition("b", "top", 0, (1, 2))):
+            left = 1.0 if edit.group == "clean" else 1.0 - share - varied(0, spread)
+            self.add(edit, **{name: -step * rank * left for rank, name in enumerate(RANKS)})
 
     def judge(self, config: VerdictConfig = CONFIG) -> dict[str, dict[str, BehaviourVerdict]]:
         return verdict(merge_tables(self.blocks), config).dictionaries
@@ -108,35 +120,73 @@ def test_effects_by_hand():
     assert (result.random.answer, result.placebo.answer) == ("yes", "yes")
     # The placebo set that loses 1.8 ties with the largest random set; no other loses as much.
     assert (result.fooled, result.placebo_sets) == (0, 19)
-    assert result.placebo.sentence.endswith(
-        "; 0 of the 19 sets lower it at least as much (p = 0.05): specific to this answer."
+    assert result.random.sentence == (
+        "The 2 top features cost 3.00 logits; 19 random lists of the same dose cost 0.90 in the median and 1.71 at the "
+        "95th percentile, and 0 of them at least as much (p = 0.05): more than random features."
     )
-    # Without another behaviour nothing is said of selectivity.
-    assert judge(with_basis(1.0, 1.0)).selective.answer == "not tested"
+    assert result.placebo.sentence.endswith("(p = 0.05): specific to this answer.")
+    # Without another behaviour nothing is said of selectivity, without untrained dictionaries nothing of training.
+    assert judge(with_basis(1.0)).selective.answer == result.trained.answer == "not tested"
 
 
 def test_random_sets_by_hand():
     random = judge(make_rows(drop=1.05)).random
     # Sets 11 to 18 lose 1.1 or more: (1 + 8) / (1 + 19).
     assert random.p_value == pytest.approx(9 / 20)
-    assert random.numbers == pytest.approx(dict(sets=19, needed=19, mean=0.9, max=1.8, top=1.05))
+    assert random.numbers == pytest.approx(
+        dict(sets=19, needed=19, mean=0.9, median=0.9, high=1.71, max=1.8, top=1.05, features=2, p_controls=9 / 20)
+    )
     assert random.effect.mean == pytest.approx(1.05 - 0.9)
     assert random.answer == "no"
-    assert random.sentence == (
-        "Compared with each of 19 random sets at the smaller of the two doses, the 2 top features lower the logit "
-        "difference by 1.05 on average and the sets by 0.90; 8 of the 19 sets lower it at least as much (p = 0.45): "
-        "not significantly more than random sets."
-    )
+    assert "and 8 of them at least as much (p = 0.45): not significantly more" in random.sentence
 
 
-def test_a_single_feature_that_raises_the_logit_difference_is_compared_in_words():
-    numbers = dict(sets=19.0, needed=19.0, mean=-0.001, max=0.1, top=-0.3)
-    answer = CausalAnswer("no", p_value=0.1, p_holm=0.2, numbers=numbers)
-    assert sets_sentence(answer, "random", 1, 2) == (
-        "Compared with each of 19 random sets at the smaller of the two doses, the 1 top feature raises the logit "
-        "difference by 0.30 on average and the sets by 0.00; 1 of the 19 sets raises it no more (p = 0.1, 0.2 after "
-        "correction for 2 behaviours): not significantly more than random sets."
-    )
+@pytest.mark.parametrize(("high", "answer"), [(2.9, "yes"), (3.0, "no")])
+def test_training_mattered_if_no_untrained_dictionary_does_as_much(high, answer):
+    rows = make_rows()
+    rows.add_untrained([*np.linspace(0, 1, 18), high])
+    trained = judge(rows).trained
+    assert (trained.answer, trained.p_value) == (answer, pytest.approx(0.05 if answer == "yes" else 0.1))
+    assert trained.sentence.endswith("training mattered." if answer == "yes" else "training is not shown to matter.")
+    rows = make_rows()
+    rows.add_untrained(np.linspace(0, 1, 18))
+    assert judge(rows).trained.sentence == ("Not testable: 18 untrained dictionaries of 19 needed; raise their number.")
+
+
+@pytest.mark.parametrize(("share", "answer"), [(0.2, "yes"), (0.55, "no"), (0.9, "no")])
+def test_features_that_take_as_much_from_other_answers_are_not_specific(share, answer):
+    """T takes 3 of 5 logits of this answer, 60 %: more than 20 % of others, not surely more than 55 %."""
+    rows = make_rows(drop=varied(3.0, 0.8))
+    rows.add_ranks(share, spread=0.05)
+    placebo = judge(rows).placebo
+    assert placebo.answer == answer
+    assert placebo.parts["share"].mean == pytest.approx(0.6)
+    assert placebo.numbers["share_median"] == pytest.approx(share)
+    assert placebo.numbers["p_controls"] == pytest.approx(1 / 20), "other sets do less in any case"
+    assert placebo.p_value == max(placebo.numbers["p_controls"], placebo.numbers["p_shares"])
+    assert f"of other likely tokens' {100 * share:.0f} % in the median" in placebo.sentence
+
+
+def test_pairs_of_tokens_that_are_nearly_equal_are_left_out():
+    """Their shares are of any size: of 20 tokens a tenth apart, 190 pairs, those less than half of 1.5 apart."""
+    rows = make_rows()
+    rows.add_ranks(0.2, step=0.1)
+    placebo = judge(rows).placebo
+    apart = np.array([0.1 * (j - i) for i in range(20) for j in range(i + 1, 20)])
+    assert placebo.numbers["pairs"] == (apart >= 0.5 * np.quantile(apart, 0.9) - 1e-9).sum()
+
+
+def test_lists_from_a_small_pool_are_not_testable():
+    """Fewer than ten lists' worth of features: the lists are nearly the same ones."""
+    for count, answer in ((19, "not testable"), (20, "yes")):
+        rows = make_rows()
+        pool = EditDefinition("b", "pool", 0, tuple(range(10, 10 + count)))
+        rows.blocks.append(EffectsTable((pool,), (), *np.zeros((4, 0), int)))
+        assert judge(rows).random.answer == answer
+    rows = make_rows(sets=0)
+    rows.blocks.append(EffectsTable((pool,), (), *np.zeros((4, 0), int)))
+    random = judge(rows).random
+    assert random.answer == "not testable" and "change the site less than the 2 top features" in random.sentence
 
 
 def test_placebo_sets_that_pass_are_counted():
@@ -147,28 +197,12 @@ def test_placebo_sets_that_pass_are_counted():
     assert judge(make_rows(sets=18)).fooled is None, "18 sets cannot give a p-value of 0.05"
 
 
-def test_both_are_compared_at_the_smaller_dose():
-    rows = make_rows(sets=18)
-    edit = EditDefinition("b", "random", 18, (90, 91))
-    rows.add_set(edit, 1.6, 1.0)  # at its dose of 1 the top features lose 1.5: less than this set
-    assert judge(rows).random.p_value == pytest.approx(2 / 20)
-    rows = make_rows(sets=18)
-    # It loses more at three times the dose, and 1.7 where it is ablated as far as the dose of the top features.
-    rows.add_set(edit, 5.0, 6.0)
-    rows.add_set(dataclasses.replace(edit, fraction=1 / 3), 1.7, 2.0)
-    random = judge(rows).random
-    assert random.p_value == pytest.approx(1 / 20)
-    assert random.numbers["max"] == pytest.approx(1.7)
-
-
 def test_too_few_sets_are_not_testable_and_say_how_many_are_needed():
     rows = make_rows()
     rows.add_behaviour("c", first=100)
     result = judge(rows)
     assert result.random.answer == result.placebo.answer == "not testable"
-    assert result.random.sentence == (
-        "Not testable with k = 2: 19 independent sets of 39 needed; use a smaller k or a wider dictionary."
-    )
+    assert result.random.sentence == ("Not testable: 19 random lists of 39 needed; raise their number.")
 
 
 def test_holm_is_applied_over_behaviours():
@@ -205,78 +239,89 @@ def test_two_accuracies_are_separate_answers_and_may_fall_too_little_to_count():
     assert answer.sentence.endswith("too little to count.")
 
 
-def with_basis(norm: float, kl: float, reach: float = 2.0, spread: float = 0.0) -> Rows:
-    """Return a behaviour with a basis that loses ``norm`` logits at the dose 2.
-
-    Its KL dose is ``kl`` times as large as that of the features; ``spread`` makes its effects differ between prompts.
-    """
+def with_basis(lost: float, spread: float = 0.0, dose: float = 2.0) -> Rows:
+    """Return a behaviour with a basis that loses ``lost`` logits; ``spread`` makes its effects differ."""
     rows = make_rows()
     rows.add_prompts(TEXT)
-    for edit in [edit for edit in rows.edits if edit.group == "top"]:
-        rows.add(edit, on=TEXT, kl=edit.fraction, ce=3.01)
-    for fraction in (0.25, 0.5, 1.0):
-        edit = EditDefinition("b", "basis:pca", 0, (0, 1, 2), fraction)
-        rows.add_set(edit, varied(norm, 0.1) * fraction * reach / 2 - varied(0, spread), reach * fraction)
-        rows.add(edit, on=TEXT, kl=fraction * kl * reach / 2)
+    rows.add(EditDefinition("b", "top", 0, (1, 2)), on=TEXT, kl=1.0, ce=3.01)
+    rows.add_set(EditDefinition("b", "basis:pca", 0, (0, 1, 2), 0.7), varied(lost, 0.1) - varied(0, spread), dose)
     return rows
 
 
 @pytest.mark.parametrize(
-    ("norm", "kl", "spread", "answer"),
+    ("lost", "spread", "answer"),
     [
-        (1.0, 1.0, 0.0, "more"),
-        (5.0, 1.0, 0.0, "less"),
-        (1.0, 0.1, 0.0, "contradictory"),  # a tenth of the KL dose: at equal KL it loses more
-        (3.01, 1.0, 0.0, "equivalent"),
-        (3.0, 1.0, 4.0, "no significant difference"),
+        (1.0, 0.0, "more"),
+        (5.0, 0.0, "less"),
+        (3.01, 0.0, "equivalent"),
+        (3.0, 4.0, "no significant difference"),
     ],
 )
-def test_bases_at_equal_dose(norm, kl, spread, answer):
-    result = judge(with_basis(norm, kl, spread=spread)).bases["pca"]
+def test_bases_of_the_same_dose(lost, spread, answer):
+    result = judge(with_basis(lost, spread)).bases["pca"]
     assert result.answer == answer
-    assert result.effect.mean == pytest.approx(3.0 - norm)
-    assert result.parts.keys() == {"norm", "kl"}
+    assert result.effect.mean == pytest.approx(3.0 - lost)
     assert ("which is not equality" in result.sentence) == (answer == "no significant difference")
 
 
-@pytest.mark.parametrize("reach", [1.0, 8.0])
-def test_bases_are_compared_where_both_were_measured(reach):
-    """A basis that reaches less is compared at its reach, one that reaches further at the features' dose."""
-    dose = min(reach, 2.0)
-    numbers = judge(with_basis(1.0, 1.0, reach)).bases["pca"].numbers
-    assert numbers == pytest.approx(dict(top=3 * dose / 2, basis=dose / 2, dose=dose))
+def test_a_basis_that_cannot_reach_the_dose_is_not_compared():
+    assert judge(with_basis(1.0, dose=1.0)).bases["pca"].answer == "not testable"
 
 
-@pytest.mark.parametrize("clean", [5.0, -5.0])  # also where the model prefers the other behaviour's wrong answer
-@pytest.mark.parametrize(("beside", "text", "answer"), [(0.1, 0.01, "yes"), (0.6, 0.01, "no"), (0.1, 0.06, "no")])
-def test_selective(beside, text, answer, clean):
-    rows = Rows(clean)
+@pytest.mark.parametrize(
+    ("beside", "text", "answer"),
+    [(0.1, 0.01, "yes"), (0.6, 0.01, "no"), (0.1, 0.06, "no"), (-0.6, 0.01, "no"), (0.1, -0.06, "no")],
+)
+def test_selective_in_either_direction(beside, text, answer):
+    rows = Rows()
     rows.add_behaviour("b")
     rows.add_behaviour("c", first=100)
     rows.add_prompts(TEXT)
     top = EditDefinition("b", "top", 0, (1, 2))
-    rows.add(top, on="c", logit_diff=clean - varied(beside, 0.05))
+    rows.add(top, on="c", logit_diff=5.0 - varied(beside, 0.05))
     rows.add(top, on=TEXT, ce=3.0 + varied(text, 0.005), kl=0.1)
     result = judge(rows).selective
     assert result.answer == answer
-    assert result.parts["c"].mean == pytest.approx(beside)
-    assert result.parts[TEXT].mean == pytest.approx(text)
-    assert result.numbers == pytest.approx({"c": 0.1 * abs(clean), TEXT: 0.05})
+    assert result.parts["c"].mean == pytest.approx(abs(beside))
+    assert result.parts[TEXT].mean == pytest.approx(abs(text))
+    assert result.numbers == pytest.approx({"c": 0.5, TEXT: 0.05})
+
+
+def test_changes_of_different_signs_do_not_cancel():
+    rows = with_basis(1.0)
+    rows.add_behaviour("c", first=100)
+    rows.add(EditDefinition("b", "top", 0, (1, 2)), on="c", logit_diff=varied(5.0, 3.0))
+    selective = judge(rows).selective
+    assert selective.answer == "no" and selective.parts["c"].mean == pytest.approx(3.0)
+
+
+def test_a_behaviour_at_chance_is_left_out_and_named():
+    rows = with_basis(1.0)
+    for name, first in (("c", 100), ("d", 200)):
+        rows.add_behaviour(name, first=first)
+        rows.add(EditDefinition("b", "top", 0, (1, 2)), on=name, logit_diff=5.0)
+    table = merge_tables(rows.blocks)
+    clean = table.positions([EditDefinition("d", "clean")], [])[0][0]
+    is_clean_N = (table.edit_N == clean) & (table.readout_N == 0)
+    noise_N = np.where(np.arange(len(table.value_N)) % 2, 0.1, -0.1)
+    noisy = dataclasses.replace(table, value_N=np.where(is_clean_N, noise_N, table.value_N))
+    selective = verdict(noisy, CONFIG).dictionaries[TESTED]["b"].selective
+    assert selective.answer == "yes" and selective.parts.keys() == {"c", TEXT}
+    assert "left out, at chance: d" in selective.sentence
 
 
 def test_replication_counts_dictionaries_of_other_seeds():
     rows = make_rows()
     tested = [edit for edit in rows.edits if edit.group in ("top", "random", "placebo")]
-    for name, drop in dict(seed43=3.0, seed44=0.0, untrained=3.0).items():
+    for name, drop in dict(seed43=3.0, seed44=0.0).items():
         for edit in tested:
             lost = drop * edit.fraction if edit.group == "top" else 0.1 * edit.index
             rows.add_set(dataclasses.replace(edit, dictionary=name), varied(lost), 2 * edit.fraction)
     judged = rows.judge()
-    assert list(judged) == [TESTED, "seed43", "seed44", "untrained"]
+    assert list(judged) == [TESTED, "seed43", "seed44"]
     replication = judged[TESTED]["b"].replication
     assert replication.answer == "no"
     assert replication.numbers == dict(ablation=1, random=1, placebo=1, dictionaries=2)
-    assert judged["untrained"]["b"].random.answer == "yes", "the untrained dictionary answers the same questions"
 
 
 def test_replication_needs_dictionaries_with_answers():
@@ -300,7 +345,7 @@ def test_sets_that_are_needed_are_those_of_the_behaviours_that_have_some():
 
 
 def test_selective_does_not_speak_for_behaviours_on_which_nothing_was_measured():
-    rows = with_basis(1.0, 1.0)
+    rows = with_basis(1.0)
     rows.add_behaviour("c", first=100)
     rows.add_behaviour("d", first=200)
     rows.add(EditDefinition("b", "top", 0, (1, 2)), on="c", logit_diff=5.0)
@@ -311,7 +356,7 @@ def test_selective_does_not_speak_for_behaviours_on_which_nothing_was_measured()
 
 def test_means_of_few_prompts_are_not_testable():
     """Of four prompts all have one sign by chance in an eighth of cases."""
-    rows = with_basis(1.0, 1.0)
+    rows = with_basis(1.0)
     rows.add_behaviour("c", first=100)
     rows.add(EditDefinition("b", "top", 0, (1, 2)), on="c", logit_diff=5.0)
     table = merge_tables(rows.blocks)
@@ -333,14 +378,20 @@ def test_means_of_few_prompts_are_not_testable():
 
 
 def test_so_few_resamples_that_nothing_can_be_significant_are_not_testable():
-    """Two p-values, by norm and by KL, of at least 2 / 61 are above 5 % after correction; one is not."""
-    rows, few = with_basis(1.0, 1.0), VerdictConfig(resamples=60)
-    result = judge(rows, few)
+    """Two p-values, of two bases, of at least 2 / 61 are above 5 % after correction; one is not."""
+    few = VerdictConfig(resamples=60)
+
+    def with_two(lost: float, spread: float = 0.0) -> Rows:
+        rows = with_basis(lost, spread)
+        rows.add_set(EditDefinition("b", "basis:neurons", 0, (0, 1)), varied(lost, 0.1) - varied(0, spread))
+        return rows
+
+    result = judge(with_two(1.0), few)
     assert result.ablation["logit_diff"].answer == "yes"
-    assert result.bases["pca"].answer == "not testable"
-    assert "resamples" in result.bases["pca"].sentence
-    assert judge(rows, VerdictConfig(resamples=79)).bases["pca"].answer == "more"
-    assert judge(with_basis(3.0, 1.0, spread=4.0), few).bases["pca"].answer == "no significant difference"
+    assert result.bases["pca"].answer == "not testable" and "resamples" in result.bases["pca"].sentence
+    assert judge(with_two(1.0), VerdictConfig(resamples=79)).bases["pca"].answer == "more"
+    assert judge(with_two(3.0, 4.0), few).bases["pca"].answer == "no significant difference"
+    rows = with_two(1.0)
     rows.add_behaviour("c", first=100)
     answers = rows.judge(few)[TESTED]
     assert answers["b"].ablation["logit_diff"].sentence == "Not testable with 60 bootstrap resamples, 79 are needed."
@@ -392,17 +443,11 @@ def without_prompts(table: EffectsTable, ids: Sequence[str]) -> EffectsTable:
 def test_a_removed_prompt_changes_what_it_should():
     table = world()
     prompts = table.select_prompts("b")
-    (whole,) = read_curves(table, "b", "top")
-    (rest,) = read_curves(without_prompts(table, [prompts[3].id]), "b", "top")
-    kept_P = np.arange(len(prompts)) != 3
-    np.testing.assert_allclose(rest.drop_AxP, whole.drop_AxP[:, kept_P])
-    norm_P = table.values(table.select_edits("b", "top")[-1:], prompts, "change_norm")[0]
-    assert rest.reach == pytest.approx(np.sqrt(np.mean(norm_P[kept_P] ** 2)))
     before, after = (
         verdict(each, CONFIG).dictionaries[TESTED]["b"] for each in (table, without_prompts(table, [prompts[3].id]))
     )
     assert before.ablation["logit_diff"].effect != after.ablation["logit_diff"].effect
-    assert before.features == after.features
+    assert before.features == after.features and before.dose != after.dose
 
 
 def test_one_prompt_is_refused():
@@ -415,8 +460,7 @@ def test_one_prompt_is_refused():
 @pytest.mark.parametrize(
     ("edit", "drop", "message"),
     [
-        (EditDefinition("b", "random", 19, (2, 99)), 0.0, "random set 19 of b shares feature 2 with the top features"),
-        (EditDefinition("b", "random", 19, (10, 99)), 0.0, "random set 19 of b shares feature 10 with random set 0"),
+        (EditDefinition("b", "random", 19, (2, 99)), 0.0, "random list 19 of b holds the top feature 2"),
         (EditDefinition("b", "placebo", 19, (3, 4), target=(" t", " yes")), 0.0, "placebo target 19 of b is an answer"),
         # As tokenizers of SentencePiece decode a word, and another case of it.
         (EditDefinition("b", "placebo", 19, (3, 4), target=("N", " t")), 0.0, "placebo target 19 of b is an answer"),
@@ -431,4 +475,11 @@ def test_tables_that_break_a_rule_are_refused(edit, drop, message):
     rows = make_rows()
     rows.add_set(edit, drop)
     with pytest.raises(UserError, match=message):
+        judge(rows)
+
+
+def test_controls_of_another_dose_are_refused():
+    rows = make_rows()
+    rows.add_set(EditDefinition("b", "random", 19, (98, 99)), 0.1, 1.5)
+    with pytest.raises(UserError, match="random control 19 of b has the dose 1.5, not that of the top features, 2"):
         judge(rows)

@@ -1,8 +1,9 @@
 """The verdict in worlds whose truth is known: how often it says yes where nothing is true, and where something is.
 
-Every world differs from the others in features, prompts, templates, dictionary and answers. Of 100 worlds without an
-effect a test at 5 % says yes in 8 or fewer with a probability of 94 %; the seeds are fixed. Most worlds are linear; in
-the last ones a tiny random model is measured by the engine, in a slow test as often.
+Every world differs from the others in features, prompts, templates, dictionary and answers, and its features differ in
+scale by a factor of ten. Of 200 worlds without an effect a test at 5 % says yes in 16 or fewer with a probability of
+97 %, of 40 in 6 or fewer with one of 99 %; the seeds are fixed. Rates are of p-values before correction; they are
+printed (pytest -s). Most worlds are linear; in the last ones a tiny random model is measured by the engine.
 """
 
 import dataclasses
@@ -10,28 +11,47 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from effect_worlds import World, attribution, planted_world, pool, random_world, top_features, world_table
+from effect_worlds import (
+    World,
+    attribution,
+    encode,
+    planted_world,
+    pool,
+    random_world,
+    top_features,
+    with_dictionary,
+    world_table,
+)
 
 from saejax.dictionaries import Dictionary
 from saejax.interventions.ablation import measure_behaviour
 from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
 from saejax.interventions.settings import AblateConfig
 from saejax.interventions.slopes import slopes
-from saejax.interventions.table import TESTED
+from saejax.interventions.table import RANKS, TESTED, EditDefinition, EffectsTable, PromptDefinition, merge_tables
 from saejax.interventions.verdict import verdict
 from saejax.tasks.behaviours import Prompt
 
-WORLDS = range(100)
-K = 5
+K, M = 5, 79
+COUNTS = pytest.mark.parametrize("worlds", [40, pytest.param(200, marks=pytest.mark.slow)])
 
 
 def judge(world: World, top: tuple[int, ...], seed: int, **options) -> BehaviourVerdict:
-    table = world_table(world, top, seed=seed, **options)
-    return verdict(table, VerdictConfig(resamples=200)).dictionaries[TESTED]["b"]
+    table = world_table(world, top, seed=seed, **dict(random_sets=M, placebo_sets=M) | options)
+    return verdict(table, VerdictConfig(resamples=400)).dictionaries[TESTED]["b"]
 
 
-def count_yes(verdicts: list[BehaviourVerdict], question: str) -> int:
-    return sum(getattr(each, question).answer == "yes" for each in verdicts)
+def rate(name: str, verdicts: list[BehaviourVerdict], question: str) -> float:
+    """Return how often a question is answered with yes before correction; print it."""
+    answers = [getattr(each, question) for each in verdicts]
+    tests = [each.p_value for each in answers if not each.answer.startswith("not")]
+    share, tested = sum(p <= 0.05 for p in tests) / len(verdicts), len(tests)
+    print(f"{name}: {question} yes in {100 * share:.1f} % of {len(verdicts)} worlds, of which {tested} are tested")
+    return share
+
+
+def assert_level(share: float, worlds: int) -> None:
+    assert share <= (0.08 if worlds >= 200 else 0.15)
 
 
 def selected_by_attribution(world: World) -> tuple[int, ...]:
@@ -39,55 +59,107 @@ def selected_by_attribution(world: World) -> tuple[int, ...]:
 
 
 def drawn(world: World, seed: int, stream: int) -> tuple[int, ...]:
-    """Return features drawn at random from those that may be in a set."""
+    """Return features drawn at random from those that may be in a list."""
     return tuple(np.random.default_rng([seed, stream]).choice(pool(world), K, replace=False).tolist())
 
 
-def test_features_selected_for_random_answers_pass_no_more_than_the_level():
+@COUNTS
+def test_features_selected_for_random_answers_pass_no_more_than_the_level(worlds):
     """Train answers say nothing about test answers, so selection by attribution finds nothing."""
-    worlds = [(random_world(seed), seed) for seed in WORLDS]
-    verdicts = [judge(world, selected_by_attribution(world), seed) for world, seed in worlds]
-    assert count_yes(verdicts, "random") <= 8
-    assert count_yes(verdicts, "placebo") <= 8
-    assert sum(each.ablation["logit_diff"].answer == "yes" for each in verdicts) <= 8
+    some = [(random_world(seed), seed) for seed in range(worlds)]
+    verdicts = [judge(world, selected_by_attribution(world), seed) for world, seed in some]
+    for question in ("random", "placebo"):
+        assert_level(rate("attribution for random answers", verdicts, question), worlds)
+    assert sum(each.ablation["logit_diff"].answer == "yes" for each in verdicts) <= 0.08 * worlds
 
 
-def test_random_features_planted_as_top_pass_no_more_than_the_level():
+@COUNTS
+def test_random_features_planted_as_top_pass_no_more_than_the_level(worlds):
     """A fixed pair of answers, which some features carry; the tested set is drawn from the pool."""
     verdicts = []
-    for seed in WORLDS:
+    for seed in range(worlds):
         world = planted_world(seed, planted=8)
         verdicts.append(judge(world, drawn(world, seed, 1), seed))
-    assert count_yes(verdicts, "random") <= 8
-    assert count_yes(verdicts, "placebo") <= 8
+    for question in ("random", "placebo"):
+        assert_level(rate("T drawn at random", verdicts, question), worlds)
 
 
+@COUNTS
 @pytest.mark.parametrize("planted", [K, 1])
-def test_an_effect_is_found_whether_it_is_spread_or_concentrated(planted):
+def test_an_effect_is_found_whether_it_is_spread_or_concentrated(planted, worlds):
     verdicts = []
-    for seed in WORLDS:
+    for seed in range(worlds):
         world = planted_world(seed, planted)
         verdicts.append(judge(world, selected_by_attribution(world), seed, placebo_sets=0))
-    assert count_yes(verdicts, "random") >= 95
-    assert sum(each.ablation["logit_diff"].answer == "yes" for each in verdicts) >= 95
+    assert rate(f"an effect in {planted} features", verdicts, "random") >= 0.95
+    assert sum(each.ablation["logit_diff"].answer == "yes" for each in verdicts) >= 0.95 * worlds
 
 
-def test_a_larger_dose_alone_is_no_effect():
-    """Features that change the site five times as much as others, along directions as random as theirs.
-
-    Compared as they are, they lose much more or gain much more than random sets; at equal dose they are like them.
-    """
-    answers = {True: [], False: []}
-    for seed in WORLDS:
+@COUNTS
+def test_a_larger_dose_alone_is_no_effect(worlds):
+    """Features that change the site five times as much as others, along directions as random as theirs."""
+    verdicts = []
+    for seed in range(worlds):
         world = random_world(seed)
         top = drawn(world, seed, 2)
         acts_PxF = world.acts_PxF.copy()
         acts_PxF[:, list(top)] *= 5
         louder = dataclasses.replace(world, acts_PxF=acts_PxF)
-        for equalise, verdicts in answers.items():
-            verdicts.append(judge(louder, top, seed, equalise=equalise, placebo_sets=0))
-    assert count_yes(answers[True], "random") <= 8
-    assert count_yes(answers[False], "random") > 20, "without equal doses the same features pass: the test can see it"
+        verdicts.append(judge(louder, top, seed, placebo_sets=0))
+    assert_level(rate("louder features", verdicts, "random"), worlds)
+
+
+@COUNTS
+@pytest.mark.parametrize("are_true", [False, True])
+def test_training_mattered_where_the_directions_are_true_and_not_where_they_are_random(worlds, are_true):
+    verdicts = []
+    for seed in range(worlds):
+        world, features = planted_world(seed, K), None
+        if not are_true:
+            acts_PxF, decoder_FxD = encode(world, 10**6 + seed)
+            world, features = with_dictionary(world, acts_PxF, decoder_FxD), acts_PxF.shape[1]
+        top = top_features(attribution(world, world.answers_Px2)[:features], K)
+        options = dict(random_sets=0, placebo_sets=0, untrained=M, features=features)
+        verdicts.append(judge(world, top, seed, **options))
+    share = rate("true directions" if are_true else "random directions", verdicts, "trained")
+    if are_true:
+        assert share >= 0.9
+    else:
+        assert_level(share, worlds)
+
+
+def damaged_table(seed: int) -> EffectsTable:
+    """Return a table in which T shrinks all logit differences by one share, controls by a third of it, with noise."""
+    rng, count = np.random.default_rng([seed, 3]), 20
+    share, clean_P = rng.uniform(0.3, 0.6), rng.gamma(4.0, 1.0, count)
+    logit_SxP = np.sort(rng.gamma(2.0, 2.0, (len(RANKS), count)), axis=0)[::-1]
+    prompts = [PromptDefinition(f"b/{p:02d}", "b", "xy"[p % 2]) for p in range(count)]
+    clean, top = EditDefinition("b", "clean"), EditDefinition("b", "top", 0, tuple(range(K)))
+    noise = 0.2 * clean_P.mean()
+
+    def lose(part: float) -> np.ndarray:
+        return clean_P * (1 - part) + noise * rng.normal(size=count)
+
+    edited_SxP = logit_SxP * (1 - share) + noise / 2**0.5 * rng.normal(size=logit_SxP.shape)
+    values = dict(logit_diff=np.stack([clean_P, lose(share)]), change_norm=np.array([[0.0], [1.0]]) * np.ones(count))
+    values |= {name: np.stack(pair) for name, *pair in zip(RANKS, logit_SxP, edited_SxP, strict=True)}
+    blocks = [EffectsTable.block([clean, top], prompts, values)]
+    for group in ("random", "placebo"):
+        edits = [EditDefinition("b", group, index, (100 + index,)) for index in range(M)]
+        drops = dict(logit_diff=np.stack([lose(share / 3) for _ in edits]), change_norm=np.ones((M, count)))
+        blocks.append(EffectsTable.block(edits, prompts, drops))
+    return merge_tables(blocks)
+
+
+@COUNTS
+def test_general_damage_is_more_than_random_and_not_specific(worlds):
+    tables = [damaged_table(seed) for seed in range(worlds)]
+    verdicts = [verdict(table, VerdictConfig(resamples=1000)).dictionaries[TESTED]["b"] for table in tables]
+    assert rate("general damage", verdicts, "random") >= 0.95
+    assert all(each.placebo.numbers["p_controls"] <= 0.05 for each in verdicts), (
+        "other sets do less: this side says yes"
+    )
+    assert_level(rate("general damage", verdicts, "placebo"), worlds)
 
 
 SITE, TOP, TRAIN, TEST, DROP = "resid_post.1", 3, 10, 12, 3.0  # logits that planted features carry
@@ -146,13 +218,13 @@ def measure_and_judge(tiny, dictionary, prompts, features=None, placebos=39) -> 
 def test_where_nothing_is_true_few_worlds_say_yes(tiny, make_dictionary, selected):
     """Features are selected for answers that are noise, or drawn at random."""
     verdicts = []
-    for seed in WORLDS:
+    for seed in range(100):
         drawn = np.random.default_rng([seed, 12]).choice(140, TOP, replace=False).tolist()
         prompts = random_prompts(tiny, seed, fixed=not selected)
         verdicts.append(measure_and_judge(tiny, make_dictionary(SITE, seed=seed), prompts, None if selected else drawn))
     for question in ("random", "placebo"):
         answers = [getattr(each, question).answer for each in verdicts]
-        assert set(answers) <= {"yes", "no"}, "enough disjoint sets"
+        assert "not tested" not in answers
         assert answers.count("yes") <= 8
 
 
