@@ -12,7 +12,6 @@ from scipy import sparse
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import benchmark
-from saejax.interventions.curves import read_curves
 from saejax.interventions.edits import mask
 from saejax.interventions.references import Reference, References, attributions, placebo_references
 from saejax.interventions.settings import StudyConfig
@@ -272,17 +271,17 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     for group in ("top", "single", "random", "placebo", CHOSEN_ON + beside):
         edit = table.select_whole_edits(name, group)[-1]
         (measured_P,) = table.values([edit], prompts, "answer_log_prob")
-        assert_scored(measured_P, [dictionary.ablate(edit.features)])
+        assert_scored(measured_P, [dictionary.scale(edit.features, 1 - edit.fraction)])
     assert results.domains[beside].effect.mean == pytest.approx((clean_P - measured_P).mean())
 
     result = results.verdict.dictionaries[TESTED][name]
-    (top,), random = read_curves(table, name, "top"), read_curves(table, name, "random")
-    assert result.ablation["answer_log_prob"].effect.mean == pytest.approx(top.drop_AxP[-1].mean())
-    pairs = []
-    for curve in random:  # by hand: each pair at the smaller of its two doses
-        dose = min(curve.reach, top.reach)
-        pairs.append([np.interp(dose, each.dose_A, each.drop_AxP.mean(axis=1)) for each in (top, curve)])
-    assert result.random.p_value == pytest.approx(rank_p(*np.array(pairs).T))
+    top, random = table.select_edits(name, "top")[-1:], table.select_edits(name, "random")
+    top_P, random_ExP = table.drops(top, prompts, "answer_log_prob")[0], table.drops(random, prompts, "answer_log_prob")
+    assert result.ablation["answer_log_prob"].effect.mean == pytest.approx(top_P.mean())
+    np.testing.assert_allclose(
+        table.doses([*random, *table.select_edits(name, "placebo")], prompts), result.dose, rtol=1e-5
+    )
+    assert result.random.p_value == pytest.approx(rank_p(top_P.mean(), random_ExP.mean(axis=1)))
     assert result.random.answer == result.placebo.answer == "not testable"  # 4 of 19 sets
     assert "answer_log_prob_resampled" in result.ablation and result.selective.answer == "not tested"
     assert set(result.bases) == {"pca"}
@@ -379,7 +378,7 @@ def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatc
     assert result.ablation["accuracy"].answer == "yes"
     assert result.ablation["accuracy"].effect.mean == pytest.approx(5 / 6)
     # An accuracy that falls from 100 to 17 % is never answered with no for want of control sets.
-    assert result.random.answer == "not testable" and "4 independent sets of 19 needed" in result.random.sentence
+    assert result.random.answer == "not testable" and "4 random lists of 19 needed" in result.random.sentence
     assert len(list((run.folder / benchmark_run.ANSWERS).glob("*.jsonl"))) == 1 + 3 + 4
 
     drawn = []

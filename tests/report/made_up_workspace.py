@@ -10,7 +10,15 @@ import numpy as np
 from saejax.config import to_json
 from saejax.files import write_json
 from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary, VerdictConfig
-from saejax.interventions.table import TEXT, EditDefinition, EffectsTable, PromptDefinition, merge_tables, save_effects
+from saejax.interventions.table import (
+    RANKS,
+    TEXT,
+    EditDefinition,
+    EffectsTable,
+    PromptDefinition,
+    merge_tables,
+    save_effects,
+)
 from saejax.interventions.verdict import verdict
 from saejax.page.strips import Example
 from saejax.results import Interval
@@ -94,35 +102,34 @@ def made_up_table(rng, tops: dict[str, list[int]], sets: int) -> EffectsTable:
     for name, top in tops.items():
         k, strong = len(top), name in ("agreement", "capital")
         lost = 4.3 if strong else 0.0 if name == "greater_than" else -1.5
-        for dictionary, share in (("tested", 1.0), ("untrained", 0.4)):
-            for fraction in (0.25, 0.5, 1.0):
-                edit = EditDefinition(name, "top", 0, tuple(top), fraction, dictionary)
-                add(edit, logit_diff=4.1 - share * fraction * lost, change_norm=60 * fraction)
-                add(edit, on=TEXT, kl=0.1 * fraction, ce=3.0 + 0.02 * fraction)
-            add(edit, log_prob=-0.5 - share * lost / 4, two_way=0.4 if strong else 0.95, top1=0.2 if strong else 0.8)
-            for measured in NAMES:
-                if measured != name:
-                    add(edit, on=measured, logit_diff=4.1 - (1.0 if measured == "addition" else 0.05))
-            count = sets if dictionary == "tested" else min(sets, 9)
-            for group, features, largest in (
-                ("random", [tuple(range(1000 + k * n, 1000 + k * (n + 1))) for n in range(count)], 0.1),
-                ("placebo", [tuple(top)] * count, 0.6 * lost),
-            ):
-                target = (" lamp", " river") if group == "placebo" else None
-                some = [EditDefinition(name, group, n, features[n], 1.0, dictionary, target) for n in range(count)]
-                dose_Ex1 = rng.uniform(5, 60, (count, 1))
-                drop_Ex1 = largest * rng.uniform(0, 1, (count, 1)) * dose_Ex1 / 60
-                noise_ExPx2 = rng.normal(0, 0.02, (count, 20, 2))
-                shown = [prompt for prompt in prompts if prompt.behaviour == name]
-                values = dict(
-                    logit_diff=4.1 - drop_Ex1 + noise_ExPx2[..., 0], change_norm=dose_Ex1 + noise_ExPx2[..., 1]
-                )
-                blocks.append(EffectsTable.block(some, shown, values))
+        shown = [prompt for prompt in prompts if prompt.behaviour == name]
+        for fraction in (0.2, 0.4, 0.6, 0.8, 1.0):
+            edit = EditDefinition(name, "top", 0, tuple(top), fraction)
+            add(edit, logit_diff=4.1 - fraction * lost, change_norm=60 * fraction)
+        add(edit, on=TEXT, kl=0.1, ce=3.02)
+        add(edit, log_prob=-0.5 - lost / 4, two_way=0.4 if strong else 0.95, top1=0.2 if strong else 0.8)
+        for measured in NAMES:
+            if measured != name:
+                add(edit, on=measured, logit_diff=4.1 - (1.0 if measured == "addition" else 0.05))
+        # Other likely tokens, of whose differences the top features take a fifth.
+        left = np.array([1.0, 0.8])[:, None] + rng.normal(0, 0.02, (2, 20))
+        ranks = {rank: -0.5 * number * left for number, rank in enumerate(RANKS)}
+        blocks.append(EffectsTable.block([EditDefinition(name, "clean"), edit], shown, ranks))
+        for group, features, largest in (
+            ("random", [tuple(range(1000 + k * n, 1000 + k * (n + 1))) for n in range(sets)], 0.1),
+            ("placebo", [tuple(top)] * sets, 0.6 * lost),
+            ("trained", [tuple(top)], lost),
+            ("untrained", [tuple(range(k))] * sets, 0.4 * lost),
+        ):
+            target = (" lamp", " river") if group == "placebo" else None
+            some = [EditDefinition(name, group, n, each, 1.0, target=target) for n, each in enumerate(features)]
+            drop_Ex1 = largest * (1.0 if group == "trained" else rng.uniform(0, 1, (len(some), 1)))
+            noise_ExPx2 = rng.normal(0, 0.02, (len(some), 20, 2))
+            values = dict(logit_diff=4.1 - drop_Ex1 + noise_ExPx2[..., 0], change_norm=60 + noise_ExPx2[..., 1])
+            blocks.append(EffectsTable.block(some, shown, values))
         for basis, effect in (("neurons", 0.4), ("pca", 1.0)) if strong else ():
-            for fraction in (0.5, 1.0):
-                edit = EditDefinition(name, f"basis:{basis}", 0, (0, 1), fraction)
-                add(edit, logit_diff=4.1 - effect * fraction * lost, change_norm=70 * fraction)
-                add(edit, on=TEXT, kl=0.12 * fraction)
+            edit = EditDefinition(name, f"basis:{basis}", 0, (0, 1), 0.8)
+            add(edit, logit_diff=4.1 - effect * lost * 0.9, change_norm=60)
     return merge_tables(blocks)
 
 

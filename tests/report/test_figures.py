@@ -13,10 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
 from saejax.evaluation.results import DensityHistogram
-from saejax.interventions.answers import BASIS_NAMES
-from saejax.interventions.curves import EffectCurve
+from saejax.interventions.answers import CONTROLS
 from saejax.interventions.patching import DIRECTIONS, PatchGrid
-from saejax.interventions.table import EditDefinition
 from saejax.page import style
 from saejax.results import Interval
 from saejax.stages.ablate import report as figures
@@ -63,19 +61,12 @@ def frontier_figure():
     return dictionary_figures.frontier(kinds | dict(linear=[[point(0.0, 0.0, None)]]))
 
 
-def curve(doses, drops, features=20):
-    """A curve of a set, with the same drop on two prompts."""
-    edits = tuple(EditDefinition("b", "top", 0, tuple(range(features)), dose) for dose in doses)
-    return EffectCurve(edits, np.array([0.0, *doses]), np.array([[0.0, 0.0], *([drop, drop] for drop in drops)]))
-
-
-def dose_figure(sets=40, bases=4):
+def control_figure(sets=40, bases=3):
     rng = np.random.default_rng(0)
-    random = [curve([rng.uniform(1, 90)], [rng.normal(0.1, 0.2)]) for _ in range(sets)]
-    names = ("MLP neurons", "principal components", "the difference of means", "an untrained dictionary")[:bases]
-    bases = {name: curve([20.0, 80.0], [0.5, 2.0]) for name in names}
-    top = curve([15.0, 30.0, 60.0], [1.0, 2.0, 3.0])
-    return figures.dose_effect(NAMES[2], top, interval(3.0), random, random, bases)
+    controls = {group: rng.normal(0.3, 0.2, sets) for group in CONTROLS}
+    names = ("MLP neurons", "principal components", "the difference of means")[:bases]
+    top = {0.2: 0.4, 0.6: 1.7, 1.0: 3.0}
+    return figures.control_strips(NAMES[2], top, interval(3.0), controls, dict.fromkeys(names, 1.0))
 
 
 def probe_rows(sizes=(1, 20, None)):
@@ -116,8 +107,8 @@ def steering_figure():
 
 
 DRAWN = [
-    dose_figure,
-    lambda: dose_figure(0, 0),
+    control_figure,
+    lambda: control_figure(0, 0),
     steering_figure,
     lambda: heatmap_figure(length=1, heads=9),
     *(partial(heatmap_figure, *size, is_normalised=False) for size in ((30, 14), (2, 40), (1, 1), (30, 1))),
@@ -169,26 +160,19 @@ def test_baselines_show_percent_and_logits():
     assert upper.get_xlim()[0] < 85 and any(np.allclose(line.get_xdata(), 80) for line in upper.lines)
 
 
-def test_sets_are_drawn_at_the_smaller_dose_and_nothing_beyond_that_of_the_top_features():
-    top = curve([30.0, 60.0], [2.0, 3.0])
-    sets = [curve([10.0], [0.5]), curve([60.0, 120.0], [0.7, 0.9])]
-    bases = {"neurons": curve([40.0, 80.0], [1, 2])}
-    (axes,) = figures.dose_effect("b", top, interval(3.0), sets, [], bases).axes
-    lines = {line.get_label(): line for line in axes.lines}
-    assert lines["2 random sets"].get_xydata() == pytest.approx(np.array([[10, 0.5], [60, 0.7]]))
-    assert lines["neurons"].get_xydata() == pytest.approx(np.array([[0, 0], [40, 1], [60, 1.5]]))
-    features = next(line for label, line in lines.items() if "20 top features" in label)
-    assert features.get_xydata() == pytest.approx(np.array([[0, 0], [30, 2], [60, 3]]))
-
-
-def test_a_basis_has_the_same_style_in_every_figure():
-    """The difference of means exists for some behaviours alone."""
-    top, words = curve([30.0], [2.0]), BASIS_NAMES
-    for names in ([*words.values()], [words["neurons"], words["untrained"], "runs/other"]):
-        (axes,) = figures.dose_effect("b", top, interval(2.0), [], [], dict.fromkeys(names, top)).axes
-        styles = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in axes.lines}
-        assert len({styles[name] for name in names}) == len(names)
-        assert styles[words["untrained"]][0] == style.PINK and styles[words["neurons"]][0] == style.GREEN
+def test_each_kind_of_control_is_a_strip_beside_the_top_features():
+    controls = dict(random=np.array([0.1, 0.5]), placebo=np.zeros(0), untrained=np.array([0.2, 0.3, 1.0]))
+    (axes,) = figures.control_strips("b", {0.5: 1.0, 1.0: 3.0}, interval(3.0), controls, {"neurons": 2.0}).axes
+    labels = [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()]
+    assert labels == ["top features", "2 random lists", "3 untrained", "neurons"]
+    drawn = {
+        round(float(line.get_xdata().mean())): line.get_ydata().tolist()
+        for line in axes.lines
+        if line.get_marker() == "o"
+    }
+    assert drawn == {1: [0.1, 0.5], 2: [0.2, 0.3, 1.0]}
+    (square,) = [line for line in axes.lines if line.get_marker() == "s"]
+    assert (square.get_xdata()[0], square.get_ydata()[0]) == (3, 2.0)
 
 
 def test_probes_show_accuracy_by_size_above_what_shuffled_labels_reach():
@@ -247,7 +231,7 @@ def test_files_are_the_same_every_time_whatever_the_callers_style(tmp_path):
     for folder, changes in (("a", {}), ("b", {"font.size": 30, "axes.facecolor": "red", "lines.linewidth": 9})):
         (tmp_path / folder).mkdir()
         with matplotlib.rc_context(changes):
-            style.save(dose_figure(), tmp_path / folder, "x")
+            style.save(control_figure(), tmp_path / folder, "x")
     for name in ("x.svg", "x.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     svg = (tmp_path / "a" / "x.svg").read_text()
@@ -256,7 +240,7 @@ def test_files_are_the_same_every_time_whatever_the_callers_style(tmp_path):
 
 
 def test_inline_svgs_share_a_page(tmp_path):
-    svg = style.save(dose_figure(), tmp_path, "x")
+    svg = style.save(control_figure(), tmp_path, "x")
     parts = [style.inline(svg, name, 'A "quoted" <text>') for name in ("one", "two")]
     ids = re.findall(r'\bid="([^"]+)"', "".join(parts))
     assert len(ids) == len(set(ids)) > 10

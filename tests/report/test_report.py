@@ -24,7 +24,7 @@ def test_the_page_opens_with_pictures_the_table_and_a_sentence_for_each_question
     pieces = ("<figure", "<table", "1. Does ablating the top features have an effect?", "<details>")
     order = [html.index(piece) for piece in pieces]
     assert order == sorted(order)
-    assert html[: order[0]].count("<p") == 0, "no text before the first picture"
+    assert html[: order[0]].count("<p") <= 1, "a sentence before the first picture"
     assert html[: order[1]].count("<figure") == 4, "a picture for each behaviour"
 
 
@@ -39,7 +39,8 @@ def test_both_say_the_answers_figures_scores_and_settings(report):
             "No for Subject-verb agreement, Capital of a country, Greater-than on years; yes for Two-digit addition.",
             "Ablating the 20 top features lowers the logit difference by 4.3",
             "placebo sets, chosen for unrelated answers, also do more than random sets",
-            "Capital of a country, untrained dictionary",
+            "features that change the site as much cost",
+            "training mattered",
             "Accuracy 0.70 on test prompts is below 0.80; separation −0.1 is below 1.00.",  # the flags
             "−0.10 [−∞, 1.20]",
             "p-values are corrected by Holm's method over the behaviours within each question.",  # the rule
@@ -51,7 +52,7 @@ def test_both_say_the_answers_figures_scores_and_settings(report):
             *("jax==0.10.2", "12.3", "1 × cpu", "task 42, train 123"),  # the settings
         ):
             assert words in text
-        assert text.count(f"Y{answers[1:]}") == 2, "questions 2 and 3"
+        assert text.count(f"Y{answers[1:]}") == 3, "questions 2 to 4"
         assert not re.search(r"[ \[]-\d", text)  # true minus signs
         for result in (tested["agreement"], tested["capital"]):
             assert result.fooled > 40, "placebo sets with half of the effect"
