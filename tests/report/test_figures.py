@@ -164,7 +164,7 @@ def test_each_kind_of_control_is_a_strip_beside_the_top_features():
     controls = dict(random=np.array([0.1, 0.5]), placebo=np.zeros(0), untrained=np.array([0.2, 0.3, 1.0]))
     (axes,) = figures.control_strips("b", {0.5: 1.0, 1.0: 3.0}, interval(3.0), controls, {"neurons": 2.0}).axes
     labels = [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()]
-    assert labels == ["top features", "2 random lists", "3 untrained", "neurons"]
+    assert labels == ["top features", "2 random lists", "3 untrained", "simpler bases"]
     drawn = {
         round(float(line.get_xdata().mean())): line.get_ydata().tolist()
         for line in axes.lines

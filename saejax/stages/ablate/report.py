@@ -26,7 +26,7 @@ from saejax.page.blocks import Block, Code, Picture, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.strips import Strips
-from saejax.page.style import BLUE, GREY, INK, ORANGE, panels, styled
+from saejax.page.style import BLUE, GREY, INK, ORANGE, legend, panels, styled
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant
 from saejax.page.words import behaviour, detail_title, sentence, signed
 from saejax.results import Interval
@@ -36,6 +36,7 @@ from saejax.tasks.results import BaselineResults
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MARKERS = "s^vPX*"
 _STRIPS = dict(random="random lists", placebo="placebo sets", untrained="untrained")
 _COLOURS = dict(random=GREY, placebo=BLUE, untrained=style.VIOLET, bases=style.GREEN)
 
@@ -275,11 +276,14 @@ def control_strips(
         axes.plot(place + 0.6 * shift_N, drop_N, "o", color=_COLOURS[group], markersize=3.2, alpha=0.6, zorder=2)
         axes.plot([place - 0.36, place + 0.36], [np.median(drop_N)] * 2, color=INK, linewidth=1.6, zorder=3)
         labels.append(f"{len(drop_N)} {_STRIPS[group]}")
-    for name, drop in bases.items():
-        axes.plot([len(labels)], [drop], "s", color=_COLOURS["bases"], markersize=5, zorder=3)
-        labels.append(name.removeprefix("the "))
+    for place, (name, drop) in enumerate(bases.items()):
+        marker = _MARKERS[place % len(_MARKERS)]
+        axes.plot([len(labels)], [drop], marker, color=_COLOURS["bases"], markersize=5, zorder=3, label=name)
+    if bases:
+        labels.append("simpler bases")
+        legend(axes, 1)
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_xticks(range(len(labels)), [textwrap.fill(label, 10) for label in labels], size=8)
+    axes.set_xticks(range(len(labels)), [textwrap.fill(label, 9) for label in labels])
     axes.set(ylabel=unit, xlim=(-0.6, len(labels) - 0.4))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
