@@ -124,7 +124,7 @@ def scaled_sets(changes: Changes, sets: Sequence[Sequence[int]], dose: float, co
 
 
 def token_pairs(tokens: np.ndarray, seed: int) -> np.ndarray:
-    """Return different pairs of different tokens, none of which is in more than four of them, [R, 2]."""
+    """Return different pairs of different tokens, drawn by ``seed``, none of which is in more than four, [R, 2]."""
     rng, pairs = np.random.default_rng(seed), dict[tuple[int, int], None]()
     for _ in range(_TOKEN_PAIRS):
         order = rng.permutation(tokens)[: len(tokens) // 2 * 2].reshape(-1, 2)

@@ -305,7 +305,7 @@ def _without_controls(measured: MeasuredBehaviour, group: str) -> _Test:
 
 
 class _Shares(NamedTuple):
-    """What T takes from its own answer and from other answers, as shares of their logit differences."""
+    """The shares that T takes from the logit differences of its own answer and of other answers."""
 
     share: Interval
     p_value: float
@@ -324,12 +324,12 @@ def _compare_shares(measured: MeasuredBehaviour) -> _Shares | None:
     """
     table, prompts = measured.table, measured.prompts
     values = [(table.clean_values(prompts, name), table.values([measured.top], prompts, name)[0]) for name in RANKS]
-    known = [pair for pair in values if np.isfinite(pair).all()]
+    ranked = [pair for pair in values if np.isfinite(pair).all()]
     clean_P = table.clean_values(prompts, "logit_diff")
-    if measured.objective != "logit_diff" or len(known) < 3 or clean_P.mean() <= 0:
+    if measured.objective != "logit_diff" or len(ranked) < 3 or clean_P.mean() <= 0:
         return None
-    logit_SxP, edited_SxP = (np.stack(some) for some in zip(*known, strict=True))
-    first_C, second_C = np.triu_indices(len(known), 1)
+    logit_SxP, edited_SxP = (np.stack(some) for some in zip(*ranked, strict=True))
+    first_C, second_C = np.triu_indices(len(ranked), 1)
     clean_CxP = logit_SxP[first_C] - logit_SxP[second_C]
     lost_CxP = clean_CxP - (edited_SxP[first_C] - edited_SxP[second_C])
     # Pairs whose clean difference is small have shares of any size.
