@@ -18,6 +18,7 @@ from saejax.activations.joined import single_sites
 from saejax.dictionaries import DictionaryConfig, kinds, sparse_products
 from saejax.dictionaries.cross_layer import FORM
 from saejax.dictionaries.cross_layer import KINDS as CROSS_LAYER_KINDS
+from saejax.dictionaries.kinds.base import Facts
 from saejax.dictionaries.kinds.settings import JumpReLUConfig
 from saejax.dictionaries.kinds.topk import is_plain_topk
 from saejax.errors import UserError, one_of
@@ -37,7 +38,8 @@ _NOT_CROSS_LAYER = dict(auxk=0.0, decorrelation=0.0, alignment=0.0, whiten_error
 class Hyperparams:
     """Hyperparameters of a step's members: arrays with a leading axis M, or without it for one member."""
 
-    #: learning_rate and seed: as in ``Member.settings``; ``kind_params``: the other settings there.
+    #: learning_rate and seed: as in ``Member.settings``; ``kind_params``: the other settings there,
+    #: and what the kind reads at inference (``Kind.numbers``).
     learning_rate: jax.Array
     kind_params: dict[str, jax.Array]
     #: input_scale and output_scale: as in ``SiteScale``.
@@ -84,6 +86,10 @@ class TrainStack:
         """The kind of all members."""
         return kinds.by_name(self.dictionary.kind)
 
+    def facts(self, member: Member) -> Facts:
+        """Return the fields of ``DictionaryConfig`` that follow from a member's settings of the kind."""
+        return self.kind.facts(member.settings, self.config.of_kind(self.kind.name), self.dictionary.n_features)
+
     @property
     def platform(self) -> str:
         """Platform of the devices, such as "cpu"."""
@@ -111,14 +117,21 @@ class TrainStack:
         """Return the members' hyperparameters as numpy arrays."""
         dtype, members, scales = self.config.state_dtype, self.members, self.scales
 
+        # What the kind reads at inference: of a plugin it may follow from a setting of another name.
+        read = self.kind.numbers
+        settings = [
+            {**member.settings, **{name: value for name, value in self.facts(member).items() if name in read}}
+            for member in members
+        ]
+
         def column(name: str) -> np.ndarray:
-            values = [member.settings[name] for member in members]
+            values = [of_member[name] for of_member in settings]
             return np.array(values, np.int32 if all(isinstance(value, int) for value in values) else dtype)
 
         metrics = [scale.metric_DxD for scale in scales if scale.metric_DxD is not None]
         return Hyperparams(
             learning_rate=column("learning_rate").astype(dtype),
-            kind_params={name: column(name) for name in members[0].settings if name not in ("learning_rate", "seed")},
+            kind_params={name: column(name) for name in settings[0] if name not in ("learning_rate", "seed")},
             input_scale=np.array([scale.input for scale in scales], dtype),
             output_scale=np.array([scale.output for scale in scales], dtype),
             site_index=np.array([self.sites.index((member.site, member.target)) for member in members], np.int32),
