@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import GraphDocument, are_groups, check_groups, check_metadata, read_document
+from saejax.attribution.forms.document import GraphDocument, are_groups, check_document, check_groups, check_metadata
 from saejax.attribution.forms.neuronpedia import INDEX, read_list
 from saejax.attribution.graph import Graph
 from saejax.attribution.settings import GraphConfig
@@ -77,7 +77,7 @@ def _load_whole(folder: Path, changed: int) -> Graph:
 
 @functools.lru_cache(1)
 def _read_graph(path: Path, changed: int) -> GraphDocument:
-    return read_document(read_json(path))
+    return check_document(read_json(path))
 
 
 @functools.lru_cache(1024)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -33,8 +34,8 @@ def flags(tiny_llama, lm, tmp_path_factory):
     """The model and a set of transcoders for it."""
     folder = tmp_path_factory.mktemp("set") / "transcoders"
     save_transcoders(folder, made_set(lm))
-    checks = ["--graph.contexts=2", "--graph.doubled=4", "--graph.circuits", "--graph.heads", "--mesh.data=2"]
-    return [f"--model.path={tiny_llama}", f"--graph.transcoders={folder}", *checks]
+    more = ["--graph.contexts=2", "--graph.heads", "--mesh.data=2"]
+    return [f"--model.path={tiny_llama}", f"--graph.transcoders={folder}", *more]
 
 
 def attribute(tmp_path, *flags: str) -> int:
@@ -62,7 +63,7 @@ def assert_contexts_are_those_of_the_corpus(folder, lm):
 def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
     prompts = tmp_path / "some.jsonl"
     lines = [
-        dict(slug="water", prompt="The water near the war", targets=[" runs> way"]),
+        dict(slug="water", prompt="The water near the war", targets=[[" runs", " way"]]),
         dict(slug="ids", token_ids=[5, 17, 33, 8, 41], targets=[]),
     ]
     prompts.write_text("\n".join(map(json.dumps, lines)))
@@ -76,8 +77,7 @@ def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
     assert to_json(from_json(AttributeResults, saved, folder)) == saved  # nothing is lost in its class
     water = results["water"]
     assert len(water["targets"]) == 1 and "way" in water["targets"][0]["label"]
-    assert water["unexplained"] < 1e-5 and water["doubling"]["held_error"] < 1e-4
-    assert water["circuits"]["faithfulness"][-1] == pytest.approx(1, abs=0.2)
+    assert water["unexplained"] < 1e-5
     whole = Graph.load(folder / "ids-graph")
     graph = whole.prune()  # the whole graph is saved, so pruning again traces nothing
     assert whole.pruning is None and len(whole.nodes) > len(graph.nodes)
@@ -143,7 +143,7 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
         assert f"labels.json names {message}" in error and error.count("\n") == 1
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water", "targets": [" and so on"]}\n')
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
-    assert "error: the-water: the target ' and so on' is 6 tokens" in capsys.readouterr().err
+    assert re.search("error: the-water-[0-9a-f]{8}: the target ' and so on' is 6 tokens", capsys.readouterr().err)
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water", "targets": [" way", " way"]}\n')
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
     assert " appears twice: expected each target once" in capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
     monkeypatch.setattr(prompt, "free_memory", lambda mesh: prompt.Memory(0, 2**28))
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
     error = capsys.readouterr().err
-    assert "error: the-war: no prompt fits into the memory that is free, 0.2 GiB, and " in error
+    assert "error: the-war-" in error and ": no prompt fits into the memory that is free, 0.2 GiB, and " in error
     assert error.count("\n") == 1 and not list((tmp_path / "run").rglob("*.html"))
 
 
@@ -168,7 +168,9 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
         ('{"token_ids": []}', "line 1: the prompt is empty"),
         ('{"prompt": "a", "slug": "summary"}', "cannot name a graph"),
         ("{", "is not JSON"),
-        ('{"prompt": "Twice"}\n{"prompt": "twice"}', "slug 'twice' of an earlier line"),
+        ('{"prompt": "a", "targets": [["b"]]}', "prompt and targets are texts"),
+        ('{"prompt": "a", "targets": [["b", 1]]}', "prompt and targets are texts"),
+        ('{"prompt": "twice"}\n{"prompt": "twice"}', "slug 'twice' of an earlier line"),
         ("", "holds no prompts"),
     ],
 )
@@ -194,11 +196,39 @@ def test_prompts_without_latin_letters_have_names_of_their_own(tmp_path):
     assert first.slug == unit_name(GraphConfig(prompt="法国的首都是", transcoders="set"))
 
 
-def test_a_target_without_a_list_is_one_target(tmp_path):
-    """Else each of its letters would be one."""
-    (tmp_path / "some.jsonl").write_text('{"prompt": "a", "targets": " way> runs"}')
+@pytest.mark.parametrize(
+    ("written", "targets"),
+    [
+        ('" way> runs"', (" way> runs",)),  # one target, not one for each of its letters, and no difference
+        ('[" >=", "->"]', (" >=", "->")),
+        ('[[" way", " >="], " runs"]', ((" way", " >="), " runs")),
+    ],
+)
+def test_targets_are_texts_as_they_are_written_and_pairs_are_differences(tmp_path, written, targets):
+    (tmp_path / "some.jsonl").write_text(f'{{"prompt": "a", "targets": {written}}}')
     (request,) = read_requests(GraphConfig(prompts=str(tmp_path / "some.jsonl")))
-    assert request.targets == ((" way", " runs"),)
+    assert request.targets == targets
+    flags = GraphConfig(prompt="a", transcoders="set", target=" >=")
+    assert read_requests(flags)[0].targets == (" >=",)
+    assert read_requests(dataclasses.replace(flags, minus="->"))[0].targets == ((" >=", "->"),)
+    with pytest.raises(UserError, match=r"--graph.minus is subtracted from --graph.target, which is missing"):
+        unit_name(dataclasses.replace(flags, target="", minus=" a"))
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("The capital of the country with the longest coast", "The capital of the country with the longest river"),
+        ("the 法国", "the 德国"), ("2 + 2", "2 - 2"), ("The war", "the war"), ("a b", "a  b"), ("a-b", "a b"),
+        ("a\n", "a"), ("summary", "summary graph"), ("summary!", "summary"),
+    ],
+)  # fmt: skip
+def test_prompts_that_differ_have_folders_of_their_own(texts, tmp_path):
+    names = [unit_name(GraphConfig(prompt=text, transcoders="set")) for text in texts]
+    assert names[0] != names[1] and all(len(name) < 60 for name in names)
+    assert unit_name(GraphConfig(prompt="the capital of france is", transcoders="set")) == "the-capital-of-france-is"
+    (tmp_path / "ids.jsonl").write_text('{"token_ids": [5, 17]}\n{"prompt": "5 17"}\n{"prompt": "5-17"}')
+    assert len({request.slug for request in read_requests(GraphConfig(prompts=str(tmp_path / "ids.jsonl")))}) == 3
 
 
 def test_of_an_answer_the_first_token_is_explained(lm):
@@ -217,9 +247,9 @@ def test_of_an_answer_the_first_token_is_explained(lm):
 )  # fmt: skip
 def test_two_processes_trace_as_one(flags, tmp_path, mesh, is_checked):
     (tmp_path / "ids.jsonl").write_text('{"slug": "ids", "token_ids": [5, 17, 33, 8]}')
-    model, transcoders, *checks, _ = flags
+    model, transcoders, *more, _ = flags
     own = [model, transcoders, f"--graph.prompts={tmp_path / 'ids.jsonl'}", "--graph.max_logits=3"]
-    own += ["--graph.node_threshold=1", "--graph.edge_threshold=1", *(checks if is_checked else [])]
+    own += ["--graph.node_threshold=1", "--graph.edge_threshold=1", *(more if is_checked else [])]
     assert attribute(tmp_path / "one", *own) == 0
     for process in runs.start_pair("attribute", [*own, f"--workdir={tmp_path / 'two'}", f"--mesh.{mesh}=2"]):
         runs.finish(process)
@@ -230,5 +260,5 @@ def test_two_processes_trace_as_one(flags, tmp_path, mesh, is_checked):
     first, second = (json.loads((folder / "ids.json").read_text()) for folder in folders)
     assert first["scores"] == pytest.approx(second["scores"], abs=1e-6)
     if is_checked:
-        assert second["doubling"]["held_error"] < 1e-4
-        np.testing.assert_allclose(second["circuits"]["faithfulness"], first["circuits"]["faithfulness"], atol=1e-4)
+        shown = [json.loads((folder / "heads" / "ids.json").read_text())["edges"] for folder in folders]
+        assert len(shown[0]) == len(shown[1]) > 0

@@ -31,6 +31,7 @@ from saejax.runner.labels import trained_layers
 from saejax.runner.parts import part_file
 from saejax.runner.stacks import is_of_trained, results_folder
 from saejax.runner.workspace import Run
+from saejax.unicode import visible_token
 
 FEATURES = "features"  # folder of contexts that were searched, a file for each feature
 _DETAILS_ON_PAGE = 300  # features, the most influential ones, whose contexts the page has
@@ -164,4 +165,4 @@ def _words(name: str, graph: Graph) -> str:
 
 def _place(graph: Graph, position: int) -> str:
     """Return a token as the page shows it, and its position."""
-    return f"{graph.tokens[position].replace(' ', '␣')} ({position})"
+    return f"{visible_token(graph.tokens[position])} ({position})"

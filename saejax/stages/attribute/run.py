@@ -1,4 +1,4 @@
-"""The stage ``attribute``: prompts to attribution graphs, each checked by running it.
+"""The stage ``attribute``: prompts to attribution graphs.
 
 A prompt is a part in the sense of ``runner.parts``; ``outputs`` writes its files.
 """
@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.forms.document import GraphDocument
 from saejax.attribution.forms.features import open_folder, write_contexts
 from saejax.attribution.forms.neuronpedia import to_document
@@ -17,7 +16,6 @@ from saejax.attribution.heads.contributions import largest_heads
 from saejax.attribution.heads.query_key import check_head, split_scores
 from saejax.attribution.local.contexts import ContextSearch
 from saejax.attribution.local.dictionaries import LayerSaes
-from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.readouts import Target, target_pairs, token_of
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
@@ -57,7 +55,7 @@ def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders | LayerSaes]:
 def run_attribute(
     run: Run, opened: Callable[[Run], Any] = open_parts, trace: Callable[..., Any] | None = None
 ) -> AttributeResults:
-    """Trace each prompt, prune its graph, check it and write it.
+    """Trace each prompt, prune its graph and write it.
 
     Args:
       run: of the stage.
@@ -169,12 +167,6 @@ def _measure(
     if config.contexts and isinstance(dictionaries, LayerTranscoders):
         _search_contexts(run, model, dictionaries, document, on_progress)
     write_outputs(run, graph, document, heads, [score_table(score, pruned) for score in scores])
-    # After the files are written, because the checks take longer than the graph.
-    doubling, curve = None, None
-    if config.doubled:
-        doubling = double(traced.local, graph, traced.readouts, config.doubled, config.seed).results
-    if config.circuits and isinstance(traced.local, LocalModel):
-        curve = faithfulness_curve(traced.local, graph, traced.readouts)
     results = GraphResults(
         prompt=graph.prompt,
         tokens=graph.tokens,
@@ -191,8 +183,6 @@ def _measure(
         scores=graph.scores(),
         unexplained=float(abs(graph.unexplained_R).max() / abs(graph.value_R).max()),
         seconds=round(seconds, 2),
-        doubling=doubling,
-        circuits=curve,
         query_key=scores,
     )
     return Measured(results, _message(results))
@@ -206,14 +196,10 @@ def _search_contexts(
     # Every process searches, as the devices of all run the texts; what is missing is the same in each.
     details = details_of_features(config, features)
     missing = [feature for feature in features if feature not in details or not details[feature].name]
-    contexts = _corpus_search(model, transcoders, config.contexts).contexts(missing, on_progress)
+    texts = [document.text for document in read_corpus(CorpusConfig())[: config.contexts]]
+    contexts = ContextSearch(model, transcoders, texts).contexts(missing, on_progress)
     if is_first_process():
         write_contexts(run.folder / FEATURES, contexts)
-
-
-@functools.lru_cache(1)  # a server traces one prompt after another
-def _corpus_search(model: LanguageModel, transcoders: LayerTranscoders, count: int) -> ContextSearch:
-    return ContextSearch(model, transcoders, [document.text for document in read_corpus(CorpusConfig())[:count]])
 
 
 def trace_request(
@@ -241,15 +227,9 @@ def trace_request(
 
 def _message(results: GraphResults) -> str:
     """Return a graph's results in a line."""
-    message = (
+    return (
         f"{results.active:,} active features, {results.traced:,} traced in {results.seconds:.1f} s; kept "
         f"{results.features} features, {results.errors} errors, {results.edges:,} edges; replacement "
         f"{results.scores.replacement:.2f}, completeness {results.scores.completeness:.2f} with "
         f"{results.traced / results.active:.0%} of the active features traced ({results.untraced:.1%} untraced input)"
     )
-    if doubling := results.doubling:
-        if doubling.held_error is not None:
-            message += f"; edges off by {doubling.held_error:.1e}"
-        foretold = "none" if doubling.correlation is None else f"{doubling.correlation:.2f}"
-        message += f"; correlation with what happens {foretold}"
-    return message
