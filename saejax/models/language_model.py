@@ -26,7 +26,7 @@ from saejax.models.lens import LensOutput
 from saejax.models.sites import AnySite, Site, parse_site
 from saejax.models.source import ModelSource
 from saejax.models.tokens import Tokens, continuation_ids, require_tokens, tokenize
-from saejax.parallel.mesh import fitting_sharding, sharding
+from saejax.parallel.mesh import BY_DOCUMENT, fitting_sharding, sharding
 
 _UNROLLED = 4  # when more layers than this are captured, all go into one scan: unrolled ones take long to compile
 
@@ -118,10 +118,8 @@ class LanguageModel:
         padded = round_length(length)
         sites, edits = self._prepare(tokens, capture, edits, padded)
         ids_BxT = np.pad(tokens.ids_BxT, ((0, 0), (0, padded - length)))
-        on_data = fitting_sharding(self.mesh, ids_BxT.shape, "data", None)
-        ids_BxT, lengths_B = jax.device_put(
-            (ids_BxT, tokens.lengths_B), (on_data, fitting_sharding(self.mesh, tokens.lengths_B.shape, "data"))
-        )
+        by_document = fitting_sharding(self.mesh, tokens.lengths_B.shape, BY_DOCUMENT)
+        ids_BxT, lengths_B = jax.device_put((ids_BxT, tokens.lengths_B), by_document)
         decoder_sites = cast(tuple[Site, ...], sites)  # it has no others: they were checked
         output = forward(self.config, decoder_sites, logits, self.params, ids_BxT, lengths_B, edits)
         # Programs are compiled for few lengths; the caller sees the length that was asked for.

@@ -20,7 +20,7 @@ from saejax.activations.documents import Documents
 from saejax.activations.manifest import CapturedModel
 from saejax.activations.plan import Batch, Plan, Reader
 from saejax.activations.progress import TextProgress
-from saejax.activations.request import CaptureRequest, begins_with_bos, load_reader, read_request
+from saejax.activations.request import CaptureRequest, batch_devices, begins_with_bos, load_reader, read_request
 from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
 from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import INDEX, ON_DISK
@@ -29,7 +29,6 @@ from saejax.errors import Interrupted, UserError
 from saejax.files import fingerprint
 from saejax.models.sites import AnySite, OtherSite
 from saejax.parallel.collectives import alone, from_first_process, wait_for_all
-from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
 from saejax.stages.tokenize.run import text_documents
@@ -59,7 +58,7 @@ def run_capture(run: Run) -> CaptureResults:
     reader: Reader | None = None
     site_widths = request.widths()
     if site_widths is None:  # modules tell their width only when they run
-        reader = load_reader(mesh, request, plan, config)
+        reader = load_reader(mesh, request, config)
         site_widths = reader.widths
     backend = "torch" if request.needs_torch else config.backend
     widths = {str(site): width for site, width in site_widths.items()}
@@ -106,7 +105,7 @@ def run_capture(run: Run) -> CaptureResults:
         backend=backend,
         dtype=config.dtype,
         tokens_per_second=round(rate, 1),
-        padding_share=plan.padding_share(_row_multiple(mesh) if backend == "jax" else 0),
+        padding_share=plan.padding_share(filled=backend == "jax"),
     )
 
 
@@ -115,8 +114,10 @@ def _plan_capture(run: Run, request: CaptureRequest) -> Plan:
     config = run.configs[CaptureConfig]
     whole = text_documents(run, request)
     documents = whole.sample(config.tokens) if config.tokens else whole
-    seed = run.configs[CorpusConfig].seed
-    plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, seed, whole)
+    seed, mesh = run.configs[CorpusConfig].seed, run.configs[MeshConfig]
+    with alone() if mesh.processes > 1 else contextlib.nullcontext():
+        devices = batch_devices(mesh, request, config)
+    plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, seed, whole, devices)
     if not plan.rows:
         raise UserError(
             f"the documents up to --capture.tokens={config.tokens} hold none of the last {config.last} positions of a "
@@ -137,13 +138,6 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> dict[str, 
         captured = request.second if isinstance(site, OtherSite) and request.second else request
         work[str(site)] = fingerprint([*index, *vectors, captured.source.fingerprint])
     return work
-
-
-def _row_multiple(mesh: MeshConfig) -> int:
-    """Return the number of devices over which the decoder splits the rows of a batch."""
-    with alone() if mesh.processes > 1 else contextlib.nullcontext():
-        shape = make_mesh(mesh).shape
-    return shape["member"] * shape["data"]
 
 
 def _missing_shards(writer: StoreWriter, mesh: MeshConfig) -> Missing:
@@ -190,7 +184,7 @@ def _make_shards(
     missing: Missing,
 ) -> float:
     """Run the model over the batches of shards and write its values; return the speed in tokens per second."""
-    reader = reader or load_reader(run.configs[MeshConfig], request, plan, run.configs[CaptureConfig])
+    reader = reader or load_reader(run.configs[MeshConfig], request, run.configs[CaptureConfig])
     buffers = ShardBuffers(widths, max(map(plan.size, missing)), writer.dtype)
     progress = TextProgress(run.say, sum(map(plan.size, missing)))
 
