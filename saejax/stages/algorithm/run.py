@@ -118,8 +118,8 @@ def _texts(algorithm: Algorithm, rng: np.random.Generator) -> list[str]:
 
 def _dictionaries(run: Run, lm: LanguageModel, texts: Sequence[str], seed: int) -> dict[str, Dictionary]:
     """Return a dictionary trained on the texts, and the control."""
-    acts, mesh = capture(lm, texts, _SITE), run.configs[MeshConfig]
-    trained = train(acts, folder=run.folder / "train", mesh=mesh, on_progress=run.say, seed=seed, **_DICTIONARY)
+    acts = capture(lm, texts, _SITE)
+    trained = train(acts, folder=run.folder / "train", mesh=lm.mesh, on_progress=run.say, seed=seed, **_DICTIONARY)
     random_FxD = independent_rows(np.asarray(trained.W_dec_FxD[...]), [seed])
     control = Dictionary(trained.config, **trained.arrays | dict(W_dec_FxD=jnp.asarray(random_FxD)))
     return {TRAINED: trained, RANDOM: control}

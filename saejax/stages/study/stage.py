@@ -53,7 +53,7 @@ STUDY = Stage(
     identity=dict(model=identities.model, bases=_bases, benchmarks=_benchmarks),
     unit_identity=dict(benchmark=identities.benchmark),
     check=_check,
-    revision=5,  # few items are not testable; bases of dictionaries that normalise tokens; number bases
+    revision=6,  # features go with the labels that they fire on; recurrences are compared with permuted names
     processes="items",
     section=sections,
 )
