@@ -48,7 +48,7 @@ def train(
     *,
     folder: str | Path | None = None,
     mesh: Mesh | None = None,
-    on_progress: Callable[[str], None] = print,
+    on_progress: Callable[[str], None] | None = print,
     **settings: Any,
 ) -> Dictionary:
     """Train a dictionary as the stage ``train`` does.
@@ -62,7 +62,7 @@ def train(
         nothing is kept.
       mesh: the devices, such as ``lm.mesh`` or ``saejax.parallel.mesh.make_mesh(MeshConfig(model=2))``; None: all
         devices share the tokens.
-      on_progress: takes lines that say how far it is.
+      on_progress: takes lines that say how far it is; None: nobody is told.
       **settings: other fields of ``saejax.training.settings.TrainConfig``, such as k=32, expansion=8,
         learning_rate=1e-3.
 
@@ -70,7 +70,7 @@ def train(
       UserError: a setting is unknown, out of range or a list of several values, the site is not there, the folder
         holds training on something else, or training diverges.
     """
-    mesh = mesh or make_mesh()
+    mesh, on_progress = mesh or make_mesh(), on_progress or (lambda line: None)
     if getattr(mesh, "axis_names", None) != AXES:
         raise UserError(f"mesh is {mesh}: expected one with the axes {', '.join(AXES)}, such as lm.mesh")
     settings |= dict(pretrained=kind) if kind == PRETRAINED else {}
