@@ -19,7 +19,8 @@ import numpy as np
 
 from saejax.attribution.forms.document import GraphDocument, check_document, describe_sources, ranked_links
 from saejax.attribution.forms.features import Feature, FeatureDetails
-from saejax.attribution.forms.neuronpedia import shortest
+from saejax.attribution.forms.neuronpedia import shortest, to_document
+from saejax.attribution.graph import Graph
 from saejax.files import write_text
 from saejax.page.scripts import interactive, visible_script
 from saejax.page.tables import percent
@@ -48,6 +49,11 @@ class PageTable:
 def write_page(path: Path, document: GraphDocument, **shown: Any) -> None:
     """Write the page of a graph, whole or not at all; its arguments are those of ``page_html``."""
     write_text(Path(path), page_html(document, **shown))
+
+
+def graph_page(graph: Graph, labels: Mapping[Feature, str] | None = None) -> str:
+    """Return the page of a pruned graph; ``labels`` are labels of its features."""
+    return page_html(to_document(graph, "graph", labels=labels))
 
 
 def page_html(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from browser import needs_chromium
 from graph_pages import busy_feature, click_node, clicked, rows, show, slide, state, strongest, text
+from made_graphs import make_graph
 from made_up_documents import made_up_document
 
 from saejax.attribution.forms.document import FEATURE_TYPE
@@ -177,6 +178,22 @@ def test_a_notebook_can_show_it_in_a_frame(browser, document, tmp_path):
     browser.click(json.loads(box)["x"] + 40, json.loads(box)["y"] + 20)
     assert browser.js_in_frame("document.querySelector('#pin').innerText") == "Pin"
     assert browser.js_in_frame("document.querySelectorAll('#panel .inputs .row').length") > 0
+    assert browser.errors == []
+
+
+def test_a_graph_shows_itself_in_a_notebook_and_saves_its_page(browser, tmp_path):
+    graph = make_graph(features=12, layers=3)
+    below_S = graph.nodes.layer_N[: graph.adjacency_RxS.shape[1]]
+    graph.adjacency_RxS[below_S[None] >= graph.nodes.layer_N[graph.target_R][:, None]] = 0
+    (tmp_path / "notebook.html").write_text(graph._repr_html_())
+    browser.view(1100, 1000)
+    browser.open((tmp_path / "notebook.html").as_uri())
+    browser.wait("document.querySelector('#panel .row')", in_frame=True)
+    (feature, *_) = (node for node in graph.prune().ids if not node.startswith(("E", "4_")))
+    layer, index, _ = map(int, feature.split("_"))
+    graph.prune().save_page(tmp_path / "page.html", labels={(layer, index): "cities"})
+    show(browser, (tmp_path / "page.html").as_uri())
+    assert browser.js(f"attributionGraph.place('{feature}').label") == "cities"
     assert browser.errors == []
 
 
