@@ -28,6 +28,8 @@ from saejax.tasks.settings import BEHAVIOURS, PROBE_LABELS, TaskConfig
 _FLAG = "--task.prompts"
 _TAKEN = (*BEHAVIOURS, "started", "summary", "index")  # behaviours of our own, and files of every stage
 _NEEDED, _OPTIONAL = ("behaviour", "text", "correct", "wrong"), ("counterpart", "split", "template", "labels")
+_LISTED = 20  # lines whose problem a message tells; of others it has the numbers
+_SHOWN = 20  # bad lines that are named
 _EXAMPLE = '{"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat"}'
 
 
@@ -39,29 +41,68 @@ def read_own_prompts(task: TaskConfig, tokenizer: Any) -> dict[str, list[Prompt]
       tokenizer: the model's tokenizer.
 
     Raises:
-      UserError: the file cannot be read; a line is not a prompt or repeats another; a prompt's answers merge with its
-        text or start with the same token; a behaviour has too few lines, a reserved name, or splits on some lines only.
+      UserError: as ``check_own_prompts``; or prompts' answers merge with their text or start with the same token.
     """
-    if not task.prompts:
-        return {}
-    path = Path(task.prompts)
-    lines: dict[str, list[dict[str, Any]]] = {}
-    texts = set()
-    for number, record in json_lines(decode(_content(path), path), path, _EXAMPLE):
-        fields = _checked(record, f"{path}, line {number}")
-        text = fields["behaviour"], fields["text"]
-        if text in texts:
-            raise UserError(f"{path}, line {number} has the text of an earlier line of {text[0]!r}: remove one of them")
+    lines, faults = _read_lines(task), []
+    for number, fields in (line for of_behaviour in lines.values() for line in of_behaviour):
         if why := fault(tokenizer, _prompt("train", fields)):
-            raise UserError(
-                f"{path}, line {number}: {fields['text']!r} with {fields['correct']!r} or {fields['wrong']!r}: {why}, "
+            faults.append(
+                f"line {number}: {fields['text']!r} with {fields['correct']!r} or {fields['wrong']!r}: {why}, "
                 "as this model's tokenizer cuts them: write it otherwise, or take it out"
             )
+    _raise_all(task, faults)
+    return _choose(task, lines)
+
+
+def check_own_prompts(task: TaskConfig) -> None:
+    """Check the file of ``task.prompts``, if one is named, as far as no tokenizer is needed.
+
+    Raises:
+      UserError: the file cannot be read; lines are not prompts or repeat others, all of which are named; a behaviour has
+        too few lines, a reserved name, or splits on some lines only.
+    """
+    _choose(task, _read_lines(task))
+
+
+def _read_lines(task: TaskConfig) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    """Return the lines of each behaviour, with their numbers from 1; none if no file is named."""
+    lines: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    if not task.prompts:
+        return lines
+    path, texts, faults = Path(task.prompts), set(), []
+    for number, line in enumerate(decode(_content(path), path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        try:
+            fields = _checked(json.loads(line), where)
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        except (ValueError, RecursionError):
+            faults.append(f"{where} is not JSON: expected an object such as {_EXAMPLE}")
+            continue
+        text = fields["behaviour"], fields["text"]
+        if text in texts:
+            faults.append(f"{where} has the text of an earlier line of {text[0]!r}: remove one of them")
         texts.add(text)
-        lines.setdefault(fields["behaviour"], []).append(fields)
+        lines.setdefault(fields["behaviour"], []).append((number, fields))
+    _raise_all(task, faults)
     if not lines:
         raise UserError(f"{_FLAG}={path} holds no prompts: expected lines such as {_EXAMPLE}")
-    return {name: _prompts(name, behaviour_lines, task, path) for name, behaviour_lines in lines.items()}
+    return lines
+
+
+def _raise_all(task: TaskConfig, faults: Sequence[str]) -> None:
+    """Raise a ``UserError`` that names all faults of a file's lines, if there are any."""
+    if faults:
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise UserError(f"{task.prompts}, {'; '.join(faults[:_SHOWN])}{more}")
+
+
+def _choose(task: TaskConfig, lines: Mapping[str, Sequence[tuple[int, Mapping[str, Any]]]]) -> dict[str, list[Prompt]]:
+    """Return the prompts of each behaviour."""
+    return {name: _prompts(name, [line for _, line in each], task, Path(task.prompts)) for name, each in lines.items()}
 
 
 def as_line(prompt: Prompt) -> str:

@@ -107,3 +107,13 @@ def test_the_identity_is_of_the_content(tmp_path):
 def test_bad_files(read, lines, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         read(lines)
+
+
+def test_all_bad_lines_are_listed_at_once(read):
+    bad = [dict(LINES[0], answer="x"), dict(LINES[1], correct=" dogs"), LINES[2], ["list"]]
+    with pytest.raises(UserError, match="own.jsonl: 4 lines are no prompts: line 1 has the unknown field") as raised:
+        read([*bad[:2], *LINES[2:], *bad[2:]])
+    message = str(raised.value)
+    assert "\n" not in message and all(f"line {number}" in message for number in (1, 2, 7, 8))
+    with pytest.raises(UserError, match="30 lines are no prompts: .*; and so in the lines 21, 22, .*, 30$"):
+        read([["list"]] * 30)
