@@ -29,7 +29,6 @@ _FLAG = "--task.prompts"
 _TAKEN = (*BEHAVIOURS, "started", "summary", "index")  # behaviours of our own, and files of every stage
 _NEEDED, _OPTIONAL = ("behaviour", "text", "correct", "wrong"), ("counterpart", "split", "template", "labels")
 _LISTED = 20  # lines whose problem a message tells; of others it has the numbers
-_SHOWN = 20  # bad lines that are named
 _EXAMPLE = '{"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat"}'
 
 
@@ -43,66 +42,54 @@ def read_own_prompts(task: TaskConfig, tokenizer: Any) -> dict[str, list[Prompt]
     Raises:
       UserError: as ``check_own_prompts``; or prompts' answers merge with their text or start with the same token.
     """
-    lines, faults = _read_lines(task), []
-    for number, fields in (line for of_behaviour in lines.values() for line in of_behaviour):
-        if why := fault(tokenizer, _prompt("train", fields)):
-            faults.append(
-                f"line {number}: {fields['text']!r} with {fields['correct']!r} or {fields['wrong']!r}: {why}, "
-                "as this model's tokenizer cuts them: write it otherwise, or take it out"
-            )
-    _raise_all(task, faults)
-    return _choose(task, lines)
+    lines = _read_lines(task, tokenizer)
+    return {name: _prompts(name, of_behaviour, task) for name, of_behaviour in lines.items()}
 
 
 def check_own_prompts(task: TaskConfig) -> None:
     """Check the file of ``task.prompts``, if one is named, as far as no tokenizer is needed.
 
     Raises:
-      UserError: the file cannot be read; lines are not prompts or repeat others, all of which are named; a behaviour has
-        too few lines, a reserved name, or splits on some lines only.
+      UserError: the file cannot be read; lines are not prompts or repeat others, all of which are named; a behaviour
+        has too few lines, a reserved name, or splits on some lines only.
     """
-    _choose(task, _read_lines(task))
+    for name, of_behaviour in _read_lines(task, None).items():
+        _prompts(name, of_behaviour, task)
 
 
-def _read_lines(task: TaskConfig) -> dict[str, list[tuple[int, dict[str, Any]]]]:
-    """Return the lines of each behaviour, with their numbers from 1; none if no file is named."""
-    lines: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+def _read_lines(task: TaskConfig, tokenizer: Any | None) -> dict[str, list[dict[str, Any]]]:
+    """Return the lines of each behaviour, checked with a tokenizer if one is given; none if no file is named."""
+    lines: dict[str, list[dict[str, Any]]] = {}
     if not task.prompts:
         return lines
     path, texts, faults = Path(task.prompts), set(), []
     for number, line in enumerate(decode(_content(path), path).split("\n"), start=1):
         if not line.strip():
             continue
-        where = f"line {number}"
         try:
-            fields = _checked(json.loads(line), where)
-        except UserError as error:
-            faults.append(str(error))
-            continue
-        except (ValueError, RecursionError):
-            faults.append(f"{where} is not JSON: expected an object such as {_EXAMPLE}")
+            fields = _checked(json.loads(line), "")
+        except (UserError, ValueError, RecursionError) as error:
+            problem = f" {error}" if str(error)[0] != ":" else str(error)
+            is_json = isinstance(error, UserError)
+            faults.append((number, problem if is_json else f" is not JSON: expected an object such as {_EXAMPLE}"))
             continue
         text = fields["behaviour"], fields["text"]
         if text in texts:
-            faults.append(f"{where} has the text of an earlier line of {text[0]!r}: remove one of them")
+            faults.append((number, f" has the text of an earlier line of {text[0]!r}: remove one of them"))
+        elif tokenizer is not None and (why := fault(tokenizer, _prompt("train", fields))):
+            answers = f"{fields['text']!r} with {fields['correct']!r} or {fields['wrong']!r}"
+            advice = "as this model's tokenizer cuts them: write it otherwise, or take it out"
+            faults.append((number, f": {answers}: {why}, {advice}"))
         texts.add(text)
-        lines.setdefault(fields["behaviour"], []).append((number, fields))
-    _raise_all(task, faults)
+        lines.setdefault(fields["behaviour"], []).append(fields)
+    if faults:
+        told = "; ".join(f"line {number}{problem}" for number, problem in faults[:_LISTED])
+        others = ", ".join(str(number) for number, _ in faults[_LISTED:])
+        where = f": {len(faults)} lines are no prompts:" if len(faults) > 1 else ","
+        raise UserError(f"{path}{where} {told}{f'; and so in the lines {others}' if others else ''}")
     if not lines:
         raise UserError(f"{_FLAG}={path} holds no prompts: expected lines such as {_EXAMPLE}")
     return lines
-
-
-def _raise_all(task: TaskConfig, faults: Sequence[str]) -> None:
-    """Raise a ``UserError`` that names all faults of a file's lines, if there are any."""
-    if faults:
-        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise UserError(f"{task.prompts}, {'; '.join(faults[:_SHOWN])}{more}")
-
-
-def _choose(task: TaskConfig, lines: Mapping[str, Sequence[tuple[int, Mapping[str, Any]]]]) -> dict[str, list[Prompt]]:
-    """Return the prompts of each behaviour."""
-    return {name: _prompts(name, [line for _, line in each], task, Path(task.prompts)) for name, each in lines.items()}
 
 
 def as_line(prompt: Prompt) -> str:
@@ -164,8 +151,9 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
     return record
 
 
-def _prompts(name: str, lines: Sequence[Mapping[str, Any]], task: TaskConfig, path: Path) -> list[Prompt]:
+def _prompts(name: str, lines: Sequence[Mapping[str, Any]], task: TaskConfig) -> list[Prompt]:
     """Return a behaviour's prompts, train prompts first."""
+    path = task.prompts
     has_split = [bool(line.get("split")) for line in lines]
     if any(has_split) and not all(has_split):
         raise UserError(f"{path}: only some prompts of {name!r} have a 'split': give it to all of them, or to none")
