@@ -129,9 +129,10 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     if high is not None and value > high:
         raise UserError(f"{field.name} is {value}: expected at most {high}")
     # Kinds of plugins are known only when a value is checked.
-    choices = choices() if callable(choices) else choices
-    if choices is not None and value not in choices:
-        raise UserError(f"{field.name} is {value!r}: expected one of {', '.join(map(str, choices))}")
+    listed = choices() if callable(choices) else choices
+    if listed is not None and value not in listed:
+        more = "; --plugins=FILE adds others (in Python, import the file)" if callable(choices) else ""
+        raise UserError(f"{field.name} is {value!r}: expected one of {', '.join(map(str, listed))}{more}")
 
 
 def group_name(group: type) -> str:

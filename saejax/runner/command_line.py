@@ -138,6 +138,8 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Seq
         where = _line_of(argv, lambda line: bool(line) and f"{line}:" in message)  # the flag with its value
         if named and not any(_flag_of(argument) == named[1] for argument in argv[1:]):  # or else its name
             where = where or _line_of(argv, lambda line: _flag_of(line) == named[1])
+        if named and named[1].count(".") == 2:  # such as train.topk.k
+            message += "; a kind of your own has its flags with --plugins=FILE"
         raise flags.Error(where + message) from error
     if flag_values["help"].value:
         return Configs()

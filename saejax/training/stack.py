@@ -10,12 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from saejax.activations.batches import Parts
 from saejax.activations.joined import single_sites
-from saejax.dictionaries import DictionaryConfig, kinds, sparse_products
+from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, sparse_products
 from saejax.dictionaries.cross_layer import FORM
 from saejax.dictionaries.cross_layer import KINDS as CROSS_LAYER_KINDS
 from saejax.dictionaries.kinds.base import Facts
@@ -231,7 +232,7 @@ def stack_shape(
     # One static k serves all members: the program selects the largest, each keeps its own.
     facts = max(each, key=lambda facts: facts.get("k", 0))
     _check_settings(config, kind_object, facts.get("k", 0), features)
-    return DictionaryConfig(
+    dictionary = DictionaryConfig(
         kind=kind,
         site=members[0].site,
         target="" if config.form == "sae" else members[0].target,
@@ -242,6 +243,35 @@ def stack_shape(
         widths=shape if len(shape) > 1 else (),
         **facts,
     )
+    if not type(kind_object).__module__.startswith("saejax."):
+        _check_inference(kind_object, dictionary)
+    return dictionary
+
+
+def _check_inference(kind: kinds.Kind, config: DictionaryConfig) -> None:
+    """Raise a ``UserError`` unless a finished dictionary of a user's kind can encode: training would be in vain."""
+
+    def encode() -> jax.Array:
+        """Encode two documents, and the first feature alone."""
+        dictionary = Dictionary.initial(config, jax.random.key(0))
+        x_BxTxD = jnp.zeros((2, 3, config.d_in))
+        f_BxTxF = dictionary.encode(x_BxTxD)
+        first_BxTx1 = dictionary.encode_features(x_BxTxD, jnp.zeros(1, jnp.int32))
+        return jnp.where(dictionary.fires(f_BxTxF), f_BxTxF, first_BxTx1)
+
+    try:
+        shape = jax.eval_shape(encode).shape
+    except Exception as error:  # the user's code may raise anything
+        fields = ", ".join(kind.numbers) or "none"
+        raise UserError(
+            f"a trained dictionary of the kind {kind.name} could not encode: {type(error).__name__}: {error}. At "
+            f"inference `numbers` has the fields of Kind.numbers alone ({fields}), not settings of training: read "
+            "those in encode_in_training, or keep what encode needs in an array of `vectors`"
+        ) from error
+    if shape != (2, 3, config.n_features):
+        raise UserError(
+            f"encode of the kind {kind.name} returns {list(shape)}: expected one activation for each feature"
+        )
 
 
 def _check_settings(config: TrainConfig, kind: kinds.Kind, k: int, features: int) -> None:
