@@ -54,7 +54,7 @@ def init_state(stack: TrainStack) -> TrainState:
 def _initial_state(stack: TrainStack) -> TrainState:
     """Return the initial state; to be traced.
 
-    Directions are random, from each member's seed and, in a stack of several sites, the index of its site: were they
+    Directions are random, from each member's seed and, in a stack of several sites, the name of its site: were they
     the same at all sites, what little training leaves of them would pass for features that layers share. The decoder's
     bias starts at the site's mean or median, everything else at 0.
     """
@@ -67,9 +67,9 @@ def _initial_state(stack: TrainStack) -> TrainState:
 
     # Biases start in the scaled units in which members train.
     bias_MxD = np.stack([scale.bias_D * scale.output for scale in stack.scales]).astype(config.state_dtype)
-    keys = [(jax.random.key(member.settings["seed"]), member.site_index) for member in members]
-    key_M = jnp.stack([jax.random.fold_in(key, index) if index else key for key, index in keys])
-    # One by one, so that a member of the first site starts with the same bits alone and in a stack.
+    keys = [(jax.random.key(member.settings["seed"]), member.site_seed) for member in members]
+    key_M = jnp.stack([jax.random.fold_in(key, site) if site else key for key, site in keys])
+    # One by one, so that a member starts with the same bits whatever the others are.
     params: Any = lax.map(lambda args: init_member(*args), (key_M, jnp.asarray(bias_MxD)))
     optimizer = make_optimizer(config, dictionary.widths)
     if stack.is_cross_layer:  # the stack's transcoders, which write nothing to later layers yet
