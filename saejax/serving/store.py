@@ -24,7 +24,8 @@ from saejax.files import file_sha256, locked, read_json, write_json
 from saejax.interpret.labels import write_label
 from saejax.runner.labels import names_and_sites, names_of_layers
 from saejax.runner.workspace import STARTED, SUMMARY, current_units
-from saejax.stages.attribute.outputs import FEATURES, described_features, details_of_features, read_shown
+from saejax.stages.attribute.outputs import described_features, details_of_features, read_shown
+from saejax.stages.attribute.traces import FEATURES
 
 _SAVED = "serve"  # the folder for what readers save
 

@@ -20,9 +20,10 @@ from saejax.attribution.trace import prompt
 from saejax.errors import UserError
 from saejax.models.tokens import encode, pad
 from saejax.results import from_json, to_json
-from saejax.runner import command
+from saejax.runner import command, command_line
 from saejax.stages.attribute import run as stage
 from saejax.stages.attribute.requests import Request, read_given_labels, read_requests, unit_name
+from saejax.stages.attribute.traces import trace_key
 from saejax.tasks.corpora import read_corpus
 from saejax.tasks.settings import CorpusConfig
 
@@ -109,6 +110,54 @@ def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
     np.testing.assert_array_equal(Graph.load(folder / "ids-graph").adjacency_RxS, whole.adjacency_RxS)
 
 
+def test_what_is_shown_of_a_graph_traces_nothing_again(flags, tmp_path, monkeypatch):
+    """Each such setting, one after the other; a setting of the trace itself traces."""
+    base = [*flags, "--graph.prompt=The water near", "--graph.slug=one", "--graph.max_features=60"]
+    base.append("--graph.node_threshold=0.99")
+    assert attribute(tmp_path / "run", *base) == 0
+    first = Graph.load(tmp_path / "run" / "attribute" / "one" / "one-graph")
+    named = sorted(path.name for path in (tmp_path / "run" / "attribute" / "one" / "features").iterdir())
+    (tmp_path / "labels.json").write_text(json.dumps({f"0_{feature}": f"my {feature}" for feature in range(48)}))
+    (tmp_path / "groups.json").write_text(json.dumps({"*": [["all", *first.prune(0.99).ids[:2]]]}))
+    traced = []
+
+    def count(*arguments, **options):
+        traced.append(options)
+        return prompt.trace_prompt(*arguments, **options)
+
+    monkeypatch.setattr(stage, "trace_prompt", count)
+    prompts = tmp_path / "some.jsonl"
+    lines = [dict(slug="another-name", prompt="The water near"), dict(slug="new", prompt="The way")]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    shown = [
+        "--graph.node_threshold=0.5",
+        "--graph.edge_threshold=0.6",
+        "--graph.top_edges=3",
+        "--graph.min_weight=1e-3",
+    ]
+    shown += [f"--graph.labels={tmp_path / 'labels.json'}", f"--graph.supernodes={tmp_path / 'groups.json'}"]
+    shown += ["--graph.source_set=plt-9", "--graph.contexts=3", "--graph.heads=False", "--graph.query_key=1.2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "load_run_model", lambda run: pytest.fail("the model is loaded"))
+        patch.setattr("saejax.stages.attribute.run.run_again", lambda *parts: pytest.fail("the prompt is run"))
+        for flag in shown[:-3]:  # nor is the model loaded, as all is known of these features
+            assert attribute(tmp_path / "run", *base, "--graph.heads=False", flag) == 0
+    for flag in shown[-3:]:
+        assert attribute(tmp_path / "run", *base, flag) == 0
+    assert traced == []
+    folder = tmp_path / "run" / "attribute" / "one"
+    again = Graph.load(folder / "one-graph")
+    assert np.array_equal(again.adjacency_RxS, first.adjacency_RxS) and again.settings == first.settings
+    assert {path.name for path in (folder / "features").iterdir()} >= set(named) and named
+    assert "Head 1.2 at " in (folder / "one.html").read_text()
+    more = [flag for flag in base if "prompt=" not in flag and "slug" not in flag]
+    assert attribute(tmp_path / "run", *more, f"--graph.prompts={prompts}") == 0
+    assert len(traced) == 1  # the new line alone
+    for flag in ("--graph.max_features=50", "--graph.target= way", "--graph.max_logits=2", "--model.dtype=bfloat16"):
+        assert attribute(tmp_path / "run", *base, flag) == 0
+    assert len(traced) == 5
+
+
 @pytest.mark.parametrize(
     "wrong,message",
     [
@@ -187,6 +236,24 @@ def test_labels_that_no_reader_gets_through_are_one_line(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"deep\.json holds no labels"):
         read_given_labels(GraphConfig(labels=str(tmp_path / "deep.json")))
+
+
+def test_a_trace_is_that_of_its_dictionaries_and_targets(tmp_path, tiny_llama):
+    """Of two parts of one repository, or two choices of files in a folder, the traces differ."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "one.json").write_text("{}")
+    (tmp_path / "set" / "two").mkdir()
+    configs = command_line.read_configs(command_line.stage_flags(), ["attribute", f"--model.path={tiny_llama}"])
+    base = GraphConfig(prompt="a", dictionaries=(str(tmp_path / "set"),))
+    request, other = Request("a", "a", ()), Request("a", "a", (" b",))
+    others = [dict(dictionaries=(str(tmp_path / "set" / "two"),)), dict(l0=("small",)), dict(direct=True)]
+    keys = [
+        trace_key(configs | dataclasses.replace(base, **changes), request)
+        for changes in ({}, dict(node_threshold=0.5), *others)
+    ]
+    assert keys[0] == keys[1] and len(set(keys)) == 4 and trace_key(configs | base, other) not in keys
+    (tmp_path / "set" / "one.json").write_text("{ }")
+    assert trace_key(configs | base, request) not in keys
 
 
 def test_prompts_without_latin_letters_have_names_of_their_own(tmp_path):

@@ -298,6 +298,22 @@ def _check_gradient_memory(run: SaeRun, features: int, logits: int) -> None:
         )
 
 
+def run_again(model: LanguageModel, dictionaries: AnySet, graph: Graph) -> tuple[LocalModel, Readouts]:
+    """Return the run of a graph's prompt and the graph's targets, without its rows.
+
+    Args:
+      model: that the graph is of.
+      dictionaries: the transcoders that it is of.
+      graph: the graph.
+
+    Raises:
+      UserError: they do not go together.
+    """
+    local = LocalModel(model, dictionaries, graph.ids_P)
+    targets = [(first, second) if second >= 0 else first for first, second in graph.settings["targets"]]
+    return local, read_targets(local, targets, 1, 0.0)
+
+
 def _fill_rows(local: LocalModel, readouts: Readouts, count: int) -> FillRows:
     """Return what pulls readouts, and ``count`` features, back to all sources."""
     rows, active = RowTracer(local, local.sources, count + len(readouts)), local.active

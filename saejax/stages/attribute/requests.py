@@ -81,14 +81,9 @@ def unit_name(config: GraphConfig) -> str:
 
 def identity(config: GraphConfig) -> str:
     """Return a fingerprint of all input files but the model's: dictionaries, prompts, labels, supernodes."""
-    places, commit = list(map(Path, config.dictionaries)), ""
-    if config.transcoders:
-        _, folder, commit = find_folder(config.transcoders, choice=config.l0)
-        places = [folder]
+    places, marks = _set_files(config)
     if not places:
         return ""
-    # A commit stands for the content of all files.
-    marks = [commit] if commit else [mark for folder in places for mark in _marks(folder)]
     if labels := labels_of_folders(places):
         marks.append(fingerprint(sorted([*place, label] for place, label in labels.items())))
     named = [Path(file or "-") for file in (config.prompts, config.labels, config.supernodes)]
@@ -100,6 +95,21 @@ def identity(config: GraphConfig) -> str:
     elif config.features:
         hashes += _marks(Path(config.features).expanduser())
     return fingerprint([*hashes, *marks])
+
+
+def set_identity(config: GraphConfig) -> str:
+    """Return a fingerprint of the dictionaries alone: their names, files, and the choice among these."""
+    return fingerprint([config.transcoders, config.dictionaries, config.l0, _set_files(config)[1]])
+
+
+def _set_files(config: GraphConfig) -> tuple[list[Path], list[str]]:
+    """Return the folders of the dictionaries, and what stands for their content."""
+    places, commit = list(map(Path, config.dictionaries)), ""
+    if config.transcoders:
+        _, folder, commit = find_folder(config.transcoders, choice=config.l0)
+        places = [folder]
+    # A commit stands for the content of all files.
+    return places, [commit] if commit else [mark for folder in places for mark in _marks(folder)]
 
 
 def _marks(folder: Path) -> list[str]:
