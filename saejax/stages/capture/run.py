@@ -25,17 +25,18 @@ from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
 from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import INDEX, ON_DISK
 from saejax.activations.writer import StoreWriter
-from saejax.errors import Interrupted, UserError
+from saejax.errors import Interrupted, OtherFailed, UserError
 from saejax.files import fingerprint
 from saejax.models.sites import AnySite, OtherSite
-from saejax.parallel.collectives import alone, from_first_process, wait_for_all
+from saejax.parallel.cluster import joined_processes
+from saejax.parallel.collectives import alone, wait_for_all
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
 from saejax.stages.tokenize.run import text_documents
 from saejax.tasks import corpora
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 
-_POLL_SECONDS = 0.2  # between looks for the shards of other processes
+_LOOK_EVERY = 1.0  # seconds between looks whether other processes have failed
 
 Missing = Mapping[int, tuple[str, ...]]  # the sites, and ``INDEX``, that a shard lacks
 
@@ -143,16 +144,17 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> dict[str, 
 def _missing_shards(writer: StoreWriter, mesh: MeshConfig) -> Missing:
     """Return the shards that are missing or of other work; the first process checks, and broadcasts the result."""
     shards, parts = range(writer.plan.shards), writer.parts
-    missing_SxP = np.zeros((len(shards), len(parts)), np.int32)
+    missing = ""
     # Checking reads every file, and processes must agree on what is missing.
     if mesh.process_id == 0:
-        missing_SxP[:] = [[not writer.has(part, shard) for part in parts] for shard in shards]
-    if mesh.processes > 1:
-        missing_SxP = from_first_process(missing_SxP)
+        missing = "".join("01"[not writer.has(part, shard)] for shard in shards for part in parts)
+    if processes := joined_processes():
+        missing = processes.broadcast("shards that are missing", missing)  # takes minutes in a large store
+    of_shards = [missing[shard * len(parts) : (shard + 1) * len(parts)] for shard in shards]
     return {
-        shard: tuple(part for part, is_missing in zip(parts, row_P, strict=True) if is_missing)
-        for shard, row_P in zip(shards, missing_SxP, strict=True)
-        if row_P.any()
+        shard: tuple(part for part, is_missing in zip(parts, of_shard, strict=True) if is_missing == "1")
+        for shard, of_shard in zip(shards, of_shards, strict=True)
+        if "1" in of_shard
     }
 
 
@@ -160,7 +162,8 @@ def _share_shards(
     plan: Plan, writer: StoreWriter, mesh: MeshConfig, missing: Missing, make: Callable[[Missing], float]
 ) -> float:
     """Make the missing shards, each process its share of them; return the speed in tokens per second."""
-    if mesh.processes == 1:
+    processes = joined_processes()
+    if processes is None:
         return make(missing)
     wait_for_all("store begun")  # which removes what other runs left half-written
     start = time.monotonic()
@@ -169,8 +172,12 @@ def _share_shards(
         rate = make(share) if share else 0.0
     # Each process waits for the files themselves, so that nothing of the store is read before it is there.
     waited_for = [(part, shard) for shard, parts in missing.items() for part in parts]
-    while waited_for := [(part, shard) for part, shard in waited_for if not writer.has(part, shard, read=False)]:
-        time.sleep(_POLL_SECONDS)
+
+    def late() -> list[str]:
+        waited_for[:] = [(part, shard) for part, shard in waited_for if not writer.has(part, shard, read=False)]
+        return [f"shard {shard} of {part}" for part, shard in waited_for]
+
+    processes.wait("capture", late)
     return sum(map(plan.size, missing)) / (time.monotonic() - start) if rate else 0.0
 
 
@@ -187,6 +194,7 @@ def _make_shards(
     reader = reader or load_reader(run.configs[MeshConfig], request, run.configs[CaptureConfig])
     buffers = ShardBuffers(widths, max(map(plan.size, missing)), writer.dtype)
     progress = TextProgress(run.say, sum(map(plan.size, missing)))
+    processes, last_look = joined_processes(), time.monotonic()
 
     def take(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
         """Store a batch's values at a site; refuse what is not finite."""
@@ -201,7 +209,12 @@ def _make_shards(
 
     def batches(shard: int, done: int) -> Iterator[Batch]:
         """Yield the batches of a shard until the run is asked to stop."""
+        nonlocal last_look
         for batch in plan.batches(shard):
+            if processes and time.monotonic() - last_look > _LOOK_EVERY:
+                last_look = time.monotonic()
+                if failure := processes.failure():
+                    raise OtherFailed(*failure)
             if run.stopping():
                 finished = f"{plan.shards - len(missing) + done} of {plan.shards} shards"
                 raise Interrupted(f"stopped; {finished} are finished and kept: run the same command to go on")
