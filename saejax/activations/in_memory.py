@@ -15,10 +15,12 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches
 from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import document_devices
+from saejax.short_reprs import has_short_repr
 
 _PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Activations:
     """Values of some sites on the tokens of texts, in memory; row r of every site is the same token."""

@@ -113,6 +113,12 @@ class Dictionary(nnx.Module):
             first = dict(W_enc_DxF=(directions_FxD * length_Fx1).T, W_dec_FxD=directions_FxD / length_Fx1)
         return Dictionary(config, matmul_dtype, **arrays | first)
 
+    def __repr__(self) -> str:
+        config = self.config
+        target = f" to {config.target}" if config.target else ""
+        k, model = (f", k {config.k}" if config.k else ""), (f", trained on {config.model}" if config.model else "")
+        return f"<{config.kind} dictionary of {config.site}{target}: {config.n_features:,} features{k}{model}>"
+
     @property
     def site(self) -> str:
         """The site that is read."""

@@ -28,10 +28,12 @@ from saejax.models.sites import AnySite, Site, parse_site
 from saejax.models.source import ModelSource
 from saejax.models.tokens import Tokens, as_tokens, continuation_ids, single_token_id, tokenize
 from saejax.parallel.mesh import BY_DOCUMENT, fitting_sharding, sharding
+from saejax.short_reprs import has_short_repr
 
 _UNROLLED = 4  # when more layers than this are captured, all go into one scan: unrolled ones take long to compile
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Output:
     """Result of a forward pass."""
@@ -85,6 +87,14 @@ class LanguageModel:
     ):
         self.config, self.params, self.tokenizer, self.source, self.mesh = config, params, tokenizer, source, mesh
         self.rules = rules
+
+    def __repr__(self) -> str:
+        config, dtype = self.config, self.params["embed_VxD"].dtype
+        return (
+            f"<{type(self).__name__} {self.source.name}: {config.family}, {config.n_layers} layers of width "
+            f"{config.d_model}, {config.n_heads} heads, {config.vocab:,} token ids, context {config.context:,}, "
+            f"{dtype}>"
+        )
 
     def tokenize(self, texts: Sequence[str], bos: str = "auto") -> Tokens:
         """Return the token ids of texts.

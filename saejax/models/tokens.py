@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.short_reprs import has_short_repr
 from saejax.unicode import has_surrogates, text_of_piece
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """A batch of prompts, padded on the right."""

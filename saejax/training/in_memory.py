@@ -26,6 +26,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import OtherSite, site_parts
 from saejax.parallel.mesh import AXES, make_mesh
 from saejax.settings_from_keywords import make_config
+from saejax.short_reprs import has_short_repr
 from saejax.training.inputs import store_source
 from saejax.training.loop import TrainFolders, check_state_dtype, train_stack
 from saejax.training.members import Member, choose_sites, make_members
@@ -133,6 +134,7 @@ def _check_or_record_inputs(folder: Path, store: Store, member: Member, init_fro
     write_json(path, recorded)
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Scores of a dictionary on some texts."""
