@@ -10,7 +10,7 @@ DEPTH := runs/demo_depth/train/topk
 CLT := --workdir=runs/demo_clt --flagfile=configs/demo_clt.flags
 CLT_GRAPH := --graph.prompt="The capital of France is the city of" --graph.target=" Paris"
 
-.PHONY: demo circuits demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study suite test test-busy test-slow test-cluster faults lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu gpu-check clean
+.PHONY: demo circuits demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study suite test test-slow test-cluster faults lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -33,8 +33,7 @@ demo-atlas: $(INSTALLED)
 demo-graphs: $(INSTALLED)
 	$(BIN)/python -m experiments.train --workdir=runs/demo_graphs --flagfile=configs/demo_graphs.flags
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags \
-	    --graph.transcoders=runs/demo_graphs/train/topk --graph.behaviours=agreement,capital \
-	    --graph.doubled=32 --graph.circuits
+	    --graph.transcoders=runs/demo_graphs/train/topk --graph.behaviours=agreement,capital
 	@echo "Open runs/demo/report/index.html"
 
 # After demo-graphs: circuits of the behaviours of published work, with its transcoders, and published claims beside them.
@@ -106,12 +105,6 @@ test: $(INSTALLED)
 
 suite: $(INSTALLED)
 	$(SUITE)
-
-# No test may depend on how busy the machine is: so many times beside a busy loop on every core, half an hour each on two.
-TIMES ?= 5
-test-busy: $(INSTALLED)
-	bash -c 'trap "kill \$$(jobs -p)" EXIT; for core in $$(seq $$(nproc)); do while :; do :; done & done; \
-	    for time in $$(seq $(TIMES)); do $(SUITE) || exit 1; done'
 
 test-slow: $(INSTALLED)
 	SAEJAX_FULL_COMPILER=1 $(BIN)/python -m pytest -m slow

@@ -5,10 +5,10 @@ The transcoders have 2,048 features a layer, of which 18 are active at each posi
 features. The first prompt compiles; two others of its length are timed, and what they compile is counted. The floor is
 the arithmetic of the transposed frozen layers, the output and value projections of attention, for the layers below each
 target and the positions up to its own, at the speed of one large product of matrices on the same machine. Beside the
-trace: the heads of the edges of the graph, pruned to 98 % of its influence, whose floor is
-that of its targets, and of its sources on their way up; and the checks, doubling and curve. Times of the process on all
-cores stand beside those on the clock: they hold where others use the machine, too. With --growth, other lengths of
-prompts follow, each in a process of its own. Prints tables and, last, one line of JSON.
+trace: the heads of the edges of the graph, pruned to 98 % of its influence, whose floor is that of its targets, and of
+its sources on their way up. Times of the process on all cores stand beside those on the clock: they hold where others
+use the machine, too. With --growth, other lengths of prompts follow, each in a process of its own. Prints tables and,
+last, one line of JSON.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import saejax
-from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, LOGIT
 from saejax.attribution.heads.contributions import largest_heads
@@ -131,14 +130,11 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
         with clock.times("trace"):
             graph, local, readouts = trace_prompt(lm, transcoders, prompt, max_features=rows)
         if not start:
-            rows_gb = peak_gb()  # before heads and checks
+            rows_gb = peak_gb()  # before heads
         if checked:
             pruned = graph.prune(SHARE)
             with clock.times("heads"):
                 largest_heads(local, readouts, pruned)
-            with clock.times("checks"):
-                double(local, graph, readouts)
-                faithfulness_curve(local, graph, readouts)
     compiled_later = events.count(COMPILED) if rounds else None
     speed, (seconds, cpu_s) = gflops(), clock.steady("trace")
     results = dict(
@@ -154,7 +150,7 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
         unexplained=float(np.abs(graph.unexplained_R).max() / np.abs(graph.value_R).max()),
     )
     if checked:
-        results |= {part: clock.relative_to_trace(part) for part in ("heads", "checks")}
+        results["heads"] = clock.relative_to_trace("heads")
         ends = np.unique(np.concatenate(pruned.edges()[:2]))
         results["heads"] |= dict(nodes=len(ends), edges=len(pruned.edges()[0]))
         results["heads"]["of_floor"] = round(heads_gflop(pruned, lm.config) / speed / clock.steady("heads")[0], 2)
@@ -167,7 +163,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3000, help="features with a row")
     parser.add_argument("--tokens", type=int, default=11)
     parser.add_argument("--rounds", type=int, default=2, help="timed runs; 0: the first, which compiles")
-    parser.add_argument("--rows-only", action="store_true", help="neither heads nor checks")
+    parser.add_argument("--rows-only", action="store_true", help="without heads")
     parser.add_argument("--growth", action="store_true", help="other lengths of prompts too")
     parser.add_argument("--growth-rows", type=int, default=512, help="features with a row there, at the most")
     args = parser.parse_args()
@@ -189,14 +185,11 @@ def main() -> None:
         command += [f"--tokens={tokens}", f"--rows={args.growth_rows}"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         show(tokens, json.loads(printed.splitlines()[-1]))
-    for part in ("heads", "checks") if not args.rows_only else ():
-        figures = results[part]
+    if figures := results.get("heads"):
         print(
-            f"{part}: {figures['seconds']:.2f} s, {figures['ratio']:.2f} times the trace; "
+            f"heads: {figures['seconds']:.2f} s, {figures['ratio']:.2f} times the trace; "
             f"{figures['cpu_s']:.2f} CPU s, {figures['cpu_ratio']:.2f} times"
         )
-    if "heads" in results:
-        figures = results["heads"]
         print(
             f"heads: {figures['edges']:,} edges between {figures['nodes']:,} nodes carry {SHARE:.0%} of the influence; "
             f"{figures['of_floor']:.0%} of floor"

@@ -88,7 +88,7 @@ class Capture:
         for dtype in DTYPES:
             self.readers["torch", dtype] = SiteReader(source.load_torch_model(model_source, dtype), self.sites)
             self.readers["jax", dtype] = DecoderReader(
-                model_source, self.config, self.sites, plan.padded_shape, make_mesh(), dtype, "bfloat16"
+                model_source, self.config, self.sites, make_mesh(), dtype, "bfloat16"
             )
 
     def run(self, side: Side) -> float:

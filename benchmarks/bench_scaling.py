@@ -88,7 +88,7 @@ def plan_of(job: Job, tiny: bool) -> Any:
     sites = tuple(f"resid_post.{layer}" for layer in range(job.sites)) if job.sites > 1 else ("resid_post.18",)
     changes = dict(
         model=dict(dtype="bfloat16"),
-        capture=dict(sites=sites, dtype="bfloat16", backend="jax", batch_tokens=2048 * mesh.shape["data"]),
+        capture=dict(sites=sites, dtype="bfloat16", backend="jax", batch_tokens=2048),
         train=dict(sites=sites, kinds=("topk",), source="model", k=(8 if tiny else K,), expansion=job.expansion),
     )
     changes["train"] |= dict(

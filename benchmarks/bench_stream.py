@@ -101,7 +101,7 @@ def measure(folder: Path, layers: int, shape: Shape, rows: int, pairs: int) -> d
     part, plan = tuple(map(str, sites)), Plan(random_documents(rows, shape.length), rows, 4096, 0, 0)
     config = read_config(json.loads((folder / "config.json").read_text()), "random")
     source = resolve(ModelConfig(path=str(folder)))
-    reader = DecoderReader(source, config, sites, plan.padded_shape, make_mesh(), shape.dtype, shape.dtype)
+    reader = DecoderReader(source, config, sites, make_mesh(), shape.dtype, shape.dtype)
     on_devices = DeviceBuffers(reader, [part], rows, shape.dtype)
     on_host = ShardBuffers(reader.widths, rows, shape.dtype)
 

@@ -2,6 +2,7 @@
 
 from saejax.activations.in_memory import Activations as Activations
 from saejax.activations.in_memory import capture as capture
+from saejax.activations.reader import open_store as open_store
 from saejax.attribution.graph.graph import Graph as Graph
 from saejax.attribution.local.edits import Change as Change
 from saejax.attribution.local.model import LocalModel as LocalModel

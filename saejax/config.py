@@ -129,9 +129,10 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     if high is not None and value > high:
         raise UserError(f"{field.name} is {value}: expected at most {high}")
     # Kinds of plugins are known only when a value is checked.
-    choices = choices() if callable(choices) else choices
-    if choices is not None and value not in choices:
-        raise UserError(f"{field.name} is {value!r}: expected one of {', '.join(map(str, choices))}")
+    listed = choices() if callable(choices) else choices
+    if listed is not None and value not in listed:
+        more = "; --plugins=FILE adds others (in Python, import the file)" if callable(choices) else ""
+        raise UserError(f"{field.name} is {value!r}: expected one of {', '.join(map(str, listed))}{more}")
 
 
 def group_name(group: type) -> str:
@@ -164,9 +165,13 @@ def _changes_results(field: dataclasses.Field, unit: str) -> bool:
 
 
 def from_json(cls: type, data: Mapping[str, Any]) -> Any:
-    """Return the group that ``to_json`` wrote. Unknown and missing fields are a ``UserError``."""
-    hints = typing.get_type_hints(cls)
-    unknown = set(data) ^ set(hints)
+    """Return the group that ``to_json`` wrote, with defaults for fields of later versions of this package.
+
+    Fields that are unknown are a ``UserError``: what they say would be ignored.
+    """
+    unknown = set(data) - set(typing.get_type_hints(cls))
     if unknown:
-        raise UserError(f"{cls.__name__} in a saved file: fields {sorted(unknown)} are unknown or missing")
+        raise UserError(
+            f"{cls.__name__} in a saved file: fields {sorted(unknown)} are unknown: a newer version of saejax wrote it"
+        )
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from saejax.errors import UserError
+from saejax.short_reprs import has_short_repr
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -150,7 +151,7 @@ def _read_fields(cls: Any, data: Any, field: str) -> Any:
     for entry in dataclasses.fields(cls):
         if entry.name not in data and entry.default is not None:
             raise _Unfit(f"has no field {inside}{entry.name}")
-    return cls(**{name: _read(hints[name], item, f"{inside}{name}") for name, item in data.items()})
+    return has_short_repr(cls)(**{name: _read(hints[name], item, f"{inside}{name}") for name, item in data.items()})
 
 
 @functools.cache

@@ -1,11 +1,16 @@
-"""Characters that cannot stand everywhere: unpaired surrogates, line breaks and control characters.
+"""Characters that cannot stand everywhere: unpaired surrogates, line breaks, control characters, parts of characters.
 
 JSON and byte-level tokens can hold surrogates, but no file in UTF-8 and no tokenizer can.
 """
 
 import re
+import unicodedata
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# GPT-2's letters: a byte that is a printable character of Latin 1 stands for itself, the others for those from 256 on.
+_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PLAIN]
+_BYTE_OF_LETTER = {chr(byte): byte for byte in _PLAIN} | {chr(256 + k): byte for k, byte in enumerate(_OTHERS)}
 
 
 def has_surrogates(text: str) -> bool:
@@ -19,6 +24,43 @@ def replace_surrogates(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Return the text on one line: a line break becomes ↵, a tab ⇥, any other control character ·."""
-    text = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", "⇥")
-    return "".join("·" if ord(char) < 32 or ord(char) == 127 else char for char in text)
+    """Return the text on one line: a line break becomes ↵, a tab ⇥, another control character ·."""
+    text = re.sub("\r\n|[\n\r\u0085\u2028\u2029]", "↵", text).replace("\t", "⇥")
+    return re.sub("[\0-\x1f\x7f]", "·", text)
+
+
+def visible_token(text: str, in_line: bool = False) -> str:
+    """Return a token as pages show it; ``page/viewer/visible.js`` has the same for scripts.
+
+    Args:
+      text: the token; it may be empty.
+      in_line: the token stands in a line of text, where only what is nothing but spaces becomes visible.
+
+    Returns:
+      ``visible``, each space as ␣, a hard one as ⍽, and invisible characters as their numbers.
+    """
+    if not text:
+        return "∅"
+    hidden = ("Cc", "Cf", "Co", "Cs")
+    text = visible(text).replace("\u00a0", "⍽")
+    text = "".join(f"\\u{ord(char):04x}" if unicodedata.category(char) in hidden else char for char in text)
+    return text if in_line and text.replace(" ", "") else text.replace(" ", "␣")
+
+
+def text_of_piece(piece: str | bytes, decoded: str) -> str:
+    r"""Return the text of a token in which bytes that are only a part of a character stand as ``\xe0\xb8``.
+
+    Args:
+      piece: the token as the tokenizer stores it: in GPT-2's letters for bytes, as <0xE0>, or as bytes.
+      decoded: its text, in which all such parts are the same replacement character.
+    """
+    if "\ufffd" not in decoded or not isinstance(piece, str | bytes):
+        return decoded
+    if isinstance(piece, str):
+        if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece):
+            piece = bytes.fromhex(byte[1])
+        elif set(piece) <= _BYTE_OF_LETTER.keys():
+            piece = bytes(_BYTE_OF_LETTER[letter] for letter in piece)
+        else:
+            return decoded
+    return piece.decode("utf-8", "backslashreplace")

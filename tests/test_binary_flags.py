@@ -67,8 +67,37 @@ def test_help_lists_the_accepted_flags_with_their_defaults(stage):
     for group, cls in all_groups().items():
         for flag in flag_fields(group, cls):
             assert text.count(f"\n  --{flag}  ") == (flag in accepted), (group, flag)
-    lines = [line for line in text.splitlines() if line.startswith("  --")]
-    assert all("(default: " in line or "(required)" in line or "--flagfile" in line for line in lines)
+    lines = [line for line in text.replace("\n      ", " ").splitlines() if line.startswith("  --")]
+    assert all("(default: " in line or "(required)" in line for line in lines)
+    first = text.replace("\n      ", " ").split("\n\n")[1].splitlines()
+    assert first[0] == "The most common flags:" and 3 <= len(first) <= 11
+
+
+@pytest.mark.parametrize("width", [60, 100, 163])
+def test_help_fits_the_terminal(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    flag_values = command_line.stage_flags()
+    command_line.read_configs(flag_values, ["program", "--help"])
+    lines = command_line.help_text(list(all_stages()), "about", flag_values).splitlines()
+    assert all(len(line) <= width or len(line.split()) == 1 for line in lines) and max(map(len, lines)) > width - 8
+    assert lines[3].startswith("  --workdir  ")
+
+
+def test_the_command_line_wins_over_a_flag_file(tmp_path, capsys):
+    """In either order, and however the file is named; of several files the later one counts."""
+    file = tmp_path / "mine.flags"
+    file.write_text(f"--workdir={tmp_path / 'other'}\n--train.k=3\n--train.zero_optimizer\n--train.kinds=topk\n")
+    (tmp_path / "later.flags").write_text("--train.kinds=standard\n")
+    given = [f"--workdir={tmp_path / 'run'}", "--train.k=5", "--notrain.zero_optimizer"]
+    for named in ([f"--flagfile={file}"], ["--flagfile", str(file)], [f"-flagfile={file}"]):
+        for arguments in ([*given, *named], [*named, *given], [given[0], *named, *given[1:]]):
+            flag_values = command_line.stage_flags()
+            arguments = [*arguments, f"--flagfile={tmp_path / 'later.flags'}"]
+            train = command_line.read_configs(flag_values, ["program", *arguments])[TrainConfig]
+            assert command_line.named_workdir(flag_values) == str(tmp_path / "run")
+            assert (train.k, train.zero_optimizer, train.kinds) == ((5,), False, ("standard",))
+    assert command.run(["capture"], "", ["program", given[0], f"--flagfile={file}", "--dry_run"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(f"the workdir is {tmp_path / 'run'}")
 
 
 class Noting(Configs):

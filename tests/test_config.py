@@ -81,7 +81,9 @@ def test_json_round_trip_and_identity():
     data = config.to_json(example)
     assert data["kinds"] == ["c"] and config.from_json(Example, data) == example
     assert "speed" not in config.identity(example) and config.identity(example)["number"] == 3
-    with pytest.raises(UserError, match="unknown or missing"):
+    without = {name: value for name, value in data.items() if name != "number"}
+    assert config.from_json(Example, without) == example, "a field of a later version has its default"
+    with pytest.raises(UserError, match="unknown: a newer version"):
         config.from_json(Example, dict(data, other=1))
 
 

@@ -14,6 +14,15 @@ from saejax.models.settings import ModelConfig
 from saejax.runner import command_line, environment
 
 
+@pytest.mark.parametrize("is_demanded", [True, False])
+def test_tests_of_pages_are_skipped_only_where_nobody_demands_a_browser(is_demanded):
+    own = dict(PATH="", SAEJAX_NEEDS_CHROMIUM="1" if is_demanded else "")
+    command = [sys.executable, "-c", "import browser; print(browser.needs_chromium.args[0], browser.CHROMIUM)"]
+    folder = Path(__file__).parent
+    said = subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True, check=True).stdout
+    assert said.split() == [str(not is_demanded), "None"]
+
+
 @pytest.mark.parametrize(("accelerators", "folder"), [(True, "run/.compile_cache"), (False, None)])
 def test_accelerators_keep_programs_in_the_workdir(monkeypatch, tmp_path, accelerators, folder):
     monkeypatch.chdir(tmp_path)

@@ -151,6 +151,32 @@ def test_a_transcoder_reads_one_site_and_predicts_the_other(lm, acts):
     assert np.isfinite(saejax.evaluate(lm, transcoder, TEXTS[:2]).losses.ce["reconstructed"])
 
 
+def test_a_crosscoder_is_trained_on_the_models_mesh_and_scored_at_all_its_parts(lm, acts):
+    settings = dict(k=8, expansion=1, batch=64, max_steps=3, on_progress=lambda line: None)
+    parts = (SITE, "mlp_out.1")
+    crosscoder = saejax.train(acts, "+".join(parts), "batchtopk", mesh=lm.mesh, **settings)
+    scores = saejax.evaluate(lm, crosscoder, TEXTS[:5])
+    inside_N = np.isin(acts.index_Nx3[:, 0], range(5))
+    for part, max_norm in zip(parts, crosscoder.config.max_norms, strict=True):
+        inside_N &= np.linalg.norm(acts.values[part], axis=1) <= max_norm
+    x_NxD = np.concatenate(
+        [acts.values[part][inside_N] * scale for part, scale in zip(parts, crosscoder.config.scales, strict=True)], 1
+    )
+    error_NxD = x_NxD.astype(np.float64) - np.asarray(crosscoder(x_NxD))
+    expected = 1 - np.square(error_NxD).sum() / np.square(x_NxD - x_NxD.mean(0, np.float64)).sum()
+    assert scores.explained_variance == pytest.approx(expected, abs=1e-5)
+    ce = scores.losses.ce
+    assert ce["clean"] == pytest.approx(
+        saejax.evaluate(lm, saejax.train(acts, SITE, **settings), TEXTS[:5]).losses.ce["clean"]
+    )
+    assert ce["reconstructed"] != pytest.approx(ce["clean"], rel=1e-4)
+    other = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
+    with pytest.raises(UserError, match="expected one with the axes member, data, model"):
+        saejax.train(acts, SITE, mesh=other, **settings)
+    with pytest.raises(UserError, match="eps is 0.0: expected at least"):
+        saejax.train(acts, SITE, eps=0.0, **settings)
+
+
 def test_training_goes_on_in_its_folder(acts, tmp_path):
     settings = dict(k=4, expansion=1, batch=64, max_steps=4, checkpoint_every=2)
     whole = saejax.train(acts, SITE, on_progress=lambda line: None, folder=tmp_path / "run", **settings)

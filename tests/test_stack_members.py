@@ -95,8 +95,11 @@ def test_members_depend_on_what_their_training_reads(inputs, tmp_path):
     assert names[0] == "resid_post.0-seed1-k4" and len(names) == 8
     marks = {name: stack.fingerprint(f"train/topk/{name}") for name in names}
     assert len({*marks.values()}) == 8
-    # Seed 2 of the stack takes tokens in the order of seed 1, and a second site has other initial values than a first.
-    for layer, seed, same in ((0, 1, True), (0, 2, False), (1, 1, False)):
+    # Of several sites the name seeds initial values, so that a further or earlier one changes no others.
+    turned = plan(inputs, tmp_path, **base | dict(train__sites="resid_post.1,resid_post.0"))
+    assert {name: turned.fingerprint(f"train/topk/{name}") for name in names} == marks
+    # Seed 2 of the stack takes tokens in the order of seed 1.
+    for layer, seed, same in ((0, 1, False), (0, 2, False), (1, 1, False)):
         site = f"resid_post.{layer}"
         alone = plan(inputs, tmp_path, train__k="4", train__seed=seed, train__sites=site, capture__sites=site)
         assert (marks[f"{site}-seed{seed}-k4"] == alone.fingerprint("train/topk")) == same
@@ -105,11 +108,11 @@ def test_members_depend_on_what_their_training_reads(inputs, tmp_path):
         assert {name: changed.fingerprint(f"train/topk/{name}") for name in names} == marks, setting
     # A feature's description depends on its own dictionary alone, whatever other layers the stack has.
     first = "interpret/topk/resid_post.0-seed1-k4"
-    for name, setting in {
-        first: dict(train__seed="1,3"),
-        first.removesuffix("-k4"): dict(train__k="4"),
-        "interpret/topk/seed1-k4": dict(train__sites="resid_post.0"),
-    }.items():
+    for name, setting in (
+        (first, dict(train__seed="1,3")),
+        (first.removesuffix("-k4"), dict(train__k="4")),
+        (first, dict(train__sites="resid_post.1,resid_post.0")),
+    ):
         assert stack.fingerprint(first) == plan(inputs, tmp_path, **base | setting).fingerprint(name)
 
 

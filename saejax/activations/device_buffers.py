@@ -25,9 +25,8 @@ from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import forward
 from saejax.models.sites import Site
-from saejax.parallel.mesh import everywhere, fitting_sharding, free_bytes, sharding
+from saejax.parallel.mesh import BY_DOCUMENT, everywhere, fitting_sharding, free_bytes, sharding
 
-BY_DOCUMENT = ("member", "data")  # axes over which the documents of a batch are split
 _BITS = dict(float32=jnp.float32, bfloat16=jnp.uint16)
 _AHEAD = 2  # batches that are sent before the one that runs is waited for: a request to stop is heard between them
 

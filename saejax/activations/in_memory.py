@@ -14,10 +14,13 @@ from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches
 from saejax.models.tokens import Tokens
+from saejax.parallel.mesh import document_devices
+from saejax.short_reprs import has_short_repr
 
 _PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Activations:
     """Values of some sites on the tokens of texts, in memory; row r of every site is the same token."""
@@ -93,7 +96,7 @@ def capture(
     tokens = lm.tokenize(texts)
     offsets = np.concatenate([[0], np.cumsum(tokens.lengths_B)])
     values: dict[str, np.ndarray] = {}
-    for chosen, rows, length in even_batches(tokens.lengths_B, batch_tokens, lm.mesh.shape["data"], _PROGRAM):
+    for chosen, rows, length in even_batches(tokens.lengths_B, batch_tokens, document_devices(lm.mesh), _PROGRAM):
         # Rows are filled up to a number that the devices divide; the copies are not kept.
         filled_B = np.resize(chosen, rows)
         batch = Tokens(tokens.ids_BxT[filled_B, :length], tokens.lengths_B[filled_B])

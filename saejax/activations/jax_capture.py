@@ -1,6 +1,6 @@
 """The JAX backend of capture: our decoder, on the mesh, up to the last site that is wanted."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from saejax.models.parity import needs_check
 from saejax.models.sites import AnySite, Site
 from saejax.models.source import ModelSource
 from saejax.models.weights import load_params
-from saejax.parallel.mesh import sharding
+from saejax.parallel.mesh import BY_DOCUMENT, everywhere
 
 
 class DecoderReader:
@@ -27,8 +27,7 @@ class DecoderReader:
       source: the model's files.
       config: configuration of the whole model.
       sites: what to read, at least one.
-      padded_shape: gives the [B, T] of batches whose longest document has some length, see ``Plan.padded_shape``.
-      mesh: the devices; documents are split over ``data``, heads and MLP over ``model``.
+      mesh: the devices; documents are split over ``member`` and ``data``, heads and MLP over ``model``.
       dtype: "float32" or "bfloat16", of parameters and products.
       hand_over: dtype of the values that are handed over.
 
@@ -43,13 +42,11 @@ class DecoderReader:
         source: ModelSource,
         config: DecoderConfig,
         sites: Sequence[Site],
-        padded_shape: Callable[[int], tuple[int, int]],
         mesh: Mesh,
         dtype: str,
         hand_over: str,
     ):
-        self.config, self._sites, self._padded_shape = config, tuple(sites), padded_shape
-        self.mesh, self._hand_over = mesh, hand_over
+        self.config, self._sites, self.mesh, self._hand_over = config, tuple(sites), mesh, hand_over
         self.widths: dict[AnySite, int] = {site: site.width(config) for site in sites}
         if needs_check(source, dtype):
             load_model(source.name, source.revision or "main", dtype, mesh)  # which compares it with transformers
@@ -65,13 +62,10 @@ class DecoderReader:
         self._give(running, take)
 
     def pad_batch(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Return token ids [B, T] and lengths [B] of a batch, in one of few shapes that the mesh divides."""
-        documents, length = batch.ids_BxT.shape
-        rows, padded = self._padded_shape(length)
-        # Over both axes, as buffers on the devices split documents over ``member``, too.
-        rows += -rows % (self.mesh.shape["member"] * self.mesh.shape["data"])
-        ids_BxT = np.pad(batch.ids_BxT, ((0, rows - documents), (0, padded - length)))
-        return ids_BxT, np.pad(batch.stop_B, (0, rows - documents), constant_values=1).astype(np.int32)
+        """Return token ids [B, T] and lengths [B] of a batch in its shape, whose rows the mesh divides."""
+        extra, longer = np.subtract(batch.shape, batch.ids_BxT.shape)
+        ids_BxT = np.pad(batch.ids_BxT, ((0, extra), (0, longer)))
+        return ids_BxT, np.pad(batch.stop_B, (0, extra), constant_values=1).astype(np.int32)
 
     def close(self) -> None:
         """Give back the devices' memory; the reader cannot be used afterwards."""
@@ -79,8 +73,7 @@ class DecoderReader:
 
     def _start(self, batch: Batch) -> Sequence[jax.Array]:
         """Send a batch to the devices, without waiting for it."""
-        ids_BxT, lengths_B = self.pad_batch(batch)
-        placed = jax.device_put((ids_BxT, lengths_B), (sharding(self.mesh, "data", None), sharding(self.mesh, "data")))
+        placed = [everywhere(self.mesh, array, BY_DOCUMENT) for array in self.pad_batch(batch)]
         _, values = forward(self.config, self._sites, False, self.params, *placed)
         # On the devices: values for a store in bfloat16 then take half the bytes on their way to the host.
         return jax.tree.map(lambda value: value.astype(self._hand_over), values)

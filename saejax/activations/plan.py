@@ -2,7 +2,8 @@
 
 Rows follow the documents' random order, train before held-out, and are cut into shards of ``shard_rows``. A shard's
 batches hold only its own rows, so that it comes out the same whether or not the shards before it were made in the same
-process. A document that is cut between two shards is read for both.
+process. A document that is cut between two shards is read for both. Batches have few shapes, and as many rows as the
+devices over which they are split divide: of a shard of 65,536 tokens at most a few rows hold no document.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from saejax.activations.documents import Documents
-from saejax.models.lengths import bucket_lengths
+from saejax.models.lengths import bucket_lengths, part_batches
 from saejax.models.sites import AnySite
 
 _PERMUTATION = 3  # stream of random numbers, apart from those of the documents
@@ -31,6 +32,8 @@ class Batch:
     stop_B: np.ndarray
     #: for each, the rows of the shard, [stop - first], that its recorded positions become.
     rows_B: tuple[np.ndarray, ...]
+    #: rows and length to which a program of fixed shape fills the batch up, at least those of ``ids_BxT``.
+    shape: tuple[int, int]
 
     @property
     def mask_BxT(self) -> np.ndarray:
@@ -68,11 +71,11 @@ class Plan:
     Args:
       documents: documents, in the order in which they are captured.
       shard_rows: rows per shard; the last shard has the remainder.
-      batch_tokens: most tokens of a batch, padding to ``padded_shape`` included; a longer document is a batch of its
-        own.
+      batch_tokens: most tokens of a batch on each device, padding included; a longer document is alone on its device.
       last: record only the last n positions of every text; 0: all.
       seed: seed of the order of rows within a shard.
       whole: all documents, where only some of them are captured; says where texts end.
+      devices: devices over which the rows of a batch are split.
 
     Raises:
       ValueError: a document of the train split follows one that is held out.
@@ -86,8 +89,10 @@ class Plan:
         last: int,
         seed: int,
         whole: Documents | None = None,
+        devices: int = 1,
     ):
-        self.documents, self.shard_rows, self.batch_tokens, self.seed = documents, shard_rows, batch_tokens, seed
+        self.documents, self.shard_rows, self.seed = documents, shard_rows, seed
+        self._batch_tokens, self._devices = batch_tokens * devices, devices
         if (np.diff(documents.split_N) < 0).any():
             raise ValueError("documents of the train split come first")
         self._first_N = _first_recorded(documents, last, documents if whole is None else whole)
@@ -114,11 +119,6 @@ class Plan:
         """Number of shards."""
         return -(-self.rows // self.shard_rows)
 
-    def padded_shape(self, length: int) -> tuple[int, int]:
-        """Return [B, T] of the program for batches whose longest document has this length; there are few of them."""
-        padded = int(self._lengths[np.searchsorted(self._lengths, length)])
-        return max(1, self.batch_tokens // padded), padded
-
     def size(self, shard: int) -> int:
         """Return the number of rows of a shard."""
         return min(self.shard_rows, self.rows - shard * self.shard_rows)
@@ -142,36 +142,34 @@ class Plan:
         documents_S, first_S, stop_S = spans = self._spans(shard)
         rows = self._rows(shard, spans)
         batches = []
-        for chosen in self._groups(stop_S):
+        for chosen, filled, length in self._groups(stop_S):
             ids_BxT = np.zeros((len(chosen), stop_S[chosen[0]]), np.int32)
             for row, document, stop in zip(ids_BxT, documents_S[chosen], stop_S[chosen], strict=True):
                 row[:stop] = self.documents[document][:stop]
             taken = tuple(rows[i] for i in chosen)
-            batches.append(Batch(ids_BxT, documents_S[chosen], first_S[chosen], stop_S[chosen], taken))
+            batches.append(
+                Batch(ids_BxT, documents_S[chosen], first_S[chosen], stop_S[chosen], taken, (filled, length))
+            )
         return batches
 
-    def padding_share(self, row_multiple: int = 0) -> float:
+    def padding_share(self, filled: bool = True) -> float:
         """Return the share of padding in all tokens that go through the model.
 
         Args:
-          row_multiple: 0 where batches go through it as they are, each document padded to the longest; otherwise they
-            are filled up to ``padded_shape``, their rows to a multiple of this.
+          filled: whether batches are filled up to their ``shape``; otherwise they go through as they are, each document
+            padded to the longest.
         """
         real = padded = 0
         for shard in range(self.shards):
             _, _, stop_S = self._spans(shard)
             real += int(stop_S.sum())
-            for chosen in self._groups(stop_S):
-                rows, length = len(chosen), int(stop_S[chosen[0]])
-                if row_multiple:
-                    rows, length = self.padded_shape(length)
-                    rows += -rows % row_multiple
-                padded += rows * length
+            for chosen, rows, length in self._groups(stop_S):
+                padded += rows * length if filled else len(chosen) * int(stop_S[chosen[0]])
         return 1 - real / padded
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
-        """The lengths of ``padded_shape``, rising; the last is that of the longest document."""
+        """The lengths of programs, rising; the last is that of the longest document."""
         return bucket_lengths(np.bincount(self.documents.lengths_N), _PROGRAM)
 
     def _spans(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -193,16 +191,9 @@ class Plan:
         order_R = np.concatenate([rng.permutation(train), train + rng.permutation(self.size(shard) - train)])
         return np.split(order_R, np.cumsum(spans[2] - spans[1])[:-1])
 
-    def _groups(self, stop_S: np.ndarray) -> list[np.ndarray]:
-        """Return the spans of similar length that go through the model together, the longest first."""
-        # Stable: equal lengths keep the order of documents, so that batches are the same everywhere.
-        order_S = np.argsort(-stop_S, kind="stable")
-        groups, begin = [], 0
-        while begin < len(order_S):
-            count, _ = self.padded_shape(int(stop_S[order_S[begin]]))
-            groups.append(order_S[begin : begin + count])
-            begin += count
-        return groups
+    def _groups(self, stop_S: np.ndarray) -> list[tuple[np.ndarray, int, int]]:
+        """Return the spans of similar length that go through the model together, with rows and length of a program."""
+        return part_batches(stop_S, self._lengths, self._batch_tokens, self._devices, _PROGRAM)
 
 
 def _first_recorded(documents: Documents, last: int, whole: Documents) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 from saejax.activations.jax_capture import DecoderReader
-from saejax.activations.plan import Batch, Plan, Reader, Take
+from saejax.activations.plan import Batch, Reader, Take
 from saejax.activations.settings import CaptureConfig
 from saejax.config import Configs
 from saejax.errors import UserError
@@ -18,7 +18,7 @@ from saejax.models.families import read_config
 from saejax.models.settings import ModelConfig
 from saejax.models.sites import AnySite, ModuleSite, OtherSite, Site, parse_site
 from saejax.models.tokens import bos_tokens
-from saejax.parallel.mesh import make_mesh
+from saejax.parallel.mesh import document_devices, make_mesh
 from saejax.parallel.settings import MeshConfig
 
 # What tells tokenizers apart that have the same vocabulary.
@@ -144,22 +144,25 @@ def parse_sites(names: Sequence[str], backend: str) -> tuple[AnySite, ...]:
     return sites
 
 
-def load_reader(mesh: MeshConfig, request: CaptureRequest, plan: Plan, config: CaptureConfig) -> Reader:
-    """Load the backend that reads the plan's batches, and import torch for no other: it takes seconds."""
+def batch_devices(mesh: MeshConfig, request: CaptureRequest, config: CaptureConfig) -> int:
+    """Return the number of devices over which the rows of a batch are split."""
+    return 1 if config.backend == "torch" or request.needs_torch else document_devices(make_mesh(mesh))
+
+
+def load_reader(mesh: MeshConfig, request: CaptureRequest, config: CaptureConfig) -> Reader:
+    """Load the backend that reads a plan's batches, and import torch for no other: it takes seconds."""
     if request.second is not None:
         first_sites = tuple(site for site in request.sites if not isinstance(site, OtherSite))
         first = dataclasses.replace(request, sites=first_sites, second=None)
         # Each model by itself: the two may run in different backends.
-        return PairReader(*(load_reader(mesh, each, plan, config) for each in (first, request.second)))
+        return PairReader(*(load_reader(mesh, each, config) for each in (first, request.second)))
     if config.backend == "torch" or request.needs_torch:
         from saejax.activations.torch_capture import SiteReader
 
         return SiteReader(source.load_torch_model(request.source, config.dtype), request.sites)
     decoder = cast(DecoderConfig, request.decoder)
     sites = [site for site in request.sites if isinstance(site, Site)]  # all of them: modules were refused
-    return DecoderReader(
-        request.source, decoder, sites, plan.padded_shape, make_mesh(mesh), config.dtype, config.store_dtype
-    )
+    return DecoderReader(request.source, decoder, sites, make_mesh(mesh), config.dtype, config.store_dtype)
 
 
 class PairReader:

@@ -40,7 +40,9 @@ class CaptureConfig(Config):
         choices=("auto", "always", "never"),
     )
     store_dtype: str = setting("bfloat16", "dtype of activations on disk", choices=("float32", "bfloat16"))
-    batch_tokens: int = setting(2048, "tokens per forward pass, padding included", low=1, changes_results=False)
+    batch_tokens: int = setting(
+        2048, "tokens of a forward pass on each device, padding included", low=1, changes_results=False
+    )
     shard_rows: int = setting(65_536, "rows (tokens) per shard file", low=1)
     sink_factor: float = setting(
         10.0,

@@ -22,7 +22,7 @@ from saejax.activations.joined import single_sites
 from saejax.activations.manifest import CapturedModel
 from saejax.activations.plan import Batch, Plan, Reader
 from saejax.activations.progress import SAY_EVERY
-from saejax.activations.request import CaptureRequest, begins_with_bos, load_reader, read_request
+from saejax.activations.request import CaptureRequest, batch_devices, begins_with_bos, load_reader, read_request
 from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import DTYPES
 from saejax.config import Configs
@@ -80,8 +80,10 @@ class ModelStream:
         self._sink_factor = config.sink_factor
         self.bos = "always" if begins_with_bos(request, config.bos) else "never"
         training = documents(request).training()
-        self._plan = Plan(training, rows, config.batch_tokens, config.last, configs[CorpusConfig].seed)
-        self._reader = load_reader(configs[MeshConfig], request, self._plan, config)
+        devices = batch_devices(configs[MeshConfig], request, config)
+        seed = configs[CorpusConfig].seed
+        self._plan = Plan(training, rows, config.batch_tokens, config.last, seed, devices=devices)
+        self._reader = load_reader(configs[MeshConfig], request, config)
         self._dtype, largest = config.store_dtype, max(map(self.size, range(len(self))))
         self._on_devices = _device_buffers(self._reader, parts, largest, self._dtype)
         self._buffers = self._on_devices or ShardBuffers(self._reader.widths, largest, self._dtype)

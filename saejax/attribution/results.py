@@ -16,33 +16,6 @@ class GraphTarget:
 
 
 @dataclasses.dataclass(frozen=True)
-class DoublingResults:
-    """Features changed one by one."""
-
-    features: int  #: how many
-    #: their activation added 64 times with all frozen as the graph does, a 64th of what happens against the edges: the
-    #: largest difference over the largest edge; None: a graph of SAEs
-    held_error: float | None
-    #: of edges with what happens when activations are doubled and nothing is frozen, over all targets that an edge
-    #: reaches, -1 to 1; None: fewer than 3 such edges
-    correlation: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class CurveResults:
-    """The model run with a part of the graph alone, for growing shares of influence; a number for each share."""
-
-    share: tuple[float, ...]  #: of the influence of all nodes, 0 to 1
-    features: tuple[int, ...]  #: that are kept
-    errors: tuple[int, ...]  #: that are kept
-    #: the first target with these alone, between ``empty`` (0) and ``model`` (1); None where these two are the same
-    faithfulness: tuple[float | None, ...]
-    incompleteness: tuple[float | None, ...]  #: the same with all others alone
-    model: float  #: the first target of the whole model
-    empty: float  #: the first target without any feature and error
-
-
-@dataclasses.dataclass(frozen=True)
 class SourcePair:
     """The contribution of a pair of sources to a score."""
 
@@ -90,8 +63,6 @@ class GraphResults:
     #: what rows with bias nodes lack of their pre-activations: the largest by size, over the largest value
     unexplained: float
     seconds: float  #: time of tracing
-    doubling: DoublingResults | None  #: None: not asked for
-    circuits: CurveResults | None  #: None: not asked for, or a graph of SAEs
     query_key: tuple[QueryScores, ...]  #: of each head of ``--graph.query_key``
 
 

@@ -1,8 +1,7 @@
-"""Settings of attribution graphs: prompts, transcoders or SAEs, pruning and checks."""
+"""Settings of attribution graphs: prompts, transcoders or SAEs, pruning, and what the page shows."""
 
 import dataclasses
 
-from saejax import shared_settings as shared
 from saejax.config import Config, setting
 
 GRAPH_ESTIMATES = ("gradient", "relp")
@@ -42,7 +41,8 @@ class GraphConfig(Config):
     prompts: str = setting(
         "",
         '.jsonl file of prompts, in place of --graph.prompt: {"slug": "paris", "prompt": "...", "targets": [" '
-        'Paris"]}, or "token_ids"; a line without targets uses --graph.target',
+        'Paris"]}, or "token_ids"; a target is a text, or a list of two for the difference of their logits; a line '
+        "without targets uses --graph.target",
     )
     behaviours: tuple[str, ...] = setting(
         (), "behaviours whose first test prompt is traced, with the logit difference as target"
@@ -50,8 +50,12 @@ class GraphConfig(Config):
     chat_template: bool = setting(False, "wrap text prompts in the tokenizer's chat template as a user's message")
     target: str = setting(
         "",
-        "token to explain, such as ' Paris', or ' Paris> Rome' for the difference of two logits; empty: the most "
-        "probable next tokens",
+        "token to explain, such as ' Paris', as it is written; empty: the most probable next tokens",
+    )
+    minus: str = setting(
+        "",
+        "token whose logit is subtracted from that of --graph.target, such as ' Rome', to explain the difference; "
+        "empty: none",
     )
     max_logits: int = setting(10, "maximum number of next tokens to explain", low=1)
     logit_mass: float = setting(
@@ -65,17 +69,6 @@ class GraphConfig(Config):
         0.0, "smallest size of the edges that are kept, in units of the target's pre-activation", low=0.0
     )
     slug: str = setting("", "name of the graph and of its folder; empty: derived from the prompt or the file name")
-    doubled: int = setting(
-        0,
-        "number of features that are raised with everything frozen, and doubled with nothing frozen, to check edges "
-        "(0: no check)",
-        low=0,
-    )
-    circuits: bool = setting(
-        False,
-        "run the model with parts of the graph alone, and with all the rest alone, to measure how much of the answer "
-        "the graph explains (transcoders only)",
-    )
     supernodes: str = setting(
         "",
         'file of groups of nodes that the page and Neuronpedia show, .json: {"paris": [["cities", "3_17_4", '
@@ -111,4 +104,3 @@ class GraphConfig(Config):
         "heads whose query-key scores are split over pairs of sources, each layer.head or layer.head@position of the "
         "query (default -1, the last), such as 12.3,14.0@5",
     )
-    seed: int = shared.causal_seed()

@@ -43,7 +43,6 @@ class DictionaryConfig(Config):
     output_units: bool = setting(False, "multiply activations by the scale of the token's normalisation")
     #: "auto": as the tokenizer does.
     bos: str = setting("auto", "whether texts of its training began with the BOS token", choices=BOS)
-    context: int = setting(0, "tokens of a text of its training; 0: unknown", low=0)
 
     def bos_conflict(self, begins_with_bos: bool) -> str:
         """Return in words how texts differ from those of the training; "": they do not, or it is not known.

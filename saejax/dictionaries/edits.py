@@ -10,8 +10,10 @@ from saejax.dictionaries.kinds.base import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.models.edits import ForwardPass, Positions, Values, check_width
 from saejax.models.sites import Site
+from saejax.short_reprs import has_short_repr
 
 
+@has_short_repr
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FeatureEdit:

@@ -16,7 +16,7 @@ _HASHED = (
 
 def hash_dictionaries(folder: str) -> str:
     """Hash the dictionaries in a folder, or a file, which may be on the hub: 16 hexadecimal digits."""
-    digest, place = hashlib.sha256(), resolve_path(folder)
+    digest, place = hashlib.sha256(), resolve_path(folder).absolute()  # "." has no name
     files = [place] if place.is_file() else _hashed_files(place)
     # Where a file is named, its settings are in another one beside it, or above.
     settings = [*(place.with_name(name) for name in BESIDE), place.parent.parent / "config.json"]

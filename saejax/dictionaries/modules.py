@@ -17,7 +17,6 @@ every stage do.
 """
 
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -113,6 +112,12 @@ class Dictionary(nnx.Module):
             length_Fx1 = joined.row_lengths(directions_FxD, config.widths)[:, None]
             first = dict(W_enc_DxF=(directions_FxD * length_Fx1).T, W_dec_FxD=directions_FxD / length_Fx1)
         return Dictionary(config, matmul_dtype, **arrays | first)
+
+    def __repr__(self) -> str:
+        config = self.config
+        target = f" to {config.target}" if config.target else ""
+        k, model = (f", k {config.k}" if config.k else ""), (f", trained on {config.model}" if config.model else "")
+        return f"<{config.kind} dictionary of {config.site}{target}: {config.n_features:,} features{k}{model}>"
 
     @property
     def site(self) -> str:
@@ -273,35 +278,35 @@ class Dictionary(nnx.Module):
 
     # Edits of features.
 
-    def ablate(self, features: Sequence[int], positions: str | Span = "all", error: str = "keep") -> FeatureEdit:
+    def ablate(self, features: Sequence[int] | int, positions: str | Span = "all", error: str = "keep") -> FeatureEdit:
         """Return the edit g = 0."""
         return self._edit(features, 0.0, 0.0, positions, error)
 
     def set(
-        self, features: Sequence[int], activations: Any, positions: str | Span = "all", error: str = "keep"
+        self, features: Sequence[int] | int, activations: Any, positions: str | Span = "all", error: str = "keep"
     ) -> FeatureEdit:
         """Return the edit g = activations: a number, or one for each feature, [K], such as means over some text."""
         return self._edit(features, 0.0, activations, positions, error)
 
     def scale(
-        self, features: Sequence[int], factor: Any, positions: str | Span = "all", error: str = "keep"
+        self, features: Sequence[int] | int, factor: Any, positions: str | Span = "all", error: str = "keep"
     ) -> FeatureEdit:
         """Return the edit g = factor x f; the factor is a number, or one for each feature, [K]."""
         return self._edit(features, factor, 0.0, positions, error)
 
     def patch(
-        self, features: Sequence[int], f_BxTxK: Any, positions: str | Span = "all", error: str = "keep"
+        self, features: Sequence[int] | int, f_BxTxK: Any, positions: str | Span = "all", error: str = "keep"
     ) -> FeatureEdit:
         """Return the edit g = activations given for every position of the prompts, such as those of counterparts.
 
         T is the prompts' length with padding; values at padding have no effect. New tokens, in generation, have none
         and pass unchanged. ``positions`` and ``error`` are as the class says.
         """
-        values = Values.for_prompts(f_BxTxK, len(features), "what is patched in")
+        values = Values.for_prompts(f_BxTxK, np.size(features), "what is patched in")
         return self._edit(features, 0.0, values, positions, error)
 
     def steer(
-        self, features: Sequence[int], amount: Any, positions: str | Span = "all", error: str = "keep"
+        self, features: Sequence[int] | int, amount: Any, positions: str | Span = "all", error: str = "keep"
     ) -> FeatureEdit:
         """Return the edit g = f + amount: amount x W_dec_i is added, whether the feature fires there or not.
 
@@ -361,7 +366,7 @@ class Dictionary(nnx.Module):
         return self._error_edit(Values.for_prompts(error_BxTxD, self.config.d_in, "the error term"), positions)
 
     def _edit(
-        self, features: Sequence[int], factor: Any, offset: Any, positions: str | Span, error: str
+        self, features: Sequence[int] | int, factor: Any, offset: Any, positions: str | Span, error: str
     ) -> FeatureEdit:
         """Return the edit of checked features; see ``FeatureEdit``."""
         one_of(error, ("keep", "drop"), "error")
@@ -388,9 +393,12 @@ class Dictionary(nnx.Module):
             offset = Values.constant(offset, len(features_K), "the activation")
         return FeatureEdit(self, jnp.asarray(features_K), factors, offset, error, where, reads, site)
 
-    def _indices(self, features: Sequence[int]) -> np.ndarray:
+    def _indices(self, features: Sequence[int] | int) -> np.ndarray:
         """Return feature indices as an array; raise a ``UserError`` unless they exist and are distinct."""
-        indices, n = list(map(operator.index, features)), self.config.n_features
+        array, n = np.ravel(features), self.config.n_features
+        if array.size and array.dtype.kind not in "iu":
+            raise UserError(f"features are {features!r:.60}: expected whole numbers, or one")
+        indices = array.tolist()
         wrong = [i for i in indices if not 0 <= i < n]
         if wrong:
             raise UserError(f"features {wrong[:5]} do not exist: there are 0 to {n - 1}")

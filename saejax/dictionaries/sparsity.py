@@ -49,17 +49,18 @@ def signed_topk(pre_xF: jax.Array, k: int | jax.Array, max_k: int) -> jax.Array:
     return jnp.where(pre_xF >= kth_x1, pre_xF, jnp.zeros_like(pre_xF))
 
 
-def batch_topk(pre_BxF: jax.Array, k: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keep the B k largest positive pre-activations of a whole batch (Bussmann et al., 2024), of any tokens.
-
-    Returns:
-      The activations, and the smallest that was kept (0 if none is positive): what an inference threshold averages.
-    """
+def batch_topk(pre_BxF: jax.Array, k: int | jax.Array) -> jax.Array:
+    """Keep the B k largest positive pre-activations of a whole batch (Bussmann et al., 2024), of any tokens."""
     acts_BxF = jax.nn.relu(pre_BxF)
     values_BxF = lax.stop_gradient(acts_BxF)
     kept_BxF = values_BxF > selection.batch_threshold(values_BxF, k)
-    smallest = jnp.min(jnp.where(kept_BxF, values_BxF, jnp.inf))
-    return jnp.where(kept_BxF, acts_BxF, jnp.zeros_like(acts_BxF)), jnp.where(jnp.isfinite(smallest), smallest, 0.0)
+    return jnp.where(kept_BxF, acts_BxF, jnp.zeros_like(acts_BxF))
+
+
+def smallest(acts_BxF: jax.Array) -> jax.Array:
+    """Return the smallest activation above 0; 0 if none is."""
+    least = jnp.min(jnp.where(acts_BxF > 0, acts_BxF, jnp.inf))
+    return jnp.where(jnp.isfinite(least), least, 0.0)
 
 
 def row(vector_N: jax.Array, ndim: int) -> jax.Array:

@@ -120,6 +120,20 @@ class AblatedFeatures:
 
 
 @dataclasses.dataclass(frozen=True)
+class VariableFeature:
+    """A value of one of the algorithm's variables, and the feature that goes with it most on train prompts."""
+
+    variable: str  #: its name, such as "carry"
+    value: str  #: such as "yes"
+    prompts: int  #: test prompts that have it; the others of the variable do not
+    feature: int  #: whose activation, where the answer is predicted, is most correlated with having the value
+    auc: float  #: of this activation on test prompts, 0 to 1; by chance 0.5
+    p_holm: float  #: of an AUC as large by chance (Mann and Whitney), after Holm's correction over all values
+    drop: float  #: of the logit difference without the feature, mean over test prompts with the value
+    random_drop: float  #: the same without its activation along a random direction
+
+
+@dataclasses.dataclass(frozen=True)
 class AlgorithmResults:
     """A transformer that was trained on an algorithm."""
 
@@ -128,3 +142,4 @@ class AlgorithmResults:
     required: Mapping[str, float]  #: by kind of question: the share that training aims at
     prompts: int  #: test prompts, on which features are ablated
     features: Mapping[str, AblatedFeatures]  #: of the residual stream between its layers: trained, random directions
+    variables: tuple[VariableFeature, ...]  #: the algorithm's variables, as labels of the prompts know them

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from saejax.results import Interval
+from saejax.short_reprs import has_short_repr
 from saejax.statistics.bootstrap import percentile_interval
 
 #: The readouts of question 1: their names, and the factor and unit in which they are printed. The last two are those
@@ -88,6 +89,7 @@ class CausalAnswer:
     parts: Mapping[str, Interval] | None = None
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class BehaviourVerdict:
     """The five answers for the top features of one behaviour."""
@@ -115,6 +117,19 @@ class CausalVerdict:
 
     rule: str  #: the rule, in words
     dictionaries: Mapping[str, Mapping[str, BehaviourVerdict]]  #: answers by dictionary and behaviour
+
+    def __repr__(self) -> str:
+        lines = []
+        for name, behaviours in self.dictionaries.items():
+            for behaviour, verdict in behaviours.items():
+                first = verdict.ablation.get("logit_diff") or next(iter(verdict.ablation.values()))
+                answers = dict(
+                    causal=first, random=verdict.random, placebo=verdict.placebo, selective=verdict.selective
+                )
+                told = ", ".join(f"{question}: {answer.answer}" for question, answer in answers.items())
+                lines.append(f"  {name}, {behaviour}: {told}")
+        more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
+        return "\n".join(["CausalVerdict(", *lines[:20], *more, ")"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ from saejax.interventions.edits import mask
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens, encode, token_text
 from saejax.results import Interval
+from saejax.short_reprs import has_short_repr
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 from saejax.tasks.scoring import wilson
 
@@ -89,6 +90,7 @@ class DriverShares:
     undecided: Interval  #: neither is shown
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Falsification:
     """Do features fire on words alone?"""

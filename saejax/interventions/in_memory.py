@@ -24,10 +24,12 @@ from saejax.interventions.verdict import verdict
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode
 from saejax.settings_from_keywords import make_config
+from saejax.short_reprs import has_short_repr
 from saejax.tasks import draw
 from saejax.tasks.behaviours import Prompt
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Ablation:
     """Effects of ablating a dictionary's features on behaviours."""

@@ -29,6 +29,7 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.files import read_json, whole_file, write_json
+from saejax.short_reprs import has_short_repr
 
 #: ``clean``: no edit. ``top``: the tested features together (index 0). ``single``: one feature alone (index is its
 #: rank). ``random``: random lists to the dose of the top features. ``placebo``: the top features of a placebo target,
@@ -98,6 +99,7 @@ class PromptDefinition:
     wrong: str = ""
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class EffectsTable:
     """Measured values, with the definitions of their edits and prompts.

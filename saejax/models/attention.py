@@ -2,7 +2,8 @@
 
 S counts keys: T where tokens attend to one another, the slots of a key-value cache otherwise.
 
-1. ``whole_prompt_tables`` or ``tables_by_layer`` make masks and rotary tables, once for all layers of a run.
+1. ``whole_prompt_tables`` or ``tables_by_layer`` make masks and rotary tables, once for all layers of a run. A
+   ``CausalMask`` is a rule: an array is made of it for some queries at a time.
 2. ``attention`` projects to queries, keys and values, normalises and rotates them, and projects the attended values.
 3. ``attend`` computes the attended values. Queries go in blocks, each with the keys up to its end; in long prompts a
    block goes through ``lax.map``, so that the scores of a whole prompt are never in memory.
@@ -22,6 +23,32 @@ from saejax.models.layers import SiteHook, Weights, align_rank, at_least_float32
 _BLOCKS, _BLOCKS_FROM = 4, 128  # blocks of queries, in prompts of at least so many tokens
 _LONG = 2048  # tokens of a prompt from which a block is mapped over rows of queries
 _ROW_SCORES, _MIN_ROWS = 2**18, 64  # scores of a head that exist at one time there, unless the rows would be fewer
+_NO_WINDOW = 2**30  # more than the positions of any text
+
+
+class CausalMask(NamedTuple):
+    """The mask of tokens that attend to themselves and to those before them; keys stand at places 0, 1, ..."""
+
+    window: int | jax.Array = _NO_WINDOW  #: number of places to which a query attends, its own included
+    first: int | jax.Array = 0  #: place of the first query; the others follow it
+    pad_B: jax.Array | None = None  #: int32 places of each prompt, from 0, that hold padding; None: none do
+
+    def array(self, queries: int, keys: int) -> jax.Array:
+        """Return True where a query attends to a key, [T, S] or, with padding, [B, T, S]."""
+        place_S = jnp.arange(keys)
+        # Queries that only fill up a block attend as the last one does: a softmax over no keys would be NaN.
+        age_TxS = jnp.minimum(self.first + jnp.arange(queries), keys - 1)[:, None] - place_S[None, :]
+        mask_TxS = age_TxS >= 0
+        if not isinstance(self.window, int) or self.window < keys:
+            mask_TxS &= age_TxS < self.window
+        if self.pad_B is None:
+            return mask_TxS
+        real_Bx1xS = (place_S[None, :] >= self.pad_B[:, None])[:, None]
+        # Padding attends to itself and so stays finite: NaN there would reach real tokens through 0 * NaN.
+        return mask_TxS[None] & real_Bx1xS | (age_TxS == 0)[None]
+
+
+Mask: TypeAlias = jax.Array | CausalMask
 
 
 class AttentionTables(NamedTuple):
@@ -29,8 +56,20 @@ class AttentionTables(NamedTuple):
 
     #: cosine and sine of each query's angles, [T, R] or [B, T, R] for R pairs of dimensions, fp32; None: none.
     rope: tuple[jax.Array, jax.Array] | None
-    mask: jax.Array  #: True where a query attends to a key, [T, S] or [B, T, S]
+    mask: Mask  #: True where a query attends to a key, [T, S] or [B, T, S]
     scale: float | jax.Array  #: factor on the scores
+
+    def block(self, queries: slice, keys: slice) -> "AttentionTables":
+        """Return the tables of some of the queries and the keys from the first on, as in ``query_blocks``."""
+        if isinstance(self.mask, CausalMask):
+            return self.from_query(queries.start, queries.stop - queries.start)
+        return self._replace(mask=self.mask[..., queries, keys])
+
+    def from_query(self, start: int | jax.Array, count: int) -> "AttentionTables":
+        """Return the tables of ``count`` queries from ``start`` on, which may be an array."""
+        if isinstance(self.mask, CausalMask):
+            return self._replace(mask=self.mask._replace(first=self.mask.first + start))
+        return self._replace(mask=lax.dynamic_slice_in_dim(self.mask, start, count, axis=-2))
 
 
 class TablesByLayer(NamedTuple):
@@ -55,25 +94,19 @@ class TablesByLayer(NamedTuple):
 
 def whole_prompt_tables(config: DecoderConfig, length: int) -> TablesByLayer:
     """Return the tables of tokens at positions 0 to ``length - 1`` that attend to one another."""
-    index_T = jnp.arange(length)
-    relative_position_TxS = index_T[:, None] - index_T[None, :]
-    return tables_by_layer(config, index_T, relative_position_TxS, relative_position_TxS >= 0)
+    return tables_by_layer(config, jnp.arange(length), CausalMask)
 
 
-def tables_by_layer(
-    config: DecoderConfig, positions: jax.Array, relative_position: jax.Array, mask: jax.Array
-) -> TablesByLayer:
+def tables_by_layer(config: DecoderConfig, positions: jax.Array, mask: Callable[[int], Mask]) -> TablesByLayer:
     """Return the tables of tokens at ``positions``, [T] or [B, T].
 
-    ``relative_position`` is the position of each query minus that of each key, and ``mask`` is True where a query
-    attends to a key in layers with full attention, both [T, S] or [B, T, S].
+    ``mask`` gives the mask of layers in which a query attends to so many positions, its own included.
     """
-    full = AttentionTables(_rope_tables(config.rope, positions), mask, config.score_scale)
+    full = AttentionTables(_rope_tables(config.rope, positions), mask(_NO_WINDOW), config.score_scale)
     if not any(config.sliding_layers):
         return TablesByLayer(full, full)
-    in_window = align_rank(relative_position < config.sliding_window, mask) & mask
     sliding_rope = _rope_tables(config.sliding_rope or config.rope, positions)
-    return TablesByLayer(full, AttentionTables(sliding_rope, in_window, full.scale))
+    return TablesByLayer(full, AttentionTables(sliding_rope, mask(config.sliding_window or _NO_WINDOW), full.scale))
 
 
 def _rope_tables(rope: Rope | None, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
@@ -176,7 +209,7 @@ def attend(
     parts = []
     for queries, keys in query_blocks(length, slots):
         block = q_xNxGxTxK[..., queries, :], k_xNxSxK[..., keys, :], v_xNxSxK[..., keys, :]
-        parts.append(attend_block(config, rules, *block, tables._replace(mask=tables.mask[..., queries, keys])))
+        parts.append(attend_block(config, rules, *block, tables.block(queries, keys)))
     attended_xTxNxGxK = jnp.moveaxis(jnp.concatenate(parts, axis=-2), -2, -4)
     return attended_xTxNxGxK.reshape(q_xTxHxK.shape).astype(v_xSxNxK.dtype)
 
@@ -235,21 +268,22 @@ def _map_block(
     tables: AttentionTables,
 ) -> jax.Array:
     """Compute ``_attend_block`` some rows of queries at a time; a gradient computes their scores again."""
-    length, slots = tables.mask.shape[-2:]
+    length, slots = q_xNxGxTxK.shape[-2], k_xNxSxK.shape[-2]
     size = min(max(_ROW_SCORES // slots, _MIN_ROWS), length)
     count = -(-length // size)
     extra = count * size - length
     q = jnp.pad(q_xNxGxTxK, [(0, 0)] * (q_xNxGxTxK.ndim - 2) + [(0, extra), (0, 0)])
-    # Padded queries attend to all keys: a softmax over none would be NaN, also in gradients.
-    padding = [(0, 0)] * (tables.mask.ndim - 2) + [(0, extra), (0, 0)]
-    mask = jnp.pad(tables.mask, padding, constant_values=True)
+    if not isinstance(mask := tables.mask, CausalMask):
+        # Padded queries attend to all keys: a softmax over none would be NaN, also in gradients.
+        padding = [(0, 0)] * (mask.ndim - 2) + [(0, extra), (0, 0)]
+        mask = jnp.pad(mask, padding, constant_values=True)
+    padded = tables._replace(mask=mask)
 
     @jax.checkpoint
     def attend_rows(start: jax.Array) -> jax.Array:
         """Attend with the rows of queries from ``start`` on."""
         rows = lax.dynamic_slice_in_dim(q, start, size, axis=-2)
-        mask_rows = lax.dynamic_slice_in_dim(mask, start, size, axis=-2)
-        return _attend_block(config, rules, rows, k_xNxSxK, v_xNxSxK, tables._replace(mask=mask_rows))
+        return _attend_block(config, rules, rows, k_xNxSxK, v_xNxSxK, padded.from_query(start, size))
 
     attended = jnp.moveaxis(lax.map(attend_rows, jnp.arange(count) * size), 0, -3)
     return attended.reshape(q.shape)[..., :length, :]
@@ -265,7 +299,10 @@ def _exponentials(
     scores_xNxRxS = einsum("...rk,...sk->...rs", q_xNxRxK, k_xNxSxK) * tables.scale
     # The cap before the mask: a masked score would become finite, and its key would be attended to.
     scores = soft_cap(scores_xNxRxS, config.attn_logit_softcap).reshape(*shape[:-1], -1)
-    mask = align_rank(tables.mask[..., None, None, :, :], scores)
+    mask = tables.mask
+    if isinstance(mask, CausalMask):
+        mask = mask.array(*scores.shape[-2:])
+    mask = align_rank(mask[..., None, None, :, :], scores)
     # On scores rather than weights: the weights themselves are never normalised (see ``_attend_block``).
     scores = rules.factor(jnp.where(jnp.broadcast_to(mask, scores.shape), scores, -jnp.inf))
     # The maximum cancels in the softmax, so nothing is lost by not differentiating it.

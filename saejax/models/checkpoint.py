@@ -59,21 +59,16 @@ class Tensor:
         return self._values()
 
     def read(self) -> np.ndarray:
-        """Return a copy of the values in float32, or in float64 if the file has that.
-
-        Raises:
-          UserError: they are in float64, which JAX is not set to keep, or are no floats.
-        """
+        """Return a copy of the values in float32, or in float64 if the file has that and JAX is set to keep it."""
         if not self.shape:  # single numbers lose nothing that counts
             return np.array(self._values(), np.float32)
         values = self.map()
-        if values.dtype != np.float64:
-            return np.array(values, np.float32)
-        import jax  # capture by torch does without
+        if values.dtype == np.float64:
+            import jax  # capture by torch does without
 
-        if not jax.config.jax_enable_x64:
-            raise UserError(f"{self.file} is in float64, which JAX reads only with JAX_ENABLE_X64=1: set it")
-        return np.array(values)
+            if jax.config.jax_enable_x64:
+                return np.array(values)
+        return np.array(values, np.float32)
 
     def rows(self, index_U: np.ndarray) -> np.ndarray:
         """Return some rows of the first axis, in the file's dtype; where values are mapped, only these are read."""

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.attention import QKV, Attend, AttentionSpec, Layer, tables_by_layer
+from saejax.models.attention import QKV, Attend, AttentionSpec, CausalMask, Layer, tables_by_layer
 from saejax.models.config import DecoderConfig
 from saejax.models.decoder import Params, run_layers
 from saejax.models.edits import Edit, ForwardPass, edited_layers
@@ -56,11 +56,6 @@ class KVCache:
         The caller makes sure that the cache has free slots for them. Values at padding are meaningless. What a run
         carries out of the last layer are the extended keys and values; see ``extend``.
         """
-        slots_S = jnp.arange(self.k_LxBxSxNxK.shape[2])
-        relative_position_TxS = (self.length + jnp.arange(new))[:, None] - slots_S[None, :]
-        real_Bx1xS = (slots_S[None, :] >= self.pad_B[:, None])[:, None]
-        # Padding attends to itself and so stays finite: NaN there would reach real tokens through 0 * NaN.
-        mask_BxTxS = (relative_position_TxS >= 0)[None] & real_Bx1xS | (relative_position_TxS == 0)[None]
 
         def function(
             attend: Attend, layer: Layer, qkv: QKV, stores: tuple[jax.Array, jax.Array]
@@ -74,8 +69,10 @@ class KVCache:
             k, v = (lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in (k_store, v_store))
             return attend(qkv[0], k, v), (k_store, v_store)
 
-        tables = tables_by_layer(config, self.positions_BxT(new), relative_position_TxS, mask_BxTxS)
-        return AttentionSpec(tables, function, (self.k_LxBxSxNxK, self.v_LxBxSxNxK))
+        mask = functools.partial(CausalMask, first=self.length, pad_B=self.pad_B)
+        return AttentionSpec(
+            tables_by_layer(config, self.positions_BxT(new), mask), function, (self.k_LxBxSxNxK, self.v_LxBxSxNxK)
+        )
 
     def extend(self, stores: Any, new: int) -> "KVCache":
         """Return the cache with ``new`` more tokens, whose run carried these ``stores`` out of the last layer."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.models.sites import Site, edit_site
+from saejax.short_reprs import has_short_repr
 
 Span = tuple[int, int | None]
 
@@ -203,6 +204,7 @@ def check_width(site: Site, width: int, what: str, actual: int) -> None:
         raise UserError(f"{what} has the width {actual}, but {site} is {width} wide: take one made for this model")
 
 
+@has_short_repr
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SiteEdit:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.errors import UserError
 from saejax.models import decoder, decoding, generation, lens, sinks
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.decoder import run_layers
@@ -25,12 +26,14 @@ from saejax.models.lengths import round_length
 from saejax.models.lens import LensOutput
 from saejax.models.sites import AnySite, Site, parse_site
 from saejax.models.source import ModelSource
-from saejax.models.tokens import Tokens, continuation_ids, require_tokens, tokenize
-from saejax.parallel.mesh import fitting_sharding, sharding
+from saejax.models.tokens import Tokens, as_tokens, continuation_ids, single_token_id, tokenize
+from saejax.parallel.mesh import BY_DOCUMENT, fitting_sharding, sharding
+from saejax.short_reprs import has_short_repr
 
 _UNROLLED = 4  # when more layers than this are captured, all go into one scan: unrolled ones take long to compile
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Output:
     """Result of a forward pass."""
@@ -41,16 +44,22 @@ class Output:
     _tokenizer: Any = dataclasses.field(repr=False)
 
     def logit(self, answer: str | int) -> np.ndarray:
-        """Return the logit of an answer's first token at each prompt's last position, fp32 [B]; a float if B is 1.
+        """Return the logit of an answer at each prompt's last position, fp32 [B]; a float if B is 1.
 
         Args:
-          answer: a word that continues the text, with a space before it ("Paris" is read as " Paris"). For an answer
-            without a space give the token's id, ``lm.token_id("8")``.
+          answer: a token's id, or a word of one token that continues the text; "Paris" is read as " Paris" if that is
+            one token.
+
+        Raises:
+          UserError: the word has several tokens, or the model has no such id.
         """
         if self.logits_BxTxV is None:
             raise ValueError("this pass was run with logits=False")
         if isinstance(answer, str):
-            answer = continuation_ids(self._tokenizer, answer if answer[:1].isspace() else " " + answer)[0]
+            answer = single_token_id(self._tokenizer, answer)
+        vocab = self.logits_BxTxV.shape[-1]
+        if not 0 <= answer < vocab:
+            raise UserError(f"there is no token id {answer}: expected 0 to {vocab - 1}, or a word")
         last_B = np.asarray(self.logits_BxTxV[np.arange(len(self.tokens.last_B)), self.tokens.last_B, answer])
         return last_B if len(last_B) > 1 else last_B[0]
 
@@ -78,6 +87,14 @@ class LanguageModel:
     ):
         self.config, self.params, self.tokenizer, self.source, self.mesh = config, params, tokenizer, source, mesh
         self.rules = rules
+
+    def __repr__(self) -> str:
+        config, dtype = self.config, self.params["embed_VxD"].dtype
+        return (
+            f"<{type(self).__name__} {self.source.name}: {config.family}, {config.n_layers} layers of width "
+            f"{config.d_model}, {config.n_heads} heads, {config.vocab:,} token ids, context {config.context:,}, "
+            f"{dtype}>"
+        )
 
     def tokenize(self, texts: Sequence[str], bos: str = "auto") -> Tokens:
         """Return the token ids of texts.
@@ -113,15 +130,13 @@ class LanguageModel:
         Raises:
           UserError: a site does not exist, or an edit does not fit it or the prompts.
         """
-        require_tokens(tokens)
+        tokens = as_tokens(tokens)
         length = tokens.ids_BxT.shape[1]
         padded = round_length(length)
         sites, edits = self._prepare(tokens, capture, edits, padded)
         ids_BxT = np.pad(tokens.ids_BxT, ((0, 0), (0, padded - length)))
-        on_data = fitting_sharding(self.mesh, ids_BxT.shape, "data", None)
-        ids_BxT, lengths_B = jax.device_put(
-            (ids_BxT, tokens.lengths_B), (on_data, fitting_sharding(self.mesh, tokens.lengths_B.shape, "data"))
-        )
+        by_document = fitting_sharding(self.mesh, tokens.lengths_B.shape, BY_DOCUMENT)
+        ids_BxT, lengths_B = jax.device_put((ids_BxT, tokens.lengths_B), by_document)
         decoder_sites = cast(tuple[Site, ...], sites)  # it has no others: they were checked
         output = forward(self.config, decoder_sites, logits, self.params, ids_BxT, lengths_B, edits)
         # Programs are compiled for few lengths; the caller sees the length that was asked for.
@@ -156,7 +171,7 @@ class LanguageModel:
           UserError: a site does not exist, an edit does not fit, the context is too short, a setting is out of range,
             or logits are not finite.
         """
-        require_tokens(tokens)
+        tokens = as_tokens(tokens)
         _, edits = self._prepare(tokens, (), edits, self._length_with_cache(tokens))
         generation.check_limit(tokens.lengths_B, max_new_tokens, self.config.context)
         sampling = decoding.sampling_params(temperature, top_p, seed)
@@ -224,6 +239,10 @@ class LanguageModel:
         """
         wanted = [capture] if isinstance(capture, str) or not isinstance(capture, Sequence) else capture
         sites = tuple(parse_site(site) if isinstance(site, str) else site for site in wanted)
+        edits = edits if isinstance(edits, Sequence) else [edits]
+        wrong = [type(edit).__name__ for edit in edits if isinstance(getattr(edit, "site", ""), str)]
+        if wrong:
+            raise UserError(f"edits has a {wrong[0]}: expected edits such as sae.ablate([3]) or SiteEdit.ablate(SITE)")
         for site in (*sites, *(edit.site for edit in edits)):
             self._check_site(site)
         tokens.check(self.config.vocab, self.config.context)

@@ -1,10 +1,14 @@
 """Lengths to which texts are padded, so that a run compiles few programs.
 
-Two cases:
+Three cases:
 
 - The length of one call is known and later ones are not: ``round_length`` rounds it up to a fixed grid.
 - The lengths of all texts are known: ``bucket_lengths`` chooses the lengths at which padding and compiling together
   cost least, and ``even_batches`` forms batches of them.
+- They are known, and run in parts that share programs: ``part_batches`` forms the batches of a part.
+
+Rows that hold no text, because devices need equally many, cost as much as others: texts that are next in length take
+their places.
 """
 
 import numpy as np
@@ -82,11 +86,57 @@ def even_batches(
     """
     lengths = bucket_lengths(np.bincount(lengths_N), compile_cost)
     bucket_N = np.searchsorted(lengths, lengths_N)
-    batches = []
-    for bucket in range(len(lengths) - 1, -1, -1):
-        texts, length = np.flatnonzero(bucket_N == bucket), int(lengths[bucket])
-        count = -(-len(texts) // rows_per_batch(batch_tokens, length, row_multiple))
+    order_N = np.argsort(-bucket_N, kind="stable")
+    length_N, stop_N = lengths[bucket_N[order_N]], _stops(bucket_N[order_N])
+    batches, begin = list[tuple[np.ndarray, int, int]](), 0
+    while begin < len(order_N):
+        length, same = int(length_N[begin]), int(stop_N[begin]) - begin
+        count = -(-same // rows_per_batch(batch_tokens, length, row_multiple))
         # Rows are spread evenly: full batches and a small last one would all be padded to the same shape.
-        rows = -(-len(texts) // (count * row_multiple)) * row_multiple
-        batches += [(part, rows, length) for part in np.split(texts, range(rows, len(texts), rows))]
+        rows = -(-same // (count * row_multiple)) * row_multiple
+        if row_multiple > 1:
+            texts = order_N[begin : begin + count * rows]
+            parts = np.split(texts, range(rows, len(texts), rows))
+            batches += [(part, -(-len(part) // row_multiple) * row_multiple, length) for part in parts]
+        else:
+            texts = order_N[begin : begin + same]
+            batches += [(part, rows, length) for part in np.split(texts, range(rows, same, rows))]
+        begin += len(texts)
     return batches
+
+
+def part_batches(
+    lengths_N: np.ndarray, lengths: np.ndarray, batch_tokens: int, row_multiple: int, compile_cost: int
+) -> list[tuple[np.ndarray, int, int]]:
+    """Divide a part of many texts into batches whose shapes are those of other parts, as nearly as that is cheap.
+
+    Args:
+      lengths_N: lengths of the part's texts in tokens, at least 1.
+      lengths: rising lengths of programs, of which the last is no shorter than any text.
+      batch_tokens: as for ``even_batches``.
+      row_multiple: as for ``even_batches``.
+      compile_cost: as for ``bucket_lengths``. Numbers of rows are a multiple of as many as hold so many tokens.
+
+    Returns:
+      As ``even_batches``; texts of equal length keep their order.
+    """
+    order_N = np.argsort(-np.asarray(lengths_N, np.int64), kind="stable")
+    bucket_N = np.searchsorted(lengths, lengths_N[order_N])
+    length_N, stop_N = lengths[bucket_N], _stops(bucket_N)
+    batches, begin = [], 0
+    while begin < len(order_N):
+        length, left = int(length_N[begin]), len(order_N) - begin
+        most = rows_per_batch(batch_tokens, length, row_multiple)
+        step = min(most, -(-max(compile_cost // length, 1) // row_multiple) * row_multiple)
+        # A large batch ends with its length: much shorter texts would be padded to it.
+        rows = min(most, -(-(int(stop_N[begin]) - begin) // step) * step)
+        if rows > left and row_multiple > 1:  # nothing fills it up
+            rows = -(-left // row_multiple) * row_multiple
+        batches.append((order_N[begin : begin + rows], rows, length))
+        begin += rows
+    return batches
+
+
+def _stops(bucket_N: np.ndarray) -> np.ndarray:
+    """Return, of falling numbers, the place after the last one that is equal to each."""
+    return np.searchsorted(-bucket_N, -bucket_N, side="right")

@@ -102,7 +102,11 @@ class SharedPrefixBatch(NamedTuple):
         # A clean prompt's keys count up to the row's first token; from there on the row has its own.
         real_SxRxW = jnp.concatenate([clean_SxRxC < first_SxRx1, jnp.ones_like(position_SxRxT, bool)], axis=-1)
         mask_SxRxTxW = (relative_position_SxRxTxW >= 0) & real_SxRxW[..., None, :]
-        return tables_by_layer(config, self.position_SxN, relative_position_SxRxTxW, mask_SxRxTxW)
+
+        def mask(window: int) -> jax.Array:
+            return mask_SxRxTxW & (relative_position_SxRxTxW < window)
+
+        return tables_by_layer(config, self.position_SxN, mask)
 
 
 @dataclasses.dataclass(frozen=True)

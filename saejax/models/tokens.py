@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.short_reprs import has_short_repr
 from saejax.unicode import has_surrogates, text_of_piece
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """A batch of prompts, padded on the right."""
@@ -50,13 +52,17 @@ class Tokens:
             )
 
 
-def require_tokens(tokens: object) -> None:
-    """Raise a ``UserError`` unless this is a batch of prompts: texts and lists of ids are easily taken for one."""
-    if not isinstance(tokens, Tokens):
-        raise UserError(
-            f"tokens is a {type(tokens).__name__}: expected the result of lm.tokenize(texts), or of "
-            "saejax.models.tokens.pad for lists of token ids"
-        )
+def as_tokens(tokens: object) -> Tokens:
+    """Return a batch of prompts as it is, or one of lists of token ids; raise a ``UserError`` otherwise."""
+    if isinstance(tokens, Tokens):
+        return tokens
+    rows = tokens if isinstance(tokens, list | tuple | np.ndarray) else []
+    if len(rows) and all(np.ndim(row) == 1 and np.asarray(row).dtype.kind in "iu" for row in rows):
+        return pad([list(row) for row in rows])
+    raise UserError(
+        f"tokens is a {type(tokens).__name__}: expected the result of lm.tokenize(texts), "
+        "or a list of lists of token ids"
+    )
 
 
 def pad(sequences: Sequence[Sequence[int]], fill: int = 0) -> Tokens:
@@ -174,8 +180,30 @@ def continuation_ids(tokenizer: Any, answer: str, context: str | None = None) ->
     return [] if context is not None else encode(tokenizer, answer, bos="never")
 
 
+def single_token_id(tokenizer: Any, answer: str) -> int:
+    """Return the id of an answer that is one token.
+
+    Args:
+      tokenizer: tokenizer of the model.
+      answer: a word, which is read with a space before it if that is one token ("Paris" as " Paris", but "8" as it is
+        where " 8" is two tokens).
+
+    Raises:
+      UserError: it is several tokens, of which other answers may have the first, too; or there is no tokenizer.
+    """
+    texts = [answer] if answer[:1].isspace() or not answer else [f" {answer}", answer]
+    ids = [continuation_ids(tokenizer, text) for text in texts]
+    for answer_ids in ids:
+        if len(answer_ids) == 1:
+            return answer_ids[0]
+    pieces = ", ".join(f"'{token_text(tokenizer)(index)}' ({index})" for index in ids[0])
+    raise UserError(
+        f"the answer {texts[0]!r} is {len(ids[0])} tokens: {pieces}; give the id of one of them, or a word of one token"
+    )
+
+
 def token_text(tokenizer: Any) -> Callable[[int], str]:
-    """Return a function from a token id to its text, with its leading space and parts of characters as \\xe0\\xb8."""
+    r"""Return a function from a token id to its text, its leading space included; half a character is ``\xe0\xb8``."""
 
     def text(token: int) -> str:
         """Return the text of a token id."""

@@ -16,20 +16,22 @@ import torch
 from jax.sharding import Mesh
 
 from saejax.errors import UserError
-from saejax.models import decoding
+from saejax.models import decoding, parity
 from saejax.models.config import RunRules, TorchConfig
 from saejax.models.decoding import SamplingParams
-from saejax.models.edits import Edit, ForwardPass
+from saejax.models.edits import Edit, ForwardPass, fit_values
 from saejax.models.generation import StopCondition
 from saejax.models.language_model import LanguageModel, Output
 from saejax.models.lengths import round_length
 from saejax.models.sites import KINDS, AnySite, Site
 from saejax.models.source import ModelSource, longest_input
-from saejax.models.tokens import Tokens, require_tokens
+from saejax.models.tokens import Tokens, as_tokens, pad
 from saejax.models.torch_bridge import LayerSegment
 from saejax.models.torch_hooks import HookedModel
 from saejax.parallel.mesh import make_mesh, sharding
 
+_PROBE_IDS, _PROBE_STEPS = (7, 9, 3, 8, 2, 5), 4  # of the batch on which generation is tried
+_CACHES = ("past_key_values", "cache_params")  # what families call what they keep of earlier tokens
 _NO_LIMIT = 2**30  # tokens, where a model's configuration names no longest input
 
 
@@ -76,7 +78,7 @@ class TorchModel(LanguageModel):
         logits: bool = True,
     ) -> Output:
         """Run the model; see ``LanguageModel``. Sites may be modules, as in "module:model.layers.3.mlp"."""
-        require_tokens(tokens)
+        tokens = as_tokens(tokens)
         length = tokens.ids_BxT.shape[1]
         # Not beyond the context: models with learned positions have no more.
         padded = max(length, min(round_length(length), self.config.context))
@@ -117,29 +119,114 @@ class TorchModel(LanguageModel):
         condition: StopCondition,
         edits: tuple[Edit, ...],
     ) -> Iterator[np.ndarray]:
-        """Yield the next token of every prompt, [B, 1]. Prompts are padded on the left, as transformers pads them."""
-        ids_BxT, pad_B = tokens.pad_left(int(tokens.lengths_B.max()))
-        if pad_B.any() and "attention_mask" not in self.hooked.accepted:
-            raise UserError(
-                f"models of the family {self.config.family!r} do not support padding: give prompts of one length"
-            )
-        past: dict[str, Any] = {}
-        start = 0
+        """Yield the next token of every prompt, [B, 1]."""
+        padded, cached = self._decoding
+        lengths_B = tokens.lengths_B
+        groups = [np.arange(len(lengths_B))] if padded else [np.flatnonzero(lengths_B == n) for n in set(lengths_B)]
+        parts = [_Continuation(self, tokens, rows, edits, padded, cached) for rows in groups]
+        order_B = np.argsort(np.concatenate(groups))
         for number in range(max_new_tokens):
-            position_BxT = np.maximum(np.arange(ids_BxT.shape[1], dtype=np.int32)[None] - pad_B[:, None], -1)
-            position_ids = self.hooked.tensor(np.maximum(position_BxT[:, start:], 0))
-            options = dict(use_cache=True, position_ids=position_ids, **past)
-            run = _PassEdits(edits, self.mesh, position_BxT[:, start:], tokens.lengths_B.astype(np.int32))
-            with torch.inference_mode():
-                output = self.hooked.run(ids_BxT[:, start:], position_BxT >= 0, run.sites, run.apply, **options)
-            name = next((name for name in ("past_key_values", "cache_params") if output.get(name) is not None), None)
-            if name:  # without a cache, all positions run anew
-                past, start = {name: output[name]}, ids_BxT.shape[1]
-            logits_BxV = _to_jax(output.logits[:, -1].float(), self.mesh)
+            # Sampled together: a prompt's draws depend on its place in the batch.
+            logits_BxV = _to_jax(torch.cat([part.read() for part in parts])[order_B].float(), self.mesh)
             next_Bx1 = np.asarray(sampling(logits_BxV, jnp.int32(number)))[:, None]
             decoding.check_finite(np.isfinite(np.asarray(logits_BxV.max(axis=-1))))
             yield next_Bx1
-            ids_BxT = np.concatenate([ids_BxT, next_Bx1], axis=1)
+            for part in parts:
+                part.append(next_Bx1)
+
+    @functools.cached_property
+    def _decoding(self) -> tuple[bool, bool]:
+        """Whether prompts are padded on the left, as transformers pads them, and whether the model's cache is used.
+
+        It is measured before the first generation. Recurrent models may take padding into their state, misread a mask
+        that is longer than the new tokens, or keep one state for all calls. Prompts of equal length run together then,
+        without a mask, and where that fails, too, all their tokens run anew each time.
+        """
+        tolerance = parity.TOLERANCE[str(self._dtype).removeprefix("torch.")]
+        with_padding = self._decoding_error(padded=True)
+        if with_padding <= tolerance / 5:
+            return True, True
+        # Of deep models in bfloat16 rounding alone may be more than that.
+        without = self._decoding_error(padded=False)
+        return (with_padding < without, True) if min(with_padding, without) <= tolerance else (False, False)
+
+    def _decoding_error(self, padded: bool) -> float:
+        """Return the largest error of logits in four greedy steps of a ragged batch against whole passes, relative."""
+        if padded and "attention_mask" not in self.hooked.accepted:
+            return float("inf")
+        prompts = pad([_PROBE_IDS, _PROBE_IDS[:1], _PROBE_IDS[1:2]])
+        parts = [_Continuation(self, prompts, rows, (), padded) for rows in ([[0, 1, 2]] if padded else [[0], [1, 2]])]
+        try:
+            steps = []
+            for _ in range(_PROBE_STEPS):
+                steps.append(torch.cat([part.read() for part in parts]).float())
+                for part in parts:
+                    part.append(steps[-1].argmax(-1, keepdim=True).cpu().numpy())
+        except Exception:  # of any type: some families cannot read their own cache
+            return float("inf")
+        logits_SxBxV = torch.stack(steps)
+        errors = []
+        for b, length in enumerate(prompts.lengths_B):
+            ids = [*prompts.ids_BxT[b, :length], *logits_SxBxV[:-1, b].argmax(-1).tolist()]
+            with torch.inference_mode():
+                whole = (
+                    self.hooked.run(np.array([ids]), None, (), lambda site, value: value)
+                    .logits[0, length - 1 :]
+                    .float()
+                )
+            errors.append(float((logits_SxBxV[:, b] - whole).abs().max() / whole.abs().max()))
+        return float(np.max(errors))  # NaN is none that is accepted
+
+
+class _Continuation:
+    """Prompts that a model continues together.
+
+    Args:
+      model: the model.
+      tokens: prompts of a batch.
+      rows: indices of those that are continued; of one length, unless they are padded.
+      edits: of the whole batch.
+      padded: whether prompts are padded on the left, and masked there.
+      cached: whether what the model keeps of earlier tokens is used.
+    """
+
+    def __init__(
+        self,
+        model: TorchModel,
+        tokens: Tokens,
+        rows: Sequence[int] | np.ndarray,
+        edits: Sequence[Edit],
+        padded: bool,
+        cached: bool = True,
+    ):
+        self._model, self._rows, self._padded, self._cached = model, np.asarray(rows), padded, cached
+        chosen = Tokens(tokens.ids_BxT[self._rows], tokens.lengths_B[self._rows])
+        self._lengths_R = chosen.lengths_B.astype(np.int32)
+        self._ids_RxT, self._pad_R = chosen.pad_left(int(chosen.lengths_B.max()))
+        self._edits = fit_values(edits, tokens.ids_BxT.shape, tokens.ids_BxT.shape[1], self._rows.tolist())
+        self._past: dict[str, Any] = {}
+        self._start = 0  # tokens before it are in what the model keeps
+
+    def read(self) -> torch.Tensor:
+        """Run the model on the tokens that it has not read; return the logits after the last one, [R, V]."""
+        hooked, width, start = self._model.hooked, self._ids_RxT.shape[1], self._start
+        position_RxT = np.maximum(np.arange(width, dtype=np.int32)[None] - self._pad_R[:, None], -1)
+        options = dict(use_cache=self._cached, position_ids=hooked.tensor(np.maximum(position_RxT[:, start:], 0)))
+        if not self._padded:
+            options["attention_mask"] = None
+        run = _PassEdits(self._edits, self._model.mesh, position_RxT[:, start:], self._lengths_R)
+        with torch.inference_mode():
+            output = hooked.run(
+                self._ids_RxT[:, start:], position_RxT >= 0, run.sites, run.apply, **options, **self._past
+            )
+        name = next((name for name in _CACHES if output.get(name) is not None), None)
+        if name and self._cached:  # without a cache, all positions run anew
+            self._past, self._start = {name: output[name]}, width
+        return output.logits[:, -1]
+
+    def append(self, next_Bx1: np.ndarray) -> None:
+        """Append the next token of each prompt of the batch."""
+        self._ids_RxT = np.concatenate([self._ids_RxT, next_Bx1[self._rows]], axis=1)
 
 
 class TorchFunctions:

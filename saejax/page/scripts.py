@@ -12,11 +12,17 @@ import jinja2
 from saejax.unicode import replace_surrogates
 
 ELEMENTS = "elements.js"
+_VIEWER = Path(__file__).parent / "viewer"
 
 
 def elements_script() -> str:
-    """Functions of JavaScript: make, visible, number, percent, token."""
-    return (Path(__file__).parent / "viewer" / ELEMENTS).read_text(encoding="utf-8")
+    """Functions of JavaScript: make, visible, number, percent, token, and those of ``visible_script``."""
+    return visible_script() + (_VIEWER / ELEMENTS).read_text(encoding="utf-8")
+
+
+def visible_script() -> str:
+    """Functions of JavaScript: visibleText, visibleToken, visibleInLine."""
+    return (_VIEWER / "visible.js").read_text(encoding="utf-8")
 
 
 def interactive(viewer: Path, name: str, scripts: Sequence[str], data: Any, style: str = "", **shown: Any) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from saejax.page.tables import escape_markdown, number
-from saejax.unicode import visible
+from saejax.unicode import visible_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Strips:
             (
                 [
                     Piece(
-                        text=_token(token),
+                        text=visible_token(token, in_line=True),
                         share=0.0 if math.isnan(value) or largest <= 0 else min(max(value / largest, 0.0), 1.0),
                         peak=i == example.peak,
                         label="not scored" if math.isnan(value) else number(value),
@@ -73,9 +73,3 @@ class Strips:
             )
             lines.append(f"  - “{text}” ({escape_markdown(where)})")
         return "\n".join([f"- **{escape_markdown(self.heading)}**: {escape_markdown(self.note)}", *lines])
-
-
-def _token(text: str) -> str:
-    """Return a token's text on one line; one of nothing but spaces is made visible."""
-    text = visible(text)
-    return text if text.strip() else "␣" * max(len(text), 1)

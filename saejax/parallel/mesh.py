@@ -20,6 +20,8 @@ from saejax.parallel.collectives import is_alone
 from saejax.parallel.settings import MeshConfig
 
 AXES = ("member", "data", "model")
+BY_DOCUMENT = ("member", "data")  # axes over which documents that go through a language model are split
+Axis = str | tuple[str, ...] | None
 
 
 def alone_config(model: int, devices: int) -> MeshConfig:
@@ -60,13 +62,21 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def sharding(mesh: Mesh, *spec: str | None) -> NamedSharding:
-    """Return the sharding that splits dimension i over mesh axis ``spec[i]`` (None: not split)."""
+def document_devices(mesh: Mesh) -> int:
+    """Return the number of devices over which documents that go through a language model are split."""
+    return _axis_size(mesh.shape, BY_DOCUMENT)
+
+
+def sharding(mesh: Mesh, *spec: Axis) -> NamedSharding:
+    """Return the sharding that splits dimension i over mesh axis ``spec[i]`` or axes (None: not split)."""
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def fitting_sharding(mesh: Mesh, shape: Sequence[int], *spec: str | None) -> NamedSharding:
-    """Return a sharding like ``sharding``, but replicate dimensions that their mesh axis does not divide."""
+def fitting_sharding(mesh: Mesh, shape: Sequence[int], *spec: Axis) -> NamedSharding:
+    """Return a sharding like ``sharding``, but replicate dimensions that their mesh axis does not divide.
+
+    Of several axes that do not divide a dimension together, the last ones that do are taken.
+    """
     return NamedSharding(mesh, PartitionSpec(*fitting_spec(mesh.shape, shape, *spec)))
 
 
@@ -75,21 +85,33 @@ def by_row(mesh: Mesh, *arrays: np.ndarray | jax.Array) -> list[jax.Array]:
     return [jax.device_put(a, fitting_sharding(mesh, a.shape, "data", *[None] * (a.ndim - 1))) for a in arrays]
 
 
-def everywhere(mesh: Mesh, array: np.ndarray, *spec: str | tuple[str, ...] | None) -> jax.Array:
+def everywhere(mesh: Mesh, array: np.ndarray, *spec: Axis) -> jax.Array:
     """Place an array that every process has on the mesh's devices; dimensions beyond ``spec`` are not split."""
     where = NamedSharding(mesh, PartitionSpec(*spec))
     return jax.make_array_from_callback(array.shape, where, array.__getitem__)
 
 
-def fitting_spec(axes: Mapping[str, int], shape: Sequence[int], *spec: str | None) -> list[str | None]:
+def fitting_spec(axes: Mapping[str, int], shape: Sequence[int], *spec: Axis) -> list[Axis]:
     """Return ``spec`` with None for every dimension that its mesh axis, of a size in ``axes``, does not divide."""
-    return [axis if axis and size % axes[axis] == 0 else None for size, axis in zip(shape, spec, strict=True)]
+
+    def fit(size: int, axis: Axis) -> Axis:
+        """Return the axis, or the last ones of several, that divide a dimension; None if none does."""
+        while axis and size % _axis_size(axes, axis):
+            axis = axis[1:] if isinstance(axis, tuple) else None
+        return axis or None
+
+    return [fit(size, axis) for size, axis in zip(shape, spec, strict=True)]
 
 
-def part_size(axes: Mapping[str, int], shape: Sequence[int], *spec: str | None) -> int:
+def part_size(axes: Mapping[str, int], shape: Sequence[int], *spec: Axis) -> int:
     """Return the number of elements that each device holds of an array placed by ``fitting_sharding``."""
     fits = fitting_spec(axes, shape, *spec)
-    return math.prod(size // axes[axis] if axis else size for size, axis in zip(shape, fits, strict=True))
+    return math.prod(size // _axis_size(axes, axis) for size, axis in zip(shape, fits, strict=True))
+
+
+def _axis_size(axes: Mapping[str, int], axis: Axis) -> int:
+    """Return the number of devices along an axis, or several together, of sizes in ``axes``."""
+    return math.prod(axes[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
 
 
 def on_host() -> contextlib.AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ that another one has failed.
 import collections
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 from saejax.errors import Interrupted, OtherFailed, UserError
 
 _LOOK_EVERY, _SAY_EVERY = 0.1, 300.0  # seconds
+_SAY_MOST = 8  # names in a line about what is missing
 _VISIBLE = 120.0  # seconds within which a file is seen on all hosts that share its folder
 _LAST = 10.0  # seconds for which process 0, having failed, waits for the others to end
 _FAILED = "failed"
@@ -46,7 +48,7 @@ class Processes:
         key = self._key("value", place)
         if self.rank == 0:
             self._client.key_value_set(f"{key}/0", value)
-        self._wait(place, key, [0])
+        self.wait(place, lambda: self._late(key, [0]))
         return dict(self._client.key_value_dir_get(f"{key}/"))[f"{key}/0"]
 
     def barrier(self, place: str) -> None:
@@ -58,7 +60,7 @@ class Processes:
         """
         key = self._key("at", place)
         self._client.key_value_set(f"{key}/{self.rank}", "")
-        self._wait(place, key, range(self.count))
+        self.wait(place, lambda: self._late(key, range(self.count)))
 
     def tell_failure(self, status: int) -> None:
         """Tell the others that this process ends with an exit status other than 0.
@@ -91,40 +93,62 @@ class Processes:
         self._visits[what + place] += 1
         return f"{what}/{place}/{self._visits[what + place]}"
 
-    def _wait(self, place: str, key: str, ranks: Sequence[int]) -> None:
+    def wait(self, place: str, missing: Callable[[], Sequence[str]], most: float = math.inf) -> bool:
+        """Wait until nothing is missing that other processes make; return False if it is after ``most`` seconds.
+
+        Args:
+          place: what is waited for, for messages.
+          missing: returns the names of what is missing.
+          most: seconds.
+
+        Raises:
+          Interrupted: this one was asked to stop.
+          OtherFailed: another one has failed, and will not make it.
+        """
         last_line = start = time.monotonic()
-        while late := self._late(key, ranks):
-            if self.stopping():
-                raise Interrupted(f"stopped while waiting for other processes ({place}); finished work is kept")
-            if failure := self.failure():
-                raise OtherFailed(*failure)
+        while late := missing():
+            self.check_others(place)
             now = time.monotonic()
+            if now - start > most:
+                return False
             if now - last_line > _SAY_EVERY:
-                self._say(f"{place}: waiting for process {', '.join(map(str, late))}, {now - start:.0f} s")
+                more = f" and {len(late) - _SAY_MOST:,} more" if len(late) > _SAY_MOST else ""
+                self._say(f"{place}: waiting for {', '.join(late[:_SAY_MOST])}{more}, {now - start:.0f} s")
                 last_line = now
             time.sleep(_LOOK_EVERY)
+        return True
 
-    def _late(self, key: str, ranks: Sequence[int]) -> list[int]:
+    def check_others(self, place: str) -> None:
+        """Raise what ``wait`` does if this process was asked to stop, or another one has failed."""
+        if self.stopping():
+            raise Interrupted(f"stopped while waiting for other processes ({place}); finished work is kept")
+        if failure := self.failure():
+            raise OtherFailed(*failure)
+
+    def _late(self, key: str, ranks: Sequence[int]) -> list[str]:
         arrivals = {name.rpartition("/")[2] for name, _ in self._client.key_value_dir_get(f"{key}/")}
-        return [rank for rank in ranks if str(rank) not in arrivals]
+        return [f"process {rank}" for rank in ranks if str(rank) not in arrivals]
 
     def wait_until_visible(self, files: Sequence[Path]) -> None:
         """Wait until files that other hosts wrote are visible here: a shared file system may show them seconds later.
 
         Raises:
           UserError: a file is still missing after two minutes.
+          Interrupted, OtherFailed: see ``wait``.
         """
-        until = time.monotonic() + _VISIBLE
-        for path in files:
-            while not path.exists():
+
+        def missing() -> list[str]:
+            unseen = [path for path in files if not path.exists()]
+            for folder in {path.parent for path in unseen}:
                 with contextlib.suppress(OSError):
-                    os.listdir(path.parent)  # NFS then looks again
-                if time.monotonic() > until:
-                    raise UserError(
-                        f"{path} was written by another process and is not seen here: --workdir has to be one folder "
-                        "that all hosts share"
-                    )
-                time.sleep(_LOOK_EVERY)
+                    os.listdir(folder)  # NFS then looks again
+            return [str(path) for path in unseen]
+
+        if not self.wait("files of other processes", missing, _VISIBLE):
+            raise UserError(
+                f"{missing()[0]} was written by another process and is not seen here: --workdir has to be one folder "
+                "that all hosts share"
+            )
 
 
 class ShareDone(BaseException):

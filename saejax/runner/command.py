@@ -51,6 +51,8 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         if flag_values["help"].value:
             return _show(command_line.help_text(stages, about, flag_values))
         workdir = command_line.named_workdir(flag_values)
+        say = make_logger()
+        say(f"the workdir is {workdir}")
         runs_model = "capture" in stages or ("train" in stages and configs[TrainConfig].source == "model")
         shares_gpu = runs_model and configs[CaptureConfig].backend != "jax"
         # Before JAX is imported: it reads these variables when it first looks for devices.
@@ -64,7 +66,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
             profile=flag_values["profile"].value or "",
             budget_device_hours=flag_values["budget_device_hours"].value or 0.0,
         )
-        pipeline.run_stages(stages, configs, workdir, make_logger(), install_signal_handlers(), options)
+        pipeline.run_stages(stages, configs, workdir, say, install_signal_handlers(), options)
 
     status = 1
     try:

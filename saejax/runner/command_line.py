@@ -3,9 +3,11 @@
 import itertools
 import os
 import re
+import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -15,6 +17,13 @@ from saejax.runner import plugins
 from saejax.runner.flags import define_flags, flag_fields, from_flags
 from saejax.runner.registry import accepted_groups, all_groups, all_stages
 
+# The flags with which most runs begin, in the order in which --help lists those that a stage accepts.
+_COMMON = (
+    "model.path", "corpus.path", "capture.sites", "train.sites", "train.kinds", "train.k", "train.expansion",
+    "task.behaviours", "task.prompts", "ablate.dictionary", "graph.transcoders", "graph.prompt", "graph.target",
+    "interpret.dictionaries", "model.dtype",
+)  # fmt: skip
+_NARROWEST = 60  # columns of a terminal to which --help is wrapped
 _OF_BINARIES = (
     "plugins",
     "unit",
@@ -88,6 +97,20 @@ def define_common(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
 
 
+def flag_files_first(argv: Sequence[str]) -> list[str]:
+    """Return a command line with its flag files before the other arguments, of which the later one counts."""
+    program, *rest = argv
+    files: list[str] = []
+    others: list[str] = []
+    arguments = iter(rest)
+    for argument in arguments:
+        is_file = argument in ("-flagfile", "--flagfile") or argument.startswith(("-flagfile=", "--flagfile="))
+        (files if is_file else others).append(argument)
+        if is_file and "=" not in argument:
+            files.extend(itertools.islice(arguments, 1))
+    return [program, *files, *others]
+
+
 def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Sequence[str] | None = None) -> Configs:
     """Parse a command line of flags alone and return every group of configuration; none if help is asked for.
 
@@ -102,6 +125,7 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Seq
         loaded.
       flags.Error: a flag is unknown or cannot be read.
     """
+    argv = flag_files_first(argv)
     for file in _flag_files(argv):
         _check_text(file)
     # Plugins define settings, so they are loaded before flags are defined.
@@ -114,6 +138,8 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Seq
         where = _line_of(argv, lambda line: bool(line) and f"{line}:" in message)  # the flag with its value
         if named and not any(_flag_of(argument) == named[1] for argument in argv[1:]):  # or else its name
             where = where or _line_of(argv, lambda line: _flag_of(line) == named[1])
+        if named and named[1].count(".") == 2:  # such as train.topk.k
+            message += "; a kind of your own has its flags with --plugins=FILE"
         raise flags.Error(where + message) from error
     if flag_values["help"].value:
         return Configs()
@@ -191,33 +217,53 @@ def named_workdir(flag_values: flags.FlagValues) -> str:
 
 def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:
     """Return the text of ``--help``: what the binary does, and every flag that it accepts, with its default."""
+    groups = {group: flag_fields(group, all_groups()[group]) for group in accepted_groups(stages)}
+    fields = {name: field for of_group in groups.values() for name, field in of_group.items()}
+    # The usual ones, those of what the stage is about first, and then its other ones until there are ten with two more.
+    about_stage = {"model", "corpus", "task", *stages}
+    usual = sorted((name for name in _COMMON if name in fields), key=lambda name: name.split(".")[0] not in about_stage)
+    ranked = [*usual, *(name for stage in stages[:1] for name in groups.get(stage, ()))]
+    common = list(dict.fromkeys(ranked))[:8]
+
+    def explain(names: Iterable[str]) -> list[str]:
+        """Return a line for each flag of groups."""
+        lines = []
+        for name in names:
+            default = fields[name].default
+            default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            lines.append(f"  --{name}  {flag_values[name].help} (default: {default if default != '' else 'empty'})")
+        return lines
+
     lines = [
         about,
         "",
+        "The most common flags:",
         "  --workdir  folder of this run, in which stages write <workdir>/<stage>/ (required)",
-        "  --flagfile  read flags from a file, one a line; of a flag that is named twice the later one counts",
+        "  --flagfile  read flags from a file, one a line; those of the command line itself win (default: none)",
+        *explain(common),
+        "",
+        "Flags of every stage:",
     ]
     for name in _OF_BINARIES:
         flag = flag_values[name]
         default = flag.default if flag.default not in (None, "", []) else "none"
         lines.append(f"  --{name}  {(flag.help or '').splitlines()[0].rstrip(';')} (default: {default})")
-    listed = set[str]()
-    for group in accepted_groups(stages):
-        lines += ["", f"{group}: {(all_groups()[group].__doc__ or '').strip()}"]
-        fields = flag_fields(group, all_groups()[group])
-        for name, field in fields.items():
-            if name in listed:  # shared, and explained with an earlier group
-                continue
-            listed.add(name)
-            flag = flag_values[name]
-            default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-            lines.append(f"  --{flag.name}  {flag.help} (default: {default if default != '' else 'empty'})")
-    if len(accepted_groups(stages)) < len(all_groups()):
-        lines += [
-            "",
-            "Flags of other stages are refused here, and ignored in a flag file, which stages can share.",
-        ]
-    return "\n".join(lines)
+    listed = set(common)
+    for group, of_group in groups.items():
+        lines += ["", *f"{group}: {(all_groups()[group].__doc__ or '').strip()}".splitlines()]
+        lines += explain(name for name in of_group if name not in listed)  # those that are shared once
+        listed |= {*of_group}
+    if len(groups) < len(all_groups()):
+        lines += ["", "Flags of other stages are refused here, and ignored in a flag file, which stages can share."]
+    width = max(shutil.get_terminal_size((100, 24)).columns, _NARROWEST)
+    return "\n".join(_wrap(line, width) for line in lines)
+
+
+def _wrap(line: str, width: int) -> str:
+    """Return a line broken at words, with what follows its first line indented."""
+    indent = " " * 6 if line.startswith("  --") else ""
+    options: dict[str, Any] = dict(break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(line, width, subsequent_indent=indent, **options) if line.strip() else ""
 
 
 def flag_error(error: flags.Error) -> str:

@@ -10,8 +10,10 @@ from saejax.files import read_json
 from saejax.results import Devices, Settings, from_json
 from saejax.runner.registry import all_stages
 from saejax.runner.workspace import SUMMARY
+from saejax.short_reprs import has_short_repr
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """Content of ``done.json``, which describes a finished unit."""

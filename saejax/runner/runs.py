@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
     command_line.define_common(flag_values)
 
     def work() -> None:
-        rest = flag_values(list(argv))
+        rest = flag_values(command_line.flag_files_first(argv))
         if flag_values["help"].value:
             return print(ABOUT)
         root = Path(command_line.named_workdir(flag_values))

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from saejax.attribution.forms.document import feature_nodes, feature_of
+from saejax.attribution.forms.document import describe_sources, feature_nodes, feature_of
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.settings import GraphConfig
 from saejax.config import Configs
@@ -24,7 +24,7 @@ from saejax.errors import UserError
 from saejax.models.settings import ModelConfig
 from saejax.page.graph.page import VIEWER, page_html
 from saejax.page.scripts import interactive
-from saejax.serving.effects import FREEZE_MODES, effects
+from saejax.serving.effects import MODES, effects
 from saejax.serving.guard import Guard
 from saejax.serving.jobs import Job, Jobs
 from saejax.serving.session import ModelSession, targets_of, trace_typed
@@ -58,10 +58,11 @@ def list_page(store: GraphStore, graphs: Sequence[StoredGraph], config: GraphCon
         dict(
             id=graph.id,
             address=address(graph.id),
-            prompt=graph.metadata["prompt"],
-            about=f"model {graph.metadata['scan']}, {len(graph.metadata['prompt_tokens'])} tokens",
+            prompt=metadata["prompt"],
+            about=", ".join([*describe_sources(metadata), f"{len(metadata['prompt_tokens'])} tokens"]),
         )
         for graph in graphs
+        for metadata in [graph.metadata]
     ]
     scripts = [*(VIEWER / f"{name}.js" for name in ("elements", "stream")), _OWN / "index.js"]
     return interactive(
@@ -122,7 +123,7 @@ class GraphServer:
         try:
             configs = self._configs()
             config = configs[GraphConfig]
-            note = f"With {_parts(configs)}. Checks are those of experiments.attribute."
+            note = f"With {_parts(configs)}."
         except UserError as error:
             config, note, why = self._session.defaults[GraphConfig], "", _line(error)
         return list_page(self._store, graphs, config, note, why)
@@ -130,7 +131,7 @@ class GraphServer:
     def _graph(self, query: Mapping[str, str]) -> str:
         graph = self._store.find(query.get("id", ""))
         document, note, why, missing = self._store.document(graph), "", "", ""
-        freeze_modes: tuple[str, ...] = FREEZE_MODES
+        freeze_modes: tuple[str, ...] = MODES
         settings = document["metadata"].get("pruning_settings") or {}
         nodes, edges = settings.get("node_threshold", 0.8), settings.get("edge_threshold", 0.98)
         labels: dict[tuple[int, int], str] = {}
@@ -143,7 +144,7 @@ class GraphServer:
         try:
             configs = self._session.configs_of(graph)
             config = configs[GraphConfig]
-            freeze_modes = FREEZE_MODES[:1] if config.dictionaries else FREEZE_MODES
+            freeze_modes = MODES[:1] if config.dictionaries else MODES
             note = f"With {_parts(configs)}."
             note += "" if graph.whole else " It cannot be pruned again, as the whole graph is not saved here."
         except UserError as error:
@@ -159,23 +160,24 @@ class GraphServer:
         return page_html(document, labels=labels, details=details, live=live, **shown)
 
     def _trace(self, fields: Mapping[str, Any], job: Job) -> Any:
-        prompt, target = _text(fields, "prompt"), _text(fields, "target")
+        prompt, target, minus = (_text(fields, name) for name in ("prompt", "target", "minus"))
         if not prompt:
             raise UserError("the prompt is empty: expected a text")
         most = fields.get("max_features")
         if type(most) is not int or most < 0:
             raise UserError(f"max_features is {most!r}: expected a number of features, 0 for all")
         thresholds = dict(node_threshold=_share(fields, "nodes"), edge_threshold=_share(fields, "edges"))
-        settings = dict(
-            prompt=prompt, target=target, max_features=most, chat_template=fields.get("chat") is True, **thresholds
+        settings: dict[str, Any] = dict(
+            prompt=prompt, target=target, minus=minus, max_features=most, chat_template=fields.get("chat") is True
         )
+        settings |= thresholds
         return dict(address=address(trace_typed(self._session, self._configs(), self._store, settings, job)))
 
     def _change(self, fields: Mapping[str, Any], job: Job) -> Any:
         graph = self._find_graph(fields)
         document, freeze, changes = self._store.document(graph), fields.get("freeze"), _changes(fields.get("changes"))
-        if freeze not in FREEZE_MODES:
-            raise UserError(f"freeze is {freeze!r}: expected one of {', '.join(FREEZE_MODES)}")
+        if freeze not in MODES:
+            raise UserError(f"freeze is {freeze!r}: expected one of {', '.join(MODES)}")
         run = self._session.run(graph, document, job)
         job.say("Running the model")
         return effects(run, changes, freeze, targets_of(document), job.progress)
@@ -293,7 +295,9 @@ class StoppingServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(folder: Path, configs: Configs, named: bool, token: str, listening: socket.socket) -> None:
+def serve(
+    folder: Path, configs: Configs, named: bool, token: str, listening: socket.socket, hosts: Sequence[str] = ()
+) -> None:
     """Answer requests until the process is stopped.
 
     Args:
@@ -302,6 +306,7 @@ def serve(folder: Path, configs: Configs, named: bool, token: str, listening: so
       named: whether it names a set of dictionaries, which is then used for all graphs.
       token: secret first part of the address.
       listening: a socket of 127.0.0.1.
+      hosts: further names by which a tunnel or proxy asks; see ``Guard``.
 
     Raises:
       UserError: there is no graph, and no model and dictionaries to trace one with.
@@ -314,14 +319,16 @@ def serve(folder: Path, configs: Configs, named: bool, token: str, listening: so
             "Neuronpedia's format; to make the first here, name --model.path=MODEL --graph.transcoders=SET"
         )
     port = listening.getsockname()[1]
-    server = make_server(store, ModelSession(configs, named), jobs, token, port)
+    server = make_server(store, ModelSession(configs, named), jobs, token, port, hosts)
     count = "1 graph" if graphs == 1 else f"{graphs} graphs"
     print(f"{count}: open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(jobs):
         server.run(sockets=[listening])
 
 
-def make_server(store: GraphStore, session: ModelSession, jobs: Jobs, token: str, port: int) -> StoppingServer:
+def make_server(
+    store: GraphStore, session: ModelSession, jobs: Jobs, token: str, port: int, hosts: Sequence[str] = ()
+) -> StoppingServer:
     """Return the server, which is not running yet.
 
     Args:
@@ -330,10 +337,11 @@ def make_server(store: GraphStore, session: ModelSession, jobs: Jobs, token: str
       jobs: the work in progress.
       token: in the address.
       port: of the address.
+      hosts: further names by which a tunnel or proxy asks; see ``Guard``.
     """
-    hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
+    own_hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
     config = uvicorn.Config(
-        Guard(GraphServer(store, session, jobs).application(), token, hosts),
+        Guard(GraphServer(store, session, jobs).application(), token, own_hosts, hosts),
         http="h11",  # says when a reader has left, on which work ends
         loop="asyncio",
         ws="none",

@@ -9,6 +9,7 @@ from scipy.special import log_softmax
 from saejax.attribution.checks import matched, set_to
 from saejax.attribution.graph.nodes import Nodes
 from saejax.attribution.local.edits import Change
+from saejax.attribution.local.layers import FREEZE_MODES
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Target, read_targets
@@ -17,7 +18,7 @@ from saejax.errors import UserError
 from saejax.models.tokens import token_text
 from saejax.progress import OnProgress, silent
 
-FREEZE_MODES = ("none", "attention", "all")  # with SAEs the first alone
+MODES = FREEZE_MODES[:3]  # not the one that takes a layer; with SAEs the first alone
 DRAWS = 7  # random sets: with the changes themselves 8 rows, to which fewer would be filled up
 _SHOWN = 8  # most probable tokens, before and after
 

@@ -2,7 +2,8 @@
 
 A page of another site can send requests to 127.0.0.1, and with a name of its own that it has lead here (DNS rebinding)
 it could read the answers. So a request is refused if its Host is not this server's, if it comes from another Origin, or
-if its path does not begin with the token. Pages may load nothing from elsewhere and stand in no frame.
+if its path does not begin with the token. Pages may load nothing from elsewhere and stand in no frame. A tunnel from
+another port and the proxies of notebooks ask by other names, which the user allows.
 """
 
 import secrets
@@ -27,10 +28,12 @@ class Guard:
       app: an ASGI application; it finds its paths without the token.
       token: the first part of every path.
       hosts: names with the port by which the server may be asked, such as "127.0.0.1:8765".
+      proxies: further such names, of tunnels and of proxies that users trust, such as "hub.example.org"; a proxy may
+        pass its own name on or not, and its pages may be of https.
     """
 
-    def __init__(self, app: Any, token: str, hosts: Iterable[str]):
-        self._app, self._token, self._hosts = app, token, frozenset(hosts)
+    def __init__(self, app: Any, token: str, hosts: Iterable[str], proxies: Iterable[str] = ()):
+        self._app, self._token, self._hosts, self._proxies = app, token, frozenset(hosts), frozenset(proxies)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Answer an ASGI request, or pass it on."""
@@ -58,10 +61,11 @@ class Guard:
         for name, value in scope["headers"]:
             headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
         hosts = headers.get("host", [])
-        if len(hosts) != 1 or hosts[0] not in self._hosts:
-            return 403, "another host is asked for"
-        if any(origin != f"http://{hosts[0]}" for origin in headers.get("origin", [])):
-            return 403, "another page asks"
+        if len(hosts) != 1 or hosts[0] not in self._hosts | self._proxies:
+            return 403, "another host is asked for: start the server with --hosts=HOST to allow a tunnel or proxy"
+        own = {f"http://{hosts[0]}", *(f"{scheme}://{host}" for host in self._proxies for scheme in ("http", "https"))}
+        if not own.issuperset(headers.get("origin", [])):
+            return 403, "another page asks: start the server with --hosts=HOST to allow a tunnel or proxy"
         token = scope["path"].split("/")[1] if scope["path"].count("/") > 1 else ""
         if not secrets.compare_digest(token.encode("utf-8", "replace"), self._token.encode()):
             return 403, "the address lacks the server's token: open the one that the server printed"

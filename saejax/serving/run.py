@@ -1,6 +1,7 @@
 """The binary ``serve``: the attribution graphs of a folder as living pages, for this machine alone."""
 
 import importlib.util
+import re
 import secrets
 import socket
 import sys
@@ -19,6 +20,8 @@ again, runs the model with features changed, saves labels and groups.
 
   serve DIR or --workdir=DIR  a workdir, or a folder of graphs in Neuronpedia's format (required)
   --port=N  of 127.0.0.1; 0: a free one (default: 8765)
+  --hosts=HOST,HOST  further names in addresses that lead here through a tunnel or a proxy, with their ports, such as
+      localhost:9000 or hub.example.org (default: none)
   --debug  also show the traceback of bad input
 
 With --model.path=MODEL and --graph.transcoders=SET, and other flags of experiments.attribute, these go for all graphs;
@@ -34,6 +37,7 @@ def run(argv: Sequence[str]) -> int:
     """Like ``main``, but returns the exit status."""
     flag_values = command_line.stage_flags()
     flags.DEFINE_integer("port", 8765, "", lower_bound=0, upper_bound=65535, flag_values=flag_values)
+    flags.DEFINE_list("hosts", [], "", flag_values=flag_values)
     program, *rest = argv
     if rest and not rest[0].startswith("-"):
         rest[0] = f"--workdir={rest[0]}"
@@ -50,12 +54,15 @@ def run(argv: Sequence[str]) -> int:
         for package in ("starlette", "uvicorn"):
             if not importlib.util.find_spec(package):
                 raise UserError(f"experiments.serve needs {package}, which is not installed: pip install -e '.[serve]'")
+        hosts = flag_values["hosts"].value or []
+        if wrong := [host for host in hosts if not re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?", host)]:
+            raise UserError(f"--hosts={wrong[0]}: expected a name as in an address, such as localhost:9000")
         token, listening = secrets.token_urlsafe(24), _listen(int(flag_values["port"].value or 0))
         stopped = command.install_signal_handlers()
         named = bool(configs[GraphConfig].transcoders or configs[GraphConfig].dictionaries)
         from saejax.serving.app import serve
 
-        serve(Path(folder), configs, named, token, listening)
+        serve(Path(folder), configs, named, token, listening, hosts)
         if stopped():
             raise Interrupted("serve: stopped")
 

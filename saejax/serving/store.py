@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import GraphDocument, are_groups, check_groups, check_metadata, read_document
+from saejax.attribution.forms.document import GraphDocument, are_groups, check_document, check_groups, check_metadata
 from saejax.attribution.forms.neuronpedia import INDEX, read_list
 from saejax.attribution.graph import Graph
 from saejax.attribution.settings import GraphConfig
@@ -24,7 +24,8 @@ from saejax.files import file_sha256, locked, read_json, write_json
 from saejax.interpret.labels import write_label
 from saejax.runner.labels import names_and_sites, names_of_layers
 from saejax.runner.workspace import STARTED, SUMMARY, current_units
-from saejax.stages.attribute.outputs import FEATURES, described_features, details_of_features, read_shown
+from saejax.stages.attribute.outputs import described_features, details_of_features, read_shown
+from saejax.stages.attribute.traces import FEATURES
 
 _SAVED = "serve"  # the folder for what readers save
 
@@ -77,7 +78,7 @@ def _load_whole(folder: Path, changed: int) -> Graph:
 
 @functools.lru_cache(1)
 def _read_graph(path: Path, changed: int) -> GraphDocument:
-    return read_document(read_json(path))
+    return check_document(read_json(path))
 
 
 @functools.lru_cache(1024)

@@ -3,7 +3,8 @@
 1. A feature's activation on an item is the one of largest size. Its association with a label is the correlation of this
    with having the label, on test items.
 2. The largest correlation of all features and labels is compared with those where labels are permuted over items, which
-   corrects for the number of tests (Westfall and Young, 1993).
+   corrects for the number of tests (Westfall and Young, 1993). All answers are about more activation with the label:
+   a feature that is less active there goes with other labels.
 3. The label of a tested feature is the one that it is most correlated with on train items. What follows judges it on
    test items, which had no part in the choice. Whether the model answers rightly is known of test items alone.
 4. The probe's answer for this feature and label: a logistic regression on this feature alone, fitted to train items,
@@ -113,7 +114,7 @@ def associate(
     unit_QxF, unit_QxL = _unit(np.where(live_F, test_QxF, 0.0).astype(np.float64)), _unit(has_QxL)
     seen_FxL = unit_QxF.T @ unit_QxL
     order_SxQ = np.stack([rng.permutation(items) for _ in range(_PERMUTATIONS)])
-    shuffled = [np.abs(unit_QxF.T @ unit_QxL[order_Q]) for order_Q in order_SxQ]
+    shuffled = [unit_QxF.T @ unit_QxL[order_Q] for order_Q in order_SxQ]
     largest_S = np.array([each_FxL.max() for each_FxL in shuffled])
     cut = float(np.quantile(largest_S, 1 - LEVEL, method="higher"))
     labels = tuple(
@@ -121,7 +122,7 @@ def associate(
             label=name,
             items=int(kept[name].sum()),
             features=int(live_F.sum()),
-            associated=int((np.abs(seen_FxL[:, place]) > cut).sum()),
+            associated=int((seen_FxL[:, place] > cut).sum()),
             shuffled=float(np.mean([(each_FxL[:, place] > cut).sum() for each_FxL in shuffled])),
         )
         for place, name in enumerate(kept)
@@ -136,7 +137,7 @@ def associate(
     for feature in tested:
         name = names[int(trained_FxC[feature].argmax())]
         seen = seen_FxL[feature, list(kept).index(name)]
-        p_value = (1 + int((largest_S >= abs(seen) - 1e-12).sum())) / (1 + _PERMUTATIONS)
+        p_value = (1 + int((largest_S >= seen - 1e-12).sum())) / (1 + _PERMUTATIONS)
         columns = train_PxF[:, [feature]], train_labels[name].astype(int)
         auc, p_probe = _probe(*columns, test_QxF[:, [feature]], kept[name].astype(int), rng)
         drop_Q = drops.get(feature)

@@ -322,7 +322,7 @@ def tracking(row: str, findings: Findings) -> Iterator[TrackingFigures]:
                 text=slug,
                 sites=len(text.sites),
                 tests=sum(test.hurt != "not testable" for test in tests),
-                measured=len(text.chains),
-                holding=sum(chain.holds for chain in text.chains),
+                measured=sum(chain.holds is not None for chain in text.chains),
+                holding=sum(chain.holds is True for chain in text.chains),
                 hurt=sum(test.hurt == "yes" for test in tests),
             )

@@ -136,6 +136,7 @@ def primitives(
                 words=exciting_words(here, benchmark, primitive.features) if here else (),
                 seeds=len(some.seeds),
                 recurs=sum(same[number] for same in some.seeds.values()),
+                p_recurs=some.p_recurs,
                 rows=tuple(name for name, same in recurs_in.items() if same[number]),
                 partners=_partners(here, primitive.features) if here else (),
                 more=effect.answer if effect else "not testable",

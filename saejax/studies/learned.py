@@ -8,6 +8,7 @@ interpretable.
 from collections.abc import Iterator, Sequence
 
 from saejax.page.tables import Table, interval, number, percent
+from saejax.studies.primitives import LEVEL
 from saejax.studies.results import (
     QUESTIONS,
     Answered,
@@ -86,14 +87,19 @@ def _primitives(groups: Sequence[PrimitiveFigures]) -> tuple[Answered, str]:
     named = [group for group in groups if group.name]
     held = [group for group in named if holds(group)]
     evidence = f"{len(held)} of {len(named)} groups named after a category, {len(groups)} stable groups"
-    if not held and any(group.more == "not testable" or (group.more == "yes" and not group.seeds) for group in named):
+    untold = [group.more == "not testable" or (group.more == "yes" and group.p_recurs is None) for group in named]
+    if not held and any(untold):
         return "cannot tell", evidence
     return plain(bool(held)), evidence
 
 
 def holds(group: PrimitiveFigures) -> bool:
-    """Return whether a group is named, does more than its controls, and recurs in at least half of the other seeds."""
-    return bool(group.name) and group.more == "yes" and 0 < group.seeds <= 2 * group.recurs
+    """Return whether a group is named, does more than its controls, and recurs in half of the other seeds.
+
+    With the row's other groups it has to recur more often than with names permuted over categories.
+    """
+    recurs = 0 < group.seeds <= 2 * group.recurs and group.p_recurs is not None and group.p_recurs <= LEVEL
+    return bool(group.name) and group.more == "yes" and recurs
 
 
 def _driven(drivers: DriverFigures) -> Answered:

@@ -84,7 +84,14 @@ def _probes(figures: StudyFigures, rows: Mapping[str, Findings]) -> Iterator[Pha
                     result = f"accuracy {interval(probe.accuracy, 1, 100)} %"
                     control = f"shuffled labels {interval(probe.shuffled, 1, 100)} %"
                     test = f"linear probe of all {probe.input}"
-                    yield PhaseFigures(PROBES, test, where, result, control, plain(probe.p_holm <= 0.05))
+                    yield PhaseFigures(
+                        PROBES,
+                        test,
+                        where,
+                        result,
+                        control,
+                        plain(None if probe.p_holm is None else probe.p_holm <= 0.05),
+                    )
     for row, benchmark in dict.fromkeys((label.row, label.benchmark) for label in figures.labels):
         labels = select(figures.labels, row=row, benchmark=benchmark)
         tested = select(figures.associations, row=row, benchmark=benchmark)

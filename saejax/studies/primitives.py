@@ -9,7 +9,9 @@
 3. Groups are ablated on the test items. The effect on the items of the group's category is compared at equal dose with
    random and placebo sets, doses measured on the same items, and with its effect on other items. As many groups are
    tested, those that stand out most first, as can pass Holm's correction with the control sets that there are.
-4. A group recurs in a dictionary of another seed, or in another model, if a stable group there has the same name.
+4. A group recurs in a dictionary of another seed, or in another model, if a stable group there has the same name. Names
+   are few: recurrences in other seeds count where all of a dictionary's groups together have more of them than with
+   the names of each other dictionary permuted over the categories.
 
 Transfer to unseen domains is measured alike: features chosen on one benchmark are ablated on the items of another, and
 compared at equal dose with the random sets there that hold none of them.
@@ -98,6 +100,8 @@ class BenchmarkPrimitives:
     effects: tuple[PrimitiveEffect, ...]  #: of those that were ablated
     #: dictionary of another seed -> for each primitive whether one there has the same name
     seeds: Mapping[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
+    #: share of permutations of names with as many recurrences of all groups together; None: too few names to be rare
+    p_recurs: float | None = None
 
 
 def find_primitives(
@@ -231,6 +235,40 @@ def recurring(primitives: Sequence[FeaturePrimitive], elsewhere: Sequence[Featur
     """Return for each primitive whether another dictionary has one of the same name; False without a name."""
     names = {primitive.name for primitive in elsewhere}
     return tuple(bool(primitive.name) and primitive.name in names for primitive in primitives)
+
+
+def recurrence_p(
+    primitives: Sequence[FeaturePrimitive],
+    elsewhere: Sequence[Sequence[FeaturePrimitive]],
+    categories: Sequence[str],
+    seed: int,
+) -> float | None:
+    """Return how often as many groups recur in other dictionaries with their names permuted over the categories.
+
+    Args:
+      primitives: of the tested dictionary.
+      elsewhere: of each other dictionary.
+      categories: distinct categories of the train items.
+      seed: of the permutations.
+
+    Returns:
+      A p-value above 0; None if no outcome has one of at most ``LEVEL``.
+    """
+    place = {name: index for index, name in enumerate(categories)}
+    count_C = np.bincount([place[one.name] for one in primitives if one.name], minlength=len(categories))
+    names = [sorted({place[one.name] for one in some if one.name}) for some in elsewhere]
+    rng = np.random.default_rng(seed)
+    # Names of one dictionary that differ stay different: as many categories, drawn without replacement.
+    shuffled_R = np.array(
+        [
+            sum(count_C[rng.permutation(len(categories))[: len(some)]].sum() for some in names)
+            for _ in range(_PERMUTATIONS)
+        ]
+    )
+    most = sum(np.sort(count_C)[::-1][: len(some)].sum() for some in names)
+    seen = sum(count_C[some].sum() for some in names)
+    p, least = ((1 + int((shuffled_R >= value).sum())) / (1 + _PERMUTATIONS) for value in (seen, most))
+    return p if least <= LEVEL else None
 
 
 def judge_primitives(

@@ -296,13 +296,18 @@ def _compared(row: "PrimitiveFigures") -> str:
     return f"{row.more}: {row.sets} sets of {row.needed}"
 
 
+def _show_p(row: Any) -> str:
+    return "not testable" if row.p_recurs is None else f"p = {number(row.p_recurs, 3)}"
+
+
 class PrimitiveFigures(BenchmarkFigures, cards=True):
     """Groups of features that matter for the same items.
 
     Important features are grouped by the items whose answers they matter for, and a group is named after the category
     for which it matters most, if that is more than by chance. In quotation marks: the tokens on which its features are
     most active. Stable: overlap with the groups of resampled items (1: always the same), and dictionaries of other
-    seeds with a group of that name. Nats lost: when the whole group is ablated, on test items of its category and on
+    seeds with a group of that name, with the p-value of as many recurrences of all groups of the row together where
+    names are permuted over categories. Nats lost: when the whole group is ablated, on test items of its category and on
     others, beside control sets at equal dose. A dash: not ablated. As many groups are compared with control sets as
     their number allows: 19 of each kind for one group, 20 more for each further one.
     """
@@ -314,8 +319,10 @@ class PrimitiveFigures(BenchmarkFigures, cards=True):
     words: tuple[str, ...]  #: tokens of the items on which they are most active
     #: mean Jaccard overlap with the most similar group of resampled items
     overlap: float = joined(
-        "Stable", lambda row: f"{number(row.overlap)}; {row.recurs} of {row.seeds} seeds", words=True
+        "Stable", lambda row: f"{number(row.overlap)}; {row.recurs} of {row.seeds} seeds, {_show_p(row)}", words=True
     )
+    #: of as many recurrences of all groups with names permuted over categories; None: names are too few to tell
+    p_recurs: float | None
     p_value: float  #: of its name, corrected for all groups and categories
     seeds: int  #: dictionaries of other seeds
     recurs: int  #: of them, those with a group of the same name

@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
     command_line.define_common(flag_values)
 
     def work() -> None:
-        _, *common = flag_values(list(argv), known_only=True)
+        _, *common = flag_values(command_line.flag_files_first(argv), known_only=True)
         if flag_values["help"].value:
             return print(ABOUT)
         workdir = command_line.named_workdir(flag_values)

@@ -1,13 +1,16 @@
 """A study: all units of its rows, and then the report of their results."""
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from saejax.config import to_json
 from saejax.errors import CheckFailed
 from saejax.files import fingerprint, read_json
 from saejax.runner.workspace import Workspace, hold_claim
-from saejax.studies import criteria, report
+from saejax.studies import report
 from saejax.studies.gather import gather
 from saejax.studies.rows import StudyRow
 from saejax.studies.shares import shares
@@ -40,7 +43,7 @@ def run_study_rows(
     parts, root = shares(at_once), Workspace(workdir).root
     with hold_claim(root, f"the study in {root}", take_over):
         states = run_rows(root, rows, say, stopping, parts)
-        mark = fingerprint([[vars(state) for state in states], list(criteria.RULES.values())])
+        mark = fingerprint([[vars(state) for state in states], [_settings(row) for row in rows], _code()])
         path = root / report.FILE
         if path.exists() and read_json(path).get("fingerprint") == mark:
             say(f"all done before, unchanged: {root / 'index.html'}")
@@ -48,6 +51,18 @@ def run_study_rows(
             report.write_report(root, gather(root, rows, states, mark))
             say(f"open {root / 'index.html'}")
     _check(states, root)
+
+
+def _settings(row: StudyRow) -> list[Any]:
+    """Return all settings of a row: the page reads some that change no unit, such as ``--study.control``."""
+    return [row.name, *map(to_json, row.configs)]
+
+
+def _code() -> list[str]:
+    """Return hashes of the files that make the page."""
+    package = Path(__file__).parents[1]
+    files = sorted(file for room in ("studies", "page") for file in (package / room).rglob("*") if file.is_file())
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.suffix != ".pyc"]
 
 
 def _check(states: Sequence[UnitState], root: Path) -> None:

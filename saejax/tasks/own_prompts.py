@@ -28,6 +28,7 @@ from saejax.tasks.settings import BEHAVIOURS, PROBE_LABELS, TaskConfig
 _FLAG = "--task.prompts"
 _TAKEN = (*BEHAVIOURS, "started", "summary", "index")  # behaviours of our own, and files of every stage
 _NEEDED, _OPTIONAL = ("behaviour", "text", "correct", "wrong"), ("counterpart", "split", "template", "labels")
+_LISTED = 20  # lines whose problem a message tells; of others it has the numbers
 _EXAMPLE = '{"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat"}'
 
 
@@ -39,29 +40,56 @@ def read_own_prompts(task: TaskConfig, tokenizer: Any) -> dict[str, list[Prompt]
       tokenizer: the model's tokenizer.
 
     Raises:
-      UserError: the file cannot be read; a line is not a prompt or repeats another; a prompt's answers merge with its
-        text or start with the same token; a behaviour has too few lines, a reserved name, or splits on some lines only.
+      UserError: as ``check_own_prompts``; or prompts' answers merge with their text or start with the same token.
     """
-    if not task.prompts:
-        return {}
-    path = Path(task.prompts)
+    lines = _read_lines(task, tokenizer)
+    return {name: _prompts(name, of_behaviour, task) for name, of_behaviour in lines.items()}
+
+
+def check_own_prompts(task: TaskConfig) -> None:
+    """Check the file of ``task.prompts``, if one is named, as far as no tokenizer is needed.
+
+    Raises:
+      UserError: the file cannot be read; lines are not prompts or repeat others, all of which are named; a behaviour
+        has too few lines, a reserved name, or splits on some lines only.
+    """
+    for name, of_behaviour in _read_lines(task, None).items():
+        _prompts(name, of_behaviour, task)
+
+
+def _read_lines(task: TaskConfig, tokenizer: Any | None) -> dict[str, list[dict[str, Any]]]:
+    """Return the lines of each behaviour, checked with a tokenizer if one is given; none if no file is named."""
     lines: dict[str, list[dict[str, Any]]] = {}
-    texts = set()
-    for number, record in json_lines(decode(_content(path), path), path, _EXAMPLE):
-        fields = _checked(record, f"{path}, line {number}")
+    if not task.prompts:
+        return lines
+    path, texts, faults = Path(task.prompts), set(), []
+    for number, line in enumerate(decode(_content(path), path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = _checked(json.loads(line), "")
+        except (UserError, ValueError, RecursionError) as error:
+            problem = f" {error}" if str(error)[0] != ":" else str(error)
+            is_json = isinstance(error, UserError)
+            faults.append((number, problem if is_json else f" is not JSON: expected an object such as {_EXAMPLE}"))
+            continue
         text = fields["behaviour"], fields["text"]
         if text in texts:
-            raise UserError(f"{path}, line {number} has the text of an earlier line of {text[0]!r}: remove one of them")
-        if why := fault(tokenizer, _prompt("train", fields)):
-            raise UserError(
-                f"{path}, line {number}: {fields['text']!r} with {fields['correct']!r} or {fields['wrong']!r}: {why}, "
-                "as this model's tokenizer cuts them: write it otherwise, or take it out"
-            )
+            faults.append((number, f" has the text of an earlier line of {text[0]!r}: remove one of them"))
+        elif tokenizer is not None and (why := fault(tokenizer, _prompt("train", fields))):
+            answers = f"{fields['text']!r} with {fields['correct']!r} or {fields['wrong']!r}"
+            advice = "as this model's tokenizer cuts them: write it otherwise, or take it out"
+            faults.append((number, f": {answers}: {why}, {advice}"))
         texts.add(text)
         lines.setdefault(fields["behaviour"], []).append(fields)
+    if faults:
+        told = "; ".join(f"line {number}{problem}" for number, problem in faults[:_LISTED])
+        others = ", ".join(str(number) for number, _ in faults[_LISTED:])
+        where = f": {len(faults)} lines are no prompts:" if len(faults) > 1 else ","
+        raise UserError(f"{path}{where} {told}{f'; and so in the lines {others}' if others else ''}")
     if not lines:
         raise UserError(f"{_FLAG}={path} holds no prompts: expected lines such as {_EXAMPLE}")
-    return {name: _prompts(name, behaviour_lines, task, path) for name, behaviour_lines in lines.items()}
+    return lines
 
 
 def as_line(prompt: Prompt) -> str:
@@ -123,8 +151,9 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
     return record
 
 
-def _prompts(name: str, lines: Sequence[Mapping[str, Any]], task: TaskConfig, path: Path) -> list[Prompt]:
+def _prompts(name: str, lines: Sequence[Mapping[str, Any]], task: TaskConfig) -> list[Prompt]:
     """Return a behaviour's prompts, train prompts first."""
+    path = task.prompts
     has_split = [bool(line.get("split")) for line in lines]
     if any(has_split) and not all(has_split):
         raise UserError(f"{path}: only some prompts of {name!r} have a 'split': give it to all of them, or to none")

@@ -20,7 +20,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, losses, rescale
 from saejax.dictionaries.cross_layer import joined_lengths, sum_writes
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
 from saejax.dictionaries.matmul import matmul
-from saejax.dictionaries.sparsity import row
+from saejax.dictionaries.sparsity import row, smallest
 from saejax.parallel.collectives import to_host
 from saejax.training.optimizer import penalty_schedule
 from saejax.training.stack import Hyperparams, TrainStack
@@ -36,11 +36,11 @@ def train_step(
     # Losses are sums over layers of scaled values: layers with large norms would else dominate.
     dead_LxF = state.silent_MxF >= stack.config.dead_tokens
     gradient = jax.grad(functools.partial(cross_layer_loss, stack), has_aux=True)
-    grads, (metrics, fired_LxF, min_kept_L) = gradient(state.params, x_LxBxD, y_LxBxD, hyper, state.step_M[0], dead_LxF)
+    grads, (metrics, fired_LxF) = gradient(state.params, x_LxBxD, y_LxBxD, hyper, state.step_M[0], dead_LxF)
     tokens = x_LxBxD.shape[1]
     # Layers differ in the width of their decoders, so their updates cannot be one vectorised call.
     updated = [
-        apply_update(stack, state.layer(layer), grads[layer], fired_LxF[layer], min_kept_L[layer], rate, tokens)
+        apply_update(stack, state.layer(layer), grads[layer], fired_LxF[layer], rate, tokens)
         for layer, rate in enumerate(hyper.learning_rate)
     ]
     states, update_metrics = zip(*updated, strict=True)
@@ -58,7 +58,7 @@ def cross_layer_loss(
     hyper: Hyperparams,
     step: jax.Array,
     dead_LxF: jax.Array,
-) -> tuple[jax.Array, tuple[Arrays, jax.Array, jax.Array]]:
+) -> tuple[jax.Array, tuple[Arrays, jax.Array]]:
     """Return the loss of all layers together on one batch.
 
     Args:
@@ -71,24 +71,24 @@ def cross_layer_loss(
       dead_LxF: True for features that have been silent for too long.
 
     Returns:
-      The loss, and (metrics [L], whether each feature fired on any token, the smallest activation each layer kept).
+      The loss, and (metrics [L], whether each feature fired on any token).
     """
     config, kind = stack.config, stack.kind
     settings, decoders = config.of_kind(kind.name), [arrays["W_dec_FxD"] for arrays in layers]
 
-    def encode(layer: Any) -> tuple[jax.Array, jax.Array, Arrays, jax.Array]:
+    def encode(layer: Any) -> tuple[jax.Array, Arrays, jax.Array]:
         arrays, norms_F, x_BxD, values, dead_F = layer
         encoder, pre_BxF, projected_BxF = _pre_activations(stack, arrays, norms_F, x_BxD, config.matmul)
-        f_BxF, min_kept = kind.encode_in_training(encoder, pre_BxF, projected_BxF, values, settings)
+        f_BxF = kind.encode_in_training(encoder, pre_BxF, projected_BxF, values, settings)
         batch = EncodedBatch(encoder, x_BxD, x_BxD, pre_BxF, f_BxF, dead_F, None, values, settings)
         penalty, terms = kind.penalty(batch), kind.losses(batch)
         terms |= {} if penalty is None else dict(sparsity=penalty * penalty_schedule(config, stack.steps)(step))
-        return f_BxF, min_kept, terms, jnp.sum((f_BxF > 0).astype(jnp.float32), axis=0)
+        return f_BxF, terms, jnp.sum((f_BxF > 0).astype(jnp.float32), axis=0)
 
     layer_inputs = _encoders(stack, layers), joined_lengths(decoders), x_LxBxD, hyper.kind_params, dead_LxF
     # One layer after the other on a CPU, where batched products are slower than their parts.
     map_layers = (lambda args: lax.map(encode, args)) if stack.platform == "cpu" else jax.vmap(encode)
-    f_LxBxF, min_kept_L, terms, firings_LxF = map_layers(layer_inputs)
+    f_LxBxF, terms, firings_LxF = map_layers(layer_inputs)
 
     # What a layer is given is the sum over all layers below, so errors need all activations first.
     bias_LxD = jnp.stack([arrays["b_dec_D"] for arrays in layers])
@@ -102,7 +102,7 @@ def cross_layer_loss(
         l0=jnp.sum(firings_LxF, axis=1) / x_LxBxD.shape[1],
         explained_variance=jax.vmap(losses.explained_variance)(y_LxBxD, error_LxBxD),
     )
-    return jnp.sum(loss_L), (metrics, firings_LxF > 0, min_kept_L)
+    return jnp.sum(loss_L), (metrics, firings_LxF > 0)
 
 
 def _encoders(stack: TrainStack, layers: Sequence[Arrays]) -> Arrays:
@@ -121,20 +121,20 @@ def _pre_activations(
 
 
 def smallest_kept(stack: TrainStack, layers: Sequence[Arrays], hyper: Hyperparams, x_LxBxD: jax.Array) -> jax.Array:
-    """Return the smallest activation [L] that each layer keeps of a batch of scaled inputs."""
+    """Return the smallest activation above 0 [L] that each layer keeps of a batch of scaled inputs; 0: none."""
 
     def of_layer(layer: Any) -> jax.Array:
         arrays, norms_F, x_BxD, values = layer
         # In float32, as finished dictionaries are read.
         encoder, pre_BxF, projected_BxF = _pre_activations(stack, arrays, norms_F, x_BxD, "float32")
         settings = stack.config.of_kind(stack.kind.name)
-        return stack.kind.encode_in_training(encoder, pre_BxF, projected_BxF, values, settings)[1]
+        return smallest(stack.kind.encode_in_training(encoder, pre_BxF, projected_BxF, values, settings))
 
     norms_LxF = joined_lengths([arrays["W_dec_FxD"] for arrays in layers])
     return lax.map(of_layer, (_encoders(stack, layers), norms_LxF, x_LxBxD, hyper.kind_params))
 
 
-def finish_layer(stack: TrainStack, state: TrainState, layer: int) -> tuple[Dictionary, np.ndarray]:
+def finish_layer(stack: TrainStack, state: TrainState, layer: int, kept_L: Any = None) -> tuple[Dictionary, np.ndarray]:
     """Return a layer's trained dictionary for raw activations, and what its features write.
 
     All processes must call this together.
@@ -143,25 +143,26 @@ def finish_layer(stack: TrainStack, state: TrainState, layer: int) -> tuple[Dict
       stack: what was trained.
       state: the state after the last step.
       layer: the layer.
+      kept_L: result of ``thresholds.calibrate_thresholds``; None: 0.
 
     Returns:
       The layer alone, with the decoder to its own layer, arrays on the host; and the decoders to each layer from its
       own on, [F, X, D].
     """
-    config, arrays = _unscale(stack, state, layer)
+    config, arrays = _unscale(stack, state, layer, 0.0 if kept_L is None else kept_L[layer])
     host = {name: to_host(array) for name, array in arrays.items()}
     writes_FxXxD = host["W_dec_FxD"].reshape(config.n_features, -1, config.d_in)
     placed = {name: jnp.asarray(array) for name, array in (host | dict(W_dec_FxD=writes_FxXxD[:, 0])).items()}
     return Dictionary(config, stack.config.matmul, **placed), writes_FxXxD
 
 
-def _unscale(stack: TrainStack, state: TrainState, layer: int) -> tuple[DictionaryConfig, Arrays]:
+def _unscale(stack: TrainStack, state: TrainState, layer: int, kept: Any) -> tuple[DictionaryConfig, Arrays]:
     """Return what a layer is (a JumpReLU where its kind can be one), and its arrays for raw activations.
 
     Rows of the joined decoders have length 1.
     """
     kind, block, scales = stack.kind, state.layer(layer), stack.scales
-    arrays = kind.finish(block.params, block.batch_topk_threshold_M)
+    arrays = kind.finish(block.params, kept)
     arrays = rescale.fold_input_scaling(kind, arrays, scales[layer].input, scales[layer].output)
     # Each layer's outputs have their own scale, and activations that of the layer that they come from.
     factors = [scales[layer].output / scale.output for scale in scales[layer:]]

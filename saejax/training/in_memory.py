@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from saejax.activations.in_memory import Activations, capture
 from saejax.activations.joined import single_sites
@@ -14,15 +15,18 @@ from saejax.activations.store import INDEX, Store, shard_file
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders
 from saejax.dictionaries.bos import warn_of_bos
 from saejax.dictionaries.hashes import hash_dictionaries
+from saejax.dictionaries.joined import join
 from saejax.dictionaries.kinds.settings import PRETRAINED
 from saejax.errors import UserError, one_of
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
+from saejax.evaluation.parts import part_losses, parts_by_model
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.files import fingerprint, read_object, write_json
 from saejax.models.language_model import LanguageModel
-from saejax.parallel.mesh import make_mesh
-from saejax.parallel.settings import MeshConfig
+from saejax.models.sites import OtherSite, site_parts
+from saejax.parallel.mesh import AXES, make_mesh
 from saejax.settings_from_keywords import make_config
+from saejax.short_reprs import has_short_repr
 from saejax.training.inputs import store_source
 from saejax.training.loop import TrainFolders, check_state_dtype, train_stack
 from saejax.training.members import Member, choose_sites, make_members
@@ -44,8 +48,8 @@ def train(
     kind: str = "topk",
     *,
     folder: str | Path | None = None,
-    mesh: MeshConfig | None = None,
-    on_progress: Callable[[str], None] = print,
+    mesh: Mesh | None = None,
+    on_progress: Callable[[str], None] | None = print,
     **settings: Any,
 ) -> Dictionary:
     """Train a dictionary as the stage ``train`` does.
@@ -57,8 +61,9 @@ def train(
       kind: one of ``saejax.dictionaries.kinds.settings.kind_names()``.
       folder: folder of checkpoints, metrics and the dictionary, from which an interrupted run resumes. None:
         nothing is kept.
-      mesh: arrangement of the devices; None: all devices share the tokens.
-      on_progress: takes lines that say how far it is.
+      mesh: the devices, such as ``lm.mesh`` or ``saejax.parallel.mesh.make_mesh(MeshConfig(model=2))``; None: all
+        devices share the tokens.
+      on_progress: takes lines that say how far it is; None: nobody is told.
       **settings: other fields of ``saejax.training.settings.TrainConfig``, such as k=32, expansion=8,
         learning_rate=1e-3.
 
@@ -66,6 +71,9 @@ def train(
       UserError: a setting is unknown, out of range or a list of several values, the site is not there, the folder
         holds training on something else, or training diverges.
     """
+    mesh, on_progress = mesh or make_mesh(), on_progress or (lambda line: None)
+    if getattr(mesh, "axis_names", None) != AXES:
+        raise UserError(f"mesh is {mesh}: expected one with the axes {', '.join(AXES)}, such as lm.mesh")
     settings |= dict(pretrained=kind) if kind == PRETRAINED else {}
     for name in _NOT_HERE.keys() & settings.keys():
         if settings[name] != "store":  # the one source that there is here
@@ -93,7 +101,7 @@ def train(
         (expanded,) = config.each_expansion()
         source = store_source(expanded, store, batch_parts(stack), on_progress)
         folders = TrainFolders.inside(target, stack)
-        train_stack(expanded, kind, stack, source, make_mesh(mesh or MeshConfig()), folders, on_progress)
+        train_stack(expanded, kind, stack, source, mesh, folders, on_progress)
         return load_dictionary(target / stack[0].name)
 
 
@@ -126,6 +134,7 @@ def _check_or_record_inputs(folder: Path, store: Store, member: Member, init_fro
     write_json(path, recorded)
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Scores of a dictionary on some texts."""
@@ -156,7 +165,7 @@ def evaluate(
 
     Args:
       lm: the model that it was trained on.
-      dictionary: an SAE or a transcoder.
+      dictionary: an SAE, a transcoder, or a crosscoder of one model's sites, which are all replaced together.
       texts: each at most as long as the model's context.
       mean_D: mean of the target over training tokens, the floor of ``ce_recovered``. None: its mean over these texts.
 
@@ -164,26 +173,28 @@ def evaluate(
       UserError: the dictionary, or the mean, has another width than the model's site.
     """
     warn_of_bos(lm, dictionary)
-    site, target = dictionary.site, dictionary.config.target or dictionary.site
-    acts = capture(lm, texts, list(dict.fromkeys((site, target))))
-    d = acts.values[target].shape[1]
-    for what, width in {
-        "the dictionary": dictionary.config.d_in,
-        "mean_D": d if mean_D is None else len(mean_D),
-    }.items():
+    config, site = dictionary.config, dictionary.site
+    target = config.target or site
+    of_second = [part for part in site_parts(site) if OtherSite.names(part)]
+    if of_second:
+        raise UserError(f"the crosscoder reads {of_second[0]} of a second model: the stage evaluate scores it on both")
+    acts = capture(lm, texts, single_sites((site, target)))
+    read = {name: join(config, acts.values) if config.widths else acts.values[name] for name in (site, target)}
+    d = read[target].shape[1]
+    for what, width in {"the dictionary": config.d_in, "mean_D": d if mean_D is None else len(mean_D)}.items():
         if width != d:
             raise UserError(
                 f"{what} has the width {width}, but {target} of {lm.source.name} has {d}: give one of this model"
             )
     # The model's rule, whoever trained the dictionary: as in the stage.
     dictionary = dictionary.with_sink_norms(lm.sink_norm, replace=True)
-    limits = {site: dictionary.config.max_norm} | (
-        {target: dictionary.config.target_max_norm} if target != site else {}
-    )
-    inside_N = np.all([np.linalg.norm(acts.values[name], axis=1) <= limit for name, limit in limits.items()], axis=0)
-    parts = [value_NxD[inside_N] for value_NxD in acts.values.values()]
+    inside_N = np.asarray(dictionary.is_not_sink(read[site], read[target]))
+    parts = [np.asarray(value_NxD)[inside_N] for value_NxD in read.values()]
     mean_D = parts[-1].astype(np.float64).mean(axis=0) if mean_D is None else mean_D
     (score,) = reconstruct([dictionary], [parts], lm.mesh)
+    if config.widths:
+        (of_parts,) = part_losses(parts_by_model(site, lm, None), [dictionary], acts.texts, mean_D)
+        return Evaluation(score, of_parts["+".join(site_parts(site))])
     (losses,) = stand_in_losses(lm, [dictionary], acts.texts, mean_D)
     return Evaluation(score, losses)
 

@@ -1,7 +1,7 @@
 """Training that starts from dictionaries of ours or of other tools (``--train.init_from``).
 
 A dictionary reads raw activations, training scaled ones: here the scales go into the arrays, the inverse of
-``state.finish_dictionary``. Optimiser, counters and running thresholds start anew.
+``state.finish_dictionary``. Optimiser and counters start anew.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own
+from saejax.dictionaries.formats.hooks import short_model_name
 from saejax.errors import UserError
 from saejax.links import member_folder
 from saejax.parallel.collectives import to_host
@@ -151,7 +152,8 @@ def _check(stack: TrainStack, index: int, dictionary: Dictionary) -> None:
     if start.fingerprint and expected.fingerprint:
         same_model = start.fingerprint == expected.fingerprint
     else:
-        same_model = not start.model or not expected.model or _short(start.model) == _short(expected.model)
+        names = {short_model_name(start.model), short_model_name(expected.model)}
+        same_model = "" in names or len(names) == 1  # a folder's name says nothing
     if not same_model:
         different.append("model")
     if different:
@@ -164,9 +166,3 @@ def _check(stack: TrainStack, index: int, dictionary: Dictionary) -> None:
 def _model(config: DictionaryConfig, twice: bool) -> str:
     """Return the name of a dictionary's model, and its fingerprint if the other model has the same name."""
     return f"{config.model or 'unnamed'}{f' ({config.fingerprint})' if twice and config.fingerprint else ''}"
-
-
-def _short(model: str) -> str:
-    """Return a model's name without its owner; TransformerLens calls the smallest GPT-2 "gpt2-small"."""
-    name = model.rstrip("/").rpartition("/")[2].lower()
-    return "gpt2" if name == "gpt2-small" else name

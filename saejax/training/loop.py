@@ -107,10 +107,10 @@ def train_stack(
     folder.mkdir(exist_ok=True)
     try:
         with Checkpoints(folder / "checkpoints") as checkpoints:
-            state, metrics = _train(stack, kind, source, folders, checkpoints, say, stopping)
+            state, kept_M, metrics = _train(stack, kind, source, folders, checkpoints, say, stopping)
     finally:
         source.close()
-    _save(stack, state, folders)
+    _save(stack, state, kept_M, folders)
     # A feature is dead if it did not fire in the last epoch.
     dead_after = min(min(source.per_epoch, steps) * config.batch, MOST_TOKENS)
     dead = jax.jit(lambda silent_MxF: jnp.mean(silent_MxF >= dead_after, axis=1), out_shardings=sharding(mesh))
@@ -133,8 +133,8 @@ def _train(
     checkpoints: Checkpoints,
     say: Callable[[str], None],
     stopping: Callable[[], bool],
-) -> tuple[TrainState, Metrics]:
-    """Return the final state with calibrated thresholds, from the newest checkpoint on or from the start."""
+) -> tuple[TrainState, jax.Array | None, Metrics]:
+    """Return the final state, from the newest checkpoint on or from the start, and thresholds for it."""
     config, names = stack.config, [member.name for member in stack.members]
     described: dict[str, object] = dict(settings=identity(config, kind), dictionary=identity(stack.dictionary))
     described |= dict(members=names, steps=stack.steps, state=STATE_VERSION)
@@ -159,7 +159,7 @@ def _train(
     with run as wandb:
         metrics = Metrics(stack, folder / METRICS, first_step, say, wandb)
         state = train_loop(stack, state, batches, first_step, metrics, checkpoints, stopping)
-    return calibrate_thresholds(stack, state, batches), metrics
+    return state, calibrate_thresholds(stack, state, batches), metrics
 
 
 def train_loop(
@@ -210,12 +210,12 @@ def train_loop(
     return state
 
 
-def _save(stack: TrainStack, state: TrainState, folders: TrainFolders) -> None:
+def _save(stack: TrainStack, state: TrainState, kept_M: jax.Array | None, folders: TrainFolders) -> None:
     """Write the dictionaries, in place of those of a run that was killed between here and its summary."""
     if stack.is_cross_layer:
         if is_first_process():
             circuit_tracer.clear_cross_layer(folders.root)
-        layer = functools.partial(cross_layer.finish_layer, stack, state)
+        layer = functools.partial(cross_layer.finish_layer, stack, state, kept_L=kept_M)
         circuit_tracer.save_cross_layer(folders.root, len(stack.members), layer)
         return
     for index, member in enumerate(stack.members):
@@ -225,7 +225,7 @@ def _save(stack: TrainStack, state: TrainState, folders: TrainFolders) -> None:
         if is_first_process():
             # Without its description the folder counts as no dictionary, whatever stops the writing.
             (folder / own.DESCRIPTION).unlink(missing_ok=True)
-        save_dictionary(folder, finish_dictionary(stack, state, index))
+        save_dictionary(folder, finish_dictionary(stack, state, index, kept_M))
 
 
 def _member_results(stack: TrainStack, metrics: Metrics, dead_M: np.ndarray) -> tuple[TrainedMember, ...]:

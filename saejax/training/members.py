@@ -5,9 +5,11 @@ Each of them is a unit of its own (``units_of_members``): its result depends on 
 
 import dataclasses
 import itertools
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saejax.dictionaries.cross_layer import FORM
 from saejax.dictionaries.kinds.settings import KIND_SETTINGS
 from saejax.errors import UserError, one_of
 from saejax.models.sites import KINDS as SITE_KINDS
@@ -25,7 +27,9 @@ class Member:
     target: str
     #: its values of the settings that can be swept: "learning_rate", "seed" and those that its kind reads.
     settings: Mapping[str, Any]
-    site_index: int = 0  #: index of its site among those of the whole stack, from which its initial values are drawn
+    #: folded into its seed, from which its initial values are drawn: of one site among several the hash of its name, so
+    #: that a further site changes no other; the layer in a cross-layer transcoder; 0 where all members have one site.
+    site_seed: int = 0
 
 
 def make_members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[Member]:
@@ -45,14 +49,15 @@ def make_members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[M
     swept = [name for name, values in lists.items() if len(values) > 1]
     depth_l1 = _l1_by_depth(config, kind, sites)
     members = []
-    for site_index, site in enumerate(sites):
+    for index, site in enumerate(sites):
+        of_site = index if config.form == FORM else zlib.crc32(site.encode()) & 0x7FFFFFFF if len(sites) > 1 else 0
         for values in itertools.product(*lists.values()):
             settings = dict(zip(lists, values, strict=True))
             parts = [site] if len(sites) > 1 else []
             parts += [f"expansion{config.expansion}"] if config.expansions else []
             parts += [f"{name}{settings[name]}" if name == "seed" else f"{name}{settings[name]:g}" for name in swept]
             members.append(
-                Member("-".join(parts), site, _target(config, site), settings | depth_l1.get(site, {}), site_index)
+                Member("-".join(parts), site, _target(config, site), settings | depth_l1.get(site, {}), of_site)
             )
     names = [member.name for member in members]
     if len(set(names)) < len(members):

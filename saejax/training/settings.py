@@ -126,7 +126,7 @@ class TrainConfig(Config):
     learning_rate: tuple[float, ...] = setting((1e-3,), "peak learning rate of Adam (or a list)", low=0.0, swept=True)
     b1: float = setting(0.9, "decay of Adam's mean of gradients", low=0.0, high=0.999999)
     b2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0.0, high=0.999999)
-    eps: float = setting(1e-8, "epsilon of Adam, added to the root of its mean of squared gradients", low=0.0)
+    eps: float = setting(1e-8, "epsilon of Adam, added to the root of its mean of squared gradients", low=1e-30)
     mu_dtype: str = setting(
         "float32",
         "dtype of Adam's mean of gradients; bfloat16 saves 2 bytes per parameter. The mean of squared gradients "

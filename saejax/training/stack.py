@@ -10,14 +10,16 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from saejax.activations.batches import Parts
 from saejax.activations.joined import single_sites
-from saejax.dictionaries import DictionaryConfig, kinds, sparse_products
+from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, sparse_products
 from saejax.dictionaries.cross_layer import FORM
 from saejax.dictionaries.cross_layer import KINDS as CROSS_LAYER_KINDS
+from saejax.dictionaries.kinds.base import Facts
 from saejax.dictionaries.kinds.settings import JumpReLUConfig
 from saejax.dictionaries.kinds.topk import is_plain_topk
 from saejax.errors import UserError, one_of
@@ -37,7 +39,8 @@ _NOT_CROSS_LAYER = dict(auxk=0.0, decorrelation=0.0, alignment=0.0, whiten_error
 class Hyperparams:
     """Hyperparameters of a step's members: arrays with a leading axis M, or without it for one member."""
 
-    #: learning_rate and seed: as in ``Member.settings``; ``kind_params``: the other settings there.
+    #: learning_rate and seed: as in ``Member.settings``; ``kind_params``: the other settings there,
+    #: and what the kind reads at inference (``Kind.numbers``).
     learning_rate: jax.Array
     kind_params: dict[str, jax.Array]
     #: input_scale and output_scale: as in ``SiteScale``.
@@ -84,6 +87,10 @@ class TrainStack:
         """The kind of all members."""
         return kinds.by_name(self.dictionary.kind)
 
+    def facts(self, member: Member) -> Facts:
+        """Return the fields of ``DictionaryConfig`` that follow from a member's settings of the kind."""
+        return self.kind.facts(member.settings, self.config.of_kind(self.kind.name), self.dictionary.n_features)
+
     @property
     def platform(self) -> str:
         """Platform of the devices, such as "cpu"."""
@@ -111,14 +118,21 @@ class TrainStack:
         """Return the members' hyperparameters as numpy arrays."""
         dtype, members, scales = self.config.state_dtype, self.members, self.scales
 
+        # What the kind reads at inference: of a plugin it may follow from a setting of another name.
+        read = self.kind.numbers
+        settings = [
+            {**member.settings, **{name: value for name, value in self.facts(member).items() if name in read}}
+            for member in members
+        ]
+
         def column(name: str) -> np.ndarray:
-            values = [member.settings[name] for member in members]
+            values = [of_member[name] for of_member in settings]
             return np.array(values, np.int32 if all(isinstance(value, int) for value in values) else dtype)
 
         metrics = [scale.metric_DxD for scale in scales if scale.metric_DxD is not None]
         return Hyperparams(
             learning_rate=column("learning_rate").astype(dtype),
-            kind_params={name: column(name) for name in members[0].settings if name not in ("learning_rate", "seed")},
+            kind_params={name: column(name) for name in settings[0] if name not in ("learning_rate", "seed")},
             input_scale=np.array([scale.input for scale in scales], dtype),
             output_scale=np.array([scale.output for scale in scales], dtype),
             site_index=np.array([self.sites.index((member.site, member.target)) for member in members], np.int32),
@@ -218,7 +232,7 @@ def stack_shape(
     # One static k serves all members: the program selects the largest, each keeps its own.
     facts = max(each, key=lambda facts: facts.get("k", 0))
     _check_settings(config, kind_object, facts.get("k", 0), features)
-    return DictionaryConfig(
+    dictionary = DictionaryConfig(
         kind=kind,
         site=members[0].site,
         target="" if config.form == "sae" else members[0].target,
@@ -229,6 +243,35 @@ def stack_shape(
         widths=shape if len(shape) > 1 else (),
         **facts,
     )
+    if not type(kind_object).__module__.startswith("saejax."):
+        _check_inference(kind_object, dictionary)
+    return dictionary
+
+
+def _check_inference(kind: kinds.Kind, config: DictionaryConfig) -> None:
+    """Raise a ``UserError`` unless a finished dictionary of a user's kind can encode: training would be in vain."""
+
+    def encode() -> jax.Array:
+        """Encode two documents, and the first feature alone."""
+        dictionary = Dictionary.initial(config, jax.random.key(0))
+        x_BxTxD = jnp.zeros((2, 3, config.d_in))
+        f_BxTxF = dictionary.encode(x_BxTxD)
+        first_BxTx1 = dictionary.encode_features(x_BxTxD, jnp.zeros(1, jnp.int32))
+        return jnp.where(dictionary.fires(f_BxTxF), f_BxTxF, first_BxTx1)
+
+    try:
+        shape = jax.eval_shape(encode).shape
+    except Exception as error:  # the user's code may raise anything
+        fields = ", ".join(kind.numbers) or "none"
+        raise UserError(
+            f"a trained dictionary of the kind {kind.name} could not encode: {type(error).__name__}: {error}. At "
+            f"inference `numbers` has the fields of Kind.numbers alone ({fields}), not settings of training: read "
+            "those in encode_in_training, or keep what encode needs in an array of `vectors`"
+        ) from error
+    if shape != (2, 3, config.n_features):
+        raise UserError(
+            f"encode of the kind {kind.name} returns {list(shape)}: expected one activation for each feature"
+        )
 
 
 def _check_settings(config: TrainConfig, kind: kinds.Kind, k: int, features: int) -> None:

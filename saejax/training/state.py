@@ -24,8 +24,7 @@ from saejax.training.optimizer import apply_constraints, learning_rate_schedule,
 from saejax.training.settings import MOST_TOKENS
 from saejax.training.stack import TrainStack
 
-STATE_VERSION = 3  # version of the tree below; a checkpoint of another version is refused
-_THRESHOLD_RATE = 0.01  # weight of each batch in the running mean of the threshold, until it is calibrated at the end
+STATE_VERSION = 4  # version of the tree below; a checkpoint of another version is refused
 
 
 @jax.tree_util.register_dataclass
@@ -36,8 +35,6 @@ class TrainState:
     params: Any  #: arrays of the dictionaries, by name
     optimizer: Any  #: state of the Optax chain
     silent_MxF: jax.Array  #: tokens since each feature last fired, int32
-    #: running mean of the smallest activation that a batch kept; 0 for kinds without one.
-    batch_topk_threshold_M: jax.Array
     step_M: jax.Array  #: number of steps done, int32; the same for all members
 
     def layer(self, layer: int) -> "TrainState":
@@ -46,7 +43,7 @@ class TrainState:
         return TrainState(self.params[layer], self.optimizer[layer], **rest)
 
 
-PER_MEMBER = ("silent_MxF", "batch_topk_threshold_M", "step_M")
+PER_MEMBER = ("silent_MxF", "step_M")
 
 
 def init_state(stack: TrainStack) -> TrainState:
@@ -57,7 +54,7 @@ def init_state(stack: TrainStack) -> TrainState:
 def _initial_state(stack: TrainStack) -> TrainState:
     """Return the initial state; to be traced.
 
-    Directions are random, from each member's seed and, in a stack of several sites, the index of its site: were they
+    Directions are random, from each member's seed and, in a stack of several sites, the name of its site: were they
     the same at all sites, what little training leaves of them would pass for features that layers share. The decoder's
     bias starts at the site's mean or median, everything else at 0.
     """
@@ -70,9 +67,9 @@ def _initial_state(stack: TrainStack) -> TrainState:
 
     # Biases start in the scaled units in which members train.
     bias_MxD = np.stack([scale.bias_D * scale.output for scale in stack.scales]).astype(config.state_dtype)
-    keys = [(jax.random.key(member.settings["seed"]), member.site_index) for member in members]
-    key_M = jnp.stack([jax.random.fold_in(key, index) if index else key for key, index in keys])
-    # One by one, so that a member of the first site starts with the same bits alone and in a stack.
+    keys = [(jax.random.key(member.settings["seed"]), member.site_seed) for member in members]
+    key_M = jnp.stack([jax.random.fold_in(key, site) if site else key for key, site in keys])
+    # One by one, so that a member starts with the same bits whatever the others are.
     params: Any = lax.map(lambda args: init_member(*args), (key_M, jnp.asarray(bias_MxD)))
     optimizer = make_optimizer(config, dictionary.widths)
     if stack.is_cross_layer:  # the stack's transcoders, which write nothing to later layers yet
@@ -85,7 +82,6 @@ def _initial_state(stack: TrainStack) -> TrainState:
         params,
         optimizer_state,
         jnp.zeros((len(members), dictionary.n_features), jnp.int32),
-        jnp.zeros(len(members), config.state_dtype),
         jnp.zeros(len(members), jnp.int32),
     )
 
@@ -154,7 +150,6 @@ def apply_update(
     state: TrainState,
     grads: Arrays,
     fired_F: jax.Array,
-    min_kept: jax.Array,
     peak_rate: jax.Array,
     tokens: int,
 ) -> tuple[TrainState, Arrays]:
@@ -165,7 +160,6 @@ def apply_update(
       state: the member's state, without an axis over members.
       grads: gradient of its loss.
       fired_F: whether each feature fired on any of the tokens.
-      min_kept: the smallest activation that the batch kept, see ``Kind.encode_in_training``.
       peak_rate: the member's peak learning rate.
       tokens: tokens of the batch.
 
@@ -174,7 +168,7 @@ def apply_update(
     """
     config, params, dictionary = stack.config, state.params, stack.dictionary
     dead_F = state.silent_MxF >= config.dead_tokens
-    rate = peak_rate * learning_rate_schedule(config, stack.steps)(state.step_M).astype(min_kept.dtype)
+    rate = peak_rate * learning_rate_schedule(config, stack.steps)(state.step_M).astype(peak_rate.dtype)
     place = functools.partial(place_update, dictionary=dictionary, mesh=stack.mesh)
     if config.zero_optimizer:
         grads, params = (place(place(arrays, over_data=False), over_data=True) for arrays in (grads, params))
@@ -186,34 +180,32 @@ def apply_update(
         after = place(place(after, over_data=True), over_data=False)
     longest = MOST_TOKENS - tokens  # the count stops there, as int32 would overflow
     silent_F = jnp.where(fired_F, 0, jnp.minimum(state.silent_MxF, longest) + tokens)
-    mean = state.batch_topk_threshold_M + _THRESHOLD_RATE * (min_kept - state.batch_topk_threshold_M)
-    # The first batch sets the running mean; otherwise it would rise from 0 for hundreds of steps.
-    threshold = jnp.where(state.step_M == 0, min_kept, mean)
     norm = optax.tree.get(optimizer_state, "gradient_norm")
     metrics = dict(learning_rate=rate, gradient_norm=norm, dead=jnp.mean(dead_F.astype(jnp.float32)))
-    return TrainState(after, optimizer_state, silent_F, threshold, state.step_M + 1), metrics
+    return TrainState(after, optimizer_state, silent_F, state.step_M + 1), metrics
 
 
-def finish_dictionary(stack: TrainStack, state: TrainState, index: int) -> Dictionary:
+def finish_dictionary(stack: TrainStack, state: TrainState, index: int, kept_M: Any = None) -> Dictionary:
     """Return a member's trained dictionary for raw activations; decoder rows that grew freely get length 1.
 
     Args:
       stack: what was trained.
       state: the state after the last step.
       index: index of the member.
+      kept_M: result of ``thresholds.calibrate_thresholds``; None: 0.
     """
     arrays = {name: array[index] for name, array in state.params.items()}
     dictionary, kind, member, scale = stack.dictionary, stack.kind, stack.members[index], stack.scales[index]
     # Rows first get length 1 in scaled units, because the scales of input and output may differ.
-    arrays = rescale.unit_rows(kind, kind.finish(arrays, state.batch_topk_threshold_M[index]), dictionary.widths)
+    arrays = rescale.unit_rows(kind, kind.finish(arrays, 0.0 if kept_M is None else kept_M[index]), dictionary.widths)
     is_sae = member.target == member.site
+    facts = stack.facts(member)
     config = dataclasses.replace(
         dictionary,
         site=member.site,
         target="" if is_sae else member.target,
-        k=member.settings.get("k", 0),
         # Like all that is compared with activations: these come out 1 / output as large.
-        fires_above=dictionary.fires_above / scale.output,
+        **facts | dict(fires_above=facts.get("fires_above", 0.0) / scale.output),
         max_norm=scale.max_norm,
         target_max_norm=None if is_sae else scale.target_max_norm,
         scales=scale.scales,

@@ -86,8 +86,8 @@ def _member_step(
         # Whole again before the products: between steps parameters may lie as the optimiser's parts do.
         params = place_update(params, stack.dictionary, stack.mesh, over_data=False)
     gradient = jax.grad(functools.partial(member_loss, stack), has_aux=True)
-    grads, (metrics, fired_F, min_kept) = gradient(params, x_BxD, y_BxD, hyper, state.step_M, dead_F, most_dead)
-    state, update_metrics = apply_update(stack, state, grads, fired_F, min_kept, hyper.learning_rate, len(x_BxD))
+    grads, (metrics, fired_F) = gradient(params, x_BxD, y_BxD, hyper, state.step_M, dead_F, most_dead)
+    state, update_metrics = apply_update(stack, state, grads, fired_F, hyper.learning_rate, len(x_BxD))
     return state, metrics | update_metrics
 
 
@@ -109,7 +109,7 @@ def member_loss(
     step: jax.Array,
     dead_F: jax.Array,
     most_dead: jax.Array | None = None,
-) -> tuple[jax.Array, tuple[Arrays, jax.Array, jax.Array]]:
+) -> tuple[jax.Array, tuple[Arrays, jax.Array]]:
     """Return the loss of one member on one batch.
 
     Args:
@@ -123,12 +123,12 @@ def member_loss(
       most_dead: the largest number of dead features among the members computed together; None: this member's.
 
     Returns:
-      The loss, and (metrics, whether each feature fired on any token, the smallest activation that was kept).
+      The loss, and (metrics, whether each feature fired on any token).
     """
     config, member = stack.config, Dictionary(stack.dictionary, stack.config.matmul, **params)
     kind, settings = member.kind, config.of_kind(member.kind.name)
     most_dead = jnp.sum(dead_F) if most_dead is None else most_dead
-    pre_BxF, pre_for_auxk_BxF, acts, residuals, min_kept = _encode(stack, member, x_BxD, y_BxD, hyper, most_dead > 0)
+    pre_BxF, pre_for_auxk_BxF, acts, residuals = _encode(stack, member, x_BxD, y_BxD, hyper, most_dead > 0)
     if isinstance(acts, SparseCode):
         f_BxF, firings_F = acts.dense(), acts.firings()
     else:
@@ -161,7 +161,7 @@ def member_loss(
         l0=jnp.sum(firings_F) / x_BxD.shape[0],
         explained_variance=losses.explained_variance(y_BxD, error_BxD),
     )
-    return loss, (metrics, firings_F > 0, min_kept)
+    return loss, (metrics, firings_F > 0)
 
 
 def member_residual(
@@ -169,7 +169,7 @@ def member_residual(
 ) -> jax.Array:
     """Return targets ``y_BxD`` minus one member's reconstruction from ``x_BxD``, features chosen as in training."""
     member = Dictionary(stack.dictionary, stack.config.matmul, **params)
-    return _encode(stack, member, x_BxD, y_BxD, hyper)[3][-1]
+    return _encode(stack, member, x_BxD, y_BxD, hyper)[-1][-1]
 
 
 def _encode(
@@ -179,12 +179,11 @@ def _encode(
     y_BxD: jax.Array,
     hyper: Hyperparams,
     any_dead: jax.Array | bool = True,
-) -> tuple[jax.Array, jax.Array, jax.Array | SparseCode, list[jax.Array], jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | SparseCode, list[jax.Array]]:
     """Encode and reconstruct as in training.
 
     Returns:
-      Pre-activations, for the kind's losses and for AuxK; activations; the residual of each reconstruction; the
-      smallest activation that was kept.
+      Pre-activations, for the kind's losses and for AuxK; activations; the residual of each reconstruction.
     """
     arrays, kind = member.arrays, member.kind
     if stack.products != "dense":
@@ -192,13 +191,12 @@ def _encode(
         encoder = Encoder(centre_D, arrays["W_enc_DxF"], arrays["b_enc_F"])
         rest = hyper.kind_params["k"], stack.dictionary.k, stack.config.matmul, any_dead
         explained = explain(x_BxD, member.without_bias(y_BxD, x_BxD), encoder, arrays["W_dec_FxD"], *rest)
-        min_kept = jnp.zeros((), x_BxD.dtype)
-        return explained.pre_BxF, explained.pre_for_auxk_BxF, explained.code, [explained.residual_BxD], min_kept
+        return explained.pre_BxF, explained.pre_for_auxk_BxF, explained.code, [explained.residual_BxD]
     projected_BxF = member.pre_activations(x_BxD)
     pre_BxF, settings = projected_BxF + row(member.b_enc_F[...], 2), stack.config.of_kind(stack.dictionary.kind)
-    f_BxF, min_kept = kind.encode_in_training(member, pre_BxF, projected_BxF, hyper.kind_params, settings)
+    f_BxF = kind.encode_in_training(member, pre_BxF, projected_BxF, hyper.kind_params, settings)
     residuals = [y_BxD - y_hat_BxD for y_hat_BxD in kind.reconstructions(member, f_BxF, x_BxD)]
-    return pre_BxF, pre_BxF, f_BxF, residuals, min_kept
+    return pre_BxF, pre_BxF, f_BxF, residuals
 
 
 # A stack: one member's function over the leading axis.

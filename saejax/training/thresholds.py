@@ -1,11 +1,10 @@
 """Thresholds of BatchTopK at inference, calibrated on training rows after the last step.
 
-While a dictionary trains, the running mean of each batch's smallest kept activation lags behind the parameters: after
-78 steps a dictionary trained with k = 32 would fire 20 features a token. So when training ends, the threshold is set to
-the smallest of the N k largest activations of the final parameters on N training tokens: L0 is k on these.
+A running mean of each batch's smallest kept activation would lag behind the parameters: after 78 steps a dictionary
+trained with k = 32 would fire 20 features a token. So when training ends, the threshold is set to the smallest of the
+N k largest activations of the final parameters on N training tokens: L0 is k on these.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -15,7 +14,7 @@ from jax import lax
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.kinds.base import Arrays, Kind
-from saejax.dictionaries.sparsity import row
+from saejax.dictionaries.sparsity import row, smallest
 from saejax.errors import Interrupted
 from saejax.training import cross_layer
 from saejax.training.inputs import Batches
@@ -26,8 +25,8 @@ _TOKENS = 16_384  # tokens that L0 is measured on: its relative error is below 1
 _VALUES = 2**26  # maximum number of pre-activations: 256 MB in float32
 
 
-def calibrate_thresholds(stack: TrainStack, state: TrainState, batches: Batches) -> TrainState:
-    """Return the final state with calibrated thresholds, for kinds that have one.
+def calibrate_thresholds(stack: TrainStack, state: TrainState, batches: Batches) -> jax.Array | None:
+    """Return the smallest activation [M] that each member keeps; None for kinds that make nothing of it.
 
     Args:
       stack: what was trained.
@@ -38,7 +37,7 @@ def calibrate_thresholds(stack: TrainStack, state: TrainState, batches: Batches)
       Interrupted: asked to stop while a batch was made.
     """
     if type(stack.kind).finish is Kind.finish:  # the kind does not use the smallest kept activation
-        return state
+        return None
     config = stack.config
     fitting = _VALUES // (config.batch * stack.dictionary.n_features)
     count = max(1, min(math.ceil(_TOKENS / config.batch), fitting, stack.steps))
@@ -47,8 +46,8 @@ def calibrate_thresholds(stack: TrainStack, state: TrainState, batches: Batches)
     if any(batch is None for batch in pooled):
         raise Interrupted("stopped after the last step; saved: run the same command to go on")
     inputs = [batch[0] for batch in pooled if batch is not None]
-    calibrate = jax.jit(functools.partial(_calibrate, stack), out_shardings=state.batch_topk_threshold_M.sharding)
-    return dataclasses.replace(state, batch_topk_threshold_M=calibrate(state.params, stack.hyperparams, inputs))
+    calibrate = jax.jit(functools.partial(_calibrate, stack), out_shardings=state.step_M.sharding)
+    return calibrate(state.params, stack.hyperparams, inputs)
 
 
 def _calibrate(stack: TrainStack, params: Arrays, hyper: Hyperparams, inputs: list[jax.Array]) -> jax.Array:
@@ -65,6 +64,6 @@ def _calibrate(stack: TrainStack, params: Arrays, hyper: Hyperparams, inputs: li
         member = Dictionary(stack.dictionary, "float32", **arrays)  # as finished dictionaries are read
         projected_NxF = member.pre_activations(x_NxD)
         pre_NxF = projected_NxF + row(member.b_enc_F[...], 2)
-        return stack.kind.encode_in_training(member, pre_NxF, projected_NxF, hyper.kind_params, settings)[1]
+        return smallest(stack.kind.encode_in_training(member, pre_NxF, projected_NxF, hyper.kind_params, settings))
 
     return lax.map(of_member, (params, hyper))  # one by one: memory is that of one member

@@ -35,4 +35,4 @@ def make_store(tmp_path):
 @pytest.fixture
 def on_one_device(monkeypatch, one_device):
     """Captures by JAX on the first device alone."""
-    monkeypatch.setattr("saejax.parallel.mesh.make_mesh", lambda config: one_device)
+    monkeypatch.setattr("saejax.activations.request.make_mesh", lambda config: one_device)

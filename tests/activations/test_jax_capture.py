@@ -49,10 +49,12 @@ def test_both_backends_make_the_same_store(setup, on_one_device, options):
     assert (by_torch.documents, by_torch.tokens) == (by_jax.documents, by_jax.tokens)
 
 
-@pytest.mark.parametrize(("mesh", "rows"), [(dict(), 90), (dict(data=2, model=4), 110)], ids=["data 8", "data 2"])
+@pytest.mark.parametrize(
+    ("mesh", "rows"), [(dict(), 90), (dict(data=2, model=4), 110), (dict(member=4, data=2), 90)], ids=str
+)
 def test_a_mesh_of_eight_devices_gives_the_same_rows(setup, monkeypatch, mesh, rows):
     """Rows that only fill up a batch's shape, and the tokens up to its length, run like all others: as padding."""
-    real, ran, pad_batch = [], [], DecoderReader.pad_batch
+    real, ran, shares, pad_batch, forward = [], [], [], DecoderReader.pad_batch, jax_capture.forward
 
     def counted(reader, batch):
         padded = pad_batch(reader, batch)
@@ -60,12 +62,22 @@ def test_a_mesh_of_eight_devices_gives_the_same_rows(setup, monkeypatch, mesh, r
         ran.append(padded[0].size)
         return padded
 
+    def watched(config, sites, logits, params, ids_BxT, lengths_B):
+        logits, values = forward(config, sites, logits, params, ids_BxT, lengths_B)
+        shares.extend(
+            (len(array), shard.data.shape[0]) for array in (ids_BxT, *values) for shard in array.addressable_shards
+        )
+        return logits, values
+
     monkeypatch.setattr(DecoderReader, "pad_batch", counted)
+    monkeypatch.setattr(jax_capture, "forward", watched)
     assert jax.device_count() == 8
     options = dict(sites=("mlp_in.0", "resid_post.2"), shard_rows=rows)
     expected, _ = setup.capture("torch_for_mesh", **options)
     found, results = setup.capture("jax_on_mesh", backend="jax", mesh=MeshConfig(**mesh), **options)
     assert_same_store(found, expected)
+    # Each device computes its share of the rows, whichever axis it is on, but for that of the heads.
+    assert shares and all(rows == share * 8 // mesh.get("model", 1) for rows, share in shares)
     assert sum(real) < sum(ran) and results.padding_share == pytest.approx(1 - sum(real) / sum(ran))
 
 
@@ -86,7 +98,7 @@ def make_reader(setup, one_device):
     def make(*sites):
         found = source.resolve(ModelConfig(path=str(setup.model)))
         config = read_config(read_json(found.folder / "config.json"), "config.json")
-        return DecoderReader(found, config, sites, plan.padded_shape, one_device, "float32", "float32"), plan
+        return DecoderReader(found, config, sites, one_device, "float32", "float32"), plan
 
     return make
 

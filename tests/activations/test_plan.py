@@ -8,13 +8,17 @@ import pytest
 from saejax.activations import plan as plan_module
 from saejax.activations.documents import COLUMNS, Documents
 from saejax.activations.plan import Plan
+from saejax.activations.settings import CaptureConfig
+from saejax.models.lengths import bucket_lengths
+from saejax.tasks.corpora import read_corpus
+from saejax.tasks.settings import CorpusConfig
 
 
-def make_plan(lengths, batch_tokens=64, shard_rows=10**6):
+def make_plan(lengths, batch_tokens=64, shard_rows=10**6, devices=1):
     table_Nx4 = np.zeros((len(lengths), len(COLUMNS)), np.int32)
     table_Nx4[:, COLUMNS.index("source")] = np.arange(len(lengths))
     documents = Documents.contiguous(np.zeros(sum(lengths), np.int32), lengths, table_Nx4, ("group",))
-    return Plan(documents, shard_rows, batch_tokens, last=0, seed=0)
+    return Plan(documents, shard_rows, batch_tokens, last=0, seed=0, devices=devices)
 
 
 def cost(lengths, chosen, program):
@@ -23,11 +27,9 @@ def cost(lengths, chosen, program):
 
 
 @pytest.mark.parametrize("program", [0, 30, 100, 10**6])
-def test_padding_and_programs_cost_the_least_together(monkeypatch, program):
-    monkeypatch.setattr(plan_module, "_PROGRAM", program)
+def test_padding_and_programs_cost_the_least_together(program):
     lengths = np.random.default_rng(0).choice([1, 3, 4, 9, 17, 18, 30, 31], 40)
-    plan = make_plan(lengths)
-    chosen = {plan.padded_shape(length)[1] for length in lengths.tolist()}
+    chosen = set(bucket_lengths(np.bincount(lengths), program).tolist())
     below = sorted(set(lengths.tolist()))[:-1]
     subsets = itertools.chain.from_iterable(itertools.combinations(below, n) for n in range(len(below) + 1))
     least = min(cost(lengths, (*subset, max(lengths)), program) for subset in subsets)
@@ -35,17 +37,40 @@ def test_padding_and_programs_cost_the_least_together(monkeypatch, program):
     assert len(chosen) == {0: len(below) + 1, 10**6: 1}.get(program, len(chosen))
 
 
-def test_every_batch_fits_its_shape(monkeypatch):
+@pytest.mark.parametrize("devices", [1, 4])
+def test_every_batch_fits_its_shape(monkeypatch, devices):
     monkeypatch.setattr(plan_module, "_PROGRAM", 50)
-    plan = make_plan(np.random.default_rng(1).integers(1, 90, 50), batch_tokens=64, shard_rows=300)
+    plan = make_plan(np.random.default_rng(1).integers(1, 90, 50), batch_tokens=64, shard_rows=300, devices=devices)
     shapes = set()
     for shard in range(plan.shards):
         for batch in plan.batches(shard):
             documents, length = batch.ids_BxT.shape
-            rows, padded = plan.padded_shape(length)
-            assert documents <= rows and length <= padded and (rows * padded <= 64 or rows == 1)
+            rows, padded = batch.shape
+            assert documents <= rows and length <= padded and not rows % devices
+            assert rows * padded <= 64 * devices or rows == devices
             shapes.add((rows, padded))
     assert 2 < len(shapes) < 15
+
+
+def web_lengths(median=500, context=1024, tokens=1_500_000):
+    """Log-normal lengths of texts, cut at the context."""
+    texts = np.exp(np.random.default_rng(2).normal(np.log(median), 1.1, tokens // median)).astype(int) + 1
+    return np.concatenate([[context] * (length // context) + [length % context] for length in texts]).clip(1)
+
+
+@pytest.mark.parametrize("per_device", [2048, 8192])
+@pytest.mark.parametrize("texts", ["demo", "web", "short web"])
+def test_few_rows_hold_no_document_on_eight_devices(texts, per_device):
+    """At the default sizes of shards; and documents of a length go together, so that little is padding."""
+    if texts == "demo":
+        lengths = np.array([len(document.text) // 4 + 1 for document in read_corpus(CorpusConfig())]).clip(1, 512)
+    else:
+        lengths = web_lengths(500 if texts == "web" else 200)
+    plan = make_plan(lengths, per_device, CaptureConfig().shard_rows, devices=8)
+    batches = [batch for shard in range(plan.shards - 1) for batch in plan.batches(shard)]
+    filler = 1 - sum(len(batch.documents_B) for batch in batches) / sum(batch.shape[0] for batch in batches)
+    print(f"{filler:.1%} of the rows hold no document, {plan.padding_share():.1%} of the tokens are padding")
+    assert filler < 0.1 and plan.padding_share() < 0.2
 
 
 @pytest.mark.parametrize(("tokens", "recorded"), [(10, []), (20, [28, 29]), (40, [28, 29, 8, 9])])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from saejax.attribution.trace import prompt
 from saejax.errors import UserError
 from saejax.models.tokens import encode, pad
 from saejax.results import from_json, to_json
-from saejax.runner import command
+from saejax.runner import command, command_line
 from saejax.stages.attribute import run as stage
 from saejax.stages.attribute.requests import Request, read_given_labels, read_requests, unit_name
+from saejax.stages.attribute.traces import trace_key
 from saejax.tasks.corpora import read_corpus
 from saejax.tasks.settings import CorpusConfig
 
@@ -33,8 +35,8 @@ def flags(tiny_llama, lm, tmp_path_factory):
     """The model and a set of transcoders for it."""
     folder = tmp_path_factory.mktemp("set") / "transcoders"
     save_transcoders(folder, made_set(lm))
-    checks = ["--graph.contexts=2", "--graph.doubled=4", "--graph.circuits", "--graph.heads", "--mesh.data=2"]
-    return [f"--model.path={tiny_llama}", f"--graph.transcoders={folder}", *checks]
+    more = ["--graph.contexts=2", "--graph.heads", "--mesh.data=2"]
+    return [f"--model.path={tiny_llama}", f"--graph.transcoders={folder}", *more]
 
 
 def attribute(tmp_path, *flags: str) -> int:
@@ -62,7 +64,7 @@ def assert_contexts_are_those_of_the_corpus(folder, lm):
 def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
     prompts = tmp_path / "some.jsonl"
     lines = [
-        dict(slug="water", prompt="The water near the war", targets=[" runs> way"]),
+        dict(slug="water", prompt="The water near the war", targets=[[" runs", " way"]]),
         dict(slug="ids", token_ids=[5, 17, 33, 8, 41], targets=[]),
     ]
     prompts.write_text("\n".join(map(json.dumps, lines)))
@@ -76,8 +78,7 @@ def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
     assert to_json(from_json(AttributeResults, saved, folder)) == saved  # nothing is lost in its class
     water = results["water"]
     assert len(water["targets"]) == 1 and "way" in water["targets"][0]["label"]
-    assert water["unexplained"] < 1e-5 and water["doubling"]["held_error"] < 1e-4
-    assert water["circuits"]["faithfulness"][-1] == pytest.approx(1, abs=0.2)
+    assert water["unexplained"] < 1e-5
     whole = Graph.load(folder / "ids-graph")
     graph = whole.prune()  # the whole graph is saved, so pruning again traces nothing
     assert whole.pruning is None and len(whole.nodes) > len(graph.nodes)
@@ -107,6 +108,54 @@ def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
     assert again["ids"] | dict(seconds=0) == results["ids"] | dict(seconds=0)
     assert "kept from an earlier run: water" in capsys.readouterr().out
     np.testing.assert_array_equal(Graph.load(folder / "ids-graph").adjacency_RxS, whole.adjacency_RxS)
+
+
+def test_what_is_shown_of_a_graph_traces_nothing_again(flags, tmp_path, monkeypatch):
+    """Each such setting, one after the other; a setting of the trace itself traces."""
+    base = [*flags, "--graph.prompt=The water near", "--graph.slug=one", "--graph.max_features=60"]
+    base.append("--graph.node_threshold=0.99")
+    assert attribute(tmp_path / "run", *base) == 0
+    first = Graph.load(tmp_path / "run" / "attribute" / "one" / "one-graph")
+    named = sorted(path.name for path in (tmp_path / "run" / "attribute" / "one" / "features").iterdir())
+    (tmp_path / "labels.json").write_text(json.dumps({f"0_{feature}": f"my {feature}" for feature in range(48)}))
+    (tmp_path / "groups.json").write_text(json.dumps({"*": [["all", *first.prune(0.99).ids[:2]]]}))
+    traced = []
+
+    def count(*arguments, **options):
+        traced.append(options)
+        return prompt.trace_prompt(*arguments, **options)
+
+    monkeypatch.setattr(stage, "trace_prompt", count)
+    prompts = tmp_path / "some.jsonl"
+    lines = [dict(slug="another-name", prompt="The water near"), dict(slug="new", prompt="The way")]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    shown = [
+        "--graph.node_threshold=0.5",
+        "--graph.edge_threshold=0.6",
+        "--graph.top_edges=3",
+        "--graph.min_weight=1e-3",
+    ]
+    shown += [f"--graph.labels={tmp_path / 'labels.json'}", f"--graph.supernodes={tmp_path / 'groups.json'}"]
+    shown += ["--graph.source_set=plt-9", "--graph.contexts=3", "--graph.heads=False", "--graph.query_key=1.2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "load_run_model", lambda run: pytest.fail("the model is loaded"))
+        patch.setattr("saejax.stages.attribute.run.run_again", lambda *parts: pytest.fail("the prompt is run"))
+        for flag in shown[:-3]:  # nor is the model loaded, as all is known of these features
+            assert attribute(tmp_path / "run", *base, "--graph.heads=False", flag) == 0
+    for flag in shown[-3:]:
+        assert attribute(tmp_path / "run", *base, flag) == 0
+    assert traced == []
+    folder = tmp_path / "run" / "attribute" / "one"
+    again = Graph.load(folder / "one-graph")
+    assert np.array_equal(again.adjacency_RxS, first.adjacency_RxS) and again.settings == first.settings
+    assert {path.name for path in (folder / "features").iterdir()} >= set(named) and named
+    assert "Head 1.2 at " in (folder / "one.html").read_text()
+    more = [flag for flag in base if "prompt=" not in flag and "slug" not in flag]
+    assert attribute(tmp_path / "run", *more, f"--graph.prompts={prompts}") == 0
+    assert len(traced) == 1  # the new line alone
+    for flag in ("--graph.max_features=50", "--graph.target= way", "--graph.max_logits=2", "--model.dtype=bfloat16"):
+        assert attribute(tmp_path / "run", *base, flag) == 0
+    assert len(traced) == 5
 
 
 @pytest.mark.parametrize(
@@ -143,7 +192,7 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
         assert f"labels.json names {message}" in error and error.count("\n") == 1
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water", "targets": [" and so on"]}\n')
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
-    assert "error: the-water: the target ' and so on' is 6 tokens" in capsys.readouterr().err
+    assert re.search("error: the-water-[0-9a-f]{8}: the target ' and so on' is 6 tokens", capsys.readouterr().err)
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water", "targets": [" way", " way"]}\n')
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
     assert " appears twice: expected each target once" in capsys.readouterr().err
@@ -152,7 +201,7 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
     monkeypatch.setattr(prompt, "free_memory", lambda mesh: prompt.Memory(0, 2**28))
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
     error = capsys.readouterr().err
-    assert "error: the-war: no prompt fits into the memory that is free, 0.2 GiB, and " in error
+    assert "error: the-war-" in error and ": no prompt fits into the memory that is free, 0.2 GiB, and " in error
     assert error.count("\n") == 1 and not list((tmp_path / "run").rglob("*.html"))
 
 
@@ -168,7 +217,9 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
         ('{"token_ids": []}', "line 1: the prompt is empty"),
         ('{"prompt": "a", "slug": "summary"}', "cannot name a graph"),
         ("{", "is not JSON"),
-        ('{"prompt": "Twice"}\n{"prompt": "twice"}', "slug 'twice' of an earlier line"),
+        ('{"prompt": "a", "targets": [["b"]]}', "prompt and targets are texts"),
+        ('{"prompt": "a", "targets": [["b", 1]]}', "prompt and targets are texts"),
+        ('{"prompt": "twice"}\n{"prompt": "twice"}', "slug 'twice' of an earlier line"),
         ("", "holds no prompts"),
     ],
 )
@@ -187,6 +238,24 @@ def test_labels_that_no_reader_gets_through_are_one_line(tmp_path):
         read_given_labels(GraphConfig(labels=str(tmp_path / "deep.json")))
 
 
+def test_a_trace_is_that_of_its_dictionaries_and_targets(tmp_path, tiny_llama):
+    """Of two parts of one repository, or two choices of files in a folder, the traces differ."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "one.json").write_text("{}")
+    (tmp_path / "set" / "two").mkdir()
+    configs = command_line.read_configs(command_line.stage_flags(), ["attribute", f"--model.path={tiny_llama}"])
+    base = GraphConfig(prompt="a", dictionaries=(str(tmp_path / "set"),))
+    request, other = Request("a", "a", ()), Request("a", "a", (" b",))
+    others = [dict(dictionaries=(str(tmp_path / "set" / "two"),)), dict(l0=("small",)), dict(direct=True)]
+    keys = [
+        trace_key(configs | dataclasses.replace(base, **changes), request)
+        for changes in ({}, dict(node_threshold=0.5), *others)
+    ]
+    assert keys[0] == keys[1] and len(set(keys)) == 4 and trace_key(configs | base, other) not in keys
+    (tmp_path / "set" / "one.json").write_text("{ }")
+    assert trace_key(configs | base, request) not in keys
+
+
 def test_prompts_without_latin_letters_have_names_of_their_own(tmp_path):
     (tmp_path / "some.jsonl").write_text('{"prompt": "法国的首都是"}\n{"prompt": "德国的首都是"}', "utf-8")
     first, second = read_requests(GraphConfig(prompts=str(tmp_path / "some.jsonl")))
@@ -194,11 +263,39 @@ def test_prompts_without_latin_letters_have_names_of_their_own(tmp_path):
     assert first.slug == unit_name(GraphConfig(prompt="法国的首都是", transcoders="set"))
 
 
-def test_a_target_without_a_list_is_one_target(tmp_path):
-    """Else each of its letters would be one."""
-    (tmp_path / "some.jsonl").write_text('{"prompt": "a", "targets": " way> runs"}')
+@pytest.mark.parametrize(
+    ("written", "targets"),
+    [
+        ('" way> runs"', (" way> runs",)),  # one target, not one for each of its letters, and no difference
+        ('[" >=", "->"]', (" >=", "->")),
+        ('[[" way", " >="], " runs"]', ((" way", " >="), " runs")),
+    ],
+)
+def test_targets_are_texts_as_they_are_written_and_pairs_are_differences(tmp_path, written, targets):
+    (tmp_path / "some.jsonl").write_text(f'{{"prompt": "a", "targets": {written}}}')
     (request,) = read_requests(GraphConfig(prompts=str(tmp_path / "some.jsonl")))
-    assert request.targets == ((" way", " runs"),)
+    assert request.targets == targets
+    flags = GraphConfig(prompt="a", transcoders="set", target=" >=")
+    assert read_requests(flags)[0].targets == (" >=",)
+    assert read_requests(dataclasses.replace(flags, minus="->"))[0].targets == ((" >=", "->"),)
+    with pytest.raises(UserError, match=r"--graph.minus is subtracted from --graph.target, which is missing"):
+        unit_name(dataclasses.replace(flags, target="", minus=" a"))
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("The capital of the country with the longest coast", "The capital of the country with the longest river"),
+        ("the 法国", "the 德国"), ("2 + 2", "2 - 2"), ("The war", "the war"), ("a b", "a  b"), ("a-b", "a b"),
+        ("a\n", "a"), ("summary", "summary graph"), ("summary!", "summary"),
+    ],
+)  # fmt: skip
+def test_prompts_that_differ_have_folders_of_their_own(texts, tmp_path):
+    names = [unit_name(GraphConfig(prompt=text, transcoders="set")) for text in texts]
+    assert names[0] != names[1] and all(len(name) < 60 for name in names)
+    assert unit_name(GraphConfig(prompt="the capital of france is", transcoders="set")) == "the-capital-of-france-is"
+    (tmp_path / "ids.jsonl").write_text('{"token_ids": [5, 17]}\n{"prompt": "5 17"}\n{"prompt": "5-17"}')
+    assert len({request.slug for request in read_requests(GraphConfig(prompts=str(tmp_path / "ids.jsonl")))}) == 3
 
 
 def test_of_an_answer_the_first_token_is_explained(lm):
@@ -217,9 +314,9 @@ def test_of_an_answer_the_first_token_is_explained(lm):
 )  # fmt: skip
 def test_two_processes_trace_as_one(flags, tmp_path, mesh, is_checked):
     (tmp_path / "ids.jsonl").write_text('{"slug": "ids", "token_ids": [5, 17, 33, 8]}')
-    model, transcoders, *checks, _ = flags
+    model, transcoders, *more, _ = flags
     own = [model, transcoders, f"--graph.prompts={tmp_path / 'ids.jsonl'}", "--graph.max_logits=3"]
-    own += ["--graph.node_threshold=1", "--graph.edge_threshold=1", *(checks if is_checked else [])]
+    own += ["--graph.node_threshold=1", "--graph.edge_threshold=1", *(more if is_checked else [])]
     assert attribute(tmp_path / "one", *own) == 0
     for process in runs.start_pair("attribute", [*own, f"--workdir={tmp_path / 'two'}", f"--mesh.{mesh}=2"]):
         runs.finish(process)
@@ -230,5 +327,5 @@ def test_two_processes_trace_as_one(flags, tmp_path, mesh, is_checked):
     first, second = (json.loads((folder / "ids.json").read_text()) for folder in folders)
     assert first["scores"] == pytest.approx(second["scores"], abs=1e-6)
     if is_checked:
-        assert second["doubling"]["held_error"] < 1e-4
-        np.testing.assert_allclose(second["circuits"]["faithfulness"], first["circuits"]["faithfulness"], atol=1e-4)
+        shown = [json.loads((folder / "heads" / "ids.json").read_text())["edges"] for folder in folders]
+        assert len(shown[0]) == len(shown[1]) > 0

@@ -5,9 +5,9 @@ import logging
 import jax
 import numpy as np
 import pytest
+from graph_checks import double, faithfulness_curve
 from made_transcoders import made_set
 
-from saejax.attribution.checks import double, faithfulness_curve
 from saejax.attribution.heads.contributions import largest_heads
 from saejax.attribution.heads.query_key import split_scores
 from saejax.attribution.local.transcoders import LayerTranscoders

@@ -1,5 +1,7 @@
 """Dictionaries: parts of them, rounded products, files, and what programs take."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +99,29 @@ def test_a_saved_dictionary_comes_back_the_same(tmp_path):
         np.testing.assert_array_equal(loaded.encode(x), dictionary.encode(x))
         with pytest.raises(UserError, match="already holds"):
             save_dictionary(tmp_path / kind, dictionary)
+
+
+def test_what_was_saved_in_float64_or_by_an_earlier_version_is_read(tmp_path):
+    """Fields that went are left out, and those that came have their defaults; what nobody knows is refused."""
+    dictionary = make()
+    with jax.enable_x64(True):
+        arrays = {name: jnp.asarray(np.asarray(array, np.float64)) for name, array in dictionary.arrays.items()}
+        save_dictionary(tmp_path / "double", Dictionary(dictionary.config, **arrays))
+    description = tmp_path / "double" / "dictionary.json"
+    saved = json.loads(description.read_text())
+    assert saved["arrays"]["W_enc_DxF"]["dtype"] == "float64"
+    del saved["config"]["bos"]
+    description.write_text(json.dumps(saved | dict(config=saved["config"] | dict(context=128))))
+    loaded = load_dictionary(tmp_path / "double")
+    assert loaded.config == dictionary.config and loaded.W_enc_DxF.dtype == jnp.float32
+    np.testing.assert_array_equal(loaded.W_enc_DxF[...], dictionary.W_enc_DxF[...])
+    description.write_text(json.dumps(saved | dict(config=saved["config"] | dict(other=1))))
+    with pytest.raises(UserError, match=r"\['other'\] are unknown: a newer version"):
+        load_dictionary(tmp_path / "double")
+    del saved["config"]["kind"]
+    description.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="does not say kind"):
+        load_dictionary(tmp_path / "double")
 
 
 @pytest.mark.parametrize("first", [True, False])

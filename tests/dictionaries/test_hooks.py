@@ -1,5 +1,7 @@
 """Hook names of other tools and the sites that they mean."""
 
+import json
+
 import pytest
 
 from saejax.dictionaries.formats import hooks
@@ -72,8 +74,22 @@ GEMMA = {  # norms after the MLP make its module another place
 
 
 def test_hooks_of_a_model_with_norms_after_the_mlp():
-    for model in ("google/gemma-2-2b", "google/gemma-3-1b"):
+    for model in ("google/gemma-2-2b", "google/gemma-3-1b", "gemma-2-9b-it", "allenai/OLMo-2-1124-7B"):
         assert {hook: hooks.to_site(hook, model) for hook in GEMMA} == GEMMA
+
+
+def test_a_models_config_decides_and_else_its_exact_name_with_a_line(tmp_path, monkeypatch):
+    """gemma-2b is a Gemma 1, and a model derived from Gemma 2 may have any name."""
+    lines = []
+    monkeypatch.setattr(hooks.logging, "info", lambda text, line: lines.append(line))
+    norm = "model.layers.3.post_attention_layernorm"  # in other models the norm before the MLP
+    for model in ("google/gemma-2b", "gemma-2b-it", "google/codegemma-2b", "google/recurrentgemma-2b"):
+        assert hooks.to_site(norm, model).startswith("module:") and hooks.to_site("mlp_3", model) == "mlp_out.3"
+    assert len(lines) == 4 and "without norms" in lines[0]
+    for model_type, site in (("gemma2", "attn_out.3"), ("gemma", f"module:{norm}")):
+        (tmp_path / "config.json").write_text(json.dumps(dict(model_type=model_type, rms_norm_eps=1e-6)))
+        assert hooks.to_site(norm, str(tmp_path)) == site and hooks.has_layer_norms(str(tmp_path)) is False
+    assert len(lines) == 4
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from saejax.errors import UserError
 from saejax.runner import command, plugins
 from saejax.runner.flags import define_flags, from_flags
 from saejax.runner.registry import all_groups
+from saejax.training.members import make_members
 from saejax.training.settings import TrainConfig
+from saejax.training.stack import stack_shape
 
 SETTINGS = dict(plugins=PLUGIN, train__kinds=MADE_UP, ablate__dictionary=MADE_UP, task__behaviours="agreement")
 
@@ -37,7 +39,7 @@ def test_kinds_are_found_by_name_and_others_refused_with_the_names():
         (None, "cannot be read: No such file"),
         ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
         ("def broken(:", "SyntaxError"),
-        ("numbers = [1, 2]", "registers no kind"),
+        ("numbers = [1, 2]", "adds nothing"),
         ("from saejax.dictionaries import kinds\n\n@kinds.register\nclass A(kinds.Kind):\n    name = 'topk'", "'topk'"),
     ],
 )
@@ -109,6 +111,39 @@ def test_the_example_of_the_guide_is_a_kind(load_plugin):
     x_BxD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)
     expected = np.maximum(initial("standard").encode(x_BxD) - 0.5, 0)
     np.testing.assert_allclose(initial(MADE_UP, margin_F=0.5).encode(x_BxD), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("encode", "message"),
+    [
+        (
+            "jax.nn.relu(pre_xF - numbers['strength'])",
+            r"KeyError: 'strength'. At inference `numbers` has the fields of",
+        ),
+        ("jax.nn.relu(pre_xF).sum(-1)", r"encode of the kind shrunk returns |could not encode"),
+        ("jax.nn.relu(pre_xF - dictionary.config.margin)", "AttributeError: .*'margin'"),
+    ],
+)
+def test_a_kind_that_cannot_encode_at_inference_is_not_trained(load_plugin, encode, message):
+    """Its encode has other numbers in training."""
+    text = PLUGIN.read_text()
+    start = text.index("    def encode(")
+    line = text[text.index("        return ", start) :].partition("\n")[0]
+    load_plugin(text.replace(line, f"        return {encode}", 1))
+    train = parse("--train.kinds=shrunk", "--train.sites=resid_post.1", "--train.shrunk.strength=0.5,1")
+    members = make_members(train, MADE_UP, ["resid_post.1"])
+    with pytest.raises(UserError, match=message):
+        stack_shape(train, MADE_UP, members, {"resid_post.1": 8})
+    load_plugin(text)
+    assert stack_shape(train, MADE_UP, members, {"resid_post.1": 8}).n_features == 64
+
+
+def test_an_unknown_kind_is_said_to_need_its_file(capsys):
+    for call in (lambda: parse("--train.kinds=shrank"), lambda: DictionaryConfig("shrank", "resid_post.1", d_in=8)):
+        with pytest.raises(UserError, match="'shrank': expected one of .*; --plugins=FILE adds others"):
+            call()
+    assert command.run(["train"], "", ["program", "--workdir=x", "--train.shrank.strength=0.5"]) == 2
+    assert "a kind of your own has its flags with --plugins=FILE" in capsys.readouterr().err
 
 
 def test_a_kind_that_is_a_jumprelu_at_inference_is_written_for_other_tools(load_plugin, tmp_path):

@@ -138,7 +138,7 @@ def saelens(folder, w, **cfg):
 def saelens_before_version_3(folder, w):
     write_tensors(folder / "sparsity.safetensors", sparsity=np.zeros(F))
     path = saelens(folder, w | dict(scaling_factor=np.ones(F, np.float32)), **OLD)
-    return path, function(w), dict(site="resid_pre.8", bos="always", context=128)
+    return path, function(w), dict(site="resid_pre.8", bos="always")
 
 
 @layout()
@@ -292,13 +292,20 @@ def dictionary_learning_matryoshka(folder, w):
     return path, function(w, jump(1.25)), dict(kind="matryoshka", groups=(10, F))
 
 
-@layout(threshold=(0, 1))
+@layout(unit=True, threshold=(0, 1))
 def dictionary_learning_jumprelu(folder, w):
-    """Thresholds are of pre-activations; activations are multiplied by the lengths of decoder rows."""
-    length = np.linalg.norm(w["W_dec"].astype(np.float64), axis=1)
-    unit = w | dict(W_dec=w["W_dec"] / length[:, None])
-    compute = function(unit, lambda pre: jump(w["threshold"])(pre) * length, False)
-    return learned(folder, "JumpReluAutoEncoder", w), compute, dict(kind="jumprelu")
+    """Some versions multiply activations by the lengths of decoder rows, which are 1 in what they train."""
+    return (
+        learned(folder, "JumpReluAutoEncoder", w),
+        function(w, jump(w["threshold"]), False),
+        dict(kind="jumprelu"),
+    )
+
+
+def test_jumprelus_of_dictionary_learning_whose_version_would_matter_are_refused(tmp_path):
+    learned(tmp_path / "long", "JumpReluAutoEncoder", arrays(threshold=(0, 1)))
+    with pytest.raises(UserError, match="by which only some versions of JumpReluAutoEncoder multiply"):
+        load_dictionary(tmp_path / "long")
 
 
 @layout(r_mag=(-0.5, 0.5), mag_bias=(-0.5, 0.5))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import known_dictionaries as known
@@ -17,6 +18,7 @@ sys.path.append(str(Path(__file__).parents[1] / "training"))
 import small_stacks
 
 from saejax.training.state import finish_dictionary
+from saejax.training.thresholds import calibrate_thresholds
 
 PYTHON = os.environ.get("SAEJAX_SAELENS_PYTHON") or (sys.executable if importlib.util.find_spec("sae_lens") else "")
 MISSING = "sae-lens is not installed, and SAEJAX_SAELENS_PYTHON names no interpreter"
@@ -36,7 +38,8 @@ def trained(kind: str, form: str, mesh):
     stack = small_stacks.make_stack(kind, mesh, steps=20, form=form, **sites)
     data = small_stacks.batches(20)
     state, _ = small_stacks.run(stack, data)
-    return finish_dictionary(stack, state, 0), data[0]
+    batches = SimpleNamespace(batch=lambda step: small_stacks.parts(stack, data[step]))
+    return finish_dictionary(stack, state, 0, calibrate_thresholds(stack, state, batches)), data[0]
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,14 @@ from scipy.sparse.csgraph import shortest_path
 from saejax import load_model, load_results
 from saejax.ground_truth.algorithms import transformer
 from saejax.ground_truth.algorithms.addition import Addition
-from saejax.ground_truth.algorithms.features import ablate_each, compare
+from saejax.ground_truth.algorithms.features import RANDOM, TRAINED, ablate_each, compare, match_variables
 from saejax.ground_truth.algorithms.paths import Paths
 from saejax.ground_truth.circuits.cases import make_case
 from saejax.ground_truth.circuits.dictionaries import untrained_sets
 from saejax.ground_truth.circuits.handset import checkpoint
 from saejax.ground_truth.hub_folder import save_model
+from saejax.interventions.edits import mask
+from saejax.interventions.engine import effects
 from saejax.models.families import read_config
 from saejax.runner import command
 from saejax.stages.algorithm import run as algorithms_run
@@ -190,6 +192,30 @@ def test_features_change_the_answers_that_depend_on_them(tmp_path, one_device):
     wanted_N = 8 * np.array([(used_P == pair).sum() for pair in live]) / fires_N
     np.testing.assert_allclose(np.sort(effect_N), np.sort(wanted_N), atol=1e-4)
     assert 0 < changed_N.sum() == changing.sum() < len(live) == len(changed_N)
+
+
+def test_known_variables_are_matched_with_the_features_that_fire_on_them(tmp_path, one_device):
+    """A neuron of a transformer set by hand fires on each pair of bits; 20 random labels go with none."""
+    case = make_case("logic", 20, 3)
+    save_model(tmp_path, *checkpoint(case.model, 3), list(case.model.words))
+    lm = load_model(str(tmp_path), mesh=one_device)
+    exact = untrained_sets(case, lm, 1, 3)["exact"]
+    rng = np.random.default_rng(0)
+
+    def label(prompt):
+        is_both = prompt.text.split()[:2] == ["1", "1"]
+        noise = tuple((f"noise{number}", str(rng.integers(2))) for number in range(20))
+        return dataclasses.replace(prompt, labels=(("both", "yes" if is_both else "no"), *noise))
+
+    prompts = [label(prompt) for prompt in case.prompts]
+    first, *others = match_variables(lm, {TRAINED: exact, RANDOM: exact}, prompts)
+    tests = [prompt for prompt in prompts if prompt.split == "test"]
+    with_both = [prompt for prompt in tests if dict(prompt.labels)["both"] == "yes"]
+    assert (first.variable, first.value, first.prompts) == ("both", "yes", len(with_both))
+    assert first.auc == 1.0 and first.p_holm < 0.01 and first.drop == first.random_drop != 0
+    ablated = [row for edit in ([], [first.feature]) for row in [effects(lm, with_both, mask(exact, [edit]))]]
+    assert first.drop == pytest.approx(float((ablated[0] - ablated[1]).mean()), abs=1e-5)
+    assert len(others) == 40 and sum(other.p_holm <= 0.05 for other in others) <= 1
 
 
 def test_effects_are_compared_with_those_of_random_directions():

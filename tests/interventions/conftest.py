@@ -74,7 +74,7 @@ def make_answered(tiny):
             # Few pairs of answers, as each is a run of its own.
             right, wrong = prompt.correct, " far"
             output = tiny(tiny.tokenize([prompt.text]))
-            if output.logit(right) <= output.logit(wrong):
+            if output.logit(tiny.token_id(right)) <= output.logit(tiny.token_id(wrong)):
                 right, wrong = wrong, right
             counterpart = prompt.text.replace(" near ", " that ")
             fields = dict(correct=right, wrong=wrong, counterpart=counterpart, template=str(i % 2))

@@ -13,7 +13,7 @@ from browser import chromium, needs_chromium
 from saejax import load_dictionary, load_model, load_results
 from saejax.files import write_json
 from saejax.matching.track.firings import follow
-from saejax.matching.track.measured import measure_chains
+from saejax.matching.track.measured import _all, measure_chains
 from saejax.matching.track.results import MeasuredChain, MeasuredLink
 from saejax.models.tokens import pad
 from saejax.runner import command
@@ -66,7 +66,8 @@ def test_links_are_measured_as_the_library_does(tracked, inputs):
     assert link.answer_drop == pytest.approx(clean - without_high, abs=1e-4)
     assert measured.answer_drop == pytest.approx(clean - without_low, abs=1e-4)
     # Four features fire (k = 4): three controls, too few to decide.
-    assert not link.holds and not link.reaches_answer and not measured.holds
+    assert link.holds is link.reaches_answer is measured.holds is None
+    assert _all([True, None]) is None and _all([None, False]) is False and _all([True, True]) is True
 
 
 def test_texts_are_followed_and_kept(tracked, capsys):

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.models import attention
+from saejax.models import attention, decoder
 from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.decoding import init_cache
+from saejax.models.parameters import parameter_table
 
 SIZES = dict(n_layers=1, d_model=24, n_heads=6, n_kv_heads=2, d_head=8, d_mlp=8, vocab=8, context=512)
 REST = dict(tied=True, norm="rms", norm_eps=1e-6, activation="silu", gated=True)
@@ -118,3 +119,23 @@ def test_memory_of_long_prompts_grows_with_tokens_and_not_with_their_square(grad
         return program.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert max(temporaries(4096), temporaries(4095)) < 6 * 4096**2 * 4 / 8  # of the bytes of all scores
+
+
+@pytest.mark.parametrize("left_padded", [False, True])
+def test_no_array_of_all_pairs_of_tokens_is_kept_for_long_prompts(left_padded):
+    """Layers with and without windows, in a loop; prompts as such, and those that fill a cache."""
+    length, layers = 32_768, dict(n_layers=4, sliding_layers=(True, False) * 2, sliding_window=512)
+    config = dataclasses.replace(CONFIG, **layers, context=length)
+
+    def run(params, ids_BxT, pad_B):
+        if left_padded:
+            cache = init_cache(config, 1, length, jnp.float32, pad_B)
+            spec, x_BxTxD = cache.attention(config, length), decoder.embed(config, params, ids_BxT)
+            return decoder.run_layers(config, params, x_BxTxD, 0, 4, attention=spec).x
+        return decoder.run_layers(config, params, decoder.embed(config, params, ids_BxT), 0, 4).x
+
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, (shape, _) in parameter_table(config).items()}
+    batch = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, length), (1,)))
+    memory = jax.jit(run).lower(params, *batch).compile().memory_analysis()
+    print(f"{memory.temp_size_in_bytes / 1e6:.0f} MB")
+    assert memory.temp_size_in_bytes < length**2 / 4  # a quarter of a boolean for each pair

@@ -9,6 +9,7 @@ import pytest
 from loaded_models import mesh_of
 
 from saejax import load_model
+from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.models import language_model
 from saejax.models.config import DecoderConfig
@@ -61,6 +62,43 @@ def test_texts_that_cannot_be_run(lm, texts, message):
     for run in (lm, lambda tokens: lm.generate(tokens, 1)):
         with pytest.raises(UserError, match=r"tokens is a str: expected the result of lm.tokenize\(texts\)"):
             run("The capital")
+        for strange in (["The capital"], [[0.5]], [[[1]]], [], 3):
+            with pytest.raises(UserError, match="or a list of lists of token ids"):
+                run(strange)
+
+
+def test_what_is_meant_is_accepted(lm):
+    """Lists of token ids, one edit, one feature."""
+    config = DictionaryConfig("standard", "resid_post.1", "", lm.config.d_model, 24, max_norm=1e3, target_max_norm=1e3)
+    tokens, dictionary = pad([[1, 2, 3], [4]]), Dictionary.initial(config, jax.random.key(0))
+    plain, edited = lm(tokens), lm(tokens, edits=[dictionary.ablate([3])])
+    np.testing.assert_array_equal(lm([[1, 2, 3], [4]]).logits_BxTxV, plain.logits_BxTxV)
+    assert lm.generate([[1, 2, 3], [4]], 3) == lm.generate(tokens, 3)
+    for edit in (dictionary.ablate(3), dictionary.ablate(np.int32(3)), dictionary.ablate(jnp.array([3]))):
+        np.testing.assert_array_equal(lm(tokens, edits=edit).logits_BxTxV, edited.logits_BxTxV)
+    assert lm.generate(tokens, 3, edits=dictionary.steer(3, 2.0)) == lm.generate(
+        tokens, 3, edits=[dictionary.steer([3], 2.0)]
+    )
+    for features in (0.5, "3", [True], [None], [[]]):
+        with pytest.raises(UserError, match="features are"):
+            dictionary.ablate(features)
+    for edits in ("resid_post.1", [dictionary], 3, [None]):
+        with pytest.raises(UserError, match=r"edits has a \w+: expected edits such as"):
+            lm(tokens, edits=edits)
+
+
+def test_an_answer_is_one_token(lm, smollm2):
+    output = smollm2(smollm2.tokenize(["3 + 5 ="]))
+    assert output.logit("8") == output.logit(smollm2.token_id("8")) != output.logit("5")
+    for answer, pieces in (
+        (" 8", r"' ' \(216\), '8' \(40\)"),
+        ("\u041f\u0430\u0440\u0438\u0436", r".*, '\u0436' \(\d+\)"),
+    ):
+        with pytest.raises(UserError, match=rf"is \d tokens: {pieces}; give the id of one of them, or a word of one"):
+            output.logit(answer)
+    for answer in (-1, smollm2.config.vocab):
+        with pytest.raises(UserError, match=f"there is no token id {answer}: expected 0 to"):
+            output.logit(answer)
 
 
 @pytest.mark.parametrize(

@@ -42,5 +42,7 @@ def test_every_text_is_in_one_batch(most, multiple):
     for own, rows, length in batches:
         assert lengths_N[own].max() <= length and 0 < len(own) <= rows and rows % multiple == 0
         assert rows * length <= most or rows == multiple
+    if multiple > 1:  # texts that are next in length fill batches up
+        assert sum(rows - len(own) for own, rows, _ in batches) < multiple
     assert len({(rows, length) for _, rows, length in batches}) <= len(bucket_lengths(np.bincount(lengths_N), 300)) + 1
     assert [length for _, _, length in batches] == sorted((length for _, _, length in batches), reverse=True)

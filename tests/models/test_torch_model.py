@@ -197,6 +197,30 @@ def test_an_architecture_without_a_family(family, tmp_path, caplog):
     assert relative_error(split[tokens.mask_BxT], logits[tokens.mask_BxT]) < 1e-5 and values[0].shape[-1] > 1
 
 
+RECURRENT = dict(vocab_size=131, hidden_size=32, num_hidden_layers=3)
+RECURRENT_FIELDS = {
+    "mamba": RECURRENT | dict(state_size=4, time_step_rank=2),
+    "falcon_mamba": RECURRENT | dict(state_size=4, time_step_rank=2),
+    "rwkv": RECURRENT | dict(attention_hidden_size=32, context_length=64),
+    "xlstm": RECURRENT | dict(num_heads=4, num_blocks=3),
+    "recurrent_gemma": RECURRENT
+    | dict(num_attention_heads=4, num_key_value_heads=1, intermediate_size=48, lru_width=32, attention_window_size=16),
+}
+
+
+@pytest.mark.parametrize("family", RECURRENT_FIELDS)
+def test_recurrent_models_generate_what_whole_passes_say(family, tmp_path):
+    make_tiny(family, RECURRENT_FIELDS[family]).save_pretrained(tmp_path)
+    lm = load_model(str(tmp_path), backend="torch")
+    edits = [SiteEdit.steer("resid_post.1", np.linspace(-1, 1, 32), 1.0)]
+    for prompts in ([[7]], [[7, 9], [5]], [[5], [1, 2, 3, 4, 5, 6, 7], [9, 7], [4]]):
+        for prompt, made in zip(prompts, lm.generate(pad(prompts), 4, edits=edits), strict=True):
+            ids = list(prompt)
+            for _ in made.ids:
+                ids.append(int(lm(pad([ids]), edits=edits).logits_BxTxV[0, -1].argmax()))
+            assert list(made.ids) == ids[len(prompt) :]
+
+
 def test_what_the_decoder_refuses_in_a_family_runs_in_torch(tmp_path):
     """But not where the weights are quantised."""
     path = save(tmp_path, "qwen3_moe", mlp_only_layers=[1])

@@ -7,12 +7,18 @@ import signal
 import socket
 import threading
 import time
+import types
+from pathlib import Path
 
 import pytest
 import runs
 
+from saejax.errors import Interrupted, OtherFailed
 from saejax.parallel.processes import Processes
+from saejax.parallel.settings import MeshConfig
 from saejax.parallel.stopping import StopAgreement
+from saejax.stages.capture import run as capture
+from saejax.stages.capture.run import _share_shards
 
 
 class Store:
@@ -69,6 +75,39 @@ def test_one_that_failed_is_not_waited_for():
     assert not agreement.ask()
 
 
+WAITS = {
+    "a barrier": lambda processes: processes.barrier("place"),
+    "a broadcast": lambda processes: processes.broadcast("place", ""),
+    "files": lambda processes: processes.wait_until_visible([Path("/nowhere/at/all")]),
+    "shards": lambda processes: _share_shards(*of_two_shards(processes)),
+}
+
+
+def of_two_shards(processes):
+    """A capture whose second shard, that of another process, never comes."""
+    plan = types.SimpleNamespace(size=lambda shard: 10)
+    writer = types.SimpleNamespace(has=lambda part, shard, read: shard == 0)
+    mesh = MeshConfig(processes=2, process_id=processes.rank)
+    return plan, writer, mesh, {0: ("resid_post.1",), 1: ("resid_post.1",)}, lambda share: 1.0
+
+
+@pytest.mark.parametrize("what", WAITS)
+@pytest.mark.parametrize("ended_by", ["a failure", "a signal"])
+def test_whoever_waits_hears_of_failures_and_signals(monkeypatch, what, ended_by):
+    store, is_told = Store(), threading.Event()
+    first, second = (Processes(store, rank, 2) for rank in range(2))
+    second.stopping = is_told.is_set
+    monkeypatch.setattr(capture, "joined_processes", lambda: second)
+    monkeypatch.setattr(capture, "wait_for_all", lambda place: None)
+    timer = threading.Timer(0.3, is_told.set if ended_by == "a signal" else lambda: first.put("failed", "7"))
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(Interrupted if ended_by == "a signal" else OtherFailed) as error:
+        WAITS[what](second)
+    assert 0.2 < time.monotonic() - start < 5
+    assert ended_by == "a signal" or error.value.status == 7
+
+
 @pytest.fixture(scope="module")
 def captured(inputs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("stopping") / "run"
@@ -111,3 +150,16 @@ def test_a_signal_to_one_of_two_processes_that_train_together_stops_both(inputs,
     for output in [runs.finish(process, 143) for process in pair]:
         assert "Traceback" not in output
     assert list((workdir / "train").glob("topk-*/checkpoints/*")), "they have saved together"
+
+
+def test_a_signal_to_one_of_two_processes_that_capture_stops_both(inputs, tmp_path):
+    """Each makes shards of its own, one document at a time; the other one hears of it in its loop or as it waits."""
+    slow = dict(capture__batch_tokens=1, capture__shard_rows=500)
+    pair = runs.start_pair("capture", runs.small_flags(*inputs, tmp_path / "run", **slow))
+    list(itertools.takewhile(lambda line: "shards are done" not in line, pair[0].stdout))
+    os.kill(pair[1].pid, signal.SIGTERM)
+    for output in [runs.finish(process, 143) for process in pair]:
+        assert "Traceback" not in output
+    # And together they go on.
+    for process in runs.start_pair("capture", runs.small_flags(*inputs, tmp_path / "run")):
+        runs.finish(process)

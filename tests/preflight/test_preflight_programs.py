@@ -95,12 +95,10 @@ def test_evaluation(programs, plan, lm, spy):
 
 def test_capture(programs, lm, mesh, spy):
     calls = spy(jax_capture, "forward")
-    ids_N = np.arange(8 * 32, dtype=np.int32) % 384
-    documents = Documents.contiguous(ids_N, np.full(8, 32), np.zeros((8, 4), np.int32), ["group"])
-    plan = Plan(documents, 1000, 256, 0, 0)
-    reader = jax_capture.DecoderReader(
-        lm.source, lm.config, [Site("mlp_out", 1)], plan.padded_shape, mesh, "float32", "float32"
-    )
+    ids_N = np.arange(16 * 32, dtype=np.int32) % 384
+    documents = Documents.contiguous(ids_N, np.full(16, 32), np.zeros((16, 4), np.int32), ["group"])
+    plan = Plan(documents, 1000, 256, 0, 0, devices=2)
+    reader = jax_capture.DecoderReader(lm.source, lm.config, [Site("mlp_out", 1)], mesh, "float32", "float32")
     reader.read(plan.batches(0), lambda batch, site, value_BxTxD: None)
     assert_same_call(programs["capture: forward"], calls[-1])
 
@@ -123,8 +121,8 @@ def test_flops_against_xla(plan, mesh):
     alone = plan_run(plan.model, "resid_post.0", **READ, capture__dtype="float32")
     program = stage_programs(on_mesh(alone, mesh))[0]
     counted = program.lower().compile().cost_analysis()["flops"] * 2  # devices on the data axis; heads: 4 over 4
-    assert program.flops == pass_flops(plan.model, 256, 32, 1)
-    by_hand = 2 * 256 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96) + 256 * 4 * 32 * 64
+    assert program.flops == pass_flops(plan.model, 512, 32, 1)
+    by_hand = 2 * 512 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96) + 512 * 4 * 32 * 64
     assert program.flops == by_hand
     assert 0.9 * by_hand < counted * 4 < 1.6 * by_hand  # norms and softmax are in XLA's
     assert step_flops(10, 3, 5) == 10 * 12 * 3 * 5

@@ -268,3 +268,12 @@ def luminance(color: str) -> float:
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_members_whose_curves_have_other_points_and_an_eighth_kind_are_drawn():
+    short = dictionary_figures.TrainingCurve([1e6, 3e6], [0.2, 0.4], [10.0, 30.0])
+    long = dictionary_figures.TrainingCurve([1e6, 2e6, 3e6, 4e6], [0.4, 0.4, 0.6, 0.8], [10.0, 10.0, 10.0, 10.0])
+    kinds = {"topk": [short, long]} | {f"kind{number}": [short] for number in range(8)}
+    upper, _ = dictionary_figures.training(kinds).axes
+    assert len(upper.lines) == 9
+    np.testing.assert_allclose(upper.lines[0].get_xydata(), [[1, 0.3], [2, 0.35], [3, 0.5], [4, 0.8]])

@@ -15,7 +15,7 @@ async def inside(scope, receive, send):
     await send({"type": "http.response.body", "body": (scope["root_path"] + "|" + scope["path"]).encode()})
 
 
-def ask(path, headers=(("host", HOST),), method="GET", kind="http"):
+def ask(path, headers=(("host", HOST),), method="GET", kind="http", proxies=()):
     """What is sent for a request."""
     sent = []
 
@@ -23,7 +23,7 @@ def ask(path, headers=(("host", HOST),), method="GET", kind="http"):
         sent.append(message)
 
     scope = dict(type=kind, path=path, method=method, headers=[(a.encode(), b.encode()) for a, b in headers])
-    asyncio.run(Guard(inside, TOKEN, [HOST, "localhost:8765"])(scope, None, send))
+    asyncio.run(Guard(inside, TOKEN, [HOST, "localhost:8765"], proxies)(scope, None, send))
     return sent
 
 
@@ -64,6 +64,29 @@ def test_others_may_not(path, headers, method):
     more = [("content-type", "application/json"), ("content-length", "2")] if method == "POST" else []
     start, body = ask(path, [*headers, *more], method)
     assert start["status"] == 403 and TOKEN not in body["body"].decode()
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("localhost:9000", "http://localhost:9000", 200),  # a tunnel from another port
+        ("hub.example.org", "https://hub.example.org", 200),  # JupyterHub's proxy
+        (HOST, "https://hub.example.org", 200),  # one that passes its own name on
+        ("hub.example.org", None, 200),
+        (HOST, f"http://{HOST}", 200),
+        ("hub.example.org", "https://evil.example", 403),
+        ("evil.example", "https://hub.example.org", 403),
+        ("hub.example.org.evil.example", None, 403),
+        ("localhost:9001", None, 403),
+        ("hub.example.org", "null", 403),
+    ],
+)
+def test_a_tunnel_and_a_proxy_that_are_named_may_ask_with_the_token(host, origin, status):
+    headers = [("host", host), *([("origin", origin)] if origin else [])]
+    proxies = ["localhost:9000", "hub.example.org"]
+    start, body = ask(f"/{TOKEN}/", headers, proxies=proxies)
+    assert start["status"] == status and (status == 200 or "--hosts=HOST" in body["body"].decode())
+    assert ask("/wrong/", headers, proxies=proxies)[0]["status"] == 403
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """The server with a model: what it traces, prunes and changes is what the library gives."""
 
 import contextlib
+import copy
+import dataclasses
+import gc
 import json
 import shutil
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,13 +29,15 @@ from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import STARTED, Workspace
 from saejax.serving import session as benches
 from saejax.serving.jobs import THREAD
-from saejax.serving.session import ModelSession, targets_of, token_ids
+from saejax.serving.session import ModelSession, targets_of, token_ids, trace_typed
 from saejax.serving.store import GraphStore
+from saejax.stages.attribute.requests import unit_name
 
 PROMPT = "The war near"
-UNIT = "attribute/the-war-near"
-GRAPH = f"{UNIT}/graphs/the-war-near"
-ASKED = dict(prompt=PROMPT, target=" way> runs", max_features=0, nodes=0.8, edges=0.98, chat=False)
+NAME = unit_name(GraphConfig(prompt=PROMPT, transcoders="set"))
+UNIT = f"attribute/{NAME}"
+GRAPH = f"{UNIT}/graphs/{NAME}"
+ASKED = dict(prompt=PROMPT, target=" way", minus=" runs", max_features=0, nodes=0.8, edges=0.98, chat=False)
 
 
 JOB = SimpleNamespace(say=lambda words: None)
@@ -79,8 +85,8 @@ def test_a_typed_prompt_becomes_a_unit_of_the_stage(asker, traced, wanted, place
     root, _ = place
     steps = [line["done"] for line in traced if "done" in line]
     assert steps == sorted(steps) and steps[-1] == [line["total"] for line in traced if "total" in line][-1]
-    assert traced[-1]["result"]["address"] == "graph?id=attribute%2Fthe-war-near%2Fgraphs%2Fthe-war-near"
-    document, same = json.loads((root / f"{GRAPH}.json").read_text()), to_document(wanted.graph.prune(), "the-war-near")
+    assert traced[-1]["result"]["address"] == f"graph?id=attribute%2F{NAME}%2Fgraphs%2F{NAME}"
+    document, same = json.loads((root / f"{GRAPH}.json").read_text()), to_document(wanted.graph.prune(), NAME)
     assert [node["node_id"] for node in document["nodes"]] == [node["node_id"] for node in same["nodes"]]
     weights = [{(one["source"], one["target"]): one["weight"] for one in d["links"]} for d in (document, same)]
     assert weights[0].keys() == weights[1].keys()
@@ -88,13 +94,13 @@ def test_a_typed_prompt_becomes_a_unit_of_the_stage(asker, traced, wanted, place
     # What a document says is enough to run it again.
     pair = tuple(wanted.readouts.pair_Kx2[0].tolist())
     assert token_ids(document) == wanted.graph.ids_P.tolist() and targets_of(document) == [pair]
-    results = load_results(root / UNIT).graphs["the-war-near"]
-    assert results.doubling is None and results.circuits is None and results.prompt == PROMPT
+    results = load_results(root / UNIT).graphs[NAME]
+    assert results.prompt == PROMPT and not results.query_key
     status, page = asker.get(f"graph?id={GRAPH}")
     assert status == 200 and PROMPT in page and '"why":""' in page
     assert asker.work("api/trace", ASKED)[-1] == traced[-1]  # is there, unchanged
     (again,) = asker.work("api/trace", ASKED | dict(max_features=20))[-1].values()
-    assert again["address"].endswith("the-war-near-2") and (root / UNIT / "done.json").exists()
+    assert again["address"].endswith(f"{NAME}-2") and (root / UNIT / "done.json").exists()
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -206,6 +212,30 @@ def test_a_prompt_that_is_traced_again_under_its_slug_is_run_anew(place, asker, 
         runs.append(session.run(found, store.document(found), JOB))
         assert runs[-1].ids_P.tolist() == graph.ids_P.tolist()
     assert runs[0] is not runs[1]
+
+
+def test_one_model_is_in_memory_at_a_time(place, lm, tmp_path, monkeypatch):
+    """Not the first one beside the next, for which it makes room."""
+    configs = place[1] | dataclasses.replace(place[1][GraphConfig], contexts=1)
+    sets: list[weakref.ref] = []
+
+    def opened(run):
+        gc.collect()
+        assert not [each for each in sets if each() is not None]
+        other = copy.copy(lm), LayerTranscoders.of(made_set(lm))
+        sets.extend(map(weakref.ref, other))
+        return other
+
+    monkeypatch.setattr(benches, "open_parts", opened)
+    (tmp_path / "run").mkdir()
+    session, store = ModelSession(configs, named=True), GraphStore(tmp_path / "run")
+    job = SimpleNamespace(say=lambda words: None, progress=lambda done, total: None, stopping=lambda: False)
+    settings = dict(prompt=PROMPT, max_features=20)
+    for l0 in ((), ("small",)):  # other settings of what is opened
+        now = configs | dataclasses.replace(configs[GraphConfig], l0=l0)
+        graph = trace_typed(session, now, store, settings, job)
+        assert store.find(graph)
+    assert len(sets) == 4 and [each() is None for each in sets] == [True, True, False, False]
 
 
 def test_a_unit_that_another_process_makes_is_left_alone(asker, traced, place, monkeypatch):

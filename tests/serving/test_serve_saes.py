@@ -6,13 +6,16 @@ from made_transcoders import made_sae
 
 from saejax import save_dictionary
 from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.settings import GraphConfig
 from saejax.models.tokens import Tokens
 from saejax.runner import command_line
 from saejax.serving.session import ModelSession
 from saejax.serving.store import GraphStore
+from saejax.stages.attribute.requests import unit_name
 
 PROMPT, SITES = "The war near", ("resid_post.0", "mlp_out.2")
-GRAPH = "attribute/the-war-near/graphs/the-war-near"
+NAME = unit_name(GraphConfig(prompt=PROMPT, transcoders="set"))
+GRAPH = f"attribute/{NAME}/graphs/{NAME}"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def asker(tiny_llama, saes, serve, one_device, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("saejax.stages.inputs.make_mesh", lambda config: one_device)
         asker = serve(GraphStore(folder / "run"), ModelSession(configs, named=True))
-        asked = dict(prompt=PROMPT, target=" way> runs", max_features=0, nodes=0.99, edges=0.99, chat=False)
+        asked = dict(prompt=PROMPT, target=" way", minus=" runs", max_features=0, nodes=0.99, edges=0.99)
         assert "result" in asker.work("api/trace", asked)[-1]
         yield asker
 

@@ -43,7 +43,7 @@ def test_a_planted_feature_is_found_by_all_three():
     assert (first.associated, first.probe) == ("yes", "yes") and first.auc > 0.9 and first.p_value == 1 / 200
     assert (second.associated, second.probe, third.causal) == ("no", "no", "not tested")
     by_label = {one.label: one for one in found.labels}
-    assert by_label["addition"].associated == by_label["logic"].associated == 1
+    assert (by_label["addition"].associated, by_label["logic"].associated) == (1, 0)
     assert by_label[RIGHT].associated == 0 and by_label[RIGHT].shuffled <= 0.05
     # The causal answer is the difference of drops.
     assert first.causal_drop.mean == pytest.approx(3.0, abs=0.2) and first.causal == "yes"
@@ -89,6 +89,17 @@ def test_the_label_is_chosen_on_train_items():
     assert associate(train_PxF, {}, test_QxF, kinds, [0], {}, 0).top == ()
     rare = associate(train_PxF, {}, test_QxF, {"rare": np.arange(ITEMS) < 2}, [0], {}, 0)  # of too few items
     assert rare.labels == rare.top == ()
+
+
+def test_a_feature_is_not_said_to_go_with_a_label_that_it_avoids():
+    """Its label is the one that it goes with most on train items; on test items it is silent where the label is."""
+    is_sum_P = np.arange(ITEMS) % 2 == 0
+    noise = np.random.default_rng(0).random((2, ITEMS, 1))
+    labels = {"addition": is_sum_P, "logic": ~is_sum_P}
+    acts = noise[0] + 3.0 * is_sum_P[:, None], noise[1] + 3.0 * ~is_sum_P[:, None]
+    (feature,) = associate(acts[0], labels, acts[1], labels, [0], {}, 0).top
+    assert feature.label == "addition" and feature.correlation.high < -0.8
+    assert (feature.associated, feature.probe) == ("no", "no") and feature.p_value > 0.5
 
 
 def test_activations_are_those_of_the_question():

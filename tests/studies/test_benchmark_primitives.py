@@ -15,11 +15,13 @@ from saejax.studies import primitives
 from saejax.studies.primitives import (
     CHOSEN_ON,
     GROUP,
+    LEVEL,
     FeaturePrimitive,
     category_contrasts,
     find_primitives,
     judge_domains,
     judge_primitives,
+    recurrence_p,
     recurring,
 )
 
@@ -59,6 +61,21 @@ def test_planted_groups_are_found_and_named(planted):
         assert all(categories[IDS.index(item)] == name for item in one.examples)
     again = find_primitives(make_attributions(planted, 1)[0], IDS, categories, 0)
     assert recurring(found.primitives, again.primitives)[0] == (found.primitives[0].name in {"addition"})
+
+
+def test_names_that_recur_are_compared_with_permuted_names():
+    """In 200 worlds names are drawn at random; in 100 two of five names return in both other seeds."""
+    categories, rng = ["a", "b", "c", "d", "e"], np.random.default_rng(0)
+
+    def groups(names):
+        return [FeaturePrimitive(name, (0, 1, 2), 0.9, 3.0, 0.01, ()) for name in names]
+
+    draw = lambda: groups(rng.choice(categories, 2, replace=False))  # noqa: E731
+    null = [recurrence_p(draw(), [draw(), draw()], categories, seed) for seed in range(200)]
+    assert sum(p <= LEVEL for p in null) <= 16
+    true = [recurrence_p(groups("ab"), [groups("ba"), groups("ab")], categories, seed) for seed in range(100)]
+    assert all(p <= LEVEL for p in true) and np.mean(true) == pytest.approx(1 / 100, abs=0.01)
+    assert recurrence_p(groups("a"), [groups("a")], categories[:3], 0) is None  # one in three by chance
 
 
 def test_nothing_is_named_where_nothing_was_planted():

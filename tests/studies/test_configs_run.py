@@ -167,7 +167,7 @@ def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
     behaviours = "two_hop,addition"
     own = [f"--workdir={tmp_path / 'run'}", f"--model.path={model}", f"--graph.transcoders={transcoders}"]
     own += [f"--{group}.behaviours={behaviours}" for group in ("task", "graph", "circuits")]
-    own += ["--circuits.traced=2", "--graph.doubled=2"]
+    own += ["--circuits.traced=2"]
     own += [flag for flag in SMALL.split() if flag.startswith(("--task.t", "--task.g", "--causal", "--ablate.t"))]
     layer = transcoders / "layer_1.safetensors"  # its features are ablated and patched one layer at a time
     own += ["--model.dtype=float32", f"--ablate.dictionary={layer}", f"--patch.dictionary={layer}"]

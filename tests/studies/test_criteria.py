@@ -120,8 +120,8 @@ def tracked(answers) -> TrackResults:
     tests = [StepTest((), 1.0, 40, 19, 0.5, 0.1, 0.02, answer) for answer in answers]
     steps = tuple(TrackedStep(f"step {number}", "", 0, 3, test) for number, test in enumerate(tests))
     lens, site = LensLayers((), (), ()), "resid_post.0"
-    chains = tuple(MeasuredChain((), 1.0, 0.1, True, answer == "yes") for answer in answers if answer != "not testable")
-    text = TrackedText(9, " 4", 8, (site,), site, steps, lens, 7, chains=chains[:4])
+    chains = [MeasuredChain((), 1.0, 0.1, True, dict(yes=True, no=False).get(answer)) for answer in answers]
+    text = TrackedText(9, " 4", 8, (site,), site, steps, lens, 7, chains=tuple(chains[:4]))
     return TrackResults(dict(sum=text))
 
 

@@ -59,6 +59,9 @@ def test_a_study_runs_every_unit_once(fake, tmp_path, capsys):
     assert (tmp_path / "study/logs/b.log").read_text().startswith("=== 20")
     assert fake(a="main", b="main")[0] == 0
     assert len(ran(tmp_path)) == 12 and "all done before, unchanged" in capsys.readouterr().out
+    # No unit depends on it, but the page does.
+    assert fake("--study.control=stranger", a="main", b="main")[0] == 0
+    assert len(ran(tmp_path)) == 12 and "all done before" not in capsys.readouterr().out
     (tmp_path / "rows" / "b.flags").unlink()
     assert fake("--train.k=5", a="main")[0] == 0
     assert ran(tmp_path)[12:] == ["a/train/topk", "a/evaluate/topk", "a/report"]

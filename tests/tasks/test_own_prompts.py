@@ -7,6 +7,7 @@ import re
 import pytest
 
 from saejax.errors import UserError
+from saejax.runner import command
 from saejax.tasks.behaviours import read_prompts, write_prompts
 from saejax.tasks.own_prompts import count_behaviours, identity, read_own_prompts
 from saejax.tasks.settings import TaskConfig
@@ -107,3 +108,22 @@ def test_the_identity_is_of_the_content(tmp_path):
 def test_bad_files(read, lines, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         read(lines)
+
+
+def test_all_bad_lines_are_listed_at_once(read):
+    bad = [dict(LINES[0], answer="x"), dict(LINES[1], correct=" dogs"), LINES[2], ["list"]]
+    with pytest.raises(UserError, match="own.jsonl: 4 lines are no prompts: line 1 has the unknown field") as raised:
+        read([*bad[:2], *LINES[2:], *bad[2:]])
+    message = str(raised.value)
+    assert "\n" not in message and all(f"line {number}" in message for number in (1, 2, 7, 8))
+    with pytest.raises(UserError, match="30 lines are no prompts: .*; and so in the lines 21, 22, .*, 30$"):
+        read([["list"]] * 30)
+
+
+def test_bad_files_end_a_run_before_a_model_is_looked_for(tmp_path, capsys):
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"behaviour": "plural"}\n{\n')
+    flags = [f"--workdir={tmp_path / 'run'}", "--model.path=./nowhere", "--task.behaviours=", f"--task.prompts={file}"]
+    assert command.run(["baseline", "preflight"], "", ["program", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "2 lines are no prompts: line 1 lacks text, correct, wrong" in error and "; line 2 is not JSON" in error

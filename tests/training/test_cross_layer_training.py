@@ -180,7 +180,8 @@ def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device)
     stack = make(kind, one_device)
     x, y, _ = planted(8)
     state, _ = train(stack, zip(x, y, strict=True))
-    load = lambda layer: finish_layer(stack, state, layer)  # noqa: E731
+    kept_L = np.full(LAYERS, 0.1, np.float32)
+    load = lambda layer: finish_layer(stack, state, layer, kept_L)  # noqa: E731
     circuit_tracer.save_cross_layer(tmp_path / "set", LAYERS, load)
     opened = open_transcoders(tmp_path / "set")
     assert opened.cross_layer and [config.max_norm for config in opened.configs] == [9.0, 10.0, 11.0]
@@ -193,7 +194,7 @@ def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device)
             np.testing.assert_allclose(np.linalg.norm(writes_FxXxD.reshape(F, -1), axis=1), 1, rtol=1e-5)
             raw_BxD = raw_BxD + np.asarray(layer.encode(x[0, l]), np.float64) @ writes_FxXxD[:, m - l]
             pre_BxF = x[0, l] * stack.scales[l].input @ arrays["W_enc_DxF"] + arrays["b_enc_F"]
-            above = dict(standard=0, batchtopk=np.asarray(state.batch_topk_threshold_M[l]))
+            above = dict(standard=0, batchtopk=kept_L[l])
             above["jumprelu"] = arrays.get("threshold_F")
             acts_BxF = np.where(pre_BxF > above[kind], np.maximum(pre_BxF, 0), 0)
             scaled_BxD = scaled_BxD + acts_BxF @ arrays["W_dec_FxD"][:, (m - l) * D : (m - l + 1) * D]

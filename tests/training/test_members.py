@@ -47,3 +47,12 @@ def test_l1_by_depth_goes_by_thirds_of_the_layers():
 def test_bad_stacks(changes, kind, sites, message):
     with pytest.raises(UserError, match=message):
         make_members(make_config(**changes), kind, sites)
+
+
+def test_a_further_site_changes_no_others_initial_values():
+    """Of one site nothing is folded into the seed; of several its name, wherever it stands."""
+    seeds = {member.site: member.site_seed for member in make_members(make_config(), "topk", SITES)}
+    assert len({*seeds.values()} - {0}) == len(SITES)
+    for fewer in (SITES[2:5], SITES[::-1]):
+        assert all(seeds[member.site] == member.site_seed for member in make_members(make_config(), "topk", fewer))
+    assert make_members(make_config(), "topk", SITES[:1])[0].site_seed == 0

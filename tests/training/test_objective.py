@@ -247,9 +247,9 @@ def test_a_further_term_is_in_every_loss_by_its_coefficient(name):
 @pytest.mark.parametrize(("kind", "changes"), [("matryoshka", {}), ("jumprelu", dict(nested=(0.25, 0.5, 1.0)))])
 def test_nested_kinds_sum_the_errors_of_their_groups(kind, changes):
     stack, params, x, y, hyper = setting(kind, **changes)
-    loss, (metrics, _, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+    loss, (metrics, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
     member, sizes = _member(stack, params), (16, 32, F)
-    batch_topk = sparsity.batch_topk(member.pre_activations(x) + params["b_enc_F"][None], 4)[0]
+    batch_topk = sparsity.batch_topk(member.pre_activations(x) + params["b_enc_F"][None], 4)
     f, W_dec = np.asarray(batch_topk if kind == "matryoshka" else member.encode(x)), np.asarray(params["W_dec_FxD"])
     nested = [np.square(f[:, :n] @ W_dec[:n] + np.asarray(params["b_dec_D"]) - y).sum(1).mean() for n in sizes]
     np.testing.assert_allclose(metrics["error"], sum(nested), rtol=1e-10)
@@ -279,7 +279,7 @@ def test_a_whitened_error_is_measured_after_its_matrix():
     stack, params, x, y, hyper = setting("topk")
     metric = np.random.default_rng(8).normal(size=(D, D))
     hyper = dataclasses.replace(hyper, metric_DxD=jnp.asarray(metric))
-    loss, (metrics, _, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+    loss, (metrics, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
     error = np.asarray(y) - np.asarray(_member(stack, params)(x))
     np.testing.assert_allclose(loss, np.square(error @ metric).sum(1).mean(), rtol=1e-10)
     np.testing.assert_allclose(metrics["mse"], np.square(error).sum(1).mean(), rtol=1e-10)

@@ -1,6 +1,7 @@
 """Crosscoders of two models with known shared and private features: found again, and the artefact of L1 shown."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from saejax.training.scales import estimate_scales
 from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack, describe_stack
 from saejax.training.state import finish_dictionary
+from saejax.training.thresholds import calibrate_thresholds
 
 SITE = "resid_post.0+other:resid_post.0"
 WIDTHS = (24, 16)
@@ -71,9 +73,9 @@ def trained(store, kind: str, steps: int = STEPS, mesh: Mesh | None = None, **ch
     dictionary = dataclasses.replace(describe_stack(config, kind, store, members), n_features=48)
     scales = estimate_scales(store, config, [(SITE, SITE)] * len(members))
     stack = TrainStack(config, dictionary, members, scales, steps, mesh or first_device())
-    rows = (np.arange(BATCH) + BATCH * (step % 200) for step in range(steps))
-    state, _ = train(stack, ((store.read(SITE, each)[None],) for each in rows))
-    return finish_dictionary(stack, state, 0)
+    batch = lambda step: (store.read(SITE, np.arange(BATCH) + BATCH * (step % 200))[None],)  # noqa: E731
+    state, _ = train(stack, map(batch, range(steps)))
+    return finish_dictionary(stack, state, 0, calibrate_thresholds(stack, state, SimpleNamespace(batch=batch)))
 
 
 def f1(chosen_F: np.ndarray, correlation_FxJ: np.ndarray, label: int) -> float:

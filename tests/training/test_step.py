@@ -12,6 +12,7 @@ import pytest
 from every_kind import KINDS
 from small_stacks import STEPS, B, D, F, batches, make_config, make_stack, parts, run, step
 
+from saejax.config import Config, setting
 from saejax.dictionaries import Dictionary, kinds
 from saejax.dictionaries.kinds.settings import KIND_SETTINGS, KindSettings
 from saejax.dictionaries.kinds.topk import TopK
@@ -152,7 +153,7 @@ class HalvedTopK(TopK):
     name = "halved"
 
     def encode_in_training(self, dictionary, pre_BxF, projected_BxF, values, settings):
-        return self.encode(dictionary, pre_BxF, projected_BxF, values) / 2, jnp.zeros((), pre_BxF.dtype)
+        return self.encode(dictionary, pre_BxF, projected_BxF, values) / 2
 
 
 @pytest.mark.parametrize("kind", [PulledTopK, HalvedTopK])
@@ -176,10 +177,10 @@ def assert_takes_raw_activations(stack, state):
     x, scale = jnp.asarray(batches(1)[0]), stack.scales[0]
     arrays = {name: array[0] for name, array in state.params.items()}
     if stack.kind.name in ("batchtopk", "matryoshka"):
-        arrays["threshold_F"] = jnp.full(F, state.batch_topk_threshold_M[0])
+        arrays["threshold_F"] = jnp.full(F, 0.1)
     inside = Dictionary(stack.dictionary, **arrays)
     f, y = inside.encode(x * scale.input) / scale.output, inside(x * scale.input) / scale.output
-    finished = finish_dictionary(stack, state, 0)
+    finished = finish_dictionary(stack, state, 0, np.array([0.1], np.float32))
     assert float(jnp.abs(f).sum()) > 0
     np.testing.assert_allclose(finished.encode(x), f, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(finished(x), y, rtol=1e-4, atol=1e-4)
@@ -204,22 +205,31 @@ def test_rows_that_grew_freely_are_folded_to_unit_length(kind, one_device):
     np.testing.assert_allclose(finished(x), inside(x * 0.5) / 0.5, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])
-def test_the_inference_threshold_is_the_running_mean_of_the_smallest_kept(kind, one_device):
-    data, seen = batches(4), []
-    stack = make_stack(kind, one_device)
-    state = init_state(stack)
-    for batch in data:
-        arrays = {name: jnp.asarray(array[0]) for name, array in state.params.items()}
-        member = Dictionary(stack.dictionary, **arrays)
-        pre = np.asarray(member.pre_activations(batch * 0.5) + arrays["b_enc_F"][None])
-        seen.append(np.sort(np.maximum(pre, 0).ravel())[-4 * B])
-        state, _ = step(stack, state, parts(stack, batch))
-    expected = seen[0]
-    for smallest in seen[1:]:
-        expected += 0.01 * (smallest - expected)
-    np.testing.assert_allclose(state.batch_topk_threshold_M[0], expected, rtol=1e-5)
-    np.testing.assert_allclose(finish_dictionary(stack, state, 0).threshold_F[...], expected / 0.5, rtol=1e-5)
+@dataclasses.dataclass(frozen=True)
+class ActiveConfig(Config):
+    """The number of active features under a name of the kind's own."""
+
+    active: tuple[int, ...] = setting((3, 5), "active features", swept=True)
+
+
+class ActiveTopK(TopK):
+    """TopK whose k follows from a setting of its own."""
+
+    name, Settings, reads = "active", ActiveConfig, ()
+
+    def facts(self, values, settings, n_features):
+        return dict(k=values["active"])
+
+
+def test_a_kind_whose_k_follows_from_its_own_setting_trains_and_encodes(one_device, monkeypatch):
+    monkeypatch.setitem(kinds.KINDS, "active", ActiveTopK())
+    monkeypatch.setitem(KIND_SETTINGS, "active", KindSettings(ActiveConfig))
+    stack, x = make_stack("active", one_device), batches(1)[0]
+    state, _ = run(stack, batches(2))
+    for index, k in enumerate((3, 5)):
+        finished = finish_dictionary(stack, state, index)
+        assert finished.config.k == k
+        assert int((finished.encode(jnp.asarray(x)) > 0).sum(axis=1).max()) == k
 
 
 def test_schedules():

@@ -29,7 +29,6 @@ def activations(rows=4096) -> Activations:
 
 @pytest.mark.parametrize("steps", [20, pytest.param(600, marks=pytest.mark.slow)])
 def test_short_and_long_runs(steps):
-    """After few steps the running mean of the batches' thresholds lags far behind."""
     acts = activations()
     settings = dict(k=4, features=64, batch=64, max_steps=steps, epochs=20)
     sae = saejax.train(acts, kind="batchtopk", on_progress=lambda line: None, **settings)
@@ -54,14 +53,14 @@ def test_each_member_keeps_its_own_k_at_its_own_site(kind, mesh, changes):
     stack, rows = make_run(kind, mesh and make_mesh(mesh), learning_rate=(1e-2,), **changes), Rows()
     batches = streamed(stack, rows)
     state, _ = train(stack, map(batches.batch, range(stack.steps)))
-    state = calibrate_thresholds(stack, state, batches)
+    kept_M = calibrate_thresholds(stack, state, batches)
     for index, member in enumerate(stack.members):
-        finished = finish_layer(stack, state, index)[0] if "form" in changes else finish_dictionary(stack, state, index)
+        finish = (lambda *args: finish_layer(*args)[0]) if "form" in changes else finish_dictionary
+        finished = finish(stack, state, index, kept_M)
         f = np.asarray(finished.encode(rows.read(member.site, rows.rows("train"))))
         assert (f > 0).sum(1).mean() == pytest.approx(member.settings["k"], rel=0.05), member.name
 
 
-def test_kinds_without_a_running_threshold_stay_as_they_are():
+def test_kinds_without_a_threshold_are_not_calibrated():
     stack = make_stack("topk")
-    state = init_state(stack)
-    assert calibrate_thresholds(stack, state, None) is state
+    assert calibrate_thresholds(stack, init_state(stack), None) is None

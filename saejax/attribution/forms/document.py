@@ -9,7 +9,6 @@ of Neuronpedia's published schema; the rest is what a viewer relies on without s
 between nodes that exist, numbers that are finite.
 """
 
-import itertools
 import math
 import re
 from collections import Counter
@@ -39,93 +38,6 @@ _WORDS: dict[Any, str] = {str: "a string", list: "a list", Mapping: "an object",
 _WORDS |= {Real: "a number", type(None): "null"}
 
 
-def read_document(document: Any) -> dict[str, Any]:
-    """Return a graph document of any program, such as a file's JSON, with ids that are unique.
-
-    Raises:
-      UserError: names the first thing that is not as it must be.
-    """
-    return check_document(_with_unique_errors(document))
-
-
-def _with_unique_errors(document: Any) -> Any:
-    """Return a document whose errors have our ids, ``{layer}_-1_{position}``; anything else is returned as it is.
-
-    circuit-tracer calls an error ``0_{layer}_{position}``, which is also the id of the feature of layer 0 whose index
-    is the error's layer. Its links come target by target, and a target's sources in the order of the nodes, features
-    first; so where a graph has both, the link's neighbours tell which of the two it starts from. Where they do not, it
-    is the error, unless the target is too low for that.
-    """
-    try:
-        nodes = list(document["nodes"])
-        errors = {
-            f"0_{node['layer']}_{node['ctx_idx']}": index
-            for index, node in enumerate(nodes)
-            if node["feature_type"] == ERROR_TYPE and node["node_id"] == f"0_{node['layer']}_{node['ctx_idx']}"
-        }
-        if not errors:
-            return document
-        place = {node["node_id"]: index for index, node in enumerate(nodes) if node["feature_type"] != ERROR_TYPE}
-        links = _resolve_links(nodes, document["links"], errors, place)
-        ours = {old: _error_id(nodes[index]) for old, index in errors.items()}
-        for old, index in errors.items():
-            nodes[index] = {**nodes[index], "node_id": ours[old]}
-
-        def renamed(value: Any) -> Any:
-            if isinstance(value, list):
-                return [renamed(part) for part in value]
-            # Where an error and a feature share an id, a reader's pins mean the feature.
-            return ours.get(value, value) if isinstance(value, str) and value not in place else value
-
-        params = {key: renamed(value) for key, value in document["qParams"].items()}
-        return {**document, "qParams": params, "nodes": nodes, "links": links}
-    except (KeyError, TypeError, AttributeError, IndexError):
-        return document  # ``check_document`` says what is wrong with it
-
-
-def _resolve_links(
-    nodes: Sequence[Any], links: Sequence[Any], errors: Mapping[str, int], place: Mapping[str, int]
-) -> list[Any]:
-    """Return the links with saejax's ids of errors as sources; see ``_with_unique_errors``.
-
-    Args:
-      nodes: nodes of the document.
-      links: links of the document.
-      errors: index of each error, by circuit-tracer's id.
-      place: index of each other node, by id.
-    """
-    resolved = []
-    for target, links_of_target in itertools.groupby(links, key=lambda link: link["target"]):
-        group, previous = list(links_of_target), -1
-        sources = [link["source"] for link in group]
-        # The index of each source that only one node can be.
-        certain = [
-            None if source in errors and source in place else errors[source] if source in errors else place[source]
-            for source in sources
-        ]
-        for e, (link, source) in enumerate(zip(group, sources, strict=True)):
-            if (index := certain[e]) is None:
-                as_feature, as_error = place[source], errors[source]
-                following = next((later for later in certain[e + 1 :] if later is not None), len(nodes))
-                fits_feature, fits_error = (previous < index < following for index in (as_feature, as_error))
-                # Where both are sources of one target, the feature comes first, as in the table of nodes.
-                returns = source in sources[e + 1 :]
-                # An error acts on layers above its own only.
-                above = target not in place or _height(nodes[place[target]]) > _height(nodes[as_error])
-                index = as_error if above and not returns and (fits_error or not fits_feature) else as_feature
-            previous, is_error = index, nodes[index]["feature_type"] == ERROR_TYPE
-            resolved.append({**link, "source": _error_id(nodes[index])} if is_error else link)
-    return resolved
-
-
-def _error_id(node: Mapping[str, Any]) -> str:
-    return f"{node['layer']}_-1_{node['ctx_idx']}"
-
-
-def _height(node: Mapping[str, Any]) -> int:
-    return int(node["layer"]) if re.fullmatch("[0-9]+", str(node["layer"])) else -1
-
-
 def check_document(document: Any) -> dict[str, Any]:
     """Check a graph document and return it.
 
@@ -142,7 +54,8 @@ def check_document(document: Any) -> dict[str, Any]:
     twice = [name for name, times in counts.items() if times > 1]
     if twice:
         raise UserError(
-            f"{len(twice)} node ids of the graph are not unique, such as {twice[0]!r}: ids tell nodes apart"
+            f"{len(twice)} node ids of the graph are not unique, such as {twice[0]!r}: ids tell nodes apart (before "
+            "July 2026 circuit-tracer gave errors the ids of features: write the graph anew with a later version)"
         )
     for k, link in enumerate(document["links"]):
         _check_keys(link, _LINK, f"links[{k}]")
@@ -152,6 +65,16 @@ def check_document(document: Any) -> dict[str, Any]:
             if link[end] not in counts:
                 raise UserError(f"links[{k}].{end} of the graph is {link[end]!r}, and no node has that id")
     return document
+
+
+def describe_sources(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the names of a graph's model and transcoders in words, where its metadata say them.
+
+    ``scan`` is where viewers find the features: the model's id at Neuronpedia, or the address of the transcoders.
+    """
+    settings, scan = metadata.get("generation_settings") or {}, metadata["scan"]
+    model = settings.get("model") or ("" if "/" in scan else scan)
+    return [*([f"model {model}"] if model else []), *([f"transcoders {scan}"] if "/" in scan else [])]
 
 
 def check_metadata(document: Any) -> Mapping[str, Any]:

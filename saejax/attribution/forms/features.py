@@ -28,7 +28,7 @@ from saejax.dictionaries.formats.place import fetch_file, full_name, split_addre
 from saejax.errors import UserError
 from saejax.files import read_json, write_json
 from saejax.models.hub import hub_errors
-from saejax.unicode import replace_surrogates, visible
+from saejax.unicode import replace_surrogates, visible_token
 
 Feature = tuple[int, int]  # layer, index of the feature
 ReadFeature = Callable[[Feature], Mapping[str, Any] | None]  # gives the JSON of a feature; None: it is not known
@@ -73,7 +73,7 @@ class FeatureDetails:
 
 def quoted(token: str) -> str:
     """Return a token in quotation marks, on one line and without spaces around it."""
-    return f"“{visible(token).strip() or '␣'}”"
+    return f"“{visible_token(token.strip(' ') or ' ', in_line=True)}”"
 
 
 def read_details(

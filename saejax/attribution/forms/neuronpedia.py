@@ -1,7 +1,7 @@
 """Graphs as other programs read them: Neuronpedia and circuit-tracer's viewer, a folder of its server, and NetworkX.
 
-``to_document`` gives the JSON, node by node and key by key as circuit-tracer writes it, but for the ids of errors
-(``Nodes.ids`` says why). ``write_graph`` writes it into a folder of graphs, a file for each, and a list of them.
+``to_document`` gives the JSON, node by node and key by key as circuit-tracer writes it. ``write_graph`` writes it into
+a folder of graphs, a file for each, and a list of them.
 """
 
 import json
@@ -104,7 +104,7 @@ def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) 
         text = graph.labels[k - first_logit] if kind == LOGIT else ""
         number, name, label = {
             FEATURE: (cantor_pair(layer, index), f"{layer}_{index}-0", labels.get((layer, index), "")),
-            ERROR: (-1, f"{layer}_{position}-0", ""),
+            ERROR: (-1, f"{layer}_-1-{position}", ""),
             TOKEN: (position, f"E_{index}-{position}", ""),
             LOGIT: (token, f"L_{token}-{position}", f'Output "{text}" (p={value:.3f})'),
         }[kind]
@@ -143,7 +143,8 @@ def _metadata(graph: Graph, slug: str, scan: str, source_set: str) -> dict[str, 
         node_threshold=pruning.node_threshold,
         schema_version=1,  # says that ``feature`` is a Cantor pair
         info=dict(generator=generator),
-        generation_settings=settings | dict(transcoders=graph.transcoders.get("name", "")),
+        generation_settings=settings
+        | dict(model=str(graph.model.get("name", "")), transcoders=graph.transcoders.get("name", "")),
         pruning_settings=shares | {name: value for name, value in limits.items() if value},
         replacement_score=pruning.scores.replacement,
         completeness_score=pruning.scores.completeness,

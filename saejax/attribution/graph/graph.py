@@ -8,6 +8,7 @@ graph.json          schema version, texts, settings, scores, SHA-256 of the othe
 """
 
 import dataclasses
+import html
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from saejax.attribution.graph.nodes import DTYPES, FEATURE, KINDS, LOGIT, TOKEN,
 from saejax.attribution.graph.pruning import prune_each, scores
 from saejax.dictionaries.formats import tensors
 from saejax.errors import UserError
-from saejax.files import file_sha256, read_json, write_json
+from saejax.files import file_sha256, read_json, write_json, write_text
 
 DESCRIPTION, ARRAYS = "graph.json", "graph.safetensors"
 SCHEMA_VERSION = 2
@@ -77,6 +78,28 @@ class Graph(GraphData):
         for group, members in enumerate(groups.values()):
             member_GxN[group, [place[member] for member in members]] = 1
         return member_GxN[:, self.target_R] @ self.adjacency_RxS @ member_GxN[:, : self.adjacency_RxS.shape[1]].T
+
+    def save_page(self, path: str | os.PathLike, labels: Mapping[tuple[int, int], str] | None = None) -> None:
+        """Write the interactive page of the graph, a file that is complete in itself; a whole graph is pruned first.
+
+        Args:
+          path: the file, such as graph.html; one that exists is replaced.
+          labels: (layer, feature) -> what the feature is called.
+
+        Raises:
+          UserError: nothing of the graph is left.
+        """
+        write_text(Path(path), self._page(labels))
+
+    def _page(self, labels: Mapping[tuple[int, int], str] | None = None) -> str:
+        from saejax.page.graph.page import graph_page
+
+        return graph_page(self if self.pruning else self.prune(), labels)
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame, as notebooks show it."""
+        frame = 'width="100%" height="900" style="border: 0" sandbox="allow-scripts allow-downloads"'
+        return f'<iframe {frame} srcdoc="{html.escape(self._page())}"></iframe>'
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write ``graph.json`` and ``graph.safetensors``, whole or not at all; the folder is made.

@@ -57,12 +57,7 @@ class Nodes:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     def ids(self, n_layers: int) -> list[str]:
-        """Return the ids of the nodes, in the order of the table.
-
-        They are circuit-tracer's with one difference. There an error's id is ``0_{layer}_{position}``, which is also
-        the id of a feature of layer 0, the one whose number is the error's layer: a graph that holds both has two nodes
-        of one name, and no reader can tell whose edges are whose. Here it is ``{layer}_-1_{position}``, so ids are
-        unique.
+        """Return the ids of the nodes, circuit-tracer's and unique, in the order of the table.
 
         Args:
           n_layers: of the model.

@@ -13,7 +13,7 @@ nodes by nodes. Nodes of the kinds first_mlp and bias are left out.
 import dataclasses
 from collections.abc import Iterable, Iterator
 from numbers import Integral
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGI
 from saejax.errors import UserError
 
 AnyGraph = TypeVar("AnyGraph", bound=GraphData)
-SMALLEST = 1e-10  # least sum of a row's weights that it is divided by
 _BLOCK = 1 << 22  # numbers of the matrix that are worked on at once
 
 
@@ -47,9 +46,8 @@ def influence(
             # A logit is no source, so it has its weight alone; -1 would take the last source.
             weight = weight_R[rows] + np.where(column_R[rows] >= 0, influence_S[column_R[rows]], 0)
             part_BxS = np.abs(adjacency_RxS[rows])
-            sum_B = part_BxS.sum(axis=1, dtype=np.float64)
             # A target without input passes nothing on.
-            influence_S += (weight / np.maximum(sum_B, SMALLEST)) @ part_BxS
+            influence_S += _ratio(weight, part_BxS.sum(axis=1, dtype=np.float64)) @ part_BxS
     return influence_S
 
 
@@ -63,10 +61,29 @@ def scores(graph: GraphData, influence_S: np.ndarray | None = None) -> GraphScor
     for rows in _blocks(np.arange(len(weight_R)), adjacency_RxS.shape[1]):
         part_BxS = np.abs(adjacency_RxS[rows])
         error_R[rows] = part_BxS[:, graph.slice_of(ERROR)].sum(axis=1, dtype=np.float64)
-        error_R[rows] /= np.maximum(part_BxS.sum(axis=1, dtype=np.float64), SMALLEST)
-    total = influence_S.sum() + graph.probability_K.sum(dtype=np.float64)
+        error_R[rows] = _ratio(error_R[rows], part_BxS.sum(axis=1, dtype=np.float64))
+    total = influence_S.sum() + logit_weights(graph.probability_K).sum()
     # Errors and tokens have no input, so no error has a part in it.
-    return GraphScores(float(tokens / max(tokens + errors, SMALLEST)), float(1 - (weight_R @ error_R) / total))
+    return GraphScores(float(_ratio(tokens, tokens + errors)), float(1 - _ratio(weight_R @ error_R, total)))
+
+
+def logit_weights(probability_K: np.ndarray) -> np.ndarray:
+    """Return the weights of logits in influences: their probabilities times a power of two, float64 [K].
+
+    Influences count as shares of their sum, which the factor does not change. Without it those of an improbable target
+    would be too small for float32.
+
+    Args:
+      probability_K: fp32 probabilities, 0 to 1; where all are 0 in fp32, weights are equal.
+    """
+    weight_K = probability_K.astype(np.float64)
+    largest = weight_K.max(initial=0.0)
+    return weight_K * 2.0 ** -np.frexp(largest)[1] if largest > 0 else np.ones(len(weight_K))
+
+
+def _ratio(part: Any, whole: Any) -> Any:
+    """Return part / whole, 0 where both are 0."""
+    return part / np.where(whole > 0, whole, 1.0)
 
 
 def cumulative_share(influence_N: np.ndarray) -> np.ndarray:
@@ -74,7 +91,7 @@ def cumulative_share(influence_N: np.ndarray) -> np.ndarray:
     # Stable: nodes of equal influence keep the order of the table.
     order_N = np.argsort(-influence_N, kind="stable")
     share_N = np.empty(len(influence_N), np.float32)
-    share_N[order_N] = np.cumsum(influence_N[order_N]) / max(influence_N.sum(), SMALLEST)
+    share_N[order_N] = _ratio(np.cumsum(influence_N[order_N]), influence_N.sum())
     return share_N
 
 
@@ -158,8 +175,8 @@ def _influential_edges(graph: GraphData, share: float) -> np.ndarray:
     def blocks() -> Iterator[np.ndarray]:
         for rows in _blocks(np.arange(len(factor_R)), adjacency_RxS.shape[1]):
             score_BxS = np.abs(adjacency_RxS[rows])
-            total_B = np.maximum(score_BxS.sum(axis=1, dtype=np.float64), SMALLEST)
-            score_BxS *= (factor_R[rows] / total_B).astype(np.float32)[:, None]
+            total_B = score_BxS.sum(axis=1, dtype=np.float64)
+            score_BxS *= _ratio(factor_R[rows], total_B).astype(np.float32)[:, None]
             yield score_BxS
 
     # Computed twice: the scores of all edges, most of them 0, would take as much memory as the matrix.
@@ -209,9 +226,9 @@ def source_influence(graph: GraphData, weight_K: np.ndarray | None = None) -> np
 
     Args:
       graph: a graph.
-      weight_K: weights of its logits; None: their probabilities.
+      weight_K: weights of its logits; None: ``logit_weights``.
     """
-    features, weight_K = graph.count(FEATURE), graph.probability_K if weight_K is None else weight_K
+    features, weight_K = graph.count(FEATURE), logit_weights(graph.probability_K) if weight_K is None else weight_K
     column_R = np.concatenate([np.arange(features), np.full(graph.count(LOGIT), -1)])
     weight_R = np.concatenate([np.zeros(features), weight_K.astype(np.float64)])
     return influence(_scored(graph), graph.nodes.layer_N[graph.target_R], column_R, weight_R)
@@ -219,7 +236,7 @@ def source_influence(graph: GraphData, weight_K: np.ndarray | None = None) -> np
 
 def _target_influence(graph: GraphData, influence_S: np.ndarray) -> np.ndarray:
     """Influence of the features and weights of the logits, float64 [R]."""
-    return np.concatenate([influence_S[graph.slice_of(FEATURE)], graph.probability_K])
+    return np.concatenate([influence_S[graph.slice_of(FEATURE)], logit_weights(graph.probability_K)])
 
 
 def _blocks(rows: np.ndarray, width: int) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ with f the activation in the edited run (with MLPs frozen: in the prompt) and er
 run's own MLP output. Features of cross-layer transcoders write to later layers, too.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -51,6 +51,48 @@ class Circuit(NamedTuple):
     def complement(self) -> "Circuit":
         """Return all that is not in it."""
         return Circuit(~self.features_A, ~self.errors_LxP)
+
+
+def placed_changes(rows: Sequence[Sequence[Change]], tokens: int, features: Mapping[int, int]) -> np.ndarray:
+    """Return rows of changes as a table, with a line for each position of a slice.
+
+    Args:
+      rows: of each row, the changes that are made together.
+      tokens: of the run, which slices of positions refer to.
+      features: number of features of each layer that has a dictionary.
+
+    Returns:
+      float64 [N, 5]: row, layer, position, feature, value.
+
+    Raises:
+      UserError: a feature or a position does not exist, or is changed twice in a row.
+    """
+    if not all(isinstance(change, Change) for changes in rows for change in changes):
+        raise UserError("edits are rows of changes that are made together: expected such as [[Change(...)], []]")
+    entries = [
+        (row, change.layer, position, change.feature, change.value)
+        for row, changes in enumerate(rows)
+        for change in changes
+        for position in (
+            range(*change.position.indices(tokens)) if isinstance(change.position, slice) else [change.position]
+        )
+    ]
+    places = set[tuple[int, ...]]()
+    for row, layer, position, feature, value in entries:
+        is_index = all(isinstance(number, Integral) for number in (layer, position, feature))
+        exists = is_index and layer in features and 0 <= feature < features[layer]
+        if not (exists and abs(float(value)) <= float(np.finfo(np.float32).max)):
+            raise UserError(
+                f"feature {feature} of layer {layer} cannot be set to {value} at position {position}: expected one of "
+                f"{max(features.values())} features of the layers {', '.join(map(str, features))}, a position and a "
+                "finite number"
+            )
+        if not 0 <= position < tokens:
+            raise UserError(f"position {position}: this prompt has the positions 0 to {tokens - 1}")
+        if (row, layer, position, feature) in places:
+            raise UserError(f"row {row} changes a feature twice at one position: give it one value")
+        places.add((row, layer, position, feature))
+    return np.array(entries, np.float64).reshape(-1, 5)
 
 
 def plan_edits(
@@ -98,31 +140,8 @@ class ChangeEdits:
     def __init__(self, state: LocalState, rows: Sequence[Sequence[Change]], tokens: int):
         self._state, self.rows = state, padded(len(rows), _ROWS)
         self._outputs: FeatureOutputs | None = None
-        if not all(isinstance(change, Change) for changes in rows for change in changes):
-            raise UserError("edits are rows of changes that are made together: expected such as [[Change(...)], []]")
-        entries = [
-            (row, change.layer, position, change.feature, change.value)
-            for row, changes in enumerate(rows)
-            for change in changes
-            for position in (
-                range(*change.position.indices(tokens)) if isinstance(change.position, slice) else [change.position]
-            )
-        ]
-        configs, places = state.dictionaries.configs, set[tuple[int, ...]]()
-        for row, layer, position, feature, value in entries:
-            is_index = all(isinstance(number, Integral) for number in (layer, position, feature))
-            exists = is_index and 0 <= layer < len(configs) and 0 <= feature < configs[layer].n_features
-            if not (exists and abs(float(value)) <= float(np.finfo(np.float32).max)):
-                raise UserError(
-                    f"feature {feature} of layer {layer} cannot be set to {value} at position {position}: expected one "
-                    f"of {len(configs)} layers, of {configs[0].n_features} features, a position and a finite number"
-                )
-            if not 0 <= position < tokens:
-                raise UserError(f"position {position}: this prompt has the positions 0 to {tokens - 1}")
-            if (row, layer, position, feature) in places:
-                raise UserError(f"row {row} changes a feature twice at one position: give it one value")
-            places.add((row, layer, position, feature))
-        table_Nx5 = np.array(entries, np.float64).reshape(-1, 5)
+        sizes = {layer: config.n_features for layer, config in enumerate(state.dictionaries.configs)}
+        table_Nx5 = placed_changes(rows, tokens, sizes)
         self._row_N, self._layer_N, self._position_N, self._feature_N = table_Nx5[:, :4].T.astype(np.int32)
         self._value_N = table_Nx5[:, 4].astype(np.float32)
 

@@ -32,6 +32,7 @@ from saejax.attribution.local.state import LocalState
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
+from saejax.models.generation import eos_ids
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
@@ -41,10 +42,14 @@ AnySet = LayerTranscoders | Sequence[Dictionary] | str | Path
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """A greedy continuation: the new tokens, int32 [N], and the logits from which each was taken, fp32 [N, V]."""
+    """A greedy continuation: the new tokens, int32 [N], and the logits from which each was taken, fp32 [N, V].
+
+    It has no token that ends a text; ``finished`` says why it ended: "eos" (the model ended it) or "length".
+    """
 
     ids_N: np.ndarray
     logits_NxV: np.ndarray
+    finished: str
 
 
 class LocalModel(LocalState):
@@ -152,7 +157,7 @@ class LocalModel(LocalState):
         return LocalRun(feature_RxJ, readout_RxK, logits_RxV).checked()
 
     def generate(self, changes: Sequence[Change], max_new_tokens: int, freeze: str = "none") -> Continuation:
-        """Continue the prompt greedily with changes.
+        """Continue the prompt greedily with changes, up to a token that ends a text.
 
         A change at a position is made there in every pass; one at a slice without an end goes on at the new tokens.
         With frozen attention, the prompt's own tokens attend as in the prompt, new ones as in the changed run. The
@@ -160,7 +165,7 @@ class LocalModel(LocalState):
 
         Args:
           changes: made together; a slice without an end, such as ``slice(3, None)``, also means the new tokens.
-          max_new_tokens: 1 or more; fewer are made where the model's context ends.
+          max_new_tokens: 1 or more; fewer are made where the text or the model's context ends.
           freeze: "none" or "attention".
 
         Raises:
@@ -177,6 +182,7 @@ class LocalModel(LocalState):
             else change
             for change in changes
         ]
+        ends, finished = eos_ids(self.model.source.folder, self.model.tokenizer), "length"
         while len(ids) < min(length + max_new_tokens, self.model.config.context):
             plan = ChangeEdits(self, [bounded], len(ids))
             # Padded, so that a program serves several lengths.
@@ -188,10 +194,14 @@ class LocalModel(LocalState):
                 x_BxTxD = x_BxTxD if difference is None else x_BxTxD.at[1:].add(difference)
             last_BxD = x_BxTxD[:, len(ids) - 1]
             logits_1xV = to_host(read_logits(self.frozen, "none", last_BxD[0], last_BxD[1:]))
-            logits.append(check_finite(logits_1xV)[0])
-            ids.append(int(logits[-1].argmax()))
+            best = int(check_finite(logits_1xV)[0].argmax())
+            if best in ends:
+                finished = "eos"
+                break
+            logits.append(logits_1xV[0])
+            ids.append(best)
         none = np.empty((0, self.model.config.vocab), np.float32)
-        return Continuation(np.array(ids[length:], np.int32), np.stack(logits) if logits else none)
+        return Continuation(np.array(ids[length:], np.int32), np.stack(logits) if logits else none, finished)
 
     def pullback(
         self,

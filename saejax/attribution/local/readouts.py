@@ -125,7 +125,9 @@ def token_of(model: LanguageModel, target: str | int) -> int:
     if isinstance(target, str):
         ids = continuation_ids(model.tokenizer, target)
         if len(ids) != 1:
-            raise UserError(f"the target {target!r} is {len(ids)} tokens: expected a text of one, such as ' Paris'")
+            raise UserError(
+                f"the target {target!r} is {len(ids)} tokens: expected one, such as ' Paris'; a difference is of two"
+            )
         target = int(ids[0])
     if not isinstance(target, Integral) or not 0 <= target < model.config.vocab:
         raise UserError(f"the target token {target} does not exist: expected 0 to {model.config.vocab - 1}")

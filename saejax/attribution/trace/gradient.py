@@ -31,7 +31,7 @@ from jax import lax
 
 from saejax.attribution.graph.nodes import BIAS, ERROR, TOKEN, Nodes
 from saejax.attribution.local.dictionaries import FeatureOutputs, LayerSaes
-from saejax.attribution.local.edits import CHUNK, Change
+from saejax.attribution.local.edits import CHUNK, Change, placed_changes
 from saejax.attribution.local.layers import FrozenModel, embed
 from saejax.attribution.local.prompt_run import Active, LocalRun, PromptRun, activations_of, active_features
 from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, scatter_directions
@@ -116,7 +116,8 @@ class SaeRun(PromptRun):
         What a changed site itself reads is read after the change.
 
         Raises:
-          UserError: ``freeze`` is another mode.
+          UserError: ``freeze`` is another mode, a change is of no layer with an SAE, of no feature or position, or a
+            row makes it twice.
         """
         if freeze != "none":
             raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
@@ -152,8 +153,9 @@ class SaeRun(PromptRun):
         return LocalRun(feature_RxJ, readout_RxK, logits_RxV if logits else None).checked()
 
     def _edits(self, rows: Sequence[Sequence[Change]]) -> list["PlacedEdit"]:
-        changes = [(row, *change) for row, row_changes in enumerate(rows) for change in row_changes]
-        change_Nx5, edits = np.array(changes, np.float64).reshape(-1, 5), []
+        pairs = zip(self.dictionaries.sites, self.dictionaries.configs, strict=True)
+        sizes = {site.layer: config.n_features for site, config in pairs}
+        change_Nx5, edits = placed_changes(rows, len(self.ids_P), sizes), list[PlacedEdit]()
         for site in self.dictionaries.sites:
             here_Mx5 = change_Nx5[change_Nx5[:, 1] == site.layer]
             if len(here_Mx5):

@@ -28,7 +28,7 @@ from saejax.attribution.local.dictionaries import READ_AT_ONCE, LayerSaes, Saes
 from saejax.attribution.local.model import AnySet, LocalModel, open_set
 from saejax.attribution.local.prompt_run import AT_ONCE, prompt_ids
 from saejax.attribution.local.readouts import Readouts, Target, padded, read_targets
-from saejax.attribution.local.rows import Put, RowTracer, batch_tokens
+from saejax.attribution.local.rows import TOKENS, Put, RowTracer, batch_tokens
 from saejax.attribution.local.sources import WIDTH
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.gradient import GradientRows, SaeRun
@@ -254,6 +254,7 @@ def trace_prompt(
     # 3. The rows.
     count = min(max_features or len(run.active), len(run.active))
     if isinstance(run, SaeRun):
+        _check_gradient_memory(run, count, len(readouts))
         gradient_rows = GradientRows(run, readouts)
         fill: FillRows = gradient_rows
         nodes = gradient_rows.nodes
@@ -261,6 +262,56 @@ def trace_prompt(
         fill, nodes = _fill_rows(run, readouts, count), run.sources.nodes
     chosen_F, store = attribute_in_rounds(run, nodes, readouts, fill, count, on_progress)
     return Traced(make_graph(run, nodes, readouts, chosen_F, store, prompt, settings), run, readouts)
+
+
+def estimate_gradient_memory(run: SaeRun, features: int, logits: int) -> Memory:
+    """Return what the rows of a graph with SAEs take beside the model and the run of the prompt.
+
+    Args:
+      run: of the prompt; its active features are counted.
+      features: number of features with rows.
+      logits: number of targets that are no features.
+    """
+    mesh, sites, active = run.model.mesh, len(run.dictionaries.sites), len(run.active)
+    _, length, width = run.stream_LxTxD.shape
+    batch = max(TOKENS[mesh.devices.flat[0].platform] // length, 1) * mesh.shape["data"]
+    at_once = 2 if mesh.size == 1 else 1
+    others, targets = (sites + 1) * len(run.ids_P) + sites, features + logits
+    columns = columns_kept(targets, active, others)
+    adjacency = targets * columns + (WHOLE if columns < active + others else 0)
+    # Gradients at all sites and the tokens: on the devices, on the host, and stacked there; then their products.
+    gradients = (sites + 2) * batch * length * width
+    table = min(active, sum(config.n_features for config in run.dictionaries.configs)) * width
+    encoders = width * min(features, ROUND_ROWS if features < active else features)
+    host = adjacency + table + encoders + at_once * (2 * gradients + 2 * batch * (active + others))
+    return Memory(int(_FP32 * at_once * gradients), int(_FP32 * host))
+
+
+def _check_gradient_memory(run: SaeRun, features: int, logits: int) -> None:
+    """Raise ``UserError`` if the rows of a graph with SAEs do not fit into what is free now."""
+    mesh = run.model.mesh
+    free, need = free_memory(mesh), estimate_gradient_memory(run, features, logits)
+    if not need.fits(free, mesh):
+        raise UserError(
+            f"the graph would take {need.describe(mesh)}, and {free.describe(mesh)} is free: shorten the prompt of "
+            f"{len(run.ids_P):,} tokens, or trace fewer features than {features:,} (max_features)"
+        )
+
+
+def run_again(model: LanguageModel, dictionaries: AnySet, graph: Graph) -> tuple[LocalModel, Readouts]:
+    """Return the run of a graph's prompt and the graph's targets, without its rows.
+
+    Args:
+      model: that the graph is of.
+      dictionaries: the transcoders that it is of.
+      graph: the graph.
+
+    Raises:
+      UserError: they do not go together.
+    """
+    local = LocalModel(model, dictionaries, graph.ids_P)
+    targets = [(first, second) if second >= 0 else first for first, second in graph.settings["targets"]]
+    return local, read_targets(local, targets, 1, 0.0)
 
 
 def _fill_rows(local: LocalModel, readouts: Readouts, count: int) -> FillRows:

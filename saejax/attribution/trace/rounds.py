@@ -19,7 +19,7 @@ import numpy as np
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
-from saejax.attribution.graph.pruning import SMALLEST
+from saejax.attribution.graph.pruning import logit_weights
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.local.rows import Put
@@ -86,7 +86,7 @@ class RowStore:
 
         def write(row_B: np.ndarray, value_BxS: np.ndarray) -> None:
             size_B = np.abs(value_BxS[:, : self._scored]).sum(axis=1, dtype=np.float64)
-            self.size_R[first + row_B] = np.maximum(size_B, SMALLEST)
+            self.size_R[first + row_B] = np.where(size_B > 0, size_B, 1.0)  # nothing to divide
             self._write(first + row_B, value_BxS)
 
         return write
@@ -166,7 +166,7 @@ def rank(store: RowStore, layer_A: np.ndarray, chosen_F: np.ndarray, weight_K: n
             influence_C[:columns] += np.einsum("b,bc->c", factor_R[part], size_BxX)
 
     # The targets first, as influence goes down from them.
-    add(np.arange(-len(weight_K), 0), weight_K.astype(np.float64), features)
+    add(np.arange(-len(weight_K), 0), logit_weights(weight_K), features)
     for layer in np.unique(layer_F)[::-1]:
         layer_rows = np.flatnonzero(layer_F == layer)
         add(layer_rows, influence_C[column_F[layer_rows]], int(np.searchsorted(layer_C, layer)))

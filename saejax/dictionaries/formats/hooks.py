@@ -12,11 +12,20 @@ before the MLP before its gain: it is called ``mlp_normed.L``, which attribution
 ``attn.hook_z`` has an axis for heads, which are side by side in ``attn_z.L``.
 """
 
+import contextlib
+import functools
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from saejax.errors import UserError
 from saejax.models.sites import KINDS, Site
+from saejax.models.source import read_model_config
 
 UNKNOWN = "unknown"  # in place of a site that a file does not name
 MODULE = "module:"  # before the path of a module that is no site of the decoder
@@ -58,8 +67,10 @@ _SUBMODULE = re.compile(
 )
 _SHORT = dict(resid="resid_post", resid_out="resid_post", attn="attn_out", attention_out="attn_out", mlp="mlp_out")
 _POST_NORMED = {"attn_out": "self_attn", "mlp_out": "mlp"}  # module of each site that some models normalise
-# Names of models that normalise what attention and the MLP give before it is added to the stream.
-_POST_NORMS = re.compile("gemma-?[23]|olmo-?2")
+# Models that normalise what attention and the MLP give before it is added to the stream: ``model_type`` of their
+# config.json, and names of theirs, for where that is not here. "gemma-2b" is a Gemma 1 of two billion parameters.
+_POST_NORM_TYPES = ("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "exaone4")
+_POST_NORMS = re.compile(r"(?:.*/)?(?:gemma-?[23]-\d+[bm]|olmo-?[23]-\d+)\b.*")
 # Owners of families on the hub, and models that TransformerLens calls otherwise.
 _OWNERS = {"pythia-": "EleutherAI", "gemma-": "google", "opt-": "facebook"}
 _RENAMED = {"gpt2-small": "gpt2", "mistral-7b": "mistralai/Mistral-7B-v0.1"}
@@ -71,12 +82,43 @@ _RMS_NORMS = re.compile("gemma|llama|mistral|mixtral|qwen|smollm|olmo-?2|phi-[34
 
 
 def has_post_norms(model: str) -> bool:
-    """Return whether a model of this name normalises what attention and the MLP give before it is added."""
-    return bool(_POST_NORMS.search(model.lower()))
+    """Return whether a model normalises what attention and the MLP give before it is added to the stream.
+
+    Its config.json says so where that is here; else its name does, and a line says what was assumed.
+    """
+    if fields := _fields(model):
+        return fields.get("model_type") in _POST_NORM_TYPES
+    by_name = bool(_POST_NORMS.fullmatch(model.lower()))
+    if model:
+        _say_once(
+            f"the config.json of {model} is not here: by its name it is taken for a model with"
+            f"{'' if by_name else 'out'} norms of what attention and the MLP add to the stream"
+        )
+    return by_name
+
+
+def _fields(model: str) -> dict[str, Any]:
+    """Return the fields of a model's config.json, in a folder or in the hub's cache; empty if it is not there."""
+    folder, cached = Path(model), None
+    if model and not (folder / "config.json").is_file():
+        with contextlib.suppress(HFValidationError):  # no name of a repository
+            cached = try_to_load_from_cache(hub_name(model), "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else Path()
+    return read_model_config(folder) if model and folder != Path() else {}
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logging.info("%s", line)
 
 
 def has_layer_norms(model: str) -> bool | None:
-    """Return whether a model of this name has LayerNorms, not RMSNorms; None: the name does not tell."""
+    """Return whether a model has LayerNorms, not RMSNorms, by its config.json or its name; None: neither tells."""
+    fields = _fields(model)
+    if "rms_norm_eps" in fields or "rms_norm_eps" in (fields.get("text_config") or {}):
+        return False
+    if any(name in fields for name in ("layer_norm_eps", "layer_norm_epsilon")):
+        return True
     if _RMS_NORMS.search(model.lower()):
         return False
     return True if _LAYER_NORMS.search(model.lower()) else None

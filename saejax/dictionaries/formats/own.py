@@ -24,6 +24,7 @@ from saejax.files import read_object, write_json
 from saejax.parallel.collectives import is_first_process, to_host
 
 DESCRIPTION, ARRAYS = "dictionary.json", "arrays"
+_REMOVED = ("context",)  # fields of earlier versions that nothing reads
 
 
 @contextlib.contextmanager
@@ -62,7 +63,11 @@ def save(folder: Path, dictionary: Dictionary) -> None:
 
 def read_config(folder: Path) -> DictionaryConfig:
     """Return the configuration of the dictionary in a folder, without reading its arrays."""
-    config = from_json(DictionaryConfig, read_object(Path(folder) / DESCRIPTION, "config")["config"])
+    saved = {**read_object(Path(folder) / DESCRIPTION, "config")["config"]}
+    missing = [name for name in ("kind", "site", "d_in", "n_features") if name not in saved]
+    if missing:
+        raise UserError(f"{Path(folder) / DESCRIPTION} does not say {', '.join(missing)}: it is damaged")
+    config = from_json(DictionaryConfig, {name: value for name, value in saved.items() if name not in _REMOVED})
     for name in ("d_in", "n_features"):
         tensors.positive_int(Path(folder) / DESCRIPTION, name, getattr(config, name))
     return config
@@ -78,15 +83,9 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") ->
     """
     folder = Path(folder).absolute()
     config, description = read_config(folder), read_object(folder / DESCRIPTION, "arrays")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with tensors.description_errors(folder / DESCRIPTION):
-        stored = description["arrays"]["W_enc_DxF"]["dtype"]
-        if jax.dtypes.canonicalize_dtype(stored) != stored:
-            raise UserError(f"{folder} is in {stored}, which JAX reads only with JAX_ENABLE_X64=1: set it")
-        target = {
-            name: jax.ShapeDtypeStruct(facts["shape"], facts["dtype"], sharding=device)
-            for name, facts in description["arrays"].items()
-        }
+        # As numpy arrays: on the host, and in float64 where that is what was trained.
+        target = {name: np.empty(facts["shape"], facts["dtype"]) for name, facts in description["arrays"].items()}
     process = jax.process_index()
     # Each process reads for itself. Orbax would have all wait for one another, and numbers such meetings by how often
     # each process has read and written: they would never meet again once one of them has read something alone.
@@ -101,10 +100,10 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") ->
     for name in parameter_table(config):
         if name not in arrays or _describe_array(arrays[name]) != description["arrays"][name]:
             raise UserError(f"{folder / ARRAYS}: {name} does not match {DESCRIPTION}: the files are damaged")
-    # From the host, and so committed to no device: it goes with activations on whatever devices they are.
-    host = {name: np.asarray(array) for name, array in arrays.items()}
-    tensors.check_finite(folder / ARRAYS, host)
-    placed = {name: jnp.asarray(array) for name, array in host.items()}
+    tensors.check_finite(folder / ARRAYS, arrays)
+    # From the host, and so committed to no device: it goes with activations on whatever devices they are. Without
+    # JAX_ENABLE_X64=1 float64 becomes float32 here.
+    placed = {name: jnp.asarray(array) for name, array in arrays.items()}
     for name in tensors.MATRICES if dtype != "auto" else ():
         if name in placed and (dtype == "bfloat16" or placed[name].dtype == jnp.bfloat16):
             placed[name] = placed[name].astype(dtype)

@@ -121,8 +121,7 @@ _CLASSES: dict[str, tuple[str, dict[str, str], bool]] = {
 }
 _CLASSES["MatroyshkaBatchTopKSAE"] = _CLASSES["MatryoshkaBatchTopKSAE"]  # as it was spelled at first
 _WITH_K = ("topk", "batchtopk", "matryoshka")
-# These multiply activations by the lengths of decoder rows, and divide by them again when they decode.
-_LENGTHS = ("GatedAutoEncoder", "JumpReluAutoEncoder")
+_UNIT_ROWS = 1e-3  # by how much the length of a row may differ from 1, as bfloat16 rounds
 
 
 def find_dictionary_learning(path: Path) -> Path | None:
@@ -162,9 +161,12 @@ def parse_dictionary_learning(path: Path) -> tensors.Published:
     def fold(arrays: Arrays) -> Arrays:
         if "threshold_F" in arrays:  # activations are those of a ReLU, whatever the threshold
             arrays["threshold_F"] = np.maximum(np.broadcast_to(arrays["threshold_F"], arrays["b_enc_F"].shape), 0)
-        if name not in _LENGTHS:
-            return arrays
-        return rescale.scale_features(by_name(kind), arrays, rescale.decoder_lengths(arrays["W_dec_FxD"]))
+        # It multiplies activations by the lengths of decoder rows, and divides by them again when it decodes.
+        if name == "GatedAutoEncoder":
+            return rescale.scale_features(by_name(kind), arrays, rescale.decoder_lengths(arrays["W_dec_FxD"]))
+        if name == "JumpReluAutoEncoder":
+            _require_unit_rows(weights, rescale.decoder_lengths(arrays["W_dec_FxD"]))
+        return arrays
 
     return tensors.describe(
         weights,
@@ -179,6 +181,19 @@ def parse_dictionary_learning(path: Path) -> tensors.Published:
         centred=centred,
         model=model,
     )
+
+
+def _require_unit_rows(file: Path, length_F: np.ndarray) -> None:
+    """Raise a ``UserError`` unless decoder rows have length 1.
+
+    Older versions of the class multiply activations by the lengths, newer ones do not, and files do not tell.
+    """
+    if np.abs(length_F - 1).max() > _UNIT_ROWS:
+        raise UserError(
+            f"{file}: its decoder rows have lengths from {length_F.min():.3g} to {length_F.max():.3g}, by which only "
+            "some versions of JumpReluAutoEncoder multiply activations, and nothing says which version this is: bring "
+            "them to length 1 with the version that trained it"
+        )
 
 
 def _class_of(file: Path, state: Mapping[str, Any]) -> str:

@@ -153,7 +153,6 @@ def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int
         if k is None:  # where old versions had it
             k = (settings.get("activation_fn_kwargs") or {}).get("k")
         facts |= dict(k=tensors.positive_int(file, "k", k))
-    context = settings.get("context_size")
     return DictionaryConfig(
         **facts,
         site=site,
@@ -164,7 +163,6 @@ def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int
         centred=not transcoder and tensors.flag(file, settings, "apply_b_dec_to_input", True),
         input_norm=_input_norm(file, settings, model, site, transcoder),
         bos={True: "always", False: "never"}.get(settings.get("prepend_bos"), "auto"),  # type: ignore[arg-type]
-        context=context if isinstance(context, int) and context > 0 else 0,
         model=model,
     )
 
@@ -372,7 +370,6 @@ def _metadata(config: DictionaryConfig) -> dict[str, Any]:
     metadata |= dict(hook_name=hooks.to_hook(config.site)) if config.site else {}
     metadata |= dict(hook_name_out=hooks.to_hook(config.target)) if config.target else {}
     metadata |= dict(prepend_bos=config.bos == "always") if config.bos != "auto" else {}
-    metadata |= dict(context_size=config.context) if config.context else {}
     if config.kind in _TRAINED_AS:
         details: dict[str, Any] = dict(k=config.k)
         if config.groups:

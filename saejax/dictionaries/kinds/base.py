@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, TypedDict
 
 import jax
-import jax.numpy as jnp
 
 from saejax.config import Config
 
@@ -96,10 +95,6 @@ class Kind:
         """Return where activations count as active."""
         return f_xF > 0
 
-    def bound(self, arrays: Arrays) -> tuple[Any, Any]:
-        """Return W_enc and b_enc of pre-activations that activations never exceed (in size where they are signed)."""
-        return arrays["W_enc_DxF"], arrays["b_enc_F"]
-
     def move_bias(self, arrays: Arrays, shift_F: Any) -> Arrays:
         """Return the same dictionary for an encoder whose output before the bias is ``shift_F`` lower."""
         return arrays | dict(b_enc_F=arrays["b_enc_F"] + shift_F)
@@ -112,8 +107,8 @@ class Kind:
 
     def encode_in_training(
         self, dictionary: Dictionary, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, settings: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return activations [B, F] in training, and the smallest that was kept (0 where nothing is made of that).
+    ) -> jax.Array:
+        """Return activations [B, F] in training.
 
         Args:
           dictionary: the dictionary whose arrays are read.
@@ -122,7 +117,7 @@ class Kind:
           values: this dictionary's values of the settings that can be swept, scalars that may be traced.
           settings: the other settings of the kind.
         """
-        return self.encode(dictionary, pre_BxF, projected_BxF, values), jnp.zeros((), pre_BxF.dtype)
+        return self.encode(dictionary, pre_BxF, projected_BxF, values)
 
     def reconstructions(self, dictionary: Dictionary, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
         """Return what is compared with the targets, each [B, D]; the last is the whole dictionary's.
@@ -157,7 +152,10 @@ class Kind:
         return Facts(k=values["k"]) if "k" in values else Facts()
 
     def finish(self, arrays: Arrays, kept: jax.Array) -> Arrays:
-        """Return the finished arrays; ``kept`` is the running mean of the smallest activations that were kept."""
+        """Return the finished arrays; ``kept`` is the smallest activation above 0 that training keeps of many tokens.
+
+        It is measured, see ``training.thresholds``, only for kinds that override this method.
+        """
         return arrays
 
     def resume(self, arrays: Arrays) -> Arrays:

@@ -10,7 +10,7 @@ from saejax.dictionaries.kinds.base import Arrays, Dictionary, Kind, Numbers
 
 
 class BatchTopK(Kind):
-    """k active features per token on average; the threshold is the running mean of the smallest that were kept."""
+    """k active features per token on average; the threshold at inference is calibrated after training."""
 
     name = "batchtopk"
     about = "keeps the largest activations of a batch, k of them per token on average"
@@ -25,14 +25,14 @@ class BatchTopK(Kind):
 
     def encode_in_training(
         self, dictionary: Dictionary, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, settings: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return the largest activations of the batch, and the smallest of these."""
+    ) -> jax.Array:
+        """Return the largest activations of the batch."""
         return sparsity.batch_topk(pre_BxF, values["k"])
 
     def finish(self, arrays: Arrays, kept: jax.Array) -> Arrays:
-        """Give all features the average threshold of the batches."""
+        """Give all features the threshold that keeps the same activations."""
         return arrays | dict(threshold_F=jnp.full_like(arrays["threshold_F"], kept))
 
     def resume(self, arrays: Arrays) -> Arrays:
-        """Reset the threshold: the training state keeps a running mean instead."""
+        """Reset the threshold: training does without, and calibrates it after the last step."""
         return arrays | dict(threshold_F=jnp.zeros_like(arrays["threshold_F"]))

@@ -34,10 +34,6 @@ class Gated(Kind):
         magnitude_xF = projected_xF * row(scale_F, projected_xF.ndim) + row(bias_F, projected_xF.ndim)
         return sparsity.gated(pre_xF, magnitude_xF)
 
-    def bound(self, arrays: Arrays) -> tuple[Any, Any]:
-        """Return W_enc and b_enc of the magnitudes."""
-        return arrays["W_enc_DxF"] * np.exp(arrays["r_mag_F"])[None], arrays["b_mag_F"]
-
     def move_bias(self, arrays: Arrays, shift_F: Any) -> Arrays:
         """Move the gate's bias, and the magnitude's by as much as it is scaled."""
         shifted_F = arrays["b_mag_F"] + np.exp(arrays["r_mag_F"]) * shift_F

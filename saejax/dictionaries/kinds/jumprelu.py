@@ -29,10 +29,9 @@ class JumpReLU(Kind):
         projected_BxF: jax.Array,
         values: Numbers,
         settings: JumpReLUConfig,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> jax.Array:
         """Return activations, with straight-through gradients to the thresholds."""
-        f_BxF = sparsity.jumprelu(pre_BxF, dictionary.arrays["threshold_F"], settings.bandwidth)
-        return f_BxF, jnp.zeros((), pre_BxF.dtype)
+        return sparsity.jumprelu(pre_BxF, dictionary.arrays["threshold_F"], settings.bandwidth)
 
     def reconstructions(self, dictionary: Dictionary, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
         """Return those of the nested groups if there are any."""

@@ -1,19 +1,24 @@
-"""Features of a dictionary that are ablated one by one, beside directions drawn at random."""
+"""Features of a dictionary: ablated one by one, beside random directions, and compared with known variables."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
+from saejax.activations.in_memory import capture
 from saejax.dictionaries import Dictionary
-from saejax.ground_truth.results import AblatedFeatures
+from saejax.ground_truth.results import AblatedFeatures, VariableFeature
 from saejax.ground_truth.scores import over_seeds
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import effects
 from saejax.models.language_model import LanguageModel
+from saejax.statistics.ranks import holm_by_key
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
 
 TRAINED, RANDOM = "trained", "random directions"
+_LEAST = 6  # prompts with a value, and without it, in each split; fewer are not compared
 _LEVEL = 0.95  # share of the random directions below which the effect of a feature may be chance
 
 
@@ -43,3 +48,61 @@ def compare(ablated: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, A
         )
         for name, (changed_N, effect_N) in ablated.items()
     }
+
+
+def match_variables(
+    lm: LanguageModel, dictionaries: Mapping[str, Dictionary], prompts: Sequence[Prompt]
+) -> tuple[VariableFeature, ...]:
+    """Compare features with the values of the variables that label the prompts; of yes and no with yes alone.
+
+    Args:
+      lm: the transformer.
+      dictionaries: the trained one and the control; both have the same activations.
+      prompts: train prompts choose a feature for each value, and test prompts judge it.
+    """
+    trained = dictionaries[TRAINED]
+    acts = capture(lm, [prompt.text for prompt in prompts], trained.site)
+    last_P = np.flatnonzero(np.diff(acts.index_Nx3[:, 0], append=-1))
+    f_PxF = np.asarray(trained.encode(jnp.asarray(acts.values[trained.site][last_P])), np.float64)
+    judges_P = np.array([prompt.split == "test" for prompt in prompts])
+    chosen: list[tuple[VariableFeature, np.ndarray]] = []
+    for name in dict.fromkeys(name for prompt in prompts for name, _ in prompt.labels):
+        values = [dict(prompt.labels).get(name) for prompt in prompts]
+        known_P = np.array([value is not None for value in values])
+        for value in sorted({value for value in values if value not in (None, "no")}):
+            has_P = np.array([each == value for each in values])
+            halves = [known_P & ~judges_P, known_P & judges_P]
+            if min(min(has_P[half].sum(), (~has_P[half]).sum()) for half in halves) >= _LEAST:
+                matched = _match_value(f_PxF[halves[0]], has_P[halves[0]], f_PxF[halves[1]], has_P[halves[1]])
+                chosen.append((VariableFeature(name, value, int(has_P[halves[1]].sum()), *matched, 0.0, 0.0), has_P))
+    p_holm = holm_by_key({place: one.p_holm for place, (one, _) in enumerate(chosen)})
+    tests, edits = [prompt for prompt in prompts if prompt.split == "test"], [[one.feature] for one, _ in chosen]
+    drops = {}
+    for name, dictionary in dictionaries.items():
+        clean_1xPx1, edited_NxPx1 = np.split(effects(lm, tests, mask(dictionary, [[], *edits])), [1])
+        drops[name] = (clean_1xPx1 - edited_NxPx1)[..., 0]
+    return tuple(
+        dataclasses.replace(
+            one,
+            p_holm=p_holm[place],
+            drop=float(drops[TRAINED][place, has_P[judges_P]].mean()),
+            random_drop=float(drops[RANDOM][place, has_P[judges_P]].mean()),
+        )
+        for place, (one, has_P) in enumerate(chosen)
+    )
+
+
+def _match_value(
+    train_PxF: np.ndarray, has_P: np.ndarray, test_QxF: np.ndarray, has_Q: np.ndarray
+) -> tuple[int, float, float]:
+    """Return the feature that is most correlated with a value on train prompts, its AUC on test prompts, and p."""
+    from scipy.stats import mannwhitneyu
+
+    centred_PxF = train_PxF - train_PxF.mean(axis=0)
+    correlation_F = (has_P - has_P.mean()) @ centred_PxF / np.maximum(np.linalg.norm(centred_PxF, axis=0), 1e-12)
+    feature = int(correlation_F.argmax())
+    inside, outside = test_QxF[has_Q, feature], test_QxF[~has_Q, feature]
+    if np.ptp(test_QxF[:, feature]) == 0:  # a constant says nothing
+        return feature, 0.5, 1.0
+    statistic, p_value = mannwhitneyu(inside, outside, alternative="greater")
+    return feature, float(statistic / len(inside) / len(outside)), float(p_value)

@@ -7,7 +7,8 @@
 3. In the same way b is set to zero, and the loss of the answer's log-probability is measured; and that without the
    lowest feature of the chain.
 4. A link holds if its effect is above that of each of the five: by chance, one link in six. A chain holds if all of its
-   links do, and its lowest and its highest feature reach the answer.
+   links do, and its lowest and its highest feature reach the answer. Where fewer than five other features are active,
+   as in a TopK dictionary with k = 5, a link cannot be tested, and a chain neither unless another link fails.
 """
 
 import functools
@@ -87,15 +88,20 @@ def measure_chains(
                 answer_drop=drops[0][0],
                 random_drop=float(np.mean(drops[0][1:])),
                 reaches_answer=reaches,
-                holds=reaches and parts[-1].reaches_answer and all(part.holds for part in parts),
+                holds=_all([reaches, parts[-1].reaches_answer, *(part.holds for part in parts)]),
             )
         )
     return tuple(measured)
 
 
-def _exceeds_controls(effects: Sequence[float]) -> bool:
-    """Return whether the first effect is above those of the controls, which are as many as there should be."""
-    return len(effects) > CONTROLS and effects[0] > max(effects[1:])
+def _exceeds_controls(effects: Sequence[float]) -> bool | None:
+    """Return whether the first effect is above those of the controls; None: these are fewer than there should be."""
+    return effects[0] > max(effects[1:]) if len(effects) > CONTROLS else None
+
+
+def _all(answers: Sequence[bool | None]) -> bool | None:
+    """Return whether all answers are yes; None if none is no, and some could not be given."""
+    return False if False in answers else None if None in answers else True
 
 
 class _Ablation:

@@ -17,11 +17,12 @@ from urllib.parse import quote
 
 import numpy as np
 
-from saejax.attribution.forms.document import GraphDocument, ranked_links, read_document
+from saejax.attribution.forms.document import GraphDocument, check_document, describe_sources, ranked_links
 from saejax.attribution.forms.features import Feature, FeatureDetails
-from saejax.attribution.forms.neuronpedia import shortest
+from saejax.attribution.forms.neuronpedia import shortest, to_document
+from saejax.attribution.graph import Graph
 from saejax.files import write_text
-from saejax.page.scripts import interactive
+from saejax.page.scripts import interactive, visible_script
 from saejax.page.tables import percent
 
 # (id of the source, id of the target) -> layer, head and contribution of attention heads, the largest first.
@@ -50,6 +51,11 @@ def write_page(path: Path, document: GraphDocument, **shown: Any) -> None:
     write_text(Path(path), page_html(document, **shown))
 
 
+def graph_page(graph: Graph, labels: Mapping[Feature, str] | None = None) -> str:
+    """Return the page of a pruned graph; ``labels`` are labels of its features."""
+    return page_html(to_document(graph, "graph", labels=labels))
+
+
 def page_html(
     document: GraphDocument,
     *,
@@ -72,7 +78,7 @@ def page_html(
     Raises:
       UserError: the document is not a graph: keys are missing, ids are not unique, links lead nowhere.
     """
-    document, details = read_document(document), details or {}
+    document, details = check_document(document), details or {}
     data = {
         "document": {key: value for key, value in document.items() if key != "links"},
         "edges": page_edges(document),
@@ -92,7 +98,7 @@ def page_html(
         interactive,
         VIEWER,
         "graph",
-        [(VIEWER / f"{name}.js").read_text(encoding="utf-8") for name in names],
+        [visible_script(), *((VIEWER / f"{name}.js").read_text(encoding="utf-8") for name in names)],
         title=f"Attribution graph: {heading}",
         heading=heading,
         about=_about(metadata),
@@ -131,7 +137,7 @@ def _source(metadata: Mapping[str, Any]) -> str:
 
 def _about(metadata: Mapping[str, Any]) -> str:
     """Return the line below the heading: the graph's name, the model, the scores, and the shares that were kept."""
-    parts = [f"Attribution graph {metadata['slug']}", f"model {metadata['scan']}"]
+    parts = [f"Attribution graph {metadata['slug']}", *describe_sources(metadata)]
     scores = {name: metadata.get(name) for name in ("replacement_score", "completeness_score")}
     scores = {name: score for name, score in scores.items() if _is_number(score)}
     parts += [f"{name.replace('_', ' ')} {score:.2f}" for name, score in scores.items()]

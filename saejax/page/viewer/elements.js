@@ -1,4 +1,3 @@
-'use strict';
 // What pages are made of. All text goes in as text, never as HTML.
 
 const make = (tag, attributes = {}, ...inside) => {
@@ -8,11 +7,7 @@ const make = (tag, attributes = {}, ...inside) => {
   return element;
 };
 
-// A token on one line: a line break becomes ↵, a tab ⇥, other control characters ·, nothing but spaces ␣.
-const visible = (text) => {
-  const line = text.replace(/\r\n|\n|\r/g, '↵').replace(/\t/g, '⇥').replace(/[\u0000-\u001f\u007f]/g, '·');
-  return line.trim() ? line : '␣'.repeat(Math.max(line.length, 1));
-};
+const visible = visibleInLine;
 const number = (value, digits = 3) => {
   if (value === null || value === undefined) return '–';
   const small = value !== 0 && Math.abs(value) < 1e-3;

@@ -4,7 +4,7 @@
 const given = JSON.parse(document.getElementById("page-data").textContent);
 const at = (id) => document.getElementById(id);
 const job = makeJob();
-const FIELDS = ["prompt", "target", "max-features", "node-threshold", "edge-threshold"];
+const FIELDS = ["prompt", "target", "minus", "max-features", "node-threshold", "edge-threshold"];
 
 const old = new URLSearchParams(location.hash.slice(1));
 for (const id of FIELDS) if (old.has(id)) at(id).value = old.get(id);
@@ -19,6 +19,7 @@ at("trace").onsubmit = async (event) => {
   const found = await job.run("api/trace", {
     prompt: at("prompt").value,
     target: at("target").value,
+    minus: at("minus").value,
     max_features: Number(at("max-features").value),
     nodes: Number(at("node-threshold").value),
     edges: Number(at("edge-threshold").value),

@@ -5,6 +5,8 @@
 3. Ablate each feature alone on test prompts: does an answer change, and by how much does the logit difference?
 4. Do the same with a control: the same activations along random directions, which change the stream by as much at the
    same positions.
+5. For each value of the algorithm's variables, as the labels of the prompts know them, choose the feature that goes
+   with it most on train prompts, and judge it on test prompts.
 
 The folder is in the hub's format and ``prompts.jsonl`` is meant for ``--task.prompts``: capture, train, ablate, patch,
 probe and all other stages take it like any model, and probes can predict the algorithm's variables.
@@ -22,7 +24,7 @@ from saejax.errors import Interrupted
 from saejax.files import write_lines, write_text
 from saejax.ground_truth.algorithms import transformer
 from saejax.ground_truth.algorithms.addition import Addition
-from saejax.ground_truth.algorithms.features import RANDOM, TRAINED, ablate_each, compare
+from saejax.ground_truth.algorithms.features import RANDOM, TRAINED, ablate_each, compare, match_variables
 from saejax.ground_truth.algorithms.paths import Paths
 from saejax.ground_truth.algorithms.questions import Algorithm
 from saejax.ground_truth.hub_folder import save_model
@@ -89,7 +91,10 @@ def run_algorithm(run: Run) -> AlgorithmResults:
     features = compare({name: ablate_each(lm, dictionary, tests) for name, dictionary in dictionaries.items()})
     for name, each in features.items():
         run.say(f"{name}: {100 * each.changing.mean:.1f} % of {each.live} features change an answer")
-    return AlgorithmResults(accuracy, dict(algorithm.required), len(tests), features)
+    variables = match_variables(lm, dictionaries, prompts)
+    for one in variables:
+        run.say(f"{one.variable} {one.value}: feature {one.feature}, AUC {one.auc:.2f}, p {one.p_holm:.3f}")
+    return AlgorithmResults(accuracy, dict(algorithm.required), len(tests), features, variables)
 
 
 def _train(run: Run, algorithm: Algorithm, model: DecoderConfig, rng_of: RngOf) -> transformer.Params:
@@ -118,8 +123,8 @@ def _texts(algorithm: Algorithm, rng: np.random.Generator) -> list[str]:
 
 def _dictionaries(run: Run, lm: LanguageModel, texts: Sequence[str], seed: int) -> dict[str, Dictionary]:
     """Return a dictionary trained on the texts, and the control."""
-    acts, mesh = capture(lm, texts, _SITE), run.configs[MeshConfig]
-    trained = train(acts, folder=run.folder / "train", mesh=mesh, on_progress=run.say, seed=seed, **_DICTIONARY)
+    acts = capture(lm, texts, _SITE)
+    trained = train(acts, folder=run.folder / "train", mesh=lm.mesh, on_progress=run.say, seed=seed, **_DICTIONARY)
     random_FxD = independent_rows(np.asarray(trained.W_dec_FxD[...]), [seed])
     control = Dictionary(trained.config, **trained.arrays | dict(W_dec_FxD=jnp.asarray(random_FxD)))
     return {TRAINED: trained, RANDOM: control}

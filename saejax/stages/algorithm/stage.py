@@ -17,5 +17,5 @@ ALGORITHM = Stage(
     placement=(MeshConfig,),
     names=lambda configs: configs[AlgorithmConfig].names,
     section=algorithm_sections,
-    revision=3,  # with the effects of features
+    revision=4,  # features are compared with the algorithm's variables
 )

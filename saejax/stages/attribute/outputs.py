@@ -9,7 +9,6 @@ features/<layer>_<index>.json  contexts of features that no file describes, as N
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,9 @@ from saejax.runner.labels import trained_layers
 from saejax.runner.parts import part_file
 from saejax.runner.stacks import is_of_trained, results_folder
 from saejax.runner.workspace import Run
+from saejax.stages.attribute.traces import FEATURES
+from saejax.unicode import visible_token
 
-FEATURES = "features"  # folder of contexts that were searched, a file for each feature
 _DETAILS_ON_PAGE = 300  # features, the most influential ones, whose contexts the page has
 _NOTE = (
     "The score of a query with a key, before the softmax, is a sum over pairs: what one source adds to the query times "
@@ -40,14 +40,11 @@ _NOTE = (
 )
 
 
-def write_outputs(
-    run: Run, whole: Graph, document: GraphDocument, heads: EdgeHeads, tables: Sequence[PageTable]
-) -> None:
-    """Write a graph in all its forms, over what a run that was killed may have left; the first process does.
+def write_outputs(run: Run, document: GraphDocument, heads: EdgeHeads, tables: Sequence[PageTable]) -> None:
+    """Write a pruned graph in all its forms, over what a run that was killed may have left; the first process does.
 
     Args:
       run: of the stage.
-      whole: the graph before pruning.
       document: the pruned graph.
       heads: contributions of attention heads to its edges; {}: not requested.
       tables: tables below the graph.
@@ -55,9 +52,6 @@ def write_outputs(
     if not is_first_process():
         return
     slug = document["metadata"]["slug"]
-    folder: Path = part_file(run, slug, "-graph")
-    shutil.rmtree(folder, ignore_errors=True)
-    whole.save(folder)
     write_graph(run.folder / "graphs", document)
     if heads or tables:
         write_shown(run.folder / "heads" / f"{slug}.json", heads, tables)
@@ -164,4 +158,4 @@ def _words(name: str, graph: Graph) -> str:
 
 def _place(graph: Graph, position: int) -> str:
     """Return a token as the page shows it, and its position."""
-    return f"{graph.tokens[position].replace(' ', '␣')} ({position})"
+    return f"{visible_token(graph.tokens[position])} ({position})"

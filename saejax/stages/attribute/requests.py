@@ -44,8 +44,8 @@ def unit_name(config: GraphConfig) -> str:
     """Return the name of the folder with these settings' graphs; "" if no graph is requested.
 
     Raises:
-      UserError: prompts are given in two ways, transcoders and SAEs are both given or both missing, or a head is
-        malformed.
+      UserError: prompts are given in two ways, transcoders and SAEs are both given or both missing, a difference has
+        no target, or a head is malformed.
     """
     named = [f"--graph.{name}" for name in ("prompt", "prompts", "behaviours") if getattr(config, name)]
     if len(named) > 1:
@@ -65,11 +65,15 @@ def unit_name(config: GraphConfig) -> str:
         )
     if config.transcoders and (config.direct or config.estimate != "gradient"):
         raise UserError("--graph.estimate and --graph.direct are for SAEs (--graph.dictionaries), not for transcoders")
+    if config.minus and not config.target:
+        raise UserError("--graph.minus is subtracted from --graph.target, which is missing")
     read_heads(config)
     if config.slug:
         return _checked_slug(config.slug, "--graph.slug")
     if config.prompts:
-        return _slug_of(Path(config.prompts).name.split(".")[0])
+        name = Path(config.prompts).name.split(".")[0]
+        words = _words(name) or f"graph-{fingerprint(name)}"
+        return f"{words}-graph" if words in _TAKEN else words
     if config.behaviours:
         return "behaviours"
     return _slug_of(config.prompt)
@@ -77,14 +81,9 @@ def unit_name(config: GraphConfig) -> str:
 
 def identity(config: GraphConfig) -> str:
     """Return a fingerprint of all input files but the model's: dictionaries, prompts, labels, supernodes."""
-    places, commit = list(map(Path, config.dictionaries)), ""
-    if config.transcoders:
-        _, folder, commit = find_folder(config.transcoders, choice=config.l0)
-        places = [folder]
+    places, marks = _set_files(config)
     if not places:
         return ""
-    # A commit stands for the content of all files.
-    marks = [commit] if commit else [mark for folder in places for mark in _marks(folder)]
     if labels := labels_of_folders(places):
         marks.append(fingerprint(sorted([*place, label] for place, label in labels.items())))
     named = [Path(file or "-") for file in (config.prompts, config.labels, config.supernodes)]
@@ -96,6 +95,21 @@ def identity(config: GraphConfig) -> str:
     elif config.features:
         hashes += _marks(Path(config.features).expanduser())
     return fingerprint([*hashes, *marks])
+
+
+def set_identity(config: GraphConfig) -> str:
+    """Return a fingerprint of the dictionaries alone: their names, files, and the choice among these."""
+    return fingerprint([config.transcoders, config.dictionaries, config.l0, _set_files(config)[1]])
+
+
+def _set_files(config: GraphConfig) -> tuple[list[Path], list[str]]:
+    """Return the folders of the dictionaries, and what stands for their content."""
+    places, commit = list(map(Path, config.dictionaries)), ""
+    if config.transcoders:
+        _, folder, commit = find_folder(config.transcoders, choice=config.l0)
+        places = [folder]
+    # A commit stands for the content of all files.
+    return places, [commit] if commit else [mark for folder in places for mark in _marks(folder)]
 
 
 def _marks(folder: Path) -> list[str]:
@@ -115,7 +129,8 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
     Raises:
       UserError: a file cannot be read, or a line is no such request or repeats a name.
     """
-    targets = (_target(config.target),) if config.target else ()
+    target: TargetText = (config.target, config.minus) if config.minus else config.target
+    targets = (target,) if config.target else ()
     if config.behaviours:
         assert behaviours is not None
         return [of_behaviour(name, prompts, targets) for name, prompts in behaviours.items()]
@@ -205,25 +220,38 @@ def _of_line(record: Any, targets: tuple[TargetText, ...], where: str) -> Reques
     if text == "" and not ids:
         raise UserError(f"{where}: the prompt is empty: expected {_EXAMPLE}")
     right = isinstance(text, str) and isinstance(ids, list | tuple) and all(type(token) is int for token in ids)
-    listed = named is None or (isinstance(named, list) and all(isinstance(target, str) for target in named))
+    listed = named is None or (isinstance(named, list) and all(map(_is_target, named)))
     if not (right and (text or ids) and listed):
-        raise UserError(f"{where}: prompt and targets are texts, token_ids whole numbers: expected {_EXAMPLE}")
+        raise UserError(
+            f"{where}: prompt and targets are texts (of a difference a list of two), token_ids whole numbers: expected "
+            f"{_EXAMPLE}"
+        )
     slug = record.get("slug")
-    slug = _slug_of(text or "-".join(map(str, ids))) if slug is None else _checked_slug(slug, where)
-    return Request(slug, text or tuple(ids), targets if named is None else tuple(map(_target, named)))
+    slug = _slug_of(text or f"ids: {ids}") if slug is None else _checked_slug(slug, where)
+    named_targets = (tuple(target) if isinstance(target, list) else target for target in named or ())
+    return Request(slug, text or tuple(ids), targets if named is None else tuple(named_targets))
 
 
-def _target(text: str) -> TargetText:
-    """Return the target that a text names: " Paris", or " Paris> Rome" for the difference."""
-    better, sign, worse = text.partition(">")
-    return (better, worse) if sign and better and worse else text
+def _is_target(target: Any) -> bool:
+    """Return whether this is a token's text, or a list of two for the difference of their logits."""
+    pair = target if isinstance(target, list) else [target]
+    return all(isinstance(text, str) for text in pair) and (pair is not target or len(pair) == 2)
 
 
 def _slug_of(text: str) -> str:
-    """Return a name made of a text."""
-    words = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:_LONGEST].strip("-")
-    words = words or f"graph-{fingerprint(text)}"  # such as of Chinese, where all texts would have one name
-    return f"{words}-graph" if words in _TAKEN else words
+    """Return the name of a prompt's graph, another one for each text.
+
+    It is the text's words where these tell all of it; otherwise their beginning and a fingerprint of the text.
+    """
+    words = _words(text)
+    if words.replace("-", " ") == text and words not in _TAKEN:
+        return words
+    return f"{words or 'graph'}-{fingerprint(text)[:8]}"
+
+
+def _words(text: str) -> str:
+    """Return the Latin letters and digits of a text, in small letters, as the beginning of a file's name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:_LONGEST].strip("-")
 
 
 def _checked_slug(slug: Any, where: str) -> str:

@@ -1,4 +1,4 @@
-"""The stage ``attribute``: prompts to attribution graphs, each checked by running it.
+"""The stage ``attribute``: prompts to attribution graphs.
 
 A prompt is a part in the sense of ``runner.parts``; ``outputs`` writes its files.
 """
@@ -6,9 +6,11 @@ A prompt is a part in the sense of ``runner.parts``; ``outputs`` writes its file
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from saejax.attribution.checks import double, faithfulness_curve
+import numpy as np
+
 from saejax.attribution.forms.document import GraphDocument
 from saejax.attribution.forms.features import open_folder, write_contexts
 from saejax.attribution.forms.neuronpedia import to_document
@@ -17,33 +19,39 @@ from saejax.attribution.heads.contributions import largest_heads
 from saejax.attribution.heads.query_key import check_head, split_scores
 from saejax.attribution.local.contexts import ContextSearch
 from saejax.attribution.local.dictionaries import LayerSaes
-from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.readouts import Target, target_pairs, token_of
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
 from saejax.attribution.settings import GraphConfig
-from saejax.attribution.trace.prompt import GraphSize, certain_active, check_memory, trace_prompt
+from saejax.attribution.trace.prompt import GraphSize, certain_active, check_memory, run_again, trace_prompt
 from saejax.attribution.trace.rounds import Traced
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.page.graph.page import EdgeHeads
-from saejax.parallel.collectives import is_first_process
+from saejax.parallel.collectives import from_first_process, is_first_process
 from saejax.progress import OnProgress, silent
-from saejax.runner.parts import Measure, Measured, each_part
+from saejax.runner.parts import Measure, Measured, each_part, part_file
 from saejax.runner.workspace import Run
-from saejax.stages.attribute.outputs import (
-    FEATURES,
-    described_features,
-    details_of_features,
-    score_table,
-    write_outputs,
-)
+from saejax.stages.attribute.outputs import described_features, details_of_features, score_table, write_outputs
 from saejax.stages.attribute.requests import Request, read_groups, read_heads, read_labels, read_requests
+from saejax.stages.attribute.traces import (
+    FEATURES,
+    add_searched,
+    copy_contexts,
+    find_trace,
+    read_trace,
+    searched_features,
+    trace_key,
+    write_trace,
+)
 from saejax.stages.inputs import load_run_model, read_behaviours
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.corpora import read_corpus
 from saejax.tasks.settings import CorpusConfig
+
+# Gives the model and the dictionaries, which are opened at the first call.
+Parts = Callable[[], tuple[LanguageModel, Any]]
 
 
 def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders | LayerSaes]:
@@ -57,7 +65,7 @@ def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders | LayerSaes]:
 def run_attribute(
     run: Run, opened: Callable[[Run], Any] = open_parts, trace: Callable[..., Any] | None = None
 ) -> AttributeResults:
-    """Trace each prompt, prune its graph, check it and write it.
+    """Trace each prompt, prune its graph and write it.
 
     Args:
       run: of the stage.
@@ -76,17 +84,22 @@ def run_attribute(
     groups, labels = read_groups(config, list(requests)), read_labels(config)
 
     def begin() -> Measure:
-        model, dictionaries = opened(run)
+        parts = functools.cache(lambda: opened(run))  # the model is loaded where something runs it
+        traces = {slug: find_trace(run, request) for slug, request in requests.items()}
+        is_traced = from_first_process(np.array([traces[slug] is not None for slug in requests], np.int32))
+        dictionaries = open_set(config) if is_traced.all() else parts()[1]
         dictionaries.check_features(labels, config.labels or "its workdir")
         if config.features:
             open_folder(config.features)
-        for request in requests.values():  # before hours are spent on the first
-            _check_request(model, dictionaries, request, config)
+        for request, is_there in zip(requests.values(), is_traced, strict=True):  # before hours are spent on the first
+            if not is_there or config.query_key:
+                model, dictionaries = parts()
+                _check_request(model, dictionaries, request, config)
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             on_progress(0, 1)
-            request = requests[slug]
-            return _measure(run, model, dictionaries, request, groups.get(slug, []), labels, on_progress, trace)
+            request, saved = requests[slug], traces[slug] if is_traced[list(requests).index(slug)] else None
+            return _measure(run, parts, saved, request, groups.get(slug, []), labels, on_progress, trace)
 
         return measure
 
@@ -142,8 +155,8 @@ def _targets(model: LanguageModel, request: Request) -> list[Target]:
 
 def _measure(
     run: Run,
-    model: LanguageModel,
-    dictionaries: LayerTranscoders | LayerSaes,
+    parts: Parts,
+    saved: Path | None,
     request: Request,
     groups: Sequence[Sequence[str]],
     labels: Mapping[tuple[int, int], str],
@@ -151,30 +164,33 @@ def _measure(
     trace: Callable[..., Traced] | None = None,
 ) -> Measured:
     config = run.configs[GraphConfig]
-    start = time.monotonic()
-    traced = (trace or trace_request)(model, dictionaries, request, config)
-    # Tracing alone: how long pruning, checks and pages take depends on other settings.
-    seconds = time.monotonic() - start
-    graph = traced.graph
+    run_of: Callable[[], tuple[Any, Any]]  # the run of the prompt, and its targets
+    if saved:
+        graph, seconds = read_trace(saved)
+        run_of = functools.cache(lambda: run_again(*parts(), graph))
+        run.say(f"{request.slug}: traced before, in {saved.parent.name}")
+    else:
+        start = time.monotonic()
+        traced = (trace or trace_request)(*parts(), request, config)
+        # Tracing alone: how long pruning and pages take depends on other settings.
+        graph, seconds = traced.graph, time.monotonic() - start
+        run_of = lambda: (traced.local, traced.readouts)  # noqa: E731
+    if is_first_process():
+        write_trace(part_file(run, request.slug, "-graph"), graph, trace_key(run.configs, request), seconds)
     pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges, config.min_weight)
     pinned = pruned.ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
     document = to_document(
         pruned, request.slug, supernodes=groups, pinned=pinned, source_set=config.source_set, labels=labels
     )
     # Neither is requested of SAEs, whose edges are estimates and not paths through heads.
-    scores = tuple(split_scores(traced.local, *head) for head in read_heads(config))
+    scores = tuple(split_scores(run_of()[0], *head) for head in read_heads(config))
     heads: EdgeHeads = {}
     if config.heads:
-        heads = largest_heads(traced.local, traced.readouts, pruned)
-    if config.contexts and isinstance(dictionaries, LayerTranscoders):
-        _search_contexts(run, model, dictionaries, document, on_progress)
-    write_outputs(run, graph, document, heads, [score_table(score, pruned) for score in scores])
-    # After the files are written, because the checks take longer than the graph.
-    doubling, curve = None, None
-    if config.doubled:
-        doubling = double(traced.local, graph, traced.readouts, config.doubled, config.seed).results
-    if config.circuits and isinstance(traced.local, LocalModel):
-        curve = faithfulness_curve(traced.local, graph, traced.readouts)
+        local, readouts = run_of()
+        heads = largest_heads(local, readouts, pruned)
+    if config.contexts and config.transcoders:
+        _search_contexts(run, parts, saved, document, on_progress)
+    write_outputs(run, document, heads, [score_table(score, pruned) for score in scores])
     results = GraphResults(
         prompt=graph.prompt,
         tokens=graph.tokens,
@@ -191,29 +207,33 @@ def _measure(
         scores=graph.scores(),
         unexplained=float(abs(graph.unexplained_R).max() / abs(graph.value_R).max()),
         seconds=round(seconds, 2),
-        doubling=doubling,
-        circuits=curve,
         query_key=scores,
     )
     return Measured(results, _message(results))
 
 
 def _search_contexts(
-    run: Run, model: LanguageModel, transcoders: LayerTranscoders, document: GraphDocument, on_progress: OnProgress
+    run: Run, parts: Parts, saved: Path | None, document: GraphDocument, on_progress: OnProgress
 ) -> None:
-    """Search contexts of the features on a graph's page that have no name, and write them beside the graph."""
+    """Search contexts of the features on a graph's page that have no name, and write them beside the graph.
+
+    Those that an earlier unit searched are taken from there.
+    """
     config, features = run.configs[GraphConfig], described_features(document)
-    # Every process searches, as the devices of all run the texts; what is missing is the same in each.
-    details = details_of_features(config, features)
-    missing = [feature for feature in features if feature not in details or not details[feature].name]
-    contexts = _corpus_search(model, transcoders, config.contexts).contexts(missing, on_progress)
+    if is_first_process():
+        copy_contexts(run, saved and saved.parent)
+    # Every process searches, as the devices of all run the texts; what is missing is what the first one finds missing.
+    details, done = details_of_features(config, features), searched_features(run)
+    is_named = [feature in done or (feature in details and bool(details[feature].name)) for feature in features]
+    is_named_F = from_first_process(np.array(is_named, np.int32))
+    missing = [feature for feature, named in zip(features, is_named_F, strict=True) if not named]
+    if not missing:
+        return
+    texts = [document.text for document in read_corpus(CorpusConfig())[: config.contexts]]
+    contexts = ContextSearch(*parts(), texts).contexts(missing, on_progress)
     if is_first_process():
         write_contexts(run.folder / FEATURES, contexts)
-
-
-@functools.lru_cache(1)  # a server traces one prompt after another
-def _corpus_search(model: LanguageModel, transcoders: LayerTranscoders, count: int) -> ContextSearch:
-    return ContextSearch(model, transcoders, [document.text for document in read_corpus(CorpusConfig())[:count]])
+        add_searched(run, set(missing))
 
 
 def trace_request(
@@ -241,15 +261,9 @@ def trace_request(
 
 def _message(results: GraphResults) -> str:
     """Return a graph's results in a line."""
-    message = (
+    return (
         f"{results.active:,} active features, {results.traced:,} traced in {results.seconds:.1f} s; kept "
         f"{results.features} features, {results.errors} errors, {results.edges:,} edges; replacement "
         f"{results.scores.replacement:.2f}, completeness {results.scores.completeness:.2f} with "
         f"{results.traced / results.active:.0%} of the active features traced ({results.untraced:.1%} untraced input)"
     )
-    if doubling := results.doubling:
-        if doubling.held_error is not None:
-            message += f"; edges off by {doubling.held_error:.1e}"
-        foretold = "none" if doubling.correlation is None else f"{doubling.correlation:.2f}"
-        message += f"; correlation with what happens {foretold}"
-    return message

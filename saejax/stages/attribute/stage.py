@@ -38,7 +38,7 @@ ATTRIBUTE = Stage(
     needs=lambda configs, name: ("baseline",) if configs[GraphConfig].behaviours else (),
     names=_names,
     identity=dict(model=identities.model, graph=_dictionaries),
-    revision=4,  # features without a description are searched in texts
+    revision=5,  # names of graphs tell all prompts apart, weights of improbable targets do not vanish
     section=sections,
     processes="all",
 )

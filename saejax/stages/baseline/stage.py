@@ -1,12 +1,20 @@
 """The stage ``baseline``."""
 
+from saejax.config import Configs
 from saejax.models.settings import ModelConfig
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage
 from saejax.stages import identities
 from saejax.stages.baseline.run import run_baseline
+from saejax.tasks.own_prompts import check_own_prompts
 from saejax.tasks.results import BaselineResults
 from saejax.tasks.settings import TaskConfig
+
+
+def _check(configs: Configs) -> None:
+    """Check the file of prompts before any model is loaded."""
+    check_own_prompts(configs[TaskConfig])
+
 
 BASELINE = Stage(
     name="baseline",
@@ -17,4 +25,5 @@ BASELINE = Stage(
     placement=(MeshConfig,),
     identity=dict(model=identities.model, prompts=identities.prompts),
     processes="items",
+    check=_check,
 )

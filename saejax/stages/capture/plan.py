@@ -1,14 +1,17 @@
 """The program of the stage ``capture`` with shapes in place of arrays, and the size of its store."""
 
+import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax.activations.chunker import SPLITS
 from saejax.activations.settings import CaptureConfig
 from saejax.costs.plan import WIDTH, PlannedRun
-from saejax.costs.programs import Program, abstract_params, by_row
+from saejax.costs.programs import Program, abstract_params
 from saejax.flops import pass_flops
 from saejax.models.language_model import forward
+from saejax.models.lengths import rows_per_batch
+from saejax.parallel.mesh import BY_DOCUMENT, document_devices
 from saejax.tasks.settings import CorpusConfig
 
 
@@ -16,11 +19,11 @@ def capture_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """Return the program of the JAX decoder's forward pass; none where the model runs in PyTorch."""
     if plan.configs[CaptureConfig].backend != "jax" or not plan.sites:
         return []
-    rows, length = batch_shape(plan)
-    rows += -rows % (mesh.shape["member"] * mesh.shape["data"])
+    rows, length = batch_shape(plan, mesh)
     layers = 1 + max((site.layer for site in plan.sites), default=0)
     params = abstract_params(plan.model, mesh, plan.capture_dtype, layers)
-    ids_BxT, lengths_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
+    where = NamedSharding(mesh, PartitionSpec(BY_DOCUMENT))
+    ids_BxT, lengths_B = (jax.ShapeDtypeStruct(s, jnp.int32, sharding=where) for s in ((rows, length), (rows,)))
     return [
         Program(
             "capture: forward",
@@ -50,11 +53,16 @@ def store_bytes(plan: PlannedRun) -> int:
 def recorded_rows(plan: PlannedRun) -> int:
     """Estimate the number of rows that all of the text gives: all tokens, or the last ones of every document."""
     last = plan.configs[CaptureConfig].last
-    pieces = max(plan.documents, -(-plan.tokens // batch_shape(plan)[1]))
+    pieces = max(plan.documents, -(-plan.tokens // _document_length(plan)))
     return min(plan.tokens, last * pieces) if last else plan.tokens
 
 
-def batch_shape(plan: PlannedRun) -> tuple[int, int]:
-    """Return rows and length of a batch of documents."""
-    length = min(plan.configs[CorpusConfig].context, plan.model.context)
-    return max(1, plan.configs[CaptureConfig].batch_tokens // length), length
+def batch_shape(plan: PlannedRun, mesh: Mesh) -> tuple[int, int]:
+    """Return rows and length of a full batch of documents."""
+    length, devices = _document_length(plan), document_devices(mesh)
+    return rows_per_batch(plan.configs[CaptureConfig].batch_tokens * devices, length, devices), length
+
+
+def _document_length(plan: PlannedRun) -> int:
+    """Return the length of a document that is cut out of a longer text."""
+    return min(plan.configs[CorpusConfig].context, plan.model.context)

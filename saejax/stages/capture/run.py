@@ -20,23 +20,23 @@ from saejax.activations.documents import Documents
 from saejax.activations.manifest import CapturedModel
 from saejax.activations.plan import Batch, Plan, Reader
 from saejax.activations.progress import TextProgress
-from saejax.activations.request import CaptureRequest, begins_with_bos, load_reader, read_request
+from saejax.activations.request import CaptureRequest, batch_devices, begins_with_bos, load_reader, read_request
 from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
 from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import INDEX, ON_DISK
 from saejax.activations.writer import StoreWriter
-from saejax.errors import Interrupted, UserError
+from saejax.errors import Interrupted, OtherFailed, UserError
 from saejax.files import fingerprint
 from saejax.models.sites import AnySite, OtherSite
-from saejax.parallel.collectives import alone, from_first_process, wait_for_all
-from saejax.parallel.mesh import make_mesh
+from saejax.parallel.cluster import joined_processes
+from saejax.parallel.collectives import alone, wait_for_all
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
 from saejax.stages.tokenize.run import text_documents
 from saejax.tasks import corpora
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 
-_POLL_SECONDS = 0.2  # between looks for the shards of other processes
+_LOOK_EVERY = 1.0  # seconds between looks whether other processes have failed
 
 Missing = Mapping[int, tuple[str, ...]]  # the sites, and ``INDEX``, that a shard lacks
 
@@ -59,7 +59,7 @@ def run_capture(run: Run) -> CaptureResults:
     reader: Reader | None = None
     site_widths = request.widths()
     if site_widths is None:  # modules tell their width only when they run
-        reader = load_reader(mesh, request, plan, config)
+        reader = load_reader(mesh, request, config)
         site_widths = reader.widths
     backend = "torch" if request.needs_torch else config.backend
     widths = {str(site): width for site, width in site_widths.items()}
@@ -106,7 +106,7 @@ def run_capture(run: Run) -> CaptureResults:
         backend=backend,
         dtype=config.dtype,
         tokens_per_second=round(rate, 1),
-        padding_share=plan.padding_share(_row_multiple(mesh) if backend == "jax" else 0),
+        padding_share=plan.padding_share(filled=backend == "jax"),
     )
 
 
@@ -115,8 +115,10 @@ def _plan_capture(run: Run, request: CaptureRequest) -> Plan:
     config = run.configs[CaptureConfig]
     whole = text_documents(run, request)
     documents = whole.sample(config.tokens) if config.tokens else whole
-    seed = run.configs[CorpusConfig].seed
-    plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, seed, whole)
+    seed, mesh = run.configs[CorpusConfig].seed, run.configs[MeshConfig]
+    with alone() if mesh.processes > 1 else contextlib.nullcontext():
+        devices = batch_devices(mesh, request, config)
+    plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, seed, whole, devices)
     if not plan.rows:
         raise UserError(
             f"the documents up to --capture.tokens={config.tokens} hold none of the last {config.last} positions of a "
@@ -139,26 +141,20 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> dict[str, 
     return work
 
 
-def _row_multiple(mesh: MeshConfig) -> int:
-    """Return the number of devices over which the decoder splits the rows of a batch."""
-    with alone() if mesh.processes > 1 else contextlib.nullcontext():
-        shape = make_mesh(mesh).shape
-    return shape["member"] * shape["data"]
-
-
 def _missing_shards(writer: StoreWriter, mesh: MeshConfig) -> Missing:
     """Return the shards that are missing or of other work; the first process checks, and broadcasts the result."""
     shards, parts = range(writer.plan.shards), writer.parts
-    missing_SxP = np.zeros((len(shards), len(parts)), np.int32)
+    missing = ""
     # Checking reads every file, and processes must agree on what is missing.
     if mesh.process_id == 0:
-        missing_SxP[:] = [[not writer.has(part, shard) for part in parts] for shard in shards]
-    if mesh.processes > 1:
-        missing_SxP = from_first_process(missing_SxP)
+        missing = "".join("01"[not writer.has(part, shard)] for shard in shards for part in parts)
+    if processes := joined_processes():
+        missing = processes.broadcast("shards that are missing", missing)  # takes minutes in a large store
+    of_shards = [missing[shard * len(parts) : (shard + 1) * len(parts)] for shard in shards]
     return {
-        shard: tuple(part for part, is_missing in zip(parts, row_P, strict=True) if is_missing)
-        for shard, row_P in zip(shards, missing_SxP, strict=True)
-        if row_P.any()
+        shard: tuple(part for part, is_missing in zip(parts, of_shard, strict=True) if is_missing == "1")
+        for shard, of_shard in zip(shards, of_shards, strict=True)
+        if "1" in of_shard
     }
 
 
@@ -166,7 +162,8 @@ def _share_shards(
     plan: Plan, writer: StoreWriter, mesh: MeshConfig, missing: Missing, make: Callable[[Missing], float]
 ) -> float:
     """Make the missing shards, each process its share of them; return the speed in tokens per second."""
-    if mesh.processes == 1:
+    processes = joined_processes()
+    if processes is None:
         return make(missing)
     wait_for_all("store begun")  # which removes what other runs left half-written
     start = time.monotonic()
@@ -175,8 +172,12 @@ def _share_shards(
         rate = make(share) if share else 0.0
     # Each process waits for the files themselves, so that nothing of the store is read before it is there.
     waited_for = [(part, shard) for shard, parts in missing.items() for part in parts]
-    while waited_for := [(part, shard) for part, shard in waited_for if not writer.has(part, shard, read=False)]:
-        time.sleep(_POLL_SECONDS)
+
+    def late() -> list[str]:
+        waited_for[:] = [(part, shard) for part, shard in waited_for if not writer.has(part, shard, read=False)]
+        return [f"shard {shard} of {part}" for part, shard in waited_for]
+
+    processes.wait("capture", late)
     return sum(map(plan.size, missing)) / (time.monotonic() - start) if rate else 0.0
 
 
@@ -190,9 +191,10 @@ def _make_shards(
     missing: Missing,
 ) -> float:
     """Run the model over the batches of shards and write its values; return the speed in tokens per second."""
-    reader = reader or load_reader(run.configs[MeshConfig], request, plan, run.configs[CaptureConfig])
+    reader = reader or load_reader(run.configs[MeshConfig], request, run.configs[CaptureConfig])
     buffers = ShardBuffers(widths, max(map(plan.size, missing)), writer.dtype)
     progress = TextProgress(run.say, sum(map(plan.size, missing)))
+    processes, last_look = joined_processes(), time.monotonic()
 
     def take(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
         """Store a batch's values at a site; refuse what is not finite."""
@@ -207,7 +209,12 @@ def _make_shards(
 
     def batches(shard: int, done: int) -> Iterator[Batch]:
         """Yield the batches of a shard until the run is asked to stop."""
+        nonlocal last_look
         for batch in plan.batches(shard):
+            if processes and time.monotonic() - last_look > _LOOK_EVERY:
+                last_look = time.monotonic()
+                if failure := processes.failure():
+                    raise OtherFailed(*failure)
             if run.stopping():
                 finished = f"{plan.shards - len(missing) + done} of {plan.shards} shards"
                 raise Interrupted(f"stopped; {finished} are finished and kept: run the same command to go on")

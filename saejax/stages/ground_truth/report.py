@@ -1,9 +1,9 @@
 """The report's sections on the synthetic world, by what dictionaries recover of it, and on trained algorithms."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from saejax.ground_truth.algorithms.features import RANDOM, TRAINED
-from saejax.ground_truth.results import AlgorithmResults, JudgedDictionary, TruthResults
+from saejax.ground_truth.results import AlgorithmResults, JudgedDictionary, TruthResults, VariableFeature
 from saejax.ground_truth.scores import FREQUENT
 from saejax.ground_truth.settings import CONTROLS
 from saejax.page.blocks import Block, Text
@@ -33,6 +33,20 @@ _NOTE = (
     "latents share a true feature. Merged: several true features share a latent. Absorbed: the parent latent is "
     "absorbed by a child latent. Invented: share of live latents that are close to no true feature. Best possible: the "
     "largest true activations, as many as the dictionary above has, decoded by the true directions."
+)
+_VARIABLES: dict[str, Callable[[VariableFeature], str]] = {
+    "Variable": lambda match: f"{match.variable}: {match.value}",
+    "Test prompts": lambda match: f"{match.prompts}",
+    "Feature": lambda match: f"{match.feature}",
+    "AUC": lambda match: number(match.auc),
+    "p": lambda match: number(match.p_holm, 3),
+    "Logits lost; random direction": lambda match: f"{number(match.drop)}; {number(match.random_drop)}",
+}
+_VARIABLES_NOTE = (
+    "For each value of a variable the feature that goes with it most on train prompts, where the answer is predicted. "
+    "AUC: how well its activation tells test prompts with the value from others (1: always, 0.5: by chance); p is "
+    "corrected over all values. Logits lost: fall of the logit difference on test prompts with the value when the "
+    "feature is ablated, and along a random direction."
 )
 _ABLATED_NOTE = (
     "Live features fire on a test prompt. Change an answer: share of them with which an answer becomes right or wrong. "
@@ -139,6 +153,10 @@ def algorithm_sections(findings: Findings, draw: Draw) -> list[Section]:
     for name, results in units.items():
         caption = f"{name}: features ablated one at a time on {results.prompts} test prompts"
         blocks.append(Table.of(caption, results.features.items(), ablated, note=_ABLATED_NOTE))
+        if results.variables:
+            rows_of_variables = [(variable,) for variable in results.variables]
+            caption = f"{name}: the algorithm's variables and the features that go with them"
+            blocks.append(Table.of(caption, rows_of_variables, _VARIABLES, note=_VARIABLES_NOTE))
     return [Section("Trained algorithms", tuple(blocks), lead=verdict)]
 
 

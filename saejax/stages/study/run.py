@@ -73,6 +73,7 @@ from saejax.studies.primitives import (
     find_primitives,
     judge_domains,
     judge_primitives,
+    recurrence_p,
     recurring,
 )
 from saejax.tasks import corpora
@@ -256,8 +257,10 @@ def _find_primitives(
         return find_primitives(attribution_PxF[: len(train)], ids, categories, seed)
 
     tested = find(attribution_PxF)
-    seeds = {name: recurring(tested.primitives, find(seed_PxF).primitives) for name, seed_PxF in of_seeds.items()}
-    return dataclasses.replace(tested, seeds=seeds)
+    elsewhere = {name: find(seed_PxF).primitives for name, seed_PxF in of_seeds.items()}
+    seeds = {name: recurring(tested.primitives, some) for name, some in elsewhere.items()}
+    p_recurs = recurrence_p(tested.primitives, [*elsewhere.values()], sorted({*categories}), seed)
+    return dataclasses.replace(tested, seeds=seeds, p_recurs=p_recurs)
 
 
 def _associate(

@@ -9,6 +9,8 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, answer, number
 from saejax.page.words import place
 
+_UNTESTED = "not testable"
+
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a table of the texts, and links to their pages; no section if there are none."""
@@ -62,13 +64,13 @@ def _measured(rows: Sequence[tuple[str, TrackedText, Sequence[StepTest]]]) -> li
         for link in chain.links
     ]
     columns = {
-        "Chain; holds": lambda name, link, chain: f"{name}; {answer(chain.holds)}",
+        "Chain; holds": lambda name, link, chain: f"{name}; {answer(chain.holds, _UNTESTED)}",
         "Link": lambda name, link, chain: (
             f"{link.source} in {place(link.lower)} to {link.target} in {place(link.upper)}"
         ),
         "At": lambda name, link, chain: f"\u201c{link.token}\u201d",
         "Lost, %": lambda name, link, chain: f"{number(100 * link.lost, 0)}; {number(100 * link.random_lost, 0)}",
-        "Holds": lambda name, link, chain: answer(link.holds),
+        "Holds": lambda name, link, chain: answer(link.holds, _UNTESTED),
         "Answer, nats": lambda name, link, chain: f"{number(link.answer_drop)}; {number(link.random_drop)}",
         "From the lowest": lambda name, link, chain: f"{number(chain.answer_drop)}; {number(chain.random_drop)}",
     }
@@ -78,7 +80,8 @@ def _measured(rows: Sequence[tuple[str, TrackedText, Sequence[StepTest]]]) -> li
         "five random features that are active there, at equal dose. A link holds if more is lost than with each of the "
         "five. Answer: the log-probability of the answer that is lost when the upper feature is set to zero, and with "
         "five random ones of its layer; from the lowest: when the lowest feature of the chain is. A chain holds if all "
-        "of its links do, and its ends lower the answer's log-probability more than each of their five random features."
+        "of its links do, and its ends lower the answer's log-probability more than each of five random ones: "
+        "with fewer of them than five, neither can be tested."
     )
     words = {"Link", "At", "Holds"}
     table = Table.of("The strongest chains, measured", links, columns, words=words, note=note)

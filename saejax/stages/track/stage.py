@@ -63,7 +63,7 @@ TRACK = Stage(
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, track=_files),
-    revision=8,  # answers in scripts without spaces are followed where they stand
+    revision=9,  # a chain with fewer than five controls is not testable
     processes="items",
     section=sections,
 )

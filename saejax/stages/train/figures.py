@@ -1,6 +1,7 @@
 """The report's figures of dictionaries: plain data in, a matplotlib ``Figure`` out."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -27,23 +28,26 @@ def training(curves: Mapping[str, Sequence[TrainingCurve]]) -> "Figure":
     """Plot the training curves: explained variance and L0 on training batches.
 
     Args:
-      curves: kind -> of each member, of equal lengths; none if there is no record. Of several members the median is
-        drawn, and a band from the least to the greatest.
+      curves: kind -> of each member; none if there is no record. Of several members the median is drawn, and a band
+        from the least to the greatest, of those that were trained so far: members may have other points.
     """
     figure, (upper, lower) = panels(
         (2.0, 2.3), ("Share of variance explained, on training batches", "Features active per token (L0)")
     )
-    for (name, members), (color, line, _) in zip(curves.items(), LINES, strict=False):
+    for (name, members), (color, line, _) in zip(curves.items(), itertools.cycle(LINES), strict=False):
         if not members:
             continue
-        tokens = np.asarray(members[0].tokens) / 1e6
+        longest = max(members, key=lambda member: (member.tokens[-1], len(member.tokens)))
+        tokens = np.asarray(longest.tokens) / 1e6
         label = f"{name}, {len(members)} members" if len(members) > 1 else name
         for axes, key in ((upper, "explained_variance"), (lower, "l0")):
-            values_MxP = np.array([getattr(member, key) for member in members], float)
-            axes.plot(tokens, np.median(values_MxP, axis=0), color=color, linestyle=line, label=label)
+            values_MxP = np.stack(
+                [np.interp(longest.tokens, member.tokens, getattr(member, key), np.nan, np.nan) for member in members]
+            )
+            axes.plot(tokens, np.nanmedian(values_MxP, axis=0), color=color, linestyle=line, label=label)
             if len(members) > 1:
                 band = dict(color=color, alpha=0.18, linewidth=0)
-                axes.fill_between(tokens, values_MxP.min(axis=0), values_MxP.max(axis=0), **band)
+                axes.fill_between(tokens, np.nanmin(values_MxP, axis=0), np.nanmax(values_MxP, axis=0), **band)
     reached = [value for members in curves.values() for member in members for value in member.explained_variance]
     upper.set_ylim(max(np.floor(10 * min(reached, default=0.0)) / 10, 0.0), 1.0)
     lower.set(yscale="log", xlabel="training tokens, millions, repeats counted")
@@ -66,7 +70,7 @@ def frontier(members: Mapping[str, Sequence[Sequence[DictionaryScores]]]) -> "Fi
     figure, below = panels((2.5, 2.8), titles)
     reached: list[float] = []
     for axes, key in zip(below, ("explained_variance", "ce_recovered_mean"), strict=True):
-        for (name, sites), (color, line, marker) in zip(members.items(), LINES, strict=False):
+        for (name, sites), (color, line, marker) in zip(members.items(), itertools.cycle(LINES), strict=False):
             for of_site in sites:
                 points = sorted((m.l0, getattr(m, key)) for m in of_site if m.l0 and getattr(m, key) is not None)
                 points_Nx2 = np.array(points).reshape(-1, 2)
@@ -98,7 +102,7 @@ def density(histograms: Mapping[str, Sequence[DensityHistogram]]) -> "Figure":
     """
     figure, (axes,) = panels((2.9,), ("How often each feature fires, on held-out text",))
     reached = []
-    for (name, members), (color, line, _) in zip(histograms.items(), LINES, strict=False):
+    for (name, members), (color, line, _) in zip(histograms.items(), itertools.cycle(LINES), strict=False):
         edges = np.asarray(max((member.log10_edges for member in members), key=len))
         padded = [[0] * (len(edges) - 1 - len(member.counts)) + list(member.counts) for member in members]
         counts = np.mean(padded, axis=0)

@@ -21,8 +21,8 @@ def units_of_members(configs: Configs, kind: str) -> dict[str, UnitMember]:
       kind: name of the train unit.
 
     Returns:
-      Each member's settings, as of a run of it alone, and what else its result depends on: where its site stands among
-      those of the stack, the seed of the order of tokens, and the dictionary that it starts from. Empty for a
+      Each member's settings, as of a run of it alone, and what else its result depends on: whether its site is one of
+      several, the seed of the order of tokens, and the dictionary that it starts from. Empty for a
       cross-layer transcoder, which is one dictionary, and for pretrained ones, which are copied.
 
     Raises:
@@ -38,8 +38,8 @@ def units_of_members(configs: Configs, kind: str) -> dict[str, UnitMember]:
         for member in make_members(config, kind, choose_sites(config, captured)):
             # Nothing is added where it is what a run of this member alone would have.
             seed, sources = member.settings["seed"], {}
-            if member.site_index:
-                sources["site_index"] = str(member.site_index)
+            if member.site_seed:
+                sources["site_seed"] = str(member.site_seed)
             if seed != train.seed[0]:
                 sources["order_seed"] = str(train.seed[0])
             if train.init_from and member.name:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax.activations.batches import sites_of
-from saejax.activations.device_buffers import BY_DOCUMENT, buffer_shapes, buffer_writer
+from saejax.activations.device_buffers import buffer_shapes, buffer_writer
 from saejax.activations.joined import single_sites
 from saejax.activations.settings import CaptureConfig
 from saejax.costs.plan import WIDTH, PlannedRun, PlannedStack
@@ -21,6 +21,7 @@ from saejax.errors import UserError
 from saejax.flops import pass_flops, step_flops, weights_share
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site, decoder_site, is_joined
+from saejax.parallel.mesh import BY_DOCUMENT
 from saejax.stages.capture.plan import batch_shape, recorded_rows
 from saejax.stages.train.pretrained import Pretrained, find_pretrained
 from saejax.training.checkpoints import KEPT
@@ -166,8 +167,7 @@ def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     """Return the program that fills a buffer; its first arguments are the model's parameters, the buffer and norms."""
     parts, dtype = batch_parts(stack.members), plan.configs[CaptureConfig].store_dtype
     rows = min(plan.configs[TrainConfig].buffer_rows, recorded_rows(plan) or plan.configs[TrainConfig].buffer_rows)
-    (count, length), layers = batch_shape(plan), 1 + max(Site.parse(site).layer for site in sites_of(parts))
-    count += -count % (mesh.shape["member"] * mesh.shape["data"])
+    (count, length), layers = batch_shape(plan, mesh), 1 + max(Site.parse(site).layer for site in sites_of(parts))
 
     def by_document(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, PartitionSpec(BY_DOCUMENT)))

@@ -108,8 +108,9 @@ def _names(places: Sequence[tuple[str, str]]) -> list[str]:
         return f"{site}-{folder_name(end)}" if parts else site
 
     names = []
+    most = max(len(Path(place).parts) for _, place in places)  # of all: "." has none
     for site, place in places:
-        for parts in range(len(Path(place).parts) + 1):
+        for parts in range(most + 1):
             name = named(site, place, parts)
             if [named(*entry, parts) for entry in places].count(name) == 1:
                 names.append(name)

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from dense_reference import EditedModel
+from graph_checks import double, faithfulness_curve
 from made_transcoders import IDS, made_set
 
 import saejax
 from saejax import trace
-from saejax.attribution.checks import double, faithfulness_curve, matched, scale, set_to
+from saejax.attribution.checks import matched, scale, set_to
 from saejax.attribution.graph.nodes import Nodes
 from saejax.attribution.local import dictionaries, edits, layers, model
 from saejax.attribution.local.edits import Change, Circuit
@@ -373,6 +374,20 @@ def test_a_prompt_is_continued_with_changes_as_with_hooks_in_torch(traced, edite
     for logits_V in continued.logits_NxV:
         np.testing.assert_allclose(logits_V, edited.run(ids, changes)[0], atol=3e-5)
         ids.append(int(logits_V.argmax()))
+
+
+def test_a_continuation_ends_where_the_model_ends_the_text(traced, monkeypatch):
+    local = traced[0]
+    whole = local.generate([], 4)
+    assert whole.finished == "length" and len(whole.ids_N) == 4
+    for count in (0, 2):
+        end = int(whole.ids_N[count])
+        if end in whole.ids_N[:count]:
+            continue
+        monkeypatch.setattr(model, "eos_ids", lambda folder, tokenizer, end=end: (7, end))
+        ended = local.generate([], 4)
+        assert ended.finished == "eos" and ended.ids_N.tolist() == whole.ids_N[:count].tolist()
+        assert np.array_equal(ended.logits_NxV, whole.logits_NxV[:count])
 
 
 def test_attention_may_be_held_while_a_prompt_is_continued(traced, lm):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_graphs import make_graph
 
-from saejax.attribution.forms.document import check_document
+from saejax.attribution.forms.document import ERROR_TYPE, FEATURE_TYPE, check_document
 from saejax.attribution.forms.neuronpedia import INDEX, to_document, to_networkx, write_graph
 from saejax.attribution.graph.nodes import LOGIT
 from saejax.errors import UserError
@@ -62,6 +62,10 @@ def test_what_the_document_says(graph):
     )  # fmt: skip
     by_id = {node["node_id"]: node for node in document["nodes"]}
     assert by_id["0_0_1"]["clerp"] == "first" and by_id["0_-1_1"]["feature"] == -1
+    assert by_id["0_-1_1"]["jsNodeId"] == "0_-1-1" and by_id["0_0_1"]["jsNodeId"] == "0_0-0"  # as circuit-tracer's
+    features = {node["jsNodeId"] for node in document["nodes"] if node["feature_type"] == FEATURE_TYPE}
+    errors = [node["jsNodeId"] for node in document["nodes"] if node["feature_type"] == ERROR_TYPE]
+    assert len(set(errors)) == len(errors) and not features & set(errors)
     assert document["qParams"]["pinnedIds"] == ["0_0_1", "0_-1_1", "3_11_2"]
     assert document["qParams"]["supernodes"] == [["pair", "0_0_1", "0_-1_1"]]
     metadata = document["metadata"]

@@ -105,6 +105,30 @@ def test_lists_of_a_node_do_not_follow_the_slider_of_the_whole_graph(show_page):
     assert len(rows(browser, "inputs")) == len(edges)
 
 
+def test_the_strongest_inputs_are_listed_whether_the_picture_shows_them_or_not(opened, document):
+    """The slider of nodes hides most of them; one that is clicked appears."""
+    slide(opened, "nodes", 0.1)
+    features = [node["node_id"] for node in document["nodes"] if node["activation"] is not None]
+    ids = [node for node in features if len(strongest(document, node, True)) > 3][:12]
+    assert len(ids) == 12
+    hidden = 0
+    for node in ids:
+        opened.js(f"location.hash = '#clickedId={node}&nodes=0.1&edges=1'")
+        opened.wait(f"attributionGraph.state.clickedId === '{node}'")
+        for which, into in (("inputs", True), ("outputs", False)):
+            wanted = [other for other, *_ in strongest(document, node, into)[:40]]
+            assert rows(opened, which) == wanted
+            shown = [place_of(opened, other)["shown"] for other in wanted]
+            said = opened.js(f"[...document.querySelectorAll('#panel .{which} .row')].map(r => r.innerText)")
+            assert [" · hidden" not in words for words in said] == shown
+            hidden += shown.count(False)
+    assert hidden > 10
+    first = rows(opened, "inputs")[0]
+    opened.js("document.getElementById('stage').focus()")
+    opened.key("ArrowDown")
+    assert clicked(opened) == first and place_of(opened, first)["shown"]
+
+
 def test_keys_trace_pin_and_search(opened, document):
     opened.js("document.getElementById('stage').focus()")
     opened.key("ArrowDown")

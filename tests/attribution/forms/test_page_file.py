@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from graph_pages import scores
 from made_up_documents import made_up_document
-from reference_graphs import LAYERS, each_graph, needs_graphs
+from reference_graphs import each_graph, needs_graphs
 
-from saejax.attribution.forms.document import ERROR_TYPE, check_document, ranked_links, read_document
+from saejax.attribution.forms.document import ERROR_TYPE, check_document, ranked_links
 from saejax.errors import UserError
 from saejax.page.graph.page import page_edges, page_html, write_page
 from saejax.page.scripts import embedded
@@ -57,14 +57,14 @@ def test_pages_are_the_same_bytes(document, tmp_path):
 def test_a_document_that_is_no_graph_is_refused(document, tmp_path, change, said):
     broken = copy.deepcopy(document)
     change(broken)
-    for refuse in (lambda: write_page(tmp_path / "graph.html", broken), lambda: read_document(broken)):
+    for refuse in (lambda: write_page(tmp_path / "graph.html", broken), lambda: check_document(broken)):
         with pytest.raises(UserError, match=said) as caught:
             refuse()
         assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
     for other in ([], None):
         with pytest.raises(UserError, match="the graph must be an object"):
-            read_document(other)
+            check_document(other)
 
 
 def test_odd_values_of_other_programs_hide_no_graph(document):
@@ -74,7 +74,7 @@ def test_odd_values_of_other_programs_hide_no_graph(document):
     odd["metadata"] |= dict(node_threshold=float("nan"), replacement_score=float("nan"), scan="\ud800", prompt="\ud83d")
     odd["metadata"] |= dict(feature_details=dict(neuronpedia_source_set="set"), pruning_settings=None)
     odd["nodes"][1] |= dict(extra=float("nan"), clerp="\udc00")
-    page = page_html(read_document(odd))
+    page = page_html(check_document(odd))
     page.encode()
     data = json.loads(page.split('id="graph-data">')[1].split("</script>")[0])
     assert data["document"]["nodes"][1]["extra"] is None and "pruned to" not in page
@@ -89,6 +89,20 @@ def test_scores_stand_beside_the_share_of_features_that_was_traced(document):
     scored["metadata"] |= dict(generation_settings=dict(active_features=4097, traced_features=4096))
     assert "score 0.50, with 4,096 of 4,097 active features traced (100\u00a0%)" in page_html(scored)
     assert "not stated" not in page_html(document)
+
+
+@pytest.mark.parametrize(
+    ("scan", "model", "said"),
+    [
+        ("org/plts@4f1c", "google/gemma-2-2b", "model google/gemma-2-2b, transcoders org/plts@4f1c."),
+        ("org/plts@4f1c", None, "made-up, transcoders org/plts@4f1c."),  # of another program, which says no model
+        ("gemma-2-2b", None, "model gemma-2-2b."),
+    ],
+)
+def test_the_model_is_named_and_not_the_transcoders_in_its_place(document, scan, model, said):
+    metadata = {key: value for key, value in document["metadata"].items() if key != "pruning_settings"}
+    metadata |= dict(scan=scan, node_threshold=None) | (dict(generation_settings=dict(model=model)) if model else {})
+    assert said in page_html({**document, "metadata": metadata})
 
 
 def test_edges_come_as_they_were_the_strongest_first():
@@ -113,45 +127,8 @@ def test_edges_come_as_they_were_the_strongest_first():
 
 @needs_graphs
 @each_graph
-def test_files_of_circuit_tracer_have_the_edges_of_its_graph(folder):
-    document, ref = json.loads((folder / "graph.json").read_text()), np.load(folder / "reference.npz")
-    with pytest.raises(UserError, match="not unique"):
-        check_document(document)
-    positions = len(ref["ids"])
-    ids = [f"{layer}_{feature}_{position}" for layer, position, feature in ref["active_features"]]
-    ids += [f"{layer}_-1_{position}" for layer in range(LAYERS) for position in range(positions)]
-    ids += [f"E_{token}_{position}" for position, token in enumerate(ref["ids"])]
-    ids += [f"{LAYERS + 1}_{token}_{positions - 1}" for token in ref["logit_ids"]]
-    target_E, source_E = np.nonzero(ref["edge_mask"])
-    wanted = {(ids[s], ids[t]): ref["adjacency"][t, s] for s, t in zip(source_E, target_E, strict=True)}
-    found = {(link["source"], link["target"]): link["weight"] for link in read_document(document)["links"]}
-    assert found.keys() == wanted.keys()
-    np.testing.assert_allclose([found[edge] for edge in wanted], list(wanted.values()), rtol=1e-5)
-    assert len(page_html(document)) > 10_000
-
-
-def as_circuit_tracer(document):
-    """The same with circuit-tracer's ids of errors."""
-    document = copy.deepcopy(document)
-    names = {}
-    for node in document["nodes"]:
-        if node["feature_type"] == ERROR_TYPE:
-            names[node["node_id"]] = node["node_id"] = f"0_{node['layer']}_{node['ctx_idx']}"
-    names = {f"{name.split('_')[1]}_-1_{name.split('_')[2]}": name for name in names.values()}
-    for link in document["links"]:
-        link["source"] = names.get(link["source"], link["source"])
-    return document
-
-
-def test_without_a_collision_only_names_change():
-    document = made_up_document(features=30, edges=200)
-    foreign = as_circuit_tracer(document)
-    errors = [node["node_id"] for node in foreign["nodes"] if node["feature_type"] == ERROR_TYPE]
-    foreign["qParams"] |= dict(pinnedIds=errors[:2], supernodes=[["a", errors[0]]], clickedId=errors[1])
-    found = read_document(foreign)
-    ours = [node["node_id"] for node in document["nodes"] if node["feature_type"] == ERROR_TYPE]
-    assert found["nodes"] == document["nodes"] and found["links"] == document["links"]
-    assert found["qParams"] == document["qParams"] | dict(
-        pinnedIds=ours[:2], supernodes=[["a", ours[0]]], clickedId=ours[1]
-    )
-    assert read_document(document) is document
+def test_an_older_file_of_circuit_tracer_is_refused_where_its_ids_do_not_tell_nodes_apart(folder):
+    """Of its later versions all ids are unique, as ours are."""
+    document = json.loads((folder / "graph.json").read_text())
+    with pytest.raises(UserError, match="not unique.*write the graph anew with a later version"):
+        page_html(document)

@@ -18,7 +18,7 @@ def test_nothing_in_the_graph_becomes_html_and_white_space_is_visible(opened, do
     click_node(opened, first)
     assert text(opened, "#panel h2") == "<img src=x onerror=alert(1)>"
     assert opened.js("document.images.length + document.querySelectorAll('i:not(.legend i)').length") == 0
-    assert "</script><i>" in text(opened, "#panel .contexts") and "⏎" in text(opened, "#panel .contexts")
+    assert "</script><i>" in text(opened, "#panel .contexts") and "↵" in text(opened, "#panel .contexts")
     opened.click_on("#search")
     opened.type("E_100")
     opened.key("Enter")

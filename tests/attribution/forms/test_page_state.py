@@ -7,9 +7,11 @@ import time
 from collections import Counter
 from urllib.parse import parse_qs
 
+import numpy as np
 import pytest
 from browser import needs_chromium
 from graph_pages import busy_feature, click_node, clicked, rows, show, slide, state, strongest, text
+from made_graphs import make_graph
 from made_up_documents import made_up_document
 
 from saejax.attribution.forms.document import FEATURE_TYPE
@@ -39,11 +41,11 @@ def test_pins_become_groups_with_summed_edges(opened, document):
     (group,) = state(opened, "supernodes")
     assert group[0] == "both <of> them" and set(group[1:]) == set(sources[:2])
     assert opened.js("document.querySelectorAll('#subgraph .unit').length") == 3
-    total = sum(weight for other, weight, _ in strongest(document, node, True) if other in sources[:2])
+    into = strongest(document, node, True)
+    total = sum(weight for other, weight, _ in into if other in sources[:2]) / sum(abs(weight) for _, weight, _ in into)
     titles = opened.js("[...document.querySelectorAll('#subgraph .link title')].map(t => t.textContent)")
     (title,) = [one for one in titles if "both <of> them →" in one and "sum of 2 edges" in one]
-    shown = float(re.search(r": ([+−][\d.]+)", title).group(1).replace("−", "-"))
-    assert shown == pytest.approx(total, rel=0.02, abs=0.006)
+    assert _percent(title) == pytest.approx(100 * total, abs=0.6)
     opened.click_on("#pins li:has(.group-name) input[type=checkbox]")
     tick_pin(opened, sources[2])
     assert text(opened, "#pin-tools button") == "Merge ticked"
@@ -53,6 +55,51 @@ def test_pins_become_groups_with_summed_edges(opened, document):
     opened.click_on("#pins li:has(.group-name) > .plain")
     assert state(opened, "supernodes") == []
     assert set(state(opened, "pinnedIds")) == {node, *sources}
+
+
+def test_sums_of_pins_are_shares_of_their_targets_input(show_page):
+    """By circuit-tracer's definition; of a graph whose targets have very different units none of weight is left out."""
+    graph, rng = made_up_document(features=60, edges=1200), np.random.default_rng(0)
+    targets = sorted({link["target"] for link in graph["links"]})
+    unit = dict(zip(targets, np.exp(3 * rng.normal(size=len(targets))), strict=True))
+    for link in graph["links"]:
+        link["weight"] *= unit[link["target"]]
+    ids = [node["node_id"] for node in graph["nodes"] if node["activation"] is not None][:24]
+    groups = [["one", *ids[:3]], ["two", *ids[3:5]]]
+    graph["qParams"] |= dict(pinnedIds=ids, supernodes=groups)
+    unit_of = {name: group[0] for group in groups for name in group[1:]}
+    members = {name: [name] for name in ids if name not in unit_of} | {group[0]: group[1:] for group in groups}
+    total, outside = Counter(), Counter()
+    for link in graph["links"]:
+        total[link["target"]] += abs(link["weight"])
+    for link in graph["links"]:
+        if unit_of.get(link["source"], link["source"]) != unit_of.get(link["target"], link["target"]):
+            outside[link["target"]] += abs(link["weight"])
+    wanted, gross = Counter(), Counter()
+    for to, names in members.items():
+        rest = sum(outside[name] / total[name] for name in names if total[name])
+        for link in graph["links"]:
+            source = unit_of.get(link["source"], link["source"])
+            if link["target"] in names and source in members and source != to:
+                # circuit-tracer: weight / input from outside, times the member's part of the group's input
+                inside = outside[link["target"]] / total[link["target"]] / rest
+                wanted[source, to] += link["weight"] / outside[link["target"]] * inside
+                gross[source, to] += abs(link["weight"]) / outside[link["target"]] * inside
+    browser = show_page(graph)
+    titles = browser.js("[...document.querySelectorAll('#subgraph .link title')].map(t => t.textContent)")
+    shown = sorted(map(_percent, titles))
+    drawn = sorted(100 * value for edge, value in wanted.items() if gross[edge] >= 0.03)
+    assert len(wanted) > 30 and len(shown) == len(drawn)
+    np.testing.assert_allclose(shown, drawn, atol=0.55)
+    assert f"{len(wanted) - len(drawn)} sums below 3 % of their target's input are not drawn" in text(
+        browser, "#weak-sums"
+    )
+
+
+def _percent(title):
+    """The share that the title of a sum says."""
+    sign, number = re.search(r": ([+−])<?([\d.]+) % of its input", title).groups()
+    return float(number) * (-1 if sign == "−" else 1)
 
 
 def test_the_address_holds_the_view(opened, document, page):
@@ -131,6 +178,22 @@ def test_a_notebook_can_show_it_in_a_frame(browser, document, tmp_path):
     browser.click(json.loads(box)["x"] + 40, json.loads(box)["y"] + 20)
     assert browser.js_in_frame("document.querySelector('#pin').innerText") == "Pin"
     assert browser.js_in_frame("document.querySelectorAll('#panel .inputs .row').length") > 0
+    assert browser.errors == []
+
+
+def test_a_graph_shows_itself_in_a_notebook_and_saves_its_page(browser, tmp_path):
+    graph = make_graph(features=12, layers=3)
+    below_S = graph.nodes.layer_N[: graph.adjacency_RxS.shape[1]]
+    graph.adjacency_RxS[below_S[None] >= graph.nodes.layer_N[graph.target_R][:, None]] = 0
+    (tmp_path / "notebook.html").write_text(graph._repr_html_())
+    browser.view(1100, 1000)
+    browser.open((tmp_path / "notebook.html").as_uri())
+    browser.wait("document.querySelector('#panel .row')", in_frame=True)
+    (feature, *_) = (node for node in graph.prune().ids if not node.startswith(("E", "4_")))
+    layer, index, _ = map(int, feature.split("_"))
+    graph.prune().save_page(tmp_path / "page.html", labels={(layer, index): "cities"})
+    show(browser, (tmp_path / "page.html").as_uri())
+    assert browser.js(f"attributionGraph.place('{feature}').label") == "cities"
     assert browser.errors == []
 
 

@@ -154,3 +154,29 @@ def test_what_cannot_be_pruned_is_refused():
         graph.prune().prune()
     without_edges = dataclasses.replace(graph, adjacency_RxS=np.zeros_like(graph.adjacency_RxS))
     assert set(without_edges.prune().nodes.kind_N) == {TOKEN, LOGIT}
+
+
+@pytest.mark.parametrize("chance", [1e-9, 1e-11, 1e-30, 1e-44, 0.0])
+def test_scores_and_masks_do_not_depend_on_how_probable_the_target_is(chance):
+    """Influences scale with it: none may become so small that it counts for less, or for nothing."""
+
+    def of(weight):
+        graph = layered()
+        graph.nodes.value_N[graph.slice_of(LOGIT)] = weight
+        return graph
+
+    probable, improbable = of(0.5), of(chance)
+    assert improbable.scores().replacement == pytest.approx(probable.scores().replacement, rel=1e-6)
+    assert improbable.scores().completeness == pytest.approx(probable.scores().completeness, rel=1e-6)
+    assert 0 < probable.scores().replacement < 1
+    kept, wanted = improbable.prune(0.7, 0.9), probable.prune(0.7, 0.9)
+    assert np.array_equal(kept.pruning.node_N, wanted.pruning.node_N)
+    assert np.array_equal(kept.adjacency_RxS, wanted.adjacency_RxS)
+    np.testing.assert_allclose(kept.pruning.influence_N, wanted.pruning.influence_N, rtol=1e-5)
+
+
+def test_scores_do_not_depend_on_the_unit_of_a_target():
+    graph = layered()
+    tiny = dataclasses.replace(graph, adjacency_RxS=graph.adjacency_RxS * np.float32(2.0**-60))
+    assert tiny.scores() == graph.scores()
+    assert np.array_equal(tiny.prune(0.7, 0.9).pruning.node_N, graph.prune(0.7, 0.9).pruning.node_N)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from dense_reference import Dense
+from graph_checks import double
 from made_graphs import IDS, make_cross_layer, make_transcoders
 from torch_sites import relative_error
 
-from saejax.attribution.checks import double
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt

@@ -6,16 +6,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from graph_checks import double
 from made_transcoders import made_sae
 from torch_sites import MODULES, relative_error, run_torch
 
 from saejax import save_dictionary, trace_gradient
-from saejax.attribution.checks import double
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT, TOKEN
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.edits import Change
-from saejax.attribution.trace.prompt import trace_prompt
+from saejax.attribution.trace import prompt
+from saejax.attribution.trace.gradient import SaeRun
+from saejax.attribution.trace.prompt import Memory, trace_prompt
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
@@ -263,6 +265,46 @@ def test_other_bad_input_is_refused(llama):
         trace_gradient(lm, nan, IDS)
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([Change(1, 1, 0, 0.0)], "feature 0 of layer 1 cannot be set to 0.0 at position 1: .* of the layers 0, 2"),
+        ([Change(0, 4, 0, 0.0)], "position 4: this prompt has the positions 0 to 3"),
+        ([Change(0, -1, 0, 0.0)], "position -1: this prompt has"),
+        ([Change(0, 1, 99_999, 0.0)], "feature 99999 of layer 0 cannot be set"),
+        ([Change(0, 1, 0, float("nan"))], "cannot be set to nan"),
+        ([Change(0, 1, 0, 1.0), Change(0, 1, 0, 2.0)], "row 0 changes a feature twice at one position"),
+        ([Change(0, slice(None), 0, 1.0), Change(0, 2, 0, 2.0)], "row 0 changes a feature twice at one position"),
+        ([(0, 1, 0, 1.0)], "edits are rows of changes"),
+    ],
+)
+def test_changes_that_no_run_with_saes_can_make_are_refused(llama, row, said):
+    lm, saes = llama
+    run = SaeRun.of(lm, LayerSaes.of(saes), np.array(IDS, np.int32))
+    with pytest.raises(UserError, match=said):
+        run.run([row])
+
+
+def test_a_slice_of_positions_is_each_of_them(llama):
+    lm, saes = llama
+    run = SaeRun.of(lm, LayerSaes.of(saes), np.array(IDS, np.int32))
+    each = [Change(0, position, 3, 0.5) for position in range(2, len(IDS))]
+    one, several = run.run([[Change(0, slice(2, None), 3, 0.5)], each]).logits_RxV
+    assert np.array_equal(one, several) and np.abs(one - run.logits_V).max() > 1e-4
+
+
+def test_a_graph_that_does_not_fit_is_refused(llama, monkeypatch):
+    """Before its rows are computed, and with the features of the prompt counted."""
+    lm, saes = llama
+    monkeypatch.setattr(prompt, "attribute_in_rounds", lambda *args: pytest.fail("rows are computed"))
+    monkeypatch.setattr(prompt, "free_memory", lambda mesh: Memory(0, 100_000))
+    with pytest.raises(UserError, match=r"the graph would take .* GiB, and 0\.0 GiB is free: shorten the prompt of 4"):
+        trace_gradient(lm, saes, IDS)
+    run = SaeRun.of(lm, LayerSaes.of(saes), np.array(IDS, np.int32))
+    few, all_rows = (prompt.estimate_gradient_memory(run, count, 3) for count in (1, len(run.active)))
+    assert few.host < all_rows.host and few.device == all_rows.device > 0
+
+
 @pytest.mark.usefixtures("two_devices")
 def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, capsys):
     lm, saes = llama
@@ -270,15 +312,13 @@ def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, caps
     for folder, sae in zip(folders, saes, strict=True):
         save_dictionary(folder, sae)
     named = f"--graph.dictionaries={','.join(map(str, folders))}"
-    flags = [f"--model.path={lm.source.folder}", f"--workdir={tmp_path / 'run'}", "--mesh.data=2", "--graph.doubled=5"]
+    flags = [f"--model.path={lm.source.folder}", f"--workdir={tmp_path / 'run'}", "--mesh.data=2"]
     (tmp_path / "mine.jsonl").write_text(json.dumps(dict(slug="mine", token_ids=IDS)))
     flags += [f"--graph.prompts={tmp_path / 'mine.jsonl'}", "--graph.top_edges=6", "--graph.max_logits=3"]
     assert command.run(["attribute"], "", ["attribute", *flags, named]) == 0
     folder = tmp_path / "run" / "attribute" / "mine"
     summary = json.loads((folder / "done.json").read_text())["results"]
-    results = summary["graphs"]["mine"]
-    assert summary["dictionaries"] == list(map(str, folders)) and results["circuits"] is None
-    assert results["doubling"]["held_error"] is None and results["doubling"]["correlation"] > 0
+    assert summary["dictionaries"] == list(map(str, folders)) and list(summary["graphs"]) == ["mine"]
     document = json.loads((folder / "graphs" / "mine.json").read_text())
     targets = [link["target"] for link in document["links"]]
     assert targets and max(map(targets.count, targets)) <= 6

@@ -32,8 +32,8 @@ const app = {
     app.change({ clicked: -1 }, true);
     say("Nothing is selected.");
   },
-  /** The edges of a node that the thresholds leave, strongest first. */
-  edgesShown: (i, into) => edgesShown(graph, app.state, app.visible, i, into),
+  /** The edges of a node that the picture shows, strongest first. */
+  edgesDrawn: (i, into) => edgesDrawn(graph, app.state, app.visible, i, into),
   hover(i) {
     if (i === app.hovered) return;
     app.hovered = i;
@@ -146,8 +146,8 @@ function draw() {
 }
 
 /** What the upper canvas shows. */
-function lookOf({ state, hovered, found, marked, edgesShown: edges }) {
-  const look = { focus: state.clicked, hovered, pinned: new Set(state.pinned), found, marked, edgesShown: edges };
+function lookOf({ state, hovered, found, marked, edgesDrawn: edges }) {
+  const look = { focus: state.clicked, hovered, pinned: new Set(state.pinned), found, marked, edgesDrawn: edges };
   return { ...look, linkType: state.linkType };
 }
 

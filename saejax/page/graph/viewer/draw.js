@@ -115,11 +115,11 @@ class Picture {
     paintGutters(context, graph, layout, scroll, this.ink);
   }
 
-  drawEdgesOf(context, node, alpha, { linkType, edgesShown }, touched) {
+  drawEdgesOf(context, node, alpha, { linkType, edgesDrawn }, touched) {
     const { graph } = this;
     for (const into of [true, false]) {
       if (linkType === (into ? "output" : "input")) continue;
-      const edges = edgesShown(node, into);
+      const edges = edgesDrawn(node, into);
       const most = edges.length ? shareOf(graph, edges[0], into) || 1 : 1;
       for (const e of edges.reverse()) {
         // the strongest on top

@@ -51,7 +51,7 @@ function strip(example) {
     "span",
     { class: "strip" },
     tokens.map((token, k) => {
-      const text = token.replace(/\n/g, "⏎").replace(/\t/g, "⇥");
+      const text = visibleInLine(token);
       const share = most > 0 ? (values[k] || 0) / most : 0;
       if (!(share > 0)) return text;
       const piece = element(k === peak ? "b" : "span", { title: `activation ${magnitude(values[k])}` }, text);

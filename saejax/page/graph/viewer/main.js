@@ -31,9 +31,9 @@ stage.onscroll = () => {
   show("edges", "nodes");
 };
 
-/** Where the strongest edge leads that no threshold hides. */
+/** Where the strongest edge leads; a hidden node appears when it is selected. */
 function neighbour(i, into) {
-  const [e] = app.edgesShown(i, into);
+  const [e] = edgesOf(graph, i, into);
   return e === undefined ? -1 : (into ? graph.source : graph.target)[e];
 }
 /** The next node of the same row, to the right or to the left. */

@@ -13,20 +13,6 @@ const KIND_OF = {
   logit: LOGIT,
 };
 
-/** A token as people can see it: no space, tab, newline or invisible character is left out or taken literally. */
-function visibleToken(text) {
-  if (text === "") return "∅";
-  return visibleText(text).replace(/ /g, "␣");
-}
-
-/** A label as people can see it: spaces stay, other white space and control characters are named. */
-function visibleText(text) {
-  return String(text).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\u00a0]/gu, (c) => {
-    const known = { "\n": "⏎", "\r": "␍", "\t": "⇥", "\u00a0": "⍽" }[c];
-    return known || "\\u" + c.codePointAt(0).toString(16).padStart(4, "0");
-  });
-}
-
 /** The kind of a node of another program: "lorsa error" is an error, "lorsa" a feature. */
 const kindNamed = (type) =>
   /error/i.test(type) ? ERROR : /transcoder|feature|lorsa|sae/i.test(type) ? FEATURE : OTHER;
@@ -167,6 +153,7 @@ const whereOf = (graph, i) => {
   return `${place} · ${visibleToken(graph.tokens[graph.pos[i]] ?? "")} (${graph.pos[i]})`;
 };
 const signed = (x) => (x < 0 ? "−" : "+") + magnitude(x);
+const signedShare = (x) => (x < 0 ? "−" : "+") + percent(Math.abs(x));
 function magnitude(x) {
   const size = Math.abs(x);
   if (size !== 0 && (size < 0.001 || size >= 1e5)) return size.toExponential(1).replace("-", "−");

@@ -41,11 +41,11 @@ function makePanel(graph, { details: known, heads, source }, app) {
     const parts = carried.slice(0, 4).map(([layer, head, part]) => `${layer}.${head} ${signed(part)}`);
     return `via ${parts.join(", ")}${carried.length > 4 ? ", …" : ""}`;
   };
-  const row = (i) => withHover(nodeRow(graph, i, app.select), i);
+  const row = (i, more = "") => withHover(nodeRow(graph, i, app.select, more), i);
   const edgeRow = (e, into) => {
     const i = into ? graph.source[e] : graph.target[e];
     const share = shareOf(graph, e, into);
-    const made = row(i);
+    const made = row(i, app.visible.node[i] ? "" : " · hidden");
     made.classList.add(graph.weight[e] < 0 ? "minus" : "plus");
     made.style.setProperty("--share", share.toFixed(4));
     made.children[0].after(element("span", { class: "weight" }, signed(graph.weight[e])));
@@ -59,9 +59,9 @@ function makePanel(graph, { details: known, heads, source }, app) {
     return made;
   };
 
-  /** The edges of a node in one direction: those that the thresholds leave, and on demand the others. */
+  /** The edges of a node in one direction, whatever the thresholds: the strongest, and on demand the others. */
   const edgeList = (i, into) => {
-    const all = [...edgesOf(graph, i, into)];
+    const all = edgesOf(graph, i, into);
     const rows = element("div", { class: "rows" });
     const more = element("p", { class: "more" });
     const fill = (edges) => {
@@ -72,7 +72,7 @@ function makePanel(graph, { details: known, heads, source }, app) {
       const showAll = element("button", { type: "button", class: "plain", onclick: () => fill(all) }, "Show all");
       more.append(`${count(left)} weaker ${left === 1 ? "edge is" : "edges are"} not shown. `, showAll);
     };
-    fill(app.edgesShown(i, into).slice(0, AT_LEAST));
+    fill(all.slice(0, AT_LEAST));
     const title = element("h3", {}, into ? "Inputs " : "Outputs ", element("small", {}, count(all.length)));
     const body = all.length ? [rows, more] : [element("p", { class: "note" }, nothing(i, into))];
     return element("section", { class: into ? "inputs" : "outputs" }, title, body);
@@ -109,9 +109,9 @@ function makePanel(graph, { details: known, heads, source }, app) {
       element("h2", {}, "Where to start"),
       element("p", {}, START),
       element("h3", {}, "Outputs"),
-      element("div", { class: "rows" }, outputs.map(row)),
+      element("div", { class: "rows" }, outputs.map((i) => row(i))),
       element("h3", {}, "Most influential features"),
-      element("div", { class: "rows" }, best.slice(0, 12).map(row)),
+      element("div", { class: "rows" }, best.slice(0, 12).map((i) => row(i))),
     ];
   };
   const details = (i) => {
@@ -123,7 +123,7 @@ function makePanel(graph, { details: known, heads, source }, app) {
     const clear = { type: "button", id: "clear", onclick: () => app.clear() };
     const buttons = [element("button", pin, pinned ? "Unpin" : "Pin"), element("button", clear, "Clear")];
     const title = element("h2", {}, glyph(graph.kind[i]), graph.labels[i]);
-    const carried = directions.some((into) => app.edgesShown(i, into).some(via));
+    const carried = directions.some((into) => edgesOf(graph, i, into).some(via));
     return [
       element("div", { class: "head" }, title, element("div", { class: "buttons" }, buttons)),
       factList(group ? [...describe(graph, i), ["Group", visibleText(group[0])]] : describe(graph, i)),

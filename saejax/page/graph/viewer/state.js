@@ -55,7 +55,6 @@ function checkedPins(graph, ids, supernodes) {
 }
 
 const HOWS = ["scale", "set"];
-const FREEZE_MODES = ["none", "attention", "all"];
 
 /** Changes of an address, which may be wrong: only of features that are there, of each only one. */
 function checkedChanges(graph, list) {
@@ -105,7 +104,7 @@ function toHash(graph, state) {
   params.set("edges", state.edges);
   if (state.query) params.set("q", state.query);
   if (state.changes.length) params.set("changes", JSON.stringify(plainChanges(graph, state.changes)));
-  if (state.freeze !== FREEZE_MODES[0]) params.set("freeze", state.freeze);
+  if (state.freeze !== "none") params.set("freeze", state.freeze);
   return "#" + params;
 }
 
@@ -155,7 +154,7 @@ function fromHash(graph, hash) {
     Object.assign(state, checkedPins(graph, ids, listIn(params.get("supernodes"))));
   }
   state.changes = checkedChanges(graph, listIn(params.get("changes")));
-  if (FREEZE_MODES.includes(params.get("freeze"))) state.freeze = params.get("freeze");
+  if (given.live?.freeze_modes.includes(params.get("freeze"))) state.freeze = params.get("freeze");
   if (LINK_TYPES.includes(params.get("linkType"))) state.linkType = params.get("linkType");
   return Object.assign(state, { nodes: number("nodes"), edges: number("edges"), query: params.get("q") || "" });
 }
@@ -183,9 +182,9 @@ function visibility(graph, state) {
   return { node, edge, nodes, edges, last };
 }
 
-/** The edges of one node, strongest first: at least its AT_LEAST strongest, and further ones until they have the
- * slider's share of what it gets (or does). Edges to hidden nodes are left out. */
-function edgesShown(graph, state, visible, i, into) {
+/** The edges of one node in the picture, strongest first: at least its AT_LEAST strongest, and further ones until they
+ * have the slider's share of what it gets (or does); none to hidden nodes, which have no place there. */
+function edgesDrawn(graph, state, visible, i, into) {
   const ends = into ? graph.source : graph.target;
   const shown = [];
   let before = 0;

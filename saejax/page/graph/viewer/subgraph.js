@@ -1,5 +1,5 @@
 // Pinned nodes as a small graph of their own. Groups of pins are supernodes; an edge between two of them is the sum of
-// the edges between their members.
+// the edges between their members, as a share of the target's input.
 
 const NUMBERED = 60; // edges; among more of them, numbers would cover everything
 
@@ -13,10 +13,10 @@ function makeSubgraph(graph, app) {
     const all = sumsOf(graph, units).sort((a, b) => Math.abs(b.net) - Math.abs(a.net));
     const most = all.length ? Math.abs(all[0].net) || 1 : 1;
     // Where there are many, sums that one could hardly see would only hide the others.
-    const sums = all.length > FEW ? all.filter((sum) => Math.abs(sum.net) >= 0.03 * most) : all;
+    const sums = all.length > FEW ? all.filter((sum) => sum.plus - sum.minus >= 0.03) : all;
     const left = all.length - sums.length;
     document.getElementById("weak-sums").textContent =
-      left > 0 ? ` ${count(left)} sums below 3 % of the largest are not drawn.` : "";
+      left > 0 ? ` ${count(left)} sums below 3 % of their target's input are not drawn.` : "";
     const name = "Pinned nodes and the sums of the edges between them";
     const size = { viewBox: `0 0 ${width} ${height}`, width, height };
     const svg = drawn("svg", { ...size, id: "subgraph", role: "group", "aria-label": name });
@@ -32,13 +32,13 @@ function makeSubgraph(graph, app) {
   };
   const signOf = (sum) => (sum.net < 0 ? "minus" : "plus");
   const drawSum = (sum, units, points, strength) => {
-    const parts = sum.edges === 1 ? "1 edge" : `${sum.edges} edges (${signed(sum.plus)} and ${signed(sum.minus)})`;
-    const words = `${units[sum.from].name} → ${units[sum.to].name}: ${signed(sum.net)}, the sum of ${parts}`;
+    const parts = sum.edges === 1 ? "1 edge" : `${sum.edges} edges (${signedShare(sum.plus)} and ${signedShare(sum.minus)})`;
+    const words = `${units[sum.from].name} → ${units[sum.to].name}: ${signedShare(sum.net)} of its input, the sum of ${parts}`;
     const look = { class: `link ${signOf(sum)}`, "stroke-width": (1 + 5 * strength).toFixed(2) };
     return drawn("path", { d: pathOf(points), ...look }, drawn("title", {}, words));
   };
   const drawNumber = ({ x, y }, sum) => {
-    const words = signed(sum.net);
+    const words = signedShare(sum.net);
     const wide = words.length * 6.4 + 6;
     return [
       drawn("rect", { x: x - wide / 2, y: y - 10.5, width: wide, height: 14, rx: 3, class: "under" }),

@@ -19,22 +19,31 @@ function unitsOf(graph, state) {
   return units.sort((a, b) => a.row - b.row || a.pos - b.pos);
 }
 
-/** Sums of edges between units: signed, and its two parts. */
+/** Sums of edges between units: signed, and its two parts. Weights are in the units of their targets, so each counts as
+ * a share of its target's input, by size; a group's sum is divided by the shares that its members have from outside of
+ * it, added up, as circuit-tracer and Neuronpedia do. */
 function sumsOf(graph, units) {
   const unitOf = new Map(units.flatMap((unit, u) => unit.members.map((i) => [i, u])));
+  const outside = new Float64Array(units.length);
   const sums = new Map();
   for (const [node, to] of unitOf) {
     for (const e of edgesOf(graph, node, true)) {
       const from = unitOf.get(graph.source[e]);
-      if (from === undefined || from === to) continue;
+      if (from === to) continue;
+      const share = graph.weight[e] / (graph.inTotal[node] || 1);
+      outside[to] += Math.abs(share);
+      if (from === undefined) continue;
       const key = `${from} ${to}`;
       const sum = sums.get(key) || { from, to, plus: 0, minus: 0, edges: 0 };
-      sum[graph.weight[e] < 0 ? "minus" : "plus"] += graph.weight[e];
+      sum[share < 0 ? "minus" : "plus"] += share;
       sum.edges++;
       sums.set(key, sum);
     }
   }
-  return [...sums.values()].map((sum) => ({ ...sum, net: sum.plus + sum.minus }));
+  return [...sums.values()].map((sum) => {
+    const [plus, minus] = [sum.plus, sum.minus].map((part) => part / (outside[sum.to] || 1));
+    return { ...sum, plus, minus, net: plus + minus };
+  });
 }
 
 /** Levels from the lowest layer up: a level holds what is less than a layer apart, as many boxes as fit, and within it

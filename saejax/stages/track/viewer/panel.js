@@ -78,10 +78,10 @@ function chainsTable(text) {
   const items = text.chains.map((chain) => {
     const first = chain.links[0], last = chain.links[chain.links.length - 1];
     const links = chain.links.map((link) => ` \u2192 ${named(link.upper, link.target)}: loses ${percent(link.lost)}, ` +
-      `${percent(link.random_lost)} with random features (${link.holds ? 'holds' : 'does not hold'})`);
+      `${percent(link.random_lost)} with random features (${link.holds === null ? 'not testable' : link.holds ? 'holds' : 'does not hold'})`);
     return make('li', {}, `At position ${first.position}, `, token(first.token), `: ${named(first.lower, first.source)}`, ...links,
       ` \u2192 answer: loses ${number(last.answer_drop, 2)} nats, ${number(last.random_drop, 2)} with random features; without the first feature ` +
-      `${number(chain.answer_drop, 2)}, ${number(chain.random_drop, 2)} with random ones. `, make('strong', {}, chain.holds ? 'The chain holds.' : 'The chain does not hold.'));
+      `${number(chain.answer_drop, 2)}, ${number(chain.random_drop, 2)} with random ones. `, make('strong', {}, `The chain ${chain.holds === null ? 'is not testable: fewer than five other features are active.' : chain.holds ? 'holds.' : 'does not hold.'}`));
   });
   return [make('h3', {}, 'Chains of features, measured'), make('ul', {}, ...items)];
 }

@@ -1,0 +1,74 @@
+"""What a notebook shows of models, dictionaries, activations, edits and results is a screen at most."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import save_tiny, save_tiny_tokenizer
+
+import saejax
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, CausalVerdict
+from saejax.models.edits import SiteEdit
+from saejax.models.tokens import pad
+from saejax.results import from_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    """A part of results."""
+
+    values: tuple[float, ...]
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    """Results."""
+
+    parts: Mapping[str, Inner]
+    text: str
+
+
+def is_short(value: object, *words: str) -> bool:
+    text = repr(value)
+    return (
+        len(text.splitlines()) <= 27 and max(map(len, text.splitlines())) < 250 and all(word in text for word in words)
+    )
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny(folder, "llama", vocab_size=300)
+    save_tiny_tokenizer(folder, 300)
+    return saejax.load_model(str(folder))
+
+
+def test_models_dictionaries_activations_and_edits(lm):
+    config = DictionaryConfig("topk", "resid_post.1", d_in=lm.config.d_model, n_features=5000, k=7, max_norm=1e3)
+    sae = Dictionary.initial(config, jax.random.key(0))
+    assert is_short(lm, "LanguageModel", "llama, 3 layers of width 40", "300 token ids", "float32")
+    assert repr(sae) == "<topk dictionary of resid_post.1: 5,000 features, k 7>"
+    tokens = pad([[1] * 30] * 20)
+    assert is_short(tokens, "ids_BxT=<int32 [20, 30]>") and is_short(
+        lm(tokens, capture="resid_post.1"), "<float32 [20,"
+    )
+    assert is_short(saejax.capture(lm, ["one text"] * 90, "resid_post.1"), "Activations(", "resid_post.1", "(90)")
+    assert is_short(sae.ablate([1, 2]), "FeatureEdit(", "topk dictionary")
+    assert is_short(SiteEdit.set("resid_post.1", np.ones(40)), "SiteEdit(")
+
+
+def test_results_and_verdicts():
+    data = dict(parts={f"part{i}": dict(values=[1.0 / 3] * 900, name="inner") for i in range(700)}, text="word " * 900)
+    results = from_json(Outer, data, "file")
+    assert is_short(results, "Outer(", "part0", "Inner(values=[...]") and is_short(
+        results.parts["part0"], "0.333333", "(900)"
+    )
+    answer = CausalAnswer("yes", "because " * 99)
+    verdict = BehaviourVerdict(tuple(range(99)), 1.0, dict(logit_diff=answer), {}, (), answer, answer, {}, answer, 0, 9)
+    assert is_short(verdict, "BehaviourVerdict(", "(99)")
+    whole = CausalVerdict("rule " * 99, {f"dictionary{i}": dict(capital=verdict) for i in range(50)})
+    assert is_short(whole, "  dictionary0, capital: causal: yes, random: yes", "... and 30 more")
