@@ -103,11 +103,11 @@ class BehaviourVerdict:
     held_out: tuple[str, ...]  #: templates that no train prompt has
     random: CausalAnswer  #: question 2: more than random features of the same dose?
     placebo: CausalAnswer  #: question 3: specific to this answer?
-    trained: CausalAnswer  #: question 4: did training matter?
     bases: Mapping[str, CausalAnswer]  #: more than a simpler basis at the same dose? By basis
     selective: CausalAnswer  #: question 5: are other behaviours and held-out text spared?
     fooled: int | None  #: number of placebo sets that pass question 2; None: not testable
     placebo_sets: int  #: number of placebo sets
+    trained: CausalAnswer = CausalAnswer("not tested", "Not tested.")  #: question 4: did training matter?
     replication: CausalAnswer | None = None  #: answers of dictionaries of other seeds
 
 
