@@ -30,6 +30,7 @@ class SiteActivations:
     def __getitem__(self, rows: Any) -> np.ndarray:
         """Return the values of rows: a number gives [d]; a slice, numbers or a mask of all rows give [n, d]."""
         rows, *columns = rows if isinstance(rows, tuple) else (rows,)
+        # Numpy itself says which rows an index means: whatever it takes is taken here.
         try:
             chosen = np.arange(len(self))[rows]
         except IndexError as error:
@@ -94,9 +95,11 @@ class StoredActivations(Mapping[str, SiteActivations]):
         kept_N = np.zeros(len(self.token_N), bool)
         for name in [split] if split else ["train", "held_out"]:
             kept_N[self.store.rows(name, *sites)] = True
+        # Numbers or one number, as for rows themselves.
         for wanted, column_N in ((tokens, self.token_N), (documents, self.document_N)):
             if wanted is not None:
                 kept_N &= np.isin(column_N, np.ravel(wanted))
+        # Rows of a shard stand in random order, and a text is read in its own.
         chosen = np.flatnonzero(kept_N)
         return chosen[np.lexsort((self.position_N[chosen], self.document_N[chosen]))]
 

@@ -126,8 +126,8 @@ class CausalVerdict:
                 answers = dict(
                     causal=first, random=verdict.random, placebo=verdict.placebo, selective=verdict.selective
                 )
-                told = ", ".join(f"{question}: {answer.answer}" for question, answer in answers.items())
-                lines.append(f"  {name}, {behaviour}: {told}")
+                words = ", ".join(f"{question}: {answer.answer}" for question, answer in answers.items())
+                lines.append(f"  {name}, {behaviour}: {words}")
         more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
         return "\n".join(["CausalVerdict(", *lines[:20], *more, ")"])
 

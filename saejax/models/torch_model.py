@@ -136,7 +136,7 @@ class TorchModel(LanguageModel):
 
     @functools.cached_property
     def _decoding(self) -> tuple[bool, bool]:
-        """Whether prompts are padded on the left, as transformers pads them, and whether the model's cache is used.
+        """Return whether prompts are padded on the left, as transformers pads them, and whether the cache is used.
 
         It is measured before the first generation. Recurrent models may take padding into their state, misread a mask
         that is longer than the new tokens, or keep one state for all calls. Prompts of equal length run together then,

@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,6 +13,7 @@ from saejax.errors import UserError
 
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _ROWS = 1024  # of a table, in memory at once
+_LISTED = 20  # bad lines whose problem a message tells; of others it has the numbers
 
 
 @contextlib.contextmanager
@@ -103,6 +104,35 @@ def json_lines(lines: str | Iterable[str], path: Path, example: str) -> Iterator
             yield number, json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(f"{path}, line {number} is not JSON: expected an object such as {example}") from None
+
+
+def read_lines(text: str, path: Path, example: str, read: Callable[[Any, str], None]) -> None:
+    """Read lines of prompts, all bad ones of which one message names.
+
+    Args:
+      text: a JSON value in each line that is not blank.
+      path: where it comes from, for messages.
+      example: what a line should look like.
+      read: takes a line's value and where it stands; raises a ``UserError`` that begins with the latter.
+
+    Raises:
+      UserError: lines are not JSON, or refused.
+    """
+    faults = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        where = f"{path}, line {number}"
+        try:
+            if line.strip():
+                read(json.loads(line), where)
+        except UserError as error:
+            faults.append((number, str(error).removeprefix(" ".join(f"{path}, ".split()) + " ")))
+        except (ValueError, RecursionError):
+            faults.append((number, f"line {number} is not JSON: expected an object such as {example}"))
+    if faults:
+        first = "; ".join(fault for _, fault in faults[:_LISTED])
+        others = ", ".join(str(number) for number, _ in faults[_LISTED:])
+        between = f": {len(faults)} lines are no prompts:" if len(faults) > 1 else ","
+        raise UserError(f"{path}{between} {first}{f'; and so in the lines {others}' if others else ''}")
 
 
 def table_rows(path: Path, file: IO[bytes], columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:

@@ -22,13 +22,12 @@ import numpy as np
 from saejax.errors import UserError
 from saejax.tasks.answer_tokens import fault
 from saejax.tasks.behaviours import SPLITS, Prompt
-from saejax.tasks.files import decode, json_lines, read_bytes, shown
+from saejax.tasks.files import decode, json_lines, read_bytes, read_lines, shown
 from saejax.tasks.settings import BEHAVIOURS, PROBE_LABELS, TaskConfig
 
 _FLAG = "--task.prompts"
 _TAKEN = (*BEHAVIOURS, "started", "summary", "index")  # behaviours of our own, and files of every stage
 _NEEDED, _OPTIONAL = ("behaviour", "text", "correct", "wrong"), ("counterpart", "split", "template", "labels")
-_LISTED = 20  # lines whose problem a message tells; of others it has the numbers
 _EXAMPLE = '{"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat"}'
 
 
@@ -62,31 +61,23 @@ def _read_lines(task: TaskConfig, tokenizer: Any | None) -> dict[str, list[dict[
     lines: dict[str, list[dict[str, Any]]] = {}
     if not task.prompts:
         return lines
-    path, texts, faults = Path(task.prompts), set(), []
-    for number, line in enumerate(decode(_content(path), path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = _checked(json.loads(line), "")
-        except (UserError, ValueError, RecursionError) as error:
-            problem = f" {error}" if str(error)[0] != ":" else str(error)
-            is_json = isinstance(error, UserError)
-            faults.append((number, problem if is_json else f" is not JSON: expected an object such as {_EXAMPLE}"))
-            continue
+    path, texts = Path(task.prompts), set()
+
+    def read(record: Any, where: str) -> None:
+        """Keep a line if it is a prompt."""
+        fields = _checked(record, where)
         text = fields["behaviour"], fields["text"]
         if text in texts:
-            faults.append((number, f" has the text of an earlier line of {text[0]!r}: remove one of them"))
-        elif tokenizer is not None and (why := fault(tokenizer, _prompt("train", fields))):
-            answers = f"{fields['text']!r} with {fields['correct']!r} or {fields['wrong']!r}"
-            advice = "as this model's tokenizer cuts them: write it otherwise, or take it out"
-            faults.append((number, f": {answers}: {why}, {advice}"))
+            raise UserError(f"{where} has the text of an earlier line of {text[0]!r}: remove one of them")
         texts.add(text)
+        if tokenizer is not None and (why := fault(tokenizer, _prompt("train", fields))):
+            raise UserError(
+                f"{where}: {fields['text']!r} with {fields['correct']!r} or {fields['wrong']!r}: {why}, "
+                "as this model's tokenizer cuts them: write it otherwise, or take it out"
+            )
         lines.setdefault(fields["behaviour"], []).append(fields)
-    if faults:
-        told = "; ".join(f"line {number}{problem}" for number, problem in faults[:_LISTED])
-        others = ", ".join(str(number) for number, _ in faults[_LISTED:])
-        where = f": {len(faults)} lines are no prompts:" if len(faults) > 1 else ","
-        raise UserError(f"{path}{where} {told}{f'; and so in the lines {others}' if others else ''}")
+
+    read_lines(decode(_content(path), path), path, _EXAMPLE, read)
     if not lines:
         raise UserError(f"{_FLAG}={path} holds no prompts: expected lines such as {_EXAMPLE}")
     return lines

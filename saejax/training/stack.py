@@ -48,7 +48,8 @@ class Hyperparams:
     output_scale: jax.Array
     site_index: jax.Array  #: index in the batch of the (input, target) pair that the member reads
     seed: jax.Array
-    metric_DxD: jax.Array | None  #: as in ``SiteScale``; None if no member has one
+    #: as in ``SiteScale``, of all members one for each of ``TrainStack.sites``; None if no member has one.
+    metric_DxD: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +130,11 @@ class TrainStack:
             values = [of_member[name] for of_member in settings]
             return np.array(values, np.int32 if all(isinstance(value, int) for value in values) else dtype)
 
-        metrics = [scale.metric_DxD for scale in scales if scale.metric_DxD is not None]
+        # Once for a site, as a matrix is as large as a dictionary of D features.
+        of_site = {
+            (member.site, member.target): scale.metric_DxD for member, scale in zip(members, scales, strict=True)
+        }
+        metrics = [metric for site in self.sites if (metric := of_site[site]) is not None]
         return Hyperparams(
             learning_rate=column("learning_rate").astype(dtype),
             kind_params={name: column(name) for name in settings[0] if name not in ("learning_rate", "seed")},
@@ -141,7 +146,8 @@ class TrainStack:
         )
 
     def _member_sharding(self, array: np.ndarray) -> NamedSharding:
-        return fitting_sharding(self.mesh, array.shape, "member", *[None] * (array.ndim - 1))
+        by_member = "member" if len(array) == len(self.members) else None
+        return fitting_sharding(self.mesh, array.shape, by_member, *[None] * (array.ndim - 1))
 
     def abstract_hyperparams(self) -> Hyperparams:
         """Return shapes and shardings of the hyperparameters: members over ``member``."""

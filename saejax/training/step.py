@@ -9,6 +9,7 @@ The loss and the step of one member are written once; a stack is ``map_over_memb
 The terms are defined in ``dictionaries.losses`` and ``dictionaries.kinds``.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -207,13 +208,17 @@ def _map_over_batch(
 ) -> tuple[TrainState, Any]:
     """Map ``apply(stack, state, hyper, x_BxD, y_BxD, *common)`` over members, each with its scaled values."""
     batch = tuple(values_SxBxD.astype(stack.config.state_dtype) for values_SxBxD in batch)
-    count = len(common)
+    count, metric_SxDxD = len(common), hyper.metric_DxD
 
     def apply_to_member(state: TrainState, per_member: Any, *shared: jax.Array) -> tuple[TrainState, Any]:
         (hyper, values), common, shared = per_member, shared[:count], shared[count:]
         if values is None:
             # Several members read one site: each picks it from the batch, which is there once.
-            values = [lax.dynamic_index_in_dim(value_SxBxD, hyper.site_index, keepdims=False) for value_SxBxD in shared]
+            values = [lax.dynamic_index_in_dim(each_Sx, hyper.site_index, keepdims=False) for each_Sx in shared]
+            if metric_SxDxD is not None:
+                # Of one site not by its index: members at the same time would each get a copy.
+                metric_DxD = shared[-1][0] if len(stack.sites) == 1 else values[-1]
+                hyper, values = dataclasses.replace(hyper, metric_DxD=metric_DxD), values[:-1]
         x_BxD = values[0] * hyper.input_scale
         y_BxD = values[1] * hyper.output_scale if len(values) > 1 else x_BxD
         return apply(stack, state, hyper, x_BxD, y_BxD, *common)
@@ -221,7 +226,9 @@ def _map_over_batch(
     placement = stack.mesh, stack.members_at_once
     if len(stack.sites) == len(stack.members):  # each member has its own values, on its own devices
         return map_over_members(apply_to_member, state, (hyper, batch), common, *placement)
-    return map_over_members(apply_to_member, state, (hyper, None), (*common, *batch), *placement)
+    once = batch if metric_SxDxD is None else (*batch, metric_SxDxD)
+    per_member = dataclasses.replace(hyper, metric_DxD=None), None
+    return map_over_members(apply_to_member, state, per_member, (*common, *once), *placement)
 
 
 def map_over_members(

@@ -5,6 +5,7 @@ trained with k = 32 would fire 20 features a token. So when training ends, the t
 N k largest activations of the final parameters on N training tokens: L0 is k on these.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -66,4 +67,5 @@ def _calibrate(stack: TrainStack, params: Arrays, hyper: Hyperparams, inputs: li
         pre_NxF = projected_NxF + row(member.b_enc_F[...], 2)
         return smallest(stack.kind.encode_in_training(member, pre_NxF, projected_NxF, hyper.kind_params, settings))
 
-    return lax.map(of_member, (params, hyper))  # one by one: memory is that of one member
+    per_member = dataclasses.replace(hyper, metric_DxD=None)  # which is not read here, and may be of several members
+    return lax.map(of_member, (params, per_member))  # one by one: memory is that of one member

@@ -141,7 +141,7 @@ def test_a_preempted_job_of_two_nodes_goes_on_and_ends_with_the_same_bits(inputs
         runs.finish(process)
     log = tmp_path / "job.log"
     with Slurm(tmp_path / "slurm") as slurm:
-        slurm.environment |= dict(SAEJAX=f"{sys.executable} -m experiments.pipeline")
+        slurm.environment |= dict(SAEJAX=f"{sys.executable} -m saejax.cli")
         slurm.environment |= dict(JAX_NUM_CPU_DEVICES="1", JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1")
         place = [f"--chdir={runs.ROOT}", "--nodes=2"]
         # The nodes' names stand for no address here.

@@ -59,6 +59,38 @@ def test_meshes_agree_with_one_device(kind, shape, zero, dtype, one_device):
             assert np.linalg.norm(a - b) <= (1e-9 if dtype == "float64" else 1e-4) * np.linalg.norm(a), name
 
 
+@pytest.mark.parametrize(
+    ("sites", "at_once", "shape"), [(1, 4, (1, 1, 1)), (1, 1, (4, 2, 1)), (2, 2, (2, 2, 2))], ids=str
+)
+def test_members_of_a_site_share_its_whitening_matrix(sites, at_once, shape, one_device):
+    """It is on the devices once, and whitens what it whitens for one member alone."""
+
+    def whitened(stack):
+        scales = [
+            dataclasses.replace(scale, metric_DxD=of_site[member.site])
+            for member, scale in zip(stack.members, stack.scales)
+        ]
+        return dataclasses.replace(stack, scales=scales)
+
+    names = tuple(f"resid_post.{layer}" for layer in range(sites))
+    of_site = {name: np.random.default_rng(i).normal(size=(D, D)) / 4 for i, name in enumerate(names)}
+    data = batches(3)
+    with jax.enable_x64(True):
+        mesh = make_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])
+        sweep = dict(state_dtype="float64", learning_rate=(3e-3, 1e-3), **EXTRAS)
+        seeds = dict(seed=(1, 2)) if sites == 1 else {}
+        stack = whitened(make_stack("topk", mesh, sites=names, members_at_once=at_once, **seeds, **sweep))
+        assert len(stack.members) == 4 and stack.hyperparams.metric_DxD.shape == (sites, D, D)
+        together, _ = run(stack, data)
+        for index, member in enumerate(stack.members):
+            changes = sweep | dict(learning_rate=(member.settings["learning_rate"],), seed=(member.settings["seed"],))
+            alone = whitened(make_stack("topk", one_device, sites=(member.site,), **changes))
+            start = jax.tree.map(lambda leaf, index=index: leaf[index : index + 1], init_state(stack))
+            state, _ = run(alone, data, jax.device_put(jax.tree.map(np.asarray, start), one_device.devices.item()))
+            for name, value in state.params.items():
+                np.testing.assert_allclose(together.params[name][index], value[0], rtol=1e-8, atol=1e-11, err_msg=name)
+
+
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in FEW else pytest.mark.slow) for k in KINDS])
 def test_a_stack_of_four_equals_four_single_runs(kind, one_device):
     with jax.enable_x64(True):

@@ -89,7 +89,7 @@ class LocalModel(LocalState):
         features: Sequence[int] | np.ndarray = (),
         freeze_until: int | None = None,
         logits: bool = True,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> LocalRun:
         """Run the prompt with each row of edits.
 
@@ -104,7 +104,7 @@ class LocalModel(LocalState):
           freeze_until: the layer from which on the model runs freely; the number of layers: only the final norm does.
             None: ``freeze`` applies to all.
           logits: whether to compute all logits at the last position.
-          on_progress: called with the layers run, of all chunks, and their total; may raise to stop.
+          on_progress: called with the layers run, of all chunks, and their total; may raise to stop. None: nothing is.
 
         Raises:
           UserError: a feature does not exist or is changed twice in a row, there is no such mode, or what is read is
@@ -146,7 +146,8 @@ class LocalModel(LocalState):
                 if len(here):
                     changes = read_changes(read[0], read[1:], wanted.position_A[here], encoder_JxD[here])
                     feature_RxJ[rows, here] += changes[: rows.stop - rows.start]
-                on_progress(start * n_layers + layer * len(group) + number + 1, len(plans) * n_layers)
+                if on_progress:
+                    on_progress(start * n_layers + layer * len(group) + number + 1, len(plans) * n_layers)
             for number, state in states.items():
                 rows = group[number][0]
                 end, count = (self.frozen, modes[-1], self.last_D, state[:, last]), rows.stop - rows.start

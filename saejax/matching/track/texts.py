@@ -16,7 +16,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode as encode_text
 from saejax.models.tokens import token_text
 from saejax.tasks.answer_tokens import answer_ids
-from saejax.tasks.files import decode, json_lines, read_bytes
+from saejax.tasks.files import decode, read_bytes, read_lines
 
 MOST = 4  # texts side by side
 _EXAMPLE = '{"slug": "apples", "prompt": "Ann has 3 apples ...", "solution": "She buys 4. ...", "answer": " 7"}'
@@ -109,11 +109,15 @@ def read_problems(config: TrackConfig) -> list[Problem]:
         return [Problem(name_text(config.prompt), config.prompt)]
     path, problems = Path(config.prompts), dict[str, Problem]()
     text = decode(read_bytes(path, "--track.prompts", "name a file of prompts"), path)
-    for number, record in json_lines(text, path, _EXAMPLE):
-        problem = _problem(record, f"{path}, line {number}")
+
+    def read(record: Any, where: str) -> None:
+        """Keep a line if it is a text."""
+        problem = _problem(record, where)
         if problem.slug in problems:
-            raise UserError(f"{path}, line {number} has the slug {problem.slug!r} of an earlier line")
+            raise UserError(f"{where} has the slug {problem.slug!r} of an earlier line")
         problems[problem.slug] = problem
+
+    read_lines(text, path, _EXAMPLE, read)
     if not 1 <= len(problems) <= MOST:
         raise UserError(
             f"--track.prompts={path} holds {len(problems)} prompts: expected 1 to {MOST}, shown side by side"

@@ -17,7 +17,7 @@ from saejax.files import file_sha256, fingerprint
 from saejax.models.identity import content_sha256
 from saejax.runner.labels import labels_of_folders, names_and_sites
 from saejax.tasks.behaviours import Prompt
-from saejax.tasks.files import decode, json_lines, read_bytes
+from saejax.tasks.files import decode, read_bytes, read_lines
 from saejax.unicode import replace_surrogates
 
 _EXAMPLE = '{"slug": "paris", "prompt": "The capital of France is", "targets": [" Paris"]}'
@@ -136,15 +136,19 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
         return [of_behaviour(name, prompts, targets) for name, prompts in behaviours.items()]
     if not config.prompts:
         return [Request(unit_name(config), config.prompt, targets)]
-    path, requests = Path(config.prompts), []
+    path, requests = Path(config.prompts), list[Request]()
     text = decode(read_bytes(path, "--graph.prompts", "name a file of prompts"), path)
-    for number, record in json_lines(text, path, _EXAMPLE):
-        requests.append(_of_line(record, targets, f"{path}, line {number}"))
-        if requests[-1].slug in {request.slug for request in requests[:-1]}:
+
+    def read(record: Any, where: str) -> None:
+        """Keep a line if it is a request."""
+        request = _of_line(record, targets, where)
+        if request.slug in {earlier.slug for earlier in requests}:
             raise UserError(
-                f"{path}, line {number} has the slug {requests[-1].slug!r} of an earlier line: give it another, as in "
-                f"{_EXAMPLE}"
+                f"{where} has the slug {request.slug!r} of an earlier line: give it another, as in {_EXAMPLE}"
             )
+        requests.append(request)
+
+    read_lines(text, path, _EXAMPLE, read)
     if not requests:
         raise UserError(f"--graph.prompts={path} holds no prompts: expected lines such as {_EXAMPLE}")
     return requests

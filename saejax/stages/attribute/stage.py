@@ -21,6 +21,12 @@ def _names(configs: Configs) -> Sequence[str]:
     return (name,) if name else ()
 
 
+def _check(configs: Configs) -> None:
+    """Check the file of prompts before any model is loaded."""
+    if configs[GraphConfig].prompts:
+        requests.read_requests(configs[GraphConfig])
+
+
 def _dictionaries(configs: Configs) -> str:
     """Return the identity of dictionaries and of the files of prompts and groups."""
     return requests.identity(configs[GraphConfig])
@@ -41,4 +47,5 @@ ATTRIBUTE = Stage(
     revision=5,  # names of graphs tell all prompts apart, weights of improbable targets do not vanish
     section=sections,
     processes="all",
+    check=_check,
 )

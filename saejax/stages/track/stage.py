@@ -11,7 +11,7 @@ from saejax.errors import UserError
 from saejax.files import file_sha256, fingerprint
 from saejax.matching.track.results import TrackResults
 from saejax.matching.track.settings import TrackConfig
-from saejax.matching.track.texts import name_text
+from saejax.matching.track.texts import name_text, read_problems
 from saejax.models.settings import ModelConfig
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage, split_unit, train_units
@@ -51,6 +51,12 @@ def _files(configs: Configs) -> str:
     return fingerprint([*marks, *(hash_dictionaries(str(folder)) for folder in folders)])
 
 
+def _check(configs: Configs) -> None:
+    """Check the file of prompts before any model is loaded."""
+    if configs[TrackConfig].prompts:
+        read_problems(configs[TrackConfig])
+
+
 TRACK = Stage(
     name="track",
     summary="follows prompts and worked solutions through the layers that have dictionaries, if --track.prompt or "
@@ -65,5 +71,6 @@ TRACK = Stage(
     identity=dict(model=identities.model, track=_files),
     revision=9,  # a chain with fewer than five controls is not testable
     processes="items",
+    check=_check,
     section=sections,
 )
