@@ -6,7 +6,6 @@ import jax
 import pytest
 from absl import flags
 from preflight_setup import CONFIGS, needs_libtpu
-from saejax.stages.attribute.plan import planned_graphs
 
 from benchmarks import bench_jobs
 from saejax import config
@@ -18,6 +17,7 @@ from saejax.preflight.plan import plan_run
 from saejax.preflight.shapes import read_shapes
 from saejax.runner.flags import define_flags, from_flags
 from saejax.runner.registry import all_groups
+from saejax.stages.attribute.plan import planned_graphs
 from saejax.stages.train.plan import train_programs
 from saejax.training.members import choose_sites
 
