@@ -1,8 +1,8 @@
 """The verdict in worlds whose truth is known: how often it says yes where nothing is true, and where something is.
 
 Every world differs from the others in features, prompts, templates, dictionary and answers, and its features differ in
-scale by a factor of ten. Of 200 worlds without an effect a test at 5 % says yes in 16 or fewer with a probability of
-97 %, of 40 in 6 or fewer with one of 99 %; the seeds are fixed. Rates are of p-values before correction; they are
+scale by a factor of ten. Of 400 worlds without an effect a test at 5 % says yes in 32 or fewer with a probability of
+99 %, of 40 in 6 or fewer with one of 99 %; the seeds are fixed. Rates are of p-values before correction; they are
 printed (pytest -s). Most worlds are linear; in the last ones a tiny random model is measured by the engine.
 """
 
@@ -33,7 +33,7 @@ from saejax.interventions.verdict import verdict
 from saejax.tasks.behaviours import Prompt
 
 K, M = 5, 79
-COUNTS = pytest.mark.parametrize("worlds", [40, pytest.param(200, marks=pytest.mark.slow)])
+COUNTS = pytest.mark.parametrize("worlds", [40, pytest.param(400, marks=pytest.mark.slow)])
 
 
 def judge(world: World, top: tuple[int, ...], seed: int, **options) -> BehaviourVerdict:
@@ -162,7 +162,7 @@ def test_general_damage_is_more_than_random_and_not_specific(worlds):
     assert_level(rate("general damage", verdicts, "placebo"), worlds)
 
 
-SITE, TOP, TRAIN, TEST, DROP = "resid_post.1", 3, 10, 12, 3.0  # logits that planted features carry
+SITE, TOP, TRAIN, TEST, DROP = "resid_post.1", 3, 10, 12, 0.6  # logits that planted features carry
 CONFIG = AblateConfig(top=TOP, random_sets=39, placebo_targets=39, untrained=False, baselines=(), bootstrap=200)
 TEMPLATES = ("The {} near the {}", "One day the {} and the {}", "She said that {} was {}", "If the {} is not {}")
 WORDS = (" the", " runs", " far", " way", " was", " and", " near", " cat", " war", " year", " went", " said")
@@ -235,5 +235,7 @@ def test_a_planted_effect_is_found_whether_spread_or_concentrated(tiny, make_dic
     for seed in range(worlds):
         prompts = random_prompts(tiny, seed, fixed=True)
         dictionary = with_planted(tiny, make_dictionary(SITE, seed=seed), prompts, planted, seed)
-        answers.append(measure_and_judge(tiny, dictionary, prompts, placebos=0).random.answer)
-    assert answers.count("yes") >= 0.95 * worlds
+        # The rank alone: from 160 features fewer than ten lists can be made, which the rule calls not testable.
+        p_value = measure_and_judge(tiny, dictionary, prompts, placebos=0).random.p_value
+        answers.append(p_value is not None and p_value <= 0.05)
+    assert sum(answers) >= 0.95 * worlds
