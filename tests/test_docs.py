@@ -118,7 +118,7 @@ def test_pages_link_to_and_guides_name_what_exists(path):
         assert flag in values, flag
     for name in re.findall(r"(?<![\w/.-])saejax\.(\w+)\(", text):
         assert name in saejax.__all__, name
-    for program in re.findall(r"\bbin/saejax ([a-z_]+)\b", text):
+    for program in re.findall(r"(?<!SAEJAX=)\.venv/bin/saejax ([a-z_]+)\b", text):
         assert program in list_programs(), program
 
 

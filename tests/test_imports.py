@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from test_structure import ROOT, TREES, import_names, loaded_by_name
+from test_structure import PAGES_OF_NOTEBOOKS, ROOT, TREES, import_names, loaded_by_name
 
 # The library's packages. Each may import from those that stand before it. A module directly in saejax/, such as
 # saejax/config.py, stands below them all, unless it is named among the shell's.
@@ -24,8 +24,6 @@ TORCH_MAY_BE_IN = {"saejax.activations.torch_capture"} | {f"saejax.models.{name}
 # Loaded where they are used: torch and transformers, what an extra installs, and what would take seconds of --help.
 LAZY = "torch transformers wandb gguf accelerate openai starlette uvicorn datasets sklearn pandas"
 IMPORTS = {module: import_names(tree) for module, tree in TREES.items()}
-# A notebook's Graph writes its page by itself, so that method imports the page's code.
-PAGES_OF_NOTEBOOKS = {"saejax.attribution.graph.graph"}
 
 
 def part(name: str) -> str:

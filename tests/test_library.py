@@ -146,7 +146,7 @@ def test_other_widths_are_refused(lm, sae):
 
 def test_a_transcoder_reads_one_site_and_predicts_the_other(lm, acts):
     settings = dict(k=8, expansion=1, batch=64, max_steps=3, form="transcoder")
-    transcoder = saejax.train(acts, "mlp_in.1", on_progress=lambda line: None, **settings)
+    transcoder = saejax.train(acts, "mlp_in.1", on_progress=None, **settings)
     assert (transcoder.site, transcoder.config.target) == ("mlp_in.1", "mlp_out.1")
     assert np.isfinite(saejax.evaluate(lm, transcoder, TEXTS[:2]).losses.ce["reconstructed"])
 
@@ -179,7 +179,7 @@ def test_a_crosscoder_is_trained_on_the_models_mesh_and_scored_at_all_its_parts(
 
 def test_training_goes_on_in_its_folder(acts, tmp_path):
     settings = dict(k=4, expansion=1, batch=64, max_steps=4, checkpoint_every=2)
-    whole = saejax.train(acts, SITE, on_progress=lambda line: None, folder=tmp_path / "run", **settings)
+    whole = saejax.train(acts, SITE, on_progress=None, folder=tmp_path / "run", **settings)
     lines: list[str] = []
     again = saejax.train(acts, SITE, on_progress=lines.append, folder=tmp_path / "run", **settings)
     assert any("resuming" in line for line in lines), lines

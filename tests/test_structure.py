@@ -25,6 +25,7 @@ def parse(path: Path) -> ast.Module:
 
 TREES = {name: parse(path) for name, path in MODULES.items()}
 
+PAGES_OF_NOTEBOOKS = {"saejax.attribution.graph.graph"}
 LOADERS = {"import_module", "__import__", "load"}  # functions that take the name of a module
 
 
@@ -50,8 +51,9 @@ def import_names(tree: ast.Module, nodes: Iterable[ast.AST] | None = None) -> se
 
 
 def imported(name: str) -> set[str]:
-    """The package's modules that a module imports."""
-    return (import_names(TREES[name]) & MODULES.keys()) - {name}
+    """The package's modules that a module imports; a notebook's method that writes a page imports it by itself."""
+    nodes = TREES[name].body if name in PAGES_OF_NOTEBOOKS else None
+    return (import_names(TREES[name], nodes) & MODULES.keys()) - {name}
 
 
 @functools.cache

@@ -34,7 +34,7 @@ class CausalMask(NamedTuple):
     pad_B: jax.Array | None = None  #: int32 places of each prompt, from 0, that hold padding; None: none do
 
     def array(self, queries: int, keys: int) -> jax.Array:
-        """Return True where a query attends to a key, [T, S] or, with padding, [B, T, S]."""
+        """Return True where one of ``queries`` attends to one of ``keys``, [T, S] or, with padding, [B, T, S]."""
         place_S = jnp.arange(keys)
         # Queries that only fill up a block attend as the last one does: a softmax over no keys would be NaN.
         age_TxS = jnp.minimum(self.first + jnp.arange(queries), keys - 1)[:, None] - place_S[None, :]

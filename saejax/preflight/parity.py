@@ -96,9 +96,8 @@ def _transformers(model: Any, sites: Sequence[Site], prompts: Sequence[Tokens]) 
     for number, tokens in enumerate(prompts):
         count = len(tokens.lengths_B)
         rows_B = tuple(np.arange(length) for length in tokens.lengths_B)
-        batches.append(
-            Batch(tokens.ids_BxT, np.full(count, number), np.zeros(count, np.int32), tokens.lengths_B, rows_B)
-        )
+        documents_B, first_B = np.full(count, number), np.zeros(count, np.int32)
+        batches.append(Batch(tokens.ids_BxT, documents_B, first_B, tokens.lengths_B, rows_B, tokens.ids_BxT.shape))
     SiteReader(model, sites).read(batches, take)
     return values
 

@@ -63,8 +63,11 @@ class Guard:
         hosts = headers.get("host", [])
         if len(hosts) != 1 or hosts[0] not in self._hosts | self._proxies:
             return 403, "another host is asked for: start the server with --hosts=HOST to allow a tunnel or proxy"
-        own = {f"http://{hosts[0]}", *(f"{scheme}://{host}" for host in self._proxies for scheme in ("http", "https"))}
-        if not own.issuperset(headers.get("origin", [])):
+        pages = {
+            f"http://{hosts[0]}",
+            *(f"{scheme}://{host}" for host in self._proxies for scheme in ("http", "https")),
+        }
+        if not pages.issuperset(headers.get("origin", [])):
             return 403, "another page asks: start the server with --hosts=HOST to allow a tunnel or proxy"
         token = scope["path"].split("/")[1] if scope["path"].count("/") > 1 else ""
         if not secrets.compare_digest(token.encode("utf-8", "replace"), self._token.encode()):

@@ -255,8 +255,8 @@ def recurrence_p(
       A p-value above 0; None if no outcome has one of at most ``LEVEL``.
     """
     place = {name: index for index, name in enumerate(categories)}
-    count_C = np.bincount([place[one.name] for one in primitives if one.name], minlength=len(categories))
-    names = [sorted({place[one.name] for one in some if one.name}) for some in elsewhere]
+    count_C = np.bincount([place[group.name] for group in primitives if group.name], minlength=len(categories))
+    names = [sorted({place[group.name] for group in some if group.name}) for some in elsewhere]
     rng = np.random.default_rng(seed)
     # Names of one dictionary that differ stay different: as many categories, drawn without replacement.
     shuffled_R = np.array(

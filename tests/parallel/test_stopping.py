@@ -131,7 +131,7 @@ def slurm(tmp_path) -> dict:
 def test_a_run_of_one_process_under_a_launcher_hears_of_the_signal(inputs, captured, tmp_path):
     """One node, ``--mesh.distributed=auto``: JAX's own handler of SIGTERM must not take the place of Python's."""
     workdir, step = tmp_path / "run", slurm(tmp_path)
-    runs.captured_only(captured, workdir)
+    runs.copy_units(captured, workdir, "capture")
     flags = runs.small_flags(*inputs, workdir, **ENDLESS)
     flags += ["--mesh.distributed=auto", f"--mesh.coordinator={step['coordinator']}"]
     process = runs.start("train", flags, **step["environment"])
@@ -143,7 +143,7 @@ def test_a_run_of_one_process_under_a_launcher_hears_of_the_signal(inputs, captu
 
 def test_a_signal_to_one_of_two_processes_that_train_together_stops_both(inputs, captured, tmp_path):
     workdir = tmp_path / "run"
-    runs.captured_only(captured, workdir)
+    runs.copy_units(captured, workdir, "capture")
     pair = runs.start_pair("train", runs.small_flags(*inputs, workdir, **ENDLESS))
     list(itertools.takewhile(lambda line: "tokens/s" not in line, pair[0].stdout))
     os.kill(pair[1].pid, signal.SIGTERM)

@@ -17,7 +17,6 @@ from saejax.preflight.plan import plan_run
 from saejax.preflight.shapes import read_shapes
 from saejax.runner.flags import define_flags, from_flags
 from saejax.runner.registry import all_groups
-from saejax.stages.attribute.plan import planned_graphs
 from saejax.stages.train.plan import train_programs
 from saejax.training.members import choose_sites
 
@@ -101,9 +100,7 @@ def test_transcoders_of_all_layers_and_a_graph_of_them(monkeypatch):
     assert choose_sites(configs.named("train"), None) == [member.site for member in stack.members]
     steps = configs.named("corpus").max_tokens // configs.named("train").batch
     assert 48_800 <= steps < 48_900 and "48,800 steps" in path.read_text()
-    # The set is not trained yet, but its sizes are known.
-    size = planned_graphs(plan).size
-    assert size.transcoder.n_features == 16_384 and size.active == 64
+    assert (stack.dictionary.n_features, stack.dictionary.k) == (16_384, 64)
 
 
 def test_phi_2s_32_layers_fit_one_device_of_80_gb_in_turn(monkeypatch, quick_compiler):

@@ -8,8 +8,8 @@ from report_page import Page
 from saejax.page.document import Section, to_html
 from saejax.page.strips import Example, Strips
 from saejax.page.tables import Table, escape_markdown, interval, number, percent, significant
-from saejax.unicode import visible
 from saejax.results import Interval
+from saejax.unicode import visible
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def token_of(model: LanguageModel, target: str | int) -> int:
         ids = continuation_ids(model.tokenizer, target)
         if len(ids) != 1:
             raise UserError(
-                f"the target {target!r} is {len(ids)} tokens: expected one, such as ' Paris'; a difference is of two"
+                f"the target {target!r} is {len(ids)} tokens: expected a text of one, such as ' Paris', or a pair"
             )
         target = int(ids[0])
     if not isinstance(target, Integral) or not 0 <= target < model.config.vocab:

@@ -122,6 +122,8 @@ class SaeRun(PromptRun):
         if freeze != "none":
             raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
         model, n_layers, last = self.model, self.model.config.n_layers, len(self.ids_P) - 1
+        pairs = zip(self.dictionaries.sites, self.dictionaries.configs, strict=True)
+        change_Nx5 = placed_changes(edits, last + 1, {site.layer: config.n_features for site, config in pairs})
         self.dictionaries.resolve_sinks(model)  # another model may have used the SAEs meanwhile
         index_J = np.asarray(features, np.int64)
         wanted = self.active[index_J]
@@ -137,9 +139,10 @@ class SaeRun(PromptRun):
             on_progress(start, len(edits))
             rows = slice(start, min(start + size, len(edits)))
             # The prompt goes along as the first row: a small effect is a difference of values of one program.
-            batch = [[], *edits[rows]]
-            tokens = Tokens(np.tile(self.ids_P, (len(batch), 1)), np.full(len(batch), last + 1, np.int32))
-            sites = model(tokens, capture=capture, edits=self._edits(batch), logits=False).sites
+            count, here_N = 1 + rows.stop - start, (change_Nx5[:, 0] >= start) & (change_Nx5[:, 0] < rows.stop)
+            edits_here = self._edits(change_Nx5[here_N] - [start - 1, 0, 0, 0, 0])
+            tokens = Tokens(np.tile(self.ids_P, (count, 1)), np.full(count, last + 1, np.int32))
+            sites = model(tokens, capture=capture, edits=edits_here, logits=False).sites
             for layer in np.unique(wanted.layer_A).tolist():
                 value, here = sites[str(site_of[layer])].astype(jnp.float32), np.flatnonzero(wanted.layer_A == layer)
                 places = wanted.position_A[here], encoder_JxD[here]
@@ -152,10 +155,8 @@ class SaeRun(PromptRun):
                 logits_RxV[rows] = to_host(decoder.unembed(model.config, model.params, last_BxD[1:], self.rules))
         return LocalRun(feature_RxJ, readout_RxK, logits_RxV if logits else None).checked()
 
-    def _edits(self, rows: Sequence[Sequence[Change]]) -> list["PlacedEdit"]:
-        pairs = zip(self.dictionaries.sites, self.dictionaries.configs, strict=True)
-        sizes = {site.layer: config.n_features for site, config in pairs}
-        change_Nx5, edits = placed_changes(rows, len(self.ids_P), sizes), list[PlacedEdit]()
+    def _edits(self, change_Nx5: np.ndarray) -> list["PlacedEdit"]:
+        edits = list[PlacedEdit]()
         for site in self.dictionaries.sites:
             here_Mx5 = change_Nx5[change_Nx5[:, 1] == site.layer]
             if len(here_Mx5):

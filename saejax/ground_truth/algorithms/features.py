@@ -73,22 +73,22 @@ def match_variables(
             has_P = np.array([each == value for each in values])
             halves = [known_P & ~judges_P, known_P & judges_P]
             if min(min(has_P[half].sum(), (~has_P[half]).sum()) for half in halves) >= _LEAST:
-                matched = _match_value(f_PxF[halves[0]], has_P[halves[0]], f_PxF[halves[1]], has_P[halves[1]])
-                chosen.append((VariableFeature(name, value, int(has_P[halves[1]].sum()), *matched, 0.0, 0.0), has_P))
-    p_holm = holm_by_key({place: one.p_holm for place, (one, _) in enumerate(chosen)})
-    tests, edits = [prompt for prompt in prompts if prompt.split == "test"], [[one.feature] for one, _ in chosen]
+                best = _match_value(f_PxF[halves[0]], has_P[halves[0]], f_PxF[halves[1]], has_P[halves[1]])
+                chosen.append((VariableFeature(name, value, int(has_P[halves[1]].sum()), *best, 0.0, 0.0), has_P))
+    p_holm = holm_by_key({place: match.p_holm for place, (match, _) in enumerate(chosen)})
+    tests, edits = [prompt for prompt in prompts if prompt.split == "test"], [[match.feature] for match, _ in chosen]
     drops = {}
     for name, dictionary in dictionaries.items():
         clean_1xPx1, edited_NxPx1 = np.split(effects(lm, tests, mask(dictionary, [[], *edits])), [1])
         drops[name] = (clean_1xPx1 - edited_NxPx1)[..., 0]
     return tuple(
         dataclasses.replace(
-            one,
+            match,
             p_holm=p_holm[place],
             drop=float(drops[TRAINED][place, has_P[judges_P]].mean()),
             random_drop=float(drops[RANDOM][place, has_P[judges_P]].mean()),
         )
-        for place, (one, has_P) in enumerate(chosen)
+        for place, (match, has_P) in enumerate(chosen)
     )
 
 

@@ -92,8 +92,9 @@ def run_algorithm(run: Run) -> AlgorithmResults:
     for name, each in features.items():
         run.say(f"{name}: {100 * each.changing.mean:.1f} % of {each.live} features change an answer")
     variables = match_variables(lm, dictionaries, prompts)
-    for one in variables:
-        run.say(f"{one.variable} {one.value}: feature {one.feature}, AUC {one.auc:.2f}, p {one.p_holm:.3f}")
+    for match in variables:
+        about = f"feature {match.feature}, AUC {match.auc:.2f}, p {match.p_holm:.3f}"
+        run.say(f"{match.variable} {match.value}: {about}")
     return AlgorithmResults(accuracy, dict(algorithm.required), len(tests), features, variables)
 
 

@@ -45,7 +45,7 @@ def _shown(configs: Configs, name: str) -> Sequence[str]:
 ATLAS = Stage(
     name="atlas",
     summary="writes pages of all features that were interpreted, with labels by people (--atlas.labels)",
-    revision=4,  # all heatmaps in one file
+    revision=5,  # pieces of characters are shown as bytes
     run=run_atlas,
     results=AtlasResults,
     groups=(AtlasConfig,),

@@ -30,7 +30,7 @@ INTERPRET = Stage(
     name="interpret",
     summary="says what features mean: examples, tokens, neighbours, labels that are scored, if "
     "--interpret.dictionaries names any",
-    revision=6,  # tokens that features raise in a PyTorch model leave its biases out
+    revision=7,  # pieces of characters are shown as bytes
     run=run_interpret,
     results=InterpretResults,
     groups=(ModelConfig, InterpretConfig),

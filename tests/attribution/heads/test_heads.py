@@ -134,7 +134,7 @@ def test_the_page_and_a_file_have_the_heads(monkeypatch, tmp_path, traced, prune
     monkeypatch.setattr(outputs, "write_page", lambda path, document, **rest: written.update(rest))
     heads = largest_heads(traced.local, traced.readouts, pruned)
     run = SimpleNamespace(folder=tmp_path, configs=Configs(GraphConfig()))
-    outputs.write_outputs(run, traced.graph, to_document(pruned, "one"), heads, [])
+    outputs.write_outputs(run, to_document(pruned, "one"), heads, [])
     assert written["heads"] == heads and len(heads) > 5
     shown = outputs.read_shown(tmp_path / "heads" / "one.json")["heads"]
     assert {edge: [tuple(head) for head in some] for edge, some in shown.items()} == heads

@@ -62,7 +62,11 @@ def test_its_files_are_those_of_circuit_tracer_key_by_key(case, tmp_path):
         for key in ("influence", "activation", "token_prob"):
             value, expected = node.pop(key), wanted.pop(key)
             assert (value is None) == (expected is None) and (value is None or abs(value - expected) < 1e-5)
-        assert {**node, "node_id": their_id(node["node_id"])} == wanted
+        ours = {**node, "node_id": their_id(node["node_id"])}
+        if node["feature"] == -1:  # of its later versions, errors have no other node's name
+            layer, _, position = node["node_id"].split("_")
+            ours["jsNodeId"] = {f"{layer}_-1-{position}": f"{layer}_{position}-0"}[node["jsNodeId"]]
+        assert ours == wanted
     ends = [(their_id(link["source"]), their_id(link["target"])) for link in document["links"]]
     assert ends == [(link["source"], link["target"]) for link in described["links"]]
     assert relative_error(*([link["weight"] for link in one["links"]] for one in (document, described))) < 1e-5
