@@ -20,8 +20,11 @@ from saejax.runner.results import load_results
 ROOT = Path(__file__).parents[1]
 JOBS = {
     "node": ("h100:8", ["--mesh.member=4"]),
-    "nodes": ("h100:4x8", ["--mesh.member=4"]),
-    "slice": ("v5e:8x8", ["--mesh.member=4", "--mesh.model=2", "--train.zero_optimizer"]),
+    "nodes": ("h100:4x8", ["--mesh.member=4", "--capture.batch_tokens=1024"]),
+    "slice": (
+        "v5e:8x8",
+        ["--mesh.member=4", "--mesh.model=2", "--train.zero_optimizer", "--capture.batch_tokens=1024"],
+    ),
 }
 
 
