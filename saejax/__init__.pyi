@@ -16,6 +16,7 @@ from saejax.dictionaries import load_dictionary as load_dictionary
 from saejax.dictionaries import load_transcoders as load_transcoders
 from saejax.dictionaries import save_dictionary as save_dictionary
 from saejax.dictionaries import save_transcoders as save_transcoders
+from saejax.errors import UserError as UserError
 from saejax.interventions.answers import CausalVerdict as CausalVerdict
 from saejax.interventions.answers import VerdictConfig as VerdictConfig
 from saejax.interventions.engine import effects as effects
