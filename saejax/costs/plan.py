@@ -1,6 +1,7 @@
 """A planned run: a configuration, a model known by its shape, and devices that need not be there."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from saejax.models.settings import ModelConfig
 from saejax.models.sites import Site
 from saejax.parallel.mesh import alone_config, make_mesh
 from saejax.runner.stage import Stage
+from saejax.stages.preflight.settings import PreflightConfig
 
 WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
@@ -84,6 +86,11 @@ class PlannedRun:
         """
         name = self.configs.named(stage).dictionary
         if is_folder(name):
+            layers, features = re.findall(r"layer_(\d+)", name), self.configs[PreflightConfig].transcoder_features
+            if features and layers and name.startswith("hf://"):
+                site, target = f"mlp_in.{layers[-1]}", f"mlp_out.{layers[-1]}"
+                d = self.model.d_model
+                return DictionaryConfig(kind="standard", site=site, target=target, d_in=d, n_features=features)
             return read_config(name)
         kind, member = kind_and_member(name)
         stack = self.stacks[one_of(kind, self.stacks, f"dictionary for {stage} (--train.kinds)")]

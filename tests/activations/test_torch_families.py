@@ -23,7 +23,8 @@ def make_batch() -> Batch:
     for row, length in zip(ids_BxT, LENGTHS, strict=True):
         row[length:] = 0
     stop_B = np.array(LENGTHS)
-    return Batch(ids_BxT, np.arange(len(LENGTHS)), np.zeros_like(stop_B), stop_B, tuple(map(np.arange, LENGTHS)))
+    rows_B = tuple(map(np.arange, LENGTHS))
+    return Batch(ids_BxT, np.arange(len(LENGTHS)), np.zeros_like(stop_B), stop_B, rows_B, ids_BxT.shape)
 
 
 def read(reader: SiteReader) -> dict[Site, np.ndarray]:

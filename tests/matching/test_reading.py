@@ -245,7 +245,7 @@ def test_dictionaries_of_one_shape_are_encoded_by_one_program():
     values_NxD, before = np.random.default_rng(0).normal(size=(20, 8)), firings._encode_tokens._cache_size()
     for layer in range(3):
         dictionary = random_dictionary(8, 16, layer)
-        place = dict(site=f"resid_post.{layer}", max_norm=2.0 + layer / 4, fingerprint=str(layer), context=layer)
+        place = dict(site=f"resid_post.{layer}", max_norm=2.0 + layer / 4, fingerprint=str(layer))
         placed = dataclasses.replace(dictionary.config, **place)
         activity = encode(dictionary.with_config(placed), values_NxD, 16)
         real_N = np.linalg.norm(values_NxD, axis=1) <= 2.0 + layer / 4

@@ -59,8 +59,8 @@ def test_one_model_is_planned(tmp_path, inputs, capsys):
     assert "device-hours" in capsys.readouterr().out
     assert preflight(*runs.small_flags(*inputs, tmp_path)) == 0
     assert "done before, unchanged" in capsys.readouterr().out
-    assert preflight(*runs.small_flags(*inputs, tmp_path, train__k=4)) == 0
-    assert "--train.k was 8, is 4" in capsys.readouterr().out
+    assert preflight(*runs.small_flags(*inputs, tmp_path, preflight__transcoder_features=9)) == 0
+    assert "--preflight.transcoder_features was 0, is 9" in capsys.readouterr().out
     assert len(list(tmp_path.glob("preflight-*/done.json"))) == 2, "the earlier results stay"
 
 

@@ -204,4 +204,4 @@ def test_published_transcoders_are_planned_for_one_device(tmp_path, monkeypatch,
     flags = ["preflight", f"--workdir={tmp_path}", flagfile, "--preflight.topology=a100-80:1"]
     assert command.run(["preflight"], "", flags) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert "circuits: rows" in said and "device-hours" in said
+    assert "ablate: " in said and "device-hours" in said

@@ -284,8 +284,11 @@ def test_members_of_a_stack_start_as_they_would_alone_but_apart_at_several_sites
             np.testing.assert_allclose(a[index], b[0], rtol=1e-5, atol=1e-6)  # other programs, of other shapes
     sites = make_stack(mesh=one_device, sites=("resid_post.1", "resid_post.2"))
     first, second = np.asarray(init_state(sites).params["W_dec_FxD"])
-    alone = init_state(make_stack(mesh=one_device)).params["W_dec_FxD"][0]
-    np.testing.assert_allclose(first, alone, rtol=1e-5, atol=1e-6)
+    # By their names, whatever stands before them.
+    more = make_stack(mesh=one_device, sites=("resid_post.0", "resid_post.2", "resid_post.1"))
+    np.testing.assert_allclose(
+        np.asarray(init_state(more).params["W_dec_FxD"])[:0:-1], [first, second], rtol=1e-5, atol=1e-6
+    )
     assert np.abs((first * second).sum(-1)).max() < 0.95 and not np.allclose(first, second)
 
 

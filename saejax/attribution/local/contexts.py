@@ -15,6 +15,7 @@ from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.state import first_used
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import Dictionary
+from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode, token_text
 from saejax.parallel.collectives import to_host
@@ -44,6 +45,9 @@ class ContextSearch:
         Args:
           features: layer and index of each.
           on_progress: called with the layers run, of all texts, and their total; may raise to stop.
+
+        Raises:
+          UserError: an activation is not finite.
         """
         contexts: dict[tuple[int, int], list[Context]] = {feature: [] for feature in features}
         if not contexts:
@@ -69,6 +73,11 @@ class ContextSearch:
                     continue
                 encoder = self.transcoders.encoder(layer, model.mesh)
                 value_RxTxU = _activations(encoder, np.array(wanted, np.int32), read_RxTxD, is_used_RxT)
+                if not np.isfinite(value_RxTxU).all():
+                    raise UserError(
+                        f"activations of features in layer {layer} are not finite: the transcoder's or the model's "
+                        "weights are damaged"
+                    )
                 for row, unit in np.argwhere(value_RxTxU.any(axis=1)):
                     value_P = value_RxTxU[row, : len(some[row]), unit]
                     peak = int(value_P.argmax())

@@ -17,7 +17,6 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.interventions.ablation import FRACTIONS
 from saejax.interventions.curves import EffectCurve, compare_at_equal_dose
 from saejax.interventions.rows import edit_value
 from saejax.interventions.split_model import SplitModel, active_features, record, run_head
@@ -39,6 +38,10 @@ _WINDOW, _POOL = 8, 64  # windows and features are filled up to a multiple of th
 LEVEL = 0.05  # of the test, after correction
 
 Effects = tuple[Sequence[int], EffectCurve, Sequence[EffectCurve]]  # features, their curve, those of random sets
+
+
+#: Fractions at which the top features of a step are ablated: random sets, of smaller doses, are compared in between.
+FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 class StepTester:

@@ -20,6 +20,12 @@ class PreflightConfig(Config):
         "such as a100-40:8, a100-80:8, h100:8 or h100:4x8 (simulated by CPU devices; not in a pipeline); empty: the "
         "devices of this machine",
     )
+    transcoder_features: int = setting(
+        0,
+        "features per layer of a set of transcoders on the hub, so that what reads one can be planned before it is "
+        "downloaded; 0: unknown, and the hub is asked",
+        low=0,
+    )
     parity: bool = setting(
         False,
         "compare the decoder with transformers, in --model.dtype; a relative error of a site or of the logits above "
