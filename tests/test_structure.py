@@ -7,6 +7,7 @@ import io
 import re
 import textwrap
 import tokenize
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -270,3 +271,11 @@ def test_names_and_docstrings_are_clear():
     paths = sorted(path for top in tops for path in (ROOT / top).rglob("*.py"))
     wrong = [f"{path.relative_to(ROOT).as_posix()}:{word}" for path in paths for word in unclear_language(parse(path))]
     assert not wrong, "say what it is: " + ", ".join(wrong)
+
+
+def test_every_fault_to_inject_has_its_line_once():
+    """A line that was moved or rewritten would be no fault, and nobody would miss it until the next count."""
+    faults = tomllib.loads((ROOT / "scripts" / "faults.toml").read_text())["fault"]
+    for fault in faults:
+        assert (ROOT / fault["file"]).read_text().count(fault["line"]) == 1, fault
+        assert all((ROOT / test).exists() for test in fault["tests"]), fault
