@@ -198,15 +198,13 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
     """Make a unit unless it is done; several processes return when it is done."""
     workspace, plan, processes = pipeline.workspace, pipeline.plan, pipeline.processes
     mark = plan.fingerprint(unit)
-    done = plan.is_done(workspace, unit) if pipeline.leads else False
+    done = _find_done(pipeline, unit) if pipeline.leads else ""
     if processes:  # the first process looks, since others may see a shared folder a little later
-        done = processes.broadcast(f"{unit}: done", json.dumps(done)) == "true"
-    if not done and workspace.is_removed(unit, mark) and not _is_read_later(pipeline, unit):
-        return pipeline.say(f"{unit}: done before, its files removed since, and no unit that is left reads them")
+        done = processes.broadcast(f"{unit}: done", done)
     if done:
         if pipeline.leads:
             workspace.point(unit, mark)
-            pipeline.say(f"{unit}: done before, unchanged")
+            pipeline.say(f"{unit}: done before, {done}")
         return
     inputs = {need: _input_folder(pipeline, unit, need) for need in plan.needs(unit)}
     if pipeline.leads:
@@ -219,10 +217,24 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
         processes.barrier(f"{unit}: done")
 
 
+def _find_done(pipeline: _Pipeline, unit: str) -> str:
+    """Return how a unit that need not be made is found, in words; "" for one that is to be made."""
+    workspace, mark = pipeline.workspace, pipeline.plan.fingerprint(unit)
+    if pipeline.plan.is_done(workspace, unit):
+        return "unchanged"
+    if workspace.is_removed(unit, mark) and not _is_read_later(pipeline, unit):
+        return "its files removed since, and no unit that is left reads them"
+    return ""
+
+
 def _is_read_later(pipeline: _Pipeline, unit: str) -> bool:
     """Return whether a unit of this run that is not finished reads another one."""
-    plan, later = pipeline.plan, (other for other in pipeline.units if other != unit)
-    return any(unit in plan.needs(other) and not plan.is_done(pipeline.workspace, other) for other in later)
+    plan = Workplan(pipeline.plan.configs)  # a plan of its own: fingerprints may depend on what is made meanwhile
+    for other in pipeline.units:
+        with contextlib.suppress(UserError):  # said when that unit's turn comes
+            if other != unit and unit in plan.needs(other) and not plan.is_done(pipeline.workspace, other):
+                return True
+    return False
 
 
 def _run_claimed(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], claims: contextlib.ExitStack) -> None:
