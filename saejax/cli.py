@@ -4,8 +4,11 @@ From the repository's root, ``python -m experiments.STAGE`` does the same. A sta
 ``saejax STAGE --plugins=FILE``.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
+
+from absl import flags
 
 from saejax.runner import environment
 
@@ -36,6 +39,8 @@ def main(program: str = "") -> None:
       program: its name, such as "train"; "": the first argument of the command line names it.
     """
     if program:
+        with contextlib.suppress(UserError):  # said when the program reads its flags
+            _load_plugins(sys.argv[1:])
         sys.exit(run(program, sys.argv))
     name, *arguments = sys.argv[1:] or [""]
     if name in ("--help", "-h", "help"):
@@ -43,7 +48,7 @@ def main(program: str = "") -> None:
         sys.exit(0)
     try:
         # Its stages are known only when a plugin has been loaded.
-        plugins.load_named(arguments)
+        _load_plugins(arguments)
         if not name or name.startswith("-"):
             raise UserError("a program is missing: saejax STAGE --flag=value; saejax --help lists them")
         one_of(name, list_programs(), "program (saejax --help lists them)")
@@ -51,6 +56,12 @@ def main(program: str = "") -> None:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
     sys.exit(run(name, [f"saejax {name}", *arguments]))
+
+
+def _load_plugins(arguments: Sequence[str]) -> None:
+    """Load the plugins that arguments name; what else is wrong with these is said when the program reads its flags."""
+    with contextlib.suppress(flags.Error, UnicodeDecodeError):
+        plugins.load_named(arguments)
 
 
 def run(program: str, argv: Sequence[str]) -> int:

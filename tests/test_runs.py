@@ -5,6 +5,7 @@ from test_pipeline import go
 
 from saejax.errors import Interrupted
 from saejax.runner import runs
+from saejax.runner.pipeline import RunOptions
 from saejax.runner.workspace import Workspace
 
 CHANGED = dict(train__l1=(9.0,))
@@ -59,11 +60,28 @@ def test_a_store_goes_when_its_readers_are_done_and_is_made_again_for_a_new_one(
     assert "removed store: capture-" in capsys.readouterr().out
     assert not (store.folder / "out.txt").exists() and (store.folder / "done.json").exists()
     lines: list[str] = []
+    assert go(workdir, say=lines.append, options=RunOptions(dry_run=True), **CHANGED) == []
+    assert lines[-1].startswith("0 of 9 units to make")
     assert go(workdir, say=lines.append, **CHANGED) == []
     assert "capture: done before, its files removed since, and no unit that is left reads them" in lines
     assert go(workdir, train__k=(3,)) == ["capture", "train/topk", "evaluate/topk", "ablate/topk", "report"]
     assert (store.folder / "out.txt").exists() and not (store.folder / "removed.json").exists()
-    assert runs.remove(Workspace(workdir), runs.list_units(workdir), ["stores"], dry_run=True)
+    assert runs.remove(Workspace(workdir), runs.list_units(workdir), ["stores"])
+    assert go(workdir, ["capture"], train__k=(3,)) == ["capture"], "asked for by itself, it is made again"
+
+
+def test_a_store_of_which_units_read_some_sites_alone_is_known_to_be_read(tmp_path):
+    """Their own fingerprints take one of a store that has no other sites."""
+    sites = dict(capture__sites=("resid_post.15", "resid_post.14"), task__behaviours=())
+    stages = ["capture", "train", "evaluate"]
+    with pytest.raises(Interrupted):
+        go(tmp_path, stages, stopped=["train/standard"], **sites)
+    (store,) = [unit for unit in runs.list_units(tmp_path) if unit.name == "capture"]
+    assert store.readers == ("train/standard", "train/topk")
+    assert runs.remove(Workspace(tmp_path), runs.list_units(tmp_path), ["stores"]) == [], "a reader is not finished"
+    go(tmp_path, stages, **sites)
+    go(tmp_path, stages, **sites | dict(capture__bos="never"))
+    assert len(runs.remove(Workspace(tmp_path), runs.list_units(tmp_path), ["stores"])) == 2
 
 
 def test_checkpoints_of_finished_units_go(workdir):

@@ -146,7 +146,9 @@ def parse_sites(names: Sequence[str], backend: str) -> tuple[AnySite, ...]:
 
 def batch_devices(mesh: MeshConfig, request: CaptureRequest, config: CaptureConfig) -> int:
     """Return the number of devices over which the rows of a batch are split."""
-    return 1 if config.backend == "torch" or request.needs_torch else document_devices(make_mesh(mesh))
+    models = [request, *([request.second] if request.second else [])]
+    in_torch = config.backend == "torch" or all(each.needs_torch for each in models)
+    return 1 if in_torch else document_devices(make_mesh(mesh))
 
 
 def load_reader(mesh: MeshConfig, request: CaptureRequest, config: CaptureConfig) -> Reader:

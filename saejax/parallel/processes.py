@@ -144,9 +144,9 @@ class Processes:
                     os.listdir(folder)  # NFS then looks again
             return [str(path) for path in unseen]
 
-        if not self.wait("files of other processes", missing, _VISIBLE):
+        if not self.wait("files of other processes", missing, _VISIBLE) and (unseen := missing()):
             raise UserError(
-                f"{missing()[0]} was written by another process and is not seen here: --workdir has to be one folder "
+                f"{unseen[0]} was written by another process and is not seen here: --workdir has to be one folder "
                 "that all hosts share"
             )
 

@@ -50,12 +50,16 @@ class StopAgreement:
 
     def _watch(self) -> None:
         """Wait until a process is told to stop, then agree on the question."""
-        with contextlib.suppress(Exception):  # the service is gone when process 0 has ended
-            while not self._ended.wait(_LOOK_EVERY):
+        while not self._ended.wait(_LOOK_EVERY):
+            with contextlib.suppress(Exception):  # the service may be busy, or gone with process 0
                 if self._processes.stopping():
                     self._processes.put("stop/signals", "")
                 if self._processes.get("stop/signals"):
-                    return self._agree()
+                    break
+        else:
+            return
+        with contextlib.suppress(Exception):
+            self._agree()
 
     def _agree(self) -> None:
         with self._lock:

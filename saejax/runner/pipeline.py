@@ -26,7 +26,7 @@ from saejax.parallel.processes import Processes, ProcessShare, ShareDone
 from saejax.parallel.settings import MeshConfig
 from saejax.results import to_json
 from saejax.runner.changes import describe_changes
-from saejax.runner.plan import describe_plan, inputs_to_compare, plan_units
+from saejax.runner.plan import describe_plan, inputs_to_compare, is_read_later, plan_units
 from saejax.runner.profiling import Profiler
 from saejax.runner.registry import all_stages, flag_of, groups_of
 from saejax.runner.stage import split_unit
@@ -222,19 +222,9 @@ def _find_done(pipeline: _Pipeline, unit: str) -> str:
     workspace, mark = pipeline.workspace, pipeline.plan.fingerprint(unit)
     if pipeline.plan.is_done(workspace, unit):
         return "unchanged"
-    if workspace.is_removed(unit, mark) and not _is_read_later(pipeline, unit):
+    if workspace.is_removed(unit, mark) and not is_read_later(pipeline.plan.configs, workspace, pipeline.units, unit):
         return "its files removed since, and no unit that is left reads them"
     return ""
-
-
-def _is_read_later(pipeline: _Pipeline, unit: str) -> bool:
-    """Return whether a unit of this run that is not finished reads another one."""
-    plan = Workplan(pipeline.plan.configs)  # a plan of its own: fingerprints may depend on what is made meanwhile
-    for other in pipeline.units:
-        with contextlib.suppress(UserError):  # said when that unit's turn comes
-            if other != unit and unit in plan.needs(other) and not plan.is_done(pipeline.workspace, other):
-                return True
-    return False
 
 
 def _run_claimed(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], claims: contextlib.ExitStack) -> None:
@@ -359,7 +349,12 @@ def _start(plan: Workplan, unit: str, configs: Configs) -> dict[str, Any]:
     """Return what ``started.json`` holds in addition to the fingerprint."""
     stage = unit.partition("/")[0]
     return dict(
-        start=now(), depends_on=plan.dependencies(unit), config=_settings(configs, stage), packages=package_versions()
+        start=now(),
+        depends_on=plan.dependencies(unit),
+        # The units themselves: the fingerprints of what it depends on may be of a store with fewer sites.
+        inputs={need: plan.fingerprint(need) for need in plan.needs(split_unit(unit)[0])},
+        config=_settings(configs, stage),
+        packages=package_versions(),
     )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 
+from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.runner.changes import describe_changes
 from saejax.runner.stage import split_unit
@@ -54,7 +55,12 @@ def plan_units(plan: Workplan, workspace: Workspace, units: Sequence[str]) -> li
         if plan.is_done(workspace, unit):
             todo = REUSED
         elif workspace.is_removed(unit, mark):
-            todo, reason = MADE, "its files were removed; left out if nothing that is left reads them"
+            is_read = is_read_later(plan.configs, workspace, units, unit)
+            todo, reason = (
+                (MADE, "its files were removed")
+                if is_read
+                else (REUSED, "its files were removed, and no unit that is left reads them")
+            )
         elif (workspace.folder(unit, mark) / STARTED).exists():
             todo = RESUMED
         else:
@@ -66,6 +72,32 @@ def plan_units(plan: Workplan, workspace: Workspace, units: Sequence[str]) -> li
             reason = reason or ", ".join(f"{need} is made first" for need in _whole(plan, unit) if need in remade)
         planned.append(PlannedUnit(unit, mark, todo, reason, done, len(marks)))
     return planned
+
+
+def is_read_later(configs: Configs, workspace: Workspace, units: Sequence[str], unit: str) -> bool:
+    """Return whether a unit whose files were removed has to be made again for a run.
+
+    Args:
+      configs: all settings.
+      workspace: the folder of the run.
+      units: the units of the run.
+      unit: one of them.
+
+    Returns:
+      False if units of the run read it and all of these are finished.
+    """
+    plan = Workplan(configs)  # a plan of its own: fingerprints may depend on what is made meanwhile
+    readers = 0
+    for other in units:
+        try:
+            if other == unit or unit not in plan.needs(other):
+                continue
+            readers += 1
+            if not plan.is_done(workspace, other):
+                return True
+        except UserError:  # said when that unit's turn comes
+            return True
+    return not readers  # it was asked for by itself
 
 
 def _whole(plan: Workplan, unit: str) -> list[str]:

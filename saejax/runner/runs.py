@@ -14,7 +14,7 @@ from saejax.errors import UserError, one_of
 from saejax.files import read_object
 from saejax.links import linked_folder
 from saejax.runner import command, command_line
-from saejax.runner.workspace import CHECKPOINTS, STACK, STARTED, SUMMARY, Workspace
+from saejax.runner.workspace import CHECKPOINTS, STACK, STARTED, SUMMARY, Workspace, hold_claim
 
 ABOUT = """\
 runs: lists the units of a workdir: size, date, whether DIR/<unit> stands for it (current) or for another (obsolete),
@@ -49,7 +49,7 @@ class KeptUnit:
 def run(argv: Sequence[str]) -> int:
     """Run the program and return its exit status."""
     flag_values = flags.FlagValues()
-    command_line.define_workdir(flag_values)
+    flags.DEFINE_string("workdir", "", "", flag_values=flag_values)
     flags.DEFINE_list("remove", [], "", flag_values=flag_values)
     flags.DEFINE_bool("dry_run", False, "", flag_values=flag_values)
     command_line.define_common(flag_values)
@@ -66,7 +66,9 @@ def run(argv: Sequence[str]) -> int:
         units = list_units(root)
         for line in describe_units(units):
             print(line)
-        for line in remove(Workspace(root), units, wanted, bool(flag_values["dry_run"].value)):
+        dry_run = bool(flag_values["dry_run"].value)
+        workspace = Workspace(root, read_only=dry_run or not wanted)
+        for line in remove(workspace, units, wanted, dry_run):
             print(line)
 
     return command.run_and_report(work, flag_values)
@@ -81,7 +83,7 @@ def list_units(root: Path) -> list[KeptUnit]:
     folders = {path.parent: path for pattern in ("*-*", "*/*-*") for path in root.glob(f"{pattern}/{STARTED}")}
     started = {folder: read_object(path, "fingerprint") for folder, path in folders.items()}
     members = {name for folder in started for name in _members(folder) if _is_current(folder)}
-    reads = {folder: tuple(about.get("depends_on", {}).get("needs", {}).values()) for folder, about in started.items()}
+    reads = {folder: _reads(folder, about) for folder, about in started.items()}
     units = []
     for folder, about in started.items():
         name, state = _unit_name(root, folder), "obsolete"
@@ -99,6 +101,16 @@ def list_units(root: Path) -> list[KeptUnit]:
             KeptUnit(name, mark, folder, state, size, date, reads[folder], (*dict.fromkeys(readers),), removed)
         )
     return sorted(units, key=lambda unit: (unit.name, unit.date))
+
+
+def _reads(folder: Path, about: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the fingerprints of the units that a unit reads, and of those that its own fingerprint takes.
+
+    These differ where it depends on some sites of a store alone.
+    """
+    done = read_object(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
+    by_name = about.get("depends_on", {}).get("needs", {}), about.get("inputs", {}), done.get("inputs", {})
+    return tuple(dict.fromkeys(mark for marks in by_name for mark in marks.values()))
 
 
 def _unit_name(root: Path, folder: Path) -> str:
@@ -180,10 +192,13 @@ def remove(workspace: Workspace, units: Sequence[KeptUnit], wanted: Sequence[str
     lines = []
     for path, (what, unit) in doomed.items():
         size = unit.size if what == "obsolete" else _size(path)
-        if not dry_run and what == "store":
-            workspace.remove_files(unit.name, unit.fingerprint)
-        elif not dry_run:
-            shutil.rmtree(path)
+        if not dry_run:
+            # Held meanwhile: a run that starts now would make anew what is being removed.
+            with hold_claim(unit.folder, unit.name):
+                if what == "store":
+                    workspace.remove_files(unit.name, unit.fingerprint)
+                else:
+                    shutil.rmtree(path)
         lines.append(
             f"{'would remove' if dry_run else 'removed'} {what}: {unit.name}-{unit.fingerprint}, {_words(size)}"
         )

@@ -113,7 +113,7 @@ class Workspace:
         folder = self.folder(unit, mark)
         write_json(folder / self.REMOVED, dict(removed=now()))
         for path in folder.iterdir():
-            if path.name not in (STARTED, SUMMARY, self.REMOVED):
+            if path.name not in (STARTED, SUMMARY, CLAIM, self.REMOVED):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     @contextlib.contextmanager
