@@ -48,9 +48,11 @@ def main(program: str = "") -> None:
         sys.exit(0)
     try:
         # Its stages are known only when a plugin has been loaded.
-        _load_plugins(arguments)
+        wrong = _load_plugins(arguments)
         if not name or name.startswith("-"):
             raise UserError("a program is missing: saejax STAGE --flag=value; saejax --help lists them")
+        if wrong is not None and name not in list_programs():  # the plugin that has it may be named in that file
+            raise UserError(str(wrong))
         one_of(name, list_programs(), "program (saejax --help lists them)")
     except UserError as error:
         print("error:", error, file=sys.stderr)
@@ -58,10 +60,13 @@ def main(program: str = "") -> None:
     sys.exit(run(name, [f"saejax {name}", *arguments]))
 
 
-def _load_plugins(arguments: Sequence[str]) -> None:
-    """Load the plugins that arguments name; what else is wrong with these is said when the program reads its flags."""
-    with contextlib.suppress(flags.Error, UnicodeDecodeError):
+def _load_plugins(arguments: Sequence[str]) -> Exception | None:
+    """Load the plugins that arguments name; return what else is wrong with these, which every program says itself."""
+    try:
         plugins.load_named(arguments)
+    except (flags.Error, UnicodeDecodeError) as error:
+        return error
+    return None
 
 
 def run(program: str, argv: Sequence[str]) -> int:

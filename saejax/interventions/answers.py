@@ -26,7 +26,14 @@ BASIS_NAMES = dict(
     neurons="MLP neurons",
     pca="principal components",
     diff_means="the difference of means",
-    untrained="an untrained dictionary",
+)
+NO_SHARES = (
+    "Not testable: what the features take from other answers is unknown, because the logit difference is not above "
+    "zero without the edit, or too few other tokens were ranked."
+)
+NO_DOSE = (
+    "Not testable: no list of directions, of the tested or of an untrained dictionary, changes the site as much as the "
+    "top features do."
 )
 #: Controls in words.
 CONTROLS = dict(random="random lists", placebo="placebo sets", untrained="untrained dictionaries")
@@ -57,7 +64,8 @@ class VerdictConfig:
             f"template disagrees, and accuracy falls by more than {100 * self.min_accuracy_drop:g} points. "
             "2. More than random: p = (1 + random lists whose effect is at least T's) / (1 + random lists) is at most "
             f"{self.level:g}; a list holds features that fire on at least 5 % of the test prompts, without T, in "
-            "random order, until it reaches T's dose. "
+            "random order, until it reaches T's dose; from a pool of fewer than "
+            f"{self.least_lists} lists' worth of features it is not testable. "
             "3. Specific: the same against placebo sets, top features of pairs of likely tokens that are no answers; "
             "and T takes a larger share of this answer's logit difference than of those of other likely tokens: more "
             f"than their 95th percentile in all but {100 * self.level:g} % of resamples over prompts. "
@@ -123,9 +131,8 @@ class CausalVerdict:
         for name, behaviours in self.dictionaries.items():
             for behaviour, verdict in behaviours.items():
                 first = verdict.ablation.get("logit_diff") or next(iter(verdict.ablation.values()))
-                answers = dict(
-                    causal=first, random=verdict.random, placebo=verdict.placebo, selective=verdict.selective
-                )
+                answers = dict(effect=first, random=verdict.random, specific=verdict.placebo, trained=verdict.trained)
+                answers |= dict(selective=verdict.selective)
                 words = ", ".join(f"{question}: {answer.answer}" for question, answer in answers.items())
                 lines.append(f"  {name}, {behaviour}: {words}")
         more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
@@ -245,8 +252,8 @@ def among_sentence(answer: CausalAnswer, group: str, k: int, behaviours: int, ob
         return f"Not testable: {count} {words} of {needed} needed; raise their number."
     if answer.answer == "not testable":
         return (
-            f"Not testable: the {numbers['pool']:.0f} features that fire make fewer than ten lists of "
-            f"{numbers['features']:.0f}; use a smaller k or a wider dictionary."
+            f"Not testable: the {numbers['pool']:.0f} other features that lists are drawn from make fewer than ten "
+            f"lists of {numbers['features']:.0f}, which are nearly the same; use a smaller k."
         )
     unit = ABLATION_READOUTS[objective][2]
     # p = (1 + controls that lower the objective at least as much) / (1 + controls); see ``ranks.rank_p``.
@@ -261,7 +268,8 @@ def among_sentence(answer: CausalAnswer, group: str, k: int, behaviours: int, ob
         text += (
             f". They take {100 * share.mean:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}] of this logit "
             f"difference, of other likely tokens' {100 * numbers['share_median']:.0f} % in the median and "
-            f"{100 * numbers['share_high']:.0f} % at the 95th percentile"
+            f"{100 * numbers['share_high']:.0f} % at the 95th percentile; p = {numbers['p_controls']:.2g} against "
+            f"placebo sets, {numbers['p_shares']:.2g} against other tokens"
         )
     corrected = f", {answer.p_holm:.2g} after correction for {behaviours} behaviours" if behaviours > 1 else ""
     endings = dict(
@@ -280,9 +288,9 @@ def fooled_sentence(count: int | None, placebo_sets: int) -> str:
       placebo_sets: number of placebo sets.
     """
     if count is None or not placebo_sets:
-        return "Whether placebo sets also do more than random sets was not tested."
+        return "Whether placebo sets cost more than random lists, too, was not tested."
     return (
-        f"{count} of {placebo_sets} placebo sets, chosen for unrelated answers, also do more than random sets "
+        f"{count} of {placebo_sets} placebo sets, chosen for other tokens, cost more than nearly all random lists "
         f"({100 * count / placebo_sets:.0f} %)."
     )
 
@@ -376,8 +384,3 @@ def replication_sentence(counts: Mapping[str, int], dictionaries: int) -> str:
 def features(k: int) -> str:
     """Return "10 top features" with the right number."""
     return f"{k} top feature{'' if k == 1 else 's'}"
-
-
-def _conjugate(verb: str, count: int) -> str:
-    """Return a verb that agrees with a count."""
-    return f"{verb}s" if count == 1 else verb

@@ -315,11 +315,11 @@ def _keeping_little(point: SplitPoint) -> SplitPoint:
 
 
 def placebo_references(references: Sequence[Reference], count: int, seed: int) -> list[list[Reference]]:
-    """Return ``count`` placebo targets: each gives references the answers of others, of equal length.
+    """Return up to ``count`` distinct placebo targets: each gives references the answers of others, of equal length.
 
     Args:
       references: each item's reference.
-      count: number of placebo targets.
+      count: number of draws; one that repeats an earlier target is left out.
       seed: seed of the draws.
 
     Returns:
@@ -327,7 +327,7 @@ def placebo_references(references: Sequence[Reference], count: int, seed: int) -
       item's answer has, which differ from it. Items that no other answer fits are left out; a target without any
       item is not returned.
     """
-    targets = []
+    targets: dict[tuple[tuple[int, ...], ...], list[Reference]] = {}
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         target = []
@@ -339,8 +339,8 @@ def placebo_references(references: Sequence[Reference], count: int, seed: int) -
             if fitting:
                 target.append(Reference(reference.context, fitting[int(rng.integers(len(fitting)))]))
         if target:
-            targets.append(target)
-    return targets
+            targets.setdefault(tuple(tuple(reference.answer) for reference in target), target)
+    return list(targets.values())
 
 
 def is_mask(edits: FeatureEdits) -> bool:

@@ -79,7 +79,7 @@ class EditDefinition:
 
     @property
     def id(self) -> str:
-        """The name of the edit, unique within its behaviour, such as ``random/3@0.5`` or ``untrained:top/0@1``."""
+        """The name of the edit, unique within its behaviour, such as ``random/3@0.5`` or ``topk/seed43:top/0@1.0``."""
         owner = "" if self.dictionary == TESTED else f"{self.dictionary}:"
         return f"{owner}{self.group}/{self.index}@{float(self.fraction)!r}"
 

@@ -113,6 +113,11 @@ class MeasuredBehaviour:
         """Return the edits of a group of this dictionary."""
         return self.table.select_edits(self.behaviour, group, self.dictionary)
 
+    def reaching(self, edits: list[EditDefinition]) -> list[EditDefinition]:
+        """Return those edits that change the site as much as T does, within one percent."""
+        doses = self.table.doses(edits, self.prompts) if edits else ()
+        return [edit for edit, dose in zip(edits, doses, strict=True) if dose >= 0.99 * self.dose]
+
     def drops(self, edits: list[EditDefinition]) -> np.ndarray:
         """Return by how much each of E edits lowers the objective of each prompt, ``[E, P]``.
 
@@ -254,6 +259,9 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
       config: numbers of the rule.
     """
     controls = measured.edits(group)
+    if group == "untrained":
+        # A list of all directions may change the site less than T does: then it is no control of the same dose.
+        controls = measured.reaching(controls) if measured.reaching(measured.edits("trained")) else []
     if not controls:
         return _without_controls(measured, group)
     # Question 4 compares dictionaries: of the tested one, too, the list to the dose, by the same function.
@@ -271,7 +279,10 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
     if group == "random" and pool:
         numbers["pool"] = len(pool[0].features)
     parts: dict[str, Interval] = {}
-    if group == "placebo" and (shares := _compare_shares(measured)):
+    shares = _compare_shares(measured) if group == "placebo" else None
+    # Of benchmarks the other side is not asked.
+    lacks_side = group == "placebo" and shares is None and measured.objective == "logit_diff"
+    if shares:
         numbers |= shares.numbers
         parts = dict(share=shares.share)
         # A yes needs both sides, so the larger p-value is that of the whole (Berger, 1982).
@@ -281,6 +292,8 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
     def conclude(p_holm: float | None) -> CausalAnswer:
         assert p_holm is not None
         answer = "yes" if p_holm <= config.level else "no"
+        if lacks_side:
+            return CausalAnswer("not testable", wording.NO_SHARES, effect, p_value, p_holm, numbers)
         # With so few controls even the first rank of all is not significant after correction: "no" would say too much.
         # Lists from a small pool are nearly the same ones.
         if len(controls) < needed or numbers.get("pool", np.inf) < config.least_lists * numbers["features"]:
@@ -295,6 +308,8 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
 def _without_controls(measured: MeasuredBehaviour, group: str) -> _Test:
     """Return the answer where there are no controls of a group."""
     pool = measured.edits("pool")
+    if group == "untrained" and measured.edits(group):
+        return _Test(None, lambda _: CausalAnswer("not testable", wording.NO_DOSE))
     if group != "random" or not pool:
         return _not_tested(f"no {wording.CONTROLS[group]} were measured")
     sentence = (

@@ -332,7 +332,11 @@ def _set_cell(comparison: CausalAnswer) -> str:
         return comparison.answer
     figures = comparison.numbers
     if comparison.answer == "not testable":
-        return f"not testable ({figures['sets']:.0f} of {figures['needed']:.0f} sets)"
+        too_few = figures["sets"] < figures["needed"]
+        why = (
+            f"{figures['sets']:.0f} of {figures['needed']:.0f} sets" if too_few else "few features, or no other answers"
+        )
+        return f"not testable ({why})"
     return f"{comparison.answer} ({number(figures['median'])}, {number(figures['high'])}; p {comparison.p_holm:.2g})"
 
 

@@ -16,8 +16,8 @@ _GROUPS = dict(
     clean="unedited model",
     top="top features set to zero",
     resample="top features resampled",
-    random="random sets set to zero",
-    placebo="placebo sets set to zero",
+    random="random lists of the same dose",
+    placebo="placebo sets of the same dose",
 )
 
 
