@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import re
+import time
 
+import jax
 import pytest
 import runs
 
 from saejax.errors import CheckFailed, UserError
-from saejax.runner import command, pipeline
+from saejax.runner import command, pipeline, usage
 from saejax.runner.pipeline import RunOptions, run_stages
 from saejax.runner.profiling import Profiler
 from saejax.runner.registry import all_stages
@@ -20,11 +22,13 @@ STAGE_NAMES = ["baseline", "capture", "train", "evaluate"]
 
 @pytest.fixture
 def fake(monkeypatch, inputs, tmp_path):
-    """Runs stages whose functions only note that they ran; ``broken`` maps stages to the errors they raise."""
-    ran = []
+    """Runs stages whose functions only note that they ran; ``broken`` maps stages to the errors they raise, ``during``
+    to what they do."""
+    ran, during = [], {}
 
     def run(broken=(), **options):
         def work(run):
+            during.get(run.stage, lambda: None)()
             ran.append(f"{run.stage}/{run.name}" if run.name else run.stage)
             run.say("working")
             if run.stage in broken:
@@ -42,7 +46,7 @@ def fake(monkeypatch, inputs, tmp_path):
         run_stages(STAGE_NAMES, configs, str(tmp_path / "run"), lines.append, options=RunOptions(**options))
         return lines
 
-    run.ran, run.root = ran, tmp_path / "run"
+    run.ran, run.during, run.root = ran, during, tmp_path / "run"
     return run
 
 
@@ -96,9 +100,8 @@ def test_a_profile_of_a_few_steps(tmp_path):
 def test_a_budget_warns_and_then_ends_the_run(fake, tmp_path):
     fake()
     workspace, lines = Workspace(fake.root), []
-    folder = workspace.current("train/topk")
-    done = json.loads((folder / "done.json").read_text())
-    (folder / "done.json").write_text(json.dumps(done | dict(seconds=3600.0, devices=dict(count=4, kinds=[]))))
+    file = next(workspace.root.glob("hours/train-topk-*.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(seconds=3600.0, devices=4)))
     assert used_device_hours(workspace) == pytest.approx(4, abs=0.1)
     check_budget(workspace, 0.0, lines.append)
     check_budget(workspace, 100.0, lines.append)
@@ -112,3 +115,25 @@ def test_a_budget_warns_and_then_ends_the_run(fake, tmp_path):
     with pytest.raises(UserError, match="is used up"):
         fake(budget_device_hours=3.0)
     assert fake.ran == []
+
+
+def test_hours_of_attempts_that_failed_or_were_killed_count(fake, monkeypatch):
+    """An attempt is written while it runs, counts all devices, and outlives the folder of its unit."""
+    monkeypatch.setattr(usage, "_WRITE_EVERY", 0.001)
+
+    def until_written():
+        while not [*fake.root.glob("hours/baseline-*.json")]:  # what a process that is killed now leaves
+            time.sleep(0.001)
+
+    fake.during["baseline"] = until_written
+    with pytest.raises(UserError, match="no sites"):
+        fake(dict(capture=UserError("no sites")))
+    files = {path.name.split("-")[0]: path for path in fake.root.glob("hours/*.json")}
+    assert sorted(files) == ["baseline", "capture"] and not [*fake.root.glob("capture*")]
+    attempt = json.loads(files["capture"].read_text())
+    assert attempt["devices"] == jax.device_count() == 8
+    files["capture"].write_text(json.dumps(attempt | dict(seconds=3600.0, devices=3)))
+    fake()
+    done = json.loads((fake.root / "capture" / "done.json").read_text())
+    assert done["seconds"] == pytest.approx(3600, abs=10) and done["device_hours"] == pytest.approx(3, abs=0.1)
+    assert used_device_hours(Workspace(fake.root)) == pytest.approx(3, abs=0.1)

@@ -30,7 +30,7 @@ from saejax.runner.plan import describe_plan, inputs_to_compare, is_read_later, 
 from saejax.runner.profiling import Profiler
 from saejax.runner.registry import all_stages, flag_of, groups_of
 from saejax.runner.stage import split_unit
-from saejax.runner.usage import check_budget, forget_peak, peak_device_bytes, peak_host_bytes
+from saejax.runner.usage import check_budget, count_hours, forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import SUMMARY, Run, StackWork, Workspace, now
 from saejax.versions import package_versions
@@ -326,23 +326,30 @@ def _run_stage(
 
     folder = workspace.folder(unit, mark)
     run = Run(stage, name, folder, plan.configs, inputs, say, stopping, share, stack, finish_member)
-    try:
-        results = (pipeline.substitutes.get(stage) or all_stages()[stage].run)(run)
-    except ShareDone:
-        return
-    finally:
+    with contextlib.ExitStack() as ending:
+        # The others hold their devices as long as the first process works on the unit, which counts for all of them.
+        attempt = ending.enter_context(count_hours(workspace, unit, mark)) if pipeline.leads else None
         if profiler:
-            profiler.close()
-    if not pipeline.leads:
+            ending.callback(profiler.close)
+        try:
+            results = (pipeline.substitutes.get(stage) or all_stages()[stage].run)(run)
+        except ShareDone:
+            return
+    if attempt is None:
         return
-    seconds = round(time.monotonic() - clock, 2)
-    peaks = dict(peak_host_bytes=peak_host_bytes(), peak_device_bytes=peak_device_bytes())
-    measured = dict(start=started, seconds=seconds) | {name: peak for name, peak in peaks.items() if peak is not None}
     if stack:
         workspace.link_members(unit, mark, stack)
-    about = _describe(plan, stage, inputs, plan.configs) | measured
+    about = _describe(plan, stage, inputs, plan.configs)
+    measured = dict(
+        start=started,
+        seconds=round(attempt.total_seconds, 2),
+        device_hours=round(attempt.total_device_hours, 5),
+        peak_host_bytes=peak_host_bytes(),
+        peak_device_bytes=peak_device_bytes(),
+    )
+    about |= {name: value for name, value in measured.items() if value is not None}
     workspace.finish(unit, mark, about | dict(results=to_json(results)))
-    pipeline.report(unit, f"{unit}: done in {seconds:.1f} s")
+    pipeline.report(unit, f"{unit}: done in {attempt.seconds:.1f} s")
 
 
 def _start(plan: Workplan, unit: str, configs: Configs) -> dict[str, Any]:

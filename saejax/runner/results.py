@@ -30,12 +30,13 @@ class Summary:
     devices: Devices | None  #: None if JAX was not used
     seeds: Mapping[str, Any]  #: by group
     start: str  #: UTC, ISO 8601
-    seconds: float  #: how long it took in the process that finished it
+    seconds: float  #: how long it took, all attempts together; of a member of a stack: its share of the last attempt
     results: Any  #: the stage's; see ``Stage.results``
     files: Mapping[str, int]  #: every file of the unit with its size in bytes
     #: the most memory that the process held while it worked on the unit; None: the system did not tell
     peak_host_bytes: int | None = None
     peak_device_bytes: int | None = None  #: the most that a device held by then, as JAX counts it; None on a CPU
+    device_hours: float | None = None  #: of all attempts and processes together; None of a member of a stack
 
 
 def load_results(folder: str | Path, unit: str = "") -> Any:

@@ -1,4 +1,8 @@
-"""Resource use: memory of a process, as the system and the devices count it; device-hours of a workdir."""
+"""Resource use: memory of a process, as the system and the devices count it; device-hours of a workdir.
+
+Hours are counted by attempt: whoever works on a unit keeps a file in ``DIR/hours`` for it, and writes that file again
+every half minute. So attempts that were killed or failed count, and those of units whose folders are gone.
+"""
 
 import contextlib
 import ctypes
@@ -7,13 +11,19 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from saejax.errors import UserError
-from saejax.files import read_object
-from saejax.runner.workspace import STACK, SUMMARY, Workspace
+from saejax.files import read_object, write_json
+from saejax.runner.workspace import SUMMARY, Workspace, now
 
+HOURS = "hours"  # folder of a workdir with a file for each attempt
+_WRITE_EVERY = 30.0  # seconds, which a process that is killed may lose
 _WARN = 0.8  # share of a budget from which a line says how much is used
 _PROCESS = Path("/proc/self")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl
@@ -59,18 +69,80 @@ def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
         os.kill(os.getpid(), number)
 
 
+class Attempt:
+    """The time that a process has worked on a unit, and the devices of all processes that work on it together."""
+
+    def __init__(self, workspace: Workspace, unit: str, mark: str):
+        self._earlier = [file for file in _attempts(workspace) if (file["unit"], file["fingerprint"]) == (unit, mark)]
+        self._about = dict(unit=unit, fingerprint=mark, start=now())
+        self._clock = time.monotonic()
+        name = f"{unit.replace('/', '-')}-{mark}.{uuid.uuid4().hex[:8]}.json"
+        self._path = workspace.root / HOURS / name
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the attempt began."""
+        return time.monotonic() - self._clock
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of this attempt and of all earlier ones at the same unit."""
+        return self.seconds + sum(file["seconds"] for file in self._earlier)
+
+    @property
+    def total_device_hours(self) -> float:
+        """Hours of this attempt and of all earlier ones at the same unit, times the devices of each."""
+        return _device_hours([*self._earlier, dict(seconds=self.seconds, devices=_device_count())])
+
+    def write(self) -> None:
+        """Write the attempt's file; one that cannot be written stops no run."""
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(exist_ok=True)
+            write_json(self._path, self._about | dict(seconds=round(self.seconds, 2), devices=_device_count()))
+
+
+@contextlib.contextmanager
+def count_hours(workspace: Workspace, unit: str, mark: str) -> Iterator[Attempt]:
+    """Count the time of the block as an attempt at a unit, however the block or the process ends."""
+    attempt, ended = Attempt(workspace, unit, mark), threading.Event()
+
+    def write_now_and_then() -> None:
+        while not ended.wait(_WRITE_EVERY):
+            attempt.write()
+
+    thread = threading.Thread(target=write_now_and_then, daemon=True)
+    thread.start()
+    try:
+        yield attempt
+    finally:
+        ended.set()
+        thread.join()
+        attempt.write()
+
+
+def _device_count() -> int:
+    """Return the number of devices of all processes; 0 if JAX has not looked for devices."""
+    if "jax" not in sys.modules:
+        return 0
+    import jax
+    from jax._src import xla_bridge
+
+    # Counting devices must not be what reserves their memory, which torch may want.
+    return jax.device_count() if xla_bridge.backends_are_initialized() else 0
+
+
+def _attempts(workspace: Workspace) -> list[dict[str, Any]]:
+    """Return the attempts at the units of a workdir."""
+    return [read_object(path, "unit", "seconds", "devices") for path in workspace.root.glob(f"{HOURS}/*.json")]
+
+
+def _device_hours(attempts: Sequence[Mapping[str, Any]]) -> float:
+    return sum(attempt["seconds"] * attempt["devices"] for attempt in attempts) / 3600
+
+
 def used_device_hours(workspace: Workspace) -> float:
-    """Return the seconds of a workdir's finished units, current or not, times the devices of each, in hours."""
-    total = 0.0
-    # Units lie in DIR/<stage>-<hash> or in DIR/<stage>/<name>-<hash>.
-    for pattern in ("*", "*/*"):
-        for path in workspace.root.glob(f"{pattern}/{SUMMARY}"):
-            folder = path.parent
-            if folder.is_symlink() or folder.parent.is_symlink() or (folder / STACK).exists():
-                continue  # counted under its own name; a stack's members are
-            summary = read_object(path, "seconds")
-            total += summary["seconds"] * (summary.get("devices") or {}).get("count", 0) / 3600
-    return total
+    """Return the hours of all attempts at units of a workdir, finished or not, times the devices of each."""
+    return _device_hours(_attempts(workspace))
 
 
 def check_budget(workspace: Workspace, budget: float, say: Callable[[str], None]) -> None:

@@ -117,13 +117,15 @@ def reproduce(findings: Findings) -> Section:
             unit,
             number(summary.seconds, 1),
             _devices(summary.devices),
+            MISSING if summary.device_hours is None else number(summary.device_hours, 3),
             ", ".join(f"{group} {_flag(seed)}" for group, seed in summary.seeds.items()) or MISSING,
             summary.start.replace("T", " ").replace("+00:00", ""),
         )
         for unit, summary in findings.summaries.items()
     )
-    columns = ("Stage", "Seconds", "Devices", "Seeds", "Started, UTC")
-    stages = Table("The stages that this report reads", columns, rows, frozenset({2, 3, 4}))
+    columns = ("Stage", "Seconds", "Devices", "Device-hours", "Seeds", "Started, UTC")
+    title = "The stages that this report reads; seconds and device-hours are of all attempts"
+    stages = Table(title, columns, rows, frozenset({2, 4, 5}))
     flags = "\n".join(dict.fromkeys(_flags(findings.settings())))  # groups share some
     packages: dict[str, str] = {}
     for summary in findings.summaries.values():
