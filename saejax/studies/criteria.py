@@ -1,7 +1,8 @@
 """Criteria of a study's success, and the overall answer (gate) of a row on a benchmark.
 
 Both are rules that are written down before any row runs. The overall answer is about log-likelihoods, which every model
-has, however weak. Beside its answer stands how many placebo sets also do more than random sets.
+has, however weak. "Interpretable" takes a yes against every control: random sets, placebo sets, untrained dictionaries
+and dictionaries of other seeds. Beside it stands how many placebo sets also do more than random sets.
 """
 
 import dataclasses
@@ -18,23 +19,27 @@ from saejax.studies import alignment
 from saejax.studies.results import CriterionFigures, Gated, GateFigures, StudyFigures
 
 LEVEL = 0.05  # of the overall answer, for each row and benchmark
-SMALLEST = 0.05  # share of the reference answers' log-likelihood: the smallest effect of interest
+SMALLEST = 0.5  # standard deviations of the log-likelihood between items: the smallest effect of interest
 POWER, SEEDS = 0.8, 3  # of finding it; dictionaries, the tested one included
 FAITHFUL = 0.8  # cross-entropy that a dictionary recovers
 EPOCH = 4  # with whose loss the last one is compared, as the reasoning study did
+#: The controls of questions 2 to 4, in words.
+_CONTROLS = dict(random="random sets", placebo="placebo sets", trained="untrained dictionaries")
 GATE = (
-    "A row on a benchmark gets one of four answers, the first that holds. Cannot tell: the question whether ablation "
-    "has an effect (1), does more than random sets (2) or is specific to the answers (3) is not testable, or it has "
-    f"no effect but one of {100 * SMALLEST:g} % of the log-likelihood would have been found in fewer than "
-    f"{100 * POWER:g} % of cases. No signal: question 1 or 2 is answered no. Interpretable: question 3 is answered "
-    "yes, and all three are answered yes in at least two of three of at least "
-    f"{SEEDS} dictionaries that differ in their seed; with fewer dictionaries, cannot tell. Unstable: everything else."
+    "A row on a benchmark gets the first answer that holds. Cannot tell: whether ablation has an effect (1) or does "
+    "more than random sets (2) is not testable, or it has no effect but one of "
+    f"{SMALLEST:g} standard deviations of the log-likelihood between items would have been found in fewer than "
+    f"{100 * POWER:g} % of cases. No signal: question 1 or 2 is answered no. Not specific: question 3, against placebo "
+    "sets, is answered no. No better than untrained: question 4, against untrained dictionaries, is answered no. "
+    "Cannot tell: question 3 or 4 is not testable or was not tested, or fewer than "
+    f"{SEEDS} dictionaries that differ in their seed were tested. Interpretable: questions 1 to 3 are answered yes in "
+    "at least two of three of these, and all four in the tested one. Unstable: everything else."
 )
 CRITERIA = (
     f"A study succeeds as far as these hold: every unit is done; every dictionary's loss is lower in the last epoch "
     f"than in epoch {EPOCH}; every dictionary recovers at least {FAITHFUL:g} of the cross-entropy; every row has a "
     "benchmark on which accuracy falls by more than the criterion for both replacements; every row has a benchmark on "
-    "which the top features do more than random sets at equal dose and more than placebo sets (questions 2 and 3); "
+    "which the top features do more than random sets, placebo sets and untrained dictionaries (questions 2 to 4); "
     f"at least half of the features that fire have an effect of their own (family-wise p at most {LEVEL:g}); every "
     "comparison of two rows that can be made is aligned; every dictionary that was compared shares more features than "
     "by chance (95 % intervals apart) with another; of the chains of features that were measured through the layers at "
@@ -44,7 +49,7 @@ CRITERIA = (
 RULES = dict(gate=GATE, alignment=alignment.RULE, criteria=CRITERIA)
 
 
-def gate(row: str, benchmark: str, answers: Sequence[BehaviourVerdict], items: int, clean: float) -> GateFigures:
+def gate(row: str, benchmark: str, answers: Sequence[BehaviourVerdict], items: int, spread: float) -> GateFigures:
     """Return the overall answer for a row on a benchmark, a function of the verdict's answers alone.
 
     Args:
@@ -52,33 +57,71 @@ def gate(row: str, benchmark: str, answers: Sequence[BehaviourVerdict], items: i
       benchmark: its name.
       answers: those of the tested dictionary, then those of dictionaries of other seeds.
       items: of the benchmark that judged.
-      clean: log-likelihood of the reference answers without an edit, mean over these, nats.
+      spread: standard deviation of the reference answers' log-likelihood between these, without an edit, nats.
     """
     tested = answers[0]
+    smallest = SMALLEST * spread
+    needed = items_needed(_effect(tested).effect, items, smallest)
     holds = [[_effect(each).answer, each.random.answer, each.placebo.answer] for each in answers]
     agreeing = sum(three == ["yes"] * 3 for three in holds)
-    needed = items_needed(_effect(tested).effect, items, SMALLEST * abs(clean))
-    questions = tested.random, tested.placebo, _effect(tested)
-    untestable = [each for each in questions if each.answer not in ("yes", "no")]
-    answer: Gated = "unstable"
-    reason = f"All three questions are answered yes in {agreeing} of {len(answers)} dictionaries."
-    if untestable:
-        answer, reason = "cannot tell", untestable[0].sentence
-    elif holds[0][0] == "no" and needed is not None and needed > items:
+    answer, reason = _decide(tested, len(answers), agreeing)
+    if answer == "no signal" and holds[0][0] == "no" and needed is not None and needed > items:
         answer = "cannot tell"
-        reason = f"{_effect(tested).sentence} With {items} items the power is short: about {needed:,} are needed."
-    elif holds[0][0] != "yes" or holds[0][1] != "yes":
-        answer = "no signal"
-        reason = (_effect(tested) if holds[0][0] != "yes" else tested.random).sentence
-    elif holds[0][2] != "yes":
-        reason = tested.placebo.sentence
-    elif len(answers) < SEEDS:
-        answer = "cannot tell"
-        reason = f"The answers hold, but {len(answers)} of {SEEDS} dictionaries of different seeds were tested."
-    elif 3 * agreeing >= 2 * len(answers):
-        answer = "interpretable"
-    fooled = tested.fooled / tested.placebo_sets if tested.fooled is not None else None
-    return GateFigures(row, benchmark, answer, reason, len(answers), agreeing, needed, fooled)
+        reason += (
+            f" With {items} items the power to find a drop of {number(smallest)} nats is short: about {needed:,} are "
+            "needed."
+        )
+    if lacking := {name: text for name in _CONTROLS if (text := getattr(tested, name).answer) != "yes"}:
+        listed = "; ".join(f"{_CONTROLS[name]}, {text}" for name, text in lacking.items())
+        reason += f" Controls against which the answer is not yes: {listed}."
+    return GateFigures(
+        row=row,
+        benchmark=benchmark,
+        gate=answer,
+        effect=holds[0][0],
+        random=tested.random.answer,
+        placebo=tested.placebo.answer,
+        trained=tested.trained.answer,
+        reason=reason,
+        seeds=len(answers),
+        agreeing=agreeing,
+        items_needed=needed,
+        smallest=smallest,
+        fooled=tested.fooled / tested.placebo_sets if tested.fooled is not None else None,
+    )
+
+
+def _decide(tested: BehaviourVerdict, seeds: int, agreeing: int) -> tuple[Gated, str]:
+    """Return the overall answer, power left aside, and the sentence that decides it.
+
+    Args:
+      tested: the answers of the tested dictionary.
+      seeds: number of dictionaries that differ in their seed, the tested one included.
+      agreeing: those of them in which questions 1 to 3 are answered yes.
+    """
+    first, second = _effect(tested), tested.random
+    third, fourth = tested.placebo, tested.trained
+    # A no decides, whatever could not be tested beside it; of questions 1 and 2 both must be testable.
+    for question in (first, second):
+        if question.answer not in ("yes", "no"):
+            return "cannot tell", question.sentence
+    for question in (first, second):
+        if question.answer == "no":
+            return "no signal", question.sentence
+    if third.answer == "no":
+        return "not specific", third.sentence
+    if fourth.answer == "no":
+        return "no better than untrained", fourth.sentence
+    for question in (third, fourth):
+        if question.answer != "yes":
+            return "cannot tell", question.sentence
+    if seeds < SEEDS:
+        return "cannot tell", f"The answers hold, but {seeds} of {SEEDS} dictionaries of different seeds were tested."
+    stable = 3 * agreeing >= 2 * seeds
+    return (
+        "interpretable" if stable else "unstable",
+        f"Questions 1 to 3 are answered yes in {agreeing} of {seeds} dictionaries, question 4 in the tested one.",
+    )
 
 
 def items_needed(effect: Interval | None, items: int, smallest: float) -> int | None:
@@ -143,9 +186,9 @@ def _causal(figures: StudyFigures, rows: Sequence[Findings]) -> Iterator[Criteri
     more = f"; at chance before any edit: {', '.join(chance)}" if chance else ""
     text = "Accuracy falls for both replacements on a benchmark of every row"
     yield _criterion(text, falls, "rows whose accuracy was measured", more)
-    tested = [effect for effect in figures.effects if {effect.random, effect.placebo} <= {"yes", "no"}]
-    specific = _any_by_row((effect.row, effect.random == effect.placebo == "yes") for effect in tested)
-    text = "Top features do more than random and placebo sets on a benchmark of every row"
+    answers = [(effect.row, {effect.random, effect.placebo, effect.trained}) for effect in figures.effects]
+    specific = _any_by_row((row, some == {"yes"}) for row, some in answers if "no" in some or some == {"yes"})
+    text = "Top features do more than random sets, placebo sets and untrained dictionaries on a benchmark of every row"
     yield _criterion(text, specific, "rows with enough control sets")
     each = [results.importance or {} for row in rows for results in row.each(AblateResults).values()]
     shares = [effect.significant / effect.features for some in each for effect in some.values() if effect.features]

@@ -233,12 +233,14 @@ def _effects(row: str, findings: Findings) -> Iterator[EffectFigures]:
             nats_drop_resampled=resampled[1].effect if resampled[1] else None,
             random_nats=_mean_of(result.random),
             placebo_nats=_mean_of(result.placebo),
+            untrained_nats=_mean_of(result.trained),
             lowers=answers["answer_log_prob"].answer,
             effect=answers["accuracy"].answer,
             effect_resampled=resampled[0].answer if resampled[0] else "not tested",
             random=result.random.answer,
             fooled=result.fooled / result.placebo_sets if result.fooled is not None else None,
             placebo=result.placebo.answer,
+            trained=result.trained.answer,
         )
 
 
@@ -260,6 +262,7 @@ def _behaviours(row: str, findings: Findings) -> Iterator[BehaviourFigures]:
                 random=result.random.answer,
                 fooled=result.fooled / result.placebo_sets if result.fooled is not None else None,
                 placebo=result.placebo.answer,
+                trained=result.trained.answer,
                 selective=result.selective.answer,
             )
 
@@ -270,7 +273,7 @@ def _gates(row: str, findings: Findings) -> Iterator[GateFigures]:
         judged = results.verdict.dictionaries
         seeds = [judged[TESTED], *(answers for name, answers in judged.items() if name != TESTED)]
         answers = [each[benchmark] for each in seeds if benchmark in each]
-        yield criteria.gate(row, benchmark, answers, results.items.test, results.log_likelihood)
+        yield criteria.gate(row, benchmark, answers, results.items.test, results.log_likelihood_spread)
 
 
 def _domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:

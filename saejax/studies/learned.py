@@ -24,7 +24,7 @@ from saejax.studies.sheet import select
 #: Answers that contradict each other: (question, answer, question, answer, what that means).
 _CONTRADICTIONS: tuple[tuple[Asked, Answered, Asked, Answered, str], ...] = (
     ("random", "yes", "placebo", "no", "more than random features, but no more than features chosen for other answers"),
-    ("placebo", "yes", "gate", "no", "specific to the answers, but not in dictionaries of other seeds"),
+    ("placebo", "yes", "trained", "no", "specific to the answers, but no more than untrained dictionaries"),
     ("placebo", "yes", "context", "no", "specific to the answers, but the features fire on words alone"),
     ("solves", "no", "placebo", "yes", "specific features of answers that the model only guesses"),
     ("items", "yes", "features", "no", "the same items depend on features that are not the same"),
@@ -65,11 +65,16 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
         yield "effect", (plain(effect.lowers), f"{interval(effect.nats_drop)} nats")
         yield "random", (plain(effect.random), f"random sets at equal dose: {number(effect.random_nats)} nats")
         yield "placebo", (plain(effect.placebo), f"placebo sets at equal dose: {number(effect.placebo_nats)} nats")
+        untrained = f"untrained dictionaries at equal dose: {number(effect.untrained_nats)} nats"
+        yield "trained", (plain(effect.trained), untrained)
     by_gate: dict[str, Answered] = {"interpretable": "yes", "cannot tell": "cannot tell"}
     for gate in select(figures.gates, **here):
         yield "gate", (by_gate.get(gate.gate, "no"), f"{gate.gate}: {gate.reason}")
     for drivers in select(figures.drivers, **here, group="tested"):
-        yield "context", (_driven(drivers), f"{percent(drivers.tokens.mean)} of {drivers.features} by tokens alone")
+        controls = [each for each in select(figures.drivers, **here) if each.group != "tested"]
+        shares = "".join(f"; {percent(each.context.mean)} of {each.features}, {each.group}" for each in controls)
+        evidence = f"{percent(drivers.context.mean)} of {drivers.features} by context{shares}"
+        yield "context", (_driven(drivers, controls), evidence)
     groups = select(figures.primitives, **here)
     if groups or effects:
         yield "primitives", _primitives(groups)
@@ -102,11 +107,21 @@ def holds(group: PrimitiveFigures) -> bool:
     return bool(group.name) and group.more == "yes" and recurs
 
 
-def _driven(drivers: DriverFigures) -> Answered:
-    """Return whether context drives more features than tokens do; cannot tell where the intervals overlap."""
-    if drivers.context.low > drivers.tokens.high:
-        return "yes"
-    return "no" if drivers.tokens.low > drivers.context.high else "cannot tell"
+def _driven(drivers: DriverFigures, controls: Sequence[DriverFigures]) -> Answered:
+    """Return whether context drives more features than tokens do, and more than of each control group.
+
+    Cannot tell where the intervals of context and tokens overlap, or no control group was measured. Control groups are
+    compared by Fisher's exact test: a yes needs p of at most ``LEVEL`` against each, so that it has no more than this.
+    """
+    from scipy.stats import fisher_exact
+
+    if drivers.tokens.low > drivers.context.high:
+        return "no"
+    if drivers.context.low <= drivers.tokens.high or not controls:
+        return "cannot tell"
+    counts = [(round(each.context.mean * each.features), each.features) for each in (drivers, *controls)]
+    tables = [[(hits, some - hits) for hits, some in (counts[0], each)] for each in counts[1:]]
+    return plain(max(fisher_exact(table, "greater").pvalue for table in tables) <= LEVEL)
 
 
 def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:

@@ -114,6 +114,7 @@ def _causes(figures: StudyFigures) -> Iterator[PhaseFigures]:
         for test, mean, answer in (
             ("top features lower the answers more than random sets at equal dose", effect.random_nats, effect.random),
             ("more than sets chosen for other answers", effect.placebo_nats, effect.placebo),
+            ("more than untrained dictionaries", effect.untrained_nats, effect.trained),
         ):
             yield PhaseFigures(CAUSES, test, where, result, f"{number(mean)} nats", plain(answer))
     for primitive in (group for group in figures.primitives if group.effect is not None):

@@ -10,8 +10,10 @@ from saejax.results import Interval
 from saejax.studies.sheet import Figures, column, duration, joined, listed, points, quoted, size
 
 Answered = Literal["yes", "no", "cannot tell"]
-Asked = Literal["solves", "effect", "random", "placebo", "gate", "context", "primitives", "shared", "features", "items"]
-Gated = Literal["interpretable", "unstable", "no signal", "cannot tell"]
+Asked = Literal[
+    "solves", "effect", "random", "placebo", "trained", "gate", "context", "primitives", "shared", "features", "items"
+]
+Gated = Literal["interpretable", "unstable", "not specific", "no better than untrained", "no signal", "cannot tell"]
 
 
 def plain(answer: str | bool | None) -> Answered:
@@ -40,6 +42,7 @@ QUESTIONS: Mapping[Asked, StudyQuestion] = {
     "effect": StudyQuestion("Ablation lowers the answers"),
     "random": StudyQuestion("More than random features"),
     "placebo": StudyQuestion("Specific to the answers", {"stranger": "no"}),
+    "trained": StudyQuestion("More than untrained dictionaries"),
     "gate": StudyQuestion("Interpretable, in other seeds too", {"stranger": "no"}),
     "context": StudyQuestion("More than words", {"stranger": "no"}),
     "primitives": StudyQuestion("A group of features causes a category's answers", {"stranger": "no"}),
@@ -193,10 +196,12 @@ class EffectFigures(RowFigures):
     nats_drop_resampled: Interval | None  #: with features resampled
     random_nats: float | None  #: mean drop of the log-likelihood under random sets at equal dose
     placebo_nats: float | None  #: mean drop under placebo sets at equal dose
+    untrained_nats: float | None  #: mean drop under lists of untrained dictionaries at equal dose
     #: whether the log-likelihood falls more than under random sets at equal dose
     random: str = column("More than random")
     fooled: float | None = column("Placebo sets too", _percent())  #: share of placebo sets of which the same is true
     placebo: str = column("Specific")  #: whether it is specific to the answers
+    trained: str = column("More than untrained")  #: whether it is more than lists of untrained dictionaries lose
 
 
 class BehaviourFigures(RowFigures):
@@ -213,6 +218,7 @@ class BehaviourFigures(RowFigures):
     random: str = column("More than random")  #: whether it is more than random sets lose at equal dose
     fooled: float | None = column("Placebo sets too", _percent())  #: share of placebo sets of which the same is true
     placebo: str = column("Specific")  #: whether it is specific to the answer
+    trained: str = column("More than untrained")  #: whether it is more than lists of untrained dictionaries lose
     selective: str = column("Selective")  #: whether other behaviours and held-out text are spared
 
 
@@ -244,15 +250,20 @@ class AlignmentFigures(Figures):
 
 
 class GateFigures(BenchmarkFigures, cards=True):
-    """The overall answer: interpretable, unstable, no signal, or cannot tell."""
+    """The overall answers, and the answers to the questions that they are made of."""
 
     gate: Gated = column("Overall answer")  #: the answer
+    effect: str = column("An effect")  #: question 1, of the log-likelihood
+    random: str = column("More than random")  #: question 2
+    placebo: str = column("Specific")  #: question 3
+    trained: str = column("More than untrained")  #: question 4
     reason: str = column("Why")  #: in words
     seeds: int  #: dictionaries that differ in their seed, the tested one included
     #: of these, those for which questions 1 to 3 are all answered yes
     agreeing: int = joined("Seeds that agree", lambda row: f"{row.agreeing} of {row.seeds}")
     #: items that would find the smallest effect; None where none was measured
     items_needed: int | None = column("Items needed", count)
+    smallest: float  #: the smallest effect worth finding, nats
     #: share of placebo sets that also do more than random sets
     fooled: float | None = column("Placebo sets beyond random", _percent(1))
 

@@ -54,12 +54,12 @@ def random_world(seed: int, features: int = 1200, vocab: int = 200) -> World:
     return World(acts_PxF, decoder_FxD, 0.1 * rng.normal(size=(vocab, width)), answers_Px2, names, train)
 
 
-def planted_world(seed: int, planted: int, drop: float = 1.5) -> World:
+def planted_world(seed: int, planted: int, drop: float = 1.5, features: int = 1200) -> World:
     """Return a world with one pair of answers, of whose logit difference some features carry ``drop`` logits.
 
     The planted features are the first of those that fire on half of the prompts or more.
     """
-    world = random_world(seed)
+    world = random_world(seed, features)
     answers_Px2 = np.broadcast_to([0, 1], world.answers_Px2.shape)
     direction_D = world.unembed_VxD[0] - world.unembed_VxD[1]
     often = np.flatnonzero((world.acts_PxF > 0).mean(axis=0) >= 0.5)[:planted]

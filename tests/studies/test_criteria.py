@@ -1,7 +1,9 @@
 """The gate, alignment and the criteria: worlds where nothing is true, planted ones, and what was not measured."""
 
+import collections
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,57 +25,102 @@ from saejax.tasks.results import BenchmarkResults
 
 sys.path.append(str(Path(__file__).parent.parent / "interventions"))
 
-from effect_worlds import attribution, random_world, top_features, world_table
+from effect_worlds import (
+    World,
+    attribution,
+    encode,
+    planted_world,
+    random_world,
+    top_features,
+    with_dictionary,
+    world_table,
+)
 
 
-def result(ablation="yes", random="yes", placebo="yes", interval=(1.0, 3.0), fooled=3) -> BehaviourVerdict:
-    """A verdict with these answers to questions 1 to 3, and this interval of the effect."""
+def result(
+    ablation="yes", random="yes", placebo="yes", trained="yes", interval=(1.0, 3.0), fooled=3
+) -> BehaviourVerdict:
+    """A verdict with these answers to questions 1 to 4, and this interval of the effect."""
     effect = Interval(sum(interval) / 2, *interval)
     untested = CausalAnswer("not tested", "Not tested.")
-    one, two, three = (CausalAnswer(text, f"Question: {text}.", effect) for text in (ablation, random, placebo))
+    texts = (ablation, random, placebo, trained)
+    one, two, three, four = (CausalAnswer(text, f"Question: {text}.", effect) for text in texts)
     ablations = dict(answer_log_prob=one, accuracy=untested)
-    return BehaviourVerdict((1,), 1.0, ablations, {}, (), two, three, {}, untested, fooled, 10)
+    return BehaviourVerdict((1,), 1.0, ablations, {}, (), two, three, {}, untested, fooled, 10, four)
 
 
 def test_the_gate():
     yes, vague = result(), result("no", "no", "no", interval=(-1.0, 3.0))
 
-    def gate(*answers, items=20, clean=-20.0):
-        return criteria.gate("row", "logic", answers, items, clean)
+    def gate(*answers, items=20, spread=2.0):
+        return criteria.gate("row", "logic", answers, items, spread)
 
-    assert gate(yes, yes, yes).gate == gate(yes, yes, result("no")).gate == "interpretable"
-    assert gate(yes, result("no"), result(placebo="no")).gate == gate(result(placebo="no"), yes, yes).gate == "unstable"
+    # Of other seeds question 4 is not asked.
+    seed = result(trained="not tested")
+    assert gate(yes, seed, seed).gate == gate(yes, yes, result("no")).gate == "interpretable"
+    assert gate(yes, result("no"), result(placebo="no")).gate == "unstable"
+    assert gate(result(placebo="no"), yes, yes).gate == "not specific"
+    # The untrained dictionary answers all questions like the tested one: training is not shown to matter.
+    untrained = gate(result(trained="no"), yes, yes)
+    assert untrained.gate == gate(result(trained="no")).gate == "no better than untrained"
+    assert untrained.reason.endswith("Controls against which the answer is not yes: untrained dictionaries, no.")
+    unasked = gate(result(placebo="not testable", trained="not tested"), yes, yes)
+    assert unasked.gate == "cannot tell" and (unasked.placebo, unasked.trained) == ("not testable", "not tested")
+    assert unasked.reason.endswith("placebo sets, not testable; untrained dictionaries, not tested.")
     for without_effect in (result("no", interval=(-0.1, 0.1)), result(random="no")):
         assert gate(without_effect, yes, yes).gate == "no signal"
     for untestable in (result(random="not testable"), result(placebo="not tested"), result("not testable")):
         assert gate(untestable, yes, yes).gate == "cannot tell"
     assert gate(yes).gate == gate(yes, yes).gate == "cannot tell"
     found = gate(vague, yes, yes)
-    # A half-width of 2 nats at 20 items; 5 % of 20 nats is 1, found in 80 % of cases at 2.8 standard errors.
+    # A half-width of 2 nats at 20 items; half of the spread is 1, found in 80 % of cases at 2.8 standard errors.
     needed = 20 * (2.0 * 2.8015 / 1.95996) ** 2
     assert found.gate == "cannot tell" and found.items_needed == pytest.approx(needed, abs=1)
     assert f"about {found.items_needed:,} are needed" in found.reason
-    assert gate(vague, yes, yes, clean=-200.0).gate == "no signal"
+    assert gate(vague, yes, yes, spread=20.0).gate == "no signal"
+    # A confident model, whose log-likelihood is nearly 0: items differ by more than its mean.
+    confident = gate(result("no", "no", "no", interval=(-0.005, 0.005)), yes, yes, items=32, spread=0.02)
+    assert confident.gate == "no signal" and confident.smallest == 0.01
     assert gate(yes, yes, yes).fooled == 0.3 and (found.seeds, found.agreeing) == (3, 2)
 
 
+def judge(world: World, seed: int, features: int | None = None, **options) -> BehaviourVerdict:
+    """The verdict on the features that attribution chooses in a world."""
+    top = top_features(attribution(world, world.answers_Px2)[:features], 5)
+    options = dict(random_sets=39, placebo_sets=39) | options
+    table = world_table(world, top, seed=seed, features=features, **options)
+    return verdict(table, VerdictConfig(resamples=400)).dictionaries[TESTED]["b"]
+
+
+def overall(kind: str, worlds: Sequence[Sequence[BehaviourVerdict]]) -> collections.Counter[str]:
+    """In how many worlds each overall answer is given; printed."""
+    found = collections.Counter(criteria.gate("row", "b", answers, 30, 1.0).gate for answers in worlds)
+    print(f"{kind}: {found}")
+    return found
+
+
 def test_the_gate_on_worlds_where_nothing_is_true():
-    """Three dictionaries of each world, whose features were chosen by attribution for answers drawn at random."""
-    found = []
-    for seed in range(100):
-        world, answers = random_world(seed, features=900), []
-        for part in range(3):
-            mine = slice(300 * part, 300 * (part + 1))
-            some = dataclasses.replace(world, acts_PxF=world.acts_PxF[:, mine], decoder_FxD=world.decoder_FxD[mine])
-            top = top_features(attribution(some, some.answers_Px2), 5)
-            table = world_table(some, top, random_sets=39, placebo_sets=39, seed=seed)
-            judged = verdict(table, VerdictConfig(resamples=400))
-            answers.append(judged.dictionaries[TESTED]["b"])
-        items = len(world.answers_Px2) - world.train
-        clean = float(table.clean_values(table.select_prompts("b"), "log_prob").mean())
-        found.append(criteria.gate("row", "b", answers, items, clean).gate)
-    assert found.count("interpretable") <= 5
-    assert found.count("no signal") + found.count("cannot tell") >= 80
+    """Features chosen by attribution for answers drawn at random; question 4 and other seeds are granted."""
+    tested = [judge(random_world(seed, features=300), seed) for seed in range(100)]
+    found = [[dataclasses.replace(answers, trained=CausalAnswer("yes"))] * 3 for answers in tested]
+    counts = overall("nothing is true", found)
+    assert counts["interpretable"] <= 5 and counts["no signal"] + counts["cannot tell"] >= 80
+
+
+def test_the_gate_on_worlds_where_a_dictionary_has_the_true_directions_and_where_it_is_untrained():
+    """Five features carry an answer. An untrained dictionary may pass questions 1 to 3 there, and so may seeds."""
+    trained, untrained = [], []
+    for seed in range(25):
+        world = planted_world(seed, 5, drop=3.0, features=600)
+        trained.append([judge(world, seed, untrained=19)] * 3)
+        acts_PxF, decoder_FxD = encode(world, 10**6 + seed)
+        world = with_dictionary(world, acts_PxF, decoder_FxD)
+        random = judge(world, seed, acts_PxF.shape[1], untrained=19, random_sets=0, placebo_sets=0)
+        yes = CausalAnswer("yes")
+        random = dataclasses.replace(random, ablation=dict(logit_diff=yes), random=yes, placebo=yes)
+        untrained.append([random] * 3)
+    assert overall("true directions", trained)["interpretable"] >= 0.8 * len(trained)
+    assert overall("untrained, questions 1 to 3 granted", untrained)["interpretable"] <= 0.08 * len(trained)
 
 
 def test_rank_correlation_is_spearmans_and_finds_nothing_in_noise():

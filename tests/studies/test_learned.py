@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from saejax.results import Interval
-from saejax.studies.learned import QUESTIONS, answers_table, learned, sentences
+from saejax.studies.learned import QUESTIONS, _driven, answers_table, learned, sentences
 from saejax.studies.results import (
     AlignmentFigures,
     BaselineFigures,
@@ -16,20 +17,23 @@ from saejax.studies.results import (
     PrimitiveFigures,
     StudyFigures,
 )
+from saejax.tasks.scoring import wilson
 
 
 def model(row, control=""):
     return ModelFigures(row, control, "m", "main", "float32", None, None, None, (), (), (), (), 1, 1, 9.0, None, None)
 
 
-def effect(row, lowers, random, placebo):
+def effect(row, lowers, random, placebo, trained):
     fields = dict.fromkeys((field.name for field in dataclasses.fields(EffectFigures)), None)
     answers = dict(row=row, benchmark="sums", lowers=lowers, random=random, placebo=placebo, random_nats=0.25)
-    return EffectFigures(**fields | answers)
+    return EffectFigures(**fields | answers | dict(trained=trained))
 
 
-def drivers(row, tokens, context):
-    return DriverFigures(row, "sums", "tested", 8, tokens, context, Interval(0.1, 0.0, 0.4))
+def drivers(row, by_tokens, by_context, group="tested", features=8):
+    """A group of features, of which so many are driven by tokens, and by context."""
+    counts = (by_tokens, by_context, features - by_tokens - by_context)
+    return DriverFigures(row, "sums", group, features, *(wilson(np.arange(features) < count) for count in counts))
 
 
 def group(row, more):
@@ -58,13 +62,15 @@ def figures():
         ),
         primitives=(group("base", "yes"), group("tuned", "not testable")),
         effects=(
-            effect("base", "yes", "yes", "yes"), effect("tuned", "yes", "yes", "no"),
-            effect("random", "no", "no", "not testable"),
+            effect("base", "yes", "yes", "yes", "yes"), effect("tuned", "yes", "yes", "no", "no"),
+            effect("random", "no", "no", "not testable", "not tested"),
         ),
-        gates=tuple(GateFigures(row, "sums", answer, "Why.", 3, 2, 9, 0.5) for row, answer in gates),
+        gates=tuple(
+            GateFigures(row, "sums", answer, *["yes"] * 3, "no", "Why.", 3, 2, 9, 0.5, 0.5) for row, answer in gates
+        ),
         drivers=(
-            drivers("base", Interval(0.9, 0.6, 1.0), Interval(0.0, 0.0, 0.3)),
-            drivers("random", Interval(0.1, 0.0, 0.4), Interval(0.8, 0.5, 1.0)),
+            drivers("base", 7, 0), drivers("tuned", 0, 8), drivers("tuned", 4, 3, "random features"),
+            drivers("random", 0, 8), drivers("random", 1, 6, "random dictionary"),
         ),
         alignment=tuple(
             AlignmentFigures("base", row, "sums", by, 9, 0.5, 0.01, 0.02, 0.1, answer, *shared)
@@ -81,10 +87,12 @@ def test_every_question_is_answered_once_with_the_known_answer_beside_it(figures
     answers = {(one.row, one.question): one for one in learned(figures)}
     alike = dict(effect="yes", random="yes")
     assert {key: one.answer for key, one in answers.items()} == by_row(
-        base=alike | dict(solves="yes", placebo="yes", gate="yes", context="no", primitives="yes"),
-        tuned=alike | dict(placebo="no", gate="no", primitives="cannot tell", shared="yes", features="yes", items="no"),
-        random=dict(solves="no", effect="no", random="no", context="yes", primitives="no", shared="no")
-        | dict.fromkeys(("placebo", "gate", "features"), "cannot tell"),
+        base=alike | dict(solves="yes", placebo="yes", trained="yes", gate="yes", context="no", primitives="yes"),
+        tuned=alike
+        | dict(placebo="no", trained="no", gate="no", context="yes", primitives="cannot tell")
+        | dict(shared="yes", features="yes", items="no"),
+        random=dict(solves="no", effect="no", random="no", context="no", primitives="no", shared="no")
+        | dict.fromkeys(("placebo", "trained", "gate", "features"), "cannot tell"),
     )
     assert {key: one.expected for key, one in answers.items() if one.expected} == by_row(
         tuned=dict.fromkeys(("shared", "features", "items"), "yes"),
@@ -101,12 +109,12 @@ def test_five_sentences(figures):
     told = dict(sentences(learned(figures)))
     assert len(told) == 5
     assert "more than random features (base, tuned)" in told["What held"]
-    assert "more than words (base)" in told["What did not"]
+    assert "more than words (base, random)" in told["What did not"]
     assert told["What contradicts what"] == (
         "tuned: more than random features, but no more than features chosen for other answers; base: specific to the "
         "answers, but the features fire on words alone; tuned: the same features, on which other items depend."
     )
-    assert told["Control rows"].startswith("5 of 10 known answers were found, and 3 cannot be told. Contradicted: ")
+    assert told["Control rows"].startswith("6 of 10 known answers were found, and 3 cannot be told. Contradicted: ")
     assert "for the same items as there, tuned: no, expected yes" in told["Control rows"]
 
 
@@ -114,10 +122,25 @@ def test_sentences_of_several_benchmarks_and_of_none(figures):
     answers = learned(figures)
     on_logic = [dataclasses.replace(answer, benchmark="logic") for answer in answers]
     told = dict(sentences([*answers, *on_logic]))
-    assert "more than words (base on sums, base on logic)" in told["What did not"]
+    assert "more than words (base on sums, random on sums, base on logic, random on logic)" in told["What did not"]
     plain = dataclasses.replace(figures, models=(model("base"),), gates=figures.gates[:1])
     assert dict(sentences(learned(plain)))["Control rows"].startswith("No row is a control")
     assert learned(dataclasses.replace(figures, gates=())) == ()
+
+
+def test_features_that_context_drives_as_controls_are_no_more_than_words():
+    """100 groups of 12 features whose drivers are drawn like those of both controls, and 100 where context drives."""
+    rates = {}
+    for are_true in (False, True):
+        rng, found = np.random.default_rng(are_true), []
+        for _ in range(100):
+            counts = rng.binomial(12, (0.95 if are_true else 0.7, *([0.3, 0.3] if are_true else [0.7, 0.7])))
+            rows = [drivers("base", 12 - count, count, features=12) for count in counts]
+            found.append(_driven(rows[0], rows[1:]))
+        rates[are_true] = found.count("yes")
+    print(f"more than words: yes in {rates[False]} of 100 null and {rates[True]} of 100 true worlds")
+    assert rates[False] <= 8 and rates[True] >= 80
+    assert _driven(rows[0], []) == "cannot tell"
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ class StudyResults:
     score: str  #: how items are scored: generate, choice or likelihood
     items: StudyItems  #: number of items
     log_likelihood: float  #: of the reference answers without an edit, mean over test items, nats
+    log_likelihood_spread: float  #: its standard deviation over test items, nats
     chance: float  #: accuracy of guessing; 0 of generated answers
     #: whether accuracy's interval before any edit holds that of guessing (of generated answers: whether nothing is
     #: right). Then only log-likelihoods are compared. None without accuracy.

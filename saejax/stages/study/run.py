@@ -141,6 +141,7 @@ def run_study(run: Run) -> StudyResults:
     judged = verdict(table, study_verdict_config(config))
     if not is_merged:
         save_effects(run.folder, table)
+    clean_P = table.clean_values(table.select_prompts(run.name), "answer_log_prob")
     results = StudyResults(
         dictionary=config.dictionary,
         site=dictionary.site,
@@ -148,7 +149,8 @@ def run_study(run: Run) -> StudyResults:
         rule=judged.rule,
         score=score,
         items=StudyItems(train=len(train), test=len(test)),
-        log_likelihood=float(table.clean_values(table.select_prompts(run.name), "answer_log_prob").mean()),
+        log_likelihood=float(clean_P.mean()),
+        log_likelihood_spread=float(clean_P.std(ddof=1)),
         chance=chance,
         at_chance=at_chance,
         top=chosen.top,

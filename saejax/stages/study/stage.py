@@ -53,7 +53,7 @@ STUDY = Stage(
     identity=dict(model=identities.model, bases=_bases, benchmarks=_benchmarks),
     unit_identity=dict(benchmark=identities.benchmark),
     check=_check,
-    revision=7,  # controls of one dose, measured there; whether training mattered
+    revision=8,  # the spread of log-likelihoods between items
     processes="items",
     section=sections,
 )
