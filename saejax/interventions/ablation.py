@@ -6,7 +6,8 @@ For each dictionary (the tested one and those of other seeds):
    growing fractions; everything else is measured once, at T's full dose (``saejax.interventions.controls``).
 2. Random lists: features that fire on at least 5 % of the test prompts, without T, in random order, to T's dose.
 3. Placebo sets: the k features with the largest attribution for a pair of tokens that are likely in these contexts (in
-   the top 40 of some train prompt) and are no answers, scaled to T's dose.
+   the top 40 of some train prompt, or further down where these are fewer than 80) and are no answers, scaled to T's
+   dose.
 4. T on other answers: the logits of each prompt's 20 likeliest tokens that are no answers.
 5. T on the prompts of the other behaviours and on held-out text.
 
@@ -329,24 +330,31 @@ class BehaviourAblation:
                 each._placebos = [((texts[right], texts[wrong]), members) for (right, wrong), members in named]
 
     def placebo_tokens(self) -> np.ndarray:
-        """Return likely tokens that are the beginning of no answer, drawn at random; none if no targets are wanted."""
+        """Return likely tokens that are no answers, drawn at random; none if no targets are wanted."""
         if not self.config.placebo_targets:
             return np.zeros(0, np.int64)
-        likely = likely_tokens(self.split, self.train_runs, LIKELY)
-        # Answers of both splits: a placebo that is an answer of a test prompt would be no placebo there.
-        answers = {text for prompt in self.prompts for text in (prompt.correct, prompt.wrong)}
-        tokens = np.random.default_rng(self.config.seed).permutation(neutral_tokens(self.lm.tokenizer, likely, answers))
-        return tokens[: max(TOKENS, self.config.placebo_targets)]
+        wanted, most = max(TOKENS, self.config.placebo_targets), LIKELY
+        # Prompts of one template have few likely tokens in common with answers left out: less likely ones are taken, too.
+        while len(tokens := self.other_tokens(self.train_runs, most)) < wanted and most < self.split.point.config.vocab:
+            most *= 2
+        return np.random.default_rng(self.config.seed).permutation(tokens)[:wanted]
 
-    def ranked_tokens(self) -> np.ndarray:
-        """Return which tokens are other answers, bool [V]: likely ones that are right, or begin an answer, nowhere."""
+    def other_tokens(self, runs: Sequence[CleanRun], most: int) -> np.ndarray:
+        """Return the tokens that are among the ``most`` likeliest after some prompt and are, or begin, no answer.
+
+        Answers are those of both splits and what would be as right; where all are numbers, every number may be right.
+        """
         answers = {text for prompt in self.prompts for text in (prompt.correct, prompt.wrong)}
         are_numbers = all(answer.strip().isdecimal() for answer in answers)
-        tokenizer, is_allowed_V = self.lm.tokenizer, np.zeros(self.split.point.config.vocab, bool)
-        likely = likely_tokens(self.split, self.runs, RANKED)
-        for token in neutral_tokens(tokenizer, likely, answers | {*EQUIVALENTS.get(self.behaviour, ())}).tolist():
-            # Where answers are numbers, other numbers may be right, too.
-            is_allowed_V[token] = not (are_numbers and tokenizer.decode([token]).strip().isdecimal())
+        tokenizer, likely = self.lm.tokenizer, likely_tokens(self.split, runs, most)
+        tokens = neutral_tokens(tokenizer, likely, answers | {*EQUIVALENTS.get(self.behaviour, ())})
+        is_number = [are_numbers and tokenizer.decode([token]).strip().isdecimal() for token in tokens.tolist()]
+        return tokens[~np.array(is_number, bool)]
+
+    def ranked_tokens(self) -> np.ndarray:
+        """Return which tokens are other answers, bool [V]."""
+        is_allowed_V = np.zeros(self.split.point.config.vocab, bool)
+        is_allowed_V[self.other_tokens(self.runs, RANKED)] = True
         return is_allowed_V
 
     def ranks(self, edit: EditDefinition) -> EffectsTable | None:
