@@ -4,7 +4,6 @@ From the repository's root, ``python -m experiments.STAGE`` does the same. A sta
 ``saejax STAGE --plugins=FILE``.
 """
 
-import contextlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -16,6 +15,7 @@ environment.for_libraries()  # before the imports below load libraries that read
 
 from saejax.errors import UserError, one_of  # noqa: E402
 from saejax.runner import command, plugins, runs  # noqa: E402
+from saejax.runner.flag_files import read_flag_files  # noqa: E402
 from saejax.runner.registry import all_stages  # noqa: E402
 from saejax.serving import run as serving  # noqa: E402
 from saejax.studies import run as studies  # noqa: E402
@@ -38,35 +38,21 @@ def main(program: str = "") -> None:
     Args:
       program: its name, such as "train"; "": the first argument of the command line names it.
     """
-    if program:
-        with contextlib.suppress(UserError):  # said when the program reads its flags
-            _load_plugins(sys.argv[1:])
-        sys.exit(run(program, sys.argv))
-    name, *arguments = sys.argv[1:] or [""]
+    name, *arguments = [program, *sys.argv[1:]] if program else (sys.argv[1:] or [""])
     if name in ("--help", "-h", "help"):
         print(describe_programs())
         sys.exit(0)
     try:
-        # Its stages are known only when a plugin has been loaded.
-        wrong = _load_plugins(arguments)
+        arguments = read_flag_files(arguments)
+        # The stages of a plugin are known only when it has been loaded.
+        plugins.load_named(arguments)
         if not name or name.startswith("-"):
             raise UserError("a program is missing: saejax STAGE --flag=value; saejax --help lists them")
-        if wrong is not None and name not in list_programs():  # the plugin that has it may be named in that file
-            raise UserError(str(wrong))
         one_of(name, list_programs(), "program (saejax --help lists them)")
-    except UserError as error:
+    except (UserError, flags.Error) as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
-    sys.exit(run(name, [f"saejax {name}", *arguments]))
-
-
-def _load_plugins(arguments: Sequence[str]) -> Exception | None:
-    """Load the plugins that arguments name; return what else is wrong with these, which every program says itself."""
-    try:
-        plugins.load_named(arguments)
-    except (flags.Error, UnicodeDecodeError) as error:
-        return error
-    return None
+    sys.exit(run(name, [sys.argv[0] if program else f"saejax {name}", *arguments]))
 
 
 def run(program: str, argv: Sequence[str]) -> int:

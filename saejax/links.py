@@ -28,6 +28,15 @@ def linked_folder(path: Path) -> Path | None:
     return path.parent / stand_in.read_text("utf-8").strip() if stand_in.is_file() else None
 
 
+def resolve_links(path: str | os.PathLike) -> Path:
+    """Return the folder that a path leads to through text files that stand for links; any other path as it is."""
+    path = Path(path)
+    if path.is_symlink() or not path.name:
+        return path
+    place = path if path.parent.is_dir() else resolve_links(path.parent) / path.name
+    return linked_folder(place) or place
+
+
 def member_folder(unit: Path, member: str) -> Path:
     """Return the folder of a member of a stack, given that of the stack; the folder itself for the one member ""."""
     place = unit / member

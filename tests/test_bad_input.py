@@ -120,7 +120,7 @@ def test_settings_that_preflight_refuses(refuse, changes, message):
         ("patch", {}, "it patches activations.*--patch.dictionary is set"),
         ("train", dict(extra="--train.bach=3"), "Did you mean: train.batch"),
         ("train", dict(extra="batch=3"), "is not a flag"),
-        ("train", dict(extra="--flagfile=nowhere.flags"), "error: Unable to open flagfile"),
+        ("train", dict(extra="--flagfile=nowhere.flags"), "error: the flag file nowhere.flags cannot be read"),
         ("capture", dict(capture__sites="resid_last.0", task__behaviours=""), "there is no site 'resid_last.0'"),
     ],
 )

@@ -1,8 +1,12 @@
 """Each binary accepts the flags of its stage and of the stages it reads, refuses others, and explains those it has."""
 
+import os
+import sys
+
 import pytest
 import runs
 
+from saejax import cli
 from saejax.activations.settings import CaptureConfig
 from saejax.config import Configs, group_name
 from saejax.errors import UserError
@@ -98,6 +102,28 @@ def test_the_command_line_wins_over_a_flag_file(tmp_path, capsys):
             assert (train.k, train.zero_optimizer, train.kinds) == ((5,), False, ("standard",))
     assert command.run(["capture"], "", ["program", given[0], f"--flagfile={file}", "--dry_run"]) == 0
     assert capsys.readouterr().out.splitlines()[0].endswith(f"the workdir is {tmp_path / 'run'}")
+
+
+def test_a_flag_file_is_read_once(tmp_path, monkeypatch):
+    """A pipe, such as --flagfile=<(...), gives its lines to the first reader alone; here another file names it."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as pipe:
+        pipe.write("--train.k=3\n")
+    around = tmp_path / "around.flags"
+    around.write_text(f"# a comment\n--flagfile=/dev/fd/{reader}\n")
+    monkeypatch.setattr(sys, "argv", ["saejax", "train", "--flagfile", str(around), "--train.batch=7"])
+
+    def read_again(stages, about, argv):
+        train = read(stages, *argv[1:])[TrainConfig]
+        return train.k == (3,) and train.batch == 7
+
+    monkeypatch.setattr(cli.command, "run", read_again)
+    with pytest.raises(SystemExit, match="True"):
+        cli.main()
+    os.close(reader)
+    around.write_text(f"--flagfile={around}\n")
+    with pytest.raises(UserError, match="is read from itself"):
+        read("train", f"--flagfile={around}")
 
 
 class Noting(Configs):

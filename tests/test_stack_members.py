@@ -183,4 +183,6 @@ def test_without_links_a_text_file_leads_to_a_member(inputs, swept, tmp_path, mo
     assert feature_names(run, "topk/k8")
     unit = run / "train" / (run / "train" / "topk.current").read_text().strip()
     assert load_dictionary(member_folder(unit, "k8")).config.k == 8
-    assert [member.name for member in load_results(unit).members] == ["k4", "k8"]
+    for folder in (unit, run / "train" / "topk"):
+        assert [member.name for member in load_results(folder).members] == ["k4", "k8"]
+    assert load_dictionary(run / "train" / "topk" / "k8").config.k == 8

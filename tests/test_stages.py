@@ -45,7 +45,7 @@ def test_the_stage_of_the_page_is_a_plugin(inputs, tmp_path):
         return done.stdout + done.stderr
 
     assert "lengths: started" in call("lengths")
-    assert "Unable to open flagfile" in call("lengths", "--flagfile=none.flags", status=2)
+    assert "the flag file none.flags cannot be read" in call("lengths", "--flagfile=none.flags", status=2)
     results = json.loads((workdir / "lengths" / "done.json").read_text())["results"]
     assert results["documents"] == 40 and 20 < results["tokens"] < 200
     assert "--lengths.share was 1.0, is 0.5" in call("lengths", "--lengths.share=0.5")

@@ -8,6 +8,7 @@ import numpy as np
 
 from saejax.activations.store import Store
 from saejax.errors import UserError
+from saejax.links import resolve_links
 
 
 class SiteActivations:
@@ -118,4 +119,4 @@ def open_store(folder: str | Path) -> StoredActivations:
     """
     if not isinstance(folder, str | Path):
         raise UserError(f"folder is a {type(folder).__name__}: expected the folder of a store")
-    return StoredActivations(Store.open(folder))
+    return StoredActivations(Store.open(resolve_links(folder)))

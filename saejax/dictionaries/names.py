@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,13 +15,20 @@ _LONGEST = 100  # bytes of the name of a folder's unit
 def folder_name(dictionary: str) -> str:
     """Return the unit name of a dictionary: "topk-k32" for "topk/k32", "runs-demo-train-topk" for a folder.
 
-    Letters of all scripts stay. A name that is too long for a folder keeps its end, behind a hash of the whole.
+    Letters of all scripts stay, with their vowel signs and accents. A name that is too long for a folder keeps its
+    end, behind a hash of the whole.
     """
-    name = re.sub(r"[^\w.]+", "-", dictionary).strip("-.") or "dictionary"
+    kept = (char if char == "." or char.isalnum() or _is_mark(char) else "-" for char in dictionary)
+    name = re.sub("-+", "-", "".join(kept)).strip("-.") or "dictionary"
     if len(name.encode()) <= _LONGEST:
         return name
     end = name.encode()[-_LONGEST:].decode(errors="ignore").lstrip("-.")
     return f"{hashlib.sha256(dictionary.encode()).hexdigest()[:8]}-{end}"
+
+
+def _is_mark(char: str) -> bool:
+    """Return whether a character is part of a word though no letter: "_", an accent, a vowel sign of Hindi or Thai."""
+    return char == "_" or unicodedata.category(char) in ("Mn", "Mc")
 
 
 def is_folder(dictionary: str) -> bool:

@@ -29,6 +29,7 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.files import read_json, whole_file, write_json
+from saejax.links import resolve_links
 from saejax.short_reprs import has_short_repr
 
 #: ``clean``: no edit. ``top``: the tested features together (index 0). ``single``: one feature alone (index is its
@@ -302,7 +303,7 @@ def load_effects(folder: str | Path) -> EffectsTable:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder = Path(folder)
+    folder = resolve_links(folder)
     if not (folder / _FILES[2]).exists():  # it is written last
         raise UserError(
             f"{folder / _FILES[2]} does not exist: expected the folder of a unit of ablate, patch or study; run its "

@@ -1,12 +1,10 @@
 """Command lines of the binaries: flags, the groups of settings that they fill, and the text of --help."""
 
-import itertools
 import os
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from absl import flags
@@ -14,6 +12,7 @@ from absl import flags
 from saejax.config import Configs, group_name
 from saejax.errors import UserError
 from saejax.runner import plugins
+from saejax.runner.flag_files import FileLine, read_flag_files
 from saejax.runner.flags import define_flags, flag_fields, from_flags
 from saejax.runner.registry import accepted_groups, all_groups, all_stages
 
@@ -97,26 +96,12 @@ def define_common(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
 
 
-def flag_files_first(argv: Sequence[str]) -> list[str]:
-    """Return a command line with its flag files before the other arguments, of which the later one counts."""
-    program, *rest = argv
-    files: list[str] = []
-    others: list[str] = []
-    arguments = iter(rest)
-    for argument in arguments:
-        is_file = argument in ("-flagfile", "--flagfile") or argument.startswith(("-flagfile=", "--flagfile="))
-        (files if is_file else others).append(argument)
-        if is_file and "=" not in argument:
-            files.extend(itertools.islice(arguments, 1))
-    return [program, *files, *others]
-
-
 def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Sequence[str] | None = None) -> Configs:
     """Parse a command line of flags alone and return every group of configuration; none if help is asked for.
 
     Args:
       flag_values: the flags of ``stage_flags``, and perhaps others.
-      argv: program name and arguments.
+      argv: program name and arguments, perhaps with the lines of flag files already (``read_flag_files``).
       stages: the stages of the binary. Flags of stages that these do not read are ignored in flag files, which are
         shared, and refused on the command line. None: all flags are accepted.
 
@@ -125,9 +110,7 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Seq
         loaded.
       flags.Error: a flag is unknown or cannot be read.
     """
-    argv = flag_files_first(argv)
-    for file in _flag_files(argv):
-        _check_text(file)
+    argv = [argv[0], *read_flag_files(argv[1:])]
     # Plugins define settings, so they are loaded before flags are defined.
     plugins.load_named(argv[1:])
     define_flags(all_groups(), flag_values)
@@ -135,8 +118,8 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Seq
         rest = flag_values(list(argv), known_only=False)
     except flags.Error as error:
         message, named = flag_error(error), re.search(r"flag '?-*([\w.]+)", str(error))
-        where = _line_of(argv, lambda line: bool(line) and f"{line}:" in message)  # the flag with its value
-        if named and not any(_flag_of(argument) == named[1] for argument in argv[1:]):  # or else its name
+        where = _line_of(argv, lambda line: f"{line}:" in message)  # the flag with its value
+        if named and not any(_flag_of(argument) == named[1] for argument in _without_lines(argv)):  # or else its name
             where = where or _line_of(argv, lambda line: _flag_of(line) == named[1])
         if named and named[1].count(".") == 2:  # such as train.topk.k
             message += "; a kind of your own has its flags with --plugins=FILE"
@@ -155,7 +138,8 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Seq
 
 def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequence[str]) -> None:
     """Raise a ``UserError`` for a flag of the command line itself that belongs to a stage which is not read."""
-    for flag in (argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument.startswith("-")):
+    for argument in _without_lines(argv):
+        flag = argument.lstrip("-").partition("=")[0] if argument.startswith("-") else ""
         names = {flag, flag.removeprefix("no")}  # absl writes a false flag as --noNAME
         groups = {name for name, group in all_groups().items() if names & flag_fields(name, group).keys()}
         if groups and not groups & {*accepted}:
@@ -172,14 +156,9 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
             )
 
 
-def _check_text(file: Path) -> None:
-    """Raise a ``UserError`` if a flag file is not UTF-8 text, which absl answers with a traceback, or has a mark."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"the flag file {file} is not UTF-8 text: save it as UTF-8") from None
-    if text.startswith("\ufeff"):
-        raise UserError(f"the flag file {file} begins with a byte order mark: save it as UTF-8 without one")
+def _without_lines(argv: Sequence[str]) -> list[str]:
+    """Return the arguments of the command line itself."""
+    return [argument for argument in argv[1:] if not isinstance(argument, FileLine)]
 
 
 def _flag_of(argument: str) -> str:
@@ -188,22 +167,8 @@ def _flag_of(argument: str) -> str:
 
 
 def _line_of(argv: Sequence[str], matches: Callable[[str], bool]) -> str:
-    """Return the position of the flag file's line that ``matches``, to begin an error message; "" if there is none."""
-    for file in _flag_files(argv):
-        for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines(), 1):
-            if matches(line.strip()):
-                return f"{file}, line {number}: "
-    return ""
-
-
-def _flag_files(argv: Sequence[str], inside: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield the flag files that arguments name, and those that lines of these name; ``inside`` are around them."""
-    for argument, following in itertools.pairwise([*argv, ""]):
-        name, equals, value = argument.strip().partition("=")
-        file = Path(os.path.expanduser(value if equals else following))
-        if name in ("-flagfile", "--flagfile") and file.is_file() and file not in inside:
-            yield file
-            yield from _flag_files(file.read_text("utf-8", errors="replace").splitlines(), (*inside, file))
+    """Return the place of the flag file's line that ``matches``, to begin an error message; "" if there is none."""
+    return next((f"{line.place}: " for line in argv if isinstance(line, FileLine) and matches(line)), "")
 
 
 def named_workdir(flag_values: flags.FlagValues) -> str:

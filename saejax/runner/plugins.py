@@ -22,7 +22,7 @@ def load_named(argv: Sequence[str]) -> None:
     """Load the files of ``--plugins`` in a command line, before the flags that they add are defined.
 
     Args:
-      argv: arguments without the program's name; other flags are ignored.
+      argv: arguments without the program's name, with the lines of flag files; other flags are ignored.
     """
     early = flags.FlagValues()
     flags.DEFINE_multi_string("plugins", [], "", flag_values=early)

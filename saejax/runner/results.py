@@ -7,6 +7,7 @@ from typing import Any
 
 from saejax.errors import UserError
 from saejax.files import read_json
+from saejax.links import resolve_links
 from saejax.results import Devices, Settings, from_json
 from saejax.runner.registry import all_stages
 from saejax.runner.workspace import SUMMARY
@@ -54,7 +55,7 @@ def load_results(folder: str | Path, unit: str = "") -> Any:
 
 def load_summary(folder: Path) -> Summary:
     """Return the whole summary of a finished unit; errors as in ``load_results``."""
-    path = folder / SUMMARY
+    path = resolve_links(folder) / SUMMARY
     if not path.exists():
         raise UserError(
             f"{path} does not exist: expected the folder of a finished unit; run its stage, or name another"

@@ -14,6 +14,7 @@ from saejax.errors import UserError, one_of
 from saejax.files import read_object
 from saejax.links import linked_folder
 from saejax.runner import command, command_line
+from saejax.runner.flag_files import read_flag_files
 from saejax.runner.workspace import CHECKPOINTS, STACK, STARTED, SUMMARY, Workspace, hold_claim
 
 ABOUT = """\
@@ -55,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
     command_line.define_common(flag_values)
 
     def work() -> None:
-        rest = flag_values(command_line.flag_files_first(argv))
+        rest = flag_values([argv[0], *read_flag_files(argv[1:])])
         if flag_values["help"].value:
             return print(ABOUT)
         root = Path(command_line.named_workdir(flag_values))

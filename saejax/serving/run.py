@@ -13,6 +13,7 @@ from absl import flags
 from saejax.attribution.settings import GraphConfig
 from saejax.errors import Interrupted, UserError
 from saejax.runner import command, command_line
+from saejax.runner.flag_files import FileLine
 
 ABOUT = """\
 serve: shows the attribution graphs of a folder in a browser on this machine, and works on them: traces prompts, prunes
@@ -39,8 +40,9 @@ def run(argv: Sequence[str]) -> int:
     flags.DEFINE_integer("port", 8765, "", lower_bound=0, upper_bound=65535, flag_values=flag_values)
     flags.DEFINE_list("hosts", [], "", flag_values=flag_values)
     program, *rest = argv
-    if rest and not rest[0].startswith("-"):
-        rest[0] = f"--workdir={rest[0]}"
+    first = next((number for number, argument in enumerate(rest) if not isinstance(argument, FileLine)), None)
+    if first is not None and not rest[first].startswith("-"):
+        rest[first] = f"--workdir={rest[first]}"
 
     def work() -> None:
         configs = command_line.read_configs(flag_values, [program, *rest], ["attribute"])

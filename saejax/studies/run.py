@@ -8,6 +8,7 @@ from absl import flags
 
 from saejax.errors import UserError
 from saejax.runner import command, command_line
+from saejax.runner.flag_files import read_flag_files
 from saejax.studies.rows import read_rows
 from saejax.studies.study import run_study_rows
 
@@ -38,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     command_line.define_common(flag_values)
 
     def work() -> None:
-        _, *common = flag_values(command_line.flag_files_first(argv), known_only=True)
+        _, *common = flag_values([argv[0], *read_flag_files(argv[1:])], known_only=True)
         if flag_values["help"].value:
             return print(ABOUT)
         workdir = command_line.named_workdir(flag_values)

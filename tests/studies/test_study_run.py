@@ -166,7 +166,7 @@ def test_rows_whose_files_cannot_be_read(fake, monkeypatch, capsys):
         ({"a": ""}, ["--rows="], "--rows=FILE,FOLDER is missing"),
         ({"a": ""}, ["--workdir="], "--workdir=DIR is missing"),
         ({"a": ""}, ["--rows=nowhere.flags"], "--rows=nowhere.flags is no flag file"),
-        ({"a": "--flagfile=nowhere.flags"}, [], "Unable to open flagfile"),
+        ({"a": "--flagfile=nowhere.flags"}, [], "the flag file nowhere.flags cannot be read"),
         ({"a": "nonsense"}, [], "row a ("),
     ],
 )

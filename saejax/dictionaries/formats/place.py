@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from saejax.errors import UserError
+from saejax.links import resolve_links
 from saejax.models import hub
 
 _ADDRESS = re.compile(
@@ -66,7 +67,7 @@ def resolve_path(path: str | os.PathLike) -> Path:
     address = os.fspath(path)
     if address.startswith(REGISTRY):
         address = find_release(address)[0]
-    return _fetch(address) if address.startswith("hf:/") else Path(path)
+    return _fetch(address) if address.startswith("hf:/") else resolve_links(path)
 
 
 def registry_overrides(path: str | os.PathLike) -> dict[str, Any]:

@@ -94,9 +94,11 @@ def _continues(part: str) -> bool:
 
 
 def name_text(text: str) -> str:
-    """Return a name of a text: its beginning, with a hash where there is more of it."""
-    mark = f"-{hashlib.sha256(text.encode()).hexdigest()[:6]}" if len(text) > _NAMED else ""
-    return folder_name(text[:_NAMED]) + mark
+    """Return a name of a text: its words, or their beginning, with a hash where they do not tell all of it."""
+    name = folder_name(text[:_NAMED])
+    if name.replace("-", " ") == text:
+        return name
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def read_problems(config: TrackConfig) -> list[Problem]:
