@@ -80,6 +80,31 @@ def test_the_place_of_model_and_text_and_the_kind_of_device_change_nothing(input
         assert marks(inputs, tmp_path) == before
 
 
+STREAMED = dict(train__source="model", train__kinds="topk")
+SITES = dict(train__kinds="topk", train__sites="resid_post.1,resid_post.2", capture__sites="resid_post.1,resid_post.2")
+GROWN = {name: sites if name == "train__kinds" else f"resid_post.0,{sites}" for name, sites in SITES.items()}
+EXPLAINED = dict(interpret__dictionaries="topk", explain__dictionaries="topk", explain__model="judge")
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "units"),
+    [
+        (STREAMED, dict(capture__shard_rows=77, capture__max_sink_share=0.9), ["train/topk"]),
+        ({}, dict(model__backend="jax"), ["capture", "baseline", "train/topk", "evaluate/topk", "ablate/topk"]),
+        (SITES, GROWN, ["train/topk/resid_post.1", "train/topk/resid_post.2", "evaluate/topk/resid_post.1"]),
+        (EXPLAINED | dict(explain__url="http://a:1/v1"), dict(explain__url="http://a:2/v1"), ["explain/topk"]),
+    ],
+    ids=["settings of stores in training from the model", "backend", "a layer in front", "another port"],
+)
+def test_what_changes_no_result_makes_nothing_again(inputs, tmp_path, base, changes, units):
+    before, after = (plan_of(inputs, tmp_path, **base | more) for more in ({}, changes))
+    for unit in units:
+        assert before.fingerprint(unit) == after.fingerprint(unit), unit
+    if "model__backend" in changes:
+        in_torch = plan_of(inputs, tmp_path, **base | dict(model__backend="torch"))
+        assert all(before.fingerprint(unit) != in_torch.fingerprint(unit) for unit in units)
+
+
 def test_one_more_site_captures_one_site(inputs, tmp_path, capsys, monkeypatch):
     """The store of both sites is the one made at once, to rounding, and the model is read for the new one alone."""
     from saejax.activations.writer import StoreWriter

@@ -21,6 +21,7 @@ class ExplainConfig(Config):
         "",
         "address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1; the environment variable "
         "OPENAI_API_KEY has its key",
+        changes_results=False,  # the model that answers there counts, not its place
     )
     model: str = setting("", "name of the model at the endpoint")
     features: tuple[int, ...] = setting((), "indices of the features to label; empty: a random --explain.sample", low=0)

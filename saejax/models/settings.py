@@ -32,4 +32,5 @@ class ModelConfig(Config):
         "implementation of the model: the JAX decoder (jax); transformers' PyTorch model on one device, slower and "
         "without attribution graphs (torch); or PyTorch only for families that the decoder lacks (auto)",
         choices=("auto", "jax", "torch"),
+        changes_results=False,  # what the model runs in counts, however it is chosen
     )

@@ -5,16 +5,21 @@ from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.names import is_folder
 from saejax.files import fingerprint
 from saejax.models.settings import ModelConfig
-from saejax.models.source import other_model, resolve
+from saejax.models.source import other_model, resolve, runs_in_torch
 from saejax.tasks import benchmarks, corpora, own_prompts
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 
 def model(configs: Configs) -> str:
-    """Fingerprint the files of the model, and of a second one; ``--model.backend=jax`` refuses other families."""
+    """Fingerprint the files of the model, and of a second one, and whether PyTorch runs them.
+
+    ``--model.backend=jax`` refuses other families.
+    """
     decoder = configs[ModelConfig].backend == "jax"
-    models = configs[ModelConfig], other_model(configs[ModelConfig])
-    return "+".join(resolve(config, decoder).fingerprint for config in models if config)
+    models = [config for config in (configs[ModelConfig], other_model(configs[ModelConfig])) if config]
+    return "+".join(
+        resolve(config, decoder).fingerprint + ("-torch" if runs_in_torch(config) else "") for config in models
+    )
 
 
 def corpus(configs: Configs) -> str:

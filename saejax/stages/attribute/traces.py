@@ -29,7 +29,7 @@ def trace_key(configs: Configs, request: Request) -> str:
     config = configs[GraphConfig]
     names = ("chat_template", "max_logits", "logit_mass", "max_features", "estimate", "direct")
     settings = [getattr(config, name) for name in names]
-    model = identities.model(configs), configuration.to_json(configs[ModelConfig])
+    model = identities.model(configs), configuration.identity(configs[ModelConfig])
     return fingerprint(
         [_REVISION, model, set_identity(config), settings, request.prompt, request.targets, request.answers]
     )

@@ -20,6 +20,8 @@ from saejax.tasks.settings import CorpusConfig
 from saejax.training.results import TrainResults
 from saejax.training.settings import TrainConfig
 
+_OF_STORES = ("sites", "tokens", "shard_rows", "max_sink_share")  # settings of --capture that only stores have
+
 
 def _initial(configs: Configs) -> str:
     """Return the identity of the dictionaries that training starts from; "" without any."""
@@ -47,9 +49,10 @@ def _stream(configs: Configs) -> str:
     """Return a hash of model, text and settings of training straight from the model; "" with a store."""
     if configs[TrainConfig].source != "model":
         return ""
-    # Training reads its own sites, of all text.
-    capture = dataclasses.replace(configs[CaptureConfig], sites=(), tokens=0)
-    settings = [identity(config) for config in (configs[CorpusConfig], capture)]
+    capture = identity(configs[CaptureConfig])
+    # Training reads its own sites, of all text, and writes no shards, whose sinks are counted.
+    read = {name: value for name, value in capture.items() if name not in _OF_STORES}
+    settings = [identity(configs[CorpusConfig]), read]
     return fingerprint([identities.model(configs), identities.corpus(configs), settings])
 
 
