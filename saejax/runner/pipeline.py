@@ -118,6 +118,8 @@ def run_stages(
             all_stages()[stage].check(configs)
     if options.only:
         units = [one_of(options.only, units, "unit (--unit)")]
+    if not options.keep_going:  # which makes what can be made
+        Workplan(configs).check(units)
     if options.dry_run:
         for line in describe_plan(plan_units(Workplan(configs), workspace, units)):
             say(line)

@@ -8,7 +8,7 @@ Each member of a stack, such as ``train/topk/k16``, is a unit of its own, which 
 run of it alone. A stack depends on its members.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from saejax import config as configuration
@@ -80,6 +80,16 @@ class Workplan:
             # Members that are no units of their own are read from the whole.
             needs.append(need if self.members(whole) else whole)
         return list(dict.fromkeys(needs))
+
+    def check(self, units: Sequence[str]) -> None:
+        """Refuse settings of units that contradict each other, before any of them is made.
+
+        Raises:
+          UserError: a unit reads what no flag asks for, or has no members with these settings.
+        """
+        for unit in units:
+            self.members(unit)
+            self.needs(unit)
 
     def fingerprint(self, unit: str) -> str:
         """Return the unit's fingerprint: a hash of what it depends on."""

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import pytest
+import runs
 from absl import flags
 from preflight_setup import CONFIGS, needs_libtpu
 
@@ -13,16 +14,29 @@ from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.preflight import topology
-from saejax.preflight.plan import plan_run
+from saejax.preflight.plan import check_dictionaries, plan_run
 from saejax.preflight.shapes import read_shapes
 from saejax.runner.flags import define_flags, from_flags
-from saejax.runner.registry import all_groups
+from saejax.runner.pipeline import RunOptions, run_stages
+from saejax.runner.registry import all_groups, all_stages
+from saejax.runner.workplan import Workplan
 from saejax.stages.train.plan import train_programs
 from saejax.training.members import choose_sites
 
-FILES = sorted(CONFIGS.glob("*.flags"))
+FILES = sorted(CONFIGS.rglob("*.flags"))
+# Files that are not for the whole pipeline.
+STAGES_OF = dict(
+    demo_graphs=["tokenize", "train"],
+    demo_depth=["tokenize", "train"],
+    circuits=["baseline", "circuits"],
+    ground_truth=["known_circuits", "algorithm", "ground_truth", "report"],
+) | {"synthsaebench-16k": ["ground_truth"]}
 AT_HAND = ("demo", "addition")  # of models that are at hand, or made by the stage before
-STUDIES = [path for path in FILES if "--model.path=" in path.read_text() and not path.name.startswith(AT_HAND)]
+STUDIES = [
+    path
+    for path in CONFIGS.glob("*.flags")
+    if "--model.path=" in path.read_text() and not path.name.startswith(AT_HAND)
+]
 
 
 def plan_of(shape, configs):
@@ -36,11 +50,42 @@ def read(path) -> config.Configs:
     return from_flags(all_groups(), values)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_file_is_valid_and_commented(path):
-    read(path)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_file_is_commented_and_no_stage_refuses_it(path, monkeypatch):
+    """Its units have fingerprints, and its sites and dictionaries are there, before anything runs."""
     lines = path.read_text().splitlines()
-    assert lines[0].startswith("# ") and sum(line.startswith("#") for line in lines) >= 2
+    assert lines[0].startswith("# ") and (path.parent != CONFIGS or sum(line.startswith("#") for line in lines) >= 2)
+    monkeypatch.chdir(CONFIGS.parent)
+    configs = read(path)
+    # Files of the hub and of earlier runs are not here: what they hold counts as nothing.
+    here = {name: dataclasses.replace(stage, identity={}, unit_identity={}) for name, stage in all_stages().items()}
+    for name, stage in here.items():
+        monkeypatch.setitem(all_stages(), name, stage)
+    units = [unit for name in STAGES_OF.get(path.stem, here) for unit in here[name].units(configs)]
+    plan = Workplan(configs)
+    plan.check(units)
+    marks = [plan.fingerprint(part) for unit in units for part in (unit, *(f"{unit}/{m}" for m in plan.members(unit)))]
+    assert len(set(marks)) == len(marks) >= 1
+    preflight = configs.named("preflight")
+    if path.stem not in STAGES_OF and not configs.named("model").path.startswith("runs/"):
+        if not preflight.models:
+            configs |= dataclasses.replace(preflight, models=("configs/shapes/smollm2-135m.json",))
+        for shape in read_shapes(configs):
+            check_dictionaries(plan_of(shape, configs))
+
+
+def test_what_a_later_stage_refuses_is_refused_before_any_runs(tmp_path):
+    """Also in a dry run: training from the model takes no "all" sites, and is scored on stored ones."""
+    configs = runs.make_configs(train__source="model", train__sites=("all",))
+    for changes, words in (
+        ({}, "--train.sites=all with --train.source=model: name the sites"),
+        (dict(sites=("resid_post.3", "resid_post.4")), "stored activations of resid_post.3 and 1 more, which"),
+    ):
+        configs |= dataclasses.replace(configs.named("train"), **changes)
+        for dry_run in (False, True):
+            with pytest.raises(UserError, match=words):
+                run_stages([*all_stages()], configs, tmp_path / "run", options=RunOptions(dry_run=dry_run))
+    assert not [*tmp_path.rglob("*.json")]
 
 
 def test_the_studies_models_and_layers():

@@ -7,7 +7,7 @@ from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage
 from saejax.stages import identities
 from saejax.stages.evaluate.run import run_evaluate
-from saejax.stages.train.members import trained_sites, units_of_members
+from saejax.stages.train.members import store_and_dictionaries, trained_sites, units_of_members
 from saejax.training.settings import TrainConfig
 
 EVALUATE = Stage(
@@ -18,7 +18,7 @@ EVALUATE = Stage(
     groups=(ModelConfig, EvaluateConfig),
     placement=(MeshConfig,),
     reads=("capture", "train"),
-    needs=lambda configs, name: ("capture", f"train/{name}"),
+    needs=store_and_dictionaries,
     inputs=trained_sites,
     names=lambda configs: configs[TrainConfig].kinds,
     identity=dict(model=identities.model),

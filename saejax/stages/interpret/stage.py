@@ -11,7 +11,7 @@ from saejax.stages import identities
 from saejax.stages.interpret.report import sections
 from saejax.stages.interpret.run import run_interpret
 from saejax.stages.interpret.settings import InterpretConfig
-from saejax.stages.train.members import trained_sites, units_of_members
+from saejax.stages.train.members import store_and_dictionaries, trained_sites, units_of_members
 from saejax.tasks.settings import TaskConfig
 
 
@@ -23,7 +23,7 @@ def _read(configs: Configs, name: str) -> Sequence[str]:
     """Return the units read: text, dictionaries, and prompts if they are asked for."""
     task = configs[TaskConfig]
     prompts = [*(["baseline"] if task.has_behaviours else []), *(f"benchmark/{name}" for name in task.benchmarks)]
-    return ("capture", f"train/{name}", *(prompts if configs[InterpretConfig].categories else ()))
+    return (*store_and_dictionaries(configs, name), *(prompts if configs[InterpretConfig].categories else ()))
 
 
 INTERPRET = Stage(

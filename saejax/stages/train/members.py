@@ -1,11 +1,13 @@
-"""Members of a train unit as units of their own, and the captured sites that training reads."""
+"""Members of a train unit as units of their own, and the captured sites that they are trained and scored on."""
 
 import dataclasses
 from typing import Any
 
+from saejax.activations.joined import single_sites
 from saejax.activations.settings import CaptureConfig
 from saejax.config import Configs
 from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.errors import UserError
 from saejax.runner.stage import UnitMember
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.settings import TrainConfig
@@ -58,6 +60,25 @@ def _settings_alone(config: TrainConfig, kind: str, member: Member) -> TrainConf
     return dataclasses.replace(
         config, kinds=(kind,), sites=(member.site,), expansions=(), l1_by_depth=(), by_kind=inner, **shared
     )
+
+
+def store_and_dictionaries(configs: Configs, kind: str) -> tuple[str, str]:
+    """Return the units that a stage reads that scores the dictionaries of a train unit on stored activations.
+
+    Raises:
+      UserError: training reads a site straight from the model that will not be in the store.
+    """
+    train, captured = configs[TrainConfig], configs[CaptureConfig].sites
+    if train.source == "model" and kind != PRETRAINED:
+        members = make_members(train, kind, choose_sites(train, None))
+        read = single_sites(site for member in members for site in (member.site, member.target))
+        if missing := [site for site in read if site not in captured]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"train/{kind} is scored on stored activations of {missing[0]}{more}, which "
+                f"--capture.sites={','.join(captured)} leaves out: add them, or run the stages that need no store"
+            )
+    return "capture", f"train/{kind}"
 
 
 def trained_sites(configs: Configs, name: str = "") -> Configs:

@@ -48,7 +48,8 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
         dictionary that is there already; k is above the features.
     """
     # "all" is resolved against the sites that the run will capture: there is no store yet.
-    sites = captured if train.sites == ("all",) else single_sites(train.sites)
+    stored = captured if train.sites == ("all",) else single_sites(train.sites)
+    sites = None if train.source == "model" else stored
 
     def widths(flag: str, stack: Sequence[Member | Pretrained]) -> dict[str, int]:
         """Return the widths of the sites that members read and predict, all of which are captured."""
