@@ -5,7 +5,8 @@ et al., Do Sparse Autoencoders Identify Reasoning Features in Language Models?, 
 
 1. Training texts give the tokens that excite it most, and the short contexts before its strongest activations.
 2. These are inserted into ordinary text at random places; the control is the same text with random tokens there.
-3. Test texts give the level that the feature reaches on real text. A text's activation is its largest one.
+3. Test texts give the level that the feature reaches on real text. A text's activation is its largest one; so that it
+   is the largest of as many, ordinary texts are cut to the median length of test texts. These are read whole.
 4. The feature is driven by tokens if the injection brings it more than half of the way from the control to that level,
    by context if it brings it less than half, and undecided if the interval of the difference includes zero, or if there
    are too few texts.
@@ -29,6 +30,7 @@ from saejax.errors import UserError
 from saejax.interventions.answers import mean_interval
 from saejax.interventions.edits import mask
 from saejax.models.language_model import LanguageModel
+from saejax.models.lengths import round_length
 from saejax.models.tokens import Tokens, encode, token_text
 from saejax.results import Interval
 from saejax.short_reprs import has_short_repr
@@ -38,7 +40,6 @@ from saejax.tasks.scoring import wilson
 Driver = Literal["tokens", "context", "undecided"]
 
 TOKENS, CONTEXT = 4, 3  # tokens, and contexts, that are inserted; tokens of a context
-LENGTH = 64  # tokens of a text before anything is inserted
 HALFWAY = 0.5  # share of the way to the real level that decides
 LEAST_TEXTS = 6  # fewer all have one sign by chance in more than 5 % of cases, and decide nothing
 LIVE = 0.05  # share of the training texts on which a feature drawn at random fires
@@ -49,7 +50,8 @@ RULE = (
     "if the 95 % bootstrap interval over texts includes both, if it is not more active on real text, or with fewer "
     f"than {LEAST_TEXTS} texts."
 )
-_BATCH, _WIDTH = 32, LENGTH + TOKENS * CONTEXT
+_BATCH_TOKENS = 2048  # tokens that are run and encoded at once, unless one text has more
+_MULTIPLE = 64  # batches are padded to a multiple of this many tokens, so that few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +123,10 @@ def falsify(
       lm: the model that the dictionary was trained on.
       dictionary: whose features are tested.
       features: their indices.
-      texts: texts of the kind that the features are claimed for; they show which tokens excite a feature.
-      ordinary: other text, half of which gives random tokens and half of which is injected.
+      texts: texts of the kind that the features are claimed for; they show which tokens excite a feature. Read whole,
+        up to the model's context.
+      ordinary: other text, half of which gives random tokens and half of which is injected; each is cut to the median
+        length of the test texts.
       test_texts: texts of the same kind that show the activation on real text; empty: every second one of ``texts``.
       random_features: how many of the dictionary's other features are tested as a control; None: as many.
       random_dictionary: a control at the same site, of which as many features are tested.
@@ -140,7 +144,10 @@ def falsify(
     if not test_texts:
         # Tokens are chosen on other texts than test them: the largest of many is large by chance on its own texts.
         texts, test_texts = texts[::2], texts[1::2]
-    kinds = [_encode_texts(lm, kind) for kind in (texts, test_texts, ordinary[::2], ordinary[1::2])]
+    kinds = [_encode_texts(lm, kind, lm.config.context) for kind in (texts, test_texts)]
+    length = int(np.median([len(ids) for ids in kinds[1]])) if kinds[1] else 2
+    length = max(2, min(length, lm.config.context - TOKENS * CONTEXT))
+    kinds += [_encode_texts(lm, kind, length) for kind in (ordinary[::2], ordinary[1::2])]
     if min(map(len, kinds)) < 2:
         counts = ", ".join(str(len(kind)) for kind in kinds)
         raise UserError(f"falsify has {counts} texts to choose tokens, to test, and ordinary ones: expected 2 of each")
@@ -308,9 +315,9 @@ def _draw_live(
     return np.sort(rng.choice(pool, min(count, len(pool)), replace=False)).tolist()
 
 
-def _encode_texts(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of texts, cut to ``LENGTH``."""
-    length = min(LENGTH, lm.config.context - TOKENS * CONTEXT)
+def _encode_texts(lm: LanguageModel, texts: Sequence[str], length: int) -> list[list[int]]:
+    """Return the token ids of texts, cut to ``length`` tokens; texts of one token are left out."""
+    # A token has fewer than 16 characters in the mean: the rest of a long document need not be tokenised.
     ids = [encode(lm.tokenizer, text[: 16 * length])[:length] for text in texts]
     return [some for some in ids if len(some) > 1]
 
@@ -320,15 +327,19 @@ def _activations(
 ) -> Iterator[np.ndarray]:
     """Yield the activations of K features at every token of each text, [T, K]; 0 at attention sinks."""
     dictionary.config.check_model(lm.source.name, lm.source.fingerprint)
-    dictionary, width = dictionary.with_sink_norms(lm.sink_norm), min(_WIDTH, lm.config.context)
-    for first in range(0, len(texts), _BATCH):
-        batch = texts[first : first + _BATCH]
-        ids_BxT = np.zeros((_BATCH, width), np.int32)  # one shape, so that one program is compiled
+    dictionary = dictionary.with_sink_norms(lm.sink_norm)
+    width = min(round_length(max(map(len, texts)), _MULTIPLE), lm.config.context)
+    rows = max(_BATCH_TOKENS // width, 1)
+    for first in range(0, len(texts), rows):
+        batch = texts[first : first + rows]
+        ids_BxT = np.zeros((rows, width), np.int32)  # one shape, so that one program is compiled
         for row, ids in enumerate(batch):
             ids_BxT[row, : len(ids)] = ids
-        lengths_B = np.array([len(ids) for ids in batch] + [1] * (_BATCH - len(batch)), np.int32)
+        lengths_B = np.array([len(ids) for ids in batch] + [1] * (rows - len(batch)), np.int32)
         x_BxTxD = lm(Tokens(ids_BxT, lengths_B), capture=[dictionary.site], logits=False).sites[dictionary.site]
-        acts_BxTxK = np.asarray(_encode(dictionary, x_BxTxD, jnp.asarray(features_K)))
+        # Of a long text some tokens at a time, since a dictionary may have a hundred times as many features as D.
+        parts = (x_BxTxD[:, start : start + _BATCH_TOKENS] for start in range(0, width, _BATCH_TOKENS))
+        acts_BxTxK = np.concatenate([np.asarray(_encode(dictionary, part, features_K)) for part in parts], axis=1)
         for row, ids in enumerate(batch):
             if not np.isfinite(acts_BxTxK[row, : len(ids)]).all():
                 raise UserError(

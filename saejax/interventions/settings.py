@@ -226,9 +226,15 @@ class StudyConfig(Config):
     )
     falsify: int = setting(
         0,
-        "ordinary texts, of the embedded corpus, into which the tokens that excite a top feature most are injected, to "
-        "see whether it detects words rather than reasoning; 0: not tested",
+        "ordinary texts into which the tokens that excite a top feature most are injected, to see whether it detects "
+        "words rather than reasoning; 0: not tested",
         low=0,
+    )
+    falsify_text: str = setting(
+        "",
+        "ordinary text for --study.falsify, in a language that the model knows: files or a data set of the hub as in "
+        "--corpus.path; empty: held-out text of the embedded corpus, which is English",
+        changes_results=False,  # its content counts, not its place
     )
     control: str = setting(
         "",

@@ -14,6 +14,7 @@ from saejax.interventions import falsify as module
 from saejax.interventions.falsify import RULE, falsify, judge_injection
 
 WORDS, LOGIC = 120, 20  # plain words of the language, and those of reasoning, which come after them
+LENGTH = 64  # words of a text
 FAR, RECENT = 4, 8  # a word follows from the one so many tokens before; tokens over which that is counted
 
 
@@ -49,8 +50,11 @@ class World:
     def sink_norm(self, site):
         return 1e6
 
+    largest = 0  # tokens that were run at once
+
     def __call__(self, tokens, capture, logits):
         ids_BxT = tokens.ids_BxT
+        self.largest = max(self.largest, ids_BxT.size)
         before_BxT = np.pad(ids_BxT, ((0, 0), (FAR, 0)), constant_values=WORDS)[:, : ids_BxT.shape[1]]
         follows_BxT = (before_BxT < WORDS) & (ids_BxT == (before_BxT + 60) % WORDS)
         count_BxT = np.cumsum(np.pad(follows_BxT, ((0, 0), (RECENT, 0))), axis=1)
@@ -63,8 +67,8 @@ class World:
         return [[self._text(rng, *rates) for _ in range(128)] for rates in ((0.2, 0.8), (0.03, 0.0))]
 
     def _text(self, rng, logic, follows):
-        words = rng.integers(0, WORDS, module.LENGTH)
-        for place in range(module.LENGTH):
+        words = rng.integers(0, WORDS, LENGTH)
+        for place in range(LENGTH):
             if rng.random() < logic:
                 words[place] = rng.integers(WORDS, WORDS + LOGIC)
             elif place >= FAR and words[place - FAR] < WORDS and rng.random() < follows:
@@ -117,6 +121,16 @@ def test_the_tokens_are_those_that_were_planted(worlds):
         assert row.counterexamples > 5 and row.counterexample.mean > 0.3 * row.real.mean
     for row in worlds[0].features[10:]:
         assert row.real.mean > 1 and row.counterexample.mean < row.real.mean / 2
+
+
+def test_prompts_are_read_whole_in_batches_of_bounded_size():
+    """Words of reasoning stand at the end of long texts alone: features that fire on them are found by them."""
+    world, rng = World(0), np.random.default_rng(0)
+    plain = [" ".join(map(str, rng.integers(0, WORDS, count))) for count in rng.integers(200, 500, 24)]
+    reasoning = [f"{text} {' '.join(map(str, WORDS + np.arange(LOGIC)))}" for text in plain]
+    result = falsify(world, world.dictionary(3, 0), range(3), reasoning, plain, resamples=100)
+    assert [row.test.driver for row in result.features if row.group == "tested"] == ["tokens"] * 3
+    assert world.largest <= module._BATCH_TOKENS
 
 
 def test_controls_are_tested_too():

@@ -9,6 +9,7 @@ The log-likelihoods, once all are measured, and the answers of each condition ar
 """
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,6 +89,7 @@ FEATURES_ON_ITEMS, ROTATED_ON_ITEMS = "features_on_items.npz", "rotated_on_items
 ITEM_ATTRIBUTION = "item_attribution.npz"  # [items, features], train items first
 ANSWERS = "answers"  # folder of the scored answers, a file for each condition
 _MEASURED = "log-likelihoods"  # folder of what is measured before answers are scored
+_ORDINARY = 1024  # documents of --study.falsify_text, from which --study.falsify are taken at equal distances
 _CHANGED = 0.1  # share of answers that change under ablation, for what is said about power
 _ACCURACY = READOUTS.index("accuracy")
 _GROUPS = ("clean", "top", "resample", "random", "placebo")
@@ -322,8 +324,7 @@ def _falsify(
 ) -> Falsification:
     """Return what drives the top features: tokens from train items, the level on test items, both with solutions."""
     train, test = (list(_item_texts(half).values()) for half in (items.train, items.test))
-    # Held-out text of the embedded corpus, whatever the dictionary was trained on: a benchmark is no ordinary text.
-    documents = corpora.held_out_documents(CorpusConfig())
+    documents = _ordinary_documents(config.falsify_text)
     places = np.unique(np.arange(config.falsify) * len(documents) // config.falsify)
     return falsify(
         items.lm,
@@ -335,6 +336,14 @@ def _falsify(
         random_dictionary=bases.untrained(dictionary, round(chosen.activations.l0), config.seed),
         seed=config.seed,
     )
+
+
+def _ordinary_documents(path: str) -> list[corpora.Document]:
+    """Return ordinary text: the first documents of a path, or held-out ones of the embedded corpus."""
+    if path:
+        return list(itertools.islice(corpora.documents(CorpusConfig(path=path)), _ORDINARY))
+    # Whatever the dictionary was trained on: a benchmark is no ordinary text.
+    return corpora.held_out_documents(CorpusConfig())
 
 
 def study_verdict_config(config: StudyConfig) -> VerdictConfig:

@@ -13,7 +13,8 @@ from saejax.stages import identities
 from saejax.stages.study.report import sections
 from saejax.stages.study.results import StudyResults
 from saejax.stages.study.run import run_study
-from saejax.tasks.settings import TaskConfig
+from saejax.tasks import corpora
+from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 
 def _dictionaries(configs: Configs) -> tuple[str, ...]:
@@ -33,6 +34,12 @@ def _benchmarks(configs: Configs) -> str:
     return fingerprint([identities.benchmark(configs, name) for name in configs[StudyConfig].benchmarks])
 
 
+def _ordinary_text(configs: Configs) -> str:
+    """Return the identity of the user's ordinary text; "" if there is none, or it is not read."""
+    study = configs[StudyConfig]
+    return corpora.identity(CorpusConfig(path=study.falsify_text)) if study.falsify and study.falsify_text else ""
+
+
 def _check(configs: Configs) -> None:
     for name in configs[StudyConfig].baselines:
         if not is_folder(name):
@@ -50,10 +57,10 @@ STUDY = Stage(
     follows=("ablate",),
     needs=lambda configs, name: train_units(*_dictionaries(configs)),
     names=lambda configs: configs[StudyConfig].benchmarks,
-    identity=dict(model=identities.model, bases=_bases, benchmarks=_benchmarks),
+    identity=dict(model=identities.model, bases=_bases, benchmarks=_benchmarks, ordinary_text=_ordinary_text),
     unit_identity=dict(benchmark=identities.benchmark),
     check=_check,
-    revision=8,  # the spread of log-likelihoods between items
+    revision=8,  # the spread of log-likelihoods between items; whole prompts
     processes="items",
     section=sections,
 )
