@@ -1,4 +1,4 @@
-"""Time that a user's own behaviour takes on an existing dictionary, with all five answers.
+"""Time that a user's own behaviour takes on an existing dictionary, with all answers.
 
 Run: python -m benchmarks.bench_own_behaviour [--dictionary runs/demo/train/topk]
 A file of 200 prompts is written (whether "she" or "he" follows a name, in five templates, one of which is in test

@@ -12,7 +12,8 @@ For each dictionary (the tested one and those of other seeds):
 5. T on the prompts of the other behaviours and on held-out text.
 
 For the tested dictionary alone: each feature of T, on request every live feature alone; of the tested dictionary, of
-each untrained one and of each simpler basis the list by the same attribution to T's dose.
+each untrained one and of each simpler basis the list by the same attribution to T's dose; what is left where its top
+features alone are kept (``saejax.interventions.sufficiency``), beside three placebo sets and untrained dictionaries.
 """
 
 import collections
@@ -25,7 +26,7 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.errors import UserError
-from saejax.interventions import activity, bases
+from saejax.interventions import activity, bases, sufficiency
 from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.answers import FeatureEffect, VerdictConfig, mean_interval
 from saejax.interventions.controls import (
@@ -51,6 +52,8 @@ from saejax.interventions.slopes import (
 from saejax.interventions.split_model import CleanRun, SplitModel
 from saejax.interventions.table import (
     BASIS,
+    KEPT,
+    NO_ERROR,
     RANKS,
     TESTED,
     TEXT,
@@ -296,6 +299,10 @@ class BehaviourAblation:
 
     def placebo_sets(self) -> Sequence[tuple[tuple[str, str] | None, list[int]]]:
         """Return the placebo targets, as text if they are two tokens, and the top features of each."""
+        return [(target, members[: self.config.top]) for target, members in self.placebo_orders()]
+
+    def placebo_orders(self) -> Sequence[tuple[tuple[str, str] | None, list[int]]]:
+        """Return the placebo targets with as many features of each as question 6 keeps, by falling attribution."""
         if self._placebos is None:
             self.choose_placebos(())
         return self._placebos or []
@@ -325,7 +332,8 @@ class BehaviourAblation:
             )
             for each, attribution_SxF in zip(group, attributions, strict=True):
                 score_NxF = np.concatenate([0 * attribution_SxF[:1], attribution_SxF])
-                sets = [leaders(score_NxF[right] - score_NxF[wrong], self.config.top) for right, wrong in pairs_Rx2]
+                longest = self.config.top * sufficiency.SIZES[-1]
+                sets = [leaders(score_NxF[right] - score_NxF[wrong], longest) for right, wrong in pairs_Rx2]
                 named = zip(pairs_Rx2.tolist(), sets, strict=True)
                 each._placebos = [((texts[right], texts[wrong]), members) for (right, wrong), members in named]
 
@@ -334,7 +342,7 @@ class BehaviourAblation:
         if not self.config.placebo_targets:
             return np.zeros(0, np.int64)
         wanted, most = max(TOKENS, self.config.placebo_targets), LIKELY
-        # Prompts of one template have few likely tokens in common with answers left out: less likely ones are taken, too.
+        # Prompts of one template have few likely tokens: less likely ones are taken, too.
         while len(tokens := self.other_tokens(self.train_runs, most)) < wanted and most < self.split.point.config.vocab:
             most *= 2
         return np.random.default_rng(self.config.seed).permutation(tokens)[:wanted]
@@ -433,6 +441,8 @@ def measure_all(
     tables, dose = _measure_dictionary(tested, TESTED, prompts, text)
     for name, other in others.items():
         tables += _measure_dictionary(other, name, prompts, text)[0]
+    tables += _measure_kept(tested, "top", [_by_attribution(tested)])
+    tables += _measure_kept(tested, "placebo", [members for _, members in tested.placebo_orders() if members])
     if keeps_error and config.untrained:
         tables += _measure_untrained(tested, dose)
     for name in config.baselines if keeps_error else ():
@@ -464,6 +474,8 @@ def expected_rows(
     edits = trainings * (len(FRACTIONS) + config.random_sets + config.placebo_targets + len(prompts) - 1)
     edits += config.top + len(config.baselines) + config.untrained * (1 + config.untrained_dictionaries)
     edits += features // 4 * (config.effects == "all")  # about a quarter of the features fire
+    kept = 1 + sufficiency.CONTROLS * (bool(config.placebo_targets) + config.untrained)
+    edits += 2 * len(sufficiency.SIZES) * kept
     tokens = max(TOKENS, config.placebo_targets) if config.placebo_targets else 0
     chosen = tokens * min(train, config.attribution_prompts or train)  # for all dictionaries at once
     return test * edits + chosen + documents * trainings
@@ -543,7 +555,50 @@ def _measure_untrained(tested: BehaviourAblation, dose: float) -> list[EffectsTa
         # Of a transcoder they read another site: its runs and slopes are shared among them.
         like = like if untrained.split.point == like.split.point else untrained
         tables += _measure_list(untrained, "untrained", index, dose)
+        if index < sufficiency.CONTROLS and (order := _by_attribution(untrained)):
+            tables += _measure_kept(untrained, "untrained", [order], index)
     return tables
+
+
+def _by_attribution(ablation: BehaviourAblation) -> list[int]:
+    """Return the top features of a dictionary and those that follow them, as many as question 6 keeps."""
+    longest, top = ablation.config.top * sufficiency.SIZES[-1], ablation.top()
+    return [*top, *(feature for feature in leaders(ablation.attribution_F, longest) if feature not in top)][:longest]
+
+
+def _measure_kept(
+    ablation: BehaviourAblation, group: str, orders: Sequence[Sequence[int]], first: int = 0
+) -> list[EffectsTable]:
+    """Measure what is left where the beginnings of some lists alone are kept, with and without the error term.
+
+    Args:
+      ablation: of the lists' dictionary.
+      group: what the lists are of: top, placebo or untrained.
+      orders: features of each list; ``sufficiency.CONTROLS`` of them are used.
+      first: number of the first list in the group.
+    """
+    sizes = [ablation.config.top * times for times in sufficiency.SIZES]
+    sets: dict[tuple[int, int], tuple[int, ...]] = {}  # a short list has fewer sizes
+    for number, order in enumerate(orders[: sufficiency.CONTROLS], first):
+        for step, size in enumerate(sizes):
+            if len(order) >= size or not step:
+                sets[number, step] = tuple(order[:size])
+    if not sets:
+        return []
+    mean_F = activity.statistics(ablation.split, ablation.train_runs).mean_F.astype(np.float32)
+    values_2xExP = sufficiency.keep_features(ablation.split, ablation.runs, mean_F, list(sets.values()))
+    ablation.progress.of_call(2 * len(sets) * len(ablation.test))(1, 1)
+    return [
+        EffectsTable.block(
+            [
+                EditDefinition(ablation.behaviour, f"{KEPT}{group}{ending}", number * len(sizes) + step, members)
+                for (number, step), members in sets.items()
+            ],
+            ablation.tests,
+            dict(logit_diff=values_ExP),
+        )
+        for ending, values_ExP in zip(("", NO_ERROR), values_2xExP, strict=True)
+    ]
 
 
 def _measure_list(ablation: BehaviourAblation, group: str, index: int, dose: float) -> list[EffectsTable]:

@@ -1,4 +1,4 @@
-"""The rule of a verdict, the answers to five questions about the top features of each behaviour, and their wording."""
+"""The rule of a verdict, the answers to six questions about the top features of each behaviour, and their wording."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -75,6 +75,8 @@ class VerdictConfig:
             f"5. Selective: the upper ends of the intervals of the mean size of the change lie below "
             f"{self.max_ce_change:g} nats on held-out text and {100 * self.max_other_change:g} % of the mean size of "
             "the logit difference of every other behaviour above chance. "
+            "6. Enough, without a yes or no: the share of the logit difference that is left where the first k, 2 k, "
+            "4 k and 8 k features by attribution are kept and all others set to their means over the train prompts. "
             f"Questions 1, 4 and 5 need {self.least_prompts} prompts and enough bootstrap resamples; 2 to 4 need "
             "20 controls a behaviour, less one. "
             "p-values are corrected by Holm's method over the behaviours within each question."
@@ -97,10 +99,21 @@ class CausalAnswer:
     parts: Mapping[str, Interval] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The share of the clean logit difference that is left where so many features alone are kept."""
+
+    features: int  #: number of kept features; all others are set to their mean over the train prompts
+    left: Interval  #: share that is left, with the error term
+    left_without_error: Interval  #: share that is left where the error term is dropped, too
+    placebo: float | None  #: median of the shares that features of placebo sets leave, with the error term
+    untrained: float | None  #: likewise of untrained dictionaries
+
+
 @has_short_repr
 @dataclasses.dataclass(frozen=True)
 class BehaviourVerdict:
-    """The five answers for the top features of one behaviour."""
+    """The six answers for the top features of one behaviour."""
 
     features: tuple[int, ...]  #: the tested top features
     dose: float  #: root mean square over prompts of the norm of the change at the site
@@ -117,6 +130,8 @@ class BehaviourVerdict:
     placebo_sets: int  #: number of placebo sets
     trained: CausalAnswer = CausalAnswer("not tested", "Not tested.")  #: question 4: did training matter?
     replication: CausalAnswer | None = None  #: answers of dictionaries of other seeds
+    #: question 6: are they enough? By number of kept features; empty where it was not measured, as on benchmarks
+    enough: tuple[Kept, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +186,7 @@ class AblateResults:
     positions: str  #: where features are ablated
     error: str  #: whether the reconstruction error is kept or dropped
     top: Mapping[str, tuple[FeatureEffect, ...]]  #: the top features of each behaviour, one by one
-    verdict: CausalVerdict  #: the answers to the five questions
+    verdict: CausalVerdict  #: the answers to the six questions
     #: effects of ablating every feature alone, by behaviour (--ablate.effects=all)
     importance: Mapping[str, ImportanceSummary] | None = None
 
@@ -278,6 +293,22 @@ def among_sentence(answer: CausalAnswer, group: str, k: int, behaviours: int, ob
         untrained=("training mattered", "training is not shown to matter"),
     )
     return f"{text} (p = {answer.p_value:.2g}{corrected}): {endings[group][answer.answer != 'yes']}."
+
+
+def enough_sentence(enough: Sequence[Kept]) -> str:
+    """Return the sentence of question 6, which has no yes or no."""
+    if not enough:
+        return "Not measured, or the logit difference is not above zero without an edit."
+    parts = []
+    for kept in enough:
+        controls = {"placebo sets": kept.placebo, "untrained dictionaries": kept.untrained}
+        left = " and ".join(f"{100 * share:.0f} % by {name}" for name, share in controls.items() if share is not None)
+        parts.append(
+            f"{features(kept.features)} leave {100 * kept.left.mean:.0f} % [{100 * kept.left.low:.0f}, "
+            f"{100 * kept.left.high:.0f}] of the logit difference, {100 * kept.left_without_error.mean:.0f} % without "
+            f"the error term{left and f' ({left}, in the median)'}"
+        )
+    return f"Kept alone, all other features at their means: {'; '.join(parts)}."
 
 
 def fooled_sentence(count: int | None, placebo_sets: int) -> str:

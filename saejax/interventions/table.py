@@ -39,6 +39,10 @@ from saejax.short_reprs import has_short_repr
 #: feature alone (index is the feature). ``resample``: the top features, each at every position where it fires with an
 #: activation from another such position.
 GROUPS = ("clean", "top", "single", "random", "placebo", "trained", "untrained", "pool", "every", "resample")
+#: Groups named ``kept:<group>`` hold the features that alone are kept, all others at their means: of ``top``,
+#: ``placebo`` or ``untrained``; those that end in ``NO_ERROR`` are without the error term. The index counts sets and
+#: sizes.
+KEPT, NO_ERROR = "kept:", ":no_error"
 #: Groups named ``basis:<name>`` hold directions of another basis: neurons, pca, diff_means, or a folder's.
 BASIS = "basis:"
 #: ``logit_diff``: logit of the correct minus the wrong answer's first token. ``log_prob``: log-probability of the

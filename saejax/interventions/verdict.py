@@ -1,4 +1,4 @@
-"""Verdicts on whether features cause a behaviour: five questions, answered from the effects table alone.
+"""Verdicts on whether features cause a behaviour: six questions, answered from the effects table alone.
 
 T is the set of the k features with the largest attribution for the behaviour's answer on train prompts; E(S) is the
 mean drop of the logit difference on test prompts when the set S is ablated. Every control was built to T's dose, the
@@ -15,6 +15,7 @@ takes the logit difference's place (``EffectsTable.objective``). The questions a
 4. Did training matter? Against untrained dictionaries, from whose directions a list is made by the same attribution.
    Beside it simpler bases, one by one.
 5. Selective? Other behaviours and held-out text change by less than a margin, in either direction.
+6. Enough? The share of the logit difference that is left where the top features alone are kept; no yes or no.
 
 Intervals are bootstrap intervals over prompts within templates. p-values are corrected by Holm's method over the
 behaviours of a run within each question. Beside question 2 stands how many placebo sets pass it: how often "more than
@@ -30,9 +31,19 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.interventions import answers as wording
-from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, CausalVerdict, VerdictConfig
+from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, CausalVerdict, Kept, VerdictConfig
 from saejax.interventions.controls import check_controls
-from saejax.interventions.table import BASIS, RANKS, TESTED, TEXT, EditDefinition, EffectsTable, PromptDefinition
+from saejax.interventions.table import (
+    BASIS,
+    KEPT,
+    NO_ERROR,
+    RANKS,
+    TESTED,
+    TEXT,
+    EditDefinition,
+    EffectsTable,
+    PromptDefinition,
+)
 from saejax.results import Interval
 from saejax.statistics import bootstrap
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
@@ -40,7 +51,7 @@ from saejax.tasks.scoring import wilson
 
 
 def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalVerdict:
-    """Answer the five questions for every dictionary and behaviour of a table.
+    """Answer the six questions for every dictionary and behaviour of a table.
 
     Args:
       table: effects table of a run; see ``saejax.load_effects``.
@@ -186,6 +197,7 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
             selective=selective[name],
             fooled=_count_fooled(measured[name], config),
             placebo_sets=len(measured[name].edits("placebo")),
+            enough=_measure_enough(measured[name]),
         )
         for name in names
     }
@@ -472,6 +484,48 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
         return dataclasses.replace(answered, sentence=wording.selective_sentence(answered, failing, left_out))
 
     return _Test(p_value, conclude)
+
+
+def _measure_enough(measured: MeasuredBehaviour) -> tuple[Kept, ...]:
+    """Return question 6: what is left of the logit difference where so many features alone are kept."""
+    table, prompts = measured.table, measured.prompts
+    clean_P = table.clean_values(prompts, "logit_diff")
+    # Controls are those of the tested dictionary.
+    if measured.dictionary != TESTED or not clean_P.mean() > 0:
+        return ()
+
+    def values(group: str) -> dict[int, list[np.ndarray]]:
+        """Return the logit differences of each prompt by the number of kept features."""
+        by_size: dict[int, list[np.ndarray]] = {}
+        edits = measured.edits(KEPT + group)
+        for edit, value_P in zip(edits, table.values(edits, prompts, "logit_diff"), strict=True):
+            by_size.setdefault(len(edit.features), []).append(value_P)
+        return by_size
+
+    def share(value_P: np.ndarray) -> Interval:
+        # A resample whose logit difference is zero has no share.
+        clean_R = measured.weight_RxP @ clean_P
+        sample_R = np.divide(
+            measured.weight_RxP @ value_P, clean_R, out=np.full_like(clean_R, np.nan), where=clean_R != 0
+        )
+        return Interval(float(value_P.mean() / clean_P.mean()), *np.nanquantile(sample_R, [0.025, 0.975]).tolist())
+
+    groups = {group: values(group) for group in ("top", "top" + NO_ERROR, "placebo", "untrained")}
+
+    def median(group: str, size: int) -> float | None:
+        controls = groups[group].get(size)
+        return float(np.median([value_P.mean() for value_P in controls]) / clean_P.mean()) if controls else None
+
+    return tuple(
+        Kept(
+            features=size,
+            left=share(value_P),
+            left_without_error=share(groups["top" + NO_ERROR][size][0]),
+            placebo=median("placebo", size),
+            untrained=median("untrained", size),
+        )
+        for size, (value_P, *_) in sorted(groups["top"].items())
+    )
 
 
 def summarise(answers: CausalVerdict, behaviour: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 import saejax
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import ablation as ablation_module
-from saejax.interventions import edits, engine
+from saejax.interventions import activity, edits, engine
 from saejax.interventions.ablation import (
     BehaviourAblation,
     RowProgress,
@@ -22,6 +22,8 @@ from saejax.interventions.answers import AblateResults, VerdictConfig, mean_inte
 from saejax.interventions.controls import Changes, scaled_sets, token_pairs
 from saejax.interventions.importance import Importance
 from saejax.interventions.settings import AblateConfig
+from saejax.interventions.split_model import SplitModel
+from saejax.interventions.sufficiency import keep_features
 from saejax.interventions.table import RANKS, TESTED
 from saejax.interventions.verdict import verdict
 from saejax.results import from_json, to_json
@@ -166,6 +168,34 @@ def test_other_answers_are_the_likeliest_tokens_that_are_no_answers(tiny, ablati
                 ranked.append(token)
         np.testing.assert_allclose(clean_RxP[:, place], clean_V[ranked[: len(RANKS)]], atol=1e-4)
         np.testing.assert_allclose(np.sort(edited_RxP[:, place]), np.sort(edited_V[ranked[: len(RANKS)]]), atol=1e-4)
+
+
+def test_what_kept_features_leave_is_what_ablating_all_others_to_their_means_leaves(
+    tiny, ablation, dictionary, make_prompt
+):
+    table, prompts = ablation.table, make_prompts(make_prompt, "first")
+    train, test = prompts[:10], prompts[10:]
+    split = SplitModel(tiny, dictionary)
+    runs, mean_F = split.run(test), activity.statistics(split, split.run(train)).mean_F.astype(np.float32)
+    kept = table.select_edits("first", "kept:top")
+    assert [len(edit.features) for edit in kept] == [TOP, 2 * TOP, 4 * TOP, 8 * TOP]
+    assert kept[-1].features[:TOP] == table.select_edits("first", "top")[0].features
+    every = range(dictionary.config.n_features)
+    others = [np.setdiff1d(every, edit.features) for edit in kept]
+    replacement = edits.ActivationReplacement("mean", mean_F=mean_F)
+    expected = engine.run_edits(split, runs, edits.mask(dictionary, others, replacement=replacement))["logit_diff"][1:]
+    measured = table.values(kept, table.select_prompts("first"), "logit_diff")
+    np.testing.assert_allclose(measured, expected, atol=2e-5)
+    # Of all features kept nothing is changed but the error term, as in a clean run without it.
+    whole_2xP = keep_features(split, runs, mean_F, [every])[:, 0]
+    without = SplitModel(tiny, dictionary, error="drop")
+    dropped_P = engine.run_edits(without, without.run(test), edits.mask(dictionary, [[0]], 0.0))["logit_diff"][0]
+    np.testing.assert_allclose(
+        whole_2xP, [table.clean_values(table.select_prompts("first"), "logit_diff"), dropped_P], atol=2e-5
+    )
+    assert np.abs(whole_2xP[0] - whole_2xP[1]).max() > 1e-3
+    counts = {group: len(table.select_edits("first", f"kept:{group}")) for group in ("placebo", "untrained")}
+    assert counts == dict(placebo=12, untrained=12), "three of each, with four sizes"
 
 
 def test_doses_and_effects_are_those_of_the_engine(tiny, ablation, dictionary, make_prompt):

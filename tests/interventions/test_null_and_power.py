@@ -45,7 +45,9 @@ def rate(name: str, verdicts: list[BehaviourVerdict], question: str) -> float:
     """Return how often a question's p-value, where it has one, is at most 5 %; print it."""
     p_values = [answer.p_value for each in verdicts if (answer := getattr(each, question)).p_value is not None]
     share = sum(p_value <= 0.05 for p_value in p_values) / len(p_values)
-    print(f"{name}: {question} yes in {100 * share:.1f} % of the {len(p_values)} worlds of {len(verdicts)} that test it")
+    print(
+        f"{name}: {question} yes in {100 * share:.1f} % of the {len(p_values)} worlds of {len(verdicts)} that test it"
+    )
     assert len(p_values) >= 0.8 * len(verdicts)
     return share
 

@@ -18,6 +18,7 @@ from saejax.interventions.answers import (
     BehaviourVerdict,
     CausalAnswer,
     FeatureEffect,
+    enough_sentence,
     fooled_sentence,
 )
 from saejax.interventions.table import BASIS, TESTED, EditDefinition, EffectsTable, load_effects
@@ -55,9 +56,10 @@ def answer(findings: Findings, draw: Draw) -> Section:
         "Effect: logit difference lost when the top features are ablated, with its 95 % interval. Controls change the "
         "site as much as the top features: their median effect, the 95th percentile, and the corrected p-value. "
         "Shares: what the top features take from this answer's logit difference, and the 95th percentile of what they "
-        "take from those of other likely tokens."
+        "take from those of other likely tokens. Left: share of the logit difference that is left where so many "
+        "features alone are kept, all others at their means."
     )
-    caption = f"The five questions, for the {ablate.k} top features of each behaviour"
+    caption = f"The six questions, for the {ablate.k} top features of each behaviour"
     rows = {behaviour(name): result for name, result in tested.items()}
     blocks.append(table_of_answers(caption, "Behaviour", rows, note))
     if not any(result.placebo.answer == "yes" for result in tested.values()):
@@ -94,13 +96,13 @@ def rule_in_full(rule: str) -> Code:
 
 
 def details(findings: Findings) -> list[Section]:
-    """Write the answers to the five questions for each behaviour, in sentences with their figures."""
+    """Write the answers to the six questions for each behaviour, in sentences with their figures."""
     ablate, baseline = findings.first(AblateResults), findings.first(BaselineResults).behaviours
     intro = (
         "Square brackets hold 95 % bootstrap intervals over prompts within templates. p-values are corrected by Holm's "
         "method over the behaviours, within each question. Points are percentage points of accuracy on test prompts."
     )
-    sections = [Section("The five questions", (Text(intro),))]
+    sections = [Section("The six questions", (Text(intro),))]
     for name, result in ablate.verdict.dictionaries[TESTED].items():
         flags = baseline[name].flags if name in baseline else ()
         blocks: tuple[Block, ...] = (Terms(_detail_items(result)), _template_table(result))
@@ -318,6 +320,8 @@ def table_of_answers(caption: str, what: str, verdicts: Mapping[str, BehaviourVe
         "4. Training mattered": lambda _, result: _set_cell(result.trained),
         "5. Selective": lambda _, result: result.selective.answer,
     }
+    if any(result.enough for result in verdicts.values()):
+        columns["6. Left"] = _enough_cell
     if any(result.replication for result in verdicts.values()):
         columns["In other seeds"] = _replication_cell
     return Table.of(caption, verdicts.items(), columns, words=set(columns), note=note)
@@ -346,6 +350,13 @@ def _share_cell(comparison: CausalAnswer) -> str:
     return f"{percent(comparison.parts['share'].mean)}; {percent(comparison.numbers['share_high'])}"
 
 
+def _enough_cell(_: str, result: BehaviourVerdict) -> str:
+    if not result.enough:
+        return MISSING
+    first, last = result.enough[0], result.enough[-1]
+    return f"{percent(first.left.mean)} with {first.features}; {percent(last.left.mean)} with {last.features}"
+
+
 def _replication_cell(_: str, result: BehaviourVerdict) -> str:
     if result.replication is None or result.replication.numbers is None:
         return MISSING
@@ -367,6 +378,7 @@ def _detail_items(result: BehaviourVerdict) -> tuple[tuple[str, str], ...]:
         ("4. Did training matter", result.trained.sentence),
         ("Simpler bases", bases),
         ("5. Selective", result.selective.sentence),
+        ("6. Enough", enough_sentence(result.enough)),
     ]
     if result.replication:
         items.append(("Replication", result.replication.sentence))

@@ -50,7 +50,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         "reference answer, with its 95 % interval over items. Questions 2 to 4: median and 95th percentile of the "
         "effects of controls of the same dose, and the corrected p-value."
     )
-    blocks.append(table_of_answers("The five questions, for benchmarks", "Benchmark", rows, note))
+    blocks.append(table_of_answers("The questions, for benchmarks", "Benchmark", rows, note))
     blocks += [_score_table(name, results) for name, results in studies.items() if results.scores]
     for name, results in studies.items():
         if results.falsification:

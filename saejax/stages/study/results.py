@@ -83,7 +83,7 @@ class StudyResults:
     #: right). Then only log-likelihoods are compared. None without accuracy.
     at_chance: bool | None
     top: tuple[FeatureEffect, ...]  #: the top features, one by one; drops are of the log-likelihood, nats
-    verdict: CausalVerdict  #: the five answers, as if this were the run's only benchmark
+    verdict: CausalVerdict  #: the answers, as if this were the run's only benchmark
     scores: tuple[AnswerScores, ...]  #: accuracy, format failures and cut-off answers by group of edits
     origin: str  #: source of the items
     categories: Mapping[str, str] = dataclasses.field(default_factory=dict)  #: category of each item, by its id
