@@ -1,11 +1,14 @@
 """Two workdirs compared: what a process made alone, and what several or killed ones did."""
 
+import gc
 import itertools
 import json
 import random
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import runs
 
 from saejax.runner.workspace import current_units
@@ -78,3 +81,17 @@ def kill_at_random_moments(start, check, root, kills: int, lines: int) -> Path:
         runs.finish(process)
     check(root / f"run{number}")
     return root / f"run{number}"
+
+
+def live_bytes() -> np.ndarray:
+    """The bytes of arrays on each device; several arrays of one buffer count once."""
+    gc.collect()
+    buffers = {
+        (shard.device.id, shard.data.unsafe_buffer_pointer()): shard.data.nbytes
+        for array in jax.live_arrays()
+        for shard in array.addressable_shards
+    }
+    bytes_of_device = np.zeros(jax.device_count())
+    for (device, _), size in buffers.items():
+        bytes_of_device[device] += size
+    return bytes_of_device

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from saejax.dictionaries import joined, kinds
 from saejax.dictionaries.description import DictionaryConfig
@@ -34,6 +35,7 @@ from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError, one_of
 from saejax.models.edits import Positions, Span, Values
 from saejax.models.sites import KINDS, Site, edit_site
+from saejax.parallel.mesh import fitting_sharding, place_on
 
 
 def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
@@ -50,6 +52,11 @@ def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...]
     if config.skip:
         table["W_skip_DxD"] = ((d, d), (None, None))
     return table
+
+
+def placements(config: DictionaryConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Return where each array of a dictionary is on a mesh: features split over ``model``, the rest on every device."""
+    return {name: fitting_sharding(mesh, shape, *axes) for name, (shape, axes) in parameter_table(config).items()}
 
 
 class Dictionary(nnx.Module):
@@ -152,6 +159,29 @@ class Dictionary(nnx.Module):
         copied = nnx.merge(*nnx.split(self))
         copied.config = nnx.static(config)
         return copied
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that the arrays were placed on; None where they go with values on whatever devices."""
+        where = getattr(self.b_dec_D[...], "sharding", None) if hasattr(self, "b_dec_D") else None
+        return where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
+
+    def on_mesh(self, mesh: Mesh) -> Self:
+        """Return the same with its arrays on a mesh's devices: features split over ``model``, the rest on every one.
+
+        Arrays that are elsewhere go there by way of the host, so that no device holds more of them than its part.
+        """
+        axes = self.mesh_axes()
+
+        def place(path: Any, array: jax.Array | np.ndarray) -> jax.Array:
+            spec = axes.get(str(getattr(path[0], "key", getattr(path[0], "name", ""))), (None,) * np.ndim(array))
+            return place_on(array, fitting_sharding(mesh, np.shape(array), *spec))
+
+        return jax.tree_util.tree_map_with_path(place, self)
+
+    def mesh_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Return the mesh axis over which each dimension of each array is split."""
+        return {name: axes for name, (_, axes) in parameter_table(self.config).items()}
 
     def pre_activations(self, x_xD: jax.Array) -> jax.Array:
         """Return the encoder's output before its bias, [..., F]."""

@@ -9,14 +9,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries.joined import row_lengths, split
 from saejax.dictionaries.kinds.base import Arrays, Kind
-from saejax.dictionaries.modules import Dictionary
+from saejax.dictionaries.modules import Dictionary, placements
 from saejax.errors import UserError
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import place_on
 
 
 def fold_input_scaling(kind: Kind, arrays: Arrays, inputs: float, outputs: float) -> Arrays:
@@ -138,12 +139,19 @@ def drop_mean(dictionary: Dictionary) -> Dictionary:
 
 def host_arrays(dictionary: Dictionary) -> Arrays:
     """Return the dictionary's arrays on the host."""
-    return {name: np.asarray(array) for name, array in dictionary.arrays.items()}
+    return {name: to_host(array) for name, array in dictionary.arrays.items()}
 
 
 def _rebuild(dictionary: Dictionary, arrays: Mapping[str, np.ndarray], **changes) -> Dictionary:
-    """Return a dictionary of other arrays, rounded to its dtype, with some fields of its config changed."""
-    config = dataclasses.replace(dictionary.config, **changes)
+    """Return a dictionary of other arrays, rounded to its dtype, with some fields of its config changed.
+
+    Its arrays are on the mesh of the dictionary, if that is on one.
+    """
+    config, mesh = dataclasses.replace(dictionary.config, **changes), dictionary.mesh
     dtype = dictionary.b_dec_D.dtype
-    placed: dict[str, jax.Array] = {name: jnp.asarray(array.astype(dtype)) for name, array in arrays.items()}
+    where: Mapping[str, Any] = placements(config, mesh) if mesh else {}
+    placed = {
+        name: place_on(array.astype(dtype), where[name]) if mesh else jnp.asarray(array.astype(dtype))
+        for name, array in arrays.items()
+    }
     return Dictionary(config, dictionary.matmul_dtype, **placed)

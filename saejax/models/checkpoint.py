@@ -83,6 +83,11 @@ class Tensor:
         shape = (self.shape[0], *self.shape[2:])
         return dataclasses.replace(self, shape=shape, _values=lambda: self.map()[:, index])
 
+    def part(self, index: tuple[slice, ...]) -> "Tensor":
+        """Return the tensor of the values at an index, which are read when they are used, too."""
+        shape = tuple(len(range(*of.indices(size))) for of, size in zip(index, self.shape, strict=True))
+        return dataclasses.replace(self, shape=shape, _values=lambda: self.map()[index])
+
     @property
     def dtype_problem(self) -> str:
         """A message if the values are no floats, as those of masks and quantised weights, else ""."""

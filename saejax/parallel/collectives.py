@@ -9,6 +9,7 @@ from jax.experimental import multihost_utils
 
 from saejax.parallel.cluster import joined_processes, stop_agreement
 
+_GATHERED_BYTES = 2**28  # of an array that are gathered at once
 _alone = [False]  # whether this process works by itself for the time being
 
 
@@ -43,10 +44,42 @@ def from_first_process(array: np.ndarray | np.generic) -> np.ndarray:
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """Return the whole of an array in every process, wherever its parts are; all processes must call this together."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
+    """Return the whole of an array in every process, wherever its parts are; all processes must call this together.
+
+    It is gathered a piece at a time, as each device gets a copy of what is gathered.
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    # Along the longest axis that is not split: a piece then takes as much from every device.
+    part = array.sharding.shard_shape(array.shape)
+    whole_axes = [axis for axis in range(array.ndim) if part[axis] == array.shape[axis]]
+    axis = max(whole_axes, key=lambda axis: array.shape[axis], default=None)
+    pieces = -(-array.nbytes // _GATHERED_BYTES)
+    if axis is None or pieces < 2:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    host, size = np.empty(array.shape, array.dtype), -(-array.shape[axis] // pieces)
+    for start in range(0, array.shape[axis], size):
+        index = (*[slice(None)] * axis, slice(start, start + size))
+        host[index] = multihost_utils.process_allgather(array[index], tiled=True)
+    return host
+
+
+def local_parts(array: jax.Array | np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Yield the parts of an array that this process's devices hold, on the host, with their indices.
+
+    Of copies on several devices one counts, in one of all processes; an array on the host is one part.
+    """
+    if not isinstance(array, jax.Array):
+        yield (slice(None),) * array.ndim, array
+        return
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            yield shard.index, np.asarray(shard.data)
+
+
+def sum_over_processes(array: np.ndarray) -> np.ndarray:
+    """Return the sum of all processes' arrays, of one shape and a type of at most 32 bits; all call this together."""
+    return multihost_utils.process_allgather(array).sum(axis=0, dtype=array.dtype)
 
 
 def wait_for_all(place: str) -> None:

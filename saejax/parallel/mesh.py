@@ -7,7 +7,7 @@ and on many hosts.
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,37 @@ def fitting_sharding(mesh: Mesh, shape: Sequence[int], *spec: Axis) -> NamedShar
 def by_row(mesh: Mesh, *arrays: np.ndarray | jax.Array) -> list[jax.Array]:
     """Put arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
     return [jax.device_put(a, fitting_sharding(mesh, a.shape, "data", *[None] * (a.ndim - 1))) for a in arrays]
+
+
+def place_on(array: jax.Array | np.ndarray, where: NamedSharding) -> jax.Array:
+    """Place an array that is on the host, or on any devices of this process, so that no device gets more than its part.
+
+    An array that is on devices of other processes, too, is on those of ``where``.
+    """
+    if isinstance(array, jax.Array) and array.sharding.device_set == where.device_set:
+        return jax.device_put(array, where)
+    host = np.asarray(array)
+    return read_parts(host.shape, where, host.__getitem__)
+
+
+def read_parts(
+    shape: Sequence[int], where: NamedSharding, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """Return an array of which ``read`` gives each part by its index, one part after the other.
+
+    Devices that hold the same part share one reading, and each process reads the parts of its own devices alone.
+    """
+    devices_of: dict[str, list[jax.Device]] = {}
+    indices: dict[str, tuple[slice, ...]] = {}
+    for device, index in where.addressable_devices_indices_map(tuple(shape)).items():
+        assert index is not None
+        devices_of.setdefault(str(index), []).append(device)
+        indices[str(index)] = index
+    arrays = []
+    for name, devices in devices_of.items():
+        part = read(indices[name])
+        arrays += [jax.device_put(part, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(tuple(shape), where, arrays)
 
 
 def everywhere(mesh: Mesh, array: np.ndarray, *spec: Axis) -> jax.Array:

@@ -1,16 +1,22 @@
 """Dictionaries: parts of them, rounded products, files, and what programs take."""
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compared import live_bytes
 from jax.sharding import NamedSharding, PartitionSpec
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, formats, kinds, load_dictionary, save_dictionary
 from saejax.dictionaries.kinds.groups import group_reconstructions
 from saejax.dictionaries.matmul import matmul
+from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models.edits import ForwardPass
 from saejax.parallel.mesh import make_mesh
@@ -124,15 +130,58 @@ def test_what_was_saved_in_float64_or_by_an_earlier_version_is_read(tmp_path):
         load_dictionary(tmp_path / "double")
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_every_process_gathers_every_array(tmp_path, monkeypatch, first):
-    asked, own = [], formats.own
-    monkeypatch.setattr(own, "is_first_process", lambda: first)
-    monkeypatch.setattr(own, "to_host", lambda array: asked.append(array.shape) or np.asarray(array))
-    dictionary = Dictionary.initial(DictionaryConfig("topk", "resid_post.0", 4, 8, k=2), jax.random.key(0))
-    save_dictionary(tmp_path / "one", dictionary)
-    assert asked == [array.shape for array in dictionary.arrays.values()]  # parts of it may be with any of them
-    assert (tmp_path / "one" / own.DESCRIPTION).exists() == first
+# Reads a dictionary on meshes of one, two and four devices, and without one, and prints the hashes of its arrays.
+READ = """
+import hashlib, json, sys
+import jax, numpy as np
+from saejax.dictionaries import load_dictionary
+from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
+meshes = [None, *(make_mesh(MeshConfig(model=count), jax.devices()[:count]) for count in (1, 2, 4))]
+for mesh in meshes:
+    arrays = load_dictionary(sys.argv[1], mesh=mesh).arrays
+    print(json.dumps({name: hashlib.sha256(np.asarray(array).tobytes()).hexdigest() for name, array in arrays.items()}))
+"""
+
+
+def test_devices_write_and_read_their_parts_alone(tmp_path, monkeypatch):
+    """No device, and no copy on the host, has more than a part of a matrix; files are the same for all meshes."""
+    gathered, own = [], formats.own
+    monkeypatch.setattr(own, "to_host", lambda array: gathered.append(array.shape) or np.asarray(array))
+    config = DictionaryConfig("jumprelu", "resid_post.0", d_in=64, n_features=512)
+    table = parameter_table(config)
+    noise = {name: np.random.default_rng(1).random(shape, np.float32) for name, (shape, _) in table.items()}
+    size = sum(array.nbytes for array in noise.values())
+    mesh = make_mesh(MeshConfig(model=8))
+    before = live_bytes()
+    dictionary = Dictionary(config, **noise).on_mesh(mesh)
+    save_dictionary(tmp_path / "split", dictionary)
+    save_dictionary(tmp_path / "whole", Dictionary(config, **noise))
+    description = (tmp_path / "split" / own.DESCRIPTION).read_text()
+    assert description == (tmp_path / "whole" / own.DESCRIPTION).read_text()
+    del dictionary
+    for name in ("split", "whole"):
+        loaded = load_dictionary(tmp_path / name, mesh=mesh)
+        shares = (live_bytes() - before) / (size / 8)
+        assert shares.max() <= 1.3, shares
+        for array_name, array in loaded.arrays.items():
+            np.testing.assert_array_equal(array, noise[array_name])
+            if "F" in array_name:
+                assert all(shard.data.size == array.size / 8 for shard in array.addressable_shards)
+        del loaded, array
+    assert {len(shape) for shape in gathered} == {1}
+    environment = os.environ | dict(JAX_NUM_CPU_DEVICES="4")
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(tmp_path / "split")], env=environment, capture_output=True, text=True
+    )
+    expected = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in noise.items()}
+    assert [json.loads(line) for line in done.stdout.splitlines()] == 4 * [expected], done.stderr
+    file = max((tmp_path / "split" / "arrays").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        load_dictionary(tmp_path / "split", mesh=mesh)
 
 
 def test_damaged_and_missing_dictionaries_are_refused(tmp_path):

@@ -107,7 +107,7 @@ def open_transcoders(
     else:
         located = formats.locate_transcoders(folder)
         configs = [each.config for each in located]
-        return LayerTranscoders(name, configs, lambda layer: located[layer].load("float32", "auto"))
+        return LayerTranscoders(name, configs, lambda layer: located[layer].load("float32", "auto", None))
     # In the files' dtype, in which they stay on the devices.
     load = functools.partial(files.load, dtype="auto")
     writes = files.writes if files.decoders else None

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+from jax.sharding import Mesh
 
 from saejax.dictionaries import rescale
 from saejax.dictionaries.check import check_dictionary
@@ -75,7 +76,7 @@ class Located:
 
     config: DictionaryConfig  #: what it is
     format: str  #: the name of its format
-    load: Callable[[str, str], Dictionary]  #: reads it, given ``matmul_dtype`` and ``dtype``
+    load: Callable[[str, str, Mesh | None], Dictionary]  #: reads it, given ``matmul_dtype``, ``dtype`` and ``mesh``
 
 
 def load_dictionary(
@@ -86,6 +87,7 @@ def load_dictionary(
     unit_norm: bool = False,
     dtype: str = "float32",
     lm: Any = None,
+    mesh: Mesh | None = None,
 ) -> Dictionary:
     """Load a dictionary from its folder, such as ``runs/demo/train/topk``, or one of another tool.
 
@@ -103,6 +105,9 @@ def load_dictionary(
       dtype: dtype of its matrices on the device: "float32", "bfloat16", or "auto" (the file's). Products are summed in
         float32 whatever it is, and biases and thresholds are float32.
       lm: a language model; the dictionary is then measured on a sample of text, see ``check_dictionary``.
+      mesh: the devices, over whose axis ``model`` features are split, of which each reads its part; all processes that
+        have some must call this together. None: on the first device of this process, and committed to none, so that it
+        goes with values on whatever devices they are.
 
     Raises:
       UserError: no dictionary is there, its files are damaged, or they ask for what no dictionary here does.
@@ -110,7 +115,7 @@ def load_dictionary(
     one_of(matmul_dtype, DTYPES[:2], "matmul_dtype"), one_of(dtype, DTYPES, "dtype")
     located = _locate(path, site, target)
     logging.info("%s", describe(located.config, located.format))
-    dictionary = located.load(matmul_dtype, dtype)
+    dictionary = located.load(matmul_dtype, dtype, mesh)
     if unit_norm:
         dictionary = rescale.unit_decoder(dictionary)
     if lm is not None:
@@ -164,7 +169,7 @@ def load_transcoders(
     if circuit_tracer.is_set(folder):
         opened = circuit_tracer.open_transcoders(folder, site, target)
         return [opened.load(layer, matmul_dtype, dtype) for layer in range(len(opened.layers))]
-    return [each.load(matmul_dtype, dtype) for each in locate_transcoders(folder)]
+    return [each.load(matmul_dtype, dtype, None) for each in locate_transcoders(folder)]
 
 
 def locate_transcoders(folder: Path) -> list[Located]:
@@ -226,7 +231,7 @@ def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Locate
     if ours := _own_folder(folder):
         with description_errors(ours / own.DESCRIPTION):
             config = _with_sites(own.read_config(ours), site, target)
-        return Located(config, "saejax", lambda matmul, dtype: own.load(ours, matmul, dtype).with_config(config))
+        return Located(config, "saejax", lambda *how: own.load(ours, *how).with_config(config))
     format = next((format for format in FORMATS if format.matches(folder)), None)
     # The folder of a set may hold a file that is a dictionary by itself: the set is asked for by other functions.
     if format is None or (folder.is_dir() and circuit_tracer.is_set(folder)):

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from jax.sharding import Mesh
 
 from saejax.dictionaries import rescale
 from saejax.dictionaries.formats import gemma_scope, hooks, place, tensors
@@ -75,9 +76,11 @@ class TranscoderSet:
         """The kind of site that features read, such as "mlp_in"; "mlp_normed" is that before the gain of its norm."""
         return self.configs[0].site.partition(".")[0]
 
-    def load(self, layer: int, matmul_dtype: str = "float32", dtype: str = "float32") -> Dictionary:
+    def load(
+        self, layer: int, matmul_dtype: str = "float32", dtype: str = "float32", mesh: Mesh | None = None
+    ) -> Dictionary:
         """Read the transcoder of a layer; see ``Published.load``."""
-        return self.layers[layer].load(matmul_dtype, dtype)
+        return self.layers[layer].load(matmul_dtype, dtype, mesh)
 
     def load_encoder(self, layer: int) -> dict[str, Any] | None:
         """Read the arrays of a layer but its decoder rows, in their file's dtype; see ``Published.load_encoder``."""

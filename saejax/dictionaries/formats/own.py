@@ -2,6 +2,10 @@
 
 arrays/             Orbax checkpoint of the arrays of ``modules.parameter_table``, by name
 dictionary.json     the DictionaryConfig; shape, dtype and SHA-256 of every array. Written last.
+
+Devices write and read their own parts of arrays, so that no host and no device needs room for a whole one. Of a matrix
+that is split by features, the SHA-256 is that of the features' own ones in their order: each device's part gives those
+of its features, and the whole is the same however the matrix was split.
 """
 
 import contextlib
@@ -10,20 +14,25 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from saejax.config import from_json, to_json
 from saejax.dictionaries.formats import tensors
-from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table, placements
 from saejax.errors import UserError
 from saejax.files import read_object, write_json
-from saejax.parallel.collectives import is_first_process, to_host
+from saejax.parallel.collectives import is_first_process, local_parts, process_count, sum_over_processes, to_host
+from saejax.parallel.mesh import place_on
 
 DESCRIPTION, ARRAYS = "dictionary.json", "arrays"
+_CHUNK_BYTES = 2**25  # of a file's chunk, which is read as a whole, whatever part of it a device needs
+_HASHED_AT_ONCE = 1024  # features whose values are copied at a time
 _REMOVED = ("context",)  # fields of earlier versions that nothing reads
 
 
@@ -52,11 +61,13 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     if is_first_process():
         shutil.rmtree(folder / ARRAYS, ignore_errors=True)  # what a killed save left, never described
         folder.mkdir(parents=True, exist_ok=True)
-    arrays = {name: to_host(array) for name, array in dictionary.arrays.items()}  # all processes have parts of an array
-    with _quiet_absl():
-        # As numpy arrays: with those of JAX, Orbax writes down their devices, and opens the folder on no others.
+    arrays = {name: _as_saved(array) for name, array in dictionary.arrays.items()}
+    # Without a file of the devices: on others, Orbax would not open the folder unless told where arrays should be.
+    storage = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK_BYTES)
+    saving = ocp.options.ArrayOptions.Saving(storage_options=storage, enable_write_sharding_file=False)
+    with _quiet_absl(), ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
         ocp.save(folder / ARRAYS, arrays)
-    facts = {name: _describe_array(array) for name, array in arrays.items()}
+    facts = {name: _describe_array(dictionary.config, name, array) for name, array in arrays.items()}
     if is_first_process():
         write_json(folder / DESCRIPTION, dict(config=to_json(dictionary.config), arrays=facts))
 
@@ -73,19 +84,28 @@ def read_config(folder: Path) -> DictionaryConfig:
     return config
 
 
-def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") -> Dictionary:
+def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32", mesh: Mesh | None = None) -> Dictionary:
     """Read what ``save`` wrote, and check shape, dtype and checksum of every array.
 
     Args:
       folder: holds ``dictionary.json``.
       matmul_dtype: dtype of the operands of matrix products.
       dtype: dtype of its matrices on the device, see ``tensors.Published.load``.
+      mesh: the devices, each of which reads its part; None: as for ``load_dictionary``.
     """
     folder = Path(folder).absolute()
     config, description = read_config(folder), read_object(folder / DESCRIPTION, "arrays")
     with tensors.description_errors(folder / DESCRIPTION):
-        # As numpy arrays: on the host, and in float64 where that is what was trained.
-        target = {name: np.empty(facts["shape"], facts["dtype"]) for name, facts in description["arrays"].items()}
+        facts = {name: (tuple(of["shape"]), np.dtype(of["dtype"])) for name, of in description["arrays"].items()}
+        where = placements(config, mesh) if mesh else {}
+
+        def target(name: str, shape: tuple[int, ...], saved: np.dtype) -> Any:
+            # On the host where nobody says where, and in float64 where that was trained and JAX would round it.
+            if name in where and saved == jax.dtypes.canonicalize_dtype(saved):
+                return jax.ShapeDtypeStruct(shape, saved, sharding=where[name])
+            return np.empty(shape, saved)
+
+        targets = {name: target(name, *of) for name, of in facts.items()}
     process = jax.process_index()
     # Each process reads for itself. Orbax would have all wait for one another, and numbers such meetings by how often
     # each process has read and written: they would never meet again once one of them has read something alone.
@@ -94,16 +114,21 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") ->
     )
     try:
         with _quiet_absl(), ocp.Context(multiprocessing_options=alone):
-            arrays = ocp.load(folder / ARRAYS, target)
+            arrays = ocp.load(folder / ARRAYS, targets)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged or missing checkpoint
         raise UserError(f"{folder / ARRAYS} cannot be restored ({type(error).__name__}): damaged or missing") from error
     for name in parameter_table(config):
-        if name not in arrays or _describe_array(arrays[name]) != description["arrays"][name]:
+        if name not in arrays or _describe_array(config, name, arrays[name]) != description["arrays"][name]:
             raise UserError(f"{folder / ARRAYS}: {name} does not match {DESCRIPTION}: the files are damaged")
     tensors.check_finite(folder / ARRAYS, arrays)
-    # From the host, and so committed to no device: it goes with activations on whatever devices they are. Without
-    # JAX_ENABLE_X64=1 float64 becomes float32 here.
-    placed = {name: jnp.asarray(array) for name, array in arrays.items()}
+    # Without a mesh from the host, and so committed to no device: it goes with activations on whatever devices they
+    # are. Without JAX_ENABLE_X64=1 float64 becomes float32 here.
+    placed = {
+        name: place_on(array.astype(jax.dtypes.canonicalize_dtype(array.dtype)), where[name])
+        if name in where
+        else jnp.asarray(array)
+        for name, array in arrays.items()
+    }
     for name in tensors.MATRICES if dtype != "auto" else ():
         if name in placed and (dtype == "bfloat16" or placed[name].dtype == jnp.bfloat16):
             placed[name] = placed[name].astype(dtype)
@@ -111,7 +136,33 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") ->
         return Dictionary(config, matmul_dtype, **placed)
 
 
-def _describe_array(array: jax.Array | np.ndarray) -> dict:
+def _as_saved(array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Return an array whose parts devices write, or on the host where every process of several has all of it."""
+    if isinstance(array, jax.Array) and (process_count() == 1 or not array.is_fully_addressable):
+        return array
+    return np.asarray(array)
+
+
+def _describe_array(config: DictionaryConfig, name: str, array: jax.Array | np.ndarray) -> dict:
     """Return shape, dtype and checksum of an array, as ``dictionary.json`` holds them."""
-    host = np.ascontiguousarray(array)
-    return dict(shape=list(host.shape), dtype=host.dtype.name, sha256=hashlib.sha256(host.data).hexdigest())
+    table = parameter_table(config)
+    axes = table[name][1] if name in table else ()
+    if len(array.shape) == 2 and "model" in axes:
+        digest = hashlib.sha256(_feature_hashes(array, axes.index("model")).tobytes())
+    else:
+        digest = hashlib.sha256(np.ascontiguousarray(to_host(array)).data)
+    return dict(shape=list(array.shape), dtype=np.dtype(array.dtype).name, sha256=digest.hexdigest())
+
+
+def _feature_hashes(array: jax.Array | np.ndarray, axis: int) -> np.ndarray:
+    """Return the SHA-256 of each feature's values in a matrix, which has features along ``axis``: uint32 [F, 8]."""
+    hashes_Fx8 = np.zeros((array.shape[axis], 8), np.uint32)
+    for index, part in local_parts(array):
+        first, of_feature = index[axis].start or 0, np.moveaxis(part, axis, 0)
+        for start in range(0, len(of_feature), _HASHED_AT_ONCE):
+            some = np.ascontiguousarray(of_feature[start : start + _HASHED_AT_ONCE]).view(np.uint8)
+            for place, values in enumerate(some, first + start):
+                hashes_Fx8[place] = np.frombuffer(hashlib.sha256(values.data).digest(), np.uint32)
+    # Of a feature one process alone has the values that count, and the others have zeros.
+    is_shared = isinstance(array, jax.Array) and not array.is_fully_addressable
+    return sum_over_processes(hashes_Fx8) if is_shared else hashes_Fx8

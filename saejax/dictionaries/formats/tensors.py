@@ -14,21 +14,24 @@ import functools
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from saejax.dictionaries.kinds.base import Arrays
-from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table, placements
 from saejax.errors import UserError, one_of
 from saejax.files import read_json, unfinished_folder
 from saejax.models.checkpoint import Tensor, not_finite_error, read_header
+from saejax.parallel.collectives import local_parts
+from saejax.parallel.mesh import read_parts
 
 DTYPES = ("float32", "bfloat16", "auto")  # of the matrices of a dictionary that is loaded
 MATRICES = ("W_enc_DxF", "W_dec_FxD", "W_skip_DxD")
@@ -52,42 +55,60 @@ class Published:
     #: makes our arrays of those in the files (which may have further names); None: they are the same.
     fold: Fold | None = None
 
-    def load(self, matmul_dtype: str = "float32", dtype: str = "float32") -> Dictionary:
+    def load(self, matmul_dtype: str = "float32", dtype: str = "float32", mesh: Mesh | None = None) -> Dictionary:
         """Read the dictionary.
 
         Args:
           matmul_dtype: dtype of the operands of matrix products.
           dtype: dtype of its matrices on the device, of ``DTYPES``; "auto": bfloat16 where the files are, else float32.
             Biases and thresholds are float32.
+          mesh: the devices; without a fold, of an array no more is read at once than the part of one. None: as for
+            ``load_dictionary``.
         """
-        arrays = {name: self._read(name) for name in self.tensors}
-        if self.fold:
-            with description_errors(next(iter(self.tensors.values())).file.parent):
-                arrays = self.fold(arrays)
-        return Dictionary(self.config, matmul_dtype, **self._place(arrays, tuple(parameter_table(self.config)), dtype))
+        names = tuple(parameter_table(self.config))
+        if not self.fold:
+            return Dictionary(self.config, matmul_dtype, **self._place({}, names, dtype, mesh))
+        with description_errors(next(iter(self.tensors.values())).file.parent):
+            arrays = self.fold({name: self._read(name) for name in self.tensors})
+        return Dictionary(self.config, matmul_dtype, **self._place(arrays, names, dtype, mesh))
 
     def load_encoder(self, dtype: str = "float32") -> dict[str, jax.Array] | None:
         """Read all arrays but the decoder's rows; None where folding needs these. See ``load``."""
         if self.fold:
             return None
-        names = tuple(name for name in parameter_table(self.config) if name != "W_dec_FxD")
-        return self._place({name: self._read(name) for name in self.tensors if name in names}, names, dtype)
+        return self._place({}, tuple(name for name in parameter_table(self.config) if name != "W_dec_FxD"), dtype, None)
 
-    def _place(self, arrays: Mapping[str, np.ndarray], names: tuple[str, ...], dtype: str) -> dict[str, jax.Array]:
-        """Return the arrays of some names on the device, 0 where the file has none."""
+    def _place(
+        self, arrays: Mapping[str, np.ndarray], names: tuple[str, ...], dtype: str, mesh: Mesh | None
+    ) -> dict[str, jax.Array]:
+        """Return the arrays of some names on the devices, read from the file unless given; 0 where it has none."""
         one_of(dtype, DTYPES, "dtype")
-        check_finite(next(iter(self.tensors.values())).file, arrays)
         narrow = dtype == "bfloat16" or (dtype == "auto" and self.tensors["W_enc_DxF"].dtype == jnp.bfloat16)
-        placed, table = {}, parameter_table(self.config)
-        for name in names:
+        table, where = parameter_table(self.config), placements(self.config, mesh) if mesh else {}
+        damaged: list[str] = []
+
+        def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+            """Return a part of an array; a threshold for all features is one for each."""
             shape, _ = table[name]
-            array = arrays.get(name)
-            if array is None:
-                array = np.zeros(shape, np.float32)
-            # A threshold for all features becomes one for each.
-            array = np.broadcast_to(array, shape)
+            if not arrays and name in self.tensors:
+                part = self._read(name, index if self.tensors[name].shape else None)
+            else:
+                part = np.broadcast_to(arrays[name], shape)[index] if name in arrays else np.zeros((), np.float32)
+            if not _is_finite(name, part):
+                damaged.append(name)
             # Biases and thresholds stay in float32: rounded, they would let other features fire.
-            placed[name] = jnp.asarray(array, jnp.bfloat16 if narrow and name in MATRICES else None)
+            target = jnp.bfloat16 if narrow and name in MATRICES else jax.dtypes.canonicalize_dtype(part.dtype)
+            size = [len(range(*of.indices(length))) for of, length in zip(index, shape, strict=True)]
+            return np.broadcast_to(part.astype(target, copy=False), size)
+
+        whole = (slice(None), slice(None))
+        placed = {
+            name: read_parts(table[name][0], where[name], functools.partial(read, name))
+            if mesh
+            else jnp.asarray(read(name, whole[: len(table[name][0])]))
+            for name in names
+        }
+        _refuse_damaged(next(iter(self.tensors.values())).file, damaged)
         return placed
 
     def directions(self, name: str, feature_U: np.ndarray) -> np.ndarray:
@@ -99,10 +120,12 @@ class Published:
             return tensor.rows(feature_U)
         return tensor.read()[:, feature_U].T
 
-    def _read(self, name: str) -> np.ndarray:
-        """Return our array of a name as the file has it, transposed where it is stored so."""
-        values = self.tensors[name].read()
-        return values.T if name in self.transposed else values
+    def _read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """Return our array of a name, or a part of it, as the file has it, transposed where it is stored so."""
+        is_transposed, tensor = name in self.transposed, self.tensors[name]
+        if index is not None:
+            tensor = tensor.part(index[::-1] if is_transposed else index)
+        return tensor.read().T if is_transposed else tensor.read()
 
 
 def open_tensors(file: Path) -> dict[str, Tensor]:
@@ -208,18 +231,28 @@ def sizes(file: Path, state: Mapping[str, Tensor], layout: Layout) -> tuple[int,
     return width, features
 
 
-def check_finite(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raise a ``UserError`` if arrays hold NaN or infinity. A threshold may be infinite: its feature never fires."""
-    damaged = []
-    for name, array in arrays.items():
-        # The sum of finite weights does not overflow float32, and unlike ``isfinite`` it needs no array of its own.
-        if np.isfinite(np.sum(array, dtype=np.float32)):
-            continue
-        allowed = np.isposinf(array) if name == "threshold_F" else False
-        if not (np.isfinite(array) | allowed).all():
-            damaged.append(name.rpartition("_")[0])
-    if damaged:
-        raise not_finite_error(f"the dictionary's arrays in {file}", damaged, "float32")
+def check_finite(file: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> None:
+    """Raise a ``UserError`` if arrays hold NaN or infinity. A threshold may be infinite: its feature never fires.
+
+    Of arrays that are split over processes each looks at its own parts.
+    """
+    finite = {name: all(_is_finite(name, part) for _, part in local_parts(array)) for name, array in arrays.items()}
+    _refuse_damaged(file, [name for name, is_finite in finite.items() if not is_finite])
+
+
+def _refuse_damaged(file: Path, names: Sequence[str]) -> None:
+    """Raise a ``UserError`` that lists arrays with NaN or infinity, if there are any."""
+    if names:
+        listed = [name.rpartition("_")[0] for name in dict.fromkeys(names)]
+        raise not_finite_error(f"the dictionary's arrays in {file}", listed, "float32")
+
+
+def _is_finite(name: str, array: np.ndarray) -> bool:
+    # The sum of finite weights does not overflow float32, and unlike ``isfinite`` it needs no array of its own.
+    if np.isfinite(np.sum(array, dtype=np.float32)):
+        return True
+    allowed = np.isposinf(array) if name == "threshold_F" else False
+    return bool((np.isfinite(array) | allowed).all())
 
 
 def describe(
