@@ -91,7 +91,7 @@ from orbax.checkpoint import v1 as ocp
 LINES
 assert len(jax.devices()) == 1
 np.savez(sys.argv[1], *jax.tree.leaves(state["params"]))
-np.savez(sys.argv[2], **ocp.load(sys.argv[3]))
+np.savez(sys.argv[2], **arrays)
 """
 
 
@@ -104,10 +104,12 @@ def test_what_eight_devices_trained_opens_on_one_with_orbax_alone(tmp_path):
     save_dictionary(tmp_path / "made", dictionary)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(3, state)
-    assert "RUN/train/topk/checkpoints" in LINES
-    program = PROGRAM.replace("LINES", LINES.replace("RUN/train/topk/checkpoints", str(tmp_path / "checkpoints")))
-    places = [str(tmp_path / name) for name in ("state.npz", "dictionary.npz", "made/arrays")]
-    finish(start(program, places))
+    lines = LINES
+    for name, place in {"checkpoints": "checkpoints", "dictionary/arrays": "made/arrays"}.items():
+        assert f"RUN/train/topk/{name}" in lines
+        lines = lines.replace(f"RUN/train/topk/{name}", str(tmp_path / place))
+    places = [str(tmp_path / name) for name in ("state.npz", "dictionary.npz")]
+    finish(start(PROGRAM.replace("LINES", lines), places))
     for array, expected in zip(np.load(places[0]).values(), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_array_equal(array, expected)
     arrays = np.load(places[1])
