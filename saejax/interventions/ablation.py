@@ -365,6 +365,13 @@ class BehaviourAblation:
         is_allowed_V[self.other_tokens(self.runs, RANKED)] = True
         return is_allowed_V
 
+    def keep(self, sets: Sequence[Sequence[int]]) -> np.ndarray | None:
+        """Return the logit differences where some features alone are kept, as ``sufficiency.keep_features`` does."""
+        mean_F = activity.statistics(self.split, self.train_runs).mean_F.astype(np.float32)
+        values_2xExP = sufficiency.keep_features(self.split, self.runs, mean_F, sets)
+        self.progress.of_call(2 * len(sets) * len(self.test))(1, 1)
+        return values_2xExP
+
     def ranks(self, edit: EditDefinition) -> EffectsTable | None:
         """Return the logits of the likeliest tokens that are no answers, without and with an edit."""
         is_allowed_V = self.ranked_tokens()
@@ -583,11 +590,9 @@ def _measure_kept(
         for step, size in enumerate(sizes):
             if len(order) >= size or not step:
                 sets[number, step] = tuple(order[:size])
-    if not sets:
+    values_2xExP = ablation.keep(list(sets.values())) if sets else None
+    if values_2xExP is None:
         return []
-    mean_F = activity.statistics(ablation.split, ablation.train_runs).mean_F.astype(np.float32)
-    values_2xExP = sufficiency.keep_features(ablation.split, ablation.runs, mean_F, list(sets.values()))
-    ablation.progress.of_call(2 * len(sets) * len(ablation.test))(1, 1)
     return [
         EffectsTable.block(
             [

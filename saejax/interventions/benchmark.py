@@ -149,6 +149,9 @@ class BenchmarkAblation(BehaviourAblation):
     def ranks(self, edit: EditDefinition) -> None:
         """Return nothing: answers of several tokens have no ranks beside them."""
 
+    def keep(self, sets: Sequence[Sequence[int]]) -> None:
+        """Return nothing: question 6 is about answers of one token."""
+
     def _references(self, references: Sequence[Reference]) -> References:
         return References(self.split, references, self.batch_tokens, self.progress.check)
 
