@@ -82,8 +82,12 @@ class JoinedRows:
 
     def read(self, site: str, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Return the vectors [n, d] of rows, fp32, of a joined site its parts scaled and side by side."""
-        values = [self._rows.read(part, rows).astype(np.float32) * factor for part, factor in self._parts(site)]
-        return np.concatenate(values, axis=1, out=out)
+        return self._join(site, {part: self._rows.read(part, rows) for part in site_parts(site)}, out)
+
+    def held_out(self, count: int, *sites: str) -> dict[str, np.ndarray]:
+        """Return such vectors of at most ``count`` held-out rows, see ``Store.held_out``."""
+        values = self._rows.held_out(count, *single_sites(sites))
+        return {site: self._join(site, values) for site in sites}
 
     def mean(self, site: str, *sites: str) -> np.ndarray:
         """Return the mean of such vectors, float64 [d], see ``Store.mean``."""
@@ -100,6 +104,11 @@ class JoinedRows:
         if not is_joined(site):
             return {}
         return dict(scales=self.scales[site], max_norms=tuple(map(self._rows.max_norm, site_parts(site))))
+
+    def _join(self, site: str, values: Mapping[str, np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
+        """Return the scaled vectors of a site, given those of its parts by name."""
+        scaled = [values[part].astype(np.float32) * factor for part, factor in self._parts(site)]
+        return np.concatenate(scaled, axis=1, out=out)
 
     def _parts(self, site: str) -> Iterator[tuple[str, np.float32]]:
         """Return the parts of a site with their factors."""

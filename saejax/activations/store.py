@@ -172,6 +172,13 @@ class Store:
             out = out.view(ON_DISK[self.manifest.dtype])
         return self._gather(self._check_site(site), "shard", rows, out).view(self.dtype)
 
+    def held_out(self, count: int, *sites: str) -> dict[str, np.ndarray]:
+        """Return the vectors [n, d] of at most ``count`` held-out rows, spread over all, that are sinks at no site."""
+        rows_N = self.rows("held_out", *sites)
+        # Spread over all: the first rows are of few documents.
+        rows_N = rows_N[np.linspace(0, len(rows_N) - 1, min(len(rows_N), count)).astype(np.int64)]
+        return {site: self.read(site, rows_N) for site in sites}
+
     def tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return document, position in it and token id of rows; int32 each."""
         index_Nx3 = self._gather(INDEX, "shard", rows)

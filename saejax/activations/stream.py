@@ -8,7 +8,7 @@ by itself, so any of them can be made again, with the same values: a run that go
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -79,15 +79,17 @@ class ModelStream:
         self._say, self._stopping, self._source = say, stopping, request.source
         self._sink_factor = config.sink_factor
         self.bos = "always" if begins_with_bos(request, config.bos) else "never"
-        training = documents(request).training()
-        devices = batch_devices(configs[MeshConfig], request, config)
-        seed = configs[CorpusConfig].seed
-        self._plan = Plan(training, rows, config.batch_tokens, config.last, seed, devices=devices)
+        self._documents, devices = documents(request), batch_devices(configs[MeshConfig], request, config)
+        self._batch_tokens, self._last = config.batch_tokens, config.last
+        self._seed, self._devices = configs[CorpusConfig].seed, devices
+        self._plan = self._make_plan(self._documents.training(), rows)
         self._reader = load_reader(configs[MeshConfig], request, config)
         self._dtype, largest = config.store_dtype, max(map(self.size, range(len(self))))
         self._on_devices = _device_buffers(self._reader, parts, largest, self._dtype)
         self._buffers = self._on_devices or ShardBuffers(self._reader.widths, largest, self._dtype)
         self._norms: dict[str, np.ndarray] = {}
+        self._held_out: dict[str, np.ndarray] = {}  # vectors at every site
+        self._held_out_norms: dict[str, np.ndarray] = {}
         self._max_norms: dict[str, float] = {}
         self._last_logged = -math.inf
 
@@ -129,19 +131,51 @@ class ModelStream:
           UserError: activations are not finite.
         """
         start = time.monotonic()
-        try:
-            if isinstance(self._buffers, ShardBuffers):
-                self._reader.read(self._batches(buffer), self._buffers.take)  # norms tell whether values are finite
-            else:
-                self._buffers.fill(self._batches(buffer))
-        except _Stopped:
+        if not self._fill(self._plan, buffer):
             return False
-        self._norms = {site: norm_R[: self.size(buffer)] for site, norm_R in self._buffers.norms().items()}
-        self._check(buffer)
         # The first buffer is a fair sample of the text, and later ones must keep its rule.
         if not self._max_norms:
             self._max_norms = {site: self._sink_factor * float(np.median(self._norms[site])) for site in self.sites}
         self._log_speed(buffer, start)
+        return True
+
+    def read_held_out(self, count: int) -> bool:
+        """Read at most ``count`` held-out tokens for ``held_out``; before the first buffer, whose memory they take.
+
+        Returns False if the process was asked to stop meanwhile.
+
+        Raises:
+          UserError: activations are not finite.
+        """
+        count = min(count, self.size(0))  # there is memory for one buffer
+        sample = self._documents.sample(count)
+        if sample.train_count == len(sample):
+            return True
+        held_out = sample.select(np.arange(sample.train_count, len(sample)))
+        plan = self._make_plan(held_out, count)
+        if not self._fill(plan, 0):
+            return False
+        # Copied to the host, because the first training buffer takes this memory.
+        rows_R = np.arange(plan.size(0))
+        self._held_out = {site: self._buffers.read(site, rows_R) for site in self.sites}
+        self._held_out_norms = self._norms
+        return True
+
+    def _make_plan(self, documents: Documents, rows: int) -> Plan:
+        """Return the plan of buffers of ``rows`` rows that documents make."""
+        return Plan(documents, rows, self._batch_tokens, self._last, self._seed, devices=self._devices)
+
+    def _fill(self, plan: Plan, buffer: int) -> bool:
+        """Make a buffer of a plan; return False if the process was asked to stop meanwhile."""
+        try:
+            if isinstance(self._buffers, ShardBuffers):
+                self._reader.read(self._batches(plan, buffer), self._buffers.take)  # norms say if values are finite
+            else:
+                self._buffers.fill(self._batches(plan, buffer))
+        except _Stopped:
+            return False
+        self._norms = {site: norm_R[: plan.size(buffer)] for site, norm_R in self._buffers.norms().items()}
+        self._check(plan, buffer)
         return True
 
     def _log_speed(self, buffer: int, start: float) -> None:
@@ -153,9 +187,23 @@ class ModelStream:
 
     def rows(self, split: str, *sites: str) -> np.ndarray:
         """Return the current buffer's rows, all of the split "train", that are sinks at none of the sites, rising."""
+        return self._no_sinks(self._norms, sites)
+
+    def held_out(self, count: int, *sites: str) -> dict[str, np.ndarray]:
+        """Return the vectors [n, d] of at most ``count`` of the tokens of ``read_held_out`` that are sinks at no site.
+
+        There are none (n = 0) unless that was called.
+        """
+        if not self._held_out:
+            return {site: np.zeros((0, self.d(site)), self.dtype) for site in sites}
+        rows_N = self._no_sinks(self._held_out_norms, sites)[:count]
+        return {site: self._held_out[site][rows_N] for site in sites}
+
+    def _no_sinks(self, norms: Mapping[str, np.ndarray], sites: Sequence[str]) -> np.ndarray:
+        """Return the rows that are sinks at none of the sites, given the norms of all rows at each."""
         # In float32, as in a store: a threshold in float64 would decide ties otherwise.
-        norms = [self._norms[site] <= np.float32(self.max_norm(site)) for site in sites]
-        return np.flatnonzero(np.all(norms, axis=0))
+        inside = [norms[site] <= np.float32(self.max_norm(site)) for site in sites]
+        return np.flatnonzero(np.all(inside, axis=0))
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
         """Return the vectors [n, d] of rows of the current buffer."""
@@ -165,20 +213,20 @@ class ModelStream:
         """Give the model's memory back."""
         self._reader.close()
 
-    def _batches(self, buffer: int) -> Iterator[Batch]:
+    def _batches(self, plan: Plan, buffer: int) -> Iterator[Batch]:
         """Yield the batches of a buffer; raise ``_Stopped`` when the process is asked to stop."""
-        for batch in self._plan.batches(buffer):
+        for batch in plan.batches(buffer):
             if self._stopping():
                 raise _Stopped
             yield batch
 
-    def _check(self, buffer: int) -> None:
+    def _check(self, plan: Plan, buffer: int) -> None:
         """Raise a ``UserError`` if a value of the current buffer is not finite."""
         for site, norm_R in self._norms.items():
             if not np.isfinite(norm_R).all():
-                document, position, _ = self._plan.index(buffer)[np.argmin(np.isfinite(norm_R))].tolist()
+                document, position, _ = plan.index(buffer)[np.argmin(np.isfinite(norm_R))].tolist()
                 raise UserError(
-                    f"activations at {site} are NaN or infinite: {self._plan.documents.place(document, position)}: "
+                    f"activations at {site} are NaN or infinite: {plan.documents.place(document, position)}: "
                     "expected finite numbers; check the model's weights, or use --capture.dtype=float32"
                 )
 

@@ -30,5 +30,9 @@ def hash_dictionaries(folder: str) -> str:
 
 def _hashed_files(folder: Path) -> list[Path]:
     """Return the files in a folder, and in the members that a stack links to, that say what dictionaries it holds."""
-    files = [Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names]
+    files = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (Path(place) / "dictionary" / "dictionary.json").exists():  # not those that were saved midway
+            folders[:] = ["dictionary"]
+        files += [Path(place) / name for name in names]
     return sorted(path for path in files if any(path.match(pattern) for pattern in _HASHED))

@@ -12,7 +12,7 @@ from saejax.activations.manifest import CapturedModel
 from saejax.config import identity
 from saejax.files import fingerprint
 from saejax.ground_truth.settings import TruthConfig
-from saejax.ground_truth.world import TRAIN, World, batch_key, sample
+from saejax.ground_truth.world import HELD_OUT, TRAIN, World, batch_key, sample
 from saejax.models.sinks import NO_SINKS
 from saejax.parallel.mesh import fitting_sharding
 from saejax.training.inputs import Source
@@ -29,7 +29,7 @@ class SyntheticRows:
     sites = (SITE,)
 
     def __init__(self, config: TruthConfig, world: World, batch: int):
-        self._world, self._batch = world, batch
+        self._world, self._batch, self._seed = world, batch, config.seed
         self._key = functools.partial(batch_key, config.seed, TRAIN)
         self._count = max(min(config.samples, _SCALE_VECTORS) // batch, 1) * batch
         settings = {name: value for name, value in identity(config).items() if name not in _NOT_OF_THE_WORLD}
@@ -54,6 +54,11 @@ class SyntheticRows:
             for number in range(self._count // self._batch)
         ]
         return np.concatenate(batches)[rows]
+
+    def held_out(self, count: int, *sites: str) -> dict[str, np.ndarray]:
+        """Return ``count`` held-out vectors [n, d]."""
+        key = batch_key(self._seed, HELD_OUT, 0)
+        return {site: np.asarray(sample(self._world, key, count)[0]) for site in sites}
 
 
 class Sampled:

@@ -42,7 +42,8 @@ T = TypeVar("T")
 SCHEMA_VERSION = 1
 _SAY_EVERY = 60.0  # seconds between lines that say how long a unit's items still take
 SUMMARY, STARTED, CLAIM, STACK = "done.json", "started.json", "claim.json", "stack.json"
-CHECKPOINTS = "checkpoints"  # folder from which training goes on; users may delete it when a unit is finished
+# Folders that users may delete when a unit is finished: of what training goes on from, and of what it saves meanwhile.
+CHECKPOINTS, STEPS = "checkpoints", "steps"
 
 
 class Workspace:
@@ -203,7 +204,7 @@ class Workspace:
         shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self, unit: str, mark: str, summary: Mapping[str, Any], current: bool = True) -> None:
-        """Write the unit's ``done.json``, last. Checkpoints, from which it went on, are not among its files.
+        """Write the unit's ``done.json``, last. Checkpoints and what was saved midway are not among its files.
 
         Args:
           unit: such as "train/topk".
@@ -217,7 +218,7 @@ class Workspace:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
             and path.name not in (STARTED, SUMMARY, CLAIM, STACK)
-            and CHECKPOINTS not in path.relative_to(folder).parts
+            and not {CHECKPOINTS, STEPS} & {*path.relative_to(folder).parts}
         }
         stage, _, name = unit.partition("/")
         about = dict(schema_version=SCHEMA_VERSION, stage=stage, name=name, fingerprint=mark)

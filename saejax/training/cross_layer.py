@@ -134,6 +134,40 @@ def smallest_kept(stack: TrainStack, layers: Sequence[Arrays], hyper: Hyperparam
     return lax.map(of_layer, (_encoders(stack, layers), norms_LxF, x_LxBxD, hyper.kind_params))
 
 
+def held_out_sums(
+    stack: TrainStack,
+    layers: Sequence[Arrays],
+    hyper: Hyperparams,
+    kept_L: jax.Array,
+    x_LxBxD: jax.Array,
+    y_LxBxD: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return squared errors [L] of a batch, and the number of tokens on which features fire [L, F], as at inference.
+
+    Args:
+      stack: what is trained.
+      layers: arrays of each layer.
+      hyper: hyperparameters of the layers.
+      kept_L: result of ``thresholds.Calibration``; 0 for kinds that make nothing of it.
+      x_LxBxD: scaled inputs.
+      y_LxBxD: scaled targets.
+    """
+    kind, decoders = stack.kind, [arrays["W_dec_FxD"] for arrays in layers]
+
+    def encode(layer: Any) -> jax.Array:
+        arrays, norms_F, x_BxD, values, kept = layer
+        finished = kind.finish(arrays, kept)
+        encoder, pre_BxF, projected_BxF = _pre_activations(stack, finished, norms_F, x_BxD, "float32")
+        return kind.encode(encoder, pre_BxF, projected_BxF, values)
+
+    inputs = _encoders(stack, layers), joined_lengths(decoders), x_LxBxD, hyper.kind_params, kept_L
+    f_LxBxF = lax.map(encode, inputs)
+    bias_LxD = jnp.stack([arrays["b_dec_D"] for arrays in layers])
+    error_LxBxD = y_LxBxD - sum_writes(f_LxBxF, decoders, stack.mesh, "float32") - bias_LxD[:, None]
+    fired_LxF = jnp.sum((f_LxBxF > 0).astype(jnp.float32), axis=1)
+    return jnp.sum(jnp.square(error_LxBxD), axis=(1, 2)).astype(jnp.float32), fired_LxF
+
+
 def finish_layer(stack: TrainStack, state: TrainState, layer: int, kept_L: Any = None) -> tuple[Dictionary, np.ndarray]:
     """Return a layer's trained dictionary for raw activations, and what its features write.
 
@@ -141,9 +175,9 @@ def finish_layer(stack: TrainStack, state: TrainState, layer: int, kept_L: Any =
 
     Args:
       stack: what was trained.
-      state: the state after the last step.
+      state: the state.
       layer: the layer.
-      kept_L: result of ``thresholds.calibrate_thresholds``; None: 0.
+      kept_L: result of ``thresholds.Calibration``; None: 0.
 
     Returns:
       The layer alone, with the decoder to its own layer, arrays on the host; and the decoders to each layer from its

@@ -26,7 +26,7 @@ from saejax.config import Configs
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.collectives import from_first_process, process_count
 from saejax.parallel.mesh import free_bytes, part_size
-from saejax.training.scales import ScaledRows
+from saejax.training.scales import HELD_OUT_TOKENS, ScaledRows
 from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack, batch_parts
 
@@ -180,7 +180,9 @@ def model_source(
             "--train.source=model runs in several processes with --capture.backend=jax, one model and no joined sites "
             "alone: use --mesh.processes=1, or capture a store"
         )
-    if not stream.fill(0):
+    steps = config.count_steps(_buffer_order(config, stream).per_epoch)
+    is_scored = 0 < config.score_every <= steps
+    if (is_scored and not stream.read_held_out(HELD_OUT_TOKENS)) or not stream.fill(0):
         raise Interrupted("stopped before the first step: run the same command to start again")
     stream = with_joined(stream, sites_of(parts))
     per_epoch = _buffer_order(config, stream).per_epoch

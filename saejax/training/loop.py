@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from saejax.config import identity
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.formats import circuit_tracer, own
+from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.collectives import AgreedStop, is_first_process, process_count
@@ -24,6 +25,7 @@ from saejax.parallel.mesh import sharding
 from saejax.results import MeshShape
 from saejax.training import cross_layer
 from saejax.training.checkpoints import Checkpoints
+from saejax.training.held_out import HeldOutScorer
 from saejax.training.init_from import state_from_folder
 from saejax.training.inputs import Batches, Source
 from saejax.training.members import Member
@@ -34,7 +36,9 @@ from saejax.training.settings import MOST_TOKENS, TrainConfig
 from saejax.training.stack import TrainStack, check_divides, describe_stack
 from saejax.training.state import STATE_VERSION, TrainState, abstract_state, finish_dictionary, init_state
 from saejax.training.step import Step, compile_step
-from saejax.training.thresholds import calibrate_thresholds
+from saejax.training.thresholds import Calibration
+
+STEPS = "steps"  # folder of the dictionaries that are saved while training goes on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,15 @@ class TrainFolders:
     def inside(cls, root: Path, members: Sequence[Member]) -> "TrainFolders":
         """Return folders that are all in one, those of members by their names."""
         return cls(root, {member.name: root / member.name for member in members}, root)
+
+    def at(self, stack: TrainStack, step: int = 0) -> list[Path]:
+        """Return where the dictionaries that are written are at a step; 0: at the end.
+
+        They are in the order of members; a cross-layer transcoder is one.
+        """
+        places = [self.members[member.name] for member in stack.members if member.name in self.members]
+        places = [self.root] if stack.is_cross_layer else places
+        return [place / STEPS / str(step) for place in places] if step else places
 
 
 def check_state_dtype(config: TrainConfig) -> None:
@@ -93,7 +106,7 @@ def train_stack(
     dictionary = describe_stack(config, kind, source.rows, members)
     if source.per_epoch == 0:
         raise UserError(f"the training tokens are fewer than one batch: lower --train.batch={config.batch}")
-    steps = min(source.per_epoch * config.epochs, config.max_steps or source.per_epoch * config.epochs)
+    steps = config.count_steps(source.per_epoch)
     if steps < config.accumulate:
         raise UserError(
             f"--train.accumulate={config.accumulate} is more than the {steps} steps of the run: nothing would be "
@@ -110,7 +123,7 @@ def train_stack(
             state, kept_M, metrics = _train(stack, kind, source, folders, checkpoints, say, stopping)
     finally:
         source.close()
-    _save(stack, state, kept_M, folders)
+    save_members(stack, state, kept_M, folders)
     # A feature is dead if it did not fire in the last epoch.
     dead_after = min(min(source.per_epoch, steps) * config.batch, MOST_TOKENS)
     dead = jax.jit(lambda silent_MxF: jnp.mean(silent_MxF >= dead_after, axis=1), out_shardings=sharding(mesh))
@@ -154,12 +167,63 @@ def _train(
         f"{config.batch} tokens, mesh {axes}"
     )
     batches, folder = source.open(stack), log_folder(folders.root, config)
+    calibrate = Calibration(stack)
+    midway = Midway(stack, calibrate, _make_scorer(stack, source, say), folders)
     logs_to_wandb = config.wandb and is_first_process()
-    run = Wandb(config, folder, kind, folders.wandb, folders.started) if logs_to_wandb else contextlib.nullcontext()
+    # The workdir tells runs of one project apart.
+    name = config.wandb_name or "/".join([folders.wandb.absolute().name, *folder.relative_to(folders.root).parts, kind])
+    run = Wandb(config, folder, name, folders.wandb, folders.started) if logs_to_wandb else contextlib.nullcontext()
     with run as wandb:
         metrics = Metrics(stack, folder / METRICS, first_step, say, wandb)
-        state = train_loop(stack, state, batches, first_step, metrics, checkpoints, stopping)
-    return state, calibrate_thresholds(stack, state, batches), metrics
+        state = train_loop(stack, state, batches, first_step, metrics, checkpoints, stopping, midway=midway)
+    return state, calibrate(state, batches, stack.steps), metrics
+
+
+def _make_scorer(stack: TrainStack, source: Source, say: Callable[[str], None]) -> HeldOutScorer | None:
+    """Return a scorer if the run is long enough to be scored, and there are held-out tokens."""
+    if not 0 < stack.config.score_every <= stack.steps:
+        return None
+    scorer = HeldOutScorer.of(stack, source.rows)
+    if scorer is None:
+        say("no scores while training: these activations have too few held-out tokens")
+    return scorer
+
+
+@dataclasses.dataclass(frozen=True)
+class Midway:
+    """Scores every ``score_every`` steps, and dictionaries every ``save_every``, while training goes on."""
+
+    stack: TrainStack
+    calibrate: Calibration  #: gives thresholds as the end does
+    scorer: HeldOutScorer | None  #: None: there are no scores
+    folders: TrainFolders  #: where dictionaries are saved, each in ``steps/STEP/``
+
+    def __call__(self, step: int, state: TrainState, batches: Batches) -> Arrays | None:
+        """Return the scores [M] of a step, none if they are not due, and save dictionaries if that is due.
+
+        None if the process was asked to stop before a batch for the thresholds was made.
+        """
+        scores, saves = self._scores(step), self._saves(step)
+        if not scores and not saves:
+            return {}
+        try:
+            kept_M = self.calibrate(state, batches, step)
+        except Interrupted:
+            return None
+        if saves:
+            save_members(self.stack, state, kept_M, self.folders, step)
+        return self.scorer(state, kept_M) if self.scorer and scores else {}
+
+    def is_missing(self, step: int) -> bool:
+        """Return whether dictionaries of this step are due and are not all there."""
+        return self._saves(step) and not all(map(_is_saved, self.folders.at(self.stack, step)))
+
+    def _scores(self, step: int) -> bool:
+        return self.scorer is not None and step % self.stack.config.score_every == 0
+
+    def _saves(self, step: int) -> bool:
+        every = self.stack.config.save_every
+        return bool(every) and step > 0 and step % every == 0
 
 
 def train_loop(
@@ -171,6 +235,7 @@ def train_loop(
     checkpoints: Checkpoints,
     stopping: Callable[[], bool],
     step_fn: Step | None = None,
+    midway: Midway | None = None,
 ) -> TrainState:
     """Run the remaining steps; the device never waits for the host.
 
@@ -183,19 +248,23 @@ def train_loop(
       checkpoints: takes the state every ``checkpoint_every`` steps, at the end, and when stopping.
       stopping: returns whether the process was asked to stop.
       step_fn: the compiled step; None: ``compile_step(stack)``.
+      midway: makes scores and files of the state while training goes on.
 
     Raises:
       Interrupted: asked to stop; the state is saved.
     """
     step_fn, agreed_stop, every = step_fn or compile_step(stack), AgreedStop(stopping), stack.config.checkpoint_every
     step = first_step
+    if midway and midway.is_missing(step):  # it was asked to stop before they could be made
+        midway(step, state, batches)
     while step < stack.steps:
-        batch = batches.batch(step)
+        batch, scores = batches.batch(step), None
         if batch is not None:
             state, values = step_fn(state, stack.hyperparams, batch)
             step += 1
-            metrics.push(step, values)
-        stop = agreed_stop() or batch is None
+            scores = midway(step, state, batches) if midway else {}
+            metrics.push(step, values | (scores or {}))
+        stop = agreed_stop() or scores is None
         # A batch that was not made means that the process was asked to stop meanwhile.
         due = batch is not None and (step % every == 0 or step == stack.steps)
         if due or (stop and step > first_step):
@@ -210,22 +279,37 @@ def train_loop(
     return state
 
 
-def _save(stack: TrainStack, state: TrainState, kept_M: jax.Array | None, folders: TrainFolders) -> None:
-    """Write the dictionaries, in place of those of a run that was killed between here and its summary."""
+def save_members(
+    stack: TrainStack, state: TrainState, kept_M: jax.Array | None, folders: TrainFolders, step: int = 0
+) -> None:
+    """Write the dictionaries, in place of those of a run that was killed meanwhile.
+
+    Args:
+      stack: what is trained.
+      state: the state.
+      kept_M: result of ``Calibration`` at this state.
+      folders: where they are written.
+      step: number of steps done, of dictionaries that are saved while training goes on; 0: those of the end.
+    """
     if stack.is_cross_layer:
+        (folder,) = folders.at(stack, step)
         if is_first_process():
-            circuit_tracer.clear_cross_layer(folders.root)
+            folder.mkdir(parents=True, exist_ok=True)
+            circuit_tracer.clear_cross_layer(folder)
         layer = functools.partial(cross_layer.finish_layer, stack, state, kept_L=kept_M)
-        circuit_tracer.save_cross_layer(folders.root, len(stack.members), layer)
+        circuit_tracer.save_cross_layer(folder, len(stack.members), layer)
         return
-    for index, member in enumerate(stack.members):
-        if member.name not in folders.members:
-            continue
-        folder = folders.members[member.name] / "dictionary"
+    written = [index for index, member in enumerate(stack.members) if member.name in folders.members]
+    for index, folder in zip(written, folders.at(stack, step), strict=True):
         if is_first_process():
             # Without its description the folder counts as no dictionary, whatever stops the writing.
-            (folder / own.DESCRIPTION).unlink(missing_ok=True)
-        save_dictionary(folder, finish_dictionary(stack, state, index, kept_M))
+            (folder / "dictionary" / own.DESCRIPTION).unlink(missing_ok=True)
+        save_dictionary(folder / "dictionary", finish_dictionary(stack, state, index, kept_M))
+
+
+def _is_saved(folder: Path) -> bool:
+    """Return whether a dictionary, or a cross-layer transcoder, is in a folder."""
+    return (folder / "dictionary" / own.DESCRIPTION).exists() or circuit_tracer.is_cross_layer(folder)
 
 
 def _member_results(stack: TrainStack, metrics: Metrics, dead_M: np.ndarray) -> tuple[TrainedMember, ...]:

@@ -2,7 +2,8 @@
 
 A record has ``step``, ``tokens``, ``seconds`` and ``member``; ``tokens_per_second`` of each member and
 ``tflop_per_second`` of the whole program since the first step of the process, compilation left out; ``mfu``, the share
-of the devices' peak, where that is known; and the metrics of the step.
+of the devices' peak, where that is known; and the metrics of the step, with ``held_out_`` before scores on held-out
+tokens.
 """
 
 import importlib
@@ -21,6 +22,7 @@ from saejax.errors import UserError
 from saejax.files import fingerprint, whole_file
 from saejax.flops import peak_flops, step_flops, weights_share
 from saejax.parallel.collectives import is_first_process
+from saejax.training.held_out import PREFIX
 from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack
 
@@ -110,7 +112,8 @@ class Metrics:
             return
         (step, metrics), self._pending = self._pending, None
         seconds = time.monotonic() - self._start
-        due = step % self._stack.config.log_every == 0 or step == self._steps
+        is_scored = any(name.startswith(PREFIX) for name in metrics)
+        due = step % self._stack.config.log_every == 0 or step == self._steps or is_scored
         # Reading the loss alone each step is cheap; the other metrics are fetched when they are due.
         finite = np.isfinite(np.asarray(metrics["loss"])).all()
         if due or check or self._warm is None or not finite:
@@ -142,7 +145,8 @@ class Metrics:
             if self._wandb:
                 self._wandb.write(step, member, metrics)
         now = time.monotonic()
-        if now - self._last_line >= _PROGRESS_SECONDS or step == self._steps:
+        is_scored = any(name.startswith(PREFIX) for name in values)
+        if now - self._last_line >= _PROGRESS_SECONDS or step == self._steps or is_scored:
             self._last_line = now
             self._say(_progress_line(self._steps, batch, head, {name: float(v.mean()) for name, v in values.items()}))
 
@@ -193,10 +197,14 @@ def _progress_line(steps: int, batch: int, head: Mapping[str, float], means: Map
         tflops = head["tflop_per_second"]
         tflops_text = f"{tflops:,.0f}" if tflops >= 100 else f"{tflops:.3g}"  # of 1000 and more .3g has an exponent
         speed = f"{rate:,.0f} tokens/s  {tflops_text} TFLOP/s{mfu}  {left:.0f} s to go"
-    return (
-        f"step {head['step']}/{steps}  {speed}  loss {means['loss']:.1f}  "
-        f"L0 {means['l0']:.1f}  explained variance {means['explained_variance']:.3f}"
-    )
+    scores = f"L0 {means['l0']:.1f}  explained variance {means['explained_variance']:.3f}"
+    held_out = {name.removeprefix(PREFIX): mean for name, mean in means.items() if name.startswith(PREFIX)}
+    if held_out:
+        scores += (
+            f"; on held-out tokens L0 {held_out['l0']:.1f}  explained variance {held_out['explained_variance']:.3f}  "
+            f"dead {held_out['dead']:.1%}"
+        )
+    return f"step {head['step']}/{steps}  {speed}  loss {means['loss']:.1f}  {scores}"
 
 
 def record_line(record: Mapping[str, float | str]) -> str:
@@ -217,7 +225,7 @@ class Wandb:
     Args:
       config: ``config.wandb`` is the project, or "entity/project".
       folder: folder of the metrics; a training that goes on there goes on in the same run of wandb.
-      name: name of the run.
+      name: name of the run, such as "demo/topk".
       parent: where wandb writes, in ``wandb/``.
       started: text that tells this training from an earlier one in the same folder.
 

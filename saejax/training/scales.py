@@ -13,6 +13,7 @@ from saejax.dictionaries import losses
 from saejax.errors import UserError
 from saejax.training.settings import TrainConfig
 
+HELD_OUT_TOKENS = 8192  # on which members are scored while they are trained: a thousandth of explained variance
 _SAMPLE = 65_536  # rows from which something is estimated
 
 
@@ -55,6 +56,9 @@ class ScaledRows(Protocol):
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
         """Return the vectors [n, d] of rows at a site."""
+
+    def held_out(self, count: int, *sites: str) -> dict[str, np.ndarray]:
+        """Return the vectors [n, d] of at most ``count`` held-out tokens at the sites, sinks left out."""
 
 
 def sample_rows(rows_N: np.ndarray, seed: int) -> np.ndarray:

@@ -227,11 +227,26 @@ class TrainConfig(Config):
         choices=("random", "errors", "replace"),
     )
     checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)
+    score_every: int = setting(
+        1000,
+        "steps between scores on 8,192 held-out tokens, which progress lines and metrics show; 0: none",
+        low=0,
+        changes_results=False,
+    )
+    save_every: int = setting(
+        0,
+        "steps between dictionaries that are saved in steps/STEP/ while training goes on; 0: the last one alone",
+        low=0,
+        changes_results=False,
+    )
     log_every: int = setting(20, "steps between recorded metrics", low=1, changes_results=False)
     wandb: str = setting(
         "",
         "project, or entity/project, of Weights & Biases that also gets the metrics (needs saejax[wandb]); empty: none",
         changes_results=False,
+    )
+    wandb_name: str = setting(
+        "", "name of the run there; empty: those of workdir and kind, such as demo/topk", changes_results=False
     )
     max_steps: int = setting(0, "stop after this many steps; 0: all epochs", low=0)
 
@@ -248,6 +263,10 @@ class TrainConfig(Config):
     def features_of(self, width: int) -> int:
         """Return the number of features of a dictionary whose inputs have this width."""
         return self.features or self.expansion * width
+
+    def count_steps(self, per_epoch: int) -> int:
+        """Return the number of steps of a run, given the batches of an epoch."""
+        return min(per_epoch * self.epochs, self.max_steps or per_epoch * self.epochs)
 
     def each_expansion(self) -> tuple["TrainConfig", ...]:
         """Return a group for each of ``expansions``, because a stack has one shape; this group if there are none."""

@@ -190,9 +190,9 @@ def finish_dictionary(stack: TrainStack, state: TrainState, index: int, kept_M: 
 
     Args:
       stack: what was trained.
-      state: the state after the last step.
+      state: the state.
       index: index of the member.
-      kept_M: result of ``thresholds.calibrate_thresholds``; None: 0.
+      kept_M: result of ``thresholds.Calibration``; None: 0.
     """
     arrays = {name: array[index] for name, array in state.params.items()}
     dictionary, kind, member, scale = stack.dictionary, stack.kind, stack.members[index], stack.scales[index]

@@ -1,7 +1,7 @@
-"""Thresholds of BatchTopK at inference, calibrated on training rows after the last step.
+"""Thresholds of BatchTopK at inference, calibrated on training rows after the last step, and before a score or a save.
 
 A running mean of each batch's smallest kept activation would lag behind the parameters: after 78 steps a dictionary
-trained with k = 32 would fire 20 features a token. So when training ends, the threshold is set to the smallest of the
+trained with k = 32 would fire 20 features a token. So the threshold is set to the smallest of the
 N k largest activations of the final parameters on N training tokens: L0 is k on these.
 """
 
@@ -17,6 +17,7 @@ from saejax.dictionaries import Dictionary
 from saejax.dictionaries.kinds.base import Arrays, Kind
 from saejax.dictionaries.sparsity import row, smallest
 from saejax.errors import Interrupted
+from saejax.parallel.mesh import sharding
 from saejax.training import cross_layer
 from saejax.training.inputs import Batches
 from saejax.training.stack import Hyperparams, TrainStack
@@ -26,29 +27,39 @@ _TOKENS = 16_384  # tokens that L0 is measured on: its relative error is below 1
 _VALUES = 2**26  # maximum number of pre-activations: 256 MB in float32
 
 
-def calibrate_thresholds(stack: TrainStack, state: TrainState, batches: Batches) -> jax.Array | None:
-    """Return the smallest activation [M] that each member keeps; None for kinds that make nothing of it.
+class Calibration:
+    """Measures the smallest activation [M] that each member keeps; None for kinds that make nothing of it.
 
     Args:
-      stack: what was trained.
-      state: the state after the last step.
-      batches: the training batches, of which the last ones are taken again.
-
-    Raises:
-      Interrupted: asked to stop while a batch was made.
+      stack: what is trained.
     """
-    if type(stack.kind).finish is Kind.finish:  # the kind does not use the smallest kept activation
-        return None
-    config = stack.config
-    fitting = _VALUES // (config.batch * stack.dictionary.n_features)
-    count = max(1, min(math.ceil(_TOKENS / config.batch), fitting, stack.steps))
-    # The last batches, as their rows are still in memory.
-    pooled = [batches.batch(step) for step in range(stack.steps - count, stack.steps)]
-    if any(batch is None for batch in pooled):
-        raise Interrupted("stopped after the last step; saved: run the same command to go on")
-    inputs = [batch[0] for batch in pooled if batch is not None]
-    calibrate = jax.jit(functools.partial(_calibrate, stack), out_shardings=state.step_M.sharding)
-    return calibrate(state.params, stack.hyperparams, inputs)
+
+    def __init__(self, stack: TrainStack):
+        self._stack = stack
+        self._needed = type(stack.kind).finish is not Kind.finish  # else the kind does not use it
+        self._run = jax.jit(functools.partial(_calibrate, stack), out_shardings=sharding(stack.mesh))
+
+    def __call__(self, state: TrainState, batches: Batches, step: int) -> jax.Array | None:
+        """Calibrate on training rows.
+
+        Args:
+          state: the state after ``step`` steps.
+          batches: the training batches, of which the last ones before ``step`` are taken again.
+          step: number of steps done.
+
+        Raises:
+          Interrupted: asked to stop while a batch was made.
+        """
+        if not self._needed:
+            return None
+        config, features = self._stack.config, self._stack.dictionary.n_features
+        fitting = _VALUES // (config.batch * features)
+        count = max(1, min(math.ceil(_TOKENS / config.batch), fitting, step))
+        # The last batches, as their rows are still in memory.
+        pooled = [batches.batch(each) for each in range(step - count, step)]
+        if any(batch is None for batch in pooled):
+            raise Interrupted("stopped after the last step; saved: run the same command to go on")
+        return self._run(state.params, self._stack.hyperparams, [batch[0] for batch in pooled if batch is not None])
 
 
 def _calibrate(stack: TrainStack, params: Arrays, hyper: Hyperparams, inputs: list[jax.Array]) -> jax.Array:

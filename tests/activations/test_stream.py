@@ -126,7 +126,7 @@ def test_a_value_that_is_not_finite_ends_it(run):
     document, position, _ = stream._plan.index(0)[7].tolist()
     place = stream._plan.documents.place(document, position)
     with pytest.raises(UserError, match=f"resid_post.1 are NaN or infinite: {re.escape(place)}: expected finite"):
-        stream._check(0)
+        stream._check(stream._plan, 0)
 
 
 @pytest.mark.parametrize("backend", ["jax"], indirect=True)

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parents[1] / "training"))
 import small_stacks
 
 from saejax.training.state import finish_dictionary
-from saejax.training.thresholds import calibrate_thresholds
+from saejax.training.thresholds import Calibration
 
 PYTHON = os.environ.get("SAEJAX_SAELENS_PYTHON") or (sys.executable if importlib.util.find_spec("sae_lens") else "")
 MISSING = "sae-lens is not installed, and SAEJAX_SAELENS_PYTHON names no interpreter"
@@ -39,7 +39,7 @@ def trained(kind: str, form: str, mesh):
     data = small_stacks.batches(20)
     state, _ = small_stacks.run(stack, data)
     batches = SimpleNamespace(batch=lambda step: small_stacks.parts(stack, data[step]))
-    return finish_dictionary(stack, state, 0, calibrate_thresholds(stack, state, batches)), data[0]
+    return finish_dictionary(stack, state, 0, Calibration(stack)(state, batches, stack.steps)), data[0]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 import time
 
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import runs
 from safetensors.numpy import load_file
-from small_runs import assert_same_bits, go, make_stack
+from small_runs import assert_same_bits, go, make_stack, records
 from small_stacks import B, D
 
+from saejax import load_dictionary
 from saejax.activations import stream
 from saejax.activations.results import CaptureResults, TokenizeResults
 from saejax.activations.stream import BufferOrder
@@ -40,10 +42,11 @@ def train(inputs, tmp_path_factory):
 
 def test_stopped_at_any_buffer_it_ends_with_the_same_bits(train, monkeypatch, capsys):
     monkeypatch.setattr(stream, "SAY_EVERY", 0.0)
-    status, whole = train()
+    midway = dict(train__score_every=10, train__save_every=10)  # which change no bits
+    status, whole = train(**midway)
     assert status == 0 and not (whole / "capture").exists()
     output = capsys.readouterr().out
-    assert "buffer 1 of " in output and "buffer 3 of " in output
+    assert "buffer 1 of " in output and "buffer 3 of " in output and output.count("on held-out tokens L0") == 3
     monkeypatch.setattr(stream, "SAY_EVERY", math.inf)  # the first is said at once
     for moment, line in ((1, "before the first step"), (7, "of 30; saved")):  # in the first buffer, in a later one
         stopping = map(moment.__le__, itertools.count())
@@ -52,8 +55,19 @@ def test_stopped_at_any_buffer_it_ends_with_the_same_bits(train, monkeypatch, ca
         output = capsys.readouterr()
         assert status == 143 and line in output.err and output.out.count("buffer ") == (moment > 1)
     monkeypatch.setattr(command, "install_signal_handlers", lambda: lambda: False)
-    assert train(broken)[0] == 0
+    assert train(broken, **midway)[0] == 0
     assert runs.dictionary_checksums(broken) == runs.dictionary_checksums(whole) != {}
+    scores = [
+        [[record.get(f"held_out_{name}") for name in ("explained_variance", "l0", "dead")] for record in records(unit)]
+        for unit in (whole / "train/batchtopk", broken / "train/batchtopk")
+    ]
+    assert scores[0] == scores[1] and [score[0] is not None for score in scores[0]].count(True) == 3
+    for step in (10, 20, 30):
+        saved = [load_dictionary(run / f"train/batchtopk/steps/{step}") for run in (whole, broken)]
+        assert_same_bits(saved[0].arrays, saved[1].arrays)
+    assert_same_bits(saved[0].arrays, load_dictionary(whole / "train/batchtopk").arrays)
+    shutil.rmtree(whole / "train/batchtopk/steps")  # which is no file of the unit
+    assert train(whole)[0] == 0
 
 
 def test_what_it_depends_on(inputs):

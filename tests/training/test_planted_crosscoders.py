@@ -20,7 +20,7 @@ from saejax.training.scales import estimate_scales
 from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack, describe_stack
 from saejax.training.state import finish_dictionary
-from saejax.training.thresholds import calibrate_thresholds
+from saejax.training.thresholds import Calibration
 
 SITE = "resid_post.0+other:resid_post.0"
 WIDTHS = (24, 16)
@@ -75,7 +75,7 @@ def trained(store, kind: str, steps: int = STEPS, mesh: Mesh | None = None, **ch
     stack = TrainStack(config, dictionary, members, scales, steps, mesh or first_device())
     batch = lambda step: (store.read(SITE, np.arange(BATCH) + BATCH * (step % 200))[None],)  # noqa: E731
     state, _ = train(stack, map(batch, range(steps)))
-    return finish_dictionary(stack, state, 0, calibrate_thresholds(stack, state, SimpleNamespace(batch=batch)))
+    return finish_dictionary(stack, state, 0, Calibration(stack)(state, SimpleNamespace(batch=batch), steps))
 
 
 def f1(chosen_F: np.ndarray, correlation_FxJ: np.ndarray, label: int) -> float:

@@ -14,7 +14,7 @@ from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.training.cross_layer import finish_layer
 from saejax.training.state import finish_dictionary, init_state
-from saejax.training.thresholds import calibrate_thresholds
+from saejax.training.thresholds import Calibration
 
 
 def activations(rows=4096) -> Activations:
@@ -53,7 +53,7 @@ def test_each_member_keeps_its_own_k_at_its_own_site(kind, mesh, changes):
     stack, rows = make_run(kind, mesh and make_mesh(mesh), learning_rate=(1e-2,), **changes), Rows()
     batches = streamed(stack, rows)
     state, _ = train(stack, map(batches.batch, range(stack.steps)))
-    kept_M = calibrate_thresholds(stack, state, batches)
+    kept_M = Calibration(stack)(state, batches, stack.steps)
     for index, member in enumerate(stack.members):
         finish = (lambda *args: finish_layer(*args)[0]) if "form" in changes else finish_dictionary
         finished = finish(stack, state, index, kept_M)
@@ -63,4 +63,4 @@ def test_each_member_keeps_its_own_k_at_its_own_site(kind, mesh, changes):
 
 def test_kinds_without_a_threshold_are_not_calibrated():
     stack = make_stack("topk")
-    assert calibrate_thresholds(stack, init_state(stack), None) is None
+    assert Calibration(stack)(init_state(stack), None, 1) is None

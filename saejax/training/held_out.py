@@ -1,0 +1,130 @@
+"""Scores of the members on a sample of held-out activations while they are trained, as ``evaluation`` defines them.
+
+Features are chosen as at inference: those of BatchTopK by a threshold that is calibrated at this step.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from saejax.activations.batches import sites_of
+from saejax.dictionaries import Dictionary, rescale
+from saejax.dictionaries.kinds.base import Arrays
+from saejax.evaluation.reconstruction import Spread
+from saejax.parallel.mesh import sharding
+from saejax.training import cross_layer
+from saejax.training.scales import HELD_OUT_TOKENS, ScaledRows
+from saejax.training.stack import Hyperparams, TrainStack, batch_parts
+from saejax.training.state import TrainState
+
+PREFIX = "held_out_"  # of the names of these scores among the metrics
+
+Sums = tuple[jax.Array, jax.Array]  # of the members: squared error [M], number of tokens on which features fire [M, F]
+
+
+class HeldOutScorer:
+    """Scores the members of a stack on a sample of held-out tokens, which the host keeps.
+
+    Args:
+      stack: what is trained.
+      values: raw activations [N, D] of each site that is read or predicted; the same N > 0 tokens of all sites.
+    """
+
+    def __init__(self, stack: TrainStack, values: Mapping[str, np.ndarray]):
+        self._stack, self._parts, self._values = stack, batch_parts(stack.members), values
+        count, data = len(next(iter(values.values()))), stack.mesh.shape["data"]
+        # Batches of one size, as large as those of training, so that they fit and are compiled once.
+        self._batch = min(stack.config.batch, count) // data * data
+        self.tokens = count // max(self._batch, 1) * self._batch
+        spreads = {}
+        for site in self._parts[-1]:
+            spreads[site] = Spread(values[site].shape[1])
+            spreads[site].add(values[site][: self.tokens])
+        pairs = zip(stack.members, stack.scales, strict=True)
+        variance = [
+            spreads[member.target].variance * scale.output**2 if self.tokens else 0.0 for member, scale in pairs
+        ]
+        self._variance_M = np.array(variance, np.float32)
+        whole = sharding(stack.mesh)
+        self._add = jax.jit(functools.partial(_add_batch, stack), out_shardings=(whole, whole))
+        self._finish = jax.jit(_finish, out_shardings=whole)
+
+    @classmethod
+    def of(cls, stack: TrainStack, rows: ScaledRows) -> "HeldOutScorer | None":
+        """Return a scorer on a sample of the rows that training reads; None if too few of them are held out."""
+        scorer = cls(stack, rows.held_out(HELD_OUT_TOKENS, *sites_of(batch_parts(stack.members))))
+        return scorer if scorer.tokens else None
+
+    def __call__(self, state: TrainState, kept_M: jax.Array | None) -> Arrays:
+        """Return explained variance, L0 and the share of features that fire on none of the tokens, each [M].
+
+        Args:
+          state: the state of training.
+          kept_M: result of ``Calibration`` at this state.
+        """
+        members, features = state.silent_MxF.shape
+        kept_M = jnp.zeros(members, jnp.float32) if kept_M is None else kept_M
+        sums: Sums = jnp.zeros(members, jnp.float32), jnp.zeros((members, features), jnp.float32)
+        for batch in self._batches():
+            sums = self._add(sums, state.params, self._stack.hyperparams, kept_M, batch)
+        return self._finish(sums, self._variance_M, np.float32(self.tokens))
+
+    def _batches(self) -> Iterator[tuple[jax.Array, ...]]:
+        """Yield the tokens on the devices, as ``inputs.Batches`` gives those of training."""
+        for start in range(0, self.tokens, self._batch):
+            batch = []
+            for part in self._parts:
+                values_SxBxD = np.stack([self._values[site][start : start + self._batch] for site in part])
+                place = self._stack.batch_sharding
+                # Of several processes each places what its own devices hold.
+                batch.append(jax.make_array_from_callback(values_SxBxD.shape, place, values_SxBxD.__getitem__))
+            yield tuple(batch)
+
+
+def _add_batch(
+    stack: TrainStack,
+    sums: Sums,
+    params: Arrays,
+    hyper: Hyperparams,
+    kept_M: jax.Array,
+    batch: tuple[jax.Array, ...],
+) -> Sums:
+    """Return the sums with those of a batch added."""
+    error_M, fired_MxF = sums
+    values = [values_SxBxD.astype(stack.config.state_dtype) for values_SxBxD in batch]
+    if stack.is_cross_layer:
+        x_LxBxD, y_LxBxD = values[0] * hyper.input_scale[:, None, None], values[1] * hyper.output_scale[:, None, None]
+        error_L, fired_LxF = cross_layer.held_out_sums(stack, params, hyper, kept_M, x_LxBxD, y_LxBxD)  # type: ignore[arg-type]
+        return error_M + error_L, fired_MxF + fired_LxF
+
+    def of_member(args: tuple[Arrays, Hyperparams, jax.Array]) -> Sums:
+        arrays, hyper, kept = args
+        x_BxD, y_BxD = (lax.dynamic_index_in_dim(values[i], hyper.site_index, keepdims=False) for i in (0, -1))
+        x_BxD, y_BxD = x_BxD * hyper.input_scale, y_BxD * hyper.output_scale
+        kind = stack.kind
+        arrays = rescale.unit_rows(kind, kind.finish(arrays, kept), stack.dictionary.widths)
+        member = Dictionary(stack.dictionary, "float32", **arrays)  # as finished dictionaries are read
+        numbers = {name: hyper.kind_params[name] for name in kind.numbers}
+        f_BxF = member.encode(x_BxD, numbers)
+        fired_F = jnp.sum(kind.fires(f_BxF, numbers).astype(jnp.float32), axis=0)
+        return jnp.sum(jnp.square(y_BxD - member.decode(f_BxF, x_BxD))).astype(jnp.float32), fired_F
+
+    per_member = dataclasses.replace(hyper, metric_DxD=None)  # which is not read here, and may be of several members
+    errors_M, fired = lax.map(of_member, (params, per_member, kept_M))  # one by one: memory is that of one member
+    return error_M + errors_M, fired_MxF + fired
+
+
+def _finish(sums: Sums, variance_M: jax.Array, tokens: jax.Array) -> Arrays:
+    error_M, fired_MxF = sums
+    explained_M = jnp.where(variance_M > 0, 1 - error_M / jnp.where(variance_M > 0, variance_M, 1), 0)
+    scores = dict(
+        explained_variance=explained_M,
+        l0=jnp.sum(fired_MxF, axis=1) / tokens,
+        dead=jnp.mean((fired_MxF == 0).astype(jnp.float32), axis=1),
+    )
+    return {PREFIX + name: score_M for name, score_M in scores.items()}
