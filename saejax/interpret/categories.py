@@ -1,6 +1,7 @@
 """Prompt categories: features that fire more on prompts of one behaviour or benchmark, or where answers are right.
 
-1. The model runs the prompts of ``baseline`` and ``benchmark``. A feature is active on a prompt if it fires at any
+1. The model runs the prompts of ``baseline``, and the questions of ``benchmark`` without worked examples, which all of
+   its prompts share. A feature is active on a prompt if it fires at any
    position but attention sinks.
 2. Each feature and each category (a behaviour or a benchmark) is a test: is the feature active on more of the
    category's prompts than of all others? Within a category, right answers are compared with wrong ones in the same way.
@@ -55,7 +56,7 @@ def read_prompts(inputs: Mapping[str, Path]) -> list[CategorisedPrompt]:
         elif stage == "benchmark":
             for line in read_lines(folder / "items.jsonl"):
                 verdict = line.get("flexible") or line.get("raw")
-                prompts.append(CategorisedPrompt(line["prompt"], name, verdict["correct"] if verdict else None))
+                prompts.append(CategorisedPrompt(line["question"], name, verdict["correct"] if verdict else None))
     return prompts
 
 

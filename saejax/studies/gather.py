@@ -223,6 +223,7 @@ def _effects(row: str, findings: Findings) -> Iterator[EffectFigures]:
             dictionary=results.dictionary,
             top=results.k,
             items=results.items.test,
+            categories=len({name for some in results.categories.values() for name in some}),
             at_chance=results.at_chance,
             accuracy=scores["clean"].accuracy if scores else None,
             accuracy_drop=answers["accuracy"].effect,

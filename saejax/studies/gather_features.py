@@ -185,7 +185,7 @@ def problems(
             yield ProblemFigures(
                 benchmark=benchmark,
                 item=item,
-                category=results.categories.get(item, ""),
+                category=", ".join(results.categories.get(item, ())),
                 question=prompt.text,
                 answer=prompt.correct,
                 row=row,
@@ -197,9 +197,9 @@ def problems(
             )
 
 
-def choose_problems(items: Sequence[str], categories: Mapping[str, str]) -> list[str]:
+def choose_problems(items: Sequence[str], categories: Mapping[str, tuple[str, ...]]) -> list[str]:
     """Return the first item of each category, and then others, at most ``PROBLEMS``."""
-    first = list({categories.get(item, ""): item for item in reversed(items)}.values())[::-1]
+    first = list({categories.get(item, ()): item for item in reversed(items)}.values())[::-1]
     return [*first, *(item for item in items if item not in first)][: max(PROBLEMS, 1)] if first else []
 
 

@@ -76,7 +76,8 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
         evidence = f"{percent(drivers.context.mean)} of {drivers.features} by context{shares}"
         yield "context", (_driven(drivers, controls), evidence)
     groups = select(figures.primitives, **here)
-    if groups or effects:
+    # With a single category there is no other with which it could be compared.
+    if any(effect.categories > 1 for effect in effects):
         yield "primitives", _primitives(groups)
     ranked: tuple[Asked, ...] = ("features", "items")
     for name in ranked if row != first else ():

@@ -105,18 +105,18 @@ class BenchmarkPrimitives:
 
 
 def find_primitives(
-    attribution_PxF: np.ndarray, ids: Sequence[str], categories: Sequence[str], seed: int
+    attribution_PxF: np.ndarray, ids: Sequence[str], categories: Sequence[Sequence[str]], seed: int
 ) -> BenchmarkPrimitives:
     """Return the primitives of a benchmark, before they are ablated.
 
     Args:
       attribution_PxF: attribution of each feature for the answer to each train item, nats.
       ids: names of the P items.
-      categories: of each.
+      categories: those of each.
       seed: of the resamples and permutations.
     """
-    category_P = np.asarray(categories)
-    names = np.unique(category_P)
+    names = sorted({name for some in categories for name in some})
+    inside_CxP = np.array([[name in some for some in categories] for name in names], bool).reshape(len(names), len(ids))
     # Items whose answer is unlikely have large attributions of all features, which would make all profiles alike.
     size_Px1 = np.sqrt(np.square(attribution_PxF).mean(axis=1, keepdims=True))
     rows_PxF = attribution_PxF / np.maximum(size_Px1, 1e-30)
@@ -127,19 +127,19 @@ def find_primitives(
     group_K, overlap_U, shuffled = group_profiles(rows_PxF[:, feature_K].T, seed)
     stable = np.flatnonzero(overlap_U >= DISSOLVED)
     members = [feature_K[group_K == group] for group in stable]
-    profile_GxP = np.array([rows_PxF[:, some].mean(axis=1) for some in members]).reshape(-1, len(category_P))
-    contrast_GxC, p_GxC = category_contrasts(profile_GxP, category_P, seed)
+    profile_GxP = np.array([rows_PxF[:, some].mean(axis=1) for some in members]).reshape(-1, len(ids))
+    contrast_GxC, p_GxC = category_contrasts(profile_GxP, inside_CxP, seed)
     primitives = []
     for g, some in enumerate(members):
-        best = int(np.argmax(contrast_GxC[g]))
+        best = int(np.argmax(contrast_GxC[g])) if names else None
         mean_M = rows_PxF[:, some].mean(axis=0)
         primitives.append(
             FeaturePrimitive(
-                name=str(names[best]) if p_GxC[g, best] <= LEVEL else "",
+                name=names[best] if best is not None and p_GxC[g, best] <= LEVEL else "",
                 features=tuple(some[np.argsort(-mean_M, kind="stable")].tolist()),
                 overlap=float(overlap_U[stable[g]]),
-                contrast=float(contrast_GxC[g, best]),
-                p_value=float(p_GxC[g, best]),
+                contrast=float(contrast_GxC[g, best]) if best is not None else 0.0,
+                p_value=float(p_GxC[g, best]) if best is not None else 1.0,
                 examples=tuple(ids[p] for p in np.argsort(-profile_GxP[g], kind="stable")[:3]),
             )
         )
@@ -194,7 +194,7 @@ def _cut(tree: np.ndarray, distance: float) -> np.ndarray:
     return np.where(kept_U, np.cumsum(kept_U) - 1, -1)[label_K]
 
 
-def category_contrasts(profile_GxP: np.ndarray, category_P: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def category_contrasts(profile_GxP: np.ndarray, inside_CxP: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return how much each profile stands out in each category, with p-values corrected for all of them.
 
     The contrast is the difference of the mean inside a category and outside in standard errors of the pooled variance;
@@ -202,18 +202,17 @@ def category_contrasts(profile_GxP: np.ndarray, category_P: np.ndarray, seed: in
 
     Args:
       profile_GxP: a number for each group and item.
-      category_P: category of each item.
+      inside_CxP: whether each item is of each category; an item may be of several.
       seed: of the permutations.
 
     Returns:
-      Contrasts and p-values, ``[G, C]``; categories in ascending order.
+      Contrasts and p-values, ``[G, C]``; those of a category that all items are of, or none, are 0 and 1.
     """
-    inside_CxP = np.unique(category_P)[:, None] == category_P[None, :]
     contrast_GxC = _contrasts(profile_GxP, inside_CxP)
     rng = np.random.default_rng(seed)
     largest_R = np.array(
         [
-            _contrasts(profile_GxP[:, rng.permutation(len(category_P))], inside_CxP).max(initial=-np.inf)
+            _contrasts(profile_GxP[:, rng.permutation(inside_CxP.shape[1])], inside_CxP).max(initial=-np.inf)
             for _ in range(_PERMUTATIONS)
         ]
     )
@@ -223,12 +222,16 @@ def category_contrasts(profile_GxP: np.ndarray, category_P: np.ndarray, seed: in
 
 def _contrasts(profile_GxP: np.ndarray, inside_CxP: np.ndarray) -> np.ndarray:
     count_C, total = inside_CxP.sum(axis=1), inside_CxP.shape[1]
-    if min(len(profile_GxP), len(count_C) - 1) < 1:
-        return np.zeros((len(profile_GxP), len(count_C)))
-    mean_GxC = profile_GxP @ inside_CxP.T / count_C
-    rest_GxC = profile_GxP @ ~inside_CxP.T / (total - count_C)
+    kept_C = (count_C > 0) & (count_C < total)
+    contrast_GxC = np.zeros((len(profile_GxP), len(count_C)))
+    if not len(profile_GxP) or not kept_C.any():
+        return contrast_GxC
+    inside_KxP, count_K = inside_CxP[kept_C], count_C[kept_C]
+    mean_GxK = profile_GxP @ inside_KxP.T / count_K
+    rest_GxK = profile_GxP @ ~inside_KxP.T / (total - count_K)
     spread_Gx1 = np.maximum(profile_GxP.std(axis=1, ddof=1)[:, None], 1e-12)
-    return (mean_GxC - rest_GxC) / (spread_Gx1 * np.sqrt(1 / count_C + 1 / (total - count_C)))
+    contrast_GxC[:, kept_C] = (mean_GxK - rest_GxK) / (spread_Gx1 * np.sqrt(1 / count_K + 1 / (total - count_K)))
+    return contrast_GxC
 
 
 def recurring(primitives: Sequence[FeaturePrimitive], elsewhere: Sequence[FeaturePrimitive]) -> tuple[bool, ...]:
@@ -275,7 +278,7 @@ def judge_primitives(
     table: EffectsTable,
     benchmark: str,
     primitives: Sequence[FeaturePrimitive],
-    categories: Mapping[str, str],
+    categories: Mapping[str, Sequence[str]],
     resamples: int,
     seed: int,
 ) -> tuple[PrimitiveEffect, ...]:
@@ -285,16 +288,15 @@ def judge_primitives(
       table: effects table of the benchmark.
       benchmark: its name.
       primitives: all of them; those that the table has are judged.
-      categories: category of each item, by the id of its prompt.
+      categories: those of each item, by the id of its prompt.
       resamples: bootstrap samples of the intervals.
       seed: seed of the bootstrap.
     """
     prompts = table.select_prompts(benchmark)
-    category_P = np.array([categories[prompt.id] for prompt in prompts])
     rows: list[PrimitiveEffect] = []
     for number, primitive in enumerate(primitives[:MOST]):
         tested = read_curves(table, benchmark, f"{GROUP}{number}")
-        inside_P = category_P == primitive.name if primitive.name else np.ones(len(prompts), bool)
+        inside_P = np.array([not primitive.name or primitive.name in categories[prompt.id] for prompt in prompts])
         if not tested or (effect := _interval(tested[0].drop_AxP[-1][inside_P], resamples, seed)) is None:
             continue
         # Doses, too, are those on these items: a set may change others much more.

@@ -169,6 +169,7 @@ class EffectFigures(RowFigures):
     dictionary: str  #: whose features
     top: int  #: features that are ablated
     items: int  #: that judge them
+    categories: int  #: distinct categories of all items
     at_chance: bool | None  #: whether accuracy before any edit is that of guessing; None where it was not measured
     #: before any edit
     accuracy: float | None = joined(

@@ -53,6 +53,8 @@ class Item:
     choices: tuple[str, ...] = ()  #: the answers to choose from; empty where none are given
     #: whether it may only judge features, because no item that chooses them may have its template.
     held_out: bool = False
+    #: the user's own, from a column "category"; else MATH's subject and level, or the task; empty where there is none.
+    categories: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +77,22 @@ class Benchmark:
     splits: tuple[str, ...] = TEST  #: names of the split that is asked, in local files; on the hub the first
 
 
+def _categories(row: Row, *published: str) -> tuple[str, ...]:
+    """Return the text of the row's column "category", or else those that are published in other columns."""
+    category = row.fields.get("category")
+    if category is None:
+        return tuple(name for name in published if name)
+    if not isinstance(category, str | int) or isinstance(category, bool) or not str(category).strip():
+        raise UserError(f"{row.where}: 'category' is {shown(category)}: expected text; fix it or remove the column")
+    return (str(category).strip(),)
+
+
 def _gsm8k(row: Row) -> Item:
     question, solution = (row.text(column, ("question", "answer")) for column in ("question", "answer"))
     _, mark, answer = solution.rpartition("####")
     if not mark or not re.search("[0-9]", answer):
         raise UserError(f"{row.where}: 'answer' does not end in '#### ' and a number: fix or remove the row")
-    return Item(row.name, "", question, solution, answer.strip())
+    return Item(row.name, "", question, solution, answer.strip(), categories=_categories(row))
 
 
 def _math(row: Row) -> Item:
@@ -96,7 +108,11 @@ def _math(row: Row) -> Item:
             f"{row.where}: 'solution' has no \\boxed{{...}} with an answer, and there is no column 'answer': fix or "
             "remove the row"
         )
-    return Item(row.name, "", question, solution, answer)
+    # "subject" and 3 in MATH-500, "type" and "Level 3" as first published.
+    subject, level = row.fields.get("subject", row.fields.get("type")), row.fields.get("level")
+    numbered = f"level {level}" if isinstance(level, int) else level
+    kept = [str(each).strip().lower() for each in (subject, numbered) if isinstance(each, str)]
+    return Item(row.name, "", question, solution, answer, categories=_categories(row, *kept))
 
 
 def _logic(row: Row) -> Item:
@@ -107,13 +123,15 @@ def _logic(row: Row) -> Item:
             f"{row.where}: 'target' is {answer!r}, which is not one of {', '.join(choices) or 'its options (none)'}: "
             "fix or remove the row"
         )
-    return Item(row.name, row.part, question, answer, answer, choices)
+    return Item(row.name, row.part, question, answer, answer, choices, categories=_categories(row, row.part))
 
 
 def _word_problem(row: Row) -> Item:
     fields = row.fields
     answer, choices = fields["answer"], tuple(fields["choices"])
-    return Item(row.name, fields["category"], fields["question"], answer, answer, choices, fields["held_out"])
+    return Item(
+        row.name, fields["category"], fields["question"], answer, answer, choices, fields["held_out"], _categories(row)
+    )
 
 
 def _multiple_choice(row: Row) -> Item:
@@ -137,7 +155,7 @@ def _multiple_choice(row: Row) -> Item:
     letters = [f"({letter})" for letter in _LETTERS[: len(options)]]
     lines = [f"{letter} {option}" for letter, option in zip(letters, options, strict=True)]
     question = "\n".join([stem, "Options:", *lines])
-    return Item(row.name, "", question, letters[right], letters[right], tuple(letters))
+    return Item(row.name, "", question, letters[right], letters[right], tuple(letters), categories=_categories(row))
 
 
 def _question_and_options(row: Row) -> tuple[str, list[str], list[str]]:

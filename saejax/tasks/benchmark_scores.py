@@ -60,7 +60,8 @@ def score_items(
     if not items:
         return []
     prompts = [prompter.prompt(item) for item in items]
-    about = [(item.id, item.task, prompt, item.answer) for item, prompt in zip(items, prompts, strict=True)]
+    pairs_of = zip(items, prompts, strict=True)
+    about = [(item.id, item.task, item.question, prompt, item.answer) for item, prompt in pairs_of]
     if scored == "generate":
         return [*_generate(lm, prompter, items, about, task, edits)]
     # Choices, or solutions, of all items in one list: batches are filled across items.
@@ -78,7 +79,7 @@ def score_items(
     ]
 
 
-_About = tuple[str, str, str, str]  # fields of a ``ScoredItem``
+_About = tuple[str, str, str, str, str]  # fields of a ``ScoredItem``
 
 
 def _generate(
@@ -89,7 +90,7 @@ def _generate(
     task: TaskConfig,
     edits: Sequence[Edit],
 ) -> Iterator[GeneratedItem]:
-    ids, most = [prompter.encode(prompt) for _, _, prompt, _ in about], answer_tokens(prompter.name, task)
+    ids, most = [prompter.encode(prompt) for _, _, _, prompt, _ in about], answer_tokens(prompter.name, task)
     for item, prompt_ids in zip(items, ids, strict=True):
         _check_length(lm, prompter, item, len(prompt_ids), most, " or --task.max_new_tokens")
     for first in range(0, len(ids), task.batch):

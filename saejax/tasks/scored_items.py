@@ -12,6 +12,7 @@ class ScoredItem:
 
     id: str  #: of the item
     task: str  #: one of logic's tasks; "" elsewhere
+    question: str  #: the question alone
     prompt: str  #: the text that the model was given
     reference: str  #: the right answer
 

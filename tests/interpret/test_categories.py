@@ -72,8 +72,11 @@ def test_a_feature_is_active_where_it_fires(lm):
 def test_prompts_come_from_the_baseline_and_benchmarks(tmp_path):
     lines = {
         "baseline/prompts.jsonl": [dict(text="a", behaviour="capital", logit_diff=-1.0)],
-        "gsm8k/items.jsonl": [dict(prompt="b", flexible=dict(correct=True, answer="3")), dict(prompt="d")],
-        "logic/items.jsonl": [dict(prompt="c", raw=dict(correct=False))],
+        "gsm8k/items.jsonl": [
+            dict(question="b", prompt="a b", flexible=dict(correct=True, answer="3")),
+            dict(question="d"),
+        ],
+        "logic/items.jsonl": [dict(question="c", prompt="a c", raw=dict(correct=False))],
     }
     for name, rows in lines.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -217,7 +217,7 @@ def check_associations(run, items, results, table, monkeypatch):
     """Features go with the labels of their own items, in whatever order these are."""
     monkeypatch.setattr(associations, "_LEAST", 1)
     train, test = (
-        [dataclasses.replace(item, task="ab"[i % 2]) for i, item in enumerate(half)]
+        [dataclasses.replace(item, categories=("ab"[i % 2],)) for i, item in enumerate(half)]
         for half in (items.train, items.test)
     )
     items = dataclasses.replace(items, train=train, test=test)
@@ -229,7 +229,7 @@ def check_associations(run, items, results, table, monkeypatch):
         is_question_N = [(read.text_N == read.ids.index(item.id)) & (read.end_N <= len(item.question)) for item in test]
         largest = [acts_NxF[is_N, row.feature].max() for is_N in is_question_N]
         if np.ptp(largest) and row.label in ("a", "b"):
-            wanted = np.corrcoef(largest, [item.task == row.label for item in test])[0, 1]
+            wanted = np.corrcoef(largest, [row.label in item.categories for item in test])[0, 1]
             assert row.correlation.mean == pytest.approx(wanted, abs=1e-5)
             compared += 1
     assert compared
@@ -308,7 +308,7 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     items = benchmark_run.BenchmarkItems(tiny, name, task, train, test)
     (expected_PxF,) = attributions([SplitModel(tiny, dictionary)], items.references([*train, *test]), 4096)
     np.testing.assert_allclose(by_item_PxF, expected_PxF, rtol=1e-4, atol=1e-5)
-    assert results.categories == {item.id: item.task for item in (*train, *test)}
+    assert results.categories == {item.id: item.categories for item in (*train, *test)}
     check_associations(run, items, results, table, monkeypatch)
 
 
@@ -361,7 +361,7 @@ def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatc
             right = not edited or number == 0
             strict = Verdict(item.answer if right and number < 3 else None, right and number < 3)
             scores = "length" if edited and number < 2 else "eos", strict, Verdict(item.answer, right)
-            rows.append(GeneratedItem(item.id, "", "", item.answer, "text", *scores))
+            rows.append(GeneratedItem(item.id, "", "", "", item.answer, "text", *scores))
         return rows
 
     monkeypatch.setattr(benchmark_run.BenchmarkItems, "score", score)

@@ -357,7 +357,9 @@ def test_questions_of_benchmarks_are_probed_and_ablated(tmp_path, make_run):
     task = TaskConfig(benchmarks=("gsm8k",), path=str(items), examples=40, shots=0)
     unit = tmp_path / "benchmark"
     unit.mkdir()
-    rest = dict(task="", reference="7", output="7", finished="eos", strict=dict(answer=None, correct=False))
+    rest = dict(
+        task="", question="", reference="7", output="7", finished="eos", strict=dict(answer=None, correct=False)
+    )
     rows = [
         dict(id=item.id, prompt=f"Q {n}", flexible=dict(answer="7", correct=n % 2 == 0), **rest)
         for n, item in enumerate(read_items("gsm8k", task))

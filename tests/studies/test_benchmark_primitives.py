@@ -46,7 +46,7 @@ def make_attributions(seed, planted):
         groups[name] = rng.choice(np.setdiff1d(np.arange(FEATURES), np.array([*groups.values()])), SIZE, replace=False)
         shared_P = 3.0 * (categories == name) + rng.normal(0, 0.5, ITEMS)
         rows_PxF[:, groups[name]] = shared_P[:, None] + 0.4 * rng.normal(size=(ITEMS, SIZE))
-    return rows_PxF, categories.tolist(), groups
+    return rows_PxF, [(name,) for name in categories.tolist()], groups
 
 
 @pytest.mark.parametrize("planted", [1, 3])
@@ -58,7 +58,7 @@ def test_planted_groups_are_found_and_named(planted):
     for name, one in named.items():
         assert set(one.features) == set(groups[name].tolist())
         assert one.overlap >= 0.5 and one.p_value <= 0.05
-        assert all(categories[IDS.index(item)] == name for item in one.examples)
+        assert all(categories[IDS.index(item)] == (name,) for item in one.examples)
     again = find_primitives(make_attributions(planted, 1)[0], IDS, categories, 0)
     assert recurring(found.primitives, again.primitives)[0] == (found.primitives[0].name in {"addition"})
 
@@ -89,17 +89,26 @@ def test_nothing_is_named_where_nothing_was_planted():
 
 def test_groups_that_have_nothing_to_do_with_categories_have_no_name():
     rows_PxF, categories, _ = make_attributions(3, 1)
-    shuffled = np.random.default_rng(0).permutation(categories).tolist()
+    shuffled = [categories[i] for i in np.random.default_rng(0).permutation(len(categories))]
     found = find_primitives(rows_PxF, IDS, shuffled, 0)
     assert found.primitives and not any(one.name for one in found.primitives)
-    alone = find_primitives(rows_PxF, IDS, [""] * ITEMS, 0)
-    assert alone.primitives and not any(one.name for one in alone.primitives)
+    for alone in ([()] * ITEMS, [("sums",)] * ITEMS):
+        found = find_primitives(rows_PxF, IDS, alone, 0)
+        assert found.primitives and not any(one.name for one in found.primitives)
+
+
+def test_an_item_may_be_of_several_categories():
+    rows_PxF, categories, groups = make_attributions(1, 1)
+    levels = [(*some, f"level {i % 3}") for i, some in enumerate(categories)]
+    named = {one.name: one for one in find_primitives(rows_PxF, IDS, levels, 0).primitives if one.name}
+    assert {name: {*one.features} for name, one in named.items()} == {"addition": {*groups["addition"].tolist()}}
 
 
 def test_contrasts_are_those_of_the_t_test_up_to_the_pooled_variance():
     rng = np.random.default_rng(0)
     profile_GxP, category_P = rng.normal(size=(2, 30)), np.repeat(["a", "b", "c"], 10)
-    contrast_GxC, p_GxC = category_contrasts(profile_GxP, category_P, 0)
+    inside_CxP = np.unique(category_P)[:, None] == category_P[None, :]
+    contrast_GxC, p_GxC = category_contrasts(profile_GxP, inside_CxP, 0)
     for g in range(2):
         inside = profile_GxP[g, category_P == "b"], profile_GxP[g, category_P != "b"]
         assert np.sign(contrast_GxC[g, 1]) == np.sign(ttest_ind(*inside).statistic)
@@ -115,7 +124,7 @@ def test_correlated_groups_that_have_nothing_to_do_with_categories_have_no_name_
         rng = np.random.default_rng(seed)
         shared_PxG = rng.normal(0.1, 1, (ITEMS, 80))
         rows_PxF = np.repeat(shared_PxG, SIZE, axis=1) + 0.4 * rng.normal(size=(ITEMS, 80 * SIZE))
-        categories = rng.permutation(np.repeat([f"category {c}" for c in range(9)], ITEMS // 9)).tolist()
+        categories = rng.permutation(np.repeat([f"category {c}" for c in range(9)], ITEMS // 9))[:, None].tolist()
         found = find_primitives(rows_PxF, IDS, categories, seed).primitives
         stable, named = stable + len(found), named + sum(bool(one.name) for one in found)
     assert stable > 100 and named <= 0.05 * stable
@@ -124,7 +133,7 @@ def test_correlated_groups_that_have_nothing_to_do_with_categories_have_no_name_
 def prompts_of(items):
     """Items of two categories in turn: additions come first."""
     prompts = [PromptDefinition(f"sums/{i:02d}", "sums") for i in range(items)]
-    return prompts, {prompt.id: ("addition", "logic")[i % 2] for i, prompt in enumerate(prompts)}
+    return prompts, {prompt.id: (("addition", "logic")[i % 2],) for i, prompt in enumerate(prompts)}
 
 
 def table_of(prompts, edits, measure):
@@ -142,7 +151,7 @@ def make_table(strength, items=20, sets=39, groups=1, control=0.0, outside=1.0):
     """
     rng = np.random.default_rng(1)
     prompts, categories = prompts_of(items)
-    is_sum_P = np.array([*categories.values()]) == "addition"
+    is_sum_P = np.array(["addition" in some for some in categories.values()])
     edits = [EditDefinition("sums", "clean")]
     for number in range(groups):
         features = (1, 2, 3 + number)

@@ -26,7 +26,9 @@ def model(row, control=""):
 
 def effect(row, lowers, random, placebo, trained):
     fields = dict.fromkeys((field.name for field in dataclasses.fields(EffectFigures)), None)
-    answers = dict(row=row, benchmark="sums", lowers=lowers, random=random, placebo=placebo, random_nats=0.25)
+    answers = dict(
+        row=row, benchmark="sums", lowers=lowers, random=random, placebo=placebo, random_nats=0.25, categories=2
+    )
     return EffectFigures(**fields | answers | dict(trained=trained))
 
 
@@ -158,3 +160,6 @@ def test_a_group_must_recur_in_other_seeds(figures, recurs, seeds, p_recurs, ans
     figures = dataclasses.replace(figures, primitives=(dataclasses.replace(group("base", "yes"), **changes),))
     answers = {one.question: one.answer for one in learned(figures) if one.row == "base"}
     assert answers["primitives"] == answer
+    # Of a benchmark of one category it is not asked.
+    single = tuple(dataclasses.replace(effect, categories=1) for effect in figures.effects)
+    assert "primitives" not in {one.question for one in learned(dataclasses.replace(figures, effects=single))}

@@ -48,7 +48,7 @@ def test_words_are_those_on_which_features_fire_the_strongest_first():
 
 
 def test_a_problem_of_each_category_comes_first():
-    categories = {str(number): "ab"[number // 4] for number in range(8)}
+    categories = {str(number): ("ab"[number // 4],) for number in range(8)}
     assert choose_problems(list(categories), categories) == ["0", "4", "1", "2", "3", "5"]
     assert choose_problems(["1", "2"], {}) == ["1", "2"] and choose_problems([], categories) == []
 
@@ -58,7 +58,7 @@ def show(partners, **changes):
     read_by_row = {"a": read(), "b": dataclasses.replace(read(changes.pop("splits", ("test", "test"))), **changes)}
     for row, partner in partners.items():
         read_by_row[row].partner.update(partner)
-    studied = SimpleNamespace(each=lambda kind: {"sums": SimpleNamespace(categories={"0": "x", "1": "y"})})
+    studied = SimpleNamespace(each=lambda kind: {"sums": SimpleNamespace(categories={"0": ("x",), "1": ("y",)})})
     return {(one.row, one.item): one for one in problems(dict.fromkeys("ab", studied), "sums", read_by_row)}
 
 

@@ -16,7 +16,7 @@ def test_items_hold_what_the_rows_say(folder):
     by_id = {item.id: item for item in read(folder, "gsm8k", examples=12)}
     assert by_id["test:3"] == Item("test:3", "", GSM8K[2]["question"], GSM8K[2]["answer"], "9")
     by_id = {item.id: item for item in read(folder, "math", examples=8)}
-    assert by_id["math:1"] == Item("math:1", "", MATH[0]["problem"], MATH[0]["solution"], "4")
+    assert by_id["math:1"] == Item("math:1", "", MATH[0]["problem"], MATH[0]["solution"], "4", categories=("level 1",))
     by_id = {item.id: item for item in read(folder, "logic", examples=15)}
     assert len(by_id) == 15
     deduction = by_id["logical_deduction_three_objects:2"]
@@ -24,6 +24,22 @@ def test_items_hold_what_the_rows_say(folder):
     assert deduction.task == "logical_deduction_three_objects"
     assert by_id["boolean_expressions:1"].choices == ("True", "False")
     assert by_id["web_of_lies:1"].choices == ("Yes", "No")
+
+
+def test_categories_are_kept(folder, tmp_path):
+    """MATH's subject and level in both layouts in which they are published, logic's task, and the user's own column."""
+    solved = dict(problem="1 + 1?", solution="It is \\boxed{2}.")
+    rows = [dict(subject="Algebra", level=3), dict(type="Algebra", level="Level 3"), dict(level=2, category="mine"), {}]
+    path = write_lines(tmp_path / "math.jsonl", [solved | row for row in rows])
+    items = sorted(read_items("math", TaskConfig(path=str(path), examples=4)), key=lambda item: item.id)
+    assert [item.categories for item in items] == [("algebra", "level 3")] * 2 + [("mine",), ()]
+    assert {item.categories for item in read(folder, "logic", examples=15)} >= {("web_of_lies",)}
+    solved = dict(question="1 + 1?", answer="#### 2")
+    path = write_lines(tmp_path / "gsm8k.jsonl", [solved | dict(category=3), solved | dict(category=[])])
+    with pytest.raises(UserError, match=r"'category' is \[\]: expected text"):
+        read_items("gsm8k", TaskConfig(path=str(path), examples=2))
+    path = write_lines(tmp_path / "gsm8k.jsonl", [solved | dict(category=3), solved])
+    assert {item.categories for item in read_items("gsm8k", TaskConfig(path=str(path), examples=2))} == {("3",), ()}
 
 
 def test_the_seed_chooses(folder):

@@ -18,6 +18,6 @@ BENCHMARK = Stage(
     names=lambda configs: configs[TaskConfig].benchmarks,
     identity=dict(model=identities.model),
     unit_identity=dict(benchmark=identities.benchmark),
-    revision=2,  # number bases in more spellings
+    revision=3,  # questions beside prompts
     processes="items",
 )

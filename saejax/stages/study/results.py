@@ -86,7 +86,8 @@ class StudyResults:
     verdict: CausalVerdict  #: the answers, as if this were the run's only benchmark
     scores: tuple[AnswerScores, ...]  #: accuracy, format failures and cut-off answers by group of edits
     origin: str  #: source of the items
-    categories: Mapping[str, str] = dataclasses.field(default_factory=dict)  #: category of each item, by its id
+    #: categories of each item, by its id
+    categories: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     activations: BenchmarkActivations | None = None  #: statistics of the site's activations on the test items
     primitives: BenchmarkPrimitives | None = None  #: groups of features that matter for the same items
     associations: BenchmarkAssociations | None = None  #: of features with categories and right answers

@@ -159,7 +159,7 @@ def run_study(run: Run) -> StudyResults:
         verdict=judged,
         scores=summarize_scores(table, run.name),
         origin=str(origin(run.name, task)),
-        categories={item.id: item.task for item in (*train, *test)},
+        categories={item.id: item.categories for item in (*train, *test)},
         activations=chosen.activations,
         primitives=dataclasses.replace(
             chosen.primitives,
@@ -167,7 +167,7 @@ def run_study(run: Run) -> StudyResults:
                 table,
                 run.name,
                 chosen.primitives.primitives,
-                {f"{run.name}/{item.id}": item.task for item in test},
+                {f"{run.name}/{item.id}": item.categories for item in test},
                 config.bootstrap,
                 config.seed,
             ),
@@ -255,7 +255,7 @@ def _find_primitives(
       of_seeds: the same of the other dictionaries, by name.
       seed: seed of permutations and resampling.
     """
-    ids, categories = [item.id for item in train], [item.task for item in train]
+    ids, categories = [item.id for item in train], [item.categories for item in train]
 
     def find(attribution_PxF: np.ndarray) -> BenchmarkPrimitives:
         return find_primitives(attribution_PxF[: len(train)], ids, categories, seed)
@@ -263,7 +263,9 @@ def _find_primitives(
     tested = find(attribution_PxF)
     elsewhere = {name: find(seed_PxF).primitives for name, seed_PxF in of_seeds.items()}
     seeds = {name: recurring(tested.primitives, some) for name, some in elsewhere.items()}
-    p_recurs = recurrence_p(tested.primitives, [*elsewhere.values()], sorted({*categories}), seed)
+    p_recurs = recurrence_p(
+        tested.primitives, [*elsewhere.values()], sorted({name for some in categories for name in some}), seed
+    )
     return dataclasses.replace(tested, seeds=seeds, p_recurs=p_recurs)
 
 
@@ -279,8 +281,8 @@ def _associate(
     prompts = table.select_prompts(items.name)  # ordered by id
     place = {f"{items.name}/{item.id}": half + number for number, item in enumerate(items.test)}
     test_Q = np.array([place[prompt.id] for prompt in prompts])
-    names = sorted({item.task for item in every})
-    labels = {name: np.array([item.task == name for item in every]) for name in names}
+    names = sorted({name for item in every for name in item.categories})
+    labels = {name: np.array([name in item.categories for item in every]) for name in names}
     test_labels = {name: has_P[test_Q] for name, has_P in labels.items()}
     right_Q = table.clean_values(prompts, "accuracy")
     if np.isfinite(right_Q).all():
