@@ -4,11 +4,9 @@ Run: python -m benchmarks.bench_attribute [--rows 3000] [--tokens 11] [--growth 
 The transcoders have 2,048 features a layer, of which 18 are active at each position, so 11 tokens have 5,400 active
 features. The first prompt compiles; two others of its length are timed, and what they compile is counted. The floor is
 the arithmetic of the transposed frozen layers, the output and value projections of attention, for the layers below each
-target and the positions up to its own, at the speed of one large product of matrices on the same machine. Beside the
-trace: the heads of the edges of the graph, pruned to 98 % of its influence, whose floor is that of its targets, and of
-its sources on their way up. Times of the process on all cores stand beside those on the clock: they hold where others
-use the machine, too. With --growth, other lengths of prompts follow, each in a process of its own. Prints tables and,
-last, one line of JSON.
+target and the positions up to its own, at the speed of one large product of matrices on the same machine. Times of the
+process on all cores stand beside those on the clock: they hold where others use the machine, too. With --growth, other
+lengths of prompts follow, each in a process of its own. Prints a table and, last, one line of JSON.
 """
 
 import argparse
@@ -27,8 +25,7 @@ import numpy as np
 
 import saejax
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import FEATURE, LOGIT
-from saejax.attribution.heads.contributions import largest_heads
+from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.local.rows import row_flops
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
@@ -38,7 +35,6 @@ from saejax.models.config import DecoderConfig
 FEATURES, ACTIVE = 2048, 18
 GROWTH = (16, 64, 256, 1024)
 COMPILED = "/jax/core/compile/backend_compile_duration"  # of jax.monitoring
-SHARE = 0.98  # of influence, of the nodes whose edges' heads are looked for
 TEXT = (
     "One day she said that there was a way to see where the water went, and that it was not far from here. The road "
     "led past the mill and over the hill to a small lake. "
@@ -64,16 +60,6 @@ def graph_flops(graph: Graph, model: DecoderConfig) -> float:
     nodes = graph.nodes[graph.target_R]
     layers_R = np.where(nodes.kind_N == FEATURE, nodes.layer_N + 1, model.n_layers)
     return row_flops(model, layers_R, nodes.position_N + 1)
-
-
-def heads_gflop(pruned: Graph, config: DecoderConfig) -> float:
-    """Return the same for the heads of a pruned graph's edges: its targets down, its sources up, in 10^9 operations."""
-    targets = np.unique(pruned.edges()[1])
-    nodes, sources = pruned.nodes[targets], pruned.nodes[np.unique(pruned.edges()[0])]
-    layers_R = np.where(nodes.kind_N == LOGIT, config.n_layers, nodes.layer_N + 1)
-    down = row_flops(config, layers_R, nodes.position_N + 1)
-    layers_S = config.n_layers - 1 - sources.layer_N
-    return (down + row_flops(config, layers_S, len(pruned.ids_P) - sources.position_N)) / 1e9
 
 
 def gflops(size: int = 1024, products: int = 100) -> float:
@@ -108,14 +94,8 @@ class Clock:
         """Return the median of all prompts but the first, which compiles."""
         return np.median(self.taken[name][1:] or self.taken[name], axis=0)
 
-    def relative_to_trace(self, name: str) -> dict[str, float]:
-        """Return the times of a part, and their ratios to those of the trace."""
-        part, trace = self.steady(name), self.steady("trace")
-        names = ("seconds", "cpu_s", "ratio", "cpu_ratio")
-        return dict(zip(names, np.concatenate([part, part / trace]).round(2).tolist(), strict=True))
 
-
-def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any]:
+def measure(rows: int, tokens: int, rounds: int) -> dict[str, Any]:
     """Return the seconds of each part, with compiling and without, peak memory and share of the floor of one size."""
     lm = saejax.load_model("smollm2")
     ids_P = lm.tokenize([TEXT * (2 + tokens // 40)]).ids_BxT[0]
@@ -125,36 +105,23 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
     for start in range(1 + rounds):
         if start == 1:
             events.clear()
-        graph = local = readouts = pruned = None  # of the last prompt, which the stage does not keep either
+        graph = None  # of the last prompt, which the stage does not keep either
         prompt = [lm.tokenizer.bos_token_id, *ids_P[start : start + tokens - 1].tolist()]
         with clock.times("trace"):
-            graph, local, readouts = trace_prompt(lm, transcoders, prompt, max_features=rows)
-        if not start:
-            rows_gb = peak_gb()  # before heads
-        if checked:
-            pruned = graph.prune(SHARE)
-            with clock.times("heads"):
-                largest_heads(local, readouts, pruned)
+            graph = trace_prompt(lm, transcoders, prompt, max_features=rows).graph
     compiled_later = events.count(COMPILED) if rounds else None
     speed, (seconds, cpu_s) = gflops(), clock.steady("trace")
-    results = dict(
+    return dict(
         rows=graph.count(FEATURE),
         active=graph.settings["active_features"],
         seconds=round(seconds, 2),
         cpu_s=round(cpu_s, 2),
         compile_s=round(clock.taken["trace"][0][0] - seconds, 1),
         compiled_later=compiled_later,
-        rows_gb=rows_gb,
         peak_gb=peak_gb(),
         of_floor=round(graph_flops(graph, lm.config) / 1e9 / speed / seconds, 2),
         unexplained=float(np.abs(graph.unexplained_R).max() / np.abs(graph.value_R).max()),
     )
-    if checked:
-        results["heads"] = clock.relative_to_trace("heads")
-        ends = np.unique(np.concatenate(pruned.edges()[:2]))
-        results["heads"] |= dict(nodes=len(ends), edges=len(pruned.edges()[0]))
-        results["heads"]["of_floor"] = round(heads_gflop(pruned, lm.config) / speed / clock.steady("heads")[0], 2)
-    return results
 
 
 def main() -> None:
@@ -163,37 +130,27 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3000, help="features with a row")
     parser.add_argument("--tokens", type=int, default=11)
     parser.add_argument("--rounds", type=int, default=2, help="timed runs; 0: the first, which compiles")
-    parser.add_argument("--rows-only", action="store_true", help="without heads")
     parser.add_argument("--growth", action="store_true", help="other lengths of prompts too")
     parser.add_argument("--growth-rows", type=int, default=512, help="features with a row there, at the most")
     args = parser.parse_args()
-    names = ("tokens", "active", "rows", "seconds", "CPU s", "compile", "ms/row", "rows GB", "peak GB", "of floor")
+    names = ("tokens", "active", "rows", "seconds", "CPU s", "compile", "ms/row", "peak GB", "of floor")
     print(" ".join(f"{name:>8}" for name in names))
 
     def show(tokens: int, results: dict[str, Any]) -> None:
         print(
             f"{tokens:8} {results['active']:8,} {results['rows']:8,} {results['seconds']:8.2f} {results['cpu_s']:8.2f} "
-            f"{results['compile_s']:8.1f} {1000 * results['seconds'] / results['rows']:8.2f} {results['rows_gb']:8.2f} "
+            f"{results['compile_s']:8.1f} {1000 * results['seconds'] / results['rows']:8.2f} "
             f"{results['peak_gb']:8.2f} {results['of_floor']:8.0%}",
             flush=True,
         )
 
-    results = measure(args.rows, args.tokens, args.rounds, not args.rows_only)
+    results = measure(args.rows, args.tokens, args.rounds)
     show(args.tokens, results)
     for tokens in GROWTH if args.growth else ():
-        command = [sys.executable, "-m", "benchmarks.bench_attribute", "--rounds=1", "--rows-only"]
+        command = [sys.executable, "-m", "benchmarks.bench_attribute", "--rounds=1"]
         command += [f"--tokens={tokens}", f"--rows={args.growth_rows}"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         show(tokens, json.loads(printed.splitlines()[-1]))
-    if figures := results.get("heads"):
-        print(
-            f"heads: {figures['seconds']:.2f} s, {figures['ratio']:.2f} times the trace; "
-            f"{figures['cpu_s']:.2f} CPU s, {figures['cpu_ratio']:.2f} times"
-        )
-        print(
-            f"heads: {figures['edges']:,} edges between {figures['nodes']:,} nodes carry {SHARE:.0%} of the influence; "
-            f"{figures['of_floor']:.0%} of floor"
-        )
     print(f"programs that later prompts compiled: {results['compiled_later']}")
     print(json.dumps(dict(bench="attribute", **results)))
 

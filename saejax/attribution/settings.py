@@ -96,9 +96,6 @@ class GraphConfig(Config):
         "names them by the tokens on which they fire (transcoders only); 0: none",
         low=0,
     )
-    heads: bool = setting(
-        False, "find what each attention head contributes to each edge of the pruned graph; takes longer than tracing"
-    )
     query_key: tuple[str, ...] = setting(
         (),
         "heads whose query-key scores are split over pairs of sources, each layer.head or layer.head@position of the "

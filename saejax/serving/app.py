@@ -22,7 +22,7 @@ from saejax.attribution.settings import GraphConfig
 from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.models.settings import ModelConfig
-from saejax.page.graph.page import VIEWER, page_html
+from saejax.page.graph.page import VIEWER, PageTable, page_html
 from saejax.page.scripts import interactive
 from saejax.serving.effects import MODES, effects
 from saejax.serving.guard import Guard
@@ -136,7 +136,7 @@ class GraphServer:
         nodes, edges = settings.get("node_threshold", 0.8), settings.get("edge_threshold", 0.98)
         labels: dict[tuple[int, int], str] = {}
         details: dict[tuple[int, int], Any] = {}
-        shown: dict[str, Any] = {}
+        tables: list[PageTable] = []
         config = defaults = self._session.defaults[GraphConfig]  # of a graph without a known set
         if "nodes" in query and "edges" in query:
             nodes, edges = (_share(query, name) for name in ("nodes", "edges"))
@@ -150,14 +150,14 @@ class GraphServer:
         except UserError as error:
             why = _line(error)
         try:  # a damaged file of labels or features hides neither the graph nor what can be done with it
-            shown = self._store.shown(graph)
+            tables = self._store.tables(graph)
             labels = {} if why else self._store.labels(folders(config))
             details = self._store.details(graph, document, config) or self._store.details(graph, document, defaults)
         except UserError as error:
             missing = f" Labels or contexts are missing: {_line(error)}"
         live: dict[str, Any] = dict(graph=graph.id, note=f"{why or note}{missing}", why=why, freeze_modes=freeze_modes)
         live |= dict(nodes=nodes, edges=edges, whole=graph.whole is not None)
-        return page_html(document, labels=labels, details=details, live=live, **shown)
+        return page_html(document, labels=labels, details=details, live=live, tables=tables)
 
     def _trace(self, fields: Mapping[str, Any], job: Job) -> Any:
         prompt, target, minus = (_text(fields, name) for name in ("prompt", "target", "minus"))

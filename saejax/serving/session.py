@@ -38,9 +38,8 @@ from saejax.stages.attribute.run import open_parts, run_attribute, trace_request
 Key = tuple[str, Any]  # hash of a graph's document; model and set
 _KEPT = 2  # prompts that stay in memory
 _SAME = 0.9  # share of a graph's features that must be active when its prompt is run again
-# Of a typed prompt: heads take longer than the tracing.
-_QUICK: dict[str, Any] = dict(heads=False, query_key=())
-_OTHERWISE: dict[str, Any] = dict(prompts="", behaviours=(), supernodes="", slug="")  # the reader's prompt alone
+# The reader's prompt alone.
+_OTHERWISE: dict[str, Any] = dict(prompts="", behaviours=(), supernodes="", slug="", query_key=())
 
 
 class ModelSession:
@@ -212,7 +211,7 @@ def trace_typed(
       Interrupted: it was stopped; its unfinished files are removed.
     """
     root = store.root
-    configs |= dataclasses.replace(configs[GraphConfig], **_OTHERWISE, **_QUICK, **settings)
+    configs |= dataclasses.replace(configs[GraphConfig], **_OTHERWISE, **settings)
     configs, slug, folder = _with_free_slug(configs, root)
     traced: list[Any] = []
     claimed: list[Any] = []  # runs of this request: only what they began may be discarded

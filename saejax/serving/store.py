@@ -22,9 +22,10 @@ from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
 from saejax.files import file_sha256, locked, read_json, write_json
 from saejax.interpret.labels import write_label
+from saejax.page.graph.page import PageTable
 from saejax.runner.labels import names_and_sites, names_of_layers
 from saejax.runner.workspace import STARTED, SUMMARY, current_units
-from saejax.stages.attribute.outputs import described_features, details_of_features, read_shown
+from saejax.stages.attribute.outputs import described_features, details_of_features, read_tables
 from saejax.stages.attribute.traces import FEATURES
 
 _SAVED = "serve"  # the folder for what readers save
@@ -189,9 +190,9 @@ class GraphStore:
             return document
         return {**document, "qParams": {**document["qParams"], "supernodes": saved}}
 
-    def shown(self, graph: StoredGraph) -> dict[str, Any]:
-        """Return what the graph's own page shows beside it: heads and tables."""
-        return read_shown(graph.unit / "heads" / f"{graph.path.stem}.json") if graph.unit else {}
+    def tables(self, graph: StoredGraph) -> list[PageTable]:
+        """Return the tables that the graph's own page shows below it."""
+        return read_tables(graph.unit / "tables" / f"{graph.path.stem}.json") if graph.unit else []
 
     def details(self, graph: StoredGraph, document: GraphDocument, config: GraphConfig) -> dict[tuple[int, int], Any]:
         """Return the details of a graph's features, also from ``features/`` in its unit and in the folder."""

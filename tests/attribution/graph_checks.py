@@ -21,9 +21,11 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from saejax.attribution.checks import scale
@@ -31,9 +33,11 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE
 from saejax.attribution.graph.pruning import prune_each
 from saejax.attribution.local.edits import Circuit
+from saejax.attribution.local.layers import RELP
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.trace.gradient import SaeRun
+from saejax.models.attention import attend, whole_prompt_tables
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of influence, to which a graph is pruned
 # How often an activation is added with all frozen. The model is then affine, and the rounding of a difference of two
@@ -141,6 +145,24 @@ def faithfulness_curve(
         model=model,
         empty=empty,
     )
+
+
+def push_up(local: LocalModel, added: Callable[[int], np.ndarray], until: int) -> np.ndarray:
+    """Return what vectors change of the stream entering a layer: the linear layers run forwards, [S, T, D].
+
+    Args:
+      local: of the prompt.
+      added: returns what is added to the stream entering a layer, [S, T, D].
+      until: the layer.
+    """
+    tables = whole_prompt_tables(local.model.config, local.stream_LxTxD.shape[1])
+    attend_forwards = functools.partial(attend, local.model.config, RELP)
+    change_SxTxD = added(0)
+    for layer in range(until):
+        run = lambda x_TxD: local.frozen.layer(layer, tables, x_TxD, attend_forwards)[0]  # noqa: B023, E731
+        push = lambda change_TxD: jax.jvp(run, (local.stream_LxTxD[layer],), (change_TxD,))[1]  # noqa: B023, E731
+        change_SxTxD = np.asarray(jax.vmap(push)(change_SxTxD)) + added(layer + 1)
+    return change_SxTxD
 
 
 def circuit_of(local: LocalModel, graph: Graph) -> Circuit:

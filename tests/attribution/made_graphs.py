@@ -9,7 +9,6 @@ from tiny_models import save_tiny, save_tiny_tokenizer
 from saejax import load_model
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Nodes
-from saejax.attribution.heads.contributions import head_contributions
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
@@ -46,39 +45,6 @@ def make_graph(features=7, layers=2, positions=3, logits=2, seed=0) -> Graph:
         transcoders=dict(name="t", n_features=9),
         settings=dict(max_features=None),
     )
-
-
-def all_heads(traced, graph) -> np.ndarray:
-    """The contributions of all heads to each edge, [E, L, H]."""
-    config, seen = traced.local.model.config, []
-    value_ExLxH = np.zeros((len(graph.edges()[0]), config.n_layers, config.n_heads), np.float32)
-    for edge_B, value_BxLxH in head_contributions(traced.local, traced.readouts, graph):
-        value_ExLxH[edge_B] = value_BxLxH
-        seen += edge_B.tolist()
-    assert sorted(seen) == list(range(len(value_ExLxH)))  # each edge once
-    return value_ExLxH
-
-
-def heads_by_edge(graph, value_ExLxH) -> dict[tuple[int, int], dict[tuple[int, int], float]]:
-    """All contributions of heads that are not 0: (source, target) -> (layer, head) -> contribution."""
-    ends = zip(*(ends.tolist() for ends in graph.edges()[:2]), value_ExLxH, strict=True)
-    return {(s, t): {(int(x), int(h)): float(v[x, h]) for x, h in zip(*v.nonzero())} for s, t, v in ends if v.any()}
-
-
-def assert_heads_are_the_only_way(traced):
-    """From what enters a layer to what reads in it elsewhere, the parts of that layer's heads are the edge."""
-    graph = traced.graph.prune(1.0, 1.0)
-    parts = heads_by_edge(graph, all_heads(traced, graph))
-    nodes, compared = graph.nodes, 0
-    for source, target, weight in zip(*(part.tolist() for part in graph.edges()), strict=True):
-        if nodes.position_N[source] == nodes.position_N[target]:
-            continue
-        assert (source, target) in parts
-        if nodes.kind_N[target] == FEATURE and nodes.layer_N[target] == nodes.layer_N[source] + 1:
-            assert {layer for layer, _ in parts[source, target]} == {nodes.layer_N[target]}
-            assert abs(sum(parts[source, target].values()) - weight) < 1e-5
-            compared += 1
-    assert compared > 10
 
 
 def make_transcoders(config, kind="standard", skip=False, seed=0) -> list[Dictionary]:

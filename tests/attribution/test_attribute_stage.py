@@ -35,7 +35,7 @@ def flags(tiny_llama, lm, tmp_path_factory):
     """The model and a set of transcoders for it."""
     folder = tmp_path_factory.mktemp("set") / "transcoders"
     save_transcoders(folder, made_set(lm))
-    more = ["--graph.contexts=2", "--graph.heads", "--mesh.data=2"]
+    more = ["--graph.contexts=2", "--mesh.data=2"]
     return [f"--model.path={tiny_llama}", f"--graph.transcoders={folder}", *more]
 
 
@@ -93,10 +93,6 @@ def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
     assert_contexts_are_those_of_the_corpus(folder / "features", lm)
     listed = json.loads((folder / "graphs" / "graph-metadata.json").read_text())["graphs"]
     assert [entry["slug"] for entry in listed] == ["water", "ids"]
-    carried = json.loads((folder / "heads" / "ids.json").read_text())["edges"]
-    assert len(carried) > 0
-    links = {(link["source"], link["target"]) for link in document["links"]}
-    assert {(edge["source"], edge["target"]) for edge in carried} <= links
     (split,) = water["query_key"]
     assert split["query"] == len(water["tokens"]) - 1 and (split["layer"], split["head"]) == (1, 2)
     assert f"Head {split['layer']}.{split['head']} at " in (folder / "water.html").read_text()
@@ -136,13 +132,13 @@ def test_what_is_shown_of_a_graph_traces_nothing_again(flags, tmp_path, monkeypa
         "--graph.min_weight=1e-3",
     ]
     shown += [f"--graph.labels={tmp_path / 'labels.json'}", f"--graph.supernodes={tmp_path / 'groups.json'}"]
-    shown += ["--graph.source_set=plt-9", "--graph.contexts=3", "--graph.heads=False", "--graph.query_key=1.2"]
+    shown += ["--graph.source_set=plt-9", "--graph.contexts=3", "--graph.query_key=1.2"]
     with monkeypatch.context() as patch:
         patch.setattr(stage, "load_run_model", lambda run: pytest.fail("the model is loaded"))
         patch.setattr("saejax.stages.attribute.run.run_again", lambda *parts: pytest.fail("the prompt is run"))
-        for flag in shown[:-3]:  # nor is the model loaded, as all is known of these features
-            assert attribute(tmp_path / "run", *base, "--graph.heads=False", flag) == 0
-    for flag in shown[-3:]:
+        for flag in shown[:-2]:  # nor is the model loaded, as all is known of these features
+            assert attribute(tmp_path / "run", *base, flag) == 0
+    for flag in shown[-2:]:
         assert attribute(tmp_path / "run", *base, flag) == 0
     assert traced == []
     folder = tmp_path / "run" / "attribute" / "one"
@@ -326,6 +322,3 @@ def test_two_processes_trace_as_one(flags, tmp_path, mesh, is_checked):
     assert relative_error(second.adjacency_RxS, first.adjacency_RxS) < 1e-5
     first, second = (json.loads((folder / "ids.json").read_text()) for folder in folders)
     assert first["scores"] == pytest.approx(second["scores"], abs=1e-6)
-    if is_checked:
-        shown = [json.loads((folder / "heads" / "ids.json").read_text())["edges"] for folder in folders]
-        assert len(shown[0]) == len(shown[1]) > 0

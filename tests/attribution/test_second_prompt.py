@@ -8,17 +8,15 @@ import pytest
 from graph_checks import double, faithfulness_curve
 from made_transcoders import made_set
 
-from saejax.attribution.heads.contributions import largest_heads
 from saejax.attribution.heads.query_key import split_scores
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 
 
 def graph_and_checks(lm, transcoders, tokens: int, seed: int, logits: int):
-    """Traces a random prompt, finds the heads of its edges, and runs it; the graph."""
+    """Traces a random prompt, splits scores of a head, and runs it; the graph."""
     prompt = np.random.default_rng(seed).integers(1, lm.config.vocab, tokens)
     graph, local, readouts = trace_prompt(lm, transcoders, prompt, max_features=100, max_logits=logits, logit_mass=1.0)
-    largest_heads(local, readouts, graph.prune())
     split_scores(local, 1, 1, -1)
     double(local, graph, readouts, 16)
     faithfulness_curve(local, graph, readouts, (0.3, 0.8))

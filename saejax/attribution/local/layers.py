@@ -13,7 +13,6 @@ The programs are jitted: the model's layer with values frozen, and both directio
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -216,70 +215,3 @@ def run_biases(frozen: FrozenModel, stream_LxTxD: jax.Array) -> tuple[jax.Array,
 def layer_biases(params: decoder.Params) -> decoder.Params:
     """Return the biases of layers among the parameters of a decoder."""
     return {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
-
-
-@jax.jit
-def push_layer(
-    frozen: FrozenModel, layer: jax.Array, x_TxD: jax.Array, change_SxTxD: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Push changes of the stream through the linear part of a layer.
-
-    Args:
-      frozen: the model.
-      layer: its number.
-      x_TxD: the prompt's stream entering the layer.
-      change_SxTxD: changes of that stream.
-
-    Returns:
-      The changes of the stream leaving it [S, T, D], and of the values that its heads mix [N, T, K, S].
-    """
-    open_layer, none = _open_layer(frozen, layer), _no_values(frozen, x_TxD)
-    along = jax.vmap(
-        lambda change_TxD: jax.jvp(lambda x: open_layer(x, none), (x_TxD,), (change_TxD,))[1], out_axes=(0, 0, 3)
-    )
-    leaving_SxTxD, _, values_NxTxKxS = along(change_SxTxD)
-    return leaving_SxTxD, values_NxTxKxS
-
-
-@jax.jit
-def pull_layer(
-    frozen: FrozenModel, layer: jax.Array, x_TxD: jax.Array, leaving_RxTxD: jax.Array, read_RxTxD: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Pull cotangents back through the linear part of a layer: of the stream leaving it, and of what is read in it.
-
-    The parameters are those of ``push_layer``.
-
-    Returns:
-      The cotangents of the stream entering it [R, T, D], and of the values by the head that mixes them,
-      [N, R, G, T, K].
-    """
-    (_, _, values_NxTxK), pull = jax.vjp(_open_layer(frozen, layer), x_TxD, _no_values(frozen, x_TxD))
-    no_values = jnp.zeros_like(values_NxTxK)
-    down = jax.vmap(lambda leaving, read: pull((leaving, read, no_values)), out_axes=(0, 1))
-    return down(leaving_RxTxD, read_RxTxD)
-
-
-def _open_layer(frozen: FrozenModel, layer: jax.Array) -> Any:
-    """Return the frozen layer with its values open: (stream, added values) to (leaving, read, values)."""
-
-    # What is added is zero; its cotangent is what the path through each head carries.
-    def open_layer(x_TxD: jax.Array, added_NxGxTxK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        values: list[jax.Array] = []
-
-        def mix(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
-            weights_NxGxTxS = attention_weights(frozen.config, RELP, q, k, tables)
-            values.append(jnp.swapaxes(v, 0, 1))
-            mixed_TxNxGxK = einsum("ngts,ngsk->tngk", weights_NxGxTxS, values[0][:, None] + added_NxGxTxK)
-            return mixed_TxNxGxK.reshape(q.shape)
-
-        tables = whole_prompt_tables(frozen.config, len(x_TxD))
-        leaving_TxD, read_TxD = frozen.layer(layer, tables, x_TxD, mix)
-        return leaving_TxD, read_TxD, values[0]
-
-    return open_layer
-
-
-def _no_values(frozen: FrozenModel, x_TxD: jax.Array) -> jax.Array:
-    config = frozen.config
-    groups = config.n_heads // config.n_kv_heads
-    return jnp.zeros((config.n_kv_heads, groups, len(x_TxD), config.d_head), x_TxD.dtype)

@@ -3,18 +3,16 @@
     local = saejax.LocalModel(lm, transcoders, "The capital of France is")
     local.run([[saejax.Change(layer=3, position=4, feature=17, value=0.0)]])    # the prompt with features edited
     local.pullback(layer_R, position_R, vector_RxD)                             # what each source adds to each target
-    local.pushforward(added)                                                    # what vectors change, layer by layer
 
-Attention patterns and norm scales are those of the prompt, so both ``pullback`` and ``pushforward`` are linear; the
-first goes from targets down to all sources, the second from sources up. ``run`` computes the model again, with as much
-of it frozen as is asked for.
+Attention patterns and norm scales are those of the prompt, so ``pullback`` is linear; it goes from targets down to all
+sources. ``run`` computes the model again, with as much of it frozen as is asked for.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -223,51 +221,6 @@ class LocalModel(LocalState):
         rows = RowTracer(self, self.sources, len(layer_R))
         rows(layer_R, position_R, vector_RxD, row_RxS.__setitem__, in_stream)
         return row_RxS
-
-    def pushforward(
-        self, added: Callable[[int], np.ndarray | None], first: int = 0
-    ) -> Iterator[tuple[int, jax.Array, jax.Array]]:
-        """Push vectors up through the linear layers.
-
-        Args:
-          added: returns what is added to the stream entering a layer, fp32 [S, T, D], or None: nothing; called for one
-            layer after the other.
-          first: the lowest layer at which something is added.
-
-        Yields:
-          Each layer from ``first`` on; the changes of the stream entering it, [S, T, D]; and of the values that its
-          heads mix, [N, T, K, S].
-        """
-        change_SxTxD = None
-        for layer in range(first, self.model.config.n_layers):
-            added_SxTxD = added(layer)
-            if added_SxTxD is not None:
-                added_SxTxD = jnp.asarray(added_SxTxD)
-                change_SxTxD = added_SxTxD if change_SxTxD is None else change_SxTxD + added_SxTxD
-            if change_SxTxD is None:
-                raise ValueError(f"nothing is added at layer {first}: expected its first addition there")
-            inputs = np.int32(layer), self.stream_LxTxD[layer], change_SxTxD
-            leaving_SxTxD, values_NxTxKxS = layers.push_layer(self.frozen, *inputs)
-            yield layer, change_SxTxD, values_NxTxKxS
-            change_SxTxD = leaving_SxTxD
-
-    def pull_values(self, read: Callable[[int], np.ndarray]) -> Iterator[tuple[int, jax.Array]]:
-        """Pull vectors that are read down through the linear layers.
-
-        Args:
-          read: returns what is read by the transcoder of a layer, fp32 [R, T, D], or of the stream leaving the last
-            layer, for the number of layers; called from there down.
-
-        Yields:
-          Each layer from the last down to 0, and the cotangents of the values by the head that mixes them,
-          [N, R, G, T, K].
-        """
-        n_layers = self.model.config.n_layers
-        cotangent_RxTxD = jnp.asarray(read(n_layers))
-        for layer in reversed(range(n_layers)):
-            inputs = self.stream_LxTxD[layer], cotangent_RxTxD, read(layer)
-            cotangent_RxTxD, wanted = layers.pull_layer(self.frozen, np.int32(layer), *inputs)
-            yield layer, wanted
 
 
 def open_set(transcoders: AnySet) -> LayerTranscoders:

@@ -25,8 +25,6 @@ from saejax.files import write_text
 from saejax.page.scripts import interactive, visible_script
 from saejax.page.tables import percent
 
-# (id of the source, id of the target) -> layer, head and contribution of attention heads, the largest first.
-EdgeHeads = Mapping[tuple[str, str], Sequence[tuple[int, int, float]]]
 VIEWER = Path(__file__).parent / "viewer"
 _SCRIPTS = [
     *("model", "state", "layout", "paint", "draw", "elements", "panel", "tip", "search", "units", "pins", "subgraph"),
@@ -61,7 +59,6 @@ def page_html(
     *,
     labels: Mapping[Feature, str] | None = None,
     details: Mapping[Feature, FeatureDetails] | None = None,
-    heads: EdgeHeads | None = None,
     tables: Sequence[PageTable] = (),
     live: Mapping[str, Any] | None = None,
 ) -> str:
@@ -71,7 +68,6 @@ def page_html(
       document: the graph in Neuronpedia's format: metadata, qParams, nodes, links.
       labels: labels of features; they replace the document's ``clerp``, which replaces the names in ``details``.
       details: contexts, logits and labels of features.
-      heads: of each edge the attention heads that carry most of it, and what the edge loses without each.
       tables: shown below the graph, such as query-key scores split over pairs of nodes.
       live: state of the server for the page's controls, from ``serving.app``; None: the page stands alone.
 
@@ -87,7 +83,6 @@ def page_html(
             _key(feature): dataclasses.asdict(value) | dict(name=value.name) for feature, value in details.items()
         },
         "source": _source(document["metadata"]),
-        "heads": {f"{source} {target}": list(carried) for (source, target), carried in (heads or {}).items()},
         "tables": [dataclasses.asdict(table) for table in tables],
         "live": live,
     }

@@ -2,16 +2,14 @@
 
 <slug>.html          the interactive page
 <slug>-graph/        the whole graph, for ``Graph.load``: to prune it again, nothing has to be traced
-heads/<slug>.json    on request: contributions of attention heads to edges, and the page's tables of attention
+tables/<slug>.json   on request: the page's tables of attention scores
 graphs/<slug>.json   the pruned graph as Neuronpedia and circuit-tracer's viewer read it, listed in graph-metadata.json
 features/<layer>_<index>.json  contexts of features that no file describes, as Neuronpedia writes them
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from saejax.attribution.forms.document import GraphDocument, feature_nodes, feature_of
 from saejax.attribution.forms.features import Feature, FeatureDetails, details_in_record, read_details
@@ -21,9 +19,9 @@ from saejax.attribution.heads.query_key import OWN_BIAS
 from saejax.attribution.results import QueryScores
 from saejax.attribution.settings import GraphConfig
 from saejax.errors import UserError
-from saejax.files import read_json, write_text
+from saejax.files import read_json, write_json
 from saejax.interpret.feature_record import read_records
-from saejax.page.graph.page import EdgeHeads, PageTable, write_page
+from saejax.page.graph.page import PageTable, write_page
 from saejax.page.tables import percent
 from saejax.parallel.collectives import is_first_process
 from saejax.runner.labels import trained_layers
@@ -40,23 +38,22 @@ _NOTE = (
 )
 
 
-def write_outputs(run: Run, document: GraphDocument, heads: EdgeHeads, tables: Sequence[PageTable]) -> None:
+def write_outputs(run: Run, document: GraphDocument, tables: Sequence[PageTable]) -> None:
     """Write a pruned graph in all its forms, over what a run that was killed may have left; the first process does.
 
     Args:
       run: of the stage.
       document: the pruned graph.
-      heads: contributions of attention heads to its edges; {}: not requested.
       tables: tables below the graph.
     """
     if not is_first_process():
         return
     slug = document["metadata"]["slug"]
     write_graph(run.folder / "graphs", document)
-    if heads or tables:
-        write_shown(run.folder / "heads" / f"{slug}.json", heads, tables)
+    if tables:
+        write_tables(run.folder / "tables" / f"{slug}.json", tables)
     details = details_of_features(run.configs[GraphConfig], described_features(document), [run.folder / FEATURES])
-    write_page(part_file(run, slug, ".html"), document, heads=heads, tables=tables, details=details)
+    write_page(part_file(run, slug, ".html"), document, tables=tables, details=details)
 
 
 def described_features(document: GraphDocument) -> list[Feature]:
@@ -102,27 +99,21 @@ def interpreted_details(
     return details
 
 
-def write_shown(path: Path, heads: EdgeHeads, tables: Sequence[PageTable]) -> None:
-    """Write what a page shows beside its document: contributions of heads, and tables."""
-    edges = [dict(source=source, target=target, heads=some) for (source, target), some in heads.items()]
+def write_tables(path: Path, tables: Sequence[PageTable]) -> None:
+    """Write the tables that a page shows below its graph."""
     path.parent.mkdir(exist_ok=True)
-    # Without indents: there are many edges.
-    write_text(path, json.dumps(dict(edges=edges, tables=[dataclasses.asdict(table) for table in tables])))
+    write_json(path, list(map(dataclasses.asdict, tables)))
 
 
-def read_shown(path: Path) -> dict[str, Any]:
-    """Return what ``write_shown`` wrote, as ``page_html`` takes it; {} if there is no such file.
+def read_tables(path: Path) -> list[PageTable]:
+    """Return what ``write_tables`` wrote; [] if there is no such file.
 
     Raises:
       UserError: the file is damaged.
     """
-    if not path.is_file():
-        return {}
-    shown = read_json(path)
     try:
-        heads = {(edge["source"], edge["target"]): edge["heads"] for edge in shown["edges"]}
-        return dict(heads=heads, tables=[PageTable(**table) for table in shown["tables"]])
-    except (KeyError, TypeError):
+        return [PageTable(**table) for table in read_json(path)] if path.is_file() else []
+    except TypeError:
         raise UserError(f"{path} is damaged: trace the prompt again") from None
 
 

@@ -23,7 +23,7 @@ from saejax.unicode import replace_surrogates
 _EXAMPLE = '{"slug": "paris", "prompt": "The capital of France is", "targets": [" Paris"]}'
 _KEYS = ("slug", "prompt", "token_ids", "targets")
 _LONGEST = 40  # characters of a name that is made of a prompt
-_TAKEN = ("started", "summary", "graphs", "heads")  # files of every stage, and folders
+_TAKEN = ("started", "summary", "graphs", "tables", "features")  # files of every stage, and folders
 _GROUPS = '{"paris": [["cities", "3_17_4", "5_208_4"]]}, or a state that the page saved'
 
 TargetText = str | int | tuple[str | int, str | int]
@@ -59,10 +59,8 @@ def unit_name(config: GraphConfig) -> str:
         )
     if config.transcoders and config.dictionaries:
         raise UserError("--graph.transcoders and --graph.dictionaries: expected one of them")
-    if config.dictionaries and (config.query_key or config.heads or config.l0):
-        raise UserError(
-            "--graph.query_key, --graph.heads and --graph.l0 are for transcoders (--graph.transcoders), not for SAEs"
-        )
+    if config.dictionaries and (config.query_key or config.l0):
+        raise UserError("--graph.query_key and --graph.l0 are for transcoders (--graph.transcoders), not for SAEs")
     if config.transcoders and (config.direct or config.estimate != "gradient"):
         raise UserError("--graph.estimate and --graph.direct are for SAEs (--graph.dictionaries), not for transcoders")
     if config.minus and not config.target:

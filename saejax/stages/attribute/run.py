@@ -15,7 +15,6 @@ from saejax.attribution.forms.document import GraphDocument
 from saejax.attribution.forms.features import open_folder, write_contexts
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT
-from saejax.attribution.heads.contributions import largest_heads
 from saejax.attribution.heads.query_key import check_head, split_scores
 from saejax.attribution.local.contexts import ContextSearch
 from saejax.attribution.local.dictionaries import LayerSaes
@@ -28,7 +27,6 @@ from saejax.attribution.trace.prompt import GraphSize, certain_active, check_mem
 from saejax.attribution.trace.rounds import Traced
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.page.graph.page import EdgeHeads
 from saejax.parallel.collectives import from_first_process, is_first_process
 from saejax.progress import OnProgress, silent
 from saejax.runner.parts import Measure, Measured, each_part, part_file
@@ -164,17 +162,17 @@ def _measure(
     trace: Callable[..., Traced] | None = None,
 ) -> Measured:
     config = run.configs[GraphConfig]
-    run_of: Callable[[], tuple[Any, Any]]  # the run of the prompt, and its targets
+    run_of: Callable[[], Any]  # the run of the prompt
     if saved:
         graph, seconds = read_trace(saved)
-        run_of = functools.cache(lambda: run_again(*parts(), graph))
+        run_of = functools.cache(lambda: run_again(*parts(), graph)[0])
         run.say(f"{request.slug}: traced before, in {saved.parent.name}")
     else:
         start = time.monotonic()
         traced = (trace or trace_request)(*parts(), request, config)
         # Tracing alone: how long pruning and pages take depends on other settings.
         graph, seconds = traced.graph, time.monotonic() - start
-        run_of = lambda: (traced.local, traced.readouts)  # noqa: E731
+        run_of = lambda: traced.local  # noqa: E731
     if is_first_process():
         write_trace(part_file(run, request.slug, "-graph"), graph, trace_key(run.configs, request), seconds)
     pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges, config.min_weight)
@@ -182,15 +180,10 @@ def _measure(
     document = to_document(
         pruned, request.slug, supernodes=groups, pinned=pinned, source_set=config.source_set, labels=labels
     )
-    # Neither is requested of SAEs, whose edges are estimates and not paths through heads.
-    scores = tuple(split_scores(run_of()[0], *head) for head in read_heads(config))
-    heads: EdgeHeads = {}
-    if config.heads:
-        local, readouts = run_of()
-        heads = largest_heads(local, readouts, pruned)
+    scores = tuple(split_scores(run_of(), *head) for head in read_heads(config))
     if config.contexts and config.transcoders:
         _search_contexts(run, parts, saved, document, on_progress)
-    write_outputs(run, document, heads, [score_table(score, pruned) for score in scores])
+    write_outputs(run, document, [score_table(score, pruned) for score in scores])
     results = GraphResults(
         prompt=graph.prompt,
         tokens=graph.tokens,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from dense_reference import EditedModel
-from graph_checks import double, faithfulness_curve
+from graph_checks import double, faithfulness_curve, push_up
 from made_transcoders import IDS, made_set
 
 import saejax
@@ -84,9 +84,8 @@ def test_pushing_a_source_up_gives_what_pulling_a_target_down_does(traced):
         value_SxTxD[here, active.position_A[chosen][here]] = vector_SxD[here]
         return value_SxTxD
 
-    changes = {layer: change for layer, change, _ in local.pushforward(added)}
     axis_D = np.eye(local.model.config.d_model, dtype=np.float32)[3]
-    found_S = np.asarray(changes[2])[:, 4, 3]
+    found_S = push_up(local, added, 2)[:, 4, 3]
     wanted_S = local.pullback(np.array([2]), np.array([4]), axis_D[None], in_stream=True)[0, chosen]
     np.testing.assert_allclose(found_S, wanted_S, atol=1e-5 * np.abs(wanted_S).max())
     assert np.abs(wanted_S).max() > 1e-3
@@ -244,7 +243,7 @@ def test_above_the_last_held_layer_the_model_runs_freely(traced, edited):
             value_1xTxD[0, change.position] += vector_D * (change.layer + 1 == layer)
         return value_1xTxD
 
-    change_TxD = next(change[0] for layer, change, _ in here.pushforward(added) if layer == until)
+    change_TxD = push_up(here, added, until)[0]
     entering_TxD = np.asarray(here.stream_LxTxD[until] + change_TxD, np.float64)[: len(IDS)]
     logits_V, _ = edited.run(IDS, above, (until, entering_TxD))
     np.testing.assert_allclose(ways[until], readouts_of(logits_V), atol=2e-5)

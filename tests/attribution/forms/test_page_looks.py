@@ -87,21 +87,17 @@ def test_a_phone_shows_all_of_it(browser, page, document):
     assert browser.js(wide) == []
 
 
-def test_heads_and_tables_are_shown_where_they_are_given(show_page, document):
+def test_tables_are_shown_where_they_are_given(show_page, document):
     node = busy_feature(document)
-    source, weight, _ = strongest(document, node, True)[0]
+    source, *_ = strongest(document, node, True)[0]
     rows_ = [[node, source, 0.25], ["bias", "bias", -1.5]]
     table = PageTable("Head 3.1 at <b>is</b>", ["query", "key", "score"], rows_, "A note.")
-    heads = {(source, node): [(3, 1, 0.5 * weight), (2, 0, -0.125)]}
-    browser = show_page(document, heads=heads, tables=[table])
+    browser = show_page(document, tables=[table])
     assert text(browser, "#tables summary") == "Head 3.1 at <b>is</b>"
     browser.click_on("#tables summary")
     assert text(browser, "#tables tbody").split("\n")[-1].split("\t") == ["bias", "bias", "−1.50"]
     browser.click_on("#tables td button")
     assert clicked(browser) == node
-    assert text(browser, "#panel .inputs .row .via").startswith("via 3.1 ")
-    assert "2.0 −0.13" in text(browser, "#panel .inputs .row .via")
-    assert "counts for each" in text(browser, "#panel")
 
 
 ODD = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from dense_reference import EditedModel, added, encode
-from made_graphs import FEATURES, IDS, altered, assert_heads_are_the_only_way, make_cross_layer
+from made_graphs import FEATURES, IDS, altered, make_cross_layer
 from safetensors.numpy import save_file
 
 from saejax.attribution.local.dictionaries import FeatureOutputs
@@ -73,10 +73,6 @@ def test_parts_run_alone_and_everything_kept_is_the_model(edited, traced):
         handle.remove()
     assert abs(part - kept) > 1e-3
     np.testing.assert_allclose(part, float(logits_V[7] - logits_V.mean()), atol=2e-5)
-
-
-def test_heads_carry_all_writes_of_a_feature(traced):
-    assert_heads_are_the_only_way(traced)
 
 
 def test_sums_that_wait_for_later_layers_have_the_positions_that_are_written_at(made):

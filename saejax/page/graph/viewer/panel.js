@@ -9,9 +9,6 @@ const KEYS = [
   ["Backspace", "back"],
   ["Esc", "clear"],
 ];
-const VIA =
-  "Via layer.head: the part of the edge that vanishes when that head's output is taken away; " +
-  "a path through several heads counts for each.";
 const START =
   "Point at a node to see its edges; click it to see what feeds it and what it feeds, and go on from there.";
 
@@ -31,16 +28,9 @@ function describe(graph, i) {
   return facts;
 }
 
-function makePanel(graph, { details: known, heads, source }, app) {
+function makePanel(graph, { details: known, source }, app) {
   const panel = document.getElementById("panel");
 
-  /** The attention heads that carry an edge, in words; null where they are not known. */
-  const via = (e) => {
-    const carried = heads[`${graph.ids[graph.source[e]]} ${graph.ids[graph.target[e]]}`];
-    if (!carried) return null;
-    const parts = carried.slice(0, 4).map(([layer, head, part]) => `${layer}.${head} ${signed(part)}`);
-    return `via ${parts.join(", ")}${carried.length > 4 ? ", …" : ""}`;
-  };
   const row = (i, more = "") => withHover(nodeRow(graph, i, app.select, more), i);
   const edgeRow = (e, into) => {
     const i = into ? graph.source[e] : graph.target[e];
@@ -50,7 +40,6 @@ function makePanel(graph, { details: known, heads, source }, app) {
     made.style.setProperty("--share", share.toFixed(4));
     made.children[0].after(element("span", { class: "weight" }, signed(graph.weight[e])));
     made.append(element("span", { class: "share" }, percent(share)));
-    if (via(e)) made.append(element("span", { class: "via" }, via(e)));
     return made;
   };
   const withHover = (made, i) => {
@@ -123,14 +112,12 @@ function makePanel(graph, { details: known, heads, source }, app) {
     const clear = { type: "button", id: "clear", onclick: () => app.clear() };
     const buttons = [element("button", pin, pinned ? "Unpin" : "Pin"), element("button", clear, "Clear")];
     const title = element("h2", {}, glyph(graph.kind[i]), graph.labels[i]);
-    const carried = directions.some((into) => edgesOf(graph, i, into).some(via));
     return [
       element("div", { class: "head" }, title, element("div", { class: "buttons" }, buttons)),
       factList(group ? [...describe(graph, i), ["Group", visibleText(group[0])]] : describe(graph, i)),
       live && featureKey(graph.doc.nodes[i]) ? [live.labelForm(i)] : [],
       graph.kind[i] === FEATURE ? aboutFeature(about, addressOf(i)) : [],
       element("div", { class: "lists" }, directions.map((into) => edgeList(i, into))),
-      carried ? element("p", { class: "note" }, VIA) : [],
     ].flat();
   };
   const keys = () => {
