@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import math
+import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,13 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from saejax.attribution.forms.document import describe_sources, feature_nodes, feature_of
+from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.settings import GraphConfig
 from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.models.settings import ModelConfig
-from saejax.page.graph.page import VIEWER, PageTable, page_html
+from saejax.page.graph.page import VIEWER, PageTable, feature_data, kept_features, page_html
 from saejax.page.scripts import interactive
 from saejax.serving.effects import MODES, effects
 from saejax.serving.guard import Guard
@@ -94,8 +96,9 @@ class GraphServer:
             Route("/graph", self._page(self._graph)),
             Route("/api/trace", self._work(self._trace), methods=["POST"]),
             Route("/api/change", self._work(self._change), methods=["POST"]),
-            Route("/api/label", self._saved(self._label), methods=["PUT"]),
-            Route("/api/groups", self._saved(self._groups), methods=["PUT"]),
+            Route("/api/feature", self._told(self._feature), methods=["PUT"]),
+            Route("/api/label", self._told(self._label), methods=["PUT"]),
+            Route("/api/groups", self._told(self._groups), methods=["PUT"]),
         ]
         return Starlette(routes=routes, exception_handlers={UserError: _refuse, ClientDisconnect: _left})
 
@@ -105,11 +108,11 @@ class GraphServer:
 
         return answer
 
-    def _saved(self, save: Callable[[Mapping[str, Any]], Any]) -> Callable:
-        async def answer(request: Request) -> Response:
-            return JSONResponse(dict(file=str(await asyncio.to_thread(save, _fields(await request.body())))))
+    def _told(self, answer: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Callable:
+        async def respond(request: Request) -> Response:
+            return JSONResponse(await asyncio.to_thread(answer, _fields(await request.body())))
 
-        return answer
+        return respond
 
     def _work(self, do: Callable[[Mapping[str, Any], Job], Any]) -> Callable:
         async def answer(request: Request) -> Response:
@@ -135,9 +138,9 @@ class GraphServer:
         settings = document["metadata"].get("pruning_settings") or {}
         nodes, edges = settings.get("node_threshold", 0.8), settings.get("edge_threshold", 0.98)
         labels: dict[tuple[int, int], str] = {}
-        details: dict[tuple[int, int], Any] = {}
+        details: dict[Feature, FeatureDetails] = {}
         tables: list[PageTable] = []
-        config = defaults = self._session.defaults[GraphConfig]  # of a graph without a known set
+        config = self._session.defaults[GraphConfig]  # of a graph without a known set
         if "nodes" in query and "edges" in query:
             nodes, edges = (_share(query, name) for name in ("nodes", "edges"))
             document = self._session.prune(graph, document, nodes, edges)
@@ -152,7 +155,7 @@ class GraphServer:
         try:  # a damaged file of labels or features hides neither the graph nor what can be done with it
             tables = self._store.tables(graph)
             labels = {} if why else self._store.labels(folders(config))
-            details = self._store.details(graph, document, config) or self._store.details(graph, document, defaults)
+            details = self._details(graph, kept_features(document), config)
         except UserError as error:
             missing = f" Labels or contexts are missing: {_line(error)}"
         live: dict[str, Any] = dict(graph=graph.id, note=f"{why or note}{missing}", why=why, freeze_modes=freeze_modes)
@@ -182,7 +185,26 @@ class GraphServer:
         job.say("Running the model")
         return effects(run, changes, freeze, targets_of(document), job.progress)
 
-    def _label(self, fields: Mapping[str, Any]) -> Any:
+    def _details(
+        self, graph: StoredGraph, features: Sequence[Feature], config: GraphConfig, fetched: int = 0
+    ) -> dict[Feature, FeatureDetails]:
+        """Return what is known of features, by the graph's set or else by that of the command line."""
+        defaults = self._session.defaults[GraphConfig]
+        details = self._store.details(graph, features, config, fetched)
+        return details or self._store.details(graph, features, defaults, fetched)
+
+    def _feature(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        graph, name = self._find_graph(fields), _text(fields, "feature")
+        if not re.fullmatch(r"[0-9]{1,4}_[0-9]{1,9}", name):
+            raise UserError(f"{name!r} is no feature: expected layer_index, such as 3_17")
+        try:
+            config = self._session.configs_of(graph)[GraphConfig]
+        except UserError:
+            config = self._session.defaults[GraphConfig]
+        feature = feature_of(dict(node_id=name))
+        return feature_data(self._details(graph, [feature], config, fetched=1).get(feature, FeatureDetails()))
+
+    def _label(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         graph, name, label = self._find_graph(fields), _text(fields, "node"), _text(fields, "label").strip()
         features = {node["node_id"] for node in feature_nodes(self._store.document(graph))}
         # One that was pruned away is on the page with other thresholds.
@@ -194,10 +216,11 @@ class GraphServer:
         if len(label) > _LONGEST_LABEL:
             raise UserError(f"the label has {len(label):,} characters: expected at most {_LONGEST_LABEL}")
         layer, feature = feature_of(dict(node_id=name))
-        return self._store.save_label(folders(self._session.configs_of(graph)[GraphConfig]), layer, feature, label)
+        named = folders(self._session.configs_of(graph)[GraphConfig])
+        return dict(file=str(self._store.save_label(named, layer, feature, label)))
 
-    def _groups(self, fields: Mapping[str, Any]) -> Any:
-        return self._store.save_groups(self._find_graph(fields), fields.get("groups"))
+    def _groups(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(file=str(self._store.save_groups(self._find_graph(fields), fields.get("groups"))))
 
     def _configs(self) -> Configs:
         """Return the configuration for new prompts: that of the command line, or of the newest graph traced here."""

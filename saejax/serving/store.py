@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax.attribution.forms.document import GraphDocument, are_groups, check_document, check_groups, check_metadata
+from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.forms.neuronpedia import INDEX, read_list
 from saejax.attribution.graph import Graph
 from saejax.attribution.settings import GraphConfig
@@ -25,7 +26,7 @@ from saejax.interpret.labels import write_label
 from saejax.page.graph.page import PageTable
 from saejax.runner.labels import names_and_sites, names_of_layers
 from saejax.runner.workspace import STARTED, SUMMARY, current_units
-from saejax.stages.attribute.outputs import described_features, details_of_features, read_tables
+from saejax.stages.attribute.outputs import details_of_features, read_tables
 from saejax.stages.attribute.traces import FEATURES
 
 _SAVED = "serve"  # the folder for what readers save
@@ -194,10 +195,15 @@ class GraphStore:
         """Return the tables that the graph's own page shows below it."""
         return read_tables(graph.unit / "tables" / f"{graph.path.stem}.json") if graph.unit else []
 
-    def details(self, graph: StoredGraph, document: GraphDocument, config: GraphConfig) -> dict[tuple[int, int], Any]:
-        """Return the details of a graph's features, also from ``features/`` in its unit and in the folder."""
+    def details(
+        self, graph: StoredGraph, features: Sequence[Feature], config: GraphConfig, fetched: int = 0
+    ) -> dict[Feature, FeatureDetails]:
+        """Return the details of features of a graph, also from ``features/`` in its unit and in the folder.
+
+        Only those of the first ``fetched`` are fetched from the hub; the others are known if they were.
+        """
         folders = [place / FEATURES for place in (graph.unit, self.root) if place]
-        return details_of_features(config, described_features(document), folders)
+        return details_of_features(config, features, folders, fetched)
 
     def save_groups(self, graph: StoredGraph, groups: Any) -> Path:
         """Save groups for ``--graph.supernodes``, each a label and ids of nodes, and return the file.

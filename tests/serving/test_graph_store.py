@@ -171,13 +171,16 @@ def test_a_file_that_is_removed_under_the_server_is_one_line(root):
     assert list(store.graphs()) == ["attribute/p/graphs/water"]
 
 
-def test_damaged_files_of_features_and_heads_hide_neither_the_graph_nor_its_run(root):
+def test_damaged_files_of_features_and_tables_hide_neither_the_graph_nor_its_run(root):
     configs = command_line.read_configs(command_line.stage_flags(), ["serve", f"--graph.transcoders={root}"])
     server = GraphServer(GraphStore(root), ModelSession(configs, named=True), Jobs())
     query, unit = dict(id="attribute/p/graphs/war"), root / "attribute" / "p-m1"
     assert '"why":""' in server._graph(query)
     first = next(name for name in map(itemgetter("node_id"), made("war", 1)["nodes"]) if "_-1_" not in name)
-    for file, content in (("features/{}_{}.json".format(*first.split("_")), "[]"), ("heads/war.json", '{"edges": 3}')):
+    for file, content in (
+        ("features/{}_{}.json".format(*first.split("_")), "[]"),
+        ("tables/war.json", '[{"edges": 3}]'),
+    ):
         path = unit / file
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)

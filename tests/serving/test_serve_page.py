@@ -131,6 +131,27 @@ def test_features_are_ablated_and_steered_and_the_new_logits_shown(opened, site,
     assert text(opened, "#changes") == "" and opened.js("document.getElementById('run-changes').disabled")
 
 
+def test_contexts_come_when_a_node_is_opened(opened, site, features, place):
+    """The page itself has their names alone; the features that have none are counted and listed."""
+    nodes = {node["node_id"]: node for node in json.loads((place / f"{GRAPH}.json").read_text())["nodes"]}
+    node = next(name for name in features if not nodes[name]["clerp"])
+    layer, index, _ = node.split("_")
+    (place / "features").mkdir()
+    context = dict(tokens=["a", " <b>", " c"], values=[0.0, 2.0, 1.0])
+    (place / "features" / f"{layer}_{index}.json").write_text(json.dumps(dict(activations=[context])))
+    show(opened, site[1] + PAGE)
+    nameless = sum(not nodes[name]["clerp"] and not name.startswith(f"{layer}_{index}_") for name in features)
+    assert f"{nameless} of {len(features)} nodes of features have no name" in text(opened, "#nameless summary")
+    opened.click_on("#nameless summary")
+    opened.wait(f"document.querySelectorAll('#nameless .row').length === {nameless}")
+    data = json.loads(opened.js("document.getElementById('graph-data').textContent"))["details"]
+    assert data == {f"{layer}_{index}": dict(name="“<b>”")}
+    click_node(opened, node)
+    opened.wait("document.querySelector('#panel .contexts')")
+    assert text(opened, "#panel .contexts b") == " <b>"
+    (place / "features" / f"{layer}_{index}.json").unlink()
+
+
 def test_by_keys_alone_with_cancel(opened, site, features):
     show(opened, site[1] + PAGE + f"#clickedId={features[3]}")
     opened.js("document.getElementById('change-amount').focus()")

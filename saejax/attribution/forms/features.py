@@ -6,8 +6,11 @@ Files are of two programs, and records are those of our stage ``interpret`` (``d
    where 4 bytes of length are followed by gzipped JSON; or one JSON file for each feature, ``<n>.json``, named by the
    Cantor pairing of layer and index. Of a set on the hub the index and the bytes of the features are fetched, no more.
 2. Neuronpedia's JSON of a feature, ``<layer>_<index>.json`` or ``<n>.json``.
+
+Bytes that were fetched from the hub are kept in the folder ``features`` of the cache.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -16,7 +19,7 @@ import math
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,16 @@ import numpy as np
 from saejax.attribution.forms.neuronpedia import cantor_pair
 from saejax.dictionaries.formats.place import fetch_file, full_name, split_address
 from saejax.errors import UserError
-from saejax.files import read_json, write_json
+from saejax.files import read_json, whole_file, write_json
 from saejax.models.hub import hub_errors
+from saejax.models.identity import cache_folder, content_sha256
 from saejax.unicode import replace_surrogates, visible_token
 
 Feature = tuple[int, int]  # layer, index of the feature
-ReadFeature = Callable[[Feature], Mapping[str, Any] | None]  # gives the JSON of a feature; None: it is not known
-ReadRange = Callable[[str, int, int], bytes]  # of a file beside an index, from one byte to before another
+# Gives the JSON of a feature, None: it is not known; the flag says whether it may be fetched from the hub.
+ReadFeature = Callable[[Feature, bool], Mapping[str, Any] | None]
+# Gives the bytes of a file beside an index, from one to before another; b"": they are not here.
+ReadRange = Callable[[str, int, int, bool], bytes]
 EXAMPLES = 5  # contexts of a feature that a page shows
 _NAMING = 2  # tokens that name a feature without a label
 _TOKENS = 24  # of a context, on each side of its strongest token
@@ -77,7 +83,10 @@ def quoted(token: str) -> str:
 
 
 def read_details(
-    dictionaries: Sequence[str | Path], folders: Sequence[str | Path], features: Iterable[Feature]
+    dictionaries: Sequence[str | Path],
+    folders: Sequence[str | Path],
+    features: Iterable[Feature],
+    fetched: Collection[Feature] | None = None,
 ) -> dict[Feature, FeatureDetails]:
     """Return what files tell of some features.
 
@@ -86,6 +95,7 @@ def read_details(
         hub has none where there is no such folder, or the hub is out of reach.
       folders: of feature files; hf://ORG/NAME[/FOLDER][@REVISION] is one on the hub.
       features: layers and indices.
+      fetched: those whose files may be fetched from the hub, where they are not in the cache; None: all.
 
     Raises:
       UserError: a file is damaged, or ``folders`` names one that is not there.
@@ -101,7 +111,8 @@ def read_details(
             break
         if read := opened or _open_set_features(source):
             with ThreadPoolExecutor(_CONNECTIONS) as pool:
-                for feature, data in zip(missing, pool.map(read, missing), strict=True):
+                may_fetch = [fetched is None or feature in fetched for feature in missing]
+                for feature, data in zip(missing, pool.map(read, missing, may_fetch), strict=True):
                     if data is not None:
                         details[feature] = _parse_named(data, feature, source)
     return details
@@ -178,7 +189,8 @@ def open_folder(folder: str | Path) -> ReadFeature:
       UserError: there is no such folder.
     """
     if str(folder).startswith("hf://"):
-        return functools.partial(_read_packed, index_on_hub(str(folder)), _range_on_hub(str(folder)))
+        index = index_on_hub(str(folder))
+        return functools.partial(_read_packed, index, _range_on_hub(str(folder), index))
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise UserError(f"there is no folder {folder} of feature files: expected one, or hf://ORG/NAME/FOLDER")
@@ -200,6 +212,14 @@ def index_on_hub(address: str) -> Path:
     return fetch_file(f"{folder}/{_INDEX}{at}{revision}")
 
 
+@functools.cache  # the hub is asked once, also for an index that is not there
+def _set_features_on_hub(address: str) -> ReadFeature | None:
+    try:
+        return open_folder(address)
+    except UserError:
+        return None
+
+
 def _open_set_features(dictionaries: str | Path) -> ReadFeature | None:
     """Return what reads the feature files that come with a set, as ``open_folder``; None where there are none."""
     local = Path(dictionaries).expanduser()
@@ -207,13 +227,10 @@ def _open_set_features(dictionaries: str | Path) -> ReadFeature | None:
         return open_folder(local / "features") if (local / "features").is_dir() else None
     address = full_name(str(dictionaries)).removeprefix("hf://")
     name, revision, folder = split_address(f"hf://{address}", "main", "features")
-    try:
-        return open_folder(f"hf://{name}/{folder}@{revision}")
-    except UserError:
-        return None
+    return _set_features_on_hub(f"hf://{name}/{folder}@{revision}")
 
 
-def _range_of_file(place: Path, file: str, start: int, stop: int) -> bytes:
+def _range_of_file(place: Path, file: str, start: int, stop: int, fetch: bool) -> bytes:
     if not (place / file).is_file():
         return b""  # its layer was not fetched
     with (place / file).open("rb") as opened:
@@ -221,19 +238,30 @@ def _range_of_file(place: Path, file: str, start: int, stop: int) -> bytes:
         return opened.read(stop - start)
 
 
-def _range_on_hub(address: str) -> ReadRange:
+def _range_on_hub(address: str, index: Path) -> ReadRange:
     from huggingface_hub import HfFileSystem
 
     name, revision, folder = split_address(address, "main", "")
+    kept = cache_folder() / "features" / content_sha256(index)[:16]  # other files have another index
 
-    def read(file: str, start: int, stop: int) -> bytes:
+    def read(file: str, start: int, stop: int, fetch: bool) -> bytes:
+        place = kept / f"{file.replace('/', '-')}-{start}-{stop}"
+        if place.is_file():
+            return place.read_bytes()
+        if not fetch:
+            return b""
         with hub_errors(name, revision, "set of feature files", file, "feature files"):
-            return HfFileSystem().cat_file(f"{name}@{revision}/{folder}/{file}", start=start, end=stop)
+            part = HfFileSystem().cat_file(f"{name}@{revision}/{folder}/{file}", start=start, end=stop)
+        with contextlib.suppress(OSError):  # a cache that cannot be written to is none
+            kept.mkdir(parents=True, exist_ok=True)
+            with whole_file(place) as temporary:
+                temporary.write_bytes(part)
+        return part
 
     return read
 
 
-def _read_single(places: Sequence[Path], feature: Feature) -> Mapping[str, Any] | None:
+def _read_single(places: Sequence[Path], feature: Feature, fetch: bool) -> Mapping[str, Any] | None:
     for name in (f"{cantor_pair(*feature)}.json", "{}_{}.json".format(*feature)):
         for place in places:
             if (place / name).is_file():
@@ -255,14 +283,14 @@ def _packed_index(path: Path, changed: float) -> Mapping[str, Any]:
     return index
 
 
-def _read_packed(path: Path, read: ReadRange, feature: Feature) -> Mapping[str, Any] | None:
+def _read_packed(path: Path, read: ReadRange, feature: Feature, fetch: bool) -> Mapping[str, Any] | None:
     layer, index = feature
     entry = _packed_index(path, path.stat().st_mtime).get(str(layer))
     if not entry or index + 1 >= len(entry["offsets"]):
         return None
     # Only the feature's own bytes are read: a layer's file has gigabytes.
     start, stop = entry["offsets"][index : index + 2]
-    part = read(entry["filename"], start, stop) if stop > start else b""  # else it never fired
+    part = read(entry["filename"], start, stop, fetch) if stop > start else b""  # else it never fired
     if not part:
         return None
     try:

@@ -1,6 +1,6 @@
 """Contexts in which features of transcoders fire, searched in texts by their encoders alone."""
 
-import dataclasses
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -22,20 +22,26 @@ from saejax.parallel.collectives import to_host
 from saejax.progress import OnProgress, silent
 
 _BEFORE, _AFTER = 10, 3  # tokens of a context around its strongest one
-_TOKENS = 64  # of each text that are read
+_TOKENS = 32  # of each text that are read
 _TEXTS = 64  # that run at once
 _CONTEXTS = 5  # of a feature, the strongest ones
-_FEATURES = 16  # least size to which those of a layer are padded
+_FEATURES = 16  # least size to which the features of a layer are padded
 Context = dict[str, Any]  # ``tokens`` and ``activations``, of equal length
 
 
-@dataclasses.dataclass(frozen=True)
 class ContextSearch:
-    """Searches texts."""
+    """Searches texts; of up to 64 texts, what the transcoders read in them is kept for the next search.
 
-    model: LanguageModel
-    transcoders: LayerTranscoders
-    texts: Sequence[str]
+    Args:
+      model: the language model.
+      transcoders: whose features are searched.
+      texts: of each the first 32 tokens are searched.
+    """
+
+    def __init__(self, model: LanguageModel, transcoders: LayerTranscoders, texts: Sequence[str]):
+        self._model, self._transcoders = model, transcoders
+        self._batches = [list(texts[start : start + _TEXTS]) for start in range(0, len(texts), _TEXTS)]
+        self._kept: _TextRun | None = None
 
     def contexts(
         self, features: Collection[tuple[int, int]], on_progress: OnProgress = silent
@@ -49,56 +55,84 @@ class ContextSearch:
         Raises:
           UserError: an activation is not finite.
         """
-        contexts: dict[tuple[int, int], list[Context]] = {feature: [] for feature in features}
-        if not contexts:
+        # Of each feature its peaks: activation, ids of the tokens around it, and their activations.
+        peaks: dict[tuple[int, int], list[tuple[float, list[int], list[float]]]] = {feature: [] for feature in features}
+        if not peaks:
             return {}
-        model, as_text = self.model, token_text(self.model.tokenizer)
-        self.transcoders.check(model)
-        frozen, count = FrozenModel(model.config, model.params, self.transcoders.reads), 1 + max(contexts)[0]
-        starts = range(0, len(self.texts), _TEXTS)
-        for start in starts:
-            some = [encode(model.tokenizer, text) for text in self.texts[start : start + _TEXTS]]
-            some = [ids[: min(_TOKENS, model.config.context)] for ids in some]
-            ids_RxT = np.zeros((len(some), padded(max(map(len, some)))), np.int32)
-            is_used_RxT = np.zeros(ids_RxT.shape, bool)
-            for row, ids in enumerate(some):
-                ids_RxT[row, : len(ids)] = ids
-                is_used_RxT[row, first_used(model.config, ids_RxT[row]) : len(ids)] = True
-            x_RxTxD = jnp.stack([layers.embed(frozen, ids_T) for ids_T in ids_RxT])
-            for layer in range(count):
-                on_progress(start // _TEXTS * count + layer, len(starts) * count)
-                x_RxTxD, read_RxTxD, _ = layers.run_layer(frozen, "none", np.int32(layer), x_RxTxD)
-                wanted = sorted(index for at, index in contexts if at == layer)
+        model, count = self._model, 1 + max(peaks)[0]
+        self._transcoders.check(model)
+        wanted_by_layer = [sorted(index for at, index in peaks if at == layer) for layer in range(count)]
+        width = padded(max(map(len, wanted_by_layer)), _FEATURES)  # one size, so that all layers share a program
+        for number, texts in enumerate(self._batches):
+            run = self._kept or _TextRun(model, self._transcoders.reads, texts)
+            if len(self._batches) == 1:
+                self._kept = run
+            for layer, wanted in enumerate(wanted_by_layer):
+                on_progress(number * count + layer, len(self._batches) * count)
+                read_RxTxD = run.read(layer)
                 if not wanted:
                     continue
-                encoder = self.transcoders.encoder(layer, model.mesh)
-                value_RxTxU = _activations(encoder, np.array(wanted, np.int32), read_RxTxD, is_used_RxT)
+                encoder = self._transcoders.encoder(layer, model.mesh)
+                value_RxTxU = _activations(encoder, np.array(wanted, np.int32), width, read_RxTxD, run.is_used_RxT)
                 if not np.isfinite(value_RxTxU).all():
                     raise UserError(
                         f"activations of features in layer {layer} are not finite: the transcoder's or the model's "
                         "weights are damaged"
                     )
-                for row, unit in np.argwhere(value_RxTxU.any(axis=1)):
-                    value_P = value_RxTxU[row, : len(some[row]), unit]
-                    peak = int(value_P.argmax())
-                    near = slice(max(peak - _BEFORE, 0), peak + _AFTER + 1)
-                    context = dict(tokens=list(map(as_text, some[row][near])), activations=value_P[near].tolist())
-                    contexts[layer, wanted[unit]].append(context)
+                peak_RxU = value_RxTxU.max(axis=1)
+                for row_U in np.argsort(-peak_RxU, axis=0, kind="stable")[:_CONTEXTS]:
+                    for unit in np.flatnonzero(np.take_along_axis(peak_RxU, row_U[None], axis=0)[0]).tolist():
+                        tokens = run.ids[row_U[unit]]
+                        value_P = value_RxTxU[row_U[unit], : len(tokens), unit]
+                        peak = int(value_P.argmax())
+                        near = slice(max(peak - _BEFORE, 0), peak + _AFTER + 1)
+                        peaks[layer, wanted[unit]].append((float(value_P[peak]), tokens[near], value_P[near].tolist()))
+        as_text = functools.cache(token_text(model.tokenizer))
+        strongest = {feature: sorted(some, key=lambda peak: -peak[0])[:_CONTEXTS] for feature, some in peaks.items()}
         return {
-            feature: tuple(sorted(some, key=lambda context: -max(context["activations"]))[:_CONTEXTS])
-            for feature, some in contexts.items()
+            feature: tuple(dict(tokens=list(map(as_text, tokens)), activations=values) for _, tokens, values in some)
+            for feature, some in strongest.items()
         }
 
 
+class _TextRun:
+    """Texts that go up through the layers of a model, as far as they are wanted.
+
+    Attributes:
+      ids: of each text the ids of its tokens.
+      is_used_RxT: where features are used.
+    """
+
+    def __init__(self, model: LanguageModel, reads: str, texts: Sequence[str]):
+        most = min(_TOKENS, model.config.context)
+        self.ids = [list(encode(model.tokenizer, text)[:most]) for text in texts]
+        ids_RxT = np.zeros((len(texts), padded(max(map(len, self.ids)))), np.int32)
+        self.is_used_RxT = np.zeros(ids_RxT.shape, bool)
+        for row, ids in enumerate(self.ids):
+            ids_RxT[row, : len(ids)] = ids
+            self.is_used_RxT[row, first_used(model.config, ids_RxT[row]) : len(ids)] = True
+        self._frozen = FrozenModel(model.config, model.params, reads)
+        self._x_RxTxD = jnp.stack([layers.embed(self._frozen, ids_T) for ids_T in ids_RxT])
+        self._read = list[jax.Array]()
+
+    def read(self, layer: int) -> jax.Array:
+        """Return what the transcoder of a layer reads, [R, T, D]."""
+        while len(self._read) <= layer:
+            index = np.int32(len(self._read))
+            self._x_RxTxD, read_RxTxD, _ = layers.run_layer(self._frozen, "none", index, self._x_RxTxD)
+            self._read.append(read_RxTxD)
+        return self._read[layer]
+
+
 def _activations(
-    encoder: Dictionary, feature_U: np.ndarray, read_RxTxD: jax.Array, is_used_RxT: np.ndarray
+    encoder: Dictionary, feature_U: np.ndarray, width: int, read_RxTxD: jax.Array, is_used_RxT: np.ndarray
 ) -> np.ndarray:
-    """Return activations of some features, 0 where features are not used, fp32 [R, T, U]."""
+    """Return activations of some features, 0 where features are not used, fp32 [R, T, U]; ``width`` are encoded."""
     column_U = feature_U
     if encoder.kind.is_elementwise():  # TopK compares features with each other, and needs all of them
-        # Filled up with copies, so that layers share programs.
-        room = padded(len(feature_U), _FEATURES) - len(feature_U)
-        encoder, column_U = encoder.restrict(np.pad(feature_U, (0, room), mode="edge")), np.arange(len(feature_U))
+        # Filled up with copies.
+        filled_X = np.pad(feature_U, (0, width - len(feature_U)), mode="edge")
+        encoder, column_U = encoder.restrict(filled_X), np.arange(len(feature_U))
     read_NxD, is_used_N = read_RxTxD.reshape(-1, read_RxTxD.shape[-1]), is_used_RxT.reshape(-1)
     size = max(AT_ONCE // encoder.config.n_features, 1)
     chunks = (slice(start, start + size) for start in range(0, len(is_used_N), size))

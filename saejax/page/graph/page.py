@@ -17,7 +17,14 @@ from urllib.parse import quote
 
 import numpy as np
 
-from saejax.attribution.forms.document import GraphDocument, check_document, describe_sources, ranked_links
+from saejax.attribution.forms.document import (
+    GraphDocument,
+    check_document,
+    describe_sources,
+    feature_nodes,
+    feature_of,
+    ranked_links,
+)
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.forms.neuronpedia import shortest, to_document
 from saejax.attribution.graph import Graph
@@ -30,6 +37,7 @@ _SCRIPTS = [
     *("model", "state", "layout", "paint", "draw", "elements", "panel", "tip", "search", "units", "pins", "subgraph"),
     *("tables", "app", "main"),
 ]
+FULL = 300  # features, the most influential ones, whose contexts a page has; of the others it has names
 _LIVE = ["stream", "effects", "live"]  # scripts where a server answers
 
 
@@ -67,7 +75,7 @@ def page_html(
     Args:
       document: the graph in Neuronpedia's format: metadata, qParams, nodes, links.
       labels: labels of features; they replace the document's ``clerp``, which replaces the names in ``details``.
-      details: contexts, logits and labels of features.
+      details: contexts, logits and labels of features; of all but ``FULL`` the page has the name alone.
       tables: shown below the graph, such as query-key scores split over pairs of nodes.
       live: state of the server for the page's controls, from ``serving.app``; None: the page stands alone.
 
@@ -75,12 +83,15 @@ def page_html(
       UserError: the document is not a graph: keys are missing, ids are not unique, links lead nowhere.
     """
     document, details = check_document(document), details or {}
+    # A server tells the contexts of a feature when its node is opened.
+    full = set() if live else set(kept_features(document)[:FULL])
     data = {
         "document": {key: value for key, value in document.items() if key != "links"},
         "edges": page_edges(document),
         "labels": {_key(feature): label for feature, label in (labels or {}).items()},
         "details": {
-            _key(feature): dataclasses.asdict(value) | dict(name=value.name) for feature, value in details.items()
+            _key(feature): feature_data(value) if feature in full else dict(name=value.name)
+            for feature, value in details.items()
         },
         "source": _source(document["metadata"]),
         "tables": [dataclasses.asdict(table) for table in tables],
@@ -104,6 +115,19 @@ def page_html(
         return write(data)
     except ValueError:  # another program wrote NaN, which is no JSON, into a key that is not ours
         return write(json.loads(json.dumps(data), parse_constant=lambda name: None))
+
+
+def kept_features(document: GraphDocument) -> list[Feature]:
+    """Return the features of a graph, the most influential first."""
+    nodes = feature_nodes(document)
+    # Shares are cumulative: the most influential node has the smallest.
+    nodes.sort(key=lambda node: (node.get("influence") is None, node.get("influence") or 0.0))
+    return list(dict.fromkeys(map(feature_of, nodes)))
+
+
+def feature_data(details: FeatureDetails) -> dict[str, Any]:
+    """Return the details of a feature as the page's scripts take them."""
+    return dataclasses.asdict(details) | dict(name=details.name)
 
 
 def page_edges(document: GraphDocument) -> dict[str, list[Any]]:

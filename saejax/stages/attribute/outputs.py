@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from saejax.attribution.forms.document import GraphDocument, feature_nodes, feature_of
+from saejax.attribution.forms.document import GraphDocument
 from saejax.attribution.forms.features import Feature, FeatureDetails, details_in_record, read_details
 from saejax.attribution.forms.neuronpedia import write_graph
 from saejax.attribution.graph import Graph
@@ -21,7 +21,7 @@ from saejax.attribution.settings import GraphConfig
 from saejax.errors import UserError
 from saejax.files import read_json, write_json
 from saejax.interpret.feature_record import read_records
-from saejax.page.graph.page import PageTable, write_page
+from saejax.page.graph.page import FULL, PageTable, kept_features, write_page
 from saejax.page.tables import percent
 from saejax.parallel.collectives import is_first_process
 from saejax.runner.labels import trained_layers
@@ -31,7 +31,6 @@ from saejax.runner.workspace import Run
 from saejax.stages.attribute.traces import FEATURES
 from saejax.unicode import visible_token
 
-_DETAILS_ON_PAGE = 300  # features, the most influential ones, whose contexts the page has
 _NOTE = (
     "The score of a query with a key, before the softmax, is a sum over pairs: what one source adds to the query times "
     "what another adds to the key. The largest pairs are listed; those that are no buttons are not in the pruned graph."
@@ -52,27 +51,20 @@ def write_outputs(run: Run, document: GraphDocument, tables: Sequence[PageTable]
     write_graph(run.folder / "graphs", document)
     if tables:
         write_tables(run.folder / "tables" / f"{slug}.json", tables)
-    details = details_of_features(run.configs[GraphConfig], described_features(document), [run.folder / FEATURES])
+    details = details_of_features(run.configs[GraphConfig], kept_features(document), [run.folder / FEATURES])
     write_page(part_file(run, slug, ".html"), document, tables=tables, details=details)
 
 
-def described_features(document: GraphDocument) -> list[Feature]:
-    """Return the features whose details a page shows: the most influential ones."""
-    nodes = feature_nodes(document)
-    # Shares are cumulative: the most influential node has the smallest.
-    nodes.sort(key=lambda node: (node.get("influence") is None, node.get("influence") or 0.0))
-    return list(dict.fromkeys(map(feature_of, nodes)))[:_DETAILS_ON_PAGE]
-
-
 def details_of_features(
-    config: GraphConfig, features: Sequence[Feature], folders: Sequence[Path] = ()
+    config: GraphConfig, features: Sequence[Feature], folders: Sequence[Path] = (), fetched: int = FULL
 ) -> dict[Feature, FeatureDetails]:
     """Return what is known of features: of each what ``interpret`` tells in its workdir, or else what files tell.
 
     Args:
       config: names the set and a folder of feature files.
-      features: layers and indices.
+      features: layers and indices, the most influential first.
       folders: more folders of feature files, where they exist.
+      fetched: number of them, the first ones, whose files may be fetched from the hub.
 
     Raises:
       UserError: a file is damaged.
@@ -80,7 +72,9 @@ def details_of_features(
     dictionaries = [config.transcoders] if config.transcoders else config.dictionaries
     more, interpreted = [folder for folder in folders if folder.is_dir()], interpreted_details(dictionaries, features)
     missing = [feature for feature in features if feature not in interpreted]
-    return interpreted | read_details(dictionaries, [*filter(None, [config.features]), *more], missing)
+    return interpreted | read_details(
+        dictionaries, [*filter(None, [config.features]), *more], missing, features[:fetched]
+    )
 
 
 def interpreted_details(

@@ -27,11 +27,12 @@ from saejax.attribution.trace.prompt import GraphSize, certain_active, check_mem
 from saejax.attribution.trace.rounds import Traced
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
+from saejax.page.graph.page import kept_features
 from saejax.parallel.collectives import from_first_process, is_first_process
 from saejax.progress import OnProgress, silent
 from saejax.runner.parts import Measure, Measured, each_part, part_file
 from saejax.runner.workspace import Run
-from saejax.stages.attribute.outputs import described_features, details_of_features, score_table, write_outputs
+from saejax.stages.attribute.outputs import details_of_features, score_table, write_outputs
 from saejax.stages.attribute.requests import Request, read_groups, read_heads, read_labels, read_requests
 from saejax.stages.attribute.traces import (
     FEATURES,
@@ -83,6 +84,8 @@ def run_attribute(
 
     def begin() -> Measure:
         parts = functools.cache(lambda: opened(run))  # the model is loaded where something runs it
+        texts = [document.text for document in read_corpus(CorpusConfig())[: config.contexts]]
+        search = functools.cache(lambda: ContextSearch(*parts(), texts))  # one for all prompts
         traces = {slug: find_trace(run, request) for slug, request in requests.items()}
         is_traced = from_first_process(np.array([traces[slug] is not None for slug in requests], np.int32))
         dictionaries = open_set(config) if is_traced.all() else parts()[1]
@@ -97,7 +100,7 @@ def run_attribute(
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             on_progress(0, 1)
             request, saved = requests[slug], traces[slug] if is_traced[list(requests).index(slug)] else None
-            return _measure(run, parts, saved, request, groups.get(slug, []), labels, on_progress, trace)
+            return _measure(run, parts, search, saved, request, groups.get(slug, []), labels, on_progress, trace)
 
         return measure
 
@@ -154,6 +157,7 @@ def _targets(model: LanguageModel, request: Request) -> list[Target]:
 def _measure(
     run: Run,
     parts: Parts,
+    search: Callable[[], ContextSearch],
     saved: Path | None,
     request: Request,
     groups: Sequence[Sequence[str]],
@@ -182,7 +186,7 @@ def _measure(
     )
     scores = tuple(split_scores(run_of(), *head) for head in read_heads(config))
     if config.contexts and config.transcoders:
-        _search_contexts(run, parts, saved, document, on_progress)
+        _search_contexts(run, search, saved, document, on_progress)
     write_outputs(run, document, [score_table(score, pruned) for score in scores])
     results = GraphResults(
         prompt=graph.prompt,
@@ -206,13 +210,17 @@ def _measure(
 
 
 def _search_contexts(
-    run: Run, parts: Parts, saved: Path | None, document: GraphDocument, on_progress: OnProgress
+    run: Run,
+    search: Callable[[], ContextSearch],
+    saved: Path | None,
+    document: GraphDocument,
+    on_progress: OnProgress,
 ) -> None:
-    """Search contexts of the features on a graph's page that have no name, and write them beside the graph.
+    """Search contexts of the features of a pruned graph that have no name, and write them beside the graph.
 
     Those that an earlier unit searched are taken from there.
     """
-    config, features = run.configs[GraphConfig], described_features(document)
+    config, features = run.configs[GraphConfig], kept_features(document)
     if is_first_process():
         copy_contexts(run, saved and saved.parent)
     # Every process searches, as the devices of all run the texts; what is missing is what the first one finds missing.
@@ -222,8 +230,7 @@ def _search_contexts(
     missing = [feature for feature, named in zip(features, is_named_F, strict=True) if not named]
     if not missing:
         return
-    texts = [document.text for document in read_corpus(CorpusConfig())[: config.contexts]]
-    contexts = ContextSearch(*parts(), texts).contexts(missing, on_progress)
+    contexts = search().contexts(missing, on_progress)
     if is_first_process():
         write_contexts(run.folder / FEATURES, contexts)
         add_searched(run, set(missing))

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from saejax.attribution.forms import features
 from saejax.attribution.forms.features import EXAMPLES, FeatureDetails, parse_feature, read_details
 from saejax.attribution.forms.neuronpedia import cantor_pair
 from saejax.attribution.settings import GraphConfig
@@ -79,13 +80,18 @@ def test_of_a_set_on_the_hub_the_bytes_of_its_features_are_fetched(tmp_path, mon
     monkeypatch.setattr("saejax.attribution.forms.features.fetch_file", fetch_file)
     monkeypatch.setattr("huggingface_hub.HfFileSystem", Files)
     monkeypatch.setattr("saejax.models.hub._answers", lambda address: True)
+    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
+    features._set_features_on_hub.cache_clear()
     found = read_details(["hf://org/set@v2"], [], [(3, 0), (3, 2)])
     assert found.keys() == {(3, 2)} and found[3, 2].label == "towns"
     assert fetched == ["hf://org/set/features/index.json.gz@v2"]
     ((path, length),) = read
     assert path == "org/set@v2/features/layer_3.bin" and length < (folder / "layer_3.bin").stat().st_size
     assert read_details(["org/nothing"], [], [(3, 2)]) == {}
-    assert read_details([], ["hf://org/set/features"], [(3, 2)])[3, 2].label == "towns"
+    # Once: from then on it is in the cache, and what is not there is fetched only where that is wanted.
+    assert read_details([], ["hf://org/set/features"], [(3, 1), (3, 2)], fetched=[]).keys() == {(3, 2)}
+    assert read_details(["hf://org/set@v2"], [], [(3, 1), (3, 2)], fetched=[(3, 1)])[3, 2].label == "towns"
+    assert len(read) == 2 and fetched.count("hf://org/set/features/index.json.gz@v2") == 1
     for absent in ("hf://org/nothing/features", tmp_path / "none"):
         with pytest.raises(UserError, match=r"no index|no folder"):
             read_details([], [absent], [])  # even if no feature is looked for

@@ -11,9 +11,8 @@ from reference_graphs import each_graph, needs_graphs
 
 from saejax.attribution.forms.document import ERROR_TYPE, check_document, ranked_links
 from saejax.errors import UserError
-from saejax.page.graph.page import page_edges, page_html, write_page
+from saejax.page.graph.page import kept_features, page_edges, page_html, write_page
 from saejax.page.scripts import embedded
-from saejax.stages.attribute.outputs import described_features
 
 
 def test_data_cannot_leave_its_element():
@@ -78,7 +77,7 @@ def test_odd_values_of_other_programs_hide_no_graph(document):
     page.encode()
     data = json.loads(page.split('id="graph-data">')[1].split("</script>")[0])
     assert data["document"]["nodes"][1]["extra"] is None and "pruned to" not in page
-    assert not described_features({**odd, "nodes": [node for node in odd["nodes"] if node["node_id"] == "my feature"]})
+    assert not kept_features({**odd, "nodes": [node for node in odd["nodes"] if node["node_id"] == "my feature"]})
     odd["metadata"]["feature_details"]["neuronpedia_source_set"] = ["set"]
     assert '"source":""' in page_html(odd)
 

@@ -1,7 +1,7 @@
 // What the page does with its server: the model run with features changed, the graph pruned again, labels and groups
 // saved.
 
-function makeLive(graph, { live, labels }, app) {
+function makeLive(graph, { live, labels, details }, app) {
   const here = (id) => document.getElementById(id);
   const job = makeJob();
   const [what, how, amount, list] = ["change-what", "change-how", "change-amount", "changes"].map(here);
@@ -105,7 +105,27 @@ function makeLive(graph, { live, labels }, app) {
   here("prune-form").querySelector("button").disabled = !live.whole;
   here("live-note").textContent = live.note;
 
+  const renamed = () => {
+    nameNodes(graph, namesOf(given));
+    shown = {}; // names stand everywhere
+    refresh();
+  };
+  const described = new Set(); // features that were asked for
+
   return {
+    /** Asks for what is known of a feature, once, when its node is opened. */
+    async describe(i) {
+      const key = featureKey(graph.doc.nodes[i]);
+      if (described.has(key)) return;
+      described.add(key);
+      try {
+        details[key] = await ask("api/feature", { graph: live.graph, feature: key });
+      } catch (error) {
+        described.delete(key);
+        return job.fail(error.message);
+      }
+      if (!document.querySelector(".label-form :focus")) renamed(); // what is being typed stays
+    },
     /** A field with a feature's label, which is saved for all its positions. */
     labelForm(i) {
       const key = featureKey(graph.doc.nodes[i]);
@@ -117,9 +137,7 @@ function makeLive(graph, { live, labels }, app) {
         const label = field.value.trim();
         saving("api/label", { node: graph.ids[i], label }, () => {
           labels[key] = label;
-          nameNodes(graph, namesOf(given));
-          shown = {}; // names stand everywhere
-          refresh();
+          renamed();
         });
       };
       return form;

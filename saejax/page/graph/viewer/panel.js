@@ -42,6 +42,14 @@ function makePanel(graph, { details: known, source }, app) {
     made.append(element("span", { class: "share" }, percent(share)));
     return made;
   };
+  /** Rows that are made when what they are in is opened: there may be thousands. */
+  const rowsWhenOpen = (nodes) => {
+    const made = element("div", { class: "rows" });
+    requestAnimationFrame(() => {
+      if (made.parentNode) made.parentNode.ontoggle = () => made.replaceChildren(...nodes.map((i) => row(i)));
+    });
+    return made;
+  };
   const withHover = (made, i) => {
     made.onpointerenter = made.onfocus = () => app.hover(i);
     made.onpointerleave = made.onblur = () => app.hover(-1);
@@ -94,6 +102,9 @@ function makePanel(graph, { details: known, source }, app) {
       return listed.get(place) <= 2;
     });
     const outputs = all.filter((i) => graph.kind[i] === LOGIT);
+    const nameless = ranked.filter((i) => !graph.named[i]);
+    const words = `${count(nameless.length)} of ${count(ranked.length)} nodes of features have no name: no file that was read ` +
+      "describes the feature, and it fires in no text that was searched.";
     return [
       element("h2", {}, "Where to start"),
       element("p", {}, START),
@@ -101,6 +112,7 @@ function makePanel(graph, { details: known, source }, app) {
       element("div", { class: "rows" }, outputs.map((i) => row(i))),
       element("h3", {}, "Most influential features"),
       element("div", { class: "rows" }, best.slice(0, 12).map((i) => row(i))),
+      nameless.length ? element("details", { id: "nameless" }, element("summary", {}, words), rowsWhenOpen(nameless)) : "",
     ];
   };
   const details = (i) => {
@@ -110,6 +122,7 @@ function makePanel(graph, { details: known, source }, app) {
     const directions = { input: [true], output: [false], both: [true, false] }[app.state.linkType];
     const pin = { type: "button", id: "pin", "aria-pressed": String(pinned), onclick: () => app.togglePin(i) };
     const clear = { type: "button", id: "clear", onclick: () => app.clear() };
+    if (live && featureKey(graph.doc.nodes[i])) live.describe(i);
     const buttons = [element("button", pin, pinned ? "Unpin" : "Pin"), element("button", clear, "Clear")];
     const title = element("h2", {}, glyph(graph.kind[i]), graph.labels[i]);
     return [
