@@ -24,6 +24,7 @@ GUIDES = (
     "docs/edits.md",
     "docs/features.md",
     "docs/graphs.md",
+    "docs/graphs.ipynb",
     "docs/studies.md",
     "docs/ground_truth.md",
     "docs/scaling.md",
@@ -62,9 +63,11 @@ def main(target: Path) -> None:
     guides = [name for name in GUIDES if (ROOT / name).exists()]
     for name in guides:
         if name.endswith(".ipynb"):
-            (target / name).with_suffix(".md").write_text(from_notebook(ROOT / name))
+            (target / page_of(name)).write_text(from_notebook(ROOT / name))
         else:
-            text = (ROOT / name).read_text("utf-8").replace(".ipynb)", ".md)")
+            text = (ROOT / name).read_text("utf-8")
+            for notebook in (guide for guide in guides if guide.endswith(".ipynb")):
+                text = text.replace(f"{Path(notebook).name})", f"{Path(page_of(notebook)).name})")
             (target / name).write_text(result_fields.fill_page(text) if name == "docs/artifacts.md" else text)
     for image in (ROOT / "docs").glob("*.png"):
         shutil.copy(image, target / "docs")
@@ -72,10 +75,16 @@ def main(target: Path) -> None:
     for name, text in pages.items():
         (target / "reference" / f"{name}.rst").write_text(text)
     names = dict(
-        guides="\n".join(str(Path(name).with_suffix("")) for name in guides),
+        guides="\n".join(page_of(name).removesuffix(".md") for name in guides),
         reference="\n".join(f"reference/{name}" for name in pages),
     )
     (target / "index.md").write_text(INDEX.format(**names))
+
+
+def page_of(name: str) -> str:
+    """Return the page that a guide becomes; a notebook's has another name than the guide that it goes with."""
+    stem = name.removesuffix(".ipynb")
+    return f"{stem}-notebook.md" if name != stem and f"{stem}.md" in GUIDES else f"{stem.removesuffix('.md')}.md"
 
 
 def from_notebook(path: Path) -> str:

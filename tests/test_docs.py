@@ -24,8 +24,7 @@ from saejax.runner.registry import all_groups, all_stages
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-TOUR = json.loads((ROOT / "docs/tour.ipynb").read_text("utf-8"))
-CODE = ["".join(cell["source"]) for cell in TOUR["cells"] if cell["cell_type"] == "code"]
+NOTEBOOKS = {name: json.loads((ROOT / f"docs/{name}.ipynb").read_text("utf-8")) for name in ("tour", "graphs")}
 PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "CITATION.cff") for path in ROOT.glob(pattern))
 # docs/extending.md names files that a reader makes; tests/test_extending.py and tests/test_stages.py run what it says.
 GUIDES = [path for path in PAGES if path.name not in ("CHANGELOG.md", "CITATION.cff", "extending.md")]
@@ -51,12 +50,16 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys, smollm2):
     assert before != after
 
 
+def code_of(name: str) -> list[str]:
+    return ["".join(cell["source"]) for cell in NOTEBOOKS[name]["cells"] if cell["cell_type"] == "code"]
+
+
 @pytest.mark.slow
 def test_the_tour_runs(monkeypatch, tmp_path, capsys):
     """As it stands, cell by cell; it takes two minutes."""
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for number, cell in enumerate(CODE):
+    for number, cell in enumerate(code_of("tour")):
         exec(compile(cell, f"tour.ipynb, cell {number}", "exec"), names)
     printed = capsys.readouterr().out
     assert names["scores"].explained_variance > 0.3
@@ -66,12 +69,14 @@ def test_the_tour_runs(monkeypatch, tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_tour_is_a_notebook_without_outputs():
-    assert (TOUR["nbformat"], TOUR["nbformat_minor"]) == (4, 5)
-    ids = [cell["id"] for cell in TOUR["cells"]]
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_have_no_outputs(name):
+    notebook = NOTEBOOKS[name]
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    ids = [cell["id"] for cell in notebook["cells"]]
     assert len(set(ids)) == len(ids)
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in TOUR["cells"])
-    for code in CODE:
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook["cells"])
+    for code in code_of(name):
         ast.parse(code)
         assert set(re.findall(r"saejax\.(\w+)\(", code)) <= set(saejax.__all__)
 
@@ -81,7 +86,7 @@ def test_pages_of_the_site(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     runpy.run_path(str(ROOT / "docs" / "pages.py"))["main"](tmp_path / "sources")
     written = {path.relative_to(tmp_path / "sources").as_posix() for path in (tmp_path / "sources").rglob("*.*")}
-    assert {"index.md", "README.md", "WORKSPACE.md", "docs/tour.md"} <= written
+    assert {"index.md", "README.md", "WORKSPACE.md", "docs/tour.md", "docs/graphs-notebook.md"} <= written
     text = "".join(path.read_text() for path in (tmp_path / "sources/reference").iterdir())
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

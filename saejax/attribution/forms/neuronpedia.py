@@ -1,4 +1,4 @@
-"""Graphs as other programs read them: Neuronpedia and circuit-tracer's viewer, a folder of its server, and NetworkX.
+"""Graphs as other programs read them: Neuronpedia, circuit-tracer's viewer, and a folder of its server.
 
 ``to_document`` gives the JSON, node by node and key by key as circuit-tracer writes it. ``write_graph`` writes it into
 a folder of graphs, a file for each, and a list of them.
@@ -8,13 +8,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from saejax.attribution.forms.document import ERROR_TYPE, FEATURE_TYPE, GraphDocument, check_document, check_groups
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import ERROR, FEATURE, KINDS, LOGIT, TOKEN
+from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.errors import UserError
 from saejax.files import write_json, write_text
 from saejax.versions import package_versions
@@ -206,33 +206,3 @@ def read_list(path: Path) -> dict[str, Any]:
     if not isinstance(listed, dict) or not isinstance(listed.get("graphs"), list):
         raise UserError(f"{path} is no list of graphs: move it away, or name another folder")
     return listed
-
-
-if TYPE_CHECKING:
-    import networkx
-
-
-def to_networkx(graph: Graph) -> "networkx.DiGraph":
-    """Return a directed graph with edges from sources to targets; the graph may be pruned or whole.
-
-    Returns:
-      A ``networkx.DiGraph`` whose nodes are called as in Neuronpedia's JSON and have ``kind``, ``layer``,
-      ``position``, ``index``, ``value`` (activation, or weight of a logit), ``token``, and for a pruned graph
-      ``influence`` (cumulative share). Edges have ``weight``.
-    """
-    import networkx
-
-    digraph = networkx.DiGraph(prompt=graph.prompt, model=graph.model.get("name", ""))
-    ids, nodes = graph.ids, graph.nodes
-    columns = (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N, nodes.value_N)
-    for name, kind, layer, position, index, value in zip(ids, *(column.tolist() for column in columns), strict=True):
-        token = graph.tokens[position] if kind != LOGIT else graph.labels[digraph.number_of_nodes() - len(ids)]
-        digraph.add_node(
-            name, kind=KINDS[kind], layer=layer, position=position, index=index, value=value, token=token
-        )  # fmt: skip
-    if graph.pruning:
-        for name, share in zip(ids, graph.pruning.influence_N.tolist(), strict=True):
-            digraph.nodes[name]["influence"] = share
-    ends = zip(*(part.tolist() for part in graph.edges()), strict=True)
-    digraph.add_weighted_edges_from((ids[a], ids[b], weight) for a, b, weight in ends)
-    return digraph

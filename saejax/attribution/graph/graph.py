@@ -10,9 +10,12 @@ graph.json          schema version, texts, settings, scores, SHA-256 of the othe
 import dataclasses
 import html
 import os
+import sys
+import tempfile
+import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -23,6 +26,9 @@ from saejax.attribution.graph.pruning import prune_each, scores
 from saejax.dictionaries.formats import tensors
 from saejax.errors import UserError
 from saejax.files import file_sha256, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    import networkx
 
 DESCRIPTION, ARRAYS = "graph.json", "graph.safetensors"
 SCHEMA_VERSION = 2
@@ -96,10 +102,60 @@ class Graph(GraphData):
 
         return graph_page(self if self.pruning else self.prune(), labels)
 
+    def show(self, labels: Mapping[tuple[int, int], str] | None = None) -> None:
+        """Show the page: in a notebook below the cell, elsewhere in a browser. See ``save_page``."""
+        ipython = sys.modules.get("IPython")
+        if ipython and "ipykernel" in sys.modules:
+            return ipython.display.display(ipython.display.HTML(_framed(self._page(labels))))
+        path = Path(tempfile.mkdtemp(prefix="saejax-")) / "graph.html"
+        self.save_page(path, labels)
+        if not webbrowser.open(path.as_uri()):
+            print(f"open {path.as_uri()} in a browser")
+
     def _repr_html_(self) -> str:
         """Return the page in a frame, as notebooks show it."""
-        frame = 'width="100%" height="900" style="border: 0" sandbox="allow-scripts allow-downloads"'
-        return f'<iframe {frame} srcdoc="{html.escape(self._page())}"></iframe>'
+        return _framed(self._page())
+
+    def save_figure(
+        self, path: str | os.PathLike, labels: Mapping[tuple[int, int], str] | None = None, nodes: int = 40
+    ) -> None:
+        """Write a figure for print, layers by positions; a whole graph is pruned first.
+
+        Args:
+          path: the file, which ends in .svg, .pdf or .png; one that exists is replaced.
+          labels: (layer, feature) -> what the feature is called; others are called by their number.
+          nodes: maximum number of features and errors, the most influential ones.
+
+        Raises:
+          UserError: the name has another ending, or the number is negative.
+        """
+        from saejax.page.graph.figure import save_figure
+
+        save_figure(Path(path), self if self.pruning else self.prune(), labels, nodes)
+
+    def to_networkx(self) -> "networkx.DiGraph":
+        """Return a directed graph with edges from sources to targets; this graph may be pruned or whole.
+
+        Returns:
+          A ``networkx.DiGraph`` whose nodes are called as in ``ids`` and have ``kind``, ``layer``, ``position``,
+          ``index``, ``value`` (activation, or weight of a logit), ``token``, and for a pruned graph ``influence``
+          (cumulative share). Edges have ``weight``.
+        """
+        import networkx
+
+        digraph = networkx.DiGraph(prompt=self.prompt, model=self.model.get("name", ""))
+        ids, nodes, first = self.ids, self.nodes, self.slice_of(LOGIT).start
+        columns = (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N, nodes.value_N)
+        rows = zip(ids, *(column.tolist() for column in columns), strict=True)
+        for node, (name, kind, layer, position, index, value) in enumerate(rows):
+            token = self.labels[node - first] if kind == LOGIT else self.tokens[position]
+            facts = dict(kind=KINDS[kind], layer=layer, position=position, index=index, value=value, token=token)
+            if self.pruning:
+                facts["influence"] = float(self.pruning.influence_N[node])
+            digraph.add_node(name, **facts)
+        ends = zip(*(part.tolist() for part in self.edges()), strict=True)
+        digraph.add_weighted_edges_from((ids[a], ids[b], weight) for a, b, weight in ends)
+        return digraph
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write ``graph.json`` and ``graph.safetensors``, whole or not at all; the folder is made.
@@ -145,6 +201,12 @@ class Graph(GraphData):
         if problem := _problem(graph):
             raise UserError(f"{folder} holds no graph that fits together: {problem}; trace the prompt again")
         return graph
+
+
+def _framed(page: str) -> str:
+    """Return a page in a frame that stands in a notebook."""
+    frame = 'width="100%" height="900" style="border: 0" sandbox="allow-scripts allow-downloads"'
+    return f'<iframe {frame} srcdoc="{html.escape(page)}"></iframe>'
 
 
 def _read_fields(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class ContextSearch:
     """
 
     def __init__(self, model: LanguageModel, transcoders: LayerTranscoders, texts: Sequence[str]):
-        self._model, self._transcoders = model, transcoders
+        self.model, self.transcoders = model, transcoders
         self._batches = [list(texts[start : start + _TEXTS]) for start in range(0, len(texts), _TEXTS)]
         self._kept: _TextRun | None = None
 
@@ -59,12 +59,12 @@ class ContextSearch:
         peaks: dict[tuple[int, int], list[tuple[float, list[int], list[float]]]] = {feature: [] for feature in features}
         if not peaks:
             return {}
-        model, count = self._model, 1 + max(peaks)[0]
-        self._transcoders.check(model)
+        model, count = self.model, 1 + max(peaks)[0]
+        self.transcoders.check(model)
         wanted_by_layer = [sorted(index for at, index in peaks if at == layer) for layer in range(count)]
         width = padded(max(map(len, wanted_by_layer)), _FEATURES)  # one size, so that all layers share a program
         for number, texts in enumerate(self._batches):
-            run = self._kept or _TextRun(model, self._transcoders.reads, texts)
+            run = self._kept or _TextRun(model, self.transcoders.reads, texts)
             if len(self._batches) == 1:
                 self._kept = run
             for layer, wanted in enumerate(wanted_by_layer):
@@ -72,7 +72,7 @@ class ContextSearch:
                 read_RxTxD = run.read(layer)
                 if not wanted:
                     continue
-                encoder = self._transcoders.encoder(layer, model.mesh)
+                encoder = self.transcoders.encoder(layer, model.mesh)
                 value_RxTxU = _activations(encoder, np.array(wanted, np.int32), width, read_RxTxD, run.is_used_RxT)
                 if not np.isfinite(value_RxTxU).all():
                     raise UserError(

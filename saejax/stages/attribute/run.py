@@ -85,7 +85,12 @@ def run_attribute(
     def begin() -> Measure:
         parts = functools.cache(lambda: opened(run))  # the model is loaded where something runs it
         texts = [document.text for document in read_corpus(CorpusConfig())[: config.contexts]]
-        search = functools.cache(lambda: ContextSearch(*parts(), texts))  # one for all prompts
+
+        @functools.cache  # one for all prompts
+        def search() -> ContextSearch:
+            model, transcoders = parts()
+            return ContextSearch(model, transcoders, texts)
+
         traces = {slug: find_trace(run, request) for slug, request in requests.items()}
         is_traced = from_first_process(np.array([traces[slug] is not None for slug in requests], np.int32))
         dictionaries = open_set(config) if is_traced.all() else parts()[1]

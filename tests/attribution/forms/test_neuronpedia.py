@@ -9,7 +9,7 @@ import pytest
 from made_graphs import make_graph
 
 from saejax.attribution.forms.document import ERROR_TYPE, FEATURE_TYPE, check_document
-from saejax.attribution.forms.neuronpedia import INDEX, to_document, to_networkx, write_graph
+from saejax.attribution.forms.neuronpedia import INDEX, to_document, write_graph
 from saejax.attribution.graph.nodes import LOGIT
 from saejax.errors import UserError
 
@@ -121,7 +121,7 @@ def test_the_list_of_graphs_keeps_the_others(graph, tmp_path):
 @pytest.mark.parametrize("pruned", [True, False])
 def test_networkx_has_the_same_nodes_and_edges(graph, pruned):
     graph = graph if pruned else make_graph()
-    made, ids = to_networkx(graph), graph.ids
+    made, ids = graph.to_networkx(), graph.ids
     assert list(made) == ids and (pruned or {"bias_0", "bias_1"} <= set(ids))
     source_E, target_E, weight_E = graph.edges()
     assert made.number_of_edges() == len(weight_E)

@@ -1,0 +1,60 @@
+"""The notebook of graphs runs as it stands, and what a graph writes and shows by itself."""
+
+import json
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_graphs import make_graph
+from made_transcoders import made_set
+
+import saejax
+from saejax.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_notebook_of_graphs_runs(monkeypatch, tmp_path, capsys, lm):
+    """As it stands, on a tiny model with random transcoders in place of what it would fetch."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(saejax, "load_model", lambda name: lm)
+    monkeypatch.setattr(saejax, "open_transcoders", lambda name: made_set(lm))
+    notebook, names = json.loads((ROOT / "docs/graphs.ipynb").read_text("utf-8")), dict[str, Any]()
+    for number, cell in enumerate(cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
+        exec(compile("".join(cell["source"]), f"graphs.ipynb, code {number}", "exec"), names)
+    whole, pruned, removed = names["graph"], names["pruned"], names["removed"]
+    # What is frozen changes as the edges say.
+    _, after_V = saejax.intervene(names["local"], [[], [removed]], "all")
+    row, column = whole.count(0), whole.ids.index(pruned.ids[names["top"]])
+    token = int(whole.nodes.index_N[whole.slice_of(5)][0])
+    change = after_V - names["local"].logits_V
+    assert change[token] - change.mean() == pytest.approx(-whole.adjacency_RxS[row, column], abs=1e-5)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["graph", "graph.html", "graph.pdf", "graph.svg"]
+    assert Path("graph.pdf").read_bytes().startswith(b"%PDF") and "<svg" in Path("graph.svg").read_text()
+    assert len(set(capsys.readouterr().out.splitlines()[-3:-1])) == 2  # steering changes the text
+
+
+def test_a_graph_is_shown_in_a_browser_where_there_is_no_notebook(monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", lambda address: opened.append(address))
+    make_graph().show({(0, 0): "my feature"})
+    (address,) = opened
+    page = Path(address.removeprefix("file://"))
+    assert "my feature" in page.read_text() and address in capsys.readouterr().out
+
+
+def test_figures_have_the_most_influential_nodes(tmp_path):
+    graph = make_graph(features=30, layers=6).prune(1.0, 1.0)
+    features = zip(graph.nodes.layer_N[:30].tolist(), range(30), strict=True)
+    label = {feature: f"costs $5 and ${feature[1]}_x" for feature in features}  # no formulas
+    graph.save_figure(tmp_path / "few.svg", label, nodes=3)
+    graph.save_figure(tmp_path / "many.SVG", label)
+    few, many = ((tmp_path / name).read_text() for name in ("few.svg", "many.SVG"))
+    assert 0 < 2 * few.count("<path") < many.count("<path")
+    graph.save_figure(tmp_path / "again.svg", label, nodes=3)
+    assert (tmp_path / "again.svg").read_text() == few  # to the byte
+    for wrong, said in ((dict(path=tmp_path / "a.jpg"), "ends in .svg, .pdf or .png"), (dict(nodes=-1), "nodes is -1")):
+        with pytest.raises(UserError, match=said):
+            graph.save_figure(**dict(path=tmp_path / "a.pdf") | wrong)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.svg", "few.svg", "many.SVG"]
