@@ -162,11 +162,10 @@ def write_published_set(folder: Path, model: Path, features: int = 32) -> Path:
 def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
     """The file's stages on a tiny model of the family: graphs and circuits open with labels, nothing is trained."""
     monkeypatch.chdir(CONFIGS.parent)
-    model = model_of(CONFIGS / f"{PUBLISHED}.flags", tmp_path / "model", 4)
+    model = model_of(CONFIGS / f"{PUBLISHED}.flags", tmp_path / "model", 3)
     transcoders = write_published_set(tmp_path / "set", model)
-    behaviours = "two_hop,addition"
     own = [f"--workdir={tmp_path / 'run'}", f"--model.path={model}", f"--graph.transcoders={transcoders}"]
-    own += [f"--{group}.behaviours={behaviours}" for group in ("task", "graph", "circuits")]
+    own += [f"--{group}.behaviours=addition" for group in ("task", "graph", "circuits")]
     own += ["--circuits.traced=2"]
     own += [flag for flag in SMALL.split() if flag.startswith(("--task.t", "--task.g", "--causal", "--ablate.t"))]
     layer = transcoders / "layer_1.safetensors"  # its features are ablated and patched one layer at a time
@@ -177,15 +176,15 @@ def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
     assert command.run(stages, "", ["pipeline", flagfile, *own]) == 0, capsys.readouterr().err
     run = tmp_path / "run"
     assert not (run / "train").exists() and not (run / "capture").exists()
-    page = run / "circuits" / "two_hop.html"
-    for path in (run / "attribute" / "behaviours" / "two_hop.html", page):
+    page = run / "circuits" / "addition.html"
+    for path in (run / "attribute" / "behaviours" / "addition.html", page):
         assert "label 1." in path.read_text()
     drawn = page.with_suffix(".svg").read_text()  # text is drawn as paths, and is said in comments
     assert "“word”" in drawn and "label" in drawn and not re.search(r"<!-- (feature |#)\d+ -->", drawn)
     assert "Published claims" in (run / "circuits" / "index.html").read_text()
     (tested,) = (unit for unit in (run / "ablate").iterdir() if unit.is_symlink())
     ablated = load_results(run, f"ablate/{tested.name}")
-    assert ablated.site.endswith(".1") and set(ablated.top) == set(behaviours.split(","))
+    assert ablated.site.endswith(".1") and set(ablated.top) == {"addition"}
     patched = {unit.name for unit in (run / "patch").iterdir() if unit.is_symlink()}
     assert patched == {"resid_post", "mlp_out", tested.name}
     # The activations that the file records: of the behaviours' prompts, at their last 5 positions.
