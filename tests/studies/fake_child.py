@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -53,3 +54,45 @@ def main() -> None:
     stages = fake_stages()
     pipeline.all_stages = workplan.all_stages = lambda: stages
     command.main(list(pipeline.all_stages()), "", sys.argv)
+
+
+# A child that asks ``serve`` for a process, and ends as that process does.
+ASK = """
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+    server.connect(ADDRESS)
+    request = [sys.argv, dict(os.environ), sorted(os.sched_getaffinity(0))]
+    socket.send_fds(server, [json.dumps(request).encode()], [1])
+    status = int(server.recv(99))
+if os.WIFSIGNALED(status):
+    os.kill(os.getpid(), os.WTERMSIG(status))
+sys.exit(os.WEXITSTATUS(status))
+"""
+
+
+def serve(address: str) -> None:
+    """Fork a child for each that asks: to import what stages import takes most of the time of one that does nothing."""
+    fake_stages()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.bind(address)
+        server.listen()
+        print("listening", flush=True)
+        while True:
+            asker, _ = server.accept()
+            if os.fork() == 0:
+                _answer(asker)
+            asker.close()
+
+
+def _answer(asker: socket.socket) -> None:
+    text, (output,), *_ = socket.recv_fds(asker, 2**20, 1)
+    sys.argv, environment, cores = json.loads(text)
+    if (child := os.fork()) == 0:
+        for number in (1, 2):
+            os.dup2(output, number)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.sched_setaffinity(0, cores)
+        main()
+    asker.send(str(os.waitpid(child, 0)[1]).encode())
+    os._exit(0)

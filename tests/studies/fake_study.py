@@ -11,9 +11,11 @@ from saejax.studies import report, run, study, units
 HERE = Path(__file__).parent
 
 
-def install(set_attribute=setattr) -> None:
+CHILD = f"import sys; sys.path.insert(0, {str(HERE)!r}); import fake_child; fake_child."
+
+
+def install(set_attribute=setattr, child=CHILD + "main()") -> None:
     """Puts the stand-ins in place."""
-    child = f"import sys; sys.path.insert(0, {str(HERE)!r}); import fake_child; fake_child.main()"
     set_attribute(units, "_CHILD", child)
     stages = fake_child.fake_stages()
     for module in (pipeline, workplan):

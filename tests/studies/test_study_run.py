@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import fake_child
 import fake_study
 import pytest
 
@@ -22,10 +23,22 @@ from saejax.studies import run, shares, units
 UNITS = ["preflight", "baseline", "capture", "train/topk", "evaluate/topk", "report"]
 
 
+@pytest.fixture(scope="module")
+def child():
+    """The program of a row's process: a fork of one that has imported everything."""
+    address = f"\0saejax-study-{os.getpid()}"
+    command = [sys.executable, "-c", f"{fake_study.CHILD}serve({address!r})"]
+    root = Path(__file__).parent.parent.parent
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE) as server:
+        assert server.stdout.readline() == b"listening\n"
+        yield fake_child.ASK.replace("ADDRESS", repr(address))
+        server.kill()
+
+
 @pytest.fixture
-def fake(monkeypatch, tmp_path):
+def fake(child, monkeypatch, tmp_path):
     """Runs a study of rows with these revisions of a model; gives its status and the states of its units."""
-    fake_study.install(monkeypatch.setattr)
+    fake_study.install(monkeypatch.setattr, child)
     monkeypatch.setenv("FAKE_RUNS", str(tmp_path / "runs.jsonl"))
 
     def go(*extra, **revisions):
@@ -51,20 +64,21 @@ def ran(tmp_path) -> list[str]:
 
 
 def test_a_study_runs_every_unit_once(fake, tmp_path, capsys):
-    status, states = fake(a="main", b="main")
+    rows = dict(a="main", b="main\n--model.backend=torch")  # which has no preflight
+    status, states = fake(**rows)
     assert status == 0 and {state["state"] for state in states.values()} == {"done"}
     later = [f"{row}/{unit}" for row in "ab" for unit in UNITS[1:]]
-    assert ran(tmp_path) == ["a/preflight", "b/preflight", *later]
+    assert ran(tmp_path) == ["a/preflight", *later] and len(states) == 11
     assert "a: started, 1 of 6 units done before" in capsys.readouterr().out
     assert (tmp_path / "study/logs/b.log").read_text().startswith("=== 20")
-    assert fake(a="main", b="main")[0] == 0
-    assert len(ran(tmp_path)) == 12 and "all done before, unchanged" in capsys.readouterr().out
+    assert fake(**rows)[0] == 0
+    assert len(ran(tmp_path)) == 11 and "all done before, unchanged" in capsys.readouterr().out
     # No unit depends on it, but the page does.
-    assert fake("--study.control=stranger", a="main", b="main")[0] == 0
-    assert len(ran(tmp_path)) == 12 and "all done before" not in capsys.readouterr().out
+    assert fake("--study.control=stranger", **rows)[0] == 0
+    assert len(ran(tmp_path)) == 11 and "all done before" not in capsys.readouterr().out
     (tmp_path / "rows" / "b.flags").unlink()
     assert fake("--train.k=5", a="main")[0] == 0
-    assert ran(tmp_path)[12:] == ["a/train/topk", "a/evaluate/topk", "a/report"]
+    assert ran(tmp_path)[11:] == ["a/train/topk", "a/evaluate/topk", "a/report"]
 
 
 def test_rows_run_side_by_side_on_their_shares_and_units_that_fail_stop_no_other_row(fake, tmp_path, capsys):
@@ -94,13 +108,6 @@ def test_rows_run_side_by_side_on_their_shares_and_units_that_fail_stop_no_other
     status, states = fake(bug="main")
     assert status == 1, "memory fails still"
     assert states["bug", "report"]["state"] == "done", "mended, and run again"
-
-
-def test_a_model_that_runs_in_torch_has_no_preflight(fake):
-    status, states = fake("--model.backend=torch", a="main")
-    assert status == 0 and {unit: state["state"] for (_, unit), state in states.items()} == dict.fromkeys(
-        UNITS[1:], "done"
-    )
 
 
 def test_a_signal_that_ends_a_row_with_the_study_is_no_failure(tmp_path):
