@@ -166,6 +166,7 @@ def trained(inputs, two_devices, tmp_path_factory):
     """A workdir of all stages on a stack of a user's kind, which a process of its own trained."""
     workdir = tmp_path_factory.mktemp("plugin") / "run"
     changes = SETTINGS | dict(train__shrunk__strength="0.2,0.4", ablate__dictionary=f"{MADE_UP}/strength0.2")
+    changes |= dict(ablate__baselines="", ablate__untrained=False)
     flags = runs.small_flags(*inputs, workdir, **changes)
     assert command.run(["baseline", "capture"], "", ["program", *flags]) == 0
     runs.finish(runs.start("train", flags, JAX_NUM_CPU_DEVICES="2"))

@@ -152,6 +152,7 @@ def test_a_signal_to_one_of_two_processes_that_train_together_stops_both(inputs,
     assert list((workdir / "train").glob("topk-*/checkpoints/*")), "they have saved together"
 
 
+@pytest.mark.slow  # what waits for shards is told of a signal above, and two processes that train are asked to stop
 def test_a_signal_to_one_of_two_processes_that_capture_stops_both(inputs, tmp_path):
     """Each makes shards of its own, one document at a time; the other one hears of it in its loop or as it waits."""
     slow = dict(capture__batch_tokens=1, capture__shard_rows=500)

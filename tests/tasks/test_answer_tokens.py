@@ -1,7 +1,10 @@
 """The answers' tokens, in small tokenizers of every family's format."""
 
+import functools
+
 import pytest
 from tokenizer_kinds import KINDS, tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from saejax.errors import UserError
 from saejax.tasks.answer_tokens import ALIKE, MERGED, OTHER, answer_ids, fault, first_answer_ids
@@ -17,7 +20,9 @@ def ask(text, correct, wrong, counterpart=""):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_family_has_the_behaviours_by_default(kind):
+def test_every_family_has_the_behaviours_by_default(kind, monkeypatch):
+    # Prompts and their counterparts are read several times, and a letter alone with each: once is enough.
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", functools.cache(PreTrainedTokenizerFast.__call__))
     reads = tokenizer(kind)
     for behaviour in BEHAVIOURS:
         prompts, replaced = make_prompts(behaviour, 80, 100, 42, reads)

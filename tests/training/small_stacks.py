@@ -87,21 +87,21 @@ def parts(stack: TrainStack, batch: np.ndarray) -> tuple[np.ndarray, ...]:
 compiled = functools.cache(compile_step)  # of one stack once, for the tests of a file
 
 
-def step(stack: TrainStack, state, batch):
-    """One step on a batch of ``parts``."""
+def step(stack: TrainStack, state, batch, like: TrainStack | None = None):
+    """One step on a batch of ``parts``, by the program of a stack that differs in hyperparameters alone."""
     placed = tuple(jax.device_put(part, stack.batch_sharding) for part in batch)
-    return compiled(stack)(state, stack.hyperparams, placed)
+    return compiled(like or stack)(state, stack.hyperparams, placed)
 
 
-def train(stack: TrainStack, data, state=None):
+def train(stack: TrainStack, data, state=None, like: TrainStack | None = None):
     """The state after these batches of parts, from the initial or another one, and the metrics [M] of the last."""
     state = init_state(stack) if state is None else state
     for batch in data:
-        state, metrics = step(stack, state, batch)
+        state, metrics = step(stack, state, batch, like)
         jax.block_until_ready(metrics)  # eight devices on two cores must not queue up steps
     return state, metrics
 
 
-def run(stack: TrainStack, data: np.ndarray, state=None):
+def run(stack: TrainStack, data: np.ndarray, state=None, like: TrainStack | None = None):
     """The same after the ``parts`` of these batches."""
-    return train(stack, (parts(stack, batch) for batch in data), state)
+    return train(stack, (parts(stack, batch) for batch in data), state, like)

@@ -82,11 +82,14 @@ def test_members_of_a_site_share_its_whitening_matrix(sites, at_once, shape, one
         stack = whitened(make_stack("topk", mesh, sites=names, members_at_once=at_once, **seeds, **sweep))
         assert len(stack.members) == 4 and stack.hyperparams.metric_DxD.shape == (sites, D, D)
         together, _ = run(stack, data)
+        first = None
         for index, member in enumerate(stack.members):
             changes = sweep | dict(learning_rate=(member.settings["learning_rate"],), seed=(member.settings["seed"],))
             alone = whitened(make_stack("topk", one_device, sites=(member.site,), **changes))
+            first = first or alone
             start = jax.tree.map(lambda leaf, index=index: leaf[index : index + 1], init_state(stack))
-            state, _ = run(alone, data, jax.device_put(jax.tree.map(np.asarray, start), one_device.devices.item()))
+            start = jax.device_put(jax.tree.map(np.asarray, start), one_device.devices.item())
+            state, _ = run(alone, data, start, like=first)
             for name, value in state.params.items():
                 np.testing.assert_allclose(together.params[name][index], value[0], rtol=1e-8, atol=1e-11, err_msg=name)
 
@@ -96,9 +99,10 @@ def test_a_stack_of_four_equals_four_single_runs(kind, one_device):
     with jax.enable_x64(True):
         together = on_one_device(kind, "float64", one_device)
         pairs = [(rate, seed) for rate in SWEEP["learning_rate"] for seed in SWEEP["seed"]]
-        for index, (rate, seed) in enumerate(pairs):
-            alone = make_stack(kind, one_device, state_dtype="float64", learning_rate=(rate,), seed=(seed,), **EXTRAS)
-            state, _ = run(alone, batches())
+        single = functools.partial(make_stack, kind, one_device, state_dtype="float64", **EXTRAS)
+        stacks = [single(learning_rate=(rate,), seed=(seed,)) for rate, seed in pairs]
+        for index, alone in enumerate(stacks):
+            state, _ = run(alone, batches(), like=stacks[0])
             for name, value in state.params.items():
                 np.testing.assert_allclose(
                     together.params[name][index], value[0], rtol=1e-9, atol=1e-12, err_msg=f"{name} of member {index}"
@@ -138,7 +142,7 @@ def test_members_that_are_left_are_trained_on_a_mesh_that_divides_them(tmp_path,
 SIX = dict(seed=(1, 2, 3, 4, 5, 6), auxk=0.03, resample_every=4, resample_from="errors", dead_tokens=60)
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("kind", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)])
 def test_however_many_go_at_once_they_end_alike_in_fp64(kind, one_device):
     with jax.enable_x64(True):
         halves, ends = make_mesh(MeshConfig(member=2, data=4)), []
