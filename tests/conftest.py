@@ -74,10 +74,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.15)
 LONGEST = (
     "processes configs_run steering study_run model_input ground_truth_stage report transfer_stage "
     "meshes kinds answer_tokens expansions crosscoder_stages null_and_power interpret_stages widening "
-    "circuits_stage library_calls torch_model cross_layer_training engine_worlds new_behaviour planted_circuit "
-    "ablation_measurements baseline ablate_stage criteria preflight_stage detectors "
-    "explain_binary family_parity cluster_stage stages settings_read library generation killed_processes world "
-    "sinks benchmark patch_stage reuse precision stack_members collectives planted_crosscoders track_stage "
+    "circuits_stage library_calls torch_model cross_layer_training new_behaviour planted_circuit "
+    "ablation_measurements baseline criteria preflight_stage detectors "
+    "family_parity cluster_stage stages settings_read library generation killed_processes world "
+    "sinks benchmark reuse precision stack_members collectives planted_crosscoders track_stage "
     "cross_layer_scores pretrained decoder attribute_stage effects local_model docs serve_saes evaluate probing "
     "step algorithms"
 )

@@ -1,6 +1,7 @@
 """Imports go one way: the library knows no stage, no workdir, no flag and no page; torch stays where it belongs."""
 
 import ast
+import functools
 import subprocess
 import sys
 import time
@@ -23,7 +24,12 @@ WITH_TORCH = "torch_hooks torch_model source checkpoint model_cache"
 TORCH_MAY_BE_IN = {"saejax.activations.torch_capture"} | {f"saejax.models.{name}" for name in WITH_TORCH.split()}
 # Loaded where they are used: torch and transformers, what an extra installs, and what would take seconds of --help.
 LAZY = "torch transformers wandb gguf accelerate openai starlette uvicorn datasets sklearn pandas"
-IMPORTS = {module: import_names(tree) for module, tree in TREES.items()}
+
+
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """What each module imports, wherever in it."""
+    return {module: import_names(tree) for module, tree in TREES.items()}
 
 
 def part(name: str) -> str:
@@ -32,6 +38,7 @@ def part(name: str) -> str:
     return pieces[1] if pieces[0] == "saejax" and len(pieces) > 1 else ""
 
 
+@functools.cache
 def at_the_top(tree: ast.Module) -> set[str]:
     """The modules that a file imports when it is loaded, those for type checkers left out."""
     lazy = {
@@ -54,7 +61,7 @@ def test_the_library_knows_no_stage_workdir_flag_or_page():
     for module, tree in TREES.items():
         if module == "saejax" or part(module) in ("", *SHELL):
             continue
-        names = at_the_top(tree) if module in PAGES_OF_NOTEBOOKS else IMPORTS[module]
+        names = at_the_top(tree) if module in PAGES_OF_NOTEBOOKS else imports()[module]
         wrong += [f"{module} imports {name}" for name in names if part(name) in SHELL]
         wrong += [f"{module} imports {name}" for name in names if name.split(".")[0] == "absl" and "flags" in name]
     assert not wrong, "\n".join(sorted(wrong))
@@ -66,16 +73,16 @@ def test_packages_of_the_library_import_one_way():
         if part(module) not in LIBRARY:
             continue
         above = LIBRARY[LIBRARY.index(part(module)) + 1 :]
-        wrong += [f"{module} imports {name}" for name in IMPORTS[module] if part(name) in above]
+        wrong += [f"{module} imports {name}" for name in imports()[module] if part(name) in above]
     assert not wrong, "\n".join(sorted(wrong))
 
 
 def test_imports_inside_a_package_go_one_way():
     for package, names in INSIDE.items():
         order = names.split()
-        for module in (module for module in IMPORTS if module.startswith(f"saejax.{package}.")):
+        for module in (module for module in imports() if module.startswith(f"saejax.{package}.")):
             source = module.split(".")[2]
-            for pieces in (name.split(".") for name in IMPORTS[module]):
+            for pieces in (name.split(".") for name in imports()[module]):
                 if pieces[:2] == ["saejax", package] and len(pieces) > 2 and pieces[2] != source:
                     assert order.index(source) < order.index(pieces[2]), f"{module} must not import {pieces}"
 
@@ -86,13 +93,9 @@ def test_imports_are_ordinary():
     wrong = []
     for module, tree in TREES.items():
         if module not in {"saejax", *PAGES_OF_NOTEBOOKS, *lazy}:
-            inside = IMPORTS[module] - at_the_top(tree)
-            typed = {
-                name
-                for node in ast.walk(tree)
-                if isinstance(node, ast.If)
-                for name in import_names(tree, [*ast.walk(node)])
-            }
+            inside = imports()[module] - at_the_top(tree)
+            conditions = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+            typed = import_names(tree, [inner for node in conditions for inner in ast.walk(node)])
             wrong += [f"{module} imports {name} inside" for name in inside - typed if part(name) and name not in lazy]
         if module not in lazy:
             wrong += [f"{module} loads {name}" for name in at_the_top(tree) if name.split(".")[0] in LAZY.split()]
@@ -100,7 +103,7 @@ def test_imports_are_ordinary():
 
 
 def test_torch_is_imported_in_few_places():
-    using = {module for module, names in IMPORTS.items() if any(name.split(".")[0] == "torch" for name in names)}
+    using = {module for module, names in imports().items() if any(name.split(".")[0] == "torch" for name in names)}
     assert using <= TORCH_MAY_BE_IN
 
 
