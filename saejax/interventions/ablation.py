@@ -74,6 +74,7 @@ FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of T, for the figure
 MIN_FIRING = 0.05  # share of test prompts on which a feature of a random list fires, at least
 LIKELY = 40  # a placebo token is among this many most likely ones
 TOKENS = 80  # placebo tokens, at least: each is in at most four pairs
+STEPS = 10  # of the path of integrated attribution: Marks et al. use as many
 RANKED = 400  # likeliest tokens of each prompt among which other answers are looked for
 TEXT_LENGTH = 32  # tokens of a held-out document
 #: Further right answers of a behaviour, as text: they are no other questions to which T should be indifferent.
@@ -172,7 +173,11 @@ class BehaviourAblation:
         seed = np.uint32(config.seed) if config.replacement == "random" else None
         self.replacement = ActivationReplacement(config.replacement, mean_F=mean_F, seed=seed)
         self.progress.check()
-        self.attribution_F = self.attribute(shared.slopes) if shared else self.mean_attribution(self.train_runs)
+        # Slopes along the path of one dictionary are not those of another.
+        if shared and not self.steps:
+            self.attribution_F = self.attribute(shared.slopes)
+        else:
+            self.attribution_F = self.mean_attribution(self.train_runs)
         self.like = None
 
     def _reads_like(self, other: "BehaviourAblation") -> bool:
@@ -184,6 +189,11 @@ class BehaviourAblation:
     def with_basis(self, basis: Dictionary, like: "BehaviourAblation | None" = None) -> Self:
         """Return the ablation of another basis on the behaviour, with the clean runs and slopes of ``like``."""
         return dataclasses.replace(self, basis=basis, features=None, like=like)
+
+    @property
+    def steps(self) -> int:
+        """The points over which slopes are averaged; 0: the slope without an edit."""
+        return STEPS if self.config.attribution == "integrated" else 0
 
     @functools.cached_property
     def slopes(self) -> Any:
@@ -205,7 +215,7 @@ class BehaviourAblation:
 
     def mean_attribution(self, runs: Sequence[CleanRun]) -> np.ndarray:
         """Return each feature's attribution, mean over the prompts of some clean runs, [F]."""
-        attribution_NxF = attribution(self.split, runs, self.replacement)
+        attribution_NxF = attribution(self.split, runs, self.replacement, self.steps)
         self.progress.check()
         # float64, because features of nearly equal attribution are ranked.
         return attribution_NxF.mean(axis=0, dtype=np.float64)
@@ -319,8 +329,8 @@ class BehaviourAblation:
         texts = [self.lm.tokenizer.decode([int(token)]) for token in tokens]
         # A swapped activation is one draw of a random one: targets are ranked by what zero ablation would do.
         source = ActivationReplacement() if self.replacement.kind == "counterpart" else self.replacement
-        # Mean activations are those of each dictionary's features.
-        groups = [[each] for each in sharing] if source.kind == "mean" else [sharing]
+        # Mean activations are those of each dictionary's features, and so is the path.
+        groups = [[each] for each in sharing] if source.kind == "mean" or self.steps else [sharing]
         for group in groups if len(pairs_Rx2) else ():
             # Attribution is linear in the target: that of a pair is the difference of both tokens' against a third.
             attributions = target_attributions(
@@ -329,6 +339,7 @@ class BehaviourAblation:
                 np.stack([tokens[1:], np.broadcast_to(tokens[0], len(tokens) - 1)], axis=1),
                 group[0].replacement if source.kind == "mean" else source,
                 self.progress.of_call(len(tokens) * len(self.train)),
+                self.steps,
             )
             for each, attribution_SxF in zip(group, attributions, strict=True):
                 score_NxF = np.concatenate([0 * attribution_SxF[:1], attribution_SxF])
@@ -485,6 +496,8 @@ def expected_rows(
     edits += 2 * len(sufficiency.SIZES) * kept
     tokens = max(TOKENS, config.placebo_targets) if config.placebo_targets else 0
     chosen = tokens * min(train, config.attribution_prompts or train)  # for all dictionaries at once
+    if config.attribution == "integrated":
+        chosen *= STEPS * trainings
     return test * edits + chosen + documents * trainings
 
 

@@ -49,6 +49,12 @@ class AblateConfig(Config):
     )
     random_sets: int = shared.random_sets()
     placebo_targets: int = shared.placebo_targets()
+    attribution: str = setting(
+        "gradient",
+        "estimate that ranks features: activation times gradient (gradient), or the gradient averaged over ten points "
+        "on the way to where all features are replaced (integrated), which takes ten times as long",
+        choices=("gradient", "integrated"),
+    )
     attribution_prompts: int = setting(
         0, "number of train prompts that rank features, for the answers and for placebo targets alike; 0: all", low=0
     )

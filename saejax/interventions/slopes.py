@@ -8,10 +8,15 @@ the first-order estimate of how much L falls when the feature is removed, x_t ->
 (attribution patching; Nanda, 2023; for dictionaries, Marks et al., 2024, arXiv 2403.19647). With a replacement r of
 activations, f_{t,i} - r_{t,i} stands for f_{t,i}; of random replacements their mean. Attribution chooses features;
 their effects are then measured exactly.
+
+Integrated attribution takes the mean slope along the straight path on which all features are replaced together, at the
+midpoints of ``steps`` equal parts, in place of the slope at its beginning (Sundararajan et al., 2017, arXiv 1703.01365;
+for features Marks et al., equation 4). The attributions of all features then add up to what replacing all of them
+costs.
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -135,13 +140,16 @@ def _likeliest(point: SplitPoint, most: int, params: decoder.Params, end_BxD: ja
     return jax.lax.with_sharding_constraint(jax.lax.top_k(logits_BxV, most)[1], sharding(point.mesh))
 
 
-def attribution(split: SplitModel, runs: Sequence[CleanRun], source: ActivationReplacement = ZERO) -> np.ndarray:
+def attribution(
+    split: SplitModel, runs: Sequence[CleanRun], source: ActivationReplacement = ZERO, steps: int = 0
+) -> np.ndarray:
     """Return activation x slope of every feature on every prompt.
 
     Args:
       split: the model, split at the site that the dictionary writes to.
       runs: from ``split.run``, with counterparts for the source ``counterpart``; N prompts in all.
       source: what replaces activations.
+      steps: points of the path over which slopes are averaged; 0: the slope without an edit.
 
     Returns:
       fp32 [N, F] in logits; above 0 where ablating the feature should lower the logit difference.
@@ -158,9 +166,10 @@ def attribution(split: SplitModel, runs: Sequence[CleanRun], source: ActivationR
             if source.kind == "counterpart" and run.counterpart:
                 arrays = tuple(split.by_row(run.counterpart.read_BxTxD[part], run.counterpart.domain_BxT[part]))
             model, targets_1xBx2 = (split.point, split.params, [split.dictionary]), run.answers_Bx2[None, part]
-            (scores_1xBxF,) = score_targets(*model, [rows], None, targets_1xBx2, source, [arrays])
             index_P = run.index_P[part]
-            attribution_NxF[index_P] = to_host(scores_1xBxF)[0, : len(index_P)]
+            for some in _along_path(split, rows, source, arrays, steps):
+                (scores_1xBxF,) = score_targets(*model, [some], None, targets_1xBx2, source, [arrays])
+                attribution_NxF[index_P] += to_host(scores_1xBxF)[0, : len(index_P)] / max(steps, 1)
     if not np.isfinite(attribution_NxF).all():
         raise UserError(_not_finite(split.point))
     return attribution_NxF
@@ -172,6 +181,7 @@ def target_attributions(
     targets_Rx2: np.ndarray,
     source: ActivationReplacement = ZERO,
     on_progress: OnProgress = silent,
+    steps: int = 0,
 ) -> list[np.ndarray]:
     """Return each feature's attribution for R pairs of tokens, mean over prompts, float64 [R, F] of each dictionary.
 
@@ -184,12 +194,13 @@ def target_attributions(
       targets_Rx2: token ids.
       source: what replaces activations; not ``counterpart``.
       on_progress: called with the pairs of a prompt and a target that are done and in total; may raise to stop.
+      steps: as for ``attribution``.
 
     Raises:
       UserError: the result is not finite.
     """
-    if any(split.point != splits[0].point for split in splits):
-        raise ValueError("slopes are shared by dictionaries of one site alone")
+    if any(split.point != splits[0].point for split in splits) or (steps and len(splits) > 1):
+        raise ValueError("slopes are shared by dictionaries of one site alone, and not on the path of one of them")
     model, count = (splits[0].point, splits[0].params, [split.dictionary for split in splits]), len(targets_Rx2)
     # Targets are repeated to fill the last group: one program for all.
     padded = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 1, 2)).astype(np.int32)
@@ -205,13 +216,42 @@ def target_attributions(
             for first in range(0, len(padded) if real_B.any() else 0, TARGETS):
                 on_progress(done, count * prompts)
                 chunk = slice(first, first + TARGETS)
-                scores = score_targets(*model, rows, real_B, targets[chunk], source, sums)
-                for total, scores_CxF in zip(totals, scores, strict=True):
-                    total[chunk] += to_host(scores_CxF)
+                for some in _along_path(splits[0], rows[0], source, sums[0], steps):
+                    scores = score_targets(*model, [some, *rows[1:]], real_B, targets[chunk], source, sums)
+                    for total, scores_CxF in zip(totals, scores, strict=True):
+                        total[chunk] += to_host(scores_CxF) / max(steps, 1)
                 done += int(real_B.sum()) * min(TARGETS, count - first)
     if not all(np.isfinite(total).all() for total in totals):
         raise UserError(_not_finite(splits[0].point))
     return [total[:count] / prompts for total in totals]
+
+
+def _along_path(
+    split: SplitModel, rows: SiteRows, source: ActivationReplacement, arrays: tuple[jax.Array, ...], steps: int
+) -> Iterator[SiteRows]:
+    """Yield the rows at the midpoints of ``steps`` parts of the path; the rows themselves if that is 0."""
+    if not steps:
+        yield rows
+    for step in range(steps):
+        share = np.float32((step + 0.5) / steps)
+        value_BxTxD = _replace_share(split.point, split.dictionary, rows, source, arrays, share)
+        yield rows._replace(value_BxTxD=value_BxTxD)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _replace_share(
+    point: SplitPoint,
+    dictionary: Dictionary,
+    rows: SiteRows,
+    source: ActivationReplacement,
+    source_arrays: tuple[jax.Array, ...],
+    share: jax.Array,
+) -> jax.Array:
+    """Return the site's value where a share of every activation is replaced, [B, T, D]."""
+    fall_BxTxF = share * _mean_fall(dictionary, rows, source, source_arrays)
+    W_dec_FxD = dictionary.W_dec_FxD[...].astype(fall_BxTxF.dtype)
+    value_BxTxD = rows.value_BxTxD.astype(fall_BxTxF.dtype) - matmul(fall_BxTxF, W_dec_FxD)
+    return jax.lax.with_sharding_constraint(value_BxTxD.astype(rows.value_BxTxD.dtype), sharding(point.mesh))
 
 
 def answer_slopes(split: SplitModel, runs: Sequence[CleanRun]) -> list[list[np.ndarray]]:

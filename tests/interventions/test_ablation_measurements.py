@@ -22,6 +22,7 @@ from saejax.interventions.answers import AblateResults, VerdictConfig, mean_inte
 from saejax.interventions.controls import Changes, scaled_sets, token_pairs
 from saejax.interventions.importance import Importance
 from saejax.interventions.settings import AblateConfig
+from saejax.interventions.slopes import attribution
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.sufficiency import keep_features
 from saejax.interventions.table import RANKS, TESTED
@@ -83,6 +84,16 @@ def test_likely_tokens_that_are_answers_are_no_placebo_targets(tiny, dictionary,
     drawn = {tiny.tokenizer.decode([token]).strip() for token in tokens.tolist()}
     assert len(drawn) > 10
     assert drawn and not any(answer.strip().startswith(text) for text in drawn for answer in ids)
+
+
+def test_features_are_ranked_by_the_chosen_estimate(tiny, dictionary, make_prompt):
+    config, prompts = AblateConfig(top=TOP, attribution="integrated"), make_prompts(make_prompt, "only")
+    ranked = BehaviourAblation(tiny, dictionary, "only", prompts, config, RowProgress())
+    again = ranked.with_basis(dictionary, like=ranked).attribution_F
+    expected_F = attribution(ranked.split, ranked.train_runs, steps=10).mean(axis=0, dtype=np.float64)
+    np.testing.assert_array_equal(ranked.attribution_F, expected_F)
+    np.testing.assert_array_equal(again, expected_F)
+    assert np.abs(expected_F - attribution(ranked.split, ranked.train_runs).mean(axis=0)).max() > 1e-4
 
 
 def test_draws_of_another_behaviour_do_not_depend_on_a_third(tiny, dictionary, make_prompt):

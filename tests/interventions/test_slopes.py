@@ -9,7 +9,8 @@ import pytest
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions import slopes, split_model
-from saejax.interventions.edits import ActivationReplacement
+from saejax.interventions.edits import ActivationReplacement, mask
+from saejax.interventions.engine import run_edits
 from saejax.interventions.split_model import GROUP_TOKENS, SplitModel, groups_by_length, prompts_at_once
 from saejax.models import language_model
 from saejax.models.config import RunRules
@@ -40,6 +41,25 @@ def test_attribution_equals_torch_autograd_and_relevance_its_rules(tiny, prompts
             wanted_F = run.attribution()
         assert_attributed(relevance_NxF[p], wanted_F)
         assert np.abs(gradient_NxF[p] - wanted_F).max() > 0.05 * np.abs(wanted_F).max()
+
+
+@pytest.mark.parametrize("kind", ["zero", "counterpart"])
+def test_integrated_attributions_add_up_to_what_replacing_all_features_costs(tiny, pairs, dictionary, kind):
+    split, few, source = SplitModel(tiny, dictionary), pairs[:6], ActivationReplacement(kind)
+    runs = split.run(few, counterparts=kind == "counterpart")
+    every = mask(dictionary, [range(dictionary.config.n_features)], replacement=source)
+    clean_P, replaced_P = run_edits(split, runs, every)["logit_diff"]
+    gradient_P, coarse_P, fine_P = (slopes.attribution(split, runs, source, n).sum(axis=1) for n in (0, 4, 32))
+    scale = np.abs(clean_P - replaced_P).max()
+    np.testing.assert_allclose(fine_P, clean_P - replaced_P, atol=2e-3 * scale)
+    errors = [np.abs(each - (clean_P - replaced_P)).max() for each in (gradient_P, coarse_P, fine_P)]
+    assert errors[2] < errors[1] < errors[0]
+    if kind == "zero":  # placebo targets are ranked by the same estimate
+        alone = split.run(
+            [prompt for prompt in few if (prompt.correct, prompt.wrong) == (few[0].correct, few[0].wrong)]
+        )
+        (score_1xF,) = slopes.target_attributions([split], [alone], alone[0].answers_Bx2[:1], source, steps=4)
+        assert_attributed(slopes.attribution(split, alone, source, 4).mean(axis=0), score_1xF[0])
 
 
 def test_with_counterparts_their_activations_stand_in(tiny, pairs, dictionary, plain):

@@ -14,7 +14,7 @@ from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
 from saejax.flops import pass_flops
 from saejax.interventions import slopes
-from saejax.interventions.ablation import TOKENS, expected_rows
+from saejax.interventions.ablation import STEPS, TOKENS, expected_rows
 from saejax.interventions.edits import ActivationReplacement, filled_features
 from saejax.interventions.engine import FEATURES
 from saejax.interventions.rows import CleanValues, few_rows, full_batch, gather, run_rows
@@ -92,7 +92,8 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     named: Mapping[str, Sequence[Prompt]] = {str(number): test for number in range(behaviours)}
     edited_rows = _FIRING * behaviours * expected_rows(ablate, named, "0", used.n_features)
     ranked = behaviours * min(ablate.attribution_prompts or task.train_prompts, task.train_prompts) / PROMPTS
-    attributions = ranked * (trainings + len(ablate.baselines))
+    points = STEPS if ablate.attribution == "integrated" else 1
+    attributions = ranked * points * (trainings + len(ablate.baselines))
     size = f"{PROMPTS} prompts of {length} tokens"
     counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, kept_dtype))
 
@@ -120,7 +121,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     if ablate.placebo_targets:
         sharing = trainings if ablate.error == "keep" else 1  # dictionaries of the site
         tokens = max(TOKENS, ablate.placebo_targets)
-        calls = ranked * PROMPTS / slopes.TARGET_PROMPTS * tokens / slopes.TARGETS
+        calls = ranked * points * PROMPTS / slopes.TARGET_PROMPTS * tokens / slopes.TARGETS
         sizes = slopes.TARGET_PROMPTS, slopes.TARGETS, sharing
         programs.append(attribution_program("placebo attribution", *sizes, calls))
 
