@@ -136,7 +136,7 @@ def test_summaries_say_what_was_done(tmp_path):
     assert summary["results"] == {"unit": "train/topk"} and summary["files"] == {"out.txt": 10}
 
 
-def test_a_dry_run_says_what_would_be_done_and_why_and_writes_nothing(tmp_path):
+def test_a_dry_run_says_what_would_be_done_and_why_and_writes_nothing(tmp_path, monkeypatch):
     """Of units that are done, changed, half made, and read by others that are."""
     dry, workdir = RunOptions(dry_run=True), tmp_path / "run"
 
@@ -158,3 +158,7 @@ def test_a_dry_run_says_what_would_be_done_and_why_and_writes_nothing(tmp_path):
     with pytest.raises(Interrupted):
         go(workdir, stopped=["train/topk"], train__k=(3,))
     assert planned(train__k=(3,))["train/topk"] == "to resume"
+    # Only the cluster knows the number of processes: a dry run takes that of the last preflight.
+    monkeypatch.setattr(pipeline, "join", lambda mesh, say: dataclasses.replace(mesh, processes=2))
+    assert go(workdir, ["preflight"], mesh__distributed="auto") == ["preflight"]
+    assert planned(mesh__distributed="auto")["preflight"] == "done, reused"

@@ -19,6 +19,7 @@ from typing import Any
 from saejax import config as configuration
 from saejax.config import Configs
 from saejax.errors import CheckFailed, Interrupted, OtherFailed, UserError, one_of
+from saejax.files import read_object
 from saejax.models.settings import ModelConfig
 from saejax.models.source import runs_in_torch
 from saejax.parallel.cluster import check_same, join, joined_processes, process_label
@@ -32,7 +33,7 @@ from saejax.runner.registry import all_stages, flag_of, groups_of
 from saejax.runner.stage import split_unit
 from saejax.runner.usage import check_budget, count_hours, forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.runner.workplan import Workplan
-from saejax.runner.workspace import SUMMARY, Run, StackWork, Workspace, now
+from saejax.runner.workspace import STARTED, SUMMARY, Run, StackWork, Workspace, now
 from saejax.versions import package_versions
 
 _OF_PROCESS = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ between processes of a run
@@ -121,6 +122,7 @@ def run_stages(
     if not options.keep_going:  # which makes what can be made
         Workplan(configs).check(units)
     if options.dry_run:
+        configs |= _expected_mesh(configs[MeshConfig], workspace, say)
         for line in describe_plan(plan_units(Workplan(configs), workspace, units)):
             say(line)
         return
@@ -165,6 +167,17 @@ def run_stages(
     if failed:
         lines = "; ".join(f"{unit}: {why}" for unit, why in failed.items())
         raise CheckFailed(f"{len(failed)} of {len(units)} units: {lines}")
+
+
+def _expected_mesh(mesh: MeshConfig, workspace: Workspace, say: Callable[[str], None]) -> MeshConfig:
+    """Return the mesh with the number of processes as in the last preflight, where only the cluster will tell it."""
+    previous = workspace.current("preflight")
+    if mesh.distributed != "auto" or previous is None:
+        return mesh
+    settings = read_object(previous / STARTED, "depends_on")["depends_on"]["settings"]
+    count = settings["mesh"]["processes"]
+    say(f"--mesh.distributed=auto: the plan is for {count} processes, as many as the last preflight here had")
+    return dataclasses.replace(mesh, processes=count)
 
 
 def _check_keep_going(options: RunOptions, configs: Configs) -> None:

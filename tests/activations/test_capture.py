@@ -18,6 +18,8 @@ from saejax.activations.writer import StoreWriter
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
 from saejax.models.settings import ModelConfig
+from saejax.parallel.collectives import is_alone
+from saejax.parallel.settings import MeshConfig
 from saejax.stages.capture import run as capture
 
 
@@ -265,6 +267,17 @@ def test_a_finished_shard_that_was_damaged_is_made_again(setup, uninterrupted):
     shard.write_bytes(shard.read_bytes()[:-4] + b"\0\0\0\0")
     setup.capture("damaged", **RESUMED)
     assert files(store.folder) == uninterrupted
+
+
+def test_each_of_several_processes_reads_with_its_own_devices(setup, monkeypatch):
+    """Also where the model is loaded before the plan is made, to learn the width of a module."""
+    loaded = []
+    monkeypatch.setattr(capture, "load_reader", lambda *arguments: loaded.append(is_alone()) or 1 / 0)
+    for processes in (2, 1):
+        run = setup.make_run("alone", mesh=MeshConfig(processes=processes), sites=("module:model.layers.0",))
+        with pytest.raises(ZeroDivisionError):
+            capture.run_capture(run)
+    assert loaded == [True, False]
 
 
 @pytest.mark.parametrize("other", [dict(corpus=dict(max_tokens=150)), dict(backend="jax")], ids=["corpus", "backend"])

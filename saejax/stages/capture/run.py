@@ -59,7 +59,8 @@ def run_capture(run: Run) -> CaptureResults:
     reader: Reader | None = None
     site_widths = request.widths()
     if site_widths is None:  # modules tell their width only when they run
-        reader = load_reader(mesh, request, config)
+        with _alone_of_several(mesh):
+            reader = load_reader(mesh, request, config)
         site_widths = reader.widths
     backend = "torch" if request.needs_torch else config.backend
     widths = {str(site): width for site, width in site_widths.items()}
@@ -110,13 +111,18 @@ def run_capture(run: Run) -> CaptureResults:
     )
 
 
+def _alone_of_several(mesh: MeshConfig) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a process of several uses its own devices alone, as it does to make its shards."""
+    return alone() if mesh.processes > 1 else contextlib.nullcontext()
+
+
 def _plan_capture(run: Run, request: CaptureRequest) -> Plan:
     """Return the plan of the documents that are captured."""
     config = run.configs[CaptureConfig]
     whole = text_documents(run, request)
     documents = whole.sample(config.tokens) if config.tokens else whole
     seed, mesh = run.configs[CorpusConfig].seed, run.configs[MeshConfig]
-    with alone() if mesh.processes > 1 else contextlib.nullcontext():
+    with _alone_of_several(mesh):
         devices = batch_devices(mesh, request, config)
     plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, seed, whole, devices)
     if not plan.rows:
