@@ -10,5 +10,5 @@ from saejax.config import Config, setting
 class EvaluateConfig(Config):
     """Held-out scores of dictionaries."""
 
-    ce_documents: int = setting(200, "held-out documents on which cross-entropy is measured; 0: all", low=0)
+    ce_documents: int = setting(40, "held-out documents on which cross-entropy is measured; 0: all", low=0)
     batch_tokens: int = shared.analysis_batch_tokens()

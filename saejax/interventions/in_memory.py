@@ -41,7 +41,7 @@ class Ablation:
     importance: Mapping[str, Importance] | None = None
 
 
-def make_prompts(lm: LanguageModel, behaviour: str, train: int = 80, test: int = 100, seed: int = 42) -> list[Prompt]:
+def make_prompts(lm: LanguageModel, behaviour: str, train: int = 80, test: int = 20, seed: int = 42) -> list[Prompt]:
     """Draw the prompts of a behaviour that comes with saejax, as the stage ``baseline`` does.
 
     Args:

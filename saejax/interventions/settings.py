@@ -56,7 +56,7 @@ class AblateConfig(Config):
         choices=("gradient", "integrated"),
     )
     attribution_prompts: int = setting(
-        0, "number of train prompts that rank features, for the answers and for placebo targets alike; 0: all", low=0
+        24, "number of train prompts that rank features, for the answers and for placebo targets alike; 0: all", low=0
     )
     untrained: bool = setting(True, "ask whether training mattered: compare with untrained dictionaries")
     untrained_dictionaries: int = setting(
@@ -206,10 +206,10 @@ class StudyConfig(Config):
     )
     top: int = setting(10, "number of features, ranked by attribution on train items, that are ablated", low=1)
     random_sets: int = setting(
-        199, "random lists of features of the same dose that the top ones are compared with", low=1
+        79, "random lists of features of the same dose that the top ones are compared with", low=1
     )
     placebo_targets: int = setting(
-        199,
+        79,
         "placebo targets, other items' reference answers of equal length, whose top features the top ones are compared "
         "with",
         low=0,

@@ -26,7 +26,7 @@ class TaskConfig(Config):
     )
     train_prompts: int = setting(80, "prompts per behaviour that select features", low=2, only=("",))
     test_prompts: int = setting(
-        100, "prompts per behaviour on which the selected features are tested", low=2, only=("",)
+        20, "prompts per behaviour on which the selected features are tested", low=2, only=("",)
     )
     seed: int = setting(42, "seed of the choice of prompts, of benchmark examples and of the bootstrap", low=0)
     gate: float = setting(

@@ -10,6 +10,8 @@ from preflight_setup import CONFIGS
 
 from saejax.preflight import topology
 from saejax.runner import command
+from saejax.runner.flags import flag_fields
+from saejax.runner.registry import all_groups
 from saejax.stages.preflight import run as checks
 
 SHAPES = CONFIGS / "shapes"
@@ -58,6 +60,12 @@ def test_one_model_is_planned(tmp_path, inputs, capsys):
     assert results["disk_bytes"] > 0 and results["host_bytes"] > 0
     assert "device-hours" in capsys.readouterr().out
     assert preflight(*runs.small_flags(*inputs, tmp_path)) == 0
+    assert checks.describe_long_run(results["seconds"]) == ""
+    for stage in results["seconds"]:  # the last line before a long run starts
+        line = checks.describe_long_run(results["seconds"] | {stage: 7200.0})
+        assert f"about 2.0 hours, 2.0 of them in {stage}: {checks.SHORTENING[stage]} shortens it" in line
+    flags = {name for group, config in all_groups().items() for name in flag_fields(group, config)}
+    assert {flag.removeprefix("--") for flag in checks.SHORTENING.values()} <= flags
     assert "done before, unchanged" in capsys.readouterr().out
     assert preflight(*runs.small_flags(*inputs, tmp_path, preflight__transcoder_features=9)) == 0
     assert "--preflight.transcoder_features was 0, is 9" in capsys.readouterr().out

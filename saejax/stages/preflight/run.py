@@ -1,7 +1,7 @@
 """The stage ``preflight``: compile what will run, and say whether it fits and how long it takes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -38,6 +38,14 @@ _ADVICE = (
     "use more devices and --mesh.model, --model.dtype=bfloat16, --capture.dtype=bfloat16, a smaller batch of the "
     "program that is named, --train.members_at_once=1 or --train.zero_optimizer"
 )
+#: Of each stage whose time is estimated, the flag that shortens it most.
+SHORTENING = dict(
+    capture="--corpus.max_tokens",
+    train="--train.epochs",
+    evaluate="--evaluate.ce_documents",
+    ablate="--task.test_prompts",
+    benchmark="--task.examples",
+)
 # Largest relative error that passes: what another order of sums makes of float32, and rounding of bfloat16.
 TOLERANCE = dict(float32=1e-4, bfloat16=0.05)
 
@@ -73,7 +81,25 @@ def run_preflight(run: Run) -> PreflightResults:
         results = _with_resources(run, results, plans[0], place)
     if config.parity:
         results = dataclasses.replace(results, parity={shape.path: _check_parity(run, shape.path) for shape in shapes})
+    if long := describe_long_run(results.seconds or {}):
+        run.say(long)  # last, so that it is not missed
     return results
+
+
+def describe_long_run(seconds: Mapping[str, float]) -> str:
+    """Return the line about a run of more than an hour: its longest stage, and the flag that shortens it; else "".
+
+    Args:
+      seconds: expected seconds of each stage.
+    """
+    total = sum(seconds.values())
+    if total <= 3600:
+        return ""
+    longest = max(seconds, key=lambda stage: seconds[stage])
+    return (
+        f"this run will take about {total / 3600:.1f} hours, {seconds[longest] / 3600:.1f} of them in {longest}: "
+        f"{SHORTENING[longest]} shortens it; Ctrl-C stops it, and keeps what is finished"
+    )
 
 
 def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bool) -> list[PlannedRun]:
