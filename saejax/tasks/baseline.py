@@ -85,7 +85,7 @@ def summarize(drawn: Drawn, scores: Sequence[PromptScore], task: TaskConfig) -> 
     p_value, why = gate(sum(right), len(right), task.gate)
     return BaselineBehaviour(
         **splits,
-        flags=_flags(splits),
+        flags=(*_flags(splits), *_one_answer(drawn.prompts)),
         examples=tuple(examples),
         p_value=p_value,
         left_out=why or None,
@@ -108,6 +108,14 @@ def _split_scores(rows: Sequence[PromptScore], task: TaskConfig) -> BaselineScor
         answer_accuracy=wilson(whole_Nx2[:, 0] > whole_Nx2[:, 1]),
         log_likelihood=mean(whole_Nx2[:, 0]),
     )
+
+
+def _one_answer(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """Return a sentence if a model that gives one answer whatever it reads would be right on every prompt."""
+    answers = {prompt.correct for prompt in prompts}
+    if len(answers) > 1 or any(prompt.counterpart for prompt in prompts):
+        return ()
+    return (f"the right answer is {answers.pop()!r} in every prompt, and no prompt has a counterpart",)
 
 
 def _flags(splits: Mapping[str, BaselineScores]) -> tuple[str, ...]:

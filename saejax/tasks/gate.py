@@ -3,7 +3,7 @@
 A behaviour passes where the model is right on more of its train prompts than guessing between the two answers would be:
 an exact binomial test of accuracy <= 1/2, one-sided, at the level ``--task.gate``. Train prompts decide, so that the
 test prompts, which judge, are not chosen by what the model makes of them. The stage ``baseline`` writes what is left
-out to ``left_out.json``; the stages that test behaviours ask ``read_tested``.
+out, and what is tested though it is weak, to ``gate.json``; the stages that test behaviours ask ``read_tested``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saejax.errors import UserError, one_of
-from saejax.files import read_json, write_json
+from saejax.files import read_object, write_json
 from saejax.tasks.behaviours import Prompt, read_prompts
 
-_FILE = "left_out.json"
+_FILE = "gate.json"
 
 
 class Tested(NamedTuple):
@@ -22,6 +22,11 @@ class Tested(NamedTuple):
 
     prompts: dict[str, list[Prompt]]
     left_out: dict[str, str]
+    weak: dict[str, str]  #: weak points of behaviours that are tested, in words
+
+    def mark(self, name: str) -> str:
+        """Return what a line about a behaviour says behind its name: " (weak: ...)", or "" if it is not weak."""
+        return f" (weak: {self.weak[name]})" if name in self.weak else ""
 
 
 def gate(right: int, n: int, level: float) -> tuple[float, str]:
@@ -44,16 +49,16 @@ def gate(right: int, n: int, level: float) -> tuple[float, str]:
     )
 
 
-def write_left_out(folder: Path, left_out: Mapping[str, str]) -> None:
-    """Write the reason for each behaviour that is left out to the baseline's folder."""
-    write_json(folder / _FILE, dict(left_out))
+def write_gate(folder: Path, left_out: Mapping[str, str], weak: Mapping[str, str]) -> None:
+    """Write the reason for each behaviour that is left out, and weak points of the others, to the baseline's folder."""
+    write_json(folder / _FILE, dict(left_out=left_out, weak=weak))
 
 
 def read_tested(folder: Path, named: Sequence[str] = (), flag: str = "") -> Tested:
     """Return the behaviours of a baseline that the causal tests take.
 
     Args:
-      folder: folder of the unit "baseline"; without a file of left-out behaviours, all are taken.
+      folder: folder of the unit "baseline"; without a file of the gate, all are taken.
       named: names of the behaviours to take; empty: all.
       flag: the flag that names them, for messages.
 
@@ -63,12 +68,14 @@ def read_tested(folder: Path, named: Sequence[str] = (), flag: str = "") -> Test
     prompts: dict[str, list[Prompt]] = {}
     for prompt in read_prompts(folder / "prompts.jsonl"):
         prompts.setdefault(prompt.behaviour, []).append(prompt)
-    left_out = read_json(folder / _FILE) if (folder / _FILE).exists() else {}
+    written = read_object(folder / _FILE, "left_out", "weak") if (folder / _FILE).exists() else {}
+    left_out, weak = written.get("left_out", {}), written.get("weak", {})
     names = [one_of(name, prompts | left_out, f"behaviour ({flag})") for name in named] or list(prompts | left_out)
     kept = {name: prompts[name] for name in names if name not in left_out}
     if names and not kept:
         raise UserError(none_left({name: left_out[name] for name in names}))
-    return Tested(kept, {name: left_out[name] for name in names if name in left_out})
+    of_named = ({name: words[name] for name in names if name in words} for words in (left_out, weak))
+    return Tested(kept, *of_named)
 
 
 def none_left(left_out: Mapping[str, str]) -> str:

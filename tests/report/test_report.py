@@ -42,6 +42,8 @@ def test_both_say_the_answers_figures_scores_and_settings(report):
             "features that change the site as much cost",
             "training mattered",
             "Accuracy 0.70 on test prompts is below 0.80; separation −0.1 is below 1.00.",  # the flags
+            "Weak, so that the answers prove little: accuracy 0.70 on test prompts is below 0.80; separation −0.1",
+            "Two-digit addition (weak)",
             "−0.10 [−∞, 1.20]",
             "p-values are corrected by Holm's method over the behaviours within each question.",  # the rule
             "Of all 900 live features, each ablated alone, 40 have a significant effect",

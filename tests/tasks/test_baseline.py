@@ -21,7 +21,7 @@ from saejax.stages.baseline.run import run_baseline
 from saejax.tasks import baseline
 from saejax.tasks.answer_tokens import MERGED
 from saejax.tasks.behaviours import SCORES, PromptScore, read_prompts
-from saejax.tasks.draw import make_prompts
+from saejax.tasks.draw import Drawn, make_prompts
 from saejax.tasks.gate import gate, read_tested
 from saejax.tasks.settings import DEMO_BEHAVIOURS, TaskConfig
 
@@ -128,6 +128,11 @@ def test_weak_behaviours_are_flagged_in_words():
     assert summary_of([0.0] * 4).test.accuracy.mean == 0  # a tie is not a correct answer
     ignores_content = summary_of([2.0, 2.1], counterpart=0.0)
     assert ignores_content.test.counterpart_accuracy.mean == 0
+    drawn = make_prompts("agreement", 2, 2, 42, words).prompts
+    one_answer = [dataclasses.replace(prompt, correct=" is", counterpart="") for prompt in drawn]
+    scores = [PromptScore(2.0 + 0.1 * row, True, None, -1.0, -2.0) for row in range(4)]
+    (flag,) = baseline.summarize(Drawn(one_answer, {}), scores, TASK).flags
+    assert flag == "the right answer is ' is' in every prompt, and no prompt has a counterpart"
     told = [f"counterpart accuracy 0.000 on {split} prompts is below 0.800" for split in ("train", "test")]
     assert list(ignores_content.flags) == told
     json.dumps(to_json(summary_of([3.0] * 4)), allow_nan=False)
@@ -157,6 +162,10 @@ def test_behaviours_that_the_model_does_not_have_are_left_out(tmp_path, finished
     run_baseline(make_run(tmp_path / "none", finished[0], task, lines))
     assert lines[-1].startswith("no behaviour is left to test: agreement: the model does not have it")
     found = read_tested(tmp_path)
+    (tmp_path / "weak").mkdir()
+    run_baseline(make_run(tmp_path / "weak", finished[0], dataclasses.replace(task, gate=1.0), lines))
+    mark = read_tested(tmp_path / "weak").mark("agreement")
+    assert mark.startswith(" (weak: accuracy 0.000 on train prompts is below 0.800; ") and found.mark("capital") == ""
     assert list(found.prompts) == ["capital"] and len(found.prompts["capital"]) == 21
     assert found.left_out == dict(results.left_out)
     assert read_tested(tmp_path, ["capital"]).left_out == {}
@@ -164,7 +173,7 @@ def test_behaviours_that_the_model_does_not_have_are_left_out(tmp_path, finished
         read_tested(tmp_path, ["agreement"])
     with pytest.raises(UserError, match=r"unknown behaviour \(--x\) 'rhyme': expected one of agreement, capital"):
         read_tested(tmp_path, ["rhyme"], "--x")
-    (tmp_path / "left_out.json").unlink()  # as in a folder of before
+    (tmp_path / "gate.json").unlink()  # as in a folder of before
     assert list(read_tested(tmp_path).prompts) == ["agreement", "capital"]
 
 

@@ -46,11 +46,15 @@ def answer(findings: Findings, draw: Draw) -> Section:
     """Write the opening: a sentence and a picture for each behaviour, the table of answers, the rule."""
     ablate = findings.first(AblateResults)
     tested = ablate.verdict.dictionaries.get(TESTED, {})
+    baseline = findings.first(BaselineResults).behaviours
+    weak = {name: "; ".join(baseline[name].flags) for name in tested if name in baseline and baseline[name].flags}
     unit = next(unit for unit, summary in findings.summaries.items() if summary.stage == "ablate")
     table = load_effects(findings.folders[unit])
     blocks: list[Block] = []
     for name, result in tested.items():
         blocks.append(Text(headline(behaviour(name), result), strong=True))
+        if name in weak:
+            blocks.append(Text(f"Weak, so that the answers prove little: {signed(weak[name])}.", alarm=True))
         blocks.append(control_picture(f"ablation_{name}", behaviour(name), table, name, result, draw))
     note = (
         "Effect: logit difference lost when the top features are ablated, with its 95 % interval. Controls change the "
@@ -60,7 +64,9 @@ def answer(findings: Findings, draw: Draw) -> Section:
         "features alone are kept, all others at their means."
     )
     caption = f"The six questions, for the {ablate.k} top features of each behaviour"
-    rows = {behaviour(name): result for name, result in tested.items()}
+    if weak:
+        note += " Weak: the model itself is unsure of the behaviour, so that the answers of its row prove little."
+    rows = {f"{behaviour(name)}{' (weak)' if name in weak else ''}": result for name, result in tested.items()}
     blocks.append(table_of_answers(caption, "Behaviour", rows, note))
     if not any(result.placebo.answer == "yes" for result in tested.values()):
         blocks.append(Text("For no behaviour are the top features shown to be specific to its answer.", strong=True))

@@ -22,6 +22,7 @@ from saejax.progress import OnProgress
 from saejax.runner import parts, stacks
 from saejax.runner.workspace import Run
 from saejax.stages import inputs as run_inputs
+from saejax.tasks.gate import read_tested
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 
@@ -83,8 +84,9 @@ def run_ablate(run: Run) -> AblateResults:
     wait_for_all("ablate: effects written")  # by the first process
     table = merge_tables([load_effects(parts.part_file(run, name, "-effects")) for name in prompts])
     answers = verdict(table, verdict_config(config))
+    tested = read_tested(run.inputs["baseline"])
     for name in prompts:
-        run.say(f"{name}: {summarise(answers, name)}")
+        run.say(f"{name}{tested.mark(name)}: {summarise(answers, name)}")
     if is_first_process():
         save_effects(run.folder, table)
     importance = {name: results.importance for name, results in measured.items() if results.importance}

@@ -15,7 +15,7 @@ from saejax.stages.inputs import load_run_model
 from saejax.tasks.baseline import score_prompts, summarize
 from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts
 from saejax.tasks.draw import Drawn, TooFewPrompts, make_prompts
-from saejax.tasks.gate import none_left, write_left_out
+from saejax.tasks.gate import none_left, write_gate
 from saejax.tasks.own_prompts import read_own_prompts
 from saejax.tasks.results import BaselineBehaviour, BaselineResults
 from saejax.tasks.settings import TaskConfig
@@ -71,7 +71,8 @@ def run_baseline(run: Run) -> BaselineResults:
     prompts, scores = ([each for some in outcomes for each in getattr(some, of)] for of in ("prompts", "scores"))
     write_prompts(run.folder / "prompts.jsonl", prompts, scores)
     # Before the parts are removed: a run that stops in between still finds them.
-    write_left_out(run.folder, left_out)
+    weak = {name: "; ".join(result.flags) for name, result in behaviours.items() if result.flags}
+    write_gate(run.folder, left_out, {name: flags for name, flags in weak.items() if name not in left_out})
     shutil.rmtree(run.folder / PARTS, ignore_errors=True)
     return BaselineResults(behaviours, left_out or None)
 

@@ -19,6 +19,7 @@ def _check(configs: Configs) -> None:
 BASELINE = Stage(
     name="baseline",
     summary="measures the behaviours: accuracy and logit differences on train and test prompts",
+    revision=2,  # gate.json
     run=run_baseline,
     results=BaselineResults,
     groups=(ModelConfig, TaskConfig),

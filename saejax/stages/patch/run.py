@@ -42,6 +42,7 @@ from saejax.runner.workspace import Run
 from saejax.stages import inputs as run_inputs
 from saejax.statistics import bootstrap
 from saejax.tasks.behaviours import Prompt
+from saejax.tasks.gate import read_tested
 from saejax.tasks.scoring import wilson
 
 
@@ -113,8 +114,9 @@ def run_patch(run: Run) -> PatchResults:
         return SitePatchResults(run.name, positions_of(run.name, config), behaviours, unpatched)
     tables = [load_effects(run.folder / f"{name}-effects") for name in behaviours]
     answers = verdict(merge_tables(tables), VerdictConfig(resamples=config.bootstrap, seed=config.seed))
+    tested = read_tested(run.inputs["baseline"])
     for name in behaviours:
-        run.say(f"{name}: {summarise(answers, name)}")
+        run.say(f"{name}{tested.mark(name)}: {summarise(answers, name)}")
     return FeaturePatchResults(config.dictionary, dictionary.site, config.top, behaviours, unpatched, answers)
 
 
