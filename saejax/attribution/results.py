@@ -64,6 +64,7 @@ class GraphResults:
     unexplained: float
     seconds: float  #: time of tracing
     query_key: tuple[QueryScores, ...]  #: of each head of ``--graph.query_key``
+    empty: str | None = None  #: why no feature is kept, and what to change; None: some are
 
 
 @dataclasses.dataclass(frozen=True)

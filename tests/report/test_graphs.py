@@ -47,7 +47,11 @@ def add_units(root: Path, inputs: dict, units: dict[str, dict[str, dict]]) -> di
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
     """The report on a workspace with graphs of two sets of transcoders."""
-    wide = dict(paris=result(scores=dict(replacement=0.9, completeness=0.95)), flat=result(), bare=result())
+    wide = dict(
+        paris=result(scores=dict(replacement=0.9, completeness=0.95)),
+        flat=result(empty="No feature is kept: x."),
+        bare=result(),
+    )
     units = dict(paris=dict(paris=result()), wide=wide)
     root = tmp_path_factory.mktemp("report")
     return Report(root, add_units(root, make_workspace(root, kinds=("topk",), top=3, sets=5), units))
@@ -56,6 +60,7 @@ def traced(tmp_path_factory):
 def test_page_and_markdown_say_what_was_found(traced):
     for text in traced.texts:
         assert "4 prompts were traced into attribution graphs" in text
+        assert "flat: No feature is kept: x." in text
         assert re.search(
             r"With \d+\s% of the active features traced, 65\s% to 90\s% of the influence on it comes", text
         )

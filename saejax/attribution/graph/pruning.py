@@ -152,6 +152,20 @@ def prune_each(
         yield dataclasses.replace(_cut(cut, connected_N), pruning=pruning)
 
 
+def emptying_threshold(graph: GraphData, nodes: float, edges: float, top_edges: int, min_weight: float) -> str:
+    """Return which threshold of ``prune_each`` leaves a graph without features, by its name; "" if it has none anyway.
+
+    Thresholds are lifted one after the other, the one that most often drops all features first, until one is kept.
+    """
+    thresholds: dict[str, Any] = dict(nodes=nodes, edges=edges, top_edges=top_edges, min_weight=min_weight)
+    for name, lifted in dict(top_edges=0, min_weight=0.0, edges=1.0, nodes=1.0).items():
+        thresholds[name] = lifted
+        shares, others = [thresholds["nodes"]], {key: value for key, value in thresholds.items() if key != "nodes"}
+        if next(prune_each(graph, shares, **others)).count(FEATURE):
+            return name
+    return ""
+
+
 def share_threshold(values: np.ndarray, share: float) -> float:
     """Return the threshold at or above which values have a share of the sum of all values; infinity if all are 0.
 

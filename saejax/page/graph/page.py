@@ -69,6 +69,7 @@ def page_html(
     details: Mapping[Feature, FeatureDetails] | None = None,
     tables: Sequence[PageTable] = (),
     live: Mapping[str, Any] | None = None,
+    note: str = "",
 ) -> str:
     """Return the page of a graph.
 
@@ -78,6 +79,7 @@ def page_html(
       details: contexts, logits and labels of features; of all but ``FULL`` the page has the name alone.
       tables: shown below the graph, such as query-key scores split over pairs of nodes.
       live: state of the server for the page's controls, from ``serving.app``; None: the page stands alone.
+      note: a sentence above the graph, behind what it is.
 
     Raises:
       UserError: the document is not a graph: keys are missing, ids are not unique, links lead nowhere.
@@ -107,7 +109,7 @@ def page_html(
         [visible_script(), *((VIEWER / f"{name}.js").read_text(encoding="utf-8") for name in names)],
         title=f"Attribution graph: {heading}",
         heading=heading,
-        about=_about(metadata),
+        about=f"{_about(metadata)} {note}".strip(),
         tables=bool(tables),
         live=bool(live),
     )

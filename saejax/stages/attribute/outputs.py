@@ -37,13 +37,14 @@ _NOTE = (
 )
 
 
-def write_outputs(run: Run, document: GraphDocument, tables: Sequence[PageTable]) -> None:
+def write_outputs(run: Run, document: GraphDocument, tables: Sequence[PageTable], note: str = "") -> None:
     """Write a pruned graph in all its forms, over what a run that was killed may have left; the first process does.
 
     Args:
       run: of the stage.
       document: the pruned graph.
       tables: tables below the graph.
+      note: a sentence above it.
     """
     if not is_first_process():
         return
@@ -52,7 +53,7 @@ def write_outputs(run: Run, document: GraphDocument, tables: Sequence[PageTable]
     if tables:
         write_tables(run.folder / "tables" / f"{slug}.json", tables)
     details = details_of_features(run.configs[GraphConfig], kept_features(document), [run.folder / FEATURES])
-    write_page(part_file(run, slug, ".html"), document, tables=tables, details=details)
+    write_page(part_file(run, slug, ".html"), document, tables=tables, details=details, note=note)
 
 
 def details_of_features(

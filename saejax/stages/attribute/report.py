@@ -38,7 +38,8 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         f"{''.join(stays[kind] for kind in sorted(kinds, reverse=True))}. {several} pruned to the nodes and edges with "
         "the most influence on the answer."
     )
-    blocks: list[Block] = [Text(intro), *_tables(tables), _meaning()]
+    empty = [Text(f"{name}: {graph.empty}", strong=True) for name, graph in rows if graph.empty]
+    blocks: list[Block] = [Text(intro), *empty, *_tables(tables), _meaning()]
     blocks.append(Links("Interactive pages of the graphs, and their prompts", tuple(links)))
     return [Section("Attribution graphs", tuple(blocks), lead=_lead(rows, missed))]
 

@@ -14,7 +14,9 @@ import numpy as np
 from saejax.attribution.forms.document import GraphDocument
 from saejax.attribution.forms.features import open_folder, write_contexts
 from saejax.attribution.forms.neuronpedia import to_document
+from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT
+from saejax.attribution.graph.pruning import emptying_threshold
 from saejax.attribution.heads.query_key import check_head, split_scores
 from saejax.attribution.local.contexts import ContextSearch
 from saejax.attribution.local.dictionaries import LayerSaes
@@ -192,7 +194,8 @@ def _measure(
     scores = tuple(split_scores(run_of(), *head) for head in read_heads(config))
     if config.contexts and config.transcoders:
         _search_contexts(run, search, saved, document, on_progress)
-    write_outputs(run, document, [score_table(score, pruned) for score in scores])
+    empty = None if pruned.count(FEATURE) else explain_empty(graph, config)
+    write_outputs(run, document, [score_table(score, pruned) for score in scores], empty or "")
     results = GraphResults(
         prompt=graph.prompt,
         tokens=graph.tokens,
@@ -210,8 +213,23 @@ def _measure(
         unexplained=float(abs(graph.unexplained_R).max() / abs(graph.value_R).max()),
         seconds=round(seconds, 2),
         query_key=scores,
+        empty=empty,
     )
     return Measured(results, _message(results))
+
+
+def explain_empty(graph: Graph, config: GraphConfig) -> str:
+    """Return why pruning keeps no feature of a whole graph, and which flag to change."""
+    thresholds = (config.node_threshold, config.edge_threshold, config.top_edges, config.min_weight)
+    name = emptying_threshold(graph, *thresholds)
+    field = dict(nodes="node_threshold", edges="edge_threshold").get(name, name)
+    if not field:
+        return "No feature is kept: none that was traced has a path to the answer; trace more by --graph.max_features."
+    change = "lower it" if field == "min_weight" else "leave it out" if field == "top_edges" else "raise it"
+    return (
+        f"No feature is kept: --graph.{field}={getattr(config, field):g} drops all of them, or their edges, beside "
+        f"errors and tokens; {change}."
+    )
 
 
 def _search_contexts(
@@ -266,9 +284,10 @@ def trace_request(
 
 def _message(results: GraphResults) -> str:
     """Return a graph's results in a line."""
+    traced, empty = results.traced / max(results.active, 1), f". {results.empty}" if results.empty else ""
     return (
         f"{results.active:,} active features, {results.traced:,} traced in {results.seconds:.1f} s; kept "
         f"{results.features} features, {results.errors} errors, {results.edges:,} edges; replacement "
         f"{results.scores.replacement:.2f}, completeness {results.scores.completeness:.2f} with "
-        f"{results.traced / results.active:.0%} of the active features traced ({results.untraced:.1%} untraced input)"
+        f"{traced:.0%} of the active features traced ({results.untraced:.1%} untraced input){empty}"
     )

@@ -78,6 +78,22 @@ def test_masks_and_scores_are_those_of_the_definition(seed, thresholds, monkeypa
     assert np.allclose(share_N[order], np.cumsum(influence_N[order]) / influence_N.sum(), atol=1e-6)
 
 
+def test_what_leaves_no_feature_is_named():
+    graph = layered(features=40)
+    errors_RxS = graph.adjacency_RxS.copy()
+    errors_RxS[:, graph.slice_of(ERROR)] = 1e3 * (1 + np.abs(errors_RxS[:, graph.slice_of(ERROR)]))
+    drowned = dataclasses.replace(graph, adjacency_RxS=errors_RxS)
+    for each, thresholds, name in (
+        (drowned, (1.0, 1.0, 1, 0.0), "top_edges"),
+        (graph, (1.0, 1.0, 0, 1e6), "min_weight"),
+        (graph, (1.0, 0.0, 0, 0.0), "edges"),
+        (graph, (0.0, 1.0, 0, 0.0), "nodes"),
+        (dataclasses.replace(graph, adjacency_RxS=0 * graph.adjacency_RxS), (1.0, 1.0, 0, 0.0), ""),
+    ):
+        assert each.prune(*thresholds).count(FEATURE) == 0, name
+        assert pruning.emptying_threshold(each, *thresholds) == name
+
+
 def test_of_each_target_only_the_largest_edges_stay():
     graph = layered(features=40)
     pruned = graph.prune(1.0, 1.0, top_edges=3)
