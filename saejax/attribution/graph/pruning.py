@@ -156,6 +156,13 @@ def emptying_threshold(graph: GraphData, nodes: float, edges: float, top_edges: 
     """Return which threshold of ``prune_each`` leaves a graph without features, by its name; "" if it has none anyway.
 
     Thresholds are lifted one after the other, the one that most often drops all features first, until one is kept.
+
+    Args:
+      graph: a whole one.
+      nodes: as in ``prune_each``, like the others.
+      edges: likewise.
+      top_edges: likewise.
+      min_weight: likewise.
     """
     thresholds: dict[str, Any] = dict(nodes=nodes, edges=edges, top_edges=top_edges, min_weight=min_weight)
     for name, lifted in dict(top_edges=0, min_weight=0.0, edges=1.0, nodes=1.0).items():
