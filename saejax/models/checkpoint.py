@@ -7,11 +7,12 @@ before ``pytorch_model.bin``. What else lies in the folder, such as an old index
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_pickled_tensors(file: Path) -> Any:
+def read_pickled_tensors(file: Path, classes: Collection[str] = (), remedy: str = "") -> Any:
     """Read a file of ``torch.save`` without running any code that it holds.
 
     The file is mapped into memory: values are read from disk when they are used. (Files from before PyTorch 1.6 cannot
@@ -238,6 +239,8 @@ def read_pickled_tensors(file: Path) -> Any:
 
     Args:
       file: a state dict, or another nest of dictionaries, lists and tuples with tensors in it.
+      classes: full names of classes whose objects may be in it, too; they have to be installed.
+      remedy: what to do where one of them is not installed.
 
     Returns:
       The same nest with plain dictionaries, and NumPy arrays in place of tensors. Arrays keep the dtype of the file,
@@ -245,19 +248,22 @@ def read_pickled_tensors(file: Path) -> Any:
       texts stay as they are.
 
     Raises:
-      UserError: the file is missing, truncated, of another format, or holds objects other than tensors.
+      UserError: the file is missing, truncated, of another format, or holds other objects.
     """
     import torch
 
     if not file.is_file():
         raise UserError(f"{file} is missing: fetch it again")
     try:
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_named_classes(file, classes, remedy)):
+            try:
+                loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             raise UserError(
@@ -269,6 +275,25 @@ def read_pickled_tensors(file: Path) -> Any:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{file} is truncated or not a file of torch.save ({reason}): fetch it again") from None
     return _to_numpy(loaded)
+
+
+def _named_classes(file: Path, classes: Collection[str], remedy: str) -> list[Any]:
+    """Return those of some classes of which a file has objects.
+
+    Raises:
+      UserError: one is not installed.
+    """
+    import torch
+
+    installed = []
+    for name in torch.serialization.get_unsafe_globals_in_checkpoint(file) if classes else ():
+        module, _, own_name = name.rpartition(".")
+        if name in classes:
+            try:
+                installed.append(getattr(importlib.import_module(module), own_name))
+            except (ImportError, AttributeError):
+                raise UserError(f"{file} holds an object of {name}, which is not installed: {remedy}") from None
+    return installed
 
 
 def _to_numpy(value: Any) -> Any:

@@ -116,6 +116,11 @@ class GraphStore:
         problems, graphs = dict[str, str](), list[tuple[int, StoredGraph]]()
         for folder in self._folders(problems):
             listed = self._listed(folder, problems)
+            for path in folder.glob("*.pt"):
+                problems[path.relative_to(self.root).as_posix()] = (
+                    "is no JSON: if circuit-tracer saved it, saejax.Graph.load reads it in Python, and its "
+                    "create_graph_files writes it as JSON"
+                )
             for path in sorted({*folder.glob("*.json"), *listed}):
                 name, problem = path.relative_to(self.root), ""
                 if path.name == INDEX or path.is_dir():

@@ -47,7 +47,9 @@ def test_graphs_are_found_beside_their_lists(root):
     graph = store.find("attribute/p/graphs/war")
     assert graph.unit == root / "attribute" / "p" and graph.metadata["slug"] == "war"
     assert store.document(graph)["metadata"]["slug"] == "war"
-    assert graph.whole is None
+    assert graph.whole is None and store.problems == {}
+    (root / "one.pt").write_bytes(b"")
+    assert len(store.graphs()) == 2 and "create_graph_files" in store.problems["one.pt"]
     with pytest.raises(UserError, match="the whole graph of attribute/p/graphs/war is not saved"):
         graph.load_whole()
     before = graph.fingerprint

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from safetensors.numpy import load_file
 
+from saejax.attribution.graph import circuit_tracer
 from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
 from saejax.attribution.graph.nodes import DTYPES, FEATURE, KINDS, LOGIT, TOKEN, Nodes
 from saejax.attribution.graph.pruning import prune_each, scores
@@ -179,13 +180,22 @@ class Graph(GraphData):
             write_json(temporary / DESCRIPTION, description | dict(sha256=file_sha256(temporary / ARRAYS)))
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> Self:
-        """Read what ``save`` wrote.
+    def load(cls, folder: str | os.PathLike, tokenizer: Any = None) -> Self:
+        """Read what ``save`` wrote, or a file of circuit-tracer, whose classes have to be installed for that.
+
+        Args:
+          folder: the folder, or the file, which ends in .pt.
+          tokenizer: of a file of circuit-tracer: what reads the ids of its prompt; None: the one that it names.
 
         Raises:
-          UserError: a file is missing or damaged, or was written by a later version.
+          UserError: a file is missing or damaged, or was written by a later version; or circuit-tracer is missing.
         """
         folder = Path(folder)
+        if folder.suffix == ".pt":
+            graph = cls(**circuit_tracer.read_fields(folder, tokenizer))
+            if problem := _problem(graph):
+                raise UserError(f"{folder} holds no graph that fits together: {problem}; save it again")
+            return graph
         description, file = read_json(folder / DESCRIPTION), folder / ARRAYS
         version = description.get("schema_version") if isinstance(description, dict) else None
         if version != SCHEMA_VERSION:

@@ -3,15 +3,20 @@
 import dataclasses
 import json
 import shutil
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from made_graphs import make_graph
 
+from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import GraphScores, Pruning
 from saejax.attribution.graph.graph import ARRAYS, DESCRIPTION
-from saejax.attribution.graph.nodes import LOGIT, TOKEN
+from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT, TOKEN
 from saejax.errors import UserError
 
 
@@ -99,3 +104,94 @@ def test_damaged_files_are_refused(damage, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         Graph.load(tmp_path / "graph")
     assert "\n" not in str(error.value)
+
+
+class LogitTarget(NamedTuple):
+    token_str: str
+    vocab_idx: int
+
+
+class UnifiedConfig:
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+
+class Other:
+    pass
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """Gives classes of this file the names of circuit-tracer's, where they are installed."""
+    homes = {
+        LogitTarget: "circuit_tracer.attribution.targets",
+        UnifiedConfig: "circuit_tracer.utils.tl_nnsight_mapping",
+    }
+    for one, home in homes.items():
+        parts = home.split(".")
+        for k in range(1, len(parts)):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:k]), ModuleType(parts[k - 1]))
+        module = ModuleType(home)
+        setattr(module, one.__name__, one)
+        monkeypatch.setitem(sys.modules, home, module)
+        monkeypatch.setattr(one, "__module__", home)
+
+
+def save_as_circuit_tracer(path, graph, **changes) -> None:
+    """What its ``Graph.to_pt`` writes of a graph; features in another order than ours."""
+    kind_N, features = graph.nodes.kind_N, graph.count(FEATURE)
+    order_F = np.random.default_rng(0).permutation(features)
+    count = len(graph.nodes)
+    order_N = np.concatenate([order_F, np.arange(features, count)])
+    matrix_NxN = np.zeros((count, count), np.float32)
+    matrix_NxN[np.ix_(graph.target_R, np.flatnonzero(kind_N != LOGIT))] = graph.adjacency_RxS
+    nodes = graph.nodes[order_N]
+    active_Ax3 = np.stack([nodes.layer_N, nodes.position_N, nodes.index_N], axis=1)[:features]
+    silent_1x3 = np.array([[0, 0, 999]], np.int32)
+    saved = dict(
+        input_string=graph.prompt,
+        adjacency_matrix=torch.tensor(matrix_NxN[np.ix_(order_N, order_N)]),
+        cfg=UnifiedConfig(n_layers=graph.n_layers, model_name="m", tokenizer_name="t", dtype=torch.float32),
+        active_features=torch.tensor(np.concatenate([silent_1x3, active_Ax3])),
+        logit_targets=[LogitTarget(label, 11 + k) for k, label in enumerate(graph.labels)],
+        logit_probabilities=torch.tensor(graph.probability_K),
+        vocab_size=99,
+        input_tokens=torch.tensor(graph.ids_P),
+        selected_features=torch.arange(1, 1 + features),
+        activation_values=torch.tensor(nodes.value_N[:features]),
+        scan_name=["a", "b"],
+    )
+    torch.save(saved | changes, path)
+
+
+def test_a_graph_of_circuit_tracer_is_read_where_its_classes_are_installed(tmp_path, named):
+    graph = make_graph()
+    kept = graph.nodes.kind_N != BIAS
+    graph = dataclasses.replace(graph, nodes=graph.nodes[kept], adjacency_RxS=graph.adjacency_RxS[:, kept[:-2]])
+    path, texts = tmp_path / "one.pt", {5: "a", 6: " b", 7: "ü"}
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=texts.get, decode=lambda ids, **_: texts[ids[0]])
+    for old in ({}, dict(logit_targets=torch.tensor([11, 12]), scan="s")):
+        texts |= {11: " c", 12: "d"}
+        save_as_circuit_tracer(path, graph, **old)
+        read = Graph.load(path, tokenizer)
+        for name in ("kind_N", "layer_N", "position_N", "index_N", "value_N"):
+            np.testing.assert_array_equal(getattr(read.nodes, name), getattr(graph.nodes, name), name)
+        np.testing.assert_array_equal(read.adjacency_RxS, graph.adjacency_RxS)
+        assert (read.tokens, read.labels, read.prompt) == (graph.tokens, graph.labels, graph.prompt)
+    assert read.scores() == graph.scores() and read.prune().ids == graph.prune().ids
+    to_document(read.prune(), "one")
+    torch.save(dict(input_string="a"), path)
+    with pytest.raises(UserError, match="no graph of circuit-tracer"):
+        Graph.load(path, tokenizer)
+
+
+def test_other_objects_and_missing_classes_are_one_line(tmp_path, named, monkeypatch):
+    path = tmp_path / "one.pt"
+    save_as_circuit_tracer(path, make_graph(), more=Other())
+    with pytest.raises(UserError, match="objects other than tensors"):
+        Graph.load(path)
+    save_as_circuit_tracer(path, make_graph())
+    monkeypatch.setitem(sys.modules, "circuit_tracer.attribution.targets", None)
+    with pytest.raises(UserError, match="LogitTarget, which is not installed: .*create_graph_files") as caught:
+        Graph.load(path)
+    assert "\n" not in str(caught.value)
