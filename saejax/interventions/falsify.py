@@ -10,7 +10,6 @@ et al., Do Sparse Autoencoders Identify Reasoning Features in Language Models?, 
 4. The feature is driven by tokens if the injection brings it more than half of the way from the control to that level,
    by context if it brings it less than half, and undecided if the interval of the difference includes zero, or if there
    are too few texts.
-5. Ordinary text that holds the tokens in other roles is searched, and the activation at these tokens compared.
 
 Features drawn at random, and those of a random dictionary, are tested in the same way.
 """
@@ -60,7 +59,6 @@ class InjectionTest:
 
     driver: Driver  #: by the rule
     reach: Interval | None  #: share of the way from random tokens to real text; None: not more active on real text
-    effect_size: float | None  #: Cohen's d of injected against random tokens; None: no spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +75,6 @@ class FalsifiedFeature:
     activation: Interval  #: with its tokens or contexts inserted
     real: Interval  #: on real text
     test: InjectionTest  #: its class
-    counterexamples: int  #: ordinary texts that hold one of its tokens
-    counterexample: Interval | None  #: activation at these tokens; None with fewer than 2 texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,18 +187,14 @@ def judge_injection(
     )
     rise, way = float((injected_N - random_N).mean()), float(real_M.mean() - random_N.mean())
     rise_R, way_R = weight_RxN @ (injected_N - random_N), weight_RxM @ real_M - weight_RxN @ random_N
-    spread = float(np.sqrt((random_N.var(ddof=1) + injected_N.var(ddof=1)) / 2))
-    effect_size = rise / spread if spread > 0 else None
     # Without a level on real text above random tokens there is no way to measure a share of.
     if min(len(random_N), len(real_M)) < LEAST_TEXTS or percentile_interval(way_R)[0] <= 0:
-        return InjectionTest("undecided", None, effect_size)
+        return InjectionTest("undecided", None)
     # A difference, where a ratio would have no mean.
     low, high = percentile_interval(rise_R - HALFWAY * way_R)
     driver: Driver = "tokens" if low > 0 else "context" if high < 0 else "undecided"
     tiny = 1e-12 * way  # a bootstrap sample may have no way to go
-    return InjectionTest(
-        driver, Interval(rise / way, *percentile_interval(rise_R / np.maximum(way_R, tiny))), effect_size
-    )
+    return InjectionTest(driver, Interval(rise / way, *percentile_interval(rise_R / np.maximum(way_R, tiny))))
 
 
 def _test_group(
@@ -225,8 +217,7 @@ def _test_group(
     # Random tokens are as frequent as in ordinary text; first tokens are often special.
     pool = np.concatenate([ids[1:] for ids in drawn_from])
     real_MxK = np.stack([acts_TxK.max(axis=0) for acts_TxK in read(test)])
-    plain = list(read(ordinary))
-    plain_NxK = np.stack([acts_TxK.max(axis=0) for acts_TxK in plain])
+    plain_NxK = np.stack([acts_TxK.max(axis=0) for acts_TxK in read(ordinary)])
     # [kind of snippet, text, feature]: random tokens are the same for all features, and read once.
     random_2xNxK, injected_2xNxK = np.zeros((2, *plain_NxK.shape)), np.zeros((2, *plain_NxK.shape))
     for kind, size in enumerate((1, CONTEXT)):
@@ -249,15 +240,10 @@ def _test_group(
         # The kind that excites it more is the harder test for a feature of reasoning.
         kind = int(np.argmax(injected_2xNxK[:, :, k].mean(axis=1)))
         random_N, injected_N = random_2xNxK[kind, :, k], injected_2xNxK[kind, :, k]
-        tokens = [ids[0] for ids in snippets[k][0]]
-        acts_at_tokens = [acts_TxK[np.isin(ids, tokens), k] for ids, acts_TxK in zip(ordinary, plain, strict=True)]
-        # In ordinary text the same tokens have other roles: what is active there, too, is driven by them.
-        at_tokens_N = np.array([acts.max() for acts in acts_at_tokens if len(acts)], np.float64)
-        weights = resampling_weights(np.zeros(len(at_tokens_N)), resamples, seed) if len(at_tokens_N) > 1 else None
         yield FalsifiedFeature(
             group=group,
             feature=int(feature),
-            tokens=tuple(map(text, tokens)),
+            tokens=tuple(text(ids[0]) for ids in snippets[k][0]),
             contexts=tuple("".join(map(text, ids)) for ids in snippets[k][1]),
             injected=("tokens", "contexts")[kind],
             ordinary=mean_interval(plain_NxK[:, k], weight_RxN),
@@ -265,8 +251,6 @@ def _test_group(
             activation=mean_interval(injected_N, weight_RxN),
             real=mean_interval(real_MxK[:, k], weight_RxM),
             test=judge_injection(random_N, injected_N, real_MxK[:, k], resamples, seed),
-            counterexamples=len(at_tokens_N),
-            counterexample=mean_interval(at_tokens_N, weights) if weights is not None else None,
         )
 
 

@@ -117,10 +117,6 @@ def test_the_tokens_are_those_that_were_planted(worlds):
     for row in worlds[0].features[:10]:
         planted = {f" {word}" for word in np.flatnonzero(W_enc_DxF[: WORDS + LOGIC, row.feature])}
         assert set(row.tokens[: len(planted)]) == planted
-        # A word that fires in any role fires in ordinary text, too.
-        assert row.counterexamples > 5 and row.counterexample.mean > 0.3 * row.real.mean
-    for row in worlds[0].features[10:]:
-        assert row.real.mean > 1 and row.counterexample.mean < row.real.mean / 2
 
 
 def test_prompts_are_read_whole_in_batches_of_bounded_size():
@@ -165,7 +161,7 @@ def test_the_rule_is_undecided_where_nothing_is_shown():
     ):
         assert judge_injection(control_N, injected_N, real_N).driver == driver
     assert judge_injection(noise_N, noise_N + 2.5, middle_N).reach.mean == pytest.approx(0.5)
-    assert judge_injection(np.zeros(8), np.zeros(8), np.zeros(8)).effect_size is None
+    assert judge_injection(np.zeros(8), np.zeros(8), np.zeros(8)).reach is None
 
 
 def test_a_real_model(tiny, make_dictionary):

@@ -82,17 +82,12 @@ def falsification_tables(benchmark: str, falsification: Falsification) -> list[B
         "Its tokens": lambda row: number(row.activation.mean),
         "Real text": lambda row: number(row.real.mean),
         "Reach": lambda row: interval(row.test.reach),
-        "Effect size": lambda row: number(row.test.effect_size),
-        "Same tokens elsewhere": lambda row: (
-            f"{number(row.counterexample and row.counterexample.mean)} ({row.counterexamples})"
-        ),
         "Driven by": lambda row: row.test.driver,
     }
     tested: list[tuple[FalsifiedFeature]] = [(row,) for row in falsification.features if row.group == "tested"]
     note = (
         f"{falsification.rule} Activations are means over texts of the largest one of each: {falsification.ordinary} "
-        f"ordinary texts, without and with injected tokens, and {falsification.texts} texts of the benchmark. Same "
-        "tokens elsewhere: at these tokens in ordinary text, and the number of texts that hold them."
+        f"ordinary texts, without and with injected tokens, and {falsification.texts} texts of the benchmark."
     )
     caption = f"Do the top features of {benchmark} fire on words alone?"
     return [
