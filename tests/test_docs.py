@@ -165,3 +165,11 @@ def test_the_troubleshooting_page_quotes_lines_that_exist():
     source = "\n".join(path.read_text("utf-8") for path in (ROOT / "saejax").rglob("*.py"))
     quoted = re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
     assert len(quoted) > 20 and not [words for words in quoted if words not in source]
+
+
+def test_tests_name_every_statement_of_what_must_hold():
+    workspace = (ROOT / "WORKSPACE.md").read_text()
+    listed = re.findall(r"^(\d+)\. \*\*", workspace.split("## What must hold")[1].split("\n## ")[0], re.M)
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"^# Statement (\d+) of WORKSPACE\.md", tests, re.M))
+    assert len(listed) > 10 and named == set(listed)

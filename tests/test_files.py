@@ -11,6 +11,7 @@ from saejax.errors import UserError
 from saejax.files import read_json, unfinished_folder, whole_file, write_json, write_text
 
 
+# Statement 4 of WORKSPACE.md, what must hold.
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")

@@ -43,6 +43,7 @@ def whole(inputs, tmp_path_factory):
     return workdir, runs.finish(runs.start(MEASURE, runs.small_flags(*inputs, workdir, **TWO))).count("\n")
 
 
+# Statement 1 of WORKSPACE.md, what must hold.
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_run_ends_with_the_same_bits(inputs, whole, tmp_path, capsys, kills):
     workdir, lines = whole
@@ -101,6 +102,7 @@ def test_killed_while_any_kind_trains_it_ends_with_the_same_bits(inputs, whole, 
     kill_at_random_moments(start, check, tmp_path, kills, lines)
 
 
+# Statement 13 of WORKSPACE.md, what must hold.
 @pytest.mark.parametrize(
     ("kind", "dtype", "tolerance", "mesh"),
     [
@@ -203,6 +205,7 @@ def test_killed_while_processes_ablate_they_end_as_one_does(inputs, trained, tes
         np.testing.assert_allclose(together.drop, alone.drop, atol=1e-5)
 
 
+# Statement 13 of WORKSPACE.md, what must hold.
 def test_two_processes_run_a_whole_pipeline_as_one(inputs, whole, tmp_path):
     """Capture in parts, ablation together, evaluation and behaviours dealt out, and the report by one of them."""
     runs.copy_units(whole[0], tmp_path / "run", "train")  # so that what is made of them is the same to rounding

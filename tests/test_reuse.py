@@ -32,6 +32,7 @@ OF_TOPK = {"train/topk", "evaluate/topk", "interpret/topk", "ablate/topk", "repo
 PROMPTS = {"baseline", "ablate/topk", "report"}
 
 
+# Statement 3 of WORKSPACE.md, what must hold.
 @pytest.mark.parametrize(
     ("changes", "units"),
     [
@@ -86,6 +87,7 @@ GROWN = {name: sites if name == "train__kinds" else f"resid_post.0,{sites}" for 
 EXPLAINED = dict(interpret__dictionaries="topk", explain__dictionaries="topk", explain__model="judge")
 
 
+# Statement 3 of WORKSPACE.md, what must hold.
 @pytest.mark.parametrize(
     ("base", "changes", "units"),
     [

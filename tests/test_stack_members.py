@@ -145,6 +145,7 @@ def test_a_member_of_other_settings_is_refused_in_one_line(inputs, swept, tmp_pa
     assert "train/topk/k8, which was made with other settings (--train.max_steps was 12, is 13)" in line
 
 
+# Statement 1 of WORKSPACE.md, what must hold.
 @pytest.mark.parametrize("members_done", [0, 1])
 def test_a_stack_that_was_stopped_goes_on_with_the_same_bits(inputs, swept, tmp_path, monkeypatch, members_done):
     """Stopped in the middle of its training, or between the summaries of two members."""

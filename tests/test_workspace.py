@@ -29,6 +29,7 @@ def claim(space: Workspace, unit: str = "train/topk", mark: str = "m", **options
         return folder
 
 
+# Statement 4 of WORKSPACE.md, what must hold.
 def test_a_finished_unit_is_found_by_its_fingerprint(tmp_path):
     space = Workspace(tmp_path)
     with space.claim("train/topk", "m1") as folder:

@@ -43,6 +43,7 @@ def expected_order(store, seed, epoch, window_shards):
     return rows
 
 
+# Statement 2 of WORKSPACE.md, what must hold.
 def test_batches_are_the_order_of_the_text_cut_up(store):
     for epoch in range(3):
         order = expected_order(store, 3, epoch, window_shards=2)

@@ -49,6 +49,7 @@ def test_what_was_written_is_read_back_under_its_document_and_position(make_stor
         np.testing.assert_allclose(store.mean(site, *more_sites), values_NxD.mean(0), rtol=0, atol=1e-12)
 
 
+# Statement 7 of WORKSPACE.md, what must hold.
 def test_rows_are_those_of_the_split_without_sinks_beyond_ten_medians_of_the_training_rows(make_store):
     known = make_store("float32")
     for site in SITES:

@@ -106,6 +106,7 @@ def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
     np.testing.assert_array_equal(Graph.load(folder / "ids-graph").adjacency_RxS, whole.adjacency_RxS)
 
 
+# Statement 12 of WORKSPACE.md, what must hold.
 def test_what_is_shown_of_a_graph_traces_nothing_again(flags, tmp_path, monkeypatch):
     """Each such setting, one after the other; a setting of the trace itself traces."""
     base = [*flags, "--graph.prompt=The water near", "--graph.slug=one", "--graph.max_features=60"]

@@ -22,6 +22,7 @@ def at_site(edit, x_BxTxD, mask_BxT):
     return edit(x_BxTxD, ForwardPass.over(mask_BxT))
 
 
+# Statement 6 of WORKSPACE.md, what must hold.
 def test_what_changes_nothing(llama):
     sae, x_BxTxD, mask_BxT = llama.sae, llama.clean.sites[SITE], jnp.asarray(llama.tokens.mask_BxT)
     f_BxTxF = np.asarray(sae.encode(x_BxTxD)) * llama.tokens.mask_BxT[..., None]

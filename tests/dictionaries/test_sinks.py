@@ -48,6 +48,7 @@ def change(lm, tokens, edit, site=SITE):
     return np.abs(edited - clean).max(axis=-1)
 
 
+# Statement 7 of WORKSPACE.md, what must hold.
 @pytest.mark.parametrize("place", [0, 3])
 def test_edits_of_a_dictionary_of_others_leave_sinks_alone(lm, foreign, place):
     """By norm, wherever the sink is: position 0 of a text that begins without one is edited."""

@@ -146,6 +146,7 @@ def test_members_of_different_sites_are_not_scored_together(lm):
         stand_in_losses(lm, stack, documents(), np.zeros(64))
 
 
+# Statement 7 of WORKSPACE.md, what must hold.
 def test_sinks_keep_their_value(lm, model):
     limit = 8.0
     whole, limited = (random_dictionary(lm, max_norm=norm) for norm in (1e9, limit))

@@ -115,6 +115,7 @@ def doses(table, edits):
     return table.doses(edits, table.select_prompts("first"))
 
 
+# Statement 8 of WORKSPACE.md, what must hold.
 def test_every_control_was_measured_once_at_the_dose_of_the_top_features(ablation):
     table = ablation.table
     (dose,) = doses(table, table.select_edits("first", "top")[-1:])

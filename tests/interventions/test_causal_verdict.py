@@ -424,6 +424,7 @@ def world() -> EffectsTable:
     return world_table(made, top_features(attribution(made, made.answers_Px2), 5))
 
 
+# Statement 9 of WORKSPACE.md, what must hold.
 def test_the_verdict_is_a_pure_function_of_the_saved_table(tmp_path):
     table = world()
     expected = verdict(table, CONFIG)

@@ -94,6 +94,7 @@ def read_out(logits_V, clean_V, run, change_TxD) -> list[float]:
     ]
 
 
+# Statement 5 of WORKSPACE.md, what must hold.
 @pytest.mark.parametrize(("kind", "site", "positions", "error"), CASES)
 def test_effects_equal_torch_hooks(tiny, plain, pairs, find_dictionary, kind, site, positions, error):
     dictionary, some = find_dictionary(site), pairs[:6]

@@ -66,6 +66,7 @@ def drawn(world: World, seed: int, stream: int) -> tuple[int, ...]:
 
 
 # With 400 seeds 9.0 % were seen for question 2, with the next 400 seeds 3.8 %: more worlds tell them apart from 8 %.
+# Statement 10 of WORKSPACE.md, what must hold.
 @pytest.mark.parametrize("worlds", [40, pytest.param(800, marks=pytest.mark.slow)])
 def test_features_selected_for_random_answers_pass_no_more_than_the_level(worlds):
     """Train answers say nothing about test answers, so selection by attribution finds nothing."""

@@ -54,6 +54,7 @@ def test_a_prefix_is_shared_where_that_of_the_counterpart_is_too():
     assert len(np.unique(drawn_PxT)) == drawn_PxT.size
 
 
+# Statement 6 of WORKSPACE.md, what must hold.
 def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(split, pairs):
     (run,) = split.run(pairs)
     paired = dataclasses.replace(run, counterpart=run)

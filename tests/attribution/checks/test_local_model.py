@@ -185,6 +185,7 @@ def test_readouts_and_layers_without_changes_cost_nothing(traced):
     assert added == [False, True, False]
 
 
+# Statement 11 of WORKSPACE.md, what must hold.
 @pytest.mark.parametrize("freeze", FREEZE_MODES)
 def test_a_feature_set_to_its_own_value_changes_nothing(traced, freeze):
     local, _, readouts, _ = traced
@@ -425,6 +426,7 @@ def test_a_curve_that_is_not_defined_is_json(traced, monkeypatch):
     assert checked["faithfulness"] == [None, None] == checked["incompleteness"] and checked["model"] == 1.0
 
 
+# Statement 11 of WORKSPACE.md, what must hold.
 def test_everything_kept_is_the_model_with_sinks_too(lm):
     """At a sink no feature is used, and all that the MLP adds but the decoder's bias is the error."""
     tokens = Tokens(np.array([IDS], np.int32), np.array([len(IDS)], np.int32))
