@@ -57,6 +57,35 @@ def test_pins_become_groups_with_summed_edges(opened, document):
     assert set(state(opened, "pinnedIds")) == {node, *sources}
 
 
+def test_boxes_of_pins_are_dragged_and_stay_where_they_were_put(opened, document):
+    node = busy_feature(document)
+    for pinned in (node, strongest(document, node, True)[0][0]):
+        click_node(opened, pinned, modifiers=8)
+    box = "document.querySelector('#subgraph .unit:last-of-type').getBoundingClientRect()"
+    opened.js("document.querySelector('#subgraph .unit').scrollIntoView({block: 'center'})")
+    opened.settle()
+    x, y = opened.js(f"[{box}.x, {box}.y]")
+    for kind, dx, dy in (
+        ("mousePressed", 0, 0),
+        ("mouseMoved", -30, 0),
+        ("mouseMoved", -60, 20),
+        ("mouseReleased", -60, 20),
+    ):
+        at = dict(x=x + 20 + dx, y=y + 10 + dy)
+        opened.send("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **at)
+    opened.settle()
+    moved = opened.js(f"[{box}.x, {box}.y]")
+    assert abs(moved[0] - x + 60) < 1.5 and abs(moved[1] - y - 20) < 1.5
+    assert clicked(opened) == ""  # a drag selects nothing
+    (places,) = [json.loads(state(opened, "sg_pos"))]
+    assert len(places) == 1
+    show(opened, opened.js("location.href"))
+    opened.js("document.querySelector('#subgraph .unit').scrollIntoView({block: 'center'})")
+    again = opened.js(f"[{box}.x, {box}.y]")
+    assert abs(again[0] - moved[0]) < 1.5
+    opened.js("history.back()")
+
+
 def test_sums_of_pins_are_shares_of_their_targets_input(show_page):
     """By circuit-tracer's definition; of a graph whose targets have very different units none of weight is left out."""
     graph, rng = made_up_document(features=60, edges=1200), np.random.default_rng(0)

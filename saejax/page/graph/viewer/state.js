@@ -18,6 +18,7 @@ function firstState(graph) {
     nodes: firstNodes(graph, q),
     edges: Math.max(share, 0.01),
     query: "",
+    places: {}, // of boxes of pins that were dragged, by their members
     changes: [], // what a run of the model changes: {how, amount, members}
     freeze: "none", // what stays in it as it was
   };
@@ -26,7 +27,14 @@ function firstState(graph) {
     clicked: graph.index.get(q.clickedId) ?? -1,
     ...checkedPins(graph, q.pinnedIds, q.supernodes),
     linkType: LINK_TYPES.includes(q.linkType) ? q.linkType : "both",
+    places: placesIn(q.sg_pos),
   };
+}
+
+/** Places of boxes in a document or address, which may be wrong. */
+function placesIn(text) {
+  const entries = Object.entries(listIn(typeof text === "string" ? text : ""));
+  return Object.fromEntries(entries.filter(([, at]) => Array.isArray(at) && at.length === 2 && at.every(Number.isFinite)));
 }
 
 /** The share of nodes of the first view: none but those of groups if there are any, else the most influential ones. */
@@ -77,7 +85,7 @@ const plainChanges = (graph, changes) =>
 /** A list in an address; a damaged one is empty. */
 function listIn(text) {
   try {
-    return JSON.parse(text || "[]");
+    return JSON.parse(text || "[]") ?? [];
   } catch {
     return [];
   }
@@ -90,6 +98,7 @@ function qParamsOf(graph, state) {
     supernodes: state.groups.map(([name, members]) => [name, ...members.map((i) => graph.ids[i])]),
     linkType: state.linkType,
     clickedId: state.clicked < 0 ? "" : graph.ids[state.clicked],
+    sg_pos: Object.keys(state.places).length ? JSON.stringify(state.places) : "",
   };
 }
 
@@ -102,6 +111,7 @@ function toHash(graph, state) {
   params.set("linkType", q.linkType);
   params.set("nodes", state.nodes);
   params.set("edges", state.edges);
+  if (q.sg_pos) params.set("sg_pos", q.sg_pos);
   if (state.query) params.set("q", state.query);
   if (state.changes.length) params.set("changes", JSON.stringify(plainChanges(graph, state.changes)));
   if (state.freeze !== "none") params.set("freeze", state.freeze);
@@ -153,6 +163,7 @@ function fromHash(graph, hash) {
     const ids = (params.get("pinnedIds") || "").split(",");
     Object.assign(state, checkedPins(graph, ids, listIn(params.get("supernodes"))));
   }
+  if (params.has("sg_pos")) state.places = placesIn(params.get("sg_pos"));
   state.changes = checkedChanges(graph, listIn(params.get("changes")));
   if (given.live?.freeze_modes.includes(params.get("freeze"))) state.freeze = params.get("freeze");
   if (LINK_TYPES.includes(params.get("linkType"))) state.linkType = params.get("linkType");

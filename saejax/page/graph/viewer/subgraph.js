@@ -9,7 +9,7 @@ function makeSubgraph(graph, app) {
 
   const drawFigure = (units) => {
     const width = Math.max(200, figure.clientWidth - 4);
-    const { levels, height } = placeUnits(units, width, width < 420 ? 138 : 158);
+    const height = placeUnits(graph, units, width, width < 420 ? 138 : 158, app.state.places);
     const all = sumsOf(graph, units).sort((a, b) => Math.abs(b.net) - Math.abs(a.net));
     const most = all.length ? Math.abs(all[0].net) || 1 : 1;
     // Where there are many, sums that one could hardly see would only hide the others.
@@ -20,32 +20,48 @@ function makeSubgraph(graph, app) {
     const name = "Pinned nodes and the sums of the edges between them";
     const size = { viewBox: `0 0 ${width} ${height}`, width, height };
     const svg = drawn("svg", { ...size, id: "subgraph", role: "group", "aria-label": name });
-    const numbers = [];
-    const taken = [];
-    for (const sum of sums) {
-      const points = route(levels, units[sum.from], units[sum.to]);
-      svg.prepend(drawSum(sum, units, points, Math.abs(sum.net) / most)); // the strongest on top
-      if (sums.length <= NUMBERED) numbers.push(drawNumber(numberPlace(points, taken), sum));
-    }
-    svg.append(...units.map(drawUnit), ...numbers.reverse().flat());
+    for (const sum of sums) svg.prepend(drawSum(sum, units, Math.abs(sum.net) / most)); // the strongest on top
+    if (sums.length <= NUMBERED) svg.append(...sums.map((sum) => drawNumber(sum, units)).reverse());
+    svg.append(...units.map((unit) => drawUnit(unit, { width, height })));
     figure.replaceChildren(svg);
   };
+  const endsOf = ({ from, to }, units) => [
+    [units[from].x + units[from].width / 2, units[from].y],
+    [units[to].x + units[to].width / 2, units[to].y + BOX_HEIGHT],
+  ];
   const signOf = (sum) => (sum.net < 0 ? "minus" : "plus");
-  const drawSum = (sum, units, points, strength) => {
+  const drawSum = (sum, units, strength) => {
     const parts = sum.edges === 1 ? "1 edge" : `${sum.edges} edges (${signedShare(sum.plus)} and ${signedShare(sum.minus)})`;
     const words = `${units[sum.from].name} → ${units[sum.to].name}: ${signedShare(sum.net)} of its input, the sum of ${parts}`;
     const look = { class: `link ${signOf(sum)}`, "stroke-width": (1 + 5 * strength).toFixed(2) };
-    return drawn("path", { d: pathOf(points), ...look }, drawn("title", {}, words));
+    const [[x1, y1], [x2, y2]] = endsOf(sum, units);
+    const bend = Math.max(0, y1 - y2) * 0.5;
+    const d = `M${x1} ${y1}C${x1} ${y1 - bend} ${x2} ${y2 + bend} ${x2} ${y2}`;
+    return drawn("path", { d, ...look }, drawn("title", {}, words));
   };
-  const drawNumber = ({ x, y }, sum) => {
-    const words = signedShare(sum.net);
-    const wide = words.length * 6.4 + 6;
-    return [
-      drawn("rect", { x: x - wide / 2, y: y - 10.5, width: wide, height: 14, rx: 3, class: "under" }),
-      drawn("text", { x, y, class: `sum ${signOf(sum)}`, "text-anchor": "middle" }, words),
-    ];
+  const drawNumber = (sum, units) => {
+    const [[x1, y1], [x2, y2]] = endsOf(sum, units);
+    const at = { x: (x1 + x2) / 2, y: (y1 + y2) / 2 + 4 };
+    return drawn("text", { ...at, class: `sum ${signOf(sum)}`, "text-anchor": "middle" }, signedShare(sum.net));
   };
-  const drawUnit = (unit) => {
+  /** Moves a box with the pointer; a press that does not move it selects its node. */
+  const drag = (box, unit, room) => {
+    box.onpointerdown = (down) => {
+      if (down.pointerType === "touch") return; // it scrolls
+      box.setPointerCapture(down.pointerId);
+      box.onpointermove = (move) => {
+        const [dx, dy] = [move.clientX - down.clientX, move.clientY - down.clientY];
+        if (Math.hypot(dx, dy) < 4 && !box.hasAttribute("transform")) return;
+        box.setAttribute("transform", `translate(${dx} ${dy})`);
+        box.place = [(unit.x + dx) / room.width, room.height - unit.y - dy].map((x) => Number(x.toFixed(3)));
+      };
+      box.onpointerup = box.onpointercancel = () => {
+        box.onpointermove = null;
+        if (box.place) app.change({ places: { ...app.state.places, [unitKey(graph, unit)]: box.place } }, true);
+      };
+    };
+  };
+  const drawUnit = (unit, room) => {
     const { x, y, width, members, name } = unit;
     const grouped = unit.group >= 0;
     const under = grouped ? `${members.length} ${members.length === 1 ? "node" : "nodes"}` : whereOf(graph, members[0]);
@@ -58,12 +74,13 @@ function makeSubgraph(graph, app) {
       drawn("text", { x: x + 9, y: y + 30, class: "where" }, clip(under, Math.floor(width / 6))),
       drawn("title", {}, `${name} (${under})`),
     );
-    box.onclick = () => app.select(members[0]);
+    box.onclick = () => box.place || app.select(members[0]);
     box.onkeydown = (event) => {
       if (event.key !== "Enter" && event.key !== " ") return;
       app.select(members[0]);
       event.preventDefault();
     };
+    drag(box, unit, room);
     box.onpointerenter = box.onfocus = () => app.mark(members);
     box.onpointerleave = box.onblur = () => app.mark([]);
     return box;

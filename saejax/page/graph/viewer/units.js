@@ -1,4 +1,4 @@
-// The graph of pinned nodes, as boxes with places and edges with ways around them.
+// The graph of pinned nodes, as boxes with places, which the reader may drag.
 
 const BOX_HEIGHT = 38;
 const BOX_GAP = 26;
@@ -46,9 +46,13 @@ function sumsOf(graph, units) {
   });
 }
 
+/** What a box is called by where places are kept. */
+const unitKey = (graph, unit) => unit.members.map((i) => graph.ids[i]).join(",");
+
 /** Levels from the lowest layer up: a level holds what is less than a layer apart, as many boxes as fit, and within it
- * boxes stand from left to right as their tokens do. Gives each unit its place, and the picture's height. */
-function placeUnits(units, width, boxWidth) {
+ * boxes stand from left to right as their tokens do, unless the reader dragged them. Gives each unit its place, and
+ * returns the picture's height. `dragged` has the places by key: a share of the width, and pixels from the bottom. */
+function placeUnits(graph, units, width, boxWidth, dragged) {
   const room = width - 2 * MARGIN; // edges may pass at the sides, too
   const perLevel = Math.max(1, Math.floor((room + BOX_GAP) / (boxWidth + BOX_GAP)));
   const levels = [];
@@ -67,7 +71,6 @@ function placeUnits(units, width, boxWidth) {
       const wanted = MARGIN + (room - boxWidth) * (last > first ? (unit.pos - first) / (last - first) : 0.5);
       unit.width = boxWidth;
       unit.x = c ? Math.max(wanted, level[c - 1].x + step) : wanted;
-      unit.level = k;
       unit.y = 6 + (levels.length - 1 - k) * LEVEL;
     });
     let most = width - MARGIN - boxWidth; // boxes that were pushed out at the right come back
@@ -76,51 +79,12 @@ function placeUnits(units, width, boxWidth) {
       most = unit.x - step;
     }
   });
-  return { levels, height: levels.length * LEVEL - (LEVEL - BOX_HEIGHT) + 12 };
-}
-
-/** The points of an edge: it passes between the boxes of the levels that it crosses, not behind them. */
-function route(levels, a, b) {
-  const points = [[a.x + a.width / 2, a.y]];
-  const end = [b.x + b.width / 2, b.y + BOX_HEIGHT];
-  for (let k = a.level + 1; k < b.level; k++) {
-    const boxes = levels[k];
-    const y = boxes[0].y;
-    const from = points.at(-1);
-    const straight = from[0] + (end[0] - from[0]) * ((from[1] - y - BOX_HEIGHT / 2) / (from[1] - end[1]));
-    const free = (x) => boxes.every((box) => x < box.x - 6 || x > box.x + box.width + 6);
-    const beside = boxes.flatMap((box) => [box.x - BOX_GAP / 2, box.x + box.width + BOX_GAP / 2]).filter(free);
-    const x =
-      free(straight) || !beside.length
-        ? straight
-        : beside.reduce((best, one) => (Math.abs(one - straight) < Math.abs(best - straight) ? one : best));
-    points.push([x, y + BOX_HEIGHT + 4], [x, y - 4]);
+  const height = levels.length * LEVEL - (LEVEL - BOX_HEIGHT) + 12;
+  for (const unit of units) {
+    const [share, up] = dragged[unitKey(graph, unit)] || [];
+    if (up === undefined) continue;
+    unit.x = Math.max(0, Math.min(share * width, width - boxWidth));
+    unit.y = Math.max(0, Math.min(height - up, height - BOX_HEIGHT));
   }
-  return [...points, end];
-}
-
-function pathOf(points) {
-  let path = `M${points[0].join(" ")}`;
-  for (let k = 1; k < points.length; k++) {
-    const [x1, y1] = points[k - 1];
-    const [x2, y2] = points[k];
-    const bend = Math.max(0, y1 - y2) * 0.5;
-    path += k % 2 ? `C${x1} ${y1 - bend} ${x2} ${y2 + bend} ${x2} ${y2}` : `L${x2} ${y2}`;
-  }
-  return path;
-}
-
-/** A place for an edge's number on its first stretch, clear of the numbers that are there already. */
-function numberPlace(points, taken) {
-  const [[x1, y1], [x2, y2]] = points;
-  const bend = Math.max(0, y1 - y2) * 0.5;
-  let place;
-  for (const t of [0.45, 0.65, 0.3, 0.8, 0.2]) {
-    const s = 1 - t;
-    const y = s ** 3 * y1 + 3 * s * s * t * (y1 - bend) + 3 * s * t * t * (y2 + bend) + t ** 3 * y2;
-    place = { x: x1 * (s ** 3 + 3 * s * s * t) + x2 * (t ** 3 + 3 * s * t * t), y: y + 4 };
-    if (taken.every(({ x, y }) => Math.abs(x - place.x) > 40 || Math.abs(y - place.y) > 13)) break;
-  }
-  taken.push(place);
-  return place;
+  return height;
 }
