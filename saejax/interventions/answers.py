@@ -10,13 +10,18 @@ from saejax.short_reprs import has_short_repr
 from saejax.statistics.bootstrap import percentile_interval
 
 #: The readouts of question 1: their names, and the factor and unit in which they are printed. The last two are those
-#: of benchmarks.
+#: of benchmarks; ``answer_margin`` is that of question 3 there.
 ABLATION_READOUTS = dict(
     logit_diff=("the logit difference", 1, "logits"),
     log_prob=("the log-probability of the correct answer", 1, "nats"),
     two_way=("two-way accuracy", 100, "points"),
     top1=("top-1 accuracy", 100, "points"),
     answer_log_prob=("the log-likelihood of the reference answer", 1, "nats"),
+    answer_margin=(
+        "the final answer's log-probability beyond a corrupted one's",
+        1,
+        "nats of the final answer's margin",
+    ),
     accuracy=("accuracy", 100, "points"),
 )
 #: What follows the name of a readout in which T was not set to zero.
@@ -68,7 +73,9 @@ class VerdictConfig:
             f"{self.least_lists} lists' worth of features it is not testable. "
             "3. Specific: the same against placebo sets, top features of pairs of likely tokens that are no answers; "
             "and T takes a larger share of this answer's logit difference than of those of other likely tokens: more "
-            f"than their 95th percentile in all but {100 * self.level:g} % of resamples over prompts. "
+            f"than their 95th percentile in all but {100 * self.level:g} % of resamples over prompts. Of "
+            "benchmarks the first side alone is asked: the effect is the fall of the final answer's log-probability "
+            "minus that of a corrupted answer, and placebo sets are the top features of pairs of corrupted answers. "
             "4. Did training matter: the same rank against untrained dictionaries of random directions, of each the "
             "directions with the largest attribution to T's dose. Simpler bases: the interval of the difference; "
             f"equivalent if it lies within {100 * self.equivalence_margin:g} % of T's effect. "

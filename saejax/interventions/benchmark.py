@@ -1,7 +1,8 @@
 """Measurements on a benchmark's items: the rows of the effects table, as ``ablation`` measures a behaviour's.
 
-The effect of a set is the drop of the teacher-forced log-likelihood of the reference answer. A placebo target gives
-every item another item's reference of equal length (``placebo_references``). Besides:
+The effect of a set is the drop of the teacher-forced log-likelihood of the reference answer. Question 3 is about the
+final answer: its log-probability after the solution up to it, minus that of a corrupted answer of the same form, such
+as another number of as many digits. A placebo target is a pair of corrupted answers of every item. Besides:
 
 1. T is also resampled: where a feature fires, its activation is drawn from those where it fires on train items.
 2. Answers are generated, or chosen among those given, and scored: without an edit, with T set to zero and resampled,
@@ -28,7 +29,7 @@ from saejax.interventions.ablation import (
 from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.controls import Changes
 from saejax.interventions.edits import ZERO
-from saejax.interventions.references import Reference, References, attributions, placebo_references
+from saejax.interventions.references import Reference, References, answer_pairs, attributions
 from saejax.interventions.settings import AblateConfig, StudyConfig
 from saejax.interventions.slopes import leaders
 from saejax.interventions.split_model import SplitModel
@@ -36,11 +37,14 @@ from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefin
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.progress import OnProgress, silent
 from saejax.tasks import benchmark_scores
+from saejax.tasks.answers import corrupted_answers
 from saejax.tasks.benchmark_definitions import Item, answer_tokens, way
 from saejax.tasks.benchmark_prompts import make_prompter
+from saejax.tasks.likelihood import encode_pair
 from saejax.tasks.scored_items import GeneratedItem, ReferenceItem, ScoredItem
 from saejax.tasks.settings import TaskConfig
 
+CORRUPTED = 8  # corrupted answers of an item, of which placebo targets are pairs
 POOL = 256  # activations of a feature from which it is resampled
 ITEMS = 16  # items scored between two checks whether to stop
 
@@ -63,6 +67,21 @@ class BenchmarkItems:
             for item in items
         )
         return [Reference(*pair) for pair in pairs]
+
+    def final_answers(self, items: Sequence[Item], seed: int) -> list[list[Reference]]:
+        """Return for each item its final answer, then corrupted ones, each after the solution up to the answer.
+
+        Empty where the solution does not hold the answer as it is, or no other answer has its form.
+        """
+        prompter, every = make_prompter(self.name, self.task, self.lm.tokenizer), []
+        for item in items:
+            start = item.solution.rfind(item.answer)
+            before = prompter.prompt(item) + prompter.delimiter + item.solution[: max(start, 0)]
+            others = corrupted_answers(item.answer, item.choices, CORRUPTED, [seed, *item.id.encode()])
+            texts = [item.answer, *others] if start >= 0 and others else []
+            pairs = [encode_pair(self.lm.tokenizer, before, text, special_tokens=not prompter.chat) for text in texts]
+            every.append([Reference(*pair) for pair in pairs if pair[1]])
+        return every
 
     def definitions(self) -> list[PromptDefinition]:
         """Return the definitions of all items; those of held-out templates are a stratum of their own."""
@@ -162,7 +181,29 @@ class BenchmarkAblation(BehaviourAblation):
     def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, np.ndarray]:
         """Return the log-likelihood of the reference answers, [1 + E, P]: without an edit, then with each edit."""
         on_progress = self.progress.of_call(len(edits) * len(self.test))
-        return dict(answer_log_prob=self.test_references.log_likelihoods(self.edits(edits), on_progress))
+        values = dict(answer_log_prob=self.test_references.log_likelihoods(self.edits(edits), on_progress))
+        chosen = [e for e, edit in enumerate(edits) if edit.group == "placebo" or edit == self._whole_top(edit)]
+        if chosen and self._final_answers:
+            places, right, corrupted = self._final_answers
+            some = self.edits([edits[e] for e in chosen])
+            margin_ExP = np.full((1 + len(edits), len(self.test)), np.nan)
+            margin_AxN = right.log_likelihoods(some) - corrupted.log_likelihoods(some)
+            margin_ExP[np.array([0, *(1 + e for e in chosen)])[:, None], places] = margin_AxN
+            values["answer_margin"] = margin_ExP
+        return values
+
+    def _whole_top(self, edit: EditDefinition) -> EditDefinition | None:
+        return edit if edit.group == "top" and edit.fraction == 1.0 else None
+
+    @functools.cached_property
+    def _final_answers(self) -> tuple[list[int], References, References] | None:
+        """The test items whose final answer can be corrupted, with their right and corrupted answers; None: no item."""
+        every = self.items.final_answers(self.test, self.config.seed)
+        places = [place for place, answers in enumerate(every) if len(answers) > 1]
+        if not places:
+            return None
+        right, corrupted = (self._references([every[place][which] for place in places]) for which in (0, 1))
+        return places, right, corrupted
 
     def definitions(self) -> list[PromptDefinition]:
         """Return the definitions of all items."""
@@ -188,15 +229,28 @@ class BenchmarkAblation(BehaviourAblation):
     def choose_placebos(self, ablations: Sequence[BehaviourAblation]) -> None:
         """Choose the placebo sets of this dictionary, and of those in ``ablations``."""
         self.sharing = [cast(BenchmarkAblation, each) for each in ablations]
-        every = [self, *self.sharing]
-        targets = placebo_references(self._train_references, self.config.placebo_targets, self.config.seed)
-        for target in targets:
-            rows = self._attributions(target, [each.split for each in self.sharing])
-            self.progress.of_call(len(self.train))(1, 1)
-            for each, rows_NxF in zip(every, rows, strict=True):
-                each.placebo_attribution.append(rows_NxF.mean(axis=0, dtype=np.float64))
+        every, wanted, seed = [self, *self.sharing], self.config.placebo_targets, self.config.seed
+        answers = self.items.final_answers(self.train, seed) if wanted else []
+        corrupted = [some[1:] for some in answers if len(some) > 2]  # two make a pair
+        # More than are wanted: sets that would have to be scaled too far are left out.
+        targets = answer_pairs(list(map(len, corrupted)), 2 * wanted, seed)
         for each in every:
-            sets = [leaders(attribution_F, self.config.top) for attribution_F in each.placebo_attribution]
+            each._placebos = []
+        if not targets:
+            return
+        flat = [reference for some in corrupted for reference in some]
+        rows = self._attributions(flat, [each.split for each in self.sharing])
+        self.progress.of_call(len(flat))(1, 1)
+        for each, rows_NxF in zip(every, rows, strict=True):
+            # Attribution is linear in the target: that of a pair is the difference of both answers'.
+            means = (
+                (rows_NxF[first_N] - rows_NxF[second_N]).mean(axis=0, dtype=np.float64) for first_N, second_N in targets
+            )
+            sets = []
+            for number, attribution_F in enumerate(means):
+                sets.append(leaders(attribution_F, self.config.top))
+                if number < wanted:
+                    each.placebo_attribution.append(attribution_F)
             each._placebos = [(None, members) for members in sets if members]
 
     def choose_features(self, items: BenchmarkItems) -> list[int]:

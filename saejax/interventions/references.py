@@ -314,32 +314,28 @@ def _keeping_little(point: SplitPoint) -> SplitPoint:
     return dataclasses.replace(point, rules=dataclasses.replace(point.rules, remat=True))
 
 
-def placebo_references(references: Sequence[Reference], count: int, seed: int) -> list[list[Reference]]:
-    """Return up to ``count`` distinct placebo targets: each gives references the answers of others, of equal length.
+def answer_pairs(sizes: Sequence[int], count: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return distinct placebo targets: for each item two of its corrupted answers, in random order.
 
     Args:
-      references: each item's reference.
-      count: number of draws; one that repeats an earlier target is left out.
+      sizes: number of corrupted answers of each of N items, at least 2.
+      count: number of targets, at most.
       seed: seed of the draws.
 
     Returns:
-      For each target one reference per item: its context with the first tokens of another item's answer, as many as the
-      item's answer has, which differ from it. Items that no other answer fits are left out; a target without any
-      item is not returned.
+      For each target the places of the first and of the second answers, [N] each, where the corrupted answers of all
+      items stand one after the other.
     """
-    targets: dict[tuple[tuple[int, ...], ...], list[Reference]] = {}
-    for number in range(count):
+    start_N = np.cumsum([0, *sizes[:-1]])
+    targets: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+    for number in range(4 * count if len(sizes) else 0):
         rng = np.random.default_rng([seed, number])
-        target = []
-        for reference in references:
-            length = len(reference.answer)
-            answers = [each.answer[:length] for each in references if len(each.answer) >= length]
-            # Of equal length, since longer answers have lower log-likelihoods whatever they say.
-            fitting = [answer for answer in answers if answer != reference.answer]
-            if fitting:
-                target.append(Reference(reference.context, fitting[int(rng.integers(len(fitting)))]))
-        if target:
-            targets.setdefault(tuple(tuple(reference.answer) for reference in target), target)
+        pair_Nx2 = start_N[:, None] + np.array([rng.permutation(size)[:2] for size in sizes])
+        # The same pairs the other way round are the same target with another sign.
+        if pair_Nx2[:, ::-1].tobytes() not in targets:
+            targets.setdefault(pair_Nx2.tobytes(), (pair_Nx2[:, 0], pair_Nx2[:, 1]))
+        if len(targets) == count:
+            break
     return list(targets.values())
 
 

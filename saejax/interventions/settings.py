@@ -210,7 +210,7 @@ class StudyConfig(Config):
     )
     placebo_targets: int = setting(
         79,
-        "placebo targets, other items' reference answers of equal length, whose top features the top ones are compared "
+        "placebo targets, pairs of corrupted final answers of each item, whose top features the top ones are compared "
         "with",
         low=0,
     )

@@ -50,15 +50,17 @@ BASIS = "basis:"
 #: difference is positive. ``kl``: KL(clean || edited) of the next-token distribution, nats; on held-out text the mean
 #: over its positions. ``ce``: cross-entropy of the text, nats per token. ``change_norm``: norm of the change at the
 #: site, over all edited positions of the prompt together. Of benchmark items: ``answer_log_prob``, the teacher-forced
-#: log-likelihood of the whole reference answer, nats; ``accuracy``, 1 where the model's answer is right, ``strict``, 1
-#: where it is right by the strict rule, ``formatted``, 1 where that rule finds an answer at all, and ``cut``, 1 where
-#: the generated answer was cut off. ``rank_1`` to ``rank_20``: the logit of the token that is so many-th without an
-#: edit, answers left out.
+#: log-likelihood of the whole reference answer, nats; ``answer_margin``, the log-probability of the final answer after
+#: the solution up to it, minus that of a corrupted answer of the same form, nats; ``accuracy``, 1 where the model's
+#: answer is right, ``strict``, 1 where it is right by the strict rule, ``formatted``, 1 where that rule finds an answer
+#: at all, and ``cut``, 1 where the generated answer was cut off. ``rank_1`` to ``rank_20``: the logit of the token that
+#: is so many-th without an edit, answers left out.
 RANKS = tuple(f"rank_{rank}" for rank in range(1, 21))
 READOUTS = (
     *("logit_diff", "log_prob", "top1", "two_way", "kl", "ce", "change_norm"),
     *("answer_log_prob", "accuracy", "strict", "formatted", "cut"),
     *RANKS,
+    "answer_margin",
 )
 #: The behaviour of held-out documents.
 TEXT = "text"

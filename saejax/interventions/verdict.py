@@ -11,7 +11,8 @@ takes the logit difference's place (``EffectsTable.objective``). The questions a
 2. More than random features that change the site as much? Against random lists.
 3. Specific to this answer? Other sets on this answer: against placebo sets, the top features of two tokens that are
    likely in these contexts and no answers. And T on other answers: the share that T takes from the logit difference is
-   larger than the shares that it takes from those of other likely tokens. A yes needs both.
+   larger than the shares that it takes from those of other likely tokens. A yes needs both. On a benchmark the effect
+   is that on the final answer's log-probability minus that of a corrupted answer, and the other side is not asked.
 4. Did training matter? Against untrained dictionaries, from whose directions a list is made by the same attribution.
    Beside it simpler bases, one by one.
 5. Selective? Other behaviours and held-out text change by less than a margin, in either direction.
@@ -110,6 +111,29 @@ class MeasuredBehaviour:
         draft = cls(table, behaviour, dictionary, prompts, objective, top, np.zeros(0), float(dose), weight_RxP)
         return dataclasses.replace(draft, drop_P=draft.drops([top])[0])
 
+    def on_final_answers(self, config: VerdictConfig) -> "MeasuredBehaviour":
+        """Return the measurements that question 3 compares: of a benchmark the margin of the final answer.
+
+        On the items where it was measured: some answers cannot be corrupted.
+        """
+        if self.objective != "answer_log_prob":
+            return self
+        margin_P = self.table.drops([self.top], self.prompts, "answer_margin")[0]
+        prompts = [prompt for prompt, margin in zip(self.prompts, margin_P, strict=True) if np.isfinite(margin)]
+        strata = [prompt.template for prompt in prompts]
+        weight_RxP = (
+            bootstrap.resampling_weights(strata, config.resamples, config.seed)
+            if prompts
+            else np.zeros((config.resamples, 0))
+        )
+        return dataclasses.replace(
+            self,
+            prompts=prompts,
+            objective="answer_margin",
+            drop_P=margin_P[np.isfinite(margin_P)],
+            weight_RxP=weight_RxP,
+        )
+
     @property
     def k(self) -> int:
         """The number of top features."""
@@ -178,7 +202,10 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
     def among(group: str) -> dict[str, CausalAnswer]:
         # Behaviours without controls have no p-value, and are not corrected for.
         count = sum(bool(measured[name].edits(group)) for name in names)
-        return _correct({name: _test_among(measured[name], group, count, config) for name in names})
+        compared = {
+            name: measured[name].on_final_answers(config) if group == "placebo" else measured[name] for name in names
+        }
+        return _correct({name: _test_among(compared[name], group, count, config) for name in names})
 
     random, placebo, trained = map(among, ("random", "placebo", "untrained"))
     bases = _judge_bases(table, measured, config)
@@ -276,6 +303,10 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
         controls = measured.reaching(controls) if measured.reaching(measured.edits("trained")) else []
     if not controls:
         return _without_controls(measured, group)
+    if measured.objective == "answer_margin" and len(measured.prompts) < config.least_prompts:
+        too_few = wording.too_few_prompts(len(measured.prompts), config.least_prompts)
+        sentence = f"Whether the effect is on the final answer is {too_few} whose answer can be corrupted."
+        return _Test(None, lambda _: CausalAnswer("not testable", sentence))
     # Question 4 compares dictionaries: of the tested one, too, the list to the dose, by the same function.
     tested_P = measured.drops(measured.edits("trained"))[0] if group == "untrained" else measured.drop_P
     control_N = measured.drops(controls).mean(axis=1)

@@ -6,7 +6,7 @@
 3. The statistic is Spearman's correlation of the importance of paired features (attribution for the right answers),
    with a permutation p-value.
 4. Two placebos: pairs with a rotated dictionary of the second model, and the importance in one model against that for
-   other items' answers in the other. What is important for any answer makes both agree, the right one or not.
+   corrupted answers in the other. What is important for any answer makes both agree, the right one or not.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class ItemFeatures:
     text_N: np.ndarray
     end_N: np.ndarray
     importance_F: np.ndarray  #: attribution of each feature for the right answers, nats
-    placebo_RxF: np.ndarray  #: the same for other items' answers, by placebo target; no rows: not measured
+    placebo_RxF: np.ndarray  #: the same for corrupted answers, by placebo target; no rows: not measured
 
     def save(self, path: Path) -> None:
         """Write the features to a .npz file."""
@@ -65,7 +65,7 @@ class ImportanceAlignment:
     correlation: float | None  #: rank correlation of importance over pairs; None with fewer than 8 pairs
     p_value: float | None  #: share of permutations in which it is as large, above 0
     rotated: float | None  #: correlation over pairs with a rotated dictionary; None with fewer than 8 pairs
-    #: 95 % quantile of the correlations with the importance for other answers; None: not measured.
+    #: 95 % quantile of the correlations with the importance for corrupted answers; None: not measured.
     placebo: float | None
 
 
@@ -79,7 +79,7 @@ def read_features(
       dictionary: the dictionary.
       texts: text of each item, by its name.
       importance_F: attribution for the right answers.
-      placebo_RxF: attribution for other answers.
+      placebo_RxF: attribution for corrupted answers.
     """
     read = read_text(lm.tokenizer, list(texts.values()), lm.config.context)
     value_NxD = site_values(lm, read, [dictionary.site], _BATCH_TOKENS)[dictionary.site]
@@ -107,7 +107,7 @@ def align_importance(
     if len(first_M) >= _PAIRS:
         correlation, p_value = rank_correlation(first_M, second_M, seed)
     if correlation is not None:
-        # Either model may be the one whose importance is for other answers: both directions are placebos.
+        # Either model may be the one whose importance is for corrupted answers: both directions are placebos.
         values = [_spearman(first_M, placebo_F[pairs[1]]) for placebo_F in second.placebo_RxF]
         values += [_spearman(placebo_F[pairs[0]], second_M) for placebo_F in first.placebo_RxF]
     if rotated is not None:

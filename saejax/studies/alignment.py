@@ -6,7 +6,7 @@ each item loses under a row's top features, without what its category, the lengt
 (``saejax.matching.importance``).
 
 A correlation is compared with those where one side is shuffled, and with placebos: of items, a random set in the place
-of one row's top features; of features, a rotated dictionary, and the importance for other items' answers.
+of one row's top features; of features, a rotated dictionary, and the importance for corrupted answers.
 
 Plain losses of items would agree between models that share no feature: items are fragile, those that lose much under
 any change lose much in every model; and items of one kind have answers of one form (a calculation, a word) and length,
@@ -44,7 +44,7 @@ RULE = (
     "without what their category, the length of their answer and random sets explain, shuffled within categories; the "
     "placebo is the 95 % quantile with a random set in the place of one row's "
     "top features. Of features it is that of the attributions of those matched by their activity on the items; the "
-    "placebos are a rotated dictionary, and the 95 % quantile with the importance for other items' answers."
+    "placebos are a rotated dictionary, and the 95 % quantile with the importance for corrupted answers."
 )
 _SEED, _PERMUTATIONS, PLACEBO_QUANTILE = 789, 9999, 0.95
 
@@ -122,7 +122,7 @@ def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -
         align_importance(first, second, ItemFeatures.load(folders[1] / ROTATED_ON_ITEMS), _SEED) if same else None
     )
     if importance:
-        # A rotated dictionary may have too few pairs to correlate; without other items' answers there is no placebo.
+        # A rotated dictionary may have too few pairs to correlate; without corrupted answers there is no placebo.
         controls = [value for value in (importance.rotated, importance.placebo) if value is not None]
         has_placebo = importance.placebo is not None
         yield AlignmentFigures(

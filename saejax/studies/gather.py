@@ -233,6 +233,7 @@ def _effects(row: str, findings: Findings) -> Iterator[EffectFigures]:
             nats_drop=answers["answer_log_prob"].effect,
             nats_drop_resampled=resampled[1].effect if resampled[1] else None,
             random_nats=_mean_of(result.random),
+            answer_nats=(result.placebo.numbers or {}).get("top"),
             placebo_nats=_mean_of(result.placebo),
             untrained_nats=_mean_of(result.trained),
             lowers=answers["answer_log_prob"].answer,

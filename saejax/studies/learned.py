@@ -23,7 +23,13 @@ from saejax.studies.sheet import select
 
 #: Answers that contradict each other: (question, answer, question, answer, what that means).
 _CONTRADICTIONS: tuple[tuple[Asked, Answered, Asked, Answered, str], ...] = (
-    ("random", "yes", "placebo", "no", "more than random features, but no more than features chosen for other answers"),
+    (
+        "random",
+        "yes",
+        "placebo",
+        "no",
+        "more than random features, but no more than features chosen for corrupted answers",
+    ),
     ("placebo", "yes", "trained", "no", "specific to the answers, but no more than untrained dictionaries"),
     ("placebo", "yes", "context", "no", "specific to the answers, but the features fire on words alone"),
     ("solves", "no", "placebo", "yes", "specific features of answers that the model only guesses"),
@@ -64,7 +70,8 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
     for effect in effects:
         yield "effect", (plain(effect.lowers), f"{interval(effect.nats_drop)} nats")
         yield "random", (plain(effect.random), f"random sets at equal dose: {number(effect.random_nats)} nats")
-        yield "placebo", (plain(effect.placebo), f"placebo sets at equal dose: {number(effect.placebo_nats)} nats")
+        final = f"final answer: {number(effect.answer_nats)} nats; placebo sets {number(effect.placebo_nats)}"
+        yield "placebo", (plain(effect.placebo), final)
         untrained = f"untrained dictionaries at equal dose: {number(effect.untrained_nats)} nats"
         yield "trained", (plain(effect.trained), untrained)
     by_gate: dict[str, Answered] = {"interpretable": "yes", "cannot tell": "cannot tell"}

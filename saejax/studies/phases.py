@@ -111,12 +111,13 @@ def _probes(figures: StudyFigures, rows: Mapping[str, Findings]) -> Iterator[Pha
 def _causes(figures: StudyFigures) -> Iterator[PhaseFigures]:
     for effect in figures.effects:
         where, result = f"{effect.row}, {effect.benchmark}", f"{interval(effect.nats_drop)} nats"
-        for test, mean, answer in (
-            ("top features lower the answers more than random sets at equal dose", effect.random_nats, effect.random),
-            ("more than sets chosen for other answers", effect.placebo_nats, effect.placebo),
-            ("more than untrained dictionaries", effect.untrained_nats, effect.trained),
+        margin = f"{number(effect.answer_nats)} nats"
+        for test, measured, mean, answer in (
+            ("top features lower the answers more than random sets", result, effect.random_nats, effect.random),
+            ("the final answer, more than sets for corrupted answers", margin, effect.placebo_nats, effect.placebo),
+            ("more than untrained dictionaries", result, effect.untrained_nats, effect.trained),
         ):
-            yield PhaseFigures(CAUSES, test, where, result, f"{number(mean)} nats", plain(answer))
+            yield PhaseFigures(CAUSES, test, where, measured, f"{number(mean)} nats", plain(answer))
     for primitive in (group for group in figures.primitives if group.effect is not None):
         title = primitive.name or "a group without a name"
         yield PhaseFigures(
@@ -124,7 +125,7 @@ def _causes(figures: StudyFigures) -> Iterator[PhaseFigures]:
             f"{len(primitive.features)} features of {title} lower its answers",
             f"{primitive.row}, {primitive.benchmark}",
             f"{interval(primitive.effect)} nats",
-            f"random sets {number(primitive.random)}, other answers {number(primitive.placebo)} nats "
+            f"random sets {number(primitive.random)}, corrupted answers {number(primitive.placebo)} nats "
             f"({primitive.sets} sets of the kind with fewer, {primitive.needed} needed)",
             plain(primitive.more),
         )
@@ -175,6 +176,6 @@ def disagreements(figures: StudyFigures) -> tuple[str, ...]:
         if effect.placebo == "no" and select(figures.phases, phase=EFFECTS, row=where, answer="yes"):
             lines.append(
                 f"{effect.row} on {effect.benchmark}: features change the output (phase 1), but no more than features "
-                "chosen for other answers (phase 4)."
+                "chosen for corrupted answers (phase 4)."
             )
     return tuple(lines)

@@ -19,7 +19,7 @@ def draw_drops(
     title: str,
     names: Sequence[str],
     drops: Sequence[Mapping[str, Interval | None]],
-    controls: Sequence[tuple[float | None, float | None]],
+    controls: Sequence[Mapping[str, float | None]],
 ) -> "Figure":
     """Draw what ablation costs, in nats per answer, beside control sets at equal dose.
 
@@ -27,7 +27,7 @@ def draw_drops(
       title: of the figure.
       names: of its rows.
       drops: of each row, one or two by what they are; None is left out.
-      controls: of each row the mean under random sets, and under sets chosen for other answers; None is left out.
+      controls: of each row the means under two kinds of control sets, by their names; None is left out.
     """
     figure, (axes,) = panels((height_of(names, 0.5) + 1.5,), (title,))
     for row, (of_row, means) in enumerate(zip(drops, controls, strict=True)):
@@ -35,9 +35,7 @@ def draw_drops(
             if drop:
                 y = row + 0.24 * (place - (len(of_row) - 1) / 2)
                 point(axes, drop, y, (ORANGE, GREEN)[place], "Ds"[place], label, size=5)
-        for mean, kind, color, marker in zip(
-            means, ("random sets", "sets chosen for other answers"), (GREY, BLUE), "ox"
-        ):
+        for (kind, mean), color, marker in zip(means.items(), (GREY, BLUE), "ox", strict=True):
             if mean is not None:
                 label = f"{kind} at equal dose, mean"
                 axes.plot([mean], [row + 0.3], marker, color=color, label=label, markersize=5)

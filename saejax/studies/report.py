@@ -105,7 +105,10 @@ def _learned(root: Path, figures: StudyFigures) -> Iterator[Block]:
             "Log-likelihood of the answers lost under ablation",
             [f"{effect.row}, {effect.benchmark}" for effect in figures.effects],
             [{"top features, with their 95 % interval": effect.nats_drop} for effect in figures.effects],
-            [(effect.random_nats, effect.placebo_nats) for effect in figures.effects],
+            [
+                {"random sets": effect.random_nats, "untrained dictionaries": effect.untrained_nats}
+                for effect in figures.effects
+            ],
         )
         caption = "Effects of the top features, compared with control sets at equal dose."
         yield _picture(root, "study_effects", figure, caption)
@@ -138,7 +141,7 @@ def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
             "Log-likelihood lost when a group is ablated",
             [f"{group.row}: {group.name or 'no category'}" for group in ablated],
             [{"on items of its category": group.effect, "on other items": group.elsewhere} for group in ablated],
-            [(group.random, group.placebo) for group in ablated],
+            [{"random sets": group.random, "sets chosen for corrupted answers": group.placebo} for group in ablated],
         )
         caption = "The effect of ablating each group, compared with control sets at equal dose."
         yield _picture(root, "study_primitives", figure, caption)

@@ -156,8 +156,8 @@ class EffectFigures(RowFigures):
     Top features ablated, or each resampled: where it fires, its activation is drawn from those elsewhere. Drop: of
     accuracy, in percentage points, also under random and placebo sets; nats: drop of the reference's log-likelihood;
     square brackets: 95 % intervals over items. Falls: whether accuracy falls by more than the criterion, set to zero
-    and resampled. Placebo sets too: the share of sets chosen for other items' answers that also do more than random
-    sets.
+    and resampled. Placebo sets too: the share of sets chosen for corrupted answers that also do more than random sets.
+    Specific: the final answer loses more log-probability, beyond what a corrupted one loses, than under placebo sets.
     """
 
     #: its name
@@ -196,7 +196,8 @@ class EffectFigures(RowFigures):
     )
     nats_drop_resampled: Interval | None  #: with features resampled
     random_nats: float | None  #: mean drop of the log-likelihood under random sets at equal dose
-    placebo_nats: float | None  #: mean drop under placebo sets at equal dose
+    answer_nats: float | None  #: drop of the final answer's log-probability minus a corrupted one's
+    placebo_nats: float | None  #: mean of the same under placebo sets at equal dose
     untrained_nats: float | None  #: mean drop under lists of untrained dictionaries at equal dose
     #: whether the log-likelihood falls more than under random sets at equal dose
     random: str = column("More than random")
@@ -228,8 +229,8 @@ class AlignmentFigures(Figures):
 
     Items: without what their category, the length of their answer and random sets explain. Features: matched by their
     activity on the items. Placebo: of items, a random set in the place of one row's top features; of features, a
-    rotated dictionary, and the importance for other answers. Shared: of the first row's features that fire. A dash: too
-    few items or features.
+    rotated dictionary, and the importance for corrupted answers. Shared: of the first row's features that fire. A dash:
+    too few items or features.
     """
 
     first: str = joined("Rows", lambda row: f"{row.first}, {row.second}")  #: row
@@ -242,7 +243,7 @@ class AlignmentFigures(Figures):
     p_value: float | None  #: of rank correlations as large where one side is shuffled
     p_holm: float | None = column("p (Holm)", _digits(4))  #: over all comparisons of the report
     #: of items: the 95 % quantile with a random set in the place of one row's top features; of features: the larger of
-    #: that with a rotated dictionary and the 95 % quantile of those with the importance for other items' answers
+    #: that with a rotated dictionary and the 95 % quantile of those with the importance for corrupted answers
     control: float | None = column("Placebo", lambda value: MISSING if value is None else f"up to {number(value)}")
     aligned: bool | None = column("Aligned", yes_or_no)  #: by the criterion; None where it is not known
     #: share of the first row's live features that have a partner by activity; None of items

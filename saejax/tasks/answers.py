@@ -16,8 +16,11 @@ cannot be found is None, and counts as wrong.
 import dataclasses
 import re
 import threading
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
+
+import numpy as np
 
 _STRICT_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 _ANY_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
@@ -40,6 +43,38 @@ class Verdict:
 
     answer: str | None  #: the final answer as it is written there; None if the rule finds none
     correct: bool  #: whether it is right
+
+
+def corrupted_answers(answer: str, choices: Sequence[str], count: int, seed: Sequence[int]) -> list[str]:
+    """Return distinct wrong answers of the same form: other choices, or the answer with other digits.
+
+    Args:
+      answer: the right one.
+      choices: answers to choose from; empty where none are given.
+      count: number of wrong answers, at most.
+      seed: seed of the draws.
+
+    Returns:
+      Fewer than ``count`` where there are no more; none of an answer without choices and digits.
+    """
+    rng = np.random.default_rng(list(seed))
+    if choices:
+        others = [choice for choice in choices if choice != answer]
+        return [others[place] for place in rng.permutation(len(others))[:count]]
+    # The first digit of several stays above 0: "042" is no number of the form of "142", nor "0,142" of "1,142".
+    wrong: dict[str, None] = {}
+    for _ in range(20 * count if re.search("[0-9]", answer) else 0):
+        text = re.sub("[0-9]+", lambda run: _draw_number(run, rng), answer)
+        if text != answer:
+            wrong[text] = None
+    return list(wrong)[:count]
+
+
+def _draw_number(run: re.Match[str], rng: np.random.Generator) -> str:
+    """Return a random number of as many digits as some in a text, at most 18 (of an int64)."""
+    digits = min(len(run[0]), 18)
+    is_longer = digits > 1 or run.string[run.end() : run.end() + 1] == ","
+    return str(rng.integers(10 ** (digits - 1) if is_longer else 0, 10**digits))
 
 
 def number_verdicts(text: str, answer: str) -> dict[str, Verdict]:

@@ -12,11 +12,12 @@ from scipy import sparse
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import benchmark
+from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.edits import mask
-from saejax.interventions.references import Reference, References, attributions, placebo_references
+from saejax.interventions.references import Reference, References, answer_pairs, attributions
 from saejax.interventions.settings import StudyConfig
 from saejax.interventions.split_model import SplitModel
-from saejax.interventions.table import TESTED, load_effects
+from saejax.interventions.table import TESTED, EditDefinition, EffectsTable, PromptDefinition, load_effects
 from saejax.interventions.verdict import verdict
 from saejax.matching.importance import ItemFeatures
 from saejax.page.blocks import Picture
@@ -35,6 +36,7 @@ from saejax.tasks.answers import Verdict
 from saejax.tasks.benchmark_definitions import LOGIC_TASKS
 from saejax.tasks.benchmark_scores import score_items
 from saejax.tasks.benchmarks import read_items
+from saejax.tasks.likelihood import loglikelihoods
 from saejax.tasks.scored_items import GeneratedItem
 from saejax.tasks.settings import TaskConfig
 
@@ -195,22 +197,47 @@ def test_statistics_and_pools_are_those_of_the_text(tiny, dictionary, run_refere
     assert few == np.random.default_rng([1, often]).choice(pools[often], 2, replace=False).tolist()
 
 
-def test_placebo_targets_are_other_items_answers_of_equal_length():
-    references = [Reference([n], answer) for n, answer in enumerate(([1, 2], [3, 4, 5], [1, 2, 9], [6], [7, 8]))]
-    targets = placebo_references(references, 20, seed=1)
-    assert 5 < len(targets) <= 12, "of twelve combinations, each once"
-    for target in targets:
-        by_context = {reference.context[0]: reference.answer for reference in target}
-        for reference in references:
-            answer = by_context.get(reference.context[0])
-            if answer is None:
-                continue
-            others = [each.answer[: len(answer)] for each in references if each is not reference]
-            assert len(answer) == len(reference.answer) and answer != reference.answer and answer in others
-    assert len({tuple(tuple(reference.answer) for reference in target) for target in targets}) > 5
-    assert placebo_references([Reference([0], [1]), Reference([1], [1])], 5, seed=1) == []  # no other answer
-    two_choices = [Reference([n], [n % 2]) for n in range(16)]
-    assert len(placebo_references(two_choices, 199, seed=1)) == 1, "one control is not 199"
+def test_placebo_targets_are_distinct_pairs_of_corrupted_answers():
+    targets = answer_pairs([3, 2, 4], 30, seed=1)
+    assert 5 < len(targets) <= 30
+    for first_N, second_N in targets:
+        for start, size, pair in zip((0, 3, 5), (3, 2, 4), zip(first_N, second_N, strict=True), strict=True):
+            assert len({*pair}) == 2 and start <= min(pair) <= max(pair) < start + size
+    unordered = {frozenset((tuple(first), tuple(second))) for first, second in targets}
+    assert len(unordered) == len(targets)
+    assert len(answer_pairs([2], 199, seed=1)) == 1, "one control is not 199"
+    assert answer_pairs([], 9, seed=1) == []
+
+
+def benchmark_table(seed, answer, answers=20):
+    """T costs the text 3 nats, controls 1; T costs the margin of the final answer ``answer``, placebo sets 0 to 2."""
+    rng = np.random.default_rng(seed)
+    prompts = [PromptDefinition(f"b/{p:02d}", "b") for p in range(answers)]
+    groups = [("clean", 1), ("top", 1), ("random", 19), ("placebo", 19)]
+    edits = [EditDefinition("b", group, i, (i + 100 * (group == "random"),)) for group, n in groups for i in range(n)]
+    text = dict(clean=0.0, top=3.0)
+    text_E = np.array([text.get(edit.group, 1.0) for edit in edits])
+    margin_E = np.array([0.0, answer if answer is not None else rng.uniform(0, 2), *rng.uniform(0, 2, 38)])
+    noise_2xExP = rng.normal(size=(2, len(edits), answers)) * (np.arange(len(edits)) > 0)[:, None]
+    margin_ExP = 4 - margin_E[:, None] - noise_2xExP[1]
+    margin_ExP[2:21] = np.nan  # not measured under random lists
+    values = dict(answer_log_prob=-5 - text_E[:, None] - noise_2xExP[0], answer_margin=margin_ExP)
+    return EffectsTable.block(edits, prompts, values | dict(change_norm=np.ones_like(margin_ExP)))
+
+
+def test_specific_is_asked_of_the_final_answer_and_not_of_the_text():
+    """In 100 worlds the text is hit three times as hard as by controls, its final answer no harder; in 100 it is."""
+    rates = {}
+    for answer in (None, 4.0):
+        judged = [verdict(benchmark_table(seed, answer), VerdictConfig(resamples=50)) for seed in range(100)]
+        found = [each.dictionaries[TESTED]["b"] for each in judged]
+        assert all(each.random.answer == "yes" for each in found)
+        rates[answer] = sum(each.placebo.answer == "yes" for each in found)
+    print(f"specific to the final answer: yes in {rates[None]} of 100 null and {rates[4.0]} of 100 true worlds")
+    assert rates[None] <= 8 and rates[4.0] >= 80
+    assert "nats of the final answer's margin" in found[0].placebo.sentence
+    (few,) = verdict(benchmark_table(0, 4.0, answers=5)).dictionaries[TESTED].values()
+    assert few.placebo.answer == "not testable" and "5 prompts" in few.placebo.sentence
 
 
 def check_associations(run, items, results, table, monkeypatch):
@@ -274,6 +301,26 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
         edit = table.select_whole_edits(name, group)[-1]
         (measured_P,) = table.values([edit], prompts, "answer_log_prob")
         assert_scored(measured_P, [dictionary.scale(edit.features, 1 - edit.fraction)])
+    # Question 3 is about the final answer, whose solution comes before it, and a corrupted one.
+    items = benchmark_run.BenchmarkItems(tiny, name, task, train, ordered)
+    right, corrupted = ([some[which] for some in items.final_answers(ordered, CONFIG.seed)] for which in (0, 1))
+    for group in ("top", "placebo"):
+        edit = table.select_whole_edits(name, group)[-1]
+        edits = [dictionary.scale(edit.features, 1 - edit.fraction)]
+        expected = [
+            likelihood.total - other.total
+            for likelihood, other in zip(
+                *(
+                    loglikelihoods(tiny, [r.context for r in some], [r.answer for r in some], edits)
+                    for some in (right, corrupted)
+                ),
+                strict=True,
+            )
+        ]
+        np.testing.assert_allclose(table.values([edit], prompts, "answer_margin")[0], expected, atol=1e-3)
+    for item, reference, other in zip(ordered, right, corrupted, strict=True):
+        assert tiny.tokenizer.decode(reference.answer).strip() == item.answer
+        assert tiny.tokenizer.decode(other.answer).strip() != item.answer and reference.context == other.context
     assert results.domains[beside].effect.mean == pytest.approx((clean_P - measured_P).mean())
 
     result = results.verdict.dictionaries[TESTED][name]
@@ -332,8 +379,8 @@ def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary
     repeat = make_dictionary(SITE, dead=8, seed=9)
     _, ablation = benchmark.measure_benchmark(items, dictionary, config, dict(again=repeat))
     ablation.item_attributions([repeat])
-    # Four train items choose, with a placebo target; the eight others follow.
-    assert len(set(seen)) == len(seen) == 2 * (4 + 4 + 8) and placed == [id(dictionary), id(repeat)]
+    # Four train items choose, with eight corrupted answers each; the eight others follow.
+    assert len(set(seen)) == len(seen) == 2 * (4 + 4 * 8 + 8) and placed == [id(dictionary), id(repeat)]
 
 
 def test_the_power_in_the_text_is_that_of_simulations():

@@ -113,8 +113,8 @@ def test_five_sentences(figures):
     assert "more than random features (base, tuned)" in told["What held"]
     assert "more than words (base, random)" in told["What did not"]
     assert told["What contradicts what"] == (
-        "tuned: more than random features, but no more than features chosen for other answers; base: specific to the "
-        "answers, but the features fire on words alone; tuned: the same features, on which other items depend."
+        "tuned: more than random features, but no more than features chosen for corrupted answers; base: specific to "
+        "the answers, but the features fire on words alone; tuned: the same features, on which other items depend."
     )
     assert told["Control rows"].startswith("6 of 10 known answers were found, and 3 cannot be told. Contradicted: ")
     assert "for the same items as there, tuned: no, expected yes" in told["Control rows"]

@@ -1,11 +1,12 @@
 """Final answers found in generated texts, and their comparison with the right ones."""
 
+import re
 import threading
 import time
 
 import pytest
 
-from saejax.tasks.answers import formula_verdicts, last_boxed, number_verdicts
+from saejax.tasks.answers import corrupted_answers, formula_verdicts, last_boxed, number_verdicts
 
 
 def found(verdicts):
@@ -132,3 +133,17 @@ def test_formulas_in_a_thread_are_as_they_were_written():
     thread.start()
     thread.join()
     assert found(verdicts[0]) == [(r"\frac{6}{8}", True)] * 2
+
+
+def test_corrupted_answers_have_the_form_of_the_right_one():
+    for answer, form in (
+        ("7", r"\d"),
+        ("-42", r"-[1-9]\d"),
+        ("1,250.5", r"[1-9],[1-9]\d\d\.\d"),
+        ("x^2 + 13", r"x\^\d \+ [1-9]\d"),
+    ):
+        others = corrupted_answers(answer, (), 8, [0])
+        assert len({*others, answer}) == 9 and all(re.fullmatch(form, other) for other in others)
+        assert others == corrupted_answers(answer, (), 8, [0]) != corrupted_answers(answer, (), 8, [1])
+    assert corrupted_answers("odd", (), 8, [0]) == [] and len(corrupted_answers("7", (), 20, [0])) == 9
+    assert sorted(corrupted_answers("(B)", ("(A)", "(B)", "(C)"), 8, [0])) == ["(A)", "(C)"]
