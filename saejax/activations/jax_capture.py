@@ -1,12 +1,15 @@
 """The JAX backend of capture: our decoder, on the mesh, up to the last site that is wanted."""
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 
-from saejax.activations.plan import Batch, Take
+from saejax.activations.plan import Batch, CapturedValues, Take
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import forward
 from saejax.models.loading import load_model
@@ -14,14 +17,18 @@ from saejax.models.parity import needs_check
 from saejax.models.sites import AnySite, Site
 from saejax.models.source import ModelSource
 from saejax.models.weights import load_params
-from saejax.parallel.mesh import BY_DOCUMENT, everywhere
+from saejax.parallel.mesh import BY_DOCUMENT, everywhere, sharding
+
+_BLOCK = 32  # numbers that are added one after the other
+_Measured = tuple[jax.Array, jax.Array, jax.Array]  # vectors_BxTxD, norms_BxT, train_sum_BxD of a site
 
 
 class DecoderReader:
     """A reader that runs a model up to the last of some sites and hands over the value at each.
 
     Batches are padded to few shapes, each of which is compiled once. While the host stores one batch, the devices run
-    the next. Nothing is computed, and no layer's parameters are read, after the last site.
+    the next. They also round the values and compute their norms and sums. Nothing is computed, and no layer's
+    parameters are read, after the last site.
 
     Args:
       source: the model's files.
@@ -46,7 +53,9 @@ class DecoderReader:
         dtype: str,
         hand_over: str,
     ):
-        self.config, self._sites, self.mesh, self._hand_over = config, tuple(sites), mesh, hand_over
+        self.config, self._sites, self.mesh = config, tuple(sites), mesh
+        # Each device has whole vectors of its own documents, which go to the host without being put together.
+        self._measure = jax.jit(functools.partial(measure_sites, hand_over), out_shardings=sharding(mesh, BY_DOCUMENT))
         self.widths: dict[AnySite, int] = {site: site.width(config) for site in sites}
         if needs_check(source, dtype):
             load_model(source.name, source.revision or "main", dtype, mesh)  # which compares it with transformers
@@ -54,7 +63,7 @@ class DecoderReader:
 
     def read(self, batches: Iterable[Batch], take: Take) -> None:
         """See ``plan.Reader``."""
-        running: tuple[Batch, Sequence[jax.Array]] | None = None
+        running: tuple[Batch, Sequence[_Measured]] | None = None
         for batch in batches:
             started = batch, self._start(batch)
             self._give(running, take)
@@ -71,16 +80,61 @@ class DecoderReader:
         """Give back the devices' memory; the reader cannot be used afterwards."""
         self.params = {}
 
-    def _start(self, batch: Batch) -> Sequence[jax.Array]:
+    def _start(self, batch: Batch) -> Sequence[_Measured]:
         """Send a batch to the devices, without waiting for it."""
-        placed = [everywhere(self.mesh, array, BY_DOCUMENT) for array in self.pad_batch(batch)]
-        _, values = forward(self.config, self._sites, False, self.params, *placed)
-        # On the devices: values for a store in bfloat16 then take half the bytes on their way to the host.
-        return jax.tree.map(lambda value: value.astype(self._hand_over), values)
+        ids_BxT, lengths_B = (everywhere(self.mesh, array, BY_DOCUMENT) for array in self.pad_batch(batch))
+        _, values = forward(self.config, self._sites, False, self.params, ids_BxT, lengths_B)
+        # Documents that are held out, or only fill up the batch, count from a position that they do not have.
+        first_B = np.full(len(lengths_B), ids_BxT.shape[1], np.int32)
+        first_B[: len(batch.first_B)] = np.where(batch.train_B, batch.first_B, ids_BxT.shape[1])
+        return self._measure(values, everywhere(self.mesh, first_B, BY_DOCUMENT), lengths_B)
 
-    def _give(self, running: tuple[Batch, Sequence[jax.Array]] | None, take: Take) -> None:
+    def _give(self, running: tuple[Batch, Sequence[_Measured]] | None, take: Take) -> None:
         """Wait for the values of a batch and hand them over."""
         if running is not None:
-            batch, values = running
-            for site, value in zip(self._sites, jax.tree.map(np.asarray, values), strict=True):
-                take(batch, site, value)
+            batch, of_sites = running
+            for site, (vectors, norms, sums) in zip(self._sites, of_sites, strict=True):
+                take(batch, site, CapturedValues(_pieces(vectors), np.asarray(norms), np.asarray(sums)))
+
+
+def measure_sites(dtype: str, values: Sequence[jax.Array], first_B: jax.Array, stop_B: jax.Array) -> list[_Measured]:
+    """Round values as they are stored, and return their norms and sums.
+
+    Args:
+      dtype: "float32" or "bfloat16", as stored.
+      values: [B, T, D] of each site.
+      first_B: position of each row from which on it counts in the sum.
+      stop_B: the position at which it ends.
+
+    Returns:
+      For each site the rounded values, their norms, float32 [B, T], and the sum over the positions of each row, float32
+      [B, D]. Both are added up in blocks: their errors are below 1e-6 of the norm, and of the sum of magnitudes.
+    """
+    position_1xT = jnp.arange(values[0].shape[1])[None]
+    counts_BxT = (position_1xT >= first_B[:, None]) & (position_1xT < stop_B[:, None])
+    measured = []
+    for value_BxTxD in values:
+        stored_BxTxD = value_BxTxD.astype(dtype)
+        wide_BxTxD = stored_BxTxD.astype(jnp.float32)
+        # Relative to the largest: squares of finite values would overflow.
+        largest_BxT = jnp.max(jnp.abs(wide_BxTxD), axis=-1)
+        scale_BxT = jnp.where(largest_BxT > 0, largest_BxT, 1)
+        squares_BxT = _sum_in_blocks(jnp.square(wide_BxTxD / scale_BxT[..., None]), 2)
+        sums_BxD = _sum_in_blocks(jnp.where(counts_BxT[..., None], wide_BxTxD, 0), 1)
+        measured.append((stored_BxTxD, scale_BxT * jnp.sqrt(squares_BxT), sums_BxD))
+    return measured
+
+
+def _sum_in_blocks(x: jax.Array, axis: int) -> jax.Array:
+    """Sum over an axis, blocks first: a CPU adds one number after the other, whose errors would add up."""
+    size = x.shape[axis]
+    padded = jnp.pad(x, [(0, -size % _BLOCK if i == axis else 0) for i in range(x.ndim)])
+    blocks = padded.reshape(*x.shape[:axis], -1, _BLOCK, *x.shape[axis + 1 :])
+    # The barrier keeps the compiler from making one sum of both.
+    return lax.optimization_barrier(blocks.sum(axis + 1)).sum(axis)
+
+
+def _pieces(vectors_BxTxD: jax.Array) -> list[np.ndarray]:
+    """Return the host's copies of an array's parts, each of some rows, in order; a CPU's are no copies."""
+    shards = [shard for shard in vectors_BxTxD.addressable_shards if shard.replica_id == 0]
+    return [np.asarray(shard.data) for shard in sorted(shards, key=lambda shard: shard.index[0].start or 0)]

@@ -8,7 +8,7 @@ devices over which they are split divide: of a shard of 65,536 tokens at most a 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +32,7 @@ class Batch:
     stop_B: np.ndarray
     #: for each, the rows of the shard, [stop - first], that its recorded positions become.
     rows_B: tuple[np.ndarray, ...]
+    train_B: np.ndarray  #: bool: whether each is of the train split
     #: rows and length to which a program of fixed shape fills the batch up, at least those of ``ids_BxT``.
     shape: tuple[int, int]
 
@@ -43,10 +44,35 @@ class Batch:
     @property
     def rows(self) -> int:
         """Number of recorded tokens."""
-        return sum(map(len, self.rows_B))
+        return len(self.row_N)
+
+    @functools.cached_property
+    def row_N(self) -> np.ndarray:
+        """The row of the shard of every recorded token, document by document."""
+        return np.concatenate(self.rows_B)
+
+    @functools.cached_property
+    def places_N(self) -> tuple[np.ndarray, np.ndarray]:
+        """Document of the batch and position of every recorded token."""
+        counts_B = self.stop_B - self.first_B
+        ends_B = np.cumsum(counts_B)
+        position_N = np.arange(ends_B[-1]) + np.repeat(self.stop_B - ends_B, counts_B)
+        return np.repeat(np.arange(len(counts_B)), counts_B), position_N
 
 
-Take = Callable[[Batch, AnySite, np.ndarray], object]
+@dataclasses.dataclass(frozen=True)
+class CapturedValues:
+    """The vectors of a batch at a site, with norms and sums computed where the model ran."""
+
+    #: vectors as they are stored, float32 or bfloat16 [B, T, D], cut along B into a piece of each device; B and T may
+    #: be larger than the batch's.
+    pieces: Sequence[np.ndarray]
+    norms_BxT: np.ndarray  #: float32 Euclidean norms of the stored vectors; NaN or infinite where a value is
+    #: float32 or float64 sums over each document's recorded tokens; 0 of one that is not of the train split.
+    train_sum_BxD: np.ndarray
+
+
+Take = Callable[[Batch, AnySite, CapturedValues], object]
 
 
 class Reader(Protocol):
@@ -57,8 +83,8 @@ class Reader(Protocol):
     def read(self, batches: Iterable[Batch], take: Take) -> None:
         """Run the batches, in their order, up to the last of the wanted sites.
 
-        This calls ``take(batch, site, value_BxTxD)`` once for every batch and site, batches in order. The value is fp32
-        or bfloat16, may be longer than the batch's T, and is not changed or kept by ``take``.
+        This calls ``take(batch, site, values)`` once for every batch and site, batches in order. The values are never
+        changed, so that ``take`` may keep them.
         """
 
     def close(self) -> None:
@@ -147,9 +173,9 @@ class Plan:
             for row, document, stop in zip(ids_BxT, documents_S[chosen], stop_S[chosen], strict=True):
                 row[:stop] = self.documents[document][:stop]
             taken = tuple(rows[i] for i in chosen)
-            batches.append(
-                Batch(ids_BxT, documents_S[chosen], first_S[chosen], stop_S[chosen], taken, (filled, length))
-            )
+            train_B = documents_S[chosen] < self.documents.train_count
+            where = documents_S[chosen], first_S[chosen], stop_S[chosen]
+            batches.append(Batch(ids_BxT, *where, taken, train_B, (filled, length)))
         return batches
 
     def padding_share(self, filled: bool = True) -> float:

@@ -161,7 +161,7 @@ def load_reader(mesh: MeshConfig, request: CaptureRequest, config: CaptureConfig
     if config.backend == "torch" or request.needs_torch:
         from saejax.activations.torch_capture import SiteReader
 
-        return SiteReader(source.load_torch_model(request.source, config.dtype), request.sites)
+        return SiteReader(source.load_torch_model(request.source, config.dtype), request.sites, config.store_dtype)
     decoder = cast(DecoderConfig, request.decoder)
     sites = [site for site in request.sites if isinstance(site, Site)]  # all of them: modules were refused
     return DecoderReader(request.source, decoder, sites, make_mesh(mesh), config.dtype, config.store_dtype)

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from saejax.activations.plan import Batch, Take
+from saejax.activations.plan import Batch, CapturedValues, Take
 from saejax.models.sites import AnySite, Site
 from saejax.models.torch_hooks import HookedModel
 
@@ -23,6 +23,7 @@ class SiteReader:
       model: a transformers causal language model; layers after the last site are dropped from it. It is moved to a GPU
         if torch has one.
       sites: what to read, at least one.
+      hand_over: dtype of the values that are handed over, "float32" or "bfloat16".
 
     Attributes:
       widths: width of the values at each site.
@@ -32,7 +33,8 @@ class SiteReader:
         token.
     """
 
-    def __init__(self, model: Any, sites: Sequence[AnySite]):
+    def __init__(self, model: Any, sites: Sequence[AnySite], hand_over: str = "float32"):
+        self._dtype = getattr(torch, hand_over)
         layers = [site.layer for site in sites if isinstance(site, Site)]
         self._model = HookedModel(model, max(layers) if len(layers) == len(sites) else None)
         self.widths = self._model.widths(sites)
@@ -43,7 +45,7 @@ class SiteReader:
 
             def visit(site: AnySite, value: torch.Tensor, batch: Batch = batch) -> torch.Tensor:
                 """Hand over a value and leave it unchanged."""
-                take(batch, site, _array(value))
+                take(batch, site, _measure(value, batch, self._dtype))
                 return value
 
             with torch.inference_mode():
@@ -54,6 +56,18 @@ class SiteReader:
         del self._model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # torch would keep it for itself, and JAX could not have it
+
+
+def _measure(value_BxTxD: torch.Tensor, batch: Batch, dtype: torch.dtype) -> CapturedValues:
+    """Round a value as it is stored, where the model ran, and add its norms and sums."""
+    # A copy: the model may change its own memory, and may not before the value is stored.
+    stored_BxTxD = value_BxTxD.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    norms_BxT = torch.linalg.vector_norm(stored_BxTxD, dim=-1, dtype=torch.float64).float()
+    sums = [
+        stored_BxTxD[i, first if is_train else stop : stop].sum(0, dtype=torch.float64)
+        for i, (first, stop, is_train) in enumerate(zip(batch.first_B, batch.stop_B, batch.train_B, strict=True))
+    ]
+    return CapturedValues([_array(stored_BxTxD)], _array(norms_BxT), _array(torch.stack(sums)))
 
 
 def _array(value: torch.Tensor) -> np.ndarray:

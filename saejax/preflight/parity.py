@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.activations.plan import Batch
+from saejax.activations.plan import Batch, CapturedValues
 from saejax.config import Configs
 from saejax.models import source
 from saejax.models.language_model import LanguageModel
@@ -89,15 +89,16 @@ def _transformers(model: Any, sites: Sequence[Site], prompts: Sequence[Tokens]) 
 
     values: list[dict[Site, np.ndarray]] = [{} for _ in prompts]
 
-    def take(batch: Batch, site: Any, value_BxTxD: np.ndarray) -> None:
-        values[batch.documents_B[0]][site] = np.array(value_BxTxD)
+    def take(batch: Batch, site: Any, value: CapturedValues) -> None:
+        (values[batch.documents_B[0]][site],) = value.pieces
 
     batches = []
     for number, tokens in enumerate(prompts):
         count = len(tokens.lengths_B)
         rows_B = tuple(np.arange(length) for length in tokens.lengths_B)
         documents_B, first_B = np.full(count, number), np.zeros(count, np.int32)
-        batches.append(Batch(tokens.ids_BxT, documents_B, first_B, tokens.lengths_B, rows_B, tokens.ids_BxT.shape))
+        where = documents_B, first_B, tokens.lengths_B, rows_B, np.ones(count, bool)
+        batches.append(Batch(tokens.ids_BxT, *where, tokens.ids_BxT.shape))
     SiteReader(model, sites).read(batches, take)
     return values
 

@@ -1,6 +1,6 @@
 """What a capture stores, what it refuses, and that killed, stopped or damaged ones go on to the same files."""
 
-import dataclasses
+import collections
 import json
 import shutil
 from collections import defaultdict
@@ -210,16 +210,16 @@ def uninterrupted(setup):
 
 
 def test_a_capture_killed_at_any_shard_goes_on_to_the_same_files(setup, uninterrupted, monkeypatch):
-    """Killed in the middle of every shard in turn: some of the shard's files are there, not its record."""
-    finished, write_site = [], StoreWriter.write_site
+    """Killed in the middle of every shard, up to thrice: some of its files are there, not its record."""
+    killed, write_site = collections.Counter(), StoreWriter.write_site
 
     class Killed(BaseException):
         pass
 
     def killed_in_the_middle(self, site, shard, rows):
-        if site == "mlp_in.2" or (finished and finished[-1] == shard):
+        if site == "mlp_in.2" or killed[shard] > shard % 3:
             return write_site(self, site, shard, rows)
-        finished.append(shard)
+        killed[shard] += 1
         (self.folder / "resid_post.1").mkdir(exist_ok=True)
         (self.folder / "resid_post.1" / f"shard-{shard:05d}.npy").write_bytes(b"half a file")
         (self.folder / "resid_post.1" / f".shard-{shard:05d}.npy.writing-1").write_bytes(b"half a file")
@@ -229,13 +229,11 @@ def test_a_capture_killed_at_any_shard_goes_on_to_the_same_files(setup, uninterr
     run = setup.make_run("killed", **RESUMED)
     kills = 0
     while not (run.folder / "manifest.json").exists():
-        said = []
         try:
-            capture.run_capture(dataclasses.replace(run, say=said.append))
+            capture.run_capture(run)
         except Killed:
             kills += 1
-            assert f"; {max(kills - 2, 0)} of " in said[0]  # all before the shard that the last kill hit
-    assert finished == list(range(kills)) and kills > 5
+    assert kills >= 3 and len(killed) > 5
     assert files(run.folder) == uninterrupted
 
 

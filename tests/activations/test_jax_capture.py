@@ -10,6 +10,7 @@ from saejax import load_model
 from saejax.activations import jax_capture
 from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.plan import Plan
+from saejax.activations.store import DTYPES
 from saejax.files import read_json
 from saejax.models import source
 from saejax.models.families import read_config
@@ -103,34 +104,44 @@ def make_reader(setup, one_device):
     return make
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_norms_and_sums_of_the_devices_are_those_of_float64(dtype):
+    """Of wide vectors, long texts, lone large values as of attention sinks, and squares beyond float32."""
+    rng = np.random.default_rng(0)
+    values_BxTxD = rng.standard_normal((3, 300, 1000)).astype(np.float32) + np.float32(0.3)
+    values_BxTxD[:, 0, 7] = 3e4
+    values_BxTxD[1, 5] *= np.float32(1e30)
+    values_BxTxD[2, 9] = 0
+    values_BxTxD[2, 160, 4] = np.nan
+    first_B, stop_B = np.array([10, 300, 20]), np.array([290, 300, 150])
+    measure = jax.jit(jax_capture.measure_sites, static_argnums=0)
+    ((stored, norms, sums),) = measure(dtype, [values_BxTxD], first_B, stop_B)
+    wide_BxTxD = values_BxTxD.astype(DTYPES[dtype]).astype(np.float64)
+    assert np.array_equal(np.asarray(stored).astype(np.float64), wide_BxTxD, equal_nan=True)
+    np.testing.assert_allclose(norms, np.linalg.norm(wide_BxTxD, axis=-1), rtol=5e-7)
+    for row, (first, stop) in enumerate(zip(first_B, stop_B, strict=True)):
+        expected_D = wide_BxTxD[row, first:stop].sum(0)
+        assert np.linalg.norm(sums[row] - expected_D) <= 5e-7 * np.linalg.norm(expected_D)
+
+
 def test_only_the_layers_up_to_the_last_site_are_read(make_reader):
     reader, _ = make_reader(Site("resid_post", 1), Site("mlp_in", 2))
     assert {value.shape[0] for name, value in reader.params.items() if name.startswith("layers.")} == {3}
 
 
 def test_shapes_are_few_and_a_batch_is_read_when_the_next_one_runs(make_reader, monkeypatch):
-    events, shapes, forward = [], set(), jax_capture.forward
-
-    class Running:
-        """Stands for a value on the device."""
-
-        def __init__(self, number, value):
-            self.number, self.value = number, value
-
-        def astype(self, dtype):
-            return Running(self.number, self.value.astype(dtype))
-
-        def __array__(self, dtype=None, copy=None):
-            events.append(("read", self.number))
-            return np.asarray(self.value)
+    events, shapes, forward, pieces = [], set(), jax_capture.forward, jax_capture._pieces
 
     def watched(config, sites, logits, params, ids_BxT, lengths_B):
-        number = sum(kind == "start" for kind, _ in events)
-        events.append(("start", number))
+        events.append(("start", sum(kind == "start" for kind, _ in events)))
         shapes.add(ids_BxT.shape)
-        _, values = forward(config, sites, logits, params, ids_BxT, lengths_B)
-        return None, [Running(number, value) for value in values]
+        return forward(config, sites, logits, params, ids_BxT, lengths_B)
 
+    def read(vectors_BxTxD):
+        events.append(("read", sum(kind == "read" for kind, _ in events)))
+        return pieces(vectors_BxTxD)
+
+    monkeypatch.setattr(jax_capture, "_pieces", read)
     monkeypatch.setattr(jax_capture, "forward", watched)
     reader, plan = make_reader(Site("resid_pre", 0))
     batches, taken = plan.batches(0), []

@@ -24,13 +24,13 @@ def make_batch() -> Batch:
         row[length:] = 0
     stop_B = np.array(LENGTHS)
     rows_B = tuple(map(np.arange, LENGTHS))
-    return Batch(ids_BxT, np.arange(len(LENGTHS)), np.zeros_like(stop_B), stop_B, rows_B, ids_BxT.shape)
+    return Batch(ids_BxT, np.arange(len(LENGTHS)), np.zeros_like(stop_B), stop_B, rows_B, stop_B > 0, ids_BxT.shape)
 
 
 def read(reader: SiteReader) -> dict[Site, np.ndarray]:
     """Values at a reader's sites, of the second of two equal batches."""
     values = {}
-    reader.read([make_batch()] * 2, lambda _, site, value: values.update({site: value.copy()}))
+    reader.read([make_batch()] * 2, lambda _, site, value: values.update({site: value.pieces[0]}))
     return values
 
 

@@ -4,6 +4,8 @@ What is captured, in which batches and where it is stored does not depend on the
 ``torch_capture`` (hooks in the transformers model) or ``jax_capture`` (our decoder, on the mesh).
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -14,17 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.activations.buffers import ShardBuffers
+from saejax.activations.buffers import THREADS, ShardBuffers
 from saejax.activations.chunker import SPLITS
 from saejax.activations.documents import Documents
 from saejax.activations.manifest import CapturedModel
-from saejax.activations.plan import Batch, Plan, Reader
+from saejax.activations.plan import Batch, CapturedValues, Plan, Reader
 from saejax.activations.progress import TextProgress
 from saejax.activations.request import CaptureRequest, batch_devices, begins_with_bos, load_reader, read_request
 from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
 from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import INDEX, ON_DISK
-from saejax.activations.writer import StoreWriter
+from saejax.activations.writer import SiteShard, StoreWriter
 from saejax.errors import Interrupted, OtherFailed, UserError
 from saejax.files import fingerprint
 from saejax.models.sites import AnySite, OtherSite
@@ -198,13 +200,13 @@ def _make_shards(
 ) -> float:
     """Run the model over the batches of shards and write its values; return the speed in tokens per second."""
     reader = reader or load_reader(run.configs[MeshConfig], request, run.configs[CaptureConfig])
-    buffers = ShardBuffers(widths, max(map(plan.size, missing)), writer.dtype)
+    buffers = ShardBuffers(widths, max(map(plan.size, missing)), writer.dtype, sets=2)
     progress = TextProgress(run.say, sum(map(plan.size, missing)))
     processes, last_look = joined_processes(), time.monotonic()
 
-    def take(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
+    def take(batch: Batch, site: AnySite, values: CapturedValues) -> None:
         """Store a batch's values at a site; refuse what is not finite."""
-        bad = buffers.take(batch, site, value_BxTxD)
+        bad = buffers.take(batch, site, values)
         if bad is not None:
             place = plan.documents.place(int(batch.documents_B[bad[0]]), bad[1])
             raise UserError(
@@ -227,15 +229,28 @@ def _make_shards(
             yield batch
             progress.add(batch.rows)
 
-    for done, (shard, parts) in enumerate(missing.items()):
-        buffers.begin(plan.train_size(shard))
-        # The index needs no model: it follows from the documents.
-        if parts != (INDEX,):
-            reader.read(batches(shard, done), take)
-        writer.write_index(shard)
-        for site in widths:
-            if str(site) in parts:  # the other sites' files stay as they are
-                writer.write_site(str(site), shard, buffers.shard(str(site), plan.size(shard)))
+    def write_site(site: str, shard: int, rows: SiteShard) -> None:
+        """Write a shard of a site in a thread; its memory is free again whether or not that succeeds."""
+        try:
+            writer.write_site(site, shard, rows)
+        finally:
+            buffers.give_back(rows)
+
+    written: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+    # Written while the next shard is filled. On an error or a signal the shards that are complete are finished first.
+    with concurrent.futures.ThreadPoolExecutor(THREADS, "write") as threads:
+        for done, (shard, parts) in enumerate(missing.items()):
+            # The index needs no model: it follows from the documents.
+            if parts != (INDEX,):
+                reader.read(batches(shard, done), take)
+            written.append(threads.submit(writer.write_index, shard))
+            for site in filter(parts.__contains__, map(str, widths)):  # the other sites' files stay as they are
+                written.append(threads.submit(write_site, site, shard, buffers.shard(site, plan.size(shard))))
+            buffers.begin()
+            while written and written[0].done():
+                written.popleft().result()
+        for future in written:
+            future.result()
     reader.close()
     return progress.rate
 
