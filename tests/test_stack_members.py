@@ -87,6 +87,19 @@ def test_a_member_alone_is_the_member_of_a_stack(inputs, swept, tmp_path, capsys
     assert load_dictionary(run / "train" / "topk").config.k == 8
 
 
+def test_a_longer_stack_goes_on_from_a_shorter_one_with_the_same_bits(inputs, swept, tmp_path, capsys):
+    run, fresh = runs.copy_run(swept, tmp_path / "run"), tmp_path / "fresh"
+    runs.copy_units(swept, fresh, "capture")
+    capsys.readouterr()
+    for folder in (run, fresh):
+        go(inputs, folder, ["train"], train__k="4,8", train__max_steps=20)
+    output = capsys.readouterr().out
+    assert output.count("going on from step 10 of a run of 12 steps") == output.count("resuming topk at step 10") == 1
+    assert runs.dictionary_checksums(run) == runs.dictionary_checksums(fresh) != runs.dictionary_checksums(swept)
+    losses = [[record["loss"] for record in read_metrics(each / "train" / "topk", ("loss",))] for each in (run, fresh)]
+    assert losses[0] == losses[1]
+
+
 def test_members_depend_on_what_their_training_reads(inputs, tmp_path):
     sites = "resid_post.0,resid_post.1"
     base = dict(train__k="4,8", train__seed="1,2", capture__sites=sites, train__sites=sites)

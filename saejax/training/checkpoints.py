@@ -1,4 +1,4 @@
-"""Training checkpoints by Orbax: written in the background, restored onto any mesh, the newest kept."""
+"""Training checkpoints by Orbax: written in the background, restored onto any mesh, the newest kept and one more."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -23,16 +23,19 @@ class Checkpoints:
 
     Args:
       folder: their folder; made if missing. What a killed save left half-written is cleaned up.
+      kept_step: a step whose checkpoint is kept, too.
     """
 
-    def __init__(self, folder: Path):
-        self._folder = Path(folder).absolute()
+    def __init__(self, folder: Path, kept_step: int = 0):
+        self._folder, policies = Path(folder).absolute(), ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
             save_decision_policy=ocp.training.save_decision_policies.ContinuousCheckpointingPolicy(
                 minimum_interval_secs=0
             ),
-            preservation_policy=ocp.training.preservation_policies.LatestN(KEPT),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(KEPT), policies.CustomSteps([kept_step])]
+            ),
             cleanup_tmp_directories=True,
         )
         self._writing: tuple[int, Any] | None = None

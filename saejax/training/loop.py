@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from saejax.dictionaries.formats import circuit_tracer, own
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
-from saejax.parallel.collectives import AgreedStop, is_first_process, process_count
+from saejax.parallel.collectives import AgreedStop, is_first_process, process_count, wait_for_all
 from saejax.parallel.mesh import sharding
 from saejax.results import MeshShape
 from saejax.training import cross_layer
@@ -28,8 +29,10 @@ from saejax.training.checkpoints import Checkpoints
 from saejax.training.held_out import HeldOutScorer
 from saejax.training.init_from import state_from_folder
 from saejax.training.inputs import Batches, Source
+from saejax.training.longer import CHECKPOINTS, go_on_from_shorter
 from saejax.training.members import Member
 from saejax.training.metrics import METRICS, Metrics, Wandb, log_folder
+from saejax.training.optimizer import decay_start
 from saejax.training.results import TrainResults
 from saejax.training.scales import estimate_scales
 from saejax.training.settings import MOST_TOKENS, TrainConfig
@@ -50,6 +53,8 @@ class TrainFolders:
     members: Mapping[str, Path]
     wandb: Path  #: where wandb writes
     started: str = ""  #: text that tells this training from an earlier one in the same folder, for wandb
+    #: roots of trainings of the same members on the same inputs, of other lengths; see ``longer``.
+    earlier: Sequence[Path] = ()
 
     @classmethod
     def inside(cls, root: Path, members: Sequence[Member]) -> "TrainFolders":
@@ -118,8 +123,13 @@ def train_stack(
     stack = TrainStack(config, dictionary, members, scales, steps, mesh)
     folder = log_folder(folders.root, config)
     folder.mkdir(exist_ok=True)
+    described = _describe_run(stack, kind)
+    if is_first_process():
+        go_on_from_shorter(stack, described, folder, [log_folder(root, config) for root in folders.earlier], say)
+    wait_for_all("a shorter run was taken over")
     try:
-        with Checkpoints(folder / "checkpoints") as checkpoints:
+        with Checkpoints(folder / CHECKPOINTS, decay_start(config, steps)) as checkpoints:
+            checkpoints.check_or_record_run(described)
             state, kept_M, metrics = _train(stack, kind, source, folders, checkpoints, say, stopping)
     finally:
         source.close()
@@ -138,6 +148,12 @@ def train_stack(
     )
 
 
+def _describe_run(stack: TrainStack, kind: str) -> dict[str, Any]:
+    """Return what the states of a run depend on besides its inputs, as JSON data."""
+    described: dict[str, Any] = dict(settings=identity(stack.config, kind), dictionary=identity(stack.dictionary))
+    return described | dict(members=[member.name for member in stack.members], steps=stack.steps, state=STATE_VERSION)
+
+
 def _train(
     stack: TrainStack,
     kind: str,
@@ -149,9 +165,6 @@ def _train(
 ) -> tuple[TrainState, jax.Array | None, Metrics]:
     """Return the final state, from the newest checkpoint on or from the start, and thresholds for it."""
     config, names = stack.config, [member.name for member in stack.members]
-    described: dict[str, object] = dict(settings=identity(config, kind), dictionary=identity(stack.dictionary))
-    described |= dict(members=names, steps=stack.steps, state=STATE_VERSION)
-    checkpoints.check_or_record_run(described)
     first_step = checkpoints.latest_step or 0
     if first_step:
         state = checkpoints.restore(abstract_state(stack))
@@ -245,7 +258,8 @@ def train_loop(
       batches: the training batches.
       first_step: step at which training starts or resumes.
       metrics: takes the metrics of each step.
-      checkpoints: takes the state every ``checkpoint_every`` steps, at the end, and when stopping.
+      checkpoints: takes the state every ``checkpoint_every`` steps, where the learning rate begins to fall, at the
+        end, and when stopping.
       stopping: returns whether the process was asked to stop.
       step_fn: the compiled step; None: ``compile_step(stack)``.
       midway: makes scores and files of the state while training goes on.
@@ -254,6 +268,7 @@ def train_loop(
       Interrupted: asked to stop; the state is saved.
     """
     step_fn, agreed_stop, every = step_fn or compile_step(stack), AgreedStop(stopping), stack.config.checkpoint_every
+    decays = decay_start(stack.config, stack.steps)
     step = first_step
     if midway and midway.is_missing(step):  # it was asked to stop before they could be made
         midway(step, state, batches)
@@ -266,7 +281,7 @@ def train_loop(
             metrics.push(step, values | (scores or {}))
         stop = agreed_stop() or scores is None
         # A batch that was not made means that the process was asked to stop meanwhile.
-        due = batch is not None and (step % every == 0 or step == stack.steps)
+        due = batch is not None and (step % every == 0 or step in (decays, stack.steps))
         if due or (stop and step > first_step):
             metrics.flush(check=True)  # a state whose loss is not finite must not become the newest checkpoint
             metrics.write()

@@ -117,24 +117,28 @@ def apply_constraints(
 
 def penalty_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
     """Return the weight of the penalty, which rises linearly so that features form before they are thinned out."""
-    return linear_warmup(config.penalty_warmup or config.warmup, steps)
+    return linear_warmup(round(config.penalty_warmup * steps) or config.warmup)
 
 
-def linear_warmup(share: float, steps: int) -> optax.Schedule:
-    """Return a schedule that rises linearly from 0 to 1 over a share of the steps."""
-    up = round(share * steps)
+def linear_warmup(up: int) -> optax.Schedule:
+    """Return a schedule that rises linearly from 0 to 1 over ``up`` steps."""
     return optax.join_schedules([lambda step: (step + 1) / max(up, 1), optax.constant_schedule(1.0)], [up])
 
 
 def learning_rate_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
-    """Return a factor in [0, 1]: it rises over ``warmup`` of the steps, stays, and falls to 0 over ``decay``."""
+    """Return a factor in [0, 1]: it rises over ``warmup`` steps, stays, and falls to 0 over the share ``decay``."""
     # Both schedules count whole steps, so that the last one has a rate above 0.
     down = round(config.decay * steps)
-    warmup = linear_warmup(config.warmup, steps)
+    warmup = linear_warmup(config.warmup)
     fall = optax.join_schedules(
         [optax.constant_schedule(1.0), lambda step: (down - step) / max(down, 1)], [steps - down]
     )
     return lambda step: jnp.clip(jnp.minimum(warmup(step), fall(step)), 0.0, 1.0)
+
+
+def decay_start(config: TrainConfig, steps: int) -> int:
+    """Return the number of steps up to which a run of ``steps`` steps is the same as any longer one."""
+    return steps - max(round(config.decay * steps), 1)
 
 
 def _named(params: Arrays, names: Any) -> dict[str, bool]:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from saejax.dictionaries import DictionaryConfig, kinds
 from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.modules import parameter_table
+from saejax.training.optimizer import decay_start
 from saejax.training.settings import TrainConfig
 from saejax.training.stack import Hyperparams
 from saejax.training.state import TrainState
@@ -33,8 +34,7 @@ _LENGTH = 0.2  # of an encoder column that starts at a token, in those of the li
 
 def is_due(config: TrainConfig, steps: int, step: jax.Array) -> jax.Array:
     """Return whether to resample after ``step`` steps; not while the learning rate falls, nor at the end."""
-    last = steps - max(round(config.decay * steps), 1)
-    return (step % config.resample_every == 0) & (step <= last)
+    return (step % config.resample_every == 0) & (step <= decay_start(config, steps))
 
 
 def resample(

@@ -154,13 +154,11 @@ class TrainConfig(Config):
         "dictionaries than clipping outliers only",
         low=0.0,
     )
-    warmup: float = setting(
-        0.05, "share of the steps over which learning rate and penalty rise from 0", low=0.0, high=1.0
-    )
+    warmup: int = setting(100, "number of steps over which learning rate and penalty rise from 0", low=0)
     penalty_warmup: float = setting(
         0.0,
         "share of the steps over which the penalty rises from 0; 0: as long as --train.warmup. Published cross-layer "
-        "transcoders use 1",
+        "transcoders use 1. A run with such a share cannot go on to a longer one",
         low=0.0,
         high=1.0,
     )

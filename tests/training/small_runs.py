@@ -49,7 +49,7 @@ class Rows:
 
 
 def make_stack(kind="topk", mesh=None, **changes):
-    usual = dict(auxk=0.03, dead_tokens=64, epochs=3, buffer_rows=ROWS, log_every=1, checkpoint_every=100)
+    usual = dict(warmup=1, auxk=0.03, dead_tokens=64, epochs=3, buffer_rows=ROWS, log_every=1, checkpoint_every=100)
     return make_small(kind, mesh, steps=STEPS, **usual | changes)
 
 

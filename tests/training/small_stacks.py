@@ -32,6 +32,7 @@ def make_config(**changes) -> TrainConfig:
         l1=(0.05,),
         l0_coefficient=(0.01,),
         dead_tokens=200,
+        warmup=2,
     )
     values = usual | changes
     names = {field.name for field in dataclasses.fields(TrainConfig)}

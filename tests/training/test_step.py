@@ -65,7 +65,7 @@ def test_the_first_step_has_the_figures_of_commit_9b9b75b(kind, changes, loss, g
 
 
 def test_the_first_step_is_adam_on_the_projected_gradient(one_device):
-    stack = make_stack("standard", one_device, warmup=0.0, decay=0.0)
+    stack = make_stack("standard", one_device, warmup=0, decay=0.0)
     before, silent = init_state(stack), np.zeros(F, np.int32)
     before.params["b_enc_F"] = before.params["b_enc_F"].at[0, :2].set(-100.0)  # they do not fire
     silent[:5] = 200, 4, 4, 0, 7  # the first has been dead
@@ -233,19 +233,19 @@ def test_a_kind_whose_k_follows_from_its_own_setting_trains_and_encodes(one_devi
 
 
 def test_schedules():
-    config = make_config(warmup=0.1, decay=0.2)
+    config = make_config(warmup=10, decay=0.2)
     rate = [updates.learning_rate_schedule(config, 100)(s) for s in (0, 4, 9, 50, 80, 90, 99)]
     np.testing.assert_allclose(rate, [0.1, 0.5, 1, 1, 1, 0.5, 0.05], rtol=1e-6)
     penalty = [updates.penalty_schedule(config, 100)(s) for s in (0, 4, 9, 99)]
     np.testing.assert_allclose(penalty, [0.1, 0.5, 1, 1], rtol=1e-6)
-    later = updates.penalty_schedule(make_config(warmup=0.1, penalty_warmup=1.0), 100)
+    later = updates.penalty_schedule(make_config(warmup=10, penalty_warmup=1.0), 100)
     np.testing.assert_allclose([later(s) for s in (0, 49, 99)], [0.01, 0.5, 1], rtol=1e-6)
-    flat = make_config(warmup=0.0, decay=0.0)
+    flat = make_config(warmup=0, decay=0.0)
     np.testing.assert_allclose([updates.learning_rate_schedule(flat, 5)(s) for s in range(5)], 1.0)
 
 
 def test_accumulated_steps_are_one_of_all_their_tokens(one_device):
-    data, fixed = batches(4), dict(mesh=one_device, warmup=0.0, decay=0.0)
+    data, fixed = batches(4), dict(mesh=one_device, warmup=0, decay=0.0)
     state, _ = run(make_stack("standard", accumulate=2, **fixed), data)
     large, _ = run(make_stack("standard", batch=2 * B, **fixed), data.reshape(2, 2 * B, D))
     for name, array in host(state).items():

@@ -100,7 +100,7 @@ def checkpoint_bytes(plan: PlannedRun) -> int:
     train, total = plan.configs[TrainConfig], 0
     for kind, stack in plan.stacks.items():
         means = 2 * WIDTH["float32"] if train.mu_dtype == "float32" else WIDTH["float32"] + WIDTH["bfloat16"]
-        kept = 0 if kind == PRETRAINED else KEPT
+        kept = 0 if kind == PRETRAINED else KEPT + 1  # where the learning rate begins to fall
         total += sum(_parameters(train, kind, stack)) * (WIDTH["float32"] + kept * (WIDTH[train.state_dtype] + means))
     return total
 

@@ -1,23 +1,29 @@
 """The train stage: a stack of dictionaries of one kind, on a captured store or straight from the model."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
 from saejax.activations.store import Store
 from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.errors import UserError
+from saejax.files import read_object
 from saejax.parallel.collectives import is_first_process
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.results import load_results
-from saejax.runner.workspace import STARTED, Run
+from saejax.runner.workspace import STACK, STARTED, Run
 from saejax.stages.tokenize.run import text_documents
 from saejax.stages.train.metrics import split_metrics
 from saejax.stages.train.pretrained import run_pretrained
 from saejax.training.inputs import Source, model_source, store_source
+from saejax.training.longer import LENGTH
 from saejax.training.loop import TrainFolders, check_state_dtype, train_stack
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.metrics import METRICS, log_folder
@@ -96,7 +102,33 @@ def _folders(run: Run, members: Sequence[Member]) -> TrainFolders:
     if not (run.folder / STARTED).exists():  # a folder inside of a unit
         return TrainFolders(run.folder, written, run.folder)
     # Files of wandb change after the run: they are in ``wandb/`` in the workdir, not among those of the unit.
-    return TrainFolders(run.folder, written, run.folder.parents[1], (run.folder / STARTED).read_text())
+    started, earlier = (run.folder / STARTED).read_text(), _of_other_length(run, [member.name for member in members])
+    return TrainFolders(run.folder, written, run.folder.parents[1], started, earlier)
+
+
+def _of_other_length(run: Run, members: Sequence[str]) -> tuple[Path, ...]:
+    """Return the units of trainings in this workdir whose members differ from these in the length alone."""
+    wanted, units = _but_length(run.folder, members if run.stack else ()), []
+    for folder in sorted(run.folder.parent.glob(f"{run.name}-*")):
+        with contextlib.suppress(UserError):  # a damaged unit is not taken
+            if folder != run.folder and _but_length(folder, members if run.stack else ()) == wanted:
+                units.append(folder)
+    return tuple(units)
+
+
+def _but_length(unit: Path, members: Sequence[str]) -> list[Any]:
+    """Return what a unit, or each of these members of a stack, depends on besides the length of training."""
+    folders = [unit]
+    if members:
+        places = read_object(unit / STACK, "members")["members"] if (unit / STACK).exists() else {}
+        folders = [unit.with_name(places[member]) for member in members] if {*members} <= {*places} else []
+    depends: list[Any] = []
+    for folder in folders:
+        # The name of the unit is that of its folder, and says nothing about its content.
+        depends.append({**read_object(folder / STARTED).get("depends_on", {}), "unit": ""})
+        for name in LENGTH:
+            depends[-1].get("settings", {}).get("train", {}).pop(name, None)
+    return depends
 
 
 def _fitting_mesh(run: Run, members: int) -> Mesh:

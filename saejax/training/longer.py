@@ -1,0 +1,96 @@
+"""Training for longer: a run goes on from a shorter one that is the same up to some step.
+
+Two runs that differ in their length alone do the same steps until the learning rate of one of them begins to fall. The
+shorter one keeps its checkpoint of that step. A longer one takes it over, with the records up to it, and ends with the
+bits of a run from the start. A penalty whose weight rises over a share of all steps differs from the first step on.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saejax.dictionaries import kinds
+from saejax.files import read_object, unfinished_folder, write_json
+from saejax.training.checkpoints import RUN
+from saejax.training.metrics import METRICS
+from saejax.training.optimizer import decay_start
+from saejax.training.stack import TrainStack
+
+CHECKPOINTS = "checkpoints"
+LENGTH = ("epochs", "max_steps")  # the settings that say how long a run is
+
+
+def go_on_from_shorter(
+    stack: TrainStack, run: Mapping[str, Any], folder: Path, earlier: Sequence[Path], say: Callable[[str], None]
+) -> None:
+    """Take over the state of an earlier run of another length, if this one has not begun; the first process does.
+
+    Args:
+      stack: what is trained.
+      run: description of the run, as in ``Checkpoints.check_or_record_run``.
+      folder: of its checkpoints and metrics, which may be those of a run of another length.
+      earlier: such folders of other runs, of the same members and inputs.
+      say: logs which run it goes on from, or why from none.
+    """
+    checkpoints = folder / CHECKPOINTS
+    begun = _read_run(checkpoints)
+    if begun is not None and (begun == run or not _differs_in_length(begun, run)):
+        return
+    shorter = {place: before for place in (folder, *earlier) if (before := _read_run(place / CHECKPOINTS)) is not None}
+    shorter = {place: before for place, before in shorter.items() if _differs_in_length(before, run)}
+    if not shorter:
+        return
+    usable: dict[int, Path] = {}
+    reason = f"{next(iter(shorter))} has no checkpoint from before its learning rate fell"
+    if stack.config.penalty_warmup and type(stack.kind).penalty is not kinds.Kind.penalty:
+        shorter, reason = {}, "--train.penalty_warmup is a share of all steps, which are others now"
+    for place, before in shorter.items():
+        last = min(decay_start(stack.config, before["steps"]), decay_start(stack.config, stack.steps))
+        usable |= {step: place for step in _steps(place / CHECKPOINTS) if 0 < step <= last}
+    if not usable:
+        # States of another length in the folder itself are refused, see ``Checkpoints``.
+        return None if begun else say(f"trained from the start: {reason}")
+    step = max(usable)
+    place = usable[step]
+    if place == folder:
+        for later in _steps(checkpoints):
+            if later > step:
+                shutil.rmtree(checkpoints / str(later))
+    else:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(place / METRICS, folder / METRICS)  # a run drops the records after its checkpoint
+        with unfinished_folder(checkpoints) as unfinished:
+            shutil.copytree(place / CHECKPOINTS / str(step), unfinished / str(step), copy_function=_link_or_copy)
+            os.replace(unfinished / str(step), checkpoints / str(step))
+    write_json(checkpoints / RUN, run)
+    say(f"going on from step {step} of a run of {shorter[place]['steps']} steps in {place}")
+
+
+def _differs_in_length(before: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
+    """Return whether two descriptions of runs differ, and in nothing but their length."""
+
+    def rest(run: Mapping[str, Any]) -> dict[str, Any]:
+        settings = {name: value for name, value in run["settings"].items() if name not in LENGTH}
+        return {**run, "settings": settings, "steps": 0}
+
+    return before["steps"] != run["steps"] and rest(before) == rest(run)
+
+
+def _read_run(checkpoints: Path) -> dict[str, Any] | None:
+    """Return the description of the run whose checkpoints are in a folder; None if there are none."""
+    return read_object(checkpoints / RUN, "settings", "steps") if (checkpoints / RUN).exists() else None
+
+
+def _steps(checkpoints: Path) -> list[int]:
+    """Return the steps of the checkpoints in a folder; those of half-written ones are no numbers."""
+    return sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Link a file, which nobody changes, or copy it where there are no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
