@@ -10,6 +10,7 @@ from saejax.attribution.local.model import intervene as intervene
 from saejax.attribution.local.transcoders import open_transcoders as open_transcoders
 from saejax.attribution.trace.prompt import trace as trace
 from saejax.attribution.trace.prompt import trace_gradient as trace_gradient
+from saejax.dictionaries import SAE as SAE
 from saejax.dictionaries import Dictionary as Dictionary
 from saejax.dictionaries import check_dictionary as check_dictionary
 from saejax.dictionaries import load_dictionary as load_dictionary

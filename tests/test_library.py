@@ -14,8 +14,10 @@ from tiny_models import TINY_TEXT
 
 import saejax
 from saejax import cli
+from saejax.activations.documents import COLUMNS, Documents
 from saejax.config import to_json
 from saejax.errors import UserError
+from saejax.models.tokens import bos_tokens
 from saejax.runner.registry import all_stages
 from saejax.settings_from_keywords import make_config
 from saejax.training.settings import TrainConfig
@@ -89,6 +91,21 @@ def test_captured_rows_are_the_models_own_values(lm, acts):
             np.testing.assert_allclose(value_NxD[rows_N], expected_TxD, rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(acts.index_Nx3[rows_N, 2], tokens.ids_BxT[0])
         np.testing.assert_array_equal(acts.index_Nx3[rows_N, 1], np.arange(tokens.lengths_B[0]))
+
+
+def test_a_text_longer_than_the_context_is_split_as_the_flag_splits_it(lm):
+    text = " ".join(TEXTS[:3])
+    pieces = saejax.capture(lm, [text], SITE, context=8).texts
+    front, whole = bos_tokens(lm.tokenizer), lm.tokenize([text])
+    assert len(pieces) > 2 and {len(ids_T) for ids_T in pieces[:-1]} == {8}
+    assert all(ids_T[: len(front)].tolist() == front for ids_T in pieces)
+    text_T = np.concatenate([ids_T[len(front) :] for ids_T in pieces])
+    np.testing.assert_array_equal(text_T, whole.ids_BxT[0, len(front) : whole.lengths_B[0]])
+    table_Nx4 = np.zeros((3, len(COLUMNS)), np.int32)
+    table_Nx4[2, COLUMNS.index("source")] = 1
+    documents = Documents.contiguous(np.zeros(9, np.int32), [4, 4, 1], table_Nx4, ["text"])
+    assert documents.describe() == "2 documents in 3 pieces of at most 4 tokens"
+    assert documents.select(np.array([1, 2])).describe() == "2 documents"
 
 
 def test_saved_activations_are_a_store(acts, tmp_path):

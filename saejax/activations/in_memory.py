@@ -13,7 +13,7 @@ from saejax.activations.writer import write_store
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches
-from saejax.models.tokens import Tokens
+from saejax.models.tokens import Tokens, tokenize_in_pieces
 from saejax.parallel.mesh import document_devices
 from saejax.short_reprs import has_short_repr
 
@@ -26,8 +26,8 @@ class Activations:
     """Values of some sites on the tokens of texts, in memory; row r of every site is the same token."""
 
     values: Mapping[str, np.ndarray]  #: fp32 [N, D] of every site, by its name
-    index_Nx3: np.ndarray  #: int32 columns: the text (its place in the list), the position in it, the token id
-    texts: Sequence[np.ndarray]  #: token ids of the texts
+    index_Nx3: np.ndarray  #: int32 columns: the text (its place in ``texts``), the position in it, the token id
+    texts: Sequence[np.ndarray]  #: token ids of the texts; a long text is several, its pieces
     sink_factor: float  #: rows with norms above so many times the median of their site are attention sinks
     model: CapturedModel  #: the language model
     bos: bool  #: whether every text begins with a BOS token
@@ -78,6 +78,7 @@ def capture(
     texts: Sequence[str],
     sites: Sequence[str] | str,
     *,
+    context: int | None = None,
     batch_tokens: int = 4096,
     sink_factor: float = 10.0,
 ) -> Activations:
@@ -85,15 +86,17 @@ def capture(
 
     Args:
       lm: the model.
-      texts: each at most as long as the model's context.
+      texts: a longer one than ``context`` is split; each of its pieces is a text of the result.
       sites: or one, such as "resid_post.15".
+      context: most tokens of a piece, as ``--corpus.context`` of the stages; None: the model's context.
       batch_tokens: most tokens of a batch, padding included.
       sink_factor: norms above so many times the median of their site are attention sinks.
 
     Raises:
-      UserError: a text is empty or too long, a site does not exist, or a value is not finite.
+      UserError: a text is empty, a site does not exist, or a value is not finite.
     """
-    tokens = lm.tokenize(texts)
+    most = lm.config.context
+    tokens = tokenize_in_pieces(lm.tokenizer, texts, most if context is None else min(context, most))
     offsets = np.concatenate([[0], np.cumsum(tokens.lengths_B)])
     values: dict[str, np.ndarray] = {}
     for chosen, rows, length in even_batches(tokens.lengths_B, batch_tokens, document_devices(lm.mesh), _PROGRAM):

@@ -80,21 +80,53 @@ def tokenize(tokenizer: Any, texts: Sequence[str], context: int, bos: str = "aut
     Raises:
       UserError: there is no tokenizer, or a text is empty or longer than the context, in tokens.
     """
+    sequences = _encode_all(tokenizer, texts, bos)
+    for number, sequence in enumerate(sequences):
+        if len(sequence) > context:
+            raise UserError(
+                f"{_number_of(texts, number)} has {len(sequence)} tokens, more than the model's context of {context}: "
+                "shorten it"
+            )
+    return pad(sequences)
+
+
+def tokenize_in_pieces(tokenizer: Any, texts: Sequence[str], context: int) -> Tokens:
+    """Tokenise texts as ``tokenize`` does, each split into pieces of at most ``context`` tokens.
+
+    Every piece begins with the special tokens with which a text begins, as documents of ``--corpus.path`` do.
+
+    Raises:
+      UserError: there is no tokenizer, a text is empty, or the context has no room for text.
+    """
+    sequences, front = _encode_all(tokenizer, texts), bos_tokens(tokenizer)
+    size = context - len(front)
+    if size < 1:
+        raise UserError(f"context is {context}: expected at least {len(front) + 1} tokens")
+    pieces = []
+    for sequence in sequences:
+        text = sequence[len(front) :]
+        pieces += [front + text[start : start + size] for start in range(0, max(len(text), 1), size)]
+    return pad(pieces)
+
+
+def _encode_all(tokenizer: Any, texts: Sequence[str], bos: str = "auto") -> list[list[int]]:
+    """Return the token ids of each text; raise a ``UserError`` if there is none, or one of them is empty."""
     if isinstance(texts, str):
         raise TypeError("texts is one string: expected a list of them")
     if not texts:
         raise UserError("there are no texts to tokenize: expected at least one")
     sequences = [encode(tokenizer, text, bos) for text in texts]
     for number, (text, sequence) in enumerate(zip(texts, sequences, strict=True)):
-        start = text if len(text) <= 40 else text[:40] + "..."
         if not text or not sequence:
-            raise UserError(f"text {number} of {len(texts)} ({start!r}) has no tokens: expected at least one")
-        if len(sequence) > context:
-            raise UserError(
-                f"text {number} of {len(texts)} ({start!r}) has {len(sequence)} tokens, more than the model's context "
-                f"of {context}: shorten it"
-            )
-    return pad(sequences)
+            raise UserError(f"{_number_of(texts, number)} has no tokens: expected at least one")
+    return sequences
+
+
+def _number_of(texts: Sequence[str], number: int) -> str:
+    """Return which of some texts this is, with its beginning."""
+    text = texts[number]
+    start = text if len(text) <= 40 else text[:40] + "..."
+    return f"text {number} of {len(texts)} ({start!r})"
 
 
 def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:

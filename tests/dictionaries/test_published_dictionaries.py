@@ -21,6 +21,7 @@ from known_dictionaries import assert_computes, relative
 from safetensors.numpy import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import saejax
 from saejax.dictionaries import Dictionary, joined, load_dictionary, load_transcoders, save_dictionary
 from saejax.dictionaries.formats import circuit_tracer, load_all, place, read_config
 from saejax.dictionaries.hashes import hash_dictionaries
@@ -706,6 +707,7 @@ def test_a_release_of_saelens_registry_brings_the_settings_that_its_folder_lacks
     names = [f"saelens:{release}/blocks.8.hook_resid_pre" for release in ("gpt2-small-res-jb", "plain")]
     centred, plain = map(load_dictionary, names)
     assert (centred.config.input_norm, plain.config.input_norm) == ("center", "")
+    assert saejax.SAE.from_pretrained("plain", "blocks.8.hook_resid_pre").config == plain.config
     assert_computes(centred, X, normalised(function(arrays()), "center")(X))
     assert hash_dictionaries(names[1]) == hash_dictionaries(str(registry)) != hash_dictionaries(names[0])
     with pytest.raises(UserError, match="no dictionary 'x': expected one such as blocks.8.hook_resid_pre"):

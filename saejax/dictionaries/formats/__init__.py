@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from saejax.dictionaries import rescale
 from saejax.dictionaries.check import check_dictionary
 from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, own, published, saelens
-from saejax.dictionaries.formats.place import registry_overrides, resolve_path
+from saejax.dictionaries.formats.place import REGISTRY, registry_overrides, resolve_path
 from saejax.dictionaries.formats.tensors import DTYPES, Published, description_errors
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError, one_of
@@ -121,6 +121,20 @@ def load_dictionary(
     if lm is not None:
         check_dictionary(lm, dictionary)
     return dictionary
+
+
+class SAE:
+    """SAELens' way to load a dictionary of its registry, for those who know it."""
+
+    @staticmethod
+    def from_pretrained(release: str, sae_id: str) -> Dictionary:
+        """Load a dictionary of SAELens' registry; see ``load_dictionary``, which takes ``saelens:RELEASE/SAE_ID``.
+
+        Args:
+          release: name of the release, such as "gpt2-small-res-jb".
+          sae_id: name of the dictionary in it, such as "blocks.8.hook_resid_pre".
+        """
+        return load_dictionary(f"{REGISTRY}{release}/{sae_id}")
 
 
 def read_config(path: str | os.PathLike, site: str = "", target: str = "") -> DictionaryConfig:

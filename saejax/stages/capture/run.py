@@ -79,7 +79,7 @@ def run_capture(run: Run) -> CaptureResults:
         writer.begin((part, shard) for shard, parts in missing.items() for part in parts)
         writer.write_documents()
     run.say(
-        f"{len(plan.documents):,} documents, {plan.rows:,} tokens at {', '.join(config.sites)}; "
+        f"{plan.documents.describe()}, {plan.rows:,} tokens at {', '.join(config.sites)}; "
         f"{plan.shards - len(missing)} of {plan.shards} shards are done"
     )
     make = functools.partial(_make_shards, run, request, plan, writer, site_widths, reader)
