@@ -113,8 +113,8 @@ class Kept:
     features: int  #: number of kept features; all others are set to their mean over the train prompts
     left: Interval  #: share that is left, with the error term
     left_without_error: Interval  #: share that is left where the error term is dropped, too
-    placebo: float | None  #: median of the shares that features of placebo sets leave, with the error term
-    untrained: float | None  #: likewise of untrained dictionaries
+    #: medians of the shares that controls leave, by "placebo" and "untrained": with the error term, and without it
+    controls: Mapping[str, tuple[float, float]]
 
 
 @has_short_repr
@@ -303,18 +303,15 @@ def among_sentence(answer: CausalAnswer, group: str, k: int, behaviours: int, ob
 
 
 def enough_sentence(enough: Sequence[Kept]) -> str:
-    """Return the sentence of question 6, which has no yes or no."""
+    """Return the sentence of question 6, which has no yes or no: the fewest kept features, and the most."""
     if not enough:
         return "Not measured, or the logit difference is not above zero without an edit."
-    parts = []
-    for kept in enough:
-        controls = {"placebo sets": kept.placebo, "untrained dictionaries": kept.untrained}
-        left = " and ".join(f"{100 * share:.0f} % by {name}" for name, share in controls.items() if share is not None)
-        parts.append(
-            f"{features(kept.features)} leave {100 * kept.left.mean:.0f} % [{100 * kept.left.low:.0f}, "
-            f"{100 * kept.left.high:.0f}] of the logit difference, {100 * kept.left_without_error.mean:.0f} % without "
-            f"the error term{left and f' ({left}, in the median)'}"
-        )
+    parts = [
+        f"{features(kept.features)} leave {100 * kept.left.mean:.0f} % [{100 * kept.left.low:.0f}, "
+        f"{100 * kept.left.high:.0f}] of the logit difference, {100 * kept.left_without_error.mean:.0f} % without the "
+        "error term"
+        for kept in (enough[0], *enough[1:][-1:])
+    ]
     return f"Kept alone, all other features at their means: {'; '.join(parts)}."
 
 

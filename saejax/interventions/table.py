@@ -43,6 +43,7 @@ GROUPS = ("clean", "top", "single", "random", "placebo", "trained", "untrained",
 #: ``placebo`` or ``untrained``; those that end in ``NO_ERROR`` are without the error term. The index counts sets and
 #: sizes.
 KEPT, NO_ERROR = "kept:", ":no_error"
+KEPT_CONTROLS = ("placebo", "untrained")
 #: Groups named ``basis:<name>`` hold directions of another basis: neurons, pca, diff_means, or a folder's.
 BASIS = "basis:"
 #: ``logit_diff``: logit of the correct minus the wrong answer's first token. ``log_prob``: log-probability of the

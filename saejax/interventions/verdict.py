@@ -37,6 +37,7 @@ from saejax.interventions.controls import check_controls
 from saejax.interventions.table import (
     BASIS,
     KEPT,
+    KEPT_CONTROLS,
     NO_ERROR,
     RANKS,
     TESTED,
@@ -541,19 +542,21 @@ def _measure_enough(measured: MeasuredBehaviour) -> tuple[Kept, ...]:
         )
         return Interval(float(value_P.mean() / clean_P.mean()), *np.nanquantile(sample_R, [0.025, 0.975]).tolist())
 
-    groups = {group: values(group) for group in ("top", "top" + NO_ERROR, "placebo", "untrained")}
+    groups = {name + ending: values(name + ending) for name in ("top", *KEPT_CONTROLS) for ending in ("", NO_ERROR)}
 
-    def median(group: str, size: int) -> float | None:
-        controls = groups[group].get(size)
-        return float(np.median([value_P.mean() for value_P in controls]) / clean_P.mean()) if controls else None
+    def median(group: str, size: int) -> float:
+        return float(np.median([value_P.mean() for value_P in groups[group][size]]) / clean_P.mean())
 
     return tuple(
         Kept(
             features=size,
             left=share(value_P),
             left_without_error=share(groups["top" + NO_ERROR][size][0]),
-            placebo=median("placebo", size),
-            untrained=median("untrained", size),
+            controls={
+                name: (median(name, size), median(name + NO_ERROR, size))
+                for name in KEPT_CONTROLS
+                if size in groups[name]
+            },
         )
         for size, (value_P, *_) in sorted(groups["top"].items())
     )

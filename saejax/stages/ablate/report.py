@@ -18,6 +18,7 @@ from saejax.interventions.answers import (
     BehaviourVerdict,
     CausalAnswer,
     FeatureEffect,
+    Kept,
     enough_sentence,
     fooled_sentence,
 )
@@ -61,7 +62,7 @@ def answer(findings: Findings, draw: Draw) -> Section:
         "site as much as the top features: their median effect, the 95th percentile, and the corrected p-value. "
         "Shares: what the top features take from this answer's logit difference, and the 95th percentile of what they "
         "take from those of other likely tokens. Left: share of the logit difference that is left where so many "
-        "features alone are kept, all others at their means."
+        "features alone are kept, all others at their means; with the error term, and without it."
     )
     caption = f"The six questions, for the {ablate.k} top features of each behaviour"
     if weak:
@@ -111,7 +112,8 @@ def details(findings: Findings) -> list[Section]:
     sections = [Section("The six questions", (Text(intro),))]
     for name, result in ablate.verdict.dictionaries[TESTED].items():
         flags = baseline[name].flags if name in baseline else ()
-        blocks: tuple[Block, ...] = (Terms(_detail_items(result)), _template_table(result))
+        kept = (_kept_table(result.enough),) if result.enough else ()
+        blocks: tuple[Block, ...] = (Terms(_detail_items(result)), *kept, _template_table(result))
         if flags:
             blocks = (Text(f"Flagged: {sentence('; '.join(flags))}", alarm=True), *blocks)
         sections.append(Section(f"Answers: {behaviour(name)}", blocks, level=3))
@@ -360,7 +362,10 @@ def _enough_cell(_: str, result: BehaviourVerdict) -> str:
     if not result.enough:
         return MISSING
     first, last = result.enough[0], result.enough[-1]
-    return f"{percent(first.left.mean)} with {first.features}; {percent(last.left.mean)} with {last.features}"
+    return "; ".join(
+        f"{percent(kept.left.mean)}, {percent(kept.left_without_error.mean)} with {kept.features}"
+        for kept in (first, last)
+    )
 
 
 def _replication_cell(_: str, result: BehaviourVerdict) -> str:
@@ -389,6 +394,27 @@ def _detail_items(result: BehaviourVerdict) -> tuple[tuple[str, str], ...]:
     if result.replication:
         items.append(("Replication", result.replication.sentence))
     return tuple((title, signed(text)) for title, text in items)
+
+
+def _kept_table(enough: Sequence[Kept]) -> Table:
+    def controls(name: str, place: int) -> Callable[[Kept], str]:
+        return lambda kept: percent(kept.controls[name][place]) if name in kept.controls else MISSING
+
+    columns = {
+        "Kept": lambda kept: str(kept.features),
+        "Left, %": lambda kept: interval(kept.left, 0, 100),
+        "by placebo sets": controls("placebo", 0),
+        "by untrained dictionaries": controls("untrained", 0),
+        "Without the error term, %": lambda kept: interval(kept.left_without_error, 0, 100),
+        "by placebo sets, without it": controls("placebo", 1),
+        "by untrained dictionaries, without it": controls("untrained", 1),
+    }
+    note = (
+        "Share of the logit difference that is left where so many features alone are kept and all others are set to "
+        "their means over the train prompts; of controls the median of three. The error term is what a dictionary does "
+        "not explain: of an untrained one it holds nearly everything, so only shares without it compare dictionaries."
+    )
+    return Table.of("Are they enough?", [(kept,) for kept in enough], columns, stack=False, note=note)
 
 
 def _template_table(result: BehaviourVerdict) -> Table:
