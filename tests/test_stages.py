@@ -9,9 +9,10 @@ import sys
 import pytest
 import runs
 
+from saejax import cli
 from saejax.errors import UserError
 from saejax.models.settings import ModelConfig
-from saejax.runner import plugins
+from saejax.runner import plugins, registry
 from saejax.runner.registry import all_stages, default_configs, sort_stages
 from saejax.runner.stage import Stage
 from saejax.runner.workplan import Workplan
@@ -31,7 +32,17 @@ def test_the_order_follows_from_what_stages_wait_for():
             sort_stages(wrong)
 
 
-def test_the_stage_of_the_page_is_a_plugin(inputs, tmp_path):
+@pytest.fixture
+def no_plugins(monkeypatch):
+    """Forgets the stages of plugins afterwards."""
+    monkeypatch.setattr(registry, "_ADDED", {})
+    yield
+    monkeypatch.undo()
+    all_stages.cache_clear()
+    registry.all_groups.cache_clear()
+
+
+def test_the_stage_of_the_page_is_a_plugin(inputs, tmp_path, no_plugins, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n# lengths\.py\n(.*?)```", PAGE, re.S)
     (tmp_path / "lengths.py").write_text(code)
     workdir = tmp_path / "run"
@@ -39,12 +50,16 @@ def test_the_stage_of_the_page_is_a_plugin(inputs, tmp_path):
     flags += [f"--plugins={tmp_path}/lengths.py", "--lengths.share=1"]
 
     def call(program, *more, status=0):
-        command = [sys.executable, "-m", "saejax.cli", program, *flags, *more]
-        done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
-        return done.stdout + done.stderr
+        monkeypatch.setattr(sys, "argv", ["saejax", program, *flags, *more])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = "".join(capsys.readouterr())
+        assert ended.value.code == status, said
+        return said
 
-    assert "lengths: started" in call("lengths")
+    command = [sys.executable, "-m", "saejax.cli", "lengths", *flags]
+    assert "lengths: started" in subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True).stdout
+    assert "lengths: done before, unchanged" in call("lengths")
     assert "the flag file none.flags cannot be read" in call("lengths", "--flagfile=none.flags", status=2)
     results = json.loads((workdir / "lengths" / "done.json").read_text())["results"]
     assert results["documents"] == 40 and 20 < results["tokens"] < 200

@@ -127,8 +127,9 @@ def test_each_question_is_judged_once_whatever_the_batch(monkeypatch):
 
 
 def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path, monkeypatch):
-    monkeypatch.setattr(algorithms_run, "_TEXTS", 100)
-    monkeypatch.setattr(algorithms_run, "_PROMPTS", 10)
+    for name, value in dict(_TEXTS=100, _PROMPTS=10, _FRESH=200, _WIDTH=32).items():
+        monkeypatch.setattr(algorithms_run, name, value)
+    monkeypatch.setitem(algorithms_run._DICTIONARY, "expansion", 2)
     flags = ["--task.behaviours=", "--algorithm.names=addition", "--algorithm.digits=2", "--algorithm.steps=10"]
     made = []
     for name in ("first", "second"):
