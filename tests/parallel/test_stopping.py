@@ -17,6 +17,7 @@ from saejax.errors import Interrupted, OtherFailed
 from saejax.parallel.processes import Processes
 from saejax.parallel.settings import MeshConfig
 from saejax.parallel.stopping import StopAgreement
+from saejax.runner import command
 from saejax.stages.capture import run as capture
 from saejax.stages.capture.run import _share_shards
 
@@ -109,9 +110,9 @@ def test_whoever_waits_hears_of_failures_and_signals(monkeypatch, what, ended_by
 
 
 @pytest.fixture(scope="module")
-def captured(inputs, tmp_path_factory):
+def captured(inputs, single_device, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("stopping") / "run"
-    runs.finish(runs.start("capture", runs.small_flags(*inputs, workdir)))
+    assert command.run(["capture"], "", ["program", *runs.small_flags(*inputs, workdir)]) == 0
     return workdir
 
 
