@@ -15,6 +15,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches
 from saejax.models.tokens import Tokens, tokenize_in_pieces
 from saejax.parallel.mesh import document_devices
+from saejax.progress import show_progress
 from saejax.short_reprs import has_short_repr
 
 _PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
@@ -99,15 +100,19 @@ def capture(
     tokens = tokenize_in_pieces(lm.tokenizer, texts, most if context is None else min(context, most))
     offsets = np.concatenate([[0], np.cumsum(tokens.lengths_B)])
     values: dict[str, np.ndarray] = {}
-    for chosen, rows, length in even_batches(tokens.lengths_B, batch_tokens, document_devices(lm.mesh), _PROGRAM):
-        # Rows are filled up to a number that the devices divide; the copies are not kept.
-        filled_B = np.resize(chosen, rows)
-        batch = Tokens(tokens.ids_BxT[filled_B, :length], tokens.lengths_B[filled_B])
-        for site, value_BxTxD in lm(batch, capture=sites, logits=False).sites.items():
-            host_BxTxD = np.asarray(value_BxTxD, np.float32)
-            kept_NxD = values.setdefault(site, np.empty((offsets[-1], host_BxTxD.shape[2]), np.float32))
-            for text, value_TxD in zip(chosen, host_BxTxD, strict=False):
-                kept_NxD[offsets[text] : offsets[text + 1]] = value_TxD[: tokens.lengths_B[text]]
+    done = 0
+    with show_progress("capture") as on_progress:
+        for chosen, rows, length in even_batches(tokens.lengths_B, batch_tokens, document_devices(lm.mesh), _PROGRAM):
+            # Rows are filled up to a number that the devices divide; the copies are not kept.
+            filled_B = np.resize(chosen, rows)
+            batch = Tokens(tokens.ids_BxT[filled_B, :length], tokens.lengths_B[filled_B])
+            for site, value_BxTxD in lm(batch, capture=sites, logits=False).sites.items():
+                host_BxTxD = np.asarray(value_BxTxD, np.float32)
+                kept_NxD = values.setdefault(site, np.empty((offsets[-1], host_BxTxD.shape[2]), np.float32))
+                for text, value_TxD in zip(chosen, host_BxTxD, strict=False):
+                    kept_NxD[offsets[text] : offsets[text + 1]] = value_TxD[: tokens.lengths_B[text]]
+            done += int(tokens.lengths_B[chosen].sum())
+            on_progress(done, int(offsets[-1]))
     for site, value_NxD in values.items():
         if not np.isfinite(value_NxD).all():
             raise UserError(f"activations at {site} are NaN or infinite: check the model's weights, or use float32")

@@ -28,6 +28,7 @@ from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import pad
 from saejax.parallel.mesh import fitting_sharding, sharding
+from saejax.progress import OnProgress, silent
 
 VARIANTS = ("clean", "mean_ablated", "zero_ablated", "reconstructed")
 _PROGRAM = 1024  # tokens that run in the time in which the programs of another shape are compiled, roughly
@@ -62,6 +63,7 @@ def stand_in_losses(
     documents: Sequence[np.ndarray],
     mean_D: np.ndarray,
     batch_tokens: int = 4096,
+    on_progress: OnProgress = silent,
 ) -> list[Losses]:
     """Return the losses of dictionaries that read one site and have one target.
 
@@ -73,7 +75,9 @@ def stand_in_losses(
       documents: token ids; those of one token predict nothing.
       mean_D: the target's mean over training tokens.
       batch_tokens: tokens per program, padding included.
+      on_progress: called with the tokens that are scored and all.
     """
+    total = sum(max(len(document) - 1, 0) for document in documents)
     dictionaries = [dictionary.with_sink_norms(lm.sink_norm) for dictionary in dictionaries]
     members = MemberData.of(dictionaries, lm.mesh)
     config = _same_rule(dictionaries)
@@ -99,6 +103,7 @@ def stand_in_losses(
         ce_E += np.asarray(ce_CxExB, np.float64).sum((0, 2))
         kl_E += np.asarray(kl_CxExB, np.float64).sum((0, 2))
         tokens += predicted
+        on_progress(tokens, total)
     ce_E, kl_E = ce_E / max(tokens, 1), kl_E / max(tokens, 1)
     return [Losses.of(tokens, ce_E[[0, 1, 2, index]], kl_E[[0, 1, 2, index]]) for index in range(3, 3 + len(members))]
 

@@ -23,6 +23,7 @@ from saejax.interventions.text import LENGTH, HeldOutText
 from saejax.interventions.verdict import verdict
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode
+from saejax.progress import show_progress
 from saejax.settings_from_keywords import make_config
 from saejax.short_reprs import has_short_repr
 from saejax.tasks import draw
@@ -98,9 +99,10 @@ def ablate(
     text = _held_out_text(lm, documents, TEXT_LENGTH)
     tables, top, importance = [], {}, {}
     for name in by_behaviour:
-        table, ablation = measure_behaviour(
-            lm, dictionary, name, by_behaviour, config, text, repeats, features=features
-        )
+        with show_progress(f"ablate {name}") as on_progress:
+            table, ablation = measure_behaviour(
+                lm, dictionary, name, by_behaviour, config, text, repeats, on_progress, features
+            )
         tables.append(table)
         top[name] = describe_top(table, ablation)
         if config.effects == "all":
@@ -141,7 +143,8 @@ def patch(
             f"no {split} prompt has a counterpart of as many tokens (left out: {reasons}): give prompts a counterpart, "
             "as those of make_prompts have"
         )
-    return patch_sites(lm, kind, pairs, positions, layers)
+    with show_progress("patch") as on_progress:
+        return patch_sites(lm, kind, pairs, positions, layers, on_progress=on_progress)
 
 
 def steer(
@@ -173,10 +176,11 @@ def steer(
     config = make_config(SteerConfig, **settings)
     warn_of_bos(lm, dictionary)
     text = _held_out_text(lm, documents, LENGTH)
-    measured = {
-        name: SteeringTest(lm, dictionary, behaviour_prompts, text, config).results()
-        for name, behaviour_prompts in _group(prompts).items()
-    }
+    measured = {}
+    for name, behaviour_prompts in _group(prompts).items():
+        with show_progress(f"steer {name}") as on_progress:
+            steering = SteeringTest(lm, dictionary, behaviour_prompts, text, config, on_progress=on_progress)
+            measured[name] = steering.results()
     return judge(measured)
 
 

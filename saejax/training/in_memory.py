@@ -25,6 +25,7 @@ from saejax.files import fingerprint, read_object, write_json
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import OtherSite, site_parts
 from saejax.parallel.mesh import AXES, make_mesh
+from saejax.progress import show_progress
 from saejax.settings_from_keywords import make_config
 from saejax.short_reprs import has_short_repr
 from saejax.training.inputs import store_source
@@ -195,7 +196,8 @@ def evaluate(
     if config.widths:
         (of_parts,) = part_losses(parts_by_model(site, lm, None), [dictionary], acts.texts, mean_D)
         return Evaluation(score, of_parts["+".join(site_parts(site))])
-    (losses,) = stand_in_losses(lm, [dictionary], acts.texts, mean_D)
+    with show_progress("evaluate") as on_progress:
+        (losses,) = stand_in_losses(lm, [dictionary], acts.texts, mean_D, on_progress=on_progress)
     return Evaluation(score, losses)
 
 

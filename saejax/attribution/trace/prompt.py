@@ -47,7 +47,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.parameters import parameter_table as model_table
 from saejax.parallel.mesh import free_bytes, part_size
-from saejax.progress import OnProgress, silent
+from saejax.progress import OnProgress, show_progress, silent
 
 _FP32 = 4
 _PROGRAMS = 400 * 2**20  # bytes of compiled programs and of compiling them, on the host
@@ -182,14 +182,73 @@ def check_memory(size: GraphSize, tokens: int, mesh: Mesh) -> None:
     )
 
 
-def trace(model: LanguageModel, transcoders: AnySet, prompt: str | Sequence[int], **options: Any) -> Graph:
-    """Return the attribution graph of a prompt: that of ``trace_prompt``, which has the same arguments."""
-    return trace_prompt(model, transcoders, prompt, **options).graph
+def trace(
+    model: LanguageModel,
+    transcoders: AnySet,
+    prompt: str | Sequence[int],
+    *,
+    targets: Sequence[Target] | str | int = (),
+    max_logits: int = 10,
+    logit_mass: float = 0.95,
+    max_features: int | None = None,
+    chat: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Graph:
+    """Return the attribution graph of a prompt; for arguments and errors see ``trace_prompt``.
+
+    Args:
+      model: the language model.
+      transcoders: one for each layer.
+      prompt: the text, or its token ids.
+      targets: what is explained; (): the most probable next tokens.
+      max_logits: maximum number of next tokens.
+      logit_mass: probability, 0 to 1, that these have together.
+      max_features: maximum number of features with rows, the most influential ones; None: all.
+      chat: whether the prompt is put into the tokenizer's chat template.
+      on_progress: takes the rows that are done and all; None: a bar, where somebody looks on.
+    """
+    options: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features, chat=chat)
+    with show_progress("trace") as bar:
+        return trace_prompt(
+            model, transcoders, prompt, targets=targets, on_progress=on_progress or bar, **options
+        ).graph
 
 
-def trace_gradient(model: LanguageModel, saes: Saes, prompt: str | Sequence[int], **options: Any) -> Graph:
-    """Return the graph of a prompt with SAEs: that of ``trace_prompt``, which has the same arguments."""
-    return trace_prompt(model, LayerSaes.of(saes), prompt, **options).graph
+def trace_gradient(
+    model: LanguageModel,
+    saes: Saes,
+    prompt: str | Sequence[int],
+    *,
+    targets: Sequence[Target] | str | int = (),
+    max_logits: int = 10,
+    logit_mass: float = 0.95,
+    max_features: int | None = None,
+    estimate: str = "gradient",
+    direct: bool = False,
+    chat: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Graph:
+    """Return the graph of a prompt with SAEs of some layers; for arguments and errors see ``trace_prompt``.
+
+    Args:
+      model: the language model.
+      saes: of some layers.
+      prompt: the text, or its token ids.
+      targets: what is explained; (): the most probable next tokens.
+      max_logits: maximum number of next tokens.
+      logit_mass: probability, 0 to 1, that these have together.
+      max_features: maximum number of features with rows, the most influential ones; None: all.
+      estimate: "gradient", or "relp", by the rules of relevance patching.
+      direct: whether edges are direct; see ``gradient``.
+      chat: whether the prompt is put into the tokenizer's chat template.
+      on_progress: takes the rows that are done and all; None: a bar, where somebody looks on.
+    """
+    options: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features, chat=chat)
+    options |= dict(estimate=estimate, direct=direct)
+    with show_progress("trace") as bar:
+        return trace_prompt(
+            model, LayerSaes.of(saes), prompt, targets=targets, on_progress=on_progress or bar, **options
+        ).graph
 
 
 def trace_prompt(

@@ -162,7 +162,7 @@ def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
 )
 def test_what_cannot_be_traced_is_refused(prompt, settings, message, tiny, made):
     with pytest.raises(UserError, match=message):
-        trace(tiny, made, prompt, **settings)
+        trace_prompt(tiny, made, prompt, **settings)
 
 
 @pytest.mark.parametrize("target", [" the", 7])
