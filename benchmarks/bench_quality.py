@@ -40,14 +40,14 @@ THEIRS: dict[str, tuple[str, Sequence[float]]] = dict(
 )
 OURS = {
     "topk": dict(k="16,32,64", auxk=0.03125, learning_rate=1.5e-3, dead_tokens=50_000),
-    "batchtopk": dict(k="16,32,64", auxk=0.03125),
+    "batchtopk": dict(k="16,32,64", auxk=0.03125, dead_tokens=100_000),
     "standard": dict(l1="0.25,0.5,1"),
     "jumprelu": dict(jumprelu__l0_penalty="target", jumprelu__l0_coefficient=200),
 }
 # Of ours: the precision of sae-lens' autocast, and a learning rate found on topk with k 64 (1e-3 gave 0.891, 2e-3
 # 0.898, 3e-3 0.899 with 7 % dead features; with k 16, 2e-3 left 23 % dead, hence less for topk). The coefficients of
 # standard and JumpReLU dictionaries were found here too.
-TRAIN = dict(sites=SITE, expansion=8, batch=BATCH, epochs=EPOCHS, matmul="bfloat16", learning_rate=2e-3)
+TRAIN = dict(sites=SITE, expansion=8, batch=BATCH, epochs=EPOCHS, matmul="bfloat16", learning_rate=2e-3, warmup=50)
 
 
 def passages(path: Path) -> Iterator[str]:

@@ -40,6 +40,7 @@ TRAIN = dict(
     matmul="bfloat16",
     learning_rate=1e-3,
     auxk=0.03125,
+    dead_tokens=100_000,
     log_every=200,
     checkpoint_every=2000,
 )

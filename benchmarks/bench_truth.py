@@ -35,6 +35,8 @@ BASE = {
     "train.epochs": 4,
     "train.learning_rate": 3e-3,
     "train.auxk": 0.03,
+    "train.dead_tokens": 100_000,
+    "train.warmup": 39,
     "train.seed": "0,1,2",
     "train.log_every": 1000,
 }

@@ -89,7 +89,7 @@ def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str
     values |= {"capture.store_dtype": "float32", "train.sites": "resid_post.0", "train.expansion": 4, "train.k": 8}
     # A checkpoint takes as long as dozens of steps.
     values |= {"train.batch": 64, "train.epochs": 6, "train.checkpoint_every": 50, "train.l1": 0.05}
-    values |= {"train.warmup": 4}
+    values |= {"train.warmup": 4, "train.learning_rate": 1e-3, "train.dead_tokens": 100_000}
     values |= {"evaluate.ce_documents": 3, "ablate.top": 2, "ablate.text_documents": 4}
     values |= {"causal.random_sets": 6, "causal.placebo_targets": 4, "causal.bootstrap": 200}
     values |= {key.replace("__", "."): value for key, value in changes.items()}

@@ -120,7 +120,7 @@ def train_stack(
     check_divides(config, dictionary.n_features, len(members), mesh.shape)
     # Scales are estimated anew on resuming: they are a function of data and seed alone.
     scales = estimate_scales(source.rows, config, [(member.site, member.target) for member in members])
-    stack = TrainStack(config, dictionary, members, scales, steps, mesh)
+    stack = TrainStack(config.with_dead_tokens(source.per_epoch), dictionary, members, scales, steps, mesh)
     folder = log_folder(folders.root, config)
     folder.mkdir(exist_ok=True)
     described = _describe_run(stack, kind)

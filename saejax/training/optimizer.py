@@ -7,6 +7,7 @@ Learning rates are the members' own, so the chain's update takes them as an argu
 learning_rate=...)``.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -123,6 +124,11 @@ def penalty_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
 def linear_warmup(up: int) -> optax.Schedule:
     """Return a schedule that rises linearly from 0 to 1 over ``up`` steps."""
     return optax.join_schedules([lambda step: (step + 1) / max(up, 1), optax.constant_schedule(1.0)], [up])
+
+
+def usual_learning_rate(n_features: int) -> float:
+    """Return the peak learning rate that serves dictionaries of this width; see ``TrainConfig``."""
+    return 2e-4 / math.sqrt(n_features / 2**14)
 
 
 def learning_rate_schedule(config: TrainConfig, steps: int) -> optax.Schedule:

@@ -10,13 +10,24 @@ from saejax.errors import UserError
 from saejax.models.site_ranges import expand_ranges
 
 MOST_TOKENS = 2**31 - 1  # that a feature's silence is counted in
+DEAD_TOKENS = 10_000_000  # of ``dead_tokens``, see its source
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(Config):
     """The dictionaries and how they are trained. Lists of values make a stack with a member for every combination.
 
-    A setting of one kind alone has the kind's name, such as ``--train.jumprelu.bandwidth``.
+    A setting of one kind alone has the kind's name, such as ``--train.jumprelu.bandwidth``. Sources of defaults:
+
+      learning_rate: 2e-4 / sqrt(F / 2^14), the law that dictionary_learning reads off figure 3 of Gao et al. (2024)
+      dead_tokens: 10 million tokens, whatever the batch (Gao et al.; dictionary_learning); of less text an epoch
+      warmup: SAELens has none, Gemma Scope and dictionary_learning 1,000 steps; 100 serve runs of hundreds, too
+      decay: a fifth of the steps (Conerly et al., 2024)
+      b1, b2, eps: Adam's own (Kingma and Ba, 2015)
+      clip: 1 (Conerly et al.; dictionary_learning)
+      jumprelu.bandwidth, jumprelu.initial_threshold: as in SAELens, for inputs of mean norm sqrt(d)
+
+    The others are choices of this package.
     """
 
     kinds: tuple[str, ...] = setting(
@@ -99,7 +110,11 @@ class TrainConfig(Config):
         choices=("inputs", "errors"),
     )
     dead_tokens: int = setting(
-        100_000, "number of tokens without firing after which a feature counts as dead", low=1, high=MOST_TOKENS
+        0,
+        "number of tokens without firing after which a feature counts as dead; 0: as many as an epoch has, at most 10 "
+        "million",
+        low=0,
+        high=MOST_TOKENS,
     )
     decorrelation: float = setting(
         0.0,
@@ -123,7 +138,13 @@ class TrainConfig(Config):
         "keep the decoder or encoder at its random initial weights, as a control",
         choices=("none", "decoder", "encoder"),
     )
-    learning_rate: tuple[float, ...] = setting((1e-3,), "peak learning rate of Adam (or a list)", low=0.0, swept=True)
+    learning_rate: tuple[float, ...] = setting(
+        (0.0,),
+        "peak learning rate of Adam (or a list); 0: 2e-4 times the root of 16,384 over the number of features. Runs of "
+        "up to a million tokens learn more at 1e-3 to 3e-3",
+        low=0.0,
+        swept=True,
+    )
     b1: float = setting(0.9, "decay of Adam's mean of gradients", low=0.0, high=0.999999)
     b2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0.0, high=0.999999)
     eps: float = setting(1e-8, "epsilon of Adam, added to the root of its mean of squared gradients", low=1e-30)
@@ -261,6 +282,12 @@ class TrainConfig(Config):
     def features_of(self, width: int) -> int:
         """Return the number of features of a dictionary whose inputs have this width."""
         return self.features or self.expansion * width
+
+    def with_dead_tokens(self, per_epoch: int = MOST_TOKENS) -> "TrainConfig":
+        """Return the settings with ``dead_tokens`` in place of 0, given the batches of an epoch."""
+        if self.dead_tokens:
+            return self
+        return dataclasses.replace(self, dead_tokens=min(DEAD_TOKENS, per_epoch * self.batch))
 
     def count_steps(self, per_epoch: int) -> int:
         """Return the number of steps of a run, given the batches of an epoch."""

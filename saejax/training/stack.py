@@ -26,6 +26,7 @@ from saejax.errors import UserError, one_of
 from saejax.models.sites import site_parts
 from saejax.parallel.mesh import fitting_sharding
 from saejax.training.members import Member
+from saejax.training.optimizer import usual_learning_rate
 from saejax.training.scales import ScaledRows, SiteScale
 from saejax.training.settings import TrainConfig
 
@@ -71,6 +72,15 @@ class TrainStack:
     products: str = "auto"
 
     def __post_init__(self):
+        # Settings at 0 that follow from sizes.
+        rate = usual_learning_rate(self.dictionary.n_features)
+        rates = [member.settings["learning_rate"] or rate for member in self.members]
+        members = [
+            dataclasses.replace(member, settings={**member.settings, "learning_rate": rate})
+            for member, rate in zip(self.members, rates, strict=True)
+        ]
+        object.__setattr__(self, "members", members)
+        object.__setattr__(self, "config", self.config.with_dead_tokens())
         if self.is_cross_layer:
             check_cross_layer(self.config, self.dictionary.kind, self.members, self.mesh.shape)
         products, sizes = "dense", (self.config.matmul, self.dictionary.n_features, self.dictionary.k)

@@ -244,6 +244,20 @@ def test_schedules():
     np.testing.assert_allclose([updates.learning_rate_schedule(flat, 5)(s) for s in range(5)], 1.0)
 
 
+def test_defaults_that_follow_from_sizes():
+    stack = make_stack(learning_rate=(0.0, 1e-2), dead_tokens=0)
+    rates = [member.settings["learning_rate"] for member in stack.members]
+    assert rates == pytest.approx([2e-4 * 16, 1e-2]) and F == 2**14 / 16**2
+    assert stack.hyperparams.learning_rate.tolist() == pytest.approx(rates)
+    assert stack.config.dead_tokens == 10_000_000
+    # The same tokens whatever the batch: of much text 10 million, of less an epoch.
+    for batch in (1024, 32_768):
+        config = make_config(batch=batch, dead_tokens=0)
+        assert config.with_dead_tokens(2**30 // batch).dead_tokens == 10_000_000
+        assert config.with_dead_tokens(2**20 // batch).dead_tokens == 2**20
+        assert make_config(dead_tokens=7).with_dead_tokens(1).dead_tokens == 7
+
+
 def test_accumulated_steps_are_one_of_all_their_tokens(one_device):
     data, fixed = batches(4), dict(mesh=one_device, warmup=0, decay=0.0)
     state, _ = run(make_stack("standard", accumulate=2, **fixed), data)

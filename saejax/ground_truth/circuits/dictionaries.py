@@ -72,6 +72,8 @@ def write_sets(
             # As many tokens for every case, however many texts it has.
             epochs=max(_TOKENS // len(acts.index_Nx3), 1),
             auxk=0.03,
+            dead_tokens=100_000,
+            warmup=28,
             seed=seed,
             log_every=1000,
         )

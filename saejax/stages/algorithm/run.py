@@ -51,7 +51,7 @@ _NODES, _EDGES = 5, 6  # of a graph; more take longer to learn and show nothing 
 _LAYERS, _WIDTH, _BATCH, _LEARNING_RATE = 2, 96, 256, 2e-3
 _SITE = "resid_post.0"
 _DICTIONARY: Mapping[str, Any] = dict(
-    kind="topk", k=4, expansion=8, batch=512, epochs=8, learning_rate=1e-3, log_every=500
+    kind="topk", k=4, expansion=8, batch=512, epochs=8, learning_rate=1e-3, warmup=40, log_every=500
 )
 _TRAIN, _JUDGE, _PROMPT, _TEXT = range(4)  # purposes of random numbers
 
