@@ -20,14 +20,15 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.ablation import (
-    FRACTIONS,
+    MIN_FIRING,
     BehaviourAblation,
     RowProgress,
     expected_rows,
     measure_all,
+    root_mean_square,
 )
 from saejax.interventions.activity import FeatureStatistics
-from saejax.interventions.controls import Changes
+from saejax.interventions.controls import Changes, choose_pool, random_lists, scaled_sets
 from saejax.interventions.edits import ZERO
 from saejax.interventions.references import Reference, References, answer_pairs, attributions
 from saejax.interventions.settings import AblateConfig, StudyConfig
@@ -142,7 +143,8 @@ class BenchmarkAblation(BehaviourAblation):
         self.test = list(self.items.test)
         self.train = list(train[: config.attribution_prompts or len(train)])
         self.split, self.replacement = SplitModel(self.lm, self.basis), ZERO
-        self.test_references = self._references(self.items.references(self.test))
+        self._whole_references = self.items.references(self.test)
+        self.test_references = self._references(self._whole_references)
         # Train items alone choose features; test items judge them.
         self._train_references = self.items.references(self.train)
         if self.like and self.like.split.point == self.split.point:
@@ -253,6 +255,40 @@ class BenchmarkAblation(BehaviourAblation):
                     each.placebo_attribution.append(attribution_F)
             each._placebos = [(None, members) for members in sets if members]
 
+    def controls_of(self, whole: EditDefinition, places: Sequence[int], groups: Sequence[str]) -> EffectsTable:
+        """Return the rows of control lists, and placebo sets, of a set's dose on some test items, measured there."""
+        references = self._references([self._whole_references[place] for place in places])
+        config, definitions = self.config, [self.tests[place] for place in places]
+        dose = root_mean_square(references.change_norms(self.edits([whole]))[0])
+        if not dose:
+            return EffectsTable((), (), *np.zeros((4, 0), np.int64))
+
+        def define(
+            kind: str, members: Sequence[int] | np.ndarray, index: int = 0, fraction: float = 1.0
+        ) -> EditDefinition:
+            features = tuple(map(int, members))
+            return EditDefinition(self.behaviour, control_group(kind, whole.group), index, features, fraction)
+
+        firing_F = references.statistics().prompts_F
+        pool = choose_pool(firing_F, len(places), whole.features, MIN_FIRING, config.seed)
+        edits: list[EditDefinition] = []
+        if "random" in groups and len(pool):
+            lists = random_lists(references.changes(pool), pool, dose, config.random_sets, config.seed)
+            edits += [define("random", members, index, share) for index, (members, share) in enumerate(lists)]
+        sets = [members for _, members in self.placebo_sets()] if "placebo" in groups else []
+        if sets:
+            changes = references.changes(sorted({feature for members in sets for feature in members}))
+            scaled = scaled_sets(changes, sets, dose, config.placebo_targets)
+            edits += [define("placebo", sets[index], place, factor) for place, (index, factor) in enumerate(scaled)]
+        unmeasured = EffectsTable((define("pool", pool),), (), *np.zeros((4, 0), np.int64))
+        if not edits:
+            return unmeasured
+        on_progress = self.progress.of_call(len(edits) * len(places))
+        values = dict(answer_log_prob=references.log_likelihoods(self.edits(edits), on_progress))
+        norm_ExP = references.change_norms(self.edits(edits))
+        values["change_norm"] = np.vstack([0 * norm_ExP[:1], norm_ExP])
+        return merge_tables([EffectsTable.block([self.clean, *edits], definitions, values), unmeasured])
+
     def choose_features(self, items: BenchmarkItems) -> list[int]:
         """Return the top features of another benchmark's train items, by the same attribution."""
         references = items.references(items.train[: self.config.attribution_prompts or len(items.train)])
@@ -323,19 +359,29 @@ def measure_benchmark(
     return measure_all(tested, {items.name: []}, repeats=repeats), tested
 
 
-def measure_sets(ablation: BenchmarkAblation, sets: Mapping[str, Sequence[int]]) -> EffectsTable:
-    """Return the rows of more sets of features, ablated by growing fractions.
+def measure_group(
+    ablation: BenchmarkAblation, group: str, features: Sequence[int], places: Sequence[int], controls: Sequence[str]
+) -> EffectsTable:
+    """Return the rows of a further set of features, and of controls of its dose on some items.
 
     Args:
       ablation: the tested dictionary on the benchmark.
-      sets: group of the edits -> features.
+      group: the set's name, the group of its edit.
+      features: the set, ablated whole on all test items.
+      places: of the test items on which it is compared with controls, by their order.
+      controls: groups of controls, ``random`` and ``placebo``; they are measured on these items, under the names
+        ``control_group`` gives.
     """
-    tables = []
-    for group, features in sets.items():
-        whole = EditDefinition(ablation.behaviour, group, features=tuple(map(int, features)))
-        edits = [dataclasses.replace(whole, fraction=fraction) for fraction in FRACTIONS]
-        tables.append(ablation.table(edits, np.array(FRACTIONS)[:, None] * ablation.norms([whole])))
+    whole = EditDefinition(ablation.behaviour, group, features=tuple(map(int, features)))
+    tables = [ablation.table([whole], ablation.norms([whole]))]
+    if controls and len(places):
+        tables.append(ablation.controls_of(whole, places, controls))
     return merge_tables(tables)
+
+
+def control_group(kind: str, group: str) -> str:
+    """Return the group of the controls of a further set: its ``random`` lists, ``placebo`` sets, or their ``pool``."""
+    return f"{kind} of {group}"
 
 
 #: A condition under which answers are scored: its edit, or None for the unedited model.

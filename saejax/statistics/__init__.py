@@ -1,1 +1,1 @@
-"""Statistics: resampling, rank tests, corrections, dose-effect curves. Pure functions that import nothing of ours."""
+"""Statistics: resampling, rank tests, corrections. Pure functions that import nothing of ours."""

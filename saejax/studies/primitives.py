@@ -6,15 +6,15 @@
    category is looked at until here, so that permuting them below is a test.
 2. A stable group is named after the category for whose items it matters most, if that is more than with categories
    permuted over items. The largest contrast of all groups and categories is permuted, which corrects for their number.
-3. Groups are ablated on the test items. The effect on the items of the group's category is compared at equal dose with
-   random and placebo sets, doses measured on the same items, and with its effect on other items. As many groups are
-   tested, those that stand out most first, as can pass Holm's correction with the control sets that there are.
+3. Groups are ablated on the test items. The effect on the items of the group's category is compared with random lists
+   and placebo sets of its dose there, each measured on these items, and with its effect on other items. As many groups
+   are tested, those that stand out most first, as can pass Holm's correction with the control sets that there are.
 4. A group recurs in a dictionary of another seed, or in another model, if a stable group there has the same name. Names
    are few: recurrences in other seeds count where all of a dictionary's groups together have more of them than with
    the names of each other dictionary permuted over the categories.
 
 Transfer to unseen domains is measured alike: features chosen on one benchmark are ablated on the items of another, and
-compared at equal dose with the random sets there that hold none of them.
+compared with random lists of their dose there, without them.
 """
 
 import dataclasses
@@ -24,8 +24,9 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from saejax.interventions.curves import EffectCurve, compare_at_equal_dose, read_curves
-from saejax.interventions.table import EffectsTable
+from saejax.interventions.answers import VerdictConfig
+from saejax.interventions.benchmark import control_group
+from saejax.interventions.table import EffectsTable, PromptDefinition
 from saejax.matching.clusters.groups import DISSOLVED, overlaps
 from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
@@ -68,9 +69,9 @@ class PrimitiveEffect:
     items: int  #: test items of its category; without a name all
     effect: Interval  #: drop of the reference's log-likelihood on these, nats
     elsewhere: Interval | None  #: on other test items; None without any
-    random: float | None  #: mean drop under random sets, on the items of ``effect`` and at equal dose there
+    random: float | None  #: mean drop under random lists of its dose on the items of ``effect``, measured there
     placebo: float | None  #: the same under placebo sets
-    sets: int  #: control sets: random ones that hold none of its features, or placebo sets if these are fewer
+    sets: int  #: control sets: random lists without its features, or placebo sets if these are fewer
     needed: int  #: sets of each kind that it takes to test as many groups as were tested, or one more for this one
     p_random: float | None  #: rank among random sets, corrected by Holm over the tested groups; None: not testable
     p_placebo: float | None  #: the same among placebo sets
@@ -82,9 +83,9 @@ class DomainEffect:
     """The effect of features that were chosen on another benchmark."""
 
     effect: Interval  #: drop of the reference's log-likelihood, nats
-    random: float | None  #: mean drop under random sets at equal dose; None without any
-    p_value: float | None  #: rank among random sets at equal dose, not corrected
-    random_sets: int  #: that hold none of the features
+    random: float | None  #: mean drop under random lists of the same dose; None without any
+    p_value: float | None  #: rank among these, not corrected
+    random_sets: int  #: number of these lists, without the features
     common: int  #: features that were also chosen here
 
 
@@ -295,33 +296,52 @@ def judge_primitives(
     prompts = table.select_prompts(benchmark)
     rows: list[PrimitiveEffect] = []
     for number, primitive in enumerate(primitives[:MOST]):
-        tested = read_curves(table, benchmark, f"{GROUP}{number}")
-        inside_P = np.array([not primitive.name or primitive.name in categories[prompt.id] for prompt in prompts])
-        if not tested or (effect := _interval(tested[0].drop_AxP[-1][inside_P], resamples, seed)) is None:
+        group = f"{GROUP}{number}"
+        edits = table.select_edits(benchmark, group)
+        if not edits:
             continue
-        # Doses, too, are those on these items: a set may change others much more.
+        drop_P = table.drops(edits, prompts, "answer_log_prob")[0]
+        inside_P = np.array([not primitive.name or primitive.name in categories[prompt.id] for prompt in prompts])
+        if (effect := _interval(drop_P[inside_P], resamples, seed)) is None:
+            continue
         some = [prompt for prompt, is_inside in zip(prompts, inside_P, strict=True) if is_inside]
-        (curve,) = read_curves(table, benchmark, f"{GROUP}{number}", prompts=some)
-        random, placebo = (read_curves(table, benchmark, group, prompts=some) for group in ("random", "placebo"))
-        # Random sets hold no feature of the primitive; placebo sets are chosen as it was, so all of them count.
-        random = without(primitive.features, random)
-        (random_mean, p_random), (placebo_mean, p_placebo) = (rank_among(curve, sets) for sets in (random, placebo))
+        # Random lists hold no feature of the primitive; placebo sets are chosen as it was, and may hold some.
+        random_N, placebo_N = (_control_drops(table, benchmark, group, kind, some) for kind in ("random", "placebo"))
         rows.append(
             PrimitiveEffect(
                 group=number,
                 items=len(some),
                 effect=effect,
-                elsewhere=_interval(tested[0].drop_AxP[-1][~inside_P], resamples, seed),
-                random=random_mean,
-                placebo=placebo_mean,
-                sets=min(len(random), len(placebo)),
+                elsewhere=_interval(drop_P[~inside_P], resamples, seed),
+                random=float(random_N.mean()) if len(random_N) else None,
+                placebo=float(placebo_N.mean()) if len(placebo_N) else None,
+                sets=min(len(random_N), len(placebo_N)),
                 needed=0,
-                p_random=p_random,
-                p_placebo=p_placebo,
+                p_random=rank_p(effect.mean, random_N) if len(random_N) else None,
+                p_placebo=rank_p(effect.mean, placebo_N) if len(placebo_N) else None,
                 answer="not testable",
             )
         )
     return _corrected(rows)
+
+
+def count_testable(random_sets: int, placebo_sets: int) -> int:
+    """Return how many groups, at most ``MOST``, can be told from so many controls of each kind after correction."""
+    sets = min(random_sets, placebo_sets)
+    return max(count for count in range(MOST + 1) if not count or min_controls(count, LEVEL) <= sets)
+
+
+def _control_drops(
+    table: EffectsTable, benchmark: str, group: str, kind: str, prompts: Sequence[PromptDefinition]
+) -> np.ndarray:
+    """Return the mean drop under each control of a group on some items, [N]; none where lists are nearly the same."""
+    edits = table.select_edits(benchmark, control_group(kind, group))
+    pool = table.select_edits(benchmark, control_group("pool", group))
+    if kind == "random" and edits and pool:
+        size = float(np.median([len(edit.features) for edit in edits]))
+        if len(pool[0].features) < VerdictConfig.least_lists * size:
+            return np.zeros(0)
+    return table.drops(edits, prompts, "answer_log_prob").mean(axis=1) if edits else np.zeros(0)
 
 
 def _interval(drop_P: np.ndarray, resamples: int, seed: int) -> Interval | None:
@@ -329,20 +349,6 @@ def _interval(drop_P: np.ndarray, resamples: int, seed: int) -> Interval | None:
         return None
     weight_RxP = resampling_weights(np.zeros(len(drop_P)), resamples, seed)
     return Interval(float(drop_P.mean()), *percentile_interval(weight_RxP @ drop_P))
-
-
-def without(features: Sequence[int], controls: Sequence[EffectCurve]) -> list[EffectCurve]:
-    """Return the control sets that hold none of some features."""
-    return [each for each in controls if not {*features} & {*each.edits[-1].features}]
-
-
-def rank_among(curve: EffectCurve, controls: Sequence[EffectCurve]) -> tuple[float | None, float | None]:
-    """Return the mean drop under control sets at equal dose, and the rank of the tested one; None without any."""
-    if not controls:
-        return None, None
-    tested_NxP, control_NxP, _ = compare_at_equal_dose(curve, controls)
-    tested_N, control_N = tested_NxP.mean(axis=1), control_NxP.mean(axis=1)
-    return float(control_N.mean()), rank_p(tested_N, control_N)
 
 
 def _corrected(rows: Sequence[PrimitiveEffect]) -> tuple[PrimitiveEffect, ...]:
@@ -380,19 +386,17 @@ def judge_domains(table: EffectsTable, name: str, resamples: int, seed: int) -> 
     """
     groups = dict.fromkeys(edit.group for edit in table.edits if edit.group.startswith(CHOSEN_ON))
     effects, prompts = {}, table.select_prompts(name)
-    (top,) = read_curves(table, name, "top")
-    random = read_curves(table, name, "random")
+    (*_, top) = table.select_edits(name, "top")
     weight_RxP = resampling_weights([prompt.template for prompt in prompts], resamples, seed)
     for group in groups:
-        (curve,) = read_curves(table, name, group)
-        features, drop_P = curve.edits[-1].features, curve.drop_AxP[-1]
-        controls = without(features, random)
-        random_mean, p_value = rank_among(curve, controls)
+        edits = table.select_edits(name, group)
+        drop_P = table.drops(edits, prompts, "answer_log_prob")[0]
+        random_N = _control_drops(table, name, group, "random", prompts)
         effects[group.removeprefix(CHOSEN_ON)] = DomainEffect(
             effect=Interval(float(drop_P.mean()), *percentile_interval(weight_RxP @ drop_P)),
-            random=random_mean,
-            p_value=p_value,
-            random_sets=len(controls),
-            common=len({*features} & {*top.edits[-1].features}),
+            random=float(random_N.mean()) if len(random_N) else None,
+            p_value=rank_p(float(drop_P.mean()), random_N) if len(random_N) else None,
+            random_sets=len(random_N),
+            common=len({*edits[0].features} & {*top.features}),
         )
     return effects

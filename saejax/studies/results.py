@@ -274,7 +274,7 @@ class DomainFigures(RowFigures):
     """Transfer to unseen domains.
 
     Features chosen on the train items of one benchmark, ablated on the test items of another, beside those chosen
-    there. Random sets: mean effect at equal dose, of those that hold none of the features, and their number.
+    there. Random lists: mean effect of lists of the same dose without the features, and their number.
     """
 
     chosen_on: str = column("Chosen on")  #: benchmark
@@ -283,8 +283,8 @@ class DomainFigures(RowFigures):
     chosen_here: Interval | None = column("Features chosen there", interval)  #: the same under the features chosen here
     common: int = column("In common")  #: features that both chose
     #: mean drop under random sets at equal dose
-    random: float | None = joined("Random sets", lambda row: f"{number(row.random)} ({row.random_sets})")
-    random_sets: int  #: that hold none of the features
+    random: float | None = joined("Random lists", lambda row: f"{number(row.random)} ({row.random_sets})")
+    random_sets: int  #: how many
     p_value: float | None  #: rank among random sets at equal dose
     p_holm: float | None = column("p (Holm)", _digits(3))  #: over all pairs of benchmarks of the report
 

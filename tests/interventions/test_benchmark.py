@@ -321,6 +321,10 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     for item, reference, other in zip(ordered, right, corrupted, strict=True):
         assert tiny.tokenizer.decode(reference.answer).strip() == item.answer
         assert tiny.tokenizer.decode(other.answer).strip() != item.answer and reference.context == other.context
+    chosen_there = table.select_edits(name, CHOSEN_ON + beside)
+    lists = table.select_edits(name, benchmark.control_group("random", CHOSEN_ON + beside))
+    assert len(lists) == results.domains[beside].random_sets == 4 or results.domains[beside].random_sets == 0
+    np.testing.assert_allclose(table.doses(lists, prompts), table.doses(chosen_there, prompts)[0], rtol=1e-5)
     assert results.domains[beside].effect.mean == pytest.approx((clean_P - measured_P).mean())
 
     result = results.verdict.dictionaries[TESTED][name]

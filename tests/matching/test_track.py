@@ -11,6 +11,7 @@ import pytest
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
+from saejax.matching.track import tested
 from saejax.matching.track.firings import LayerFirings, activations, follow, step_features
 from saejax.matching.track.links import find_links, strongest_chains
 from saejax.matching.track.settings import TrackConfig
@@ -146,14 +147,17 @@ def made_tester(lm, dictionary, text, **changes):
     return StepTester(lm, stack_of(dictionary)[0], text, TrackConfig(prompt="x", dictionaries=("made",), **changes))
 
 
-def test_removing_features_in_a_step_costs_what_an_edit_does(lm):
+def test_removing_features_in_a_step_costs_what_an_edit_does(lm, monkeypatch):
+    lists = []
+    make = tested.random_lists
+    monkeypatch.setattr(tested, "random_lists", lambda *args: lists.append(make(*args)) or lists[-1])
     table = unit(np.random.default_rng(5).standard_normal((F, D)))
     dictionary = sae(lm, 2, table, threshold=0.3)
     text = encode(lm, Problem("x", "One day the cat", ("runs near the dogs. ", "She said that it was far.")))
     step = text.steps[0]
     made = made_tester(lm, dictionary, text)
     features = np.argsort(-np.abs(made._f_TxF[step.start : step.stop - 1]).sum(0))[:3].tolist()
-    top, random = made.test(step, features)
+    effects = made.test(step, features)
     tokens = pad([text.ids_T.tolist()])
 
     def scores(edits):
@@ -164,18 +168,18 @@ def test_removing_features_in_a_step_costs_what_an_edit_does(lm):
     where = (step.start, step.stop - 1)
     clean_P = scores([])
     expected_P = clean_P - scores([dictionary.ablate(features, positions=where)])
-    np.testing.assert_allclose(top.drop_AxP[-1], expected_P, atol=2e-4)
-    half = top.dose_A.tolist().index(top.dose_A[-1] * 0.5)
-    expected_P = clean_P - scores([dictionary.scale(features, 0.5, positions=where)])
-    np.testing.assert_allclose(top.drop_AxP[half], expected_P, atol=2e-4)
-    f_WxF = made._f_TxF[step.start : step.stop - 1][:, features].astype(np.float64)
-    assert top.reach == pytest.approx(np.linalg.norm(f_WxF @ table[features]), rel=1e-4)
-    assert np.abs(top.drop_AxP).max() > 1e-2 and len(random) > 3
-    assert all(curve.drop_AxP.shape[1] == len(clean_P) for curve in random)
-    size_F = np.abs(made._f_TxF[step.start : step.stop - 1]).sum(0)
-    weak, stronger = made.test(step, np.argsort(np.where(size_F > 0, size_F, np.inf))[:3].tolist())
-    reduced = [curve.dose_A[1] for curve in stronger if curve.reach > weak.reach]
-    assert len(reduced) > 3 and np.allclose(reduced, weak.reach), "sets of a larger dose are also brought to the tested"
+    np.testing.assert_allclose(effects.drop_P, expected_P, atol=2e-4)
+    assert np.abs(effects.drop_P).max() > 1e-2 and effects.control_NxP.shape == (79, len(clean_P))
+    # Lists change the site as much as the features do, and cost what an edit of their fraction does.
+    f_WxF = made._f_TxF[step.start : step.stop - 1].astype(np.float64)
+    dose = np.linalg.norm(f_WxF[:, features] @ table[features])
+    assert len(lists) == 1 and effects.list_size == np.median([len(members) for members, _ in lists[0]])
+    for (members, fraction), drop_P in zip(lists[0][:3], effects.control_NxP, strict=False):
+        members = list(members)
+        assert not {*members} & {*features}
+        assert fraction * np.linalg.norm(f_WxF[:, members] @ table[members]) == pytest.approx(dose, rel=1e-4)
+        expected_P = clean_P - scores([dictionary.scale(members, 1 - fraction, positions=where)])
+        np.testing.assert_allclose(drop_P, expected_P, atol=2e-4)
 
 
 def test_features_that_mean_nothing_are_rarely_said_to_matter(lm):
@@ -190,10 +194,31 @@ def test_features_that_mean_nothing_are_rarely_said_to_matter(lm):
         step = text.steps[0]
         fires = np.flatnonzero((made._f_TxF[step.start : step.stop - 1] != 0).any(0))
         features = rng.choice(fires, 3, replace=False).tolist()
-        result = judge_steps({1: (features, *made.test(step, features))})[1]
-        assert result.needed == 19 and (result.hurt == "not testable") == (result.sets < 19)
-        small.append(result.p_holm <= 0.05)
-    assert np.mean(small) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(small))
+        effects = made.test(step, features)
+        result = judge_steps({1: effects})[1]
+        few = effects.pool < 10 * effects.list_size
+        assert result.needed == 19 and (result.hurt == "not testable") == (few or result.sets < 19)
+        small += [result.p_holm <= 0.05] if result.p_holm is not None else []
+    print(f"a step is hurt by features that mean nothing: yes in {sum(small)} of {len(small)} testable worlds")
+    assert len(small) >= 20 and np.mean(small) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(small))
+
+
+def test_a_step_is_hurt_where_its_features_cost_more_and_not_where_they_do_not():
+    """Four steps a text: 100 texts where one costs more than any list, and those where all are like lists."""
+    rng, rates = np.random.default_rng(0), []
+    for gain in (0.0, 4.0):
+        hurt = []
+        for _ in range(100):
+            drops = [rng.normal(size=(80, 1)) + np.zeros(5) for _ in range(4)]
+            drops[0][0] += gain
+            effects = {key: tested.StepEffects((1, 2), some[0], some[1:], 200, 8.0) for key, some in enumerate(drops)}
+            effects[9] = tested.StepEffects((1, 2), np.full(5, 99.0), drops[0][1:], 79, 8.0)  # too few features fire
+            found = judge_steps(effects)
+            assert found[9].hurt == "not testable" and found[9].p_holm is None and found[0].needed == 79
+            hurt.append(any(found[key].hurt == "yes" for key in range(4)))
+        rates.append(sum(hurt))
+    print(f"a step is hurt: yes in {rates[0]} of 100 null and {rates[1]} of 100 true texts")
+    assert rates[0] <= 8 and rates[1] >= 80
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
-"""Bootstrap, rank tests, permutations, corrections, dose curves: by hand, by algorithm, where nothing is true."""
+"""Bootstrap, rank tests, permutations, corrections: by hand, by algorithm, where nothing is true."""
 
 import numpy as np
 import pytest
 from scipy.stats import kstest
 
 from saejax.statistics import bootstrap, permutation
-from saejax.statistics.curves import interpolation_weights
 from saejax.statistics.partition import disjoint_sets
 from saejax.statistics.ranks import holm, min_controls, rank_p
 
@@ -39,20 +38,6 @@ def test_holm_by_hand():
     np.testing.assert_allclose(holm(np.array([0.04, 0.01, 0.03, 0.02])), [0.06, 0.04, 0.06, 0.06])
     np.testing.assert_allclose(holm(np.array([0.9, 0.8])), 1.0)
     assert holm(np.zeros(0)).shape == (0,)
-
-
-@pytest.mark.parametrize(
-    ("doses", "values", "at", "expected"),
-    [
-        ([0, 1, 3], [0, 2, 5], np.linspace(0, 3, 31), np.interp(np.linspace(0, 3, 31), [0, 1, 3], [0, 2, 5])),
-        ([0, 1], [0, 1], [1.01, 1 + 1e-12], [np.nan, 1]),  # nothing is extrapolated, but for rounding
-        ([0, 2, 1, 4], [0, 10, 20, 30], [1, 2, 2.5], [5, 10, 25]),  # a dose that falls counts where it is reached first
-        ([0, 0], [0, 0], [0, 1], [0, np.nan]),  # a curve without dose
-    ],
-)
-def test_interpolation_by_hand(doses, values, at, expected):
-    weights = interpolation_weights(np.array(doses, float), np.array(at, float))
-    np.testing.assert_allclose(weights @ np.array(values, float), expected, atol=1e-12)
 
 
 def test_sets_are_disjoint_and_do_not_depend_on_the_order_of_the_pool():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind
 
-from saejax.interventions.ablation import FRACTIONS
+from saejax.interventions.benchmark import control_group
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
 from saejax.studies import primitives
 from saejax.studies.primitives import (
@@ -18,6 +18,7 @@ from saejax.studies.primitives import (
     LEVEL,
     FeaturePrimitive,
     category_contrasts,
+    count_testable,
     find_primitives,
     judge_domains,
     judge_primitives,
@@ -144,25 +145,25 @@ def table_of(prompts, edits, measure):
     return EffectsTable.block(edits, prompts, dict(answer_log_prob=-5 - value_2xExP[0], change_norm=value_2xExP[1]))
 
 
-def make_table(strength, items=20, sets=39, groups=1, control=0.0, outside=1.0):
-    """Groups of additions that lose ``strength`` on them; sets lose ``control`` and noise of 0.1.
-
-    The change of a set has a norm of 1 on additions, as that of a group has everywhere, and ``outside`` on others.
-    """
-    rng = np.random.default_rng(1)
+def make_table(strength, items=20, sets=39, groups=1, control=0.0, seed=1, pool=1000):
+    """Groups of additions that lose ``strength`` on them; each has controls there that lose ``control`` and noise."""
+    rng = np.random.default_rng(seed)
     prompts, categories = prompts_of(items)
     is_sum_P = np.array(["addition" in some for some in categories.values()])
     edits = [EditDefinition("sums", "clean")]
     for number in range(groups):
-        features = (1, 2, 3 + number)
-        edits += [EditDefinition("sums", f"{GROUP}{number}", 0, features, fraction) for fraction in FRACTIONS]
-    for group in ("random", "placebo"):
-        edits += [EditDefinition("sums", group, i, (10 + 3 * i, 11 + 3 * i)) for i in range(sets)]
+        group = f"{GROUP}{number}"
+        edits.append(EditDefinition("sums", group, 0, (1, 2, 3 + number)))
+        edits.append(EditDefinition("sums", control_group("pool", group), 0, tuple(range(10, 10 + pool))))
+        for kind in ("random", "placebo"):
+            edits += [EditDefinition("sums", control_group(kind, group), i, (10, 11 + i)) for i in range(sets)]
 
     def measure(edit):
+        noise_P = 0.1 * rng.normal(size=items)
         if edit.group.startswith(GROUP):
-            return strength * edit.fraction * is_sum_P, np.full(items, edit.fraction)
-        return control + 0.1 * rng.normal(size=items), np.where(is_sum_P, 1.0, outside)
+            return strength * is_sum_P + noise_P * (strength == control), np.ones(items)
+        # Measured on additions alone.
+        return np.where(is_sum_P, control + noise_P, np.nan), np.ones(items)
 
     return table_of(prompts, edits, measure), categories
 
@@ -176,10 +177,25 @@ def judge(table, categories, *groups):
 @pytest.mark.parametrize(("strength", "answer"), [(1.0, "yes"), (0.0, "no")])
 def test_the_effect_of_a_primitive_on_the_items_of_its_category(strength, answer):
     (found,) = judge(*make_table(strength), ("addition", (1, 2, 3)), ("addition", (1, 2, 4)))
-    assert found.items == 10 and found.effect.mean == pytest.approx(strength)
-    assert found.elsewhere.mean == pytest.approx(0.0) and found.answer == answer
+    assert found.items == 10 and found.effect.mean == pytest.approx(strength, abs=0.1)
+    assert found.elsewhere.mean == pytest.approx(0.0, abs=0.1) and found.answer == answer
     assert abs(found.random) < 0.1 and abs(found.placebo) < 0.1
     assert (found.sets, found.needed) == (39, 19)
+    # The same effect, where controls of its dose have it, too: averaged over all items the group would lose less.
+    (found,) = judge(*make_table(strength, control=strength + 1), ("addition", (1, 2, 3)))
+    assert found.random == pytest.approx(strength + 1, abs=0.1) and found.answer == "no"
+    (found,) = judge(*make_table(strength, pool=19), ("addition", (1, 2, 3)))  # lists that are nearly the same
+    assert (found.answer, found.sets, found.random) == ("not testable", 0, None)
+
+
+def test_a_group_does_more_than_its_controls_where_it_does_and_not_elsewhere():
+    """100 worlds where a group is a set like its controls, 100 where it costs four of their deviations more."""
+    rates = []
+    for strength in (0.0, 0.4 / np.sqrt(10)):
+        found = [judge(*make_table(strength, sets=19, seed=seed), ("addition", (1, 2, 3)))[0] for seed in range(100)]
+        rates.append(sum(one.answer == "yes" for one in found))
+    print(f"a group causes its category's answers: yes in {rates[0]} of 100 null and {rates[1]} of 100 true worlds")
+    assert rates[0] <= 8 and rates[1] >= 80
 
 
 @pytest.mark.parametrize(("sets", "tested"), [(5, 0), (18, 0), (19, 1), (38, 1), (39, 2), (59, 3), (79, 4)])
@@ -191,22 +207,9 @@ def test_as_many_groups_are_tested_as_the_sets_allow(sets, tested):
     assert all((one.p_random is None) == (one.answer == "not testable") for one in found)
 
 
-def test_sets_that_share_a_feature_do_not_count():
-    # The first group shares a feature with one random set, so that 18 are left; the second can be tested.
-    groups = ("addition", (1, 2, 10)), ("addition", (1, 2, 4))
-    first, second = judge(*make_table(1.0, sets=19, groups=2), *groups)
-    assert (first.answer, first.sets, first.p_random) == ("not testable", 18, None)
-    assert (second.answer, second.sets, second.p_random) == ("yes", 19, 1 / 20)
-
-
-def test_doses_are_those_on_the_items_of_the_category():
-    # Sets cost twice what the group does at an equal change of additions; they change other items ten times as much.
-    table, categories = make_table(1.0, control=2.0, outside=10.0)
-    (found,) = judge(table, categories, ("addition", (1, 2, 3)))
-    assert found.random == pytest.approx(2.0, abs=0.1) and found.answer == "no"
-    # Averaged over all items the group would lose less than the sets.
-    (found,) = judge(*make_table(1.0, control=0.7), ("addition", (1, 2, 3)))
-    assert found.random == pytest.approx(0.7, abs=0.1) and found.answer == "yes"
+def test_groups_have_controls_as_far_as_the_correction_allows():
+    assert [count_testable(sets, 99) for sets in (0, 18, 19, 38, 39, 79, 500)] == [0, 0, 1, 1, 2, 4, 4]
+    assert count_testable(99, 19) == 1
 
 
 def test_a_category_without_test_items_does_not_hide_the_others():
@@ -218,22 +221,19 @@ def test_a_category_without_test_items_does_not_hide_the_others():
 # Features chosen on one benchmark and ablated on another
 
 
-def judge_chosen(strength, features, shuffle=False):
-    """The effect of features that another benchmark chose, and the dose of each item.
-
-    Every set loses its strength per unit of dose; random set i holds features 100 + 2 i and the next.
-    """
+def judge_chosen(strength, shuffle=False):
+    """The effect of features that another benchmark chose, beside 30 random lists of their dose."""
     rng = np.random.default_rng(0)
     prompts, _ = prompts_of(40)
-    edits = [EditDefinition("sums", "clean")]
-    edits += [EditDefinition("sums", "random", i, (100 + 2 * i, 101 + 2 * i)) for i in range(30)]
-    for group, members in (("top", (50, 2)), (CHOSEN_ON + "gsm8k", features)):
-        edits += [EditDefinition("sums", group, 0, members, fraction) for fraction in FRACTIONS]
+    group, features = CHOSEN_ON + "gsm8k", (50, 51)
+    edits = [EditDefinition("sums", "clean"), EditDefinition("sums", "top", 0, (50, 2))]
+    edits += [EditDefinition("sums", group, 0, features)]
+    edits += [EditDefinition("sums", control_group("random", group), i, (100 + i,)) for i in range(30)]
     size_P = rng.uniform(0.5, 1.5, 40)
 
     def measure(edit):
-        per_dose = dict(top=2.0, random=rng.normal() * 0.1).get(edit.group, strength)
-        return per_dose * edit.fraction * size_P, edit.fraction * size_P
+        loss = {"top": 2.0, group: strength}.get(edit.group, 0.1 * rng.normal())
+        return loss * size_P, size_P
 
     table = table_of(prompts, edits, measure)
     if shuffle:
@@ -244,14 +244,11 @@ def judge_chosen(strength, features, shuffle=False):
     return effect, size_P
 
 
-def test_an_effect_beyond_random_sets():
-    effect, size_P = judge_chosen(1.0, (50, 51))
+def test_an_effect_beyond_random_lists():
+    effect, size_P = judge_chosen(1.0)
     assert effect.effect.mean == pytest.approx(size_P.mean()) and effect.effect.low > 0.8
     assert effect.p_value == pytest.approx(1 / 31) and abs(effect.random) < 0.1
     assert (effect.random_sets, effect.common) == (30, 1)
-
-
-def test_no_effect_and_random_sets_that_hold_the_features():
-    effect, _ = judge_chosen(0.0, (100, 103))
-    assert effect.p_value > 0.05 and effect.random_sets == 28
-    assert judge_chosen(0.0, (100, 103), shuffle=True)[0] == effect
+    effect, _ = judge_chosen(0.0)
+    assert effect.p_value > 0.05
+    assert judge_chosen(0.0, shuffle=True)[0] == effect

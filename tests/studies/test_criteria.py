@@ -164,7 +164,7 @@ def transfer(shared, null) -> TransferResults:
 
 
 def tracked(answers) -> TrackResults:
-    tests = [StepTest((), 1.0, 40, 19, 0.5, 0.1, 0.02, answer) for answer in answers]
+    tests = [StepTest((), 1.0, 40, 19, 0.1, 0.02, answer) for answer in answers]
     steps = tuple(TrackedStep(f"step {number}", "", 0, 3, test) for number, test in enumerate(tests))
     lens, site = LensLayers((), (), ()), "resid_post.0"
     chains = [MeasuredChain((), 1.0, 0.1, True, dict(yes=True, no=False).get(answer)) for answer in answers]

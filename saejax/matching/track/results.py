@@ -6,16 +6,15 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class StepTest:
-    """Effects of ablating a step's features on the step's tokens, beside random sets at equal dose."""
+    """Effects of ablating a step's features on the step's tokens, beside random lists of the same dose."""
 
     features: tuple[int, ...]  #: that were ablated together, at the step's tokens
     drop: float  #: of the mean log-likelihood of the step's tokens but the first, nats
-    sets: int  #: number of disjoint random sets
+    sets: int  #: number of random lists of the same dose
     needed: int  #: number below which no answer is given
-    equal_drop: float | None  #: drop at the doses of the random sets, or the smaller own one, mean; None without sets
-    random_drop: float | None  #: drop of the random sets at the same doses, mean
+    random_drop: float | None  #: drop under these, mean; None without any
     p_holm: float | None  #: after Holm's correction over the steps of the text
-    hurt: str  #: whether the step's features do more than random sets: yes, no or not testable
+    hurt: str  #: whether the step's features do more than random lists: yes, no or not testable
 
 
 @dataclasses.dataclass(frozen=True)

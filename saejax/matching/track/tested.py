@@ -1,13 +1,15 @@
-"""Tests of a step's features: ablate them within the step, beside random sets at equal dose.
+"""Tests of a step's features: ablate them within the step, beside random lists of the same dose.
 
 The step's features are set to zero at its tokens, at one layer, and the log-likelihood of each of the step's tokens but
 the first (which is predicted before the step begins) is compared with that of the unedited model. The answer is that of
-question 2 of the verdict (``interventions.verdict``), with tokens in the place of prompts: random sets are disjoint, of
-as many features that fire in the step and are not the step's, and each pair is compared at the smaller of its two
-doses. Holm's correction is over all steps of a text. Features are chosen by where they fire, not by the effect of
+question 2 of the verdict (``interventions.verdict``), with tokens in the place of prompts: random lists of features
+that fire in the step and are not the step's, each built to the dose of the step's features and measured there
+(``interventions.controls``). Where fewer than ten lists' worth of features fire, the step is not testable. Holm's
+correction is over the other steps of a text. Features are chosen by where they fire, not by the effect of
 ablating them, so all tokens judge.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,7 +19,8 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.interventions.curves import EffectCurve, compare_at_equal_dose
+from saejax.interventions.answers import VerdictConfig
+from saejax.interventions.controls import Changes, inner_products, random_lists
 from saejax.interventions.rows import edit_value
 from saejax.interventions.split_model import SplitModel, active_features, record, run_head
 from saejax.matching.track.results import StepTest, TrackedStep
@@ -29,7 +32,6 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
 from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.collectives import to_host
-from saejax.statistics.partition import disjoint_sets
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 from saejax.tasks.likelihood import token_scores
 
@@ -37,11 +39,21 @@ _ROWS, _MANY = {"cpu": 32}, 256  # sets that are ablated at once; on accelerator
 _WINDOW, _POOL = 8, 64  # windows and features are filled up to a multiple of these, so that few programs are compiled
 LEVEL = 0.05  # of the test, after correction
 
-Effects = tuple[Sequence[int], EffectCurve, Sequence[EffectCurve]]  # features, their curve, those of random sets
 
+@dataclasses.dataclass(frozen=True)
+class StepEffects:
+    """Effects of ablating a step's features, and random lists of their dose, on the step's P tokens but the first."""
 
-#: Fractions at which the top features of a step are ablated: random sets, of smaller doses, are compared in between.
-FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    features: tuple[int, ...]  #: the step's features that fire in it
+    drop_P: np.ndarray  #: drop of each token's log-likelihood, nats
+    control_NxP: np.ndarray  #: the same under each list
+    pool: int  #: features that lists are drawn from
+    list_size: float  #: features of a list, median; 0 without any
+
+    @property
+    def is_testable(self) -> bool:
+        """True where the pool holds enough lists' worth of features: lists from fewer are nearly the same."""
+        return len(self.control_NxP) > 0 and self.pool >= VerdictConfig.least_lists * self.list_size
 
 
 class StepTester:
@@ -68,11 +80,8 @@ class StepTester:
         f_1xXxF = active_features(dictionary, read_1xXxD, domain_1xX)
         self._f_TxF = np.asarray(jnp.where(dictionary.fires(f_1xXxF), f_1xXxF, 0.0))[0, :length]
 
-    def test(self, step: TrackedStep, features: Sequence[int]) -> tuple[EffectCurve, list[EffectCurve]]:
-        """Return the effects on a step's tokens of ablating features in it, and of ablating random sets.
-
-        Returns:
-          The curve of the features that fire there, by growing fractions, and those of the random sets.
+    def test(self, step: TrackedStep, features: Sequence[int]) -> StepEffects:
+        """Return the effects on a step's tokens of ablating features in it, and of ablating random lists.
 
         Raises:
           UserError: none of the features fires there, the step has one token, or a log-likelihood is not finite.
@@ -84,29 +93,30 @@ class StepTester:
         tested = [feature for feature in features if fires_F[feature]]
         if not tested:
             raise UserError("none of its features fires before its last token")
-        # Random sets fire in the step, too: removing what is silent would do nothing and make any effect look large.
+        # Random lists fire in the step, too: removing what is silent would do nothing and make any effect look large.
         pool = np.setdiff1d(np.flatnonzero(fires_F), np.asarray(features))
         layer = self._split.point.site.layer
         seed = int(np.random.SeedSequence([self._config.seed, step.start, layer]).generate_state(1)[0])
-        sets = [np.array(tested), *disjoint_sets(pool, len(tested), self._config.random_sets, seed)]
-        W_dec_FxD = to_host(self._split.dictionary.W_dec_FxD[...])
-        # The norm of the change at the site over all positions of the step, in float64 as sets of a dose are compared.
-        changes = (f_WxF[:, members].astype(np.float64) @ W_dec_FxD[members].astype(np.float64) for members in sets)
-        dose_S = np.array([np.linalg.norm(change_WxD) for change_WxD in changes])
-        share_S = dose_S[0] / np.maximum(dose_S, 1e-30)
-        # Sets of a larger dose are ablated in part as well, and compared with the features at their dose.
-        grids = [FRACTIONS, *((share, 1.0) if share < 1 else (1.0,) for share in share_S[1:].tolist())]
-        edits = [(members, fraction) for members, grid in zip(sets, grids, strict=True) for fraction in grid]
+        features_K = np.unique([*tested, *pool.tolist()])
+        W_dec_KxD = to_host(self._split.dictionary.W_dec_FxD[...])[features_K].astype(np.float64)
+        # The change over all positions of the step, in float64 as lists of a dose are compared.
+        changes = Changes(features_K, inner_products([f_WxF[:, features_K].astype(np.float64)], [W_dec_KxD]))
+        dose = changes.dose(tested)
+        lists = random_lists(changes, pool, dose, self._config.random_sets, seed) if dose else []
+        edits = [(np.array(tested), 1.0), *((np.array(members), fraction) for members, fraction in lists)]
         # The clean run is a row of the same program: rounding differs between programs, and would pass for an effect.
         clean_P, *logp_ExP = self._scores(step, [(np.zeros(0, np.int64), 1.0), *edits])
         if not np.isfinite(clean_P).all() or not np.isfinite(logp_ExP).all():
             raise UserError("log-likelihoods are not finite: try --model.dtype=float32")
-        parts = np.split(clean_P - np.stack(logp_ExP), np.cumsum([len(grid) for grid in grids])[:-1])
-        top, *controls = (
-            EffectCurve((), dose * np.array([0.0, *grid]), np.concatenate([np.zeros((1, len(clean_P))), drop_AxP]))
-            for dose, grid, drop_AxP in zip(dose_S, grids, parts, strict=True)
+        drop_ExP = clean_P - np.stack(logp_ExP)
+        sizes = [len(members) for members, _ in lists]
+        return StepEffects(
+            features=tuple(tested),
+            drop_P=drop_ExP[0],
+            control_NxP=drop_ExP[1:],
+            pool=len(pool),
+            list_size=float(np.median(sizes)) if sizes else 0.0,
         )
-        return top, controls
 
     def _scores(self, step: TrackedStep, edits: Sequence[tuple[np.ndarray, float]]) -> np.ndarray:
         """Return the log-likelihood of the step's tokens but the first, under each partial ablation, [N, P]."""
@@ -181,24 +191,29 @@ def run_rows(
     return token_scores(point.config, params, x, positions_RxW, targets_RxW)
 
 
-def judge_steps(effects: Mapping[int, Effects]) -> dict[int, StepTest]:
+def judge_steps(effects: Mapping[int, StepEffects]) -> dict[int, StepTest]:
     """Return the answers for all tested steps of a text, by the index of the step's segment."""
-    pairs = {key: compare_at_equal_dose(top, random)[:2] for key, (_, top, random) in effects.items() if random}
-    p_values = {key: rank_p(top.mean(axis=1), random.mean(axis=1)) for key, (top, random) in pairs.items()}
-    adjusted = holm_by_key(p_values)
-    needed = min_controls(len(effects), LEVEL)
+    # Which steps are testable depends on where features fire, not on effects.
+    testable = {key: each for key, each in effects.items() if each.is_testable}
+    p_values = {key: rank_p(float(each.drop_P.mean()), each.control_NxP.mean(axis=1)) for key, each in testable.items()}
+    adjusted, needed = holm_by_key(p_values), min_controls(max(len(testable), 1), LEVEL)
+
+    def answer(key: int, sets: int) -> str:
+        if key not in testable or sets < needed:
+            return "not testable"
+        return "yes" if adjusted[key] <= LEVEL else "no"
+
     return {
         key: StepTest(
-            features=tuple(features),
-            drop=float(top.drop_AxP[-1].mean()),
-            sets=len(random),
+            features=each.features,
+            drop=float(each.drop_P.mean()),
+            sets=len(each.control_NxP),
             needed=needed,
-            equal_drop=float(pairs[key][0].mean()) if random else None,
-            random_drop=float(pairs[key][1].mean()) if random else None,
+            random_drop=float(each.control_NxP.mean()) if len(each.control_NxP) else None,
             p_holm=adjusted.get(key),
-            hurt="not testable" if len(random) < needed else "yes" if adjusted[key] <= LEVEL else "no",
+            hurt=answer(key, len(each.control_NxP)),
         )
-        for key, (features, top, random) in effects.items()
+        for key, each in effects.items()
     }
 
 
@@ -216,14 +231,14 @@ def ablate_steps(
     Returns:
       The tests by segment, and why other steps could not be tested.
     """
-    effects: dict[int, Effects] = {}
+    effects: dict[int, StepEffects] = {}
     untested: dict[int, str] = {}
     on_step(0, len(text.steps))
     for done, segment in enumerate(range(text.first, len(text.segments)), 1):
         try:
             if not chosen[segment]:
                 raise UserError("no feature belongs to it")
-            effects[segment] = chosen[segment], *tester.test(text.segments[segment], chosen[segment])
+            effects[segment] = tester.test(text.segments[segment], chosen[segment])
         except UserError as error:
             # A step that cannot be tested should not end the text: the page says why.
             untested[segment] = str(error)

@@ -33,7 +33,7 @@ from saejax.interventions.benchmark import (
     answer_table,
     edits_of,
     measure_benchmark,
-    measure_sets,
+    measure_group,
     scored_conditions,
 )
 from saejax.interventions.falsify import Falsification, falsify
@@ -71,6 +71,7 @@ from saejax.studies.primitives import (
     GROUP,
     MOST,
     BenchmarkPrimitives,
+    count_testable,
     find_primitives,
     judge_domains,
     judge_primitives,
@@ -201,14 +202,19 @@ def _measure(run: Run, items: BenchmarkItems, dictionary: Dictionary, repeats: M
         primitives=_find_primitives(items.train, attribution_PxF, of_seeds, config.seed),
     )
     write_json(run.folder / RANKING, to_json(_ranking(ablation, chosen.top)))
-    sets: dict[str, Sequence[int]] = {
-        f"{GROUP}{number}": primitive.features for number, primitive in enumerate(chosen.primitives.primitives[:MOST])
-    }
+    tables, testable = [table], count_testable(config.random_sets, config.placebo_targets)
+    for number, primitive in enumerate(chosen.primitives.primitives[:MOST]):
+        inside = [not primitive.name or primitive.name in item.categories for item in items.test]
+        places = np.flatnonzero(inside).tolist()
+        is_testable = testable > 0 and len(places) > 1
+        testable -= is_testable
+        controls = ("random", "placebo") if is_testable else ()
+        tables.append(measure_group(ablation, f"{GROUP}{number}", primitive.features, places, controls))
     for name in config.benchmarks:
         if name != run.name:
-            sets[CHOSEN_ON + name] = ablation.choose_features(_read_benchmark(name, items.lm, items.task, config))
-    if sets:
-        table = merge_tables([table, measure_sets(ablation, sets)])
+            features = ablation.choose_features(_read_benchmark(name, items.lm, items.task, config))
+            tables.append(measure_group(ablation, CHOSEN_ON + name, features, range(len(items.test)), ("random",)))
+    table = merge_tables(tables)
     _save_activity(run.folder, items, ablation, config.seed)
     sparse.save_npz(run.folder / ITEM_ATTRIBUTION, sparse.csr_array(attribution_PxF))
     save_effects(run.folder / _MEASURED, table)

@@ -21,8 +21,8 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         "Prompts and worked solutions were followed through the layers that have dictionaries. Links join features of "
         "consecutive dictionaries at one position whose directions are closer than random ones are, and miss what a "
         "layer computes. A step is hurt by "
-        "its features if ablating those that belong to it lowers its tokens' log-likelihood more than random sets at "
-        "equal dose, with Holm's correction over the steps of a text."
+        "its features if ablating those that belong to it lowers its tokens' log-likelihood more than random lists "
+        "of the same dose, with Holm's correction over the steps of a text."
     )
     columns = {
         "Text": lambda slug, text, tests: slug,

@@ -69,7 +69,7 @@ TRACK = Stage(
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, track=_files),
-    revision=9,  # a chain with fewer than five controls is not testable
+    revision=10,  # random lists of the dose of a step's features
     processes="items",
     check=_check,
     section=sections,

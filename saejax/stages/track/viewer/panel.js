@@ -97,7 +97,7 @@ function stepsTable(text, layer, follow) {
     });
     const test = step.test;
     const effect = test ? make('p', {}, make('span', test.hurt === 'yes' ? {class: 'yes'} : {}, test.hurt),
-      ` at ${text.tested}: ${number(test.drop, 2)} nats per token; at equal dose ${number(test.equal_drop, 2)}, random sets ${number(test.random_drop, 2)}; p ${number(test.p_holm, 2)}; ${test.sets} random sets, ${test.needed} needed`)
+      ` at ${text.tested}: ${number(test.drop, 2)} nats per token; random lists of the same dose ${number(test.random_drop, 2)}; p ${number(test.p_holm, 2)}; ${test.sets} random lists, ${test.needed} needed`)
       : step.untested ? make('p', {class: 'note'}, `not tested at ${text.tested}: ${step.untested}`) : '\u2013';
     const cells = [step.name, visible(step.text), make('div', {class: 'chips'}, ...chips), effect];
     return make('tr', {}, ...cells.map((inside, i) => make('td', {'data-head': heads[i]}, make('div', {}, inside))));
