@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from saejax.attribution.graph.pruning import sweep
 from saejax.errors import UserError
 
 GraphDocument = Mapping[str, Any]
@@ -191,12 +192,15 @@ def ranked_links(document: GraphDocument) -> tuple[np.ndarray, np.ndarray]:
     is_output_N = np.array([node["feature_type"] == "logit" for node in nodes])
     chance_N = np.array([node.get("token_prob") or 0.0 for node in nodes])
     layer_N = np.array([-1 if node["layer"] == "E" else int(node["layer"]) for node in nodes])
-    height_E = np.where(is_output_N, layer_N.max() + 1, layer_N)[target_E]
-    influence_N = np.where(is_output_N, chance_N, 0.0)
+    height_N = np.where(is_output_N, layer_N.max() + 1, layer_N)
+    height_E, influence_N = height_N[target_E], np.zeros(len(nodes))
     share_E = size_E / np.maximum(np.bincount(target_E, size_E, len(nodes)), np.finfo(float).tiny)[target_E]
-    score_E = np.zeros(len(links))
-    for height in np.unique(height_E)[::-1]:
-        at_height = np.flatnonzero(height_E == height)
-        score_E[at_height] = share_E[at_height] * influence_N[target_E[at_height]]
-        influence_N += np.bincount(source_E[at_height], score_E[at_height], len(nodes))
+    score_E, passed_on_N = np.zeros(len(links)), np.zeros(len(nodes))
+
+    def add(height: int, targets: np.ndarray, passed_on: np.ndarray) -> None:
+        passed_on_N[targets], here = passed_on, np.flatnonzero(height_E == height)
+        score_E[here] = share_E[here] * passed_on_N[target_E[here]]
+        influence_N[:] += np.bincount(source_E[here], score_E[here], len(nodes))
+
+    sweep(height_N, np.arange(len(nodes)), np.where(is_output_N, chance_N, 0.0), influence_N, add)
     return np.lexsort((-size_E, -score_E)), score_E

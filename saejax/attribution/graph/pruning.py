@@ -11,7 +11,7 @@ nodes by nodes. Nodes of the kinds first_mlp and bias are left out.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -23,6 +23,29 @@ from saejax.errors import UserError
 
 AnyGraph = TypeVar("AnyGraph", bound=GraphData)
 _BLOCK = 1 << 22  # numbers of the matrix that are worked on at once
+
+
+def sweep(
+    layer_R: np.ndarray,
+    column_R: np.ndarray,
+    weight_R: np.ndarray,
+    influence_S: np.ndarray,
+    add: Callable[[int, np.ndarray, np.ndarray], None],
+) -> None:
+    """Go down through the layers of targets, so that all of a target's influence is there when it is passed on.
+
+    Args:
+      layer_R: layer of each target; logits are above all layers.
+      column_R: index of each target among the sources; -1 for a logit, which is none.
+      weight_R: weights of the logits; 0 for others.
+      influence_S: influence of the sources so far, to which ``add`` adds.
+      add: called with a layer, its targets, and of each the influence that it passes on to its sources.
+    """
+    for layer in np.unique(layer_R)[::-1].tolist():
+        rows = np.flatnonzero(layer_R == layer)
+        # A logit has its weight alone; -1 would take the last source.
+        passed_on = weight_R[rows] + np.where(column_R[rows] >= 0, influence_S[column_R[rows]], 0)
+        add(layer, rows, passed_on)
 
 
 def influence(
@@ -40,14 +63,14 @@ def influence(
       weight_R: weights of the logits; 0 for other rows.
     """
     influence_S = np.zeros(adjacency_RxS.shape[1])
-    for layer in np.unique(layer_R)[::-1]:
-        layer_rows = np.flatnonzero(layer_R == layer)
-        for rows in _blocks(layer_rows, adjacency_RxS.shape[1]):
-            # A logit is no source, so it has its weight alone; -1 would take the last source.
-            weight = weight_R[rows] + np.where(column_R[rows] >= 0, influence_S[column_R[rows]], 0)
-            part_BxS = np.abs(adjacency_RxS[rows])
+
+    def add(layer: int, rows: np.ndarray, passed_on: np.ndarray) -> None:
+        for block in _blocks(np.arange(len(rows)), adjacency_RxS.shape[1]):
+            part_BxS = np.abs(adjacency_RxS[rows[block]])
             # A target without input passes nothing on.
-            influence_S += _ratio(weight, part_BxS.sum(axis=1, dtype=np.float64)) @ part_BxS
+            influence_S[:] += _ratio(passed_on[block], part_BxS.sum(axis=1, dtype=np.float64)) @ part_BxS
+
+    sweep(layer_R, column_R, weight_R, influence_S, add)
     return influence_S
 
 

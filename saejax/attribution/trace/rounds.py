@@ -19,7 +19,7 @@ import numpy as np
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
-from saejax.attribution.graph.pruning import logit_weights
+from saejax.attribution.graph.pruning import logit_weights, sweep
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.local.rows import Put
@@ -153,26 +153,25 @@ def rank(store: RowStore, layer_A: np.ndarray, chosen_F: np.ndarray, weight_K: n
       weight_K: weights of the readouts.
     """
     features = int(np.searchsorted(store.column_C, len(layer_A)))
-    layer_C, layer_F = layer_A[store.column_C[:features]], layer_A[chosen_F]
-    column_F, influence_C = np.searchsorted(store.column_C, chosen_F), np.zeros(features)
+    layer_C, column_F = layer_A[store.column_C[:features]], np.searchsorted(store.column_C, chosen_F)
+    count, above, influence_C = len(chosen_F), 1 + int(layer_A.max(initial=0)), np.zeros(features)
+    row_R = np.concatenate([np.arange(count), np.arange(-len(weight_K), 0)])  # those of the readouts stand last
 
-    def add(rows: np.ndarray, weight_R: np.ndarray, columns: int) -> None:
-        """Add what the first sources have of the influence of some rows."""
-        factor_R, step = (weight_R / store.size_R[rows]).astype(np.float32), max(_IN_CACHE // max(columns, 1), 1)
+    def add(layer: int, targets: np.ndarray, passed_on: np.ndarray) -> None:
+        rows, columns = row_R[targets], int(np.searchsorted(layer_C, layer))  # of lower layers
+        factor_R, step = (passed_on / store.size_R[rows]).astype(np.float32), max(_IN_CACHE // max(columns, 1), 1)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             size_BxX = np.abs(store.row_BxC[rows[part], :columns])
             # Not ``@``: for so few numbers BLAS wakes threads, which then wait busily while the devices' work.
             influence_C[:columns] += np.einsum("b,bc->c", factor_R[part], size_BxX)
 
-    # The targets first, as influence goes down from them.
-    add(np.arange(-len(weight_K), 0), logit_weights(weight_K), features)
-    for layer in np.unique(layer_F)[::-1]:
-        layer_rows = np.flatnonzero(layer_F == layer)
-        add(layer_rows, influence_C[column_F[layer_rows]], int(np.searchsorted(layer_C, layer)))
+    layer_R = np.concatenate([layer_A[chosen_F], np.full(len(weight_K), above)])
+    column_R = np.concatenate([column_F, np.full(len(weight_K), -1)])
+    sweep(layer_R, column_R, np.concatenate([np.zeros(count), logit_weights(weight_K)]), influence_C, add)
     # Features that have a row come last: no other influence is below 0.
     influence_C[column_F] = -1
-    return store.column_C[np.argsort(-influence_C, kind="stable")[: features - len(chosen_F)]]
+    return store.column_C[np.argsort(-influence_C, kind="stable")[: features - count]]
 
 
 class Traced(NamedTuple):
