@@ -26,7 +26,7 @@ from saejax.errors import UserError
 from saejax.models.settings import ModelConfig
 from saejax.page.graph.page import VIEWER, PageTable, feature_data, kept_features, page_html
 from saejax.page.scripts import interactive
-from saejax.serving.effects import MODES, effects
+from saejax.serving.effects import MODES, continuations, effects
 from saejax.serving.guard import Guard
 from saejax.serving.jobs import Job, Jobs
 from saejax.serving.session import ModelSession, targets_of, trace_typed
@@ -37,6 +37,7 @@ from saejax.unicode import has_surrogates
 _OWN = Path(__file__).parent / "viewer"
 _LARGEST = 1e30  # factor or activation
 _LONGEST_LABEL = 1000  # characters
+_MOST_TOKENS = 200  # of a generated text
 _GRACE = 5  # seconds for answers that are under way when the server is to end
 
 
@@ -96,6 +97,7 @@ class GraphServer:
             Route("/graph", self._page(self._graph)),
             Route("/api/trace", self._work(self._trace), methods=["POST"]),
             Route("/api/change", self._work(self._change), methods=["POST"]),
+            Route("/api/generate", self._work(self._generate), methods=["POST"]),
             Route("/api/feature", self._told(self._feature), methods=["PUT"]),
             Route("/api/label", self._told(self._label), methods=["PUT"]),
             Route("/api/groups", self._told(self._groups), methods=["PUT"]),
@@ -184,6 +186,23 @@ class GraphServer:
         run = self._session.run(graph, document, job)
         job.say("Running the model")
         return effects(run, changes, freeze, targets_of(document), job.progress)
+
+    def _generate(self, fields: Mapping[str, Any], job: Job) -> Any:
+        graph, changes, freeze = self._find_graph(fields), _changes(fields.get("changes")), fields.get("freeze")
+        tokens: Any = fields.get("tokens")
+        temperature: Any = fields.get("temperature")
+        seed: Any = fields.get("seed")
+        if type(tokens) is not int or not 1 <= tokens <= _MOST_TOKENS:
+            raise UserError(f"tokens is {tokens!r:.40}: expected a number of tokens, 1 to {_MOST_TOKENS}")
+        if type(temperature) not in (int, float) or not 0 <= temperature <= 10:
+            raise UserError(f"temperature is {temperature!r:.40}: expected a number, 0 to 10")
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise UserError(f"seed is {seed!r:.40}: expected a whole number, 0 to {2**32 - 1}")
+        if freeze not in MODES[:2]:
+            raise UserError(f"freeze is {freeze!r:.40}: expected one of {', '.join(MODES[:2])} where text is generated")
+        run, onward = self._session.run(graph, self._store.document(graph), job), fields.get("onward") is True
+        job.say("Generating")
+        return continuations(run, changes, freeze, tokens, float(temperature), seed, onward, job.progress)
 
     def _details(
         self, graph: StoredGraph, features: Sequence[Feature], config: GraphConfig, fetched: int = 0

@@ -1,4 +1,4 @@
-"""Next-token effects of edited features of a prompt, beside as many random features."""
+"""Effects of edited features of a prompt on the next token and on the text, beside as many random features."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +20,7 @@ from saejax.progress import OnProgress, silent
 
 MODES = FREEZE_MODES[:3]  # not the one that takes a layer; with SAEs the first alone
 DRAWS = 7  # random sets: with the changes themselves 8 rows, to which fewer would be filled up
+TEXTS = 3  # random sets with which a text is continued
 _SHOWN = 8  # most probable tokens, before and after
 
 
@@ -88,6 +89,85 @@ def effects(
         draws=len(kl_R) - 2,
         no_draws=why,
     )
+
+
+def continuations(
+    run: LocalModel | SaeRun,
+    changes: Sequence[tuple[str, float, Sequence[str]]],
+    freeze: str,
+    tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    onward: bool = True,
+    on_progress: OnProgress = silent,
+) -> dict[str, Any]:
+    """Continue a prompt as it is, with features changed, and with random active features changed at equal dose.
+
+    The dose of changes is the length of what they add to the stream, over layers and the prompt's positions; changes of
+    random features are made longer or shorter until they have that of the named ones.
+
+    Args:
+      run: the run of the prompt.
+      changes: as for ``effects``.
+      freeze: "none" or "attention".
+      tokens: maximum number of new tokens.
+      temperature: see ``LocalModel.generate_rows``.
+      seed: of the sample.
+      onward: whether a feature stays changed from its last position on, in the new tokens, too.
+      on_progress: called with the tokens done and of all; may raise to stop.
+
+    Returns:
+      ``texts``: what each text is ("clean", "changed", "random") and the text; ``no_draws``, why there are no random
+      ones.
+
+    Raises:
+      UserError: the graph is of SAEs, or as for ``effects`` and ``LocalModel.generate_rows``.
+    """
+    if isinstance(run, SaeRun):
+        raise UserError("text is generated for graphs of transcoders: this graph is of SAEs")
+    features, amount_N, is_factor_N = _changed(run, changes)
+    try:
+        sets, why = matched(run, features, TEXTS), ""
+    except UserError as error:
+        sets, why = [], str(error)
+    rows: list[list[Change]] = [[]]
+    wanted_dose: float | None = None
+    for members in (features, *sets):
+        old_N = members.value_N.astype(np.float64)
+        delta_N = np.where(is_factor_N, amount_N * old_N, amount_N) - old_N
+        dose = _dose(run, members, delta_N)
+        wanted_dose = dose if wanted_dose is None else wanted_dose  # that of the named ones, which come first
+        rows.append(set_to(members, old_N + delta_N * (wanted_dose / dose if dose else 0.0)))
+    if onward:
+        rows = [_onward(row) for row in rows]
+    texts = run.generate_rows(rows, tokens, freeze, temperature=temperature, seed=seed, on_progress=on_progress)
+    kinds, decode = ["clean", "changed", *["random"] * len(sets)], run.model.tokenizer.decode
+    return dict(texts=[[kind, decode(text.ids_N)] for kind, text in zip(kinds, texts, strict=True)], no_draws=why)
+
+
+def _dose(run: LocalModel, features: Nodes, delta_N: np.ndarray) -> float:
+    """Return the length of what changes of activations add to the stream."""
+    total = 0.0
+    for layer in np.unique(features.layer_N).tolist():
+        here = np.flatnonzero(features.layer_N == layer)
+        write_NxX = run.dictionaries.writes(layer, features.index_N[here]).reshape(len(here), -1)
+        for position in np.unique(features.position_N[here]):
+            at = features.position_N[here] == position
+            total += float(np.sum((delta_N[here][at] @ write_NxX[at].astype(np.float64)) ** 2))
+    return total**0.5
+
+
+def _onward(row: Sequence[Change]) -> list[Change]:
+    """Return the changes, each at one position, of which the last one of a feature also means all later positions."""
+    last = dict[tuple[int, int], Any]()
+    for change in row:
+        key = change.layer, change.feature
+        last[key] = max(last.get(key, 0), change.position)
+    is_last = [last[change.layer, change.feature] == change.position for change in row]
+    return [
+        change._replace(position=slice(change.position, None)) if ends else change
+        for change, ends in zip(row, is_last, strict=True)
+    ]
 
 
 def _changed(

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from made_up_documents import made_up_document
 
 from saejax import save_transcoders
 from saejax.attribution.forms.neuronpedia import to_document, write_graph
+from saejax.attribution.local.edits import Change
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.settings import GraphConfig
 from saejax.attribution.trace.prompt import trace_prompt
@@ -27,6 +29,7 @@ from saejax.runner import command_line
 from saejax.runner.results import load_results
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import STARTED, Workspace
+from saejax.serving import effects
 from saejax.serving import session as benches
 from saejax.serving.jobs import THREAD
 from saejax.serving.session import ModelSession, targets_of, token_ids, trace_typed
@@ -142,10 +145,37 @@ def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, w
     assert abs(nothing[-1]["result"]["kl"]) < 1e-9 and max(map(abs, nothing[-1]["result"]["random_kl"])) < 1e-9
 
 
+def test_text_is_continued_beside_the_clean_text_and_random_features(asker, lm, transcoders, traced, wanted):
+    local, last = wanted.local, len(wanted.graph.ids_P) - 1
+    feature = int(local.active.feature_A[(local.active.layer_A == 1) & (local.active.position_A == last)][0])
+    settings = dict(tokens=3, temperature=1.5, seed=3, onward=True)
+    body = dict(graph=GRAPH, changes=[["set", 9.0, f"1_{feature}_{last}"]], freeze="none") | settings
+    result = asker.work("api/generate", body)[-1]["result"]
+    assert [kind for kind, _ in result["texts"]] == ["clean", "changed", "random", "random", "random"]
+    change = Change(1, slice(last, None), feature, 9.0)
+    for changes, (_, shown) in zip(([], [change]), result["texts"], strict=False):
+        assert shown == lm.tokenizer.decode(local.generate(changes, 3, temperature=1.5, seed=3).ids_N)
+    # Random features add as much to the stream.
+    rows = []
+    keep = mock.patch.object(type(local), "generate_rows", lambda self, edits, *_, **__: rows.extend(edits) or [])
+    with keep, pytest.raises(ValueError, match="zip"):
+        effects.continuations(local, [("set", 9.0, [f"1_{feature}_{last}"])], "none", 3)
+    doses = []
+    for (one,) in rows[1:]:
+        old = local.active.value_A[local.active.index_of[one.layer, one.position.start, one.feature]]
+        doses.append(abs(one.value - old) * np.linalg.norm(np.asarray(transcoders[1].W_dec_FxD[...])[one.feature]))
+    assert len(doses) == 4 and np.ptp(doses) < 1e-4 * doses[0]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "said"),
     [
         ("trace", dict(prompt=""), "the prompt is empty"),
+        ("generate", dict(tokens=0), "tokens is 0: expected"),
+        ("generate", dict(temperature=-1), "temperature is -1"),
+        ("generate", dict(seed=1.5), "seed is 1.5"),
+        ("generate", dict(freeze="all"), "freeze is 'all'"),
+        ("generate", dict(), "nothing is changed"),
         ("trace", dict(prompt="The war " * 200), "more than the model's context"),
         ("trace", dict(prompt="\ud800"), "prompt has an unpaired surrogate"),
         ("trace", dict(target=" and so on"), "is 6 tokens"),
@@ -164,7 +194,8 @@ def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, w
 )
 def test_bad_input_is_one_line_and_leaves_nothing(asker, traced, place, path, body, said):
     before = sorted((place[0] / "attribute").iterdir())
-    good = dict(trace=ASKED, change=dict(graph=GRAPH, changes=[], freeze="none"))[path]
+    change = dict(graph=GRAPH, changes=[], freeze="none")
+    good = dict(trace=ASKED, change=change, generate=change | dict(tokens=1, temperature=0, seed=0))[path]
     (line,) = [one for one in asker.work(f"api/{path}", good | body) if "error" in one]
     assert said in line["error"] and "\n" not in line["error"]
     assert sorted((place[0] / "attribute").iterdir()) == before

@@ -52,6 +52,11 @@ def fake_effects(session, changes, freeze, targets, on_progress):
     return dict(tokens=tokens, differences=differences, kl=0.25, random_kl=[0.01, 0.02], draws=2, no_draws="")
 
 
+def fake_continuations(session, changes, freeze, tokens, temperature, seed, onward, on_progress):
+    session.asked.append((changes, freeze, tokens, temperature, seed, onward))
+    return dict(texts=[["clean", f" a\n{EVIL}"], ["changed", ""], ["random", " c"]], no_draws="")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
@@ -70,6 +75,7 @@ def site(place, serve):
     configs = command_line.read_configs(command_line.stage_flags(), ["serve", "--graph.transcoders=a/set"])
     patch = pytest.MonkeyPatch()
     patch.setattr(app, "effects", fake_effects)
+    patch.setattr(app, "continuations", fake_continuations)
     patch.setattr(StoredGraph, "whole", property(lambda graph: graph.path))
     session = FakeBench(configs)
     yield session, serve(GraphStore(place), session).address
@@ -123,6 +129,13 @@ def test_features_are_ablated_and_steered_and_the_new_logits_shown(opened, site,
     assert "␣is − ␣are: 1.50 before, −0.50 after; random sets 1.00 to 2.00" in effects
     assert "KL): 0.25 nats" in effects and "0.010 nats to 0.020 nats" in effects
     assert "2 different random sets" in effects
+    fill(opened, "#generate-tokens", "7")
+    fill(opened, "#generate-temperature", "0.5")
+    opened.click_on("#generate-form button")
+    opened.wait("document.querySelector('#effects h3').textContent.startsWith('The text')")
+    assert site[0].asked[-1] == (changes, "attention", 7, 0.5, 0, True)
+    texts = text(opened, "#effects table").split("\n")
+    assert texts[1:] == [f"as it is\t a↵{EVIL}".replace("\t ", "\t"), "changed\t(the text ends)", "random features\tc"]
     show(opened, address)  # the state is in the address
     assert text(opened, "#changes").count("Remove") == 2 and opened.js(f"{freeze}.value") == "attention"
     opened.click_on("#changes li button")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.local import layers
-from saejax.attribution.local.edits import TOGETHER, Change, ChangeEdits, Circuit, plan_edits
+from saejax.attribution.local.edits import TOGETHER, Change, ChangeEdits, Circuit, CircuitEdits, plan_edits
 from saejax.attribution.local.layers import FIXED, FREEZE_MODES
 from saejax.attribution.local.prompt_run import LocalRun, check_finite, prompt_ids
 from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, read_logits
@@ -34,13 +34,14 @@ from saejax.models.generation import eos_ids
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
+from saejax.progress import OnProgress, silent
 
 AnySet = LayerTranscoders | Sequence[Dictionary] | str | Path
 
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """A greedy continuation: the new tokens, int32 [N], and the logits from which each was taken, fp32 [N, V].
+    """A continuation: the new tokens, int32 [N], and the logits from which each was taken, fp32 [N, V].
 
     It has no token that ends a text; ``finished`` says why it ended: "eos" (the model ended it) or "length".
     """
@@ -135,11 +136,9 @@ class LocalModel(LocalState):
                 if number not in states:
                     tiled = jnp.tile(self.stream_LxTxD[layer][None], (plan.rows, 1, 1))
                     (states[number],) = by_row(self.model.mesh, tiled)
-                # The prompt goes along as the first row: what is frozen is taken from it.
                 streams = jnp.concatenate([self.stream_LxTxD[layer][None], states[number]])
-                leaving, read, out = layers.run_layer(self.frozen, modes[layer], np.int32(layer), streams, length)
-                difference = plan.difference(layer, modes[layer], read[1:], out[1:])
-                states[number] = leaving[1:] if difference is None else leaving[1:] + difference
+                leaving, read = self._run_layer(layer, modes[layer], streams, plan, length)
+                states[number] = leaving[1:]
                 here = np.flatnonzero(wanted.layer_A == layer)
                 if len(here):
                     changes = read_changes(read[0], read[1:], wanted.position_A[here], encoder_JxD[here])
@@ -155,52 +154,112 @@ class LocalModel(LocalState):
                     logits_RxV[rows] = to_host(read_logits(*end))[:count]
         return LocalRun(feature_RxJ, readout_RxK, logits_RxV).checked()
 
-    def generate(self, changes: Sequence[Change], max_new_tokens: int, freeze: str = "none") -> Continuation:
-        """Continue the prompt greedily with changes, up to a token that ends a text.
+    def _run_layer(
+        self, layer: int, mode: str, x_BxTxD: jax.Array, plan: ChangeEdits | CircuitEdits, frozen_until: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Run a layer on the prompt, from which what is frozen is taken, and on edited rows after it.
+
+        Returns:
+          The streams leaving the layer, and what its transcoder reads, each [B, T, D].
+        """
+        leaving, read, out = layers.run_layer(self.frozen, mode, np.int32(layer), x_BxTxD, frozen_until)
+        difference = plan.difference(layer, mode, read[1:], out[1:])
+        return leaving if difference is None else leaving.at[1:].add(difference), read
+
+    def generate(
+        self,
+        changes: Sequence[Change],
+        max_new_tokens: int,
+        freeze: str = "none",
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Continuation:
+        """Continue the prompt with changes; see ``generate_rows``."""
+        return self.generate_rows([changes], max_new_tokens, freeze, temperature=temperature, seed=seed)[0]
+
+    def generate_rows(
+        self,
+        edits: Sequence[Sequence[Change]],
+        max_new_tokens: int,
+        freeze: str = "none",
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_progress: OnProgress = silent,
+    ) -> list[Continuation]:
+        """Continue the prompt with each row of changes, up to a token that ends a text.
 
         A change at a position is made there in every pass; one at a slice without an end goes on at the new tokens.
         With frozen attention, the prompt's own tokens attend as in the prompt, new ones as in the changed run. The
-        prompt is run again for each token, so this is for tens of tokens.
+        prompt is run again for each token, so this is for tens of tokens. All rows sample with the same random
+        numbers, so that they differ only where the changes make them.
 
         Args:
-          changes: made together; a slice without an end, such as ``slice(3, None)``, also means the new tokens.
+          edits: rows of changes that are made together (an empty row: nothing is changed); a slice without an end,
+            such as ``slice(3, None)``, also means the new tokens.
           max_new_tokens: 1 or more; fewer are made where the text or the model's context ends.
           freeze: "none" or "attention".
+          temperature: of the distribution from which tokens are sampled, 0 or above; 0: the most probable one is taken.
+          seed: of the sample.
+          on_progress: called with the tokens done and of all; may raise to stop.
 
         Raises:
-          UserError: a feature or position does not exist, or there is no such mode.
+          UserError: a feature or position does not exist, there is no such mode, or a number is out of its range.
         """
         if freeze not in ("none", "attention") or max_new_tokens < 1:
             raise UserError(
                 f"freeze is {freeze!r} and max_new_tokens {max_new_tokens}: expected none or attention, and 1 or more"
             )
-        length, ids, logits = len(self.ids_P), self.ids_P.tolist(), list[np.ndarray]()
+        if not 0 <= temperature < math.inf:
+            raise UserError(f"temperature is {temperature}: expected a number, 0 or above")
+        length, rng = len(self.ids_P), np.random.default_rng(seed)
         bounded = [
-            change._replace(position=slice(*change.position.indices(length)))
-            if isinstance(change.position, slice) and change.position.stop is not None
-            else change
-            for change in changes
+            [
+                change._replace(position=slice(*change.position.indices(length)))
+                if isinstance(change.position, slice) and change.position.stop is not None
+                else change
+                for change in changes
+            ]
+            for changes in edits
         ]
-        ends, finished = eos_ids(self.model.source.folder, self.model.tokenizer), "length"
-        while len(ids) < min(length + max_new_tokens, self.model.config.context):
-            plan = ChangeEdits(self, [bounded], len(ids))
-            # Padded, so that a program serves several lengths.
-            ids_T = np.pad(np.array(ids, np.int32), (0, padded(len(ids)) - len(ids)))
-            x_BxTxD = jnp.tile(layers.embed(self.frozen, ids_T)[None], (2, 1, 1))  # the first row is unchanged
+        ends = eos_ids(self.model.source.folder, self.model.tokenizer)
+        ids, logits = [self.ids_P.tolist() for _ in edits], [list[np.ndarray]() for _ in edits]
+        open_rows, most = set(range(len(edits))), min(max_new_tokens, self.model.config.context - length)
+        for step in range(most):
+            on_progress(step, most)
+            count = length + step
+            plan = ChangeEdits(self, bounded, count)
+            # Padded, so that a program serves several lengths. Rows that have ended go along.
+            ids_BxT = np.zeros((1 + len(edits), padded(count)), np.int32)
+            for row, row_ids in enumerate([self.ids_P, *ids]):  # the first row is the prompt
+                ids_BxT[row, : len(row_ids)] = row_ids
+            x_BxTxD = jnp.stack([layers.embed(self.frozen, ids_T) for ids_T in ids_BxT])
             for layer in range(self.model.config.n_layers):
-                x_BxTxD, read, out = layers.run_layer(self.frozen, freeze, np.int32(layer), x_BxTxD, length)
-                difference = plan.difference(layer, freeze, read[1:], out[1:])
-                x_BxTxD = x_BxTxD if difference is None else x_BxTxD.at[1:].add(difference)
-            last_BxD = x_BxTxD[:, len(ids) - 1]
-            logits_1xV = to_host(read_logits(self.frozen, "none", last_BxD[0], last_BxD[1:]))
-            best = int(check_finite(logits_1xV)[0].argmax())
-            if best in ends:
-                finished = "eos"
+                x_BxTxD, _ = self._run_layer(layer, freeze, x_BxTxD, plan, length)
+            last_BxD = x_BxTxD[:, count - 1]
+            logits_RxV = check_finite(to_host(read_logits(self.frozen, "none", last_BxD[0], last_BxD[1:])))
+            score_RxV = logits_RxV
+            if temperature:  # Gumbel-max sampling
+                score_RxV = logits_RxV / temperature + rng.gumbel(size=logits_RxV.shape[1])
+            for row in sorted(open_rows):
+                best = int(score_RxV[row].argmax())
+                if best in ends:
+                    open_rows.remove(row)
+                else:
+                    ids[row].append(best)
+                    logits[row].append(logits_RxV[row])
+            if not open_rows:
                 break
-            logits.append(logits_1xV[0])
-            ids.append(best)
         none = np.empty((0, self.model.config.vocab), np.float32)
-        return Continuation(np.array(ids[length:], np.int32), np.stack(logits) if logits else none, finished)
+        return [
+            Continuation(
+                np.array(ids[row][length:], np.int32),
+                np.stack(logits[row]) if logits[row] else none,
+                "length" if row in open_rows else "eos",
+            )
+            for row in range(len(edits))
+        ]
 
     def pullback(
         self,

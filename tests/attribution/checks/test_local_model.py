@@ -376,6 +376,22 @@ def test_a_prompt_is_continued_with_changes_as_with_hooks_in_torch(traced, edite
         ids.append(int(logits_V.argmax()))
 
 
+def test_rows_are_continued_side_by_side_with_one_sequence_of_random_numbers(traced):
+    local, changes = traced[0], [Change(1, slice(3, None), 3, 2.0)]
+    rows = local.generate_rows([[], changes, []], 3, temperature=2.0, seed=7)
+    assert [len(row.ids_N) for row in rows] == [3, 3, 3]
+    for changed, row in zip(([], changes), rows, strict=False):
+        alone = local.generate(changed, 3, temperature=2.0, seed=7)
+        assert alone.ids_N.tolist() == row.ids_N.tolist()
+        np.testing.assert_allclose(alone.logits_NxV, row.logits_NxV, atol=1e-5)
+    assert rows[0].ids_N.tolist() == rows[2].ids_N.tolist()
+    # Gumbel noise added to the logits samples their softmax.
+    noise_NxV = np.random.default_rng(7).gumbel(size=(3, rows[0].logits_NxV.shape[1]))
+    assert rows[0].ids_N.tolist() == (rows[0].logits_NxV / 2.0 + noise_NxV).argmax(axis=1).tolist()
+    with pytest.raises(UserError, match="temperature is -1"):
+        local.generate([], 1, temperature=-1)
+
+
 def test_a_continuation_ends_where_the_model_ends_the_text(traced, monkeypatch):
     local = traced[0]
     whole = local.generate([], 4)

@@ -31,3 +31,15 @@ function effectsTable({ tokens, differences, kl, random_kl, draws, no_draws, fre
     tableOf("Tokens", heads, tokens.map(row)),
   ].flat();
 }
+
+/** The text that follows as the model is, with the changes, and with random features changed at equal dose. */
+function textsTable({ texts, no_draws }, names) {
+  const kinds = { clean: "as it is", changed: "changed", random: "random features" };
+  const row = ([kind, text]) => [element("th", { scope: "row" }, kinds[kind]), element("td", {}, visibleText(text) || "(the text ends)")];
+  const said = "Random features are active ones of the same layers, changed so that as much is added to the stream.";
+  return [
+    element("h3", {}, `The text that follows, with ${names}`),
+    element("p", {}, no_draws ? `No random features to compare with: ${no_draws}` : said),
+    tableOf("Texts", ["Model", "Text"], texts.map(row)),
+  ];
+}

@@ -50,6 +50,9 @@ function makeLive(graph, { live, labels, details }, app) {
       }),
     );
     here("run-changes").disabled = !changes.length || Boolean(live.why);
+    const texts = here("generate-form").querySelector("button");
+    texts.disabled = here("run-changes").disabled || app.state.freeze === "all";
+    texts.title = app.state.freeze === "all" ? "With all frozen there is no text: freeze nothing, or attention" : "";
     here("freeze").value = app.state.freeze;
   };
   const clearEffects = () => here("effects").replaceChildren();
@@ -77,6 +80,18 @@ function makeLive(graph, { live, labels, details }, app) {
     here("effects").replaceChildren(...effectsTable({ ...found, freeze }, names));
     here("effects").focus({ preventScroll: true });
     say(`The next token is now ${found.tokens[0].text}.`);
+  };
+  here("generate-form").hidden = live.freeze_modes.length < 2; // of SAEs
+  here("generate-form").onsubmit = async (event) => {
+    event.preventDefault();
+    const { changes, freeze } = app.state;
+    const names = changes.map(words).join("; ");
+    const [tokens, temperature, seed] = ["tokens", "temperature", "seed"].map((id) => Number(here(`generate-${id}`).value));
+    const settings = { tokens, temperature, seed, freeze, onward: here("generate-onward").checked };
+    const found = await job.run("api/generate", { graph: live.graph, changes: plainChanges(graph, changes), ...settings });
+    if (!found) return;
+    here("effects").replaceChildren(...textsTable(found, names));
+    here("effects").focus({ preventScroll: true });
   };
   here("prune-form").onsubmit = (event) => {
     event.preventDefault();
@@ -124,7 +139,9 @@ function makeLive(graph, { live, labels, details }, app) {
         described.delete(key);
         return job.fail(error.message);
       }
-      if (!document.querySelector(".label-form :focus")) renamed(); // what is being typed stays
+      const field = document.querySelector(".label-form input");
+      const untouched = !field || (field.value === field.defaultValue && field !== document.activeElement);
+      if (untouched) renamed(); // what is being typed stays
     },
     /** A field with a feature's label, which is saved for all its positions. */
     labelForm(i) {
