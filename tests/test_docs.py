@@ -32,7 +32,7 @@ GUIDES = [path for path in PAGES if path.name not in ("CHANGELOG.md", "CITATION.
 HOSTS = re.compile(r"\b(pypi|pythonhosted|huggingface|hf|github|anaconda|docker|readthedocs)\.(org|co|com|io)\b")
 
 
-def test_the_python_example_runs(tmp_path, monkeypatch, capsys, smollm2):
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys, smollm2, single_device):
     """On a random dictionary in place of the demo's, which takes minutes to train."""
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= 12

@@ -20,6 +20,10 @@ from saejax.parallel.mesh import make_mesh
 
 TEXTS = ["The cat near the dogs runs.", "3 + 4 =", "The capital of France is"]
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
+# For what goes through the hooks that other tests check in all families: without and with norms behind.
+TWO_FAMILIES = pytest.mark.parametrize(
+    "both", ["llama", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:3])], indirect=True
+)
 
 
 def save(folder, family, **changes):
@@ -79,6 +83,7 @@ def test_edits_of_sites(both, positions):
     assert relative_error(changed, both[0](tokens).logits_BxTxV) > 1e-3
 
 
+@TWO_FAMILIES
 def test_edits_of_features(both):
     tokens = both[0].tokenize(TEXTS)
     sae, transcoder = make_dictionary("resid_post.1"), make_dictionary("mlp_in.1", "mlp_out.1")
@@ -122,9 +127,10 @@ EDITS += [make_dictionary("resid_post.2", limit=None).steer([3], 1.0)]
 
 @pytest.mark.parametrize(
     ("edits", "options"),
-    [([], dict(stop=["e"])), (EDITS, {}), (EDITS, dict(temperature=0.8, top_p=0.9, seed=3))],
-    ids=["stop", "edits", "sampled edits"],
+    [([], dict(stop=["e"])), (EDITS, dict(temperature=0.8, top_p=0.9, seed=3))],
+    ids=["stop", "sampled edits"],
 )
+@TWO_FAMILIES
 def test_generated_tokens(both, edits, options):
     tokens = both[0].tokenize(TEXTS)
     ours, theirs = (lm.generate(tokens, 8, edits=edits, **options) for lm in both)
