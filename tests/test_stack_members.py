@@ -1,6 +1,7 @@
 """Each member of a stack is a unit of its own: what is trained, what is reused, and what a kill leaves."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
@@ -74,6 +75,20 @@ def test_one_more_member_trains_scores_and_interprets_one_dictionary(inputs, swe
     assert {record["member"] for record in read_metrics(run / "train" / "topk", ("loss",))} == {"k4", "k8", "k16"}
     go(inputs, run, train__k="4,8")
     assert capsys.readouterr().out.count("done before, unchanged") == 4
+
+
+def test_results_of_a_dictionary_that_was_replaced_say_so(inputs, swept, tmp_path, caplog):
+    """After a further member both are as they were; after another in its place the scores are of one that is gone."""
+    run = runs.copy_run(swept, tmp_path / "run")
+    with caplog.at_level(logging.WARNING, "absl"):
+        for k, replaced in (("4,8,16", []), ("4,16", ["k8"])):
+            go(inputs, run, ["train"], train__k=k)
+            caplog.clear()
+            load_results(run / "evaluate" / "topk")
+            folders = [(run / "evaluate" / "topk" / member).resolve() for member in replaced]
+            assert len(caplog.messages) == len(folders)
+            for line, folder in zip(caplog.messages, folders, strict=True):
+                assert line.startswith(f"{folder} is of the dictionary train/topk-") and "run evaluate again" in line
 
 
 def test_a_member_alone_is_the_member_of_a_stack(inputs, swept, tmp_path, capsys):

@@ -1,16 +1,19 @@
 """Summaries and results of finished units, read from their folders."""
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
+from absl import logging
+
 from saejax.errors import UserError
-from saejax.files import read_json
+from saejax.files import read_json, read_object
 from saejax.links import resolve_links
 from saejax.results import Devices, Settings, from_json
 from saejax.runner.registry import all_stages
-from saejax.runner.workspace import SUMMARY
+from saejax.runner.workspace import STACK, STARTED, SUMMARY
 from saejax.short_reprs import has_short_repr
 
 
@@ -47,10 +50,43 @@ def load_results(folder: str | Path, unit: str = "") -> Any:
       folder: the unit's folder, such as "runs/demo/ablate/topk"; or a workdir.
       unit: name of a unit in that workdir, such as "ablate/topk".
 
+    A warning says if the workdir has another dictionary in place of the one that the unit read.
+
+    A warning is logged if the workdir has another dictionary by now in place of the one that the unit read.
+
     Raises:
       UserError: the unit is not finished, or its summary is damaged; the message names the file and the field.
     """
-    return load_summary(Path(folder) / unit).results
+    place = resolve_links(Path(folder) / unit).resolve()
+    summary = load_summary(place)
+    for line in _replaced_dictionaries(place, summary):
+        logging.warning("%s", line)
+    return summary.results
+
+
+def _replaced_dictionaries(folder: Path, summary: Summary) -> Iterator[str]:
+    """Yield a line for each dictionary that a unit read and in whose place the workdir has another one by now.
+
+    Args:
+      folder: the unit's own folder, such as DIR/evaluate/topk-<hash>.
+      summary: of the unit.
+    """
+    depth = len(PurePath(summary.stage, summary.name).parts)
+    root = Path(os.path.normpath(folder.joinpath(*[os.pardir] * depth)))
+    parts = read_object(folder / STACK)["members"].values() if (folder / STACK).exists() else [folder.name]
+    for part in parts:
+        started = folder.with_name(part) / STARTED
+        needs = read_object(started).get("depends_on", {}).get("needs", {}) if started.exists() else {}
+        for need, mark in needs.items():
+            current = resolve_links(root / need).resolve()
+            if not need.startswith("train/") or not current.is_dir():
+                continue
+            members = read_object(current / STACK)["members"].values() if (current / STACK).exists() else ()
+            if mark not in {name.rpartition("-")[2] for name in (current.name, *members)}:
+                yield (
+                    f"{folder.with_name(part)} is of the dictionary {need}-{mark}, which {root / need} has no more: "
+                    f"flags were changed since; run {summary.stage} again"
+                )
 
 
 def load_summary(folder: Path) -> Summary:
