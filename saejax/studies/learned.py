@@ -132,6 +132,27 @@ def _driven(drivers: DriverFigures, controls: Sequence[DriverFigures]) -> Answer
     return plain(max(fisher_exact(table, "greater").pvalue for table in tables) <= LEVEL)
 
 
+def overview(figures: StudyFigures) -> tuple[tuple[str, str], ...]:
+    """Return which rows have an effect beyond all controls, which do not, and what could not be tested, in words."""
+    dictionary = {(effect.row, effect.benchmark): effect.dictionary for effect in figures.effects}
+    lines: dict[str, list[str]] = {"Beyond all controls": [], "Not beyond all": [], "Could not be tested": []}
+    for gate in figures.gates:
+        where = f"{gate.row}, {dictionary[gate.row, gate.benchmark]} on {gate.benchmark}"
+        answers = (
+            f"an effect: {gate.effect}; more than random lists: {gate.random}; specific: {gate.placebo}; more than "
+            f"untrained dictionaries: {gate.trained}; in {gate.agreeing} of {gate.seeds} seeds"
+        )
+        if gate.gate == "interpretable":
+            lines["Beyond all controls"].append(f"{where} ({answers})")
+        elif gate.gate != "cannot tell":
+            lines["Not beyond all"].append(f"{where}: {gate.gate} ({answers})")
+        else:
+            needed = gate.items_needed
+            power = f"; a drop of {number(gate.smallest)} nats takes {needed:,} items" if needed else ""
+            lines["Could not be tested"].append(f"{where} ({answers}{power})")
+    return tuple((name, "; ".join(some) + "." if some else "None.") for name, some in lines.items())
+
+
 def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:
     """Return five sentences: what held, what did not, what cannot be told, contradictions, and the controls."""
     by_key = {(answer.row, answer.benchmark, answer.question): answer.answer for answer in answers}

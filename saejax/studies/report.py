@@ -1,8 +1,9 @@
 """The report of a study: results of its rows side by side, and the criteria that are met.
 
-The page opens with what was learned: a table of rows by questions, five sentences, then figures; tables follow, and the
-rules at the end. Written to the study's folder: ``index.html`` (complete in itself), ``study.md`` (the same content),
-``study.json`` (all figures), ``tables/<name>.csv`` and ``figures/``.
+The page opens with what was learned: which rows have an effect beyond all controls, which do not, and what could not be
+tested; a table of rows by questions, five sentences, then figures; tables follow, and the rules at the end. Written to
+the study's folder: ``index.html`` (complete in itself), ``study.md`` (the same content), ``study.json`` (all figures),
+``tables/<name>.csv`` and ``figures/``.
 """
 
 import textwrap
@@ -18,7 +19,7 @@ from saejax.page.document import Section, to_html, to_markdown
 from saejax.page.tables import Table
 from saejax.results import to_json
 from saejax.studies.criteria import EPOCH, RULES
-from saejax.studies.learned import answers_table, holds, sentences
+from saejax.studies.learned import answers_table, holds, overview, sentences
 from saejax.studies.phases import disagreements
 from saejax.studies.pictures import draw_drivers, draw_drops, draw_losses, draw_models, draw_trends
 from saejax.studies.results import TABLES, StudyFigures
@@ -94,10 +95,11 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
 
 
 def _learned(root: Path, figures: StudyFigures) -> Iterator[Block]:
-    """Yield what the page opens with: the table of answers, five sentences, and figures."""
+    """Yield what the page opens with: which rows pass all controls, the table of answers, sentences, and figures."""
     if not figures.learned:
         yield Text("No row ran feature ablation on a benchmark (--study.benchmarks), so nothing was learned about it.")
         return
+    yield Terms(overview(figures))
     yield answers_table(figures.learned)
     yield Terms(sentences(figures.learned))
     if figures.effects:

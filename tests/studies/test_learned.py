@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saejax.results import Interval
-from saejax.studies.learned import QUESTIONS, _driven, answers_table, learned, sentences
+from saejax.studies.learned import QUESTIONS, _driven, answers_table, learned, overview, sentences
 from saejax.studies.results import (
     AlignmentFigures,
     BaselineFigures,
@@ -27,7 +27,14 @@ def model(row, control=""):
 def effect(row, lowers, random, placebo, trained):
     fields = dict.fromkeys((field.name for field in dataclasses.fields(EffectFigures)), None)
     answers = dict(
-        row=row, benchmark="sums", lowers=lowers, random=random, placebo=placebo, random_nats=0.25, categories=2
+        row=row,
+        benchmark="sums",
+        lowers=lowers,
+        random=random,
+        placebo=placebo,
+        random_nats=0.25,
+        categories=2,
+        dictionary="topk",
     )
     return EffectFigures(**fields | answers | dict(trained=trained))
 
@@ -105,6 +112,15 @@ def test_every_question_is_answered_once_with_the_known_answer_beside_it(figures
     assert [row[0] for row in table.rows] == ["base, sums", "tuned, sums", "random, sums"]
     assert table.rows[2][:2] == ("random, sums", "no (expected: no)")
     assert table.columns[-1] == QUESTIONS["items"].heading and table.rows[0][-1] == ""
+
+
+def test_the_page_opens_with_which_rows_pass_all_controls(figures):
+    beyond, others, untested = (text for _, text in overview(figures))
+    assert beyond.startswith(
+        "base, topk on sums (an effect: yes; more than random lists: yes; specific: yes; more than"
+    )
+    assert others.startswith("tuned, topk on sums: unstable (an effect: yes") and "in 2 of 3 seeds" in others
+    assert "random, topk on sums (" in untested and "a drop of 0.50 nats takes 9 items" in untested
 
 
 def test_five_sentences(figures):
