@@ -380,7 +380,12 @@ def measure_group(
 
 
 def control_group(kind: str, group: str) -> str:
-    """Return the group of the controls of a further set: its ``random`` lists, ``placebo`` sets, or their ``pool``."""
+    """Return the group of the controls of a further set.
+
+    Args:
+      kind: "random" for its lists, "placebo" for its sets, or "pool" for their pool.
+      group: the further set's own group.
+    """
     return f"{kind} of {group}"
 
 

@@ -38,7 +38,7 @@ def test_disk_host_memory_and_resident_rows():
     )
     parameters = 2 * 576 * 4608 + 4608 + 576
     assert store_bytes(plan) == 1000 * (4 * 576 + 16)
-    assert disk_bytes(plan) == store_bytes(plan) + 7 * 4 * parameters
+    assert disk_bytes(plan) == store_bytes(plan) + 10 * 4 * parameters  # three checkpoints of three copies
     assert host_bytes(plan) == 600 * 4 * 576 + 3 * 4 * parameters
     assert resident_bytes(plan) == 1000 * 4 * 576
     assert resident_bytes(spread) == 125 * 4 * 576
@@ -125,14 +125,14 @@ def test_the_widest_is_the_one_that_must_fit_and_narrower_ones_add_their_steps(o
 
 def test_checkpoints_that_are_kept_count():
     parameters = 2 * (2 * 576 * 4608 + 4608 + 576)
-    assert checkpoint_bytes(plan_stack()) == parameters * 4 * (1 + 2 * 3)
-    assert checkpoint_bytes(plan_stack(train__mu_dtype="bfloat16")) == parameters * (4 + 2 * (4 + 4 + 2))
+    assert checkpoint_bytes(plan_stack()) == parameters * 4 * (1 + 3 * 3)
+    assert checkpoint_bytes(plan_stack(train__mu_dtype="bfloat16")) == parameters * (4 + 3 * (4 + 4 + 2))
 
 
 def test_expansions_are_trained_one_after_the_other_and_a_cross_layer_transcoder_has_many_decoders():
     sizes = [2 * (2 * 576 * 576 * expansion + 576 * expansion + 576) for expansion in (2, 4)]
     plan = plan_stack(train__expansions=(2, 4))
-    assert checkpoint_bytes(plan) == sum(sizes) * 4 * (1 + 2 * 3)
+    assert checkpoint_bytes(plan) == sum(sizes) * 4 * (1 + 3 * 3)
     assert host_bytes(plan) - host_bytes(plan_stack(train__expansion=4)) == 0
     layers = range(30)
     sites = {f"{kind}.{layer}": kind for kind in ("mlp_in", "mlp_out") for layer in layers}
