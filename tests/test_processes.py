@@ -120,6 +120,7 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolera
     for folder in folders:
         runs.captured_only(whole[0], folder)
     changes = dict(train__max_steps=20, train__state_dtype=dtype, train__kinds=kind, plugins=PLUGIN)
+    changes |= dict(train__score_every=10, train__save_every=10)
     x64 = dict(JAX_ENABLE_X64="1") if dtype == "float64" else {}
     stack = {name: value for name, value in mesh.items() if name.startswith("train")}
     alone = runs.start("train", runs.small_flags(*inputs, folders[0], **changes | stack), **x64)
@@ -130,10 +131,14 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolera
     jax.config.update("jax_enable_x64", dtype == "float64")  # not the context: Orbax reads in threads of its own
     try:
         member = "seed123" if stack else ""
-        first, second = (load_dictionary(folder / "train" / kind / member) for folder in folders)
-        for name in first.arrays:
-            a, b = (np.asarray(dictionary.arrays[name], np.float64) for dictionary in (first, second))
-            assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), name
+        for place in (member, f"{member}/steps/10".lstrip("/")):
+            first, second = (load_dictionary(folder / "train" / kind / place) for folder in folders)
+            for name in first.arrays:
+                a, b = (np.asarray(dictionary.arrays[name], np.float64) for dictionary in (first, second))
+                assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), name
+        files = [folder / "train" / kind / member / "metrics.jsonl" for folder in folders]
+        scores = [json.loads(file.read_text().splitlines()[-1])["held_out_explained_variance"] for file in files]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     finally:
         jax.config.update("jax_enable_x64", False)
 
