@@ -10,7 +10,7 @@ DEPTH := runs/demo_depth/train/topk
 CLT := --workdir=runs/demo_clt --flagfile=configs/demo_clt.flags
 CLT_GRAPH := --graph.prompt="The capital of France is the city of" --graph.target=" Paris"
 
-.PHONY: demo circuits demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study suite test test-slow test-cluster faults lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu gpu-check clean
+.PHONY: demo circuits demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study suite test test-slow test-cluster faults lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-devices bench-quality bench-scaling bench-text bench-train bench-train-gpu gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -151,6 +151,10 @@ bench-attribute: $(INSTALLED)
 
 bench-capture: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_capture
+
+# The share of each of eight simulated devices in FLOPs and bytes, on four meshes; three minutes of processor time.
+bench-devices: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_devices
 
 # TEXT: .jsonl or .jsonl.gz files of text to train on, in equal parts.
 bench-quality: $(INSTALLED)

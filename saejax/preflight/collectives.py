@@ -1,7 +1,7 @@
-"""Collectives of a compiled program, read from the compiler's text: the bytes that devices send to one another.
+"""Collectives and products of a compiled program, from the compiler's text: what devices send, and compute.
 
 A ring over n devices makes each send (n - 1) / n of what is gathered, scattered or exchanged, and twice that of what is
-reduced for all. A collective in a loop counts as often as the loop runs.
+reduced for all. An operation in a loop counts as often as the loop runs.
 """
 
 import math
@@ -69,6 +69,32 @@ def sent_bytes(text: str, devices: int, of_node: int) -> dict[str, int]:
             label = base + (" between nodes" if apart else "")
             sent[label] = sent.get(label, 0.0) + times * _sent(base, result, size)
     return {label: round(count) for label, count in sorted(sent.items())}
+
+
+def product_flops(text: str) -> float:
+    """Return the floating-point operations of one device in the matrix products of a program that runs once.
+
+    Products that the compiler hands to a library of its own, as those of GPUs do, are not found.
+    """
+    lines, entry = _computations(text)
+    total = 0.0
+    for name, times in _runs(lines, entry):
+        shapes = {line.name: line.shapes for line in lines[name]}
+        for line in lines[name]:
+            if line.kind != "dot":
+                continue
+            left = re.match(r"(?:[^%]*%)?([\w.-]+)", line.rest)
+            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)
+            assert left and contracted, line
+            sizes = _sizes(shapes[left[1]])
+            summed = math.prod(sizes[int(axis)] for axis in contracted[1].split(",") if axis)
+            total += times * 2.0 * math.prod(_sizes(line.shapes)) * summed
+    return total
+
+
+def _sizes(shape: str) -> list[int]:
+    (match,) = _SHAPE.findall(shape)
+    return [int(n) for n in match[2].split(",") if n]
 
 
 def _sent(kind: str, result: int, size: int) -> float:

@@ -152,23 +152,28 @@ def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:
       of_node: how many of the devices share a node.
     """
     start, about = time.monotonic(), (program.name, program.size, program.flops, program.runs)
-    kept = _bytes_per_device(program.kept)
-    arguments = _bytes_per_device(program.arguments)
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _memory_from_error(error)
         if needed is None:
             raise
-        return CompiledProgram(*about, needed[0] + kept, False, None, time.monotonic() - start)
-    stated = compiled.memory_analysis()
-    # Arguments that the program does not use are not among those that the compiler counts, but they are there.
-    memory = max(arguments, stated.argument_size_in_bytes) + kept
-    memory += stated.output_size_in_bytes + stated.temp_size_in_bytes - stated.alias_size_in_bytes
+        return CompiledProgram(
+            *about, needed[0] + _bytes_per_device(program.kept), False, None, time.monotonic() - start
+        )
+    memory = device_bytes(program, compiled)
     flops = float((compiled.cost_analysis() or {}).get("flops", 0.0))
     seconds, devices = time.monotonic() - start, _devices_of(program)
     sends = sent_bytes(compiled.as_text(), devices, min(of_node, devices))
     return CompiledProgram(*about, memory, memory <= limit, flops, seconds, sends)
+
+
+def device_bytes(program: Program, compiled: jax.stages.Compiled) -> int:
+    """Return the bytes that a compiled program takes on a device, with what its stage keeps there besides."""
+    stated = compiled.memory_analysis()
+    # Arguments that the program does not use are not among those that the compiler counts, but they are there.
+    memory = max(_bytes_per_device(program.arguments), stated.argument_size_in_bytes) + _bytes_per_device(program.kept)
+    return memory + stated.output_size_in_bytes + stated.temp_size_in_bytes - stated.alias_size_in_bytes
 
 
 def _devices_of(program: Program) -> int:

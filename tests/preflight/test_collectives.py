@@ -16,7 +16,7 @@ from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.preflight import topology
-from saejax.preflight.collectives import sent_bytes
+from saejax.preflight.collectives import product_flops, sent_bytes
 from saejax.stages.train.plan import train_programs
 
 LOOP = """
@@ -32,7 +32,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
-def test_programs_send_what_their_products_need():
+def test_programs_send_what_their_products_need_and_compute_their_share():
     """The first product is summed over the 4 devices of "model", those of the loop over the 2 of "data"."""
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "model"))
 
@@ -57,6 +57,8 @@ def test_programs_send_what_their_products_need():
     assert sent_bytes(text, 8, 8) == {"all-reduce": first + loop}
     assert sent_bytes(text, 8, 4) == {"all-reduce": first, "all-reduce between nodes": loop}
     assert sent_bytes(text, 8, 1) == {"all-reduce between nodes": first + loop}
+    # Rows and the summed dimension of the first product are split; of the loop's, rows alone, over 2 of 8 devices.
+    assert product_flops(text) == 2 * 64 * 32 * 16 / 8 + 5 * 2 * (2 * 64 * 16 * 16) / 2
 
 
 @pytest.mark.parametrize(

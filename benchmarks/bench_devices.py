@@ -1,0 +1,180 @@
+"""The share of each device: what it computes and holds of the programs of stages on eight devices, beside one.
+
+Run: python -m benchmarks.bench_devices [--layers 8] [--meshes 8x1x1,4x2x1,1x8x1,1x1x8]
+The programs of preflight (capture, training from the model, evaluate, ablate), the encoder of interpret, and the search
+of transfer for nearest features in as many pairs of dictionaries as devices are compiled for eight simulated devices of
+the processor, as member x data x model, and for one, with the same work in all: a dictionary for each layer of a model
+of Qwen3-0.6B's shape. A device's FLOPs are those of the matrix products of the compiled program, times the counts of
+its loops; 1.00 is an eighth of what one device alone does. Its bytes, in the program that takes most, are
+arguments, results and temporaries by the compiler; 1.00 is an eighth of those of one device. Filler rows belong to no
+document: of the batches of capture, on the demo's text and on made-up web texts. Prints a table and, last, one line of
+JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+DEVICES = 8
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+
+from saejax.activations.documents import COLUMNS, Documents, make_documents  # noqa: E402
+from saejax.activations.plan import Plan  # noqa: E402
+from saejax.activations.settings import CaptureConfig  # noqa: E402
+from saejax.config import Configs  # noqa: E402
+from saejax.costs.plan import PlannedRun  # noqa: E402
+from saejax.costs.programs import Program, by_row  # noqa: E402
+from saejax.evaluation.settings import EvaluateConfig  # noqa: E402
+from saejax.flops import step_flops  # noqa: E402
+from saejax.interpret import firings  # noqa: E402
+from saejax.interventions.settings import AblateConfig  # noqa: E402
+from saejax.matching.match import CANDIDATES, best_rows, side_by_side  # noqa: E402
+from saejax.models import source  # noqa: E402
+from saejax.models.config import DecoderConfig  # noqa: E402
+from saejax.models.families import read_config  # noqa: E402
+from saejax.models.settings import ModelConfig  # noqa: E402
+from saejax.parallel.mesh import AXES, document_devices, make_mesh  # noqa: E402
+from saejax.parallel.settings import MeshConfig  # noqa: E402
+from saejax.preflight.collectives import product_flops  # noqa: E402
+from saejax.preflight.plan import plan_run, stage_programs  # noqa: E402
+from saejax.preflight.topology import device_bytes  # noqa: E402
+from saejax.runner.registry import default_configs  # noqa: E402
+from saejax.stages.evaluate.plan import abstract_member  # noqa: E402
+from saejax.tasks.settings import CorpusConfig  # noqa: E402
+from saejax.training.settings import TrainConfig  # noqa: E402
+
+MODEL = Path(__file__).parents[1] / "configs/shapes/qwen3-0.6b.json"
+BATCH = 8192  # tokens of a batch, on all devices together
+STAGES = ("capture", "train", "evaluate", "interpret", "ablate", "transfer")
+
+
+class Measured(NamedTuple):
+    """A stage's programs on a mesh."""
+
+    flops: float  # of the products of one device
+    work: float  # FLOPs of all devices by formula
+    bytes: int  # of the program that takes most on a device
+
+
+def settings(layers: int, devices: int) -> Configs:
+    """Return the settings of the job, where documents are split over so many devices."""
+    sites, configs = tuple(f"resid_post.{layer}" for layer in range(layers)), default_configs()
+    changes = {
+        CaptureConfig: dict(sites=sites, backend="jax", batch_tokens=BATCH // devices),
+        TrainConfig: dict(source="model", kinds=("standard",), sites=sites, expansion=4, batch=4096, buffer_rows=2**16),
+        CorpusConfig: dict(context=256),
+        EvaluateConfig: dict(batch_tokens=BATCH),
+        AblateConfig: dict(dictionary=f"standard/{sites[layers // 2]}"),
+    }
+    for group, fields in changes.items():
+        configs |= dataclasses.replace(configs[group], **fields)
+    return configs
+
+
+def stage_of(program: Program) -> str:
+    """Return the stage of a program."""
+    return program.name.partition(":")[0]
+
+
+def interpret_program(plan: PlannedRun, mesh: Mesh) -> Program:
+    """Return the encoder of interpret's pass over a store."""
+    dictionary = plan.dictionary("ablate")
+    x_BxD = by_row(mesh, (BATCH, dictionary.d_in), jnp.float32)
+    arguments = (mesh, abstract_member(plan, dictionary, mesh), x_BxD, BATCH)
+    flops = step_flops(BATCH, dictionary.d_in, dictionary.n_features) / 6
+    return Program("interpret: encode", f"{BATCH} tokens", firings._encode_batch, arguments, (), flops)
+
+
+def transfer_program(plan: PlannedRun, mesh: Mesh) -> Program:
+    """Return what finds the nearest features of a pair of dictionaries for each device."""
+    dictionary, where = plan.dictionary("ablate"), NamedSharding(mesh, PartitionSpec(AXES))
+    features, d_in = dictionary.n_features, dictionary.d_in
+    shapes = (DEVICES, features, d_in), (DEVICES, features, d_in), (DEVICES, features)
+    rows = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where) for shape in shapes]
+    arguments = (mesh, side_by_side("cpu"), CANDIDATES, True, *rows)
+    flops = DEVICES * step_flops(features, d_in, features) / 6
+    return Program("transfer: nearest", f"{DEVICES} pairs", best_rows, arguments, (), flops)
+
+
+def measure(model: DecoderConfig, layers: int, axes: tuple[int, ...]) -> dict[str, Measured]:
+    """Return what a device does and holds on a mesh of member x data x model devices, by stage."""
+    member, data, tensor = axes
+    mesh = make_mesh(MeshConfig(member=member, data=data, model=tensor), jax.devices()[: int(np.prod(axes))])
+    plan = plan_run("model", model, settings(layers, document_devices(mesh)), mesh)
+    measured: dict[str, Measured] = {}
+    for program in (*stage_programs(plan), interpret_program(plan, mesh), transfer_program(plan, mesh)):
+        if (stage := stage_of(program)) not in STAGES:
+            continue
+        compiled, so_far = program.lower().compile(), measured.get(stage, Measured(0, 0, 0))
+        flops, size = product_flops(compiled.as_text()), device_bytes(program, compiled)
+        measured[stage] = Measured(so_far.flops + flops, so_far.work + program.flops, max(so_far.bytes, size))
+    return measured
+
+
+def web_documents(count: int = 4000) -> Documents:
+    """Return documents of the lengths of web texts in pieces of at most 1,024 tokens: lognormal, median 400."""
+    lengths_N = np.minimum(np.random.default_rng(0).lognormal(6, 1, count).astype(int) + 1, 1024)
+    ids_T = np.ones(lengths_N.sum(), np.int32)
+    return Documents.contiguous(ids_T, lengths_N, np.zeros((count, len(COLUMNS)), np.int32), ("web",))
+
+
+def demo_documents() -> Documents:
+    """Return the documents of the demo's text."""
+    corpus = CorpusConfig()
+    return make_documents(corpus, source.load_tokenizer(source.resolve(ModelConfig(path="smollm2"))), corpus.context)
+
+
+def filler_share(documents: Documents, devices: int) -> float:
+    """Return the share of rows that belong to no document, of all batches of capture on so many devices."""
+    config = CaptureConfig()
+    plan = Plan(documents, config.shard_rows, config.batch_tokens, last=0, seed=0, devices=devices)
+    batches = [batch for shard in range(plan.shards) for batch in plan.batches(shard)]
+    rows = sum(batch.shape[0] for batch in batches)
+    return 1 - sum(len(batch.ids_BxT) for batch in batches) / rows
+
+
+def ratios(model: DecoderConfig, layers: int, meshes: list[str]) -> Iterator[tuple[str, str, float, float]]:
+    """Yield mesh, stage, and a device's FLOPs and bytes over an eighth of those of one device alone."""
+    alone = measure(model, layers, (1, 1, 1))
+    for name in meshes:
+        for stage, on_mesh in measure(model, layers, tuple(map(int, name.split("x")))).items():
+            whole = alone[stage]
+            flops = DEVICES * on_mesh.flops / on_mesh.work / (whole.flops / whole.work)
+            yield name, stage, flops, DEVICES * on_mesh.bytes / whole.bytes
+
+
+def main() -> None:
+    """Run the benchmark and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument(
+        "--meshes", default="8x1x1,4x2x1,1x8x1,1x1x8", help="member x data x model, with commas between"
+    )
+    args = parser.parse_args()
+    model = dataclasses.replace(read_config(json.loads(MODEL.read_text()), MODEL.stem), n_layers=args.layers)
+    meshes, summary = args.meshes.split(","), {}
+    print("| stage, FLOPs / bytes of a device | " + " | ".join(meshes) + " |\n|---|" + "---|" * len(meshes))
+    figures = {(mesh, stage): (flops, size) for mesh, stage, flops, size in ratios(model, args.layers, meshes)}
+    for stage in STAGES:
+        pairs = [figures[mesh, stage] for mesh in meshes]
+        print(f"| {stage} | " + " | ".join(f"{flops:.2f} / {size:.2f}" for flops, size in pairs) + " |")
+        summary[stage] = [round(flops, 3) for flops, _ in pairs]
+    for name, documents in (("the demo's text", demo_documents()), ("web texts", web_documents())):
+        shares = {devices: filler_share(documents, devices) for devices in (1, DEVICES)}
+        print(f"filler rows of {name}: {shares[DEVICES]:.1%} on {DEVICES} devices, {shares[1]:.1%} on one")
+        summary[name] = round(shares[DEVICES], 3)
+    print(json.dumps(dict(bench="devices", meshes=meshes, **summary)))
+
+
+if __name__ == "__main__":
+    main()
