@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries.modules import parameter_table as dictionary_table
+from saejax.dictionaries.modules import placements
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
-from saejax.parallel.mesh import fitting_sharding, sharding
+from saejax.parallel.mesh import fitting_sharding, row_sharding, sharding
 from saejax.training.settings import TrainConfig
 
 
@@ -47,10 +48,14 @@ def abstract_params(
 
 
 def abstract_dictionary(config: DictionaryConfig, train: TrainConfig, mesh: Mesh) -> Dictionary:
-    """Return a dictionary, whole on every device; its sink rule is a placeholder."""
+    """Return a dictionary whose features are split over ``model``; its sink rule is a placeholder."""
     config = config.with_sink_norms(lambda site: 1.0)
-    module = nnx.eval_shape(lambda: Dictionary.initial(config, jax.random.key(0), train.matmul, train.state_dtype))
-    return placed(module, mesh)
+    where = placements(config, mesh)
+    arrays = {
+        name: jax.ShapeDtypeStruct(shape, train.state_dtype, sharding=where[name])
+        for name, (shape, _) in dictionary_table(config).items()
+    }
+    return Dictionary(config, train.matmul, **arrays)
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
@@ -59,9 +64,8 @@ def placed(tree: Any, mesh: Mesh) -> Any:
 
 
 def by_row(mesh: Mesh, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Return an array whose rows are split over ``data`` where that divides them."""
-    where = fitting_sharding(mesh, shape, "data", *[None] * (len(shape) - 1))
-    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=where)
+    """Return an array whose rows are split over ``member`` and ``data`` where these divide them."""
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=row_sharding(mesh, shape))
 
 
 def whole(mesh: Mesh, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -38,16 +38,17 @@ def sum_writes(
     Args:
       f_LxBxF: activations.
       decoders: every layer's decoder, [F, (L - l) D].
-      mesh: features are split over ``model``, tokens over ``data``.
+      mesh: features are split over ``model``, tokens over ``member`` and ``data``.
       matmul_dtype: dtype of the operands of the products; see ``matmul``.
     """
     layers, width = len(decoders), decoders[-1].shape[1]
-    split = [name for name in ("data", "model") if mesh.shape[name] > 1]
+    split = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    by_token = tuple(name for name in split if name != "model")
 
     def write_all(f_LxBxF: jax.Array, *decoders: jax.Array) -> jax.Array:
         """Sum what the features of a device write to all layers."""
-        if "data" in split:  # said here, so that its gradient is summed over the tokens of all devices
-            decoders = tuple(lax.pcast(decoder, "data", to="varying") for decoder in decoders)
+        if by_token:  # said here, so that its gradient is summed over the tokens of all devices
+            decoders = tuple(lax.pcast(decoder, by_token, to="varying") for decoder in decoders)
         # The first layer writes to all others, so that its product is the array that the others add to.
         sum_BxX = matmul(f_LxBxF[0], decoders[0], matmul_dtype)  # the first layer writes to all
         for layer, decoder in enumerate(decoders[1:], start=1):
@@ -57,10 +58,10 @@ def sum_writes(
 
     if not split:
         return write_all(f_LxBxF, *decoders)
-    data, model = (name if name in split else None for name in ("data", "model"))
+    tokens, model = by_token or None, "model" if "model" in split else None
     return jax.shard_map(
         write_all,
         mesh=mesh,
-        in_specs=(PartitionSpec(None, data, model), *[PartitionSpec(model)] * layers),
-        out_specs=PartitionSpec(None, data),
+        in_specs=(PartitionSpec(None, tokens, model), *[PartitionSpec(model)] * layers),
+        out_specs=PartitionSpec(None, tokens),
     )(f_LxBxF, *decoders)

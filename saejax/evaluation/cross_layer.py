@@ -26,7 +26,7 @@ from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import SiteHook
-from saejax.parallel.mesh import fitting_sharding
+from saejax.parallel.mesh import BY_DOCUMENT, document_devices, fitting_sharding, read_parts
 
 
 class LoadedLayers(NamedTuple):
@@ -41,12 +41,20 @@ class LoadedLayers(NamedTuple):
     def of(cls, folder: Path, mesh: Mesh) -> "LoadedLayers":
         """Load the cross-layer transcoder of a folder that ``circuit_tracer.open_set`` opens."""
         opened = circuit_tracer.open_set(folder)
-        every = np.arange(opened.configs[0].n_features)
-        decoders = []
-        for layer in range(len(opened.configs)):
-            W_dec_FxX = np.asarray(opened.writes(layer, every), np.float32).reshape(len(every), -1)
-            decoders.append(jax.device_put(W_dec_FxX, fitting_sharding(mesh, W_dec_FxX.shape, "model", None)))
-        layers = MemberData.of([opened.load(layer) for layer in range(len(decoders))], mesh)
+        features, width = opened.configs[0].n_features, opened.configs[0].d_in
+
+        def read_decoder(layer: int) -> jax.Array:
+            """Read what a layer's features write, each device those of its own features."""
+            shape = features, (len(opened.configs) - layer) * width
+            every, where = np.arange(features), fitting_sharding(mesh, shape, "model", None)
+            return read_parts(
+                shape,
+                where,
+                lambda index: np.asarray(opened.writes(layer, every[index[0]]), np.float32).reshape(-1, shape[1]),
+            )
+
+        decoders = [read_decoder(layer) for layer in range(len(opened.configs))]
+        layers = MemberData.of([opened.load(layer, mesh=mesh) for layer in range(len(decoders))], mesh)
         return cls(tuple((config.site, config.target) for config in opened.configs), layers, decoders)
 
 
@@ -82,9 +90,10 @@ def reconstruct_layers(loaded: LoadedLayers, store: Store, mesh: Mesh, batch: in
     spreads, sums = [Spread(width) for _ in range(count)], [Sums(features) for _ in range(count)]
     names = [site for pair in zip(*loaded.sites, strict=True) for site in pair]  # all inputs, then all targets
     # One pass over the store for all layers: a layer's prediction takes the features of all layers below it.
+    batch += -batch % document_devices(mesh)  # which ``sum_writes`` has to split evenly
     for parts, rows in batches(read_blocks(store, "held_out", names, batch), batch):
         stacked = [np.stack(parts[:count]), np.stack(parts[count:])]
-        placed = [jax.device_put(part, fitting_sharding(mesh, part.shape, None, "data", None)) for part in stacked]
+        placed = [jax.device_put(part, fitting_sharding(mesh, part.shape, None, BY_DOCUMENT, None)) for part in stacked]
         measured = jax.device_get(_score_layers(mesh, loaded.layers, loaded.decoders, *placed, rows))
         for layer, of_layer in enumerate(zip(*measured, strict=True)):
             sums[layer].add(*of_layer)

@@ -27,7 +27,7 @@ from saejax.models.lengths import even_batches, round_length
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import pad
-from saejax.parallel.mesh import fitting_sharding, sharding
+from saejax.parallel.mesh import by_row, document_devices, sharding
 from saejax.progress import OnProgress, silent
 
 VARIANTS = ("clean", "mean_ablated", "zero_ablated", "reconstructed")
@@ -120,12 +120,11 @@ def document_batches(
 ) -> Iterator[tuple[jax.Array, jax.Array, int]]:
     """Yield token ids [B, T], lengths [B] and the number of predicted tokens, on the model's devices."""
     documents = [document for document in documents if len(document) > 1]
-    shares = lm.mesh.shape["data"]
+    shares = document_devices(lm.mesh)
     lengths_N = np.array([round_length(len(document)) for document in documents], np.int64)
     for chosen, rows, length in even_batches(lengths_N, batch_tokens, shares, _PROGRAM):
         # Rows that fill up a batch have one token, which predicts nothing.
         padded = pad([*(documents[index].tolist() for index in chosen), *[[0]] * (rows - len(chosen))])
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
-        placed = jax.device_put(ids_BxT, fitting_sharding(lm.mesh, ids_BxT.shape, "data", None))
-        lengths_B = jax.device_put(padded.lengths_B, fitting_sharding(lm.mesh, (rows,), "data"))
-        yield placed, lengths_B, sum(len(documents[index]) - 1 for index in chosen)
+        placed_BxT, lengths_B = by_row(lm.mesh, ids_BxT, padded.lengths_B)
+        yield placed_BxT, lengths_B, sum(len(documents[index]) - 1 for index in chosen)

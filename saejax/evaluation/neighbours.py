@@ -60,7 +60,8 @@ def cosines_of_block(block: int, W_dec_FxD: jax.Array, start: jax.Array) -> jax.
     # A row of zeros has no direction: its cosines are 0, not NaN.
     length_Fx1 = jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
     unit_FxD = W_dec_FxD / jnp.where(length_Fx1 > 0, length_Fx1, 1.0)
-    rows_RxD = lax.dynamic_slice_in_dim(unit_FxD, start, block)
+    # By their numbers: of a slice with an unknown start every device would make all rows, where features are split.
+    rows_RxD = jnp.take(unit_FxD, start + jnp.arange(block), axis=0, mode="clip")
     # Full fp32 on every device: rounded to TF32, cosines near the threshold would count differently.
     cosine_RxF = jnp.matmul(rows_RxD, unit_FxD.T, precision="highest")
     # By its index, not by a cosine of 1, so that an exact copy counts as a neighbour.

@@ -19,6 +19,7 @@ from saejax.evaluation.loss_recovered import VARIANTS, Losses, document_batches
 from saejax.models.edits import Positions, SiteEdit, Values
 from saejax.models.language_model import LanguageModel, forward
 from saejax.models.sites import OtherSite, Site, decoder_site, site_parts
+from saejax.parallel.mesh import by_row
 
 PRIVATE, SHARED = 0.9, (0.4, 0.6)  # relative norms, as in Minder et al. (2025)
 BINS = 20
@@ -132,7 +133,8 @@ def part_variances(dictionaries: Sequence[Dictionary], blocks: Iterable[Sequence
         total = [sum_D + part.sum(0) for sum_D, part in zip(total, parts, strict=True)]
         for error, dictionary in zip(errors, dictionaries, strict=True):
             # Rounded to fp32 by the program, as the model would get it; sums are taken in fp64 afterwards.
-            outputs = split(np.asarray(_reconstruction(dictionary, x_NxD), np.float64), widths)
+            placed_NxD = by_row(dictionary.mesh, x_NxD)[0] if dictionary.mesh else x_NxD
+            outputs = split(np.asarray(_reconstruction(dictionary, placed_NxD), np.float64), widths)
             error += [np.square(part - output).sum() for part, output in zip(parts, outputs, strict=True)]
     variance = square - [np.square(sum_D).sum() / max(tokens, 1) for sum_D in total]
     return [np.where(variance > 0, 1 - error / np.where(variance > 0, variance, 1), 0).tolist() for error in errors]

@@ -13,7 +13,7 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.evaluation.member_data import MemberData
 from saejax.evaluation.results import DENSE_ABOVE, DensityHistogram
-from saejax.parallel.mesh import fitting_sharding
+from saejax.parallel.mesh import by_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def reconstruct(
     Args:
       dictionaries: dictionaries of one kind and shape; one program scores them all.
       blocks: activations, attention sinks left out: (inputs [n, d],), or (inputs, targets) for transcoders; any n.
-      mesh: tokens are split over ``data``, features over ``model``.
+      mesh: tokens are split over ``member`` and ``data``, features over ``model``.
       batch: tokens per run of the program; the last batch is filled up with rows that do not count.
 
     Returns:
@@ -73,7 +73,7 @@ def reconstruct(
     spread = Spread(dictionaries[0].config.d_in)
     sums = [Sums(dictionary.config.n_features) for dictionary in dictionaries]
     for parts, count in batches(blocks, batch):
-        placed = [jax.device_put(part, fitting_sharding(mesh, part.shape, "data", None)) for part in parts]
+        placed = by_row(mesh, *parts)
         scores = [_score(member, placed[0], placed[-1], count) for member in members]
         # On the host while the devices work: their results are waited for below.
         spread.add(parts[-1][:count])  # on the host, while the devices work

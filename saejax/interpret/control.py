@@ -7,6 +7,7 @@ encoder that is not trained; only its decoder is fitted (the *frozen encoder* of
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
@@ -96,10 +97,16 @@ def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary
         threshold = max(float(np.partition(pre, at)[at]), 0.0)
         config = DictionaryConfig(kind="jumprelu", **shape)
         arrays |= dict(threshold_F=np.full(original.n_features, threshold, np.float32))
-    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
-    f_NxF = _encode(Dictionary(config, **arrays), x_NxD)
-    arrays |= dict(W_dec_FxD=jnp.asarray(fit_decoder(f_NxF, y_NxD - np.asarray(arrays["b_dec_D"]))))
-    return Dictionary(config, **arrays)
+    arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    f_NxF = _encode(_placed_like(dictionary, config, arrays), x_NxD)
+    arrays |= dict(W_dec_FxD=fit_decoder(f_NxF, y_NxD - arrays["b_dec_D"]))
+    return _placed_like(dictionary, config, arrays)
+
+
+def _placed_like(other: Dictionary, config: DictionaryConfig, arrays: dict[str, Any]) -> Dictionary:
+    """Return a dictionary of these arrays on the devices of another one."""
+    dictionary = Dictionary(config, **arrays)
+    return dictionary.on_mesh(other.mesh) if other.mesh else jax.tree.map(jnp.asarray, dictionary)
 
 
 def fit_decoder(f_NxF: sparse.csr_array, y_NxD: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.evaluation.member_data import MemberData, compiled_in
-from saejax.parallel.mesh import fitting_sharding, sharding
+from saejax.parallel.mesh import BY_DOCUMENT, by_row, fitting_sharding, sharding
 
 BLOCK = 512  # features of a file
 _RECORD = np.dtype([("feature", "<u2"), ("place", "<u4"), ("value", "<f4")])  # the feature counted in its block
@@ -70,7 +70,7 @@ def record(
       store: activations of the dictionaries' site.
       split: "train" or "held_out".
       dictionaries: dictionaries by the folder of their files, which is made.
-      mesh: tokens are split over ``data``, features over ``model``.
+      mesh: tokens are split over ``member`` and ``data``, features over ``model``.
       batch: tokens in a batch, rounded up to a multiple of 32.
       stopping: returns whether the process was asked to stop.
       features: features whose firings are written; None: all.
@@ -103,7 +103,7 @@ def record(
             rows_N = rows[start : start + batch]
             # The last batch is filled up, so that one program serves all batches.
             x_BxD = np.pad(store.read(site, rows_N), ((0, batch - len(rows_N)), (0, 0)))
-            placed_BxD = jax.device_put(x_BxD, fitting_sharding(mesh, x_BxD.shape, "data", None))
+            (placed_BxD,) = by_row(mesh, x_BxD)
             encoded = [_encode_batch(mesh, member, placed_BxD, len(rows_N)) for member in members]
             waiting.append((places_of(store, rows_N), encoded))
             if len(waiting) > 1:
@@ -122,7 +122,7 @@ def _encode_batch(mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.A
     f_BxF = member.encode(x_BxD)
     batch, features = f_BxF.shape
     fires_BxF = member.fires(f_BxF) & (jnp.arange(batch)[:, None] < count)
-    size_BxF = lax.with_sharding_constraint(jnp.abs(f_BxF), fitting_sharding(mesh, f_BxF.shape, "data", "model"))
+    size_BxF = lax.with_sharding_constraint(jnp.abs(f_BxF), fitting_sharding(mesh, f_BxF.shape, BY_DOCUMENT, "model"))
     # A bit for each activation, then the activations that fire: the dense array never leaves the device.
     fires_XxWxF = fires_BxF.reshape(batch // _WORD, _WORD, features).astype(jnp.uint32)
     bit = jnp.arange(_WORD, dtype=jnp.uint32)[None, :, None]
@@ -183,7 +183,8 @@ def encode_tokens(dictionary: Dictionary, x_NxD: np.ndarray, batch: int) -> tupl
         batch_XxD = x_NxD[start : start + batch]
         padded_BxD = np.pad(batch_XxD, ((0, batch - len(batch_XxD)), (0, 0)))
         real_B = np.asarray(dictionary.is_not_sink(padded_BxD))
-        f_BxF = np.asarray(_encode_tokens(placeless, padded_BxD, real_B))
+        placed = by_row(dictionary.mesh, padded_BxD, real_B) if dictionary.mesh else (padded_BxD, real_B)
+        f_BxF = np.asarray(_encode_tokens(placeless, *placed))
         parts.append(sparse.csr_array(f_BxF[: len(batch_XxD)]))
         real.append(real_B[: len(batch_XxD)])
     return sparse.vstack(parts, format="csr"), np.concatenate(real)

@@ -46,7 +46,8 @@ def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> Output
     count = min(count, lm.config.vocab)
     parts, block = [], min(ROWS, len(W_dec_FxD))
     for start in range(0, len(W_dec_FxD), block):
-        rows_RxD = jnp.pad(W_dec_FxD[start : start + block], ((0, max(0, start + block - len(W_dec_FxD))), (0, 0)))
+        # By their numbers, see ``cosines_of_block``; copies of the last row fill up the last block.
+        rows_RxD = jnp.take(W_dec_FxD, start + jnp.arange(block), axis=0, mode="clip")
         parts.append(jax.device_get(logit_lens(lm.config, count, lm.params, rows_RxD)))
     return OutputTokens(*(np.concatenate(part)[: len(W_dec_FxD)] for part in zip(*parts, strict=True)))
 

@@ -654,7 +654,7 @@ def _on_basis(tested: BehaviourAblation, name: str) -> BehaviourAblation | None:
     """Return a simpler basis on the behaviour of a dictionary; None where it cannot be had."""
     dictionary, lm = tested.basis, tested.lm
     if name not in BASES:
-        return tested.with_basis(load_dictionary(name))
+        return tested.with_basis(load_dictionary(name, mesh=lm.mesh))
     if name == "neurons":
         if isinstance(lm.config, TorchConfig):  # which has no table of its weights
             return None

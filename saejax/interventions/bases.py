@@ -16,6 +16,7 @@ features do no more than these has not earned its place.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries.modules import placements
 from saejax.interventions.edits import linear_dictionary
 from saejax.models import decoder
 from saejax.models.config import GRADIENT, DecoderConfig
@@ -61,6 +64,13 @@ class Neurons(Dictionary):
                 fingerprint=model.source.fingerprint,
             )
         )
+
+    def mesh_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Return the mesh axis over which each dimension of each array is split: that of the neurons."""
+        axes: dict[str, tuple[str | None, ...]] = {
+            name: (None, "model") if name.endswith("DxF") else ("model",) for name in self.names
+        }
+        return axes | dict(W_dec_FxD=("model", None))
 
     def encode(self, x_BxTxD: jax.Array, numbers: Any = None) -> jax.Array:
         """Return the neurons' activations [B, T, F]."""
@@ -113,8 +123,16 @@ def untrained(dictionary: Dictionary, active: int, seed: int) -> Dictionary:
     # The centre is that of normalised tokens, so they are normalised here, too; a transcoder's target never is.
     norm: dict[str, Any] = {} if config.target else dict(input_norm=config.input_norm, output_units=config.output_units)
     # TopK, so that as many are active as in the dictionary, whose own kind has thresholds that only training sets.
-    random = Dictionary.initial(_like(dictionary, kind="topk", k=max(active, 1), **norm), jax.random.key(seed))
-    return Dictionary(random.config, **random.arrays | dict(b_dec_D=dictionary.b_dec_D[...]))
+    changed, mesh = _like(dictionary, kind="topk", k=max(active, 1), **norm), dictionary.mesh
+    arrays = _initial_arrays(changed, mesh, jax.random.key(seed)) | dict(b_dec_D=dictionary.b_dec_D[...])
+    return Dictionary(changed, **arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _initial_arrays(config: DictionaryConfig, mesh: Mesh | None, key: jax.Array) -> dict[str, jax.Array]:
+    """Return the arrays of a random dictionary, of which each device of a mesh makes its part."""
+    arrays = Dictionary.initial(config, key).arrays
+    return jax.lax.with_sharding_constraint(arrays, placements(config, mesh)) if mesh else arrays
 
 
 def _like(dictionary: Dictionary, **changes: Any) -> DictionaryConfig:

@@ -50,7 +50,7 @@ from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SharedPrefixBatch, SplitPoint
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import sharding
+from saejax.parallel.mesh import document_devices, sharding
 from saejax.progress import OnProgress, silent
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.likelihood import encode_pair
@@ -350,7 +350,7 @@ def _plan(split: SplitModel, edited: EditedRun, edits: FeatureEdits, batch_rows:
     first_BxF = np.asarray(first_change(split.point, split.dictionary, *edited.arrays))
     first_SxP = first_changes(first_BxF[:count], edits, domain_BxT[:count])
     first_SxP[-2], first_SxP[-1] = 0, prompts.last_P
-    return batches_of(first_SxP, prompts, edits, batch_rows * length, FEATURES, split.point.mesh.shape["data"])
+    return batches_of(first_SxP, prompts, edits, batch_rows * length, FEATURES, document_devices(split.point.mesh))
 
 
 def _start(

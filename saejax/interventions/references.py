@@ -32,7 +32,7 @@ from saejax.interventions.split_model import SplitModel, active_features, run_he
 from saejax.models import decoder
 from saejax.models.lengths import even_batches
 from saejax.models.split import SplitPoint
-from saejax.parallel.mesh import sharding
+from saejax.parallel.mesh import document_devices, sharding
 from saejax.progress import OnProgress, silent
 from saejax.tasks.likelihood import align, token_scores
 
@@ -242,7 +242,7 @@ class References:
           UserError: the site's value is not finite.
         """
         lengths_N = np.array([len(reference) for reference in self._references])
-        row_multiple = self._split.point.mesh.shape["data"]
+        row_multiple = document_devices(self._split.point.mesh)
         for places_Q, rows, length in even_batches(lengths_N, self._batch_tokens, row_multiple, _PROGRAM):
             self._check_stop()
             yield places_Q, self._batch(places_Q, rows, length)

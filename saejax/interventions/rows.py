@@ -25,7 +25,7 @@ from saejax.interventions.split_model import active_features, of_features
 from saejax.models import decoder
 from saejax.models.lengths import bucket_lengths
 from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
-from saejax.parallel.mesh import fitting_sharding, sharding
+from saejax.parallel.mesh import row_sharding, sharding
 
 _STEP = 8  # rows and tokens are filled up to a multiple of this
 _SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of a full batch's tokens, to which smaller ones are filled up
@@ -333,7 +333,7 @@ def run_rows(
         editable_SxN = clean.editable_BxT[tree.prompt_SxN, tree.position_SxN]
         addend_SxNxK = jnp.where(editable_SxN[..., None], tree.per_token(addend_SxRxK), 0.0)
     edited_SxNxD = edit_value(value_SxNxD, fall_SxNxK, clean.W_dec_KxD, tree.per_token(fraction_SxRxK), addend_SxNxK)
-    by_shard = fitting_sharding(point.mesh, edited_SxNxD.shape, "data", None, None)
+    by_shard = row_sharding(point.mesh, edited_SxNxD.shape)
     stream_SxNxD, edited_SxNxD = jax.lax.with_sharding_constraint((stream_SxNxD, edited_SxNxD), by_shard)
     x_SxNxD = point.run_shared_suffix(params, clean.past, tree, stream_SxNxD, edited_SxNxD)
     # Last tokens are picked before the unembedding, the logits of all others are not needed.

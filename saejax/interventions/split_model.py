@@ -17,7 +17,6 @@ from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import PrefixKV, SplitPoint
-from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row, sharding
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
@@ -69,7 +68,7 @@ class SplitModel:
     Attributes:
       point: where the model is split (static).
       params: parameters of the decoder.
-      dictionary: in output units (``rescale.to_output_units``); its arrays are on the model's devices.
+      dictionary: in output units (``rescale.to_output_units``); its features are split over the mesh's axis ``model``.
 
     Raises:
       UserError: the dictionary belongs to another model, or its sites do not exist there.
@@ -95,8 +94,7 @@ class SplitModel:
         dictionary = rescale.to_output_units(dictionary)
         self.point = SplitPoint(model.config, writes, reads, model.mesh, model.rules)
         self.params = model.params
-        # By way of the host: the mesh may reach over processes that each loaded the dictionary, or hold parts of it.
-        self.dictionary = jax.device_put(jax.tree.map(to_host, dictionary), sharding(model.mesh))
+        self.dictionary = dictionary.on_mesh(model.mesh)
         self._model, self._positions, self.error = model, positions, error
 
     def run(self, prompts: Sequence[Prompt], counterparts: bool = False) -> list[CleanRun]:
@@ -179,7 +177,7 @@ class SplitModel:
         return parts[0] if len(parts) == 1 else [jnp.concatenate(part) for part in zip(*parts, strict=True)]
 
     def by_row(self, *arrays: np.ndarray) -> list[jax.Array]:
-        """Put arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
+        """Put arrays on the devices, their rows split over ``member`` and ``data`` where these divide them."""
         return by_row(self.point.mesh, *arrays)
 
 

@@ -99,7 +99,7 @@ class AnswerTexts:
             f_NxF[run.index_P] = to_host(split.dictionary.encode(run.read_BxTxD[rows_B, run.last_B]))[:count]
             norm_PxT = np.linalg.norm(value_BxTxD[:count].astype(np.float64), axis=-1)
             norms += norm_PxT[to_host(run.domain_BxT)[:count]].tolist()
-        W_dec_FxD = np.asarray(split.dictionary.W_dec_FxD[...], np.float32)
+        W_dec_FxD = to_host(split.dictionary.W_dec_FxD[...]).astype(np.float32, copy=False)
         return cls(answer_N, value_NxD, slope_NxD, f_NxF, W_dec_FxD, float(np.mean(norms)) if norms else 0.0)
 
     def covers(self, swap: AnswerSwap) -> bool:

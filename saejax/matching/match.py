@@ -32,7 +32,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from saejax.parallel.mesh import AXES
+from saejax.parallel.mesh import AXES, read_parts
 
 STEP = 5e-4  # increment of a bid; values are at most 1
 _ROWS = 512  # rows whose products are in memory at once
@@ -214,7 +214,7 @@ class _Problem:
     def rows_NxD(self) -> np.ndarray:
         """The rows to look next."""
         self._looking = self.auction.urgent(self.rows)
-        return self._few_FxD[self._looking]
+        return self._few_FxD if len(self._looking) == len(self._few_FxD) else self._few_FxD[self._looking]
 
     @property
     def kind(self) -> tuple[bool | int, ...]:
@@ -247,21 +247,32 @@ class _Problem:
 
 
 def _look(problems: Sequence[_Problem], block: int, mesh: Mesh) -> Sequence[_Problem]:
-    """Find the best columns of the problems' next rows; the last problem is repeated to fill the block."""
+    """Find the best columns of the problems' next rows; rows of zeros fill the block."""
     if not problems:
         return []
-    # Copies fill the block, so that a smaller one needs no program of its own.
-    filled = [*problems, *[problems[-1]] * (block - len(problems))]
-    parts = [
-        np.stack(part)
-        for part in zip(*((problem.rows_NxD, problem.many_GxD, problem.auction.price_G) for problem in filled))
-    ]
-    placed = jax.device_put(parts, NamedSharding(mesh, PartitionSpec(AXES)))
+    arrays = [(problem.rows_NxD, problem.many_GxD, problem.auction.price_G) for problem in problems]
+    placed = [_place_block(of_problems, block, mesh) for of_problems in zip(*arrays, strict=True)]
     vmapped = side_by_side(jax.default_backend())
     best = jax.device_get(best_rows(mesh, vmapped, CANDIDATES, problems[0].fresh, *placed))
     for number, problem in enumerate(problems):
         problem.look(*(values[number] for values in best))
     return problems
+
+
+def _place_block(arrays: Sequence[np.ndarray], block: int, mesh: Mesh) -> jax.Array:
+    """Stack arrays on the devices, some on each, filled up with zeros so that a smaller block needs no own program.
+
+    On the host there are copies of one device's part at a time, and none of what fills the block.
+    """
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        part = arrays[index[0]]
+        filled = np.zeros((len(range(block)[index[0]]), *arrays[0].shape), arrays[0].dtype)
+        for place, array in zip(filled, part, strict=False):
+            place[...] = array
+        return filled
+
+    return read_parts((block, *arrays[0].shape), NamedSharding(mesh, PartitionSpec(AXES)), read)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

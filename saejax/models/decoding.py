@@ -29,7 +29,7 @@ from saejax.models.decoder import Params, run_layers
 from saejax.models.edits import Edit, ForwardPass, edited_layers
 from saejax.models.lengths import round_length
 from saejax.models.tokens import Tokens
-from saejax.parallel.mesh import fitting_sharding
+from saejax.parallel.mesh import by_row
 
 Edits = tuple[Edit, ...]
 
@@ -273,7 +273,7 @@ def decode_in_chunks(
     Args:
       config: the decoder.
       params: parameters of ``parameters.parameter_table``.
-      mesh: the devices; prompts are split over its ``data`` axis.
+      mesh: the devices; prompts are split over its axes ``member`` and ``data``.
       tokens: the prompts, padded on the right.
       max_new_tokens: number of new tokens.
       sampling: how tokens are chosen.
@@ -286,8 +286,8 @@ def decode_in_chunks(
     """
 
     def place(array: np.ndarray) -> jax.Array:
-        """Put an array on the devices, its rows split over ``data``."""
-        return jax.device_put(array, fitting_sharding(mesh, array.shape, *("data", None)[: array.ndim]))
+        """Put an array on the devices, its rows split over ``member`` and ``data``."""
+        return by_row(mesh, array)[0]
 
     ids_BxT, pad_B = tokens.pad_left(decoding_length(int(tokens.lengths_B.max())))
     end_ids_E = np.array(end_ids or [-1], np.int32)  # programs take no empty arrays; no token has the id -1

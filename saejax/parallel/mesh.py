@@ -5,6 +5,7 @@ One mesh with the axes ``member``, ``data`` and ``model``: a stack of dictionari
 and on many hosts.
 """
 
+import collections
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import psutil
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from saejax.errors import UserError
@@ -20,7 +22,7 @@ from saejax.parallel.collectives import is_alone
 from saejax.parallel.settings import MeshConfig
 
 AXES = ("member", "data", "model")
-BY_DOCUMENT = ("member", "data")  # axes over which documents that go through a language model are split
+BY_DOCUMENT = ("member", "data")  # axes over which documents are split, and rows that are no training batch's
 Axis = str | tuple[str, ...] | None
 
 
@@ -58,8 +60,45 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
             f"--mesh.member={config.member} x --mesh.data={data} x --mesh.model={config.model} is {rest * data} "
             f"devices, but there are {len(devices)}: make the product {len(devices)}"
         )
-    shape = (config.member, data, config.model)
-    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    arranged = arrange_devices(devices, (config.member, data, config.model))
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange_devices(devices: Sequence[jax.Device], shape: Sequence[int]) -> np.ndarray:
+    """Return devices as an array of this shape, in which neighbours along its last axes have the fastest links.
+
+    Slices of TPUs, and nodes of GPUs, are joined by a slower network than the devices in them: the first axes go over
+    them, as far as their sizes allow. Within a slice, axes follow the links between its chips
+    (``jax.experimental.mesh_utils``).
+
+    Args:
+      devices: the devices; each process of a run with GPUs has those of one node, or one of them.
+      shape: sizes that multiply to the number of devices.
+    """
+    platform = devices[0].platform
+    if platform == "tpu" and not _fill_box(devices):
+        return np.array(devices).reshape(shape)
+    names = dict(tpu="slice_index", gpu="process_index")
+    of_part = collections.Counter(getattr(device, names.get(platform, ""), 0) for device in devices)
+    splits = dict(allow_split_physical_axes=True)
+    if len(of_part) == 1 or len({*of_part.values()}) > 1:
+        return mesh_utils.create_device_mesh(shape, devices, **splits)
+    outer, left = [], len(of_part)
+    for size in shape:
+        outer.append(math.gcd(size, left))
+        left //= outer[-1]
+    inner = [size // over for size, over in zip(shape, outer, strict=True)]
+    by_process = platform == "gpu"
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, process_is_granule=by_process, **splits)
+
+
+def _fill_box(devices: Sequence[jax.Device]) -> bool:
+    """Return whether the chips of each slice fill a box without holes, as a part of a slice may not."""
+    slices = collections.defaultdict(set)
+    for device in devices:
+        slices[getattr(device, "slice_index", 0)].add(tuple(device.coords))
+    sizes = (np.ptp(np.array([*coords]), axis=0) + 1 for coords in slices.values())
+    return all(len(coords) == math.prod(size) for coords, size in zip(slices.values(), sizes, strict=True))
 
 
 def document_devices(mesh: Mesh) -> int:
@@ -81,8 +120,13 @@ def fitting_sharding(mesh: Mesh, shape: Sequence[int], *spec: Axis) -> NamedShar
 
 
 def by_row(mesh: Mesh, *arrays: np.ndarray | jax.Array) -> list[jax.Array]:
-    """Put arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
-    return [jax.device_put(a, fitting_sharding(mesh, a.shape, "data", *[None] * (a.ndim - 1))) for a in arrays]
+    """Put arrays on the devices, their rows split over ``member`` and ``data`` where these divide them."""
+    return [jax.device_put(array, row_sharding(mesh, array.shape)) for array in arrays]
+
+
+def row_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Return where an array of this shape is whose rows are split over ``member`` and ``data``; see ``by_row``."""
+    return fitting_sharding(mesh, shape, BY_DOCUMENT, *[None] * (len(shape) - 1))
 
 
 def place_on(array: jax.Array | np.ndarray, where: NamedSharding) -> jax.Array:

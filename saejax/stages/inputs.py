@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from jax.sharding import Mesh
+
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.bos import bos_conflict
 from saejax.models.language_model import LanguageModel
@@ -19,16 +21,22 @@ from saejax.tasks.gate import read_tested
 def load_run_model(run: Run) -> LanguageModel:
     """Return the model that a stage runs, on the mesh of its configuration."""
     config = run.configs[ModelConfig]
-    return load_configured_model(config, make_mesh(run.configs.get(MeshConfig)))
+    return load_configured_model(config, run_mesh(run))
+
+
+def run_mesh(run: Run) -> Mesh:
+    """Return the mesh of a stage's configuration."""
+    return make_mesh(run.configs.get(MeshConfig))
 
 
 def load_run_dictionary(run: Run) -> Dictionary:
-    """Return the dictionary that ``--<stage>.dictionary`` names.
+    """Return the dictionary that ``--<stage>.dictionary`` names, on the mesh of the stage's configuration.
 
     Raises:
       UserError: there is none of this name.
     """
-    dictionary = stacks.load_trained(run.configs.named(run.stage).dictionary, run.inputs, f"--{run.stage}.dictionary")
+    name, flag = run.configs.named(run.stage).dictionary, f"--{run.stage}.dictionary"
+    dictionary = stacks.load_trained(name, run.inputs, flag, run_mesh(run))
     if not dictionary.config.fingerprint:  # another tool's
         named = dictionary.config.model or "no model"
         run.say(

@@ -114,16 +114,19 @@ def associate(
     unit_QxF, unit_QxL = _unit(np.where(live_F, test_QxF, 0.0).astype(np.float64)), _unit(has_QxL)
     seen_FxL = unit_QxF.T @ unit_QxL
     order_SxQ = np.stack([rng.permutation(items) for _ in range(_PERMUTATIONS)])
-    shuffled = [unit_QxF.T @ unit_QxL[order_Q] for order_Q in order_SxQ]
-    largest_S = np.array([each_FxL.max() for each_FxL in shuffled])
+    # The correlations of one permutation are in memory at a time, those of all features with all labels.
+    largest_S = np.array([(unit_QxF.T @ unit_QxL[order_Q]).max() for order_Q in order_SxQ])
     cut = float(np.quantile(largest_S, 1 - LEVEL, method="higher"))
+    # The few whose largest exceeds the cut are made again: no other has any association.
+    exceeding = [(unit_QxF.T @ unit_QxL[order_Q] > cut).sum(axis=0) for order_Q in order_SxQ[largest_S > cut]]
+    shuffled_L = np.sum([np.zeros(len(kept)), *exceeding], axis=0) / _PERMUTATIONS
     labels = tuple(
         LabelAssociations(
             label=name,
             items=int(kept[name].sum()),
             features=int(live_F.sum()),
             associated=int((seen_FxL[:, place] > cut).sum()),
-            shuffled=float(np.mean([(each_FxL[:, place] > cut).sum() for each_FxL in shuffled])),
+            shuffled=float(shuffled_L[place]),
         )
         for place, name in enumerate(kept)
     )

@@ -24,7 +24,7 @@ from saejax.models.edits import fit_values
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.models.lengths import round_length
 from saejax.models.tokens import Tokens, encode, pad
-from saejax.parallel.mesh import fitting_sharding
+from saejax.parallel.mesh import by_row, document_devices
 
 BATCH_TOKENS = 4096  # of a forward pass, padding included
 _ROWS_OF_LOGITS = 256  # positions whose logits exist at one time: 50 MB for a vocabulary of 49,152
@@ -105,7 +105,7 @@ def loglikelihoods(
     while order:
         # The longest that is left sets the shape of the batch.
         pair_length = sum(map(len, pairs[order[0]]))
-        count, length = batch_shape(pair_length, len(order), lm.config.context, lm.mesh.shape["data"], batch_tokens)
+        count, length = batch_shape(pair_length, len(order), lm.config.context, document_devices(lm.mesh), batch_tokens)
         batch, order = order[:count], order[count:]
         # Filled up with copies, so that few shapes are compiled.
         filled = batch + batch[-1:] * (count - len(batch))
@@ -147,8 +147,7 @@ def _score(
     last = f"resid_post.{lm.config.n_layers - 1}"
     # Logits follow from the last layer's stream, at the wanted positions only.
     x_BxTxD = lm(tokens, capture=[last], edits=edits, logits=False).sites[last]
-    on_data = fitting_sharding(lm.mesh, positions_BxC.shape, "data", None)
-    placed = jax.device_put((positions_BxC, targets_BxC), on_data)
+    placed = by_row(lm.mesh, positions_BxC, targets_BxC)
     logp_BxC, hits_BxC = token_scores(lm.config, lm.params, x_BxTxD, *placed)
     # float64, as totals of long solutions are compared.
     return np.asarray(logp_BxC, np.float64), np.asarray(hits_BxC)

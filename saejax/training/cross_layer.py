@@ -186,8 +186,7 @@ def finish_layer(stack: TrainStack, state: TrainState, layer: int, kept_L: Any =
     config, arrays = _unscale(stack, state, layer, 0.0 if kept_L is None else kept_L[layer])
     host = {name: to_host(array) for name, array in arrays.items()}
     writes_FxXxD = host["W_dec_FxD"].reshape(config.n_features, -1, config.d_in)
-    placed = {name: jnp.asarray(array) for name, array in (host | dict(W_dec_FxD=writes_FxXxD[:, 0])).items()}
-    return Dictionary(config, stack.config.matmul, **placed), writes_FxXxD
+    return Dictionary(config, stack.config.matmul, **host | dict(W_dec_FxD=writes_FxXxD[:, 0])), writes_FxXxD
 
 
 def _unscale(stack: TrainStack, state: TrainState, layer: int, kept: Any) -> tuple[DictionaryConfig, Arrays]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own
@@ -38,15 +39,20 @@ def state_from_folder(
     Raises:
       UserError: there is none for a member, or it differs in kind, form, width or model, or has more features.
     """
-    # Each member starts from its namesake where the folder is a stack of ours.
-    dictionaries = [_load(Path(folder), member) for member in stack.members]
-    if any(dictionary.config.signed for dictionary in dictionaries):
-        say(f"{folder} keeps activations below 0, too; training keeps those above 0 alone")
+    starts, says_signed = [], False
     if stack.config.widen != "random":
-        assert rows is not None
         say(f"searching the errors of {stack.config.init_from} for new features, which may take minutes")
-        dictionaries = [_widen(stack, index, dictionary, rows, say) for index, dictionary in enumerate(dictionaries)]
-    return state_from_dictionaries(stack, dictionaries)
+    for index, member in enumerate(stack.members):  # one dictionary on the devices at a time
+        # Each member starts from its namesake where the folder is a stack of ours.
+        dictionary = _load(Path(folder), member, stack.mesh)
+        if dictionary.config.signed and not says_signed:
+            say(f"{folder} keeps activations below 0, too; training keeps those above 0 alone")
+            says_signed = True
+        if stack.config.widen != "random":
+            assert rows is not None
+            dictionary = _widen(stack, index, dictionary, rows, say)
+        starts.append(_scale(stack, index, dictionary))
+    return _state_from(stack, starts)
 
 
 def _widen(
@@ -69,7 +75,11 @@ def state_from_dictionaries(stack: TrainStack, dictionaries: Sequence[Dictionary
     Raises:
       UserError: one differs from its member in kind, form, width or model, or has more features.
     """
-    starts = [dictionary and _scale(stack, index, dictionary) for index, dictionary in enumerate(dictionaries)]
+    return _state_from(stack, [each and _scale(stack, index, each) for index, each in enumerate(dictionaries)])
+
+
+def _state_from(stack: TrainStack, starts: Sequence[dict[str, np.ndarray] | None]) -> TrainState:
+    """Return the state before the first step, given each member's parameters; None: it starts at random."""
     # Optimiser and counters start anew: those of another run were for other scales and data.
     state = init_state(stack)
     for name, array in state.params.items():
@@ -81,8 +91,8 @@ def state_from_dictionaries(stack: TrainStack, dictionaries: Sequence[Dictionary
     return state
 
 
-def _load(folder: Path, member: Member) -> Dictionary:
-    """Return the dictionary from which a member starts."""
+def _load(folder: Path, member: Member, mesh: Mesh) -> Dictionary:
+    """Return the dictionary from which a member starts, on a mesh."""
     target = "" if member.target == member.site else member.target
     if (folder / circuit_tracer.DESCRIPTION).exists():
         kinds = [site.partition(".")[0] for site in (member.site, target)]
@@ -91,12 +101,13 @@ def _load(folder: Path, member: Member) -> Dictionary:
             raise UserError(
                 f"--train.init_from={folder} has layers 0 to {len(layers.layers) - 1}, not the {layer} of {member.site}"
             )
-        return layers.load(layer)
+        return layers.load(layer, mesh=mesh)
     if (inside := member_folder(folder, member.name)).is_dir():
         folder = inside
     described_here = any((place / own.DESCRIPTION).exists() for place in (folder, folder / "dictionary"))
     # Other tools may name sites that do not exist here; ours describe themselves.
-    return load_dictionary(folder) if described_here else load_dictionary(folder, site=member.site, target=target)
+    site, target = ("", "") if described_here else (member.site, target)
+    return load_dictionary(folder, site=site, target=target, mesh=mesh)
 
 
 def _scale(stack: TrainStack, index: int, dictionary: Dictionary) -> dict[str, np.ndarray]:
@@ -104,7 +115,7 @@ def _scale(stack: TrainStack, index: int, dictionary: Dictionary) -> dict[str, n
     _check(stack, index, dictionary)
     dictionary = _with_unit_rows(stack, rescale.scale_parts(dictionary, stack.scales[index].scales))
     dictionary = rescale.centre(dictionary, stack.dictionary.centred)
-    arrays = {name: np.asarray(array, np.float64) for name, array in dictionary.arrays.items()}
+    arrays = {name: array.astype(np.float64) for name, array in rescale.host_arrays(dictionary).items()}
     scale, kind = stack.scales[index], dictionary.kind
     return kind.resume(rescale.fold_input_scaling(kind, arrays, 1 / scale.input, 1 / scale.output))
 
@@ -114,7 +125,7 @@ def _with_unit_rows(stack: TrainStack, dictionary: Dictionary) -> Dictionary:
     if stack.config.decoder_norm == "free":
         return dictionary
     name = f"--train.init_from={stack.config.init_from}"
-    length_F = np.linalg.norm(np.asarray(dictionary.W_dec_FxD[...], np.float64), axis=1)
+    length_F = np.linalg.norm(to_host(dictionary.W_dec_FxD[...]).astype(np.float64), axis=1)
     if not length_F.all():
         remedy = "give them directions" if dictionary.kind.no_free_decoder else "use --train.decoder_norm=free"
         raise UserError(

@@ -47,6 +47,21 @@ def test_assignments_are_the_best():
         check(first, second, found[i])
 
 
+def test_the_host_copies_one_devices_pairs_at_a_time(monkeypatch):
+    """A single pair is not copied for the devices that have none."""
+    read_parts, copied = matching.read_parts, []
+
+    def note(shape, where, read):
+        return read_parts(shape, where, lambda index: copied.append(read(index)) or copied[-1])
+
+    monkeypatch.setattr(matching, "read_parts", note)
+    first, second = directions(40, 12, 0), directions(50, 12, 1)
+    ((_, found),) = match(iter([("pair", first, second)]), make_mesh())
+    check(first, second, found)
+    assert max(part.nbytes for part in copied) == second.nbytes
+    assert sum(part.any() for part in copied if part.shape[1:] == second.shape) == 1
+
+
 @pytest.mark.usefixtures("cold_programs")
 @pytest.mark.parametrize("sizes", [(300, 300), (270, 330), (330, 270)])
 def test_rows_that_know_few_columns_look_again(sizes, monkeypatch):

@@ -203,8 +203,8 @@ def test_dictionaries_are_dropped_after_use(tmp_path, monkeypatch):
     alive, most = weakref.WeakSet(), [0]
     load = compared_file.load_dictionary
 
-    def counted(folder):
-        dictionary = load(folder)
+    def counted(folder, **options):
+        dictionary = load(folder, **options)
         alive.add(dictionary)
         most[0] = max(most[0], len(alive))
         return dictionary

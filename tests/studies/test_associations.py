@@ -1,5 +1,7 @@
 """Associations of features with labels: planted ones are found by all three answers, and none where there are none."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -48,6 +50,25 @@ def test_a_planted_feature_is_found_by_all_three():
     # The causal answer is the difference of drops.
     assert first.causal_drop.mean == pytest.approx(3.0, abs=0.2) and first.causal == "yes"
     assert first.p_causal == 2 / 200  # Holm, over two drops
+
+
+def test_permutations_are_counted_without_being_kept():
+    features, items = 5_000, 48
+    rng = np.random.default_rng(3)
+    acts_QxF = rng.normal(size=(items, features))
+    labels = {f"label {i}": rng.random(items) < 0.5 for i in range(5)}
+    tracemalloc.start()
+    found = associate(acts_QxF, {}, acts_QxF, labels, (), {}, 7)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * acts_QxF.nbytes, "all permutations have 20 times the activations' size"
+    order_rng = np.random.default_rng(7)
+    orders = [order_rng.permutation(items) for _ in range(associations._PERMUTATIONS)]
+    unit_QxF, unit_QxL = (associations._unit(x) for x in (acts_QxF, np.stack([*labels.values()], 1).astype(float)))
+    all_SxFxL = np.stack([unit_QxF.T @ unit_QxL[order] for order in orders])
+    cut = np.quantile(all_SxFxL.max(axis=(1, 2)), 1 - associations.LEVEL, method="higher")
+    expected_L = (all_SxFxL > cut).sum(axis=1).mean(axis=0)
+    assert [label.shuffled for label in found.labels] == expected_L.tolist() and expected_L.any()
 
 
 def test_the_p_value_of_a_contrast_is_that_of_scipy():

@@ -19,14 +19,13 @@ from scipy.sparse import csr_array
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import hooks, load_all
 from saejax.dictionaries.formats.circuit_tracer import TranscoderSet
-from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
 from saejax.models.sites import Site
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import fitting_sharding, free_bytes, make_mesh, on_host
+from saejax.parallel.mesh import free_bytes, make_mesh, on_host
 
 READ_AT_ONCE = 1 << 26  # numbers that are read of decoders at once
 KEPT_SHARE = 4  # encoders stay on the devices up to one part in so many of what is free
@@ -77,7 +76,7 @@ class LayerDictionaries:
           layer: its number.
           mesh: the devices, over whose axis ``model`` features are split; None: the first of this process.
         """
-        return _place(_widen(self._on_host(layer)), mesh or _first_device())
+        return _widen(self._on_host(layer)).on_mesh(mesh or _first_device())
 
     def encoder(self, layer: int, mesh: Mesh | None = None) -> Dictionary:
         """Return a layer's dictionary without decoder rows, which stays on the devices in its file's dtype.
@@ -87,7 +86,7 @@ class LayerDictionaries:
         """
         mesh = mesh or _first_device()
         if (layer, mesh) not in self._kept:
-            encoder = _place(self._encoder_on_host(layer), mesh)
+            encoder = self._encoder_on_host(layer).on_mesh(mesh)
             parts = ((array, array.sharding.shard_shape(array.shape)) for array in encoder.arrays.values())
             size = sum(math.prod(shape) * array.dtype.itemsize for array, shape in parts)
             room = free_bytes(mesh) // KEPT_SHARE // max(size, 1)
@@ -342,19 +341,6 @@ def _widen(dictionary: Dictionary) -> Dictionary:
     return Dictionary(dictionary.config, dictionary.matmul_dtype, **wide)
 
 
-def _place(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
-    """Return the same on a mesh's devices, features split over ``model``; it comes by way of the host.
-
-    So no device ever holds more of it than its part.
-    """
-    table = parameter_table(dictionary.config)
-    arrays = {
-        name: jax.device_put(array, fitting_sharding(mesh, array.shape, *table[name][1] if name in table else ()))
-        for name, array in dictionary.arrays.items()
-    }
-    return Dictionary(dictionary.config, dictionary.matmul_dtype, **arrays)
-
-
 def free_host_bytes() -> int:
     """Return the memory of the host that is free."""
     return psutil.virtual_memory().available
@@ -404,7 +390,11 @@ class LayerSaes(LayerDictionaries):
             return saes
         named_saes: list[tuple[str, Dictionary]] = []
         for each in [saes] if isinstance(saes, Dictionary | str | Path) else saes:
-            named_saes += [("a dictionary in memory", each)] if isinstance(each, Dictionary) else load_all(each).items()
+            if isinstance(each, Dictionary):
+                named_saes.append(("a dictionary in memory", each))
+                continue
+            with on_host():  # devices get their parts when these are needed
+                named_saes += load_all(each).items()
         return cls(named_saes)
 
     def check(self, model: LanguageModel) -> "LayerSaes":

@@ -29,7 +29,7 @@ from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import DecoderConfig
 from saejax.models.layers import einsum
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import fitting_sharding
+from saejax.parallel.mesh import BY_DOCUMENT, document_devices, fitting_sharding
 
 Put = Callable[[np.ndarray, np.ndarray], None]  # takes indices of rows [B], and rows over all sources [B, S]
 
@@ -49,7 +49,7 @@ def batch_tokens(platform: str, length: int) -> int:
 
 def chunk_size(platform: str, length: int, mesh: Mesh) -> int:
     """Return the number of targets of a chunk on a platform's devices, for prompts of a length."""
-    return max(TOKENS[platform] // length, 1) * mesh.shape["data"]
+    return max(TOKENS[platform] // length, 1) * document_devices(mesh)
 
 
 def row_flops(model: DecoderConfig, layers: np.ndarray | float, positions: np.ndarray | float) -> float:
@@ -78,7 +78,7 @@ class RowTracer:
     def __init__(self, state: LocalState, sources: Sources, count: int):
         self._state, self._sources = state, sources
         mesh, length = state.model.mesh, state.stream_LxTxD.shape[1]
-        batches = count * length // (TOKENS[mesh.devices.flat[0].platform] * mesh.shape["data"] * CHUNKS)
+        batches = count * length // (TOKENS[mesh.devices.flat[0].platform] * document_devices(mesh) * CHUNKS)
         # Shorter lengths only where enough targets share them to pay for another program.
         step = -(-length // min(max(batches // _WORTH, 1), _LENGTHS))
         self._lengths = np.array([*range(step, length, step), length])
@@ -155,9 +155,10 @@ class RowTracer:
         start_N[: len(chunks)] = layer_X[filled].max(axis=1) + (not in_stream)
         model, sources = self._state.model, self._sources
         arrays = vector_XxD[filled_NxR], layer_X[filled_NxR], position_X[filled_NxR]
+        specs = ((None, BY_DOCUMENT, *[None] * (array.ndim - 2)) for array in arrays)
         vector_NxRxD, layer_NxR, position_NxR = (
-            jax.device_put(array, fitting_sharding(model.mesh, array.shape, None, "data", *[None] * (array.ndim - 2)))
-            for array in arrays
+            jax.device_put(array, fitting_sharding(model.mesh, array.shape, *spec))
+            for array, spec in zip(arrays, specs, strict=True)
         )
         batch = TargetBatch(vector_NxRxD, layer_NxR, position_NxR, start_N)
         places = sources.first_X, self._stops[index]
@@ -297,10 +298,10 @@ def _turned(pull: Pull, width: int) -> tuple[list[jax.Array], Callable[[list[jax
 
 
 def _by_target(mesh: Mesh, cotangent_NxRxTxD: jax.Array, bank: SourceBank) -> tuple[jax.Array, jax.Array]:
-    """Return the cotangents and the products, 0 at first, each chunk's targets split over ``data``."""
+    """Return the cotangents and the products, 0 at first, each chunk's targets split over ``member`` and ``data``."""
     chunks, targets = cotangent_NxRxTxD.shape[:2]
     read_BxNxRxW = jnp.zeros((len(bank.position_B), chunks, targets, WIDTH), cotangent_NxRxTxD.dtype)
     arrays = cotangent_NxRxTxD, read_BxNxRxW
-    specs = (None, "data", None, None), (None, None, "data", None)
+    specs = (None, BY_DOCUMENT, None, None), (None, None, BY_DOCUMENT, None)
     fits = tuple(fitting_sharding(mesh, array.shape, *spec) for array, spec in zip(arrays, specs, strict=True))
     return lax.with_sharding_constraint(arrays, fits)

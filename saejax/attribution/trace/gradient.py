@@ -47,7 +47,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import HEAD_KINDS, Site
 from saejax.models.tokens import Tokens
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import by_row
+from saejax.parallel.mesh import by_row, document_devices
 from saejax.progress import OnProgress, silent
 
 
@@ -237,7 +237,7 @@ class GradientRows:
             layer_R, position_R = run.active.layer_A[new_F], run.active.position_A[new_F]
             vector_RxD = run.dictionaries.rows_of("W_enc", layer_R, run.active.feature_A[new_F])
         length = run.stream_LxTxD.shape[1]
-        size = max(TOKENS[mesh.devices.flat[0].platform] // length, 1) * mesh.shape["data"]
+        size = max(TOKENS[mesh.devices.flat[0].platform] // length, 1) * document_devices(mesh)
         order_R = np.argsort(-layer_R, kind="stable")  # targets of one layer go together, and no higher than it
 
         def fill(start: int) -> None:

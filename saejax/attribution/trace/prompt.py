@@ -46,7 +46,7 @@ from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.parameters import parameter_table as model_table
-from saejax.parallel.mesh import free_bytes, part_size
+from saejax.parallel.mesh import document_devices, free_bytes, part_size
 from saejax.progress import OnProgress, show_progress, silent
 
 _FP32 = 4
@@ -333,7 +333,7 @@ def estimate_gradient_memory(run: SaeRun, features: int, logits: int) -> Memory:
     """
     mesh, sites, active = run.model.mesh, len(run.dictionaries.sites), len(run.active)
     _, length, width = run.stream_LxTxD.shape
-    batch = max(TOKENS[mesh.devices.flat[0].platform] // length, 1) * mesh.shape["data"]
+    batch = max(TOKENS[mesh.devices.flat[0].platform] // length, 1) * document_devices(mesh)
     at_once = 2 if mesh.size == 1 else 1
     others, targets = (sites + 1) * len(run.ids_P) + sites, features + logits
     columns = columns_kept(targets, active, others)

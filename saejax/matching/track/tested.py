@@ -32,6 +32,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
 from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import document_devices
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 from saejax.tasks.likelihood import token_scores
 
@@ -131,7 +132,7 @@ class StepTester:
         targets_W[:count] = self._text.ids_T[step.start + 1 : step.stop]
         mesh = split.point.mesh
         rows = _ROWS.get(mesh.devices.flat[0].platform, _MANY)
-        rows += -rows % mesh.shape["data"]
+        rows += -rows % document_devices(mesh)
         parts = []
         for first in range(0, len(edits), rows):
             fraction_RxX = np.zeros((rows, len(padded_X)), np.float32)
@@ -175,7 +176,7 @@ def run_rows(
       start: position of the first token.
     """
     rows, window = len(fraction_RxX), len(removed_WxX)
-    shards = point.mesh.shape["data"]
+    shards = document_devices(point.mesh)
     tree = SharedPrefixBatch.unshared(jnp.zeros(rows, jnp.int32), jnp.full(rows, start), window, shards)
     # A window filled up beyond the text reads its last token; those scores are dropped.
     at_W = jnp.minimum(start + jnp.arange(window), stream_1xTxD.shape[1] - 1)

@@ -21,6 +21,7 @@ from saejax.matching.rows import unit
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches, round_length
 from saejax.models.tokens import Tokens, bos_tokens, pad, token_text
+from saejax.parallel.mesh import document_devices
 
 _PROGRAM = 1024  # tokens that run in about the time of compiling the programs of one more shape
 MIN_FIRINGS = 10  # on each half of the text: correlations of fewer firings measure the size of the text
@@ -137,7 +138,7 @@ def site_values(lm: LanguageModel, read: ReadText, sites: Sequence[str], batch_t
     starts = np.cumsum([0, *(len(piece) - read.front for piece in read.pieces)])
     values: dict[str, np.ndarray] = {}
     lengths = np.array([round_length(len(piece)) for piece in read.pieces], np.int64)
-    for chosen, rows, length in even_batches(lengths, batch_tokens, lm.mesh.shape["data"], _PROGRAM):
+    for chosen, rows, length in even_batches(lengths, batch_tokens, document_devices(lm.mesh), _PROGRAM):
         filled = pad([*(read.pieces[i].tolist() for i in chosen), *[[0]] * (rows - len(chosen))])
         ids_BxT = np.pad(filled.ids_BxT, ((0, 0), (0, length - filled.ids_BxT.shape[1])))
         output = lm(Tokens(ids_BxT, filled.lengths_B), capture=sites, logits=False)

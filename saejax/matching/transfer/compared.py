@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary
 from saejax.dictionaries.formats import hooks
@@ -22,15 +23,14 @@ class Compared:
     folder: Path  #: its folder
     config: DictionaryConfig  #: its configuration
 
-    @property
-    def dictionary(self) -> Dictionary:
-        """The dictionary, loaded anew each time.
+    def load(self, mesh: Mesh | None = None) -> Dictionary:
+        """Load the dictionary, on a mesh's devices or as ``load_dictionary`` does without one.
 
         Raises:
           UserError: it is damaged.
         """
-        dictionary = load_dictionary(self.folder)
-        if not np.isfinite(np.asarray(dictionary.W_dec_FxD[...])).all():
+        dictionary = load_dictionary(self.folder, mesh=mesh)
+        if not jnp.isfinite(dictionary.W_dec_FxD[...]).all():
             raise UserError(f"{self.folder} has NaN or infinite decoder rows: train it again")
         return dictionary
 

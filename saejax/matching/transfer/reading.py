@@ -104,7 +104,7 @@ def read_shared_text(
             for index, each in members:
                 if each.config.site not in values:
                     continue
-                dictionary = each.dictionary.with_sink_norms(lm.sink_norm)
+                dictionary = each.load(mesh).with_sink_norms(lm.sink_norm)
                 value_NxD = values[each.config.site]
                 encode(dictionary, value_NxD, batch_tokens).save(shared.folder / f"activity-{index:04d}.npz")
                 if keep_values:
@@ -212,7 +212,8 @@ class Reading:
 
     def _load(self, index: int) -> Dictionary:
         each = self._compared[index]
-        return each.dictionary.with_sink_norms(lambda site: self._shared.sink_norms[each.model_key, site])
+        dictionary = each.load(self._mesh)
+        return dictionary.with_sink_norms(lambda site: self._shared.sink_norms[each.model_key, site])
 
     def _shared_tokens(self, first: int, second: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the tokens at which both dictionaries apply, among those of each model: a pair for each half."""

@@ -22,6 +22,7 @@ from saejax.interventions.settings import AblateConfig
 from saejax.interventions.split_model import GROUP_TOKENS, LENGTH_STEP, PROMPTS, SiteRows, run_head
 from saejax.models.sites import Site
 from saejax.models.split import SharedPrefixBatch, SplitPoint
+from saejax.parallel.mesh import document_devices
 from saejax.stages.baseline.plan import count_all_behaviours
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.settings import TaskConfig
@@ -154,7 +155,7 @@ def _edited_rows(
 ) -> tuple:
     """Return the arguments of the program that runs a batch of edited prompts, each changed from its start on."""
     mesh, (_, length, gathered) = point.mesh, f_PxTxK.shape
-    shards = mesh.shape["data"]
+    shards = document_devices(mesh)
     past = placed(jax.eval_shape(point.run_suffix_with_kv, params, value_PxTxD, value_PxTxD)[1], mesh)
     clean = CleanValues(value_PxTxD, value_PxTxD, f_PxTxK, W_dec_KxD, past, None, None)
     of_shard = -(-batch // shards)

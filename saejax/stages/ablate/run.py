@@ -58,9 +58,10 @@ def run_ablate(run: Run) -> AblateResults:
         raise UserError("--ablate.error=drop and --ablate.repeats do not go together: test the repeats by themselves")
     for name in config.baselines:
         if name not in BASES:
-            load_dictionary(name)  # refused before any work is done
+            load_dictionary(name, mesh=run_inputs.run_mesh(run))  # refused before any work is done
     prompts, dictionary = run_inputs.read_behaviours(run), run_inputs.load_run_dictionary(run)
-    repeats = {name: stacks.load_trained(name, run.inputs, "--ablate.repeats") for name in config.repeats}
+    mesh = run_inputs.run_mesh(run)
+    repeats = {name: stacks.load_trained(name, run.inputs, "--ablate.repeats", mesh) for name in config.repeats}
 
     def begin() -> parts.Measure:
         lm = run_inputs.load_run_model(run)

@@ -14,7 +14,7 @@ from saejax.flops import head_flops, pass_flops
 from saejax.interventions.settings import StudyConfig
 from saejax.models import decoding
 from saejax.models.edits import fit_values
-from saejax.parallel.mesh import fitting_sharding
+from saejax.parallel.mesh import BY_DOCUMENT, Axis, fitting_sharding
 from saejax.tasks.benchmark_definitions import answer_tokens, definition, way
 from saejax.tasks.benchmark_prompts import worked_examples
 from saejax.tasks.own_prompts import count_behaviours
@@ -51,8 +51,9 @@ def benchmark_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 
 
 def _placed_state(state: Any, mesh: Mesh) -> Any:
-    """Return the shapes of a decoding state, prompts split over ``data`` and key-value heads over ``model``."""
-    specs = {5: (None, "data", None, "model", None), 2: ("data", None), 1: ("data",), 0: ()}
+    """Return the shapes of a decoding state: prompts split as by ``by_row``, key-value heads over ``model``."""
+    specs: dict[int, tuple[Axis, ...]] = {5: (None, BY_DOCUMENT, None, "model", None)}
+    specs |= {2: (BY_DOCUMENT, None), 1: (BY_DOCUMENT,), 0: ()}
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=fitting_sharding(mesh, leaf.shape, *specs[len(leaf.shape)])

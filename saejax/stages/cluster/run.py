@@ -59,7 +59,7 @@ def open_texts(run: Run, compared: Sequence[Compared]) -> ActivityOf:
             assert shared
             return shared.activity(others.index(each)), shared.reads[each.model_key].text_N
         assert store
-        dictionary = each.dictionary.with_sink_norms(store.max_norm)
+        dictionary = each.load(settings[0]).with_sink_norms(store.max_norm)
         rows = store.rows("train", dictionary.site)
         document_N = store.tokens(rows)[0]
         documents, index_N, count = np.unique(document_N, return_inverse=True, return_counts=True)

@@ -16,9 +16,10 @@ from saejax.evaluation.loss_recovered import VARIANTS
 from saejax.evaluation.member_data import MemberData
 from saejax.evaluation.settings import EvaluateConfig
 from saejax.flops import head_flops, pass_flops
+from saejax.models.lengths import rows_per_batch
 from saejax.models.sites import Site, is_joined
 from saejax.models.split import SplitPoint
-from saejax.parallel.mesh import fitting_sharding
+from saejax.parallel.mesh import BY_DOCUMENT, document_devices, fitting_sharding
 from saejax.runner.registry import all_stages
 from saejax.tasks.settings import CorpusConfig
 from saejax.training.settings import TrainConfig
@@ -28,7 +29,7 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """Return the programs that measure cross-entropy, for the tested dictionary or else the first."""
     if not plan.stacks:
         return []
-    rows, length = _batch(plan)
+    rows, length = _batch(plan, mesh)
     model, first = plan.model, next(iter(plan.stacks.values())).dictionary
     used = plan.dictionary("ablate") if all_stages()["ablate"].units(plan.configs) else first
     if is_joined(used.site) or plan.configs[TrainConfig].form == FORM:
@@ -41,7 +42,7 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     value_BxTxD = by_row(mesh, (rows, length, d), plan.dtype)
     inside_BxT, limit = by_row(mesh, (rows, length), bool), whole(mesh, (), jnp.float32)
     shape = (variants, rows, length, d)
-    where = fitting_sharding(mesh, shape, None, "data", None, None)
+    where = fitting_sharding(mesh, shape, None, BY_DOCUMENT, None, None)
     streams = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=where)
     members = [member for stack in plan.stacks.values() for member in stack.members]
     sites = len({(member.site, member.target) for member in members})
@@ -93,8 +94,8 @@ def _documents(plan: PlannedRun) -> int:
     return min(plan.configs[EvaluateConfig].ce_documents or held_out, held_out)
 
 
-def _batch(plan: PlannedRun) -> tuple[int, int]:
+def _batch(plan: PlannedRun, mesh: Mesh) -> tuple[int, int]:
     """Return rows and length of a batch of documents."""
     length = min(plan.configs[CorpusConfig].context, plan.model.context)
     length = -(-length // 32) * 32
-    return max(1, plan.configs[EvaluateConfig].batch_tokens // length), length
+    return rows_per_batch(plan.configs[EvaluateConfig].batch_tokens, length, document_devices(mesh)), length

@@ -177,7 +177,8 @@ def _score_site(
     """Score the members that read one site and predict one target, and write the results of each."""
     site, target = sites
     # The rule of the store, whoever trained the dictionaries.
-    dictionaries = [load_dictionary(folder).with_sink_norms(store.max_norm, True) for folder in folders.values()]
+    loaded = (load_dictionary(folder, mesh=mesh) for folder in folders.values())
+    dictionaries = [dictionary.with_sink_norms(store.max_norm, True) for dictionary in loaded]
     store = with_joined(store, [site], {site: dictionaries[0].config.scales})
     scores = reconstruct(
         dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens

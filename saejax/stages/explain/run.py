@@ -120,8 +120,9 @@ def _explain(run: Run, member: str, store: Store, text: CodedText, endpoint: End
 def _choose_features(run: Run, member: str, store: Store, text: CodedText) -> tuple[list[HeldOut], int]:
     """Return the held-out contexts of the features to judge, and the number of features skipped."""
     config, scratch = run.configs[ExplainConfig], run.folder / member / "firings"
-    dictionary = load_dictionary(member_folder(run.inputs[f"train/{run.name}"], member))
-    features, mesh = dictionary.config.n_features, make_mesh(run.configs[MeshConfig])
+    mesh = make_mesh(run.configs[MeshConfig])
+    dictionary = load_dictionary(member_folder(run.inputs[f"train/{run.name}"], member), mesh=mesh)
+    features = dictionary.config.n_features
     if unknown := [feature for feature in config.features if feature >= features]:
         raise UserError(f"--explain.features names {unknown[0]}: expected numbers from 0 to {features - 1}")
     shutil.rmtree(scratch, ignore_errors=True)

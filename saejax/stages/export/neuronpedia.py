@@ -32,6 +32,7 @@ from saejax.interpret.feature_record import FEATURES, FeatureContext, FeatureRec
 from saejax.interpret.records import GROUPS, LOWEST, PER_OCTAVE
 from saejax.links import member_folder
 from saejax.models.sites import Site
+from saejax.parallel.mesh import on_host
 from saejax.runner.workspace import Run
 from saejax.stages.export.settings import ExportConfig
 from saejax.unicode import replace_surrogates
@@ -96,7 +97,8 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
         raise UserError(f"members of {kind} would be one source of Neuronpedia: {', '.join(s.id for s in sources)}")
     folders = [f"v1/{model}/{source.id}" for source in sources]
     for member, source, folder in zip(members, sources, folders, strict=True):
-        W_dec_FxD = np.asarray(load_dictionary(member_folder(unit, member.name)).W_dec_FxD[...], np.float64)
+        with on_host():
+            W_dec_FxD = np.asarray(load_dictionary(member_folder(unit, member.name)).W_dec_FxD[...], np.float64)
         labels = load_labels(run.inputs[f"atlas/{kind}"] / member.name / LABELS)
         described = sorted((member_folder(run.inputs[f"interpret/{kind}"], member.name) / FEATURES).glob("*.json"))
         _write_about(run.folder / folder, source, store.manifest.documents.train)

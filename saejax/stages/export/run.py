@@ -15,6 +15,7 @@ from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.links import member_folder
+from saejax.parallel.mesh import on_host
 from saejax.runner import stacks
 from saejax.runner.workspace import CLAIM, STARTED, Run
 from saejax.stages.export.neuronpedia import setting_of, write_bundle
@@ -64,7 +65,8 @@ def _write_folders(
         saelens.check(config)
     folders = [member.name or member.site for member in members]
     for member, folder in zip(members, folders, strict=True):
-        saelens.save(out / folder, load_dictionary(member_folder(unit, member.name)))
+        with on_host():
+            saelens.save(out / folder, load_dictionary(member_folder(unit, member.name)))
     return folders
 
 
@@ -80,8 +82,9 @@ def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs
         def load(index: int, folders: Sequence[Path] = folders) -> Dictionary:
             return load_dictionary(folders[index])
 
-        # One at a time: all layers may be larger than the memory.
-        circuit_tracer.save_each(out / setting, [configs[i] for i in indices], load)
+        # One at a time, and on the host: all layers may be larger than the memory, and one larger than a device's.
+        with on_host():
+            circuit_tracer.save_each(out / setting, [configs[i] for i in indices], load)
     return [setting or "." for setting in settings]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -127,7 +128,8 @@ class Interpreter:
             _write_compact(folder / FEATURES / f"{number:05d}.json", records)
             maps.add(block)
             progress.add(block.size)
-        _write_compact(folder / MAPS, maps.maps(np.linalg.norm(np.asarray(self.dictionary.W_dec_FxD[...]), axis=1)))
+        length_F = np.asarray(jnp.linalg.norm(self.dictionary.W_dec_FxD[...], axis=1))
+        _write_compact(folder / MAPS, maps.maps(length_F))
         shutil.rmtree(scratch)
         return InterpretedDictionary(
             name=self.name,
@@ -238,7 +240,7 @@ def run_interpret(run: Run) -> InterpretResults:
         if run.stopping():
             raise Interrupted("stopped; finished dictionaries are kept: run the same command again to continue")
         lm, mesh, text = read()
-        dictionary = load_dictionary(member_folder(trained, member.name))
+        dictionary = load_dictionary(member_folder(trained, member.name), mesh=mesh)
         if conflict := dictionary.config.bos_conflict(store.manifest.bos):
             run.say(f"{member.name or run.name}: {conflict}")
         results = Interpreter(run, store, text, lm, mesh, member.name, dictionary).interpret()

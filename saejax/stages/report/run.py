@@ -157,10 +157,11 @@ def contexts(run: Run, findings: Findings, features: Sequence[int], count: int) 
         records = read_records(interpreted, set(features))
         searched = {feature: record.get("examples", [])[:count] for feature, record in records.items()}
     else:
-        dictionary = stacks.load_trained(tested, run.inputs, "--ablate.dictionary")
+        mesh = make_mesh(run.configs[MeshConfig])
+        dictionary = stacks.load_trained(tested, run.inputs, "--ablate.dictionary", mesh)
         as_text = token_text(load_tokenizer(resolve(run.configs[ModelConfig])))
         texts = [as_text(token) for token in range(int(store.documents.ids_T.max()) + 1)]
-        searched = top_contexts(store, dictionary, features, count, texts, make_mesh(run.configs[MeshConfig]))
+        searched = top_contexts(store, dictionary, features, count, texts, mesh)
     return {feature: [as_example(each, store.documents) for each in some] for feature, some in searched.items()}
 
 

@@ -118,8 +118,8 @@ def run_study(run: Run) -> StudyResults:
     """
     config, task = run.configs[StudyConfig], run.configs[TaskConfig]
     score = way(run.name, task)
-    repeats = {name: stacks.load_trained(name, run.inputs, "--study.repeats") for name in config.repeats}
     dictionary, lm = load_run_dictionary(run), load_run_model(run)
+    repeats = {name: stacks.load_trained(name, run.inputs, "--study.repeats", lm.mesh) for name in config.repeats}
     items = _read_benchmark(run.name, lm, task, config)
     train, test = items.train, items.test
     run.say(f"{run.name}: {describe_power(len(test), config.min_accuracy_drop)}")

@@ -4,6 +4,7 @@ They are copied in our own format, so every stage reads them as it reads diction
 """
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ class Pretrained:
     name: str  #: name of the member: its site and, where several read that, the end of its path; "" for one alone
     place: str  #: its address, with the path below it
     config: DictionaryConfig  #: its configuration
-    load: Callable[[], Dictionary]  #: returns the dictionary
+    load: Callable[..., Dictionary]  #: returns the dictionary; takes ``mesh``, see ``load_dictionary``
 
     @property
     def site(self) -> str:
@@ -53,13 +54,13 @@ def run_pretrained(run: Run) -> TrainResults:
     Raises:
       UserError: see ``find_pretrained``.
     """
-    config = run.configs[TrainConfig]
+    config, mesh = run.configs[TrainConfig], make_mesh(run.configs[MeshConfig])
     dictionaries = find_pretrained(config.pretrained)
     for dictionary in dictionaries:
         folder = run.folder / dictionary.name / "dictionary"
         if is_first_process():
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its summary
-        save_dictionary(folder, rescale.to_output_units(dictionary.load()))
+        save_dictionary(folder, rescale.to_output_units(dictionary.load(mesh=mesh)))
         kind, features = dictionary.config.kind, dictionary.config.n_features
         run.say(f"{dictionary.place}: {kind} of {features:,} features, {dictionary.site}")
     members = tuple(
@@ -76,8 +77,7 @@ def run_pretrained(run: Run) -> TrainResults:
         )
         for dictionary in dictionaries
     )
-    mesh = MeshShape.of(make_mesh(run.configs[MeshConfig]), process_count())
-    return TrainResults(PRETRAINED, 0, 0, 0.0, 0.0, members, mesh)
+    return TrainResults(PRETRAINED, 0, 0, 0.0, 0.0, members, MeshShape.of(mesh, process_count()))
 
 
 def find_pretrained(addresses: Sequence[str]) -> list[Pretrained]:
@@ -120,21 +120,21 @@ def _names(places: Sequence[tuple[str, str]]) -> list[str]:
     return names
 
 
-def _dictionaries_at(address: str) -> Iterator[tuple[str, DictionaryConfig, Callable[[], Dictionary]]]:
+def _dictionaries_at(address: str) -> Iterator[tuple[str, DictionaryConfig, Callable[..., Dictionary]]]:
     """Yield path, configuration and reader of each dictionary at an address."""
     try:
         folder = resolve_path(address)
         if folder.is_dir() and circuit_tracer.is_set(folder):
             layers = circuit_tracer.open_transcoders(folder)
             for i, config in enumerate(layers.configs):
-                yield f"{address}/layer_{i}", config, lambda i=i: layers.load(i)  # type: ignore[misc]
+                yield f"{address}/layer_{i}", config, functools.partial(layers.load, i)
             return
         if registry_overrides(address):  # which belong to this address, not to the folder
-            yield address, read_config(address), lambda: load_dictionary(address)
+            yield address, read_config(address), functools.partial(load_dictionary, address)
             return
         for place in folders_of(folder):
             is_named = place == folder or folder.is_file()  # or a file in it is
             name = address if is_named else f"{address}/{place.relative_to(folder).as_posix()}"
-            yield name, read_config(place), lambda place=place: load_dictionary(place)  # type: ignore[misc]
+            yield name, read_config(place), functools.partial(load_dictionary, place)
     except UserError as error:
         raise UserError(f"{_FLAG}: {error}") from None

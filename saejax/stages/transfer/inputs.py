@@ -116,7 +116,7 @@ def live_features(compared: Compared, workdir: Path, mesh: Mesh, batch: int) -> 
         return np.load(path) > 0
     if not (store := _store(compared, workdir)):
         return None
-    dictionary = compared.dictionary.with_sink_norms(store.max_norm, True)
+    dictionary = compared.load(mesh).with_sink_norms(store.max_norm, True)
     blocks = read_blocks(store, "held_out", (compared.config.site, compared.target), batch)
     return reconstruct([dictionary], blocks, mesh, batch)[0].firing_rate_F > 0
 

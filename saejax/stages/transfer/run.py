@@ -38,7 +38,7 @@ from saejax.matching.transfer.results import (
     TransferResults,
 )
 from saejax.matching.transfer.settings import TransferConfig
-from saejax.parallel.mesh import make_mesh
+from saejax.parallel.mesh import make_mesh, on_host
 from saejax.parallel.settings import MeshConfig
 from saejax.progress import OnProgress
 from saejax.results import Interval
@@ -175,7 +175,8 @@ class Comparison:
         if null:
             # By the dictionary's number, so that a continued run draws the same null.
             return independent_rows(self._weights(name, index, False), [self._config.seed, index])
-        rows_FxD, live_F = weight_rows(name, self._compared[index].dictionary), self._live[index]
+        with on_host():  # devices get rows by pairs
+            rows_FxD, live_F = weight_rows(name, self._compared[index].load()), self._live[index]
         # A feature that never fires means nothing: a pair with its direction would still count as shared.
         return rows_FxD if live_F is None else np.where(live_F[:, None], rows_FxD, np.float32(0))
 
