@@ -64,6 +64,47 @@ class Graph(GraphData):
         """
         return next(prune_each(self, [nodes], edges, top_edges, min_weight))
 
+    def difference(self, first: str, second: str) -> Self:
+        """Return the graph that explains the difference of two of its logits, the first less the second.
+
+        Nothing is traced: edges are linear in what is explained, so those of the difference are differences.
+
+        Args:
+          first: the text of a logit, one of ``labels``.
+          second: that of another.
+
+        Raises:
+          UserError: the graph is pruned, or does not explain both logits.
+        """
+        if self.pruning:
+            raise UserError("this graph is pruned: take the difference of the whole one, then prune it")
+        tokens = {label for label, (_, minus) in zip(self.labels, self.settings["targets"], strict=True) if minus < 0}
+        if first == second or not {first, second} <= tokens:
+            raise UserError(
+                f"{first!r} and {second!r} are not two logits of this graph: expected two of {sorted(tokens)}"
+            )
+        start, features = self.slice_of(LOGIT).start, self.count(FEATURE)
+        pair = [self.labels.index(label) for label in (first, second)]
+        node = Nodes.of(LOGIT, self.n_layers, self.nodes.position_N[start], -1, 1.0)
+
+        def less(value_Rx: np.ndarray) -> np.ndarray:
+            """Return rows of features, and the difference of two others."""
+            plus, minus = (value_Rx[[features + place]] for place in pair)
+            return np.concatenate([value_Rx[:features], plus - minus])
+
+        rows: dict[str, Any] = {
+            name: less(getattr(self, name)) for name in ("adjacency_RxS", "value_R", "constant_R", "untraced_R")
+        }
+        targets = [self.settings["targets"][place][0] for place in pair]
+        return dataclasses.replace(
+            self,
+            **rows,
+            nodes=Nodes.joined(self.nodes[:start], node),
+            logit_K=self.logit_K[pair[:1]] - self.logit_K[pair[1:]],
+            labels=(f"{first!r} - {second!r}",),
+            settings={**self.settings, "targets": [targets]},
+        )
+
     def supernodes(self, groups: Mapping[str, Sequence[str]]) -> np.ndarray:
         """Return the edges between groups of nodes: the sums of their weights, float64 [G, G], targets by sources.
 

@@ -50,6 +50,21 @@ def test_one_device_and_eight_agree_and_batches_of_any_length(tiny, made, graph,
     assert relative_error(trace(tiny, made, IDS, max_logits=4).adjacency_RxS, graph.adjacency_RxS) < 1e-6
 
 
+def test_the_difference_of_two_logits_is_taken_after_tracing(tiny, made, graph):
+    (first, _), (second, _) = graph.settings["targets"][:2]
+    wanted = trace(tiny, made, IDS, targets=[(first, second)])
+    found = graph.difference(*graph.labels[:2])
+    assert (found.labels, found.settings["targets"]) == (wanted.labels, wanted.settings["targets"])
+    for name in ("kind_N", "layer_N", "position_N", "index_N", "value_N"):
+        np.testing.assert_array_equal(getattr(found.nodes, name), getattr(wanted.nodes, name), name)
+    for name in ("adjacency_RxS", "value_R", "constant_R", "logit_K"):
+        assert relative_error(getattr(found, name), getattr(wanted, name)) < 1e-5, name
+    assert np.array_equal(found.prune().pruning.node_N, wanted.prune().pruning.node_N)
+    for graph_, labels in ((graph, (graph.labels[0], "nothing")), (found, found.labels * 2), (graph.prune(), "ab")):
+        with pytest.raises(UserError, match="two logits of this graph|is pruned"):
+            graph_.difference(*labels)
+
+
 def test_columns_that_are_given_up_change_no_row(tiny, made, monkeypatch):
     options = dict(max_logits=4, max_features=40)
     whole, narrowed, narrow = trace(tiny, made, IDS, **options), [], rounds.RowStore.narrow
