@@ -71,4 +71,4 @@ def test_results_and_verdicts():
     verdict = BehaviourVerdict(tuple(range(99)), 1.0, dict(logit_diff=answer), {}, (), answer, answer, {}, answer, 0, 9)
     assert is_short(verdict, "BehaviourVerdict(", "(99)")
     whole = CausalVerdict("rule " * 99, {f"dictionary{i}": dict(capital=verdict) for i in range(50)})
-    assert is_short(whole, "  dictionary0, capital: causal: yes, random: yes", "... and 30 more")
+    assert is_short(whole, "  dictionary0, capital: effect: yes, random: yes", "... and 30 more")
