@@ -338,7 +338,7 @@ class BehaviourAblation:
                 [each.train_runs for each in group],
                 np.stack([tokens[1:], np.broadcast_to(tokens[0], len(tokens) - 1)], axis=1),
                 group[0].replacement if source.kind == "mean" else source,
-                self.progress.of_call(len(tokens) * len(self.train)),
+                self.progress.of_call(len(tokens) * len(self.train) * max(self.steps, 1)),
                 self.steps,
             )
             for each, attribution_SxF in zip(group, attributions, strict=True):
@@ -606,6 +606,8 @@ def _measure_kept(
     values_2xExP = ablation.keep(list(sets.values())) if sets else None
     if values_2xExP is None:
         return []
+    # Where the clean run has no error term there is none to drop.
+    endings = ("", NO_ERROR) if ablation.config.error == "keep" else ("",)
     return [
         EffectsTable.block(
             [
@@ -615,7 +617,7 @@ def _measure_kept(
             ablation.tests,
             dict(logit_diff=values_ExP),
         )
-        for ending, values_ExP in zip(("", NO_ERROR), values_2xExP, strict=True)
+        for ending, values_ExP in zip(endings, values_2xExP, strict=False)
     ]
 
 

@@ -83,7 +83,8 @@ class VerdictConfig:
             f"{self.max_ce_change:g} nats on held-out text and {100 * self.max_other_change:g} % of the mean size of "
             "the logit difference of every other behaviour above chance. "
             "6. Enough, without a yes or no: the share of the logit difference that is left where the first k, 2 k, "
-            "4 k and 8 k features by attribution are kept and all others set to their means over the train prompts. "
+            "4 k and 8 k features by attribution are kept and all others set to their means over the train prompts "
+            "that rank features. "
             f"Questions 1, 4 and 5 need {self.least_prompts} prompts and enough bootstrap resamples; 2 to 4 need "
             "20 controls a behaviour, less one. "
             "p-values are corrected by Holm's method over the behaviours within each question."
@@ -110,11 +111,13 @@ class CausalAnswer:
 class Kept:
     """The share of the clean logit difference that is left where so many features alone are kept."""
 
-    features: int  #: number of kept features; all others are set to their mean over the train prompts
+    features: int  #: number of kept features; all others are set to their mean over the train prompts that rank them
     left: Interval  #: share that is left, with the error term
-    left_without_error: Interval  #: share that is left where the error term is dropped, too
+    left_without_error: (
+        Interval | None
+    )  #: share that is left where the error term is dropped, too; None: with error=drop
     #: medians of the shares that controls leave, by "placebo" and "untrained": with the error term, and without it
-    controls: Mapping[str, tuple[float, float]]
+    controls: Mapping[str, tuple[float, float | None]]
 
 
 @has_short_repr
@@ -306,12 +309,14 @@ def enough_sentence(enough: Sequence[Kept]) -> str:
     """Return the sentence of question 6, which has no yes or no: the fewest kept features, and the most."""
     if not enough:
         return "Not measured, or the logit difference is not above zero without an edit."
-    parts = [
-        f"{features(kept.features)} leave {100 * kept.left.mean:.0f} % [{100 * kept.left.low:.0f}, "
-        f"{100 * kept.left.high:.0f}] of the logit difference, {100 * kept.left_without_error.mean:.0f} % without the "
-        "error term"
-        for kept in (enough[0], *enough[1:][-1:])
-    ]
+    parts = []
+    for kept in (enough[0], *enough[1:][-1:]):
+        left = kept.left
+        text = f"{features(kept.features)} leave {100 * left.mean:.0f} %"
+        text += f" [{100 * left.low:.0f}, {100 * left.high:.0f}]" if np.isfinite(left.low) else ""
+        parts.append(f"{text} of the logit difference")
+        if kept.left_without_error:
+            parts[-1] += f", {100 * kept.left_without_error.mean:.0f} % without the error term"
     return f"Kept alone, all other features at their means: {'; '.join(parts)}."
 
 

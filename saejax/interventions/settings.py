@@ -52,7 +52,8 @@ class AblateConfig(Config):
     attribution: str = setting(
         "gradient",
         "estimate that ranks features: activation times gradient (gradient), or the gradient averaged over ten points "
-        "on the way to where all features are replaced (integrated), which takes ten times as long",
+        "on the way to where all features are replaced (integrated), which takes ten times as long, and with "
+        "untrained dictionaries longer, since every dictionary has a way of its own",
         choices=("gradient", "integrated"),
     )
     attribution_prompts: int = setting(

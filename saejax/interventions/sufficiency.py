@@ -4,9 +4,10 @@ At editable positions the value of the site becomes
 
     x' = x - sum_{i not in S} (f_i - mean_i) W_dec_i,
 
-where mean_i is the mean activation of feature i over the editable positions of the train prompts. With the error term
-dropped it becomes x' - (x - decode(f)), too. What is left of the clean logit difference is measured for the first k,
-2 k, 4 k and 8 k features of T's dictionary in the order of their attribution, and for those of controls.
+where mean_i is the mean activation of feature i over the editable positions of the train prompts that rank features.
+With the error term dropped it becomes x' - (x - decode(f)), too. What is left of the clean logit difference is measured
+for the first k, 2 k, 4 k and 8 k features of T's dictionary in the order of their attribution, and for those of
+controls.
 """
 
 import functools
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries import Dictionary
+from saejax.dictionaries.matmul import matmul
 from saejax.interventions.split_model import CleanRun, SiteRows, SplitModel, active_features, in_order
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
@@ -73,7 +75,7 @@ def _run_kept(
     rebuilt_BxTxD = dictionary.decode(f_BxTxF, rows.read_BxTxD).astype(jnp.float32)
     # Attention sinks keep their values, as under every edit.
     error_BxTxD = jnp.where(rows.domain_BxT[..., None], clean_BxTxD - rebuilt_BxTxD, 0.0)
-    means_BxTxD = clean_BxTxD - fall_BxTxF @ W_dec_FxD  # all features at their means
+    means_BxTxD = clean_BxTxD - matmul(fall_BxTxF, W_dec_FxD)  # all features at their means
 
     def measure(value_BxTxD: jax.Array) -> jax.Array:
         x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD.astype(rows.value_BxTxD.dtype))
@@ -82,7 +84,8 @@ def _run_kept(
 
     def keep(chosen: tuple[jax.Array, jax.Array]) -> jax.Array:
         members_K, weight_K = chosen
-        kept_BxTxD = means_BxTxD + (fall_BxTxF[:, :, members_K] * weight_K[None, None, :]) @ W_dec_FxD[members_K]
+        weighted_BxTxK = fall_BxTxF[:, :, members_K] * weight_K[None, None, :]
+        kept_BxTxD = means_BxTxD + matmul(weighted_BxTxK, W_dec_FxD[members_K])
         return jnp.stack([measure(kept_BxTxD), measure(kept_BxTxD - error_BxTxD)])
 
     values_ExRxB = jax.lax.map(keep, (members_ExK, weight_ExK))

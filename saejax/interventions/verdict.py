@@ -535,28 +535,30 @@ def _measure_enough(measured: MeasuredBehaviour) -> tuple[Kept, ...]:
         return by_size
 
     def share(value_P: np.ndarray) -> Interval:
-        # A resample whose logit difference is zero has no share.
-        clean_R = measured.weight_RxP @ clean_P
-        sample_R = np.divide(
-            measured.weight_RxP @ value_P, clean_R, out=np.full_like(clean_R, np.nan), where=clean_R != 0
-        )
-        return Interval(float(value_P.mean() / clean_P.mean()), *np.nanquantile(sample_R, [0.025, 0.975]).tolist())
+        clean_R, mean = measured.weight_RxP @ clean_P, float(value_P.mean() / clean_P.mean())
+        is_above_R = clean_R > 0
+        # Where resamples have no difference to take a share of, the share may be anything.
+        if is_above_R.mean() < 0.975:
+            return Interval(mean, -math.inf, math.inf)
+        sample_R = (measured.weight_RxP @ value_P)[is_above_R] / clean_R[is_above_R]
+        return Interval(mean, *bootstrap.percentile_interval(sample_R))
 
     groups = {name + ending: values(name + ending) for name in ("top", *KEPT_CONTROLS) for ending in ("", NO_ERROR)}
 
-    def median(group: str, size: int) -> float:
-        return float(np.median([value_P.mean() for value_P in groups[group][size]]) / clean_P.mean())
+    def median(group: str, size: int) -> float | None:
+        controls = groups[group].get(size)
+        return float(np.median([value_P.mean() for value_P in controls]) / clean_P.mean()) if controls else None
+
+    def shares(name: str, size: int) -> tuple[float, float | None] | None:
+        kept = median(name, size)
+        return None if kept is None else (kept, median(name + NO_ERROR, size))
 
     return tuple(
         Kept(
             features=size,
             left=share(value_P),
-            left_without_error=share(groups["top" + NO_ERROR][size][0]),
-            controls={
-                name: (median(name, size), median(name + NO_ERROR, size))
-                for name in KEPT_CONTROLS
-                if size in groups[name]
-            },
+            left_without_error=share(without[0]) if (without := groups["top" + NO_ERROR].get(size)) else None,
+            controls={name: pair for name in KEPT_CONTROLS if (pair := shares(name, size))},
         )
         for size, (value_P, *_) in sorted(groups["top"].items())
     )

@@ -333,6 +333,11 @@ def test_what_is_left_is_a_share_of_the_clean_difference():
     sentence = enough_sentence((first, second))
     assert "4 top features leave 80 % [" in sentence
     assert "40 % without the error term." in sentence
+    for edit in [edit for edit in rows.edits if edit.group.endswith("no_error")]:  # as with error=drop
+        rows.blocks = [block for block in rows.blocks if edit not in block.edits]
+    (first, _) = judge(rows).enough
+    assert first.left_without_error is None and first.controls["placebo"][1] is None
+    assert "without the error term" not in enough_sentence((first,))
     assert judge(make_rows()).enough == () and enough_sentence(()).startswith("Not measured")
 
 

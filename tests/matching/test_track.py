@@ -283,7 +283,7 @@ def test_rows_of_gsm8k_are_followed(tmp_path):
         ([dict(prompt="One.", solution=3)], "neither a text nor a list"),
         ([dict(question="One?", answer="It is one.")], "line 1: 'answer' does not end in '#### ' and a number"),
         ([dict(question="One?", answer=1)], "line 1: 'answer' does not end in '#### ' and a number"),
-        ([dict(prompt="One."), dict(prompt="One.")], "line 2 has the slug 'One-\w+' of an earlier line"),
+        ([dict(prompt="One."), dict(prompt="One.")], r"line 2 has the slug 'One-\w+' of an earlier line"),
     ],
 )
 def test_prompts_that_are_refused(tmp_path, lines, message):

@@ -95,6 +95,8 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     ranked = behaviours * min(ablate.attribution_prompts or task.train_prompts, task.train_prompts) / PROMPTS
     points = STEPS if ablate.attribution == "integrated" else 1
     attributions = ranked * points * (trainings + len(ablate.baselines))
+    if points > 1:  # slopes are not shared
+        attributions += ranked * points * ablate.untrained * (1 + ablate.untrained_dictionaries)
     size = f"{PROMPTS} prompts of {length} tokens"
     counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, kept_dtype))
 

@@ -123,9 +123,12 @@ def details(findings: Findings) -> list[Section]:
 def features(findings: Findings, shown: int) -> list[Section]:
     """Describe the top features of each behaviour, with the contexts of the first ``shown``."""
     ablate = findings.first(AblateResults)
+    is_integrated = findings.settings()["ablate"]["attribution"] == "integrated"
+    gradient = "the mean gradient of the logit difference on the way to where all are replaced" if is_integrated else ""
     intro = (
-        "Features were ranked by attribution: the activation times the gradient of the logit difference, "
-        "summed over a prompt and averaged over the train prompts, an estimate of the effect. The drop is measured: "
+        "Features were ranked by attribution: by how much the activation would fall times "
+        f"{gradient or 'the gradient of the logit difference'}, summed over a prompt and averaged over the train "
+        "prompts, an estimate of the effect. The drop is measured: "
         "what is lost on the test prompts when this feature alone is ablated. Features have numbers, and names only "
         "where they were interpreted. "
         "Below are the contexts of the captured text in which they fire most strongly; colour shows how strongly a "
@@ -363,7 +366,8 @@ def _enough_cell(_: str, result: BehaviourVerdict) -> str:
         return MISSING
     first, last = result.enough[0], result.enough[-1]
     return "; ".join(
-        f"{percent(kept.left.mean)}, {percent(kept.left_without_error.mean)} with {kept.features}"
+        f"{percent(kept.left.mean)}, {percent(without.mean if (without := kept.left_without_error) else None)} "
+        f"with {kept.features}"
         for kept in (first, last)
     )
 
@@ -411,8 +415,8 @@ def _kept_table(enough: Sequence[Kept]) -> Table:
     }
     note = (
         "Share of the logit difference that is left where so many features alone are kept and all others are set to "
-        "their means over the train prompts; of controls the median of three. The error term is what a dictionary does "
-        "not explain: of an untrained one it holds nearly everything, so only shares without it compare dictionaries."
+        "their means; of controls the median of up to three. The error term is what a dictionary does not explain: of "
+        "an untrained one it holds nearly everything, so only shares without it compare dictionaries."
     )
     return Table.of("Are they enough?", [(kept,) for kept in enough], columns, stack=False, note=note)
 
