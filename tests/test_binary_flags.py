@@ -90,7 +90,8 @@ def test_help_fits_the_terminal(width, monkeypatch):
 def test_the_command_line_wins_over_a_flag_file(tmp_path, capsys):
     """In either order, and however the file is named; of several files the later one counts."""
     file = tmp_path / "mine.flags"
-    file.write_text(f"--workdir={tmp_path / 'other'}\n--train.k=3\n--train.zero_optimizer\n--train.kinds=topk\n")
+    lines = "--train.k=3\n# one line\u2028--train.k=x\r\n--train.zero_optimizer\n--train.kinds=topk\n"
+    file.write_text(f"--workdir={tmp_path / 'other'}\n{lines}")
     (tmp_path / "later.flags").write_text("--train.kinds=standard\n")
     given = [f"--workdir={tmp_path / 'run'}", "--train.k=5", "--notrain.zero_optimizer"]
     for named in ([f"--flagfile={file}"], ["--flagfile", str(file)], [f"-flagfile={file}"]):

@@ -158,7 +158,7 @@ class ModelStream:
         # Copied to the host, because the first training buffer takes this memory.
         rows_R = np.arange(plan.size(0))
         self._held_out = {site: self._buffers.read(site, rows_R) for site in self.sites}
-        self._held_out_norms = self._norms
+        self._held_out_norms = {site: norm_R.copy() for site, norm_R in self._norms.items()}
         return True
 
     def _make_plan(self, documents: Documents, rows: int) -> Plan:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from saejax.dictionaries.formats.circuit_tracer import ENCODERS
 from saejax.dictionaries.formats.place import BESIDE, registry_overrides, resolve_path
 from saejax.models.identity import content_sha256
 
@@ -32,7 +33,10 @@ def _hashed_files(folder: Path) -> list[Path]:
     """Return the files in a folder, and in the members that a stack links to, that say what dictionaries it holds."""
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        if (Path(place) / "dictionary" / "dictionary.json").exists():  # not those that were saved midway
+        # Not what was saved midway, which users may delete.
+        if (Path(place) / "dictionary" / "dictionary.json").exists():
             folders[:] = ["dictionary"]
+        elif ENCODERS.format(0) in names:  # a cross-layer transcoder
+            folders[:] = []
         files += [Path(place) / name for name in names]
     return sorted(path for path in files if any(path.match(pattern) for pattern in _HASHED))

@@ -17,4 +17,4 @@ class TrainedMember:
     output_scale: float  #: by which activations are multiplied for training; folded into the dictionary
     #: share of the features that were silent for an epoch (or a shorter run); None: not trained here
     dead_fraction: float | None
-    final: Mapping[str, float]  #: metrics at the last recorded step, as in `metrics.jsonl`
+    final: Mapping[str, float]  #: metrics at the last recorded step, as in `metrics.jsonl`, without `held_out_`

@@ -1,6 +1,7 @@
 """Flag files: each is read once, because it may be a pipe (``--flagfile=<(...)``)."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def _read_lines(name: str, around: tuple[str, ...]) -> Iterator[FileLine]:
         raise UserError(f"the flag file {name} is not UTF-8 text: save it as UTF-8") from None
     if text.startswith("\ufeff"):
         raise UserError(f"the flag file {name} begins with a byte order mark: save it as UTF-8 without one")
-    for number, content in enumerate(text.splitlines(), 1):
+    # Not by ``splitlines``, which also splits inside texts, at U+2028 and others.
+    for number, content in enumerate(re.split(r"\r\n|\r|\n", text), 1):
         line = FileLine(content.strip())
         line.place = f"{name}, line {number}"
         flag, _, value = line.partition("=")

@@ -59,13 +59,27 @@ def go_on_from_shorter(
             if later > step:
                 shutil.rmtree(checkpoints / str(later))
     else:
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            _copy_checkpoint(place, folder, step)
+        except OSError as error:  # that of shutil, too
+            return say(f"trained from the start: the checkpoint in {place} could not be copied: {error}")
+    write_json(checkpoints / RUN, run)
+    # The dictionaries that it saved midway were written where its results are.
+    lacking = f"; dictionaries are saved after step {step} only" if stack.config.save_every and place != folder else ""
+    say(f"going on from step {step} of a run of {shorter[place]['steps']} steps in {place}{lacking}")
+
+
+def _copy_checkpoint(place: Path, folder: Path, step: int) -> None:
+    """Copy the checkpoint of a step, and the records, to the folder of another run."""
+    checkpoints = folder / CHECKPOINTS
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    if (place / METRICS).exists():
         shutil.copyfile(place / METRICS, folder / METRICS)  # a run drops the records after its checkpoint
+    # A run that was killed here before has it already, and whole.
+    if not (checkpoints / str(step)).exists():
         with unfinished_folder(checkpoints) as unfinished:
             shutil.copytree(place / CHECKPOINTS / str(step), unfinished / str(step), copy_function=_link_or_copy)
             os.replace(unfinished / str(step), checkpoints / str(step))
-    write_json(checkpoints / RUN, run)
-    say(f"going on from step {step} of a run of {shorter[place]['steps']} steps in {place}")
 
 
 def _differs_in_length(before: Mapping[str, Any], run: Mapping[str, Any]) -> bool:

@@ -84,9 +84,9 @@ class Metrics:
         return self.records[-1]["seconds"] if self.records else 0.0
 
     def last(self, member: str) -> dict[str, float]:
-        """Return the last metrics of a member."""
+        """Return the last metrics of a member, without scores on held-out tokens, which the last step may lack."""
         record = next(record for record in reversed(self.records) if record["member"] == member)
-        return {key: value for key, value in record.items() if key not in _HEAD}
+        return {key: value for key, value in record.items() if key not in _HEAD and not key.startswith(PREFIX)}
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take the metrics [M] of the step just dispatched, and read those of the step before.

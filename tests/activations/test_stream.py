@@ -157,6 +157,16 @@ def test_sinks_are_left_out_by_the_first_buffers_median(run):
     assert stream.max_norm(SITES[1]) == before
 
 
+def test_held_out_rows_keep_their_own_norms(run):
+    stream = make_stream(run)
+    assert stream.read_held_out(40)
+    norm_N = np.linalg.norm(stream._held_out[SITES[0]].astype(np.float64), axis=1)
+    assert stream.fill(0) and len(norm_N) > 20
+    stream._max_norms[SITES[0]] = float(np.median(norm_N)) * (1 + 1e-6)
+    kept = stream.held_out(len(norm_N), SITES[0])[SITES[0]]
+    np.testing.assert_array_equal(kept, stream._held_out[SITES[0]][norm_N <= stream.max_norm(SITES[0])])
+
+
 def test_every_row_comes_once_an_epoch():
     sizes, batch = (20, 20, 7, 3), 5
     order = BufferOrder(sizes, batch, seed=1)

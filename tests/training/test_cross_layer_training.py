@@ -12,6 +12,7 @@ from small_stacks import B, D, F, compiled, make_stack, train
 
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.dictionaries.formats import circuit_tracer
+from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
@@ -183,6 +184,9 @@ def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device)
     kept_L = np.full(LAYERS, 0.1, np.float32)
     load = lambda layer: finish_layer(stack, state, layer, kept_L)  # noqa: E731
     circuit_tracer.save_cross_layer(tmp_path / "set", LAYERS, load)
+    written = hash_dictionaries(str(tmp_path / "set"))
+    circuit_tracer.save_cross_layer(tmp_path / "set" / "steps" / "5", LAYERS, load)
+    assert hash_dictionaries(str(tmp_path / "set")) == written, "what is saved midway may be deleted"
     opened = open_transcoders(tmp_path / "set")
     assert opened.cross_layer and [config.max_norm for config in opened.configs] == [9.0, 10.0, 11.0]
     for m in range(LAYERS):

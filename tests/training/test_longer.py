@@ -10,6 +10,7 @@ from test_thresholds import activations
 import saejax
 from saejax.errors import UserError
 from saejax.files import write_json
+from saejax.training import longer
 from saejax.training.longer import go_on_from_shorter
 
 QUICK = dict(k=4, features=64, batch=64, epochs=1, warmup=3, dead_tokens=64, resample_every=2)
@@ -28,24 +29,25 @@ def go(acts, folder=None, **changes):
 
 def test_a_longer_run_in_its_folder_ends_with_the_same_bits(acts, tmp_path):
     go(acts, tmp_path)
-    longer, lines = go(acts, tmp_path, epochs=2)
+    continued, lines = go(acts, tmp_path, epochs=2)
     assert (
         f"going on from step 13 of a run of 16 steps in {tmp_path}" in lines
         and "resuming batchtopk at step 13" in lines
     )
     whole, lines = go(acts, epochs=2)
     assert "training batchtopk" in lines
-    assert_same_bits(longer.arrays, whole.arrays)
+    assert_same_bits(continued.arrays, whole.arrays)
     # Shorter: its learning rate falls before anything that is kept.
     with pytest.raises(UserError, match="settings.epochs was 2, is 1; steps was 32, is 16"):
         go(acts, tmp_path)
 
 
-def test_why_a_run_is_trained_from_the_start(tmp_path):
+def test_why_a_run_is_trained_from_the_start(tmp_path, monkeypatch):
     run = dict(settings=dict(epochs=2, k=[4]), steps=12, members=["a"])
     for name, changes in dict(shorter=dict(steps=6), other=dict(members=["b"], steps=6)).items():
         for step in (3, 5, 6):
             (tmp_path / name / "checkpoints" / str(step)).mkdir(parents=True)
+            (tmp_path / name / "checkpoints" / str(step) / "array").touch()
         write_json(tmp_path / name / "checkpoints" / "run.json", run | changes)
         (tmp_path / name / "metrics.jsonl").touch()
 
@@ -64,5 +66,12 @@ def test_why_a_run_is_trained_from_the_start(tmp_path):
     assert "going on from step 5 of a run of 6 steps" in lines(stack, "shorter", "other")
     assert sorted(path.name for path in (tmp_path / "new" / "checkpoints").iterdir()) == ["5", "run.json"]
     assert lines(stack, "shorter") == "", "it has begun"
-    no_penalty = make_stack("topk", penalty_warmup=0.5)
-    assert "going on" in lines(no_penalty, "shorter", name="topk")
+    (tmp_path / "new" / "checkpoints" / "run.json").unlink()  # killed just before it was written
+    assert "going on from step 5" in lines(stack, "shorter") and lines(stack, "shorter") == ""
+    no_penalty = make_stack("topk", penalty_warmup=0.5, save_every=3)
+    assert lines(no_penalty, "shorter", name="topk").endswith("shorter; dictionaries are saved after step 5 only")
+    (tmp_path / "shorter" / "metrics.jsonl").unlink()
+    assert "going on" in lines(stack, "shorter", name="no_records")
+    with monkeypatch.context() as full:
+        full.setattr(longer.shutil, "copytree", MagicMock(side_effect=longer.shutil.Error("no space")))
+        assert "from the start: the checkpoint in" in lines(stack, "shorter", name="full")

@@ -62,6 +62,7 @@ def test_stopped_at_any_buffer_it_ends_with_the_same_bits(train, monkeypatch, ca
         for unit in (whole / "train/batchtopk", broken / "train/batchtopk")
     ]
     assert scores[0] == scores[1] and [score[0] is not None for score in scores[0]].count(True) == 3
+    assert '"l0"' in (found := (whole / "train/batchtopk/done.json").read_text()) and "held_out_" not in found
     for step in (10, 20, 30):
         saved = [load_dictionary(run / f"train/batchtopk/steps/{step}") for run in (whole, broken)]
         assert_same_bits(saved[0].arrays, saved[1].arrays)
