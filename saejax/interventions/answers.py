@@ -330,7 +330,7 @@ def fooled_sentence(count: int | None, placebo_sets: int) -> str:
     if count is None or not placebo_sets:
         return "Whether placebo sets cost more than random lists, too, was not tested."
     return (
-        f"{count} of {placebo_sets} placebo sets, chosen for other tokens, cost more than nearly all random lists "
+        f"{count} of {placebo_sets} placebo sets, chosen for other answers, cost more than nearly all random lists "
         f"({100 * count / placebo_sets:.0f} %)."
     )
 

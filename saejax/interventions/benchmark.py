@@ -30,7 +30,7 @@ from saejax.interventions.ablation import (
 from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.controls import Changes, choose_pool, random_lists, scaled_sets
 from saejax.interventions.edits import ZERO
-from saejax.interventions.references import Reference, References, answer_pairs, attributions
+from saejax.interventions.references import Reference, References, answer_pairs, attribution_sums, attributions
 from saejax.interventions.settings import AblateConfig, StudyConfig
 from saejax.interventions.slopes import leaders
 from saejax.interventions.split_model import SplitModel
@@ -38,7 +38,7 @@ from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefin
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.progress import OnProgress, silent
 from saejax.tasks import benchmark_scores
-from saejax.tasks.answers import corrupted_answers
+from saejax.tasks.answers import corrupted_answers, find_final_answer
 from saejax.tasks.benchmark_definitions import Item, answer_tokens, way
 from saejax.tasks.benchmark_prompts import make_prompter
 from saejax.tasks.likelihood import encode_pair
@@ -76,13 +76,18 @@ class BenchmarkItems:
         """
         prompter, every = make_prompter(self.name, self.task, self.lm.tokenizer), []
         for item in items:
-            start = item.solution.rfind(item.answer)
-            before = prompter.prompt(item) + prompter.delimiter + item.solution[: max(start, 0)]
-            others = corrupted_answers(item.answer, item.choices, CORRUPTED, [seed, *item.id.encode()])
-            texts = [item.answer, *others] if start >= 0 and others else []
+            start = find_final_answer(item.solution, item.answer)
+            before = prompter.prompt(item) + prompter.delimiter + item.solution[:start]
+            # Formulas take long to compare: none where the answer is not found.
+            others = [] if start is None else self._corrupted(item, seed)
+            texts = [item.answer, *others] if others else []
             pairs = [encode_pair(self.lm.tokenizer, before, text, special_tokens=not prompter.chat) for text in texts]
             every.append([Reference(*pair) for pair in pairs if pair[1]])
         return every
+
+    def _corrupted(self, item: Item, seed: int) -> list[str]:
+        is_formula = self.name == "math"
+        return corrupted_answers(item.answer, item.choices, CORRUPTED, [seed, *item.id.encode()], is_formula)
 
     def definitions(self) -> list[PromptDefinition]:
         """Return the definitions of all items; those of held-out templates are a stratum of their own."""
@@ -241,15 +246,16 @@ class BenchmarkAblation(BehaviourAblation):
         if not targets:
             return
         flat = [reference for some in corrupted for reference in some]
-        rows = self._attributions(flat, [each.split for each in self.sharing])
+        # Attribution is linear in the target: that of a pair is the difference of both answers'.
+        weight_MxR = np.zeros((len(targets), len(flat)))
+        for weight_R, (first_N, second_N) in zip(weight_MxR, targets, strict=True):
+            weight_R[first_N], weight_R[second_N] = 1 / len(corrupted), -1 / len(corrupted)
+        splits = [each.split for each in every]
+        sums = attribution_sums(splits, flat, weight_MxR, self.batch_tokens, self.progress.check)
         self.progress.of_call(len(flat))(1, 1)
-        for each, rows_NxF in zip(every, rows, strict=True):
-            # Attribution is linear in the target: that of a pair is the difference of both answers'.
-            means = (
-                (rows_NxF[first_N] - rows_NxF[second_N]).mean(axis=0, dtype=np.float64) for first_N, second_N in targets
-            )
+        for each, mean_MxF in zip(every, sums, strict=True):
             sets = []
-            for number, attribution_F in enumerate(means):
+            for number, attribution_F in enumerate(mean_MxF):
                 sets.append(leaders(attribution_F, self.config.top))
                 if number < wanted:
                     each.placebo_attribution.append(attribution_F)

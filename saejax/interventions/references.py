@@ -291,6 +291,45 @@ def attributions(
       UserError: an attribution is not finite.
     """
     rows_of = [np.zeros((len(references), split.dictionary.config.n_features), np.float32) for split in splits]
+    for place, places_Q, rows_QxF in _attribution_batches(splits, references, batch_tokens, check_stop):
+        rows_of[place][places_Q] = rows_QxF
+    return rows_of
+
+
+def attribution_sums(
+    splits: Sequence[SplitModel],
+    references: Sequence[Reference],
+    weight_MxN: np.ndarray,
+    batch_tokens: int,
+    check_stop: Callable[[], None] = lambda: None,
+) -> list[np.ndarray]:
+    """Return weighted sums of each feature's attributions over references, float64 [M, F], of each dictionary.
+
+    The attributions for the references themselves, [N, F], are never held: there may be thousands of references.
+
+    Args:
+      splits: as of ``attributions``.
+      references: N references, at least one.
+      weight_MxN: weight of each reference in each sum.
+      batch_tokens: tokens per batch, padding included.
+      check_stop: called before each batch; may raise to stop.
+
+    Raises:
+      UserError: an attribution is not finite.
+    """
+    sums = [np.zeros((len(weight_MxN), split.dictionary.config.n_features)) for split in splits]
+    for place, places_Q, rows_QxF in _attribution_batches(splits, references, batch_tokens, check_stop):
+        sums[place] += weight_MxN[:, places_Q] @ rows_QxF.astype(np.float64)
+    return sums
+
+
+def _attribution_batches(
+    splits: Sequence[SplitModel],
+    references: Sequence[Reference],
+    batch_tokens: int,
+    check_stop: Callable[[], None],
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield a dictionary's index, the indices of some references, and their attributions, [Q, F]."""
     for point in dict.fromkeys(split.point for split in splits):
         # The backward pass takes nearly all of the time and does not depend on the dictionary.
         group = [place for place, split in enumerate(splits) if split.point == point]
@@ -300,13 +339,14 @@ def attributions(
             slope_BxTxD = _answer_slopes(keeping_little, first.params, batch)
             for place in group:
                 rows_BxF = np.asarray(_attribute(point, splits[place].dictionary, batch, slope_BxTxD))
-                rows_of[place][places_Q] = rows_BxF[: len(places_Q)]
-        if not all(np.isfinite(rows_of[place]).all() for place in group):
-            raise UserError(
-                f"the gradient of the log-likelihood with respect to {point.site} is not finite: the model or the "
-                "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
-            )
-    return rows_of
+                rows_QxF = rows_BxF[: len(places_Q)]
+                if not np.isfinite(rows_QxF).all():
+                    raise UserError(
+                        f"the gradient of the log-likelihood with respect to {point.site} is not finite: the model or "
+                        "the dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary "
+                        "again"
+                    )
+                yield place, places_Q, rows_QxF
 
 
 def _keeping_little(point: SplitPoint) -> SplitPoint:

@@ -107,7 +107,8 @@ def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -
     agreement = align_items(
         first_losses.choose(_indices(first_items, shared)),
         second_losses.choose(_indices(second_items, shared)),
-        [", ".join(results[0].categories.get(item.removeprefix(f"{benchmark}/"), ())) for item in shared],
+        # The first category alone: few items have the same combination of several, such as subject and level.
+        [next(iter(results[0].categories.get(item.removeprefix(f"{benchmark}/"), ())), "") for item in shared],
         [len(first_items[item].correct) for item in shared],
         _SEED,
     )

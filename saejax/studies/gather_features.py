@@ -198,8 +198,8 @@ def problems(
 
 
 def choose_problems(items: Sequence[str], categories: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Return the first item of each category, and then others, at most ``PROBLEMS``."""
-    first = list({categories.get(item, ()): item for item in reversed(items)}.values())[::-1]
+    """Return the first item of each first category, and then others, at most ``PROBLEMS``."""
+    first = list({categories.get(item, ())[:1]: item for item in reversed(items)}.values())[::-1]
     return [*first, *(item for item in items if item not in first)][: max(PROBLEMS, 1)] if first else []
 
 

@@ -147,9 +147,8 @@ def overview(figures: StudyFigures) -> tuple[tuple[str, str], ...]:
         elif gate.gate != "cannot tell":
             lines["Not beyond all"].append(f"{where}: {gate.gate} ({answers})")
         else:
-            needed = gate.items_needed
-            power = f"; a drop of {number(gate.smallest)} nats takes {needed:,} items" if needed else ""
-            lines["Could not be tested"].append(f"{where} ({answers}{power})")
+            # The reason names the items that are needed where there were too few.
+            lines["Could not be tested"].append(f"{where}: {gate.reason.rstrip('.')} ({answers})")
     return tuple((name, "; ".join(some) + "." if some else "None.") for name, some in lines.items())
 
 

@@ -34,6 +34,8 @@ _BASED = re.compile(
 )
 _LAST_POINT = re.compile(r"(?<=[0-9])\.(?=\s*\})")  # \boxed{5.}
 _BOX = re.compile(r"\\(?:boxed|fbox)(?=[\s{])\s*")
+_PLAIN_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+_OVER_ZERO = re.compile(r"/\s*0+(?![0-9.])|\}\s*\{\s*0+\s*\}")
 _SECONDS = 5  # for one formula; a tower of powers could take for ever
 
 
@@ -45,14 +47,19 @@ class Verdict:
     correct: bool  #: whether it is right
 
 
-def corrupted_answers(answer: str, choices: Sequence[str], count: int, seed: Sequence[int]) -> list[str]:
+def corrupted_answers(
+    answer: str, choices: Sequence[str], count: int, seed: Sequence[int], is_formula: bool = False
+) -> list[str]:
     """Return distinct wrong answers of the same form: other choices, or the answer with other digits.
+
+    None of them is right by the flexible rule, as 2/4 is for 1/2, and no formula divides by zero.
 
     Args:
       answer: the right one.
       choices: answers to choose from; empty where none are given.
       count: number of wrong answers, at most.
       seed: seed of the draws.
+      is_formula: the answer is judged as a formula, not as a number.
 
     Returns:
       Fewer than ``count`` where there are no more; none of an answer without choices and digits.
@@ -65,9 +72,39 @@ def corrupted_answers(answer: str, choices: Sequence[str], count: int, seed: Seq
     wrong: dict[str, None] = {}
     for _ in range(20 * count if re.search("[0-9]", answer) else 0):
         text = re.sub("[0-9]+", lambda run: _draw_number(run, rng), answer)
-        if text != answer:
+        if text != answer and text not in wrong and _is_wrong(text, answer, is_formula):
             wrong[text] = None
-    return list(wrong)[:count]
+        if len(wrong) == count:
+            break
+    return list(wrong)
+
+
+def _is_wrong(text: str, answer: str, is_formula: bool) -> bool:
+    """Return whether an answer with other digits is judged wrong, and has a value."""
+    # Two numbers of one form have one value only if they are the same text; formulas take long to compare.
+    if not is_formula or _PLAIN_NUMBER.fullmatch(answer):
+        return True
+    verdict = formula_verdicts(f"\\boxed{{{text}}}", answer)["flexible"]
+    # math-verify writes every fraction with braces.
+    return not verdict.correct and not _OVER_ZERO.search(verdict.answer or text)
+
+
+def find_final_answer(solution: str, answer: str) -> int | None:
+    r"""Return where a solution states its final answer; None where it does not hold the answer as it is.
+
+    In the last box if the answer is there, else where it stands last without being part of a longer number.
+
+    Args:
+      solution: the worked solution, with or without ``\boxed{}``.
+      answer: the final answer.
+    """
+    whole = re.compile(rf"(?<![0-9.\-])(?<![0-9],){re.escape(answer)}(?![.,]?[0-9])")
+    box = _last_box(solution)
+    for span in (box, (0, len(solution))) if box else ((0, len(solution)),):
+        starts = [match.start() for match in whole.finditer(solution, *span)]
+        if starts:
+            return starts[-1]
+    return None
 
 
 def _draw_number(run: re.Match[str], rng: np.random.Generator) -> str:
@@ -168,15 +205,21 @@ def last_boxed(text: str) -> str | None:
 
     The content of ``\boxed 5$``, without braces, is the text before the dollar sign.
     """
+    box = _last_box(text)
+    return text[slice(*box)].strip() or None if box else None
+
+
+def _last_box(text: str) -> tuple[int, int] | None:
+    """Return where the content of the last closed box starts and stops."""
     # From the back, as models box steps before the answer; a box that is not closed was cut off.
     for box in reversed(list(_BOX.finditer(text))):
         if text[box.end() : box.end() + 1] != "{":
-            return text[box.end() :].split("$")[0].strip() or None
+            return box.end(), box.end() + len(text[box.end() :].split("$")[0])
         depth = 0
         for end in range(box.end(), len(text)):
             depth += (text[end] == "{") - (text[end] == "}")
             if depth == 0:
-                return text[box.end() + 1 : end].strip() or None
+                return box.end() + 1, end
     return None
 
 

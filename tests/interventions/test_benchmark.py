@@ -14,7 +14,7 @@ from saejax.errors import Interrupted, UserError
 from saejax.interventions import benchmark
 from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.edits import mask
-from saejax.interventions.references import Reference, References, answer_pairs, attributions
+from saejax.interventions.references import Reference, References, answer_pairs, attribution_sums, attributions
 from saejax.interventions.settings import StudyConfig
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import TESTED, EditDefinition, EffectsTable, PromptDefinition, load_effects
@@ -26,6 +26,7 @@ from saejax.page.tables import Table
 from saejax.results import from_json, to_json
 from saejax.runner.results import Summary
 from saejax.stages import inputs as run_inputs
+from saejax.stages.ablate.report import headline
 from saejax.stages.study import report as benchmark_report
 from saejax.stages.study import run as benchmark_run
 from saejax.stages.study.results import StudyItems, StudyResults
@@ -147,6 +148,10 @@ def test_dictionaries_measured_together_have_the_attributions_that_each_has_alon
     for split, rows_NxF in zip(splits, together, strict=True):
         np.testing.assert_allclose(rows_NxF, attributions([split], references, 200)[0], atol=1e-6)
     assert np.abs(together[0] - together[2]).max() > 1e-3
+    weight_MxN = np.array([[0.5, -0.5, 0.0], [1.0, 2.0, 3.0]])
+    sums = attribution_sums(splits, references, weight_MxN, 200)
+    for rows_NxF, sum_MxF in zip(together, sums, strict=True):
+        np.testing.assert_allclose(sum_MxF, weight_MxN @ rows_NxF.astype(np.float64), atol=1e-9)
 
 
 @pytest.mark.parametrize("batch_tokens", [200, pytest.param(16, marks=pytest.mark.slow)])
@@ -238,6 +243,18 @@ def test_specific_is_asked_of_the_final_answer_and_not_of_the_text():
     assert "nats of the final answer's margin" in found[0].placebo.sentence
     (few,) = verdict(benchmark_table(0, 4.0, answers=5)).dictionaries[TESTED].values()
     assert few.placebo.answer == "not testable" and "5 prompts" in few.placebo.sentence
+    # The page never compares the two quantities: the text's log-likelihood, and the final answer's margin.
+    table = benchmark_table(0, 4.0)
+    top, placebo = (
+        table.drops(table.select_edits("b", group), table.prompts, "answer_margin").mean(axis=1)
+        for group in ("top", "placebo")
+    )
+    of_text, of_answer = headline("b", found[0]).split("; of the final answer's log-probability beyond a corrupted")
+    assert "nats of the log-likelihood of the reference answer" in of_text and "tokens" not in of_text
+    expected = (
+        f" one's the top features cost {top[0]:.2f} nats, sets chosen for corrupted answers {np.median(placebo):.2f}."
+    )
+    assert of_answer == expected
 
 
 def check_associations(run, items, results, table, monkeypatch):
@@ -367,15 +384,21 @@ def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary
     """Each answer to an item is attributed once for each dictionary, and a dictionary is placed once."""
     seen, placed = [], []
 
-    def record(splits, references, *rest):
-        seen.extend((id(split), *map(tuple, (each.context, each.answer))) for split in splits for each in references)
-        return attributions(splits, references, *rest)
+    def record(compute):
+        def recorded(splits, references, *rest):
+            seen.extend(
+                (id(split), *map(tuple, (each.context, each.answer))) for split in splits for each in references
+            )
+            return compute(splits, references, *rest)
+
+        return recorded
 
     def place(lm, basis):
         placed.append(id(basis))
         return SplitModel(lm, basis)
 
-    monkeypatch.setattr(benchmark, "attributions", record)
+    monkeypatch.setattr(benchmark, "attributions", record(attributions))
+    monkeypatch.setattr(benchmark, "attribution_sums", record(attribution_sums))
     monkeypatch.setattr(benchmark, "SplitModel", place)
     halves = benchmark_run.split_items(read_items("gsm8k", task), CONFIG, "gsm8k")
     items = benchmark.BenchmarkItems(tiny, "gsm8k", task, *halves)

@@ -11,6 +11,7 @@ import pytest
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
+from saejax.interventions import controls
 from saejax.matching.track import tested
 from saejax.matching.track.firings import LayerFirings, activations, follow, step_features
 from saejax.matching.track.links import find_links, strongest_chains
@@ -180,6 +181,9 @@ def test_removing_features_in_a_step_costs_what_an_edit_does(lm, monkeypatch):
         assert fraction * np.linalg.norm(f_WxF[:, members] @ table[members]) == pytest.approx(dose, rel=1e-4)
         expected_P = clean_P - scores([dictionary.scale(members, 1 - fraction, positions=where)])
         np.testing.assert_allclose(drop_P, expected_P, atol=2e-4)
+    # The inner products of a large pool would not fit in memory.
+    monkeypatch.setattr(controls, "LARGEST_POOL", 5)
+    assert effects.pool > 5 == made.test(step, features).pool
 
 
 def test_features_that_mean_nothing_are_rarely_said_to_matter(lm):

@@ -38,7 +38,7 @@ def test_both_say_the_answers_figures_scores_and_settings(report):
             "Capital of a country: more than MLP neurons, principal components.",
             "No for Subject-verb agreement, Capital of a country, Greater-than on years; yes for Two-digit addition.",
             "Ablating the 20 top features lowers the logit difference by 4.3",
-            "placebo sets, chosen for other tokens, cost more than nearly all random lists",
+            "placebo sets, chosen for other answers, cost more than nearly all random lists",
             "features that change the site as much cost",
             "training mattered",
             "Accuracy 0.70 on test prompts is below 0.80; separation −0.1 is below 1.00.",  # the flags

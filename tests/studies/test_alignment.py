@@ -117,7 +117,9 @@ def test_items_of_two_rows_are_read_from_their_tables(tmp_path, monkeypatch):
         prompts = [PromptDefinition(f"test:{i:03d}", "gsm8k", correct="9" * (i % 7)) for i in order]
         value_ExP = -20.0 - np.concatenate([np.zeros((1, ITEMS)), losses.top_N[None], losses.control_DxN])[:, order]
         save_effects(tmp_path / name, EffectsTable.block(edits, prompts, dict(answer_log_prob=value_ExP)))
-        kinds = {prompt.id: (KINDS_OF_TWO[place],) for prompt, place in zip(prompts, order, strict=True)}
+        kinds = {
+            prompt.id: (KINDS_OF_TWO[place], f"level {place}") for prompt, place in zip(prompts, order, strict=True)
+        }
         results = {"gsm8k": SimpleNamespace(origin="one file", dictionary="topk", categories=kinds)}
         folders = {"study/gsm8k": tmp_path / name}
         rows[name] = SimpleNamespace(each=lambda cls, results=results: results, folders=folders)

@@ -120,7 +120,7 @@ def test_the_page_opens_with_which_rows_pass_all_controls(figures):
         "base, topk on sums (an effect: yes; more than random lists: yes; specific: yes; more than"
     )
     assert others.startswith("tuned, topk on sums: unstable (an effect: yes") and "in 2 of 3 seeds" in others
-    assert "random, topk on sums (" in untested and "a drop of 0.50 nats takes 9 items" in untested
+    assert untested.startswith("random, topk on sums: Why (an effect") and "items" not in untested
 
 
 def test_five_sentences(figures):

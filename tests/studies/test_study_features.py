@@ -50,6 +50,8 @@ def test_words_are_those_on_which_features_fire_the_strongest_first():
 def test_a_problem_of_each_category_comes_first():
     categories = {str(number): ("ab"[number // 4],) for number in range(8)}
     assert choose_problems(list(categories), categories) == ["0", "4", "1", "2", "3", "5"]
+    several = {item: (*names, f"level {item}") for item, names in categories.items()}
+    assert choose_problems(list(several), several) == ["0", "4", "1", "2", "3", "5"], "the first category alone"
     assert choose_problems(["1", "2"], {}) == ["1", "2"] and choose_problems([], categories) == []
 
 

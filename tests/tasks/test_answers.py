@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from saejax.tasks.answers import corrupted_answers, formula_verdicts, last_boxed, number_verdicts
+from saejax.tasks.answers import corrupted_answers, find_final_answer, formula_verdicts, last_boxed, number_verdicts
 
 
 def found(verdicts):
@@ -147,3 +147,27 @@ def test_corrupted_answers_have_the_form_of_the_right_one():
         assert others == corrupted_answers(answer, (), 8, [0]) != corrupted_answers(answer, (), 8, [1])
     assert corrupted_answers("odd", (), 8, [0]) == [] and len(corrupted_answers("7", (), 20, [0])) == 9
     assert sorted(corrupted_answers("(B)", ("(A)", "(B)", "(C)"), 8, [0])) == ["(A)", "(C)"]
+
+
+def test_corrupted_answers_are_wrong_and_have_a_value():
+    for answer, count in ((r"\frac{1}{2}", 60), ("3/6", 60), ("(1, 2)", 9)):
+        others = corrupted_answers(answer, (), count, [0], is_formula=True)
+        assert len(others) == count
+        assert not any(formula_verdicts(rf"\boxed{{{other}}}", answer)["flexible"].correct for other in others)
+        values = [list(map(int, re.findall("[0-9]", other))) for other in others]
+        assert answer == "(1, 2)" or all(low and 2 * high != low for high, low in values)
+
+
+def test_final_answers_are_found_where_they_are_stated():
+    for solution, answer, start in (
+        (r"There are \boxed{5} of the 15 ways.", "5", r"5} of"),
+        (r"\boxed{5}, that is 5 of all.", "5", "5}"),
+        (r"With \boxed{3} and 5: \boxed{x = 5}, of 25.", "5", "5}, of"),
+        ("5 of 1.5, 15, 5.5, 1,500 and 5,000", "5", "5 of"),
+        ("The sum is 5.", "5", "5."),
+        ("1+1=2\n#### -5", "-5", "-5"),
+        ("15 and 5.2", "5", None),
+        (r"\boxed{\frac{1}{2}}", "0.5", None),
+        ("(B)", "(B)", "(B)"),
+    ):
+        assert find_final_answer(solution, answer) == (None if start is None else solution.index(start))

@@ -20,7 +20,7 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.answers import VerdictConfig
-from saejax.interventions.controls import Changes, inner_products, random_lists
+from saejax.interventions.controls import Changes, choose_pool, inner_products, random_lists
 from saejax.interventions.rows import edit_value
 from saejax.interventions.split_model import SplitModel, active_features, record, run_head
 from saejax.matching.track.results import StepTest, TrackedStep
@@ -95,9 +95,9 @@ class StepTester:
         if not tested:
             raise UserError("none of its features fires before its last token")
         # Random lists fire in the step, too: removing what is silent would do nothing and make any effect look large.
-        pool = np.setdiff1d(np.flatnonzero(fires_F), np.asarray(features))
         layer = self._split.point.site.layer
         seed = int(np.random.SeedSequence([self._config.seed, step.start, layer]).generate_state(1)[0])
+        pool = choose_pool(fires_F, 1, features, 1.0, seed)
         features_K = np.unique([*tested, *pool.tolist()])
         W_dec_KxD = to_host(self._split.dictionary.W_dec_FxD[...])[features_K].astype(np.float64)
         # The change over all positions of the step, in float64 as lists of a dose are compared.

@@ -86,11 +86,17 @@ def headline(title: str, result: BehaviourVerdict) -> str:
     parts = []
     for answered, words in (
         (result.random, "random features that change the site as much cost"),
-        (result.placebo, "features chosen for other tokens cost"),
+        (None if objective == "answer_log_prob" else result.placebo, "features chosen for other tokens cost"),
         (result.trained, "those of untrained dictionaries cost"),
     ):
-        if answered.numbers:
+        if answered and answered.numbers:
             parts.append(f"{words} {number(answered.numbers['median'])}")
+    if objective == "answer_log_prob" and (numbers := result.placebo.numbers):
+        # Of benchmarks question 3 is about another quantity, which must not stand beside the text's log-likelihood.
+        parts.append(
+            f"of {ABLATION_READOUTS['answer_margin'][0]} the top features cost {number(numbers['top'])} nats, sets "
+            f"chosen for corrupted answers {number(numbers['median'])}"
+        )
     if share and result.placebo.numbers:
         high = percent(result.placebo.numbers["share_high"])
         parts.append(f"19 of 20 other likely answers lose at most {high} under the same ablation")
@@ -246,6 +252,8 @@ def control_picture(
         "Orange: the top features with their 95 % interval, and, to the left of it, ablated by a fifth, two fifths and "
         f"so on. {fooled_sentence(result.fooled, result.placebo_sets)}"
     )
+    if objective == "answer_log_prob":
+        caption += f" Question 3 is not shown: it compares losses of {ABLATION_READOUTS['answer_margin'][0]}."
     alt = signed(f"{title}. {ablation.sentence} {result.random.sentence} {result.placebo.sentence}")
     fractions = {edit.fraction: float(drop) for edit, drop in zip(top, means(top), strict=True)}
     return draw(name, control_strips(title, fractions, ablation.effect, controls, bases, unit), caption, alt)
