@@ -1,8 +1,10 @@
 """What a capture stores, what it refuses, and that killed, stopped or damaged ones go on to the same files."""
 
 import collections
+import errno
 import json
 import shutil
+import threading
 from collections import defaultdict
 
 import numpy as np
@@ -256,6 +258,25 @@ def test_a_stopped_capture_keeps_its_shards_and_goes_on(setup, on_one_device, ba
             assert f"{len(list(run.folder.glob('mlp_in.2/record-*')))} of " in str(stop)
     whole, _ = setup.capture(f"whole_{backend}", backend=backend, **RESUMED)
     assert stops > 2 and files(run.folder) == files(whole.folder)
+
+
+def test_a_write_that_fails_counts_more_than_a_signal(setup, monkeypatch):
+    """Also one that fails only after the signal, whose message would say that its shard is finished."""
+    failing, stopped = threading.Event(), threading.Event()
+
+    def fail(self, site, shard, rows):
+        failing.set()
+        assert stopped.wait(60)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def stopping():
+        if failing.is_set():
+            stopped.set()
+        return failing.is_set()
+
+    monkeypatch.setattr(StoreWriter, "write_site", fail)
+    with pytest.raises(OSError, match="No space left"):
+        capture.run_capture(setup.make_run("no_space", stopping=stopping, **RESUMED))
 
 
 def test_a_finished_shard_that_was_damaged_is_made_again(setup, uninterrupted):

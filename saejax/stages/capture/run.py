@@ -4,7 +4,6 @@ What is captured, in which batches and where it is stored does not depend on the
 ``torch_capture`` (hooks in the transformers model) or ``jax_capture`` (our decoder, on the mesh).
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -219,6 +218,7 @@ def _make_shards(
         """Yield the batches of a shard until the run is asked to stop."""
         nonlocal last_look
         for batch in plan.batches(shard):
+            forget_written()
             if processes and time.monotonic() - last_look > _LOOK_EVERY:
                 last_look = time.monotonic()
                 if failure := processes.failure():
@@ -236,21 +236,30 @@ def _make_shards(
         finally:
             buffers.give_back(rows)
 
-    written: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+    writes: list[concurrent.futures.Future[None]] = []
+
+    def forget_written() -> None:
+        """Forget the writes that are done; raise the error of one that failed."""
+        for write in [write for write in writes if write.done()]:
+            write.result()
+            writes.remove(write)
+
     # Written while the next shard is filled. On an error or a signal the shards that are complete are finished first.
     with concurrent.futures.ThreadPoolExecutor(THREADS, "write") as threads:
-        for done, (shard, parts) in enumerate(missing.items()):
-            # The index needs no model: it follows from the documents.
-            if parts != (INDEX,):
-                reader.read(batches(shard, done), take)
-            written.append(threads.submit(writer.write_index, shard))
-            for site in filter(parts.__contains__, map(str, widths)):  # the other sites' files stay as they are
-                written.append(threads.submit(write_site, site, shard, buffers.shard(site, plan.size(shard))))
-            buffers.begin()
-            while written and written[0].done():
-                written.popleft().result()
-        for future in written:
-            future.result()
+        try:
+            for done, (shard, parts) in enumerate(missing.items()):
+                # The index needs no model: it follows from the documents.
+                if parts != (INDEX,):
+                    reader.read(batches(shard, done), take)
+                writes.append(threads.submit(writer.write_index, shard))
+                for site in filter(parts.__contains__, map(str, widths)):  # the other sites' files stay as they are
+                    writes.append(threads.submit(write_site, site, shard, buffers.shard(site, plan.size(shard))))
+                buffers.begin()
+                forget_written()
+        finally:
+            # A write that failed takes the place of a signal, whose message says that these shards are finished.
+            for write in writes:
+                write.result()
     reader.close()
     return progress.rate
 
