@@ -3,14 +3,12 @@
 Features are chosen as at inference: those of BatchTopK by a threshold that is calibrated at this step.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from saejax.activations.batches import sites_of
 from saejax.dictionaries import Dictionary, rescale
@@ -21,6 +19,7 @@ from saejax.training import cross_layer
 from saejax.training.scales import HELD_OUT_TOKENS, ScaledRows
 from saejax.training.stack import Hyperparams, TrainStack, batch_parts
 from saejax.training.state import TrainState
+from saejax.training.step import measure_members
 
 PREFIX = "held_out_"  # of the names of these scores among the metrics
 
@@ -96,16 +95,15 @@ def _add_batch(
 ) -> Sums:
     """Return the sums with those of a batch added."""
     error_M, fired_MxF = sums
-    values = [values_SxBxD.astype(stack.config.state_dtype) for values_SxBxD in batch]
     if stack.is_cross_layer:
+        values = [values_SxBxD.astype(stack.config.state_dtype) for values_SxBxD in batch]
         x_LxBxD, y_LxBxD = values[0] * hyper.input_scale[:, None, None], values[1] * hyper.output_scale[:, None, None]
         error_L, fired_LxF = cross_layer.held_out_sums(stack, params, hyper, kept_M, x_LxBxD, y_LxBxD)  # type: ignore[arg-type]
         return error_M + error_L, fired_MxF + fired_LxF
 
-    def of_member(args: tuple[Arrays, Hyperparams, jax.Array]) -> Sums:
-        arrays, hyper, kept = args
-        x_BxD, y_BxD = (lax.dynamic_index_in_dim(values[i], hyper.site_index, keepdims=False) for i in (0, -1))
-        x_BxD, y_BxD = x_BxD * hyper.input_scale, y_BxD * hyper.output_scale
+    def of_member(
+        arrays: Arrays, hyper: Hyperparams, x_BxD: jax.Array, y_BxD: jax.Array, kept: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         kind = stack.kind
         arrays = rescale.unit_rows(kind, kind.finish(arrays, kept), stack.dictionary.widths)
         member = Dictionary(stack.dictionary, "float32", **arrays)  # as finished dictionaries are read
@@ -114,8 +112,7 @@ def _add_batch(
         fired_F = jnp.sum(kind.fires(f_BxF, numbers).astype(jnp.float32), axis=0)
         return jnp.sum(jnp.square(y_BxD - member.decode(f_BxF, x_BxD))).astype(jnp.float32), fired_F
 
-    per_member = dataclasses.replace(hyper, metric_DxD=None)  # which is not read here, and may be of several members
-    errors_M, fired = lax.map(of_member, (params, per_member, kept_M))  # one by one: memory is that of one member
+    errors_M, fired = measure_members(stack, of_member, params, hyper, batch, kept_M)
     return error_M + errors_M, fired_MxF + fired
 
 

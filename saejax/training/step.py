@@ -203,15 +203,54 @@ def _encode(
 # A stack: one member's function over the leading axis.
 
 
+def measure_members(
+    stack: TrainStack, measure: Callable, params: Arrays, hyper: Hyperparams, batch: Batch, *more: jax.Array
+) -> Any:
+    """Return ``measure(params, hyper, x_BxD, y_BxD, *more)`` of each member, on its own device, with its scaled values.
+
+    Members of a device take turns, so that memory is that of one.
+
+    Args:
+      stack: what is trained.
+      measure: a function of one member, whose hyperparameters have no metric here.
+      params: arrays of all members.
+      hyper: ``stack.hyperparams``.
+      batch: as in ``train_step``.
+      more: further arrays of all members, [M, ...].
+    """
+
+    def apply(_: TrainStack, index: jax.Array, *args: Any) -> tuple[jax.Array, Any]:
+        hyper, x_BxD, y_BxD, params, *more = args
+        return index, measure(params, hyper, x_BxD, y_BxD, *more)
+
+    # Parameters are read only: as a state that turns write to they would be copied.
+    per_member = dataclasses.replace(hyper, metric_DxD=None)  # which is not read here, and may be of several members
+    with jax.sharding.use_abstract_mesh(stack.mesh.abstract_mesh):
+        _, measured = _map_over_batch(
+            stack, apply, hyper.site_index, per_member, batch, read_only=(params, *more), members_at_once=1
+        )
+    return measured
+
+
 def _map_over_batch(
-    stack: TrainStack, apply: Callable, state: TrainState, hyper: Hyperparams, batch: Batch, *common: jax.Array
-) -> tuple[TrainState, Any]:
-    """Map ``apply(stack, state, hyper, x_BxD, y_BxD, *common)`` over members, each with its scaled values."""
-    batch = tuple(values_SxBxD.astype(stack.config.state_dtype) for values_SxBxD in batch)
+    stack: TrainStack,
+    apply: Callable,
+    state: Any,
+    hyper: Hyperparams,
+    batch: Batch,
+    *common: jax.Array,
+    read_only: tuple[Any, ...] = (),
+    members_at_once: int = 0,
+) -> tuple[Any, Any]:
+    """Map ``apply(stack, state, hyper, x_BxD, y_BxD, *common, *read_only)`` over members, each with its scaled values.
+
+    Of ``read_only``, arrays of all members, each gets its own. ``members_at_once``: 0: those of training.
+    """
+    dtype, members_at_once = stack.config.state_dtype, members_at_once or stack.members_at_once
     count, metric_SxDxD = len(common), hyper.metric_DxD
 
-    def apply_to_member(state: TrainState, per_member: Any, *shared: jax.Array) -> tuple[TrainState, Any]:
-        (hyper, values), common, shared = per_member, shared[:count], shared[count:]
+    def apply_to_member(state: Any, per_member: Any, *shared: jax.Array) -> tuple[Any, Any]:
+        (hyper, values, read_only), common, shared = per_member, shared[:count], shared[count:]
         if values is None:
             # Several members read one site: each picks it from the batch, which is there once.
             values = [lax.dynamic_index_in_dim(each_Sx, hyper.site_index, keepdims=False) for each_Sx in shared]
@@ -219,15 +258,15 @@ def _map_over_batch(
                 # Of one site not by its index: members at the same time would each get a copy.
                 metric_DxD = shared[-1][0] if len(stack.sites) == 1 else values[-1]
                 hyper, values = dataclasses.replace(hyper, metric_DxD=metric_DxD), values[:-1]
-        x_BxD = values[0] * hyper.input_scale
-        y_BxD = values[1] * hyper.output_scale if len(values) > 1 else x_BxD
-        return apply(stack, state, hyper, x_BxD, y_BxD, *common)
+        x_BxD = values[0].astype(dtype) * hyper.input_scale
+        y_BxD = values[1].astype(dtype) * hyper.output_scale if len(values) > 1 else x_BxD
+        return apply(stack, state, hyper, x_BxD, y_BxD, *common, *read_only)
 
-    placement = stack.mesh, stack.members_at_once
+    placement = stack.mesh, members_at_once
     if len(stack.sites) == len(stack.members):  # each member has its own values, on its own devices
-        return map_over_members(apply_to_member, state, (hyper, batch), common, *placement)
+        return map_over_members(apply_to_member, state, (hyper, batch, read_only), common, *placement)
     once = batch if metric_SxDxD is None else (*batch, metric_SxDxD)
-    per_member = dataclasses.replace(hyper, metric_DxD=None), None
+    per_member = dataclasses.replace(hyper, metric_DxD=None), None, read_only
     return map_over_members(apply_to_member, state, per_member, (*common, *once), *placement)
 
 

@@ -5,13 +5,11 @@ trained with k = 32 would fire 20 features a token. So the threshold is set to t
 N k largest activations of the final parameters on N training tokens: L0 is k on these.
 """
 
-import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.kinds.base import Arrays, Kind
@@ -22,6 +20,7 @@ from saejax.training import cross_layer
 from saejax.training.inputs import Batches
 from saejax.training.stack import Hyperparams, TrainStack
 from saejax.training.state import TrainState
+from saejax.training.step import measure_members
 
 _TOKENS = 16_384  # tokens that L0 is measured on: its relative error is below 1 %
 _VALUES = 2**26  # maximum number of pre-activations: 256 MB in float32
@@ -64,19 +63,16 @@ class Calibration:
 
 def _calibrate(stack: TrainStack, params: Arrays, hyper: Hyperparams, inputs: list[jax.Array]) -> jax.Array:
     """Return the smallest activation [M] that each member keeps of all tokens of these batches together."""
-    dtype, settings = stack.config.state_dtype, stack.config.of_kind(stack.kind.name)
+    settings = stack.config.of_kind(stack.kind.name)
     x_SxNxD = jnp.concatenate(inputs, axis=1)
     if stack.is_cross_layer:
-        x_LxNxD = x_SxNxD.astype(dtype) * hyper.input_scale[:, None, None]
+        x_LxNxD = x_SxNxD.astype(stack.config.state_dtype) * hyper.input_scale[:, None, None]
         return cross_layer.smallest_kept(stack, params, hyper, x_LxNxD)  # type: ignore[arg-type]
 
-    def of_member(args: tuple[Arrays, Hyperparams]) -> jax.Array:
-        arrays, hyper = args
-        x_NxD = lax.dynamic_index_in_dim(x_SxNxD, hyper.site_index, keepdims=False).astype(dtype) * hyper.input_scale
+    def of_member(arrays: Arrays, hyper: Hyperparams, x_NxD: jax.Array, _: jax.Array) -> jax.Array:
         member = Dictionary(stack.dictionary, "float32", **arrays)  # as finished dictionaries are read
         projected_NxF = member.pre_activations(x_NxD)
         pre_NxF = projected_NxF + row(member.b_enc_F[...], 2)
         return smallest(stack.kind.encode_in_training(member, pre_NxF, projected_NxF, hyper.kind_params, settings))
 
-    per_member = dataclasses.replace(hyper, metric_DxD=None)  # which is not read here, and may be of several members
-    return lax.map(of_member, (params, per_member))  # one by one: memory is that of one member
+    return measure_members(stack, of_member, params, hyper, (x_SxNxD,))

@@ -1,6 +1,7 @@
 """Scores and dictionaries of a training that goes on are those of a dictionary that is finished at that step."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -53,6 +54,16 @@ def test_scores_are_those_of_evaluation(kind, mesh, changes):
     state = dataclasses.replace(state, params=moved)
     kept_M = Calibration(stack)(state, batches, 4)
     scorer = HeldOutScorer.of(stack, rows)
+    if mesh:
+        sums = np.zeros(2, np.float32), np.zeros(state.silent_MxF.shape, np.float32)
+        programs = [
+            Calibration(stack)._run.lower(state.params, stack.hyperparams, [batches.batch(0)[0]]),
+            scorer._add.lower(sums, state.params, stack.hyperparams, kept_M, next(scorer._batches())),
+        ]
+        for program in programs:
+            gathered = re.findall(r" = (\S+) all-gather", program.compile().as_text())
+            weights = [shape for shape in gathered if shape.split("]")[0].count(",") == 2]
+            assert gathered and not weights, "members stay on their devices"
     scores = {name.removeprefix("held_out_"): np.asarray(value_M) for name, value_M in scorer(state, kept_M).items()}
     assert scorer.tokens == 2 * B
     values = {site: rows.held_out(HELD_OUT_TOKENS, site)[site][: 2 * B] for pair in stack.sites for site in pair}
