@@ -308,12 +308,11 @@ def among_sentence(answer: CausalAnswer, group: str, k: int, behaviours: int, ob
 def enough_sentence(enough: Sequence[Kept]) -> str:
     """Return the sentence of question 6, which has no yes or no: the fewest kept features, and the most."""
     if not enough:
-        return "Not measured, or the logit difference is not above zero without an edit."
+        return "Not measured, or the logit difference may be zero without an edit."
     parts = []
     for kept in (enough[0], *enough[1:][-1:]):
         left = kept.left
-        text = f"{features(kept.features)} leave {100 * left.mean:.0f} %"
-        text += f" [{100 * left.low:.0f}, {100 * left.high:.0f}]" if np.isfinite(left.low) else ""
+        text = f"{features(kept.features)} leave {100 * left.mean:.0f} % [{100 * left.low:.0f}, {100 * left.high:.0f}]"
         parts.append(f"{text} of the logit difference")
         if kept.left_without_error:
             parts[-1] += f", {100 * kept.left_without_error.mean:.0f} % without the error term"

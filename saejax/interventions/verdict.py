@@ -522,8 +522,10 @@ def _measure_enough(measured: MeasuredBehaviour) -> tuple[Kept, ...]:
     """Return question 6: what is left of the logit difference where so many features alone are kept."""
     table, prompts = measured.table, measured.prompts
     clean_P = table.clean_values(prompts, "logit_diff")
-    # Controls are those of the tested dictionary.
-    if measured.dictionary != TESTED or not clean_P.mean() > 0:
+    clean_R = measured.weight_RxP @ clean_P
+    is_above_R = clean_R > 0
+    # Controls are those of the tested dictionary. Of a difference that may be zero there is no share.
+    if measured.dictionary != TESTED or not clean_P.mean() > 0 or is_above_R.mean() < 0.975:
         return ()
 
     def values(group: str) -> dict[int, list[np.ndarray]]:
@@ -535,13 +537,8 @@ def _measure_enough(measured: MeasuredBehaviour) -> tuple[Kept, ...]:
         return by_size
 
     def share(value_P: np.ndarray) -> Interval:
-        clean_R, mean = measured.weight_RxP @ clean_P, float(value_P.mean() / clean_P.mean())
-        is_above_R = clean_R > 0
-        # Where resamples have no difference to take a share of, the share may be anything.
-        if is_above_R.mean() < 0.975:
-            return Interval(mean, -math.inf, math.inf)
         sample_R = (measured.weight_RxP @ value_P)[is_above_R] / clean_R[is_above_R]
-        return Interval(mean, *bootstrap.percentile_interval(sample_R))
+        return Interval(float(value_P.mean() / clean_P.mean()), *bootstrap.percentile_interval(sample_R))
 
     groups = {name + ending: values(name + ending) for name in ("top", *KEPT_CONTROLS) for ending in ("", NO_ERROR)}
 

@@ -48,7 +48,7 @@ def rate(name: str, verdicts: list[BehaviourVerdict], question: str) -> float:
     print(
         f"{name}: {question} yes in {100 * share:.1f} % of the {len(p_values)} worlds of {len(verdicts)} that test it"
     )
-    assert len(p_values) >= 0.8 * len(verdicts)
+    assert len(p_values) >= 0.5 * len(verdicts)
     return share
 
 
