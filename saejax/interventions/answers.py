@@ -113,9 +113,8 @@ class Kept:
 
     features: int  #: number of kept features; all others are set to their mean over the train prompts that rank them
     left: Interval  #: share that is left, with the error term
-    left_without_error: (
-        Interval | None
-    )  #: share that is left where the error term is dropped, too; None: with error=drop
+    #: share that is left where the error term is dropped, too; None with error=drop, where there is none
+    left_without_error: Interval | None
     #: medians of the shares that controls leave, by "placebo" and "untrained": with the error term, and without it
     controls: Mapping[str, tuple[float, float | None]]
 
