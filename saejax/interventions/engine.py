@@ -185,10 +185,11 @@ def run_edits(
                 f"both answers of prompt {run.index_P[place]}, counted from 0, begin with the same token: their logit "
                 "difference is always 0; give answers whose first tokens differ"
             )
-    # Behind the edits stand two clean runs: from all tokens and from the last one alone.
-    planned = edits.with_clean_rows(2)
+    # Behind the edits stand clean runs: from the last token alone and, to see how far they round apart, from all.
+    planned = edits.with_clean_rows(1 + snap_rounding)
+    clean = len(edits)
     edited = [EditedRun(run, edits.replacement.of_run(number)) for number, run in enumerate(runs)]
-    plans = [_plan(split, each, planned, batch_rows) for each in edited]
+    plans = [_plan(split, each, planned, clean, batch_rows) for each in edited]
     batches = [(each.run.index_P, batch) for each, plan in zip(edited, plans, strict=True) for batch in plan]
     names = READOUTS if readouts else READOUTS[:1]
     # NaN marks rows that are not run, because no readout of a finite run is NaN.
@@ -213,15 +214,15 @@ def run_edits(
             values_MxExP[:, shard.set_N, index_Q[shard.place_N]] = values_NxM.T
         done += batch.tokens * len(batch.shards)
         on_progress(done, total)
-    clean_MxP, whole_P = values_MxExP[:, -1], values_MxExP[0, -2]
+    clean_MxP = values_MxExP[:, clean]
     if readouts:
         # The divergence from itself, which rounding would leave a little off.
         clean_MxP[names.index("kl")] = 0.0
     # A row that was not run changes nothing.
-    edited_MxSxP = np.where(np.isnan(values_MxExP[:, :-2]), clean_MxP[:, None, :], values_MxExP[:, :-2])
+    edited_MxSxP = np.where(np.isnan(values_MxExP[:, :clean]), clean_MxP[:, None, :], values_MxExP[:, :clean])
     if snap_rounding:
         # All edits share the rounding error of a prompt, which would make many small effects agree.
-        is_rounding_SxP = np.abs(edited_MxSxP[0] - clean_MxP[0]) <= 4 * np.abs(whole_P - clean_MxP[0])
+        is_rounding_SxP = np.abs(edited_MxSxP[0] - clean_MxP[0]) <= 4 * np.abs(values_MxExP[0, -1] - clean_MxP[0])
         edited_MxSxP[0] = np.where(is_rounding_SxP, clean_MxP[0], edited_MxSxP[0])
     pairs = zip(names, clean_MxP, edited_MxSxP, strict=True)
     return {name: np.vstack([clean_P, edited_SxP]) for name, clean_P, edited_SxP in pairs}
@@ -343,13 +344,13 @@ class EditedRun(NamedTuple):
         return Prompts(self.run.last_B[: len(prefix_PxT)], prefix_PxT)
 
 
-def _plan(split: SplitModel, edited: EditedRun, edits: FeatureEdits, batch_rows: int) -> list[RowBatch]:
-    """Plan the rows of some edits, of which the last two, empty, run on all tokens and on the last one."""
+def _plan(split: SplitModel, edited: EditedRun, edits: FeatureEdits, clean: int, batch_rows: int) -> list[RowBatch]:
+    """Plan the rows of some edits; the empty one at ``clean`` runs on the last token, those behind it on all tokens."""
     prompts, domain_BxT = edited.prompts, np.asarray(edited.run.domain_BxT)
     count, length = prompts.prefix_PxT.shape
     first_BxF = np.asarray(first_change(split.point, split.dictionary, *edited.arrays))
     first_SxP = first_changes(first_BxF[:count], edits, domain_BxT[:count])
-    first_SxP[-2], first_SxP[-1] = 0, prompts.last_P
+    first_SxP[clean], first_SxP[clean + 1 :] = prompts.last_P, 0
     return batches_of(first_SxP, prompts, edits, batch_rows * length, FEATURES, document_devices(split.point.mesh))
 
 

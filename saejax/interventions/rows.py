@@ -28,7 +28,7 @@ from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.mesh import row_sharding, sharding
 
 _STEP = 8  # rows and tokens are filled up to a multiple of this
-_SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of a full batch's tokens, to which smaller ones are filled up
+_SHARES = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of a full batch's tokens, to which smaller ones are filled up
 _PROGRAM = 16384  # tokens whose attention runs in the time in which a program of another shape is compiled, roughly
 
 

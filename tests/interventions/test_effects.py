@@ -334,3 +334,11 @@ def test_whole_answers_and_cross_entropy_equal_full_passes(tiny, few, dictionary
             assert value_ExPxR[e, p, 1] == pytest.approx(ce, abs=1e-4)
     with pytest.raises(UserError, match="edits at all positions"):
         engine.effects(tiny, few, batch, ("ce",), positions="last")
+
+
+def test_without_edits_a_prompt_runs_its_last_token_alone(tiny, few, dictionary):
+    split, totals = SplitModel(tiny, dictionary), []
+    nothing = edits.mask(dictionary, [[]])
+    values = engine.run_edits(split, split.run(few), nothing, 1, lambda done, total: totals.append(total))
+    assert set(totals) == {-(-len(few) // 8) * 8}  # filled up to a multiple of 8 tokens
+    np.testing.assert_array_equal(values["logit_diff"][0], values["logit_diff"][1])
