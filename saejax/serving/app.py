@@ -39,6 +39,7 @@ _LARGEST = 1e30  # factor or activation
 _LONGEST_LABEL = 1000  # characters
 _MOST_TOKENS = 200  # of a generated text
 _GRACE = 5  # seconds for answers that are under way when the server is to end
+_OUTPUTS = ("first", "second")  # in the address of a page: two logits, whose difference it explains
 
 
 def address(graph: str, **query: Any) -> str:
@@ -138,17 +139,16 @@ class GraphServer:
         document, note, why, missing = self._store.document(graph), "", "", ""
         freeze_modes: tuple[str, ...] = MODES
         settings = document["metadata"].get("pruning_settings") or {}
-        nodes, edges = settings.get("node_threshold", 0.8), settings.get("edge_threshold", 0.98)
+        shares = dict(nodes=settings.get("node_threshold", 0.8), edges=settings.get("edge_threshold", 0.98))
         labels: dict[tuple[int, int], str] = {}
         details: dict[Feature, FeatureDetails] = {}
         tables: list[PageTable] = []
-        config = self._session.defaults[GraphConfig]  # of a graph without a known set
-        if "nodes" in query and "edges" in query:
-            nodes, edges = (_share(query, name) for name in ("nodes", "edges"))
-            document = self._session.prune(graph, document, nodes, edges)
+        config, outputs = self._session.graph_config(graph), [query[name] for name in _OUTPUTS if name in query]
+        if outputs or not shares.keys().isdisjoint(query):
+            shares = {name: _share({**shares, **query}, name) for name in shares}
+            document = self._session.prune(graph, document, shares["nodes"], shares["edges"], outputs)
         try:
             configs = self._session.configs_of(graph)
-            config = configs[GraphConfig]
             freeze_modes = MODES[:1] if config.dictionaries else MODES
             note = f"With {_parts(configs)}."
             note += "" if graph.whole else " It cannot be pruned again, as the whole graph is not saved here."
@@ -161,7 +161,7 @@ class GraphServer:
         except UserError as error:
             missing = f" Labels or contexts are missing: {_line(error)}"
         live: dict[str, Any] = dict(graph=graph.id, note=f"{why or note}{missing}", why=why, freeze_modes=freeze_modes)
-        live |= dict(nodes=nodes, edges=edges, whole=graph.whole is not None)
+        live |= dict(shares, whole=graph.whole is not None, difference=bool(outputs))
         return page_html(document, labels=labels, details=details, live=live, tables=tables)
 
     def _trace(self, fields: Mapping[str, Any], job: Job) -> Any:
@@ -216,11 +216,7 @@ class GraphServer:
         graph, name = self._find_graph(fields), _text(fields, "feature")
         if not re.fullmatch(r"[0-9]{1,4}_[0-9]{1,9}", name):
             raise UserError(f"{name!r} is no feature: expected layer_index, such as 3_17")
-        try:
-            config = self._session.configs_of(graph)[GraphConfig]
-        except UserError:
-            config = self._session.defaults[GraphConfig]
-        feature = feature_of(dict(node_id=name))
+        feature, config = feature_of(dict(node_id=name)), self._session.graph_config(graph)
         return feature_data(self._details(graph, [feature], config, fetched=1).get(feature, FeatureDetails()))
 
     def _label(self, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ graph that is traced again under its slug is another graph.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from saejax import config as configuration
 from saejax.attribution.forms.document import GraphDocument, feature_nodes, feature_of
 from saejax.attribution.forms.neuronpedia import to_document
+from saejax.attribution.graph.nodes import LOGIT
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
@@ -78,6 +79,13 @@ class ModelSession:
             raise UserError(f"{graph.unit / SUMMARY} is damaged: trace the prompt again") from None
         return self.defaults | model | graph_config
 
+    def graph_config(self, graph: StoredGraph) -> GraphConfig:
+        """Return the settings that a graph was made with; where nothing says so, those of the command line."""
+        try:
+            return self.configs_of(graph)[GraphConfig]
+        except UserError:
+            return self.defaults[GraphConfig]
+
     def opened(self, run: Run, job: Job) -> tuple[Any, Any]:
         """Return what ``run.open_parts`` does, from memory where the last call was for the same."""
         key = _parts_key(run.configs)
@@ -113,20 +121,26 @@ class ModelSession:
         while len(self._runs) > _KEPT:
             del self._runs[next(iter(self._runs))]
 
-    def prune(self, graph: StoredGraph, document: GraphDocument, nodes: float, edges: float) -> GraphDocument:
-        """Return a graph pruned with other thresholds, from the whole one in its unit.
+    def prune(
+        self, graph: StoredGraph, document: GraphDocument, nodes: float, edges: float, outputs: Sequence[str] = ()
+    ) -> GraphDocument:
+        """Return a graph pruned with other thresholds, from the whole one.
 
         Args:
           graph: the graph.
           document: the graph as it was saved, whose labels, groups and pins stay.
           nodes: share of the influence of nodes, 0 to 1.
           edges: share of the influence of edges, 0 to 1.
+          outputs: ids of two logits, whose difference is explained in place of all; none: all are.
 
         Raises:
-          UserError: the whole graph is not saved, or is damaged.
+          UserError: the whole graph is not saved or is damaged, or has no such logits.
         """
-        config, params = self.configs_of(graph)[GraphConfig], document["qParams"]
-        pruned = graph.load_whole().prune(nodes, edges, config.top_edges, config.min_weight)
+        config, params, whole = self.graph_config(graph), document["qParams"], graph.load_whole()
+        if outputs:
+            labels = dict(zip(whole.ids[whole.slice_of(LOGIT)], whole.labels, strict=True))
+            whole = whole.difference(*(labels.get(name, name) for name in outputs))
+        pruned = whole.prune(nodes, edges, config.top_edges, config.min_weight)
         document_labels = {feature_of(node): node["clerp"] for node in feature_nodes(document) if node["clerp"]}
         ids = set(pruned.ids)
         groups = [[label, *(name for name in names if name in ids)] for label, *names in params.get("supernodes", [])]
@@ -169,7 +183,8 @@ def targets_of(document: GraphDocument) -> list[Target]:
     logits = [node["node_id"] for node in document["nodes"] if node["feature_type"] == "logit"]
     try:
         pairs = settings.get("targets") or [(int(name.split("_")[1]), -1) for name in logits]
-        return [(int(first), int(second)) if second >= 0 else int(first) for first, second in pairs]
+        named = [(int(first), int(second)) for first, second in pairs if first >= 0]  # not directions
+        return [pair if pair[1] >= 0 else pair[0] for pair in named]
     except (TypeError, ValueError, IndexError):
         raise UserError("the graph does not name the tokens that it explains") from None
 
@@ -177,7 +192,8 @@ def targets_of(document: GraphDocument) -> list[Target]:
 def _parts_key(configs: Configs) -> Any:
     """Return what decides which model and dictionaries are opened."""
     graph = configs[GraphConfig]
-    return configs[ModelConfig], configs[MeshConfig], graph.transcoders, graph.l0, graph.dictionaries
+    of_saes = graph.dictionaries, graph.estimate, graph.direct
+    return configs[ModelConfig], configs[MeshConfig], graph.transcoders, graph.l0, of_saes
 
 
 def _check_same(document: GraphDocument, run: PromptRun) -> None:

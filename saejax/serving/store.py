@@ -1,8 +1,8 @@
 """The graphs of a folder, and what readers say of them: labels of features and groups of nodes.
 
-A graph is a file in Neuronpedia's format, in the folder itself or beside a list ``graph-metadata.json``, as every
-``attribute`` unit and circuit-tracer write one. Units are only read: what readers save is kept in ``DIR/serve/``, in
-files that the stages take.
+A graph is a file in Neuronpedia's format, or a .pt file of circuit-tracer's, in the folder itself or beside a list
+``graph-metadata.json``, as every ``attribute`` unit and circuit-tracer write one. Units are only read: what readers
+save is kept in ``DIR/serve/``, in files that the stages take.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from typing import Any
 
 from saejax.attribution.forms.document import GraphDocument, are_groups, check_document, check_groups, check_metadata
 from saejax.attribution.forms.features import Feature, FeatureDetails
-from saejax.attribution.forms.neuronpedia import INDEX, read_list
-from saejax.attribution.graph import Graph
+from saejax.attribution.forms.neuronpedia import INDEX, read_list, to_document
+from saejax.attribution.graph import Graph, circuit_tracer
 from saejax.attribution.settings import GraphConfig
 from saejax.dictionaries.labels import labels_of_sheets
 from saejax.dictionaries.names import folder_name
@@ -36,7 +36,7 @@ _SAVED = "serve"  # the folder for what readers save
 class StoredGraph:
     """A graph of the folder."""
 
-    id: str  #: its path in the folder, without ".json"; what pages call it
+    id: str  #: its path in the folder, ".json" left out; what pages call it
     path: Path  #: its file
     metadata: Mapping[str, Any]  #: of its document, such as ``slug`` and ``prompt``
 
@@ -48,7 +48,9 @@ class StoredGraph:
 
     @property
     def whole(self) -> Path | None:
-        """The folder of the graph before pruning, in its unit; None: there is none."""
+        """Where the graph before pruning is, in its unit or in circuit-tracer's file; None: there is none."""
+        if self.path.suffix == ".pt":
+            return self.path
         folder = self.unit / f"{self.path.stem}-graph" if self.unit else None
         return folder if folder and (folder / "graph.json").exists() else None
 
@@ -60,7 +62,8 @@ class StoredGraph:
         """
         if self.whole is None:
             raise UserError(f"the whole graph of {self.id} is not saved: trace its prompt here, then prune that")
-        return _load_whole(self.whole, (self.whole / "graph.json").stat().st_mtime_ns)
+        file = self.whole / "graph.json" if self.whole.is_dir() else self.whole
+        return _load_whole(self.whole, file.stat().st_mtime_ns)
 
     @property
     def fingerprint(self) -> str:
@@ -74,12 +77,15 @@ def _sha256(path: Path, changed: int) -> str:
 
 
 @functools.lru_cache(1)  # they are large
-def _load_whole(folder: Path, changed: int) -> Graph:
-    return Graph.load(folder)
+def _load_whole(place: Path, changed: int) -> Graph:
+    return Graph.load(place)
 
 
 @functools.lru_cache(1)
 def _read_graph(path: Path, changed: int) -> GraphDocument:
+    if path.suffix == ".pt":
+        slug = re.sub("[^A-Za-z0-9]+", "-", path.stem).strip("-") or "graph"
+        return to_document(_load_whole(path, changed).prune(), slug)
     return check_document(read_json(path))
 
 
@@ -90,6 +96,8 @@ def _read_metadata(path: Path, changed: int) -> Mapping[str, Any] | str | None:
     Nodes and links are checked when the graph is opened: of many graphs that would take a minute.
     """
     try:
+        if path.suffix == ".pt":
+            return circuit_tracer.read_metadata(path)
         content = json.loads(path.read_text(encoding="utf-8"))
         return check_metadata(content) if isinstance(content, dict) and "nodes" in content else None
     except UserError as error:
@@ -116,12 +124,7 @@ class GraphStore:
         problems, graphs = dict[str, str](), list[tuple[int, StoredGraph]]()
         for folder in self._folders(problems):
             listed = self._listed(folder, problems)
-            for path in folder.glob("*.pt"):
-                problems[path.relative_to(self.root).as_posix()] = (
-                    "is no JSON: if circuit-tracer saved it, saejax.Graph.load reads it in Python, and its "
-                    "create_graph_files writes it as JSON"
-                )
-            for path in sorted({*folder.glob("*.json"), *listed}):
+            for path in sorted({*folder.glob("*.json"), *folder.glob("*.pt"), *listed}):
                 name, problem = path.relative_to(self.root), ""
                 if path.name == INDEX or path.is_dir():
                     continue
@@ -136,7 +139,7 @@ class GraphStore:
                         continue
                     metadata = _read_metadata(path, changed)
                     if isinstance(metadata, Mapping):
-                        graphs.append((-changed, StoredGraph(name.with_suffix("").as_posix(), path, metadata)))
+                        graphs.append((-changed, StoredGraph(name.as_posix().removesuffix(".json"), path, metadata)))
                         continue
                     # Beside graphs there may be other files, which nobody listed.
                     problem = metadata or ("is in the list of graphs, and is none" if path in listed else "")

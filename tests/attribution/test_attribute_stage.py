@@ -59,6 +59,8 @@ def assert_contexts_are_those_of_the_corpus(folder, lm):
         expected = sorted((peak for peak in peaks if peak > 0), reverse=True)
         np.testing.assert_allclose([max(each["activations"]) for each in details.examples], expected, rtol=1e-4)
         assert details.name
+        active = sum(int((value_LxTxF[layer][1:, index] > 0).sum()) for value_LxTxF in values)
+        assert sum(height for _, height in details.histogram) == active
 
 
 def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
@@ -136,7 +138,7 @@ def test_what_is_shown_of_a_graph_traces_nothing_again(flags, tmp_path, monkeypa
     shown += ["--graph.source_set=plt-9", "--graph.contexts=3", "--graph.query_key=1.2"]
     with monkeypatch.context() as patch:
         patch.setattr(stage, "load_run_model", lambda run: pytest.fail("the model is loaded"))
-        patch.setattr("saejax.stages.attribute.run.run_again", lambda *parts: pytest.fail("the prompt is run"))
+        patch.setattr("saejax.stages.attribute.run.LocalModel", lambda *parts: pytest.fail("the prompt is run"))
         for flag in shown[:-2]:  # nor is the model loaded, as all is known of these features
             assert attribute(tmp_path / "run", *base, flag) == 0
         assert attribute(tmp_path / "run", *base, "--graph.min_weight=1000000") == 0

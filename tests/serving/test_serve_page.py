@@ -8,6 +8,7 @@ from graph_pages import FEATURE, click_node, show, state, text
 from made_up_documents import made_up_document
 
 from saejax.attribution.forms.neuronpedia import write_graph
+from saejax.attribution.settings import GraphConfig
 from saejax.serving import app
 from saejax.serving.store import GraphStore, StoredGraph
 
@@ -29,7 +30,11 @@ class FakeBench:
     def configs_of(self, graph):
         return self.defaults
 
-    def prune(self, graph, document, nodes, edges):
+    def graph_config(self, graph):
+        return self.defaults[GraphConfig]
+
+    def prune(self, graph, document, nodes, edges, outputs):
+        self.outputs = outputs
         features = [node["node_id"] for node in document["nodes"] if node["feature_type"] == FEATURE]
         gone = set(features[5:])
         kept = [node for node in document["nodes"] if node["node_id"] not in gone]
@@ -150,8 +155,9 @@ def test_contexts_come_when_a_node_is_opened(opened, site, features, place):
     node = next(name for name in features if not nodes[name]["clerp"])
     layer, index, _ = node.split("_")
     (place / "features").mkdir()
-    context = dict(tokens=["a", " <b>", " c"], values=[0.0, 2.0, 1.0])
-    (place / "features" / f"{layer}_{index}.json").write_text(json.dumps(dict(activations=[context])))
+    context = dict(tokens=["a", " <b>", " c"], values=[0.0, 2.0, 1.0], binMin=1.5, binMax=2.5)
+    bars = dict(freq_hist_data_bar_values=[0.5, 1.5, 2.5], freq_hist_data_bar_heights=[40, 20, 5])
+    (place / "features" / f"{layer}_{index}.json").write_text(json.dumps(dict(activations=[context], **bars)))
     show(opened, site[1] + PAGE)
     nameless = sum(not nodes[name]["clerp"] and not name.startswith(f"{layer}_{index}_") for name in features)
     assert f"{nameless} of {len(features)} nodes of features have no name" in text(opened, "#nameless summary")
@@ -162,6 +168,11 @@ def test_contexts_come_when_a_node_is_opened(opened, site, features, place):
     click_node(opened, node)
     opened.wait("document.querySelector('#panel .contexts')")
     assert text(opened, "#panel .contexts b") == " <b>"
+    bars = "[...document.querySelectorAll('#panel .histogram rect')].map(bar => Number(bar.getAttribute('height')))"
+    assert opened.js(bars) == [40, 20, 5] and text(opened, "#panel .histogram div") == "0.50\n2.50"
+    opened.click_on("#panel > details:not(.keys) summary")
+    assert text(opened, "#panel > details[open]").split("\n") == ["1.5 to 2.5", "a <b> c"]
+    assert "has no" not in text(opened, "#panel")
     (place / "features" / f"{layer}_{index}.json").unlink()
 
 
@@ -193,6 +204,18 @@ def test_the_graph_is_pruned_again(opened, site, features):
     kept = {node["node_id"] for node in site[0].made[0.5, 0.98]["nodes"]}
     assert state(opened, "clickedId") == (before if before in kept else "")
     assert opened.js("document.getElementById('prune-nodes').value") == "0.5"
+
+
+def test_the_difference_of_two_outputs_is_explained(opened, site, place):
+    nodes = json.loads((place / f"{GRAPH}.json").read_text())["nodes"]
+    outputs = [node["node_id"] for node in nodes if node["feature_type"] == "logit"]
+    opened.js("document.getElementById('difference-second').selectedIndex = 3")
+    opened.click_on("#difference-form button")
+    opened.wait("location.search.includes('first=') && window.attributionGraph && attributionGraph.painted")
+    assert site[0].outputs == [outputs[0], outputs[3]]
+    opened.click_on("#all-outputs a")
+    opened.wait("!location.search.includes('first=') && window.attributionGraph && attributionGraph.painted")
+    assert opened.js("document.getElementById('all-outputs').hidden")
 
 
 def test_labels_and_groups_are_saved(opened, site, features, place):

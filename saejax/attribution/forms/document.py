@@ -16,9 +16,6 @@ from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
-
-from saejax.attribution.graph.pruning import sweep
 from saejax.errors import UserError
 
 GraphDocument = Mapping[str, Any]
@@ -169,38 +166,3 @@ def check_groups(ids: Collection[str], groups: Sequence[Sequence[str]]) -> None:
                     "once"
                 )
             label_of[member] = label
-
-
-def ranked_links(document: GraphDocument) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of links by falling score, of equal ones the larger weight first; and the score of each link.
-
-    Weights are in the units of their targets, pre-activations and logits, so those of different targets do not compare.
-    The score of an edge is the share that it has of its target's input, by size, times the target's influence, as edges
-    are pruned (``graph.pruning``): the influence on the outputs that goes through it. That of an output is its
-    probability.
-
-    Args:
-      document: a document that passes ``check_document``.
-
-    Returns:
-      int64 and float64, both [E].
-    """
-    nodes, links = document["nodes"], document["links"]
-    place = {node["node_id"]: n for n, node in enumerate(nodes)}
-    source_E, target_E = (np.array([place[link[end]] for link in links], np.int64) for end in ("source", "target"))
-    size_E = np.abs(np.array([link["weight"] for link in links], np.float64))
-    is_output_N = np.array([node["feature_type"] == "logit" for node in nodes])
-    chance_N = np.array([node.get("token_prob") or 0.0 for node in nodes])
-    layer_N = np.array([-1 if node["layer"] == "E" else int(node["layer"]) for node in nodes])
-    height_N = np.where(is_output_N, layer_N.max() + 1, layer_N)
-    height_E, influence_N = height_N[target_E], np.zeros(len(nodes))
-    share_E = size_E / np.maximum(np.bincount(target_E, size_E, len(nodes)), np.finfo(float).tiny)[target_E]
-    score_E, passed_on_N = np.zeros(len(links)), np.zeros(len(nodes))
-
-    def add(height: int, targets: np.ndarray, passed_on: np.ndarray) -> None:
-        passed_on_N[targets], here = passed_on, np.flatnonzero(height_E == height)
-        score_E[here] = share_E[here] * passed_on_N[target_E[here]]
-        influence_N[:] += np.bincount(source_E[here], score_E[here], len(nodes))
-
-    sweep(height_N, np.arange(len(nodes)), np.where(is_output_N, chance_N, 0.0), influence_N, add)
-    return np.lexsort((-size_E, -score_E)), score_E

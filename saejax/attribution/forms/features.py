@@ -1,6 +1,6 @@
-"""Feature descriptions: contexts, logits and labels, from files of other programs and of our own runs.
+"""Feature descriptions: contexts, logits and labels, from files.
 
-Files are of two programs, and records are those of our stage ``interpret`` (``details_in_record``):
+These are of two programs:
 
 1. circuit-tracer's feature files: ``index.json.gz`` names for each layer a file and the byte range of each feature,
    where 4 bytes of length are followed by gzipped JSON; or one JSON file for each feature, ``<n>.json``, named by the
@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import gzip
+import itertools
 import json
 import math
 import os
@@ -40,9 +41,11 @@ ReadFeature = Callable[[Feature, bool], Mapping[str, Any] | None]
 # Gives the bytes of a file beside an index, from one to before another; b"": they are not here.
 ReadRange = Callable[[str, int, int, bool], bytes]
 EXAMPLES = 5  # contexts of a feature that a page shows
+_OF_QUANTILE = 2  # contexts of each quantile
 _NAMING = 2  # tokens that name a feature without a label
 _TOKENS = 24  # of a context, on each side of its strongest token
 _INDEX = "index.json.gz"
+_BARS = ("values", "heights")  # of a histogram, in Neuronpedia's JSON
 _CONNECTIONS = 16  # features that are fetched from the hub at once
 
 
@@ -56,6 +59,10 @@ class FeatureDetails:
     top_logits: tuple[str, ...] = ()
     bottom_logits: tuple[str, ...] = ()
     label: str = ""  #: what it is called; "": nothing
+    #: parts of the range of its activations, such as quantiles: of each its name and contexts; (): they are not told.
+    quantiles: tuple[tuple[str, tuple[Mapping[str, list], ...]], ...] = ()
+    #: how often it is active so strongly: of each bar the activation and the height; (): that is not told.
+    histogram: tuple[tuple[float, float], ...] = ()
 
     def peaks(self) -> Counter[str]:
         """Return the tokens at which the contexts are strongest, quoted, with weights."""
@@ -126,13 +133,14 @@ def _parse_named(data: Mapping[str, Any], feature: Feature, source: str | Path) 
         raise UserError(f"{source}: feature {feature[1]} of layer {feature[0]}: {error}") from None
 
 
-def write_contexts(folder: Path, contexts: Mapping[Feature, Sequence[Mapping[str, list]]]) -> None:
-    """Write a file for each feature with contexts, ``<layer>_<index>.json``, which ``open_folder`` reads."""
+def write_details(folder: Path, details: Mapping[Feature, FeatureDetails]) -> None:
+    """Write contexts and histogram of features, ``<layer>_<index>.json`` of each, which ``open_folder`` reads."""
     folder.mkdir(exist_ok=True)
-    for (layer, index), some in contexts.items():
-        activations = [dict(tokens=context["tokens"], values=context["activations"]) for context in some]
+    for (layer, index), each in details.items():
+        activations = [dict(tokens=context["tokens"], values=context["activations"]) for context in each.examples]
+        bars = {f"freq_hist_data_bar_{name}": [bar[k] for bar in each.histogram] for k, name in enumerate(_BARS)}
         if activations:
-            write_json(folder / f"{layer}_{index}.json", dict(activations=activations))
+            write_json(folder / f"{layer}_{index}.json", dict(activations=activations, **bars))
 
 
 def parse_feature(data: Mapping[str, Any]) -> FeatureDetails:
@@ -141,30 +149,56 @@ def parse_feature(data: Mapping[str, Any]) -> FeatureDetails:
     Raises:
       UserError: it is neither.
     """
+    groups: dict[str, list[dict[str, list]]] = {}  # contexts by the name of their quantile
     try:
         if "examples_quantiles" in data:
-            quantiles = data["examples_quantiles"] or ()
-            examples = [example for quantile in quantiles for example in quantile["examples"] or ()]
-            contexts = [(example["tokens"], example["tokens_acts_list"]) for example in examples]
+            contexts = [
+                (str(quantile["quantile_name"]), example["tokens"], example["tokens_acts_list"])
+                for quantile in data["examples_quantiles"] or ()
+                for example in quantile["examples"] or ()
+            ]
             label, up, down = data.get("label"), data.get("top_logits"), data.get("bottom_logits")
         else:  # Neuronpedia
             # A feature that never fired, or whose contexts were not exported, may have no more than a label.
             if data.keys().isdisjoint(("activations", "explanations", "pos_str")):
                 raise KeyError("activations")
-            contexts = [(example["tokens"], example["values"]) for example in data.get("activations") or ()]
+            examples = data.get("activations") or ()
+            contexts = [(_bin_of(example), example["tokens"], example["values"]) for example in examples]
             described = [explained.get("description") for explained in data.get("explanations") or ()]
             label, up, down = next(filter(None, described), ""), data.get("pos_str"), data.get("neg_str")
-        cut = [_cut(tokens, values) for tokens, values in contexts if tokens and values]
-        cut.sort(key=lambda context: -max(context["activations"]))
+        for quantile, tokens, values in contexts:
+            if tokens and values:
+                groups.setdefault(quantile, []).append(cut_context(tokens, values))
+        cut = sorted(itertools.chain(*groups.values()), key=lambda context: -max(context["activations"]))
         raised, lowered = (tuple(replace_surrogates(str(token)) for token in some or ()) for some in (up, down))
-        return FeatureDetails(tuple(cut[:EXAMPLES]), raised, lowered, replace_surrogates(str(label or "")))
+        bars = (data.get(f"freq_hist_data_bar_{name}") or () for name in _BARS)
+        return FeatureDetails(
+            tuple(cut[:EXAMPLES]),
+            raised,
+            lowered,
+            replace_surrogates(str(label or "")),
+            name_quantiles(groups),
+            tuple((float(value), float(height)) for value, height in zip(*bars, strict=False)),
+        )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise UserError(
             "this is no feature of circuit-tracer or Neuronpedia: expected examples_quantiles or activations"
         ) from None
 
 
-def _cut(tokens: Sequence[str], values: Sequence[float | None]) -> dict[str, list]:
+def _bin_of(example: Mapping[str, Any]) -> str:
+    """Return the part of the activations that a context of Neuronpedia's was drawn from; "": none is told."""
+    low, high = (example.get(name) for name in ("binMin", "binMax"))
+    return f"{low:.3g} to {high:.3g}" if low is not None and high is not None and 0 <= low < high else ""
+
+
+def name_quantiles(groups: Mapping[str, Sequence[Any]]) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """Return groups of contexts as details have them, the strongest first; those without a name are in none."""
+    named = [(replace_surrogates(name), tuple(some[:_OF_QUANTILE])) for name, some in groups.items() if name]
+    return tuple(sorted(named, key=lambda group: -max(max(context["activations"]) for context in group[1])))
+
+
+def cut_context(tokens: Sequence[str], values: Sequence[float | None]) -> dict[str, list]:
     """Return the tokens around the strongest one, and their activations; what has only one of both is left out."""
     numbers = [float(value or 0) for _, value in zip(tokens, values, strict=False)]
     numbers = [value if math.isfinite(value) else 0.0 for value in numbers]
@@ -173,13 +207,6 @@ def _cut(tokens: Sequence[str], values: Sequence[float | None]) -> dict[str, lis
     return dict(
         tokens=[replace_surrogates(str(token)) for token in tokens[: len(numbers)][near]], activations=numbers[near]
     )
-
-
-def details_in_record(record: Mapping[str, Any]) -> FeatureDetails:
-    """Return the details in a feature's record, as the stage ``interpret`` writes it with contexts."""
-    contexts = tuple(_cut(example["tokens"], example["acts"]) for example in record["examples"][:EXAMPLES])
-    up, down = (tuple(text for text, _ in record.get(name, ())) for name in ("up", "down"))
-    return FeatureDetails(contexts, up, down)
 
 
 def open_folder(folder: str | Path) -> ReadFeature:

@@ -4,6 +4,7 @@ They are read by ``torch.load(weights_only=True)``, to which the classes are nam
 other code of the file runs. The rows and columns of its matrix are features, errors, tokens and logits.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,42 @@ def read_fields(path: Path, tokenizer: Any = None) -> dict[str, Any]:
     Raises:
       UserError: it is no such file, or damaged; circuit-tracer's classes are not installed; there is no tokenizer.
     """
+    return _read(path, lambda saved: _fields(saved, tokenizer))
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return what a list of graphs says of a file, as metadata of a document; its matrix and tokenizer are not read.
+
+    Raises:
+      UserError: as of ``read_fields``.
+    """
+    return _read(
+        path,
+        lambda saved: dict(
+            slug=path.stem,
+            scan=_scan(saved),
+            prompt=str(saved["input_string"]),
+            prompt_tokens=[""] * np.size(saved["input_tokens"]),
+            generation_settings=dict(model=str(saved["cfg"].model_name)),
+        ),
+    )
+
+
+def _read(path: Path, convert: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
     remedy = (
         "install circuit-tracer here, or where it is installed run: from circuit_tracer.utils import "
         f"create_graph_files; create_graph_files(graph_or_path={str(path)!r}, slug={path.stem!r}, output_path='graphs')"
     )
     saved = read_pickled_tensors(path, _CLASSES, remedy)
     try:
-        return _fields(saved, tokenizer)
+        return convert(saved)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise UserError(f"{path} is no graph of circuit-tracer, or damaged ({error!r}): save it again") from None
+
+
+def _scan(saved: dict[str, Any]) -> str:
+    scan = saved.get("scan_name", saved.get("scan")) or ""
+    return scan if isinstance(scan, str) else ",".join(map(str, scan))
 
 
 def _fields(saved: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -75,7 +103,6 @@ def _fields(saved: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     columns = np.concatenate([order_F, np.arange(features, len(nodes) - logits)])
     adjacency_RxS = np.ascontiguousarray(matrix_NxN[np.ix_(rows, columns)], np.float32)
     text = token_text(tokenizer or _tokenizer(config.tokenizer_name))
-    scan = saved.get("scan_name", saved.get("scan")) or ""
     nothing_R = np.zeros(len(rows), np.float32)
     return dict(
         adjacency_RxS=adjacency_RxS,
@@ -90,7 +117,7 @@ def _fields(saved: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         prompt=str(saved["input_string"]),
         n_layers=layers,
         model=dict(name=str(config.model_name)),
-        transcoders=dict(name=scan if isinstance(scan, str) else ",".join(map(str, scan))),
+        transcoders=dict(name=_scan(saved)),
         settings=dict(
             active_features=len(active_Ax3), traced_features=features, targets=[[int(index), -1] for index in index_K]
         ),

@@ -52,7 +52,7 @@ class GraphData:
     ids_P: np.ndarray  #: int32 token ids of the prompt
     tokens: tuple[str, ...]  #: their texts
     logit_K: np.ndarray  #: float32 logits of the targets, as the model gives them
-    labels: tuple[str, ...]  #: the texts of the logits: a token, or both of a difference
+    labels: tuple[str, ...]  #: the texts of the logits: a token, or both of a difference; or the name of a direction
     prompt: str  #: the text
     n_layers: int  #: of the model
     model: Mapping[str, Any]  #: that was traced: name, revision, fingerprint, family

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import webbrowser
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from saejax.attribution.graph import circuit_tracer
 from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
 from saejax.attribution.graph.nodes import DTYPES, FEATURE, KINDS, LOGIT, TOKEN, Nodes
-from saejax.attribution.graph.pruning import prune_each, scores
+from saejax.attribution.graph.pruning import prune_each, score_subgraph, scores
 from saejax.dictionaries.formats import tensors
 from saejax.errors import UserError
 from saejax.files import file_sha256, read_json, write_json, write_text
@@ -46,6 +46,10 @@ class Graph(GraphData):
     def scores(self) -> GraphScores:
         """Return replacement and completeness scores, of the whole graph where this is a part of one."""
         return self.pruning.scores if self.pruning else scores(self)
+
+    def score_subgraph(self, nodes: Collection[str]) -> GraphScores:
+        """Return the scores with some features alone, such as those of a circuit; see ``pruning.score_subgraph``."""
+        return score_subgraph(self, nodes)
 
     def prune(self, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0, min_weight: float = 0.0) -> Self:
         """Return the most influential part of the graph; see ``pruning.prune_each``.
@@ -78,7 +82,8 @@ class Graph(GraphData):
         """
         if self.pruning:
             raise UserError("this graph is pruned: take the difference of the whole one, then prune it")
-        tokens = {label for label, (_, minus) in zip(self.labels, self.settings["targets"], strict=True) if minus < 0}
+        targets = self.settings["targets"]
+        tokens = {label for label, (token, minus) in zip(self.labels, targets, strict=True) if minus < 0 <= token}
         if first == second or not {first, second} <= tokens:
             raise UserError(
                 f"{first!r} and {second!r} are not two logits of this graph: expected two of {sorted(tokens)}"
@@ -95,14 +100,13 @@ class Graph(GraphData):
         rows: dict[str, Any] = {
             name: less(getattr(self, name)) for name in ("adjacency_RxS", "value_R", "constant_R", "untraced_R")
         }
-        targets = [self.settings["targets"][place][0] for place in pair]
         return dataclasses.replace(
             self,
             **rows,
             nodes=Nodes.joined(self.nodes[:start], node),
             logit_K=self.logit_K[pair[:1]] - self.logit_K[pair[1:]],
             labels=(f"{first!r} - {second!r}",),
-            settings={**self.settings, "targets": [targets]},
+            settings={**self.settings, "targets": [[targets[place][0] for place in pair]]},
         )
 
     def supernodes(self, groups: Mapping[str, Sequence[str]]) -> np.ndarray:

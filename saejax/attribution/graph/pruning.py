@@ -11,14 +11,14 @@ nodes by nodes. Nodes of the kinds first_mlp and bias are left out.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from numbers import Integral
 from typing import Any, TypeVar
 
 import numpy as np
 
 from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
-from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN
+from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
 from saejax.errors import UserError
 
 AnyGraph = TypeVar("AnyGraph", bound=GraphData)
@@ -76,18 +76,43 @@ def influence(
 
 def scores(graph: GraphData, influence_S: np.ndarray | None = None) -> GraphScores:
     """Return replacement and completeness scores of a whole graph, and ``source_influence`` if it is known."""
-    adjacency_RxS = _scored(graph)
     influence_S = source_influence(graph) if influence_S is None else influence_S
     tokens, errors = influence_S[graph.slice_of(TOKEN)].sum(), influence_S[graph.slice_of(ERROR)].sum()
-    weight_R = _target_influence(graph, influence_S)
-    error_R = np.zeros(len(weight_R))
-    for rows in _blocks(np.arange(len(weight_R)), adjacency_RxS.shape[1]):
-        part_BxS = np.abs(adjacency_RxS[rows])
-        error_R[rows] = part_BxS[:, graph.slice_of(ERROR)].sum(axis=1, dtype=np.float64)
-        error_R[rows] = _ratio(error_R[rows], part_BxS.sum(axis=1, dtype=np.float64))
     total = influence_S.sum() + logit_weights(graph.probability_K).sum()
-    # Errors and tokens have no input, so no error has a part in it.
-    return GraphScores(float(_ratio(tokens, tokens + errors)), float(1 - _ratio(weight_R @ error_R, total)))
+    # The influence of errors is the sum over nodes of a node's influence times the share that errors have of its input.
+    return GraphScores(float(_ratio(tokens, tokens + errors)), float(1 - _ratio(errors, total)))
+
+
+def score_subgraph(graph: GraphData, nodes: Collection[str]) -> GraphScores:
+    """Return the scores of a graph with some of its features alone, as circuit-tracer and Neuronpedia define them.
+
+    What other features write counts as error: they lose their inputs, and their edges are added, with their signs, to
+    those of the error of their layer and position, which would hold it if the set lacked them.
+
+    Args:
+      graph: the graph, whole or pruned.
+      nodes: ids of nodes; their features are kept. Tokens, errors and logits are, anyway.
+
+    Raises:
+      UserError: the graph has no such node.
+    """
+    table, is_feature_N = graph.nodes, graph.nodes.kind_N == FEATURE
+    ids = table.ids(graph.n_layers)
+    if unknown := set(nodes) - set(ids):
+        raise UserError(f"{min(unknown)!r} is no node of this graph: see its ids")
+    keep_N = np.isin(ids, list(nodes)) | ~is_feature_N
+    merged_X = np.flatnonzero(~keep_N | (table.kind_N == ERROR))
+    place_2xX = np.stack([table.layer_N[merged_X], table.position_N[merged_X]])
+    place_2xG, group_X = np.unique(place_2xX, axis=1, return_inverse=True)
+    error_RxG = graph.adjacency_RxS[:, merged_X] @ np.eye(place_2xG.shape[1], dtype=np.float32)[group_X]
+    features, tokens = (np.flatnonzero(keep_N & (table.kind_N == kind)) for kind in (FEATURE, TOKEN))
+    rows = keep_N[graph.target_R]
+    merged = dataclasses.replace(
+        graph,
+        adjacency_RxS=np.hstack([graph.adjacency_RxS[:, features], error_RxG, graph.adjacency_RxS[:, tokens]])[rows],
+        nodes=Nodes.joined(table[features], Nodes.of(ERROR, *place_2xG), table[tokens], table[graph.slice_of(LOGIT)]),
+    )
+    return scores(merged)
 
 
 def logit_weights(probability_K: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,15 @@ _TOKENS = 32  # of each text that are read
 _TEXTS = 64  # that run at once
 _CONTEXTS = 5  # of a feature, the strongest ones
 _FEATURES = 16  # least size to which the features of a layer are padded
+_BARS = 10  # of a histogram
 Context = dict[str, Any]  # ``tokens`` and ``activations``, of equal length
+
+
+class Firings(NamedTuple):
+    """Where a feature fires in texts, and how strongly."""
+
+    contexts: tuple[Context, ...]  #: the strongest, one of each text at most; none if it does not fire
+    histogram: tuple[tuple[float, float], ...]  #: activations above 0 in ten bars up to the largest: middle and number
 
 
 class ContextSearch:
@@ -43,10 +51,10 @@ class ContextSearch:
         self._batches = [list(texts[start : start + _TEXTS]) for start in range(0, len(texts), _TEXTS)]
         self._kept: _TextRun | None = None
 
-    def contexts(
+    def firings(
         self, features: Collection[tuple[int, int]], on_progress: OnProgress = silent
-    ) -> dict[tuple[int, int], tuple[Context, ...]]:
-        """Return the strongest firings of features, one of each text at most; none of those that do not fire.
+    ) -> dict[tuple[int, int], Firings]:
+        """Return where features fire, and how strongly.
 
         Args:
           features: layer and index of each.
@@ -59,6 +67,7 @@ class ContextSearch:
         peaks: dict[tuple[int, int], list[tuple[float, list[int], list[float]]]] = {feature: [] for feature in features}
         if not peaks:
             return {}
+        acts: dict[tuple[int, int], list[np.ndarray]] = {feature: [] for feature in features}
         model, count = self.model, 1 + max(peaks)[0]
         self.transcoders.check(model)
         wanted_by_layer = [sorted(index for at, index in peaks if at == layer) for layer in range(count)]
@@ -79,6 +88,8 @@ class ContextSearch:
                         f"activations of features in layer {layer} are not finite: the transcoder's or the model's "
                         "weights are damaged"
                     )
+                for feature, value_RxT in zip(wanted, np.moveaxis(value_RxTxU, 2, 0), strict=True):
+                    acts[layer, feature].append(value_RxT[value_RxT > 0])
                 peak_RxU = value_RxTxU.max(axis=1)
                 for row_U in np.argsort(-peak_RxU, axis=0, kind="stable")[:_CONTEXTS]:
                     for unit in np.flatnonzero(np.take_along_axis(peak_RxU, row_U[None], axis=0)[0]).tolist():
@@ -90,9 +101,19 @@ class ContextSearch:
         as_text = functools.cache(token_text(model.tokenizer))
         strongest = {feature: sorted(some, key=lambda peak: -peak[0])[:_CONTEXTS] for feature, some in peaks.items()}
         return {
-            feature: tuple(dict(tokens=list(map(as_text, tokens)), activations=values) for _, tokens, values in some)
+            feature: Firings(
+                tuple(dict(tokens=list(map(as_text, tokens)), activations=values) for _, tokens, values in some),
+                _bars(np.concatenate(acts[feature])),
+            )
             for feature, some in strongest.items()
         }
+
+
+def _bars(value_A: np.ndarray) -> tuple[tuple[float, float], ...]:
+    if not len(value_A):
+        return ()
+    counts, edges = np.histogram(value_A, _BARS, (0, value_A.max()))
+    return tuple(zip(((edges[1:] + edges[:-1]) / 2).tolist(), counts.tolist(), strict=True))
 
 
 class _TextRun:

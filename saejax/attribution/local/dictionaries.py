@@ -16,10 +16,11 @@ import psutil
 from jax.sharding import Mesh
 from scipy.sparse import csr_array
 
+from saejax.attribution.settings import GRAPH_ESTIMATES
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import hooks, load_all
 from saejax.dictionaries.formats.circuit_tracer import TranscoderSet
-from saejax.errors import UserError
+from saejax.errors import UserError, one_of
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
@@ -355,15 +356,18 @@ class LayerSaes(LayerDictionaries):
 
     Args:
       saes: where each comes from, and the SAE.
+      estimate: how edges are estimated, one of ``GRAPH_ESTIMATES``: the rules by which gradients go through the model.
+      direct: whether gradients stop at sites; see ``trace.gradient``.
 
     Attributes:
       sites: of the SAEs, in the order of layers.
 
     Raises:
-      UserError: there are none, one is a transcoder, or two are of one layer.
+      UserError: there are none, one is a transcoder, two are of one layer, or there is no such estimate.
     """
 
-    def __init__(self, saes: Sequence[tuple[str, Dictionary]]):
+    def __init__(self, saes: Sequence[tuple[str, Dictionary]], estimate: str = "gradient", direct: bool = False):
+        self.estimate, self.direct = one_of(estimate, GRAPH_ESTIMATES, "estimate"), direct
         if not saes:
             raise UserError("there is no SAE to trace a graph with: name one at least")
         by_layer: dict[int, tuple[str, Dictionary]] = {}
@@ -382,20 +386,6 @@ class LayerSaes(LayerDictionaries):
         self.sites = tuple(Site.parse(sae.site) for _, sae in kept)
         name = ",".join(dict.fromkeys(name for name, _ in kept))
         super().__init__(name, [sae.config for _, sae in kept], lambda layer: by_layer[layer][1])
-
-    @classmethod
-    def of(cls, saes: "Saes") -> "LayerSaes":
-        """Return a set of SAEs from memory or folders; a folder of several SAEs, such as a stack, stands for all."""
-        if isinstance(saes, LayerSaes):
-            return saes
-        named_saes: list[tuple[str, Dictionary]] = []
-        for each in [saes] if isinstance(saes, Dictionary | str | Path) else saes:
-            if isinstance(each, Dictionary):
-                named_saes.append(("a dictionary in memory", each))
-                continue
-            with on_host():  # devices get their parts when these are needed
-                named_saes += load_all(each).items()
-        return cls(named_saes)
 
     def check(self, model: LanguageModel) -> "LayerSaes":
         """Return the set, if it belongs to a model.
@@ -419,4 +409,26 @@ class LayerSaes(LayerDictionaries):
 
 
 # SAEs, or folders of such or of trained stacks; at most one of each layer, at any of its sites.
-Saes = LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]
+Saes = Dictionary | str | Path | Sequence[Dictionary | str | Path]
+
+
+def open_saes(saes: Saes, estimate: str = "gradient", direct: bool = False) -> LayerSaes:
+    """Return SAEs of some of a model's sites, for ``trace``.
+
+    Args:
+      saes: from memory or folders, at most one of each layer; a folder of several, such as a stack, stands for all.
+      estimate: of edges: "gradient", or "relp", by the rules of relevance patching.
+      direct: whether edges are direct: the sites between are frozen, so that what goes through their features counts in
+        the edges from these alone.
+
+    Raises:
+      UserError: there are none, one is a transcoder, two are of one layer, or there is no such estimate.
+    """
+    named_saes: list[tuple[str, Dictionary]] = []
+    for each in [saes] if isinstance(saes, Dictionary | str | Path) else saes:
+        if isinstance(each, Dictionary):
+            named_saes.append(("a dictionary in memory", each))
+            continue
+        with on_host():  # devices get their parts when these are needed
+            named_saes += load_all(each).items()
+    return LayerSaes(named_saes, estimate, direct)

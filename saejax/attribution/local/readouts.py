@@ -3,6 +3,7 @@
 A logit is read from the stream leaving the last layer, at the last position, through the final norm, whose factor is
 constant where the model is frozen. Its direction is its column of the unembedding less the mean over the vocabulary, as
 only differences of logits matter. Capping of logits is left out of it; probabilities are those of the capped logits.
+Any other ``Direction`` is read at the same place.
 """
 
 import dataclasses
@@ -28,7 +29,16 @@ from saejax.parallel.collectives import to_host
 _READ = 128  # directions that are read at once, so that layers and prompts share a program
 _STEP = 16  # least size to which logits are filled up
 
-Target = str | int | tuple[str | int, str | int]
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Direction:
+    """A direction that a graph explains in place of a logit, such as a probe's."""
+
+    name: str  #: how the graph and its page call it
+    vector_D: np.ndarray  #: its dot product with the final norm's output at the last position is explained
+
+
+Target = str | int | tuple[str | int, str | int] | Direction
 
 
 def padded(count: int, least: int = 4) -> int:
@@ -44,15 +54,15 @@ def padded(count: int, least: int = 4) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Readouts:
-    """K logits or differences of two, read from the stream that leaves the last layer, at the last position."""
+    """K logits, differences of two or directions, read from the stream leaving the last layer at the last position."""
 
-    pair_Kx2: np.ndarray  #: int32 tokens of a difference; the second is -1 for a logit
+    pair_Kx2: np.ndarray  #: int32 tokens of a difference; the second is -1 for a logit, both are for a direction
     column_KxD: np.ndarray  #: fp32 directions behind the final norm: columns of the unembedding, less mean or second
     vector_KxD: np.ndarray  #: fp32 the same, pulled back through the final norm at the prompt's scale
     value_K: np.ndarray  #: fp32 dot product with the stream, plus biases
     constant_K: np.ndarray  #: fp32 part of it that biases of the final norm and the unembedding are
-    weight_K: np.ndarray  #: fp32 weight in influences: the probability of a token, 1 for a difference
-    logit_K: np.ndarray  #: fp32 logit, or difference of two
+    weight_K: np.ndarray  #: fp32 weight in influences: the probability of a token, else 1
+    logit_K: np.ndarray  #: fp32 logit, or difference of two, or value of a direction
     labels: tuple[str, ...]  #: names
 
     def __len__(self) -> int:
@@ -64,13 +74,13 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
 
     Args:
       run: of the prompt.
-      targets: tokens (ids, or texts of one token), pairs of them for the difference of their logits; none: the most
-        probable tokens.
+      targets: tokens (ids, or texts of one token), pairs of them for the difference of their logits, or directions;
+        none: the most probable tokens.
       max_logits: maximum number of tokens, where no targets are named.
       logit_mass: the smallest set of tokens with this total probability is taken, 0 to 1.
 
     Raises:
-      UserError: a token does not exist, or a text is not one token.
+      UserError: a token does not exist, a text is not one token, or a direction has another width or is not finite.
     """
     probability_V = softmax(run.logits_V.astype(np.float64))
     if not targets:
@@ -82,19 +92,27 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
     # Filled up, so that prompts with other numbers of targets share the program.
     pair_Xx2 = np.full((padded(count, _STEP), 2), -1, np.int32)
     pair_Xx2[:count] = target_pairs(model, targets)
-    arrays = logit_directions(model.config, run.rules, model.params, run.last_D, *pair_Xx2.T)
+    given_XxD = np.zeros((len(pair_Xx2), model.config.d_model), np.float32)
+    for place, target in enumerate(targets):
+        if isinstance(target, Direction):
+            given_XxD[place] = target.vector_D
+    arrays = pull_targets(model.config, run.rules, model.params, run.last_D, *pair_Xx2.T, given_XxD)
     column_KxD, vector_KxD, value_K, constant_K = (to_host(array)[:count] for array in arrays)
     first_K, second_K = pair_Xx2[:count].T
-    single_K = second_K < 0
+    single_K, given_K = second_K < 0, first_K < 0
+    names = [target.name if isinstance(target, Direction) else "" for target in targets]
     return Readouts(
         pair_Kx2=pair_Xx2[:count],
         column_KxD=column_KxD,
         vector_KxD=vector_KxD,
         value_K=value_K,
         constant_K=constant_K,
-        weight_K=np.where(single_K, probability_V[first_K], 1).astype(np.float32),
-        logit_K=run.logits_V[first_K] - np.where(single_K, 0, run.logits_V[second_K]).astype(np.float32),
-        labels=tuple(text(a) if b < 0 else f"{text(a)!r} - {text(b)!r}" for a, b in pair_Xx2[:count].tolist()),
+        weight_K=np.where(single_K & ~given_K, probability_V[first_K], 1).astype(np.float32),
+        logit_K=np.where(given_K, value_K, run.logits_V[first_K] - np.where(single_K, 0, run.logits_V[second_K])),
+        labels=tuple(
+            name or (text(a) if b < 0 else f"{text(a)!r} - {text(b)!r}")
+            for name, (a, b) in zip(names, pair_Xx2[:count].tolist(), strict=True)
+        ),
     )
 
 
@@ -102,10 +120,19 @@ def target_pairs(model: LanguageModel, targets: Sequence[Target]) -> list[tuple[
     """Return the token of each target and the one whose logit is subtracted, -1 for none.
 
     Raises:
-      UserError: a target is no token and no pair of two different ones, or appears twice.
+      UserError: a target is no token and no pair of two different ones, or appears twice; or a direction has no name,
+        or another shape than the stream, or is not finite.
     """
     pairs = []
     for target in targets:
+        if isinstance(target, Direction):
+            shape, width = np.shape(target.vector_D), model.config.d_model
+            if not target.name or shape != (width,) or not np.isfinite(target.vector_D).all():
+                raise UserError(
+                    f"the direction {target.name!r} has the shape {shape}: expected a name, and {width} finite numbers"
+                )
+            pairs.append((-1, -1))
+            continue
         tokens = tuple(target) if isinstance(target, tuple | list) else (target,)
         pair = [token_of(model, token) for token in tokens[:2]]
         if not 1 <= len(tokens) <= 2 or len(set(pair)) < len(tokens):
@@ -135,28 +162,31 @@ def token_of(model: LanguageModel, target: str | int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def logit_directions(
+def pull_targets(
     config: DecoderConfig,
     rules: RunRules,
     params: decoder.Params,
     last_D: jax.Array,
     first_K: jax.Array,
     second_K: jax.Array,
+    given_KxD: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return differences of logits, before capping, as directions of the stream that leaves the last layer.
+    """Return targets, of logits before capping, as directions of the stream that leaves the last layer.
 
     Args:
       config: of the decoder (static).
       rules: say whether the final norm's factor is constant.
       params: of the model.
       last_D: that stream at the last position.
-      first_K: token ids.
+      first_K: token ids; -1 where a direction is given.
       second_K: token ids that are subtracted; -1 for the mean over the vocabulary.
+      given_KxD: the directions behind the final norm that are given.
 
     Returns:
-      The directions [K, D] behind the final norm and before it, the differences [K], and the part of them [K] that
-      biases are.
+      The directions [K, D] behind the final norm and before it, the values [K], and the part of them [K] that biases
+      are.
     """
+    given_K = first_K < 0
     embed_VxD = params["embed_VxD"] if config.tied else params["unembed_DxV"].T
     rows_VxD = embed_VxD.astype(last_D.dtype)
 
@@ -166,13 +196,13 @@ def logit_directions(
         # Less the mean over the vocabulary, as only differences of logits matter.
         return rows[first_K] - jnp.where(single, jnp.mean(rows, axis=0, keepdims=True), rows[second_K])
 
-    column_KxD = less(rows_VxD)
+    column_KxD = jnp.where(given_K[:, None], given_KxD.astype(last_D.dtype), less(rows_VxD))
     # By the rules the norm's factor is constant where the model is frozen; then this is its transpose.
     final_D, pull = jax.vjp(functools.partial(norm, config, rules, params, "final_norm"), last_D)
     constant_K = jnp.zeros(len(column_KxD), last_D.dtype)
     if "final_norm_bias_D" in params:
         constant_K += einsum("kd,d->k", column_KxD, params["final_norm_bias_D"].astype(last_D.dtype))
-    bias = less(params["unembed_bias_V"].astype(last_D.dtype)) if config.unembed_bias else 0
+    bias = jnp.where(given_K, 0, less(params["unembed_bias_V"].astype(last_D.dtype))) if config.unembed_bias else 0
     value_K = einsum("kd,d->k", column_KxD, final_D) + bias
     return column_KxD, jax.vmap(pull)(column_KxD)[0], value_K, constant_K + bias
 

@@ -36,9 +36,8 @@ from saejax.attribution.local.layers import FrozenModel, embed
 from saejax.attribution.local.prompt_run import Active, LocalRun, PromptRun, activations_of, active_features
 from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, scatter_directions
 from saejax.attribution.local.rows import TOKENS, Put
-from saejax.attribution.settings import GRAPH_ESTIMATES
 from saejax.dictionaries import Dictionary
-from saejax.errors import UserError, one_of
+from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import DecoderConfig, RunRules
@@ -58,26 +57,21 @@ class SaeRun(PromptRun):
     dictionaries: LayerSaes
     error_SxTxD: np.ndarray  #: fp32, what the SAEs do not explain; at attention sinks all but b_dec
     b_dec_SxD: np.ndarray  #: biases of the decoders
-    direct: bool  #: whether gradients stop at the sites, as if these were frozen
 
     @classmethod
-    def of(
-        cls, model: LanguageModel, saes: LayerSaes, ids_P: np.ndarray, estimate: str = "gradient", direct: bool = False
-    ) -> "SaeRun":
+    def of(cls, model: LanguageModel, saes: LayerSaes, ids_P: np.ndarray) -> "SaeRun":
         """Run the model on a prompt, and each SAE on its site.
 
         Args:
           model: the language model.
           saes: of some of its sites.
           ids_P: int32 token ids of the prompt.
-          estimate: one of ``GRAPH_ESTIMATES``: the rules by which gradients go through the model.
-          direct: whether gradients stop at sites.
 
         Raises:
           UserError: SAEs and model do not go together, a value is not finite, or no feature is active.
         """
         saes.check(model)
-        rules = RunRules(backward=one_of(estimate, GRAPH_ESTIMATES, "estimate"))
+        rules = RunRules(backward=saes.estimate)
         kinds, length = tuple(sorted({"resid_pre", *(site.kind for site in saes.sites)})), padded(len(ids_P))
         x_TxD = embed(FrozenModel(model.config, model.params), np.pad(ids_P, (0, length - len(ids_P))))
         leaving_TxD, values = _run(model.config, rules, kinds, model.params, x_TxD)
@@ -95,7 +89,7 @@ class SaeRun(PromptRun):
             errors.append(np.where(used_T[:, None], to_host(read_TxD) - biases[-1] - outputs.pop(site.layer), 0))
         run = cls(
             model, saes, rules, ids_P, Active.concatenate(active_by_site), logits_V, last_D, values["resid_pre"],
-            np.stack(errors), np.stack(biases), direct,
+            np.stack(errors), np.stack(biases),
         )  # fmt: skip
         run.check()
         return run
@@ -283,10 +277,10 @@ class GradientRows:
             if layer in layers or not is_zero:
                 read_BxTxD = read_at(layer) if layer in layers else nothing_BxTxD
                 inputs = np.int32(layer), run.stream_LxTxD[layer], above_BxTxD, read_BxTxD
-                static = run.model.config, run.rules, kind, run.direct
+                static = run.model.config, run.rules, kind, run.dictionaries.direct
                 above_BxTxD, site_BxTxD = _pull_layer(*static, run.model.params, *inputs)
                 # All of the stream goes through such a site: frozen, it lets nothing through, unless it is read itself.
-                is_zero = run.direct and kind in ("resid_pre", "resid_post") and layer not in layers
+                is_zero = run.dictionaries.direct and kind in ("resid_pre", "resid_post") and layer not in layers
             if layer in kind_of:
                 of_sites.append(site_BxTxD)
         return np.stack([to_host(site_BxTxD) for site_BxTxD in reversed(of_sites)]), to_host(above_BxTxD)

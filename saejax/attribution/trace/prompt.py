@@ -2,7 +2,7 @@
 
 1. The model is run once. Its local replacement model holds what is frozen (``LocalModel``); with SAEs in place of
    transcoders, the run holds what they read (``SaeRun``).
-2. The targets are chosen: logits, or differences of logits (``read_targets``).
+2. The targets are chosen: logits, differences of logits, or directions (``read_targets``).
 3. Rows are computed by pulling targets back to all sources, or from gradients (``gradient``): first those of the
    readouts, then those of features, in rounds of the most influential ones so far (``attribute_in_rounds``).
 
@@ -24,10 +24,10 @@ import psutil
 from jax.sharding import Mesh
 
 from saejax.attribution.graph import Graph
-from saejax.attribution.local.dictionaries import READ_AT_ONCE, LayerSaes, Saes
+from saejax.attribution.local.dictionaries import READ_AT_ONCE, LayerSaes
 from saejax.attribution.local.model import AnySet, LocalModel, open_set
 from saejax.attribution.local.prompt_run import AT_ONCE, prompt_ids
-from saejax.attribution.local.readouts import Readouts, Target, padded, read_targets
+from saejax.attribution.local.readouts import Direction, Readouts, Target, padded, read_targets
 from saejax.attribution.local.rows import TOKENS, Put, RowTracer, batch_tokens
 from saejax.attribution.local.sources import WIDTH
 from saejax.attribution.local.transcoders import LayerTranscoders
@@ -184,10 +184,10 @@ def check_memory(size: GraphSize, tokens: int, mesh: Mesh) -> None:
 
 def trace(
     model: LanguageModel,
-    transcoders: AnySet,
+    dictionaries: AnySet | LayerSaes,
     prompt: str | Sequence[int],
     *,
-    targets: Sequence[Target] | str | int = (),
+    targets: Sequence[Target] | str | int | Direction = (),
     max_logits: int = 10,
     logit_mass: float = 0.95,
     max_features: int | None = None,
@@ -198,7 +198,7 @@ def trace(
 
     Args:
       model: the language model.
-      transcoders: one for each layer.
+      dictionaries: a transcoder for each layer; or SAEs of some, from ``open_saes``: edges are then estimates.
       prompt: the text, or its token ids.
       targets: what is explained; (): the most probable next tokens.
       max_logits: maximum number of next tokens.
@@ -210,44 +210,7 @@ def trace(
     options: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features, chat=chat)
     with show_progress("trace") as bar:
         return trace_prompt(
-            model, transcoders, prompt, targets=targets, on_progress=on_progress or bar, **options
-        ).graph
-
-
-def trace_gradient(
-    model: LanguageModel,
-    saes: Saes,
-    prompt: str | Sequence[int],
-    *,
-    targets: Sequence[Target] | str | int = (),
-    max_logits: int = 10,
-    logit_mass: float = 0.95,
-    max_features: int | None = None,
-    estimate: str = "gradient",
-    direct: bool = False,
-    chat: bool = False,
-    on_progress: OnProgress | None = None,
-) -> Graph:
-    """Return the graph of a prompt with SAEs of some layers; for arguments and errors see ``trace_prompt``.
-
-    Args:
-      model: the language model.
-      saes: of some layers.
-      prompt: the text, or its token ids.
-      targets: what is explained; (): the most probable next tokens.
-      max_logits: maximum number of next tokens.
-      logit_mass: probability, 0 to 1, that these have together.
-      max_features: maximum number of features with rows, the most influential ones; None: all.
-      estimate: "gradient", or "relp", by the rules of relevance patching.
-      direct: whether edges are direct; see ``gradient``.
-      chat: whether the prompt is put into the tokenizer's chat template.
-      on_progress: takes the rows that are done and all; None: a bar, where somebody looks on.
-    """
-    options: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features, chat=chat)
-    options |= dict(estimate=estimate, direct=direct)
-    with show_progress("trace") as bar:
-        return trace_prompt(
-            model, LayerSaes.of(saes), prompt, targets=targets, on_progress=on_progress or bar, **options
+            model, dictionaries, prompt, targets=targets, on_progress=on_progress or bar, **options
         ).graph
 
 
@@ -256,12 +219,10 @@ def trace_prompt(
     dictionaries: AnySet | LayerSaes,
     prompt: str | Sequence[int],
     *,
-    targets: Sequence[Target] | str | int = (),
+    targets: Sequence[Target] | str | int | Direction = (),
     max_logits: int = 10,
     logit_mass: float = 0.95,
     max_features: int | None = None,
-    estimate: str = "gradient",
-    direct: bool = False,
     chat: bool = False,
     on_progress: OnProgress = silent,
 ) -> Traced:
@@ -273,13 +234,11 @@ def trace_prompt(
         opens; or SAEs of some layers, whose features are used at all positions but attention sinks.
       prompt: the text, before which the tokenizer's first special token is put if it begins with none, or its token
         ids, which are taken as they are. At the first position no feature of a transcoder is used.
-      targets: what is explained: a token, as its id or a text; or several, or pairs of them, for the difference of
-        their logits. (): the most probable next tokens.
+      targets: what is explained: a token, as its id or a text; or several; pairs of them, for the difference of their
+        logits; or a ``Direction`` of the stream, by its name. (): the most probable next tokens.
       max_logits: maximum number of tokens that are explained, if no targets are named; 1 or more.
       logit_mass: the smallest set of most probable tokens with this total probability is explained, 0 to 1.
       max_features: maximum number of features with nodes, the most influential ones; None: all active ones.
-      estimate: with SAEs, "gradient", or "relp", by the rules of relevance patching.
-      direct: with SAEs, whether edges are direct; see ``gradient``.
       chat: put a text into the tokenizer's chat template, as a user's turn.
       on_progress: called with the rows of the graph that are done and of all; may raise to stop.
 
@@ -297,16 +256,15 @@ def trace_prompt(
             f"max_logits is {max_logits} and logit_mass {logit_mass}: expected 1 or more, and a probability, 0 to 1"
         )
     # A text is one token, not one for each of its letters.
-    targets = [targets] if isinstance(targets, str | int) else list(targets)
+    targets = [targets] if isinstance(targets, str | int | Direction) else list(targets)
     settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     # 1. The run.
     ids_P = prompt_ids(model, prompt, chat)
     if isinstance(dictionaries, LayerSaes):
-        run: LocalModel | SaeRun = SaeRun.of(model, dictionaries, ids_P, estimate, direct)
-        settings["edges"] = f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates"
+        run: LocalModel | SaeRun = SaeRun.of(model, dictionaries, ids_P)
+        kind = "direct" if dictionaries.direct else "total"
+        settings["edges"] = f"{kind} {dictionaries.estimate} x activation, first-order estimates"
     else:
-        if estimate != "gradient" or direct:
-            raise UserError("estimate and direct are for SAEs: edges of transcoders are exact, and no estimates")
         run = _run(model, open_set(dictionaries), ids_P, max_features, len(targets) or max_logits)
     # 2. The targets.
     readouts = read_targets(run, targets, max_logits, logit_mass)
@@ -355,22 +313,6 @@ def _check_gradient_memory(run: SaeRun, features: int, logits: int) -> None:
             f"the graph would take {need.describe(mesh)}, and {free.describe(mesh)} is free: shorten the prompt of "
             f"{len(run.ids_P):,} tokens, or trace fewer features than {features:,} (max_features)"
         )
-
-
-def run_again(model: LanguageModel, dictionaries: AnySet, graph: Graph) -> tuple[LocalModel, Readouts]:
-    """Return the run of a graph's prompt and the graph's targets, without its rows.
-
-    Args:
-      model: that the graph is of.
-      dictionaries: the transcoders that it is of.
-      graph: the graph.
-
-    Raises:
-      UserError: they do not go together.
-    """
-    local = LocalModel(model, dictionaries, graph.ids_P)
-    targets = [(first, second) if second >= 0 else first for first, second in graph.settings["targets"]]
-    return local, read_targets(local, targets, 1, 0.0)
 
 
 def _fill_rows(local: LocalModel, readouts: Readouts, count: int) -> FillRows:

@@ -15,18 +15,15 @@ from pathlib import Path
 from typing import Any, TypeGuard
 from urllib.parse import quote
 
-import numpy as np
-
 from saejax.attribution.forms.document import (
     GraphDocument,
     check_document,
     describe_sources,
     feature_nodes,
     feature_of,
-    ranked_links,
 )
 from saejax.attribution.forms.features import Feature, FeatureDetails
-from saejax.attribution.forms.neuronpedia import shortest, to_document
+from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import Graph
 from saejax.files import write_text
 from saejax.page.scripts import interactive, visible_script
@@ -133,17 +130,15 @@ def feature_data(details: FeatureDetails) -> dict[str, Any]:
 
 
 def page_edges(document: GraphDocument) -> dict[str, list[Any]]:
-    """Return the links as columns, the strongest first, so that the page neither parses names nor sorts.
+    """Return the links as columns, so that the page parses no names.
 
     Returns:
-      ``source`` and ``target``, indices of nodes, ``weight`` and ``score`` (``ranked_links``); and ``more``, the other
-      keys of each link, where a link has any: the page saves them again.
+      ``source`` and ``target``, indices of nodes, and ``weight``; and ``more``, the other keys of each link, where a
+      link has any: the page saves them again.
     """
-    order, scores_E = ranked_links(document)
-    links, place = [document["links"][e] for e in order], {n["node_id"]: i for i, n in enumerate(document["nodes"])}
+    links, place = document["links"], {node["node_id"]: i for i, node in enumerate(document["nodes"])}
     columns: dict[str, list[Any]] = {end: [place[link[end]] for link in links] for end in ("source", "target")}
     columns["weight"] = [link["weight"] for link in links]
-    columns["score"] = shortest(scores_E[order].astype(np.float32)).tolist()
     more = [{key: value for key, value in link.items() if key not in ("source", "target", "weight")} for link in links]
     return columns | (dict(more=more) if any(more) else {})
 

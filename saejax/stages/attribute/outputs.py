@@ -12,7 +12,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from saejax.attribution.forms.document import GraphDocument
-from saejax.attribution.forms.features import Feature, FeatureDetails, details_in_record, read_details
+from saejax.attribution.forms.features import (
+    EXAMPLES,
+    Feature,
+    FeatureDetails,
+    cut_context,
+    name_quantiles,
+    read_details,
+)
 from saejax.attribution.forms.neuronpedia import write_graph
 from saejax.attribution.graph import Graph
 from saejax.attribution.heads.query_key import OWN_BIAS
@@ -20,7 +27,8 @@ from saejax.attribution.results import QueryScores
 from saejax.attribution.settings import GraphConfig
 from saejax.errors import UserError
 from saejax.files import read_json, write_json
-from saejax.interpret.feature_record import read_records
+from saejax.interpret.feature_record import FeatureRecord, read_records
+from saejax.interpret.records import LOWEST, PER_OCTAVE
 from saejax.page.graph.page import FULL, PageTable, kept_features, write_page
 from saejax.page.tables import percent
 from saejax.parallel.collectives import is_first_process
@@ -90,8 +98,19 @@ def interpreted_details(
         wanted = {index for member_layer, index in features if member_layer == layer}
         for index, record in read_records(results_folder(workdir, "interpret", name), wanted).items():
             if "examples" in record:
-                details[layer, index] = details_in_record(record)
+                details[layer, index] = _details_of(record)
     return details
+
+
+def _details_of(record: FeatureRecord) -> FeatureDetails:
+    groups: dict[str, list[dict[str, list]]] = {}
+    for context in record.get("groups", ()):
+        name = f"{10 * context['group']} to {10 * context['group'] + 10} % of firings"
+        groups.setdefault(name, []).append(cut_context(context["tokens"], context["acts"]))
+    contexts = tuple(cut_context(example["tokens"], example["acts"]) for example in record["examples"][:EXAMPLES])
+    up, down = (tuple(text for text, _ in some) for some in (record.get("up", ()), record.get("down", ())))
+    bars = [(2 ** (i / PER_OCTAVE + LOWEST), count) for i, count in enumerate(record.get("histogram", ())) if count]
+    return FeatureDetails(contexts, up, down, "", name_quantiles(groups), tuple(bars))
 
 
 def write_tables(path: Path, tables: Sequence[PageTable]) -> None:

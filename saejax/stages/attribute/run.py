@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 
 from saejax.attribution.forms.document import GraphDocument
-from saejax.attribution.forms.features import open_folder, write_contexts
+from saejax.attribution.forms.features import FeatureDetails, open_folder, write_details
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT
 from saejax.attribution.graph.pruning import emptying_threshold
 from saejax.attribution.heads.query_key import check_head, split_scores
 from saejax.attribution.local.contexts import ContextSearch
-from saejax.attribution.local.dictionaries import LayerSaes
+from saejax.attribution.local.dictionaries import LayerSaes, open_saes
+from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.readouts import Target, target_pairs, token_of
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
 from saejax.attribution.settings import GraphConfig
-from saejax.attribution.trace.prompt import GraphSize, certain_active, check_memory, run_again, trace_prompt
+from saejax.attribution.trace.prompt import GraphSize, certain_active, check_memory, trace_prompt
 from saejax.attribution.trace.rounds import Traced
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
@@ -118,7 +119,7 @@ def run_attribute(
 def open_set(config: GraphConfig) -> LayerTranscoders | LayerSaes:
     """Return the transcoders or SAEs that are named, of which no array is read yet."""
     if config.dictionaries:
-        return LayerSaes.of(config.dictionaries)
+        return open_saes(config.dictionaries, config.estimate, config.direct)
     return open_transcoders(config.transcoders, choice=config.l0)
 
 
@@ -176,7 +177,7 @@ def _measure(
     run_of: Callable[[], Any]  # the run of the prompt
     if saved:
         graph, seconds = read_trace(saved)
-        run_of = functools.cache(lambda: run_again(*parts(), graph)[0])
+        run_of = functools.cache(lambda: LocalModel(*parts(), graph.ids_P))
         run.say(f"{request.slug}: traced before, in {saved.parent.name}")
     else:
         start = time.monotonic()
@@ -253,9 +254,12 @@ def _search_contexts(
     missing = [feature for feature, named in zip(features, is_named_F, strict=True) if not named]
     if not missing:
         return
-    contexts = search().contexts(missing, on_progress)
+    firings = search().firings(missing, on_progress)
     if is_first_process():
-        write_contexts(run.folder / FEATURES, contexts)
+        details = {
+            feature: FeatureDetails(each.contexts, histogram=each.histogram) for feature, each in firings.items()
+        }
+        write_details(run.folder / FEATURES, details)
         add_searched(run, set(missing))
 
 
@@ -275,8 +279,6 @@ def trace_request(
         max_logits=config.max_logits,
         logit_mass=config.logit_mass,
         max_features=config.max_features or None,
-        estimate=config.estimate,
-        direct=config.direct,
         chat=config.chat_template,
         on_progress=on_progress,
     )

@@ -112,7 +112,7 @@ def describe_features(
     """
     details = dict.fromkeys(features, FeatureDetails()) | details_of_features(config, list(features))
     # Only what the files do not say is searched for, as it takes a pass of the model for each text.
-    contexts = search.contexts([feature for feature in features if not details[feature].examples])
+    firings = search.firings([feature for feature in features if not details[feature].examples])
     promoted, as_text = dict[Feature, tuple[str, ...]](), token_text(search.model.tokenizer)
     if unread := [feature for feature in features if not details[feature].top_logits]:
         rows_FxD = search.transcoders.rows_of("W_dec", *np.array(unread).T)
@@ -121,7 +121,7 @@ def describe_features(
     return {
         feature: dataclasses.replace(
             value,
-            examples=value.examples or contexts[feature],
+            examples=value.examples or firings[feature].contexts,
             top_logits=value.top_logits or promoted[feature],
             label=labels.get(feature, value.label),
         )

@@ -50,6 +50,9 @@ def test_packed_files_beside_a_set_are_read(tmp_path):
     first = found[3, 1]
     assert first.examples[0] == dict(tokens=CONTEXT["tokens"], activations=CONTEXT["tokens_acts_list"])
     assert len(first.examples) == EXAMPLES and first.top_logits == (" Paris",) and first.bottom_logits == (" the",)
+    weaker = dict(tokens=WEAKER["tokens"], activations=WEAKER["tokens_acts_list"])
+    assert first.quantiles == (("Top", first.examples[:1]), ("Subsample", (weaker, weaker)))
+    assert first.histogram == ()
 
 
 @pytest.mark.parametrize("name", [f"{cantor_pair(3, 7)}.json", "3_7.json", f"plt/{cantor_pair(3, 7)}.json"])
@@ -59,6 +62,20 @@ def test_single_files_are_read(tmp_path, name):
     found = read_details([], [tmp_path], [(3, 7), (2, 7)])
     contexts = (dict(tokens=["The", " city"], activations=[0.0, 3.0]),)
     assert found == {(3, 7): FeatureDetails(contexts, (" Paris",), (" the",), "cities")}
+
+
+def test_contexts_are_told_apart_by_activation_and_activations_are_counted(tmp_path):
+    """Neuronpedia's, whose strongest contexts are in no bin; what is written is read."""
+    contexts = [dict(tokens=["a", "b"], values=[0, value]) for value in (3.0, 0.5, 2.0)]
+    bins = [dict(binMin=-1.0, binMax=3.0), dict(binMin=0.0, binMax=1.0), dict(binMin=1.0, binMax=3.0)]
+    bars = dict(freq_hist_data_bar_values=[0.5, 2.5], freq_hist_data_bar_heights=[9, 1])
+    activations = [context | each for context, each in zip(contexts, bins, strict=True)]
+    details = parse_feature(dict(activations=activations, **bars))
+    values = [(name, [context["activations"][1] for context in some]) for name, some in details.quantiles]
+    assert values == [("1 to 3", [2.0]), ("0 to 1", [0.5])] and details.histogram == ((0.5, 9), (2.5, 1))
+    features.write_details(tmp_path / "features", {(3, 7): details, (3, 8): FeatureDetails()})
+    found = read_details([tmp_path], [], [(3, 7), (3, 8)])
+    assert found == {(3, 7): dataclasses.replace(details, quantiles=())}
 
 
 def test_of_a_set_on_the_hub_the_bytes_of_its_features_are_fetched(tmp_path, monkeypatch):

@@ -151,6 +151,38 @@ def test_keys_trace_pin_and_search(opened, document):
     assert opened.js("document.activeElement.id") == "stage"
 
 
+def test_tab_reaches_everything_enter_opens_and_escape_closes(opened):
+    def tab_to(selector):
+        """Presses Tab until the focus is there, and returns what it passed."""
+        passed = []
+        for _ in range(200):
+            opened.key("Tab")
+            passed.append(opened.js("document.activeElement.id"))
+            if opened.js(f"document.activeElement.matches({json.dumps(selector)})"):
+                return passed
+        raise AssertionError(f"Tab does not reach {selector}: {passed}")
+
+    opened.js("document.querySelector('header summary').focus()")
+    passed = tab_to("#panel .row")
+    assert {"search", "nodes", "edges", "link-type", "zoom-in", "stage"} <= set(passed)
+    node = opened.js("document.activeElement.dataset.node")
+    opened.key("Enter")
+    assert clicked(opened) == node and opened.js("document.activeElement.id") == "panel"
+    tab_to("#pin")
+    opened.key("Enter")
+    assert state(opened, "pinnedIds") == [node]
+    tab_to("#panel .inputs .row")
+    source = opened.js("document.activeElement.dataset.node")
+    opened.key("Enter")
+    assert clicked(opened) == source
+    opened.key("Escape")
+    assert clicked(opened) == "" and state(opened, "pinnedIds") == [node]
+    opened.js("document.getElementById('stage').focus()")
+    tab_to("#subgraph .unit")
+    opened.key("Enter")
+    assert clicked(opened) == node
+
+
 def test_search_finds_ids_and_tokens(opened, document):
     node = busy_feature(document)
     opened.click_on("#search")

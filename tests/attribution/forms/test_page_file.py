@@ -3,15 +3,12 @@
 import copy
 import json
 
-import numpy as np
 import pytest
-from graph_pages import scores
-from made_up_documents import made_up_document
 from reference_graphs import each_graph, needs_graphs
 
-from saejax.attribution.forms.document import ERROR_TYPE, check_document, ranked_links
+from saejax.attribution.forms.document import ERROR_TYPE, check_document
 from saejax.errors import UserError
-from saejax.page.graph.page import kept_features, page_edges, page_html, write_page
+from saejax.page.graph.page import kept_features, page_html, write_page
 from saejax.page.scripts import embedded
 
 
@@ -102,26 +99,6 @@ def test_the_model_is_named_and_not_the_transcoders_in_its_place(document, scan,
     metadata = {key: value for key, value in document["metadata"].items() if key != "pruning_settings"}
     metadata |= dict(scan=scan, node_threshold=None) | (dict(generation_settings=dict(model=model)) if model else {})
     assert said in page_html({**document, "metadata": metadata})
-
-
-def test_edges_come_as_they_were_the_strongest_first():
-    document = made_up_document(features=40, edges=300)
-    edges, ids = page_edges(document), [node["node_id"] for node in document["nodes"]]
-    found = [(ids[a], ids[b], w) for a, b, w in zip(edges["source"], edges["target"], edges["weight"], strict=True)]
-    wanted = [(link["source"], link["target"], link["weight"]) for link in document["links"]]
-    assert sorted(found) == sorted(wanted) and (np.diff(edges["score"]) <= 0).all()
-    score = dict(zip(wanted, scores(document), strict=True))
-    np.testing.assert_allclose(edges["score"], [score[edge] for edge in found], rtol=1e-5)
-    assert page_edges({**document, "links": []})["source"] == []
-    # They are ranked by the influence that goes through them, not by their units.
-    order, score_E = ranked_links(document)
-    assert np.allclose(score_E, scores(document), atol=1e-12) and (np.diff(score_E[order]) <= 0).all()
-    # A target whose unit is a thousandth of what it was: nothing that matters is another.
-    target = document["links"][0]["target"]
-    scaled = dict(document, links=[dict(one) for one in document["links"]])
-    for link in scaled["links"]:
-        link["weight"] *= 1000 if link["target"] == target else 1
-    assert np.allclose(ranked_links(scaled)[1], score_E, atol=1e-12)
 
 
 @needs_graphs

@@ -27,15 +27,24 @@ def test_nothing_in_the_graph_becomes_html_and_white_space_is_visible(opened, do
     assert text(opened, "#panel h2") == "␣capital"
 
 
-def test_a_difference_of_logits_is_named_by_its_two_tokens_and_has_no_probability(show_page):
+@pytest.mark.parametrize(
+    ("name", "shown", "kind"),
+    [("' is' - ' are'", "␣is − ␣are", "difference of logits"), ("more French", "more␣French", "direction")],
+)
+def test_an_output_that_is_no_token_has_its_name_and_no_probability(show_page, name, shown, kind):
+    """Of a difference the names of both tokens; a direction has the name that it was given."""
     document = made_up_document(features=20, edges=60)
     output = next(node for node in document["nodes"] if node["feature_type"] == "logit")
-    output |= dict(clerp="Output \"' is' - ' are'\" (p=1.000)", token_prob=1.0)
+    renamed = dict(node_id="13_-1_10", clerp=f'Output "{name}" (p=1.000)', token_prob=1.0)
+    for link in document["links"]:
+        if link["target"] == output["node_id"]:
+            link["target"] = renamed["node_id"]
+    output |= renamed
     browser = show_page(document)
     click_node(browser, output["node_id"])
-    assert text(browser, "#panel h2") == "␣is − ␣are"
+    assert text(browser, "#panel h2") == shown
     panel = text(browser, "#panel")
-    assert "difference of logits" in panel and "Probability" not in panel
+    assert kind in panel and "Probability" not in panel
 
 
 @pytest.mark.parametrize("dark", [False, True])

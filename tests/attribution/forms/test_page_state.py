@@ -1,5 +1,6 @@
 """What a reader chooses on the page: groups, the address, downloads, the way back."""
 
+import dataclasses
 import html
 import json
 import re
@@ -125,6 +126,26 @@ def test_sums_of_pins_are_shares_of_their_targets_input(show_page):
     )
 
 
+def test_scores_of_the_pinned_features_are_those_of_python(browser, tmp_path):
+    """Errors and tokens among the pins change nothing; of the pruned graph, errors of some features are gone."""
+    graph = up(make_graph(features=60, layers=5)).prune(0.7, 0.9)
+    graph.save_page(tmp_path / "page.html")
+    features = graph.ids[: graph.count(0)]
+    browser.view(1440, 900, still=True)
+    for pinned in (features[::3], [*features[1:8], *graph.ids[-5:]], graph.ids[-3:]):
+        show(browser, f"{(tmp_path / 'page.html').as_uri()}#pinnedIds={','.join(pinned)}")
+        said = [
+            float(number)
+            for number in re.findall(r"(?:replacement|completeness) (\d\.\d+)", text(browser, "#pin-scores"))
+        ]
+        wanted = [
+            *dataclasses.astuple(graph.score_subgraph(pinned)),
+            *dataclasses.astuple(graph.score_subgraph(graph.ids)),
+        ]
+        np.testing.assert_allclose(said, wanted, atol=6e-4)
+    assert browser.errors == []
+
+
 def _percent(title):
     """The share that the title of a sum says."""
     sign, number = re.search(r": ([+−])<?([\d.]+) % of its input", title).groups()
@@ -210,10 +231,15 @@ def test_a_notebook_can_show_it_in_a_frame(browser, document, tmp_path):
     assert browser.errors == []
 
 
-def test_a_graph_shows_itself_in_a_notebook_and_saves_its_page(browser, tmp_path):
-    graph = make_graph(features=12, layers=3)
+def up(graph):
+    """The graph without edges that lead down or stay in a layer."""
     below_S = graph.nodes.layer_N[: graph.adjacency_RxS.shape[1]]
     graph.adjacency_RxS[below_S[None] >= graph.nodes.layer_N[graph.target_R][:, None]] = 0
+    return graph
+
+
+def test_a_graph_shows_itself_in_a_notebook_and_saves_its_page(browser, tmp_path):
+    graph = up(make_graph(features=12, layers=3))
     (tmp_path / "notebook.html").write_text(graph._repr_html_())
     browser.view(1100, 1000)
     browser.open((tmp_path / "notebook.html").as_uri())
@@ -292,5 +318,6 @@ def test_contexts_logits_and_a_link_to_neuronpedia_are_shown(show_page, document
     click_node(browser, node)
     panel = text(browser, "#panel")
     assert all(part in panel for part in ("cities of Texas", "Top contexts", "Raises: ␣Austin", "Lowers: ␣Dallas"))
+    assert "no contexts by quantile of activation, no histogram of activations." in panel
     link = browser.js("document.querySelector('#panel a').href")
     assert link == f"https://www.neuronpedia.org/made-up-model/{layer}-plt-9/{index}"

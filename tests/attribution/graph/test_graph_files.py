@@ -13,11 +13,14 @@ import torch
 from made_graphs import make_graph
 
 from saejax.attribution.forms.neuronpedia import to_document
-from saejax.attribution.graph import Graph
+from saejax.attribution.graph import Graph, circuit_tracer
 from saejax.attribution.graph.data import GraphScores, Pruning
 from saejax.attribution.graph.graph import ARRAYS, DESCRIPTION
 from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT, TOKEN
 from saejax.errors import UserError
+from saejax.runner import command_line
+from saejax.serving.session import ModelSession
+from saejax.serving.store import GraphStore
 
 
 def same(a, b) -> bool:
@@ -164,7 +167,7 @@ def save_as_circuit_tracer(path, graph, **changes) -> None:
     torch.save(saved | changes, path)
 
 
-def test_a_graph_of_circuit_tracer_is_read_where_its_classes_are_installed(tmp_path, named):
+def test_a_graph_of_circuit_tracer_is_read_where_its_classes_are_installed(tmp_path, named, monkeypatch):
     graph = make_graph()
     kept = graph.nodes.kind_N != BIAS
     graph = dataclasses.replace(graph, nodes=graph.nodes[kept], adjacency_RxS=graph.adjacency_RxS[:, kept[:-2]])
@@ -179,10 +182,24 @@ def test_a_graph_of_circuit_tracer_is_read_where_its_classes_are_installed(tmp_p
         np.testing.assert_array_equal(read.adjacency_RxS, graph.adjacency_RxS)
         assert (read.tokens, read.labels, read.prompt) == (graph.tokens, graph.labels, graph.prompt)
     assert read.scores() == graph.scores() and read.prune().ids == graph.prune().ids
-    to_document(read.prune(), "one")
+    document = to_document(read.prune(), "one")
+    # A server shows it, prunes it again, and explains the difference of two of its outputs.
+    monkeypatch.setattr(circuit_tracer, "_tokenizer", lambda name: tokenizer)
+    store = GraphStore(tmp_path)
+    ((name, stored),) = store.graphs().items()
+    assert (name, stored.metadata["prompt"], len(stored.metadata["prompt_tokens"])) == ("one.pt", graph.prompt, 3)
+    assert store.document(stored)["links"] == document["links"]
+    session = ModelSession(command_line.read_configs(command_line.stage_flags(), ["serve"]), named=False)
+    outputs = read.ids[read.slice_of(LOGIT)]
+    other = session.prune(stored, document, 0.5, 0.9, outputs)
+    wanted = to_document(read.difference(*read.labels).prune(0.5, 0.9), "one")
+    assert other["links"] == wanted["links"] and [node["node_id"] for node in other["nodes"]][-1] == "3_-1_2"
+    with pytest.raises(UserError, match="'9_9_9' are not two logits of this graph"):
+        session.prune(stored, document, 0.5, 0.9, [outputs[0], "9_9_9"])
     torch.save(dict(input_string="a"), path)
-    with pytest.raises(UserError, match="no graph of circuit-tracer"):
-        Graph.load(path, tokenizer)
+    for read_it in (lambda: Graph.load(path, tokenizer), lambda: circuit_tracer.read_metadata(path)):
+        with pytest.raises(UserError, match="no graph of circuit-tracer"):
+            read_it()
 
 
 def test_other_objects_and_missing_classes_are_one_line(tmp_path, named, monkeypatch):

@@ -20,31 +20,47 @@ def layered(seed=0, **sizes) -> Graph:
     return dataclasses.replace(graph, adjacency_RxS=np.where(up_TxS, weights, 0).astype(np.float32))
 
 
-def by_definition(graph: Graph, nodes: float, edges: float):
-    """Masks, cumulative shares and scores as circuit-tracer defines them, on a square float64 matrix, all sorted."""
+def square_of(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
+    """The edges as a square float64 matrix, those of biases left out, and the weights of the logits."""
     kind_N, count = graph.nodes.kind_N, len(graph.nodes)
     square, weight_N = np.zeros((count, count)), np.where(kind_N == LOGIT, graph.nodes.value_N, 0).astype(np.float64)
     square[graph.target_R, : graph.adjacency_RxS.shape[1]] = graph.adjacency_RxS
     square[:, kind_N == BIAS] = 0
+    return square, weight_N
 
-    def shares(matrix):
-        return np.abs(matrix) / np.maximum(np.abs(matrix).sum(1, keepdims=True), 1e-10)
 
-    def paths(normed):
-        total, step = np.zeros(count), weight_N
-        while step.any():
-            step = step @ normed
-            total += step
-        return total
+def shares(matrix):
+    return np.abs(matrix) / np.maximum(np.abs(matrix).sum(1, keepdims=True), 1e-10)
+
+
+def paths(normed, weight_N):
+    total, step = np.zeros(len(normed)), weight_N
+    while step.any():
+        step = step @ normed
+        total += step
+    return total
+
+
+def scores_on(square, weight_N, kind_N) -> tuple[float, float]:
+    """Replacement and completeness, as circuit-tracer defines them."""
+    influence_N = paths(shares(square), weight_N)
+    tokens, errors = influence_N[kind_N == TOKEN].sum(), influence_N[kind_N == ERROR].sum()
+    without_error_N = 1 - shares(square)[:, kind_N == ERROR].sum(1)
+    return tokens / (tokens + errors), np.average(without_error_N, weights=influence_N + weight_N)
+
+
+def by_definition(graph: Graph, nodes: float, edges: float):
+    """Masks, cumulative shares and scores as circuit-tracer defines them, on a square float64 matrix, all sorted."""
+    kind_N, (square, weight_N) = graph.nodes.kind_N, square_of(graph)
 
     def threshold(values, share):
         descending = -np.sort(-values)
         return descending[min(np.searchsorted(np.cumsum(descending) / values.sum(), share), len(values) - 1)]
 
-    influence_N = paths(shares(square))
+    influence_N = paths(shares(square), weight_N)
     node_N = (influence_N >= threshold(influence_N, nodes)) | np.isin(kind_N, (TOKEN, LOGIT))
     cut = shares(np.where(node_N[:, None] & node_N[None], square, 0))
-    score = cut * (paths(cut) + weight_N)[:, None]
+    score = cut * (paths(cut, weight_N) + weight_N)[:, None]
     edge_NxN = (score >= threshold(score.ravel(), edges)) & (score > 0)
     while True:
         before = node_N.copy()
@@ -53,10 +69,7 @@ def by_definition(graph: Graph, nodes: float, edges: float):
         edge_NxN &= node_N[:, None] & node_N[None]
         if (node_N == before).all():
             break
-    tokens, errors = influence_N[kind_N == TOKEN].sum(), influence_N[kind_N == ERROR].sum()
-    without_error_N = 1 - shares(square)[:, kind_N == ERROR].sum(1)
-    completeness = np.average(without_error_N, weights=influence_N + weight_N)
-    return node_N, edge_NxN, influence_N, (tokens / (tokens + errors), completeness)
+    return node_N, edge_NxN, influence_N, scores_on(square, weight_N, kind_N)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -76,6 +89,24 @@ def test_masks_and_scores_are_those_of_the_definition(seed, thresholds, monkeypa
     share_N = pruning.cumulative_share(influence_N)
     order = np.argsort(-influence_N)
     assert np.allclose(share_N[order], np.cumsum(influence_N[order]) / influence_N.sum(), atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 9, 60])
+def test_scores_of_some_features_count_what_the_others_write_as_error(count):
+    """By circuit-tracer's definition: a feature that is left out goes into the error of its layer and position."""
+    graph = layered(features=60, layers=4, positions=3)
+    ids, kind_N, (square, weight_N) = graph.ids, graph.nodes.kind_N, square_of(graph)
+    kept = set(np.random.default_rng(0).permutation(60)[:count].tolist())
+    for feature in set(range(60)) - kept:
+        error = ids.index(f"{graph.nodes.layer_N[feature]}_-1_{graph.nodes.position_N[feature]}")
+        square[:, error] += square[:, feature]
+        square[feature] = square[:, feature] = 0
+    found = graph.score_subgraph([ids[feature] for feature in kept])
+    np.testing.assert_allclose(dataclasses.astuple(found), scores_on(square, weight_N, kind_N), rtol=0, atol=1e-6)
+    if count == 60:
+        assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(graph.scores()), abs=1e-6)
+    with pytest.raises(UserError, match="'9_9_9' is no node of this graph"):
+        graph.score_subgraph(["9_9_9"])
 
 
 def test_what_leaves_no_feature_is_named():

@@ -106,10 +106,10 @@ def test_contexts_leave_out_silent_texts_and_nothing_else(tiny):
     made = make_transcoders(tiny.config)
     silent = [altered_bias(each, -1e6) for each in made]
     texts = ["one two three", "four five"]
-    assert ContextSearch(tiny, LayerTranscoders.of(silent), texts).contexts([(0, 5)]) == {(0, 5): ()}
+    assert ContextSearch(tiny, LayerTranscoders.of(silent), texts).firings([(0, 5)]) == {(0, 5): ((), ())}
     broken = [altered_bias(each, np.nan) for each in made]
     with pytest.raises(UserError, match="finite"):
-        ContextSearch(tiny, LayerTranscoders.of(broken), texts).contexts([(0, 5)])
+        ContextSearch(tiny, LayerTranscoders.of(broken), texts).firings([(0, 5)])
 
 
 def test_a_search_for_contexts_can_be_stopped(tiny):
@@ -126,10 +126,10 @@ def test_a_search_for_contexts_can_be_stopped(tiny):
         [(at, feature) for at in (0, 1) for feature in range(FEATURES)],
     )
     with pytest.raises(Interrupted):
-        search.contexts(features, stop)
-    contexts = search.contexts(features, lambda *step: steps.append(step))
-    assert steps == [(0, 2), (1, 2), (0, 2), (1, 2)] and any(contexts.values())
-    assert contexts == ContextSearch(tiny, transcoders, texts).contexts(features)
+        search.firings(features, stop)
+    found = search.firings(features, lambda *step: steps.append(step))
+    assert steps == [(0, 2), (1, 2), (0, 2), (1, 2)] and any(each.contexts for each in found.values())
+    assert found == ContextSearch(tiny, transcoders, texts).firings(features)
 
 
 def altered_bias(transcoder, value):

@@ -10,10 +10,9 @@ from graph_checks import double
 from made_transcoders import made_sae
 from torch_sites import MODULES, relative_error, run_torch
 
-from saejax import save_dictionary, trace_gradient
+from saejax import open_saes, save_dictionary, trace
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT, TOKEN
-from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.edits import Change
 from saejax.attribution.trace import prompt
 from saejax.attribution.trace.gradient import SaeRun
@@ -118,7 +117,7 @@ def saes_of(lm, sites):
 
 def test_rows_are_torchs_gradients(case):
     lm, saes, model = case
-    graph = trace_gradient(lm, saes, IDS, max_logits=3)
+    graph = trace(lm, open_saes(saes), IDS, max_logits=3)
     features = graph.nodes[graph.slice_of(FEATURE)]
     _, values = run_torch(model, np.array([IDS]))
     for sae in saes:
@@ -136,15 +135,15 @@ def test_rows_are_torchs_gradients(case):
 def test_direct_edges_go_through_no_other_site_and_those_of_relevance_patching_add_up(llama):
     lm, saes = llama
     model = source.load_torch_model(lm.source, "float32").double()
-    graph = trace_gradient(lm, saes, IDS, max_logits=2, direct=True)
+    graph = trace(lm, open_saes(saes, direct=True), IDS, max_logits=2)
     assert relative_error(graph.adjacency_RxS, torch_rows(model, saes, graph, held=True)) < 1e-5
     # All of the stream goes through resid_post.0, so tokens reach the features there and nothing else.
     later = graph.nodes.layer_N[graph.target_R] > 0
     assert not graph.adjacency_RxS[later, graph.slice_of(TOKEN)].any()
     assert graph.adjacency_RxS[~later, graph.slice_of(TOKEN)].any()
-    graph = trace_gradient(lm, saes, IDS, max_logits=3, direct=True, estimate="relp")
+    graph = trace(lm, open_saes(saes, "relp", direct=True), IDS, max_logits=3)
     assert np.abs(graph.unexplained_R).max() < 1e-5 * np.abs(graph.value_R).max()
-    total = trace_gradient(lm, saes, IDS, max_logits=3)
+    total = trace(lm, open_saes(saes), IDS, max_logits=3)
     assert np.abs(total.unexplained_R).max() > 0.1 * np.abs(total.value_R).max()
 
 
@@ -165,7 +164,7 @@ def edited(lm, saes, graph, node, factor):
 
 def test_edges_foretell_edits_of_the_model(llama):
     lm, saes = llama
-    traced = trace_prompt(lm, LayerSaes.of(saes), IDS, max_logits=3)
+    traced = trace_prompt(lm, open_saes(saes), IDS, max_logits=3)
     graph = traced.graph
     doubling = double(traced.local, graph, traced.readouts, count=10)
     assert doubling.results.held_error is None
@@ -184,7 +183,7 @@ def test_saes_of_what_heads_give_have_edges(tiny_model):
     """Their site is within attention: as many numbers as the stream has, where heads fill it."""
     lm, ids = tiny_model("gpt2"), [17, 230, 5, 42]
     saes = [made_sae(lm, "resid_post.0", ids), made_sae(lm, "attn_z.1", ids, seed=1)]
-    graph, run, readouts = trace_prompt(lm, LayerSaes.of(saes), ids, targets=7)
+    graph, run, readouts = trace_prompt(lm, open_saes(saes), ids, targets=7)
     features, layer_N = graph.count(FEATURE), graph.nodes.layer_N
     upper = np.flatnonzero(layer_N[:features] == 1)
     source = upper[np.abs(graph.adjacency_RxS[-1, upper]).argmax()]
@@ -202,7 +201,7 @@ def test_saes_of_what_heads_give_have_edges(tiny_model):
 
 def test_fewer_features_are_the_most_influential_ones(llama):
     lm, saes = llama
-    graph, part = (trace_gradient(lm, saes, IDS, max_logits=2, max_features=most) for most in (None, 11))
+    graph, part = (trace(lm, open_saes(saes), IDS, max_logits=2, max_features=most) for most in (None, 11))
     assert part.count(FEATURE) == 11 and part.settings["active_features"] == graph.count(FEATURE)
     ids = [list(zip(g.nodes.layer_N, g.nodes.position_N, g.nodes.index_N))[: g.count(FEATURE)] for g in (graph, part)]
     kept = [ids[0].index(one) for one in ids[1]]
@@ -213,13 +212,13 @@ def test_fewer_features_are_the_most_influential_ones(llama):
 
 def test_one_sae_and_one_token(llama):
     lm, saes = llama
-    graph = trace_gradient(lm, saes[0], IDS, max_logits=3)
+    graph = trace(lm, open_saes(saes[0]), IDS, max_logits=3)
     features = graph.count(FEATURE)
     assert set(graph.nodes.layer_N[:features]) == {0} and not graph.adjacency_RxS[:features, :features].any()
     # To the features of the first site and the logits, edges are those of two SAEs.
-    both, rows = trace_gradient(lm, saes, IDS, max_logits=3), [*range(features), -3, -2, -1]
+    both, rows = trace(lm, open_saes(saes), IDS, max_logits=3), [*range(features), -3, -2, -1]
     assert relative_error(graph.adjacency_RxS[:, :features], both.adjacency_RxS[rows, :features]) < 1e-6
-    graph = trace_gradient(lm, saes, IDS[-1:], max_logits=1)
+    graph = trace(lm, open_saes(saes), IDS[-1:], max_logits=1)
     assert graph.ids_P.shape == (1,) and graph.adjacency_RxS[-1].all()
     pruned = graph.prune()
     assert 0 <= pruned.scores().replacement <= 1 and 0 <= pruned.scores().completeness <= 1
@@ -247,22 +246,22 @@ def test_what_cannot_be_traced_is_refused(llama, change, message):
     changed = Dictionary(config, **arrays)
     saes = [changed] if "max_norm" in change else [changed, saes[1]]
     with pytest.raises(UserError, match=message):
-        trace_gradient(lm, saes, IDS)
+        trace(lm, open_saes(saes), IDS)
 
 
 def test_other_bad_input_is_refused(llama):
     lm, saes = llama
     with pytest.raises(UserError, match="no SAE"):
-        trace_gradient(lm, [], IDS)
+        open_saes([])
     with pytest.raises(UserError, match="nowhere holds no dictionary"):
-        trace_gradient(lm, "nowhere", IDS)
+        open_saes("nowhere")
     with pytest.raises(UserError, match="estimate"):
-        trace_gradient(lm, saes, IDS, estimate="integrated")
+        open_saes(saes, "integrated")
     with pytest.raises(UserError, match="max_features is 0"):
-        trace_gradient(lm, saes, IDS, max_features=0)
+        trace(lm, open_saes(saes), IDS, max_features=0)
     nan = Dictionary(saes[0].config, **saes[0].arrays | dict(W_dec_FxD=saes[0].arrays["W_dec_FxD"] * np.nan))
     with pytest.raises(UserError, match="not finite"):
-        trace_gradient(lm, nan, IDS)
+        trace(lm, open_saes(nan), IDS)
 
 
 @pytest.mark.parametrize(
@@ -280,14 +279,14 @@ def test_other_bad_input_is_refused(llama):
 )
 def test_changes_that_no_run_with_saes_can_make_are_refused(llama, row, said):
     lm, saes = llama
-    run = SaeRun.of(lm, LayerSaes.of(saes), np.array(IDS, np.int32))
+    run = SaeRun.of(lm, open_saes(saes), np.array(IDS, np.int32))
     with pytest.raises(UserError, match=said):
         run.run([row])
 
 
 def test_a_slice_of_positions_is_each_of_them(llama):
     lm, saes = llama
-    run = SaeRun.of(lm, LayerSaes.of(saes), np.array(IDS, np.int32))
+    run = SaeRun.of(lm, open_saes(saes), np.array(IDS, np.int32))
     each = [Change(0, position, 3, 0.5) for position in range(2, len(IDS))]
     one, several = run.run([[Change(0, slice(2, None), 3, 0.5)], each]).logits_RxV
     assert np.array_equal(one, several) and np.abs(one - run.logits_V).max() > 1e-4
@@ -299,8 +298,8 @@ def test_a_graph_that_does_not_fit_is_refused(llama, monkeypatch):
     monkeypatch.setattr(prompt, "attribute_in_rounds", lambda *args: pytest.fail("rows are computed"))
     monkeypatch.setattr(prompt, "free_memory", lambda mesh: Memory(0, 100_000))
     with pytest.raises(UserError, match=r"the graph would take .* GiB, and 0\.0 GiB is free: shorten the prompt of 4"):
-        trace_gradient(lm, saes, IDS)
-    run = SaeRun.of(lm, LayerSaes.of(saes), np.array(IDS, np.int32))
+        trace(lm, open_saes(saes), IDS)
+    run = SaeRun.of(lm, open_saes(saes), np.array(IDS, np.int32))
     few, all_rows = (prompt.estimate_gradient_memory(run, count, 3) for count in (1, len(run.active)))
     assert few.host < all_rows.host and few.device == all_rows.device > 0
 
@@ -323,7 +322,7 @@ def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, caps
     targets = [link["target"] for link in document["links"]]
     assert targets and max(map(targets.count, targets)) <= 6
     assert document["metadata"]["generation_settings"]["edges"].startswith("total gradient x activation")
-    whole = trace_gradient(lm, folders, IDS, max_logits=3)
+    whole = trace(lm, open_saes(folders), IDS, max_logits=3)
     assert relative_error(Graph.load(folder / "mine-graph").adjacency_RxS, whole.adjacency_RxS) < 1e-4
     assert (folder / "mine.html").stat().st_size > 1000
     for wrong, message in (

@@ -10,12 +10,13 @@ from made_graphs import IDS, make_transcoders
 from torch_sites import relative_error
 
 from saejax import trace
+from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import pruning
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
 from saejax.attribution.local import rows, state
 from saejax.attribution.local.edits import Circuit
 from saejax.attribution.local.prompt_run import Active
-from saejax.attribution.local.readouts import Readouts
+from saejax.attribution.local.readouts import Direction, Readouts
 from saejax.attribution.trace import rounds
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.errors import UserError
@@ -63,6 +64,38 @@ def test_the_difference_of_two_logits_is_taken_after_tracing(tiny, made, graph):
     for graph_, labels in ((graph, (graph.labels[0], "nothing")), (found, found.labels * 2), (graph.prune(), "ab")):
         with pytest.raises(UserError, match="two logits of this graph|is pruned"):
             graph_.difference(*labels)
+
+
+def test_directions_are_explained_by_their_names(tiny_model):
+    """One that is a logit's has its edges; of another, edges, biases and errors add up to its value."""
+    lm = tiny_model("gpt2")  # whose final norm has a bias
+    made, params = make_transcoders(lm.config), lm.params
+    unembed_DxV = params["embed_VxD"].T if lm.config.tied else params["unembed_DxV"]
+    like_7_D = np.asarray(unembed_DxV[:, 7] - unembed_DxV.mean(axis=1))
+    probe_D = np.random.default_rng(0).normal(size=lm.config.d_model).astype(np.float32)
+    targets = [7, Direction("like 7", like_7_D), (7, 9), Direction("probe", probe_D)]
+    traced = trace_prompt(lm, made, IDS, targets=targets)
+    graph, rows = traced.graph, traced.graph.adjacency_RxS[-4:]
+    assert graph.labels[1::2] == ("like 7", "probe") and graph.ids[-3:] == [
+        f"{lm.config.n_layers + 1}_-{k}_6" for k in (1, 2, 3)
+    ]
+    assert graph.settings["targets"] == [[7, -1], [-1, -1], [7, 9], [-1, -1]]
+    assert relative_error(rows[1], rows[0]) < 1e-5 and graph.value_R[-3] == pytest.approx(graph.value_R[-4], abs=1e-5)
+    assert graph.probability_K[1:].tolist() == [1, 1, 1] and graph.logit_K[3] == graph.value_R[-1]
+    assert np.abs(graph.unexplained_R).max() < 1e-5 * np.abs(graph.value_R).max()
+    # A run with features removed reads the direction at the same place.
+    every = Circuit(np.ones(len(traced.local.active), bool), np.ones((lm.config.n_layers, len(IDS)), bool))
+    (kept_K,) = traced.local.run([every], readouts=traced.readouts).readout_RxK
+    np.testing.assert_allclose(kept_K, traced.readouts.value_K, atol=1e-4)
+    names = [node["clerp"] for node in to_document(graph.prune(), "one")["nodes"] if node["feature_type"] == "logit"]
+    assert names[3] == 'Output "probe" (p=1.000)'
+    with pytest.raises(UserError, match="not two logits of this graph"):
+        graph.difference(graph.labels[0], "probe")
+    for vector_D in (probe_D[:-1], probe_D * np.nan):
+        with pytest.raises(
+            UserError, match=f"the direction 'probe' has the shape .*{lm.config.d_model} finite numbers"
+        ):
+            trace(lm, made, IDS, targets=Direction("probe", vector_D))
 
 
 def test_columns_that_are_given_up_change_no_row(tiny, made, monkeypatch):
@@ -166,7 +199,6 @@ def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
         (IDS, dict(max_logits=0), "max_logits is 0"),
         (IDS, dict(max_features=0), "max_features is 0"),
         (IDS, dict(max_features=2.5), "max_features is 2.5"),
-        (IDS, dict(estimate="relp"), "estimate and direct are for SAEs"),
         ([5.7, 8.0], {}, "expected a text, or the token ids of one"),
         ([IDS, IDS], {}, "expected a text, or the token ids of one"),
         (["The", "cat"], {}, "expected a text, or the token ids of one"),

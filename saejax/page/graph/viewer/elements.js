@@ -69,6 +69,21 @@ function exampleList(examples, most) {
   );
 }
 
+/** How often a feature is active, by activation: bars, and the activations of the first and the last. */
+function histogramOf(bars) {
+  const most = Math.max(...bars.map(([, height]) => height));
+  const wide = 100 / bars.length;
+  const said = ([x, height]) => `${magnitude(height)} at activation ${magnitude(x)}`;
+  const rects = bars.map(([x, height], k) => {
+    const tall = (40 * height) / most;
+    return drawn("rect", { x: k * wide, y: 40 - tall, width: 0.9 * wide, height: tall }, drawn("title", {}, said([x, height])));
+  });
+  const name = `Histogram of activations: ${bars.map(said).join(", ")}`;
+  const svg = drawn("svg", { viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": name }, ...rects);
+  const ends = [bars[0], bars.at(-1)].map(([x]) => element("small", {}, magnitude(x)));
+  return element("div", { class: "histogram" }, svg, element("div", {}, ends));
+}
+
 function factList(pairs) {
   return element(
     "dl",

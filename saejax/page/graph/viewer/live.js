@@ -98,6 +98,21 @@ function makeLive(graph, { live, labels, details }, app) {
     const [nodes, edges] = ["prune-nodes", "prune-edges"].map((id) => here(id).value);
     location.assign(`graph?${new URLSearchParams({ id: live.graph, nodes, edges })}${location.hash}`);
   };
+  const outputs = [...graph.kind.keys()].filter((i) => graph.kind[i] === LOGIT && chanceOf(graph.doc.nodes[i]));
+  const ends = ["difference-first", "difference-second"].map(here);
+  ends.forEach((end, k) => {
+    end.replaceChildren(...outputs.map((i) => element("option", { value: graph.ids[i] }, graph.labels[i])));
+    end.selectedIndex = k;
+  });
+  here("difference-form").hidden = !live.whole || outputs.length < 2;
+  here("difference-form").onsubmit = (event) => {
+    event.preventDefault();
+    const [first, second] = ends.map((end) => end.value);
+    const query = { id: live.graph, nodes: live.nodes, edges: live.edges, first, second };
+    location.assign(`graph?${new URLSearchParams(query)}${location.hash}`);
+  };
+  here("all-outputs").hidden = !live.difference;
+  here("all-outputs").querySelector("a").href = `graph?${new URLSearchParams({ id: live.graph })}`;
   const saving = async (path, body, done) => {
     here("saved").textContent = "";
     try {

@@ -1,5 +1,5 @@
-// The graph as typed arrays. Nodes keep the order of the document; edges come sorted by score, strongest first,
-// so that "edge e is among the strongest" is a comparison of integers, and each node's lists of edges come sorted.
+// The graph as typed arrays. Nodes keep the order of the document; edges are sorted by score, strongest first,
+// so that "edge e is among the strongest" is a comparison of integers, and each node's lists of edges are sorted.
 
 const FEATURE = 0;
 const ERROR = 1;
@@ -60,8 +60,10 @@ function readGraph(doc, labels, edges) {
   doc.nodes.forEach((node, i) => {
     row[i] = kind[i] === TOKEN ? 0 : kind[i] === LOGIT ? layers + 1 : layerOf(node) + 1;
   });
+  const chance = Float64Array.from(doc.nodes, (node, i) => (kind[i] === LOGIT ? (node.token_prob ?? 0) : 0));
   const graph = {
     n,
+    chance,
     tokens,
     layers,
     rows: layers + 2,
@@ -74,7 +76,7 @@ function readGraph(doc, labels, edges) {
     index,
     doc,
     ids: doc.nodes.map((node) => node.node_id),
-    ...readEdges(edges, n),
+    ...readEdges(edges, row, chance),
   };
   nameNodes(graph, labels);
   // Tokens and outputs are always shown, so they do not stretch the slider.
@@ -85,24 +87,40 @@ function readGraph(doc, labels, edges) {
   return graph;
 }
 
-/** Weights are in the units of their targets; scores, the influence that goes through an edge, compare. */
-function readEdges({ source, target, weight, score, more }, n) {
-  const m = source.length;
+/** Weights are in the units of their targets, so those of different targets do not compare. The score of an edge does:
+ * it is the edge's share of its target's input, by size, times the target's influence on the outputs over all paths.
+ * Edges go up, so one sweep from the top row down finds it. `chance`: the outputs' own influence. */
+function sweep({ source, target, weight }, row, chance) {
+  const inTotal = new Float64Array(row.length); // of |weight|
+  for (let e = 0; e < weight.length; e++) inTotal[target[e]] += Math.abs(weight[e]);
+  const influence = Float64Array.from(row, (_, i) => chance[i] ?? 0);
+  const score = new Float64Array(weight.length);
+  for (const e of [...score.keys()].sort((a, b) => row[target[b]] - row[target[a]])) {
+    score[e] = (influence[target[e]] * Math.abs(weight[e])) / (inTotal[target[e]] || 1);
+    influence[source[e]] += score[e];
+  }
+  return { score, influence, inTotal };
+}
+
+/** The edges, strongest first, and those of each node. */
+function readEdges(edges, row, chance) {
+  const { score: found, influence, inTotal } = sweep(edges, row, chance);
+  const size = (e) => Math.abs(edges.weight[e]);
+  const order = [...found.keys()].sort((a, b) => found[b] - found[a] || size(b) - size(a));
+  const ranked = (column) => column && order.map((e) => column[e]);
+  const [source, target, weight, score, more] = [edges.source, edges.target, edges.weight, found, edges.more].map(ranked);
+  const m = order.length;
   const before = new Float64Array(m); // share of all scores that stronger edges have
-  const inTotal = new Float64Array(n); // of |weight|
-  const outTotal = new Float64Array(n); // of scores
-  const [ins, outs] = [0, 1].map(() => Array.from({ length: n }, () => [])); // edges of each node, strongest first
+  const [ins, outs] = [0, 1].map(() => Array.from(row, () => []));
   const total = score.reduce((sum, value) => sum + value, 0) || 1;
   let sum = 0;
   for (let e = 0; e < m; e++) {
     before[e] = sum / total;
     sum += score[e];
-    inTotal[target[e]] += Math.abs(weight[e]);
-    outTotal[source[e]] += score[e];
     ins[target[e]].push(e);
     outs[source[e]].push(e);
   }
-  return { m, source, target, weight, score, more, before, inTotal, outTotal, ins, outs };
+  return { m, source, target, weight, score, more, before, inTotal, influence, ins, outs };
 }
 
 /** The edges as the document has them, keys of other programs included. */
@@ -120,8 +138,10 @@ function differenceOf(node) {
   return pair && [pair[2], pair[4]];
 }
 
-/** The probability of an output; a difference has none. */
-const chanceOf = (node) => (differenceOf(node) ? "" : percent(node.token_prob ?? 0));
+/** The probability of an output; a difference and a direction are no tokens and have none. */
+const chanceOf = (node) => (/^\d+_-/.test(node.node_id) ? "" : percent(node.token_prob ?? 0));
+
+const valueOf = (node) => (differenceOf(node) ? "difference of logits" : "direction");
 
 function labelOf(graph, node, i, labels) {
   const token = visibleToken(graph.tokens[graph.pos[i]] ?? "");
@@ -141,14 +161,14 @@ function labelOf(graph, node, i, labels) {
 const shareOf = (graph, e, into) =>
   into
     ? Math.abs(graph.weight[e]) / (graph.inTotal[graph.target[e]] || 1)
-    : graph.score[e] / (graph.outTotal[graph.source[e]] || 1);
+    : graph.score[e] / (graph.influence[graph.source[e]] || 1);
 
 /** The edges into (or out of) a node, strongest first. */
 const edgesOf = (graph, i, into) => (into ? graph.ins : graph.outs)[i];
 
 const rowName = (graph, r) => (r === 0 ? "E" : r === graph.rows - 1 ? "out" : String(r - 1));
 const whereOf = (graph, i) => {
-  if (graph.kind[i] === LOGIT) return `output · ${chanceOf(graph.doc.nodes[i]) || "difference of logits"}`;
+  if (graph.kind[i] === LOGIT) return `output · ${chanceOf(graph.doc.nodes[i]) || valueOf(graph.doc.nodes[i])}`;
   const place = graph.kind[i] === TOKEN ? "token" : `layer ${graph.row[i] - 1}`;
   return `${place} · ${visibleToken(graph.tokens[graph.pos[i]] ?? "")} (${graph.pos[i]})`;
 };

@@ -21,8 +21,7 @@ function describe(graph, i) {
   if (kind === OTHER) facts.push(["Kind", node.feature_type]);
   if (kind !== TOKEN && kind !== LOGIT) facts.push(["Layer", String(node.layer)]);
   facts.push(["Token", `${visibleToken(graph.tokens[graph.pos[i]])} (position ${graph.pos[i]})`]);
-  if (kind === LOGIT && differenceOf(node)) facts.push(["Value", "difference of logits"]);
-  else if (kind === LOGIT) facts.push(["Probability", chanceOf(node)]);
+  if (kind === LOGIT) facts.push(chanceOf(node) ? ["Probability", chanceOf(node)] : ["Value", valueOf(node)]);
   if (!Number.isNaN(graph.activation[i])) facts.push(["Activation", magnitude(graph.activation[i])]);
   if (graph.share[i] >= 0) facts.push(["Influence", `within the first ${percent(graph.share[i])}`]);
   return facts;
@@ -80,8 +79,20 @@ function makePanel(graph, { details: known, source }, app) {
     const [layer, index] = graph.ids[i].split("_");
     return source.replace("{layer}", layer).replace("{index}", index);
   };
+  const quantileOf = ([name, contexts]) =>
+    element("details", {}, element("summary", {}, visibleText(name)), exampleList(contexts, 8));
+  /** What is not told of a feature. */
+  const missing = ({ examples, quantiles, histogram }) => {
+    if (!examples) return live ? "Its contexts are being read." : "This page has contexts of its most influential features alone.";
+    const parts = { contexts: examples, "contexts by quantile of activation": quantiles, "histogram of activations": histogram };
+    const none = Object.keys(parts).filter((name) => !parts[name]?.length);
+    return none.length ? `What was read of this feature has no ${none.join(", no ")}.` : "";
+  };
   const aboutFeature = (about, address) => [
     ...(about.examples?.length ? [element("h3", {}, "Top contexts"), exampleList(about.examples, 8)] : []),
+    ...(about.quantiles?.length ? [element("h3", {}, "Contexts by activation"), ...about.quantiles.map(quantileOf)] : []),
+    ...(about.histogram?.length ? [element("h3", {}, "Activations"), histogramOf(about.histogram)] : []),
+    element("p", { class: "note" }, missing(about)),
     ...(about.top_logits?.length ? [element("p", {}, `Raises: ${about.top_logits.slice(0, 8).map(visibleToken).join(" ")}`)] : []),
     ...(about.bottom_logits?.length ? [element("p", {}, `Lowers: ${about.bottom_logits.slice(0, 8).map(visibleToken).join(" ")}`)] : []),
     ...(address ? [element("p", {}, element("a", { href: address, target: "_blank", rel: "noreferrer" }, "This feature at Neuronpedia"))] : []),

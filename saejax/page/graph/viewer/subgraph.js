@@ -25,6 +25,17 @@ function makeSubgraph(graph, app) {
     svg.append(...units.map((unit) => drawUnit(unit, { width, height })));
     figure.replaceChildren(svg);
   };
+  const written = (features) => {
+    const { replacement, completeness } = scoresWith(graph, features);
+    return `replacement ${replacement.toFixed(3)} and completeness ${completeness.toFixed(3)}`;
+  };
+  const all = [...graph.kind.keys()].filter((i) => graph.kind[i] !== ERROR);
+  const whole = graph.m ? written(all) : "";
+  const showScores = () => {
+    document.getElementById("pin-scores").textContent =
+      `With the pinned features alone, this graph has ${written(app.state.pinned)}; with all of its features, ${whole}. ` +
+      "What the others write counts as error.";
+  };
   const endsOf = ({ from, to }, units) => [
     [units[from].x + units[from].width / 2, units[from].y],
     [units[to].x + units[to].width / 2, units[to].y + BOX_HEIGHT],
@@ -93,7 +104,9 @@ function makeSubgraph(graph, app) {
       document.getElementById("some-pins").hidden = none;
       document.getElementById("save-subgraph").disabled = none;
       pins.show(units);
-      if (!none) drawFigure(units);
+      if (none) return;
+      drawFigure(units);
+      showScores();
     },
   };
 }

@@ -46,6 +46,32 @@ function sumsOf(graph, units) {
   });
 }
 
+/** Replacement and completeness scores of the graph with these features alone. What other features write counts as
+ * error: their edges are added to those of the error of their layer and position, as by circuit-tracer. */
+function scoresWith(graph, features) {
+  const kept = new Set(features);
+  const row = [...graph.row];
+  const errorAt = new Map(); // layer and position -> a node
+  const sourceOf = (i) => {
+    if (graph.kind[i] === TOKEN || (kept.has(i) && graph.kind[i] !== ERROR)) return i;
+    const place = `${graph.row[i]} ${graph.pos[i]}`;
+    if (!errorAt.has(place)) errorAt.set(place, row.push(graph.row[i]) - 1);
+    return errorAt.get(place);
+  };
+  const sums = new Map(); // source and target -> weight
+  for (let e = 0; e < graph.m; e++) {
+    const to = graph.target[e];
+    if (graph.kind[to] !== LOGIT && !kept.has(to)) continue;
+    const key = `${sourceOf(graph.source[e])} ${to}`;
+    sums.set(key, (sums.get(key) || 0) + graph.weight[e]);
+  }
+  const ends = [0, 1].map((k) => [...sums.keys()].map((key) => Number(key.split(" ")[k])));
+  const { influence } = sweep({ source: ends[0], target: ends[1], weight: [...sums.values()] }, row, graph.chance);
+  const sum = (counts) => influence.reduce((total, x, i) => (counts(i) ? total + x : total), 0);
+  const [tokens, errors, all] = [(i) => graph.kind[i] === TOKEN, (i) => i >= graph.n, () => true].map(sum);
+  return { replacement: tokens / (tokens + errors || 1), completeness: 1 - errors / (all || 1) };
+}
+
 /** What a box is called by where places are kept. */
 const unitKey = (graph, unit) => unit.members.map((i) => graph.ids[i]).join(",");
 
