@@ -3,10 +3,14 @@
 JSON and byte-level tokens can hold surrogates, but no file in UTF-8 and no tokenizer can.
 """
 
+import codecs
 import re
 import unicodedata
+from collections.abc import Sequence
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED = "".join(map(chr, range(0xDC80, 0xDD00)))  # bytes from 0x80 on, as PEP 383 writes them
+_BYTES = re.compile(f"[{_ESCAPED}]+")
 # GPT-2's letters: a byte that is a printable character of Latin 1 stands for itself, the others for those from 256 on.
 _PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PLAIN]
@@ -48,11 +52,13 @@ def visible_token(text: str, in_line: bool = False) -> str:
 
 
 def text_of_piece(piece: str | bytes, decoded: str) -> str:
-    r"""Return the text of a token in which bytes that are only a part of a character stand as ``\xe0\xb8``.
+    r"""Return the text of a token in which bytes of an incomplete character are surrogates (PEP 383).
+
+    ``show_bytes`` makes ``\xe0\xb8`` of these, ``join_pieces`` the characters that several tokens spell together.
 
     Args:
       piece: the token as the tokenizer stores it: in GPT-2's letters for bytes, as <0xE0>, or as bytes.
-      decoded: its text, in which all such parts are the same replacement character.
+      decoded: its text, in which all such bytes are the same replacement character.
     """
     if "\ufffd" not in decoded or not isinstance(piece, str | bytes):
         return decoded
@@ -63,4 +69,42 @@ def text_of_piece(piece: str | bytes, decoded: str) -> str:
             piece = bytes(_BYTE_OF_LETTER[letter] for letter in piece)
         else:
             return decoded
-    return piece.decode("utf-8", "backslashreplace")
+    return piece.decode("utf-8", "surrogateescape")
+
+
+def show_bytes(text: str) -> str:
+    r"""Return a text of ``text_of_piece``, or several in turn, with characters that are incomplete as ``\xe0\xb8``."""
+    return _BYTES.sub(lambda run: _as_bytes(run[0]).decode("utf-8", "backslashreplace"), text)
+
+
+def join_pieces(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Return successive tokens as pieces of whole characters.
+
+    Args:
+      texts: of the tokens, as ``text_of_piece`` gives them.
+
+    Returns:
+      The text of each piece: of one token, or of as many as spell a character together; bytes at the ends whose
+      character is not complete are shown by ``show_bytes``. The index of the first token of each piece.
+    """
+    pieces, firsts, piece = list[str](), list[int](), ""
+    for number, (text, following) in enumerate(zip(texts, [*texts[1:], ""], strict=True)):
+        if not piece:
+            firsts.append(number)
+        piece += text
+        # Bytes from 0x80 to 0xbf never begin a character.
+        if not ("\udc80" <= following[:1] <= "\udcbf" and _is_open(piece)):
+            pieces.append(show_bytes(piece))
+            piece = ""
+    return pieces, firsts
+
+
+def _is_open(text: str) -> bool:
+    """Return whether a text ends within a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(_as_bytes(text[len(text.rstrip(_ESCAPED)) :]))
+    return bool(decoder.getstate()[0])
+
+
+def _as_bytes(escaped: str) -> bytes:
+    return escaped.encode("utf-8", "surrogateescape")

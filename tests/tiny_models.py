@@ -164,3 +164,17 @@ def save_tiny_tokenizer(folder: Path, vocab: int) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", model_max_length=128
     ).save_pretrained(folder)
+
+
+def byte_level_tokenizer():
+    """A tokenizer of single bytes, with some pieces of two and three."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [("à", "¸"), ("Ġ", "à"), ("ð", "Ł")]
+    vocab |= {"".join(pair): len(vocab) + index for index, pair in enumerate(merges)}
+    made = Tokenizer(models.BPE(vocab, merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)

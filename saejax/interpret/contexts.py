@@ -12,6 +12,7 @@ from saejax.dictionaries import Dictionary
 from saejax.interpret.feature_record import FeatureContext
 from saejax.interpret.firings import Block, blocks, record
 from saejax.interpret.text import CodedText
+from saejax.unicode import join_pieces
 
 BEFORE, AFTER = 10, 5  # tokens of a context before and after the firing
 _SPARE = 4  # candidates for each wanted context, because repeated contexts are passed over
@@ -19,7 +20,7 @@ _BATCH = 4096
 
 
 def top_contexts(
-    store: Store, dictionary: Dictionary, features: Sequence[int], count: int, texts: Sequence[str], mesh: Mesh
+    store: Store, dictionary: Dictionary, features: Sequence[int], count: int, pieces: Sequence[str], mesh: Mesh
 ) -> dict[int, list[FeatureContext]]:
     """Return the contexts of the strongest firings of some features on a store's training text, strongest first.
 
@@ -30,10 +31,10 @@ def top_contexts(
       dictionary: the dictionary.
       features: indices of features.
       count: contexts of each.
-      texts: text of every token id.
+      pieces: text of every token id, as ``saejax.models.tokens.token_piece`` gives it.
       mesh: devices that encode.
     """
-    coded, is_stored = CodedText(store.documents, texts), np.zeros(len(store.documents.ids_T), bool)
+    coded, is_stored = CodedText(store.documents, pieces), np.zeros(len(store.documents.ids_T), bool)
     contexts_of: dict[int, list[FeatureContext]] = {feature: [] for feature in features}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -115,18 +116,20 @@ def contexts(
     """
     place = np.asarray(places, np.int64)
     position, (around, inside) = text.position(place), surroundings(text, place)
-    acts = block.at(np.full(around.shape, feature), around)
+    acts = np.where(is_stored[around], block.at(np.full(around.shape, feature), around), np.nan)
     ids = text.back(around.reshape(-1), 0).reshape(around.shape)
-    return [
-        FeatureContext(
-            tokens=[text.texts[i] for i in ids[n][inside[n]]],
-            acts=[
-                float(f"{act:.3g}") if has_act else None
-                for act, has_act in zip(acts[n][inside[n]], is_stored[around[n][inside[n]]], strict=True)
-            ],
-            peak=int(inside[n][:BEFORE].sum()),
-            document=int(document),
-            position=int(position[n]),
+    found = []
+    for n, document in enumerate(text.document(place)):
+        tokens, firsts = join_pieces([text.pieces[i] for i in ids[n][inside[n]]])
+        # A character that several tokens spell is as active as the most active of these.
+        values = np.fmax.reduceat(acts[n][inside[n]], firsts)
+        found.append(
+            FeatureContext(
+                tokens=tokens,
+                acts=[None if np.isnan(act) else float(f"{act:.3g}") for act in values],
+                peak=int(np.searchsorted(firsts, inside[n][:BEFORE].sum(), side="right")) - 1,
+                document=int(document),
+                position=int(position[n]),
+            )
         )
-        for n, document in enumerate(text.document(place))
-    ]
+    return found

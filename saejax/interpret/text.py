@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from saejax.activations.documents import Documents
+from saejax.unicode import show_bytes
 
 SHAPES = (
     *("lower-case word", "Capitalised word", "CAPITALS", "letters of no or mixed case", "digits", "punctuation"),
@@ -52,11 +53,17 @@ _STEPS = dict(token=(0,), previous=(1,), pair=(1, 0), triple=(2, 1, 0), next=(-1
 
 
 class CodedText:
-    """The documents of a store as codes of places, and the text of each token."""
+    """The documents of a store as codes of places, and the text of each token.
 
-    def __init__(self, documents: Documents, texts: Sequence[str]):
-        assert len(texts) <= _SIZE
-        self.documents, self.texts, lengths = documents, texts, documents.lengths_N
+    Args:
+      documents: the documents.
+      pieces: the text of every token id, as ``saejax.models.tokens.token_piece`` gives it.
+    """
+
+    def __init__(self, documents: Documents, pieces: Sequence[str]):
+        assert len(pieces) <= _SIZE
+        self.documents, self.pieces, lengths = documents, pieces, documents.lengths_N
+        self.texts = list(map(show_bytes, pieces))
         starts = np.repeat(documents.starts_N, lengths)  # documents of a store are contiguous
         self._position = (np.arange(len(documents.ids_T)) - starts).astype(np.int32)
         self._last = np.repeat(lengths, lengths).astype(np.int32) - 1 - self._position  # tokens still to come
@@ -101,11 +108,11 @@ class CodedText:
         if family == "shape":
             spaced, shape = divmod(code, len(SHAPES))
             return SHAPES[shape] + (" after a space" if spaced else "")
-        pieces: list[str] = []
+        spelled: list[str] = []
         for _ in _STEPS[family]:  # the last token is the lowest digit
             code, token = divmod(code, len(self.texts))
-            pieces.insert(0, self.texts[token])
-        return f"“{''.join(pieces)}”"
+            spelled.insert(0, self.pieces[token])
+        return f"“{show_bytes(''.join(spelled))}”"
 
 
 class CodeCounts:

@@ -30,11 +30,12 @@ from saejax.interventions.answers import mean_interval
 from saejax.interventions.edits import mask
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
-from saejax.models.tokens import Tokens, encode, token_text
+from saejax.models.tokens import Tokens, encode, token_piece
 from saejax.results import Interval
 from saejax.short_reprs import has_short_repr
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 from saejax.tasks.scoring import wilson
+from saejax.unicode import show_bytes
 
 Driver = Literal["tokens", "context", "undecided"]
 
@@ -235,7 +236,7 @@ def _test_group(
         resampling_weights(np.zeros(len(texts)), resamples, seed + number)
         for number, texts in enumerate((ordinary, test))
     )
-    text = token_text(lm.tokenizer)
+    piece = token_piece(lm.tokenizer)
     for k, feature in enumerate(features):
         # The kind that excites it more is the harder test for a feature of reasoning.
         kind = int(np.argmax(injected_2xNxK[:, :, k].mean(axis=1)))
@@ -243,8 +244,8 @@ def _test_group(
         yield FalsifiedFeature(
             group=group,
             feature=int(feature),
-            tokens=tuple(text(ids[0]) for ids in snippets[k][0]),
-            contexts=tuple("".join(map(text, ids)) for ids in snippets[k][1]),
+            tokens=tuple(show_bytes(piece(ids[0])) for ids in snippets[k][0]),
+            contexts=tuple(show_bytes("".join(map(piece, ids))) for ids in snippets[k][1]),
             injected=("tokens", "contexts")[kind],
             ordinary=mean_interval(plain_NxK[:, k], weight_RxN),
             random=mean_interval(random_N, weight_RxN),

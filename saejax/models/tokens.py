@@ -8,7 +8,7 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.short_reprs import has_short_repr
-from saejax.unicode import has_surrogates, text_of_piece
+from saejax.unicode import has_surrogates, show_bytes, text_of_piece
 
 
 @has_short_repr
@@ -236,6 +236,15 @@ def single_token_id(tokenizer: Any, answer: str) -> int:
 
 def token_text(tokenizer: Any) -> Callable[[int], str]:
     r"""Return a function from a token id to its text, its leading space included; half a character is ``\xe0\xb8``."""
+    as_piece = token_piece(tokenizer)
+    return lambda token: show_bytes(as_piece(token))
+
+
+def token_piece(tokenizer: Any) -> Callable[[int], str]:
+    """Return a function from a token id to its text, in which bytes of an incomplete character are surrogates.
+
+    Texts of successive tokens become readable by ``saejax.unicode.join_pieces``; ``token_text`` shows one token.
+    """
 
     def text(token: int) -> str:
         """Return the text of a token id."""

@@ -3,19 +3,23 @@
 import numpy as np
 import planted
 import pytest
+from tiny_models import byte_level_tokenizer
 
 from saejax.activations.chunker import SPLITS
 from saejax.activations.documents import COLUMNS, Documents
 from saejax.interpret import contexts
 from saejax.interpret.contexts import strongest, surroundings, top_contexts
 from saejax.interpret.firings import Block
+from saejax.interpret.questions import detect, explain
 from saejax.interpret.text import CodedText
+from saejax.models.tokens import token_piece
 from saejax.parallel.mesh import make_mesh
 from saejax.stages.report.run import as_example
+from saejax.unicode import join_pieces
 
 
-def coded(ids, groups=None):
-    """A text of documents with these tokens."""
+def coded(ids, groups=None, pieces=()):
+    """A text of documents with these tokens, by default named by their numbers."""
     lengths = np.array([len(row) for row in ids])
     table = np.zeros((len(ids), len(COLUMNS)), np.int32)
     table[:, COLUMNS.index("split")] = SPLITS.index("train")
@@ -23,7 +27,7 @@ def coded(ids, groups=None):
     documents = Documents.contiguous(
         np.concatenate(ids).astype(np.int32), lengths, table, tuple(map(str, range(len(ids))))
     )
-    return CodedText(documents, [str(i) for i in range(100 * len(ids) + 100)])
+    return CodedText(documents, pieces or [str(i) for i in range(100 * len(ids) + 100)])
 
 
 def search(activations, count, ids=None, groups=None):
@@ -97,3 +101,36 @@ def test_the_search_finds_what_brute_force_finds(tmp_path):
         for context in shown:
             example, strongest = as_example(context, store.documents), best[context["document"]][0]
             assert example.activation == max(example.activations) == pytest.approx(strongest, rel=5e-3)
+
+
+@pytest.mark.parametrize("sentence", ["我爱北京天安门", "नमस्ते दुनिया", "สวัสดี ชาวโลก", "a 👩‍💻 é", "plain text"])
+def test_tokens_that_spell_a_character_together_are_read_as_one(sentence, monkeypatch):
+    """Contexts, their marks and questions to a judge hold the characters of a tokenizer of bytes, whichever is active.
+
+    The tokens of the first character are bytes where a context lacks one of them.
+    """
+    monkeypatch.setattr(contexts, "BEFORE", 100)
+    monkeypatch.setattr(contexts, "AFTER", 100)
+    tokenizer = byte_level_tokenizer()
+    ids = tokenizer(sentence)["input_ids"]
+    pieces = list(map(token_piece(tokenizer), range(len(tokenizer))))
+    text, is_stored = coded([ids], pieces=pieces), np.ones(len(ids), bool)
+    is_stored[0] = False
+    ends = [len(tokenizer(sentence[:number])["input_ids"]) for number in range(1, len(sentence) + 1)]
+    for place in range(1, len(ids)):
+        value = np.array([2.0], np.float32)
+        block = Block(0, 1, np.zeros(1, np.int64), np.array([place]), value)
+        (context,) = contexts.contexts(block, text, is_stored, 0, [place])
+        assert "".join(context["tokens"]) == sentence
+        assert len(context["tokens"]) == len(context["acts"]) and context["position"] == place
+        assert context["acts"][context["peak"]] == 2 == sum(act or 0 for act in context["acts"])
+        number = int(np.searchsorted(ends, place, side="right"))  # the character that the token ends or is part of
+        marked = f"{sentence[:number]}<<{sentence[number]}>>{sentence[number + 1 :]}"
+        if all(len(token) == 1 for token in context["tokens"]):
+            assert explain([context], []).text == f"Text 1: {marked}"
+        assert sentence in detect("a label", [context]).text
+    left = [pieces[token] for token in ids[1:]]
+    shown, firsts = join_pieces(left)
+    assert len(shown) == len(firsts) and "\ufffd" not in "".join(shown)
+    spelled = "".join(shown[sum(token.startswith("\\x") for token in shown) :])
+    assert spelled and sentence.endswith(spelled)

@@ -10,12 +10,12 @@ from report_page import Report
 
 from saejax.errors import UserError
 from saejax.files import read_json, write_json
+from saejax.models.tokens import token_text
 from saejax.results import to_json
 from saejax.runner import registry
 from saejax.runner.flags import define_flags, from_flags
 from saejax.runner.results import load_results
 from saejax.runner.workspace import SUMMARY
-from saejax.stages.report.run import token_text
 from saejax.tasks.settings import TaskConfig
 
 

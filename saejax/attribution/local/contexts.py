@@ -17,9 +17,10 @@ from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.models.tokens import encode, token_text
+from saejax.models.tokens import encode, token_piece
 from saejax.parallel.collectives import to_host
 from saejax.progress import OnProgress, silent
+from saejax.unicode import join_pieces
 
 _BEFORE, _AFTER = 10, 3  # tokens of a context around its strongest one
 _TOKENS = 32  # of each text that are read
@@ -98,11 +99,11 @@ class ContextSearch:
                         peak = int(value_P.argmax())
                         near = slice(max(peak - _BEFORE, 0), peak + _AFTER + 1)
                         peaks[layer, wanted[unit]].append((float(value_P[peak]), tokens[near], value_P[near].tolist()))
-        as_text = functools.cache(token_text(model.tokenizer))
+        as_piece = functools.cache(token_piece(model.tokenizer))
         strongest = {feature: sorted(some, key=lambda peak: -peak[0])[:_CONTEXTS] for feature, some in peaks.items()}
         return {
             feature: Firings(
-                tuple(dict(tokens=list(map(as_text, tokens)), activations=values) for _, tokens, values in some),
+                tuple(_context(list(map(as_piece, tokens)), values) for _, tokens, values in some),
                 _bars(np.concatenate(acts[feature])),
             )
             for feature, some in strongest.items()
@@ -114,6 +115,11 @@ def _bars(value_A: np.ndarray) -> tuple[tuple[float, float], ...]:
         return ()
     counts, edges = np.histogram(value_A, _BARS, (0, value_A.max()))
     return tuple(zip(((edges[1:] + edges[:-1]) / 2).tolist(), counts.tolist(), strict=True))
+
+
+def _context(pieces: Sequence[str], values: Sequence[float]) -> Context:
+    tokens, firsts = join_pieces(pieces)
+    return dict(tokens=tokens, activations=np.maximum.reduceat(values, firsts).tolist())
 
 
 class _TextRun:

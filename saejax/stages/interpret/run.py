@@ -41,7 +41,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
 from saejax.models.settings import ModelConfig
 from saejax.models.sites import Site
-from saejax.models.tokens import token_text
+from saejax.models.tokens import token_piece
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.results import from_json, to_json
@@ -233,8 +233,7 @@ def run_interpret(run: Run) -> InterpretResults:
         model, mesh = run.configs[ModelConfig], make_mesh(run.configs[MeshConfig])
         lm = load_configured_model(model, mesh)
         store.check_model(lm.source)
-        as_text = token_text(lm.tokenizer)
-        return lm, mesh, CodedText(store.documents, [as_text(token) for token in range(lm.config.vocab)])
+        return lm, mesh, CodedText(store.documents, list(map(token_piece(lm.tokenizer), range(lm.config.vocab))))
 
     def interpret(member: TrainedMember) -> None:
         if run.stopping():

@@ -30,7 +30,7 @@ INTERPRET = Stage(
     name="interpret",
     summary="says what features mean: examples, tokens, neighbours, labels that are scored, if "
     "--interpret.dictionaries names any",
-    revision=7,  # pieces of characters are shown as bytes
+    revision=8,  # tokens that spell a character together are read as one
     run=run_interpret,
     results=InterpretResults,
     groups=(ModelConfig, InterpretConfig),

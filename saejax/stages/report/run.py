@@ -24,7 +24,7 @@ from saejax.interventions.table import TESTED
 from saejax.links import member_folder
 from saejax.models.settings import ModelConfig
 from saejax.models.source import load_tokenizer, resolve
-from saejax.models.tokens import token_text
+from saejax.models.tokens import token_piece
 from saejax.page import style
 from saejax.page.blocks import Picture
 from saejax.page.document import Section, to_html, to_markdown
@@ -159,9 +159,9 @@ def contexts(run: Run, findings: Findings, features: Sequence[int], count: int) 
     else:
         mesh = make_mesh(run.configs[MeshConfig])
         dictionary = stacks.load_trained(tested, run.inputs, "--ablate.dictionary", mesh)
-        as_text = token_text(load_tokenizer(resolve(run.configs[ModelConfig])))
-        texts = [as_text(token) for token in range(int(store.documents.ids_T.max()) + 1)]
-        searched = top_contexts(store, dictionary, features, count, texts, mesh)
+        as_piece = token_piece(load_tokenizer(resolve(run.configs[ModelConfig])))
+        pieces = list(map(as_piece, range(int(store.documents.ids_T.max()) + 1)))
+        searched = top_contexts(store, dictionary, features, count, pieces, mesh)
     return {feature: [as_example(each, store.documents) for each in some] for feature, some in searched.items()}
 
 

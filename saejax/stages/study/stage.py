@@ -60,7 +60,7 @@ STUDY = Stage(
     identity=dict(model=identities.model, bases=_bases, benchmarks=_benchmarks, ordinary_text=_ordinary_text),
     unit_identity=dict(benchmark=identities.benchmark),
     check=_check,
-    revision=8,  # the spread of log-likelihoods between items; whole prompts; the final answer; controls of each group
+    revision=9,  # injected contexts are read in whole characters
     processes="items",
     section=sections,
 )

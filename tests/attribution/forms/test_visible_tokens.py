@@ -4,7 +4,8 @@ import json
 
 import pytest
 from browser import needs_chromium
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_models import byte_level_tokenizer
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from saejax.models.tokens import token_text
@@ -16,20 +17,9 @@ TEXTS = [" Paris", "  ", "", "\n", "a\r\nb\n\tc", "\x00\x1f\x7f", "\x85\u2028", 
 TEXTS += ["é", "法国", "👨\u200d👩", "\\xe0\\xb8", " \\x98\\x80", "a b", "\ufffd", "<b>", "\U000e0041"]
 
 
-def byte_level() -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes, with some pieces of two and three."""
-    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    merges = [("à", "¸"), ("Ġ", "à"), ("ð", "Ł")]
-    vocab |= {"".join(pair): len(vocab) + index for index, pair in enumerate(merges)}
-    made = Tokenizer(models.BPE(vocab, merges))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made)
-
-
 @pytest.mark.parametrize("text", ["ก", " ก", "😀", "法", "é", "a", " a", "\ufffd"])
 def test_pieces_of_characters_are_their_bytes(text):
-    tokenizer = byte_level()
+    tokenizer = byte_level_tokenizer()
     as_text, ids = token_text(tokenizer), tokenizer(text)["input_ids"]
     written = [as_text(token) for token in ids]
     raw = b"".join(piece.encode().decode("unicode_escape").encode("latin-1") for piece in written)
