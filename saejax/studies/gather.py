@@ -42,7 +42,6 @@ from saejax.studies.results import (
     UnitState,
 )
 from saejax.studies.rows import StudyRow
-from saejax.studies.sheet import fill
 from saejax.studies.units import ROWS
 from saejax.tasks.results import BaselineResults, BenchmarkResults
 from saejax.tasks.settings import TaskConfig
@@ -148,11 +147,15 @@ def _baselines(row: str, findings: Findings) -> Iterator[BaselineFigures]:
         rules = scores.accuracy or {}
         value = rules.get("flexible", rules.get("raw")) or scores.log_likelihood_per_token
         if value:
-            yield BaselineFigures(row, name, _MEASURES[scores.score], value, scores.chance, scores.n)
+            yield BaselineFigures(
+                row=row, task=name, measure=_MEASURES[scores.score], value=value, chance=scores.chance, n=scores.n
+            )
     for results in findings.each(BaselineResults).values():
         for name, behaviour in results.behaviours.items():
             test = behaviour.test
-            yield BaselineFigures(row, name, "correct above wrong", test.accuracy, 0.5, test.n)
+            yield BaselineFigures(
+                row=row, task=name, measure="correct above wrong", value=test.accuracy, chance=0.5, n=test.n
+            )
 
 
 def _dictionaries(row: str, findings: Findings) -> Iterator[DictionaryFigures]:
@@ -163,11 +166,10 @@ def _dictionaries(row: str, findings: Findings) -> Iterator[DictionaryFigures]:
         losses = epoch_losses(findings.folders[f"train/{kind}"], epochs, train.tokens) if train.steps else {}
         for scores in results.members:
             early, end = losses.get((scores.name, criteria.EPOCH)), losses.get((scores.name, epochs))
-            yield fill(
-                DictionaryFigures,
-                scores,
+            yield DictionaryFigures(
                 row=row,
                 dictionary=full_name(kind, scores.name),
+                site=scores.site,
                 features=sum(scores.density_histogram.counts) + scores.density_histogram.never,
                 epochs=epochs,
                 tokens=train.tokens,
@@ -176,7 +178,9 @@ def _dictionaries(row: str, findings: Findings) -> Iterator[DictionaryFigures]:
                 loss_end=end,
                 losses=tuple(loss for (name, _), loss in sorted(losses.items()) if name == scores.name),
                 improvement=1 - end / early if early and end is not None and epochs > criteria.EPOCH else None,
+                l0=scores.l0,
                 dead=scores.dead_fraction,
+                explained_variance=scores.explained_variance,
                 ce_recovered=scores.ce_recovered_mean,
             )
 
@@ -202,12 +206,32 @@ def epoch_losses(unit: Path, epochs: int, tokens: int) -> dict[tuple[str, int], 
 def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
     for results in findings.each(CaptureResults).values():
         for site, statistics in results.sites.items():
-            beyond = statistics.sinks.share_beyond
-            norms = statistics.median_norm, statistics.largest_norm
-            yield ActivationFigures(row, "corpus", site, statistics.rows, *norms, beyond, None, None, None)
+            yield ActivationFigures(
+                row=row,
+                text="corpus",
+                site=site,
+                tokens=statistics.rows,
+                median_norm=statistics.median_norm,
+                largest_norm=statistics.largest_norm,
+                beyond_sinks=statistics.sinks.share_beyond,
+                l0=None,
+                firing=None,
+                explained_variance=None,
+            )
     for benchmark, study in findings.each(StudyResults).items():
         if read := study.activations:
-            yield fill(ActivationFigures, read, row=row, text=benchmark, site=study.site, beyond_sinks=None)
+            yield ActivationFigures(
+                row=row,
+                text=benchmark,
+                site=study.site,
+                tokens=read.tokens,
+                median_norm=read.median_norm,
+                largest_norm=read.largest_norm,
+                beyond_sinks=None,
+                l0=read.l0,
+                firing=read.firing,
+                explained_variance=read.explained_variance,
+            )
 
 
 def _effects(row: str, findings: Findings) -> Iterator[EffectFigures]:
@@ -281,13 +305,16 @@ def _gates(row: str, findings: Findings) -> Iterator[GateFigures]:
 def _domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:
     """Return what features chosen on one benchmark do on another; p-values corrected over all of them."""
     figures = [
-        fill(
-            DomainFigures,
-            transferred,
+        DomainFigures(
             row=row,
             chosen_on=chosen_on,
             benchmark=benchmark,
+            effect=transferred.effect,
             chosen_here=results.verdict.dictionaries[TESTED][benchmark].ablation["answer_log_prob"].effect,
+            common=transferred.common,
+            random=transferred.random,
+            random_sets=transferred.random_sets,
+            p_value=transferred.p_value,
             p_holm=None,
         )
         for row, findings in rows.items()
@@ -303,7 +330,15 @@ def _drivers(row: str, findings: Findings) -> Iterator[DriverFigures]:
     """Yield what drives the features of each benchmark, by group."""
     for benchmark, results in findings.each(StudyResults).items():
         for shares in results.falsification.shares if results.falsification else ():
-            yield fill(DriverFigures, shares, row=row, benchmark=benchmark)
+            yield DriverFigures(
+                row=row,
+                benchmark=benchmark,
+                group=shares.group,
+                features=shares.features,
+                tokens=shares.tokens,
+                context=shares.context,
+                undecided=shares.undecided,
+            )
 
 
 def transfer(row: str, findings: Findings) -> Iterator[TransferFigures]:
@@ -311,8 +346,16 @@ def transfer(row: str, findings: Findings) -> Iterator[TransferFigures]:
     for results in findings.each(TransferResults).values():
         for pair in results.pairs:
             for measure, both in pair.measures.items():
-                matched, shared = (both.scores.matched, both.null.matched), (both.scores.shared, both.null.shared)
-                yield TransferFigures(row, pair.first, pair.second, measure, *matched, *shared)
+                yield TransferFigures(
+                    row=row,
+                    first=pair.first,
+                    second=pair.second,
+                    measure=measure,
+                    matched=both.scores.matched,
+                    matched_null=both.null.matched,
+                    shared=both.scores.shared,
+                    shared_null=both.null.shared,
+                )
 
 
 def tracking(row: str, findings: Findings) -> Iterator[TrackingFigures]:
@@ -320,12 +363,13 @@ def tracking(row: str, findings: Findings) -> Iterator[TrackingFigures]:
     for results in findings.each(TrackResults).values():
         for slug, text in results.texts.items():
             tests = [step.test for step in text.steps if step.test]
-            yield fill(
-                TrackingFigures,
-                text,
+            yield TrackingFigures(
                 row=row,
                 text=slug,
+                tokens=text.tokens,
                 sites=len(text.sites),
+                links=text.links,
+                output=text.output,
                 tests=sum(test.hurt != "not testable" for test in tests),
                 measured=sum(chain.holds is not None for chain in text.chains),
                 holding=sum(chain.holds is True for chain in text.chains),

@@ -14,9 +14,8 @@ from saejax.stages.study.results import StudyResults
 from saejax.stages.study.run import FEATURES_ON_ITEMS, ITEM_ATTRIBUTION
 from saejax.studies.primitives import recurring
 from saejax.studies.results import AssociationFigures, LabelFigures, PrimitiveFigures, ProblemFigures
-from saejax.studies.sheet import fill, quoted
+from saejax.studies.sheet import quoted
 
-_OF_EFFECT = ("items", "effect", "elsewhere", "random", "placebo", "sets", "needed")  # None where it was not ablated
 PROBLEMS, FEATURES, WORDS = 6, 6, 3  # problems of a benchmark that are shown; features of each; words of a feature
 
 
@@ -26,14 +25,36 @@ def associations(row: str, findings: Findings) -> Iterator[AssociationFigures]:
         for association in results.associations.top if results.associations else ():
             answers = {association.associated, association.probe, association.causal}
             agree = None if "not tested" in answers else len(answers) == 1
-            yield fill(AssociationFigures, association, row=row, benchmark=benchmark, agree=agree)
+            yield AssociationFigures(
+                row=row,
+                benchmark=benchmark,
+                feature=association.feature,
+                label=association.label,
+                correlation=association.correlation,
+                p_value=association.p_value,
+                associated=association.associated,
+                auc=association.auc,
+                probe=association.probe,
+                causal_drop=association.causal_drop,
+                p_causal=association.p_causal,
+                causal=association.causal,
+                agree=agree,
+            )
 
 
 def labels(row: str, findings: Findings) -> Iterator[LabelFigures]:
     """Yield how many features go with each label."""
     for benchmark, results in findings.each(StudyResults).items():
         for label in results.associations.labels if results.associations else ():
-            yield fill(LabelFigures, label, row=row, benchmark=benchmark)
+            yield LabelFigures(
+                row=row,
+                benchmark=benchmark,
+                label=label.label,
+                items=label.items,
+                features=label.features,
+                associated=label.associated,
+                shuffled=label.shuffled,
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,19 +149,27 @@ def primitives(
         effects = {effect.group: effect for effect in some.effects}
         for number, primitive in enumerate(some.primitives):
             effect, here = effects.get(number), read.get(row)
-            yield fill(
-                PrimitiveFigures,
-                primitive,
+            yield PrimitiveFigures(
                 row=row,
                 benchmark=benchmark,
+                name=primitive.name,
+                features=primitive.features,
                 words=exciting_words(here, benchmark, primitive.features) if here else (),
+                overlap=primitive.overlap,
+                p_value=primitive.p_value,
                 seeds=len(some.seeds),
                 recurs=sum(same[number] for same in some.seeds.values()),
                 p_recurs=some.p_recurs,
                 rows=tuple(name for name, same in recurs_in.items() if same[number]),
                 partners=_partners(here, primitive.features) if here else (),
+                items=effect.items if effect else None,
+                effect=effect.effect if effect else None,
+                elsewhere=effect.elsewhere if effect else None,
+                random=effect.random if effect else None,
+                placebo=effect.placebo if effect else None,
+                sets=effect.sets if effect else None,
+                needed=effect.needed if effect else None,
                 more=effect.answer if effect else "not testable",
-                **{name: getattr(effect, name, None) for name in _OF_EFFECT},
             )
 
 

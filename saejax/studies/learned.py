@@ -21,23 +21,7 @@ from saejax.studies.results import (
 )
 from saejax.studies.sheet import select
 
-#: Answers that contradict each other: (question, answer, question, answer, what that means).
-_CONTRADICTIONS: tuple[tuple[Asked, Answered, Asked, Answered, str], ...] = (
-    (
-        "random",
-        "yes",
-        "placebo",
-        "no",
-        "more than random features, but no more than features chosen for corrupted answers",
-    ),
-    ("placebo", "yes", "trained", "no", "specific to the answers, but no more than untrained dictionaries"),
-    ("placebo", "yes", "context", "no", "specific to the answers, but the features fire on words alone"),
-    ("solves", "no", "placebo", "yes", "specific features of answers that the model only guesses"),
-    ("items", "yes", "features", "no", "the same items depend on features that are not the same"),
-    ("features", "yes", "items", "no", "the same features, on which other items depend"),
-)
 MOST = 0.5  # share of the first row's features that have a partner, beyond chance
-_SHOWN = 4  # rows that a sentence names
 
 
 def learned(figures: StudyFigures) -> tuple[LearnedFigures, ...]:
@@ -54,7 +38,15 @@ def learned(figures: StudyFigures) -> tuple[LearnedFigures, ...]:
             if name in answers:
                 answer, evidence = answers[name]
                 expected = question.expected.get(control_kind[gate.row], "")
-                rows.append(LearnedFigures(gate.row, gate.benchmark, name, answer, expected, evidence))
+                row = LearnedFigures(
+                    row=gate.row,
+                    benchmark=gate.benchmark,
+                    question=name,
+                    answer=answer,
+                    expected=expected,
+                    evidence=evidence,
+                )
+                rows.append(row)
     return tuple(rows)
 
 
@@ -133,7 +125,10 @@ def _driven(drivers: DriverFigures, controls: Sequence[DriverFigures]) -> Answer
 
 
 def overview(figures: StudyFigures) -> tuple[tuple[str, str], ...]:
-    """Return which rows have an effect beyond all controls, which do not, and what could not be tested, in words."""
+    """Return which rows have an effect beyond all controls, which do not, and what could not be tested, in words.
+
+    Where a row is a control, also how many of its known answers were found.
+    """
     dictionary = {(effect.row, effect.benchmark): effect.dictionary for effect in figures.effects}
     lines: dict[str, list[str]] = {"Beyond all controls": [], "Not beyond all": [], "Could not be tested": []}
     for gate in figures.gates:
@@ -149,56 +144,22 @@ def overview(figures: StudyFigures) -> tuple[tuple[str, str], ...]:
         else:
             # The reason names the items that are needed where there were too few.
             lines["Could not be tested"].append(f"{where}: {gate.reason.rstrip('.')} ({answers})")
-    return tuple((name, "; ".join(some) + "." if some else "None.") for name, some in lines.items())
+    told = [(name, "; ".join(some) + "." if some else "None.") for name, some in lines.items()]
+    known = [answer for answer in figures.learned if answer.expected]
+    return (*told, *([("Known answers", _compare_known(known))] if known else []))
 
 
-def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:
-    """Return five sentences: what held, what did not, what cannot be told, contradictions, and the controls."""
-    by_key = {(answer.row, answer.benchmark, answer.question): answer.answer for answer in answers}
-    places = list(dict.fromkeys((answer.row, answer.benchmark) for answer in answers))
-    several = len({benchmark for _, benchmark in places}) > 1
-    clashes = [
-        f"{_names([place], several)}: {meaning}"
-        for first, first_answer, second, second_answer, meaning in _CONTRADICTIONS
-        for place in places
-        if by_key.get((*place, first)) == first_answer and by_key.get((*place, second)) == second_answer
-    ]
-    controls = [answer for answer in answers if answer.expected]
-    wrong = [answer for answer in controls if answer.answer not in (answer.expected, "cannot tell")]
-    untold = sum(answer.answer == "cannot tell" for answer in controls)
-    as_known = f"{len(controls) - len(wrong) - untold} of {len(controls)} known answers were found"
-    as_known += f", and {untold} cannot be told." if untold else "."
-    if wrong:
-        as_known += " Contradicted: " + "; ".join(
-            f"{QUESTIONS[answer.question].heading.lower()}, {_names([(answer.row, answer.benchmark)], several)}: "
-            f"{answer.answer}, expected {answer.expected}"
-            for answer in wrong
-        )
-        as_known += "."
-    return (
-        ("What held", _by_question(answers, "yes", several)),
-        ("What did not", _by_question(answers, "no", several)),
-        ("What cannot be told", _by_question(answers, "cannot tell", several)),
-        ("What contradicts what", "; ".join(clashes) + "." if clashes else "No two answers contradict each other."),
-        ("Control rows", as_known if controls else "No row is a control whose answers are known (--study.control)."),
+def _compare_known(answers: Sequence[LearnedFigures]) -> str:
+    """Return how many answers of control rows are the right ones, and which others are not, with their evidence."""
+    wrong = [answer for answer in answers if answer.answer not in (answer.expected, "cannot tell")]
+    untold = sum(answer.answer == "cannot tell" for answer in answers)
+    text = f"{len(answers) - len(wrong) - untold} of {len(answers)} were found, {untold} cannot be told."
+    differing = "; ".join(
+        f"{QUESTIONS[answer.question].heading.lower()}, {answer.row} on {answer.benchmark}: {answer.answer}, expected "
+        f"{answer.expected} ({answer.evidence})"
+        for answer in wrong
     )
-
-
-def _by_question(answers: Sequence[LearnedFigures], wanted: Answered, several: bool) -> str:
-    parts = []
-    for name, question in QUESTIONS.items():
-        places = [
-            (answer.row, answer.benchmark) for answer in answers if answer.question == name and answer.answer == wanted
-        ]
-        if places:
-            parts.append(f"{question.heading.lower()} ({_names(places, several)})")
-    return "; ".join(parts) + "." if parts else "Nothing."
-
-
-def _names(places: Sequence[tuple[str, str]], several: bool) -> str:
-    """Return the names of rows, each with its benchmark where there are several benchmarks."""
-    shown = [f"{row} on {benchmark}" if several else row for row, benchmark in places[:_SHOWN]]
-    return ", ".join(shown) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
+    return f"{text} Contradicted: {differing}." if wrong else text
 
 
 def answers_table(answers: Sequence[LearnedFigures]) -> Table:

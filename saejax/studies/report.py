@@ -1,13 +1,13 @@
 """The report of a study: results of its rows side by side, and the criteria that are met.
 
 The page opens with what was learned: which rows have an effect beyond all controls, which do not, and what could not be
-tested; a table of rows by questions, five sentences, then figures; tables follow, and the rules at the end. Written to
+tested; a table of rows by questions, then figures; tables follow, and the rules at the end. Written to
 the study's folder: ``index.html`` (complete in itself), ``study.md`` (the same content), ``study.json`` (all figures),
 ``tables/<name>.csv`` and ``figures/``.
 """
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -19,7 +19,7 @@ from saejax.page.document import Section, to_html, to_markdown
 from saejax.page.tables import Table
 from saejax.results import to_json
 from saejax.studies.criteria import EPOCH, RULES
-from saejax.studies.learned import answers_table, holds, overview, sentences
+from saejax.studies.learned import answers_table, holds, overview
 from saejax.studies.phases import disagreements
 from saejax.studies.pictures import draw_drivers, draw_drops, draw_losses, draw_models, draw_trends
 from saejax.studies.results import TABLES, StudyFigures
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FILE = "study.json"
 _TITLES = dict(gate="Overall answers", alignment="Alignment", criteria="Success")
+_WORDS = ("phases", "learned", "criteria", "failures")  # tables of words, which are on the page and in the JSON
 
 
 def write_report(root: Path, figures: StudyFigures) -> None:
@@ -41,7 +42,9 @@ def write_report(root: Path, figures: StudyFigures) -> None:
     title = f"A study of {_count(len(figures.models), 'model')}"
     parts, lead = _sections(root, figures), _lead(figures)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
-    for name in TABLES:
+    for old in (root / "tables").glob("*.csv"):
+        old.unlink()
+    for name in _files(figures):
         write_text(root / "tables" / f"{name}.csv", as_csv(getattr(figures, name)))
     write_text(root / "study.md", to_markdown(title, lead, parts, footer))
     write_text(root / "index.html", to_html(title, lead, parts, footer))
@@ -67,41 +70,49 @@ def _lead(figures: StudyFigures) -> Sequence[str]:
 
 
 def _sections(root: Path, figures: StudyFigures) -> list[Section]:
+    """Return the sections of the page; what no row ran has none, and is named in the last one."""
     took = Text(f"All units together took {duration(sum(model.seconds for model in figures.models))}.")
-    return [
-        Section("What was learned", tuple(_learned(root, figures))),
-        _section(
-            "Causal effects", figures, "effects", "No row ran feature ablation on a benchmark (--study.benchmarks)."
-        ),
-        Section("Reasoning primitives", tuple(_primitives(root, figures))),
-        Section("Features and categories", tuple(_associations(figures))),
-        _section("The same problem in every model", figures, "problems", "No row ran feature ablation on a benchmark."),
-        Section("All phases", tuple(_phases(figures))),
-        _section("Overall answers", figures, "gates", "No row ran feature ablation on a benchmark."),
-        _section("Words or context", figures, "drivers", "No row injected tokens (--study.falsify)."),
-        _section("Transfer to other benchmarks", figures, "domains", "No row tested two benchmarks."),
-        Section("Alignment", tuple(_alignment(root, figures))),
-        *([_section("Behaviours", figures, "behaviours")] if figures.behaviours else []),
-        _section("Transfer", figures, "transfer", "No row compared dictionaries (--transfer.dictionaries)."),
-        _section("Tracking", figures, "tracking", "No row followed a text through the layers (--track.prompts)."),
-        _section("Before anything is changed", figures, "baselines", "No row was scored on a benchmark or behaviour."),
-        Section("The dictionaries", tuple(_dictionaries(root, figures))),
-        _section("Activations", figures, "activations", "No row has captured activations."),
-        _section("All answers", figures, "learned", "No row ran feature ablation on a benchmark."),
-        Section("Criteria", (_table(figures, "criteria"), *_rules())),
-        Section("Setup", (_table(figures, "models"), took, _reports(root, figures))),
-        _section("What is not done", figures, "failures", "All units finished."),
-    ]
+    sections: dict[str, Iterable[Block]] = {
+        "What was learned": _learned(root, figures),
+        "Causal effects": _tables(figures, "effects", "behaviours"),
+        "Reasoning primitives": _primitives(root, figures),
+        "Features and categories": _associations(figures),
+        "Words or context": _tables(figures, "drivers"),
+        "The same problem in every model": _tables(figures, "problems"),
+        "Alignment": _alignment(root, figures),
+        "From layer to layer": _tables(figures, "transfer", "tracking"),
+        "All phases": _phases(figures),
+        "Before anything is changed": _dictionaries(root, figures),
+        "Answers and criteria": (*_tables(figures, "learned", "criteria"), *_rules()),
+        "Setup": (*_tables(figures, "models"), took, _reports(root, figures)),
+        "What is not done": (*_tables(figures, "failures"), *_not_run(figures)),
+    }
+    return [Section(title, blocks) for title, some in sections.items() if (blocks := tuple(some))]
+
+
+def _not_run(figures: StudyFigures) -> Iterator[Text]:
+    """Yield what no row ran, with the flags that ask for it."""
+    asked = dict(
+        gates="feature ablation on a benchmark (--study.benchmarks)",
+        drivers="injected tokens (--study.falsify)",
+        domains="two benchmarks (--study.benchmarks)",
+        transfer="comparisons of dictionaries (--transfer.dictionaries)",
+        tracking="texts followed through the layers (--track.prompts)",
+    )
+    if not figures.failures:
+        yield Text("All units finished.")
+    if missing := [text for name, text in asked.items() if not getattr(figures, name)]:
+        yield Text(f"No row ran: {'; '.join(missing)}.")
 
 
 def _learned(root: Path, figures: StudyFigures) -> Iterator[Block]:
-    """Yield what the page opens with: which rows pass all controls, the table of answers, sentences, and figures."""
+    """Yield what the page opens with: which rows pass all controls, the table of answers, and figures."""
     if not figures.learned:
         yield Text("No row ran feature ablation on a benchmark (--study.benchmarks), so nothing was learned about it.")
         return
     yield Terms(overview(figures))
     yield answers_table(figures.learned)
-    yield Terms(sentences(figures.learned))
+    yield from _tables(figures, "gates")
     if figures.effects:
         figure = draw_drops(
             "Log-likelihood of the answers lost under ablation",
@@ -122,8 +133,8 @@ def _learned(root: Path, figures: StudyFigures) -> Iterator[Block]:
 def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
     """Yield the groups of features that matter for the same items."""
     if not figures.primitives:
-        none = "No group of features was stable: no row has a primitive."
-        yield Text(none if figures.gates else "No row ran feature ablation on a benchmark.")
+        if figures.gates:
+            yield Text("No group of features was stable: no row has a primitive.")
         return
     named = [primitive for primitive in figures.primitives if primitive.name]
     held = [primitive for primitive in named if holds(primitive)]
@@ -147,13 +158,12 @@ def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
         )
         caption = "The effect of ablating each group, compared with control sets at equal dose."
         yield _picture(root, "study_primitives", figure, caption)
-    yield _table(figures, "primitives")
+    yield from _tables(figures, "primitives")
 
 
 def _associations(figures: StudyFigures) -> Iterator[Block]:
     """Yield which features go with which label, by three ways of asking."""
     if not figures.labels:
-        yield Text("No row ran feature ablation on a benchmark with categories.")
         return
     tested = [association for association in figures.associations if association.agree is not None]
     agree = sum(bool(association.agree) for association in tested)
@@ -161,35 +171,32 @@ def _associations(figures: StudyFigures) -> Iterator[Block]:
         yield Text(f"For {agree} of {len(tested)} top features correlation, probe and ablation give the same answer.")
     else:
         yield Text("No top feature has all three answers: of correlation, of a probe and of ablation.")
-    yield _table(figures, "associations")
-    yield _table(figures, "labels")
+    yield from _tables(figures, "associations", "labels")
 
 
 def _phases(figures: StudyFigures) -> Iterator[Block]:
     """Yield every test by phase, and where two phases disagree."""
-    yield _table(figures, "phases")
-    lines = disagreements(figures)
-    none = "No two phases disagree." if figures.gates else "No row ran feature ablation, so phases cannot disagree."
-    yield Terms(tuple(("Disagreement", line) for line in lines)) if lines else Text(none)
+    yield from _tables(figures, "phases")
+    if lines := disagreements(figures):
+        yield Terms(tuple(("Disagreement", line) for line in lines))
+    elif figures.gates:
+        yield Text("No two phases disagree.")
 
 
 def _alignment(root: Path, figures: StudyFigures) -> Iterator[Block]:
-    """Yield which rows agree on what matters, and a heatmap of the features that they share."""
-    if not figures.alignment:
-        yield Text("There are no two rows with the same benchmark.")
-        return
+    """Yield which rows agree on what matters, a heatmap of the features that they share, and other benchmarks."""
     for benchmark in dict.fromkeys(pair.benchmark for pair in figures.alignment if pair.shared is not None):
         pairs = [pair for pair in figures.alignment if pair.benchmark == benchmark]
         rows = [model.row for model in figures.models if any(model.row in (pair.first, pair.second) for pair in pairs)]
         caption = f"Features of two rows that are active at the same tokens of {benchmark}, and how many by chance."
         yield _picture(root, f"study_models_{benchmark}", draw_models(rows, pairs), caption)
-    yield _table(figures, "alignment")
+    yield from _tables(figures, "alignment", "domains")
 
 
 def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
-    """Yield the loss curves of all rows, and the table of dictionaries."""
+    """Yield the models, their activations, and their dictionaries with loss curves."""
+    yield from _tables(figures, "baselines", "activations")
     if not figures.dictionaries:
-        yield Text("No row has trained a dictionary.")
         return
     if any(dictionary.losses for dictionary in figures.dictionaries):
         caption = "Training loss by epoch: a line for each dictionary, a colour for each row."
@@ -199,7 +206,7 @@ def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
         caption = "Normalised error (1 - explained variance) of every dictionary on held-out text."
         yield _picture(root, "study_trends", draw_trends(figures.dictionaries, widths), caption)
     yield Text(trend_sentence(figures))
-    yield _table(figures, "dictionaries")
+    yield from _tables(figures, "dictionaries")
 
 
 def trend_sentence(figures: StudyFigures) -> str:
@@ -236,19 +243,19 @@ def _rules() -> Iterator[Code]:
         yield Code(_TITLES[name], "\n".join(textwrap.wrap(rule, 96)))
 
 
-def _section(title: str, figures: StudyFigures, sheet: str, otherwise: str = "") -> Section:
-    """Return a table in a section of its own, or why there is none."""
-    has_rows = bool(getattr(figures, sheet))
-    return Section(title, (_table(figures, sheet) if has_rows else Text(otherwise),))
+def _tables(figures: StudyFigures, *names: str) -> tuple[Table, ...]:
+    """Return the tables of these names that have rows."""
+    return tuple(TABLES[name].table(rows) for name in names if (rows := getattr(figures, name)))
 
 
-def _table(figures: StudyFigures, name: str) -> Table:
-    return TABLES[name].table(getattr(figures, name))
+def _files(figures: StudyFigures) -> list[str]:
+    """Return the tables that are written as files: those with figures, not words alone."""
+    return [name for name in TABLES if getattr(figures, name) and name not in _WORDS]
 
 
 def _reports(root: Path, figures: StudyFigures) -> Links:
     """Return the rows' own reports, and the files of this one's figures."""
     rows = [model.row for model in figures.models if (root / ROWS / model.row / "report" / "index.html").exists()]
     items = [(f"The report of {row}", f"{ROWS}/{quote(row)}/report/index.html") for row in rows]
-    items += [(FILE, FILE), *((f"tables/{name}.csv", f"tables/{name}.csv") for name in TABLES)]
+    items += [(FILE, FILE), *((f"tables/{name}.csv", f"tables/{name}.csv") for name in _files(figures))]
     return Links("More, and all figures as files", tuple(items))

@@ -68,18 +68,6 @@ class Figures:
         return Table.of(caption.removesuffix("."), [(row,) for row in rows], columns, words, cls._cards, note)
 
 
-def fill(cls: type[T], source: Any, /, **more: Any) -> T:
-    """Return a row whose fields are those of the same name of a result, but for those that are given.
-
-    Args:
-      cls: class of the row.
-      source: the result.
-      **more: the other fields.
-    """
-    names = [name for name in cls.__dataclass_fields__ if name not in more]
-    return cls(**{name: getattr(source, name) for name in names}, **more)
-
-
 def select(rows: Sequence[T], **fields: str) -> list[T]:
     """Return the rows whose fields have these values."""
     return [row for row in rows if all(getattr(row, name) == value for name, value in fields.items())]

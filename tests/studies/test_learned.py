@@ -1,4 +1,4 @@
-"""What a study has learned: one answer for each question, the known answers of control rows, five sentences."""
+"""What a study has learned: one answer for each question, and the known answers of control rows."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saejax.results import Interval
-from saejax.studies.learned import QUESTIONS, _driven, answers_table, learned, overview, sentences
+from saejax.studies.learned import QUESTIONS, _driven, answers_table, learned, overview
 from saejax.studies.results import (
     AlignmentFigures,
     BaselineFigures,
@@ -115,34 +115,17 @@ def test_every_question_is_answered_once_with_the_known_answer_beside_it(figures
 
 
 def test_the_page_opens_with_which_rows_pass_all_controls(figures):
-    beyond, others, untested = (text for _, text in overview(figures))
+    figures = dataclasses.replace(figures, learned=learned(figures))
+    beyond, others, untested, known = (text for _, text in overview(figures))
     assert beyond.startswith(
         "base, topk on sums (an effect: yes; more than random lists: yes; specific: yes; more than"
     )
     assert others.startswith("tuned, topk on sums: unstable (an effect: yes") and "in 2 of 3 seeds" in others
     assert untested.startswith("random, topk on sums: Why (an effect") and "items" not in untested
-
-
-def test_five_sentences(figures):
-    told = dict(sentences(learned(figures)))
-    assert len(told) == 5
-    assert "more than random features (base, tuned)" in told["What held"]
-    assert "more than words (base, random)" in told["What did not"]
-    assert told["What contradicts what"] == (
-        "tuned: more than random features, but no more than features chosen for corrupted answers; base: specific to "
-        "the answers, but the features fire on words alone; tuned: the same features, on which other items depend."
-    )
-    assert told["Control rows"].startswith("6 of 10 known answers were found, and 3 cannot be told. Contradicted: ")
-    assert "for the same items as there, tuned: no, expected yes" in told["Control rows"]
-
-
-def test_sentences_of_several_benchmarks_and_of_none(figures):
-    answers = learned(figures)
-    on_logic = [dataclasses.replace(answer, benchmark="logic") for answer in answers]
-    told = dict(sentences([*answers, *on_logic]))
-    assert "more than words (base on sums, random on sums, base on logic, random on logic)" in told["What did not"]
+    assert known.startswith("6 of 10 were found, 3 cannot be told. Contradicted: ")
+    assert "for the same items as there, tuned on sums: no, expected yes (rank correlation 0.50)" in known
     plain = dataclasses.replace(figures, models=(model("base"),), gates=figures.gates[:1])
-    assert dict(sentences(learned(plain)))["Control rows"].startswith("No row is a control")
+    assert len(overview(dataclasses.replace(plain, learned=learned(plain)))) == 3
     assert learned(dataclasses.replace(figures, gates=())) == ()
 
 
