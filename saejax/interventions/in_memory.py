@@ -28,6 +28,7 @@ from saejax.settings_from_keywords import make_config
 from saejax.short_reprs import has_short_repr
 from saejax.tasks import draw
 from saejax.tasks.behaviours import Prompt
+from saejax.tasks.recipes import ioi_recipe
 
 
 @has_short_repr
@@ -42,7 +43,14 @@ class Ablation:
     importance: Mapping[str, Importance] | None = None
 
 
-def make_prompts(lm: LanguageModel, behaviour: str, train: int = 80, test: int = 20, seed: int = 42) -> list[Prompt]:
+def make_prompts(
+    lm: LanguageModel,
+    behaviour: str,
+    train: int = 80,
+    test: int = 20,
+    seed: int = 42,
+    ioi: Mapping[str, Sequence[str]] | None = None,
+) -> list[Prompt]:
     """Draw the prompts of a behaviour that comes with saejax, as the stage ``baseline`` does.
 
     Args:
@@ -51,8 +59,16 @@ def make_prompts(lm: LanguageModel, behaviour: str, train: int = 80, test: int =
       train: number of train prompts.
       test: number of test prompts.
       seed: seed of the choice.
+      ioi: words of one's own for the behaviour ioi: any of "templates" (with {one}, {two} and {giver}, and perhaps
+        {place} and {object}; the last is for test prompts), "names", "places" and "objects".
+
+    Raises:
+      UserError: the behaviour is unknown, or its words or the tokenizer give too few prompts.
     """
-    return draw.make_prompts(behaviour, train, test, seed, lm.tokenizer).prompts
+    if ioi is not None and behaviour != "ioi":
+        raise UserError(f"words of ioi were given for {behaviour!r}: expected behaviour='ioi'")
+    recipe = ioi_recipe(ioi) if ioi is not None else None
+    return draw.make_prompts(behaviour, train, test, seed, lm.tokenizer, recipe).prompts
 
 
 def ablate(

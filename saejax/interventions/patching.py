@@ -29,6 +29,7 @@ from saejax.errors import UserError, one_of
 from saejax.interventions.answers import CausalVerdict, mean_interval
 from saejax.interventions.columns import Columns
 from saejax.interventions.engine import BATCH_ROWS, prefetch
+from saejax.interventions.published_heads import PublishedHead
 from saejax.interventions.split_model import editable_positions, fit_ids, groups_by_length, parse_positions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig, TorchConfig
@@ -364,6 +365,8 @@ class PatchedSites:
     #: fall.
     is_normalised: bool
     columns: tuple[TokenColumn, ...]  #: the tokens at each position, first to last
+    #: heads of GPT-2 small that were published for this behaviour; None: none were, or of another model
+    published: tuple[PublishedHead, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

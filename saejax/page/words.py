@@ -15,6 +15,7 @@ BEHAVIOURS = {
     "rhyme": ("Rhyme at the end of a line", "a word that rhymes with the last word of the line before"),
     "acronym": ("Acronyms", "the last initial of a name of three words"),
     "sport": ("Sport of an athlete", "the sport that an athlete plays"),
+    "ioi": ("Indirect object", "the one of two names that is not repeated"),
 }
 
 

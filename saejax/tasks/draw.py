@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saejax.errors import UserError, one_of
+from saejax.models.tokens import continuation_ids
 from saejax.tasks.answer_tokens import fault
 from saejax.tasks.behaviours import SPLITS, Prompt
 from saejax.tasks.recipes import Recipe, recipes
@@ -31,7 +32,9 @@ class Drawn(NamedTuple):
     replaced: dict[str, int]
 
 
-def make_prompts(behaviour: str, train: int, test: int, seed: int, tokenizer: Any) -> Drawn:
+def make_prompts(
+    behaviour: str, train: int, test: int, seed: int, tokenizer: Any, recipe: Recipe | None = None
+) -> Drawn:
     """Draw the prompts of a behaviour; the result depends on the arguments alone.
 
     Args:
@@ -41,18 +44,21 @@ def make_prompts(behaviour: str, train: int, test: int, seed: int, tokenizer: An
         prompts use the behaviour's last template.
       seed: seed of the draws, at least 0.
       tokenizer: the model's tokenizer; see ``answer_tokens.fault``.
+      recipe: of the behaviour; None: the one that comes with saejax.
 
     Raises:
       TooFewPrompts: too few prompts suit this tokenizer.
       UserError: the word lists give too few prompts.
     """
-    recipe = recipes()[one_of(behaviour, recipes(), "behaviour")]
+    recipe = recipe or recipes()[one_of(behaviour, recipes(), "behaviour")]
     if train < 1 or test < 1:
         raise UserError(f"{train} train and {test} test prompts were asked for: expected at least 1 of each")
     # By the behaviour's name: its prompts do not depend on which others are drawn; ``hash`` differs by process.
     rng = np.random.default_rng((seed, zlib.crc32(behaviour.encode())))
     pools: dict[str, dict[str, list]] = {split: {} for split in SPLITS}
     for kind, items in recipe.pools.items():
+        if kind == recipe.one_token:
+            items = _single_tokens(behaviour, kind, items, tokenizer)
         # Items are dealt out before prompts are made: no noun or place that a feature was chosen on is in its test.
         shuffled = [items[i] for i in rng.permutation(len(items))]
         for split, n in zip(SPLITS, _shares(len(items), train, test, recipe.least), strict=True):
@@ -63,6 +69,17 @@ def make_prompts(behaviour: str, train: int, test: int, seed: int, tokenizer: An
         templates, draft = len(recipe.of_split(split)), _drafts(behaviour, split, recipe, rng, pools[split])
         prompts += _fitting(draft, n, templates, tokenizer, replaced)
     return Drawn(prompts, dict(replaced))
+
+
+def _single_tokens(behaviour: str, kind: str, items: Sequence[str], tokenizer: Any) -> list[str]:
+    """Return the items that are one token after a space; a ``TooFewPrompts`` where these are fewer than four."""
+    kept = [item for item in items if len(continuation_ids(tokenizer, f" {item}")) == 1]
+    if len(kept) < 4:
+        raise TooFewPrompts(
+            f"{len(kept)} of {len(items)} {kind} of {behaviour} are single tokens of this tokenizer: "
+            "expected at least 4"
+        )
+    return kept
 
 
 def _drafts(

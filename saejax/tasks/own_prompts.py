@@ -23,12 +23,14 @@ from saejax.errors import UserError
 from saejax.tasks.answer_tokens import fault
 from saejax.tasks.behaviours import SPLITS, Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes, read_lines, shown
+from saejax.tasks.recipes import Recipe, ioi_recipe
 from saejax.tasks.settings import BEHAVIOURS, PROBE_LABELS, TaskConfig
 
 _FLAG = "--task.prompts"
 _TAKEN = (*BEHAVIOURS, "started", "summary", "index")  # behaviours of our own, and files of every stage
 _NEEDED, _OPTIONAL = ("behaviour", "text", "correct", "wrong"), ("counterpart", "split", "template", "labels")
 _EXAMPLE = '{"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat"}'
+_IOI_EXAMPLE = '{"names": ["Mary", "John", ...]}'
 
 
 def read_own_prompts(task: TaskConfig, tokenizer: Any) -> dict[str, list[Prompt]]:
@@ -83,6 +85,30 @@ def _read_lines(task: TaskConfig, tokenizer: Any | None) -> dict[str, list[dict[
     return lines
 
 
+def read_ioi(task: TaskConfig) -> Recipe | None:
+    """Return the recipe of indirect object identification with the words of ``task.ioi``; None if no file is named.
+
+    Raises:
+      UserError: the file cannot be read or is no object of lists of words, or nothing asks for the behaviour.
+    """
+    if not task.ioi:
+        return None
+    path, flag = Path(task.ioi), f"--task.ioi={task.ioi}"
+    if "ioi" not in task.behaviours:
+        raise UserError(f"{flag} is set, but ioi is not among --task.behaviours: add it there")
+    content = decode(read_bytes(path, "--task.ioi", "name a .json file, or leave it empty"), path)
+    try:
+        words = json.loads(content)
+    except (ValueError, RecursionError):
+        words = None
+    if not isinstance(words, dict):
+        raise UserError(f"{flag} holds no JSON object: expected one such as {_IOI_EXAMPLE}")
+    try:
+        return ioi_recipe(words)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
 def as_line(prompt: Prompt) -> str:
     """Return a prompt as a line of such a file."""
     fields = {name: getattr(prompt, name) for name in (*_NEEDED, *_OPTIONAL, "split") if getattr(prompt, name)}
@@ -101,8 +127,10 @@ def count_behaviours(task: TaskConfig) -> int:
 
 
 def identity(task: TaskConfig) -> str:
-    """Return a hash of the file's content; "" if none is named."""
-    return hashlib.sha256(_content(Path(task.prompts))).hexdigest() if task.prompts else ""
+    """Return a hash of the content of both files; "" if none is named."""
+    prompts = _content(Path(task.prompts)) if task.prompts else b""
+    words = read_bytes(Path(task.ioi), "--task.ioi", "name a .json file, or leave it empty") if task.ioi else b""
+    return hashlib.sha256(prompts).hexdigest() * bool(prompts) + hashlib.sha256(words).hexdigest() * bool(words)
 
 
 def _content(path: Path) -> bytes:

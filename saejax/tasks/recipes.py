@@ -14,10 +14,12 @@ antonym_spanish  ... y lo contrario de pequeño es                  " grande"   
 rhyme            ... the cat / ... upon the                        " hat"      another word, another rhyme
 acronym          ... the Royal Music Trust has the initials R M    " T"        another last word
 sport            ... Babe Ruth plays the sport of                  " baseball" an athlete of another sport
+ioi              When Mary and John went ..., John gave ... to      " Mary"     the other giver (Mary)
 ===============  ================================================  ==========  ================================
 
 Those from ``two_hop`` on, and ``addition``, are of published work on attribution graphs (Lindsey et al., Ameisen et
-al., 2025). The wrong answer is the counterpart's correct one, so it is as common in these contexts.
+al., 2025), and ``ioi`` is indirect object identification (Wang et al., 2022, arXiv 2211.00593). The wrong
+answer is the counterpart's correct one, so it is as common in these contexts.
 
 Each behaviour has three templates. The last is held out: only test prompts are made of it, so that what train prompts
 teach of their wording cannot pass for the behaviour.
@@ -32,6 +34,8 @@ teach of their wording cannot pass for the behaviour.
 - Two-hop: the city's state or country, the intermediate step, is in no prompt. A city and its counterpart's are both of
   a state or both of a country, and equally many tokens of SmolLM2.
 - Antonyms come after a worked example, which is used for nothing else.
+- Indirect objects: the giver is the second name in half of the prompts (ABBA) and the first in the others (BABA). Names
+  are single tokens of the model's tokenizer, so that prompts of a template and their counterparts are equally long.
 
 Before an answer that is a number stands a mark ("'", "="), never a space or a digit: some vocabularies keep a space
 with the digits after it, some do not, and some join digits by twos or threes; so every one of them begins a token where
@@ -46,10 +50,14 @@ import functools
 import importlib.resources
 import itertools
 import json
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+
+from saejax.errors import UserError, one_of
+from saejax.tasks.files import shown
 
 _Item = TypeVar("_Item")
 _PLACES = ("near", "beside", "behind")
@@ -57,6 +65,8 @@ _VERBS = (" is", " are")
 _LATE_DECADES = range(2, 9)  # leaves two earlier decades and a later one
 _EXAMPLES = ((13, 24), (58, 16))  # of addition, in its templates
 _LANGUAGES = dict(antonym="english", antonym_french="french", antonym_spanish="spanish")
+IOI_WORDS = ("templates", "names", "places", "objects")
+_IOI_FIELDS = ("one", "two", "giver", "place", "object")
 
 
 class Draft(NamedTuple):
@@ -78,6 +88,7 @@ class Recipe(NamedTuple):
     #: from a random generator and a split's items, by kind, a function that drafts a prompt of a template; of those
     #: with an even and an odd number there should be as many.
     drawer: Callable[..., Callable[[int, str], Draft]]
+    one_token: str = ""  #: the kind whose items have to be one token after a space; "": none
 
     def of_split(self, split: str) -> Sequence[str]:
         """Return the templates of a split; of test prompts the held-out one first, so that fewest prompts have it."""
@@ -137,7 +148,41 @@ def recipes() -> Mapping[str, Recipe]:
         ),
         # Of 12 athletes some have another sport.
         sport=Recipe(templates["sport"], dict(athletes=athletes), 12, _fact),
+        ioi=ioi_recipe(dict(templates=templates["ioi"], **words["ioi"])),
     )
+
+
+def ioi_recipe(words: Mapping[str, Sequence[str]]) -> Recipe:
+    """Return the recipe of indirect object identification.
+
+    Args:
+      words: "templates", "names", "places" and "objects"; those that are missing are saejax's own.
+
+    Raises:
+      UserError: a list is unknown or too short, or a template lacks a name's place.
+    """
+    words = dict(words)
+    if missing := [name for name in IOI_WORDS if name not in words]:
+        own = recipes()["ioi"]
+        words |= {name: own.templates if name == "templates" else own.pools[name] for name in missing}
+    for name, some in words.items():
+        least = 2 if one_of(name, IOI_WORDS, "list of words of ioi") == "templates" else 4
+        if not isinstance(some, list | tuple) or not all(isinstance(text, str) and text.strip() for text in some):
+            raise UserError(f"{name!r} of ioi is {shown(some)}: expected a list of strings that are not blank")
+        if len(set(some)) < least:
+            raise UserError(f"ioi has {len(set(some))} {name}: expected at least {least} that differ")
+    for template in words["templates"]:
+        try:
+            fields = [field for _, field, *_ in string.Formatter().parse(template) if field is not None]
+        except ValueError:  # a brace without its partner
+            fields = []
+        if sorted(fields) != sorted({*fields, "one", "two", "giver"}) or set(fields) - set(_IOI_FIELDS):
+            raise UserError(
+                f"the template {template!r} of ioi has {', '.join(fields) or 'no fields'} in braces: expected one, "
+                "two and giver, and perhaps place and object, once each"
+            )
+    pools = {name: list(dict.fromkeys(words[name])) for name in IOI_WORDS[1:]}
+    return Recipe(tuple(dict.fromkeys(words["templates"])), pools, 2, _ioi, one_token="names")
 
 
 def _deal(rng: np.random.Generator, items: Sequence[_Item]) -> Iterator[_Item]:
@@ -243,5 +288,25 @@ def _acronym(
             for word in (last, swapped)
         )
         return Draft(text, f" {last[0]}", counterpart, f" {swapped[0]}", (first_word, second_word, last, swapped))
+
+    return draft
+
+
+def _ioi(
+    rng: np.random.Generator, names: list[str], places: list[str], objects: list[str]
+) -> Callable[[int, str], Draft]:
+    decks = [_deal(rng, words) for words in (names, places, objects)]
+
+    def draft(i: int, template: str) -> Draft:
+        receiver, place, thing = (next(deck) for deck in decks)
+        others = [name for name in names if name != receiver]
+        # Another first letter is another first token in every tokenizer.
+        giver = _pick(rng, [name for name in others if name[0] != receiver[0]] or others)
+        # In turn, so that the giver is the second of the two names as often as the first.
+        one, two = (receiver, giver) if i % 2 == 0 else (giver, receiver)
+        text, counterpart = (
+            template.format(one=one, two=two, giver=name, place=place, object=thing) for name in (giver, receiver)
+        )
+        return Draft(text, f" {receiver}", counterpart, f" {giver}", (receiver, giver, place, thing))
 
     return draft

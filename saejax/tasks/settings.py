@@ -5,7 +5,7 @@ import dataclasses
 from saejax.config import Config, setting
 
 DEMO_BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
-PUBLISHED_BEHAVIOURS = ("two_hop", "antonym", "antonym_french", "antonym_spanish", "rhyme", "acronym", "sport")
+PUBLISHED_BEHAVIOURS = ("two_hop", "antonym", "antonym_french", "antonym_spanish", "rhyme", "acronym", "sport", "ioi")
 BEHAVIOURS = DEMO_BEHAVIOURS + PUBLISHED_BEHAVIOURS
 BENCHMARKS = ("gsm8k", "math", "logic", "logiqa", "commonsense", "word_problems")
 
@@ -21,6 +21,14 @@ class TaskConfig(Config):
         "empty): a line for each prompt with 'behaviour', 'text', 'correct' and 'wrong' (the answers, as they "
         "continue the text), and optionally 'counterpart' (a text for which the wrong answer is right), 'split' "
         "(train or test) and 'template' (a name shared by prompts with the same words around their content)",
+        changes_results=False,  # what is in it counts, not its place
+        only=("",),
+    )
+    ioi: str = setting(
+        "",
+        "a .json file with words of your own for the behaviour ioi (indirect object identification): any of "
+        "'templates' (texts with {one}, {two} and {giver}, and perhaps {place} and {object}; the last is for test "
+        "prompts), 'names', 'places' and 'objects'",
         changes_results=False,  # what is in it counts, not its place
         only=("",),
     )

@@ -10,15 +10,19 @@ import pytest
 
 import saejax
 from saejax.errors import UserError
-from saejax.interventions import patching
+from saejax.interventions import patching, published_heads
 from saejax.interventions.edits import ActivationReplacement, swap
 from saejax.interventions.engine import effects
 from saejax.interventions.patching import PatchGrid, fitting_pairs
+from saejax.interventions.published_heads import IOI_HEADS, compare_published_heads, is_gpt2_small
 from saejax.interventions.rows import first_change, gather
 from saejax.interventions.settings import PatchConfig
 from saejax.interventions.split_model import PROMPTS, SplitModel
 from saejax.interventions.table import TESTED, load_effects
+from saejax.models.config import DecoderConfig
 from saejax.results import from_json, to_json
+from saejax.stages.patch import run as stage
+from saejax.stages.patch.report import _published_table
 from saejax.stages.patch.run import run_patch
 from saejax.statistics.bootstrap import resampling_weights
 from saejax.tasks.behaviours import read_prompts, write_prompts
@@ -220,13 +224,45 @@ def test_sites(make_run):
     assert [column.position for column in first.columns] == sorted(set(grid.position.tolist()))
 
 
-def test_heads_are_patched_at_all_positions_together(make_run):
+def test_heads_are_patched_at_all_positions_together(make_run, monkeypatch):
+    """With the published heads of a behaviour of the model, on random weights, beside their effects."""
+    monkeypatch.setattr(published_heads, "BEHAVIOUR", "second")
+    monkeypatch.setattr(stage, "is_gpt2_small", lambda config: True)
+    heads = {"name mover": ((2, 1), (3, 0)), "negative name mover": ((3, 3),), "previous token": ((0, 2),)}
+    monkeypatch.setattr(published_heads, "IOI_HEADS", heads)
     run = make_run("attn_z", "heads")
     results = run_patch(run)
     assert_is_json(results)
     assert results.positions == "all"
     grid = patching.PatchGrid.load(patching.PatchGrid.file(run.folder, "second"))
     assert set(grid.head.tolist()) == {0, 1, 2, 3} and np.isnan(grid.position.astype(float)).all()
+    noised_LxH = grid.matrix("effect", "noising")
+    assert results.behaviours["first"].published is None
+    for known in results.behaviours["second"].published:
+        assert known.effect == pytest.approx(noised_LxH[known.layer, known.head], abs=1e-9)
+        assert known.rank == 1 + (np.abs(noised_LxH) > abs(known.effect)).sum()
+    table = _published_table(results.behaviours["second"].published)
+    assert [row[:2] for row in table.rows] == [
+        ("name mover", "2.1"), ("name mover", "3.0"), ("negative name mover", "3.3"), ("previous token", "0.2"),
+    ] and table.rows[-1][-1] == "not seen here"  # fmt: skip
+
+
+def test_published_heads_are_found_by_sign_and_size():
+    effect_LxH = np.full((12, 12), 0.01)
+    for heads in IOI_HEADS.values():
+        for layer, head in heads:
+            effect_LxH[layer, head] = 1.0
+    effect_LxH[10, 7] = -1.0
+    effect_LxH[9, 6] = 0.001
+    known = {(head.layer, head.head): head for head in compare_published_heads(effect_LxH)}
+    assert sum(map(len, IOI_HEADS.values())) == len(known) == 15
+    assert known[9, 6].rank == 144 and known[9, 6].found is False
+    assert known[11, 10].found is False and known[10, 7].found is True  # a negative head with a positive effect
+    assert known[2, 2].found is None and sum(head.found is True for head in known.values()) == 11
+    config = DecoderConfig(**dict.fromkeys(("d_head", "d_mlp", "context", "tied", "norm", "norm_eps", "activation"), 1),
+                           family="gpt2", n_layers=12, n_heads=12, n_kv_heads=12, d_model=768, vocab=50257, gated=False,
+                           score_scale=1.0)  # fmt: skip
+    assert is_gpt2_small(config) and not is_gpt2_small(dataclasses.replace(config, n_layers=24))
 
 
 def test_features(make_run, tiny, make_dictionary):

@@ -24,7 +24,7 @@ def test_every_family_has_the_behaviours_by_default(kind, monkeypatch):
     # Prompts and their counterparts are read several times, and a letter alone with each: once is enough.
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", functools.cache(PreTrainedTokenizerFast.__call__))
     reads = tokenizer(kind)
-    for behaviour in BEHAVIOURS:
+    for behaviour in set(BEHAVIOURS) - {"ioi"}:  # its names have to be single tokens
         prompts, replaced = make_prompts(behaviour, 80, 100, 42, reads)
         # Letters with accents may have no token with a space before them: a few answers begin with the space alone.
         assert len(prompts) == 180 and sum(replaced.values()) <= (5 if behaviour in ACCENTED else 0)

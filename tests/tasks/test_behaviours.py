@@ -13,8 +13,9 @@ from saejax.errors import UserError
 from saejax.tasks.answer_tokens import ALIKE
 from saejax.tasks.behaviours import PromptScore, read_prompts, write_prompts
 from saejax.tasks.draw import TooFewPrompts, make_prompts
-from saejax.tasks.recipes import recipes
-from saejax.tasks.settings import BEHAVIOURS, DEMO_BEHAVIOURS
+from saejax.tasks.own_prompts import identity, read_ioi
+from saejax.tasks.recipes import ioi_recipe, recipes
+from saejax.tasks.settings import BEHAVIOURS, DEMO_BEHAVIOURS, TaskConfig
 
 NOUNS = recipes()["agreement"].pools["nouns"]
 SINGULAR_OF = {form: singular for singular, plural in NOUNS for form in (singular, plural)}
@@ -22,7 +23,14 @@ CAPITAL_OF = {fact.item: fact.answer.strip() for fact in recipes()["capital"].po
 SPORT_OF = {fact.item: fact.answer for pool in recipes()["sport"].pools.values() for fact in pool}
 PAIRED = ("antonym", "antonym_french", "antonym_spanish", "rhyme")
 PAIR_OF = {name: {word: pair for pair in recipes()[name].pools["pairs"] for word in pair} for name in PAIRED}
-OF_ONE_LENGTH = (*DEMO_BEHAVIOURS, "two_hop", "antonym", "rhyme", "acronym")  # prompts and counterparts, in SmolLM2
+OF_ONE_LENGTH = (
+    *DEMO_BEHAVIOURS,
+    "two_hop",
+    "antonym",
+    "rhyme",
+    "acronym",
+    "ioi",
+)  # prompts and counterparts, in SmolLM2
 
 
 def letters(text, **options):
@@ -30,9 +38,19 @@ def letters(text, **options):
     return dict(input_ids=[hash(piece) for piece in re.findall(r" \w|.", text, re.DOTALL)])
 
 
+def words(text, **options):
+    """A tokenizer of words with the space before them."""
+    return dict(input_ids=[hash(piece) for piece in re.findall(r" ?\w+|.", text, re.DOTALL)])
+
+
+def reads(behaviour):
+    """A tokenizer that suits a behaviour: the names of ioi have to be single tokens."""
+    return words if behaviour == "ioi" else letters
+
+
 @functools.cache
 def make(behaviour, train=80, test=20, seed=42):
-    return make_prompts(behaviour, train, test, seed, letters).prompts
+    return make_prompts(behaviour, train, test, seed, reads(behaviour)).prompts
 
 
 def fields_of(prompt, text: str) -> dict[str, str]:
@@ -181,10 +199,52 @@ def test_acronym_and_sport_answers():
         assert p.correct not in p.text
 
 
+def test_ioi_prompts_are_abba_and_baba():
+    """The giver is named twice; its counterpart gives to it. Either order is as frequent, in every template."""
+    orders = Counter()
+    for p in make("ioi"):
+        found, changed = fields_of(p, p.text), fields_of(p, p.counterpart)
+        names = {found["one"], found["two"]}
+        assert names == {found["giver"], changed["giver"]} == {p.correct.strip(), p.wrong.strip()}
+        assert p.wrong == f" {found['giver']}" and p.correct == f" {changed['giver']}"
+        assert {**found, "giver": ""} == {**changed, "giver": ""}
+        orders[p.split, p.template, found["giver"] == found["two"]] += 1
+    train = [count for (split, *_), count in orders.items() if split == "train"]
+    assert train == [20] * 4 and {count for count in orders.values() if count < 20} <= {3, 4}
+
+
+def test_ioi_takes_words_of_ones_own_and_names_of_one_token(tmp_path):
+    names = ["Ada", "Bob", "Cy", "Dan", "Eva", "Mary-Ann"]
+    own = ioi_recipe(dict(templates=["{one} met {two}; {giver} paid", "{two}, {one}: {giver} called"], names=names))
+    prompts = make_prompts("ioi", 4, 4, 1, words, own).prompts
+    assert {p.template for p in prompts if p.split == "train"} == {own.templates[0]}
+    assert {p.correct.strip() for p in prompts} <= set(names[:-1])  # the last is several tokens
+    with pytest.raises(TooFewPrompts, match="0 of 80 names of ioi are single tokens of this tokenizer"):
+        make_prompts("ioi", 4, 4, 1, letters)
+    path = tmp_path / "ioi.json"
+    task = TaskConfig(behaviours=("ioi",), ioi=str(path))
+    for content, message in (
+        ("{", "holds no JSON object"),
+        ('{"words": []}', "unknown list of words of ioi 'words'"),
+        ('{"names": "Ada"}', "expected a list of strings"),
+        ('{"names": ["Ada", "Bob"]}', "ioi has 2 names: expected at least 4"),
+        ('{"templates": ["{one} and {two}", "{one} {two} {giver}"]}', "has one, two in braces"),
+        ('{"templates": ["{one", "{one} {two} {giver}"]}', "has no fields in braces"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_ioi(task)
+    with pytest.raises(UserError, match="ioi is not among --task.behaviours"):
+        read_ioi(dataclasses.replace(task, behaviours=("capital",)))
+    path.write_text(json.dumps(dict(names=names)))
+    assert read_ioi(task).pools["names"] == names and len(identity(task)) == 64
+    assert read_ioi(task).templates == recipes()["ioi"].templates and not identity(TaskConfig())
+
+
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 def test_the_choice_depends_on_its_seed_alone_and_may_be_small(behaviour):
     prompts = make(behaviour)
-    assert prompts == make_prompts(behaviour, 80, 20, 42, lambda text, **options: letters("x" + text)).prompts
+    assert prompts == make_prompts(behaviour, 80, 20, 42, lambda text, **options: reads(behaviour)("x" + text)).prompts
     assert prompts != make(behaviour, seed=43)
     for train, test in ((1, 1), (2, 50), (60, 2)):
         few = make(behaviour, train, test, seed=1)

@@ -16,7 +16,7 @@ from saejax.tasks.baseline import score_prompts, summarize
 from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts
 from saejax.tasks.draw import Drawn, TooFewPrompts, make_prompts
 from saejax.tasks.gate import none_left, write_gate
-from saejax.tasks.own_prompts import read_own_prompts
+from saejax.tasks.own_prompts import read_ioi, read_own_prompts
 from saejax.tasks.results import BaselineBehaviour, BaselineResults
 from saejax.tasks.settings import TaskConfig
 
@@ -33,7 +33,7 @@ def run_baseline(run: Run) -> BaselineResults:
     task = run.configs[TaskConfig]
     # The weights are loaded when prompts are there: bad prompts should not wait for a model.
     tokenizer, model = load_tokenizer(resolve(run.configs[ModelConfig])), functools.cache(lambda: load_run_model(run))
-    own_prompts = read_own_prompts(task, tokenizer)
+    own_prompts, ioi = read_own_prompts(task, tokenizer), read_ioi(task)
     names = (*task.behaviours, *own_prompts)
 
     def file(name: str) -> Path:
@@ -46,7 +46,8 @@ def run_baseline(run: Run) -> BaselineResults:
             if name in own_prompts:
                 drawn = Drawn(own_prompts[name], {})
             else:
-                drawn = make_prompts(name, task.train_prompts, task.test_prompts, task.seed, tokenizer)
+                counts, recipe = (task.train_prompts, task.test_prompts), ioi if name == "ioi" else None
+                drawn = make_prompts(name, *counts, task.seed, tokenizer, recipe)
         except TooFewPrompts as error:
             run.say(f"{name}: not measured: {error}")
             measured = _Measured(str(error))

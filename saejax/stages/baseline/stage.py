@@ -6,14 +6,15 @@ from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage
 from saejax.stages import identities
 from saejax.stages.baseline.run import run_baseline
-from saejax.tasks.own_prompts import check_own_prompts
+from saejax.tasks.own_prompts import check_own_prompts, read_ioi
 from saejax.tasks.results import BaselineResults
 from saejax.tasks.settings import TaskConfig
 
 
 def _check(configs: Configs) -> None:
-    """Check the file of prompts before any model is loaded."""
+    """Check the files of prompts and words before any model is loaded."""
     check_own_prompts(configs[TaskConfig])
+    read_ioi(configs[TaskConfig])
 
 
 BASELINE = Stage(

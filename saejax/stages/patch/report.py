@@ -1,5 +1,6 @@
 """The report on activation patching: a heatmap of each kind of site, and interchange accuracy of features."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,13 +14,14 @@ from saejax.interventions.patching import (
     PatchGrid,
     SitePatchResults,
 )
+from saejax.interventions.published_heads import PublishedHead
 from saejax.interventions.table import TESTED
 from saejax.models.sites import HEAD_KINDS
 from saejax.page import style
 from saejax.page.blocks import Block, Picture, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import Table, interval, percent
+from saejax.page.tables import Table, answer, interval, number, percent
 from saejax.page.words import behaviour
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
             for name, result in results.behaviours.items():
                 grid = PatchGrid.load(PatchGrid.file(findings.folders[unit], name))
                 blocks.append(_picture(results, name, result, grid, draw))
+                blocks += [_published_table(result.published)] if result.published else []
         elif isinstance(results, FeaturePatchResults):
             blocks += [_carried_table(results), Terms(tuple(_answers(results).items()))]
         else:
@@ -114,6 +117,26 @@ def heatmap(grid: PatchGrid, result: PatchedSites) -> "Figure":
 def _label(token: str) -> str:
     shown = token.replace("\n", "\u21b5").strip() or "\u2423"
     return shown if len(shown) <= 12 else shown[:11] + "\u2026"
+
+
+def _published_table(heads: Sequence[PublishedHead]) -> Table:
+    """Return the heads that were published for a behaviour of GPT-2 small, with their effects here."""
+    known = [head for head in heads if head.found is not None]
+    columns = {
+        "Role": lambda head: head.role,
+        "Head": lambda head: f"{head.layer}.{head.head}",
+        "Logits removed": lambda head: number(head.effect),
+        "Rank": lambda head: str(head.rank),
+        "Found": lambda head: answer(head.found, "not seen here"),
+    }
+    note = (
+        f"{sum(bool(head.found) for head in known)} of {len(known)} known answers were found. Heads of "
+        "Wang et al., 2022 (arXiv 2211.00593), for indirect object identification in GPT-2 small. Logits removed: by "
+        "noising the head. "
+        f"Found: the sign is the published one, and the size among the {len(known)} largest of all heads. Previous "
+        "token heads act before the repeated name, in which prompt and counterpart differ, so they have no effect."
+    )
+    return Table.of("Published heads", [(head,) for head in heads], columns, frozenset({"Role"}), note=note)
 
 
 def _carried_table(results: FeaturePatchResults) -> Table:

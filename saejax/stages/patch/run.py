@@ -13,11 +13,13 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
+from saejax.interventions import published_heads
 from saejax.interventions.ablation import measure_behaviour
 from saejax.interventions.answers import VerdictConfig, mean_interval
 from saejax.interventions.edits import swap
 from saejax.interventions.engine import run_edits
 from saejax.interventions.patching import (
+    DIRECTIONS,
     EACH,
     FeaturePatchResults,
     Interchange,
@@ -31,6 +33,7 @@ from saejax.interventions.patching import (
     is_measurable,
     patch_sites,
 )
+from saejax.interventions.published_heads import compare_published_heads, is_gpt2_small
 from saejax.interventions.settings import AblateConfig, PatchConfig
 from saejax.interventions.table import load_effects, merge_tables, save_effects
 from saejax.interventions.verdict import summarise, verdict
@@ -137,6 +140,12 @@ def _measure_sites(
     weight_RxP = _weights(pairs.tests, config)
     grid = PatchGrid.of(patched, weight_RxP)
     grid.save(grid.file(run.folder, name))
+    published = None
+    if (name, run.name, positions) == (published_heads.BEHAVIOUR, published_heads.KIND, "all") and is_gpt2_small(
+        lm.config
+    ):
+        noised_LxH = patched.effect_DxLxHxPxC[DIRECTIONS.index("noising"), :, :, :, 0].mean(axis=-1)
+        published = compare_published_heads(noised_LxH)
     results = PatchedSites(
         prompts=len(pairs.tests),
         left_out=pairs.left_out,
@@ -144,6 +153,7 @@ def _measure_sites(
         corrupted=mean_interval(patched.corrupted_P, weight_RxP),
         is_normalised=is_measurable(patched.clean_P - patched.corrupted_P, weight_RxP),
         columns=describe_columns(lm, pairs.tests),
+        published=published,
     )
     line = f"{results.prompts} pairs; logit difference {results.clean.mean:.2f} of the prompts, "
     line += f"{results.corrupted.mean:.2f} of their counterparts"
