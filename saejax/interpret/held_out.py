@@ -1,7 +1,11 @@
-"""The held-out contexts that labels are judged on, with a feature and without it, and the scores of replies."""
+"""The held-out contexts that labels are judged on: with a feature, without it, and near misses.
+
+A *near miss* is a context in which similar features fire strongly and the feature itself does not. A label of the topic
+alone holds for these, too.
+"""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +13,13 @@ import numpy as np
 from saejax.interpret import contexts
 from saejax.interpret.feature_record import FeatureContext
 from saejax.interpret.firings import Block, blocks
-from saejax.interpret.questions import GROUP, Question, detect
 from saejax.interpret.records import group_draws
 from saejax.interpret.text import CodedText
-from saejax.results import Interval
-from saejax.tasks.scoring import wilson_of
 
 MIN_FIRINGS = 10  # on held-out text, for a feature to be judged
-CHANCE = 0.5
 _DRAWS = 1  # contexts from each tenth of a feature's firings: ten, which a judge reads in two questions
-_TRIES = 50  # positions tried for each context without the feature
+_TRIES = 50  # positions tried for each context without the feature, or the strongest of a similar feature
+_Firings = tuple[np.ndarray, np.ndarray]  # places and activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,82 +29,61 @@ class HeldOut:
     feature: int  #: its index
     active: list[FeatureContext]  #: contexts in which it fires, the weakest tenth of its firings first
     silent: list[FeatureContext]  #: as many in which it does not fire, or fewer if it fires almost everywhere
+    near: list[FeatureContext]  #: as many near misses in different documents, or fewer
 
 
 def held_out(
-    folder: Path, features: int, wanted: Collection[int], place: np.ndarray, text: CodedText, seed: int
+    folder: Path, features: int, similar: Mapping[int, Sequence[int]], place: np.ndarray, text: CodedText, seed: int
 ) -> Iterator[HeldOut]:
     """Yield the contexts of features.
 
     Args:
       folder: folder with the firings on held-out text, written by ``firings.record``.
       features: number of features of the dictionary.
-      wanted: features that fire at least ``MIN_FIRINGS`` times.
+      similar: features that fire at least ``MIN_FIRINGS`` times, each with its most similar features.
       place: encoded places of the text.
       text: text of the store.
       seed: seed of the silent contexts; each feature has its own generator.
     """
     in_text = np.zeros(int(place.max()) + 1 + contexts.AFTER, bool)
     in_text[place] = True
+    strongest = _strongest_firings(folder, features, {other for others in similar.values() for other in others})
     for block in blocks(folder, features):
-        for i in (i for i in range(block.size) if block.first + i in wanted):
+        for i in (i for i in range(block.size) if block.first + i in similar):
             # A generator for each feature: its contexts do not depend on which other features are judged.
             rng, of_feature = np.random.default_rng((seed, block.first + i)), block.of(i)
             drawn, _ = group_draws(block.value[of_feature], block.place[of_feature], _DRAWS)
-            firings = block.place[of_feature][drawn]
-            active = contexts.contexts(block, text, in_text, i, firings)
-            silent = contexts.contexts(block, text, in_text, i, _silent_places(block, text, place, i, rng, len(active)))
-            yield HeldOut(block.first + i, active, silent)
+            others = [strongest[other] for other in similar[block.first + i] if other in strongest]
+            tried = rng.choice(place, min(_TRIES * len(drawn), len(place)), replace=False)
+            silent, near = _silent_places(block, text, tried, i), _near_places(block, text, others, i)
+            places = block.place[of_feature][drawn], silent[: len(drawn)], near[: len(drawn)]
+            yield HeldOut(block.first + i, *(contexts.contexts(block, text, in_text, i, some) for some in places))
 
 
-def _silent_places(
-    block: Block, text: CodedText, place: np.ndarray, feature: int, rng: np.random.Generator, count: int
-) -> np.ndarray:
-    """Return up to ``count`` of the encoded places in whose contexts a feature does not fire."""
-    tried = rng.choice(place, min(_TRIES * count, len(place)), replace=False)
-    around, _ = contexts.surroundings(text, tried)
-    return tried[~block.at(np.full(around.shape, feature), around).any(axis=1)][:count]
+def _strongest_firings(folder: Path, features: int, wanted: set[int]) -> dict[int, _Firings]:
+    """Return the ``_TRIES`` strongest firings of features that fire."""
+    firings: dict[int, _Firings] = {}
+    for block in blocks(folder, features):
+        for feature in wanted & set(range(block.first, block.first + block.size)):
+            part = block.of(feature - block.first)
+            order = np.argsort(-block.value[part], kind="stable")[:_TRIES]
+            if len(order):
+                firings[feature] = block.place[part][order], block.value[part][order]
+    return firings
 
 
-def detection(held: HeldOut, label: str, seed: int) -> list[tuple[Question, list[bool]]]:
-    """Return questions in which of a feature's contexts it fires, and whether it does in each.
-
-    Args:
-      held: contexts of the feature.
-      label: its label, or another feature's.
-      seed: seed of the order of contexts, which is the same for every label.
-    """
-    shown, fires = [*held.active, *held.silent], [True] * len(held.active) + [False] * len(held.silent)
-    # The order does not depend on the label, so a label and its control answer the same questions.
-    order = np.random.default_rng((seed, held.feature, 0)).permutation(len(shown))
-    groups = [order[start : start + GROUP].tolist() for start in range(0, len(shown), GROUP)]
-    return [(detect(label, [shown[i] for i in group]), [fires[i] for i in group]) for group in groups]
+def _silent_places(block: Block, text: CodedText, place: np.ndarray, feature: int) -> np.ndarray:
+    """Return the places in whose contexts a feature does not fire."""
+    around, _ = contexts.surroundings(text, place)
+    return place[~block.at(np.full(around.shape, feature), around).any(axis=1)]
 
 
-def detection_score(correct: Sequence[Sequence[bool]], read: Sequence[Sequence[bool] | None]) -> Interval | None:
-    """Return the balanced accuracy of yes and no replies, with its 95 % Wilson interval.
-
-    Args:
-      correct: for each question whether the feature fires in each of its contexts.
-      read: the parsed replies; None: unparsed.
-
-    Returns:
-      None if only contexts of one class were scored.
-    """
-    pairs = [
-        pair for truth, reply in zip(correct, read, strict=True) if reply for pair in zip(truth, reply, strict=True)
-    ]
-    correct_by_class = [[called == fires for fires, called in pairs if fires == side] for side in (True, False)]
-    if not all(correct_by_class):
-        return None
-    # The mean of both shares, or always "yes" would score high where few contexts are silent. These few weigh half, so
-    # the interval is that of twice the harmonic mean of both numbers.
-    count = 4 / sum(1 / len(side) for side in correct_by_class)
-    return wilson_of(float(np.mean([np.mean(side) for side in correct_by_class])), count)
-
-
-def is_kept(score: Interval | None, control: float | None) -> bool:
-    """Return whether the lower end of a label's accuracy is above the accuracy of the control, and above chance."""
-    # The interval's lower end, because the best of thousands of labels would often exceed a control by luck.
-    # Without a control nothing shows that this label says more than any.
-    return score is not None and control is not None and score.low > max(CHANCE, control)
+def _near_places(block: Block, text: CodedText, others: Sequence[_Firings], feature: int) -> np.ndarray:
+    """Return places of a feature's near misses, one of each document, those where another fires most first."""
+    if not others:
+        return np.zeros(0, np.int64)
+    # Activations of different features have different units: each is taken over its feature's largest.
+    share = np.concatenate([value / value[0] for _, value in others])
+    place = np.concatenate([place for place, _ in others])[np.argsort(-share, kind="stable")]
+    silent = _silent_places(block, text, place, feature)
+    return silent[np.sort(np.unique(text.document(silent), return_index=True)[1])]

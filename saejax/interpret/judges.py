@@ -22,7 +22,6 @@ from saejax.progress import OnProgress
 from saejax.unicode import replace_surrogates
 
 KEY = "OPENAI_API_KEY"
-AT_ONCE = 8  # questions that are asked at the same time: few endpoints refuse as many
 TIMEOUT = 120.0  # seconds for an answer: a model that reasons takes a minute
 MAX_TOKENS = 4096  # of an answer of an endpoint, whose model may reason first; a longer one is not used
 _RETRIES = 5  # with the client's waits: as the server asks (Retry-After), or 0.5 to 8 s, doubling
@@ -146,7 +145,7 @@ class Answers:
     Args:
       folder: of the answers.
       endpoint: where the model is asked.
-      config: its name, and the limit of tokens.
+      config: its name, the limit of tokens, and how many questions are asked at the same time.
       begin_progress: given what questions are for, returns what is called with the number of answers there are and of
         questions; it may raise to stop.
     """
@@ -155,7 +154,7 @@ class Answers:
         self, folder: Path, endpoint: Endpoint, config: ExplainConfig, begin_progress: Callable[[str], OnProgress]
     ):
         self._path, self._endpoint, self._begin_progress = folder / ANSWERS, endpoint, begin_progress
-        self._limit, self._model = config.most_tokens, config.model
+        self._limit, self._model, self._concurrency = config.most_tokens, config.model, config.concurrency
         self._answers, self._lock = dict[str, Answer](), threading.Lock()
         # By bytes: texts hold Unicode's other line separators, and a killed run may have cut a letter in two.
         for line in self._path.read_bytes().split(b"\n") if self._path.exists() else ():
@@ -195,7 +194,7 @@ class Answers:
         """Ask questions concurrently, and keep each answer as it arrives."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         complete = not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n")
-        with self._path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(AT_ONCE) as threads:
+        with self._path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(self._concurrency) as threads:
             file.write("" if complete else "\n")  # end the line that a killed run left incomplete
 
             def ask(key: str, question: Question) -> None:

@@ -1,7 +1,8 @@
-"""The rule that makes a detector a label, and files of labels written by hand."""
+"""The rule that makes a detector a label, files of labels written by hand, and explanations from Neuronpedia."""
 
 import csv
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 from saejax.dictionaries.labels import COLUMNS, INDEX, Label, read_sheet, sheets_in
 from saejax.errors import UserError
 from saejax.files import locked, write_text
+from saejax.tasks.files import json_lines, opened, text_lines
 
 _NEAR = 100  # random directions of the most similar firing rates, which a feature's label has to exceed
 _LEVEL = 0.95  # share of these that it exceeds
+_EXPLANATION = '{"layer": "6-res-jb", "index": "17", "description": "names of rivers"}'
 
 
 def bars(rate: np.ndarray, random_rate: np.ndarray, random_f1: np.ndarray) -> np.ndarray:
@@ -85,6 +88,55 @@ def read_labels(
                     "earlier line: keep one of them"
                 )
     return label_of
+
+
+def label_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """Return the sheets, and the files of explanations from Neuronpedia, that a path names or that its folder has."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    exported = [file for file in files if file.name.endswith((".jsonl", ".jsonl.gz"))]
+    return [file for file in files if file.suffix == ".csv"], exported
+
+
+def read_explanations(files: Sequence[Path], features: int, flag: str = "--atlas.labels") -> dict[int, Label]:
+    """Return the explanations of a dictionary's features that Neuronpedia exported, by feature.
+
+    Of several explanations of a feature the one with the highest score is taken, else the first.
+
+    Args:
+      files: JSON lines, perhaps compressed, with the fields index, description and layer, which names the dictionary,
+        and perhaps scoreV2, explanationModelName and typeName.
+      features: number of features of the dictionary.
+      flag: flag that names them, for messages.
+
+    Raises:
+      UserError: a file cannot be read, a line is no explanation, a feature does not exist, or the lines are of several
+        dictionaries.
+    """
+    label_of: dict[int, Label] = {}
+    best: dict[int, float] = {}
+    sources = set[str]()
+    for file in files:
+        with opened(file, flag, "name a file of explanations that Neuronpedia exported") as content:
+            for number, record in json_lines(text_lines(content, file), file, _EXPLANATION):
+                fields = record if isinstance(record, dict) else {}
+                text, description = str(fields.get("index", "")), fields.get("description")
+                if not INDEX.fullmatch(text) or not isinstance(description, str):
+                    raise UserError(
+                        f"{file}, line {number} is no explanation: expected an object such as {_EXPLANATION}"
+                    )
+                if int(text) >= features:
+                    raise UserError(f"{file}, line {number}: there is no feature {text}: expected 0 to {features - 1}")
+                sources.add(str(fields.get("layer", "")))
+                score = fields.get("scoreV2")
+                score = float(score) if isinstance(score, int | float) else -math.inf
+                if (description.strip() and score > best.get(int(text), -math.inf)) or int(text) not in label_of:
+                    by = fields.get("explanationModelName") or fields.get("typeName")
+                    label_of[int(text)] = Label(description.strip(), f"Neuronpedia, {by}" if by else "Neuronpedia")
+                    best[int(text)] = score
+    if len(sources) > 1:
+        named = ", ".join(sorted(sources)[:4])
+        raise UserError(f"{flag} has explanations of several dictionaries ({named}): name the files of one")
+    return {feature: label for feature, label in label_of.items() if label.label}
 
 
 def unused_lines(path: Path, names: Sequence[str], kinds: Sequence[str], flag: str = "--atlas.labels") -> list[str]:

@@ -2,7 +2,9 @@
 
 The questions are those of EleutherAI's delphi (Paulo et al., 2024, arXiv 2410.13928), in our own words. *Explanation*:
 write a label from contexts in which the active tokens are marked. *Detection*: in which contexts does the feature with
-this label fire? A reply that cannot be parsed counts as unparsed and nowhere else.
+this label fire? *Fuzzing*: are the marked tokens those on which it fires? *Intruder*: which of some marked contexts
+does not belong to the others, no label shown? *Simulation*: how active is it on each token? A reply that cannot be
+parsed counts as unparsed and nowhere else.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ from saejax.unicode import replace_surrogates
 
 MARKED = 0.3  # of a context's largest activation: tokens that reach it are marked
 GROUP = 5  # contexts in a question
+STRONGEST = 10  # activation that a simulation gives the strongest firing
 _LONGEST = 300  # characters of a label
 _VALUES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _EXPLAIN = """A feature of a language model is active on some tokens of a text and silent on all others. You are \
@@ -25,6 +28,18 @@ End with one line of the form
 _DETECT = """A feature of a language model is active on some pieces of text. You are given a description of the \
 feature and numbered texts. For each text say whether the feature is active somewhere in it: 1 for yes, 0 for no. \
 Answer with a JSON list of {count} numbers, such as {example}, and nothing else."""
+_FUZZ = """A feature of a language model is active on some tokens of a text and silent on all others. You are given a \
+description of the feature and numbered texts in which some tokens stand between << and >>. For each text say whether \
+the marked tokens are those on which the feature is active: 1 for yes, 0 for no. Answer with a JSON list of {count} \
+numbers, such as {example}, and nothing else."""
+_INTRUDE = """You are shown numbered texts in which some tokens stand between << and >>. In all of them but one, the \
+same feature of a language model is active on the marked tokens. Say which text does not belong to the others. End \
+with one line of the form
+[RESPONSE]: the number of the text"""
+_SIMULATE = """A feature of a language model is active on some tokens of a text and silent on all others. You are \
+given a description of the feature, a text, and its tokens as a JSON list. Predict the activation of the feature on \
+each token as a whole number from 0 (silent) to {most} (as strong as it gets). Answer with a JSON list of {count} \
+numbers and nothing else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +60,18 @@ def _plain(context: FeatureContext) -> str:
     return replace_surrogates("".join(context["tokens"]))
 
 
-def _marked(context: FeatureContext) -> str:
-    """Return a context with tokens of at least ``MARKED`` of its largest activation between << and >>."""
+def active_tokens(context: FeatureContext) -> list[bool]:
+    """Return which tokens of a context have at least ``MARKED`` of its largest activation."""
     acts = [act or 0.0 for act in context["acts"]]
+    return [act > 0 and act >= MARKED * max(acts) for act in acts]
+
+
+def _marked(context: FeatureContext, is_marked: Sequence[bool]) -> str:
+    """Return a context with some of its tokens between << and >>."""
     text, inside = "", False
     # A last token of no text ends a pair of marks; neighbours share one.
-    for token, act in zip([*context["tokens"], ""], [*acts, 0.0], strict=True):
-        if (act > 0 and act >= MARKED * max(acts)) != inside:
+    for token, is_here in zip([*context["tokens"], ""], [*is_marked, False], strict=True):
+        if is_here != inside:
             text, inside = text + ("<<" if not inside else ">>"), not inside
         text += token
     return replace_surrogates(text)
@@ -64,7 +84,7 @@ def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str]) -> Ques
       contexts: contexts in which the feature fires.
       promoted: tokens that it makes more likely; empty: unknown.
     """
-    text = _numbered(list(map(_marked, contexts)))
+    text = _numbered([_marked(context, active_tokens(context)) for context in contexts])
     listed = json.dumps(list(map(replace_surrogates, promoted)), ensure_ascii=False)
     text += f"\n\nTokens that the feature makes more likely: {listed}" if promoted else ""
     return Question(_EXPLAIN, text)
@@ -72,10 +92,30 @@ def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str]) -> Ques
 
 def detect(label: str, contexts: Sequence[FeatureContext]) -> Question:
     """Return the question in which contexts the feature with a label fires."""
-    example = json.dumps([number % 2 for number in range(len(contexts))])
-    task = _DETECT.format(count=len(contexts), example=example)
-    text = f"Description: {label}\n\n{_numbered(list(map(_plain, contexts)))}"
-    return Question(task, text)
+    return _ask_each(_DETECT, label, list(map(_plain, contexts)))
+
+
+def fuzz(label: str, contexts: Sequence[FeatureContext], marks: Sequence[Sequence[bool]]) -> Question:
+    """Return the question in which contexts the marked tokens are those of the feature with a label."""
+    return _ask_each(_FUZZ, label, list(map(_marked, contexts, marks)))
+
+
+def intrude(contexts: Sequence[FeatureContext], marks: Sequence[Sequence[bool]]) -> Question:
+    """Return the question which of some marked contexts does not belong to the others."""
+    return Question(_INTRUDE, _numbered(list(map(_marked, contexts, marks))))
+
+
+def simulate(label: str, context: FeatureContext) -> Question:
+    """Return the question how active the feature with a label is on each token of a context."""
+    task = _SIMULATE.format(count=len(context["tokens"]), most=STRONGEST)
+    tokens = json.dumps(list(map(replace_surrogates, context["tokens"])), ensure_ascii=False)
+    return Question(task, f"Description: {label}\n\nText 1: {_plain(context)}\n\nTokens: {tokens}")
+
+
+def _ask_each(task: str, label: str, texts: Sequence[str]) -> Question:
+    """Return a question with a yes or no for each of some texts."""
+    example = json.dumps([number % 2 for number in range(len(texts))])
+    return Question(task.format(count=len(texts), example=example), f"Description: {label}\n\n{_numbered(texts)}")
 
 
 def read_label(reply: str | None) -> str | None:
@@ -102,6 +142,23 @@ def read_judgements(reply: str | None, count: int) -> list[bool] | None:
         return [_VALUES[item] for _, item in lines]
     alone = re.findall("[01]", text)
     return [item == "1" for item in alone] if len(alone) == count and re.fullmatch(r"[\W01]+", text) else None
+
+
+def read_choice(reply: str | None, count: int) -> int | None:
+    """Return which of ``count`` texts a reply names, counted from 0; None: unparsed."""
+    named = _read_field(reply, "RESPONSE") or _without_thinking(reply)
+    number = re.fullmatch(r"\W*(?:text)?\W*(\d+)\W*", named.strip(), re.IGNORECASE)
+    return int(number[1]) - 1 if number and 1 <= int(number[1]) <= count else None
+
+
+def read_activations(reply: str | None, count: int) -> list[float] | None:
+    """Return the last list of ``count`` numbers from 0 to ``STRONGEST`` in a reply; None: unparsed."""
+    for listed in reversed(re.findall(r"\[([^\[\]]*)\]", _without_thinking(reply))):
+        items = [item.strip(" \n\t\"'") for item in listed.strip(" \n\t,").split(",")]
+        if len(items) == count and all(re.fullmatch(r"\d+(\.\d+)?", item) for item in items):
+            values = list(map(float, items))
+            return values if max(values) <= STRONGEST else None
+    return None
 
 
 def _read_field(reply: str | None, name: str) -> str | None:

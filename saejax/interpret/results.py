@@ -1,6 +1,7 @@
 """Results of the stages ``interpret``, ``explain`` and ``atlas``."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from saejax.results import Interval
 
@@ -82,13 +83,32 @@ class AtlasResults:
 
 
 @dataclasses.dataclass(frozen=True)
+class LabelScore:
+    """A score of a label."""
+
+    value: Interval  #: with its 95 % interval: Wilson's of shares, bootstrap over contexts of correlations
+    #: the same with the label of another feature that fires about as often, None without any; of an intruder, whose
+    #: questions show no label, that of guessing
+    control: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanLabelScore:
+    """A score over the features of a dictionary."""
+
+    features: int  #: that have the score
+    value: Interval  #: mean over these, bootstrap
+    control: float | None  #: mean of the controls; None without any
+
+
+@dataclasses.dataclass(frozen=True)
 class ExplainedFeature:
-    """A label and its balanced accuracy: the mean of the shares of correct replies where the feature fires and not."""
+    """A label and its scores."""
 
     label: str  #: in words; "": the reply had none
     kept: bool  #: whether detection does better with it than with another feature's label, and than chance
-    accuracy: Interval | None  #: with its Wilson interval; None: no reply could be parsed, or there is no label
-    control_accuracy: float | None  #: with the label of another feature that fires about as often
+    #: by the names of ``label_scores``; without those whose replies could not be parsed
+    scores: Mapping[str, LabelScore]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +119,8 @@ class ExplainedDictionary:
     judged: int  #: features that fire in training text and often enough in held-out text, or a random sample of these
     skipped: int  #: features asked for, but with too few firings
     kept: int  #: features whose label is kept
-    accuracy: Interval | None  #: mean balanced accuracy, bootstrap over features; None: no reply could be parsed
-    control_accuracy: float | None  #: the same with the label of another feature
-    unparsed: float  #: share of the replies that could not be parsed
+    scores: Mapping[str, MeanLabelScore]  #: by the names of ``label_scores``
+    unparsed: float  #: share of the replies about labels, controls left aside, that could not be parsed
     tokens: int  #: of all questions and answers, as the endpoint counts them, or else estimated from their length
 
 

@@ -26,11 +26,21 @@ class ExplainConfig(Config):
     model: str = setting("", "name of the model at the endpoint")
     features: tuple[int, ...] = setting((), "indices of the features to label; empty: a random --explain.sample", low=0)
     sample: int = setting(100, "number of random features among those that fire often enough on held-out text", low=1)
+    scores: tuple[str, ...] = setting(
+        ("detection", "fuzzing"),
+        "how labels are judged: detection (in which contexts does the feature fire?), which decides what is kept; "
+        "fuzzing (are the marked tokens the feature's?), intruder (which context does not belong?), simulation (how "
+        "active is it on each token?)",
+        choices=("detection", "fuzzing", "intruder", "simulation"),
+    )
     most_tokens: int = setting(
         2_000_000,
         "number of tokens (prompts and answers, earlier runs of the unit included) after which no further question "
         "is asked; up to 64 questions under way still count on top",
         low=1,
         changes_results=False,
+    )
+    concurrency: int = setting(
+        8, "number of questions that are asked at the same time", low=1, high=64, changes_results=False
     )
     seed: int = shared.analysis_seed()

@@ -14,8 +14,9 @@ from sklearn.metrics import balanced_accuracy_score
 from saejax.config import Configs
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import load_labels
-from saejax.interpret.held_out import MIN_FIRINGS, detection_score, is_kept
-from saejax.interpret.results import ExplainedFeature
+from saejax.interpret.held_out import MIN_FIRINGS
+from saejax.interpret.label_scores import balanced_accuracy, is_kept
+from saejax.interpret.results import ExplainedFeature, LabelScore
 from saejax.interpret.settings import ExplainConfig
 from saejax.interpret.text import CodedText
 from saejax.models.loading import load_model
@@ -94,6 +95,14 @@ class Place:
         (feature,) = np.flatnonzero(np.all(active, axis=0))
         return feature
 
+    def is_right(self, marked, feature):
+        """Whether the first marked token of a text is active."""
+        document, first, _ = self.find(marked.replace("<<", "").replace(">>", ""))
+        start = self.starts[document][first] + marked.index("<<")
+        return (
+            self.f.get((document, int(np.searchsorted(self.starts[document], start))), np.zeros(FEATURES))[feature] > 0
+        )
+
 
 def parts(prompt):
     """The number in a question's label, -1 without one, and its texts without marks."""
@@ -104,6 +113,8 @@ def parts(prompt):
 
 def is_of(prompt):
     """Which question it is."""
+    if "marked tokens are those" in prompt:
+        return "fuzzing"
     return "detection" if "somewhere in it" in prompt else "labels"
 
 
@@ -114,6 +125,9 @@ def judge(place):
         feature, texts = parts(prompt)
         if is_of(prompt) == "labels":
             return f"Well.\n[EXPLANATION]: concept {place.feature_of(prompt)}"
+        if is_of(prompt) == "fuzzing" and feature < FEATURES:
+            marked = [text.strip("\n") for text in protocol.texts_of(prompt)]
+            return json.dumps([int(place.is_right(text, feature)) for text in marked])
         if feature == 11:
             return "I would rather not say [1]"
         if feature < len(planted.CONCEPTS):
@@ -140,16 +154,19 @@ def test_scores_equal_those_counted_from_what_the_server_saw(workdir, tmp_path):
         texts = [text for prompt in prompts for text in parts(prompt)[1]]
         there = [max(place.active(text, feature)) > 0 for text in texts]
         assert {place.split[place.find(text)[0]] for text in texts} == {"held_out"}
-        assert sum(there) == 10 and len(there) <= 20
-        score = found[feature].accuracy
+        assert sum(there) == 10 and len(there) <= 30
+        scores = found[feature].scores
         if feature == 11 or len(there) == 10:  # no reply that can be parsed, or it fires everywhere
-            assert score is None and not found[feature].kept
+            assert "detection" not in scores and not found[feature].kept
             continue
         answers = [bool(one) for prompt in prompts for one in json.loads(judge(place)(prompt).removeprefix("Sure: "))]
-        assert score.mean == pytest.approx(balanced_accuracy_score(there, answers))
+        means = [scores[name].value.mean for name in ("detection", "near misses") if name in scores]
+        if len(there) in (20, 30):  # as many silent contexts as near misses, if any
+            assert np.mean(means) == pytest.approx(balanced_accuracy_score(there, answers))
+        assert scores["fuzzing"].value.mean == 1  # this judge knows where every feature is active
         if feature < len(planted.CONCEPTS):
-            assert score.mean == 1 and found[feature].kept
-    assert member.unparsed == pytest.approx(1 / len(able)) and member.kept >= 5
+            assert set(means) == {1} and found[feature].kept
+    assert 0 < member.unparsed < 1 / len(able) and member.kept >= 5
     assert load_labels(tmp_path / "unit" / "labels.json").keys() == {i for i, one in found.items() if one.kept}
 
 
@@ -170,14 +187,16 @@ def test_labels_are_written_from_training_text_and_kept_only_if_they_tell(workdi
     for prompt in server.asked:
         split = "train" if prompt in questions else "held_out"
         assert {place.split[place.find(text)[0]] for text in parts(prompt)[1]} == {split}
-    assert 0.2 < member.accuracy.mean < 0.8
+    assert 0.2 < member.scores["detection"].value.mean < 0.8
     assert member.kept <= 2  # the judge guesses
 
 
 def test_a_label_without_another_beside_it_is_not_kept(workdir, tmp_path):
     with protocol.Server(judge(Place(workdir))) as server:
         member, found = go(workdir, tmp_path / "unit", server.url, features=(1,))
-    assert found[1].accuracy.mean == 1 and member.control_accuracy is None and member.kept == 0
+    assert (
+        found[1].scores["detection"].value.mean == 1 and member.scores["detection"].control is None and member.kept == 0
+    )
 
 
 def test_a_feature_that_is_silent_in_training_text_is_skipped(workdir, tmp_path):
@@ -198,17 +217,17 @@ def test_a_feature_that_is_silent_in_training_text_is_skipped(workdir, tmp_path)
 def test_a_judge_that_guesses_keeps_few_labels(silent):
     """Worlds in which nothing is true: ten contexts and few or many others, answers by a coin, for both labels."""
     rng, kept = np.random.default_rng(0), 0
-    right = [[True] * 10 + [False] * silent]
+    sides = range(10), range(10, 10 + silent)
     for _ in range(2000):
-        own, control = (detection_score(right, rng.integers(0, 2, (1, 10 + silent)).tolist()) for _ in range(2))
-        kept += is_kept(own, control.mean)
+        own, control = (balanced_accuracy(dict(enumerate(rng.integers(0, 2, 10 + silent))), *sides) for _ in range(2))
+        kept += is_kept(dict(detection=LabelScore(own, control.mean)))
     assert kept / 2000 < 0.05
-    sure = detection_score(right, right)
-    assert is_kept(sure, 0.5) == (silent > 1) and not is_kept(sure, None)
+    sure = balanced_accuracy({n: n < 10 for n in range(10 + silent)}, *sides)
+    assert is_kept(dict(detection=LabelScore(sure, 0.5))) == (silent > 1)
 
 
 def test_no_answer_that_can_be_read(workdir, tmp_path):
     with protocol.Server(lambda prompt: "") as server:
         member, found = go(workdir, tmp_path / "unit", server.url, sample=3)
     assert member.kept == 0 and all(one.label == "" and not one.kept for one in found.values())
-    assert member.accuracy is None and member.control_accuracy is None
+    assert member.scores == {}

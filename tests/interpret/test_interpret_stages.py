@@ -137,7 +137,7 @@ def test_it_stops_at_its_limit_goes_on_and_asks_nothing_twice(workdir, capsys):
     results = load_results(unit)
     assert isinstance(results, ExplainResults) and results.model == "judge"
     for member in results.members:
-        assert member.judged == 6 and member.accuracy.mean == member.control_accuracy == 0.5
+        assert member.judged == 6 and member.scores["detection"].value.mean == member.scores["detection"].control == 0.5
     assert len(answers()) == len(server.asked) == count
     assert server.tries[0][1]["model"] == "judge"
 

@@ -34,7 +34,7 @@ def ask(server, questions=ASK, timeout=60.0):
 def test_answers_come_in_their_places_however_many_are_asked_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv(KEY, "secret")
     with protocol.Server(lambda prompt: prompt[-1]) as server:
-        answers = answers_of(tmp_path, Endpoint(server.url, "judge"))
+        answers = answers_of(tmp_path, Endpoint(server.url, "judge"), concurrency=8)
         assert answers.all(ASK, "labels") == list("012345") and answers.tokens == 6 * (4 + 7)
         _, body, headers, path = server.tries[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
@@ -162,19 +162,13 @@ class Counting:
         return Answer(question.text, 11)
 
 
-def answers_of(folder, endpoint, limit=10_000, stopping=lambda: False, model="judge"):
+def answers_of(folder, endpoint, limit=10_000, stopping=lambda: False, model="judge", concurrency=1):
     run = SimpleNamespace(say=lambda line: None, stopping=stopping, share=ProcessShare())
-    config = ExplainConfig(most_tokens=limit, model=model)
+    config = ExplainConfig(most_tokens=limit, model=model, concurrency=concurrency)
     return Answers(folder, endpoint, config, lambda label: Progress(run, "answers").of_part(label, 0))
 
 
-@pytest.fixture
-def in_turn(monkeypatch):
-    """Questions are asked one after the other."""
-    monkeypatch.setattr(judges, "AT_ONCE", 1)
-
-
-def test_what_was_answered_is_never_asked_again(tmp_path, in_turn):
+def test_what_was_answered_is_never_asked_again(tmp_path):
     judge = Counting(fails_at="number 3")
     with pytest.raises(UserError, match="no more"):
         answers_of(tmp_path, judge).all(ASK, "labels")
@@ -194,7 +188,7 @@ def test_what_was_answered_is_never_asked_again(tmp_path, in_turn):
     assert not third.asked and changed.asked == ["number 0"]
 
 
-def test_line_separators_and_unpaired_surrogates_are_kept_in_answers(tmp_path, in_turn):
+def test_line_separators_and_unpaired_surrogates_are_kept_in_answers(tmp_path):
     """Unicode has further line ends than the file; a reply may hold what no file in UTF-8 can."""
     question, counting = Question("Say it.", "a\u2028b\x85c"), Counting()
     assert answers_of(tmp_path, counting).all([question], "labels") == [question.text]

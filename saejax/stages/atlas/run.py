@@ -14,10 +14,11 @@ from typing import Any
 
 from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels, unused_labels
 from saejax.dictionaries.names import full_name
+from saejax.errors import UserError
 from saejax.files import read_json, write_json, write_text
 from saejax.interpret.feature_record import FeatureRecord, TokenMap, iterate_records, read_records
 from saejax.interpret.heatmaps import MAPS
-from saejax.interpret.labels import read_labels, unused_lines
+from saejax.interpret.labels import label_files, read_explanations, read_labels, unused_lines
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.interpret.review import write_sheets
 from saejax.links import member_folder
@@ -41,16 +42,22 @@ def run_atlas(run: Run) -> AtlasResults:
       UserError: the file of labels cannot be read, or names a feature that does not exist.
     """
     interpreted: InterpretResults = load_results(run.inputs[f"interpret/{run.name}"])
-    sheet, several = run.configs[AtlasConfig].labels, len(interpreted.members) > 1
+    path, several = Path(run.configs[AtlasConfig].labels), len(interpreted.members) > 1
     several = several or len(run.configs[InterpretConfig].dictionaries) > 1
     names = [full_name(run.name, member.name) for member in interpreted.members]
+    sheets, exported = label_files(path) if run.configs[AtlasConfig].labels else ([], [])
+    if exported and several:
+        raise UserError(
+            f"--atlas.labels={path} has explanations from Neuronpedia, which are of one dictionary: interpret one "
+            "alone, with --interpret.dictionaries"
+        )
     by_hand = [
-        read_labels(Path(sheet), name, member.features, several) if sheet else {}
+        read_labels(path, name, member.features, several) if sheets else {}
         for name, member in zip(names, interpreted.members, strict=True)
     ]  # all of them before anything is written
     others = [kind for kind in run.configs[InterpretConfig].dictionaries if kind != run.name]
-    if unused := unused_lines(Path(sheet), names, others) if sheet else ():
-        run.say(f"warning: {unused_labels(f'--atlas.labels={sheet}', unused, names)}")
+    if unused := unused_lines(path, names, others) if sheets else ():
+        run.say(f"warning: {unused_labels(f'--atlas.labels={path}', unused, names)}")
     ablated = [load_results(folder) for unit, folder in run.inputs.items() if unit.startswith("ablate/")]
     pages = []
     for name, member, hand_labels in zip(names, interpreted.members, by_hand, strict=True):
@@ -59,6 +66,7 @@ def run_atlas(run: Run) -> AtlasResults:
         if explained := run.inputs.get(f"explain/{run.name}"):
             automatic |= load_labels(explained / member.name / LABELS)
             judged = read_json(explained / member.name / EXPLAINED)
+        automatic |= read_explanations(exported, member.features)
         top = ablated[0].top if ablated and ablated[0].dictionary == name else {}
         effects: dict[int, dict[str, float]] = {}
         for behaviour, items in top.items():

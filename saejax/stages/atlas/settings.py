@@ -13,6 +13,7 @@ class AtlasConfig(Config):
         "",
         "a .csv file with labels of your own: columns feature, label, note, reviewer, and where there are several "
         "dictionaries dictionary (such as topk/k32); or a folder of such files, such as a filled copy of the atlas's "
-        "review/; they replace automatic labels",
+        "review/; they replace automatic labels. Explanations of a published dictionary as Neuronpedia exports them "
+        "(.jsonl or .jsonl.gz) are shown, too",
         changes_results=False,  # what is in it counts, not its place
     )

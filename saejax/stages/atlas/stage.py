@@ -7,6 +7,7 @@ from saejax.config import Configs
 from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
 from saejax.files import file_sha256
+from saejax.interpret.labels import label_files
 from saejax.interpret.results import AtlasResults
 from saejax.interventions.settings import AblateConfig
 from saejax.runner.registry import all_stages
@@ -20,15 +21,18 @@ from saejax.tasks.settings import TaskConfig
 
 def _labels(configs: Configs) -> str:
     """Return the hash of the files of labels; "" without any."""
-    path = Path(configs[AtlasConfig].labels or "-")
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    files = [file for some in label_files(Path(configs[AtlasConfig].labels or "-")) for file in some]
     return "-".join(file_sha256(file) for file in files if file.is_file())  # what is missing is said when it runs
 
 
 def _check(configs: Configs) -> None:
     path = configs[AtlasConfig].labels
-    if path and not (Path(path).is_file() or list(Path(path).glob("*.csv"))):
-        raise UserError(f"--atlas.labels={path} is no file: name a .csv file of labels or a folder of such")
+    files = [file for some in label_files(Path(path)) for file in some] if path else []
+    if path and not any(file.is_file() for file in files):
+        raise UserError(
+            f"--atlas.labels={path} is no file of labels: name a .csv file, Neuronpedia's .jsonl or .jsonl.gz, or a "
+            "folder of such"
+        )
 
 
 def _shown(configs: Configs, name: str) -> Sequence[str]:

@@ -18,16 +18,24 @@ from saejax.files import write_json
 from saejax.interpret import questions
 from saejax.interpret.feature_record import FeatureRecord, iterate_records, read_records
 from saejax.interpret.firings import blocks, record
-from saejax.interpret.held_out import MIN_FIRINGS, HeldOut, detection, detection_score, held_out, is_kept
+from saejax.interpret.held_out import MIN_FIRINGS, HeldOut, held_out
 from saejax.interpret.judges import Answers, Endpoint
+from saejax.interpret.label_scores import EXAMS, is_kept
 from saejax.interpret.labels import partners
-from saejax.interpret.results import ExplainedDictionary, ExplainedFeature, ExplainResults
+from saejax.interpret.questions import GROUP
+from saejax.interpret.results import (
+    ExplainedDictionary,
+    ExplainedFeature,
+    ExplainResults,
+    LabelScore,
+    MeanLabelScore,
+)
 from saejax.interpret.settings import ExplainConfig
 from saejax.interpret.text import CodedText
 from saejax.links import member_folder
 from saejax.models.settings import ModelConfig
 from saejax.models.source import load_tokenizer, resolve
-from saejax.models.tokens import token_text
+from saejax.models.tokens import token_piece
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.results import Interval, to_json
@@ -63,62 +71,78 @@ def run_explain(run: Run) -> ExplainResults:
 
 def _line(results: ExplainedDictionary) -> str:
     """Return a dictionary's figures as a log line."""
-    name, detection = f"{results.name}: " if results.name else "", "detection unparsed"
-    if results.accuracy:
-        control = "none; a label is kept only beside another one"
-        if results.control_accuracy is not None:
-            control = f"{results.control_accuracy:.2f}"
-        detection = f"detection {results.accuracy.mean:.2f} (control {control})"
-    return f"{name}{results.kept} of {results.judged} features keep a label, {detection}, {results.tokens:,} tokens"
+    name = f"{results.name}: " if results.name else ""
+    scores = [
+        f"{score} {mean.value.mean:.2f}" + (f" (control {mean.control:.2f})" if mean.control is not None else "")
+        for score, mean in results.scores.items()
+    ]
+    scored = ", ".join(scores or ["no reply could be parsed"])
+    return f"{name}{results.kept} of {results.judged} features keep a label, {scored}, {results.tokens:,} tokens"
 
 
 def read_text(run: Run) -> tuple[Store, CodedText]:
     """Return the store and its text, which all members share."""
     store, source = Store.open(run.inputs["capture"]), resolve(run.configs[ModelConfig])
     store.check_model(source)
-    as_text, documents = token_text(load_tokenizer(source)), store.documents
-    return store, CodedText(documents, [as_text(token) for token in range(int(documents.ids_T.max()) + 1)])
+    as_piece, documents = token_piece(load_tokenizer(source)), store.documents
+    return store, CodedText(documents, list(map(as_piece, range(int(documents.ids_T.max()) + 1))))
 
 
 def _explain(run: Run, member: str, store: Store, text: CodedText, endpoint: Endpoint) -> ExplainedDictionary:
     """Write and judge the labels of one dictionary, and write the files of ``run_explain``."""
     config, folder = run.configs[ExplainConfig], run.folder / member
     folder.mkdir(parents=True, exist_ok=True)
-    chosen, skipped = _choose_features(run, member, store, text)
+    chosen, records, skipped = _choose_features(run, member, store, text)
     answers = Answers(folder, endpoint, config, lambda label: Progress(run, "answers").of_part(label, 0))
-    interpreted = member_folder(run.inputs[f"interpret/{run.name}"], member)
-    records = read_records(interpreted, {held.feature for held in chosen})
     labels = _write_labels(answers, chosen, records)
     rates = np.array([records[held.feature]["rate"] for held in chosen])
     partner_N = partners(rates, [label is not None for label in labels])
-    # The control label meets the same contexts, so that both face equally hard ones.
-    scores, unparsed = _detect(answers, chosen, labels, config.seed)
     borrowed = [labels[i] if i >= 0 else None for i in partner_N]
-    control_scores, _ = _detect(answers, chosen, borrowed, config.seed)
-    controls = [score.mean if score else None for score in control_scores]
+    scores: list[dict[str, LabelScore]] = [{} for _ in chosen]
+    unparsed = asked = 0
+    for name in config.scores:
+        # The control label meets the same contexts, so that both face equally hard ones.
+        values, faults, count = _score(answers, name, chosen, labels, config.seed)
+        controls = [{name: 1 / GROUP}] * len(chosen)
+        if name != "intruder":
+            found, *_ = _score(answers, name, chosen, borrowed, config.seed)
+            controls = [{key: value.mean for key, value in each.items()} for each in found]
+        for scored, value, control in zip(scores, values, controls, strict=True):
+            scored |= {key: LabelScore(score, control.get(key)) for key, score in value.items()}
+        unparsed, asked = unparsed + faults, asked + count
     explained = {
-        held.feature: ExplainedFeature(label or "", is_kept(score, control), score, control)
-        for held, label, score, control in zip(chosen, labels, scores, controls, strict=True)
+        held.feature: ExplainedFeature(label or "", is_kept(scored), scored)
+        for held, label, scored in zip(chosen, labels, scores, strict=True)
     }
     kept = {feature: Label(each.label, config.model) for feature, each in explained.items() if each.kept}
     write_json(folder / EXPLAINED, {str(feature): to_json(each) for feature, each in explained.items()})
     write_json(folder / LABELS, {str(feature): to_json(label) for feature, label in kept.items()})
-    accuracies = np.array([score.mean for score in scores if score])
-    control_accuracies = [control for control in controls if control is not None]
     return ExplainedDictionary(
         name=member,
         judged=len(chosen),
         skipped=skipped,
         kept=len(kept),
-        accuracy=bootstrap_mean(accuracies, config.seed, _RESAMPLES) if len(accuracies) else None,
-        control_accuracy=float(np.mean(control_accuracies)) if control_accuracies else None,
-        unparsed=unparsed,
+        scores=_mean_scores(scores, config.seed),
+        unparsed=unparsed / max(asked, 1),
         tokens=answers.tokens,
     )
 
 
-def _choose_features(run: Run, member: str, store: Store, text: CodedText) -> tuple[list[HeldOut], int]:
-    """Return the held-out contexts of the features to judge, and the number of features skipped."""
+def _mean_scores(scores: Sequence[Mapping[str, LabelScore]], seed: int) -> dict[str, MeanLabelScore]:
+    """Return each score's mean over the features that have it."""
+    means = {}
+    for name in dict.fromkeys(name for scored in scores for name in scored):
+        found = [scored[name] for scored in scores if name in scored]
+        controls = [score.control for score in found if score.control is not None]
+        value = bootstrap_mean(np.array([score.value.mean for score in found]), seed, _RESAMPLES)
+        means[name] = MeanLabelScore(len(found), value, float(np.mean(controls)) if controls else None)
+    return means
+
+
+def _choose_features(
+    run: Run, member: str, store: Store, text: CodedText
+) -> tuple[list[HeldOut], dict[int, FeatureRecord], int]:
+    """Return the held-out contexts of the features to judge, their records, and the number of features skipped."""
     config, scratch = run.configs[ExplainConfig], run.folder / member / "firings"
     mesh = make_mesh(run.configs[MeshConfig])
     dictionary = load_dictionary(member_folder(run.inputs[f"train/{run.name}"], member), mesh=mesh)
@@ -135,9 +159,11 @@ def _choose_features(run: Run, member: str, store: Store, text: CodedText) -> tu
     wanted = np.intersect1d(able, config.features or able)
     if not config.features and len(wanted) > config.sample:
         wanted = np.sort(np.random.default_rng(config.seed).choice(wanted, config.sample, replace=False))
-    chosen = list(held_out(scratch, features, set(wanted.tolist()), place, text, config.seed))
+    records = read_records(interpreted, set(wanted.tolist()))
+    similar = {feature: [other for other, _ in each["nearest"]] for feature, each in records.items()}
+    chosen = list(held_out(scratch, features, similar, place, text, config.seed))
     shutil.rmtree(scratch)
-    return chosen, len(set(config.features)) - len(wanted) if config.features else 0
+    return chosen, records, len(set(config.features)) - len(wanted) if config.features else 0
 
 
 def _write_labels(
@@ -155,21 +181,22 @@ def _write_labels(
     return [questions.read_label(reply) for reply in answers.all(requests, "labels")]
 
 
-def _detect(
-    answers: Answers, chosen: Sequence[HeldOut], labels: Sequence[str | None], seed: int
-) -> tuple[list[Interval | None], float]:
-    """Return each label's accuracy, None where there is none, and the share of replies that could not be parsed."""
-    exams = [detection(held, label, seed) if label else [] for held, label in zip(chosen, labels, strict=True)]
-    replies = iter(answers.all([question for exam in exams for question, _ in exam], "detection"))
-    parsed = [[questions.read_judgements(next(replies), len(truth)) for _, truth in exam] for exam in exams]
-    scores = [detection_score([truth for _, truth in exam], read) for exam, read in zip(exams, parsed, strict=True)]
-    every = [reply for read in parsed for reply in read]
-    return scores, every.count(None) / max(len(every), 1)
+def _score(
+    answers: Answers, name: str, chosen: Sequence[HeldOut], labels: Sequence[str | None], seed: int
+) -> tuple[list[dict[str, Interval]], int, int]:
+    """Return the scores of each label by name, none without a label, the number of unparsed replies, and of all."""
+    exams = [EXAMS[name](held, label, seed) if label else None for held, label in zip(chosen, labels, strict=True)]
+    asked = [question for exam in exams if exam for question in exam.questions]
+    replies = iter(answers.all(asked, name))
+    read = [exam.read([next(replies) for _ in exam.questions]) if exam else ({}, 0) for exam in exams]
+    return [scores for scores, _ in read], sum(unparsed for _, unparsed in read), len(asked)
 
 
 def check(configs: Configs) -> None:
     """Raise a ``UserError`` unless an endpoint and its model are named."""
     config = configs[ExplainConfig]
+    if "detection" not in config.scores:
+        raise UserError("--explain.scores lacks detection, which decides what labels are kept: add it")
     if not config.model:
         raise UserError("--explain.model is missing: name a model of the endpoint")
     if not config.url:

@@ -12,7 +12,7 @@ EXPLAIN = Stage(
     name="explain",
     summary="has a language model write labels of features and judge them on held-out text, if --explain.dictionaries "
     "names any",
-    revision=3,  # wider intervals with few silent contexts, no label without a control's score
+    revision=4,  # tokens that spell a character together are read as one
     run=run_explain,
     results=ExplainResults,
     groups=(ExplainConfig,),

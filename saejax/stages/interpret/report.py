@@ -1,11 +1,13 @@
 """The report's sections on labels by rules and by a language model: how many features have one, beside controls."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from saejax.dictionaries.names import full_name
 from saejax.interpret.held_out import MIN_FIRINGS
 from saejax.interpret.results import (
     AtlasResults,
+    ExplainedDictionary,
     ExplainResults,
     InterpretedDictionary,
     InterpretResults,
@@ -15,7 +17,7 @@ from saejax.interpret.results import (
 from saejax.page.blocks import Block, Links, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import Table, interval, number, percent
+from saejax.page.tables import MISSING, Table, interval, number, percent
 
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
@@ -111,25 +113,34 @@ def explain_sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section with a table of the judged dictionaries; none if there are none."""
     units = list(findings.each(ExplainResults).values())
     rows = [(full_name(results.kind, member.name), member) for results in units for member in results.members]
+    names = dict.fromkeys(name for _, member in rows for name in member.scores)
     if not rows:
         return []
     intro = (
         f"A language model ({units[0].model}) wrote labels from contexts in training text and judged them on contexts "
-        "in held-out text: some from every tenth of a feature's firings and as many in which it does not fire. "
-        "Detection: in which contexts does the feature with this label fire? A label is kept if the lower end of the "
-        "95 % interval of its balanced accuracy in detection is above that of another feature's label and above one "
+        "in held-out text: some from every tenth of a feature's firings, as many in which it does not fire, and near "
+        "misses, in which similar features fire and it does not. Detection: in which contexts does the feature with "
+        "this label fire? Near misses: the same, against these alone. Fuzzing: are the marked tokens those on which it "
+        "fires? Intruder: which context does not belong to others, without a label? Simulation: correlation with the "
+        "activation predicted on each token. A label is kept if the lower ends of the 95 % intervals of its balanced "
+        "accuracy in detection and on near misses are above those of another feature's label and above one "
         f"half. Features with fewer than {MIN_FIRINGS} held-out firings, or none in training text, are skipped."
     )
-    columns = {
+    columns: dict[str, Callable[..., str]] = {
         "Dictionary": lambda name, member: name,
         "Labels kept": lambda name, member: f"{member.kept} of {member.judged}",
-        "Detection [95 %]": lambda name, member: interval(member.accuracy),
-        "Control": lambda name, member: number(member.control_accuracy),
+        **{f"{name.capitalize()} [95 %]; control": functools.partial(_score_cell, name) for name in names},
         "Unparsed": lambda name, member: percent(member.unparsed),
     }
     note = (
-        "Detection: mean balanced accuracy; intervals by bootstrap over features. Control: with the label of another "
-        "feature that fires about as often. Unparsed replies are excluded."
+        "Means over features: balanced accuracies, of intruder the accuracy, of simulation the correlation; intervals "
+        "by bootstrap over features. Control: with the label of another feature that fires about as often, or guessing "
+        "the intruder. Unparsed replies are excluded."
     )
     table = Table.of("Scores of the labels", rows, columns, note=note)
     return [Section("Labels by a language model", (Text(intro), table))]
+
+
+def _score_cell(score: str, name: str, member: ExplainedDictionary) -> str:
+    mean = member.scores.get(score)
+    return f"{interval(mean.value)}; {number(mean.control)}" if mean else MISSING

@@ -23,12 +23,13 @@ const bars = (counts, from, to, alt) => {
 
 const interval = (one) => `${one.mean.toFixed(2)} [${one.low.toFixed(2)}, ${one.high.toFixed(2)}]`;
 
-// The balanced accuracy of a language model that tells contexts by the label, and by another feature's.
+// The scores of a language model's label, each beside that of another feature's label.
 const judgements = (judged) => {
-  if (!judged || !judged.accuracy) return [];
+  if (!judged) return [];
   const name = judged.label && !judged.kept ? `Label “${visible(judged.label)}”, not kept` : 'Judged by a language model';
-  const control = judged.control_accuracy === null ? '' : `; with another feature's label ${judged.control_accuracy.toFixed(2)}`;
-  return [[name, `balanced accuracy on held-out text ${interval(judged.accuracy)}${control}`]];
+  const scores = Object.entries(judged.scores).map(([score, one]) =>
+    `${score} ${interval(one.value)}${one.control === null ? '' : `, control ${one.control.toFixed(2)}`}`);
+  return scores.length ? [[name, `on held-out text: ${scores.join('; ')}`]] : [];
 };
 
 function featurePage(record, dictionary, labelOf) {
