@@ -118,12 +118,12 @@ def contexts(
     position, (around, inside) = text.position(place), surroundings(text, place)
     acts = np.where(is_stored[around], block.at(np.full(around.shape, feature), around), np.nan)
     ids = text.back(around.reshape(-1), 0).reshape(around.shape)
-    found = []
+    feature_contexts = []
     for n, document in enumerate(text.document(place)):
         tokens, firsts = join_pieces([text.pieces[i] for i in ids[n][inside[n]]])
         # A character that several tokens spell is as active as the most active of these.
         values = np.fmax.reduceat(acts[n][inside[n]], firsts)
-        found.append(
+        feature_contexts.append(
             FeatureContext(
                 tokens=tokens,
                 acts=[None if np.isnan(act) else float(f"{act:.3g}") for act in values],
@@ -132,4 +132,4 @@ def contexts(
                 position=int(position[n]),
             )
         )
-    return found
+    return feature_contexts

@@ -95,7 +95,7 @@ def intruder(held: HeldOut, label: str, seed: int) -> Exam:
       seed: of the order.
     """
     rng = np.random.default_rng((seed, held.feature, 3))
-    asked, truth = [], []
+    intruder_questions, truth = [], []
     others = GROUP - 1
     for number, stranger in enumerate(held.silent[:_INTRUDERS] if len(held.active) >= others else ()):
         # Neighbours by activation, weak ones as well as strong ones.
@@ -105,14 +105,14 @@ def intruder(held: HeldOut, label: str, seed: int) -> Exam:
         is_marked = _mark_silent(stranger, count, rng)
         truth.append(int(rng.integers(GROUP)))
         shown.insert(truth[-1], (stranger, is_marked))
-        asked.append(questions.intrude(*zip(*shown, strict=True)))
+        intruder_questions.append(questions.intrude(*zip(*shown, strict=True)))
 
     def read(replies: Sequence[str | None]) -> tuple[dict[str, Interval], int]:
         named = [questions.read_choice(reply, GROUP) for reply in replies]
         right = [name == place for name, place in zip(named, truth, strict=True) if name is not None]
         return dict(intruder=wilson_of(float(np.mean(right)), len(right))) if right else {}, named.count(None)
 
-    return Exam(asked, read)
+    return Exam(intruder_questions, read)
 
 
 def simulation(held: HeldOut, label: str, seed: int) -> Exam:

@@ -36,7 +36,7 @@ class PublishedHead:
     rank: int  #: among all heads by the size of the effect, from 1
     #: whether the sign is the published one, and the size among as many largest as heads are published; None: the
     #: prompts cannot show it
-    found: bool | None
+    is_found: bool | None
 
 
 def is_gpt2_small(config: DecoderConfig) -> bool:
@@ -60,6 +60,6 @@ def compare_published_heads(effect_LxH: np.ndarray) -> tuple[PublishedHead, ...]
         for layer, head in heads:
             effect, rank = float(effect_LxH[layer, head]), int(rank_LxH[layer, head])
             has_sign = effect < 0 if role == _LOWERS else effect > 0
-            found = None if role == _UNSEEN else has_sign and rank <= visible
-            compared.append(PublishedHead(role, layer, head, effect, rank, found))
+            is_found = None if role == _UNSEEN else has_sign and rank <= visible
+            compared.append(PublishedHead(role, layer, head, effect, rank, is_found))
     return tuple(compared)

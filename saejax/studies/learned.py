@@ -144,9 +144,10 @@ def overview(figures: StudyFigures) -> tuple[tuple[str, str], ...]:
         else:
             # The reason names the items that are needed where there were too few.
             lines["Could not be tested"].append(f"{where}: {gate.reason.rstrip('.')} ({answers})")
-    told = [(name, "; ".join(some) + "." if some else "None.") for name, some in lines.items()]
-    known = [answer for answer in figures.learned if answer.expected]
-    return (*told, *([("Known answers", _compare_known(known))] if known else []))
+    summary = [(name, "; ".join(some) + "." if some else "None.") for name, some in lines.items()]
+    if control_answers := [answer for answer in figures.learned if answer.expected]:
+        summary.append(("Known answers", _compare_known(control_answers)))
+    return tuple(summary)
 
 
 def _compare_known(answers: Sequence[LearnedFigures]) -> str:

@@ -92,7 +92,7 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
 
 def _not_run(figures: StudyFigures) -> Iterator[Text]:
     """Yield what no row ran, with the flags that ask for it."""
-    asked = dict(
+    optional = dict(
         gates="feature ablation on a benchmark (--study.benchmarks)",
         drivers="injected tokens (--study.falsify)",
         domains="two benchmarks (--study.benchmarks)",
@@ -101,7 +101,7 @@ def _not_run(figures: StudyFigures) -> Iterator[Text]:
     )
     if not figures.failures:
         yield Text("All units finished.")
-    if missing := [text for name, text in asked.items() if not getattr(figures, name)]:
+    if missing := [text for name, text in optional.items() if not getattr(figures, name)]:
         yield Text(f"No row ran: {'; '.join(missing)}.")
 
 

@@ -163,8 +163,8 @@ def ioi_recipe(words: Mapping[str, Sequence[str]]) -> Recipe:
     """
     words = dict(words)
     if missing := [name for name in IOI_WORDS if name not in words]:
-        own = recipes()["ioi"]
-        words |= {name: own.templates if name == "templates" else own.pools[name] for name in missing}
+        recipe = recipes()["ioi"]
+        words |= {name: recipe.templates if name == "templates" else recipe.pools[name] for name in missing}
     for name, some in words.items():
         least = 2 if one_of(name, IOI_WORDS, "list of words of ioi") == "templates" else 4
         if not isinstance(some, list | tuple) or not all(isinstance(text, str) and text.strip() for text in some):
@@ -303,10 +303,9 @@ def _ioi(
         # Another first letter is another first token in every tokenizer.
         giver = _pick(rng, [name for name in others if name[0] != receiver[0]] or others)
         # In turn, so that the giver is the second of the two names as often as the first.
-        one, two = (receiver, giver) if i % 2 == 0 else (giver, receiver)
-        text, counterpart = (
-            template.format(one=one, two=two, giver=name, place=place, object=thing) for name in (giver, receiver)
-        )
+        pair = (receiver, giver) if i % 2 == 0 else (giver, receiver)
+        fill = functools.partial(template.format, one=pair[0], two=pair[1], place=place, object=thing)
+        text, counterpart = fill(giver=giver), fill(giver=receiver)
         return Draft(text, f" {receiver}", counterpart, f" {giver}", (receiver, giver, place, thing))
 
     return draft

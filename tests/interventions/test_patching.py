@@ -256,9 +256,9 @@ def test_published_heads_are_found_by_sign_and_size():
     effect_LxH[9, 6] = 0.001
     known = {(head.layer, head.head): head for head in compare_published_heads(effect_LxH)}
     assert sum(map(len, IOI_HEADS.values())) == len(known) == 15
-    assert known[9, 6].rank == 144 and known[9, 6].found is False
-    assert known[11, 10].found is False and known[10, 7].found is True  # a negative head with a positive effect
-    assert known[2, 2].found is None and sum(head.found is True for head in known.values()) == 11
+    assert known[9, 6].rank == 144 and known[9, 6].is_found is False
+    assert known[11, 10].is_found is False and known[10, 7].is_found is True  # a negative head with a positive effect
+    assert known[2, 2].is_found is None and sum(head.is_found is True for head in known.values()) == 11
     config = DecoderConfig(**dict.fromkeys(("d_head", "d_mlp", "context", "tied", "norm", "norm_eps", "activation"), 1),
                            family="gpt2", n_layers=12, n_heads=12, n_kv_heads=12, d_model=768, vocab=50257, gated=False,
                            score_scale=1.0)  # fmt: skip

@@ -99,17 +99,17 @@ def _explain(run: Run, member: str, store: Store, text: CodedText, endpoint: End
     partner_N = partners(rates, [label is not None for label in labels])
     borrowed = [labels[i] if i >= 0 else None for i in partner_N]
     scores: list[dict[str, LabelScore]] = [{} for _ in chosen]
-    unparsed = asked = 0
+    unparsed = count = 0
     for name in config.scores:
         # The control label meets the same contexts, so that both face equally hard ones.
-        values, faults, count = _score(answers, name, chosen, labels, config.seed)
+        values, *counts = _score(answers, name, chosen, labels, config.seed)
         controls = [{name: 1 / GROUP}] * len(chosen)
         if name != "intruder":
-            found, *_ = _score(answers, name, chosen, borrowed, config.seed)
-            controls = [{key: value.mean for key, value in each.items()} for each in found]
+            borrowed_scores, *_ = _score(answers, name, chosen, borrowed, config.seed)
+            controls = [{key: score.mean for key, score in scored.items()} for scored in borrowed_scores]
         for scored, value, control in zip(scores, values, controls, strict=True):
             scored |= {key: LabelScore(score, control.get(key)) for key, score in value.items()}
-        unparsed, asked = unparsed + faults, asked + count
+        unparsed, count = unparsed + counts[0], count + counts[1]
     explained = {
         held.feature: ExplainedFeature(label or "", is_kept(scored), scored)
         for held, label, scored in zip(chosen, labels, scores, strict=True)
@@ -123,7 +123,7 @@ def _explain(run: Run, member: str, store: Store, text: CodedText, endpoint: End
         skipped=skipped,
         kept=len(kept),
         scores=_mean_scores(scores, config.seed),
-        unparsed=unparsed / max(asked, 1),
+        unparsed=unparsed / max(count, 1),
         tokens=answers.tokens,
     )
 
@@ -132,10 +132,10 @@ def _mean_scores(scores: Sequence[Mapping[str, LabelScore]], seed: int) -> dict[
     """Return each score's mean over the features that have it."""
     means = {}
     for name in dict.fromkeys(name for scored in scores for name in scored):
-        found = [scored[name] for scored in scores if name in scored]
-        controls = [score.control for score in found if score.control is not None]
-        value = bootstrap_mean(np.array([score.value.mean for score in found]), seed, _RESAMPLES)
-        means[name] = MeanLabelScore(len(found), value, float(np.mean(controls)) if controls else None)
+        of_name = [scored[name] for scored in scores if name in scored]
+        controls = [score.control for score in of_name if score.control is not None]
+        value = bootstrap_mean(np.array([score.value.mean for score in of_name]), seed, _RESAMPLES)
+        means[name] = MeanLabelScore(len(of_name), value, float(np.mean(controls)) if controls else None)
     return means
 
 
@@ -186,10 +186,10 @@ def _score(
 ) -> tuple[list[dict[str, Interval]], int, int]:
     """Return the scores of each label by name, none without a label, the number of unparsed replies, and of all."""
     exams = [EXAMS[name](held, label, seed) if label else None for held, label in zip(chosen, labels, strict=True)]
-    asked = [question for exam in exams if exam for question in exam.questions]
-    replies = iter(answers.all(asked, name))
+    exam_questions = [question for exam in exams if exam for question in exam.questions]
+    replies = iter(answers.all(exam_questions, name))
     read = [exam.read([next(replies) for _ in exam.questions]) if exam else ({}, 0) for exam in exams]
-    return [scores for scores, _ in read], sum(unparsed for _, unparsed in read), len(asked)
+    return [scores for scores, _ in read], sum(unparsed for _, unparsed in read), len(exam_questions)
 
 
 def check(configs: Configs) -> None:

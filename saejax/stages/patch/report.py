@@ -121,19 +121,19 @@ def _label(token: str) -> str:
 
 def _published_table(heads: Sequence[PublishedHead]) -> Table:
     """Return the heads that were published for a behaviour of GPT-2 small, with their effects here."""
-    known = [head for head in heads if head.found is not None]
+    visible = [head for head in heads if head.is_found is not None]
     columns = {
         "Role": lambda head: head.role,
         "Head": lambda head: f"{head.layer}.{head.head}",
         "Logits removed": lambda head: number(head.effect),
         "Rank": lambda head: str(head.rank),
-        "Found": lambda head: answer(head.found, "not seen here"),
+        "Found": lambda head: answer(head.is_found, "not seen here"),
     }
     note = (
-        f"{sum(bool(head.found) for head in known)} of {len(known)} known answers were found. Heads of "
+        f"{sum(bool(head.is_found) for head in visible)} of {len(visible)} known answers were found. Heads of "
         "Wang et al., 2022 (arXiv 2211.00593), for indirect object identification in GPT-2 small. Logits removed: by "
         "noising the head. "
-        f"Found: the sign is the published one, and the size among the {len(known)} largest of all heads. Previous "
+        f"Found: the sign is the published one, and the size among the {len(visible)} largest of all heads. Previous "
         "token heads act before the repeated name, in which prompt and counterpart differ, so they have no effect."
     )
     return Table.of("Published heads", [(head,) for head in heads], columns, frozenset({"Role"}), note=note)
