@@ -24,7 +24,8 @@ def pass_flops(model: DecoderConfig, tokens: int, length: int, layers: float) ->
       layers: number of layers.
     """
     weights = sum(
-        prod(shape[1:])
+        # Of its experts, a token goes through those that its router chooses.
+        prod(shape[1:]) * (model.experts_per_token / model.n_experts if "_Ex" in name else 1)
         for name, (shape, _) in parameter_table(model).items()
         if name.startswith(LAYERS) and len(shape) > 2 and "_bias_" not in name
     )

@@ -88,6 +88,8 @@ class RunRules:
     #: whether a gradient computes each layer again from the stream that enters it, which takes the least memory;
     #: otherwise it keeps the matrix products of the forward pass.
     remat: bool = False
+    #: whether fused attention kernels may be used, which can be differentiated backwards and once only.
+    fused: bool = True
 
     def factor(self, value: jax.Array) -> jax.Array:
         """Return a norm factor or attention scores: the first prompt's, or a constant, where the rules say so."""

@@ -28,9 +28,12 @@ from saejax.models.attention import (
     whole_prompt_tables,
 )
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules, TorchConfig
-from saejax.models.layers import SiteHook, align_rank, einsum, mlp, norm, soft_cap
+from saejax.models.experts import mix_experts
+from saejax.models.fused_attention import attend_fused, find_kernel
+from saejax.models.layers import SiteHook, align_rank, einsum, layer_of, mlp, norm, soft_cap
 from saejax.models.parameters import LAYERS
 from saejax.models.sites import HEAD_KINDS
+from saejax.parallel.mesh import mesh_of
 
 Params = Mapping[str, Any]
 # Maps a kind of site, a layer and the site's value to the value that replaces it.
@@ -111,7 +114,11 @@ def run_layer(
     # With ``shared_norm`` the MLP reads what attention read, normed once (Phi).
     elif not config.shared_norm:
         normed_xTxD = norm(config, rules, weights, "mlp_norm", before_xTxD if config.parallel else x_xTxD)
-    out_xTxD = mlp(config, rules, weights, hook("mlp_in", normed_xTxD))
+    normed_xTxD = hook("mlp_in", normed_xTxD)
+    if config.n_experts:
+        out_xTxD = mix_experts(config, rules, params, layer, normed_xTxD)
+    else:
+        out_xTxD = mlp(config, rules, weights, normed_xTxD)
     if config.post_norms:
         out_xTxD = norm(config, rules, weights, "mlp_post_norm", out_xTxD)
     return hook("resid_post", x_xTxD + hook("mlp_out", out_xTxD))
@@ -120,17 +127,8 @@ def run_layer(
 def layer_params(params: Params, layer: int | jax.Array) -> dict[str, jax.Array]:
     """Return one layer's parameters, by their names without "layers."."""
     return {
-        name.removeprefix(LAYERS): _layer_of(value, layer) for name, value in params.items() if name.startswith(LAYERS)
+        name.removeprefix(LAYERS): layer_of(value, layer) for name, value in params.items() if name.startswith(LAYERS)
     }
-
-
-def _layer_of(stacked: jax.Array, layer: int | jax.Array) -> jax.Array:
-    """Return one layer of a stacked parameter."""
-    # XLA:CPU slices bfloat16 in fp32. With the barrier, which ties the array to the layer's number, it converts the
-    # slice; without, all layers before the scan: twice their memory, and a tenth of the time of a 2,000-token batch.
-    if stacked.dtype == jnp.bfloat16 and not isinstance(layer, int):
-        stacked, layer = lax.optimization_barrier((stacked, layer))
-    return lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
 class LayersOutput(NamedTuple):
@@ -185,6 +183,8 @@ def run_layers(
         request = (x_xTxD, start, stop, hook, hook_layers, rules, attention, collect, before_hook)
         return LayersOutput(*torch_bridge.run_layers(config, *request), None)
     spec = attention or AttentionSpec(whole_prompt_tables(config, x_xTxD.shape[-2]))
+    mesh = mesh_of(params[f"{LAYERS}k_DxNxK"])
+    kernel = find_kernel(config, rules, mesh, x_xTxD) if attention is None else None
     with_heads = head_sites or not set(HEAD_KINDS).isdisjoint(collect)
 
     def run(hooked: bool, carry: tuple[jax.Array, Any], layer: Layer) -> tuple[tuple[jax.Array, Any], dict[str, Any]]:
@@ -202,6 +202,8 @@ def run_layers(
             """Attend, and collect keys and values."""
             nonlocal carried
             collected.update({name: array for name, array in ((KEYS, k), (VALUES, v)) if name in collect})
+            if kernel is not None:
+                return attend_fused(kernel, config, mesh, (q, k, v), spec.tables, layer)
             plain = functools.partial(attend, config, rules, tables=tables)
             if spec.function is None:
                 return plain(q, k, v)

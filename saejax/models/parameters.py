@@ -76,7 +76,7 @@ def _mlp(config: DecoderConfig) -> Table:
         return {
             # Not split: every device needs the probabilities of all experts to choose some.
             "router_DxE": ((d, e), (None, None)),
-            # Split over the hidden width, not over experts, as these run one after the other.
+            # Split over the hidden width, not over experts: every device has work, whichever are chosen.
             "gate_ExDxF": ((e, d, f), (None, None, "model")),
             "up_ExDxF": ((e, d, f), (None, None, "model")),
             "down_ExFxD": ((e, f, d), (None, "model", None)),

@@ -1,15 +1,21 @@
 """Reading a checkpoint, tensor by tensor, into the decoder's stacked and sharded parameters."""
 
+import collections
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from saejax.errors import UserError
@@ -17,10 +23,12 @@ from saejax.models.checkpoint import Tensor, not_finite_error, read_checkpoint
 from saejax.models.config import DecoderConfig
 from saejax.models.families import FAMILIES, Weight
 from saejax.models.parameters import LAYERS, parameter_table
-from saejax.parallel.mesh import fitting_sharding
+from saejax.parallel.mesh import fitting_sharding, read_parts
 
 _LISTED = 30  # problems of a checkpoint that a message lists
 _CHECKED = 1 << 20  # numbers at once, for NaN and infinity
+_READERS = min(8, os.cpu_count() or 1)  # threads that read
+_PART_BYTES = 1 << 26  # of the layers that are read at once, unless the shard of a single one is larger
 
 
 def load_params(
@@ -28,8 +36,9 @@ def load_params(
 ) -> dict[str, jax.Array]:
     """Read the checkpoint in ``folder`` into the parameters of ``parameters.parameter_table``.
 
-    Each process reads what its devices hold. Besides the result, host memory holds one tensor of the checkpoint at a
-    time; the largest come first, while little else is there. Tensors that the family does not use are never looked at.
+    Each process reads what its devices hold, shard by shard and some layers at a time, in several threads. So the host
+    holds, for each thread, a device's shard of one layer or at most 64 MiB of several layers. Tensors that the family
+    does not use are never looked at.
 
     Args:
       folder: a folder in the hub's format.
@@ -48,16 +57,17 @@ def load_params(
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         listed = "; ".join(problems[:_LISTED]) + more
         raise UserError(f"the weights in {folder} do not fit its config.json: {listed}")
-    weights, table, params = FAMILIES[config.family].weights, parameter_table(config), {}
-    damaged: list[str] = []
+    weights, table = FAMILIES[config.family].weights, parameter_table(config)
     tensors = {name: [tensor for _, tensor in stored if tensor is not None] for name, stored in sources.items()}
+    readers: list[_Reader] = []
+    # The largest come first, while little else is in memory.
     for name in sorted(table, key=lambda name: -max(tensor.nbytes for tensor in tensors[name])):
         shape, spec = table[name]
         if name.startswith(LAYERS):
             shape = (min(layers or shape[0], shape[0]), *shape[1:])
-        params[name], is_finite = _place(_reader(weights[name], shape, tensors[name]), shape, dtype, mesh, spec)
-        if not is_finite:
-            damaged.append(name)
+        where = fitting_sharding(mesh, shape, *spec)
+        readers.append(_Reader(name, weights[name], tensors[name], shape, np.dtype(jnp.dtype(dtype)), where))
+    params, damaged = _read_params(readers)
     if damaged:
         # Tensors of the files, where these hold NaN; where they do not, the dtype's range was too small.
         files = {tensor.name for name in damaged for tensor in tensors[name] if not np.isfinite(tensor.map()).all()}
@@ -155,44 +165,120 @@ def _mismatches(config: DecoderConfig, sources: Sources) -> list[str]:
     return list(dict.fromkeys(problems))  # several parameters may be parts of one tensor
 
 
-def _reader(
-    weight: Weight, shape: tuple[int, ...], sources: list[Tensor]
-) -> Callable[[tuple[slice, ...], np.ndarray], None]:
-    """Return a function that fills a buffer with the part of the parameter at an index."""
-    lead = weight.stacked
+class _Part(NamedTuple):
+    """Part of a parameter, on the host."""
 
-    def fill(index: tuple[slice, ...], buffer: np.ndarray) -> None:
-        """Write the part of the parameter at an index to a buffer."""
-        ranges = [range(size)[part] for size, part in zip(shape[:lead], index[:lead], strict=True)]
+    parameter: str
+    values: np.ndarray
+    is_finite: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """A parameter that is read part by part."""
+
+    name: str
+    weight: Weight
+    sources: list[Tensor]  #: one for each index of its leading ``weight.stacked`` dimensions
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    where: NamedSharding
+
+    def part_shapes(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Yield the parts that are placed at once: the first of some layers, and the shape of these layers."""
+        layers, *rest = self.shape
+        layer_bytes = math.prod(self.where.shard_shape(self.shape)[1:]) * self.dtype.itemsize
+        count = max(1, _PART_BYTES // layer_bytes) if self.weight.stacked else layers
+        yield from ((start, (min(count, layers - start), *rest)) for start in range(0, layers, count))
+
+    def shards(self) -> Iterator[Callable[[], _Part]]:
+        """Yield functions that read a shard each, in the order in which ``mesh.read_parts`` asks for them."""
+        for start, shape in self.part_shapes():
+            indices = self.where.addressable_devices_indices_map(shape).values()
+            for index in {str(index): index for index in indices}.values():
+                first, *rest = index
+                inside = range(shape[0])[first]
+                yield functools.partial(self.read, (slice(start + inside.start, start + inside.stop), *rest))
+
+    def read(self, index: tuple[slice, ...]) -> _Part:
+        """Return the values at an index."""
+        lead = self.weight.stacked
+        values = _aligned(
+            [len(range(*of.indices(size))) for of, size in zip(index, self.shape, strict=True)], self.dtype
+        )
+        ranges = [range(size)[of] for size, of in zip(self.shape[:lead], index[:lead], strict=True)]
         for place, at in zip(np.ndindex(*map(len, ranges)), itertools.product(*ranges), strict=True):
-            source = sources[int(np.ravel_multi_index(at, shape[:lead])) if lead else 0]
-            buffer[place] = weight.view(source.map(), shape[lead:])[index[lead:]]
+            source = self.sources[int(np.ravel_multi_index(at, self.shape[:lead])) if lead else 0]
+            _copy(values[place], self.weight.view(source.map(), self.shape[lead:])[index[lead:]])
+        return _Part(self.name, values, _is_finite(values))
 
-    return fill
+
+def _read_params(readers: list[_Reader]) -> tuple[dict[str, jax.Array], list[str]]:
+    """Return the parameters on their devices, and the names of parameters with numbers that are not finite."""
+    params: dict[str, jax.Array] = {}
+    damaged: list[str] = []
+
+    def take(index: tuple[slice, ...]) -> np.ndarray:
+        """Return the next shard, which ``mesh.read_parts`` asks for in the order of ``_Reader.shards``."""
+        part = next(parts)
+        if not part.is_finite and part.parameter not in damaged:
+            damaged.append(part.parameter)
+        return part.values
+
+    with ThreadPoolExecutor(_READERS, "weights") as pool:
+        parts = _run_ahead(pool, itertools.chain.from_iterable(reader.shards() for reader in readers))
+        for reader in readers:
+            for start, shape in reader.part_shapes():
+                array = read_parts(shape, reader.where, take)
+                if shape != reader.shape:
+                    if start == 0:
+                        params[reader.name] = jnp.zeros(reader.shape, array.dtype, device=reader.where)
+                    array = _put_layers(params[reader.name], array, start)
+                # Until a shard is on its device it takes memory of the host.
+                params[reader.name] = jax.block_until_ready(array)
+    return params, damaged
 
 
-def _place(
-    fill: Callable[[tuple[slice, ...], np.ndarray], None],
-    shape: tuple[int, ...],
-    dtype: str,
-    mesh: Mesh,
-    spec: tuple[str | None, ...],
-) -> tuple[jax.Array, bool]:
-    """Return a parameter on the devices of a mesh, each shard read once, and whether what was read is finite."""
-    sharding: NamedSharding = fitting_sharding(mesh, shape, *spec)
-    parts: dict[str, np.ndarray] = {}
-    arrays = []
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        # Devices with the same part of a parameter share one buffer, which is read once.
-        if str(index) not in parts:
-            sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]
-            parts[str(index)] = _aligned(sizes, np.dtype(jnp.dtype(dtype)))
-            fill(index, parts[str(index)])
-        arrays.append(jax.device_put(parts[str(index)], device))
-    # Some numbers at a time, which bounds memory.
-    flat = [part.reshape(-1) for part in parts.values()]
-    finite = all(np.isfinite(p_N[i : i + _CHECKED]).all() for p_N in flat for i in range(0, p_N.size, _CHECKED))
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays), finite
+def _run_ahead(pool: ThreadPoolExecutor, reads: Iterable[Callable[[], _Part]]) -> Iterator[_Part]:
+    """Yield what functions return, in their order, while at most ``_READERS`` others run or wait to be taken."""
+    futures: collections.deque[Future[_Part]] = collections.deque()
+    for read in reads:
+        futures.append(pool.submit(read))
+        if len(futures) > _READERS:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_layers(stack: jax.Array, layers: jax.Array, start: int) -> jax.Array:
+    """Return the stack with some layers from ``start`` on, in its own memory."""
+    return lax.dynamic_update_slice_in_dim(stack, layers, start, 0)
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    """Copy numbers to an array of another dtype."""
+    # NumPy copies its own dtypes alone while other threads run. Bfloat16, which is none, is the upper half of float32.
+    if source.dtype == target.dtype == ml_dtypes.bfloat16:
+        target.view(np.uint16)[...] = source.view(np.uint16)
+    elif source.dtype == ml_dtypes.bfloat16 and target.dtype == np.float32:
+        bits = target.view(np.uint32)
+        bits[...] = source.view(np.uint16)
+        np.left_shift(bits, 16, out=bits)
+    else:
+        target[...] = source
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """Return whether no number is NaN or infinite, in bfloat16 with all bits of the exponent set."""
+    numbers, exponent = values.reshape(-1), np.uint16(0x7F80)
+    for start in range(0, numbers.size, _CHECKED):  # some at a time, which bounds memory
+        some = numbers[start : start + _CHECKED]
+        is_bfloat16 = some.dtype == ml_dtypes.bfloat16
+        bad = (some.view(np.uint16) & exponent) == exponent if is_bfloat16 else ~np.isfinite(some)
+        if bad.any():
+            return False
+    return True
 
 
 def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import psutil
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from saejax.errors import UserError
 from saejax.parallel.collectives import is_alone
@@ -99,6 +99,11 @@ def _fill_box(devices: Sequence[jax.Device]) -> bool:
         slices[getattr(device, "slice_index", 0)].add(tuple(device.coords))
     sizes = (np.ptp(np.array([*coords]), axis=0) + 1 for coords in slices.values())
     return all(len(coords) == math.prod(size) for coords, size in zip(slices.values(), sizes, strict=True))
+
+
+def mesh_of(array: jax.Array) -> AbstractMesh:
+    """Return the mesh of an array, also within a traced function; of size 0 if it is on one device without a mesh."""
+    return jax.typeof(array).sharding.mesh
 
 
 def document_devices(mesh: Mesh) -> int:

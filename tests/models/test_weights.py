@@ -1,11 +1,14 @@
 """Reading safetensors: values, shardings, checkpoints that do not fit, and the memory that it takes."""
 
+import functools
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -19,6 +22,7 @@ from tiny_models import save_tiny, save_tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from saejax.errors import UserError
+from saejax.models import weights
 from saejax.models.parameters import parameter_table
 from saejax.models.source import ModelSource, load_torch_model
 from saejax.models.weights import load_params, untie_stored_head
@@ -157,6 +161,31 @@ def test_every_device_holds_its_shard_only(tiny, shape):
         shards = params[name].addressable_shards
         assert len(shards) == np.prod(shape)
         assert {shard.data.size for shard in shards} == {params[name].size // part}
+
+
+def test_shards_are_read_layer_by_layer(tiny, monkeypatch):
+    """So the host holds no more than a shard of one layer for each thread that reads; the values are the same."""
+    config, exact = load(tiny)
+    sizes = []
+    make = weights._aligned
+    monkeypatch.setattr(weights, "_aligned", lambda shape, dtype: sizes.append(math.prod(shape)) or make(shape, dtype))
+    monkeypatch.setattr(weights, "_PART_BYTES", 1)
+    for axes in ((1, 1, 8), (1, 2, 4)):
+        sizes.clear()
+        largest = []
+        for name, value in load(tiny, mesh=mesh_of(*axes))[1].items():
+            np.testing.assert_array_equal(value, exact[name])
+            shard = value.addressable_shards[0].data.size
+            largest.append(shard // config.n_layers if name.startswith("layers.") else shard)
+        assert max(sizes) == max(largest) and len(sizes) > 100
+
+
+def test_few_parts_wait_to_be_taken():
+    started = []
+    with ThreadPoolExecutor(2) as pool:
+        reads = (functools.partial(lambda i: started.append(i) or i, i) for i in range(100))
+        for taken, part in enumerate(weights._run_ahead(pool, reads)):
+            assert part == taken and len(started) <= taken + 1 + weights._READERS
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
