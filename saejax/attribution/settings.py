@@ -91,7 +91,7 @@ class GraphConfig(Config):
         "which takes files of at most 100 MB; empty: for circuit-tracer's viewer",
     )
     contexts: int = setting(
-        16,
+        8,
         "number of texts of the embedded corpus in which features without a description are searched, so that the page "
         "names them by the tokens on which they fire (transcoders only); 0: none",
         low=0,

@@ -171,7 +171,7 @@ def test_contexts_come_when_a_node_is_opened(opened, site, features, place):
     bars = "[...document.querySelectorAll('#panel .histogram rect')].map(bar => Number(bar.getAttribute('height')))"
     assert opened.js(bars) == [40, 20, 5] and text(opened, "#panel .histogram div") == "0.50\n2.50"
     opened.click_on("#panel > details:not(.keys) summary")
-    assert text(opened, "#panel > details[open]").split("\n") == ["1.5 to 2.5", "a <b> c"]
+    assert text(opened, "#panel > details[open]").split("\n") == ["activation 1.5 to 2.5", "a <b> c"]
     assert "has no" not in text(opened, "#panel")
     (place / "features" / f"{layer}_{index}.json").unlink()
 

@@ -189,7 +189,7 @@ def parse_feature(data: Mapping[str, Any]) -> FeatureDetails:
 def _bin_of(example: Mapping[str, Any]) -> str:
     """Return the part of the activations that a context of Neuronpedia's was drawn from; "": none is told."""
     low, high = (example.get(name) for name in ("binMin", "binMax"))
-    return f"{low:.3g} to {high:.3g}" if low is not None and high is not None and 0 <= low < high else ""
+    return f"activation {low:.3g} to {high:.3g}" if low is not None and high is not None and 0 <= low < high else ""
 
 
 def name_quantiles(groups: Mapping[str, Sequence[Any]]) -> tuple[tuple[str, tuple[Any, ...]], ...]:

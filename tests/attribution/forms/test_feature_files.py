@@ -72,7 +72,10 @@ def test_contexts_are_told_apart_by_activation_and_activations_are_counted(tmp_p
     activations = [context | each for context, each in zip(contexts, bins, strict=True)]
     details = parse_feature(dict(activations=activations, **bars))
     values = [(name, [context["activations"][1] for context in some]) for name, some in details.quantiles]
-    assert values == [("1 to 3", [2.0]), ("0 to 1", [0.5])] and details.histogram == ((0.5, 9), (2.5, 1))
+    assert values == [("activation 1 to 3", [2.0]), ("activation 0 to 1", [0.5])] and details.histogram == (
+        (0.5, 9),
+        (2.5, 1),
+    )
     features.write_details(tmp_path / "features", {(3, 7): details, (3, 8): FeatureDetails()})
     found = read_details([tmp_path], [], [(3, 7), (3, 8)])
     assert found == {(3, 7): dataclasses.replace(details, quantiles=())}

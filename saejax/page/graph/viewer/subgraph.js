@@ -53,7 +53,7 @@ function makeSubgraph(graph, app) {
   const drawNumber = (sum, units) => {
     const [[x1, y1], [x2, y2]] = endsOf(sum, units);
     const at = { x: (x1 + x2) / 2, y: (y1 + y2) / 2 + 4 };
-    return drawn("text", { ...at, class: `sum ${signOf(sum)}`, "text-anchor": "middle" }, signedShare(sum.net));
+    return drawn("text", { ...at, class: "sum", "text-anchor": "middle" }, signedShare(sum.net));
   };
   /** Moves a box with the pointer; a press that does not move it selects its node. */
   const drag = (box, unit, room) => {
