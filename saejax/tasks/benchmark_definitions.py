@@ -138,7 +138,6 @@ def _multiple_choice(row: Row) -> Item:
     """Return the item of a row with a question, its options and the right one, in any of the published layouts.
 
     - CommonsenseQA and ARC on the hub: question, choices = {label: [...], text: [...]}, answerKey;
-    - the same as first published: question = {stem, choices: [{label, text}, ...]}, answerKey;
     - OpenBookQA: question_stem in place of question;
     - LogiQA: context or text, question or query, options = [...], and answer, correct_option or label, counted from 0
       or a letter.
@@ -161,15 +160,8 @@ def _multiple_choice(row: Row) -> Item:
 def _question_and_options(row: Row) -> tuple[str, list[str], list[str]]:
     """Return the text of a question, its options and their labels."""
     fields: Mapping[str, Any] = row.fields
-    if isinstance(fields.get("question"), Mapping):
-        fields = {**fields, **fields["question"]} | dict(question=fields["question"].get("stem"))
     choices: Any = next((fields[name] for name in ("choices", "options") if fields.get(name) is not None), [])
-    if isinstance(choices, Mapping):
-        columns = [choices.get("label"), choices.get("text")]
-    elif isinstance(choices, list) and choices and all(isinstance(choice, Mapping) for choice in choices):
-        columns = [[choice.get(key) for choice in choices] for key in ("label", "text")]
-    else:
-        columns = [None, choices]
+    columns = [choices.get("label"), choices.get("text")] if isinstance(choices, Mapping) else [None, choices]
     if columns[0] is None and isinstance(columns[1], list):
         columns[0] = [*_LETTERS[: len(columns[1])]]
     labels, options = (_texts(row, column) for column in columns)

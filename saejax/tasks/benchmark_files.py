@@ -4,13 +4,11 @@ A *part* is one table: the only one of gsm8k and math, one per task of logic. On
 configuration of the data set. Locally it is one file, or the shards of one split, in any of these layouts:
 
 - a file named by the user, or the only data file of a folder;
-- ``test.jsonl``, ``Test.json``, ``dev_rand_split.jsonl``: a file whose name holds the split's name;
+- ``test.jsonl``, ``Test.json``, ``ARC-Easy-Test.jsonl``: a file whose name holds the split's name;
 - ``test-00000-of-00002.parquet``, ...: shards, in the folder itself, in ``data/`` or in the configuration's folder, as
   in a snapshot of a hub repository (``main/`` of GSM8K, ``TASK/`` of BIG-Bench Hard);
 - ``test/data-00000-of-00001.arrow``: what ``datasets`` saves to disk;
-- ``test/SUBJECT/12.json``: a file a problem, as MATH was first published;
 - ``SUBJECT/test-00000-of-00001.parquet``: a folder for each subject, as in MATH's repositories on the hub;
-- ``Test.txt``: blocks of lines, as LogiQA was first published, or JSON lines, as LogiQA 2.0 was;
 - ``bbh/TASK.json``: an object whose ``examples`` are the rows, as in the repository of BIG-Bench Hard.
 """
 
@@ -28,11 +26,11 @@ from saejax.tasks import word_problems
 from saejax.tasks.files import decode, json_lines, read_bytes, shown, table_rows
 from saejax.tasks.hub import hub_commit, hub_rows
 
-FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet", ".arrow", ".txt")
+FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet", ".arrow")
 TEST, TRAIN = ("test",), ("train",)  #: names of a split, the preferred one first
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of ``datasets``
 _LISTS = ("examples", "data", "rows")  # where an object in a .json file keeps its rows
-_SHARD = re.compile(r"(.*?)-(\d{5})-of-(\d{5})(?:-[0-9a-f]{16})?")  # ``datasets`` used to add a hash
+_SHARD = re.compile(r"(.*?)-(\d{5})-of-(\d{5})")
 _FLAG = "--task.path"
 
 
@@ -224,41 +222,32 @@ def _part_of_folder(folder: Path, part: str, parts: Sequence[str], splits: Seque
     )
 
 
-def _all_files(folder: Path) -> list[Path]:
+def _data_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _METADATA)
     return [path for path in files if path.name.endswith(FORMATS)]
 
 
-def _data_files(folder: Path) -> list[Path]:
-    files = _all_files(folder)
-    return [path for path in files if path.suffix != ".txt"] or files  # a text beside tables is a licence or a note
-
-
 def _split_files(folder: Path, split: str) -> list[Path]:
     """Return the files of a split: named after it, or in a folder that is."""
-    # Its name alone comes first: LogiQA has "zh_test.txt" beside "Test.txt", LogiQA 2.0 "ood_test.jsonl".
-    exact = [path for path in _all_files(folder) if _table(path).lower() == split]
-    if exact := [path for path in exact if path.suffix != ".txt"] or exact:
+    # Its name alone comes first: LogiQA 2.0 has "ood_test.jsonl" beside "test.jsonl".
+    files = _data_files(folder)
+    if exact := [path for path in files if _table(path).lower() == split]:
         return exact
-    named = [path for path in _data_files(folder) if split in re.split(r"[-_.]", _stem(path).lower())]
-    if named or not (folder / split).is_dir():
-        return named
-    inner = folder / split
-    return _data_files(inner) or sorted(path for child in sorted(inner.iterdir()) for path in _data_files(child))
+    named = [path for path in files if split in re.split(r"[-_.]", _stem(path).lower())]
+    return named or _data_files(folder / split)
 
 
 def _whole_table(files: Sequence[Path], folder: Path, name: str) -> tuple[Path, ...]:
-    """Return the files of one table in order: one file, all its shards, or a file for each row.
+    """Return the files of one table in order: one file, or all its shards.
 
     Raises:
       UserError: a shard is missing, or these are several tables.
     """
     shards = [match for path in files if (match := _SHARD.fullmatch(_stem(path)))]
     tables = {_table(path) for path in files}
-    single_rows = len(files) > 1 and all(path.suffix == ".json" and _stem(path).isdigit() for path in files)
-    if len(files) > 1 and not single_rows and (len(tables) > 1 or len(shards) != len(files)):
+    if len(files) > 1 and (len(tables) > 1 or len(shards) != len(files)):
         raise UserError(
             f"{folder} has {len(files)} files of {name} ({', '.join(path.name for path in files[:4])}): expected one, "
             f"or the shards of one; name the file with {_FLAG}"
@@ -291,9 +280,7 @@ def _local_rows(part: str, path: Path, name: str) -> Iterator[Row]:
     else:
         # A .json file may hold JSON lines, too: the whole is tried first, then its lines.
         text = decode(_content(path), path)
-        if path.suffix == ".txt" and not text.lstrip().startswith("{"):
-            numbered = enumerate(_blocks(text, path), start=1)
-        elif path.suffix == ".json" and (rows := _json_rows(text, path)) is not None:
+        if path.suffix == ".json" and (rows := _json_rows(text, path)) is not None:
             numbered = enumerate(rows, start=1)
         else:
             unit, numbered = "line", json_lines(text, path, '{"question": "...", "answer": "..."}')
@@ -321,35 +308,14 @@ def _json_rows(text: str, path: Path) -> list[Any] | None:
     return value
 
 
-def _blocks(text: str, path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of LogiQA's text files: blocks of the answer's letter, the context, the question and the options.
-
-    Raises:
-      UserError: a block has another form.
-    """
-    for number, block in enumerate(re.split(r"\n\s*\n", text.strip()), start=1):
-        letter, *lines = [line.strip() for line in block.splitlines()] or [""]
-        # "A.oven", "A oven" and "A? oven" in the published files; a line without its letter is kept whole.
-        options = [
-            line[2:].strip() if re.match(rf"{name}(\W|$)", line, re.IGNORECASE) else line
-            for name, line in zip("ABCDEFGH", lines[2:], strict=False)
-        ]
-        if len(lines) < 4 or letter.lower() not in list("abcdefgh"[: len(options)]):
-            raise UserError(
-                f"{path}, block {number} starts with {shown(letter)} and has {len(lines) + 1} lines: expected the "
-                "answer's letter, the context, the question, and two or more options, each on a line"
-            )
-        yield dict(text=lines[0], question=lines[1], options=options, answer="abcdefgh".index(letter.lower()))
-
-
 def training_files(files: Mapping[str, Sequence[Path]], parts: Sequence[str]) -> dict[str, tuple[Path, ...]]:
     """Return the files of the train split next to a benchmark's local files; none for a benchmark of several parts."""
     if parts != ("",):
         return {}
-    # "test/data-00000-of-00001.arrow" and "test/algebra/1.json" have their train split beside the folder "test".
+    # "test/data-00000-of-00001.arrow" has its train split beside the folder "test".
     folders = dict.fromkeys(path.parent for path in files[""])
     splits = (*TEST, "validation")
-    roots = [next((place.parent for place in (each, each.parent) if place.name in splits), each) for each in folders]
+    roots = dict.fromkeys(folder.parent if folder.name in splits else folder for folder in folders)
     by_root = {root: _split_files(root, TRAIN[0]) for root in roots}
-    paths = [path for root, each in by_root.items() if each for path in _whole_table(each, root, TRAIN[0])]
+    paths = [path for root, files in by_root.items() if files for path in _whole_table(files, root, TRAIN[0])]
     return {"": tuple(paths)} if paths else {}

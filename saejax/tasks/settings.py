@@ -54,7 +54,7 @@ class TaskConfig(Config):
     )
     path: str = setting(
         "",
-        "where benchmark items are: a .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet, .arrow or .txt file, a folder "
+        "where benchmark items are: a .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet or .arrow file, a folder "
         "laid out as it is published (of several benchmarks: with a file or folder named after each), or the hub id of "
         "a data set; empty: the benchmark's own hub id",
         changes_results=False,  # what is found there counts, not its place

@@ -1,6 +1,7 @@
 """The atlas in a real browser, labels given by hand, and what is refused."""
 
 import csv
+import gzip
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from made_up_records import BAD, made_up_record
 from saejax.dictionaries.labels import FOUND, Label
 from saejax.errors import UserError
 from saejax.files import write_json
-from saejax.interpret.labels import read_labels, unused_lines
+from saejax.interpret.labels import label_files, read_explanations, read_labels, unused_lines
 from saejax.interpret.review import write_sheets
 from saejax.interventions.answers import FeatureEffect
 from saejax.results import Interval, to_json
@@ -145,6 +146,33 @@ def test_labels_that_are_refused(tmp_path, content, message):
         read_labels(path, "topk", 9, False)
     path.write_bytes(HEAD + b'3,"a, b",sure,Ada\n7,,nothing,Bo\n8,cat,,\n')
     assert read_labels(path, "topk", 9, False) == {3: Label("a, b", "Ada", "sure"), 8: Label("cat", "by hand")}
+
+
+def test_explanations_from_neuronpedia(tmp_path):
+    """The best of a feature's explanations, from files as exported; other files of the folder are left alone."""
+    folder = tmp_path / "explanations"
+    folder.mkdir()
+    first = dict(layer="6-res-jb", index="3", description="rivers", explanationModelName="gpt-4o", scoreV2=0.4)
+    lines = [
+        first,
+        first | dict(description="lakes", scoreV2=0.7),
+        first | dict(index=5, description="seas", scoreV2=None),
+    ]
+    text = "\n".join(map(json.dumps, lines))
+    (folder / "batch-0.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (folder / "own.csv").write_bytes(HEAD)
+    sheets, exported = label_files(folder)
+    assert [path.name for path in sheets] == ["own.csv"]
+    by = "Neuronpedia, gpt-4o"
+    assert read_explanations(exported, 9) == {3: Label("lakes", by), 5: Label("seas", by)}
+    for line, message in (
+        (first | dict(layer="7-res-jb"), r"several dictionaries .6-res-jb, 7-res-jb.: name the files of one"),
+        (first | dict(index="9"), "line 1: there is no feature 9: expected 0 to 8"),
+        (dict(index=1), "line 1 is no explanation"),
+    ):
+        (folder / "batch-1.jsonl").write_text(json.dumps(line))
+        with pytest.raises(UserError, match=message):
+            read_explanations(label_files(folder)[1], 9)
 
 
 def test_sheets_for_review(tmp_path):

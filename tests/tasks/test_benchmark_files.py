@@ -112,10 +112,7 @@ def shard(split, number=0, count=1):
 QUESTION, CHOICES = "Where do wet boots go?", ["oven", "doormat", "bookshelf"]
 BOOTS = dict(id="a", question=QUESTION, question_concept="boot", answerKey="B")
 BOOTS |= dict(choices=dict(label=["A", "B", "C"], text=CHOICES))
-LABELLED = [dict(label=label, text=text) for label, text in zip("ABC", CHOICES)]
-STEM = BOOTS | dict(question=dict(stem=QUESTION, choices=LABELLED))
 NUMBERED = BOOTS | dict(choices=dict(label=["1", "2", "3"], text=CHOICES), answerKey="2")
-BLOCK = f"\nb\nIt rains.\n{QUESTION}\nA.oven\nB.doormat\nC.bookshelf\n"
 # Benchmarks as they are published: of each layout, the content of every file.
 LAYOUTS = {
     "gsm8k snapshot": {
@@ -124,14 +121,9 @@ LAYOUTS = {
         for split, rows in (("test", test), ("train", [dict(question="More?", answer="#### 5")]))
     },
     "gsm8k shards": {f"data/{shard('test', n, 3)}": GSM8K[4 * n : 4 * n + 4] for n in range(3)},
-    "gsm8k hashed": {
-        f"data/{shard('test', n, 3)[:-8]}-b42a775f407cee45.parquet": GSM8K[4 * n : 4 * n + 4] for n in range(3)
-    },
     "gsm8k array": {"test.json": GSM8K},
     "logic repository": {f"bbh/{task}.json": dict(canary="a", examples=rows) for task, rows in LOGIC.items()},
     "logic snapshot": {f"{task}/{shard('test')}": rows for task, rows in LOGIC.items()},
-    "math first": {f"test/{('algebra', 'geometry')[n % 2]}/{n // 2}.json": row for n, row in enumerate(MATH)}
-    | {f"train/algebra/{n}.json": MATH[0] for n in range(8)},
     "math subjects": {
         f"{subject}/{shard(split)}": rows
         for n, subject in enumerate(DEFINITIONS["math"].training[1])
@@ -143,18 +135,15 @@ LAYOUTS = {
     "commonsense hub": {
         f"data/{shard('validation')}": [BOOTS, BOOTS], f"data/{shard('test')}": [BOOTS | dict(answerKey="")] * 2,
     },
-    "commonsense first": {"dev_rand_split.jsonl": [STEM, STEM]},
     "commonsense numbers": {"ARC-Easy-Test.jsonl": [NUMBERED, NUMBERED]},
     "logiqa hub": {
         f"data/{shard('test')}": [dict(context="It rains.", query=QUESTION, options=CHOICES, correct_option=1)] * 2
     },
     "logiqa letters": {"test.jsonl": [dict(context="It rains.", question=QUESTION, options=CHOICES, label="b")] * 2},
     "logiqa second": {
-        "test.txt": "\n".join([json.dumps(dict(text="It rains.", question=QUESTION, options=CHOICES, answer=1))] * 2),
+        "test.jsonl": [dict(text="It rains.", question=QUESTION, options=CHOICES, answer=1)] * 2,
         "ood_test.jsonl": [dict(text="It snows.", question=QUESTION, options=CHOICES, answer=1)] * 2,
     },
-    "logiqa first": {"Test.txt": BLOCK * 2, "zh_test.txt": BLOCK.replace("rains", "snows") * 2},
-    "logiqa no letters": {"Test.txt": BLOCK.replace("A.", "").replace("B.", "").replace("C.", "") * 2},
 }  # fmt: skip
 
 
@@ -199,10 +188,9 @@ def test_the_train_split_is_found_in_published_layouts(tmp_path):
     publish("math subjects", tmp_path / "subjects")
     task = TaskConfig(benchmarks=("math",), path=str(tmp_path / "subjects"), examples=1)
     assert len({item.question for item in training_items("math", task)}) >= 6, "those of all subjects"
-    for layout, text in (("gsm8k snapshot", "More?"), ("math first", MATH[0]["problem"])):
-        root, name = publish(layout, tmp_path / layout), layout.split()[0]
-        left = training_items(name, TaskConfig(benchmarks=(name,), path=str(root), examples=1))
-        assert left and all(item.question == text for item in left)
+    root = publish("gsm8k snapshot", tmp_path / "snapshot")
+    left = training_items("gsm8k", TaskConfig(benchmarks=("gsm8k",), path=str(root), examples=1))
+    assert left and all(item.question == "More?" for item in left)
     publish("gsm8k saved", tmp_path / "saved")
     with pytest.raises(UserError, match="all examples in .* are asked"):  # its only training question is asked
         training_items("gsm8k", TaskConfig(benchmarks=("gsm8k",), path=str(tmp_path / "saved"), examples=12))
@@ -216,11 +204,9 @@ def test_what_is_not_whole_is_refused(tmp_path):
         with pytest.raises(UserError, match="value.json holds .*expected a list of objects"):
             read_items("gsm8k", TaskConfig(path=str(tmp_path / "value.json"), examples=1))
     (tmp_path / "half.json").write_text(json.dumps(GSM8K)[:-9])
-    (tmp_path / "blocks.txt").write_text("z\nIt rains.\nWhy?\nA.a\nB.b\n")
     for message, name, path in [
         ("lacks 1 of 3 shards of test", "gsm8k", "shards"),
         ("half.json, line 1 is not JSON", "gsm8k", "half.json"),
-        ('block 1 starts with "z"', "logiqa", "blocks.txt"),
         ("take a split whose answers are published", "commonsense", f"csqa/data/{shard('test')}"),
     ]:
         with pytest.raises(UserError, match=message):
