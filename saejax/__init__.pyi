@@ -19,6 +19,7 @@ from saejax.dictionaries import load_transcoders as load_transcoders
 from saejax.dictionaries import save_dictionary as save_dictionary
 from saejax.dictionaries import save_transcoders as save_transcoders
 from saejax.errors import UserError as UserError
+from saejax.interpret.in_memory import top_contexts as top_contexts
 from saejax.interventions.answers import CausalVerdict as CausalVerdict
 from saejax.interventions.answers import VerdictConfig as VerdictConfig
 from saejax.interventions.engine import effects as effects
@@ -34,6 +35,8 @@ from saejax.interventions.slopes import slopes as slopes
 from saejax.interventions.table import EffectsTable as EffectsTable
 from saejax.interventions.table import load_effects as load_effects
 from saejax.interventions.verdict import verdict as verdict
+from saejax.matching.in_memory import group_features as group_features
+from saejax.matching.in_memory import match_features as match_features
 from saejax.models.edits import SiteEdit as SiteEdit
 from saejax.models.language_model import LanguageModel as LanguageModel
 from saejax.models.loading import load_model as load_model

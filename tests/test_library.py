@@ -327,3 +327,24 @@ def test_settings_of_another_type_are_refused():
     numbers = dict(k=np.int64(3), learning_rate=np.float32(0.5), zero_optimizer=np.bool_(True), init_from=Path("a"))
     saved = to_json(make_config(TrainConfig, "topk", **numbers))
     assert [saved[name] for name in numbers] == [[3], [0.5], True, "a"]
+
+
+def test_contexts_matches_and_groups_in_memory(lm, acts, sae):
+    """Against dense activations, and against itself with its features in another order."""
+    (contexts,) = saejax.top_contexts(lm, acts, sae, [3], count=2).values()
+    rows_N = acts.rows(SITE)
+    f_N = np.asarray(sae.encode(acts.values[SITE][rows_N]))[:, 3]
+    text, position, _ = acts.index_Nx3[rows_N[f_N.argmax()]]
+    if f_N.max() > 0:
+        assert contexts[0]["acts"][contexts[0]["peak"]] == pytest.approx(f_N.max(), rel=5e-3)
+        before = lm.tokenizer.decode(acts.texts[text][max(0, position - 10) : position + 1])
+        assert "".join(contexts[0]["tokens"][: contexts[0]["peak"] + 1]).strip() == before.strip()
+    features = sae.config.n_features
+    matched = saejax.match_features(sae, sae)
+    np.testing.assert_array_equal(matched.pairs.partner_F, np.arange(features))
+    np.testing.assert_allclose(matched.pairs.value_F, 1, atol=1e-5)
+    assert np.nanmean(matched.null.value_F) < 0.9
+    with pytest.raises(UserError, match="unknown kind of rows .activity."):
+        saejax.match_features(sae, sae, by="activity")
+    feature_F, groups = saejax.group_features(acts, sae, resamples=2)
+    assert len(groups.group_F) == len(feature_F) and len(groups.overlap_U) == groups.group_F.max(initial=-1) + 1
