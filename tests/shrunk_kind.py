@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from saejax.config import Config, setting
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.kinds import Kind, register
-from saejax.dictionaries.kinds.base import Arrays, EncodedBatch, Numbers
+from saejax.dictionaries.kinds.base import Arrays, EncodedBatch, EncoderInputs, Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Shrunk(Kind):
     Settings = ShrunkConfig
     vectors = ("margin_F",)
 
-    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        margin_F = dictionary.arrays["margin_F"]
+    def encode(self, dictionary: Dictionary, inputs: EncoderInputs, numbers: Numbers) -> jax.Array:
+        pre_xF, margin_F = inputs.pre_xF, dictionary.arrays["margin_F"]
         shape = (1,) * (pre_xF.ndim - 1) + margin_F.shape
         return jax.nn.relu(pre_xF - margin_F.reshape(shape))
 

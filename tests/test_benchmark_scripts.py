@@ -24,7 +24,7 @@ def test_gradients_agree_with_finite_differences_and_a_broken_one_is_noticed(mon
 
     broken.defvjp(lambda pre: (jax.nn.relu(pre), pre > 0), lambda positive, ct: (0.8 * ct * positive,))
     standard = type(by_name("standard"))
-    encode = lambda self, member, pre, projected, numbers, settings: broken(pre)  # noqa: E731
+    encode = lambda self, member, inputs, numbers, settings: broken(inputs.pre_xF)  # noqa: E731
     monkeypatch.setattr(standard, "encode_in_training", encode)
     assert not gpu_check.check_gradient("standard")
     assert "WRONG gradient standard" in capsys.readouterr().out

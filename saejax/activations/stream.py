@@ -60,6 +60,11 @@ class ModelStream:
       say: logs how fast buffers are made.
       stopping: returns whether the process was asked to stop.
 
+    Attributes:
+      sites: single sites of the parts.
+      bos: whether documents begin with BOS, as in ``DictionaryConfig``.
+      documents: all documents of the corpus.
+
     Raises:
       UserError: the corpus, the model or a site is not usable, or a buffer does not fit on the devices.
     """
@@ -79,10 +84,10 @@ class ModelStream:
         self._say, self._stopping, self._source = say, stopping, request.source
         self._sink_factor = config.sink_factor
         self.bos = "always" if begins_with_bos(request, config.bos) else "never"
-        self._documents, devices = documents(request), batch_devices(configs[MeshConfig], request, config)
+        self.documents, devices = documents(request), batch_devices(configs[MeshConfig], request, config)
         self._batch_tokens, self._last = config.batch_tokens, config.last
         self._seed, self._devices = configs[CorpusConfig].seed, devices
-        self._plan = self._make_plan(self._documents.training(), rows)
+        self._plan = self._make_plan(self.documents.training(), rows)
         self._reader = load_reader(configs[MeshConfig], request, config)
         self._dtype, largest = config.store_dtype, max(map(self.size, range(len(self))))
         self._on_devices = _device_buffers(self._reader, parts, largest, self._dtype)
@@ -148,7 +153,7 @@ class ModelStream:
           UserError: activations are not finite.
         """
         count = min(count, self.size(0))  # there is memory for one buffer
-        sample = self._documents.sample(count)
+        sample = self.documents.sample(count)
         if sample.train_count == len(sample):
             return True
         held_out = sample.select(np.arange(sample.train_count, len(sample)))

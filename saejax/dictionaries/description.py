@@ -22,7 +22,9 @@ class DictionaryConfig(Config):
     target: str = setting("", "site that a transcoder of mlp_in.15 predicts, such as mlp_out.15; empty: an SAE")
     d_in: int = setting(1, "width of both", low=1)
     n_features: int = setting(1, "number of features F", low=1)
-    k: int = setting(0, "active features per token (topk; a mean for batchtopk and matryoshka; else 0)", low=0)
+    k: int = setting(
+        0, "active features per token (topk, matching_pursuit; a mean for batchtopk and matryoshka; else 0)", low=0
+    )
     groups: tuple[int, ...] = setting((), "numbers of leading features that reconstruct alone, ascending to F", low=1)
     skip: bool = setting(False, "add a linear map of the input to what is predicted (skip transcoder)")
     centred: bool = setting(True, "subtract the decoder's bias from the input, as in an SAE")

@@ -1,14 +1,15 @@
 """Edits of features inside a forward pass of the language model."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
+from saejax.dictionaries.joined import join, unjoin
 from saejax.dictionaries.kinds.base import Dictionary
 from saejax.dictionaries.matmul import matmul
-from saejax.models.edits import ForwardPass, Positions, Values, check_width
+from saejax.models.edits import ForwardPass, Positions, SiteEdit, Values, check_width, fit_values
 from saejax.models.sites import Site
 from saejax.short_reprs import has_short_repr
 
@@ -23,7 +24,8 @@ class FeatureEdit:
         y' = y + sum_i (g_i - f_i(x)) W_dec_i           the dictionary's error term stays
         y' = decode(f(x) with g in place of f) + e      the error term becomes e
 
-    For a sparse autoencoder y is x; for a transcoder it is the value at the site that it predicts.
+    For a sparse autoencoder y is x; for a transcoder it is the value at the site that it predicts; for a crosscoder the
+    joined value, and the model makes the edits of ``at_parts``.
     """
 
     dictionary: Dictionary  #: the dictionary whose features are changed
@@ -35,6 +37,8 @@ class FeatureEdit:
     positions: Positions  #: where it acts; never at padding and attention sinks
     reads: Site = dataclasses.field(metadata=dict(static=True))  #: the site of x (static)
     site: Site = dataclasses.field(metadata=dict(static=True))  #: the site of y (static)
+    #: sites of a crosscoder's parts, of which ``site`` is the first; (): it is none (static).
+    parts: tuple[Site, ...] = dataclasses.field(default=(), metadata=dict(static=True))
 
     def with_sink_norms(self, sink_norm: Callable[[str], float]) -> "FeatureEdit":
         """Return the edit with the sink rule of its dictionary's sites; see ``Dictionary.with_sink_norms``."""
@@ -65,3 +69,17 @@ class FeatureEdit:
             f_BxTxF = dictionary.encode(x_BxTxD)
             new_BxTxD = dictionary.decode(f_BxTxF.at[..., self.features_K].add(change_BxTxK), x_BxTxD) + error
         return jnp.where(where_BxT[..., None], new_BxTxD.astype(value_BxTxD.dtype), value_BxTxD)
+
+    def at_parts(self, values: Mapping[str, jax.Array], run: ForwardPass) -> list[SiteEdit]:
+        """Return an edit for each part of a crosscoder, given the parts' values [B, T, width] in a pass ``run``.
+
+        Some parts come before others, so that features are read in a pass without edits. What the edit makes of the
+        joined value is added at each part, x_p' = x_p + delta_p, which keeps what earlier parts do to it. New tokens of
+        a generation stay unchanged.
+        """
+        config = self.dictionary.config
+        x_BxTxD = join(config, values)
+        (edit,) = fit_values([self], run.position_BxT.shape, x_BxTxD.shape[1])
+        deltas, everywhere = unjoin(config, edit(x_BxTxD, run) - x_BxTxD), Positions.parse("all")
+        changes = zip(deltas.values(), self.parts, strict=True)
+        return [SiteEdit(jnp.float32(1), Values(delta, True), everywhere, site) for delta, site in changes]

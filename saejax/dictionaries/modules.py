@@ -34,7 +34,7 @@ from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError, one_of
 from saejax.models.edits import Positions, Span, Values
-from saejax.models.sites import KINDS, Site, edit_site
+from saejax.models.sites import KINDS, Site, edit_site, site_parts
 from saejax.parallel.mesh import fitting_sharding, place_on
 
 
@@ -183,14 +183,16 @@ class Dictionary(nnx.Module):
         """Return the mesh axis over which each dimension of each array is split."""
         return {name: axes for name, (_, axes) in parameter_table(self.config).items()}
 
-    def pre_activations(self, x_xD: jax.Array) -> jax.Array:
-        """Return the encoder's output before its bias, [..., F]."""
-        x_xD = x_xD.astype(self.b_dec_D.dtype)
+    def encoder_inputs(self, x_xD: jax.Array) -> kinds.EncoderInputs:
+        """Return the values from which the kind makes activations."""
+        x_xD, W_enc_DxF = x_xD.astype(self.b_dec_D.dtype), self._matrix(self.W_enc_DxF)
         if self.config.input_norm:
             x_xD = normalise(x_xD, self.config.input_norm).x_xD
         if self.config.centred:
-            return centred_matmul(x_xD, self.b_dec_D[...], self._matrix(self.W_enc_DxF), self.matmul_dtype)
-        return matmul(x_xD, self._matrix(self.W_enc_DxF), self.matmul_dtype)
+            projected_xF = centred_matmul(x_xD, self.b_dec_D[...], W_enc_DxF, self.matmul_dtype)
+        else:
+            projected_xF = matmul(x_xD, W_enc_DxF, self.matmul_dtype)
+        return kinds.EncoderInputs(x_xD, projected_xF, projected_xF + row(self.b_enc_F[...], x_xD.ndim))
 
     def _matrix(self, parameter: nnx.Param) -> jax.Array:
         """Return a matrix in the dtype of the biases: those of inference may be in bfloat16, and products are not."""
@@ -201,9 +203,7 @@ class Dictionary(nnx.Module):
 
         ``numbers`` stand in place of those of ``config``, such as traced ones.
         """
-        projected_xF = self.pre_activations(x_xD)
-        pre_xF = projected_xF + row(self.b_enc_F[...], x_xD.ndim)
-        f_xF = self.kind.encode(self, pre_xF, projected_xF, self.numbers if numbers is None else numbers)
+        f_xF = self.kind.encode(self, self.encoder_inputs(x_xD), self.numbers if numbers is None else numbers)
         if self.config.output_units:
             f_xF = f_xF * normalise(x_xD.astype(f_xF.dtype), self.config.input_norm).scale_x1
         return f_xF
@@ -411,8 +411,8 @@ class Dictionary(nnx.Module):
     def _make_edit(
         self, features_K: np.ndarray, factor: Any, offset: Any, where: Positions, error: Values | None
     ) -> FeatureEdit:
-        """Return a ``FeatureEdit``; raise a ``UserError`` unless the dictionary reads before it writes."""
-        reads = edit_site(self.config.site)
+        """Return an edit; raise a ``UserError`` unless the dictionary reads before it writes."""
+        reads, *others = sites = tuple(edit_site(part) for part in site_parts(self.config.site))
         site = edit_site(self.config.target) if self.config.target else reads
         # In the order of the forward pass: what is read must be known when the target is written.
         ordered = isinstance(reads, Site) and isinstance(site, Site) and reads.layer == site.layer
@@ -421,7 +421,8 @@ class Dictionary(nnx.Module):
         factors = Values.constant(factor, len(features_K), "the factor").values_BxTxN
         if not isinstance(offset, Values):
             offset = Values.constant(offset, len(features_K), "the activation")
-        return FeatureEdit(self, jnp.asarray(features_K), factors, offset, error, where, reads, site)
+        parts = sites if others else ()
+        return FeatureEdit(self, jnp.asarray(features_K), factors, offset, error, where, reads, site, parts)
 
     def _indices(self, features: Sequence[int] | int) -> np.ndarray:
         """Return feature indices as an array; raise a ``UserError`` unless they exist and are distinct."""

@@ -18,7 +18,7 @@ from saejax.parallel.mesh import fitting_sharding, sharding
 
 # A list of what programs do not depend on: a field that is added later is kept until someone has thought about it.
 _LEFT_OUT = frozenset({
-    "site", "target", "model", "revision", "fingerprint", "bos", "context",
+    "site", "target", "model", "revision", "fingerprint", "bos",
     "max_norm", "target_max_norm", "max_norms",  # whoever calls the program leaves attention sinks out
     "k", "fires_above",  # numbers of kinds
 })  # fmt: skip

@@ -15,11 +15,12 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import is_not_sink, join, split, unjoin
 from saejax.evaluation import programs
-from saejax.evaluation.loss_recovered import VARIANTS, Losses, document_batches
+from saejax.evaluation.loss_recovered import VARIANTS, Losses, document_batches, stand_in_losses
 from saejax.models.edits import Positions, SiteEdit, Values
 from saejax.models.language_model import LanguageModel, forward
 from saejax.models.sites import OtherSite, Site, decoder_site, site_parts
 from saejax.parallel.mesh import by_row
+from saejax.progress import OnProgress, silent
 
 PRIVATE, SHARED = 0.9, (0.4, 0.6)  # relative norms, as in Minder et al. (2025)
 BINS = 20
@@ -114,6 +115,24 @@ def part_losses(
         }
         for index in range(len(dictionaries))
     ]
+
+
+def target_losses(
+    lm: LanguageModel,
+    dictionaries: Sequence[Dictionary],
+    documents: Sequence[np.ndarray],
+    mean_D: np.ndarray,
+    on_progress: OnProgress = silent,
+) -> list[Losses]:
+    """Return the losses with each dictionary in place of its target, or of all parts of a crosscoder of one model.
+
+    For the arguments see ``stand_in_losses``; crosscoders report no progress.
+    """
+    site = dictionaries[0].site
+    if not dictionaries[0].config.widths:
+        return stand_in_losses(lm, dictionaries, documents, mean_D, on_progress=on_progress)
+    by_part = part_losses(parts_by_model(site, lm, None), dictionaries, documents, mean_D)
+    return [losses["+".join(site_parts(site))] for losses in by_part]
 
 
 def part_variances(dictionaries: Sequence[Dictionary], blocks: Iterable[Sequence[np.ndarray]]) -> list[list[float]]:

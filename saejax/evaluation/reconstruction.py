@@ -30,11 +30,6 @@ class Reconstruction:
     mean_activation_F: np.ndarray
 
     @property
-    def fvu(self) -> float:
-        """Fraction of variance unexplained: 1 - explained variance."""
-        return 1 - self.explained_variance
-
-    @property
     def dead_fraction(self) -> float:
         """Share of features that never fire on these tokens."""
         return float(np.mean(self.firing_rate_F == 0))

@@ -70,7 +70,6 @@ class DictionaryScores:
     target: str  #: site that it reconstructs or predicts
     tokens: int  #: number of held-out tokens, attention sinks excluded
     explained_variance: float  #: 1 - sum |x - x_hat|^2 / sum |x - mean|^2, fp64 sums
-    fvu: float  #: fraction of variance unexplained, 1 - explained_variance
     cosine: float  #: cosine of activation and reconstruction, mean over tokens
     l0: float  #: number of features that fire on a token, mean
     dead_fraction: float  #: share of the features that fire on no held-out token

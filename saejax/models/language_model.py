@@ -243,12 +243,20 @@ class LanguageModel:
         wrong = [type(edit).__name__ for edit in edits if isinstance(getattr(edit, "site", ""), str)]
         if wrong:
             raise UserError(f"edits has a {wrong[0]}: expected edits such as sae.ablate([3]) or SiteEdit.ablate(SITE)")
-        for site in (*sites, *(edit.site for edit in edits)):
-            self._check_site(site)
         tokens.check(self.config.vocab, self.config.context)
         # Edits of dictionaries that do not know their sink rule yet get that of the model.
         edits = [edit.with_sink_norms(self.sink_norm) if hasattr(edit, "with_sink_norms") else edit for edit in edits]
+        edits = [each for edit in edits for each in self._at_single_sites(edit, tokens)]
+        for site in (*sites, *(edit.site for edit in edits)):
+            self._check_site(site)
         return sites, self._place_edits(fit_values(edits, tokens.ids_BxT.shape, length))
+
+    def _at_single_sites(self, edit: Any, tokens: Tokens) -> Sequence[Edit]:
+        """Return the edits of single sites that an edit makes: of a crosscoder, one at each of its sites."""
+        if not getattr(edit, "parts", ()):
+            return [edit]
+        values = self(tokens, capture=edit.parts, logits=False).sites
+        return edit.at_parts(values, ForwardPass.over(jnp.asarray(tokens.mask_BxT)))
 
     def _check_site(self, site: AnySite) -> None:
         """Raise a ``UserError`` unless the model has the site."""

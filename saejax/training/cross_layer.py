@@ -1,6 +1,10 @@
 """Training a cross-layer transcoder: a stack with a member for every layer, whose members minimise one loss.
 
-    loss = sum over layers of (squared error of what is written to it + penalty of its kind, and its further terms)
+    loss = sum over layers of (squared error of what is written to it + penalty of its kind, and its further terms
+                               + auxk * AuxK of what is written to it)
+
+In the AuxK loss the top dead features of every layer write to their own and all later layers, and what they write to a
+layer reconstructs its residual, a constant (after Gao et al., 2024).
 
 Everything else is as in any stack: inputs, scales, seeds, metrics of each member. Every layer's gradient is clipped by
 itself. Training starts from a stack of transcoders, with nothing written to later layers.
@@ -16,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.dictionaries import Dictionary, DictionaryConfig, losses, rescale
+from saejax.dictionaries import Dictionary, DictionaryConfig, losses, rescale, sparsity
 from saejax.dictionaries.cross_layer import joined_lengths, sum_writes
-from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
+from saejax.dictionaries.kinds.base import Arrays, EncodedBatch, EncoderInputs
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row, smallest
 from saejax.parallel.collectives import to_host
@@ -75,26 +79,39 @@ def cross_layer_loss(
     """
     config, kind = stack.config, stack.kind
     settings, decoders = config.of_kind(kind.name), [arrays["W_dec_FxD"] for arrays in layers]
+    dead_k = config.auxk_features or max(stack.dictionary.d_in // 2, 1)
 
-    def encode(layer: Any) -> tuple[jax.Array, Arrays, jax.Array]:
+    def encode(layer: Any) -> tuple[jax.Array, jax.Array, Arrays, jax.Array]:
         arrays, norms_F, x_BxD, values, dead_F = layer
-        encoder, pre_BxF, projected_BxF = _pre_activations(stack, arrays, norms_F, x_BxD, config.matmul)
-        f_BxF = kind.encode_in_training(encoder, pre_BxF, projected_BxF, values, settings)
-        batch = EncodedBatch(encoder, x_BxD, x_BxD, pre_BxF, f_BxF, dead_F, None, values, settings)
+        encoder, encoder_inputs = _encoder_inputs(stack, arrays, norms_F, x_BxD, config.matmul)
+        f_BxF = kind.encode_in_training(encoder, encoder_inputs, values, settings)
+        batch = EncodedBatch(encoder, x_BxD, x_BxD, encoder_inputs.pre_xF, f_BxF, dead_F, None, values, settings)
         penalty, terms = kind.penalty(batch), kind.losses(batch)
         terms |= {} if penalty is None else dict(sparsity=penalty * penalty_schedule(config, stack.steps)(step))
-        return f_BxF, terms, jnp.sum((f_BxF > 0).astype(jnp.float32), axis=0)
+        of_dead = jnp.zeros(0)
+        if config.auxk:
+            of_dead = sparsity.topk(jnp.where(dead_F[None], encoder_inputs.pre_xF, 0.0), dead_k)
+        return f_BxF, of_dead, terms, jnp.sum((f_BxF > 0).astype(jnp.float32), axis=0)
 
     layer_inputs = _encoders(stack, layers), joined_lengths(decoders), x_LxBxD, hyper.kind_params, dead_LxF
     # One layer after the other on a CPU, where batched products are slower than their parts.
     map_layers = (lambda args: lax.map(encode, args)) if stack.platform == "cpu" else jax.vmap(encode)
-    f_LxBxF, terms, firings_LxF = map_layers(layer_inputs)
+    f_LxBxF, of_dead, terms, firings_LxF = map_layers(layer_inputs)
 
     # What a layer is given is the sum over all layers below, so errors need all activations first.
     bias_LxD = jnp.stack([arrays["b_dec_D"] for arrays in layers])
     error_LxBxD = y_LxBxD - sum_writes(f_LxBxF, decoders, stack.mesh, config.matmul) - bias_LxD[:, None]
     mse_L = jax.vmap(losses.squared_size)(error_LxBxD)
     terms = dict(error=mse_L) | terms
+    if config.auxk:
+        share = jnp.minimum(jnp.sum(dead_LxF) / (len(layers) * dead_k), 1.0).astype(mse_L.dtype)
+
+        def explain(dead_LxBxF: jax.Array) -> jax.Array:
+            written_LxBxD = sum_writes(dead_LxBxF, decoders, stack.mesh, config.matmul)
+            return jax.vmap(losses.squared_size)(lax.stop_gradient(error_LxBxD) - written_LxBxD)
+
+        explained_L = lax.cond(jnp.any(dead_LxF), explain, lambda _: jnp.zeros_like(mse_L), of_dead)
+        terms["auxk"] = config.auxk * share * explained_L
     loss_L = sum(terms.values(), jnp.zeros_like(mse_L))
     metrics = terms | dict(
         loss=loss_L,
@@ -111,13 +128,13 @@ def _encoders(stack: TrainStack, layers: Sequence[Arrays]) -> Arrays:
     return {name: jnp.stack([arrays[name] for arrays in layers]) for name in names}
 
 
-def _pre_activations(
+def _encoder_inputs(
     stack: TrainStack, arrays: Arrays, norms_F: jax.Array, x_BxD: jax.Array, matmul_dtype: str
-) -> tuple[Dictionary, jax.Array, jax.Array]:
-    """Return a layer's encoder, and its pre-activations [B, F] with and without the encoder's bias."""
+) -> tuple[Dictionary, EncoderInputs]:
+    """Return a layer's encoder, and what its kind makes activations from, [B, ...]."""
     encoder = Dictionary(stack.dictionary, matmul_dtype, **arrays, decoder_norms_F=norms_F)
     projected_BxF = matmul(x_BxD, arrays["W_enc_DxF"], matmul_dtype)
-    return encoder, projected_BxF + row(arrays["b_enc_F"], 2), projected_BxF
+    return encoder, EncoderInputs(x_BxD, projected_BxF, projected_BxF + row(arrays["b_enc_F"], 2))
 
 
 def smallest_kept(stack: TrainStack, layers: Sequence[Arrays], hyper: Hyperparams, x_LxBxD: jax.Array) -> jax.Array:
@@ -126,9 +143,9 @@ def smallest_kept(stack: TrainStack, layers: Sequence[Arrays], hyper: Hyperparam
     def of_layer(layer: Any) -> jax.Array:
         arrays, norms_F, x_BxD, values = layer
         # In float32, as finished dictionaries are read.
-        encoder, pre_BxF, projected_BxF = _pre_activations(stack, arrays, norms_F, x_BxD, "float32")
+        encoder, encoder_inputs = _encoder_inputs(stack, arrays, norms_F, x_BxD, "float32")
         settings = stack.config.of_kind(stack.kind.name)
-        return smallest(stack.kind.encode_in_training(encoder, pre_BxF, projected_BxF, values, settings))
+        return smallest(stack.kind.encode_in_training(encoder, encoder_inputs, values, settings))
 
     norms_LxF = joined_lengths([arrays["W_dec_FxD"] for arrays in layers])
     return lax.map(of_layer, (_encoders(stack, layers), norms_LxF, x_LxBxD, hyper.kind_params))
@@ -157,8 +174,8 @@ def held_out_sums(
     def encode(layer: Any) -> jax.Array:
         arrays, norms_F, x_BxD, values, kept = layer
         finished = kind.finish(arrays, kept)
-        encoder, pre_BxF, projected_BxF = _pre_activations(stack, finished, norms_F, x_BxD, "float32")
-        return kind.encode(encoder, pre_BxF, projected_BxF, values)
+        encoder, encoder_inputs = _encoder_inputs(stack, finished, norms_F, x_BxD, "float32")
+        return kind.encode(encoder, encoder_inputs, values)
 
     inputs = _encoders(stack, layers), joined_lengths(decoders), x_LxBxD, hyper.kind_params, kept_L
     f_LxBxF = lax.map(encode, inputs)

@@ -1,10 +1,10 @@
-"""Scores of the members on a sample of held-out activations while they are trained, as ``evaluation`` defines them.
+"""Scores of the members on held-out tokens while they are trained, as ``evaluation`` defines them.
 
 Features are chosen as at inference: those of BatchTopK by a threshold that is calibrated at this step.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,19 @@ import numpy as np
 from saejax.activations.batches import sites_of
 from saejax.dictionaries import Dictionary, rescale
 from saejax.dictionaries.kinds.base import Arrays
+from saejax.evaluation.loss_recovered import recovered
+from saejax.evaluation.parts import target_losses
 from saejax.evaluation.reconstruction import Spread
+from saejax.models.language_model import LanguageModel
 from saejax.parallel.mesh import sharding
 from saejax.training import cross_layer
 from saejax.training.scales import HELD_OUT_TOKENS, ScaledRows
 from saejax.training.stack import Hyperparams, TrainStack, batch_parts
-from saejax.training.state import TrainState
+from saejax.training.state import TrainState, finish_dictionary
 from saejax.training.step import measure_members
 
 PREFIX = "held_out_"  # of the names of these scores among the metrics
+_AT_A_TIME = 4  # members that are stand-ins in the same passes of the model
 
 Sums = tuple[jax.Array, jax.Array]  # of the members: squared error [M], number of tokens on which features fire [M, F]
 
@@ -125,3 +129,34 @@ def _finish(sums: Sums, variance_M: jax.Array, tokens: jax.Array) -> Arrays:
         dead=jnp.mean((fired_MxF == 0).astype(jnp.float32), axis=1),
     )
     return {PREFIX + name: score_M for name, score_M in scores.items()}
+
+
+class LossScorer:
+    """Scores members as stand-ins for their targets in the model: the share of cross-entropy that is recovered.
+
+    Args:
+      stack: what is trained; sites of one decoder, and no cross-layer transcoder.
+      lm: the model.
+      documents: token ids of held-out documents.
+    """
+
+    def __init__(self, stack: TrainStack, lm: LanguageModel, documents: Sequence[np.ndarray]):
+        self._stack, self._lm, self._documents = stack, lm, documents
+
+    def __call__(self, state: TrainState, kept_M: jax.Array | None) -> Arrays:
+        """Return the recovered share [M] against the target's mean; NaN where that does no harm.
+
+        For the arguments see ``HeldOutScorer``.
+        """
+        stack, recovered_M = self._stack, np.full(len(self._stack.members), np.nan)
+        for pair in stack.sites:
+            indices = [i for i, member in enumerate(stack.members) if (member.site, member.target) == pair]
+            for group in (indices[first : first + _AT_A_TIME] for first in range(0, len(indices), _AT_A_TIME)):
+                finished = (finish_dictionary(stack, state, index, kept_M) for index in group)
+                # As finished dictionaries are read.
+                members = [Dictionary(each.config, "float32", **each.arrays) for each in finished]
+                losses = target_losses(self._lm, members, self._documents, stack.scales[group[0]].bias_D)
+                for index, loss in zip(group, losses, strict=True):
+                    share = recovered(loss.ce, "mean_ablated")
+                    recovered_M[index] = np.nan if share is None else share
+        return {PREFIX + "ce_recovered": recovered_M}

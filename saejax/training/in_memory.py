@@ -18,8 +18,8 @@ from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.joined import join
 from saejax.dictionaries.kinds.settings import PRETRAINED
 from saejax.errors import UserError, one_of
-from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
-from saejax.evaluation.parts import part_losses, parts_by_model
+from saejax.evaluation.loss_recovered import Losses, recovered
+from saejax.evaluation.parts import target_losses
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.files import fingerprint, read_object, write_json
 from saejax.models.language_model import LanguageModel
@@ -40,6 +40,7 @@ _NOT_HERE = dict(
     sites="give site=",
     pretrained="use saejax.load_dictionary",
     source="it trains on the activations that it is given",
+    ce_every="it has no model: use saejax.evaluate",
 )
 
 
@@ -193,11 +194,8 @@ def evaluate(
     parts = [np.asarray(value_NxD)[inside_N] for value_NxD in read.values()]
     mean_D = parts[-1].astype(np.float64).mean(axis=0) if mean_D is None else mean_D
     (score,) = reconstruct([dictionary], [parts], lm.mesh)
-    if config.widths:
-        (of_parts,) = part_losses(parts_by_model(site, lm, None), [dictionary], acts.texts, mean_D)
-        return Evaluation(score, of_parts["+".join(site_parts(site))])
     with show_progress("evaluate") as on_progress:
-        (losses,) = stand_in_losses(lm, [dictionary], acts.texts, mean_D, on_progress=on_progress)
+        (losses,) = target_losses(lm, [dictionary], acts.texts, mean_D, on_progress)
     return Evaluation(score, losses)
 
 

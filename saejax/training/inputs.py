@@ -26,6 +26,7 @@ from saejax.config import Configs
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.collectives import from_first_process, process_count
 from saejax.parallel.mesh import free_bytes, part_size
+from saejax.training.held_out import LossScorer
 from saejax.training.scales import HELD_OUT_TOKENS, ScaledRows
 from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack, batch_parts
@@ -53,6 +54,8 @@ class Source:
     #: returns the batches of a stack; called when the train state is on the devices.
     open: Callable[[TrainStack], Batches]
     close: Callable[[], None] = lambda: None  #: frees memory
+    #: returns a scorer of the members in the whole model, called before training; None: there is no model.
+    loss_scorer: Callable[[TrainStack], LossScorer] | None = None
 
 
 def store_source(config: TrainConfig, store: Store, parts: Parts, say: Callable[[str], None] = print) -> Source:

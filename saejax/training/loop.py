@@ -26,7 +26,7 @@ from saejax.parallel.mesh import sharding
 from saejax.results import MeshShape
 from saejax.training import cross_layer
 from saejax.training.checkpoints import Checkpoints
-from saejax.training.held_out import HeldOutScorer
+from saejax.training.held_out import HeldOutScorer, LossScorer
 from saejax.training.init_from import state_from_folder
 from saejax.training.inputs import Batches, Source
 from saejax.training.longer import CHECKPOINTS, go_on_from_shorter
@@ -181,7 +181,9 @@ def _train(
     )
     batches, folder = source.open(stack), log_folder(folders.root, config)
     calibrate = Calibration(stack)
-    midway = Midway(stack, calibrate, _make_scorer(stack, source, say), folders)
+    is_due = 0 < config.score_every * config.ce_every <= stack.steps
+    loss_scorer = source.loss_scorer(stack) if source.loss_scorer and is_due else None
+    midway = Midway(stack, calibrate, _make_scorer(stack, source, say), loss_scorer, folders)
     logs_to_wandb = config.wandb and is_first_process()
     # The workdir tells runs of one project apart.
     name = config.wandb_name or "/".join([folders.wandb.absolute().name, *folder.relative_to(folders.root).parts, kind])
@@ -209,6 +211,7 @@ class Midway:
     stack: TrainStack
     calibrate: Calibration  #: gives thresholds as the end does
     scorer: HeldOutScorer | None  #: None: there are no scores
+    loss_scorer: LossScorer | None  #: for each ``ce_every``-th of the scores; None: there is no model
     folders: TrainFolders  #: where dictionaries are saved, each in ``steps/STEP/``
 
     def __call__(self, step: int, state: TrainState, batches: Batches) -> Arrays | None:
@@ -216,7 +219,7 @@ class Midway:
 
         None if the process was asked to stop before a batch for the thresholds was made.
         """
-        scores, saves = self._scores(step), self._saves(step)
+        config, scores, saves = self.stack.config, self._scores(step), self._saves(step)
         if not scores and not saves:
             return {}
         try:
@@ -225,7 +228,10 @@ class Midway:
             return None
         if saves:
             save_members(self.stack, state, kept_M, self.folders, step)
-        return self.scorer(state, kept_M) if self.scorer and scores else {}
+        measured = self.scorer(state, kept_M) if self.scorer and scores else {}
+        if measured and self.loss_scorer and step % (config.score_every * config.ce_every) == 0:
+            measured |= self.loss_scorer(state, kept_M)
+        return measured
 
     def is_missing(self, step: int) -> bool:
         """Return whether dictionaries of this step are due and are not all there."""

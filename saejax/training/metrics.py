@@ -126,7 +126,9 @@ class Metrics:
 
     def _check(self, step: int, values: dict[str, np.ndarray]) -> None:
         """Raise a ``UserError`` for the first value that is not finite."""
-        wrong = [(i, name) for name, value_M in values.items() for i in np.flatnonzero(~np.isfinite(value_M))]
+        # A score may have no value: nothing to recover of the cross-entropy.
+        checked = {name: value_M for name, value_M in values.items() if not name.startswith(PREFIX)}
+        wrong = [(i, name) for name, value_M in checked.items() for i in np.flatnonzero(~np.isfinite(value_M))]
         if wrong:
             index, name = min(wrong)
             member = f" of member {self._members[index]}" if self._members[index] else ""
@@ -140,7 +142,7 @@ class Metrics:
         head: dict[str, Any] = dict(step=step, tokens=step * batch, seconds=round(self._seconds_before + seconds, 3))
         head |= self._throughput(step, seconds)
         for index, member in enumerate(self._members):
-            metrics = {name: float(value_M[index]) for name, value_M in values.items()}
+            metrics = {name: float(value_M[index]) for name, value_M in values.items() if np.isfinite(value_M[index])}
             self.records.append(head | dict(member=member) | metrics)
             if self._wandb:
                 self._wandb.write(step, member, metrics)
@@ -204,6 +206,8 @@ def _progress_line(steps: int, batch: int, head: Mapping[str, float], means: Map
             f"; on held-out tokens L0 {held_out['l0']:.1f}  explained variance {held_out['explained_variance']:.3f}  "
             f"dead {held_out['dead']:.1%}"
         )
+    if np.isfinite(held_out.get("ce_recovered", np.nan)):
+        scores += f"  cross-entropy recovered {held_out['ce_recovered']:.3f}"
     return f"step {head['step']}/{steps}  {speed}  loss {means['loss']:.1f}  {scores}"
 
 

@@ -252,6 +252,13 @@ class TrainConfig(Config):
         low=0,
         changes_results=False,
     )
+    ce_every: int = setting(
+        0,
+        "every this many-th of these scores also has the cross-entropy recovered on as many held-out tokens, for which "
+        "the whole model is loaded; 0: none",
+        low=0,
+        changes_results=False,
+    )
     save_every: int = setting(
         0,
         "steps between dictionaries that are saved in steps/STEP/ while training goes on; 0: the last one alone",

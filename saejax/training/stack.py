@@ -32,7 +32,7 @@ from saejax.training.settings import TrainConfig
 
 _AT_ONCE = 2**26  # values of tokens x features of members that are vectorised: 256 MB in float32, times a few
 # Settings that a cross-layer transcoder does not support, and the values that turn them off.
-_NOT_CROSS_LAYER = dict(auxk=0.0, decorrelation=0.0, alignment=0.0, whiten_error=0.0, resample_every=0, init_from="")
+_NOT_CROSS_LAYER = dict(decorrelation=0.0, alignment=0.0, whiten_error=0.0, resample_every=0, init_from="")
 
 
 @jax.tree_util.register_dataclass
@@ -243,6 +243,10 @@ def stack_shape(
         raise UserError(f"the sites of a stack must have one width, but have {listed}: train them in several runs")
     shape = next(iter(shapes.values()))
     d_in, kind_object = sum(shape), kinds.by_name(kind)
+    if kind_object.rebuilds_input and (config.form != "sae" or len(shape) > 1):
+        raise UserError(
+            f"--train.kinds={kind} explains the one site that it reads: use --train.form=sae, and no joined site"
+        )
     features = config.features_of(d_in)
     each = [kind_object.facts(member.settings, config.of_kind(kind), features) for member in members]
     # One static k serves all members: the program selects the largest, each keeps its own.

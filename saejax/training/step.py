@@ -22,7 +22,6 @@ from jax.sharding import Mesh, PartitionSpec
 from saejax.dictionaries import Dictionary, losses
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
 from saejax.dictionaries.sparse_products import Encoder, SparseCode, explain
-from saejax.dictionaries.sparsity import row
 from saejax.parallel.mesh import sharding
 from saejax.training import cross_layer, resampling
 from saejax.training.optimizer import penalty_schedule
@@ -193,11 +192,10 @@ def _encode(
         rest = hyper.kind_params["k"], stack.dictionary.k, stack.config.matmul, any_dead
         explained = explain(x_BxD, member.without_bias(y_BxD, x_BxD), encoder, arrays["W_dec_FxD"], *rest)
         return explained.pre_BxF, explained.pre_for_auxk_BxF, explained.code, [explained.residual_BxD]
-    projected_BxF = member.pre_activations(x_BxD)
-    pre_BxF, settings = projected_BxF + row(member.b_enc_F[...], 2), stack.config.of_kind(stack.dictionary.kind)
-    f_BxF = kind.encode_in_training(member, pre_BxF, projected_BxF, hyper.kind_params, settings)
+    inputs, settings = member.encoder_inputs(x_BxD), stack.config.of_kind(stack.dictionary.kind)
+    f_BxF = kind.encode_in_training(member, inputs, hyper.kind_params, settings)
     residuals = [y_BxD - y_hat_BxD for y_hat_BxD in kind.reconstructions(member, f_BxF, x_BxD)]
-    return pre_BxF, pre_BxF, f_BxF, residuals
+    return inputs.pre_xF, inputs.pre_xF, f_BxF, residuals
 
 
 # A stack: one member's function over the leading axis.

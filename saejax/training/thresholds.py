@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.kinds.base import Arrays, Kind
-from saejax.dictionaries.sparsity import row, smallest
+from saejax.dictionaries.sparsity import smallest
 from saejax.errors import Interrupted
 from saejax.parallel.mesh import sharding
 from saejax.training import cross_layer
@@ -71,8 +71,7 @@ def _calibrate(stack: TrainStack, params: Arrays, hyper: Hyperparams, inputs: li
 
     def of_member(arrays: Arrays, hyper: Hyperparams, x_NxD: jax.Array, _: jax.Array) -> jax.Array:
         member = Dictionary(stack.dictionary, "float32", **arrays)  # as finished dictionaries are read
-        projected_NxF = member.pre_activations(x_NxD)
-        pre_NxF = projected_NxF + row(member.b_enc_F[...], 2)
-        return smallest(stack.kind.encode_in_training(member, pre_NxF, projected_NxF, hyper.kind_params, settings))
+        inputs = member.encoder_inputs(x_NxD)
+        return smallest(stack.kind.encode_in_training(member, inputs, hyper.kind_params, settings))
 
     return measure_members(stack, of_member, params, hyper, (x_SxNxD,))

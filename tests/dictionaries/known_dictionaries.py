@@ -22,7 +22,7 @@ IN_SAELENS = [pair for pair in EVERY if pair not in NOT_IN_SAELENS]
 
 def make(kind: str = "standard", form: str = "sae", layer: int = 3, seed: int = 0, **changes) -> Dictionary:
     """A random dictionary with decoder rows of length 1."""
-    of_k = kind in ("topk", "batchtopk", "matryoshka")
+    of_k = kind in ("topk", "batchtopk", "matryoshka", "matching_pursuit")
     centred, skip = form == "sae", form == "skip_transcoder"
     site, target = (f"resid_post.{layer}", "") if centred else (f"mlp_in.{layer}", f"mlp_out.{layer}")
     k, groups = 4 if of_k else 0, (10, 20, F) if kind == "matryoshka" else ()
@@ -34,6 +34,8 @@ def make(kind: str = "standard", form: str = "sae", layer: int = 3, seed: int = 
     for name in ("threshold_F", "r_mag_F"):
         if name in arrays:
             arrays[name] = np.abs(arrays[name]) * 0.3
+    if kind == "matching_pursuit":  # which has no encoder
+        arrays |= dict(W_enc_DxF=arrays["W_dec_FxD"].T, b_enc_F=np.zeros(F))
     config = dataclasses.replace(config, **changes)
     return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
 
@@ -68,8 +70,17 @@ def saelens_by_formula(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndar
     """Activations and output of a SAELens folder, as its documentation defines them."""
     cfg, w = json.loads((folder / "cfg.json").read_text()), tensors_of(folder / "sae_weights.safetensors")
     x = x.astype(np.float64)
-    projected = (x - w["b_dec"] if cfg["apply_b_dec_to_input"] else x) @ w["W_enc"]
-    name = cfg["architecture"]
+    name, centred = cfg["architecture"], x - w["b_dec"] if cfg["apply_b_dec_to_input"] else x
+    if name == "matching_pursuit":
+        assert cfg["residual_threshold"] == 0 and not cfg["stop_on_duplicate_support"]
+        f, tokens = np.zeros((len(x), F)), np.arange(len(x))
+        for _ in range(cfg["max_iterations"]):
+            chosen = (centred @ w["W_dec"].T).argmax(axis=1)
+            value = np.maximum((centred * w["W_dec"][chosen]).sum(axis=1), 0)
+            f[tokens, chosen] += value
+            centred = centred - value[:, None] * w["W_dec"][chosen]
+        return f, f @ w["W_dec"] + w["b_dec"]
+    projected = centred @ w["W_enc"]
     lengths = np.linalg.norm(w["W_dec"], axis=1) if cfg.get("rescale_acts_by_decoder_norm") else 1.0
     if name == "gated":
         f = np.maximum(projected * np.exp(w["r_mag"]) + w["b_mag"], 0) * (projected + w["b_gate"] > 0)

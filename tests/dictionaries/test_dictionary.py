@@ -79,8 +79,8 @@ def test_without_decoder_rows_a_dictionary_encodes_the_same():
 
 def test_a_kind_that_overrides_encode_must_say_again_that_it_is_elementwise():
     class Sharpened(kinds.JumpReLU):
-        def encode(self, dictionary, pre_xF, projected_xF, numbers):
-            return jax.nn.softmax(pre_xF)
+        def encode(self, dictionary, inputs, numbers):
+            return jax.nn.softmax(inputs.pre_xF)
 
     assert kinds.JumpReLU.is_elementwise() and not Sharpened.is_elementwise() and not kinds.TopK.is_elementwise()
 

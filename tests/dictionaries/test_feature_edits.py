@@ -2,12 +2,16 @@
 
 import copy
 import functools
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from plain_edits import FEATURES, SITE, PlainDictionary, PlainModel, make_dictionary, wanted
 
 from saejax import SiteEdit
+from saejax.dictionaries import Dictionary, DictionaryConfig, joined
+from saejax.models.tokens import pad
 
 VALUES = [0.5, 2.0, 1.0]
 # What the methods are given, and the activation that takes the place of f of the k-th feature at t of prompt b.
@@ -150,3 +154,26 @@ def test_edits_of_smollm2_equal_plain_hooks(smollm2, smollm2_torch):
             change = plain.logits(ids_T, ("resid_post.15", call)) - plain.logits(ids_T)
             assert np.abs(change).max() > 0.1
             np.testing.assert_allclose(logits[b, :length] - clean[b, :length], change, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_features_of_a_crosscoder_are_changed_at_each_of_its_sites(lm, name):
+    """Read without edits; a later site keeps what the change at an earlier one does to it, and gets its own part."""
+    parts, width, rng = ("resid_post.0", "resid_post.2"), lm.config.d_model, np.random.default_rng(0)
+    sizes = dict(d_in=2 * width, n_features=48, k=8, widths=(width, width), scales=(0.5, 2.0), max_norms=(1e9, 1e9))
+    crosscoder = Dictionary.initial(DictionaryConfig(kind="topk", site="+".join(parts), **sizes), jax.random.key(0))
+    tokens = pad([[5, 9, 2, 17], [8, 1, 30, 3, 77, 12]])
+    clean = {part: np.asarray(value) for part, value in lm(tokens, capture=parts).sites.items()}
+    f_BxTxF = np.asarray(crosscoder.encode(joined.join(crosscoder.config, clean)))
+    features = [int(i) for i in np.argsort(-f_BxTxF.sum((0, 1)))[:3]]
+    args, new = EDITS[name](SimpleNamespace(given_BxTxK=rng.normal(size=(2, 6, 3)).astype(np.float32)))
+    change_BxTxK = np.array([[[new(b, k, t, f_BxTxF[b, t, i]) - f_BxTxF[b, t, i] for k, i in enumerate(features)]
+                              for t in range(6)] for b in range(2)]) * tokens.mask_BxT[..., None]  # fmt: skip
+    delta = change_BxTxK @ np.asarray(crosscoder.W_dec_FxD, np.float64)[features]
+    first, second = delta[..., :width] / 0.5, delta[..., width:] / 2.0
+    edited = lm(tokens, capture=parts, edits=[getattr(crosscoder, name)(features, *args)]).sites
+    real = tokens.mask_BxT
+    np.testing.assert_allclose(edited[parts[0]][real], (clean[parts[0]] + first)[real], rtol=1e-4, atol=1e-4)
+    passed_on = lm(tokens, capture=parts, edits=[SiteEdit.patch(parts[0], edited[parts[0]])]).sites[parts[1]]
+    np.testing.assert_allclose(edited[parts[1]][real], (np.asarray(passed_on) + second)[real], rtol=1e-4, atol=1e-4)
+    assert np.abs(second[real]).max() > 0.05

@@ -120,7 +120,7 @@ def test_the_example_of_the_guide_is_a_kind(load_plugin):
             "jax.nn.relu(pre_xF - numbers['strength'])",
             r"KeyError: 'strength'. At inference `numbers` has the fields of",
         ),
-        ("jax.nn.relu(pre_xF).sum(-1)", r"encode of the kind shrunk returns |could not encode"),
+        ("jax.nn.relu(inputs.pre_xF).sum(-1)", r"encode of the kind shrunk returns |could not encode"),
         ("jax.nn.relu(pre_xF - dictionary.config.margin)", "AttributeError: .*'margin'"),
     ],
 )
@@ -150,8 +150,8 @@ def test_a_kind_that_is_a_jumprelu_at_inference_is_written_for_other_tools(load_
     load_plugin(
         "from saejax.dictionaries import kinds, sparsity\n\n\n@kinds.register\nclass Above(kinds.Kind):\n"
         "    name, vectors, jumprelu = 'above', ('threshold_F',), True\n\n"
-        "    def encode(self, member, pre, projected, numbers):\n"
-        "        return sparsity.threshold(pre, member.arrays['threshold_F'])\n"
+        "    def encode(self, member, inputs, numbers):\n"
+        "        return sparsity.threshold(inputs.pre_xF, member.arrays['threshold_F'])\n"
     )
     dictionary = initial("above", threshold_F=0.5)
     save_dictionary(tmp_path / "written", dictionary, "saelens")

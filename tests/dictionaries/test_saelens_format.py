@@ -25,6 +25,7 @@ def cfg_of(folder) -> dict:
 
 WRITTEN = [(kind, form, form == "sae") for kind, form in known.IN_SAELENS]
 WRITTEN += [(kind, "transcoder", True) for kind in ("standard", "gated", "jumprelu")]
+WRITTEN.append(("matching_pursuit", "sae", True))
 
 
 @pytest.mark.parametrize("kind,form,centred", WRITTEN)
@@ -96,7 +97,7 @@ def test_what_saelens_has_nothing_like_is_refused_by_name(tmp_path):
         assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("architecture", saelens.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", sorted({*saelens.ARCHITECTURES} - {"matching_pursuit"}))
 def test_unit_norm_brings_rows_to_length_one_and_keeps_the_output(architecture, tmp_path):
     """It is refused where it would change a TopK."""
     folder, x = known.write_saelens(tmp_path / "a", architecture), known.activations()

@@ -43,7 +43,7 @@ def test_a_dictionary():
     found = evaluate._describe(dictionary, SCORE, losses(), **where)
     assert {name: getattr(found, name) for name in SHARES} == pytest.approx(SHARES)
     assert (found.tokens, found.explained_variance, found.cosine, found.l0) == (200, 0.4, 0.7, 0.75)
-    assert found.fvu == pytest.approx(0.6) and found.dead_fraction == 0.5 and found.dense_fraction == 0.5
+    assert found.dead_fraction == 0.5 and found.dense_fraction == 0.5
     assert (found.ce.clean, found.ce.reconstructed, found.ce.mean_ablated, found.ce.zero_ablated) == (2, 3, 6, 10)
     assert (found.kl.clean, found.kl.reconstructed, found.kl.mean_ablated, found.kl.zero_ablated) == (0, 1, 5, 20)
     assert found.ce.tokens == 57 and found.sinks == sinks

@@ -65,12 +65,11 @@ def made_up_member(kind: str, name: str, place: int) -> dict:
     """Scores of a member; those of later places are denser and better."""
     edges = np.linspace(-6, 0, 25)
     counts = (900 * np.exp(-((edges[:-1] + 2.3) ** 2) / 0.8)).astype(int)
-    fvu = (0.14 if kind == "topk" else 0.21) * 0.8**place
+    unexplained = (0.14 if kind == "topk" else 0.21) * 0.8**place
     scores = dict(name=name, site="resid_post.15", target="resid_post.15", tokens=24_990, cosine=0.9312)
     scores |= dict(dead_fraction=0.071, dense_fraction=0.0123, ce_recovered_zero=0.993, kl_recovered_mean=0.9876)
     return scores | dict(
-        explained_variance=1 - fvu,
-        fvu=fvu,
+        explained_variance=1 - unexplained,
         l0=(32.0 if kind == "topk" else 58.7) * 1.8**place,
         decoder_neighbours=dict(mean=0.33, median=0.31, p90=0.52, p99=0.93, max=0.99, near=0.02),
         ce=dict(clean=3.211, reconstructed=3.268, mean_ablated=9.82, zero_ablated=11.3, tokens=24_000),

@@ -115,6 +115,40 @@ def test_loss_and_gradients_are_those_of_plain_numpy(kind, one_device):
             )
 
 
+def test_in_auxk_dead_features_of_all_layers_reconstruct_each_layers_residual(one_device):
+    with jax.enable_x64(True):
+        stacks = [
+            make("batchtopk", one_device, state_dtype="float64", auxk=auxk, auxk_features=3) for auxk in (0.5, 0.0)
+        ]
+        layers, (x, y) = random_layers(stacks[0]), values()
+        dead = np.random.default_rng(5).random((LAYERS, F)) < 0.1
+        (with_auxk, gradients), (without, plain_gradients) = (
+            jax.tree.map(
+                np.asarray,
+                jax.value_and_grad(
+                    lambda layers, stack=stack: cross_layer_loss(
+                        stack, layers, jnp.asarray(x), jnp.asarray(y), stack.hyperparams, 0, jnp.asarray(dead)
+                    )[0]
+                )(jax.tree.map(jnp.asarray, layers)),
+            )
+            for stack in stacks
+        )
+    _, _, errors = plain(layers, x, y, "batchtopk", step_share=1 / 2)
+    written = [-error for error in errors]  # the residual, y - y_hat
+    for l, arrays in enumerate(layers):
+        pre_BxF = np.where(dead[l], np.maximum(x[l] @ arrays["W_enc_DxF"] + arrays["b_enc_F"], 0), 0)
+        f_BxF = np.where(pre_BxF > np.sort(pre_BxF, axis=1)[:, [-4]], pre_BxF, 0)
+        for m in range(l, LAYERS):
+            written[m] = written[m] - f_BxF @ arrays["W_dec_FxD"][:, (m - l) * D : (m - l + 1) * D]
+    share = min(dead.sum() / (3 * LAYERS), 1)
+    expected = 0.5 * share * sum(np.square(left).sum() / B for left in written)
+    assert expected > 1 and with_auxk - without == pytest.approx(expected, rel=1e-9)
+    for l in range(LAYERS):
+        changed = np.abs(gradients[l]["W_enc_DxF"] - plain_gradients[l]["W_enc_DxF"]).max(axis=0) > 1e-9
+        assert changed.any() and not changed[~dead[l]].any(), "the residual is a constant"
+        np.testing.assert_allclose(gradients[l]["b_dec_D"], plain_gradients[l]["b_dec_D"], rtol=1e-12)
+
+
 def planted(steps, tokens=B, features=6):
     """Batches in which every layer reads codes of its own features, that write to it and to all later layers."""
     rng = np.random.default_rng(0)
@@ -228,7 +262,7 @@ def test_a_feature_that_never_fires_and_no_spread_are_no_trouble(one_device):
         (dict(sites=("mlp_in.0", "mlp_in.2")), "one encoder of every layer from 0, in order"),
         (dict(seed=(1, 2)), "one value of each setting"),
         (dict(sites=("mlp_in.0",)), "of one layer is a transcoder"),
-        (dict(auxk=0.1), "--train.auxk=0.1: not for a cross_layer_transcoder"),
+        (dict(decorrelation=0.1), "--train.decorrelation=0.1: not for a cross_layer_transcoder"),
         (dict(kind="jumprelu", nested=(0.5, 1.0)), "--train.jumprelu.nested=0.5,1: not for a cross_layer_transcoder"),
         (dict(mesh=make_mesh(MeshConfig(member=2))), "--mesh.member=2: the layers of a cross_layer_transcoder are one"),
     ],

@@ -6,15 +6,18 @@ import re
 import jax
 import numpy as np
 import pytest
+import runs
 from small_runs import Rows, make_stack, streamed
 from small_stacks import B, D
 
+from saejax import load_model
 from saejax.dictionaries.cross_layer import FORM
+from saejax.evaluation.loss_recovered import recovered, stand_in_losses
 from saejax.evaluation.reconstruction import reconstruct
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.training.cross_layer import finish_layer
-from saejax.training.held_out import HeldOutScorer
+from saejax.training.held_out import HeldOutScorer, LossScorer
 from saejax.training.scales import HELD_OUT_TOKENS
 from saejax.training.state import finish_dictionary, init_state
 from saejax.training.thresholds import Calibration
@@ -92,3 +95,17 @@ def test_without_held_out_tokens_there_are_no_scores():
     rows = Rows()
     rows.held_out = lambda count, *sites: {site: np.zeros((0, D), np.float32) for site in sites}
     assert HeldOutScorer.of(make_stack(), rows) is None
+
+
+def test_cross_entropy_is_that_of_each_finished_member_alone(tmp_path):
+    lm = load_model(str(runs.save_model(tmp_path, hidden_size=D)))
+    stack, rng = make_stack(k=(1, 2, 3, 4, 5, 6), **SITES), np.random.default_rng(0)
+    state = init_state(stack)
+    documents = [rng.integers(1, 1000, size=length).astype(np.int32) for length in (20, 33, 7)]
+    (scores_M,) = LossScorer(stack, lm, documents)(state, None).values()
+    for i, score in enumerate(scores_M):
+        dictionary = finish_dictionary(stack, state, i)
+        (losses,) = stand_in_losses(lm, [dictionary], documents, stack.scales[i].bias_D)
+        share = recovered(losses.ce, "mean_ablated")
+        assert score == pytest.approx(np.nan if share is None else share, abs=1e-5, nan_ok=True)
+    assert np.isfinite(scores_M).any() and len(set(scores_M)) > 6

@@ -42,11 +42,12 @@ def train(inputs, tmp_path_factory):
 
 def test_stopped_at_any_buffer_it_ends_with_the_same_bits(train, monkeypatch, capsys):
     monkeypatch.setattr(stream, "SAY_EVERY", 0.0)
-    midway = dict(train__score_every=10, train__save_every=10)  # which change no bits
+    midway = dict(train__score_every=10, train__ce_every=3, train__save_every=10)  # which change no bits
     status, whole = train(**midway)
     assert status == 0 and not (whole / "capture").exists()
     output = capsys.readouterr().out
     assert "buffer 1 of " in output and "buffer 3 of " in output and output.count("on held-out tokens L0") == 3
+    assert output.count("cross-entropy recovered") == 1
     monkeypatch.setattr(stream, "SAY_EVERY", math.inf)  # the first is said at once
     for moment, line in ((1, "before the first step"), (7, "of 30; saved")):  # in the first buffer, in a later one
         stopping = map(moment.__le__, itertools.count())
@@ -58,10 +59,14 @@ def test_stopped_at_any_buffer_it_ends_with_the_same_bits(train, monkeypatch, ca
     assert train(broken, **midway)[0] == 0
     assert runs.dictionary_checksums(broken) == runs.dictionary_checksums(whole) != {}
     scores = [
-        [[record.get(f"held_out_{name}") for name in ("explained_variance", "l0", "dead")] for record in records(unit)]
+        [
+            [record.get(f"held_out_{name}") for name in ("explained_variance", "l0", "dead", "ce_recovered")]
+            for record in records(unit)
+        ]
         for unit in (whole / "train/batchtopk", broken / "train/batchtopk")
     ]
-    assert scores[0] == scores[1] and [score[0] is not None for score in scores[0]].count(True) == 3
+    assert scores[0] == scores[1] and sum(score[0] is not None for score in scores[0]) == 3
+    assert [score[3] is not None for score in scores[0]] == [False] * (len(scores[0]) - 1) + [True]
     assert '"l0"' in (found := (whole / "train/batchtopk/done.json").read_text()) and "held_out_" not in found
     for step in (10, 20, 30):
         saved = [load_dictionary(run / f"train/batchtopk/steps/{step}") for run in (whole, broken)]

@@ -83,7 +83,7 @@ def test_the_gates_own_error_reaches_the_encoder_only():
 
     def gate_error(params):
         member = _member(stack, params)
-        pre, none = member.pre_activations(x) + params["b_enc_F"][None], jnp.zeros(F, bool)
+        pre, none = member.encoder_inputs(x).pre_xF, jnp.zeros(F, bool)
         batch = EncodedBatch(member, x, y, pre, member.encode(x), none, None, {}, None)
         return member.kind.losses(batch)["gate_error"]
 
@@ -108,7 +108,7 @@ def test_the_l0_penalty_moves_thresholds_only(penalty):
     for name in params:
         changed = np.abs(with_penalty[name] - plain[name]).max() > 1e-12 * np.abs(plain[name]).max()
         assert changed == (name == "threshold_F"), name
-    pre = np.asarray(_member(stack, params).pre_activations(x) + params["b_enc_F"][None])
+    pre = np.asarray(_member(stack, params).encoder_inputs(x).pre_xF)
     theta = np.asarray(params["threshold_F"])
     per_feature = -(np.abs(pre - theta) < 0.25).sum(0) / 0.5 / B
     l0 = (pre > theta).sum(1).mean()
@@ -233,7 +233,7 @@ def test_a_further_term_is_in_every_loss_by_its_coefficient(name):
     plain, dead = setting("standard")[0], jnp.arange(F) < 5
     params["b_enc_F"] = params["b_enc_F"].at[:5].set(3.0)
     member = _member(stack, params)
-    pre = member.pre_activations(x) + params["b_enc_F"][None]
+    pre = member.encoder_inputs(x).pre_xF
     terms = dict(
         auxk=lambda: auxk(pre, dead, params["W_dec_FxD"], y - member(x), D // 2),
         decorrelation=lambda: losses.decorrelation(member.encode(x)),
@@ -249,7 +249,7 @@ def test_nested_kinds_sum_the_errors_of_their_groups(kind, changes):
     stack, params, x, y, hyper = setting(kind, **changes)
     loss, (metrics, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
     member, sizes = _member(stack, params), (16, 32, F)
-    batch_topk = sparsity.batch_topk(member.pre_activations(x) + params["b_enc_F"][None], 4)
+    batch_topk = sparsity.batch_topk(member.encoder_inputs(x).pre_xF, 4)
     f, W_dec = np.asarray(batch_topk if kind == "matryoshka" else member.encode(x)), np.asarray(params["W_dec_FxD"])
     nested = [np.square(f[:, :n] @ W_dec[:n] + np.asarray(params["b_dec_D"]) - y).sum(1).mean() for n in sizes]
     np.testing.assert_allclose(metrics["error"], sum(nested), rtol=1e-10)
@@ -296,3 +296,45 @@ def test_products_of_bfloat16_operands_have_the_gradient_of_the_rounded_ones(wid
     np.testing.assert_allclose(ours[0], rounded_a @ rounded_b, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(to_a, rounded_g @ rounded_b.T, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(to_b, rounded_a.T @ rounded_g, rtol=1e-4, atol=1e-4)
+
+
+def test_matching_pursuit_is_the_loop_over_its_steps():
+    """Values and gradients; a member's k is less than the stack's largest, and features are chosen twice."""
+    stack, params, x, _, hyper = setting("matching_pursuit", k=(14, 16))
+    weights = jnp.asarray(np.random.default_rng(3).normal(size=(B, F)))
+
+    def loop(params):
+        residual, f_BxF, W_dec = x - params["b_dec_D"][None], jnp.zeros((B, F)), params["W_dec_FxD"]
+        for _ in range(14):
+            index = jnp.argmax(residual @ W_dec.T, axis=1)
+            value = jnp.maximum(jnp.sum(residual * W_dec[index], axis=1), 0)
+            f_BxF = f_BxF.at[jnp.arange(B), index].add(value)
+            residual = residual - value[:, None] * W_dec[index]
+        return f_BxF
+
+    def encode(params):
+        member = _member(stack, params)
+        return member.kind.encode_in_training(member, member.encoder_inputs(x), hyper.kind_params, None)
+
+    expected = np.asarray(loop(params))
+    np.testing.assert_allclose(encode(params), expected, rtol=1e-5, atol=1e-9)
+    assert 8 < (expected > 0).sum(1).min() < 14
+    gradients = [jax.grad(lambda params, f=f: jnp.vdot(weights, f(params)))(params) for f in (encode, loop)]
+    assert np.abs(gradients[1]["W_dec_FxD"]).max() > 0.1
+    for name in params:
+        np.testing.assert_allclose(gradients[0][name], gradients[1][name], rtol=1e-5, atol=1e-9, err_msg=name)
+
+
+def test_the_pre_activation_loss_is_its_formula_over_dead_features():
+    stack, params, x, y, hyper = setting("jumprelu", pre_activation=0.3)
+    without, *_ = setting("jumprelu")
+    dead = jnp.asarray(np.random.default_rng(5).random(F) < 0.2)
+    losses_and_gradients = [jax.value_and_grad(loss_of(each, x, y, hyper, dead))(params) for each in (stack, without)]
+    (value, gradient), (plain, plain_gradient) = jax.tree.map(np.asarray, losses_and_gradients)
+    missing_BxF = np.asarray(params["threshold_F"]) - np.asarray(_member(stack, params).encoder_inputs(x).pre_xF)
+    norms_F = np.linalg.norm(params["W_dec_FxD"], axis=1)
+    expected = 0.3 * (np.maximum(missing_BxF, 0) * norms_F * np.asarray(dead)).sum(1).mean()
+    assert expected > 0.1 and value - plain == pytest.approx(expected, rel=1e-9)
+    to_threshold = 0.3 / B * ((missing_BxF > 0) * norms_F * np.asarray(dead)).sum(0)
+    np.testing.assert_allclose(gradient["threshold_F"] - plain_gradient["threshold_F"], to_threshold, atol=1e-12)
+    np.testing.assert_allclose(gradient["b_enc_F"] - plain_gradient["b_enc_F"], -to_threshold, atol=1e-12)

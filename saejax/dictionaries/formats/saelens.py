@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "topk": ("topk", False, False),
     "jumprelu": ("jumprelu", False, False),
     "gated": ("gated", False, False),
+    "matching_pursuit": ("matching_pursuit", False, False),
     "transcoder": ("standard", True, False),
     "jumprelu_transcoder": ("jumprelu", True, False),
     "skip_transcoder": ("standard", True, True),
@@ -85,7 +86,8 @@ def parse(folder: Path, site: str = "", overrides: Mapping[str, Any] | None = No
     file = Path(folder) / DESCRIPTION
     settings = read_settings(file, overrides or {})
     state = tensors.open_tensors(file.with_name(WEIGHTS))
-    sizes = tensors.sizes(file.with_name(WEIGHTS), state, _layout("standard", False))
+    kind, _, skip = ARCHITECTURES[_architecture(file, settings)]
+    sizes = tensors.sizes(file.with_name(WEIGHTS), state, _layout(kind, skip))
     config = _parse_config(file, settings, sizes, site)
     layout = _layout(config.kind, config.skip)
     layout |= {name: name for name in ("scaling_factor", "finetuning_scaling_factor") if name in state}
@@ -153,6 +155,13 @@ def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int
         if k is None:  # where old versions had it
             k = (settings.get("activation_fn_kwargs") or {}).get("k")
         facts |= dict(k=tensors.positive_int(file, "k", k))
+    if kind == "matching_pursuit":
+        if settings.get("residual_threshold", 1e-2) or settings.get("stop_on_duplicate_support", True):
+            raise UserError(
+                f"{file}: residual_threshold and stop_on_duplicate_support end its search early, and a dictionary here "
+                "goes on for all of max_iterations: expected 0 and False"
+            )
+        facts |= dict(k=tensors.positive_int(file, "max_iterations", settings.get("max_iterations")))
     return DictionaryConfig(
         **facts,
         site=site,
@@ -291,6 +300,8 @@ def _layout(kind: str, skip: bool) -> dict[str, str]:
     """Return SAELens' names of arrays."""
     names = ["W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D", *by_name(kind).vectors]
     layout = {ours: ours.rpartition("_")[0] for ours in names}
+    if kind == "matching_pursuit":  # which has no encoder
+        return {name: layout[name] for name in ("W_dec_FxD", "b_dec_D")} | dict(W_enc_DxF="W_dec.T")
     layout |= {"W_skip_DxD": "W_skip.T"} if skip else {}
     return layout | ({"b_enc_F": "b_gate"} if kind == "gated" else {})
 
@@ -306,6 +317,7 @@ def _fold(file: Path, settings: Mapping[str, Any], arrays: Arrays, log_threshold
             )
         arrays["W_dec_FxD"] = arrays["W_dec_FxD"] * np.reshape(scale, (-1, 1))
     kind = by_name(ARCHITECTURES[_architecture(file, settings)][0])
+    arrays.setdefault("b_enc_F", np.zeros_like(arrays["W_dec_FxD"][:, 0]))
     if "threshold_F" in arrays:
         threshold_F = np.exp(arrays["threshold_F"]) if log_threshold else arrays["threshold_F"]
         arrays["threshold_F"] = np.maximum(threshold_F, 0)  # SAELens multiplies max(pre, 0) by the gate
@@ -349,7 +361,9 @@ def _describe(config: DictionaryConfig, centred: bool, dtype: str) -> dict[str, 
     reshaped = "hook_z" if config.site.startswith("attn_z.") else "none"
     settings |= dict(apply_b_dec_to_input=centred, normalize_activations=norm, reshape_activations=reshaped)
     settings["metadata"] = _metadata(config)
-    if "k" in by_name(config.kind).numbers:
+    if config.kind == "matching_pursuit":
+        settings |= dict(max_iterations=config.k, residual_threshold=0.0, stop_on_duplicate_support=False)
+    elif "k" in by_name(config.kind).numbers:
         settings |= dict(k=config.k, rescale_acts_by_decoder_norm=False)
     if config.target:
         settings["d_out"] = config.d_in

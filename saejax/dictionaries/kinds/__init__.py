@@ -2,11 +2,13 @@
 
 from typing import TypeVar
 
+from saejax.dictionaries.kinds.base import EncoderInputs as EncoderInputs
 from saejax.dictionaries.kinds.base import Kind as Kind
 from saejax.dictionaries.kinds.batchtopk import BatchTopK
 from saejax.dictionaries.kinds.gated import Gated
 from saejax.dictionaries.kinds.jumprelu import JumpReLU
 from saejax.dictionaries.kinds.linear import Linear
+from saejax.dictionaries.kinds.matching_pursuit import MatchingPursuit
 from saejax.dictionaries.kinds.matryoshka import Matryoshka
 from saejax.dictionaries.kinds.settings import KIND_SETTINGS, PRETRAINED, KindSettings
 from saejax.dictionaries.kinds.standard import Standard
@@ -14,7 +16,7 @@ from saejax.dictionaries.kinds.topk import TopK
 from saejax.errors import one_of
 
 _Class = TypeVar("_Class", bound=type[Kind])
-_PACKAGE = (Standard, Linear, Gated, JumpReLU, TopK, BatchTopK, Matryoshka)
+_PACKAGE = (Standard, Linear, Gated, JumpReLU, TopK, BatchTopK, Matryoshka, MatchingPursuit)
 KINDS: dict[str, Kind] = {kind.name: kind() for kind in _PACKAGE}
 
 

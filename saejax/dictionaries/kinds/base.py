@@ -29,6 +29,15 @@ class Facts(TypedDict, total=False):
 
 
 @dataclasses.dataclass(frozen=True)
+class EncoderInputs:
+    """The values from which a kind makes activations; leading dimensions are free."""
+
+    x_xD: jax.Array  #: what the encoder reads, normalised if the dictionary normalises; its centre is still in it
+    projected_xF: jax.Array  #: pre-activations without the encoder's bias
+    pre_xF: jax.Array  #: pre-activations
+
+
+@dataclasses.dataclass(frozen=True)
 class EncodedBatch:
     """A dictionary on one batch of training, from which its losses are computed."""
 
@@ -67,6 +76,7 @@ class Kind:
     depends_on_decoder_norms: ClassVar[bool] = False
     #: whether at inference it is a JumpReLU dictionary, that of ``as_jumprelu``: so other tools can have it.
     jumprelu: ClassVar[bool] = False
+    rebuilds_input: ClassVar[bool] = False  #: whether it is for SAEs of one site alone, whose input its rows explain
     no_free_decoder: ClassVar[str] = ""  #: why decoder rows may not grow freely; empty: they may
 
     @classmethod
@@ -83,13 +93,9 @@ class Kind:
 
     # Inference.
 
-    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        """Return activations at inference, [..., F].
-
-        ``pre`` are the pre-activations and ``projected`` the same without the bias; ``numbers`` are the fields of
-        ``Kind.numbers``, which may be traced.
-        """
-        return jax.nn.relu(pre_xF)
+    def encode(self, dictionary: Dictionary, inputs: EncoderInputs, numbers: Numbers) -> jax.Array:
+        """Return activations at inference, [..., F]; ``numbers`` are the fields of ``Kind.numbers``, maybe traced."""
+        return jax.nn.relu(inputs.pre_xF)
 
     def fires(self, f_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Return where activations count as active."""
@@ -106,18 +112,17 @@ class Kind:
     # Training.
 
     def encode_in_training(
-        self, dictionary: Dictionary, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, settings: Any
+        self, dictionary: Dictionary, inputs: EncoderInputs, values: Numbers, settings: Any
     ) -> jax.Array:
         """Return activations [B, F] in training.
 
         Args:
           dictionary: the dictionary whose arrays are read.
-          pre_BxF: pre-activations of one batch, with the encoder's bias.
-          projected_BxF: the same without the bias.
+          inputs: those of one batch, [B, ...].
           values: this dictionary's values of the settings that can be swept, scalars that may be traced.
           settings: the other settings of the kind.
         """
-        return self.encode(dictionary, pre_BxF, projected_BxF, values)
+        return self.encode(dictionary, inputs, values)
 
     def reconstructions(self, dictionary: Dictionary, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
         """Return what is compared with the targets, each [B, D]; the last is the whole dictionary's.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.dictionaries import sparsity
-from saejax.dictionaries.kinds.base import Arrays, Dictionary, Kind, Numbers
+from saejax.dictionaries.kinds.base import Arrays, Dictionary, EncoderInputs, Kind, Numbers
 
 
 class BatchTopK(Kind):
@@ -19,15 +19,15 @@ class BatchTopK(Kind):
     jumprelu = True
     no_free_decoder = "has no penalty to hold it in a batchtopk dictionary"
 
-    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, dictionary: Dictionary, inputs: EncoderInputs, numbers: Numbers) -> jax.Array:
         """Return pre-activations above the threshold, so that a token's features do not depend on other tokens."""
-        return sparsity.threshold(pre_xF, dictionary.arrays["threshold_F"])
+        return sparsity.threshold(inputs.pre_xF, dictionary.arrays["threshold_F"])
 
     def encode_in_training(
-        self, dictionary: Dictionary, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, settings: Any
+        self, dictionary: Dictionary, inputs: EncoderInputs, values: Numbers, settings: Any
     ) -> jax.Array:
         """Return the largest activations of the batch."""
-        return sparsity.batch_topk(pre_BxF, values["k"])
+        return sparsity.batch_topk(inputs.pre_xF, values["k"])
 
     def finish(self, arrays: Arrays, kept: jax.Array) -> Arrays:
         """Give all features the threshold that keeps the same activations."""

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from saejax.dictionaries import losses, sparsity
-from saejax.dictionaries.kinds.base import Arrays, Dictionary, EncodedBatch, Kind, Numbers
+from saejax.dictionaries.kinds.base import Arrays, Dictionary, EncodedBatch, EncoderInputs, Kind, Numbers
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
 
@@ -28,11 +28,11 @@ class Gated(Kind):
     elementwise = True
     jumprelu = True
 
-    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, dictionary: Dictionary, inputs: EncoderInputs, numbers: Numbers) -> jax.Array:
         """Return magnitudes where the gate is open."""
         scale_F, bias_F = jnp.exp(dictionary.arrays["r_mag_F"]), dictionary.arrays["b_mag_F"]
-        magnitude_xF = projected_xF * row(scale_F, projected_xF.ndim) + row(bias_F, projected_xF.ndim)
-        return sparsity.gated(pre_xF, magnitude_xF)
+        projected_xF, ndim = inputs.projected_xF, inputs.projected_xF.ndim
+        return sparsity.gated(inputs.pre_xF, projected_xF * row(scale_F, ndim) + row(bias_F, ndim))
 
     def move_bias(self, arrays: Arrays, shift_F: Any) -> Arrays:
         """Move the gate's bias, and the magnitude's by as much as it is scaled."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.dictionaries import losses, sparsity
-from saejax.dictionaries.kinds.base import Arrays, Dictionary, EncodedBatch, Facts, Kind, Numbers
+from saejax.dictionaries.kinds.base import Arrays, Dictionary, EncodedBatch, EncoderInputs, Facts, Kind, Numbers
 from saejax.dictionaries.kinds.groups import group_counts, group_reconstructions, group_sizes
 from saejax.dictionaries.kinds.settings import JumpReLUConfig
 
@@ -18,20 +18,15 @@ class JumpReLU(Kind):
     elementwise = True
     jumprelu = True
 
-    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, dictionary: Dictionary, inputs: EncoderInputs, numbers: Numbers) -> jax.Array:
         """Return activations, without gradients to the thresholds."""
-        return sparsity.threshold(pre_xF, dictionary.arrays["threshold_F"])
+        return sparsity.threshold(inputs.pre_xF, dictionary.arrays["threshold_F"])
 
     def encode_in_training(
-        self,
-        dictionary: Dictionary,
-        pre_BxF: jax.Array,
-        projected_BxF: jax.Array,
-        values: Numbers,
-        settings: JumpReLUConfig,
+        self, dictionary: Dictionary, inputs: EncoderInputs, values: Numbers, settings: JumpReLUConfig
     ) -> jax.Array:
         """Return activations, with straight-through gradients to the thresholds."""
-        return sparsity.jumprelu(pre_BxF, dictionary.arrays["threshold_F"], settings.bandwidth)
+        return sparsity.jumprelu(inputs.pre_xF, dictionary.arrays["threshold_F"], settings.bandwidth)
 
     def reconstructions(self, dictionary: Dictionary, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
         """Return those of the nested groups if there are any."""
@@ -53,6 +48,14 @@ class JumpReLU(Kind):
         if settings.l0_penalty == "target":
             l0 = jnp.square(l0 / batch.values["target_l0"] - 1)
         return coefficient * l0
+
+    def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
+        """Return the pre-activation loss of dead features, as in SAELens, if there is one."""
+        if not batch.settings.pre_activation:
+            return {}
+        threshold_F, norms_F = batch.dictionary.arrays["threshold_F"], batch.dictionary.decoder_norms_F
+        missing_F = jnp.mean(jax.nn.relu(sparsity.row(threshold_F, 2) - batch.pre_BxF), axis=0)
+        return dict(pre_activation=batch.settings.pre_activation * jnp.sum(missing_F * norms_F * batch.dead_F))
 
     def start(self, settings: JumpReLUConfig) -> dict[str, float]:
         """Return thresholds above 0, where the kernel sees pre-activations on both sides."""

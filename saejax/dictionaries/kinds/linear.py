@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.config import Config
-from saejax.dictionaries.kinds.base import Dictionary, Facts, Numbers
+from saejax.dictionaries.kinds.base import Dictionary, EncoderInputs, Facts, Numbers
 from saejax.dictionaries.kinds.standard import Standard
 
 # |f|, of inputs scaled to a mean norm of sqrt(d): a hundredth of a usual activation, far above rounding.
@@ -21,9 +21,9 @@ class Linear(Standard):
     elementwise = True
     no_free_decoder = "leaves open what activations are compared with to count as firing"
 
-    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, dictionary: Dictionary, inputs: EncoderInputs, numbers: Numbers) -> jax.Array:
         """Return the pre-activations."""
-        return pre_xF
+        return inputs.pre_xF
 
     def fires(self, f_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Return where |f| exceeds ``fires_above``."""

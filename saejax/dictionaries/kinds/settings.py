@@ -33,6 +33,12 @@ class JumpReLUConfig(Config):
     )
     bandwidth: float = setting(0.05, "width of the kernel that estimates the thresholds' gradient", low=1e-6)
     initial_threshold: float = setting(0.01, "thresholds at the start", low=0.0)
+    pre_activation: float = setting(
+        0.0,
+        "coefficient of the pre-activation loss, the mean over tokens of sum max(threshold - pre, 0) |W_dec| over dead "
+        "features, which brings them back (3e-6 in Conerly et al., 2025); 0: off",
+        low=0.0,
+    )
     nested: tuple[float, ...] = setting(
         (),
         "shares of the features, ascending to 1, that must reconstruct by themselves, as in a matryoshka dictionary; "
@@ -73,6 +79,7 @@ KIND_SETTINGS = {
     "topk": KindSettings(reads=("k",)),
     "batchtopk": KindSettings(reads=("k",)),
     "matryoshka": KindSettings(MatryoshkaConfig, reads=("k",)),
+    "matching_pursuit": KindSettings(reads=("k",)),
 }
 
 

@@ -3,7 +3,7 @@
 import jax
 
 from saejax.dictionaries import sparsity
-from saejax.dictionaries.kinds.base import Dictionary, Kind, Numbers
+from saejax.dictionaries.kinds.base import Dictionary, EncoderInputs, Kind, Numbers
 
 
 class TopK(Kind):
@@ -15,11 +15,11 @@ class TopK(Kind):
     depends_on_decoder_norms = True
     no_free_decoder = "has no penalty to hold it in a topk dictionary"
 
-    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+    def encode(self, dictionary: Dictionary, inputs: EncoderInputs, numbers: Numbers) -> jax.Array:
         """Return the k largest; ``dictionary.config.k`` is the largest k of a stack's members."""
         if dictionary.config.signed:
-            return sparsity.signed_topk(pre_xF, numbers["k"], dictionary.config.k)
-        return sparsity.topk(pre_xF, numbers["k"], dictionary.config.k)
+            return sparsity.signed_topk(inputs.pre_xF, numbers["k"], dictionary.config.k)
+        return sparsity.topk(inputs.pre_xF, numbers["k"], dictionary.config.k)
 
     def fires(self, f_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Return where activations are not 0: those of a signed dictionary may be negative."""

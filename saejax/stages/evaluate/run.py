@@ -228,7 +228,6 @@ def _describe(dictionary: Dictionary, score: Reconstruction, loss: Losses, **whe
     return DictionaryScores(
         tokens=score.tokens,
         explained_variance=score.explained_variance,
-        fvu=score.fvu,
         cosine=score.cosine,
         l0=score.l0,
         dead_fraction=score.dead_fraction,

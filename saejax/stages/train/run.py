@@ -10,11 +10,16 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from saejax.activations.joined import single_sites
 from saejax.activations.store import Store
+from saejax.dictionaries.cross_layer import FORM
 from saejax.dictionaries.kinds.settings import PRETRAINED
 from saejax.errors import UserError
 from saejax.files import read_object
-from saejax.parallel.collectives import is_first_process
+from saejax.models.loading import load_configured_model
+from saejax.models.settings import ModelConfig
+from saejax.models.sites import OtherSite, decoder_site
+from saejax.parallel.collectives import is_first_process, process_count
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.results import load_results
@@ -22,14 +27,16 @@ from saejax.runner.workspace import STACK, STARTED, Run
 from saejax.stages.tokenize.run import text_documents
 from saejax.stages.train.metrics import split_metrics
 from saejax.stages.train.pretrained import run_pretrained
+from saejax.training.held_out import LossScorer
 from saejax.training.inputs import Source, model_source, store_source
 from saejax.training.longer import LENGTH
 from saejax.training.loop import TrainFolders, check_state_dtype, train_stack
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.metrics import METRICS, log_folder
 from saejax.training.results import TrainResults
+from saejax.training.scales import HELD_OUT_TOKENS
 from saejax.training.settings import TrainConfig
-from saejax.training.stack import batch_parts
+from saejax.training.stack import TrainStack, batch_parts
 
 
 def run_train(run: Run) -> TrainResults | None:
@@ -66,7 +73,30 @@ def _run_expansion(run: Run, config: TrainConfig) -> TrainResults | None:
         source = model_source(run.configs | config, parts, documents, run.say, run.stopping)
     else:
         source = store_source(config, store, parts, run.say)
+    if config.ce_every:
+        source = dataclasses.replace(source, loss_scorer=functools.partial(_loss_scorer, run, source.rows))
     return train_members(run, config, members, source)
+
+
+def _loss_scorer(run: Run, rows: Any, stack: TrainStack) -> LossScorer:
+    """Return a scorer of a stack in the model of a store or a stream, which it loads.
+
+    Raises:
+      UserError: the members cannot be scored while they are trained.
+    """
+    sites = single_sites(site for pair in stack.sites for site in pair)
+    of_second = [site for site in sites if OtherSite.names(site)]
+    reason = f"of a second model ({of_second[0]})" if of_second else ""
+    reason = f"of the form {FORM}" if stack.is_cross_layer else reason
+    reason = "in several processes" if process_count() > 1 else reason
+    if reason:
+        raise UserError(f"--train.ce_every={stack.config.ce_every} is not for dictionaries {reason}: leave it out")
+    for site in sites:
+        decoder_site(site)  # losses are measured in the decoder, which does not have a module of the PyTorch model
+    lm = load_configured_model(run.configs[ModelConfig], stack.mesh)
+    if stack.config.source == "store":
+        rows.check_model(lm.source)
+    return LossScorer(stack, lm, rows.documents.sample(HELD_OUT_TOKENS).of("held_out"))
 
 
 def train_members(run: Run, config: TrainConfig, members: Sequence[Member], source: Source) -> TrainResults:
