@@ -18,7 +18,9 @@ from saejax.dictionaries import load_dictionary as load_dictionary
 from saejax.dictionaries import load_transcoders as load_transcoders
 from saejax.dictionaries import save_dictionary as save_dictionary
 from saejax.dictionaries import save_transcoders as save_transcoders
+from saejax.dictionaries.publish import push as push
 from saejax.errors import UserError as UserError
+from saejax.interpret.absorption import measure_absorption as measure_absorption
 from saejax.interpret.in_memory import top_contexts as top_contexts
 from saejax.interventions.answers import CausalVerdict as CausalVerdict
 from saejax.interventions.answers import VerdictConfig as VerdictConfig

@@ -1,4 +1,4 @@
-"""Download files of the Hugging Face hub, and explain its errors.
+"""Download files of the Hugging Face hub and upload to it, and explain its errors.
 
 That the hub is out of reach is found out at once, where its own library would try again for 23 seconds.
 """
@@ -118,3 +118,55 @@ def _answers(address: str) -> bool:
         ).close()
         return True
     return False
+
+
+def require_token() -> None:
+    """Raise a ``UserError`` unless there is a token for the hub."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise UserError(
+            "publishing on the Hugging Face hub takes a token that may write: set the variable HF_TOKEN, or run "
+            "`hf auth login`"
+        )
+
+
+def push_folder(
+    folder: Path, name: str, message: str, private: bool = False, patterns: Sequence[str] | None = None
+) -> str:
+    """Upload the files of a folder to a model repository of the hub, all in one commit.
+
+    Args:
+      folder: the folder; other files of the repository stay.
+      name: the repository, which is made if there is none.
+      message: the message of the commit.
+      private: whether a new repository can be seen by its owners alone.
+      patterns: patterns of the files to upload; None: all.
+
+    Returns:
+      The address of the commit.
+
+    Raises:
+      UserError: there is no token, the hub refuses or cannot be reached; the repository has none of the files.
+    """
+    from huggingface_hub import HfApi, errors
+
+    require_token()
+    api = HfApi()
+    try:
+        with offline_if_unreachable():
+            api.create_repo(name, private=private, exist_ok=True)
+            only = None if patterns is None else [*patterns]
+            commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, allow_patterns=only)
+            return str(commit.commit_url)
+    except errors.OfflineModeIsEnabled:
+        raise UserError(
+            f"{name} was not pushed: the hub cannot be reached (no network, or HF_HUB_OFFLINE is set): connect, and "
+            "push again"
+        ) from None
+    except errors.HFValidationError:
+        raise UserError(f"{name!r} is no name of a repository on the hub: expected one such as org/name") from None
+    except (errors.HTTPError, OSError, ValueError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        remedy = "the token may not write there: check the name and the token" if status in (401, 403) else "try again"
+        raise UserError(f"{name} was not pushed ({' '.join(str(error).split())}): {remedy}") from None

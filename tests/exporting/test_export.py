@@ -2,8 +2,10 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import constants
 from runs import write_members
 
 sys.path.append(str(Path(__file__).parent.parent / "dictionaries"))
@@ -15,6 +17,7 @@ from saejax.errors import UserError
 from saejax.files import write_json
 from saejax.runner import command
 from saejax.runner.workspace import STARTED, Run
+from saejax.stages.export import run as export
 from saejax.stages.export.run import run_export
 from saejax.stages.export.settings import ExportConfig
 
@@ -29,12 +32,19 @@ def unit(folder, dictionaries):
     return folder
 
 
-def run(tmp_path, source, format="saelens"):
+def run(tmp_path, source, format="saelens", **settings):
     folder = tmp_path / "export" / f"{format}-{source.name}"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / STARTED, {})
-    configs = Configs(ExportConfig(format=format, dictionaries=("topk",)))
-    stage = Run("export", folder.name, folder, configs, {f"train/{source.name}": source}, say=lambda line: None)
+    configs = Configs(ExportConfig(format=format, dictionaries=("topk",), **settings))
+    stage = Run(
+        "export",
+        folder.name,
+        folder,
+        configs,
+        {f"{name}/{source.name}": source for name in ("train", "evaluate")},
+        say=lambda line: None,
+    )
     return folder, lambda: run_export(stage)
 
 
@@ -98,10 +108,41 @@ def test_all_of_a_stack_or_nothing(tmp_path):
         ("format=pt", "--export.format is 'pt': expected one of saelens"),
         ("dictionaries=gated", "unknown dictionary for export (--train.kinds) 'gated': expected one of topk"),
         ("dictionaries=topk", "export/saelens-topk reads train/topk, which has not been made"),
+        ("dictionaries=topk --export.push=org/name", "takes a token that may write: set the variable HF_TOKEN"),
+        (
+            "dictionaries=topk --export.format=neuronpedia --export.push=org/name",
+            "--export.push=org/name is for --export.format=saelens",
+        ),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(settings, message, tmp_path, capsys, tiny_llama):
-    flags = [f"--workdir={tmp_path}", f"--model.path={tiny_llama}", f"--export.{settings}"]
+def test_bad_input_is_one_line_and_status_2(settings, message, tmp_path, capsys, tiny_llama, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    flags = [f"--workdir={tmp_path}", f"--model.path={tiny_llama}", *f"--export.{settings}".split()]
     assert command.run(["export"], "export", ["export", *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "export").exists()
+
+
+def test_what_is_pushed_has_a_card_with_held_out_scores(tmp_path, monkeypatch):
+    source = unit(tmp_path / "topk", {f"k{k}": known.make("topk", k=k) for k in (2, 3)})
+    folder, go = run(tmp_path, source, push="org/saes")
+    scores = [SimpleNamespace(name=f"k{k}", explained_variance=k / 4, l0=k, dead_fraction=0, ce_recovered_mean=None)
+              for k in (2, 3)]  # fmt: skip
+    monkeypatch.setattr(export, "load_results", lambda folder: SimpleNamespace(members=scores))
+    pushed = []
+
+    def push_folder(root, name, message, patterns):
+        pushed.append(sorted(str(path.relative_to(root)) for pattern in patterns for path in root.glob(pattern)))
+        if len(pushed) > 1:
+            raise UserError("the hub is gone")
+
+    monkeypatch.setattr(export, "push_folder", push_folder)
+    go()
+    files = [f"k{k}/{name}" for k in (2, 3) for name in ("cfg.json", "sae_weights.safetensors")]
+    assert pushed == [["README.md", *files]]
+    card = (folder / "README.md").read_text()
+    assert "| k3 | topk (k 3) | resid_post.3 | resid_post.3 | 40 | 0.75 | 3 | 0 |  |" in card
+    with pytest.raises(UserError, match="the hub is gone"):
+        go()
+    assert [path.name for path in folder.iterdir()] == [STARTED]

@@ -1,5 +1,6 @@
 """Fetching models from the hub, for which a local server stands: huggingface_hub raises what it would raise there."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -9,15 +10,20 @@ import time
 from pathlib import Path
 
 import huggingface_hub
+import jax
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 from loaded_models import resolve
 
+import saejax
+from saejax.dictionaries import DictionaryConfig
 from saejax.errors import UserError
 from saejax.models import identity
 
 COMMIT = "0123456789" * 4
+COMMITS: list[dict[str, str]] = []  # the files of each, in base64
 REFUSALS = {
     "renew": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
     "disabled": (403, {"X-Error-Message": "Access to this resource is disabled."}),
@@ -43,7 +49,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def do_GET(self):
@@ -75,6 +81,27 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self):
+        """What a push takes; every file comes inside its commit, as small ones do."""
+        lines = self.rfile.read(int(self.headers["Content-Length"])).decode().splitlines()
+        sent, made = (
+            [json.loads(line) for line in lines],
+            dict(url="https://huggingface.co/org/saes", errors=[], warnings=[]),
+        )
+        is_public = self.path == "/api/validate-yaml"
+        if not is_public and (self.headers["Authorization"] != "Bearer hf_right" or "denied" in self.path):
+            return self.answer(403, {"X-Error-Message": "You have no rights"}, b'{"error": "You have no rights"}')
+        if "/preupload/" in self.path:
+            made = dict(
+                files=[dict(path=f["path"], uploadMode="regular", shouldIgnore=False) for f in sent[0]["files"]]
+            )
+        if "/commit/" in self.path:
+            if "broken" in self.path:
+                return self.answer(500, {})
+            COMMITS.append({f["value"]["path"]: f["value"]["content"] for f in sent if f["key"] == "file"})
+            made = dict(commitUrl="https://huggingface.co/org/saes/commit/" + COMMIT, commitOid=COMMIT)
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(made).encode())
+
 
 @pytest.fixture
 def hub(copy, tmp_path, monkeypatch):
@@ -88,6 +115,7 @@ def hub(copy, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
+    COMMITS.clear()
     yield copy
     server.shutdown()
 
@@ -173,3 +201,47 @@ def test_the_family_is_looked_at_before_the_weights_are_fetched(hub, tmp_path):
     (hub / "config.json").unlink()
     with pytest.raises(UserError, match="has no config.json at revision 'main'"):
         resolve("org/model2")
+
+
+@pytest.fixture
+def dictionary():
+    config = DictionaryConfig(kind="topk", site="resid_post.3", d_in=8, n_features=16, k=4, model="org/model")
+    return saejax.Dictionary.initial(config, jax.random.key(0))
+
+
+def test_a_dictionary_is_pushed_in_one_commit_that_loads(hub, dictionary, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    address = saejax.push(dictionary, "org/saes", figures={"explained variance": 0.8123, "dead": None})
+    assert address == f"https://huggingface.co/org/saes/commit/{COMMIT}"
+    (files,) = COMMITS
+    assert {*files} == {"README.md", "resid_post.3/cfg.json", "resid_post.3/sae_weights.safetensors"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(base64.b64decode(content))
+    x_BxD = jax.random.normal(jax.random.key(1), (5, 8))
+    loaded = saejax.load_dictionary(tmp_path / "resid_post.3")
+    np.testing.assert_array_equal(loaded.encode(x_BxD), dictionary.encode(x_BxD))
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: org/model\n" in card and 'load_dictionary("hf://org/saes/resid_post.3")' in card
+    assert "| resid_post.3 | topk (k 4) | resid_post.3 | resid_post.3 | 16 | 0.8123 |  |" in card
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "message"),
+    [
+        ("", "org/saes", "takes a token that may write: set the variable HF_TOKEN, or run `hf auth login`"),
+        ("hf_wrong", "org/saes", r"was not pushed \(.*\): the token may not write there"),
+        ("hf_right", "org/denied", r"was not pushed \(.*rights.*\): the token may not write there"),
+        ("hf_right", "org/broken", r"was not pushed \(.*500.*\): try again"),
+        ("hf_right", "no/such/name", "'no/such/name' is no name of a repository"),
+        ("hf_right", "org/gone", "org/gone was not pushed: the hub cannot be reached"),
+    ],
+)
+def test_a_push_that_cannot_be_leaves_nothing(hub, dictionary, monkeypatch, tmp_path, token, name, message):
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    if name == "org/gone":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=message) as error:
+        saejax.push(dictionary, name)
+    assert "\n" not in str(error.value) and not COMMITS

@@ -1,22 +1,25 @@
 """The export stage: all members of a train unit in the format of another tool.
 
-saelens           a folder for each member, of its name; of its site where it is alone
+saelens           a folder for each member, of its name; of its site where it is alone; pushed to the hub if asked for
 circuit_tracer    the members of all layers in one set; where the stack is a sweep, a set for each setting, in a folder
                   of the setting's name; a cross-layer transcoder is one already, and copied
 neuronpedia       what their features are, for Neuronpedia, see ``export.neuronpedia``
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own, saelens
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
+from saejax.dictionaries.publish import CARD, write_card
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.links import member_folder
+from saejax.models.hub import push_folder
 from saejax.parallel.mesh import on_host
 from saejax.runner import stacks
+from saejax.runner.results import load_results
 from saejax.runner.workspace import CLAIM, STARTED, Run
 from saejax.stages.export.neuronpedia import setting_of, write_bundle
 from saejax.stages.export.results import ExportedMember, ExportResults
@@ -49,6 +52,8 @@ def run_export(run: Run) -> ExportResults:
         else:
             write = _write_sets if config.format == "circuit_tracer" else _write_folders
             folders = write(run.folder, unit, members, described)
+        if config.push:
+            _push(run, config.push, dict(zip(folders, members, strict=True)), described)
     except BaseException:
         _clear(run.folder)
         raise
@@ -68,6 +73,27 @@ def _write_folders(
         with on_host():
             saelens.save(out / folder, load_dictionary(member_folder(unit, member.name)))
     return folders
+
+
+def _push(run: Run, name: str, members: Mapping[str, TrainedMember], configs: Sequence[DictionaryConfig]) -> None:
+    """Publish SAELens folders, with a card that has the scores on held-out text."""
+    (scores,) = (load_results(folder) for unit, folder in run.inputs.items() if unit.startswith("evaluate/"))
+    by_member = {score.name: score for score in scores.members}
+    figures = {
+        folder: {
+            "explained variance": score.explained_variance,
+            "L0": score.l0,
+            "dead features": score.dead_fraction,
+            "cross-entropy recovered": score.ce_recovered_mean,
+        }
+        for folder, member in members.items()
+        if (score := by_member.get(member.name))
+    }
+    write_card(run.folder, name, dict(zip(members, configs, strict=True)), figures)
+    commit = push_folder(
+        run.folder, name, f"Dictionaries of {name}", patterns=[CARD, *(f"{each}/*" for each in members)]
+    )
+    run.say(f"pushed: {commit}")
 
 
 def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs: list[DictionaryConfig]) -> list[str]:

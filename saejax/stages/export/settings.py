@@ -26,6 +26,12 @@ class ExportConfig(Config):
         choices=unit_names,
         changes_results=False,
     )
+    push: str = setting(
+        "",
+        "repository of the Hugging Face hub, such as org/name, to which SAELens folders are pushed with a model card "
+        "and the scores of the stage evaluate; takes a token; empty: none",
+        only=lambda unit: unit.startswith("saelens-"),
+    )
     model_id: str = setting(
         "",
         "the model's id at Neuronpedia; empty: the last part of its name in lower case",

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 from saejax.config import Configs
+from saejax.errors import UserError
+from saejax.models.hub import require_token
 from saejax.runner.stage import Stage
 from saejax.stages.export.results import ExportResults
 from saejax.stages.export.run import run_export
@@ -11,10 +13,22 @@ from saejax.stages.train.members import trained_sites
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """Return the units of the dictionaries; for Neuronpedia also of their features' descriptions and labels."""
+    """Return the units of the dictionaries; for Neuronpedia also of descriptions and labels, for the hub of scores."""
     format, _, kind = name.partition("-")
     explained = ("capture", f"interpret/{kind}", f"atlas/{kind}") if format == "neuronpedia" else ()
-    return (f"train/{kind}", *explained)
+    scored = (f"evaluate/{kind}",) if configs[ExportConfig].push else ()
+    return (f"train/{kind}", *explained, *scored)
+
+
+def _check(configs: Configs) -> None:
+    """Raise a ``UserError`` for a push that cannot be, before anything is trained for it."""
+    config = configs[ExportConfig]
+    if config.push and config.format != "saelens":
+        raise UserError(
+            f"--export.push={config.push} is for --export.format=saelens, not {config.format}: leave it out"
+        )
+    if config.push and config.dictionaries:
+        require_token()
 
 
 EXPORT = Stage(
@@ -24,9 +38,10 @@ EXPORT = Stage(
     run=run_export,
     results=ExportResults,
     groups=(ExportConfig,),
-    reads=("capture", "train", "interpret", "atlas"),
+    reads=("capture", "train", "evaluate", "interpret", "atlas"),
     follows=("ablate",),
     needs=_needs,
+    check=_check,
     inputs=trained_sites,
     names=lambda configs: [f"{configs[ExportConfig].format}-{kind}" for kind in configs[ExportConfig].dictionaries],
 )
